@@ -1,0 +1,36 @@
+# The developer's interface; CI calls the same targets. Needs python3 with pip, and make. `make` alone lists the targets.
+
+PYTHON ?= python3
+# Its own pip command, with one exact version: asked for "torch" or for a range, pip may take a newer build and gigabytes of CUDA with it.
+TORCH ?= torch==2.13.0
+BIN = .venv/bin
+
+.PHONY: help install check test demo clean
+.DEFAULT_GOAL = help
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+install: .venv/installed  ## Make .venv and install bertdist into it, with the developers' tools
+
+.venv/installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "bertdist needs Python 3.10 or newer; try: make PYTHON=python3.12 install"; exit 1; }
+	@# A python3 without the venv package's ensurepip (Debian) makes the folder without pip, and its own pip fills it.
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv >/dev/null 2>&1 || { $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	$(BIN)/python -m pip install "$(TORCH)" || { echo "pip could not install $(TORCH): is the package index reachable?"; exit 1; }
+	$(BIN)/python -m pip install -e ".[dev]" || { echo "pip could not install what setup.cfg asks for: is the package index reachable?"; exit 1; }
+	@touch $@
+
+check: install  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: check  ## Everything that must hold: check, then all tests
+	$(BIN)/python -m pytest
+
+demo: install  ## Train a review classifier from the package index alone, on two cores in about ten minutes
+	$(BIN)/python launch/demo.py
+
+clean:  ## Remove caches, builds and the demo's files; .venv stays
+	rm -rf demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find bertdist launch tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,139 @@
+"""What a run is made of before its first step: ranks, task, batches, and what it says of itself.
+
+Small functions that `train` calls once, in their order there; nothing here is called again while a run goes on.
+"""
+
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs
+
+from bertdist.batching import Batches
+from bertdist.config import BatchConfig, RunConfig, TaskConfig, TrainConfig
+from bertdist.encoding import Examples
+from bertdist.errors import ConfigError, did_you_mean
+from bertdist.records import Records
+from bertdist.tasks import Task, open_task
+
+EVALUATION_ROWS = 256  # rows dealt at once in evaluation; it decides nothing but how even the ranks' loads are
+
+
+def open_accelerator(run: RunConfig) -> Accelerator:
+    """Device, precision and ranks are what `accelerate launch` said; without a GPU, or with --use_cpu, the CPU."""
+    trackers = run.report_to or []
+    known = [str(tracker) for tracker in get_available_trackers()]
+    for name in trackers:
+        if name not in known:
+            raise ConfigError(f"--report_to {name}: not a tracker that is installed here.{did_you_mean(name, known)}")
+    try:
+        accelerator = Accelerator(
+            cpu=run.use_cpu or not torch.accelerator.is_available(),
+            mixed_precision=run.mixed_precision,
+            log_with=trackers or None,
+            project_dir=run.output_dir or None,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+    except ValueError as error:
+        raise ConfigError(f"{str(error).splitlines()[0]} (--mixed_precision {run.mixed_precision})") from None
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ConfigError(
+            f"accelerate was told gradient_accumulation_steps {accelerator.gradient_accumulation_steps}; leave it at 1: "
+            "--train_batch_size is the whole step, and --tokens_per_micro_batch cuts it."
+        )
+    if trackers:
+        accelerator.init_trackers("bertdist")
+    return accelerator
+
+
+def task_of_rows(config: TaskConfig, rows: Records, model_labels: tuple[str, ...] | None) -> Task:
+    """The task that the labels of the training rows make."""
+    assert rows.label_codes is not None and rows.label_kind is not None
+    counts = np.bincount(rows.label_codes, minlength=len(rows.label_values))
+    return open_task(config, rows.label_kind, rows.label_values, counts, rows.class_names, rows.label_column or "labels", model_labels)
+
+
+def batches_of(examples: Examples, config: BatchConfig, accelerator: Accelerator, seed: int | None = None) -> Batches:
+    """A split in steps for this rank: with a seed in training order, without one in row order."""
+    workers = config.dataloader_num_workers
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = 1 if cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) >= 2 else 0
+    return Batches(
+        examples=examples,
+        rows_per_step=EVALUATION_ROWS if seed is None else config.train_batch_size,
+        tokens_per_micro_batch=config.tokens_per_micro_batch,
+        rank=accelerator.process_index,
+        ranks=accelerator.num_processes,
+        shuffle=seed is not None,
+        seed=seed or 0,
+        workers=workers,
+        pin=accelerator.device.type == "cuda",
+    )
+
+
+def told_of_data(train_rows: Records, dev_rows: Records | None, task: Task, per_epoch: int, total_steps: int) -> list[str]:
+    """What a person should see before any time is spent."""
+    pair = f" and {train_rows.pair_column!r}" if train_rows.pair_column else ""
+    names = ", ".join(task.labels[:10]) + (f", ... ({len(task.labels)} in all)" if len(task.labels) > 10 else "")
+    dev = f"{len(dev_rows):,} of {dev_rows.name}" if dev_rows else "none: the last weights count as the best"
+    return [
+        f"Training rows: {len(train_rows):,} of {train_rows.name}, text in {train_rows.text_column!r}{pair}; validation rows: {dev}.",
+        f"Task: {task.problem_type}; outputs in order: {names}.",
+        f"{total_steps:,} steps, {per_epoch:,} an epoch.",
+    ]
+
+
+def notes_of(config: TrainConfig, rows: Records) -> dict[str, Any]:
+    """What `Predictor` wants to know of the training."""
+    return {"max_length": config.model.max_length, "text_column": rows.text_column, "text_pair_column": rows.pair_column}
+
+
+def identity_of(config: TrainConfig, rows: Records, task: Task, total_steps: int) -> dict[str, Any]:
+    """All that decides what a run learns, and nothing else: devices, micro-batches, workers and cadences are not in it."""
+    settled = {**asdict(config.optim), **asdict(config.task)}
+    for name in ("metrics", "metric_for_best_model", "label_names", "class_weights"):
+        settled.pop(name)
+    return {
+        **settled,
+        "labels": list(task.labels),
+        "class_weights": config.task.class_weights,
+        "max_length": config.model.max_length,
+        "dropout": config.model.dropout,
+        "train_batch_size": config.batch.train_batch_size,
+        "seed": config.run.seed,
+        "total_steps": total_steps,
+        "training_rows": f"{len(rows)} rows, {rows.fingerprint}",
+    }
+
+
+def environment(accelerator: Accelerator) -> str:
+    """What a run was made with, as JSON."""
+    packages = ("bertdist", "torch", "transformers", "accelerate", "datasets", "evaluate", "numpy", "safetensors")
+    cuda = accelerator.device.type == "cuda"
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in packages},
+        "device": torch.cuda.get_device_name(accelerator.device) if cuda else accelerator.device.type,
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "mixed_precision": accelerator.mixed_precision,
+        "command": sys.argv,
+    }
+    return json.dumps(found, indent=1) + "\n"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

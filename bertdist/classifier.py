@@ -1,0 +1,176 @@
+"""A Hugging Face classifier that reads padding-free batches; its weights, its config and its folder stay plain Hugging Face.
+
+In: a model's name and a Task. Out: `Classifier`, a Batch -> logits. The encoder sees one row of T tokens; a hook in front of
+the pooler keeps the first token of each text, so that the model's own head believes it was given N texts.
+
+Legend: T tokens, N texts, O outputs.
+"""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from bertdist import attention
+from bertdist.batching import Batch
+from bertdist.config import ModelConfig
+from bertdist.errors import ConfigError, ModelError, did_you_mean
+from bertdist.tasks import Task, task_of_model
+
+PACKED_FAMILIES = ("bert",)  # model_type of the families that run without padding; the others run padded, with the same results
+
+_NEW = "New weights"
+_DROPOUTS = (  # what the families' configs call their dropouts
+    "hidden_dropout_prob attention_probs_dropout_prob classifier_dropout dropout attention_dropout seq_classif_dropout "
+    "embedding_dropout mlp_dropout pooler_dropout cls_dropout activation_dropout classifier_dropout_prob"
+).split()
+
+
+class Classifier(nn.Module):
+    """batch -> logits (N, O)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.packed = model.config.model_type in PACKED_FAMILIES
+        self._starts: Tensor | None = None  # of the batch in hand, for the hook
+        self._takes_segments = "token_type_ids" in inspect.signature(model.forward).parameters
+        # RoBERTa-type tables keep two rows for padding: 514 positions for 512 tokens
+        offset = model.config.pad_token_id + 1 if model.config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+        self.max_positions = int(getattr(model.config, "max_position_embeddings", 512)) - offset
+        if self.packed:
+            model.base_model.pooler.register_forward_pre_hook(self._keep_first_tokens)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits (N, O) of the texts of a micro-batch."""
+        if not self.packed:
+            return self._padded(batch)
+        self._starts = batch.starts
+        output = self.model(
+            input_ids=batch.ids[None],
+            token_type_ids=batch.segments[None],
+            position_ids=batch.positions[None],
+            packing=attention.pack(batch.lengths, batch.ids.device),
+        )
+        logits: Tensor = output.logits
+        return logits
+
+    def _keep_first_tokens(self, pooler: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        assert self._starts is not None
+        return (args[0][0, self._starts[:-1]][:, None],)  # (1, T, hidden) -> (N, 1, hidden)
+
+    def _padded(self, batch: Batch) -> Tensor:
+        places, real = (torch.from_numpy(array).to(batch.ids.device) for array in attention.grid(batch.lengths))
+        pad = self.model.config.pad_token_id or 0
+        inputs = {"input_ids": batch.ids[places].masked_fill(~real, pad), "attention_mask": real.long()}
+        if self._takes_segments:
+            inputs["token_type_ids"] = batch.segments[places].masked_fill(~real, 0)
+        logits: Tensor = self.model(**inputs).logits
+        return logits
+
+
+def load_settings(config: ModelConfig) -> PretrainedConfig:
+    """The model's config.json, before any weights; raises ModelError."""
+    name = config.model_name_or_path
+    transformers_logging.set_verbosity_error()  # what loading has to tell, load_classifier tells in fewer words
+    transformers_logging.disable_progress_bar()
+    folder, where = Path(name).expanduser(), f"--model_name_or_path {name}"
+    looks_like_a_folder = name.startswith((".", "~", "/")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir())
+    if looks_like_a_folder and not folder.is_dir():
+        beside = [str(path) for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        raise ModelError(f"{where}: there is no such folder.{did_you_mean(name, beside)}")
+    try:
+        settings: PretrainedConfig = AutoConfig.from_pretrained(name, revision=config.model_revision)
+    except (OSError, ValueError) as error:
+        if folder.is_dir():
+            raise ModelError(f"{where}: the folder holds no config.json that can be read ({_first_line(error)})") from None
+        raise ModelError(
+            f"{where} is neither a folder here nor a model that the hub gave ({_first_line(error)}) "
+            "Without a network, give a folder that holds config.json, model.safetensors and the tokenizer."
+        ) from None
+    return settings
+
+
+def labels_of(settings: PretrainedConfig) -> tuple[str, ...] | None:
+    """The label names a model was trained with; None where it has only numbered place-holders."""
+    names = _names(settings)
+    return None if all(name.startswith("LABEL_") for name in names) else names
+
+
+def load_classifier(config: ModelConfig, settings: PretrainedConfig, task: Task) -> tuple[Classifier, list[str]]:
+    """The model in float32 with a head for the task, and what a person should know of how it was loaded.
+
+    New weights are drawn from torch's generator: seed it before. Only safetensors are read, never a pickle. Raises ModelError
+    where weights other than the head's do not fit.
+    """
+    attention.register()
+    settings.num_labels = len(task.labels)
+    settings.id2label = dict(enumerate(task.labels))
+    settings.label2id = {label: i for i, label in enumerate(task.labels)}
+    settings.problem_type = task.problem_type  # type: ignore[assignment]  # a Literal of the same words
+    if config.dropout is not None:
+        known = [name for name in _DROPOUTS if hasattr(settings, name)]
+        if not known:
+            raise ConfigError(f"--dropout cannot take effect: the config of {settings.model_type} names no dropout.")
+        for name in known:
+            setattr(settings, name, config.dropout)
+    packed, where = settings.model_type in PACKED_FAMILIES, f"--model_name_or_path {config.model_name_or_path}"
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            config.model_name_or_path,
+            config=settings,
+            revision=config.model_revision,
+            dtype=torch.float32,
+            attn_implementation=attention.NAME if packed else None,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{where}: {_first_line(error)}") from None
+    body = f"{model.base_model_prefix}."
+    mismatched = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
+    missing = sorted({*info["missing_keys"], *mismatched})
+    if lost := [key for key in missing if key.startswith(body) and ".pooler." not in key]:
+        trouble = "do not have the shape that config.json says" if lost[0] in mismatched else "are missing"
+        raise ModelError(f"{where}: {len(lost)} weights of the model {trouble}, the first is {lost[0]}.")
+    notes = [f"{_NEW}, to be trained: {', '.join(missing)}."] if missing else []
+    if not packed:
+        notes.append(f"Models of type {settings.model_type!r} run padded to the longest text of a micro-batch; the results are the same.")
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    classifier = Classifier(model)
+    if config.max_length > classifier.max_positions:
+        raise ConfigError(f"--max_length is {config.max_length}; this model has {classifier.max_positions} positions.")
+    return classifier, notes
+
+
+def load_trained(folder: str) -> tuple[Classifier, Task, dict[str, Any]]:
+    """A trained classifier, its task, and what `export` noted beside it; raises ModelError."""
+    config = ModelConfig(model_name_or_path=folder, max_length=0)
+    settings = load_settings(config)
+    notes = dict(getattr(settings, "bertdist", None) or {})
+    task = task_of_model(settings.problem_type, _names(settings))
+    model, said = load_classifier(config, settings, task)
+    if said and said[0].startswith(_NEW):
+        raise ModelError(f"{folder} is not a trained classifier. {said[0]}")
+    return model, task, notes
+
+
+def export(model: Classifier, tokenizer: PreTrainedTokenizerBase, folder: Path, notes: dict[str, Any]) -> None:
+    """Write a plain Hugging Face folder that `pipeline("text-classification")` loads. notes go to config.json under "bertdist"."""
+    model.model.config.bertdist = notes
+    model.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _names(settings: Any) -> tuple[str, ...]:
+    return tuple(settings.id2label[i] for i in sorted(settings.id2label))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip()

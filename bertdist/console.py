@@ -1,0 +1,182 @@
+"""What a person sees, and the same numbers in files: metrics.jsonl, status.json. Rank 0 talks, the others are silent.
+
+Everything goes to the screen through rich, as plain text: what comes from data or files is never read as markup.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from bertdist.errors import BertdistError, CheckpointError
+
+
+class RunLog:
+    """The voice of a run. A context manager: the progress bar lives inside it."""
+
+    def __init__(self, folder: Path, enabled: bool, also: Callable[[dict[str, Any], int], None] | None = None) -> None:
+        """also: where numbers go besides, such as a tracker's log(values, step)."""
+        self.folder, self.enabled, self.also = folder, enabled, also
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._note = ""
+        self._running_since: int | None = None
+        if enabled:
+            with _told(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close_progress()
+        if error is not None and self._running_since is not None:
+            self.status("failed", self._running_since, str(error) or type(error).__name__)
+
+    def say(self, *lines: str) -> None:
+        """Print lines as they are."""
+        if self.enabled:
+            for line in lines:
+                self.console.print(Text(line))
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        """Append one line to metrics.jsonl and show it."""
+        if not self.enabled:
+            return
+        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
+        line = json.dumps({"kind": kind, "step": step, **finite}, ensure_ascii=False)
+        with _told(self.folder), open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        if self.also is not None:
+            self.also({f"{kind}_{name}": value for name, value in finite.items()}, step)
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items() if not isinstance(value, list | dict))
+        if self._bar is not None and kind == "train":
+            self._note = f"loss {_short(values.get('loss'))}  {_short(values.get('tokens_per_second'))} tokens/s"
+            self._bar.update(self._task, note=self._note)
+        if self._bar is None or kind != "train" or not self.console.is_terminal:
+            self.say(f"{kind:5} step {step:6d}  {shown}")
+
+    def begin(self, step: int, files: dict[str, str]) -> None:
+        """Write down what the run is made of, and take back what metrics.jsonl says of steps that will be taken again."""
+        if self.enabled:
+            for name, text in files.items():
+                write_whole(self.folder / name, text.encode())
+            self._rewind(step)
+
+    def _rewind(self, step: int) -> None:
+        """Drop the lines behind `step`, and a torn last line."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + b"\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        write_whole(path, b"".join(kept))
+
+    def status(self, state: str, step: int, reason: str = "") -> None:
+        """status.json: what a script that started the run wants to know. state: running, finished, preempted or failed."""
+        self._running_since = step if state == "running" else None
+        if self.enabled:
+            write_whole(self.folder / "status.json", json.dumps({"state": state, "step": step, "reason": reason}).encode() + b"\n")
+
+    def open_progress(self, done: int, total: int) -> None:
+        """Begin the progress bar, on terminals only."""
+        if self.enabled and self.console.is_terminal:
+            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            self._bar = Progress(TextColumn("step"), BarColumn(), MofNCompleteColumn(), *times, console=self.console)
+            self._task = self._bar.add_task("", total=total, completed=done, note=self._note)
+            self._bar.start()
+
+    def advance(self) -> None:
+        """One step further."""
+        if self._bar is not None:
+            self._bar.advance(self._task)
+
+    def close_progress(self) -> None:
+        """End the progress bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Show a table; numbers with four digits."""
+        if self.enabled:
+            table = Table(*(escape(name) for name in header), title=Text(title), title_justify="left")
+            for row in rows:
+                table.add_row(*(Text(_short(value)) for value in row))
+            self.console.print(table)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file so that a reader, or a crash, finds the old one or the new one, never half of it."""
+    beside = path.with_name(f".{path.name}.partial")
+    with _told(path), open(beside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    with _told(path):
+        os.replace(beside, path)
+
+
+class _told:
+    """An OSError while writing becomes one line that names the place."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, OSError):
+            raise CheckpointError(f"Cannot write {self.place}: {error.strerror or error}.") from None
+
+
+def complain(error: BertdistError) -> None:
+    """Print an error's lines as a user should read them."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for line in str(error).splitlines():
+        console.print(Text(f"bertdist: {line}"))
+
+
+class Stopwatch:
+    """Seconds spent training, without the pauses."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+        self.steps = 0  # counted by whoever takes them
+
+    def lap(self) -> tuple[float, int]:
+        """(seconds, steps) since the last lap."""
+        since, self._since = self._since, time.perf_counter()
+        steps, self.steps = self.steps, 0
+        return self._since - since, steps
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs in here does not count."""
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return str(value)

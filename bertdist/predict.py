@@ -1,0 +1,129 @@
+"""An exported folder + texts -> labels and probabilities.
+
+    python -m bertdist.predict --model out/best --text "A film to remember." "Two hours I will not get back."
+    python -m bertdist.predict --model out/best --input reviews.csv --output predictions.jsonl
+    accelerate launch -m bertdist.predict --model out/best --input reviews.csv --output predictions.jsonl     # on many devices
+
+or, in Python: `Predictor("out/best")(["A film to remember."])`. Answers come in the order of the texts, whatever the batches.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from bertdist.batching import Batches
+from bertdist.begin import open_accelerator
+from bertdist.classifier import load_trained
+from bertdist.config import ModelConfig, PredictConfig, RunConfig, read_predict_config
+from bertdist.console import complain, write_whole
+from bertdist.encoding import load_tokenizer, open_examples
+from bertdist.errors import BertdistError, DataError
+from bertdist.evaluation import predict_rows
+from bertdist.ranks import together
+from bertdist.records import Records, open_texts, records_of
+from bertdist.slurm import check_world
+
+ROWS_AT_ONCE = 2048  # texts sorted by length together: long enough for texts of one length to meet, short enough for one device
+
+
+class Predictor:
+    """A trained classifier, ready to answer.
+
+    folder: what training wrote as best/, or any Hugging Face folder of a sequence classifier. device: None takes the GPU if there
+    is one. Raises ModelError where the folder holds no trained classifier.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        max_length: int | None = None,
+        tokens_per_micro_batch: int = 8192,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.accelerator = accelerator or open_accelerator(RunConfig())
+        self.model, self.task, self.notes = load_trained(str(folder))
+        limit = max_length or self.notes.get("max_length")
+        self.tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(folder), max_length=limit or 3))
+        self.max_length: int = limit or min(self.tokenizer.model_max_length, self.model.max_positions)
+        self.tokens_per_micro_batch = tokens_per_micro_batch
+        self.model.to(self.accelerator.device).eval()
+
+    def __call__(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """One answer a text, in their order: {"label": "positive", "score": 0.98}; multi-label: {"labels": [{"label", "score"}, ...]}.
+
+        pairs: the second texts, for models trained on pairs. Raises DataError for what is not text.
+        """
+        return self.answer(records_of(texts, pairs)) if len(texts) else []
+
+    def answer(self, records: Records) -> list[dict[str, Any]]:
+        """The same for records; under several ranks each computes its share, and all have all answers."""
+        batches = Batches(
+            examples=open_examples(records, self.tokenizer, None, self.max_length),
+            rows_per_step=ROWS_AT_ONCE * self.accelerator.num_processes,
+            tokens_per_micro_batch=self.tokens_per_micro_batch,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+        )
+        with self.accelerator.autocast():
+            return self.task.answers(predict_rows(self.model, batches, self.accelerator))
+
+
+def predict(config: PredictConfig) -> list[dict[str, Any]]:
+    """What the command line does, short of printing; returns the answers."""
+    accelerator = open_accelerator(RunConfig(use_cpu=config.use_cpu, mixed_precision=config.mixed_precision))
+    check_world(accelerator.num_processes)
+    with together(accelerator):
+        predictor = Predictor(
+            config.model, max_length=config.max_length, tokens_per_micro_batch=config.tokens_per_micro_batch, accelerator=accelerator
+        )
+        if config.input is None:
+            records = records_of(config.text or [], config.text_pair)
+        else:
+            records = open_texts(
+                config.input,
+                text_column=config.text_column or predictor.notes.get("text_column"),
+                text_pair_column=config.text_pair_column or predictor.notes.get("text_pair_column"),
+                column_names=config.column_names,
+                delimiter=config.delimiter,
+                quoting=config.quoting,
+                encoding=config.encoding,
+            )
+    return predictor.answer(records)
+
+
+def lines_of(answers: Iterable[dict[str, Any]]) -> bytes:
+    """JSON lines, one a row, in row order."""
+    return b"".join(json.dumps({"row": row, **answer}, ensure_ascii=False).encode() + b"\n" for row, answer in enumerate(answers))
+
+
+def main() -> None:
+    """The command line: exit code 0, or 1 with one line for what a user can mend."""
+    try:
+        config = read_predict_config(sys.argv[1:])
+        if config.output is not None and not Path(config.output).parent.is_dir():
+            raise DataError(f"--output {config.output}: there is no folder {Path(config.output).parent}.")
+        answers = predict(config)
+        if os.environ.get("RANK", "0") != "0":
+            return
+        if config.output is not None:
+            write_whole(Path(config.output), lines_of(answers))
+        elif config.input is not None:
+            sys.stdout.write(lines_of(answers).decode())
+        else:
+            for answer in answers:
+                found = answer.get("labels", [answer])
+                print("\n".join(f"{entry['label']}\t{entry['score']:.4f}" for entry in found) or "(no label)")
+    except BertdistError as error:
+        if os.environ.get("RANK", "0") == "0" or not error.shared:
+            complain(error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

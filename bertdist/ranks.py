@@ -1,0 +1,44 @@
+"""Ranks agree before they act: an error on one rank ends the block on all, with one message."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from bertdist.errors import BertdistError
+
+T = TypeVar("T")
+
+
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """Every rank runs the block; where it raises a BertdistError on any rank, it raises the same one on all.
+
+    Inside the block there must be no collective: a rank that has failed does not join it.
+    """
+    error: BertdistError | None = None
+    try:
+        yield
+    except BertdistError as caught:
+        error = caught
+    errors: list[BertdistError | None] = [error] if accelerator.num_processes == 1 else gather_object([error])
+    failed = {rank: found for rank, found in enumerate(errors) if found is not None}
+    if not failed:
+        return
+    first = next(iter(failed.values()))
+    texts = {str(found) for found in failed.values()}
+    if len(failed) < len(errors) or len(texts) > 1:
+        first = type(first)("\n".join(f"rank {rank}: {found}" for rank, found in failed.items()))
+    first.shared = True
+    raise first from None
+
+
+def from_main(accelerator: Accelerator, value: T | None) -> T:
+    """What rank 0 holds, on every rank."""
+    held = [value]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(held, from_process=0)
+    (got,) = held
+    return got  # type: ignore[return-value]  # rank 0 passes a T

@@ -1,0 +1,221 @@
+"""Fine-tune a BERT-family classifier.
+
+    accelerate launch bertdist/train.py --model_name_or_path google-bert/bert-base-uncased \\
+        --train_file train.tsv --validation_file dev.tsv --output_dir out
+
+This file is the whole of training, top to bottom: open the data, build the model, begin or go on, and then repeat: take a step,
+now and then score, now and then save. Each noun is one module; read them in the order of the data's way:
+
+    records -> encoding -> batching -> classifier -> tasks (loss) -> optim -> evaluation -> checkpoint
+"""
+
+import os
+import sys
+
+if __name__ == "__main__" and not __package__:
+    # Run by path, Python looks for modules in bertdist/ itself; make it look in the folder that holds bertdist/.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bertdist.batching import Batches, Step
+from bertdist.begin import batches_of, environment, identity_of, notes_of, open_accelerator, task_of_rows, told_of_data
+from bertdist.best import Best
+from bertdist.checkpoint import Checkpoints, Progress
+from bertdist.classifier import labels_of, load_classifier, load_settings
+from bertdist.config import TrainConfig, read_config, steps_of, write_config
+from bertdist.console import RunLog, Stopwatch, complain
+from bertdist.encoding import load_tokenizer, open_examples
+from bertdist.errors import BertdistError
+from bertdist.evaluation import Judge, evaluate_split
+from bertdist.optim import build_optimizer, build_schedule, set_learning_rate
+from bertdist.ranks import together
+from bertdist.records import open_source
+from bertdist.slurm import StopRequest, check_world
+from bertdist.tasks import Task
+
+STOPPED = 75  # exit code for "asked to stop, start me again" (EX_TEMPFAIL)
+
+
+def train(config: TrainConfig) -> Progress:
+    """Train as the config says, going on where an earlier run in the same folder stopped; returns how far it came."""
+    accelerator = open_accelerator(config.run)
+    check_world(accelerator.num_processes)
+    run, out, stop = config.run, Path(config.run.output_dir), StopRequest(config.run.stop_before_time_limit)
+    with RunLog(out, enabled=accelerator.is_main_process, also=accelerator.log) as log:
+        log.say(f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {accelerator.mixed_precision}.")
+
+        # Data: two splits of rows, and the task that their labels make. Nothing is tokenized yet.
+        with together(accelerator):
+            settings = load_settings(config.model)
+            tokenizer = load_tokenizer(config.model)
+            train_rows, dev_rows = open_source(config.data, "train"), open_source(config.data, "validation")
+            assert train_rows is not None
+            task = task_of_rows(config.task, train_rows, labels_of(settings))
+            train_examples = open_examples(train_rows, tokenizer, task, config.model.max_length)
+            dev_examples = open_examples(dev_rows, tokenizer, task, config.model.max_length) if dev_rows else None
+            judge = Judge(config.task, task, config.data.task_name) if dev_rows and accelerator.is_main_process else None
+        train_batches = batches_of(train_examples, config.batch, accelerator, seed=run.seed)
+        dev_batches = batches_of(dev_examples, config.batch, accelerator) if dev_examples else None
+        per_epoch = train_batches.steps_per_epoch
+        total_steps = run.max_train_steps or max(1, math.ceil(run.num_train_epochs * per_epoch))
+        log.say(*told_of_data(train_rows, dev_rows, task, per_epoch, total_steps))
+
+        # Model: a Hugging Face classifier, its optimizer, and the learning rate as a function of the step.
+        with together(accelerator):
+            torch.manual_seed(run.seed)  # the new head's weights
+            classifier, notes = load_classifier(config.model, settings, task)
+            adamw = build_optimizer(classifier, config.optim)
+            schedule = build_schedule(config.optim, total_steps)
+        log.say(*notes)
+        model, optimizer = accelerator.prepare(classifier, adamw)
+
+        # Begin, or go on where an interrupted run stopped.
+        checkpoints = Checkpoints(out / "checkpoints", accelerator, run.save_total_limit, log.say)
+        identity = identity_of(config, train_rows, task, total_steps)
+        progress = checkpoints.restore(classifier, adamw, identity, run.resume_from_checkpoint) or Progress()
+        log.begin(progress.step, {"config.yaml": write_config(config), "environment.json": environment(accelerator)})
+        best = Best(run, tokenizer, task, accelerator, notes_of(config, train_rows))
+        due = {name: steps_of(getattr(run, f"{name}_every"), per_epoch, total_steps) for name in ("log", "eval", "save")}
+        losses: list[Tensor] = []  # this rank's [loss sum, tokens] of each step since they were last brought together
+        if not progress.finished:
+            log.status("running", progress.step)
+            warm_up(model, train_batches, progress.step, task, accelerator)
+            log.open_progress(progress.step, total_steps)
+
+        model.train()
+        stopwatch = Stopwatch()
+        for step in train_batches.steps(progress.step, progress.step if progress.finished else total_steps):
+            set_learning_rate(optimizer, schedule(step.number))
+            seed_dropout(run.seed, step.number, accelerator.process_index)
+            loss, grad_norm = take_step(model, optimizer, step, task, accelerator, config.optim.max_grad_norm)
+            losses.append(loss)
+            stopwatch.steps += 1
+            progress.count(step.number + 1, step.rows)
+            progress.finished = progress.step == total_steps
+            stopping = stop.agreed(accelerator)
+            log.advance()
+
+            if progress.finished or is_due(progress.step, due["log"]):
+                gather_losses(progress, losses, accelerator)
+                rate = config.optim.learning_rate * schedule(step.number)
+                record_training(log, progress, per_epoch, stopwatch.lap(), learning_rate=rate, grad_norm=grad_norm.item())
+
+            if dev_batches and (progress.finished or is_due(progress.step, due["eval"])):
+                with stopwatch.paused():
+                    evaluation = evaluate_split(classifier, dev_batches, judge, accelerator)
+                    log.record("eval", progress.step, epoch=progress.step / per_epoch, **evaluation.scores)
+                    best.consider(classifier, evaluation, progress)
+
+            if progress.finished or stopping or is_due(progress.step, due["save"]):
+                with stopwatch.paused():
+                    gather_losses(progress, losses, accelerator)
+                    if progress.finished and not dev_batches:
+                        best.keep(classifier, None, progress)
+                    checkpoints.save(classifier, adamw, progress, identity)
+            if progress.finished or stopping:
+                break
+        log.close_progress()
+
+        if progress.finished:
+            log.status("finished", progress.step)
+            best.show(log)
+            log.say(f"Finished: {progress.step} steps, best weights (step {progress.best_step}) in {out / 'best'}.")
+        else:
+            log.status("preempted", progress.step, stop.reason)
+            log.say(f"Asked to stop ({stop.reason}): step {progress.step} of {total_steps} is saved; the same command goes on.")
+        accelerator.end_training()
+    return progress
+
+
+def take_step(
+    model: nn.Module, optimizer: Optimizer, step: Step, task: Task, accelerator: Accelerator, max_grad_norm: float
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step over this rank's share; returns this rank's [loss sum, tokens] (2,) and the gradient's norm ().
+
+    Row losses are summed and divided by the rows of the whole step, so the update is that of one big batch, however the step was
+    dealt and cut. DDP averages over ranks; the factor undoes it.
+    """
+    total = torch.zeros((), device=accelerator.device)
+    for i, batch in enumerate(step.share):
+        batch = batch.to(accelerator.device)
+        final = i == len(step.share) - 1
+        with nullcontext() if final else accelerator.no_sync(model):  # gradients travel once a step
+            loss = task.loss(model(batch), batch.targets, batch.weights)
+            accelerator.backward(loss * (accelerator.num_processes / step.rows))
+        total += loss.detach()
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    assert grad_norm is not None
+    optimizer.step()
+    optimizer.zero_grad()
+    tokens = sum(sum(batch.lengths) for batch in step.share if batch.rows[0] >= 0)
+    return torch.stack([total, total.new_tensor(tokens)]), grad_norm
+
+
+def warm_up(model: nn.Module, batches: Batches, step: int, task: Task, accelerator: Accelerator) -> None:
+    """One backward that is thrown away, before the first step of every start, fresh or resumed.
+
+    DDP puts its gradient buckets in another order after its first backward, and sums are rounded in that order: without this a
+    resumed run of 3 ranks or more differs from one that never stopped.
+    """
+    for first in replace(batches, workers=0).steps(step, step + 1):
+        batch = first.share[0].to(accelerator.device)
+        accelerator.backward(task.loss(model(batch), batch.targets, batch.weights))
+    model.zero_grad()
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Dropout of a step is a pure function of (seed, step, rank)."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after this one."""
+    return bool(every) and step % every == 0
+
+
+def gather_losses(progress: Progress, losses: list[Tensor], accelerator: Accelerator) -> None:
+    """Add up the ranks' [loss sum, tokens] of the steps since the last call; one collective, however many steps.
+
+    Step by step, not as one running sum: so what is logged does not depend on when a checkpoint was written.
+    """
+    if losses:
+        total = accelerator.reduce(torch.stack(losses), reduction="sum").tolist()
+        for entry, (loss, tokens) in zip(progress.window[-len(losses) :], total, strict=True):
+            entry[0], entry[2] = loss, tokens
+            progress.tokens += int(tokens)
+        losses.clear()
+
+
+def record_training(log: RunLog, progress: Progress, per_epoch: int, lap: tuple[float, int], **values: float) -> None:
+    """One line about the steps since the last one: sums are divided, means are never averaged. lap: seconds, and steps they took."""
+    seconds, steps = lap
+    loss, rows = (sum(entry[i] for entry in progress.window) for i in (0, 1))
+    tokens = sum(entry[2] for entry in progress.window[len(progress.window) - steps :])
+    epoch = progress.step / per_epoch
+    log.record("train", progress.step, epoch=epoch, loss=loss / rows, **values, tokens_per_second=tokens / seconds, tokens=progress.tokens)
+    progress.window.clear()
+
+
+def main() -> None:
+    """The command line: exit code 0 when finished, 75 when asked to stop before, 1 with one line for what a user can mend."""
+    try:
+        progress = train(read_config(sys.argv[1:]))
+    except BertdistError as error:
+        if os.environ.get("RANK", "0") == "0" or not error.shared:
+            complain(error)
+        sys.exit(1)
+    sys.exit(0 if progress.finished else STOPPED)
+
+
+if __name__ == "__main__":
+    main()

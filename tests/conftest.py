@@ -1,0 +1,46 @@
+"""What every test shares: an environment without network and with one thread, a tiny BERT, the real data beside the repository."""
+
+import os
+import string
+from pathlib import Path
+
+# Before torch, transformers and their thread pools are imported; child processes inherit it.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = "a an and bad best but dull film fine fun good great is it movie not of poor so the this very was warm worst".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that `from_pretrained` loads: a random BERT of 2 layers of 32, and its lower-casing WordPiece tokenizer.
+
+    Every ASCII text has pieces (letters and digits are in the vocabulary, also as ##x). Shared by the session: read it, never write to it.
+    """
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    pieces = string.ascii_lowercase + string.digits
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces, *string.punctuation, *(f"##{piece}" for piece in pieces)]
+    vocabulary += [word for word in WORDS if word not in vocabulary]
+    folder = tmp_path_factory.mktemp("tiny_model")
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}, model_max_length=512).save_pretrained(folder)
+    # initializer_range 0.2, not 0.02: at this width attention would be all but uniform, and a wrong mask hard to see.
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, initializer_range=0.2
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets beside the repository (not part of it); without it the test is skipped."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the data sets of ../shared/data beside the repository")
+    return folder

@@ -1,0 +1,146 @@
+"""Real ranks, cheaply: forked processes of one gloo group, each with its own `Accelerator(cpu=True)`; 3 ranks take under a second.
+
+    from forked import run_ranks
+
+    def test_every_row_once(...):
+        def rows_seen(accelerator: Accelerator) -> list[int]: ...
+        assert run_ranks(2, rows_seen) == [[0, 2], [1, 3]]
+
+The function runs in the children only; what it returns comes back by pickle, in rank order. A child is a fork of the test: it
+sees the test's variables, and nothing that it changes is seen by the test. One rank runs in a child too, so that accelerate's
+process-wide state never reaches the next test.
+"""
+
+import contextlib
+import datetime
+import faulthandler
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+LAUNCHER_WORDS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+GRACE_SECONDS = 3.0  # after one rank has failed, the others get so long to fail by themselves
+
+
+class RankError(Exception):
+    """A rank raised, was killed, or did not end in time; the text holds every failed rank's traceback, the first to fail first."""
+
+
+def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    """Call `function(accelerator, *args)` on `n` ranks; the results by rank. Raises RankError; returns within `timeout` seconds."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        running: dict[int, int] = {}  # rank -> process id
+        try:
+            for rank in range(n):
+                with warnings.catch_warnings():  # Python 3.12 warns of any fork of a process that has threads
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    pid = os.fork()
+                if pid == 0:
+                    _be_a_rank(rank, n, folder, function, args, timeout)
+                running[rank] = pid
+            failures = _wait(running, folder, timeout)
+        finally:
+            for pid in running.values():
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        if failures:
+            raise RankError("\n".join(f"rank {rank} of {n}: {text}" for rank, text in failures.items()))
+        return [pickle.loads((folder / f"result_{rank}").read_bytes()) for rank in range(n)]
+
+
+def _be_a_rank(rank: int, n: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> NoReturn:
+    """The child's whole life. It ends by `os._exit`: pytest's own clean-up belongs to the parent."""
+    code = 1
+    with contextlib.suppress(BaseException), open(folder / f"stack_{rank}", "w") as stack:
+        faulthandler.enable(file=stack)  # SIGABRT, which the parent sends to a rank that hangs, writes where it stands
+        try:
+            result = pickle.dumps(function(_accelerator(rank, n, folder, timeout), *args))
+            (folder / f"result_{rank}").write_bytes(result)
+            code = 0
+        except BaseException:  # SystemExit of a main() too: the parent must hear of everything
+            (folder / f"error_{rank}").write_text(traceback.format_exc(), encoding="utf-8")
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def _accelerator(rank: int, n: int, folder: Path, timeout: float) -> Accelerator:
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    for word in LAUNCHER_WORDS:
+        os.environ.pop(word, None)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(1)
+    if n > 1:  # one rank is what `python train.py` is: no group at all
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1")
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's own name may not resolve
+        # A file to meet at, not a port: two tests at once cannot take each other's.
+        meeting = f"file://{folder / 'meeting'}"
+        torch.distributed.init_process_group("gloo", meeting, datetime.timedelta(seconds=timeout), world_size=n, rank=rank)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == n and accelerator.process_index == rank, accelerator.state
+    return accelerator
+
+
+def _wait(running: dict[int, int], folder: Path, timeout: float) -> dict[int, str]:
+    """Reap the ranks, at the latest after `timeout`; what each failed one has to say, in the order of failing."""
+    failures: dict[int, str] = {}
+    deadline = time.monotonic() + timeout
+    late = f"did not end within {timeout:g} s"
+    while running:
+        if time.monotonic() > deadline:
+            failures |= _abort(running, folder, late)
+            break
+        for rank, pid in list(running.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if not ended:
+                continue
+            del running[rank]
+            if status or not (folder / f"result_{rank}").exists():
+                error, code = folder / f"error_{rank}", os.waitstatus_to_exitcode(status)
+                failures[rank] = error.read_text(encoding="utf-8") if error.exists() else f"ended with status {code}"
+                if time.monotonic() + GRACE_SECONDS < deadline:
+                    deadline, late = time.monotonic() + GRACE_SECONDS, f"still ran {GRACE_SECONDS:g} s after rank {rank} had failed"
+        time.sleep(0.002)
+    return _in_order_of_failing(failures, folder)
+
+
+def _abort(running: dict[int, int], folder: Path, why: str) -> dict[int, str]:
+    for pid in running.values():
+        os.kill(pid, signal.SIGABRT)
+    for pid in running.values():
+        for _ in range(100):  # a rank that ignores SIGABRT is killed after a second
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                break
+            time.sleep(0.01)
+        else:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    said = {rank: f"{why}; it stood at\n{(folder / f'stack_{rank}').read_text(encoding='utf-8')}" for rank in running}
+    running.clear()
+    return said
+
+
+def _in_order_of_failing(failures: dict[int, str], folder: Path) -> dict[int, str]:
+    def moment(rank: int) -> float:
+        error = folder / f"error_{rank}"
+        return error.stat().st_mtime if error.exists() else float("inf")
+
+    killed = {rank: text for rank, text in failures.items() if text.startswith("ended with status")}
+    return killed | dict(sorted(failures.items(), key=lambda item: moment(item[0])))

@@ -1,0 +1,173 @@
+"""I7: ranks agree before they act. An error on one rank ends all ranks, with one message, soon."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+from forked import RankError, run_ranks
+from rows import Breaking, checkpoints_of, json_of, run_main, run_train, words_of, write_split
+
+from bertdist import best, checkpoint, slurm, train
+from bertdist.errors import CheckpointError, DataError
+
+SOON = 15.0  # seconds; a rank that waits for one that has left would wait for run_ranks' 60
+
+
+def on_rank(rank: int, act: Callable[[], None]) -> Breaking:
+    def breaking(accelerator: Accelerator) -> None:
+        if accelerator.process_index == rank:
+            act()
+
+    return breaking
+
+
+def no_file() -> None:
+    def broken(*args: Any) -> Any:
+        raise DataError("train.tsv: no such file.")
+
+    train.open_source = broken
+
+
+def no_model() -> None:
+    def broken(*args: Any) -> Any:
+        raise DataError("weights.bin: gone.")
+
+    train.load_classifier = broken
+
+
+def full_disk() -> None:
+    def broken(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    checkpoint.save_file = broken
+
+
+def full_disk_for_best() -> None:
+    def broken(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    best.export = broken
+
+
+def no_state() -> None:
+    def broken(*args: Any) -> Any:
+        raise CheckpointError("step_000002 is not to be seen from here.")
+
+    checkpoint.load_optimizer = broken
+
+
+@pytest.mark.parametrize(
+    ("n", "rank", "act", "said"),
+    [
+        (2, 1, no_file, "bertdist: rank 1: train.tsv: no such file."),
+        (3, 1, no_file, "bertdist: rank 1: train.tsv: no such file."),
+        (2, 1, no_model, "bertdist: rank 1: weights.bin: gone."),
+        (2, 0, full_disk, "step_000002: No space left on device. What was there before is untouched."),
+        (2, 0, full_disk_for_best, "best: No space left on device. What was there before is untouched."),
+    ],
+)
+def test_one_ranks_error_ends_all_with_one_message(
+    tiny_model: Path, tmp_path: Path, n: int, rank: int, act: Callable[[], None], said: str
+) -> None:
+    words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 20, 6), max_train_steps=4, save_every="2 steps")
+    begin = time.monotonic()
+    first, *others = run_ranks(n, run_main, words, on_rank(rank, act))
+    assert time.monotonic() - begin < SOON
+    assert first[0] == 1 and others == [(1, "", "")] * (n - 1)
+    complaints = [line for line in first[1].splitlines() if line.startswith("bertdist: ")]
+    assert len(complaints) == 1 and said in complaints[0], first[1]
+    assert "Traceback" not in first[1]
+
+
+def test_a_rank_that_cannot_see_the_checkpoint_ends_all(tiny_model: Path, tmp_path: Path) -> None:
+    words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 20), max_train_steps=4, save_every="2 steps")
+    run_ranks(2, run_train, words)
+    first, other = run_ranks(2, run_main, words, on_rank(1, no_state))
+    assert first[0] == 1 and first[1].endswith("bertdist: rank 1: step_000002 is not to be seen from here.\n") and other == (1, "", "")
+
+
+def test_the_same_error_on_all_ranks_is_told_once_and_names_no_rank(tiny_model: Path, tmp_path: Path) -> None:
+    words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 20), label_column="lable")
+    first, other = run_ranks(2, run_main, words)
+    assert first[0] == 1 and first[1].count("bertdist: train.tsv line 1: no column 'lable'") == 1 and "rank" not in first[1]
+    assert other == (1, "", "")
+
+
+def test_without_agreement_the_others_are_left_alone(tiny_model: Path, tmp_path: Path) -> None:
+    """What the message of another rank looks like when nobody brings them together: a broken connection."""
+
+    def alone(accelerator: Accelerator) -> None:
+        from contextlib import nullcontext
+
+        train.together = lambda accelerator: nullcontext()
+        on_rank(1, no_file)(accelerator)
+
+    words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 20, 6), max_train_steps=4)
+    with pytest.raises(RankError):
+        run_ranks(2, run_main, words, alone)
+
+
+def test_a_folder_that_cannot_be_made_ends_all_with_one_message(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    words = words_of(tiny_model, tmp_path / "file" / "out", write_split(tmp_path, 20), max_train_steps=4)
+    first, other = run_ranks(2, run_main, words)
+    assert first[0] == 1 and len(first[1].splitlines()) == 1 and str(tmp_path / "file" / "out") in first[1]
+    assert other == (1, "", "")
+
+
+def test_an_error_of_our_own_on_one_rank_hangs_nobody(tiny_model: Path, tmp_path: Path) -> None:
+    def stumble() -> None:
+        take_step = train.take_step
+
+        def broken(model: Any, optimizer: Any, step: Any, *rest: Any) -> Any:
+            if step.number == 2:
+                raise RuntimeError("stumbled")
+            return take_step(model, optimizer, step, *rest)
+
+        train.take_step = broken
+
+    words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 20, 6), max_train_steps=4)
+    begin = time.monotonic()
+    with pytest.raises(RankError, match=r"^rank 1 of 3: Traceback(.|\n)*RuntimeError: stumbled"):
+        run_ranks(3, run_train, words, on_rank(1, stumble))
+    assert time.monotonic() - begin < SOON
+    assert json_of(tmp_path / "out" / "status.json")["state"] == "failed"
+
+
+# --- Stopping
+
+
+def stop_at_step_2() -> None:
+    take_step = train.take_step
+
+    def watched(model: Any, optimizer: Any, step: Any, *rest: Any) -> Any:
+        if step.number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(model, optimizer, step, *rest)
+
+    train.take_step = watched
+
+
+@pytest.mark.parametrize(("n", "rank"), [(2, 0), (3, 2)])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tiny_model: Path, tmp_path: Path, n: int, rank: int) -> None:
+    words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 40), save_every="never")
+    results = run_ranks(n, run_main, words, on_rank(rank, stop_at_step_2))
+    assert [code for code, _, _ in results] == [75] * n
+    assert "step 3 of 15 is saved; the same command goes on." in results[0][1]
+    assert checkpoints_of(tmp_path / "out") == ["step_000003"]
+    assert json_of(tmp_path / "out" / "status.json")["state"] == "preempted"
+
+
+def test_ranks_that_decide_alone_are_seen(tiny_model: Path, tmp_path: Path) -> None:
+    def alone(accelerator: Accelerator) -> None:
+        slurm.StopRequest.agreed = lambda self, accelerator: bool(self.reason)
+        on_rank(1, stop_at_step_2)(accelerator)
+
+    words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 40), save_every="never")
+    with pytest.raises(RankError):
+        run_ranks(2, run_main, words, alone, timeout=10)

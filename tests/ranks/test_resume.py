@@ -1,0 +1,319 @@
+"""I5: a restart is invisible. I6: a checkpoint is whole or absent.
+
+Every run here has dropout. "The same run" is bit by bit: weights, optimizer, step log, predictions (`rows.assert_same_run`).
+"""
+
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+from forked import RankError, run_ranks
+from rows import (
+    Breaking,
+    assert_same_run,
+    assert_same_tensors,
+    checkpoints_of,
+    json_of,
+    last_checkpoint,
+    rows_by_step,
+    run_train,
+    step_log,
+    tensors_of,
+    words_of,
+    write_split,
+)
+
+from bertdist import best, checkpoint, train
+from bertdist.checkpoint import damage_of
+
+STEPS = 15  # 5 an epoch, 3 epochs
+CADENCES = {"eval_every": "4 steps", "save_every": "3 steps", "log_every": "2 steps", "num_train_epochs": 3, "tokens_per_micro_batch": 60}
+
+
+class Runs:
+    """Runs of one command on n ranks, and the folder of the one that nobody disturbed."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.model, self.files, self.folder = model, write_split(folder, 38, 12), folder
+        self.straight: dict[int, Path] = {}
+
+    def words(self, out: Path, **settings: Any) -> list[str]:
+        return words_of(self.model, out, self.files, **{**CADENCES, **settings})
+
+    def undisturbed(self, n: int) -> Path:
+        if n not in self.straight:
+            out = self.folder / f"undisturbed{n}"
+            run_ranks(n, run_train, self.words(out))
+            assert json_of(out / "status.json") == {"state": "finished", "step": STEPS, "reason": ""}
+            self.straight[n] = out
+        return self.straight[n]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tiny_model, tmp_path_factory.mktemp("resume"))
+
+
+def at_step(number: int, act: Callable[[Accelerator], None]) -> Breaking:
+    """Act on every rank before step `number` is taken."""
+
+    def breaking(accelerator: Accelerator) -> None:
+        take_step = train.take_step
+
+        def watched(model: Any, optimizer: Any, step: Any, *rest: Any) -> Any:
+            if step.number == number:
+                act(accelerator)
+            return take_step(model, optimizer, step, *rest)
+
+        train.take_step = watched
+
+    return breaking
+
+
+def die(accelerator: Accelerator) -> None:
+    os._exit(9)
+
+
+def ask_the_last_rank_to_stop(accelerator: Accelerator) -> None:
+    if accelerator.process_index == accelerator.num_processes - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def both(*breakings: Breaking) -> Breaking:
+    def breaking(accelerator: Accelerator) -> None:
+        for each in breakings:
+            each(accelerator)
+
+    return breaking
+
+
+# --- I5
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_resume_equals_uninterrupted(runs: Runs, tmp_path: Path, n: int) -> None:
+    """Killed without a word at one random step, asked to stop at a later one."""
+    chance = random.Random(n)
+    first = chance.randrange(1, STEPS - 5)
+    second = chance.randrange(first, STEPS - 1)
+    words = runs.words(tmp_path / "out")
+    with pytest.raises(RankError, match="ended with status 9"):
+        run_ranks(n, run_train, words, at_step(first, die))
+    (progress, *_), *_ = run_ranks(n, run_train, words, at_step(second, ask_the_last_rank_to_stop))
+    assert (progress.step, progress.finished) == (second + 1, False)
+    status = json_of(tmp_path / "out" / "status.json")
+    assert status == {"state": "preempted", "step": second + 1, "reason": "SIGTERM" if n == 1 else "another rank was asked to stop"}
+    (progress, *_), *_ = run_ranks(n, run_train, words)
+    assert (progress.step, progress.finished) == (STEPS, True)
+    assert_same_run(tmp_path / "out", runs.undisturbed(n))
+
+
+@pytest.mark.parametrize("step", [4, 5, 12])
+def test_killed_between_checkpoints(runs: Runs, tmp_path: Path, step: int) -> None:
+    """Right after a log line and best weights that no checkpoint knows of; at the first step of an epoch; right after a checkpoint."""
+    words = runs.words(tmp_path / "out")
+    with pytest.raises(RankError, match="ended with status 9"):
+        run_ranks(1, run_train, words, at_step(step, die))
+    run_ranks(1, run_train, words)
+    assert_same_run(tmp_path / "out", runs.undisturbed(1))
+
+
+def test_loader_workers_and_other_micro_batches_resume_too(runs: Runs, tmp_path: Path) -> None:
+    words = runs.words(tmp_path / "out", dataloader_num_workers=2)
+    with pytest.raises(RankError, match="ended with status 9"):
+        run_ranks(1, run_train, words, at_step(8, die))
+    run_ranks(1, run_train, words)
+    assert_same_run(tmp_path / "out", runs.undisturbed(1))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_dropout_that_is_not_a_function_of_the_step_is_seen(runs: Runs, tmp_path: Path, n: int) -> None:
+    def unseeded(accelerator: Accelerator) -> None:
+        train.seed_dropout = lambda seed, step, rank: None
+
+    outs = [tmp_path / "straight", tmp_path / "resumed"]
+    run_ranks(n, run_train, runs.words(outs[0]), unseeded)
+    with pytest.raises(RankError, match="ended with status 9"):
+        run_ranks(n, run_train, runs.words(outs[1]), both(unseeded, at_step(7, die)))
+    run_ranks(n, run_train, runs.words(outs[1]), unseeded)
+    with pytest.raises(AssertionError):
+        assert_same_run(*outs)
+
+
+def test_three_ranks_without_the_throw_away_backward_are_seen(runs: Runs, tmp_path: Path) -> None:
+    """DDP orders its buckets anew after the first backward, and gloo's sum over three ranks rounds by place."""
+
+    def cold(accelerator: Accelerator) -> None:
+        train.warm_up = lambda *args: None
+
+    outs = [tmp_path / "straight", tmp_path / "resumed"]
+    run_ranks(3, run_train, runs.words(outs[0]), cold)
+    with pytest.raises(RankError, match="ended with status 9"):
+        run_ranks(3, run_train, runs.words(outs[1]), both(cold, at_step(7, die)))
+    run_ranks(3, run_train, runs.words(outs[1]), cold)
+    with pytest.raises(AssertionError):
+        assert_same_run(*outs)
+
+
+def test_another_world_size_goes_on_with_the_same_rows_and_says_so(runs: Runs, tmp_path: Path) -> None:
+    words = runs.words(tmp_path / "out", dropout=0)
+    begun = run_ranks(2, run_train, words, at_step(6, ask_the_last_rank_to_stop))
+    ended = run_ranks(3, run_train, words)
+    assert "It was written by 2 processes, now there are 3: the same rows in the same steps;" in ended[0][2]
+    straight = run_ranks(1, run_train, runs.words(tmp_path / "straight", dropout=0))
+    assert rows_by_step([seen for _, seen, _ in begun]) | rows_by_step([seen for _, seen, _ in ended]) == rows_by_step([straight[0][1]])
+    for one, other in zip(step_log(tmp_path / "out"), step_log(tmp_path / "straight"), strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(runs: Runs) -> None:
+    out = runs.undisturbed(1)
+    kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "environment.json"}
+    ((progress, seen, said),) = run_ranks(1, run_train, runs.words(out))
+    assert (progress.step, progress.finished, seen) == (STEPS, True, [])
+    assert f"Finished: {STEPS} steps, best weights (step {progress.best_step})" in said
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "environment.json"} == kept
+
+
+def test_a_named_checkpoint_is_gone_on_from(runs: Runs, tmp_path: Path) -> None:
+    words = runs.words(tmp_path / "out", save_total_limit=9)
+    run_ranks(1, run_train, words)
+    named = tmp_path / "out" / "checkpoints" / "step_000006"
+    ((_, seen, said),) = run_ranks(1, run_train, [*words, "--resume_from_checkpoint", str(named)])
+    assert f"Going on from {named} at step 6." in said and seen[0][0] == 6
+    assert_same_run(tmp_path / "out", runs.undisturbed(1))
+
+
+# --- I6
+
+
+def die_while_writing(file: str, times: int) -> Breaking:
+    """The process ends with half of `file` on the disk, at the so-manieth checkpoint."""
+
+    def breaking(accelerator: Accelerator) -> None:
+        save_file, count = checkpoint.save_file, iter(range(1, 99))
+
+        def broken(tensors: Any, path: Path) -> None:
+            save_file(tensors, path)
+            if path.name == file and next(count) == times:
+                os.truncate(path, path.stat().st_size // 2)
+                os._exit(9)
+
+        checkpoint.save_file = broken
+
+    return breaking
+
+
+def die_before_rename_to(name: str) -> Breaking:
+    """The process ends when all is written, before it has its name."""
+
+    def breaking(accelerator: Accelerator) -> None:
+        rename = os.rename
+
+        def broken(old: Path, new: Path) -> None:
+            if new.name == name:
+                os._exit(9)
+            rename(old, new)
+
+        os.rename = broken
+
+    return breaking
+
+
+@pytest.mark.parametrize(
+    ("n", "breaking", "left", "goes_on_at"),
+    [
+        (1, die_while_writing("model.safetensors", 1), [".step_000003.partial"], 0),
+        (1, die_while_writing("optimizer.safetensors", 3), [".step_000009.partial", "step_000003", "step_000006"], 6),
+        (2, die_before_rename_to("step_000006"), [".step_000006.partial", "step_000003"], 3),
+        (1, die_before_rename_to("best"), None, None),
+    ],
+)
+def test_a_kill_while_writing_leaves_the_older_checkpoint(
+    runs: Runs, tmp_path: Path, n: int, breaking: Breaking, left: list[str] | None, goes_on_at: int | None
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(RankError, match="ended with status 9"):
+        run_ranks(n, run_train, runs.words(out), breaking)
+    if left is not None:
+        assert checkpoints_of(out) == left
+        assert all(damage_of(out / "checkpoints" / name) is None for name in left if not name.startswith("."))
+    ended = run_ranks(n, run_train, runs.words(out))
+    if goes_on_at is not None and left is not None:
+        assert ended[0][1][0][0] == goes_on_at
+        assert f"Removing {left[0]}, a checkpoint that was not written to its end." in ended[0][2]
+    assert_same_run(out, runs.undisturbed(n))
+    assert not [path for path in out.rglob(".*")], "nothing half-written is left"
+
+
+def test_a_checkpoint_written_in_place_is_seen(runs: Runs, tmp_path: Path) -> None:
+    """The same kill, with a write_folder that does not write beside: the promise of an older whole one is broken, or the run is."""
+
+    def in_place(accelerator: Accelerator) -> None:
+        def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
+            final.mkdir(parents=True, exist_ok=True)
+            fill(final)
+
+        checkpoint.write_folder = best.write_folder = write_folder
+
+    out = tmp_path / "out"
+    with pytest.raises(RankError, match="ended with status 9"):
+        run_ranks(1, run_train, runs.words(out), both(in_place, die_while_writing("optimizer.safetensors", 3)))
+    assert any(damage_of(out / "checkpoints" / name) for name in checkpoints_of(out))
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def cut_short(folder: Path) -> None:
+    os.truncate(folder / "optimizer.safetensors", 100)
+
+
+def lose_the_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("n", "damage", "told"),
+    [
+        (2, flip_a_bit, "model.safetensors is not what was written (its digest differs)"),
+        (1, cut_short, "optimizer.safetensors has 100 bytes instead of "),
+        (1, lose_the_manifest, "manifest.json is missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    runs: Runs, tmp_path: Path, n: int, damage: Callable[[Path], None], told: str
+) -> None:
+    out, words = tmp_path / "out", runs.words(tmp_path / "out")
+    with pytest.raises(RankError, match="ended with status 9"):
+        run_ranks(n, run_train, words, at_step(7, die))
+    damage(last_checkpoint(out))
+    ended = run_ranks(n, run_train, words)
+    assert ended[0][1][0][0] == 3, "goes on from the older one"
+    assert f"Passing over checkpoint {out / 'checkpoints' / 'step_000006'}: {told}" in ended[0][2]
+    assert "It is now step_000006.damaged." in ended[0][2]
+    assert all(said == "" for _, _, said in ended[1:]), "rank 0 talks"
+    assert_same_run(out, runs.undisturbed(n))
+
+
+def test_without_digests_a_flipped_bit_is_loaded(runs: Runs, tmp_path: Path) -> None:
+    def trusting(accelerator: Accelerator) -> None:
+        checkpoint._digest = lambda path: "0"
+
+    out, words = tmp_path / "out", runs.words(tmp_path / "out")
+    with pytest.raises(RankError, match="ended with status 9"):
+        run_ranks(1, run_train, words, both(trusting, at_step(7, die)))
+    flip_a_bit(last_checkpoint(out))
+    ((_, seen, said),) = run_ranks(1, run_train, words, trusting)
+    assert seen[0][0] == 6 and "Passing over" not in said
+    with pytest.raises(AssertionError):
+        assert_same_tensors(tensors_of(last_checkpoint(out)), tensors_of(last_checkpoint(runs.undisturbed(1))))

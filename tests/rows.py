@@ -1,0 +1,174 @@
+"""Small data sets made by rule, runs over them, and what a run left behind.
+
+    files = write_split(folder, train=23, dev=9)                       # train.tsv and dev.tsv, the same rows in every process
+    words = words_of(tiny_model, folder / "out", files, seed=7)        # a command line
+    run_ranks(3, run_train, words)                                     # bertdist.train.train, on three forked ranks
+    step_log(folder / "out"), tensors_of(folder / "out" / "best")      # what is to be compared
+"""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+import bertdist.scores  # noqa: F401  imported before the ranks are forked: evaluate and scikit-learn take longer than a whole run
+from bertdist import train
+from bertdist.batching import Step
+from bertdist.config import read_config
+
+GOOD = "best fine fun good great warm".split()
+BAD = "bad dull poor worst boring".split()
+OTHER = "a an and but film is it movie not of so the this very was".split()
+SPEED = "tokens_per_second"  # the one number of metrics.jsonl that differs from run to run
+
+Breaking = Callable[[Accelerator], None]  # called on every rank before a run: breaks a promise of the product there
+
+
+class Files(NamedTuple):
+    """The two files of a run."""
+
+    train: Path
+    dev: Path | None = None
+
+
+def make_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Rows of `text` and `label`. Lengths go from 2 to 40 words; words of the label's mood are among them, and now and then of the other."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        label = ("negative", "positive")[random.integers(2)]
+        length = int(random.integers(2, 10)) if random.random() < 0.7 else int(random.integers(10, 41))
+        moods = (GOOD, BAD) if label == "positive" else (BAD, GOOD)
+        kinds = random.choice(3, size=length, p=[0.3, 0.05, 0.65])
+        kinds[random.integers(length)] = 0
+        words = [str(random.choice((*moods, OTHER)[kind])) for kind in kinds]
+        rows.append({"text": " ".join(words), "label": label})
+    return rows
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """By the file's ending: tsv, csv, jsonl or parquet."""
+    if path.suffix == ".parquet":
+        pa.parquet.write_table(pa.Table.from_pylist(list(rows)), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, delimiter="," if path.suffix == ".csv" else "\t", lineterminator="\n")
+            writer.writerows([list(rows[0]), *(row.values() for row in rows)])
+    return path
+
+
+def write_split(folder: Path, train: int, dev: int = 0, kind: str = "tsv") -> Files:
+    """A file to learn from and, with dev, one to score."""
+    folder.mkdir(parents=True, exist_ok=True)
+    learned = write_rows(folder / f"train.{kind}", make_rows(train, seed=1))
+    return Files(learned, write_rows(folder / f"dev.{kind}", make_rows(dev, seed=2)) if dev else None)
+
+
+def words_of(model: Path, out: Path, files: Files, **settings: Any) -> list[str]:
+    """The words of a command line, without the program; lists become several words, None leaves a setting out."""
+    usual = {"use_cpu": True, "learning_rate": 1e-3, "train_batch_size": 8, "dataloader_num_workers": 0, "log_every": "1 steps"}
+    paths = {"model_name_or_path": model, "output_dir": out, "train_file": files.train, "validation_file": files.dev}
+    words = []
+    for name, value in {**usual, **paths, **settings}.items():
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
+    return words
+
+
+def run_train(accelerator: Accelerator, words: Sequence[str], breaking: Breaking | None = None) -> tuple[Any, list[tuple[int, list[int]]], str]:
+    """Train on this rank; (progress, [(step, this rank's rows)] in the order they were trained, what was said)."""
+    if breaking is not None:
+        breaking(accelerator)
+    seen: list[tuple[int, list[int]]] = []
+    take_step = train.take_step
+
+    def watched(model: Any, optimizer: Any, step: Step, *rest: Any) -> Any:
+        seen.append((step.number, [row for batch in step.share for row in batch.rows.tolist() if row >= 0]))
+        return take_step(model, optimizer, step, *rest)
+
+    train.take_step = watched
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        progress = train.train(read_config(words))
+    return progress, seen, said.getvalue()
+
+
+def run_main(accelerator: Accelerator, words: Sequence[str], breaking: Breaking | None = None, program: Any = train) -> tuple[Any, str, str]:
+    """The command line on this rank, with all that follows from it: (exit code, standard error, standard output)."""
+    if breaking is not None:
+        breaking(accelerator)
+    sys.argv = [program.__name__, *words]
+    code: Any = 0
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()) as answered:
+        try:
+            program.main()
+        except SystemExit as end:
+            code = end.code
+    return code, said.getvalue(), answered.getvalue()
+
+
+def rows_by_step(seen_by_rank: Sequence[Sequence[tuple[int, list[int]]]]) -> dict[int, list[int]]:
+    """What each rank trained -> step: its rows on all ranks, sorted; a row that came twice stands there twice."""
+    steps: dict[int, list[int]] = {}
+    for seen in seen_by_rank:
+        for number, rows in seen:
+            steps.setdefault(number, []).extend(rows)
+    return {number: sorted(rows) for number, rows in sorted(steps.items())}
+
+
+def step_log(out: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """metrics.jsonl without the speed."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != SPEED} for line in lines if kind in (None, line["kind"])]
+
+
+def json_of(path: Path) -> Any:
+    """One JSON file, or the lines of a .jsonl file."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+
+def checkpoints_of(out: Path) -> list[str]:
+    """Names of what stands in checkpoints/, hidden things too."""
+    return sorted(os.listdir(out / "checkpoints"))
+
+
+def last_checkpoint(out: Path) -> Path:
+    """The newest folder of checkpoints/."""
+    return max((out / "checkpoints").glob("step_*"), key=lambda path: path.name)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder, by file and name."""
+    return {f"{path.name}: {name}": tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert one and one.keys() == other.keys()
+    differing = {name: (one[name] - other[name]).abs().max().item() for name in one if not torch.equal(one[name], other[name])}
+    assert not differing, f"{len(differing)} of {len(one)} tensors differ: {dict(list(differing.items())[:3])}"
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Two run folders hold the same to the last bit: step log, last checkpoint, best weights, predictions and scores."""
+    assert step_log(one) == step_log(other)
+    assert last_checkpoint(one).name == last_checkpoint(other).name
+    assert json_of(last_checkpoint(one) / "state.json")["progress"] == json_of(last_checkpoint(other) / "state.json")["progress"]
+    assert_same_tensors(tensors_of(last_checkpoint(one)), tensors_of(last_checkpoint(other)))
+    assert_same_tensors(tensors_of(one / "best"), tensors_of(other / "best"))
+    for name in ("predictions.jsonl", "evaluation.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
