@@ -9,7 +9,7 @@ How csv and tsv are read, and why it takes four steps (pyarrow 26; 1,000,000 row
 2. pyarrow ends a row at a lone carriage return too. Such a one is text here: a character that the file does not hold stands in for it.
 3. pyarrow reads the rows (0.15 s; Python's csv module: 2.2 s), the whole file as one block up to 1 GiB, on one thread (two are slower).
 4. pyarrow takes an open quote at the end of the file, and reads `"so" he said` as `so he said`, without a word. In a well-formed file
-   every other quote opens a field; where one does not (0.1 s), and where pyarrow refuses a row, Python's csv module walks the file in
+   every other quote opens a field; where one does not (0.2 s), and where pyarrow refuses a row, Python's csv module walks the file in
    strict mode to judge it and to name the line. The same walk finds the line of a row when a message wants it.
 """
 
@@ -49,7 +49,7 @@ class File:
     delimiter: str = ","
     quoted: bool = False
     encoding: str = "utf-8"
-    column_names: tuple[str, ...] | None = None
+    column_names: tuple[str, ...] = ()  # none: the file has a header
 
     @property
     def name(self) -> str:
@@ -57,7 +57,7 @@ class File:
 
     @property
     def has_header(self) -> bool:
-        return self.kind in ("csv", "tsv") and self.column_names is None
+        return self.kind in ("csv", "tsv") and not self.column_names
 
     def where(self, row: int) -> str:
         """`dev.tsv line 12`, the line on which row `row` (from 0) starts; `x.parquet row 7`. Reads the file again: 1 s a million rows."""
@@ -77,8 +77,10 @@ def find_file(path: str, *, delimiter: str | None, quoting: str, encoding: str, 
         near = sorted(file.name for file in place.parent.iterdir()) if place.parent.is_dir() else None
         raise DataError(f"{path}: no such {'folder' if near is None else 'file'}.{did_you_mean(place.name, near or ())}")
     kind = place.suffix.lower().removeprefix(".")
+    if delimiter is not None and (kind == "txt" or kind not in KINDS):  # many data sets call their tables train.txt, or nothing at all
+        kind = "tsv" if delimiter in ("tab", "\\t", "\t") else "csv"
     if kind not in KINDS:
-        raise DataError(f"{path}: the ending {place.suffix!r} is not known; expected one of {', '.join('.' + known for known in KINDS)}.")
+        raise DataError(f"{path}: the ending {place.suffix!r} is not known; expected .{', .'.join(KINDS)}, or a table and its --delimiter.")
     given = {"--delimiter": delimiter is not None, "--column_names": bool(column_names), "--quoting": quoting != "auto"}
     given = {**(given if kind not in ("csv", "tsv") else {}), "--encoding": kind == "parquet" and encoding.lower() not in ("utf-8", "utf8")}
     if idle := [flag for flag, is_given in given.items() if is_given]:
@@ -87,11 +89,10 @@ def find_file(path: str, *, delimiter: str | None, quoting: str, encoding: str, 
     assert delimiter is not None
     if len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\r\n\0':
         raise DataError(f"--delimiter is {delimiter!r}; expected one ASCII character that is no quote and no line end, or 'tab'.")
-    names = tuple(column_names) if column_names else None
-    if twice := _twice([name for name in names or () if name != "_"]):
+    if twice := _twice([name for name in column_names or () if name != "_"]):
         raise DataError(f"--column_names has {twice!r} twice; a column that is not to be read is named '_'.")
     quoted = kind == "csv" if quoting == "auto" else quoting == "double"
-    return File(path=place, kind=kind, delimiter=delimiter, quoted=quoted, encoding=encoding, column_names=names)
+    return File(path=place, kind=kind, delimiter=delimiter, quoted=quoted, encoding=encoding, column_names=tuple(column_names or ()))
 
 
 def open_file(file: File, rows: int | None = None) -> tuple[list[str], Reader]:
@@ -177,10 +178,10 @@ def _layout(file: File, data: bytes) -> tuple[list[str], int]:
     """Names of the columns, and how many rows stand before the first one of data."""
     blank = 0
     for line, fields in _walk(file, data):
-        if not fields and not (file.column_names and len(file.column_names) == 1):
+        if not fields and len(file.column_names) != 1:
             blank += 1
             continue
-        if file.column_names is None:
+        if file.has_header:
             if twice := _twice([name for name in fields if name]):
                 raise DataError(f"{file.name} line {line}: the header has two columns {twice!r}; rename one, or give --column_names.")
             return fields, 1 if len(fields) > 1 else blank + 1
@@ -193,7 +194,7 @@ def _layout(file: File, data: bytes) -> tuple[list[str], int]:
 
 def _walk(file: File, data: bytes, num_fields: int | None = None) -> Iterator[tuple[int, list[str]]]:
     """Every row as (line it starts on, fields), by Python's csv module; a blank line has none. DataError on wrong quotes and counts."""
-    csv.field_size_limit(BLOCK_BYTES)  # Python's own limit is 128 KiB a field
+    csv.field_size_limit((1 << 31) - 1)  # Python's own limit is 128 KiB a field
     reader = csv.reader(_text_lines(data), delimiter=file.delimiter, quoting=0 if file.quoted else csv.QUOTE_NONE, strict=True)
     while True:
         line = reader.line_num + 1
@@ -211,7 +212,7 @@ def _walk(file: File, data: bytes, num_fields: int | None = None) -> Iterator[tu
         if num_fields and fields and len(fields) != num_fields:
             found, source = f"{len(fields)} field{'s' * (len(fields) > 1)}", "the header" if file.has_header else "--column_names"
             advice = "put a field that holds the delimiter in double quotes (--quoting double), or name the delimiter with --delimiter"
-            raise DataError(f"{file.name} line {line}: {found}, expected {num_fields} as in {source}; {advice}.")
+            raise DataError(f"{file.name} line {line}: {found}, expected {num_fields} as in {source}; {advice}.") from None
         yield line, fields
 
 
@@ -250,8 +251,7 @@ def _json_objects(file: File, data: bytes) -> Iterator[tuple[int, dict[str, Any]
         try:
             found = decoder.decode(text)
         except (ValueError, RecursionError) as error:
-            problem = getattr(error, "msg", str(error))
-            raise DataError(f"{file.name} line {line}: not JSON: {problem}; expected one object a line.") from None
+            raise DataError(f"{file.name} line {line}: not JSON: {getattr(error, 'msg', error)}; expected one object a line.") from None
         if type(found) is not dict or not found:
             raise DataError(f"{file.name} line {line}: expected a JSON object with keys, found {json.dumps(found)[:40]}.")
         yield line, found

@@ -5,7 +5,8 @@ as kind, distinct values in the order in which rows first show them, and (rows,)
 One module, because what counts as a text, as a label, as missing and as a mixture must be the same for every kind of source.
 
 Labels are dictionary-encoded first, so that every check runs over the distinct values and not over the rows: 1,000,000 rows of two
-labels cost 0.05 s from Arrow and 0.2 s from a list (1,000,000 different numbers: 1.3 s), and the first row of a wrong value is the first wrong row.
+labels cost 0.05 s from Arrow and 0.2 s from a list (1,000,000 different numbers: 1.3 s), and the first row that holds the first wrong
+value is the first wrong row.
 """
 
 import math

@@ -1,21 +1,21 @@
 """The user's whole vocabulary on one page: words of a command line and of a YAML file -> frozen dataclasses.
 
 Names are those of `run_glue_no_trainer.py` and `TrainingArguments` where they mean the same. One dataclass per concern; a
-module receives its section, never the whole. Words are read by transformers' HfArgumentParser; this module adds the YAML
-file (same names, flags win over it), "did you mean", and checks that see all values together and tell every problem at once.
+module receives its section, never the whole. How words are read is in `words.py`; here are also the checks that see all values
+together and tell every problem at once.
 """
 
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import yaml
-from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.hf_argparser import HfArg
 
-from bertdist.errors import ConfigError, did_you_mean
+from bertdist.errors import ConfigError
+from bertdist.words import read_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +34,14 @@ class ModelConfig:
 class DataConfig:
     _argument_group_name = "data"
 
-    train_file: str | None = HfArg(default=None, help="Rows to learn from: .csv, .tsv, .jsonl or .parquet (.txt and .json lines too).")
+    train_file: str | None = HfArg(default=None, help="Rows to learn from: .csv, .tsv, .jsonl or .parquet; any other ending is a table with --delimiter.")
     validation_file: str | None = HfArg(default=None, help="Rows to score after training and every --eval_every.")
     dataset_name: str | None = HfArg(default=None, help="Data set on the hub, instead of files.")
     dataset_config_name: str | None = HfArg(default=None, help="Configuration of the data set on the hub.")
     task_name: str | None = HfArg(default=None, help="GLUE task (cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli): short for the data set nyu-mll/glue with its columns and metrics.")
     train_split: str = HfArg(default="train", help="Split of the hub data set to learn from.")
     validation_split: str | None = HfArg(default=None, help="Split of the hub data set to score; None takes 'validation' where there is one.")
-    text_column: str | None = HfArg(default=None, help="Column of the text; None takes the first of: text, sentence, sentence1, question, premise, review, tweet, content.")
+    text_column: str | None = HfArg(default=None, help="Column of the text; None takes text, else a known pair (sentence1 and sentence2, ...), else the first of: sentence, question, premise, review, tweet, content.")
     text_pair_column: str | None = HfArg(default=None, help="Column of the second text, for tasks on pairs.")
     label_column: str | None = HfArg(default=None, help="Column of the label; None takes the first of: label, labels, score, target, class.")
     label_columns: list[str] | None = HfArg(default=None, help="Several 0/1 columns, one for each label: a multi-label task.")
@@ -149,36 +149,6 @@ class PredictConfig:
     encoding: str = HfArg(default="utf-8", help="Encoding of csv, tsv, jsonl and txt files.")
 
 
-# Words that users bring from elsewhere and that are not here under another spelling: what to write instead.
-_ELSEWHERE = {
-    "per_device_train_batch_size": "--train_batch_size counts the rows of a step over all devices",
-    "per_device_eval_batch_size": "scores do not depend on a batch size; --tokens_per_micro_batch bounds the memory",
-    "gradient_accumulation_steps": "--train_batch_size is the whole step; --tokens_per_micro_batch cuts it to what fits",
-    "pad_to_max_length": "nothing is padded; --max_length truncates",
-    "max_seq_length": "the name is --max_length",
-    "max_steps": "the name is --max_train_steps",
-    "num_warmup_steps": "the name is --warmup_steps",
-    "evaluation_strategy": "--eval_every takes '200 steps', '0.5 epochs', '10%' or 'never'",
-    "eval_strategy": "--eval_every takes '200 steps', '0.5 epochs', '10%' or 'never'",
-    "eval_steps": "--eval_every takes '200 steps'",
-    "save_strategy": "--save_every takes '200 steps', '0.5 epochs', '10%' or 'never'",
-    "save_steps": "--save_every takes '200 steps'",
-    "checkpointing_steps": "--save_every takes '200 steps'",
-    "logging_steps": "--log_every takes '50 steps'",
-    "load_best_model_at_end": "the best weights are always in best/",
-    "group_by_length": "nothing is padded, so there is nothing to group",
-    "fp16": "--mixed_precision fp16",
-    "bf16": "--mixed_precision bf16",
-    "no_cuda": "the name is --use_cpu",
-    "with_tracking": "--report_to names the trackers",
-    "do_train": "train.py trains; python -m bertdist.predict predicts",
-    "do_eval": "rows of --validation_file are always scored",
-    "overwrite_output_dir": "choose another --output_dir, or remove the folder",
-    "label_column_name": "the name is --label_column",
-    "text_column_names": "the names are --text_column and --text_pair_column",
-    "metric_name": "the name is --metrics",
-}
-
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*")
 
 
@@ -198,7 +168,7 @@ def read_config(words: Sequence[str]) -> TrainConfig:
     Raises ConfigError with one line a problem: unknown words, values of the wrong kind, settings that contradict each other.
     """
     sections = [ModelConfig, DataConfig, TaskConfig, BatchConfig, OptimConfig, RunConfig]
-    config = TrainConfig(**dict(zip(("model", "data", "task", "batch", "optim", "run"), _read("train.py", sections, words), strict=True)))
+    config = TrainConfig(**dict(zip(("model", "data", "task", "batch", "optim", "run"), read_words("train.py", sections, words), strict=True)))
     if problems := list(_problems(config)):
         raise ConfigError("\n".join(problems))
     return config
@@ -206,7 +176,7 @@ def read_config(words: Sequence[str]) -> TrainConfig:
 
 def read_predict_config(words: Sequence[str]) -> PredictConfig:
     """The words of `python -m bertdist.predict`; raises ConfigError."""
-    (config,) = _read("python -m bertdist.predict", [PredictConfig], words)
+    (config,) = read_words("python -m bertdist.predict", [PredictConfig], words)
     assert isinstance(config, PredictConfig)
     problems = []
     if not config.model:
@@ -227,65 +197,6 @@ def write_config(config: TrainConfig) -> str:
     """Every value as YAML that `--config` reads back; unset ones are left out."""
     values = {name: value for section in dataclasses.asdict(config).values() for name, value in section.items() if value is not None}
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message[0].upper()}{message[1:]}. --help lists every flag.")
-
-
-def _read(program: str, sections: list[Any], words: Sequence[str]) -> tuple[Any, ...]:
-    parser = _Parser(sections, prog=program, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file with the same names as the flags; flags win over it.")
-    known = [field.name for section in sections for field in dataclasses.fields(section)]
-    files = parser.parse_known_args(list(words))[0].config
-    words = [*(_words_of_file(Path(files), known) if files else []), *words]
-    *values, _, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
-    unknown = [_unknown_word(word.split("=")[0].lstrip("-").replace("-", "_"), known) for word in rest if word.startswith("--")]
-    if rest and not unknown:
-        unknown = [f"Unexpected word {rest[0]!r}: every value follows its flag."]
-    if unknown:
-        raise ConfigError("\n".join(unknown))
-    return tuple(values)
-
-
-def _unknown_word(name: str, known: Iterable[str], where: str = "") -> str:
-    if name in _ELSEWHERE:
-        return f"{where}Unknown setting {name!r}: {_ELSEWHERE[name]}."
-    hint = did_you_mean(name, known)
-    return f"{where}Unknown setting {name!r}.{hint if 'Did' in hint else ' --help lists them.'}"
-
-
-def _words_of_file(path: Path, known: list[str]) -> list[str]:
-    """YAML -> the words that would say the same. Scalars stay text (`no` is not False, `1e-4` is not a string's fault)."""
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error}).") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
-    if node is None:
-        return []
-    if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"--config {path}: expected lines of `name: value`.")
-    words: list[str] = []
-    problems, seen = [], set()
-    for key, value in node.value:
-        name, where = str(key.value).lstrip("-").replace("-", "_"), f"{path} line {key.start_mark.line + 1}: "
-        if name not in known:
-            problems.append(_unknown_word(name, known, where))
-        elif name in seen:
-            problems.append(f"{where}{name!r} stands here a second time.")
-        elif isinstance(value, yaml.ScalarNode):
-            words += [] if value.style is None and value.value in ("", "null", "~") else [f"--{name}={value.value}"]
-        elif isinstance(value, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in value.value):
-            words += [f"--{name}", *(item.value for item in value.value)] if value.value else []
-        else:
-            problems.append(f"{where}{name!r} must be one value or a list of values.")
-        seen.add(name)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return words
 
 
 def _out_of_range(section: Any, bounds: dict[str, tuple[float, float | None]]) -> Iterable[str]:
@@ -309,6 +220,8 @@ def _problems(config: TrainConfig) -> Iterable[str]:
         yield f"{' and '.join(sources)} both name training rows; give one."
     if data.validation_file and not data.train_file:
         yield "--validation_file goes with --train_file; for hub data give --validation_split."
+    if data.label_columns and len(set(data.label_columns)) < len(data.label_columns):
+        yield f"--label_columns repeats a name: {' '.join(data.label_columns)}."
     if data.label_columns and (data.label_column or data.label_delimiter):
         yield "--label_columns stands instead of --label_column and --label_delimiter."
     yield from _out_of_range(config.model, {"max_length": (3, None), "dropout": (0, 1)})
@@ -319,6 +232,8 @@ def _problems(config: TrainConfig) -> Iterable[str]:
     yield from _out_of_range(optim, {"max_grad_norm": (0, None), "warmup_ratio": (0, 1), "warmup_steps": (0, None), "layerwise_lr_decay": (0, 1)})
     yield from _out_of_range(run, {"seed": (0, 2**32 - 1), "num_train_epochs": (0, None), "max_train_steps": (1, None), "save_total_limit": (2, None)})
     yield from _out_of_range(run, {"early_stopping_patience": (1, None), "early_stopping_threshold": (0, None), "stop_before_time_limit": (0, None)})
+    if run.num_train_epochs == 0:
+        yield "--num_train_epochs is 0; expected more than 0."
     if optim.warmup_steps is not None and optim.warmup_ratio:
         yield "--warmup_steps and --warmup_ratio both name the warmup; give one."
     if optim.lr_scheduler_type == "constant" and (optim.warmup_ratio or optim.warmup_steps):
@@ -326,7 +241,8 @@ def _problems(config: TrainConfig) -> Iterable[str]:
     for name in ("eval_every", "save_every", "log_every"):
         value = getattr(run, name)
         if value.strip() != "never" and not _DURATION.fullmatch(value):
-            yield f"--{name} is {value!r}; expected words such as '200 steps', '0.5 epochs', '10%' or 'never'."
+            hint = f" Did you mean '{value.strip()} steps'?" if value.strip().isdigit() else ""
+            yield f"--{name} is {value!r}; expected words such as '200 steps', '0.5 epochs', '10%' or 'never'.{hint}"
     if run.early_stopping_patience and run.eval_every.strip() == "never":
         yield "--early_stopping_patience needs evaluations, and --eval_every is 'never'."
     if task.class_weights and task.class_weights != ["balanced"] and not all(_is_weight(word) for word in task.class_weights):

@@ -133,6 +133,8 @@ def train(config: TrainConfig) -> Progress:
         else:
             log.status("preempted", progress.step, stop.reason)
             log.say(f"Asked to stop ({stop.reason}): step {progress.step} of {total_steps} is saved; the same command goes on.")
+        # DDP goes before the process group: else it joins gloo's thread with the GIL held, which that thread may wait for (torch 2.13).
+        model, optimizer = accelerator.free_memory(model, optimizer)
         accelerator.end_training()
     return progress
 

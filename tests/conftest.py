@@ -8,6 +8,11 @@ from pathlib import Path
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long one example takes says more about the machine's other work than about the code.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("here")
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "a an and bad best but dull film fine fun good great is it movie not of poor so the this very was warm worst".split()

@@ -28,10 +28,11 @@ def test_attention_on_the_gpu_equals_attention_on_the_cpu() -> None:
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_a_run_on_the_gpu_learns_and_goes_on(tiny_model: Path, tmp_path: Path, precision: str) -> None:
-    rows = [(f"{word} {'film ' * (i % 7)}movie", label) for i in range(64) for word, label in (("great", "good"), ("dull", "bad"))]
+    words_of = (("great", "good"), ("dull", "bad"))
+    rows = [(f"{word} {'film ' * (i % 7)}movie", label) for i in range(64) for word, label in words_of]
     (tmp_path / "train.tsv").write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
-    words = f"--model_name_or_path {tiny_model} --train_file {tmp_path}/train.tsv --validation_file {tmp_path}/train.tsv --learning_rate 1e-3"
-    words += f" --output_dir {tmp_path}/out --num_train_epochs 8 --mixed_precision {precision}"
+    words = f"--model_name_or_path {tiny_model} --train_file {tmp_path}/train.tsv --validation_file {tmp_path}/train.tsv"
+    words += f" --learning_rate 1e-3 --output_dir {tmp_path}/out --num_train_epochs 8 --mixed_precision {precision}"
     progress = train(read_config([*words.split(), "--log_every", "1 steps"]))
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert progress.finished and [line["accuracy"] for line in lines if line["kind"] == "eval"][-1] > 0.95

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "accelerate_configs"
 SCRIPTS = [ROOT / "launch" / name for name in ("train.slurm", "multi_node.slurm", "smoke.sh")]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+SECONDS = 110  # each of these takes 5 on an idle machine
 OURS = ("SLURM_", "ACCELERATE_", "NPROC_PER_NODE", "MAIN_PROCESS_IP", "RANKS", "RANK", "WORLD_SIZE", "LOCAL_")
 
 
@@ -79,30 +82,37 @@ def say_world(tmp_path: Path) -> str:
     return str(path)
 
 
-def launch(*words: str, **more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*ACCELERATE, *words], env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+def launched(*words: str, **more: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of `accelerate launch words...`; ended by SIGTERM, which torchrun passes on, if it hangs."""
+    pipe, command = subprocess.PIPE, [*ACCELERATE, *words]
+    with subprocess.Popen(command, env=environment(**more), stdout=pipe, stderr=pipe, text=True, start_new_session=True) as run:
+        try:
+            out, err = run.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGTERM)
+            raise
+        return run.returncode, out, err
 
 
 def test_cpu_config_is_one_process(say_world: str) -> None:
-    out, err = (run := launch("--config_file", f"{CONFIGS}/cpu.yaml", say_world)).communicate(timeout=60)
-    assert (run.returncode, out) == (0, "ranks [0] over no group\n"), err
+    code, out, err = launched("--config_file", f"{CONFIGS}/cpu.yaml", say_world)
+    assert (code, out) == (0, "ranks [0] over no group\n"), err
 
 
 @pytest.mark.parametrize(("words", "ranks"), [([], [0, 1]), (["--num_processes", "3"], [0, 1, 2])])
 def test_cpu_x2_config_is_two_processes_or_as_many_as_asked(say_world: str, words: list[str], ranks: list[int]) -> None:
-    out, err = (run := launch("--config_file", f"{CONFIGS}/cpu_x2.yaml", *words, say_world)).communicate(timeout=60)
-    assert (run.returncode, out) == (0, f"ranks {ranks} over gloo\n"), err
+    code, out, err = launched("--config_file", f"{CONFIGS}/cpu_x2.yaml", *words, say_world)
+    assert (code, out) == (0, f"ranks {ranks} over gloo\n"), err
 
 
 def test_multi_node_config_joins_launchers(say_world: str) -> None:
     """Two machines of one process, both of them this one."""
     words = ["--config_file", f"{CONFIGS}/multi_node.yaml", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
     words += ["--main_process_port", str(20000 + os.getpid() % 10000)]
-    runs = [launch(*words, "--machine_rank", str(rank), say_world, ACCELERATE_USE_CPU="true") for rank in range(2)]
-    said = [run.communicate(timeout=60) for run in runs]
-    assert ([run.returncode for run in runs], said[0][0], said[1][0]) == ([0, 0], "ranks [0, 1] over gloo\n", ""), said
+    with ThreadPoolExecutor() as pool:
+        ends = [pool.submit(launched, *words, "--machine_rank", rank, say_world, ACCELERATE_USE_CPU="true") for rank in "01"]
+    said = [end.result() for end in ends]
+    assert [(code, out) for code, out, _ in said] == [(0, "ranks [0, 1] over gloo\n"), (0, "")], said
 
 
 @pytest.mark.parametrize("how", ["flags", "config"])
@@ -110,9 +120,9 @@ def test_a_launch_that_starts_one_process_of_two_is_refused(say_world: str, tmp_
     config = tmp_path / "lost.yaml"
     config.write_text((CONFIGS / "cpu_x2.yaml").read_text(encoding="utf-8").replace("_type: MULTI_GPU", "_type: MULTI_CPU"))
     words = ["--config_file", str(config)] if how == "config" else ["--cpu", "--num_processes", "2"]
-    out, err = (run := launch(*words, say_world)).communicate(timeout=60)
+    code, out, err = launched(*words, say_world)
     told = [line for line in err.splitlines() if line.startswith("bertdist:")]
-    assert (run.returncode, out, len(told)) == (1, "", 1), err
+    assert (code, out, len(told)) == (1, "", 1), err
     assert told[0].startswith("bertdist: `accelerate launch` was asked for 2 processes, but this run has 1: give it --multi_gpu")
 
 
@@ -141,6 +151,7 @@ class Play:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.jobs: list[subprocess.Popen[str]] = []
         (folder / "out").mkdir()
         (folder / "bin").mkdir()
         for name, body in PLAYED.items():
@@ -152,7 +163,10 @@ class Play:
         env = environment(**{**job, "PLAY": str(self.folder), "REAL_PYTHON": sys.executable, "OMP_NUM_THREADS": "", **more})
         env["PATH"] = f"{self.folder / 'bin'}{os.pathsep}{env['PATH']}"
         command = ["bash", f"launch/{script}", *words]
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        pipe = subprocess.PIPE
+        run = subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        self.jobs.append(run)
+        return run
 
     def said(self, name: str) -> str:
         path = self.folder / name
@@ -160,8 +174,13 @@ class Play:
 
 
 @pytest.fixture
-def play(tmp_path: Path) -> Play:
-    return Play(tmp_path)
+def play(tmp_path: Path) -> Iterator[Play]:
+    played = Play(tmp_path)
+    yield played
+    for run in played.jobs:
+        if run.poll() is None:  # only where a test has failed
+            os.killpg(run.pid, signal.SIGKILL)
+            run.communicate()
 
 
 WORLDS = [  # script, nodes, the job's environment -> config, processes, OMP_NUM_THREADS and ACCELERATE_USE_CPU
@@ -179,7 +198,7 @@ def test_a_job_launches_one_process_a_gpu(
     play: Play, script: str, nodes: int, job: dict[str, str], config: str, processes: int, threads: str
 ) -> None:
     run = play.job(f"{script}.slurm", "--output_dir", "a b", PLAY_STATE="finished", **{"SLURM_JOB_NUM_NODES": str(nodes), **job})
-    out, _ = run.communicate(timeout=60)
+    out, _ = run.communicate(timeout=SECONDS)
     assert run.returncode == 0, out
     words = f"launch --machine_rank 0 --config_file accelerate_configs/{config}.yaml --num_machines {nodes}"
     words += f" --num_processes {processes} --main_process_ip node7 --main_process_port 23456"
@@ -188,7 +207,7 @@ def test_a_job_launches_one_process_a_gpu(
 
 
 def test_every_attempt_has_a_port_of_its_own(play: Play) -> None:
-    play.job("train.slurm", PLAY_STATE="finished", SLURM_RESTART_COUNT="2").communicate(timeout=60)
+    play.job("train.slurm", PLAY_STATE="finished", SLURM_RESTART_COUNT="2").communicate(timeout=SECONDS)
     assert "--main_process_port 23718 " in play.said("accelerate")
 
 
@@ -206,7 +225,7 @@ ENDS = [  # what status.json says, the launcher's exit code -> the job's exit co
 @pytest.mark.parametrize(("state", "code", "ends", "requeued"), ENDS)
 def test_a_job_is_queued_again_only_when_training_was_preempted(play: Play, state: str, code: int, ends: int, requeued: bool) -> None:
     (play.folder / "out/status.json").write_text('{"state": "preempted", "step": 5}')  # of an earlier attempt: it must not count
-    out, _ = (run := play.job("train.slurm", PLAY_STATE=state, PLAY_CODE=str(code))).communicate(timeout=60)
+    out, _ = (run := play.job("train.slurm", PLAY_STATE=state, PLAY_CODE=str(code))).communicate(timeout=SECONDS)
     assert (run.returncode, play.said("requeue")) == (ends, "123456\n" if requeued else ""), out
 
 
@@ -221,13 +240,13 @@ def test_a_signal_is_passed_on_and_the_job_waits(play: Play, number: signal.Sign
     while not (play.folder / "waits").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     run.send_signal(number)
-    out, _ = run.communicate(timeout=60)
+    out, _ = run.communicate(timeout=SECONDS)
     assert play.said("scancel").splitlines()[0] == "--signal=USR1 123456", out
     assert (run.returncode, play.said("requeue")) == (0 if requeued else 1, "123456\n" if requeued else ""), out
 
 
 def test_a_wrong_flag_ends_the_job_before_it_launches(play: Play) -> None:
-    out, _ = (run := play.job("train.slurm", "--learning_rat", "1", PLAY_READ="yes")).communicate(timeout=60)
+    out, _ = (run := play.job("train.slurm", "--learning_rat", "1", PLAY_READ="yes")).communicate(timeout=SECONDS)
     assert (run.returncode, play.said("accelerate")) == (1, "")
     assert out == "bertdist: Unknown setting 'learning_rat'. Did you mean 'learning_rate'?\n"
 
@@ -244,7 +263,8 @@ def test_smoke_run_takes_five_steps(tiny_model: Path, tmp_path: Path) -> None:
     rows = [f"a {word} film\t{label}" for word, label in (("good", 1), ("bad", 0)) * 20]
     (tmp_path / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
     words = f"--model_name_or_path {tiny_model} --train_file {tmp_path}/train.tsv --output_dir {tmp_path}/out --train_batch_size 4"
-    run = subprocess.run([SCRIPTS[2], *shlex.split(words)], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100)
+    command = [SCRIPTS[2], *shlex.split(words)]
+    run = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=SECONDS)
     assert run.returncode == 0, run.stderr
     lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
     assert len([line for line in lines if '"train"' in line]) == 5

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers.hf_argparser import HfArg
 
-from bertdist import config as config_module
+from bertdist import words as words_module
 from bertdist.config import (
     BatchConfig,
     DataConfig,
@@ -150,9 +150,9 @@ def test_no_flag_may_be_abbreviated(start: str) -> None:
     assert problems([*NEEDED, f"{start}=1"])[0].startswith(f"Unknown setting '{start[2:]}'.")
 
 
-@pytest.mark.parametrize("word", sorted(config_module._ELSEWHERE))
+@pytest.mark.parametrize("word", sorted(words_module._ELSEWHERE))
 def test_words_from_elsewhere_are_answered_with_ours(word: str, file: Callable[[str], list[str]]) -> None:
-    answer = config_module._ELSEWHERE[word]
+    answer = words_module._ELSEWHERE[word]
     assert problems([*NEEDED, f"--{word}=1"]) == [f"Unknown setting '{word}': {answer}."]
     words = file(f"seed: 1\n{word}: 1\n")
     assert problems([*words, *NEEDED]) == [f"{words[1]} line 2: Unknown setting '{word}': {answer}."]
@@ -160,8 +160,8 @@ def test_words_from_elsewhere_are_answered_with_ours(word: str, file: Callable[[
 
 def test_words_from_elsewhere_are_not_words_of_ours_and_name_real_ones() -> None:
     known = {field.name for section in SECTIONS for field in dataclasses.fields(section)}
-    assert not known & config_module._ELSEWHERE.keys()
-    named = {flag for answer in config_module._ELSEWHERE.values() for flag in re.findall(r"--(\w+)", answer)}
+    assert not known & words_module._ELSEWHERE.keys()
+    named = {flag for answer in words_module._ELSEWHERE.values() for flag in re.findall(r"--(\w+)", answer)}
     assert named <= known
 
 
