@@ -7,6 +7,7 @@ together and tell every problem at once.
 
 import dataclasses
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -202,7 +203,7 @@ def write_config(config: TrainConfig) -> str:
 def _out_of_range(section: Any, bounds: dict[str, tuple[float, float | None]]) -> Iterable[str]:
     for name, (low, high) in bounds.items():
         value = getattr(section, name)
-        if value is not None and not (low <= value and (high is None or value <= high)):
+        if value is not None and not (low <= value <= (sys.float_info.max if high is None else high)):
             expected = f"at least {low}" if high is None else f"from {low} to {high}"
             yield f"--{name} is {value}; expected {expected}."
 

@@ -14,12 +14,13 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from bertdist.errors import BertdistError, CheckpointError
+
+_COMMANDS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class RunLog:
@@ -49,7 +50,7 @@ class RunLog:
         """Print lines as they are."""
         if self.enabled:
             for line in lines:
-                self.console.print(Text(line))
+                self.console.print(_plain(line))
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl and show it."""
@@ -117,9 +118,9 @@ class RunLog:
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Show a table; numbers with four digits."""
         if self.enabled:
-            table = Table(*(escape(name) for name in header), title=Text(title), title_justify="left")
+            table = Table(*(Column(_plain(name)) for name in header), title=_plain(title), title_justify="left")
             for row in rows:
-                table.add_row(*(Text(_short(value)) for value in row))
+                table.add_row(*(_plain(_short(value)) for value in row))
             self.console.print(table)
 
 
@@ -152,7 +153,7 @@ def complain(error: BertdistError) -> None:
     """Print an error's lines as a user should read them."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     for line in str(error).splitlines():
-        console.print(Text(f"bertdist: {line}"))
+        console.print(_plain(f"bertdist: {line}"))
 
 
 class Stopwatch:
@@ -174,6 +175,11 @@ class Stopwatch:
         begin = time.perf_counter()
         yield
         self._since += time.perf_counter() - begin
+
+
+def _plain(text: str) -> Text:
+    """Text as it is: no markup, and what a terminal would obey (escape codes of a data file, say) is shown as a box."""
+    return Text(text.translate(_COMMANDS))
 
 
 def _short(value: Any) -> str:

@@ -7,6 +7,7 @@ Legend: N texts, O outputs, V distinct labels.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -254,7 +255,7 @@ def _problem_type(asked: str, kind: str, values: Sequence[Any]) -> str:
         return asked
     if kind == "set":
         return "multi_label_classification"
-    fractions = kind == "text" and all(_is_number(v) for v in values) and not all(_is_whole(str(v)) for v in values)
+    fractions = kind == "text" and all(_is_number(v) for v in values) and not all(re.fullmatch(r"[+-]?\d+", v) for v in values)
     return "regression" if kind == "number" or fractions else "single_label_classification"
 
 

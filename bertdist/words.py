@@ -63,8 +63,11 @@ def read_words(program: str, sections: list[Any], words: Sequence[str]) -> tuple
     parser = _Parser(sections, prog=program, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with the same names as the flags; flags win over it.")
     known = [field.name for section in sections for field in dataclasses.fields(section)]
-    files = parser.parse_known_args(list(words))[0].config
-    words = [*(_words_of_file(Path(files), known) if files else []), *words]
+    file = parser.parse_known_args(list(words))[0].config
+    if file:
+        scalars, lists = _words_of_file(Path(file), known, {action.dest for action in parser._actions if action.nargs == "+"})
+        words = [*scalars, *words]
+        parser.set_defaults(**lists)  # as words, items that begin with a dash would be taken for flags
     *values, _, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
     unknown = [_unknown_word(word.split("=")[0].lstrip("-").replace("-", "_"), known) for word in rest if word.startswith("--")]
     if rest and not unknown:
@@ -81,8 +84,8 @@ def _unknown_word(name: str, known: Iterable[str], where: str = "") -> str:
     return f"{where}Unknown setting {name!r}.{hint if 'Did' in hint else ' --help lists them.'}"
 
 
-def _words_of_file(path: Path, known: list[str]) -> list[str]:
-    """YAML -> the words that would say the same. Scalars stay text (`no` is not False, `1e-4` is not a string's fault)."""
+def _words_of_file(path: Path, known: list[str], many: set[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """YAML -> the words that would say the same, and the lists by name. Scalars stay text: `no` is not False, `1e-4` is a number."""
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (OSError, UnicodeDecodeError) as error:
@@ -90,10 +93,11 @@ def _words_of_file(path: Path, known: list[str]) -> list[str]:
     except yaml.YAMLError as error:
         raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
     if node is None:
-        return []
+        return [], {}
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"--config {path}: expected lines of `name: value`.")
     words: list[str] = []
+    lists: dict[str, list[str]] = {}
     problems, seen = [], set()
     for key, value in node.value:
         name, where = str(key.value).lstrip("-").replace("-", "_"), f"{path} line {key.start_mark.line + 1}: "
@@ -103,11 +107,13 @@ def _words_of_file(path: Path, known: list[str]) -> list[str]:
             problems.append(f"{where}{name!r} stands here a second time.")
         elif isinstance(value, yaml.ScalarNode):
             words += [] if value.style is None and value.value in ("", "null", "~") else [f"--{name}={value.value}"]
+        elif isinstance(value, yaml.SequenceNode) and name not in many:
+            problems.append(f"{where}{name!r} takes one value, not a list.")
         elif isinstance(value, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in value.value):
-            words += [f"--{name}", *(item.value for item in value.value)] if value.value else []
+            lists |= {name: [item.value for item in value.value]} if value.value else {}
         else:
             problems.append(f"{where}{name!r} must be one value or a list of values.")
         seen.add(name)
     if problems:
         raise ConfigError("\n".join(problems))
-    return words
+    return words, lists

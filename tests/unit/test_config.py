@@ -162,7 +162,7 @@ def test_words_from_elsewhere_are_not_words_of_ours_and_name_real_ones() -> None
     known = {field.name for section in SECTIONS for field in dataclasses.fields(section)}
     assert not known & words_module._ELSEWHERE.keys()
     named = {flag for answer in words_module._ELSEWHERE.values() for flag in re.findall(r"--(\w+)", answer)}
-    assert named <= known
+    assert named <= known | {field.name for field in dataclasses.fields(PredictConfig)}
 
 
 def test_all_unknown_flags_are_told_at_once() -> None:
@@ -478,3 +478,9 @@ def test_odd_words_are_an_error_of_ours() -> None:
     for words in (["--"], ["="], ["--="], ["---"], [""], ["\n"], ["--seed", "--seed"], ["--config=a", "--config=b"]):
         with pytest.raises(BertdistError):
             read_config([*NEEDED, *words])
+
+
+def test_a_list_for_a_setting_of_one_value_is_refused_with_its_line(file: Callable[[str], list[str]]) -> None:
+    words = file("metrics: [accuracy, f1_macro]\nseed: [1, 2]\n")
+    assert problems([*words, *NEEDED]) == [f"{words[1]} line 2: 'seed' takes one value, not a list."]
+    assert read_config([*file("metrics: [accuracy, f1_macro]\n"), *NEEDED]).task.metrics == ["accuracy", "f1_macro"]

@@ -1,0 +1,543 @@
+"""A packed model is the padded Hugging Face model: logits, loss and every gradient; its folder is a plain Hugging Face folder.
+
+Legend: T tokens, N texts, O outputs.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AlbertConfig,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertConfig,
+    ElectraConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    RobertaConfig,
+    pipeline,
+)
+
+from bertdist import attention, classifier
+from bertdist.batching import Batch, Batches, collate
+from bertdist.classifier import Classifier, export, labels_of, load_classifier, load_settings, load_trained
+from bertdist.config import ModelConfig
+from bertdist.encoding import Example, encode, open_examples
+from bertdist.errors import BertdistError, ConfigError, ModelError
+from bertdist.records import records_of
+from bertdist.tasks import MultiLabel, Regression, SingleLabel, Task
+
+TASK = SingleLabel(("bad", "fine", "good"))
+TEXTS = ["a great movie", "bad", "so dull and so poor a film, the worst", "it was good", "not fine", "the best film is warm, fun and good!"]
+PAIRS = ["it was great", "a dull film and so bad", "bad", "so", "this is the worst movie", "great fun"]
+TARGETS = [2, 0, 0, 2, 0, 1]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def load(folder: Path, task: Task = TASK, **settings: Any) -> tuple[Classifier, list[str]]:
+    """What `load_classifier` makes of a folder, with a head drawn from seed 0."""
+    config = ModelConfig(model_name_or_path=str(folder), **settings)
+    torch.manual_seed(0)
+    model, notes = load_classifier(config, load_settings(config), task)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "classifier" in name and weight.ndim == 2:
+                weight.mul_(5)  # logits of size 1, so that what is wrong is not small
+    return model.eval(), notes
+
+
+def padded_twin(model: Classifier, folder: Path) -> Any:
+    """The same weights as a plain padded Hugging Face model, with the attention that is written out in Python."""
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=model.model.config.num_labels, attn_implementation="eager"
+    )
+    plain.load_state_dict(model.model.state_dict())
+    return plain.eval()
+
+
+def packed(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[str] | None) -> Batch:
+    records = records_of(TEXTS, pairs)
+    encoded = encode([records[row] for row in range(len(TEXTS))], tokenizer, 64)
+    return collate([Example(row, ids, segments, TARGETS[row], 1.0) for row, (ids, segments) in enumerate(encoded)])
+
+
+def padded(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[str] | None) -> dict[str, Tensor]:
+    found = tokenizer(TEXTS, None if pairs is None else list(pairs), padding=True, return_tensors="pt")
+    assert (found["attention_mask"] == 0).any()  # there is something to leave out
+    return dict(found)
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name.removeprefix("model."): weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+# Sums of 32 to 64 products of size 1, through two layers: some tens of roundings of 6e-8 in float32, of 1e-16 in float64.
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-13}
+
+
+def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest difference of two sets of gradients, relative to the size of its tensor.
+
+    A tensor counts as no smaller than a thousandth of the largest: a bias of the keys moves all scores of a softmax alike, so its
+    gradient is zero but for rounding.
+    """
+    assert a.keys() == b.keys()
+    size = max(gradient.abs().max() for gradient in b.values()) / 1000
+    return max(((a[name] - b[name]).abs().max() / b[name].abs().max().clamp(min=size)).item() for name in a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("pairs", [None, PAIRS])
+def test_packed_logits_loss_and_gradients_equal_padded_ones(
+    pairs: Sequence[str] | None, dtype: torch.dtype, tiny_model: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model, _ = load(tiny_model)
+    assert model.packed
+    plain = padded_twin(model, tiny_model).to(dtype)
+    model.to(dtype)
+    logits, expected = model(packed(tokenizer, pairs)), plain(**padded(tokenizer, pairs)).logits
+    assert logits.shape == (6, 3)
+    assert expected.std() > 0.3  # the texts do not all get one answer
+    torch.testing.assert_close(logits, expected, rtol=0, atol=10 * TOLERANCES[dtype])
+    loss, wanted = (F.cross_entropy(x, torch.tensor(TARGETS), reduction="sum") for x in (logits, expected))
+    torch.testing.assert_close(loss, wanted, rtol=TOLERANCES[dtype], atol=0)
+    found, twin = gradients(model, loss), gradients(plain, wanted)
+    assert found.keys() == {name for name, _ in plain.named_parameters()}
+    print("MEAS", dtype, (logits-expected).abs().max().item(), (loss-wanted).abs().item()/wanted.item(), largest(found, twin), expected.abs().max().item(), expected.std().item())
+
+
+def one_text(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+    real = attention.pack
+    monkeypatch.setattr(attention, "pack", lambda lengths, device: real([sum(lengths)], device))
+    return batch
+
+
+def no_restart(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+    return replace(batch, positions=torch.arange(len(batch.ids)))
+
+
+def no_segments(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+    return replace(batch, segments=torch.zeros_like(batch.segments))
+
+
+def last_tokens(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+    return replace(batch, starts=torch.cat([batch.starts[1:], batch.starts[-1:]]) - 1)
+
+
+@pytest.mark.parametrize("broken", [one_text, no_restart, no_segments, last_tokens])
+def test_what_is_packed_wrongly_is_seen(
+    broken: Callable[[Batch, pytest.MonkeyPatch], Batch],
+    tiny_model: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The control: texts that see each other, positions that go on, segments left out, the wrong tokens kept.
+    model, _ = load(tiny_model)
+    plain = padded_twin(model, tiny_model)
+    logits = model(broken(packed(tokenizer, PAIRS), monkeypatch))
+    expected = plain(**padded(tokenizer, PAIRS)).logits
+    assert (logits - expected).abs().max() > 0.05  # 500 times what is let pass
+    loss, wanted = (F.cross_entropy(x, torch.tensor(TARGETS), reduction="sum") for x in (logits, expected))
+    assert largest(gradients(model, loss), gradients(plain, wanted)) > 0.05
+
+
+@pytest.mark.parametrize("kernel", ["grouped", "padded"])
+def test_both_kernels_give_the_model_the_same_logits(
+    kernel: Any, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load(tiny_model)
+    model.double()
+    expected = model(packed(tokenizer, None))
+    real = attention.pack
+    monkeypatch.setattr(attention, "pack", lambda lengths, device: real(lengths, device, kernel))
+    torch.testing.assert_close(model(packed(tokenizer, None)), expected, rtol=0, atol=1e-12)
+
+
+def test_the_order_and_the_company_of_texts_change_nothing(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model, _ = load(tiny_model)
+    model.double()
+    examples = open_examples(records_of(TEXTS), tokenizer, None, 64)
+    together = model(collate(examples[list(range(6))]))
+    for order in ([5, 4, 3, 2, 1, 0], [2], [3, 0]):
+        torch.testing.assert_close(model(collate(examples[order])), together[order], rtol=0, atol=1e-12)
+
+
+# ---- A step is its rows, however it is dealt and cut
+
+
+def step_gradients(model: Classifier, tokenizer: PreTrainedTokenizerBase, ranks: int, tokens: int) -> dict[str, Tensor]:
+    """Gradients of one step of six rows: summed losses of all ranks' micro-batches, over its rows."""
+    records = replace(records_of(TEXTS), label_kind="text", label_values=["bad", "fine", "good"], label_codes=torch.tensor(TARGETS).numpy())
+    examples = open_examples(records, tokenizer, TASK, 64)
+    model.zero_grad()
+    for rank in range(ranks):
+        (step,) = Batches(examples=examples, rows_per_step=6, tokens_per_micro_batch=tokens, rank=rank, ranks=ranks).steps(0, 1)
+        for batch in step.share:
+            (F.cross_entropy(model(batch), batch.targets, reduction="none") * batch.weights).sum().div(step.rows).backward()
+    return {name.removeprefix("model."): weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])  # 8: two ranks have nothing to do
+@pytest.mark.parametrize("tokens", [1, 12, 1000])
+def test_a_steps_gradient_is_that_of_one_padded_batch(
+    ranks: int, tokens: int, tiny_model: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model, _ = load(tiny_model)
+    plain = padded_twin(model, tiny_model).double()
+    wanted = gradients(plain, plain(**padded(tokenizer, None), labels=torch.tensor(TARGETS)).loss)  # Hugging Face's own mean
+    found = step_gradients(model.double(), tokenizer, ranks, tokens)
+    assert largest(found, wanted) < 1e-12
+    without = {name: gradient * 6 for name, gradient in found.items()}  # the control: not divided by the rows
+    assert largest(without, wanted) > 1
+
+
+def test_a_text_of_weight_zero_leaves_no_trace(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model, _ = load(tiny_model)
+    batch = packed(tokenizer, None)
+    idle = replace(batch, weights=torch.zeros(6))
+    found = gradients(model, TASK.loss(model(idle), idle.targets, idle.weights))
+    assert found.keys() == {name.removeprefix("model.") for name, _ in model.named_parameters()}  # every weight joins the exchange
+    assert all((gradient == 0).all() for gradient in found.values())
+
+
+# ---- Families that run padded
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
+    "distilbert": lambda: DistilBertConfig(vocab_size=40, dim=16, n_layers=2, n_heads=2, hidden_dim=32, initializer_range=0.2),
+    "roberta": lambda: RobertaConfig(vocab_size=40, max_position_embeddings=34, type_vocab_size=1, initializer_range=0.2, **SIZES),
+    "electra": lambda: ElectraConfig(vocab_size=40, embedding_size=16, initializer_range=0.2, **SIZES),
+    "albert": lambda: AlbertConfig(vocab_size=40, embedding_size=16, initializer_range=0.2, **SIZES),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def other(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    torch.manual_seed(1)
+    AutoModelForSequenceClassification.from_config(FAMILIES[request.param]()).base_model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def rows_by_hand(segments: bool) -> Batch:
+    rows = [[5, 11, 12, 13, 6], [5, 14, 6], [5, 15, 16, 17, 18, 19, 20, 6], [5, 21, 6]]
+    return collate([Example(i, ids, [int(segments and k > 2) for k in range(len(ids))], 0, 1.0) for i, ids in enumerate(rows)])
+
+
+def test_other_families_run_padded_say_so_and_give_the_same_logits(other: Path) -> None:
+    model, notes = load(other, max_length=32)
+    kind = model.model.config.model_type
+    assert not model.packed
+    assert notes[-1] == f"Models of type {kind!r} run padded to the longest text of a micro-batch; the results are the same."
+    model.double()
+    has_segments = kind in ("electra", "albert")
+    batch = rows_by_hand(has_segments)
+    texts = zip(batch.ids.split(batch.lengths), batch.segments.split(batch.lengths), strict=True)
+    expected = []
+    for ids, segments in texts:  # each alone: nothing to pad, nothing to mask
+        expected.append(model.model(input_ids=ids[None], **({"token_type_ids": segments[None]} if has_segments else {})).logits)
+    torch.testing.assert_close(model(batch), torch.cat(expected), rtol=0, atol=1e-12)
+
+
+def test_padding_that_is_not_masked_is_seen(other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = load(other, max_length=32)
+    model.double()
+    expected = model(rows_by_hand(False))
+    real = attention.grid
+    monkeypatch.setattr(attention, "grid", lambda lengths: (real(lengths)[0], real(lengths)[1] | True))
+    assert (model(rows_by_hand(False)) - expected).abs().max() > 0.01  # the control
+
+
+def test_a_packed_family_says_nothing_of_padding(tiny_model: Path) -> None:
+    assert not any("padded" in note for note in load(tiny_model)[1])
+
+
+@pytest.mark.parametrize(("kind", "positions"), [("roberta", 32), ("distilbert", 512), ("electra", 512)])
+def test_more_tokens_than_positions_are_an_error(kind: str, positions: int, tmp_path: Path) -> None:
+    AutoModelForSequenceClassification.from_config(FAMILIES[kind]()).save_pretrained(tmp_path)
+    model, _ = load(tmp_path, max_length=positions)
+    longest = collate([Example(0, [5] * positions, [0] * positions, 0, 1.0)])
+    assert model(longest).shape == (1, 3)  # so many it can
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, max_length=positions + 1)
+    assert str(caught.value) == f"--max_length is {positions + 1}; this model has {positions} positions."
+
+
+# ---- Settings
+
+
+# The name of transformers 5.17; 5.23 has another beside it.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradient_checkpointing_changes_no_gradient(dropout: float, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    found, calls = [], []
+    for on in (False, True):
+        model, _ = load(tiny_model, gradient_checkpointing=on, dropout=dropout)
+        count: list[int] = []
+        model.model.bert.encoder.layer[0].attention.self.query.register_forward_hook(lambda *args, count=count: count.append(1))
+        batch = packed(tokenizer, PAIRS)
+        torch.manual_seed(5)
+        found.append(gradients(model, TASK.loss(model.train()(batch), batch.targets, batch.weights)))
+        calls.append(len(count))
+    assert calls == [1, 2]  # the second time in the backward pass: it does take effect
+    assert largest(*found) == 0  # the same operations in the same order, and the same dropout
+
+
+def test_dropout_takes_effect_everywhere(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model, _ = load(tiny_model, dropout=0.25)
+    assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.25}
+    assert len([module for module in model.modules() if isinstance(module, nn.Dropout)]) >= 6
+    assert model.model.config.attention_probs_dropout_prob == 0.25
+    batch = packed(tokenizer, None)
+    model.train()
+    assert not torch.equal(model(batch), model(batch))
+    assert torch.equal(model.eval()(batch), model(batch))
+
+
+def test_attention_itself_drops(tiny_model: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    real = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kw: (asked.append(kw["dropout_p"]), real(*args, **kw))[1])
+    model, _ = load(tiny_model, dropout=0.25)
+    for mode, dropout in ((True, 0.25), (False, 0.0)):
+        asked.clear()
+        model.train(mode)(packed(tokenizer, None))
+        assert set(asked) == {dropout}
+
+
+def test_dropout_zero_is_the_model_without_dropout(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model, _ = load(tiny_model, dropout=0.0)
+    batch = packed(tokenizer, None)
+    assert torch.equal(model.train()(batch), model.eval()(batch))
+    own, _ = load(tiny_model)
+    assert {module.p for module in own.modules() if isinstance(module, nn.Dropout)} == {0.1}  # None keeps the model's own
+
+
+def test_dropout_that_cannot_take_effect_is_an_error(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classifier, "_DROPOUTS", ["a_name_no_config_has"])
+    load(tiny_model)
+    with pytest.raises(ConfigError, match=r"^--dropout cannot take effect: the config of bert names no dropout\.$"):
+        load(tiny_model, dropout=0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_takes_effect_in_other_families(family: str, tmp_path: Path) -> None:
+    AutoModelForSequenceClassification.from_config(FAMILIES[family]()).save_pretrained(tmp_path)
+    model, _ = load(tmp_path, dropout=0.25, max_length=32)
+    assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.25}
+
+
+def test_weights_are_float32_whatever_the_checkpoint_holds(tiny_model: Path, tmp_path: Path) -> None:
+    AutoModelForSequenceClassification.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    model, _ = load(tmp_path)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_a_new_head_is_drawn_from_the_seed(tiny_model: Path) -> None:
+    heads = []
+    for seed in (1, 1, 2):
+        config = ModelConfig(model_name_or_path=str(tiny_model))
+        torch.manual_seed(seed)
+        heads.append(load_classifier(config, load_settings(config), TASK)[0].model.classifier.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+# ---- Export and load
+
+
+@pytest.fixture
+def exported(tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> tuple[Classifier, Path]:
+    model, _ = load(tiny_model)
+    export(model, tokenizer, tmp_path / "best", {"max_length": 64})
+    return model, tmp_path / "best"
+
+
+def test_an_exported_folder_is_loaded_by_hugging_face_as_it_is(
+    exported: tuple[Classifier, Path], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model, folder = exported
+    config = json.loads((folder / "config.json").read_text())
+    assert config["id2label"] == {"0": "bad", "1": "fine", "2": "good"}
+    assert config["label2id"] == {"bad": 0, "fine": 1, "good": 2}
+    assert (config["problem_type"], config["bertdist"]) == ("single_label_classification", {"max_length": 64})
+    assert attention.NAME not in (folder / "config.json").read_text()
+    plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    assert plain.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(plain(**padded(tokenizer, None)).logits, model(packed(tokenizer, None)), rtol=0, atol=1e-5)
+    assert not [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pkl", ".pt", ".py")]
+
+
+TASKS: list[Task] = [TASK, MultiLabel(("dull", "fun")), Regression(("stars",))]
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.problem_type)
+def test_the_pipeline_of_hugging_face_gives_the_same_answers(
+    task: Task, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model, _ = load(tiny_model, task)
+    export(model, tokenizer, tmp_path, {})
+    answers = task.answers(model(packed(tokenizer, None)).detach())
+    found = pipeline("text-classification", model=str(tmp_path), device="cpu")(TEXTS, top_k=None)
+    for answer, entries in zip(answers, found, strict=True):
+        wanted = {entry["label"]: entry["score"] for entry in answer.get("labels", [answer])}
+        above = {entry["label"]: entry["score"] for entry in entries if task.problem_type != TASKS[1].problem_type or entry["score"] > 0.5}
+        best = above if task.problem_type != TASK.problem_type else dict([max(above.items(), key=lambda entry: entry[1])])
+        assert best == pytest.approx(wanted, abs=1e-6)
+    assert {entry["label"] for entries in found for entry in entries} == set(task.labels)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.problem_type)
+def test_a_trained_classifier_comes_back_with_its_task(
+    task: Task, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model, _ = load(tiny_model, task)
+    export(model, tokenizer, tmp_path, {"max_length": 64, "text_column": "grün"})
+    again, its_task, notes = load_trained(str(tmp_path))
+    assert (its_task, notes) == (task, {"max_length": 64, "text_column": "grün"})
+    assert torch.equal(again.eval()(packed(tokenizer, None)), model(packed(tokenizer, None)))
+
+
+def test_a_base_model_is_no_trained_classifier(tiny_model: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        load_trained(str(tiny_model))
+    assert str(caught.value) == f"{tiny_model} is not a trained classifier. New weights, to be trained: classifier.bias, classifier.weight."
+
+
+def test_another_number_of_labels_gets_a_new_head(exported: tuple[Classifier, Path], tokenizer: PreTrainedTokenizerBase) -> None:
+    old, folder = exported
+    model, notes = load(folder, SingleLabel(("no", "yes")))
+    assert notes == ["New weights, to be trained: classifier.bias, classifier.weight."]
+    assert model(packed(tokenizer, None)).shape == (6, 2)
+    assert model.model.config.id2label == {0: "no", 1: "yes"}
+    assert torch.equal(model.model.bert.pooler.dense.weight, old.model.bert.pooler.dense.weight)
+    same, notes = load_classifier(
+        ModelConfig(model_name_or_path=str(folder)), load_settings(ModelConfig(model_name_or_path=str(folder))), TASK
+    )
+    assert notes == []  # the control: as many labels keep the trained head
+    assert torch.equal(same.model.classifier.weight, old.model.classifier.weight)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        ({0: "bad", 1: "good"}, ("bad", "good")),
+        ({1: "good", 0: "bad"}, ("bad", "good")),
+        ({0: "LABEL_0", 1: "LABEL_1"}, None),
+        ({i: f"l{i}" for i in range(11)}, tuple(f"l{i}" for i in range(11))),
+    ],
+)
+def test_the_labels_of_a_model_are_its_names_in_order(names: dict[int, str], found: tuple[str, ...] | None, tmp_path: Path) -> None:
+    config = AutoConfig.for_model("bert", id2label=names)
+    assert labels_of(config) == found
+    config.save_pretrained(tmp_path)
+    assert labels_of(load_settings(ModelConfig(model_name_or_path=str(tmp_path)))) == found
+
+
+# ---- What cannot be loaded
+
+
+def complaint(folder: Path | str) -> str:
+    config = ModelConfig(model_name_or_path=str(folder))
+    with pytest.raises(BertdistError) as caught:
+        load_classifier(config, load_settings(config), TASK)
+    assert isinstance(caught.value, ModelError)
+    message = str(caught.value)
+    assert message.startswith(f"--model_name_or_path {folder}")
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def copy(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+
+
+def test_a_folder_that_is_not_there_is_one_line_with_its_neighbour(copy: Path) -> None:
+    wrong = copy.with_name("copi")
+    assert complaint(wrong) == f"--model_name_or_path {wrong}: there is no such folder. Did you mean '{copy}'?"
+
+
+def test_a_name_that_the_hub_does_not_give_is_one_line() -> None:
+    message = complaint("no-such-owner/model")
+    assert "neither a folder here nor a model that the hub gave" in message
+    assert message.endswith("Without a network, give a folder that holds config.json, model.safetensors and the tokenizer.")
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"model_type": "no such type"}'])
+def test_a_folder_without_a_config_is_one_line(text: str | None, copy: Path) -> None:
+    (copy / "config.json").unlink() if text is None else (copy / "config.json").write_text(text)
+    assert "the folder holds no config.json that can be read" in complaint(copy)
+
+
+def test_a_model_that_classifies_no_texts_is_one_line(copy: Path) -> None:
+    AutoConfig.for_model("vit").save_pretrained(copy)
+    complaint(copy)
+
+
+def test_a_folder_without_weights_is_one_line(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    complaint(copy)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_pickle_is_never_loaded(beside: bool, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a pickle was to be read")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    if beside:
+        load(copy)  # the safetensors are taken
+    else:
+        (copy / "model.safetensors").unlink()
+        complaint(copy)
+
+
+@pytest.mark.parametrize("size", [0, 7, 1000, -1])
+def test_torn_weights_are_one_line(size: int, copy: Path) -> None:
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[:size])
+    complaint(copy)
+
+
+def test_weights_of_another_shape_are_one_line(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    message = complaint(copy)
+    assert message.endswith(
+        "6 weights of the model do not have the shape that config.json says, the first is bert.encoder.layer.0.intermediate.dense.bias."
+    )
+
+
+def test_missing_weights_are_one_line(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    lost = [name for name in weights if "layer.1.attention" in name]
+    save_file({name: weight for name, weight in weights.items() if name not in lost}, copy / "model.safetensors", {"format": "pt"})
+    message = complaint(copy)
+    assert message.endswith(f"{len(lost)} weights of the model are missing, the first is bert.{min(lost)}.")
+
+
+def test_a_missing_pooler_is_a_new_weight(copy: Path) -> None:
+    # Masked language models are published without one.
+    weights = load_file(copy / "model.safetensors")
+    save_file({name: weight for name, weight in weights.items() if "pooler" not in name}, copy / "model.safetensors", {"format": "pt"})
+    _, notes = load(copy)
+    assert notes == ["New weights, to be trained: bert.pooler.dense.bias, bert.pooler.dense.weight, classifier.bias, classifier.weight."]
