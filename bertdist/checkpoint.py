@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import xxhash
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -66,8 +67,10 @@ class Checkpoints:
                     save_file(_contiguous(optimizer_tensors(model, optimizer)), folder / "optimizer.safetensors")
                     (folder / "state.json").write_text(json.dumps(state, indent=1))
 
-                write_folder(self.folder / f"step_{progress.step:06d}", fill)
-                for old in self._all()[: -self.keep]:
+                written = self.folder / f"step_{progress.step:06d}"
+                write_folder(written, fill)
+                others = [folder for folder in self._all() if folder != written]  # an older one may have been gone on from
+                for old in others[: len(others) - self.keep + 1]:
                     shutil.rmtree(old)
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any], named: str | None) -> Progress | None:
@@ -97,6 +100,9 @@ class Checkpoints:
         return progress
 
     def _choose(self, named: str | None) -> str:
+        for replaced in self.folder.glob(".step_*.replaced"):  # stopped between the two renames of write_folder
+            if not (whole := self.folder / replaced.name[1:].removesuffix(".replaced")).exists():
+                os.rename(replaced, whole)
         for left_over in self.folder.glob(".step_*"):
             self.say(f"Removing {left_over.name}, a checkpoint that was not written to its end.")
             shutil.rmtree(left_over)
@@ -134,11 +140,17 @@ def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():
             os.rename(final, replaced)
-        os.rename(partial, final)
+        try:
+            os.rename(partial, final)
+        except OSError:
+            if replaced.exists():
+                os.rename(replaced, final)
+            raise
         _flush(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(f"Cannot write {final}: {error.strerror or error}. What was there before is untouched.") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"Cannot write {final}: {reason}. What was there before is untouched.") from None
 
 
 def damage_of(folder: Path) -> str | None:

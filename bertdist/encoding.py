@@ -87,7 +87,9 @@ def encode(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_le
     the ids cannot change (`_head`).
     """
     pairs = None if records[0].pair is None else [record.pair for record in records]
-    texts = [record.text if pairs or len(record.text) <= CUT_ABOVE else _head(record.text, tokenizer, max_length) for record in records]
+    texts = [record.text for record in records]
+    if pairs is None and tokenizer.truncation_side == "right":
+        texts = [text if len(text) <= CUT_ABOVE else _head(text, tokenizer, max_length) for text in texts]
     encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, padding=False, return_attention_mask=False)
     ids = encoded["input_ids"]
     segments = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
@@ -95,18 +97,16 @@ def encode(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_le
 
 
 def _head(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
-    """The shortest of text[:20k], text[:40k], ... that ends before a blank and has more tokens than max_length without its last word.
+    """The shortest of text[:20k], text[:40k], ... that, cut back to the end of a word before a blank, has max_length tokens or more.
 
-    Words are tokenized one by one in the families here, so what comes behind cannot reach those ids.
+    No tokenizer here joins a word with the blank behind it, so what comes behind cannot reach those ids.
     1,000,000 characters: 1.6 s without the cut, 3 ms with it.
     """
     size = CUT_ABOVE
     while size < len(text):
-        end = text.rfind(" ", 0, size)
-        if end > 0:
-            whole_words = text[: max(text.rfind(" ", 0, end), 0)]
-            if len(tokenizer(whole_words, add_special_tokens=False, truncation=True, max_length=max_length)["input_ids"]) >= max_length:
-                return text[:end]
+        words = text[: max(text.rfind(" ", 0, size), 0)].rstrip()
+        if len(tokenizer(words, add_special_tokens=False, truncation=True, max_length=max_length)["input_ids"]) >= max_length:
+            return words
         size *= 2
     return text
 
@@ -116,10 +116,13 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     name = config.tokenizer_name or config.model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision)
-    except (OSError, ValueError) as error:
-        if Path(name).is_dir():
-            raise ModelError(f"{name} holds no tokenizer that can be read; expected tokenizer.json or vocab.txt.") from None
-        raise ModelError(f"No tokenizer {name!r}: {str(error).splitlines()[0]}") from None
+        found = len(tokenizer) > len(tokenizer.all_special_tokens)  # transformers 5.23 makes an empty one where there are no files
+    except Exception as error:  # torn files raise a dozen kinds, some of them plain Exception
+        if not Path(name).is_dir():
+            raise ModelError(f"No tokenizer {name!r}: {str(error).splitlines()[0]}") from None
+        found = False
+    if not found:
+        raise ModelError(f"{name} holds no tokenizer that can be read; expected tokenizer.json or vocab.txt.")
     if config.max_length > tokenizer.model_max_length:
         limit = tokenizer.model_max_length
         raise ConfigError(f"--max_length is {config.max_length}; the tokenizer of {name} takes at most {limit} tokens.")

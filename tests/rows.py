@@ -8,6 +8,7 @@
 
 import contextlib
 import csv
+import gc
 import io
 import json
 import os
@@ -91,6 +92,7 @@ def words_of(model: Path, out: Path, files: Files, **settings: Any) -> list[str]
 
 def run_train(accelerator: Accelerator, words: Sequence[str], breaking: Breaking | None = None) -> tuple[Any, list[tuple[int, list[int]]], str]:
     """Train on this rank; (progress, [(step, this rank's rows)] in the order they were trained, what was said)."""
+    gc.freeze()  # what the test has imported: the collection at the end of a run would walk it for half a second
     if breaking is not None:
         breaking(accelerator)
     seen: list[tuple[int, list[int]]] = []
@@ -108,6 +110,7 @@ def run_train(accelerator: Accelerator, words: Sequence[str], breaking: Breaking
 
 def run_main(accelerator: Accelerator, words: Sequence[str], breaking: Breaking | None = None, program: Any = train) -> tuple[Any, str, str]:
     """The command line on this rank, with all that follows from it: (exit code, standard error, standard output)."""
+    gc.freeze()
     if breaking is not None:
         breaking(accelerator)
     sys.argv = [program.__name__, *words]

@@ -43,7 +43,9 @@ def double_a_row(accelerator: Accelerator) -> None:
 
 def times_trained(model: Path, folder: Path, n: int, rows: int, breaking: Breaking | None = None) -> list[list[int]]:
     """Epoch -> how often each row was trained."""
-    words = words_of(model, folder / "out", write_split(folder, max(rows, 8)), train_batch_size=4, num_train_epochs=2, max_train_samples=rows)
+    files = write_split(folder, rows)
+    write_rows(files.train, [{**row, "label": str(i % 2)} for i, row in enumerate(make_rows(rows))])
+    words = words_of(model, folder / "out", files, train_batch_size=4, num_train_epochs=2)
     per_epoch = -(-rows // 4)
     times = np.zeros((2, rows), dtype=int)
     for number, seen in rows_by_step([seen for _, seen, _ in run_ranks(n, run_train, words, breaking)]).items():

@@ -129,8 +129,8 @@ def test_a_launch_that_starts_one_process_of_two_is_refused(say_world: str, tmp_
 # --- the SLURM scripts, with SLURM and accelerate played by a few lines of bash
 
 PLAYED = {
-    # srun runs its one task; its own options are those before `bash`
-    "srun": 'while [[ $1 == --* ]]; do shift; done; SLURM_PROCID=0 exec "$@"',
+    # srun runs one task; after a failure the script runs `true` to see whether all nodes answer
+    "srun": 'while [[ $1 == --* ]]; do shift; done; [[ $1 == true ]] && exit ${PLAY_LOST:-0}; SLURM_PROCID=0 exec "$@"',
     "accelerate": """
         echo "$*" >>"$PLAY/accelerate"; echo "${OMP_NUM_THREADS} ${ACCELERATE_USE_CPU:-}" >>"$PLAY/accelerate.env"
         if [[ ${PLAY_WAITS:-} ]]; then touch "$PLAY/waits"; until [[ -e $PLAY/scancel ]]; do sleep 0.05; done; fi
@@ -242,6 +242,14 @@ def test_a_signal_is_passed_on_and_the_job_waits(play: Play, number: signal.Sign
     run.send_signal(number)
     out, _ = run.communicate(timeout=SECONDS)
     assert play.said("scancel").splitlines()[0] == "--signal=USR1 123456", out
+    assert (run.returncode, play.said("requeue")) == (0 if requeued else 1, "123456\n" if requeued else ""), out
+
+
+@pytest.mark.parametrize(("nodes", "lost", "requeued"), [(2, 1, True), (2, 0, False), (1, 1, False)])
+def test_a_job_that_lost_a_node_is_queued_again(play: Play, nodes: int, lost: int, requeued: bool) -> None:
+    """The ranks that are left fail at once, long before SLURM knows."""
+    job = {"SLURM_JOB_NUM_NODES": str(nodes), "PLAY_STATE": "failed", "PLAY_CODE": "1", "PLAY_LOST": str(lost)}
+    out, _ = (run := play.job("multi_node.slurm", **job)).communicate(timeout=SECONDS)
     assert (run.returncode, play.said("requeue")) == (0 if requeued else 1, "123456\n" if requeued else ""), out
 
 

@@ -410,9 +410,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None, error:
     done: list[Any] = []
 
     def count(entry: Any) -> None:
-        if error is not None and len(done) == stop_at:
-            raise error
         done.append(entry)
+        if error is not None and len(done) - 1 == stop_at:
+            raise error
 
     def fsync(handle: int) -> None:
         count(("flush", os.fstat(handle).st_ino))

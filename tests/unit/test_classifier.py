@@ -53,10 +53,6 @@ def load(folder: Path, task: Task = TASK, **settings: Any) -> tuple[Classifier, 
     config = ModelConfig(model_name_or_path=str(folder), **settings)
     torch.manual_seed(0)
     model, notes = load_classifier(config, load_settings(config), task)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "classifier" in name and weight.ndim == 2:
-                weight.mul_(5)  # logits of size 1, so that what is wrong is not small
     return model.eval(), notes
 
 
@@ -87,8 +83,8 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return {name.removeprefix("model."): weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-# Sums of 32 to 64 products of size 1, through two layers: some tens of roundings of 6e-8 in float32, of 1e-16 in float64.
-TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-13}
+# Logits of size 2 after some twenty sums of 32 to 64 products, and gradients relative to their size: five times what is measured.
+TOLERANCES = {torch.float32: (5e-6, 2e-4), torch.float64: (1e-14, 3e-13)}
 
 
 def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -114,12 +110,12 @@ def test_packed_logits_loss_and_gradients_equal_padded_ones(
     logits, expected = model(packed(tokenizer, pairs)), plain(**padded(tokenizer, pairs)).logits
     assert logits.shape == (6, 3)
     assert expected.std() > 0.3  # the texts do not all get one answer
-    torch.testing.assert_close(logits, expected, rtol=0, atol=10 * TOLERANCES[dtype])
+    torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCES[dtype][0])
     loss, wanted = (F.cross_entropy(x, torch.tensor(TARGETS), reduction="sum") for x in (logits, expected))
-    torch.testing.assert_close(loss, wanted, rtol=TOLERANCES[dtype], atol=0)
+    torch.testing.assert_close(loss, wanted, rtol=TOLERANCES[dtype][0], atol=0)
     found, twin = gradients(model, loss), gradients(plain, wanted)
     assert found.keys() == {name for name, _ in plain.named_parameters()}
-    assert largest(found, twin) < 10 * TOLERANCES[dtype]
+    assert largest(found, twin) < TOLERANCES[dtype][1]
 
 
 def one_text(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
@@ -152,7 +148,7 @@ def test_what_is_packed_wrongly_is_seen(
     plain = padded_twin(model, tiny_model)
     logits = model(broken(packed(tokenizer, PAIRS), monkeypatch))
     expected = plain(**padded(tokenizer, PAIRS)).logits
-    assert (logits - expected).abs().max() > 0.05  # 500 times what is let pass
+    assert (logits - expected).abs().max() > 0.05  # 10,000 times what is let pass
     loss, wanted = (F.cross_entropy(x, torch.tensor(TARGETS), reduction="sum") for x in (logits, expected))
     assert largest(gradients(model, loss), gradients(plain, wanted)) > 0.05
 

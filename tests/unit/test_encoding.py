@@ -248,6 +248,7 @@ def test_a_long_text_costs_what_its_head_costs(tokenizer: PreTrainedTokenizerBas
         seen.append(sum(map(len, [texts] if isinstance(texts, str) else texts)))
         return tokenizer(texts, *rest, **settings)
 
+    read.truncation_side = tokenizer.truncation_side  # type: ignore[attr-defined]
     ((ids, _),) = encode([record("good movie " * 30_000)], read, 128)  # type: ignore[arg-type]  # a tokenizer, to encode
     assert (len(ids), sum(seen) <= 2 * CUT_ABOVE) == (128, True)
     seen.clear()
