@@ -49,6 +49,8 @@ def open_accelerator(run: RunConfig) -> Accelerator:
             f"accelerate was told gradient_accumulation_steps {accelerator.gradient_accumulation_steps}; leave it at 1: "
             "--train_batch_size is the whole step, and --tokens_per_micro_batch cuts it."
         )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate 1.15 would compute in float32
+        raise ConfigError("--mixed_precision fp16 needs a GPU, and this run is on the CPU; take bf16 or no.")
     if trackers:
         accelerator.init_trackers("bertdist")
     return accelerator
@@ -108,6 +110,8 @@ def identity_of(config: TrainConfig, rows: Records, task: Task, total_steps: int
         "class_weights": config.task.class_weights,
         "max_length": config.model.max_length,
         "dropout": config.model.dropout,
+        "tokenizer_name": config.model.tokenizer_name,
+        "mixed_precision": config.run.mixed_precision,
         "train_batch_size": config.batch.train_batch_size,
         "seed": config.run.seed,
         "total_steps": total_steps,

@@ -35,7 +35,9 @@ class Best:
     def consider(self, model: Classifier, evaluation: Evaluation, progress: Progress) -> None:
         """Keep the weights if they are better than all before; decide whether the run has stopped getting better."""
         merit, best = evaluation.merit, progress.best_score
-        gain = math.inf if best is None or math.isnan(best) else merit - best
+        gain = math.inf if best is None else merit - best
+        if math.isnan(gain):  # an undefined score is worse than any other
+            gain = -math.inf if math.isnan(merit) else math.inf
         progress.evaluations_since_best = 0 if gain > self.run.early_stopping_threshold else progress.evaluations_since_best + 1
         if gain > 0:
             progress.best_score, progress.best_step = merit, progress.step

@@ -74,12 +74,12 @@ class Classifier(nn.Module):
         return logits
 
 
-def load_settings(config: ModelConfig) -> PretrainedConfig:
+def load_settings(config: ModelConfig, flag: str = "--model_name_or_path") -> PretrainedConfig:
     """The model's config.json, before any weights; raises ModelError."""
     name = config.model_name_or_path
     transformers_logging.set_verbosity_error()  # what loading has to tell, load_classifier tells in fewer words
     transformers_logging.disable_progress_bar()
-    folder, where = Path(name).expanduser(), f"--model_name_or_path {name}"
+    folder, where = Path(name).expanduser(), f"{flag} {name}"
     looks_like_a_folder = name.startswith((".", "~", "/")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir())
     if looks_like_a_folder and not folder.is_dir():
         beside = [str(path) for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
@@ -102,7 +102,9 @@ def labels_of(settings: PretrainedConfig) -> tuple[str, ...] | None:
     return None if all(name.startswith("LABEL_") for name in names) else names
 
 
-def load_classifier(config: ModelConfig, settings: PretrainedConfig, task: Task) -> tuple[Classifier, list[str]]:
+def load_classifier(
+    config: ModelConfig, settings: PretrainedConfig, task: Task, flag: str = "--model_name_or_path"
+) -> tuple[Classifier, list[str]]:
     """The model in float32 with a head for the task, and what a person should know of how it was loaded.
 
     New weights are drawn from torch's generator: seed it before. Only safetensors are read, never a pickle. Raises ModelError
@@ -119,7 +121,7 @@ def load_classifier(config: ModelConfig, settings: PretrainedConfig, task: Task)
             raise ConfigError(f"--dropout cannot take effect: the config of {settings.model_type} names no dropout.")
         for name in known:
             setattr(settings, name, config.dropout)
-    packed, where = settings.model_type in PACKED_FAMILIES, f"--model_name_or_path {config.model_name_or_path}"
+    packed, where = settings.model_type in PACKED_FAMILIES, f"{flag} {config.model_name_or_path}"
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             config.model_name_or_path,
@@ -143,7 +145,9 @@ def load_classifier(config: ModelConfig, settings: PretrainedConfig, task: Task)
     if not packed:
         notes.append(f"Models of type {settings.model_type!r} run padded to the longest text of a micro-batch; the results are the same.")
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5.23 has the new name and warns of the old one; both take the same first argument
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     classifier = Classifier(model)
     if config.max_length > classifier.max_positions:
         raise ConfigError(f"--max_length is {config.max_length}; this model has {classifier.max_positions} positions.")
@@ -153,12 +157,12 @@ def load_classifier(config: ModelConfig, settings: PretrainedConfig, task: Task)
 def load_trained(folder: str) -> tuple[Classifier, Task, dict[str, Any]]:
     """A trained classifier, its task, and what `export` noted beside it; raises ModelError."""
     config = ModelConfig(model_name_or_path=folder, max_length=0)
-    settings = load_settings(config)
+    settings = load_settings(config, "--model")
     notes = dict(getattr(settings, "bertdist", None) or {})
     task = task_of_model(settings.problem_type, _names(settings))
-    model, said = load_classifier(config, settings, task)
+    model, said = load_classifier(config, settings, task, "--model")
     if said and said[0].startswith(_NEW):
-        raise ModelError(f"{folder} is not a trained classifier. {said[0]}")
+        raise ModelError(f"--model {folder} is not a trained classifier. {said[0]}")
     return model, task, notes
 
 

@@ -142,7 +142,7 @@ def _text_of(value: Any) -> LabelValue:
 def _label(raw: Any, delimiter: str | None, class_names: tuple[str, ...] | None) -> str | int | float | bool | tuple[str, ...]:
     """One raw value as a label; ValueError says what is wrong with it."""
     if raw is None or (isinstance(raw, str) and delimiter is None and not raw.strip()):
-        raise ValueError("label is missing")
+        raise ValueError("label is missing, expected one in every row")
     if class_names is not None:
         raw = [_class_name(item, class_names) for item in raw] if isinstance(raw, list) else _class_name(raw, class_names)
     if delimiter is not None:

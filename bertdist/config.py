@@ -244,10 +244,33 @@ def _problems(config: TrainConfig) -> Iterable[str]:
         if value.strip() != "never" and not _DURATION.fullmatch(value):
             hint = f" Did you mean '{value.strip()} steps'?" if value.strip().isdigit() else ""
             yield f"--{name} is {value!r}; expected words such as '200 steps', '0.5 epochs', '10%' or 'never'.{hint}"
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(optim, name) == 1:
+            yield f"--{name} is 1; expected less than 1."
+    yield from _idle(config)
     if run.early_stopping_patience and run.eval_every.strip() == "never":
         yield "--early_stopping_patience needs evaluations, and --eval_every is 'never'."
     if task.class_weights and task.class_weights != ["balanced"] and not all(_is_weight(word) for word in task.class_weights):
         yield f"--class_weights is {' '.join(task.class_weights)!r}; expected 'balanced' or one number of at least 0 a label."
+
+
+def _idle(config: TrainConfig) -> Iterable[str]:
+    """Settings that were given and cannot take effect."""
+    data, run, task = config.data, config.run, config.task
+    given = {
+        "early_stopping_patience": run.early_stopping_patience,
+        "metrics": task.metrics,
+        "metric_for_best_model": task.metric_for_best_model,
+        "max_eval_samples": data.max_eval_samples,
+        "eval_every": run.eval_every != RunConfig.eval_every,
+    }
+    if data.train_file and not data.validation_file:
+        yield from (f"--{name} needs rows to score: give --validation_file." for name, value in given.items() if value)
+    hub = {name: getattr(data, name) != getattr(DataConfig, name) for name in ("dataset_config_name", "train_split", "validation_split")}
+    if data.train_file:
+        yield from (f"--{name} is for data of the hub, and --train_file is a file." for name, value in hub.items() if value)
+    if run.early_stopping_threshold and not run.early_stopping_patience:
+        yield "--early_stopping_threshold goes with --early_stopping_patience."
 
 
 def _is_weight(word: str) -> bool:

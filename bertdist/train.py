@@ -50,8 +50,11 @@ def train(config: TrainConfig) -> Progress:
     """Train as the config says, going on where an earlier run in the same folder stopped; returns how far it came."""
     accelerator = open_accelerator(config.run)
     check_world(accelerator.num_processes)
+    config = replace(config, run=replace(config.run, mixed_precision=accelerator.mixed_precision))  # where the launcher decided it
     run, out, stop = config.run, Path(config.run.output_dir), StopRequest(config.run.stop_before_time_limit)
-    with RunLog(out, enabled=accelerator.is_main_process, also=accelerator.log) as log:
+    with together(accelerator):
+        log = RunLog(out, enabled=accelerator.is_main_process, also=accelerator.log)
+    with log:
         log.say(f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {accelerator.mixed_precision}.")
 
         # Data: two splits of rows, and the task that their labels make. Nothing is tokenized yet.
@@ -83,16 +86,17 @@ def train(config: TrainConfig) -> Progress:
         checkpoints = Checkpoints(out / "checkpoints", accelerator, run.save_total_limit, log.say)
         identity = identity_of(config, train_rows, task, total_steps)
         progress = checkpoints.restore(classifier, adamw, identity, run.resume_from_checkpoint) or Progress()
-        log.begin(progress.step, {"config.yaml": write_config(config), "environment.json": environment(accelerator)})
+        with together(accelerator):
+            log.begin(progress.step, {"config.yaml": write_config(config), "environment.json": environment(accelerator)})
+            log.status("finished" if progress.finished else "running", progress.step)
         best = Best(run, tokenizer, task, accelerator, notes_of(config, train_rows))
         due = {name: steps_of(getattr(run, f"{name}_every"), per_epoch, total_steps) for name in ("log", "eval", "save")}
         losses: list[Tensor] = []  # this rank's [loss sum, tokens] of each step since they were last brought together
+        model.train()
         if not progress.finished:
-            log.status("running", progress.step)
             warm_up(model, train_batches, progress.step, task, accelerator)
             log.open_progress(progress.step, total_steps)
 
-        model.train()
         stopwatch = Stopwatch()
         for step in train_batches.steps(progress.step, progress.step if progress.finished else total_steps):
             set_learning_rate(optimizer, schedule(step.number))

@@ -45,7 +45,7 @@ class Files(NamedTuple):
 
 
 def make_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Rows of `text` and `label`. Lengths go from 2 to 40 words; words of the label's mood are among them, and now and then of the other."""
+    """Rows of `text` and `label`, of 2 to 40 words: some of the label's mood, few of the other, the rest neither."""
     random = np.random.default_rng(seed)
     rows = []
     for _ in range(count):
@@ -90,12 +90,15 @@ def words_of(model: Path, out: Path, files: Files, **settings: Any) -> list[str]
     return words
 
 
-def run_train(accelerator: Accelerator, words: Sequence[str], breaking: Breaking | None = None) -> tuple[Any, list[tuple[int, list[int]]], str]:
-    """Train on this rank; (progress, [(step, this rank's rows)] in the order they were trained, what was said)."""
+Seen = list[tuple[int, list[int]]]  # (step, this rank's rows) in the order they were trained
+
+
+def run_train(accelerator: Accelerator, words: Sequence[str], breaking: Breaking | None = None) -> tuple[Any, Seen, str]:
+    """Train on this rank; (progress, what was trained, what was said)."""
     gc.freeze()  # what the test has imported: the collection at the end of a run would walk it for half a second
     if breaking is not None:
         breaking(accelerator)
-    seen: list[tuple[int, list[int]]] = []
+    seen: Seen = []
     take_step = train.take_step
 
     def watched(model: Any, optimizer: Any, step: Step, *rest: Any) -> Any:
@@ -108,7 +111,9 @@ def run_train(accelerator: Accelerator, words: Sequence[str], breaking: Breaking
     return progress, seen, said.getvalue()
 
 
-def run_main(accelerator: Accelerator, words: Sequence[str], breaking: Breaking | None = None, program: Any = train) -> tuple[Any, str, str]:
+def run_main(
+    accelerator: Accelerator, words: Sequence[str], breaking: Breaking | None = None, program: Any = train
+) -> tuple[Any, str, str]:
     """The command line on this rank, with all that follows from it: (exit code, standard error, standard output)."""
     gc.freeze()
     if breaking is not None:
@@ -123,7 +128,7 @@ def run_main(accelerator: Accelerator, words: Sequence[str], breaking: Breaking 
     return code, said.getvalue(), answered.getvalue()
 
 
-def rows_by_step(seen_by_rank: Sequence[Sequence[tuple[int, list[int]]]]) -> dict[int, list[int]]:
+def rows_by_step(seen_by_rank: Sequence[Seen]) -> dict[int, list[int]]:
     """What each rank trained -> step: its rows on all ranks, sorted; a row that came twice stands there twice."""
     steps: dict[int, list[int]] = {}
     for seen in seen_by_rank:

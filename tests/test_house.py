@@ -45,7 +45,7 @@ MOST_LINES_OF_A_FILE = 300
 MOST_LINES_OF_A_FUNCTION = 60
 # Longer for a reason that stands here, and no longer than this.
 LONGER = {
-    "train.train": 90,  # the whole of training as prose, from the top to the bottom
+    "train.train": 95,  # the whole of training as prose, from the top to the bottom
 }
 
 

@@ -10,7 +10,7 @@ from forked import run_ranks
 from rows import Breaking, checkpoints_of, json_of, make_rows, run_train, step_log, tensors_of, words_of, write_rows, write_split
 from safetensors.torch import load_file
 
-from bertdist import best
+from bertdist import best, train
 
 
 def steps_in(out: Path, kind: str) -> list[int]:
@@ -50,7 +50,8 @@ def test_a_line_speaks_of_all_steps_since_the_last_one(tiny_model: Path, tmp_pat
     assert len({line["loss"] for line in each}) > 5
     for epoch in (0, 1):
         of_epoch = each[5 * epoch : 5 * epoch + 5]
-        assert both[epoch]["loss"] == pytest.approx(sum(line["loss"] * rows for line, rows in zip(of_epoch, [8, 8, 8, 8, 6], strict=True)) / 38)
+        total = sum(line["loss"] * rows for line, rows in zip(of_epoch, [8, 8, 8, 8, 6], strict=True))
+        assert both[epoch]["loss"] == pytest.approx(total / 38)
     tokens = sum(len(row["text"].split()) + 2 for row in make_rows(38, seed=1) if "boring" not in row["text"])
     assert both[1]["tokens"] == each[-1]["tokens"] == 2 * both[0]["tokens"] > 2 * tokens
 
@@ -68,6 +69,21 @@ def test_half_an_epoch_is_a_run(tiny_model: Path, tmp_path: Path) -> None:
     words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 38), num_train_epochs=0.5)
     ((progress, _, _),) = run_ranks(1, run_train, words)
     assert (progress.step, progress.finished) == (3, True)
+
+
+def test_the_throw_away_backward_runs_as_training_does(tiny_model: Path, tmp_path: Path) -> None:
+    """With checkpointed activations and with dropout: it is also the first to need memory."""
+
+    def watch(accelerator: Accelerator) -> None:
+        warm_up = train.warm_up
+
+        def watched(model: Any, *rest: Any) -> None:
+            assert model.training, "the model is in evaluation mode"
+            warm_up(model, *rest)
+
+        train.warm_up = watched
+
+    run_ranks(1, run_train, words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 16), max_train_steps=1), watch)
 
 
 # --- The best weights
@@ -94,8 +110,9 @@ def overfit(model: Path, folder: Path, n: int, breaking: Breaking | None = None,
         row["label"] = {"positive": "negative", "negative": "positive"}[row["label"]]
     assert files.dev is not None
     write_rows(files.dev, rows)
-    usual = {"eval_every": "1 steps", "save_every": "1 steps", "save_total_limit": 99, "num_train_epochs": 4, "lr_scheduler_type": "constant"}
-    settings = {**usual, "metric_for_best_model": "loss", "learning_rate": 3e-3, **settings}
+    cadences = {"eval_every": "1 steps", "save_every": "1 steps", "save_total_limit": 99, "num_train_epochs": 4}
+    rates = {"lr_scheduler_type": "constant", "learning_rate": 3e-3}
+    settings = {**cadences, **rates, "metric_for_best_model": "loss", **settings}
     run_ranks(n, run_train, words_of(model, folder / "out", files, **settings), breaking)
     return folder / "out"
 

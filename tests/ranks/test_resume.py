@@ -146,7 +146,8 @@ def test_dropout_that_is_not_a_function_of_the_step_is_seen(runs: Runs, tmp_path
 
 
 def test_three_ranks_without_the_throw_away_backward_are_seen(runs: Runs, tmp_path: Path) -> None:
-    """DDP orders its buckets anew after the first backward, and gloo's sum over three ranks rounds by place."""
+    """DDP orders its buckets anew after the first backward, and gloo's sum over three ranks rounds by place: 116 of 164 tensors differ,
+    by up to 7e-5. On one and two ranks there is nothing to see."""
 
     def cold(accelerator: Accelerator) -> None:
         train.warm_up = lambda *args: None
@@ -248,7 +249,7 @@ def test_a_kill_while_writing_leaves_the_older_checkpoint(
         assert ended[0][1][0][0] == goes_on_at
         assert f"Removing {left[0]}, a checkpoint that was not written to its end." in ended[0][2]
     assert_same_run(out, runs.undisturbed(n))
-    assert not [path for path in out.rglob(".*")], "nothing half-written is left"
+    assert not list(out.rglob(".*")), "nothing half-written is left"
 
 
 def test_a_checkpoint_written_in_place_is_seen(runs: Runs, tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_no_texts_have_no_answers(trained: Path) -> None:
         (["--model", "./nowhere", "--text", "a film"], "--model ./nowhere: there is no such folder"),
         (["--model", "{best}", "--text", "a film", "--texts", "b"], "Unknown setting 'texts'. Did you mean 'text'?"),
         (["--model", "{best}", "--input", "{in}", "--output", "no/folder/out.jsonl"], "there is no folder no/folder"),
-        (["--model", "{best}", "--input", "{in}", "--text_column", "txet"], "in.tsv line 1: no column 'txet'"),
+        (["--model", "{best}", "--input", "{in}", "--text_column", "txet"], "in.tsv line 1: there is no column 'txet'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(trained: Path, tiny_model: Path, tmp_path: Path, words: list[str], told: str) -> None:

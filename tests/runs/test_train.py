@@ -20,7 +20,6 @@ from forked import run_ranks
 from rows import (
     SPEED,
     assert_same_run,
-    assert_same_tensors,
     checkpoints_of,
     json_of,
     make_rows,
@@ -54,7 +53,7 @@ class Launch:
 
     def wait_for_step(self, step: int) -> None:
         """Until metrics.jsonl tells of it."""
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 200
         while time.monotonic() < deadline and self.process.poll() is None:
             if (self.out / "metrics.jsonl").exists() and step_log(self.out)[-1:] and step_log(self.out)[-1]["step"] >= step:
                 return
@@ -88,11 +87,11 @@ def killed_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
         launch.kill()
     reached = step_log(folder / "out")[-1]["step"]
     with launched("cpu", words, folder / "said.txt") as launch:
-        assert launch.process.wait(100) == 0, launch.said.read_text()
+        assert launch.process.wait(200) == 0, launch.said.read_text()
     return folder, words, reached
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_a_killed_run_started_again_equals_one_that_nobody_disturbed(killed_run: tuple[Path, list[str], int], tiny_model: Path) -> None:
     folder, _, reached = killed_run
     assert EPOCH + 10 <= reached < EPOCH * EPOCHS and reached % EPOCH, "killed in the middle of an epoch"
@@ -103,7 +102,7 @@ def test_a_killed_run_started_again_equals_one_that_nobody_disturbed(killed_run:
     assert_same_run(folder / "out", folder / "straight")
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_two_processes_stopped_by_sigterm_and_started_again_equal_undisturbed_ones(tiny_model: Path, tmp_path: Path) -> None:
     """SIGTERM goes to the launcher alone, as a cluster sends it; dropout is on."""
     out, files = tmp_path / "out", write_split(tmp_path, 400, 12)
@@ -117,7 +116,7 @@ def test_two_processes_stopped_by_sigterm_and_started_again_equal_undisturbed_on
     assert checkpoints_of(out)[-1] == f"step_{status['step']:06d}"
     assert f"Asked to stop (SIGTERM): step {status['step']} of {EPOCH * EPOCHS} is saved; the same command goes on." in said
     with launched("cpu_x2", words, tmp_path / "said.txt") as launch:
-        assert launch.process.wait(100) == 0, launch.said.read_text()
+        assert launch.process.wait(200) == 0, launch.said.read_text()
     assert (tmp_path / "said.txt").read_text().count("2 process(es) on cpu, precision no.") == 2
     run_ranks(2, run_train, words_of(tiny_model, tmp_path / "straight", files, **CADENCES))
     assert_same_run(out, tmp_path / "straight")
@@ -126,14 +125,14 @@ def test_two_processes_stopped_by_sigterm_and_started_again_equal_undisturbed_on
 # --- What a run leaves
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_a_run_folder_explains_itself(killed_run: tuple[Path, list[str], int]) -> None:
     folder, words, _ = killed_run
     out = folder / "out"
     files = {path.name for path in out.iterdir()}
     expected = "best checkpoints config.yaml environment.json evaluation.json metrics.jsonl predictions.jsonl status.json"
     assert files == set(expected.split())
-    assert read_config(["--config", str(out / "config.yaml")]) == read_config(words)
+    assert read_config(["--config", str(out / "config.yaml")]) == read_config([*words, "--mixed_precision", "no"])  # as it was settled
     made_with = json_of(out / "environment.json")
     assert made_with["device"] == "cpu" and made_with["processes"] == 1 and made_with["packages"]["torch"]
     assert json_of(out / "status.json") == {"state": "finished", "step": EPOCH * EPOCHS, "reason": ""}
@@ -147,7 +146,7 @@ def test_a_run_folder_explains_itself(killed_run: tuple[Path, list[str], int]) -
     assert not list(out.rglob("*.bin")) and not list(out.rglob("*.pt")) and not list(out.rglob("*.pkl")), "no pickle anywhere"
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_the_step_log_has_its_fields(killed_run: tuple[Path, list[str], int]) -> None:
     folder, _, _ = killed_run
     lines = json_of(folder / "out" / "metrics.jsonl")
@@ -162,7 +161,7 @@ def test_the_step_log_has_its_fields(killed_run: tuple[Path, list[str], int]) ->
     assert learned[0]["loss"] > learned[-1]["loss"], "it learns"
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_the_best_predictions_and_scores_are_kept(killed_run: tuple[Path, list[str], int]) -> None:
     folder, _, _ = killed_run
     out = folder / "out"
@@ -212,7 +211,11 @@ def test_many_labels_come_in_three_ways(tiny_model: Path, tmp_path: Path) -> Non
     ways: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
         "list": ("jsonl", [{"text": text, "labels": labels} for text, labels in zip(texts, sets, strict=True)], {}),
         "arrow": ("parquet", [{"text": text, "labels": labels} for text, labels in zip(texts, sets, strict=True)], {}),
-        "string": ("tsv", [{"text": t, "labels": "|".join(labels)} for t, labels in zip(texts, sets, strict=True)], {"label_delimiter": "|"}),
+        "string": (
+            "tsv",
+            [{"text": text, "labels": "|".join(labels)} for text, labels in zip(texts, sets, strict=True)],
+            {"label_delimiter": "|"},
+        ),
         "columns": (
             "csv",
             [{"text": text, **{name: int(name in labels) for name in names}} for text, labels in zip(texts, sets, strict=True)],
@@ -275,4 +278,3 @@ def test_settings_of_a_real_run_work_together(tiny_model: Path, tmp_path: Path) 
     finish(slim, n=2)
     for name, tensor in tensors_of(tmp_path / "plain" / "best").items():
         assert (tensor - tensors_of(tmp_path / "slim" / "best")[name]).abs().max() < 1e-6
-    assert_same_tensors(tensors_of(tmp_path / "plain" / "best"), tensors_of(tmp_path / "plain" / "best"))

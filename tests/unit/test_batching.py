@@ -22,8 +22,12 @@ from bertdist.batching import Batch, Batches, Step, collate, cut, deal, plan
 from bertdist.encoding import Example
 from bertdist.errors import DataError
 
-# Loader workers are forked, also where a test before this one has started threads.
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+pytestmark = [
+    # Loader workers are forked, also where a test before this one has started threads (Python 3.12 warns of it).
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+    # Two workers on a machine with one core are slow, and that is all.
+    pytest.mark.filterwarnings("ignore:This DataLoader will create . worker processes:UserWarning"),
+]
 QUICK = settings(max_examples=30, deadline=None)
 
 

@@ -413,7 +413,8 @@ def test_a_trained_classifier_comes_back_with_its_task(
 def test_a_base_model_is_no_trained_classifier(tiny_model: Path) -> None:
     with pytest.raises(ModelError) as caught:
         load_trained(str(tiny_model))
-    assert str(caught.value) == f"{tiny_model} is not a trained classifier. New weights, to be trained: classifier.bias, classifier.weight."
+    new = "New weights, to be trained: classifier.bias, classifier.weight."
+    assert str(caught.value) == f"--model {tiny_model} is not a trained classifier. {new}"
 
 
 def test_another_number_of_labels_gets_a_new_head(exported: tuple[Classifier, Path], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -431,9 +431,14 @@ def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
             "a.jsonl line 3: column 'text' holds 3; expected a text.",
         ),
         ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', {}, "a.jsonl line 1: column 'text' has a lone surrogate; expected a text."),
-        ("a.csv", "text,label\na,1\nb,\n", {}, "a.csv line 3: label is missing (column 'label')."),
-        ("a.csv", "text,label\na,1\nb, \n", {}, "a.csv line 3: label is missing (column 'label')."),
-        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": null}\n', {}, "a.jsonl line 2: label is missing (column 'label')."),
+        ("a.csv", "text,label\na,1\nb,\n", {}, "a.csv line 3: label is missing, expected one in every row (column 'label')."),
+        ("a.csv", "text,label\na,1\nb, \n", {}, "a.csv line 3: label is missing, expected one in every row (column 'label')."),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 1}\n{"text": "b", "label": null}\n',
+            {},
+            "a.jsonl line 2: label is missing, expected one in every row (column 'label').",
+        ),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', {}, "a.jsonl line 2: the key 'label' is missing."),
         (
             "a.jsonl",
@@ -510,9 +515,9 @@ def test_parquet_with_anything_but_text_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", "b"], "label": [1.0, float("nan")]}), path)
     assert refusal(lambda: train(path)) == "a.parquet row 1: label nan is not a finite number (column 'label')."
     pq.write_table(pa.table({"text": ["a", "b"], "label": pa.array([1, None])}), path)
-    assert refusal(lambda: train(path)) == "a.parquet row 1: label is missing (column 'label')."
+    assert refusal(lambda: train(path)) == "a.parquet row 1: label is missing, expected one in every row (column 'label')."
     pq.write_table(pa.table({"text": ["a", "b"], "label": pa.nulls(2)}), path)
-    assert refusal(lambda: train(path)) == "a.parquet row 0: label is missing (column 'label')."
+    assert refusal(lambda: train(path)) == "a.parquet row 0: label is missing, expected one in every row (column 'label')."
     assert refusal(lambda: train(path, encoding="cp1252")).startswith("a.parquet: --encoding cannot take effect")
     pq.write_table(pa.table({"text": pa.array([], pa.string()), "label": pa.array([], pa.string())}), path)
     assert refusal(lambda: train(path)) == "a.parquet has no rows."
