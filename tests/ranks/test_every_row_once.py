@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from forked import RankError, run_ranks
-from rows import Breaking, json_of, make_rows, rows_by_step, run_train, step_log, words_of, write_rows, write_split
+from rows import Breaking, json_of, make_rows, rows_by_step, run_main, run_train, step_log, words_of, write_rows, write_split
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from bertdist import batching, predict
@@ -146,8 +146,6 @@ def test_the_product_itself_notices_in_evaluation(trained: Path, tmp_path: Path,
 
 
 def test_a_file_is_answered_in_its_order(trained: Path, tmp_path: Path) -> None:
-    from rows import run_main
-
     rows = make_rows(11, seed=5)
     write_rows(tmp_path / "in.tsv", rows)
     written = {}

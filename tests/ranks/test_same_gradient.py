@@ -13,10 +13,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from forked import run_ranks
-from rows import Breaking, last_checkpoint, run_train, step_log, tensors_of, words_of, write_split
+from rows import Breaking, last_checkpoint, make_rows, run_train, step_log, tensors_of, words_of, write_split
+from torch.nn import functional as F
+from transformers import AutoTokenizer, BertForSequenceClassification
 
 from bertdist import train
-from bertdist.batching import Step
+from bertdist.batching import Step, plan
 
 ROWS, STEP, EPOCHS = 22, 10, 2  # steps of 10, 10 and 2 rows: in the last one a rank of three has none
 ONE_TEXT = 1  # tokens_per_micro_batch: every text alone
@@ -126,12 +128,6 @@ def test_other_ways_to_average_are_seen(
 
 def test_the_gradient_is_that_of_one_padded_batch(tiny_model: Path, tmp_path: Path, float64: Curve) -> None:
     """The whole run again with nothing of the product but its initial weights and its plan: transformers, cross-entropy, AdamW."""
-    import torch.nn.functional as F
-    from rows import json_of, make_rows  # noqa: F401
-    from transformers import AutoTokenizer, BertForSequenceClassification
-
-    from bertdist.batching import plan
-
     torch.manual_seed(42)
     model = BertForSequenceClassification.from_pretrained(tiny_model, num_labels=2, dtype=torch.float32).double().eval()
     decays = [p for p in model.parameters() if p.ndim > 1]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from accelerate import Accelerator
 from forked import run_ranks
 from rows import make_rows, run_main, run_train, words_of, write_rows, write_split
+from safetensors.torch import load_file, save_file
+from transformers import pipeline
 
 from bertdist import predict
 from bertdist.predict import Predictor
@@ -50,8 +53,6 @@ def trained_on_sets(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def ask(accelerator: Accelerator, folder: Path, texts: list[str], pairs: list[str] | None = None) -> tuple[list[Any], list[Any]]:
     """What `Predictor` and `pipeline` answer, in one child."""
-    from transformers import pipeline
-
     mine = Predictor(folder, accelerator=accelerator)
     classify = pipeline("text-classification", model=str(folder), device="cpu")
     inputs: Any = texts if pairs is None else [{"text": text, "text_pair": pair} for text, pair in zip(texts, pairs, strict=True)]
@@ -77,10 +78,6 @@ def test_pipeline_gives_the_same_answers(trained: Path) -> None:
 
 def test_another_head_is_seen(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
     """The same comparison with one row of the classifier's weights moved in the copy that pipeline reads."""
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(trained, tmp_path / "other")
     weights = load_file(tmp_path / "other" / "model.safetensors")
     weights["classifier.bias"][0] += 0.01
@@ -92,7 +89,6 @@ def test_another_head_is_seen(trained: Path, tiny_model: Path, tmp_path: Path) -
 def test_pipeline_gives_the_same_answers_for_pairs(trained_on_pairs: Path) -> None:
     pairs = [row["text"] for row in make_rows(len(TEXTS), seed=6)]
     ((mine, theirs),) = run_ranks(1, ask, trained_on_pairs, TEXTS, pairs)
-    # pipeline puts a single regression output through nothing, as we do; its label is the column
     assert as_one(mine) == as_one(theirs)
     assert {answer["label"] for answer in mine} == {"score"}
 
