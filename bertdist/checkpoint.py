@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ class Checkpoints:
                 written = self.folder / f"step_{progress.step:06d}"
                 write_folder(written, fill)
                 others = [folder for folder in self._all() if folder != written]  # an older one may have been gone on from
-                for old in others[: len(others) - self.keep + 1]:
-                    shutil.rmtree(old)
+                for old in others[: max(0, len(others) - self.keep + 1)]:
+                    _at(old, shutil.rmtree)
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any], named: str | None) -> Progress | None:
         """Load the checkpoint `named`, or the newest whole one; None when there is none. Raises CheckpointError."""
@@ -102,10 +103,10 @@ class Checkpoints:
     def _choose(self, named: str | None) -> str:
         for replaced in self.folder.glob(".step_*.replaced"):  # stopped between the two renames of write_folder
             if not (whole := self.folder / replaced.name[1:].removesuffix(".replaced")).exists():
-                os.rename(replaced, whole)
+                _at(replaced, partial(os.rename, dst=whole))
         for left_over in self.folder.glob(".step_*"):
             self.say(f"Removing {left_over.name}, a checkpoint that was not written to its end.")
-            shutil.rmtree(left_over)
+            _at(left_over, shutil.rmtree)
         if named is not None:
             if damage := damage_of(Path(named)):
                 raise CheckpointError(f"--resume_from_checkpoint {named}: {damage}.")
@@ -115,7 +116,7 @@ class Checkpoints:
             if damage is None:
                 return str(folder)
             aside = _free_name(folder.with_name(f"{folder.name}.damaged"))
-            os.rename(folder, aside)
+            _at(folder, partial(os.rename, dst=aside))
             self.say(f"Passing over checkpoint {folder}: {damage}. It is now {aside.name}.")
         return ""
 
@@ -126,22 +127,22 @@ class Checkpoints:
 
 def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
     """Make a folder that is whole or absent: fill a hidden one beside it, add the manifest, flush, rename. Raises CheckpointError."""
-    partial = final.with_name(f".{final.name}.partial")
+    beside = final.with_name(f".{final.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        fill(partial)
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        manifest = {str(path.relative_to(partial)): {"bytes": path.stat().st_size, "xxh3_128": _digest(path)} for path in files}
-        (partial / "manifest.json").write_text(json.dumps({"format": 1, "files": manifest}, indent=1))
-        for path in [*files, partial / "manifest.json", partial]:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        fill(beside)
+        files = sorted(path for path in beside.rglob("*") if path.is_file())
+        manifest = {str(path.relative_to(beside)): {"bytes": path.stat().st_size, "xxh3_128": _digest(path)} for path in files}
+        (beside / "manifest.json").write_text(json.dumps({"format": 1, "files": manifest}, indent=1))
+        for path in [*files, beside / "manifest.json", beside]:
             _flush(path)
         replaced = final.with_name(f".{final.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():
             os.rename(final, replaced)
         try:
-            os.rename(partial, final)
+            os.rename(beside, final)
         except OSError:
             if replaced.exists():
                 os.rename(replaced, final)
@@ -238,6 +239,13 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _at(folder: Path, change: Callable[[Path], object]) -> None:
+    try:
+        change(folder)
+    except OSError as error:
+        raise CheckpointError(f"Cannot remove or rename {folder}: {error.strerror or error}.") from None
 
 
 def _free_name(path: Path) -> Path:

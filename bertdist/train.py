@@ -195,7 +195,7 @@ def gather_losses(progress: Progress, losses: list[Tensor], accelerator: Acceler
     Step by step, not as one running sum: so what is logged does not depend on when a checkpoint was written.
     """
     if losses:
-        total = accelerator.reduce(torch.stack(losses), reduction="sum").tolist()
+        total = accelerator.gather(torch.stack(losses)[None]).double().sum(0).tolist()  # gloo's own sum of 3 ranks rounds by place
         for entry, (loss, tokens) in zip(progress.window[-len(losses) :], total, strict=True):
             entry[0], entry[2] = loss, tokens
             progress.tokens += int(tokens)

@@ -113,6 +113,14 @@ def test_resume_equals_uninterrupted(runs: Runs, tmp_path: Path, n: int) -> None
     assert_same_run(tmp_path / "out", runs.undisturbed(n))
 
 
+def test_a_stop_between_two_log_lines_changes_neither(runs: Runs, tmp_path: Path) -> None:
+    """The checkpoint of a stop brings the ranks' losses together at a step where nobody else does; on three ranks sums can round."""
+    words = runs.words(tmp_path / "out")
+    run_ranks(3, run_train, words, at_step(4, ask_the_last_rank_to_stop))
+    run_ranks(3, run_train, words)
+    assert_same_run(tmp_path / "out", runs.undisturbed(3))
+
+
 @pytest.mark.parametrize("step", [4, 5, 12])
 def test_killed_between_checkpoints(runs: Runs, tmp_path: Path, step: int) -> None:
     """Right after a log line and best weights that no checkpoint knows of; at the first step of an epoch; right after a checkpoint."""

@@ -7,6 +7,7 @@ import os
 import pickle
 import pickletools
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -191,6 +192,31 @@ def test_the_newest_checkpoints_are_kept_by_number(keep: int, left: list[int], t
         run.save(step)
     assert names(tmp_path) == sorted(f"step_{step:06d}" for step in left)
     assert run.restore() == Progress(step=1000001)
+
+
+@pytest.mark.parametrize("keep", [2, 3, 4, 5, 7])
+def test_as_many_checkpoints_as_asked_for_are_kept_at_every_moment(keep: int, tmp_path: Path) -> None:
+    run = Run(tmp_path, keep=keep)
+    for step in range(1, 10):
+        run.save(step)
+        assert names(tmp_path) == [f"step_{kept:06d}" for kept in range(max(1, step - keep + 1), step + 1)]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As an OSError it would end rank 0 alone, and the others would wait for it.
+    run = Run(tmp_path)
+    run.save(1), run.save(2)
+    real = shutil.rmtree
+
+    def refuse(path: Path, *rest: Any, **settings: Any) -> None:
+        if path.name == "step_000001":
+            raise PermissionError(13, "Permission denied", str(path))
+        real(path, *rest, **settings)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(CheckpointError, match="step_000001"):
+        run.save(3)
+    assert damage_of(tmp_path / "step_000003") is None  # the new one is whole
 
 
 def test_a_checkpoint_that_was_just_written_is_not_rotated_away(tmp_path: Path) -> None:

@@ -277,8 +277,6 @@ def test_more_tokens_than_positions_are_an_error(kind: str, positions: int, tmp_
 # ---- Settings
 
 
-# The name of transformers 5.17; 5.23 has another beside it.
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_gradient_checkpointing_changes_no_gradient(dropout: float, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     found, calls = [], []
