@@ -82,7 +82,7 @@ def load_settings(config: ModelConfig, flag: str = "--model_name_or_path") -> Pr
     folder, where = Path(name).expanduser(), f"{flag} {name}"
     looks_like_a_folder = name.startswith((".", "~", "/")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir())
     if looks_like_a_folder and not folder.is_dir():
-        beside = [str(path) for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        beside = [str(path) for path in folder.parent.iterdir() if path.is_dir() and path.name[0] != "."] if folder.parent.is_dir() else []
         raise ModelError(f"{where}: there is no such folder.{did_you_mean(name, beside)}")
     try:
         settings: PretrainedConfig = AutoConfig.from_pretrained(name, revision=config.model_revision)
