@@ -1,12 +1,13 @@
 """A Hugging Face classifier that reads padding-free batches; its weights, its config and its folder stay plain Hugging Face.
 
-In: a model's name and a Task. Out: `Classifier`, a Batch -> logits. The encoder sees one row of T tokens; a hook in front of
-the pooler keeps the first token of each text, so that the model's own head believes it was given N texts.
+In: a model's name and a Task. Out: `Classifier`, a Batch -> logits. The encoder sees one row of T tokens; its last layer gives
+the first token of each text (families.py), so that the model's own head believes it was given N texts of one token.
 
 Legend: T tokens, N texts, O outputs.
 """
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from transformers.utils import logging as transformers_logging
 from bertdist import attention
 from bertdist.batching import Batch
 from bertdist.config import ModelConfig
+from bertdist.dropout import Noise, replace_dropouts
+from bertdist.embedding import keep_gradient
 from bertdist.errors import ConfigError, ModelError, did_you_mean
+from bertdist.families import FAMILIES
 from bertdist.tasks import Task, task_of_model
-
-PACKED_FAMILIES = ("bert",)  # model_type of the families that run without padding; the others run padded, with the same results
 
 _NEW = "New weights"
 _DROPOUTS = (  # what the families' configs call their dropouts
@@ -37,32 +39,49 @@ class Classifier(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.packed = model.config.model_type in PACKED_FAMILIES
-        self._starts: Tensor | None = None  # of the batch in hand, for the hook
+        self._noise: Noise | None = None  # dropout's masks of the batch in hand
         self._takes_segments = "token_type_ids" in inspect.signature(model.forward).parameters
-        # RoBERTa-type tables keep two rows for padding: 514 positions for 512 tokens
-        offset = model.config.pad_token_id + 1 if model.config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+        family = FAMILIES.get(model.config.model_type)
+        self.packed = family is not None
+        offset = family.first_position(model.config) if family else 0
         self.max_positions = int(getattr(model.config, "max_position_embeddings", 512)) - offset
-        if self.packed:
-            model.base_model.pooler.register_forward_pre_hook(self._keep_first_tokens)
+        replace_dropouts(model, lambda: self._noise)
+        keep_gradient(model.get_input_embeddings())
+        if family is not None:
+            family.prepare(model)
+            self._first_position = offset
+            # DistilBERT's forward does not hand positions on, so every family gets them here
+            model.base_model.embeddings.register_forward_pre_hook(self._add_positions, with_kwargs=True)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (N, O) of the texts of a micro-batch."""
+        on_cpu = batch.ids.device.type == "cpu"
+        self._noise = Noise(batch.rows.tolist(), batch.lengths) if self.training and on_cpu else None
         if not self.packed:
             return self._padded(batch)
-        self._starts = batch.starts
-        output = self.model(
-            input_ids=batch.ids[None],
-            token_type_ids=batch.segments[None],
-            position_ids=batch.positions[None],
-            packing=attention.pack(batch.lengths, batch.ids.device),
-        )
-        logits: Tensor = output.logits
+        self._positions = batch.positions + self._first_position
+        inputs = {"token_type_ids": batch.segments[None]} if self._takes_segments else {}
+        heads = self.model.config.num_attention_heads
+        packing = attention.pack(batch.lengths, batch.starts[:-1], heads, self._kernel(batch.ids.device), self._noise)
+        logits: Tensor = self.model(input_ids=batch.ids[None], packing=packing, **inputs).logits
         return logits
 
-    def _keep_first_tokens(self, pooler: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        assert self._starts is not None
-        return (args[0][0, self._starts[:-1]][:, None],)  # (1, T, hidden) -> (N, 1, hidden)
+    def checkpoint_activations(self) -> None:
+        """Keep a layer's input only, and compute the layer again in the backward, with the same dropout."""
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return self._noise.replayed() if self._noise is not None else (nullcontext(), nullcontext())
+
+        # transformers 5.23 has the new name and warns of the old one; both take the same first argument
+        enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "context_fn": contexts})
+
+    def _kernel(self, device: torch.device) -> attention.Kernel:
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.model.dtype
+        return attention.kernel_of(device, dtype, self.model.config.hidden_size // self.model.config.num_attention_heads)
+
+    def _add_positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "position_ids": self._positions[None]}
 
     def _padded(self, batch: Batch) -> Tensor:
         places, real = (torch.from_numpy(array).to(batch.ids.device) for array in attention.grid(batch.lengths))
@@ -121,7 +140,7 @@ def load_classifier(
             raise ConfigError(f"--dropout cannot take effect: the config of {settings.model_type} names no dropout.")
         for name in known:
             setattr(settings, name, config.dropout)
-    packed, where = settings.model_type in PACKED_FAMILIES, f"{flag} {config.model_name_or_path}"
+    packed, where = settings.model_type in FAMILIES, f"{flag} {config.model_name_or_path}"
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             config.model_name_or_path,
@@ -144,11 +163,9 @@ def load_classifier(
     notes = [f"{_NEW}, to be trained: {', '.join(missing)}."] if missing else []
     if not packed:
         notes.append(f"Models of type {settings.model_type!r} run padded to the longest text of a micro-batch; the results are the same.")
-    if config.gradient_checkpointing:
-        # transformers 5.23 has the new name and warns of the old one; both take the same first argument
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
     classifier = Classifier(model)
+    if config.gradient_checkpointing:
+        classifier.checkpoint_activations()
     if config.max_length > classifier.max_positions:
         raise ConfigError(f"--max_length is {config.max_length}; this model has {classifier.max_positions} positions.")
     return classifier, notes

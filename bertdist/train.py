@@ -21,7 +21,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -34,6 +33,8 @@ from bertdist.checkpoint import Checkpoints, Progress
 from bertdist.classifier import labels_of, load_classifier, load_settings
 from bertdist.config import TrainConfig, read_config, steps_of, write_config
 from bertdist.console import RunLog, Stopwatch, complain
+from bertdist.dropout import seed_dropout
+from bertdist.embedding import clear_gradients
 from bertdist.encoding import load_tokenizer, open_examples
 from bertdist.errors import BertdistError
 from bertdist.evaluation import Judge, evaluate_split
@@ -162,7 +163,7 @@ def take_step(
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     assert grad_norm is not None
     optimizer.step()
-    optimizer.zero_grad()
+    clear_gradients(model)
     tokens = sum(sum(batch.lengths) for batch in step.share if batch.rows[0] >= 0)
     return torch.stack([total, total.new_tensor(tokens)]), grad_norm
 
@@ -176,12 +177,7 @@ def warm_up(model: nn.Module, batches: Batches, step: int, task: Task, accelerat
     for first in replace(batches, workers=0).steps(step, step + 1):
         batch = first.share[0].to(accelerator.device)
         accelerator.backward(task.loss(model(batch), batch.targets, batch.weights))
-    model.zero_grad()
-
-
-def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Dropout of a step is a pure function of (seed, step, rank)."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
+    clear_gradients(model)
 
 
 def is_due(step: int, every: int) -> bool:

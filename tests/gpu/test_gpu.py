@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
-from bertdist.attention import pack, packed_attention
+from bertdist.attention import Kernel, kernel_of, pack, packed_attention
 from bertdist.config import read_config
 from bertdist.slurm import StopRequest
 from bertdist.train import train
@@ -16,14 +17,31 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 GPU = torch.device("cuda")
 
 
-def test_attention_on_the_gpu_equals_attention_on_the_cpu() -> None:
+def attend(rows: list[Tensor], lengths: list[int], kernel: Kernel, device: torch.device, window: int | None = None) -> Tensor:
+    firsts = torch.tensor([0, *lengths]).cumsum(0)[:-1].to(device)
+    there = [x.to(device) for x in rows]
+    return packed_attention(
+        torch.nn.Identity(), *there, None, packing=pack(lengths, firsts, rows[0].shape[1], kernel), sliding_window=window
+    )[0].cpu()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.parametrize(("kernel", "dtype", "tolerance"), [("padded", torch.float64, 1e-12), ("varlen", torch.bfloat16, 0.02)])
+def test_attention_on_the_gpu_equals_attention_on_the_cpu(
+    kernel: Kernel, dtype: torch.dtype, tolerance: float, first_only: bool, window: int | None
+) -> None:
+    assert kernel_of(GPU, torch.bfloat16, 8) == "varlen" and kernel_of(GPU, torch.float32, 8) == "padded"
     lengths = [9, 7, 7, 3, 1]
-    rows = [torch.randn(1, sum(lengths), 2, 8, dtype=torch.float64).transpose(1, 2) for _ in range(3)]
-    there, _ = packed_attention(torch.nn.Identity(), *(x.to(GPU) for x in rows), None, packing=pack(lengths, GPU))
-    here, _ = packed_attention(torch.nn.Identity(), *rows, None, packing=pack(lengths, torch.device("cpu")))
-    mixed, _ = packed_attention(torch.nn.Identity(), *rows, None, packing=pack([sum(lengths)], torch.device("cpu")))
-    torch.testing.assert_close(there.cpu(), here, rtol=0, atol=1e-12)
-    assert (there.cpu() - mixed).abs().max() > 1e-3, "texts that read each other would have gone unseen"
+    rows = [torch.randn(1, sum(lengths), 2, 8, dtype=torch.float64).transpose(1, 2).to(dtype).double() for _ in range(3)]
+    if first_only:
+        rows[0] = rows[0][:, :, torch.tensor([0, *lengths]).cumsum(0)[:-1]]
+    there = attend([x.to(dtype) for x in rows], lengths, kernel, GPU, window).double()
+    here = attend(rows, lengths, "buckets", torch.device("cpu"), window)
+    torch.testing.assert_close(there, here, rtol=0, atol=tolerance)
+    if not first_only:
+        mixed = attend(rows, [sum(lengths)], "buckets", torch.device("cpu"), window)
+        assert (there - mixed).abs().max() > 10 * tolerance, "texts that read each other would have gone unseen"
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
