@@ -86,7 +86,7 @@ class Dropout(nn.Module):
         self.p, self._noise = p, noise
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (1, T, W) tokens, (N, longest, W) the same padded, or (N, ...) texts; same shape out."""
+        """x: (1, T, W) tokens, (N, longest, W) the same padded, (1, N, W) or (N, ...) texts; same shape out."""
         noise = self._noise()
         if noise is None or not self.training or self.p == 0:
             return F.dropout(x, self.p, self.training)
@@ -96,8 +96,8 @@ class Dropout(nn.Module):
         elif x.ndim == 3 and x.shape[0] == texts and x.shape[1] == max(lengths):
             keep = noise.keep([length * x.shape[-1] for length in lengths], self.p).view(-1, x.shape[-1])
             keep = nn.utils.rnn.pad_sequence(keep.split(list(lengths)), batch_first=True)
-        elif x.shape[0] == texts:
-            keep = noise.keep([x[0].numel()] * texts, self.p).view_as(x)
+        elif x.shape[0] == texts or x.shape[:-1] == (1, texts):
+            keep = noise.keep([x.numel() // texts] * texts, self.p).view_as(x)
         else:  # not of the texts, like a table of relative positions
             return F.dropout(x, self.p, self.training)
         return x * torch.mul(keep, x.new_tensor(scale_of(self.p)))

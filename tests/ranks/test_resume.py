@@ -7,6 +7,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,8 @@ def test_loader_workers_and_other_micro_batches_resume_too(runs: Runs, tmp_path:
 @pytest.mark.parametrize("n", [1, 2])
 def test_dropout_that_is_not_a_function_of_the_step_is_seen(runs: Runs, tmp_path: Path, n: int) -> None:
     def unseeded(accelerator: Accelerator) -> None:
-        train.seed_dropout = lambda seed, step, rank: None
+        seed_dropout, calls = train.seed_dropout, count()
+        train.seed_dropout = lambda seed, step, rank: seed_dropout(seed, next(calls), rank)  # a start counts from 0 again
 
     outs = [tmp_path / "straight", tmp_path / "resumed"]
     run_ranks(n, run_train, runs.words(outs[0]), unseeded)
