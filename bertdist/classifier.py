@@ -24,6 +24,7 @@ from bertdist.dropout import Noise, replace_dropouts
 from bertdist.embedding import keep_gradient
 from bertdist.errors import ConfigError, ModelError, did_you_mean
 from bertdist.families import FAMILIES
+from bertdist.linear import use_onednn
 from bertdist.tasks import Task, task_of_model
 
 _NEW = "New weights"
@@ -47,6 +48,7 @@ class Classifier(nn.Module):
         self.max_positions = int(getattr(model.config, "max_position_embeddings", 512)) - offset
         replace_dropouts(model, lambda: self._noise)
         keep_gradient(model.get_input_embeddings())
+        use_onednn(model)
         if family is not None:
             family.prepare(model)
             self._first_position = offset
