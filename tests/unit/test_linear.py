@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig
+from transformers.models.bert.modeling_bert import BertIntermediate
 
 from bertdist import linear
 from bertdist.linear import OneDnnLinear, use_onednn
@@ -36,8 +38,7 @@ def run(layer: nn.Linear, rows: int, **settings: Any) -> list[Tensor]:
 
 @needs_onednn
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("sizes", [(256, 512), (512, 256)])
-@pytest.mark.parametrize("rows", [64, 77, 434])
+@pytest.mark.parametrize(("sizes", "rows"), [((256, 512), 64), ((256, 512), 434), ((512, 256), 77), ((256, 256), 1030)])
 def test_output_and_gradients_are_those_of_nn_linear(rows: int, sizes: tuple[int, int], bias: bool) -> None:
     ours, plain = layers(bias, sizes)
     assert type(ours) is OneDnnLinear
@@ -51,10 +52,11 @@ def test_output_and_gradients_are_those_of_nn_linear(rows: int, sizes: tuple[int
 
 @needs_onednn
 def test_the_product_is_really_taken_from_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, plain = layers()
+    (ours, plain), (square, _) = layers(), layers(sizes=(256, 256))
     monkeypatch.setattr(linear, "_product", lambda x, weight, bias: torch.zeros(len(x), len(weight)))
     assert (run(ours, 64)[0] == 0).all() and (run(plain, 64)[0] != 0).any()
     assert (run(ours, 63)[0] != 0).any()  # too few rows to gain
+    assert (run(square, 1023)[0] != 0).any() and (run(square, 1024)[0] == 0).all()
 
 
 @needs_onednn
@@ -70,10 +72,38 @@ def test_other_types_run_in_nn_linear() -> None:
     torch.testing.assert_close(ours(strided), plain(strided), rtol=0, atol=0)
 
 
-def test_square_and_small_layers_and_other_machines_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(8, 16))
-    use_onednn(model)
-    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+@needs_onednn
+def test_gelu_comes_with_the_product_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = BertIntermediate(BertConfig(hidden_size=128, intermediate_size=512))
+    x = torch.randn(1, 100, 128)
+    with torch.no_grad():
+        expected = layer(x)
+        use_onednn(layer)
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=2e-6)
+    product = linear._product
+    monkeypatch.setattr(linear, "_product", lambda x, weight, bias, gelu=False: product(x, weight, bias, gelu) * 2)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), 2 * expected, atol=1e-5)  # the control: it is this product that is used, with its GELU
+    assert layer(x).requires_grad and not torch.allclose(layer(x), 2 * expected, atol=1e-5)  # with gradients GELU comes after
+
+
+@needs_onednn
+@pytest.mark.parametrize("activation", ["relu", "gelu_new", "silu"])
+def test_other_activations_stay(activation: str) -> None:
+    torch.manual_seed(0)
+    layer = BertIntermediate(BertConfig(hidden_size=128, intermediate_size=512, hidden_act=activation))
+    x = torch.randn(1, 100, 128)
+    with torch.no_grad():
+        expected = layer(x)
+        use_onednn(layer)
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=2e-6)
+
+
+def test_small_layers_and_other_machines_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = nn.Sequential(nn.Linear(8, 16))
+    use_onednn(small)
+    assert type(small[0]) is nn.Linear
     monkeypatch.setattr(linear, "available", lambda: False)
     assert type(layers()[0]) is nn.Linear
 
