@@ -41,7 +41,7 @@ def train(job: TrainJob) -> Trained:
     model = {"a": run_bertdist, "b": run_trainer, "c": run_trainer, "d": run_loop, "e": run_loop}[job.contender](job, clock)
     gc.collect()  # loader workers end with their loader, and count when they have ended
     child_mib = peak_mib(resource.RUSAGE_CHILDREN)
-    loss, _ = score(model, job, job.rows_file, min(job.rows, job.loss_rows))
+    loss, _ = score(model, job, job.rows_file, job.loss_rows)
     accuracy = score(model, job, job.dev_file, 1 << 30)[1] if job.dev_file else None
     return Trained(
         stamps=clock.stamps,

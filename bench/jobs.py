@@ -61,7 +61,7 @@ class TrainJob:
     max_length: int
     mixed_precision: str
     use_cpu: bool
-    loss_rows: int  # the final loss is that of the first so many rows of the file, for every contender
+    loss_rows: int  # the final loss is that of the first so many rows of the file, for every contender, trained by it or not
     dev_file: str | None
     output_dir: str
 

@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add("--prediction_rows", type=positive, default=2_000, help="Texts to answer.")
     add("--predictor_steps", type=positive, default=30, help="Steps that train the model whose answers are compared.")
     add("--seeds", type=positive, default=3, help="Seeds of --accuracy.")
-    add("--loss_rows", type=positive, default=256, help="The final loss is that of the first so many training rows.")
+    add("--loss_rows", type=positive, default=256, help="The final loss is that of the first so many rows, for all. d and e train --steps_padded x --batch_size.")
     add("--mixed_precision", choices=["no", "bf16"], default="no", help="Precision of matrix products in training.")
     add("--use_cpu", action="store_true", help="The CPU even where there is a GPU.")
     add("--threads", type=positive, default=machine.cores(), help="Threads of each contender. Default: all cores.")
@@ -130,8 +130,8 @@ def told_of_training(args: argparse.Namespace) -> str:
         f"its own process: median (least-most). {args.steps} steps, or {args.steps_padded} where rows are padded to a fixed length (d, e); "
         f"the first {args.untimed_steps} are not timed. Contenders with as many steps train the same rows, each once; that is checked in "
         "every repetition. Peak memory is that of the process and, added to it, of its largest child, a loader worker: pages that both "
-        f"share count twice. The final loss is without dropout, over the first {args.loss_rows} training rows; compare it at the same "
-        "number of steps."
+        f"share count twice. The final loss is without dropout, over the same rows for all, at most {args.loss_rows}; compare it at the "
+        "same number of steps."
     )
 
 
