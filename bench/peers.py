@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add("--prediction_rows", type=positive, default=2_000, help="Texts to answer.")
     add("--predictor_steps", type=positive, default=30, help="Steps that train the model whose answers are compared.")
     add("--seeds", type=positive, default=3, help="Seeds of --accuracy.")
-    add("--loss_rows", type=positive, default=256, help="The final loss is that of the first so many rows, for all. d and e train --steps_padded x --batch_size.")
+    add("--loss_rows", type=positive, default=256, help="The final loss is that of the first so many rows, for all.")
     add("--mixed_precision", choices=["no", "bf16"], default="no", help="Precision of matrix products in training.")
     add("--use_cpu", action="store_true", help="The CPU even where there is a GPU.")
     add("--threads", type=positive, default=machine.cores(), help="Threads of each contender. Default: all cores.")
