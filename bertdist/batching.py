@@ -149,6 +149,13 @@ def recut(share: Sequence[Batch], tokens: int) -> list[Batch]:
     return batches
 
 
+def one_token(batch: Batch) -> Batch:
+    """The first token of a micro-batch as a text that counts nothing."""
+    fields = {name: getattr(batch, name)[:1] for name in ("ids", "positions", "segments", "targets", "weights", "rows")}
+    fields |= {"weights": torch.zeros(1), "rows": torch.tensor([-1])}
+    return Batch(**fields, starts=torch.tensor([0, 1]), lengths=(1,))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batches:
     """A split in steps, as one of `ranks` ranks sees it. It has no state: `steps(k)` begins at step k.

@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
@@ -28,6 +29,7 @@ MOST_TOKENS = {"cuda": 65_536}  # where a larger micro-batch is no faster; other
 SHARE_OF_FREE = {"cuda": 0.9}  # of the free memory; other devices share theirs with the backward pass and with other programs: 0.5
 
 # What a device says that has no memory left, besides torch.OutOfMemoryError and MemoryError (torch 2.13; oneDNN's on a CPU too).
+T = TypeVar("T")
 _OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "could not create a primitive", "could not create a memory", "ALLOC_FAILED")
 
 
@@ -69,7 +71,9 @@ def find_tokens(compute: Callable[[Batch], Tensor], batches: Batches, device: to
     if device.type == "cuda":
         return doubled(lambda tokens: peak_bytes(compute, probe(max(1, tokens // longest), longest), device), longest, most, budget)
     unit = max(1, min(16, longest // 4))
-    kept = [kept_bytes(compute, probe(1, length)) for length in (unit, 2 * unit, 4 * unit)]
+    kept = attempt(lambda: [kept_bytes(compute, probe(1, length)) for length in (unit, 2 * unit, 4 * unit)])
+    if isinstance(kept, str):
+        return 1
     return min(most, power_of_two(int(budget / bytes_per_token(kept, unit, longest))))
 
 
@@ -164,7 +168,7 @@ def _words(file: Path) -> list[str]:
     return file.read_text().split() if file.exists() else []
 
 
-def attempt(compute: Callable[..., Tensor], *args: object) -> Tensor | str:
+def attempt(compute: Callable[..., T], *args: object) -> T | str:
     """compute(*args); or, where memory ran out, what was said of it, when all that the attempt held is free again."""
     try:
         return compute(*args)
@@ -193,7 +197,7 @@ def halved(tokens: int, batch: Batch) -> int:
 
 def power_of_two(number: int) -> int:
     """The largest that is not above number; at least 1."""
-    return 1 << max(0, number.bit_length() - 1)
+    return 1 << max(1, number).bit_length() - 1
 
 
 def too_long(batch: Batch, reason: str, batches: Batches, cure: str = "") -> DataError:

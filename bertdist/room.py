@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bertdist.batching import Batch, Batches, Step, recut
+from bertdist.batching import Batch, Batches, Step, one_token, recut
 from bertdist.checkpoint import Progress
 from bertdist.memory import attempt, find_tokens, halved, too_long
 from bertdist.ranks import host_group, smallest, together
@@ -39,7 +39,7 @@ class Failure(NamedTuple):
     batch: Batch
     reason: str  # what the device said
     final: bool  # the last of the share
-    places: list[int]  # `gradient_places` before it, where it is the last
+    places: list[int]  # `gradient_places` before it, where it is the last; none where it is also the first: there were no gradients
 
 
 class Room:
@@ -54,7 +54,8 @@ class Room:
         accelerator: Accelerator,
         say: Callable[[str], None],
     ) -> None:
-        """model: as accelerate has prepared it. asked: --tokens_per_micro_batch, which wins over what progress remembers. A collective."""
+        """model: as accelerate has prepared it. asked: --tokens_per_micro_batch; where it was asked for before, progress knows what came
+        of it, and the same command goes on with that. A collective."""
         if isinstance(model, DistributedDataParallel):
             # Buffers are constants here. Sent around they make the first forward pass of a step a collective, which a rank could not
             # repeat by itself. By attribute: torch 2.13 has renamed the argument.
@@ -63,7 +64,8 @@ class Room:
             assert accelerator.num_processes == 1, f"several ranks, and no DDP: {type(model)}"
         self.progress, self.accelerator, self.say = progress, accelerator, say
         self._batches, self._group = batches, host_group(accelerator)
-        progress.tokens_per_micro_batch = asked or progress.tokens_per_micro_batch
+        if asked and asked != progress.tokens_asked:
+            progress.tokens_per_micro_batch = progress.tokens_asked = asked
         self._loaded = progress.tokens_per_micro_batch  # what the loader's workers cut by: they are ahead, and go on with it
 
     def find(self, loss: Callable[[Batch], Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -115,7 +117,7 @@ class Room:
         total = torch.zeros((), device=self.accelerator.device)
         for i, batch in enumerate(share):
             final = i == len(share) - 1
-            places = gradient_places(model) if final and self.accelerator.num_processes > 1 else []
+            places = gradient_places(model) if final and i and self.accelerator.num_processes > 1 else []
             loss = attempt(backward, batch, final)
             if isinstance(loss, str):
                 return Failure(batch, loss, final, places)
@@ -140,11 +142,12 @@ class Room:
         if self.accelerator.num_processes == 1:
             return
         weights = [p for p in model.parameters() if p.requires_grad]
-        unsent = [p for p, place in zip(weights, failure.places, strict=True) if _place(p) == place] if failure.final else weights
+        before = failure.places or [0] * len(weights)
+        unsent = [p for p, place in zip(weights, before, strict=True) if _place(p) == place] if failure.final else weights
         if len(unsent) == len(weights):  # DDP has not begun: a text of one token that counts nothing goes the whole way
             reason = attempt(backward, one_token(failure.batch), True)
             if isinstance(reason, str):  # not even that: the others will see this rank go
-                raise too_long(one_token(failure.batch), reason, self._batches)
+                raise too_long(failure.batch, reason, self._batches)
         elif unsent:  # DDP's hooks on these weights have not run: a gradient of zeros runs them, and they send what is left
             torch.autograd.backward(unsent, [p.new_zeros(()).expand_as(p) for p in unsent])
 
@@ -166,10 +169,3 @@ def gradient_places(model: nn.Module) -> list[int]:
 
 def _place(weight: Tensor) -> int:
     return 0 if weight.grad is None else weight.grad.data_ptr()
-
-
-def one_token(batch: Batch) -> Batch:
-    """The first token of a micro-batch as a text that counts nothing."""
-    fields = {name: getattr(batch, name)[:1] for name in ("ids", "positions", "segments", "targets", "weights", "rows")}
-    fields |= {"weights": torch.zeros(1), "rows": torch.tensor([-1])}
-    return Batch(**fields, starts=torch.tensor([0, 1]), lengths=(1,))

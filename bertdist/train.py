@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bertdist.batching import Batch, Batches, Step, recut
+from bertdist.batching import Batch, Batches, Step, one_token
 from bertdist.begin import batches_of, environment, identity_of, notes_of, open_accelerator, task_of_rows, told_of_data
 from bertdist.best import Best
 from bertdist.checkpoint import Checkpoints, Progress
@@ -174,10 +174,10 @@ def warm_up(model: nn.Module, batches: Batches, step: int, task: Task, accelerat
     """One backward that is thrown away, before the first step of every start, fresh or resumed.
 
     DDP puts its gradient buckets in another order after its first backward, and sums are rounded in that order: without this a
-    resumed run of 3 ranks or more differs from one that never stopped. One short text does: any text brings the order about.
+    resumed run of 3 ranks or more differs from one that never stopped. One token does: any text brings the order about.
     """
     for first in replace(batches, workers=0).steps(step, step + 1):
-        batch = recut(first.share, 1)[-1].to(accelerator.device)
+        batch = one_token(first.share[0]).to(accelerator.device)
         accelerator.backward(task.loss(model(batch), batch.targets, batch.weights))
     model.zero_grad()
 
