@@ -28,8 +28,9 @@ from bertdist.errors import DataError
 MOST_TOKENS = {"cuda": 65_536}  # where a larger micro-batch is no faster; other devices: PLENTY
 SHARE_OF_FREE = {"cuda": 0.9}  # of the free memory; other devices share theirs with the backward pass and with other programs: 0.5
 
-# What a device says that has no memory left, besides torch.OutOfMemoryError and MemoryError (torch 2.13; oneDNN's on a CPU too).
 T = TypeVar("T")
+
+# What a device says that has no memory left, besides torch.OutOfMemoryError and MemoryError (torch 2.13; oneDNN's on a CPU too).
 _OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "could not create a primitive", "could not create a memory", "ALLOC_FAILED")
 
 

@@ -41,6 +41,11 @@ class Failure(NamedTuple):
     final: bool  # the last of the share
     places: list[int]  # `gradient_places` before it, where it is the last; none where it is also the first: there were no gradients
 
+    @property
+    def alone(self) -> bool:
+        """Whether it has one text: then there is nothing left to cut."""
+        return len(self.batch.lengths) == 1
+
 
 class Room:
     """How many tokens this rank computes at once while it trains; progress remembers it. It never grows; between steps all ranks agree."""
@@ -94,14 +99,12 @@ class Room:
         while True:
             found = self._attempt(model, self._cut(step, tokens), backward)
             failure = found if isinstance(found, Failure) else None
-            alone = failure is not None and len(failure.batch.lengths) == 1
             if failure is not None:
-                tokens = 0 if alone else halved(tokens, failure.batch)
-            if failure is not None and (failure.final or alone):
-                self._finish_exchange(model, failure, backward)
-            if failure is None or failure.final or alone:  # the ranks have exchanged
-                whole = self._agreed(tokens, failure, step)
-                if whole and isinstance(found, Tensor):
+                tokens = 0 if failure.alone else halved(tokens, failure.batch)
+            if failure is None or failure.final or failure.alone:  # else the others have not noticed
+                if failure is not None:
+                    self._finish_exchange(model, failure, backward)
+                if self._agreed(tokens, failure, step) and isinstance(found, Tensor):
                     return found
                 tokens = self.progress.tokens_per_micro_batch
             throw_away(model)
