@@ -11,6 +11,7 @@ Legend: T tokens, N texts, O outputs.
 """
 
 import inspect
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,6 @@ from bertdist.families import FAMILIES
 from bertdist.tasks import Task, task_of_model
 
 _NEW = "New weights"
-_DROPOUTS = (  # what the families' configs call their dropouts
-    "hidden_dropout_prob attention_probs_dropout_prob classifier_dropout dropout attention_dropout seq_classif_dropout "
-    "embedding_dropout mlp_dropout pooler_dropout cls_dropout activation_dropout classifier_dropout_prob"
-).split()
 
 
 class Classifier(nn.Module):
@@ -50,7 +47,8 @@ class Classifier(nn.Module):
         family = FAMILIES.get(model.config.model_type)
         self.packed = family is not None
         self._first_position = family.first_position(model.config) if family else 0
-        self.max_positions = int(getattr(model.config, "max_position_embeddings", 512)) - self._first_position
+        positions = int(getattr(model.config, "max_position_embeddings", 512))
+        self.max_positions = positions - self._first_position if positions > 0 else sys.maxsize  # XLNet's -1: no table of them
         replace_dropouts(model, lambda: self._noise)
         keep_gradient(model)
         if family is not None:
@@ -169,11 +167,11 @@ def load_classifier(
     settings.label2id = {label: i for i, label in enumerate(task.labels)}
     settings.problem_type = task.problem_type  # type: ignore[assignment]  # a Literal of the same words
     if config.dropout is not None:
-        known = [name for name in _DROPOUTS if hasattr(settings, name)]
+        named = {name: value for name, value in vars(settings).items() if "dropout" in name or "pdrop" in name}  # GPT-2's end in pdrop
+        known = [name for name, value in named.items() if not isinstance(value, bool)]
         if not known:
             raise ConfigError(f"--dropout cannot take effect: the config of {settings.model_type} names no dropout.")
-        for name in known:
-            setattr(settings, name, config.dropout)
+        settings.update(dict.fromkeys(known, config.dropout))
     packed, where = settings.model_type in FAMILIES, f"{flag} {config.model_name_or_path}"
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(

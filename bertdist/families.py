@@ -82,7 +82,7 @@ def _rotated(x: Tensor, packing: Packing, cos: Tensor, sin: Tensor) -> Tensor:
     """ModernBERT's apply_rotary_pos_emb, with its roundings to float32, for x (1, T or N, hidden) alone."""
     heads = x.unflatten(-1, (packing.heads, -1))
     left, right = heads.float().chunk(2, -1)
-    turned = heads.float() * cos[:, :, None] + torch.cat((-right, left), -1) * sin[:, :, None]
+    turned: Tensor = heads.float() * cos[:, :, None] + torch.cat((-right, left), -1) * sin[:, :, None]
     return turned.to(x.dtype).flatten(-2)
 
 
