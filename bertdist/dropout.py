@@ -8,7 +8,8 @@ promise is one: on CPU a step with dropout learns the same on any number of rank
    below p x 65,536. So p is met to 1 / 131,072, and the scale is exact for the p that is met.
 3. 434 tokens of a 6 x 384 model take 2.8 million draws a step: 3 ms, where torch takes 26 (its CPU draws run on one thread).
 
-On other devices torch's own dropout is used, seeded by (seed, step, rank).
+On other devices torch's own dropout is used, seeded by (seed, step, rank). So it is in the attention of a model that runs padded, if
+that is SDPA; and where a model lays texts out in another way than `_mask` knows, its masks are a function of the micro-batch.
 
 Legend: T tokens, N texts, W width of a site.
 """
@@ -40,11 +41,16 @@ class Noise:
         """rows: row numbers, -1 for the text of an idle rank; lengths: tokens of each text."""
         self.lengths = lengths
         self._generators = [np.random.SFC64([*_seed_of_step, row + 1]) for row in rows]
+        self._common = np.random.SFC64([*_seed_of_step, 0, 1])
 
     def keep(self, sizes: Sequence[int], p: float) -> Tensor:
         """(sum of sizes,) bool, False with probability p: the next `sizes[i]` elements of each text i, texts end to end."""
         bits = [g.random_raw(-(-size // 4)).view(np.uint16)[:size] for g, size in zip(self._generators, sizes, strict=True)]
         return torch.from_numpy(np.concatenate(bits) >= _dropped(p))
+
+    def keep_common(self, size: int, p: float) -> Tensor:
+        """(size,) bool for what is of no text, like a table of relative positions: the same in every micro-batch of a step."""
+        return torch.from_numpy(self._common.random_raw(-(-size // 4)).view(np.uint16)[:size] >= _dropped(p))
 
     def replayed(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For activation checkpointing: the second context draws again what the first one drew."""
@@ -52,20 +58,23 @@ class Noise:
 
         @contextmanager
         def first() -> Iterator[None]:
-            states.extend(generator.state for generator in self._generators)
+            states.extend(generator.state for generator in self._all())
             yield
 
         @contextmanager
         def again() -> Iterator[None]:
-            present = [generator.state for generator in self._generators]
+            present = [generator.state for generator in self._all()]
             self._set(states)
             yield
             self._set(present)
 
         return first(), again()
 
+    def _all(self) -> list[np.random.SFC64]:
+        return [*self._generators, self._common]
+
     def _set(self, states: list[Any]) -> None:
-        for generator, state in zip(self._generators, states, strict=True):
+        for generator, state in zip(self._all(), states, strict=True):
             generator.state = state
 
 
@@ -86,21 +95,33 @@ class Dropout(nn.Module):
         self.p, self._noise = p, noise
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (1, T, W) tokens, (N, longest, W) the same padded, (1, N, W) or (N, ...) texts; same shape out."""
+        """Same shape in and out; see `_mask` for the shapes that are known as texts'."""
         noise = self._noise()
         if noise is None or not self.training or self.p == 0:
             return F.dropout(x, self.p, self.training)
-        lengths, texts = noise.lengths, len(noise.lengths)
-        if x.shape[0] == 1 and x.shape[-2] == sum(lengths):
-            keep = noise.keep([length * x.shape[-1] for length in lengths], self.p).view_as(x)
-        elif x.ndim == 3 and x.shape[0] == texts and x.shape[1] == max(lengths):
-            keep = noise.keep([length * x.shape[-1] for length in lengths], self.p).view(-1, x.shape[-1])
-            keep = nn.utils.rnn.pad_sequence(keep.split(list(lengths)), batch_first=True)
-        elif x.shape[0] == texts or x.shape[:-1] == (1, texts):
-            keep = noise.keep([x.numel() // texts] * texts, self.p).view_as(x)
-        else:  # not of the texts, like a table of relative positions
-            return F.dropout(x, self.p, self.training)
-        return x * torch.mul(keep, x.new_tensor(scale_of(self.p)))
+        return x * torch.mul(_mask(noise, x.shape, self.p), x.new_tensor(scale_of(self.p)))
+
+
+def _mask(noise: Noise, shape: torch.Size, p: float) -> Tensor:
+    """What is kept, of that shape.
+
+    Known as texts': (1, T, W) tokens, (N, longest, W) the same padded, (N, H, longest, longest) attention, (1, N, W) or (N, ...) texts.
+    """
+    lengths, texts, longest = noise.lengths, len(noise.lengths), max(noise.lengths)
+    if shape[:-1] == (1, sum(lengths)):
+        return noise.keep([length * shape[-1] for length in lengths], p).view(shape)
+    if shape[0] == texts and shape[1:-1] == (longest,):
+        keep = noise.keep([length * shape[-1] for length in lengths], p).view(-1, shape[-1])
+        return nn.utils.rnn.pad_sequence(keep.split(list(lengths)), batch_first=True)
+    if shape[0] == texts and shape[2:] == (longest, longest):
+        parts = noise.keep([shape[1] * length**2 for length in lengths], p).split([shape[1] * length**2 for length in lengths])
+        keep = torch.ones(shape, dtype=torch.bool)
+        for text, part, length in zip(keep, parts, lengths, strict=True):
+            text[:, :length, :length] = part.view(-1, length, length)
+        return keep
+    if shape[0] == texts or shape[:-1] == (1, texts):
+        return noise.keep([shape.numel() // texts] * texts, p).view(shape)
+    return noise.keep_common(shape.numel(), p).view(shape)
 
 
 def replace_dropouts(model: nn.Module, noise: Callable[[], Noise | None]) -> None:

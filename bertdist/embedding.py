@@ -49,11 +49,16 @@ class _Lookup(torch.autograd.Function):
         return None, None, None
 
 
-def keep_gradient(embedding: nn.Embedding) -> None:
-    """Make a plain nn.Embedding, in place, one that keeps its gradient."""
-    if type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.sparse and not embedding.scale_grad_by_freq:
-        embedding.__class__ = KeptGradientEmbedding
-        cast(KeptGradientEmbedding, embedding).written = []
+def keep_gradient(model: Any) -> None:
+    """Make the word embeddings of a Hugging Face model keep their gradient, in place, if they are plain and nothing else uses them."""
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:  # Funnel, Canine
+        return
+    uses = sum(parameter is table.weight for _, parameter in model.named_parameters(remove_duplicate=False))
+    if type(table) is nn.Embedding and uses == 1 and table.max_norm is None and not table.sparse and not table.scale_grad_by_freq:
+        table.__class__ = KeptGradientEmbedding
+        cast(KeptGradientEmbedding, table).written = []
 
 
 def clear_gradients(model: nn.Module) -> None:
