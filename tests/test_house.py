@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bertdist"
 FLOORS = [  # a module imports from lower floors only
     ["errors"],
     ["words"],
-    ["config", "scores", "slurm", "console", "attention", "arrow_files", "columns", "ranks"],
+    ["config", "scores", "slurm", "console", "attention", "arrow_files", "columns", "ranks", "meter"],
     ["tasks", "records", "optim"],
     ["encoding"],
     ["batching"],
