@@ -28,7 +28,7 @@ from bertdist.errors import BertdistError
 from bertdist.slurm import leave_signals_to_the_rank
 from bertdist.tasks import Array
 
-ROWS_PER_MESSAGE = 256  # of this rank
+BYTES_PER_MESSAGE = 1 << 16  # of text in what a loader worker sends at once: 1,000 sentences of SST-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +170,11 @@ class Batches:
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
         """This rank's share of steps start, ..., stop - 1, counted over the whole run."""
-        # A message from a worker costs this process 0.5 ms, whatever is in it: small steps share one.
-        together = max(1, ROWS_PER_MESSAGE * self.ranks // self.rows_per_step) if self.workers else 1
+        shares = _Shares(self, stop)
         loader = DataLoader(
-            _Shares(self, together, stop),
+            shares,
             batch_size=None,
-            sampler=range(start, stop, together),
+            sampler=range(start, stop, shares.together),
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
             multiprocessing_context="fork" if self.workers else None,  # the rows are shared with the workers, not copied
@@ -217,11 +216,17 @@ def sent_ahead(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
 
 
 class _Shares(Dataset[list[Step | BertdistError]]):
-    """Step number -> this rank's shares of this step and of those behind it. What a DataLoader can send to its workers."""
+    """Step number -> this rank's shares of this step and of some behind it. What a DataLoader can send to its workers.
 
-    def __init__(self, batches: Batches, together: int, stop: int) -> None:
-        self.batches, self.together, self.stop = batches, together, stop
+    A message from a worker costs this process 1 to 3 ms beside a computation on all cores, whatever is in it: it is woken, and
+    so is the thread that asks for the next one, when a core is free. So small steps share a message.
+    """
+
+    def __init__(self, batches: Batches, stop: int) -> None:
+        self.batches, self.stop = batches, stop
         self.lengths = batches.examples.records.lengths()
+        bytes_of_share = self.lengths.sum() / max(1, len(self.lengths)) * batches.rows_per_step / batches.ranks
+        self.together = max(1, int(BYTES_PER_MESSAGE / max(1.0, bytes_of_share))) if batches.workers else 1
         self.epoch, self.order = -1, np.arange(len(batches.examples))
 
     def __getitem__(self, first: int) -> list[Step | BertdistError]:

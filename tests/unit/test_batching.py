@@ -321,8 +321,18 @@ def test_a_step_knows_the_lengths_of_its_real_texts() -> None:
     assert whole.lengths == [(5, 4), (2,)]
 
 
-@pytest.mark.parametrize(("rows", "messages"), [(128, [[0, 1], [2, 3], [4]]), (600, [[0]]), (1, [list(range(11))])])
-def test_small_steps_travel_several_in_a_message(rows: int, messages: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("given", "messages"),
+    [
+        ({}, [[0, 1], [2, 3], [4]]),
+        ({"ranks": 2}, [[0, 1, 2, 3], [4]]),  # half a step a rank
+        ({"rows_per_step": 20}, [[0]]),
+        ({"rows_per_step": 10}, [[0], [1]]),
+        ({"workers": 0}, [[0], [1], [2], [3], [4]]),
+    ],
+)
+def test_small_steps_share_a_message(given: dict[str, int], messages: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of length 3 in steps of 4, with 25 to a message."""
     found = []
 
     def watched(*args: Any, **settings: Any) -> Iterator[Any]:
@@ -331,9 +341,11 @@ def test_small_steps_travel_several_in_a_message(rows: int, messages: list[list[
             yield message
 
     monkeypatch.setattr(batching, "DataLoader", watched)
-    many = batches([1] * (600 if rows > 1 else 11), rows_per_step=rows, workers=1)
-    numbers = [step.number for step in many.steps(0, many.steps_per_epoch)]
-    assert found == messages and numbers == list(range(many.steps_per_epoch))
+    monkeypatch.setattr(batching, "BYTES_PER_MESSAGE", 25)
+    some = batches([3] * 20, **{"workers": 1, **given})
+    steps = list(some.steps(0, some.steps_per_epoch))
+    assert found == messages
+    assert [content(step) for step in steps] == [content(step) for step in replace(some, workers=0).steps(0, some.steps_per_epoch)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
