@@ -99,7 +99,7 @@ class Checkpoints:
         if state["ranks"] != self.accelerator.num_processes:
             self.say(
                 f"It was written by {state['ranks']} processes, now there are {self.accelerator.num_processes}: the same rows in the same "
-                "steps; sums are rounded, and dropout is drawn, in another order."
+                "steps; sums are rounded in another order, and off the CPU dropout is drawn anew."
             )
         return progress
 
