@@ -362,8 +362,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, dropout: float, l
 
     calls: list[int] = []
     plain, kept = found(), found(gradient_checkpointing=True)
-    layers = calls[0]
-    assert calls == [layers, 2 * layers - (kind in FIRST)]  # again in the backward: it does take effect; the last of first tokens is not
+    assert calls[1] in (2 * calls[0] - (kind in FIRST), 2 * calls[0])  # again in the backward; the last one in transformers 5.17 only
     assert largest(kept, plain) == 0  # the same operations in the same order, and the same dropout
     monkeypatch.setattr(Noise, "replayed", lambda self: (nullcontext(), nullcontext()))
     if dropout:
