@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 
-from bertdist.batching import Batches
+from bertdist.batching import PLENTY, Batches
 from bertdist.config import BatchConfig, RunConfig, TaskConfig, TrainConfig
 from bertdist.encoding import Examples
 from bertdist.errors import ConfigError, did_you_mean
@@ -88,7 +88,7 @@ def batches_of(examples: Examples, config: BatchConfig, accelerator: Accelerator
     return Batches(
         examples=examples,
         rows_per_step=EVALUATION_ROWS if seed is None else config.train_batch_size,
-        tokens_per_micro_batch=config.tokens_per_micro_batch,
+        tokens_per_micro_batch=config.tokens_per_micro_batch or PLENTY,  # until it is found
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
         shuffle=seed is not None,

@@ -41,6 +41,9 @@ class Progress:
     best_score: float | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
+    tokens_per_micro_batch: int = 0  # as asked or found, and as halved since; 0: not known yet
+    tokens_asked: int = 0  # the --tokens_per_micro_batch that it came from; 0: found
+    halvings: int = 0  # steps that were taken again because memory ran out
     finished: bool = False
     window: list[list[float]] = field(default_factory=list)  # [loss sum, rows, tokens] of each step since the last log line
 

@@ -31,6 +31,7 @@ from bertdist.embedding import keep_gradient
 from bertdist.encoding import Example
 from bertdist.errors import ConfigError, ModelError, did_you_mean
 from bertdist.families import FAMILIES
+from bertdist.linear import use_onednn
 from bertdist.tasks import Task, task_of_model
 
 _NEW = "New weights"
@@ -51,6 +52,7 @@ class Classifier(nn.Module):
         self.max_positions = positions - self._first_position if positions > 0 else sys.maxsize  # XLNet's -1: no table of them
         replace_dropouts(model, lambda: self._noise)
         keep_gradient(model)
+        use_onednn(model)
         if family is not None:
             family.prepare(model)
         self.reads_padding = not self.packed and self._changes_when_padded()

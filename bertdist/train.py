@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bertdist.batching import Batches, Step
+from bertdist.batching import Batch, Batches, Step, one_token
 from bertdist.begin import batches_of, environment, identity_of, notes_of, open_accelerator, task_of_rows, told_of_data
 from bertdist.best import Best
 from bertdist.checkpoint import Checkpoints, Progress
@@ -41,6 +41,7 @@ from bertdist.evaluation import Judge, evaluate_split
 from bertdist.optim import build_optimizer, build_schedule, set_learning_rate
 from bertdist.ranks import together
 from bertdist.records import open_source
+from bertdist.room import Room
 from bertdist.slurm import StopRequest, check_world
 from bertdist.tasks import Task
 
@@ -92,17 +93,17 @@ def train(config: TrainConfig) -> Progress:
             log.status("finished" if progress.finished else "running", progress.step)
         best = Best(run, tokenizer, task, accelerator, notes_of(config, train_rows))
         due = {name: steps_of(getattr(run, f"{name}_every"), per_epoch, total_steps) for name in ("log", "eval", "save")}
-        losses: list[Tensor] = []  # this rank's [loss sum, tokens] of each step since they were last brought together
+        room = Room(model, train_batches, config.batch.tokens_per_micro_batch, progress, accelerator, log.say)
         model.train()
         if not progress.finished:
             warm_up(model, train_batches, progress.step, task, accelerator)
+            room.find(lambda batch: task.loss(classifier(batch), batch.targets, batch.weights), classifier, adamw)
             log.open_progress(progress.step, total_steps)
-
-        stopwatch = Stopwatch()
-        for step in train_batches.steps(progress.step, progress.step if progress.finished else total_steps):
+        stopwatch, losses = Stopwatch(), list[Tensor]()  # this rank's [loss sum, tokens] of the steps not yet brought together
+        for step in room.cutting(train_batches).steps(progress.step, progress.step if progress.finished else total_steps):
             set_learning_rate(optimizer, schedule(step.number))
             seed_dropout(run.seed, step.number, accelerator.process_index)
-            loss, grad_norm = take_step(model, optimizer, step, task, accelerator, config.optim.max_grad_norm)
+            loss, grad_norm = take_step(model, optimizer, step, task, accelerator, config.optim.max_grad_norm, room)
             losses.append(loss)
             stopwatch.steps += 1
             progress.count(step.number + 1, step.rows)
@@ -117,7 +118,7 @@ def train(config: TrainConfig) -> Progress:
 
             if dev_batches and (progress.finished or is_due(progress.step, due["eval"])):
                 with stopwatch.paused():
-                    evaluation = evaluate_split(classifier, dev_batches, judge, accelerator)
+                    evaluation = evaluate_split(classifier, room.cutting(dev_batches), judge, accelerator)
                     log.record("eval", progress.step, epoch=progress.step / per_epoch, **evaluation.scores)
                     best.consider(classifier, evaluation, progress)
 
@@ -145,21 +146,23 @@ def train(config: TrainConfig) -> Progress:
 
 
 def take_step(
-    model: nn.Module, optimizer: Optimizer, step: Step, task: Task, accelerator: Accelerator, max_grad_norm: float
+    model: nn.Module, optimizer: Optimizer, step: Step, task: Task, accelerator: Accelerator, max_grad_norm: float, room: Room
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step over this rank's share; returns this rank's [loss sum, tokens] (2,) and the gradient's norm ().
 
     Row losses are summed and divided by the rows of the whole step, so the update is that of one big batch, however the step was
-    dealt and cut. DDP averages over ranks; the factor undoes it.
+    dealt and cut. DDP averages over ranks; the factor undoes it. Where memory runs out on any rank, the step is begun again with
+    micro-batches of half the tokens (see room.py).
     """
-    total = torch.zeros((), device=accelerator.device)
-    for i, batch in enumerate(step.share):
+
+    def backward(batch: Batch, final: bool) -> Tensor:
         batch = batch.to(accelerator.device)
-        final = i == len(step.share) - 1
         with nullcontext() if final else accelerator.no_sync(model):  # gradients travel once a step
             loss = task.loss(model(batch), batch.targets, batch.weights)
             accelerator.backward(loss * (accelerator.num_processes / step.rows))
-        total += loss.detach()
+        return loss.detach()
+
+    total = room.accumulate(model, step, backward)
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     assert grad_norm is not None
     optimizer.step()
@@ -172,10 +175,10 @@ def warm_up(model: nn.Module, batches: Batches, step: int, task: Task, accelerat
     """One backward that is thrown away, before the first step of every start, fresh or resumed.
 
     DDP puts its gradient buckets in another order after its first backward, and sums are rounded in that order: without this a
-    resumed run of 3 ranks or more differs from one that never stopped.
+    resumed run of 3 ranks or more differs from one that never stopped. One token does: any text brings the order about.
     """
     for first in replace(batches, workers=0).steps(step, step + 1):
-        batch = first.share[0].to(accelerator.device)
+        batch = one_token(first.share[0]).to(accelerator.device)
         accelerator.backward(task.loss(model(batch), batch.targets, batch.weights))
     clear_gradients(model)
 

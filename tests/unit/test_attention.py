@@ -78,6 +78,18 @@ def test_each_kernel_is_one_softmax_a_text_with_its_gradients(kernel: Kernel, sc
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("first_only", [False, True])
+def test_without_gradients_too(first_only: bool) -> None:
+    rows, firsts = rows_of(sum(LENGTHS)), torch.tensor([0, *LENGTHS]).cumsum(0)[:-1]
+    asked = [rows[0][:, :, firsts] if first_only else rows[0], *rows[1:]]
+    with torch.no_grad():
+        out, expected = attend(asked, LENGTHS, "buckets"), written_out(rows, LENGTHS, None)
+        wrong = attend(asked, [3, 5, 3, 1, 4, 3], "buckets") if not first_only else out + 1
+    expected = expected[:, firsts] if first_only else expected
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    assert (wrong - expected).abs().max() > 0.1  # the control
+
+
 def test_the_kernels_equal_one_masked_attention() -> None:
     rows = rows_of(sum(LENGTHS))
     for kernel in KERNELS:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from bertdist import batching
-from bertdist.batching import Batch, Batches, Step, collate, cut, deal, plan
+from bertdist.batching import Batch, Batches, Step, collate, cut, deal, one_token, plan, recut
 from bertdist.encoding import Example
 from bertdist.errors import DataError
 
@@ -192,6 +192,60 @@ def test_a_batch_by_hand() -> None:
 def test_targets_keep_their_kind(target: Any, expected: torch.Tensor) -> None:
     batch = collate([Example(row, [2, 3], [0, 0], target, 1.0) for row in range(2)])
     torch.testing.assert_close(batch.targets, expected, rtol=0, atol=0)
+
+
+# ---- recut
+
+
+def test_a_share_cut_again_by_hand(batch: Batch) -> None:
+    batch = collate([Example(7, [2, 30, 3], [0, 0, 1], 1, 0.5), Example(4, [2, 3], [0, 1], 0, 1.0), Example(9, [5], [0], 1, 0.0)])
+    first, second = recut([batch], 4)
+    expected = {
+        "ids": torch.tensor([2, 3, 5]),
+        "positions": torch.tensor([0, 1, 0]),
+        "segments": torch.tensor([0, 1, 0]),
+        "starts": torch.tensor([0, 2, 3]),
+        "targets": torch.tensor([0, 1]),
+        "weights": torch.tensor([1.0, 0.0]),
+        "rows": torch.tensor([4, 9]),
+    }
+    for name, tensor in expected.items():
+        torch.testing.assert_close(getattr(second, name), tensor, rtol=0, atol=0)
+    assert second.lengths == (2, 1) and first.lengths == (3,) and first.rows.tolist() == [7]
+
+
+@QUICK
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=20), before=st.integers(1, 60), after=st.integers(1, 60))
+def test_a_share_cut_again_is_the_share_cut_so_at_once(lengths: list[int], before: int, after: int) -> None:
+    """To the bit: each text once, in the same micro-batches, with its target, weight, row and positions."""
+    one, other = (next(batches(lengths, rows_per_step=99, tokens_per_micro_batch=tokens).steps(0, 1)) for tokens in (before, after))
+    assert content(replace(one, share=recut(one.share, after))) == content(other)
+    assert sorted(rows_of(replace(one, share=recut(one.share, after)))) == list(range(len(lengths)))
+
+
+@pytest.mark.parametrize("target", [np.float32(0.5), np.array([1, 0], dtype=np.float32)])
+def test_targets_keep_their_kind_when_they_are_cut_again(target: Any) -> None:
+    whole = collate([Example(row, [2] * (5 - row), [0] * (5 - row), target * row, 1.0) for row in range(4)])
+    parts = recut([whole], 5)
+    assert len(parts) == 3
+    torch.testing.assert_close(torch.cat([part.targets for part in parts]), whole.targets, rtol=0, atol=0)
+
+
+def test_the_text_of_an_idle_rank_stays_alone_and_counts_nothing() -> None:
+    step = next(batches([5, 2], rank=2, ranks=4, shuffle=False).steps(0, 1))
+    assert content(replace(step, share=recut(step.share, 1))) == content(step)
+
+
+def test_a_share_that_is_not_longest_first_cannot_be_cut_again() -> None:
+    with pytest.raises(AssertionError, match="longest first"):
+        recut([collate(Rows([2, 5, 3])[[0, 1, 2]])], 5)
+
+
+def test_one_token_of_a_batch_counts_nothing(batch: Batch) -> None:
+    token = one_token(batch)
+    assert token.ids.tolist() == batch.ids[:1].tolist() and token.positions.tolist() == token.segments.tolist() == [0]
+    assert (token.starts.tolist(), token.lengths, token.weights.tolist(), token.rows.tolist()) == ([0, 1], (1,), [0.0], [-1])
+    assert token.targets.tolist() == batch.targets[:1].tolist()
 
 
 # ---- A batch travels
