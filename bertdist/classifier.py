@@ -141,7 +141,7 @@ def load_settings(config: ModelConfig, flag: str = "--model_name_or_path") -> Pr
         raise ModelError(f"{where}: there is no such folder.{did_you_mean(name, beside)}")
     try:
         settings: PretrainedConfig = AutoConfig.from_pretrained(name, revision=config.model_revision)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:  # TypeError: a list, in transformers 5.17
         if folder.is_dir():
             raise ModelError(f"{where}: the folder holds no config.json that can be read ({_first_line(error)})") from None
         raise ModelError(

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from bertdist import deberta
 from bertdist.attention import Packing, packed_attention
 
 
@@ -165,4 +166,5 @@ FAMILIES = {  # by model_type
     "distilbert": Family(prepare=_prepare_distilbert),
     "albert": Family(prepare=_prepare_albert),
     "modernbert": Family(prepare=_prepare_modernbert),
+    "deberta-v2": Family(prepare=deberta.prepare),  # and -v3
 }
