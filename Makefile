@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: help install check test demo clean
+.PHONY: help install check test demo bench clean
 .DEFAULT_GOAL = help
 
 help:  ## List the targets
@@ -31,6 +31,13 @@ test: check  ## Everything that must hold: check, then all tests
 demo: install  ## Train a review classifier from the package index alone, on two cores in about ten minutes
 	$(BIN)/python launch/demo.py
 
+bench: install  ## Measure bertdist beside its peers on this machine and write docs/benchmarks.md, about an hour on two idle cores
+	$(BIN)/python -m pip install -e ".[bench]" || { echo "pip could not install matplotlib, onnx and onnxruntime"; exit 1; }
+	$(BIN)/python launch/demo.py --prepare_only
+	$(BIN)/python -m bench.peers
+	$(BIN)/python -m bench.peers --prediction
+	$(BIN)/python -m bench.scaling --train_file demo/data/train.tsv --output docs/benchmarks.md
+
 clean:  ## Remove caches, builds and the demo's files; .venv stays
 	rm -rf demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find bertdist launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find bertdist bench launch tests -name __pycache__ -type d -prune -exec rm -rf {} +

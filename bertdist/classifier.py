@@ -1,15 +1,22 @@
 """A Hugging Face classifier that reads padding-free batches; its weights, its config and its folder stay plain Hugging Face.
 
-In: a model's name and a Task. Out: `Classifier`, a Batch -> logits. The encoder sees one row of T tokens; a hook in front of
-the pooler keeps the first token of each text, so that the model's own head believes it was given N texts.
+In: a model's name and a Task. Out: `Classifier`, a Batch -> logits. The encoder sees one row of T tokens; its last layer gives
+the first token of each text (families.py), so that the model's own head believes it was given N texts of one token.
+
+An architecture that is no family of families.py is given texts padded to the longest of the micro-batch, if that changes no
+answer: this is tried, not believed. Where it does (FNet mixes all places, XLNet's head reads the last), texts of one length run
+together, and nothing is padded.
 
 Legend: T tokens, N texts, O outputs.
 """
 
 import inspect
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -17,18 +24,17 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 from transformers.utils import logging as transformers_logging
 
 from bertdist import attention
-from bertdist.batching import Batch
+from bertdist.batching import Batch, collate
 from bertdist.config import ModelConfig
+from bertdist.dropout import Noise, replace_dropouts
+from bertdist.embedding import keep_gradient
+from bertdist.encoding import Example
 from bertdist.errors import ConfigError, ModelError, did_you_mean
+from bertdist.families import FAMILIES
+from bertdist.linear import use_onednn
 from bertdist.tasks import Task, task_of_model
 
-PACKED_FAMILIES = ("bert",)  # model_type of the families that run without padding; the others run padded, with the same results
-
 _NEW = "New weights"
-_DROPOUTS = (  # what the families' configs call their dropouts
-    "hidden_dropout_prob attention_probs_dropout_prob classifier_dropout dropout attention_dropout seq_classif_dropout "
-    "embedding_dropout mlp_dropout pooler_dropout cls_dropout activation_dropout classifier_dropout_prob"
-).split()
 
 
 class Classifier(nn.Module):
@@ -37,41 +43,90 @@ class Classifier(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.packed = model.config.model_type in PACKED_FAMILIES
-        self._starts: Tensor | None = None  # of the batch in hand, for the hook
+        self._noise: Noise | None = None  # dropout's masks of the texts in hand
         self._takes_segments = "token_type_ids" in inspect.signature(model.forward).parameters
-        # RoBERTa-type tables keep two rows for padding: 514 positions for 512 tokens
-        offset = model.config.pad_token_id + 1 if model.config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-        self.max_positions = int(getattr(model.config, "max_position_embeddings", 512)) - offset
-        if self.packed:
-            model.base_model.pooler.register_forward_pre_hook(self._keep_first_tokens)
+        family = FAMILIES.get(model.config.model_type)
+        self.packed = family is not None
+        self._first_position = family.first_position(model.config) if family else 0
+        positions = int(getattr(model.config, "max_position_embeddings", 512))
+        self.max_positions = positions - self._first_position if positions > 0 else sys.maxsize  # XLNet's -1: no table of them
+        replace_dropouts(model, lambda: self._noise)
+        keep_gradient(model)
+        use_onednn(model)
+        if family is not None:
+            family.prepare(model)
+        pooling = getattr(model.config, "classifier_pooling", "cls")  # ModernBERT's
+        self.first_tokens_only = self.packed and pooling == "cls"  # what leaves the last layer
+        self.reads_padding = not self.packed and self._changes_when_padded()
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (N, O) of the texts of a micro-batch."""
         if not self.packed:
-            return self._padded(batch)
-        self._starts = batch.starts
-        output = self.model(
-            input_ids=batch.ids[None],
-            token_type_ids=batch.segments[None],
-            position_ids=batch.positions[None],
-            packing=attention.pack(batch.lengths, batch.ids.device),
-        )
-        logits: Tensor = output.logits
+            return self._unpacked(batch)
+        self._noise = self._noise_of(batch, slice(None))
+        inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None] + self._first_position}
+        if self._takes_segments:
+            inputs["token_type_ids"] = batch.segments[None]
+        heads = self.model.config.num_attention_heads
+        packing = attention.pack(batch.lengths, batch.starts[:-1], heads, self._kernel(batch.ids.device), self._noise)
+        logits: Tensor = self.model(**inputs, packing=packing).logits
         return logits
 
-    def _keep_first_tokens(self, pooler: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        assert self._starts is not None
-        return (args[0][0, self._starts[:-1]][:, None],)  # (1, T, hidden) -> (N, 1, hidden)
+    def checkpoint_activations(self) -> None:
+        """Keep a layer's input only, and compute the layer again in the backward, with the same dropout; raises ConfigError."""
 
-    def _padded(self, batch: Batch) -> Tensor:
-        places, real = (torch.from_numpy(array).to(batch.ids.device) for array in attention.grid(batch.lengths))
-        pad = self.model.config.pad_token_id or 0
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return self._noise.replayed() if self._noise is not None else (nullcontext(), nullcontext())
+
+        if not self.model.supports_gradient_checkpointing:
+            raise ConfigError(f"--gradient_checkpointing cannot take effect: transformers has none for {self.model.config.model_type}.")
+        # transformers 5.23 has the new name and warns of the old one; both take the same first argument
+        enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "context_fn": contexts})
+
+    def _kernel(self, device: torch.device) -> attention.Kernel:
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.model.dtype
+        return attention.kernel_of(device, dtype, self.model.config.hidden_size // self.model.config.num_attention_heads)
+
+    def _noise_of(self, batch: Batch, texts: Any) -> Noise | None:
+        """Dropout's masks for some texts of a batch (an index), where they belong to the rows."""
+        on_cpu = batch.ids.device.type == "cpu"
+        return Noise(batch.rows[texts].tolist(), np.asarray(batch.lengths)[texts].tolist()) if self.training and on_cpu else None
+
+    def _unpacked(self, batch: Batch) -> Tensor:
+        lengths = np.asarray(batch.lengths)
+        groups = [np.flatnonzero(lengths == length) for length in np.unique(lengths)] if self.reads_padding else [np.arange(len(lengths))]
+        logits = torch.cat([self._padded(batch, texts) for texts in groups])
+        return logits[torch.from_numpy(np.concatenate(groups).argsort()).to(logits.device)]
+
+    def _padded(self, batch: Batch, texts: "np.ndarray[Any, Any]") -> Tensor:
+        """Logits of some texts, laid out as long as the longest of them."""
+        self._noise = self._noise_of(batch, texts)
+        longest = max(batch.lengths[i] for i in texts)
+        places, real = (torch.from_numpy(array[texts, :longest]).to(batch.ids.device) for array in attention.grid(batch.lengths))
+        pad = getattr(self.model.config, "pad_token_id", None) or 0
         inputs = {"input_ids": batch.ids[places].masked_fill(~real, pad), "attention_mask": real.long()}
         if self._takes_segments:
             inputs["token_type_ids"] = batch.segments[places].masked_fill(~real, 0)
         logits: Tensor = self.model(**inputs).logits
         return logits
+
+    @torch.no_grad()
+    def _changes_when_padded(self) -> bool:
+        """Whether texts get other answers together than alone, by more than a thousandth, which is rounding; raises ModelError."""
+        config, was_training, self.reads_padding = self.model.config, self.training, False
+        pad, begin, end = (getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
+        ids = [id for id in range(20) if id not in (pad, begin, end)]
+        end = [end] if isinstance(end, int) and end < config.vocab_size else []  # BART looks for it
+        parts = [[*ids[:length], *end] for length in (12, 5, 4, 3, 7)]
+        texts = [Example(0, part, [0] * len(part), 0, 1.0) for part in parts]
+        self.eval()
+        try:
+            alone, together = torch.cat([self(collate([text])) for text in texts]), self(collate(texts))
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ModelError(f"A model of type {config.model_type!r} does not classify plain texts: {_first_line(error)}") from error
+        self.train(was_training)
+        return not bool((together - alone).abs().max() <= 1e-3 * alone.abs().max())
 
 
 def load_settings(config: ModelConfig, flag: str = "--model_name_or_path") -> PretrainedConfig:
@@ -86,7 +141,7 @@ def load_settings(config: ModelConfig, flag: str = "--model_name_or_path") -> Pr
         raise ModelError(f"{where}: there is no such folder.{did_you_mean(name, beside)}")
     try:
         settings: PretrainedConfig = AutoConfig.from_pretrained(name, revision=config.model_revision)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:  # TypeError: a list, in transformers 5.17
         if folder.is_dir():
             raise ModelError(f"{where}: the folder holds no config.json that can be read ({_first_line(error)})") from None
         raise ModelError(
@@ -116,12 +171,12 @@ def load_classifier(
     settings.label2id = {label: i for i, label in enumerate(task.labels)}
     settings.problem_type = task.problem_type  # type: ignore[assignment]  # a Literal of the same words
     if config.dropout is not None:
-        known = [name for name in _DROPOUTS if hasattr(settings, name)]
+        named = {name: value for name, value in vars(settings).items() if "dropout" in name or "pdrop" in name}  # GPT-2's end in pdrop
+        known = [name for name, value in named.items() if not isinstance(value, bool)]
         if not known:
             raise ConfigError(f"--dropout cannot take effect: the config of {settings.model_type} names no dropout.")
-        for name in known:
-            setattr(settings, name, config.dropout)
-    packed, where = settings.model_type in PACKED_FAMILIES, f"{flag} {config.model_name_or_path}"
+        settings.update(dict.fromkeys(known, config.dropout))
+    packed, where = settings.model_type in FAMILIES, f"{flag} {config.model_name_or_path}"
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             config.model_name_or_path,
@@ -142,13 +197,13 @@ def load_classifier(
         trouble = "do not have the shape that config.json says" if lost[0] in mismatched else "are missing"
         raise ModelError(f"{where}: {len(lost)} weights of the model {trouble}, the first is {lost[0]}.")
     notes = [f"{_NEW}, to be trained: {', '.join(missing)}."] if missing else []
-    if not packed:
-        notes.append(f"Models of type {settings.model_type!r} run padded to the longest text of a micro-batch; the results are the same.")
+    classifier, kind = Classifier(model), f"Models of type {settings.model_type!r}"
+    if classifier.reads_padding:
+        notes.append(f"{kind} give other answers when they are padded, so only texts of one length run together.")
+    elif not packed:
+        notes.append(f"{kind} run padded to the longest text of a micro-batch; the results are the same.")
     if config.gradient_checkpointing:
-        # transformers 5.23 has the new name and warns of the old one; both take the same first argument
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    classifier = Classifier(model)
+        classifier.checkpoint_activations()
     if config.max_length > classifier.max_positions:
         raise ConfigError(f"--max_length is {config.max_length}; this model has {classifier.max_positions} positions.")
     return classifier, notes

@@ -74,7 +74,7 @@ class BatchConfig:
     _argument_group_name = "batches"
 
     train_batch_size: int = HfArg(default=32, help="Rows of one optimizer step over all devices; never changes with the hardware.")
-    tokens_per_micro_batch: int = HfArg(default=8192, help="Most tokens a device computes at once; a step is cut by it. It does not change a step's gradient, only memory and speed.")
+    tokens_per_micro_batch: int | None = HfArg(default=None, help="Most tokens a device computes at once; a step is cut by it. None finds it from free memory. Halved where memory runs out. It does not change a step's gradient, only memory and speed.")
     dataloader_num_workers: int | None = HfArg(default=None, help="Processes a rank that tokenize ahead; None takes 1, or 0 where a rank has less than 2 cores.")
 
 
@@ -139,7 +139,7 @@ class PredictConfig:
     input: str | None = HfArg(default=None, help="File of texts: .csv, .tsv, .jsonl, .parquet, or .txt with one text a line.")
     output: str | None = HfArg(default=None, help="Where to write one JSON line a row, in the order of the rows; None prints them.")
     max_length: int | None = HfArg(default=None, help="Longest text in tokens; None takes what the model was trained with.")
-    tokens_per_micro_batch: int = HfArg(default=8192, help="Most tokens a device computes at once.")
+    tokens_per_micro_batch: int | None = HfArg(default=None, help="Most tokens a device computes at once; None finds it from free memory. Halved where memory runs out.")
     mixed_precision: Literal["no", "bf16", "fp16"] | None = HfArg(default=None, help="Precision of matrix products; None takes what `accelerate launch` says, else 'no'.")
     use_cpu: bool = HfArg(default=False, help="Use the CPU even where there is a GPU.")
     text_column: str | None = HfArg(default=None, help="Column of the text; None takes the name the model was trained with.")

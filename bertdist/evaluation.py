@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from bertdist.batching import Batches
 from bertdist.config import TaskConfig
 from bertdist.errors import ConfigError, did_you_mean
-from bertdist.ranks import from_main
+from bertdist.memory import fitting
+from bertdist.ranks import from_main, together
 from bertdist.tasks import Array, Task
 
 GLUE_METRICS = {"cola": ["matthews_correlation"], "mrpc": ["accuracy", "f1"], "qqp": ["accuracy", "f1"], "stsb": ["pearson", "spearman"]}
@@ -34,16 +35,18 @@ class Evaluation:
 
 @torch.no_grad()
 def predict_rows(model: nn.Module, batches: Batches, accelerator: Accelerator) -> Tensor:
-    """Logits (rows, outputs) float32 on the CPU, in row order, the same on every rank."""
+    """Logits (rows, outputs) float32 on the CPU, in row order, the same on every rank.
+
+    Raises DataError on all ranks where one of them cannot read or encode a row, or where a text does not fit into memory alone.
+    """
     was_training = model.training
     model.eval()
     rows, logits = [], []
-    for step in batches.steps(0, batches.steps_per_epoch):
-        for batch in step.share:
-            if batch.rows[0] < 0:  # this rank is idle in this step
-                continue
+    mine = (batch for step in batches.steps(0, batches.steps_per_epoch) for batch in step.share if batch.rows[0] >= 0)  # else it is idle
+    with together(accelerator):
+        for batch, found in fitting(lambda batch: model(batch.to(accelerator.device)).float(), mine, batches):
             rows.append(batch.rows)
-            logits.append(model(batch.to(accelerator.device)).float())
+            logits.append(found)
     model.train(was_training)
     return _in_row_order(rows, logits, len(batches.examples), accelerator)
 

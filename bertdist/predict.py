@@ -11,12 +11,14 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
-from bertdist.batching import Batches
+from bertdist.batching import PLENTY, Batches
 from bertdist.begin import open_accelerator
 from bertdist.classifier import load_trained
 from bertdist.config import ModelConfig, PredictConfig, RunConfig, read_predict_config
@@ -24,6 +26,7 @@ from bertdist.console import complain, write_whole
 from bertdist.encoding import load_tokenizer, open_examples
 from bertdist.errors import BertdistError, DataError
 from bertdist.evaluation import predict_rows
+from bertdist.memory import find_tokens
 from bertdist.ranks import together
 from bertdist.records import Records, open_texts, records_of
 from bertdist.slurm import check_world
@@ -34,8 +37,8 @@ ROWS_AT_ONCE = 2048  # texts sorted by length together: long enough for texts of
 class Predictor:
     """A trained classifier, ready to answer.
 
-    folder: what training wrote as best/, or any Hugging Face folder of a sequence classifier. device: None takes the GPU if there
-    is one. Raises ModelError where the folder holds no trained classifier.
+    folder: what training wrote as best/, or any Hugging Face folder of a sequence classifier. tokens_per_micro_batch: None finds it
+    from free memory. Raises ModelError where the folder holds no trained classifier.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class Predictor:
         folder: str | Path,
         *,
         max_length: int | None = None,
-        tokens_per_micro_batch: int = 8192,
+        tokens_per_micro_batch: int | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
         self.accelerator = accelerator or open_accelerator(RunConfig())
@@ -66,11 +69,15 @@ class Predictor:
         batches = Batches(
             examples=open_examples(records, self.tokenizer, None, self.max_length),
             rows_per_step=ROWS_AT_ONCE * self.accelerator.num_processes,
-            tokens_per_micro_batch=self.tokens_per_micro_batch,
+            tokens_per_micro_batch=self.tokens_per_micro_batch or PLENTY,
             rank=self.accelerator.process_index,
             ranks=self.accelerator.num_processes,
         )
         with self.accelerator.autocast():
+            if self.tokens_per_micro_batch is None:
+                with together(self.accelerator), torch.no_grad():
+                    self.tokens_per_micro_batch = find_tokens(self.model, batches, self.accelerator.device)
+                batches = replace(batches, tokens_per_micro_batch=self.tokens_per_micro_batch)
             return self.task.answers(predict_rows(self.model, batches, self.accelerator))
 
 

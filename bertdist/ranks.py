@@ -1,9 +1,11 @@
 """Ranks agree before they act: an error on one rank ends the block on all, with one message."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -42,3 +44,20 @@ def from_main(accelerator: Accelerator, value: T | None) -> T:
         broadcast_object_list(held, from_process=0)
     (got,) = held
     return got  # type: ignore[return-value]  # rank 0 passes a T
+
+
+def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
+    """Ranks that talk from host memory, so that no GPU is waited for; None: they do already. A collective, once a run."""
+    if accelerator.num_processes == 1 or accelerator.device.type == "cpu":
+        return None
+    group: dist.ProcessGroup = dist.new_group(backend="gloo")
+    return group
+
+
+def smallest(accelerator: Accelerator, values: Sequence[int], group: dist.ProcessGroup | None = None) -> list[int]:
+    """The smallest of all ranks, value by value. group: that of `host_group`. Costs nothing on one rank, about 1 ms on gloo."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    told = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(told, op=dist.ReduceOp.MIN, group=group)
+    return [int(value) for value in told.tolist()]

@@ -15,20 +15,20 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bertdist"
 
 FLOORS = [  # a module imports from lower floors only
     ["errors"],
-    ["words"],
-    ["config", "scores", "slurm", "console", "attention", "arrow_files", "columns", "ranks"],
-    ["tasks", "records", "optim"],
-    ["encoding"],
-    ["batching"],
-    ["classifier", "checkpoint", "begin"],
-    ["evaluation"],
+    ["words", "dropout", "embedding", "linear"],
+    ["config", "scores", "slurm", "console", "attention_cpu", "arrow_files", "columns", "ranks", "meter"],
+    ["tasks", "records", "optim", "attention"],
+    ["encoding", "deberta"],
+    ["batching", "families"],
+    ["classifier", "checkpoint", "begin", "memory"],
+    ["evaluation", "room"],
     ["best"],
     ["train", "predict", "check", "sweep", "report"],
 ]
 LEVEL = {module: level for level, floor in enumerate(FLOORS) for module in floor}
 DOORS = {  # a third-party package comes in through these modules only, so that an upgrade touches known files
-    "transformers": {"attention", "best", "classifier", "config", "encoding", "optim", "words"},
-    "accelerate": {"begin", "best", "checkpoint", "evaluation", "predict", "ranks", "slurm", "train"},
+    "transformers": {"attention", "best", "classifier", "config", "deberta", "encoding", "families", "optim", "words"},
+    "accelerate": {"begin", "best", "checkpoint", "evaluation", "predict", "ranks", "room", "slurm", "train"},
     "datasets": {"records", "scores"},
     "evaluate": {"scores"},
     "sklearn": {"scores"},
@@ -38,7 +38,7 @@ DOORS = {  # a third-party package comes in through these modules only, so that 
     "xxhash": {"records", "arrow_files", "checkpoint"},
     "safetensors": {"checkpoint", "classifier"},
     "yaml": {"config", "words"},
-    "psutil": {"slurm"},
+    "psutil": {"memory", "slurm"},
 }
 OPEN = {"torch", "numpy", "bertdist"} | sys.stdlib_module_names  # enter anywhere
 MOST_LINES_OF_A_FILE = 300

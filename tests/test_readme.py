@@ -25,6 +25,8 @@ PROGRAMS = {
     "launch/multi_node.slurm": "train",
     "launch/smoke.sh": "train",
     "launch/demo.py": "demo",
+    "bench/peers.py": "peers",
+    "bench/scaling.py": "scaling",
 }
 OTHERS = {"git", "pip", "make", "torchrun", "pytest", "ruff", "mypy", "srun", "sbatch", "salloc", "squeue", "scancel", "scontrol"}
 
@@ -83,19 +85,23 @@ def commands(text: str) -> Iterator[str]:
     for lines in blocks(text):
         for line in re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines():
             line = re.sub(r"^\s*(\$ |> )?|(^|\s)#.*$", "", line)
-            line = re.sub(r"-m bertdist\.(\w+)", r"bertdist/\1.py", line)
+            line = re.sub(r"-m (bertdist|bench)\.(\w+)", r"\1/\2.py", line)
             yield from (part.strip() for part in re.split(r"\s(?:&&|\|\|?|;|&)(?:\s|$)", line) if part.strip())
 
 
 @cache
 def flags_of(program: str) -> frozenset[str]:
-    """The flags that train, predict, demo or `accelerate launch` knows."""
+    """The flags that train, predict, demo, a benchmark or `accelerate launch` knows."""
     from accelerate.commands.launch import launch_command_parser
 
+    from bench import peers, scaling
     from bertdist.config import PredictConfig, TrainConfig
 
     if program == "launch":
         return frozenset(word for action in launch_command_parser()._actions for word in action.option_strings)
+    if program in ("peers", "scaling"):
+        parser = {"peers": peers, "scaling": scaling}[program].parser()
+        return frozenset(word for action in parser._actions for word in action.option_strings)
     if program == "demo":
         return frozenset(re.findall(r'"(--\w+)"', (ROOT / "launch" / "demo.py").read_text(encoding="utf-8")))
     sections = typing.get_type_hints(TrainConfig).values() if program == "train" else [PredictConfig]
@@ -118,7 +124,7 @@ def unknown_flags(root: Path) -> list[str]:
                 elif first.split("/")[-1] in OTHERS or " pip " in command:
                     continue
                 else:
-                    known, name = frozenset().union(*map(flags_of, ("train", "predict", "demo", "launch"))), "any program"
+                    known, name = frozenset().union(*map(flags_of, {*PROGRAMS.values(), "launch"})), "any program"
                 if flag[0] not in known:
                     found.append(f"{page}: {flag[0]} ({name})")
     return found
@@ -219,6 +225,7 @@ BROKEN = [
     (unknown_flags, "--train_file train.tsv", "--train_files train.tsv", ["README.md: --train_files (train)"]),
     (unknown_flags, "--config_file a", "--train_file a", ["README.md: --train_file (accelerate launch)"]),
     (unknown_flags, "--model out", "--model_name_or_path out", ["README.md: --model_name_or_path (predict)"]),
+    (unknown_flags, "make test &&", "python -m bench.peers --epochs 1 &&", ["README.md: --epochs (peers)"]),
     (unknown_flags, "--learning_rate=1e-4", "--learnin_rate=1e-4", ["README.md: --learnin_rate (train)"]),
     (missing_files, "bertdist.predict", "bertdist.predicts", ["README.md: bertdist/predicts.py"]),
     (missing_files, "accelerate_configs/cpu.yaml", "accelerate_configs/gpu.yaml", ["README.md: accelerate_configs/gpu.yaml"]),

@@ -1,14 +1,20 @@
 """What only a GPU can show. Skipped, saying so, where there is none; docs/log.md says when it was run on one."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
-from bertdist.attention import pack, packed_attention
+from bertdist.attention import Kernel, kernel_of, pack, packed_attention
+from bertdist.batching import Batches
 from bertdist.config import read_config
+from bertdist.encoding import Example
+from bertdist.memory import find_tokens
 from bertdist.slurm import StopRequest
 from bertdist.train import train
 
@@ -16,14 +22,31 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 GPU = torch.device("cuda")
 
 
-def test_attention_on_the_gpu_equals_attention_on_the_cpu() -> None:
+def attend(rows: list[Tensor], lengths: list[int], kernel: Kernel, device: torch.device, window: int | None = None) -> Tensor:
+    firsts = torch.tensor([0, *lengths]).cumsum(0)[:-1].to(device)
+    there = [x.to(device) for x in rows]
+    return packed_attention(
+        torch.nn.Identity(), *there, None, packing=pack(lengths, firsts, rows[0].shape[1], kernel), sliding_window=window
+    )[0].cpu()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.parametrize(("kernel", "dtype", "tolerance"), [("padded", torch.float64, 1e-12), ("varlen", torch.bfloat16, 0.02)])
+def test_attention_on_the_gpu_equals_attention_on_the_cpu(
+    kernel: Kernel, dtype: torch.dtype, tolerance: float, first_only: bool, window: int | None
+) -> None:
+    assert kernel_of(GPU, torch.bfloat16, 8) == "varlen" and kernel_of(GPU, torch.float32, 8) == "padded"
     lengths = [9, 7, 7, 3, 1]
-    rows = [torch.randn(1, sum(lengths), 2, 8, dtype=torch.float64).transpose(1, 2) for _ in range(3)]
-    there, _ = packed_attention(torch.nn.Identity(), *(x.to(GPU) for x in rows), None, packing=pack(lengths, GPU))
-    here, _ = packed_attention(torch.nn.Identity(), *rows, None, packing=pack(lengths, torch.device("cpu")))
-    mixed, _ = packed_attention(torch.nn.Identity(), *rows, None, packing=pack([sum(lengths)], torch.device("cpu")))
-    torch.testing.assert_close(there.cpu(), here, rtol=0, atol=1e-12)
-    assert (there.cpu() - mixed).abs().max() > 1e-3, "texts that read each other would have gone unseen"
+    rows = [torch.randn(1, sum(lengths), 2, 8, dtype=torch.float64).transpose(1, 2).to(dtype).double() for _ in range(3)]
+    if first_only:
+        rows[0] = rows[0][:, :, torch.tensor([0, *lengths]).cumsum(0)[:-1]]
+    there = attend([x.to(dtype) for x in rows], lengths, kernel, GPU, window).double()
+    here = attend(rows, lengths, "buckets", torch.device("cpu"), window)
+    torch.testing.assert_close(there, here, rtol=0, atol=tolerance)
+    if not first_only:
+        mixed = attend(rows, [sum(lengths)], "buckets", torch.device("cpu"), window)
+        assert (there - mixed).abs().max() > 10 * tolerance, "texts that read each other would have gone unseen"
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
@@ -37,6 +60,48 @@ def test_a_run_on_the_gpu_learns_and_goes_on(tiny_model: Path, tmp_path: Path, p
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert progress.finished and [line["accuracy"] for line in lines if line["kind"] == "eval"][-1] > 0.95
     assert all(line["loss"] is not None for line in lines)
+
+
+@pytest.fixture
+def little_memory() -> Iterator[int]:
+    """This process may use 2 GB of the GPU; mem_get_info does not know of it."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((2 << 30) / total)
+    yield 2 << 30
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+
+
+def test_the_size_of_micro_batches_is_found_on_the_gpu(little_memory: int) -> None:
+    """50 kB a token, kept: 32,768 tokens fit into 2 GB, 65,536 do not, whatever the device says is free."""
+    weight = torch.ones(12_500, device=GPU, requires_grad=True)
+
+    class Rows:
+        max_length = 128
+
+        def __getitem__(self, rows: list[int]) -> list[Example]:
+            return [Example(row, [1] * 9, [0] * 9, 0, 1.0) for row in rows]
+
+    examples: Any = Rows()
+    batches = Batches(examples=examples, rows_per_step=10_000, tokens_per_micro_batch=8192)
+    found = find_tokens(lambda batch: (batch.ids[:, None] * weight).sum(), batches, GPU)
+    assert found in (16_384, 32_768)
+
+
+def test_a_step_that_runs_out_of_memory_on_the_gpu_is_taken_again(tiny_model: Path, tmp_path: Path, little_memory: int) -> None:
+    """For real: with sizes that were asked for and do not fit, the run ends with the losses of one that had others from its start."""
+    (tmp_path / "train.tsv").write_text("text\tlabel\n" + "".join(f"{'a good film ' * 40}{i}\t{i % 2}\n" for i in range(8192)))
+    words = f"--model_name_or_path {tiny_model} --train_file {tmp_path}/train.tsv --train_batch_size 8192 --max_train_steps 2 --dropout 0"
+    ends = {}
+    for tokens in (1_000_000, 4096):
+        out = tmp_path / str(tokens)
+        flags = f"{words} --output_dir {out} --log_every 1_steps --tokens_per_micro_batch {tokens}".split()
+        progress = train(read_config([word.replace("1_steps", "1 steps") for word in flags]))
+        losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        ends[tokens] = progress.halvings, losses
+    assert ends[1_000_000][0] >= 1 and ends[4096][0] == 0
+    assert ends[1_000_000][1] == pytest.approx(ends[4096][1], abs=1e-4)
 
 
 def test_a_stop_is_answered_one_call_late_on_the_gpu() -> None:

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 
 from bertdist import train
 from bertdist.batching import Step, plan
+from bertdist.dropout import Noise
 
 ROWS, STEP, EPOCHS = 22, 10, 2  # steps of 10, 10 and 2 rows: in the last one a rank of three has none
 ONE_TEXT = 1  # tokens_per_micro_batch: every text alone
@@ -105,6 +106,30 @@ def test_loss_and_gradient_norm_are_the_same_to_1e_5(tiny_model: Path, tmp_path:
     far = Curve(tiny_model, tmp_path, n, tokens).far_from(float32)
     print(n, tokens, far)
     assert far["loss"] < 1e-5 and far["grad_norm"] < 1e-5, far
+
+
+@pytest.fixture(scope="module")
+def dropped(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Curve:
+    return Curve(tiny_model, tmp_path_factory.mktemp("dropped"), 1, 8192, dropout=0.3)
+
+
+@pytest.mark.parametrize(("n", "tokens"), [(1, ONE_TEXT), (2, 30), (3, 8192), (3, ONE_TEXT)])
+def test_with_dropout_too(tiny_model: Path, tmp_path: Path, dropped: Curve, float32: Curve, n: int, tokens: int) -> None:
+    """What a row loses to dropout is its own affair: not its rank's, and not its micro-batch's."""
+    far = Curve(tiny_model, tmp_path, n, tokens, dropout=0.3).far_from(dropped)
+    print(n, tokens, far)
+    assert far["loss"] < 1e-5 and far["grad_norm"] < 1e-5, far
+    assert dropped.far_from(float32)["loss"] > 1e-3  # dropout there was
+
+
+@pytest.mark.parametrize(("n", "tokens"), [(1, 30), (2, 8192)])
+def test_dropout_by_place_in_the_batch_is_seen(tiny_model: Path, tmp_path: Path, dropped: Curve, n: int, tokens: int) -> None:
+    def by_place(accelerator: Accelerator) -> None:
+        begin = Noise.__init__
+        Noise.__init__ = lambda self, rows, lengths: begin(self, range(len(lengths)), lengths)
+
+    far = Curve(tiny_model, tmp_path, n, tokens, by_place, dropout=0.3).far_from(dropped)
+    assert far["loss"] > 1e-3 and far["grad_norm"] > 1e-3, far
 
 
 @pytest.mark.parametrize(("n", "tokens"), [(1, ONE_TEXT), (2, 30), (3, 30)])

@@ -100,6 +100,31 @@ def test_pipeline_gives_the_same_answers_for_sets_of_labels(trained_on_sets: Pat
     assert any(above) and {entry["label"] for entries in theirs for entry in entries} == {"negative", "positive", "short"}
 
 
+def answer_with(accelerator: Accelerator, folder: Path, fits: int) -> tuple[list[Any], int | None, list[int]]:
+    """Answers where memory holds so many tokens of several texts; the size found, and the sizes that were tried."""
+    mine = Predictor(folder, accelerator=accelerator)
+    forward, tried = mine.model.forward, []
+
+    def limited(batch: Any) -> Any:
+        if len(batch.lengths) > 1:
+            tried.append(sum(batch.lengths))
+            if tried[-1] > fits:
+                raise MemoryError
+        return forward(batch)
+
+    mine.model.forward = limited
+    return mine(TEXTS), mine.tokens_per_micro_batch, tried
+
+
+def test_answers_are_the_same_where_memory_runs_out(trained: Path) -> None:
+    """The size is found at the first call; what is too much after all is computed in halves."""
+    ((plenty, found, tried),) = run_ranks(1, answer_with, trained, 10**9)
+    assert found == 8192 and len(tried) == 1
+    ((little, found, tried),) = run_ranks(1, answer_with, trained, 70)
+    assert found == 8192 and max(tried) > 70 and min(tried) <= 70
+    assert as_one(little) == as_one(plenty)
+
+
 def test_the_command_line_gives_the_same_answers(trained: Path, tmp_path: Path) -> None:
     """A real process; texts of a file, rows in its order, the column that the training read."""
     write_rows(tmp_path / "in.jsonl", [{"id": i, "text": text} for i, text in enumerate(TEXTS)])

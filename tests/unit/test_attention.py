@@ -4,6 +4,7 @@ Legend: T tokens, H heads, D size of a head.
 """
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from transformers import AutoModelForSequenceClassification
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from bertdist.attention import NAME, Kernel, grid, pack, packed_attention, register
+from bertdist import attention_cpu
+from bertdist.attention import NAME, Kernel, Packing, grid, kernel_of, pack, packed_attention, register
+from bertdist.dropout import Noise, seed_dropout
 
 CPU = torch.device("cpu")
-KERNELS: list[Kernel] = ["grouped", "padded"]
+KERNELS: list[Kernel] = ["buckets", "padded"]
 LENGTHS = [5, 3, 3, 1, 4, 3]  # equal neighbours, one alone, one that comes again
 SIZES = (2, 4)  # H, D
 
@@ -48,9 +51,16 @@ def masked(rows: list[Tensor], lengths: list[int]) -> Tensor:
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
-def attend(rows: list[Tensor], lengths: list[int], kernel: Kernel, scaling: float | None = None, dropout: float = 0.0) -> Tensor:
+def packing(lengths: list[int], kernel: Kernel = "buckets", heads: int = SIZES[0]) -> Packing:
+    return pack(lengths, torch.tensor([0, *lengths]).cumsum(0)[:-1], heads, kernel)
+
+
+def attend(
+    rows: list[Tensor], lengths: list[int], kernel: Kernel, scaling: float | None = None, dropout: float = 0.0, window: int | None = None
+) -> Tensor:
     q, k, v = rows
-    return packed_attention(nn.Identity(), q, k, v, None, packing=pack(lengths, CPU, kernel), scaling=scaling, dropout=dropout)[0]
+    here = packing(lengths, kernel, q.shape[1])
+    return packed_attention(nn.Identity(), q, k, v, None, packing=here, scaling=scaling, dropout=dropout, sliding_window=window)[0]
 
 
 def gradients(rows: list[Tensor], out: Tensor) -> list[Tensor]:
@@ -66,6 +76,18 @@ def test_each_kernel_is_one_softmax_a_text_with_its_gradients(kernel: Kernel, sc
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     for found, wanted in zip(gradients(rows, out), gradients(rows, expected), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_without_gradients_too(first_only: bool) -> None:
+    rows, firsts = rows_of(sum(LENGTHS)), torch.tensor([0, *LENGTHS]).cumsum(0)[:-1]
+    asked = [rows[0][:, :, firsts] if first_only else rows[0], *rows[1:]]
+    with torch.no_grad():
+        out, expected = attend(asked, LENGTHS, "buckets"), written_out(rows, LENGTHS, None)
+        wrong = attend(asked, [3, 5, 3, 1, 4, 3], "buckets") if not first_only else out + 1
+    expected = expected[:, firsts] if first_only else expected
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    assert (wrong - expected).abs().max() > 0.1  # the control
 
 
 def test_the_kernels_equal_one_masked_attention() -> None:
@@ -149,18 +171,92 @@ def test_a_grid_is_the_padded_layout() -> None:
 
 
 def test_a_packing_by_hand() -> None:
-    grouped = pack([3, 3, 2, 3], CPU, "grouped")
-    assert (grouped.groups, grouped.places) == ([(0, 2, 3), (6, 1, 2), (8, 1, 3)], None)
-    padded = pack([1, 2], CPU, "padded")
+    padded = packing([1, 2], "padded")
     assert padded.places is not None and padded.real is not None and padded.cells is not None
     assert padded.places.tolist() == [[0, 0], [1, 2]]
     assert padded.real.tolist() == [[[[True, False]]], [[[True, True]]]]
     assert padded.cells.tolist() == [0, 2, 3]
+    varlen = packing([3, 1], "varlen")
+    assert varlen.starts is not None and (varlen.starts.tolist(), varlen.starts.dtype) == ([0, 3, 4], torch.int32)
 
 
-def test_the_device_chooses_its_kernel() -> None:
-    assert pack([1, 2], CPU).kernel == "grouped"
-    assert pack([1, 2], torch.device("meta")).kernel == "padded"  # stands for any device that is not the CPU
+def test_buckets_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_cpu, "LANES", 2)
+    layout = attention_cpu.Layout([4, 3, 2], heads=1)
+    assert [(bucket.first, bucket.lengths, bucket.longest) for bucket in layout.buckets] == [(0, (4, 3), 4), (2, (2,), 2)]
+    assert layout.cells.tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 7, 8]  # the place behind the second text's end holds its first token
+    assert layout.back.tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9]
+    assert layout.pads is not None and layout.pads.tolist() == [7]
+    monkeypatch.setattr(attention_cpu, "SCORES", 20)
+    assert [bucket.lengths for bucket in attention_cpu.Layout([4, 3, 2], heads=1).buckets] == [(4,), (3,), (2,)]  # 4 x 4 scores each
+
+
+@pytest.mark.parametrize("scores", [1, 100, 1 << 20])
+def test_the_size_of_buckets_changes_nothing(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_cpu, "SCORES", scores)
+    rows = rows_of(sum(LENGTHS))
+    torch.testing.assert_close(attend(rows, LENGTHS, "buckets"), written_out(rows, LENGTHS, None), rtol=0, atol=1e-12)
+
+
+def test_the_device_and_the_type_choose_the_kernel() -> None:
+    assert kernel_of(CPU, torch.float32, 64) == "buckets"
+    assert kernel_of(torch.device("meta"), torch.bfloat16, 64) == "padded"  # stands for any device that is neither CPU nor CUDA
+
+
+# ---- First tokens only, and windows
+
+
+def seen(rows: list[Tensor], lengths: list[int], window: int) -> Tensor:
+    """(1, T, H, D): text by text, and in it those less than `window` places away."""
+    parts = []
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in rows), strict=True):
+        place = torch.arange(q.shape[2])
+        scores = (q @ k.transpose(2, 3) / math.sqrt(SIZES[1])).masked_fill((place[:, None] - place).abs() >= window, -math.inf)
+        parts.append((scores.softmax(-1) @ v).transpose(1, 2))
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 100])
+@pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_windows_and_first_tokens_are_those_of_the_whole(kernel: Kernel, first_only: bool, window: int) -> None:
+    lengths = [40, 18, 17, 5, 1]
+    rows, firsts = rows_of(sum(lengths)), torch.tensor([0, *lengths]).cumsum(0)[:-1]
+    asked = [rows[0][:, :, firsts] if first_only else rows[0], *rows[1:]]
+    out, expected = attend(asked, lengths, kernel, window=window), seen(rows, lengths, window)
+    expected = expected[:, firsts] if first_only else expected
+    assert out.shape == expected.shape
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    for found, wanted in zip(gradients(rows, out), gradients(rows, expected), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    other = attend(asked, lengths, kernel, window=window + 1)  # the control
+    assert window == 100 or (other - expected).abs().max() > 0.01
+
+
+# ---- Dropout that belongs to the rows
+
+
+def with_noise(rows: list[Tensor], lengths: list[int], numbers: list[int]) -> list[Tensor]:
+    """(L, H, D) a text."""
+    here = replace(packing(lengths), noise=Noise(numbers, lengths))
+    return list(packed_attention(nn.Identity(), *rows, None, packing=here, dropout=0.4)[0][0].split(lengths))
+
+
+def test_what_a_text_loses_does_not_depend_on_its_company() -> None:
+    lengths = [20, 17, 9, 3]
+    rows = rows_of(sum(lengths))
+    texts = list(zip(*(x.split(lengths, dim=2) for x in rows), strict=True))
+    seed_dropout(1, 2, 3)
+    together = with_noise(rows, lengths, [7, 5, 8, 6])
+    for order in ([3], [2, 1], [1, 0, 3]):
+        some = [torch.cat([texts[i][j] for i in order], dim=2) for j in range(3)]
+        alone = with_noise(some, [lengths[i] for i in order], [[7, 5, 8, 6][i] for i in order])
+        for found, i in zip(alone, order, strict=True):
+            torch.testing.assert_close(found, together[i], rtol=0, atol=1e-14)
+    other = with_noise(rows, lengths, [7, 5, 8, 9])  # the control: another row
+    assert [bool((a - b).abs().max() > 0.1) for a, b in zip(together, other, strict=True)] == [False, False, False, True]
+    seed_dropout(1, 3, 3)
+    assert all((a - b).abs().max() > 0.1 for a, b in zip(together, with_noise(rows, lengths, [7, 5, 8, 6]), strict=True))
 
 
 # ---- The door to transformers
@@ -168,9 +264,9 @@ def test_the_device_chooses_its_kernel() -> None:
 
 def test_attention_without_a_packing_is_refused() -> None:
     q, k, v = rows_of(4)
-    for packing, mask in ((None, None), (pack([4], CPU), torch.ones(1, 1, 4, 4)), (None, torch.ones(1, 1, 4, 4))):
+    for here, mask in ((None, None), (packing([4]), torch.ones(1, 1, 4, 4)), (None, torch.ones(1, 1, 4, 4))):
         with pytest.raises(AssertionError, match=r"^bertdist's attention was called outside of bertdist\.classifier$"):
-            packed_attention(nn.Identity(), q, k, v, mask, packing=packing)
+            packed_attention(nn.Identity(), q, k, v, mask, packing=here)
 
 
 def test_transformers_calls_our_function_and_makes_no_mask() -> None:

@@ -15,23 +15,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AlbertConfig,
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DistilBertConfig,
-    ElectraConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    RobertaConfig,
-    pipeline,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase, pipeline
 
-from bertdist import attention, classifier
+from bertdist import attention, attention_cpu
 from bertdist.batching import Batch, Batches, collate
 from bertdist.classifier import Classifier, export, labels_of, load_classifier, load_settings, load_trained
 from bertdist.config import ModelConfig
+from bertdist.dropout import Dropout, seed_dropout
 from bertdist.encoding import Example, encode, open_examples
 from bertdist.errors import BertdistError, ConfigError, ModelError
 from bertdist.records import records_of
@@ -118,9 +108,9 @@ def test_packed_logits_loss_and_gradients_equal_padded_ones(
     assert largest(found, twin) < TOLERANCES[dtype][1]
 
 
-def one_text(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+def wrong_ends(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
     real = attention.pack
-    monkeypatch.setattr(attention, "pack", lambda lengths, device: real([sum(lengths)], device))
+    monkeypatch.setattr(attention, "pack", lambda lengths, *rest: real(sorted(lengths), *rest))
     return batch
 
 
@@ -136,7 +126,7 @@ def last_tokens(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
     return replace(batch, starts=torch.cat([batch.starts[1:], batch.starts[-1:]]) - 1)
 
 
-@pytest.mark.parametrize("broken", [one_text, no_restart, no_segments, last_tokens])
+@pytest.mark.parametrize("broken", [wrong_ends, no_restart, no_segments, last_tokens])
 def test_what_is_packed_wrongly_is_seen(
     broken: Callable[[Batch, pytest.MonkeyPatch], Batch],
     tiny_model: Path,
@@ -151,18 +141,6 @@ def test_what_is_packed_wrongly_is_seen(
     assert (logits - expected).abs().max() > 0.05  # 10,000 times what is let pass
     loss, wanted = (F.cross_entropy(x, torch.tensor(TARGETS), reduction="sum") for x in (logits, expected))
     assert largest(gradients(model, loss), gradients(plain, wanted)) > 0.05
-
-
-@pytest.mark.parametrize("kernel", ["grouped", "padded"])
-def test_both_kernels_give_the_model_the_same_logits(
-    kernel: Any, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, _ = load(tiny_model)
-    model.double()
-    expected = model(packed(tokenizer, None))
-    real = attention.pack
-    monkeypatch.setattr(attention, "pack", lambda lengths, device: real(lengths, device, kernel))
-    torch.testing.assert_close(model(packed(tokenizer, None)), expected, rtol=0, atol=1e-12)
 
 
 def test_the_order_and_the_company_of_texts_change_nothing(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -212,106 +190,147 @@ def test_a_text_of_weight_zero_leaves_no_trace(tiny_model: Path, tokenizer: PreT
     assert all((gradient == 0).all() for gradient in found.values())
 
 
-# ---- Families that run padded
+# ---- Architectures that are no family: padded, or one length at a time
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
-    "distilbert": lambda: DistilBertConfig(vocab_size=40, dim=16, n_layers=2, n_heads=2, hidden_dim=32, initializer_range=0.2),
-    "roberta": lambda: RobertaConfig(vocab_size=40, max_position_embeddings=34, type_vocab_size=1, initializer_range=0.2, **SIZES),
-    "electra": lambda: ElectraConfig(vocab_size=40, embedding_size=16, initializer_range=0.2, **SIZES),
-    "albert": lambda: AlbertConfig(vocab_size=40, embedding_size=16, initializer_range=0.2, **SIZES),
-}
+SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+SIZES |= {"initializer_range": 0.2}
+XLNET = {"vocab_size": 60, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 48, "initializer_range": 0.2}
+FUNNEL = {"vocab_size": 60, "d_model": 32, "n_head": 2, "d_head": 16, "d_inner": 48, "block_sizes": [1, 1], "initializer_range": 0.2}
+PADDED: dict[str, dict[str, Any]] = {"mpnet": SIZES, "roformer": SIZES, "funnel": FUNNEL}
+READERS: dict[str, dict[str, Any]] = {"fnet": SIZES, "xlnet": XLNET}  # of padding: FNet mixes all places, XLNet's head reads the last
+OTHERS = PADDED | READERS
+LENGTHS = (11, 9, 9, 6, 3)
 
 
-@pytest.fixture(params=FAMILIES)
-def other(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def other(kind: str, folder: Path, **settings: Any) -> tuple[Classifier, list[str]]:
+    """A random model with a head of an architecture that is no family, in float64."""
     torch.manual_seed(1)
-    AutoModelForSequenceClassification.from_config(FAMILIES[request.param]()).base_model.save_pretrained(tmp_path)
-    return tmp_path
-
-
-def rows_by_hand(segments: bool) -> Batch:
-    rows = [[5, 11, 12, 13, 6], [5, 14, 6], [5, 15, 16, 17, 18, 19, 20, 6], [5, 21, 6]]
-    return collate([Example(i, ids, [int(segments and k > 2) for k in range(len(ids))], 0, 1.0) for i, ids in enumerate(rows)])
-
-
-def test_other_families_run_padded_say_so_and_give_the_same_logits(other: Path) -> None:
-    model, notes = load(other, max_length=32)
-    kind = model.model.config.model_type
+    AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, num_labels=3, **OTHERS[kind])).save_pretrained(folder)
+    model, notes = load(folder, max_length=32, **settings)
     assert not model.packed
-    assert notes[-1] == f"Models of type {kind!r} run padded to the longest text of a micro-batch; the results are the same."
-    model.double()
-    has_segments = kind in ("electra", "albert")
-    batch = rows_by_hand(has_segments)
-    texts = zip(batch.ids.split(batch.lengths), batch.segments.split(batch.lengths), strict=True)
+    return model.double(), notes
+
+
+def batch_by_hand(segments: bool, texts: Sequence[int] = range(5)) -> Batch:
+    """Texts of LENGTHS; text i is the same in any batch."""
+    examples = []
+    for row in texts:
+        ids = torch.randint(5, 60, (LENGTHS[row],), generator=torch.Generator().manual_seed(row)).tolist()
+        examples.append(Example(row, ids, [int(segments and k > 2) for k in range(len(ids))], row % 3, 1.0))
+    return collate(examples)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures_give_the_answers_of_each_text_alone(kind: str, tmp_path: Path) -> None:
+    model, notes = other(kind, tmp_path)
+    said = {
+        False: f"Models of type {kind!r} run padded to the longest text of a micro-batch; the results are the same.",
+        True: f"Models of type {kind!r} give other answers when they are padded, so only texts of one length run together.",
+    }
+    assert notes == [said[kind in READERS]]
+    has_segments = kind in ("roformer", "funnel", "fnet", "xlnet")
+    batch = batch_by_hand(has_segments)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval().double()
     expected = []
-    for ids, segments in texts:  # each alone: nothing to pad, nothing to mask
-        expected.append(model.model(input_ids=ids[None], **({"token_type_ids": segments[None]} if has_segments else {})).logits)
-    torch.testing.assert_close(model(batch), torch.cat(expected), rtol=0, atol=1e-12)
+    for ids, segments in zip(batch.ids.split(batch.lengths), batch.segments.split(batch.lengths), strict=True):
+        expected.append(plain(input_ids=ids[None], **({"token_type_ids": segments[None]} if has_segments else {})).logits)
+    logits, wanted = model(batch), torch.cat(expected)
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-12)
+    losses = [F.cross_entropy(x, batch.targets) for x in (logits, wanted)]
+    assert largest(gradients(model, losses[0]), gradients(plain, losses[1])) < 1e-12
 
 
-def test_padding_that_is_not_masked_is_seen(other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = load(other, max_length=32)
-    model.double()
-    expected = model(rows_by_hand(False))
+@pytest.mark.parametrize("kind", READERS)
+def test_texts_of_one_length_run_together(kind: str, tmp_path: Path) -> None:
+    model, _ = other(kind, tmp_path)
+    shapes: list[tuple[int, ...]] = []
+    model.model.register_forward_pre_hook(lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    expected = model(batch_by_hand(False))
+    assert sorted(shapes) == [(1, 3), (1, 6), (1, 11), (2, 9)]
+    model.reads_padding = False  # the control: padded, answers change
+    assert (model(batch_by_hand(False)) - expected).abs().max() > 0.01
+    assert shapes[-1] == (5, 11)
+
+
+@pytest.mark.parametrize("kind", PADDED)
+def test_padding_that_is_not_masked_is_seen(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = other(kind, tmp_path)
+    expected = model(batch_by_hand(False))
     real = attention.grid
     monkeypatch.setattr(attention, "grid", lambda lengths: (real(lengths)[0], real(lengths)[1] | True))
-    assert (model(rows_by_hand(False)) - expected).abs().max() > 0.01  # the control
+    assert (model(batch_by_hand(False)) - expected).abs().max() > 0.01  # the control
+    assert load(tmp_path, max_length=32)[0].reads_padding  # and loading would have found it
 
 
 def test_a_packed_family_says_nothing_of_padding(tiny_model: Path) -> None:
-    assert not any("padded" in note for note in load(tiny_model)[1])
+    model, notes = load(tiny_model)
+    assert model.packed and not model.reads_padding
+    assert not any("padded" in note for note in notes)
 
 
-@pytest.mark.parametrize(("kind", "positions"), [("roberta", 32), ("distilbert", 512), ("electra", 512)])
-def test_more_tokens_than_positions_are_an_error(kind: str, positions: int, tmp_path: Path) -> None:
-    AutoModelForSequenceClassification.from_config(FAMILIES[kind]()).save_pretrained(tmp_path)
-    model, _ = load(tmp_path, max_length=positions)
-    longest = collate([Example(0, [5] * positions, [0] * positions, 0, 1.0)])
-    assert model(longest).shape == (1, 3)  # so many it can
-    with pytest.raises(ConfigError) as caught:
-        load(tmp_path, max_length=positions + 1)
-    assert str(caught.value) == f"--max_length is {positions + 1}; this model has {positions} positions."
+def test_trying_out_padding_leaves_no_trace(tmp_path: Path) -> None:
+    state = torch.get_rng_state()
+    config = AutoConfig.for_model("mpnet", **SIZES)
+    model = AutoModelForSequenceClassification.from_config(config).train()
+    assert not torch.equal(torch.get_rng_state(), state)  # the weights
+    state = torch.get_rng_state()
+    assert Classifier(model).training and model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["mpnet", "roformer", "fnet"])  # not Funnel, which pools tokens, nor XLNet, which lays them out (L, N)
+def test_what_a_text_loses_does_not_depend_on_its_company_there_either(kind: str, tmp_path: Path) -> None:
+    model, _ = other(kind, tmp_path, dropout=0.3)
+    model.train()
+    seed_dropout(1, 2, 0)
+    together = model(batch_by_hand(False))
+    for rows in ([1], [3, 2], [4, 0, 1]):
+        torch.testing.assert_close(model(batch_by_hand(False, rows)), together[rows], rtol=0, atol=1e-12)
+    seed_dropout(1, 3, 0)
+    assert (model(batch_by_hand(False)) - together).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_dropout_takes_effect_in_other_architectures(kind: str, tmp_path: Path) -> None:
+    model, _ = other(kind, tmp_path, dropout=0.25)
+    assert {module.p for module in model.modules() if isinstance(module, Dropout)} == {0.25}
+
+
+def test_gradient_checkpointing_that_cannot_take_effect_is_an_error(tmp_path: Path) -> None:
+    other("roformer", tmp_path / "roformer", gradient_checkpointing=True)
+    with pytest.raises(ConfigError, match=r"^--gradient_checkpointing cannot take effect: transformers has none for mpnet\.$"):
+        other("mpnet", tmp_path / "mpnet", gradient_checkpointing=True)
+
+
+def test_a_model_that_wants_more_than_texts_is_one_line(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("t5", vocab_size=60, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, decoder_start_token_id=None)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"^A model of type 't5' does not classify plain texts: \S[^\n]*$"):
+        load(tmp_path)
 
 
 # ---- Settings
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_gradient_checkpointing_changes_no_gradient(dropout: float, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    found, calls = [], []
-    for on in (False, True):
-        model, _ = load(tiny_model, gradient_checkpointing=on, dropout=dropout)
-        count: list[int] = []
-        model.model.bert.encoder.layer[0].attention.self.query.register_forward_hook(lambda *args, count=count: count.append(1))
-        batch = packed(tokenizer, PAIRS)
-        torch.manual_seed(5)
-        found.append(gradients(model, TASK.loss(model.train()(batch), batch.targets, batch.weights)))
-        calls.append(len(count))
-    assert calls == [1, 2]  # the second time in the backward pass: it does take effect
-    assert largest(*found) == 0  # the same operations in the same order, and the same dropout
-
-
-def test_dropout_takes_effect_everywhere(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_dropout_takes_effect_everywhere(tiny_model: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = load(tiny_model, dropout=0.25)
-    assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.25}
-    assert len([module for module in model.modules() if isinstance(module, nn.Dropout)]) >= 6
+    assert {module.p for module in model.modules() if isinstance(module, Dropout)} == {0.25}
+    assert len([module for module in model.modules() if isinstance(module, Dropout)]) >= 6
+    assert not [module for module in model.modules() if isinstance(module, nn.Dropout)]
     assert model.model.config.attention_probs_dropout_prob == 0.25
-    batch = packed(tokenizer, None)
-    model.train()
-    assert not torch.equal(model(batch), model(batch))
+    asked: list[float] = []
+    real = attention_cpu.attend
+    monkeypatch.setattr(attention_cpu, "attend", lambda *args: asked.append(args[6]) or real(*args))
+    batch, found = packed(tokenizer, None), []
+    for step in (0, 0, 1):
+        seed_dropout(0, step, 0)
+        found.append(model.train()(batch))
+    assert torch.equal(found[0], found[1])  # a function of seed, step and row
+    assert not torch.equal(found[0], found[2])
+    assert asked == [0.25] * 6
     assert torch.equal(model.eval()(batch), model(batch))
-
-
-def test_attention_itself_drops(tiny_model: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    real = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kw: (asked.append(kw["dropout_p"]), real(*args, **kw))[1])
-    model, _ = load(tiny_model, dropout=0.25)
-    for mode, dropout in ((True, 0.25), (False, 0.0)):
-        asked.clear()
-        model.train(mode)(packed(tokenizer, None))
-        assert set(asked) == {dropout}
+    assert asked[6:] == [0.0] * 4
 
 
 def test_dropout_zero_is_the_model_without_dropout(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -319,21 +338,16 @@ def test_dropout_zero_is_the_model_without_dropout(tiny_model: Path, tokenizer: 
     batch = packed(tokenizer, None)
     assert torch.equal(model.train()(batch), model.eval()(batch))
     own, _ = load(tiny_model)
-    assert {module.p for module in own.modules() if isinstance(module, nn.Dropout)} == {0.1}  # None keeps the model's own
+    assert {module.p for module in own.modules() if isinstance(module, Dropout)} == {0.1}  # None keeps the model's own
 
 
-def test_dropout_that_cannot_take_effect_is_an_error(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classifier, "_DROPOUTS", ["a_name_no_config_has"])
-    load(tiny_model)
+def test_dropout_that_cannot_take_effect_is_an_error(tiny_model: Path) -> None:
+    config = ModelConfig(model_name_or_path=str(tiny_model), dropout=0.1)
+    settings = load_settings(config)
+    for name in [name for name in vars(settings) if "dropout" in name]:
+        delattr(settings, name)
     with pytest.raises(ConfigError, match=r"^--dropout cannot take effect: the config of bert names no dropout\.$"):
-        load(tiny_model, dropout=0.1)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_dropout_takes_effect_in_other_families(family: str, tmp_path: Path) -> None:
-    AutoModelForSequenceClassification.from_config(FAMILIES[family]()).save_pretrained(tmp_path)
-    model, _ = load(tmp_path, dropout=0.25, max_length=32)
-    assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.25}
+        load_classifier(config, settings, TASK)
 
 
 def test_weights_are_float32_whatever_the_checkpoint_holds(tiny_model: Path, tmp_path: Path) -> None:
@@ -405,7 +419,10 @@ def test_a_trained_classifier_comes_back_with_its_task(
     export(model, tokenizer, tmp_path, {"max_length": 64, "text_column": "grün"})
     again, its_task, notes = load_trained(str(tmp_path))
     assert (its_task, notes) == (task, {"max_length": 64, "text_column": "grün"})
-    assert torch.equal(again.eval()(packed(tokenizer, None)), model(packed(tokenizer, None)))
+    weights = model.model.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in again.model.state_dict().items())
+    # not equal to the bit: where a weight lies in memory decides the order in which a product of one column is summed (torch 2.13)
+    torch.testing.assert_close(again.eval()(packed(tokenizer, None)), model(packed(tokenizer, None)), rtol=0, atol=1e-6)
 
 
 def test_a_base_model_is_no_trained_classifier(tiny_model: Path) -> None:

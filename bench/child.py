@@ -1,0 +1,109 @@
+"""The child process: `python -m bench.child KIND job.json answer.json`. One job, one answer; started by `bench.jobs.run_child`."""
+
+import contextlib
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.flops import BERT_BASE
+from bench.jobs import PredictJob, TrainJob
+
+MATMUL_SIZE = 2048
+MATMUL_SECONDS = 2.0  # how long products are repeated; the fastest of them counts
+
+
+def rows(job: dict[str, Any]) -> dict[str, Any]:
+    """A file of any kind bertdist reads -> JSON lines in a random order that depends on nothing but the number of rows.
+
+    Labels become "0", "1", ... in bertdist's order. With "labels" (their names, from the training rows), the same numbers are used.
+    """
+    import numpy as np
+
+    from bertdist.config import DataConfig, TaskConfig
+    from bertdist.records import open_source
+    from bertdist.tasks import open_task
+
+    source = open_source(DataConfig(train_file=job["file"], text_column=job["text_column"], label_column=job["label_column"]), "train")
+    assert source is not None and source.label_codes is not None and source.label_kind is not None
+    counts = np.bincount(source.label_codes, minlength=len(source.label_values))
+    asked = TaskConfig(problem_type="single_label_classification", label_names=job.get("labels"))
+    task = open_task(asked, source.label_kind, source.label_values, counts, source.class_names)
+    number = {value: str(task.labels.index(str(value))) for value in source.label_values}
+    order = np.random.default_rng(0).permutation(len(source))[: job["rows"]]
+    with open(job["rows_file"], "w", encoding="utf-8") as file:
+        for record in (source[int(row)] for row in order):
+            assert record.label is not None
+            file.write(json.dumps({"text": record.text, "label": number[record.label]}) + "\n")
+    return {"rows": len(order), "labels": list(task.labels)}
+
+
+def random_bert_base(job: dict[str, Any]) -> dict[str, Any]:
+    """BERT-base from random weights, with the tokenizer of another model."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=max(BERT_BASE.vocabulary, len(tokenizer)))).save_pretrained(job["folder"])  # its defaults are BERT-base
+    tokenizer.save_pretrained(job["folder"])
+    return {}
+
+
+def matmul(job: dict[str, Any]) -> dict[str, Any]:
+    """Operations a second of a square matrix product in the run's own precision: what the machine can do at most."""
+    import torch
+
+    from bench.clock import on_gpu
+
+    device = torch.device("cuda" if on_gpu(job["use_cpu"]) else "cpu")
+    size = job.get("size", MATMUL_SIZE)
+    left, right = (torch.randn(size, size, device=device, dtype=getattr(torch, job["dtype"])) for _ in range(2))
+    seconds, end = float("inf"), time.perf_counter() + job.get("seconds", MATMUL_SECONDS)
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = min(seconds, time.perf_counter() - begin)
+    return {"flops_per_second": 2 * size**3 / seconds}
+
+
+def train(job: dict[str, Any]) -> dict[str, Any]:
+    """One contender."""
+    from bench.contenders import train
+
+    return asdict(train(TrainJob(**{name: value for name, value in job.items() if name != "threads"})))
+
+
+def export(job: dict[str, Any]) -> dict[str, Any]:
+    """A trained folder as ONNX."""
+    from bench.prediction import export_onnx
+
+    export_onnx(job["model"], job["path"])
+    return {}
+
+
+def predict(job: dict[str, Any]) -> dict[str, Any]:
+    """One contender's answers."""
+    from bench.prediction import predict
+
+    return asdict(predict(PredictJob(**job)))
+
+
+KINDS = {function.__name__: function for function in (rows, random_bert_base, matmul, train, export, predict)}
+
+
+def main() -> None:
+    """Exit code 1 and one line for what a user can mend, or a traceback whose last line is told."""
+    kind, asked, answered = sys.argv[1:]
+    with contextlib.suppress(OSError):  # where memory ends, this process is to be killed and no other (Linux)
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
+    job = json.loads(Path(asked).read_text(encoding="utf-8"))
+    Path(answered).write_text(json.dumps(KINDS[kind](job)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Stamps and rows -> figures -> tables. Pure functions: nothing here runs, measures or reads a clock.
+
+Rates are sums divided by sums over the timed steps of a run. Over repetitions: the median, with least and most behind it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import NamedTuple
+
+from bench.flops import Shape, training_flops
+from bench.jobs import BenchError, Predicted, Trained
+
+
+class Spread(NamedTuple):
+    """One figure over the repetitions."""
+
+    median: float
+    least: float
+    most: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median, least and most."""
+    return Spread(median(values), min(values), max(values))
+
+
+def number(value: float, digits: int | None = None) -> str:
+    """Three or four figures: 12,345 or 123 or 12.3 or 1.23; `digits` behind the point where given."""
+    return f"{value:,.{(0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2) if digits is None else digits}f}"
+
+
+def told(values: Sequence[float], digits: int | None = None) -> str:
+    """`123 (120-130)`; the number alone where there is only one, or all are told alike."""
+    shown = [number(value, digits) for value in spread(values)]
+    return shown[0] if shown[1] == shown[2] else f"{shown[0]} ({shown[1]}-{shown[2]})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """One training run, in numbers; all but memory and loss are of its timed steps."""
+
+    tokens_per_second: float  # real tokens
+    rows_per_second: float
+    ms_per_step: float
+    tokens_per_row: float  # real tokens
+    cells_per_token: float  # what the model computed on / real tokens: 1 without padding
+    flops_per_second: float  # useful ones: bench.flops
+    memory_mib: float  # of the process and a child
+    child_mib: float
+    device_mib: float | None
+    loss: float
+
+
+def figures_of(run: Trained, untimed_steps: int, shape: Shape) -> Figures:
+    """The timed steps are those behind the first `untimed_steps`; their time runs from the end of the last untimed step."""
+    seconds = run.stamps[-1] - run.stamps[untimed_steps - 1]
+    timed = run.seen[untimed_steps:]
+    assert len(timed) == len(run.stamps) - untimed_steps >= 1, (len(timed), len(run.stamps), untimed_steps)
+    lengths = [length for step in timed for length in step.lengths]
+    tokens, rows = sum(lengths), len(lengths)
+    return Figures(
+        tokens_per_second=tokens / seconds,
+        rows_per_second=rows / seconds,
+        ms_per_step=1000 * seconds / len(timed),
+        tokens_per_row=tokens / rows,
+        cells_per_token=sum(step.cells for step in timed) / tokens,
+        flops_per_second=training_flops(shape, lengths) / seconds,
+        memory_mib=run.process_mib + run.child_mib,
+        child_mib=run.child_mib,
+        device_mib=run.device_mib,
+        loss=run.loss,
+    )
+
+
+def assert_same_rows(runs: Mapping[str, Trained]) -> None:
+    """Contenders with as many steps have trained the same rows, each once, and the same real tokens; raises BenchError."""
+    held: dict[int, tuple[str, list[int], int]] = {}  # steps -> (contender, rows, tokens) of the first that had so many
+    for name, run in runs.items():
+        rows = sorted(row for step in run.seen for row in step.rows)
+        tokens = sum(length for step in run.seen for length in step.lengths)
+        if rows != list(range(len(rows))):
+            raise BenchError(f"Contender {name} did not train each of {len(rows)} rows once.")
+        first, first_rows, first_tokens = held.setdefault(len(run.seen), (name, rows, tokens))
+        if (rows, tokens) != (first_rows, first_tokens):
+            raise BenchError(
+                f"Contender {name} trained {len(rows)} rows of {tokens} tokens, {first} trained {len(first_rows)} rows of {first_tokens} "
+                "tokens; expected the same of contenders with as many steps."
+            )
+
+
+Column = tuple[str, Callable[[Figures], float | None], int | None]
+
+
+def columns_of(matmul: float) -> list[Column]:
+    """Heading, figure, digits behind the point; matmul: operations a second that count as 100 %."""
+    return [
+        ("real tokens/s", lambda f: f.tokens_per_second, None),
+        ("rows/s", lambda f: f.rows_per_second, None),
+        ("ms a step", lambda f: f.ms_per_step, None),
+        ("real tokens a row", lambda f: f.tokens_per_row, 1),
+        ("cells a real token", lambda f: f.cells_per_token, 2),
+        ("peak memory, MiB", lambda f: f.memory_mib, 0),
+        ("of it a child's", lambda f: f.child_mib, 0),
+        ("GPU peak, MiB", lambda f: f.device_mib, 0),
+        ("useful GFLOP/s", lambda f: f.flops_per_second / 1e9, None),
+        ("% of matmul", lambda f: 100 * f.flops_per_second / matmul, None),
+        ("final loss", lambda f: f.loss, 4),
+    ]
+
+
+def training_table(names: Mapping[str, str], runs: Mapping[str, Sequence[Figures]], timed: Mapping[str, int], matmul: float) -> str:
+    """One line a contender. names: in words; timed: timed steps; a figure that no run has (GPU memory) has no column."""
+    everyone = [figures for found in runs.values() for figures in found]
+    columns = [column for column in columns_of(matmul) if all(column[1](figures) is not None for figures in everyone)]
+    table = [["", "timed steps", *(title for title, _, _ in columns)]]
+    for key, found in runs.items():
+        cells = [told([value for figures in found if (value := of(figures)) is not None], digits) for _, of, digits in columns]
+        table.append([f"{key}  {names[key]}", str(timed[key]), *cells])
+    return markdown(table)
+
+
+def ratio_table(names: Mapping[str, str], runs: Mapping[str, Sequence[Figures]], ours: str = "a") -> str:
+    """Ours to each of the others, computed repetition by repetition; empty where ours or all others are missing."""
+    if ours not in runs or len(runs) < 2:
+        return ""
+    table = [[f"{names[ours]} to", "real tokens/s", "rows/s", "peak memory"]]
+    for key, found in runs.items():
+        if key != ours:
+            pairs = list(zip(runs[ours], found, strict=True))
+            speed = told([a.tokens_per_second / b.tokens_per_second for a, b in pairs], 2)
+            rows = told([a.rows_per_second / b.rows_per_second for a, b in pairs], 2)
+            memory = told([(a.device_mib or a.memory_mib) / (b.device_mib or b.memory_mib) for a, b in pairs], 2)
+            table.append([f"{key}  {names[key]}", f"{speed} x", f"{rows} x", f"{memory} x"])
+    return markdown(table)
+
+
+def prediction_table(names: Mapping[str, str], runs: Mapping[str, Sequence[Predicted]], ours: str = "bertdist") -> str:
+    """One line a contender: rows/s, memory, and ours to it, repetition by repetition."""
+    table = [["", "rows/s", "peak memory, MiB", f"{names[ours]} to it, rows/s", "largest difference of a score"]]
+    for key, found in runs.items():
+        rows = told([len(run.answers) / run.seconds for run in found])
+        ratio = told([run.seconds / own.seconds for own, run in zip(runs[ours], found, strict=True)], 2)
+        furthest = max(difference(own, run) for own, run in zip(runs[ours], found, strict=True))
+        same = ["", ""] if key == ours else [f"{ratio} x", f"{furthest:.1e}"]
+        table.append([names[key], rows, told([run.process_mib for run in found], 0), *same])
+    return markdown(table)
+
+
+def difference(one: Predicted, other: Predicted) -> float:
+    """The largest difference of a text's scores."""
+    return max(abs(a[1] - b[1]) for a, b in zip(one.answers, other.answers, strict=True))
+
+
+def assert_same_answers(runs: Mapping[str, Predicted], tolerance: float = 1e-4) -> None:
+    """The same label for each text, and scores within the tolerance; raises BenchError with the first that is not so."""
+    (first, ours), *others = runs.items()
+    for name, run in others:
+        for row, (a, b) in enumerate(zip(ours.answers, run.answers, strict=True)):
+            if a[0] != b[0] or abs(a[1] - b[1]) > tolerance:
+                said = f"{first} says {a[0]} {a[1]:.6f}, {name} says {b[0]} {b[1]:.6f}"
+                raise BenchError(f"Text {row}: {said}; expected the same label, and scores within {tolerance:g}.")
+
+
+def accuracy_table(names: Mapping[str, str], seeds: Sequence[int], accuracies: Mapping[str, Sequence[float]]) -> str:
+    """One line a contender, one column a seed, mean and spread; and the difference of the first to each other."""
+    table = [["", *(f"seed {seed}" for seed in seeds), "mean (least-most)"]]
+    (first, ours), *others = accuracies.items()
+    lines = [(names[key], values) for key, values in accuracies.items()]
+    lines += [(f"{names[first]} minus {names[key]}", [a - b for a, b in zip(ours, values, strict=True)]) for key, values in others]
+    for name, values in lines:
+        mean = sum(values) / len(values)
+        table.append([name, *(f"{value:.4f}" for value in values), f"{mean:.4f} ({min(values):.4f} to {max(values):.4f})"])
+    return markdown(table)
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """The first line is the head; numbers stand to the right."""
+    head, *lines = table
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])

@@ -1,0 +1,140 @@
+"""What the benchmark asks of a child process, and what the child answers; and how a child is started.
+
+Each run has a process of its own, so that its peak memory, its thread pools and its allocator are its own. Jobs and answers are
+JSON, and only the standard library is imported here: Linux counts the memory of the process that starts a child in the child's
+ru_maxrss (the kernel's exec_mmap), so the one that starts them all must stay small.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTENDERS = {  # bench/contenders.py runs them
+    "a": "bertdist",
+    "b": "Trainer, defaults",
+    "c": "Trainer, group_by_length",
+    "d": "Accelerate loop, padded to --max_length",
+    "e": "Accelerate loop, padded to the model's longest",
+}
+PREDICTORS = {"bertdist": "bertdist.predict", "pipeline": "pipeline", "onnx": "ONNX Runtime"}  # bench/prediction.py runs them
+
+Child = Callable[[str, dict[str, Any]], dict[str, Any]]  # (kind of job, job) -> answer
+
+
+class BenchError(Exception):
+    """What a user can mend: one line, what was found, what was expected, what to do."""
+
+
+class Killed(BenchError):
+    """A child was killed, most likely for want of memory; the others can go on."""
+
+
+class Seen(NamedTuple):
+    """One optimizer step's rows, as the model was given them."""
+
+    rows: list[int]  # row numbers of the file of rows
+    lengths: list[int]  # real tokens of each
+    cells: int  # what the model computed on: real tokens and padding
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """One training run of one contender: one epoch over the first `rows` rows of a file."""
+
+    contender: str
+    model: str  # a model folder with its tokenizer
+    rows_file: str  # JSON lines {"text", "label"}, label "0", "1", ...
+    labels: int
+    rows: int
+    batch_size: int
+    untimed_steps: int
+    learning_rate: float
+    seed: int
+    max_length: int
+    mixed_precision: str
+    use_cpu: bool
+    loss_rows: int  # the final loss is that of the first so many rows of the file, for every contender, trained by it or not
+    dev_file: str | None
+    output_dir: str
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps; the last may be smaller."""
+        return -(-self.rows // self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a training run saw and took."""
+
+    stamps: list[float]  # seconds of a monotonic clock, one after every optimizer step
+    seen: list[Seen]  # one a step
+    process_mib: float  # peak memory until the last step
+    child_mib: float  # peak memory of its largest child, a loader worker; 0 without one
+    device_mib: float | None  # peak of torch's allocator on the GPU; None on the CPU
+    device: str  # "cpu", or the GPU's name
+    loss: float  # cross-entropy a row of the trained model, without dropout
+    accuracy: float | None  # on the rows of dev_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictJob:
+    """The answers of one contender to the first `rows` texts of a file."""
+
+    contender: str
+    model: str  # what training exported
+    onnx: str | None  # the same model, exported
+    rows_file: str
+    rows: int
+    batch_size: int
+    max_length: int
+    threads: int
+    use_cpu: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What a prediction run answered and took."""
+
+    seconds: float  # texts to answers, without loading the model and without a first call on 64 texts
+    answers: list[tuple[str, float]]  # (label, score) in the order of the texts
+    process_mib: float
+    device: str
+
+
+def trained(answer: dict[str, Any]) -> Trained:
+    """Out of a child's JSON."""
+    return Trained(**{**answer, "seen": [Seen(*step) for step in answer["seen"]]})
+
+
+def run_child(kind: str, job: dict[str, Any]) -> dict[str, Any]:
+    """Do the job in a process of its own (`bench.child`); raises BenchError with the last line of a child that failed, or Killed."""
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder, "job.json"), Path(folder, "answer.json")
+        asked.write_text(json.dumps(job), encoding="utf-8")
+        words = [sys.executable, "-m", "bench.child", kind, str(asked), str(answered)]
+        done = subprocess.run(words, cwd=ROOT, env=environment(job.get("threads")), capture_output=True, encoding="utf-8", errors="replace")
+        if done.returncode == -signal.SIGKILL:
+            raise Killed("killed, most likely for want of memory")
+        if done.returncode or not answered.exists():
+            said = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+            raise BenchError(f"{kind} {job.get('contender', '')} ended with code {done.returncode}: {said[-1]}")
+        answer: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
+        return answer
+
+
+def environment(threads: int | None) -> dict[str, str]:
+    """What every child runs in: no network, the same number of threads, one GPU (with more, Trainer would take them all)."""
+    found = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    found.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if threads:
+        found |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return found

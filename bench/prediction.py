@@ -1,0 +1,115 @@
+"""Three ways to answer the same texts in the same order: bertdist's Predictor, transformers' pipeline, ONNX Runtime.
+
+All in float32 and from texts to (label, score), tokenizing included. pipeline and ONNX Runtime get batches of `batch_size` texts in their
+order, padded to the longest; Predictor sorts for itself.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.clock import device_name, on_gpu, peak_mib
+from bench.contenders import read_rows
+from bench.jobs import Predicted, PredictJob
+
+WARM_UP = 64  # texts of a first call, which is not timed
+
+Answers = list[tuple[str, float]]
+Answering = Callable[[Sequence[str]], Answers]
+
+
+def predict(job: PredictJob) -> Predicted:
+    """Load, answer some texts, then answer all and take the time."""
+    texts, _ = read_rows(job.rows_file, job.rows)
+    answer = {"bertdist": with_bertdist, "pipeline": with_pipeline, "onnx": with_onnx}[job.contender](job)
+    answer(texts[:WARM_UP])
+    begin = time.perf_counter()
+    answers = answer(texts)  # ends with numbers on the host, so a GPU has ended too
+    seconds = time.perf_counter() - begin
+    device = "cpu" if job.contender == "onnx" else device_name(job.use_cpu)
+    return Predicted(seconds=seconds, answers=answers, process_mib=peak_mib(), device=device)  # no contender starts a child
+
+
+def with_bertdist(job: PredictJob) -> Answering:
+    """Predictor at its defaults."""
+    from bertdist.begin import open_accelerator
+    from bertdist.config import RunConfig
+    from bertdist.predict import Predictor
+
+    predictor = Predictor(job.model, max_length=job.max_length, accelerator=open_accelerator(RunConfig(use_cpu=job.use_cpu)))
+    return lambda texts: [(answer["label"], answer["score"]) for answer in predictor(texts)]
+
+
+def with_pipeline(job: PredictJob) -> Answering:
+    """pipeline("text-classification") with batches."""
+    from transformers import pipeline
+
+    answering: Any = pipeline("text-classification", model=job.model, device=0 if on_gpu(job.use_cpu) else -1, dtype=torch.float32)
+    limits = {"batch_size": job.batch_size, "truncation": True, "max_length": job.max_length}
+    return lambda texts: [(answer["label"], answer["score"]) for answer in answering(list(texts), **limits)]
+
+
+def with_onnx(job: PredictJob) -> Answering:
+    """ONNX Runtime on the CPU with as many threads as torch has for the others."""
+    import onnxruntime
+    from transformers import AutoTokenizer
+
+    assert job.onnx is not None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = job.threads
+    session = onnxruntime.InferenceSession(job.onnx, options, providers=["CPUExecutionProvider"])
+    inputs = [entry.name for entry in session.get_inputs()]
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    names = json.loads(Path(job.model, "config.json").read_text(encoding="utf-8"))["id2label"]
+
+    def answer(texts: Sequence[str]) -> Answers:
+        answers: Answers = []
+        for at in range(0, len(texts), job.batch_size):
+            batch = tokenizer(
+                list(texts[at : at + job.batch_size]), truncation=True, max_length=job.max_length, padding=True, return_tensors="np"
+            )
+            (logits,) = session.run(None, {name: batch[name] for name in inputs})
+            powers = np.exp(logits - logits.max(1, keepdims=True))
+            scores = powers / powers.sum(1, keepdims=True)
+            answers += [(names[str(best)], float(row[best])) for row, best in zip(scores, logits.argmax(1), strict=True)]
+        return answers
+
+    return answer
+
+
+def export_onnx(folder: str, path: str) -> None:
+    """Write the model as ONNX, with free numbers of texts and tokens.
+
+    torch's older exporter: the newer one needs onnxscript, and both give the same answers here (they are compared in every run).
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    batch = AutoTokenizer.from_pretrained(folder)(["a short text", "a text that is not quite as short"], padding=True, return_tensors="pt")
+    names = list(batch)
+    axes = {name: {0: "texts", 1: "tokens"} for name in names} | {"logits": {0: "texts"}}
+    torch.onnx.export(
+        _Logits(model, names).eval(),  # eval on the outside: the exporter puts back the mode that it finds there
+        tuple(batch[name] for name in names),
+        path,
+        input_names=names,
+        output_names=["logits"],
+        dynamic_axes=axes,
+        dynamo=False,
+    )
+
+
+class _Logits(torch.nn.Module):
+    """A model whose arguments have places, not names, and whose answer is one tensor."""
+
+    def __init__(self, model: Any, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.model(**dict(zip(self.names, inputs, strict=True))).logits

@@ -1,0 +1,170 @@
+"""What each architecture needs to run without padding: where its layers are, what its positions count from, and its last layer.
+
+In: a Hugging Face classifier. Out: the same module, prepared in place: its last layer gives one token a text, (N, 1, hidden), so
+that the model's own head works on it unchanged. Weights, their names and all other layers stay Hugging Face's.
+
+Only the first token of each text leaves the last layer, because that is all that the heads read: keys and values are computed for
+all tokens, everything else for N. Exact, and 13% of MiniLM-L6's arithmetic saved, 6% of BERT-base's. Where the head reads the mean
+of a text (ModernBERT can), all tokens leave the last layer, and their mean takes their place.
+
+A family is one entry of FAMILIES. To add one: how its layers are found, and its last layer in the terms of its own modules.
+
+Legend: T tokens, N texts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from bertdist import deberta
+from bertdist.attention import Packing, packed_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One architecture, in the terms of its own modules."""
+
+    prepare: Callable[[Any], None]  # changes a classifier of this family in place
+    first_position: Callable[[Any], int] = lambda config: 0  # the position of a text's first token
+
+
+def _bert_last_layer(layer: Any, x: Tensor, packing: Packing) -> Tensor:
+    """BERT's layer, also RoBERTa's and ELECTRA's, for the first tokens. x (1, T, hidden) -> (1, N, hidden)."""
+    attention = layer.attention.self
+    first = x[:, packing.firsts]
+    context = _attend(attention, attention.query(first), attention.key(x), attention.value(x), attention.dropout.p, packing)
+    attended = layer.attention.output(context, first)
+    out: Tensor = layer.output(layer.intermediate(attended), attended)
+    return out
+
+
+def _distilbert_last_layer(layer: Any, x: Tensor, packing: Packing) -> Tensor:
+    attention = layer.attention
+    first = x[:, packing.firsts]
+    context = _attend(attention, attention.q_lin(first), attention.k_lin(x), attention.v_lin(x), attention.dropout.p, packing)
+    attended = layer.sa_layer_norm(attention.out_lin(context) + first)
+    out: Tensor = layer.output_layer_norm(layer.ffn(attended) + attended)
+    return out
+
+
+def _albert_last_layer(layer: Any, x: Tensor, packing: Packing) -> Tensor:
+    attention = layer.attention
+    first = x[:, packing.firsts]
+    dropout = attention.attention_dropout.p
+    context = _attend(attention, attention.query(first), attention.key(x), attention.value(x), dropout, packing)
+    attended = attention.LayerNorm(first + attention.output_dropout(attention.dense(context)))
+    out: Tensor = layer.full_layer_layer_norm(layer.ff_chunk(attended) + attended)
+    return out
+
+
+def _modernbert_last_layer(layer: Any, x: Tensor, packing: Packing, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """rotation: cosines and sines of the positions, each (1, T, D)."""
+    attention, first = layer.attn, x[:, packing.firsts]
+    normed = layer.attn_norm(x)
+    sizes = [x.shape[-1], 2 * x.shape[-1]]  # of one matrix for queries, keys and values
+    weights, biases = attention.Wqkv.weight.split(sizes), [None] * 2 if attention.Wqkv.bias is None else attention.Wqkv.bias.split(sizes)
+    query = F.linear(normed[:, packing.firsts], weights[0], biases[0])
+    key, value = F.linear(normed, weights[1], biases[1]).chunk(2, -1)
+    query = _rotated(query, packing, *(angle[:, packing.firsts] for angle in rotation))
+    key = _rotated(key, packing, *rotation)
+    context = _attend(attention, query, key, value, attention.attention_dropout, packing, attention.sliding_window)
+    attended = first + attention.out_drop(attention.Wo(context))
+    out: Tensor = attended + layer.mlp(layer.mlp_norm(attended))
+    return out
+
+
+def _rotated(x: Tensor, packing: Packing, cos: Tensor, sin: Tensor) -> Tensor:
+    """ModernBERT's apply_rotary_pos_emb, with its roundings to float32, for x (1, T or N, hidden) alone."""
+    heads = x.unflatten(-1, (packing.heads, -1))
+    left, right = heads.float().chunk(2, -1)
+    turned: Tensor = heads.float() * cos[:, :, None] + torch.cat((-right, left), -1) * sin[:, :, None]
+    return turned.to(x.dtype).flatten(-2)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, packing: Packing, window: int | None = None
+) -> Tensor:
+    """Queries (1, N, hidden), keys and values (1, T, hidden) -> context (1, N, hidden)."""
+    q, k, v = (x.unflatten(-1, (packing.heads, -1)).transpose(1, 2) for x in (query, key, value))
+    p = dropout if module.training else 0.0
+    context, _ = packed_attention(module, q, k, v, None, packing=packing, dropout=p, sliding_window=window)
+    return context.flatten(-2)
+
+
+def _replace_last(layer: Any, last_layer: Callable[[Any, Tensor, Packing], Tensor]) -> None:
+    def forward(hidden_states: Tensor, *args: Any, packing: Packing, **kwargs: Any) -> Tensor:
+        return last_layer(layer, hidden_states, packing).transpose(0, 1)  # (N, 1, hidden): N texts of one token
+
+    layer.forward = forward
+
+
+def _prepare_bert(model: Any) -> None:
+    _replace_last(model.base_model.encoder.layer[-1], _bert_last_layer)
+
+
+def _prepare_distilbert(model: Any) -> None:
+    _replace_last(model.base_model.transformer.layer[-1], _distilbert_last_layer)
+
+
+def _prepare_albert(model: Any) -> None:
+    """ALBERT runs the same layers again and again, so it is the loop that knows the last one."""
+    encoder = model.base_model.encoder
+    config = encoder.config
+    encoder.gradient_checkpointing, model.supports_gradient_checkpointing = False, True  # transformers 5.23 has none for ALBERT
+
+    def forward(hidden_states: Tensor, *args: Any, packing: Packing, **kwargs: Any) -> BaseModelOutput:
+        x = encoder.embedding_hidden_mapping_in(hidden_states)
+        for i in range(config.num_hidden_layers):
+            group = encoder.albert_layer_groups[int(i / (config.num_hidden_layers / config.num_hidden_groups))]
+            for j, layer in enumerate(group.albert_layers):
+                run = partial(layer, attention_mask=None, packing=packing)
+                if i == config.num_hidden_layers - 1 and j == config.inner_group_num - 1:
+                    x = _albert_last_layer(layer, x, packing).transpose(0, 1)
+                elif encoder.gradient_checkpointing and encoder.training:
+                    x = encoder._gradient_checkpointing_func(run, x)
+                else:
+                    x = run(x)
+        return BaseModelOutput(last_hidden_state=x)
+
+    encoder.forward = forward
+
+
+def _prepare_modernbert(model: Any) -> None:
+    body = model.base_model
+    layer = body.layers[-1]
+
+    def forward(hidden_states: Tensor, *args: Any, packing: Packing, position_embeddings: Any, **kwargs: Any) -> Tensor:
+        return _modernbert_last_layer(layer, hidden_states, packing, position_embeddings).transpose(0, 1)
+
+    def means(module: nn.Module, args: Any, kwargs: Any, output: BaseModelOutput) -> BaseModelOutput:
+        lengths = torch.tensor(kwargs["packing"].lengths, device=output[0].device)
+        mean = torch.segment_reduce(output[0][0], "mean", lengths=lengths, axis=0, unsafe=True)  # unsafe: without a look at the lengths
+        return BaseModelOutput(last_hidden_state=mean[:, None])
+
+    if model.config.classifier_pooling == "mean":
+        body.register_forward_hook(means, with_kwargs=True)
+    else:
+        layer.forward = forward
+
+
+BERT = Family(prepare=_prepare_bert)
+ROBERTA = Family(prepare=_prepare_bert, first_position=lambda config: config.pad_token_id + 1)
+FAMILIES = {  # by model_type
+    "bert": BERT,
+    "electra": BERT,
+    "ernie": BERT,
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "camembert": ROBERTA,
+    "data2vec-text": ROBERTA,
+    "distilbert": Family(prepare=_prepare_distilbert),
+    "albert": Family(prepare=_prepare_albert),
+    "modernbert": Family(prepare=_prepare_modernbert),
+    "deberta-v2": Family(prepare=deberta.prepare),  # and -v3
+}
