@@ -180,11 +180,20 @@ def attempt(compute: Callable[..., T], *args: object) -> T | str:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
     gc.collect()  # here, behind the except clause: inside it the traceback holds every activation
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed (begin.keep_freed_memory); oneDNN takes its own from the system
+    give_back_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return reason
+
+
+def give_back_freed_memory() -> None:
+    """Undo `begin.keep_freed_memory` from here on, where it can be: other programs, and oneDNN for its code, may need what is free."""
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(mmap_threshold, 128 << 10)  # glibc's own default, like the next
+        library.mallopt(trim_threshold, 128 << 10)
+        library.malloc_trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
