@@ -3,9 +3,10 @@
 1. plan: the rows of every step, a pure function of (rows, seed, epoch), the same on all ranks. So ranks need not talk, and
    resuming is nothing but starting at a later step.
 2. deal: one step's rows over the ranks by length of text, longest first, to the least loaded.
-3. this rank encodes its share only, in loader workers, while the steps before it run.
+3. this rank encodes its share only, in loader workers, while the steps before it run. Small steps travel several in a message.
 4. cut: the share in micro-batches of at most `tokens_per_micro_batch` tokens, longest first, so that texts of one length lie
    side by side.
+5. sent_ahead: on a GPU, a step's batches travel to the device while the step before it runs.
 None of it changes what a step learns: its gradient is a sum over its rows, and the rows are the plan's.
 
 Legend: T tokens, N texts of a micro-batch.
@@ -14,7 +15,7 @@ Legend: T tokens, N texts of a micro-batch.
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from bertdist.slurm import leave_signals_to_the_rank
 from bertdist.tasks import Array
 
 PLENTY = 8_192  # tokens of a micro-batch that keep any CPU busy; more would only take memory
+BYTES_PER_MESSAGE = 1 << 16  # of text in what a loader worker sends at once: 1,000 sentences of SST-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,12 @@ class Batch:
         """The same batch on a device; the copy runs beside the host where the memory is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tell the allocator that another stream reads the batch than the one that it was made on."""
+        for value in vars(self).values():
+            if isinstance(value, Tensor):
+                value.record_stream(stream)
+
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader's pinning thread."""
         return self._map(lambda tensor: tensor.pin_memory())
@@ -72,6 +80,16 @@ class Step:
     number: int  # counts from 0 over the whole run
     share: list[Batch]  # this rank's micro-batches, never empty
     rows: int  # rows of the step, all ranks together
+    idle: bool = False  # the share is one text that counts nothing: this rank has no row in this step
+
+    @property
+    def lengths(self) -> list[tuple[int, ...]]:
+        """Tokens of each text of each micro-batch; of an idle rank none."""
+        return [] if self.idle else [batch.lengths for batch in self.share]
+
+    def to(self, device: torch.device) -> "Step":
+        """The same step on a device."""
+        return replace(self, share=[batch.to(device) for batch in self.share])
 
     def pin_memory(self) -> "Step":
         """Called by the DataLoader's pinning thread."""
@@ -133,7 +151,7 @@ def collate(examples: Sequence[Example]) -> Batch:
 def recut(share: Sequence[Batch], tokens: int) -> list[Batch]:
     """A share in other micro-batches: those, to the bit, that it would have come in with that many tokens_per_micro_batch.
 
-    share: as it was cut, longest text first, in host memory. So a rank that halves its micro-batches while it runs computes what a
+    share: as it was cut, longest text first. So a rank that halves its micro-batches while it runs computes what a
     run does that begins with the halves.
     """
     lengths = [length for batch in share for length in batch.lengths]
@@ -145,7 +163,7 @@ def recut(share: Sequence[Batch], tokens: int) -> list[Batch]:
         first, last = part[0], part[-1] + 1
         assert part == list(range(first, last)), "the texts of a share come longest first"
         fields = {name: whole[name][ends[first] : ends[last]] for name in a_token} | {name: whole[name][first:last] for name in a_text}
-        starts = torch.tensor(ends[first : last + 1]) - ends[first]
+        starts = (torch.tensor(ends[first : last + 1]) - ends[first]).to(whole["ids"].device)
         batches.append(Batch(**fields, starts=starts, lengths=tuple(lengths[first:last])))
     return batches
 
@@ -153,8 +171,9 @@ def recut(share: Sequence[Batch], tokens: int) -> list[Batch]:
 def one_token(batch: Batch) -> Batch:
     """The first token of a micro-batch as a text that counts nothing."""
     fields = {name: getattr(batch, name)[:1] for name in ("ids", "positions", "segments", "targets", "weights", "rows")}
-    fields |= {"weights": torch.zeros(1), "rows": torch.tensor([-1])}
-    return Batch(**fields, starts=torch.tensor([0, 1]), lengths=(1,))
+    device = batch.ids.device
+    fields |= {"weights": torch.zeros(1, device=device), "rows": torch.tensor([-1], device=device)}
+    return Batch(**fields, starts=torch.tensor([0, 1], device=device), lengths=(1,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,10 +200,11 @@ class Batches:
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
         """This rank's share of steps start, ..., stop - 1, counted over the whole run."""
+        shares = _Shares(self, stop)
         loader = DataLoader(
-            _Shares(self),
+            shares,
             batch_size=None,
-            sampler=range(start, stop),
+            sampler=range(start, stop, shares.together),
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
             multiprocessing_context="fork" if self.workers else None,  # the rows are shared with the workers, not copied
@@ -193,21 +213,56 @@ class Batches:
             pin_memory=self.pin,
             generator=torch.Generator(),  # else the loader draws from the generator that dropout draws from
         )
-        for step in loader:
+        for step in chain.from_iterable(loader):
             if isinstance(step, BertdistError):
                 raise step
             yield step
 
 
-class _Shares(Dataset[Step | BertdistError]):
-    """Step number -> this rank's share of it. What a DataLoader can send to its workers."""
+def sent_ahead(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
+    """The same steps with their batches on the device; on a GPU each is sent while the step before it runs.
 
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
+    The copies have a stream of their own, so they need not queue behind the kernels of the running step, and a step is asked for one
+    step early, so that they begin before anything in the running step makes the host wait. Elsewhere a plain pass-through.
+    """
+    if device.type != "cuda":
+        yield from steps
+        return
+    copies, running = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+
+    def send(step: Step | None) -> tuple[Step, torch.cuda.Event] | None:
+        if step is None:
+            return None
+        with torch.cuda.stream(copies):
+            return step.to(device), copies.record_event()
+
+    ready = send(next(steps, None))
+    while ready is not None:
+        (step, arrived), ready = ready, send(next(steps, None))
+        running.wait_event(arrived)
+        for batch in step.share:
+            batch.record_stream(running)
+        yield step
+
+
+class _Shares(Dataset[list[Step | BertdistError]]):
+    """Step number -> this rank's shares of this step and of some behind it. What a DataLoader can send to its workers.
+
+    A message from a worker costs this process 1 to 3 ms beside a computation on all cores, whatever is in it: it is woken, and
+    so is the thread that asks for the next one, when a core is free. So small steps share a message.
+    """
+
+    def __init__(self, batches: Batches, stop: int) -> None:
+        self.batches, self.stop = batches, stop
         self.lengths = batches.examples.records.lengths()
+        bytes_of_share = self.lengths.sum() / max(1, len(self.lengths)) * batches.rows_per_step / batches.ranks
+        self.together = max(1, int(BYTES_PER_MESSAGE / max(1.0, bytes_of_share))) if batches.workers else 1
         self.epoch, self.order = -1, np.arange(len(batches.examples))
 
-    def __getitem__(self, number: int) -> Step | BertdistError:
+    def __getitem__(self, first: int) -> list[Step | BertdistError]:
+        return [self._share(number) for number in range(first, min(first + self.together, self.stop))]
+
+    def _share(self, number: int) -> Step | BertdistError:
         batches = self.batches
         epoch, step = divmod(number, batches.steps_per_epoch)
         if batches.shuffle and epoch != self.epoch:
@@ -218,7 +273,7 @@ class _Shares(Dataset[Step | BertdistError]):
             if not len(share):  # An idle rank still has to join the exchange of gradients: one text that counts nothing.
                 shortest = rows[self.lengths[rows].argmin()]
                 idle = [example._replace(row=-1, weight=0.0) for example in batches.examples[[shortest]]]
-                return Step(number=number, share=[collate(idle)], rows=len(rows))
+                return Step(number=number, share=[collate(idle)], rows=len(rows), idle=True)
             examples = batches.examples[share.tolist()]
         except BertdistError as error:  # raised in a worker it would arrive wrapped in the worker's traceback
             return error

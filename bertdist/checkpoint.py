@@ -45,12 +45,12 @@ class Progress:
     tokens_asked: int = 0  # the --tokens_per_micro_batch that it came from; 0: found
     halvings: int = 0  # steps that were taken again because memory ran out
     finished: bool = False
-    window: list[list[float]] = field(default_factory=list)  # [loss sum, rows, tokens] of each step since the last log line
+    window: list[list[float]] = field(default_factory=list)  # [loss sum, rows] of each step since the last log line
 
     def count(self, step: int, rows: int) -> None:
-        """One more step of so many rows; its loss and tokens are filled in when the ranks bring them together."""
+        """One more step of so many rows; its loss is filled in when the ranks bring them together."""
         self.step, self.rows = step, self.rows + rows
-        self.window.append([0.0, float(rows), 0.0])
+        self.window.append([0.0, float(rows)])
 
 
 class Checkpoints:
@@ -99,7 +99,7 @@ class Checkpoints:
         if state["ranks"] != self.accelerator.num_processes:
             self.say(
                 f"It was written by {state['ranks']} processes, now there are {self.accelerator.num_processes}: the same rows in the same "
-                "steps; sums are rounded, and dropout is drawn, in another order."
+                "steps; sums are rounded in another order, and off the CPU dropout is drawn anew."
             )
         return progress
 

@@ -55,6 +55,8 @@ class Classifier(nn.Module):
         use_onednn(model)
         if family is not None:
             family.prepare(model)
+        pooling = getattr(model.config, "classifier_pooling", "cls")  # ModernBERT's
+        self.first_tokens_only = self.packed and pooling == "cls"  # what leaves the last layer
         self.reads_padding = not self.packed and self._changes_when_padded()
 
     def forward(self, batch: Batch) -> Tensor:

@@ -6,9 +6,7 @@ Everything goes to the screen through rich, as plain text: what comes from data 
 import json
 import math
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -52,8 +50,8 @@ class RunLog:
             for line in lines:
                 self.console.print(_plain(line))
 
-    def record(self, kind: str, step: int, **values: Any) -> None:
-        """Append one line to metrics.jsonl and show it."""
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Append one line to metrics.jsonl."""
         if not self.enabled:
             return
         finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
@@ -62,6 +60,10 @@ class RunLog:
             file.write(line + "\n")
         if self.also is not None:
             self.also({f"{kind}_{name}": value for name, value in finite.items()}, step)
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        """Append one line to metrics.jsonl and show it."""
+        self.write(kind, step, **values)
         shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items() if not isinstance(value, list | dict))
         if self._bar is not None and kind == "train":
             self._note = f"loss {_short(values.get('loss'))}  {_short(values.get('tokens_per_second'))} tokens/s"
@@ -77,14 +79,15 @@ class RunLog:
             self._rewind(step)
 
     def _rewind(self, step: int) -> None:
-        """Drop the lines behind `step`, and a torn last line."""
+        """Drop the lines behind `step`, a torn last line, and what a process that was stopped said of itself ("finished": false)."""
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return
         kept = []
         for line in path.read_bytes().split(b"\n"):
             try:
-                if json.loads(line)["step"] <= step:
+                found = json.loads(line)
+                if found["step"] <= step and found.get("finished") is not False:
                     kept.append(line + b"\n")
             except (ValueError, KeyError, TypeError):
                 continue
@@ -154,27 +157,6 @@ def complain(error: BertdistError) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     for line in str(error).splitlines():
         console.print(_plain(f"bertdist: {line}"))
-
-
-class Stopwatch:
-    """Seconds spent training, without the pauses."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-        self.steps = 0  # counted by whoever takes them
-
-    def lap(self) -> tuple[float, int]:
-        """(seconds, steps) since the last lap."""
-        since, self._since = self._since, time.perf_counter()
-        steps, self.steps = self.steps, 0
-        return self._since - since, steps
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What runs in here does not count."""
-        begin = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - begin
 
 
 def _plain(text: str) -> Text:

@@ -56,7 +56,13 @@ class _Linear(torch.autograd.Function):
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """x (rows, in), weight (out, in), bias (out,) or None -> (rows, out), with gelu the GELU of it."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
+    try:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
+    except RuntimeError as error:
+        if "could not create a primitive" not in str(error):
+            raise
+        out = F.linear(x, weight, bias)  # near the end of memory oneDNN finds no place for its code, where MKL needs none
+        out = F.gelu(out) if gelu else out
     return out
 
 

@@ -10,10 +10,12 @@ process instead of raising: the bytes that three small texts keep for a backward
 starts agree.
 """
 
+import ctypes
 import gc
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -178,6 +180,8 @@ def attempt(compute: Callable[..., T], *args: object) -> T | str:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
     gc.collect()  # here, behind the except clause: inside it the traceback holds every activation
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed (begin.keep_freed_memory); oneDNN takes its own from the system
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return reason

@@ -113,8 +113,7 @@ class Room:
     def _cut(self, step: Step, tokens: int) -> list[Batch]:
         if tokens >= self._loaded:
             return step.share
-        share = recut(step.share, tokens)
-        return [batch.pin_memory() for batch in share] if self._batches.pin else share
+        return recut(step.share, tokens)
 
     def _attempt(self, model: nn.Module, share: list[Batch], backward: Backward) -> Tensor | Failure:
         total = torch.zeros((), device=self.accelerator.device)

@@ -17,6 +17,7 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,18 +27,19 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bertdist.batching import Batch, Batches, Step, one_token
+from bertdist.batching import Batch, Batches, Step, one_token, sent_ahead
 from bertdist.begin import batches_of, environment, identity_of, notes_of, open_accelerator, task_of_rows, told_of_data
 from bertdist.best import Best
 from bertdist.checkpoint import Checkpoints, Progress
-from bertdist.classifier import labels_of, load_classifier, load_settings
+from bertdist.classifier import Classifier, labels_of, load_classifier, load_settings
 from bertdist.config import TrainConfig, read_config, steps_of, write_config
-from bertdist.console import RunLog, Stopwatch, complain
+from bertdist.console import RunLog, complain
 from bertdist.dropout import seed_dropout
 from bertdist.embedding import clear_gradients
 from bertdist.encoding import load_tokenizer, open_examples
 from bertdist.errors import BertdistError
 from bertdist.evaluation import Judge, evaluate_split
+from bertdist.meter import Meter, matmul_rate, model_flops
 from bertdist.optim import build_optimizer, build_schedule, set_learning_rate
 from bertdist.ranks import together
 from bertdist.records import open_source
@@ -94,44 +96,44 @@ def train(config: TrainConfig) -> Progress:
         best = Best(run, tokenizer, task, accelerator, notes_of(config, train_rows))
         due = {name: steps_of(getattr(run, f"{name}_every"), per_epoch, total_steps) for name in ("log", "eval", "save")}
         room = Room(model, train_batches, config.batch.tokens_per_micro_batch, progress, accelerator, log.say)
+        losses: list[Tensor] = []  # this rank's loss sum () of each step since they were last brought together
         model.train()
         if not progress.finished:
             warm_up(model, train_batches, progress.step, task, accelerator)
             room.find(lambda batch: task.loss(classifier(batch), batch.targets, batch.weights), classifier, adamw)
             log.open_progress(progress.step, total_steps)
-        stopwatch, losses = Stopwatch(), list[Tensor]()  # this rank's [loss sum, tokens] of the steps not yet brought together
-        for step in room.cutting(train_batches).steps(progress.step, progress.step if progress.finished else total_steps):
+        meter = open_meter(classifier, accelerator, progress)
+        for step in meter.watch(steps_left(room.cutting(train_batches), progress, total_steps, accelerator.device)):
             set_learning_rate(optimizer, schedule(step.number))
             seed_dropout(run.seed, step.number, accelerator.process_index)
             loss, grad_norm = take_step(model, optimizer, step, task, accelerator, config.optim.max_grad_norm, room)
             losses.append(loss)
-            stopwatch.steps += 1
             progress.count(step.number + 1, step.rows)
             progress.finished = progress.step == total_steps
             stopping = stop.agreed(accelerator)
             log.advance()
 
             if progress.finished or is_due(progress.step, due["log"]):
-                gather_losses(progress, losses, accelerator)
+                gather_losses(progress, losses, meter, accelerator)
                 rate = config.optim.learning_rate * schedule(step.number)
-                record_training(log, progress, per_epoch, stopwatch.lap(), learning_rate=rate, grad_norm=grad_norm.item())
+                record_training(log, progress, per_epoch, learning_rate=rate, grad_norm=grad_norm.item(), **meter.lap())
 
             if dev_batches and (progress.finished or is_due(progress.step, due["eval"])):
-                with stopwatch.paused():
+                with meter.paused():
                     evaluation = evaluate_split(classifier, room.cutting(dev_batches), judge, accelerator)
                     log.record("eval", progress.step, epoch=progress.step / per_epoch, **evaluation.scores)
                     best.consider(classifier, evaluation, progress)
 
             if progress.finished or stopping or is_due(progress.step, due["save"]):
-                with stopwatch.paused():
-                    gather_losses(progress, losses, accelerator)
+                gather_losses(progress, losses, meter, accelerator)
+                tell_meter(log, progress, meter, stopping)
+                with meter.paused():
                     if progress.finished and not dev_batches:
                         best.keep(classifier, None, progress)
                     checkpoints.save(classifier, adamw, progress, identity)
             if progress.finished or stopping:
                 break
         log.close_progress()
-
         if progress.finished:
             log.status("finished", progress.step)
             best.show(log)
@@ -148,7 +150,7 @@ def train(config: TrainConfig) -> Progress:
 def take_step(
     model: nn.Module, optimizer: Optimizer, step: Step, task: Task, accelerator: Accelerator, max_grad_norm: float, room: Room
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step over this rank's share; returns this rank's [loss sum, tokens] (2,) and the gradient's norm ().
+    """One optimizer step over this rank's share; returns this rank's loss sum () and the gradient's norm ().
 
     Row losses are summed and divided by the rows of the whole step, so the update is that of one big batch, however the step was
     dealt and cut. DDP averages over ranks; the factor undoes it. Where memory runs out on any rank, the step is begun again with
@@ -167,8 +169,12 @@ def take_step(
     assert grad_norm is not None
     optimizer.step()
     clear_gradients(model)
-    tokens = sum(sum(batch.lengths) for batch in step.share if batch.rows[0] >= 0)
-    return torch.stack([total, total.new_tensor(tokens)]), grad_norm
+    return total, grad_norm
+
+
+def steps_left(batches: Batches, progress: Progress, total_steps: int, device: torch.device) -> Iterator[Step]:
+    """This rank's shares of the steps that are still to be taken, on the device."""
+    return sent_ahead(batches.steps(progress.step, progress.step if progress.finished else total_steps), device)
 
 
 def warm_up(model: nn.Module, batches: Batches, step: int, task: Task, accelerator: Accelerator) -> None:
@@ -188,27 +194,42 @@ def is_due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def gather_losses(progress: Progress, losses: list[Tensor], accelerator: Accelerator) -> None:
-    """Add up the ranks' [loss sum, tokens] of the steps since the last call; one collective, however many steps.
+def open_meter(classifier: Classifier, accelerator: Accelerator, progress: Progress) -> Meter:
+    """A meter whose clock starts; before that all ranks measure at the same time what their devices can do."""
+    mine = 0.0 if progress.finished else matmul_rate(accelerator.device, accelerator.mixed_precision)
+    rate = accelerator.reduce(torch.tensor([mine], device=accelerator.device), reduction="sum").item()
+    flops = model_flops(classifier.model, "first tokens" if classifier.first_tokens_only else "all")
+    return Meter(flops, classifier.packed, rate)
+
+
+def gather_losses(progress: Progress, losses: list[Tensor], meter: Meter, accelerator: Accelerator) -> None:
+    """Add up the ranks' losses and the meters' figures of the steps since the last call; one collective, however many steps.
 
     Step by step, not as one running sum: so what is logged does not depend on when a checkpoint was written.
     """
     if losses:
-        total = accelerator.gather(torch.stack(losses)[None]).double().sum(0).tolist()  # gloo's own sum of 3 ranks rounds by place
+        mine = torch.cat([torch.stack(losses)[:, None], meter.take().to(accelerator.device)], dim=1)  # (steps, 1 + figures)
+        every = accelerator.gather(mine[None]).cpu().double()  # (ranks, steps, 1 + figures)
+        meter.add(every[:, :, 1:])
+        total = every[:, :, :2].sum(0).tolist()  # gloo's own sum of 3 ranks rounds by place
         for entry, (loss, tokens) in zip(progress.window[-len(losses) :], total, strict=True):
-            entry[0], entry[2] = loss, tokens
+            entry[0] = loss
             progress.tokens += int(tokens)
         losses.clear()
 
 
-def record_training(log: RunLog, progress: Progress, per_epoch: int, lap: tuple[float, int], **values: float) -> None:
-    """One line about the steps since the last one: sums are divided, means are never averaged. lap: seconds, and steps they took."""
-    seconds, steps = lap
+def record_training(log: RunLog, progress: Progress, per_epoch: int, **values: float) -> None:
+    """One line about the steps since the last one: sums are divided, means are never averaged."""
     loss, rows = (sum(entry[i] for entry in progress.window) for i in (0, 1))
-    tokens = sum(entry[2] for entry in progress.window[len(progress.window) - steps :])
-    epoch = progress.step / per_epoch
-    log.record("train", progress.step, epoch=epoch, loss=loss / rows, **values, tokens_per_second=tokens / seconds, tokens=progress.tokens)
+    log.record("train", progress.step, epoch=progress.step / per_epoch, loss=loss / rows, **values, tokens=progress.tokens)
     progress.window.clear()
+
+
+def tell_meter(log: RunLog, progress: Progress, meter: Meter, stopping: bool) -> None:
+    """At its end, what this process did with its time: a line in metrics.jsonl, before the last checkpoint is whole, and two sentences."""
+    if progress.finished or stopping:
+        log.write("meter", progress.step, finished=progress.finished, **meter.summary())
+        log.say(str(meter))
 
 
 def main() -> None:

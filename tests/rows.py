@@ -28,11 +28,11 @@ import bertdist.scores  # noqa: F401  imported before the ranks are forked: eval
 from bertdist import train
 from bertdist.batching import Step
 from bertdist.config import read_config
+from bertdist.meter import MEASURED
 
 GOOD = "best fine fun good great warm".split()
 BAD = "bad dull poor worst boring".split()
 OTHER = "a an and but film is it movie not of so the this very was".split()
-SPEED = "tokens_per_second"  # the one number of metrics.jsonl that differs from run to run
 
 Breaking = Callable[[Accelerator], None]  # called on every rank before a run: breaks a promise of the product there
 
@@ -95,7 +95,7 @@ Seen = list[tuple[int, list[int]]]  # (step, this rank's rows) in the order they
 
 def run_train(accelerator: Accelerator, words: Sequence[str], breaking: Breaking | None = None) -> tuple[Any, Seen, str]:
     """Train on this rank; (progress, what was trained, what was said)."""
-    gc.freeze()  # what the test has imported: the collection at the end of a run would walk it for half a second
+    _be_quick()
     if breaking is not None:
         breaking(accelerator)
     seen: Seen = []
@@ -111,11 +111,17 @@ def run_train(accelerator: Accelerator, words: Sequence[str], breaking: Breaking
     return progress, seen, said.getvalue()
 
 
+def _be_quick() -> None:
+    """Leave out what a run spends on itself. tests/unit/test_meter.py and the launched runs measure the rate in earnest."""
+    gc.freeze()  # what the test has imported: the collection at the end of a run would walk it for half a second
+    train.matmul_rate = lambda device, precision: 1e12
+
+
 def run_main(
     accelerator: Accelerator, words: Sequence[str], breaking: Breaking | None = None, program: Any = train
 ) -> tuple[Any, str, str]:
     """The command line on this rank, with all that follows from it: (exit code, standard error, standard output)."""
-    gc.freeze()
+    _be_quick()
     if breaking is not None:
         breaking(accelerator)
     sys.argv = [program.__name__, *words]
@@ -138,9 +144,10 @@ def rows_by_step(seen_by_rank: Sequence[Seen]) -> dict[int, list[int]]:
 
 
 def step_log(out: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """metrics.jsonl without the speed."""
+    """metrics.jsonl without what tells of the machine. kind None: the lines about steps, without the one about the process."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != SPEED} for line in lines if kind in (None, line["kind"])]
+    wanted = ("train", "eval") if kind is None else (kind,)
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines if line["kind"] in wanted]
 
 
 def json_of(path: Path) -> Any:
@@ -174,6 +181,7 @@ def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 def assert_same_run(one: Path, other: Path) -> None:
     """Two run folders hold the same to the last bit: step log, last checkpoint, best weights, predictions and scores."""
     assert step_log(one) == step_log(other)
+    assert step_log(one, "meter") == step_log(other, "meter")
     assert last_checkpoint(one).name == last_checkpoint(other).name
     assert json_of(last_checkpoint(one) / "state.json")["progress"] == json_of(last_checkpoint(other) / "state.json")["progress"]
     assert_same_tensors(tensors_of(last_checkpoint(one)), tensors_of(last_checkpoint(other)))

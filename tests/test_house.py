@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bertdist"
 FLOORS = [  # a module imports from lower floors only
     ["errors"],
     ["words", "dropout", "embedding", "linear"],
-    ["config", "scores", "slurm", "console", "attention_cpu", "arrow_files", "columns", "ranks"],
+    ["config", "scores", "slurm", "console", "attention_cpu", "arrow_files", "columns", "ranks", "meter"],
     ["tasks", "records", "optim", "attention"],
     ["encoding", "deberta"],
     ["batching", "families"],

@@ -122,6 +122,43 @@ def test_a_stop_between_two_log_lines_changes_neither(runs: Runs, tmp_path: Path
     assert_same_run(tmp_path / "out", runs.undisturbed(3))
 
 
+def test_a_process_tells_of_itself_and_the_next_one_takes_it_back(runs: Runs, tmp_path: Path) -> None:
+    """A stopped process leaves a line of kind "meter"; the one that goes on leaves its own in its place, however often it is asked."""
+    out, words = tmp_path / "out", runs.words(tmp_path / "out")
+
+    def told() -> list[tuple[Any, ...]]:
+        lines = [line for line in json_of(out / "metrics.jsonl") if line["kind"] == "meter"]
+        return [(line["step"], line["finished"], line["train_steps"]) for line in lines]
+
+    run_ranks(2, run_train, words, at_step(4, ask_the_last_rank_to_stop))
+    assert told() == [(5, False, 5)]
+    ended = run_ranks(2, run_train, words)
+    assert told() == [(STEPS, True, STEPS - 5)]
+    assert f"{STEPS - 5} steps in " in ended[0][2] and "the fullest of 2 ranks had 1." in ended[0][2]
+    run_ranks(2, run_train, words)
+    assert told() == [(STEPS, True, STEPS - 5)]
+    assert_same_run(out, runs.undisturbed(2))
+
+
+def test_killed_after_the_last_line_and_before_the_last_checkpoint(runs: Runs, tmp_path: Path) -> None:
+    def die_instead_of_saving(accelerator: Accelerator) -> None:
+        save = train.Checkpoints.save
+
+        def saving(self: Any, model: Any, optimizer: Any, progress: Any, identity: Any) -> None:
+            if progress.finished:
+                die(accelerator)
+            save(self, model, optimizer, progress, identity)
+
+        train.Checkpoints.save = saving
+
+    words = runs.words(tmp_path / "out")
+    with pytest.raises(RankError, match="ended with status 9"):
+        run_ranks(1, run_train, words, die_instead_of_saving)
+    assert step_log(tmp_path / "out", "meter") == [{"kind": "meter", "step": STEPS, "finished": True}]
+    run_ranks(1, run_train, words)
+    assert_same_run(tmp_path / "out", runs.undisturbed(1))
+
+
 @pytest.mark.parametrize("step", [4, 5, 12])
 def test_killed_between_checkpoints(runs: Runs, tmp_path: Path, step: int) -> None:
     """Right after a log line and best weights that no checkpoint knows of; at the first step of an epoch; right after a checkpoint."""

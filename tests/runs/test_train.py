@@ -18,7 +18,6 @@ import psutil
 import pytest
 from forked import run_ranks
 from rows import (
-    SPEED,
     assert_same_run,
     checkpoints_of,
     json_of,
@@ -150,14 +149,20 @@ def test_a_run_folder_explains_itself(killed_run: tuple[Path, list[str], int]) -
 def test_the_step_log_has_its_fields(killed_run: tuple[Path, list[str], int]) -> None:
     folder, _, _ = killed_run
     lines = json_of(folder / "out" / "metrics.jsonl")
-    learned, scored = ([line for line in lines if line["kind"] == kind] for kind in ("train", "eval"))
-    assert len(learned) + len(scored) == len(lines)
+    learned, scored, of_process = ([line for line in lines if line["kind"] == kind] for kind in ("train", "eval", "meter"))
+    assert len(learned) + len(scored) + len(of_process) == len(lines)
     assert [line["step"] for line in learned] == list(range(2, EPOCH * EPOCHS + 1, 2)), "each once, though some steps were taken twice"
     assert [line["step"] for line in scored] == list(range(EPOCH, EPOCH * EPOCHS + 1, EPOCH))
-    assert all(line.keys() == {"kind", "step", "epoch", "loss", "learning_rate", "grad_norm", SPEED, "tokens"} for line in learned)
+    speed = {"tokens_per_second", "data_wait_seconds", "padding_factor", "model_tflops", "flop_utilization", "slowest_rank"}
+    assert all(line.keys() == {"kind", "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", *speed} for line in learned)
     assert all(line.keys() >= {"kind", "step", "epoch", "loss", "accuracy"} for line in scored)
-    assert all(line["epoch"] == line["step"] / EPOCH for line in lines)
-    assert all(line[SPEED] > 0 for line in learned)
+    assert all(line["epoch"] == line["step"] / EPOCH for line in (*learned, *scored))
+    assert all(line[name] > 0 for name in speed for line in learned)
+    assert [line.keys() - speed for line in of_process] == [
+        {"kind", "step", "finished", "train_steps", "train_seconds", "matmul_tflops"}
+    ]
+    assert of_process[0]["train_steps"] < EPOCH * EPOCHS, "of the process that finished, not of the one that was killed"
+    assert all(line["padding_factor"] == line["slowest_rank"] == 1 for line in (*learned, *of_process))
     assert learned[0]["loss"] > learned[-1]["loss"], "it learns"
 
 

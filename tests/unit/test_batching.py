@@ -1,5 +1,6 @@
 """Which rows make a step, who computes them, in which pieces: each row once, the same steps however they are dealt, cut or loaded."""
 
+import contextlib
 import itertools
 import multiprocessing
 import pickle
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from bertdist import batching
-from bertdist.batching import Batch, Batches, Step, collate, cut, deal, one_token, plan, recut
+from bertdist.batching import Batch, Batches, Step, collate, cut, deal, one_token, plan, recut, sent_ahead
 from bertdist.encoding import Example
 from bertdist.errors import DataError
 
@@ -367,6 +368,40 @@ def test_an_idle_rank_gets_one_text_that_counts_nothing() -> None:
         assert step.share[0].ids.tolist() == [1, 1]  # the shortest text of the step
 
 
+def test_a_step_knows_the_lengths_of_its_real_texts() -> None:
+    first, idle = (next(batches([5, 2, 4], rank=rank, ranks=4, shuffle=False).steps(0, 1)) for rank in (0, 3))
+    assert (first.lengths, idle.lengths) == ([(5,)], [])
+    (whole,) = batches([5, 2, 4], shuffle=False).steps(0, 1)
+    assert whole.lengths == [(5, 4), (2,)]
+
+
+@pytest.mark.parametrize(
+    ("given", "messages"),
+    [
+        ({}, [[0, 1], [2, 3], [4]]),
+        ({"ranks": 2}, [[0, 1, 2, 3], [4]]),  # half a step a rank
+        ({"rows_per_step": 20}, [[0]]),
+        ({"rows_per_step": 10}, [[0], [1]]),
+        ({"workers": 0}, [[0], [1], [2], [3], [4]]),
+    ],
+)
+def test_small_steps_share_a_message(given: dict[str, int], messages: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of length 3 in steps of 4, with 25 to a message."""
+    found = []
+
+    def watched(*args: Any, **settings: Any) -> Iterator[Any]:
+        for message in DataLoader(*args, **settings):
+            found.append([step.number for step in message])
+            yield message
+
+    monkeypatch.setattr(batching, "DataLoader", watched)
+    monkeypatch.setattr(batching, "BYTES_PER_MESSAGE", 25)
+    some = batches([3] * 20, **{"workers": 1, **given})
+    steps = list(some.steps(0, some.steps_per_epoch))
+    assert found == messages
+    assert [content(step) for step in steps] == [content(step) for step in replace(some, workers=0).steps(0, some.steps_per_epoch)]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_is_wrong_with_a_row_arrives_as_it_was_said(workers: int) -> None:
     steps = batches(examples=Rows(LENGTHS, bad=6), shuffle=False, workers=workers).steps(0, 3)
@@ -407,3 +442,54 @@ def test_loading_leaves_the_generator_of_dropout_alone(workers: int, monkeypatch
     monkeypatch.setattr(batching, "DataLoader", without)
     list(batches(workers=workers).steps(0, 3))
     assert not torch.equal(torch.get_rng_state(), before)  # the control: a loader draws where it is let
+
+
+# ---- sent_ahead
+
+
+def test_off_the_gpu_steps_pass_unchanged() -> None:
+    steps = list(batches().steps(0, 3))
+    assert all(one is other for one, other in zip(sent_ahead(iter(steps), torch.device("cpu")), steps, strict=True))
+
+
+def test_on_a_gpu_the_next_step_is_sent_before_this_one_is_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of events, with streams that only write down what they are told; tests/gpu has the real ones."""
+    events: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def record_event(self) -> str:
+            return f"event {len([event for event in events if event.startswith('sent')]) - 1}"
+
+        def wait_event(self, event: str) -> None:
+            events.append(f"{self.name} waits for {event}")
+
+    class Sent:
+        def __init__(self, number: int) -> None:
+            self.number = number
+            self.share = [SimpleNamespace(record_stream=lambda stream: events.append(f"{stream.name} reads {number}"))]
+
+        def to(self, device: torch.device) -> "Sent":
+            events.append(f"sent {self.number} {on[-1]}")
+            return self
+
+    on = ["running"]
+
+    @contextlib.contextmanager
+    def stream(side: Stream) -> Iterator[None]:
+        on.append(side.name)
+        yield
+        on.pop()
+
+    monkeypatch.setattr("torch.cuda.Stream", lambda device: Stream("copies"))
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: Stream("running"))
+    monkeypatch.setattr("torch.cuda.stream", stream)
+    for step in sent_ahead(map(Sent, range(3)), torch.device("cuda")):  # type: ignore[arg-type]
+        events.append(f"step {step.number} on {on[-1]}")
+    assert events == [
+        "sent 0 copies", "sent 1 copies", "running waits for event 0", "running reads 0", "step 0 on running",
+        "sent 2 copies", "running waits for event 1", "running reads 1", "step 1 on running",
+        "running waits for event 2", "running reads 2", "step 2 on running",
+    ]  # fmt: skip

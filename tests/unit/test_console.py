@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bertdist.console import RunLog, Stopwatch, complain, write_whole
+from bertdist.console import RunLog, complain, write_whole
 from bertdist.errors import BertdistError, CheckpointError, DataError
 
 
@@ -129,6 +129,16 @@ def test_a_torn_line_is_dropped_and_the_next_one_stands_alone(torn: bytes, log: 
     log.begin(3, {})
     log.record("train", 4, loss=1.0)
     assert lines_of(tmp_path) == [*OLD, {"kind": "train", "step": 4, "loss": 1.0}]
+
+
+def test_what_a_stopped_process_said_of_itself_goes_and_what_the_last_one_said_stays(log: RunLog, tmp_path: Path) -> None:
+    write_old(tmp_path)
+    log.write("meter", 3, finished=False, tokens_per_second=1.0)
+    log.begin(3, {})
+    assert lines_of(tmp_path) == OLD
+    log.write("meter", 3, finished=True)
+    log.begin(3, {})
+    assert lines_of(tmp_path) == [*OLD, {"kind": "meter", "step": 3, "finished": True}]
 
 
 def test_a_whole_last_line_without_its_end_is_kept(log: RunLog, tmp_path: Path) -> None:
@@ -305,6 +315,14 @@ def test_an_error_is_shown_line_by_line(capfd: pytest.CaptureFixture[str]) -> No
     assert capfd.readouterr() == ("", "bertdist: first\nbertdist: second [x]\n")
 
 
+def test_a_line_can_be_written_without_being_shown(log: RunLog, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log.write("meter", 3, train_seconds=1.5)
+    assert capfd.readouterr().err == ""
+    assert lines_of(tmp_path) == [{"kind": "meter", "step": 3, "train_seconds": 1.5}]
+    log.record("meter", 3, train_seconds=1.5)
+    assert "train_seconds" in capfd.readouterr().err  # the control
+
+
 def test_numbers_are_short_on_the_screen_only(log: RunLog, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     log.record("train", 12, loss=0.123456789, tokens_per_second=123456.7, tokens=7, bad=math.nan, table=[1, 2])
     assert capfd.readouterr().err == "train step     12  loss 0.1235  tokens_per_second 123,457  tokens 7  bad nan\n"
@@ -328,20 +346,3 @@ def test_a_terminal_has_a_progress_bar(terminal: RunLog, capfd: pytest.CaptureFi
 def test_a_file_has_lines_instead_of_a_progress_bar(log: RunLog, capfd: pytest.CaptureFixture[str]) -> None:
     ticks(log)
     assert capfd.readouterr().err == "train step      2  loss 1  tokens_per_second 5\n"
-
-
-# ---- Stopwatch
-
-
-def test_pauses_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [10.0]
-    monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    watch = Stopwatch()
-    now[0] += 3
-    watch.steps += 2
-    with watch.paused():
-        now[0] += 100
-    now[0] += 1
-    assert watch.lap() == (4.0, 2)
-    now[0] += 5
-    assert watch.lap() == (5.0, 0)

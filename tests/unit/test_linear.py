@@ -120,3 +120,21 @@ def test_a_torch_without_the_operator_is_seen(monkeypatch: pytest.MonkeyPatch) -
 def test_names_of_weights_stay() -> None:
     ours, plain = layers()
     assert ours.state_dict().keys() == plain.state_dict().keys()
+
+
+@needs_onednn
+@pytest.mark.parametrize("gelu", [False, True])
+def test_where_onednn_finds_no_memory_for_its_code_mkl_takes_over(gelu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(message: str) -> Any:
+        def product(*args: Any) -> Tensor:
+            raise RuntimeError(message)
+
+        return product
+
+    x, weight, bias = torch.randn(70, 256), torch.randn(512, 256), torch.randn(512)
+    expected = linear._product(x, weight, bias, gelu)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", full("could not create a primitive"))
+    torch.testing.assert_close(linear._product(x, weight, bias, gelu), expected, rtol=1e-5, atol=1e-4)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", full("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        linear._product(x, weight, bias, gelu)

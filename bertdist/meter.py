@@ -1,0 +1,219 @@
+"""What a run's time went into: real tokens, padding, useful operations beside what the devices can do, waiting for data.
+
+In: the lengths of the texts of every step, a clock, and one measured rate of matrix products. Out: numbers for metrics.jsonl, and
+two sentences at the end. One module, because all of it tells of machines and of one process on them, never of what was learned:
+MEASURED names every such key, and whoever compares two runs leaves those out.
+
+No number here makes the host wait for the device: each rank keeps its own figures on the host, and they travel with the losses
+when those are brought together for a log line.
+
+Legend: L tokens of one text. FLOP: one multiplication or one addition of floating point numbers.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+MEASURED = (  # keys of metrics.jsonl that differ from run to run, also on one machine
+    "tokens_per_second",  # real tokens, all ranks together
+    "data_wait_seconds",  # of the rank that waited longest for its loader
+    "padding_factor",  # cells given to the model / real tokens
+    "model_tflops",  # useful FLOP/s of all ranks / 1e12
+    "flop_utilization",  # ... / FLOP/s of large matrix products, measured at the start
+    "slowest_rank",  # FLOPs of the rank that had most to do in each step / mean of the ranks
+    "matmul_tflops",  # what was measured at the start, all ranks together / 1e12
+    "train_seconds",  # without evaluations and checkpoints
+    "train_steps",  # that this process took
+)
+
+
+class Texts(Protocol):
+    """What the meter reads of a step: tokens of each text of each micro-batch of this rank; none where the rank is idle."""
+
+    @property
+    def lengths(self) -> Sequence[Sequence[int]]: ...
+
+
+S = TypeVar("S", bound=Texts)
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """FLOPs that forward and backward need for texts of given lengths; NaN for a model whose layers are not understood."""
+
+    per_token: float
+    per_pair: float  # a text of L tokens has L x L pairs that attend to each other
+    per_text: float
+
+    def __call__(self, lengths: Sequence[int]) -> float:
+        """lengths: tokens of each text."""
+        pairs = sum(length * length for length in lengths)
+        return self.per_token * sum(lengths) + self.per_pair * pairs + self.per_text * len(lengths)
+
+
+def model_flops(model: Any, last_layer: Literal["all", "first tokens"] = "all") -> ModelFlops:
+    """The useful FLOPs of a Hugging Face classifier: none for padding, embeddings, or what is computed twice to save memory.
+
+    A weight of a linear layer costs 6 a token: a multiplication and an addition in forward, twice that in backward. Attention costs
+    12 x L x L x hidden a layer. Linear layers outside the encoder and in its pooler see one vector a text. ALBERT's shared layers
+    count as often as they run. Norms, activations and the optimizer are left out, as is usual (https://arxiv.org/abs/2204.02311,
+    appendix B), and so are DeBERTa's products with relative positions; a sliding window counts as the whole text.
+
+    last_layer "first tokens": K and V are computed for all tokens there, everything else for the first token of each text.
+    """
+    config, base = model.config, model.base_model
+    stack = next((module for module in base.modules() if isinstance(module, nn.ModuleList)), None)
+    runs, hidden = (getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size"))
+    if not (stack and runs and hidden):
+        return ModelFlops(math.nan, math.nan, math.nan)
+    of_layer = [_weights(layer) for layer in stack]
+    by_run = [of_layer[run * len(stack) // runs] for run in range(runs)]
+    per_text = _weights(model) - _weights(base)
+    if isinstance(pooler := getattr(base, "pooler", None), nn.Module):
+        per_text += _weights(pooler)
+    per_token = sum(by_run) + _weights(model) - sum(of_layer) - per_text  # the rest: projections of embeddings (ELECTRA, ALBERT)
+    per_pair = 12 * hidden * runs
+    if last_layer == "first tokens":
+        once = by_run[-1] - 2 * hidden * hidden
+        per_token, per_text = per_token - once, per_text + once
+        per_pair -= 12 * hidden
+        return ModelFlops(6 * per_token + 12 * hidden, per_pair, 6 * per_text)  # one query a text: L pairs of it, not L x L
+    return ModelFlops(6 * per_token, per_pair, 6 * per_text)
+
+
+def _weights(module: nn.Module) -> int:
+    """Weights of all linear layers, each once, without biases."""
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+
+
+def matmul_rate(device: torch.device, precision: str, seconds: float = 0.1) -> float:
+    """FLOP/s of the fastest of the large matrix products that fit into so many seconds, at least three.
+
+    precision: "no" (float32), "bf16" or "fp16". All ranks call it at the same time, since those of one machine share it.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    # On a GPU several in a row, so that starting them and waiting for the last do not count. Random numbers, because a GPU that
+    # multiplies constants needs less power and clocks higher; and not from the generator that dropout draws from.
+    size, in_a_row = (1024, 1) if device.type == "cpu" else (8192, 4)
+    random = torch.Generator(device).manual_seed(0)
+    left, right = (torch.randn(size, size, device=device, generator=random).to(dtype) for _ in range(2))
+    fastest, tries, until = math.inf, 0, time.perf_counter() + seconds
+    while tries < 3 or time.perf_counter() < until:
+        begin = time.perf_counter()
+        for _ in range(in_a_row):
+            torch.mm(left, right)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        fastest, tries = min(fastest, (time.perf_counter() - begin) / in_a_row), tries + 1
+    if device.type == "cuda":
+        del left, right
+        torch.cuda.empty_cache()  # up to 1 GB that the model may want
+    return 2 * size**3 / fastest
+
+
+@dataclass
+class _Tally:
+    """Sums over ranks and steps since a moment of the meter's clock."""
+
+    since: float
+    steps: int = 0
+    tokens: float = 0.0
+    cells: float = 0.0
+    flops: float = 0.0
+    longest: float = 0.0  # FLOPs of the rank that had most to do, step by step
+    waited: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))  # (ranks,) seconds
+
+    def add(self, figures: Tensor) -> None:
+        """figures: (ranks, steps, 4) float64."""
+        tokens, cells, flops, waited = figures.unbind(-1)
+        self.steps += figures.shape[1]
+        self.tokens += float(tokens.sum())
+        self.cells += float(cells.sum())
+        self.flops += float(flops.sum())
+        self.longest += float(flops.amax(0).sum())
+        self.waited = self.waited + waited.sum(1)
+
+    def values(self, now: float, rate: float) -> dict[str, float]:
+        """What a line of metrics.jsonl says of it."""
+        seconds = now - self.since
+        return {
+            "tokens_per_second": self.tokens / seconds,
+            "data_wait_seconds": float(self.waited.max()),
+            "padding_factor": self.cells / self.tokens if self.tokens else math.nan,
+            "model_tflops": self.flops / seconds / 1e12,
+            "flop_utilization": self.flops / seconds / rate,
+            "slowest_rank": self.longest * len(self.waited) / self.flops if self.flops else math.nan,
+        }
+
+
+class Meter:
+    """Counts what a process trains and how long it takes, without the pauses. Its clock starts when it is made."""
+
+    def __init__(self, flops: ModelFlops, packed: bool, rate: float) -> None:
+        """packed: whether the model is given real tokens only. rate: FLOP/s of matrix products, of all ranks together."""
+        self.flops, self.packed, self.rate = flops, packed, rate
+        self._pauses = 0.0
+        self._mine: list[list[float]] = []  # this rank's [tokens, cells, FLOPs, seconds waited] of each step, see `take`
+        self._lap, self._whole = _Tally(self._now()), _Tally(self._now())
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._pauses
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs in here is not training: evaluation, checkpoints."""
+        begin = time.perf_counter()
+        yield
+        self._pauses += time.perf_counter() - begin
+
+    def watch(self, steps: Iterator[S]) -> Iterator[S]:
+        """The same steps; how long each was waited for is kept, with what is in it."""
+        while True:
+            begin = time.perf_counter()
+            step = next(steps, None)
+            if step is None:
+                return
+            waited = time.perf_counter() - begin
+            tokens = sum(map(sum, step.lengths))
+            cells = tokens if self.packed else sum(len(lengths) * max(lengths) for lengths in step.lengths)
+            self._mine.append([tokens, cells, sum(map(self.flops, step.lengths)), waited])
+            yield step
+
+    def take(self) -> Tensor:
+        """(steps, 4) float32: this rank's figures of the steps since the last call, to be brought together with the other ranks'."""
+        mine, self._mine = self._mine, []
+        return torch.tensor(mine)
+
+    def add(self, figures: Tensor) -> None:
+        """Count the figures of all ranks: (ranks, steps, 4) float64 on the host."""
+        self._lap.add(figures)
+        self._whole.add(figures)
+
+    def lap(self) -> dict[str, float]:
+        """The numbers of a log line: of the steps since the last one."""
+        lap, self._lap = self._lap, _Tally(self._now())
+        return lap.values(self._lap.since, self.rate)
+
+    def summary(self) -> dict[str, float]:
+        """The numbers of all steps that this process took."""
+        now = self._now()
+        of_run = {"train_steps": self._whole.steps, "train_seconds": now - self._whole.since, "matmul_tflops": self.rate / 1e12}
+        return {**of_run, **self._whole.values(now, self.rate)}
+
+    def __str__(self) -> str:
+        """The summary, for a person."""
+        found, ranks = self.summary(), len(self._whole.waited)
+        seconds, wait = found["train_seconds"], found["data_wait_seconds"]
+        said = f"{found['train_steps']:,} steps in {seconds:,.1f} s: {found['tokens_per_second']:,.0f} real tokens a second,"
+        said += f" padding factor {found['padding_factor']:.2f}; {wait:.1f} s ({wait / seconds:.1%}) went into waiting for data."
+        if found["model_tflops"] > 0:  # not NaN
+            share = f"{found['flop_utilization']:.0%} of the {found['matmul_tflops']:.3g} that plain matrix products reach"
+            said += f" The model did {found['model_tflops']:.3g} TFLOP/s, {share}"
+            said += f"; the fullest of {ranks} ranks had {found['slowest_rank']:.3f} times the mean work." if ranks > 1 else "."
+        return said
