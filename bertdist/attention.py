@@ -121,6 +121,13 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float, s
     queries, longest_query = starts, longest
     if len(q) != len(k):
         queries, longest_query = torch.arange(len(starts), dtype=torch.int32, device=starts.device), 1
+        if window is not None:  # flash counts a window from the text's end: give a first token the keys that it sees, and no window
+            lengths = np.asarray(packing.lengths)
+            kept = np.minimum(lengths, window)
+            near = np.repeat(lengths.cumsum() - lengths - (kept.cumsum() - kept), kept) + np.arange(kept.sum())
+            k, v = (x.index_select(0, torch.from_numpy(near).to(x.device, non_blocking=True)) for x in (k, v))
+            starts = torch.from_numpy(np.concatenate([[0], kept.cumsum()]).astype(np.int32)).to(starts.device, non_blocking=True)
+            longest, window = int(kept.max()), None
     reach = {} if window is None else {"window_size_left": window - 1, "window_size_right": window - 1}
     out: Tensor = torch.ops.aten._flash_attention_forward(
         q, k, v, queries, starts, longest_query, longest, dropout, False, False, scale=scale, **reach

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -231,6 +232,38 @@ def test_windows_and_first_tokens_are_those_of_the_whole(kernel: Kernel, first_o
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
     other = attend(asked, lengths, kernel, window=window + 1)  # the control
     assert window == 100 or (other - expected).abs().max() > 0.01
+
+
+def documented_flash(q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float, **reach: int) -> tuple[Tensor]:
+    """Attention as flash_attn_varlen_func documents it, where a window counts from the end (https://github.com/Dao-AILab/flash-attention)."""
+    q_starts, k_starts, longest_q, longest_k, *others = rest
+    assert others == [0.0, False, False] and q_starts.dtype == k_starts.dtype == torch.int32
+    left, right, parts = reach.get("window_size_left"), reach.get("window_size_right"), []
+    for (a, b), (c, d) in zip(pairwise(q_starts.tolist()), pairwise(k_starts.tolist()), strict=True):
+        assert b - a <= longest_q and d - c <= longest_k
+        place, key = torch.arange(b - a)[:, None] + (d - c) - (b - a), torch.arange(d - c)
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * scale
+        if left is not None and right is not None:
+            scores = scores.masked_fill((key < place - left) | (key > place + right), -math.inf)
+        parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[c:d]))
+    return (torch.cat(parts),)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("first_only", [False, True])
+def test_flash_is_asked_for_what_it_documents(first_only: bool, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It runs on CUDA only, tests/gpu: here are its words.
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", documented_flash)
+    lengths = [8, 5, 3, 1]
+    rows, firsts = rows_of(sum(lengths)), torch.tensor([0, *lengths]).cumsum(0)[:-1]
+    asked = [rows[0][:, :, firsts] if first_only else rows[0], *rows[1:]]
+    out, expected = attend(asked, lengths, "varlen", window=window), seen(rows, lengths, window or 100)
+    expected = expected[:, firsts] if first_only else expected
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    for found, wanted in zip(gradients(rows, out), gradients(rows, expected), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    if window in (1, 3):  # the control
+        assert (attend(asked, lengths, "varlen", window=window + 1) - expected).abs().max() > 0.01
 
 
 # ---- Dropout that belongs to the rows

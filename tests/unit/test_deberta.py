@@ -14,9 +14,6 @@ from transformers import AutoModelForSequenceClassification, DebertaV2Config
 from bertdist import deberta
 from bertdist.attention import Kernel, Packing, pack
 
-# transformers 5.17 compiles parts of DeBERTa with what torch 2.13 is about to leave behind
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-
 CPU = torch.device("cpu")
 V3 = {"relative_attention": True, "position_buckets": 32, "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": "p2c|c2p"}
 V3 |= {"position_biased_input": False, "type_vocab_size": 0}

@@ -27,9 +27,6 @@ from bertdist.errors import ConfigError
 from bertdist.families import FAMILIES
 from bertdist.tasks import SingleLabel
 
-# transformers 5.17 compiles parts of DeBERTa with what torch 2.13 is about to leave behind
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-
 TASK = SingleLabel(("bad", "fine", "good"))
 LENGTHS = [24, 19, 18, 12, 7, 7, 3, 1]  # two of a length, one token alone, more and less than a multiple of 16
 VOCABULARY, POSITIONS = 60, 32
