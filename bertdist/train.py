@@ -199,7 +199,7 @@ def open_meter(classifier: Classifier, accelerator: Accelerator, progress: Progr
     mine = 0.0 if progress.finished else matmul_rate(accelerator.device, accelerator.mixed_precision)
     rate = accelerator.reduce(torch.tensor([mine], device=accelerator.device), reduction="sum").item()
     flops = model_flops(classifier.model, "first tokens" if classifier.first_tokens_only else "all")
-    return Meter(flops, classifier.packed, rate)
+    return Meter(flops, classifier.packed or classifier.reads_padding, rate)
 
 
 def gather_losses(progress: Progress, losses: list[Tensor], meter: Meter, accelerator: Accelerator) -> None:
