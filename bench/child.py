@@ -23,7 +23,7 @@ def rows(job: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     from bertdist.config import DataConfig, TaskConfig
-    from bertdist.records import open_source
+    from bertdist.sources import open_source
     from bertdist.tasks import open_task
 
     source = open_source(DataConfig(train_file=job["file"], text_column=job["text_column"], label_column=job["label_column"]), "train")

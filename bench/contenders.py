@@ -60,7 +60,7 @@ def run_bertdist(job: TrainJob, clock: Clock) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     from bertdist import train as loop
-    from bertdist.batching import Step
+    from bertdist.batch import Step
     from bertdist.config import read_config
 
     take_step = loop.take_step

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from bertdist.batching import PLENTY, Batch, Batches, collate, recut
+from bertdist.batch import Batch, collate, recut
+from bertdist.batching import PLENTY, Batches
 from bertdist.errors import DataError
 
 MOST_TOKENS = {"cuda": 65_536}  # where a larger micro-batch is no faster; other devices: PLENTY
@@ -217,7 +218,7 @@ def power_of_two(number: int) -> int:
 def too_long(batch: Batch, reason: str, batches: Batches, cure: str = "") -> DataError:
     """What to say of a text that does not fit alone."""
     row, limit = int(batch.rows[0]), batches.examples.max_length
-    where = batches.examples.records.where(row) if row >= 0 else "A rank without rows"
+    where = batches.where(row) if row >= 0 else "A rank without rows"
     return DataError(
         f"{where}: a text of {batch.lengths[0]} tokens (--max_length {limit}) does not fit into memory, not even alone ({reason}). "
         f"Take a smaller --max_length, {cure}or more memory."

@@ -28,8 +28,9 @@ from bertdist.errors import BertdistError, DataError
 from bertdist.evaluation import predict_rows
 from bertdist.memory import find_tokens
 from bertdist.ranks import together
-from bertdist.records import Records, open_texts, records_of
+from bertdist.records import Records, records_of
 from bertdist.slurm import check_world
+from bertdist.sources import open_texts
 
 ROWS_AT_ONCE = 2048  # texts sorted by length together: long enough for texts of one length to meet, short enough for one device
 

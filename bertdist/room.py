@@ -25,7 +25,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bertdist.batching import Batch, Batches, Step, one_token, recut
+from bertdist.batch import Batch, Step, one_token, recut
+from bertdist.batching import Batches
 from bertdist.checkpoint import Progress
 from bertdist.memory import attempt, find_tokens, halved, too_long
 from bertdist.ranks import host_group, smallest, together

@@ -27,7 +27,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bertdist.batching import Batch, Batches, Step, one_token, sent_ahead
+from bertdist.batch import Batch, Step, one_token
+from bertdist.batching import Batches, sent_ahead
 from bertdist.begin import batches_of, environment, identity_of, notes_of, open_accelerator, task_of_rows, told_of_data
 from bertdist.best import Best
 from bertdist.checkpoint import Checkpoints, Progress
@@ -42,9 +43,9 @@ from bertdist.evaluation import Judge, evaluate_split
 from bertdist.meter import Meter, matmul_rate, model_flops
 from bertdist.optim import build_optimizer, build_schedule, set_learning_rate
 from bertdist.ranks import together
-from bertdist.records import open_source
 from bertdist.room import Room
 from bertdist.slurm import StopRequest, check_world
+from bertdist.sources import open_source
 from bertdist.tasks import Task
 
 STOPPED = 75  # exit code for "asked to stop, start me again" (EX_TEMPFAIL)

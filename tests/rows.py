@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 import bertdist.scores  # noqa: F401  imported before the ranks are forked: evaluate and scikit-learn take longer than a whole run
 from bertdist import train
-from bertdist.batching import Step
+from bertdist.batch import Step
 from bertdist.config import read_config
 from bertdist.meter import MEASURED
 

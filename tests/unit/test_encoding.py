@@ -16,7 +16,8 @@ from bertdist import encoding
 from bertdist.config import DataConfig, ModelConfig
 from bertdist.encoding import CUT_ABOVE, Example, encode, load_tokenizer, open_examples
 from bertdist.errors import BertdistError, ConfigError, DataError, ModelError
-from bertdist.records import Record, Records, open_source, records_of
+from bertdist.records import Record, Records, records_of
+from bertdist.sources import open_source
 from bertdist.tasks import MultiLabel, Regression, SingleLabel, Task
 
 EACH_TIME = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])  # what is patched stays

@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 from bertdist import arrow_files
 from bertdist.config import DataConfig
 from bertdist.errors import DataError
-from bertdist.records import Record, Records, open_source, open_texts, records_of
+from bertdist.records import Record, Records, records_of
+from bertdist.sources import open_source, open_texts
 
 Write = Callable[[str, str | bytes], str]
 
@@ -716,7 +717,7 @@ def test_local_files_do_not_pay_for_datasets(write: Write) -> None:
     program = "import sys; from bertdist.arrow_files import *; import bertdist.columns; print('datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
     program = (
-        "import sys; from bertdist.config import DataConfig; before = 'datasets' in sys.modules; from bertdist.records import open_source;"
+        "import sys; from bertdist.config import DataConfig; before = 'datasets' in sys.modules; from bertdist.sources import open_source;"
         f"open_source(DataConfig(train_file={path!r}), 'train'); print(('datasets' in sys.modules) == before)"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "True\n"
