@@ -32,9 +32,9 @@ PLENTY = 8_192  # tokens of a micro-batch that keep any CPU busy; more would onl
 BYTES_PER_MESSAGE = 1 << 16  # of text in what a loader worker sends at once: 1,000 sentences of SST-2
 
 
-def plan(rows: int, seed: int, epoch: int) -> Array:
-    """(rows,) int64: the order of an epoch. Each row once. Step k of the epoch takes the k-th train_batch_size of them."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
+def plan(rows: int, seed: int, epoch: int, window: int = 0) -> Array:
+    """(rows,) int64: the order of an epoch, or of a window of a stream. Each row once; step k takes the k-th train_batch_size of them."""
+    return np.random.Generator(np.random.PCG64([seed, epoch, window])).permutation(rows)
 
 
 def deal(rows: Array, lengths: Array, ranks: int) -> list[Array]:

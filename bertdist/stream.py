@@ -19,6 +19,7 @@ from bertdist.pieces import BadRow, Piece, Place, RowSource
 from bertdist.records import Columns, Placed, Records, choose, class_names_of, records_from
 
 State = dict[str, Any]  # {"epoch", "window": number in the epoch, "rows": of the epoch before it, "cursors": of the parts}
+EMPTY: State = {"epoch": 0, "window": 0, "rows": 0, "cursors": []}  # nothing was read yet
 
 
 class Window(NamedTuple):
@@ -77,7 +78,7 @@ class Stream:
 
     def windows(self, state: State | None = None) -> Iterator[Window]:
         """From a state to the end of its epoch. Raises DataError."""
-        state = state or {"epoch": 0, "window": 0, "rows": 0, "cursors": []}
+        state = state or EMPTY
         epoch, number, rows = state["epoch"], state["window"], state["rows"]
         parts = self.parts if self.weights else (tuple(self.sources),)
         cursors = state["cursors"] or [{"pass": 0 if self.weights else epoch}] * len(parts)
