@@ -35,8 +35,12 @@ class ModelConfig:
 class DataConfig:
     _argument_group_name = "data"
 
-    train_file: str | None = HfArg(default=None, help="Rows to learn from: .csv, .tsv, .jsonl or .parquet; any other ending is a table with --delimiter.")
+    train_file: list[str] | None = HfArg(default=None, help="Rows to learn from: one or several files, globs or addresses (https://, s3://, gs://, hf://) of .csv, .tsv, .jsonl or .parquet, also .gz and .zst; any other ending is a table with --delimiter.")
+    train_weights: list[float] | None = HfArg(default=None, help="Share of each --train_file in what is learned, such as 0.7 0.3; small ones are repeated. None takes every row once an epoch.")
     validation_file: str | None = HfArg(default=None, help="Rows to score after training and every --eval_every.")
+    streaming: bool = HfArg(default=False, help="Read the training rows as they are needed, never all at once; they are shuffled within --stream_window rows.")
+    stream_window: int = HfArg(default=16_384, help="With --streaming: rows that are held and shuffled together; rounded up to whole steps.")
+    stream_split: Literal["rows", "files"] = HfArg(default="rows", help="With --streaming: rows: every rank reads all and tokenizes its share, steps do not depend on the ranks. files: a rank reads files of its own, for sources of many files on many ranks.")
     dataset_name: str | None = HfArg(default=None, help="Data set on the hub, instead of files.")
     dataset_config_name: str | None = HfArg(default=None, help="Configuration of the data set on the hub.")
     task_name: str | None = HfArg(default=None, help="GLUE task (cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli): short for the data set nyu-mll/glue with its columns and metrics.")
@@ -219,6 +223,7 @@ def _problems(config: TrainConfig) -> Iterable[str]:
         yield "No training rows: give --train_file, or --dataset_name, or --task_name."
     if "--train_file" in sources and len(sources) > 1:
         yield f"{' and '.join(sources)} both name training rows; give one."
+    yield from _stream_problems(data)
     if data.validation_file and not data.train_file:
         yield "--validation_file goes with --train_file; for hub data give --validation_split."
     if data.label_columns and len(set(data.label_columns)) < len(data.label_columns):
@@ -252,6 +257,23 @@ def _problems(config: TrainConfig) -> Iterable[str]:
         yield "--early_stopping_patience needs evaluations, and --eval_every is 'never'."
     if task.class_weights and task.class_weights != ["balanced"] and not all(_is_weight(word) for word in task.class_weights):
         yield f"--class_weights is {' '.join(task.class_weights)!r}; expected 'balanced' or one number of at least 0 a label."
+
+
+def _stream_problems(data: DataConfig) -> Iterable[str]:
+    yield from _out_of_range(data, {"stream_window": (1, None)})
+    if not data.streaming:
+        given = {name: getattr(data, name) != getattr(DataConfig, name) for name in ("stream_window", "stream_split")}
+        yield from (f"--{name} goes with --streaming." for name, is_given in given.items() if is_given)
+    if data.train_weights is None:
+        return
+    if len(data.train_weights) != len(data.train_file or ()):
+        yield f"--train_weights has {len(data.train_weights)} numbers for {len(data.train_file or ())} --train_file; one each."
+    if not all(0 < weight < float("inf") for weight in data.train_weights):
+        yield f"--train_weights is {' '.join(map(str, data.train_weights))}; expected numbers above 0."
+    if data.stream_split == "files":
+        yield "--train_weights goes with --stream_split rows: with files each rank has other files."
+    if data.streaming and data.max_train_samples:
+        yield "--max_train_samples takes the first rows of all, and --train_weights mixes: leave one out."
 
 
 def _idle(config: TrainConfig) -> Iterable[str]:

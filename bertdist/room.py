@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bertdist.batch import Batch, Step, one_token, recut
-from bertdist.batching import Batches
+from bertdist.stream_batches import AnyBatches
 from bertdist.checkpoint import Progress
 from bertdist.memory import attempt, find_tokens, halved, too_long
 from bertdist.ranks import host_group, smallest, together
@@ -54,7 +54,7 @@ class Room:
     def __init__(
         self,
         model: nn.Module,
-        batches: Batches,
+        batches: AnyBatches,
         asked: int | None,
         progress: Progress,
         accelerator: Accelerator,
@@ -86,7 +86,7 @@ class Room:
             self.say(f"Micro-batches of at most {self.progress.tokens_per_micro_batch:,} tokens: found from free memory.")
         self._loaded = self.progress.tokens_per_micro_batch
 
-    def cutting(self, batches: Batches) -> Batches:
+    def cutting(self, batches: AnyBatches) -> AnyBatches:
         """The same batches, cut so that they fit."""
         return replace(batches, tokens_per_micro_batch=self.progress.tokens_per_micro_batch)
 

@@ -19,6 +19,7 @@ from bertdist.pieces import BadRow, Piece, Place, RowSource
 from bertdist.records import Columns, Placed, Records, choose, class_names_of, records_from
 
 State = dict[str, Any]  # {"epoch", "window": number in the epoch, "rows": of the epoch before it, "cursors": of the parts}
+HEAD_ROWS = 1_000
 EMPTY: State = {"epoch": 0, "window": 0, "rows": 0, "cursors": []}  # nothing was read yet
 
 
@@ -75,6 +76,14 @@ class Stream:
         for piece in source.pieces(taken.names(), place):
             at = Placed(source.name, source.has_header, ((0, piece.where, 0),))
             yield piece, records_from(at, piece.columns, taken, self.label_delimiter, class_names)
+
+    def head(self) -> Records:
+        """The first rows, for what can be seen of a few. Raises DataError where there are none."""
+        for source in self.sources:
+            for _, records in self.records(source):
+                if len(records):
+                    return records.some(0, min(len(records), HEAD_ROWS))
+        raise DataError(f"{self.name} has no rows.")
 
     def windows(self, state: State | None = None) -> Iterator[Window]:
         """From a state to the end of its epoch. Raises DataError."""
