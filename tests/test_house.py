@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bertdist"
 
 FLOORS = [  # a module imports from lower floors only
     ["errors"],
-    ["words", "dropout", "embedding", "linear"],
+    ["words", "dropout", "embedding", "linear", "pieces"],
     ["config", "scores", "slurm", "console", "attention_cpu", "arrow_files", "columns", "ranks", "meter"],
     ["tasks", "records", "optim", "attention"],
     ["encoding", "deberta"],
@@ -34,7 +34,7 @@ DOORS = {  # a third-party package comes in through these modules only, so that 
     "sklearn": {"scores"},
     "scipy": {"scores"},
     "rich": {"console"},
-    "pyarrow": {"records", "arrow_files", "columns"},
+    "pyarrow": {"records", "arrow_files", "columns", "pieces"},
     "xxhash": {"records", "arrow_files", "checkpoint"},
     "safetensors": {"checkpoint", "classifier"},
     "yaml": {"config", "words"},
