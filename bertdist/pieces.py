@@ -55,7 +55,7 @@ class Piece(NamedTuple):
 
 
 class RowSource(Protocol):
-    """Rows in one fixed order, to be read from front to back, and again from any place a piece gave. Picklable; opens nothing until read."""
+    """Rows in one fixed order, read from front to back, and again from any place a piece gave. Picklable; opens nothing until read."""
 
     name: str  # short, for messages
     has_header: bool
