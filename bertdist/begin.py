@@ -26,6 +26,7 @@ from bertdist.encoding import Examples, open_examples
 from bertdist.errors import ConfigError, did_you_mean
 from bertdist.known import Known, Labels, agreement, files_of_ranks
 from bertdist.records import Records
+from bertdist.sources import open_source, open_stream
 from bertdist.stream import Stream
 from bertdist.stream_batches import AnyBatches, StreamBatches
 from bertdist.tasks import Task, open_task
@@ -76,6 +77,13 @@ def keep_freed_memory() -> None:
         library.mallopt(trim_threshold, (1 << 31) - 1)
 
 
+def open_rows(config: TrainConfig) -> tuple[Records | Stream, Records | None]:
+    """The rows to learn from and those to score, if any. Raises DataError."""
+    rows = open_stream(config.data, config.run.seed) if config.data.streaming else open_source(config.data, "train")
+    assert rows is not None
+    return rows, open_source(config.data, "validation")
+
+
 def task_of_rows(config: TaskConfig, labels: Labels, model_labels: tuple[str, ...] | None) -> Task:
     """The task that the labels of the training rows make."""
     return open_task(config, labels.kind, labels.values, np.array(labels.counts), labels.class_names, labels.column, model_labels)
@@ -109,7 +117,9 @@ def training_batches(
     elif rows.weights and known.rows:
         rows = replace(rows, limit=sum(known.rows))
     rows = replace(rows, window_rows=-(-rows.window_rows // size) * size)
-    return StreamBatches(stream=rows, task=task, examples=first, rows_per_step=size, seed=seed, steps_per_epoch=steps, agree=agree, **fields)
+    return StreamBatches(
+        stream=rows, task=task, examples=first, rows_per_step=size, seed=seed, steps_per_epoch=steps, agree=agree, **fields
+    )
 
 
 def _share_of(config: BatchConfig, accelerator: Accelerator) -> dict[str, Any]:

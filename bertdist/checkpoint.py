@@ -100,12 +100,12 @@ class Checkpoints:
             if not (folder / "state.json").exists():
                 raise CheckpointError(f"{folder} is not to be seen from here; --output_dir must be on a disk that every machine shares.")
             state = json.loads((folder / "state.json").read_text())
+            place = _place_of_rank(folder, state, self.accelerator.process_index, self.accelerator.num_processes)
             _same_run(folder, state["identity"], identity)
             load_tensors(model_tensors(model), load_file(folder / "model.safetensors"), folder)
             load_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            place = _place_of_rank(folder, state, self.accelerator.process_index, self.accelerator.num_processes)
         progress = replace(Progress(**state["progress"]), place=place)
         self.say(f"Going on from {folder} at step {progress.step}.")
         if state["ranks"] != self.accelerator.num_processes:
@@ -239,11 +239,11 @@ def _same_run(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
 def _place_of_rank(folder: Path, state: dict[str, Any], rank: int, ranks: int) -> Place | None:
     """Where this rank's reading of a stream goes on. Between two passes that is the same for any number of ranks that read own files."""
     places: list[Place | None] = state["places"]
-    if state["identity"].get("stream_split") == "files" and state["ranks"] != ranks and not all(place and "over" in place for place in places):
+    own_files = state["identity"].get("stream_split") == "files"
+    if own_files and state["ranks"] != ranks and not all(place and "over" in place for place in places):
         raise CheckpointError(
-            f"{folder} was written by {state['ranks']} processes with --stream_split files, each in the middle of files of its own, and now "
-            f"there are {ranks}. Go on with {state['ranks']} processes, or from a checkpoint at the end of an epoch "
-            "(--save_every '1 epoch'); --stream_split rows goes on with any number."
+            f"{folder} was written by {state['ranks']} processes with --stream_split files, each in the middle of its own files, and now "
+            f"there are {ranks}. Go on with {state['ranks']}, or from a checkpoint at the end of an epoch (--save_every '1 epoch')."
         )
     return places[rank % len(places)]
 

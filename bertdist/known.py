@@ -44,7 +44,8 @@ def known_of(rows: Records | Stream, config: TrainConfig, accelerator: Accelerat
     assert head.label_codes is not None and head.label_kind is not None
     labels = Labels(head.label_kind, head.label_values, [], head.class_names, head.label_column or "labels")
     if isinstance(rows, Records):
-        return Known(labels._replace(counts=np.bincount(rows.label_codes, minlength=len(rows.label_values)).tolist()), [len(rows)])
+        counts = np.bincount(head.label_codes, minlength=len(head.label_values))
+        return Known(labels._replace(counts=counts.tolist()), [len(rows)])
     if reasons := list(_reasons(config, labels)):
         say(f"Reading {rows.name} once, for {', '.join(reasons)}.")
         found = survey(rows, accelerator, Path(config.run.output_dir) / "survey.json")

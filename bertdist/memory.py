@@ -26,8 +26,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from bertdist.batch import Batch, collate, recut
 from bertdist.batching import PLENTY
-from bertdist.stream_batches import AnyBatches
 from bertdist.errors import DataError
+from bertdist.stream_batches import AnyBatches
 
 MOST_TOKENS = {"cuda": 65_536}  # where a larger micro-batch is no faster; other devices: PLENTY
 SHARE_OF_FREE = {"cuda": 0.9}  # of the free memory; other devices share theirs with the backward pass and with other programs: 0.5

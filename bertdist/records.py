@@ -32,6 +32,8 @@ PAIRS = (
     ("question", "question2"),
     ("premise", "hypothesis"),
 )
+
+
 class Record(NamedTuple):
     """One row: its number in the source (from 0), its text or texts, and its label as the source has it."""
 
@@ -120,7 +122,6 @@ class Records:
     def where(self, row: int) -> str:
         """`dev.tsv line 12`: where the row starts. `x.parquet row 7` where there are no lines, from 0 as in `Record.row`."""
         return self.source.where(row)
-
 
     def some(self, start: int, stop: int) -> "Records":
         """Rows start, ..., stop - 1, without copying them."""

@@ -5,12 +5,16 @@ columns are read, what counts as a label and what as missing is decided in `reco
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from dataclasses import replace
+from typing import Any, Literal
 
-from bertdist.arrow_files import Column, find_file, open_file
+from bertdist.arrow_files import Column, File, find_file, open_file
 from bertdist.config import DataConfig
 from bertdist.errors import DataError, did_you_mean
-from bertdist.records import Columns, Records, Split, read_records
+from bertdist.interim import FileRows, find_addresses
+from bertdist.joined import join
+from bertdist.records import Columns, Records, Split, choose, read_records
+from bertdist.stream import Stream
 
 GLUE: dict[str, tuple[str, str | None]] = {  # https://huggingface.co/datasets/nyu-mll/glue
     "cola": ("sentence", None),
@@ -25,38 +29,77 @@ GLUE: dict[str, tuple[str, str | None]] = {  # https://huggingface.co/datasets/n
 }
 
 
-@overload
-def open_source(data: DataConfig, split: Literal["train"]) -> Records: ...
-@overload
-def open_source(data: DataConfig, split: Literal["validation"]) -> Records | None: ...
 def open_source(data: DataConfig, split: Literal["train", "validation"]) -> Records | None:
-    """The rows to learn from or to score, with labels; None where there is nothing to score. Raises DataError."""
-    path, rows = (data.train_file, data.max_train_samples) if split == "train" else (data.validation_file, data.max_eval_samples)
-    asked = Columns(data.text_column, data.text_pair_column, data.label_column, data.label_columns)
-    if path is not None:
-        file = find_file(path, delimiter=data.delimiter, quoting=data.quoting, encoding=data.encoding, column_names=data.column_names)
-        if file.kind == "txt":
-            raise DataError(f"{path}: a .txt file has no labels; expected .csv, .tsv, .jsonl or .parquet.")
-        names, read = open_file(file, rows)
-        return read_records(file, names, read, asked, data.label_delimiter)
-    if data.train_file is not None and split == "validation":
+    """The rows to learn from or to score, in memory and with labels; None where there is nothing to score. Raises DataError."""
+    patterns = data.train_file if split == "train" else [data.validation_file] if data.validation_file else None
+    limit = data.max_train_samples if split == "train" else data.max_eval_samples
+    if patterns:
+        files = [[_read_file(address, data, limit) for address in find_addresses(pattern)] for pattern in patterns]
+        whole = join([records for of in files for records in of], _name(patterns))
+        parts = tuple(sum(map(len, of)) for of in files)
+        return whole.some(0, min(len(whole), limit)) if limit else replace(whole, parts=parts)
+    if data.train_file and split == "validation":
         return None
-    if data.task_name is not None and data.text_column is None:
-        if data.task_name not in GLUE:
-            raise DataError(f"--task_name {data.task_name!r} is no task of GLUE.{did_you_mean(data.task_name, GLUE)}")
-        text, pair = GLUE[data.task_name]
-        asked = asked._replace(text=text, pair=asked.pair or pair)
     found = _load_split(data, split)
     if found is None:
         return None
     name, dataset = found
-    dataset = dataset.select(range(min(rows or len(dataset), len(dataset))))
+    dataset = dataset.select(range(min(limit or len(dataset), len(dataset))))
 
     def read_split(wanted: Sequence[str]) -> dict[str, Column]:
         table = dataset.with_format("arrow")[:]
         return {column: table.column(column) for column in wanted}
 
-    return read_records(Split(name), dataset.column_names, read_split, asked, data.label_delimiter, dataset.features)
+    return read_records(Split(name), dataset.column_names, read_split, _asked(data), data.label_delimiter, dataset.features)
+
+
+def open_stream(data: DataConfig, seed: int) -> Stream:
+    """The rows to learn from, read as they are needed. Raises DataError."""
+    if data.train_file:
+        parts = tuple(tuple(FileRows(_file(address, data)) for address in find_addresses(pattern)) for pattern in data.train_file)
+        name = _name(data.train_file)
+    else:
+        raise NotImplementedError
+    first = parts[0][0]
+    return Stream(
+        name=name,
+        parts=parts,
+        asked=choose(first, first.column_names(), _asked(data)),
+        label_delimiter=data.label_delimiter,
+        window_rows=data.stream_window,
+        seed=seed,
+        weights=tuple(data.train_weights or ()),
+        limit=data.max_train_samples,
+    )
+
+
+def _file(address: str, data: DataConfig) -> File:
+    file = find_file(address, delimiter=data.delimiter, quoting=data.quoting, encoding=data.encoding, column_names=data.column_names)
+    if file.kind == "txt":
+        raise DataError(f"{address}: a .txt file has no labels; expected .csv, .tsv, .jsonl or .parquet.")
+    return file
+
+
+def _read_file(address: str, data: DataConfig, limit: int | None) -> Records:
+    file = _file(address, data)
+    names, read = open_file(file, limit)
+    return read_records(file, names, read, _asked(data), data.label_delimiter)
+
+
+def _name(patterns: Sequence[str]) -> str:
+    """Short, for messages."""
+    return patterns[0].rsplit("/", 1)[-1] if len(patterns) == 1 else f"{len(patterns)} files"
+
+
+def _asked(data: DataConfig) -> Columns:
+    """The columns that flags name, or that a task of GLUE has. Raises DataError for an unknown task."""
+    asked = Columns(data.text_column, data.text_pair_column, data.label_column, data.label_columns)
+    if data.task_name is None or data.text_column is not None or data.train_file:
+        return asked
+    if data.task_name not in GLUE:
+        raise DataError(f"--task_name {data.task_name!r} is no task of GLUE.{did_you_mean(data.task_name, GLUE)}")
+    text, pair = GLUE[data.task_name]
+    return asked._replace(text=text, pair=asked.pair or pair)
 
 
 def open_texts(

@@ -5,7 +5,7 @@ state from which reading it can begin again: what a checkpoint keeps of a stream
 order of their own; with weights, as many rows as all parts have together, and the parts go on from epoch to epoch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ class Stream:
     """One split. It holds no rows and no open file: forked workers may share it."""
 
     name: str
-    parts: tuple[tuple[RowSource, ...], ...]
+    parts: Sequence[Sequence[RowSource]]
     asked: Columns  # the columns, found in the first source
     label_delimiter: str | None
     window_rows: int  # a multiple of the rows of a step, so that only an epoch's last step can be smaller
@@ -89,7 +89,7 @@ class Stream:
         """From a state to the end of its epoch. Raises DataError."""
         state = state or EMPTY
         epoch, number, rows = state["epoch"], state["window"], state["rows"]
-        parts = self.parts if self.weights else (tuple(self.sources),)
+        parts = self.parts if self.weights else [self.sources]
         cursors = state["cursors"] or [{"pass": 0 if self.weights else epoch}] * len(parts)
         readers = [_Reader(self, part, index, cursor) for index, (part, cursor) in enumerate(zip(parts, cursors, strict=True))]
         while True:
@@ -116,7 +116,7 @@ class Stream:
 class _Reader:
     """The rows of one part, from a cursor on: {"pass": ..., "file": in the order of that pass, "place": of its piece, "skip": rows}."""
 
-    def __init__(self, stream: Stream, sources: tuple[RowSource, ...], part: int, cursor: Place) -> None:
+    def __init__(self, stream: Stream, sources: Sequence[RowSource], part: int, cursor: Place) -> None:
         self.stream, self.sources, self.part = stream, sources, part
         self.number, self.file = cursor["pass"], cursor.get("file", 0)
         self.ended = False  # the pass is over

@@ -10,7 +10,7 @@ Where a step's reading stands is in the step (`Step.after`), so that whatever wo
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -82,6 +82,7 @@ class StreamBatches:
 
 
 AnyBatches: TypeAlias = Batches | StreamBatches
+SomeBatches = TypeVar("SomeBatches", Batches, StreamBatches, AnyBatches)
 
 
 class _Shares(IterableDataset[Message]):

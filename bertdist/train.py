@@ -29,7 +29,17 @@ from torch.optim import Optimizer
 
 from bertdist.batch import Batch, Step, one_token
 from bertdist.batching import sent_ahead
-from bertdist.begin import batches_of, environment, identity_of, notes_of, open_accelerator, task_of_rows, told_of_data, training_batches
+from bertdist.begin import (
+    batches_of,
+    environment,
+    identity_of,
+    notes_of,
+    open_accelerator,
+    open_rows,
+    task_of_rows,
+    told_of_data,
+    training_batches,
+)
 from bertdist.best import Best
 from bertdist.checkpoint import Checkpoints, Progress
 from bertdist.classifier import Classifier, labels_of, load_classifier, load_settings
@@ -46,7 +56,6 @@ from bertdist.optim import build_optimizer, build_schedule, set_learning_rate
 from bertdist.ranks import together
 from bertdist.room import Room
 from bertdist.slurm import StopRequest, check_world
-from bertdist.sources import open_training, open_validation
 from bertdist.stream_batches import AnyBatches
 from bertdist.tasks import Task
 
@@ -68,7 +77,7 @@ def train(config: TrainConfig) -> Progress:
         with together(accelerator):
             settings = load_settings(config.model)
             tokenizer = load_tokenizer(config.model)
-            train_rows, dev_rows = open_training(config), open_validation(config.data)
+            train_rows, dev_rows = open_rows(config)
         known = known_of(train_rows, config, accelerator, log.say)
         with together(accelerator):
             task = task_of_rows(config.task, known.labels, labels_of(settings))

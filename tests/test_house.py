@@ -19,9 +19,11 @@ FLOORS = [  # a module imports from lower floors only
     ["config", "scores", "slurm", "console", "attention_cpu", "arrow_files", "columns", "ranks", "meter"],
     ["tasks", "records", "optim", "attention"],
     ["mixture", "joined", "encoding", "deberta"],
+    ["interim"],
     ["stream", "batch", "families"],
     ["batching", "survey", "sources"],
-    ["stream_batches", "classifier", "checkpoint", "memory"],
+    ["stream_batches", "classifier", "checkpoint"],
+    ["memory", "known"],
     ["begin"],
     ["evaluation", "room"],
     ["best"],
@@ -29,8 +31,8 @@ FLOORS = [  # a module imports from lower floors only
 ]
 LEVEL = {module: level for level, floor in enumerate(FLOORS) for module in floor}
 DOORS = {  # a third-party package comes in through these modules only, so that an upgrade touches known files
-    "transformers": {"attention", "best", "classifier", "config", "deberta", "encoding", "families", "optim", "words"},
-    "accelerate": {"begin", "best", "checkpoint", "evaluation", "predict", "ranks", "room", "slurm", "survey", "train"},
+    "transformers": {"attention", "begin", "best", "classifier", "config", "deberta", "encoding", "families", "optim", "words"},
+    "accelerate": {"begin", "best", "checkpoint", "evaluation", "known", "predict", "ranks", "room", "slurm", "survey", "train"},
     "datasets": {"sources", "scores"},
     "evaluate": {"scores"},
     "sklearn": {"scores"},

@@ -307,7 +307,7 @@ def dev(tmp_path: Path) -> Callable[[str], Records]:
 
     def write(text: str) -> Records:
         (tmp_path / "dev.tsv").write_text(text, encoding="utf-8")
-        found = open_source(DataConfig(train_file="unused", validation_file=str(tmp_path / "dev.tsv")), "validation")
+        found = open_source(DataConfig(train_file=["unused"], validation_file=str(tmp_path / "dev.tsv")), "validation")
         assert found is not None
         return found
 
