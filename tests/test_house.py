@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bertdist"
 
 FLOORS = [  # a module imports from lower floors only
     ["errors"],
-    ["words", "dropout", "embedding", "linear"],
-    ["config", "scores", "slurm", "console", "attention_cpu", "arrow_files", "columns", "ranks", "meter"],
+    ["words", "dropout", "embedding", "linear", "pieces", "addresses"],
+    ["config", "scores", "slurm", "console", "attention_cpu", "arrow_files", "columns", "ranks", "meter", "remote"],
     ["tasks", "records", "optim", "attention"],
     ["encoding", "deberta"],
     ["batching", "families"],
@@ -34,8 +34,10 @@ DOORS = {  # a third-party package comes in through these modules only, so that 
     "sklearn": {"scores"},
     "scipy": {"scores"},
     "rich": {"console"},
-    "pyarrow": {"records", "arrow_files", "columns"},
-    "xxhash": {"records", "arrow_files", "checkpoint"},
+    "fsspec": {"addresses"},
+    "aiohttp": {"addresses"},
+    "pyarrow": {"records", "arrow_files", "columns", "pieces", "remote"},
+    "xxhash": {"records", "arrow_files", "checkpoint", "remote"},
     "safetensors": {"checkpoint", "classifier"},
     "yaml": {"config", "words"},
     "psutil": {"memory", "slurm"},
