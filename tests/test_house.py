@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bertdist"
 
 FLOORS = [  # a module imports from lower floors only
     ["errors"],
-    ["words", "dropout", "embedding", "linear", "pieces"],
-    ["config", "scores", "slurm", "console", "attention_cpu", "arrow_files", "columns", "ranks", "meter"],
+    ["words", "dropout", "embedding", "linear", "pieces", "addresses"],
+    ["config", "scores", "slurm", "console", "attention_cpu", "arrow_files", "columns", "ranks", "meter", "remote"],
     ["tasks", "records", "optim", "attention"],
     ["mixture", "joined", "encoding", "deberta"],
     ["interim"],
@@ -38,8 +38,10 @@ DOORS = {  # a third-party package comes in through these modules only, so that 
     "sklearn": {"scores"},
     "scipy": {"scores"},
     "rich": {"console"},
-    "pyarrow": {"records", "arrow_files", "columns", "pieces", "joined"},
-    "xxhash": {"joined", "records", "stream", "arrow_files", "checkpoint"},
+    "pyarrow": {"arrow_files", "columns", "joined", "pieces", "records", "remote"},
+    "xxhash": {"arrow_files", "checkpoint", "joined", "records", "remote", "stream"},
+    "fsspec": {"addresses"},
+    "aiohttp": {"addresses"},
     "safetensors": {"checkpoint", "classifier"},
     "yaml": {"config", "words"},
     "psutil": {"memory", "slurm"},
