@@ -61,7 +61,7 @@ def run_bertdist(job: TrainJob, clock: Clock) -> Any:
 
     from bertdist import train as loop
     from bertdist.batch import Step
-    from bertdist.config import read_config
+    from bertdist.command_line import read_config
 
     take_step = loop.take_step
 

@@ -21,7 +21,8 @@ from accelerate import Accelerator
 from bertdist.batching import PLENTY, Batches
 from bertdist.begin import open_accelerator
 from bertdist.classifier import load_trained
-from bertdist.config import ModelConfig, PredictConfig, RunConfig, read_predict_config
+from bertdist.command_line import read_predict_config
+from bertdist.config import ModelConfig, PredictConfig, RunConfig
 from bertdist.console import complain, write_whole
 from bertdist.encoding import load_tokenizer, open_examples
 from bertdist.errors import BertdistError, DataError

@@ -43,7 +43,8 @@ from bertdist.begin import (
 from bertdist.best import Best
 from bertdist.checkpoint import Checkpoints, Progress
 from bertdist.classifier import Classifier, labels_of, load_classifier, load_settings
-from bertdist.config import TrainConfig, read_config, steps_of, write_config
+from bertdist.command_line import read_config
+from bertdist.config import TrainConfig, steps_of, write_config
 from bertdist.console import RunLog, complain
 from bertdist.dropout import seed_dropout
 from bertdist.embedding import clear_gradients

@@ -17,7 +17,7 @@ FLOORS = [  # a module imports from lower floors only
     ["errors"],
     ["words", "dropout", "embedding", "linear", "pieces", "addresses"],
     ["config", "scores", "slurm", "console", "attention_cpu", "arrow_files", "columns", "ranks", "meter", "remote"],
-    ["tasks", "records", "optim", "attention"],
+    ["command_line", "tasks", "records", "optim", "attention"],
     ["mixture", "joined", "encoding", "deberta"],
     ["interim"],
     ["stream", "batch", "families"],

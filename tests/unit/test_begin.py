@@ -26,7 +26,8 @@ from bertdist.begin import (
     told_of_data,
     training_batches,
 )
-from bertdist.config import BatchConfig, ModelConfig, RunConfig, TaskConfig, TrainConfig, read_config
+from bertdist.command_line import read_config
+from bertdist.config import BatchConfig, ModelConfig, RunConfig, TaskConfig, TrainConfig
 from bertdist.encoding import load_tokenizer
 from bertdist.errors import BertdistError, ConfigError
 from bertdist.known import Known, Labels
