@@ -6,14 +6,18 @@ columns are read, what counts as a label and what as missing is decided in `reco
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
-from bertdist.arrow_files import Column, File, find_file, open_file
+from bertdist.addresses import protocol_of
+from bertdist.arrow_files import Column, find_file, open_file
 from bertdist.config import DataConfig
 from bertdist.errors import DataError, did_you_mean
-from bertdist.interim import FileRows, find_addresses
+from bertdist.file_rows import File, FileRows
 from bertdist.joined import join
+from bertdist.pieces import RowSource
 from bertdist.records import Columns, Records, Split, choose, read_records
+from bertdist.remote import find_addresses, fingerprint_of, open_bytes, open_random, packing_of, size_of
 from bertdist.stream import Stream
 
 GLUE: dict[str, tuple[str, str | None]] = {  # https://huggingface.co/datasets/nyu-mll/glue
@@ -56,7 +60,7 @@ def open_source(data: DataConfig, split: Literal["train", "validation"]) -> Reco
 def open_stream(data: DataConfig, seed: int) -> Stream:
     """The rows to learn from, read as they are needed. Raises DataError."""
     if data.train_file:
-        parts = tuple(tuple(FileRows(_file(address, data)) for address in find_addresses(pattern)) for pattern in data.train_file)
+        parts: list[list[RowSource]] = [[_rows(address, data) for address in find_addresses(pattern)] for pattern in data.train_file]
         name = _name(data.train_file)
     else:
         raise NotImplementedError
@@ -74,10 +78,24 @@ def open_stream(data: DataConfig, seed: int) -> Stream:
 
 
 def _file(address: str, data: DataConfig) -> File:
-    file = find_file(address, delimiter=data.delimiter, quoting=data.quoting, encoding=data.encoding, column_names=data.column_names)
+    """The file at an address, and how it is written. Raises DataError."""
+    here = protocol_of(address) is None and packing_of(address) is None
+    file = find_file(
+        address,
+        delimiter=data.delimiter,
+        quoting=data.quoting,
+        encoding=data.encoding,
+        column_names=data.column_names,
+        open_bytes=None if here else partial(open_bytes, address),
+        open_random=None if here else partial(open_random, address),
+    )
     if file.kind == "txt":
         raise DataError(f"{address}: a .txt file has no labels; expected .csv, .tsv, .jsonl or .parquet.")
     return file
+
+
+def _rows(address: str, data: DataConfig) -> FileRows:
+    return FileRows(_file(address, data), fingerprint=fingerprint_of(address), size=size_of(address))
 
 
 def _read_file(address: str, data: DataConfig, limit: int | None) -> Records:
