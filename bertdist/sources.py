@@ -41,10 +41,12 @@ def open_source(data: DataConfig, split: Literal["train", "validation"]) -> Reco
         files = [[_read_file(address, data, limit) for address in find_addresses(pattern)] for pattern in patterns]
         whole = join([records for of in files for records in of], _name(patterns))
         parts = tuple(sum(map(len, of)) for of in files)
-        return whole.some(0, min(len(whole), limit)) if limit else replace(whole, parts=parts)
+        if limit and len(whole) > limit:  # of the files only: each was read up to its own limit
+            return replace(whole.some(0, limit), fingerprint=f"{whole.fingerprint}, {limit}")
+        return replace(whole, parts=parts)
     if data.train_file and split == "validation":
         return None
-    found = _load_split(data, split)
+    asked, found = _asked(data), _load_split(data, split)
     if found is None:
         return None
     name, dataset = found
@@ -54,7 +56,7 @@ def open_source(data: DataConfig, split: Literal["train", "validation"]) -> Reco
         table = dataset.with_format("arrow")[:]
         return {column: table.column(column) for column in wanted}
 
-    return read_records(Split(name), dataset.column_names, read_split, _asked(data), data.label_delimiter, dataset.features)
+    return read_records(Split(name), dataset.column_names, read_split, asked, data.label_delimiter, dataset.features)
 
 
 def open_stream(data: DataConfig, seed: int) -> Stream:

@@ -504,7 +504,7 @@ def test_a_path_that_is_no_file_is_refused_with_the_nearest_name(write: Write, t
     write("train.tsv", "text\tlabel\na\t1\n")
     assert refusal(lambda: train(str(tmp_path / "trian.tsv"))).endswith("trian.tsv: no such file. Did you mean 'train.tsv'?")
     assert refusal(lambda: train(str(tmp_path / "no" / "train.tsv"))).endswith("no such folder.")
-    assert refusal(lambda: train(str(tmp_path))).endswith("is a folder; expected a file.")
+    assert "is a folder; expected a file" in refusal(lambda: train(str(tmp_path)))
 
 
 def test_parquet_with_anything_but_text_is_refused(tmp_path: Path) -> None:
