@@ -58,7 +58,7 @@ def cut(form: Form, lines: Lines, num_fields: int, is_all: bool, soft: int, limi
     stop = int(within[-1] if len(within) else ends[0] if len(ends) else 0)
     if is_all and (len(data) <= soft or stop == 0):
         stop = len(data)
-    if stop and quotes_pair_up(data[:stop], form.delimiter):
+    if stop and is_clean(form, data[:stop], limit):
         return stop, None
     found = scan(form, lines, num_fields, limit, is_all, soft)
     return found.stop, found
@@ -88,6 +88,13 @@ def _even_ends(data: bytes) -> tuple[Offsets, Offsets]:
     newlines = np.flatnonzero(text == ord("\n"))
     even = np.flatnonzero(np.searchsorted(np.flatnonzero(text == ord('"')), newlines) % 2 == 0)
     return newlines[even] + 1, even + 1
+
+
+def is_clean(form: Form, data: bytes, limit: int) -> bool:
+    """Whether newlines tell by themselves where rows end: quotes pair up, and no row has more than `limit` bytes."""
+    if not form.quoted or not quotes_pair_up(data, form.delimiter):
+        return not form.quoted
+    return len(data) <= limit or int(np.diff(_even_ends(data)[0], prepend=0, append=len(data)).max()) <= limit
 
 
 def quotes_pair_up(data: bytes, delimiter: str) -> bool:

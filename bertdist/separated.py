@@ -19,7 +19,7 @@ import pyarrow.csv
 
 from bertdist.errors import DataError
 from bertdist.pieces import BadRow, Column
-from bertdist.row_ends import Bad, Scan, blank_at, clean_rows, judge, quotes_pair_up, scan, with_line_end
+from bertdist.row_ends import Bad, Scan, blank_at, clean_rows, is_clean, judge, scan, with_line_end
 from bertdist.text_files import Form, Lines, Parsed, Rows, text_at, twice_in
 
 _BOM = b"\xef\xbb\xbf"
@@ -39,6 +39,8 @@ def read_header(form: Form, lines: Lines, is_all: bool, limit: int) -> tuple[lis
     row = judge(form, data, at, 1 + line, limit, is_all)
     if not row.end:
         return None
+    if row.fault and not form.has_header:
+        return list(form.column_names), 0  # a row of data: `parse` refuses it, or leaves it out
     if row.fault:
         raise DataError(f"{form.name} line {1 + line + row.told_at}: {row.fault}.")
     num_lines = line + data.count(b"\n", at, row.end)
@@ -72,7 +74,7 @@ def parse(
     Raises DataError at what is no row; with skip, it is left out and told.
     """
     data, num_fields, keys = lines.data, len(names), [names.index(name) for name in wanted] or [0]
-    if found is None and (lines.broken or (form.quoted and not quotes_pair_up(data, form.delimiter))):
+    if found is None and (lines.broken or not is_clean(form, data, limit)):
         found = scan(form, lines, num_fields, limit)
     table = None
     if found is None:
