@@ -31,7 +31,7 @@ SILENCE_SECONDS = 60.0  # without a byte on an http connection
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # protocol -> extra of this package
 ACCESS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, must allow it; FSSPEC_S3='{\"anon\": true}' reads public buckets",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS must allow it; FSSPEC_GS='{\"token\": \"anon\"}' reads public buckets",
+    "gs": 'GOOGLE_APPLICATION_CREDENTIALS must allow it; FSSPEC_GS=\'{"token": "anon"}\' reads public buckets',
     "hf": "HF_TOKEN, or `hf auth login`, must allow it; a gated data set has its terms on its page",
 }
 NETWORKS = {"aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "h11", "httpcore", "httpx", "httpx2", "requests", "urllib3"}
