@@ -11,8 +11,8 @@ a run are compared. Its csv and json loaders change some texts ('NA' becomes not
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +30,7 @@ SAVED = ("dataset_dict.json", "state.json")  # in a folder of `save_to_disk`
 Found = TypeVar("Found")
 
 
-@dataclass(frozen=True)
+@dataclass
 class HubRows:
     """One split, read front to back. `path` is a name on the hub or a folder; nothing is opened before something is asked for."""
 
@@ -38,30 +38,21 @@ class HubRows:
     config: str | None = None
     split: str = "train"
     revision: str | None = None  # branch, tag or commit
+    name: str = field(init=False)  # `nyu-mll/glue/sst2 split 'train'`
+    has_header: bool = field(default=False, init=False)
+    bytes: int | None = field(default=None, init=False)  # a split is one source: it is not dealt
 
-    @property
-    def name(self) -> str:
-        """As in messages: `nyu-mll/glue/sst2 split 'train'`."""
-        return f"{self._title} split {self.split!r}"
+    def __post_init__(self) -> None:
+        self.name = f"{self._title} split {self.split!r}"
 
-    @property
-    def has_header(self) -> bool:
-        """There are no lines."""
-        return False
-
-    @property
-    def bytes(self) -> int | None:
-        """Not told: a split is one source."""
-        return None
-
-    @property
+    @cached_property
     def features(self) -> Any:
         """datasets.Features. Raises DataError."""
         found = self._open()
         features = found[self.split].features if isinstance(found, dict) else found.info.features
         return self._stream().features if features is None else features
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of the commit on the hub; of the files' sizes, heads and tails in a folder. Raises DataError."""
         found = self._open()

@@ -116,15 +116,18 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
     folder, saved = str(write(tmp_path / "data", "parquet")), str(write(tmp_path / "saved", "saved"))
     (tmp_path / "script").mkdir()
     (tmp_path / "script" / "script.py").write_text("")
-    for source, found in {
-        HubRows(folder, split="trian"): f"{folder} has no split 'trian'. Did you mean 'train'?",
-        HubRows(folder, split="train[:10%]"): f"{folder} has no split 'train[:10%]'. A part of a split cannot be streamed.",
-        HubRows(saved, split="dev"): f"{saved} has no split 'dev'. Known: 'train'.",
-        HubRows(folder, "other"): f"{folder}/other cannot be read: BuilderConfig 'other' not found.",
-        HubRows(f"{folder}/none"): f"{folder}/none: the hub knows no such data set, and there is no such folder; --train_file takes files.",
-        HubRows("user/name"): "user/name: the hub could not be reached (check the network, HF_HUB_OFFLINE, the name).",
-        HubRows(str(tmp_path / "script")): f"{tmp_path}/script is made by a Python script, which `datasets` no longer runs;",
-    }.items():
+    for source, found in [
+        (HubRows(folder, split="trian"), f"{folder} has no split 'trian'. Did you mean 'train'?"),
+        (HubRows(folder, split="train[:10%]"), f"{folder} has no split 'train[:10%]'. A part of a split cannot be streamed."),
+        (HubRows(saved, split="dev"), f"{saved} has no split 'dev'. Known: 'train'."),
+        (HubRows(folder, "other"), f"{folder}/other cannot be read: BuilderConfig 'other' not found."),
+        (
+            HubRows(f"{folder}/none"),
+            f"{folder}/none: the hub knows no such data set, and there is no such folder; --train_file takes files.",
+        ),
+        (HubRows("user/name"), "user/name: the hub could not be reached (check the network, HF_HUB_OFFLINE, the name)."),
+        (HubRows(str(tmp_path / "script")), f"{tmp_path}/script is made by a Python script, which `datasets` no longer runs;"),
+    ]:
         with pytest.raises(DataError) as raised:
             source.column_names()
         assert str(raised.value).startswith(found) and "\n" not in str(raised.value)
