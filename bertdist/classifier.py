@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 from transformers.utils import logging as transformers_logging
 
 from bertdist import attention
-from bertdist.batching import Batch, collate
+from bertdist.batch import Batch, collate
 from bertdist.config import ModelConfig
 from bertdist.dropout import Noise, replace_dropouts
 from bertdist.embedding import keep_gradient

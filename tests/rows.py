@@ -1,9 +1,9 @@
 """Small data sets made by rule, runs over them, and what a run left behind.
 
-    files = write_split(folder, train=23, dev=9)                       # train.tsv and dev.tsv, the same rows in every process
-    words = words_of(tiny_model, folder / "out", files, seed=7)        # a command line
-    run_ranks(3, run_train, words)                                     # bertdist.train.train, on three forked ranks
-    step_log(folder / "out"), tensors_of(folder / "out" / "best")      # what is to be compared
+files = write_split(folder, train=23, dev=9)                       # train.tsv and dev.tsv, the same rows in every process
+words = words_of(tiny_model, folder / "out", files, seed=7)        # a command line
+run_ranks(3, run_train, words)                                     # bertdist.train.train, on three forked ranks
+step_log(folder / "out"), tensors_of(folder / "out" / "best")      # what is to be compared
 """
 
 import contextlib
@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 
 import bertdist.scores  # noqa: F401  imported before the ranks are forked: evaluate and scikit-learn take longer than a whole run
 from bertdist import train
-from bertdist.batching import Step
-from bertdist.config import read_config
+from bertdist.batch import Step
+from bertdist.command_line import read_config
 from bertdist.meter import MEASURED
 
 GOOD = "best fine fun good great warm".split()

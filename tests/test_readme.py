@@ -235,9 +235,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("rule", "right", "wrong", "found"), BROKEN)
-def test_a_readme_that_is_wrong_is_seen(
-    rule: Callable[[Path], list[str]], right: str, wrong: str, found: list[str], project: Path
-) -> None:
+def test_a_readme_that_is_wrong_is_seen(rule: Callable[[Path], list[str]], right: str, wrong: str, found: list[str], project: Path) -> None:
     text = (project / "README.md").read_text()
     assert right in text
     (project / "README.md").write_text(text.replace(right, wrong))

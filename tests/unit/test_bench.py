@@ -360,9 +360,7 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "page.md").exists()
 
 
-def test_a_contender_that_is_killed_is_told_and_the_others_go_on(
-    tiny_model: Path, files: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_contender_that_is_killed_is_told_and_the_others_go_on(tiny_model: Path, files: dict[str, str], tmp_path: Path) -> None:
     def child(kind: str, job: dict[str, Any]) -> dict[str, Any]:
         if kind != "train":
             return unused_child(kind, job)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers.hf_argparser import HfArg
 
 from bertdist import words as words_module
+from bertdist.command_line import read_config, read_predict_config
 from bertdist.config import (
     BatchConfig,
     DataConfig,
@@ -23,8 +24,6 @@ from bertdist.config import (
     RunConfig,
     TaskConfig,
     TrainConfig,
-    read_config,
-    read_predict_config,
     steps_of,
     write_config,
 )

@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 from bertdist import arrow_files
 from bertdist.config import DataConfig
 from bertdist.errors import DataError
-from bertdist.records import Record, Records, open_source, open_texts, records_of
+from bertdist.records import Record, Records, records_of
+from bertdist.sources import open_source, open_texts
 
 Write = Callable[[str, str | bytes], str]
 
@@ -45,7 +46,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def train(path: str, **settings: Any) -> Records:
-    return open_source(DataConfig(train_file=path, **settings), "train")
+    return open_source(DataConfig(train_file=[path], **settings), "train")
 
 
 def texts_of(path: str, **settings: Any) -> Records:
@@ -653,13 +654,13 @@ def test_only_the_first_rows_are_read_where_so_asked(write: Write, tmp_path: Pat
     for ending in ("csv", "jsonl", "parquet"):
         path = str(tmp_path / f"a.{ending}")
         assert [record.text for record in rows_of(train(path, max_train_samples=2))] == ["a", "b"]
-        scored = open_source(DataConfig(train_file=path, validation_file=path, max_eval_samples=1, max_train_samples=2), "validation")
+        scored = open_source(DataConfig(train_file=[path], validation_file=path, max_eval_samples=1, max_train_samples=2), "validation")
         assert scored is not None and [record.text for record in rows_of(scored)] == ["a"]
         assert "label is missing" in refusal(lambda path=path: train(path, max_train_samples=9))  # type: ignore[misc]
 
 
 def test_without_rows_to_score_there_is_none(write: Write) -> None:
-    data = DataConfig(train_file=write("a.csv", "text,label\na,1\n"))
+    data = DataConfig(train_file=[write("a.csv", "text,label\na,1\n")])
     assert open_source(data, "validation") is None
 
 
@@ -716,8 +717,8 @@ def test_local_files_do_not_pay_for_datasets(write: Write) -> None:
     program = "import sys; from bertdist.arrow_files import *; import bertdist.columns; print('datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
     program = (
-        "import sys; from bertdist.config import DataConfig; before = 'datasets' in sys.modules; from bertdist.records import open_source;"
-        f"open_source(DataConfig(train_file={path!r}), 'train'); print(('datasets' in sys.modules) == before)"
+        "import sys; from bertdist.config import DataConfig; before = 'datasets' in sys.modules; from bertdist.sources import open_source;"
+        f"open_source(DataConfig(train_file=[{path!r}]), 'train'); print(('datasets' in sys.modules) == before)"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "True\n"
 
