@@ -7,12 +7,15 @@ They run in threads of the test. A body may be a function (begin, end) -> bytes:
 """
 
 import contextlib
+import json
 import re
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -87,6 +90,8 @@ def handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
 
         def answer(self, *, body: bool) -> None:
             file = server.files.get(self.path.partition("?")[0])
+            if file is None and isinstance(server, FakeHub):
+                return self.of_hub(server)
             if file is None:
                 return self.plain(404)
             assert file.size is not None
@@ -98,6 +103,8 @@ def handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
                 self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{file.size}")
             if file.etag:
                 self.send_header("ETag", file.etag)
+            if isinstance(server, FakeHub):
+                self.send_header("X-Repo-Commit", server.sha)
             if server.told:
                 self.send_header("Content-Length", str(end - begin))
             else:
@@ -108,6 +115,21 @@ def handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
                 with contextlib.suppress(OSError):  # a client that has enough goes away
                     self.send_body(file, begin, end)
             return None
+
+        def of_hub(self, hub: "FakeHub") -> None:
+            found = hub.api(unquote(self.path.partition("?")[0]).rstrip("/"))
+            if found is None:
+                gated, here = "gated/name" in self.path, "user/name" in self.path
+                self.send_response(403 if gated else 404)
+                self.send_header("X-Error-Code", "GatedRepo" if gated else "EntryNotFound" if here else "RepoNotFound")
+                self.send_header("X-Repo-Commit", hub.sha)
+            else:
+                self.send_response(200)
+            body = b"" if found is None else json.dumps(found).encode()
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
         def send_body(self, file: File, begin: int, end: int) -> None:
             most = server.drops.popleft() if server.drops else 0
@@ -145,3 +167,31 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
         server.stop()
+
+
+class FakeHub(FaultyServer):
+    """A hub with one data set, user/name: its files by path. A process that has HF_ENDPOINT=url (and HF_HUB_OFFLINE=0) from its start
+    takes it for the hub. `gated/name` asks for terms to be accepted, all others are not there."""
+
+    sha = "0123456789abcdef0123456789abcdef01234567"
+
+    def __init__(self, data_set: dict[str, bytes]) -> None:
+        super().__init__({})
+        self.data_set = data_set
+        for path, body in data_set.items():
+            for revision in ("main", self.sha):
+                self.files[f"/datasets/user/name/resolve/{revision}/{path}"] = File(body)
+
+    def api(self, path: str) -> Any:
+        """What is at /api/...; None where there is nothing."""
+        if path in ("/api/datasets/user/name", *(f"/api/datasets/user/name/revision/{name}" for name in ("main", self.sha))):
+            siblings = [{"rfilename": name} for name in self.data_set]
+            return {"id": "user/name", "_id": "0", "sha": self.sha, "private": False, "gated": False, "tags": [], "siblings": siblings}
+        if tree := re.fullmatch(r"/api/datasets/user/name/tree/(main|[0-9a-f]{40})/?(.*)", path):
+            inside = {name: body for name, body in self.data_set.items() if name.startswith(f"{tree[2]}/" if tree[2] else "")}
+            folders = sorted({name.rsplit("/", 1)[0] for name in inside if "/" in name} - {tree[2]})
+            entries = [{"type": "directory", "path": name, "oid": "0", "size": 0} for name in folders]
+            return entries + [
+                {"type": "file", "path": name, "oid": f"{zlib.crc32(body):x}", "size": len(body)} for name, body in inside.items()
+            ]
+        return None
