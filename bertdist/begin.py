@@ -97,7 +97,7 @@ def batches_of(examples: Examples, config: BatchConfig, accelerator: Accelerator
 def training_batches(
     rows: Records | Stream, known: Known, tokenizer: PreTrainedTokenizerBase, task: Task, config: TrainConfig, accelerator: Accelerator
 ) -> AnyBatches:
-    """The training rows in steps for this rank, in training order. A collective where ranks read own files. Raises DataError."""
+    """The training rows in steps for this rank, in training order. Raises DataError and ConfigError."""
     size, seed, max_length = config.batch.train_batch_size, config.run.seed, config.model.max_length
     fields = _share_of(config.batch, accelerator)
     if isinstance(rows, Records):
@@ -108,14 +108,18 @@ def training_batches(
     agree, steps = None, -(-sum(known.rows) // size)
     if config.data.stream_split == "files":
         rank, ranks = accelerator.process_index, accelerator.num_processes
-        files, sizes = files_of_ranks(rows, ranks), [size // ranks + (other < size % ranks) for other in range(ranks)]
+        if size < ranks:
+            raise ConfigError(
+                f"--train_batch_size is {size}, and there are {ranks} processes, each of which reads files of its own "
+                "(--stream_split files); expected at least one row each. --stream_split rows takes any number."
+            )
+        sources, files = rows.sources, files_of_ranks(rows, ranks)
+        sizes = [size // ranks + (other < size % ranks) for other in range(ranks)]
         agree, size = agreement(accelerator), sizes[rank]
         if known.rows:
             steps = max(-(-sum(known.rows[file] for file in files[other]) // sizes[other]) for other in range(ranks))
-        rows = replace(rows, parts=(tuple(rows.sources[file] for file in files[rank]),), first_row=rank << 40)
+        rows = replace(rows, parts=(tuple(sources[file] for file in files[rank]),), first_row=rank << 40)
         fields |= {"rank": 0, "ranks": 1}
-    elif rows.weights and known.rows:
-        rows = replace(rows, limit=sum(known.rows))
     rows = replace(rows, window_rows=-(-rows.window_rows // size) * size)
     return StreamBatches(
         stream=rows, task=task, examples=first, rows_per_step=size, seed=seed, steps_per_epoch=steps, agree=agree, **fields

@@ -126,6 +126,8 @@ def _stream_problems(data: DataConfig) -> Iterable[str]:
     if not data.streaming:
         given = {name: getattr(data, name) != getattr(DataConfig, name) for name in ("stream_window", "stream_split")}
         yield from (f"--{name} goes with --streaming." for name, is_given in given.items() if is_given)
+    if data.stream_split == "files" and data.max_train_samples:
+        yield "--max_train_samples takes the first rows of all, and with --stream_split files each rank has other files: leave one out."
     if data.train_weights is None:
         return
     if len(data.train_weights) != len(data.train_file or ()):

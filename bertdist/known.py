@@ -3,7 +3,9 @@
 Of rows in memory that is at hand. A stream is read once for it (`survey`), unless flags tell it: what for is said.
 """
 
+import heapq
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +42,8 @@ class Known(NamedTuple):
 
 def known_of(rows: Records | Stream, config: TrainConfig, accelerator: Accelerator, say: Callable[[str], None]) -> Known:
     """A collective: of a stream, each rank reads some of the files. Raises DataError."""
-    head = rows if isinstance(rows, Records) else rows.head()
+    with together(accelerator):
+        head = rows if isinstance(rows, Records) else rows.head()
     assert head.label_codes is not None and head.label_kind is not None
     labels = Labels(head.label_kind, head.label_values, [], head.class_names, head.label_column or "labels")
     if isinstance(rows, Records):
@@ -76,22 +79,25 @@ def _reasons(config: TrainConfig, labels: Labels) -> list[str]:
 
 def files_of_ranks(stream: Stream, ranks: int) -> list[list[int]]:
     """Which sources each rank reads (--stream_split files): largest first, to the rank that has least to read."""
-    sizes = [source.bytes or 0 for source in stream.sources]
+    told = [source.bytes for source in stream.sources]
+    known = [size for size in told if size is not None]
+    usual = sum(known) // max(1, len(known))  # where the size is not known
+    sizes = [usual if size is None else size for size in told]
     files: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
+    loads = [(0, 0, rank) for rank in range(ranks)]  # a heap: (bytes, files, rank)
     for source in sorted(range(len(sizes)), key=lambda number: (-sizes[number], number)):
-        rank = min(range(ranks), key=lambda rank: (loads[rank], len(files[rank]), rank))
+        load, count, rank = loads[0]
         files[rank].append(source)
-        loads[rank] += sizes[source]
+        heapq.heapreplace(loads, (load + sizes[source], count + 1, rank))
     return [sorted(of_rank) for of_rank in files]
 
 
 def agreement(accelerator: Accelerator) -> Agree:
-    """How ranks that read own files agree on a step: its rows over all ranks. A collective, here and at every call."""
-    group = host_group(accelerator)
+    """How ranks that read own files agree on a step: its rows over all ranks. A collective at every call, and not before."""
+    group = cache(lambda: host_group(accelerator))
 
     def agree(step: Step | BertdistError | None) -> int:
-        rows, failed = summed(accelerator, [step.rows if isinstance(step, Step) else 0, int(isinstance(step, BertdistError))], group)
+        rows, failed = summed(accelerator, [step.rows if isinstance(step, Step) else 0, int(isinstance(step, BertdistError))], group())
         if failed:
             with together(accelerator):
                 if isinstance(step, BertdistError):

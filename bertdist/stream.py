@@ -2,7 +2,7 @@
 
 In: row sources in parts (one a --train_file, each with its files). Out: windows of `window_rows` rows as `Records`, and with each the
 state from which reading it can begin again: what a checkpoint keeps of a stream. An epoch is one pass over all rows, its files in an
-order of their own; with weights, as many rows as all parts have together, and the parts go on from epoch to epoch.
+order of their own; with weights it has no end: each part gives its share of every window, pass after pass.
 """
 
 from collections.abc import Iterator, Sequence
@@ -69,19 +69,19 @@ class Stream:
         read = [*(source.fingerprint for source in self.sources), *map(str, (self.asked, self.label_delimiter, self.limit))]
         return xxhash.xxh3_128_hexdigest("\n".join(read).encode())
 
-    def records(self, source: RowSource, place: Place | None = None) -> Iterator[tuple[Piece, Records]]:
-        """The pieces of one source from a place on, checked. Raises DataError."""
+    def records(self, source: RowSource, place: Place | None = None) -> Iterator[tuple[Piece, Records | None]]:
+        """The pieces of one source from a place on, checked; None for one of which no row is left. Raises DataError."""
         taken = choose(source, source.column_names(), self.asked)
         class_names = class_names_of(source.features, taken)
         for piece in source.pieces(taken.names(), place):
             at = Placed(source.name, source.has_header, ((0, piece.where, 0),))
-            yield piece, records_from(at, piece.columns, taken, self.label_delimiter, class_names)
+            yield piece, records_from(at, piece.columns, taken, self.label_delimiter, class_names) if piece.rows else None
 
     def head(self) -> Records:
         """The first rows, for what can be seen of a few. Raises DataError where there are none."""
         for source in self.sources:
             for _, records in self.records(source):
-                if len(records):
+                if records:
                     return records.some(0, min(len(records), HEAD_ROWS))
         raise DataError(f"{self.name} has no rows.")
 
@@ -121,6 +121,7 @@ class _Reader:
         self.number, self.file = cursor["pass"], cursor.get("file", 0)
         self.ended = False  # the pass is over
         self.bad: list[BadRow] = []
+        self._order = self._order_of_pass()
         self._begin(cursor.get("place"))
         self._skip = cursor.get("skip", 0)
         self._fill()
@@ -149,20 +150,24 @@ class _Reader:
 
     def _next_pass(self) -> None:
         self.number, self.file, self.ended = self.number + 1, 0, False
+        self._order = self._order_of_pass()
         self._begin(None)
         self._fill()
         if self.ended:
             raise DataError(f"{self.sources[0].name} has no rows.")
 
+    def _order_of_pass(self) -> list[int]:
+        if self.stream.limit is not None and not self.stream.weights:  # the first so many rows are the same in each pass
+            return list(range(len(self.sources)))
+        key = [self.stream.seed, self.number, 3, self.part]
+        order: list[int] = np.random.Generator(np.random.PCG64(key)).permutation(len(self.sources)).tolist()
+        return order
+
     def _begin(self, place: Place | None) -> None:
         """Open the file whose turn it is, at a place."""
-        order = list(range(len(self.sources)))
-        if self.stream.limit is None or self.stream.weights:  # the first so many rows are the same in each pass
-            key = [self.stream.seed, self.number, 3, self.part]
-            order = np.random.Generator(np.random.PCG64(key)).permutation(len(self.sources)).tolist()
         self._piece: Records | None = None
         self._place, self._skip = place, 0
-        self._pieces = self.stream.records(self.sources[order[self.file]], place) if self.file < len(order) else iter(())
+        self._pieces = self.stream.records(self.sources[self._order[self.file]], place) if self.file < len(self._order) else iter(())
 
     def _fill(self) -> None:
         """Have a row at hand, or know that the pass is over."""
@@ -171,8 +176,9 @@ class _Reader:
             if found is not None:
                 piece, records = found
                 self.bad += piece.bad
-                self._skip = self._skip if self._piece is None else 0  # of the first piece, what the cursor says
-                self._piece, self._place = records, piece.place
+                if records is not None:
+                    self._skip = self._skip if self._piece is None else 0  # of the first piece, what the cursor says
+                    self._piece, self._place = records, piece.place
             elif self.file + 1 < len(self.sources):
                 self.file += 1
                 self._begin(None)

@@ -51,6 +51,7 @@ class StreamBatches:
             yield from loaded(_Shares(self, start, stop, place, one_epoch=False), self.workers, self.pin)
             return
         place = place or {"window": EMPTY, "step": 0}
+        taken, passes = start, 0
         while start < stop:
             own = self._own(start, stop, place)
             while start < stop:
@@ -67,6 +68,9 @@ class StreamBatches:
                 yield replace(step, number=start, rows=rows)
                 start += 1
             place = {"window": place["over"], "step": 0} if "over" in place else place
+            passes += 1
+            if passes == 2 and start == taken:  # the same on all ranks
+                raise DataError(f"{self.stream.name} has no rows.")
 
     def _own(self, start: int, stop: int, place: Place) -> Iterator[Step | BertdistError]:
         """The steps of this rank's files, to the end of the epoch, or to the error that ends them."""

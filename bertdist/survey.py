@@ -5,7 +5,6 @@ on costs nothing; --label_names and --max_train_steps make it needless.
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -36,29 +35,35 @@ class Survey:
         """Count some rows of a source. Raises DataError where their labels are of another kind than those before."""
         assert found.label_codes is not None
         counts = np.bincount(found.label_codes, minlength=len(found.label_values)).tolist()
-        self._merge(found.label_kind, zip(found.label_values, counts, strict=True), found.where(0))
+        self._merge(found.label_kind, dict(zip(found.label_values, counts, strict=True)), found.where(0))
         self.rows[source] = self.rows.get(source, 0) + len(found)
 
     def join(self, other: "Survey") -> None:
         """Add what another rank has found."""
         if other.kind is not None:
-            self._merge(other.kind, other.labels.items(), "another file")
+            self._merge(other.kind, other.labels, "another file")
         self.rows |= other.rows
         self.bad += other.bad
 
-    def _merge(self, kind: LabelKind | None, labels: Iterable[tuple[LabelValue, int]], where: str) -> None:
-        found = dict(labels)
-        self.kind = kind if self.kind is None else common_kind(self.kind, self.labels, kind, found, where)
-        merged: dict[LabelValue, int] = {}
-        for value, count in [*self.labels.items(), *found.items()]:
-            value = as_kind(self.kind, value)
-            merged[value] = merged.get(value, 0) + count
-        self.labels = merged
+    def _merge(self, kind: LabelKind | None, labels: dict[LabelValue, int], where: str) -> None:
+        common = kind if self.kind is None else common_kind(self.kind, self.labels, kind, labels, where)
+        held: dict[LabelValue, int] = {}
+        if common == self.kind:
+            held, self.labels = self.labels, {}
+        for value, count in [*self.labels.items(), *labels.items()]:
+            value = as_kind(common, value)
+            held[value] = held.get(value, 0) + count
+        self.kind, self.labels = common, held
 
 
 def survey(stream: Stream, accelerator: Accelerator, kept: Path) -> Survey:
     """Of the whole stream: what an earlier start has kept, else by reading. A collective. Raises DataError on all ranks."""
-    known = from_main(accelerator, _read(kept, stream.fingerprint) if accelerator.is_main_process else None)
+    known, fingerprint = None, ""
+    with together(accelerator):
+        if accelerator.is_main_process:
+            fingerprint = stream.fingerprint
+            known = _read(kept, fingerprint)
+    known = from_main(accelerator, known)
     if known is not None:
         return known
     rank, ranks = accelerator.process_index, accelerator.num_processes
@@ -69,10 +74,12 @@ def survey(stream: Stream, accelerator: Accelerator, kept: Path) -> Survey:
                 mine.add(0, window.records)
                 mine.bad += window.bad
         else:
-            for number, source in enumerate(stream.sources):
-                for piece, records in stream.records(source) if number % ranks == rank else ():
+            for number, source in enumerate(stream.sources[rank::ranks]):
+                mine.rows[rank + number * ranks] = 0
+                for piece, records in stream.records(source):
                     mine.bad += piece.bad
-                    mine.add(number, records)
+                    if records is not None:
+                        mine.add(rank + number * ranks, records)
     whole = Survey()
     with_all: list[Survey] = [mine] if ranks == 1 else gather_object([mine])
     with together(accelerator):
@@ -81,7 +88,7 @@ def survey(stream: Stream, accelerator: Accelerator, kept: Path) -> Survey:
         if not sum(whole.rows.values()):
             raise DataError(f"{stream.name} has no rows.")
         if accelerator.is_main_process:
-            text = {"fingerprint": stream.fingerprint, **asdict(whole), "labels": list(whole.labels.items())}
+            text = {"fingerprint": fingerprint, **asdict(whole), "labels": list(whole.labels.items())}
             write_whole(kept, json.dumps(text, indent=1).encode())
     return whole
 

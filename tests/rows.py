@@ -37,6 +37,47 @@ OTHER = "a an and but film is it movie not of so the this very was".split()
 Breaking = Callable[[Accelerator], None]  # called on every rank before a run: breaks a promise of the product there
 
 
+@dataclass(frozen=True)
+class MemoryRows:
+    """A RowSource of rows in memory, {column: text}, in pieces of the given sizes, which come again and again.
+
+    Before each row of `bad` one was left out. Reading fails before row `broken`.
+    """
+
+    name: str
+    rows: tuple[dict[str, Any], ...]
+    sizes: tuple[int, ...] = (3,)
+    bad: tuple[int, ...] = ()
+    broken: int | None = None
+    bytes: int | None = None
+    columns: tuple[str, ...] = ("text", "label")
+    features: Any = None
+    has_header: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        return repr((self.rows, self.columns))
+
+    def column_names(self) -> list[str]:
+        return list(self.columns)
+
+    def pieces(self, wanted: Sequence[str], place: Place | None = None) -> Iterator[Piece]:
+        at, number = (place["row"], place["piece"]) if place else (0, 0)
+        while at < len(self.rows) or (at in self.bad and not place):
+            size = min(self.sizes[number % len(self.sizes)], len(self.rows) - at)
+            bad = tuple(BadRow(self.name, row, "no row", "") for row in self.bad if row in range(at, at + max(size, 1)))
+            if self.broken is not None and self.broken < at + size:
+                raise DataError(f"{self.name} row {self.broken}: the reading failed.")
+            some = {name: [row[name] for row in self.rows[at : at + size]] for name in wanted}
+            yield Piece(some, size, {"row": at, "piece": number}, partial(self._where, at), bad)
+            if at == len(self.rows):
+                return
+            at, number = at + size, number + 1
+
+    def _where(self, first: int, row: int) -> str:
+        return f"{self.name} row {first + row}"
+
+
 class Files(NamedTuple):
     """The two files of a run."""
 
