@@ -11,6 +11,7 @@ import sys
 from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from bertdist.config import BatchConfig, RunConfig, TaskConfig, TrainConfig
 from bertdist.encoding import Examples, open_examples
 from bertdist.errors import ConfigError, did_you_mean
 from bertdist.known import Known, Labels, agreement, files_of_ranks
+from bertdist.pieces import BadRows, read_bad_rows
 from bertdist.records import Records
 from bertdist.sources import open_source, open_stream
 from bertdist.stream import Stream
@@ -84,9 +86,26 @@ def open_rows(config: TrainConfig) -> tuple[Records | Stream, Records | None]:
     return rows, open_source(config.data, "validation")
 
 
+def rows_left_out(known: Known, dev_rows: Records | None, config: TrainConfig, accelerator: Accelerator) -> BadRows:
+    """The rows that were left out, by an earlier start too; rank 0 writes them down. Raises DataError where they are too many."""
+    path = Path(config.run.output_dir) / "bad_rows.jsonl"
+    found = BadRows(config.data.on_bad_row, config.data.max_bad_rows, path if accelerator.is_main_process else None)
+    if config.data.on_bad_row == "skip":
+        found.add(read_bad_rows(path))
+    found.take([*known.bad, *(dev_rows.bad if dev_rows else ())])
+    return found
+
+
 def task_of_rows(config: TaskConfig, labels: Labels, model_labels: tuple[str, ...] | None) -> Task:
     """The task that the labels of the training rows make."""
     return open_task(config, labels.kind, labels.values, np.array(labels.counts), labels.class_names, labels.column, model_labels)
+
+
+def validation_batches(
+    rows: Records | None, tokenizer: PreTrainedTokenizerBase, task: Task, config: TrainConfig, accelerator: Accelerator
+) -> Batches | None:
+    """The rows to score in steps for this rank, in row order; None where there are none. Raises DataError."""
+    return batches_of(open_examples(rows, tokenizer, task, config.model.max_length), config.batch, accelerator) if rows else None
 
 
 def batches_of(examples: Examples, config: BatchConfig, accelerator: Accelerator) -> Batches:

@@ -82,7 +82,9 @@ def _problems(config: TrainConfig) -> Iterable[str]:
     if data.label_columns and (data.label_column or data.label_delimiter):
         yield "--label_columns stands instead of --label_column and --label_delimiter."
     yield from _out_of_range(config.model, {"max_length": (3, None), "dropout": (0, 1)})
-    yield from _out_of_range(data, {"max_train_samples": (1, None), "max_eval_samples": (1, None)})
+    yield from _out_of_range(data, {"max_train_samples": (1, None), "max_eval_samples": (1, None), "max_bad_rows": (0, None)})
+    if data.max_bad_rows != DataConfig.max_bad_rows and data.on_bad_row == "fail":
+        yield "--max_bad_rows goes with --on_bad_row skip."
     yield from _out_of_range(task, {"label_smoothing_factor": (0, 1)})
     yield from _out_of_range(
         config.batch, {"train_batch_size": (1, None), "tokens_per_micro_batch": (1, None), "dataloader_num_workers": (0, None)}

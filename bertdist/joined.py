@@ -14,7 +14,8 @@ import xxhash
 
 from bertdist.columns import Codes, LabelKind, LabelValue
 from bertdist.errors import DataError
-from bertdist.records import Placed, Records
+from bertdist.places import Placed
+from bertdist.records import Records
 
 
 def join(found: Sequence[Records], name: str) -> Records:
@@ -39,6 +40,7 @@ def join(found: Sequence[Records], name: str) -> Records:
         texts=pa.concat_arrays([one.texts for one in found]),
         pairs=None if first.pairs is None else pa.concat_arrays([one.pairs for one in found]),
         fingerprint=xxhash.xxh3_128_hexdigest(" ".join(one.fingerprint for one in found).encode()),
+        bad=tuple(row for one in found for row in one.bad),
     )
 
 

@@ -4,18 +4,20 @@ Of rows in memory that is at hand. A stream is read once for it (`survey`), unle
 """
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from bertdist.batch import Step
 from bertdist.columns import LabelKind, LabelValue
 from bertdist.config import TrainConfig
 from bertdist.errors import BertdistError
+from bertdist.pieces import BadRow
 from bertdist.ranks import host_group, summed, together
 from bertdist.records import Records
 from bertdist.stream import Stream
@@ -38,6 +40,7 @@ class Known(NamedTuple):
 
     labels: Labels
     rows: list[int]  # of each source; none: nobody has counted
+    bad: Sequence[BadRow] = ()  # rows that were left out
 
 
 def known_of(rows: Records | Stream, config: TrainConfig, accelerator: Accelerator, say: Callable[[str], None]) -> Known:
@@ -48,13 +51,13 @@ def known_of(rows: Records | Stream, config: TrainConfig, accelerator: Accelerat
     labels = Labels(head.label_kind, head.label_values, [], head.class_names, head.label_column or "labels")
     if isinstance(rows, Records):
         counts = np.bincount(head.label_codes, minlength=len(head.label_values))
-        return Known(labels._replace(counts=counts.tolist()), [len(rows)])
+        return Known(labels._replace(counts=counts.tolist()), [len(rows)], rows.bad)
     if reasons := list(_reasons(config, labels)):
         say(f"Reading {rows.name} once, for {', '.join(reasons)}.")
         found = survey(rows, accelerator, Path(config.run.output_dir) / "survey.json")
         assert found.kind is not None
         labels = labels._replace(kind=found.kind, values=list(found.labels), counts=list(found.labels.values()))
-        return Known(labels, [found.rows[number] for number in sorted(found.rows)])
+        return Known(labels, [found.rows[number] for number in sorted(found.rows)], found.bad)
     names = config.task.label_names or labels.class_names
     values: list[LabelValue] = [(name,) if labels.kind == "set" else name for name in names] if names else labels.values
     return Known(labels._replace(values=values, counts=[len(head)] * len(values)), [])
@@ -93,15 +96,16 @@ def files_of_ranks(stream: Stream, ranks: int) -> list[list[int]]:
 
 
 def agreement(accelerator: Accelerator) -> Agree:
-    """How ranks that read own files agree on a step: its rows over all ranks. A collective at every call, and not before."""
+    """How ranks that read own files agree on a step: its rows over all ranks, and what any of them left out. A collective at every call."""
     group = cache(lambda: host_group(accelerator))
 
-    def agree(step: Step | BertdistError | None) -> int:
-        rows, failed = summed(accelerator, [step.rows if isinstance(step, Step) else 0, int(isinstance(step, BertdistError))], group())
-        if failed:
+    def agree(step: Step | BertdistError | None) -> tuple[int, tuple[BadRow, ...]]:
+        told, failed = (step.bad, False) if isinstance(step, Step) else ((), step is not None)
+        rows, failures, bad = summed(accelerator, [step.rows if isinstance(step, Step) else 0, int(failed), len(told)], group())
+        if failures:
             with together(accelerator):
                 if isinstance(step, BertdistError):
                     raise step
-        return rows
+        return rows, tuple(gather_object(told) if bad and accelerator.num_processes > 1 else told)
 
     return agree

@@ -57,11 +57,25 @@ class Piece(NamedTuple):
 class RowSource(Protocol):
     """Rows in one fixed order, read from front to back, and again from any place a piece gave. Picklable; opens nothing until read."""
 
-    name: str  # short, for messages
-    has_header: bool
-    fingerprint: str  # changes when the data change (size, ETag, digest of head and tail ...): cheap, no reading of the whole
-    bytes: int | None  # size as stored, for dealing files to ranks
-    features: Any  # datasets.Features of a hub data set, else None
+    @property
+    def name(self) -> str:
+        """Short, for messages."""
+
+    @property
+    def has_header(self) -> bool:
+        """Whether the first line holds the names of the columns."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the data change (size, ETag, digest of head and tail ...): cheap, no reading of the whole."""
+
+    @property
+    def bytes(self) -> int | None:
+        """Size as stored, for dealing files to ranks."""
+
+    @property
+    def features(self) -> Any:
+        """datasets.Features of a hub data set, else None."""
 
     def column_names(self) -> list[str]:
         """Names of the columns, in their order. Raises DataError."""
@@ -114,6 +128,12 @@ class BadRows:
                 self.write(self.path)
                 told = f"Their reasons are in {self.path}."
             raise DataError(f"More than {self.max_bad_rows} rows cannot be read (--max_bad_rows). {told}")
+
+    def take(self, rows: Sequence[BadRow]) -> None:
+        """`add` and `write`, where there are any."""
+        if rows:
+            self.add(rows)
+            self.write()
 
     def write(self, path: Path | None = None) -> None:
         """Write one JSON line a row: what the file holds already and what is new, atomically; without bad rows, nothing."""

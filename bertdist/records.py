@@ -9,19 +9,32 @@ One module, because which columns are read, what counts as a label and what coun
 Each rank holds the columns it reads once (text bytes + 12 bytes a row); forked loader workers share that memory.
 """
 
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from bertdist.arrow_files import Column, Reader
-from bertdist.columns import Codes, LabelKind, LabelValue, read_label_columns, read_labels, read_texts, whole
+from bertdist.arrow_files import Reader
+from bertdist.columns import (
+    Codes,
+    LabelKind,
+    LabelValue,
+    Problems,
+    kept_rows,
+    read_label_columns,
+    read_labels,
+    read_texts,
+    whole,
+    without,
+    without_labels,
+)
 from bertdist.errors import DataError, did_you_mean
+from bertdist.pieces import BadRow, Column, OnBadRow, Piece, RowSource, left_out
+from bertdist.places import Kept, Named, Placed, Source, Split
 
 TEXT_COLUMNS = ("text", "sentence", "sentence1", "question", "premise", "review", "tweet", "content")
 LABEL_COLUMNS = ("label", "labels", "score", "target", "class")
@@ -43,45 +56,6 @@ class Record(NamedTuple):
     label: LabelValue | None
 
 
-class Named(Protocol):
-    """What rows come from."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def has_header(self) -> bool: ...
-
-
-class Source(Named, Protocol):
-    """Where rows come from, in words."""
-
-    def where(self, row: int) -> str: ...
-
-
-@dataclass(frozen=True)
-class Split:
-    """A split of a data set of the hub."""
-
-    name: str
-    has_header: bool = False
-
-    def where(self, row: int) -> str:
-        return f"{self.name} row {row}"
-
-
-@dataclass(frozen=True)
-class Placed:
-    """Rows of one source or of several, one behind the other, each where it stood."""
-
-    name: str
-    has_header: bool
-    runs: tuple[tuple[int, Callable[[int], str], int], ...]  # (its first row here, where, its first row there), in order
-
-    def where(self, row: int) -> str:
-        first, where, there = self.runs[bisect_right(self.runs, row, key=lambda run: run[0]) - 1]
-        return where(row - first + there)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Records:
     """One split. Nothing in it changes after it is made, and reading a row starts no thread: forked workers may share it."""
@@ -99,6 +73,7 @@ class Records:
     pairs: pa.Array | None  # (rows,) the same
     first_row: int = 0  # number of the first row, where these are some rows of a stream
     parts: tuple[int, ...] = ()  # rows of each --train_file, where there are several
+    bad: tuple[BadRow, ...] = ()  # rows of the source that were left out
 
     @property
     def name(self) -> str:
@@ -200,29 +175,44 @@ def read_records(
     return records_from(source, columns, taken, label_delimiter, class_names_of(features, taken))
 
 
+def records_of_piece(
+    source: RowSource, piece: Piece, taken: Columns, label_delimiter: str | None, on_bad_row: OnBadRow
+) -> tuple[Records, list[BadRow]]:
+    """The rows of a piece, and those that were left out, in it or here. Raises DataError, with "skip" for a wrong column only."""
+    problems: Problems | None = {} if on_bad_row == "skip" else None
+    place = Placed(source.name, source.has_header, ((0, piece.where, 0),))
+    records = records_from(place, piece.columns, taken, label_delimiter, class_names_of(source.features, taken), problems)
+    return records, [*piece.bad, *left_out(problems or {}, piece.where, piece.spots)]
+
+
 def records_from(
     source: Source,
     columns: dict[str, Column],
     taken: Columns,
     label_delimiter: str | None = None,
     class_names: tuple[str, ...] | None = None,
+    problems: Problems | None = None,
 ) -> Records:
-    """Rows of the columns that are taken, checked; raises DataError at the first that is wrong.
+    """Rows of the columns that are taken, checked. A row that is wrong is a DataError, or, where `problems` is given, left out.
 
     class_names: names of labels that the source keeps as numbers.
     """
     assert taken.text is not None
     held = {name: whole(column) for name, column in columns.items()}
-    texts = read_texts(held[taken.text], taken.text, source.where)
-    pairs = None if taken.pair is None else read_texts(held[taken.pair], taken.pair, source.where)
+    texts = read_texts(held[taken.text], taken.text, source.where, problems)
+    pairs = None if taken.pair is None else read_texts(held[taken.pair], taken.pair, source.where, problems)
     kind: LabelKind | None = None
     values: list[LabelValue] = []
     codes = None
     if taken.labels:
         kind, class_names = "set", tuple(taken.labels)
-        values, codes = read_label_columns({name: held[name] for name in taken.labels}, source.where)
+        values, codes = read_label_columns({name: held[name] for name in taken.labels}, source.where, problems)
     elif taken.label is not None:
-        kind, values, codes = read_labels(held[taken.label], taken.label, source.where, label_delimiter, class_names)
+        kind, values, codes = read_labels(held[taken.label], taken.label, source.where, label_delimiter, class_names, problems)
+    if (kept := kept_rows(problems or {}, len(texts))) is not None:
+        source = Placed(source.name, source.has_header, ((0, Kept(source.where, np.flatnonzero(kept)), 0),))
+        texts, pairs = without(texts, kept), None if pairs is None else without(pairs, kept)
+        values, codes = (values, None) if codes is None else without_labels(values, codes, kept)
     return Records(
         source=source,
         text_column=taken.text,

@@ -14,9 +14,11 @@ from bertdist.arrow_files import Column, find_file, open_file
 from bertdist.config import DataConfig
 from bertdist.errors import DataError, did_you_mean
 from bertdist.file_rows import File, FileRows
+from bertdist.hub import HubRows
 from bertdist.joined import join
 from bertdist.pieces import RowSource
-from bertdist.records import Columns, Records, Split, choose, read_records
+from bertdist.places import Split
+from bertdist.records import Columns, Records, choose, read_records, records_of_piece
 from bertdist.remote import find_addresses, fingerprint_of, open_bytes, open_random, packing_of, size_of
 from bertdist.stream import Stream
 
@@ -65,7 +67,9 @@ def open_stream(data: DataConfig, seed: int) -> Stream:
         parts: list[list[RowSource]] = [[_rows(address, data) for address in find_addresses(pattern)] for pattern in data.train_file]
         name = _name(data.train_file)
     else:
-        raise NotImplementedError
+        name = data.dataset_name or "nyu-mll/glue"
+        config = data.dataset_config_name or (None if data.dataset_name else data.task_name)
+        parts, name = [[HubRows(name, config, data.train_split)]], str(data.dataset_name or data.task_name)
     first = parts[0][0]
     return Stream(
         name=name,
@@ -76,6 +80,8 @@ def open_stream(data: DataConfig, seed: int) -> Stream:
         seed=seed,
         weights=tuple(data.train_weights or ()),
         limit=data.max_train_samples,
+        on_bad_row=data.on_bad_row,
+        max_bad_rows=data.max_bad_rows,
     )
 
 
@@ -97,13 +103,16 @@ def _file(address: str, data: DataConfig) -> File:
 
 
 def _rows(address: str, data: DataConfig) -> FileRows:
-    return FileRows(_file(address, data), fingerprint=fingerprint_of(address), size=size_of(address))
+    return FileRows(_file(address, data), fingerprint=fingerprint_of(address), size=size_of(address), on_bad_row=data.on_bad_row)
 
 
 def _read_file(address: str, data: DataConfig, limit: int | None) -> Records:
-    file = _file(address, data)
-    names, read = open_file(file, limit)
-    return read_records(file, names, read, _asked(data), data.label_delimiter)
+    source = FileRows(_file(address, data), on_bad_row=data.on_bad_row)
+    taken = choose(source, source.column_names(), _asked(data))
+    records, bad = records_of_piece(source, source.whole(taken.names(), limit), taken, data.label_delimiter, data.on_bad_row)
+    if not len(records):
+        raise DataError(f"{source.name} has no rows{', but for those that were left out' if bad else ''}.")
+    return replace(records, bad=tuple(bad))
 
 
 def _name(patterns: Sequence[str]) -> str:
@@ -130,7 +139,7 @@ def open_texts(
     column_names: list[str] | None,
     delimiter: str | None,
     quoting: str,
-    encoding: str,
+    encoding: str | None,
 ) -> Records:
     """The rows of a file without labels, for prediction; a .txt file has one text a line, blank lines too. Raises DataError."""
     file = find_file(path, delimiter=delimiter, quoting=quoting, encoding=encoding, column_names=column_names)

@@ -15,8 +15,8 @@ import xxhash
 from bertdist.errors import DataError
 from bertdist.joined import join
 from bertdist.mixture import shares
-from bertdist.pieces import BadRow, Piece, Place, RowSource
-from bertdist.records import Columns, Placed, Records, choose, class_names_of, records_from
+from bertdist.pieces import BadRow, OnBadRow, Place, RowSource
+from bertdist.records import Columns, Records, choose, records_of_piece
 
 State = dict[str, Any]  # {"epoch", "window": number in the epoch, "rows": of the epoch before it, "cursors": of the parts}
 HEAD_ROWS = 1_000
@@ -45,6 +45,8 @@ class Stream:
     seed: int
     weights: tuple[float, ...] = ()  # of the parts; none: every row once an epoch
     limit: int | None = None  # rows of an epoch at most
+    on_bad_row: OnBadRow = "fail"
+    max_bad_rows: int = 0
     first_row: int = 0  # number of the first row of an epoch
 
     @property
@@ -69,19 +71,18 @@ class Stream:
         read = [*(source.fingerprint for source in self.sources), *map(str, (self.asked, self.label_delimiter, self.limit))]
         return xxhash.xxh3_128_hexdigest("\n".join(read).encode())
 
-    def records(self, source: RowSource, place: Place | None = None) -> Iterator[tuple[Piece, Records | None]]:
-        """The pieces of one source from a place on, checked; None for one of which no row is left. Raises DataError."""
+    def records(self, source: RowSource, place: Place | None = None) -> Iterator[tuple[Place, Records, list[BadRow]]]:
+        """The pieces of one source from a place on, checked: where each begins, its rows, those left out. Raises DataError."""
         taken = choose(source, source.column_names(), self.asked)
-        class_names = class_names_of(source.features, taken)
         for piece in source.pieces(taken.names(), place):
-            at = Placed(source.name, source.has_header, ((0, piece.where, 0),))
-            yield piece, records_from(at, piece.columns, taken, self.label_delimiter, class_names) if piece.rows else None
+            records, bad = records_of_piece(source, piece, taken, self.label_delimiter, self.on_bad_row)
+            yield piece.place, records, bad
 
     def head(self) -> Records:
         """The first rows, for what can be seen of a few. Raises DataError where there are none."""
         for source in self.sources:
-            for _, records in self.records(source):
-                if records:
+            for _, records, _ in self.records(source):
+                if len(records):
                     return records.some(0, min(len(records), HEAD_ROWS))
         raise DataError(f"{self.name} has no rows.")
 
@@ -174,11 +175,11 @@ class _Reader:
         while self._piece is None or self._skip >= len(self._piece):
             found = next(self._pieces, None)
             if found is not None:
-                piece, records = found
-                self.bad += piece.bad
-                if records is not None:
+                place, records, bad = found
+                self.bad += bad
+                if len(records):
                     self._skip = self._skip if self._piece is None else 0  # of the first piece, what the cursor says
-                    self._piece, self._place = records, piece.place
+                    self._piece, self._place = records, place
             elif self.file + 1 < len(self.sources):
                 self.file += 1
                 self._begin(None)

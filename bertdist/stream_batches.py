@@ -22,7 +22,8 @@ from bertdist.pieces import BadRow, Place
 from bertdist.stream import EMPTY, Stream, Window
 from bertdist.tasks import Array, Task
 
-Agree = Callable[[Step | BertdistError | None], int]  # this rank's step -> its rows over all ranks; raises the error of any rank
+# This rank's step -> its rows over all ranks, and the rows that any of them left out; raises the error of any rank.
+Agree = Callable[[Step | BertdistError | None], tuple[int, tuple[BadRow, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +59,14 @@ class StreamBatches:
                 step = next(own, None)
                 if step is None and "window" in place:
                     place = {"over": {**EMPTY, "epoch": place["window"]["epoch"] + 1}}  # this rank has no file at all
-                rows = self.agree(step)
+                rows, bad = self.agree(step)
                 if not rows:
                     break
                 assert not isinstance(step, BertdistError)
                 step = step or Step(number=start, share=[idle(self.examples, 0)], rows=0, idle=True, after=place)
                 place = step.after
                 assert place is not None
-                yield replace(step, number=start, rows=rows)
+                yield replace(step, number=start, rows=rows, bad=bad)
                 start += 1
             place = {"window": place["over"], "step": 0} if "over" in place else place
             passes += 1

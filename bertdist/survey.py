@@ -16,7 +16,7 @@ from bertdist.columns import LabelKind, LabelValue
 from bertdist.console import write_whole
 from bertdist.errors import DataError
 from bertdist.joined import as_kind, common_kind
-from bertdist.pieces import BadRow
+from bertdist.pieces import BadRow, BadRows
 from bertdist.ranks import from_main, together
 from bertdist.records import Records
 from bertdist.stream import Stream
@@ -67,19 +67,20 @@ def survey(stream: Stream, accelerator: Accelerator, kept: Path) -> Survey:
     if known is not None:
         return known
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    mine = Survey()
+    mine, left_out = Survey(), BadRows(stream.on_bad_row, stream.max_bad_rows)
     with together(accelerator):
         if stream.limit is not None:
             for window in stream.windows() if rank == 0 else ():
                 mine.add(0, window.records)
-                mine.bad += window.bad
+                left_out.add(window.bad)
         else:
             for number, source in enumerate(stream.sources[rank::ranks]):
                 mine.rows[rank + number * ranks] = 0
-                for piece, records in stream.records(source):
-                    mine.bad += piece.bad
-                    if records is not None:
+                for _, records, bad in stream.records(source):
+                    left_out.add(bad)
+                    if len(records):
                         mine.add(rank + number * ranks, records)
+    mine.bad = left_out.rows
     whole = Survey()
     with_all: list[Survey] = [mine] if ranks == 1 else gather_object([mine])
     with together(accelerator):

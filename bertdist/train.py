@@ -30,15 +30,16 @@ from torch.optim import Optimizer
 from bertdist.batch import Batch, Step, one_token
 from bertdist.batching import sent_ahead
 from bertdist.begin import (
-    batches_of,
     environment,
     identity_of,
     notes_of,
     open_accelerator,
     open_rows,
+    rows_left_out,
     task_of_rows,
     told_of_data,
     training_batches,
+    validation_batches,
 )
 from bertdist.best import Best
 from bertdist.checkpoint import Checkpoints, Progress
@@ -48,7 +49,7 @@ from bertdist.config import TrainConfig, steps_of, write_config
 from bertdist.console import RunLog, complain
 from bertdist.dropout import seed_dropout
 from bertdist.embedding import clear_gradients
-from bertdist.encoding import load_tokenizer, open_examples
+from bertdist.encoding import load_tokenizer
 from bertdist.errors import BertdistError
 from bertdist.evaluation import Judge, evaluate_split
 from bertdist.known import known_of
@@ -76,16 +77,15 @@ def train(config: TrainConfig) -> Progress:
 
         # Data: two splits of rows, and the task that their labels make. Nothing is tokenized yet.
         with together(accelerator):
-            settings = load_settings(config.model)
-            tokenizer = load_tokenizer(config.model)
+            settings, tokenizer = load_settings(config.model), load_tokenizer(config.model)
             train_rows, dev_rows = open_rows(config)
         known = known_of(train_rows, config, accelerator, log.say)
         with together(accelerator):
+            left_out = rows_left_out(known, dev_rows, config, accelerator)
             task = task_of_rows(config.task, known.labels, labels_of(settings))
             train_batches = training_batches(train_rows, known, tokenizer, task, config, accelerator)
-            dev_examples = open_examples(dev_rows, tokenizer, task, config.model.max_length) if dev_rows else None
+            dev_batches = validation_batches(dev_rows, tokenizer, task, config, accelerator)
             judge = Judge(config.task, task, config.data.task_name) if dev_rows and accelerator.is_main_process else None
-        dev_batches = batches_of(dev_examples, config.batch, accelerator) if dev_examples else None
         per_epoch = train_batches.steps_per_epoch
         total_steps = run.max_train_steps or max(1, math.ceil(run.num_train_epochs * per_epoch))
         log.say(*told_of_data(train_rows, known, dev_rows, task, per_epoch, total_steps))
@@ -122,6 +122,7 @@ def train(config: TrainConfig) -> Progress:
             loss, grad_norm = take_step(model, optimizer, step, task, accelerator, config.optim.max_grad_norm, room)
             losses.append(loss)
             progress.count(step.number + 1, step.rows, step.after)
+            left_out.take(step.bad)
             progress.finished = progress.step == total_steps
             stopping = stop.agreed(accelerator)
             log.advance()

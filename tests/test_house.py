@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bertdist"
 
 FLOORS = [  # a module imports from lower floors only
     ["errors"],
-    ["words", "dropout", "embedding", "linear", "pieces", "addresses"],
+    ["words", "dropout", "embedding", "linear", "pieces", "places", "addresses"],
     ["config", "scores", "slurm", "console", "attention_cpu", "text_files", "file_bytes", "columns", "ranks", "meter", "remote"],
     ["command_line", "row_ends"],
     ["separated", "json_lines", "guess"],
