@@ -68,7 +68,9 @@ class Stream:
     @property
     def fingerprint(self) -> str:
         """Changes when the data change, or which of it is read."""
-        read = [*(source.fingerprint for source in self.sources), *map(str, (self.asked, self.label_delimiter, self.limit))]
+        parts = [len(part) for part in self.parts] if self.weights else []
+        how = (self.asked, self.label_delimiter, self.limit, parts)
+        read = [*(source.fingerprint for source in self.sources), *map(repr, how)]
         return xxhash.xxh3_128_hexdigest("\n".join(read).encode())
 
     def records(self, source: RowSource, place: Place | None = None) -> Iterator[tuple[Place, Records, list[BadRow]]]:
@@ -123,12 +125,15 @@ class _Reader:
         self.ended = False  # the pass is over
         self.bad: list[BadRow] = []
         self._order = self._order_of_pass()
+        self._untouched: Place | None = cursor
         self._begin(cursor.get("place"))
         self._skip = cursor.get("skip", 0)
         self._fill()
 
     @property
     def cursor(self) -> Place:
+        if self._untouched is not None:  # as it was given: a state must not depend on whether reading was interrupted there
+            return self._untouched
         if self.ended:
             return {"pass": self.number + 1}
         return {"pass": self.number, "file": self.file, "place": self._place, "skip": self._skip}
@@ -144,6 +149,7 @@ class _Reader:
             assert self._piece is not None
             some = self._piece.some(self._skip, min(len(self._piece), self._skip + rows))
             taken.append(some)
+            self._untouched = None
             rows -= len(some)
             self._skip += len(some)
             self._fill()

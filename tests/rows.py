@@ -13,7 +13,9 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +30,9 @@ import bertdist.scores  # noqa: F401  imported before the ranks are forked: eval
 from bertdist import train
 from bertdist.batch import Step
 from bertdist.command_line import read_config
+from bertdist.errors import DataError
 from bertdist.meter import MEASURED
+from bertdist.pieces import BadRow, Piece, Place
 
 GOOD = "best fine fun good great warm".split()
 BAD = "bad dull poor worst boring".split()
@@ -39,15 +43,14 @@ Breaking = Callable[[Accelerator], None]  # called on every rank before a run: b
 
 @dataclass(frozen=True)
 class MemoryRows:
-    """A RowSource of rows in memory, {column: text}, in pieces of the given sizes, which come again and again.
+    """A RowSource of rows in memory, in pieces of the given sizes, which come again and again; in each piece one row was left out.
 
-    Before each row of `bad` one was left out. Reading fails before row `broken`.
+    Reading fails before row `broken`.
     """
 
     name: str
-    rows: tuple[dict[str, Any], ...]
-    sizes: tuple[int, ...] = (3,)
-    bad: tuple[int, ...] = ()
+    rows: Sequence[dict[str, Any]]
+    sizes: tuple[int, ...] = (3,)  # one of them above 0
     broken: int | None = None
     bytes: int | None = None
     columns: tuple[str, ...] = ("text", "label")
@@ -56,23 +59,24 @@ class MemoryRows:
 
     @property
     def fingerprint(self) -> str:
-        return repr((self.rows, self.columns))
+        return repr((self.name, self.rows))
 
     def column_names(self) -> list[str]:
         return list(self.columns)
 
     def pieces(self, wanted: Sequence[str], place: Place | None = None) -> Iterator[Piece]:
         at, number = (place["row"], place["piece"]) if place else (0, 0)
-        while at < len(self.rows) or (at in self.bad and not place):
-            size = min(self.sizes[number % len(self.sizes)], len(self.rows) - at)
-            bad = tuple(BadRow(self.name, row, "no row", "") for row in self.bad if row in range(at, at + max(size, 1)))
-            if self.broken is not None and self.broken < at + size:
-                raise DataError(f"{self.name} row {self.broken}: the reading failed.")
-            some = {name: [row[name] for row in self.rows[at : at + size]] for name in wanted}
-            yield Piece(some, size, {"row": at, "piece": number}, partial(self._where, at), bad)
-            if at == len(self.rows):
-                return
-            at, number = at + size, number + 1
+        while at < len(self.rows):
+            some = self.rows[at : at + self.sizes[number % len(self.sizes)]]
+            if self.broken is not None and self.broken < at + len(some):
+                raise DataError(f"{self.name} row {self.broken}: no more can be read.")
+            columns = {name: [row[name] for row in some] for name in wanted}
+            bad = BadRow(self.name, number, "no row", "")
+            yield Piece(columns, len(some), {"row": at, "piece": number}, partial(self._where, at), (bad,))
+            at, number = at + len(some), number + 1
+        yield Piece(
+            {name: [] for name in wanted}, 0, {"row": at, "piece": number}, partial(self._where, at), (BadRow(self.name, -1, "end", ""),)
+        )
 
     def _where(self, first: int, row: int) -> str:
         return f"{self.name} row {first + row}"
