@@ -156,6 +156,27 @@ def run_train(accelerator: Accelerator, words: Sequence[str], breaking: Breaking
     return progress, seen, said.getvalue()
 
 
+def at_step(number: int, act: Callable[[], None]) -> Breaking:
+    """Act on every rank before step `number` is taken."""
+
+    def breaking(accelerator: Accelerator) -> None:
+        take_step = train.take_step
+
+        def watched(model: Any, optimizer: Any, step: Step, *rest: Any) -> Any:
+            if step.number == number:
+                act()
+            return take_step(model, optimizer, step, *rest)
+
+        train.take_step = watched
+
+    return breaking
+
+
+def die() -> None:
+    """Without a word."""
+    os._exit(9)
+
+
 def _be_quick() -> None:
     """Leave out what a run spends on itself. tests/unit/test_meter.py and the launched runs measure the rate in earnest."""
     gc.freeze()  # what the test has imported: the collection at the end of a run would walk it for half a second

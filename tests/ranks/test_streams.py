@@ -1,5 +1,7 @@
 """I1, I3 and I5 for rows that are never held together: windows of a stream, files of a rank, mixtures."""
 
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,11 @@ import pytest
 from accelerate import Accelerator
 from forked import RankError, run_ranks
 from rows import (
-    Breaking,
+    Files,
     assert_same_run,
     assert_same_tensors,
+    at_step,
+    die,
     last_checkpoint,
     make_rows,
     rows_by_step,
@@ -22,7 +26,7 @@ from rows import (
     write_split,
 )
 
-from bertdist import stream, train
+from bertdist import stream
 from bertdist.checkpoint import Progress
 
 ROWS, STEP, EPOCHS = 38, 8, 2  # five steps an epoch, the last of 6 rows
@@ -37,28 +41,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def words(model: Path, out: Path, files: Any, **settings: Any) -> list[str]:
     return words_of(model, out, files, **{**STREAM, "log_every": "2 steps", "tokens_per_micro_batch": 60, **settings})
-
-
-def at_step(number: int, act: Any) -> Breaking:
-    """Act on every rank before step `number` is taken."""
-
-    def breaking(accelerator: Accelerator) -> None:
-        take_step = train.take_step
-
-        def watched(model: Any, optimizer: Any, step: Any, *rest: Any) -> Any:
-            if step.number == number:
-                act()
-            return take_step(model, optimizer, step, *rest)
-
-        train.take_step = watched
-
-    return breaking
-
-
-def die() -> None:
-    import os
-
-    os._exit(9)
 
 
 # --- Windows
@@ -104,9 +86,6 @@ def test_resume_equals_uninterrupted(tiny_model: Path, tmp_path: Path, files: An
     given = words(tiny_model, tmp_path / "out", files)
     with pytest.raises(RankError, match="ended with status 9"):
         run_ranks(n, run_train, given, at_step(first, die))
-    import os
-    import signal
-
     run_ranks(n, run_train, [*given, "--dataloader_num_workers", "2"], at_step(second, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     run_ranks(n, run_train, given)
     assert_same_run(tmp_path / "out", straight[n][0])
@@ -159,8 +138,6 @@ def test_ranks_read_files_of_their_own(tiny_model: Path, tmp_path: Path, many: P
 
 
 def pattern_of(folder: Path) -> Any:
-    from rows import Files
-
     return Files(folder / "train*.tsv")
 
 
