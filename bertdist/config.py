@@ -48,9 +48,11 @@ class DataConfig:
     label_columns: list[str] | None = HfArg(default=None, help="Several 0/1 columns, one for each label: a multi-label task.")
     label_delimiter: str | None = HfArg(default=None, help="What stands between the labels of a row in the label column: a multi-label task.")
     column_names: list[str] | None = HfArg(default=None, help="Names of the columns, for csv and tsv files without a header; a column named _ is not read.")
-    delimiter: str | None = HfArg(default=None, help="Field delimiter; None is a comma for .csv and a tab for .tsv. 'tab' means a tab.")
-    quoting: Literal["auto", "none", "double"] = HfArg(default="auto", help="Whether fields may stand in double quotes: auto is 'double' for .csv and 'none' for .tsv.")
-    encoding: str = HfArg(default="utf-8", help="Encoding of csv, tsv, jsonl and txt files; a byte that does not fit is an error, never replaced.")
+    delimiter: str | None = HfArg(default=None, help="Field delimiter; None is a comma for .csv and a tab for .tsv, unless the file's beginning says otherwise. 'tab' means a tab.")
+    quoting: Literal["auto", "none", "double"] = HfArg(default="auto", help="Whether fields may stand in double quotes: auto is 'double' for .csv and 'none' for .tsv, unless only quotes make sense of the file's beginning.")
+    encoding: str | None = HfArg(default=None, help="Encoding of csv, tsv, jsonl and txt files; None is utf-8, or what the file's beginning is without doubt. A byte that does not fit is an error, never replaced.")
+    on_bad_row: Literal["fail", "skip"] = HfArg(default="fail", help="What to do with a row that cannot be read, or whose text or label is none: fail, or leave it out and tell it in bad_rows.jsonl.")
+    max_bad_rows: int = HfArg(default=100, help="Most rows to leave out; more end the run.")
     max_train_samples: int | None = HfArg(default=None, help="Learn from the first so many rows only.")
     max_eval_samples: int | None = HfArg(default=None, help="Score the first so many rows only.")
 
@@ -145,9 +147,9 @@ class PredictConfig:
     text_column: str | None = HfArg(default=None, help="Column of the text; None takes the name the model was trained with.")
     text_pair_column: str | None = HfArg(default=None, help="Column of the second text; None takes the name the model was trained with.")
     column_names: list[str] | None = HfArg(default=None, help="Names of the columns, for csv and tsv files without a header.")
-    delimiter: str | None = HfArg(default=None, help="Field delimiter; None is a comma for .csv and a tab for .tsv.")
-    quoting: Literal["auto", "none", "double"] = HfArg(default="auto", help="Whether fields may stand in double quotes: auto is 'double' for .csv and 'none' for .tsv.")
-    encoding: str = HfArg(default="utf-8", help="Encoding of csv, tsv, jsonl and txt files.")
+    delimiter: str | None = HfArg(default=None, help="Field delimiter; None is a comma for .csv and a tab for .tsv, unless the file's beginning says otherwise.")
+    quoting: Literal["auto", "none", "double"] = HfArg(default="auto", help="Whether fields may stand in double quotes: auto is 'double' for .csv and 'none' for .tsv, unless only quotes make sense of the file's beginning.")
+    encoding: str | None = HfArg(default=None, help="Encoding of csv, tsv, jsonl and txt files; None is utf-8, or what the file's beginning is without doubt.")
 
 
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*")
@@ -226,7 +228,9 @@ def _problems(config: TrainConfig) -> Iterable[str]:
     if data.label_columns and (data.label_column or data.label_delimiter):
         yield "--label_columns stands instead of --label_column and --label_delimiter."
     yield from _out_of_range(config.model, {"max_length": (3, None), "dropout": (0, 1)})
-    yield from _out_of_range(data, {"max_train_samples": (1, None), "max_eval_samples": (1, None)})
+    yield from _out_of_range(data, {"max_train_samples": (1, None), "max_eval_samples": (1, None), "max_bad_rows": (0, None)})
+    if data.max_bad_rows != DataConfig.max_bad_rows and data.on_bad_row == "fail":
+        yield "--max_bad_rows goes with --on_bad_row skip."
     yield from _out_of_range(task, {"label_smoothing_factor": (0, 1)})
     yield from _out_of_range(config.batch, {"train_batch_size": (1, None), "tokens_per_micro_batch": (1, None), "dataloader_num_workers": (0, None)})
     yield from _out_of_range(optim, {"learning_rate": (0, None), "weight_decay": (0, None), "adam_beta1": (0, 1), "adam_beta2": (0, 1), "adam_epsilon": (0, None)})

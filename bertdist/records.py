@@ -166,7 +166,7 @@ def open_texts(
     column_names: list[str] | None,
     delimiter: str | None,
     quoting: str,
-    encoding: str,
+    encoding: str | None,
 ) -> Records:
     """The rows of a file without labels, for prediction; a .txt file has one text a line, blank lines too. Raises DataError."""
     file = find_file(path, delimiter=delimiter, quoting=quoting, encoding=encoding, column_names=column_names)
