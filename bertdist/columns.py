@@ -9,8 +9,8 @@ labels cost 0.05 s from Arrow and 0.2 s from a list (1,000,000 different numbers
 value is the first wrong row.
 
 Where wrong rows are to be left out rather than refused, `problems` is given: {row: what is wrong with it}. Rows that are in it already
-are not looked at; what is found wrong is added; the arrays keep all rows (a text is "" and a code -1 where a row is wrong), so that the
-caller takes one `kept_rows` of texts, pairs and labels together, and then `without` of each.
+are not looked at; what is found wrong is added; the arrays keep all rows (what stands in a wrong one means nothing), so that the caller
+takes one `kept_rows` of texts, pairs and labels together, and then `without` and `without_labels` of each.
 """
 
 import math
@@ -105,22 +105,23 @@ def read_labels(
 ) -> tuple[LabelKind, list[LabelValue], Codes]:
     """The labels of one column. "set": every label is a tuple of names, from lists or by splitting at `delimiter`.
 
-    class_names: names of labels that the source keeps as numbers; -1 means missing. above: a label of the rows before these, where they
-    are not the first. Raises DataError at the first row whose label is missing, of another kind than those above it, or no label at all.
+    class_names: names of labels that the source keeps as numbers; -1 means missing. above: where these rows are not the first, a good label
+    of those before them, as the source has it. Raises DataError at the first row whose label is missing, of another kind than those
+    above it, or no label at all.
     """
     distinct, codes = _encode(column)
     alive = _alive(codes, len(distinct), problems)
     values: list[Any] = [None] * len(distinct)
     wrong: dict[int, str] = {}
-    first = above
+    first = None if above is None else (above, _label(above, delimiter, class_names))
     for index in alive:
+        raw = distinct[index]
         try:
-            value = _label(distinct[index], delimiter, class_names)
-            first = value if first is None else first
-            if _family(value) != _family(first):
-                raw = distinct[index]
+            value = _label(raw, delimiter, class_names)
+            first = first or (raw, value)
+            if _family(value) != _family(first[1]):
                 found = f"label {repr(raw)[:60]} is of type {type(raw).__name__}"
-                raise ValueError(f"{found}, the labels above it are of type {type(first).__name__}")
+                raise ValueError(f"{found}, the labels above it are of type {type(first[0]).__name__}")
         except ValueError as error:
             _refuse_values(problems, wrong, codes, index, f"{error} (column {name!r})", where)
         else:

@@ -11,19 +11,18 @@ bytes of the file and on where it begins, and on nothing else: the same pieces c
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet
 import xxhash
 
 from bertdist.errors import DataError
 from bertdist.file_bytes import Buffer, OpenBytes, OpenRandom, local_stamp, read_all, reading
 from bertdist.json_lines import parse_json, parse_txt, read_keys
-from bertdist.pieces import Column, OnBadRow, Piece, Place, Spot
+from bertdist.parquet_files import parquet_columns, read_slices, read_whole
+from bertdist.pieces import OnBadRow, Piece, Place, Spot, first_rows
 from bertdist.row_ends import Scan, cut, last_line_end
 from bertdist.separated import parse, read_header
 from bertdist.text_files import (
@@ -37,12 +36,10 @@ from bertdist.text_files import (
     line_ends,
     refuse_old_mac,
     spots_of,
-    twice_in,
     utf8_lines,
 )
 
 PIECE_BYTES = 4 << 20
-PIECE_ROWS = 8192  # of parquet, at most
 ROW_BYTES = 64 << 20  # longest row in pieces; where rows are skipped, how far the end of a quote is looked for
 BLOCK_BYTES = 1 << 30  # what pyarrow reads at once; its limit is 2 GiB
 
@@ -123,8 +120,7 @@ class FileRows:
         """Names of the columns that have one, in their order. Raises DataError, also where there is no row."""
         with reading(self.file.path):
             if self.file.kind == "parquet":
-                with _parquet(self.file) as parquet:
-                    return list(parquet.schema_arrow.names)
+                return parquet_columns(self.name, self.file.open_random)
             names = self._head().names
         return [name for name in names if name and not (name == "_" and self.file.column_names)]
 
@@ -132,19 +128,13 @@ class FileRows:
         """The first `rows` rows in one piece, whose `where` and `spots` read the file again. Raises DataError."""
         with reading(self.file.path):
             if self.file.kind == "parquet":
-                with _parquet(self.file) as parquet:
-                    table = parquet.read(columns=list(wanted), use_threads=False).slice(0, rows)
-                columns: dict[str, Column] = {name: table.column(name) for name in wanted}
-                return Piece(columns, table.num_rows, {"group": 0, "row": 0}, partial(_parquet_row, self.name, 0))
+                return read_whole(self.name, self.file.open_random, wanted, rows)
             parsed, lines = self._parse_all(wanted, rows)
-            bad = parsed.bad
-            if rows is not None and rows < parsed.num_rows:
-                end = lines.first + int(parsed.rows().lines[rows]) if bad else 0
-                bad = [row for row in bad if row.line is not None and row.line < end]
-            num_rows = parsed.num_rows if rows is None else min(rows, parsed.num_rows)
-            columns = {name: column if isinstance(column, list) else column.slice(0, rows) for name, column in parsed.columns.items()}
-            place = self._head().place
-        return Piece(columns, num_rows, place, partial(self._where_again, wanted), tuple(bad), partial(self._spots_again, wanted))
+            where, spots = partial(self._where_again, wanted), partial(self._spots_again, wanted)
+            piece = Piece(parsed.columns, parsed.num_rows, self._head().place, where, tuple(parsed.bad))
+            if rows is not None:
+                piece = first_rows(piece._replace(spots=lambda few: spots_of(self.file, lines, parsed.rows())(few)), rows)
+        return piece._replace(spots=spots)
 
     def pieces(self, wanted: Sequence[str], place: Place | None = None) -> Iterator[Piece]:
         """The rows from `place` (None: from the first) to the last, about `piece_bytes` at a time. Raises DataError.
@@ -153,7 +143,7 @@ class FileRows:
         """
         with reading(self.file.path):
             if self.file.kind == "parquet":
-                yield from self._slices(wanted, place or {"group": 0, "row": 0})
+                yield from read_slices(self.name, self.file.open_random, wanted, place, self.piece_bytes)
                 return
             head = self._head()
             if is_stateful(head.codec):
@@ -264,29 +254,3 @@ class FileRows:
     def _spots_again(self, wanted: Sequence[str], rows: Sequence[int]) -> list[Spot]:
         parsed, lines = self._parse_all(wanted)
         return spots_of(self.file, lines, parsed.rows())(rows)
-
-    def _slices(self, wanted: Sequence[str], place: Place) -> Iterator[Piece]:
-        """Slices of row groups; a place within a group is found again by reading the group from its beginning."""
-        with _parquet(self.file) as parquet:
-            begin = sum(parquet.metadata.row_group(group).num_rows for group in range(place["group"]))
-            for group in range(place["group"], parquet.metadata.num_row_groups):
-                told = parquet.metadata.row_group(group)
-                size = max(1, min(PIECE_ROWS, self.piece_bytes * told.num_rows // max(1, told.total_byte_size)))
-                for batch in parquet.iter_batches(size, row_groups=[group], columns=list(wanted), use_threads=False):
-                    if batch.num_rows and begin >= place["row"]:
-                        columns: dict[str, Column] = {name: pa.chunked_array([batch.column(name)]) for name in wanted}
-                        yield Piece(columns, batch.num_rows, {"group": group, "row": begin}, partial(_parquet_row, self.name, begin))
-                    begin += batch.num_rows
-
-
-@contextmanager
-def _parquet(file: File) -> Iterator[pa.parquet.ParquetFile]:
-    with closing(file.open_random()) as source:
-        parquet = pa.parquet.ParquetFile(source, pre_buffer=False)
-        if twice := twice_in(list(parquet.schema_arrow.names)):
-            raise DataError(f"{file.name} has two columns {twice!r}; rename one.")
-        yield parquet
-
-
-def _parquet_row(name: str, first: int, row: int) -> str:
-    return f"{name} row {first + row}"

@@ -17,7 +17,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 
-from bertdist.row_ends import blank_at, judge, scan, with_line_end
+from bertdist.row_ends import blank_at, is_clean, judge, scan, with_line_end
 from bertdist.text_files import Form, Lines, hide_returns, line_ends
 
 HEAD_BYTES = 1 << 20
@@ -35,7 +35,7 @@ _LETTERS = {  # https://en.wikipedia.org/wiki/Windows-1252: letters above ASCII 
     "Danish, Norwegian": "æøåéöäüòóô",
     "Catalan": "àçèéíïòóúü",
 }
-_INSIDE_WORDS = "’'–—-·"  # signs that may stand between two letters
+_INSIDE_WORDS = "’–—·"  # signs that may stand between two letters
 _EAST_ASIAN = {
     "gb18030": {"gb18030", "gbk", "gb2312", "hz"},
     "big5": {"big5", "cp950", "big5hkscs"},
@@ -67,7 +67,8 @@ def _is_western(data: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     special = re.findall(r"[^\x00-\x7f]", text)
-    if len(special) < MIN_SPECIAL:
+    utf8 = re.findall(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}", data)
+    if len(special) < MIN_SPECIAL or 4 * sum(map(len, utf8)) > len(special):  # UTF-8 with a few wrong bytes is another matter
         return False
     if len(special) < len(text) / 200:
         return True
@@ -132,6 +133,8 @@ def _is_even(form: Form, lines: Lines, is_all: bool) -> bool:
     if row is None or row.fault or not row.end or not 1 < len(row.fields) == (len(form.column_names) or len(row.fields)):
         return False
     found = scan(form, lines, len(row.fields), len(data), is_all)
+    if form.quoted and form.delimiter == "\t" and not is_clean(form, lines.data[: found.stop], len(data)):
+        return False  # a quote within a field: rather text everywhere
     return len(found.rows.starts) > 1 and not found.bad
 
 

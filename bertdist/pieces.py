@@ -84,6 +84,18 @@ class RowSource(Protocol):
         """The rows from `place` (None: from the first) to the last, as columns `wanted`. Raises DataError."""
 
 
+def first_rows(piece: Piece, rows: int) -> Piece:
+    """The first `rows` rows of a piece, and what was left out before the first row that is not among them."""
+    if rows >= piece.rows:
+        return piece
+    bad = piece.bad
+    if bad and piece.spots is not None:
+        end = piece.spots([rows])[0].line
+        bad = tuple(row for row in bad if row.line is None or end is None or row.line < end)
+    columns = {name: column[:rows] if isinstance(column, list) else column.slice(0, rows) for name, column in piece.columns.items()}
+    return piece._replace(columns=columns, rows=rows, bad=bad)
+
+
 def excerpt(text: str) -> str:
     """The beginning of a row as printable text: line ends, control characters and lone surrogates as escapes."""
     shown = text[:EXCERPT_CHARACTERS].rstrip("\r\n")

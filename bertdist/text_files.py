@@ -70,7 +70,7 @@ def codec_of(form: Form, head: bytes) -> tuple[str, int]:
     """Python's name of the encoding, byte order settled, and how many bytes of `head` (at least 4) are a byte order mark."""
     try:
         codec = codecs.lookup(form.encoding).name.removesuffix("-sig")
-        b"".decode(codec)
+        "a".encode(codec)  # hex and its like are no encodings of text
     except LookupError:
         raise DataError(f"--encoding {form.encoding} is not a text encoding that Python knows, such as utf-8, cp1252 or gb18030.") from None
     if codec == "utf-8" and head.startswith(_WIDE["utf-16"]):

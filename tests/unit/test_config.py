@@ -366,6 +366,7 @@ def test_a_list_of_the_file_may_hold_words_that_look_like_flags(items: list[str]
 FULL = [  # every setting has a value here in one of them
     "--text_column=-t --text_pair_column=p --label_column=l --label_delimiter=; --column_names _ -t p l --delimiter=tab --quoting=none",
     "--label_columns a b --max_train_samples 5 --max_eval_samples 6 --validation_file=v.tsv --encoding=latin-1 --dropout=0.1",
+    "--on_bad_row skip --max_bad_rows 7",
     "--problem_type=regression --label_names 1 01 no --class_weights 1 2 --metrics mse --metric_for_best_model=loss --use_cpu",
     "--label_smoothing_factor 0.1 --train_batch_size 8 --tokens_per_micro_batch 64 --dataloader_num_workers 0 --gradient_checkpointing",
     "--learning_rate 1e-5 --weight_decay 1e-8 --adam_beta1 0.8 --adam_beta2 0.95 --adam_epsilon 1e-6 --max_grad_norm 0 --warmup_steps 3",

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +18,7 @@ from hypothesis import strategies as st
 from bertdist import file_rows, row_ends
 from bertdist.errors import DataError
 from bertdist.file_rows import File, FileRows
-from bertdist.pieces import BadRow, Piece, RowSource
+from bertdist.pieces import BadRow, Piece, RowSource, first_rows
 from bertdist.text_files import Lines
 
 Rows = list[tuple[Any, ...]]
@@ -276,28 +274,6 @@ def test_an_encoding_whose_lines_depend_on_each_other_is_read_whole_only() -> No
     assert in_pieces(file) == "a.csv: iso2022_jp can only be read whole; convert the file to UTF-8."
 
 
-def parquet_of(**settings: Any) -> bytes:
-    table = pa.table({"c0": [f"t{row}" for row in range(100)], "c1": list(range(100)), "c2": [[row] for row in range(100)]})
-    sink = io.BytesIO()
-    pq.write_table(table, sink, **settings)
-    return sink.getvalue()
-
-
-def test_parquet_comes_in_slices_of_its_row_groups() -> None:
-    file = file_of(parquet_of(row_group_size=30), "parquet")
-    expected = FileRows(file).whole(["c0", "c2"])
-    source = FileRows(file, piece_bytes=200)
-    assert source.column_names() == ["c0", "c1", "c2"]
-    pieces = list(source.pieces(["c0", "c2"]))
-    assert len(pieces) > 8
-    assert [value for piece in pieces for value in values(piece.columns["c0"])] == values(expected.columns["c0"])
-    assert {name for piece in pieces for name in piece.columns} == {"c0", "c2"}
-    for at, piece in enumerate(pieces):
-        assert [piece.where(row) for row in range(piece.rows)] == [f"a.parquet row {piece.place['row'] + row}" for row in range(piece.rows)]
-        again = list(pickle.loads(pickle.dumps(source)).pieces(["c0", "c2"], json.loads(json.dumps(piece.place))))
-        assert [(other.place, other.columns) for other in again] == [(other.place, other.columns) for other in pieces[at:]]
-
-
 def test_a_file_of_this_machine_knows_its_size_and_changes_its_fingerprint(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     path.write_bytes(b"c0\tc1\na\t1\n")
@@ -312,6 +288,16 @@ def test_a_file_of_this_machine_knows_its_size_and_changes_its_fingerprint(tmp_p
     assert source().fingerprint != one.fingerprint
     there = FileRows(file_of(b"", "tsv"), fingerprint="etag", size=7)
     assert there.bytes == 7 and there.fingerprint != FileRows(file_of(b"", "tsv"), fingerprint="other").fingerprint
+
+
+def test_the_first_rows_come_with_what_was_left_out_before_the_next() -> None:
+    content = b"c0,c1\na,1\nbad\nb,2\nbad\nc,3\nbad\n"
+    for count, lines in ((1, [3]), (2, [3, 5]), (3, [3, 5, 7])):
+        piece = FileRows(file_of(content), on_bad_row="skip").whole(["c0"], count)
+        again = first_rows(next(FileRows(file_of(content), on_bad_row="skip").pieces(["c0"])), count)
+        for found in (piece, again):
+            assert (found.rows, values(found.columns["c0"])) == (count, list("abc")[:count])
+            assert [row.line for row in found.bad] == lines
 
 
 @pytest.mark.parametrize("path", ["chnsenticorp/train.tsv", "sms_spam/spam.csv", "clinc150/data_full.json"])

@@ -341,7 +341,7 @@ def test_bytes_that_are_not_utf8_are_named_with_file_line_and_byte(shared_data: 
         path.read_bytes().decode()
     line = path.read_bytes()[: caught.value.start].count(b"\n") + 1
     byte = path.read_bytes()[caught.value.start]
-    message = refusal(lambda: train(str(path), text_column="v2", label_column="v1"))
+    message = refusal(lambda: train(str(path), text_column="v2", label_column="v1", encoding="utf-8"))
     assert message.startswith(f"spam.csv line {line}: byte 0x{byte:02X} is not utf-8; pass --encoding cp1252")
     records = train(str(path), text_column="v2", label_column="v1", encoding="cp1252")
     assert len(records) == 5_572 and any("£" in record.text for record in rows_of(records))
@@ -383,7 +383,7 @@ def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
         ("a.jsonl", b'{"text": "\xa3", "label": 1}\n', {}, "a.jsonl line 1: byte 0xA3 is not utf-8"),
         ("a.csv", b"text,label\na,1\n\x81,0\n", {"encoding": "cp1252"}, "a.csv line 3: byte 0x81 is not cp1252; pass the --encoding it"),
         ("a.csv", "text,label\na,1\n", {"encoding": "utf-9"}, "--encoding utf-9 is not a text encoding"),
-        ("a.csv", "text,label\na,1\n".encode("utf-16"), {}, "a.csv is UTF-16, expected UTF-8; convert it"),
+        ("a.csv", "text,label\na,1\n".encode("utf-16"), {"encoding": "utf-8"}, "a.csv is UTF-16, expected UTF-8; convert it"),
         ("a.csv", "text,label\ra,1\r", {}, "a.csv: its lines end with a lone carriage return"),
         ("a.csv", "", {}, "a.csv has no rows."),
         ("a.csv", "\n\n", {}, "a.csv has no rows."),
