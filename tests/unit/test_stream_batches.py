@@ -319,6 +319,21 @@ def test_a_worker_that_takes_the_turn_of_another_is_seen() -> None:
         assert_every_row_once(steps_of([list(read.steps(0, 12))]), 6, 23)
 
 
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_mixture_goes_on_from_every_step_on_any_ranks(workers: int) -> None:
+    small, large = files_of([5]), files_of([9, 21])
+    plain = batches_of(small, tokens_per_micro_batch=20)
+    mixed = replace(plain.stream, parts=[small, large], weights=(1.0, 2.0))
+    of_ranks = [replace(plain, stream=mixed, rank=rank, ranks=3, workers=workers) for rank in range(3)]
+    with emulated(2):
+        by_rank = [list(batches.steps(0, 20)) for batches in of_ranks]
+        for start in range(1, 20):
+            again = of_ranks[1].steps(start, 20, by_json(by_rank[0][start - 1].after))
+            assert list(map(content, again)) == list(map(content, by_rank[1][start:]))
+    assert steps_of(by_rank) == steps_of([list(replace(plain, stream=mixed).steps(0, 20))])
+    assert all(len(step) == 4 for step in steps_of(by_rank)), "there is no end, so no step is smaller"
+
+
 @pytest.mark.parametrize(("workers", "together"), [(1, 1), (1, 3), (2, 1), (2, 2), (2, 50)])
 def test_real_workers_send_what_emulated_ones_do(workers: int, together: int) -> None:
     read = batches_of(files_of([7, 0, 11, 5]), 1, 2, tokens_per_micro_batch=9)
