@@ -102,6 +102,7 @@ class RunConfig:
 
     output_dir: str = HfArg(default="", help="Folder of the run; the same command with the same folder goes on where it stopped. Required.")
     seed: int = HfArg(default=42, help="Decides the order of rows, the new head's weights and dropout.")
+    dry_run: bool = HfArg(default=False, help="Train nothing: look at the data, say the plan (steps, tokens, what each rank gets, memory), and leave. Loads no weights.")
     num_train_epochs: float = HfArg(default=3.0, help="Passes over the training rows.")
     max_train_steps: int | None = HfArg(default=None, help="Optimizer steps, instead of --num_train_epochs.")
     mixed_precision: Literal["no", "bf16", "fp16"] | None = HfArg(default=None, help="Precision of matrix products; None takes what `accelerate launch` says, else 'no'. Weights stay float32.")
@@ -208,12 +209,8 @@ def _out_of_range(section: Any, bounds: dict[str, tuple[float, float | None]]) -
             yield f"--{name} is {value}; expected {expected}."
 
 
-def _problems(config: TrainConfig) -> Iterable[str]:
-    data, run, optim, task = config.data, config.run, config.optim, config.task
-    if not config.model.model_name_or_path:
-        yield "--model_name_or_path is missing: a model folder, or a name on the hub such as google-bert/bert-base-uncased."
-    if not run.output_dir:
-        yield "--output_dir is missing: the folder that the run writes to."
+def data_problems(data: DataConfig) -> Iterable[str]:
+    """What is wrong with the words that name the rows, one line each."""
     sources = [f"--{name}" for name in ("train_file", "dataset_name", "task_name") if getattr(data, name)]
     if not sources:
         yield "No training rows: give --train_file, or --dataset_name, or --task_name."
@@ -225,8 +222,17 @@ def _problems(config: TrainConfig) -> Iterable[str]:
         yield f"--label_columns repeats a name: {' '.join(data.label_columns)}."
     if data.label_columns and (data.label_column or data.label_delimiter):
         yield "--label_columns stands instead of --label_column and --label_delimiter."
-    yield from _out_of_range(config.model, {"max_length": (3, None), "dropout": (0, 1)})
     yield from _out_of_range(data, {"max_train_samples": (1, None), "max_eval_samples": (1, None)})
+
+
+def _problems(config: TrainConfig) -> Iterable[str]:
+    data, run, optim, task = config.data, config.run, config.optim, config.task
+    if not config.model.model_name_or_path:
+        yield "--model_name_or_path is missing: a model folder, or a name on the hub such as google-bert/bert-base-uncased."
+    if not run.output_dir:
+        yield "--output_dir is missing: the folder that the run writes to."
+    yield from data_problems(data)
+    yield from _out_of_range(config.model, {"max_length": (3, None), "dropout": (0, 1)})
     yield from _out_of_range(task, {"label_smoothing_factor": (0, 1)})
     yield from _out_of_range(config.batch, {"train_batch_size": (1, None), "tokens_per_micro_batch": (1, None), "dataloader_num_workers": (0, None)})
     yield from _out_of_range(optim, {"learning_rate": (0, None), "weight_decay": (0, None), "adam_beta1": (0, 1), "adam_beta2": (0, 1), "adam_epsilon": (0, None)})

@@ -15,26 +15,31 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bertdist"
 
 FLOORS = [  # a module imports from lower floors only
     ["errors"],
-    ["words", "dropout", "embedding", "linear"],
+    ["words", "dropout", "embedding", "linear", "findings"],
     ["config", "scores", "slurm", "console", "attention_cpu", "arrow_files", "columns", "ranks", "meter"],
     ["tasks", "records", "optim", "attention"],
-    ["encoding", "deberta"],
-    ["batching", "families"],
-    ["classifier", "checkpoint", "begin", "memory"],
-    ["evaluation", "room"],
-    ["best"],
-    ["train", "predict", "check", "sweep", "report"],
+    ["encoding", "deberta", "check_config", "labels", "duplicates", "text_health"],
+    ["batching", "families", "lengths", "overlap", "tables"],
+    ["classifier", "checkpoint", "begin", "memory", "inspection"],
+    ["evaluation", "room", "dry_run"],
+    ["best", "fix"],
+    ["train", "predict"],
+    ["check", "sweep", "report"],
 ]
 LEVEL = {module: level for level, floor in enumerate(FLOORS) for module in floor}
 DOORS = {  # a third-party package comes in through these modules only, so that an upgrade touches known files
-    "transformers": {"attention", "best", "classifier", "config", "deberta", "encoding", "families", "optim", "words"},
+    "transformers": set(
+        "attention best check_config classifier config deberta dry_run encoding families inspection lengths optim words".split()
+    ),
     "accelerate": {"begin", "best", "checkpoint", "evaluation", "predict", "ranks", "room", "slurm", "train"},
     "datasets": {"records", "scores"},
     "evaluate": {"scores"},
     "sklearn": {"scores"},
     "scipy": {"scores"},
     "rich": {"console"},
-    "pyarrow": {"records", "arrow_files", "columns"},
+    "pyarrow": {"records", "arrow_files", "columns", "duplicates", "fix", "lengths", "tables", "text_health"},
+    "rensa": {"duplicates"},
+    "ftfy": {"text_health"},
     "xxhash": {"records", "arrow_files", "checkpoint"},
     "safetensors": {"checkpoint", "classifier"},
     "yaml": {"config", "words"},
