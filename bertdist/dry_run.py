@@ -51,9 +51,9 @@ class Memory:
 
 
 def dry_run(config: TrainConfig) -> int:
-    """Tell the plan; the exit code: 1 where there are errors in the data, else 0. Raises BertdistError where training would, before its model.
+    """Tell the plan; the exit code: 1 where there are errors in the data, else 0. Raises BertdistError where training would.
 
-    Under a launcher rank 0 does it and the others leave.
+    Under a launcher rank 0 does it, and the others leave.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_world(world)
@@ -90,18 +90,15 @@ def _show_plan(config: TrainConfig, found: Inspection, task: Task, world: int) -
     about = "" if lengths.rows == len(train) else "about "
     show(f"Task: {task.problem_type}, {len(task.labels)} output{'s' * (len(task.labels) != 1)}: {', '.join(task.labels[:10])}.")
     show(f"{per_epoch:,} steps an epoch of {size} rows, {total:,} steps in all, {total * size / len(train):.4g} epochs.")
-    show(
-        f"An epoch has {about}{lengths.kept:,} real tokens, {lengths.kept / len(train):.1f} a row; {lengths.truncated:.1%} of the rows are truncated."
-    )
+    a_row = lengths.kept / len(train)
+    show(f"An epoch has {about}{lengths.kept:,} real tokens, {a_row:.1f} a row; {lengths.truncated:.1%} of the rows are truncated.")
     together = padded_together(np.minimum(lengths.counted, limit), size, config.run.seed)
-    show(f"No padding is computed: padded to {limit} there were {len(train) * limit / lengths.kept:.1f} times as many, padded to the longest of a "
-         f"step {together:.2f} times.")  # fmt: skip
+    show(f"No padding is computed: padded to {limit} {limit / a_row:.1f} times as many, to the longest of a step {together:.2f} times.")
     rows = []
     for ranks in dict.fromkeys((world, OTHER_WORLD)):
-        slowest, idle = balance(train.lengths(), np.minimum(lengths.counted, limit), size, ranks, config.run.seed)
-        rows.append([
-            f"{ranks}{' (now)' * (ranks == world)}", f"{size / ranks:.4g}", f"{size * lengths.kept / len(train) / ranks:,.0f}", f"{slowest:.3f}", f"{idle:.0%}",
-        ])  # fmt: skip
+        fullest, idle = balance(train.lengths(), np.minimum(lengths.counted, limit), size, ranks, config.run.seed)
+        name = f"{ranks} (now)" if ranks == world else f"{ranks}"
+        rows.append([name, f"{size / ranks:.4g}", f"{size * a_row / ranks:,.0f}", f"{fullest:.3f}", f"{idle:.0%}"])
     show_table("What a rank gets in a step", ["ranks", "rows", "tokens", "fullest / mean", "idle"], rows, right=range(5))
 
 
@@ -150,12 +147,12 @@ def _size(settings: Any, *names: str) -> int:
 
 
 def _show_memory(config: TrainConfig, lengths: Lengths, memory: Memory, world: int) -> None:
-    precision = config.run.mixed_precision or "no"
     tokens = config.batch.train_batch_size * lengths.kept / lengths.of / world
-    show(f"Memory of a rank, estimated: {memory.parameters / 1e6:,.1f} million parameters x {memory.per_parameter} bytes (weights, gradient, AdamW) = "
-         f"{memory.fixed / 1e9:.2f} GB, and {memory.per_token / 1e6:.3f} MB of activations a token (--mixed_precision {precision}): "
-         f"{tokens * memory.per_token / 1e9:.2f} GB for a mean share of {tokens:,.0f} tokens at once, or less in micro-batches.")  # fmt: skip
     longest = min(lengths.longest, config.model.max_length)
+    states, share = f"{memory.fixed / 1e9:.2f} GB", f"{tokens * memory.per_token / 1e9:.2f} GB"
     show(
-        f"It needs at least {(memory.fixed + longest * memory.per_token) / 1e9:.2f} GB, with one text of {longest} tokens in a micro-batch."
+        f"Memory of a rank, estimated for --mixed_precision {config.run.mixed_precision or 'no'}:",
+        f"  {states}  {memory.parameters / 1e6:,.1f} million parameters x {memory.per_parameter} bytes (weights, gradient, AdamW)",
+        f"  {share}  a mean share of {tokens:,.0f} tokens x {memory.per_token / 1e3:,.0f} kB of activations, if computed at once",
+        f"At least {(memory.fixed + longest * memory.per_token) / 1e9:.2f} GB, in micro-batches of one text of {longest} tokens.",
     )

@@ -153,6 +153,12 @@ def _of_training(records: Records, labels: Labels, num_examples: int) -> list[Fi
                 "Look at --metrics f1_macro, and try --class_weights balanced.", [],
             )
         )  # fmt: skip
+    return found + _alike(counts, finding)
+
+
+def _alike(counts: dict[str, int], finding: Any) -> list[Finding]:
+    """Labels that differ in nothing a person would see."""
+    found = []
     same: dict[str, list[str]] = {}
     for name in counts:
         same.setdefault(" ".join(name.lower().split()), []).append(name)
