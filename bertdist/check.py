@@ -105,9 +105,10 @@ def _show_lengths(lengths: Sequence[Lengths]) -> None:
         for entry in lengths
     ]
     limit = [f"> {lengths[0].max_length}"] if lengths[0].max_length else []
-    title = f"Lengths in {unit}" + ("" if limit else " (no tokenizer: give --model_name_or_path to count tokens)")
     header = ["split", "words", "mean", *(f"{share}%" for share in lengths[0].percentiles), "longest", *limit]
-    show_table(title, header, told, right=range(1, len(header)))
+    show_table(f"Lengths in {unit}", header, told, right=range(1, len(header)))
+    if not limit:
+        show("No tokenizer: --model_name_or_path counts tokens.")
     histogram = lengths[0].histogram
     most = max(rows for _, _, rows in histogram)
     bars = [[f"{low:,} to {high:,}", f"{rows:,}", "█" * round(BAR * rows / most) or "·" * (rows > 0)] for low, high, rows in histogram]

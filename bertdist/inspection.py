@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from bertdist.arrow_files import find_file, open_file
 from bertdist.config import DataConfig
 from bertdist.duplicates import Sameness, can_find_near_duplicates, compare_texts
 from bertdist.errors import BertdistError, DataError
@@ -136,6 +137,8 @@ def open_splits(data: DataConfig, test_file: str | None) -> tuple[dict[str, Reco
             )
         except DataError:
             raise error from None
+        if not _has_labels(test_file, data, found["train"]):
+            return found, [], notes
         findings.append(
             Finding(
                 kind="unreadable_labels",
@@ -149,6 +152,13 @@ def open_splits(data: DataConfig, test_file: str | None) -> tuple[dict[str, Reco
             )
         )
     return found, findings, notes
+
+
+def _has_labels(path: str, data: DataConfig, train: Records) -> bool:
+    """Whether a file has the label columns of the training rows."""
+    file = find_file(path, delimiter=data.delimiter, quoting=data.quoting, encoding=data.encoding, column_names=data.column_names)
+    names = ["text"] if file.kind == "txt" else open_file(file)[0]
+    return set(data.label_columns or [train.label_column]) <= set(names)
 
 
 def _readable(records: Records) -> Records:

@@ -23,7 +23,7 @@ from bertdist.findings import Example, Finding, Severity, excerpt
 Rows = npt.NDArray[np.int64]
 BEFORE = 40  # characters of an excerpt that stand before what it is to show
 LONG_CHARACTERS, LONG_TIMES = 5_000, 50  # a very long text has more characters than both: this, and so many times the median
-WORDLESS = r"^[\s\p{P}\p{Sm}\p{Sc}\p{Sk}]+$"  # symbols such as emoji (\p{So}) do say something
+WORDLESS = r"^\s*[\p{P}\p{Sm}\p{Sc}\p{Sk}][\s\p{P}\p{Sm}\p{Sc}\p{Sk}]*$"  # symbols such as emoji (\p{So}) do say something
 ADDRESS = r"(?:https?://|www\.)\S+"
 _SURE = "[ÂÃ][\u0080-\u00bf]|â€|ï»¿|å[\u0080-\u00bf]{2}"  # the stand-in: UTF-8 of Latin and Chinese letters read as latin-1 or cp1252
 
@@ -167,8 +167,7 @@ def mojibake_rows(texts: pa.Array) -> Rows:
     from ftfy.badness import is_bad
 
     without = str.maketrans(dict.fromkeys((*range(0x80, 0xA0), 0xFFFD), " "))
-    found = [row for row in suspects.tolist() if is_bad(text := texts[row].as_py()) and (is_bad(text.translate(without)) or repaired(text))]
-    return np.array(found, np.int64)
+    return np.array([row for row in suspects.tolist() if is_bad(texts[row].as_py().translate(without))], np.int64)
 
 
 def repaired(text: str) -> str | None:
