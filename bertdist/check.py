@@ -17,7 +17,7 @@ from bertdist.config import DataConfig, ModelConfig
 from bertdist.console import Cell, complain, show, show_table, write_whole
 from bertdist.encoding import load_tokenizer
 from bertdist.errors import BertdistError, DataError
-from bertdist.findings import Finding, counts, excerpt
+from bertdist.findings import Finding, counts, excerpt, percent
 from bertdist.fix import dropped_path, write_fixed
 from bertdist.inspection import Inspection, check_data
 from bertdist.lengths import Lengths
@@ -121,7 +121,7 @@ def _share(count: int, total: int) -> str:
 
 def _row(finding: Finding, found: Inspection) -> list[Cell]:
     unit = finding.unit.removesuffix("s") if finding.count == 1 else finding.unit
-    share = "" if finding.share is None else f"\n{finding.share:.2%}" if finding.share < 0.1 else f"\n{finding.share:.0%}"
+    share = "" if finding.share is None else f"\n{percent(finding.share)}"
     return [[(finding.severity, STYLES[finding.severity]), (f"\n{finding.count:,} {unit}{share}", "")], list(_told(finding, found))]
 
 

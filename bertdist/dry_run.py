@@ -26,7 +26,7 @@ from bertdist.classifier import labels_of, load_settings
 from bertdist.config import TrainConfig
 from bertdist.console import show, show_table
 from bertdist.encoding import load_tokenizer, open_examples
-from bertdist.findings import counts
+from bertdist.findings import counts, percent
 from bertdist.inspection import Inspection, check_data
 from bertdist.lengths import Lengths
 from bertdist.slurm import check_world
@@ -65,7 +65,7 @@ def dry_run(config: TrainConfig) -> int:
         config.data, tokenizer=tokenizer, max_length=config.model.max_length, problem_type=config.task.problem_type, num_examples=1
     )
     for finding in found.findings:
-        share = f" ({finding.share:.1%})" if finding.share is not None else ""
+        share = f" ({percent(finding.share)})" if finding.share is not None else ""
         place = next((found.where[example.split, example.row] for example in finding.examples), "")
         unit = finding.unit.removesuffix("s") if finding.count == 1 else finding.unit
         show(f"{finding.severity}: {finding.split}: {finding.title}: {finding.count:,} {unit}{share}{', ' * bool(place)}{place}")

@@ -76,6 +76,11 @@ def counts(findings: Iterable[Finding]) -> dict[str, int]:
     return {severity: found.count(severity) for severity in SEVERITIES}
 
 
+def percent(share: float) -> str:
+    """Short, and never 0 or 100 for what is not."""
+    return "< 0.01%" if 0 < share < 0.0001 else f"{share:.2%}" if share < 0.1 else "> 99%" if 0.995 <= share < 1 else f"{share:.0%}"
+
+
 def excerpt(text: str, columns: int = EXCERPT) -> str:
     """The beginning of a text on one line; what a line cannot hold is written as in Python (`\\n`), for people and for JSON."""
     shown: list[str] = []

@@ -158,7 +158,7 @@ def _has_labels(path: str, data: DataConfig, train: Records) -> bool:
     """Whether a file has the label columns of the training rows."""
     file = find_file(path, delimiter=data.delimiter, quoting=data.quoting, encoding=data.encoding, column_names=data.column_names)
     names = ["text"] if file.kind == "txt" else open_file(file)[0]
-    return set(data.label_columns or [train.label_column]) <= set(names)
+    return train.label_column in names if data.label_columns is None else set(data.label_columns) <= set(names)
 
 
 def _readable(records: Records) -> Records:

@@ -115,6 +115,14 @@ def _of_training(records: Records, labels: Labels, num_examples: int) -> list[Fi
         )  # fmt: skip
 
     found = []
+    if not counts:
+        found.append(
+            finding(
+                "single_label", "error", "no row has a label", len(records), "There is nothing to learn.",
+                "See --label_column, --label_columns and --label_delimiter.", [],
+            )
+        )  # fmt: skip
+        return found
     if len(counts) < 2 and not labels.several:
         found.append(
             finding(

@@ -60,12 +60,12 @@ def test_errors_in_the_data_are_exit_code_1(
     write_rows(files.train, [{**row, "label": "positive"} for row in clean_rows(20)])
     with pytest.raises(DataError, match="only the label 'positive'"):
         told(words, capsys, monkeypatch)
-    assert "error: train: all rows have one label: 20 rows (100.0%)" in capsys.readouterr().out
+    assert "error: train: all rows have one label: 20 rows (100%)" in capsys.readouterr().out
     leaked = clean_rows(20)
     write_rows(files.train, leaked)
     write_rows(dev, leaked[:5])
     code, out = told(words, capsys, monkeypatch)
-    assert code == 1 and "error: train/validation: rows of validation that stand in train: 5 rows (100.0%), dev.tsv line 2" in out
+    assert code == 1 and "error: train/validation: rows of validation that stand in train: 5 rows (100%), dev.tsv line 2" in out
 
 
 def test_main_leaves_without_training(

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bertdist.findings import IMPORTANCE, Example, Finding, counts, excerpt, located, places, ranked, report
+from bertdist.findings import IMPORTANCE, Example, Finding, counts, excerpt, located, percent, places, ranked, report
 
 
 def finding(kind: str, severity: Any, count: int = 1, total: int = 10, **more: Any) -> Finding:
@@ -35,6 +35,11 @@ def test_errors_come_first_then_what_costs_most_then_the_larger_share() -> None:
 
 def test_a_share_is_none_where_it_says_nothing() -> None:
     assert finding("a", "note", 1, 4).share == 0.25 and finding("a", "note", 1, 0).share is None
+
+
+def test_a_percentage_is_short_and_never_0_or_100_for_what_is_not() -> None:
+    shares = (0, 0.00001, 0.0001, 0.0123, 0.0999, 0.123, 0.994, 0.999, 1)
+    assert [percent(share) for share in shares] == ["0.00%", "< 0.01%", "0.01%", "1.23%", "9.99%", "12%", "99%", "> 99%", "100%"]
 
 
 def test_an_excerpt_is_one_line_and_as_wide_as_asked() -> None:

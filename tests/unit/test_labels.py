@@ -56,6 +56,7 @@ def test_multi_label_rows_without_a_label(tmp_path: Path) -> None:
     assert kinds(found) == [("rows_without_a_label", "note", "train", 10)]
     assert dict(the(found, "rows_without_a_label").details) == {"mean_labels": 1.0, "most_labels": 2}
     assert found.problem_type == "multi_label_classification"
+    assert kinds(look(tmp_path, with_labels([[]] * 20)))[0] == ("single_label", "error", "train", 20)
     mostly = look(tmp_path, with_labels([[], [], [], ["a"], ["b"]] * 10))
     assert kinds(mostly) == [("rows_without_a_label", "warning", "train", 30)]
     assert kinds(look(tmp_path, with_labels([["a"], ["b"]] * 10))) == []
