@@ -62,7 +62,7 @@ class File:
     def where(self, row: int) -> str:
         """`dev.tsv line 12`, the line on which row `row` (from 0) starts; `x.parquet row 7`. Reads the file again: 1 s a million rows."""
         try:
-            line = None if self.kind == "parquet" else next(islice(_lines(self), row, None), None)
+            line = None if self.kind == "parquet" else next(islice(lines_of(self), row, None), None)
         except (OSError, DataError):  # the file has changed since; the message that asks matters more
             line = None
         return f"{self.name} row {row}" if line is None else f"{self.name} line {line}"
@@ -289,7 +289,7 @@ def _twice(names: Sequence[str]) -> str | None:
     return next((name for at, name in enumerate(names) if name in names[:at]), None)
 
 
-def _lines(file: File) -> Iterator[int]:
+def lines_of(file: File) -> Iterator[int]:
     """The line on which every row starts."""
     if file.kind == "txt":
         return iter(range(1, 1 << 62))

@@ -15,20 +15,23 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bertdist"
 
 FLOORS = [  # a module imports from lower floors only
     ["errors"],
-    ["words", "dropout", "embedding", "linear"],
+    ["words", "dropout", "embedding", "linear", "label_noise"],
     ["config", "scores", "slurm", "console", "attention_cpu", "arrow_files", "columns", "ranks", "meter"],
-    ["tasks", "records", "optim", "attention"],
+    ["tasks", "records", "optim", "attention", "doubts_config"],
     ["encoding", "deberta"],
     ["batching", "families"],
     ["classifier", "checkpoint", "begin", "memory"],
     ["evaluation", "room"],
     ["best"],
-    ["train", "predict", "check", "sweep", "report"],
+    ["train", "predict"],
+    ["folds"],
+    ["doubts"],
+    ["check", "sweep", "report"],
 ]
 LEVEL = {module: level for level, floor in enumerate(FLOORS) for module in floor}
 DOORS = {  # a third-party package comes in through these modules only, so that an upgrade touches known files
-    "transformers": {"attention", "best", "classifier", "config", "deberta", "encoding", "families", "optim", "words"},
-    "accelerate": {"begin", "best", "checkpoint", "evaluation", "predict", "ranks", "room", "slurm", "train"},
+    "transformers": {"attention", "best", "classifier", "config", "deberta", "doubts_config", "encoding", "families", "optim", "words"},
+    "accelerate": {"begin", "best", "checkpoint", "doubts", "evaluation", "folds", "predict", "ranks", "room", "slurm", "train"},
     "datasets": {"records", "scores"},
     "evaluate": {"scores"},
     "sklearn": {"scores"},
@@ -39,6 +42,7 @@ DOORS = {  # a third-party package comes in through these modules only, so that 
     "safetensors": {"checkpoint", "classifier"},
     "yaml": {"config", "words"},
     "psutil": {"memory", "slurm"},
+    "cleanlab": {"label_noise"},
 }
 OPEN = {"torch", "numpy", "bertdist"} | sys.stdlib_module_names  # enter anywhere
 MOST_LINES_OF_A_FILE = 300
