@@ -8,6 +8,7 @@ warning; 1: errors, or one line for what a user can mend.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -139,6 +140,10 @@ def _told(finding: Finding, found: Inspection) -> Iterator[tuple[str, str]]:
 def main() -> None:
     """The command line: exit code 1 where there are errors in the data, or one line for what a user can mend."""
     try:
+        if any(word.split("=")[0] in ("--model", "--folds") for word in sys.argv[1:]):
+            from bertdist.doubts import show_doubts  # with all that training takes, which a look at the data need not load
+
+            sys.exit(show_doubts(sys.argv[1:]))
         config, data = read_check_config(sys.argv[1:])
         found = check(config, data)
         show_inspection(found)
@@ -152,7 +157,8 @@ def main() -> None:
             told = ", ".join(f"{kind} {count:,}" for kind, count in mended.items())
             show(f"Written: {path}, {left:,} of {len(found.splits['train']):,} rows ({told}), and {dropped_path(path)}.")
     except BertdistError as error:
-        complain(error)
+        if os.environ.get("RANK", "0") == "0" or not error.shared:
+            complain(error)
         sys.exit(1)
     sys.exit(1 if counts(found.findings)["error"] else 0)
 

@@ -31,7 +31,7 @@ def read_config(words: Sequence[str]) -> TrainConfig:
     config = TrainConfig(
         **dict(zip(("model", "data", "task", "batch", "optim", "run"), read_words("train.py", sections, words), strict=True))
     )
-    if problems := list(_problems(config)):
+    if problems := list(problems_of(config)):
         raise ConfigError("\n".join(problems))
     return config
 
@@ -82,7 +82,8 @@ def data_problems(data: DataConfig) -> Iterable[str]:
         yield "--max_bad_rows goes with --on_bad_row skip."
 
 
-def _problems(config: TrainConfig) -> Iterable[str]:
+def problems_of(config: TrainConfig) -> Iterable[str]:
+    """What the values do together that cannot be, one line each."""
     data, run, optim, task = config.data, config.run, config.optim, config.task
     if not config.model.model_name_or_path:
         yield "--model_name_or_path is missing: a model folder, or a name on the hub such as google-bert/bert-base-uncased."

@@ -15,13 +15,13 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bertdist"
 
 FLOORS = [  # a module imports from lower floors only
     ["errors"],
-    ["words", "dropout", "embedding", "linear", "pieces", "places", "addresses", "findings"],
+    ["words", "dropout", "embedding", "linear", "pieces", "places", "addresses", "findings", "label_noise"],
     ["config", "scores", "slurm", "console", "attention_cpu", "text_files", "file_bytes", "columns", "ranks", "meter", "remote"],
     ["command_line", "row_ends"],
     ["separated", "json_lines", "guess", "parquet_files", "check_config"],
     ["file_rows"],
     ["arrow_files", "hub"],
-    ["tasks", "records", "optim", "attention"],
+    ["tasks", "records", "optim", "attention", "doubts_config"],
     ["mixture", "joined", "encoding", "deberta", "labels", "duplicates", "text_health"],
     ["stream", "batch", "families", "lengths", "overlap", "tables"],
     ["batching", "survey", "sources"],
@@ -31,17 +31,19 @@ FLOORS = [  # a module imports from lower floors only
     ["evaluation", "room", "dry_run"],
     ["best", "fix"],
     ["train", "predict"],
+    ["folds"],
+    ["doubts"],
     ["check", "sweep", "report"],
 ]
 LEVEL = {module: level for level, floor in enumerate(FLOORS) for module in floor}
 DOORS = {  # a third-party package comes in through these modules only, so that an upgrade touches known files
     "transformers": set(
         """
-            attention begin best check_config classifier config deberta dry_run encoding families inspection lengths optim
-            words
+            attention begin best check_config classifier config deberta doubts_config dry_run encoding families inspection
+            lengths optim words
         """.split()
     ),
-    "accelerate": {"begin", "best", "checkpoint", "evaluation", "known", "predict", "ranks", "room", "slurm", "survey", "train"},
+    "accelerate": set("begin best checkpoint doubts evaluation folds known predict ranks room slurm survey train".split()),
     "datasets": {"hub", "scores", "sources"},
     "evaluate": {"scores"},
     "sklearn": {"scores"},
@@ -59,6 +61,7 @@ DOORS = {  # a third-party package comes in through these modules only, so that 
     "charset_normalizer": {"guess"},
     "rensa": {"duplicates"},
     "ftfy": {"text_health"},
+    "cleanlab": {"label_noise"},
     "safetensors": {"checkpoint", "classifier"},
     "yaml": {"config", "words"},
     "psutil": {"memory", "slurm"},

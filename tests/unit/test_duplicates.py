@@ -12,7 +12,8 @@ from rows import write_rows
 from bertdist import duplicates
 from bertdist.config import DataConfig
 from bertdist.duplicates import compare_texts, jaccard, repeated, shingles
-from bertdist.records import Records, open_source, records_of
+from bertdist.records import Records
+from bertdist.sources import open_source, records_of
 
 pytest.importorskip("rensa", reason="near duplicates need the extra `check`")
 
