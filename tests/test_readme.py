@@ -27,6 +27,7 @@ PROGRAMS = {
     "launch/demo.py": "demo",
     "bench/peers.py": "peers",
     "bench/scaling.py": "scaling",
+    "bench/compiled.py": "compiled",
 }
 OTHERS = {"git", "pip", "make", "torchrun", "pytest", "ruff", "mypy", "srun", "sbatch", "salloc", "squeue", "scancel", "scontrol"}
 
@@ -94,13 +95,13 @@ def flags_of(program: str) -> frozenset[str]:
     """The flags that train, predict, demo, a benchmark or `accelerate launch` knows."""
     from accelerate.commands.launch import launch_command_parser
 
-    from bench import peers, scaling
+    from bench import compiled, peers, scaling
     from bertdist.config import PredictConfig, TrainConfig
 
     if program == "launch":
         return frozenset(word for action in launch_command_parser()._actions for word in action.option_strings)
-    if program in ("peers", "scaling"):
-        parser = {"peers": peers, "scaling": scaling}[program].parser()
+    if program in ("peers", "scaling", "compiled"):
+        parser = {"peers": peers, "scaling": scaling, "compiled": compiled}[program].parser()
         return frozenset(word for action in parser._actions for word in action.option_strings)
     if program == "demo":
         return frozenset(re.findall(r'"(--\w+)"', (ROOT / "launch" / "demo.py").read_text(encoding="utf-8")))

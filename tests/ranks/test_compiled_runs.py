@@ -1,11 +1,11 @@
 """Whole runs under --torch_compile, with inductor: the eager loss curve, a restart that is invisible, and a compiler that is not there.
 
-The first of them compiles, 11 s of one core; the others find in inductor's cache on disk what it compiled.
+The first of them compiles, for some seconds; the others find in inductor's cache on disk what it compiled.
 """
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,15 @@ STEPS = 10  # 5 an epoch, the last smaller
 SAID = "--torch_compile: the layers are compiled ("
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Inductor's own, so that each session compiles once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._inductor.config.cpp, "vec_isa_ok", True)  # trying each of the CPU's instruction sets takes as long again
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return write_split(tmp_path_factory.mktemp("rows"), 38, 12)
@@ -42,9 +51,10 @@ def words(tiny_model: Path, files: Files) -> Callable[..., list[str]]:
 
 
 def compiled_run(accelerator: Accelerator, words: list[str], breaking: Breaking | None = None) -> tuple[str, int, int]:
-    """What was said; compiled graphs; calls of the layers' Python code after the first step, in training."""
+    """What was said; graphs that were made of the layers' Python code; graphs that inductor was given, forward and backward."""
     from torch._dynamo.utils import counters
 
+    counters.clear()  # what the tests before have counted in the process that this one is a fork of
     said = run_train(accelerator, words, breaking)[2]
     return said, counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_hit"] + counters["inductor"]["fxgraph_cache_miss"]
 

@@ -17,10 +17,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     DistilBertConfig,
-    ElectraConfig,
     ModernBertConfig,
     PretrainedConfig,
-    RobertaConfig,
 )
 
 from bertdist import compiled, dropout
@@ -38,10 +36,8 @@ TASK = SingleLabel(("bad", "good"))
 HERE: Any = SimpleNamespace(num_processes=1, device=torch.device("cpu"))  # what compile_layers asks an Accelerator
 LENGTHS = [9, 7, 7, 3, 3]
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
-KINDS: dict[str, Callable[[], PretrainedConfig]] = {
+KINDS: dict[str, Callable[[], PretrainedConfig]] = {  # one of each kind of layer
     "bert": lambda: BertConfig(initializer_range=0.2, **SIZES),
-    "roberta": lambda: RobertaConfig(max_position_embeddings=98, type_vocab_size=1, initializer_range=0.2, **SIZES),
-    "electra": lambda: ElectraConfig(embedding_size=16, initializer_range=0.2, **SIZES),
     "albert": lambda: AlbertConfig(embedding_size=16, initializer_range=0.2, **SIZES),
     "modernbert": lambda: ModernBertConfig(
         pad_token_id=0, local_attention=4, global_attn_every_n_layers=2, attention_dropout=0.1, mlp_dropout=0.1, **SIZES
@@ -109,14 +105,14 @@ def far(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 # ---- The same arithmetic
 
 
-@pytest.mark.parametrize(("kind", "p"), [("bert", 0.0), *((kind, 0.3) for kind in KINDS)])
-def test_gradients_are_the_eager_ones(kind: str, p: float, load: Callable[..., Classifier]) -> None:
-    """Dropout too: the same masks, drawn in the same order. aot_eager splits forward and backward as inductor does."""
-    eager, model = load(kind, dropout=p).double(), load(kind, dropout=p).double()
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_the_eager_ones(kind: str, load: Callable[..., Classifier]) -> None:
+    """Dropout too: the same masks, drawn in the same order. This backend splits forward and backward as inductor does."""
+    eager, model = load(kind, dropout=0.3).double(), load(kind, dropout=0.3).double()
     assert compile_layers(model, HERE, "aot_eager_decomp_partition").startswith("--torch_compile: the layers are compiled (")
     for lengths in (LENGTHS, [12, 2]):
         assert far(gradients(model, lengths), gradients(eager, lengths)) < 1e-14
-    assert far(gradients(model), gradients(eager, step=4)) > 0.01 or p == 0  # other masks would be seen
+    assert far(gradients(model), gradients(eager, step=4)) > 0.01  # other masks would be seen
 
 
 def test_a_mask_that_is_not_the_rows_is_seen(load: Callable[..., Classifier], monkeypatch: pytest.MonkeyPatch) -> None:
