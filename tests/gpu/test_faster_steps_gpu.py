@@ -18,7 +18,7 @@ from bertdist.config import read_config
 from bertdist.graphed import GraphedStep, Taken
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-STEPS, REPLAYED = 20, 15  # 5 steps an epoch, the last smaller; the first of all makes AdamW's state
+STEPS, REPLAYED = 20, 1 + 15  # a trial; and of 5 steps an epoch all but the smaller last, and the first of all, which makes AdamW's state
 ROUNDING = 0.02
 
 
@@ -80,7 +80,7 @@ def test_dropout_of_a_replay_is_a_function_of_the_step(
     same = write_split(tmp_path / "same", 8, 6)
     still = {"cuda_graphs": True, "dropout": 0.3, "learning_rate": 0, "num_train_epochs": STEPS}
     once, again = (curve(tiny_model, tmp_path / name, same, **still) for name in ("once", "again"))
-    assert len(replays) == 2 * (STEPS - 1)
+    assert len(replays) == 2 * STEPS  # with the trial, without the first step
     assert far(once, again) < 1e-3
     assert len(set(once.tolist())) == STEPS and once.std() > ROUNDING
     monkeypatch.setattr(graphed, "capture_on_cuda", taken_again)
@@ -106,8 +106,7 @@ def test_a_run_with_replays_goes_on(
         with pytest.raises(KeyboardInterrupt):
             curve(tiny_model, tmp_path / "resumed", files, **settings)
     before = len(replays)
-    # A run begins with an eager step. Its masks are another shape's, so the step after a restart is not compared to the last bit.
-    assert far(curve(tiny_model, tmp_path / "resumed", files, **{**settings, "dropout": 0.3}), straight) < 10 * ROUNDING
+    assert far(curve(tiny_model, tmp_path / "resumed", files, **settings), straight) < ROUNDING
     assert len(replays) > before
 
 

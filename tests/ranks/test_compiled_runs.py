@@ -115,14 +115,15 @@ def test_resume_equals_uninterrupted(compiled: Path, words: Callable[..., list[s
     assert_same_run(tmp_path / "out", compiled)
 
 
-def test_without_a_compiler_the_run_is_the_eager_one(words: Callable[..., list[str]], eager: Path, tmp_path: Path) -> None:
+def test_without_a_compiler_and_a_gpu_the_run_is_the_eager_one(words: Callable[..., list[str]], eager: Path, tmp_path: Path) -> None:
     def no_compiler(accelerator: Accelerator) -> None:
         import torch._inductor.config
 
         torch._inductor.config.cpp.cxx = (str(tmp_path / "no_such_compiler"),)
         torch._inductor.config.force_disable_caches = True
 
-    ((said, *_),) = run_ranks(1, compiled_run, words(tmp_path / "out"), no_compiler)
-    line = next(line for line in said.splitlines() if "--torch_compile" in line)
+    ((said, *_),) = run_ranks(1, compiled_run, words(tmp_path / "out", cuda_graphs=True), no_compiler)
+    assert said.count("\n--cuda_graphs cannot take effect, steps are taken eagerly: it needs a CUDA GPU, and this run is on cpu.\n") == 1
+    (line,) = (line for line in said.splitlines() if "--torch_compile" in line)
     assert line.startswith("--torch_compile cannot take effect, the layers run eagerly: ") and "no_such_compiler" in line
     assert_same_run(tmp_path / "out", eager)
