@@ -122,7 +122,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float, s
     if len(q) != len(k):
         queries, longest_query = torch.arange(len(starts), dtype=torch.int32, device=starts.device), 1
         if window is not None:  # flash counts a window from the text's end: give a first token the keys that it sees, and no window
-            assert not (q.is_cuda and torch.cuda.is_current_stream_capturing()), "which keys those are is worked out by the host: no CUDA graph of it"
+            assert not (q.is_cuda and torch.cuda.is_current_stream_capturing()), "the host works out which: not for a CUDA graph"
             lengths = np.asarray(packing.lengths)
             kept = np.minimum(lengths, window)
             near = np.repeat(lengths.cumsum() - lengths - (kept.cumsum() - kept), kept) + np.arange(kept.sum())
