@@ -22,6 +22,16 @@ from rows import assert_same_run, run_train, step_log, words_of, write_split
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import (
+    AlbertConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    ModernBertConfig,
+    PretrainedConfig,
+    RobertaConfig,
+)
 
 from bertdist import attention, graphed, train
 from bertdist.attention import Packing
@@ -232,11 +242,14 @@ def test_steps_of_several_micro_batches_are_taken_eagerly() -> None:
 
 def attend_by_starts(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float, scale: float, window: int | None) -> Tensor:
     """What flash attention does: it looks at `starts` on the device, and not at what the host believes of the lengths."""
-    assert packing.starts is not None and window is None
-    text = torch.searchsorted(packing.starts, torch.arange(len(k)), right=True) - 1
-    asking = text if len(q) == len(k) else torch.arange(len(q))
-    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-    weights = scores.masked_fill(asking[:, None] != text, -torch.inf).softmax(-1)
+    assert packing.starts is not None
+    place = torch.arange(len(k))
+    text = torch.searchsorted(packing.starts, place, right=True) - 1
+    asking = place if len(q) == len(k) else packing.starts[:-1]
+    hidden = text[asking][:, None] != text
+    if window is not None:
+        hidden = hidden | ((asking[:, None] - place).abs() >= window)
+    weights = (torch.einsum("qhd,khd->hqk", q, k) * scale).masked_fill(hidden, -torch.inf).softmax(-1)
     return torch.einsum("hqk,khd->qhd", F.dropout(weights, dropout), v)
 
 
@@ -264,9 +277,60 @@ def recorded(take: Callable[[], Taken], device: torch.device) -> tuple[Callable[
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():  # else a view, or in place
                     old.copy_(new)
 
-    names = {func.__name__ for func, *_ in calls}
-    assert {"embedding_dense_backward.default", "_fused_adamw_.tensor_lr"} <= names, "the whole step is in it"
     return replay, results
+
+
+def as_on_a_gpu(patch: Callable[[Any, str, Any], None]) -> None:
+    patch(attention, "kernel_of", lambda *args: "varlen")
+    patch(attention, "_varlen", attend_by_starts)
+    patch(Classifier, "_noise_of", lambda *args: None)  # dropout is torch's
+    patch(KeptGradientEmbedding, "forward", nn.Embedding.forward)
+
+
+SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48, "pad_token_id": 0}
+KINDS: dict[str, Callable[[], PretrainedConfig]] = {
+    "bert": lambda: BertConfig(**SIZES),
+    "roberta": lambda: RobertaConfig(max_position_embeddings=140, **SIZES),
+    "electra": lambda: ElectraConfig(embedding_size=16, **SIZES),
+    "albert": lambda: AlbertConfig(embedding_size=16, **SIZES),
+    "distilbert": lambda: DistilBertConfig(vocab_size=40, dim=32, n_layers=4, n_heads=2, hidden_dim=48),
+    "modernbert": lambda: ModernBertConfig(local_attention=4, classifier_pooling="cls", **SIZES),
+    "modernbert, means": lambda: ModernBertConfig(local_attention=4, classifier_pooling="mean", **SIZES),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family_reads_a_step_from_the_device(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded on a blank batch, the gradients of other lengths are found; nothing on the way looks at a tensor's value."""
+    as_on_a_gpu(monkeypatch.setattr)
+    torch.manual_seed(1)
+    config = KINDS[kind]()
+    config.initializer_range = 0.2
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    task, budget = TASKS["single_label"][0], Budget(tokens=30, texts=6, rows=3, longest=12)
+    model = load(tmp_path, task, dropout=0).double()
+    weights = list(model.parameters())
+    fixed = budget.blank(batch_of([3]))
+
+    def take(batch: Batch) -> Taken:
+        loss = task.loss(model(batch), batch.targets, batch.weights)
+        found = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+        return loss.detach(), torch.cat([gradient.flatten() for gradient in found])
+
+    replay, (loss, gradients) = recorded(lambda: take(fixed), torch.device("cpu"))
+    for lengths, left_out in ((12, 9, 5), ""), ((3, 6, 4), ""), ((7, 2, 1), "starts"), ((8, 1, 1), "positions"):
+        batch = budget.fill(step_of(*lengths))
+        assert batch is not None
+        for name, tensor in vars(batch).items():
+            if isinstance(tensor, Tensor) and name != left_out:
+                getattr(fixed, name).copy_(tensor)
+        replay()
+        expected_loss, expected = take(batch)
+        far = ((gradients - expected).norm() / expected.norm()).item()
+        if left_out:  # the controls
+            assert far > 1e-3
+        else:
+            assert far < 1e-6 and torch.isclose(loss, expected_loss)  # the loss is float32
 
 
 def taken_again(take: Callable[[], Taken], device: torch.device) -> tuple[Callable[[], None], Taken]:
@@ -288,10 +352,7 @@ class Rehearsal:
         self.capture, self.before, self.replays, self.eager = capture, before, 0, 0
 
     def __call__(self, accelerator: Accelerator) -> None:
-        attention.kernel_of = lambda *args: "varlen"
-        attention._varlen = attend_by_starts
-        Classifier._noise_of = lambda *args: None  # type: ignore[method-assign] # dropout is torch's, as on a GPU
-        KeptGradientEmbedding.forward = nn.Embedding.forward  # type: ignore[method-assign] # and so is the embeddings' gradient
+        as_on_a_gpu(setattr)
         take_step = train.take_step
 
         def eager(model: Any, optimizer: Any, step: Step, *rest: Any) -> Taken:
