@@ -436,6 +436,24 @@ def test_replays_learn_what_eager_steps_learn(run: Run, eager: Log, tmp_path: Pa
     assert far(run(tmp_path / "counting", None, pads_count)[0], eager) > 1e-3  # the control: pads that are learned from
 
 
+def test_a_step_that_is_taken_eagerly_can_run_out_of_memory(run: Run, eager: Log, tmp_path: Path) -> None:
+    """It is halved as ever, and the steps after it are replayed."""
+
+    def too_small() -> None:
+        forward = Classifier.forward
+
+        def running_out(self: Classifier, batch: Batch) -> Tensor:
+            if len(batch.lengths) == 6:  # only the smaller last steps have six texts
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return forward(self, batch)
+
+        Classifier.forward = running_out  # type: ignore[method-assign]
+
+    log, said, replays, _ = run(tmp_path / "out", None, too_small)
+    assert "Out of memory in step 5; taken again." in said and "cannot take effect" not in said
+    assert replays == TRIAL + 7 and far(log, eager) < 1e-5
+
+
 def pads_count() -> None:
     real = graphed.with_pads
 
