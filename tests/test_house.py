@@ -26,7 +26,7 @@ FLOORS = [  # a module imports from lower floors only
     ["stream", "batch", "families", "lengths", "overlap", "tables"],
     ["batching", "survey", "sources"],
     ["stream_batches", "classifier", "checkpoint", "inspection"],
-    ["memory", "known"],
+    ["memory", "known", "compiled", "graphed"],
     ["begin"],
     ["evaluation", "room", "dry_run"],
     ["best", "fix"],
@@ -43,7 +43,7 @@ DOORS = {  # a third-party package comes in through these modules only, so that 
             lengths optim words
         """.split()
     ),
-    "accelerate": set("begin best checkpoint doubts evaluation folds known predict ranks room slurm survey train".split()),
+    "accelerate": set("begin best checkpoint compiled doubts evaluation folds graphed known predict ranks room slurm survey train".split()),
     "datasets": {"hub", "scores", "sources"},
     "evaluate": {"scores"},
     "sklearn": {"scores"},

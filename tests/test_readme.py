@@ -29,6 +29,7 @@ PROGRAMS = {
     "bench/peers.py": "peers",
     "bench/scaling.py": "scaling",
     "bench/reading.py": "reading",
+    "bench/compiled.py": "compiled",
 }
 OTHERS = {"git", "pip", "make", "torchrun", "pytest", "ruff", "mypy", "srun", "sbatch", "salloc", "squeue", "scancel", "scontrol"}
 
@@ -96,14 +97,14 @@ def flags_of(program: str) -> frozenset[str]:
     """The flags that train, predict, demo, a benchmark or `accelerate launch` knows."""
     from accelerate.commands.launch import launch_command_parser
 
-    from bench import peers, reading, scaling
+    from bench import compiled, peers, reading, scaling
     from bertdist.check_config import CheckConfig
     from bertdist.config import DataConfig, PredictConfig, TrainConfig
 
     if program == "launch":
         return frozenset(word for action in launch_command_parser()._actions for word in action.option_strings)
-    if program in ("peers", "reading", "scaling"):
-        parser = {"peers": peers, "reading": reading, "scaling": scaling}[program].parser()
+    if program in ("compiled", "peers", "reading", "scaling"):
+        parser = {"compiled": compiled, "peers": peers, "reading": reading, "scaling": scaling}[program].parser()
         return frozenset(word for action in parser._actions for word in action.option_strings)
     if program == "demo":
         return frozenset(re.findall(r'"(--\w+)"', (ROOT / "launch" / "demo.py").read_text(encoding="utf-8")))
