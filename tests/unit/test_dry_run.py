@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from bertdist import dry_run, train
 from bertdist.batching import deal, plan
-from bertdist.config import read_config
+from bertdist.command_line import read_config
 from bertdist.dry_run import balance, memory_of, padded_together
 from bertdist.errors import DataError
 from bertdist.tasks import SingleLabel

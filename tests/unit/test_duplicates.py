@@ -12,8 +12,8 @@ from rows import write_rows
 from bertdist import duplicates
 from bertdist.config import DataConfig
 from bertdist.duplicates import compare_texts, jaccard, repeated, shingles
-from bertdist.records import Records
-from bertdist.sources import open_source, records_of
+from bertdist.records import Records, records_of
+from bertdist.sources import open_source
 
 pytest.importorskip("rensa", reason="near duplicates need the extra `check`")
 
@@ -117,5 +117,5 @@ def test_texts_are_numbered_over_all_splits_and_up_to_case_and_blanks() -> None:
 
 def test_a_pair_of_texts_is_one_text(tmp_path: Path) -> None:
     rows = [{"sentence1": a, "sentence2": b, "label": "x"} for a, b in (("a", "b"), ("ab", ""), ("a", "c"), ("a", "b"), ("b", "a"))]
-    records: Records = open_source(DataConfig(train_file=str(write_rows(tmp_path / "a.jsonl", rows))), "train")
+    records: Records = open_source(DataConfig(train_file=[str(write_rows(tmp_path / "a.jsonl", rows))]), "train")
     assert repeated(compare_texts({"train": records}, 0).texts["train"]).tolist() == [False, False, False, True, False]

@@ -12,7 +12,7 @@ from bertdist.config import DataConfig
 from bertdist.errors import DataError
 from bertdist.fix import dropped_path, write_fixed
 from bertdist.inspection import Inspection, check_data
-from bertdist.records import open_source
+from bertdist.sources import open_source
 
 pytest.importorskip("rensa", reason="near duplicates need the extra `check`")
 pytest.importorskip("ftfy", reason="repairs need the extra `check`")
@@ -24,7 +24,7 @@ def fix(found: Inspection, folder: Path, kinds: tuple[str, ...] = USUAL_FIX_KIND
     counted = write_fixed(found, list(kinds), path, delimiter, 0.8)
     records = found.splits["train"]
     named = {"text_column": records.text_column, "label_column": records.label_column, "text_pair_column": records.pair_column}
-    again = open_source(DataConfig(train_file=str(path), **named, label_delimiter=delimiter), "train")
+    again = open_source(DataConfig(train_file=[str(path)], **named, label_delimiter=delimiter), "train")
     told = [json.loads(line) for line in dropped_path(path).read_text(encoding="utf-8").splitlines()]
     return [again[row][1:] for row in range(len(again))], told, counted
 
@@ -64,7 +64,7 @@ def test_what_was_mended_is_not_found_again(tmp_path: Path) -> None:
     _, found = dirty(tmp_path)
     assert len(found.findings) > 6
     fix(found, tmp_path, FIX_KINDS)
-    data = DataConfig(train_file=str(tmp_path / "clean.parquet"), validation_file=str(tmp_path / "validation.tsv"))
+    data = DataConfig(train_file=[str(tmp_path / "clean.parquet")], validation_file=str(tmp_path / "validation.tsv"))
     assert kinds(check_data(data)) == []
 
 
@@ -93,7 +93,7 @@ def test_labels_of_every_kind_keep_their_column(tmp_path: Path) -> None:
     columns = [{"text": text, "a": row % 2, "b": 1} for row, text in enumerate(texts)]
     found = look(tmp_path, columns, label_columns=["a", "b"])
     write_fixed(found, ["empty"], tmp_path / "c.parquet", None, 0.8)
-    again = open_source(DataConfig(train_file=str(tmp_path / "c.parquet"), label_columns=["a", "b"]), "train")
+    again = open_source(DataConfig(train_file=[str(tmp_path / "c.parquet")], label_columns=["a", "b"]), "train")
     assert [again[row].label for row in range(4)] == [("b",), ("a", "b"), ("b",), ("a", "b")]
 
 

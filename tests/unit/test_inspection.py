@@ -44,11 +44,11 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     train = write_rows(tmp_path / "train.tsv", clean_rows(40))
     (tmp_path / "test.tsv").write_text("text\tlabel\nonly one field\n")
     with pytest.raises(DataError, match=r"^test.tsv line 2: 1 field, expected 2"):
-        check_data(DataConfig(train_file=str(train)), test_file=str(tmp_path / "test.tsv"))
+        check_data(DataConfig(train_file=[str(train)]), test_file=str(tmp_path / "test.tsv"))
 
 
 def real(folder: Path, train: str, dev: str | None = None, test: str | None = None, **settings: Any) -> Inspection:
-    data = DataConfig(train_file=str(folder / train), validation_file=str(folder / dev) if dev else None, **settings)
+    data = DataConfig(train_file=[str(folder / train)], validation_file=str(folder / dev) if dev else None, **settings)
     return check_data(data, test_file=str(folder / test) if test else None)
 
 

@@ -26,7 +26,7 @@ def see(tmp_path: Path) -> Callable[..., Inspection]:
         path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         if other is not None:
             beside.write_text("".join(line + "\n" for line in other), encoding="utf-8")
-        return check_data(DataConfig(train_file=str(path), validation_file=str(beside) if other is not None else None, **settings))
+        return check_data(DataConfig(train_file=[str(path)], validation_file=str(beside) if other is not None else None, **settings))
 
     return see
 

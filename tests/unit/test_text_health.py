@@ -84,7 +84,7 @@ def test_bytes_that_are_not_utf8_in_a_parquet_file_are_told_and_do_not_stop_the_
     raw = pa.array([*(row["text"].encode() for row in rows), surrogate, b"\xff\xfe"], pa.large_binary()).view(pa.large_string())
     table = pa.table({"text": raw, "label": [*(row["label"] for row in rows), "bad", "good"]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    found = check_data(DataConfig(train_file=str(tmp_path / "a.parquet")))
+    found = check_data(DataConfig(train_file=[str(tmp_path / "a.parquet")]))
     assert kinds(found)[0] == ("invalid_utf8", "error", "train", 2)
     assert [example.row for example in the(found, "invalid_utf8").examples] == [40, 41]
     texts = pa.array(GOOD, pa.large_string())
