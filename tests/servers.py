@@ -43,6 +43,7 @@ class FaultyServer:
         self.ranges, self.told, self.heads = ranges, told, heads
         self.statuses: deque[int] = deque()
         self.drops: deque[int] = deque()
+        self.encoding = ""  # Content-Encoding that is told, of files that are packed already
         self.gets: list[tuple[str, int]] = []
         self.sent = 0  # bytes of bodies
 
@@ -105,6 +106,8 @@ def handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
                 self.send_header("ETag", file.etag)
             if isinstance(server, FakeHub):
                 self.send_header("X-Repo-Commit", server.sha)
+            if server.encoding:
+                self.send_header("Content-Encoding", server.encoding)
             if server.told:
                 self.send_header("Content-Length", str(end - begin))
             else:

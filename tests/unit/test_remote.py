@@ -70,6 +70,13 @@ def test_a_server_of_any_kind_that_fails_again_and_again(name: str, kind: dict[s
         assert read(f"{server.url}/empty") == b""
 
 
+def test_a_server_that_calls_a_packed_file_packed() -> None:
+    """As many do: a client that believes it has unpacked the bytes before they are asked for."""
+    with FaultyServer({"/a.csv.gz": PACKED["a.csv.gz"]}) as server:
+        server.encoding = "gzip"
+        assert read(f"{server.url}/a.csv.gz", 5) == DATA[5:]
+
+
 class Forgetful:
     """A connection that begins at the first byte again, and says that it does not."""
 
@@ -375,6 +382,15 @@ def test_a_fork_reads_and_so_does_its_parent() -> None:
         found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert found.stdout.splitlines()[:2] == ["child 1000000 1000000", "parent 1000000 1000000"], found.stderr
         assert found.stdout.splitlines()[2:] == ["child 1000000 1000", "parent 1000000 1000"], found.stderr
+
+
+def test_a_fork_reads_s3(monkeypatch: pytest.MonkeyPatch) -> None:
+    with s3_server(monkeypatch) as s3:
+        s3.create_bucket(Bucket="bucket")
+        s3.put_object(Bucket="bucket", Key="a.csv", Body=DATA)
+        command = [sys.executable, "-W", "ignore:This process", "-c", FORKING, "s3://bucket/a.csv"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert found.stdout.splitlines()[:2] == ["child 1000000 1000000", "parent 1000000 1000000"], found.stderr
 
 
 def test_a_fork_that_frees_what_it_inherited_is_seen() -> None:
