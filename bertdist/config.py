@@ -98,10 +98,13 @@ class RunConfig:
 
     output_dir: str = HfArg(default="", help="Folder of the run; the same command with the same folder goes on where it stopped. Required.")
     seed: int = HfArg(default=42, help="Decides the order of rows, the new head's weights and dropout.")
+    dry_run: bool = HfArg(default=False, help="Train nothing: look at the data, say the plan (steps, tokens, what each rank gets, memory), and leave. Loads no weights.")
     num_train_epochs: float = HfArg(default=3.0, help="Passes over the training rows.")
     max_train_steps: int | None = HfArg(default=None, help="Optimizer steps, instead of --num_train_epochs.")
     mixed_precision: Literal["no", "bf16", "fp16"] | None = HfArg(default=None, help="Precision of matrix products; None takes what `accelerate launch` says, else 'no'. Weights stay float32.")
     use_cpu: bool = HfArg(default=False, help="Train on the CPU even where there is a GPU.")
+    torch_compile: bool = HfArg(default=False, help="Compile the layers with torch.compile: same losses to rounding; where it cannot be done the run says so and goes on.")
+    cuda_graphs: bool = HfArg(default=False, help="Replay whole steps as a CUDA graph, filled up to a fixed size: for small models on one GPU in bf16; where it cannot be done the run says so and goes on.")
     eval_every: str = HfArg(default="1 epoch", help="When to score: '200 steps', '0.5 epochs', '10%%' of the run, or 'never'; the last step is always scored.")
     save_every: str = HfArg(default="1 epoch", help="When to write a checkpoint: same words; the last step always writes one.")
     log_every: str = HfArg(default="50 steps", help="When to write a line to metrics.jsonl: same words.")

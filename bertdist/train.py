@@ -17,7 +17,7 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -45,13 +45,16 @@ from bertdist.best import Best
 from bertdist.checkpoint import Checkpoints, Progress
 from bertdist.classifier import Classifier, labels_of, load_classifier, load_settings
 from bertdist.command_line import read_config
+from bertdist.compiled import compile_layers
 from bertdist.config import TrainConfig, steps_of, write_config
 from bertdist.console import RunLog, complain
 from bertdist.dropout import seed_dropout
+from bertdist.dry_run import dry_run
 from bertdist.embedding import clear_gradients
 from bertdist.encoding import load_tokenizer
 from bertdist.errors import BertdistError
 from bertdist.evaluation import Judge, evaluate_split
+from bertdist.graphed import Take, graphed_step
 from bertdist.known import known_of
 from bertdist.meter import Meter, matmul_rate, model_flops
 from bertdist.optim import build_optimizer, build_schedule, set_learning_rate
@@ -110,16 +113,16 @@ def train(config: TrainConfig) -> Progress:
         due = {name: steps_of(getattr(run, f"{name}_every"), per_epoch, total_steps) for name in ("log", "eval", "save")}
         room = Room(model, train_batches, config.batch.tokens_per_micro_batch, progress, accelerator, log.say)
         losses: list[Tensor] = []  # this rank's loss sum () of each step since they were last brought together
-        model.train()
         if not progress.finished:
             warm_up(model, train_batches, progress, task, accelerator)
             room.find(lambda batch: task.loss(classifier(batch), batch.targets, batch.weights), classifier, adamw)
+            stepper = choose_step(config, classifier, room.cutting(train_batches), accelerator, log.say)
             log.open_progress(progress.step, total_steps)
         meter = open_meter(classifier, accelerator, progress)
         for step in meter.watch(steps_left(room.cutting(train_batches), progress, total_steps, accelerator.device)):
             set_learning_rate(optimizer, schedule(step.number))
             seed_dropout(run.seed, step.number, accelerator.process_index)
-            loss, grad_norm = take_step(model, optimizer, step, task, accelerator, config.optim.max_grad_norm, room)
+            loss, grad_norm = stepper(model, optimizer, step, task, accelerator, config.optim.max_grad_norm, room)
             losses.append(loss)
             progress.count(step.number + 1, step.rows, step.after)
             left_out.take(step.bad)
@@ -186,6 +189,17 @@ def take_step(
     return total, grad_norm
 
 
+def choose_step(
+    config: TrainConfig, classifier: Classifier, batches: AnyBatches, accelerator: Accelerator, say: Callable[[str], None]
+) -> Take:
+    """What takes the steps of this run: take_step, or replays of it (--cuda_graphs); its layers compiled (--torch_compile), or not."""
+    if config.run.torch_compile:
+        say(compile_layers(classifier, accelerator))
+    if config.run.cuda_graphs:
+        return graphed_step(take_step, classifier, batches, accelerator, config.model.max_length, say)
+    return take_step
+
+
 def steps_left(batches: AnyBatches, progress: Progress, total_steps: int, device: torch.device) -> Iterator[Step]:
     """This rank's shares of the steps that are still to be taken, on the device."""
     return sent_ahead(batches.steps(progress.step, progress.step if progress.finished else total_steps, progress.place), device)
@@ -197,6 +211,7 @@ def warm_up(model: nn.Module, batches: AnyBatches, progress: Progress, task: Tas
     DDP puts its gradient buckets in another order after its first backward, and sums are rounded in that order: without this a
     resumed run of 3 ranks or more differs from one that never stopped. One token does: any text brings the order about.
     """
+    model.train()
     for first in replace(batches, workers=0).steps(progress.step, progress.step + 1, progress.place):
         batch = one_token(first.share[0]).to(accelerator.device)
         accelerator.backward(task.loss(model(batch), batch.targets, batch.weights))
@@ -249,7 +264,10 @@ def tell_meter(log: RunLog, progress: Progress, meter: Meter, stopping: bool) ->
 def main() -> None:
     """The command line: exit code 0 when finished, 75 when asked to stop before, 1 with one line for what a user can mend."""
     try:
-        progress = train(read_config(sys.argv[1:]))
+        config = read_config(sys.argv[1:])
+        if config.run.dry_run:
+            sys.exit(dry_run(config))
+        progress = train(config)
     except BertdistError as error:
         if os.environ.get("RANK", "0") == "0" or not error.shared:
             complain(error)
