@@ -81,6 +81,8 @@ def file_system(address: str) -> tuple[Any, str]:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=SILENCE_SECONDS)
         headers = {"Accept-Encoding": "identity"}
         options = {"client_kwargs": {"timeout": timeout, "headers": headers, "auto_decompress": False, "trust_env": True}}
+    if protocol_of(address) in ("gs", "gcs"):  # else gcsfs asks by gRPC for a bucket's kind, with threads that a fork does not have
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         system, path = fsspec.core.url_to_fs(address, **options)
     except ImportError as error:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import parse_qsl, unquote
 
 import pytest
 
@@ -43,6 +43,7 @@ class FaultyServer:
         self.ranges, self.told, self.heads = ranges, told, heads
         self.statuses: deque[int] = deque()
         self.drops: deque[int] = deque()
+        self.encoding = ""  # Content-Encoding that is told, of files that are packed already
         self.gets: list[tuple[str, int]] = []
         self.sent = 0  # bytes of bodies
 
@@ -89,9 +90,11 @@ def handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
 
         def answer(self, *, body: bool) -> None:
-            file = server.files.get(self.path.partition("?")[0])
+            file = server.files.get(unquote(self.path.partition("?")[0]))
             if file is None and isinstance(server, FakeHub):
                 return self.of_hub(server)
+            if file is None and isinstance(server, FakeGcs):
+                return self.of_gcs(server)
             if file is None:
                 return self.plain(404)
             assert file.size is not None
@@ -105,6 +108,8 @@ def handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
                 self.send_header("ETag", file.etag)
             if isinstance(server, FakeHub):
                 self.send_header("X-Repo-Commit", server.sha)
+            if server.encoding:
+                self.send_header("Content-Encoding", server.encoding)
             if server.told:
                 self.send_header("Content-Length", str(end - begin))
             else:
@@ -125,11 +130,20 @@ def handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
                 self.send_header("X-Repo-Commit", hub.sha)
             else:
                 self.send_response(200)
+            self.send_json(found)
+
+        def of_gcs(self, gcs: "FakeGcs") -> None:
+            found = gcs.api(unquote(self.path.partition("?")[0]), dict(parse_qsl(self.path.partition("?")[2])))
+            self.send_response(404 if found is None else 200)
+            self.send_json(found)
+
+        def send_json(self, found: Any) -> None:
             body = b"" if found is None else json.dumps(found).encode()
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            with contextlib.suppress(OSError):
+                self.wfile.write(body)
 
         def send_body(self, file: File, begin: int, end: int) -> None:
             most = server.drops.popleft() if server.drops else 0
@@ -195,3 +209,32 @@ class FakeHub(FaultyServer):
                 {"type": "file", "path": name, "oid": f"{zlib.crc32(body):x}", "size": len(body)} for name, body in inside.items()
             ]
         return None
+
+
+class FakeGcs(FaultyServer):
+    """Google's storage with one bucket, `bucket`, for a gcsfs that has STORAGE_EMULATOR_HOST=url and FSSPEC_GS='{"token": "anon"}'."""
+
+    def __init__(self, objects: dict[str, bytes]) -> None:
+        super().__init__({f"/download/storage/v1/b/bucket/o/{name}": body for name, body in objects.items()})
+        self.objects = objects
+
+    def api(self, path: str, query: dict[str, str]) -> Any:
+        """What is at /storage/v1/...; None where there is nothing."""
+        if path == "/storage/v1/b/bucket/o":
+            prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "\0")
+            inside = {name: name[len(prefix) :] for name in self.objects if name.startswith(prefix)}
+            folders = sorted({prefix + rest.partition(delimiter)[0] + delimiter for rest in inside.values() if delimiter in rest})
+            return {"items": [self.told_of(name) for name, rest in inside.items() if delimiter not in rest], "prefixes": folders}
+        name = path.removeprefix("/storage/v1/b/bucket/o/")
+        return self.told_of(name) if name in self.objects else None
+
+    def told_of(self, name: str) -> dict[str, str]:
+        """An object's resource, https://cloud.google.com/storage/docs/json_api/v1/objects, as far as it is read."""
+        version = f"{zlib.crc32(self.objects[name]):x}"
+        return {
+            "name": name,
+            "bucket": "bucket",
+            "size": str(len(self.objects[name])),
+            "etag": version,
+            "updated": "2026-01-01T00:00:00.000Z",
+        }

@@ -1,6 +1,7 @@
 """Bytes arrive exactly, whatever a server does: loopback servers that drop connections, answer 503, know no ranges; S3 by moto."""
 
 import gzip
+import importlib.util
 import io
 import os
 import random
@@ -11,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from servers import FaultyServer, File, s3_server
+from servers import FakeGcs, FaultyServer, File, s3_server
 
 from bertdist import addresses, remote
 from bertdist.errors import DataError
@@ -68,6 +70,13 @@ def test_a_server_of_any_kind_that_fails_again_and_again(name: str, kind: dict[s
             server.drops.clear()
             server.statuses.clear()
         assert read(f"{server.url}/empty") == b""
+
+
+def test_a_server_that_calls_a_packed_file_packed() -> None:
+    """As many do: a client that believes it has unpacked the bytes before they are asked for."""
+    with FaultyServer({"/a.csv.gz": PACKED["a.csv.gz"]}) as server:
+        server.encoding = "gzip"
+        assert read(f"{server.url}/a.csv.gz", 5) == DATA[5:]
 
 
 class Forgetful:
@@ -330,6 +339,28 @@ def test_s3_without_credentials_says_which(monkeypatch: pytest.MonkeyPatch, tmp_
             find_addresses("s3://bucket/x.csv")
 
 
+def test_gs_by_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("gcsfs") is None:  # not imported here: bertdist.addresses has a word to say before
+        pytest.skip("needs gcsfs (pip install -e '.[gs]')")
+    with FakeGcs({"x/1.csv": DATA, "x/2.csv.gz": PACKED["a.csv.gz"], "x/y/3.csv": b"c"}) as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})  # FSSPEC_GS, which is read when fsspec is imported
+        assert find_addresses("gs://bucket/x/**/*.csv") == ["gs://bucket/x/1.csv", "gs://bucket/x/y/3.csv"]
+        server.drops.extend([0, 70_000])
+        server.statuses.extend([0, 503])
+        assert read("gs://bucket/x/1.csv", 123_456) == DATA[123_456:]
+        assert read("gs://bucket/x/2.csv.gz", 123_456) == DATA[123_456:]
+        assert size_of("gs://bucket/x/1.csv") == 1_000_000
+        for wrong, found in {"gs://bucket/x": "is a folder", "gs://bucket/no.csv": "there is no such file"}.items():
+            with pytest.raises(DataError, match=f"^{wrong}.*{found}"):
+                find_addresses(wrong)
+        stream = open_bytes("gs://bucket/x/1.csv")
+        stream.read(10)
+        server.objects["x/1.csv"] = DATA[::-1]
+        with pytest.raises(DataError, match=r"^gs://bucket/x/1.csv changed while it was read"):
+            stream.read()
+
+
 # Forks
 
 FORKING = """
@@ -375,6 +406,15 @@ def test_a_fork_reads_and_so_does_its_parent() -> None:
         found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert found.stdout.splitlines()[:2] == ["child 1000000 1000000", "parent 1000000 1000000"], found.stderr
         assert found.stdout.splitlines()[2:] == ["child 1000000 1000", "parent 1000000 1000"], found.stderr
+
+
+def test_a_fork_reads_s3(monkeypatch: pytest.MonkeyPatch) -> None:
+    with s3_server(monkeypatch) as s3:
+        s3.create_bucket(Bucket="bucket")
+        s3.put_object(Bucket="bucket", Key="a.csv", Body=DATA)
+        command = [sys.executable, "-W", "ignore:This process", "-c", FORKING, "s3://bucket/a.csv"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert found.stdout.splitlines()[:2] == ["child 1000000 1000000", "parent 1000000 1000000"], found.stderr
 
 
 def test_a_fork_that_frees_what_it_inherited_is_seen() -> None:
