@@ -166,6 +166,7 @@ def told_of_data(rows: Records | Stream, known: Known, dev_rows: Records | None,
     many = f"{sum(known.rows):,} of" if known.rows else "as many as there are in"
     stream = ", read as they are needed" if isinstance(rows, Stream) else ""
     return [
+        *(f"{told}." for told in (*rows.guessed, *(dev_rows.guessed if dev_rows else ()))),
         f"Training rows: {many} {rows.name}{stream}, text in {rows.text_column!r}{pair}; validation rows: {dev}.",
         f"Task: {task.problem_type}; outputs in order: {names}.",
         f"{total_steps:,} steps{f', {per_epoch:,} an epoch' if per_epoch else ''}.",

@@ -47,6 +47,7 @@ class Stream:
     limit: int | None = None  # rows of an epoch at most
     on_bad_row: OnBadRow = "fail"
     max_bad_rows: int = 0
+    guessed: tuple[str, ...] = ()  # see Records
     first_row: int = 0  # number of the first row of an epoch
 
     @property

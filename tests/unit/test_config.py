@@ -211,6 +211,8 @@ def test_all_unknown_flags_are_told_at_once() -> None:
             ["--early_stopping_patience", "2", "--eval_every", "never"],
             "--early_stopping_patience needs evaluations, and --eval_every is 'never'.",
         ),
+        (["--max_bad_rows", "5"], "--max_bad_rows goes with --on_bad_row skip."),
+        (["--max_bad_rows", "-1", "--on_bad_row", "skip"], "--max_bad_rows is -1; expected at least 0."),
         (["--dataset_name", "d"], "--train_file and --dataset_name both name training rows; give one."),
         (
             ["--label_columns", "a", "b", "--label_delimiter", ","],
@@ -236,6 +238,7 @@ def test_a_value_that_cannot_be_is_one_line_that_shows_it(words: list[str], show
         (["--warmup_steps", "0", "--lr_scheduler_type", "constant"], "warmup_steps", 0),
         (["--eval_every", " never "], "eval_every", " never "),
         (["--eval_every", "10 %"], "eval_every", "10 %"),
+        (["--max_bad_rows", "0", "--on_bad_row", "skip"], "max_bad_rows", 0),
     ],
 )
 def test_the_ends_of_a_range_are_in_it(words: list[str], name: str, value: Any) -> None:
