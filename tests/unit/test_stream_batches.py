@@ -3,7 +3,7 @@
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -22,10 +22,10 @@ from bertdist.begin import training_batches
 from bertdist.config import DataConfig
 from bertdist.errors import BertdistError, ConfigError, DataError
 from bertdist.known import Known, Labels
-from bertdist.pieces import Place
+from bertdist.pieces import BadRow, Place
 from bertdist.records import Columns
 from bertdist.stream import Stream
-from bertdist.stream_batches import StreamBatches
+from bertdist.stream_batches import Agree, StreamBatches
 from bertdist.tasks import SingleLabel
 
 pytestmark = [
@@ -155,8 +155,8 @@ class Agreement:
         self.told: list[Step | BertdistError | None] = [None] * ranks
         self.barrier = threading.Barrier(ranks, timeout=20)
 
-    def of(self, rank: int) -> Callable[[Step | BertdistError | None], int]:
-        def agree(step: Step | BertdistError | None) -> int:
+    def of(self, rank: int) -> Agree:
+        def agree(step: Step | BertdistError | None) -> tuple[int, tuple[BadRow, ...]]:
             self.told[rank] = step
             self.barrier.wait()
             told = list(self.told)
@@ -164,7 +164,8 @@ class Agreement:
             for found in told:
                 if isinstance(found, BertdistError):
                     raise found
-            return sum(found.rows for found in told if isinstance(found, Step))
+            steps = [found for found in told if isinstance(found, Step)]
+            return sum(found.rows for found in steps), tuple(row for found in steps for row in found.bad)
 
         return agree
 
@@ -383,7 +384,7 @@ def test_a_stream_without_rows_is_not_read_for_ever() -> None:
     with pytest.raises(DataError, match=r"^rows has no rows\.$"):
         list(empty.steps(0, 3))
     with pytest.raises(DataError, match=r"^rows has no rows\.$"):
-        list(replace(empty, agree=lambda step: 0).steps(0, 3))
+        list(replace(empty, agree=lambda step: (0, ())).steps(0, 3))
 
 
 # ---- --stream_split files
@@ -411,6 +412,8 @@ def test_ranks_with_files_of_their_own_take_every_row_once_and_the_same_number_o
         again, _ = on_ranks([replace(batches, workers=0) for batches in of_ranks], start, EPOCHS * per_epoch, places)
     assert_every_row_once(steps_of(by_rank), per_epoch, rows)
     assert [list(map(content, steps)) for steps in again] == [list(map(content, steps[start:])) for steps in by_rank]
+    bad = [[row for step in steps[:per_epoch] for row in step.bad] for steps in by_rank]
+    assert all(sorted(of_rank) == sorted(set(bad[0])) for of_rank in bad), "each rank knows what all have left out, once"
     numbers = [row for steps in by_rank for step in steps[:per_epoch] for batch in step.share for row in batch.rows.tolist() if row >= 0]
     assert len(numbers) == len(set(numbers)) == rows, "a row's number is its own among the rows of all ranks"
     for steps in by_rank:
@@ -443,7 +446,7 @@ def test_ranks_without_files_wait() -> None:
 def test_ranks_that_do_not_wait_for_each_other_are_seen() -> None:
     of_ranks = [batches_of(files_of([9, 3]), rank, 2, size=4, split="files") for rank in range(2)]
     assert_every_row_once(steps_of(on_ranks(of_ranks, 0, 10)[0]), 5, 12)
-    lonely = [replace(batches, agree=lambda step: step.rows if isinstance(step, Step) else 0) for batches in of_ranks]
+    lonely = [replace(batches, agree=Agreement(1).of(0)) for batches in of_ranks]
     with pytest.raises(AssertionError):
         assert_every_row_once(steps_of([list(batches.steps(0, 10)) for batches in lonely]), 5, 12)
 
@@ -458,7 +461,7 @@ def test_a_rank_that_fails_ends_all_in_the_same_step(workers: int) -> None:
 
 
 def test_real_workers_read_own_files() -> None:
-    alone = batches_of(files_of([9, 5]), size=4, split="files", agree=lambda step: step.rows if isinstance(step, Step) else 0)
+    alone = batches_of(files_of([9, 5]), size=4, split="files", agree=Agreement(1).of(0))
     expected = list(map(content, alone.steps(0, 8)))
     assert list(map(content, replace(alone, workers=2).steps(0, 8))) == expected
     assert_every_row_once(steps_of([list(alone.steps(0, 8))]), 4, 14)
