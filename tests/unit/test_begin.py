@@ -104,7 +104,8 @@ DOES_NOT = {  # where it runs, how it is cut, when something is written or said,
 THROUGH = """
     model_name_or_path model_revision train_file train_weights streaming stream_window stream_split
     dataset_name dataset_config_name task_name train_split validation_split text_column
-    text_pair_column label_column label_columns label_delimiter column_names delimiter quoting encoding on_bad_row max_bad_rows max_train_samples label_names
+    text_pair_column label_column label_columns label_delimiter column_names delimiter quoting encoding
+    on_bad_row max_bad_rows max_train_samples label_names
     num_train_epochs max_train_steps
 """.split()
 
