@@ -332,6 +332,7 @@ def test_flags_win_over_the_file(position: str, file: Callable[[str], list[str]]
         ("seed: 1\n--seed: 2", ["{} line 2: 'seed' stands here a second time."]),
         ("max-length: 5\nmax_length: 6", ["{} line 2: 'max_length' stands here a second time."]),
         ("metrics: {a: b}", ["{} line 1: 'metrics' must be one value or a list of values."]),
+        ("train_weights: [1, two]", ["--config {}: --train_weights is '1 two'; expected numbers."]),
         ("metrics: [a, [b]]", ["{} line 1: 'metrics' must be one value or a list of values."]),
         (
             "save_steps: 100\nseed: 1\nseed: 2\nsede: 3",
