@@ -82,7 +82,6 @@ def keep_freed_memory() -> None:
 def open_rows(config: TrainConfig) -> tuple[Records | Stream, Records | None]:
     """The rows to learn from and those to score, if any. Raises DataError."""
     rows = open_stream(config.data, config.run.seed) if config.data.streaming else open_source(config.data, "train")
-    assert rows is not None
     return rows, open_source(config.data, "validation")
 
 

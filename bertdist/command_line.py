@@ -31,7 +31,7 @@ def read_config(words: Sequence[str]) -> TrainConfig:
     config = TrainConfig(
         **dict(zip(("model", "data", "task", "batch", "optim", "run"), read_words("train.py", sections, words), strict=True))
     )
-    if problems := list(_problems(config)):
+    if problems := list(problems_of(config)):
         raise ConfigError("\n".join(problems))
     return config
 
@@ -63,12 +63,8 @@ def _out_of_range(section: Any, bounds: dict[str, tuple[float, float | None]]) -
             yield f"--{name} is {value}; expected {expected}."
 
 
-def _problems(config: TrainConfig) -> Iterable[str]:
-    data, run, optim, task = config.data, config.run, config.optim, config.task
-    if not config.model.model_name_or_path:
-        yield "--model_name_or_path is missing: a model folder, or a name on the hub such as google-bert/bert-base-uncased."
-    if not run.output_dir:
-        yield "--output_dir is missing: the folder that the run writes to."
+def data_problems(data: DataConfig) -> Iterable[str]:
+    """What is wrong with the words that name the rows, one line each."""
     sources = [f"--{name}" for name in ("train_file", "dataset_name", "task_name") if getattr(data, name)]
     if not sources:
         yield "No training rows: give --train_file, or --dataset_name, or --task_name."
@@ -81,10 +77,20 @@ def _problems(config: TrainConfig) -> Iterable[str]:
         yield f"--label_columns repeats a name: {' '.join(data.label_columns)}."
     if data.label_columns and (data.label_column or data.label_delimiter):
         yield "--label_columns stands instead of --label_column and --label_delimiter."
-    yield from _out_of_range(config.model, {"max_length": (3, None), "dropout": (0, 1)})
     yield from _out_of_range(data, {"max_train_samples": (1, None), "max_eval_samples": (1, None), "max_bad_rows": (0, None)})
     if data.max_bad_rows != DataConfig.max_bad_rows and data.on_bad_row == "fail":
         yield "--max_bad_rows goes with --on_bad_row skip."
+
+
+def problems_of(config: TrainConfig) -> Iterable[str]:
+    """What the values do together that cannot be, one line each."""
+    data, run, optim, task = config.data, config.run, config.optim, config.task
+    if not config.model.model_name_or_path:
+        yield "--model_name_or_path is missing: a model folder, or a name on the hub such as google-bert/bert-base-uncased."
+    if not run.output_dir:
+        yield "--output_dir is missing: the folder that the run writes to."
+    yield from data_problems(data)
+    yield from _out_of_range(config.model, {"max_length": (3, None), "dropout": (0, 1)})
     yield from _out_of_range(task, {"label_smoothing_factor": (0, 1)})
     yield from _out_of_range(
         config.batch, {"train_batch_size": (1, None), "tokens_per_micro_batch": (1, None), "dataloader_num_workers": (0, None)}

@@ -163,6 +163,7 @@ class RunConfig:
 
     output_dir: str = HfArg(default="", help="Folder of the run; the same command with the same folder goes on where it stopped. Required.")
     seed: int = HfArg(default=42, help="Decides the order of rows, the new head's weights and dropout.")
+    dry_run: bool = HfArg(default=False, help="Train nothing: look at the data, say the plan (steps, tokens, what each rank gets, memory), and leave. Loads no weights.")
     num_train_epochs: float = HfArg(default=3.0, help="Passes over the training rows.")
     max_train_steps: int | None = HfArg(default=None, help="Optimizer steps, instead of --num_train_epochs.")
     mixed_precision: Literal["no", "bf16", "fp16"] | None = HfArg(

@@ -130,7 +130,7 @@ class FileRows:
             if self.file.kind == "parquet":
                 return read_whole(self.name, self.file.open_random, wanted, rows)
             parsed, lines = self._parse_all(wanted, rows)
-            where, spots = partial(self._where_again, wanted), partial(self._spots_again, wanted)
+            where, spots = _WhereAgain(self, tuple(wanted)), partial(self._spots_again, wanted)
             piece = Piece(parsed.columns, parsed.num_rows, self._head().place, where, tuple(parsed.bad))
             if rows is not None:
                 piece = first_rows(piece._replace(spots=lambda few: spots_of(self.file, lines, parsed.rows())(few)), rows)
@@ -245,12 +245,26 @@ class FileRows:
             lines = self._lines(read_all(stream), head.codec, head.place["line"])
         return self._parse(head, lines, wanted, rows=rows), lines
 
-    def _where_again(self, wanted: Sequence[str], row: int) -> str:
-        try:
-            return "{} line {}".format(*self._spots_again(wanted, [row])[0])
-        except (DataError, IndexError, OSError):  # the file has changed since; the message that asks matters more
-            return f"{self.name} row {row}"
+    def lines_again(self, wanted: Sequence[str]) -> tuple[int, Offsets]:
+        """The number of the first line behind the header, and (rows,) the line of each row from there. Raises DataError."""
+        parsed, lines = self._parse_all(wanted)
+        return lines.first, parsed.rows().lines
 
     def _spots_again(self, wanted: Sequence[str], rows: Sequence[int]) -> list[Spot]:
         parsed, lines = self._parse_all(wanted)
         return spots_of(self.file, lines, parsed.rows())(rows)
+
+
+class _WhereAgain:
+    """Row -> where it starts; the first time that it is asked the file is read again, which takes as long as the first reading."""
+
+    def __init__(self, source: FileRows, wanted: Sequence[str]) -> None:
+        self.source, self.wanted = source, wanted
+        self._lines: tuple[int, Offsets] | None = None
+
+    def __call__(self, row: int) -> str:
+        try:
+            first, lines = self._lines = self._lines or self.source.lines_again(self.wanted)
+            return f"{self.source.name} line {first + int(lines[row])}"
+        except (DataError, IndexError, OSError):  # the file has changed since; the message that asks matters more
+            return f"{self.source.name} row {row}"

@@ -43,15 +43,20 @@ class Known(NamedTuple):
     bad: Sequence[BadRow] = ()  # rows that were left out
 
 
+def labels_in(rows: Records) -> Labels:
+    """Of rows in memory."""
+    assert rows.label_codes is not None and rows.label_kind is not None
+    counts = np.bincount(rows.label_codes, minlength=len(rows.label_values)).tolist()
+    return Labels(rows.label_kind, rows.label_values, counts, rows.class_names, rows.label_column or "labels")
+
+
 def known_of(rows: Records | Stream, config: TrainConfig, accelerator: Accelerator, say: Callable[[str], None]) -> Known:
     """A collective: of a stream, each rank reads some of the files. Raises DataError."""
-    with together(accelerator):
-        head = rows if isinstance(rows, Records) else rows.head()
-    assert head.label_codes is not None and head.label_kind is not None
-    labels = Labels(head.label_kind, head.label_values, [], head.class_names, head.label_column or "labels")
     if isinstance(rows, Records):
-        counts = np.bincount(head.label_codes, minlength=len(head.label_values))
-        return Known(labels._replace(counts=counts.tolist()), [len(rows)], rows.bad)
+        return Known(labels_in(rows), [len(rows)], rows.bad)
+    with together(accelerator):
+        head = rows.head()
+    labels = labels_in(head)
     if reasons := list(_reasons(config, labels)):
         say(f"Reading {rows.name} once, for {', '.join(reasons)}.")
         found = survey(rows, accelerator, Path(config.run.output_dir) / "survey.json")

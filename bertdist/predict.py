@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from bertdist.batching import PLENTY, Batches
 from bertdist.begin import open_accelerator
@@ -68,6 +69,10 @@ class Predictor:
 
     def answer(self, records: Records) -> list[dict[str, Any]]:
         """The same for records; under several ranks each computes its share, and all have all answers."""
+        return self.task.answers(self.logits(records))
+
+    def logits(self, records: Records) -> Tensor:
+        """(rows, outputs) float32 on the CPU: what the answers are read from; the same on every rank."""
         batches = Batches(
             examples=open_examples(records, self.tokenizer, None, self.max_length),
             rows_per_step=ROWS_AT_ONCE * self.accelerator.num_processes,
@@ -80,7 +85,7 @@ class Predictor:
                 with together(self.accelerator), torch.no_grad():
                     self.tokens_per_micro_batch = find_tokens(self.model, batches, self.accelerator.device)
                 batches = replace(batches, tokens_per_micro_batch=self.tokens_per_micro_batch)
-            return self.task.answers(predict_rows(self.model, batches, self.accelerator))
+            return predict_rows(self.model, batches, self.accelerator)
 
 
 def predict(config: PredictConfig) -> list[dict[str, Any]]:

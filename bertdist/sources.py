@@ -7,7 +7,7 @@ columns are read, what counts as a label and what as missing is decided in `reco
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from bertdist.addresses import protocol_of
 from bertdist.arrow_files import Column, find_file, open_file
@@ -35,6 +35,10 @@ GLUE: dict[str, tuple[str, str | None]] = {  # https://huggingface.co/datasets/n
 }
 
 
+@overload
+def open_source(data: DataConfig, split: Literal["train"]) -> Records: ...
+@overload
+def open_source(data: DataConfig, split: Literal["validation"]) -> Records | None: ...
 def open_source(data: DataConfig, split: Literal["train", "validation"]) -> Records | None:
     """The rows to learn from or to score, in memory and with labels; None where there is nothing to score. Raises DataError."""
     patterns = data.train_file if split == "train" else [data.validation_file] if data.validation_file else None

@@ -48,6 +48,7 @@ from bertdist.command_line import read_config
 from bertdist.config import TrainConfig, steps_of, write_config
 from bertdist.console import RunLog, complain
 from bertdist.dropout import seed_dropout
+from bertdist.dry_run import dry_run
 from bertdist.embedding import clear_gradients
 from bertdist.encoding import load_tokenizer
 from bertdist.errors import BertdistError
@@ -249,7 +250,10 @@ def tell_meter(log: RunLog, progress: Progress, meter: Meter, stopping: bool) ->
 def main() -> None:
     """The command line: exit code 0 when finished, 75 when asked to stop before, 1 with one line for what a user can mend."""
     try:
-        progress = train(read_config(sys.argv[1:]))
+        config = read_config(sys.argv[1:])
+        if config.run.dry_run:
+            sys.exit(dry_run(config))
+        progress = train(config)
     except BertdistError as error:
         if os.environ.get("RANK", "0") == "0" or not error.shared:
             complain(error)

@@ -15,41 +15,53 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bertdist"
 
 FLOORS = [  # a module imports from lower floors only
     ["errors"],
-    ["words", "dropout", "embedding", "linear", "pieces", "places", "addresses"],
+    ["words", "dropout", "embedding", "linear", "pieces", "places", "addresses", "findings", "label_noise"],
     ["config", "scores", "slurm", "console", "attention_cpu", "text_files", "file_bytes", "columns", "ranks", "meter", "remote"],
     ["command_line", "row_ends"],
-    ["separated", "json_lines", "guess", "parquet_files"],
+    ["separated", "json_lines", "guess", "parquet_files", "check_config"],
     ["file_rows"],
     ["arrow_files", "hub"],
-    ["tasks", "records", "optim", "attention"],
-    ["mixture", "joined", "encoding", "deberta"],
-    ["stream", "batch", "families"],
+    ["tasks", "records", "optim", "attention", "doubts_config"],
+    ["mixture", "joined", "encoding", "deberta", "labels", "duplicates", "text_health"],
+    ["stream", "batch", "families", "lengths", "overlap", "tables"],
     ["batching", "survey", "sources"],
-    ["stream_batches", "classifier", "checkpoint"],
+    ["stream_batches", "classifier", "checkpoint", "inspection"],
     ["memory", "known"],
     ["begin"],
-    ["evaluation", "room"],
-    ["best"],
+    ["evaluation", "room", "dry_run"],
+    ["best", "fix"],
     ["train", "predict"],
+    ["folds"],
+    ["doubts"],
     ["check", "sweep", "report"],
 ]
 LEVEL = {module: level for level, floor in enumerate(FLOORS) for module in floor}
 DOORS = {  # a third-party package comes in through these modules only, so that an upgrade touches known files
-    "transformers": {"attention", "begin", "best", "classifier", "config", "deberta", "encoding", "families", "optim", "words"},
-    "accelerate": {"begin", "best", "checkpoint", "evaluation", "known", "predict", "ranks", "room", "slurm", "survey", "train"},
+    "transformers": set(
+        """
+            attention begin best check_config classifier config deberta doubts_config dry_run encoding families inspection
+            lengths optim words
+        """.split()
+    ),
+    "accelerate": set("begin best checkpoint doubts evaluation folds known predict ranks room slurm survey train".split()),
     "datasets": {"hub", "scores", "sources"},
     "evaluate": {"scores"},
     "sklearn": {"scores"},
     "scipy": {"scores"},
     "rich": {"console"},
-    "pyarrow": {
-        *("arrow_files", "columns", "file_bytes", "file_rows", "hub", "joined", "json_lines", "parquet_files", "pieces", "records"),
-        *("remote", "separated", "text_files"),
-    },
-    "xxhash": {"arrow_files", "checkpoint", "file_bytes", "file_rows", "hub", "joined", "records", "remote", "stream"},
+    "pyarrow": set(
+        """
+            arrow_files columns duplicates file_bytes fix hub joined json_lines lengths parquet_files pieces records remote
+            separated tables text_files text_health
+        """.split()
+    ),
+    "xxhash": {"checkpoint", "file_bytes", "file_rows", "hub", "joined", "records", "remote", "stream"},
     "fsspec": {"addresses"},
     "aiohttp": {"addresses"},
     "charset_normalizer": {"guess"},
+    "rensa": {"duplicates"},
+    "ftfy": {"text_health"},
+    "cleanlab": {"label_noise"},
     "safetensors": {"checkpoint", "classifier"},
     "yaml": {"config", "words"},
     "psutil": {"memory", "slurm"},

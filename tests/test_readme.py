@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {
     "bertdist/train.py": "train",
     "bertdist/predict.py": "predict",
+    "bertdist/check.py": "check",
     "launch/train.slurm": "train",
     "launch/multi_node.slurm": "train",
     "launch/smoke.sh": "train",
@@ -96,7 +97,8 @@ def flags_of(program: str) -> frozenset[str]:
     from accelerate.commands.launch import launch_command_parser
 
     from bench import peers, reading, scaling
-    from bertdist.config import PredictConfig, TrainConfig
+    from bertdist.check_config import CheckConfig
+    from bertdist.config import DataConfig, PredictConfig, TrainConfig
 
     if program == "launch":
         return frozenset(word for action in launch_command_parser()._actions for word in action.option_strings)
@@ -105,7 +107,8 @@ def flags_of(program: str) -> frozenset[str]:
         return frozenset(word for action in parser._actions for word in action.option_strings)
     if program == "demo":
         return frozenset(re.findall(r'"(--\w+)"', (ROOT / "launch" / "demo.py").read_text(encoding="utf-8")))
-    sections = typing.get_type_hints(TrainConfig).values() if program == "train" else [PredictConfig]
+    known = {"train": typing.get_type_hints(TrainConfig).values(), "check": [CheckConfig, DataConfig], "predict": [PredictConfig]}
+    sections = known[program]
     return frozenset(f"--{field.name}" for section in sections for field in dataclasses.fields(section)) | {"--config", "--help"}
 
 

@@ -386,7 +386,7 @@ FULL = [  # every setting has a value here in one of them
     "--warmup_ratio 0.1 --lr_scheduler_type cosine --layerwise_lr_decay 0.9 --seed 3 --num_train_epochs 0.5 --mixed_precision no",
     "--max_train_steps 7 --eval_every never --save_every 10% --log_every=1steps --save_total_limit 3 --resume_from_checkpoint=c",
     "--early_stopping_patience 2 --early_stopping_threshold 0.1 --stop_before_time_limit 1 --report_to tensorboard --tokenizer_name=t",
-    "--model_revision=v1 --max_length 9",
+    "--model_revision=v1 --max_length 9 --dry_run",
 ]
 HUB = "--model_name_or_path=m --output_dir=o --dataset_name=d --dataset_config_name=c --train_split=t --validation_split=v".split()
 GLUE = "--model_name_or_path=m --output_dir=o --task_name=sst2".split()

@@ -1,0 +1,136 @@
+"""How many labels that were made wrong on purpose stand at the head of `python -m bertdist.check`'s ranking.
+
+    python -m bench.label_noise --model_name_or_path demo/model                 # SST-2's training rows beside the repository
+    python -m bench.label_noise --train_file train.tsv --rows 5000 --share 0.1
+
+1. The first so many rows with different texts are taken, and a share of them, drawn by seed, gets another label (of several others one at
+   random). They are written with a column that tells which they are and that bertdist does not read.
+2. `--folds` ranks all rows, each judged by a model that has not learned it; then a model learns all rows, wrong labels included, and
+   `--model` ranks them with it. Both with every way of ranking; the folds are trained once.
+3. Printed is how many of the wrong labels are among the first 5, 10 and 20% of the ranking, and, of the rows marked as likely to be wrong,
+   how many are (precision) and how many of the wrong ones they hold (recall). Rows that were wrong before count as right.
+
+Without an idle core it takes longer and finds the same.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.jobs import BenchError
+from bench.peers import positive
+from bench.stage import say
+from bertdist.config import DataConfig
+from bertdist.errors import BertdistError
+from bertdist.label_noise import RANKINGS
+from bertdist.sources import open_source
+
+SST2 = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "sst2" / "train.tsv"
+HEADS = (0.05, 0.1, 0.2)  # of the ranking
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags; what comes behind `--` goes to bertdist."""
+    found = argparse.ArgumentParser(prog="python -m bench.label_noise", description="Wrong labels found.", allow_abbrev=False)
+    add = found.add_argument
+    add("--train_file", default=str(SST2), help="Labelled rows. Default: SST-2's training rows in ../shared/data, where they are.")
+    add("--text_column", help="Default: as in training (text, sentence, ...).")
+    add("--label_column", help="Default: as in training (label, ...).")
+    add("--delimiter", help="As in training.")
+    add("--model_name_or_path", default="demo/model", help="Model to start from.")
+    add("--rows", type=positive, default=10_000, help="Rows with different texts, from the first on.")
+    add("--share", type=float, default=0.05, help="Share of the labels that are made wrong.")
+    add("--seed", type=int, default=7, help="Of the rows whose labels are made wrong.")
+    add("--folds", type=positive, default=3, help="Folds.")
+    add("--num_train_epochs", default="2", help="Epochs of every model.")
+    add("--learning_rate", default="1e-4", help="Learning rate of every model.")
+    add("--output_dir", default="demo/label_noise", help="Folder for rows, runs and rankings; what is there is not made again.")
+    add("--only", choices=["folds", "model"], help="Leave the other one out.")
+    return found
+
+
+def write_noisy(args: argparse.Namespace, path: Path) -> None:
+    """Lines {"text", "label", "was"}: `was` is the label before. Raises BenchError and BertdistError."""
+    if not Path(args.train_file).is_file():
+        raise BenchError(f"--train_file {Path(args.train_file).name}: there is no such file.")
+    data = DataConfig(train_file=args.train_file, text_column=args.text_column, label_column=args.label_column, delimiter=args.delimiter)
+    records = open_source(data, "train")
+    rows: dict[str, str] = {}
+    for row in range(len(records)):
+        record = records[row]
+        rows.setdefault(record.text.strip(), str(record.label))
+        if len(rows) == args.rows:
+            break
+    labels = sorted(set(rows.values()))
+    random = np.random.default_rng(args.seed)
+    wrong = set(random.permutation(len(rows))[: round(args.share * len(rows))].tolist())
+    with open(path, "w", encoding="utf-8") as file:
+        for row, (text, label) in enumerate(rows.items()):
+            others = [other for other in labels if other != label]
+            given = others[int(random.integers(len(others)))] if row in wrong else label
+            file.write(json.dumps({"text": text, "label": given, "was": label}, ensure_ascii=False) + "\n")
+
+
+def figures(noisy: Path, ranking: Path) -> list[float]:
+    """Shares of the wrong labels in each of HEADS, then precision and recall of the marked rows."""
+    rows = [json.loads(line) for line in noisy.read_text(encoding="utf-8").splitlines()]
+    entries = [json.loads(line) for line in ranking.read_text(encoding="utf-8").splitlines()]
+    wrong = np.array([row["label"] != row["was"] for row in rows])
+    order = np.array([entry["row"] for entry in entries])
+    assert (np.sort(order) == np.arange(len(rows))).all(), "every row once"
+    marked = np.array([entry["row"] for entry in entries if entry["issue"]], dtype=int)
+    heads = [float(wrong[order[: round(head * len(rows))]].sum() / wrong.sum()) for head in HEADS]
+    return [*heads, float(wrong[marked].mean()) if len(marked) else 0.0, float(wrong[marked].sum() / wrong.sum())]
+
+
+def run(*words: Any) -> float:
+    """One command of bertdist; seconds. Raises BenchError."""
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", *map(str, words)], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise BenchError(f"{words[0]} ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+    return time.perf_counter() - began
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Make the rows, rank them, print the table."""
+    args = parser().parse_args(words)
+    out = Path(args.output_dir)
+    noisy = out / "noisy.jsonl"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not noisy.exists():
+            write_noisy(args, noisy)
+        rows = [json.loads(line) for line in noisy.read_text(encoding="utf-8").splitlines()]
+        say(f"{len(rows):,} rows, {sum(row['label'] != row['was'] for row in rows):,} labels made wrong.")
+        data = ["--train_file", noisy, "--text_column", "text", "--label_column", "label"]
+        training = ["--model_name_or_path", args.model_name_or_path, "--learning_rate", args.learning_rate, "--warmup_ratio", "0.06"]
+        training += ["--num_train_epochs", args.num_train_epochs]
+        print("| judged by | ranked by | " + " | ".join(f"in the first {head:.0%}" for head in HEADS) + " | precision | recall | seconds |")
+        print("|---" * (5 + len(HEADS)) + "|", flush=True)
+        for judge in ("folds", "model"):
+            if args.only not in (None, judge):
+                continue
+            if judge == "model":
+                run("bertdist.train", *data, *training, "--output_dir", out / "whole")
+            for ranking in RANKINGS:
+                how = ["--folds", args.folds, *training, "--output_dir", out / "folded"]
+                how = how if judge == "folds" else ["--model", out / "whole" / "best"]
+                file = out / f"{judge}_{ranking}.jsonl"
+                seconds = run("bertdist.doubts", *data, *how, "--rank_by", ranking, "--output", file)
+                shown = " | ".join(f"{figure:.3f}" for figure in figures(noisy, file))
+                print(f"| {judge} | {ranking} | {shown} | {seconds:.0f} |", flush=True)
+    except (BenchError, BertdistError) as error:
+        say(f"bench: {error}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

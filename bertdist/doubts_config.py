@@ -1,0 +1,77 @@
+"""Words of `python -m bertdist.check --model ...` and `--folds ...` -> what is asked about labels, and what a training run would take.
+
+One module beside config.py, because these words stand together with all words of training: --folds trains.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from transformers.hf_argparser import HfArg
+
+from bertdist.command_line import problems_of
+from bertdist.config import BatchConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TaskConfig, TrainConfig
+from bertdist.errors import ConfigError
+from bertdist.words import read_words
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoubtsConfig:
+    _argument_group_name = "doubts about labels"
+
+    model: str | None = HfArg(default=None, help="Folder of a trained classifier, such as out/best, that judges the labels of the rows. It should not have learned these rows; for rows that it has learned there is --folds.")
+    folds: int | None = HfArg(default=None, help="Cut the rows into so many folds and judge each by a model that was trained on the others, with the flags of training. Runs go to --output_dir/folds.")
+    rank_by: Literal["self_confidence", "normalized_margin", "confidence_weighted_entropy", "confident_learning"] | None = HfArg(
+        default=None, help="What orders the rows: cleanlab's score of this name, or confident_learning: first all rows that are likely to be wrong. None takes self_confidence."
+    )
+    output: str | None = HfArg(default=None, help="Where to write one JSON line a row, the most doubted first; None shows the table only.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doubting:
+    """All that decides what is doubted."""
+
+    doubts: DoubtsConfig
+    train: TrainConfig  # of one fold; with --model only what reads rows and where to compute
+
+
+# With --model nothing is trained, and no split is scored. Of the flags of training those that say where to compute are left.
+_JUDGING = {"tokens_per_micro_batch", "use_cpu", "mixed_precision"}
+_SCORING = {"validation_file", "validation_split", "max_eval_samples"}
+
+
+def read_doubts_config(words: Sequence[str]) -> Doubting:
+    """`--model out/best --train_file rows.tsv ...` or `--folds 5 --model_name_or_path M --train_file rows.tsv --output_dir out ...`.
+
+    Raises ConfigError with one line a problem.
+    """
+    sections = [DoubtsConfig, ModelConfig, DataConfig, TaskConfig, BatchConfig, OptimConfig, RunConfig]
+    doubts, *rest = read_words("python -m bertdist.check", sections, words)
+    train = TrainConfig(**dict(zip(("model", "data", "task", "batch", "optim", "run"), rest, strict=True)))
+    found = Doubting(doubts=doubts, train=train)
+    if problems := list(_problems(found)):
+        raise ConfigError("\n".join(problems))
+    return found
+
+
+def _problems(config: Doubting) -> Iterable[str]:
+    doubts, train = config.doubts, config.train
+    if (doubts.model is None) == (doubts.folds is None):
+        yield "Give a trained model with --model, or --folds to train one for each part of the rows; one of the two."
+    elif doubts.folds is not None:
+        if doubts.folds < 2:
+            yield f"--folds is {doubts.folds}; expected at least 2."
+        if train.run.resume_from_checkpoint:
+            yield "--resume_from_checkpoint is for one run; each fold goes on from its own newest checkpoint."
+        yield from problems_of(train)
+    else:
+        if not (train.data.train_file or train.data.dataset_name or train.data.task_name):
+            yield "No rows to judge: give --train_file, or --dataset_name, or --task_name."
+        for section in (train.model, train.data, train.task, train.batch, train.optim, train.run):
+            given = {field.name for field in dataclasses.fields(section) if getattr(section, field.name) != field.default}
+            idle = given & _SCORING if section is train.data else given - _JUDGING
+            yield from (f"--{name} is for training; --model takes a model as it is, and judges the training rows." for name in sorted(idle))
+    if doubts.output is not None and not Path(doubts.output).parent.is_dir():
+        yield f"--output {doubts.output}: there is no folder {Path(doubts.output).parent}."
