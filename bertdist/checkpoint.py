@@ -100,8 +100,9 @@ class Checkpoints:
             if not (folder / "state.json").exists():
                 raise CheckpointError(f"{folder} is not to be seen from here; --output_dir must be on a disk that every machine shares.")
             state = json.loads((folder / "state.json").read_text())
-            _same_run(folder, state["identity"], identity)
+            # First, what is wrong with other ranks: they may also make another number of steps.
             place = _place_of_rank(folder, state, self.accelerator.process_index, self.accelerator.num_processes)
+            _same_run(folder, state["identity"], identity)
             load_tensors(model_tensors(model), load_file(folder / "model.safetensors"), folder)
             load_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
             if self.accelerator.scaler is not None and state["scaler"]:
