@@ -132,6 +132,11 @@ def training_batches(
                 "(--stream_split files); expected at least one row each. --stream_split rows takes any number."
             )
         sources, files = rows.sources, files_of_ranks(rows, ranks)
+        if len(sources) < ranks:
+            raise ConfigError(
+                f"{rows.name}: {len(sources)} source(s) for {ranks} processes, each of which reads its own (--stream_split files); "
+                "expected at least one each, or steps lack the rows of those without. --stream_split rows takes any number."
+            )
         sizes = [size // ranks + (other < size % ranks) for other in range(ranks)]
         agree, size = agreement(accelerator), sizes[rank]
         if known.rows:
