@@ -50,6 +50,8 @@ class Inspection:
                 "label_column": records.label_column,
                 "fingerprint": records.fingerprint,
                 "label_counts": labels.counts() if labels is not None and labels.numbers is None else None,
+                "label_range": labels.range() if labels is not None and labels.numbers is not None else None,
+                "labels_a_row": float(labels.sizes().mean()) if labels is not None and labels.several else None,
                 "lengths": self.lengths[name].as_dict(),
             }
         return {
