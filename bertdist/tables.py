@@ -112,7 +112,7 @@ def _overflow(path: str, data: DataConfig, records: Records, finding: Any, num_e
         return []
     try:
         file = find_file(path, delimiter=data.delimiter, quoting=data.quoting, encoding=data.encoding, column_names=None)
-        with Path(path).open(encoding="utf-8-sig" if data.encoding.lower() in ("utf-8", "utf8") else data.encoding, newline="") as opened:
+        with Path(path).open(encoding="utf-8-sig" if file.encoding.lower() in ("utf-8", "utf8") else file.encoding, newline="") as opened:
             reader = csv.reader(opened, delimiter=file.delimiter, quoting=csv.QUOTE_MINIMAL if file.quoted else csv.QUOTE_NONE)
             header = next((row for row in reader if row), [])
         last = max((at for at, name in enumerate(header) if name.strip()), default=len(header))
@@ -120,7 +120,8 @@ def _overflow(path: str, data: DataConfig, records: Records, finding: Any, num_e
         if not behind:
             return []
         names = [f"column {at}" for at in range(len(header))]
-        file = find_file(path, delimiter=data.delimiter, quoting=data.quoting, encoding=data.encoding, column_names=names)
+        quoting = "double" if file.quoted else "none"
+        file = find_file(path, delimiter=file.delimiter, quoting=quoting, encoding=file.encoding, column_names=names)
         columns = open_file(file)[1](behind)
     except (DataError, OSError, UnicodeError, csv.Error):  # what cannot be read twice was told when it was read
         return []

@@ -81,7 +81,7 @@ def test_smsspamcollection_and_its_spreadsheet(shared_data: Path) -> None:
     assert len(found.splits["train"]) == 5_572 and the(found, "overflow_columns").count == 50
     assert the(found, "duplicates").count == 403
     with pytest.raises(DataError, match=r"^spam.csv line \d+: byte 0x.. is not utf-8; pass --encoding cp1252"):
-        real(shared_data / "sms_spam", "spam.csv", text_column="v2", label_column="v1")
+        real(shared_data / "sms_spam", "spam.csv", text_column="v2", label_column="v1", encoding="utf-8")
 
 
 def test_quotes_of_smsspamcollection_that_other_readers_would_trip_over_are_told(shared_data: Path) -> None:
