@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from torch import Tensor
 
 from bertdist.arrow_files import File, lines_of
@@ -61,8 +61,6 @@ def show_doubts(words: Sequence[str]) -> int:
         return STOPPED
     records, task, targets, logits = judged
     with together(accelerator):
-        if task.problem_type == "regression" and config.doubts.rank_by:
-            raise ConfigError(f"--rank_by {config.doubts.rank_by} is for labels; these are numbers, ranked by how far off they are.")
         if accelerator.is_main_process:
             predictions, probabilities = task.read(logits)
             doubts = find_doubts(task.problem_type, targets, predictions, probabilities, config.doubts.rank_by or DEFAULT_RANKING)
@@ -82,12 +80,14 @@ def _judge_with_model(config: Doubting, accelerator: Accelerator, log: RunLog) -
         assert config.doubts.model is not None
         room = config.train.batch.tokens_per_micro_batch
         predictor = Predictor(config.doubts.model, tokens_per_micro_batch=room, accelerator=accelerator)
+        _check_ranking(config, predictor.task)
         data, notes = config.train.data, predictor.notes
         if data.text_column is None and data.text_pair_column is None:
             data = replace(data, text_column=notes.get("text_column"), text_pair_column=notes.get("text_pair_column"))
         records = open_source(data, "train")
         targets = open_examples(records, predictor.tokenizer, predictor.task, predictor.max_length).targets
-    log.say(f"{config.doubts.model} judges the labels of {len(records):,} rows of {records.name}. It doubts too little what it has learned.")
+    judged = f"{config.doubts.model} judges the labels of {len(records):,} rows of {records.name}."
+    log.say(f"{judged} What it has learned it doubts too little.")
     logits = predictor.logits(subset(records, np.arange(len(records))))
     return records, predictor.task, targets, logits
 
@@ -98,16 +98,18 @@ def _judge_out_of_fold(config: Doubting, accelerator: Accelerator, log: RunLog) 
     with together(accelerator):
         records = open_source(train.data, "train")
         task = task_of_rows(train.task, records, labels_of(load_settings(train.model)))
+        _check_ranking(config, task)
         assert records.label_codes is not None
         targets = np.array([task.target(value) for value in records.label_values])[records.label_codes]
     if train.data.validation_file or train.data.validation_split:
         log.say("The validation rows are not read: each fold keeps its last weights, so that nothing but its own rows has a say in them.")
-    PartialState().fork_launched = True  # accelerate: whoever launched us ends the process group; `train` would, and there are more folds
-    try:
-        logits = answers_out_of_fold(train, folds, records, targets, task, accelerator, log.say)
-    finally:
-        PartialState().fork_launched = False
+    logits = answers_out_of_fold(train, folds, records, targets, task, accelerator, log.say)
     return None if logits is None else (records, task, targets, logits)
+
+
+def _check_ranking(config: Doubting, task: Task) -> None:
+    if task.problem_type == "regression" and config.doubts.rank_by:
+        raise ConfigError(f"--rank_by {config.doubts.rank_by} is for labels; these are numbers, ranked by how far off they are.")
 
 
 def entries_of(

@@ -13,7 +13,9 @@ One module, because that a model has not learned what it judges is one promise, 
 """
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,7 +65,7 @@ def answers_out_of_fold(
     """(rows, outputs) float32 on every rank; None where the run was asked to stop: the same call goes on.
 
     config: of the run; targets: the labels of all rows in the form of the task. Raises DataError where there are too few rows, and what
-    `train` raises, such as CheckpointError where the folders hold other runs. accelerator's process group must outlive `train`.
+    `train` raises, such as CheckpointError where the folders hold other runs.
     """
     fold_of_row = cut(targets, groups_of(records), folds, config.run.seed)
     runs = [_run_of_fold(config, Path(config.run.output_dir) / "folds" / str(fold), task, records) for fold in range(folds)]
@@ -76,8 +78,9 @@ def answers_out_of_fold(
     for fold, run in enumerate(runs):
         left_out = np.flatnonzero(fold_of_row == fold)
         say(f"Fold {fold + 1} of {folds}: a model learns from the other {len(records) - len(left_out):,} rows, in {run.run.output_dir}.")
-        if not train(run).finished:
-            return None
+        with _process_group_kept():
+            if not train(run).finished:
+                return None
         stop = StopRequest(config.run.stop_before_time_limit)  # of the training's own nobody asks any more
         with together(accelerator):
             model = Path(run.run.output_dir) / "best"
@@ -91,6 +94,20 @@ def answers_out_of_fold(
             say(f"Asked to stop ({stop.reason}) after fold {fold + 1} of {folds}; the same command goes on.")
             return None
     return found
+
+
+@contextmanager
+def _process_group_kept() -> Iterator[None]:
+    """`train` ends the process group with itself, unless accelerate 1.15 believes that somebody else has launched these processes for it.
+
+    A second group would meet at the same store as the first (torchrun), and find its addresses there.
+    """
+    before = os.environ.get("FORK_LAUNCHED")
+    os.environ["FORK_LAUNCHED"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("FORK_LAUNCHED") if before is None else os.environ.update(FORK_LAUNCHED=before)
 
 
 def subset(records: Records, rows: Array) -> Records:
