@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ from bertdist.records import Records
 from bertdist.slurm import StopRequest
 from bertdist.tasks import Array, Task
 from bertdist.train import train
+
+ProblemType: TypeAlias = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
 def cut(targets: Array, groups: Array, folds: int, seed: int) -> Array:
@@ -137,12 +140,12 @@ def _enough(fold_of_row: Array, folds: int, records: Records) -> None:
 def _run_of_fold(config: TrainConfig, folder: Path, task: Task, records: Records) -> TrainConfig:
     """The run that learns from folder/train.jsonl and scores nothing."""
     pair = None if records.pairs is None else "text_pair"
-    names = None if task.problem_type == "regression" else list(task.labels)
-    plain = RunConfig()
+    kind, plain = cast(ProblemType, task.problem_type), RunConfig()
+    names = None if kind == "regression" else list(task.labels)
     return replace(
         config,
         data=DataConfig(train_file=str(folder / "train.jsonl"), text_column="text", text_pair_column=pair, label_column="label"),
-        task=replace(config.task, problem_type=task.problem_type, label_names=names, metrics=None, metric_for_best_model=None),
+        task=replace(config.task, problem_type=kind, label_names=names, metrics=None, metric_for_best_model=None),
         run=replace(
             config.run,
             output_dir=str(folder),
