@@ -37,6 +37,7 @@ bench: install  ## Measure bertdist beside its peers on this machine and write d
 	$(BIN)/python -m bench.peers
 	$(BIN)/python -m bench.peers --prediction
 	$(BIN)/python -m bench.scaling --train_file demo/data/train.tsv --output docs/benchmarks.md
+	$(BIN)/python -m bench.reading --train_file demo/data/train.tsv --output docs/streaming.md
 
 clean:  ## Remove caches, builds and the demo's files; .venv stays
 	rm -rf demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

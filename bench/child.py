@@ -23,10 +23,10 @@ def rows(job: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     from bertdist.config import DataConfig, TaskConfig
-    from bertdist.records import open_source
+    from bertdist.sources import open_source
     from bertdist.tasks import open_task
 
-    source = open_source(DataConfig(train_file=job["file"], text_column=job["text_column"], label_column=job["label_column"]), "train")
+    source = open_source(DataConfig(train_file=[job["file"]], text_column=job["text_column"], label_column=job["label_column"]), "train")
     assert source is not None and source.label_codes is not None and source.label_kind is not None
     counts = np.bincount(source.label_codes, minlength=len(source.label_values))
     asked = TaskConfig(problem_type="single_label_classification", label_names=job.get("labels"))

@@ -60,8 +60,8 @@ def run_bertdist(job: TrainJob, clock: Clock) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     from bertdist import train as loop
-    from bertdist.batching import Step
-    from bertdist.config import read_config
+    from bertdist.batch import Step
+    from bertdist.command_line import read_config
 
     take_step = loop.take_step
 

@@ -31,7 +31,7 @@ from bertdist.batching import deal, plan
 from bertdist.config import ModelConfig
 from bertdist.encoding import encode, load_tokenizer
 from bertdist.errors import BertdistError
-from bertdist.records import open_texts
+from bertdist.sources import open_texts
 
 Array = npt.NDArray[Any]
 SST2 = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "sst2" / "train.tsv"

@@ -62,8 +62,8 @@ def pack(lengths: Sequence[int], firsts: Tensor, heads: int, kernel: Kernel, noi
     if kernel == "buckets":
         return Packing(kernel, tuple(lengths), firsts, heads, Layout(lengths, heads), noise=noise)
     if kernel == "varlen":
-        starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return Packing(kernel, tuple(lengths), firsts, heads, starts=starts.to(device, non_blocking=True))
+        starts = F.pad(firsts, (0, 1), value=sum(lengths)).to(torch.int32)  # made on the device: a CUDA graph cannot copy from the host
+        return Packing(kernel, tuple(lengths), firsts, heads, starts=starts)
     places, real = grid(lengths)
     arrays = (places, real[:, None, None, :], np.flatnonzero(real))
     there = [torch.from_numpy(array).to(device, non_blocking=True) for array in arrays]
@@ -122,6 +122,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float, s
     if len(q) != len(k):
         queries, longest_query = torch.arange(len(starts), dtype=torch.int32, device=starts.device), 1
         if window is not None:  # flash counts a window from the text's end: give a first token the keys that it sees, and no window
+            assert not (q.is_cuda and torch.cuda.is_current_stream_capturing()), "the host works out which: not for a CUDA graph"
             lengths = np.asarray(packing.lengths)
             kept = np.minimum(lengths, window)
             near = np.repeat(lengths.cumsum() - lengths - (kept.cumsum() - kept), kept) + np.arange(kept.sum())

@@ -9,8 +9,9 @@ import os
 import platform
 import sys
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
+from transformers import PreTrainedTokenizerBase
 
 from bertdist.batching import PLENTY, Batches
 from bertdist.config import BatchConfig, RunConfig, TaskConfig, TrainConfig
-from bertdist.encoding import Examples
+from bertdist.encoding import Examples, open_examples
 from bertdist.errors import ConfigError, did_you_mean
+from bertdist.known import Known, Labels, agreement, files_of_ranks
+from bertdist.pieces import BadRows, read_bad_rows
 from bertdist.records import Records
+from bertdist.sources import open_source, open_stream
+from bertdist.stream import Stream
+from bertdist.stream_batches import AnyBatches, StreamBatches
 from bertdist.tasks import Task, open_task
 
 EVALUATION_ROWS = 256  # rows dealt at once in evaluation; it decides nothing but how even the ranks' loads are
@@ -72,50 +79,105 @@ def keep_freed_memory() -> None:
         library.mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def task_of_rows(config: TaskConfig, rows: Records, model_labels: tuple[str, ...] | None) -> Task:
+def open_rows(config: TrainConfig) -> tuple[Records | Stream, Records | None]:
+    """The rows to learn from and those to score, if any. Raises DataError."""
+    rows = open_stream(config.data, config.run.seed) if config.data.streaming else open_source(config.data, "train")
+    return rows, open_source(config.data, "validation")
+
+
+def rows_left_out(known: Known, dev_rows: Records | None, config: TrainConfig, accelerator: Accelerator) -> BadRows:
+    """The rows that were left out, by an earlier start too; rank 0 writes them down. Raises DataError where they are too many."""
+    path = Path(config.run.output_dir) / "bad_rows.jsonl"
+    found = BadRows(config.data.on_bad_row, config.data.max_bad_rows, path if accelerator.is_main_process else None)
+    if config.data.on_bad_row == "skip":
+        found.add(read_bad_rows(path))
+    found.take([*known.bad, *(dev_rows.bad if dev_rows else ())])
+    return found
+
+
+def task_of_rows(config: TaskConfig, labels: Labels, model_labels: tuple[str, ...] | None) -> Task:
     """The task that the labels of the training rows make."""
-    assert rows.label_codes is not None and rows.label_kind is not None
-    counts = np.bincount(rows.label_codes, minlength=len(rows.label_values))
-    return open_task(config, rows.label_kind, rows.label_values, counts, rows.class_names, rows.label_column or "labels", model_labels)
+    return open_task(config, labels.kind, labels.values, np.array(labels.counts), labels.class_names, labels.column, model_labels)
 
 
-def batches_of(examples: Examples, config: BatchConfig, accelerator: Accelerator, seed: int | None = None) -> Batches:
-    """A split in steps for this rank: with a seed in training order, without one in row order."""
+def validation_batches(
+    rows: Records | None, tokenizer: PreTrainedTokenizerBase, task: Task, config: TrainConfig, accelerator: Accelerator
+) -> Batches | None:
+    """The rows to score in steps for this rank, in row order; None where there are none. Raises DataError."""
+    return batches_of(open_examples(rows, tokenizer, task, config.model.max_length), config.batch, accelerator) if rows else None
+
+
+def batches_of(examples: Examples, config: BatchConfig, accelerator: Accelerator) -> Batches:
+    """A split in steps for this rank, in row order."""
+    return Batches(examples=examples, rows_per_step=EVALUATION_ROWS, **_share_of(config, accelerator))
+
+
+def training_batches(
+    rows: Records | Stream, known: Known, tokenizer: PreTrainedTokenizerBase, task: Task, config: TrainConfig, accelerator: Accelerator
+) -> AnyBatches:
+    """The training rows in steps for this rank, in training order. Raises DataError and ConfigError."""
+    size, seed, max_length = config.batch.train_batch_size, config.run.seed, config.model.max_length
+    fields = _share_of(config.batch, accelerator)
+    if isinstance(rows, Records):
+        examples = open_examples(rows, tokenizer, task, max_length)
+        weights = tuple(config.data.train_weights or ())
+        return Batches(examples=examples, rows_per_step=size, shuffle=True, seed=seed, weights=weights, **fields)
+    first = open_examples(rows.head(), tokenizer, task, max_length)
+    agree, steps = None, -(-sum(known.rows) // size)
+    if config.data.stream_split == "files":
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        if size < ranks:
+            raise ConfigError(
+                f"--train_batch_size is {size}, and there are {ranks} processes, each of which reads files of its own "
+                "(--stream_split files); expected at least one row each. --stream_split rows takes any number."
+            )
+        sources, files = rows.sources, files_of_ranks(rows, ranks)
+        sizes = [size // ranks + (other < size % ranks) for other in range(ranks)]
+        agree, size = agreement(accelerator), sizes[rank]
+        if known.rows:
+            steps = max(-(-sum(known.rows[file] for file in files[other]) // sizes[other]) for other in range(ranks))
+        rows = replace(rows, parts=(tuple(sources[file] for file in files[rank]),), first_row=rank << 40)
+        fields |= {"rank": 0, "ranks": 1}
+    rows = replace(rows, window_rows=-(-rows.window_rows // size) * size)
+    return StreamBatches(
+        stream=rows, task=task, examples=first, rows_per_step=size, seed=seed, steps_per_epoch=steps, agree=agree, **fields
+    )
+
+
+def _share_of(config: BatchConfig, accelerator: Accelerator) -> dict[str, Any]:
     workers = config.dataloader_num_workers
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = 1 if cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) >= 2 else 0
-    return Batches(
-        examples=examples,
-        rows_per_step=EVALUATION_ROWS if seed is None else config.train_batch_size,
-        tokens_per_micro_batch=config.tokens_per_micro_batch or PLENTY,  # until it is found
-        rank=accelerator.process_index,
-        ranks=accelerator.num_processes,
-        shuffle=seed is not None,
-        seed=seed or 0,
-        workers=workers,
-        pin=accelerator.device.type == "cuda",
-    )
+    return {
+        "tokens_per_micro_batch": config.tokens_per_micro_batch or PLENTY,  # until it is found
+        "rank": accelerator.process_index,
+        "ranks": accelerator.num_processes,
+        "workers": workers,
+        "pin": accelerator.device.type == "cuda",
+    }
 
 
-def told_of_data(train_rows: Records, dev_rows: Records | None, task: Task, per_epoch: int, total_steps: int) -> list[str]:
+def told_of_data(rows: Records | Stream, known: Known, dev_rows: Records | None, task: Task, per_epoch: int, total_steps: int) -> list[str]:
     """What a person should see before any time is spent."""
-    pair = f" and {train_rows.pair_column!r}" if train_rows.pair_column else ""
+    pair = f" and {rows.pair_column!r}" if rows.pair_column else ""
     names = ", ".join(task.labels[:10]) + (f", ... ({len(task.labels)} in all)" if len(task.labels) > 10 else "")
     dev = f"{len(dev_rows):,} of {dev_rows.name}" if dev_rows else "none: the last weights count as the best"
+    many = f"{sum(known.rows):,} of" if known.rows else "as many as there are in"
+    stream = ", read as they are needed" if isinstance(rows, Stream) else ""
     return [
-        f"Training rows: {len(train_rows):,} of {train_rows.name}, text in {train_rows.text_column!r}{pair}; validation rows: {dev}.",
+        f"Training rows: {many} {rows.name}{stream}, text in {rows.text_column!r}{pair}; validation rows: {dev}.",
         f"Task: {task.problem_type}; outputs in order: {names}.",
-        f"{total_steps:,} steps, {per_epoch:,} an epoch.",
+        f"{total_steps:,} steps{f', {per_epoch:,} an epoch' if per_epoch else ''}.",
     ]
 
 
-def notes_of(config: TrainConfig, rows: Records) -> dict[str, Any]:
+def notes_of(config: TrainConfig, rows: Records | Stream) -> dict[str, Any]:
     """What `Predictor` wants to know of the training."""
     return {"max_length": config.model.max_length, "text_column": rows.text_column, "text_pair_column": rows.pair_column}
 
 
-def identity_of(config: TrainConfig, rows: Records, task: Task, total_steps: int) -> dict[str, Any]:
+def identity_of(config: TrainConfig, rows: Records | Stream, task: Task, total_steps: int) -> dict[str, Any]:
     """All that decides what a run learns, and nothing else: devices, micro-batches, workers and cadences are not in it."""
     settled = {**asdict(config.optim), **asdict(config.task)}
     for name in ("metrics", "metric_for_best_model", "label_names", "class_weights"):
@@ -131,7 +193,9 @@ def identity_of(config: TrainConfig, rows: Records, task: Task, total_steps: int
         "train_batch_size": config.batch.train_batch_size,
         "seed": config.run.seed,
         "total_steps": total_steps,
-        "training_rows": f"{len(rows)} rows, {rows.fingerprint}",
+        "training_rows": f"{len(rows)} rows, {rows.fingerprint}" if isinstance(rows, Records) else f"a stream, {rows.fingerprint}",
+        "train_weights": config.data.train_weights,
+        **({name: getattr(config.data, name) for name in ("stream_window", "stream_split")} if isinstance(rows, Stream) else {}),
     }
 
 

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from typing import Any
 import torch
 import xxhash
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bertdist.errors import CheckpointError
+from bertdist.pieces import Place
 from bertdist.ranks import from_main, together
 
 
@@ -46,11 +48,18 @@ class Progress:
     halvings: int = 0  # steps that were taken again because memory ran out
     finished: bool = False
     window: list[list[float]] = field(default_factory=list)  # [loss sum, rows] of each step since the last log line
+    place: Place | None = None  # of a stream: where its reading stands; with --stream_split files, this rank's
 
-    def count(self, step: int, rows: int) -> None:
+    def count(self, step: int, rows: int, place: Place | None) -> None:
         """One more step of so many rows; its loss is filled in when the ranks bring them together."""
-        self.step, self.rows = step, self.rows + rows
+        self.step, self.rows, self.place = step, self.rows + rows, place
         self.window.append([0.0, float(rows)])
+
+    def epochs(self, per_epoch: int) -> float:
+        """Passes over the rows; whole ones only, where per_epoch is 0: nobody knows how long a stream is."""
+        if per_epoch:
+            return self.step / per_epoch
+        return float((self.place.get("window") or self.place["over"])["epoch"]) if self.place else 0.0
 
 
 class Checkpoints:
@@ -60,11 +69,13 @@ class Checkpoints:
         self.folder, self.accelerator, self.keep, self.say = folder, accelerator, keep, say
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, identity: dict[str, Any]) -> None:
-        """Write step_<progress.step>; raises CheckpointError on all ranks where rank 0 cannot."""
+        """Write step_<progress.step>; raises CheckpointError on all ranks where rank 0 cannot. A collective."""
+        places = gather_object([progress.place]) if self.accelerator.num_processes > 1 else [progress.place]
         with together(self.accelerator):
             if self.accelerator.is_main_process:
                 scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
                 state = {"progress": asdict(progress), "identity": identity, "ranks": self.accelerator.num_processes, "scaler": scaler}
+                state["places"] = places if any(place != places[0] for place in places) else places[:1]
 
                 def fill(folder: Path) -> None:
                     save_file(_contiguous(model_tensors(model)), folder / "model.safetensors")
@@ -89,12 +100,13 @@ class Checkpoints:
             if not (folder / "state.json").exists():
                 raise CheckpointError(f"{folder} is not to be seen from here; --output_dir must be on a disk that every machine shares.")
             state = json.loads((folder / "state.json").read_text())
+            place = _place_of_rank(folder, state, self.accelerator.process_index, self.accelerator.num_processes)
             _same_run(folder, state["identity"], identity)
             load_tensors(model_tensors(model), load_file(folder / "model.safetensors"), folder)
             load_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-        progress = Progress(**state["progress"])
+        progress = replace(Progress(**state["progress"]), place=place)
         self.say(f"Going on from {folder} at step {progress.step}.")
         if state["ranks"] != self.accelerator.num_processes:
             self.say(
@@ -222,6 +234,18 @@ def _same_run(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{folder} belongs to another run. What differs: {'; '.join(changed)}. Take the old settings, or another --output_dir."
         )
+
+
+def _place_of_rank(folder: Path, state: dict[str, Any], rank: int, ranks: int) -> Place | None:
+    """Where this rank's reading of a stream goes on. Between two passes that is the same for any number of ranks that read own files."""
+    places: list[Place | None] = state["places"]
+    own_files = state["identity"].get("stream_split") == "files"
+    if own_files and state["ranks"] != ranks and not all(place and "over" in place for place in places):
+        raise CheckpointError(
+            f"{folder} was written by {state['ranks']} processes with --stream_split files, each in the middle of its own files, and now "
+            f"there are {ranks}. Go on with {state['ranks']}, or from a checkpoint at the end of an epoch (--save_every '1 epoch')."
+        )
+    return places[rank % len(places)]
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

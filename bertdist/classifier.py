@@ -24,9 +24,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 from transformers.utils import logging as transformers_logging
 
 from bertdist import attention
-from bertdist.batching import Batch, collate
+from bertdist.batch import Batch, collate
 from bertdist.config import ModelConfig
-from bertdist.dropout import Noise, replace_dropouts
+from bertdist.dropout import Noise, hold, replace_dropouts
 from bertdist.embedding import keep_gradient
 from bertdist.encoding import Example
 from bertdist.errors import ConfigError, ModelError, did_you_mean
@@ -43,6 +43,7 @@ class Classifier(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.checkpoints_activations = False
         self._noise: Noise | None = None  # dropout's masks of the texts in hand
         self._takes_segments = "token_type_ids" in inspect.signature(model.forward).parameters
         family = FAMILIES.get(model.config.model_type)
@@ -64,11 +65,12 @@ class Classifier(nn.Module):
         if not self.packed:
             return self._unpacked(batch)
         self._noise = self._noise_of(batch, slice(None))
+        hold(self._noise)
         inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None] + self._first_position}
         if self._takes_segments:
             inputs["token_type_ids"] = batch.segments[None]
         heads = self.model.config.num_attention_heads
-        packing = attention.pack(batch.lengths, batch.starts[:-1], heads, self._kernel(batch.ids.device), self._noise)
+        packing = attention.pack(batch.lengths, batch.starts[:-1], heads, self.kernel(batch.ids.device), self._noise)
         logits: Tensor = self.model(**inputs, packing=packing).logits
         return logits
 
@@ -82,9 +84,11 @@ class Classifier(nn.Module):
             raise ConfigError(f"--gradient_checkpointing cannot take effect: transformers has none for {self.model.config.model_type}.")
         # transformers 5.23 has the new name and warns of the old one; both take the same first argument
         enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+        self.checkpoints_activations = True
         enable({"use_reentrant": False, "context_fn": contexts})
 
-    def _kernel(self, device: torch.device) -> attention.Kernel:
+    def kernel(self, device: torch.device) -> attention.Kernel:
+        """How attention is computed there, in the precision of the moment (inside or outside of autocast)."""
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.model.dtype
         return attention.kernel_of(device, dtype, self.model.config.hidden_size // self.model.config.num_attention_heads)
 

@@ -7,6 +7,10 @@ One module, because what counts as a text, as a label, as missing and as a mixtu
 Labels are dictionary-encoded first, so that every check runs over the distinct values and not over the rows: 1,000,000 rows of two
 labels cost 0.05 s from Arrow and 0.2 s from a list (1,000,000 different numbers: 1.3 s), and the first row that holds the first wrong
 value is the first wrong row.
+
+Where wrong rows are to be left out rather than refused, `problems` is given: {row: what is wrong with it}. Rows that are in it already
+are not looked at; what is found wrong is added; the arrays keep all rows (what stands in a wrong one means nothing), so that the caller
+takes one `kept_rows` of texts, pairs and labels together, and then `without` and `without_labels` of each.
 """
 
 import math
@@ -25,6 +29,7 @@ LabelKind = Literal["text", "integer", "number", "set"]
 Codes = npt.NDArray[np.int32]
 Raw: TypeAlias = "pa.Array | list[Any]"
 Where = Callable[[int], str]  # row -> "dev.tsv line 12"
+Problems = dict[int, str]  # rows to leave out -> what is wrong with them
 
 _BITS = {0: 0, 1: 1, "0": 0, "1": 1, "false": 0, "true": 1}  # True and 1.0 equal 1
 
@@ -39,73 +44,166 @@ def whole(column: Any) -> Raw:
     return column.cast(kind).combine_chunks()
 
 
-def read_texts(column: Raw, name: str, where: Where) -> pa.Array:
+def kept_rows(problems: Problems, rows: int) -> npt.NDArray[np.bool_] | None:
+    """(rows,) bool: those without a problem; None where that is all of them."""
+    if not problems:
+        return None
+    kept = np.ones(rows, bool)
+    kept[np.fromiter(problems, np.int64, len(problems))] = False
+    return kept
+
+
+def without(column: pa.Array, kept: npt.NDArray[np.bool_] | None) -> pa.Array:
+    """The kept rows of an Arrow array."""
+    return column if kept is None else column.filter(pa.array(kept))
+
+
+def without_labels(values: list[LabelValue], codes: Codes, kept: npt.NDArray[np.bool_] | None) -> tuple[list[LabelValue], Codes]:
+    """The kept rows of codes, and the distinct values that are left, in the order in which those rows first show them."""
+    if kept is None:
+        return values, codes
+    codes = codes[kept]
+    used, first = np.unique(codes, return_index=True)
+    order = used[np.argsort(first)]
+    places = np.full(len(values), -1, np.int32)
+    places[order] = np.arange(len(order), dtype=np.int32)
+    return [values[at] for at in order], places[codes]
+
+
+def read_texts(column: Raw, name: str, where: Where, problems: Problems | None = None) -> pa.Array:
     """(rows,) large_string; DataError at the first row whose text is missing or is no text."""
     if isinstance(column, list):
         try:
-            if set(map(type, column)) == {str}:
+            if set(map(type, column)) <= {str}:
                 return pa.array(column, pa.large_string())
         except UnicodeEncodeError:
             pass
-        row, value = next((row, value) for row, value in enumerate(column) if type(value) is not str or _broken(value))
-        found = "has a lone surrogate" if type(value) is str else "is null" if value is None else f"holds {repr(value)[:40]}"
-        raise DataError(f"{where(row)}: column {name!r} {found}; expected a text.")
+        texts = []
+        for row, value in enumerate(column):
+            good = type(value) is str and not _broken(value)
+            if not good and (problems is None or row not in problems):
+                found = "has a lone surrogate" if type(value) is str else "is null" if value is None else f"holds {repr(value)[:40]}"
+                _refuse(problems, [row], f"column {name!r} {found}; expected a text", where)
+            texts.append(value if good else "")
+        return pa.array(texts, pa.large_string())
     if column.null_count:
-        raise DataError(f"{where(int(np.argmax(column.is_null())))}: column {name!r} is null; expected a text.")
+        _refuse(problems, np.flatnonzero(column.is_null()).tolist(), f"column {name!r} is null; expected a text", where)
+        column = column if pa.types.is_null(column.type) else column.fill_null("") if pa.types.is_large_string(column.type) else column
     if not pa.types.is_large_string(column.type):
         raise DataError(f"{where(0)}: column {name!r} is of type {column.type}; expected text.")
     return column
 
 
 def read_labels(
-    column: Raw, name: str, where: Where, delimiter: str | None = None, class_names: tuple[str, ...] | None = None
+    column: Raw,
+    name: str,
+    where: Where,
+    delimiter: str | None = None,
+    class_names: tuple[str, ...] | None = None,
+    problems: Problems | None = None,
+    above: Any = None,
 ) -> tuple[LabelKind, list[LabelValue], Codes]:
     """The labels of one column. "set": every label is a tuple of names, from lists or by splitting at `delimiter`.
 
-    class_names: names of labels that the source keeps as numbers; -1 means missing. Raises DataError at the first row whose label is
-    missing, of another kind than those above it, or no label at all.
+    class_names: names of labels that the source keeps as numbers; -1 means missing. above: where these rows are not the first, a good label
+    of those before them, as the source has it. Raises DataError at the first row whose label is missing, of another kind than those
+    above it, or no label at all.
     """
     distinct, codes = _encode(column)
-    values: list[Any] = []
-    for index, raw in enumerate(distinct):
+    alive = _alive(codes, len(distinct), problems)
+    values: list[Any] = [None] * len(distinct)
+    wrong: dict[int, str] = {}
+    first = None if above is None else (above, _label(above, delimiter, class_names))
+    for index in alive:
+        raw = distinct[index]
         try:
             value = _label(raw, delimiter, class_names)
-            if _family(value) != _family(values[0] if values else value):
-                raise ValueError(
-                    f"label {repr(raw)[:60]} is of type {type(raw).__name__}, the labels above it are of type {type(distinct[0]).__name__}"
-                )
+            first = first or (raw, value)
+            if _family(value) != _family(first[1]):
+                found = f"label {repr(raw)[:60]} is of type {type(raw).__name__}"
+                raise ValueError(f"{found}, the labels above it are of type {type(first[0]).__name__}")
         except ValueError as error:
-            raise DataError(f"{_first(codes, index, where)}: {error} (column {name!r}).") from None
-        values.append(value)
-    kind: LabelKind = "text"
-    if isinstance(values[0], tuple):
-        kind = "set"
-    elif _family(values[0]) == "number":
-        kind = "number" if any(isinstance(value, float) for value in values) else "integer"
+            _refuse_values(problems, wrong, codes, index, f"{error} (column {name!r})", where)
+        else:
+            values[index] = value
+    good = [index for index in alive if index not in wrong]
+    kind = _kind_of([values[index] for index in good])
     if kind == "number":
-        if large := [index for index, value in enumerate(values) if isinstance(value, int) and abs(value) > 2**53]:
-            found = f"label {values[large[0]]} stands among fractions and would be rounded"
-            raise DataError(f"{_first(codes, large[0], where)}: {found} (column {name!r}).")
-        values = [float(value) for value in values]
-    places: dict[LabelValue, int] = {}
-    merged = np.array([places.setdefault(_text_of(value), len(places)) for value in values], np.int32)  # "a|b" and "a | b" are one
-    return kind, list(places), merged[codes]
+        for index in good:
+            if isinstance(values[index], int) and abs(values[index]) > 2**53:
+                found = f"label {values[index]} stands among fractions and would be rounded (column {name!r})"
+                _refuse_values(problems, wrong, codes, index, found, where)
+        values = [float(value) if type(value) in (int, float) else value for value in values]
+    places: dict[LabelValue, int] = {}  # "a|b" and "a | b" are one
+    merged = np.full(len(distinct), -1, np.int32)
+    for index in good:
+        if index not in wrong:
+            merged[index] = places.setdefault(_text_of(values[index]), len(places))
+    return kind, list(places), _mark(merged[codes], codes, wrong, problems)
 
 
-def read_label_columns(columns: dict[str, Raw], where: Where) -> tuple[list[LabelValue], Codes]:
+def read_label_columns(columns: dict[str, Raw], where: Where, problems: Problems | None = None) -> tuple[list[LabelValue], Codes]:
     """The labels of several 0/1 columns: every label is the tuple of the names whose column has a 1."""
     names = list(columns)
     bits = np.zeros((len(columns[names[0]]), len(names)), np.uint8)  # (rows, labels)
     for at, (name, column) in enumerate(columns.items()):
         distinct, codes = _encode(column)
+        wrong: dict[int, str] = {}
         found = [_BITS.get(value.strip().lower() if isinstance(value, str) else _number(value)) for value in distinct]
-        if None in found:
-            index = found.index(None)
-            raise DataError(f"{_first(codes, index, where)}: column {name!r} holds {repr(distinct[index])[:60]}; expected 0 or 1.")
-        bits[:, at] = np.array(found, np.uint8)[codes]
+        for index in _alive(codes, len(distinct), problems):
+            if found[index] is None:
+                reason = f"column {name!r} holds {repr(distinct[index])[:60]}; expected 0 or 1"
+                _refuse_values(problems, wrong, codes, index, reason, where)
+        bits[:, at] = np.array([bit or 0 for bit in found], np.uint8)[codes]
+        _mark(codes, codes, wrong, problems)
     _, first, inverse = np.unique(np.packbits(bits, axis=1), axis=0, return_index=True, return_inverse=True)
     order = np.argsort(first)
     return [tuple(compress(names, bits[first[at]])) for at in order], np.argsort(order).astype(np.int32)[inverse.reshape(-1)]
+
+
+def _kind_of(values: list[Any]) -> LabelKind:
+    if values and isinstance(values[0], tuple):
+        return "set"
+    if values and _family(values[0]) == "number":
+        return "number" if any(isinstance(value, float) for value in values) else "integer"
+    return "text"
+
+
+def _refuse(problems: Problems | None, rows: list[int], reason: str, where: Where) -> None:
+    """A problem of each of these rows that has none yet; without `problems`, a DataError at the first of them."""
+    if problems is None:
+        raise DataError(f"{where(rows[0])}: {reason}.")
+    for row in rows:
+        problems.setdefault(row, reason)
+
+
+def _refuse_values(problems: Problems | None, wrong: dict[int, str], codes: Codes, index: int, reason: str, where: Where) -> None:
+    """The same for all rows with distinct value `index`, once `_mark` is called."""
+    if problems is None:
+        raise DataError(f"{where(int(np.argmax(codes == index)))}: {reason}.") from None
+    wrong[index] = reason
+
+
+def _mark(found: Codes, codes: Codes, wrong: dict[int, str], problems: Problems | None) -> Codes:
+    """`found`, -1 in rows with a problem, those with a wrong value among them."""
+    if problems is None:
+        return found
+    for row in np.flatnonzero(np.isin(codes, list(wrong))).tolist() if wrong else ():
+        problems.setdefault(row, wrong[int(codes[row])])
+    if problems:
+        found = found.copy()
+        found[np.fromiter(problems, np.int64, len(problems))] = -1
+    return found
+
+
+def _alive(codes: Codes, num_values: int, problems: Problems | None) -> list[int]:
+    """The distinct values that some row without a problem has, in the order in which those rows first show them."""
+    if not problems:
+        return list(range(num_values))
+    kept = codes[kept_rows(problems, len(codes))]
+    used, first = np.unique(kept, return_index=True)
+    order: list[int] = used[np.argsort(first)].tolist()
+    return order
 
 
 def _encode(column: Raw) -> tuple[list[Any], Codes]:
@@ -120,10 +218,6 @@ def _encode(column: Raw) -> tuple[list[Any], Codes]:
         seen.setdefault(key, value)
     places = {key: index for index, key in enumerate(seen)}
     return list(seen.values()), np.fromiter(map(places.__getitem__, keys), np.int32, len(keys))
-
-
-def _first(codes: Codes, index: int, where: Where) -> str:
-    return where(int(np.argmax(codes == index)))
 
 
 def _family(value: Any) -> str:

@@ -6,17 +6,20 @@ Everything goes to the screen through rich, as plain text: what comes from data 
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
+from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
 from bertdist.errors import BertdistError, CheckpointError
+
+Cell: TypeAlias = "str | Sequence[tuple[str, str]]"  # text, or parts of (text, style)
 
 _COMMANDS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
@@ -157,6 +160,26 @@ def complain(error: BertdistError) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     for line in str(error).splitlines():
         console.print(_plain(f"bertdist: {line}"))
+
+
+def show(*lines: str) -> None:
+    """Print lines to standard output, wrapped to the terminal."""
+    console = Console(highlight=False)
+    for line in lines:
+        console.print(_plain(line))
+
+
+def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Cell]], right: Collection[int] = (), lines: bool = False) -> None:
+    """Print a table to standard output. right: columns that are aligned to the right; lines: a rule between rows.
+
+    A cell is text, or parts of text with a rich style each.
+    """
+    columns = [Column(_plain(name), justify="right" if at in right else "left", overflow="fold") for at, name in enumerate(header)]
+    table = Table(*columns, title=_plain(title), title_justify="left", box=HORIZONTALS, show_lines=lines, pad_edge=False)
+    for row in rows:
+        cells = [[(cell, "")] if isinstance(cell, str) else cell for cell in row]
+        table.add_row(*(Text.assemble(*((_plain(text).plain, style) for text, style in cell)) for cell in cells))
+    Console(highlight=False).print(table)
 
 
 def _plain(text: str) -> Text:

@@ -5,19 +5,17 @@
 
 In: words. Out: a table of the rows that are doubted most, what is taken for what, and a line of JSON for every row, the most doubted first:
 
-    {"row": 7, "line": 9, "label": "positive", "suggested": "negative", "probability": 0.97, "score": 0.03, "issue": true}
+    {"row": 7, "file": "rows.tsv", "line": 9, "label": "good", "suggested": "bad", "probability": 0.97, "score": 0.03, "issue": true}
 
 label: as given; suggested: what the model says, and its probability; score: how well the given label stands, 0 to 1; issue: whether
 the label is likely to be wrong (label_noise.py). All ranks compute answers, rank 0 ranks and writes.
 """
 
 import json
-import os
-import sys
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +23,26 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
-from bertdist.arrow_files import File, lines_of
 from bertdist.begin import open_accelerator, task_of_rows
 from bertdist.classifier import labels_of, load_settings
-from bertdist.console import RunLog, complain, write_whole
+from bertdist.config import DataConfig
+from bertdist.console import RunLog, write_whole
 from bertdist.doubts_config import Doubting, read_doubts_config
 from bertdist.encoding import open_examples
-from bertdist.errors import BertdistError, ConfigError
+from bertdist.errors import ConfigError
 from bertdist.folds import answers_out_of_fold, subset
+from bertdist.known import labels_in
 from bertdist.label_noise import DEFAULT_RANKING, Doubts, find_doubts, need_cleanlab
+from bertdist.pieces import BadRows
 from bertdist.predict import Predictor
 from bertdist.ranks import together
-from bertdist.records import Records, open_source
+from bertdist.records import Records
 from bertdist.slurm import check_world
+from bertdist.sources import open_source
 from bertdist.tasks import Array, Task
 from bertdist.train import STOPPED
 
+_PLACE = re.compile(r"(?P<file>.*) (?:line (?P<line>\d+)|row \d+)", re.DOTALL)  # as `Records.where` says it
 SHOWN_ROWS = 20
 SHOWN_PAIRS = 20
 SHOWN_CHARACTERS = 60  # of a text
@@ -84,10 +86,10 @@ def _judge_with_model(config: Doubting, accelerator: Accelerator, log: RunLog) -
         data, notes = config.train.data, predictor.notes
         if data.text_column is None and data.text_pair_column is None:
             data = replace(data, text_column=notes.get("text_column"), text_pair_column=notes.get("text_pair_column"))
-        records = open_source(data, "train")
+        records = _rows_of(data, config.train.run.output_dir, log)
         targets = open_examples(records, predictor.tokenizer, predictor.task, predictor.max_length).targets
-    judged = f"{config.doubts.model} judges the labels of {len(records):,} rows of {records.name}."
-    log.say(f"{judged} What it has learned it doubts too little.")
+    log.say(f"{config.doubts.model} judges the labels of {len(records):,} rows of {records.name}.")
+    log.say("What it has learned it doubts too little: --folds trains models that have not.")
     logits = predictor.logits(subset(records, np.arange(len(records))))
     return records, predictor.task, targets, logits
 
@@ -96,8 +98,8 @@ def _judge_out_of_fold(config: Doubting, accelerator: Accelerator, log: RunLog) 
     train, folds = config.train, config.doubts.folds
     assert folds is not None
     with together(accelerator):
-        records = open_source(train.data, "train")
-        task = task_of_rows(train.task, records, labels_of(load_settings(train.model)))
+        records = _rows_of(train.data, train.run.output_dir, log)
+        task = task_of_rows(train.task, labels_in(records), labels_of(load_settings(train.model)))
         _check_ranking(config, task)
         assert records.label_codes is not None
         targets = np.array([task.target(value) for value in records.label_values])[records.label_codes]
@@ -105,6 +107,15 @@ def _judge_out_of_fold(config: Doubting, accelerator: Accelerator, log: RunLog) 
         log.say("The validation rows are not read: each fold keeps its last weights, so that nothing but its own rows has a say in them.")
     logits = answers_out_of_fold(train, folds, records, targets, task, accelerator, log.say)
     return None if logits is None else (records, task, targets, logits)
+
+
+def _rows_of(data: DataConfig, output_dir: str, log: RunLog) -> Records:
+    records = open_source(data, "train")
+    if records.bad:  # --on_bad_row skip
+        path = Path(output_dir) / "bad_rows.jsonl" if output_dir and log.enabled else None
+        BadRows(data.on_bad_row, data.max_bad_rows, path).take(records.bad)
+        log.say(f"{len(records.bad):,} rows that cannot be read are left out{f', see {path}' if path else ''}.")
+    return records
 
 
 def _check_ranking(config: Doubting, task: Task) -> None:
@@ -116,13 +127,13 @@ def entries_of(
     records: Records, task: Task, targets: Array, predictions: Array, probabilities: Array, doubts: Doubts
 ) -> Iterator[dict[str, Any]]:
     """One dict a row, in the order of doubt; targets, predictions, probabilities in the form of the task."""
-    lines = None
-    if isinstance(records.source, File) and records.source.kind != "parquet":
-        lines = list(islice(lines_of(records.source), len(records)))
     for row in map(int, doubts.order):
+        place = _PLACE.fullmatch(records.where(row))
+        assert place is not None, records.where(row)
         yield {
             "row": row,
-            "line": lines[row] if lines else None,
+            "file": place["file"],
+            "line": int(place["line"]) if place["line"] else None,
             "label": task.name(targets[row]),
             "suggested": task.name(predictions[row]),
             **_probability(targets[row], predictions[row], probabilities[row]),
@@ -153,11 +164,14 @@ def _show(entries: Sequence[dict[str, Any]], records: Records, output: str | Non
     """The table, the counts, and where the rest is."""
     issues = [entry for entry in entries if entry["issue"]]
     measure = "probability" if "probability" in entries[0] else "score"  # numbers have no probability
+    several = len({entry["file"] for entry in entries}) > 1
     rows = []
     for entry in entries[:SHOWN_ROWS]:
-        line, said = "" if entry["line"] is None else str(entry["line"]), (_words(entry["label"]), _words(entry["suggested"]))
-        rows.append([str(entry["row"]), line, *said, f"{entry[measure]:.3f}", _excerpt(records, entry["row"])])
-    log.table(f"The most doubted labels of {records.name}", ["row", "line", "given", "the model says", measure, "text"], rows)
+        place = [str(entry["row"]), *([entry["file"]] if several else []), "" if entry["line"] is None else str(entry["line"])]
+        said = [_words(entry["label"]), _words(entry["suggested"]), f"{entry[measure]:.3f}"]
+        rows.append([*place, *said, _excerpt(records, entry["row"])])
+    header = ["row", *(["file"] if several else []), "line", "given", "the model says", measure, "text"]
+    log.table(f"The most doubted labels of {records.name}", header, rows)
     pairs = Counter(pair for entry in issues for pair in differences(entry["label"], entry["suggested"]))
     if pairs:
         counted = [[given, suggested, str(count)] for (given, suggested), count in pairs.most_common(SHOWN_PAIRS)]
@@ -175,17 +189,3 @@ def _excerpt(records: Records, row: int) -> str:
     record = records[row]
     text = " ".join((record.text if record.pair is None else f"{record.text} / {record.pair}").split())
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
-
-
-def main() -> None:
-    """The command line: exit code 0, 75 when asked to stop before the end, 1 with one line for what a user can mend."""
-    try:
-        sys.exit(show_doubts(sys.argv[1:]))
-    except BertdistError as error:
-        if os.environ.get("RANK", "0") == "0" or not error.shared:
-            complain(error)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

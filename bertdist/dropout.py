@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 _LEVELS = 1 << 16
 _seed_of_step: tuple[int, int] = (0, 0)
+_in_hand: "Noise | None" = None  # of the micro-batch that is computed now, for layers that are compiled
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
@@ -78,6 +79,24 @@ class Noise:
             generator.state = state
 
 
+def hold(noise: Noise | None) -> None:
+    """Give compiled layers the masks of the micro-batch that is computed now: an operator takes tensors and numbers, no Noise."""
+    global _in_hand
+    _in_hand = noise
+
+
+# An operator that the compiler cannot look into. The tag: it may not be left out, made once for two, or made again in the backward.
+@torch.library.custom_op("bertdist::keep", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _keep(x: Tensor, p: float) -> Tensor:
+    assert _in_hand is not None, "compiled layers are for training"
+    return _mask(_in_hand, x.shape, p)
+
+
+@_keep.register_fake
+def _(x: Tensor, p: float) -> Tensor:
+    return torch.empty_like(x, dtype=torch.bool)
+
+
 def scale_of(p: float) -> float:
     """What is kept is multiplied by this: 1 / (1 - the p that 16 bits can meet)."""
     return _LEVELS / max(1, _LEVELS - _dropped(p))
@@ -96,10 +115,14 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape in and out; see `_mask` for the shapes that are known as texts'."""
-        noise = self._noise()
-        if noise is None or not self.training or self.p == 0:
-            return F.dropout(x, self.p, self.training)
-        return x * torch.mul(_mask(noise, x.shape, self.p), x.new_tensor(scale_of(self.p)))
+        if torch.compiler.is_compiling() and self.training and self.p and x.device.type == "cpu":
+            keep: Tensor = torch.ops.bertdist.keep(x, self.p)
+        else:
+            noise = self._noise()
+            if noise is None or not self.training or self.p == 0:
+                return F.dropout(x, self.p, self.training)
+            keep = _mask(noise, x.shape, self.p)
+        return x * torch.mul(keep, x.new_tensor(scale_of(self.p)))
 
 
 def _mask(noise: Noise, shape: torch.Size, p: float) -> Tensor:

@@ -50,7 +50,7 @@ class Examples:
     def __getitem__(self, rows: Sequence[int]) -> list[Example]:
         encoded = encode([self.records[int(row)] for row in rows], self.tokenizer, self.max_length)
         return [
-            Example(int(row), ids, segments, self.targets[row], float(self.weights[row]))
+            Example(self.records.first_row + int(row), ids, segments, self.targets[row], float(self.weights[row]))
             for row, (ids, segments) in zip(rows, encoded, strict=True)
         ]
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from bertdist.config import DataConfig, RunConfig, TrainConfig
 from bertdist.console import write_whole
 from bertdist.errors import CheckpointError, DataError
+from bertdist.places import Kept, Placed
 from bertdist.predict import Predictor
 from bertdist.ranks import together
 from bertdist.records import Records
@@ -76,7 +77,7 @@ def answers_out_of_fold(
         _enough(fold_of_row, folds, records)
         if accelerator.is_main_process:
             for fold, run in enumerate(runs):
-                _write_rows(Path(run.data.train_file or ""), records, np.flatnonzero(fold_of_row != fold))
+                _write_rows(_file_of(run), records, np.flatnonzero(fold_of_row != fold))
     found: Tensor | None = None
     for fold, run in enumerate(runs):
         left_out = np.flatnonzero(fold_of_row == fold)
@@ -116,20 +117,9 @@ def _process_group_kept() -> Iterator[None]:
 def subset(records: Records, rows: Array) -> Records:
     """Some rows as rows of their own, without labels; a message about one names its place in the source."""
     texts, pairs = (None if column is None else column.take(rows) for column in (records.texts, records.pairs))
-    source = _Some(records, rows)
-    return replace(records, source=source, texts=texts, pairs=pairs, label_kind=None, label_values=[], label_codes=None, fingerprint="")
-
-
-class _Some:
-    """A source of which some rows are taken."""
-
-    has_header = False
-
-    def __init__(self, records: Records, rows: Array) -> None:
-        self.name, self._records, self._rows = records.name, records, rows
-
-    def where(self, row: int) -> str:
-        return self._records.where(int(self._rows[row]))
+    source = Placed(records.name, False, ((0, Kept(records.where, rows), 0),))
+    unlabelled = replace(records, label_kind=None, label_values=[], label_codes=None, parts=(), bad=())
+    return replace(unlabelled, source=source, texts=texts, pairs=pairs, fingerprint="")
 
 
 def _enough(fold_of_row: Array, folds: int, records: Records) -> None:
@@ -144,7 +134,7 @@ def _run_of_fold(config: TrainConfig, folder: Path, task: Task, records: Records
     names = None if kind == "regression" else list(task.labels)
     return replace(
         config,
-        data=DataConfig(train_file=str(folder / "train.jsonl"), text_column="text", text_pair_column=pair, label_column="label"),
+        data=DataConfig(train_file=[str(folder / "train.jsonl")], text_column="text", text_pair_column=pair, label_column="label"),
         task=replace(config.task, problem_type=kind, label_names=names, metrics=None, metric_for_best_model=None),
         run=replace(
             config.run,
@@ -154,6 +144,11 @@ def _run_of_fold(config: TrainConfig, folder: Path, task: Task, records: Records
             early_stopping_threshold=plain.early_stopping_threshold,
         ),
     )
+
+
+def _file_of(run: TrainConfig) -> Path:
+    assert run.data.train_file is not None
+    return Path(run.data.train_file[0])
 
 
 def _write_rows(path: Path, records: Records, rows: Array) -> None:

@@ -5,7 +5,8 @@ torch gives float32 products to MKL. oneDNN, which comes with torch too, is fast
 each new number of rows, which square layers of few rows do not win back. Where no gradient is wanted, GELU comes with the product
 and saves a pass over the widest activations.
 
-It is used where torch has it, in float32, on a CPU; elsewhere and under torch.compile, which does the same by itself, nn.Linear's.
+It is used where torch has it, in float32, on a CPU; elsewhere nn.Linear's, and so under torch.compile, whose inductor takes the
+operator only with weights that never change (torch 2.13).
 """
 
 from typing import Any

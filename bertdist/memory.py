@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from bertdist.batching import PLENTY, Batch, Batches, collate, recut
+from bertdist.batch import Batch, collate, recut
+from bertdist.batching import PLENTY
 from bertdist.errors import DataError
+from bertdist.stream_batches import AnyBatches
 
 MOST_TOKENS = {"cuda": 65_536}  # where a larger micro-batch is no faster; other devices: PLENTY
 SHARE_OF_FREE = {"cuda": 0.9}  # of the free memory; other devices share theirs with the backward pass and with other programs: 0.5
@@ -36,7 +38,7 @@ T = TypeVar("T")
 _OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "could not create a primitive", "could not create a memory", "ALLOC_FAILED")
 
 
-def fitting(compute: Callable[[Batch], Tensor], micro_batches: Iterable[Batch], batches: Batches) -> Iterator[tuple[Batch, Tensor]]:
+def fitting(compute: Callable[[Batch], Tensor], micro_batches: Iterable[Batch], batches: AnyBatches) -> Iterator[tuple[Batch, Tensor]]:
     """(micro-batch, compute(micro-batch)) of each; those that do not fit, and all that come after, in halves.
 
     Without gradients a rank can do this by itself: nobody is told. Raises DataError for a text that does not fit alone.
@@ -56,7 +58,7 @@ def fitting(compute: Callable[[Batch], Tensor], micro_batches: Iterable[Batch], 
                 waiting = recut([batch, *waiting], tokens)
 
 
-def find_tokens(compute: Callable[[Batch], Tensor], batches: Batches, device: torch.device, needed: int = 0) -> int:
+def find_tokens(compute: Callable[[Batch], Tensor], batches: AnyBatches, device: torch.device, needed: int = 0) -> int:
     """The most tokens, a power of two, that fit into what `needed` bytes leave of the free memory, in texts of --max_length tokens.
 
     compute: what is to be done with a micro-batch on the device; where its result has a gradient, that is computed too, and left in
@@ -214,10 +216,10 @@ def power_of_two(number: int) -> int:
     return 1 << max(1, number).bit_length() - 1
 
 
-def too_long(batch: Batch, reason: str, batches: Batches, cure: str = "") -> DataError:
+def too_long(batch: Batch, reason: str, batches: AnyBatches, cure: str = "") -> DataError:
     """What to say of a text that does not fit alone."""
     row, limit = int(batch.rows[0]), batches.examples.max_length
-    where = batches.examples.records.where(row) if row >= 0 else "A rank without rows"
+    where = batches.where(row) if row >= 0 else "A rank without rows"
     return DataError(
         f"{where}: a text of {batch.lengths[0]} tokens (--max_length {limit}) does not fit into memory, not even alone ({reason}). "
         f"Take a smaller --max_length, {cure}or more memory."

@@ -22,15 +22,17 @@ from torch import Tensor
 from bertdist.batching import PLENTY, Batches
 from bertdist.begin import open_accelerator
 from bertdist.classifier import load_trained
-from bertdist.config import ModelConfig, PredictConfig, RunConfig, read_predict_config
+from bertdist.command_line import read_predict_config
+from bertdist.config import ModelConfig, PredictConfig, RunConfig
 from bertdist.console import complain, write_whole
 from bertdist.encoding import load_tokenizer, open_examples
 from bertdist.errors import BertdistError, DataError
 from bertdist.evaluation import predict_rows
 from bertdist.memory import find_tokens
 from bertdist.ranks import together
-from bertdist.records import Records, open_texts, records_of
+from bertdist.records import Records, records_of
 from bertdist.slurm import check_world
+from bertdist.sources import open_texts
 
 ROWS_AT_ONCE = 2048  # texts sorted by length together: long enough for texts of one length to meet, short enough for one device
 

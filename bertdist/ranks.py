@@ -56,8 +56,17 @@ def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
 
 def smallest(accelerator: Accelerator, values: Sequence[int], group: dist.ProcessGroup | None = None) -> list[int]:
     """The smallest of all ranks, value by value. group: that of `host_group`. Costs nothing on one rank, about 1 ms on gloo."""
+    return _reduced(accelerator, values, dist.ReduceOp.MIN, group)
+
+
+def summed(accelerator: Accelerator, values: Sequence[int], group: dist.ProcessGroup | None = None) -> list[int]:
+    """The sum over all ranks, value by value; otherwise like `smallest`."""
+    return _reduced(accelerator, values, dist.ReduceOp.SUM, group)
+
+
+def _reduced(accelerator: Accelerator, values: Sequence[int], how: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> list[int]:
     if accelerator.num_processes == 1:
         return list(values)
     told = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(told, op=dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(told, op=how, group=group)
     return [int(value) for value in told.tolist()]

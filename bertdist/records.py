@@ -1,6 +1,6 @@
-"""Any source of rows -> `Records`: texts, pairs and labels in Arrow memory, with random access by row.
+"""Columns of any source -> `Records`: texts, pairs and labels in Arrow memory, with random access by row.
 
-In: a DataConfig (training and scoring) or a path (prediction). Out: Records, whose texts are exactly those of the source, whose labels
+In: the columns of a file, of a piece of a file, of a data set. Out: Records, whose texts are exactly those of the source, whose labels
 are raw values (`bertdist.tasks` decides what they mean), and whose every complaint names a file and a line.
 One module, because which columns are read, what counts as a label and what counts as missing must be the same for every kind of source.
 
@@ -10,18 +10,31 @@ Each rank holds the columns it reads once (text bytes + 12 bytes a row); forked 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, overload
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from bertdist.arrow_files import Column, Reader, find_file, open_file
-from bertdist.columns import Codes, LabelKind, LabelValue, read_label_columns, read_labels, read_texts, whole
-from bertdist.config import DataConfig
+from bertdist.arrow_files import Reader
+from bertdist.columns import (
+    Codes,
+    LabelKind,
+    LabelValue,
+    Problems,
+    kept_rows,
+    read_label_columns,
+    read_labels,
+    read_texts,
+    whole,
+    without,
+    without_labels,
+)
 from bertdist.errors import DataError, did_you_mean
+from bertdist.pieces import BadRow, Column, OnBadRow, Piece, RowSource, left_out
+from bertdist.places import Kept, Named, Placed, Source, Split
 
 TEXT_COLUMNS = ("text", "sentence", "sentence1", "question", "premise", "review", "tweet", "content")
 LABEL_COLUMNS = ("label", "labels", "score", "target", "class")
@@ -32,17 +45,6 @@ PAIRS = (
     ("question", "question2"),
     ("premise", "hypothesis"),
 )
-GLUE: dict[str, tuple[str, str | None]] = {  # https://huggingface.co/datasets/nyu-mll/glue
-    "cola": ("sentence", None),
-    "mnli": ("premise", "hypothesis"),
-    "mrpc": ("sentence1", "sentence2"),
-    "qnli": ("question", "sentence"),
-    "qqp": ("question1", "question2"),
-    "rte": ("sentence1", "sentence2"),
-    "sst2": ("sentence", None),
-    "stsb": ("sentence1", "sentence2"),
-    "wnli": ("sentence1", "sentence2"),
-}
 
 
 class Record(NamedTuple):
@@ -52,27 +54,6 @@ class Record(NamedTuple):
     text: str
     pair: str | None
     label: LabelValue | None
-
-
-class Source(Protocol):
-    """Where rows come from, in words."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def has_header(self) -> bool: ...
-    def where(self, row: int) -> str: ...
-
-
-@dataclass(frozen=True)
-class Split:
-    """A split of a data set of the hub."""
-
-    name: str
-    has_header: bool = False
-
-    def where(self, row: int) -> str:
-        return f"{self.name} row {row}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,6 +71,9 @@ class Records:
     fingerprint: str  # xxh3 of texts, pairs and labels; the path and the kind of file do not enter
     texts: pa.Array  # (rows,) large_string without nulls
     pairs: pa.Array | None  # (rows,) the same
+    first_row: int = 0  # number of the first row, where these are some rows of a stream
+    parts: tuple[int, ...] = ()  # rows of each --train_file, where there are several
+    bad: tuple[BadRow, ...] = ()  # rows of the source that were left out
 
     @property
     def name(self) -> str:
@@ -114,6 +98,17 @@ class Records:
         """`dev.tsv line 12`: where the row starts. `x.parquet row 7` where there are no lines, from 0 as in `Record.row`."""
         return self.source.where(row)
 
+    def some(self, start: int, stop: int) -> "Records":
+        """Rows start, ..., stop - 1, without copying them."""
+        return replace(
+            self,
+            source=Placed(self.source.name, self.source.has_header, ((0, self.source.where, start),)),
+            label_codes=None if self.label_codes is None else self.label_codes[start:stop],
+            texts=self.texts[start:stop],
+            pairs=None if self.pairs is None else self.pairs[start:stop],
+            fingerprint="",
+        )
+
 
 class Columns(NamedTuple):
     """Which columns to read: as asked for, and then as found."""
@@ -123,57 +118,9 @@ class Columns(NamedTuple):
     label: str | None
     labels: list[str] | None
 
-
-@overload
-def open_source(data: DataConfig, split: Literal["train"]) -> Records: ...
-@overload
-def open_source(data: DataConfig, split: Literal["validation"]) -> Records | None: ...
-def open_source(data: DataConfig, split: Literal["train", "validation"]) -> Records | None:
-    """The rows to learn from or to score, with labels; None where there is nothing to score. Raises DataError."""
-    path, rows = (data.train_file, data.max_train_samples) if split == "train" else (data.validation_file, data.max_eval_samples)
-    asked = Columns(data.text_column, data.text_pair_column, data.label_column, data.label_columns)
-    if path is not None:
-        file = find_file(path, delimiter=data.delimiter, quoting=data.quoting, encoding=data.encoding, column_names=data.column_names)
-        if file.kind == "txt":
-            raise DataError(f"{path}: a .txt file has no labels; expected .csv, .tsv, .jsonl or .parquet.")
-        names, read = open_file(file, rows)
-        return _read_records(file, names, read, asked, data.label_delimiter)
-    if data.train_file is not None and split == "validation":
-        return None
-    if data.task_name is not None and data.text_column is None:
-        if data.task_name not in GLUE:
-            raise DataError(f"--task_name {data.task_name!r} is no task of GLUE.{did_you_mean(data.task_name, GLUE)}")
-        text, pair = GLUE[data.task_name]
-        asked = asked._replace(text=text, pair=asked.pair or pair)
-    found = _load_split(data, split)
-    if found is None:
-        return None
-    name, dataset = found
-    dataset = dataset.select(range(min(rows or len(dataset), len(dataset))))
-
-    def read_split(wanted: Sequence[str]) -> dict[str, Column]:
-        table = dataset.with_format("arrow")[:]
-        return {column: table.column(column) for column in wanted}
-
-    return _read_records(Split(name), dataset.column_names, read_split, asked, data.label_delimiter, dataset.features)
-
-
-def open_texts(
-    path: str,
-    *,
-    text_column: str | None,
-    text_pair_column: str | None,
-    column_names: list[str] | None,
-    delimiter: str | None,
-    quoting: str,
-    encoding: str,
-) -> Records:
-    """The rows of a file without labels, for prediction; a .txt file has one text a line, blank lines too. Raises DataError."""
-    file = find_file(path, delimiter=delimiter, quoting=quoting, encoding=encoding, column_names=column_names)
-    if file.kind == "txt" and text_pair_column is not None:
-        raise DataError(f"{path}: a .txt file has one text a line, expected pairs of texts; expected .csv, .tsv, .jsonl or .parquet.")
-    names, read = open_file(file)
-    return _read_records(file, names, read, Columns("text" if file.kind == "txt" else text_column, text_pair_column, None, []))
+    def names(self) -> list[str]:
+        """Each once."""
+        return [name for name in dict.fromkeys((self.text, self.pair, self.label, *(self.labels or ()))) if name is not None]
 
 
 def records_of(texts: Sequence[str], pairs: Sequence[str] | None = None) -> Records:
@@ -182,7 +129,7 @@ def records_of(texts: Sequence[str], pairs: Sequence[str] | None = None) -> Reco
         raise DataError(f"There are {len(texts)} texts and {len(pairs)} second texts; they go together.")
     names = ["text"] if pairs is None else ["text", "pair"]
     given: dict[str, Column] = {"text": list(texts), "pair": list(pairs or ())}
-    return _read_records(
+    return read_records(
         Split("texts"),
         names,
         lambda wanted: {name: given[name] for name in wanted},
@@ -190,33 +137,9 @@ def records_of(texts: Sequence[str], pairs: Sequence[str] | None = None) -> Reco
     )
 
 
-def _load_split(data: DataConfig, split: str) -> tuple[str, Any] | None:
-    """(name in words, datasets.Dataset), or None where nothing names a split to score and there is no 'validation'."""
-    import datasets  # 0.7 s that local files need not pay
-
-    path = data.dataset_name or "nyu-mll/glue"  # --task_name beside --dataset_name: another copy of GLUE, with the task's columns
-    config = data.dataset_config_name or (None if data.dataset_name else data.task_name)
-    name = "/".join(filter(None, (path, config)))
-    try:
-        splits = datasets.load_dataset(path, config)
-    except (ConnectionError, FileNotFoundError):
-        raise DataError(f"{name}: the hub could not be reached or does not know this data set; --train_file takes local files.") from None
-    except Exception as error:  # the library raises a dozen kinds, of its own and of its readers
-        raise DataError(f"{name} cannot be loaded: {' '.join(str(error).split())} (--train_file takes local files)") from None
-    wanted = data.train_split if split == "train" else data.validation_split
-    if wanted is None:
-        usual = "validation_matched" if data.task_name == "mnli" else "validation"
-        return (f"{name} split {usual!r}", splits[usual]) if usual in splits else None
-    try:
-        found = splits[wanted] if wanted in splits else datasets.load_dataset(path, config, split=wanted)  # such as 'train[:90%]'
-    except ValueError:
-        raise DataError(f"{name} has no split {wanted!r}.{did_you_mean(wanted, splits)}") from None
-    return f"{name} split {wanted!r}", found
-
-
-def _choose(source: Source, names: Sequence[str], asked: Columns) -> Columns:
+def choose(source: Named, names: Sequence[str], asked: Columns) -> Columns:
     """The columns to read: those asked for, else the usual names, else DataError."""
-    for name in filter(None, (asked.text, asked.pair, asked.label, *(asked.labels or ()))):
+    for name in asked.names():
         if name not in names:
             raise _no_column(source, names, f"there is no column {name!r}", did_you_mean(name, names))
     plain = {name.lower(): name for name in reversed(names)} | {name: name for name in names}
@@ -233,7 +156,7 @@ def _choose(source: Source, names: Sequence[str], asked: Columns) -> Columns:
     return Columns(text, pair, label, labels)
 
 
-def _no_column(source: Source, names: Sequence[str], problem: str, advice: str) -> DataError:
+def _no_column(source: Named, names: Sequence[str], problem: str, advice: str) -> DataError:
     found = ", ".join(repr(name if len(name) <= 30 else f"{name[:30]}...") for name in names[:20])
     advice = "" if advice.startswith(" Known") else advice  # the columns are told already
     if source.has_header and any(len(name) > 30 or name.replace(".", "", 1).isdecimal() for name in names):
@@ -241,28 +164,55 @@ def _no_column(source: Source, names: Sequence[str], problem: str, advice: str) 
     return DataError(f"{source.name}{' line 1' * source.has_header}: {problem}; the columns are {found}.{advice}")
 
 
-def _read_records(
+def read_records(
     source: Source, names: Sequence[str], read: Reader, asked: Columns, label_delimiter: str | None = None, features: Any = None
 ) -> Records:
-    taken = _choose(source, names, asked)
-    assert taken.text is not None
-    wanted = [taken.text, taken.pair, taken.label, *(taken.labels or ())]
-    columns = {name: whole(column) for name, column in read([name for name in dict.fromkeys(wanted) if name is not None]).items()}
-    if not len(columns[taken.text]):
+    """All rows of a source. names: all its columns; read: gives some of them. Raises DataError."""
+    taken = choose(source, names, asked)
+    columns = read(taken.names())
+    if not len(columns[taken.names()[0]]):
         raise DataError(f"{source.name} has no rows.")
-    texts = read_texts(columns[taken.text], taken.text, source.where)
-    pairs = None if taken.pair is None else read_texts(columns[taken.pair], taken.pair, source.where)
+    return records_from(source, columns, taken, label_delimiter, class_names_of(features, taken))
+
+
+def records_of_piece(
+    source: RowSource, piece: Piece, taken: Columns, label_delimiter: str | None, on_bad_row: OnBadRow
+) -> tuple[Records, list[BadRow]]:
+    """The rows of a piece, and those that were left out, in it or here. Raises DataError, with "skip" for a wrong column only."""
+    problems: Problems | None = {} if on_bad_row == "skip" else None
+    place = Placed(source.name, source.has_header, ((0, piece.where, 0),))
+    records = records_from(place, piece.columns, taken, label_delimiter, class_names_of(source.features, taken), problems)
+    return records, [*piece.bad, *left_out(problems or {}, piece.where, piece.spots)]
+
+
+def records_from(
+    source: Source,
+    columns: dict[str, Column],
+    taken: Columns,
+    label_delimiter: str | None = None,
+    class_names: tuple[str, ...] | None = None,
+    problems: Problems | None = None,
+) -> Records:
+    """Rows of the columns that are taken, checked. A row that is wrong is a DataError, or, where `problems` is given, left out.
+
+    class_names: names of labels that the source keeps as numbers.
+    """
+    assert taken.text is not None
+    held = {name: whole(column) for name, column in columns.items()}
+    texts = read_texts(held[taken.text], taken.text, source.where, problems)
+    pairs = None if taken.pair is None else read_texts(held[taken.pair], taken.pair, source.where, problems)
     kind: LabelKind | None = None
     values: list[LabelValue] = []
-    codes, class_names = None, None
+    codes = None
     if taken.labels:
         kind, class_names = "set", tuple(taken.labels)
-        values, codes = read_label_columns({name: columns[name] for name in taken.labels}, source.where)
+        values, codes = read_label_columns({name: held[name] for name in taken.labels}, source.where, problems)
     elif taken.label is not None:
-        feature = (features or {}).get(taken.label)
-        fixed = getattr(getattr(feature, "feature", feature), "names", None)  # ClassLabel, List(ClassLabel)
-        class_names = None if fixed is None else tuple(fixed)
-        kind, values, codes = read_labels(columns[taken.label], taken.label, source.where, label_delimiter, class_names)
+        kind, values, codes = read_labels(held[taken.label], taken.label, source.where, label_delimiter, class_names, problems)
+    if (kept := kept_rows(problems or {}, len(texts))) is not None:
+        source = Placed(source.name, source.has_header, ((0, Kept(source.where, np.flatnonzero(kept)), 0),))
+        texts, pairs = without(texts, kept), None if pairs is None else without(pairs, kept)
+        values, codes = (values, None) if codes is None else without_labels(values, codes, kept)
     return Records(
         source=source,
         text_column=taken.text,
@@ -276,6 +226,13 @@ def _read_records(
         texts=texts,
         pairs=pairs,
     )
+
+
+def class_names_of(features: Any, taken: Columns) -> tuple[str, ...] | None:
+    """The names that a data set of the hub keeps for labels that are numbers: ClassLabel, List(ClassLabel)."""
+    feature = (features or {}).get(taken.label)
+    fixed = getattr(getattr(feature, "feature", feature), "names", None)
+    return None if fixed is None else tuple(fixed)
 
 
 def _offsets(texts: pa.Array) -> npt.NDArray[np.int64]:

@@ -25,10 +25,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bertdist.batching import Batch, Batches, Step, one_token, recut
+from bertdist.batch import Batch, Step, one_token, recut
 from bertdist.checkpoint import Progress
 from bertdist.memory import attempt, find_tokens, halved, too_long
 from bertdist.ranks import host_group, smallest, together
+from bertdist.stream_batches import AnyBatches, SomeBatches
 
 Backward = Callable[[Batch, bool], Tensor]  # (micro-batch, whether it is the share's last) -> its loss sum (), after its backward pass
 
@@ -53,7 +54,7 @@ class Room:
     def __init__(
         self,
         model: nn.Module,
-        batches: Batches,
+        batches: AnyBatches,
         asked: int | None,
         progress: Progress,
         accelerator: Accelerator,
@@ -85,7 +86,7 @@ class Room:
             self.say(f"Micro-batches of at most {self.progress.tokens_per_micro_batch:,} tokens: found from free memory.")
         self._loaded = self.progress.tokens_per_micro_batch
 
-    def cutting(self, batches: Batches) -> Batches:
+    def cutting(self, batches: SomeBatches) -> SomeBatches:
         """The same batches, cut so that they fit."""
         return replace(batches, tokens_per_micro_batch=self.progress.tokens_per_micro_batch)
 

@@ -208,7 +208,7 @@ def open_task(
     was trained on just these labels (model_labels), else sorted: whole numbers by value, other labels by code point.
     Raises ConfigError and DataError.
     """
-    problem_type = _problem_type(config.problem_type, kind, values)
+    problem_type = problem_type_of(config.problem_type, kind, values)
     rows = int(counts.sum())
     if config.label_smoothing_factor and problem_type != "single_label_classification":
         raise ConfigError(f"--label_smoothing_factor is for single-label tasks; this is {problem_type}.")
@@ -247,7 +247,8 @@ def task_of_model(problem_type: str | None, labels: Sequence[str]) -> Task:
     return kinds[problem_type](tuple(labels))
 
 
-def _problem_type(asked: str, kind: str, values: Sequence[Any]) -> str:
+def problem_type_of(asked: str, kind: str, values: Sequence[Any]) -> str:
+    """What --problem_type and the labels of the training rows make together; raises ConfigError where they contradict each other."""
     if asked != "auto":
         if (asked == "multi_label_classification") != (kind == "set"):
             found = "lists of labels" if kind == "set" else "single values, which --label_delimiter or --label_columns make lists of"

@@ -17,7 +17,7 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,24 +27,41 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bertdist.batching import Batch, Batches, Step, one_token, sent_ahead
-from bertdist.begin import batches_of, environment, identity_of, notes_of, open_accelerator, task_of_rows, told_of_data
+from bertdist.batch import Batch, Step, one_token
+from bertdist.batching import sent_ahead
+from bertdist.begin import (
+    environment,
+    identity_of,
+    notes_of,
+    open_accelerator,
+    open_rows,
+    rows_left_out,
+    task_of_rows,
+    told_of_data,
+    training_batches,
+    validation_batches,
+)
 from bertdist.best import Best
 from bertdist.checkpoint import Checkpoints, Progress
 from bertdist.classifier import Classifier, labels_of, load_classifier, load_settings
-from bertdist.config import TrainConfig, read_config, steps_of, write_config
+from bertdist.command_line import read_config
+from bertdist.compiled import compile_layers
+from bertdist.config import TrainConfig, steps_of, write_config
 from bertdist.console import RunLog, complain
 from bertdist.dropout import seed_dropout
+from bertdist.dry_run import dry_run
 from bertdist.embedding import clear_gradients
-from bertdist.encoding import load_tokenizer, open_examples
+from bertdist.encoding import load_tokenizer
 from bertdist.errors import BertdistError
 from bertdist.evaluation import Judge, evaluate_split
+from bertdist.graphed import Take, graphed_step
+from bertdist.known import known_of
 from bertdist.meter import Meter, matmul_rate, model_flops
 from bertdist.optim import build_optimizer, build_schedule, set_learning_rate
 from bertdist.ranks import together
-from bertdist.records import open_source
 from bertdist.room import Room
 from bertdist.slurm import StopRequest, check_world
+from bertdist.stream_batches import AnyBatches
 from bertdist.tasks import Task
 
 STOPPED = 75  # exit code for "asked to stop, start me again" (EX_TEMPFAIL)
@@ -63,19 +80,18 @@ def train(config: TrainConfig) -> Progress:
 
         # Data: two splits of rows, and the task that their labels make. Nothing is tokenized yet.
         with together(accelerator):
-            settings = load_settings(config.model)
-            tokenizer = load_tokenizer(config.model)
-            train_rows, dev_rows = open_source(config.data, "train"), open_source(config.data, "validation")
-            assert train_rows is not None
-            task = task_of_rows(config.task, train_rows, labels_of(settings))
-            train_examples = open_examples(train_rows, tokenizer, task, config.model.max_length)
-            dev_examples = open_examples(dev_rows, tokenizer, task, config.model.max_length) if dev_rows else None
+            settings, tokenizer = load_settings(config.model), load_tokenizer(config.model)
+            train_rows, dev_rows = open_rows(config)
+        known = known_of(train_rows, config, accelerator, log.say)
+        with together(accelerator):
+            left_out = rows_left_out(known, dev_rows, config, accelerator)
+            task = task_of_rows(config.task, known.labels, labels_of(settings))
+            train_batches = training_batches(train_rows, known, tokenizer, task, config, accelerator)
+            dev_batches = validation_batches(dev_rows, tokenizer, task, config, accelerator)
             judge = Judge(config.task, task, config.data.task_name) if dev_rows and accelerator.is_main_process else None
-        train_batches = batches_of(train_examples, config.batch, accelerator, seed=run.seed)
-        dev_batches = batches_of(dev_examples, config.batch, accelerator) if dev_examples else None
         per_epoch = train_batches.steps_per_epoch
         total_steps = run.max_train_steps or max(1, math.ceil(run.num_train_epochs * per_epoch))
-        log.say(*told_of_data(train_rows, dev_rows, task, per_epoch, total_steps))
+        log.say(*told_of_data(train_rows, known, dev_rows, task, per_epoch, total_steps))
 
         # Model: a Hugging Face classifier, its optimizer, and the learning rate as a function of the step.
         with together(accelerator):
@@ -97,18 +113,19 @@ def train(config: TrainConfig) -> Progress:
         due = {name: steps_of(getattr(run, f"{name}_every"), per_epoch, total_steps) for name in ("log", "eval", "save")}
         room = Room(model, train_batches, config.batch.tokens_per_micro_batch, progress, accelerator, log.say)
         losses: list[Tensor] = []  # this rank's loss sum () of each step since they were last brought together
-        model.train()
         if not progress.finished:
-            warm_up(model, train_batches, progress.step, task, accelerator)
+            warm_up(model, train_batches, progress, task, accelerator)
             room.find(lambda batch: task.loss(classifier(batch), batch.targets, batch.weights), classifier, adamw)
+            stepper = choose_step(config, classifier, room.cutting(train_batches), accelerator, log.say)
             log.open_progress(progress.step, total_steps)
         meter = open_meter(classifier, accelerator, progress)
         for step in meter.watch(steps_left(room.cutting(train_batches), progress, total_steps, accelerator.device)):
             set_learning_rate(optimizer, schedule(step.number))
             seed_dropout(run.seed, step.number, accelerator.process_index)
-            loss, grad_norm = take_step(model, optimizer, step, task, accelerator, config.optim.max_grad_norm, room)
+            loss, grad_norm = stepper(model, optimizer, step, task, accelerator, config.optim.max_grad_norm, room)
             losses.append(loss)
-            progress.count(step.number + 1, step.rows)
+            progress.count(step.number + 1, step.rows, step.after)
+            left_out.take(step.bad)
             progress.finished = progress.step == total_steps
             stopping = stop.agreed(accelerator)
             log.advance()
@@ -121,7 +138,7 @@ def train(config: TrainConfig) -> Progress:
             if dev_batches and (progress.finished or is_due(progress.step, due["eval"])):
                 with meter.paused():
                     evaluation = evaluate_split(classifier, room.cutting(dev_batches), judge, accelerator)
-                    log.record("eval", progress.step, epoch=progress.step / per_epoch, **evaluation.scores)
+                    log.record("eval", progress.step, epoch=progress.epochs(per_epoch), **evaluation.scores)
                     best.consider(classifier, evaluation, progress)
 
             if progress.finished or stopping or is_due(progress.step, due["save"]):
@@ -172,18 +189,30 @@ def take_step(
     return total, grad_norm
 
 
-def steps_left(batches: Batches, progress: Progress, total_steps: int, device: torch.device) -> Iterator[Step]:
+def choose_step(
+    config: TrainConfig, classifier: Classifier, batches: AnyBatches, accelerator: Accelerator, say: Callable[[str], None]
+) -> Take:
+    """What takes the steps of this run: take_step, or replays of it (--cuda_graphs); its layers compiled (--torch_compile), or not."""
+    if config.run.torch_compile:
+        say(compile_layers(classifier, accelerator))
+    if config.run.cuda_graphs:
+        return graphed_step(take_step, classifier, batches, accelerator, config.model.max_length, say)
+    return take_step
+
+
+def steps_left(batches: AnyBatches, progress: Progress, total_steps: int, device: torch.device) -> Iterator[Step]:
     """This rank's shares of the steps that are still to be taken, on the device."""
-    return sent_ahead(batches.steps(progress.step, progress.step if progress.finished else total_steps), device)
+    return sent_ahead(batches.steps(progress.step, progress.step if progress.finished else total_steps, progress.place), device)
 
 
-def warm_up(model: nn.Module, batches: Batches, step: int, task: Task, accelerator: Accelerator) -> None:
+def warm_up(model: nn.Module, batches: AnyBatches, progress: Progress, task: Task, accelerator: Accelerator) -> None:
     """One backward that is thrown away, before the first step of every start, fresh or resumed.
 
     DDP puts its gradient buckets in another order after its first backward, and sums are rounded in that order: without this a
     resumed run of 3 ranks or more differs from one that never stopped. One token does: any text brings the order about.
     """
-    for first in replace(batches, workers=0).steps(step, step + 1):
+    model.train()
+    for first in replace(batches, workers=0).steps(progress.step, progress.step + 1, progress.place):
         batch = one_token(first.share[0]).to(accelerator.device)
         accelerator.backward(task.loss(model(batch), batch.targets, batch.weights))
     clear_gradients(model)
@@ -221,7 +250,7 @@ def gather_losses(progress: Progress, losses: list[Tensor], meter: Meter, accele
 def record_training(log: RunLog, progress: Progress, per_epoch: int, **values: float) -> None:
     """One line about the steps since the last one: sums are divided, means are never averaged."""
     loss, rows = (sum(entry[i] for entry in progress.window) for i in (0, 1))
-    log.record("train", progress.step, epoch=progress.step / per_epoch, loss=loss / rows, **values, tokens=progress.tokens)
+    log.record("train", progress.step, epoch=progress.epochs(per_epoch), loss=loss / rows, **values, tokens=progress.tokens)
     progress.window.clear()
 
 
@@ -235,7 +264,10 @@ def tell_meter(log: RunLog, progress: Progress, meter: Meter, stopping: bool) ->
 def main() -> None:
     """The command line: exit code 0 when finished, 75 when asked to stop before, 1 with one line for what a user can mend."""
     try:
-        progress = train(read_config(sys.argv[1:]))
+        config = read_config(sys.argv[1:])
+        if config.run.dry_run:
+            sys.exit(dry_run(config))
+        progress = train(config)
     except BertdistError as error:
         if os.environ.get("RANK", "0") == "0" or not error.shared:
             complain(error)

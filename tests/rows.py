@@ -1,9 +1,9 @@
 """Small data sets made by rule, runs over them, and what a run left behind.
 
-    files = write_split(folder, train=23, dev=9)                       # train.tsv and dev.tsv, the same rows in every process
-    words = words_of(tiny_model, folder / "out", files, seed=7)        # a command line
-    run_ranks(3, run_train, words)                                     # bertdist.train.train, on three forked ranks
-    step_log(folder / "out"), tensors_of(folder / "out" / "best")      # what is to be compared
+files = write_split(folder, train=23, dev=9)                       # train.tsv and dev.tsv, the same rows in every process
+words = words_of(tiny_model, folder / "out", files, seed=7)        # a command line
+run_ranks(3, run_train, words)                                     # bertdist.train.train, on three forked ranks
+step_log(folder / "out"), tensors_of(folder / "out" / "best")      # what is to be compared
 """
 
 import contextlib
@@ -13,7 +13,9 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,15 +28,58 @@ from safetensors.torch import load_file
 
 import bertdist.scores  # noqa: F401  imported before the ranks are forked: evaluate and scikit-learn take longer than a whole run
 from bertdist import train
-from bertdist.batching import Step
-from bertdist.config import read_config
+from bertdist.batch import Step
+from bertdist.command_line import read_config
+from bertdist.errors import DataError
 from bertdist.meter import MEASURED
+from bertdist.pieces import BadRow, Piece, Place
 
 GOOD = "best fine fun good great warm".split()
 BAD = "bad dull poor worst boring".split()
 OTHER = "a an and but film is it movie not of so the this very was".split()
 
 Breaking = Callable[[Accelerator], None]  # called on every rank before a run: breaks a promise of the product there
+
+
+@dataclass(frozen=True)
+class MemoryRows:
+    """A RowSource of rows in memory, in pieces of the given sizes, which come again and again; in each piece one row was left out.
+
+    Reading fails before row `broken`.
+    """
+
+    name: str
+    rows: Sequence[dict[str, Any]]
+    sizes: tuple[int, ...] = (3,)  # one of them above 0
+    broken: int | None = None
+    bytes: int | None = None
+    columns: tuple[str, ...] = ("text", "label")
+    features: Any = None
+    has_header: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        return repr((self.name, self.rows))
+
+    def column_names(self) -> list[str]:
+        return list(self.columns)
+
+    def pieces(self, wanted: Sequence[str], place: Place | None = None) -> Iterator[Piece]:
+        at, number = (place["row"], place["piece"]) if place else (0, 0)
+        while at < len(self.rows):
+            some = self.rows[at : at + self.sizes[number % len(self.sizes)]]
+            if self.broken is not None and self.broken < at + len(some):
+                raise DataError(f"{self.name} row {self.broken}: no more can be read.")
+            columns = {name: [row[name] for row in some] for name in wanted}
+            bad = BadRow(self.name, number, "no row", "")
+            yield Piece(columns, len(some), {"row": at, "piece": number}, partial(self._where, at), (bad,))
+            at, number = at + len(some), number + 1
+        yield Piece(
+            {name: [] for name in wanted}, 0, {"row": at, "piece": number}, partial(self._where, at), (BadRow(self.name, -1, "end", ""),)
+        )
+
+    def _where(self, first: int, row: int) -> str:
+        return f"{self.name} row {first + row}"
 
 
 class Files(NamedTuple):
@@ -109,6 +154,27 @@ def run_train(accelerator: Accelerator, words: Sequence[str], breaking: Breaking
     with contextlib.redirect_stderr(io.StringIO()) as said:
         progress = train.train(read_config(words))
     return progress, seen, said.getvalue()
+
+
+def at_step(number: int, act: Callable[[], None]) -> Breaking:
+    """Act on every rank before step `number` is taken."""
+
+    def breaking(accelerator: Accelerator) -> None:
+        take_step = train.take_step
+
+        def watched(model: Any, optimizer: Any, step: Step, *rest: Any) -> Any:
+            if step.number == number:
+                act()
+            return take_step(model, optimizer, step, *rest)
+
+        train.take_step = watched
+
+    return breaking
+
+
+def die() -> None:
+    """Without a word."""
+    os._exit(9)
 
 
 def _be_quick() -> None:

@@ -15,14 +15,21 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bertdist"
 
 FLOORS = [  # a module imports from lower floors only
     ["errors"],
-    ["words", "dropout", "embedding", "linear", "label_noise"],
-    ["config", "scores", "slurm", "console", "attention_cpu", "arrow_files", "columns", "ranks", "meter"],
+    ["words", "dropout", "embedding", "linear", "pieces", "places", "addresses", "findings", "label_noise"],
+    ["config", "scores", "slurm", "console", "attention_cpu", "text_files", "file_bytes", "columns", "ranks", "meter", "remote"],
+    ["command_line", "row_ends"],
+    ["separated", "json_lines", "guess", "parquet_files", "check_config"],
+    ["file_rows"],
+    ["arrow_files", "hub"],
     ["tasks", "records", "optim", "attention", "doubts_config"],
-    ["encoding", "deberta"],
-    ["batching", "families"],
-    ["classifier", "checkpoint", "begin", "memory"],
-    ["evaluation", "room"],
-    ["best"],
+    ["mixture", "joined", "encoding", "deberta", "labels", "duplicates", "text_health"],
+    ["stream", "batch", "families", "lengths", "overlap", "tables"],
+    ["batching", "survey", "sources"],
+    ["stream_batches", "classifier", "checkpoint", "inspection"],
+    ["memory", "known", "compiled", "graphed"],
+    ["begin"],
+    ["evaluation", "room", "dry_run"],
+    ["best", "fix"],
     ["train", "predict"],
     ["folds"],
     ["doubts"],
@@ -30,19 +37,34 @@ FLOORS = [  # a module imports from lower floors only
 ]
 LEVEL = {module: level for level, floor in enumerate(FLOORS) for module in floor}
 DOORS = {  # a third-party package comes in through these modules only, so that an upgrade touches known files
-    "transformers": {"attention", "best", "classifier", "config", "deberta", "doubts_config", "encoding", "families", "optim", "words"},
-    "accelerate": {"begin", "best", "checkpoint", "doubts", "evaluation", "folds", "predict", "ranks", "room", "slurm", "train"},
-    "datasets": {"records", "scores"},
+    "transformers": set(
+        """
+            attention begin best check_config classifier config deberta doubts_config dry_run encoding families inspection
+            lengths optim words
+        """.split()
+    ),
+    "accelerate": set("begin best checkpoint compiled doubts evaluation folds graphed known predict ranks room slurm survey train".split()),
+    "datasets": {"hub", "scores", "sources"},
     "evaluate": {"scores"},
     "sklearn": {"scores"},
     "scipy": {"scores"},
     "rich": {"console"},
-    "pyarrow": {"records", "arrow_files", "columns"},
-    "xxhash": {"records", "arrow_files", "checkpoint"},
+    "pyarrow": set(
+        """
+            arrow_files columns duplicates file_bytes fix hub joined json_lines lengths parquet_files pieces records remote
+            separated tables text_files text_health
+        """.split()
+    ),
+    "xxhash": {"checkpoint", "file_bytes", "file_rows", "hub", "joined", "records", "remote", "stream"},
+    "fsspec": {"addresses"},
+    "aiohttp": {"addresses"},
+    "charset_normalizer": {"guess"},
+    "rensa": {"duplicates"},
+    "ftfy": {"text_health"},
+    "cleanlab": {"label_noise"},
     "safetensors": {"checkpoint", "classifier"},
     "yaml": {"config", "words"},
     "psutil": {"memory", "slurm"},
-    "cleanlab": {"label_noise"},
 }
 OPEN = {"torch", "numpy", "bertdist"} | sys.stdlib_module_names  # enter anywhere
 MOST_LINES_OF_A_FILE = 300

@@ -21,12 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {
     "bertdist/train.py": "train",
     "bertdist/predict.py": "predict",
+    "bertdist/check.py": "check",
     "launch/train.slurm": "train",
     "launch/multi_node.slurm": "train",
     "launch/smoke.sh": "train",
     "launch/demo.py": "demo",
     "bench/peers.py": "peers",
     "bench/scaling.py": "scaling",
+    "bench/reading.py": "reading",
+    "bench/compiled.py": "compiled",
 }
 OTHERS = {"git", "pip", "make", "torchrun", "pytest", "ruff", "mypy", "srun", "sbatch", "salloc", "squeue", "scancel", "scontrol"}
 
@@ -94,17 +97,21 @@ def flags_of(program: str) -> frozenset[str]:
     """The flags that train, predict, demo, a benchmark or `accelerate launch` knows."""
     from accelerate.commands.launch import launch_command_parser
 
-    from bench import peers, scaling
+    from bench import compiled, peers, reading, scaling
+    from bertdist.check_config import CheckConfig
     from bertdist.config import PredictConfig, TrainConfig
+    from bertdist.doubts_config import DoubtsConfig
 
     if program == "launch":
         return frozenset(word for action in launch_command_parser()._actions for word in action.option_strings)
-    if program in ("peers", "scaling"):
-        parser = {"peers": peers, "scaling": scaling}[program].parser()
+    if program in ("compiled", "peers", "reading", "scaling"):
+        parser = {"compiled": compiled, "peers": peers, "reading": reading, "scaling": scaling}[program].parser()
         return frozenset(word for action in parser._actions for word in action.option_strings)
     if program == "demo":
         return frozenset(re.findall(r'"(--\w+)"', (ROOT / "launch" / "demo.py").read_text(encoding="utf-8")))
-    sections = typing.get_type_hints(TrainConfig).values() if program == "train" else [PredictConfig]
+    known = {"train": typing.get_type_hints(TrainConfig).values(), "predict": [PredictConfig]}
+    known["check"] = [CheckConfig, DoubtsConfig, *known["train"]]
+    sections = known[program]
     return frozenset(f"--{field.name}" for section in sections for field in dataclasses.fields(section)) | {"--config", "--help"}
 
 
@@ -235,9 +242,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("rule", "right", "wrong", "found"), BROKEN)
-def test_a_readme_that_is_wrong_is_seen(
-    rule: Callable[[Path], list[str]], right: str, wrong: str, found: list[str], project: Path
-) -> None:
+def test_a_readme_that_is_wrong_is_seen(rule: Callable[[Path], list[str]], right: str, wrong: str, found: list[str], project: Path) -> None:
     text = (project / "README.md").read_text()
     assert right in text
     (project / "README.md").write_text(text.replace(right, wrong))

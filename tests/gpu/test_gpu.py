@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bertdist.attention import Kernel, kernel_of, pack, packed_attention
 from bertdist.batching import Batches
-from bertdist.config import read_config
+from bertdist.command_line import read_config
 from bertdist.encoding import Example
 from bertdist.memory import find_tokens
 from bertdist.slurm import StopRequest

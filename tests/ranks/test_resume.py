@@ -6,6 +6,7 @@ Every run here has dropout. "The same run" is bit by bit: weights, optimizer, st
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -31,6 +32,7 @@ from rows import (
 
 from bertdist import best, checkpoint, train
 from bertdist.checkpoint import damage_of
+from bertdist.console import RunLog
 
 STEPS = 15  # 5 an epoch, 3 epochs
 CADENCES = {"eval_every": "4 steps", "save_every": "3 steps", "log_every": "2 steps", "num_train_epochs": 3, "tokens_per_micro_batch": 60}
@@ -138,6 +140,54 @@ def test_a_process_tells_of_itself_and_the_next_one_takes_it_back(runs: Runs, tm
     run_ranks(2, run_train, words)
     assert told() == [(STEPS, True, STEPS - 5)]
     assert_same_run(out, runs.undisturbed(2))
+
+
+def die_in_the_midst_of_the_meters_line(accelerator: Accelerator) -> None:
+    write = RunLog.write
+
+    def torn(self: RunLog, kind: str, step: int, **values: Any) -> None:
+        write(self, kind, step, **values)
+        if kind == "meter":
+            path = self.folder / "metrics.jsonl"
+            os.truncate(path, path.stat().st_size - 40)
+            os._exit(9)
+
+    RunLog.write = torn  # type: ignore[method-assign]
+
+
+def take_nothing_back(accelerator: Accelerator) -> None:
+    RunLog._rewind = lambda self, step: None  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("breaking", [None, take_nothing_back])
+def test_one_process_of_all_tells_of_itself(runs: Runs, tmp_path: Path, breaking: Breaking | None) -> None:
+    """Stopped, killed, killed while it writes its line, and gone on each time: one whole line, of the process that finished."""
+    out, words = tmp_path / "out", runs.words(tmp_path / "out", log_every="1 steps")
+    path, broken = out / "metrics.jsonl", [breaking] if breaking else []
+    run_ranks(1, run_train, words, at_step(3, ask_the_last_rank_to_stop))
+    assert [line["finished"] for line in json_of(path) if line["kind"] == "meter"] == [False]
+    with pytest.raises(RankError, match="ended with status 9"):
+        run_ranks(1, run_train, words, both(*broken, at_step(7, die)))
+    with pytest.raises(RankError, match="ended with status 9"):
+        run_ranks(1, run_train, words, both(*broken, at_step(10, ask_the_last_rank_to_stop), die_in_the_midst_of_the_meters_line))
+    began = time.perf_counter()
+    ((_, seen, _),) = run_ranks(1, run_train, words, breaking)
+    seconds = time.perf_counter() - began
+    assert [step for step, _ in seen] == list(range(9, STEPS)), "from the checkpoint before the torn line"
+    if breaking is not None:  # the control: the line of the process that was stopped stays, and half a line does
+        assert sum('"meter"' in line for line in path.read_text().splitlines()) > 1
+        with pytest.raises(ValueError, match=r"delimiter|Expecting|Extra data"):
+            json_of(path)
+        return
+    lines = json_of(path)
+    (told,) = (line for line in lines if line["kind"] == "meter")
+    assert (told["step"], told["finished"], told["train_steps"]) == (STEPS, True, STEPS - 9)
+    tokens = {line["step"]: line["tokens"] for line in lines if line["kind"] == "train"}
+    assert list(tokens) == list(range(1, STEPS + 1))
+    assert told["tokens_per_second"] * told["train_seconds"] == pytest.approx(tokens[STEPS] - tokens[9])
+    assert 0 < told["data_wait_seconds"] < told["train_seconds"] < seconds
+    assert told["padding_factor"] == told["slowest_rank"] == 1
+    assert told["model_tflops"] == pytest.approx(told["flop_utilization"] * told["matmul_tflops"])
 
 
 def test_killed_after_the_last_line_and_before_the_last_checkpoint(runs: Runs, tmp_path: Path) -> None:

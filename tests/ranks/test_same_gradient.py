@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from bertdist import train
-from bertdist.batching import Step, plan
+from bertdist.batch import Step
+from bertdist.batching import plan
 from bertdist.dropout import Noise
 
 ROWS, STEP, EPOCHS = 22, 10, 2  # steps of 10, 10 and 2 rows: in the last one a rank of three has none

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from forked import run_ranks
 from rows import Files, json_of, make_rows, run_main, run_train, words_of, write_rows, write_split
 
-from bertdist import doubts, train
+from bertdist import check, train
 
 ROWS, K = 36, 3
 
@@ -51,7 +51,7 @@ def doubt(accelerator: Accelerator, words: list[str], stop_in_fold: int | None =
         return begin(folder, **options)
 
     train.take_step, train.RunLog = watched, opened  # type: ignore[misc,assignment]
-    code, said, _ = run_main(accelerator, words, None, doubts)
+    code, said, _ = run_main(accelerator, words, None, check)
     return code, said, steps
 
 
@@ -75,7 +75,7 @@ def uninterrupted(tiny_model: Path, files: Files, tmp_path_factory: pytest.TempP
 
 def test_every_row_is_ranked_out_of_fold(uninterrupted: Path) -> None:
     found = check_entries(uninterrupted / "doubts.jsonl")
-    assert {"row", "line", "label", "suggested", "probability", "score", "issue"} == set(found[0])
+    assert {"row", "file", "line", "label", "suggested", "probability", "score", "issue"} == set(found[0])
     rows = make_rows(ROWS, seed=5)
     assert all((entry["label"] == rows[entry["row"]]["label"]) == bool(entry["row"] % 9) for entry in found)
     assert sorted(path.name for path in (uninterrupted / "folds").iterdir()) == ["0", "1", "2"]
@@ -126,7 +126,7 @@ def judged(model: Path, rows: Path, *words: Any) -> list[str]:
 
 def test_a_trained_model_ranks_wrong_labels_first(trained: Path, files: Files, tmp_path: Path) -> None:
     words = judged(trained, files.train, "--output", tmp_path / "doubts.jsonl")
-    ((code, said, _),) = run_ranks(1, run_main, words, None, doubts, timeout=300)
+    ((code, said, _),) = run_ranks(1, run_main, words, None, check, timeout=300)
     assert code == 0 and "What it has learned it doubts too little" in said, said
     found = check_entries(tmp_path / "doubts.jsonl")
     assert sum(entry["row"] % 9 == 0 for entry in found[:6]) >= 3
@@ -136,9 +136,23 @@ def test_a_trained_model_ranks_wrong_labels_first(trained: Path, files: Files, t
 def test_a_wrong_label_has_its_line(trained: Path, files: Files, tmp_path: Path) -> None:
     path = tmp_path / "rows.tsv"
     path.write_text(files.train.read_text() + "a film\tpositiv\n")
-    ((code, said, _),) = run_ranks(1, run_main, judged(trained, path), None, doubts)
+    ((code, said, _),) = run_ranks(1, run_main, judged(trained, path), None, check)
     assert code == 1 and said.count("\n") == 1, said
     assert said.startswith(f"bertdist: rows.tsv line {ROWS + 2}: unknown label 'positiv'") and "Did you mean 'positive'?" in said
+
+
+def test_rows_that_cannot_be_read_are_left_out_on_request_and_the_lines_stay(trained: Path, files: Files, tmp_path: Path) -> None:
+    first, *rest = files.train.read_text().splitlines(keepends=True)
+    path = tmp_path / "rows.tsv"
+    path.write_text("".join([first, "a row without a label\n", *rest]))
+    words = judged(trained, path, "--on_bad_row", "skip", "--output", tmp_path / "doubts.jsonl")
+    ((code, said, _),) = run_ranks(1, run_main, words, None, check, timeout=300)
+    assert code == 0 and "1 rows that cannot be read are left out." in said, said
+    assert [entry["line"] for entry in json_of(tmp_path / "doubts.jsonl")] == [
+        entry["row"] + 3 for entry in json_of(tmp_path / "doubts.jsonl")
+    ]
+    ((code, said, _),) = run_ranks(1, run_main, [*words, "--max_bad_rows", "0"], None, check, timeout=300)
+    assert code == 1 and "More than 0 rows cannot be read" in said
 
 
 def test_mistakes_are_one_line(trained: Path, files: Files, tiny_model: Path) -> None:
@@ -147,7 +161,7 @@ def test_mistakes_are_one_line(trained: Path, files: Files, tiny_model: Path) ->
         (judged(tiny_model, files.train), "is not a trained classifier"),
         (judged(trained, files.train.with_name("gone.tsv")), "no such file"),
     ):
-        ((code, said, _),) = run_ranks(1, run_main, words, None, doubts)
+        ((code, said, _),) = run_ranks(1, run_main, words, None, check)
         assert code == 1 and said.startswith("bertdist: ") and said.count("\n") == 1 and told in said, said
 
 

@@ -32,7 +32,7 @@ from rows import (
 )
 
 from bertdist.checkpoint import damage_of
-from bertdist.config import read_config
+from bertdist.command_line import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCH, EPOCHS = 50, 6  # 400 rows in steps of 8
@@ -158,9 +158,7 @@ def test_the_step_log_has_its_fields(killed_run: tuple[Path, list[str], int]) ->
     assert all(line.keys() >= {"kind", "step", "epoch", "loss", "accuracy"} for line in scored)
     assert all(line["epoch"] == line["step"] / EPOCH for line in (*learned, *scored))
     assert all(line[name] > 0 for name in speed for line in learned)
-    assert [line.keys() - speed for line in of_process] == [
-        {"kind", "step", "finished", "train_steps", "train_seconds", "matmul_tflops"}
-    ]
+    assert [line.keys() - speed for line in of_process] == [{"kind", "step", "finished", "train_steps", "train_seconds", "matmul_tflops"}]
     assert of_process[0]["train_steps"] < EPOCH * EPOCHS, "of the process that finished, not of the one that was killed"
     assert all(line["padding_factor"] == line["slowest_rank"] == 1 for line in (*learned, *of_process))
     assert learned[0]["loss"] > learned[-1]["loss"], "it learns"

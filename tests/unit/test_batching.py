@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from bertdist import batching
-from bertdist.batching import Batch, Batches, Step, collate, cut, deal, one_token, plan, recut, sent_ahead
+from bertdist.batch import Batch, Step, collate, cut, one_token, recut
+from bertdist.batching import Batches, deal, plan, sent_ahead
 from bertdist.encoding import Example
 from bertdist.errors import DataError
 

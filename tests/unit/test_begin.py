@@ -14,9 +14,23 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from forked import run_ranks
 
-from bertdist.begin import EVALUATION_ROWS, batches_of, environment, identity_of, notes_of, open_accelerator, task_of_rows, told_of_data
-from bertdist.config import BatchConfig, RunConfig, TaskConfig, TrainConfig, read_config
+from bertdist.batching import Batches
+from bertdist.begin import (
+    EVALUATION_ROWS,
+    batches_of,
+    environment,
+    identity_of,
+    notes_of,
+    open_accelerator,
+    task_of_rows,
+    told_of_data,
+    training_batches,
+)
+from bertdist.command_line import read_config
+from bertdist.config import BatchConfig, ModelConfig, RunConfig, TaskConfig, TrainConfig
+from bertdist.encoding import load_tokenizer
 from bertdist.errors import BertdistError, ConfigError
+from bertdist.known import Known, Labels
 from bertdist.records import Records, records_of
 from bertdist.tasks import SingleLabel
 
@@ -88,8 +102,10 @@ DOES_NOT = {  # where it runs, how it is cut, when something is written or said,
 # These decide through what they make: the rows and their fingerprint, the labels, the number of steps. The model's name and place
 # may change, as when a folder is moved: its weights are in the checkpoint.
 THROUGH = """
-    model_name_or_path model_revision train_file dataset_name dataset_config_name task_name train_split validation_split text_column
-    text_pair_column label_column label_columns label_delimiter column_names delimiter quoting encoding max_train_samples label_names
+    model_name_or_path model_revision train_file train_weights streaming stream_window stream_split
+    dataset_name dataset_config_name task_name train_split validation_split text_column
+    text_pair_column label_column label_columns label_delimiter column_names delimiter quoting encoding
+    on_bad_row max_bad_rows max_train_samples label_names
     num_train_epochs max_train_steps
 """.split()
 
@@ -138,23 +154,25 @@ def test_an_identity_survives_json() -> None:
 
 
 def test_the_task_is_that_of_the_training_rows() -> None:
-    task = task_of_rows(TaskConfig(class_weights=["balanced"]), labelled(["yes", "no"], [0, 0, 0, 1]), None)
-    assert task == SingleLabel(("no", "yes"), class_weights=(2.0, 2 / 3))
-    assert task_of_rows(TaskConfig(), labelled(["yes", "no"], [0, 1]), ("yes", "no")).labels == ("yes", "no")
-    numbers = labelled([0.5, 1.5], [0, 1], label_kind="number", label_column="stars")
-    assert task_of_rows(TaskConfig(), numbers, None).labels == ("stars",)
+    labels = Labels("text", ["yes", "no"], [3, 1], None, "label")
+    assert task_of_rows(TaskConfig(class_weights=["balanced"]), labels, None) == SingleLabel(("no", "yes"), class_weights=(2.0, 2 / 3))
+    assert task_of_rows(TaskConfig(), labels, ("yes", "no")).labels == ("yes", "no")
+    assert task_of_rows(TaskConfig(), Labels("number", [0.5, 1.5], [1, 1], None, "stars"), None).labels == ("stars",)
 
 
-def test_training_batches_are_shuffled_and_others_are_in_row_order() -> None:
-    config = BatchConfig(train_batch_size=5, tokens_per_micro_batch=64, dataloader_num_workers=0)
-    examples: Any = range(7)
-    train, dev = batches_of(examples, config, rank_of(3, 2), seed=0), batches_of(examples, config, rank_of(3, 2))
-    assert (train.shuffle, train.seed, train.rows_per_step) == (True, 0, 5)
+def test_training_batches_are_shuffled_and_others_are_in_row_order(tiny_model: Path) -> None:
+    words = [*NEEDED, "--train_batch_size=5", "--tokens_per_micro_batch=64", "--dataloader_num_workers=0", "--seed=3"]
+    config, rows = read_config(words), labelled(["no", "yes"], [0, 1])
+    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(tiny_model)))
+    train = training_batches(rows, Known(Labels("text", ["no", "yes"], [1, 1], None, "label"), [2]), tokenizer, TASK, config, rank_of(3, 2))
+    dev = batches_of(train.examples, config.batch, rank_of(3, 2))
+    assert isinstance(train, Batches)
+    assert (train.shuffle, train.seed, train.rows_per_step) == (True, 3, 5)
     assert (dev.shuffle, dev.rows_per_step) == (False, EVALUATION_ROWS)
     for batches in (train, dev):
         assert (batches.rank, batches.ranks, batches.tokens_per_micro_batch, batches.workers) == (2, 3, 64, 0)
         assert not batches.pin
-    assert batches_of(examples, config, rank_of(device="cuda")).pin
+    assert batches_of(train.examples, config.batch, rank_of(device="cuda")).pin
 
 
 @pytest.mark.parametrize(
@@ -174,15 +192,16 @@ def test_a_worker_has_a_core_of_its_own_unless_asked_for(
 
 def test_what_is_said_of_the_data_is_true() -> None:
     rows = labelled(["no", "yes"], [0, 1], pairs=["a", "b"])
-    assert told_of_data(rows, records_of(["x"] * 1234), TASK, 1000, 3000) == [
+    known = Known(Labels("text", ["no", "yes"], [1, 1], None, "label"), [2])
+    assert told_of_data(rows, known, records_of(["x"] * 1234), TASK, 1000, 3000) == [
         "Training rows: 2 of texts, text in 'text' and 'pair'; validation rows: 1,234 of texts.",
         "Task: single_label_classification; outputs in order: no, yes.",
         "3,000 steps, 1,000 an epoch.",
     ]
     many = SingleLabel(tuple(f"l{i}" for i in range(12)))
-    _, task, _ = told_of_data(rows, None, many, 1, 1)
+    _, task, _ = told_of_data(rows, known, None, many, 1, 1)
     assert task.endswith("outputs in order: l0, l1, l2, l3, l4, l5, l6, l7, l8, l9, ... (12 in all).")
-    assert "validation rows: none: the last weights count as the best." in told_of_data(rows, None, TASK, 1, 1)[0]
+    assert "validation rows: none: the last weights count as the best." in told_of_data(rows, known, None, TASK, 1, 1)[0]
 
 
 def test_the_notes_are_what_a_predictor_needs() -> None:

@@ -20,7 +20,7 @@ from forked import run_ranks
 from rows import write_rows
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import figures, jobs, machine, page, peers, scaling
+from bench import compiled, figures, jobs, machine, page, peers, scaling
 from bench.child import KINDS
 from bench.flops import BERT_BASE, Shape, read_shape, training_flops
 from bench.jobs import BenchError, Killed, Predicted, Seen, Trained
@@ -360,9 +360,7 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "page.md").exists()
 
 
-def test_a_contender_that_is_killed_is_told_and_the_others_go_on(
-    tiny_model: Path, files: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_contender_that_is_killed_is_told_and_the_others_go_on(tiny_model: Path, files: dict[str, str], tmp_path: Path) -> None:
     def child(kind: str, job: dict[str, Any]) -> dict[str, Any]:
         if kind != "train":
             return unused_child(kind, job)
@@ -444,3 +442,27 @@ def test_scaling_tells_what_is_missing(
     assert scaling.main(words(tiny_model, files)) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("bench: ") and "gone" in line
+
+
+# ---- Eager and compiled steps
+
+
+def test_eager_and_compiled_steps_take_turns(tiny_model: Path, files: dict[str, str]) -> None:
+    words = f"--train_file {files['train']} --model_name_or_path {tiny_model} --batch_size 8 --steps 2 --rounds 2"
+    calls: list[int] = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        return lambda *args: (calls.append(1), graph(*args))[1]
+
+    def child(accelerator: Accelerator) -> Any:
+        return *compiled.compare(compiled.parser().parse_args(words.split()), counting), len(calls)
+
+    ((eager, quick, said, count),) = run_ranks(1, child)
+    assert eager > 0 < quick and said.startswith("--torch_compile: the layers are compiled (") and " 2 steps of " in said
+    assert count == 2 + 2 * 2  # one layer: when it was compiled, and half of the steps
+
+    def broken(accelerator: Accelerator) -> Any:
+        with pytest.raises(BenchError, match="cannot take effect"):
+            compiled.compare(compiled.parser().parse_args(words.split()), "no_such_backend")
+
+    run_ranks(1, broken)

@@ -30,7 +30,7 @@ IDENTITY = {"learning_rate": 5e-5, "labels": ["a", "b"], "dropout": None}
 
 def one_rank(**changes: Any) -> Any:
     """What Checkpoints asks of an Accelerator, of one process."""
-    return SimpleNamespace(**{"is_main_process": True, "num_processes": 1, "scaler": None, **changes})
+    return SimpleNamespace(**{"is_main_process": True, "num_processes": 1, "process_index": 0, "scaler": None, **changes})
 
 
 class Net(nn.Module):
@@ -145,9 +145,10 @@ def test_nothing_to_restore_is_none(tmp_path: Path) -> None:
 
 def test_counting_a_step_leaves_room_for_its_loss() -> None:
     progress = Progress()
-    progress.count(1, 8)
-    progress.count(2, 3)
-    assert asdict(progress) == {**asdict(Progress()), "step": 2, "rows": 11, "window": [[0.0, 8.0], [0.0, 3.0]]}
+    progress.count(1, 8, None)
+    progress.count(2, 3, {"window": {"epoch": 1}})
+    assert asdict(progress) == {**asdict(Progress()), "step": 2, "rows": 11, "window": [[0.0, 8.0], [0.0, 3.0]], "place": progress.place}
+    assert (progress.epochs(4), progress.epochs(0), Progress().epochs(0)) == (0.5, 1.0, 0.0)
 
 
 def test_the_scale_of_half_precision_comes_back(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase, pipeline
 
 from bertdist import attention, attention_cpu
-from bertdist.batching import Batch, Batches, collate
+from bertdist.batch import Batch, collate
+from bertdist.batching import Batches
 from bertdist.classifier import Classifier, export, labels_of, load_classifier, load_settings, load_trained
 from bertdist.config import ModelConfig
 from bertdist.dropout import Dropout, seed_dropout

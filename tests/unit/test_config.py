@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers.hf_argparser import HfArg
 
 from bertdist import words as words_module
+from bertdist.command_line import read_config, read_predict_config
 from bertdist.config import (
     BatchConfig,
     DataConfig,
@@ -23,8 +24,6 @@ from bertdist.config import (
     RunConfig,
     TaskConfig,
     TrainConfig,
-    read_config,
-    read_predict_config,
     steps_of,
     write_config,
 )
@@ -367,13 +366,15 @@ def test_a_list_of_the_file_may_hold_words_that_look_like_flags(items: list[str]
 FULL = [  # every setting has a value here in one of them
     "--text_column=-t --text_pair_column=p --label_column=l --label_delimiter=; --column_names _ -t p l --delimiter=tab --quoting=none",
     "--label_columns a b --max_train_samples 5 --max_eval_samples 6 --validation_file=v.tsv --encoding=latin-1 --dropout=0.1",
+    "--on_bad_row skip --max_bad_rows 7",
     "--problem_type=regression --label_names 1 01 no --class_weights 1 2 --metrics mse --metric_for_best_model=loss --use_cpu",
     "--label_smoothing_factor 0.1 --train_batch_size 8 --tokens_per_micro_batch 64 --dataloader_num_workers 0 --gradient_checkpointing",
     "--learning_rate 1e-5 --weight_decay 1e-8 --adam_beta1 0.8 --adam_beta2 0.95 --adam_epsilon 1e-6 --max_grad_norm 0 --warmup_steps 3",
     "--warmup_ratio 0.1 --lr_scheduler_type cosine --layerwise_lr_decay 0.9 --seed 3 --num_train_epochs 0.5 --mixed_precision no",
     "--max_train_steps 7 --eval_every never --save_every 10% --log_every=1steps --save_total_limit 3 --resume_from_checkpoint=c",
     "--early_stopping_patience 2 --early_stopping_threshold 0.1 --stop_before_time_limit 1 --report_to tensorboard --tokenizer_name=t",
-    "--model_revision=v1 --max_length 9",
+    "--model_revision=v1 --max_length 9 --dry_run",
+    "--torch_compile --cuda_graphs",
 ]
 HUB = "--model_name_or_path=m --output_dir=o --dataset_name=d --dataset_config_name=c --train_split=t --validation_split=v".split()
 GLUE = "--model_name_or_path=m --output_dir=o --task_name=sst2".split()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bertdist.console import RunLog, complain, write_whole
+from bertdist.console import RunLog, complain, show, show_table, write_whole
 from bertdist.errors import BertdistError, CheckpointError, DataError
 
 
@@ -346,3 +346,22 @@ def test_a_terminal_has_a_progress_bar(terminal: RunLog, capfd: pytest.CaptureFi
 def test_a_file_has_lines_instead_of_a_progress_bar(log: RunLog, capfd: pytest.CaptureFixture[str]) -> None:
     ticks(log)
     assert capfd.readouterr().err == "train step      2  loss 1  tokens_per_second 5\n"
+
+
+# ---- Tables on standard output
+
+
+def test_a_table_shows_its_cells_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    show_table("[b]title[/b]", ["[red]a", "b"], [["[bold]x", [("\x1b[2J", "bold red"), ("[/]", "")]]], right=[1], lines=True)
+    show("[i]line\x07")
+    out, error = capsys.readouterr()
+    assert "[b]title[/b]" in out and "[red]a" in out and "[bold]x" in out and "\ufffd[2J[/]" in out and "[i]line\ufffd" in out
+    assert "\x1b" not in out and "\x07" not in out and error == ""
+
+
+def test_a_table_fits_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in (40, 80):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        show_table("t", ["a", "b"], [["word " * 50, "x" * 200]])
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= columns

@@ -34,6 +34,9 @@ FOR_TRAINING = " is for training; --model takes a model as it is, and judges the
         ([*JUDGED, "--validation_file", "d"], f"--validation_file{FOR_TRAINING}"),
         ([*JUDGED, "--max_length", "64"], f"--max_length{FOR_TRAINING}"),
         ([*FOLDED, "--folds", "1"], "--folds is 1; expected at least 2."),
+        ([*FOLDED, "--streaming"], "--streaming cannot take effect: all rows are held in memory and judged once; remove it."),
+        ([*JUDGED, "--stream_window", "9"], "--stream_window cannot take effect: all rows are held in memory and judged once; remove it."),
+        ([*FOLDED, "--dry_run"], "--dry_run is for train.py; give it the same flags without --folds."),
         (
             [*FOLDED, "--resume_from_checkpoint", "c"],
             "--resume_from_checkpoint is for one run; each fold goes on from its own newest checkpoint.",

@@ -16,7 +16,8 @@ from bertdist import encoding
 from bertdist.config import DataConfig, ModelConfig
 from bertdist.encoding import CUT_ABOVE, Example, encode, load_tokenizer, open_examples
 from bertdist.errors import BertdistError, ConfigError, DataError, ModelError
-from bertdist.records import Record, Records, open_source, records_of
+from bertdist.records import Record, Records, records_of
+from bertdist.sources import open_source
 from bertdist.tasks import MultiLabel, Regression, SingleLabel, Task
 
 EACH_TIME = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])  # what is patched stays
@@ -306,7 +307,7 @@ def dev(tmp_path: Path) -> Callable[[str], Records]:
 
     def write(text: str) -> Records:
         (tmp_path / "dev.tsv").write_text(text, encoding="utf-8")
-        found = open_source(DataConfig(train_file="unused", validation_file=str(tmp_path / "dev.tsv")), "validation")
+        found = open_source(DataConfig(train_file=["unused"], validation_file=str(tmp_path / "dev.tsv")), "validation")
         assert found is not None
         return found
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from bertdist import batching
-from bertdist.batching import Batch, Batches
+from bertdist.batch import Batch
+from bertdist.batching import Batches
 from bertdist.classifier import Classifier, load_classifier, load_settings
 from bertdist.config import ModelConfig, TaskConfig
 from bertdist.encoding import Example, open_examples

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from bertdist import attention, classifier
 from bertdist.attention import grid
-from bertdist.batching import Batch, collate
+from bertdist.batch import Batch, collate
 from bertdist.classifier import Classifier, load_classifier, load_settings
 from bertdist.config import ModelConfig
 from bertdist.dropout import Dropout, Noise, seed_dropout

@@ -14,10 +14,13 @@ from rows import make_rows, words_of, write_rows, write_split
 
 from bertdist import folds
 from bertdist.begin import task_of_rows
-from bertdist.config import DataConfig, TaskConfig, read_config
+from bertdist.command_line import read_config
+from bertdist.config import DataConfig, TaskConfig
 from bertdist.errors import DataError
 from bertdist.folds import cut, groups_of, subset
-from bertdist.records import Records, open_source, records_of
+from bertdist.known import labels_in
+from bertdist.records import Records, records_of
+from bertdist.sources import open_source
 
 ALONE = np.arange(300)  # every row a text of its own
 
@@ -86,7 +89,7 @@ def test_texts_that_differ_in_case_and_white_space_only_are_one_group() -> None:
 
 def test_some_rows_of_a_source_are_told_by_their_place_in_it(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.tsv", make_rows(6))
-    records = open_source(DataConfig(train_file=str(path)), "train")
+    records = open_source(DataConfig(train_file=[str(path)]), "train")
     some = subset(records, np.array([4, 1]))
     assert [some[0].text, some[1].text] == [records[4].text, records[1].text] and len(some) == 2
     assert some.where(0) == "rows.tsv line 6" and some.lengths().tolist() == [len(records[4].text), len(records[1].text)]
@@ -107,14 +110,14 @@ def test_a_folds_rows_have_the_labels_of_the_source_and_make_its_task(kind: str,
     words = ["--model_name_or_path", "M", "--train_file", str(path), "--output_dir", str(tmp_path / "out")]
     config = read_config(words)
     records = open_source(config.data, "train")
-    task = task_of_rows(TaskConfig(), records, None)
+    task = task_of_rows(TaskConfig(), labels_in(records), None)
     run = folds._run_of_fold(config, tmp_path / "out" / "folds" / "0", task, records)
-    folds._write_rows(Path(run.data.train_file or ""), records, np.array([0, 1, 2, 5]))
+    folds._write_rows(folds._file_of(run), records, np.array([0, 1, 2, 5]))
     again = open_source(run.data, "train")
     assert again[0].label == (tuple(first) if isinstance(first, list) else first)
     assert [again[at].label for at in range(4)] == [records[at].label for at in (0, 1, 2, 5)]
     assert again.label_kind == records.label_kind == kind
-    one = task_of_rows(run.task, again, None)
+    one = task_of_rows(run.task, labels_in(again), None)
     assert one.problem_type == task.problem_type and (kind == "number" or one.labels == task.labels)
 
 
@@ -122,10 +125,10 @@ def test_a_fold_without_a_rare_label_has_all_outputs_all_the_same(tmp_path: Path
     rows = [*make_rows(9), {"text": "rare", "label": "odd"}]
     config = read_config(words_of(tmp_path, tmp_path / "out", write_split(tmp_path, 2), train_file=write_rows(tmp_path / "rare.tsv", rows)))
     records = open_source(config.data, "train")
-    task = task_of_rows(TaskConfig(), records, None)
+    task = task_of_rows(TaskConfig(), labels_in(records), None)
     run = folds._run_of_fold(config, tmp_path / "out", task, records)
     folds._write_rows(tmp_path / "out" / "train.jsonl", records, np.arange(9))
-    assert task_of_rows(run.task, open_source(run.data, "train"), None).labels == task.labels == ("negative", "odd", "positive")
+    assert task_of_rows(run.task, labels_in(open_source(run.data, "train")), None).labels == task.labels == ("negative", "odd", "positive")
 
 
 def answer(accelerator: Accelerator, words: list[str], k: int, breaking: Any = None) -> tuple[Any, Any, list[str]]:
@@ -134,7 +137,7 @@ def answer(accelerator: Accelerator, words: list[str], k: int, breaking: Any = N
         breaking()
     config = read_config(words)
     records = open_source(config.data, "train")
-    task = task_of_rows(config.task, records, None)
+    task = task_of_rows(config.task, labels_in(records), None)
     assert records.label_codes is not None
     targets = np.array([task.target(value) for value in records.label_values])[records.label_codes]
     said: list[str] = []

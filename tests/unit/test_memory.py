@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bertdist import memory
-from bertdist.batching import PLENTY, Batch, Batches, collate
+from bertdist.batch import Batch, collate
+from bertdist.batching import PLENTY, Batches
 from bertdist.classifier import load_classifier, load_settings
 from bertdist.config import ModelConfig
 from bertdist.encoding import Example, load_tokenizer, open_examples

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from bertdist import attention
-from bertdist.batching import collate
+from bertdist.batch import collate
 from bertdist.classifier import Classifier
 from bertdist.encoding import Example
 from bertdist.meter import MEASURED, Meter, ModelFlops, matmul_rate, model_flops

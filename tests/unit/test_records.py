@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 from bertdist import arrow_files
 from bertdist.config import DataConfig
 from bertdist.errors import DataError
-from bertdist.records import Record, Records, open_source, open_texts, records_of
+from bertdist.records import Record, Records, records_of
+from bertdist.sources import open_source, open_texts
 
 Write = Callable[[str, str | bytes], str]
 
@@ -45,7 +46,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def train(path: str, **settings: Any) -> Records:
-    return open_source(DataConfig(train_file=path, **settings), "train")
+    return open_source(DataConfig(train_file=[path], **settings), "train")
 
 
 def texts_of(path: str, **settings: Any) -> Records:
@@ -340,7 +341,7 @@ def test_bytes_that_are_not_utf8_are_named_with_file_line_and_byte(shared_data: 
         path.read_bytes().decode()
     line = path.read_bytes()[: caught.value.start].count(b"\n") + 1
     byte = path.read_bytes()[caught.value.start]
-    message = refusal(lambda: train(str(path), text_column="v2", label_column="v1"))
+    message = refusal(lambda: train(str(path), text_column="v2", label_column="v1", encoding="utf-8"))
     assert message.startswith(f"spam.csv line {line}: byte 0x{byte:02X} is not utf-8; pass --encoding cp1252")
     records = train(str(path), text_column="v2", label_column="v1", encoding="cp1252")
     assert len(records) == 5_572 and any("£" in record.text for record in rows_of(records))
@@ -382,7 +383,7 @@ def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
         ("a.jsonl", b'{"text": "\xa3", "label": 1}\n', {}, "a.jsonl line 1: byte 0xA3 is not utf-8"),
         ("a.csv", b"text,label\na,1\n\x81,0\n", {"encoding": "cp1252"}, "a.csv line 3: byte 0x81 is not cp1252; pass the --encoding it"),
         ("a.csv", "text,label\na,1\n", {"encoding": "utf-9"}, "--encoding utf-9 is not a text encoding"),
-        ("a.csv", "text,label\na,1\n".encode("utf-16"), {}, "a.csv is UTF-16, expected UTF-8; convert it"),
+        ("a.csv", "text,label\na,1\n".encode("utf-16"), {"encoding": "utf-8"}, "a.csv is UTF-16, expected UTF-8; convert it"),
         ("a.csv", "text,label\ra,1\r", {}, "a.csv: its lines end with a lone carriage return"),
         ("a.csv", "", {}, "a.csv has no rows."),
         ("a.csv", "\n\n", {}, "a.csv has no rows."),
@@ -503,7 +504,7 @@ def test_a_path_that_is_no_file_is_refused_with_the_nearest_name(write: Write, t
     write("train.tsv", "text\tlabel\na\t1\n")
     assert refusal(lambda: train(str(tmp_path / "trian.tsv"))).endswith("trian.tsv: no such file. Did you mean 'train.tsv'?")
     assert refusal(lambda: train(str(tmp_path / "no" / "train.tsv"))).endswith("no such folder.")
-    assert refusal(lambda: train(str(tmp_path))).endswith("is a folder; expected a file.")
+    assert "is a folder; expected a file" in refusal(lambda: train(str(tmp_path)))
 
 
 def test_parquet_with_anything_but_text_is_refused(tmp_path: Path) -> None:
@@ -653,13 +654,13 @@ def test_only_the_first_rows_are_read_where_so_asked(write: Write, tmp_path: Pat
     for ending in ("csv", "jsonl", "parquet"):
         path = str(tmp_path / f"a.{ending}")
         assert [record.text for record in rows_of(train(path, max_train_samples=2))] == ["a", "b"]
-        scored = open_source(DataConfig(train_file=path, validation_file=path, max_eval_samples=1, max_train_samples=2), "validation")
+        scored = open_source(DataConfig(train_file=[path], validation_file=path, max_eval_samples=1, max_train_samples=2), "validation")
         assert scored is not None and [record.text for record in rows_of(scored)] == ["a"]
         assert "label is missing" in refusal(lambda path=path: train(path, max_train_samples=9))  # type: ignore[misc]
 
 
 def test_without_rows_to_score_there_is_none(write: Write) -> None:
-    data = DataConfig(train_file=write("a.csv", "text,label\na,1\n"))
+    data = DataConfig(train_file=[write("a.csv", "text,label\na,1\n")])
     assert open_source(data, "validation") is None
 
 
@@ -716,8 +717,8 @@ def test_local_files_do_not_pay_for_datasets(write: Write) -> None:
     program = "import sys; from bertdist.arrow_files import *; import bertdist.columns; print('datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
     program = (
-        "import sys; from bertdist.config import DataConfig; before = 'datasets' in sys.modules; from bertdist.records import open_source;"
-        f"open_source(DataConfig(train_file={path!r}), 'train'); print(('datasets' in sys.modules) == before)"
+        "import sys; from bertdist.config import DataConfig; before = 'datasets' in sys.modules; from bertdist.sources import open_source;"
+        f"open_source(DataConfig(train_file=[{path!r}]), 'train'); print(('datasets' in sys.modules) == before)"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "True\n"
 

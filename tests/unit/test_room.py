@@ -10,7 +10,8 @@ from forked import run_ranks
 from torch import Tensor, nn
 
 from bertdist import room
-from bertdist.batching import Batch, Batches, Step
+from bertdist.batch import Batch, Step
+from bertdist.batching import Batches
 from bertdist.checkpoint import Progress
 from bertdist.encoding import Example
 from bertdist.errors import DataError

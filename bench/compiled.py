@@ -1,0 +1,105 @@
+"""Whether --torch_compile makes a training step faster on this machine's CPU: eager and compiled steps, taking turns in one process.
+
+    python -m bench.compiled                                             # SST-2's training rows beside the repository, demo/model
+    python -m bench.compiled --train_file demo/data/train.tsv --threads 2
+
+Of each step the fastest of all rounds counts. Timed are forward, backward, clipping and AdamW, in seconds of processor time: with one
+thread they say what a step costs however busy the machine is; with several, threads that wait for each other count too.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from time import process_time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from bench.jobs import BenchError
+from bench.peers import positive
+from bench.scaling import SST2
+from bench.stage import say
+from bertdist.batch import Batch
+from bertdist.batching import Batches
+from bertdist.begin import keep_freed_memory, task_of_rows
+from bertdist.classifier import load_classifier, load_settings
+from bertdist.compiled import Backend, compile_layers
+from bertdist.config import DataConfig, ModelConfig, OptimConfig, TaskConfig
+from bertdist.dropout import seed_dropout
+from bertdist.embedding import clear_gradients
+from bertdist.encoding import load_tokenizer, open_examples
+from bertdist.errors import BertdistError
+from bertdist.known import labels_in
+from bertdist.optim import build_optimizer
+from bertdist.sources import open_source
+from bertdist.tasks import Task
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    found = argparse.ArgumentParser(prog="python -m bench.compiled", description="Eager and compiled steps.", allow_abbrev=False)
+    add = found.add_argument
+    add("--train_file", default=str(SST2), help="Rows. Default: SST-2's training rows in ../shared/data, where they are.")
+    add("--model_name_or_path", default="demo/model", help="Folder of the model.")
+    add("--batch_size", type=positive, default=32, help="Rows of a step.")
+    add("--steps", type=positive, default=6, help="Steps, each with rows of its own.")
+    add("--rounds", type=positive, default=10, help="Times that each step is taken in each way.")
+    add("--threads", type=positive, default=1, help="Threads of torch.")
+    return found
+
+
+def compare(args: argparse.Namespace, backend: Backend = "inductor") -> tuple[float, float, str]:
+    """Processor seconds of all steps, eager and compiled, and what was said; raises BenchError and BertdistError."""
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    config = ModelConfig(model_name_or_path=args.model_name_or_path)
+    rows = open_source(DataConfig(train_file=[args.train_file]), "train")
+    task = task_of_rows(TaskConfig(), labels_in(rows), None)
+    examples = open_examples(rows, load_tokenizer(config), task, config.max_length)
+    batches = Batches(examples=examples, rows_per_step=args.batch_size, tokens_per_micro_batch=1 << 20, shuffle=True)
+    steps = [step.share[0] for step in batches.steps(0, min(args.steps, batches.steps_per_epoch))]
+    classifier, _ = load_classifier(config, load_settings(config), task)
+    adamw = build_optimizer(classifier.train(), OptimConfig(learning_rate=0.0))  # every round takes the same steps
+    said = compile_layers(classifier, Accelerator(cpu=True), backend)
+    if "cannot" in said:
+        raise BenchError(said)
+    compiled = {module: module.forward for module in classifier.modules() if "forward" in vars(module)}
+    layers = {module: forward for module, forward in compiled.items() if forward.__module__ == "bertdist.compiled"}
+    fastest: dict[tuple[int, bool], float] = {}
+    for turn in range(args.rounds):
+        for number, batch in enumerate(steps):
+            for fast in (turn % 2 == 0, turn % 2 == 1):
+                for layer, forward in layers.items():
+                    vars(layer).update(forward=forward) if fast else vars(layer).pop("forward", None)
+                took = seconds(classifier, adamw, batch, task, number)
+                fastest[number, fast] = min(took, fastest.get((number, fast), took))
+    eager, quick = (sum(took for (_, fast), took in fastest.items() if fast == which) for which in (False, True))
+    return eager, quick, f"{said} {len(steps)} steps of {sum(len(batch.ids) for batch in steps) / len(steps):.0f} tokens."
+
+
+def seconds(classifier: Any, adamw: torch.optim.Optimizer, batch: Batch, task: Task, number: int) -> float:
+    """Processor time of a step."""
+    seed_dropout(1, number, 0)
+    begin = process_time()
+    (task.loss(classifier(batch), batch.targets, batch.weights) / len(batch.lengths)).backward()
+    torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
+    adamw.step()
+    clear_gradients(classifier)
+    return process_time() - begin
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command line; exit code 0, or 1 with one line for what a user can mend."""
+    args = parser().parse_args(words)
+    try:
+        eager, quick, said = compare(args)
+    except (BenchError, BertdistError) as error:
+        say(str(error))
+        return 1
+    print(f"{said}\nProcessor time with {args.threads} thread(s): eager {eager:.3f} s, compiled {quick:.3f} s, {quick / eager:.3f} times.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

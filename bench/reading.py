@@ -1,0 +1,243 @@
+"""How fast rows are read and tokenized, and from how many ranks on `--stream_split files` pays.
+
+    python -m bench.reading                                    # SST-2's training rows beside the repository
+    python -m bench.reading --train_file demo/data/train.tsv --output docs/streaming.md
+
+1. Read. The rows are written as tsv, csv, jsonl, jsonl.gz and parquet and go through `bertdist.stream_batches` as in a loader worker of
+   one rank of many (--stream_split rows): pieces, columns, windows, plan, dealing; of the encoding only this rank's share. Processor
+   seconds of one process, in turns: what else the machine does counts little.
+2. Encoded. The same as the only rank, which encodes all: what it takes longer is the tokenizer, and cutting into micro-batches.
+3. The limit. With rows, each of w loader workers of each of W ranks reads all rows and encodes one of W w. They keep up with ranks that
+   train t rows/s each as long as W t (1 / read + 1 / (W w encoded)) <= 1, so up to W = read / t (1 - t / (w encoded)) ranks. With files
+   a rank reads only what it trains. t is computed: tokens/s that were measured, or operations (bench/flops.py) at an assumed rate.
+"""
+
+import argparse
+import csv
+import gzip
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from bench import machine, page
+from bench.figures import markdown, number, spread, told
+from bench.flops import BERT_BASE, training_flops
+from bench.jobs import BenchError
+from bench.peers import positive
+from bench.scaling import SST2
+from bench.stage import MAKE, PACKAGES, say
+from bertdist.config import DataConfig, ModelConfig, TaskConfig
+from bertdist.encoding import encode, load_tokenizer, open_examples
+from bertdist.errors import BertdistError
+from bertdist.records import Records
+from bertdist.sources import open_source, open_stream
+from bertdist.stream_batches import StreamBatches
+from bertdist.tasks import Task, open_task
+
+KINDS = ("tsv", "csv", "jsonl", "jsonl.gz", "parquet")
+MANY = 64  # ranks, of which one is measured
+ROWS_A_RANK = 32
+TOKENS = 8192  # of a micro-batch
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    found = argparse.ArgumentParser(prog="python -m bench.reading", description="Reading and tokenizing.", allow_abbrev=False)
+    add = found.add_argument
+    add("--train_file", default=str(SST2), help="Texts and labels. Default: SST-2's training rows in ../shared/data, where they are.")
+    add("--text_column", help="Default: as in training (text, sentence, ...).")
+    add("--model_name_or_path", default="demo/model", help="Folder of the tokenizer.")
+    add("--max_length", type=positive, default=128, help="Longest text in tokens.")
+    add("--texts_a_row", type=positive, nargs="+", default=[1, 8], help="How many of the texts a row has, for longer rows too.")
+    add("--megabytes", type=positive, default=8, help="Text of each file; the rows are repeated.")
+    add("--repetitions", type=positive, default=3, help="Of each measurement, in turns.")
+    add("--workers", type=positive, default=4, help="Loader workers of a rank, for the limit.")
+    add("--tokens_per_second", type=float, default=1905.0, help="Measured rate of training. Default: MiniLM-L6, docs/benchmarks.md.")
+    add("--tflops", type=float, nargs="+", default=[60.0, 200.0], help="Useful TFLOP/s of a rank, assumed, for BERT-base.")
+    add("--output", help="Page whose section 'Reading' is replaced; without it the tables are only printed.")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What every file holds."""
+
+    texts: list[str]
+    labels: list[str]
+    tokens: list[int]  # of some of the texts
+    task: Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One kind of file; seconds a row, of the processor, one figure a repetition."""
+
+    kind: str
+    stored: float  # bytes a row
+    read: list[float]
+    encoded: list[float]
+
+
+def read_rows(args: argparse.Namespace, tokenizer: Any, texts_a_row: int) -> Rows:
+    """The file's texts, several joined to a row, repeated until there are enough; raises BenchError and BertdistError."""
+    records = open_source(DataConfig(train_file=[args.train_file], text_column=args.text_column), "train")
+    assert isinstance(records, Records) and records.label_kind is not None
+    found = [records[row] for row in range(len(records))]
+    texts = [" ".join(" ".join(record.text.split()) for record in found[at : at + texts_a_row]) for at in range(0, len(found), texts_a_row)]
+    labels = [str(record.label) for record in found[::texts_a_row]]
+    size = sum(len(text.encode()) for text in texts)
+    times = max(1, args.megabytes * 1_000_000 // max(size, 1))
+    some = [record._replace(text=text) for record, text in zip(found, texts[:2000], strict=False)]
+    tokens = [len(ids) for ids, _ in encode(some, tokenizer, args.max_length)]
+    names = sorted(set(labels))
+    task = open_task(TaskConfig(label_names=names), "text", names, np.ones(len(names)))
+    return Rows(texts=texts * times, labels=labels * times, tokens=tokens, task=task)
+
+
+def write_file(folder: Path, kind: str, rows: Rows) -> Path:
+    """The rows as one kind of file, with columns text and label."""
+    path = folder / f"rows.{kind}"
+    if kind == "parquet":
+        pa.parquet.write_table(pa.table({"text": rows.texts, "label": rows.labels}), path, row_group_size=50_000)
+        return path
+    with gzip.open(path, "wt", encoding="utf-8") if path.suffix == ".gz" else open(path, "w", encoding="utf-8", newline="") as file:
+        if kind == "tsv":
+            file.writelines(f"{text}\t{label}\n" for text, label in [("text", "label"), *zip(rows.texts, rows.labels, strict=True)])
+        elif kind == "csv":
+            csv.writer(file, lineterminator="\n").writerows([("text", "label"), *zip(rows.texts, rows.labels, strict=True)])
+        else:
+            both = zip(rows.texts, rows.labels, strict=True)
+            file.writelines(json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n" for text, label in both)
+    return path
+
+
+def seconds_a_row(path: Path, rows: Rows, tokenizer: Any, max_length: int, ranks: int) -> float:
+    """Processor seconds for each row of the file, as rank 0 of so many."""
+    size = MANY * ROWS_A_RANK
+    window = -(-DataConfig.stream_window // size) * size
+    stream = open_stream(DataConfig(train_file=[str(path)], streaming=True, stream_window=window), 0)
+    batches = StreamBatches(
+        stream=stream,
+        task=rows.task,
+        examples=open_examples(stream.head(), tokenizer, rows.task, max_length),
+        rows_per_step=size,
+        tokens_per_micro_batch=TOKENS,
+        ranks=ranks,
+    )
+    begin = time.process_time()
+    seen = sum(step.rows for step in batches.steps(0, -(-len(rows.texts) // size)))
+    seconds = time.process_time() - begin
+    assert seen == len(rows.texts), (seen, len(rows.texts))
+    return seconds / seen
+
+
+def measure(rows: Rows, tokenizer: Any, max_length: int, repetitions: int) -> list[Measured]:
+    """Every kind of file, in turns."""
+    found = []
+    with tempfile.TemporaryDirectory(prefix="bench_") as name:
+        paths = {kind: write_file(Path(name), kind, rows) for kind in KINDS}
+        for path in paths.values():  # what is imported and compiled when it is first used
+            seconds_a_row(path, rows, tokenizer, max_length, MANY)
+        taken: dict[tuple[str, int], list[float]] = {(kind, ranks): [] for kind in KINDS for ranks in (1, MANY)}
+        for _ in range(repetitions):
+            for (kind, ranks), seconds in taken.items():
+                seconds.append(seconds_a_row(paths[kind], rows, tokenizer, max_length, ranks))
+        for kind in KINDS:
+            read, encoded = split(taken[kind, 1], taken[kind, MANY], MANY)
+            found.append(Measured(kind=kind, stored=paths[kind].stat().st_size / len(rows.texts), read=read, encoded=encoded))
+    return found
+
+
+def split(alone: Sequence[float], of_many: Sequence[float], many: int) -> tuple[list[float], list[float]]:
+    """Seconds a row of the only rank (read + encode) and of one of many (read + encode / many) -> (read, encode), each repetition."""
+    encode_seconds = [(one - other) * many / (many - 1) for one, other in zip(alone, of_many, strict=True)]
+    return [other - seconds / many for other, seconds in zip(of_many, encode_seconds, strict=True)], encode_seconds
+
+
+def most_ranks(read: float, encoded: float, trained: float, workers: int) -> float:
+    """Ranks up to which loader workers that read all rows keep up; rates in rows a second."""
+    return read / trained * (1 - trained / (workers * encoded))
+
+
+def rate_table(found: Sequence[Measured], text_bytes: float) -> str:
+    """Rows a second of one process."""
+    lines = [["file", "bytes a row, stored", "read, rows/s", "read, MB of text/s", "encoded, rows/s"]]
+    for kind in found:
+        read = [1 / seconds for seconds in kind.read]
+        cells = [kind.kind, number(kind.stored), told(read), told([rate * text_bytes / 1e6 for rate in read])]
+        lines.append([*cells, told([1 / seconds for seconds in kind.encoded])])
+    return markdown(lines)
+
+
+def limit_table(found: Sequence[Measured], rates: dict[str, float], workers: int) -> str:
+    """Up to how many ranks --stream_split rows keeps up."""
+    lines = [["file", *(f"{name}: {number(rate)} rows/s a rank" for name, rate in rates.items())]]
+    for kind in found:
+        read, encoded = (1 / spread(seconds).median for seconds in (kind.read, kind.encoded))
+        ranks = [most_ranks(read, encoded, rate, workers) for rate in rates.values()]
+        lines.append([kind.kind, *(f"{int(most):,}" if most >= 1 else "none: more workers" for most in ranks)])
+    return markdown(lines)
+
+
+def compute(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """(section, record)."""
+    if not Path(args.train_file).is_file():
+        raise BenchError(f"--train_file {machine.shown(args.train_file)}: there is no such file. demo/data/train.tsv will do; {MAKE}")
+    if not Path(args.model_name_or_path, "config.json").is_file():
+        raise BenchError(f"--model_name_or_path {args.model_name_or_path}: no config.json there, expected a model folder; {MAKE}")
+    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=args.model_name_or_path, max_length=args.max_length))
+    parts = [
+        "## Reading",
+        f"{machine.described('cpu', 1, PACKAGES)}. Processor seconds of one process, a loader worker's work; {args.repetitions} "
+        "repetitions in turns: median (least-most). None of the rates of training was measured with a GPU.",
+        f"```bash\n{machine.command('bench.reading', words)}\n```",
+    ]
+    record: dict[str, Any] = {}
+    for texts_a_row in args.texts_a_row:
+        rows = read_rows(args, tokenizer, texts_a_row)
+        size, tokens = float(np.mean([len(text.encode()) for text in rows.texts])), float(np.mean(rows.tokens))
+        rates = {"measured, MiniLM-L6 on 2 cores": args.tokens_per_second / tokens}
+        for tflops in args.tflops:
+            rates[f"assumed, BERT-base at {tflops:g} TFLOP/s"] = tflops * 1e12 * len(rows.tokens) / training_flops(BERT_BASE, rows.tokens)
+        found = measure(rows, tokenizer, args.max_length, args.repetitions)
+        say(f"{texts_a_row} texts a row: measured")
+        record[str(texts_a_row)] = {"tokens": tokens, "bytes": size, "rates": rates, "kinds": [vars(kind) for kind in found]}
+        name = machine.shown(str(Path(args.train_file).resolve()))
+        many = "a text" if texts_a_row == 1 else f"{texts_a_row} texts, one behind the other,"
+        parts += [
+            f"### Rows of {tokens:.0f} tokens",
+            f"{len(rows.texts):,} rows, each {many} of {name}, {number(size)} bytes of text in the mean.",
+            rate_table(found, size),
+            f"Up to so many ranks `--stream_split rows` keeps up, with {args.workers} loader workers a rank that have cores of their own; "
+            "beyond, reading is the limit, and `files` pays:",
+            limit_table(found, rates, args.workers),
+        ]
+    return "\n\n".join(parts), record
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command line; exit code 0, or 1 with one line for what a user can mend."""
+    words = sys.argv[1:] if words is None else words
+    args = parser().parse_args(words)
+    try:
+        section, record = compute(args, words)
+        print(section)
+        if args.output:
+            say(page.write(Path(args.output), "reading", section, record))
+    except (BenchError, BertdistError) as error:
+        say(str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""A look at all splits of a data set before any time is spent on training: `check_data`.
+
+In: a DataConfig, a tokenizer or None. Out: an `Inspection`: the splits, their labels and lengths, which texts are the same, and all
+findings in the order in which they matter. One module below train, because `python -m bertdist.check` and `--dry_run` show the same.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from bertdist.arrow_files import find_file, open_file
+from bertdist.config import DataConfig
+from bertdist.duplicates import Sameness, can_find_near_duplicates, compare_texts
+from bertdist.errors import BertdistError, DataError
+from bertdist.findings import Finding, counts, located, ranked, report
+from bertdist.labels import Labels, check_labels, labels_of_records
+from bertdist.lengths import Lengths, measure
+from bertdist.overlap import check_overlap
+from bertdist.records import Records
+from bertdist.sources import open_source, open_texts
+from bertdist.tables import check_table
+from bertdist.tasks import problem_type_of
+from bertdist.text_health import check_texts, has_ftfy, readable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What was looked at, and what was found."""
+
+    splits: Mapping[str, Records]  # by name, train first
+    labels: Mapping[str, Labels | None]
+    lengths: Mapping[str, Lengths]
+    same: Sameness
+    problem_type: str
+    findings: list[Finding]  # ranked
+    where: Mapping[tuple[str, int], str]  # (split, row) -> place, of all examples
+    notes: list[str]  # what could not be looked for, and why
+
+    def as_dict(self) -> dict[str, Any]:
+        """check.json."""
+        splits = {}
+        for name, records in self.splits.items():
+            labels = self.labels[name]
+            splits[name] = {
+                "source": records.name,
+                "rows": len(records),
+                "text_column": records.text_column,
+                "text_pair_column": records.pair_column,
+                "label_column": records.label_column,
+                "fingerprint": records.fingerprint,
+                "label_counts": labels.counts() if labels is not None and labels.numbers is None else None,
+                "lengths": self.lengths[name].as_dict(),
+            }
+        return {
+            "problem_type": self.problem_type,
+            "counts": counts(self.findings),
+            "findings": report(self.findings, self.where),
+            "splits": splits,
+            "notes": self.notes,
+        }
+
+
+def check_data(
+    data: DataConfig,
+    *,
+    test_file: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int = 128,
+    problem_type: str = "auto",
+    near_threshold: float = 0.8,
+    num_examples: int = 3,
+) -> Inspection:
+    """Look at every split. Raises DataError where train or validation cannot be read, and ConfigError as training would."""
+    splits, findings, notes = open_splits(data, test_file)
+    train = splits["train"]
+    problem_type = problem_type_of(problem_type, train.label_kind or "text", train.label_values)
+    labels = {name: labels_of_records(records, problem_type) for name, records in splits.items()}
+    train_labels = labels["train"]
+    assert train_labels is not None
+    files = data.train_file or []
+    paths = {"train": files[0] if len(files) == 1 else None, "validation": data.validation_file, "test": test_file}
+    for name, records in splits.items():
+        findings += check_table(name, paths[name], records, labels[name], train_labels, data, num_examples)
+        findings += check_texts(name, records.texts, records.text_column, num_examples)
+        if records.pairs is not None and records.pair_column is not None:
+            findings += check_texts(name, records.pairs, records.pair_column, num_examples)
+    splits = {name: _readable(records) for name, records in splits.items()}
+    findings += check_labels(splits, labels, num_examples)
+    if near_threshold and not can_find_near_duplicates():
+        near_threshold = 0.0
+        notes.append("Near duplicates were not looked for: rensa is not installed (pip install 'bertdist[check]').")
+    if not has_ftfy():
+        notes.append("Wrong encodings were looked for with three patterns only: ftfy is not installed (pip install 'bertdist[check]').")
+    same = compare_texts(splits, near_threshold)
+    findings += check_overlap(splits, labels, same, num_examples)
+    lengths = {}
+    for name, records in splits.items():
+        lengths[name], found = measure(name, records, tokenizer, max_length, num_examples)
+        findings += found
+        if lengths[name].rows < len(records):
+            notes.append(f"Tokens of {name} were counted in {lengths[name].rows:,} of its {len(records):,} rows.")
+    findings = ranked(findings)
+    return Inspection(
+        splits=splits,
+        labels=labels,
+        lengths=lengths,
+        same=same,
+        problem_type=problem_type,
+        findings=findings,
+        where=located(findings, {name: (records.where, len(records)) for name, records in splits.items()}),
+        notes=notes,
+    )
+
+
+def open_splits(data: DataConfig, test_file: str | None) -> tuple[dict[str, Records], list[Finding], list[str]]:
+    """Splits by name, train first; what is wrong with the labels of the test file; what was not read."""
+    notes: list[str] = []
+    opened = {"train": open_source(data, "train"), "validation": open_source(data, "validation")}
+    found = {name: records for name, records in opened.items() if records is not None}
+    if test_file is None:
+        return found, [], notes
+    findings = []
+    try:
+        test = open_source(replace(data, validation_file=test_file, max_eval_samples=None), "validation")
+        assert test is not None
+        found["test"] = test
+    except BertdistError as error:
+        try:
+            found["test"] = open_texts(
+                test_file,
+                text_column=found["train"].text_column,
+                text_pair_column=found["train"].pair_column,
+                column_names=data.column_names,
+                delimiter=data.delimiter,
+                quoting=data.quoting,
+                encoding=data.encoding,
+            )
+        except DataError:
+            raise error from None
+        if not _has_labels(test_file, data, found["train"]):
+            return found, [], notes
+        findings.append(
+            Finding(
+                kind="unreadable_labels",
+                severity="warning",
+                split="test",
+                title="the labels cannot be read",
+                count=len(found["test"]),
+                total=len(found["test"]),
+                meaning=str(error),
+                advice="Nothing, if these rows are to be predicted; else see the file.",
+            )
+        )
+    return found, findings, notes
+
+
+def _has_labels(path: str, data: DataConfig, train: Records) -> bool:
+    """Whether a file has the label columns of the training rows."""
+    file = find_file(path, delimiter=data.delimiter, quoting=data.quoting, encoding=data.encoding, column_names=data.column_names)
+    names = ["text"] if file.kind == "txt" else open_file(file)[0]
+    return train.label_column in names if data.label_columns is None else set(data.label_columns) <= set(names)
+
+
+def _readable(records: Records) -> Records:
+    """With texts that Python can hold; what was wrong with them is told by `check_texts`."""
+    texts, pairs = readable(records.texts)[0], None if records.pairs is None else readable(records.pairs)[0]
+    return records if texts is records.texts and pairs is records.pairs else replace(records, texts=texts, pairs=pairs)

@@ -1,0 +1,177 @@
+"""What a config names -> `Records` or a `Stream`: local files, addresses of any kind, data sets of the hub, tasks of GLUE.
+
+In: a DataConfig (training and scoring) or a path (prediction). Out: rows in memory, or rows that are read as they are needed. Which
+columns are read, what counts as a label and what as missing is decided in `records` and `columns`, the same for all of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, overload
+
+from bertdist.addresses import protocol_of
+from bertdist.arrow_files import Column, find_file, open_file
+from bertdist.config import DataConfig
+from bertdist.errors import DataError, did_you_mean
+from bertdist.file_rows import File, FileRows
+from bertdist.hub import HubRows
+from bertdist.joined import join
+from bertdist.pieces import RowSource
+from bertdist.places import Split
+from bertdist.records import Columns, Records, choose, read_records, records_of_piece
+from bertdist.remote import find_addresses, fingerprint_of, open_bytes, open_random, packing_of, size_of
+from bertdist.stream import Stream
+
+GLUE: dict[str, tuple[str, str | None]] = {  # https://huggingface.co/datasets/nyu-mll/glue
+    "cola": ("sentence", None),
+    "mnli": ("premise", "hypothesis"),
+    "mrpc": ("sentence1", "sentence2"),
+    "qnli": ("question", "sentence"),
+    "qqp": ("question1", "question2"),
+    "rte": ("sentence1", "sentence2"),
+    "sst2": ("sentence", None),
+    "stsb": ("sentence1", "sentence2"),
+    "wnli": ("sentence1", "sentence2"),
+}
+
+
+@overload
+def open_source(data: DataConfig, split: Literal["train"]) -> Records: ...
+@overload
+def open_source(data: DataConfig, split: Literal["validation"]) -> Records | None: ...
+def open_source(data: DataConfig, split: Literal["train", "validation"]) -> Records | None:
+    """The rows to learn from or to score, in memory and with labels; None where there is nothing to score. Raises DataError."""
+    patterns = data.train_file if split == "train" else [data.validation_file] if data.validation_file else None
+    limit = data.max_train_samples if split == "train" else data.max_eval_samples
+    if patterns:
+        files = [[_read_file(address, data, limit) for address in find_addresses(pattern)] for pattern in patterns]
+        whole = join([records for of in files for records in of], _name(patterns))
+        parts = tuple(sum(map(len, of)) for of in files)
+        if limit and len(whole) > limit:  # of the files only: each was read up to its own limit
+            return replace(whole.some(0, limit), fingerprint=f"{whole.fingerprint}, {limit}")
+        return replace(whole, parts=parts)
+    if data.train_file and split == "validation":
+        return None
+    asked, found = _asked(data), _load_split(data, split)
+    if found is None:
+        return None
+    name, dataset = found
+    dataset = dataset.select(range(min(limit or len(dataset), len(dataset))))
+
+    def read_split(wanted: Sequence[str]) -> dict[str, Column]:
+        table = dataset.with_format("arrow")[:]
+        return {column: table.column(column) for column in wanted}
+
+    return read_records(Split(name), dataset.column_names, read_split, asked, data.label_delimiter, dataset.features)
+
+
+def open_stream(data: DataConfig, seed: int) -> Stream:
+    """The rows to learn from, read as they are needed. Raises DataError."""
+    if data.train_file:
+        parts: list[list[RowSource]] = [[_rows(address, data) for address in find_addresses(pattern)] for pattern in data.train_file]
+        name = _name(data.train_file)
+    else:
+        name = data.dataset_name or "nyu-mll/glue"
+        config = data.dataset_config_name or (None if data.dataset_name else data.task_name)
+        parts, name = [[HubRows(name, config, data.train_split)]], str(data.dataset_name or data.task_name)
+    first = parts[0][0]
+    return Stream(
+        name=name,
+        parts=parts,
+        asked=choose(first, first.column_names(), _asked(data)),
+        label_delimiter=data.label_delimiter,
+        window_rows=data.stream_window,
+        seed=seed,
+        weights=tuple(data.train_weights or ()),
+        limit=data.max_train_samples,
+        on_bad_row=data.on_bad_row,
+        max_bad_rows=data.max_bad_rows,
+    )
+
+
+def _file(address: str, data: DataConfig) -> File:
+    """The file at an address, and how it is written. Raises DataError."""
+    here = protocol_of(address) is None and packing_of(address) is None
+    file = find_file(
+        address,
+        delimiter=data.delimiter,
+        quoting=data.quoting,
+        encoding=data.encoding,
+        column_names=data.column_names,
+        open_bytes=None if here else partial(open_bytes, address),
+        open_random=None if here else partial(open_random, address),
+    )
+    if file.kind == "txt":
+        raise DataError(f"{address}: a .txt file has no labels; expected .csv, .tsv, .jsonl or .parquet.")
+    return file
+
+
+def _rows(address: str, data: DataConfig) -> FileRows:
+    return FileRows(_file(address, data), fingerprint=fingerprint_of(address), size=size_of(address), on_bad_row=data.on_bad_row)
+
+
+def _read_file(address: str, data: DataConfig, limit: int | None) -> Records:
+    source = FileRows(_file(address, data), on_bad_row=data.on_bad_row)
+    taken = choose(source, source.column_names(), _asked(data))
+    records, bad = records_of_piece(source, source.whole(taken.names(), limit), taken, data.label_delimiter, data.on_bad_row)
+    if not len(records):
+        raise DataError(f"{source.name} has no rows{', but for those that were left out' if bad else ''}.")
+    return replace(records, bad=tuple(bad))
+
+
+def _name(patterns: Sequence[str]) -> str:
+    """Short, for messages."""
+    return patterns[0].rsplit("/", 1)[-1] if len(patterns) == 1 else f"{len(patterns)} files"
+
+
+def _asked(data: DataConfig) -> Columns:
+    """The columns that flags name, or that a task of GLUE has. Raises DataError for an unknown task."""
+    asked = Columns(data.text_column, data.text_pair_column, data.label_column, data.label_columns)
+    if data.task_name is None or data.text_column is not None or data.train_file:
+        return asked
+    if data.task_name not in GLUE:
+        raise DataError(f"--task_name {data.task_name!r} is no task of GLUE.{did_you_mean(data.task_name, GLUE)}")
+    text, pair = GLUE[data.task_name]
+    return asked._replace(text=text, pair=asked.pair or pair)
+
+
+def open_texts(
+    path: str,
+    *,
+    text_column: str | None,
+    text_pair_column: str | None,
+    column_names: list[str] | None,
+    delimiter: str | None,
+    quoting: str,
+    encoding: str | None,
+) -> Records:
+    """The rows of a file without labels, for prediction; a .txt file has one text a line, blank lines too. Raises DataError."""
+    file = find_file(path, delimiter=delimiter, quoting=quoting, encoding=encoding, column_names=column_names)
+    if file.kind == "txt" and text_pair_column is not None:
+        raise DataError(f"{path}: a .txt file has one text a line, expected pairs of texts; expected .csv, .tsv, .jsonl or .parquet.")
+    names, read = open_file(file)
+    return read_records(file, names, read, Columns("text" if file.kind == "txt" else text_column, text_pair_column, None, []))
+
+
+def _load_split(data: DataConfig, split: str) -> tuple[str, Any] | None:
+    """(name in words, datasets.Dataset), or None where nothing names a split to score and there is no 'validation'."""
+    import datasets  # 0.7 s that local files need not pay
+
+    path = data.dataset_name or "nyu-mll/glue"  # --task_name beside --dataset_name: another copy of GLUE, with the task's columns
+    config = data.dataset_config_name or (None if data.dataset_name else data.task_name)
+    name = "/".join(filter(None, (path, config)))
+    try:
+        splits = datasets.load_dataset(path, config)
+    except (ConnectionError, FileNotFoundError):
+        raise DataError(f"{name}: the hub could not be reached or does not know this data set; --train_file takes local files.") from None
+    except Exception as error:  # the library raises a dozen kinds, of its own and of its readers
+        raise DataError(f"{name} cannot be loaded: {' '.join(str(error).split())} (--train_file takes local files)") from None
+    wanted = data.train_split if split == "train" else data.validation_split
+    if wanted is None:
+        usual = "validation_matched" if data.task_name == "mnli" else "validation"
+        return (f"{name} split {usual!r}", splits[usual]) if usual in splits else None
+    try:
+        found = splits[wanted] if wanted in splits else datasets.load_dataset(path, config, split=wanted)  # such as 'train[:90%]'
+    except ValueError:
+        raise DataError(f"{name} has no split {wanted!r}.{did_you_mean(wanted, splits)}") from None
+    return f"{name} split {wanted!r}", found

@@ -1,0 +1,194 @@
+"""Rows that are never held together: sources that are read from front to back, in windows of rows.
+
+In: row sources in parts (one a --train_file, each with its files). Out: windows of `window_rows` rows as `Records`, and with each the
+state from which reading it can begin again: what a checkpoint keeps of a stream. An epoch is one pass over all rows, its files in an
+order of their own; with weights it has no end: each part gives its share of every window, pass after pass.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from bertdist.errors import DataError
+from bertdist.joined import join
+from bertdist.mixture import shares
+from bertdist.pieces import BadRow, OnBadRow, Place, RowSource
+from bertdist.records import Columns, Records, choose, records_of_piece
+
+State = dict[str, Any]  # {"epoch", "window": number in the epoch, "rows": of the epoch before it, "cursors": of the parts}
+HEAD_ROWS = 1_000
+EMPTY: State = {"epoch": 0, "window": 0, "rows": 0, "cursors": []}  # nothing was read yet
+
+
+class Window(NamedTuple):
+    """Some rows of a stream, in the order of reading."""
+
+    records: Records
+    state: State  # reading again from here begins with exactly this window
+    after: State | None  # that of the next window; None: the epoch is over
+    next_epoch: State
+    bad: list[BadRow]  # rows that were left out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """One split. It holds no rows and no open file: forked workers may share it."""
+
+    name: str
+    parts: Sequence[Sequence[RowSource]]
+    asked: Columns  # the columns, found in the first source
+    label_delimiter: str | None
+    window_rows: int  # a multiple of the rows of a step, so that only an epoch's last step can be smaller
+    seed: int
+    weights: tuple[float, ...] = ()  # of the parts; none: every row once an epoch
+    limit: int | None = None  # rows of an epoch at most
+    on_bad_row: OnBadRow = "fail"
+    max_bad_rows: int = 0
+    first_row: int = 0  # number of the first row of an epoch
+
+    @property
+    def sources(self) -> list[RowSource]:
+        """All of them, part by part."""
+        return [source for part in self.parts for source in part]
+
+    @property
+    def text_column(self) -> str:
+        """Column of the text."""
+        assert self.asked.text is not None
+        return self.asked.text
+
+    @property
+    def pair_column(self) -> str | None:
+        """Column of the second text."""
+        return self.asked.pair
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the data change, or which of it is read."""
+        parts = [len(part) for part in self.parts] if self.weights else []
+        how = (self.asked, self.label_delimiter, self.limit, parts)
+        read = [*(source.fingerprint for source in self.sources), *map(repr, how)]
+        return xxhash.xxh3_128_hexdigest("\n".join(read).encode())
+
+    def records(self, source: RowSource, place: Place | None = None) -> Iterator[tuple[Place, Records, list[BadRow]]]:
+        """The pieces of one source from a place on, checked: where each begins, its rows, those left out. Raises DataError."""
+        taken = choose(source, source.column_names(), self.asked)
+        for piece in source.pieces(taken.names(), place):
+            records, bad = records_of_piece(source, piece, taken, self.label_delimiter, self.on_bad_row)
+            yield piece.place, records, bad
+
+    def head(self) -> Records:
+        """The first rows, for what can be seen of a few. Raises DataError where there are none."""
+        for source in self.sources:
+            for _, records, _ in self.records(source):
+                if len(records):
+                    return records.some(0, min(len(records), HEAD_ROWS))
+        raise DataError(f"{self.name} has no rows.")
+
+    def windows(self, state: State | None = None) -> Iterator[Window]:
+        """From a state to the end of its epoch. Raises DataError."""
+        state = state or EMPTY
+        epoch, number, rows = state["epoch"], state["window"], state["rows"]
+        parts = self.parts if self.weights else [self.sources]
+        cursors = state["cursors"] or [{"pass": 0 if self.weights else epoch}] * len(parts)
+        readers = [_Reader(self, part, index, cursor) for index, (part, cursor) in enumerate(zip(parts, cursors, strict=True))]
+        while True:
+            room = self.window_rows if self.limit is None else min(self.window_rows, self.limit - rows)
+            counts = shares(self.weights, room, self.seed, epoch, number) if self.weights else [room]
+            found = [records for reader, count in zip(readers, counts, strict=True) for records in reader.take(count)]
+            bad = [row for reader in readers for row in reader.bad]
+            for reader in readers:
+                reader.bad.clear()
+            if not found:
+                return
+            records = replace(join(found, self.name), first_row=self.first_row + rows)
+            rows, number = rows + len(records), number + 1
+            cursors = [reader.cursor for reader in readers]
+            following: State = {"epoch": epoch, "window": number, "rows": rows, "cursors": cursors}
+            next_epoch: State = {"epoch": epoch + 1, "window": 0, "rows": 0, "cursors": cursors if self.weights else []}
+            ended = rows == self.limit or (not self.weights and readers[0].ended)
+            yield Window(records, state, None if ended else following, next_epoch, bad)
+            if ended:
+                return
+            state = following
+
+
+class _Reader:
+    """The rows of one part, from a cursor on: {"pass": ..., "file": in the order of that pass, "place": of its piece, "skip": rows}."""
+
+    def __init__(self, stream: Stream, sources: Sequence[RowSource], part: int, cursor: Place) -> None:
+        self.stream, self.sources, self.part = stream, sources, part
+        self.number, self.file = cursor["pass"], cursor.get("file", 0)
+        self.ended = False  # the pass is over
+        self.bad: list[BadRow] = []
+        self._order = self._order_of_pass()
+        self._untouched: Place | None = cursor
+        self._begin(cursor.get("place"))
+        self._skip = cursor.get("skip", 0)
+        self._fill()
+
+    @property
+    def cursor(self) -> Place:
+        if self._untouched is not None:  # as it was given: a state must not depend on whether reading was interrupted there
+            return self._untouched
+        if self.ended:
+            return {"pass": self.number + 1}
+        return {"pass": self.number, "file": self.file, "place": self._place, "skip": self._skip}
+
+    def take(self, rows: int) -> list[Records]:
+        """The next rows; fewer at the end of the pass, unless parts have weights: then the next pass follows."""
+        taken: list[Records] = []
+        while rows:
+            if self.ended:
+                if not self.stream.weights:
+                    break
+                self._next_pass()
+            assert self._piece is not None
+            some = self._piece.some(self._skip, min(len(self._piece), self._skip + rows))
+            taken.append(some)
+            self._untouched = None
+            rows -= len(some)
+            self._skip += len(some)
+            self._fill()
+        return taken
+
+    def _next_pass(self) -> None:
+        self.number, self.file, self.ended = self.number + 1, 0, False
+        self._order = self._order_of_pass()
+        self._begin(None)
+        self._fill()
+        if self.ended:
+            raise DataError(f"{self.sources[0].name} has no rows.")
+
+    def _order_of_pass(self) -> list[int]:
+        if self.stream.limit is not None and not self.stream.weights:  # the first so many rows are the same in each pass
+            return list(range(len(self.sources)))
+        key = [self.stream.seed, self.number, 3, self.part]
+        order: list[int] = np.random.Generator(np.random.PCG64(key)).permutation(len(self.sources)).tolist()
+        return order
+
+    def _begin(self, place: Place | None) -> None:
+        """Open the file whose turn it is, at a place."""
+        self._piece: Records | None = None
+        self._place, self._skip = place, 0
+        self._pieces = self.stream.records(self.sources[self._order[self.file]], place) if self.file < len(self._order) else iter(())
+
+    def _fill(self) -> None:
+        """Have a row at hand, or know that the pass is over."""
+        while self._piece is None or self._skip >= len(self._piece):
+            found = next(self._pieces, None)
+            if found is not None:
+                place, records, bad = found
+                self.bad += bad
+                if len(records):
+                    self._skip = self._skip if self._piece is None else 0  # of the first piece, what the cursor says
+                    self._piece, self._place = records, place
+            elif self.file + 1 < len(self.sources):
+                self.file += 1
+                self._begin(None)
+            else:
+                self.ended = True
+                return

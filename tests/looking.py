@@ -1,0 +1,56 @@
+"""Data sets with nothing wrong in them, made by rule, and a look at them.
+
+rows = clean_rows(60)                                   # text and label; no finding of any kind
+rows[3]["text"] = ""                                    # plant one
+kinds(look(tmp_path, rows, validation=clean_rows(20, seed=1)))
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rows import write_rows
+
+from bertdist.config import DataConfig
+from bertdist.findings import Finding
+from bertdist.inspection import Inspection, check_data
+
+LETTERS = np.array(list("aeioubdfgklmnprstvz"))
+
+
+def clean_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Sentences of 6 to 12 words that nobody else has, and two labels in equal parts."""
+    random = np.random.default_rng([7, seed])
+    texts = [
+        " ".join("".join(random.choice(LETTERS, size=random.integers(3, 9))) for _ in range(random.integers(6, 13))) for _ in range(count)
+    ]
+    return [{"text": text, "label": ("bad", "good")[row % 2]} for row, text in enumerate(texts)]
+
+
+def look(
+    folder: Path,
+    train: list[dict[str, Any]],
+    validation: list[dict[str, Any]] | None = None,
+    test: list[dict[str, Any]] | None = None,
+    ending: str = "jsonl",
+    tokenizer: Any = None,
+    max_length: int = 128,
+    **settings: Any,
+) -> Inspection:
+    """Write the rows to files and look at them."""
+    paths = {}
+    for name, rows in (("train", train), ("validation", validation), ("test", test)):
+        paths[name] = str(write_rows(folder / f"{name}.{ending}", rows)) if rows is not None else None
+    data = DataConfig(train_file=paths["train"], validation_file=paths["validation"], **settings)
+    return check_data(data, test_file=paths["test"], tokenizer=tokenizer, max_length=max_length)
+
+
+def kinds(found: Inspection) -> list[tuple[str, str, str, int]]:
+    """(kind, severity, split, count) of every finding, ranked."""
+    return [(finding.kind, finding.severity, finding.split, finding.count) for finding in found.findings]
+
+
+def the(found: Inspection, kind: str, split: str = "train") -> Finding:
+    """The one finding of a kind in a split."""
+    (finding,) = [finding for finding in found.findings if (finding.kind, finding.split) == (kind, split)]
+    return finding

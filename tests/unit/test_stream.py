@@ -1,0 +1,285 @@
+"""Windows of rows that are never held together: every row once, and reading again from a state is reading on."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rows import MemoryRows
+
+from bertdist import stream
+from bertdist.errors import DataError
+from bertdist.pieces import Piece, Place
+from bertdist.records import Columns
+from bertdist.stream import EMPTY, HEAD_ROWS, State, Stream, Window
+
+QUICK = settings(max_examples=25)
+COLUMNS = Columns("text", None, "label", None)
+PIECES = st.lists(st.integers(0, 5), min_size=1, max_size=3).filter(any).map(tuple)
+FILES = st.lists(st.tuples(st.integers(0, 12), PIECES), min_size=1, max_size=4)
+ENOUGH = 12  # windows: two epochs of most streams here; with weights there is no end
+
+
+def rows_named(name: str, count: int) -> list[dict[str, Any]]:
+    return [{"text": f"{name} {row}", "label": ("no", "yes")[row % 2]} for row in range(count)]
+
+
+def files_of(found: Sequence[tuple[int, tuple[int, ...]]]) -> list[MemoryRows]:
+    return [MemoryRows("abcd"[at], rows_named("abcd"[at], count), sizes) for at, (count, sizes) in enumerate(found)]
+
+
+def stream_of(parts: Sequence[Sequence[Any]], **changes: Any) -> Stream:
+    return Stream(**{"name": "rows", "parts": parts, "asked": COLUMNS, "label_delimiter": None, "window_rows": 4, "seed": 3, **changes})
+
+
+def texts(window: Window) -> list[str]:
+    return window.records.texts.to_pylist()
+
+
+def content(window: Window) -> Any:
+    """All of a window but the rows left out, which come again with the piece in which reading begins."""
+    records = window.records
+    labels = [record.label for record in map(records.__getitem__, range(len(records)))]
+    places = [records.where(row) for row in range(len(records))]
+    return texts(window), labels, places, records.first_row, window.state, window.after, window.next_epoch
+
+
+def epochs(read: Stream, count: int) -> list[list[Window]]:
+    found: list[list[Window]] = []
+    state = None
+    for _ in range(count):
+        found.append(list(read.windows(state)))
+        state = found[-1][-1].next_epoch
+    return found
+
+
+def follow(read: Stream, state: State | None, count: int) -> list[Window]:
+    """So many windows from a state on, from one epoch to the next."""
+    found: list[Window] = []
+    while True:
+        for window in read.windows(state):
+            found.append(window)
+            if len(found) == count:
+                return found
+        state = found[-1].next_epoch
+
+
+def assert_goes_on(read: Stream) -> None:
+    """From each window's state, written as JSON and read again, come exactly the windows that came before."""
+    through = follow(read, None, ENOUGH)
+    expected = list(map(content, through))
+    for at, window in enumerate(through):
+        again = follow(read, json.loads(json.dumps(window.state)), ENOUGH - at)
+        assert list(map(content, again)) == expected[at:], f"from window {at}: {window.state}"
+
+
+# ---- Every row once
+
+
+@QUICK
+@given(FILES, st.integers(1, 9), st.integers(0, 5))
+def test_every_row_once_an_epoch_in_the_order_of_the_files(found: Any, window_rows: int, seed: int) -> None:
+    files = files_of(found)
+    read = stream_of([files[:1], files[1:]], window_rows=window_rows, seed=seed)
+    total = sum(len(file.rows) for file in files)
+    if not total:
+        assert list(read.windows()) == []
+        return
+    for epoch, windows in enumerate(epochs(read, 3)):
+        sizes = [len(window.records) for window in windows]
+        assert sizes[:-1] == [window_rows] * (len(windows) - 1) and 0 < sizes[-1] <= window_rows and sum(sizes) == total
+        assert [window.records.first_row for window in windows] == [window_rows * at for at in range(len(windows))]
+        assert [(window.state["epoch"], window.state["window"]) for window in windows] == [(epoch, at) for at in range(len(windows))]
+        came = [text for window in windows for text in texts(window)]
+        order = list(dict.fromkeys(text[0] for text in came))
+        assert came == [row["text"] for name in order for row in rows_named(name, Counter(text[0] for text in came)[name])]
+        assert sorted(came) == sorted(row["text"] for file in files for row in file.rows)
+        assert (windows[-1].after, windows[-1].next_epoch["epoch"]) == (None, epoch + 1)
+
+
+def test_files_come_in_another_order_in_each_epoch_and_for_each_seed() -> None:
+    files = files_of([(2, (2,))] * 4)
+
+    def orders(**changes: Any) -> list[str]:
+        return [
+            "".join(text[0] for window in windows for text in texts(window)[::2]) for windows in epochs(stream_of([files], **changes), 6)
+        ]
+
+    assert len(set(orders())) > 2 and orders() == orders(window_rows=2) != orders(seed=4)
+    assert orders(limit=5) == ["abc"] * 6, "the first so many rows are the same in each epoch"
+
+
+@pytest.mark.parametrize("limit", [1, 4, 5, 8, 9, 30])
+def test_a_limit_takes_the_first_rows(limit: int) -> None:
+    files = files_of([(5, (2, 0)), (0, (1,)), (4, (3,))])
+    all_rows = [row["text"] for file in files for row in file.rows]
+    for windows in epochs(stream_of([files], limit=limit), 2):
+        assert [text for window in windows for text in texts(window)] == all_rows[:limit]
+
+
+def test_parts_with_weights_give_their_shares_pass_after_pass() -> None:
+    small, large = files_of([(3, (2, 0, 1)), (20, (4,))])
+    windows = list(islice(stream_of([[small], [large]], weights=(1.0, 3.0)).windows(), ENOUGH))
+    assert all([text[0] for text in texts(window)] == ["a", "b", "b", "b"] for window in windows)
+    times = Counter(text for window in windows for text in texts(window))
+    assert all(times[f"a {row}"] == 4 for row in range(3)) and sum(times.values()) == 4 * ENOUGH
+    assert all(times[f"b {row}"] == 1 + (row < 16) for row in range(20))
+    limited = epochs(stream_of([[small], [large]], weights=(1.0, 3.0), limit=10), 3)
+    assert [[len(window.records) for window in of] for of in limited] == [[4, 4, 2]] * 3
+    came = [text for of in limited for window in of for text in texts(window) if text[0] == "b"]
+    assert max(Counter(came[:20]).values()) == 1, "the parts go on from epoch to epoch"
+
+
+# ---- Reading again from a state
+
+
+@QUICK
+@given(FILES, st.integers(1, 9), st.sampled_from([None, 1, 7, 19]))
+def test_reading_from_a_state_is_reading_on(found: Any, window_rows: int, limit: int | None) -> None:
+    files = files_of(found)
+    if any(file.rows for file in files):
+        assert_goes_on(stream_of([files], window_rows=window_rows, limit=limit))
+
+
+@QUICK
+@given(FILES, FILES, st.integers(1, 9), st.floats(0.1, 10), st.sampled_from([None, 7, 19]))
+def test_reading_a_mixture_from_a_state_is_reading_on(one: Any, other: Any, window_rows: int, weight: float, limit: int | None) -> None:
+    parts = [files_of(one), files_of(other)]
+    if all(any(file.rows for file in part) for part in parts):
+        assert_goes_on(stream_of(parts, window_rows=window_rows, weights=(1.0, weight), limit=limit))
+
+
+def test_a_state_that_forgets_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = stream._Reader.cursor.fget
+    assert whole is not None
+    for lost, changes in (("skip", {}), ("place", {}), ("file", {}), ("pass", {"weights": (1.0,)})):
+        read = stream_of([files_of([(7, (3, 0)), (9, (2,))])], window_rows=5, **changes)
+        assert_goes_on(read)
+        forget = property(lambda self, lost=lost: {**whole(self), lost: {"skip": 0, "place": None, "file": 0, "pass": 0}[lost]})
+        with monkeypatch.context() as patch:
+            patch.setattr(stream._Reader, "cursor", forget)
+            with pytest.raises((AssertionError, IndexError)):
+                assert_goes_on(read)
+
+
+class Shifted(MemoryRows):
+    """A source whose places are one row off."""
+
+    def pieces(self, wanted: Sequence[str], place: Place | None = None) -> Iterator[Piece]:
+        return super().pieces(wanted, place and {**place, "row": place["row"] + 1})
+
+
+def test_a_source_that_goes_on_elsewhere_is_seen() -> None:
+    rows = rows_named("a", 9)
+    assert_goes_on(stream_of([[MemoryRows("a", rows, (2,))]]))
+    with pytest.raises(AssertionError, match="from window 1"):
+        assert_goes_on(stream_of([[Shifted("a", rows, (2,))]]))
+
+
+def test_the_state_is_a_few_integers() -> None:
+    read = stream_of([files_of([(9, (4,)), (9, (4,))])])
+    first, second, *_ = read.windows()
+    assert first.state == EMPTY == next(read.windows(EMPTY)).state
+    assert (
+        second.state
+        == first.after
+        == {
+            "epoch": 0,
+            "window": 1,
+            "rows": 4,
+            "cursors": [{"pass": 0, "file": 0, "place": {"row": 4, "piece": 1}, "skip": 0}],
+        }
+    )
+
+
+# ---- Where a row stands; rows that were left out
+
+
+def test_where_a_row_stands_is_told_of_its_file() -> None:
+    files = files_of([(5, (2, 0)), (0, (1,)), (4, (3,))])
+    for windows in epochs(stream_of([files]), 2):
+        for window in windows:
+            told = [window.records.where(row) for row in range(len(window.records))]
+            assert told == [text.replace(" ", " row ") for text in texts(window)]
+
+
+def test_rows_that_were_left_out_arrive_once_also_of_pieces_without_rows() -> None:
+    files = files_of([(5, (2, 0)), (0, (1,)), (9, (0, 0, 3)), (2, (5,))])
+    expected = sorted(bad for file in files for piece in file.pieces(["text"]) for bad in piece.bad)
+    for window_rows in (1, 2, 4, 100):
+        read = stream_of([files], window_rows=window_rows)
+        windows = list(read.windows())
+        assert sorted(bad for window in windows for bad in window.bad) == expected
+        for at, window in enumerate(windows):  # none is lost by going on, and those before come again at most once
+            again = [bad for later in read.windows(window.state) for bad in later.bad]
+            assert len(again) == len(set(again)) and {bad for later in windows[at:] for bad in later.bad} <= set(again)
+    with pytest.raises(AssertionError):
+        assert sorted(bad for window in windows for bad in window.bad[1:]) == expected
+
+
+# ---- Sources that are empty, or wrong
+
+
+def test_sources_without_rows() -> None:
+    empty = MemoryRows("empty", [])
+    assert list(stream_of([[empty, empty]]).windows()) == list(stream_of([[]]).windows()) == []
+    with pytest.raises(DataError, match=r"^rows has no rows\.$"):
+        stream_of([[empty]]).head()
+    with pytest.raises(DataError, match=r"^empty has no rows\.$"):  # and not for ever
+        list(stream_of([[empty, empty], files_of([(9, (4,))])], weights=(1.0, 1.0)).windows())
+
+
+def test_a_source_without_a_column_is_one_line() -> None:
+    other = MemoryRows("other.jsonl", [{"text": "a", "labell": "no"}], columns=("text", "labell"))
+    read = stream_of([[*files_of([(3, (2,))]), other]], limit=9)
+    told = r"^other\.jsonl: there is no column 'label'; the columns are 'text', 'labell'\. Did you mean 'labell'\?$"
+    windows = read.windows()
+    with pytest.raises(DataError, match=told):
+        list(windows)
+
+
+def test_sources_that_fail_give_what_stands_before() -> None:
+    broken = MemoryRows("b", rows_named("b", 12), (3,), broken=10)
+    windows = stream_of([[broken]]).windows()
+    assert [texts(next(windows))[0], texts(next(windows))[0]] == ["b 0", "b 4"]
+    with pytest.raises(DataError, match="b row 10: no more can be read"):
+        next(windows)
+
+
+def test_labels_of_other_kinds_are_told_with_their_place() -> None:
+    numbers = MemoryRows("n", [{"text": "x", "label": 0.5}])
+    with pytest.raises(DataError, match=r"^n row 0: the labels are of kind 'number', those before of kind 'text'"):
+        list(stream_of([[*files_of([(3, (2,))]), numbers]], limit=9).windows())
+
+
+# ---- head, fingerprint
+
+
+def test_the_head_is_some_of_the_first_rows() -> None:
+    head = stream_of([files_of([(0, (1,)), (9, (0, 4)), (5, (2,))])], seed=8).head()
+    assert head.texts.to_pylist() == ["b 0", "b 1", "b 2", "b 3"] and head.where(3) == "b row 3"
+    assert len(stream_of([files_of([(2 * HEAD_ROWS, (2 * HEAD_ROWS,))])]).head()) == HEAD_ROWS
+
+
+def test_the_fingerprint_tells_what_is_read() -> None:
+    files = files_of([(4, (2,)), (5, (2,))])
+    read = stream_of([files])
+    others = [
+        stream_of([files[::-1]]),
+        stream_of([files[:1]]),
+        stream_of([[files[0], MemoryRows("b", rows_named("b", 6))]]),
+        replace(read, asked=Columns("label", None, "text", None)),
+        replace(read, asked=Columns("text", None, None, ["label"])),
+        replace(read, label_delimiter=","),
+        replace(read, limit=3),
+        stream_of([files[:1], files[1:]], weights=(1.0, 1.0)),
+        stream_of([files, []], weights=(1.0, 1.0)),
+    ]
+    assert len({one.fingerprint for one in [read, *others]}) == len(others) + 1
+    same = [replace(read, window_rows=9, seed=1, first_row=4, name="other"), stream_of([files[:1], files[1:]])]
+    assert {one.fingerprint for one in same} == {read.fingerprint}
