@@ -132,6 +132,8 @@ def test_files_are_dealt_evenly_and_each_once(sizes: list[int | None], ranks: in
     usual = sum(told) // max(1, len(told))
     loads = [sum(usual if sizes[file] is None else sizes[file] or 0 for file in files) for files in dealt]
     assert max(loads) - min(loads) <= max([usual, *told], default=0)
+    if not any(loads):  # nothing is known of their sizes
+        assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 
 def test_files_dealt_by_hand() -> None:

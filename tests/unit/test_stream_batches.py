@@ -283,6 +283,12 @@ def test_going_on_from_every_step_and_to_every_step() -> None:
     assert list(read.steps(4, 4, steps[3].after)) == []
 
 
+def test_each_window_of_each_epoch_has_its_own_order() -> None:
+    first_halves = steps_of([list(batches_of(files_of([32]), size=4, window=8).steps(0, 16))])[::2]
+    assert [{row // 8 for row in half} for half in first_halves] == [{window} for window in (0, 1, 2, 3)] * 2
+    assert len({tuple(row % 8 for row in half) for half in first_halves}) > 4
+
+
 def test_going_on_with_other_ranks_takes_the_same_rows() -> None:
     files = files_of([7, 11, 5])
     first = [list(batches_of(files, rank, 3).steps(0, 4)) for rank in range(3)]
@@ -444,6 +450,7 @@ def test_ranks_whose_files_are_empty_wait() -> None:
     by_rank, errors = on_ranks(of_ranks, 0, 10)
     assert errors == [""] * 3 and [[step.idle for step in steps] for steps in by_rank] == [[False] * 10, [True] * 10, [True] * 10]
     assert_every_row_once(steps_of(by_rank), 5, 9)
+    assert [steps[4].after for steps in by_rank] == [by_rank[0][4].after] * 3, "they end the epoch in the same place"
 
 
 def test_ranks_that_do_not_wait_for_each_other_are_seen() -> None:
