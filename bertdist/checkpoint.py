@@ -246,7 +246,8 @@ def _place_of_rank(folder: Path, state: dict[str, Any], rank: int, ranks: int) -
     if own_files and state["ranks"] != ranks and not all(place and "over" in place for place in places):
         raise CheckpointError(
             f"{folder} was written by {state['ranks']} processes with --stream_split files, each in the middle of its own files, and now "
-            f"there are {ranks}. Go on with {state['ranks']}, or from a checkpoint at the end of an epoch (--save_every '1 epoch')."
+            f"there are {ranks}. Go on with {state['ranks']}, or, in a run of --max_train_steps, from a checkpoint at the end of an epoch "
+            "(--save_every '1 epoch')."
         )
     return places[rank % len(places)]
 
