@@ -84,7 +84,7 @@ def figures(noisy: Path, ranking: Path) -> list[float]:
     entries = [json.loads(line) for line in ranking.read_text(encoding="utf-8").splitlines()]
     wrong = np.array([row["label"] != row["was"] for row in rows])
     order = np.array([entry["row"] for entry in entries])
-    assert (np.sort(order) == np.arange(len(rows))).all(), "every row once"
+    assert sorted(order) == list(range(len(rows))), "every row once"
     marked = np.array([entry["row"] for entry in entries if entry["issue"]], dtype=int)
     heads = [float(wrong[order[: round(head * len(rows))]].sum() / wrong.sum()) for head in HEADS]
     return [*heads, float(wrong[marked].mean()) if len(marked) else 0.0, float(wrong[marked].sum() / wrong.sum())]
