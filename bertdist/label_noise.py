@@ -3,7 +3,7 @@
 In: targets and predictions in the form that a Task gives them (numpy). Out: `Doubts`: a score for every row, the order of doubt, and
 which rows are likely to be wrong. Nothing here knows of files, models or ranks.
 
-Probabilities should come from a model that has not learned these rows (`folds.py`): the longer it learns wrong labels, the more it believes.
+Probabilities should come from a model that has not learned these rows (`folds.py`): it comes to believe what it learns.
 
 Classification is cleanlab's (confident learning, https://jair.org/index.php/jair/article/view/12125): a label is likely to be wrong where
 the model is surer of another label than it is, on average, of the rows that carry that label. What each way of ranking finds is measured
