@@ -93,15 +93,16 @@ class Beats:
             self._silent[beat.rank] = beat.count, silent + seconds if count == beat.count else 0.0
 
     def silent(self, beat: Beat) -> float:
-        """Seconds for which a rank of another machine has not been heard of."""
-        return 0.0 if beat.host == self.me.host else self._silent.get(beat.rank, (0, 0.0))[1]
+        """Seconds for which a rank has not been heard of."""
+        return self._silent.get(beat.rank, (0, 0.0))[1]
 
     def gone(self, others: list[Beat], most_silent: float) -> list[Beat]:
-        """Those that have ended, by their last words, their process, or their silence of so many seconds."""
+        """Those that have ended: by their last words, by their process, or, on another machine, by their silence of so many seconds."""
 
         def is_gone(beat: Beat) -> bool:
-            near = beat.host == self.me.host
-            return bool(beat.last_words) or (near and not is_alive(beat.pid, beat.born)) or self.silent(beat) > most_silent
+            if beat.last_words or beat.host != self.me.host:
+                return bool(beat.last_words) or self.silent(beat) > most_silent
+            return not is_alive(beat.pid, beat.born)
 
         return [beat for beat in others if is_gone(beat)]
 

@@ -137,9 +137,11 @@ class Watchdog:
         self._gone_for = self._gone_for + elapsed if gone else 0.0
         if self._gone_for > 2 * self.beat_seconds:
             self._leave(self.beats.claim("left", self.beats.words_about(gone)))
-        if idle >= self.seconds and all(beat.idle >= self.seconds / 2 for beat in others if beat not in gone):
+        still = {beat.rank: max(beat.idle, self.beats.silent(beat)) for beat in others if beat not in gone}
+        if idle >= self.seconds and all(seconds >= self.seconds / 2 for seconds in still.values()):
             everyone = sorted([self.beats.me, *others], key=lambda beat: beat.rank)
-            where = "; ".join(f"rank {beat.rank} in {beat.doing}" for beat in everyone[:8])
+            silent = {beat.rank: " (it is held: it says nothing)" for beat in others if self.beats.silent(beat) >= self.seconds / 2}
+            where = "; ".join(f"rank {beat.rank} in {beat.doing}{silent.get(beat.rank, '')}" for beat in everyone[:8])
             text = f"No rank has moved for {self.seconds:g} s (--rank_timeout), so a collective hangs: {where}."
             stacks = f"What each rank did stands in {self.log.folder / 'stacks'}."
             self._leave(self.beats.claim("hang", f"{text} {stacks} {self.beats.cure()}"))
