@@ -66,7 +66,7 @@ from bertdist.room import Room
 from bertdist.slurm import StopRequest, check_world
 from bertdist.stream_batches import AnyBatches
 from bertdist.tasks import Task
-from bertdist.watchdog import Watchdog
+from bertdist.watchdog import Watchdog, connection_lost
 
 INTERRUPTED = 130  # exit code for a second Ctrl-C, a shell's for SIGINT
 STOPPED = 75  # exit code for "asked to stop, start me again" (EX_TEMPFAIL)
@@ -268,8 +268,14 @@ def main() -> None:
         if not error.told and (os.environ.get("RANK", "0") == "0" or not error.shared):
             complain(error)
         sys.exit(1)
+    except RuntimeError as error:
+        if (lost := connection_lost(error)) is None:
+            raise
+        complain(lost)  # before the watchdog was there
+        os._exit(1)
     except KeyboardInterrupt:  # the second Ctrl-C: no clean-up that could wait for another rank
-        complain(RankLost("Interrupted again: ended at once; the same command goes on from the last checkpoint."))
+        if os.environ.get("RANK", "0") == "0":
+            complain(RankLost("Interrupted again: ended at once; the same command goes on from the last checkpoint."))
         os._exit(INTERRUPTED)
     sys.exit(0 if progress.finished else STOPPED)
 
