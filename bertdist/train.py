@@ -66,7 +66,7 @@ from bertdist.room import Room
 from bertdist.slurm import StopRequest, check_world
 from bertdist.stream_batches import AnyBatches
 from bertdist.tasks import Task
-from bertdist.watchdog import Watchdog, connection_lost
+from bertdist.watchdog import Watchdog, connection_lost, end_soon
 
 INTERRUPTED = 130  # exit code for a second Ctrl-C, a shell's for SIGINT
 STOPPED = 75  # exit code for "asked to stop, start me again" (EX_TEMPFAIL)
@@ -267,6 +267,7 @@ def main() -> None:
     except BertdistError as error:
         if not error.told and (os.environ.get("RANK", "0") == "0" or not error.shared):
             complain(error)
+        end_soon(error)
         sys.exit(1)
     except RuntimeError as error:
         if (lost := connection_lost(error)) is None:

@@ -62,7 +62,7 @@ class Watchdog:
         if self.ranks > 1:
             if dist.is_initialized():
                 torch.distributed.distributed_c10d._set_pg_timeout(LONG)
-            self._write()
+            self._write(doing="train.train, starting")
             self._thread.start()
         return self
 
@@ -71,6 +71,7 @@ class Watchdog:
             self._ended.set()
             self._thread.join()
             faulthandler.cancel_dump_traceback_later()
+            self._write()
         if error is None or isinstance(error, SystemExit) or (isinstance(error, BertdistError) and error.shared):
             if self.ranks > 1:
                 self.beats.remove()
@@ -78,7 +79,6 @@ class Watchdog:
         found: BaseException = worker_died(error) or error
         if self.ranks > 1 and connection_lost(error):
             found = self._who_left(str(error).splitlines()[0])
-            faulthandler.dump_traceback_later(30, exit=True)  # gloo's threads may keep a process that has lost a peer from ending
         elif self.ranks > 1:
             if isinstance(found, BertdistError):
                 found = type(found)(f"rank {self.rank}: {found}")
@@ -219,6 +219,12 @@ def connection_lost(error: BaseException) -> RankLost | None:
     if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
         return RankLost(f"The connection to another rank has broken: {str(error).splitlines()[0]}")
     return None
+
+
+def end_soon(error: BaseException) -> None:
+    """For a command line that leaves by this error: gloo's threads may keep a process that has lost another from ending, for ever."""
+    if isinstance(error, RankLost):
+        faulthandler.dump_traceback_later(30, exit=True, file=STDERR)
 
 
 def doing_of(frame: FrameType | None) -> str:
