@@ -11,9 +11,11 @@ None of it changes what a step learns: its gradient is a sum over its rows, and 
 """
 
 import heapq
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bertdist.batch import Batch, Step, collate, cut
 from bertdist.encoding import Examples
-from bertdist.errors import BertdistError
+from bertdist.errors import BertdistError, DataError
 from bertdist.mixture import mixed_plan
 from bertdist.pieces import Place
 from bertdist.slurm import leave_signals_to_the_rank
@@ -194,8 +196,23 @@ class Share:
             examples = self.examples[share.tolist()]
         except BertdistError as error:  # raised in a worker it would arrive wrapped in the worker's traceback
             return error
+        except Exception as error:
+            return self._odd_row(share.tolist(), error)
         parts = cut([len(example.ids) for example in examples], self.tokens_per_micro_batch)
         return Step(number=number, share=[collate([examples[i] for i in part]) for part in parts], rows=len(rows))
+
+
+    def _odd_row(self, rows: list[int], error: Exception) -> DataError:
+        """Which of the rows it is that cannot be encoded, for a reason that nobody thought of."""
+        where = f"one of {len(rows)} rows from {self.examples.records.where(rows[0])} on"
+        for row in rows:
+            try:
+                self.examples[[row]]
+            except Exception as found:
+                error, where = found, self.examples.records.where(row)
+                break
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return DataError(f"{where}: cannot be encoded: {type(error).__name__}: {error} ({Path(place.filename).name} line {place.lineno}).")
 
 
 def idle(examples: Examples, row: int) -> Batch:

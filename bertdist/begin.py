@@ -4,12 +4,14 @@ Small functions that `train` calls once, in their order there; nothing here is c
 """
 
 import ctypes
+import hashlib
 import json
 import os
 import platform
 import sys
 from contextlib import suppress
 from dataclasses import asdict, replace
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
-from transformers import PreTrainedTokenizerBase
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from bertdist.arrival import meet
 from bertdist.batching import PLENTY, Batches
 from bertdist.config import BatchConfig, RunConfig, TaskConfig, TrainConfig
 from bertdist.encoding import Examples, open_examples
@@ -44,16 +47,19 @@ def open_accelerator(run: RunConfig) -> Accelerator:
     for name in trackers:
         if name not in known:
             raise ConfigError(f"--report_to {name}: not a tracker that is installed here.{did_you_mean(name, known)}")
+    limit = timedelta(seconds=run.rank_timeout)
+    meeting = meet(limit)
     try:
         accelerator = Accelerator(
             cpu=run.use_cpu or not torch.accelerator.is_available(),
             mixed_precision=run.mixed_precision,
             log_with=trackers or None,
             project_dir=run.output_dir or None,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), InitProcessGroupKwargs(timeout=limit)],
         )
     except ValueError as error:
         raise ConfigError(f"{str(error).splitlines()[0]} (--mixed_precision {run.mixed_precision})") from None
+    del meeting
     if accelerator.gradient_accumulation_steps != 1:
         raise ConfigError(
             f"accelerate was told gradient_accumulation_steps {accelerator.gradient_accumulation_steps}; leave it at 1: "
@@ -205,14 +211,35 @@ def identity_of(config: TrainConfig, rows: Records | Stream, task: Task, total_s
     }
 
 
+PACKAGES = ("bertdist", "torch", "transformers", "accelerate", "datasets", "evaluate", "numpy", "safetensors")
+
+
+def facts_of_launch(config: TrainConfig) -> dict[str, object]:
+    """What must be the same on all ranks before they do anything together: settings and versions."""
+    settings = {f"--{name}": value for section in asdict(config).values() for name, value in section.items()}
+    return {**settings, "Python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def facts_of_data(
+    settings: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, train_rows: Records | Stream, dev_rows: Records | None
+) -> dict[str, object]:
+    """What must be the same on all ranks before the model is built: rows (as digests), tokenizer, model config."""
+    vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    return {
+        f"{train_rows.name} (digest of the rows)": train_rows.fingerprint,
+        **({f"{dev_rows.name} (digest of the rows)": dev_rows.fingerprint} if dev_rows else {}),
+        "the tokenizer (digest of its vocabulary)": vocabulary,
+        "the model's config": hashlib.sha256(settings.to_json_string().encode()).hexdigest(),
+    }
+
+
 def environment(accelerator: Accelerator) -> str:
     """What a run was made with, as JSON."""
-    packages = ("bertdist", "torch", "transformers", "accelerate", "datasets", "evaluate", "numpy", "safetensors")
     cuda = accelerator.device.type == "cuda"
     found = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in packages},
+        "packages": {name: _version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name(accelerator.device) if cuda else accelerator.device.type,
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),

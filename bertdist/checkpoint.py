@@ -47,6 +47,7 @@ class Progress:
     tokens_asked: int = 0  # the --tokens_per_micro_batch that it came from; 0: found
     halvings: int = 0  # steps that were taken again because memory ran out
     finished: bool = False
+    owed: bool = False  # the evaluation of this step was given up, to stop; it comes first when the run goes on
     window: list[list[float]] = field(default_factory=list)  # [loss sum, rows] of each step since the last log line
     place: Place | None = None  # of a stream: where its reading stands; with --stream_split files, this rank's
 

@@ -108,6 +108,7 @@ def problems_of(config: TrainConfig) -> Iterable[str]:
     yield from _out_of_range(
         run, {"early_stopping_patience": (1, None), "early_stopping_threshold": (0, None), "stop_before_time_limit": (0, None)}
     )
+    yield from _out_of_range(run, {"rank_timeout": (1, None)})
     if run.num_train_epochs == 0:
         yield "--num_train_epochs is 0; expected more than 0."
     if optim.warmup_steps is not None and optim.warmup_ratio:

@@ -113,6 +113,7 @@ class RunConfig:
     early_stopping_patience: int | None = HfArg(default=None, help="Stop after so many evaluations in a row without a better score.")
     early_stopping_threshold: float = HfArg(default=0.0, help="How much better a score must be to count as better for early stopping.")
     stop_before_time_limit: float = HfArg(default=120.0, help="Inside a SLURM job: save and stop so many seconds before its time limit.")
+    rank_timeout: float = HfArg(default=600.0, help="Seconds after which ranks that all wait end the run, with every rank's stack, and in which all ranks must have arrived at the start.")
     report_to: list[str] | None = HfArg(default=None, help="Trackers of accelerate to send metrics to (tensorboard, wandb, ...); metrics.jsonl is always written.")
 
 

@@ -74,14 +74,17 @@ class RunLog:
         if self._bar is None or kind != "train" or not self.console.is_terminal:
             self.say(f"{kind:5} step {step:6d}  {shown}")
 
-    def begin(self, step: int, files: dict[str, str]) -> None:
-        """Write down what the run is made of, and take back what metrics.jsonl says of steps that will be taken again."""
+    def begin(self, step: int, files: dict[str, str], owed: bool = False) -> None:
+        """Write down what the run is made of, and take back what metrics.jsonl says of steps that will be taken again.
+
+        owed: the evaluation of `step` will be, too.
+        """
         if self.enabled:
             for name, text in files.items():
                 write_whole(self.folder / name, text.encode())
-            self._rewind(step)
+            self._rewind(step, owed)
 
-    def _rewind(self, step: int) -> None:
+    def _rewind(self, step: int, owed: bool = False) -> None:
         """Drop the lines behind `step`, a torn last line, and what a process that was stopped said of itself ("finished": false)."""
         path = self.folder / "metrics.jsonl"
         if not path.exists():
@@ -90,7 +93,8 @@ class RunLog:
         for line in path.read_bytes().split(b"\n"):
             try:
                 found = json.loads(line)
-                if found["step"] <= step and found.get("finished") is not False:
+                again = found["step"] > step or (owed and found["step"] == step and found["kind"] in ("eval", "meter"))
+                if not again and found.get("finished") is not False:
                     kept.append(line + b"\n")
             except (ValueError, KeyError, TypeError):
                 continue

@@ -5,6 +5,7 @@ BertdistError
   DataError         a missing file or column, an unknown label, bytes that are not text, an empty split
   ModelError        a model folder or name that cannot be loaded, or that does not fit the task
   CheckpointError   nothing whole to resume from, or a checkpoint that belongs to another run
+  RankLost          another rank is gone, or all wait for each other
 
 A message is one line a problem: what was found, where (file, line), what was expected, what to do.
 """
@@ -17,6 +18,7 @@ class BertdistError(Exception):
     """Printed without a traceback, as `bertdist: <message>`; the exit code is 1."""
 
     shared = False  # True where every rank raises it, so that one of them is enough to print it
+    told = False  # True where another rank has printed it already
 
 
 class ConfigError(BertdistError):
@@ -35,6 +37,10 @@ class ModelError(BertdistError):
 
 class CheckpointError(BertdistError):
     """A checkpoint is damaged, missing, or belongs to another run."""
+
+
+class RankLost(BertdistError):
+    """Another rank is gone, or does not come to where all the others wait."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

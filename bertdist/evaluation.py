@@ -5,6 +5,8 @@ once is asserted, every time. 4. Rank 0 computes loss and scores from logits in 
 batches; the others are told.
 """
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +14,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from bertdist.batch import Batch
 from bertdist.batching import Batches
 from bertdist.config import TaskConfig
-from bertdist.errors import ConfigError, did_you_mean
+from bertdist.errors import BertdistError, ConfigError, did_you_mean
 from bertdist.memory import fitting
-from bertdist.ranks import from_main, together
+from bertdist.ranks import from_main, host_group, summed, together
+from bertdist.slurm import StopRequest
 from bertdist.tasks import Array, Task
 
 GLUE_METRICS = {"cola": ["matthews_correlation"], "mrpc": ["accuracy", "f1"], "qqp": ["accuracy", "f1"], "stsb": ["pearson", "spearman"]}
@@ -33,22 +37,46 @@ class Evaluation:
     classes: dict[str, Any] = field(default_factory=dict)  # per-class table and confusion matrix
 
 
-@torch.no_grad()
-def predict_rows(model: nn.Module, batches: Batches, accelerator: Accelerator) -> Tensor:
-    """Logits (rows, outputs) float32 on the CPU, in row order, the same on every rank.
+class GivenUp(Exception):
+    """A rank was asked to stop, or has failed, before all rows were scored; all ranks know."""
 
-    Raises DataError on all ranks where one of them cannot read or encode a row, or where a text does not fit into memory alone.
+
+@torch.no_grad()
+def predict_rows(model: nn.Module, batches: Batches, accelerator: Accelerator, stop: StopRequest | None = None) -> Tensor | None:
+    """Logits (rows, outputs) float32 on the CPU, in row order, the same on every rank; None on all, where `stop` was asked for meanwhile.
+
+    A rank that was asked leaves out what is left of a step, and the ranks agree after each. Raises DataError on all ranks where one of
+    them cannot read or encode a row, or where a text does not fit into memory alone.
     """
     was_training = model.training
     model.eval()
-    rows, logits = [], []
-    mine = (batch for step in batches.steps(0, batches.steps_per_epoch) for batch in step.share if batch.rows[0] >= 0)  # else it is idle
+    rows, logits, group = [], [], host_group(accelerator)
+
+    def agree(failed: bool) -> None:
+        if any(summed(accelerator, [int(stop is not None and stop.asked()), int(failed)], group)):
+            raise GivenUp
+
+    def share() -> Iterator[Batch]:
+        for step in batches.steps(0, batches.steps_per_epoch):
+            for batch in step.share:
+                if batch.rows[0] >= 0 and not (stop is not None and stop.asked()):  # else it is idle
+                    yield batch
+            agree(False)
+
+    given_up = False
     with together(accelerator):
-        for batch, found in fitting(lambda batch: model(batch.to(accelerator.device)).float(), mine, batches):
-            rows.append(batch.rows)
-            logits.append(found)
+        try:
+            for batch, found in fitting(lambda batch: model(batch.to(accelerator.device)).float(), share(), batches):
+                rows.append(batch.rows)
+                logits.append(found)
+        except GivenUp:
+            given_up = True
+        except BertdistError:
+            with suppress(GivenUp):
+                agree(True)
+            raise
     model.train(was_training)
-    return _in_row_order(rows, logits, len(batches.examples), accelerator)
+    return None if given_up else _in_row_order(rows, logits, len(batches.examples), accelerator)
 
 
 def _in_row_order(rows: list[Tensor], logits: list[Tensor], total: int, accelerator: Accelerator) -> Tensor:
@@ -115,9 +143,13 @@ class Judge:
         return Evaluation(scores=found, merit=merit, answers=self.task.answers(logits), references=references, classes=classes)
 
 
-def evaluate_split(model: nn.Module, batches: Batches, judge: Judge | None, accelerator: Accelerator) -> Evaluation:
-    """Score a split. judge: on rank 0; None elsewhere, where only scores and merit come back."""
-    logits = predict_rows(model, batches, accelerator)
+def evaluate_split(
+    model: nn.Module, batches: Batches, judge: Judge | None, accelerator: Accelerator, stop: StopRequest | None = None
+) -> Evaluation | None:
+    """Score a split; None where `stop` was asked for meanwhile. judge: on rank 0; None elsewhere, where only scores and merit come back."""
+    logits = predict_rows(model, batches, accelerator, stop)
+    if logits is None:
+        return None
     found = judge.judge(logits, batches.examples.targets) if judge is not None else None
     scores, merit = from_main(accelerator, (found.scores, found.merit) if found else None)
     return found or Evaluation(scores=scores, merit=merit)

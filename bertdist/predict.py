@@ -31,10 +31,19 @@ from bertdist.evaluation import predict_rows
 from bertdist.memory import find_tokens
 from bertdist.ranks import together
 from bertdist.records import Records, records_of
-from bertdist.slurm import check_world
+from bertdist.slurm import StopRequest, check_world
 from bertdist.sources import open_texts
+from bertdist.watchdog import connection_lost, worker_died
 
 ROWS_AT_ONCE = 2048  # texts sorted by length together: long enough for texts of one length to meet, short enough for one device
+
+
+STOPPED = 75  # exit code for "asked to stop, start me again" (EX_TEMPFAIL)
+INTERRUPTED = 130  # and for a second Ctrl-C
+
+
+class Stopped(Exception):
+    """Asked to stop before all texts had their answer; the same on every rank."""
 
 
 class Predictor:
@@ -51,7 +60,10 @@ class Predictor:
         max_length: int | None = None,
         tokens_per_micro_batch: int | None = None,
         accelerator: Accelerator | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
+        """stop: whom to ask, now and then, whether to go on."""
+        self.stop = stop
         self.accelerator = accelerator or open_accelerator(RunConfig())
         self.model, self.task, self.notes = load_trained(str(folder))
         limit = max_length or self.notes.get("max_length")
@@ -72,7 +84,7 @@ class Predictor:
         return self.task.answers(self.logits(records))
 
     def logits(self, records: Records) -> Tensor:
-        """(rows, outputs) float32 on the CPU: what the answers are read from; the same on every rank."""
+        """(rows, outputs) float32 on the CPU: what the answers are read from; the same on every rank. Raises Stopped on all."""
         batches = Batches(
             examples=open_examples(records, self.tokenizer, None, self.max_length),
             rows_per_step=ROWS_AT_ONCE * self.accelerator.num_processes,
@@ -85,16 +97,24 @@ class Predictor:
                 with together(self.accelerator), torch.no_grad():
                     self.tokens_per_micro_batch = find_tokens(self.model, batches, self.accelerator.device)
                 batches = replace(batches, tokens_per_micro_batch=self.tokens_per_micro_batch)
-            return predict_rows(self.model, batches, self.accelerator)
+            logits = predict_rows(self.model, batches, self.accelerator, self.stop)
+        if logits is None:
+            raise Stopped
+        return logits
 
 
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
     """What the command line does, short of printing; returns the answers."""
+    stop = StopRequest()
     accelerator = open_accelerator(RunConfig(use_cpu=config.use_cpu, mixed_precision=config.mixed_precision))
     check_world(accelerator.num_processes)
     with together(accelerator):
         predictor = Predictor(
-            config.model, max_length=config.max_length, tokens_per_micro_batch=config.tokens_per_micro_batch, accelerator=accelerator
+            config.model,
+            max_length=config.max_length,
+            tokens_per_micro_batch=config.tokens_per_micro_batch,
+            accelerator=accelerator,
+            stop=stop,
         )
         if config.input is None:
             records = records_of(config.text or [], config.text_pair)
@@ -117,7 +137,7 @@ def lines_of(answers: Iterable[dict[str, Any]]) -> bytes:
 
 
 def main() -> None:
-    """The command line: exit code 0, or 1 with one line for what a user can mend."""
+    """The command line: exit code 0, 75 when asked to stop before, or 1 with one line for what a user can mend."""
     try:
         config = read_predict_config(sys.argv[1:])
         if config.output is not None and not Path(config.output).parent.is_dir():
@@ -133,9 +153,18 @@ def main() -> None:
             for answer in answers:
                 found = answer.get("labels", [answer])
                 print("\n".join(f"{entry['label']}\t{entry['score']:.4f}" for entry in found) or "(no label)")
-    except BertdistError as error:
-        if os.environ.get("RANK", "0") == "0" or not error.shared:
-            complain(error)
+    except Stopped:
+        if os.environ.get("RANK", "0") == "0":
+            complain(BertdistError("Asked to stop: nothing was written; the same command begins again."))
+        sys.exit(STOPPED)
+    except KeyboardInterrupt:  # the second Ctrl-C: no clean-up that could wait for another rank
+        os._exit(INTERRUPTED)
+    except (BertdistError, RuntimeError) as error:
+        found = error if isinstance(error, BertdistError) else worker_died(error) or connection_lost(error)
+        if found is None:
+            raise
+        if os.environ.get("RANK", "0") == "0" or not found.shared:
+            complain(found)
         sys.exit(1)
 
 

@@ -1,7 +1,10 @@
 """Ranks agree before they act: an error on one rank ends the block on all, with one message."""
 
-from collections.abc import Iterator, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -9,7 +12,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from bertdist.errors import BertdistError
+from bertdist.errors import BertdistError, ConfigError
+
+LONG = timedelta(days=7)  # a group's own limit where a Watchdog judges: a group cannot tell a rank that works from one that is gone
 
 T = TypeVar("T")
 
@@ -47,11 +52,36 @@ def from_main(accelerator: Accelerator, value: T | None) -> T:
 
 
 def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
-    """Ranks that talk from host memory, so that no GPU is waited for; None: they do already. A collective, once a run."""
+    """Ranks that talk from host memory, so that no GPU is waited for; None: they do already. The first call is a collective."""
     if accelerator.num_processes == 1 or accelerator.device.type == "cpu":
         return None
-    group: dist.ProcessGroup = dist.new_group(backend="gloo")
+    return _gloo_group()
+
+
+@cache
+def _gloo_group() -> dist.ProcessGroup:
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=LONG)
     return group
+
+
+def agree_on(accelerator: Accelerator, facts: Mapping[str, object]) -> None:
+    """Every rank holds the same facts (name -> what prints alike), or a ConfigError on all names those that differ from rank 0."""
+    if accelerator.num_processes == 1:
+        return
+    mine = {name: str(value) for name, value in facts.items()}
+    first, *others = gather_object([(socket.gethostname(), mine)])
+    problems = []
+    for rank, (host, found) in enumerate(others, start=1):
+        names = [name for name in {**first[1], **found} if first[1].get(name) != found.get(name)]
+        if names:
+            told = "; ".join(f"{name} is {_short(found.get(name))} instead of {_short(first[1].get(name))}" for name in names)
+            problems.append(f"rank {rank} (on {host}) is not like rank 0 (on {first[0]}): {told}.")
+    if problems:
+        raise ConfigError("\n".join([*problems, "Every rank must be started with the same command, data and packages."]))
+
+
+def _short(value: str | None, most: int = 80) -> str:
+    return "missing" if value is None else value if len(value) <= most else f"{value[:most]}..."
 
 
 def smallest(accelerator: Accelerator, values: Sequence[int], group: dist.ProcessGroup | None = None) -> list[int]:

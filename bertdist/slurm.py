@@ -24,10 +24,13 @@ from torch import Tensor
 from bertdist.errors import ConfigError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# One of these is in the environment where the parent is torchrun or `accelerate launch`: killed, it leaves its ranks behind, which nobody
+# would end or start again. The parent of any other run may go: a shell, nohup.
+LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
 
 
 class StopRequest:
-    """True once a signal came, or once the SLURM time limit is nearer than `margin_seconds` (0: never for that reason).
+    """True once a signal came, the launcher is gone, or the SLURM time limit is nearer than `margin_seconds` (0: never for that reason).
 
     The handler only remembers, so a step is never cut in the middle; a second SIGINT (Ctrl-C) raises KeyboardInterrupt at
     once. Handlers can be installed in the main thread only; `close()` puts the old ones back.
@@ -35,6 +38,7 @@ class StopRequest:
 
     def __init__(self, margin_seconds: float = 0.0) -> None:
         left = time_left()
+        self._launcher = os.getppid() if LAUNCHED & os.environ.keys() else 0
         # A job shorter than twice the margin keeps half of its time, or it would be requeued for ever without a step.
         self._margin_seconds = margin_seconds if left is None else min(margin_seconds, left / 2)
         self._interrupts = 0
@@ -50,18 +54,25 @@ class StopRequest:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 raise KeyboardInterrupt
 
+    def asked(self) -> bool:
+        """Whether this rank was asked to stop: by a signal, by its time limit, or by the launcher's end. Other ranks may not know."""
+        left = time_left()
+        if not self.reason and left is not None and left < self._margin_seconds:
+            self.reason = f"time limit in {left:.0f} s"
+        if not self.reason and self._launcher and os.getppid() != self._launcher:
+            self.reason = "the launcher is gone"
+        return bool(self.reason)
+
     def agreed(self, accelerator: Accelerator) -> bool:
         """Whether any rank was asked to stop: the same answer on every rank at the same call.
 
         A signal may reach only some ranks, and clocks differ: a rank that decided alone would leave the others waiting in a
         collective. Every rank must call this equally often. Costs nothing on one rank, 0.7 ms on gloo.
         """
-        left = time_left()
-        if not self.reason and left is not None and left < self._margin_seconds:
-            self.reason = f"time limit in {left:.0f} s"
+        mine = self.asked()
         if accelerator.num_processes == 1:
-            return bool(self.reason)
-        asked = torch.full((1,), int(bool(self.reason)), dtype=torch.int32, device=accelerator.device)
+            return mine
+        asked = torch.full((1,), int(mine), dtype=torch.int32, device=accelerator.device)
         ranks_asked = accelerator.reduce(asked, reduction="sum")
         answer = bool(ranks_asked.item()) if ranks_asked.device.type == "cpu" else self._answer_of_previous_call(ranks_asked)
         if answer:

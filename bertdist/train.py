@@ -27,10 +27,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bertdist.account import keep_score, record_training, tell_end, tell_meter
 from bertdist.batch import Batch, Step, one_token
 from bertdist.batching import sent_ahead
 from bertdist.begin import (
     environment,
+    facts_of_data,
+    facts_of_launch,
     identity_of,
     notes_of,
     open_accelerator,
@@ -52,18 +55,20 @@ from bertdist.dropout import seed_dropout
 from bertdist.dry_run import dry_run
 from bertdist.embedding import clear_gradients
 from bertdist.encoding import load_tokenizer
-from bertdist.errors import BertdistError
+from bertdist.errors import BertdistError, RankLost
 from bertdist.evaluation import Judge, evaluate_split
 from bertdist.graphed import Take, graphed_step
 from bertdist.known import known_of
 from bertdist.meter import Meter, matmul_rate, model_flops
 from bertdist.optim import build_optimizer, build_schedule, set_learning_rate
-from bertdist.ranks import together
+from bertdist.ranks import agree_on, together
 from bertdist.room import Room
 from bertdist.slurm import StopRequest, check_world
 from bertdist.stream_batches import AnyBatches
 from bertdist.tasks import Task
+from bertdist.watchdog import Watchdog, connection_lost, end_soon
 
+INTERRUPTED = 130  # exit code for a second Ctrl-C, a shell's for SIGINT
 STOPPED = 75  # exit code for "asked to stop, start me again" (EX_TEMPFAIL)
 
 
@@ -72,16 +77,19 @@ def train(config: TrainConfig) -> Progress:
     accelerator = open_accelerator(config.run)
     check_world(accelerator.num_processes)
     config = replace(config, run=replace(config.run, mixed_precision=accelerator.mixed_precision))  # where the launcher decided it
+    agree_on(accelerator, facts_of_launch(config))
     run, out, stop = config.run, Path(config.run.output_dir), StopRequest(config.run.stop_before_time_limit)
     with together(accelerator):
         log = RunLog(out, enabled=accelerator.is_main_process, also=accelerator.log)
-    with log:
+        watchdog = Watchdog(log, accelerator, run.rank_timeout)
+    with log, watchdog:
         log.say(f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {accelerator.mixed_precision}.")
 
         # Data: two splits of rows, and the task that their labels make. Nothing is tokenized yet.
         with together(accelerator):
             settings, tokenizer = load_settings(config.model), load_tokenizer(config.model)
             train_rows, dev_rows = open_rows(config)
+        agree_on(accelerator, facts_of_data(settings, tokenizer, train_rows, dev_rows))
         known = known_of(train_rows, config, accelerator, log.say)
         with together(accelerator):
             left_out = rows_left_out(known, dev_rows, config, accelerator)
@@ -105,9 +113,9 @@ def train(config: TrainConfig) -> Progress:
         # Begin, or go on where an interrupted run stopped.
         checkpoints = Checkpoints(out / "checkpoints", accelerator, run.save_total_limit, log.say)
         identity = identity_of(config, train_rows, task, total_steps)
-        progress = checkpoints.restore(classifier, adamw, identity, run.resume_from_checkpoint) or Progress()
+        progress = watchdog.progress = checkpoints.restore(classifier, adamw, identity, run.resume_from_checkpoint) or Progress()
         with together(accelerator):
-            log.begin(progress.step, {"config.yaml": write_config(config), "environment.json": environment(accelerator)})
+            log.begin(progress.step, {"config.yaml": write_config(config), "environment.json": environment(accelerator)}, progress.owed)
             log.status("finished" if progress.finished else "running", progress.step)
         best = Best(run, tokenizer, task, accelerator, notes_of(config, train_rows))
         due = {name: steps_of(getattr(run, f"{name}_every"), per_epoch, total_steps) for name in ("log", "eval", "save")}
@@ -119,27 +127,28 @@ def train(config: TrainConfig) -> Progress:
             stepper = choose_step(config, classifier, room.cutting(train_batches), accelerator, log.say)
             log.open_progress(progress.step, total_steps)
         meter = open_meter(classifier, accelerator, progress)
-        for step in meter.watch(steps_left(room.cutting(train_batches), progress, total_steps, accelerator.device)):
-            set_learning_rate(optimizer, schedule(step.number))
-            seed_dropout(run.seed, step.number, accelerator.process_index)
-            loss, grad_norm = stepper(model, optimizer, step, task, accelerator, config.optim.max_grad_norm, room)
-            losses.append(loss)
-            progress.count(step.number + 1, step.rows, step.after)
-            left_out.take(step.bad)
+        for step in owed_first(progress, meter.watch(steps_left(room.cutting(train_batches), progress, total_steps, accelerator.device))):
+            if step is not None:
+                set_learning_rate(optimizer, schedule(step.number))
+                seed_dropout(run.seed, step.number, accelerator.process_index)
+                loss, grad_norm = stepper(model, optimizer, step, task, accelerator, config.optim.max_grad_norm, room)
+                losses.append(loss)
+                progress.count(step.number + 1, step.rows, step.after)
+                left_out.take(step.bad)
+                log.advance()
             progress.finished = progress.step == total_steps
             stopping = stop.agreed(accelerator)
-            log.advance()
 
-            if progress.finished or is_due(progress.step, due["log"]):
+            if step is not None and (progress.finished or is_due(progress.step, due["log"])):
                 gather_losses(progress, losses, meter, accelerator)
                 rate = config.optim.learning_rate * schedule(step.number)
                 record_training(log, progress, per_epoch, learning_rate=rate, grad_norm=grad_norm.item(), **meter.lap())
 
             if dev_batches and (progress.finished or is_due(progress.step, due["eval"])):
                 with meter.paused():
-                    evaluation = evaluate_split(classifier, room.cutting(dev_batches), judge, accelerator)
-                    log.record("eval", progress.step, epoch=progress.epochs(per_epoch), **evaluation.scores)
-                    best.consider(classifier, evaluation, progress)
+                    evaluation = evaluate_split(classifier, room.cutting(dev_batches), judge, accelerator, stop)
+                    keep_score(evaluation, classifier, log, best, progress, per_epoch)
+                    stopping = stopping or progress.owed
 
             if progress.finished or stopping or is_due(progress.step, due["save"]):
                 gather_losses(progress, losses, meter, accelerator)
@@ -150,14 +159,7 @@ def train(config: TrainConfig) -> Progress:
                     checkpoints.save(classifier, adamw, progress, identity)
             if progress.finished or stopping:
                 break
-        log.close_progress()
-        if progress.finished:
-            log.status("finished", progress.step)
-            best.show(log)
-            log.say(f"Finished: {progress.step} steps, best weights (step {progress.best_step}) in {out / 'best'}.")
-        else:
-            log.status("preempted", progress.step, stop.reason)
-            log.say(f"Asked to stop ({stop.reason}): step {progress.step} of {total_steps} is saved; the same command goes on.")
+        tell_end(log, progress, best, total_steps, stop.reason)
         # DDP goes before the process group: else it joins gloo's thread with the GIL held, which that thread may wait for (torch 2.13).
         model, optimizer = accelerator.free_memory(model, optimizer)
         accelerator.end_training()
@@ -205,6 +207,14 @@ def steps_left(batches: AnyBatches, progress: Progress, total_steps: int, device
     return sent_ahead(batches.steps(progress.step, progress.step if progress.finished else total_steps, progress.place), device)
 
 
+def owed_first(progress: Progress, steps: Iterator[Step]) -> Iterator[Step | None]:
+    """The steps; before them None, where the last step was taken by a process that was stopped in the evaluation that follows it."""
+    if progress.owed:
+        progress.owed = False
+        yield None
+    yield from steps
+
+
 def warm_up(model: nn.Module, batches: AnyBatches, progress: Progress, task: Task, accelerator: Accelerator) -> None:
     """One backward that is thrown away, before the first step of every start, fresh or resumed.
 
@@ -247,20 +257,6 @@ def gather_losses(progress: Progress, losses: list[Tensor], meter: Meter, accele
         losses.clear()
 
 
-def record_training(log: RunLog, progress: Progress, per_epoch: int, **values: float) -> None:
-    """One line about the steps since the last one: sums are divided, means are never averaged."""
-    loss, rows = (sum(entry[i] for entry in progress.window) for i in (0, 1))
-    log.record("train", progress.step, epoch=progress.epochs(per_epoch), loss=loss / rows, **values, tokens=progress.tokens)
-    progress.window.clear()
-
-
-def tell_meter(log: RunLog, progress: Progress, meter: Meter, stopping: bool) -> None:
-    """At its end, what this process did with its time: a line in metrics.jsonl, before the last checkpoint is whole, and two sentences."""
-    if progress.finished or stopping:
-        log.write("meter", progress.step, finished=progress.finished, **meter.summary())
-        log.say(str(meter))
-
-
 def main() -> None:
     """The command line: exit code 0 when finished, 75 when asked to stop before, 1 with one line for what a user can mend."""
     try:
@@ -269,9 +265,19 @@ def main() -> None:
             sys.exit(dry_run(config))
         progress = train(config)
     except BertdistError as error:
-        if os.environ.get("RANK", "0") == "0" or not error.shared:
+        if not error.told and (os.environ.get("RANK", "0") == "0" or not error.shared):
             complain(error)
+        end_soon(error)
         sys.exit(1)
+    except RuntimeError as error:
+        if (lost := connection_lost(error)) is None:
+            raise
+        complain(lost)  # before the watchdog was there
+        os._exit(1)
+    except KeyboardInterrupt:  # the second Ctrl-C: no clean-up that could wait for another rank
+        if os.environ.get("RANK", "0") == "0":
+            complain(RankLost("Interrupted again: ended at once; the same command goes on from the last checkpoint."))
+        os._exit(INTERRUPTED)
     sys.exit(0 if progress.finished else STOPPED)
 
 

@@ -15,9 +15,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bertdist"
 
 FLOORS = [  # a module imports from lower floors only
     ["errors"],
-    ["words", "dropout", "embedding", "linear", "pieces", "places", "addresses", "findings", "label_noise"],
-    ["config", "scores", "slurm", "console", "attention_cpu", "text_files", "file_bytes", "columns", "ranks", "meter", "remote"],
-    ["command_line", "row_ends"],
+    ["words", "dropout", "embedding", "linear", "pieces", "places", "addresses", "findings", "label_noise", "beats"],
+    ["config", "scores", "slurm", "console", "attention_cpu", "text_files", "file_bytes", "columns", "ranks", "meter", "remote", "arrival"],
+    ["command_line", "row_ends", "watchdog"],
     ["separated", "json_lines", "guess", "parquet_files", "check_config"],
     ["file_rows"],
     ["arrow_files", "hub"],
@@ -30,6 +30,7 @@ FLOORS = [  # a module imports from lower floors only
     ["begin"],
     ["evaluation", "room", "dry_run"],
     ["best", "fix"],
+    ["account"],
     ["train", "predict"],
     ["folds"],
     ["doubts"],
@@ -43,7 +44,9 @@ DOORS = {  # a third-party package comes in through these modules only, so that 
             lengths optim words
         """.split()
     ),
-    "accelerate": set("begin best checkpoint compiled doubts evaluation folds graphed known predict ranks room slurm survey train".split()),
+    "accelerate": set(
+        "begin best checkpoint compiled doubts evaluation folds graphed known predict ranks room slurm survey train watchdog".split()
+    ),
     "datasets": {"hub", "scores", "sources"},
     "evaluate": {"scores"},
     "sklearn": {"scores"},
@@ -64,7 +67,7 @@ DOORS = {  # a third-party package comes in through these modules only, so that 
     "cleanlab": {"label_noise"},
     "safetensors": {"checkpoint", "classifier"},
     "yaml": {"config", "words"},
-    "psutil": {"memory", "slurm"},
+    "psutil": {"beats", "memory", "slurm", "watchdog"},
 }
 OPEN = {"torch", "numpy", "bertdist"} | sys.stdlib_module_names  # enter anywhere
 MOST_LINES_OF_A_FILE = 300

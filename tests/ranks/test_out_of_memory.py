@@ -405,7 +405,7 @@ def test_an_evaluation_out_of_memory_on_one_rank_scores_the_same(runs: Runs, tmp
     def short_in_evaluation(accelerator: Accelerator) -> None:
         predict_rows = evaluation.predict_rows
 
-        def watched(model: Any, batches: Any, accelerator: Any) -> Any:
+        def watched(model: Any, batches: Any, accelerator: Any, *rest: Any) -> Any:
             forward = model.forward
 
             def used(batch: Any) -> Any:
@@ -416,7 +416,7 @@ def test_an_evaluation_out_of_memory_on_one_rank_scores_the_same(runs: Runs, tmp
 
             model.forward = used
             try:
-                return predict_rows(model, batches, accelerator)
+                return predict_rows(model, batches, accelerator, *rest)
             finally:
                 model.forward = forward
 

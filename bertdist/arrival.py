@@ -1,0 +1,62 @@
+"""Ranks meet before they form a group: whoever does not come, and a port that is taken, are named within --rank_timeout.
+
+In: what the launcher wrote into the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Out: the store in which all have signed, to
+be kept until the group stands; or a ConfigError. torch itself says only how many are missing, or a host and a port.
+"""
+
+import os
+import socket
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+
+from bertdist.errors import ConfigError
+
+
+def meet(limit: timedelta) -> TCPStore | None:
+    """Sign, and wait for the others to sign; None where there are none, or where a group stands already. Raises ConfigError."""
+    words = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
+    host = os.environ.get("MASTER_ADDR", "")
+    if not host or not all(word.isdecimal() for word in words) or dist.is_initialized():
+        return None
+    rank, ranks, port = map(int, words)
+    if ranks == 1:
+        return None
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent keeps the store, not rank 0
+    seconds = limit.total_seconds()
+    try:
+        store = TCPStore(host, port, None, rank == 0 and not agents, limit, wait_for_workers=False, multi_tenant=True)
+        signed = [f"bertdist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{other}" for other in range(ranks)]
+        store.set(signed[rank], socket.gethostname())
+    except (dist.DistError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            raise ConfigError(
+                f"Port {port} of {host} is in use, by another run perhaps. Give another one: --main_process_port to `accelerate launch`, "
+                "--master_port to torchrun, or MASTER_PORT."
+            ) from None
+        who = f"rank 0 has not arrived at {host}:{port}" if rank else f"it cannot open {host}:{port}"
+        mine = ConfigError(f"rank {rank} of {ranks} (on {socket.gethostname()}): {who} within {seconds:g} s (--rank_timeout): {reason}")
+        mine.shared = False
+        raise mine from None
+    try:
+        store.wait(signed, limit)
+    except (dist.DistError, RuntimeError):
+        raise _absent(store, signed, f"{host}:{port} within {seconds:g} s (--rank_timeout)", rank) from None
+    return store
+
+
+def _absent(store: TCPStore, signed: list[str], where: str, rank: int) -> ConfigError:
+    """Who has not signed. The lowest rank that has tells it."""
+    try:
+        missing = [other for other, key in enumerate(signed) if not store.check([key])]
+        here = [f"rank {other} (on {store.get(key).decode()})" for other, key in enumerate(signed) if other not in missing]
+    except (dist.DistError, RuntimeError):  # rank 0, which keeps the store, has told it and left
+        found = ConfigError(f"Some ranks did not arrive at {where}.")
+        found.told = True
+        return found
+    who = ", ".join(map(str, missing[:20])) + (f", ... ({len(missing)} in all)" if len(missing) > 20 else "")
+    found = ConfigError(f"Rank {who} of {len(signed)} did not arrive at {where}. Here are: {', '.join(here[:20])}.")
+    found.shared, found.told = False, rank in missing or any(other not in missing for other in range(rank))
+    return found
