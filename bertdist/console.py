@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -45,7 +46,8 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close_progress()
         if error is not None and self._running_since is not None:
-            self.status("failed", self._running_since, str(error) or type(error).__name__)
+            with suppress(CheckpointError):  # where the disk is full or gone, that is what ended the run, and it is being told
+                self.status("failed", self._running_since, str(error) or type(error).__name__)
 
     def say(self, *lines: str) -> None:
         """Print lines as they are."""

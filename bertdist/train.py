@@ -60,6 +60,7 @@ from bertdist.meter import Meter, matmul_rate, model_flops
 from bertdist.optim import build_optimizer, build_schedule, set_learning_rate
 from bertdist.ranks import together
 from bertdist.room import Room
+from bertdist.run_folder import hold_folder, room_on_disk
 from bertdist.slurm import StopRequest, check_world
 from bertdist.stream_batches import AnyBatches
 from bertdist.tasks import Task
@@ -73,10 +74,8 @@ def train(config: TrainConfig) -> Progress:
     check_world(accelerator.num_processes)
     config = replace(config, run=replace(config.run, mixed_precision=accelerator.mixed_precision))  # where the launcher decided it
     run, out, stop = config.run, Path(config.run.output_dir), StopRequest(config.run.stop_before_time_limit)
-    with together(accelerator):
-        log = RunLog(out, enabled=accelerator.is_main_process, also=accelerator.log)
-    with log:
-        log.say(f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {accelerator.mixed_precision}.")
+    with hold_folder(out, accelerator) as told, RunLog(out, enabled=accelerator.is_main_process, also=accelerator.log) as log:
+        log.say(*told, f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {accelerator.mixed_precision}.")
 
         # Data: two splits of rows, and the task that their labels make. Nothing is tokenized yet.
         with together(accelerator):
@@ -99,7 +98,7 @@ def train(config: TrainConfig) -> Progress:
             classifier, notes = load_classifier(config.model, settings, task)
             adamw = build_optimizer(classifier, config.optim)
             schedule = build_schedule(config.optim, total_steps)
-        log.say(*notes)
+        log.say(*notes, room_on_disk(out, classifier, accelerator))
         model, optimizer = accelerator.prepare(classifier, adamw)
 
         # Begin, or go on where an interrupted run stopped.

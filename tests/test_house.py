@@ -17,7 +17,7 @@ FLOORS = [  # a module imports from lower floors only
     ["errors"],
     ["words", "dropout", "embedding", "linear", "pieces", "places", "addresses", "findings", "label_noise"],
     ["config", "scores", "slurm", "console", "attention_cpu", "text_files", "file_bytes", "columns", "ranks", "meter", "remote"],
-    ["command_line", "row_ends"],
+    ["command_line", "row_ends", "run_folder"],
     ["separated", "json_lines", "guess", "parquet_files", "check_config"],
     ["file_rows"],
     ["arrow_files", "hub"],
@@ -43,7 +43,9 @@ DOORS = {  # a third-party package comes in through these modules only, so that 
             lengths optim words
         """.split()
     ),
-    "accelerate": set("begin best checkpoint compiled doubts evaluation folds graphed known predict ranks room slurm survey train".split()),
+    "accelerate": set(
+        "begin best checkpoint compiled doubts evaluation folds graphed known predict ranks room run_folder slurm survey train".split()
+    ),
     "datasets": {"hub", "scores", "sources"},
     "evaluate": {"scores"},
     "sklearn": {"scores"},
@@ -65,6 +67,7 @@ DOORS = {  # a third-party package comes in through these modules only, so that 
     "safetensors": {"checkpoint", "classifier"},
     "yaml": {"config", "words"},
     "psutil": {"memory", "slurm"},
+    "filelock": {"run_folder"},
 }
 OPEN = {"torch", "numpy", "bertdist"} | sys.stdlib_module_names  # enter anywhere
 MOST_LINES_OF_A_FILE = 300
