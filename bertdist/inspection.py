@@ -51,6 +51,8 @@ class Inspection:
                 "label_column": records.label_column,
                 "fingerprint": records.fingerprint,
                 "label_counts": labels.counts() if labels is not None and labels.numbers is None else None,
+                "label_range": labels.range() if labels is not None and labels.numbers is not None else None,
+                "labels_a_row": float(labels.sizes().mean()) if labels is not None and labels.several else None,
                 "lengths": self.lengths[name].as_dict(),
             }
         return {
@@ -90,9 +92,9 @@ def check_data(
     findings += check_labels(splits, labels, num_examples)
     if near_threshold and not can_find_near_duplicates():
         near_threshold = 0.0
-        notes.append("Near duplicates were not looked for: rensa is not installed (pip install 'bertdist[check]').")
+        notes.append("Near duplicates were not looked for: rensa is not installed (pip install 'rensa<0.6').")
     if not has_ftfy():
-        notes.append("Wrong encodings were looked for with three patterns only: ftfy is not installed (pip install 'bertdist[check]').")
+        notes.append("Wrong encodings were looked for with three patterns only: ftfy is not installed (pip install ftfy).")
     same = compare_texts(splits, near_threshold)
     findings += check_overlap(splits, labels, same, num_examples)
     lengths = {}

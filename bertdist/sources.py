@@ -86,6 +86,7 @@ def open_stream(data: DataConfig, seed: int) -> Stream:
         limit=data.max_train_samples,
         on_bad_row=data.on_bad_row,
         max_bad_rows=data.max_bad_rows,
+        guessed=tuple(told for part in parts for source in part if isinstance(source, FileRows) and (told := source.file.told())),
     )
 
 
@@ -116,7 +117,7 @@ def _read_file(address: str, data: DataConfig, limit: int | None) -> Records:
     records, bad = records_of_piece(source, source.whole(taken.names(), limit), taken, data.label_delimiter, data.on_bad_row)
     if not len(records):
         raise DataError(f"{source.name} has no rows{', but for those that were left out' if bad else ''}.")
-    return replace(records, bad=tuple(bad))
+    return replace(records, bad=tuple(bad), guessed=tuple(filter(None, [source.file.told()])))
 
 
 def _name(patterns: Sequence[str]) -> str:

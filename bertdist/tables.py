@@ -120,7 +120,8 @@ def _overflow(path: str, data: DataConfig, records: Records, finding: Any, num_e
         if not behind:
             return []
         names = [f"column {at}" for at in range(len(header))]
-        file = find_file(path, delimiter=data.delimiter, quoting=data.quoting, encoding=data.encoding, column_names=names)
+        quoting = "double" if file.quoted else "none"
+        file = find_file(path, delimiter=file.delimiter, quoting=quoting, encoding=file.encoding, column_names=names)
         columns = open_file(file)[1](behind)
     except (DataError, OSError, UnicodeError, csv.Error):  # what cannot be read twice was told when it was read
         return []
