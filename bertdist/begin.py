@@ -10,6 +10,7 @@ import platform
 import sys
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,15 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 from transformers import PreTrainedTokenizerBase
 
+from bertdist.batch import Step
 from bertdist.batching import PLENTY, Batches
 from bertdist.config import BatchConfig, RunConfig, TaskConfig, TrainConfig
+from bertdist.console import RunLog
 from bertdist.encoding import Examples, open_examples
 from bertdist.errors import ConfigError, did_you_mean
 from bertdist.known import Known, Labels, agreement, files_of_ranks
 from bertdist.pieces import BadRows, read_bad_rows
+from bertdist.ranks import together
 from bertdist.records import Records
 from bertdist.sources import open_source, open_stream
 from bertdist.stream import Stream
@@ -66,6 +70,11 @@ def open_accelerator(run: RunConfig) -> Accelerator:
     return accelerator
 
 
+def open_log(folder: Path, accelerator: Accelerator) -> RunLog:
+    """The run's voice; a line that cannot be written ends all ranks."""
+    return RunLog(folder, accelerator.is_main_process, accelerator.log, partial(together, accelerator))
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep what a step frees for the next step, where it can (glibc).
 
@@ -93,6 +102,13 @@ def rows_left_out(known: Known, dev_rows: Records | None, config: TrainConfig, a
         found.add(read_bad_rows(path))
     found.take([*known.bad, *(dev_rows.bad if dev_rows else ())])
     return found
+
+
+def note_bad_rows(found: BadRows, step: Step, accelerator: Accelerator) -> None:
+    """Rows that a stream left out on the way to a step; all ranks know them, rank 0 writes. Raises DataError on all ranks."""
+    if step.bad:
+        with together(accelerator):
+            found.take(step.bad)
 
 
 def task_of_rows(config: TaskConfig, labels: Labels, model_labels: tuple[str, ...] | None) -> Task:

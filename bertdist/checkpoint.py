@@ -46,6 +46,8 @@ class Progress:
     tokens_per_micro_batch: int = 0  # as asked or found, and as halved since; 0: not known yet
     tokens_asked: int = 0  # the --tokens_per_micro_batch that it came from; 0: found
     halvings: int = 0  # steps that were taken again because memory ran out
+    nan_steps: int = 0  # that were left out because loss or gradient was not finite
+    nan_in_row: int = 0  # of those, the last ones in a row
     finished: bool = False
     window: list[list[float]] = field(default_factory=list)  # [loss sum, rows] of each step since the last log line
     place: Place | None = None  # of a stream: where its reading stands; with --stream_split files, this rank's

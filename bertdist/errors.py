@@ -5,6 +5,7 @@ BertdistError
   DataError         a missing file or column, an unknown label, bytes that are not text, an empty split
   ModelError        a model folder or name that cannot be loaded, or that does not fit the task
   CheckpointError   nothing whole to resume from, or a checkpoint that belongs to another run
+  NonFiniteError    a loss or a gradient that is no number any more
 
 A message is one line a problem: what was found, where (file, line), what was expected, what to do.
 """
@@ -35,6 +36,10 @@ class ModelError(BertdistError):
 
 class CheckpointError(BertdistError):
     """A checkpoint is damaged, missing, or belongs to another run."""
+
+
+class NonFiniteError(BertdistError):
+    """A step's loss or gradient is NaN or infinite, and --on_nan does not let it go."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

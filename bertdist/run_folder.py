@@ -70,7 +70,7 @@ def room_on_disk(folder: Path, model: nn.Module, accelerator: Accelerator) -> st
             said = f"A checkpoint takes about {_size(weights + averages)}; {_size(free)} are free in {folder}."
             if free < needed:
                 raise CheckpointError(
-                    f"{said} About {_size(needed)} are needed for {CHECKPOINTS} checkpoints and best/: make room, or take another --output_dir."
+                    f"{said} About {_size(needed)} are needed for {CHECKPOINTS} checkpoints and best/: make room."
                 )
     return said
 

@@ -32,8 +32,10 @@ from bertdist.batching import sent_ahead
 from bertdist.begin import (
     environment,
     identity_of,
+    note_bad_rows,
     notes_of,
     open_accelerator,
+    open_log,
     open_rows,
     rows_left_out,
     task_of_rows,
@@ -57,6 +59,7 @@ from bertdist.evaluation import Judge, evaluate_split
 from bertdist.graphed import Take, graphed_step
 from bertdist.known import known_of
 from bertdist.meter import Meter, matmul_rate, model_flops
+from bertdist.nonfinite import Watch, factor, update
 from bertdist.optim import build_optimizer, build_schedule, set_learning_rate
 from bertdist.ranks import together
 from bertdist.room import Room
@@ -74,7 +77,7 @@ def train(config: TrainConfig) -> Progress:
     check_world(accelerator.num_processes)
     config = replace(config, run=replace(config.run, mixed_precision=accelerator.mixed_precision))  # where the launcher decided it
     run, out, stop = config.run, Path(config.run.output_dir), StopRequest(config.run.stop_before_time_limit)
-    with hold_folder(out, accelerator) as told, RunLog(out, enabled=accelerator.is_main_process, also=accelerator.log) as log:
+    with hold_folder(out, accelerator) as told, open_log(out, accelerator) as log:
         log.say(*told, f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {accelerator.mixed_precision}.")
 
         # Data: two splits of rows, and the task that their labels make. Nothing is tokenized yet.
@@ -118,15 +121,17 @@ def train(config: TrainConfig) -> Progress:
             stepper = choose_step(config, classifier, room.cutting(train_batches), accelerator, log.say)
             log.open_progress(progress.step, total_steps)
         meter = open_meter(classifier, accelerator, progress)
+        nan = Watch(run, classifier, train_batches, task, accelerator, progress, log)
         for step in meter.watch(steps_left(room.cutting(train_batches), progress, total_steps, accelerator.device)):
             set_learning_rate(optimizer, schedule(step.number))
             seed_dropout(run.seed, step.number, accelerator.process_index)
             loss, grad_norm = stepper(model, optimizer, step, task, accelerator, config.optim.max_grad_norm, room)
             losses.append(loss)
             progress.count(step.number + 1, step.rows, step.after)
-            left_out.take(step.bad)
+            note_bad_rows(left_out, step, accelerator)
             progress.finished = progress.step == total_steps
             stopping = stop.agreed(accelerator)
+            nan.look(step, loss, grad_norm, stopping or progress.finished or any(is_due(progress.step, every) for every in due.values()))
             log.advance()
 
             if progress.finished or is_due(progress.step, due["log"]):
@@ -177,14 +182,13 @@ def take_step(
         batch = batch.to(accelerator.device)
         with nullcontext() if final else accelerator.no_sync(model):  # gradients travel once a step
             loss = task.loss(model(batch), batch.targets, batch.weights)
-            accelerator.backward(loss * (accelerator.num_processes / step.rows))
+            accelerator.backward(loss * factor(loss, accelerator.num_processes / step.rows))
         return loss.detach()
 
     total = room.accumulate(model, step, backward)
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     assert grad_norm is not None
-    optimizer.step()
-    clear_gradients(model)
+    update(model, optimizer, grad_norm, accelerator)  # left out where loss or gradient is not finite
     return total, grad_norm
 
 
@@ -241,7 +245,7 @@ def gather_losses(progress: Progress, losses: list[Tensor], meter: Meter, accele
         meter.add(every[:, :, 1:])
         total = every[:, :, :2].sum(0).tolist()  # gloo's own sum of 3 ranks rounds by place
         for entry, (loss, tokens) in zip(progress.window[-len(losses) :], total, strict=True):
-            entry[0] = loss
+            entry[:] = (loss, entry[1]) if math.isfinite(loss) else (0.0, 0.0)  # a step that was left out, see nonfinite.py
             progress.tokens += int(tokens)
         losses.clear()
 
@@ -249,7 +253,8 @@ def gather_losses(progress: Progress, losses: list[Tensor], meter: Meter, accele
 def record_training(log: RunLog, progress: Progress, per_epoch: int, **values: float) -> None:
     """One line about the steps since the last one: sums are divided, means are never averaged."""
     loss, rows = (sum(entry[i] for entry in progress.window) for i in (0, 1))
-    log.record("train", progress.step, epoch=progress.epochs(per_epoch), loss=loss / rows, **values, tokens=progress.tokens)
+    mean = loss / rows if rows else math.nan
+    log.record("train", progress.step, epoch=progress.epochs(per_epoch), loss=mean, **values, tokens=progress.tokens)
     progress.window.clear()
 
 

@@ -28,7 +28,7 @@ FLOORS = [  # a module imports from lower floors only
     ["stream_batches", "classifier", "checkpoint", "inspection"],
     ["memory", "known", "compiled", "graphed"],
     ["begin"],
-    ["evaluation", "room", "dry_run"],
+    ["evaluation", "room", "dry_run", "nonfinite"],
     ["best", "fix"],
     ["train", "predict"],
     ["folds"],
@@ -44,7 +44,10 @@ DOORS = {  # a third-party package comes in through these modules only, so that 
         """.split()
     ),
     "accelerate": set(
-        "begin best checkpoint compiled doubts evaluation folds graphed known predict ranks room run_folder slurm survey train".split()
+        """
+            begin best checkpoint compiled doubts evaluation folds graphed known nonfinite predict
+            ranks room run_folder slurm survey train
+        """.split()
     ),
     "datasets": {"hub", "scores", "sources"},
     "evaluate": {"scores"},
