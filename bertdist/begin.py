@@ -32,6 +32,7 @@ from bertdist.known import Known, Labels, agreement, files_of_ranks
 from bertdist.pieces import BadRows, read_bad_rows
 from bertdist.ranks import together
 from bertdist.records import Records
+from bertdist.same_run import ACCEPTED, Settings
 from bertdist.sources import open_source, open_stream
 from bertdist.stream import Stream
 from bertdist.stream_batches import AnyBatches, StreamBatches
@@ -219,6 +220,17 @@ def identity_of(config: TrainConfig, rows: Records | Stream, task: Task, total_s
         "train_weights": config.data.train_weights,
         **({name: getattr(config.data, name) for name in ("stream_window", "stream_split")} if isinstance(rows, Stream) else {}),
     }
+
+
+def settings_of(config: TrainConfig, rows: Records | Stream, dev_rows: Records | None, task: Task, total_steps: int) -> Settings:
+    """What a checkpoint must agree with, and what else it remembers."""
+    besides = {name: getattr(config.run, name) for name in ACCEPTED if hasattr(config.run, name)}
+    besides |= {
+        "metric_for_best_model": config.task.metric_for_best_model or next(iter(config.task.metrics or []), None),
+        "validation_rows": f"{len(dev_rows)} rows, {dev_rows.fingerprint}" if dev_rows else None,
+        "gradient_checkpointing": config.model.gradient_checkpointing,
+    }
+    return Settings(identity_of(config, rows, task, total_steps), besides, config.run.accept_changed_data)
 
 
 def environment(accelerator: Accelerator) -> str:

@@ -31,13 +31,13 @@ from bertdist.batch import Batch, Step, one_token
 from bertdist.batching import sent_ahead
 from bertdist.begin import (
     environment,
-    identity_of,
     note_bad_rows,
     notes_of,
     open_accelerator,
     open_log,
     open_rows,
     rows_left_out,
+    settings_of,
     task_of_rows,
     told_of_data,
     training_batches,
@@ -106,8 +106,8 @@ def train(config: TrainConfig) -> Progress:
 
         # Begin, or go on where an interrupted run stopped.
         checkpoints = Checkpoints(out / "checkpoints", accelerator, run.save_total_limit, log.say)
-        identity = identity_of(config, train_rows, task, total_steps)
-        progress = checkpoints.restore(classifier, adamw, identity, run.resume_from_checkpoint) or Progress()
+        settings_now = settings_of(config, train_rows, dev_rows, task, total_steps)
+        progress = checkpoints.restore(classifier, adamw, settings_now, run.resume_from_checkpoint) or Progress()
         with together(accelerator):
             log.begin(progress.step, {"config.yaml": write_config(config), "environment.json": environment(accelerator)})
             log.status("finished" if progress.finished else "running", progress.step)
@@ -151,7 +151,7 @@ def train(config: TrainConfig) -> Progress:
                 with meter.paused():
                     if progress.finished and not dev_batches:
                         best.keep(classifier, None, progress)
-                    checkpoints.save(classifier, adamw, progress, identity)
+                    checkpoints.save(classifier, adamw, progress, settings_now)
             if progress.finished or stopping:
                 break
         log.close_progress()

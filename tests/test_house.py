@@ -24,7 +24,7 @@ FLOORS = [  # a module imports from lower floors only
     ["tasks", "records", "optim", "attention", "doubts_config"],
     ["mixture", "joined", "encoding", "deberta", "labels", "duplicates", "text_health"],
     ["stream", "batch", "families", "lengths", "overlap", "tables"],
-    ["batching", "survey", "sources"],
+    ["batching", "survey", "sources", "same_run"],
     ["stream_batches", "classifier", "checkpoint", "inspection"],
     ["memory", "known", "compiled", "graphed"],
     ["begin"],
