@@ -3,6 +3,8 @@
 In: how far it has come. Out: words and numbers; nothing here decides what the next step learns.
 """
 
+import math
+
 from bertdist.best import Best
 from bertdist.checkpoint import Progress
 from bertdist.classifier import Classifier
@@ -14,7 +16,8 @@ from bertdist.meter import Meter
 def record_training(log: RunLog, progress: Progress, per_epoch: int, **values: float) -> None:
     """One line about the steps since the last one: sums are divided, means are never averaged."""
     loss, rows = (sum(entry[i] for entry in progress.window) for i in (0, 1))
-    log.record("train", progress.step, epoch=progress.epochs(per_epoch), loss=loss / rows, **values, tokens=progress.tokens)
+    mean = loss / rows if rows else math.nan  # every step was left out, see nonfinite.py
+    log.record("train", progress.step, epoch=progress.epochs(per_epoch), loss=mean, **values, tokens=progress.tokens)
     progress.window.clear()
 
 

@@ -12,6 +12,7 @@ import sys
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,17 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from bertdist.arrival import meet
+from bertdist.batch import Step
 from bertdist.batching import PLENTY, Batches
 from bertdist.config import BatchConfig, RunConfig, TaskConfig, TrainConfig
+from bertdist.console import RunLog
 from bertdist.encoding import Examples, open_examples
 from bertdist.errors import ConfigError, did_you_mean
 from bertdist.known import Known, Labels, agreement, files_of_ranks
 from bertdist.pieces import BadRows, read_bad_rows
+from bertdist.ranks import together
 from bertdist.records import Records
+from bertdist.same_run import ACCEPTED, Settings
 from bertdist.sources import open_source, open_stream
 from bertdist.stream import Stream
 from bertdist.stream_batches import AnyBatches, StreamBatches
@@ -72,6 +77,11 @@ def open_accelerator(run: RunConfig) -> Accelerator:
     return accelerator
 
 
+def open_log(folder: Path, accelerator: Accelerator) -> RunLog:
+    """The run's voice; a line that cannot be written ends all ranks."""
+    return RunLog(folder, accelerator.is_main_process, accelerator.log, partial(together, accelerator))
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep what a step frees for the next step, where it can (glibc).
 
@@ -99,6 +109,13 @@ def rows_left_out(known: Known, dev_rows: Records | None, config: TrainConfig, a
         found.add(read_bad_rows(path))
     found.take([*known.bad, *(dev_rows.bad if dev_rows else ())])
     return found
+
+
+def note_bad_rows(found: BadRows, step: Step, accelerator: Accelerator) -> None:
+    """Rows that a stream left out on the way to a step; all ranks know them, rank 0 writes. Raises DataError on all ranks."""
+    if step.bad:
+        with together(accelerator):
+            found.take(step.bad)
 
 
 def task_of_rows(config: TaskConfig, labels: Labels, model_labels: tuple[str, ...] | None) -> Task:
@@ -231,6 +248,17 @@ def facts_of_data(
         "the tokenizer (digest of its vocabulary)": vocabulary,
         "the model's config": hashlib.sha256(settings.to_json_string().encode()).hexdigest(),
     }
+
+
+def settings_of(config: TrainConfig, rows: Records | Stream, dev_rows: Records | None, task: Task, total_steps: int) -> Settings:
+    """What a checkpoint must agree with, and what else it remembers."""
+    besides = {name: getattr(config.run, name) for name in ACCEPTED if hasattr(config.run, name)}
+    besides |= {
+        "metric_for_best_model": config.task.metric_for_best_model or next(iter(config.task.metrics or []), None),
+        "validation_rows": f"{len(dev_rows)} rows, {dev_rows.fingerprint}" if dev_rows else None,
+        "gradient_checkpointing": config.model.gradient_checkpointing,
+    }
+    return Settings(identity_of(config, rows, task, total_steps), besides, config.run.accept_changed_data)
 
 
 def environment(accelerator: Accelerator) -> str:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from bertdist.errors import CheckpointError
 from bertdist.pieces import Place
 from bertdist.ranks import from_main, together
+from bertdist.same_run import BREAKS_BEST, Change, Settings, compare, place_after_change, table
 
 
 @dataclass
@@ -46,6 +47,8 @@ class Progress:
     tokens_per_micro_batch: int = 0  # as asked or found, and as halved since; 0: not known yet
     tokens_asked: int = 0  # the --tokens_per_micro_batch that it came from; 0: found
     halvings: int = 0  # steps that were taken again because memory ran out
+    nan_steps: int = 0  # that were left out because loss or gradient was not finite
+    nan_in_row: int = 0  # of those, the last ones in a row
     finished: bool = False
     owed: bool = False  # the evaluation of this step was given up, to stop; it comes first when the run goes on
     window: list[list[float]] = field(default_factory=list)  # [loss sum, rows] of each step since the last log line
@@ -66,16 +69,17 @@ class Progress:
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, keep: int, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, accelerator: Accelerator, keep: int, say: Callable[..., None]) -> None:
         self.folder, self.accelerator, self.keep, self.say = folder, accelerator, keep, say
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, identity: dict[str, Any]) -> None:
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, settings: Settings) -> None:
         """Write step_<progress.step>; raises CheckpointError on all ranks where rank 0 cannot. A collective."""
         places = gather_object([progress.place]) if self.accelerator.num_processes > 1 else [progress.place]
         with together(self.accelerator):
             if self.accelerator.is_main_process:
                 scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-                state = {"progress": asdict(progress), "identity": identity, "ranks": self.accelerator.num_processes, "scaler": scaler}
+                state = {"progress": asdict(progress), "identity": settings.decides, "besides": settings.besides, "scaler": scaler}
+                state["ranks"] = self.accelerator.num_processes
                 state["places"] = places if any(place != places[0] for place in places) else places[:1]
 
                 def fill(folder: Path) -> None:
@@ -89,7 +93,7 @@ class Checkpoints:
                 for old in others[: max(0, len(others) - self.keep + 1)]:
                     _at(old, shutil.rmtree)
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any], named: str | None) -> Progress | None:
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings, named: str | None) -> Progress | None:
         """Load the checkpoint `named`, or the newest whole one; None when there is none. Raises CheckpointError."""
         with together(self.accelerator):
             chosen = self._choose(named) if self.accelerator.is_main_process else None
@@ -103,15 +107,17 @@ class Checkpoints:
             state = json.loads((folder / "state.json").read_text())
             # First, what is wrong with other ranks: they may also make another number of steps.
             place = _place_of_rank(folder, state, self.accelerator.process_index, self.accelerator.num_processes)
-            _same_run(folder, state["identity"], identity)
+            accepted = compare(folder, state, settings)
             load_tensors(model_tensors(model), load_file(folder / "model.safetensors"), folder)
             load_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-        progress = replace(Progress(**state["progress"]), place=place)
+        progress = _after(replace(Progress(**state["progress"]), place=place_after_change(place, accepted)), accepted)
         self.say(f"Going on from {folder} at step {progress.step}.")
+        if accepted:
+            self.say("Other settings than when it was written:", *table(accepted))
         if state["ranks"] != self.accelerator.num_processes:
-            own_files = identity.get("stream_split") == "files"
+            own_files = settings.decides.get("stream_split") == "files"
             rows = "each epoch has the same rows, in other steps" if own_files else "the same rows in the same steps"
             self.say(
                 f"It was written by {state['ranks']} processes, now there are {self.accelerator.num_processes}: {rows}; "
@@ -232,14 +238,6 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, found: di
         optimizer.state[named[name]][part] = value.to(named[name].device)
 
 
-def _same_run(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [f"{name}: {then.get(name)!r} then, {now.get(name)!r} now" for name in {**then, **now} if then.get(name) != now.get(name)]
-    if changed:
-        raise CheckpointError(
-            f"{folder} belongs to another run. What differs: {'; '.join(changed)}. Take the old settings, or another --output_dir."
-        )
-
-
 def _place_of_rank(folder: Path, state: dict[str, Any], rank: int, ranks: int) -> Place | None:
     """Where this rank's reading of a stream goes on. Between two passes that is the same for any number of ranks that read own files."""
     places: list[Place | None] = state.get("places", [None])  # versions before streams wrote none
@@ -251,6 +249,15 @@ def _place_of_rank(folder: Path, state: dict[str, Any], rank: int, ranks: int) -
             "(--save_every '1 epoch')."
         )
     return places[rank % len(places)]
+
+
+def _after(progress: Progress, accepted: list[Change]) -> Progress:
+    """What the changes that are accepted do to a run's memory."""
+    then = {change.name: change.then for change in accepted}
+    if then.keys() & BREAKS_BEST:
+        progress = replace(progress, best_score=None, evaluations_since_best=0)
+    goes_on = then.get("total_steps") == progress.step  # it had come to its end, and there are more steps now
+    return replace(progress, finished=False) if goes_on else progress
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

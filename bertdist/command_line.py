@@ -109,6 +109,11 @@ def problems_of(config: TrainConfig) -> Iterable[str]:
         run, {"early_stopping_patience": (1, None), "early_stopping_threshold": (0, None), "stop_before_time_limit": (0, None)}
     )
     yield from _out_of_range(run, {"rank_timeout": (1, None)})
+    yield from _out_of_range(run, {"max_nan_steps": (0, None)})
+    if run.max_nan_steps != RunConfig.max_nan_steps and run.on_nan == "stop":
+        yield "--max_nan_steps goes with --on_nan skip."
+    if run.detect_anomaly and run.cuda_graphs:
+        yield "--detect_anomaly looks at every operation, and --cuda_graphs replays them unseen: leave one out."
     if run.num_train_epochs == 0:
         yield "--num_train_epochs is 0; expected more than 0."
     if optim.warmup_steps is not None and optim.warmup_ratio:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -27,9 +28,15 @@ _COMMANDS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(co
 class RunLog:
     """The voice of a run. A context manager: the progress bar lives inside it."""
 
-    def __init__(self, folder: Path, enabled: bool, also: Callable[[dict[str, Any], int], None] | None = None) -> None:
-        """also: where numbers go besides, such as a tracker's log(values, step)."""
-        self.folder, self.enabled, self.also = folder, enabled, also
+    def __init__(
+        self,
+        folder: Path,
+        enabled: bool,
+        also: Callable[[dict[str, Any], int], None] | None = None,
+        agree: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """also: where numbers go besides, such as a tracker's log(values, step). agree: around every line, so that ranks fail together."""
+        self.folder, self.enabled, self.also, self.agree = folder, enabled, also, agree
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: Any = None
@@ -45,7 +52,8 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close_progress()
         if error is not None and self._running_since is not None:
-            self.status("failed", self._running_since, str(error) or type(error).__name__)
+            with suppress(CheckpointError):  # where the disk is full or gone, that is what ended the run, and it is being told
+                self.status("failed", self._running_since, str(error) or type(error).__name__)
 
     def say(self, *lines: str) -> None:
         """Print lines as they are."""
@@ -55,8 +63,11 @@ class RunLog:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
-        if not self.enabled:
-            return
+        with self.agree():
+            if self.enabled:
+                self._write(kind, step, values)
+
+    def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
         line = json.dumps({"kind": kind, "step": step, **finite}, ensure_ascii=False)
         with _told(self.folder), open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:

@@ -6,6 +6,7 @@ BertdistError
   ModelError        a model folder or name that cannot be loaded, or that does not fit the task
   CheckpointError   nothing whole to resume from, or a checkpoint that belongs to another run
   RankLost          another rank is gone, or all wait for each other
+  NonFiniteError    a loss or a gradient that is no number any more
 
 A message is one line a problem: what was found, where (file, line), what was expected, what to do.
 """
@@ -41,6 +42,10 @@ class CheckpointError(BertdistError):
 
 class RankLost(BertdistError):
     """Another rank is gone, or does not come to where all the others wait."""
+
+
+class NonFiniteError(BertdistError):
+    """A step's loss or gradient is NaN or infinite, and --on_nan does not let it go."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

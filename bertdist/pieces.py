@@ -148,18 +148,21 @@ class BadRows:
             self.write()
 
     def write(self, path: Path | None = None) -> None:
-        """Write one JSON line a row: what the file holds already and what is new, atomically; without bad rows, nothing."""
+        """Write one JSON line a row, the file's own and the new ones, atomically. Without bad rows nothing. Raises DataError."""
         path = path or self.path
         if path is None or not self._rows:
             return
         known = {(row.file, row.line, row.text): row for row in read_bad_rows(path)}
         known = {**known, **self._rows}
         beside = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(beside, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in known.values())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        try:
+            with open(beside, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in known.values())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except OSError as error:
+            raise DataError(f"Cannot write {path}: {error.strerror or error}.") from None
 
 
 def read_bad_rows(path: Path) -> list[BadRow]:

@@ -34,11 +34,13 @@ from bertdist.begin import (
     environment,
     facts_of_data,
     facts_of_launch,
-    identity_of,
+    note_bad_rows,
     notes_of,
     open_accelerator,
+    open_log,
     open_rows,
     rows_left_out,
+    settings_of,
     task_of_rows,
     told_of_data,
     training_batches,
@@ -50,7 +52,7 @@ from bertdist.classifier import Classifier, labels_of, load_classifier, load_set
 from bertdist.command_line import read_config
 from bertdist.compiled import compile_layers
 from bertdist.config import TrainConfig, steps_of, write_config
-from bertdist.console import RunLog, complain
+from bertdist.console import complain
 from bertdist.dropout import seed_dropout
 from bertdist.dry_run import dry_run
 from bertdist.embedding import clear_gradients
@@ -60,9 +62,11 @@ from bertdist.evaluation import Judge, evaluate_split
 from bertdist.graphed import Take, graphed_step
 from bertdist.known import known_of
 from bertdist.meter import Meter, matmul_rate, model_flops
+from bertdist.nonfinite import Watch, factor, update
 from bertdist.optim import build_optimizer, build_schedule, set_learning_rate
 from bertdist.ranks import agree_on, together
 from bertdist.room import Room
+from bertdist.run_folder import hold_folder, room_on_disk
 from bertdist.slurm import StopRequest, check_world
 from bertdist.stream_batches import AnyBatches
 from bertdist.tasks import Task
@@ -79,11 +83,9 @@ def train(config: TrainConfig) -> Progress:
     config = replace(config, run=replace(config.run, mixed_precision=accelerator.mixed_precision))  # where the launcher decided it
     agree_on(accelerator, facts_of_launch(config))
     run, out, stop = config.run, Path(config.run.output_dir), StopRequest(config.run.stop_before_time_limit)
-    with together(accelerator):
-        log = RunLog(out, enabled=accelerator.is_main_process, also=accelerator.log)
-        watchdog = Watchdog(log, accelerator, run.rank_timeout)
-    with log, watchdog:
-        log.say(f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {accelerator.mixed_precision}.")
+    told = f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {accelerator.mixed_precision}."
+    with hold_folder(out, accelerator) as held, open_log(out, accelerator) as log, Watchdog(log, accelerator, run.rank_timeout) as watchdog:
+        log.say(*held, told)
 
         # Data: two splits of rows, and the task that their labels make. Nothing is tokenized yet.
         with together(accelerator):
@@ -107,13 +109,13 @@ def train(config: TrainConfig) -> Progress:
             classifier, notes = load_classifier(config.model, settings, task)
             adamw = build_optimizer(classifier, config.optim)
             schedule = build_schedule(config.optim, total_steps)
-        log.say(*notes)
+        log.say(*notes, room_on_disk(out, classifier, accelerator))
         model, optimizer = accelerator.prepare(classifier, adamw)
 
         # Begin, or go on where an interrupted run stopped.
         checkpoints = Checkpoints(out / "checkpoints", accelerator, run.save_total_limit, log.say)
-        identity = identity_of(config, train_rows, task, total_steps)
-        progress = watchdog.progress = checkpoints.restore(classifier, adamw, identity, run.resume_from_checkpoint) or Progress()
+        settings_now = settings_of(config, train_rows, dev_rows, task, total_steps)
+        progress = watchdog.progress = checkpoints.restore(classifier, adamw, settings_now, run.resume_from_checkpoint) or Progress()
         with together(accelerator):
             log.begin(progress.step, {"config.yaml": write_config(config), "environment.json": environment(accelerator)}, progress.owed)
             log.status("finished" if progress.finished else "running", progress.step)
@@ -127,6 +129,7 @@ def train(config: TrainConfig) -> Progress:
             stepper = choose_step(config, classifier, room.cutting(train_batches), accelerator, log.say)
             log.open_progress(progress.step, total_steps)
         meter = open_meter(classifier, accelerator, progress)
+        nan = Watch(run, classifier, train_batches, task, accelerator, progress, log)
         for step in owed_first(progress, meter.watch(steps_left(room.cutting(train_batches), progress, total_steps, accelerator.device))):
             if step is not None:
                 set_learning_rate(optimizer, schedule(step.number))
@@ -134,10 +137,13 @@ def train(config: TrainConfig) -> Progress:
                 loss, grad_norm = stepper(model, optimizer, step, task, accelerator, config.optim.max_grad_norm, room)
                 losses.append(loss)
                 progress.count(step.number + 1, step.rows, step.after)
-                left_out.take(step.bad)
+                note_bad_rows(left_out, step, accelerator)
                 log.advance()
             progress.finished = progress.step == total_steps
             stopping = stop.agreed(accelerator)
+            if step is not None:
+                at_once = stopping or progress.finished or any(is_due(progress.step, every) for every in due.values())
+                nan.look(step, loss, grad_norm, at_once)
 
             if step is not None and (progress.finished or is_due(progress.step, due["log"])):
                 gather_losses(progress, losses, meter, accelerator)
@@ -156,7 +162,7 @@ def train(config: TrainConfig) -> Progress:
                 with meter.paused():
                     if progress.finished and not dev_batches:
                         best.keep(classifier, None, progress)
-                    checkpoints.save(classifier, adamw, progress, identity)
+                    checkpoints.save(classifier, adamw, progress, settings_now)
             if progress.finished or stopping:
                 break
         tell_end(log, progress, best, total_steps, stop.reason)
@@ -180,14 +186,13 @@ def take_step(
         batch = batch.to(accelerator.device)
         with nullcontext() if final else accelerator.no_sync(model):  # gradients travel once a step
             loss = task.loss(model(batch), batch.targets, batch.weights)
-            accelerator.backward(loss * (accelerator.num_processes / step.rows))
+            accelerator.backward(loss * factor(loss, accelerator.num_processes / step.rows))
         return loss.detach()
 
     total = room.accumulate(model, step, backward)
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     assert grad_norm is not None
-    optimizer.step()
-    clear_gradients(model)
+    update(model, optimizer, grad_norm, accelerator)  # left out where loss or gradient is not finite
     return total, grad_norm
 
 
@@ -252,7 +257,7 @@ def gather_losses(progress: Progress, losses: list[Tensor], meter: Meter, accele
         meter.add(every[:, :, 1:])
         total = every[:, :, :2].sum(0).tolist()  # gloo's own sum of 3 ranks rounds by place
         for entry, (loss, tokens) in zip(progress.window[-len(losses) :], total, strict=True):
-            entry[0] = loss
+            entry[:] = (loss, entry[1]) if math.isfinite(loss) else (0.0, 0.0)  # a step that was left out, see nonfinite.py
             progress.tokens += int(tokens)
         losses.clear()
 

@@ -17,18 +17,18 @@ FLOORS = [  # a module imports from lower floors only
     ["errors"],
     ["words", "dropout", "embedding", "linear", "pieces", "places", "addresses", "findings", "label_noise", "beats"],
     ["config", "scores", "slurm", "console", "attention_cpu", "text_files", "file_bytes", "columns", "ranks", "meter", "remote", "arrival"],
-    ["command_line", "row_ends", "watchdog"],
+    ["command_line", "row_ends", "watchdog", "run_folder"],
     ["separated", "json_lines", "guess", "parquet_files", "check_config"],
     ["file_rows"],
     ["arrow_files", "hub"],
     ["tasks", "records", "optim", "attention", "doubts_config"],
     ["mixture", "joined", "encoding", "deberta", "labels", "duplicates", "text_health"],
     ["stream", "batch", "families", "lengths", "overlap", "tables"],
-    ["batching", "survey", "sources"],
+    ["batching", "survey", "sources", "same_run"],
     ["stream_batches", "classifier", "checkpoint", "inspection"],
     ["memory", "known", "compiled", "graphed"],
     ["begin"],
-    ["evaluation", "room", "dry_run"],
+    ["evaluation", "room", "dry_run", "nonfinite"],
     ["best", "fix"],
     ["account"],
     ["train", "predict"],
@@ -45,7 +45,10 @@ DOORS = {  # a third-party package comes in through these modules only, so that 
         """.split()
     ),
     "accelerate": set(
-        "begin best checkpoint compiled doubts evaluation folds graphed known predict ranks room slurm survey train watchdog".split()
+        """
+            begin best checkpoint compiled doubts evaluation folds graphed known nonfinite predict ranks room run_folder slurm
+            survey train watchdog
+        """.split()
     ),
     "datasets": {"hub", "scores", "sources"},
     "evaluate": {"scores"},
@@ -68,6 +71,7 @@ DOORS = {  # a third-party package comes in through these modules only, so that 
     "safetensors": {"checkpoint", "classifier"},
     "yaml": {"config", "words"},
     "psutil": {"beats", "memory", "slurm", "watchdog"},
+    "filelock": {"run_folder"},
 }
 OPEN = {"torch", "numpy", "bertdist"} | sys.stdlib_module_names  # enter anywhere
 MOST_LINES_OF_A_FILE = 300

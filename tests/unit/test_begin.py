@@ -101,6 +101,9 @@ DOES_NOT = {  # where it runs, how it is cut, when something is written or said,
     "report_to": "tensorboard",
     "validation_file": "v.tsv",
     "max_eval_samples": "3",
+    "accept_changed_data": "yes",
+    "on_nan": "skip",
+    "detect_anomaly": "yes",
 }
 # These decide through what they make: the rows and their fingerprint, the labels, the number of steps. The model's name and place
 # may change, as when a folder is moved: its weights are in the checkpoint.
@@ -109,7 +112,7 @@ THROUGH = """
     dataset_name dataset_config_name task_name train_split validation_split text_column
     text_pair_column label_column label_columns label_delimiter column_names delimiter quoting encoding
     on_bad_row max_bad_rows max_train_samples label_names
-    num_train_epochs max_train_steps
+    num_train_epochs max_train_steps max_nan_steps
 """.split()
 
 

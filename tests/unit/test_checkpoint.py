@@ -32,6 +32,7 @@ from bertdist.checkpoint import (
 from bertdist.config import OptimConfig
 from bertdist.errors import CheckpointError
 from bertdist.optim import build_optimizer
+from bertdist.same_run import Settings
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json"]
 IDENTITY = {"learning_rate": 5e-5, "labels": ["a", "b"], "dropout": None}
@@ -75,11 +76,11 @@ class Run:
 
     def save(self, step: int, **progress: Any) -> Progress:
         saved = Progress(step=step, **progress)
-        self.checkpoints.save(self.model, self.optimizer, saved, IDENTITY)
+        self.checkpoints.save(self.model, self.optimizer, saved, Settings(IDENTITY))
         return saved
 
     def restore(self, named: str | None = None, identity: dict[str, Any] | None = None) -> Progress | None:
-        return self.checkpoints.restore(self.model, self.optimizer, identity or IDENTITY, named)
+        return self.checkpoints.restore(self.model, self.optimizer, Settings(identity or IDENTITY), named)
 
     def bits(self) -> dict[str, bytes]:
         """Every number of model and optimizer, as its bytes."""
@@ -190,7 +191,7 @@ def test_ranks_that_read_own_files_go_on_in_their_own_places() -> None:
 def test_own_files_on_other_ranks_are_said_or_refused(tmp_path: Path) -> None:
     run, files = Run(tmp_path), {"stream_split": "files"}
     for place in ({"over": {"epoch": 1}}, {"window": {"epoch": 0}, "step": 1}):
-        run.checkpoints.save(run.model, run.optimizer, Progress(step=1, place=place), files)
+        run.checkpoints.save(run.model, run.optimizer, Progress(step=1, place=place), Settings(files))
         written = json.loads((tmp_path / "step_000001" / "state.json").read_text())
         changed = changed_ranks(tmp_path / "step_000001", written)
         write_folder(tmp_path / "step_000001", lambda folder, of=changed: [(folder / name).write_bytes(data) for name, data in of.items()])
@@ -414,8 +415,12 @@ def test_another_run_is_refused_and_what_differs_is_named(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError) as caught:
         run.restore(identity={"learning_rate": 1e-5, "labels": ["b", "a"], "dropout": None, "seed": 3})
     assert str(caught.value) == (
-        f"{tmp_path / 'step_000001'} belongs to another run. What differs: learning_rate: 5e-05 then, 1e-05 now; "
-        "labels: ['a', 'b'] then, ['b', 'a'] now; seed: None then, 3 now. Take the old settings, or another --output_dir."
+        f"{tmp_path / 'step_000001'} belongs to another run. What differs:\n"
+        "  setting        then        now         what it means\n"
+        "  learning_rate  5e-05       1e-05       the steps that are done had another learning rate\n"
+        "  labels         ['a', 'b']  ['b', 'a']  the outputs of the weights mean other labels\n"
+        "  seed           None        3           another order of rows and other dropout: rows of this epoch come twice or not at all\n"
+        "Take the old settings, or another --output_dir."
     )
     assert run.bits() == learned != before  # nothing was loaded
 

@@ -381,6 +381,7 @@ def test_a_list_of_the_file_may_hold_words_that_look_like_flags(items: list[str]
 FULL = [  # every setting has a value here in one of them
     "--text_column=-t --text_pair_column=p --label_column=l --label_delimiter=; --column_names _ -t p l --delimiter=tab --quoting=none",
     "--label_columns a b --max_train_samples 5 --max_eval_samples 6 --validation_file=v.tsv --encoding=latin-1 --dropout=0.1",
+    "--accept_changed_data --on_nan skip --max_nan_steps 3 --detect_anomaly",
     "--on_bad_row skip --max_bad_rows 7 --streaming --stream_window 64 --stream_split files",
     "--train_weights 0.5",
     "--problem_type=regression --label_names 1 01 no --class_weights 1 2 --metrics mse --metric_for_best_model=loss --use_cpu",

@@ -33,7 +33,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from bertdist import attention, graphed, train
+from bertdist import attention, graphed, nonfinite, train
 from bertdist.attention import Packing
 from bertdist.batch import Batch, Step, collate
 from bertdist.batching import Batches
@@ -286,6 +286,7 @@ def as_on_a_gpu(patch: Callable[[Any, str, Any], None]) -> None:
     patch(attention, "_varlen", attend_by_starts)
     patch(Classifier, "_noise_of", lambda *args: None)  # dropout is torch's
     patch(KeptGradientEmbedding, "forward", nn.Embedding.forward)
+    patch(nonfinite, "on_host", lambda tensor: False)
 
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48, "pad_token_id": 0}

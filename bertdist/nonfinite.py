@@ -1,0 +1,171 @@
+"""NaN and Inf in loss or gradient: no weight is ever changed by one, all ranks know, and the rows are named. (--on_nan)
+
+In: a micro-batch's loss, a step's gradient norm. Out: a step that is left out, nan_rows.jsonl, and an error or a line about it.
+
+1. A loss that is not finite makes the whole gradient NaN, whatever its own derivative would be (`factor`): so the exchange of gradients,
+   which is there anyway, tells every rank, and the gradient's norm, which all ranks have alike, is the one number to look at.
+2. The update is left out where that norm is not finite. On a CPU by looking; on a GPU by fused AdamW's `found_inf`, which its kernel
+   reads on the device: nobody waits. In fp16 GradScaler does this, and an overflow of its scale is no fault: there the loss alone counts.
+3. The host looks at every step on a CPU. On a GPU it looks where it waits anyway (log, evaluation, checkpoint), and after 64 steps: until
+   then nothing that is not finite has gone into a weight, a checkpoint or best/.
+4. A step that was left out is computed again row by row, with its own dropout; rows whose loss or gradient is not finite are written
+   down. On a GPU with --on_nan skip the weights are by then those of a few steps later; where no row is found, that is said.
+
+A left-out step is counted as done and its rows as seen: order, learning rate and dropout of all other steps stay what they are.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from bertdist.batch import Step, recut
+from bertdist.checkpoint import Progress
+from bertdist.config import RunConfig
+from bertdist.console import RunLog, write_whole
+from bertdist.dropout import seed_dropout
+from bertdist.embedding import clear_gradients
+from bertdist.errors import NonFiniteError
+from bertdist.pieces import excerpt
+from bertdist.ranks import together
+from bertdist.stream_batches import AnyBatches
+from bertdist.tasks import Task
+
+STEPS_HELD = 64  # on a GPU, at most so many steps until the host looks
+SHOWN_ROWS = 3
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether a look at its value waits for no device."""
+    return tensor.device.type == "cpu"
+
+
+def factor(loss: Tensor, scale: float) -> Tensor | float:
+    """() what to multiply a micro-batch's loss with before its backward pass: `scale`, or NaN where the loss is not finite.
+
+    Not under --detect_anomaly: that looks for the first NaN of the backward pass, and this would be it.
+    """
+    if torch.is_anomaly_enabled():
+        return scale
+    held = loss.detach()
+    return (held - held) + scale  # NaN - NaN and Inf - Inf are NaN
+
+
+def update(model: nn.Module, optimizer: Any, grad_norm: Tensor, accelerator: Accelerator) -> None:
+    """optimizer.step(), unless the gradient is not finite; and the gradients are cleared. optimizer: as accelerate prepared it, or bare."""
+    if accelerator.scaler is not None:  # it looks itself
+        optimizer.step()
+    elif on_host(grad_norm):
+        if math.isfinite(grad_norm.item()):
+            optimizer.step()
+        else:
+            model.zero_grad(set_to_none=True)  # clipping has spread NaN over rows that `clear_gradients` would not reach
+    else:
+        step_on_device(optimizer, grad_norm)
+    clear_gradients(model)
+
+
+def step_on_device(optimizer: Any, grad_norm: Tensor) -> None:
+    """optimizer.step() of fused AdamW, which does nothing where grad_norm () is not finite; nobody waits for the device to say so."""
+    getattr(optimizer, "optimizer", optimizer).found_inf = (~torch.isfinite(grad_norm)).float()
+    optimizer.step()
+
+
+class Watch:
+    """Looks at the steps that were taken, on all ranks alike. What it counts is in progress, so a restart changes nothing."""
+
+    def __init__(
+        self, run: RunConfig, model: nn.Module, batches: AnyBatches, task: Task, accelerator: Accelerator, progress: Progress, log: RunLog
+    ) -> None:
+        """model: the classifier itself, not as DDP wraps it."""
+        torch.autograd.set_detect_anomaly(run.detect_anomaly)
+        self.run, self.model, self.batches, self.task = run, model, batches, task
+        self.accelerator, self.progress, self.log = accelerator, progress, log
+        self._taken: list[tuple[Step, Tensor]] = []
+
+    def look(self, step: Step, loss: Tensor, grad_norm: Tensor, now: bool) -> None:
+        """A step was taken; now: whether a host that does not look at every step must look here.
+
+        A collective where a step was left out. Raises NonFiniteError on all ranks: --on_nan stop, or more than --max_nan_steps in a row.
+        """
+        self._taken.append((step, self._is_wrong(loss, grad_norm)))
+        if now or on_host(grad_norm) or len(self._taken) == STEPS_HELD:
+            taken, self._taken = self._taken, []
+            for (each, _), wrong in zip(taken, torch.stack([flag for _, flag in taken]).tolist(), strict=True):
+                self.progress.nan_in_row = self.progress.nan_in_row + 1 if wrong else 0
+                if wrong:
+                    self.progress.nan_steps += 1
+                    self._tell(each)
+
+    def _is_wrong(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """() bool, the same on all ranks."""
+        if self.accelerator.scaler is None:
+            return ~torch.isfinite(grad_norm)
+        flag: Tensor = self.accelerator.reduce((~torch.isfinite(loss)).float(), reduction="sum")
+        return flag > 0
+
+    def _tell(self, step: Step) -> None:
+        rows = self._wrong_rows(step)
+        path = Path(self.run.output_dir) / "nan_rows.jsonl"
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                _write(path, step.number + 1, rows)
+        shown = "; ".join(f"{row['where']} (loss {row['loss']}, gradient {row['grad_norm']})" for row in rows[:SHOWN_ROWS])
+        more = f"; and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
+        which = f"of its {step.rows} rows: {shown}{more}; see {path}" if rows else f"of none of its {step.rows} rows alone"
+        told = f"Step {step.number + 1}: the loss or the gradient is NaN or infinite, {which}."
+        in_row, most = self.progress.nan_in_row, self.run.max_nan_steps
+        if self.run.on_nan == "skip" and in_row <= most:
+            self.log.say(f"{told} Its update is left out (--on_nan skip).")
+            self.log.write("nan", step.number + 1, rows=[row["row"] for row in rows], in_row=in_row)
+            return
+        why = f"It is number {in_row} in a row (--max_nan_steps {most}). " if self.run.on_nan == "skip" else ""
+        error = NonFiniteError(
+            f"{told} {why}No weight has changed by it, and the last checkpoint is whole. Look at the rows, take a smaller --learning_rate, "
+            "or leave such steps out: --on_nan skip. --detect_anomaly names the operation."
+        )
+        error.shared = True
+        raise error
+
+    def _wrong_rows(self, step: Step) -> list[dict[str, Any]]:
+        """The rows of a step whose own loss or gradient is not finite, of all ranks, in the order of the rows. A collective."""
+        seed_dropout(self.run.seed, step.number, self.accelerator.process_index)
+        found = []
+        for batch in () if step.idle else recut(step.share, 1):  # one text each
+            batch = batch.to(self.accelerator.device)
+            loss = self.task.loss(self.model(batch), batch.targets, batch.weights)
+            with torch.autograd.set_detect_anomaly(False):
+                loss.backward()
+            grads = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+            values = [loss.item(), torch.nn.utils.get_total_norm(grads).item()]
+            self.model.zero_grad(set_to_none=True)
+            clear_gradients(self.model)
+            if not all(map(math.isfinite, values)):
+                text = excerpt(str(self.batches.examples.tokenizer.decode(batch.ids)))
+                row = int(batch.rows[0])
+                found.append({"row": row, "where": self.batches.where(row), "text": text, "loss": values[0], "grad_norm": values[1]})
+        every = gather_object(found) if self.accelerator.num_processes > 1 else found
+        return sorted(every, key=lambda row: int(row["row"]))
+
+
+def _write(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
+    """Add the rows of a step to nan_rows.jsonl, and take back what an earlier start said of this step and of later ones."""
+    lines = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] < step:
+                lines.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    told = ({"step": step, **row, **{name: _number(row[name]) for name in ("loss", "grad_norm")}} for row in rows)
+    lines += [json.dumps(row, ensure_ascii=False).encode() for row in told]
+    write_whole(path, b"".join(line + b"\n" for line in lines))
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)  # JSON has no NaN

@@ -1,0 +1,133 @@
+"""Whether a checkpoint may be gone on from with these settings: a table of what changed, and what each change means.
+
+In: what decided the run that wrote the checkpoint, and what decides this one. Out: nothing where they are alike; an error with the table
+where going on would break a promise (same steps, same gradient, every row once an epoch); else sentences to say.
+One module, because what may change and what it means belong together, and the loop should know of neither.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bertdist.errors import CheckpointError
+from bertdist.pieces import Place
+from bertdist.stream import EMPTY
+
+_STEPS = "the steps that are done learned in another way"
+REFUSED = {  # setting -> what going on with another one would mean
+    "seed": "another order of rows and other dropout: rows of this epoch come twice or not at all",
+    "train_batch_size": "steps have other rows: rows of this epoch come twice or not at all",
+    "max_length": "the steps that are done read texts of another length",
+    "labels": "the outputs of the weights mean other labels",
+    "problem_type": "the outputs of the weights mean something else",
+    "training_rows": "the rows are not those that were trained on: rows of this epoch come twice or not at all (--accept_changed_data)",
+    "total_steps": "the learning rate of the steps that are done was that of another length",
+    "learning_rate": "the steps that are done had another learning rate",
+    "lr_scheduler_type": "the steps that are done had another learning rate",
+    "warmup_ratio": "the steps that are done had another learning rate",
+    "warmup_steps": "the steps that are done had another learning rate",
+    "layerwise_lr_decay": "the steps that are done had another learning rate",
+    "dropout": "the steps that are done lost other numbers",
+    "mixed_precision": "the steps that are done were computed in another precision",
+    "class_weights": "the steps that are done weighed rows in another way",
+    "label_smoothing_factor": "the steps that are done had other targets",
+    "tokenizer_name": "the weights know texts by other token numbers",
+    "train_weights": "another mixture: rows come in other shares and another order",
+    "stream_window": "another order of rows: rows of this epoch come twice or not at all",
+    "stream_split": "another order of rows: rows of this epoch come twice or not at all",
+}
+ACCEPTED = {  # setting that decides nothing of what is learned -> what going on with another one means
+    "metric_for_best_model": "scores do not compare: the next evaluation is the best so far",
+    "validation_rows": "scores do not compare: the next evaluation is the best so far",
+    "eval_every": "best/ is chosen among other steps",
+    "early_stopping_patience": "counts on from the evaluations that are done",
+    "early_stopping_threshold": "counts on from the evaluations that are done",
+    "gradient_checkpointing": "same result; memory and time differ",
+    "torch_compile": "same result to rounding",
+    "cuda_graphs": "same result to rounding",
+}
+BREAKS_BEST = {"metric_for_best_model", "validation_rows"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is, as far as going on with it is concerned; JSON-able values."""
+
+    decides: dict[str, Any]  # what it learns
+    besides: dict[str, Any] = field(default_factory=dict)  # what else a person would want to know of
+    accept_changed_data: bool = False
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that is another one than when the checkpoint was written."""
+
+    name: str
+    then: Any
+    now: Any
+    meaning: str
+
+
+def changes(then: dict[str, Any], now: dict[str, Any], meanings: dict[str, str]) -> list[Change]:
+    """What differs, in the order of the settings."""
+    return [
+        Change(name, then.get(name), now.get(name), meanings.get(name, _STEPS))
+        for name in {**then, **now}
+        if then.get(name) != now.get(name)
+    ]
+
+
+def compare(folder: Path, state: dict[str, Any], now: Settings) -> list[Change]:
+    """The changes that are accepted. Raises CheckpointError, with a table, where there is one that is not. state: of state.json."""
+    then, done = state["identity"], state["progress"]["step"]
+    found = changes(then, now.decides, REFUSED)
+    accepted: list[Change] = []
+    refused: list[Change] = []
+    for change in found:
+        meaning = _accepted(change, found, then, now)
+        if change.name == "total_steps" and change.now <= done:
+            refused.append(replace(change, meaning=f"{done} are done already"))
+        elif meaning:
+            accepted.append(replace(change, meaning=meaning))
+        else:
+            refused.append(change)
+    if refused:
+        told = "\n".join(table(refused))
+        raise CheckpointError(f"{folder} belongs to another run. What differs:\n{told}\nTake the old settings, or another --output_dir.")
+    return accepted + changes(state.get("besides", now.besides), now.besides, ACCEPTED)
+
+
+def _accepted(change: Change, found: Iterable[Change], then: dict[str, Any], now: Settings) -> str:
+    """What a change means where it may be gone on with; "" where it may not."""
+    other_rows = now.accept_changed_data and any(other.name == "training_rows" for other in found)
+    if change.name == "training_rows" and other_rows:
+        return "accepted: in the epoch that was begun rows may come twice or not at all, in later ones once"
+    if change.name == "total_steps":
+        schedules = {settings.get("lr_scheduler_type") for settings in (then, now.decides)}
+        if schedules <= {"constant", "constant_with_warmup"} and not now.decides.get("warmup_ratio"):
+            return "the learning rate is constant: more or fewer steps, none of them another"
+        if other_rows:
+            return "from here on the learning rate is that of a run of this length"
+    return ""
+
+
+def table(rows: Iterable[Change]) -> list[str]:
+    """Lines of a table: setting, then, now, what it means."""
+    cells = [("setting", "then", "now", "what it means"), *((c.name, _short(c.then), _short(c.now), c.meaning) for c in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(3)]
+    return ["  " + "  ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]]) for row in cells]
+
+
+def place_after_change(place: Place | None, accepted: Iterable[Change]) -> Place | None:
+    """Where a stream goes on whose data changed: at the begin of the epoch. A place in the midst of other bytes means nothing."""
+    if place is None or not any(change.name == "training_rows" for change in accepted):
+        return place
+    if "over" in place:
+        return {"over": {**EMPTY, "epoch": place["over"]["epoch"]}}
+    return {"window": {**EMPTY, "epoch": place["window"]["epoch"]}, "step": 0}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 48 else f"{text[:44]} ..."

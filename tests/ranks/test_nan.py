@@ -1,0 +1,277 @@
+"""NaN and Inf in loss or gradient: no weight changes by it, all ranks know, the rows are named. (--on_nan)
+
+The fault is put where faults come from: into what the model computes of one row. That is a function of the row, not of how it was dealt.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from forked import RankError, run_ranks
+from rows import (
+    Breaking,
+    Files,
+    assert_same_run,
+    assert_same_tensors,
+    at_step,
+    checkpoints_of,
+    die,
+    json_of,
+    last_checkpoint,
+    run_train,
+    step_log,
+    tensors_of,
+    words_of,
+    write_split,
+)
+from torch import Tensor, nn
+
+from bertdist import nonfinite, train
+from bertdist.classifier import Classifier
+from bertdist.embedding import KeptGradientEmbedding
+from bertdist.errors import NonFiniteError
+from bertdist.tasks import SingleLabel
+
+STEPS = 10  # 5 an epoch of 38 rows, 2 epochs
+SETTINGS: dict[str, Any] = {"num_train_epochs": 2, "save_every": "3 steps", "eval_every": "4 steps", "tokens_per_micro_batch": 60}
+HEADER = 2  # row 0 stands in line 2
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return write_split(tmp_path_factory.mktemp("nan"), 38, 12)
+
+
+class _Poisoned(torch.autograd.Function):
+    """What goes through is as it was; its gradient is not."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * math.inf
+
+
+def spoil(rows: set[int], how: str) -> Breaking:
+    """The logits of these rows are NaN, so large that their loss is infinite, or have an infinite gradient."""
+
+    def breaking(accelerator: Accelerator) -> None:
+        forward = Classifier.forward
+
+        def spoiled(self: Classifier, batch: Any) -> Tensor:
+            logits = forward(self, batch)
+            if not self.training:
+                return logits
+            parts = []
+            for one, row in zip(logits, batch.rows.tolist(), strict=True):
+                if row in rows:
+                    one = {"nan": one * math.nan, "inf": one + one.new_tensor([math.inf, 0.0]), "gradient": _Poisoned.apply(one)}[how]
+                parts.append(one)
+            return torch.stack(parts)
+
+        Classifier.forward = spoiled  # type: ignore[method-assign]
+
+    return breaking
+
+
+def both(*breakings: Breaking) -> Breaking:
+    def breaking(accelerator: Accelerator) -> None:
+        for each in breakings:
+            each(accelerator)
+
+    return breaking
+
+
+def steps_with(rows: set[int], seen: list[Any]) -> list[int]:
+    """Steps, from 1, that had any of the rows."""
+    return sorted({number + 1 for of_rank in seen for number, had in of_rank[1] if rows & set(had)})
+
+
+@pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_row_that_gives_no_number_stops_all_ranks_and_is_named(tiny_model: Path, files: Files, tmp_path: Path, n: int, how: str) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(RankError) as caught:
+        run_ranks(n, run_train, words_of(tiny_model, out, files, **SETTINGS), spoil({17}, how))
+    assert str(caught.value).count(NonFiniteError.__name__) >= n
+    (line,) = json_of(out / "nan_rows.jsonl")
+    assert (line["row"], line["where"]) == (17, f"train.tsv line {17 + HEADER}")
+    assert line["text"] and ("nan" in str(line["loss"]) or "inf" in str(line["loss"])) == (how != "gradient")
+    size = 6 if line["step"] % 5 == 0 else 8  # of the last step of an epoch
+    told = f"Step {line['step']}: the loss or the gradient is NaN or infinite, of its {size} rows: train.tsv line 19 (loss "
+    assert told in str(caught.value)
+    assert json_of(out / "status.json")["state"] == "failed"
+    for folder in (out / "checkpoints").glob("step_*"):  # what was saved before is whole
+        assert int(folder.name[5:]) < line["step"] and all(tensor.isfinite().all() for tensor in tensors_of(folder).values())
+
+
+class Skipped:
+    """Runs with --on_nan skip over rows 3 and 17 that give NaN, on n ranks."""
+
+    def __init__(self, model: Path, files: Files, folder: Path) -> None:
+        self.model, self.files, self.folder = model, files, folder
+        self.kept: dict[tuple[int, str], tuple[Path, list[Any]]] = {}
+
+    def words(self, out: Path, **settings: Any) -> list[str]:
+        return words_of(self.model, out, self.files, **{**SETTINGS, "on_nan": "skip", **settings})
+
+    def run(self, n: int, how: str = "nan") -> tuple[Path, list[Any]]:
+        if (n, how) not in self.kept:
+            out = self.folder / f"{n}_{how}"
+            self.kept[n, how] = out, run_ranks(n, run_train, self.words(out), spoil({3, 17}, how))
+        return self.kept[n, how]
+
+
+@pytest.fixture(scope="module")
+def skipped(tiny_model: Path, files: Files, tmp_path_factory: pytest.TempPathFactory) -> Skipped:
+    return Skipped(tiny_model, files, tmp_path_factory.mktemp("skipped"))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_skipped_steps_are_the_same_on_any_number_of_ranks(skipped: Skipped, n: int) -> None:
+    out, ranks = skipped.run(n)
+    lines, seen = json_of(out / "nan_rows.jsonl"), [(None, had, None) for _, had, _ in ranks]
+    assert sorted({line["step"] for line in lines}) == steps_with({3, 17}, seen)
+    assert sorted(line["row"] for line in lines) == [3, 3, 17, 17], "once an epoch each"
+    assert ranks[0][0].nan_steps == len({line["step"] for line in lines}) and ranks[0][0].finished
+    assert ranks[0][2].count("Its update is left out (--on_nan skip).") == ranks[0][0].nan_steps
+    told = [line["step"] for line in json_of(out / "metrics.jsonl") if line["kind"] == "nan"]
+    assert told == sorted({line["step"] for line in lines})
+    assert all(tensor.isfinite().all() for tensor in tensors_of(out / "best").values())
+    one = skipped.run(1)[0]
+    assert (out / "nan_rows.jsonl").read_bytes() == (one / "nan_rows.jsonl").read_bytes()
+    for mine, other in zip(step_log(out), step_log(one), strict=True):
+        assert mine == pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("killed", [4, 8])
+def test_a_restart_among_skipped_steps_is_invisible(skipped: Skipped, tmp_path: Path, n: int, killed: int) -> None:
+    """Killed after NaN steps that no checkpoint knows of: they are skipped and told again, and no line comes twice."""
+    out = tmp_path / "out"
+    with pytest.raises(RankError, match="ended with status 9"):
+        run_ranks(n, run_train, skipped.words(out), both(spoil({3, 17}, "nan"), at_step(killed, die)))
+    run_ranks(n, run_train, skipped.words(out), spoil({3, 17}, "nan"))
+    straight = skipped.run(n)[0]
+    assert_same_run(out, straight)
+    assert (out / "nan_rows.jsonl").read_bytes() == (straight / "nan_rows.jsonl").read_bytes()
+    assert [line for line in json_of(out / "metrics.jsonl") if line["kind"] == "nan"] == [
+        line for line in json_of(straight / "metrics.jsonl") if line["kind"] == "nan"
+    ]
+
+
+def leave_out(steps: list[int]) -> Breaking:
+    """The same run as one that skips: these steps (from 1) are taken, and nothing comes of them."""
+
+    def breaking(accelerator: Accelerator) -> None:
+        update = train.update
+        count = iter(range(1, 99))
+
+        def some(model: Any, optimizer: Any, *rest: Any) -> None:
+            if next(count) in steps:
+                model.zero_grad(set_to_none=True)
+            else:
+                update(model, optimizer, *rest)
+
+        train.update = some
+
+    return breaking
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_skipped_step_changes_nothing_but_itself(skipped: Skipped, tmp_path: Path, n: int) -> None:
+    """Bit by bit: the same weights as a run in which the rows are sound and the very steps are left out by hand."""
+    out, _ = skipped.run(n)
+    steps = sorted({line["step"] for line in json_of(out / "nan_rows.jsonl")})
+    run_ranks(n, run_train, skipped.words(tmp_path / "by_hand"), leave_out(steps))
+    for mine, other in zip(sorted((out / "checkpoints").iterdir()), sorted((tmp_path / "by_hand" / "checkpoints").iterdir()), strict=True):
+        mine_all, others = tensors_of(mine), tensors_of(other)
+        assert mine_all.keys() == others.keys()
+        assert all(torch.equal(mine_all[name], others[name]) for name in mine_all)
+    run_ranks(n, run_train, skipped.words(tmp_path / "control"), leave_out(steps[1:]))
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "control", tmp_path / "by_hand")
+
+
+def unguarded(accelerator: Accelerator) -> None:
+    """The control: no check at all."""
+
+    def update(model: Any, optimizer: Any, grad_norm: Tensor, accelerator: Accelerator) -> None:
+        optimizer.step()
+        nonfinite.clear_gradients(model)
+
+    train.update = update
+
+
+def test_without_the_check_one_row_ruins_all_weights(skipped: Skipped, tmp_path: Path) -> None:
+    words = skipped.words(tmp_path / "out", max_nan_steps=99, eval_every="never")
+    run_ranks(1, run_train, words, both(unguarded, spoil({17}, "nan")))
+    assert all(tensor.isnan().any() for name, tensor in tensors_of(tmp_path / "out" / "best").items() if "weight" in name)
+
+
+def test_an_infinite_loss_alone_would_be_taken(skipped: Skipped, tmp_path: Path) -> None:
+    """The control of `factor`: the derivative of an infinite loss can be finite, and then the norm says nothing."""
+
+    def plain(accelerator: Accelerator) -> None:
+        train.factor = lambda loss, scale: scale
+
+    def infinite(accelerator: Accelerator) -> None:
+        loss = SingleLabel.loss
+        SingleLabel.loss = lambda self, *rest: loss(self, *rest) + math.inf  # type: ignore[method-assign]
+
+    words = skipped.words(tmp_path / "a", max_train_steps=2, num_train_epochs=None, eval_every="never")
+    ((progress, *_),) = run_ranks(1, run_train, words, both(plain, infinite))
+    assert progress.nan_steps == 0, "nobody has seen it"
+    words = skipped.words(tmp_path / "b", max_train_steps=2, num_train_epochs=None, eval_every="never")
+    ((progress, *_),) = run_ranks(1, run_train, words, infinite)
+    assert progress.nan_steps == 2
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_too_many_in_a_row_end_the_run(skipped: Skipped, tmp_path: Path, n: int) -> None:
+    everything = set(range(38))
+    with pytest.raises(RankError, match=r"It is number 3 in a row \(--max_nan_steps 2\)\."):
+        run_ranks(n, run_train, skipped.words(tmp_path / "out", max_nan_steps=2), spoil(everything, "nan"))
+    lines = json_of(tmp_path / "out" / "nan_rows.jsonl")
+    assert [line["step"] for line in lines] == [1] * 8 + [2] * 8 + [3] * 8
+    with pytest.raises(RankError, match=r"It is number 3 in a row"):  # the same command: no other answer, and no line twice
+        run_ranks(n, run_train, skipped.words(tmp_path / "out", max_nan_steps=2), spoil(everything, "nan"))
+    assert json_of(tmp_path / "out" / "nan_rows.jsonl") == lines
+
+
+# ---- As on a GPU: the host looks only where it waits anyway. Rehearsed on CPUs, whose fused AdamW has `found_inf` too.
+
+
+def look_late(accelerator: Accelerator) -> None:
+    nonfinite.on_host = lambda tensor: False
+
+
+def usual_tables(accelerator: Accelerator) -> None:
+    KeptGradientEmbedding.forward = nn.Embedding.forward  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_late_look_finds_the_same_steps_and_the_weights_are_the_same(skipped: Skipped, tmp_path: Path, n: int) -> None:
+    out, straight = tmp_path / "out", tmp_path / "straight"
+    run_ranks(n, run_train, skipped.words(straight), both(usual_tables, spoil({3, 17}, "nan")))
+    words, as_on_a_gpu = skipped.words(out, log_every="5 steps"), both(usual_tables, look_late)
+    with pytest.raises(RankError, match="ended with status 9"):
+        run_ranks(n, run_train, words, both(as_on_a_gpu, spoil({3, 17}, "nan"), at_step(7, die)))
+    run_ranks(n, run_train, words, both(as_on_a_gpu, spoil({3, 17}, "nan")))
+    assert (out / "nan_rows.jsonl").read_bytes() == (straight / "nan_rows.jsonl").read_bytes()
+    assert_same_tensors(tensors_of(last_checkpoint(out)), tensors_of(last_checkpoint(straight)))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_late_look_stops_before_anything_is_saved(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
+    out = tmp_path / "out"
+    words = words_of(tiny_model, out, files, **{**SETTINGS, "log_every": "10 steps", "eval_every": "never", "save_every": "5 steps"})
+    with pytest.raises(RankError, match=NonFiniteError.__name__):
+        run_ranks(n, run_train, words, both(usual_tables, look_late, spoil({17}, "nan")))
+    assert [line["row"] for line in json_of(out / "nan_rows.jsonl")] == [17]
+    assert checkpoints_of(out) == [], "row 17 is in the first epoch, and the first checkpoint would be at its end"
