@@ -8,7 +8,7 @@ from bertdist.errors import ConfigError
 
 def test_words_become_settings() -> None:
     check, data = read_check_config("--train_file a.tsv --test_file b.tsv --model_name_or_path m --max_length 64 --fix c.parquet".split())
-    assert (data.train_file, check.test_file, check.max_length, check.fix, check.fix_kinds) == ("a.tsv", "b.tsv", 64, "c.parquet", None)
+    assert (data.train_file, check.test_file, check.max_length, check.fix, check.fix_kinds) == (["a.tsv"], "b.tsv", 64, "c.parquet", None)
     check, _ = read_check_config(["--train_file", "a", "--fix", "c.parquet", "--fix_kinds", *FIX_KINDS])
     assert check.fix_kinds == list(FIX_KINDS)
 

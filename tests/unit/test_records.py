@@ -695,7 +695,7 @@ def test_txt_is_for_prediction_and_has_no_pairs(write: Write) -> None:
     records = texts_of(path, text_column="sentence")  # what the model was trained with; a .txt has but one column
     assert rows_of(records) == [Record(0, "a", None, None), Record(1, "b", None, None)]
     assert (records.label_kind, records.label_values, records.label_codes) == (None, [], None)
-    assert "one text a line, expected pairs" in refusal(lambda: texts_of(path, text_pair_column="b"))
+    assert "one text a line, no pairs" in refusal(lambda: texts_of(path, text_pair_column="b"))
 
 
 def _read(records: Records, queue: Any) -> None:
