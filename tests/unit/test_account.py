@@ -1,4 +1,4 @@
-"""What a run says of itself at its end and after an evaluation; the numbers themselves: tests/ranks/test_resume.py, tests/runs/test_train.py."""
+"""What a run says of itself at its end and after an evaluation; the numbers themselves: tests/ranks/test_resume.py."""
 
 import json
 from pathlib import Path

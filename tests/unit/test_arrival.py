@@ -40,7 +40,8 @@ def said(ranks: list[int], of: int, port: int, seconds: float = 3) -> list[str]:
     pipe = subprocess.PIPE
     running = []
     for rank in ranks:
-        env = {**plain, "PYTHONPATH": str(ROOT), "RANK": str(rank), "WORLD_SIZE": str(of), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        place = {"RANK": str(rank), "WORLD_SIZE": str(of), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env = {**plain, "PYTHONPATH": str(ROOT), **place}
         words = [sys.executable, "-c", MEET, str(seconds)]
         running.append(subprocess.Popen(words, env=env, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True))
     found = []

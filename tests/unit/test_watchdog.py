@@ -44,7 +44,7 @@ def test_an_error_of_ours_passes_and_a_worker_s_death_is_mended(tmp_path: Path) 
     log = RunLog(tmp_path, enabled=True)
     with pytest.raises(ZeroDivisionError), Watchdog(log, ALONE, 9):
         raise ZeroDivisionError
-    with pytest.raises(DataError, match="^Loader worker"), Watchdog(log, ALONE, 9):
+    with pytest.raises(DataError, match=r"^Loader worker"), Watchdog(log, ALONE, 9):
         raise RuntimeError("DataLoader worker (pid 123) is killed by signal: Killed. ")
     assert not (tmp_path / ".ranks").exists(), "what an earlier run has left is cleared away"
 
