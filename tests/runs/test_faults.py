@@ -22,7 +22,7 @@ class Launched:
 
     def __init__(self, model: Path, folder: Path) -> None:
         self.out, self.error = folder / "out", folder / "error.txt"
-        settings = {"num_train_epochs": 4000, "save_every": "50 steps", "eval_every": "never", "rank_timeout": 20, "log_every": "50 steps"}
+        settings = {"num_train_epochs": 4000, "save_every": "50 steps", "rank_timeout": 60, "log_every": "50 steps"}
         words = words_of(model, self.out, write_split(folder, 40), **settings)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "ACCELERATE_", "RANK", "WORLD_SIZE"))}
         env = {**kept, "PYTHONPATH": str(ROOT), "HF_HOME": "/nonexistent", "ACCELERATE_USE_CPU": "true"}

@@ -12,7 +12,7 @@ import torch
 from bertdist import watchdog
 from bertdist.console import RunLog
 from bertdist.errors import DataError, RankLost
-from bertdist.watchdog import Watchdog, connection_lost, doing_of, worker_died
+from bertdist.watchdog import Watchdog, connection_lost, doing_of, end_soon, worker_died
 
 ALONE: Any = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
 
@@ -92,3 +92,19 @@ def test_what_a_thread_does_is_the_innermost_function_of_ours() -> None:
     watchdog._words(RuntimeError(Odd()))
     assert seen and seen[0].startswith("watchdog._words, line ")
     assert doing_of(None) == "other code" and time.monotonic() > 0
+
+
+@pytest.mark.parametrize(("rank", "shared", "waited"), [("1", True, [watchdog.SECONDS_TO_TELL]), ("0", True, []), ("1", False, [])])
+def test_under_torchrun_rank_0_may_tell_what_all_have_found(
+    rank: str, shared: bool, waited: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(watchdog.time, "sleep", slept.append)
+    monkeypatch.setenv("RANK", rank)
+    error = DataError("x")
+    error.shared = shared
+    end_soon(error)
+    assert slept == [], "no torchrun"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    end_soon(error)
+    assert slept == waited
