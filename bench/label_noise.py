@@ -60,7 +60,7 @@ def write_noisy(args: argparse.Namespace, path: Path) -> None:
     """Lines {"text", "label", "was"}: `was` is the label before. Raises BenchError and BertdistError."""
     if not Path(args.train_file).is_file():
         raise BenchError(f"--train_file {Path(args.train_file).name}: there is no such file.")
-    data = DataConfig(train_file=args.train_file, text_column=args.text_column, label_column=args.label_column, delimiter=args.delimiter)
+    data = DataConfig(train_file=[args.train_file], text_column=args.text_column, label_column=args.label_column, delimiter=args.delimiter)
     records = open_source(data, "train")
     rows: dict[str, str] = {}
     for row in range(len(records)):
@@ -84,7 +84,7 @@ def figures(noisy: Path, ranking: Path) -> list[float]:
     entries = [json.loads(line) for line in ranking.read_text(encoding="utf-8").splitlines()]
     wrong = np.array([row["label"] != row["was"] for row in rows])
     order = np.array([entry["row"] for entry in entries])
-    assert (np.sort(order) == np.arange(len(rows))).all(), "every row once"
+    assert sorted(order) == list(range(len(rows))), "every row once"
     marked = np.array([entry["row"] for entry in entries if entry["issue"]], dtype=int)
     heads = [float(wrong[order[: round(head * len(rows))]].sum() / wrong.sum()) for head in HEADS]
     return [*heads, float(wrong[marked].mean()) if len(marked) else 0.0, float(wrong[marked].sum() / wrong.sum())]
@@ -124,7 +124,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 how = ["--folds", args.folds, *training, "--output_dir", out / "folded"]
                 how = how if judge == "folds" else ["--model", out / "whole" / "best"]
                 file = out / f"{judge}_{ranking}.jsonl"
-                seconds = run("bertdist.doubts", *data, *how, "--rank_by", ranking, "--output", file)
+                seconds = run("bertdist.check", *data, *how, "--rank_by", ranking, "--output", file)
                 shown = " | ".join(f"{figure:.3f}" for figure in figures(noisy, file))
                 print(f"| {judge} | {ranking} | {shown} | {seconds:.0f} |", flush=True)
     except (BenchError, BertdistError) as error:

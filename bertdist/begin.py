@@ -138,6 +138,11 @@ def training_batches(
                 "(--stream_split files); expected at least one row each. --stream_split rows takes any number."
             )
         sources, files = rows.sources, files_of_ranks(rows, ranks)
+        if len(sources) < ranks:
+            raise ConfigError(
+                f"{rows.name}: {len(sources)} source(s) for {ranks} processes, each of which reads its own (--stream_split files); "
+                "expected at least one each, or steps lack the rows of those without. --stream_split rows takes any number."
+            )
         sizes = [size // ranks + (other < size % ranks) for other in range(ranks)]
         agree, size = agreement(accelerator), sizes[rank]
         if known.rows:
@@ -172,6 +177,7 @@ def told_of_data(rows: Records | Stream, known: Known, dev_rows: Records | None,
     many = f"{sum(known.rows):,} of" if known.rows else "as many as there are in"
     stream = ", read as they are needed" if isinstance(rows, Stream) else ""
     return [
+        *(f"{told}." for told in (*rows.guessed, *(dev_rows.guessed if dev_rows else ()))),
         f"Training rows: {many} {rows.name}{stream}, text in {rows.text_column!r}{pair}; validation rows: {dev}.",
         f"Task: {task.problem_type}; outputs in order: {names}.",
         f"{total_steps:,} steps{f', {per_epoch:,} an epoch' if per_epoch else ''}.",

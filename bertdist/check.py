@@ -62,9 +62,9 @@ def show_inspection(found: Inspection) -> None:
             [
                 name,
                 f"{len(records):,}",
-                records.name,
-                records.text_column + (f", {records.pair_column}" if records.pair_column else ""),
-                records.label_column or (f"{len(records.class_names)} columns" if records.class_names else "none"),
+                excerpt(records.name, 60),
+                excerpt(records.text_column, 30) + (f", {excerpt(records.pair_column, 30)}" if records.pair_column else ""),
+                excerpt(records.label_column or (f"{len(records.class_names)} columns" if records.class_names else "none"), 30),
             ]
             for name, records in found.splits.items()
         ],
@@ -80,6 +80,11 @@ def show_inspection(found: Inspection) -> None:
 
 
 def _show_labels(found: Inspection) -> None:
+    numbers = {name: labels.range() for name, labels in found.labels.items() if labels is not None and labels.numbers is not None}
+    if numbers:
+        header = ["split", *next(iter(numbers.values()))]
+        rows = [[name, *(f"{value:.4g}" for value in of.values())] for name, of in numbers.items()]
+        show_table("Labels are numbers", header, rows, right=range(1, len(header)))
     given = {name: labels.counts() for name, labels in found.labels.items() if labels is not None and labels.numbers is None}
     if "train" not in given:
         return
@@ -90,6 +95,9 @@ def _show_labels(found: Inspection) -> None:
     ]
     more = f" (the first {SHOWN_LABELS} of {len(names)})" if len(names) > SHOWN_LABELS else ""
     show_table(f"Rows by label{more}", ["label", *given], rows[:SHOWN_LABELS], right=range(1, len(given) + 1))
+    sets = {name: labels.sizes() for name, labels in found.labels.items() if labels is not None and labels.several}
+    if sets:
+        show("Labels a row: " + "; ".join(f"{name} {sizes.mean():.2f}, at most {sizes.max()}" for name, sizes in sets.items()) + ".")
 
 
 def _show_lengths(lengths: Sequence[Lengths]) -> None:

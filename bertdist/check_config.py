@@ -35,7 +35,8 @@ class CheckConfig:
         default="auto", help="Kind of task; auto reads it from the labels."
     )
     near_threshold: float = HfArg(
-        default=0.8, help="Texts are near duplicates from this Jaccard similarity of their shingles (5 bytes) on; 0 does not look for them."
+        default=0.8,
+        help="Texts are near duplicates from this Jaccard similarity of their shingles (5 bytes) on, at least 0.7; 0 does not look for them.",
     )
     examples: int = HfArg(default=3, help="Examples to show of each finding.")
     output: str | None = HfArg(default=None, help="Where to write the findings as JSON, such as check.json.")
@@ -55,8 +56,8 @@ def read_check_config(words: Sequence[str]) -> tuple[CheckConfig, DataConfig]:
     problems = list(data_problems(data))
     if check.max_length < 3:
         problems.append(f"--max_length is {check.max_length}; expected at least 3.")
-    if not 0 <= check.near_threshold <= 1:
-        problems.append(f"--near_threshold is {check.near_threshold}; expected from 0 to 1.")
+    if check.near_threshold and not 0.7 <= check.near_threshold <= 1:  # what is less alike is found by chance
+        problems.append(f"--near_threshold is {check.near_threshold}; expected from 0.7 to 1, or 0.")
     if check.examples < 0:
         problems.append(f"--examples is {check.examples}; expected at least 0.")
     if check.fix is not None and not check.fix.endswith(".parquet"):

@@ -101,6 +101,7 @@ class Checkpoints:
             if not (folder / "state.json").exists():
                 raise CheckpointError(f"{folder} is not to be seen from here; --output_dir must be on a disk that every machine shares.")
             state = json.loads((folder / "state.json").read_text())
+            # First, what is wrong with other ranks: they may also make another number of steps.
             place = _place_of_rank(folder, state, self.accelerator.process_index, self.accelerator.num_processes)
             _same_run(folder, state["identity"], identity)
             load_tensors(model_tensors(model), load_file(folder / "model.safetensors"), folder)
@@ -110,9 +111,11 @@ class Checkpoints:
         progress = replace(Progress(**state["progress"]), place=place)
         self.say(f"Going on from {folder} at step {progress.step}.")
         if state["ranks"] != self.accelerator.num_processes:
+            own_files = identity.get("stream_split") == "files"
+            rows = "each epoch has the same rows, in other steps" if own_files else "the same rows in the same steps"
             self.say(
-                f"It was written by {state['ranks']} processes, now there are {self.accelerator.num_processes}: the same rows in the same "
-                "steps; sums are rounded in another order, and off the CPU dropout is drawn anew."
+                f"It was written by {state['ranks']} processes, now there are {self.accelerator.num_processes}: {rows}; "
+                "sums are rounded in another order, and off the CPU dropout is drawn anew."
             )
         return progress
 
@@ -239,12 +242,13 @@ def _same_run(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
 
 def _place_of_rank(folder: Path, state: dict[str, Any], rank: int, ranks: int) -> Place | None:
     """Where this rank's reading of a stream goes on. Between two passes that is the same for any number of ranks that read own files."""
-    places: list[Place | None] = state["places"]
+    places: list[Place | None] = state.get("places", [None])  # versions before streams wrote none
     own_files = state["identity"].get("stream_split") == "files"
     if own_files and state["ranks"] != ranks and not all(place and "over" in place for place in places):
         raise CheckpointError(
             f"{folder} was written by {state['ranks']} processes with --stream_split files, each in the middle of its own files, and now "
-            f"there are {ranks}. Go on with {state['ranks']}, or from a checkpoint at the end of an epoch (--save_every '1 epoch')."
+            f"there are {ranks}. Go on with {state['ranks']}, or, in a run of --max_train_steps, from a checkpoint at the end of an epoch "
+            "(--save_every '1 epoch')."
         )
     return places[rank % len(places)]
 

@@ -5,7 +5,7 @@
 
 In: words. Out: a table of the rows that are doubted most, what is taken for what, and a line of JSON for every row, the most doubted first:
 
-    {"row": 7, "line": 9, "label": "positive", "suggested": "negative", "probability": 0.97, "score": 0.03, "issue": true}
+    {"row": 7, "file": "rows.tsv", "line": 9, "label": "good", "suggested": "bad", "probability": 0.97, "score": 0.03, "issue": true}
 
 label: as given; suggested: what the model says, and its probability; score: how well the given label stands, 0 to 1; issue: whether
 the label is likely to be wrong (label_noise.py). All ranks compute answers, rank 0 ranks and writes.
@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from torch import Tensor
 
 from bertdist.begin import open_accelerator, task_of_rows
 from bertdist.classifier import labels_of, load_settings
+from bertdist.config import DataConfig
 from bertdist.console import RunLog, write_whole
 from bertdist.doubts_config import Doubting, read_doubts_config
 from bertdist.encoding import open_examples
@@ -32,6 +33,7 @@ from bertdist.errors import ConfigError
 from bertdist.folds import answers_out_of_fold, subset
 from bertdist.known import labels_in
 from bertdist.label_noise import DEFAULT_RANKING, Doubts, find_doubts, need_cleanlab
+from bertdist.pieces import BadRows
 from bertdist.predict import Predictor
 from bertdist.ranks import together
 from bertdist.records import Records
@@ -40,6 +42,7 @@ from bertdist.sources import open_source
 from bertdist.tasks import Array, Task
 from bertdist.train import STOPPED
 
+_PLACE = re.compile(r"(?P<file>.*) (?:line (?P<line>\d+)|row \d+)", re.DOTALL)  # as `Records.where` says it
 SHOWN_ROWS = 20
 SHOWN_PAIRS = 20
 SHOWN_CHARACTERS = 60  # of a text
@@ -60,8 +63,6 @@ def show_doubts(words: Sequence[str]) -> int:
         return STOPPED
     records, task, targets, logits = judged
     with together(accelerator):
-        if task.problem_type == "regression" and config.doubts.rank_by:
-            raise ConfigError(f"--rank_by {config.doubts.rank_by} is for labels; these are numbers, ranked by how far off they are.")
         if accelerator.is_main_process:
             predictions, probabilities = task.read(logits)
             doubts = find_doubts(task.problem_type, targets, predictions, probabilities, config.doubts.rank_by or DEFAULT_RANKING)
@@ -81,10 +82,11 @@ def _judge_with_model(config: Doubting, accelerator: Accelerator, log: RunLog) -
         assert config.doubts.model is not None
         room = config.train.batch.tokens_per_micro_batch
         predictor = Predictor(config.doubts.model, tokens_per_micro_batch=room, accelerator=accelerator)
+        _check_ranking(config, predictor.task)
         data, notes = config.train.data, predictor.notes
         if data.text_column is None and data.text_pair_column is None:
             data = replace(data, text_column=notes.get("text_column"), text_pair_column=notes.get("text_pair_column"))
-        records = open_source(data, "train")
+        records = _rows_of(data, config.train.run.output_dir, log)
         targets = open_examples(records, predictor.tokenizer, predictor.task, predictor.max_length).targets
     log.say(f"{config.doubts.model} judges the labels of {len(records):,} rows of {records.name}.")
     log.say("What it has learned it doubts too little: --folds trains models that have not.")
@@ -96,18 +98,29 @@ def _judge_out_of_fold(config: Doubting, accelerator: Accelerator, log: RunLog) 
     train, folds = config.train, config.doubts.folds
     assert folds is not None
     with together(accelerator):
-        records = open_source(train.data, "train")
+        records = _rows_of(train.data, train.run.output_dir, log)
         task = task_of_rows(train.task, labels_in(records), labels_of(load_settings(train.model)))
+        _check_ranking(config, task)
         assert records.label_codes is not None
         targets = np.array([task.target(value) for value in records.label_values])[records.label_codes]
     if train.data.validation_file or train.data.validation_split:
         log.say("The validation rows are not read: each fold keeps its last weights, so that nothing but its own rows has a say in them.")
-    PartialState().fork_launched = True  # accelerate: whoever launched us ends the process group; `train` would, and there are more folds
-    try:
-        logits = answers_out_of_fold(train, folds, records, targets, task, accelerator, log.say)
-    finally:
-        PartialState().fork_launched = False
+    logits = answers_out_of_fold(train, folds, records, targets, task, accelerator, log.say)
     return None if logits is None else (records, task, targets, logits)
+
+
+def _rows_of(data: DataConfig, output_dir: str, log: RunLog) -> Records:
+    records = open_source(data, "train")
+    if records.bad:  # --on_bad_row skip
+        path = Path(output_dir) / "bad_rows.jsonl" if output_dir and log.enabled else None
+        BadRows(data.on_bad_row, data.max_bad_rows, path).take(records.bad)
+        log.say(f"{len(records.bad):,} rows that cannot be read are left out{f', see {path}' if path else ''}.")
+    return records
+
+
+def _check_ranking(config: Doubting, task: Task) -> None:
+    if task.problem_type == "regression" and config.doubts.rank_by:
+        raise ConfigError(f"--rank_by {config.doubts.rank_by} is for labels; these are numbers, ranked by how far off they are.")
 
 
 def entries_of(
@@ -115,9 +128,12 @@ def entries_of(
 ) -> Iterator[dict[str, Any]]:
     """One dict a row, in the order of doubt; targets, predictions, probabilities in the form of the task."""
     for row in map(int, doubts.order):
+        place = _PLACE.fullmatch(records.where(row))
+        assert place is not None, records.where(row)
         yield {
             "row": row,
-            "line": int(line[1]) if (line := re.search(r" line (\d+)$", records.where(row))) else None,
+            "file": place["file"],
+            "line": int(place["line"]) if place["line"] else None,
             "label": task.name(targets[row]),
             "suggested": task.name(predictions[row]),
             **_probability(targets[row], predictions[row], probabilities[row]),
@@ -148,11 +164,14 @@ def _show(entries: Sequence[dict[str, Any]], records: Records, output: str | Non
     """The table, the counts, and where the rest is."""
     issues = [entry for entry in entries if entry["issue"]]
     measure = "probability" if "probability" in entries[0] else "score"  # numbers have no probability
+    several = len({entry["file"] for entry in entries}) > 1
     rows = []
     for entry in entries[:SHOWN_ROWS]:
-        line, said = "" if entry["line"] is None else str(entry["line"]), (_words(entry["label"]), _words(entry["suggested"]))
-        rows.append([str(entry["row"]), line, *said, f"{entry[measure]:.3f}", _excerpt(records, entry["row"])])
-    log.table(f"The most doubted labels of {records.name}", ["row", "line", "given", "the model says", measure, "text"], rows)
+        place = [str(entry["row"]), *([entry["file"]] if several else []), "" if entry["line"] is None else str(entry["line"])]
+        said = [_words(entry["label"]), _words(entry["suggested"]), f"{entry[measure]:.3f}"]
+        rows.append([*place, *said, _excerpt(records, entry["row"])])
+    header = ["row", *(["file"] if several else []), "line", "given", "the model says", measure, "text"]
+    log.table(f"The most doubted labels of {records.name}", header, rows)
     pairs = Counter(pair for entry in issues for pair in differences(entry["label"], entry["suggested"]))
     if pairs:
         counted = [[given, suggested, str(count)] for (given, suggested), count in pairs.most_common(SHOWN_PAIRS)]

@@ -40,6 +40,8 @@ class Doubting:
 # With --model nothing is trained, and no split is scored. Of the flags of training those that say where to compute are left.
 _JUDGING = {"tokens_per_micro_batch", "use_cpu", "mixed_precision"}
 _SCORING = {"validation_file", "validation_split", "max_eval_samples"}
+# All rows are held at once and judged once, whatever --folds or --model.
+_PER_STEP = ("streaming", "stream_window", "stream_split", "train_weights")
 
 
 def read_doubts_config(words: Sequence[str]) -> Doubting:
@@ -73,5 +75,10 @@ def _problems(config: Doubting) -> Iterable[str]:
             given = {field.name for field in dataclasses.fields(section) if getattr(section, field.name) != field.default}
             idle = given & _SCORING if section is train.data else given - _JUDGING
             yield from (f"--{name} is for training; --model takes a model as it is, and judges the training rows." for name in sorted(idle))
+    for name in _PER_STEP:
+        if getattr(train.data, name) != getattr(DataConfig, name):
+            yield f"--{name} cannot take effect: all rows are held in memory and judged once; remove it."
+    if train.run.dry_run and doubts.folds is not None:
+        yield "--dry_run is for train.py; give it the same flags without --folds."
     if doubts.output is not None and not Path(doubts.output).parent.is_dir():
         yield f"--output {doubts.output}: there is no folder {Path(doubts.output).parent}."

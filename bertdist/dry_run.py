@@ -151,6 +151,9 @@ def _show_memory(config: TrainConfig, lengths: Lengths, memory: Memory, world: i
     tokens = config.batch.train_batch_size * lengths.kept / lengths.of / world
     longest = min(lengths.longest, config.model.max_length)
     states, share = f"{memory.fixed / 1e9:.2f} GB", f"{tokens * memory.per_token / 1e9:.2f} GB"
+    if not memory.per_token:
+        show(f"Memory of a rank: {states} for weights, gradient and AdamW; activations unknown, the config does not name its layers.")
+        return
     show(
         f"Memory of a rank, estimated for --mixed_precision {config.run.mixed_precision or 'no'}:",
         f"  {states}  {memory.parameters / 1e6:,.1f} million parameters x {memory.per_parameter} bytes (weights, gradient, AdamW)",

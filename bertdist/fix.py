@@ -50,7 +50,7 @@ def write_fixed(found: Inspection, kinds: list[str], path: Path, label_delimiter
         if kind == "leaks":
             return _any(records, [np.isin(same.plain["train"], same.plain[name]) for name in others])
         if same.pairs is None:
-            raise DataError(f"--fix_kinds {kind}: near duplicates were not looked for; install rensa (pip install 'bertdist[check]').")
+            raise DataError(f"--fix_kinds {kind}: near duplicates were not looked for; pip install 'rensa<0.6'.")
         if kind == "near_leaks":
             return _any(records, [near_rows(same, "train", name) >= 0 for name in others])
         return ~np.array(first_of_near(same, "train"), bool)

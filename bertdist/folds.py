@@ -13,9 +13,12 @@ One module, because that a model has not learned what it judges is one promise, 
 """
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -32,6 +35,8 @@ from bertdist.records import Records
 from bertdist.slurm import StopRequest
 from bertdist.tasks import Array, Task
 from bertdist.train import train
+
+ProblemType: TypeAlias = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
 def cut(targets: Array, groups: Array, folds: int, seed: int) -> Array:
@@ -64,7 +69,7 @@ def answers_out_of_fold(
     """(rows, outputs) float32 on every rank; None where the run was asked to stop: the same call goes on.
 
     config: of the run; targets: the labels of all rows in the form of the task. Raises DataError where there are too few rows, and what
-    `train` raises, such as CheckpointError where the folders hold other runs. accelerator's process group must outlive `train`.
+    `train` raises, such as CheckpointError where the folders hold other runs.
     """
     fold_of_row = cut(targets, groups_of(records), folds, config.run.seed)
     runs = [_run_of_fold(config, Path(config.run.output_dir) / "folds" / str(fold), task, records) for fold in range(folds)]
@@ -77,8 +82,9 @@ def answers_out_of_fold(
     for fold, run in enumerate(runs):
         left_out = np.flatnonzero(fold_of_row == fold)
         say(f"Fold {fold + 1} of {folds}: a model learns from the other {len(records) - len(left_out):,} rows, in {run.run.output_dir}.")
-        if not train(run).finished:
-            return None
+        with _process_group_kept():
+            if not train(run).finished:
+                return None
         stop = StopRequest(config.run.stop_before_time_limit)  # of the training's own nobody asks any more
         with together(accelerator):
             model = Path(run.run.output_dir) / "best"
@@ -94,11 +100,26 @@ def answers_out_of_fold(
     return found
 
 
+@contextmanager
+def _process_group_kept() -> Iterator[None]:
+    """`train` ends the process group with itself, unless accelerate 1.15 believes that somebody else has launched these processes for it.
+
+    A second group would meet at the same store as the first (torchrun), and find its addresses there.
+    """
+    before = os.environ.get("FORK_LAUNCHED")
+    os.environ["FORK_LAUNCHED"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("FORK_LAUNCHED") if before is None else os.environ.update(FORK_LAUNCHED=before)
+
+
 def subset(records: Records, rows: Array) -> Records:
     """Some rows as rows of their own, without labels; a message about one names its place in the source."""
     texts, pairs = (None if column is None else column.take(rows) for column in (records.texts, records.pairs))
     source = Placed(records.name, False, ((0, Kept(records.where, rows), 0),))
-    return replace(records, source=source, texts=texts, pairs=pairs, label_kind=None, label_values=[], label_codes=None, fingerprint="")
+    unlabelled = replace(records, label_kind=None, label_values=[], label_codes=None, parts=(), bad=())
+    return replace(unlabelled, source=source, texts=texts, pairs=pairs, fingerprint="")
 
 
 def _enough(fold_of_row: Array, folds: int, records: Records) -> None:
@@ -109,12 +130,12 @@ def _enough(fold_of_row: Array, folds: int, records: Records) -> None:
 def _run_of_fold(config: TrainConfig, folder: Path, task: Task, records: Records) -> TrainConfig:
     """The run that learns from folder/train.jsonl and scores nothing."""
     pair = None if records.pairs is None else "text_pair"
-    names = None if task.problem_type == "regression" else list(task.labels)
-    plain = RunConfig()
+    kind, plain = cast(ProblemType, task.problem_type), RunConfig()
+    names = None if kind == "regression" else list(task.labels)
     return replace(
         config,
         data=DataConfig(train_file=[str(folder / "train.jsonl")], text_column="text", text_pair_column=pair, label_column="label"),
-        task=replace(config.task, problem_type=task.problem_type, label_names=names, metrics=None, metric_for_best_model=None),  # type: ignore[arg-type]
+        task=replace(config.task, problem_type=kind, label_names=names, metrics=None, metric_for_best_model=None),
         run=replace(
             config.run,
             output_dir=str(folder),

@@ -6,6 +6,7 @@ findings in the order in which they matter. One module below train, because `pyt
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -51,6 +52,8 @@ class Inspection:
                 "label_column": records.label_column,
                 "fingerprint": records.fingerprint,
                 "label_counts": labels.counts() if labels is not None and labels.numbers is None else None,
+                "label_range": labels.range() if labels is not None and labels.numbers is not None else None,
+                "labels_a_row": float(labels.sizes().mean()) if labels is not None and labels.several else None,
                 "lengths": self.lengths[name].as_dict(),
             }
         return {
@@ -79,8 +82,8 @@ def check_data(
     labels = {name: labels_of_records(records, problem_type) for name, records in splits.items()}
     train_labels = labels["train"]
     assert train_labels is not None
-    files = data.train_file or []
-    paths = {"train": files[0] if len(files) == 1 else None, "validation": data.validation_file, "test": test_file}
+    files: dict[str, list[str | None]] = {"train": [*(data.train_file or ())], "validation": [data.validation_file], "test": [test_file]}
+    paths = {name: of[0] if len(of) == 1 and of[0] and Path(of[0]).is_file() else None for name, of in files.items()}  # tables read twice
     for name, records in splits.items():
         findings += check_table(name, paths[name], records, labels[name], train_labels, data, num_examples)
         findings += check_texts(name, records.texts, records.text_column, num_examples)
@@ -90,9 +93,9 @@ def check_data(
     findings += check_labels(splits, labels, num_examples)
     if near_threshold and not can_find_near_duplicates():
         near_threshold = 0.0
-        notes.append("Near duplicates were not looked for: rensa is not installed (pip install 'bertdist[check]').")
+        notes.append("Near duplicates were not looked for: rensa is not installed (pip install 'rensa<0.6').")
     if not has_ftfy():
-        notes.append("Wrong encodings were looked for with three patterns only: ftfy is not installed (pip install 'bertdist[check]').")
+        notes.append("Wrong encodings were looked for with three patterns only: ftfy is not installed (pip install ftfy).")
     same = compare_texts(splits, near_threshold)
     findings += check_overlap(splits, labels, same, num_examples)
     lengths = {}

@@ -41,6 +41,7 @@ def join(found: Sequence[Records], name: str) -> Records:
         pairs=None if first.pairs is None else pa.concat_arrays([one.pairs for one in found]),
         fingerprint=xxhash.xxh3_128_hexdigest(" ".join(one.fingerprint for one in found).encode()),
         bad=tuple(row for one in found for row in one.bad),
+        guessed=tuple(told for one in found for told in one.guessed),
     )
 
 

@@ -41,6 +41,16 @@ class Labels:
         """The labels of some rows."""
         return [self.names[code] for code in self.codes[rows]]
 
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """(rows,): how many labels each row has."""
+        return np.array([len(names) for names in self.names], np.int64)[self.codes]
+
+    def range(self) -> dict[str, float]:
+        """Of a regression: the least, the quartiles, the most, and the mean."""
+        assert self.numbers is not None
+        quantiles = np.quantile(self.numbers, [0, 0.25, 0.5, 0.75, 1]).tolist()
+        return dict(zip(("least", "25%", "median", "75%", "most"), quantiles, strict=True)) | {"mean": float(self.numbers.mean())}
+
     def counts(self) -> dict[str, int]:
         """Rows of each label, most first."""
         of_code = np.bincount(self.codes, minlength=len(self.names))
@@ -224,7 +234,7 @@ def _between(split: str, records: Records, labels: Labels, train: Labels, num_ex
 
 
 def _sets(split: str, records: Records, labels: Labels, num_examples: int) -> list[Finding]:
-    sizes = np.array([len(names) for names in labels.names])[labels.codes]
+    sizes = labels.sizes()
     none = np.flatnonzero(sizes == 0)
     if not len(none):
         return []

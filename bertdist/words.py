@@ -65,9 +65,14 @@ def read_words(program: str, sections: list[Any], words: Sequence[str]) -> tuple
     known = [field.name for section in sections for field in dataclasses.fields(section)]
     file = parser.parse_known_args(list(words))[0].config
     if file:
-        scalars, lists = _words_of_file(Path(file), known, {action.dest for action in parser._actions if action.nargs == "+"})
+        kinds: dict[str, Any] = {action.dest: action.type or str for action in parser._actions if action.nargs == "+"}
+        scalars, lists = _words_of_file(Path(file), known, set(kinds))
         words = [*scalars, *words]
-        parser.set_defaults(**lists)  # as words, items that begin with a dash would be taken for flags
+        for name, items in lists.items():  # as words, items that begin with a dash would be taken for flags
+            try:
+                parser.set_defaults(**{name: list(map(kinds[name], items))})
+            except ValueError:
+                raise ConfigError(f"--config {file}: --{name} is {' '.join(items)!r}; expected numbers.") from None
     *values, _, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
     unknown = [_unknown_word(word.split("=")[0].lstrip("-").replace("-", "_"), known) for word in rest if word.startswith("--")]
     if rest and not unknown:

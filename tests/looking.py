@@ -41,7 +41,7 @@ def look(
     paths = {}
     for name, rows in (("train", train), ("validation", validation), ("test", test)):
         paths[name] = str(write_rows(folder / f"{name}.{ending}", rows)) if rows is not None else None
-    data = DataConfig(train_file=paths["train"], validation_file=paths["validation"], **settings)
+    data = DataConfig(train_file=[paths["train"]], validation_file=paths["validation"], **settings)
     return check_data(data, test_file=paths["test"], tokenizer=tokenizer, max_length=max_length)
 
 

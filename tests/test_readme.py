@@ -99,7 +99,8 @@ def flags_of(program: str) -> frozenset[str]:
 
     from bench import compiled, peers, reading, scaling
     from bertdist.check_config import CheckConfig
-    from bertdist.config import DataConfig, PredictConfig, TrainConfig
+    from bertdist.config import PredictConfig, TrainConfig
+    from bertdist.doubts_config import DoubtsConfig
 
     if program == "launch":
         return frozenset(word for action in launch_command_parser()._actions for word in action.option_strings)
@@ -108,7 +109,8 @@ def flags_of(program: str) -> frozenset[str]:
         return frozenset(word for action in parser._actions for word in action.option_strings)
     if program == "demo":
         return frozenset(re.findall(r'"(--\w+)"', (ROOT / "launch" / "demo.py").read_text(encoding="utf-8")))
-    known = {"train": typing.get_type_hints(TrainConfig).values(), "check": [CheckConfig, DataConfig], "predict": [PredictConfig]}
+    known = {"train": typing.get_type_hints(TrainConfig).values(), "predict": [PredictConfig]}
+    known["check"] = [CheckConfig, DoubtsConfig, *known["train"]]
     sections = known[program]
     return frozenset(f"--{field.name}" for section in sections for field in dataclasses.fields(section)) | {"--config", "--help"}
 

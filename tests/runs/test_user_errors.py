@@ -69,8 +69,12 @@ def test_the_spam_file_as_it_is_in_the_world(tiny_model: Path, tmp_path: Path, s
     path = shared_data / "sms_spam" / "spam.csv"
     if not path.exists():
         pytest.skip("needs sms_spam/spam.csv")
-    told = mistake(words_of(tiny_model, tmp_path / "out", Files(path), text_column="v2", label_column="v1"))
+    settings: dict[str, Any] = {"text_column": "v2", "label_column": "v1", "max_train_samples": 40, "max_train_steps": 1}
+    told = mistake(words_of(tiny_model, tmp_path / "out", Files(path), encoding="utf-8", **settings))
     assert "spam.csv line " in told and "is not utf-8; pass --encoding " in told
+    # Without the flag it is found to be cp1252.
+    ((code, said, _),) = run_ranks(1, run_main, words_of(tiny_model, tmp_path / "out", Files(path), **settings))
+    assert code == 0 and "bertdist: " not in said, said
 
 
 @pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "parquet"])

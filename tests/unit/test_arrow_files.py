@@ -2,9 +2,13 @@
 
 import gzip
 import io
+import pickle
 from functools import partial
+from pathlib import Path
 from typing import BinaryIO
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bertdist.arrow_files import find_file, open_file
@@ -35,9 +39,18 @@ def test_a_file_elsewhere_has_the_kind_before_its_packing(address: str) -> None:
     assert [piece.where(0) for piece in pieces] == [f"{file.name} line 2", f"{file.name} line 3"]
 
 
-def test_a_packed_file_of_this_machine_needs_an_opener(tmp_path: object) -> None:
-    path = f"{tmp_path}/a.csv.gz"
-    with open(path, "wb") as file:
-        file.write(gzip.compress(b"text,label\na,1\n"))
+def test_a_file_travels_to_another_process_and_opens_there(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\na,1\n")
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        file = find_file(str(tmp_path / name), delimiter=None, quoting="auto", encoding=None, column_names=None)
+        source = pickle.loads(pickle.dumps(FileRows(file)))
+        (piece,) = source.pieces(["text"])
+        assert piece.columns["text"].to_pylist() == ["a"] and source.bytes == (tmp_path / name).stat().st_size
+
+
+def test_a_packed_file_of_this_machine_needs_an_opener(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv.gz"
+    path.write_bytes(gzip.compress(b"text,label\na,1\n"))
     with pytest.raises(DataError, match=r"the ending '\.gz' is not known"):
-        find_file(path, delimiter=None, quoting="auto", encoding=None, column_names=None)
+        find_file(str(path), delimiter=None, quoting="auto", encoding=None, column_names=None)

@@ -100,6 +100,15 @@ def test_fix_says_what_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert f"{tmp_path / 'clean.parquet'}, 60 of 61 rows (duplicates 1), and" in plain(out)
 
 
+def test_numbers_and_sets_of_labels_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[dict[str, Any]] = [{**row, "label": number / 8} for number, row in enumerate(clean_rows(41))]
+    _, out, _ = run(monkeypatch, capsys, "--train_file", write_rows(tmp_path / "numbers.jsonl", rows))
+    assert "Labels are numbers" in plain(out) and "train       0   1.25      2.5   3.75      5    2.5" in plain(out)
+    rows = [{**row, "label": [["a"], ["a", "b"], ["b", "c", "a"]][number % 3]} for number, row in enumerate(clean_rows(60))]
+    _, out, _ = run(monkeypatch, capsys, "--train_file", write_rows(tmp_path / "sets.jsonl", rows))
+    assert "Labels a row: train 2.00, at most 3." in plain(out)
+
+
 def test_lengths_and_labels_have_their_tables(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bertdist.checkpoint import Checkpoints, Progress, damage_of, load_tensors, model_tensors, optimizer_tensors, write_folder
+from bertdist.checkpoint import (
+    Checkpoints,
+    Progress,
+    _place_of_rank,
+    damage_of,
+    load_tensors,
+    model_tensors,
+    optimizer_tensors,
+    write_folder,
+)
 from bertdist.config import OptimConfig
 from bertdist.errors import CheckpointError
 from bertdist.optim import build_optimizer
@@ -149,6 +158,47 @@ def test_counting_a_step_leaves_room_for_its_loss() -> None:
     progress.count(2, 3, {"window": {"epoch": 1}})
     assert asdict(progress) == {**asdict(Progress()), "step": 2, "rows": 11, "window": [[0.0, 8.0], [0.0, 3.0]], "place": progress.place}
     assert (progress.epochs(4), progress.epochs(0), Progress().epochs(0)) == (0.5, 1.0, 0.0)
+
+
+def test_the_place_of_a_stream_comes_back(tmp_path: Path) -> None:
+    place = {"window": {"epoch": 1, "window": 3, "rows": 48, "cursors": [{"pass": 1, "file": 2, "place": {"at": 7}, "skip": 4}]}, "step": 2}
+    run = Run(tmp_path)
+    run.save(1, place=place)
+    found = run.restore()
+    assert found is not None and found.place == place and found.epochs(0) == 1.0 and found.epochs(4) == 0.25
+    assert Progress(place={"over": {"epoch": 2}}).epochs(0) == 2.0 and Progress().epochs(0) == 0.0
+    state = json.loads((tmp_path / "step_000001" / "state.json").read_text())
+    assert _place_of_rank(tmp_path, {**state, "ranks": 4}, 3, 4) == place, "one place is that of all ranks"
+    assert _place_of_rank(tmp_path, {**state, "ranks": 4}, 0, 2) == place
+    del state["places"]
+    assert _place_of_rank(tmp_path, state, 0, 1) is None, "of a version that knew no streams"
+
+
+def test_ranks_that_read_own_files_go_on_in_their_own_places() -> None:
+    places = [{"window": {"epoch": 0}, "step": rank} for rank in range(3)]
+    state = {"identity": {"stream_split": "files"}, "ranks": 3, "places": places}
+    assert [_place_of_rank(Path("step"), state, rank, 3) for rank in range(3)] == places
+    with pytest.raises(CheckpointError, match="each in the middle of its own files, and now there are 2"):
+        _place_of_rank(Path("step"), state, 0, 2)
+    some_over = {**state, "places": [{"over": {"epoch": 1}}, *places[1:]]}
+    with pytest.raises(CheckpointError, match="was written by 3 processes"):
+        _place_of_rank(Path("step"), some_over, 0, 2)
+    all_over = {**state, "places": [{"over": {"epoch": 1}}]}
+    assert [_place_of_rank(Path("step"), all_over, rank, 5) for rank in range(5)] == [{"over": {"epoch": 1}}] * 5
+
+
+def test_own_files_on_other_ranks_are_said_or_refused(tmp_path: Path) -> None:
+    run, files = Run(tmp_path), {"stream_split": "files"}
+    for place in ({"over": {"epoch": 1}}, {"window": {"epoch": 0}, "step": 1}):
+        run.checkpoints.save(run.model, run.optimizer, Progress(step=1, place=place), files)
+        written = json.loads((tmp_path / "step_000001" / "state.json").read_text())
+        changed = changed_ranks(tmp_path / "step_000001", written)
+        write_folder(tmp_path / "step_000001", lambda folder, of=changed: [(folder / name).write_bytes(data) for name, data in of.items()])
+        if "over" in place:
+            assert run.restore(identity=files) == Progress(step=1, place=place)
+            assert "each epoch has the same rows, in other steps" in run.said[-1]
+    with pytest.raises(CheckpointError, match="was written by 3 processes"):
+        run.restore(identity=files)
 
 
 def test_the_scale_of_half_precision_comes_back(tmp_path: Path) -> None:

@@ -211,10 +211,23 @@ def test_all_unknown_flags_are_told_at_once() -> None:
             ["--early_stopping_patience", "2", "--eval_every", "never"],
             "--early_stopping_patience needs evaluations, and --eval_every is 'never'.",
         ),
+        (["--max_bad_rows", "5"], "--max_bad_rows goes with --on_bad_row skip."),
+        (["--max_bad_rows", "-1", "--on_bad_row", "skip"], "--max_bad_rows is -1; expected at least 0."),
         (["--dataset_name", "d"], "--train_file and --dataset_name both name training rows; give one."),
         (
             ["--label_columns", "a", "b", "--label_delimiter", ","],
             "--label_columns stands instead of --label_column and --label_delimiter.",
+        ),
+        (["--stream_window", "8"], "--stream_window goes with --streaming."),
+        (["--stream_split", "files"], "--stream_split goes with --streaming."),
+        (["--stream_window", "0", "--streaming"], "--stream_window is 0; expected at least 1."),
+        (["--train_weights", "1", "2"], "--train_weights has 2 numbers for 1 --train_file; one each."),
+        (["--train_weights", "0"], "--train_weights is 0.0; expected numbers above 0."),
+        (["--stream_split", "files", "--streaming", "--train_weights", "1"], "--train_weights goes with --stream_split rows"),
+        (["--max_train_samples", "5", "--streaming", "--train_weights", "1"], "--max_train_samples takes the first rows of all, and"),
+        (
+            ["--max_train_samples", "5", "--streaming", "--stream_split", "files"],
+            "--max_train_samples takes the first rows of all, and with --stream_split files each rank has other files: leave one out.",
         ),
     ],
 )
@@ -236,6 +249,7 @@ def test_a_value_that_cannot_be_is_one_line_that_shows_it(words: list[str], show
         (["--warmup_steps", "0", "--lr_scheduler_type", "constant"], "warmup_steps", 0),
         (["--eval_every", " never "], "eval_every", " never "),
         (["--eval_every", "10 %"], "eval_every", "10 %"),
+        (["--max_bad_rows", "0", "--on_bad_row", "skip"], "max_bad_rows", 0),
     ],
 )
 def test_the_ends_of_a_range_are_in_it(words: list[str], name: str, value: Any) -> None:
@@ -321,6 +335,7 @@ def test_flags_win_over_the_file(position: str, file: Callable[[str], list[str]]
         ("seed: 1\n--seed: 2", ["{} line 2: 'seed' stands here a second time."]),
         ("max-length: 5\nmax_length: 6", ["{} line 2: 'max_length' stands here a second time."]),
         ("metrics: {a: b}", ["{} line 1: 'metrics' must be one value or a list of values."]),
+        ("train_weights: [1, two]", ["--config {}: --train_weights is '1 two'; expected numbers."]),
         ("metrics: [a, [b]]", ["{} line 1: 'metrics' must be one value or a list of values."]),
         (
             "save_steps: 100\nseed: 1\nseed: 2\nsede: 3",
@@ -366,7 +381,8 @@ def test_a_list_of_the_file_may_hold_words_that_look_like_flags(items: list[str]
 FULL = [  # every setting has a value here in one of them
     "--text_column=-t --text_pair_column=p --label_column=l --label_delimiter=; --column_names _ -t p l --delimiter=tab --quoting=none",
     "--label_columns a b --max_train_samples 5 --max_eval_samples 6 --validation_file=v.tsv --encoding=latin-1 --dropout=0.1",
-    "--on_bad_row skip --max_bad_rows 7",
+    "--on_bad_row skip --max_bad_rows 7 --streaming --stream_window 64 --stream_split files",
+    "--train_weights 0.5",
     "--problem_type=regression --label_names 1 01 no --class_weights 1 2 --metrics mse --metric_for_best_model=loss --use_cpu",
     "--label_smoothing_factor 0.1 --train_batch_size 8 --tokens_per_micro_batch 64 --dataloader_num_workers 0 --gradient_checkpointing",
     "--learning_rate 1e-5 --weight_decay 1e-8 --adam_beta1 0.8 --adam_beta2 0.95 --adam_epsilon 1e-6 --max_grad_norm 0 --warmup_steps 3",

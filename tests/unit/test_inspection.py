@@ -81,13 +81,12 @@ def test_smsspamcollection_and_its_spreadsheet(shared_data: Path) -> None:
     assert len(found.splits["train"]) == 5_572 and the(found, "overflow_columns").count == 50
     assert the(found, "duplicates").count == 403
     with pytest.raises(DataError, match=r"^spam.csv line \d+: byte 0x.. is not utf-8; pass --encoding cp1252"):
-        real(shared_data / "sms_spam", "spam.csv", text_column="v2", label_column="v1")
+        real(shared_data / "sms_spam", "spam.csv", text_column="v2", label_column="v1", encoding="utf-8")
 
 
-def test_reading_smsspamcollection_with_quotes_is_seen(shared_data: Path) -> None:
-    settings: dict[str, Any] = {"column_names": ["label", "text"], "delimiter": "tab"}
-    plain = real(shared_data / "sms_spam", "SMSSpamCollection", **settings)
-    assert "odd_quotes" in [finding.kind for finding in plain.findings]
+def test_quotes_of_smsspamcollection_that_other_readers_would_trip_over_are_told(shared_data: Path) -> None:
+    found = real(shared_data / "sms_spam", "SMSSpamCollection", column_names=["label", "text"], delimiter="tab")
+    assert the(found, "odd_quotes").severity == "note" and "so nothing is lost" in the(found, "odd_quotes").meaning
 
 
 def test_semeval(shared_data: Path) -> None:
@@ -99,6 +98,7 @@ def test_semeval(shared_data: Path) -> None:
 
 
 def test_newsgroups_have_messages_of_more_than_50_000_tokens(shared_data: Path, tmp_path: Path, tiny_model: Path) -> None:
+    # With BERT's own vocabulary the longest has 52,947; this tokenizer's pieces are mostly letters.
     rows = []
     with tarfile.open(shared_data / "newsgroups20" / "20news-bydate.tar.xz") as archive:
         for member in archive:

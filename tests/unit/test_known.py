@@ -19,7 +19,8 @@ from bertdist.batch import Step
 from bertdist.command_line import read_config
 from bertdist.config import TrainConfig
 from bertdist.errors import BertdistError, CheckpointError, DataError
-from bertdist.known import Labels, agreement, files_of_ranks, known_of
+from bertdist.known import Known, Labels, agreement, files_of_ranks, known_of
+from bertdist.pieces import BadRow
 from bertdist.records import Columns, records_of
 from bertdist.stream import Stream
 
@@ -35,7 +36,8 @@ def config_of(out: Path, *words: str) -> TrainConfig:
 
 def stream_of(files: Sequence[MemoryRows], **changes: Any) -> Stream:
     asked = Columns("text", None, "label", None)
-    return Stream(**{"name": "t.tsv", "parts": [files], "asked": asked, "label_delimiter": None, "window_rows": 4, "seed": 0, **changes})
+    settings = {"on_bad_row": "skip", "max_bad_rows": 99, **changes}
+    return Stream(**{"name": "t.tsv", "parts": [files], "asked": asked, "label_delimiter": None, "window_rows": 4, "seed": 0, **settings})
 
 
 def file_of(labels: Sequence[Any], name: str = "file", **changes: Any) -> MemoryRows:
@@ -51,7 +53,7 @@ def test_rows_in_memory_know_it_all(tmp_path: Path) -> None:
         records_of(["a", "b", "c"]), label_kind="text", label_values=["no", "yes"], label_codes=codes, label_column="l"
     )
     found = known_of(rows, config_of(tmp_path), ALONE, pytest.fail)
-    assert found == (Labels("text", ["no", "yes"], [2, 1], None, "l"), [3])
+    assert found == Known(Labels("text", ["no", "yes"], [2, 1], None, "l"), [3])
 
 
 def test_a_stream_is_read_once_and_it_is_said_what_for(tmp_path: Path) -> None:
@@ -130,6 +132,8 @@ def test_files_are_dealt_evenly_and_each_once(sizes: list[int | None], ranks: in
     usual = sum(told) // max(1, len(told))
     loads = [sum(usual if sizes[file] is None else sizes[file] or 0 for file in files) for files in dealt]
     assert max(loads) - min(loads) <= max([usual, *told], default=0)
+    if not any(loads):  # nothing is known of their sizes
+        assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 
 def test_files_dealt_by_hand() -> None:
@@ -168,14 +172,21 @@ def agree_on(accelerator: Accelerator, told: Sequence[Sequence[Any]]) -> list[An
 
 
 def test_ranks_agree_on_the_rows_of_a_step() -> None:
-    assert run_ranks(1, agree_on, [[3], [None]]) == [[3, 0]]
-    assert run_ranks(2, agree_on, [[3, 4], [3, None], [None, None]]) == [[7, 3, 0]] * 2
+    assert run_ranks(1, agree_on, [[3], [None]]) == [[(3, ()), (0, ())]]
+    assert run_ranks(2, agree_on, [[3, 4], [3, None], [None, None]]) == [[(7, ()), (3, ()), (0, ())]] * 2
+
+
+def test_ranks_know_what_any_of_them_left_out() -> None:
+    first, second = BadRow("a", 1, "no row", ""), BadRow("b", 2, "no row", "")
+    steps = [Step(number=0, share=[], rows=2, bad=bad) for bad in ((first,), (second, first), ())]
+    told = [[steps[0], steps[1]], [steps[2], steps[0]], [None, steps[1]], [steps[2], steps[2]]]
+    assert run_ranks(2, agree_on, told) == [[(4, (first, second, first)), (4, (first,)), (2, (second, first)), (4, ())]] * 2
 
 
 def test_an_error_on_one_rank_is_raised_on_all_and_the_next_call_is_in_step() -> None:
     lost = DataError("file row 3: lost.")
     told = ("DataError", "rank 1: file row 3: lost.", True)
-    assert run_ranks(2, agree_on, [[3, 4], [3, lost], [1, 1]]) == [[7, told, 2]] * 2
+    assert run_ranks(2, agree_on, [[3, 4], [3, lost], [1, 1]]) == [[(7, ()), told, (2, ())]] * 2
     both = run_ranks(2, agree_on, [[CheckpointError("a"), DataError("b")]])
     assert both == [[("CheckpointError", "rank 0: a\nrank 1: b", True)]] * 2
 
@@ -183,7 +194,7 @@ def test_an_error_on_one_rank_is_raised_on_all_and_the_next_call_is_in_step() ->
 def test_an_error_that_is_not_agreed_on_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known_module, "summed", lambda accelerator, values, group: values)
     found = run_ranks(2, lambda accelerator: accelerator.process_index == 0 or agree_on(accelerator, [[3, 4]]))
-    assert found == [True, [4]], "the control: without an exchange each has its own rows"
+    assert found == [True, [(4, ())]], "the control: without an exchange each has its own rows"
 
 
 def test_agreeing_begins_with_the_first_step() -> None:
@@ -196,7 +207,7 @@ def test_agreeing_begins_with_the_first_step() -> None:
     with monkey.context() as patch:
         patch.setattr(known_module, "host_group", lambda accelerator: accelerator.wait_for_everyone())
         assert run_ranks(2, only_one) == [True, True]
-        assert run_ranks(2, agree_on, [[3, 4]]) == [[7]] * 2
+        assert run_ranks(2, agree_on, [[3, 4]]) == [[(7, ())]] * 2
         patch.setattr(known_module, "cache", lambda group: (group(), group)[1])  # the control: at once
         with pytest.raises(RankError):
             run_ranks(2, only_one, timeout=5)

@@ -289,8 +289,9 @@ def test_where_is_the_line_on_which_a_row_starts(write: Write, tmp_path: Path) -
     assert [objects.where(row) for row in range(2)] == ["a.jsonl line 2", "a.jsonl line 4"]
     pq.write_table(pa.table({"text": ["a", "b"], "label": [1, 2]}), tmp_path / "a.parquet")
     assert train(str(tmp_path / "a.parquet")).where(1) == "a.parquet row 1"
-    (tmp_path / "a.csv").unlink()
-    assert quoted.where(1) == "a.csv row 1"  # a message is not lost because the file is
+    again = train(write("b.csv", "text,label\na,1\nb,2\n"))
+    (tmp_path / "b.csv").unlink()
+    assert again.where(1) == "b.csv row 1"  # a message is not lost because the file is
 
 
 # --- Real data

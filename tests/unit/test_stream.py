@@ -34,7 +34,8 @@ def files_of(found: Sequence[tuple[int, tuple[int, ...]]]) -> list[MemoryRows]:
 
 
 def stream_of(parts: Sequence[Sequence[Any]], **changes: Any) -> Stream:
-    return Stream(**{"name": "rows", "parts": parts, "asked": COLUMNS, "label_delimiter": None, "window_rows": 4, "seed": 3, **changes})
+    settings = {"window_rows": 4, "seed": 3, "on_bad_row": "skip", "max_bad_rows": 99, **changes}
+    return Stream(name="rows", parts=parts, asked=COLUMNS, label_delimiter=None, **settings)
 
 
 def texts(window: Window) -> list[str]:
@@ -229,7 +230,7 @@ def test_sources_without_rows() -> None:
     empty = MemoryRows("empty", [])
     assert list(stream_of([[empty, empty]]).windows()) == list(stream_of([[]]).windows()) == []
     with pytest.raises(DataError, match=r"^rows has no rows\.$"):
-        stream_of([[empty]]).head()
+        stream_of([[]]).head()
     with pytest.raises(DataError, match=r"^empty has no rows\.$"):  # and not for ever
         list(stream_of([[empty, empty], files_of([(9, (4,))])], weights=(1.0, 1.0)).windows())
 
@@ -264,6 +265,17 @@ def test_the_head_is_some_of_the_first_rows() -> None:
     head = stream_of([files_of([(0, (1,)), (9, (0, 4)), (5, (2,))])], seed=8).head()
     assert head.texts.to_pylist() == ["b 0", "b 1", "b 2", "b 3"] and head.where(3) == "b row 3"
     assert len(stream_of([files_of([(2 * HEAD_ROWS, (2 * HEAD_ROWS,))])]).head()) == HEAD_ROWS
+
+
+def test_a_head_without_rows_tells_what_was_left_out() -> None:
+    files = [MemoryRows(f"file {at}", []) for at in range(5)]
+    told = r"^rows has no rows but 5 that cannot be read, the first of them file 0 line -1: end$"
+    with pytest.raises(DataError, match=told):
+        stream_of([files]).head()
+    with pytest.raises(DataError, match=r"^More than 3 rows cannot be read"):  # and does not read to the end for it
+        stream_of([files], max_bad_rows=3).head()
+    with pytest.raises(DataError, match=r"^file 0 line -1: end\.$"):
+        stream_of([files], on_bad_row="fail").head()
 
 
 def test_the_fingerprint_tells_what_is_read() -> None:

@@ -3,7 +3,7 @@
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -22,10 +22,10 @@ from bertdist.begin import training_batches
 from bertdist.config import DataConfig
 from bertdist.errors import BertdistError, ConfigError, DataError
 from bertdist.known import Known, Labels
-from bertdist.pieces import Place
+from bertdist.pieces import BadRow, Place
 from bertdist.records import Columns
 from bertdist.stream import Stream
-from bertdist.stream_batches import StreamBatches
+from bertdist.stream_batches import Agree, StreamBatches
 from bertdist.tasks import SingleLabel
 
 pytestmark = [
@@ -69,7 +69,9 @@ def batches_of(
         data=replace(DataConfig(), stream_split=split),
     )
     accelerator: Any = SimpleNamespace(process_index=rank, num_processes=ranks, device=SimpleNamespace(type="cpu"))
-    read = Stream(name="rows", parts=[files], asked=Columns("text", None, "label", None), label_delimiter=None, window_rows=window, seed=5)
+    asked = Columns("text", None, "label", None)
+    told: dict[str, Any] = {"label_delimiter": None, "on_bad_row": "skip", "max_bad_rows": 99}
+    read = Stream(name="rows", parts=[files], asked=asked, window_rows=window, seed=5, **told)
     known = Known(Labels("text", ["no", "yes"], [1, 1], None, "label"), [len(file.rows) for file in files])
     found = training_batches(read, known, Words(), SingleLabel(("no", "yes")), config, accelerator)  # type: ignore[arg-type]
     assert isinstance(found, StreamBatches)
@@ -155,8 +157,8 @@ class Agreement:
         self.told: list[Step | BertdistError | None] = [None] * ranks
         self.barrier = threading.Barrier(ranks, timeout=20)
 
-    def of(self, rank: int) -> Callable[[Step | BertdistError | None], int]:
-        def agree(step: Step | BertdistError | None) -> int:
+    def of(self, rank: int) -> Agree:
+        def agree(step: Step | BertdistError | None) -> tuple[int, tuple[BadRow, ...]]:
             self.told[rank] = step
             self.barrier.wait()
             told = list(self.told)
@@ -164,7 +166,8 @@ class Agreement:
             for found in told:
                 if isinstance(found, BertdistError):
                     raise found
-            return sum(found.rows for found in told if isinstance(found, Step))
+            steps = [found for found in told if isinstance(found, Step)]
+            return sum(found.rows for found in steps), tuple(row for found in steps for row in found.bad)
 
         return agree
 
@@ -219,7 +222,7 @@ def assert_within(steps: Sequence[Step], tokens: int) -> None:
     assert all(sum(batch.lengths) <= tokens or len(batch.lengths) == 1 for step in steps for batch in step.share)
 
 
-SIZES = st.lists(st.integers(0, 50), min_size=1, max_size=4)  # rows of the files: 200 at most
+SIZES = st.lists(st.integers(0, 28), min_size=1, max_size=7)  # rows of the files: 196 at most
 PIECES = st.lists(st.integers(0, 9), min_size=1, max_size=3).filter(any).map(tuple)
 GIVEN: dict[str, Any] = {
     "sizes": SIZES,
@@ -244,7 +247,7 @@ def test_every_row_once_in_steps_that_know_neither_ranks_nor_workers(
 ) -> None:
     files, rows = files_of(sizes, pieces), sum(sizes)
     if not rows:
-        with pytest.raises(DataError, match=r"^rows has no rows"):
+        with pytest.raises(DataError, match=r"^rows has no rows but"):
             batches_of(files)
         return
     alone = batches_of(files, size=size, window=window)
@@ -278,6 +281,12 @@ def test_going_on_from_every_step_and_to_every_step() -> None:
         assert list(map(content, again)) == list(map(content, steps[start:]))
         assert list(map(content, read.steps(0, start))) == list(map(content, steps[:start]))
     assert list(read.steps(4, 4, steps[3].after)) == []
+
+
+def test_each_window_of_each_epoch_has_its_own_order() -> None:
+    first_halves = steps_of([list(batches_of(files_of([32]), size=4, window=8).steps(0, 16))])[::2]
+    assert [{row // 8 for row in half} for half in first_halves] == [{window} for window in (0, 1, 2, 3)] * 2
+    assert len({tuple(row % 8 for row in half) for half in first_halves}) > 4
 
 
 def test_going_on_with_other_ranks_takes_the_same_rows() -> None:
@@ -383,7 +392,7 @@ def test_a_stream_without_rows_is_not_read_for_ever() -> None:
     with pytest.raises(DataError, match=r"^rows has no rows\.$"):
         list(empty.steps(0, 3))
     with pytest.raises(DataError, match=r"^rows has no rows\.$"):
-        list(replace(empty, agree=lambda step: 0).steps(0, 3))
+        list(replace(empty, agree=lambda step: (0, ())).steps(0, 3))
 
 
 # ---- --stream_split files
@@ -394,6 +403,7 @@ def test_a_stream_without_rows_is_not_read_for_ever() -> None:
 def test_ranks_with_files_of_their_own_take_every_row_once_and_the_same_number_of_steps(
     sizes: Any, pieces: Any, ranks: int, workers: int, together: int, tokens: int, size: int, window: int, data: st.DataObject
 ) -> None:
+    ranks = min(ranks, len(sizes))
     files, rows, size = files_of(sizes, pieces), sum(sizes), size + ranks
     if not rows:
         return
@@ -411,6 +421,8 @@ def test_ranks_with_files_of_their_own_take_every_row_once_and_the_same_number_o
         again, _ = on_ranks([replace(batches, workers=0) for batches in of_ranks], start, EPOCHS * per_epoch, places)
     assert_every_row_once(steps_of(by_rank), per_epoch, rows)
     assert [list(map(content, steps)) for steps in again] == [list(map(content, steps[start:])) for steps in by_rank]
+    bad = [[row for step in steps[:per_epoch] for row in step.bad] for steps in by_rank]
+    assert all(sorted(of_rank) == sorted(set(bad[0])) for of_rank in bad), "each rank knows what all have left out, once"
     numbers = [row for steps in by_rank for step in steps[:per_epoch] for batch in step.share for row in batch.rows.tolist() if row >= 0]
     assert len(numbers) == len(set(numbers)) == rows, "a row's number is its own among the rows of all ranks"
     for steps in by_rank:
@@ -433,17 +445,18 @@ def test_own_files_go_on_from_every_step_and_between_epochs_on_any_ranks() -> No
     assert errors == ["", ""] and sorted(row for step in steps_of(rest) for row in step) == list(range(40))
 
 
-def test_ranks_without_files_wait() -> None:
-    of_ranks = [batches_of(files_of([9]), rank, 3, size=6, split="files") for rank in range(3)]
+def test_ranks_whose_files_are_empty_wait() -> None:
+    of_ranks = [batches_of(files_of([9, 0, 0]), rank, 3, size=6, split="files") for rank in range(3)]
     by_rank, errors = on_ranks(of_ranks, 0, 10)
     assert errors == [""] * 3 and [[step.idle for step in steps] for steps in by_rank] == [[False] * 10, [True] * 10, [True] * 10]
     assert_every_row_once(steps_of(by_rank), 5, 9)
+    assert [steps[4].after for steps in by_rank] == [by_rank[0][4].after] * 3, "they end the epoch in the same place"
 
 
 def test_ranks_that_do_not_wait_for_each_other_are_seen() -> None:
     of_ranks = [batches_of(files_of([9, 3]), rank, 2, size=4, split="files") for rank in range(2)]
     assert_every_row_once(steps_of(on_ranks(of_ranks, 0, 10)[0]), 5, 12)
-    lonely = [replace(batches, agree=lambda step: step.rows if isinstance(step, Step) else 0) for batches in of_ranks]
+    lonely = [replace(batches, agree=Agreement(1).of(0)) for batches in of_ranks]
     with pytest.raises(AssertionError):
         assert_every_row_once(steps_of([list(batches.steps(0, 10)) for batches in lonely]), 5, 12)
 
@@ -458,12 +471,14 @@ def test_a_rank_that_fails_ends_all_in_the_same_step(workers: int) -> None:
 
 
 def test_real_workers_read_own_files() -> None:
-    alone = batches_of(files_of([9, 5]), size=4, split="files", agree=lambda step: step.rows if isinstance(step, Step) else 0)
+    alone = batches_of(files_of([9, 5]), size=4, split="files", agree=Agreement(1).of(0))
     expected = list(map(content, alone.steps(0, 8)))
     assert list(map(content, replace(alone, workers=2).steps(0, 8))) == expected
     assert_every_row_once(steps_of([list(alone.steps(0, 8))]), 4, 14)
 
 
-def test_a_step_has_a_row_for_each_rank_that_reads_own_files() -> None:
+def test_each_rank_that_reads_own_files_has_one_and_a_row_of_each_step() -> None:
     with pytest.raises(ConfigError, match=r"^--train_batch_size is 2, and there are 3 processes, .* expected at least one row each"):
-        batches_of(files_of([9]), 2, 3, size=2, split="files")
+        batches_of(files_of([9, 9, 9]), 2, 3, size=2, split="files")
+    with pytest.raises(ConfigError, match=r"^rows: 2 source\(s\) for 3 processes, .* --stream_split rows takes any number\.$"):
+        batches_of(files_of([9, 9]), 2, 3, split="files")

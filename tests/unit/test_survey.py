@@ -33,7 +33,8 @@ def file_of(labels: Sequence[Any], sizes: tuple[int, ...] = (2, 0, 3), name: str
 
 def stream_of(files: Sequence[MemoryRows], **changes: Any) -> Stream:
     asked = Columns("text", None, "label", None)
-    return Stream(**{"name": "rows", "parts": [files], "asked": asked, "label_delimiter": None, "window_rows": 4, "seed": 0, **changes})
+    settings = {"on_bad_row": "skip", "max_bad_rows": 99, **changes}
+    return Stream(**{"name": "rows", "parts": [files], "asked": asked, "label_delimiter": None, "window_rows": 4, "seed": 0, **settings})
 
 
 def plain(found: Survey) -> Any:
@@ -93,13 +94,23 @@ def test_a_limit_counts_what_is_learned_from(tmp_path: Path) -> None:
     assert (found.rows, found.labels) == ({0: 7}, {"no": 5, "yes": 2})
 
 
+def test_rows_that_are_left_out_end_it_as_they_end_a_run(tmp_path: Path) -> None:
+    files = [file_of(["no", "yes"] * 4, (2,))]  # in four pieces and at the end one row was left out
+    with pytest.raises(DataError, match=r"^file line 0: no row\.$"):
+        survey(stream_of(files, on_bad_row="fail"), ALONE, tmp_path / "survey.json")
+    for limit in (None, 99):
+        with pytest.raises(DataError, match=r"^More than 4 rows cannot be read \(--max_bad_rows\)"):
+            survey(stream_of(files, max_bad_rows=4, limit=limit), ALONE, tmp_path / "survey.json")
+        assert len(survey(stream_of(files, max_bad_rows=5, limit=limit), ALONE, tmp_path / "survey.json").bad) == 5
+
+
 def test_counting_does_not_copy_what_is_counted() -> None:
     """A piece of a stream of a million different labels costs what is in the piece."""
     found = Survey()
     read = stream_of([file_of(range(20), (5,))])
     held = []
-    for _, records in read.records(read.sources[0]):
-        if records is not None:
+    for _, records, _ in read.records(read.sources[0]):
+        if len(records):
             found.add(0, records)
             held.append(found.labels)
     assert all(one is held[0] for one in held) and found.labels == dict.fromkeys(range(20), 1)
