@@ -77,7 +77,7 @@ class Stage:
     def words(self, kind: Kind, out: Path) -> list[str]:
         settings = {**CADENCES, "model_name_or_path": self.folder / "model", "train_file": self.folder / "train.tsv", "output_dir": out}
         settings |= {"validation_file": self.folder / "dev.tsv", "learning_rate": "1e-3", "dataloader_num_workers": "0", "use_cpu": "true"}
-        settings |= {"tokens_per_micro_batch": "8192" if kind.micro_batches == "one" else TOKENS[kind.ranks], "rank_timeout": "60"}
+        settings |= {"tokens_per_micro_batch": "8192" if kind.micro_batches == "one" else TOKENS[kind.ranks], "rank_timeout": "20"}
         if kind.source == "stream":
             settings |= {"streaming": "true", "stream_window": "16"}
         return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
@@ -106,7 +106,7 @@ class Stage:
             for old in out.glob("said_*.txt"):
                 old.unlink()
             codes, killed = attempt_killed(self.words(kind, out), kind.ranks, out, victims, chance.random() * seconds)
-            if killed is None:
+            if killed is None or json_state(out) == "finished":
                 break  # it had ended before
             kills += 1
             if len(victims) < kind.ranks:
@@ -227,6 +227,12 @@ def remains(out: Path, ranks: int) -> dict[str, Any]:
                 taken[int(told[0])].add(tuple(told[1:]))
         found[f"steps of rank {rank}"] = dict(sorted(taken.items()))
     return found
+
+
+def json_state(out: Path) -> str:
+    """How far a run says it has come."""
+    path = out / "status.json"
+    return str(json.loads(path.read_text())["state"]) if path.exists() else ""
 
 
 def difference(found: dict[str, Any] | None, expected: dict[str, Any]) -> str:

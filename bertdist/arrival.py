@@ -6,6 +6,9 @@ be kept until the group stands; or a ConfigError. torch itself says only how man
 
 import os
 import socket
+import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -25,26 +28,58 @@ def meet(limit: timedelta) -> TCPStore | None:
         return None
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent keeps the store, not rank 0
     seconds = limit.total_seconds()
-    try:
-        store = TCPStore(host, port, None, rank == 0 and not agents, limit, wait_for_workers=False, multi_tenant=True)
-        signed = [f"bertdist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{other}" for other in range(ranks)]
-        store.set(signed[rank], socket.gethostname())
-    except (dist.DistError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
-            raise ConfigError(
-                f"Port {port} of {host} is in use, by another run perhaps. Give another one: --main_process_port to `accelerate launch`, "
-                "--master_port to torchrun, or MASTER_PORT."
-            ) from None
-        who = f"rank 0 has not arrived at {host}:{port}" if rank else f"it cannot open {host}:{port}"
-        mine = ConfigError(f"rank {rank} of {ranks} (on {socket.gethostname()}): {who} within {seconds:g} s (--rank_timeout): {reason}")
-        mine.shared = False
-        raise mine from None
+    signed = [f"bertdist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{other}" for other in range(ranks)]
+    keeps = rank == 0 and not agents
+    if not keeps and not _is_open(host, port, seconds):
+        who = "torchrun's agent is not" if agents else "rank 0 has not arrived"
+        found = ConfigError(
+            f"rank {rank} of {ranks} (on {socket.gethostname()}): {who} at {host}:{port} within {seconds:g} s (--rank_timeout). "
+            "Its own message, or the launcher's, says more."
+        )
+        found.shared, found.told = False, rank > 1
+        raise found
+    store = _in_time(lambda: TCPStore(host, port, None, keeps, limit, wait_for_workers=False, multi_tenant=True), host, port, seconds)
+    store.set(signed[rank], socket.gethostname())
     try:
         store.wait(signed, limit)
     except (dist.DistError, RuntimeError):
         raise _absent(store, signed, f"{host}:{port} within {seconds:g} s (--rank_timeout)", rank) from None
     return store
+
+
+def _is_open(host: str, port: int, seconds: float) -> bool:
+    """Whether somebody listens there within so many seconds. torch asks too, for twice as long and with a page of C++ frames."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
+            return True
+        except OSError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+
+
+def _in_time(open_store: Callable[[], TCPStore], host: str, port: int, seconds: float) -> TCPStore:
+    """The store, or a ConfigError: torch waits for ever for the answer of a program that takes the connection and says nothing."""
+    found: list[TCPStore | Exception] = []
+
+    def try_it() -> None:
+        try:
+            found.append(open_store())
+        except (dist.DistError, RuntimeError) as error:
+            found.append(error)
+
+    thread = threading.Thread(target=try_it, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    store = found[0] if found else TimeoutError("what listens there does not answer")
+    if not isinstance(store, Exception):
+        return store
+    raise ConfigError(
+        f"Ranks cannot meet at {host}:{port}: {str(store).splitlines()[0]}. The port may be in use, by another run perhaps: give "
+        "another one (--main_process_port to `accelerate launch`, --master_port to torchrun, or MASTER_PORT)."
+    ) from None
 
 
 def _absent(store: TCPStore, signed: list[str], where: str, rank: int) -> ConfigError:

@@ -113,7 +113,8 @@ class Beats:
             how = f"has ended: {beat.last_words}" if beat.last_words else "is gone without a word (killed? out of memory?)"
             if not beat.last_words and beat.host != self.me.host:
                 how = f"has not been heard of for {self.silent(beat):.0f} s"
-            said.append(f"{beat.name} {how}. It was last heard of in {beat.doing}, step {beat.step}; the others are at {self.me.step}.")
+            last = f"It was last heard of in {beat.doing}, step {beat.step}; the others are at step {self.me.step}."
+            said.append(f"{beat.name} {how}. {last}")
         return " ".join([*said, self.cure()])
 
     def cure(self) -> str:

@@ -33,7 +33,7 @@ from bertdist.ranks import together
 from bertdist.records import Records, records_of
 from bertdist.slurm import StopRequest, check_world
 from bertdist.sources import open_texts
-from bertdist.watchdog import connection_lost, worker_died
+from bertdist.watchdog import connection_lost, end_soon, worker_died
 
 ROWS_AT_ONCE = 2048  # texts sorted by length together: long enough for texts of one length to meet, short enough for one device
 
@@ -165,6 +165,7 @@ def main() -> None:
             raise
         if os.environ.get("RANK", "0") == "0" or not found.shared:
             complain(found)
+        end_soon(found)
         sys.exit(1)
 
 

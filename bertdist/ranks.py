@@ -4,7 +4,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -55,11 +55,11 @@ def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
     """Ranks that talk from host memory, so that no GPU is waited for; None: they do already. The first call is a collective."""
     if accelerator.num_processes == 1 or accelerator.device.type == "cpu":
         return None
-    return _gloo_group()
+    return _gloo_group(dist.group.WORLD)
 
 
-@cache
-def _gloo_group() -> dist.ProcessGroup:
+@lru_cache(maxsize=1)  # a process that trains again has another world
+def _gloo_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=LONG)
     return group
 

@@ -34,6 +34,7 @@ from bertdist.ranks import LONG
 
 BEAT_SECONDS = 5.0  # between two beats, or a tenth of --rank_timeout
 MOVES = 0.02  # a thread that computes for so much of the time is not waiting
+SECONDS_TO_TELL = 15.0  # for rank 0 to come as far as the others and print; then torchrun ends them anyway
 STDERR = 2  # by its number: faulthandler needs it
 WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)(?: is killed by signal: ([^.]*))?")
 
@@ -222,9 +223,15 @@ def connection_lost(error: BaseException) -> RankLost | None:
 
 
 def end_soon(error: BaseException) -> None:
-    """For a command line that leaves by this error: gloo's threads may keep a process that has lost another from ending, for ever."""
+    """For a command line that leaves by this error: neither before it is told, nor never.
+
+    torchrun ends rank 0 as soon as it sees another rank leave, and what all have to say is rank 0's to print. gloo's threads may keep a
+    process that has lost another from ending.
+    """
     if isinstance(error, RankLost):
         faulthandler.dump_traceback_later(30, exit=True, file=STDERR)
+    if getattr(error, "shared", False) and os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(SECONDS_TO_TELL)
 
 
 def doing_of(frame: FrameType | None) -> str:

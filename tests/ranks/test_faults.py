@@ -230,7 +230,7 @@ def test_a_killed_rank_is_named_once_and_nothing_is_lost(runs: Runs, tmp_path: P
     assert {rank: code for rank, (code, _) in found.items()} == {rank: 1 for rank in range(n) if rank != victim}
     (line,) = (line for _, lines in found.values() for line in lines)
     assert re.match(rf"bertdist: rank {victim} \(process \d+ on .*\) is gone without a word", line), line
-    assert line.endswith("the others are at 7. The same command goes on from step 6."), line
+    assert line.endswith("the others are at step 7. The same command goes on from step 6."), line
     assert json_of(out / "status.json")["state"] == "failed" and f"rank {victim} " in json_of(out / "status.json")["reason"]
     run_ranks(n, run_train, words)
     assert_same_run(out, runs.undisturbed(n))

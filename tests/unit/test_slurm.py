@@ -302,3 +302,20 @@ def test_a_look_that_fails_ends_no_run(monkeypatch: pytest.MonkeyPatch, error: E
 def test_a_process_without_a_parent_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: None))
     check_world(1, {})
+
+
+# --- the launcher
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_launcher_that_is_gone_asks_to_stop(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent of a run that nobody launched may go: a shell, nohup."""
+    for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    if launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    request = StopRequest()
+    assert not request.agreed(ALONE)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert request.agreed(ALONE) is launched and request.reason == ("the launcher is gone" if launched else "")
+    request.close()
