@@ -24,7 +24,7 @@ from bertdist.begin import open_accelerator
 from bertdist.classifier import load_trained
 from bertdist.command_line import read_predict_config
 from bertdist.config import ModelConfig, PredictConfig, RunConfig
-from bertdist.console import complain, write_whole
+from bertdist.console import complain, without_commands, write_whole
 from bertdist.encoding import load_tokenizer, open_examples
 from bertdist.errors import BertdistError, DataError
 from bertdist.evaluation import predict_rows
@@ -132,7 +132,7 @@ def main() -> None:
         else:
             for answer in answers:
                 found = answer.get("labels", [answer])
-                print("\n".join(f"{entry['label']}\t{entry['score']:.4f}" for entry in found) or "(no label)")
+                print("\n".join(f"{without_commands(entry['label'])}\t{entry['score']:.4f}" for entry in found) or "(no label)")
     except BertdistError as error:
         if os.environ.get("RANK", "0") == "0" or not error.shared:
             complain(error)
