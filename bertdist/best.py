@@ -12,13 +12,14 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from bertdist.checkpoint import Progress, write_folder
+from bertdist.checkpoint import Progress
 from bertdist.classifier import Classifier, export
 from bertdist.config import RunConfig
 from bertdist.console import RunLog, write_whole
 from bertdist.evaluation import Evaluation
 from bertdist.ranks import together
 from bertdist.tasks import Task
+from bertdist.whole_folder import put_back, write_folder
 
 SHOWN_LABELS = 24  # more labels than a screen has lines are in evaluation.json only
 
@@ -31,6 +32,9 @@ class Best:
     ) -> None:
         self.run, self.tokenizer, self.task, self.accelerator, self.notes = run, tokenizer, task, accelerator, notes
         self.folder = Path(run.output_dir)
+        with together(accelerator):
+            if accelerator.is_main_process:
+                put_back(self.folder / "best")
 
     def consider(self, model: Classifier, evaluation: Evaluation, progress: Progress) -> None:
         """Keep the weights if they are better than all before; decide whether the run has stopped getting better."""

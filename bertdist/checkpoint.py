@@ -7,8 +7,6 @@
 3. On start the newest folder whose files match its manifest is taken; a damaged one is named, moved aside and passed over.
 Order of rows, learning rate and dropout are pure functions of the step, so there is no state of samplers, schedules or random
 generators to keep, and none of a rank's own: rank 0 writes, all ranks read. No pickle is written or read.
-
-xxh3 runs at 9 GB/s (sha256 at 0.2); it finds damage, not forgery.
 """
 
 import json
@@ -18,10 +16,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-import xxhash
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
@@ -31,7 +27,8 @@ from torch import Tensor, nn
 from bertdist.errors import CheckpointError
 from bertdist.pieces import Place
 from bertdist.ranks import from_main, together
-from bertdist.same_run import BREAKS_BEST, Change, Settings, compare, place_after_change, table
+from bertdist.same_run import BREAKS_BEST, Change, Settings, compare, place_after_change, place_of_rank, read_state, table
+from bertdist.whole_folder import at, damage_of, free_name, put_back, remove, write_folder
 
 
 @dataclass
@@ -91,7 +88,7 @@ class Checkpoints:
                 write_folder(written, fill)
                 others = [folder for folder in self._all() if folder != written]  # an older one may have been gone on from
                 for old in others[: max(0, len(others) - self.keep + 1)]:
-                    _at(old, shutil.rmtree)
+                    remove(old)
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings, named: str | None) -> Progress | None:
         """Load the checkpoint `named`, or the newest whole one; None when there is none. Raises CheckpointError."""
@@ -104,15 +101,15 @@ class Checkpoints:
         with together(self.accelerator):
             if not (folder / "state.json").exists():
                 raise CheckpointError(f"{folder} is not to be seen from here; --output_dir must be on a disk that every machine shares.")
-            state = json.loads((folder / "state.json").read_text())
+            state, progress = read_state(folder, Progress)
             # First, what is wrong with other ranks: they may also make another number of steps.
-            place = _place_of_rank(folder, state, self.accelerator.process_index, self.accelerator.num_processes)
+            place = place_of_rank(folder, state, self.accelerator.process_index, self.accelerator.num_processes)
             accepted = compare(folder, state, settings)
-            load_tensors(model_tensors(model), load_file(folder / "model.safetensors"), folder)
-            load_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
+            load_tensors(model_tensors(model), _load(folder / "model.safetensors"), folder)
+            load_optimizer(model, optimizer, _load(folder / "optimizer.safetensors"), folder)
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-        progress = _after(replace(Progress(**state["progress"]), place=place_after_change(place, accepted)), accepted)
+        progress = _after(replace(progress, place=place_after_change(place, accepted)), accepted)
         self.say(f"Going on from {folder} at step {progress.step}.")
         if accepted:
             self.say("Other settings than when it was written:", *table(accepted))
@@ -126,12 +123,12 @@ class Checkpoints:
         return progress
 
     def _choose(self, named: str | None) -> str:
-        for replaced in self.folder.glob(".step_*.replaced"):  # stopped between the two renames of write_folder
-            if not (whole := self.folder / replaced.name[1:].removesuffix(".replaced")).exists():
-                _at(replaced, partial(os.rename, dst=whole))
+        for replaced in self.folder.glob(".step_*.replaced"):
+            put_back(self.folder / replaced.name[1:].removesuffix(".replaced"))
         for left_over in self.folder.glob(".step_*"):
-            self.say(f"Removing {left_over.name}, a checkpoint that was not written to its end.")
-            _at(left_over, shutil.rmtree)
+            left = "removed" if left_over.suffix == ".old" else "written"
+            self.say(f"Removing {left_over.name}, a checkpoint that was not {left} to its end.")
+            at(left_over, shutil.rmtree)
         if named is not None:
             if damage := damage_of(Path(named)):
                 raise CheckpointError(f"--resume_from_checkpoint {named}: {damage}.")
@@ -140,68 +137,17 @@ class Checkpoints:
             damage = damage_of(folder)
             if damage is None:
                 return str(folder)
-            aside = _free_name(folder.with_name(f"{folder.name}.damaged"))
-            _at(folder, partial(os.rename, dst=aside))
+            aside = free_name(folder.with_name(f"{folder.name}.damaged"))
+            at(folder, partial(os.rename, dst=aside))
             self.say(f"Passing over checkpoint {folder}: {damage}. It is now {aside.name}.")
         return ""
 
     def _all(self) -> list[Path]:
-        found = [path for path in self.folder.glob("step_*") if path.name[5:].isdigit()]
-        return sorted(found, key=lambda path: int(path.name[5:]))
-
-
-def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
-    """Make a folder that is whole or absent: fill a hidden one beside it, add the manifest, flush, rename. Raises CheckpointError."""
-    beside = final.with_name(f".{final.name}.partial")
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        fill(beside)
-        files = sorted(path for path in beside.rglob("*") if path.is_file())
-        manifest = {str(path.relative_to(beside)): {"bytes": path.stat().st_size, "xxh3_128": _digest(path)} for path in files}
-        (beside / "manifest.json").write_text(json.dumps({"format": 1, "files": manifest}, indent=1))
-        for path in [*files, beside / "manifest.json", beside]:
-            _flush(path)
-        replaced = final.with_name(f".{final.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if final.exists():
-            os.rename(final, replaced)
         try:
-            os.rename(beside, final)
-        except OSError:
-            if replaced.exists():
-                os.rename(replaced, final)
-            raise
-        _flush(final.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"Cannot write {final}: {reason}. What was there before is untouched.") from None
-
-
-def damage_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, in words; None when every file is as its manifest says."""
-    if not folder.is_dir():
-        return "there is no such folder"
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())["files"]
-        expected = {name: (int(entry["bytes"]), str(entry["xxh3_128"])) for name, entry in manifest.items()}
-    except FileNotFoundError:
-        return "manifest.json is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "manifest.json cannot be read"
-    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
-        if name not in expected:
-            return f"manifest.json does not name {name}"
-    for name, (size, digest) in expected.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
-        if _digest(path) != digest:
-            return f"{name} is not what was written (its digest differs)"
-    return None
+            found = [path for path in self.folder.glob("step_*") if path.name[5:].isdigit()]
+        except OSError as error:
+            raise CheckpointError(f"Cannot read {self.folder}: {error.strerror or error}.") from None
+        return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -229,26 +175,23 @@ def load_tensors(into: dict[str, Tensor], found: dict[str, Tensor], folder: Path
         tensor.copy_(found[name])
 
 
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, found: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`."""
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, found: dict[str, Tensor], folder: Path) -> None:
+    """The inverse of `optimizer_tensors`; raises CheckpointError, and changes nothing, where a name or a shape does not fit."""
     named = dict(model.named_parameters())
+    parts = [(*key.rpartition("|")[::2], value) for key, value in found.items()]
+    for (name, _, value), key in zip(parts, found, strict=True):
+        if name not in named or value.shape not in (named[name].shape, ()):
+            raise CheckpointError(f"{folder} is of another model: its optimizer holds {key!r} of shape {tuple(value.shape)}.")
     optimizer.state.clear()
-    for key, value in found.items():
-        name, part = key.rsplit("|", 1)
+    for name, part, value in parts:
         optimizer.state[named[name]][part] = value.to(named[name].device)
 
 
-def _place_of_rank(folder: Path, state: dict[str, Any], rank: int, ranks: int) -> Place | None:
-    """Where this rank's reading of a stream goes on. Between two passes that is the same for any number of ranks that read own files."""
-    places: list[Place | None] = state.get("places", [None])  # versions before streams wrote none
-    own_files = state["identity"].get("stream_split") == "files"
-    if own_files and state["ranks"] != ranks and not all(place and "over" in place for place in places):
-        raise CheckpointError(
-            f"{folder} was written by {state['ranks']} processes with --stream_split files, each in the middle of its own files, and now "
-            f"there are {ranks}. Go on with {state['ranks']}, or, in a run of --max_train_steps, from a checkpoint at the end of an epoch "
-            "(--save_every '1 epoch')."
-        )
-    return places[rank % len(places)]
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from None
 
 
 def _after(progress: Progress, accepted: list[Change]) -> Progress:
@@ -262,34 +205,3 @@ def _after(progress: Progress, accepted: list[Change]) -> Progress:
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-
-
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _at(folder: Path, change: Callable[[Path], object]) -> None:
-    try:
-        change(folder)
-    except OSError as error:
-        raise CheckpointError(f"Cannot remove or rename {folder}: {error.strerror or error}.") from None
-
-
-def _free_name(path: Path) -> Path:
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free

@@ -144,7 +144,8 @@ def load_settings(config: ModelConfig, flag: str = "--model_name_or_path") -> Pr
         beside = [str(path) for path in folder.parent.iterdir() if path.is_dir() and path.name[0] != "."] if folder.parent.is_dir() else []
         raise ModelError(f"{where}: there is no such folder.{did_you_mean(name, beside)}")
     try:
-        settings: PretrainedConfig = AutoConfig.from_pretrained(name, revision=config.model_revision)
+        # False, not None: None asks at the terminal whether to run code of the folder, and takes a "y" from a pipe (transformers 5.23)
+        settings: PretrainedConfig = AutoConfig.from_pretrained(name, revision=config.model_revision, trust_remote_code=False)
     except (OSError, TypeError, ValueError) as error:  # TypeError: a list, in transformers 5.17
         if folder.is_dir():
             raise ModelError(f"{where}: the folder holds no config.json that can be read ({_first_line(error)})") from None
@@ -189,6 +190,7 @@ def load_classifier(
             dtype=torch.float32,
             attn_implementation=attention.NAME if packed else None,
             use_safetensors=True,
+            trust_remote_code=False,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )

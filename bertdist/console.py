@@ -202,9 +202,14 @@ def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Cell]]
     Console(highlight=False).print(table)
 
 
+def without_commands(text: str) -> str:
+    """The text, with a box in place of what a terminal would obey."""
+    return text.translate(_COMMANDS)
+
+
 def _plain(text: str) -> Text:
     """Text as it is: no markup, and what a terminal would obey (escape codes of a data file, say) is shown as a box."""
-    return Text(text.translate(_COMMANDS))
+    return Text(without_commands(text))
 
 
 def _short(value: Any) -> str:

@@ -115,7 +115,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or --tokenizer_name; raises ModelError, and ConfigError where --max_length is more than it can do."""
     name = config.tokenizer_name or config.model_name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision, trust_remote_code=False)
         found = len(tokenizer) > len(tokenizer.all_special_tokens)  # transformers 5.23 makes an empty one where there are no files
     except Exception as error:  # torn files raise a dozen kinds, some of them plain Exception
         if not Path(name).is_dir():

@@ -169,10 +169,18 @@ def read_bad_rows(path: Path) -> list[BadRow]:
     """The rows of a bad_rows.jsonl; none where there is no such file, and without lines that are not ours."""
     found: list[BadRow] = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError, TypeError):
-                found.append(BadRow(**json.loads(line)))
+        for line in path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
+                found.append(checked(BadRow(**json.loads(line))))
     return found
+
+
+def checked(row: BadRow) -> BadRow:
+    """The row, as a file had it; raises TypeError where a field is something else."""
+    texts = all(isinstance(value, str) for value in (row.file, row.reason, row.text))
+    if not texts or not (row.line is None or type(row.line) is int):
+        raise TypeError(f"no row: {row!r}")
+    return row
 
 
 def place_of(row: BadRow) -> str:

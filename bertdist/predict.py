@@ -24,7 +24,7 @@ from bertdist.begin import open_accelerator
 from bertdist.classifier import load_trained
 from bertdist.command_line import read_predict_config
 from bertdist.config import ModelConfig, PredictConfig, RunConfig
-from bertdist.console import complain, write_whole
+from bertdist.console import complain, without_commands, write_whole
 from bertdist.encoding import load_tokenizer, open_examples
 from bertdist.errors import BertdistError, DataError
 from bertdist.evaluation import predict_rows
@@ -152,7 +152,7 @@ def main() -> None:
         else:
             for answer in answers:
                 found = answer.get("labels", [answer])
-                print("\n".join(f"{entry['label']}\t{entry['score']:.4f}" for entry in found) or "(no label)")
+                print("\n".join(f"{without_commands(entry['label'])}\t{entry['score']:.4f}" for entry in found) or "(no label)")
     except Stopped:
         if os.environ.get("RANK", "0") == "0":
             complain(BertdistError("Asked to stop: nothing was written; the same command begins again."))

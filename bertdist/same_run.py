@@ -5,14 +5,17 @@ where going on would break a promise (same steps, same gradient, every row once 
 One module, because what may change and what it means belong together, and the loop should know of neither.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bertdist.errors import CheckpointError
 from bertdist.pieces import Place
 from bertdist.stream import EMPTY
+
+P = TypeVar("P")
 
 _STEPS = "the steps that are done learned in another way"
 REFUSED = {  # setting -> what going on with another one would mean
@@ -126,6 +129,50 @@ def place_after_change(place: Place | None, accepted: Iterable[Change]) -> Place
     if "over" in place:
         return {"over": {**EMPTY, "epoch": place["over"]["epoch"]}}
     return {"window": {**EMPTY, "epoch": place["window"]["epoch"]}, "step": 0}
+
+
+def read_state(folder: Path, kind: Callable[..., P]) -> tuple[dict[str, Any], P]:
+    """state.json and the progress in it. kind: a dataclass with defaults. Raises CheckpointError where it is not what we write."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        progress = kind(**state["progress"])
+        odd = [name for name, default in vars(kind()).items() if not _alike(getattr(progress, name), default)]
+        places = state.get("places", [None])
+        fits = isinstance(state["identity"], dict) and isinstance(state["ranks"], int) and isinstance(state.get("besides", {}), dict)
+        if odd or not fits or not places or not all(place is None or _is_place(place) for place in places):
+            raise ValueError(f"{odd[0]} is {getattr(progress, odd[0])!r}" if odd else "it holds other things")
+        state.setdefault("scaler", None)
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {folder / 'state.json'}: {error.strerror or error}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder / 'state.json'} is not what this version of bertdist writes ({error}).") from None
+    return state, progress
+
+
+def _alike(value: Any, default: Any) -> bool:
+    if default is None:  # best_score, place
+        return value is None or isinstance(value, int | float | dict)
+    if isinstance(default, list):
+        pairs = isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+        return pairs and all(isinstance(number, int | float) for pair in value for number in pair)
+    return type(value) is type(default) and (isinstance(value, bool) or value >= 0)
+
+
+def _is_place(place: Any) -> bool:
+    return isinstance(place, dict) and any(isinstance(place.get(name), dict) for name in ("window", "over"))
+
+
+def place_of_rank(folder: Path, state: dict[str, Any], rank: int, ranks: int) -> Place | None:
+    """Where this rank's reading of a stream goes on. Between two passes that is the same for any number of ranks that read own files."""
+    places: list[Place | None] = state.get("places", [None])  # versions before streams wrote none
+    own_files = state["identity"].get("stream_split") == "files"
+    if own_files and state["ranks"] != ranks and not all(place and "over" in place for place in places):
+        raise CheckpointError(
+            f"{folder} was written by {state['ranks']} processes with --stream_split files, each in the middle of its own files, and now "
+            f"there are {ranks}. Go on with {state['ranks']}, or, in a run of --max_train_steps, from a checkpoint at the end of an epoch "
+            "(--save_every '1 epoch')."
+        )
+    return places[rank % len(places)]
 
 
 def _short(value: Any) -> str:

@@ -7,6 +7,7 @@ on costs nothing; --label_names and --max_train_steps make it needless.
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from accelerate import Accelerator
@@ -16,7 +17,7 @@ from bertdist.columns import LabelKind, LabelValue
 from bertdist.console import write_whole
 from bertdist.errors import DataError
 from bertdist.joined import as_kind, common_kind
-from bertdist.pieces import BadRow, BadRows
+from bertdist.pieces import BadRow, BadRows, checked
 from bertdist.ranks import from_main, together
 from bertdist.records import Records
 from bertdist.stream import Stream
@@ -102,6 +103,8 @@ def _read(kept: Path, fingerprint: str) -> Survey | None:
             return None
         labels = {tuple(value) if isinstance(value, list) else value: int(count) for value, count in text["labels"]}
         rows = {int(source): int(count) for source, count in text["rows"].items()}
-        return Survey(rows=rows, kind=text["kind"], labels=labels, bad=[BadRow(*row) for row in text["bad"]])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        if text["kind"] not in get_args(LabelKind):
+            return None
+        return Survey(rows=rows, kind=text["kind"], labels=labels, bad=[checked(BadRow(*row)) for row in text["bad"]])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return None

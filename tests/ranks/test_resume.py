@@ -30,9 +30,9 @@ from rows import (
     write_split,
 )
 
-from bertdist import best, checkpoint, train
-from bertdist.checkpoint import damage_of
+from bertdist import best, checkpoint, train, whole_folder
 from bertdist.console import RunLog
+from bertdist.whole_folder import damage_of
 
 STEPS = 15  # 5 an epoch, 3 epochs
 CADENCES = {"eval_every": "4 steps", "save_every": "3 steps", "log_every": "2 steps", "num_train_epochs": 3, "tokens_per_micro_batch": 60}
@@ -405,7 +405,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
 
 def test_without_digests_a_flipped_bit_is_loaded(runs: Runs, tmp_path: Path) -> None:
     def trusting(accelerator: Accelerator) -> None:
-        checkpoint._digest = lambda path: "0"
+        whole_folder._digest = lambda path: "0"
 
     out, words = tmp_path / "out", runs.words(tmp_path / "out")
     with pytest.raises(RankError, match="ended with status 9"):

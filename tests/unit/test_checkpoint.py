@@ -19,20 +19,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bertdist.checkpoint import (
-    Checkpoints,
-    Progress,
-    _place_of_rank,
-    damage_of,
-    load_tensors,
-    model_tensors,
-    optimizer_tensors,
-    write_folder,
-)
+from bertdist.checkpoint import Checkpoints, Progress, load_tensors, model_tensors, optimizer_tensors
 from bertdist.config import OptimConfig
 from bertdist.errors import CheckpointError
 from bertdist.optim import build_optimizer
-from bertdist.same_run import Settings
+from bertdist.same_run import Settings, place_of_rank
+from bertdist.whole_folder import damage_of, write_folder
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json"]
 IDENTITY = {"learning_rate": 5e-5, "labels": ["a", "b"], "dropout": None}
@@ -169,23 +161,23 @@ def test_the_place_of_a_stream_comes_back(tmp_path: Path) -> None:
     assert found is not None and found.place == place and found.epochs(0) == 1.0 and found.epochs(4) == 0.25
     assert Progress(place={"over": {"epoch": 2}}).epochs(0) == 2.0 and Progress().epochs(0) == 0.0
     state = json.loads((tmp_path / "step_000001" / "state.json").read_text())
-    assert _place_of_rank(tmp_path, {**state, "ranks": 4}, 3, 4) == place, "one place is that of all ranks"
-    assert _place_of_rank(tmp_path, {**state, "ranks": 4}, 0, 2) == place
+    assert place_of_rank(tmp_path, {**state, "ranks": 4}, 3, 4) == place, "one place is that of all ranks"
+    assert place_of_rank(tmp_path, {**state, "ranks": 4}, 0, 2) == place
     del state["places"]
-    assert _place_of_rank(tmp_path, state, 0, 1) is None, "of a version that knew no streams"
+    assert place_of_rank(tmp_path, state, 0, 1) is None, "of a version that knew no streams"
 
 
 def test_ranks_that_read_own_files_go_on_in_their_own_places() -> None:
     places = [{"window": {"epoch": 0}, "step": rank} for rank in range(3)]
     state = {"identity": {"stream_split": "files"}, "ranks": 3, "places": places}
-    assert [_place_of_rank(Path("step"), state, rank, 3) for rank in range(3)] == places
+    assert [place_of_rank(Path("step"), state, rank, 3) for rank in range(3)] == places
     with pytest.raises(CheckpointError, match="each in the middle of its own files, and now there are 2"):
-        _place_of_rank(Path("step"), state, 0, 2)
+        place_of_rank(Path("step"), state, 0, 2)
     some_over = {**state, "places": [{"over": {"epoch": 1}}, *places[1:]]}
     with pytest.raises(CheckpointError, match="was written by 3 processes"):
-        _place_of_rank(Path("step"), some_over, 0, 2)
+        place_of_rank(Path("step"), some_over, 0, 2)
     all_over = {**state, "places": [{"over": {"epoch": 1}}]}
-    assert [_place_of_rank(Path("step"), all_over, rank, 5) for rank in range(5)] == [{"over": {"epoch": 1}}] * 5
+    assert [place_of_rank(Path("step"), all_over, rank, 5) for rank in range(5)] == [{"over": {"epoch": 1}}] * 5
 
 
 def test_own_files_on_other_ranks_are_said_or_refused(tmp_path: Path) -> None:
@@ -261,7 +253,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_one_line(tmp_path: Path, mo
     real = shutil.rmtree
 
     def refuse(path: Path, *rest: Any, **settings: Any) -> None:
-        if path.name == "step_000001":
+        if path.name == ".step_000001.old":
             raise PermissionError(13, "Permission denied", str(path))
         real(path, *rest, **settings)
 

@@ -1,0 +1,92 @@
+"""How long it takes until the first step when a run goes on at 1% and at 99% of an epoch: rows in memory, and a stream.
+
+    python -m bench.resume --rows 500000
+
+Order is a pure function of seed, epoch and step, so nothing is replayed: what is timed is opening the batches there and making the first
+one (planning the epoch or reading one window again, and tokenizing one step). The files are made by rule. The smallest of 5 takes.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bertdist.batch import Step
+from bertdist.batching import Batches
+from bertdist.config import DataConfig, ModelConfig
+from bertdist.encoding import load_tokenizer, open_examples
+from bertdist.pieces import Place
+from bertdist.sources import open_source, open_stream
+from bertdist.stream_batches import StreamBatches
+from bertdist.tasks import SingleLabel
+
+ROWS_PER_STEP, WINDOW, TAKES = 32, 16_384, 5
+TASK = SingleLabel(("no", "yes"))
+PLACES = (0.01, 0.5, 0.99)
+
+
+def write(path: Path, rows: int) -> None:
+    """Rows of 2 to 40 words."""
+    random_ = random.Random(0)
+    words = "a an and but film is it movie not of so the this very was good bad fine dull".split()
+    with open(path, "w") as file:
+        for _ in range(rows):
+            text = " ".join(random_.choices(words, k=random_.randint(2, 40)))
+            file.write(json.dumps({"text": text, "label": random_.choice(("no", "yes"))}) + "\n")
+
+
+def timed(first: Callable[[], Step]) -> float:
+    """Seconds until there is a step; the least of several."""
+    taken = []
+    for _ in range(TAKES):
+        began = time.perf_counter()
+        first()
+        taken.append(time.perf_counter() - began)
+    return min(taken)
+
+
+def measure(model: str, rows: int, folder: Path) -> dict[str, list[float]]:
+    """Seconds to the first step at each of PLACES."""
+    path = folder / "rows.jsonl"
+    write(path, rows)
+    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=model))
+    data, common = DataConfig(train_file=[str(path)]), {"rows_per_step": ROWS_PER_STEP, "tokens_per_micro_batch": 8192, "seed": 1}
+    records = open_source(data, "train")
+    batches = Batches(examples=open_examples(records, tokenizer, TASK, 128), shuffle=True, **common)  # type: ignore[arg-type]
+    stream = open_stream(replace(data, streaming=True, stream_window=WINDOW), 1)
+    states = [window.state for window in stream.windows()]
+    head = open_examples(stream.head(), tokenizer, TASK, 128)
+    streamed = StreamBatches(stream=stream, task=TASK, examples=head, **common)  # type: ignore[arg-type]
+
+    def step_of(some: Any, number: int, place: Place | None) -> Callable[[], Step]:
+        return lambda: next(iter(some.steps(number, number + 1, place)))
+
+    steps = [int(place * batches.steps_per_epoch) for place in PLACES]
+    windows: list[Place] = [{"window": states[int(place * len(states))], "step": 3} for place in PLACES]
+    return {
+        "rows in memory": [timed(step_of(batches, step, None)) for step in steps],
+        "a stream": [timed(step_of(streamed, step, place)) for step, place in zip(steps, windows, strict=True)],
+    }
+
+
+def main(words: list[str]) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.resume")
+    parser.add_argument("--model", required=True, help="Folder or name of a model, for its tokenizer.")
+    parser.add_argument("--rows", type=int, default=500_000)
+    asked = parser.parse_args(words)
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, seconds in measure(asked.model, asked.rows, Path(folder)).items():
+            told = ", ".join(f"{place:.0%}: {taken:.3f} s" for place, taken in zip(PLACES, seconds, strict=True))
+            print(f"{kind:15} {told}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
