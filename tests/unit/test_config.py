@@ -387,10 +387,10 @@ FULL = [  # every setting has a value here in one of them
     "--label_smoothing_factor 0.1 --train_batch_size 8 --tokens_per_micro_batch 64 --dataloader_num_workers 0 --gradient_checkpointing",
     "--learning_rate 1e-5 --weight_decay 1e-8 --adam_beta1 0.8 --adam_beta2 0.95 --adam_epsilon 1e-6 --max_grad_norm 0 --warmup_steps 3",
     "--warmup_ratio 0.1 --lr_scheduler_type cosine --layerwise_lr_decay 0.9 --seed 3 --num_train_epochs 0.5 --mixed_precision no",
-    "--max_train_steps 7 --eval_every never --save_every 10% --log_every=1steps --save_total_limit 3 --rank_timeout 9 --resume_from_checkpoint=c",
+    "--max_train_steps 7 --eval_every never --save_every 10% --log_every=1steps --save_total_limit 3 --resume_from_checkpoint=c",
     "--early_stopping_patience 2 --early_stopping_threshold 0.1 --stop_before_time_limit 1 --report_to tensorboard --tokenizer_name=t",
     "--model_revision=v1 --max_length 9 --dry_run",
-    "--torch_compile --cuda_graphs",
+    "--torch_compile --cuda_graphs --rank_timeout 9",
 ]
 HUB = "--model_name_or_path=m --output_dir=o --dataset_name=d --dataset_config_name=c --train_split=t --validation_split=v".split()
 GLUE = "--model_name_or_path=m --output_dir=o --task_name=sst2".split()
