@@ -173,6 +173,11 @@ def complain(error: BertdistError) -> None:
         console.print(_plain(f"bertdist: {line}"))
 
 
+def warn(line: str) -> None:
+    """Print a line to standard error, from whatever process."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(_plain(line))
+
+
 def show(*lines: str) -> None:
     """Print lines to standard output, wrapped to the terminal."""
     console = Console(highlight=False)

@@ -6,6 +6,7 @@ findings in the order in which they matter. One module below train, because `pyt
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -81,8 +82,8 @@ def check_data(
     labels = {name: labels_of_records(records, problem_type) for name, records in splits.items()}
     train_labels = labels["train"]
     assert train_labels is not None
-    files = data.train_file or []
-    paths = {"train": files[0] if len(files) == 1 else None, "validation": data.validation_file, "test": test_file}
+    files: dict[str, list[str | None]] = {"train": [*(data.train_file or ())], "validation": [data.validation_file], "test": [test_file]}
+    paths = {name: of[0] if len(of) == 1 and of[0] and Path(of[0]).is_file() else None for name, of in files.items()}  # tables read twice
     for name, records in splits.items():
         findings += check_table(name, paths[name], records, labels[name], train_labels, data, num_examples)
         findings += check_texts(name, records.texts, records.text_column, num_examples)

@@ -3,7 +3,7 @@
 In: targets and predictions in the form that a Task gives them (numpy). Out: `Doubts`: a score for every row, the order of doubt, and
 which rows are likely to be wrong. Nothing here knows of files, models or ranks.
 
-Probabilities should come from a model that has not learned these rows (`folds.py`): one that has learned a wrong label believes it.
+Probabilities should come from a model that has not learned these rows (`folds.py`): it comes to believe what it learns.
 
 Classification is cleanlab's (confident learning, https://jair.org/index.php/jair/article/view/12125): a label is likely to be wrong where
 the model is surer of another label than it is, on average, of the rows that carry that label. What each way of ranking finds is measured
@@ -71,7 +71,9 @@ def _single(targets: Array, predictions: Array, probabilities: Array, score_by: 
     scores = cleanlab.rank.get_label_quality_scores(targets, probabilities, method=score_by)
     if len(np.unique(targets)) < 2:  # cleanlab 2.9 refuses a single class: there is nothing to compare with
         return scores, predictions != targets
-    return scores, cleanlab.filter.find_label_issues(targets, probabilities, n_jobs=1)  # its processes would be forks of ours, with threads
+    # As many as confident learning counts, the least probable first: better than its other marks (docs/decisions/0012-label-noise.md).
+    issues = cleanlab.filter.find_label_issues(targets, probabilities, filter_by="low_self_confidence", n_jobs=1)
+    return scores, issues & (predictions != targets)
 
 
 def _multi(targets: Array, predictions: Array, probabilities: Array, score_by: str) -> tuple[Array, Array]:
@@ -85,6 +87,7 @@ def _multi(targets: Array, predictions: Array, probabilities: Array, score_by: s
     issues = (predictions != given)[:, np.setdiff1d(np.arange(given.shape[1]), mixed)].any(1)
     if len(mixed):
         issues |= cleanlab.multilabel_classification.filter.find_label_issues(_lists(given[:, mixed]), probabilities[:, mixed], n_jobs=1)
+    # n_jobs: cleanlab's own processes would be forks of ours, which has torch's threads.
     return scores, issues
 
 

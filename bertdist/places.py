@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,7 @@ class Placed:
     name: str
     has_header: bool
     runs: tuple[tuple[int, Callable[[int], str], int], ...]  # (its first row here, where, its first row there), in order
+    form: Any = None  # of one whole file: how it is written (text_files.Form)
 
     def where(self, row: int) -> str:
         first, where, there = self.runs[bisect_right(self.runs, row, key=lambda run: run[0]) - 1]

@@ -12,12 +12,13 @@ from typing import Any, Literal, overload
 from bertdist.addresses import protocol_of
 from bertdist.arrow_files import Column, find_file, open_file
 from bertdist.config import DataConfig
+from bertdist.console import warn
 from bertdist.errors import DataError, did_you_mean
 from bertdist.file_rows import File, FileRows
 from bertdist.hub import HubRows
 from bertdist.joined import join
 from bertdist.pieces import RowSource
-from bertdist.places import Split
+from bertdist.places import Placed, Split
 from bertdist.records import Columns, Records, choose, read_records, records_of_piece
 from bertdist.remote import find_addresses, fingerprint_of, open_bytes, open_random, packing_of, size_of
 from bertdist.stream import Stream
@@ -90,34 +91,39 @@ def open_stream(data: DataConfig, seed: int) -> Stream:
     )
 
 
-def _file(address: str, data: DataConfig) -> File:
+def _file(address: str, *, delimiter: str | None, quoting: str, encoding: str | None, column_names: list[str] | None) -> File:
     """The file at an address, and how it is written. Raises DataError."""
     here = protocol_of(address) is None and packing_of(address) is None
-    file = find_file(
+    return find_file(
         address,
-        delimiter=data.delimiter,
-        quoting=data.quoting,
-        encoding=data.encoding,
-        column_names=data.column_names,
-        open_bytes=None if here else partial(open_bytes, address),
-        open_random=None if here else partial(open_random, address),
+        delimiter=delimiter,
+        quoting=quoting,
+        encoding=encoding,
+        column_names=column_names,
+        open_bytes=None if here else partial(open_bytes, address, say=warn),
+        open_random=None if here else partial(open_random, address, say=warn),
     )
+
+
+def _labelled_file(address: str, data: DataConfig) -> File:
+    file = _file(address, delimiter=data.delimiter, quoting=data.quoting, encoding=data.encoding, column_names=data.column_names)
     if file.kind == "txt":
         raise DataError(f"{address}: a .txt file has no labels; expected .csv, .tsv, .jsonl or .parquet.")
     return file
 
 
 def _rows(address: str, data: DataConfig) -> FileRows:
-    return FileRows(_file(address, data), fingerprint=fingerprint_of(address), size=size_of(address), on_bad_row=data.on_bad_row)
+    return FileRows(_labelled_file(address, data), fingerprint=fingerprint_of(address), size=size_of(address), on_bad_row=data.on_bad_row)
 
 
 def _read_file(address: str, data: DataConfig, limit: int | None) -> Records:
-    source = FileRows(_file(address, data), on_bad_row=data.on_bad_row)
+    source = FileRows(_labelled_file(address, data), on_bad_row=data.on_bad_row)
     taken = choose(source, source.column_names(), _asked(data))
     records, bad = records_of_piece(source, source.whole(taken.names(), limit), taken, data.label_delimiter, data.on_bad_row)
     if not len(records):
         raise DataError(f"{source.name} has no rows{', but for those that were left out' if bad else ''}.")
-    return replace(records, bad=tuple(bad), guessed=tuple(filter(None, [source.file.told()])))
+    place = Placed(source.name, source.has_header, ((0, records.where, 0),), form=source.file)
+    return replace(records, source=place, bad=tuple(bad), guessed=tuple(filter(None, [source.file.told()])))
 
 
 def _name(patterns: Sequence[str]) -> str:
@@ -147,11 +153,14 @@ def open_texts(
     encoding: str | None,
 ) -> Records:
     """The rows of a file without labels, for prediction; a .txt file has one text a line, blank lines too. Raises DataError."""
-    file = find_file(path, delimiter=delimiter, quoting=quoting, encoding=encoding, column_names=column_names)
-    if file.kind == "txt" and text_pair_column is not None:
-        raise DataError(f"{path}: a .txt file has one text a line, expected pairs of texts; expected .csv, .tsv, .jsonl or .parquet.")
-    names, read = open_file(file)
-    return read_records(file, names, read, Columns("text" if file.kind == "txt" else text_column, text_pair_column, None, []))
+    found = []
+    for address in find_addresses(path):
+        file = _file(address, delimiter=delimiter, quoting=quoting, encoding=encoding, column_names=column_names)
+        if file.kind == "txt" and text_pair_column is not None:
+            raise DataError(f"{address}: a .txt file has one text a line, no pairs; expected .csv, .tsv, .jsonl or .parquet.")
+        names, read = open_file(file)
+        found.append(read_records(file, names, read, Columns("text" if file.kind == "txt" else text_column, text_pair_column, None, [])))
+    return join(found, _name([path]))
 
 
 def _load_split(data: DataConfig, split: str) -> tuple[str, Any] | None:

@@ -43,7 +43,7 @@ def check_table(
         )  # fmt: skip
 
     found: list[Finding] = []
-    kind = getattr(records.source, "kind", "")
+    kind = getattr(getattr(records.source, "form", None), "kind", "")
     if kind in ("csv", "tsv"):
         found += _quotes(records, train, finding)
         if path is not None:
@@ -57,7 +57,7 @@ def check_table(
 def _quotes(records: Records, train: Labels, finding: Any) -> list[Finding]:
     texts, found = records.texts, []
     known = {name for names in train.names for name in names}
-    delimiter = str(getattr(records.source, "delimiter", ","))
+    delimiter = str(getattr(getattr(records.source, "form", None), "delimiter", ","))
     swallowed: dict[int, str] = {}
     for row in np.flatnonzero(pc.match_substring(texts, "\n").to_numpy(zero_copy_only=False)).tolist():
         lines = texts[row].as_py().rstrip("\n").split("\n")
@@ -72,7 +72,7 @@ def _quotes(records: Records, train: Labels, finding: Any) -> list[Finding]:
                 "Read the file with --quoting none, or write the quotes as the format wants them.", swallowed,
             )
         )  # fmt: skip
-    quoted = bool(getattr(records.source, "quoted", False))
+    quoted = bool(getattr(getattr(records.source, "form", None), "quoted", False))
     begins = pc.starts_with(texts, '"').to_numpy(zero_copy_only=False)
     if begins.any() and not quoted:
         some = texts.filter(begins)

@@ -32,7 +32,7 @@ def no_file() -> None:
     def broken(*args: Any) -> Any:
         raise DataError("train.tsv: no such file.")
 
-    train.open_source = broken
+    train.open_rows = broken
 
 
 def no_model() -> None:
