@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -51,13 +52,20 @@ def read_slices(name: str, open_random: OpenRandom, wanted: Sequence[str], place
 @contextmanager
 def _opened(name: str, open_random: OpenRandom) -> Iterator[pa.parquet.ParquetFile]:
     with closing(open_random()) as source:
-        parquet = pa.parquet.ParquetFile(source, pre_buffer=False)
-        if twice := twice_in(list(parquet.schema_arrow.names)):
+        try:
+            parquet = pa.parquet.ParquetFile(source, pre_buffer=False)
+            names = list(parquet.schema_arrow.names)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name}: the name of a column is not UTF-8 ({error}).") from None
+        if twice := twice_in(names):
             raise DataError(f"{name} has two columns {twice!r}; rename one.")
         yield parquet
 
 
 def _piece(name: str, columns: dict[str, Column], rows: int, place: Place) -> Piece:
+    for told, column in columns.items():
+        _check_text(name, told, column, place["row"])
+
     def spots(wanted: Sequence[int]) -> list[Spot]:
         told = [{key: column[row] for key, column in columns.items()} for row in wanted]
         plain = [{key: value.as_py() if isinstance(value, pa.Scalar) else value for key, value in row.items()} for row in told]
@@ -69,3 +77,16 @@ def _piece(name: str, columns: dict[str, Column], rows: int, place: Place) -> Pi
 
 def _where(name: str, first: int, row: int) -> str:
     return f"{name} row {first + row}"
+
+
+def _check_text(name: str, told: str, column: Any, first: int) -> None:
+    """Raises DataError for bytes that are not UTF-8 in a column of text: parquet does not look, and Python would, much later."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        for row, value in enumerate(column):
+            try:
+                value.as_py()
+            except UnicodeDecodeError as wrong:
+                raise DataError(f"{_where(name, first, row)}: column {told!r} is not UTF-8 ({wrong}).") from None
+        raise DataError(f"{name}: column {told!r} is damaged ({error}).") from None

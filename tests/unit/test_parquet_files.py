@@ -58,3 +58,16 @@ def test_two_columns_of_one_name_are_refused() -> None:
     pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), sink)
     with pytest.raises(DataError, match=r"x\.parquet has two columns 'a'; rename one"):
         parquet_columns("x.parquet", partial(io.BytesIO, sink.getvalue()))
+
+
+def test_bytes_that_are_no_text_are_named_by_row() -> None:
+    """Parquet believes what a column says of itself; Python would raise a UnicodeDecodeError in the midst of a run."""
+    texts = pa.Array.from_buffers(pa.string(), 3, pa.array([b"good", b"ba\xd9d", b"fine"], pa.binary()).buffers())
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": texts, "label": ["a", "b", "a"]}), sink)
+    opened = partial(io.BytesIO, sink.getvalue())
+    with pytest.raises(DataError, match=r"^a\.parquet row 1: column 'text' is not UTF-8 \("):
+        read_whole("a.parquet", opened, ["text", "label"], None)
+    with pytest.raises(DataError, match=r"^a\.parquet row 1: column 'text' is not UTF-8 \("):
+        list(read_slices("a.parquet", opened, ["text", "label"], None, 1 << 20))
+    assert read_whole("a.parquet", opened, ["label"], None).rows == 3, "the control: what is not read is not looked at"
