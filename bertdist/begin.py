@@ -40,6 +40,7 @@ from bertdist.sources import open_source, open_stream
 from bertdist.stream import Stream
 from bertdist.stream_batches import AnyBatches, StreamBatches
 from bertdist.tasks import Task, open_task
+from bertdist.watchdog import Watchdog
 
 EVALUATION_ROWS = 256  # rows dealt at once in evaluation; it decides nothing but how even the ranks' loads are
 
@@ -109,6 +110,12 @@ def rows_left_out(known: Known, dev_rows: Records | None, config: TrainConfig, a
         found.add(read_bad_rows(path))
     found.take([*known.bad, *(dev_rows.bad if dev_rows else ())])
     return found
+
+
+def open_watchdog(log: RunLog, accelerator: Accelerator, run: RunConfig) -> Watchdog:
+    """Made before the ranks meet here: rank 0 clears away the beats of an earlier run, and only then anyone writes."""
+    with together(accelerator):
+        return Watchdog(log, accelerator, run.rank_timeout)
 
 
 def note_bad_rows(found: BadRows, step: Step, accelerator: Accelerator) -> None:

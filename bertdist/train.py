@@ -39,6 +39,7 @@ from bertdist.begin import (
     open_accelerator,
     open_log,
     open_rows,
+    open_watchdog,
     rows_left_out,
     settings_of,
     task_of_rows,
@@ -70,7 +71,7 @@ from bertdist.run_folder import hold_folder, room_on_disk
 from bertdist.slurm import StopRequest, check_world
 from bertdist.stream_batches import AnyBatches
 from bertdist.tasks import Task
-from bertdist.watchdog import Watchdog, connection_lost, end_soon
+from bertdist.watchdog import connection_lost, end_soon
 
 INTERRUPTED = 130  # exit code for a second Ctrl-C, a shell's for SIGINT
 STOPPED = 75  # exit code for "asked to stop, start me again" (EX_TEMPFAIL)
@@ -84,7 +85,7 @@ def train(config: TrainConfig) -> Progress:
     agree_on(accelerator, facts_of_launch(config))
     run, out, stop = config.run, Path(config.run.output_dir), StopRequest(config.run.stop_before_time_limit)
     told = f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {accelerator.mixed_precision}."
-    with hold_folder(out, accelerator) as held, open_log(out, accelerator) as log, Watchdog(log, accelerator, run.rank_timeout) as watchdog:
+    with hold_folder(out, accelerator) as held, open_log(out, accelerator) as log, open_watchdog(log, accelerator, run) as watchdog:
         log.say(*held, told)
 
         # Data: two splits of rows, and the task that their labels make. Nothing is tokenized yet.

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from forked import RankError, run_ranks
 from rows import Breaking, assert_same_run, checkpoints_of, json_of, make_rows, run_main, run_train, words_of, write_rows, write_split
 
-from bertdist import begin, encoding, evaluation, predict, train
+from bertdist import begin, encoding, evaluation, predict, train, watchdog
 from bertdist.checkpoint import damage_of
 
 STEPS = 15  # 5 an epoch, 3 epochs
@@ -250,7 +250,7 @@ def test_a_rank_s_own_error_is_the_one_message(runs: Runs, tmp_path: Path) -> No
 
 def test_without_a_watchdog_nobody_is_named(runs: Runs, tmp_path: Path) -> None:
     def unwatched(accelerator: Accelerator) -> None:
-        train.Watchdog.__exit__ = lambda self, *args: None
+        watchdog.Watchdog.__exit__ = lambda self, *args: None
         on_rank(1, before_step(7, lambda: os.kill(os.getpid(), signal.SIGKILL)))(accelerator)
 
     with pytest.raises(RankError):

@@ -36,7 +36,7 @@ def folded(model: Path, out: Path, files: Files, **settings: Any) -> list[str]:
 def doubt(accelerator: Accelerator, words: list[str], stop_in_fold: int | None = None) -> tuple[Any, str, list[str]]:
     """The command on this rank: exit code, what was said, and the folder of the run of every step that was taken."""
     steps: list[str] = []
-    take_step, begin = train.take_step, train.RunLog
+    take_step, begin = train.take_step, train.open_log
 
     def watched(*args: Any) -> Any:
         steps.append(now[0])
@@ -46,11 +46,11 @@ def doubt(accelerator: Accelerator, words: list[str], stop_in_fold: int | None =
 
     now = [""]
 
-    def opened(folder: Path, **options: Any) -> Any:
+    def opened(folder: Path, *rest: Any) -> Any:
         now[0] = folder.name
-        return begin(folder, **options)
+        return begin(folder, *rest)
 
-    train.take_step, train.RunLog = watched, opened  # type: ignore[misc,assignment]
+    train.take_step, train.open_log = watched, opened
     code, said, _ = run_main(accelerator, words, None, check)
     return code, said, steps
 
@@ -101,7 +101,7 @@ def test_folds_of_other_settings_are_not_gone_on_with(uninterrupted: Path, tiny_
     for other in ({"learning_rate": 1e-4}, {"folds": 2}, {"seed": 43}):
         ((code, said, steps),) = run_ranks(1, doubt, folded(tiny_model, tmp_path / "out", files, **other), timeout=300)
         last = said.strip().splitlines()[-1]
-        assert code == 1 and not steps and last.startswith("bertdist: ") and "step_" in last, said
+        assert code == 1 and not steps and last.startswith("bertdist: ") and "step_" in said, said
 
 
 def test_two_ranks_rank_the_same(uninterrupted: Path, tiny_model: Path, files: Files, tmp_path: Path) -> None:

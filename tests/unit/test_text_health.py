@@ -9,6 +9,7 @@ from looking import clean_rows, kinds, look, the
 
 from bertdist import text_health
 from bertdist.config import DataConfig
+from bertdist.errors import DataError
 from bertdist.inspection import check_data
 from bertdist.text_health import check_texts, mojibake_rows, readable, repaired
 
@@ -78,15 +79,14 @@ def test_without_ftfy_patterns_stand_in_and_the_finding_says_so(monkeypatch: pyt
     assert repaired("cafÃ©") is None
 
 
-def test_bytes_that_are_not_utf8_in_a_parquet_file_are_told_and_do_not_stop_the_look(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8_in_a_parquet_file_are_one_line(tmp_path: Path) -> None:
     rows = clean_rows(40)
     surrogate = b"lone \xed\xa0\x80 surrogate"
     raw = pa.array([*(row["text"].encode() for row in rows), surrogate, b"\xff\xfe"], pa.large_binary()).view(pa.large_string())
     table = pa.table({"text": raw, "label": [*(row["label"] for row in rows), "bad", "good"]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    found = check_data(DataConfig(train_file=[str(tmp_path / "a.parquet")]))
-    assert kinds(found)[0] == ("invalid_utf8", "error", "train", 2)
-    assert [example.row for example in the(found, "invalid_utf8").examples] == [40, 41]
+    with pytest.raises(DataError, match=r"^a.parquet row 40: column 'text' is not UTF-8"):
+        check_data(DataConfig(train_file=[str(tmp_path / "a.parquet")]))
     texts = pa.array(GOOD, pa.large_string())
     assert readable(texts)[0] is texts and len(readable(texts)[1]) == 0
 
