@@ -16,6 +16,11 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(addresses, "FIRST_WAIT_SECONDS", 0.0)
 
 
+def named(value: object) -> str:
+    """The same in every process that collects the tests."""
+    return f"{type(value).__name__} {getattr(value, 'status', '')}" if isinstance(value, Exception) else str(value)
+
+
 @pytest.mark.parametrize(
     ("address", "protocol", "name"),
     [
@@ -110,7 +115,7 @@ LASTING = [kind(status) for kind in (http_error, boto_error, hub_error, gcs_erro
 LASTING += [FileNotFoundError(), PermissionError(), TypeError(), type("NoCredentialsError", (OSError,), {})()]
 
 
-@pytest.mark.parametrize("error", PASSING, ids=repr)
+@pytest.mark.parametrize("error", PASSING, ids=named)
 def test_what_passes_is_tried_again(error: Exception) -> None:
     errors, said = [error, error], []
     with warnings.catch_warnings():
@@ -125,7 +130,7 @@ def test_what_passes_is_tried_again(error: Exception) -> None:
     assert len(said) == 2 and all(line.startswith("http://host/x: ") and "trying again" in line for line in said)
 
 
-@pytest.mark.parametrize("error", LASTING, ids=repr)
+@pytest.mark.parametrize("error", LASTING, ids=named)
 def test_what_lasts_is_told_at_once(error: Exception) -> None:
     tries = []
 
@@ -159,7 +164,7 @@ def test_tries_are_counted() -> None:
         (http_error(410), "s3://b/x cannot be read: the server answers 410."),
         (TypeError("two\nlines"), "s3://b/x cannot be read: TypeError two lines."),
     ],
-    ids=repr,
+    ids=named,
 )
 def test_what_lasts_is_one_line(error: Exception, found: str) -> None:
     def action() -> None:
