@@ -75,8 +75,8 @@ class StopRequest:
         asked = torch.full((1,), int(mine), dtype=torch.int32, device=accelerator.device)
         ranks_asked = accelerator.reduce(asked, reduction="sum")
         answer = bool(ranks_asked.item()) if ranks_asked.device.type == "cpu" else self._answer_of_previous_call(ranks_asked)
-        if answer:
-            self.reason = self.reason or "another rank was asked to stop"
+        if answer and not self.asked():  # what the other rank saw may have come to this one since
+            self.reason = "another rank was asked to stop"
         return answer
 
     def _answer_of_previous_call(self, ranks_asked: Tensor) -> bool:

@@ -319,3 +319,19 @@ def test_a_launcher_that_is_gone_asks_to_stop(launched: bool, monkeypatch: pytes
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert request.agreed(ALONE) is launched and request.reason == ("the launcher is gone" if launched else "")
     request.close()
+
+
+@pytest.mark.parametrize(("seen_here_since", "reason"), [(True, "the launcher is gone"), (False, "another rank was asked to stop")])
+def test_a_rank_gives_the_reason_it_can_see_itself(seen_here_since: bool, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher ends between this rank's look and the other's: both then say so."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+
+    def reduce(asked: torch.Tensor, reduction: str) -> torch.Tensor:
+        if seen_here_since:
+            monkeypatch.setattr(os, "getppid", lambda: 1)
+        return asked + 1
+
+    request = StopRequest()
+    two: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"), reduce=reduce)
+    assert request.agreed(two) and request.reason == reason
+    request.close()
