@@ -63,7 +63,7 @@ def open_source(data: DataConfig, split: Literal["train", "validation"]) -> Reco
         table = dataset.with_format("arrow")[:]
         return {column: table.column(column) for column in wanted}
 
-    return read_records(Split(name), dataset.column_names, read_split, asked, data.label_delimiter, dataset.features)
+    return read_records(Split(name), dataset.column_names, read_split, asked, data.label_delimiter, dataset.features, data.on_bad_row)
 
 
 def open_stream(data: DataConfig, seed: int) -> Stream:

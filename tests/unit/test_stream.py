@@ -5,16 +5,22 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import MemoryRows
+from rows import MemoryRows, not_utf8
 
-from bertdist import stream
+from bertdist import parquet_files, stream
+from bertdist import records as records_module
+from bertdist.arrow_files import find_file
 from bertdist.errors import DataError
-from bertdist.pieces import Piece, Place
+from bertdist.file_rows import FileRows
+from bertdist.pieces import OnBadRow, Piece, Place
 from bertdist.records import Columns
 from bertdist.stream import EMPTY, HEAD_ROWS, State, Stream, Window
 
@@ -224,6 +230,40 @@ def test_rows_that_were_left_out_arrive_once_also_of_pieces_without_rows() -> No
 
 
 # ---- Sources that are empty, or wrong
+
+
+def parquet_rows(path: Path, wrong: Sequence[int], on_bad_row: OnBadRow = "skip") -> FileRows:
+    """40 rows in 4 groups, some of them with a text that is not UTF-8."""
+    texts = not_utf8([f"{path.stem} {row}" for row in range(40)], wrong)
+    pq.write_table(pa.table({"text": texts, "label": ["no", "yes"] * 20}), path, row_group_size=10)
+    told = find_file(str(path), delimiter=None, quoting="auto", encoding=None, column_names=None)
+    return FileRows(told, on_bad_row=on_bad_row)
+
+
+def test_texts_of_a_parquet_file_that_are_not_utf8_are_left_out_from_any_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet_files, "PIECE_ROWS", 4)
+    wrong = {"a": [0, 9, 10, 11, 12, 13], "b": [39], "c": list(range(40))}  # all of a piece, the last of a file, all of a file
+    read = stream_of([[parquet_rows(tmp_path / f"{name}.parquet", rows) for name, rows in wrong.items()]])
+    for windows in epochs(read, 2):
+        came = [text for window in windows for text in texts(window)]
+        expected = [f"{name} {row}" for name, rows in wrong.items() for row in range(40) if row not in rows]
+        assert sorted(came) == sorted(expected)
+        assert [records.where(0) for records, *_ in windows[:1]] == [f"{came[0].split()[0]}.parquet row {came[0].split()[1]}"]
+        bad = [row for window in windows for row in window.bad]
+        assert sorted((row.file, row.line) for row in bad) == [(f"{name}.parquet", row) for name, rows in wrong.items() for row in rows]
+        assert all("column 'text' is not UTF-8 ('utf-8' codec can't decode byte 0xd9 in" in row.reason for row in bad)
+        assert r'{"text": "b 39 \xd9", "label": "yes"}' in [row.text for row in bad]
+    assert_goes_on(read)
+
+    # The controls: a reader that takes what it can of such a text, and --on_bad_row fail, which ends with a line.
+    def careless(column: Any, *_: Any) -> Any:
+        return pa.array([str(value.as_buffer().to_pybytes()) for value in column], pa.large_string())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records_module, "_readable", careless)
+        assert sum(len(window.records) for window in read.windows()) == 120
+    with pytest.raises(DataError, match=r"^d\.parquet row 7: column 'text' is not UTF-8 \(.* can't decode byte 0xd9 in position 4: "):
+        list(stream_of([[parquet_rows(tmp_path / "d.parquet", [7, 8], "fail")]], on_bad_row="fail").windows())
 
 
 def test_sources_without_rows() -> None:
