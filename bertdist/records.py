@@ -191,12 +191,12 @@ def read_records(
 
 
 def records_of_piece(
-    source: RowSource, piece: Piece, taken: Columns, label_delimiter: str | None, on_bad_row: OnBadRow
+    source: RowSource, piece: Piece, taken: Columns, label_delimiter: str | None, on_bad_row: OnBadRow, above: LabelValue | None = None
 ) -> tuple[Records, list[BadRow]]:
     """The rows of a piece, and those that were left out, in it or here. Raises DataError, with "skip" for a wrong column only."""
     problems: Problems | None = {} if on_bad_row == "skip" else None
     place = Placed(source.name, source.has_header, ((0, piece.where, 0),))
-    records = records_from(place, piece.columns, taken, label_delimiter, class_names_of(source.features, taken), problems)
+    records = records_from(place, piece.columns, taken, label_delimiter, class_names_of(source.features, taken), problems, above)
     return records, [*piece.bad, *left_out(problems or {}, piece.where, piece.spots)]
 
 
@@ -207,10 +207,11 @@ def records_from(
     label_delimiter: str | None = None,
     class_names: tuple[str, ...] | None = None,
     problems: Problems | None = None,
+    above: LabelValue | None = None,
 ) -> Records:
     """Rows of the columns that are taken, checked. A row that is wrong is a DataError, or, where `problems` is given, left out.
 
-    class_names: names of labels that the source keeps as numbers.
+    class_names, above: see `read_labels`.
     """
     assert taken.text is not None
     held = {name: _readable(column, name, source.where, problems) for name, column in columns.items()}
@@ -223,7 +224,7 @@ def records_from(
         kind, class_names = "set", tuple(taken.labels)
         values, codes = read_label_columns({name: held[name] for name in taken.labels}, source.where, problems)
     elif taken.label is not None:
-        kind, values, codes = read_labels(held[taken.label], taken.label, source.where, label_delimiter, class_names, problems)
+        kind, values, codes = read_labels(held[taken.label], taken.label, source.where, label_delimiter, class_names, problems, above)
     if (kept := kept_rows(problems or {}, len(texts))) is not None:
         source = Placed(source.name, source.has_header, ((0, Kept(source.where, np.flatnonzero(kept)), 0),))
         texts, pairs = without(texts, kept), None if pairs is None else without(pairs, kept)
@@ -244,10 +245,7 @@ def records_from(
 
 
 def _readable(column: Column, name: str, where: Where, problems: Problems | None) -> Raw:
-    """The column as `whole` gives it, null in rows with bytes that are not UTF-8: parquet does not look, and Python would, much later.
-
-    The look costs 7 ms a million rows.
-    """
+    """The column as `whole` gives it, null where bytes are not UTF-8: parquet does not look, and Python would, much later. 1,000,000: 7 ms."""
     if isinstance(column, list):
         return column
     try:

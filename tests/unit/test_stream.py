@@ -18,10 +18,12 @@ from rows import MemoryRows, not_utf8
 from bertdist import parquet_files, stream
 from bertdist import records as records_module
 from bertdist.arrow_files import find_file
+from bertdist.config import DataConfig
 from bertdist.errors import DataError
 from bertdist.file_rows import FileRows
 from bertdist.pieces import OnBadRow, Piece, Place
 from bertdist.records import Columns
+from bertdist.sources import open_source, open_stream
 from bertdist.stream import EMPTY, HEAD_ROWS, State, Stream, Window
 
 QUICK = settings(max_examples=25)
@@ -296,6 +298,46 @@ def test_labels_of_other_kinds_are_told_with_their_place() -> None:
     numbers = MemoryRows("n", [{"text": "x", "label": 0.5}])
     with pytest.raises(DataError, match=r"^n row 0: the labels are of kind 'number', those before of kind 'text'"):
         list(stream_of([[*files_of([(3, (2,))]), numbers]], limit=9).windows())
+
+
+MIXED = ["no", 1, 2, 3, "yes", 0.5, "yes", ["no"], None, 4, 5, 6, 7, "no"]  # in pieces of 3 two begin with a number
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_labels_of_other_kinds_are_left_out_wherever_reading_begins(limit: int | None) -> None:
+    files = [MemoryRows(name, [{"text": f"{name} {row}", "label": label} for row, label in enumerate(MIXED)], (3, 1)) for name in "ab"]
+    files.append(MemoryRows("c", [{"text": f"c {row}", "label": row} for row in range(5)]))
+    plain = stream_of([files], limit=limit)
+    read = plain.settled()
+    good = [f"{name} {row}" for name in "ab" for row, label in enumerate(MIXED) if isinstance(label, str)]
+    for windows in epochs(read, 2):
+        assert sorted(text for window in windows for text in texts(window)) == sorted(good[:limit])
+        assert {window.records.label_kind for window in windows} == {"text"}
+        bad = [(row.file, row.reason) for window in windows for row in window.bad if row.reason not in ("no row", "end")]
+        assert limit or len(bad) == 2 * (len(MIXED) - 4) + 5
+        assert ("a row 1", "label 1 is of type int, the labels above it are of type str (column 'label')") in bad
+    assert_goes_on(read)
+    with pytest.raises(DataError, match="the labels are of kind 'integer', those before of kind 'text'"):  # the control
+        list(replace(plain, window_rows=99, limit=None).windows())
+    failing = stream_of([[MemoryRows("a", [{"text": "a", "label": "b"}])]], on_bad_row="fail")
+    assert failing.settled() is failing
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"), [(("csv", "jsonl"), ["0", "1"]), (("jsonl", "csv"), [0, 1])], ids=["text first", "numbers first"]
+)
+def test_whole_numbers_and_texts_that_are_some_stay_one_kind(tmp_path: Path, kinds: tuple[str, str], expected: list[Any]) -> None:
+    (tmp_path / "a.csv").write_text("text,label\na,0\nb,1\n")
+    (tmp_path / "a.jsonl").write_text(
+        "".join(f'{{"text": "{text}", "label": {label}}}\n' for text, label in (("c", 0), ("d", 1), ("e", '["0"]')))
+    )
+    data = DataConfig(train_file=[str(tmp_path / f"a.{kind}") for kind in kinds], on_bad_row="skip")
+    (window,) = open_stream(data, 0).windows()
+    held = open_source(data, "train")
+    for records in (window.records, held):
+        assert sorted(records.label_values) == expected and sorted(records.texts.to_pylist()) == ["a", "b", "c", "d"]
+        assert [records[row].label for row in range(4)] == [expected[row % 2] for row in range(4)]
+    assert [(row.file, row.line) for row in (*window.bad, *held.bad)] == [("a.jsonl", 3)] * 2
 
 
 # ---- head, fingerprint
