@@ -25,7 +25,7 @@ EMPTY: State = {"epoch": 0, "window": 0, "rows": 0, "cursors": []}  # nothing wa
 
 
 class Window(NamedTuple):
-    """Some rows of a stream, in the order of reading."""
+    """Some rows of a stream, in the order of reading; none where all of an epoch were left out."""
 
     records: Records
     state: State  # reading again from here begins with exactly this window
@@ -115,6 +115,9 @@ class Stream:
             for reader in readers:
                 reader.bad.clear()
             if not found:
+                empty = [reader.empty for reader in readers if reader.empty is not None]
+                if bad and empty:
+                    yield Window(empty[0], state, None, {**EMPTY, "epoch": epoch + 1}, bad)
                 return
             records = replace(join(found, self.name), first_row=self.first_row + rows)
             rows, number = rows + len(records), number + 1
@@ -136,6 +139,7 @@ class _Reader:
         self.number, self.file = cursor["pass"], cursor.get("file", 0)
         self.ended = False  # the pass is over
         self.bad: list[BadRow] = []
+        self.empty: Records | None = None  # a piece of which all rows were left out
         self._order = self._order_of_pass()
         self._untouched: Place | None = cursor
         self._begin(cursor.get("place"))
@@ -195,7 +199,9 @@ class _Reader:
             if found is not None:
                 place, records, bad = found
                 self.bad += bad
-                if len(records):
+                if not len(records):
+                    self.empty = records
+                else:
                     self._skip = self._skip if self._piece is None else 0  # of the first piece, what the cursor says
                     self._piece, self._place = records, place
             elif self.file + 1 < len(self.sources):

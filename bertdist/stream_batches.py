@@ -63,7 +63,9 @@ class StreamBatches:
                 if not rows:
                     break
                 assert not isinstance(step, BertdistError)
-                step = step or Step(number=start, share=[idle(self.examples, 0)], rows=0, idle=True, after=place)
+                if step is None or not step.rows:
+                    after = place if step is None else step.after
+                    step = Step(number=start, share=[idle(self.examples, 0)], rows=0, idle=True, after=after)
                 place = step.after
                 assert place is not None
                 yield replace(step, number=start, rows=rows, bad=bad)
@@ -105,7 +107,7 @@ class _Shares(IterableDataset[Message]):
             for number, share, rows, after, bad in self._planned():
                 place, last = divmod(number - self.start, self.together)
                 if place % workers == mine:
-                    step = share.of(rows, number)
+                    step = share.of(rows, number) if share else Step(number=number, share=[], rows=0, idle=True)
                     message.append(step if isinstance(step, BertdistError) else replace(step, after=after, bad=bad))
                     if last == self.together - 1:
                         yield message
@@ -115,14 +117,21 @@ class _Shares(IterableDataset[Message]):
         if message:
             yield message
 
-    def _planned(self) -> Iterator[tuple[int, Share, Array, Place, tuple[BadRow, ...]]]:
-        """(number, examples of the window, its rows in the step, where the reading stands behind it, rows left out) of each step."""
+    def _planned(self) -> Iterator[tuple[int, Share | None, Array, Place, tuple[BadRow, ...]]]:
+        """(number, examples of the window, its rows in the step, where the reading stands behind it, rows left out) of each step.
+
+        Without examples: a rank whose files have no rows but those left out.
+        """
         batches, number = self.batches, self.start
         place = self.place or {"window": EMPTY, "step": 0}
         size = batches.rows_per_step
         while number < self.stop:
             first_step, next_epoch = place["step"], place["window"]
             for window in batches.stream.windows(place["window"]):
+                if not len(window.records):  # all were left out, which this rank has yet to tell the others
+                    if self.one_epoch:
+                        yield number, None, plan(0, 0, 0), {"over": window.next_epoch}, tuple(window.bad)
+                    continue
                 share = self._share_of(window)
                 epoch, which, rows = window.state["epoch"], window.state["window"], len(window.records)
                 order = plan(rows, batches.seed, epoch, which)

@@ -97,7 +97,8 @@ def test_every_row_once_an_epoch_in_the_order_of_the_files(found: Any, window_ro
     read = stream_of([files[:1], files[1:]], window_rows=window_rows, seed=seed)
     total = sum(len(file.rows) for file in files)
     if not total:
-        assert list(read.windows()) == []
+        (window,) = read.windows()
+        assert len(window.records) == 0 and len(window.bad) == len(files), "what was left out is told"
         return
     for epoch, windows in enumerate(epochs(read, 3)):
         sizes = [len(window.records) for window in windows]
@@ -270,7 +271,9 @@ def test_texts_of_a_parquet_file_that_are_not_utf8_are_left_out_from_any_state(t
 
 def test_sources_without_rows() -> None:
     empty = MemoryRows("empty", [])
-    assert list(stream_of([[empty, empty]]).windows()) == list(stream_of([[]]).windows()) == []
+    (window,) = stream_of([[empty, empty]]).windows()
+    assert (len(window.records), [row.reason for row in window.bad], window.after) == (0, ["end", "end"], None)
+    assert list(stream_of([[]]).windows()) == []
     with pytest.raises(DataError, match=r"^rows has no rows\.$"):
         stream_of([[]]).head()
     with pytest.raises(DataError, match=r"^empty has no rows\.$"):  # and not for ever

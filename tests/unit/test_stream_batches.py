@@ -453,6 +453,33 @@ def test_ranks_whose_files_are_empty_wait() -> None:
     assert [steps[4].after for steps in by_rank] == [by_rank[0][4].after] * 3, "they end the epoch in the same place"
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_rank_whose_rows_are_all_left_out_tells_them(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = files_of([9, 5])
+    files = [good, replace(bad, rows=[{**row, "label": None} for row in bad.rows])]
+    of_ranks = [batches_of(files, rank, 2, size=4, split="files", workers=workers) for rank in range(2)]
+
+    def told(steps: Sequence[Step]) -> list[str]:
+        reasons = "label is missing, expected one in every row (column 'label')"
+        return [row.file for step in steps for row in step.bad if row.reason == reasons]
+
+    with emulated(together=2):
+        by_rank, errors = on_ranks(of_ranks, 0, 10)
+        assert errors == ["", ""] and [[step.idle for step in steps] for steps in by_rank] == [[False] * 10, [True] * 10]
+        assert_every_row_once(steps_of(by_rank), 5, 9)
+        assert all(len(batch.rows) and (batch.rows < 0).all() for step in by_rank[1] for batch in step.share)
+        for steps in by_rank:
+            assert told(steps[:5]) == told(steps[:1]) == [f"file 1 row {row}" for row in range(5)], "once an epoch, with its first step"
+            assert told(steps[5:]) == told(steps[:5])
+        for start in range(1, 5):
+            rest, _ = on_ranks(of_ranks, start, 10, [by_json(steps[start - 1].after) for steps in by_rank])
+            assert [list(map(content, steps)) for steps in rest] == [list(map(content, steps[start:])) for steps in by_rank]
+        with monkeypatch.context() as patch:  # the control
+            patch.setattr(stream_batches._Shares, "one_epoch", property(lambda self: False, lambda self, value: None), raising=False)
+            with pytest.raises(AssertionError):
+                assert told(on_ranks(of_ranks, 0, 1)[0][0]) == [f"file 1 row {row}" for row in range(5)]
+
+
 def test_ranks_that_do_not_wait_for_each_other_are_seen() -> None:
     of_ranks = [batches_of(files_of([9, 3]), rank, 2, size=4, split="files") for rank in range(2)]
     assert_every_row_once(steps_of(on_ranks(of_ranks, 0, 10)[0]), 5, 12)
