@@ -395,6 +395,30 @@ def test_a_stream_without_rows_is_not_read_for_ever() -> None:
         list(replace(empty, agree=lambda step: (0, ())).steps(0, 3))
 
 
+@pytest.mark.parametrize("split", ["rows", "files"])
+def test_where_a_row_stands_is_told_by_the_place_of_its_step(split: str) -> None:
+    files = files_of([9, 2, 17])
+    starts = {file.name: int(file.rows[0]["text"].split()[0]) for file in files}
+    of_ranks = [batches_of(files, rank, 2, split=split, window=8) for rank in range(2)]
+    if split == "files":
+        by_rank, errors = on_ranks(of_ranks, 0, 16)
+        assert errors == ["", ""]
+    else:
+        by_rank = [list(batches.steps(0, 16)) for batches in of_ranks]
+    for batches, steps in zip(of_ranks, by_rank, strict=True):
+        wrong = 0
+        for step in steps if split == "rows" else [step for step in steps if not step.idle]:
+            rows = [row for batch in step.share for row in batch.rows.tolist() if row >= 0]
+            ids = [row for of in rows_of(step) for row in of]
+            names = [place.rsplit(" row ", 1) for place in batches.where(rows, by_json(step.place))]
+            assert [starts[name] + int(row) for name, row in names] == ids
+            wrong += batches.where(rows, steps[0].place) != batches.where(rows, step.place)  # the control: the place of another step
+        assert wrong
+        assert batches.where([batches.stream.first_row + 3], None) == ["rows row 3"]
+        gone = replace(batches, stream=replace(batches.stream, parts=[files_of([9], broken=0)]))
+        assert gone.where([batches.stream.first_row], steps[0].place) == ["rows row 0"], "the data are no longer there"
+
+
 # ---- --stream_split files
 
 
