@@ -92,6 +92,22 @@ def test_a_run_that_was_killed_tells_them_once(tiny_model: Path, tmp_path: Path,
     assert_same_tensors(tensors_of(last_checkpoint(tmp_path / "out")), tensors_of(last_checkpoint(tmp_path / "straight")))
 
 
+def test_a_rank_whose_file_has_no_other_rows_tells_them(tiny_model: Path, tmp_path: Path, files: Files) -> None:
+    other = tmp_path / "other.tsv"
+    other.write_text("text\tlabel\n" + "a row of one field\n" * 5)
+    settings = {"streaming": True, "stream_split": "files", "label_names": ["bad", "good"], "train_file": [files.train, other]}
+    settings |= {"max_train_steps": 6, "num_train_epochs": None}
+    ranks = run_ranks(2, run_train, words(tiny_model, tmp_path / "out", files, **settings))
+    steps = rows_by_step([seen for _, seen, _ in ranks])
+    assert sorted(row for number in range(5) for row in steps[number]) == list(range(20)), "one rank has rows, 4 a step"
+    assert sorted(told(tmp_path / "out")) == [
+        *(("other.tsv", line) for line in range(2, 7)),
+        *(("train.tsv", line) for line in (7, 13, 19)),
+    ]
+    found = run_ranks(2, run_main, words(tiny_model, tmp_path / "few", files, max_bad_rows=7, **settings))
+    assert [code for code, _, _ in found] == [1, 1] and "More than 7 rows cannot be read (--max_bad_rows)." in found[0][1]
+
+
 @pytest.mark.parametrize("streaming", [{}, {"streaming": True}])
 def test_too_many_end_the_run_on_all_ranks_with_one_line(tiny_model: Path, tmp_path: Path, files: Files, streaming: dict[str, Any]) -> None:
     found = run_ranks(2, run_main, words(tiny_model, tmp_path / "out", files, max_bad_rows=2, **streaming))
