@@ -44,7 +44,9 @@ from bertdist.whole_folder import write_folder
 
 Inputs = st.SearchStrategy[bytes]
 ONE: Any = SimpleNamespace(is_main_process=True, num_processes=1, process_index=0, scaler=None)
+DEEP = [b"[" * 5000, b'{"a":' * 5000]  # deeper than Python's own stack
 WORDS = [
+    *DEEP,
     b",",
     b"\t",
     b'"',
@@ -81,6 +83,7 @@ WORDS = [
     b"a" * 300,
 ]
 YAML_WORDS = [
+    b"[" * 500,  # as deep; PyYAML takes seconds for 5,000
     b"seed",
     b": ",
     b"\n",
@@ -149,13 +152,14 @@ JSON = st.recursive(
 
 
 def like(good: Any) -> Inputs:
-    """JSON of the same shape, of which some values are another thing."""
+    """JSON of the same shape, of which some values are another thing; and JSON that is too deep."""
     if isinstance(good, dict):
         fields = {name: st.one_of(_like(value), JSON) for name, value in good.items()}
         shape: Any = st.fixed_dictionaries({}, optional=fields)
     else:
         shape = JSON
-    return st.one_of(shape, JSON).map(lambda value: json.dumps(value).encode())
+    found = st.one_of(shape, JSON).map(lambda value: json.dumps(value).encode())
+    return st.one_of(found, found, st.sampled_from(DEEP))
 
 
 def _like(value: Any) -> Any:
