@@ -5,14 +5,17 @@ section goes in front of the first heading that stands in BY_HAND, else to the e
 of the last run that wrote it, and page.svg, drawn from it.
 """
 
+import argparse
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.figures import Spread, number
 from bench.jobs import BenchError
+from bench.stage import say
+from bertdist.errors import BertdistError
 
 BY_HAND = "## What limits it"
 EMPTY = f"""# Benchmarks
@@ -51,6 +54,28 @@ def write(output: Path, name: str, section: str, record: Mapping[str, Any]) -> s
     beside.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     drawn = draw(records, picture)
     return f"{output}: section {name} is written, {beside.name} too; {drawn}"
+
+
+def show(
+    name: str,
+    parser: argparse.ArgumentParser,
+    compute: Callable[[argparse.Namespace, Sequence[str]], tuple[str, Mapping[str, Any]]],
+    words: Sequence[str],
+) -> int:
+    """The command line of a benchmark that makes one section, which --output puts into a page; the exit code: 1 with one line for a user.
+
+    compute: the flags, and the words that they were read from -> section and record.
+    """
+    args = parser.parse_args(words)
+    try:
+        section, record = compute(args, words)
+        print(section)
+        if args.output:
+            say(write(Path(args.output), name, section, record))
+    except (BenchError, BertdistError) as error:
+        say(str(error))
+        return 1
+    return 0
 
 
 def draw(records: Mapping[str, Any], picture: Path) -> str:

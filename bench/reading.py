@@ -37,7 +37,6 @@ from bench.scaling import SST2
 from bench.stage import MAKE, PACKAGES, say
 from bertdist.config import DataConfig, ModelConfig, TaskConfig
 from bertdist.encoding import encode, load_tokenizer, open_examples
-from bertdist.errors import BertdistError
 from bertdist.records import Records
 from bertdist.sources import open_source, open_stream
 from bertdist.stream_batches import StreamBatches
@@ -226,17 +225,7 @@ def compute(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, dict[s
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command line; exit code 0, or 1 with one line for what a user can mend."""
-    words = sys.argv[1:] if words is None else words
-    args = parser().parse_args(words)
-    try:
-        section, record = compute(args, words)
-        print(section)
-        if args.output:
-            say(page.write(Path(args.output), "reading", section, record))
-    except (BenchError, BertdistError) as error:
-        say(str(error))
-        return 1
-    return 0
+    return page.show("reading", parser(), compute, sys.argv[1:] if words is None else words)
 
 
 if __name__ == "__main__":

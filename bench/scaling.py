@@ -26,11 +26,10 @@ from bench.figures import markdown, number
 from bench.flops import BERT_BASE, Shape, training_flops
 from bench.jobs import BenchError
 from bench.peers import positive
-from bench.stage import MAKE, say
+from bench.stage import MAKE
 from bertdist.batching import deal, plan
 from bertdist.config import ModelConfig
 from bertdist.encoding import encode, load_tokenizer
-from bertdist.errors import BertdistError
 from bertdist.sources import open_texts
 
 Array = npt.NDArray[Any]
@@ -230,17 +229,7 @@ def compute(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, dict[s
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command line; exit code 0, or 1 with one line for what a user can mend."""
-    words = sys.argv[1:] if words is None else words
-    args = parser().parse_args(words)
-    try:
-        section, record = compute(args, words)
-        print(section)
-        if args.output:
-            say(page.write(Path(args.output), "scaling", section, record))
-    except (BenchError, BertdistError) as error:
-        say(str(error))
-        return 1
-    return 0
+    return page.show("scaling", parser(), compute, sys.argv[1:] if words is None else words)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ class Step:
     share: list[Batch]  # this rank's micro-batches, never empty
     rows: int  # rows of the step, all ranks together
     idle: bool = False  # the share is one text that counts nothing: this rank has no row in this step
+    place: Place | None = None  # of a stream: reading from here gives the window of its rows
     after: Place | None = None  # of a stream: where the reading goes on behind this step
     bad: tuple[BadRow, ...] = ()  # of a stream: rows that were left out on the way here
 

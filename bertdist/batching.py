@@ -12,7 +12,7 @@ None of it changes what a step learns: its gradient is a sum over its rows, and 
 
 import heapq
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -91,9 +91,9 @@ class Batches:
             return mixed_plan(self.examples.records.parts, self.weights, self.seed, epoch)
         return plan(len(self.examples), self.seed, epoch)
 
-    def where(self, row: int) -> str:
-        """The file and line of a row."""
-        return self.examples.records.where(row)
+    def where(self, rows: Sequence[int], place: Place | None) -> list[str]:
+        """The file and line of each row. place: for streams; nothing here needs it."""
+        return [self.examples.records.where(row) for row in rows]
 
 
 Message = list[Step | BertdistError]  # what a loader worker sends at once

@@ -22,6 +22,7 @@ from bertdist.findings import Finding, counts, excerpt, percent
 from bertdist.fix import dropped_path, write_fixed
 from bertdist.inspection import Inspection, check_data
 from bertdist.lengths import Lengths
+from bertdist.words import names_in
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 SHOWN_LABELS = 24  # more labels than a screen has lines are in check.json only
@@ -148,7 +149,7 @@ def _told(finding: Finding, found: Inspection) -> Iterator[tuple[str, str]]:
 def main() -> None:
     """The command line: exit code 1 where there are errors in the data, or one line for what a user can mend."""
     try:
-        if any(word.split("=")[0] in ("--model", "--folds") for word in sys.argv[1:]):
+        if {"model", "folds"} & names_in(sys.argv[1:]):
             from bertdist.doubts import show_doubts  # with all that training takes, which a look at the data need not load
 
             sys.exit(show_doubts(sys.argv[1:]))

@@ -14,6 +14,7 @@ takes one `kept_rows` of texts, pairs and labels together, and then `without` an
 """
 
 import math
+import re
 from collections.abc import Callable
 from itertools import compress
 from typing import Any, Literal, TypeAlias
@@ -31,6 +32,7 @@ Raw: TypeAlias = "pa.Array | list[Any]"
 Where = Callable[[int], str]  # row -> "dev.tsv line 12"
 Problems = dict[int, str]  # rows to leave out -> what is wrong with them
 
+_WHOLE = re.compile("0|-?[1-9][0-9]*")
 _BITS = {0: 0, 1: 1, "0": 0, "1": 1, "false": 0, "true": 1}  # True and 1.0 equal 1
 
 
@@ -101,23 +103,24 @@ def read_labels(
     delimiter: str | None = None,
     class_names: tuple[str, ...] | None = None,
     problems: Problems | None = None,
-    above: Any = None,
+    above: LabelValue | None = None,
 ) -> tuple[LabelKind, list[LabelValue], Codes]:
     """The labels of one column. "set": every label is a tuple of names, from lists or by splitting at `delimiter`.
 
-    class_names: names of labels that the source keeps as numbers; -1 means missing. above: where these rows are not the first, a good label
-    of those before them, as the source has it. Raises DataError at the first row whose label is missing, of another kind than those
-    above it, or no label at all.
+    class_names: names of labels that the source keeps as numbers; -1 means missing. above: where these rows are not the first, the first
+    label of those before them: all must be of its kind. Raises DataError at the first row whose label is missing, of another kind than
+    those above it, or no label at all.
     """
     distinct, codes = _encode(column)
     alive = _alive(codes, len(distinct), problems)
     values: list[Any] = [None] * len(distinct)
     wrong: dict[int, str] = {}
-    first = None if above is None else (above, _label(above, delimiter, class_names))
+    first: Any = None if above is None else (list(above) if isinstance(above, tuple) else above, above)
     for index in alive:
         raw = distinct[index]
         try:
             value = _label(raw, delimiter, class_names)
+            value = value if above is None else _like(_text_of(value), above)
             first = first or (raw, value)
             if _family(value) != _family(first[1]):
                 found = f"label {repr(raw)[:60]} is of type {type(raw).__name__}"
@@ -222,6 +225,13 @@ def _encode(column: Raw) -> tuple[list[Any], Codes]:
 
 def _family(value: Any) -> str:
     return "number" if type(value) in (int, float) else type(value).__name__
+
+
+def _like(value: LabelValue, above: LabelValue) -> LabelValue:
+    """Whole numbers and texts that are some are one kind, as in `joined`: as the labels above have them, as far as nothing is lost."""
+    if type(value) is int and isinstance(above, str) and _WHOLE.fullmatch(above):
+        return str(value)
+    return int(value) if isinstance(value, str) and type(above) is int and _WHOLE.fullmatch(value) else value
 
 
 def _number(value: Any) -> Any:

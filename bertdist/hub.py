@@ -21,6 +21,7 @@ import pyarrow.parquet
 import xxhash
 
 from bertdist.errors import DataError, did_you_mean
+from bertdist.parquet_files import spots_in
 from bertdist.pieces import Piece, Place
 from bertdist.remote import fingerprint_of, open_random
 
@@ -77,7 +78,8 @@ class HubRows:
             following = partial(next, _cut(read(at)), None)
             while (table := _told(self.name, following)) is not None:
                 columns = {name: table.column(name) for name in wanted}
-                yield Piece(columns, len(table), {"shard": shard, "at": at, "row": row}, _where(self.name, row))
+                where = _where(self.name, row)
+                yield Piece(columns, len(table), {"shard": shard, "at": at, "row": row}, where, (), partial(spots_in, where, columns))
                 at, row = at + len(table), row + len(table)
             at = 0
 

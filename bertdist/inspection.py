@@ -4,6 +4,8 @@ In: a DataConfig, a tokenizer or None. Out: an `Inspection`: the splits, their l
 findings in the order in which they matter. One module below train, because `python -m bertdist.check` and `--dry_run` show the same.
 """
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,15 +17,18 @@ from bertdist.arrow_files import find_file, open_file
 from bertdist.config import DataConfig
 from bertdist.duplicates import Sameness, can_find_near_duplicates, compare_texts
 from bertdist.errors import BertdistError, DataError
-from bertdist.findings import Finding, counts, located, ranked, report
+from bertdist.findings import Example, Finding, counts, excerpt, located, ranked, report
 from bertdist.labels import Labels, check_labels, labels_of_records
 from bertdist.lengths import Lengths, measure
 from bertdist.overlap import check_overlap
+from bertdist.pieces import place_of
 from bertdist.records import Records
 from bertdist.sources import open_source, open_texts
 from bertdist.tables import check_table
 from bertdist.tasks import problem_type_of
-from bertdist.text_health import check_texts, has_ftfy, readable
+from bertdist.text_health import check_texts, has_ftfy
+
+SHOWN_REASONS = 5  # of rows that were left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +90,11 @@ def check_data(
     files: dict[str, list[str | None]] = {"train": [*(data.train_file or ())], "validation": [data.validation_file], "test": [test_file]}
     paths = {name: of[0] if len(of) == 1 and of[0] and Path(of[0]).is_file() else None for name, of in files.items()}  # tables read twice
     for name, records in splits.items():
+        findings += _left_out(name, records, data.max_bad_rows, num_examples)
         findings += check_table(name, paths[name], records, labels[name], train_labels, data, num_examples)
         findings += check_texts(name, records.texts, records.text_column, num_examples)
         if records.pairs is not None and records.pair_column is not None:
             findings += check_texts(name, records.pairs, records.pair_column, num_examples)
-    splits = {name: _readable(records) for name, records in splits.items()}
     findings += check_labels(splits, labels, num_examples)
     if near_threshold and not can_find_near_duplicates():
         near_threshold = 0.0
@@ -166,7 +171,27 @@ def _has_labels(path: str, data: DataConfig, train: Records) -> bool:
     return train.label_column in names if data.label_columns is None else set(data.label_columns) <= set(names)
 
 
-def _readable(records: Records) -> Records:
-    """With texts that Python can hold; what was wrong with them is told by `check_texts`."""
-    texts, pairs = readable(records.texts)[0], None if records.pairs is None else readable(records.pairs)[0]
-    return records if texts is records.texts and pairs is records.pairs else replace(records, texts=texts, pairs=pairs)
+def _left_out(split: str, records: Records, most: int, num_examples: int) -> list[Finding]:
+    """Rows that were left out (--on_bad_row skip): how many, and why."""
+    bad = records.bad
+    if not bad:
+        return []
+    reasons = Counter(re.split(r" ?[;(]", row.reason)[0] for row in bad).most_common()  # without what differs from row to row
+    told = "; ".join(f"{reason} ({count:,})" for reason, count in reasons[:SHOWN_REASONS])
+    more = f"; and {len(reasons) - SHOWN_REASONS:,} other reasons" if len(reasons) > SHOWN_REASONS else ""
+    many = len(bad) > most
+    return [
+        Finding(
+            kind="left_out",
+            severity="error" if many else "warning",
+            split=split,
+            title="left out, because they cannot be read",
+            count=len(bad),
+            total=len(records) + len(bad),
+            meaning=f"{told}{more}.",
+            advice=f"Mend them where the file is made{f'; training ends at more than {most:,} (--max_bad_rows)' if many else ''}.",
+            examples=tuple(
+                Example(split=split, row=-1, text=excerpt(row.text), note=f"{place_of(row)}: {row.reason}") for row in bad[:num_examples]
+            ),
+        )
+    ]

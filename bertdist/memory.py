@@ -27,6 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from bertdist.batch import Batch, collate, recut
 from bertdist.batching import PLENTY
 from bertdist.errors import DataError
+from bertdist.pieces import Place
 from bertdist.stream_batches import AnyBatches
 
 MOST_TOKENS = {"cuda": 65_536}  # where a larger micro-batch is no faster; other devices: PLENTY
@@ -52,7 +53,7 @@ def fitting(compute: Callable[[Batch], Tensor], micro_batches: Iterable[Batch], 
             if isinstance(found, Tensor):
                 yield batch, found
             elif len(batch.lengths) == 1:
-                raise too_long(batch, found, batches)
+                raise too_long(batch, found, batches, None)
             else:
                 tokens = halved(tokens, batch)
                 waiting = recut([batch, *waiting], tokens)
@@ -216,10 +217,10 @@ def power_of_two(number: int) -> int:
     return 1 << max(1, number).bit_length() - 1
 
 
-def too_long(batch: Batch, reason: str, batches: AnyBatches, cure: str = "") -> DataError:
-    """What to say of a text that does not fit alone."""
+def too_long(batch: Batch, reason: str, batches: AnyBatches, place: Place | None, cure: str = "") -> DataError:
+    """What to say of a text that does not fit alone. place: that of its step."""
     row, limit = int(batch.rows[0]), batches.examples.max_length
-    where = batches.where(row) if row >= 0 else "A rank without rows"
+    where = batches.where([row], place)[0] if row >= 0 else "A rank without rows"
     return DataError(
         f"{where}: a text of {batch.lengths[0]} tokens (--max_length {limit}) does not fit into memory, not even alone ({reason}). "
         f"Take a smaller --max_length, {cure}or more memory."

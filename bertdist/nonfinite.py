@@ -135,7 +135,7 @@ class Watch:
     def _wrong_rows(self, step: Step) -> list[dict[str, Any]]:
         """The rows of a step whose own loss or gradient is not finite, of all ranks, in the order of the rows. A collective."""
         seed_dropout(self.run.seed, step.number, self.accelerator.process_index)
-        found = []
+        found: list[dict[str, Any]] = []
         for batch in () if step.idle else recut(step.share, 1):  # one text each
             batch = batch.to(self.accelerator.device)
             loss = self.task.loss(self.model(batch), batch.targets, batch.weights)
@@ -148,7 +148,9 @@ class Watch:
             if not all(map(math.isfinite, values)):
                 text = excerpt(str(self.batches.examples.tokenizer.decode(batch.ids)))
                 row = int(batch.rows[0])
-                found.append({"row": row, "where": self.batches.where(row), "text": text, "loss": values[0], "grad_norm": values[1]})
+                found.append({"row": row, "where": "", "text": text, "loss": values[0], "grad_norm": values[1]})
+        for told, where in zip(found, self.batches.where([told["row"] for told in found], step.place), strict=True):
+            told["where"] = where
         every = gather_object(found) if self.accelerator.num_processes > 1 else found
         return sorted(every, key=lambda row: int(row["row"]))
 

@@ -5,7 +5,7 @@ One module: parquet has no lines, no encoding and no rows that are none, so noth
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
@@ -63,14 +63,8 @@ def _opened(name: str, open_random: OpenRandom) -> Iterator[pa.parquet.ParquetFi
 
 
 def _piece(name: str, columns: dict[str, Column], rows: int, place: Place) -> Piece:
-    for told, column in columns.items():
-        _check_text(name, told, column, place["row"])
-
     def spots(wanted: Sequence[int]) -> list[Spot]:
-        told = [{key: column[row] for key, column in columns.items()} for row in wanted]
-        plain = [{key: value.as_py() if isinstance(value, pa.Scalar) else value for key, value in row.items()} for row in told]
-        texts = [excerpt(json.dumps(row, ensure_ascii=False, default=str)) for row in plain]
-        return [Spot(name, place["row"] + row, text) for row, text in zip(wanted, texts, strict=True)]
+        return [Spot(name, place["row"] + row, _text_of(columns, row)) for row in wanted]
 
     return Piece(columns, rows, place, partial(_where, name, place["row"]), (), spots)
 
@@ -79,14 +73,24 @@ def _where(name: str, first: int, row: int) -> str:
     return f"{name} row {first + row}"
 
 
-def _check_text(name: str, told: str, column: Any, first: int) -> None:
-    """Raises DataError for bytes that are not UTF-8 in a column of text: parquet does not look, and Python would, much later."""
+def spots_in(where: Callable[[int], str], columns: dict[str, Column], rows: Sequence[int]) -> list[Spot]:
+    """Where rows of a data set stand, which has no one file, and how they look there."""
+    return [Spot(where(row), None, _text_of(columns, row)) for row in rows]
+
+
+def _text_of(columns: dict[str, Column], row: int) -> str:
+    """A row as JSON; bytes that are not UTF-8 as \\x81."""
+    told = json.dumps({name: _plain(column[row]) for name, column in columns.items()}, ensure_ascii=False, default=str)
+    return excerpt(told.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
+
+
+def _plain(value: Any) -> Any:
+    """An Arrow scalar as Python's, with bytes that are not UTF-8 as lone surrogates."""
     try:
-        column.validate(full=True)
-    except pa.ArrowInvalid as error:
-        for row, value in enumerate(column):
-            try:
-                value.as_py()
-            except UnicodeDecodeError as wrong:
-                raise DataError(f"{_where(name, first, row)}: column {told!r} is not UTF-8 ({wrong}).") from None
-        raise DataError(f"{name}: column {told!r} is damaged ({error}).") from None
+        return value.as_py() if isinstance(value, pa.Scalar) else value
+    except UnicodeDecodeError:
+        if isinstance(value, pa.DictionaryScalar):
+            return _plain(value.value)
+        if isinstance(value, pa.ListScalar):  # and those of its kind
+            return [_plain(item) for item in value.values]
+        return value.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")

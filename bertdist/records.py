@@ -11,6 +11,7 @@ Each rank holds the columns it reads once (text bytes + 12 bytes a row); forked 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,8 @@ from bertdist.columns import (
     LabelKind,
     LabelValue,
     Problems,
+    Raw,
+    Where,
     kept_rows,
     read_label_columns,
     read_labels,
@@ -33,6 +36,7 @@ from bertdist.columns import (
     without_labels,
 )
 from bertdist.errors import DataError, did_you_mean
+from bertdist.parquet_files import spots_in
 from bertdist.pieces import BadRow, Column, OnBadRow, Piece, RowSource, left_out
 from bertdist.places import Kept, Named, Placed, Source, Split
 
@@ -166,23 +170,33 @@ def _no_column(source: Named, names: Sequence[str], problem: str, advice: str) -
 
 
 def read_records(
-    source: Source, names: Sequence[str], read: Reader, asked: Columns, label_delimiter: str | None = None, features: Any = None
+    source: Source,
+    names: Sequence[str],
+    read: Reader,
+    asked: Columns,
+    label_delimiter: str | None = None,
+    features: Any = None,
+    on_bad_row: OnBadRow = "fail",
 ) -> Records:
-    """All rows of a source. names: all its columns; read: gives some of them. Raises DataError."""
+    """All rows of a source. names: all its columns; read: gives some of them. Raises DataError, with "skip" where no row is left."""
     taken = choose(source, names, asked)
     columns = read(taken.names())
     if not len(columns[taken.names()[0]]):
         raise DataError(f"{source.name} has no rows.")
-    return records_from(source, columns, taken, label_delimiter, class_names_of(features, taken))
+    problems: Problems | None = {} if on_bad_row == "skip" else None
+    records = records_from(source, columns, taken, label_delimiter, class_names_of(features, taken), problems)
+    if not len(records):
+        raise DataError(f"{source.name} has no rows, but for those that were left out.")
+    return replace(records, bad=tuple(left_out(problems or {}, source.where, partial(spots_in, source.where, columns))))
 
 
 def records_of_piece(
-    source: RowSource, piece: Piece, taken: Columns, label_delimiter: str | None, on_bad_row: OnBadRow
+    source: RowSource, piece: Piece, taken: Columns, label_delimiter: str | None, on_bad_row: OnBadRow, above: LabelValue | None = None
 ) -> tuple[Records, list[BadRow]]:
     """The rows of a piece, and those that were left out, in it or here. Raises DataError, with "skip" for a wrong column only."""
     problems: Problems | None = {} if on_bad_row == "skip" else None
     place = Placed(source.name, source.has_header, ((0, piece.where, 0),))
-    records = records_from(place, piece.columns, taken, label_delimiter, class_names_of(source.features, taken), problems)
+    records = records_from(place, piece.columns, taken, label_delimiter, class_names_of(source.features, taken), problems, above)
     return records, [*piece.bad, *left_out(problems or {}, piece.where, piece.spots)]
 
 
@@ -193,13 +207,14 @@ def records_from(
     label_delimiter: str | None = None,
     class_names: tuple[str, ...] | None = None,
     problems: Problems | None = None,
+    above: LabelValue | None = None,
 ) -> Records:
     """Rows of the columns that are taken, checked. A row that is wrong is a DataError, or, where `problems` is given, left out.
 
-    class_names: names of labels that the source keeps as numbers.
+    class_names, above: see `read_labels`.
     """
     assert taken.text is not None
-    held = {name: whole(column) for name, column in columns.items()}
+    held = {name: _readable(column, name, source.where, problems) for name, column in columns.items()}
     texts = read_texts(held[taken.text], taken.text, source.where, problems)
     pairs = None if taken.pair is None else read_texts(held[taken.pair], taken.pair, source.where, problems)
     kind: LabelKind | None = None
@@ -209,7 +224,7 @@ def records_from(
         kind, class_names = "set", tuple(taken.labels)
         values, codes = read_label_columns({name: held[name] for name in taken.labels}, source.where, problems)
     elif taken.label is not None:
-        kind, values, codes = read_labels(held[taken.label], taken.label, source.where, label_delimiter, class_names, problems)
+        kind, values, codes = read_labels(held[taken.label], taken.label, source.where, label_delimiter, class_names, problems, above)
     if (kept := kept_rows(problems or {}, len(texts))) is not None:
         source = Placed(source.name, source.has_header, ((0, Kept(source.where, np.flatnonzero(kept)), 0),))
         texts, pairs = without(texts, kept), None if pairs is None else without(pairs, kept)
@@ -227,6 +242,30 @@ def records_from(
         texts=texts,
         pairs=pairs,
     )
+
+
+def _readable(column: Column, name: str, where: Where, problems: Problems | None) -> Raw:
+    """The column as `whole` gives it, null where bytes are not UTF-8: parquet does not look, and Python would, much later."""
+    if isinstance(column, list):
+        return column
+    try:
+        column.validate(full=True)
+        return whole(column)
+    except pa.ArrowInvalid as error:
+        damage = str(error)
+    wrong = np.zeros(len(column), bool)
+    for row, value in enumerate(column):
+        try:
+            value.as_py()
+        except UnicodeDecodeError as error:
+            wrong[row], reason = True, f"column {name!r} is not UTF-8 ({error})"
+            if problems is None:
+                raise DataError(f"{where(row)}: {reason}.") from None
+            problems.setdefault(row, reason)
+    if not wrong.any() and not pa.types.is_dictionary(column.type):  # whose wrong word no row may have
+        raise DataError(f"{where(0)}: column {name!r} is damaged ({damage}).")
+    held: pa.Array = whole(column)
+    return held.take(pa.array(np.arange(len(wrong)), mask=wrong))
 
 
 def class_names_of(features: Any, taken: Columns) -> tuple[str, ...] | None:

@@ -104,7 +104,7 @@ class Room:
                 tokens = 0 if failure.alone else halved(tokens, failure.batch)
             if failure is None or failure.final or failure.alone:  # else the others have not noticed
                 if failure is not None:
-                    self._finish_exchange(model, failure, backward)
+                    self._finish_exchange(model, failure, step, backward)
                 if self._agreed(tokens, failure, step) and isinstance(found, Tensor):
                     return found
                 tokens = self.progress.tokens_per_micro_batch
@@ -133,14 +133,14 @@ class Room:
         if least == 0:
             with together(self.accelerator):
                 if tokens == 0 and failure is not None:
-                    raise too_long(failure.batch, failure.reason, self._batches, "--gradient_checkpointing, ")
+                    raise too_long(failure.batch, failure.reason, self._batches, step.place, "--gradient_checkpointing, ")
         if least < self.progress.tokens_per_micro_batch:
             self.progress.tokens_per_micro_batch = least
             self.progress.halvings += 1
             self.say(f"Out of memory in step {step.number + 1}; taken again. Micro-batches of at most {least:,} tokens from here on.")
         return bool(whole)
 
-    def _finish_exchange(self, model: nn.Module, failure: Failure, backward: Backward) -> None:
+    def _finish_exchange(self, model: nn.Module, failure: Failure, step: Step, backward: Backward) -> None:
         """Give the other ranks what they wait for: zeros, in an exchange that all will throw away."""
         if self.accelerator.num_processes == 1:
             return
@@ -150,7 +150,7 @@ class Room:
         if len(unsent) == len(weights):  # DDP has not begun: a text of one token that counts nothing goes the whole way
             reason = attempt(backward, one_token(failure.batch), True)
             if isinstance(reason, str):  # not even that: the others will see this rank go
-                raise too_long(failure.batch, reason, self._batches)
+                raise too_long(failure.batch, reason, self._batches, step.place)
         elif unsent:  # DDP's hooks on these weights have not run: a gradient of zeros runs them, and they send what is left
             torch.autograd.backward(unsent, [p.new_zeros(()).expand_as(p) for p in unsent])
 

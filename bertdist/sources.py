@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 
 from bertdist.addresses import protocol_of
 from bertdist.arrow_files import Column, find_file, open_file
+from bertdist.columns import LabelValue
 from bertdist.config import DataConfig
 from bertdist.console import warn
 from bertdist.errors import DataError, did_you_mean
@@ -45,7 +46,13 @@ def open_source(data: DataConfig, split: Literal["train", "validation"]) -> Reco
     patterns = data.train_file if split == "train" else [data.validation_file] if data.validation_file else None
     limit = data.max_train_samples if split == "train" else data.max_eval_samples
     if patterns:
-        files = [[_read_file(address, data, limit) for address in find_addresses(pattern)] for pattern in patterns]
+        files: list[list[Records]] = []
+        above: LabelValue | None = None  # with "skip": the first label of all; rows whose label is of another kind are left out
+        for pattern in patterns:
+            files.append([])
+            for address in find_addresses(pattern):
+                files[-1].append(_read_file(address, data, limit, above))
+                above = files[0][0].label_values[0] if data.on_bad_row == "skip" else None
         whole = join([records for of in files for records in of], _name(patterns))
         parts = tuple(sum(map(len, of)) for of in files)
         if limit and len(whole) > limit:  # of the files only: each was read up to its own limit
@@ -63,11 +70,11 @@ def open_source(data: DataConfig, split: Literal["train", "validation"]) -> Reco
         table = dataset.with_format("arrow")[:]
         return {column: table.column(column) for column in wanted}
 
-    return read_records(Split(name), dataset.column_names, read_split, asked, data.label_delimiter, dataset.features)
+    return read_records(Split(name), dataset.column_names, read_split, asked, data.label_delimiter, dataset.features, data.on_bad_row)
 
 
 def open_stream(data: DataConfig, seed: int) -> Stream:
-    """The rows to learn from, read as they are needed. Raises DataError."""
+    """The rows to learn from, read as they are needed; with --on_bad_row skip the first ones are read here. Raises DataError."""
     if data.train_file:
         parts: list[list[RowSource]] = [[_rows(address, data) for address in find_addresses(pattern)] for pattern in data.train_file]
         name = _name(data.train_file)
@@ -88,7 +95,7 @@ def open_stream(data: DataConfig, seed: int) -> Stream:
         on_bad_row=data.on_bad_row,
         max_bad_rows=data.max_bad_rows,
         guessed=tuple(told for part in parts for source in part if isinstance(source, FileRows) and (told := source.file.told())),
-    )
+    ).settled()
 
 
 def _file(address: str, *, delimiter: str | None, quoting: str, encoding: str | None, column_names: list[str] | None) -> File:
@@ -116,10 +123,11 @@ def _rows(address: str, data: DataConfig) -> FileRows:
     return FileRows(_labelled_file(address, data), fingerprint=fingerprint_of(address), size=size_of(address), on_bad_row=data.on_bad_row)
 
 
-def _read_file(address: str, data: DataConfig, limit: int | None) -> Records:
+def _read_file(address: str, data: DataConfig, limit: int | None, above: LabelValue | None) -> Records:
     source = FileRows(_labelled_file(address, data), on_bad_row=data.on_bad_row)
     taken = choose(source, source.column_names(), _asked(data))
-    records, bad = records_of_piece(source, source.whole(taken.names(), limit), taken, data.label_delimiter, data.on_bad_row)
+    piece = source.whole(taken.names(), limit)
+    records, bad = records_of_piece(source, piece, taken, data.label_delimiter, data.on_bad_row, above)
     if not len(records):
         raise DataError(f"{source.name} has no rows{', but for those that were left out' if bad else ''}.")
     place = Placed(source.name, source.has_header, ((0, records.where, 0),), form=source.file)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from bertdist.columns import LabelValue
 from bertdist.errors import DataError
 from bertdist.joined import join
 from bertdist.mixture import shares
@@ -24,7 +25,7 @@ EMPTY: State = {"epoch": 0, "window": 0, "rows": 0, "cursors": []}  # nothing wa
 
 
 class Window(NamedTuple):
-    """Some rows of a stream, in the order of reading."""
+    """Some rows of a stream, in the order of reading; none where all of an epoch were left out."""
 
     records: Records
     state: State  # reading again from here begins with exactly this window
@@ -47,6 +48,7 @@ class Stream:
     limit: int | None = None  # rows of an epoch at most
     on_bad_row: OnBadRow = "fail"
     max_bad_rows: int = 0
+    above: LabelValue | None = None  # with "skip": the first label of all; rows whose label is of another kind are left out
     guessed: tuple[str, ...] = ()  # see Records
     first_row: int = 0  # number of the first row of an epoch
 
@@ -78,7 +80,7 @@ class Stream:
         """The pieces of one source from a place on, checked: where each begins, its rows, those left out. Raises DataError."""
         taken = choose(source, source.column_names(), self.asked)
         for piece in source.pieces(taken.names(), place):
-            records, bad = records_of_piece(source, piece, taken, self.label_delimiter, self.on_bad_row)
+            records, bad = records_of_piece(source, piece, taken, self.label_delimiter, self.on_bad_row, self.above)
             yield piece.place, records, bad
 
     def head(self) -> Records:
@@ -93,6 +95,10 @@ class Stream:
             told = f"{place_of(first[0])}: {first[0].reason}"
             raise DataError(f"{self.name} has no rows but {len(left_out)} that cannot be read, the first of them {told}")
         raise DataError(f"{self.name} has no rows.")
+
+    def settled(self) -> "Stream":
+        """The same, which also leaves out labels of another kind than the first one, wherever reading begins. Raises DataError."""
+        return self if self.on_bad_row == "fail" else replace(self, above=self.head().label_values[0])
 
     def windows(self, state: State | None = None) -> Iterator[Window]:
         """From a state to the end of its epoch. Raises DataError."""
@@ -109,6 +115,9 @@ class Stream:
             for reader in readers:
                 reader.bad.clear()
             if not found:
+                empty = [reader.empty for reader in readers if reader.empty is not None]
+                if bad and empty:
+                    yield Window(empty[0], state, None, {**EMPTY, "epoch": epoch + 1}, bad)
                 return
             records = replace(join(found, self.name), first_row=self.first_row + rows)
             rows, number = rows + len(records), number + 1
@@ -130,6 +139,7 @@ class _Reader:
         self.number, self.file = cursor["pass"], cursor.get("file", 0)
         self.ended = False  # the pass is over
         self.bad: list[BadRow] = []
+        self.empty: Records | None = None  # a piece of which all rows were left out
         self._order = self._order_of_pass()
         self._untouched: Place | None = cursor
         self._begin(cursor.get("place"))
@@ -189,7 +199,9 @@ class _Reader:
             if found is not None:
                 place, records, bad = found
                 self.bad += bad
-                if len(records):
+                if not len(records):
+                    self.empty = records
+                else:
                     self._skip = self._skip if self._piece is None else 0  # of the first piece, what the cursor says
                     self._piece, self._place = records, place
             elif self.file + 1 < len(self.sources):

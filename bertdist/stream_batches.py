@@ -8,7 +8,7 @@ files  every rank reads files of its own and takes its part of each step from th
 Where a step's reading stands is in the step (`Step.after`), so that whatever workers read ahead, a checkpoint goes on behind its last step.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
@@ -63,7 +63,9 @@ class StreamBatches:
                 if not rows:
                     break
                 assert not isinstance(step, BertdistError)
-                step = step or Step(number=start, share=[idle(self.examples, 0)], rows=0, idle=True, after=place)
+                if step is None or not step.rows:
+                    after = place if step is None else step.after
+                    step = Step(number=start, share=[idle(self.examples, 0)], rows=0, idle=True, after=after)
                 place = step.after
                 assert place is not None
                 yield replace(step, number=start, rows=rows, bad=bad)
@@ -81,9 +83,16 @@ class StreamBatches:
         except BertdistError as error:
             yield error
 
-    def where(self, row: int) -> str:
-        """A row of the stream, in words."""
-        return f"{self.stream.name} row {row - self.stream.first_row}"
+    def where(self, rows: Sequence[int], place: Place | None) -> list[str]:
+        """The file and line of each row of a step with this `place`: its window is read again. Else its number in the stream."""
+        told = [f"{self.stream.name} row {row - self.stream.first_row}" for row in rows]
+        try:
+            window = next(self.stream.windows(place)).records if place and rows else None
+        except (BertdistError, OSError, MemoryError, StopIteration):  # the data have changed since; the message that asks matters more
+            window = None
+        if window is None or not all(0 <= row - window.first_row < len(window) for row in rows):
+            return told
+        return [window.where(row - window.first_row) for row in rows]
 
 
 AnyBatches: TypeAlias = Batches | StreamBatches
@@ -102,11 +111,11 @@ class _Shares(IterableDataset[Message]):
         mine, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         message: Message = []
         try:
-            for number, share, rows, after, bad in self._planned():
-                place, last = divmod(number - self.start, self.together)
-                if place % workers == mine:
-                    step = share.of(rows, number)
-                    message.append(step if isinstance(step, BertdistError) else replace(step, after=after, bad=bad))
+            for number, share, rows, place, after, bad in self._planned():
+                turn, last = divmod(number - self.start, self.together)
+                if turn % workers == mine:
+                    step = share.of(rows, number) if share else Step(number=number, share=[], rows=0, idle=True)
+                    message.append(step if isinstance(step, BertdistError) else replace(step, place=place, after=after, bad=bad))
                     if last == self.together - 1:
                         yield message
                         message = []
@@ -115,14 +124,21 @@ class _Shares(IterableDataset[Message]):
         if message:
             yield message
 
-    def _planned(self) -> Iterator[tuple[int, Share, Array, Place, tuple[BadRow, ...]]]:
-        """(number, examples of the window, its rows in the step, where the reading stands behind it, rows left out) of each step."""
+    def _planned(self) -> Iterator[tuple[int, Share | None, Array, Place, Place, tuple[BadRow, ...]]]:
+        """(number, examples of the window, its rows in the step, place of the window, of the next step, rows left out) of each step.
+
+        Without examples: a rank whose files have no rows but those left out.
+        """
         batches, number = self.batches, self.start
         place = self.place or {"window": EMPTY, "step": 0}
         size = batches.rows_per_step
         while number < self.stop:
             first_step, next_epoch = place["step"], place["window"]
             for window in batches.stream.windows(place["window"]):
+                if not len(window.records):  # all were left out, which this rank has yet to tell the others
+                    if self.one_epoch:
+                        yield number, None, plan(0, 0, 0), window.state, {"over": window.next_epoch}, tuple(window.bad)
+                    continue
                 share = self._share_of(window)
                 epoch, which, rows = window.state["epoch"], window.state["window"], len(window.records)
                 order = plan(rows, batches.seed, epoch, which)
@@ -132,7 +148,7 @@ class _Shares(IterableDataset[Message]):
                     if step == last_step:
                         over = {"over": next_epoch} if self.one_epoch else {"window": next_epoch, "step": 0}
                         after = over if window.after is None else {"window": window.after, "step": 0}
-                    yield number, share, order[step * size : (step + 1) * size], after, bad
+                    yield number, share, order[step * size : (step + 1) * size], window.state, after, bad
                     number, bad = number + 1, ()
                     if number == self.stop:
                         return

@@ -72,8 +72,9 @@ def survey(stream: Stream, accelerator: Accelerator, kept: Path) -> Survey:
     with together(accelerator):
         if stream.limit is not None:
             for window in stream.windows() if rank == 0 else ():
-                mine.add(0, window.records)
                 left_out.add(window.bad)
+                if len(window.records):
+                    mine.add(0, window.records)
         else:
             for number, source in enumerate(stream.sources[rank::ranks]):
                 mine.rows[rank + number * ranks] = 0

@@ -75,26 +75,8 @@ def has_ftfy() -> bool:
     return importlib.util.find_spec("ftfy") is not None
 
 
-def readable(texts: pa.Array) -> tuple[pa.Array, Rows]:
-    """The texts as valid UTF-8, and the rows that were not: parquet files may hold any bytes, and lone surrogates among them."""
-    try:
-        texts.validate(full=True)
-        return texts, np.zeros(0, np.int64)
-    except pa.ArrowInvalid:
-        raw = texts.cast(pa.large_binary()).to_pylist()
-    wrong, good = [], []
-    for row, content in enumerate(raw):
-        good.append(content.decode("utf-8", "replace"))
-        try:
-            content.decode()
-        except UnicodeDecodeError:
-            wrong.append(row)
-    return pa.array(good, pa.large_string()), np.array(wrong, np.int64)
-
-
 def check_texts(split: str, texts: pa.Array, column: str, num_examples: int) -> list[Finding]:
     """Findings on one column of texts: (rows,) large_string."""
-    texts, wrong = readable(texts)
 
     def finding(
         kind: str, severity: Severity, title: str, rows: Rows, meaning: str, advice: str, pattern: str | None = None
@@ -120,11 +102,6 @@ def check_texts(split: str, texts: pa.Array, column: str, num_examples: int) -> 
         ]
 
     found = finding(
-        "invalid_utf8", "error", "bytes that are not UTF-8", wrong,
-        "The file says it is text, and these bytes are not: another encoding, or lone surrogates written out.",
-        "Write the file again with the right encoding.",
-    )  # fmt: skip
-    found += finding(
         "empty_texts", "warning", "empty texts", empty_rows(texts),
         "No text, or only blanks: a model learns to answer such rows with the most frequent label.", "Drop them: --fix does.",
     )  # fmt: skip

@@ -65,7 +65,7 @@ def damage_of(folder: Path) -> str | None:
         expected = {name: (int(entry["bytes"]), str(entry["xxh3_128"])) for name, entry in manifest.items()}
     except FileNotFoundError:
         return "manifest.json is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "manifest.json cannot be read"
     for name in CHECKPOINT_FILES:
         if name not in expected:

@@ -82,6 +82,28 @@ def read_words(program: str, sections: list[Any], words: Sequence[str]) -> tuple
     return tuple(values)
 
 
+def names_in(words: Sequence[str]) -> set[str]:
+    """The settings that words give, in the file of --config too; of one that cannot be read none, since `read_words` says why."""
+    given = [word.removeprefix("--").partition("=") for word in words]
+    names = {name.replace("-", "_") for word, (name, _, _) in zip(words, given, strict=True) if word.startswith("--")}
+    files = [value or word for (name, _, value), word in zip(given, [*words, ""][1:], strict=True) if name == "config"]
+    try:
+        node = yaml.compose(Path(files[-1]).read_text(encoding="utf-8"), Loader=yaml.BaseLoader) if files else None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        node = None
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        names |= set() if _is_nothing(value) else {_name_of(key)}
+    return names
+
+
+def _name_of(key: Any) -> str:
+    return str(key.value).lstrip("-").replace("-", "_")
+
+
+def _is_nothing(value: Any) -> bool:
+    return isinstance(value, yaml.ScalarNode) and value.style is None and value.value in ("", "null", "~")
+
+
 def _unknown_word(name: str, known: Iterable[str], where: str = "") -> str:
     if name in _ELSEWHERE:
         return f"{where}Unknown setting {name!r}: {_ELSEWHERE[name]}."
@@ -95,7 +117,7 @@ def _words_of_file(path: Path, known: list[str], many: set[str]) -> tuple[list[s
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: cannot be read ({error}).") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
     if node is None:
         return [], {}
@@ -105,13 +127,13 @@ def _words_of_file(path: Path, known: list[str], many: set[str]) -> tuple[list[s
     lists: dict[str, list[str]] = {}
     problems, seen = [], set()
     for key, value in node.value:
-        name, where = str(key.value).lstrip("-").replace("-", "_"), f"{path} line {key.start_mark.line + 1}: "
+        name, where = _name_of(key), f"{path} line {key.start_mark.line + 1}: "
         if name not in known:
             problems.append(_unknown_word(name, known, where))
         elif name in seen:
             problems.append(f"{where}{name!r} stands here a second time.")
         elif isinstance(value, yaml.ScalarNode):
-            words += [] if value.style is None and value.value in ("", "null", "~") else [f"--{name}={value.value}"]
+            words += [] if _is_nothing(value) else [f"--{name}={value.value}"]
         elif isinstance(value, yaml.SequenceNode) and name not in many:
             problems.append(f"{where}{name!r} takes one value, not a list.")
         elif isinstance(value, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in value.value):

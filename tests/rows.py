@@ -82,6 +82,12 @@ class MemoryRows:
         return f"{self.name} row {first + row}"
 
 
+def not_utf8(texts: Sequence[str], wrong: Sequence[int]) -> pa.Array:
+    """(texts,) string, of which the `wrong` ones have a byte that is not UTF-8: what a parquet or Arrow file may hold."""
+    raw = [text.encode() + b" \xd9" * (row in wrong) for row, text in enumerate(texts)]
+    return pa.array(raw, pa.large_binary()).view(pa.large_string())
+
+
 class Files(NamedTuple):
     """The two files of a run."""
 

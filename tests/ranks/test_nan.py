@@ -110,6 +110,14 @@ def test_a_row_that_gives_no_number_stops_all_ranks_and_is_named(tiny_model: Pat
         assert int(folder.name[5:]) < line["step"] and all(tensor.isfinite().all() for tensor in tensors_of(folder).values())
 
 
+def test_a_row_of_a_stream_is_named_by_its_line(tiny_model: Path, files: Files, tmp_path: Path) -> None:
+    words = words_of(tiny_model, tmp_path / "out", files, **{**SETTINGS, "streaming": True, "stream_window": 8})
+    with pytest.raises(RankError, match=r"of its \d+ rows: train\.tsv line 19 \(loss "):
+        run_ranks(2, run_train, words, spoil({17}, "nan"))
+    (line,) = json_of(tmp_path / "out" / "nan_rows.jsonl")
+    assert (line["row"], line["where"]) == (17, f"train.tsv line {17 + HEADER}")
+
+
 class Skipped:
     """Runs with --on_nan skip over rows 3 and 17 that give NaN, on n ranks."""
 

@@ -67,8 +67,6 @@ def test_a_byte_that_is_not_utf_8(tiny_model: Path, tmp_path: Path, files: Files
 
 def test_the_spam_file_as_it_is_in_the_world(tiny_model: Path, tmp_path: Path, shared_data: Path) -> None:
     path = shared_data / "sms_spam" / "spam.csv"
-    if not path.exists():
-        pytest.skip("needs sms_spam/spam.csv")
     settings: dict[str, Any] = {"text_column": "v2", "label_column": "v1", "max_train_samples": 40, "max_train_steps": 1}
     told = mistake(words_of(tiny_model, tmp_path / "out", Files(path), encoding="utf-8", **settings))
     assert "spam.csv line " in told and "is not utf-8; pass --encoding " in told

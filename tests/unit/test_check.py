@@ -42,6 +42,19 @@ def test_exit_codes_tell_errors_from_warnings(tmp_path: Path, monkeypatch: pytes
     assert code == 1 and "1 error, 0 warnings, 0 notes." in plain(out) and "dev.tsv line 6" in plain(out)
 
 
+def test_a_config_file_that_doubts_labels_is_no_look_at_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "check.yaml"
+    for text in ("folds: 1", "model: m\nfolds: 2"):
+        config.write_text(f"{text}\ntrain_file: nowhere.tsv\nmodel_name_or_path: m\noutput_dir: o\n")
+        code, _, error = run(monkeypatch, capsys, "--config", config)
+        assert code == 1 and ("--folds is 1" in error or "Give a trained model with --model, or --folds" in error)
+    config.write_text("folds:\ntrain_file: nowhere.tsv\n")  # the control: nothing is asked
+    code, _, error = run(monkeypatch, capsys, "--config", config)
+    assert code == 1 and "folds" in error and "Give" not in error
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

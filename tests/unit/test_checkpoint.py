@@ -353,6 +353,7 @@ def test_a_damaged_file_is_named_and_its_checkpoint_moved_aside(damage: str, fil
         (b'{"files": {"model.safetensors": 3}}', "manifest.json cannot be read"),
         (b'{"files": {"model.safetensors": {"bytes": null, "xxh3_128": ""}}}', "manifest.json cannot be read"),
         (b"\xff\xfe", "manifest.json cannot be read"),
+        pytest.param(b"[" * 5000, "manifest.json cannot be read", id="deep"),
         (b'{"files": {}}', "manifest.json does not name model.safetensors"),
     ],
 )

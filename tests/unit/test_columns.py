@@ -64,10 +64,34 @@ def test_labels_that_are_none_are_told(column: list[Any], before: Problems, kind
 
 def test_a_label_above_says_what_kind_it_must_be() -> None:
     problems: Problems = {}
-    read_labels(["1", 2], "label", where, problems=problems, above=7)
+    read_labels(["x", 2], "label", where, problems=problems, above=7)
     assert list(problems) == [0]
     with pytest.raises(DataError, match="label 'x' is of type str, the labels above it are of type list"):
-        read_labels(["x"], "label", where, above=["x"])
+        read_labels(["x"], "label", where, above=("x",))
+
+
+@pytest.mark.parametrize(
+    ("labels", "above", "expected"),
+    [
+        (["1", 2, "03", "-0", "1.5"], 7, [1, 2]),  # text that is a whole number, where nothing is lost
+        (["1", 2, "03", 1.5, "x"], "7", ["1", "2", "03", "x"]),
+        (["1", 2], "x", ["1"]),
+        ([1, 2.5, "1"], 1.5, [1.0, 2.5]),
+        ([True, "no", 1], "x", ["true", "no"]),
+        ([["a"], "a", [1]], ("b",), [("a",), ("1",)]),
+    ],
+    ids=["above a whole number", "above text that is one", "above text", "above a fraction", "truth", "sets"],
+)
+def test_what_stays_below_a_label_is_of_its_kind(labels: list[Any], above: Any, expected: list[Any]) -> None:
+    problems: Problems = {}
+    _, values, codes = read_labels(labels, "label", where, problems=problems, above=above)
+    kept = kept_rows(problems, len(labels))
+    values, codes = without_labels(values, codes, kept)
+    assert [values[code] for code in codes] == expected
+    assert len(problems) == len(labels) - len(expected)
+    if problems:  # the control
+        with pytest.raises(DataError):
+            read_labels(labels, "label", where, above=above)
 
 
 def test_label_columns_tell_their_rows() -> None:

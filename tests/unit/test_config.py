@@ -149,6 +149,30 @@ def test_no_flag_may_be_abbreviated(start: str) -> None:
     assert problems([*NEEDED, f"{start}=1"])[0].startswith(f"Unknown setting '{start[2:]}'.")
 
 
+@pytest.mark.parametrize(
+    ("words", "text", "expected"),
+    [
+        (["--folds", "5", "--label-column=l", "x"], None, {"folds", "label_column"}),
+        (["--folds=5", "CONFIG"], "seed: 3\nlabel-names: [a, b]\nmodel:\noutput: ''\n", {"folds", "seed", "label_names", "output"}),
+        (["CONFIG"], "[", set()),
+        (["CONFIG"], "[" * 5000, set()),
+        (["--config", "nowhere.yaml"], None, set()),
+        (["--seed", "3", "--config"], None, {"seed"}),
+        ([], None, set()),
+    ],
+    ids=["line", "both", "no YAML", "deep", "no file", "no value", "nothing"],
+)
+def test_what_words_name_is_known_before_they_are_read(words: list[str], text: str | None, expected: set[str], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text or "")
+    for config in ([f"--config={tmp_path / 'run.yaml'}"], ["--config", str(tmp_path / "run.yaml")]):
+        given = [part for word in words for part in (config if word == "CONFIG" else [word])]
+        assert words_module.names_in(given) - {"config"} == expected
+
+
+def test_yaml_of_any_depth_is_one_line(file: Callable[[str], list[str]]) -> None:
+    assert ["not YAML: maximum recursion depth" in line for line in problems(file("[" * 5000))] == [True]
+
+
 @pytest.mark.parametrize("word", sorted(words_module._ELSEWHERE))
 def test_words_from_elsewhere_are_answered_with_ours(word: str, file: Callable[[str], list[str]]) -> None:
     answer = words_module._ELSEWHERE[word]

@@ -15,12 +15,17 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from rows import not_utf8
 from servers import FakeHub
 
 from bertdist import hub
+from bertdist.config import DataConfig
 from bertdist.errors import DataError
 from bertdist.hub import HubRows
 from bertdist.pieces import Piece, RowSource
+from bertdist.records import Columns
+from bertdist.sources import open_source
+from bertdist.stream import Stream
 
 ROWS = [{"text": f"text {row}", "label": row % 3, "number": row / 2} for row in range(100)]
 FEATURES = datasets.Features(
@@ -89,6 +94,44 @@ def test_a_reading_that_forgets_its_place_is_seen(kind: str, tmp_path: Path, mon
     for name in ("_of_parquet", "_of_stream", "_of_memory"):
         monkeypatch.setattr(hub, name, forgetful(getattr(hub, name)))
     assert as_lists(list(source.pieces(["text"], pieces[1].place))) != as_lists(pieces[1:])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_texts_that_are_not_utf8_are_left_out_or_named(kind: str, tmp_path: Path) -> None:
+    wrong = [0, 7, 8, 9, 10, 11, 12, 13, 22, 99]
+    table = pa.table({"text": not_utf8([row["text"] for row in ROWS], wrong), "label": [row["label"] for row in ROWS]})
+    (tmp_path / "data").mkdir()
+    if kind == "parquet":
+        pa.parquet.write_table(table, tmp_path / "data" / "train.parquet", row_group_size=10)
+    else:
+        datasets.Dataset(table).save_to_disk(str(tmp_path / "data"))
+    source = HubRows(str(tmp_path / "data"))
+    told: dict[str, Any] = {"name": "data", "asked": Columns("text", None, "label", None), "label_delimiter": None, "seed": 0}
+    read = Stream(parts=[[source]], window_rows=16, on_bad_row="skip", max_bad_rows=99, **told)
+    windows = list(read.windows())
+    came = [text for window in windows for text in window.records.texts.to_pylist()]
+    assert came == [f"text {row}" for row in range(100) if row not in wrong]
+    bad = [row for window in windows for row in window.bad]
+    assert [row.file for row in bad] == [f"{source.name} row {row}" for row in wrong]
+    assert bad[8].text == r'{"text": "text 22 \xd9", "label": 1}'
+    for number, window in enumerate(windows):
+        again = list(read.windows(json.loads(json.dumps(window.state))))
+        assert [(one.state, one.records.texts.to_pylist()) for one in again] == [
+            (one.state, one.records.texts.to_pylist()) for one in windows[number:]
+        ]
+    with pytest.raises(DataError, match=r"split 'train' row 0: column 'text' is not UTF-8 \("):
+        list(Stream(parts=[[source]], window_rows=16, **told).windows())
+
+
+def test_texts_of_a_split_in_memory_that_are_not_utf8_are_left_out_or_named(tmp_path: Path) -> None:
+    table = pa.table({"text": not_utf8([row["text"] for row in ROWS], [3, 99]), "label": [row["label"] for row in ROWS]})
+    pa.parquet.write_table(table, tmp_path / "train.parquet")
+    found = open_source(DataConfig(dataset_name=str(tmp_path), on_bad_row="skip"), "train")
+    assert found.texts.to_pylist() == [f"text {row}" for row in range(99) if row != 3]
+    assert [row.file for row in found.bad] == [f"{tmp_path} split 'train' row {row}" for row in (3, 99)]
+    assert found.where(3) == f"{tmp_path} split 'train' row 4" and r"text 3 \xd9" in found.bad[0].text
+    with pytest.raises(DataError, match=r"split 'train' row 3: column 'text' is not UTF-8 \("):
+        open_source(DataConfig(dataset_name=str(tmp_path)), "train")
 
 
 def test_class_names_and_columns(tmp_path: Path) -> None:

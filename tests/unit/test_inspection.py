@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,36 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "test.tsv").write_text("text\tlabel\nonly one field\n")
     with pytest.raises(DataError, match=r"^test.tsv line 2: 1 field, expected 2"):
         check_data(DataConfig(train_file=[str(train)]), test_file=str(tmp_path / "test.tsv"))
+
+
+def test_rows_that_were_left_out_are_told_with_their_reasons(tmp_path: Path) -> None:
+    lines = [
+        "text\tlabel",
+        *(f"{row['text']}\t{row['label']}" for row in clean_rows(40)),
+        "one field",
+        "a\tb\tc",
+        "another field",
+        "none\t",
+    ]
+    (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n")
+    data = DataConfig(train_file=[str(tmp_path / "train.tsv")], on_bad_row="skip", max_bad_rows=4)
+    found = check_data(data)
+    assert kinds(found) == [("left_out", "warning", "train", 4)]
+    told = the(found, "left_out")
+    assert (
+        told.total == 44 and told.meaning.startswith("1 field, expected 2 as in the header (2); ") and "--max_bad_rows" not in told.advice
+    )
+    assert [example.note[:31] for example in told.examples] == [
+        "train.tsv line 42: 1 field, exp",
+        "train.tsv line 43: 3 fields, ex",
+        "train.tsv line 44: 1 field, exp",
+    ]
+    (shown, *_) = found.as_dict()["findings"][0]["examples"]
+    assert (shown["where"], shown["text"]) == ("train", "one field")
+    many = check_data(replace(data, max_bad_rows=3))
+    assert the(many, "left_out").severity == "error" and "training ends at more than 3 (--max_bad_rows)" in the(many, "left_out").advice
+    with pytest.raises(DataError, match=r"^train.tsv line 42: 1 field"):  # the control
+        check_data(replace(data, on_bad_row="fail", max_bad_rows=100))
 
 
 def real(folder: Path, train: str, dev: str | None = None, test: str | None = None, **settings: Any) -> Inspection:

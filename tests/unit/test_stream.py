@@ -5,17 +5,25 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import MemoryRows
+from rows import MemoryRows, not_utf8
 
-from bertdist import stream
+from bertdist import parquet_files, stream
+from bertdist import records as records_module
+from bertdist.arrow_files import find_file
+from bertdist.config import DataConfig
 from bertdist.errors import DataError
-from bertdist.pieces import Piece, Place
+from bertdist.file_rows import FileRows
+from bertdist.pieces import OnBadRow, Piece, Place
 from bertdist.records import Columns
+from bertdist.sources import open_source, open_stream
 from bertdist.stream import EMPTY, HEAD_ROWS, State, Stream, Window
 
 QUICK = settings(max_examples=25)
@@ -89,7 +97,8 @@ def test_every_row_once_an_epoch_in_the_order_of_the_files(found: Any, window_ro
     read = stream_of([files[:1], files[1:]], window_rows=window_rows, seed=seed)
     total = sum(len(file.rows) for file in files)
     if not total:
-        assert list(read.windows()) == []
+        (window,) = read.windows()
+        assert len(window.records) == 0 and len(window.bad) == len(files), "what was left out is told"
         return
     for epoch, windows in enumerate(epochs(read, 3)):
         sizes = [len(window.records) for window in windows]
@@ -226,9 +235,45 @@ def test_rows_that_were_left_out_arrive_once_also_of_pieces_without_rows() -> No
 # ---- Sources that are empty, or wrong
 
 
+def parquet_rows(path: Path, wrong: Sequence[int], on_bad_row: OnBadRow = "skip") -> FileRows:
+    """40 rows in 4 groups, some of them with a text that is not UTF-8."""
+    texts = not_utf8([f"{path.stem} {row}" for row in range(40)], wrong)
+    pq.write_table(pa.table({"text": texts, "label": ["no", "yes"] * 20}), path, row_group_size=10)
+    told = find_file(str(path), delimiter=None, quoting="auto", encoding=None, column_names=None)
+    return FileRows(told, on_bad_row=on_bad_row)
+
+
+def test_texts_of_a_parquet_file_that_are_not_utf8_are_left_out_from_any_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet_files, "PIECE_ROWS", 4)
+    wrong = {"a": [0, 9, 10, 11, 12, 13], "b": [39], "c": list(range(40))}  # all of a piece, the last of a file, all of a file
+    read = stream_of([[parquet_rows(tmp_path / f"{name}.parquet", rows) for name, rows in wrong.items()]])
+    for windows in epochs(read, 2):
+        came = [text for window in windows for text in texts(window)]
+        expected = [f"{name} {row}" for name, rows in wrong.items() for row in range(40) if row not in rows]
+        assert sorted(came) == sorted(expected)
+        assert [records.where(0) for records, *_ in windows[:1]] == [f"{came[0].split()[0]}.parquet row {came[0].split()[1]}"]
+        bad = [row for window in windows for row in window.bad]
+        assert sorted((row.file, row.line) for row in bad) == [(f"{name}.parquet", row) for name, rows in wrong.items() for row in rows]
+        assert all("column 'text' is not UTF-8 ('utf-8' codec can't decode byte 0xd9 in" in row.reason for row in bad)
+        assert r'{"text": "b 39 \xd9", "label": "yes"}' in [row.text for row in bad]
+    assert_goes_on(read)
+
+    # The controls: a reader that takes what it can of such a text, and --on_bad_row fail, which ends with a line.
+    def careless(column: Any, *_: Any) -> Any:
+        return pa.array([str(value.as_buffer().to_pybytes()) for value in column], pa.large_string())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records_module, "_readable", careless)
+        assert sum(len(window.records) for window in read.windows()) == 120
+    with pytest.raises(DataError, match=r"^d\.parquet row 7: column 'text' is not UTF-8 \(.* can't decode byte 0xd9 in position 4: "):
+        list(stream_of([[parquet_rows(tmp_path / "d.parquet", [7, 8], "fail")]], on_bad_row="fail").windows())
+
+
 def test_sources_without_rows() -> None:
     empty = MemoryRows("empty", [])
-    assert list(stream_of([[empty, empty]]).windows()) == list(stream_of([[]]).windows()) == []
+    (window,) = stream_of([[empty, empty]]).windows()
+    assert (len(window.records), [row.reason for row in window.bad], window.after) == (0, ["end", "end"], None)
+    assert list(stream_of([[]]).windows()) == []
     with pytest.raises(DataError, match=r"^rows has no rows\.$"):
         stream_of([[]]).head()
     with pytest.raises(DataError, match=r"^empty has no rows\.$"):  # and not for ever
@@ -256,6 +301,46 @@ def test_labels_of_other_kinds_are_told_with_their_place() -> None:
     numbers = MemoryRows("n", [{"text": "x", "label": 0.5}])
     with pytest.raises(DataError, match=r"^n row 0: the labels are of kind 'number', those before of kind 'text'"):
         list(stream_of([[*files_of([(3, (2,))]), numbers]], limit=9).windows())
+
+
+MIXED = ["no", 1, 2, 3, "yes", 0.5, "yes", ["no"], None, 4, 5, 6, 7, "no"]  # in pieces of 3 two begin with a number
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_labels_of_other_kinds_are_left_out_wherever_reading_begins(limit: int | None) -> None:
+    files = [MemoryRows(name, [{"text": f"{name} {row}", "label": label} for row, label in enumerate(MIXED)], (3, 1)) for name in "ab"]
+    files.append(MemoryRows("c", [{"text": f"c {row}", "label": row} for row in range(5)]))
+    plain = stream_of([files], limit=limit)
+    read = plain.settled()
+    good = [f"{name} {row}" for name in "ab" for row, label in enumerate(MIXED) if isinstance(label, str)]
+    for windows in epochs(read, 2):
+        assert sorted(text for window in windows for text in texts(window)) == sorted(good[:limit])
+        assert {window.records.label_kind for window in windows} == {"text"}
+        bad = [(row.file, row.reason) for window in windows for row in window.bad if row.reason not in ("no row", "end")]
+        assert limit or len(bad) == 2 * (len(MIXED) - 4) + 5
+        assert ("a row 1", "label 1 is of type int, the labels above it are of type str (column 'label')") in bad
+    assert_goes_on(read)
+    with pytest.raises(DataError, match="the labels are of kind 'integer', those before of kind 'text'"):  # the control
+        list(replace(plain, window_rows=99, limit=None).windows())
+    failing = stream_of([[MemoryRows("a", [{"text": "a", "label": "b"}])]], on_bad_row="fail")
+    assert failing.settled() is failing
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"), [(("csv", "jsonl"), ["0", "1"]), (("jsonl", "csv"), [0, 1])], ids=["text first", "numbers first"]
+)
+def test_whole_numbers_and_texts_that_are_some_stay_one_kind(tmp_path: Path, kinds: tuple[str, str], expected: list[Any]) -> None:
+    (tmp_path / "a.csv").write_text("text,label\na,0\nb,1\n")
+    (tmp_path / "a.jsonl").write_text(
+        "".join(f'{{"text": "{text}", "label": {label}}}\n' for text, label in (("c", 0), ("d", 1), ("e", '["0"]')))
+    )
+    data = DataConfig(train_file=[str(tmp_path / f"a.{kind}") for kind in kinds], on_bad_row="skip")
+    (window,) = open_stream(data, 0).windows()
+    held = open_source(data, "train")
+    for records in (window.records, held):
+        assert sorted(records.label_values) == expected and sorted(records.texts.to_pylist()) == ["a", "b", "c", "d"]
+        assert [records[row].label for row in range(4)] == [expected[row % 2] for row in range(4)]
+    assert [(row.file, row.line) for row in (*window.bad, *held.bad)] == [("a.jsonl", 3)] * 2
 
 
 # ---- head, fingerprint

@@ -395,6 +395,30 @@ def test_a_stream_without_rows_is_not_read_for_ever() -> None:
         list(replace(empty, agree=lambda step: (0, ())).steps(0, 3))
 
 
+@pytest.mark.parametrize("split", ["rows", "files"])
+def test_where_a_row_stands_is_told_by_the_place_of_its_step(split: str) -> None:
+    files = files_of([9, 2, 17])
+    starts = {file.name: int(file.rows[0]["text"].split()[0]) for file in files}
+    of_ranks = [batches_of(files, rank, 2, split=split, window=8) for rank in range(2)]
+    if split == "files":
+        by_rank, errors = on_ranks(of_ranks, 0, 16)
+        assert errors == ["", ""]
+    else:
+        by_rank = [list(batches.steps(0, 16)) for batches in of_ranks]
+    for batches, steps in zip(of_ranks, by_rank, strict=True):
+        wrong = 0
+        for step in steps if split == "rows" else [step for step in steps if not step.idle]:
+            rows = [row for batch in step.share for row in batch.rows.tolist() if row >= 0]
+            ids = [row for of in rows_of(step) for row in of]
+            names = [place.rsplit(" row ", 1) for place in batches.where(rows, by_json(step.place))]
+            assert [starts[name] + int(row) for name, row in names] == ids
+            wrong += batches.where(rows, steps[0].place) != batches.where(rows, step.place)  # the control: the place of another step
+        assert wrong
+        assert batches.where([batches.stream.first_row + 3], None) == ["rows row 3"]
+        gone = replace(batches, stream=replace(batches.stream, parts=[files_of([9], broken=0)]))
+        assert gone.where([batches.stream.first_row], steps[0].place) == ["rows row 0"], "the data are no longer there"
+
+
 # ---- --stream_split files
 
 
@@ -451,6 +475,33 @@ def test_ranks_whose_files_are_empty_wait() -> None:
     assert errors == [""] * 3 and [[step.idle for step in steps] for steps in by_rank] == [[False] * 10, [True] * 10, [True] * 10]
     assert_every_row_once(steps_of(by_rank), 5, 9)
     assert [steps[4].after for steps in by_rank] == [by_rank[0][4].after] * 3, "they end the epoch in the same place"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_rank_whose_rows_are_all_left_out_tells_them(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = files_of([9, 5])
+    files = [good, replace(bad, rows=[{**row, "label": None} for row in bad.rows])]
+    of_ranks = [batches_of(files, rank, 2, size=4, split="files", workers=workers) for rank in range(2)]
+
+    def told(steps: Sequence[Step]) -> list[str]:
+        reasons = "label is missing, expected one in every row (column 'label')"
+        return [row.file for step in steps for row in step.bad if row.reason == reasons]
+
+    with emulated(together=2):
+        by_rank, errors = on_ranks(of_ranks, 0, 10)
+        assert errors == ["", ""] and [[step.idle for step in steps] for steps in by_rank] == [[False] * 10, [True] * 10]
+        assert_every_row_once(steps_of(by_rank), 5, 9)
+        assert all(len(batch.rows) and (batch.rows < 0).all() for step in by_rank[1] for batch in step.share)
+        for steps in by_rank:
+            assert told(steps[:5]) == told(steps[:1]) == [f"file 1 row {row}" for row in range(5)], "once an epoch, with its first step"
+            assert told(steps[5:]) == told(steps[:5])
+        for start in range(1, 5):
+            rest, _ = on_ranks(of_ranks, start, 10, [by_json(steps[start - 1].after) for steps in by_rank])
+            assert [list(map(content, steps)) for steps in rest] == [list(map(content, steps[start:])) for steps in by_rank]
+        with monkeypatch.context() as patch:  # the control
+            patch.setattr(stream_batches._Shares, "one_epoch", property(lambda self: False, lambda self, value: None), raising=False)
+            with pytest.raises(AssertionError):
+                assert told(on_ranks(of_ranks, 0, 1)[0][0]) == [f"file 1 row {row}" for row in range(5)]
 
 
 def test_ranks_that_do_not_wait_for_each_other_are_seen() -> None:

@@ -11,7 +11,7 @@ from bertdist import text_health
 from bertdist.config import DataConfig
 from bertdist.errors import DataError
 from bertdist.inspection import check_data
-from bertdist.text_health import check_texts, mojibake_rows, readable, repaired
+from bertdist.text_health import check_texts, mojibake_rows, repaired
 
 pytest.importorskip("ftfy", reason="wrong encodings are judged by ftfy (the extra `check`)")
 
@@ -87,8 +87,10 @@ def test_bytes_that_are_not_utf8_in_a_parquet_file_are_one_line(tmp_path: Path) 
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"^a.parquet row 40: column 'text' is not UTF-8"):
         check_data(DataConfig(train_file=[str(tmp_path / "a.parquet")]))
-    texts = pa.array(GOOD, pa.large_string())
-    assert readable(texts)[0] is texts and len(readable(texts)[1]) == 0
+    found = check_data(DataConfig(train_file=[str(tmp_path / "a.parquet")], on_bad_row="skip"))
+    assert kinds(found) == [("left_out", "warning", "train", 2)]  # and nothing of the others
+    assert found.splits["train"].texts.to_pylist() == [row["text"] for row in rows]
+    assert [row.line for row in found.splits["train"].bad] == [40, 41]
 
 
 def test_an_excerpt_shows_what_was_found(tmp_path: Path) -> None:
