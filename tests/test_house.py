@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bertdist"
 
 FLOORS = [  # a module imports from lower floors only
     ["errors"],
-    ["words", "dropout", "embedding", "linear", "pieces", "places", "addresses", "findings", "label_noise", "beats"],
+    ["words", "dropout", "embedding", "linear", "pieces", "places", "addresses", "findings", "label_noise", "beats", "anomaly"],
     ["config", "scores", "slurm", "console", "attention_cpu", "text_files", "file_bytes", "columns", "ranks", "meter", "remote", "arrival"],
     ["command_line", "row_ends", "watchdog", "run_folder", "whole_folder"],
     ["separated", "json_lines", "guess", "parquet_files", "check_config"],
