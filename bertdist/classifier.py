@@ -219,12 +219,16 @@ def load_trained(folder: str) -> tuple[Classifier, Task, dict[str, Any]]:
     """A trained classifier, its task, and what `export` noted beside it; raises ModelError."""
     config = ModelConfig(model_name_or_path=folder, max_length=0)
     settings = load_settings(config, "--model")
-    notes = dict(getattr(settings, "bertdist", None) or {})
     task = task_of_model(settings.problem_type, _names(settings))
     model, said = load_classifier(config, settings, task, "--model")
     if said and said[0].startswith(_NEW):
         raise ModelError(f"--model {folder} is not a trained classifier. {said[0]}")
-    return model, task, notes
+    return model, task, notes_in(settings)
+
+
+def notes_in(settings: PretrainedConfig) -> dict[str, Any]:
+    """What `export` noted beside a model; nothing, where another program wrote it."""
+    return dict(getattr(settings, "bertdist", None) or {})
 
 
 def export(model: Classifier, tokenizer: PreTrainedTokenizerBase, folder: Path, notes: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bertdist.batching import PLENTY, Batches
 from bertdist.begin import open_accelerator
-from bertdist.classifier import load_trained
+from bertdist.classifier import load_settings, load_trained, notes_in
 from bertdist.command_line import read_predict_config
 from bertdist.config import ModelConfig, PredictConfig, RunConfig
 from bertdist.console import complain, without_commands, write_whole
@@ -109,6 +109,20 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     accelerator = open_accelerator(RunConfig(use_cpu=config.use_cpu, mixed_precision=config.mixed_precision))
     check_world(accelerator.num_processes)
     with together(accelerator):
+        # The rows first, which cost little: whatever is wrong with them is told before the weights are loaded.
+        notes = notes_in(load_settings(ModelConfig(model_name_or_path=config.model), "--model"))
+        if config.input is None:
+            records = records_of(config.text or [], config.text_pair)
+        else:
+            records = open_texts(
+                config.input,
+                text_column=config.text_column or notes.get("text_column"),
+                text_pair_column=config.text_pair_column or notes.get("text_pair_column"),
+                column_names=config.column_names,
+                delimiter=config.delimiter,
+                quoting=config.quoting,
+                encoding=config.encoding,
+            )
         predictor = Predictor(
             config.model,
             max_length=config.max_length,
@@ -116,18 +130,6 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
             accelerator=accelerator,
             stop=stop,
         )
-        if config.input is None:
-            records = records_of(config.text or [], config.text_pair)
-        else:
-            records = open_texts(
-                config.input,
-                text_column=config.text_column or predictor.notes.get("text_column"),
-                text_pair_column=config.text_pair_column or predictor.notes.get("text_pair_column"),
-                column_names=config.column_names,
-                delimiter=config.delimiter,
-                quoting=config.quoting,
-                encoding=config.encoding,
-            )
     return predictor.answer(records)
 
 
