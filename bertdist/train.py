@@ -114,7 +114,7 @@ def train(config: TrainConfig) -> Progress:
         model, optimizer = accelerator.prepare(classifier, adamw)
 
         # Begin, or go on where an interrupted run stopped.
-        checkpoints = Checkpoints(out / "checkpoints", accelerator, run.save_total_limit, log.say)
+        checkpoints = Checkpoints(out / "checkpoints", accelerator, run.save_total_limit, log.say, log.to_disk)
         settings_now = settings_of(config, train_rows, dev_rows, task, total_steps)
         progress = watchdog.progress = checkpoints.restore(classifier, adamw, settings_now, run.resume_from_checkpoint) or Progress()
         with together(accelerator):
