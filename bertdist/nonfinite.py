@@ -5,7 +5,8 @@ In: a micro-batch's loss, a step's gradient norm. Out: a step that is left out, 
 1. A loss that is not finite makes the whole gradient NaN, whatever its own derivative would be (`factor`): so the exchange of gradients,
    which is there anyway, tells every rank, and the gradient's norm, which all ranks have alike, is the one number to look at.
 2. The update is left out where that norm is not finite. On a CPU by looking; on a GPU by fused AdamW's `found_inf`, which its kernel
-   reads on the device: nobody waits. In fp16 GradScaler does this, and an overflow of its scale is no fault: there the loss alone counts.
+   reads on the device: nobody waits. In fp16 GradScaler does this, and an overflow of its scale is no fault: there the loss counts, and
+   a gradient that is not finite at a scale of 1 or less either.
 3. The host looks at every step on a CPU. On a GPU it looks where it waits anyway (log, evaluation, checkpoint), and after 64 steps: until
    then nothing that is not finite has gone into a weight, a checkpoint or best/.
 4. A step that was left out is computed again row by row, with its own dropout; rows whose loss or gradient is not finite are written
@@ -58,15 +59,15 @@ def factor(loss: Tensor, scale: float) -> Tensor:
 
 def update(model: nn.Module, optimizer: Any, grad_norm: Tensor, accelerator: Accelerator) -> None:
     """optimizer.step(), unless the gradient is not finite; and the gradients are cleared. optimizer: as accelerate prepared it, or bare."""
+    finite = not on_host(grad_norm) or math.isfinite(grad_norm.item())
     if accelerator.scaler is not None:  # it looks itself
         optimizer.step()
-    elif on_host(grad_norm):
-        if math.isfinite(grad_norm.item()):
-            optimizer.step()
-        else:
-            model.zero_grad(set_to_none=True)  # clipping has spread NaN over rows that `clear_gradients` would not reach
-    else:
+    elif not on_host(grad_norm):
         step_on_device(optimizer, grad_norm)
+    elif finite:
+        optimizer.step()
+    if not finite:
+        model.zero_grad(set_to_none=True)  # clipping has spread NaN over rows that `clear_gradients` would not reach
     clear_gradients(model)
 
 
@@ -103,10 +104,12 @@ class Watch:
 
     def _is_wrong(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """() bool, the same on all ranks."""
-        if self.accelerator.scaler is None:
-            return ~torch.isfinite(grad_norm)
+        infinite, scaler = ~torch.isfinite(grad_norm), self.accelerator.scaler
+        if scaler is None:
+            return infinite
         flag: Tensor = self.accelerator.reduce((~torch.isfinite(loss)).float(), reduction="sum")
-        return flag > 0
+        # Its scale () after the step, on the device (get_scale would wait for it): below 1 where a scale of 1 or less did not help.
+        return (flag > 0) | (infinite & (scaler._scale < 1))
 
     def _tell(self, step: Step) -> None:
         rows = self._wrong_rows(step)

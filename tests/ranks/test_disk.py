@@ -134,9 +134,9 @@ def test_lines_of_the_log_are_on_the_disk_before_a_checkpoint_is_there(tiny_mode
             if os.readlink(f"/proc/self/fd/{handle}").endswith("/metrics.jsonl"):
                 note("flushed")
 
-        def renamed(old: Any, new: Any) -> None:
-            rename(old, new)
-            if Path(new).name.startswith("step_"):
+        def renamed(src: Any, dst: Any) -> None:
+            rename(src, dst)
+            if Path(dst).name.startswith("step_"):
                 note("checkpoint")
 
         os.fsync, os.rename = flushed, renamed
