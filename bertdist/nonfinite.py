@@ -109,7 +109,8 @@ class Watch:
             return infinite
         flag: Tensor = self.accelerator.reduce((~torch.isfinite(loss)).float(), reduction="sum")
         # Its scale () after the step, on the device (get_scale would wait for it): below 1 where a scale of 1 or less did not help.
-        return (flag > 0) | (infinite & (scaler._scale < 1))
+        wrong: Tensor = (flag > 0) | (infinite & (scaler._scale < 1))
+        return wrong
 
     def _tell(self, step: Step) -> None:
         rows = self._wrong_rows(step)
