@@ -31,12 +31,14 @@ from torch import Tensor, nn
 
 from bertdist.anomaly import Anomaly, find_anomaly
 from bertdist.batch import Batch, Step, recut
+from bertdist.batching import Batches
 from bertdist.checkpoint import Progress
 from bertdist.config import RunConfig
 from bertdist.console import RunLog, write_whole
 from bertdist.dropout import seed_dropout
 from bertdist.embedding import clear_gradients
 from bertdist.errors import NonFiniteError
+from bertdist.evaluation import Evaluation, told_of_rows
 from bertdist.pieces import excerpt
 from bertdist.ranks import together
 from bertdist.stream_batches import AnyBatches
@@ -102,6 +104,16 @@ class Watch:
                     self.progress.nan_steps += 1
                     self._tell(each)
 
+    def scored(self, evaluation: Evaluation | None, batches: Batches) -> Evaluation | None:
+        """The same evaluation; said where the model gave no number for a row. Raises NonFiniteError on all ranks with --on_nan stop."""
+        if evaluation is not None and evaluation.no_number:
+            rows = told_of_rows(evaluation.no_number, len(batches.examples), batches.where)
+            told = f"Evaluation after step {self.progress.step}: {rows}"
+            if self.run.on_nan == "stop":
+                raise shared_error(f"{told} To go on without its scores: --on_nan skip.")
+            self.log.say(f"{told} Its scores count as undefined (--on_nan skip).")
+        return evaluation
+
     def _is_wrong(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """() bool, the same on all ranks."""
         infinite, scaler = ~torch.isfinite(grad_norm), self.accelerator.scaler
@@ -131,9 +143,7 @@ class Watch:
         why = f"It is number {in_row} in a row (--max_nan_steps {most}). " if self.run.on_nan == "skip" else ""
         cure = "Look at the rows, take a smaller --learning_rate, or leave such steps out: --on_nan skip."
         more = "" if operation else " --detect_anomaly names the operation."
-        error = NonFiniteError(f"{told} {why}No weight has changed by it, and the last checkpoint is whole. {cure}{more}")
-        error.shared = True
-        raise error
+        raise shared_error(f"{told} {why}No weight has changed by it, and the last checkpoint is whole. {cure}{more}")
 
     def _wrong_rows(self, step: Step) -> list[dict[str, Any]]:
         """The rows of a step whose own loss or gradient is not finite, of all ranks, in the order of the rows. A collective."""
@@ -181,6 +191,13 @@ class Watch:
     def _clear(self) -> None:
         self.model.zero_grad(set_to_none=True)
         clear_gradients(self.model)
+
+
+def shared_error(text: str) -> NonFiniteError:
+    """One that all ranks raise."""
+    error = NonFiniteError(text)
+    error.shared = True
+    return error
 
 
 def _write(path: Path, step: int, rows: list[dict[str, Any]]) -> None:

@@ -27,8 +27,9 @@ from bertdist.config import ModelConfig, PredictConfig, RunConfig
 from bertdist.console import complain, without_commands, write_whole
 from bertdist.encoding import load_tokenizer, open_examples
 from bertdist.errors import BertdistError, DataError
-from bertdist.evaluation import predict_rows
+from bertdist.evaluation import no_number, predict_rows, told_of_rows
 from bertdist.memory import find_tokens
+from bertdist.nonfinite import shared_error
 from bertdist.ranks import together
 from bertdist.records import Records, records_of
 from bertdist.slurm import StopRequest, check_world
@@ -84,7 +85,10 @@ class Predictor:
         return self.task.answers(self.logits(records))
 
     def logits(self, records: Records) -> Tensor:
-        """(rows, outputs) float32 on the CPU: what the answers are read from; the same on every rank. Raises Stopped on all."""
+        """(rows, outputs) float32 on the CPU: what the answers are read from; the same on every rank.
+
+        Raises on all ranks Stopped, and NonFiniteError where the model has no answer to a row.
+        """
         batches = Batches(
             examples=open_examples(records, self.tokenizer, None, self.max_length),
             rows_per_step=ROWS_AT_ONCE * self.accelerator.num_processes,
@@ -100,6 +104,8 @@ class Predictor:
             logits = predict_rows(self.model, batches, self.accelerator, self.stop)
         if logits is None:
             raise Stopped
+        if rows := no_number(logits):
+            raise shared_error("Prediction: " + told_of_rows(rows, len(logits), records.where))
         return logits
 
 

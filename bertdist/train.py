@@ -153,7 +153,7 @@ def train(config: TrainConfig) -> Progress:
 
             if dev_batches and (progress.finished or is_due(progress.step, due["eval"])):
                 with meter.paused():
-                    evaluation = evaluate_split(classifier, room.cutting(dev_batches), judge, accelerator, stop)
+                    evaluation = nan.scored(evaluate_split(classifier, room.cutting(dev_batches), judge, accelerator, stop), dev_batches)
                     keep_score(evaluation, classifier, log, best, progress, per_epoch)
                     stopping = stopping or progress.owed
 

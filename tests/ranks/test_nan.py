@@ -30,7 +30,7 @@ from rows import (
 )
 from torch import Tensor, nn
 
-from bertdist import nonfinite, train
+from bertdist import nonfinite, predict, train
 from bertdist.classifier import Classifier
 from bertdist.embedding import KeptGradientEmbedding
 from bertdist.errors import NonFiniteError
@@ -319,6 +319,65 @@ def test_detect_anomaly_changes_no_step(skipped: Skipped, tmp_path: Path, n: int
     ranks = run_ranks(n, run_train, skipped.words(tmp_path / "out", detect_anomaly=True), spoil({3, 17}, "nan"))
     assert ranks[0][2].count("aten.mul makes the first NaN") == ranks[0][0].nan_steps > 0
     assert_same_run(tmp_path / "out", skipped.run(n)[0])
+
+
+# ---- In an evaluation, in prediction
+
+
+def silent_from(step: int, rows: set[int]) -> Breaking:
+    """Evaluations after so many steps get NaN for these rows."""
+
+    def breaking(accelerator: Accelerator) -> None:
+        forward, steps = Classifier.forward, [0]
+        take_step = train.take_step
+
+        def counted(*given: Any) -> Any:
+            steps[0] += 1
+            return take_step(*given)
+
+        def spoiled(self: Classifier, batch: Any) -> Tensor:
+            logits = forward(self, batch)
+            chosen = torch.tensor([[not self.training and steps[0] >= step and row in rows] for row in batch.rows.tolist()])
+            return logits.masked_fill(chosen, math.nan)
+
+        Classifier.forward, train.take_step = spoiled, counted  # type: ignore[method-assign]
+
+    return breaking
+
+
+WHY = "Its weights are broken, or the precision is too small for it (--mixed_precision no)."
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_an_evaluation_without_numbers_is_told_on_all_ranks_together(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
+    words = words_of(tiny_model, tmp_path / "out", files, **SETTINGS)
+    last = ends(words, n, silent_from(8, {0, 5, 7, 11}))
+    where = "dev.tsv line 2, dev.tsv line 7, dev.tsv line 9, ..."
+    told = f"Evaluation after step 8: the model gives NaN or Inf for 4 of 12 rows: {where}. {WHY}"
+    assert last == f"bertdist: {told} To go on without its scores: --on_nan skip."
+    assert [line["step"] for line in step_log(tmp_path / "out", "eval")] == [4]
+    assert json_of(tmp_path / "out" / "status.json")["state"] == "failed"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_evaluation_without_numbers_has_no_scores(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
+    """With --on_nan skip. Without that the NaN rows' largest output is some label, and a best score."""
+    words = words_of(tiny_model, tmp_path / "out", files, **SETTINGS, on_nan="skip", learning_rate=1e-2)
+    ranks = run_ranks(n, run_train, words, silent_from(8, {5}))
+    assert ranks[0][0].finished and ranks[0][2].count("Its scores count as undefined (--on_nan skip).") == 2
+    lines = {line["step"]: {line[name] is None for name in ("loss", "accuracy")} for line in step_log(tmp_path / "out", "eval")}
+    assert lines == {4: {False}, 8: {True}, 10: {True}} and ranks[0][0].best_step == 4
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_prediction_without_numbers_writes_nothing(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
+    run_ranks(1, run_train, words_of(tiny_model, tmp_path / "out", files, max_train_steps=1, eval_every="never"))
+    words = ["--model", str(tmp_path / "out" / "best"), "--input", str(files.dev), "--use_cpu", "--output", str(tmp_path / "answers.jsonl")]
+    first, *others = run_ranks(n, run_main, words, silent_from(0, {5}), predict)
+    assert first == (1, f"bertdist: Prediction: the model gives NaN or Inf for 1 of 12 rows: dev.tsv line 7. {WHY}\n", "")
+    assert others == [(1, "", "")] * (n - 1) and not (tmp_path / "answers.jsonl").exists()
+    assert [code for code, *_ in run_ranks(n, run_main, words, silent_from(0, set()), predict)] == [0] * n, "the control"
+    assert len(json_of(tmp_path / "answers.jsonl")) == 12
 
 
 # ---- As on a GPU: the host looks only where it waits anyway. Rehearsed on CPUs, whose fused AdamW has `found_inf` too.
