@@ -2,6 +2,7 @@
 
     out/checkpoints/step_000400/    model.safetensors  optimizer.safetensors  state.json  manifest.json
 
+0. The log's lines are flushed to the disk: after a power cut there is no checkpoint that knows of lines which are not there.
 1. Everything is written to `.step_000400.partial` beside it, each file flushed to the disk.
 2. manifest.json comes last: size and xxh3 digest of each file. The folder is flushed, renamed, and its parent flushed.
 3. On start the newest folder whose files match its manifest is taken; a damaged one is named, moved aside and passed over.
@@ -66,8 +67,11 @@ class Progress:
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, keep: int, say: Callable[..., None]) -> None:
-        self.folder, self.accelerator, self.keep, self.say = folder, accelerator, keep, say
+    def __init__(
+        self, folder: Path, accelerator: Accelerator, keep: int, say: Callable[..., None], first: Callable[[], None] = lambda: None
+    ) -> None:
+        """first: what rank 0 does before it writes a checkpoint: bring to the disk what the checkpoint will know of."""
+        self.folder, self.accelerator, self.keep, self.say, self.first = folder, accelerator, keep, say, first
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, settings: Settings) -> None:
         """Write step_<progress.step>; raises CheckpointError on all ranks where rank 0 cannot. A collective."""
@@ -84,6 +88,7 @@ class Checkpoints:
                     save_file(_contiguous(optimizer_tensors(model, optimizer)), folder / "optimizer.safetensors")
                     (folder / "state.json").write_text(json.dumps(state, indent=1))
 
+                self.first()
                 written = self.folder / f"step_{progress.step:06d}"
                 write_folder(written, fill)
                 others = [folder for folder in self._all() if folder != written]  # an older one may have been gone on from

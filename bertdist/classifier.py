@@ -31,10 +31,15 @@ from bertdist.embedding import keep_gradient
 from bertdist.encoding import Example
 from bertdist.errors import ConfigError, ModelError, did_you_mean
 from bertdist.families import FAMILIES
+from bertdist.hub_names import ask_hub, tell_offline, why_not
 from bertdist.linear import use_onednn
 from bertdist.tasks import Task, task_of_model
 
 _NEW = "New weights"
+WITHOUT_A_NETWORK = (
+    "Without a network, give a folder that holds config.json, model.safetensors and the tokenizer; "
+    "`hf download NAME --local-dir FOLDER` makes one where there is a network."
+)
 
 
 class Classifier(nn.Module):
@@ -143,6 +148,7 @@ def load_settings(config: ModelConfig, flag: str = "--model_name_or_path") -> Pr
     if looks_like_a_folder and not folder.is_dir():
         beside = [str(path) for path in folder.parent.iterdir() if path.is_dir() and path.name[0] != "."] if folder.parent.is_dir() else []
         raise ModelError(f"{where}: there is no such folder.{did_you_mean(name, beside)}")
+    ask_hub(name)
     try:
         # False, not None: None asks at the terminal whether to run code of the folder, and takes a "y" from a pipe (transformers 5.23)
         settings: PretrainedConfig = AutoConfig.from_pretrained(name, revision=config.model_revision, trust_remote_code=False)
@@ -150,9 +156,9 @@ def load_settings(config: ModelConfig, flag: str = "--model_name_or_path") -> Pr
         if folder.is_dir():
             raise ModelError(f"{where}: the folder holds no config.json that can be read ({_first_line(error)})") from None
         raise ModelError(
-            f"{where} is neither a folder here nor a model that the hub gave ({_first_line(error)}) "
-            "Without a network, give a folder that holds config.json, model.safetensors and the tokenizer."
+            f"{where} is neither a folder here nor a model that the hub gave. {why_not(error, name)} {WITHOUT_A_NETWORK}"
         ) from None
+    tell_offline(name)
     return settings
 
 
@@ -219,12 +225,16 @@ def load_trained(folder: str) -> tuple[Classifier, Task, dict[str, Any]]:
     """A trained classifier, its task, and what `export` noted beside it; raises ModelError."""
     config = ModelConfig(model_name_or_path=folder, max_length=0)
     settings = load_settings(config, "--model")
-    notes = dict(getattr(settings, "bertdist", None) or {})
     task = task_of_model(settings.problem_type, _names(settings))
     model, said = load_classifier(config, settings, task, "--model")
     if said and said[0].startswith(_NEW):
         raise ModelError(f"--model {folder} is not a trained classifier. {said[0]}")
-    return model, task, notes
+    return model, task, notes_in(settings)
+
+
+def notes_in(settings: PretrainedConfig) -> dict[str, Any]:
+    """What `export` noted beside a model; nothing, where another program wrote it."""
+    return dict(getattr(settings, "bertdist", None) or {})
 
 
 def export(model: Classifier, tokenizer: PreTrainedTokenizerBase, folder: Path, notes: dict[str, Any]) -> None:

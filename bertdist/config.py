@@ -117,7 +117,7 @@ class RunConfig:
     accept_changed_data: bool = HfArg(default=False, help="Go on from a checkpoint although the training rows have changed since: the epoch that was begun may then see rows twice or not at all.")
     on_nan: Literal["stop", "skip"] = HfArg(default="stop", help="What to do with a step whose loss or gradient is NaN or infinite; its rows are written to nan_rows.jsonl, and no weight changes by it: stop the run, or skip the step.")
     max_nan_steps: int = HfArg(default=10, help="With --on_nan skip: most such steps in a row; one more ends the run.")
-    detect_anomaly: bool = HfArg(default=False, help="For debugging: anomaly mode of torch.autograd, in which a NaN of the backward pass ends the run with the traceback of its operation. Slow.")
+    detect_anomaly: bool = HfArg(default=False, help="For debugging: compute a step that is NaN or infinite again, in anomaly mode of torch.autograd, and name the operation that made it; its stack goes to stacks/.")
     report_to: list[str] | None = HfArg(default=None, help="Trackers of accelerate to send metrics to (tensorboard, wandb, ...); metrics.jsonl is always written.")
 
 

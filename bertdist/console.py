@@ -22,6 +22,7 @@ from bertdist.errors import BertdistError, CheckpointError
 
 Cell: TypeAlias = "str | Sequence[tuple[str, str]]"  # text, or parts of (text, style)
 
+GROWING = ("metrics.jsonl", "bad_rows.jsonl")
 _COMMANDS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
@@ -74,6 +75,16 @@ class RunLog:
             file.write(line + "\n")
         if self.also is not None:
             self.also({f"{kind}_{name}": value for name, value in finite.items()}, step)
+
+    def to_disk(self) -> None:
+        """Have the files that grow line by line on the disk, and their names: a checkpoint that knows of a line must not outlive it."""
+        for path in (*(self.folder / name for name in GROWING), self.folder):
+            with _told(path), suppress(FileNotFoundError):
+                handle = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl and show it."""

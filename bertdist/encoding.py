@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bertdist.config import ModelConfig
 from bertdist.errors import ConfigError, DataError, ModelError
+from bertdist.hub_names import ask_hub, why_not
 from bertdist.records import Record, Records
 from bertdist.tasks import Array, Task
 
@@ -114,12 +115,13 @@ def _head(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or --tokenizer_name; raises ModelError, and ConfigError where --max_length is more than it can do."""
     name = config.tokenizer_name or config.model_name_or_path
+    ask_hub(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision, trust_remote_code=False)
         found = len(tokenizer) > len(tokenizer.all_special_tokens)  # transformers 5.23 makes an empty one where there are no files
     except Exception as error:  # torn files raise a dozen kinds, some of them plain Exception
         if not Path(name).is_dir():
-            raise ModelError(f"No tokenizer {name!r}: {str(error).splitlines()[0]}") from None
+            raise ModelError(f"No tokenizer {name!r}, neither a folder here nor of the hub. {why_not(error, name)}") from None
         found = False
     if not found:
         raise ModelError(f"{name} holds no tokenizer that can be read; expected tokenizer.json or vocab.txt.")

@@ -5,9 +5,10 @@ once is asserted, every time. 4. Rank 0 computes loss and scores from logits in 
 batches; the others are told.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from bertdist.slurm import StopRequest
 from bertdist.tasks import Array, Task
 
 GLUE_METRICS = {"cola": ["matthews_correlation"], "mrpc": ["accuracy", "f1"], "qqp": ["accuracy", "f1"], "stsb": ["pearson", "spearman"]}
+SHOWN_ROWS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,7 @@ class Evaluation:
     answers: list[dict[str, Any]] = field(default_factory=list)  # a row each; rank 0 only, like what follows
     references: Array | None = None
     classes: dict[str, Any] = field(default_factory=dict)  # per-class table and confusion matrix
+    no_number: tuple[int, ...] = ()  # rows for which the model gave NaN or Inf; with any, all scores are NaN. On every rank
 
 
 class GivenUp(Exception):
@@ -137,6 +140,8 @@ class Judge:
         predictions, probabilities = self.task.read(logits)
         loss = self.task.plain_loss(logits.double(), torch.from_numpy(references)).item() / len(logits)
         found = {"loss": loss, **self._scores.compute(predictions, probabilities, references)}
+        if no_number(logits):
+            found = dict.fromkeys(found, math.nan)  # the largest of NaNs is some label, and might be right
         main = self.main if self.main in found else next(key for key in found if key != "loss")
         classes = self._class_table(predictions, references, self.task.labels) if self.task.problem_type != "regression" else {}
         merit = self.sign * found[main]
@@ -152,4 +157,16 @@ def evaluate_split(
         return None
     found = judge.judge(logits, batches.examples.targets) if judge is not None else None
     scores, merit = from_main(accelerator, (found.scores, found.merit) if found else None)
-    return found or Evaluation(scores=scores, merit=merit)
+    return replace(found or Evaluation(scores=scores, merit=merit), no_number=no_number(logits))
+
+
+def no_number(logits: Tensor) -> tuple[int, ...]:
+    """Rows of logits (rows, outputs) that hold NaN or Inf."""
+    return tuple(torch.nonzero(~torch.isfinite(logits).all(-1))[:, 0].tolist())
+
+
+def told_of_rows(rows: tuple[int, ...], total: int, where: Callable[[int], str]) -> str:
+    """That the model has no answer for some rows, and why that may be, in words."""
+    first = ", ".join(where(row) for row in rows[:SHOWN_ROWS]) + (", ..." if len(rows) > SHOWN_ROWS else "")
+    why = "Its weights are broken, or the precision is too small for it (--mixed_precision no)."
+    return f"the model gives NaN or Inf for {len(rows):,} of {total:,} rows: {first}. {why}"

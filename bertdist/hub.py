@@ -21,6 +21,7 @@ import pyarrow.parquet
 import xxhash
 
 from bertdist.errors import DataError, did_you_mean
+from bertdist.hub_names import ask_hub, why_not
 from bertdist.parquet_files import spots_in
 from bertdist.pieces import Piece, Place
 from bertdist.remote import fingerprint_of, open_random
@@ -89,7 +90,7 @@ class HubRows:
 
     def _open(self) -> Any:
         """datasets' builder, or the splits of a folder of `save_to_disk`. Raises DataError where this split is not in it."""
-        found = _told(self._title, lambda: _load(self.path, self.config, self.revision))
+        found = _told(self._title, lambda: _load(self.path, self.config, self.revision), self.path)
         splits = [str(name) for name in (found if isinstance(found, dict) else found.info.splits or found.config.data_files or ())]
         if splits and self.split not in splits:
             advice = " A part of a split cannot be streamed." if "[" in self.split else did_you_mean(self.split, splits)
@@ -158,6 +159,7 @@ def _where(name: str, first: int) -> Callable[[int], str]:
 @lru_cache(maxsize=16)
 def _load(path: str, config: str | None, revision: str | None) -> Any:
     """Asked for once by a process and its forks."""
+    ask_hub(path, "dataset")
     import datasets  # 0.7 s that files need not pay
 
     if any(Path(path, name).is_file() for name in SAVED):
@@ -166,7 +168,15 @@ def _load(path: str, config: str | None, revision: str | None) -> Any:
     return datasets.load_dataset_builder(path, config, revision=revision)
 
 
-def _told(name: str, action: Callable[[], Found]) -> Found:
+def load_splits(name: str, path: str, config: str | None) -> Any:
+    """The splits of a data set, fetched whole: a DatasetDict. name: for messages. Raises DataError."""
+    ask_hub(path, "dataset")
+    import datasets
+
+    return _told(name, lambda: datasets.load_dataset(path, config), path)
+
+
+def _told(name: str, action: Callable[[], Found], path: str = "") -> Found:
     """What `action` gives; raises DataError for what the library and its readers raise, a dozen kinds."""
     try:
         return action()
@@ -178,12 +188,10 @@ def _told(name: str, action: Callable[[], Found]) -> Found:
             causes.append(cause)
         kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
         found = " ".join(str(error).split())
-        if "gated" in found:
-            raise DataError(f"{name} is gated: accept its terms on its page, and give HF_TOKEN or `hf auth login`.") from None
         if "scripts are no longer supported" in found:
             raise DataError(f"{name} is made by a Python script, which `datasets` no longer runs; use a parquet copy of it.") from None
-        if kinds & {"ConnectionError", "OfflineModeIsEnabled"}:
-            raise DataError(f"{name}: the hub could not be reached (check the network, HF_HUB_OFFLINE, the name).") from None
-        if "DatasetNotFoundError" in kinds or found.startswith("Couldn't find"):
-            raise DataError(f"{name}: the hub knows no such data set, and there is no such folder; --train_file takes files.") from None
+        gone = "DatasetNotFoundError" in kinds or found.startswith("Couldn't find")
+        if gone or "gated" in found or kinds & {"ConnectionError", "OfflineModeIsEnabled"}:
+            told = why_not(error, path or name, "dataset")
+            raise DataError(f"{name} is neither a folder here nor a data set that the hub gave. {told} --train_file takes files.") from None
         raise DataError(f"{name} cannot be read: {found} (--train_file takes files)") from None

@@ -20,6 +20,7 @@ from bertdist.errors import BertdistError
 from bertdist.pieces import BadRow
 from bertdist.ranks import host_group, summed, together
 from bertdist.records import Records
+from bertdist.slurm import StopRequest
 from bertdist.stream import Stream
 from bertdist.stream_batches import Agree
 from bertdist.survey import survey
@@ -50,8 +51,10 @@ def labels_in(rows: Records) -> Labels:
     return Labels(rows.label_kind, rows.label_values, counts, rows.class_names, rows.label_column or "labels")
 
 
-def known_of(rows: Records | Stream, config: TrainConfig, accelerator: Accelerator, say: Callable[[str], None]) -> Known:
-    """A collective: of a stream, each rank reads some of the files. Raises DataError."""
+def known_of(
+    rows: Records | Stream, config: TrainConfig, accelerator: Accelerator, say: Callable[[str], None], stop: StopRequest | None = None
+) -> Known | None:
+    """A collective: of a stream, each rank reads some of the files. None where `stop` was asked for meanwhile. Raises DataError."""
     if isinstance(rows, Records):
         return Known(labels_in(rows), [len(rows)], rows.bad)
     with together(accelerator):
@@ -59,7 +62,9 @@ def known_of(rows: Records | Stream, config: TrainConfig, accelerator: Accelerat
     labels = labels_in(head)
     if reasons := list(_reasons(config, labels)):
         say(f"Reading {rows.name} once, for {', '.join(reasons)}.")
-        found = survey(rows, accelerator, Path(config.run.output_dir) / "survey.json")
+        found = survey(rows, accelerator, Path(config.run.output_dir) / "survey.json", stop)
+        if found is None:
+            return None
         assert found.kind is not None
         labels = labels._replace(kind=found.kind, values=list(found.labels), counts=list(found.labels.values()))
         return Known(labels, [found.rows[number] for number in sorted(found.rows)], found.bad)

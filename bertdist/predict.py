@@ -21,14 +21,15 @@ from torch import Tensor
 
 from bertdist.batching import PLENTY, Batches
 from bertdist.begin import open_accelerator
-from bertdist.classifier import load_trained
+from bertdist.classifier import load_settings, load_trained, notes_in
 from bertdist.command_line import read_predict_config
 from bertdist.config import ModelConfig, PredictConfig, RunConfig
 from bertdist.console import complain, without_commands, write_whole
 from bertdist.encoding import load_tokenizer, open_examples
 from bertdist.errors import BertdistError, DataError
-from bertdist.evaluation import predict_rows
+from bertdist.evaluation import no_number, predict_rows, told_of_rows
 from bertdist.memory import find_tokens
+from bertdist.nonfinite import shared_error
 from bertdist.ranks import together
 from bertdist.records import Records, records_of
 from bertdist.slurm import StopRequest, check_world
@@ -84,7 +85,10 @@ class Predictor:
         return self.task.answers(self.logits(records))
 
     def logits(self, records: Records) -> Tensor:
-        """(rows, outputs) float32 on the CPU: what the answers are read from; the same on every rank. Raises Stopped on all."""
+        """(rows, outputs) float32 on the CPU: what the answers are read from; the same on every rank.
+
+        Raises on all ranks Stopped, and NonFiniteError where the model has no answer to a row.
+        """
         batches = Batches(
             examples=open_examples(records, self.tokenizer, None, self.max_length),
             rows_per_step=ROWS_AT_ONCE * self.accelerator.num_processes,
@@ -100,6 +104,8 @@ class Predictor:
             logits = predict_rows(self.model, batches, self.accelerator, self.stop)
         if logits is None:
             raise Stopped
+        if rows := no_number(logits):
+            raise shared_error("Prediction: " + told_of_rows(rows, len(logits), records.where))
         return logits
 
 
@@ -109,6 +115,20 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     accelerator = open_accelerator(RunConfig(use_cpu=config.use_cpu, mixed_precision=config.mixed_precision))
     check_world(accelerator.num_processes)
     with together(accelerator):
+        # The rows first, which cost little: whatever is wrong with them is told before the weights are loaded.
+        notes = notes_in(load_settings(ModelConfig(model_name_or_path=config.model), "--model"))
+        if config.input is None:
+            records = records_of(config.text or [], config.text_pair)
+        else:
+            records = open_texts(
+                config.input,
+                text_column=config.text_column or notes.get("text_column"),
+                text_pair_column=config.text_pair_column or notes.get("text_pair_column"),
+                column_names=config.column_names,
+                delimiter=config.delimiter,
+                quoting=config.quoting,
+                encoding=config.encoding,
+            )
         predictor = Predictor(
             config.model,
             max_length=config.max_length,
@@ -116,18 +136,6 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
             accelerator=accelerator,
             stop=stop,
         )
-        if config.input is None:
-            records = records_of(config.text or [], config.text_pair)
-        else:
-            records = open_texts(
-                config.input,
-                text_column=config.text_column or predictor.notes.get("text_column"),
-                text_pair_column=config.text_pair_column or predictor.notes.get("text_pair_column"),
-                column_names=config.column_names,
-                delimiter=config.delimiter,
-                quoting=config.quoting,
-                encoding=config.encoding,
-            )
     return predictor.answer(records)
 
 

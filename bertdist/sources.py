@@ -16,7 +16,7 @@ from bertdist.config import DataConfig
 from bertdist.console import warn
 from bertdist.errors import DataError, did_you_mean
 from bertdist.file_rows import File, FileRows
-from bertdist.hub import HubRows
+from bertdist.hub import HubRows, load_splits
 from bertdist.joined import join
 from bertdist.pieces import RowSource
 from bertdist.places import Placed, Split
@@ -173,17 +173,12 @@ def open_texts(
 
 def _load_split(data: DataConfig, split: str) -> tuple[str, Any] | None:
     """(name in words, datasets.Dataset), or None where nothing names a split to score and there is no 'validation'."""
-    import datasets  # 0.7 s that local files need not pay
-
     path = data.dataset_name or "nyu-mll/glue"  # --task_name beside --dataset_name: another copy of GLUE, with the task's columns
     config = data.dataset_config_name or (None if data.dataset_name else data.task_name)
     name = "/".join(filter(None, (path, config)))
-    try:
-        splits = datasets.load_dataset(path, config)
-    except (ConnectionError, FileNotFoundError):
-        raise DataError(f"{name}: the hub could not be reached or does not know this data set; --train_file takes local files.") from None
-    except Exception as error:  # the library raises a dozen kinds, of its own and of its readers
-        raise DataError(f"{name} cannot be loaded: {' '.join(str(error).split())} (--train_file takes local files)") from None
+    splits = load_splits(name, path, config)
+    import datasets  # 0.7 s that local files need not pay
+
     wanted = data.train_split if split == "train" else data.validation_split
     if wanted is None:
         usual = "validation_matched" if data.task_name == "mnli" else "validation"

@@ -1,10 +1,12 @@
 """A first pass over a stream, for what must be known before the first step: its labels, and how many rows it has.
 
 In: a Stream. Out: a Survey, the same on all ranks, each of which reads some of the files. It is kept in the run's folder, so that going
-on costs nothing; --label_names and --max_train_steps make it needless.
+on costs nothing; --label_names and --max_train_steps make it needless. A stop is answered within half a second, and leaves nothing.
 """
 
 import json
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -15,12 +17,16 @@ from accelerate.utils import gather_object
 
 from bertdist.columns import LabelKind, LabelValue
 from bertdist.console import write_whole
-from bertdist.errors import DataError
+from bertdist.errors import BertdistError, DataError
 from bertdist.joined import as_kind, common_kind
 from bertdist.pieces import BadRow, BadRows, checked
-from bertdist.ranks import from_main, together
+from bertdist.ranks import from_main, host_group, summed, together
 from bertdist.records import Records
+from bertdist.slurm import StopRequest
 from bertdist.stream import Stream
+
+SECONDS_BETWEEN = 0.5  # of reading, until the ranks ask each other whether to go on; a piece takes some 10 ms
+END = object()
 
 
 @dataclass
@@ -57,8 +63,11 @@ class Survey:
         self.kind, self.labels = common, held
 
 
-def survey(stream: Stream, accelerator: Accelerator, kept: Path) -> Survey:
-    """Of the whole stream: what an earlier start has kept, else by reading. A collective. Raises DataError on all ranks."""
+def survey(stream: Stream, accelerator: Accelerator, kept: Path, stop: StopRequest | None = None) -> Survey | None:
+    """Of the whole stream: what an earlier start has kept, else by reading; None on all ranks where `stop` was asked for meanwhile.
+
+    A collective. Raises DataError on all ranks.
+    """
     known, fingerprint = None, ""
     with together(accelerator):
         if accelerator.is_main_process:
@@ -67,24 +76,12 @@ def survey(stream: Stream, accelerator: Accelerator, kept: Path) -> Survey:
     known = from_main(accelerator, known)
     if known is not None:
         return known
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    mine, left_out = Survey(), BadRows(stream.on_bad_row, stream.max_bad_rows)
+    mine = Survey()
     with together(accelerator):
-        if stream.limit is not None:
-            for window in stream.windows() if rank == 0 else ():
-                left_out.add(window.bad)
-                if len(window.records):
-                    mine.add(0, window.records)
-        else:
-            for number, source in enumerate(stream.sources[rank::ranks]):
-                mine.rows[rank + number * ranks] = 0
-                for _, records, bad in stream.records(source):
-                    left_out.add(bad)
-                    if len(records):
-                        mine.add(rank + number * ranks, records)
-    mine.bad = left_out.rows
+        if not _read_on(_pieces(stream, mine, accelerator.process_index, accelerator.num_processes), accelerator, stop):
+            return None
     whole = Survey()
-    with_all: list[Survey] = [mine] if ranks == 1 else gather_object([mine])
+    with_all: list[Survey] = [mine] if accelerator.num_processes == 1 else gather_object([mine])
     with together(accelerator):
         for found in with_all:
             whole.join(found)
@@ -94,6 +91,48 @@ def survey(stream: Stream, accelerator: Accelerator, kept: Path) -> Survey:
             text = {"fingerprint": fingerprint, **asdict(whole), "labels": list(whole.labels.items())}
             write_whole(kept, json.dumps(text, indent=1).encode())
     return whole
+
+
+def _pieces(stream: Stream, mine: Survey, rank: int, ranks: int) -> Iterator[None]:
+    """Read this rank's share, a piece at a time."""
+    left_out = BadRows(stream.on_bad_row, stream.max_bad_rows)
+    if stream.limit is not None:
+        for window in stream.windows() if rank == 0 else ():
+            left_out.add(window.bad)
+            if len(window.records):
+                mine.add(0, window.records)
+            yield
+    else:
+        for number, source in enumerate(stream.sources[rank::ranks]):
+            mine.rows[rank + number * ranks] = 0
+            for _, records, bad in stream.records(source):
+                left_out.add(bad)
+                if len(records):
+                    mine.add(rank + number * ranks, records)
+                yield
+    mine.bad = left_out.rows
+
+
+def _read_on(pieces: Iterator[None], accelerator: Accelerator, stop: StopRequest | None) -> bool:
+    """Whether all ranks came to their end; the ranks ask each other every half second. Raises the error of this rank's reading, if any."""
+    group, going = host_group(accelerator), True
+    error: BertdistError | None = None
+
+    def asked() -> bool:
+        return stop is not None and stop.asked()
+
+    while True:
+        until = time.monotonic() + SECONDS_BETWEEN
+        try:
+            while going and not asked() and time.monotonic() < until:
+                going = next(pieces, END) is None
+        except BertdistError as found:
+            error = found
+        stops, errors, still = summed(accelerator, [int(asked()), int(error is not None), int(going)], group)
+        if error is not None:
+            raise error
+        if stops or errors or not still:
+            return not stops
 
 
 def _read(kept: Path, fingerprint: str) -> Survey | None:

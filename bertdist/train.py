@@ -53,7 +53,7 @@ from bertdist.classifier import Classifier, labels_of, load_classifier, load_set
 from bertdist.command_line import read_config
 from bertdist.compiled import compile_layers
 from bertdist.config import TrainConfig, steps_of, write_config
-from bertdist.console import complain
+from bertdist.console import RunLog, complain
 from bertdist.dropout import seed_dropout
 from bertdist.dry_run import dry_run
 from bertdist.embedding import clear_gradients
@@ -84,16 +84,16 @@ def train(config: TrainConfig) -> Progress:
     config = replace(config, run=replace(config.run, mixed_precision=accelerator.mixed_precision))  # where the launcher decided it
     agree_on(accelerator, facts_of_launch(config))
     run, out, stop = config.run, Path(config.run.output_dir), StopRequest(config.run.stop_before_time_limit)
-    told = f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {accelerator.mixed_precision}."
     with hold_folder(out, accelerator) as held, open_log(out, accelerator) as log, open_watchdog(log, accelerator, run) as watchdog:
-        log.say(*held, told)
+        log.say(*held, f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {accelerator.mixed_precision}.")
 
         # Data: two splits of rows, and the task that their labels make. Nothing is tokenized yet.
         with together(accelerator):
             settings, tokenizer = load_settings(config.model), load_tokenizer(config.model)
             train_rows, dev_rows = open_rows(config)
         agree_on(accelerator, facts_of_data(settings, tokenizer, train_rows, dev_rows))
-        known = known_of(train_rows, config, accelerator, log.say)
+        if (known := known_of(train_rows, config, accelerator, log.say, stop)) is None:
+            return leave_early(log, stop, accelerator)
         with together(accelerator):
             left_out = rows_left_out(known, dev_rows, config, accelerator)
             task = task_of_rows(config.task, known.labels, labels_of(settings))
@@ -114,7 +114,7 @@ def train(config: TrainConfig) -> Progress:
         model, optimizer = accelerator.prepare(classifier, adamw)
 
         # Begin, or go on where an interrupted run stopped.
-        checkpoints = Checkpoints(out / "checkpoints", accelerator, run.save_total_limit, log.say)
+        checkpoints = Checkpoints(out / "checkpoints", accelerator, run.save_total_limit, log.say, log.to_disk)
         settings_now = settings_of(config, train_rows, dev_rows, task, total_steps)
         progress = watchdog.progress = checkpoints.restore(classifier, adamw, settings_now, run.resume_from_checkpoint) or Progress()
         with together(accelerator):
@@ -153,7 +153,7 @@ def train(config: TrainConfig) -> Progress:
 
             if dev_batches and (progress.finished or is_due(progress.step, due["eval"])):
                 with meter.paused():
-                    evaluation = evaluate_split(classifier, room.cutting(dev_batches), judge, accelerator, stop)
+                    evaluation = nan.scored(evaluate_split(classifier, room.cutting(dev_batches), judge, accelerator, stop), dev_batches)
                     keep_score(evaluation, classifier, log, best, progress, per_epoch)
                     stopping = stopping or progress.owed
 
@@ -171,6 +171,15 @@ def train(config: TrainConfig) -> Progress:
         model, optimizer = accelerator.free_memory(model, optimizer)
         accelerator.end_training()
     return progress
+
+
+def leave_early(log: RunLog, stop: StopRequest, accelerator: Accelerator) -> Progress:
+    """Asked to stop before the first step."""
+    reason = stop.reason or "another rank was asked to stop"
+    log.status("preempted", 0, reason)
+    log.say(f"Asked to stop ({reason}) before the first step; the same command begins again.")
+    accelerator.end_training()
+    return Progress()
 
 
 def take_step(

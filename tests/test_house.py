@@ -15,9 +15,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bertdist"
 
 FLOORS = [  # a module imports from lower floors only
     ["errors"],
-    ["words", "dropout", "embedding", "linear", "pieces", "places", "addresses", "findings", "label_noise", "beats"],
+    ["words", "dropout", "embedding", "linear", "pieces", "places", "addresses", "findings", "label_noise", "beats", "anomaly"],
     ["config", "scores", "slurm", "console", "attention_cpu", "text_files", "file_bytes", "columns", "ranks", "meter", "remote", "arrival"],
-    ["command_line", "row_ends", "watchdog", "run_folder", "whole_folder"],
+    ["command_line", "row_ends", "watchdog", "run_folder", "whole_folder", "hub_names"],
     ["separated", "json_lines", "guess", "parquet_files", "check_config"],
     ["file_rows"],
     ["arrow_files", "hub"],
@@ -28,8 +28,8 @@ FLOORS = [  # a module imports from lower floors only
     ["stream_batches", "classifier", "checkpoint", "inspection"],
     ["memory", "known", "compiled", "graphed"],
     ["begin"],
-    ["evaluation", "room", "dry_run", "nonfinite"],
-    ["best", "fix"],
+    ["evaluation", "room", "dry_run"],
+    ["best", "fix", "nonfinite"],
     ["account"],
     ["train", "predict"],
     ["folds"],
@@ -62,6 +62,7 @@ DOORS = {  # a third-party package comes in through these modules only, so that 
         """.split()
     ),
     "xxhash": {"file_bytes", "file_rows", "hub", "joined", "records", "remote", "stream", "whole_folder"},
+    "huggingface_hub": {"hub_names"},
     "fsspec": {"addresses"},
     "aiohttp": {"addresses"},
     "charset_normalizer": {"guess"},

@@ -1,5 +1,6 @@
 """A disk that is full, or gone, while a run goes on: one clear error on all ranks at once, and what was written before stays whole."""
 
+import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -113,3 +114,34 @@ def test_without_agreement_the_others_would_wait_or_see_a_closed_connection(tiny
         run_ranks(2, run_train, words_of(tiny_model, tmp_path / "out", files, **SETTINGS), breaking)
     assert str(caught.value).count("errors.CheckpointError: ") < 2
     assert begin.open_log is not None
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_lines_of_the_log_are_on_the_disk_before_a_checkpoint_is_there(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
+    """A power cut can undo what was not flushed. Whole runs; single calls are in runs/test_every_call.py."""
+    out, calls = tmp_path / "out", tmp_path / "calls"
+
+    def recording(accelerator: Accelerator) -> None:
+        fsync, rename = os.fsync, os.rename
+
+        def note(what: str) -> None:
+            lines = (out / "metrics.jsonl").read_text().count("\n") if (out / "metrics.jsonl").exists() else 0
+            with open(calls, "a") as file:
+                file.write(f"{what} {lines}\n")
+
+        def flushed(handle: int) -> None:
+            fsync(handle)
+            if os.readlink(f"/proc/self/fd/{handle}").endswith("/metrics.jsonl"):
+                note("flushed")
+
+        def renamed(src: Any, dst: Any) -> None:
+            rename(src, dst)
+            if Path(dst).name.startswith("step_"):
+                note("checkpoint")
+
+        os.fsync, os.rename = flushed, renamed
+
+    run_ranks(n, run_train, words_of(tiny_model, out, files, **SETTINGS), recording)
+    order = [line.split() for line in calls.read_text().splitlines()]
+    assert [what for what, _ in order] == ["flushed", "checkpoint"] * (len(order) // 2) and len(order) == 8
+    assert all(before == after for (_, before), (_, after) in zip(order[::2], order[1::2], strict=True)), "every line that is there then"

@@ -21,6 +21,7 @@ from rows import (
     die,
     json_of,
     last_checkpoint,
+    run_main,
     run_train,
     step_log,
     tensors_of,
@@ -29,7 +30,7 @@ from rows import (
 )
 from torch import Tensor, nn
 
-from bertdist import nonfinite, train
+from bertdist import nonfinite, predict, train
 from bertdist.classifier import Classifier
 from bertdist.embedding import KeptGradientEmbedding
 from bertdist.errors import NonFiniteError
@@ -73,6 +74,24 @@ def spoil(rows: set[int], how: str) -> Breaking:
                     one = {"nan": one * math.nan, "inf": one + one.new_tensor([math.inf, 0.0]), "gradient": _Poisoned.apply(one)}[how]
                 parts.append(one)
             return torch.stack(parts)
+
+        Classifier.forward = spoiled  # type: ignore[method-assign]
+
+    return breaking
+
+
+def spoil_an_operation(rows: set[int], how: str) -> Breaking:
+    """An operation of the model makes NaN of these rows, in its forward pass, or only in its backward pass."""
+
+    def breaking(accelerator: Accelerator) -> None:
+        forward = Classifier.forward
+
+        def spoiled(self: Classifier, batch: Any) -> Tensor:
+            logits = forward(self, batch)
+            here = torch.tensor([[float(self.training and row in rows)] for row in batch.rows.tolist()])
+            if how == "nan":
+                return logits + (1 - 2 * here + 0 * logits).log()  # HERE_NAN: log(-1), of the others log(1)
+            return logits + (logits - logits.detach() + 1 - here).sqrt() * (1 - here)  # HERE_GRADIENT: 0 times the infinite slope at 0
 
         Classifier.forward = spoiled  # type: ignore[method-assign]
 
@@ -250,6 +269,123 @@ def test_too_many_in_a_row_end_the_run(skipped: Skipped, tmp_path: Path, n: int)
     with pytest.raises(RankError, match=r"It is number 3 in a row"):  # the same command: no other answer, and no line twice
         run_ranks(n, run_train, skipped.words(tmp_path / "out", max_nan_steps=2), spoil(everything, "nan"))
     assert json_of(tmp_path / "out" / "nan_rows.jsonl") == lines
+
+
+# ---- --detect_anomaly: which operation it was
+
+
+def ends(words: list[str], n: int, *breakings: Breaking) -> str:
+    """What a run says last, on all ranks together: exit code 1, one line, of rank 0."""
+    first, *others = run_ranks(n, run_main, words, both(*breakings))
+    assert first[0] == 1 and others == [(1, "", "")] * (n - 1), (first, others)
+    *before, last = first[1].splitlines()
+    assert last.startswith("bertdist: ") and not [line for line in before if "bertdist: " in line or "Traceback" in line], first[1]
+    return last
+
+
+LINES = {line.partition("# HERE_")[2][:3]: number for number, line in enumerate(Path(__file__).read_text().splitlines(), 1)}
+
+
+@pytest.mark.parametrize("how", ["nan", "gradient"])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_detect_anomaly_names_the_operation_in_one_line(tiny_model: Path, files: Files, tmp_path: Path, n: int, how: str) -> None:
+    out = tmp_path / "out"
+    last = ends(words_of(tiny_model, out, files, **SETTINGS, detect_anomaly=True), n, spoil_an_operation({17}, how))
+    (line,) = json_of(out / "nan_rows.jsonl")
+    assert line["row"] == 17 and "train.tsv line 19 (loss " in last, last
+    what = {"nan": "in the forward pass aten.log makes the first NaN", "gradient": "in the backward pass SqrtBackward0 gives the first NaN"}
+    told = f"{what[how]}, at test_nan.py line {LINES[how[:3].upper()]} in spoiled; its stack stands in "
+    assert told in last and "--detect_anomaly" not in last, last
+    (stack,) = (out / "stacks").iterdir()
+    assert stack.name == f"nan_step_{line['step']:06d}.txt" and str(stack) in last
+    assert "in spoiled" in stack.read_text() and "train.py" in stack.read_text()
+    assert json_of(out / "status.json")["state"] == "failed" and what[how] in json_of(out / "status.json")["reason"]
+
+
+def test_without_the_flag_no_operation_is_named(tiny_model: Path, files: Files, tmp_path: Path) -> None:
+    """A control: same fault, and the line says which flag would tell."""
+    last = ends(words_of(tiny_model, tmp_path / "out", files, **SETTINGS), 2, spoil_an_operation({17}, "nan"))
+    assert "aten" not in last and last.endswith("--detect_anomaly names the operation.") and not (tmp_path / "out" / "stacks").exists()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_anomaly_mode_by_itself_ends_as_torch_ends(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
+    """The control: with the mode simply switched on, one rank raises torch's own error, in the midst of the exchange of gradients."""
+
+    def switched_on(accelerator: Accelerator) -> None:
+        torch.autograd.set_detect_anomaly(True)
+        nonfinite.find_anomaly = lambda compute: None
+        train.factor = lambda loss, scale: scale
+
+    with pytest.raises(RankError, match=r"Function '[A-Za-z0-9]+' returned nan values"):
+        ends(words_of(tiny_model, tmp_path / "out", files, **SETTINGS), n, switched_on, spoil_an_operation({17}, "nan"))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_detect_anomaly_changes_no_step(skipped: Skipped, tmp_path: Path, n: int) -> None:
+    """With --on_nan skip: operations are named, and the run is to the bit the one without the flag."""
+    ranks = run_ranks(n, run_train, skipped.words(tmp_path / "out", detect_anomaly=True), spoil({3, 17}, "nan"))
+    assert ranks[0][2].count("aten.mul makes the first NaN") == ranks[0][0].nan_steps > 0
+    assert_same_run(tmp_path / "out", skipped.run(n)[0])
+
+
+# ---- In an evaluation, in prediction
+
+
+def silent_from(step: int, rows: set[int]) -> Breaking:
+    """Evaluations after so many steps get NaN for these rows."""
+
+    def breaking(accelerator: Accelerator) -> None:
+        forward, steps = Classifier.forward, [0]
+        take_step = train.take_step
+
+        def counted(*given: Any) -> Any:
+            steps[0] += 1
+            return take_step(*given)
+
+        def spoiled(self: Classifier, batch: Any) -> Tensor:
+            logits = forward(self, batch)
+            chosen = torch.tensor([[not self.training and steps[0] >= step and row in rows] for row in batch.rows.tolist()])
+            return logits.masked_fill(chosen, math.nan)
+
+        Classifier.forward, train.take_step = spoiled, counted  # type: ignore[method-assign]
+
+    return breaking
+
+
+WHY = "Its weights are broken, or the precision is too small for it (--mixed_precision no)."
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_an_evaluation_without_numbers_is_told_on_all_ranks_together(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
+    words = words_of(tiny_model, tmp_path / "out", files, **SETTINGS)
+    last = ends(words, n, silent_from(8, {0, 5, 7, 11}))
+    where = "dev.tsv line 2, dev.tsv line 7, dev.tsv line 9, ..."
+    told = f"Evaluation after step 8: the model gives NaN or Inf for 4 of 12 rows: {where}. {WHY}"
+    assert last == f"bertdist: {told} To go on without its scores: --on_nan skip."
+    assert [line["step"] for line in step_log(tmp_path / "out", "eval")] == [4]
+    assert json_of(tmp_path / "out" / "status.json")["state"] == "failed"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_evaluation_without_numbers_has_no_scores(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
+    """With --on_nan skip. Without that the NaN rows' largest output is some label, and a best score."""
+    words = words_of(tiny_model, tmp_path / "out", files, **SETTINGS, on_nan="skip", learning_rate=1e-2)
+    ranks = run_ranks(n, run_train, words, silent_from(8, {5}))
+    assert ranks[0][0].finished and ranks[0][2].count("Its scores count as undefined (--on_nan skip).") == 2
+    lines = {line["step"]: {line[name] is None for name in ("loss", "accuracy")} for line in step_log(tmp_path / "out", "eval")}
+    assert lines == {4: {False}, 8: {True}, 10: {True}} and ranks[0][0].best_step == 4
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_prediction_without_numbers_writes_nothing(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
+    run_ranks(1, run_train, words_of(tiny_model, tmp_path / "out", files, max_train_steps=1, eval_every="never"))
+    words = ["--model", str(tmp_path / "out" / "best"), "--input", str(files.dev), "--use_cpu", "--output", str(tmp_path / "answers.jsonl")]
+    first, *others = run_ranks(n, run_main, words, silent_from(0, {5}), predict)
+    assert first == (1, f"bertdist: Prediction: the model gives NaN or Inf for 1 of 12 rows: dev.tsv line 7. {WHY}\n", "")
+    assert others == [(1, "", "")] * (n - 1) and not (tmp_path / "answers.jsonl").exists()
+    assert [code for code, *_ in run_ranks(n, run_main, words, silent_from(0, set()), predict)] == [0] * n, "the control"
+    assert len(json_of(tmp_path / "answers.jsonl")) == 12
 
 
 # ---- As on a GPU: the host looks only where it waits anyway. Rehearsed on CPUs, whose fused AdamW has `found_inf` too.

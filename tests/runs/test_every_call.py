@@ -70,7 +70,7 @@ class Run:
         self.model = Net()
         self.optimizer = build_optimizer(self.model, OptimConfig(learning_rate=0.1))
         self.log = RunLog(out, enabled=True)
-        self.checkpoints = Checkpoints(out / "checkpoints", ONE, 2, lambda *lines: self.said.extend(lines))
+        self.checkpoints = Checkpoints(out / "checkpoints", ONE, 2, lambda *lines: self.said.extend(lines), lambda: self.log.to_disk())
 
     def write(self, step: int) -> None:
         self.log.write("train", step, loss=step / 3, note="x" * 9000)  # longer than a buffer
@@ -197,6 +197,32 @@ def try_all(
                 raise AssertionError(f"{how} at {name} number {which}: exit status {code}: {error!r}") from error
             shutil.rmtree(trial)
     return found
+
+
+def order_of_calls(before: tuple[Path, Any, Run], tmp_path: Path) -> list[str]:
+    """What strace saw of one step: lines of the log that are written, what is flushed, and the checkpoint's rename."""
+    out, log = tmp_path / "ordered", tmp_path / "order.txt"
+    shutil.copytree(before[0], out)
+    # -y: the paths of file descriptors
+    assert traced(out, before[2], ["-y", "-o", str(log), "-e", "trace=write,fsync,?rename,?renameat,?renameat2"]) == 0
+    found = []
+    for call in log.read_text().splitlines():
+        if "metrics.jsonl" in call:
+            found.append(f"{call.split()[1].split('(')[0]} metrics.jsonl")
+        elif re.search(r"\brename\w*\(.*step_000004\"", call):
+            found.append("rename step_000004")
+    return found
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_knows_of_it(
+    before: tuple[Path, Any, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut can undo what was written and not flushed; one flush a checkpoint, none a line."""
+    found = order_of_calls(before, tmp_path)
+    assert found[-2:] == ["fsync metrics.jsonl", "rename step_000004"] and set(found[:-2]) == {"write metrics.jsonl"}, found
+    monkeypatch.setattr(before[2].checkpoints, "first", lambda: None)
+    found = order_of_calls(before, tmp_path / "control")
+    assert found[-1] == "rename step_000004" and set(found[:-1]) == {"write metrics.jsonl"}, "the control"
 
 
 EVERY = int(os.environ.get("BERTDIST_EVERY_CALL", "7"))  # 1: all of them, about a minute

@@ -490,7 +490,7 @@ def test_a_folder_that_is_not_there_is_one_line_with_its_neighbour(copy: Path) -
 def test_a_name_that_the_hub_does_not_give_is_one_line() -> None:
     message = complaint("no-such-owner/model")
     assert "neither a folder here nor a model that the hub gave" in message
-    assert message.endswith("Without a network, give a folder that holds config.json, model.safetensors and the tokenizer.")
+    assert "Without a network, give a folder that holds config.json, model.safetensors and the tokenizer;" in message
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"model_type": "no such type"}'])

@@ -371,5 +371,5 @@ def test_a_folder_without_a_tokenizer_is_one_line(name: str, tmp_path: Path) -> 
 def test_a_name_that_is_no_folder_is_one_line() -> None:
     with pytest.raises(ModelError) as caught:
         load_tokenizer(ModelConfig(model_name_or_path="no-such/model"))
-    assert str(caught.value).startswith("No tokenizer 'no-such/model': ")
+    assert str(caught.value).startswith("No tokenizer 'no-such/model', neither a folder here nor of the hub. HF_HUB_OFFLINE is set, ")
     assert "\n" not in str(caught.value)

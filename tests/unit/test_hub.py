@@ -166,9 +166,9 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
         (HubRows(folder, "other"), f"{folder}/other cannot be read: BuilderConfig 'other' not found."),
         (
             HubRows(f"{folder}/none"),
-            f"{folder}/none: the hub knows no such data set, and there is no such folder; --train_file takes files.",
+            f"{folder}/none is neither a folder here nor a data set that the hub gave. ",
         ),
-        (HubRows("user/name"), "user/name: the hub could not be reached (check the network, HF_HUB_OFFLINE, the name)."),
+        (HubRows("user/name"), "user/name is neither a folder here nor a data set that the hub gave. HF_HUB_OFFLINE is set, "),
         (HubRows(str(tmp_path / "script")), f"{tmp_path}/script is made by a Python script, which `datasets` no longer runs;"),
     ]:
         with pytest.raises(DataError) as raised:

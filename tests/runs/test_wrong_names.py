@@ -1,0 +1,167 @@
+"""A name that is wrong, or a hub that is not there: one line with the nearest names and the way without a network, exit code 1.
+
+Some as a user would type them, in a real process, the others through `main` in a forked child; the hub is a server on loopback, or a
+port where nobody listens.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import datasets
+import pytest
+from accelerate import Accelerator
+from forked import run_ranks
+from huggingface_hub import constants
+from rows import make_rows, run_main, write_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+ANSWERS = {  # status, and the hub's own two headers
+    "gated": (403, "GatedRepo", "Access to model is restricted and you are not in the authorized list."),
+    "unknown": (404, "RepoNotFound", "Repository not found"),
+    "broken": (503, "", ""),
+}
+
+
+@contextmanager
+def hub(kind: str, asked: list[str]) -> Iterator[str]:
+    """The address of a hub that says this to all; "silent": nobody listens there."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            status, code, message = ANSWERS[kind]
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("X-Error-Message", message)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    address = f"http://127.0.0.1:{server.server_port}"
+    if kind == "silent":
+        server.server_close()
+        yield address
+        return
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield address
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "train.tsv", make_rows(12))
+
+
+def typed(tmp_path: Path, *words: str | Path, endpoint: str = "", offline: bool = False) -> str:
+    """The one line that a command says; it has not begun, and its exit code is 1."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "HF_TOKEN")}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": str(int(offline)), "HF_DATASETS_OFFLINE": str(int(offline))}
+    environment |= {"HF_ENDPOINT": endpoint} if endpoint else {}
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, words)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("1 process(es) on cpu")]
+    assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("bertdist: "), done.stdout
+    return lines[0].removeprefix("bertdist: ")
+
+
+def forked(tmp_path: Path, *words: str | Path, endpoint: str = "", offline: bool = False) -> str:
+    """The same through `train.main` in a forked child: where no more is asked of the hub than whether it is there."""
+
+    def setting(accelerator: Accelerator) -> None:
+        for module in (constants, datasets.config):
+            module.HF_HUB_OFFLINE, module.HF_ENDPOINT = offline, endpoint
+        constants.ENDPOINT = constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint
+        constants.HF_HUB_CACHE = str(tmp_path / "hf" / "hub")
+
+    ((code, said, _),) = run_ranks(1, run_main, list(map(str, words[1:])), setting)
+    lines = [line for line in said.splitlines() if not line.startswith("1 process(es) on cpu")]
+    assert code == 1 and len(lines) == 1 and lines[0].startswith("bertdist: "), said
+    return lines[0].removeprefix("bertdist: ")
+
+
+def training(tmp_path: Path, *words: str | Path) -> list[str | Path]:
+    return ["bertdist.train", "--use_cpu", "--output_dir", tmp_path / "out", *words]
+
+
+WRONG = "google-bert/bert-base-uncasde"
+WAY = "Without a network, give a folder that holds config.json, model.safetensors and the tokenizer; `hf download "
+SAID = {
+    "gated": "It is gated: accept its terms at {hub}/google-bert/bert-base-uncasde, then give HF_TOKEN or `hf auth login`.",
+    "unknown": "The hub knows no such model, or it is private (HF_TOKEN, `hf auth login`). Did you mean 'google-bert/bert-base-uncased'",
+    "broken": "The hub ({hub}) cannot be reached (it answers with HTTP error 503), and the cache ",
+    "silent": "The hub ({hub}) cannot be reached ([Errno 111] Connection refused), and the cache ",
+}
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_a_model_that_the_hub_does_not_give(tmp_path: Path, file: Path, kind: str) -> None:
+    asked: list[str] = []
+    with hub(kind, asked) as address:
+        told = (forked if kind == "broken" else typed)(
+            tmp_path, *training(tmp_path, "--model_name_or_path", WRONG, "--train_file", file), endpoint=address
+        )
+    assert told.startswith(f"--model_name_or_path {WRONG} is neither a folder here nor a model that the hub gave. "), told
+    assert SAID[kind].format(hub=address) in told and WAY in told, told
+    assert len(asked) <= 6, "no rounds of retries"
+
+
+def test_a_model_without_a_network(tmp_path: Path, file: Path) -> None:
+    told = typed(tmp_path, *training(tmp_path, "--model_name_or_path", WRONG, "--train_file", file), offline=True)
+    assert (
+        f"HF_HUB_OFFLINE is set, and the cache {tmp_path / 'hf' / 'hub'} does not hold it. Did you mean 'google-bert/" in told
+        and WAY in told
+    )
+
+
+@pytest.mark.parametrize("kind", ["unknown", "silent"])
+def test_a_data_set_that_the_hub_does_not_give(tiny_model: Path, tmp_path: Path, kind: str) -> None:
+    with hub(kind, []) as address:
+        told = (forked if kind == "silent" else typed)(
+            tmp_path, *training(tmp_path, "--model_name_or_path", tiny_model, "--dataset_name", "stanfordnlp/imbd"), endpoint=address
+        )
+    assert told.startswith("stanfordnlp/imbd is neither a folder here nor a data set that the hub gave. ")
+    assert "Did you mean 'stanfordnlp/imdb'" in told and told.endswith(" --train_file takes files.")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--task_name", "sst3"], "--task_name 'sst3' is no task of GLUE. Did you mean 'sst2'?"),
+        (
+            ["--train_file", "{file}", "--validation_file", "{file}", "--metrics", "acuracy"],
+            "--metrics acuracy: unknown score. Did you mean 'accuracy'?",
+        ),
+        (
+            ["--train_file", "{file}", "--tokenizer_name", "bert-base-uncasde"],
+            "No tokenizer 'bert-base-uncasde', neither a folder here nor of the hub. ",
+        ),
+    ],
+    ids=["task", "metric", "tokenizer"],
+)
+def test_other_names(tiny_model: Path, tmp_path: Path, file: Path, words: list[str], told: str) -> None:
+    """A flag and a column are in test_user_errors.py."""
+    words = [word.format(file=file) for word in words]
+    say = typed if "--metrics" in words else forked
+    assert say(tmp_path, *training(tmp_path, "--model_name_or_path", tiny_model, *words), offline=True).startswith(told)
