@@ -15,6 +15,7 @@ import faulthandler
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -245,12 +246,13 @@ def told_unwatched(error: BaseException) -> bool:
 def end_soon(error: BaseException) -> None:
     """For a command line that leaves by this error: neither before it is told, nor never.
 
-    torchrun ends rank 0 as soon as it sees another rank leave, and what all have to say is rank 0's to print. gloo's threads may keep a
-    process that has lost another from ending.
+    torchrun ends rank 0 as soon as it sees another rank leave, and what all have to say is rank 0's to print. Once that has left, torchrun
+    ends this one. gloo's threads may keep a process that has lost another from ending.
     """
     if isinstance(error, RankLost):
         faulthandler.dump_traceback_later(30, exit=True, file=STDERR)
     if getattr(error, "shared", False) and os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SECONDS_TO_TELL)
 
 

@@ -1,5 +1,6 @@
 """What the watchdog makes of errors, and what it takes for a move. Ranks that die and hang in earnest: tests/ranks/test_faults.py."""
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -100,6 +101,7 @@ def test_under_torchrun_rank_0_may_tell_what_all_have_found(
 ) -> None:
     slept: list[float] = []
     monkeypatch.setattr(watchdog.time, "sleep", slept.append)
+    handled = signal.signal(signal.SIGTERM, lambda number, frame: None)
     monkeypatch.setenv("RANK", rank)
     error = DataError("x")
     error.shared = shared
@@ -107,4 +109,5 @@ def test_under_torchrun_rank_0_may_tell_what_all_have_found(
     assert slept == [], "no torchrun"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     end_soon(error)
-    assert slept == waited
+    heeded = signal.signal(signal.SIGTERM, handled) is signal.SIG_DFL
+    assert slept == waited and heeded is bool(waited), "torchrun may end it once rank 0 has told"
