@@ -12,20 +12,12 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 from forked import RankError, run_ranks
-from rows import Breaking, checkpoints_of, json_of, run_main, run_train, words_of, write_split
+from rows import checkpoints_of, json_of, on_rank, run_main, run_train, words_of, write_split
 
 from bertdist import best, checkpoint, slurm, train
 from bertdist.errors import CheckpointError, DataError
 
 SOON = 40.0  # seconds; a rank that waits for one that has left would wait for the 60 of run_ranks
-
-
-def on_rank(rank: int, act: Callable[[], None]) -> Breaking:
-    def breaking(accelerator: Accelerator) -> None:
-        if accelerator.process_index == rank:
-            act()
-
-    return breaking
 
 
 def no_file() -> None:

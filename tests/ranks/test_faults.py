@@ -13,43 +13,16 @@ import psutil
 import pytest
 from accelerate import Accelerator
 from forked import RankError, run_ranks
-from rows import Breaking, assert_same_run, checkpoints_of, json_of, make_rows, run_main, run_train, words_of, write_rows, write_split
+from rows import Breaking, assert_same_run, checkpoints_of, json_of, make_rows, on_rank, run_main, run_train, words_of, write_rows
+from undisturbed import STEPS, Runs
 
 from bertdist import begin, encoding, evaluation, predict, train, watchdog
 from bertdist.checkpoint import damage_of
-
-STEPS = 15  # 5 an epoch, 3 epochs
-CADENCES = {"eval_every": "4 steps", "save_every": "3 steps", "log_every": "2 steps", "num_train_epochs": 3, "tokens_per_micro_batch": 60}
-
-
-class Runs:
-    """Runs of one command on n ranks, and the folder of the one that nobody disturbed."""
-
-    def __init__(self, model: Path, folder: Path) -> None:
-        self.model, self.files, self.folder = model, write_split(folder, 38, 12), folder
-        self.straight: dict[int, Path] = {}
-
-    def words(self, out: Path, **settings: Any) -> list[str]:
-        return words_of(self.model, out, self.files, **{**CADENCES, **settings})
-
-    def undisturbed(self, n: int) -> Path:
-        if n not in self.straight:
-            self.straight[n] = self.folder / f"undisturbed{n}"
-            run_ranks(n, run_train, self.words(self.straight[n]))
-        return self.straight[n]
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tiny_model, tmp_path_factory.mktemp("faults"))
-
-
-def on_rank(rank: int, act: Callable[[], None]) -> Breaking:
-    def breaking(accelerator: Accelerator) -> None:
-        if accelerator.process_index == rank:
-            act()
-
-    return breaking
 
 
 def before_step(number: int, act: Callable[[], object]) -> Callable[[], None]:

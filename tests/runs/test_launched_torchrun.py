@@ -73,6 +73,7 @@ def test_nothing_was_lost(told: Any) -> None:
         ("accelerate", "config", r"--learning_rate is 0\.5 instead of 0\.001\."),
         ("torchrun", "data", r"train\.tsv \(digest of the rows\) is .* instead of .*\."),
     ],
+    ids=["accelerate-config", "torchrun-data"],
 )
 def test_a_rank_that_was_started_with_something_else_is_named(
     tiny_model: Path, tmp_path: Path, launcher: str, other: str, differs: str
