@@ -115,9 +115,11 @@ class Stage:
             self.seconds[plain] = time.monotonic() - begin, max(0.1, last - time.time() + time.monotonic() - found.begun)
         return self.seconds[plain]
 
-    def blow(self, kind: Kind, chance: random.Random) -> Blow:
-        """A kill at random."""
+    def blow(self, kind: Kind, out: Path, chance: random.Random) -> Blow:
+        """A kill at random, while there are steps."""
         whole, steps = self.lasts(kind)
+        taken = max((int(path.name[5:]) for path in (out / "checkpoints").glob("step_*")), default=0)
+        steps *= 1 - taken / int(self.undisturbed(kind)["checkpoint"][5:])
         rank = chance.randrange(kind.ranks) if kind.victims == "one rank" else 0
         aimed = kind.launcher != "forked" and chance.random() < AIMED
         return Blow(kind.victims, rank, chance.random() * (steps if aimed else whole), aimed)
@@ -129,7 +131,7 @@ class Stage:
         shutil.rmtree(out, ignore_errors=True)
         kills, end = 0, Attempt()
         while not end.done and kills < most:
-            blow = self.blow(kind, chance)
+            blow = self.blow(kind, out, chance)
             end = attempt(self.words(kind, out), kind.ranks, out, kind.launcher, blow)
             if end.killed is None or json_state(out) == "finished":
                 break  # it had ended before
@@ -239,19 +241,19 @@ def kinds(chance: random.Random, launcher: str = "forked") -> Iterator[Kind]:
 
 def tell(tallies: dict[Kind, Tally], path: Path | None) -> None:
     """The table, on the screen and as JSON."""
-    header = ["rows", "ranks", "killed", "kills", "no step", "lost", "identical", "one line", "seconds"]
+    header = ["run", "killed", "kills", "no step", "lost", "identical", "one line", "seconds"]
     sums: dict[tuple[Any, ...], Tally] = defaultdict(Tally)
     for kind, one in tallies.items():
-        for key in ((kind.source, kind.ranks, kind.victims), ("all", "", "")):
+        for key in ((f"{kind.source}, {kind.ranks} rank{'s' if kind.ranks > 1 else ''}", kind.victims), ("all", "")):
             into = sums[key]
             for name in ("kills", "runs", "untrained", "lost", "identical", "one_message", "survivors"):
                 setattr(into, name, getattr(into, name) + getattr(one, name))
             into.seconds += one.seconds
     rows = []
     for key, one in sorted(sums.items(), key=lambda item: (item[0][0] == "all", str(item[0]))):
-        spread = f"{max(one.seconds):.1f} at most" if one.seconds else "-"
+        most = f"< {max(one.seconds) + 0.1:.1f}" if one.seconds else "-"
         message = f"{one.one_message} of {one.survivors}" if one.survivors else "-"
-        rows.append([*map(str, key), str(one.kills), str(one.untrained), str(one.lost), str(one.identical), message, spread])
+        rows.append([*key, str(one.kills), str(one.untrained), str(one.lost), str(one.identical), message, most])
     show_table("Random SIGKILLs", header, rows)
     if path is not None:
         told = {"machine": described("cpu", 1, ["torch", "accelerate"]), "command": command("bench.faults")}
