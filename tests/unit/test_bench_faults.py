@@ -1,6 +1,5 @@
 """python -m bench.faults: a few random kills, and that it sees what is not identical."""
 
-import contextlib
 import json
 import random
 import signal
@@ -28,28 +27,25 @@ def test_random_kills_lose_nothing(stage: Stage, kind: Kind) -> None:
 
 
 def test_dropout_that_depends_on_the_start_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, seed_dropout = iter(range(10**6)), train.seed_dropout
-    monkeypatch.setattr(train, "seed_dropout", lambda seed, step, rank: seed_dropout(seed, next(calls), rank))
+    """A run that waits at its eighth step is killed there."""
+    calls, seed_dropout, waits = iter(range(10**6)), train.seed_dropout, tmp_path / "waits"
+
+    def counted(seed: int, step: int, rank: int) -> None:
+        if step == 7 and waits.exists():
+            waits.unlink()
+            time.sleep(100)
+        seed_dropout(seed, next(calls), rank)
+
+    monkeypatch.setattr(train, "seed_dropout", counted)
     stage, tally, kind = Stage(tmp_path / "stage"), Tally(), Kind("map", 1, "one", "all ranks")
-    for share in (0.6, 0.75, 0.5, 0.85, 0.7, 0.65) * 5:  # a kill before the first checkpoint, or after the end, changes nothing
-        with contextlib.suppress(AssertionError):
-            stage.trial(kind, 1, At(share), tally)  # type: ignore[arg-type]
+    stage.undisturbed(kind)
+    for seconds in (0.5, 2, 8, 32):  # a kill before the first checkpoint changes nothing
+        waits.touch()
+        monkeypatch.setattr(stage, "blow", lambda *args, after=seconds: Blow("all ranks", 0, after, in_training=True))
+        stage.trial(kind, 1, random.Random(0), tally)
         if tally.identical < tally.kills:
             return
     pytest.fail(f"{tally.kills} kills, and nothing was seen")
-
-
-class At:
-    """Stands for chance: always the same moment."""
-
-    def __init__(self, share: float) -> None:
-        self.share = share
-
-    def random(self) -> float:
-        return self.share
-
-    def randrange(self, ranks: int) -> int:
-        return 0
 
 
 def test_a_killed_rank_is_killed(stage: Stage, tmp_path: Path) -> None:
