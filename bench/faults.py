@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,18 +225,19 @@ def write_rows(path: Path, count: int, seed: int) -> None:
 
 
 def kinds(chance: random.Random, launcher: str = "forked") -> Iterator[Kind]:
-    """All kinds, in turns, each round in another order."""
-    one, many = (["all ranks"], ["one rank", "all ranks"]) if launcher == "forked" else (["all ranks", "launcher"], [*VICTIMS])
+    """All kinds, in turns, each round in another order. A launcher takes long: there, micro-batches are left to chance."""
+    forked, micro_batches = launcher == "forked", ("one", "three")
+    one, many = (["all ranks"], ["one rank", "all ranks"]) if forked else (["all ranks", "launcher"], [*VICTIMS])
     every = [
         Kind(source, ranks, micro, victims, launcher)
         for source in ("map", "stream")
         for ranks in RANKS[launcher]
-        for micro in ("one", "three")
+        for micro in (micro_batches if forked else ("",))
         for victims in (many if ranks > 1 else one)
     ]
     while True:
         chance.shuffle(every)
-        yield from every
+        yield from (kind if forked else replace(kind, micro_batches=chance.choice(micro_batches)) for kind in every)
 
 
 def tell(tallies: dict[Kind, Tally], path: Path | None) -> None:

@@ -84,7 +84,7 @@ def test_one_line_that_names_the_rank_is_asked_for(stage: Stage, tmp_path: Path,
     assert (tally.survivors, tally.one_message) == (1, heard)
 
 
-@pytest.mark.parametrize(("launcher", "ranks", "number"), [("forked", {1, 2, 3}, 20), ("torchrun", {1, 2}, 20), ("accelerate", {1, 2}, 20)])
+@pytest.mark.parametrize(("launcher", "ranks", "number"), [("forked", {1, 2, 3}, 20), ("torchrun", {1, 2}, 10), ("accelerate", {1, 2}, 10)])
 def test_all_kinds_come_in_turns(launcher: str, ranks: set[int], number: int) -> None:
     some: Any = kinds(random.Random(0), launcher)
     first = [next(some) for _ in range(number)]
