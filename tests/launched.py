@@ -120,7 +120,8 @@ class Story:
     def launch(self, other: str = "", where: str = ".", **env: str) -> Iterator[Launch]:
         """other: what rank 1 does differently. where: the folder to start it in, from which paths count."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)}
-        kept |= {"PYTHONPATH": str(ROOT), "HF_HOME": "/nonexistent", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", **env}
+        kept |= {"PYTHONPATH": str(ROOT), "HF_HOME": "/nonexistent", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+        kept |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SECONDS), **env}  # a rank that is asked to stop has so long to save, not 30 s
         program = [str(ROOT / "tests" / "slowed.py"), str(self.pace), other, "--", *self.words(self.out)]
         (self.folder / where).mkdir(exist_ok=True)
         launch = Launch([sys.executable, *LAUNCHERS[self.launcher], *program], kept, self.folder / where, self.out)

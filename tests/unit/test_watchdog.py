@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from bertdist import watchdog
+from bertdist.beats import Beat, this_rank
 from bertdist.console import RunLog
 from bertdist.errors import DataError, RankLost
-from bertdist.watchdog import Watchdog, connection_lost, doing_of, end_soon, worker_died
+from bertdist.watchdog import Watchdog, connection_lost, doing_of, end_soon, told_unwatched, worker_died
 
 ALONE: Any = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
 
@@ -38,6 +39,26 @@ def test_a_broken_connection_is_known() -> None:
     gloo = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2161. This")
     assert isinstance(connection_lost(gloo), RankLost)
     assert connection_lost(torch.distributed.DistBackendError("NCCL error: remote process exited")) is not None
+
+
+@pytest.mark.parametrize(
+    ("gone", "mine", "said"),
+    [
+        ([this_rank(3)], True, "rank 3 (process "),
+        ([this_rank(3)], False, ""),
+        ([], True, "The connection to another rank has broken: [gloo]"),
+    ],
+    ids=["mine", "another's", "nobody"],
+)
+def test_where_no_watchdog_looks_one_rank_tells_who_is_gone(
+    gone: list[Beat], mine: bool, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(watchdog, "left", lambda seconds: (gone, mine))
+    monkeypatch.setattr(watchdog, "SECONDS_TO_LOOK", 0.0)
+    assert not told_unwatched(RuntimeError("out of memory")) and capsys.readouterr().err == ""
+    assert told_unwatched(RuntimeError("[gloo] Connection closed by peer"))
+    told = capsys.readouterr().err
+    assert told.startswith(f"bertdist: {said}") if said else told == ""
 
 
 def test_an_error_of_ours_passes_and_a_worker_s_death_is_mended(tmp_path: Path) -> None:
