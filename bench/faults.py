@@ -1,15 +1,18 @@
 """Random kills: is anything lost?
 
     python -m bench.faults --trials 200 --seed 1
+    python -m bench.faults --trials 30 --seed 1 --launcher accelerate        # or torchrun
 
-A trial is one SIGKILL, of one rank or of all, at a random moment of a small run; the same command then goes on. A run is killed up to
-three times, then left to its end, and compared with one that nobody disturbed: every weight and optimizer tensor, every line of
-metrics.jsonl that does not tell of time, loss and gradient norm of every step on every rank in hex (also of steps that were taken
-twice), best weights and predictions. Dropout is on; the last step of an epoch is ragged; evaluations, best weights and checkpoints come at
-different steps.
+A trial is one SIGKILL at a random moment of a small run, of one rank, of all, or of the launcher that has started them; the same command
+then goes on. A run is killed up to three times, then left to its end, and compared with one that nobody disturbed: every weight and
+optimizer tensor, every line of metrics.jsonl that does not tell of time, loss and gradient norm of every step on every rank in hex (also
+of steps that were taken twice), best weights and predictions. Dropout is on; the last step of an epoch is ragged; evaluations, best
+weights and checkpoints come at different steps.
 
-Each rank is a real process with RANK and WORLD_SIZE in its environment and a gloo group over TCP, forked from this one, which has imported
-everything: 1 to 2 s an attempt, where a fresh interpreter takes 10. Exit code 1 where a run was not identical.
+Each rank is a real process with RANK and WORLD_SIZE in its environment and a gloo group over TCP; attempts.py says who starts it. The
+undisturbed run is forked, whoever starts the others: a launcher adds nothing to the arithmetic. A fresh interpreter takes seconds until it
+trains, so two of three kills of launched ranks are aimed at the steps, and the table says how many came before. Exit code 1 where a run
+was not identical.
 """
 
 import argparse
@@ -17,27 +20,26 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
-import signal
-import socket
 import string
 import sys
 import tempfile
 import time
-import traceback
-import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from bench.attempts import LAUNCHERS, Attempt, Blow, attempt, launcher_said, said_in
 from bench.machine import command, described
 from bertdist.console import show_table
 
-RANKS, KILLS_OF_A_RUN, SECONDS = (1, 2, 3), 3, 120
+RANKS, KILLS_OF_A_RUN, AIMED = {"forked": (1, 2, 3), "torchrun": (1, 2), "accelerate": (1, 2)}, 3, 2 / 3
 WORDS = "a an and bad best but dull film fine fun good great is it movie not of poor so the this very was warm worst".split()
 CADENCES = {"eval_every": "4 steps", "save_every": "3 steps", "log_every": "2 steps", "num_train_epochs": "3", "train_batch_size": "8"}
+VICTIMS = ("one rank", "all ranks", "launcher")
 TOKENS = {1: "50", 2: "30", 3: "24"}  # ranks -> tokens of a micro-batch for about three a step
 
 
@@ -48,7 +50,8 @@ class Kind:
     source: str  # map, stream
     ranks: int
     micro_batches: str  # one, three
-    victims: str = ""  # one rank, all ranks
+    victims: str = ""  # one rank, all ranks, launcher
+    launcher: str = "forked"
 
 
 @dataclass
@@ -59,16 +62,17 @@ class Tally:
     runs: int = 0
     lost: int = 0  # kills in runs that did not come to their end
     identical: int = 0  # kills in runs that ended bit for bit like the undisturbed one
-    one_message: int = 0  # kills after which the survivors printed one line, and no traceback
-    survivors: int = 0  # kills that had any
-    seconds: list[float] = field(default_factory=list)  # from the kill to the last survivor's end
+    untrained: int = 0  # kills before the first step of their attempt
+    one_message: int = 0  # kills of one rank after which one line named it, and there was no traceback
+    survivors: int = 0  # kills of one rank of several
+    seconds: list[float] = field(default_factory=list)  # from such a kill to the last survivor's end
 
 
 class Stage:
     """A model, rows, and runs of them in one folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.straight = folder, dict[Kind, Any]()
+        self.folder, self.straight, self.seconds = folder, dict[Kind, Any](), dict[Kind, tuple[float, float]]()
         folder.mkdir(parents=True)
         write_model(folder / "model")
         write_rows(folder / "train.tsv", 38, 1)
@@ -82,129 +86,83 @@ class Stage:
             settings |= {"streaming": "true", "stream_window": "16"}
         return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
 
-    def undisturbed(self, kind: Kind) -> tuple[Any, float]:
-        """(what the run left, its seconds)."""
+    def undisturbed(self, kind: Kind) -> Any:
+        """What the run leaves that nobody disturbs."""
         plain = Kind(kind.source, kind.ranks, kind.micro_batches)
         if plain not in self.straight:
             out = self.folder / f"straight_{len(self.straight)}"
             begin = time.monotonic()
-            codes = attempt(self.words(plain, out), plain.ranks, out)
-            assert codes == [0] * plain.ranks, (self.folder, codes, said_in(out))
-            self.straight[plain] = remains(out, plain.ranks), time.monotonic() - begin
-        found: tuple[Any, float] = self.straight[plain]
-        return found
+            found = attempt(self.words(plain, out), plain.ranks, out)
+            assert found.done, (self.folder, found.codes, said_in(out))
+            self.straight[plain] = remains(out, plain.ranks)
+            self.seconds.setdefault(plain, (time.monotonic() - begin, 0.0))
+        return self.straight[plain]
+
+    def lasts(self, kind: Kind) -> tuple[float, float]:
+        """Seconds of an attempt that nobody disturbs, and of its steps."""
+        if kind.launcher == "forked":
+            self.undisturbed(kind)
+            return self.seconds[Kind(kind.source, kind.ranks, kind.micro_batches)]
+        plain = Kind("", kind.ranks, "", "", kind.launcher)
+        if plain not in self.seconds:
+            out, begin = self.folder / "timed", time.monotonic()
+            shutil.rmtree(out, ignore_errors=True)
+            found = attempt(self.words(kind, out), kind.ranks, out, kind.launcher)
+            assert found.done and found.begun, (found.codes, said_in(out), launcher_said(out))
+            left, expected = remains(out, kind.ranks), self.undisturbed(kind)
+            assert left == expected, difference(left, expected)
+            last = max(path.stat().st_mtime for path in out.glob("steps_*.txt"))
+            self.seconds[plain] = time.monotonic() - begin, max(0.1, last - time.time() + time.monotonic() - found.begun)
+        return self.seconds[plain]
+
+    def blow(self, kind: Kind, out: Path, chance: random.Random) -> Blow:
+        """A kill at random, while there are steps."""
+        whole, steps = self.lasts(kind)
+        taken = max((int(path.name[5:]) for path in (out / "checkpoints").glob("step_*")), default=0)
+        steps *= 1 - taken / int(self.undisturbed(kind)["checkpoint"][5:])
+        rank = chance.randrange(kind.ranks) if kind.victims == "one rank" else 0
+        aimed = kind.launcher != "forked" and chance.random() < AIMED
+        return Blow(kind.victims, rank, chance.random() * (steps if aimed else whole), aimed)
 
     def trial(self, kind: Kind, most: int, chance: random.Random, tally: Tally) -> None:
         """One run with up to `most` kills."""
-        expected, seconds = self.undisturbed(kind)
+        expected = self.undisturbed(kind)
         out = self.folder / "killed"
         shutil.rmtree(out, ignore_errors=True)
-        kills, codes = 0, [1]
-        while codes != [0] * kind.ranks and kills < most:
-            victims = list(range(kind.ranks)) if kind.victims == "all ranks" else [chance.randrange(kind.ranks)]
-            for old in out.glob("said_*.txt"):
-                old.unlink()
-            codes, killed = attempt_killed(self.words(kind, out), kind.ranks, out, victims, chance.random() * seconds)
-            if killed is None or json_state(out) == "finished":
+        kills, end = 0, Attempt()
+        while not end.done and kills < most:
+            blow = self.blow(kind, out, chance)
+            end = attempt(self.words(kind, out), kind.ranks, out, kind.launcher, blow)
+            if end.killed is None or json_state(out) == "finished":
                 break  # it had ended before
             kills += 1
-            if len(victims) < kind.ranks:
-                said = said_in(out)
-                tally.survivors += 1
-                tally.seconds.append(time.monotonic() - killed)
-                told = sum(line.startswith("bertdist: ") for line in said.splitlines()) == 1 and "Traceback" not in said
-                tally.one_message += told
-                if not told:
-                    print(f"{kind}: not one message: {said[-1500:]}", file=sys.stderr)
-        codes = attempt(self.words(kind, out), kind.ranks, out)
-        found = remains(out, kind.ranks) if codes == [0] * kind.ranks else None
+            tally.untrained += not end.began
+            if kind.victims == "one rank":
+                self.heard(kind, out, blow, end, tally)
+        end = attempt(self.words(kind, out), kind.ranks, out, kind.launcher)
+        found = remains(out, kind.ranks) if end.done else None
         tally.kills, tally.runs = tally.kills + kills, tally.runs + 1
         tally.lost += kills if found is None else 0
         tally.identical += kills if found == expected else 0
         if found != expected:
             kept = Path(tempfile.mkdtemp(prefix="not_identical_")) / "run"
             shutil.copytree(out, kept)
-            print(f"{kind}: {difference(found, expected)}; kept in {kept}; codes {codes}\n{said_in(out)[-2000:]}", file=sys.stderr)
+            said = f"codes {end.codes}\n{said_in(out)[-2000:]}\n{launcher_said(out)[-2000:]}"
+            print(f"{kind}: {difference(found, expected)}; kept in {kept}; {said}", file=sys.stderr)
 
-
-def attempt(words: Sequence[str], ranks: int, out: Path) -> list[int]:
-    """Start the command on so many ranks and wait: their exit codes."""
-    return attempt_killed(words, ranks, out, [], 0.0)[0]
-
-
-def attempt_killed(words: Sequence[str], ranks: int, out: Path, victims: Sequence[int], after: float) -> tuple[list[int], float | None]:
-    """The same, with a SIGKILL to some ranks after so many seconds. (exit codes, when it was sent; None: all had ended)"""
-    out.mkdir(parents=True, exist_ok=True)
-    port, running, codes = free_port(), dict[int, int](), dict[int, int]()
-    for rank in range(ranks):
-        sys.stderr.flush()
-        sys.stdout.flush()
-        with warnings.catch_warnings():  # of a fork beside threads
-            warnings.simplefilter("ignore", DeprecationWarning)
-            pid = os.fork()
-        if pid == 0:
-            be_a_rank(words, rank, ranks, port, out)
-        running[rank] = pid
-    waited, before = 0.0, time.monotonic()  # a machine that is held is held against nobody
-    when, killed = time.monotonic() + after, None
-    while running:
-        if killed is None and victims and time.monotonic() >= when and all(rank in running for rank in victims):
-            for rank in victims:
-                os.kill(running[rank], signal.SIGKILL)
-            killed = time.monotonic()
-        now = time.monotonic()
-        waited, before = waited + min(now - before, 1.0), now
-        if waited > SECONDS:
-            for pid in running.values():
-                os.kill(pid, signal.SIGKILL)
-        for rank, pid in list(running.items()):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                codes[rank] = os.waitstatus_to_exitcode(status)
-                del running[rank]
-        time.sleep(0.002)
-    return [codes[rank] for rank in range(ranks)], killed
-
-
-def be_a_rank(words: Sequence[str], rank: int, ranks: int, port: int, out: Path) -> NoReturn:
-    """The child's whole life."""
-    code: Any = 1
-    with open(out / f"said_{rank}.txt", "a", buffering=1, encoding="utf-8") as said, open(out / f"steps_{rank}.txt", "a") as steps:
-        os.dup2(said.fileno(), 2)
-        sys.stderr = said
-        try:
-            code = _trained(words, rank, ranks, port, steps)
-        except BaseException:
-            traceback.print_exc()
-    os._exit(code if isinstance(code, int) else 1)
-
-
-def _trained(words: Sequence[str], rank: int, ranks: int, port: int, steps: Any) -> Any:
-    import torch
-
-    from bertdist import train as module
-
-    train: Any = module  # watched and quickened, in this child only
-    torch.set_num_threads(1)
-    if ranks > 1:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", ACCELERATE_USE_CPU="true")
-    train.matmul_rate = lambda device, precision: 1e12
-    take_step = train.take_step
-
-    def written(model: Any, optimizer: Any, step: Any, *rest: Any) -> Any:
-        loss, norm = take_step(model, optimizer, step, *rest)
-        steps.write(f"{step.number} {float(loss).hex()} {float(norm).hex()}\n")
-        steps.flush()
-        return loss, norm
-
-    train.take_step = written
-    sys.argv = ["bertdist.train", *words]
-    try:
-        train.main()
-    except SystemExit as end:
-        return end.code or 0
-    return 0
+    def heard(self, kind: Kind, out: Path, blow: Blow, end: Attempt, tally: Tally) -> None:
+        """What is printed after the kill of one rank. Where a launcher ends the others before they can say a word, it names the rank."""
+        assert end.killed is not None
+        said, (pid,) = said_in(out), end.pids
+        lines = [line for line in said.splitlines() if line.startswith("bertdist: ")]
+        named = len(lines) == 1 and f"rank {blow.rank} (process {pid} on " in lines[0]
+        by_launcher = not lines and re.search(rf"exitcode *: -9 \(pid: {pid}\)", launcher_said(out)) is not None
+        tally.survivors += 1
+        tally.seconds.append(time.monotonic() - end.killed)
+        told = (named or by_launcher) and "Traceback" not in said
+        tally.one_message += told
+        if not told:
+            print(f"{kind}, {blow}: not one message: {said[-1500:]}", file=sys.stderr)
 
 
 def remains(out: Path, ranks: int) -> dict[str, Any]:
@@ -242,18 +200,6 @@ def difference(found: dict[str, Any] | None, expected: dict[str, Any]) -> str:
     return ", ".join(name for name in {**expected, **found} if found.get(name) != expected.get(name)) + " differ"
 
 
-def said_in(out: Path) -> str:
-    """What all ranks have printed so far."""
-    return "".join(path.read_text(encoding="utf-8") for path in sorted(out.glob("said_*.txt")))
-
-
-def free_port() -> int:
-    """A port that nobody uses now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 def write_model(folder: Path) -> None:
     """A random BERT of 2 layers of 32 with dropout, and a tokenizer that knows letters and a few words."""
     import torch
@@ -278,35 +224,37 @@ def write_rows(path: Path, count: int, seed: int) -> None:
     path.write_text("\n".join(["text\tlabel", *rows]) + "\n", encoding="utf-8")
 
 
-def kinds(chance: random.Random) -> Iterator[Kind]:
-    """All kinds, in turns, each round in another order."""
+def kinds(chance: random.Random, launcher: str = "forked") -> Iterator[Kind]:
+    """All kinds, in turns, each round in another order. A launcher takes long: there, micro-batches are left to chance."""
+    forked, micro_batches = launcher == "forked", ("one", "three")
+    one, many = (["all ranks"], ["one rank", "all ranks"]) if forked else (["all ranks", "launcher"], [*VICTIMS])
     every = [
-        Kind(source, ranks, micro, victims)
+        Kind(source, ranks, micro, victims, launcher)
         for source in ("map", "stream")
-        for ranks in RANKS
-        for micro in ("one", "three")
-        for victims in (("one rank", "all ranks") if ranks > 1 else ("all ranks",))
+        for ranks in RANKS[launcher]
+        for micro in (micro_batches if forked else ("",))
+        for victims in (many if ranks > 1 else one)
     ]
     while True:
         chance.shuffle(every)
-        yield from every
+        yield from (kind if forked else replace(kind, micro_batches=chance.choice(micro_batches)) for kind in every)
 
 
 def tell(tallies: dict[Kind, Tally], path: Path | None) -> None:
     """The table, on the screen and as JSON."""
-    header = ["rows", "ranks", "killed", "kills", "lost", "identical", "one message", "seconds to end"]
+    header = ["run", "killed", "kills", "no step", "lost", "identical", "one line", "seconds"]
     sums: dict[tuple[Any, ...], Tally] = defaultdict(Tally)
     for kind, one in tallies.items():
-        for key in ((kind.source, kind.ranks, kind.victims), ("all", "", "")):
+        for key in ((f"{kind.source}, {kind.ranks} rank{'s' if kind.ranks > 1 else ''}", kind.victims), ("all", "")):
             into = sums[key]
-            for name in ("kills", "runs", "lost", "identical", "one_message", "survivors"):
+            for name in ("kills", "runs", "untrained", "lost", "identical", "one_message", "survivors"):
                 setattr(into, name, getattr(into, name) + getattr(one, name))
             into.seconds += one.seconds
     rows = []
     for key, one in sorted(sums.items(), key=lambda item: (item[0][0] == "all", str(item[0]))):
-        spread = f"{max(one.seconds):.1f} at most" if one.seconds else "-"
+        most = f"< {max(one.seconds) + 0.1:.1f}" if one.seconds else "-"
         message = f"{one.one_message} of {one.survivors}" if one.survivors else "-"
-        rows.append([*map(str, key), str(one.kills), str(one.lost), str(one.identical), message, spread])
+        rows.append([*key, str(one.kills), str(one.untrained), str(one.lost), str(one.identical), message, most])
     show_table("Random SIGKILLs", header, rows)
     if path is not None:
         told = {"machine": described("cpu", 1, ["torch", "accelerate"]), "command": command("bench.faults")}
@@ -318,6 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.faults", description="Random kills: is anything lost?")
     parser.add_argument("--trials", type=int, default=20, help="kills")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="forked", help="who starts the ranks")
     parser.add_argument("--output", type=Path, help="JSON of the table")
     asked = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -327,7 +276,7 @@ def main() -> None:
     chance, tallies = random.Random(asked.seed), defaultdict[Kind, Tally](Tally)
     with tempfile.TemporaryDirectory(prefix="faults_") as name, contextlib.suppress(KeyboardInterrupt):
         stage = Stage(Path(name) / "stage")
-        for kind in kinds(chance):
+        for kind in kinds(chance, asked.launcher):
             left = asked.trials - sum(tally.kills for tally in tallies.values())
             if left <= 0:
                 break

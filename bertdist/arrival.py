@@ -1,20 +1,26 @@
 """Ranks meet before they form a group: whoever does not come, and a port that is taken, are named within --rank_timeout.
 
 In: what the launcher wrote into the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Out: the store in which all have signed, to
-be kept until the group stands; or a ConfigError. torch itself says only how many are missing, or a host and a port.
+be kept until the group stands; or a ConfigError. torch itself says only how many are missing, or a host and a port. Each rank remembers
+whom it has met: where a connection breaks and no watchdog looks (in the first seconds of a run, in prediction), `left` says who is gone.
 """
 
+import json
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
+from bertdist.beats import Beat, is_alive, this_host, this_rank
 from bertdist.errors import ConfigError
+
+_met: list[Beat] = []  # the ranks of the last meeting, in order, this one among them
 
 
 def meet(limit: timedelta) -> TCPStore | None:
@@ -36,15 +42,26 @@ def meet(limit: timedelta) -> TCPStore | None:
             f"rank {rank} of {ranks} (on {socket.gethostname()}): {who} at {host}:{port} within {seconds:g} s (--rank_timeout). "
             "Its own message, or the launcher's, says more."
         )
-        found.shared, found.told = False, rank > 1
+        found.shared, found.told = False, rank > (0 if agents else 1)
         raise found
     store = _in_time(lambda: TCPStore(host, port, None, keeps, limit, wait_for_workers=False, multi_tenant=True), host, port, seconds)
-    store.set(signed[rank], socket.gethostname())
+    store.set(signed[rank], json.dumps(asdict(this_rank(rank))))
     try:
         store.wait(signed, limit)
+        _met[:] = [Beat(**json.loads(card)) for card in store.multi_get(signed)]
     except (dist.DistError, RuntimeError):
-        raise _absent(store, signed, f"{host}:{port} within {seconds:g} s (--rank_timeout)", rank) from None
+        raise _absent(store, signed, f"{host}:{port}", seconds, rank) from None
     return store
+
+
+def left(seconds: float) -> tuple[list[Beat], bool]:
+    """Those of this machine that have met and ended since, looked for during so many seconds; and whether this rank should tell it."""
+    here = [beat for beat in _met if beat.host == this_host()]
+    deadline = time.monotonic() + seconds
+    while not (gone := [beat for beat in here if not is_alive(beat.pid, beat.born)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first = next((beat.pid for beat in here if beat not in gone), os.getpid())
+    return gone, not gone or first == os.getpid()
 
 
 def _is_open(host: str, port: int, seconds: float) -> bool:
@@ -82,16 +99,18 @@ def _in_time(open_store: Callable[[], TCPStore], host: str, port: int, seconds: 
     ) from None
 
 
-def _absent(store: TCPStore, signed: list[str], where: str, rank: int) -> ConfigError:
+def _absent(store: TCPStore, signed: list[str], address: str, seconds: float, rank: int) -> ConfigError:
     """Who has not signed. The lowest rank that has tells it."""
     try:
         missing = [other for other, key in enumerate(signed) if not store.check([key])]
-        here = [f"rank {other} (on {store.get(key).decode()})" for other, key in enumerate(signed) if other not in missing]
-    except (dist.DistError, RuntimeError):  # rank 0, which keeps the store, has told it and left
-        found = ConfigError(f"Some ranks did not arrive at {where}.")
-        found.told = True
+        cards = [Beat(**json.loads(store.get(key))) for other, key in enumerate(signed) if other not in missing]
+        here = [f"rank {beat.rank} (on {beat.host.split(' ')[0]})" for beat in cards]
+    except (dist.DistError, RuntimeError):  # rank 0, which keeps the store, was killed, or has told it and left
+        found = ConfigError(f"rank {rank} of {len(signed)}: rank 0 has left before all had met at {address}; its own message says more.")
+        found.shared, found.told = False, rank != 1
         return found
     who = ", ".join(map(str, missing[:20])) + (f", ... ({len(missing)} in all)" if len(missing) > 20 else "")
+    where = f"{address} within {seconds:g} s (--rank_timeout)"
     found = ConfigError(f"Rank {who} of {len(signed)} did not arrive at {where}. Here are: {', '.join(here[:20])}.")
     found.shared, found.told = False, rank in missing or any(other not in missing for other in range(rank))
     return found

@@ -53,7 +53,7 @@ class Beats:
     def __init__(self, folder: Path, rank: int, ranks: int) -> None:
         """folder: of the run."""
         self.run, self.folder, self.ranks = folder, folder / ".ranks", ranks
-        self.me = Beat(rank=rank, pid=os.getpid(), born=psutil.Process().create_time(), host=this_host())
+        self.me = this_rank(rank)
         self._silent: dict[int, tuple[int, float]] = {}  # rank -> its last count, seconds for which it has been that
 
     def clear(self) -> None:
@@ -140,6 +140,11 @@ class Beats:
         except OSError:
             pass  # no place to agree: everyone tells
         return Told(kind, text, True)
+
+
+def this_rank(rank: int) -> Beat:
+    """The first beat of this process."""
+    return Beat(rank=rank, pid=os.getpid(), born=psutil.Process().create_time(), host=this_host())
 
 
 def is_alive(pid: int, born: float) -> bool:

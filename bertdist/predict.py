@@ -34,7 +34,7 @@ from bertdist.ranks import together
 from bertdist.records import Records, records_of
 from bertdist.slurm import StopRequest, check_world
 from bertdist.sources import open_texts
-from bertdist.watchdog import connection_lost, end_soon, worker_died
+from bertdist.watchdog import end_soon, told_unwatched, worker_died
 
 ROWS_AT_ONCE = 2048  # texts sorted by length together: long enough for texts of one length to meet, short enough for one device
 
@@ -168,9 +168,11 @@ def main() -> None:
     except KeyboardInterrupt:  # the second Ctrl-C: no clean-up that could wait for another rank
         os._exit(INTERRUPTED)
     except (BertdistError, RuntimeError) as error:
-        found = error if isinstance(error, BertdistError) else worker_died(error) or connection_lost(error)
+        found = error if isinstance(error, BertdistError) else worker_died(error)
         if found is None:
-            raise
+            if not told_unwatched(error):
+                raise
+            os._exit(1)
         if os.environ.get("RANK", "0") == "0" or not found.shared:
             complain(found)
         end_soon(found)

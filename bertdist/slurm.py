@@ -27,6 +27,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # One of these is in the environment where the parent is torchrun or `accelerate launch`: killed, it leaves its ranks behind, which nobody
 # would end or start again. The parent of any other run may go: a shell, nohup.
 LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
+# (this process, its parent) from the start: a launcher may be killed before there is a StopRequest. Ranks of torchrun need it when they
+# meet, so from here on its end is seen; a process that was forked later has another parent, which is there.
+_BORN = os.getpid(), os.getppid()
 
 
 class StopRequest:
@@ -38,7 +41,8 @@ class StopRequest:
 
     def __init__(self, margin_seconds: float = 0.0) -> None:
         left = time_left()
-        self._launcher = os.getppid() if LAUNCHED & os.environ.keys() else 0
+        parent = _BORN[1] if _BORN[0] == os.getpid() else os.getppid()
+        self._launcher = parent if LAUNCHED & os.environ.keys() else 0
         # A job shorter than twice the margin keeps half of its time, or it would be requeued for ever without a step.
         self._margin_seconds = margin_seconds if left is None else min(margin_seconds, left / 2)
         self._interrupts = 0

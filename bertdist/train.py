@@ -71,7 +71,7 @@ from bertdist.run_folder import hold_folder, room_on_disk
 from bertdist.slurm import StopRequest, check_world
 from bertdist.stream_batches import AnyBatches
 from bertdist.tasks import Task
-from bertdist.watchdog import connection_lost, end_soon
+from bertdist.watchdog import end_soon, told_unwatched
 
 INTERRUPTED = 130  # exit code for a second Ctrl-C, a shell's for SIGINT
 STOPPED = 75  # exit code for "asked to stop, start me again" (EX_TEMPFAIL)
@@ -285,9 +285,8 @@ def main() -> None:
         end_soon(error)
         sys.exit(1)
     except RuntimeError as error:
-        if (lost := connection_lost(error)) is None:
+        if not told_unwatched(error):  # before the watchdog was there
             raise
-        complain(lost)  # before the watchdog was there
         os._exit(1)
     except KeyboardInterrupt:  # the second Ctrl-C: no clean-up that could wait for another rank
         if os.environ.get("RANK", "0") == "0":

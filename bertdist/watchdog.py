@@ -15,6 +15,7 @@ import faulthandler
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from bertdist.arrival import left
 from bertdist.beats import Beat, Beats, Told
 from bertdist.console import RunLog, complain, write_whole
 from bertdist.errors import BertdistError, DataError, RankLost
@@ -34,6 +36,7 @@ from bertdist.ranks import LONG
 
 BEAT_SECONDS = 5.0  # between two beats, or a tenth of --rank_timeout
 MOVES = 0.02  # a thread that computes for so much of the time is not waiting
+SECONDS_TO_LOOK = 2.0  # for a process that broke a connection to be seen as gone, and for others to see who tells it
 SECONDS_TO_TELL = 15.0  # for rank 0 to come as far as the others and print; then torchrun ends them anyway
 STDERR = 2  # by its number: faulthandler needs it
 WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)(?: is killed by signal: ([^.]*))?")
@@ -222,15 +225,34 @@ def connection_lost(error: BaseException) -> RankLost | None:
     return None
 
 
+def told_unwatched(error: BaseException) -> bool:
+    """Where no Watchdog looks, in the first seconds of a run and in prediction: tells of a broken connection. False for other errors.
+
+    Once, and by name, where the rank that is gone ran on this machine.
+    """
+    lost = connection_lost(error)
+    if lost is None:
+        return False
+    gone, mine = left(SECONDS_TO_LOOK)
+    if gone:
+        names = ", ".join(beat.name for beat in gone[:8])
+        lost = RankLost(f"{names} is gone (killed? out of memory? else its own message says why). Start the same command again.")
+    if mine:
+        complain(lost)
+    time.sleep(SECONDS_TO_LOOK)
+    return True
+
+
 def end_soon(error: BaseException) -> None:
     """For a command line that leaves by this error: neither before it is told, nor never.
 
-    torchrun ends rank 0 as soon as it sees another rank leave, and what all have to say is rank 0's to print. gloo's threads may keep a
-    process that has lost another from ending.
+    torchrun ends rank 0 as soon as it sees another rank leave, and what all have to say is rank 0's to print. Once that has left, torchrun
+    ends this one. gloo's threads may keep a process that has lost another from ending.
     """
     if isinstance(error, RankLost):
         faulthandler.dump_traceback_later(30, exit=True, file=STDERR)
     if getattr(error, "shared", False) and os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SECONDS_TO_TELL)
 
 

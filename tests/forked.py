@@ -32,14 +32,18 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 LAUNCHER_WORDS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GRACE_SECONDS = 3.0  # after one rank has failed, the others get so long to fail by themselves
+TO_TELL = 60.0  # the same, where a test looks at what they have to say: on a crowded machine it takes long
 
 
 class RankError(Exception):
     """A rank raised, was killed, or did not end in time; the text holds every failed rank's traceback, the first to fail first."""
 
 
-def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
-    """Call `function(accelerator, *args)` on `n` ranks; the results by rank. Raises RankError; returns within `timeout` seconds."""
+def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float = 100.0, grace: float = GRACE_SECONDS) -> list[Any]:
+    """Call `function(accelerator, *args)` on `n` ranks; the results by rank. Raises RankError; returns within `timeout` seconds.
+
+    Where a rank fails, the others have `grace` seconds to end.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     with tempfile.TemporaryDirectory() as name:
@@ -53,7 +57,7 @@ def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float =
                 if pid == 0:
                     _be_a_rank(rank, n, folder, function, args, timeout)
                 running[rank] = pid
-            failures = _wait(running, folder, timeout)
+            failures = _wait(running, folder, timeout, grace)
         finally:
             for pid in running.values():
                 os.kill(pid, signal.SIGKILL)
@@ -98,7 +102,7 @@ def _accelerator(rank: int, n: int, folder: Path, timeout: float) -> Accelerator
     return accelerator
 
 
-def _wait(running: dict[int, int], folder: Path, timeout: float) -> dict[int, str]:
+def _wait(running: dict[int, int], folder: Path, timeout: float, grace: float) -> dict[int, str]:
     """Reap the ranks, at the latest after `timeout`; what each failed one has to say, in the order of failing."""
     failures: dict[int, str] = {}
     deadline = time.monotonic() + timeout
@@ -115,8 +119,8 @@ def _wait(running: dict[int, int], folder: Path, timeout: float) -> dict[int, st
             if status or not (folder / f"result_{rank}").exists():
                 error, code = folder / f"error_{rank}", os.waitstatus_to_exitcode(status)
                 failures[rank] = error.read_text(encoding="utf-8") if error.exists() else f"ended with status {code}"
-                if time.monotonic() + GRACE_SECONDS < deadline:
-                    deadline, late = time.monotonic() + GRACE_SECONDS, f"still ran {GRACE_SECONDS:g} s after rank {rank} had failed"
+                if time.monotonic() + grace < deadline:
+                    deadline, late = time.monotonic() + grace, f"still ran {grace:g} s after rank {rank} had failed"
         time.sleep(0.002)
     return _in_order_of_failing(failures, folder)
 

@@ -178,6 +178,26 @@ def at_step(number: int, act: Callable[[], None]) -> Breaking:
     return breaking
 
 
+def on_rank(rank: int, act: Callable[[], None]) -> Breaking:
+    """Act on one rank only."""
+
+    def breaking(accelerator: Accelerator) -> None:
+        if accelerator.process_index == rank:
+            act()
+
+    return breaking
+
+
+def both(*breakings: Breaking) -> Breaking:
+    """One after the other."""
+
+    def breaking(accelerator: Accelerator) -> None:
+        for each in breakings:
+            each(accelerator)
+
+    return breaking
+
+
 def die() -> None:
     """Without a word."""
     os._exit(9)

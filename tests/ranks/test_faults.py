@@ -12,44 +12,17 @@ from typing import Any
 import psutil
 import pytest
 from accelerate import Accelerator
-from forked import RankError, run_ranks
-from rows import Breaking, assert_same_run, checkpoints_of, json_of, make_rows, run_main, run_train, words_of, write_rows, write_split
+from forked import TO_TELL, RankError, run_ranks
+from rows import Breaking, assert_same_run, checkpoints_of, json_of, make_rows, on_rank, run_main, run_train, words_of, write_rows
+from undisturbed import STEPS, Runs
 
 from bertdist import begin, encoding, evaluation, predict, train, watchdog
 from bertdist.checkpoint import damage_of
-
-STEPS = 15  # 5 an epoch, 3 epochs
-CADENCES = {"eval_every": "4 steps", "save_every": "3 steps", "log_every": "2 steps", "num_train_epochs": 3, "tokens_per_micro_batch": 60}
-
-
-class Runs:
-    """Runs of one command on n ranks, and the folder of the one that nobody disturbed."""
-
-    def __init__(self, model: Path, folder: Path) -> None:
-        self.model, self.files, self.folder = model, write_split(folder, 38, 12), folder
-        self.straight: dict[int, Path] = {}
-
-    def words(self, out: Path, **settings: Any) -> list[str]:
-        return words_of(self.model, out, self.files, **{**CADENCES, **settings})
-
-    def undisturbed(self, n: int) -> Path:
-        if n not in self.straight:
-            self.straight[n] = self.folder / f"undisturbed{n}"
-            run_ranks(n, run_train, self.words(self.straight[n]))
-        return self.straight[n]
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tiny_model, tmp_path_factory.mktemp("faults"))
-
-
-def on_rank(rank: int, act: Callable[[], None]) -> Breaking:
-    def breaking(accelerator: Accelerator) -> None:
-        if accelerator.process_index == rank:
-            act()
-
-    return breaking
 
 
 def before_step(number: int, act: Callable[[], object]) -> Callable[[], None]:
@@ -225,7 +198,7 @@ def test_a_killed_rank_is_named_once_and_nothing_is_lost(runs: Runs, tmp_path: P
     out, words = tmp_path / "out", runs.words(tmp_path / "out")
     kill = on_rank(victim, before_step(7, lambda: os.kill(os.getpid(), signal.SIGKILL)))
     with pytest.raises(RankError, match=f"rank {victim} of {n}: ended with status -9"):
-        run_ranks(n, told_by_each, words, kill, tmp_path)
+        run_ranks(n, told_by_each, words, kill, tmp_path, grace=TO_TELL)
     found = told(tmp_path)
     assert {rank: code for rank, (code, _) in found.items()} == {rank: 1 for rank in range(n) if rank != victim}
     (line,) = (line for _, lines in found.values() for line in lines)
@@ -254,7 +227,7 @@ def test_without_a_watchdog_nobody_is_named(runs: Runs, tmp_path: Path) -> None:
         on_rank(1, before_step(7, lambda: os.kill(os.getpid(), signal.SIGKILL)))(accelerator)
 
     with pytest.raises(RankError):
-        run_ranks(2, told_by_each, runs.words(tmp_path / "out"), unwatched, tmp_path)
+        run_ranks(2, told_by_each, runs.words(tmp_path / "out"), unwatched, tmp_path, grace=TO_TELL)
     assert all("rank 1" not in line for _, lines in told(tmp_path).values() for line in lines)
 
 
@@ -267,27 +240,26 @@ def test_a_collective_that_hangs_ends_with_the_stacks_of_all(runs: Runs, tmp_pat
     def sleep_for_ever() -> None:
         time.sleep(1000)
 
-    began = time.monotonic()
-    with pytest.raises(RankError, match="ended with status 1"):
-        run_ranks(3, told_by_each, runs.words(out, rank_timeout=3), on_rank(1, before_step(4, sleep_for_ever)), tmp_path)
-    assert time.monotonic() - began < 40
+    with pytest.raises(RankError, match="ended with status 1") as ended:
+        run_ranks(3, told_by_each, runs.words(out, rank_timeout=5), on_rank(1, before_step(4, sleep_for_ever)), tmp_path, grace=TO_TELL)
+    assert "did not end" not in str(ended.value) and "still ran" not in str(ended.value), ended.value
     stacks = {path.name: path.read_text() for path in (out / "stacks").iterdir()}
     assert sorted(stacks) == ["rank_0.txt", "rank_1.txt", "rank_2.txt"]
     assert "in sleep_for_ever" in stacks["rank_1.txt"] and "in sleep_for_ever" not in stacks["rank_0.txt"]
     assert "in backward" in stacks["rank_0.txt"] and "in _watch" in stacks["rank_0.txt"], "every thread"
     reason = json_of(out / "status.json")["reason"]
-    assert "No rank has moved for 3 s (--rank_timeout), so a collective hangs: rank 0 in " in reason and "goes on from step 3" in reason
+    assert "No rank has moved for 5 s (--rank_timeout), so a collective hangs: rank 0 in " in reason and "goes on from step 3" in reason
 
 
 def test_a_rank_that_works_is_waited_for(runs: Runs, tmp_path: Path) -> None:
     """For twice --rank_timeout, in one function."""
 
     def work() -> None:
-        end = time.monotonic() + 6
+        end = time.monotonic() + 8
         while time.monotonic() < end:
             pass
 
-    run_ranks(2, run_train, runs.words(tmp_path / "out", rank_timeout=3), on_rank(1, before_step(4, work)))
+    run_ranks(2, run_train, runs.words(tmp_path / "out", rank_timeout=4), on_rank(1, before_step(4, work)))
     assert_same_run(tmp_path / "out", runs.undisturbed(2))
 
 
@@ -353,12 +325,10 @@ def test_a_killed_loader_worker_is_named_soon(runs: Runs, tmp_path: Path, n: int
     def kill_worker() -> None:
         for child in psutil.Process().children():
             child.kill()
-        time.sleep(30)  # SIGCHLD ends it
+        time.sleep(1000)  # SIGCHLD ends it
 
-    began = time.monotonic()
     words = runs.words(tmp_path / "out", dataloader_num_workers=1)
     results = run_ranks(n, run_main, words, on_rank(n - 1, before_step(5, kill_worker)))
-    assert time.monotonic() - began < 25
     assert [code for code, _, _ in results] == [1] * n
     (line,) = (line for _, said, _ in results for line in said.splitlines() if line.startswith("bertdist: "))
     assert re.search(r"Loader worker \(process \d+\) was killed \(Killed\): most often the system had run out of memory", line), line

@@ -19,6 +19,7 @@ from rows import (
     Breaking,
     assert_same_run,
     assert_same_tensors,
+    both,
     checkpoints_of,
     json_of,
     last_checkpoint,
@@ -26,35 +27,12 @@ from rows import (
     run_train,
     step_log,
     tensors_of,
-    words_of,
-    write_split,
 )
+from undisturbed import STEPS, Runs
 
 from bertdist import best, checkpoint, train, whole_folder
 from bertdist.console import RunLog
 from bertdist.whole_folder import damage_of
-
-STEPS = 15  # 5 an epoch, 3 epochs
-CADENCES = {"eval_every": "4 steps", "save_every": "3 steps", "log_every": "2 steps", "num_train_epochs": 3, "tokens_per_micro_batch": 60}
-
-
-class Runs:
-    """Runs of one command on n ranks, and the folder of the one that nobody disturbed."""
-
-    def __init__(self, model: Path, folder: Path) -> None:
-        self.model, self.files, self.folder = model, write_split(folder, 38, 12), folder
-        self.straight: dict[int, Path] = {}
-
-    def words(self, out: Path, **settings: Any) -> list[str]:
-        return words_of(self.model, out, self.files, **{**CADENCES, **settings})
-
-    def undisturbed(self, n: int) -> Path:
-        if n not in self.straight:
-            out = self.folder / f"undisturbed{n}"
-            run_ranks(n, run_train, self.words(out))
-            assert json_of(out / "status.json") == {"state": "finished", "step": STEPS, "reason": ""}
-            self.straight[n] = out
-        return self.straight[n]
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +63,6 @@ def die(accelerator: Accelerator) -> None:
 def ask_the_last_rank_to_stop(accelerator: Accelerator) -> None:
     if accelerator.process_index == accelerator.num_processes - 1:
         os.kill(os.getpid(), signal.SIGTERM)
-
-
-def both(*breakings: Breaking) -> Breaking:
-    def breaking(accelerator: Accelerator) -> None:
-        for each in breakings:
-            each(accelerator)
-
-    return breaking
 
 
 # --- I5

@@ -236,7 +236,7 @@ def test_a_signal_is_passed_on_and_the_job_waits(play: Play, number: signal.Sign
     """USR1: the time limit is near, queue again if it came further. TERM: cancelled, never again."""
     (play.folder / "out/status.json").write_text('{"state": "preempted", "step": 5}')
     run = play.job("train.slurm", PLAY_STATE="preempted", PLAY_STEP=str(step), PLAY_WAITS="yes", PLAY_CODE="1")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + SECONDS
     while not (play.folder / "waits").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     run.send_signal(number)

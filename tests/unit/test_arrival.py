@@ -4,12 +4,17 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
+from torch.distributed import TCPStore
 
-from bertdist.arrival import meet
+from bertdist import arrival
+from bertdist.arrival import left, meet
+from bertdist.beats import this_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 # In a process of its own: torch's stores leave threads behind.
@@ -34,15 +39,19 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
+def placed(rank: int, of: int, port: int) -> dict[str, str]:
+    """The environment of a rank."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    place = {"RANK": str(rank), "WORLD_SIZE": str(of), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {**plain, "PYTHONPATH": str(ROOT), **place}
+
+
 def said(ranks: list[int], of: int, port: int, seconds: float = 3) -> list[str]:
     """What these ranks have to say of their meeting."""
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
-    pipe = subprocess.PIPE
+    pipe, words = subprocess.PIPE, [sys.executable, "-c", MEET, str(seconds)]
     running = []
     for rank in ranks:
-        place = {"RANK": str(rank), "WORLD_SIZE": str(of), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        env = {**plain, "PYTHONPATH": str(ROOT), **place}
-        words = [sys.executable, "-c", MEET, str(seconds)]
+        env = placed(rank, of, port)
         running.append(subprocess.Popen(words, env=env, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True))
     found = []
     for run in running:
@@ -91,3 +100,29 @@ def test_one_rank_meets_nobody(words: dict[str, str], monkeypatch: pytest.Monkey
     assert meet(timedelta(seconds=1)) is None
 
 
+def test_a_first_rank_that_is_killed_before_all_have_met_is_told() -> None:
+    port, pipe, words = free_port(), subprocess.PIPE, [sys.executable, "-c", MEET, "60"]
+    first, second = (
+        subprocess.Popen(words, env=placed(rank, 3, port), stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) for rank in (0, 1)
+    )
+    TCPStore("127.0.0.1", port, None, False, timedelta(seconds=60)).wait(["bertdist/0/1"])
+    first.kill()
+    told, _ = second.communicate(timeout=60)
+    first.communicate(timeout=60)
+    assert told == f"rank 1 of 3: rank 0 has left before all had met at 127.0.0.1:{port}; its own message says more.\n"
+
+
+def test_who_is_gone_is_told_by_the_lowest_rank_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    me, parent = this_rank(1), psutil.Process().parent()
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        dead = replace(me, rank=2, pid=child.pid)
+    alive = replace(me, rank=0, pid=parent.pid, born=parent.create_time())
+    elsewhere = replace(dead, rank=3, host="elsewhere")
+    for met, found in (
+        ([dead, me], ([dead], True)),
+        ([alive, me, dead], ([dead], False)),
+        ([me, elsewhere], ([], True)),
+        ([], ([], True)),
+    ):
+        monkeypatch.setattr(arrival, "_met", met)
+        assert left(0.2) == found

@@ -321,6 +321,16 @@ def test_a_launcher_that_is_gone_asks_to_stop(launched: bool, monkeypatch: pytes
     request.close()
 
 
+def test_a_launcher_that_went_before_there_was_a_request_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While torch was imported and ranks met. A process that was forked later has a parent of its own."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    for process, reason in ((os.getpid(), "the launcher is gone"), (os.getpid() + 1, "")):
+        monkeypatch.setattr(slurm, "_BORN", (process, os.getppid() + 1))
+        request = StopRequest()
+        assert request.agreed(ALONE) is bool(reason) and request.reason == reason
+        request.close()
+
+
 @pytest.mark.parametrize(("seen_here_since", "reason"), [(True, "the launcher is gone"), (False, "another rank was asked to stop")])
 def test_a_rank_gives_the_reason_it_can_see_itself(seen_here_since: bool, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher ends between this rank's look and the other's: both then say so."""

@@ -1,5 +1,6 @@
 """What the watchdog makes of errors, and what it takes for a move. Ranks that die and hang in earnest: tests/ranks/test_faults.py."""
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from bertdist import watchdog
+from bertdist.beats import Beat, this_rank
 from bertdist.console import RunLog
 from bertdist.errors import DataError, RankLost
-from bertdist.watchdog import Watchdog, connection_lost, doing_of, end_soon, worker_died
+from bertdist.watchdog import Watchdog, connection_lost, doing_of, end_soon, told_unwatched, worker_died
 
 ALONE: Any = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
 
@@ -37,6 +39,26 @@ def test_a_broken_connection_is_known() -> None:
     gloo = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2161. This")
     assert isinstance(connection_lost(gloo), RankLost)
     assert connection_lost(torch.distributed.DistBackendError("NCCL error: remote process exited")) is not None
+
+
+@pytest.mark.parametrize(
+    ("gone", "mine", "said"),
+    [
+        ([this_rank(3)], True, "rank 3 (process "),
+        ([this_rank(3)], False, ""),
+        ([], True, "The connection to another rank has broken: [gloo]"),
+    ],
+    ids=["mine", "another's", "nobody"],
+)
+def test_where_no_watchdog_looks_one_rank_tells_who_is_gone(
+    gone: list[Beat], mine: bool, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(watchdog, "left", lambda seconds: (gone, mine))
+    monkeypatch.setattr(watchdog, "SECONDS_TO_LOOK", 0.0)
+    assert not told_unwatched(RuntimeError("out of memory")) and capsys.readouterr().err == ""
+    assert told_unwatched(RuntimeError("[gloo] Connection closed by peer"))
+    told = capsys.readouterr().err
+    assert told.startswith(f"bertdist: {said}") if said else told == ""
 
 
 def test_an_error_of_ours_passes_and_a_worker_s_death_is_mended(tmp_path: Path) -> None:
@@ -100,6 +122,7 @@ def test_under_torchrun_rank_0_may_tell_what_all_have_found(
 ) -> None:
     slept: list[float] = []
     monkeypatch.setattr(watchdog.time, "sleep", slept.append)
+    handled = signal.signal(signal.SIGTERM, lambda number, frame: None)
     monkeypatch.setenv("RANK", rank)
     error = DataError("x")
     error.shared = shared
@@ -107,4 +130,5 @@ def test_under_torchrun_rank_0_may_tell_what_all_have_found(
     assert slept == [], "no torchrun"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     end_soon(error)
-    assert slept == waited
+    heeded = signal.signal(signal.SIGTERM, handled) is signal.SIG_DFL
+    assert slept == waited and heeded is bool(waited), "torchrun may end it once rank 0 has told"

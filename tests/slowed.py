@@ -1,0 +1,35 @@
+"""bertdist.train as a launcher starts it, at a pace that a test sets while it runs: `python tests/slowed.py PACE OTHER -- WORDS`.
+
+PACE is a file that says how many seconds a step takes more. OTHER is "" or what rank 1 does differently: "config" or "data".
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bertdist import train as module
+
+train: Any = module
+
+
+def main(pace: Path, other: str, words: list[str]) -> None:
+    take_step = train.take_step
+
+    def slowed(*args: Any) -> Any:
+        time.sleep(float(pace.read_text()))
+        return take_step(*args)
+
+    train.take_step = slowed
+    if other and os.environ["RANK"] == "1":
+        if other == "config":
+            words = [*words, "--learning_rate", "0.5"]
+        else:
+            os.chdir("other")
+    sys.argv = ["bertdist/train.py", *words]
+    train.main()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[4:])
