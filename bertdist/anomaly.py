@@ -98,8 +98,10 @@ class _Looking(TorchDispatchMode):
         return out
 
     def _blame(self, func: Any, kind: str) -> Anomaly:
-        frame = sys._getframe(2)
-        stack = "".join(traceback.format_list(traceback.extract_stack(frame)))
+        frames = traceback.extract_stack(sys._getframe(2))
+        while frames and frames[-1].filename.startswith((f"{TORCH}/_compile", f"{TORCH}/_dynamo")):  # how torch came to this class
+            frames.pop()
+        stack = "".join(traceback.format_list(frames))
         return Anomaly(f"in the forward pass {func.overloadpacket} makes the first {kind}", stack)
 
 

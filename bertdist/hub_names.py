@@ -47,7 +47,7 @@ def ask_hub(name: str, kind: str = "model") -> None:
     """Before a name that is no folder is loaded: go offline where the hub does not answer. kind: "model" or "dataset"."""
     if constants.HF_HUB_OFFLINE or Path(name).expanduser().exists() or constants.ENDPOINT in _answers:
         return
-    trouble = ""
+    trouble, began = "", time.monotonic()
     for attempt in range(TRIES):
         try:
             url = f"{constants.ENDPOINT}/api/{kind}s/{name}"
@@ -55,7 +55,7 @@ def ask_hub(name: str, kind: str = "model") -> None:
             trouble = f"it answers with HTTP error {status}" if status >= 500 else ""
         except Exception as error:  # of whatever the session is made of: another package in each version of huggingface_hub
             trouble = f"{error or type(error).__name__}".splitlines()[0]
-        if not trouble:
+        if not trouble or time.monotonic() - began > PATIENCE_SECONDS / 2:  # who does not answer at all is not asked again
             break
         time.sleep(1.0 if attempt + 1 < TRIES else 0.0)
     _answers[constants.ENDPOINT] = trouble

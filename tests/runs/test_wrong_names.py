@@ -5,6 +5,7 @@ port where nobody listens.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ import pytest
 from accelerate import Accelerator
 from forked import run_ranks
 from huggingface_hub import constants
-from rows import make_rows, run_main, write_rows
+from rows import Breaking, make_rows, run_main, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWERS = {  # status, and the hub's own two headers
@@ -86,16 +87,22 @@ def typed(tmp_path: Path, *words: str | Path, endpoint: str = "", offline: bool 
     return lines[0].removeprefix("bertdist: ")
 
 
-def forked(tmp_path: Path, *words: str | Path, endpoint: str = "", offline: bool = False) -> str:
-    """The same through `train.main` in a forked child: where no more is asked of the hub than whether it is there."""
+def setting(tmp_path: Path, endpoint: str, offline: bool = False) -> Breaking:
+    """What the environment does to a process of its own."""
 
-    def setting(accelerator: Accelerator) -> None:
+    def breaking(accelerator: Accelerator) -> None:
         for module in (constants, datasets.config):
             module.HF_HUB_OFFLINE, module.HF_ENDPOINT = offline, endpoint
         constants.ENDPOINT = constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint
         constants.HF_HUB_CACHE = str(tmp_path / "hf" / "hub")
 
-    ((code, said, _),) = run_ranks(1, run_main, list(map(str, words[1:])), setting)
+    return breaking
+
+
+def forked(tmp_path: Path, *words: str | Path, endpoint: str = "", offline: bool = False) -> str:
+    """The same through `train.main` in a forked child: where no more is asked of the hub than whether it is there."""
+
+    ((code, said, _),) = run_ranks(1, run_main, list(map(str, words[1:])), setting(tmp_path, endpoint, offline))
     lines = [line for line in said.splitlines() if not line.startswith("1 process(es) on cpu")]
     assert code == 1 and len(lines) == 1 and lines[0].startswith("bertdist: "), said
     return lines[0].removeprefix("bertdist: ")
@@ -165,3 +172,18 @@ def test_other_names(tiny_model: Path, tmp_path: Path, file: Path, words: list[s
     words = [word.format(file=file) for word in words]
     say = typed if "--metrics" in words else forked
     assert say(tmp_path, *training(tmp_path, "--model_name_or_path", tiny_model, *words), offline=True).startswith(told)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_what_the_cache_holds_is_used_where_the_hub_is_not_there(tiny_model: Path, tmp_path: Path, file: Path, n: int) -> None:
+    """Said once, in one line, and no file is asked for again and again."""
+    stored = tmp_path / "hf" / "hub" / "models--our-team--tiny"
+    shutil.copytree(tiny_model, stored / "snapshots" / ("a" * 40))
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text("a" * 40)
+    words = training(tmp_path, "--model_name_or_path", "our-team/tiny", "--train_file", file, "--max_train_steps", "1")
+    with hub("silent", []) as address:
+        ends = run_ranks(n, run_main, list(map(str, words[1:])), setting(tmp_path, address))
+    assert [code for code, *_ in ends] == [0] * n, ends
+    lines = [line for _, said, _ in ends for line in said.splitlines() if "cannot be reached" in line]
+    assert lines == [f"The hub ({address}) cannot be reached ([Errno 111] Connection refused): our-team/tiny is what the cache holds."]

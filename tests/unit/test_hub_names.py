@@ -1,5 +1,6 @@
 """Whether the hub is there, what its errors mean, and which names are near. Real commands are in runs/test_wrong_names.py."""
 
+import socket
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -43,6 +44,16 @@ def test_a_hub_that_does_not_answer_is_left_alone(hub: FaultyServer, capsys: pyt
         ": google-bert/bert-base-uncased is what the cache holds."
     )
     hub.__enter__()  # for the fixture's own end
+
+
+def test_a_hub_that_is_silent_is_asked_once(hub: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_names, "PATIENCE_SECONDS", 0.2)
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(hub_names.time, "sleep", asked.append)
+        ask_hub("nobody/nothing")
+        assert "timed out" in hub_names._answers[constants.ENDPOINT] and constants.HF_HUB_OFFLINE and not asked
 
 
 def test_folders_and_offline_runs_ask_nobody(hub: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
