@@ -82,7 +82,7 @@ def why_not(error: BaseException, name: str, kind: str = "model") -> str:
     kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
     what = {"model": "model", "dataset": "data set"}[kind]
-    if "GatedRepoError" in kinds or "gated" in str(error):
+    if "GatedRepoError" in kinds or "gated dataset" in str(error):
         return f"It is gated: accept its terms at {page}, then give HF_TOKEN or `hf auth login`."
     if "RevisionNotFoundError" in kinds:
         return "The hub has it, but no such branch, tag or commit of it."

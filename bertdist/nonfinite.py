@@ -107,7 +107,7 @@ class Watch:
     def scored(self, evaluation: Evaluation | None, batches: Batches) -> Evaluation | None:
         """The same evaluation; said where the model gave no number for a row. Raises NonFiniteError on all ranks with --on_nan stop."""
         if evaluation is not None and evaluation.no_number:
-            rows = told_of_rows(evaluation.no_number, len(batches.examples), batches.where)
+            rows = told_of_rows(evaluation.no_number, len(batches.examples), batches.examples.records.where)
             told = f"Evaluation after step {self.progress.step}: {rows}"
             if self.run.on_nan == "stop":
                 raise shared_error(f"{told} To go on without its scores: --on_nan skip.")

@@ -92,9 +92,9 @@ def handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
         def answer(self, *, body: bool) -> None:
             file = server.files.get(unquote(self.path.partition("?")[0]))
             if file is None and isinstance(server, FakeHub):
-                return self.of_hub(server)
+                return self.of_hub(server, body)
             if file is None and isinstance(server, FakeGcs):
-                return self.of_gcs(server)
+                return self.of_gcs(server, body)
             if file is None:
                 return self.plain(404)
             assert file.size is not None
@@ -121,7 +121,7 @@ def handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
                     self.send_body(file, begin, end)
             return None
 
-        def of_hub(self, hub: "FakeHub") -> None:
+        def of_hub(self, hub: "FakeHub", body: bool) -> None:
             found = hub.api(unquote(self.path.partition("?")[0]).rstrip("/"))
             if found is None:
                 gated, here = "gated/name" in self.path, "user/name" in self.path
@@ -130,20 +130,21 @@ def handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
                 self.send_header("X-Repo-Commit", hub.sha)
             else:
                 self.send_response(200)
-            self.send_json(found)
+            self.send_json(found, body)
 
-        def of_gcs(self, gcs: "FakeGcs") -> None:
+        def of_gcs(self, gcs: "FakeGcs", body: bool) -> None:
             found = gcs.api(unquote(self.path.partition("?")[0]), dict(parse_qsl(self.path.partition("?")[2])))
             self.send_response(404 if found is None else 200)
-            self.send_json(found)
+            self.send_json(found, body)
 
-        def send_json(self, found: Any) -> None:
-            body = b"" if found is None else json.dumps(found).encode()
+        def send_json(self, found: Any, body: bool) -> None:
+            text = b"" if found is None else json.dumps(found).encode()
             self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(text)))
             self.end_headers()
-            with contextlib.suppress(OSError):
-                self.wfile.write(body)
+            if body:
+                with contextlib.suppress(OSError):
+                    self.wfile.write(text)
 
         def send_body(self, file: File, begin: int, end: int) -> None:
             most = server.drops.popleft() if server.drops else 0
