@@ -263,7 +263,7 @@ def test_a_hub_from_end_to_end(tmp_path: Path) -> None:
         assert found["found"] == [f"hf://datasets/user/name/data/train-{number}.parquet" for number in (0, 1)]
         gated, missing, no_file, no_terms = found["errors"]
         assert f"It is gated: accept its terms at {server.url}/datasets/gated/name, then give HF_TOKEN or `hf auth login`." in gated
-        assert missing.startswith("no/name is neither a folder here nor a data set that the hub gave. The hub knows no such data set, or it is")
+        assert missing.startswith("no/name is neither a folder here nor a data set that the hub gave. The hub knows no such data set")
         assert no_file.startswith("hf://datasets/user/name/no.csv: there is no such file")
         assert no_terms.startswith("hf://datasets/gated/name/rows.csv: access denied") and "HF_TOKEN" in no_terms
 
