@@ -18,6 +18,7 @@ from forked import run_ranks
 from rows import assert_same_run, run_train, words_of, write_split
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.timeout(500)  # interpreters that start on a busy machine
 SECONDS, PORT = 150, 29611  # of a namespace of our own: nobody else listens there
 CADENCE = {"max_train_steps": 500, "save_every": "50 steps", "eval_every": "250 steps", "log_every": "10 steps"}
 
