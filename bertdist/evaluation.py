@@ -167,6 +167,6 @@ def no_number(logits: Tensor) -> tuple[int, ...]:
 
 def told_of_rows(rows: tuple[int, ...], total: int, where: Callable[[int], str]) -> str:
     """That the model has no answer for some rows, and why that may be, in words."""
-    first = ", ".join(where(row) for row in rows[:SHOWN_ROWS]) + (", ..." if len(rows) > SHOWN_ROWS else "")
+    first = ", ".join(where(row) for row in rows[:SHOWN_ROWS]) + (", and more" if len(rows) > SHOWN_ROWS else "")
     why = "Its weights are broken, or the precision is too small for it (--mixed_precision no)."
     return f"the model gives NaN or Inf for {len(rows):,} of {total:,} rows: {first}. {why}"

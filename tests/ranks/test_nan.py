@@ -360,7 +360,7 @@ WHY = "Its weights are broken, or the precision is too small for it (--mixed_pre
 def test_an_evaluation_without_numbers_is_told_on_all_ranks_together(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
     words = words_of(tiny_model, tmp_path / "out", files, **SETTINGS)
     last = ends(words, n, silent_from(8, {0, 5, 7, 11}))
-    where = "dev.tsv line 2, dev.tsv line 7, dev.tsv line 9, ..."
+    where = "dev.tsv line 2, dev.tsv line 7, dev.tsv line 9, and more"
     told = f"Evaluation after step 8: the model gives NaN or Inf for 4 of 12 rows: {where}. {WHY}"
     assert last == f"bertdist: {told} To go on without its scores: --on_nan skip."
     assert [line["step"] for line in step_log(tmp_path / "out", "eval")] == [4]

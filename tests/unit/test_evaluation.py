@@ -19,7 +19,7 @@ from bertdist.classifier import Classifier, load_classifier, load_settings
 from bertdist.config import ModelConfig, TaskConfig
 from bertdist.encoding import Example, open_examples
 from bertdist.errors import ConfigError
-from bertdist.evaluation import Judge, assert_each_row_once, evaluate_split, predict_rows
+from bertdist.evaluation import Judge, assert_each_row_once, evaluate_split, no_number, predict_rows, told_of_rows
 from bertdist.records import records_of
 from bertdist.tasks import MultiLabel, Regression, SingleLabel, Task
 
@@ -210,3 +210,15 @@ def test_a_metric_that_is_not_computed_is_told_before_training(config: dict[str,
         Judge(TaskConfig(**config), SingleLabel(("no", "yes")), None)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_rows_without_a_number_have_no_scores(value: float) -> None:
+    """The largest of NaNs is some label: without this a broken model has an accuracy."""
+    judge, logits = Judge(TaskConfig(), SingleLabel(("no", "yes")), None), torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 1.0]])
+    assert no_number(logits) == () and judge.judge(logits, np.array([0, 1, 1])).scores["accuracy"] == 1.0
+    logits[2, 1] = value
+    found = judge.judge(logits, np.array([0, 1, 1]))
+    assert no_number(logits) == (2,) and all(math.isnan(score) for score in (*found.scores.values(), found.merit))
+    told = told_of_rows((2, 5, 6, 9), 3_000, "row {}".format)
+    assert told.startswith("the model gives NaN or Inf for 4 of 3,000 rows: row 2, row 5, row 6, and more. ")
