@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "accelerate_configs"
 SCRIPTS = [ROOT / "launch" / name for name in ("train.slurm", "multi_node.slurm", "smoke.sh")]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
-SECONDS = 110  # each of these takes 5 on an idle machine
+SECONDS = 300  # each of these takes 5 on an idle machine
 OURS = ("SLURM_", "ACCELERATE_", "NPROC_PER_NODE", "MAIN_PROCESS_IP", "RANKS", "RANK", "WORLD_SIZE", "LOCAL_")
 
 
