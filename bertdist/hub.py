@@ -189,7 +189,7 @@ def _told(name: str, action: Callable[[], Found], path: str = "") -> Found:
         if "scripts are no longer supported" in found:
             raise DataError(f"{name} is made by a Python script, which `datasets` no longer runs; use a parquet copy of it.") from None
         gone = "DatasetNotFoundError" in kinds or found.startswith("Couldn't find")
-        if gone or "gated" in found or kinds & {"ConnectionError", "OfflineModeIsEnabled"}:
+        if gone or "gated dataset" in found or kinds & {"ConnectionError", "OfflineModeIsEnabled"}:
             told = why_not(error, path or name, "dataset")
             raise DataError(f"{name} is neither a folder here nor a data set that the hub gave. {told} --train_file takes files.") from None
         raise DataError(f"{name} cannot be read: {found} (--train_file takes files)") from None

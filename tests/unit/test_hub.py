@@ -219,9 +219,13 @@ def test_a_hub_from_end_to_end(tmp_path: Path) -> None:
         assert found["right"] and found["names"] == ["bad", "good"] and found["csv"] == "a\n"
         assert found["found"] == [f"hf://datasets/user/name/data/train-{number}.parquet" for number in (0, 1)]
         gated, missing, no_file, no_terms = found["errors"]
-        assert gated.startswith("gated/name is neither a folder here nor a data set that the hub gave. It is gated: accept its terms at http")
+        assert gated.startswith(
+            "gated/name is neither a folder here nor a data set that the hub gave. It is gated: accept its terms at http"
+        )
         assert gated.endswith("/datasets/gated/name, then give HF_TOKEN or `hf auth login`. --train_file takes files.")
-        assert missing.startswith("no/name is neither a folder here nor a data set that the hub gave. The hub knows no such data set, or it is ")
+        assert missing.startswith(
+            "no/name is neither a folder here nor a data set that the hub gave. The hub knows no such data set, or it is "
+        )
         assert no_file.startswith("hf://datasets/user/name/no.csv: there is no such file")
         assert no_terms.startswith("hf://datasets/gated/name/rows.csv: access denied") and "HF_TOKEN" in no_terms
 
