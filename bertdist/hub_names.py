@@ -9,6 +9,7 @@ what the cache holds is used.
 """
 
 import os
+import re
 import sys
 import time
 from difflib import get_close_matches
@@ -51,7 +52,9 @@ def ask_hub(name: str, kind: str = "model") -> None:
     for attempt in range(TRIES):
         try:
             url = f"{constants.ENDPOINT}/api/{kind}s/{name}"
-            status = get_session().head(url, timeout=PATIENCE_SECONDS, follow_redirects=False).status_code
+            # A connection of its own: some servers send more than a HEAD asks for, which the next request would read.
+            alone = {"Connection": "close"}
+            status = get_session().head(url, headers=alone, timeout=PATIENCE_SECONDS, follow_redirects=False).status_code
             trouble = f"it answers with HTTP error {status}" if status >= 500 else ""
         except Exception as error:  # of whatever the session is made of: another package in each version of huggingface_hub
             trouble = f"{error or type(error).__name__}".splitlines()[0]
@@ -82,7 +85,7 @@ def why_not(error: BaseException, name: str, kind: str = "model") -> str:
     kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
     what = {"model": "model", "dataset": "data set"}[kind]
-    if "GatedRepoError" in kinds or "gated dataset" in str(error):
+    if "GatedRepoError" in kinds or re.search("gated (repo|dataset)", str(error)):
         return f"It is gated: accept its terms at {page}, then give HF_TOKEN or `hf auth login`."
     if "RevisionNotFoundError" in kinds:
         return "The hub has it, but no such branch, tag or commit of it."
