@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from bertdist.checkpoint import Progress
 from bertdist.classifier import Classifier, export
 from bertdist.config import RunConfig
-from bertdist.console import RunLog, write_whole
+from bertdist.console import RunLog, finite, write_whole
 from bertdist.evaluation import Evaluation
 from bertdist.ranks import together
 from bertdist.tasks import Task
@@ -57,7 +57,7 @@ class Best:
                 write_folder(self.folder / "best", lambda folder: export(model, self.tokenizer, folder, self.notes))
                 if evaluation is not None:
                     scored = {"step": progress.step, "scores": evaluation.scores, **evaluation.classes}
-                    write_whole(self.folder / "evaluation.json", json.dumps(scored, indent=1, ensure_ascii=False).encode() + b"\n")
+                    write_whole(self.folder / "evaluation.json", json.dumps(finite(scored), indent=1, ensure_ascii=False).encode() + b"\n")
                     write_whole(self.folder / "predictions.jsonl", b"".join(self._lines(evaluation)))
 
     def show(self, log: RunLog) -> None:
@@ -78,4 +78,4 @@ class Best:
         truths = [self.task.name(target) for target in evaluation.references]
         rows = zip(evaluation.answers, truths, strict=True)
         lines = [{"row": row, **answer, "truth": truth} for row, (answer, truth) in enumerate(rows)]
-        return [json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines]
+        return [json.dumps(finite(line), ensure_ascii=False).encode() + b"\n" for line in lines]

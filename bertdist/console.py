@@ -69,12 +69,12 @@ class RunLog:
                 self._write(kind, step, values)
 
     def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
-        line = json.dumps({"kind": kind, "step": step, **finite}, ensure_ascii=False)
+        told = finite(values)
+        line = json.dumps({"kind": kind, "step": step, **told}, ensure_ascii=False)
         with _told(self.folder), open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(line + "\n")
         if self.also is not None:
-            self.also({f"{kind}_{name}": value for name, value in finite.items()}, step)
+            self.also({f"{kind}_{name}": value for name, value in told.items()}, step)
 
     def to_disk(self) -> None:
         """Have the files that grow line by line on the disk, and their names: a checkpoint that knows of a line must not outlive it."""
@@ -154,6 +154,15 @@ class RunLog:
             for row in rows:
                 table.add_row(*(_plain(_short(value)) for value in row))
             self.console.print(table)
+
+
+def finite(value: Any) -> Any:
+    """The same for a JSON file, with None where a number is NaN or infinite: JSON has neither."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -204,3 +204,13 @@ def test_only_the_main_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         else:
             best.keep(None, None, progress)  # type: ignore[arg-type]
         assert progress.best_step == 4  # all ranks know which it was
+
+
+def test_no_number_is_written_as_json_has_it(model: Classifier, tiny_model: Path, tmp_path: Path) -> None:
+    """null; json.dumps would write NaN, which other programs refuse."""
+    task = Regression(("stars",))
+    evaluation = Evaluation(scores={"mse": NAN}, merit=NAN, answers=task.answers(torch.tensor([[NAN]])), references=np.array([2.25]))
+    best_in(tmp_path, tiny_model, task).keep(model, evaluation, Progress(step=1))
+    assert json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail)["scores"] == {"mse": None}
+    found = json.loads((tmp_path / "predictions.jsonl").read_text(), parse_constant=pytest.fail)
+    assert found == {"row": 0, "label": "stars", "score": None, "truth": 2.25}
