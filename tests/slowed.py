@@ -18,7 +18,7 @@ def main(pace: Path, other: str, words: list[str]) -> None:
     take_step = train.take_step
 
     def slowed(*args: Any) -> Any:
-        time.sleep(float(pace.read_text()))
+        time.sleep(float(pace.read_text() or 0))  # empty: it is just being written
         return take_step(*args)
 
     train.take_step = slowed

@@ -20,7 +20,8 @@ from rows import assert_same_run, run_train, words_of, write_split
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(500)  # interpreters that start on a busy machine
 SECONDS, PORT = 150, 29611  # of a namespace of our own: nobody else listens there
-CADENCE = {"max_train_steps": 500, "save_every": "50 steps", "eval_every": "250 steps", "log_every": "10 steps"}
+CADENCE = {"max_train_steps": 40, "save_every": "2 steps", "eval_every": "20 steps", "log_every": "2 steps"}
+SLOW = "1.0"  # seconds a step: the run is still there when the wire is cut, on any machine
 
 
 def ip(*words: str) -> None:
@@ -58,6 +59,8 @@ class Ranks:
     """A rank on each machine, as `srun` starts them."""
 
     def __init__(self, machines: Machines, words: list[str], folder: Path) -> None:
+        self.pace = folder / "pace.txt"
+        self.pace.write_text(SLOW)
         self.errors = [folder / f"error_{rank}.txt" for rank in range(2)]
         self.processes = []
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "ACCELERATE_", "RANK", "WORLD_SIZE"))}
@@ -66,7 +69,7 @@ class Ranks:
         for rank, name in enumerate(machines.names):
             command = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", f'hostname machine{rank} && exec "$@"', "sh"]
             with open(self.errors[rank], "w") as error:
-                command += [sys.executable, "-m", "bertdist.train", *words]
+                command += [sys.executable, str(ROOT / "tests" / "slowed.py"), str(self.pace), "", "--", *words]
                 # `ip netns exec`, unshare and sh all become the command: this process is the rank itself
                 self.processes.append(
                     subprocess.Popen(
@@ -85,7 +88,8 @@ class Ranks:
         return all(process.poll() is None for process in self.processes)
 
     def ended(self) -> list[int]:
-        """Exit codes."""
+        """Exit codes; from here on steps take no longer than they must."""
+        self.pace.write_text("0")
         return [process.wait(SECONDS) for process in self.processes]
 
     def said(self) -> str:
