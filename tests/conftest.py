@@ -10,8 +10,10 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 import pytest
 from hypothesis import HealthCheck, settings
 
-# How long one example takes says more about the machine's other work than about the code.
-settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long one example takes says more about the machine's other work than about the code. The examples are the same in every run, so that
+# a change is judged by what it changes; `pytest --hypothesis-profile=explore` draws others.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")
 
 ROOT = Path(__file__).resolve().parent.parent
