@@ -34,6 +34,7 @@ from bertdist.errors import DataError
 from bertdist.meter import MEASURED
 from bertdist.pieces import BadRow, Piece, Place
 
+EVERY_FAULT = bool(os.environ.get("BERTDIST_EVERY_FAULT"))  # else tests of faults take some, so that CI spends three minutes on them
 GOOD = "best fine fun good great warm".split()
 BAD = "bad dull poor worst boring".split()
 OTHER = "a an and but film is it movie not of so the this very was".split()

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from forked import run_ranks
 from launched import HELD, SLOW, STEPS, Story, until
-from rows import assert_same_run, checkpoints_of, run_train
+from rows import EVERY_FAULT, assert_same_run, checkpoints_of, run_train
 
 pytestmark = pytest.mark.timeout(1500)
 
 
 @pytest.fixture(scope="module")
 def told(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What was seen at each end of one run, which seven launches brought to its end."""
+    """What was seen at each end of one run, which six launches brought, or seven to its end."""
     story, seen = Story("accelerate", tiny_model, tmp_path_factory.mktemp("accelerate")), SimpleNamespace()
     with story.launch() as launch:
         launch.wait_for_steps(12)
@@ -28,7 +28,7 @@ def told(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         launch.wait_for_steps(2)
         launch.launcher.kill()
         seen.launcher = SimpleNamespace(code=launch.wait(), status=launch.status(), kept=checkpoints_of(story.out)[-1])
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1) if EVERY_FAULT else (signal.SIGINT,):
         with story.launch() as launch:
             launch.wait_for_steps(2)
             launch.launcher.send_signal(number)
@@ -69,6 +69,8 @@ def test_without_their_launcher_ranks_save_and_leave(told: Any) -> None:
 @pytest.mark.parametrize(("number", "reason"), [("SIGINT", "SIGINT"), ("SIGUSR1", "the launcher is gone")])
 def test_a_signal_to_the_launcher_saves_and_ends(told: Any, number: str, reason: str) -> None:
     """SIGINT is passed on. Of SIGUSR1 the launcher dies, unless it is told to pass it on (tests/runs/test_launched_torchrun.py)."""
+    if not hasattr(told, number):
+        pytest.skip("a launch more: with BERTDIST_EVERY_FAULT=1 only")
     seen = getattr(told, number)
     assert seen.code != 0 and (seen.status["state"], seen.status["reason"]) == ("preempted", reason), seen.said
     assert seen.kept == f"step_{seen.status['step']:06d}"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from forked import run_ranks
 from launched import STEPS, Story, until
-from rows import assert_same_run, checkpoints_of, make_rows, run_train, write_rows
+from rows import EVERY_FAULT, assert_same_run, checkpoints_of, make_rows, run_train, write_rows
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -20,6 +20,8 @@ pytestmark = pytest.mark.timeout(1500)
 @pytest.fixture(scope="module")
 def told(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What was seen at each end of one run, which four launches brought to its end."""
+    if not EVERY_FAULT:
+        pytest.skip("a minute, and torchrun is what accelerate launch runs: with BERTDIST_EVERY_FAULT=1 only")
     story, seen = Story("torchrun", tiny_model, tmp_path_factory.mktemp("torchrun")), SimpleNamespace()
     with story.launch() as launch:
         launch.wait_for_steps(12)
