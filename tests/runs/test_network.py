@@ -33,6 +33,8 @@ class Machines:
 
     def __init__(self) -> None:
         self.names = [f"bd{os.getpid()}{letter}" for letter in "ab"]
+
+    def make(self) -> None:
         for name in self.names:
             ip("netns", "add", name)
         first, second = self.names
@@ -41,6 +43,7 @@ class Machines:
             ip("-n", name, "address", "add", f"10.77.0.{number + 1}/24", "dev", "wire")
             ip("-n", name, "link", "set", "lo", "up")
         self.plug()
+        ip("netns", "exec", first, "unshare", "--uts", "hostname", "machine0")
 
     def plug(self) -> None:
         for name in self.names:
@@ -110,9 +113,11 @@ class Ranks:
 def machines() -> Iterator[Machines]:
     if os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("unshare"):
         pytest.skip("needs root, `ip` and `unshare` to make machines with a network of their own")
+    made = Machines()
     try:
-        made = Machines()
+        made.make()
     except (OSError, subprocess.CalledProcessError) as error:
+        made.remove()
         pytest.skip(f"no network namespaces can be made here: {error}")
     yield made
     made.remove()
