@@ -17,6 +17,7 @@ from rows import (
     assert_same_run,
     assert_same_tensors,
     at_step,
+    both,
     checkpoints_of,
     die,
     json_of,
@@ -94,14 +95,6 @@ def spoil_an_operation(rows: set[int], how: str) -> Breaking:
             return logits + (logits - logits.detach() + 1 - here).sqrt() * (1 - here)  # HERE_GRADIENT: 0 times the infinite slope at 0
 
         Classifier.forward = spoiled  # type: ignore[method-assign]
-
-    return breaking
-
-
-def both(*breakings: Breaking) -> Breaking:
-    def breaking(accelerator: Accelerator) -> None:
-        for each in breakings:
-            each(accelerator)
 
     return breaking
 

@@ -21,6 +21,7 @@ from rows import (
     Breaking,
     Files,
     assert_same_tensors,
+    both,
     json_of,
     last_checkpoint,
     rows_by_step,
@@ -133,14 +134,6 @@ def in_float64(accelerator: Accelerator) -> None:
 
     train.load_classifier = load_in_float64
     torch.Tensor.float = lambda self: self
-
-
-def both(*breakings: Breaking) -> Breaking:
-    def breaking(accelerator: Accelerator) -> None:
-        for each in breakings:
-            each(accelerator)
-
-    return breaking
 
 
 def run_short(accelerator: Accelerator, words: list[str], breaking: Breaking) -> tuple[Progress, Any, str, list[tuple[int, bool]]]:
