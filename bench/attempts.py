@@ -26,7 +26,17 @@ from bench.rank import be_a_rank
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHERS = ("forked", "torchrun", "accelerate")
 SECONDS = {"forked": 120, "torchrun": 300, "accelerate": 300}  # then everything is killed
-NOT_OURS = ("SLURM_", "ACCELERATE_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "OMPI_", "PMI_")  # of another launch
+NOT_OURS = (
+    "SLURM_",
+    "ACCELERATE_",
+    "TORCHELASTIC_",
+    "RANK",
+    "LOCAL_",
+    "WORLD_SIZE",
+    "MASTER_",
+    "OMPI_",
+    "PMI_",
+)  # of another launch
 
 
 @dataclass(frozen=True)
@@ -44,14 +54,18 @@ class Attempt:
     """What came of one."""
 
     done: bool = False  # it came to its end by itself, with exit code 0
-    codes: list[int] = field(default_factory=list)  # of the ranks that were forked, or of the launcher
+    codes: list[int] = field(
+        default_factory=list
+    )  # of the ranks that were forked, or of the launcher
     killed: float | None = None  # when; None: all had ended before
     begun: float | None = None  # when the first step of this attempt was seen
     pids: list[int] = field(default_factory=list)  # of those that were killed
     began: bool = False  # there had been a step when they were
 
 
-def attempt(words: Sequence[str], ranks: int, out: Path, launcher: str = "forked", blow: Blow | None = None) -> Attempt:
+def attempt(
+    words: Sequence[str], ranks: int, out: Path, launcher: str = "forked", blow: Blow | None = None
+) -> Attempt:
     """Start the command on so many ranks, and wait for all of them."""
     out.mkdir(parents=True, exist_ok=True)
     for old in (*out.glob("said_*.txt"), out / "launcher.txt"):
@@ -111,7 +125,9 @@ class _Launched:
                 launcher = psutil.Process(self.process.pid)
                 for child in launcher.children():
                     with contextlib.suppress(psutil.Error):
-                        if child.cmdline() != launcher.cmdline():  # it is no copy of the launcher any more
+                        if (
+                            child.cmdline() != launcher.cmdline()
+                        ):  # it is no copy of the launcher any more
                             self.found[int(child.environ().get("RANK", "0"))] = child
 
     def kill(self, blow: Blow) -> list[int]:
@@ -124,7 +140,9 @@ class _Launched:
             self._look()
             self.process.kill()
             return [self.process.pid]
-        victims = [self.found[rank] for rank in ranks if rank in self.found and _runs(self.found[rank])]
+        victims = [
+            self.found[rank] for rank in ranks if rank in self.found and _runs(self.found[rank])
+        ]
         if len(victims) < len(ranks):
             return []
         for victim in victims:
@@ -149,7 +167,12 @@ def _watch(running: _Forked | _Launched, out: Path, launcher: str, blow: Blow | 
         if found.begun is None and _written(out) > written:
             found.begun = now
         since = start if blow is None or not blow.in_training else found.begun
-        if blow is not None and found.killed is None and since is not None and now >= since + blow.after:
+        if (
+            blow is not None
+            and found.killed is None
+            and since is not None
+            and now >= since + blow.after
+        ):
             found.pids = running.kill(blow)
             if found.pids:
                 found.killed, found.began = time.monotonic(), found.begun is not None
@@ -177,8 +200,18 @@ def _fork(words: Sequence[str], ranks: int, out: Path, launcher: str) -> _Forked
             pid = os.fork()
         if pid == 0:
             if ranks > 1:
-                os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
-                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", ACCELERATE_USE_CPU="true")
+                os.environ.update(
+                    RANK=str(rank),
+                    WORLD_SIZE=str(ranks),
+                    LOCAL_RANK=str(rank),
+                    LOCAL_WORLD_SIZE=str(ranks),
+                )
+                os.environ.update(
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(port),
+                    GLOO_SOCKET_IFNAME="lo",
+                    ACCELERATE_USE_CPU="true",
+                )
             be_a_rank(words, rank, out)
         running[rank] = pid
     return _Forked(running)
@@ -187,7 +220,12 @@ def _fork(words: Sequence[str], ranks: int, out: Path, launcher: str) -> _Forked
 def _launch(words: Sequence[str], ranks: int, out: Path, launcher: str) -> _Launched:
     command = {
         "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)],
-        "accelerate": ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{'cpu_x2' if ranks > 1 else 'cpu'}.yaml"],
+        "accelerate": [
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            f"accelerate_configs/{'cpu_x2' if ranks > 1 else 'cpu'}.yaml",
+        ],
     }[launcher]
     if launcher == "accelerate" and ranks > 2:
         command += ["--num_processes", str(ranks)]
@@ -197,7 +235,11 @@ def _launch(words: Sequence[str], ranks: int, out: Path, launcher: str) -> _Laun
     more |= {"ACCELERATE_USE_CPU": "true"} if launcher == "torchrun" else {}
     with open(out / "launcher.txt", "w") as said:
         process = subprocess.Popen(
-            [sys.executable, *command, "-m", "bench.rank", *words], cwd=ROOT, env={**kept, **more}, stdout=said, stderr=said
+            [sys.executable, *command, "-m", "bench.rank", *words],
+            cwd=ROOT,
+            env={**kept, **more},
+            stdout=said,
+            stderr=said,
         )
     return _Launched(process, ranks)
 

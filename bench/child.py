@@ -26,7 +26,14 @@ def rows(job: dict[str, Any]) -> dict[str, Any]:
     from bertdist.sources import open_source
     from bertdist.tasks import open_task
 
-    source = open_source(DataConfig(train_file=[job["file"]], text_column=job["text_column"], label_column=job["label_column"]), "train")
+    source = open_source(
+        DataConfig(
+            train_file=[job["file"]],
+            text_column=job["text_column"],
+            label_column=job["label_column"],
+        ),
+        "train",
+    )
     assert source is not None and source.label_codes is not None and source.label_kind is not None
     counts = np.bincount(source.label_codes, minlength=len(source.label_values))
     asked = TaskConfig(problem_type="single_label_classification", label_names=job.get("labels"))
@@ -47,7 +54,9 @@ def random_bert_base(job: dict[str, Any]) -> dict[str, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=max(BERT_BASE.vocabulary, len(tokenizer)))).save_pretrained(job["folder"])  # its defaults are BERT-base
+    BertModel(BertConfig(vocab_size=max(BERT_BASE.vocabulary, len(tokenizer)))).save_pretrained(
+        job["folder"]
+    )  # its defaults are BERT-base
     tokenizer.save_pretrained(job["folder"])
     return {}
 
@@ -60,7 +69,9 @@ def matmul(job: dict[str, Any]) -> dict[str, Any]:
 
     device = torch.device("cuda" if on_gpu(job["use_cpu"]) else "cpu")
     size = job.get("size", MATMUL_SIZE)
-    left, right = (torch.randn(size, size, device=device, dtype=getattr(torch, job["dtype"])) for _ in range(2))
+    left, right = (
+        torch.randn(size, size, device=device, dtype=getattr(torch, job["dtype"])) for _ in range(2)
+    )
     seconds, end = float("inf"), time.perf_counter() + job.get("seconds", MATMUL_SECONDS)
     while time.perf_counter() < end:
         begin = time.perf_counter()
@@ -75,7 +86,9 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     """One contender."""
     from bench.contenders import train
 
-    return asdict(train(TrainJob(**{name: value for name, value in job.items() if name != "threads"})))
+    return asdict(
+        train(TrainJob(**{name: value for name, value in job.items() if name != "threads"}))
+    )
 
 
 def export(job: dict[str, Any]) -> dict[str, Any]:
@@ -93,13 +106,18 @@ def predict(job: dict[str, Any]) -> dict[str, Any]:
     return asdict(predict(PredictJob(**job)))
 
 
-KINDS = {function.__name__: function for function in (rows, random_bert_base, matmul, train, export, predict)}
+KINDS = {
+    function.__name__: function
+    for function in (rows, random_bert_base, matmul, train, export, predict)
+}
 
 
 def main() -> None:
     """Exit code 1 and one line for what a user can mend, or a traceback whose last line is told."""
     kind, asked, answered = sys.argv[1:]
-    with contextlib.suppress(OSError):  # where memory ends, this process is to be killed and no other (Linux)
+    with contextlib.suppress(
+        OSError
+    ):  # where memory ends, this process is to be killed and no other (Linux)
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
     job = json.loads(Path(asked).read_text(encoding="utf-8"))
     Path(answered).write_text(json.dumps(KINDS[kind](job)), encoding="utf-8")

@@ -49,12 +49,18 @@ class Clock:
         if self.cuda and len(self.stamps) + 1 in (self.untimed_steps, self.steps):
             torch.cuda.synchronize()
         self.stamps.append(time.perf_counter())
-        if len(self.stamps) == self.steps:  # here, so that what a contender saves at its end does not count
+        if (
+            len(self.stamps) == self.steps
+        ):  # here, so that what a contender saves at its end does not count
             self.process_mib = peak_mib()
             self.device_mib = torch.cuda.max_memory_allocated() / MIB if self.cuda else None
 
     @property
     def seen(self) -> list[Seen]:
         """One entry a step; asserts that every step was stamped."""
-        assert len(self.stamps) == self.steps <= len(self._seen), (len(self.stamps), self.steps, len(self._seen))
+        assert len(self.stamps) == self.steps <= len(self._seen), (
+            len(self.stamps),
+            self.steps,
+            len(self._seen),
+        )
         return self._seen[: self.steps]

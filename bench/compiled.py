@@ -38,9 +38,15 @@ from bertdist.tasks import Task
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    found = argparse.ArgumentParser(prog="python -m bench.compiled", description="Eager and compiled steps.", allow_abbrev=False)
+    found = argparse.ArgumentParser(
+        prog="python -m bench.compiled", description="Eager and compiled steps.", allow_abbrev=False
+    )
     add = found.add_argument
-    add("--train_file", default=str(SST2), help="Rows. Default: SST-2's training rows in ../shared/data, where they are.")
+    add(
+        "--train_file",
+        default=str(SST2),
+        help="Rows. Default: SST-2's training rows in ../shared/data, where they are.",
+    )
     add("--model_name_or_path", default="demo/model", help="Folder of the model.")
     add("--batch_size", type=positive, default=32, help="Rows of a step.")
     add("--steps", type=positive, default=6, help="Steps, each with rows of its own.")
@@ -57,28 +63,51 @@ def compare(args: argparse.Namespace, backend: Backend = "inductor") -> tuple[fl
     rows = open_source(DataConfig(train_file=[args.train_file]), "train")
     task = task_of_rows(TaskConfig(), labels_in(rows), None)
     examples = open_examples(rows, load_tokenizer(config), task, config.max_length)
-    batches = Batches(examples=examples, rows_per_step=args.batch_size, tokens_per_micro_batch=1 << 20, shuffle=True)
+    batches = Batches(
+        examples=examples,
+        rows_per_step=args.batch_size,
+        tokens_per_micro_batch=1 << 20,
+        shuffle=True,
+    )
     steps = [step.share[0] for step in batches.steps(0, min(args.steps, batches.steps_per_epoch))]
     classifier, _ = load_classifier(config, load_settings(config), task)
-    adamw = build_optimizer(classifier.train(), OptimConfig(learning_rate=0.0))  # every round takes the same steps
+    adamw = build_optimizer(
+        classifier.train(), OptimConfig(learning_rate=0.0)
+    )  # every round takes the same steps
     said = compile_layers(classifier, Accelerator(cpu=True), backend)
     if "cannot" in said:
         raise BenchError(said)
-    compiled = {module: module.forward for module in classifier.modules() if "forward" in vars(module)}
-    layers = {module: forward for module, forward in compiled.items() if forward.__module__ == "bertdist.compiled"}
+    compiled = {
+        module: module.forward for module in classifier.modules() if "forward" in vars(module)
+    }
+    layers = {
+        module: forward
+        for module, forward in compiled.items()
+        if forward.__module__ == "bertdist.compiled"
+    }
     fastest: dict[tuple[int, bool], float] = {}
     for turn in range(args.rounds):
         for number, batch in enumerate(steps):
             for fast in (turn % 2 == 0, turn % 2 == 1):
                 for layer, forward in layers.items():
-                    vars(layer).update(forward=forward) if fast else vars(layer).pop("forward", None)
+                    vars(layer).update(forward=forward) if fast else vars(layer).pop(
+                        "forward", None
+                    )
                 took = seconds(classifier, adamw, batch, task, number)
                 fastest[number, fast] = min(took, fastest.get((number, fast), took))
-    eager, quick = (sum(took for (_, fast), took in fastest.items() if fast == which) for which in (False, True))
-    return eager, quick, f"{said} {len(steps)} steps of {sum(len(batch.ids) for batch in steps) / len(steps):.0f} tokens."
+    eager, quick = (
+        sum(took for (_, fast), took in fastest.items() if fast == which) for which in (False, True)
+    )
+    return (
+        eager,
+        quick,
+        f"{said} {len(steps)} steps of {sum(len(batch.ids) for batch in steps) / len(steps):.0f} tokens.",
+    )
 
 
-def seconds(classifier: Any, adamw: torch.optim.Optimizer, batch: Batch, task: Task, number: int) -> float:
+def seconds(
+    classifier: Any, adamw: torch.optim.Optimizer, batch: Batch, task: Task, number: int
+) -> float:
     """Processor time of a step."""
     seed_dropout(1, number, 0)
     begin = process_time()
@@ -97,7 +126,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except (BenchError, BertdistError) as error:
         say(str(error))
         return 1
-    print(f"{said}\nProcessor time with {args.threads} thread(s): eager {eager:.3f} s, compiled {quick:.3f} s, {quick / eager:.3f} times.")
+    print(
+        f"{said}\nProcessor time with {args.threads} thread(s): eager {eager:.3f} s, compiled {quick:.3f} s, {quick / eager:.3f} times."
+    )
     return 0
 
 

@@ -38,7 +38,9 @@ def read_rows(path: str, rows: int) -> tuple[list[str], list[int]]:
 def train(job: TrainJob) -> Trained:
     """Run one contender in this process, then score what it has learned."""
     clock = Clock(job.steps, job.untimed_steps, job.use_cpu)
-    model = {"a": run_bertdist, "b": run_trainer, "c": run_trainer, "d": run_loop, "e": run_loop}[job.contender](job, clock)
+    model = {"a": run_bertdist, "b": run_trainer, "c": run_trainer, "d": run_loop, "e": run_loop}[
+        job.contender
+    ](job, clock)
     gc.collect()  # loader workers end with their loader, and count when they have ended
     child_mib = peak_mib(resource.RUSAGE_CHILDREN)
     loss, _ = score(model, job, job.rows_file, job.loss_rows)
@@ -78,10 +80,24 @@ def run_bertdist(job: TrainJob, clock: Clock) -> Any:
     words = f"""--text_column text --label_column label --problem_type single_label_classification --max_train_samples {job.rows}
         --num_train_epochs 1 --train_batch_size {job.batch_size} --learning_rate {job.learning_rate} --weight_decay 0 --seed {job.seed}
         --max_length {job.max_length} --save_every never --mixed_precision {job.mixed_precision}"""
-    paths = ["--model_name_or_path", job.model, "--train_file", job.rows_file, "--output_dir", job.output_dir]
-    names = ["--label_names", *map(str, range(job.labels))]  # rows may lack a label; the head has it nevertheless
-    loop.train(read_config([*words.split(), *paths, *names, *(["--use_cpu"] if job.use_cpu else [])]))
-    return AutoModelForSequenceClassification.from_pretrained(Path(job.output_dir, "best"), dtype=torch.float32)
+    paths = [
+        "--model_name_or_path",
+        job.model,
+        "--train_file",
+        job.rows_file,
+        "--output_dir",
+        job.output_dir,
+    ]
+    names = [
+        "--label_names",
+        *map(str, range(job.labels)),
+    ]  # rows may lack a label; the head has it nevertheless
+    loop.train(
+        read_config([*words.split(), *paths, *names, *(["--use_cpu"] if job.use_cpu else [])])
+    )
+    return AutoModelForSequenceClassification.from_pretrained(
+        Path(job.output_dir, "best"), dtype=torch.float32
+    )
 
 
 def run_trainer(job: TrainJob, clock: Clock) -> Any:
@@ -133,9 +149,18 @@ def run_loop(job: TrainJob, clock: Clock) -> Any:
     accelerator = Accelerator(cpu=job.use_cpu, mixed_precision=job.mixed_precision)
     model, tokenizer = load(job)
     set_seed(job.seed)
-    width = job.max_length if job.contender == "d" else min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    width = (
+        job.max_length
+        if job.contender == "d"
+        else min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    )
     rows = tokenized(job, tokenizer, width)
-    loader: Any = DataLoader(rows, shuffle=True, collate_fn=watched(default_data_collator, clock), batch_size=job.batch_size)
+    loader: Any = DataLoader(
+        rows,
+        shuffle=True,
+        collate_fn=watched(default_data_collator, clock),
+        batch_size=job.batch_size,
+    )
     adamw = torch.optim.AdamW(model.parameters(), lr=job.learning_rate, weight_decay=0.0)
     schedule = get_scheduler("linear", adamw, num_warmup_steps=0, num_training_steps=job.steps)
     model, optimizer, loader, scheduler = accelerator.prepare(model, adamw, loader, schedule)
@@ -155,7 +180,9 @@ def load(job: TrainJob) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     torch.manual_seed(job.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(job.model, num_labels=job.labels, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        job.model, num_labels=job.labels, dtype=torch.float32
+    )
     return model, AutoTokenizer.from_pretrained(job.model)
 
 
@@ -175,7 +202,12 @@ def watched(collate: Callable[[Any], Any], clock: Clock) -> Callable[[list[dict[
 
     def collate_and_see(features: list[dict[str, Any]]) -> Any:
         rows = [feature["row"] for feature in features]
-        batch = collate([{name: value for name, value in feature.items() if name != "row"} for feature in features])
+        batch = collate(
+            [
+                {name: value for name, value in feature.items() if name != "row"}
+                for feature in features
+            ]
+        )
         mask = batch["attention_mask"]
         clock.see(rows, mask.sum(1).tolist(), mask.numel())
         return batch
@@ -195,7 +227,9 @@ def score(model: Any, job: TrainJob, path: str, rows: int) -> tuple[float, float
     loss, right = 0.0, 0
     for places in in_batches(texts):
         batch = [texts[i] for i in places]
-        inputs = tokenizer(batch, truncation=True, max_length=job.max_length, padding=True, return_tensors="pt")
+        inputs = tokenizer(
+            batch, truncation=True, max_length=job.max_length, padding=True, return_tensors="pt"
+        )
         targets = torch.tensor([labels[i] for i in places], device=device)
         logits = model(**inputs.to(device)).logits.float()
         loss += F.cross_entropy(logits, targets, reduction="sum").item()

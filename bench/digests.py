@@ -25,8 +25,16 @@ from bench.machine import described
 def digests_of(found: dict[str, Any]) -> dict[str, str]:
     """Part of a run -> the first 16 hex digits of its SHA-256."""
     parts = {name: value for name, value in found.items() if name not in ("checkpoint", "state")}
-    blobs = {name: value if isinstance(value, bytes) else repr(value).encode() for name, value in parts.items()}
-    return {name.split("/")[-1] if name.startswith("step_") else name: hashlib.sha256(blob).hexdigest()[:16] for name, blob in blobs.items()}
+    blobs = {
+        name: value if isinstance(value, bytes) else repr(value).encode()
+        for name, value in parts.items()
+    }
+    return {
+        name.split("/")[-1] if name.startswith("step_") else name: hashlib.sha256(blob).hexdigest()[
+            :16
+        ]
+        for name, blob in blobs.items()
+    }
 
 
 def run(stage: Stage, kind: Kind, out: Path, killed: bool) -> dict[str, str]:
@@ -42,9 +50,13 @@ def run(stage: Stage, kind: Kind, out: Path, killed: bool) -> dict[str, str]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.digests", description="The bits of small fixed runs, as digests.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.digests", description="The bits of small fixed runs, as digests."
+    )
     parser.add_argument("--output", type=Path, help="JSON of the digests")
-    parser.add_argument("--compare", type=Path, help="an earlier --output; exit code 1 where anything differs")
+    parser.add_argument(
+        "--compare", type=Path, help="an earlier --output; exit code 1 where anything differs"
+    )
     asked = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     import bertdist.train  # noqa: F401  before the ranks are forked
@@ -52,15 +64,33 @@ def main() -> None:
     runs: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory(prefix="digests_") as name:
         stage = Stage(Path(name) / "stage")
-        for number, (source, ranks, killed) in enumerate([(s, r, k) for s in ("map", "stream") for r in (1, 2) for k in (False, True)]):
-            title = f"{source}, {ranks} rank{'s' if ranks > 1 else ''}{', killed' if killed else ''}"
+        for number, (source, ranks, killed) in enumerate(
+            [(s, r, k) for s in ("map", "stream") for r in (1, 2) for k in (False, True)]
+        ):
+            title = (
+                f"{source}, {ranks} rank{'s' if ranks > 1 else ''}{', killed' if killed else ''}"
+            )
             runs[title] = run(stage, Kind(source, ranks, "three"), Path(name) / str(number), killed)
-            print(title, *(f"\n  {digest}  {part}" for part, digest in runs[title].items()), flush=True)
+            print(
+                title,
+                *(f"\n  {digest}  {part}" for part, digest in runs[title].items()),
+                flush=True,
+            )
     if asked.output:
-        asked.output.write_text(json.dumps({"machine": described("cpu", 1, ["torch", "transformers"]), "runs": runs}, indent=1) + "\n")
+        asked.output.write_text(
+            json.dumps(
+                {"machine": described("cpu", 1, ["torch", "transformers"]), "runs": runs}, indent=1
+            )
+            + "\n"
+        )
     if asked.compare:
         before = json.loads(asked.compare.read_text())["runs"]
-        differ = [f"{title}: {part}" for title in before for part in before[title] if runs.get(title, {}).get(part) != before[title][part]]
+        differ = [
+            f"{title}: {part}"
+            for title in before
+            for part in before[title]
+            if runs.get(title, {}).get(part) != before[title][part]
+        ]
         print("\n".join(f"differs: {line}" for line in differ) or "The same bits.")
         sys.exit(bool(differ))
 

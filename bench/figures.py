@@ -56,7 +56,11 @@ def figures_of(run: Trained, untimed_steps: int, shape: Shape) -> Figures:
     """The timed steps are those behind the first `untimed_steps`; their time runs from the end of the last untimed step."""
     seconds = run.stamps[-1] - run.stamps[untimed_steps - 1]
     timed = run.seen[untimed_steps:]
-    assert len(timed) == len(run.stamps) - untimed_steps >= 1, (len(timed), len(run.stamps), untimed_steps)
+    assert len(timed) == len(run.stamps) - untimed_steps >= 1, (
+        len(timed),
+        len(run.stamps),
+        untimed_steps,
+    )
     lengths = [length for step in timed for length in step.lengths]
     tokens, rows = sum(lengths), len(lengths)
     return Figures(
@@ -75,7 +79,9 @@ def figures_of(run: Trained, untimed_steps: int, shape: Shape) -> Figures:
 
 def assert_same_rows(runs: Mapping[str, Trained]) -> None:
     """Contenders with as many steps have trained the same rows, each once, and the same real tokens; raises BenchError."""
-    held: dict[int, tuple[str, list[int], int]] = {}  # steps -> (contender, rows, tokens) of the first that had so many
+    held: dict[
+        int, tuple[str, list[int], int]
+    ] = {}  # steps -> (contender, rows, tokens) of the first that had so many
     for name, run in runs.items():
         rows = sorted(row for step in run.seen for row in step.rows)
         tokens = sum(length for step in run.seen for length in step.lengths)
@@ -109,18 +115,32 @@ def columns_of(matmul: float) -> list[Column]:
     ]
 
 
-def training_table(names: Mapping[str, str], runs: Mapping[str, Sequence[Figures]], timed: Mapping[str, int], matmul: float) -> str:
+def training_table(
+    names: Mapping[str, str],
+    runs: Mapping[str, Sequence[Figures]],
+    timed: Mapping[str, int],
+    matmul: float,
+) -> str:
     """One line a contender. names: in words; timed: timed steps; a figure that no run has (GPU memory) has no column."""
     everyone = [figures for found in runs.values() for figures in found]
-    columns = [column for column in columns_of(matmul) if all(column[1](figures) is not None for figures in everyone)]
+    columns = [
+        column
+        for column in columns_of(matmul)
+        if all(column[1](figures) is not None for figures in everyone)
+    ]
     table = [["", "timed steps", *(title for title, _, _ in columns)]]
     for key, found in runs.items():
-        cells = [told([value for figures in found if (value := of(figures)) is not None], digits) for _, of, digits in columns]
+        cells = [
+            told([value for figures in found if (value := of(figures)) is not None], digits)
+            for _, of, digits in columns
+        ]
         table.append([f"{key}  {names[key]}", str(timed[key]), *cells])
     return markdown(table)
 
 
-def ratio_table(names: Mapping[str, str], runs: Mapping[str, Sequence[Figures]], ours: str = "a") -> str:
+def ratio_table(
+    names: Mapping[str, str], runs: Mapping[str, Sequence[Figures]], ours: str = "a"
+) -> str:
     """Ours to each of the others, computed repetition by repetition; empty where ours or all others are missing."""
     if ours not in runs or len(runs) < 2:
         return ""
@@ -130,17 +150,32 @@ def ratio_table(names: Mapping[str, str], runs: Mapping[str, Sequence[Figures]],
             pairs = list(zip(runs[ours], found, strict=True))
             speed = told([a.tokens_per_second / b.tokens_per_second for a, b in pairs], 2)
             rows = told([a.rows_per_second / b.rows_per_second for a, b in pairs], 2)
-            memory = told([(a.device_mib or a.memory_mib) / (b.device_mib or b.memory_mib) for a, b in pairs], 2)
+            memory = told(
+                [(a.device_mib or a.memory_mib) / (b.device_mib or b.memory_mib) for a, b in pairs],
+                2,
+            )
             table.append([f"{key}  {names[key]}", f"{speed} x", f"{rows} x", f"{memory} x"])
     return markdown(table)
 
 
-def prediction_table(names: Mapping[str, str], runs: Mapping[str, Sequence[Predicted]], ours: str = "bertdist") -> str:
+def prediction_table(
+    names: Mapping[str, str], runs: Mapping[str, Sequence[Predicted]], ours: str = "bertdist"
+) -> str:
     """One line a contender: rows/s, memory, and ours to it, repetition by repetition."""
-    table = [["", "rows/s", "peak memory, MiB", f"{names[ours]} to it, rows/s", "largest difference of a score"]]
+    table = [
+        [
+            "",
+            "rows/s",
+            "peak memory, MiB",
+            f"{names[ours]} to it, rows/s",
+            "largest difference of a score",
+        ]
+    ]
     for key, found in runs.items():
         rows = told([len(run.answers) / run.seconds for run in found])
-        ratio = told([run.seconds / own.seconds for own, run in zip(runs[ours], found, strict=True)], 2)
+        ratio = told(
+            [run.seconds / own.seconds for own, run in zip(runs[ours], found, strict=True)], 2
+        )
         furthest = max(difference(own, run) for own, run in zip(runs[ours], found, strict=True))
         same = ["", ""] if key == ours else [f"{ratio} x", f"{furthest:.1e}"]
         table.append([names[key], rows, told([run.process_mib for run in found], 0), *same])
@@ -159,18 +194,31 @@ def assert_same_answers(runs: Mapping[str, Predicted], tolerance: float = 1e-4) 
         for row, (a, b) in enumerate(zip(ours.answers, run.answers, strict=True)):
             if a[0] != b[0] or abs(a[1] - b[1]) > tolerance:
                 said = f"{first} says {a[0]} {a[1]:.6f}, {name} says {b[0]} {b[1]:.6f}"
-                raise BenchError(f"Text {row}: {said}; expected the same label, and scores within {tolerance:g}.")
+                raise BenchError(
+                    f"Text {row}: {said}; expected the same label, and scores within {tolerance:g}."
+                )
 
 
-def accuracy_table(names: Mapping[str, str], seeds: Sequence[int], accuracies: Mapping[str, Sequence[float]]) -> str:
+def accuracy_table(
+    names: Mapping[str, str], seeds: Sequence[int], accuracies: Mapping[str, Sequence[float]]
+) -> str:
     """One line a contender, one column a seed, mean and spread; and the difference of the first to each other."""
     table = [["", *(f"seed {seed}" for seed in seeds), "mean (least-most)"]]
     (first, ours), *others = accuracies.items()
     lines = [(names[key], values) for key, values in accuracies.items()]
-    lines += [(f"{names[first]} minus {names[key]}", [a - b for a, b in zip(ours, values, strict=True)]) for key, values in others]
+    lines += [
+        (f"{names[first]} minus {names[key]}", [a - b for a, b in zip(ours, values, strict=True)])
+        for key, values in others
+    ]
     for name, values in lines:
         mean = sum(values) / len(values)
-        table.append([name, *(f"{value:.4f}" for value in values), f"{mean:.4f} ({min(values):.4f} to {max(values):.4f})"])
+        table.append(
+            [
+                name,
+                *(f"{value:.4f}" for value in values),
+                f"{mean:.4f} ({min(values):.4f} to {max(values):.4f})",
+            ]
+        )
     return markdown(table)
 
 

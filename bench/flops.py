@@ -34,8 +34,19 @@ class Shape:
     @property
     def weights(self) -> int:
         """All parameters but the classification head: with biases, norms and the pooler."""
-        layer = 4 * self.hidden**2 + 2 * self.hidden * self.intermediate + 9 * self.hidden + self.intermediate
-        return self.embedding_weights + 2 * self.hidden + self.layers * layer + self.hidden**2 + self.hidden
+        layer = (
+            4 * self.hidden**2
+            + 2 * self.hidden * self.intermediate
+            + 9 * self.hidden
+            + self.intermediate
+        )
+        return (
+            self.embedding_weights
+            + 2 * self.hidden
+            + self.layers * layer
+            + self.hidden**2
+            + self.hidden
+        )
 
 
 BERT_BASE = Shape(layers=12, hidden=768, intermediate=3072, vocabulary=30522)

@@ -117,7 +117,9 @@ class Reader(NamedTuple):
 
 def of_words(words: list[bytes]) -> Inputs:
     """Arbitrary bytes, or words of a format in any order."""
-    return st.one_of(st.lists(st.sampled_from(words), max_size=25).map(b"".join), st.binary(max_size=200))
+    return st.one_of(
+        st.lists(st.sampled_from(words), max_size=25).map(b"".join), st.binary(max_size=200)
+    )
 
 
 def changed(good: bytes) -> Inputs:
@@ -131,22 +133,33 @@ def changed(good: bytes) -> Inputs:
         return bytes(data)
 
     edit = st.tuples(st.integers(0, max(1, len(good))), st.integers(0, 9), st.binary(max_size=4))
-    return st.one_of(st.lists(edit, min_size=1, max_size=4).map(change), st.integers(0, len(good)).map(lambda size: good[:size]))
+    return st.one_of(
+        st.lists(edit, min_size=1, max_size=4).map(change),
+        st.integers(0, len(good)).map(lambda size: good[:size]),
+    )
 
 
 def parquet_of(rows: list[tuple[bytes | None, bytes | None]]) -> bytes:
     """A whole parquet file whose texts and labels are whatever bytes."""
     texts, labels = (
-        pa.array(column, pa.large_binary()).view(pa.large_string()) for column in (zip(*rows, strict=True) if rows else ((), ()))
+        pa.array(column, pa.large_binary()).view(pa.large_string())
+        for column in (zip(*rows, strict=True) if rows else ((), ()))
     )
     sink = io.BytesIO()
-    pa.parquet.write_table(pa.table({"text": texts, "label": labels}), sink, row_group_size=2, use_dictionary=len(rows) % 2 == 0)
+    pa.parquet.write_table(
+        pa.table({"text": texts, "label": labels}),
+        sink,
+        row_group_size=2,
+        use_dictionary=len(rows) % 2 == 0,
+    )
     return sink.getvalue()
 
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 
@@ -164,7 +177,9 @@ def like(good: Any) -> Inputs:
 
 def _like(value: Any) -> Any:
     if isinstance(value, dict) and value:
-        return st.fixed_dictionaries({}, optional={name: st.one_of(st.just(inner), JSON) for name, inner in value.items()})
+        return st.fixed_dictionaries(
+            {}, optional={name: st.one_of(st.just(inner), JSON) for name, inner in value.items()}
+        )
     return st.just(value)
 
 
@@ -174,10 +189,18 @@ def table_reader(kind: str, folder: Path, stream: bool) -> Callable[[bytes], obj
     def read(content: bytes) -> object:
         path = folder / f"data.{kind}"
         path.write_bytes(content)
-        data = DataConfig(train_file=[str(path)], on_bad_row="skip" if len(content) % 2 else "fail", streaming=stream)
+        data = DataConfig(
+            train_file=[str(path)],
+            on_bad_row="skip" if len(content) % 2 else "fail",
+            streaming=stream,
+        )
         if not stream:
             rows = open_source(data, "train")
-            return [rows.where(row) for row in range(len(rows))], rows.lengths(), list(map(rows.__getitem__, range(len(rows))))
+            return (
+                [rows.where(row) for row in range(len(rows))],
+                rows.lengths(),
+                list(map(rows.__getitem__, range(len(rows)))),
+            )
         return [len(window.records) for window in open_stream(data, 1).windows()]
 
     return read
@@ -189,7 +212,15 @@ def config_reader(folder: Path) -> Callable[[bytes], object]:
     def read(content: bytes) -> object:
         path = folder / "run.yaml"
         path.write_bytes(content)
-        return read_config(["--config", str(path), "--model_name_or_path=m", "--train_file=t.tsv", "--output_dir=o"])
+        return read_config(
+            [
+                "--config",
+                str(path),
+                "--model_name_or_path=m",
+                "--train_file=t.tsv",
+                "--output_dir=o",
+            ]
+        )
 
     return read
 
@@ -227,7 +258,9 @@ def _fill(files: dict[str, bytes], folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def kept_reader(folder: Path, name: str, read_kept: Callable[[Path], object]) -> Callable[[bytes], object]:
+def kept_reader(
+    folder: Path, name: str, read_kept: Callable[[Path], object]
+) -> Callable[[bytes], object]:
     """A file that an earlier start of the run has left."""
 
     def read(content: bytes) -> object:
@@ -244,26 +277,99 @@ def readers(folder: Path) -> list[Reader]:
     saved = Saved(folder / "checkpoints")
     state = json.loads(saved.whole["state.json"])
     manifest = json.loads(saved.whole["manifest.json"])
-    survey = {"fingerprint": "f", "rows": {"0": 3}, "kind": "text", "labels": [["a", 2]], "bad": [["a.tsv", 3, "why", "x"]]}
+    survey = {
+        "fingerprint": "f",
+        "rows": {"0": 3},
+        "kind": "text",
+        "labels": [["a", 2]],
+        "bad": [["a.tsv", 3, "why", "x"]],
+    }
     row = {"file": "a.tsv", "line": 3, "reason": "why", "text": "x"}
     good = b'text,label\n"a fine, film",pos\ndull,neg\n'
-    words = st.none() | st.lists(st.sampled_from([b"a", b"\xff", b"\xed\xa0\x80", b" ", "\u00e9".encode(), b"1"]), max_size=4).map(b"".join)
+    words = st.none() | st.lists(
+        st.sampled_from([b"a", b"\xff", b"\xed\xa0\x80", b" ", "\u00e9".encode(), b"1"]), max_size=4
+    ).map(b"".join)
     any_texts = st.lists(st.tuples(words, words), max_size=8).map(parquet_of)
     found = [
-        Reader("csv", of_words([*WORDS, good]) | changed(good), table_reader("csv", folder, False), 0.12),
-        Reader("tsv", of_words([*WORDS, good]) | changed(good.replace(b",", b"\t")), table_reader("tsv", folder, False), 0.12),
-        Reader("jsonl", of_words(WORDS) | changed(b'{"text": "a", "label": "b"}\n' * 2), table_reader("jsonl", folder, False), 0.12),
-        Reader("parquet", st.binary(max_size=60) | changed(parquet.getvalue()), table_reader("parquet", folder, False), 0.1),
+        Reader(
+            "csv",
+            of_words([*WORDS, good]) | changed(good),
+            table_reader("csv", folder, False),
+            0.12,
+        ),
+        Reader(
+            "tsv",
+            of_words([*WORDS, good]) | changed(good.replace(b",", b"\t")),
+            table_reader("tsv", folder, False),
+            0.12,
+        ),
+        Reader(
+            "jsonl",
+            of_words(WORDS) | changed(b'{"text": "a", "label": "b"}\n' * 2),
+            table_reader("jsonl", folder, False),
+            0.12,
+        ),
+        Reader(
+            "parquet",
+            st.binary(max_size=60) | changed(parquet.getvalue()),
+            table_reader("parquet", folder, False),
+            0.1,
+        ),
         Reader("parquet of any texts", any_texts, table_reader("parquet", folder, False), 0.04),
-        Reader("parquet, streamed", any_texts | changed(parquet.getvalue()), table_reader("parquet", folder, True), 0.04),
-        Reader("csv, streamed", of_words(WORDS) | changed(good), table_reader("csv", folder, True), 0.05),
-        Reader("jsonl, streamed", changed(b'{"text": "a", "label": "b"}\n' * 2), table_reader("jsonl", folder, True), 0.05),
-        Reader("--config", of_words(YAML_WORDS) | changed(b"seed: 3\nlabel_names: [a, b]\n"), config_reader(folder), 0.12),
-        Reader("survey.json", like(survey), kept_reader(folder, "survey.json", lambda path: read_survey(path, "f")), 0.06),
-        Reader("bad_rows.jsonl", like(row) | of_words(WORDS), kept_reader(folder, "bad_rows.jsonl", read_bad_rows), 0.06),
-        Reader("manifest.json", like(manifest) | changed(saved.whole["manifest.json"]), saved.replaced("manifest.json", False), 0.06),
-        Reader("state.json", like(state) | changed(saved.whole["state.json"]), saved.replaced("state.json", True), 0.04),
-        Reader("model.safetensors", changed(saved.whole["model.safetensors"]), saved.replaced("model.safetensors", True), 0.02),
+        Reader(
+            "parquet, streamed",
+            any_texts | changed(parquet.getvalue()),
+            table_reader("parquet", folder, True),
+            0.04,
+        ),
+        Reader(
+            "csv, streamed",
+            of_words(WORDS) | changed(good),
+            table_reader("csv", folder, True),
+            0.05,
+        ),
+        Reader(
+            "jsonl, streamed",
+            changed(b'{"text": "a", "label": "b"}\n' * 2),
+            table_reader("jsonl", folder, True),
+            0.05,
+        ),
+        Reader(
+            "--config",
+            of_words(YAML_WORDS) | changed(b"seed: 3\nlabel_names: [a, b]\n"),
+            config_reader(folder),
+            0.12,
+        ),
+        Reader(
+            "survey.json",
+            like(survey),
+            kept_reader(folder, "survey.json", lambda path: read_survey(path, "f")),
+            0.06,
+        ),
+        Reader(
+            "bad_rows.jsonl",
+            like(row) | of_words(WORDS),
+            kept_reader(folder, "bad_rows.jsonl", read_bad_rows),
+            0.06,
+        ),
+        Reader(
+            "manifest.json",
+            like(manifest) | changed(saved.whole["manifest.json"]),
+            saved.replaced("manifest.json", False),
+            0.06,
+        ),
+        Reader(
+            "state.json",
+            like(state) | changed(saved.whole["state.json"]),
+            saved.replaced("state.json", True),
+            0.04,
+        ),
+        Reader(
+            "model.safetensors",
+            changed(saved.whole["model.safetensors"]),
+            saved.replaced("model.safetensors", True),
+            0.02,
+        ),
     ]
     assert abs(sum(reader.share for reader in found) - 1) < 1e-6
     return found
@@ -273,7 +379,9 @@ def fuzz(reader: Reader, inputs: int) -> tuple[int, int]:
     """Inputs that were read, and that were refused. Raises what else comes out, for the smallest input that brings it out."""
     counts = [0, 0]
 
-    @settings(max_examples=inputs, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=inputs, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(reader.inputs)
     def attempt(content: bytes) -> None:
         try:
@@ -303,7 +411,10 @@ def main(words: list[str]) -> int:
                     good, refused = fuzz(reader, max(1, round(asked.inputs * reader.share)))
             except Exception as error:
                 failed += 1
-                print(f"{reader.name:20} {type(error).__name__}: {error}\n  {' '.join(getattr(error, '__notes__', []))}", flush=True)
+                print(
+                    f"{reader.name:20} {type(error).__name__}: {error}\n  {' '.join(getattr(error, '__notes__', []))}",
+                    flush=True,
+                )
                 continue
             total += good + refused
             print(

@@ -24,7 +24,11 @@ CONTENDERS = {  # bench/contenders.py runs them
     "d": "Accelerate loop, padded to --max_length",
     "e": "Accelerate loop, padded to the model's longest",
 }
-PREDICTORS = {"bertdist": "bertdist.predict", "pipeline": "pipeline", "onnx": "ONNX Runtime"}  # bench/prediction.py runs them
+PREDICTORS = {
+    "bertdist": "bertdist.predict",
+    "pipeline": "pipeline",
+    "onnx": "ONNX Runtime",
+}  # bench/prediction.py runs them
 
 Child = Callable[[str, dict[str, Any]], dict[str, Any]]  # (kind of job, job) -> answer
 
@@ -104,7 +108,9 @@ class PredictJob:
 class Predicted:
     """What a prediction run answered and took."""
 
-    seconds: float  # texts to answers, without loading the model and without a first call on 64 texts
+    seconds: (
+        float  # texts to answers, without loading the model and without a first call on 64 texts
+    )
     answers: list[tuple[str, float]]  # (label, score) in the order of the texts
     process_mib: float
     device: str
@@ -121,12 +127,21 @@ def run_child(kind: str, job: dict[str, Any]) -> dict[str, Any]:
         asked, answered = Path(folder, "job.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps(job), encoding="utf-8")
         words = [sys.executable, "-m", "bench.child", kind, str(asked), str(answered)]
-        done = subprocess.run(words, cwd=ROOT, env=environment(job.get("threads")), capture_output=True, encoding="utf-8", errors="replace")
+        done = subprocess.run(
+            words,
+            cwd=ROOT,
+            env=environment(job.get("threads")),
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+        )
         if done.returncode == -signal.SIGKILL:
             raise Killed("killed, most likely for want of memory")
         if done.returncode or not answered.exists():
             said = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-            raise BenchError(f"{kind} {job.get('contender', '')} ended with code {done.returncode}: {said[-1]}")
+            raise BenchError(
+                f"{kind} {job.get('contender', '')} ended with code {done.returncode}: {said[-1]}"
+            )
         answer: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
         return answer
 

@@ -38,20 +38,35 @@ HEADS = (0.05, 0.1, 0.2)  # of the ranking
 
 def parser() -> argparse.ArgumentParser:
     """The flags; what comes behind `--` goes to bertdist."""
-    found = argparse.ArgumentParser(prog="python -m bench.label_noise", description="Wrong labels found.", allow_abbrev=False)
+    found = argparse.ArgumentParser(
+        prog="python -m bench.label_noise", description="Wrong labels found.", allow_abbrev=False
+    )
     add = found.add_argument
-    add("--train_file", default=str(SST2), help="Labelled rows. Default: SST-2's training rows in ../shared/data, where they are.")
+    add(
+        "--train_file",
+        default=str(SST2),
+        help="Labelled rows. Default: SST-2's training rows in ../shared/data, where they are.",
+    )
     add("--text_column", help="Default: as in training (text, sentence, ...).")
     add("--label_column", help="Default: as in training (label, ...).")
     add("--delimiter", help="As in training.")
     add("--model_name_or_path", default="demo/model", help="Model to start from.")
-    add("--rows", type=positive, default=10_000, help="Rows with different texts, from the first on.")
+    add(
+        "--rows",
+        type=positive,
+        default=10_000,
+        help="Rows with different texts, from the first on.",
+    )
     add("--share", type=float, default=0.05, help="Share of the labels that are made wrong.")
     add("--seed", type=int, default=7, help="Of the rows whose labels are made wrong.")
     add("--folds", type=positive, default=3, help="Folds.")
     add("--num_train_epochs", default="2", help="Epochs of every model.")
     add("--learning_rate", default="1e-4", help="Learning rate of every model.")
-    add("--output_dir", default="demo/label_noise", help="Folder for rows, runs and rankings; what is there is not made again.")
+    add(
+        "--output_dir",
+        default="demo/label_noise",
+        help="Folder for rows, runs and rankings; what is there is not made again.",
+    )
     add("--only", choices=["folds", "model"], help="Leave the other one out.")
     return found
 
@@ -60,7 +75,12 @@ def write_noisy(args: argparse.Namespace, path: Path) -> None:
     """Lines {"text", "label", "was"}: `was` is the label before. Raises BenchError and BertdistError."""
     if not Path(args.train_file).is_file():
         raise BenchError(f"--train_file {Path(args.train_file).name}: there is no such file.")
-    data = DataConfig(train_file=[args.train_file], text_column=args.text_column, label_column=args.label_column, delimiter=args.delimiter)
+    data = DataConfig(
+        train_file=[args.train_file],
+        text_column=args.text_column,
+        label_column=args.label_column,
+        delimiter=args.delimiter,
+    )
     records = open_source(data, "train")
     rows: dict[str, str] = {}
     for row in range(len(records)):
@@ -75,7 +95,9 @@ def write_noisy(args: argparse.Namespace, path: Path) -> None:
         for row, (text, label) in enumerate(rows.items()):
             others = [other for other in labels if other != label]
             given = others[int(random.integers(len(others)))] if row in wrong else label
-            file.write(json.dumps({"text": text, "label": given, "was": label}, ensure_ascii=False) + "\n")
+            file.write(
+                json.dumps({"text": text, "label": given, "was": label}, ensure_ascii=False) + "\n"
+            )
 
 
 def figures(noisy: Path, ranking: Path) -> list[float]:
@@ -87,15 +109,23 @@ def figures(noisy: Path, ranking: Path) -> list[float]:
     assert sorted(order) == list(range(len(rows))), "every row once"
     marked = np.array([entry["row"] for entry in entries if entry["issue"]], dtype=int)
     heads = [float(wrong[order[: round(head * len(rows))]].sum() / wrong.sum()) for head in HEADS]
-    return [*heads, float(wrong[marked].mean()) if len(marked) else 0.0, float(wrong[marked].sum() / wrong.sum())]
+    return [
+        *heads,
+        float(wrong[marked].mean()) if len(marked) else 0.0,
+        float(wrong[marked].sum() / wrong.sum()),
+    ]
 
 
 def run(*words: Any) -> float:
     """One command of bertdist; seconds. Raises BenchError."""
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", *map(str, words)], stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, words)], stderr=subprocess.PIPE, text=True
+    )
     if done.returncode:
-        raise BenchError(f"{words[0]} ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+        raise BenchError(
+            f"{words[0]} ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}"
+        )
     return time.perf_counter() - began
 
 
@@ -109,11 +139,24 @@ def main(words: Sequence[str] | None = None) -> None:
         if not noisy.exists():
             write_noisy(args, noisy)
         rows = [json.loads(line) for line in noisy.read_text(encoding="utf-8").splitlines()]
-        say(f"{len(rows):,} rows, {sum(row['label'] != row['was'] for row in rows):,} labels made wrong.")
+        say(
+            f"{len(rows):,} rows, {sum(row['label'] != row['was'] for row in rows):,} labels made wrong."
+        )
         data = ["--train_file", noisy, "--text_column", "text", "--label_column", "label"]
-        training = ["--model_name_or_path", args.model_name_or_path, "--learning_rate", args.learning_rate, "--warmup_ratio", "0.06"]
+        training = [
+            "--model_name_or_path",
+            args.model_name_or_path,
+            "--learning_rate",
+            args.learning_rate,
+            "--warmup_ratio",
+            "0.06",
+        ]
         training += ["--num_train_epochs", args.num_train_epochs]
-        print("| judged by | ranked by | " + " | ".join(f"in the first {head:.0%}" for head in HEADS) + " | precision | recall | seconds |")
+        print(
+            "| judged by | ranked by | "
+            + " | ".join(f"in the first {head:.0%}" for head in HEADS)
+            + " | precision | recall | seconds |"
+        )
         print("|---" * (5 + len(HEADS)) + "|", flush=True)
         for judge in ("folds", "model"):
             if args.only not in (None, judge):

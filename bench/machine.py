@@ -18,15 +18,25 @@ def cores() -> int:
 def described(device: str, threads: int, packages: Sequence[str]) -> str:
     """One sentence. device: "cpu", or the GPU's name."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    found = [f"{cpu()}, {cores()} cores, {threads} used, {memory:.0f} GiB memory", f"{platform.system()} {platform.machine()}"]
-    found += [f"Python {platform.python_version()}", *(f"{name} {number}" for name in packages if (number := installed(name)))]
+    found = [
+        f"{cpu()}, {cores()} cores, {threads} used, {memory:.0f} GiB memory",
+        f"{platform.system()} {platform.machine()}",
+    ]
+    found += [
+        f"Python {platform.python_version()}",
+        *(f"{name} {number}" for name in packages if (number := installed(name))),
+    ]
     return (f"{device}; " if device != "cpu" else "CPU only, not run on a GPU; ") + ", ".join(found)
 
 
 def cpu() -> str:
     """The processor's model name."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), flags=re.MULTILINE)
+        found = re.search(
+            r"^model name\s*:\s*(.+)$",
+            Path("/proc/cpuinfo").read_text(encoding="utf-8"),
+            flags=re.MULTILINE,
+        )
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()

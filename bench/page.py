@@ -38,7 +38,9 @@ def replaced(page: str, name: str, section: str) -> str:
         at = place.start() if place else len(page)
         return f"{page[:at].rstrip()}\n\n{block}\n" + (f"\n{page[at:]}" if place else "")
     if found != [1, 1] or page.index(end) < page.index(begin):
-        raise BenchError(f"The page has {found[0]} times {begin!r} and {found[1]} times {end!r}; expected one pair, in this order.")
+        raise BenchError(
+            f"The page has {found[0]} times {begin!r} and {found[1]} times {end!r}; expected one pair, in this order."
+        )
     return page[: page.index(begin)] + block + page[page.index(end) + len(end) :]
 
 
@@ -83,7 +85,9 @@ def draw(records: Mapping[str, Any], picture: Path) -> str:
     try:
         import matplotlib
     except ImportError:
-        return f"{picture.name} is not drawn: matplotlib is not installed (pip install -e '.[bench]')."
+        return (
+            f"{picture.name} is not drawn: matplotlib is not installed (pip install -e '.[bench]')."
+        )
     matplotlib.use("svg")
     # The same figures make the same file: no date, no random ids.
     matplotlib.rcParams.update({"svg.hashsalt": "bench", "svg.fonttype": "none", "font.size": 9})
@@ -94,7 +98,9 @@ def draw(records: Mapping[str, Any], picture: Path) -> str:
         return f"{picture.name} is not drawn: there is nothing to draw yet."
     heights = [1 + len(panel["bars"]) for panel in panels]
     size = (8, 0.38 * sum(heights) + 0.5 * len(panels))  # inches
-    figure, axes = pyplot.subplots(len(panels), 1, figsize=size, squeeze=False, height_ratios=heights)
+    figure, axes = pyplot.subplots(
+        len(panels), 1, figsize=size, squeeze=False, height_ratios=heights
+    )
     for axis, panel in zip(axes[:, 0], panels, strict=True):
         _draw_panel(axis, panel)
     figure.tight_layout()
@@ -108,9 +114,22 @@ def _draw_panel(axis: Any, panel: Mapping[str, Any]) -> None:
     places = range(len(found))
     around = [[bar.median - bar.least for bar in found], [bar.most - bar.median for bar in found]]
     colours = ["#2f6f9f" if name.startswith("bertdist") else "#b0b7bf" for name in names]
-    axis.barh(places, [bar.median for bar in found], xerr=around, color=colours, ecolor="#333333", capsize=3)
+    axis.barh(
+        places,
+        [bar.median for bar in found],
+        xerr=around,
+        color=colours,
+        ecolor="#333333",
+        capsize=3,
+    )
     for place, bar in zip(places, found, strict=True):
-        axis.annotate(number(bar.median), (bar.most, place), xytext=(6, 0), textcoords="offset points", va="center")
+        axis.annotate(
+            number(bar.median),
+            (bar.most, place),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+        )
     axis.set_yticks(places, names)
     axis.invert_yaxis()
     axis.margins(x=0.12)

@@ -19,7 +19,17 @@ from typing import Any, NamedTuple
 
 from bench import figures, machine, page
 from bench.flops import read_shape
-from bench.jobs import CONTENDERS, PREDICTORS, BenchError, Child, Killed, Predicted, PredictJob, Trained, run_child
+from bench.jobs import (
+    CONTENDERS,
+    PREDICTORS,
+    BenchError,
+    Child,
+    Killed,
+    Predicted,
+    PredictJob,
+    Trained,
+    run_child,
+)
 from bench.stage import MAKE, Stage, say, stage
 
 PADDED = "de"  # the contenders that run --steps_padded
@@ -35,36 +45,107 @@ class Section(NamedTuple):
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    found = argparse.ArgumentParser(prog="python -m bench.peers", description="bertdist beside its peers.", allow_abbrev=False)
+    found = argparse.ArgumentParser(
+        prog="python -m bench.peers", description="bertdist beside its peers.", allow_abbrev=False
+    )
     add = found.add_argument
     mode = found.add_mutually_exclusive_group().add_argument
     mode("--prediction", action="store_true", help="Compare prediction instead of training.")
-    mode("--accuracy", action="store_true", help="Compare a and b on --validation_file after one epoch, for --seeds seeds. Slow.")
-    add("--model_name_or_path", default="demo/model", help="Model folder. Default: MiniLM-L6 as launch/demo.py unpacks it.")
-    add("--random_bert_base", action="store_true", help="BERT-base from random weights, with the tokenizer of --model_name_or_path.")
+    mode(
+        "--accuracy",
+        action="store_true",
+        help="Compare a and b on --validation_file after one epoch, for --seeds seeds. Slow.",
+    )
+    add(
+        "--model_name_or_path",
+        default="demo/model",
+        help="Model folder. Default: MiniLM-L6 as launch/demo.py unpacks it.",
+    )
+    add(
+        "--random_bert_base",
+        action="store_true",
+        help="BERT-base from random weights, with the tokenizer of --model_name_or_path.",
+    )
     add("--title", help="What the tables call the model. Default: from the folder's name.")
-    add("--train_file", default="demo/data/train.tsv", help="Rows of text and label. Default: the reviews of launch/demo.py.")
+    add(
+        "--train_file",
+        default="demo/data/train.tsv",
+        help="Rows of text and label. Default: the reviews of launch/demo.py.",
+    )
     add("--validation_file", default="demo/data/validation.tsv", help="Rows for --accuracy.")
     add("--text_column", help="Default: as in training (text, sentence, ...).")
     add("--label_column", help="Default: as in training (label, ...).")
-    add("--rows", type=positive, default=10_000, help="Rows taken of --train_file, at random, always the same.")
-    add("--batch_size", type=positive, default=32, help="Rows of an optimizer step, and of a batch of pipeline and ONNX Runtime.")
+    add(
+        "--rows",
+        type=positive,
+        default=10_000,
+        help="Rows taken of --train_file, at random, always the same.",
+    )
+    add(
+        "--batch_size",
+        type=positive,
+        default=32,
+        help="Rows of an optimizer step, and of a batch of pipeline and ONNX Runtime.",
+    )
     add("--learning_rate", type=float, default=5e-5, help="Highest learning rate; linear to 0.")
     add("--max_length", type=positive, default=128, help="Longest text in tokens; what d pads to.")
-    add("--seed", type=int, default=42, help="Of the first repetition; each repetition takes the next.")
-    add("--steps", type=positive, default=200, help="Steps of a, b and c: an epoch of so many. Fewer than 200 shrink the groups of c.")
+    add(
+        "--seed",
+        type=int,
+        default=42,
+        help="Of the first repetition; each repetition takes the next.",
+    )
+    add(
+        "--steps",
+        type=positive,
+        default=200,
+        help="Steps of a, b and c: an epoch of so many. Fewer than 200 shrink the groups of c.",
+    )
     add("--steps_padded", type=positive, default=8, help="The same for d and e, which are slow.")
-    add("--untimed_steps", type=positive, default=3, help="First steps of a run, which are not timed.")
+    add(
+        "--untimed_steps",
+        type=positive,
+        default=3,
+        help="First steps of a run, which are not timed.",
+    )
     add("--repetitions", type=positive, default=3, help="Rounds over all contenders.")
-    add("--contenders", default=",".join(CONTENDERS), help="Some of: " + "; ".join(f"{key} {name}" for key, name in CONTENDERS.items()))
+    add(
+        "--contenders",
+        default=",".join(CONTENDERS),
+        help="Some of: " + "; ".join(f"{key} {name}" for key, name in CONTENDERS.items()),
+    )
     add("--prediction_rows", type=positive, default=2_000, help="Texts to answer.")
-    add("--predictor_steps", type=positive, default=30, help="Steps that train the model whose answers are compared.")
+    add(
+        "--predictor_steps",
+        type=positive,
+        default=30,
+        help="Steps that train the model whose answers are compared.",
+    )
     add("--seeds", type=positive, default=3, help="Seeds of --accuracy.")
-    add("--loss_rows", type=positive, default=256, help="The final loss is that of the first so many rows, for all.")
-    add("--mixed_precision", choices=["no", "bf16"], default="no", help="Precision of matrix products in training.")
+    add(
+        "--loss_rows",
+        type=positive,
+        default=256,
+        help="The final loss is that of the first so many rows, for all.",
+    )
+    add(
+        "--mixed_precision",
+        choices=["no", "bf16"],
+        default="no",
+        help="Precision of matrix products in training.",
+    )
     add("--use_cpu", action="store_true", help="The CPU even where there is a GPU.")
-    add("--threads", type=positive, default=machine.cores(), help="Threads of each contender. Default: all cores.")
-    add("--output", default="docs/benchmarks.md", help="Page whose section is replaced; .json and .svg are written beside it.")
+    add(
+        "--threads",
+        type=positive,
+        default=machine.cores(),
+        help="Threads of each contender. Default: all cores.",
+    )
+    add(
+        "--output",
+        default="docs/benchmarks.md",
+        help="Page whose section is replaced; .json and .svg are written beside it.",
+    )
     return found
 
 
@@ -80,12 +161,17 @@ def training(at: Stage) -> Section:
     args, shape, on_cpu = at.args, read_shape(at.model), {"use_cpu": at.args.use_cpu}
     asked = args.contenders.split(",")
     if unknown := [key for key in asked if key not in CONTENDERS]:
-        raise BenchError(f"--contenders {args.contenders}: {unknown[0]!r} is none; expected some of {','.join(CONTENDERS)}.")
+        raise BenchError(
+            f"--contenders {args.contenders}: {unknown[0]!r} is none; expected some of {','.join(CONTENDERS)}."
+        )
     dtype = "float32" if args.mixed_precision == "no" else "bfloat16"
     matmul = [at.ask("matmul", dtype=dtype, **on_cpu)["flops_per_second"]]
     runs, killed = take_turns(at, asked)
     matmul.append(at.ask("matmul", dtype=dtype, **on_cpu)["flops_per_second"])
-    found = {key: [figures.figures_of(run, args.untimed_steps, shape) for run in of] for key, of in runs.items()}
+    found = {
+        key: [figures.figures_of(run, args.untimed_steps, shape) for run in of]
+        for key, of in runs.items()
+    }
     timed = {key: len(of[0].stamps) - args.untimed_steps for key, of in runs.items()}
     device = next(iter(runs.values()))[0].device
     parts = [
@@ -97,8 +183,13 @@ def training(at: Stage) -> Section:
         figures.ratio_table(CONTENDERS, found),
         *(f"{key}, {CONTENDERS[key]}: {why}." for key, why in killed.items()),
     ]
-    spreads = {key: figures.spread([one.tokens_per_second for one in of]) for key, of in found.items()}
-    record: dict[str, Any] = {"title": f"{at.title}, {kind_of(device)}, {dtype}", "unit": "real tokens/s in training"}
+    spreads = {
+        key: figures.spread([one.tokens_per_second for one in of]) for key, of in found.items()
+    }
+    record: dict[str, Any] = {
+        "title": f"{at.title}, {kind_of(device)}, {dtype}",
+        "unit": "real tokens/s in training",
+    }
     record |= {"bars": page.bars(CONTENDERS, spreads), "matmul": matmul}
     record["runs"] = {key: [asdict(one) for one in of] for key, of in found.items()}
     return Section(f"training-{page.slug(f'{kind_of(device)} {dtype} {at.title}')}", parts, record)
@@ -112,13 +203,21 @@ def take_turns(at: Stage, asked: Sequence[str]) -> tuple[dict[str, list[Trained]
     for repetition in range(args.repetitions):
         for key in list(runs):
             try:
-                runs[key].append(at.train(key, args.steps_padded if key in PADDED else args.steps, args.seed + repetition))
+                runs[key].append(
+                    at.train(
+                        key,
+                        args.steps_padded if key in PADDED else args.steps,
+                        args.seed + repetition,
+                    )
+                )
             except Killed as error:
                 say(f"{key} {CONTENDERS[key]}: {error}")
                 killed[key] = str(error)
                 del runs[key]
         if not runs:
-            raise BenchError("Every contender was killed, most likely for want of memory; give a smaller --batch_size.")
+            raise BenchError(
+                "Every contender was killed, most likely for want of memory; give a smaller --batch_size."
+            )
         figures.assert_same_rows({key: found[-1] for key, found in runs.items()})
     return runs, killed
 
@@ -161,23 +260,37 @@ def prediction(at: Stage) -> Section:
         for key in runs:
             found = Predicted(**at.ask("predict", **asdict(replace(job, contender=key))))
             runs[key].append(found)
-            say(f"{PREDICTORS[key]}: {len(found.answers) / found.seconds:,.0f} rows/s, {found.process_mib:,.0f} MiB")
+            say(
+                f"{PREDICTORS[key]}: {len(found.answers) / found.seconds:,.0f} rows/s, {found.process_mib:,.0f} MiB"
+            )
         figures.assert_same_answers({key: of[-1] for key, of in runs.items()})
     say(f"all {job.rows} answers agree: the same labels, scores within 1e-4")
     device = runs["bertdist"][0].device
     parts = [
-        at.heading(f"Prediction, {kind_of(device)}, float32", device, ["onnxruntime"] if onnx else []),
+        at.heading(
+            f"Prediction, {kind_of(device)}, float32", device, ["onnxruntime"] if onnx else []
+        ),
         f"{job.rows:,} texts, from text to label and score; loading, and a first call on 64 texts, are not timed. {args.repetitions} "
         f"repetitions in turns, each run in its own process: median (least-most). pipeline and ONNX Runtime: batches of {args.batch_size} "
         "in the order of the texts, padded to the longest. All give the same labels, and scores within 1e-4; that is checked in every "
         f"repetition.{skipped if device == 'cpu' else ' ONNX Runtime ran on the CPU.'}",
         figures.prediction_table(PREDICTORS, runs),
     ]
-    spreads = {key: figures.spread([len(run.answers) / run.seconds for run in of]) for key, of in runs.items()}
-    record: dict[str, Any] = {"title": f"{at.title}, {kind_of(device)}, float32", "unit": "rows/s in prediction"}
+    spreads = {
+        key: figures.spread([len(run.answers) / run.seconds for run in of])
+        for key, of in runs.items()
+    }
+    record: dict[str, Any] = {
+        "title": f"{at.title}, {kind_of(device)}, float32",
+        "unit": "rows/s in prediction",
+    }
     record["bars"] = page.bars(PREDICTORS, spreads)
     record["runs"] = {
-        key: [{"seconds": run.seconds, "rows": len(run.answers), "process_mib": run.process_mib} for run in of] for key, of in runs.items()
+        key: [
+            {"seconds": run.seconds, "rows": len(run.answers), "process_mib": run.process_mib}
+            for run in of
+        ]
+        for key, of in runs.items()
     }
     return Section(f"prediction-{page.slug(f'{kind_of(device)} {at.title}')}", parts, record)
 
@@ -187,8 +300,18 @@ def accuracy(at: Stage) -> Section:
     args, dev_file = at.args, str(at.folder / "dev.jsonl")
     if not Path(args.validation_file).is_file():
         raise BenchError(f"--validation_file {args.validation_file}: there is no such file; {MAKE}")
-    source = {"text_column": args.text_column, "label_column": args.label_column, "labels": at.labels}
-    dev = at.ask("rows", file=str(Path(args.validation_file).resolve()), rows=None, rows_file=dev_file, **source)
+    source = {
+        "text_column": args.text_column,
+        "label_column": args.label_column,
+        "labels": at.labels,
+    }
+    dev = at.ask(
+        "rows",
+        file=str(Path(args.validation_file).resolve()),
+        rows=None,
+        rows_file=dev_file,
+        **source,
+    )
     seeds = [args.seed + i for i in range(args.seeds)]
     runs: dict[str, list[Trained]] = {"a": [], "b": []}
     for seed in seeds:
@@ -197,14 +320,20 @@ def accuracy(at: Stage) -> Section:
             say(f"accuracy {of[-1].accuracy:.4f}")
         figures.assert_same_rows({key: of[-1] for key, of in runs.items()})
     device = runs["a"][0].device
-    values = {key: [run.accuracy for run in of if run.accuracy is not None] for key, of in runs.items()}
+    values = {
+        key: [run.accuracy for run in of if run.accuracy is not None] for key, of in runs.items()
+    }
     parts = [
         at.heading(f"Accuracy after one epoch, {kind_of(device)}", device),
         f"{at.rows:,} rows, each once, {args.batch_size} a step, learning rate {args.learning_rate:g}; accuracy of the last weights on "
         f"{dev['rows']:,} other rows. The two draw other orders and other dropout from a seed, so they can only agree within the spread.",
         figures.accuracy_table(CONTENDERS, seeds, values),
     ]
-    return Section(f"accuracy-{page.slug(f'{kind_of(device)} {at.title}')}", parts, {"title": at.title, "seeds": seeds, "accuracy": values})
+    return Section(
+        f"accuracy-{page.slug(f'{kind_of(device)} {at.title}')}",
+        parts,
+        {"title": at.title, "seeds": seeds, "accuracy": values},
+    )
 
 
 def kind_of(device: str) -> str:

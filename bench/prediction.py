@@ -26,13 +26,17 @@ Answering = Callable[[Sequence[str]], Answers]
 def predict(job: PredictJob) -> Predicted:
     """Load, answer some texts, then answer all and take the time."""
     texts, _ = read_rows(job.rows_file, job.rows)
-    answer = {"bertdist": with_bertdist, "pipeline": with_pipeline, "onnx": with_onnx}[job.contender](job)
+    answer = {"bertdist": with_bertdist, "pipeline": with_pipeline, "onnx": with_onnx}[
+        job.contender
+    ](job)
     answer(texts[:WARM_UP])
     begin = time.perf_counter()
     answers = answer(texts)  # ends with numbers on the host, so a GPU has ended too
     seconds = time.perf_counter() - begin
     device = "cpu" if job.contender == "onnx" else device_name(job.use_cpu)
-    return Predicted(seconds=seconds, answers=answers, process_mib=peak_mib(), device=device)  # no contender starts a child
+    return Predicted(
+        seconds=seconds, answers=answers, process_mib=peak_mib(), device=device
+    )  # no contender starts a child
 
 
 def with_bertdist(job: PredictJob) -> Answering:
@@ -41,7 +45,11 @@ def with_bertdist(job: PredictJob) -> Answering:
     from bertdist.config import RunConfig
     from bertdist.predict import Predictor
 
-    predictor = Predictor(job.model, max_length=job.max_length, accelerator=open_accelerator(RunConfig(use_cpu=job.use_cpu)))
+    predictor = Predictor(
+        job.model,
+        max_length=job.max_length,
+        accelerator=open_accelerator(RunConfig(use_cpu=job.use_cpu)),
+    )
     return lambda texts: [(answer["label"], answer["score"]) for answer in predictor(texts)]
 
 
@@ -49,9 +57,16 @@ def with_pipeline(job: PredictJob) -> Answering:
     """pipeline("text-classification") with batches."""
     from transformers import pipeline
 
-    answering: Any = pipeline("text-classification", model=job.model, device=0 if on_gpu(job.use_cpu) else -1, dtype=torch.float32)
+    answering: Any = pipeline(
+        "text-classification",
+        model=job.model,
+        device=0 if on_gpu(job.use_cpu) else -1,
+        dtype=torch.float32,
+    )
     limits = {"batch_size": job.batch_size, "truncation": True, "max_length": job.max_length}
-    return lambda texts: [(answer["label"], answer["score"]) for answer in answering(list(texts), **limits)]
+    return lambda texts: [
+        (answer["label"], answer["score"]) for answer in answering(list(texts), **limits)
+    ]
 
 
 def with_onnx(job: PredictJob) -> Answering:
@@ -71,12 +86,19 @@ def with_onnx(job: PredictJob) -> Answering:
         answers: Answers = []
         for at in range(0, len(texts), job.batch_size):
             batch = tokenizer(
-                list(texts[at : at + job.batch_size]), truncation=True, max_length=job.max_length, padding=True, return_tensors="np"
+                list(texts[at : at + job.batch_size]),
+                truncation=True,
+                max_length=job.max_length,
+                padding=True,
+                return_tensors="np",
             )
             (logits,) = session.run(None, {name: batch[name] for name in inputs})
             powers = np.exp(logits - logits.max(1, keepdims=True))
             scores = powers / powers.sum(1, keepdims=True)
-            answers += [(names[str(best)], float(row[best])) for row, best in zip(scores, logits.argmax(1), strict=True)]
+            answers += [
+                (names[str(best)], float(row[best]))
+                for row, best in zip(scores, logits.argmax(1), strict=True)
+            ]
         return answers
 
     return answer
@@ -90,11 +112,15 @@ def export_onnx(folder: str, path: str) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    batch = AutoTokenizer.from_pretrained(folder)(["a short text", "a text that is not quite as short"], padding=True, return_tensors="pt")
+    batch = AutoTokenizer.from_pretrained(folder)(
+        ["a short text", "a text that is not quite as short"], padding=True, return_tensors="pt"
+    )
     names = list(batch)
     axes = {name: {0: "texts", 1: "tokens"} for name in names} | {"logits": {0: "texts"}}
     torch.onnx.export(
-        _Logits(model, names).eval(),  # eval on the outside: the exporter puts back the mode that it finds there
+        _Logits(
+            model, names
+        ).eval(),  # eval on the outside: the exporter puts back the mode that it finds there
         tuple(batch[name] for name in names),
         path,
         input_names=names,

@@ -17,7 +17,10 @@ from typing import Any, NoReturn
 def be_a_rank(words: Sequence[str], rank: int, out: Path) -> NoReturn:
     """The whole life of a process."""
     code: Any = 1
-    with open(out / f"said_{rank}.txt", "a", buffering=1, encoding="utf-8") as said, open(out / f"steps_{rank}.txt", "a") as steps:
+    with (
+        open(out / f"said_{rank}.txt", "a", buffering=1, encoding="utf-8") as said,
+        open(out / f"steps_{rank}.txt", "a") as steps,
+    ):
         os.dup2(said.fileno(), 2)
         sys.stderr = said
         try:
@@ -53,4 +56,8 @@ def _trained(words: Sequence[str], steps: Any) -> Any:
 
 
 if __name__ == "__main__":
-    be_a_rank(sys.argv[1:], int(os.environ.get("RANK", "0")), Path(sys.argv[sys.argv.index("--output_dir") + 1]))
+    be_a_rank(
+        sys.argv[1:],
+        int(os.environ.get("RANK", "0")),
+        Path(sys.argv[sys.argv.index("--output_dir") + 1]),
+    )

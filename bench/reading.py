@@ -50,19 +50,45 @@ TOKENS = 8192  # of a micro-batch
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    found = argparse.ArgumentParser(prog="python -m bench.reading", description="Reading and tokenizing.", allow_abbrev=False)
+    found = argparse.ArgumentParser(
+        prog="python -m bench.reading", description="Reading and tokenizing.", allow_abbrev=False
+    )
     add = found.add_argument
-    add("--train_file", default=str(SST2), help="Texts and labels. Default: SST-2's training rows in ../shared/data, where they are.")
+    add(
+        "--train_file",
+        default=str(SST2),
+        help="Texts and labels. Default: SST-2's training rows in ../shared/data, where they are.",
+    )
     add("--text_column", help="Default: as in training (text, sentence, ...).")
     add("--model_name_or_path", default="demo/model", help="Folder of the tokenizer.")
     add("--max_length", type=positive, default=128, help="Longest text in tokens.")
-    add("--texts_a_row", type=positive, nargs="+", default=[1, 8], help="How many of the texts a row has, for longer rows too.")
+    add(
+        "--texts_a_row",
+        type=positive,
+        nargs="+",
+        default=[1, 8],
+        help="How many of the texts a row has, for longer rows too.",
+    )
     add("--megabytes", type=positive, default=8, help="Text of each file; the rows are repeated.")
     add("--repetitions", type=positive, default=3, help="Of each measurement, in turns.")
     add("--workers", type=positive, default=4, help="Loader workers of a rank, for the limit.")
-    add("--tokens_per_second", type=float, default=1905.0, help="Measured rate of training. Default: MiniLM-L6, docs/benchmarks.md.")
-    add("--tflops", type=float, nargs="+", default=[60.0, 200.0], help="Useful TFLOP/s of a rank, assumed, for BERT-base.")
-    add("--output", help="Page whose section 'Reading' is replaced; without it the tables are only printed.")
+    add(
+        "--tokens_per_second",
+        type=float,
+        default=1905.0,
+        help="Measured rate of training. Default: MiniLM-L6, docs/benchmarks.md.",
+    )
+    add(
+        "--tflops",
+        type=float,
+        nargs="+",
+        default=[60.0, 200.0],
+        help="Useful TFLOP/s of a rank, assumed, for BERT-base.",
+    )
+    add(
+        "--output",
+        help="Page whose section 'Reading' is replaced; without it the tables are only printed.",
+    )
     return found
 
 
@@ -88,10 +114,15 @@ class Measured:
 
 def read_rows(args: argparse.Namespace, tokenizer: Any, texts_a_row: int) -> Rows:
     """The file's texts, several joined to a row, repeated until there are enough; raises BenchError and BertdistError."""
-    records = open_source(DataConfig(train_file=[args.train_file], text_column=args.text_column), "train")
+    records = open_source(
+        DataConfig(train_file=[args.train_file], text_column=args.text_column), "train"
+    )
     assert isinstance(records, Records) and records.label_kind is not None
     found = [records[row] for row in range(len(records))]
-    texts = [" ".join(" ".join(record.text.split()) for record in found[at : at + texts_a_row]) for at in range(0, len(found), texts_a_row)]
+    texts = [
+        " ".join(" ".join(record.text.split()) for record in found[at : at + texts_a_row])
+        for at in range(0, len(found), texts_a_row)
+    ]
     labels = [str(record.label) for record in found[::texts_a_row]]
     size = sum(len(text.encode()) for text in texts)
     times = max(1, args.megabytes * 1_000_000 // max(size, 1))
@@ -106,16 +137,30 @@ def write_file(folder: Path, kind: str, rows: Rows) -> Path:
     """The rows as one kind of file, with columns text and label."""
     path = folder / f"rows.{kind}"
     if kind == "parquet":
-        pa.parquet.write_table(pa.table({"text": rows.texts, "label": rows.labels}), path, row_group_size=50_000)
+        pa.parquet.write_table(
+            pa.table({"text": rows.texts, "label": rows.labels}), path, row_group_size=50_000
+        )
         return path
-    with gzip.open(path, "wt", encoding="utf-8") if path.suffix == ".gz" else open(path, "w", encoding="utf-8", newline="") as file:
+    with (
+        gzip.open(path, "wt", encoding="utf-8")
+        if path.suffix == ".gz"
+        else open(path, "w", encoding="utf-8", newline="") as file
+    ):
         if kind == "tsv":
-            file.writelines(f"{text}\t{label}\n" for text, label in [("text", "label"), *zip(rows.texts, rows.labels, strict=True)])
+            file.writelines(
+                f"{text}\t{label}\n"
+                for text, label in [("text", "label"), *zip(rows.texts, rows.labels, strict=True)]
+            )
         elif kind == "csv":
-            csv.writer(file, lineterminator="\n").writerows([("text", "label"), *zip(rows.texts, rows.labels, strict=True)])
+            csv.writer(file, lineterminator="\n").writerows(
+                [("text", "label"), *zip(rows.texts, rows.labels, strict=True)]
+            )
         else:
             both = zip(rows.texts, rows.labels, strict=True)
-            file.writelines(json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n" for text, label in both)
+            file.writelines(
+                json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n"
+                for text, label in both
+            )
     return path
 
 
@@ -123,7 +168,9 @@ def seconds_a_row(path: Path, rows: Rows, tokenizer: Any, max_length: int, ranks
     """Processor seconds for each row of the file, as rank 0 of so many."""
     size = MANY * ROWS_A_RANK
     window = -(-DataConfig.stream_window // size) * size
-    stream = open_stream(DataConfig(train_file=[str(path)], streaming=True, stream_window=window), 0)
+    stream = open_stream(
+        DataConfig(train_file=[str(path)], streaming=True, stream_window=window), 0
+    )
     batches = StreamBatches(
         stream=stream,
         task=rows.task,
@@ -146,20 +193,35 @@ def measure(rows: Rows, tokenizer: Any, max_length: int, repetitions: int) -> li
         paths = {kind: write_file(Path(name), kind, rows) for kind in KINDS}
         for path in paths.values():  # what is imported and compiled when it is first used
             seconds_a_row(path, rows, tokenizer, max_length, MANY)
-        taken: dict[tuple[str, int], list[float]] = {(kind, ranks): [] for kind in KINDS for ranks in (1, MANY)}
+        taken: dict[tuple[str, int], list[float]] = {
+            (kind, ranks): [] for kind in KINDS for ranks in (1, MANY)
+        }
         for _ in range(repetitions):
             for (kind, ranks), seconds in taken.items():
                 seconds.append(seconds_a_row(paths[kind], rows, tokenizer, max_length, ranks))
         for kind in KINDS:
             read, encoded = split(taken[kind, 1], taken[kind, MANY], MANY)
-            found.append(Measured(kind=kind, stored=paths[kind].stat().st_size / len(rows.texts), read=read, encoded=encoded))
+            found.append(
+                Measured(
+                    kind=kind,
+                    stored=paths[kind].stat().st_size / len(rows.texts),
+                    read=read,
+                    encoded=encoded,
+                )
+            )
     return found
 
 
-def split(alone: Sequence[float], of_many: Sequence[float], many: int) -> tuple[list[float], list[float]]:
+def split(
+    alone: Sequence[float], of_many: Sequence[float], many: int
+) -> tuple[list[float], list[float]]:
     """Seconds a row of the only rank (read + encode) and of one of many (read + encode / many) -> (read, encode), each repetition."""
-    encode_seconds = [(one - other) * many / (many - 1) for one, other in zip(alone, of_many, strict=True)]
-    return [other - seconds / many for other, seconds in zip(of_many, encode_seconds, strict=True)], encode_seconds
+    encode_seconds = [
+        (one - other) * many / (many - 1) for one, other in zip(alone, of_many, strict=True)
+    ]
+    return [
+        other - seconds / many for other, seconds in zip(of_many, encode_seconds, strict=True)
+    ], encode_seconds
 
 
 def most_ranks(read: float, encoded: float, trained: float, workers: int) -> float:
@@ -169,10 +231,17 @@ def most_ranks(read: float, encoded: float, trained: float, workers: int) -> flo
 
 def rate_table(found: Sequence[Measured], text_bytes: float) -> str:
     """Rows a second of one process."""
-    lines = [["file", "bytes a row, stored", "read, rows/s", "read, MB of text/s", "encoded, rows/s"]]
+    lines = [
+        ["file", "bytes a row, stored", "read, rows/s", "read, MB of text/s", "encoded, rows/s"]
+    ]
     for kind in found:
         read = [1 / seconds for seconds in kind.read]
-        cells = [kind.kind, number(kind.stored), told(read), told([rate * text_bytes / 1e6 for rate in read])]
+        cells = [
+            kind.kind,
+            number(kind.stored),
+            told(read),
+            told([rate * text_bytes / 1e6 for rate in read]),
+        ]
         lines.append([*cells, told([1 / seconds for seconds in kind.encoded])])
     return markdown(lines)
 
@@ -183,17 +252,28 @@ def limit_table(found: Sequence[Measured], rates: dict[str, float], workers: int
     for kind in found:
         read, encoded = (1 / spread(seconds).median for seconds in (kind.read, kind.encoded))
         ranks = [most_ranks(read, encoded, rate, workers) for rate in rates.values()]
-        lines.append([kind.kind, *(f"{int(most):,}" if most >= 1 else "none: more workers" for most in ranks)])
+        lines.append(
+            [
+                kind.kind,
+                *(f"{int(most):,}" if most >= 1 else "none: more workers" for most in ranks),
+            ]
+        )
     return markdown(lines)
 
 
 def compute(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """(section, record)."""
     if not Path(args.train_file).is_file():
-        raise BenchError(f"--train_file {machine.shown(args.train_file)}: there is no such file. demo/data/train.tsv will do; {MAKE}")
+        raise BenchError(
+            f"--train_file {machine.shown(args.train_file)}: there is no such file. demo/data/train.tsv will do; {MAKE}"
+        )
     if not Path(args.model_name_or_path, "config.json").is_file():
-        raise BenchError(f"--model_name_or_path {args.model_name_or_path}: no config.json there, expected a model folder; {MAKE}")
-    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=args.model_name_or_path, max_length=args.max_length))
+        raise BenchError(
+            f"--model_name_or_path {args.model_name_or_path}: no config.json there, expected a model folder; {MAKE}"
+        )
+    tokenizer = load_tokenizer(
+        ModelConfig(model_name_or_path=args.model_name_or_path, max_length=args.max_length)
+    )
     parts = [
         "## Reading",
         f"{machine.described('cpu', 1, PACKAGES)}. Processor seconds of one process, a loader worker's work; {args.repetitions} "
@@ -203,13 +283,23 @@ def compute(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, dict[s
     record: dict[str, Any] = {}
     for texts_a_row in args.texts_a_row:
         rows = read_rows(args, tokenizer, texts_a_row)
-        size, tokens = float(np.mean([len(text.encode()) for text in rows.texts])), float(np.mean(rows.tokens))
+        size, tokens = (
+            float(np.mean([len(text.encode()) for text in rows.texts])),
+            float(np.mean(rows.tokens)),
+        )
         rates = {"measured, MiniLM-L6 on 2 cores": args.tokens_per_second / tokens}
         for tflops in args.tflops:
-            rates[f"assumed, BERT-base at {tflops:g} TFLOP/s"] = tflops * 1e12 * len(rows.tokens) / training_flops(BERT_BASE, rows.tokens)
+            rates[f"assumed, BERT-base at {tflops:g} TFLOP/s"] = (
+                tflops * 1e12 * len(rows.tokens) / training_flops(BERT_BASE, rows.tokens)
+            )
         found = measure(rows, tokenizer, args.max_length, args.repetitions)
         say(f"{texts_a_row} texts a row: measured")
-        record[str(texts_a_row)] = {"tokens": tokens, "bytes": size, "rates": rates, "kinds": [vars(kind) for kind in found]}
+        record[str(texts_a_row)] = {
+            "tokens": tokens,
+            "bytes": size,
+            "rates": rates,
+            "kinds": [vars(kind) for kind in found],
+        }
         name = machine.shown(str(Path(args.train_file).resolve()))
         many = "a text" if texts_a_row == 1 else f"{texts_a_row} texts, one behind the other,"
         parts += [

@@ -56,7 +56,10 @@ def measure(model: str, rows: int, folder: Path) -> dict[str, list[float]]:
     path = folder / "rows.jsonl"
     write(path, rows)
     tokenizer = load_tokenizer(ModelConfig(model_name_or_path=model))
-    data, common = DataConfig(train_file=[str(path)]), {"rows_per_step": ROWS_PER_STEP, "tokens_per_micro_batch": 8192, "seed": 1}
+    data, common = (
+        DataConfig(train_file=[str(path)]),
+        {"rows_per_step": ROWS_PER_STEP, "tokens_per_micro_batch": 8192, "seed": 1},
+    )
     records = open_source(data, "train")
     batches = Batches(examples=open_examples(records, tokenizer, TASK, 128), shuffle=True, **common)  # type: ignore[arg-type]
     stream = open_stream(replace(data, streaming=True, stream_window=WINDOW), 1)
@@ -68,22 +71,31 @@ def measure(model: str, rows: int, folder: Path) -> dict[str, list[float]]:
         return lambda: next(iter(some.steps(number, number + 1, place)))
 
     steps = [int(place * batches.steps_per_epoch) for place in PLACES]
-    windows: list[Place] = [{"window": states[int(place * len(states))], "step": 3} for place in PLACES]
+    windows: list[Place] = [
+        {"window": states[int(place * len(states))], "step": 3} for place in PLACES
+    ]
     return {
         "rows in memory": [timed(step_of(batches, step, None)) for step in steps],
-        "a stream": [timed(step_of(streamed, step, place)) for step, place in zip(steps, windows, strict=True)],
+        "a stream": [
+            timed(step_of(streamed, step, place))
+            for step, place in zip(steps, windows, strict=True)
+        ],
     }
 
 
 def main(words: list[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.resume")
-    parser.add_argument("--model", required=True, help="Folder or name of a model, for its tokenizer.")
+    parser.add_argument(
+        "--model", required=True, help="Folder or name of a model, for its tokenizer."
+    )
     parser.add_argument("--rows", type=int, default=500_000)
     asked = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
         for kind, seconds in measure(asked.model, asked.rows, Path(folder)).items():
-            told = ", ".join(f"{place:.0%}: {taken:.3f} s" for place, taken in zip(PLACES, seconds, strict=True))
+            told = ", ".join(
+                f"{place:.0%}: {taken:.3f} s" for place, taken in zip(PLACES, seconds, strict=True)
+            )
             print(f"{kind:15} {told}")
     return 0
 

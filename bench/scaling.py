@@ -42,22 +42,60 @@ ENOUGH = 0.9  # efficiency that the last column asks for
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    found = argparse.ArgumentParser(prog="python -m bench.scaling", description="Scaling, computed.", allow_abbrev=False)
+    found = argparse.ArgumentParser(
+        prog="python -m bench.scaling", description="Scaling, computed.", allow_abbrev=False
+    )
     add = found.add_argument
-    add("--train_file", default=str(SST2), help="Texts. Default: SST-2's training rows in ../shared/data, where they are.")
+    add(
+        "--train_file",
+        default=str(SST2),
+        help="Texts. Default: SST-2's training rows in ../shared/data, where they are.",
+    )
     add("--text_column", help="Default: as in training (text, sentence, ...).")
-    add("--model_name_or_path", default="demo/model", help="Folder of the tokenizer; the sizes of the model are those of BERT-base.")
+    add(
+        "--model_name_or_path",
+        default="demo/model",
+        help="Folder of the tokenizer; the sizes of the model are those of BERT-base.",
+    )
     add("--max_length", type=positive, default=128, help="Longest text in tokens.")
     add("--ranks", type=positive, nargs="+", default=[8, 64, 512], help="Numbers of ranks.")
     add("--rows_a_rank", type=positive, default=32, help="Rows of a step on each rank.")
-    add("--global_batch", type=positive, default=1024, help="Rows of a step in all, for the second half of the table.")
+    add(
+        "--global_batch",
+        type=positive,
+        default=1024,
+        help="Rows of a step in all, for the second half of the table.",
+    )
     add("--most_steps", type=positive, default=50, help="Steps of an epoch that are dealt.")
     add("--seed", type=int, default=42, help="Of the order of rows, and of dealing at random.")
-    add("--tflops", type=float, default=60.0, help="Useful TFLOP/s of a rank. Default: a fifth of an A100's peak in bf16.")
-    add("--bandwidth_within", type=float, default=200.0, help="GB/s of a rank's link in a node. Default: two thirds of an A100's NVLink.")
-    add("--bandwidth_between", type=float, default=25.0, help="GB/s of a rank's link between nodes. Default: 200 Gbit/s a rank.")
-    add("--ranks_a_node", type=positive, default=8, help="Up to so many ranks the ring stays within a node.")
-    add("--output", help="Page whose section 'Scaling (computed)' is replaced; without it the table is only printed.")
+    add(
+        "--tflops",
+        type=float,
+        default=60.0,
+        help="Useful TFLOP/s of a rank. Default: a fifth of an A100's peak in bf16.",
+    )
+    add(
+        "--bandwidth_within",
+        type=float,
+        default=200.0,
+        help="GB/s of a rank's link in a node. Default: two thirds of an A100's NVLink.",
+    )
+    add(
+        "--bandwidth_between",
+        type=float,
+        default=25.0,
+        help="GB/s of a rank's link between nodes. Default: 200 Gbit/s a rank.",
+    )
+    add(
+        "--ranks_a_node",
+        type=positive,
+        default=8,
+        help="Up to so many ranks the ring stays within a node.",
+    )
+    add(
+        "--output",
+        help="Page whose section 'Scaling (computed)' is replaced; without it the table is only printed.",
+    )
     return found
 
 
@@ -72,9 +110,13 @@ class Texts:
 def read_texts(args: argparse.Namespace) -> Texts:
     """Tokenize all texts; raises BenchError and BertdistError."""
     if not Path(args.train_file).is_file():
-        raise BenchError(f"--train_file {machine.shown(args.train_file)}: there is no such file. demo/data/train.tsv will do; {MAKE}")
+        raise BenchError(
+            f"--train_file {machine.shown(args.train_file)}: there is no such file. demo/data/train.tsv will do; {MAKE}"
+        )
     if not Path(args.model_name_or_path, "config.json").is_file():
-        raise BenchError(f"--model_name_or_path {args.model_name_or_path}: no config.json there, expected a model folder; {MAKE}")
+        raise BenchError(
+            f"--model_name_or_path {args.model_name_or_path}: no config.json there, expected a model folder; {MAKE}"
+        )
     records = open_texts(
         args.train_file,
         text_column=args.text_column,
@@ -84,7 +126,9 @@ def read_texts(args: argparse.Namespace) -> Texts:
         quoting="auto",
         encoding="utf-8",
     )
-    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=args.model_name_or_path, max_length=args.max_length))
+    tokenizer = load_tokenizer(
+        ModelConfig(model_name_or_path=args.model_name_or_path, max_length=args.max_length)
+    )
     tokens: list[int] = []
     for at in range(0, len(records), ENCODED_AT_ONCE):
         chunk = [records[row] for row in range(at, min(at + ENCODED_AT_ONCE, len(records)))]
@@ -105,12 +149,16 @@ class Dealt:
     flops: float  # mean operations of a rank in a step
 
 
-def deal_steps(texts: Texts, shape: Shape, ranks: int, rows: int, most_steps: int, seed: int) -> Dealt | None:
+def deal_steps(
+    texts: Texts, shape: Shape, ranks: int, rows: int, most_steps: int, seed: int
+) -> Dealt | None:
     """Deal the whole steps of an epoch in bertdist's order; None where the texts do not fill one step."""
     steps = min(most_steps, len(texts.tokens) // rows)
     if not steps:
         return None
-    of_length = np.array([training_flops(shape, [length]) for length in range(int(texts.tokens.max()) + 1)])
+    of_length = np.array(
+        [training_flops(shape, [length]) for length in range(int(texts.tokens.max()) + 1)]
+    )
     cost = of_length[texts.tokens]  # (rows,) operations of each text
     order, random = plan(len(cost), seed, 0), np.random.default_rng(seed)
     slowest, total = np.zeros(3), 0.0
@@ -122,7 +170,15 @@ def deal_steps(texts: Texts, shape: Shape, ranks: int, rows: int, most_steps: in
         total += float(cost[mine].sum())
     at_random, by_size, by_tokens = (slowest / (total / ranks)).tolist()
     flops = total / ranks / steps
-    return Dealt(ranks=ranks, rows=rows, steps=steps, at_random=at_random, by_size=by_size, by_tokens=by_tokens, flops=flops)
+    return Dealt(
+        ranks=ranks,
+        rows=rows,
+        steps=steps,
+        at_random=at_random,
+        by_size=by_size,
+        by_tokens=by_tokens,
+        flops=flops,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,53 +218,121 @@ class Lost:
 def lost(found: Dealt, slowest: float, shape: Shape, cluster: Cluster) -> Lost:
     """slowest: operations of the slowest rank / mean, in the way of dealing that is asked about."""
     mean = found.flops / cluster.flops_per_second
-    return Lost(mean=mean, stragglers=mean * (slowest - 1), all_reduce=cluster.waiting(shape, found.ranks, mean * slowest))
+    return Lost(
+        mean=mean,
+        stragglers=mean * (slowest - 1),
+        all_reduce=cluster.waiting(shape, found.ranks, mean * slowest),
+    )
 
 
 def rows_for(efficiency: float, found: Dealt, shape: Shape, cluster: Cluster) -> int:
     """Rows a rank, as a power of two, from which the all-reduce alone leaves this efficiency; texts as long as these."""
     a_row = found.flops * found.ranks / found.rows / cluster.flops_per_second
     rows = 1
-    while rows * a_row / (rows * a_row + cluster.waiting(shape, found.ranks, rows * a_row)) < efficiency:
+    while (
+        rows * a_row / (rows * a_row + cluster.waiting(shape, found.ranks, rows * a_row))
+        < efficiency
+    ):
         rows *= 2
     return rows
 
 
 def straggler_table(steps: Sequence[Dealt]) -> str:
     """Operations of the slowest rank / mean, one line a number of ranks and rows."""
-    lines = [["ranks", "rows a step", "rows a rank", "steps", "at random", "dealt by bytes, as bertdist does", "dealt by tokens"]]
+    lines = [
+        [
+            "ranks",
+            "rows a step",
+            "rows a rank",
+            "steps",
+            "at random",
+            "dealt by bytes, as bertdist does",
+            "dealt by tokens",
+        ]
+    ]
     for found in steps:
-        size = [str(found.ranks), f"{found.rows:,}", f"{found.rows / found.ranks:g}", str(found.steps)]
-        lines.append([*size, *(f"{slowest:.3f}" for slowest in (found.at_random, found.by_size, found.by_tokens))])
+        size = [
+            str(found.ranks),
+            f"{found.rows:,}",
+            f"{found.rows / found.ranks:g}",
+            str(found.steps),
+        ]
+        lines.append(
+            [
+                *size,
+                *(
+                    f"{slowest:.3f}"
+                    for slowest in (found.at_random, found.by_size, found.by_tokens)
+                ),
+            ]
+        )
     return markdown(lines)
 
 
 def step_table(steps: Sequence[Dealt], shape: Shape, cluster: Cluster) -> str:
     """Where the time of a step goes, the same lines."""
-    head = ["ranks", "rows a step", "computing, ms", "all-reduce, ms", "not hidden, ms", "lost to stragglers, at random", "lost, dealt"]
+    head = [
+        "ranks",
+        "rows a step",
+        "computing, ms",
+        "all-reduce, ms",
+        "not hidden, ms",
+        "lost to stragglers, at random",
+        "lost, dealt",
+    ]
     lines = [[*head, "lost to all-reduce", "efficiency", f"rows a rank for {ENOUGH:.0%}"]]
     for found in steps:
-        random, own = (lost(found, slowest, shape, cluster) for slowest in (found.at_random, found.by_size))
-        milliseconds = [1000 * seconds for seconds in (own.mean, cluster.all_reduce(shape.weights, found.ranks), own.all_reduce)]
-        shares = [random.stragglers / random.step, own.stragglers / own.step, own.all_reduce / own.step, own.mean / own.step]
-        cells = [str(found.ranks), f"{found.rows:,}", *map(number, milliseconds), *(f"{share:.1%}" for share in shares)]
+        random, own = (
+            lost(found, slowest, shape, cluster) for slowest in (found.at_random, found.by_size)
+        )
+        milliseconds = [
+            1000 * seconds
+            for seconds in (
+                own.mean,
+                cluster.all_reduce(shape.weights, found.ranks),
+                own.all_reduce,
+            )
+        ]
+        shares = [
+            random.stragglers / random.step,
+            own.stragglers / own.step,
+            own.all_reduce / own.step,
+            own.mean / own.step,
+        ]
+        cells = [
+            str(found.ranks),
+            f"{found.rows:,}",
+            *map(number, milliseconds),
+            *(f"{share:.1%}" for share in shares),
+        ]
         lines.append([*cells, f"{rows_for(ENOUGH, found, shape, cluster):,}"])
     return markdown(lines)
 
 
 def compute(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """(section, record)."""
-    texts, shape, name = read_texts(args), BERT_BASE, machine.shown(str(Path(args.train_file).resolve()))
+    texts, shape, name = (
+        read_texts(args),
+        BERT_BASE,
+        machine.shown(str(Path(args.train_file).resolve())),
+    )
     cluster = Cluster(
         flops_per_second=args.tflops * 1e12,
         bytes_within=args.bandwidth_within * 1e9,
         bytes_between=args.bandwidth_between * 1e9,
         ranks_a_node=args.ranks_a_node,
     )
-    sizes = dict.fromkeys([*((n, n * args.rows_a_rank) for n in args.ranks), *((n, args.global_batch) for n in args.ranks)])
+    sizes = dict.fromkeys(
+        [
+            *((n, n * args.rows_a_rank) for n in args.ranks),
+            *((n, args.global_batch) for n in args.ranks),
+        ]
+    )
     asked = {size: deal_steps(texts, shape, *size, args.most_steps, args.seed) for size in sizes}
     found = [steps for steps in asked.values() if steps]
-    short = "; ".join(f"{rows:,} rows on {n} ranks" for (n, rows), steps in asked.items() if steps is None)
+    short = "; ".join(
+        f"{rows:,} rows on {n} ranks" for (n, rows), steps in asked.items() if steps is None
+    )
     parts = [
         "## Scaling (computed)",
         f"Computed, nothing was run on ranks. {len(texts.tokens):,} texts of {name}, {texts.tokens.mean():.1f} tokens in the mean, "
@@ -224,7 +348,10 @@ def compute(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, dict[s
         step_table(found, shape, cluster),
         f"Not computed, as these texts do not fill one step: {short}." if short else "",
     ]
-    return "\n\n".join(part for part in parts if part), {"texts": len(texts.tokens), "steps": [vars(steps) for steps in found]}
+    return "\n\n".join(part for part in parts if part), {
+        "texts": len(texts.tokens),
+        "steps": [vars(steps) for steps in found],
+    }
 
 
 def main(words: Sequence[str] | None = None) -> int:

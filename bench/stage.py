@@ -39,7 +39,14 @@ class Stage:
         """A child's answer."""
         return self.child(kind, {**job, "threads": self.args.threads})
 
-    def train(self, contender: str, steps: int, seed: int, dev_file: str | None = None, keep: str | None = None) -> Trained:
+    def train(
+        self,
+        contender: str,
+        steps: int,
+        seed: int,
+        dev_file: str | None = None,
+        keep: str | None = None,
+    ) -> Trained:
         """One training run; its folder goes, or is kept under a name."""
         args, output = self.args, self.folder / (keep or "run")
         job = TrainJob(
@@ -61,7 +68,9 @@ class Stage:
         )
         if job.steps <= args.untimed_steps:
             made = f"{job.rows} rows make {job.steps} steps of {args.batch_size}"
-            raise BenchError(f"{made}, and --untimed_steps {args.untimed_steps} leaves none to time; give more rows or steps.")
+            raise BenchError(
+                f"{made}, and --untimed_steps {args.untimed_steps} leaves none to time; give more rows or steps."
+            )
         try:
             found = trained(self.ask("train", **asdict(job)))
         finally:
@@ -85,19 +94,35 @@ def stage(args: argparse.Namespace, words: Sequence[str], child: Child) -> Itera
     """Open model and rows, in a folder of this invocation; raises BenchError where they are not there."""
     given, file = Path(args.model_name_or_path), Path(args.train_file)
     if not (given / "config.json").is_file():
-        raise BenchError(f"--model_name_or_path {given}: no config.json there, expected a model folder; {MAKE}")
+        raise BenchError(
+            f"--model_name_or_path {given}: no config.json there, expected a model folder; {MAKE}"
+        )
     if not file.is_file():
         raise BenchError(f"--train_file {file}: there is no such file; {MAKE}")
     with tempfile.TemporaryDirectory(prefix="bench_") as name:
         folder, rows_file, model = Path(name), str(Path(name, "rows.jsonl")), str(given.resolve())
         title = "MiniLM-L6" if str(given) == "demo/model" else given.resolve().name
-        at = Stage(args=args, words=words, child=child, folder=folder, model=model, title=title, rows_file=rows_file, rows=0, labels=[])
+        at = Stage(
+            args=args,
+            words=words,
+            child=child,
+            folder=folder,
+            model=model,
+            title=title,
+            rows_file=rows_file,
+            rows=0,
+            labels=[],
+        )
         source = {"text_column": args.text_column, "label_column": args.label_column}
-        found = at.ask("rows", file=str(file.resolve()), rows=args.rows, rows_file=rows_file, **source)
+        found = at.ask(
+            "rows", file=str(file.resolve()), rows=args.rows, rows_file=rows_file, **source
+        )
         if args.random_bert_base:
             model, title = str(folder / "bert_base"), "BERT-base from random weights"
             at.ask("random_bert_base", tokenizer=at.model, folder=model)
-        yield replace(at, model=model, title=args.title or title, rows=found["rows"], labels=found["labels"])
+        yield replace(
+            at, model=model, title=args.title or title, rows=found["rows"], labels=found["labels"]
+        )
 
 
 def say(message: str) -> None:

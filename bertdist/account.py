@@ -17,12 +17,24 @@ def record_training(log: RunLog, progress: Progress, per_epoch: int, **values: f
     """One line about the steps since the last one: sums are divided, means are never averaged."""
     loss, rows = (sum(entry[i] for entry in progress.window) for i in (0, 1))
     mean = loss / rows if rows else math.nan  # every step was left out, see nonfinite.py
-    log.record("train", progress.step, epoch=progress.epochs(per_epoch), loss=mean, **values, tokens=progress.tokens)
+    log.record(
+        "train",
+        progress.step,
+        epoch=progress.epochs(per_epoch),
+        loss=mean,
+        **values,
+        tokens=progress.tokens,
+    )
     progress.window.clear()
 
 
 def keep_score(
-    evaluation: Evaluation | None, classifier: Classifier, log: RunLog, best: Best, progress: Progress, per_epoch: int
+    evaluation: Evaluation | None,
+    classifier: Classifier,
+    log: RunLog,
+    best: Best,
+    progress: Progress,
+    per_epoch: int,
 ) -> None:
     """What an evaluation found; None: it was given up, to stop, and is owed."""
     if evaluation is None:
@@ -45,8 +57,12 @@ def tell_end(log: RunLog, progress: Progress, best: Best, total_steps: int, reas
     if progress.finished:
         log.status("finished", progress.step)
         best.show(log)
-        log.say(f"Finished: {progress.step} steps, best weights (step {progress.best_step}) in {log.folder / 'best'}.")
+        log.say(
+            f"Finished: {progress.step} steps, best weights (step {progress.best_step}) in {log.folder / 'best'}."
+        )
     else:
         log.status("preempted", progress.step, reason)
         owed = "; its evaluation comes first then" if progress.owed else ""
-        log.say(f"Asked to stop ({reason}): step {progress.step} of {total_steps} is saved; the same command goes on{owed}.")
+        log.say(
+            f"Asked to stop ({reason}): step {progress.step} of {total_steps} is saved; the same command goes on{owed}."
+        )

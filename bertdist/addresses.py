@@ -24,7 +24,9 @@ import fsspec.asyn
 from bertdist.errors import DataError
 
 MOST_TRIES = 8  # without anything new: up to 90 s
-FIRST_TRIES = 4  # where nothing has worked yet, a wrong name is likelier than a passing fault: up to 4 s
+FIRST_TRIES = (
+    4  # where nothing has worked yet, a wrong name is likelier than a passing fault: up to 4 s
+)
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
 SILENCE_SECONDS = 60.0  # without a byte on an http connection
 
@@ -34,8 +36,27 @@ ACCESS = {
     "gs": 'GOOGLE_APPLICATION_CREDENTIALS must allow it; FSSPEC_GS=\'{"token": "anon"}\' reads public buckets',
     "hf": "HF_TOKEN, or `hf auth login`, must allow it; a gated data set has its terms on its page",
 }
-NETWORKS = {"aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "h11", "httpcore", "httpx", "httpx2", "requests", "urllib3"}
-LASTING = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError", "OfflineModeIsEnabled", "InvalidURL"}
+NETWORKS = {
+    "aiohttp",
+    "aiobotocore",
+    "botocore",
+    "gcsfs",
+    "google",
+    "h11",
+    "httpcore",
+    "httpx",
+    "httpx2",
+    "requests",
+    "urllib3",
+}
+LASTING = {
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "ParamValidationError",
+    "OfflineModeIsEnabled",
+    "InvalidURL",
+}
 # What one file system or another says of a file's version, the surest first.
 VERSIONS = "ETag etag md5Hash Content-MD5 Digest blob_id generation Last-Modified LastModified updated mtime".split()
 
@@ -48,7 +69,9 @@ def protocol_of(address: str) -> str | None:
     """`s3` of s3://bucket/key; None of a local path, with file:// or without. Raises DataError for fsspec's chains."""
     protocol, found, rest = address.partition("://")
     if found and "::" in protocol + rest * (not is_http(address)):  # http://[::1]/ is an address
-        raise DataError(f"{address}: chained addresses (::) are not read; .gz and .zst are unpacked by themselves.")
+        raise DataError(
+            f"{address}: chained addresses (::) are not read; .gz and .zst are unpacked by themselves."
+        )
     return protocol.lower() if found and protocol.lower() != "file" else None
 
 
@@ -80,17 +103,35 @@ def file_system(address: str) -> tuple[Any, str]:
         # The defaults: 5 minutes for a whole answer; unpack what the server packed; no proxies of the environment, no ~/.netrc.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=SILENCE_SECONDS)
         headers = {"Accept-Encoding": "identity"}
-        options = {"client_kwargs": {"timeout": timeout, "headers": headers, "auto_decompress": False, "trust_env": True}}
-    if protocol_of(address) in ("gs", "gcs"):  # else gcsfs asks by gRPC for a bucket's kind, with threads that a fork does not have
+        options = {
+            "client_kwargs": {
+                "timeout": timeout,
+                "headers": headers,
+                "auto_decompress": False,
+                "trust_env": True,
+            }
+        }
+    if protocol_of(address) in (
+        "gs",
+        "gcs",
+    ):  # else gcsfs asks by gRPC for a bucket's kind, with threads that a fork does not have
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         system, path = fsspec.core.url_to_fs(address, **options)
     except ImportError as error:
         protocol = str(protocol_of(address))
-        mend = f"pip install 'bertdist[{EXTRAS[protocol]}]'" if protocol in EXTRAS else " ".join(str(error).split())
-        raise DataError(f"{shown(address)}: the package that reads {protocol}:// is not installed: {mend}.") from None
+        mend = (
+            f"pip install 'bertdist[{EXTRAS[protocol]}]'"
+            if protocol in EXTRAS
+            else " ".join(str(error).split())
+        )
+        raise DataError(
+            f"{shown(address)}: the package that reads {protocol}:// is not installed: {mend}."
+        ) from None
     except ValueError as error:
-        raise DataError(f"{shown(address)}: {error}; expected a path, or hf://, s3://, gs://, http:// or https://.") from None
+        raise DataError(
+            f"{shown(address)}: {error}; expected a path, or hf://, s3://, gs://, http:// or https://."
+        ) from None
     return system, path
 
 
@@ -107,7 +148,9 @@ def version_of(info: dict[str, Any]) -> tuple[str, str]:
     return str(info.get("size")), next((str(info[name]) for name in VERSIONS if info.get(name)), "")
 
 
-def patiently(address: str, action: Callable[[], Found], say: Say | None = None, tries: int = FIRST_TRIES) -> Found:
+def patiently(
+    address: str, action: Callable[[], Found], say: Say | None = None, tries: int = FIRST_TRIES
+) -> Found:
     """What `action` gives, after as many tries as it takes, with pauses that double. Raises DataError when they are used up, and at once
     for what will not pass. `say` hears why it is tried again."""
     for attempt in range(1, tries + 1):
@@ -120,7 +163,9 @@ def patiently(address: str, action: Callable[[], Found], say: Say | None = None,
                 raise _explained(address, error) from None
             if attempt == tries:
                 given_up = f"given up after {tries} tries; check the address and the network"
-                raise DataError(f"{shown(address)} cannot be read: {_words(error)}; {given_up}.") from None
+                raise DataError(
+                    f"{shown(address)} cannot be read: {_words(error)}; {given_up}."
+                ) from None
             if say is not None:
                 say(f"{shown(address)}: {_words(error)}; trying again.")
             # The system's randomness: the seeded kinds belong to training, and forks that share one would all come back at once.
@@ -140,9 +185,15 @@ def _status(error: BaseException) -> int | None:
     """The HTTP status behind an error of aiohttp, botocore, httpx or gcsfs; fsspec wraps them in OSErrors."""
     for cause in _causes(error):
         answer = getattr(cause, "response", None)
-        found = answer.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(answer, dict) else None
+        found = (
+            answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if isinstance(answer, dict)
+            else None
+        )
         found = found or getattr(answer, "status_code", None) or getattr(cause, "status", None)
-        if found is None and _library(cause) == "gcsfs":  # aiohttp has a `code` too: 400 for an answer that was cut off
+        if (
+            found is None and _library(cause) == "gcsfs"
+        ):  # aiohttp has a `code` too: 400 for an answer that was cut off
             found = getattr(cause, "code", None)
         if str(found).isdecimal() and 100 <= int(str(found)) < 600:
             return int(str(found))
@@ -158,7 +209,10 @@ def _passes(error: BaseException) -> bool:
     if (status := _status(error)) is not None:
         return status >= 500 or status in (408, 425, 429)
     *_, root = _causes(error)
-    if isinstance(root, FileNotFoundError | PermissionError | IsADirectoryError) or type(root).__name__ in LASTING:
+    if (
+        isinstance(root, FileNotFoundError | PermissionError | IsADirectoryError)
+        or type(root).__name__ in LASTING
+    ):
         return False
     return isinstance(root, OSError | EOFError | asyncio.TimeoutError) or _library(root) in NETWORKS
 
@@ -166,18 +220,30 @@ def _passes(error: BaseException) -> bool:
 def _words(error: BaseException) -> str:
     *_, root = _causes(error)
     status = _status(error)
-    return f"the server answers {status}" if status else " ".join(f"{type(root).__name__} {root}".split())[:200]
+    return (
+        f"the server answers {status}"
+        if status
+        else " ".join(f"{type(root).__name__} {root}".split())[:200]
+    )
 
 
 def _explained(address: str, error: BaseException) -> DataError:
     """What will not pass, in one line."""
     *_, root = _causes(error)
     status, name, protocol = _status(error), shown(address), str(protocol_of(address))
-    if status in (401, 403) or isinstance(root, PermissionError) or "Credentials" in type(root).__name__:
-        advice = ACCESS.get({"s3a": "s3", "gcs": "gs"}.get(protocol, protocol), "the server wants a login")
+    if (
+        status in (401, 403)
+        or isinstance(root, PermissionError)
+        or "Credentials" in type(root).__name__
+    ):
+        advice = ACCESS.get(
+            {"s3a": "s3", "gcs": "gs"}.get(protocol, protocol), "the server wants a login"
+        )
         return DataError(f"{name}: access denied, or it is not there ({_words(error)}); {advice}.")
     if status == 404 or (status is None and isinstance(root, FileNotFoundError)):
-        return DataError(f"{name}: there is no such file ({_words(error)}); check each part of the address.")
+        return DataError(
+            f"{name}: there is no such file ({_words(error)}); check each part of the address."
+        )
     if status == 412:  # the versions of s3fs's requests
         return DataError(f"{name} changed while it was read; read files that stay as they are.")
     return DataError(f"{name} cannot be read: {_words(error)}.")

@@ -36,7 +36,9 @@ class Anomaly(NamedTuple):
     stack: str  # as Python prints it, the innermost call last
 
     def __str__(self) -> str:
-        frames = [found for found in FRAME.finditer(self.stack) if not found["file"].startswith(TORCH)]
+        frames = [
+            found for found in FRAME.finditer(self.stack) if not found["file"].startswith(TORCH)
+        ]
         if not frames:
             return self.what
         last = frames[-1]
@@ -64,7 +66,11 @@ def _of_backward(loss: Tensor) -> Anomaly | None:
             function = re.search(r"Function '(\w+)' returned nan values", str(error))
             if function is None:
                 raise
-            stacks = [str(warning.message) for warning in told if "Traceback of forward call" in str(warning.message)]
+            stacks = [
+                str(warning.message)
+                for warning in told
+                if "Traceback of forward call" in str(warning.message)
+            ]
             stack = "\n".join(stacks[0].splitlines()[1:]) if stacks else ""
             return Anomaly(f"in the backward pass {function[1]} gives the first NaN", stack)
     return None
@@ -81,25 +87,36 @@ class _Looking(TorchDispatchMode):
     def found(self) -> Anomaly | None:
         """NaN before Inf, which may be meant; an Inf that came before a NaN stands in its stack."""
         if self.nan is not None and self.inf is not None:
-            return self.nan._replace(stack=f"First, {self.inf}:\n{self.inf.stack}\nThen, {self.nan}:\n{self.nan.stack}")
+            return self.nan._replace(
+                stack=f"First, {self.inf}:\n{self.inf.stack}\nThen, {self.nan}:\n{self.nan.stack}"
+            )
         return self.nan or self.inf
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [args, kwargs or {}]
-        if self.nan is not None or "empty" in str(func):  # what empty gives is to be written over, and may be anything
+        if self.nan is not None or "empty" in str(
+            func
+        ):  # what empty gives is to be written over, and may be anything
             return func(*args, **(kwargs or {}))
         read = _kinds(given)  # before the call: it may write in place
         out = func(*args, **(kwargs or {}))
         made = _kinds(out) - read
         if "NaN" in made:
             self.nan = self._blame(func, "NaN")
-        elif "Inf" in made and self.inf is None and not read and all(map(math.isfinite, _numbers(given))):
+        elif (
+            "Inf" in made
+            and self.inf is None
+            and not read
+            and all(map(math.isfinite, _numbers(given)))
+        ):
             self.inf = self._blame(func, "Inf")
         return out
 
     def _blame(self, func: Any, kind: str) -> Anomaly:
         frames = traceback.extract_stack(sys._getframe(2))
-        while frames and frames[-1].filename.startswith((f"{TORCH}/_compile", f"{TORCH}/_dynamo")):  # how torch came to this class
+        while frames and frames[-1].filename.startswith(
+            (f"{TORCH}/_compile", f"{TORCH}/_dynamo")
+        ):  # how torch came to this class
             frames.pop()
         stack = "".join(traceback.format_list(frames))
         return Anomaly(f"in the forward pass {func.overloadpacket} makes the first {kind}", stack)
@@ -108,7 +125,11 @@ class _Looking(TorchDispatchMode):
 def _leaves(value: Any) -> list[Any]:
     if isinstance(value, dict):
         value = list(value.values())
-    return [leaf for part in value for leaf in _leaves(part)] if isinstance(value, list | tuple) else [value]
+    return (
+        [leaf for part in value for leaf in _leaves(part)]
+        if isinstance(value, list | tuple)
+        else [value]
+    )
 
 
 def _numbers(value: Any) -> list[float]:
@@ -119,7 +140,12 @@ def _kinds(value: Any) -> set[str]:
     """NaN, Inf: which of them the tensors in a value hold."""
     found = set()
     for leaf in _leaves(value):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.layout == torch.strided and leaf.numel():
+        if (
+            isinstance(leaf, Tensor)
+            and leaf.is_floating_point()
+            and leaf.layout == torch.strided
+            and leaf.numel()
+        ):
             total = leaf.detach().sum()
             if not math.isfinite(total.item()):  # one pass tells of nearly all that all is well
                 found |= {"NaN"} if bool(leaf.isnan().any()) else set()

@@ -32,9 +32,14 @@ def meet(limit: timedelta) -> TCPStore | None:
     rank, ranks, port = map(int, words)
     if ranks == 1:
         return None
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent keeps the store, not rank 0
+    agents = (
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    )  # torchrun's agent keeps the store, not rank 0
     seconds = limit.total_seconds()
-    signed = [f"bertdist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{other}" for other in range(ranks)]
+    signed = [
+        f"bertdist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{other}"
+        for other in range(ranks)
+    ]
     keeps = rank == 0 and not agents
     if not keeps and not _is_open(host, port, seconds):
         who = "torchrun's agent is not" if agents else "rank 0 has not arrived"
@@ -44,7 +49,12 @@ def meet(limit: timedelta) -> TCPStore | None:
         )
         found.shared, found.told = False, rank > (0 if agents else 1)
         raise found
-    store = _in_time(lambda: TCPStore(host, port, None, keeps, limit, wait_for_workers=False, multi_tenant=True), host, port, seconds)
+    store = _in_time(
+        lambda: TCPStore(host, port, None, keeps, limit, wait_for_workers=False, multi_tenant=True),
+        host,
+        port,
+        seconds,
+    )
     store.set(signed[rank], json.dumps(asdict(this_rank(rank))))
     try:
         store.wait(signed, limit)
@@ -58,7 +68,10 @@ def left(seconds: float) -> tuple[list[Beat], bool]:
     """Those of this machine that have met and ended since, looked for during so many seconds; and whether this rank should tell it."""
     here = [beat for beat in _met if beat.host == this_host()]
     deadline = time.monotonic() + seconds
-    while not (gone := [beat for beat in here if not is_alive(beat.pid, beat.born)]) and time.monotonic() < deadline:
+    while (
+        not (gone := [beat for beat in here if not is_alive(beat.pid, beat.born)])
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     first = next((beat.pid for beat in here if beat not in gone), os.getpid())
     return gone, not gone or first == os.getpid()
@@ -69,7 +82,9 @@ def _is_open(host: str, port: int, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
+            socket.create_connection(
+                (host, port), timeout=max(0.1, deadline - time.monotonic())
+            ).close()
             return True
         except OSError:
             if time.monotonic() > deadline:
@@ -99,18 +114,36 @@ def _in_time(open_store: Callable[[], TCPStore], host: str, port: int, seconds: 
     ) from None
 
 
-def _absent(store: TCPStore, signed: list[str], address: str, seconds: float, rank: int) -> ConfigError:
+def _absent(
+    store: TCPStore, signed: list[str], address: str, seconds: float, rank: int
+) -> ConfigError:
     """Who has not signed. The lowest rank that has tells it."""
     try:
         missing = [other for other, key in enumerate(signed) if not store.check([key])]
-        cards = [Beat(**json.loads(store.get(key))) for other, key in enumerate(signed) if other not in missing]
+        cards = [
+            Beat(**json.loads(store.get(key)))
+            for other, key in enumerate(signed)
+            if other not in missing
+        ]
         here = [f"rank {beat.rank} (on {beat.host.split(' ')[0]})" for beat in cards]
-    except (dist.DistError, RuntimeError):  # rank 0, which keeps the store, was killed, or has told it and left
-        found = ConfigError(f"rank {rank} of {len(signed)}: rank 0 has left before all had met at {address}; its own message says more.")
+    except (
+        dist.DistError,
+        RuntimeError,
+    ):  # rank 0, which keeps the store, was killed, or has told it and left
+        found = ConfigError(
+            f"rank {rank} of {len(signed)}: rank 0 has left before all had met at {address}; its own message says more."
+        )
         found.shared, found.told = False, rank != 1
         return found
-    who = ", ".join(map(str, missing[:20])) + (f", ... ({len(missing)} in all)" if len(missing) > 20 else "")
+    who = ", ".join(map(str, missing[:20])) + (
+        f", ... ({len(missing)} in all)" if len(missing) > 20 else ""
+    )
     where = f"{address} within {seconds:g} s (--rank_timeout)"
-    found = ConfigError(f"Rank {who} of {len(signed)} did not arrive at {where}. Here are: {', '.join(here[:20])}.")
-    found.shared, found.told = False, rank in missing or any(other not in missing for other in range(rank))
+    found = ConfigError(
+        f"Rank {who} of {len(signed)} did not arrive at {where}. Here are: {', '.join(here[:20])}."
+    )
+    found.shared, found.told = (
+        False,
+        rank in missing or any(other not in missing for other in range(rank)),
+    )
     return found

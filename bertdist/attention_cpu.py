@@ -25,7 +25,9 @@ from torch import Tensor
 from bertdist.dropout import Noise, scale_of
 
 LANES = 16  # float32 numbers of a 512-bit register: torch's softmax takes 6 times as long where a row is shorter
-SCORES = 1 << 20  # most scores of a bucket, 4 MiB: what a core's cache holds, and all that is kept where there is no backward
+SCORES = (
+    1 << 20
+)  # most scores of a bucket, 4 MiB: what a core's cache holds, and all that is kept where there is no backward
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,21 @@ class Layout:
         """lengths: tokens of each text, best sorted."""
         self.heads, self.buckets = heads, _buckets(lengths, heads)
         sizes, starts = np.asarray(lengths), np.cumsum(lengths) - lengths
-        cells, pads = [], []  # (texts, H, longest) a bucket: row of a (T x H, D) matrix; whether it is behind its text's end
+        cells, pads = (
+            [],
+            [],
+        )  # (texts, H, longest) a bucket: row of a (T x H, D) matrix; whether it is behind its text's end
         for bucket in self.buckets:
             texts = slice(bucket.first, bucket.first + len(bucket.lengths))
             place = np.arange(bucket.longest)
             absent = place >= sizes[texts, None]
             token = np.where(absent, starts[texts, None], starts[texts, None] + place)
             cells.append((token[:, None, :] * heads + np.arange(heads)[:, None]).reshape(-1))
-            pads.append(np.broadcast_to(absent[:, None, :], (len(absent), heads, bucket.longest)).reshape(-1))
+            pads.append(
+                np.broadcast_to(absent[:, None, :], (len(absent), heads, bucket.longest)).reshape(
+                    -1
+                )
+            )
         every, padded = np.concatenate(cells), np.concatenate(pads)
         back = np.empty(sizes.sum() * heads, dtype=np.int64)
         back[every[~padded]] = np.flatnonzero(~padded)
@@ -68,7 +77,9 @@ class Layout:
         for bucket in self.buckets:
             self._spans.append((start, len(bucket.lengths) * heads, bucket.longest))
             start += len(bucket.lengths) * heads * bucket.longest
-        self.pads = torch.from_numpy(np.flatnonzero(padded)) if padded.any() else None  # cells of no token
+        self.pads = (
+            torch.from_numpy(np.flatnonzero(padded)) if padded.any() else None
+        )  # cells of no token
 
     def queries(self, bucket: int, first_only: bool = False) -> Callable[[Tensor], Tensor]:
         """Cells (C, D), or first tokens (N x H, D) -> a view of a bucket's (texts x H, queries, D)."""
@@ -82,11 +93,15 @@ class Layout:
         """(texts x H, queries, longest) bool a bucket: the attention weights that dropout keeps."""
         lengths = [length for bucket in self.buckets for length in bucket.lengths]
         sizes = [self.heads * (1 if first_only else length) * length for length in lengths]
-        drawn = torch.rand(sum(sizes)) >= p if noise is None else noise.keep(sizes, p)  # without rows torch's own draws
+        drawn = (
+            torch.rand(sum(sizes)) >= p if noise is None else noise.keep(sizes, p)
+        )  # without rows torch's own draws
         found, parts = [], iter(drawn.split(sizes))
         for bucket in self.buckets:
             queries = 1 if first_only else bucket.longest
-            keep = torch.ones(len(bucket.lengths), self.heads, queries, bucket.longest, dtype=torch.bool)
+            keep = torch.ones(
+                len(bucket.lengths), self.heads, queries, bucket.longest, dtype=torch.bool
+            )
             for mine, length in zip(keep.numpy(), bucket.lengths, strict=True):
                 asked = 1 if first_only else length
                 mine[:, :asked, :length] = next(parts).view(self.heads, asked, length).numpy()
@@ -99,13 +114,23 @@ def _buckets(lengths: Sequence[int], heads: int) -> list[Bucket]:
     for longest, run in groupby(-(-length // LANES) * LANES for length in lengths):
         stop = first + len(list(run))
         most = max(1, SCORES // (heads * longest**2))  # texts
-        found += [Bucket(text, tuple(lengths[text : min(text + most, stop)]), longest) for text in range(first, stop, most)]
+        found += [
+            Bucket(text, tuple(lengths[text : min(text + most, stop)]), longest)
+            for text in range(first, stop, most)
+        ]
         first = stop
     return found
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None, dropout: float, noise: Noise | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scale: float,
+    window: int | None,
+    dropout: float,
+    noise: Noise | None,
 ) -> Tensor:
     """query (T or N, H, D): of all tokens or of the first tokens; key, value (T, H, D) -> like query.
 
@@ -114,17 +139,26 @@ def attend(
     if not torch.is_grad_enabled() and window is None and not dropout:
         return _a_length_at_a_time(query, key, value, layout, scale)
     keeps = layout.keeps(noise, dropout, len(query) != len(key)) if dropout else None
-    out: Tensor = _Attention.apply(query, key, value, layout, scale, window, keeps, scale_of(dropout))  # type: ignore[no-untyped-call]
+    out: Tensor = _Attention.apply(
+        query, key, value, layout, scale, window, keeps, scale_of(dropout)
+    )  # type: ignore[no-untyped-call]
     return out
 
 
-def _a_length_at_a_time(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+def _a_length_at_a_time(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float
+) -> Tensor:
     """Without gradients SDPA, on views of the texts of one length: 1.02 times as fast as the buckets, and no scores are kept."""
     parts, asked, first = [], 0, 0
     for length, run in groupby(length for bucket in layout.buckets for length in bucket.lengths):
         texts, queries = len(list(run)), 1 if len(query) != len(key) else length
-        q = query[asked : asked + texts * queries].unflatten(0, (texts, queries)).transpose(1, 2)  # (texts, H, queries, D)
-        k, v = (x[first : first + texts * length].unflatten(0, (texts, length)).transpose(1, 2) for x in (key, value))
+        q = (
+            query[asked : asked + texts * queries].unflatten(0, (texts, queries)).transpose(1, 2)
+        )  # (texts, H, queries, D)
+        k, v = (
+            x[first : first + texts * length].unflatten(0, (texts, length)).transpose(1, 2)
+            for x in (key, value)
+        )
         part = F.scaled_dot_product_attention(q, k, v, scale=scale)
         parts.append(part.transpose(1, 2).flatten(0, 1))  # (texts x queries, H, D)
         asked, first = asked + texts * queries, first + texts * length
@@ -151,7 +185,9 @@ class _Attention(torch.autograd.Function):
         out, saved = torch.empty_like(q), []
         for i, bucket in enumerate(layout.buckets):
             mine, theirs = layout.queries(i, ctx.first_only), layout.queries(i)
-            scores = torch.baddbmm(q.new_empty(1, 1, 1), mine(q), theirs(k).mT, beta=0, alpha=scale)  # (texts x H, queries, longest)
+            scores = torch.baddbmm(
+                q.new_empty(1, 1, 1), mine(q), theirs(k).mT, beta=0, alpha=scale
+            )  # (texts x H, queries, longest)
             _hide(scores, bucket, window)
             weights = scores.softmax(-1)
             mask = None if keeps is None else torch.mul(keeps[i], q.new_tensor(keep_scale))
@@ -182,7 +218,10 @@ class _Attention(torch.autograd.Function):
             d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
             torch.baddbmm(empty, d_scores, theirs(k), beta=0, alpha=ctx.scale, out=mine(d_q))
             torch.baddbmm(empty, d_scores.mT, mine(q), beta=0, alpha=ctx.scale, out=theirs(d_k))
-        found = [d_q if ctx.first_only else d_q.index_select(0, layout.back), *(x.index_select(0, layout.back) for x in (d_k, d_v))]
+        found = [
+            d_q if ctx.first_only else d_q.index_select(0, layout.back),
+            *(x.index_select(0, layout.back) for x in (d_k, d_v)),
+        ]
         return *(x.view(-1, *gradients[0].shape[1:]) for x in found), None, None, None, None, None
 
 

@@ -30,7 +30,9 @@ class Batch:
     lengths: tuple[int, ...]  # tokens of each text, known to the host without asking the device
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        fields: dict[str, Any] = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        fields: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **fields)
 
     def to(self, device: torch.device) -> "Batch":
@@ -49,11 +51,19 @@ class Batch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel from a loader worker as bytes: as shared tensors every field of every batch ahead would hold an open file."""
-        return _unpack, ({name: value.numpy() if isinstance(value, Tensor) else value for name, value in vars(self).items()},)
+        return _unpack, (
+            {
+                name: value.numpy() if isinstance(value, Tensor) else value
+                for name, value in vars(self).items()
+            },
+        )
 
 
 def _unpack(fields: dict[str, Any]) -> Batch:
-    arrays: dict[str, Any] = {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in fields.items()}
+    arrays: dict[str, Any] = {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in fields.items()
+    }
     return Batch(**arrays)
 
 
@@ -64,7 +74,9 @@ class Step:
     number: int  # counts from 0 over the whole run
     share: list[Batch]  # this rank's micro-batches, never empty
     rows: int  # rows of the step, all ranks together
-    idle: bool = False  # the share is one text that counts nothing: this rank has no row in this step
+    idle: bool = (
+        False  # the share is one text that counts nothing: this rank has no row in this step
+    )
     place: Place | None = None  # of a stream: reading from here gives the window of its rows
     after: Place | None = None  # of a stream: where the reading goes on behind this step
     bad: tuple[BadRow, ...] = ()  # of a stream: rows that were left out on the way here
@@ -103,9 +115,13 @@ def collate(examples: Sequence[Example]) -> Batch:
     starts = np.concatenate([[0], ends])
     positions = np.arange(ends[-1]) - np.repeat(starts[:-1], lengths)
     return Batch(
-        ids=torch.from_numpy(np.concatenate([example.ids for example in examples]).astype(np.int64)),
+        ids=torch.from_numpy(
+            np.concatenate([example.ids for example in examples]).astype(np.int64)
+        ),
         positions=torch.from_numpy(positions),
-        segments=torch.from_numpy(np.concatenate([example.segments for example in examples]).astype(np.int64)),
+        segments=torch.from_numpy(
+            np.concatenate([example.segments for example in examples]).astype(np.int64)
+        ),
         starts=torch.from_numpy(starts),
         targets=torch.from_numpy(np.array([example.target for example in examples])),
         weights=torch.tensor([example.weight for example in examples]),
@@ -123,12 +139,16 @@ def recut(share: Sequence[Batch], tokens: int) -> list[Batch]:
     lengths = [length for batch in share for length in batch.lengths]
     ends = list(accumulate(lengths, initial=0))
     a_token, a_text = ("ids", "positions", "segments"), ("targets", "weights", "rows")
-    whole = {name: torch.cat([getattr(batch, name) for batch in share]) for name in (*a_token, *a_text)}
+    whole = {
+        name: torch.cat([getattr(batch, name) for batch in share]) for name in (*a_token, *a_text)
+    }
     batches = []
     for part in cut(lengths, tokens):
         first, last = part[0], part[-1] + 1
         assert part == list(range(first, last)), "the texts of a share come longest first"
-        fields = {name: whole[name][ends[first] : ends[last]] for name in a_token} | {name: whole[name][first:last] for name in a_text}
+        fields = {name: whole[name][ends[first] : ends[last]] for name in a_token} | {
+            name: whole[name][first:last] for name in a_text
+        }
         starts = (torch.tensor(ends[first : last + 1]) - ends[first]).to(whole["ids"].device)
         batches.append(Batch(**fields, starts=starts, lengths=tuple(lengths[first:last])))
     return batches
@@ -136,7 +156,10 @@ def recut(share: Sequence[Batch], tokens: int) -> list[Batch]:
 
 def one_token(batch: Batch) -> Batch:
     """The first token of a micro-batch as a text that counts nothing."""
-    fields = {name: getattr(batch, name)[:1] for name in ("ids", "positions", "segments", "targets", "weights", "rows")}
+    fields = {
+        name: getattr(batch, name)[:1]
+        for name in ("ids", "positions", "segments", "targets", "weights", "rows")
+    }
     device = batch.ids.device
     fields |= {"weights": torch.zeros(1, device=device), "rows": torch.tensor([-1], device=device)}
     return Batch(**fields, starts=torch.tensor([0, 1], device=device), lengths=(1,))

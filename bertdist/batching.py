@@ -31,7 +31,9 @@ from bertdist.slurm import leave_signals_to_the_rank
 from bertdist.tasks import Array
 
 PLENTY = 8_192  # tokens of a micro-batch that keep any CPU busy; more would only take memory
-BYTES_PER_MESSAGE = 1 << 16  # of text in what a loader worker sends at once: 1,000 sentences of SST-2
+BYTES_PER_MESSAGE = (
+    1 << 16
+)  # of text in what a loader worker sends at once: 1,000 sentences of SST-2
 
 
 def plan(rows: int, seed: int, epoch: int, window: int = 0) -> Array:
@@ -47,7 +49,9 @@ def deal(rows: Array, lengths: Array, ranks: int) -> list[Array]:
     which nobody knows before tokenizing, 1.003 times; dealt at random, 1.31 times (python -m bench.scaling).
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [(0, rank) for rank in range(ranks)]  # a heap: the least loaded rank is on top, the lowest of equals
+    loads = [
+        (0, rank) for rank in range(ranks)
+    ]  # a heap: the least loaded rank is on top, the lowest of equals
     for place in np.argsort(-lengths, kind="stable"):
         load, rank = heapq.heappop(loads)
         shares[rank].append(int(rows[place]))
@@ -71,7 +75,9 @@ class Batches:
     seed: int = 0
     workers: int = 0  # processes that encode ahead; 0: in this one, when asked
     pin: bool = False  # page-locked memory, for copies to a GPU beside the computation
-    weights: tuple[float, ...] = ()  # of the parts of the rows (--train_weights); none: every row once an epoch
+    weights: tuple[
+        float, ...
+    ] = ()  # of the parts of the rows (--train_weights); none: every row once an epoch
 
     @property
     def steps_per_epoch(self) -> int:
@@ -99,7 +105,9 @@ class Batches:
 Message = list[Step | BertdistError]  # what a loader worker sends at once
 
 
-def loaded(shares: Dataset[Message], workers: int, pin: bool, sampler: range | None = None) -> Iterator[Step]:
+def loaded(
+    shares: Dataset[Message], workers: int, pin: bool, sampler: range | None = None
+) -> Iterator[Step]:
     """The steps of a data set of messages, made by workers ahead of their use, in their order. Raises the error that one ends with."""
     loader = DataLoader(
         shares,
@@ -107,7 +115,9 @@ def loaded(shares: Dataset[Message], workers: int, pin: bool, sampler: range | N
         sampler=sampler,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        multiprocessing_context="fork" if workers else None,  # the rows are shared with the workers, not copied
+        multiprocessing_context="fork"
+        if workers
+        else None,  # the rows are shared with the workers, not copied
         collate_fn=_as_it_is,
         worker_init_fn=leave_signals_to_the_rank,
         pin_memory=pin,
@@ -151,12 +161,18 @@ class _Shares(Dataset[Message]):
     def __init__(self, batches: Batches, stop: int) -> None:
         self.batches, self.stop = batches, stop
         lengths = batches.examples.records.lengths()
-        self.together = in_a_message(lengths, batches.rows_per_step, batches.ranks) if batches.workers else 1
-        self.share = Share(batches.examples, batches.tokens_per_micro_batch, batches.rank, batches.ranks, lengths)
+        self.together = (
+            in_a_message(lengths, batches.rows_per_step, batches.ranks) if batches.workers else 1
+        )
+        self.share = Share(
+            batches.examples, batches.tokens_per_micro_batch, batches.rank, batches.ranks, lengths
+        )
         self.epoch, self.order = -1, np.zeros(0, np.int64)
 
     def __getitem__(self, first: int) -> Message:
-        return [self._step(number) for number in range(first, min(first + self.together, self.stop))]
+        return [
+            self._step(number) for number in range(first, min(first + self.together, self.stop))
+        ]
 
     def _step(self, number: int) -> Step | BertdistError:
         size = self.batches.rows_per_step
@@ -190,17 +206,29 @@ class Share:
         """This rank's share of step `number`, which takes these rows of the examples."""
         share = deal(rows, self.lengths[rows], self.ranks)[self.rank]
         try:
-            if not len(share):  # An idle rank still has to join the exchange of gradients: one text that counts nothing.
+            if not len(
+                share
+            ):  # An idle rank still has to join the exchange of gradients: one text that counts nothing.
                 shortest = rows[self.lengths[rows].argmin()]
-                return Step(number=number, share=[idle(self.examples, int(shortest))], rows=len(rows), idle=True)
+                return Step(
+                    number=number,
+                    share=[idle(self.examples, int(shortest))],
+                    rows=len(rows),
+                    idle=True,
+                )
             examples = self.examples[share.tolist()]
-        except BertdistError as error:  # raised in a worker it would arrive wrapped in the worker's traceback
+        except (
+            BertdistError
+        ) as error:  # raised in a worker it would arrive wrapped in the worker's traceback
             return error
         except Exception as error:
             return self._odd_row(share.tolist(), error)
         parts = cut([len(example.ids) for example in examples], self.tokens_per_micro_batch)
-        return Step(number=number, share=[collate([examples[i] for i in part]) for part in parts], rows=len(rows))
-
+        return Step(
+            number=number,
+            share=[collate([examples[i] for i in part]) for part in parts],
+            rows=len(rows),
+        )
 
     def _odd_row(self, rows: list[int], error: Exception) -> DataError:
         """Which of the rows it is that cannot be encoded, for a reason that nobody thought of."""
@@ -212,7 +240,9 @@ class Share:
                 error, where = found, self.examples.records.where(row)
                 break
         place = traceback.extract_tb(error.__traceback__)[-1]
-        return DataError(f"{where}: cannot be encoded: {type(error).__name__}: {error} ({Path(place.filename).name} line {place.lineno}).")
+        return DataError(
+            f"{where}: cannot be encoded: {type(error).__name__}: {error} ({Path(place.filename).name} line {place.lineno})."
+        )
 
 
 def idle(examples: Examples, row: int) -> Batch:

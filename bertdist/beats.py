@@ -54,7 +54,9 @@ class Beats:
         """folder: of the run."""
         self.run, self.folder, self.ranks = folder, folder / ".ranks", ranks
         self.me = this_rank(rank)
-        self._silent: dict[int, tuple[int, float]] = {}  # rank -> its last count, seconds for which it has been that
+        self._silent: dict[
+            int, tuple[int, float]
+        ] = {}  # rank -> its last count, seconds for which it has been that
 
     def clear(self) -> None:
         """Take away what an earlier run has left; before any rank writes."""
@@ -65,7 +67,9 @@ class Beats:
         self.me = replace(self.me, count=self.me.count + 1, **changed)
         with suppress(OSError):
             self.folder.mkdir(exist_ok=True)
-            handle = os.open(self.folder / f"rank_{self.me.rank}.json", os.O_WRONLY | os.O_CREAT, 0o644)
+            handle = os.open(
+                self.folder / f"rank_{self.me.rank}.json", os.O_WRONLY | os.O_CREAT, 0o644
+            )
             try:
                 os.pwrite(handle, json.dumps(asdict(self.me)).encode().ljust(BEAT_BYTES), 0)
             finally:
@@ -82,8 +86,12 @@ class Beats:
         found = []
         for rank in range(self.ranks):
             if rank != self.me.rank:
-                with suppress(OSError, ValueError, TypeError):  # half a beat: the next look reads a whole one
-                    found.append(Beat(**json.loads((self.folder / f"rank_{rank}.json").read_bytes())))
+                with suppress(
+                    OSError, ValueError, TypeError
+                ):  # half a beat: the next look reads a whole one
+                    found.append(
+                        Beat(**json.loads((self.folder / f"rank_{rank}.json").read_bytes()))
+                    )
         return found
 
     def listen(self, others: list[Beat], seconds: float) -> None:
@@ -110,7 +118,11 @@ class Beats:
         """Who has ended, how and where, and what to do."""
         said = []
         for beat in gone:
-            how = f"has ended: {beat.last_words}" if beat.last_words else "is gone without a word (killed? out of memory?)"
+            how = (
+                f"has ended: {beat.last_words}"
+                if beat.last_words
+                else "is gone without a word (killed? out of memory?)"
+            )
             if not beat.last_words and beat.host != self.me.host:
                 how = f"has not been heard of for {self.silent(beat):.0f} s"
             last = f"It was last heard of in {beat.doing}, step {beat.step}; the others are at step {self.me.step}."
@@ -119,7 +131,11 @@ class Beats:
 
     def cure(self) -> str:
         """What to do, and from where the run will go on."""
-        steps = sorted(int(path.name[5:]) for path in (self.run / "checkpoints").glob("step_*") if path.name[5:].isdigit())
+        steps = sorted(
+            int(path.name[5:])
+            for path in (self.run / "checkpoints").glob("step_*")
+            if path.name[5:].isdigit()
+        )
         return f"The same command goes on from {f'step {steps[-1]}' if steps else 'the beginning'}."
 
     def told(self) -> Told | None:
@@ -151,7 +167,10 @@ def is_alive(pid: int, born: float) -> bool:
     """Whether that very process of this machine still runs; one that is dead and not yet buried does not."""
     try:
         process = psutil.Process(pid)
-        return abs(process.create_time() - born) < 1 and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return abs(process.create_time() - born) < 1 and process.status() not in (
+            psutil.STATUS_ZOMBIE,
+            psutil.STATUS_DEAD,
+        )
     except psutil.Error:
         return False
 

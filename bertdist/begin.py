@@ -42,7 +42,9 @@ from bertdist.stream_batches import AnyBatches, StreamBatches
 from bertdist.tasks import Task, open_task
 from bertdist.watchdog import Watchdog
 
-EVALUATION_ROWS = 256  # rows dealt at once in evaluation; it decides nothing but how even the ranks' loads are
+EVALUATION_ROWS = (
+    256  # rows dealt at once in evaluation; it decides nothing but how even the ranks' loads are
+)
 
 
 def open_accelerator(run: RunConfig) -> Accelerator:
@@ -52,7 +54,9 @@ def open_accelerator(run: RunConfig) -> Accelerator:
     known = [str(tracker) for tracker in get_available_trackers()]
     for name in trackers:
         if name not in known:
-            raise ConfigError(f"--report_to {name}: not a tracker that is installed here.{did_you_mean(name, known)}")
+            raise ConfigError(
+                f"--report_to {name}: not a tracker that is installed here.{did_you_mean(name, known)}"
+            )
     limit = timedelta(seconds=run.rank_timeout)
     meeting = meet(limit)
     try:
@@ -61,18 +65,27 @@ def open_accelerator(run: RunConfig) -> Accelerator:
             mixed_precision=run.mixed_precision,
             log_with=trackers or None,
             project_dir=run.output_dir or None,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), InitProcessGroupKwargs(timeout=limit)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=limit),
+            ],
         )
     except ValueError as error:
-        raise ConfigError(f"{str(error).splitlines()[0]} (--mixed_precision {run.mixed_precision})") from None
+        raise ConfigError(
+            f"{str(error).splitlines()[0]} (--mixed_precision {run.mixed_precision})"
+        ) from None
     del meeting
     if accelerator.gradient_accumulation_steps != 1:
         raise ConfigError(
             f"accelerate was told gradient_accumulation_steps {accelerator.gradient_accumulation_steps}; leave it at 1: "
             "--train_batch_size is the whole step, and --tokens_per_micro_batch cuts it."
         )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate 1.15 would compute in float32
-        raise ConfigError("--mixed_precision fp16 needs a GPU, and this run is on the CPU; take bf16 or no.")
+    if (
+        accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu"
+    ):  # accelerate 1.15 would compute in float32
+        raise ConfigError(
+            "--mixed_precision fp16 needs a GPU, and this run is on the CPU; take bf16 or no."
+        )
     if trackers:
         accelerator.init_trackers("bertdist")
     return accelerator
@@ -80,7 +93,9 @@ def open_accelerator(run: RunConfig) -> Accelerator:
 
 def open_log(folder: Path, accelerator: Accelerator) -> RunLog:
     """The run's voice; a line that cannot be written ends all ranks."""
-    return RunLog(folder, accelerator.is_main_process, accelerator.log, partial(together, accelerator))
+    return RunLog(
+        folder, accelerator.is_main_process, accelerator.log, partial(together, accelerator)
+    )
 
 
 def keep_freed_memory() -> None:
@@ -98,14 +113,24 @@ def keep_freed_memory() -> None:
 
 def open_rows(config: TrainConfig) -> tuple[Records | Stream, Records | None]:
     """The rows to learn from and those to score, if any. Raises DataError."""
-    rows = open_stream(config.data, config.run.seed) if config.data.streaming else open_source(config.data, "train")
+    rows = (
+        open_stream(config.data, config.run.seed)
+        if config.data.streaming
+        else open_source(config.data, "train")
+    )
     return rows, open_source(config.data, "validation")
 
 
-def rows_left_out(known: Known, dev_rows: Records | None, config: TrainConfig, accelerator: Accelerator) -> BadRows:
+def rows_left_out(
+    known: Known, dev_rows: Records | None, config: TrainConfig, accelerator: Accelerator
+) -> BadRows:
     """The rows that were left out, by an earlier start too; rank 0 writes them down. Raises DataError where they are too many."""
     path = Path(config.run.output_dir) / "bad_rows.jsonl"
-    found = BadRows(config.data.on_bad_row, config.data.max_bad_rows, path if accelerator.is_main_process else None)
+    found = BadRows(
+        config.data.on_bad_row,
+        config.data.max_bad_rows,
+        path if accelerator.is_main_process else None,
+    )
     if config.data.on_bad_row == "skip":
         found.add(read_bad_rows(path))
     found.take([*known.bad, *(dev_rows.bad if dev_rows else ())])
@@ -127,23 +152,48 @@ def note_bad_rows(found: BadRows, step: Step, accelerator: Accelerator) -> None:
 
 def task_of_rows(config: TaskConfig, labels: Labels, model_labels: tuple[str, ...] | None) -> Task:
     """The task that the labels of the training rows make."""
-    return open_task(config, labels.kind, labels.values, np.array(labels.counts), labels.class_names, labels.column, model_labels)
+    return open_task(
+        config,
+        labels.kind,
+        labels.values,
+        np.array(labels.counts),
+        labels.class_names,
+        labels.column,
+        model_labels,
+    )
 
 
 def validation_batches(
-    rows: Records | None, tokenizer: PreTrainedTokenizerBase, task: Task, config: TrainConfig, accelerator: Accelerator
+    rows: Records | None,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    config: TrainConfig,
+    accelerator: Accelerator,
 ) -> Batches | None:
     """The rows to score in steps for this rank, in row order; None where there are none. Raises DataError."""
-    return batches_of(open_examples(rows, tokenizer, task, config.model.max_length), config.batch, accelerator) if rows else None
+    return (
+        batches_of(
+            open_examples(rows, tokenizer, task, config.model.max_length), config.batch, accelerator
+        )
+        if rows
+        else None
+    )
 
 
 def batches_of(examples: Examples, config: BatchConfig, accelerator: Accelerator) -> Batches:
     """A split in steps for this rank, in row order."""
-    return Batches(examples=examples, rows_per_step=EVALUATION_ROWS, **_share_of(config, accelerator))
+    return Batches(
+        examples=examples, rows_per_step=EVALUATION_ROWS, **_share_of(config, accelerator)
+    )
 
 
 def training_batches(
-    rows: Records | Stream, known: Known, tokenizer: PreTrainedTokenizerBase, task: Task, config: TrainConfig, accelerator: Accelerator
+    rows: Records | Stream,
+    known: Known,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    config: TrainConfig,
+    accelerator: Accelerator,
 ) -> AnyBatches:
     """The training rows in steps for this rank, in training order. Raises DataError and ConfigError."""
     size, seed, max_length = config.batch.train_batch_size, config.run.seed, config.model.max_length
@@ -151,7 +201,14 @@ def training_batches(
     if isinstance(rows, Records):
         examples = open_examples(rows, tokenizer, task, max_length)
         weights = tuple(config.data.train_weights or ())
-        return Batches(examples=examples, rows_per_step=size, shuffle=True, seed=seed, weights=weights, **fields)
+        return Batches(
+            examples=examples,
+            rows_per_step=size,
+            shuffle=True,
+            seed=seed,
+            weights=weights,
+            **fields,
+        )
     first = open_examples(rows.head(), tokenizer, task, max_length)
     agree, steps = None, -(-sum(known.rows) // size)
     if config.data.stream_split == "files":
@@ -170,19 +227,35 @@ def training_batches(
         sizes = [size // ranks + (other < size % ranks) for other in range(ranks)]
         agree, size = agreement(accelerator), sizes[rank]
         if known.rows:
-            steps = max(-(-sum(known.rows[file] for file in files[other]) // sizes[other]) for other in range(ranks))
-        rows = replace(rows, parts=(tuple(sources[file] for file in files[rank]),), first_row=rank << 40)
+            steps = max(
+                -(-sum(known.rows[file] for file in files[other]) // sizes[other])
+                for other in range(ranks)
+            )
+        rows = replace(
+            rows, parts=(tuple(sources[file] for file in files[rank]),), first_row=rank << 40
+        )
         fields |= {"rank": 0, "ranks": 1}
     rows = replace(rows, window_rows=-(-rows.window_rows // size) * size)
     return StreamBatches(
-        stream=rows, task=task, examples=first, rows_per_step=size, seed=seed, steps_per_epoch=steps, agree=agree, **fields
+        stream=rows,
+        task=task,
+        examples=first,
+        rows_per_step=size,
+        seed=seed,
+        steps_per_epoch=steps,
+        agree=agree,
+        **fields,
     )
 
 
 def _share_of(config: BatchConfig, accelerator: Accelerator) -> dict[str, Any]:
     workers = config.dataloader_num_workers
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
         workers = 1 if cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) >= 2 else 0
     return {
         "tokens_per_micro_batch": config.tokens_per_micro_batch or PLENTY,  # until it is found
@@ -193,11 +266,24 @@ def _share_of(config: BatchConfig, accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def told_of_data(rows: Records | Stream, known: Known, dev_rows: Records | None, task: Task, per_epoch: int, total_steps: int) -> list[str]:
+def told_of_data(
+    rows: Records | Stream,
+    known: Known,
+    dev_rows: Records | None,
+    task: Task,
+    per_epoch: int,
+    total_steps: int,
+) -> list[str]:
     """What a person should see before any time is spent."""
     pair = f" and {rows.pair_column!r}" if rows.pair_column else ""
-    names = ", ".join(task.labels[:10]) + (f", ... ({len(task.labels)} in all)" if len(task.labels) > 10 else "")
-    dev = f"{len(dev_rows):,} of {dev_rows.name}" if dev_rows else "none: the last weights count as the best"
+    names = ", ".join(task.labels[:10]) + (
+        f", ... ({len(task.labels)} in all)" if len(task.labels) > 10 else ""
+    )
+    dev = (
+        f"{len(dev_rows):,} of {dev_rows.name}"
+        if dev_rows
+        else "none: the last weights count as the best"
+    )
     many = f"{sum(known.rows):,} of" if known.rows else "as many as there are in"
     stream = ", read as they are needed" if isinstance(rows, Stream) else ""
     return [
@@ -210,10 +296,16 @@ def told_of_data(rows: Records | Stream, known: Known, dev_rows: Records | None,
 
 def notes_of(config: TrainConfig, rows: Records | Stream) -> dict[str, Any]:
     """What `Predictor` wants to know of the training."""
-    return {"max_length": config.model.max_length, "text_column": rows.text_column, "text_pair_column": rows.pair_column}
+    return {
+        "max_length": config.model.max_length,
+        "text_column": rows.text_column,
+        "text_pair_column": rows.pair_column,
+    }
 
 
-def identity_of(config: TrainConfig, rows: Records | Stream, task: Task, total_steps: int) -> dict[str, Any]:
+def identity_of(
+    config: TrainConfig, rows: Records | Stream, task: Task, total_steps: int
+) -> dict[str, Any]:
     """All that decides what a run learns, and nothing else: devices, micro-batches, workers and cadences are not in it."""
     settled = {**asdict(config.optim), **asdict(config.task)}
     for name in ("metrics", "metric_for_best_model", "label_names", "class_weights"):
@@ -229,26 +321,52 @@ def identity_of(config: TrainConfig, rows: Records | Stream, task: Task, total_s
         "train_batch_size": config.batch.train_batch_size,
         "seed": config.run.seed,
         "total_steps": total_steps,
-        "training_rows": f"{len(rows)} rows, {rows.fingerprint}" if isinstance(rows, Records) else f"a stream, {rows.fingerprint}",
+        "training_rows": f"{len(rows)} rows, {rows.fingerprint}"
+        if isinstance(rows, Records)
+        else f"a stream, {rows.fingerprint}",
         "train_weights": config.data.train_weights,
-        **({name: getattr(config.data, name) for name in ("stream_window", "stream_split")} if isinstance(rows, Stream) else {}),
+        **(
+            {name: getattr(config.data, name) for name in ("stream_window", "stream_split")}
+            if isinstance(rows, Stream)
+            else {}
+        ),
     }
 
 
-PACKAGES = ("bertdist", "torch", "transformers", "accelerate", "datasets", "evaluate", "numpy", "safetensors")
+PACKAGES = (
+    "bertdist",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "numpy",
+    "safetensors",
+)
 
 
 def facts_of_launch(config: TrainConfig) -> dict[str, object]:
     """What must be the same on all ranks before they do anything together: settings and versions."""
-    settings = {f"--{name}": value for section in asdict(config).values() for name, value in section.items()}
-    return {**settings, "Python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    settings = {
+        f"--{name}": value for section in asdict(config).values() for name, value in section.items()
+    }
+    return {
+        **settings,
+        "Python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+    }
 
 
 def facts_of_data(
-    settings: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, train_rows: Records | Stream, dev_rows: Records | None
+    settings: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: Records | Stream,
+    dev_rows: Records | None,
 ) -> dict[str, object]:
     """What must be the same on all ranks before the model is built: rows (as digests), tokenizer, model config."""
-    vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    vocabulary = hashlib.sha256(
+        json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    ).hexdigest()
     return {
         f"{train_rows.name} (digest of the rows)": train_rows.fingerprint,
         **({f"{dev_rows.name} (digest of the rows)": dev_rows.fingerprint} if dev_rows else {}),
@@ -257,15 +375,24 @@ def facts_of_data(
     }
 
 
-def settings_of(config: TrainConfig, rows: Records | Stream, dev_rows: Records | None, task: Task, total_steps: int) -> Settings:
+def settings_of(
+    config: TrainConfig,
+    rows: Records | Stream,
+    dev_rows: Records | None,
+    task: Task,
+    total_steps: int,
+) -> Settings:
     """What a checkpoint must agree with, and what else it remembers."""
     besides = {name: getattr(config.run, name) for name in ACCEPTED if hasattr(config.run, name)}
     besides |= {
-        "metric_for_best_model": config.task.metric_for_best_model or next(iter(config.task.metrics or []), None),
+        "metric_for_best_model": config.task.metric_for_best_model
+        or next(iter(config.task.metrics or []), None),
         "validation_rows": f"{len(dev_rows)} rows, {dev_rows.fingerprint}" if dev_rows else None,
         "gradient_checkpointing": config.model.gradient_checkpointing,
     }
-    return Settings(identity_of(config, rows, task, total_steps), besides, config.run.accept_changed_data)
+    return Settings(
+        identity_of(config, rows, task, total_steps), besides, config.run.accept_changed_data
+    )
 
 
 def environment(accelerator: Accelerator) -> str:
@@ -275,7 +402,9 @@ def environment(accelerator: Accelerator) -> str:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "device": torch.cuda.get_device_name(accelerator.device) if cuda else accelerator.device.type,
+        "device": torch.cuda.get_device_name(accelerator.device)
+        if cuda
+        else accelerator.device.type,
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "mixed_precision": accelerator.mixed_precision,

@@ -64,8 +64,13 @@ def show_inspection(found: Inspection) -> None:
                 name,
                 f"{len(records):,}",
                 excerpt(records.name, 60),
-                excerpt(records.text_column, 30) + (f", {excerpt(records.pair_column, 30)}" if records.pair_column else ""),
-                excerpt(records.label_column or (f"{len(records.class_names)} columns" if records.class_names else "none"), 30),
+                excerpt(records.text_column, 30)
+                + (f", {excerpt(records.pair_column, 30)}" if records.pair_column else ""),
+                excerpt(
+                    records.label_column
+                    or (f"{len(records.class_names)} columns" if records.class_names else "none"),
+                    30,
+                ),
             ]
             for name, records in found.splits.items()
         ],
@@ -74,31 +79,68 @@ def show_inspection(found: Inspection) -> None:
     _show_labels(found)
     _show_lengths(list(found.lengths.values()))
     if found.findings:
-        show_table("Findings", ["how many", "what"], [_row(finding, found) for finding in found.findings], lines=True)
+        show_table(
+            "Findings",
+            ["how many", "what"],
+            [_row(finding, found) for finding in found.findings],
+            lines=True,
+        )
     show(*found.notes)
     number = counts(found.findings)
-    show(", ".join(f"{count} {severity}{'s' * (count != 1)}" for severity, count in number.items()) + ".")
+    show(
+        ", ".join(f"{count} {severity}{'s' * (count != 1)}" for severity, count in number.items())
+        + "."
+    )
 
 
 def _show_labels(found: Inspection) -> None:
-    numbers = {name: labels.range() for name, labels in found.labels.items() if labels is not None and labels.numbers is not None}
+    numbers = {
+        name: labels.range()
+        for name, labels in found.labels.items()
+        if labels is not None and labels.numbers is not None
+    }
     if numbers:
         header = ["split", *next(iter(numbers.values()))]
         rows = [[name, *(f"{value:.4g}" for value in of.values())] for name, of in numbers.items()]
         show_table("Labels are numbers", header, rows, right=range(1, len(header)))
-    given = {name: labels.counts() for name, labels in found.labels.items() if labels is not None and labels.numbers is None}
+    given = {
+        name: labels.counts()
+        for name, labels in found.labels.items()
+        if labels is not None and labels.numbers is None
+    }
     if "train" not in given:
         return
     names = list(given["train"])  # labels of other splits that train lacks are findings
     rows = [
-        [excerpt(name, 40), *(_share(counts_of.get(name, 0), len(found.splits[split])) for split, counts_of in given.items())]
+        [
+            excerpt(name, 40),
+            *(
+                _share(counts_of.get(name, 0), len(found.splits[split]))
+                for split, counts_of in given.items()
+            ),
+        ]
         for name in names
     ]
     more = f" (the first {SHOWN_LABELS} of {len(names)})" if len(names) > SHOWN_LABELS else ""
-    show_table(f"Rows by label{more}", ["label", *given], rows[:SHOWN_LABELS], right=range(1, len(given) + 1))
-    sets = {name: labels.sizes() for name, labels in found.labels.items() if labels is not None and labels.several}
+    show_table(
+        f"Rows by label{more}",
+        ["label", *given],
+        rows[:SHOWN_LABELS],
+        right=range(1, len(given) + 1),
+    )
+    sets = {
+        name: labels.sizes()
+        for name, labels in found.labels.items()
+        if labels is not None and labels.several
+    }
     if sets:
-        show("Labels a row: " + "; ".join(f"{name} {sizes.mean():.2f}, at most {sizes.max()}" for name, sizes in sets.items()) + ".")
+        show(
+            "Labels a row: "
+            + "; ".join(
+                f"{name} {sizes.mean():.2f}, at most {sizes.max()}" for name, sizes in sets.items()
+            )
+            + "."
+        )
 
 
 def _show_lengths(lengths: Sequence[Lengths]) -> None:
@@ -115,13 +157,23 @@ def _show_lengths(lengths: Sequence[Lengths]) -> None:
         for entry in lengths
     ]
     limit = [f"> {lengths[0].max_length}"] if lengths[0].max_length else []
-    header = ["split", "words", "mean", *(f"{share}%" for share in lengths[0].percentiles), "longest", *limit]
+    header = [
+        "split",
+        "words",
+        "mean",
+        *(f"{share}%" for share in lengths[0].percentiles),
+        "longest",
+        *limit,
+    ]
     show_table(f"Lengths in {unit}", header, told, right=range(1, len(header)))
     if not limit:
         show("No tokenizer: --model_name_or_path counts tokens.")
     histogram = lengths[0].histogram
     most = max(rows for _, _, rows in histogram)
-    bars = [[f"{low:,} to {high:,}", f"{rows:,}", "█" * round(BAR * rows / most) or "·" * (rows > 0)] for low, high, rows in histogram]
+    bars = [
+        [f"{low:,} to {high:,}", f"{rows:,}", "█" * round(BAR * rows / most) or "·" * (rows > 0)]
+        for low, high, rows in histogram
+    ]
     show_table(f"Rows of {lengths[0].split} by {unit}", [unit, "rows", ""], bars, right=[0, 1])
 
 
@@ -132,7 +184,10 @@ def _share(count: int, total: int) -> str:
 def _row(finding: Finding, found: Inspection) -> list[Cell]:
     unit = finding.unit.removesuffix("s") if finding.count == 1 else finding.unit
     share = "" if finding.share is None else f"\n{percent(finding.share)}"
-    return [[(finding.severity, STYLES[finding.severity]), (f"\n{finding.count:,} {unit}{share}", "")], list(_told(finding, found))]
+    return [
+        [(finding.severity, STYLES[finding.severity]), (f"\n{finding.count:,} {unit}{share}", "")],
+        list(_told(finding, found)),
+    ]
 
 
 def _told(finding: Finding, found: Inspection) -> Iterator[tuple[str, str]]:
@@ -141,7 +196,9 @@ def _told(finding: Finding, found: Inspection) -> Iterator[tuple[str, str]]:
     yield f"\n→ {finding.advice}", "green"
     for example in finding.examples:
         yield f"\n{found.where.get((example.split, example.row), example.split)}", "cyan"
-        if told := [example.note] * bool(example.note) + [f"like {found.where[example.like]}" for _ in (1,) if example.like is not None]:
+        if told := [example.note] * bool(example.note) + [
+            f"like {found.where[example.like]}" for _ in (1,) if example.like is not None
+        ]:
             yield f"  {', '.join(told)}", ""
         yield f"\n  {example.text or '(empty)'}", "dim"
 
@@ -150,21 +207,28 @@ def main() -> None:
     """The command line: exit code 1 where there are errors in the data, or one line for what a user can mend."""
     try:
         if {"model", "folds"} & names_in(sys.argv[1:]):
-            from bertdist.doubts import show_doubts  # with all that training takes, which a look at the data need not load
+            from bertdist.doubts import (
+                show_doubts,
+            )  # with all that training takes, which a look at the data need not load
 
             sys.exit(show_doubts(sys.argv[1:]))
         config, data = read_check_config(sys.argv[1:])
         found = check(config, data)
         show_inspection(found)
         if config.output is not None:
-            write_whole(Path(config.output), json.dumps(found.as_dict(), indent=1, ensure_ascii=False).encode() + b"\n")
+            write_whole(
+                Path(config.output),
+                json.dumps(found.as_dict(), indent=1, ensure_ascii=False).encode() + b"\n",
+            )
             show(f"Written: {config.output}.")
         if config.fix is not None:
             path, kinds = Path(config.fix), config.fix_kinds or list(USUAL_FIX_KINDS)
             mended = write_fixed(found, kinds, path, data.label_delimiter, config.near_threshold)
             left = mended.pop("rows")
             told = ", ".join(f"{kind} {count:,}" for kind, count in mended.items())
-            show(f"Written: {path}, {left:,} of {len(found.splits['train']):,} rows ({told}), and {dropped_path(path)}.")
+            show(
+                f"Written: {path}, {left:,} of {len(found.splits['train']):,} rows ({told}), and {dropped_path(path)}."
+            )
     except BertdistError as error:
         if os.environ.get("RANK", "0") == "0" or not error.shared:
             complain(error)

@@ -28,7 +28,16 @@ from torch import Tensor, nn
 from bertdist.errors import CheckpointError
 from bertdist.pieces import Place
 from bertdist.ranks import from_main, together
-from bertdist.same_run import BREAKS_BEST, Change, Settings, compare, place_after_change, place_of_rank, read_state, table
+from bertdist.same_run import (
+    BREAKS_BEST,
+    Change,
+    Settings,
+    compare,
+    place_after_change,
+    place_of_rank,
+    read_state,
+    table,
+)
 from bertdist.whole_folder import at, damage_of, free_name, put_back, remove, write_folder
 
 
@@ -49,8 +58,12 @@ class Progress:
     nan_in_row: int = 0  # of those, the last ones in a row
     finished: bool = False
     owed: bool = False  # the evaluation of this step was given up, to stop; it comes first when the run goes on
-    window: list[list[float]] = field(default_factory=list)  # [loss sum, rows] of each step since the last log line
-    place: Place | None = None  # of a stream: where its reading stands; with --stream_split files, this rank's
+    window: list[list[float]] = field(
+        default_factory=list
+    )  # [loss sum, rows] of each step since the last log line
+    place: Place | None = (
+        None  # of a stream: where its reading stands; with --stream_split files, this rank's
+    )
 
     def count(self, step: int, rows: int, place: Place | None) -> None:
         """One more step of so many rows; its loss is filled in when the ranks bring them together."""
@@ -61,41 +74,86 @@ class Progress:
         """Passes over the rows; whole ones only, where per_epoch is 0: nobody knows how long a stream is."""
         if per_epoch:
             return self.step / per_epoch
-        return float((self.place.get("window") or self.place["over"])["epoch"]) if self.place else 0.0
+        return (
+            float((self.place.get("window") or self.place["over"])["epoch"]) if self.place else 0.0
+        )
 
 
 class Checkpoints:
     """The checkpoints of one run."""
 
     def __init__(
-        self, folder: Path, accelerator: Accelerator, keep: int, say: Callable[..., None], first: Callable[[], None] = lambda: None
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        keep: int,
+        say: Callable[..., None],
+        first: Callable[[], None] = lambda: None,
     ) -> None:
         """first: what rank 0 does before it writes a checkpoint: bring to the disk what the checkpoint will know of."""
-        self.folder, self.accelerator, self.keep, self.say, self.first = folder, accelerator, keep, say, first
+        self.folder, self.accelerator, self.keep, self.say, self.first = (
+            folder,
+            accelerator,
+            keep,
+            say,
+            first,
+        )
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, settings: Settings) -> None:
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        settings: Settings,
+    ) -> None:
         """Write step_<progress.step>; raises CheckpointError on all ranks where rank 0 cannot. A collective."""
-        places = gather_object([progress.place]) if self.accelerator.num_processes > 1 else [progress.place]
+        places = (
+            gather_object([progress.place])
+            if self.accelerator.num_processes > 1
+            else [progress.place]
+        )
         with together(self.accelerator):
             if self.accelerator.is_main_process:
-                scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-                state = {"progress": asdict(progress), "identity": settings.decides, "besides": settings.besides, "scaler": scaler}
+                scaler = (
+                    self.accelerator.scaler.state_dict()
+                    if self.accelerator.scaler is not None
+                    else None
+                )
+                state = {
+                    "progress": asdict(progress),
+                    "identity": settings.decides,
+                    "besides": settings.besides,
+                    "scaler": scaler,
+                }
                 state["ranks"] = self.accelerator.num_processes
-                state["places"] = places if any(place != places[0] for place in places) else places[:1]
+                state["places"] = (
+                    places if any(place != places[0] for place in places) else places[:1]
+                )
 
                 def fill(folder: Path) -> None:
                     save_file(_contiguous(model_tensors(model)), folder / "model.safetensors")
-                    save_file(_contiguous(optimizer_tensors(model, optimizer)), folder / "optimizer.safetensors")
+                    save_file(
+                        _contiguous(optimizer_tensors(model, optimizer)),
+                        folder / "optimizer.safetensors",
+                    )
                     (folder / "state.json").write_text(json.dumps(state, indent=1))
 
                 self.first()
                 written = self.folder / f"step_{progress.step:06d}"
                 write_folder(written, fill)
-                others = [folder for folder in self._all() if folder != written]  # an older one may have been gone on from
+                others = [
+                    folder for folder in self._all() if folder != written
+                ]  # an older one may have been gone on from
                 for old in others[: max(0, len(others) - self.keep + 1)]:
                     remove(old)
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings, named: str | None) -> Progress | None:
+    def restore(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        settings: Settings,
+        named: str | None,
+    ) -> Progress | None:
         """Load the checkpoint `named`, or the newest whole one; None when there is none. Raises CheckpointError."""
         with together(self.accelerator):
             chosen = self._choose(named) if self.accelerator.is_main_process else None
@@ -105,10 +163,14 @@ class Checkpoints:
         folder = Path(chosen)
         with together(self.accelerator):
             if not (folder / "state.json").exists():
-                raise CheckpointError(f"{folder} is not to be seen from here; --output_dir must be on a disk that every machine shares.")
+                raise CheckpointError(
+                    f"{folder} is not to be seen from here; --output_dir must be on a disk that every machine shares."
+                )
             state, progress = read_state(folder, Progress)
             # First, what is wrong with other ranks: they may also make another number of steps.
-            place = place_of_rank(folder, state, self.accelerator.process_index, self.accelerator.num_processes)
+            place = place_of_rank(
+                folder, state, self.accelerator.process_index, self.accelerator.num_processes
+            )
             accepted = compare(folder, state, settings)
             load_tensors(model_tensors(model), _load(folder / "model.safetensors"), folder)
             load_optimizer(model, optimizer, _load(folder / "optimizer.safetensors"), folder)
@@ -120,7 +182,11 @@ class Checkpoints:
             self.say("Other settings than when it was written:", *table(accepted))
         if state["ranks"] != self.accelerator.num_processes:
             own_files = settings.decides.get("stream_split") == "files"
-            rows = "each epoch has the same rows, in other steps" if own_files else "the same rows in the same steps"
+            rows = (
+                "each epoch has the same rows, in other steps"
+                if own_files
+                else "the same rows in the same steps"
+            )
             self.say(
                 f"It was written by {state['ranks']} processes, now there are {self.accelerator.num_processes}: {rows}; "
                 "sums are rounded in another order, and off the CPU dropout is drawn anew."
@@ -151,7 +217,9 @@ class Checkpoints:
         try:
             found = [path for path in self.folder.glob("step_*") if path.name[5:].isdigit()]
         except OSError as error:
-            raise CheckpointError(f"Cannot read {self.folder}: {error.strerror or error}.") from None
+            raise CheckpointError(
+                f"Cannot read {self.folder}: {error.strerror or error}."
+            ) from None
         return sorted(found, key=lambda path: int(path.name[5:]))
 
 
@@ -169,24 +237,36 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's state of each weight, as `name|exp_avg` and so on."""
     named = dict(model.named_parameters())
-    return {f"{name}|{key}": value for name, weight in named.items() for key, value in optimizer.state.get(weight, {}).items()}
+    return {
+        f"{name}|{key}": value
+        for name, weight in named.items()
+        for key, value in optimizer.state.get(weight, {}).items()
+    }
 
 
 def load_tensors(into: dict[str, Tensor], found: dict[str, Tensor], folder: Path) -> None:
     """Copy in place; raises CheckpointError where names or shapes differ."""
-    if odd := sorted(into.keys() ^ found.keys()) or sorted(name for name in into if into[name].shape != found[name].shape):
-        raise CheckpointError(f"{folder} is of another model: {odd[0]} differs ({len(odd)} weights in all).")
+    if odd := sorted(into.keys() ^ found.keys()) or sorted(
+        name for name in into if into[name].shape != found[name].shape
+    ):
+        raise CheckpointError(
+            f"{folder} is of another model: {odd[0]} differs ({len(odd)} weights in all)."
+        )
     for name, tensor in into.items():
         tensor.copy_(found[name])
 
 
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, found: dict[str, Tensor], folder: Path) -> None:
+def load_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, found: dict[str, Tensor], folder: Path
+) -> None:
     """The inverse of `optimizer_tensors`; raises CheckpointError, and changes nothing, where a name or a shape does not fit."""
     named = dict(model.named_parameters())
     parts = [(*key.rpartition("|")[::2], value) for key, value in found.items()]
     for (name, _, value), key in zip(parts, found, strict=True):
         if name not in named or value.shape not in (named[name].shape, ()):
-            raise CheckpointError(f"{folder} is of another model: its optimizer holds {key!r} of shape {tuple(value.shape)}.")
+            raise CheckpointError(
+                f"{folder} is of another model: its optimizer holds {key!r} of shape {tuple(value.shape)}."
+            )
     optimizer.state.clear()
     for name, part, value in parts:
         optimizer.state[named[name]][part] = value.to(named[name].device)
@@ -196,7 +276,9 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from None
+        raise CheckpointError(
+            f"Cannot read {path}: {getattr(error, 'strerror', None) or error}."
+        ) from None
 
 
 def _after(progress: Progress, accepted: list[Change]) -> Progress:
@@ -204,7 +286,9 @@ def _after(progress: Progress, accepted: list[Change]) -> Progress:
     then = {change.name: change.then for change in accepted}
     if then.keys() & BREAKS_BEST:
         progress = replace(progress, best_score=None, evaluations_since_best=0)
-    goes_on = then.get("total_steps") == progress.step  # it had come to its end, and there are more steps now
+    goes_on = (
+        then.get("total_steps") == progress.step
+    )  # it had come to its end, and there are more steps now
     return replace(progress, finished=False) if goes_on else progress
 
 

@@ -20,7 +20,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from bertdist import attention
@@ -55,7 +60,9 @@ class Classifier(nn.Module):
         self.packed = family is not None
         self._first_position = family.first_position(model.config) if family else 0
         positions = int(getattr(model.config, "max_position_embeddings", 512))
-        self.max_positions = positions - self._first_position if positions > 0 else sys.maxsize  # XLNet's -1: no table of them
+        self.max_positions = (
+            positions - self._first_position if positions > 0 else sys.maxsize
+        )  # XLNet's -1: no table of them
         replace_dropouts(model, lambda: self._noise)
         keep_gradient(model)
         use_onednn(model)
@@ -71,11 +78,16 @@ class Classifier(nn.Module):
             return self._unpacked(batch)
         self._noise = self._noise_of(batch, slice(None))
         hold(self._noise)
-        inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None] + self._first_position}
+        inputs = {
+            "input_ids": batch.ids[None],
+            "position_ids": batch.positions[None] + self._first_position,
+        }
         if self._takes_segments:
             inputs["token_type_ids"] = batch.segments[None]
         heads = self.model.config.num_attention_heads
-        packing = attention.pack(batch.lengths, batch.starts[:-1], heads, self.kernel(batch.ids.device), self._noise)
+        packing = attention.pack(
+            batch.lengths, batch.starts[:-1], heads, self.kernel(batch.ids.device), self._noise
+        )
         logits: Tensor = self.model(**inputs, packing=packing).logits
         return logits
 
@@ -83,28 +95,51 @@ class Classifier(nn.Module):
         """Keep a layer's input only, and compute the layer again in the backward, with the same dropout; raises ConfigError."""
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return self._noise.replayed() if self._noise is not None else (nullcontext(), nullcontext())
+            return (
+                self._noise.replayed()
+                if self._noise is not None
+                else (nullcontext(), nullcontext())
+            )
 
         if not self.model.supports_gradient_checkpointing:
-            raise ConfigError(f"--gradient_checkpointing cannot take effect: transformers has none for {self.model.config.model_type}.")
+            raise ConfigError(
+                f"--gradient_checkpointing cannot take effect: transformers has none for {self.model.config.model_type}."
+            )
         # transformers 5.23 has the new name and warns of the old one; both take the same first argument
-        enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+        enable = (
+            getattr(self.model, "activation_checkpointing_enable", None)
+            or self.model.gradient_checkpointing_enable
+        )
         self.checkpoints_activations = True
         enable({"use_reentrant": False, "context_fn": contexts})
 
     def kernel(self, device: torch.device) -> attention.Kernel:
         """How attention is computed there, in the precision of the moment (inside or outside of autocast)."""
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.model.dtype
-        return attention.kernel_of(device, dtype, self.model.config.hidden_size // self.model.config.num_attention_heads)
+        dtype = (
+            torch.get_autocast_dtype(device.type)
+            if torch.is_autocast_enabled(device.type)
+            else self.model.dtype
+        )
+        return attention.kernel_of(
+            device, dtype, self.model.config.hidden_size // self.model.config.num_attention_heads
+        )
 
     def _noise_of(self, batch: Batch, texts: Any) -> Noise | None:
         """Dropout's masks for some texts of a batch (an index), where they belong to the rows."""
         on_cpu = batch.ids.device.type == "cpu"
-        return Noise(batch.rows[texts].tolist(), np.asarray(batch.lengths)[texts].tolist()) if self.training and on_cpu else None
+        return (
+            Noise(batch.rows[texts].tolist(), np.asarray(batch.lengths)[texts].tolist())
+            if self.training and on_cpu
+            else None
+        )
 
     def _unpacked(self, batch: Batch) -> Tensor:
         lengths = np.asarray(batch.lengths)
-        groups = [np.flatnonzero(lengths == length) for length in np.unique(lengths)] if self.reads_padding else [np.arange(len(lengths))]
+        groups = (
+            [np.flatnonzero(lengths == length) for length in np.unique(lengths)]
+            if self.reads_padding
+            else [np.arange(len(lengths))]
+        )
         logits = torch.cat([self._padded(batch, texts) for texts in groups])
         return logits[torch.from_numpy(np.concatenate(groups).argsort()).to(logits.device)]
 
@@ -112,9 +147,15 @@ class Classifier(nn.Module):
         """Logits of some texts, laid out as long as the longest of them."""
         self._noise = self._noise_of(batch, texts)
         longest = max(batch.lengths[i] for i in texts)
-        places, real = (torch.from_numpy(array[texts, :longest]).to(batch.ids.device) for array in attention.grid(batch.lengths))
+        places, real = (
+            torch.from_numpy(array[texts, :longest]).to(batch.ids.device)
+            for array in attention.grid(batch.lengths)
+        )
         pad = getattr(self.model.config, "pad_token_id", None) or 0
-        inputs = {"input_ids": batch.ids[places].masked_fill(~real, pad), "attention_mask": real.long()}
+        inputs = {
+            "input_ids": batch.ids[places].masked_fill(~real, pad),
+            "attention_mask": real.long(),
+        }
         if self._takes_segments:
             inputs["token_type_ids"] = batch.segments[places].masked_fill(~real, 0)
         logits: Tensor = self.model(**inputs).logits
@@ -124,16 +165,23 @@ class Classifier(nn.Module):
     def _changes_when_padded(self) -> bool:
         """Whether texts get other answers together than alone, by more than a thousandth, which is rounding; raises ModelError."""
         config, was_training, self.reads_padding = self.model.config, self.training, False
-        pad, begin, end = (getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
+        pad, begin, end = (
+            getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")
+        )
         ids = [id for id in range(20) if id not in (pad, begin, end)]
         end = [end] if isinstance(end, int) and end < config.vocab_size else []  # BART looks for it
         parts = [[*ids[:length], *end] for length in (12, 5, 4, 3, 7)]
         texts = [Example(0, part, [0] * len(part), 0, 1.0) for part in parts]
         self.eval()
         try:
-            alone, together = torch.cat([self(collate([text])) for text in texts]), self(collate(texts))
+            alone, together = (
+                torch.cat([self(collate([text])) for text in texts]),
+                self(collate(texts)),
+            )
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise ModelError(f"A model of type {config.model_type!r} does not classify plain texts: {_first_line(error)}") from error
+            raise ModelError(
+                f"A model of type {config.model_type!r} does not classify plain texts: {_first_line(error)}"
+            ) from error
         self.train(was_training)
         return not bool((together - alone).abs().max() <= 1e-3 * alone.abs().max())
 
@@ -144,17 +192,29 @@ def load_settings(config: ModelConfig, flag: str = "--model_name_or_path") -> Pr
     transformers_logging.set_verbosity_error()  # what loading has to tell, load_classifier tells in fewer words
     transformers_logging.disable_progress_bar()
     folder, where = Path(name).expanduser(), f"{flag} {name}"
-    looks_like_a_folder = name.startswith((".", "~", "/")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir())
+    looks_like_a_folder = (
+        name.startswith((".", "~", "/"))
+        or name.count("/") > 1
+        or ("/" in name and folder.parent.is_dir())
+    )
     if looks_like_a_folder and not folder.is_dir():
-        beside = [str(path) for path in folder.parent.iterdir() if path.is_dir() and path.name[0] != "."] if folder.parent.is_dir() else []
+        beside = (
+            [str(path) for path in folder.parent.iterdir() if path.is_dir() and path.name[0] != "."]
+            if folder.parent.is_dir()
+            else []
+        )
         raise ModelError(f"{where}: there is no such folder.{did_you_mean(name, beside)}")
     ask_hub(name)
     try:
         # False, not None: None asks at the terminal whether to run code of the folder, and takes a "y" from a pipe (transformers 5.23)
-        settings: PretrainedConfig = AutoConfig.from_pretrained(name, revision=config.model_revision, trust_remote_code=False)
+        settings: PretrainedConfig = AutoConfig.from_pretrained(
+            name, revision=config.model_revision, trust_remote_code=False
+        )
     except (OSError, TypeError, ValueError) as error:  # TypeError: a list, in transformers 5.17
         if folder.is_dir():
-            raise ModelError(f"{where}: the folder holds no config.json that can be read ({_first_line(error)})") from None
+            raise ModelError(
+                f"{where}: the folder holds no config.json that can be read ({_first_line(error)})"
+            ) from None
         raise ModelError(
             f"{where} is neither a folder here nor a model that the hub gave. {why_not(error, name)} {WITHOUT_A_NETWORK}"
         ) from None
@@ -182,10 +242,16 @@ def load_classifier(
     settings.label2id = {label: i for i, label in enumerate(task.labels)}
     settings.problem_type = task.problem_type  # type: ignore[assignment]  # a Literal of the same words
     if config.dropout is not None:
-        named = {name: value for name, value in vars(settings).items() if "dropout" in name or "pdrop" in name}  # GPT-2's end in pdrop
+        named = {
+            name: value
+            for name, value in vars(settings).items()
+            if "dropout" in name or "pdrop" in name
+        }  # GPT-2's end in pdrop
         known = [name for name, value in named.items() if not isinstance(value, bool)]
         if not known:
-            raise ConfigError(f"--dropout cannot take effect: the config of {settings.model_type} names no dropout.")
+            raise ConfigError(
+                f"--dropout cannot take effect: the config of {settings.model_type} names no dropout."
+            )
         settings.update(dict.fromkeys(known, config.dropout))
     packed, where = settings.model_type in FAMILIES, f"{flag} {config.model_name_or_path}"
     try:
@@ -206,18 +272,30 @@ def load_classifier(
     mismatched = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
     missing = sorted({*info["missing_keys"], *mismatched})
     if lost := [key for key in missing if key.startswith(body) and ".pooler." not in key]:
-        trouble = "do not have the shape that config.json says" if lost[0] in mismatched else "are missing"
-        raise ModelError(f"{where}: {len(lost)} weights of the model {trouble}, the first is {lost[0]}.")
+        trouble = (
+            "do not have the shape that config.json says"
+            if lost[0] in mismatched
+            else "are missing"
+        )
+        raise ModelError(
+            f"{where}: {len(lost)} weights of the model {trouble}, the first is {lost[0]}."
+        )
     notes = [f"{_NEW}, to be trained: {', '.join(missing)}."] if missing else []
     classifier, kind = Classifier(model), f"Models of type {settings.model_type!r}"
     if classifier.reads_padding:
-        notes.append(f"{kind} give other answers when they are padded, so only texts of one length run together.")
+        notes.append(
+            f"{kind} give other answers when they are padded, so only texts of one length run together."
+        )
     elif not packed:
-        notes.append(f"{kind} run padded to the longest text of a micro-batch; the results are the same.")
+        notes.append(
+            f"{kind} run padded to the longest text of a micro-batch; the results are the same."
+        )
     if config.gradient_checkpointing:
         classifier.checkpoint_activations()
     if config.max_length > classifier.max_positions:
-        raise ConfigError(f"--max_length is {config.max_length}; this model has {classifier.max_positions} positions.")
+        raise ConfigError(
+            f"--max_length is {config.max_length}; this model has {classifier.max_positions} positions."
+        )
     return classifier, notes
 
 
@@ -237,7 +315,9 @@ def notes_in(settings: PretrainedConfig) -> dict[str, Any]:
     return dict(getattr(settings, "bertdist", None) or {})
 
 
-def export(model: Classifier, tokenizer: PreTrainedTokenizerBase, folder: Path, notes: dict[str, Any]) -> None:
+def export(
+    model: Classifier, tokenizer: PreTrainedTokenizerBase, folder: Path, notes: dict[str, Any]
+) -> None:
     """Write a plain Hugging Face folder that `pipeline("text-classification")` loads. notes go to config.json under "bertdist"."""
     model.model.config.bertdist = notes
     model.model.save_pretrained(folder)

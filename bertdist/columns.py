@@ -60,7 +60,9 @@ def without(column: pa.Array, kept: npt.NDArray[np.bool_] | None) -> pa.Array:
     return column if kept is None else column.filter(pa.array(kept))
 
 
-def without_labels(values: list[LabelValue], codes: Codes, kept: npt.NDArray[np.bool_] | None) -> tuple[list[LabelValue], Codes]:
+def without_labels(
+    values: list[LabelValue], codes: Codes, kept: npt.NDArray[np.bool_] | None
+) -> tuple[list[LabelValue], Codes]:
     """The kept rows of codes, and the distinct values that are left, in the order in which those rows first show them."""
     if kept is None:
         return values, codes
@@ -84,13 +86,30 @@ def read_texts(column: Raw, name: str, where: Where, problems: Problems | None =
         for row, value in enumerate(column):
             good = type(value) is str and not _broken(value)
             if not good and (problems is None or row not in problems):
-                found = "has a lone surrogate" if type(value) is str else "is null" if value is None else f"holds {repr(value)[:40]}"
+                found = (
+                    "has a lone surrogate"
+                    if type(value) is str
+                    else "is null"
+                    if value is None
+                    else f"holds {repr(value)[:40]}"
+                )
                 _refuse(problems, [row], f"column {name!r} {found}; expected a text", where)
             texts.append(value if good else "")
         return pa.array(texts, pa.large_string())
     if column.null_count:
-        _refuse(problems, np.flatnonzero(column.is_null()).tolist(), f"column {name!r} is null; expected a text", where)
-        column = column if pa.types.is_null(column.type) else column.fill_null("") if pa.types.is_large_string(column.type) else column
+        _refuse(
+            problems,
+            np.flatnonzero(column.is_null()).tolist(),
+            f"column {name!r} is null; expected a text",
+            where,
+        )
+        column = (
+            column
+            if pa.types.is_null(column.type)
+            else column.fill_null("")
+            if pa.types.is_large_string(column.type)
+            else column
+        )
     if not pa.types.is_large_string(column.type):
         raise DataError(f"{where(0)}: column {name!r} is of type {column.type}; expected text.")
     return column
@@ -115,7 +134,9 @@ def read_labels(
     alive = _alive(codes, len(distinct), problems)
     values: list[Any] = [None] * len(distinct)
     wrong: dict[int, str] = {}
-    first: Any = None if above is None else (list(above) if isinstance(above, tuple) else above, above)
+    first: Any = (
+        None if above is None else (list(above) if isinstance(above, tuple) else above, above)
+    )
     for index in alive:
         raw = distinct[index]
         try:
@@ -124,7 +145,9 @@ def read_labels(
             first = first or (raw, value)
             if _family(value) != _family(first[1]):
                 found = f"label {repr(raw)[:60]} is of type {type(raw).__name__}"
-                raise ValueError(f"{found}, the labels above it are of type {type(first[0]).__name__}")
+                raise ValueError(
+                    f"{found}, the labels above it are of type {type(first[0]).__name__}"
+                )
         except ValueError as error:
             _refuse_values(problems, wrong, codes, index, f"{error} (column {name!r})", where)
         else:
@@ -145,23 +168,32 @@ def read_labels(
     return kind, list(places), _mark(merged[codes], codes, wrong, problems)
 
 
-def read_label_columns(columns: dict[str, Raw], where: Where, problems: Problems | None = None) -> tuple[list[LabelValue], Codes]:
+def read_label_columns(
+    columns: dict[str, Raw], where: Where, problems: Problems | None = None
+) -> tuple[list[LabelValue], Codes]:
     """The labels of several 0/1 columns: every label is the tuple of the names whose column has a 1."""
     names = list(columns)
     bits = np.zeros((len(columns[names[0]]), len(names)), np.uint8)  # (rows, labels)
     for at, (name, column) in enumerate(columns.items()):
         distinct, codes = _encode(column)
         wrong: dict[int, str] = {}
-        found = [_BITS.get(value.strip().lower() if isinstance(value, str) else _number(value)) for value in distinct]
+        found = [
+            _BITS.get(value.strip().lower() if isinstance(value, str) else _number(value))
+            for value in distinct
+        ]
         for index in _alive(codes, len(distinct), problems):
             if found[index] is None:
                 reason = f"column {name!r} holds {repr(distinct[index])[:60]}; expected 0 or 1"
                 _refuse_values(problems, wrong, codes, index, reason, where)
         bits[:, at] = np.array([bit or 0 for bit in found], np.uint8)[codes]
         _mark(codes, codes, wrong, problems)
-    _, first, inverse = np.unique(np.packbits(bits, axis=1), axis=0, return_index=True, return_inverse=True)
+    _, first, inverse = np.unique(
+        np.packbits(bits, axis=1), axis=0, return_index=True, return_inverse=True
+    )
     order = np.argsort(first)
-    return [tuple(compress(names, bits[first[at]])) for at in order], np.argsort(order).astype(np.int32)[inverse.reshape(-1)]
+    return [tuple(compress(names, bits[first[at]])) for at in order], np.argsort(order).astype(
+        np.int32
+    )[inverse.reshape(-1)]
 
 
 def _kind_of(values: list[Any]) -> LabelKind:
@@ -180,7 +212,14 @@ def _refuse(problems: Problems | None, rows: list[int], reason: str, where: Wher
         problems.setdefault(row, reason)
 
 
-def _refuse_values(problems: Problems | None, wrong: dict[int, str], codes: Codes, index: int, reason: str, where: Where) -> None:
+def _refuse_values(
+    problems: Problems | None,
+    wrong: dict[int, str],
+    codes: Codes,
+    index: int,
+    reason: str,
+    where: Where,
+) -> None:
     """The same for all rows with distinct value `index`, once `_mark` is called."""
     if problems is None:
         raise DataError(f"{where(int(np.argmax(codes == index)))}: {reason}.") from None
@@ -211,7 +250,11 @@ def _alive(codes: Codes, num_values: int, problems: Problems | None) -> list[int
 
 def _encode(column: Raw) -> tuple[list[Any], Codes]:
     """Distinct values in first-seen order, None among them, and (rows,) codes."""
-    if isinstance(column, pa.Array) and not pa.types.is_nested(column.type) and not pa.types.is_null(column.type):
+    if (
+        isinstance(column, pa.Array)
+        and not pa.types.is_nested(column.type)
+        and not pa.types.is_null(column.type)
+    ):
         encoded = column.dictionary_encode("encode")
         return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int32)
     rows = column if isinstance(column, list) else column.to_pylist()
@@ -231,7 +274,11 @@ def _like(value: LabelValue, above: LabelValue) -> LabelValue:
     """Whole numbers and texts that are some are one kind, as in `joined`: as the labels above have them, as far as nothing is lost."""
     if type(value) is int and isinstance(above, str) and _WHOLE.fullmatch(above):
         return str(value)
-    return int(value) if isinstance(value, str) and type(above) is int and _WHOLE.fullmatch(value) else value
+    return (
+        int(value)
+        if isinstance(value, str) and type(above) is int and _WHOLE.fullmatch(value)
+        else value
+    )
 
 
 def _number(value: Any) -> Any:
@@ -243,15 +290,23 @@ def _text_of(value: Any) -> LabelValue:
     return found
 
 
-def _label(raw: Any, delimiter: str | None, class_names: tuple[str, ...] | None) -> str | int | float | bool | tuple[str, ...]:
+def _label(
+    raw: Any, delimiter: str | None, class_names: tuple[str, ...] | None
+) -> str | int | float | bool | tuple[str, ...]:
     """One raw value as a label; ValueError says what is wrong with it."""
     if raw is None or (isinstance(raw, str) and delimiter is None and not raw.strip()):
         raise ValueError("label is missing, expected one in every row")
     if class_names is not None:
-        raw = [_class_name(item, class_names) for item in raw] if isinstance(raw, list) else _class_name(raw, class_names)
+        raw = (
+            [_class_name(item, class_names) for item in raw]
+            if isinstance(raw, list)
+            else _class_name(raw, class_names)
+        )
     if delimiter is not None:
         if not isinstance(raw, str):
-            raise ValueError(f"label {repr(raw)[:60]} is not text, and --label_delimiter splits text")
+            raise ValueError(
+                f"label {repr(raw)[:60]} is not text, and --label_delimiter splits text"
+            )
         raw = [part.strip() for part in raw.split(delimiter)] if raw.strip() else []
     if isinstance(raw, list):
         return _label_set(raw)
@@ -260,7 +315,9 @@ def _label(raw: Any, delimiter: str | None, class_names: tuple[str, ...] | None)
     if isinstance(raw, str) and _broken(raw):
         raise ValueError(f"label {raw!a} has a lone surrogate")
     if not isinstance(raw, bool | int | float | str):
-        raise ValueError(f"label is a {type(raw).__name__}; expected text, a number or a list of labels")
+        raise ValueError(
+            f"label is a {type(raw).__name__}; expected text, a number or a list of labels"
+        )
     return raw
 
 

@@ -29,7 +29,13 @@ def read_config(words: Sequence[str]) -> TrainConfig:
     """
     sections = [ModelConfig, DataConfig, TaskConfig, BatchConfig, OptimConfig, RunConfig]
     config = TrainConfig(
-        **dict(zip(("model", "data", "task", "batch", "optim", "run"), read_words("train.py", sections, words), strict=True))
+        **dict(
+            zip(
+                ("model", "data", "task", "batch", "optim", "run"),
+                read_words("train.py", sections, words),
+                strict=True,
+            )
+        )
     )
     if problems := list(problems_of(config)):
         raise ConfigError("\n".join(problems))
@@ -48,8 +54,12 @@ def read_predict_config(words: Sequence[str]) -> PredictConfig:
     if config.output is not None and config.input is None:
         problems.append("--output goes with --input; answers to --text are printed.")
     if config.text_pair is not None and len(config.text_pair) != len(config.text or []):
-        problems.append(f"--text_pair has {len(config.text_pair)} texts and --text has {len(config.text or [])}; they go together.")
-    problems += _out_of_range(config, {"tokens_per_micro_batch": (1, None), "max_length": (3, None)})
+        problems.append(
+            f"--text_pair has {len(config.text_pair)} texts and --text has {len(config.text or [])}; they go together."
+        )
+    problems += _out_of_range(
+        config, {"tokens_per_micro_batch": (1, None), "max_length": (3, None)}
+    )
     if problems:
         raise ConfigError("\n".join(problems))
     return config
@@ -58,14 +68,18 @@ def read_predict_config(words: Sequence[str]) -> PredictConfig:
 def _out_of_range(section: Any, bounds: dict[str, tuple[float, float | None]]) -> Iterable[str]:
     for name, (low, high) in bounds.items():
         value = getattr(section, name)
-        if value is not None and not (low <= value <= (sys.float_info.max if high is None else high)):
+        if value is not None and not (
+            low <= value <= (sys.float_info.max if high is None else high)
+        ):
             expected = f"at least {low}" if high is None else f"from {low} to {high}"
             yield f"--{name} is {value}; expected {expected}."
 
 
 def data_problems(data: DataConfig) -> Iterable[str]:
     """What is wrong with the words that name the rows, one line each."""
-    sources = [f"--{name}" for name in ("train_file", "dataset_name", "task_name") if getattr(data, name)]
+    sources = [
+        f"--{name}" for name in ("train_file", "dataset_name", "task_name") if getattr(data, name)
+    ]
     if not sources:
         yield "No training rows: give --train_file, or --dataset_name, or --task_name."
     if "--train_file" in sources and len(sources) > 1:
@@ -77,7 +91,10 @@ def data_problems(data: DataConfig) -> Iterable[str]:
         yield f"--label_columns repeats a name: {' '.join(data.label_columns)}."
     if data.label_columns and (data.label_column or data.label_delimiter):
         yield "--label_columns stands instead of --label_column and --label_delimiter."
-    yield from _out_of_range(data, {"max_train_samples": (1, None), "max_eval_samples": (1, None), "max_bad_rows": (0, None)})
+    yield from _out_of_range(
+        data,
+        {"max_train_samples": (1, None), "max_eval_samples": (1, None), "max_bad_rows": (0, None)},
+    )
     if data.max_bad_rows != DataConfig.max_bad_rows and data.on_bad_row == "fail":
         yield "--max_bad_rows goes with --on_bad_row skip."
 
@@ -93,20 +110,48 @@ def problems_of(config: TrainConfig) -> Iterable[str]:
     yield from _out_of_range(config.model, {"max_length": (3, None), "dropout": (0, 1)})
     yield from _out_of_range(task, {"label_smoothing_factor": (0, 1)})
     yield from _out_of_range(
-        config.batch, {"train_batch_size": (1, None), "tokens_per_micro_batch": (1, None), "dataloader_num_workers": (0, None)}
+        config.batch,
+        {
+            "train_batch_size": (1, None),
+            "tokens_per_micro_batch": (1, None),
+            "dataloader_num_workers": (0, None),
+        },
     )
     yield from _out_of_range(
         optim,
-        {"learning_rate": (0, None), "weight_decay": (0, None), "adam_beta1": (0, 1), "adam_beta2": (0, 1), "adam_epsilon": (0, None)},
+        {
+            "learning_rate": (0, None),
+            "weight_decay": (0, None),
+            "adam_beta1": (0, 1),
+            "adam_beta2": (0, 1),
+            "adam_epsilon": (0, None),
+        },
     )
     yield from _out_of_range(
-        optim, {"max_grad_norm": (0, None), "warmup_ratio": (0, 1), "warmup_steps": (0, None), "layerwise_lr_decay": (0, 1)}
+        optim,
+        {
+            "max_grad_norm": (0, None),
+            "warmup_ratio": (0, 1),
+            "warmup_steps": (0, None),
+            "layerwise_lr_decay": (0, 1),
+        },
     )
     yield from _out_of_range(
-        run, {"seed": (0, 2**32 - 1), "num_train_epochs": (0, None), "max_train_steps": (1, None), "save_total_limit": (2, None)}
+        run,
+        {
+            "seed": (0, 2**32 - 1),
+            "num_train_epochs": (0, None),
+            "max_train_steps": (1, None),
+            "save_total_limit": (2, None),
+        },
     )
     yield from _out_of_range(
-        run, {"early_stopping_patience": (1, None), "early_stopping_threshold": (0, None), "stop_before_time_limit": (0, None)}
+        run,
+        {
+            "early_stopping_patience": (1, None),
+            "early_stopping_threshold": (0, None),
+            "stop_before_time_limit": (0, None),
+        },
     )
     yield from _out_of_range(run, {"rank_timeout": (1, None)})
     yield from _out_of_range(run, {"max_nan_steps": (0, None)})
@@ -131,15 +176,24 @@ def problems_of(config: TrainConfig) -> Iterable[str]:
     yield from _idle(config)
     if run.early_stopping_patience and run.eval_every.strip() == "never":
         yield "--early_stopping_patience needs evaluations, and --eval_every is 'never'."
-    if task.class_weights and task.class_weights != ["balanced"] and not all(_is_weight(word) for word in task.class_weights):
+    if (
+        task.class_weights
+        and task.class_weights != ["balanced"]
+        and not all(_is_weight(word) for word in task.class_weights)
+    ):
         yield f"--class_weights is {' '.join(task.class_weights)!r}; expected 'balanced' or one number of at least 0 a label."
 
 
 def _stream_problems(data: DataConfig) -> Iterable[str]:
     yield from _out_of_range(data, {"stream_window": (1, None)})
     if not data.streaming:
-        given = {name: getattr(data, name) != getattr(DataConfig, name) for name in ("stream_window", "stream_split")}
-        yield from (f"--{name} goes with --streaming." for name, is_given in given.items() if is_given)
+        given = {
+            name: getattr(data, name) != getattr(DataConfig, name)
+            for name in ("stream_window", "stream_split")
+        }
+        yield from (
+            f"--{name} goes with --streaming." for name, is_given in given.items() if is_given
+        )
     if data.stream_split == "files" and data.max_train_samples:
         yield "--max_train_samples takes the first rows of all, and with --stream_split files each rank has other files: leave one out."
     if data.train_weights is None:
@@ -165,10 +219,21 @@ def _idle(config: TrainConfig) -> Iterable[str]:
         "eval_every": run.eval_every != RunConfig.eval_every,
     }
     if data.train_file and not data.validation_file:
-        yield from (f"--{name} needs rows to score: give --validation_file." for name, value in given.items() if value)
-    hub = {name: getattr(data, name) != getattr(DataConfig, name) for name in ("dataset_config_name", "train_split", "validation_split")}
+        yield from (
+            f"--{name} needs rows to score: give --validation_file."
+            for name, value in given.items()
+            if value
+        )
+    hub = {
+        name: getattr(data, name) != getattr(DataConfig, name)
+        for name in ("dataset_config_name", "train_split", "validation_split")
+    }
     if data.train_file:
-        yield from (f"--{name} is for data of the hub, and --train_file is a file." for name, value in hub.items() if value)
+        yield from (
+            f"--{name} is for data of the hub, and --train_file is a file."
+            for name, value in hub.items()
+            if value
+        )
     if run.early_stopping_threshold and not run.early_stopping_patience:
         yield "--early_stopping_threshold goes with --early_stopping_patience."
 

@@ -33,12 +33,16 @@ from bertdist.embedding import clear_gradients
 from bertdist.encoding import Example
 from bertdist.families import FAMILIES, Attend, Rest
 
-TOKENS = 512  # of the batch that is compiled on: about a small step's, and few enough for any device
+TOKENS = (
+    512  # of the batch that is compiled on: about a small step's, and few enough for any device
+)
 LONGEST = 64  # of its texts
 Backend = str | Callable[..., Any]
 
 
-def compile_layers(classifier: Classifier, accelerator: Accelerator, backend: Backend = "inductor") -> str:
+def compile_layers(
+    classifier: Classifier, accelerator: Accelerator, backend: Backend = "inductor"
+) -> str:
     """Compile the layers of a classifier, prepared and in training mode, in place; the line to say about it. Every rank calls it.
 
     backend: torch.compile's. Never raises: what cannot be compiled runs as it is. What was compiled before in this process is forgotten.
@@ -61,8 +65,12 @@ def compile_layers(classifier: Classifier, accelerator: Accelerator, backend: Ba
                     _put_in(layer, family.attend, family.rest, compiled)
                 _try_out(classifier, accelerator.device)
         except Exception as error:
-            said = str(error).partition("\n\nSet TORCH")[0]  # advice on how to read the compiler's own log
-            trouble = textwrap.shorten(f"{type(error).__name__}: {said or 'no message'}", 300, placeholder=" ...")
+            said = str(error).partition("\n\nSet TORCH")[
+                0
+            ]  # advice on how to read the compiler's own log
+            trouble = textwrap.shorten(
+                f"{type(error).__name__}: {said or 'no message'}", 300, placeholder=" ..."
+            )
     troubles = [trouble] if accelerator.num_processes == 1 else gather_object([trouble])
     found = {rank: each for rank, each in enumerate(troubles) if each is not None}
     if not found:
@@ -80,13 +88,19 @@ def _compiled(rest: Rest, backend: Backend) -> Rest:
 
     torch.compiler.reset()
     torch.compiler.set_stance("default")
-    torch._inductor.config.compile_threads = 1  # no pool of processes that outlives a signal: there are only a few kernels
-    options: Any = {"fallback_random": True} if backend == "inductor" else None  # torch's own random numbers, not inductor's
+    torch._inductor.config.compile_threads = (
+        1  # no pool of processes that outlives a signal: there are only a few kernels
+    )
+    options: Any = (
+        {"fallback_random": True} if backend == "inductor" else None
+    )  # torch's own random numbers, not inductor's
     quick = torch.compile(rest, backend=backend, options=options)
 
     def compiled(layer: Any, context: Tensor, asking: Tensor) -> Tensor:
         for x in (context, asking):
-            torch._dynamo.mark_dynamic(x, 1)  # T, and nothing else; also where it happens to be as many as the hidden size
+            torch._dynamo.mark_dynamic(
+                x, 1
+            )  # T, and nothing else; also where it happens to be as many as the hidden size
         out: Tensor = quick(layer, context, asking)
         return out
 
@@ -96,7 +110,9 @@ def _compiled(rest: Rest, backend: Backend) -> Rest:
 def _put_in(layer: Any, attend: Attend, rest: Rest, compiled: Rest) -> None:
     def forward(hidden_states: Tensor, *args: Any, packing: Packing, **kwargs: Any) -> Tensor:
         context = attend(layer, hidden_states, hidden_states, packing, **kwargs)
-        return (compiled if layer.training and torch.is_grad_enabled() else rest)(layer, context, hidden_states)
+        return (compiled if layer.training and torch.is_grad_enabled() else rest)(
+            layer, context, hidden_states
+        )
 
     layer.forward = forward
 
@@ -113,5 +129,8 @@ def _try_out(classifier: Classifier, device: torch.device) -> None:
 
 
 def _backward(classifier: Classifier, lengths: list[int], device: torch.device) -> None:
-    examples = [Example(row=-1, ids=[0] * length, segments=[0] * length, target=0, weight=0.0) for length in lengths]
+    examples = [
+        Example(row=-1, ids=[0] * length, segments=[0] * length, target=0, weight=0.0)
+        for length in lengths
+    ]
     classifier(collate(examples).to(device)).sum().backward()

@@ -14,7 +14,14 @@ from typing import Any, TypeAlias
 
 from rich.box import HORIZONTALS
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -50,10 +57,17 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close_progress()
         if error is not None and self._running_since is not None:
-            with suppress(CheckpointError):  # where the disk is full or gone, that is what ended the run, and it is being told
+            with suppress(
+                CheckpointError
+            ):  # where the disk is full or gone, that is what ended the run, and it is being told
                 self.status("failed", self._running_since, str(error) or type(error).__name__)
 
     def say(self, *lines: str) -> None:
@@ -89,7 +103,11 @@ class RunLog:
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl and show it."""
         self.write(kind, step, **values)
-        shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items() if not isinstance(value, list | dict))
+        shown = "  ".join(
+            f"{name} {_short(value)}"
+            for name, value in values.items()
+            if not isinstance(value, list | dict)
+        )
         if self._bar is not None and kind == "train":
             self._note = f"loss {_short(values.get('loss'))}  {_short(values.get('tokens_per_second'))} tokens/s"
             self._bar.update(self._task, note=self._note)
@@ -115,7 +133,9 @@ class RunLog:
         for line in path.read_bytes().split(b"\n"):
             try:
                 found = json.loads(line)
-                again = found["step"] > step or (owed and found["step"] == step and found["kind"] in ("eval", "meter"))
+                again = found["step"] > step or (
+                    owed and found["step"] == step and found["kind"] in ("eval", "meter")
+                )
                 if not again and found.get("finished") is not False:
                     kept.append(line + b"\n")
             except (ValueError, KeyError, TypeError):
@@ -126,13 +146,23 @@ class RunLog:
         """status.json: what a script that started the run wants to know. state: running, finished, preempted or failed."""
         self._running_since = step if state == "running" else None
         if self.enabled:
-            write_whole(self.folder / "status.json", json.dumps({"state": state, "step": step, "reason": reason}).encode() + b"\n")
+            write_whole(
+                self.folder / "status.json",
+                json.dumps({"state": state, "step": step, "reason": reason}).encode() + b"\n",
+            )
 
     def open_progress(self, done: int, total: int) -> None:
         """Begin the progress bar, on terminals only."""
         if self.enabled and self.console.is_terminal:
-            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-            self._bar = Progress(TextColumn("step"), BarColumn(), MofNCompleteColumn(), *times, console=self.console)
+            times = (
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self._bar = Progress(
+                TextColumn("step"), BarColumn(), MofNCompleteColumn(), *times, console=self.console
+            )
             self._task = self._bar.add_task("", total=total, completed=done, note=self._note)
             self._bar.start()
 
@@ -150,7 +180,11 @@ class RunLog:
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Show a table; numbers with four digits."""
         if self.enabled:
-            table = Table(*(Column(_plain(name)) for name in header), title=_plain(title), title_justify="left")
+            table = Table(
+                *(Column(_plain(name)) for name in header),
+                title=_plain(title),
+                title_justify="left",
+            )
             for row in rows:
                 table.add_row(*(_plain(_short(value)) for value in row))
             self.console.print(table)
@@ -185,9 +219,16 @@ class _told:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if isinstance(error, OSError):
-            raise CheckpointError(f"Cannot write {self.place}: {error.strerror or error}.") from None
+            raise CheckpointError(
+                f"Cannot write {self.place}: {error.strerror or error}."
+            ) from None
 
 
 def complain(error: BertdistError) -> None:
@@ -209,16 +250,37 @@ def show(*lines: str) -> None:
         console.print(_plain(line))
 
 
-def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Cell]], right: Collection[int] = (), lines: bool = False) -> None:
+def show_table(
+    title: str,
+    header: Sequence[str],
+    rows: Iterable[Sequence[Cell]],
+    right: Collection[int] = (),
+    lines: bool = False,
+) -> None:
     """Print a table to standard output. right: columns that are aligned to the right; lines: a rule between rows.
 
     A cell is text, or parts of text with a rich style each.
     """
-    columns = [Column(_plain(name), justify="right" if at in right else "left", overflow="fold") for at, name in enumerate(header)]
-    table = Table(*columns, title=_plain(title), title_justify="left", box=HORIZONTALS, show_lines=lines, pad_edge=False)
+    columns = [
+        Column(_plain(name), justify="right" if at in right else "left", overflow="fold")
+        for at, name in enumerate(header)
+    ]
+    table = Table(
+        *columns,
+        title=_plain(title),
+        title_justify="left",
+        box=HORIZONTALS,
+        show_lines=lines,
+        pad_edge=False,
+    )
     for row in rows:
         cells = [[(cell, "")] if isinstance(cell, str) else cell for cell in row]
-        table.add_row(*(Text.assemble(*((_plain(text).plain, style) for text, style in cell)) for cell in cells))
+        table.add_row(
+            *(
+                Text.assemble(*((_plain(text).plain, style) for text, style in cell))
+                for cell in cells
+            )
+        )
     Console(highlight=False).print(table)
 
 

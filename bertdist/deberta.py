@@ -40,13 +40,17 @@ def prepare(model: Any) -> None:
         texts, table = _Texts(packing, distances, input_ids.device), encoder.get_rel_embedding()
         for i, layer in enumerate(encoder.layer):
             last = i == len(encoder.layer) - 1
-            whole = encoder.conv is not None and i == 0  # the convolution reads what leaves the first layer
+            whole = (
+                encoder.conv is not None and i == 0
+            )  # the convolution reads what leaves the first layer
             asked = x[:, packing.firsts] if last and not whole else None
             x, _ = layer(x, texts, query_states=asked, rel_embeddings=table)
             if whole:
                 x = _convolved(encoder.conv, embedded, x, packing)
                 x = x[:, packing.firsts] if last else x
-        return SequenceClassifierOutput(logits=model.classifier(model.dropout(model.pooler(x.transpose(0, 1)))))
+        return SequenceClassifierOutput(
+            logits=model.classifier(model.dropout(model.pooler(x.transpose(0, 1))))
+        )
 
     model.forward = forward
 
@@ -56,7 +60,11 @@ class _Distances:
 
     def __init__(self, encoder: Any) -> None:
         self._encoder = encoder
-        self._span = encoder.position_buckets if encoder.position_buckets > 0 else encoder.max_relative_positions
+        self._span = (
+            encoder.position_buckets
+            if encoder.position_buckets > 0
+            else encoder.max_relative_positions
+        )
         self._rows = torch.zeros(0, 0, dtype=torch.long)  # (longest so far, longest so far)
         self._ends: list[tuple[int, int]] = []  # lowest and highest row, by length
 
@@ -88,17 +96,34 @@ class _Group:
 
 def _group(packing: Packing, texts: slice, rows: Tensor | None, device: torch.device) -> _Group:
     places, real = (array[texts, : max(packing.lengths[texts])] for array in grid(packing.lengths))
-    there = [torch.from_numpy(array).to(device, non_blocking=True) for array in (places, real, np.flatnonzero(real))]
-    return _Group(texts, there[0], there[1], there[2], None if rows is None else rows[: real.shape[1], : real.shape[1]])
+    there = [
+        torch.from_numpy(array).to(device, non_blocking=True)
+        for array in (places, real, np.flatnonzero(real))
+    ]
+    return _Group(
+        texts,
+        there[0],
+        there[1],
+        there[2],
+        None if rows is None else rows[: real.shape[1], : real.shape[1]],
+    )
 
 
 class _Texts:
     """The groups of a micro-batch. It goes to Hugging Face's layers in the place of the attention mask."""
 
-    def __init__(self, packing: Packing, distances: _Distances | None, device: torch.device) -> None:
+    def __init__(
+        self, packing: Packing, distances: _Distances | None, device: torch.device
+    ) -> None:
         self.packing = packing
-        rows, self.low, self.high = (None, 0, 0) if distances is None else distances.rows(max(packing.lengths), device)
-        buckets = [] if packing.layout is None else [slice(b.first, b.first + len(b.lengths)) for b in packing.layout.buckets]
+        rows, self.low, self.high = (
+            (None, 0, 0) if distances is None else distances.rows(max(packing.lengths), device)
+        )
+        buckets = (
+            []
+            if packing.layout is None
+            else [slice(b.first, b.first + len(b.lengths)) for b in packing.layout.buckets]
+        )
         self.groups = [_group(packing, texts, rows, device) for texts in buckets or [slice(None)]]
 
 
@@ -124,21 +149,34 @@ def _attention(
     query = module.query_proj(hidden_states if query_states is None else query_states)
     key, value = module.key_proj(hidden_states), module.value_proj(hidden_states)
     kinds = module.pos_att_type
-    scale = torch.tensor(float(query.shape[-1] // heads * (1 + ("c2p" in kinds) + ("p2c" in kinds)))).sqrt().item()  # float32, as there
+    scale = (
+        torch.tensor(float(query.shape[-1] // heads * (1 + ("c2p" in kinds) + ("p2c" in kinds))))
+        .sqrt()
+        .item()
+    )  # float32, as there
     query = query / scale
     row_keys = row_queries = None
     if rel_embeddings is not None:
         table = _dropped(rel_embeddings, module, noise)[texts.low : texts.high]
         own = not module.share_att_key
         if "c2p" in kinds:
-            row_keys = _of_heads((module.pos_key_proj if own else module.key_proj)(table)[None], heads)[0]  # (H, R, D)
+            row_keys = _of_heads(
+                (module.pos_key_proj if own else module.key_proj)(table)[None], heads
+            )[0]  # (H, R, D)
         if "p2c" in kinds:
-            row_queries = _of_heads((module.pos_query_proj if own else module.query_proj)(table)[None], heads)[0] / scale
+            row_queries = (
+                _of_heads(
+                    (module.pos_query_proj if own else module.query_proj)(table)[None], heads
+                )[0]
+                / scale
+            )
     drops = _drops(module, texts, query_states is not None)
     parts = []
     for i, group in enumerate(texts.groups):
         k, v = (_of_heads(group.lay_out(x), heads) for x in (key, value))  # (texts, H, longest, D)
-        q = _of_heads(group.lay_out(query) if query_states is None else query[0, group.texts, None], heads)
+        q = _of_heads(
+            group.lay_out(query) if query_states is None else query[0, group.texts, None], heads
+        )
         scores = q @ k.mT  # (texts, H, queries, longest)
         if row_keys is not None and group.rows is not None:
             rows = group.rows[: q.shape[2]].expand(*scores.shape)
@@ -147,7 +185,9 @@ def _attention(
             rows = group.rows[: q.shape[2]].mT.expand(*scores.mT.shape)
             scores = scores + _with_rows(k, row_queries).gather(-1, rows).mT
         scores = scores.masked_fill(~group.real[:, None, None], torch.finfo(scores.dtype).min)
-        out = (drops(i, scores.softmax(-1)) @ v).transpose(1, 2).flatten(2).flatten(0, 1)  # (texts x queries, hidden)
+        out = (
+            (drops(i, scores.softmax(-1)) @ v).transpose(1, 2).flatten(2).flatten(0, 1)
+        )  # (texts x queries, hidden)
         parts.append(out if query_states is not None else out.index_select(0, group.cells))
     return torch.cat(parts)[None], None
 
@@ -168,7 +208,9 @@ def _dropped(table: Tensor, module: Any, noise: Noise | None) -> Tensor:
     p = module.pos_dropout.p
     if noise is None or not module.training or not p:
         return F.dropout(table, p, module.training)
-    return table * torch.mul(noise.keep_common(table.numel(), p).view_as(table), table.new_tensor(scale_of(p)))
+    return table * torch.mul(
+        noise.keep_common(table.numel(), p).view_as(table), table.new_tensor(scale_of(p))
+    )
 
 
 def _drops(module: Any, texts: _Texts, first_only: bool) -> Callable[[int, Tensor], Tensor]:
@@ -179,7 +221,9 @@ def _drops(module: Any, texts: _Texts, first_only: bool) -> Callable[[int, Tenso
     keeps = packing.layout.keeps(packing.noise, p, first_only)
 
     def drop(i: int, weights: Tensor) -> Tensor:
-        keep = keeps[i].unflatten(0, weights.shape[:2])[:, :, : weights.shape[2], : weights.shape[3]]  # a bucket may be longer
+        keep = keeps[i].unflatten(0, weights.shape[:2])[
+            :, :, : weights.shape[2], : weights.shape[3]
+        ]  # a bucket may be longer
         return weights * torch.mul(keep, weights.new_tensor(scale_of(p)))
 
     return drop

@@ -12,7 +12,15 @@ from typing import Literal
 from transformers.hf_argparser import HfArg
 
 from bertdist.command_line import problems_of
-from bertdist.config import BatchConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TaskConfig, TrainConfig
+from bertdist.config import (
+    BatchConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TaskConfig,
+    TrainConfig,
+)
 from bertdist.errors import ConfigError
 from bertdist.words import read_words
 
@@ -21,12 +29,30 @@ from bertdist.words import read_words
 class DoubtsConfig:
     _argument_group_name = "doubts about labels"
 
-    model: str | None = HfArg(default=None, help="Folder of a trained classifier, such as out/best, that judges the labels of the rows. It should not have learned these rows; for rows that it has learned there is --folds.")
-    folds: int | None = HfArg(default=None, help="Cut the rows into so many folds and judge each by a model that was trained on the others, with the flags of training. Runs go to --output_dir/folds.")
-    rank_by: Literal["self_confidence", "normalized_margin", "confidence_weighted_entropy", "confident_learning"] | None = HfArg(
-        default=None, help="What orders the rows: cleanlab's score of this name, or confident_learning: first all rows that are likely to be wrong. None takes self_confidence."
+    model: str | None = HfArg(
+        default=None,
+        help="Folder of a trained classifier, such as out/best, that judges the labels of the rows. It should not have learned these rows; for rows that it has learned there is --folds.",
     )
-    output: str | None = HfArg(default=None, help="Where to write one JSON line a row, the most doubted first; None shows the table only.")
+    folds: int | None = HfArg(
+        default=None,
+        help="Cut the rows into so many folds and judge each by a model that was trained on the others, with the flags of training. Runs go to --output_dir/folds.",
+    )
+    rank_by: (
+        Literal[
+            "self_confidence",
+            "normalized_margin",
+            "confidence_weighted_entropy",
+            "confident_learning",
+        ]
+        | None
+    ) = HfArg(
+        default=None,
+        help="What orders the rows: cleanlab's score of this name, or confident_learning: first all rows that are likely to be wrong. None takes self_confidence.",
+    )
+    output: str | None = HfArg(
+        default=None,
+        help="Where to write one JSON line a row, the most doubted first; None shows the table only.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +75,19 @@ def read_doubts_config(words: Sequence[str]) -> Doubting:
 
     Raises ConfigError with one line a problem.
     """
-    sections = [DoubtsConfig, ModelConfig, DataConfig, TaskConfig, BatchConfig, OptimConfig, RunConfig]
+    sections = [
+        DoubtsConfig,
+        ModelConfig,
+        DataConfig,
+        TaskConfig,
+        BatchConfig,
+        OptimConfig,
+        RunConfig,
+    ]
     doubts, *rest = read_words("python -m bertdist.check", sections, words)
-    train = TrainConfig(**dict(zip(("model", "data", "task", "batch", "optim", "run"), rest, strict=True)))
+    train = TrainConfig(
+        **dict(zip(("model", "data", "task", "batch", "optim", "run"), rest, strict=True))
+    )
     found = Doubting(doubts=doubts, train=train)
     if problems := list(_problems(found)):
         raise ConfigError("\n".join(problems))
@@ -72,9 +108,16 @@ def _problems(config: Doubting) -> Iterable[str]:
         if not (train.data.train_file or train.data.dataset_name or train.data.task_name):
             yield "No rows to judge: give --train_file, or --dataset_name, or --task_name."
         for section in (train.model, train.data, train.task, train.batch, train.optim, train.run):
-            given = {field.name for field in dataclasses.fields(section) if getattr(section, field.name) != field.default}
+            given = {
+                field.name
+                for field in dataclasses.fields(section)
+                if getattr(section, field.name) != field.default
+            }
             idle = given & _SCORING if section is train.data else given - _JUDGING
-            yield from (f"--{name} is for training; --model takes a model as it is, and judges the training rows." for name in sorted(idle))
+            yield from (
+                f"--{name} is for training; --model takes a model as it is, and judges the training rows."
+                for name in sorted(idle)
+            )
     for name in _PER_STEP:
         if getattr(train.data, name) != getattr(DataConfig, name):
             yield f"--{name} cannot take effect: all rows are held in memory and judged once; remove it."

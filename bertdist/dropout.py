@@ -25,14 +25,18 @@ from torch import Tensor, nn
 
 _LEVELS = 1 << 16
 _seed_of_step: tuple[int, int] = (0, 0)
-_in_hand: "Noise | None" = None  # of the micro-batch that is computed now, for layers that are compiled
+_in_hand: "Noise | None" = (
+    None  # of the micro-batch that is computed now, for layers that are compiled
+)
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
     """Dropout of the steps to come is a function of this seed, this step and the rows (CPU) or the rank (elsewhere)."""
     global _seed_of_step
     _seed_of_step = seed, step
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
+    torch.manual_seed(
+        int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+    )
 
 
 class Noise:
@@ -46,12 +50,17 @@ class Noise:
 
     def keep(self, sizes: Sequence[int], p: float) -> Tensor:
         """(sum of sizes,) bool, False with probability p: the next `sizes[i]` elements of each text i, texts end to end."""
-        bits = [g.random_raw(-(-size // 4)).view(np.uint16)[:size] for g, size in zip(self._generators, sizes, strict=True)]
+        bits = [
+            g.random_raw(-(-size // 4)).view(np.uint16)[:size]
+            for g, size in zip(self._generators, sizes, strict=True)
+        ]
         return torch.from_numpy(np.concatenate(bits) >= _dropped(p))
 
     def keep_common(self, size: int, p: float) -> Tensor:
         """(size,) bool for what is of no text, like a table of relative positions: the same in every micro-batch of a step."""
-        return torch.from_numpy(self._common.random_raw(-(-size // 4)).view(np.uint16)[:size] >= _dropped(p))
+        return torch.from_numpy(
+            self._common.random_raw(-(-size // 4)).view(np.uint16)[:size] >= _dropped(p)
+        )
 
     def replayed(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For activation checkpointing: the second context draws again what the first one drew."""
@@ -86,7 +95,9 @@ def hold(noise: Noise | None) -> None:
 
 
 # An operator that the compiler cannot look into. The tag: it may not be left out, made once for two, or made again in the backward.
-@torch.library.custom_op("bertdist::keep", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+@torch.library.custom_op(
+    "bertdist::keep", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
 def _keep(x: Tensor, p: float) -> Tensor:
     assert _in_hand is not None, "compiled layers are for training"
     return _mask(_in_hand, x.shape, p)
@@ -137,7 +148,9 @@ def _mask(noise: Noise, shape: torch.Size, p: float) -> Tensor:
         keep = noise.keep([length * shape[-1] for length in lengths], p).view(-1, shape[-1])
         return nn.utils.rnn.pad_sequence(keep.split(list(lengths)), batch_first=True)
     if shape[0] == texts and shape[2:] == (longest, longest):
-        parts = noise.keep([shape[1] * length**2 for length in lengths], p).split([shape[1] * length**2 for length in lengths])
+        parts = noise.keep([shape[1] * length**2 for length in lengths], p).split(
+            [shape[1] * length**2 for length in lengths]
+        )
         keep = torch.ones(shape, dtype=torch.bool)
         for text, part, length in zip(keep, parts, lengths, strict=True):
             text[:, :length, :length] = part.view(-1, length, length)

@@ -63,17 +63,24 @@ def dry_run(config: TrainConfig) -> int:
     settings = load_settings(config.model)
     tokenizer = load_tokenizer(config.model)
     found = check_data(
-        config.data, tokenizer=tokenizer, max_length=config.model.max_length, problem_type=config.task.problem_type, num_examples=1
+        config.data,
+        tokenizer=tokenizer,
+        max_length=config.model.max_length,
+        problem_type=config.task.problem_type,
+        num_examples=1,
     )
     for finding in found.findings:
         share = f" ({percent(finding.share)})" if finding.share is not None else ""
         place = next((found.where[example.split, example.row] for example in finding.examples), "")
         unit = finding.unit.removesuffix("s") if finding.count == 1 else finding.unit
-        show(f"{finding.severity}: {finding.split}: {finding.title}: {finding.count:,} {unit}{share}{', ' * bool(place)}{place}")
+        show(
+            f"{finding.severity}: {finding.split}: {finding.title}: {finding.count:,} {unit}{share}{', ' * bool(place)}{place}"
+        )
     show(*found.notes)
     number = counts(found.findings)
     show(
-        ", ".join(f"{count} {severity}{'s' * (count != 1)}" for severity, count in number.items()) + "; python -m bertdist.check says more."
+        ", ".join(f"{count} {severity}{'s' * (count != 1)}" for severity, count in number.items())
+        + "; python -m bertdist.check says more."
     )
     task = task_of_rows(config.task, labels_in(found.splits["train"]), labels_of(settings))
     for records in found.splits.values():
@@ -89,18 +96,41 @@ def _show_plan(config: TrainConfig, found: Inspection, task: Task, world: int) -
     per_epoch = -(-len(train) // size)
     total = config.run.max_train_steps or max(1, math.ceil(config.run.num_train_epochs * per_epoch))
     about = "" if lengths.rows == len(train) else "about "
-    show(f"Task: {task.problem_type}, {len(task.labels)} output{'s' * (len(task.labels) != 1)}: {', '.join(task.labels[:10])}.")
-    show(f"{per_epoch:,} steps an epoch of {size} rows, {total:,} steps in all, {total * size / len(train):.4g} epochs.")
+    show(
+        f"Task: {task.problem_type}, {len(task.labels)} output{'s' * (len(task.labels) != 1)}: {', '.join(task.labels[:10])}."
+    )
+    show(
+        f"{per_epoch:,} steps an epoch of {size} rows, {total:,} steps in all, {total * size / len(train):.4g} epochs."
+    )
     a_row = lengths.kept / len(train)
-    show(f"An epoch has {about}{lengths.kept:,} real tokens, {a_row:.1f} a row; {lengths.truncated:.1%} of the rows are truncated.")
+    show(
+        f"An epoch has {about}{lengths.kept:,} real tokens, {a_row:.1f} a row; {lengths.truncated:.1%} of the rows are truncated."
+    )
     together = padded_together(np.minimum(lengths.counted, limit), size, config.run.seed)
-    show(f"No padding is computed: padded to {limit} {limit / a_row:.1f} times as many, to the longest of a step {together:.2f} times.")
+    show(
+        f"No padding is computed: padded to {limit} {limit / a_row:.1f} times as many, to the longest of a step {together:.2f} times."
+    )
     rows = []
     for ranks in dict.fromkeys((world, OTHER_WORLD)):
-        fullest, idle = balance(train.lengths(), np.minimum(lengths.counted, limit), size, ranks, config.run.seed)
+        fullest, idle = balance(
+            train.lengths(), np.minimum(lengths.counted, limit), size, ranks, config.run.seed
+        )
         name = f"{ranks} (now)" if ranks == world else f"{ranks}"
-        rows.append([name, f"{size / ranks:.4g}", f"{size * a_row / ranks:,.0f}", f"{fullest:.3f}", f"{idle:.0%}"])
-    show_table("What a rank gets in a step", ["ranks", "rows", "tokens", "fullest / mean", "idle"], rows, right=range(5))
+        rows.append(
+            [
+                name,
+                f"{size / ranks:.4g}",
+                f"{size * a_row / ranks:,.0f}",
+                f"{fullest:.3f}",
+                f"{idle:.0%}",
+            ]
+        )
+    show_table(
+        "What a rank gets in a step",
+        ["ranks", "rows", "tokens", "fullest / mean", "idle"],
+        rows,
+        right=range(5),
+    )
 
 
 def padded_together(lengths: Array, size: int, seed: int) -> float:
@@ -112,7 +142,9 @@ def padded_together(lengths: Array, size: int, seed: int) -> float:
     return float((longest * rows).sum() / lengths.sum())
 
 
-def balance(lengths_in_bytes: Array, lengths: Array, size: int, ranks: int, seed: int) -> tuple[float, float]:
+def balance(
+    lengths_in_bytes: Array, lengths: Array, size: int, ranks: int, seed: int
+) -> tuple[float, float]:
     """(tokens of the fullest rank / mean, share of ranks without a row), as `deal` deals the first steps of the first epoch.
 
     lengths: (counted rows,) tokens; where not every row was counted they stand for every k-th row.
@@ -124,7 +156,11 @@ def balance(lengths_in_bytes: Array, lengths: Array, size: int, ranks: int, seed
     for start in range(0, min(len(order), STEPS_DEALT * size), size):
         rows = order[start : start + size]
         loads = [int(lengths[share].sum()) for share in deal(rows, in_bytes[rows], ranks)]
-        fullest, idle, steps = fullest + max(loads) * ranks / sum(loads), idle + loads.count(0), steps + 1
+        fullest, idle, steps = (
+            fullest + max(loads) * ranks / sum(loads),
+            idle + loads.count(0),
+            steps + 1,
+        )
     return fullest / steps, idle / (steps * ranks)
 
 
@@ -136,15 +172,27 @@ def memory_of(settings: PretrainedConfig, task: Task, config: TrainConfig) -> Me
     half = config.run.mixed_precision in ("bf16", "fp16")
     layers, hidden, inner = (_size(settings, *names) for names in (_LAYERS, _HIDDEN, _INNER))
     number = 2 if half else 4
-    per_layer = number * hidden if config.model.gradient_checkpointing else number * (8 * hidden + 2 * inner) + 2 * hidden
-    return Memory(sum(weight.numel() for weight in model.parameters()), 18 if half else 16, layers * per_layer)
+    per_layer = (
+        number * hidden
+        if config.model.gradient_checkpointing
+        else number * (8 * hidden + 2 * inner) + 2 * hidden
+    )
+    return Memory(
+        sum(weight.numel() for weight in model.parameters()), 18 if half else 16, layers * per_layer
+    )
 
 
-_LAYERS, _HIDDEN, _INNER = ("num_hidden_layers", "n_layers"), ("hidden_size", "dim"), ("intermediate_size", "hidden_dim")  # DistilBERT's
+_LAYERS, _HIDDEN, _INNER = (
+    ("num_hidden_layers", "n_layers"),
+    ("hidden_size", "dim"),
+    ("intermediate_size", "hidden_dim"),
+)  # DistilBERT's
 
 
 def _size(settings: Any, *names: str) -> int:
-    return int(next((value for name in names if (value := getattr(settings, name, None)) is not None), 0))
+    return int(
+        next((value for name in names if (value := getattr(settings, name, None)) is not None), 0)
+    )
 
 
 def _show_memory(config: TrainConfig, lengths: Lengths, memory: Memory, world: int) -> None:
@@ -152,7 +200,9 @@ def _show_memory(config: TrainConfig, lengths: Lengths, memory: Memory, world: i
     longest = min(lengths.longest, config.model.max_length)
     states, share = f"{memory.fixed / 1e9:.2f} GB", f"{tokens * memory.per_token / 1e9:.2f} GB"
     if not memory.per_token:
-        show(f"Memory of a rank: {states} for weights, gradient and AdamW; activations unknown, the config does not name its layers.")
+        show(
+            f"Memory of a rank: {states} for weights, gradient and AdamW; activations unknown, the config does not name its layers."
+        )
         return
     show(
         f"Memory of a rank, estimated for --mixed_precision {config.run.mixed_precision or 'no'}:",

@@ -81,7 +81,11 @@ def compare_texts(splits: Mapping[str, Records], near_threshold: float) -> Samen
         plain={name: plain_of[numbers] for name, numbers in texts.items()},
         plain_of=plain_of,
         plain_texts=plain.dictionary,
-        pairs=_near_pairs(plain.dictionary, [plain_of[numbers] for numbers in texts.values()], near_threshold) if near_threshold else None,
+        pairs=_near_pairs(
+            plain.dictionary, [plain_of[numbers] for numbers in texts.values()], near_threshold
+        )
+        if near_threshold
+        else None,
     )
 
 
@@ -95,12 +99,16 @@ def repeated(numbers: Ints) -> npt.NDArray[np.bool_]:
 def _joined(records: Records) -> pa.Array:
     if records.pairs is None:
         return records.texts
-    return pc.binary_join_element_wise(records.texts, records.pairs, pa.scalar("\x1e", pa.large_string()))  # the record separator
+    return pc.binary_join_element_wise(
+        records.texts, records.pairs, pa.scalar("\x1e", pa.large_string())
+    )  # the record separator
 
 
 def _plain(texts: pa.Array) -> pa.Array:
     """In lower case, without blanks at the ends, and with one blank where there are several."""
-    return pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(texts), r"[\s\pZ]+", " "))
+    return pc.utf8_trim_whitespace(
+        pc.replace_substring_regex(pc.utf8_lower(texts), r"[\s\pZ]+", " ")
+    )
 
 
 def _near_pairs(texts: pa.Array, of_split: Sequence[Ints], threshold: float) -> Pairs:
@@ -121,17 +129,31 @@ def _near_pairs(texts: pa.Array, of_split: Sequence[Ints], threshold: float) -> 
 class _Search:
     """What has been compared so far. Places are numbers of marked texts."""
 
-    def __init__(self, texts: pa.Array, splits: Bits, marked: Ints, digests: npt.NDArray[np.uint32], threshold: float) -> None:
+    def __init__(
+        self,
+        texts: pa.Array,
+        splits: Bits,
+        marked: Ints,
+        digests: npt.NDArray[np.uint32],
+        threshold: float,
+    ) -> None:
         self.texts, self.marked, self.digests, self.threshold = texts, marked, digests, threshold
         self.splits = splits[marked]  # a bit for each split that has the text
-        self.answered = np.zeros_like(self.splits)  # a bit for each split in which a near duplicate has been found
+        self.answered = np.zeros_like(
+            self.splits
+        )  # a bit for each split in which a near duplicate has been found
         self.in_vain = np.zeros_like(self.splits)  # comparisons that found nothing
         self.found: list[Pairs] = []
 
     def compare(self, left: Ints, right: Ints) -> None:
         """(pairs,) places each. Only what can still tell something, and is likely to, is compared in full."""
-        new = (self.splits[right] & ~self.answered[left]) | (self.splits[left] & ~self.answered[right])
-        left, right = (side[(new != 0) & (np.minimum(self.in_vain[left], self.in_vain[right]) < IN_VAIN)] for side in (left, right))
+        new = (self.splits[right] & ~self.answered[left]) | (
+            self.splits[left] & ~self.answered[right]
+        )
+        left, right = (
+            side[(new != 0) & (np.minimum(self.in_vain[left], self.in_vain[right]) < IN_VAIN)]
+            for side in (left, right)
+        )
         likely = np.zeros(len(left), bool)
         for part in _parts(len(left), 1 << 18):
             estimate = (self.digests[left[part]] == self.digests[right[part]]).mean(1)
@@ -143,12 +165,16 @@ class _Search:
             np.bitwise_or.at(self.answered, one[near], self.splits[other[near]])
             vain = np.bincount(one[~near], minlength=len(self.in_vain))
             self.in_vain = np.minimum(self.in_vain + vain, IN_VAIN).astype(np.uint8)
-        self.found.append(Pairs(self.marked[left[near]], self.marked[right[near]], similarity[near]))
+        self.found.append(
+            Pairs(self.marked[left[near]], self.marked[right[near]], similarity[near])
+        )
 
     def pairs(self) -> Pairs:
         """Every pair once, the text with the smaller number on the left."""
         empty = Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
-        left, right, similarity = (np.concatenate(parts) for parts in zip(empty, *self.found, strict=True))
+        left, right, similarity = (
+            np.concatenate(parts) for parts in zip(empty, *self.found, strict=True)
+        )
         low, high = np.minimum(left, right), np.maximum(left, right)
         _, once = np.unique(low * len(self.texts) + high, return_index=True)
         return Pairs(low[once], high[once], similarity[once])
@@ -163,11 +189,15 @@ def _digests(texts: pa.Array) -> tuple[Ints, npt.NDArray[np.uint32]]:
     def digests(rows: Ints) -> Any:
         values, counts = shingles(texts.take(pa.array(rows)))
         ends = np.concatenate([[0], counts.cumsum()]).astype(np.uint64)
-        return rensa.RMinHash.digest_matrix_from_flat_token_hashes(_mixed(values), ends, values_of_text, SEED)
+        return rensa.RMinHash.digest_matrix_from_flat_token_hashes(
+            _mixed(values), ends, values_of_text, SEED
+        )
 
     filled = np.flatnonzero(_lengths(texts) >= SHINGLE).astype(np.int64)
     pieces = _cut(filled, _lengths(texts)[filled])
-    index = rensa.RMinHashLSH(threshold=0.8, num_perm=values_of_text, num_bands=BANDS)  # the threshold plays no part in what is used here
+    index = rensa.RMinHashLSH(
+        threshold=0.8, num_perm=values_of_text, num_bands=BANDS
+    )  # the threshold plays no part in what is used here
     for at, rows in enumerate(pieces):
         index.insert_matrix(digests(rows), at << 32)
     kept, found = [np.zeros(0, np.int64)], [np.zeros((0, values_of_text), np.uint32)]
@@ -193,11 +223,19 @@ def jaccard(texts: pa.Array, left: Ints, right: Ints) -> npt.NDArray[np.float64]
         sides = []
         for side in (left, right):
             values, counts = shingles(texts.take(pa.array(side[places])))
-            keys = np.sort(np.repeat(np.arange(len(places), dtype=np.uint64) << np.uint64(8 * SHINGLE), counts) | values)
-            sides.append(keys[np.concatenate([[True], keys[1:] != keys[:-1]])] if len(keys) else keys)
+            keys = np.sort(
+                np.repeat(np.arange(len(places), dtype=np.uint64) << np.uint64(8 * SHINGLE), counts)
+                | values
+            )
+            sides.append(
+                keys[np.concatenate([[True], keys[1:] != keys[:-1]])] if len(keys) else keys
+            )
         both = np.sort(np.concatenate(sides), kind="stable")  # merges two sorted runs
         shared = both[1:][both[1:] == both[:-1]]
-        total, common = (np.bincount((keys >> np.uint64(8 * SHINGLE)).astype(np.int64), minlength=len(places)) for keys in (both, shared))
+        total, common = (
+            np.bincount((keys >> np.uint64(8 * SHINGLE)).astype(np.int64), minlength=len(places))
+            for keys in (both, shared)
+        )
         similarity[places] = common / np.maximum(1, total - common)
     return similarity
 
@@ -207,7 +245,9 @@ def shingles(texts: pa.Array) -> tuple[Shingles, Ints]:
 
     A text of fewer bytes is one shingle, an empty one none.
     """
-    offsets = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    offsets = np.frombuffer(texts.buffers()[1], np.int64)[
+        texts.offset : texts.offset + len(texts) + 1
+    ]
     buffer = texts.buffers()[2]
     if buffer is None or offsets[-1] == offsets[0]:
         return np.zeros(0, np.uint64), np.zeros(len(texts), np.int64)

@@ -22,7 +22,11 @@ class KeptGradientEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """input: any shape of int64 ids; one dimension more out."""
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        if ranks > 1 or self.weight.device.type != "cpu" or not (torch.is_grad_enabled() and self.weight.requires_grad):
+        if (
+            ranks > 1
+            or self.weight.device.type != "cpu"
+            or not (torch.is_grad_enabled() and self.weight.requires_grad)
+        ):
             return super().forward(input)
         out: Tensor = _Lookup.apply(self.weight, input, self)  # type: ignore[no-untyped-call]
         return out
@@ -55,15 +59,27 @@ def keep_gradient(model: Any) -> None:
         table = model.get_input_embeddings()
     except NotImplementedError:  # Funnel, Canine
         return
-    uses = sum(parameter is table.weight for _, parameter in model.named_parameters(remove_duplicate=False))
-    if type(table) is nn.Embedding and uses == 1 and table.max_norm is None and not table.sparse and not table.scale_grad_by_freq:
+    uses = sum(
+        parameter is table.weight for _, parameter in model.named_parameters(remove_duplicate=False)
+    )
+    if (
+        type(table) is nn.Embedding
+        and uses == 1
+        and table.max_norm is None
+        and not table.sparse
+        and not table.scale_grad_by_freq
+    ):
         table.__class__ = KeptGradientEmbedding
         cast(KeptGradientEmbedding, table).written = []
 
 
 def clear_gradients(model: nn.Module) -> None:
     """What zero_grad does; a gradient that is kept gets zeros where it was written."""
-    kept = {module.weight: module.written for module in model.modules() if isinstance(module, KeptGradientEmbedding) and module.written}
+    kept = {
+        module.weight: module.written
+        for module in model.modules()
+        if isinstance(module, KeptGradientEmbedding) and module.written
+    }
     for parameter in model.parameters():
         if parameter not in kept or parameter.grad is None:
             parameter.grad = None

@@ -51,12 +51,20 @@ class Examples:
     def __getitem__(self, rows: Sequence[int]) -> list[Example]:
         encoded = encode([self.records[int(row)] for row in rows], self.tokenizer, self.max_length)
         return [
-            Example(self.records.first_row + int(row), ids, segments, self.targets[row], float(self.weights[row]))
+            Example(
+                self.records.first_row + int(row),
+                ids,
+                segments,
+                self.targets[row],
+                float(self.weights[row]),
+            )
             for row, (ids, segments) in zip(rows, encoded, strict=True)
         ]
 
 
-def open_examples(records: Records, tokenizer: PreTrainedTokenizerBase, task: Task | None, max_length: int) -> Examples:
+def open_examples(
+    records: Records, tokenizer: PreTrainedTokenizerBase, task: Task | None, max_length: int
+) -> Examples:
     """Check every label of the split against the task; raises DataError with the place of the first row that does not fit.
 
     task None: rows without labels, for prediction.
@@ -78,10 +86,18 @@ def open_examples(records: Records, tokenizer: PreTrainedTokenizerBase, task: Ta
             raise DataError(f"{records.where(row)}: {error}") from None
     table = np.array(of_value)
     targets = table.astype(np.int64 if table.dtype.kind == "i" else np.float32)[records.label_codes]
-    return Examples(records=records, tokenizer=tokenizer, max_length=max_length, targets=targets, weights=task.weights(targets))
+    return Examples(
+        records=records,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        targets=targets,
+        weights=task.weights(targets),
+    )
 
 
-def encode(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[tuple[list[int], list[int]]]:
+def encode(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[tuple[list[int], list[int]]]:
     """(ids, segments) of each record, at most max_length ids, special tokens counted.
 
     Of a pair the longer text is truncated first. A lone text of millions of characters is cut before it is tokenized, where
@@ -90,8 +106,17 @@ def encode(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_le
     pairs = None if records[0].pair is None else [record.pair for record in records]
     texts = [record.text for record in records]
     if pairs is None and tokenizer.truncation_side == "right":
-        texts = [text if len(text) <= CUT_ABOVE else _head(text, tokenizer, max_length) for text in texts]
-    encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, padding=False, return_attention_mask=False)
+        texts = [
+            text if len(text) <= CUT_ABOVE else _head(text, tokenizer, max_length) for text in texts
+        ]
+    encoded = tokenizer(
+        texts,
+        pairs,
+        truncation=True,
+        max_length=max_length,
+        padding=False,
+        return_attention_mask=False,
+    )
     ids = encoded["input_ids"]
     segments = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
     return list(zip(ids, segments, strict=True))
@@ -106,7 +131,14 @@ def _head(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str
     size = CUT_ABOVE
     while size < len(text):
         words = text[: max(text.rfind(" ", 0, size), 0)].rstrip()
-        if len(tokenizer(words, add_special_tokens=False, truncation=True, max_length=max_length)["input_ids"]) >= max_length:
+        if (
+            len(
+                tokenizer(words, add_special_tokens=False, truncation=True, max_length=max_length)[
+                    "input_ids"
+                ]
+            )
+            >= max_length
+        ):
             return words
         size *= 2
     return text
@@ -117,15 +149,25 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     name = config.tokenizer_name or config.model_name_or_path
     ask_hub(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision, trust_remote_code=False)
-        found = len(tokenizer) > len(tokenizer.all_special_tokens)  # transformers 5.23 makes an empty one where there are no files
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=config.model_revision, trust_remote_code=False
+        )
+        found = len(tokenizer) > len(
+            tokenizer.all_special_tokens
+        )  # transformers 5.23 makes an empty one where there are no files
     except Exception as error:  # torn files raise a dozen kinds, some of them plain Exception
         if not Path(name).is_dir():
-            raise ModelError(f"No tokenizer {name!r}, neither a folder here nor of the hub. {why_not(error, name)}") from None
+            raise ModelError(
+                f"No tokenizer {name!r}, neither a folder here nor of the hub. {why_not(error, name)}"
+            ) from None
         found = False
     if not found:
-        raise ModelError(f"{name} holds no tokenizer that can be read; expected tokenizer.json or vocab.txt.")
+        raise ModelError(
+            f"{name} holds no tokenizer that can be read; expected tokenizer.json or vocab.txt."
+        )
     if config.max_length > tokenizer.model_max_length:
         limit = tokenizer.model_max_length
-        raise ConfigError(f"--max_length is {config.max_length}; the tokenizer of {name} takes at most {limit} tokens.")
+        raise ConfigError(
+            f"--max_length is {config.max_length}; the tokenizer of {name} takes at most {limit} tokens."
+        )
     return tokenizer

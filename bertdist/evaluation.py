@@ -24,7 +24,12 @@ from bertdist.ranks import from_main, host_group, summed, together
 from bertdist.slurm import StopRequest
 from bertdist.tasks import Array, Task
 
-GLUE_METRICS = {"cola": ["matthews_correlation"], "mrpc": ["accuracy", "f1"], "qqp": ["accuracy", "f1"], "stsb": ["pearson", "spearman"]}
+GLUE_METRICS = {
+    "cola": ["matthews_correlation"],
+    "mrpc": ["accuracy", "f1"],
+    "qqp": ["accuracy", "f1"],
+    "stsb": ["pearson", "spearman"],
+}
 SHOWN_ROWS = 3
 
 
@@ -34,10 +39,14 @@ class Evaluation:
 
     scores: dict[str, float]  # loss first
     merit: float  # the score that picks the best weights; more is better, so it is negative where less is
-    answers: list[dict[str, Any]] = field(default_factory=list)  # a row each; rank 0 only, like what follows
+    answers: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # a row each; rank 0 only, like what follows
     references: Array | None = None
     classes: dict[str, Any] = field(default_factory=dict)  # per-class table and confusion matrix
-    no_number: tuple[int, ...] = ()  # rows for which the model gave NaN or Inf; with any, all scores are NaN. On every rank
+    no_number: tuple[
+        int, ...
+    ] = ()  # rows for which the model gave NaN or Inf; with any, all scores are NaN. On every rank
 
 
 class GivenUp(Exception):
@@ -45,7 +54,9 @@ class GivenUp(Exception):
 
 
 @torch.no_grad()
-def predict_rows(model: nn.Module, batches: Batches, accelerator: Accelerator, stop: StopRequest | None = None) -> Tensor | None:
+def predict_rows(
+    model: nn.Module, batches: Batches, accelerator: Accelerator, stop: StopRequest | None = None
+) -> Tensor | None:
     """Logits (rows, outputs) float32 on the CPU, in row order, the same on every rank; None on all, where `stop` was asked for meanwhile.
 
     A rank that was asked leaves out what is left of a step, and the ranks agree after each. Raises DataError on all ranks where one of
@@ -62,14 +73,18 @@ def predict_rows(model: nn.Module, batches: Batches, accelerator: Accelerator, s
     def share() -> Iterator[Batch]:
         for step in batches.steps(0, batches.steps_per_epoch):
             for batch in step.share:
-                if batch.rows[0] >= 0 and not (stop is not None and stop.asked()):  # else it is idle
+                if batch.rows[0] >= 0 and not (
+                    stop is not None and stop.asked()
+                ):  # else it is idle
                     yield batch
             agree(False)
 
     given_up = False
     with together(accelerator):
         try:
-            for batch, found in fitting(lambda batch: model(batch.to(accelerator.device)).float(), share(), batches):
+            for batch, found in fitting(
+                lambda batch: model(batch.to(accelerator.device)).float(), share(), batches
+            ):
                 rows.append(batch.rows)
                 logits.append(found)
         except GivenUp:
@@ -82,7 +97,9 @@ def predict_rows(model: nn.Module, batches: Batches, accelerator: Accelerator, s
     return None if given_up else _in_row_order(rows, logits, len(batches.examples), accelerator)
 
 
-def _in_row_order(rows: list[Tensor], logits: list[Tensor], total: int, accelerator: Accelerator) -> Tensor:
+def _in_row_order(
+    rows: list[Tensor], logits: list[Tensor], total: int, accelerator: Accelerator
+) -> Tensor:
     """Bring the ranks' rows together; asserts that each of the `total` rows came exactly once."""
     width = _outputs(logits, accelerator)
     mine = torch.cat([torch.zeros(0, dtype=torch.int64), *rows]).to(accelerator.device)
@@ -103,7 +120,11 @@ def _in_row_order(rows: list[Tensor], logits: list[Tensor], total: int, accelera
 def _outputs(logits: list[Tensor], accelerator: Accelerator) -> int:
     """Outputs of the model, also on a rank that had no row."""
     width = torch.tensor([logits[0].shape[1] if logits else 0], device=accelerator.device)
-    return int(accelerator.gather(width).max().item()) if accelerator.num_processes > 1 else int(width.item())
+    return (
+        int(accelerator.gather(width).max().item())
+        if accelerator.num_processes > 1
+        else int(width.item())
+    )
 
 
 def assert_each_row_once(rows: Tensor, total: int) -> None:
@@ -125,7 +146,11 @@ class Judge:
         from bertdist import scores
 
         self.task = task
-        names = config.metrics or GLUE_METRICS.get(glue or "") or scores.default_scores(task.problem_type, len(task.labels))
+        names = (
+            config.metrics
+            or GLUE_METRICS.get(glue or "")
+            or scores.default_scores(task.problem_type, len(task.labels))
+        )
         self._scores = scores.open_scores(names, task.problem_type, task.labels)
         self._class_table = scores.class_table
         self.main = config.metric_for_best_model or self._scores.names[0]
@@ -133,23 +158,43 @@ class Judge:
         own_keys = any("/" in name or ":" in name or name.endswith(".py") for name in names)
         if self.main not in ("loss", *self._scores.names) and not own_keys:
             hint = did_you_mean(self.main, ["loss", *self._scores.names])
-            raise ConfigError(f"--metric_for_best_model {self.main}: not among the scores that are computed.{hint}")
+            raise ConfigError(
+                f"--metric_for_best_model {self.main}: not among the scores that are computed.{hint}"
+            )
 
     def judge(self, logits: Tensor, references: Array) -> Evaluation:
         """logits (rows, outputs), references in the form of the task -> all that is to be said of a split."""
         predictions, probabilities = self.task.read(logits)
-        loss = self.task.plain_loss(logits.double(), torch.from_numpy(references)).item() / len(logits)
+        loss = self.task.plain_loss(logits.double(), torch.from_numpy(references)).item() / len(
+            logits
+        )
         found = {"loss": loss, **self._scores.compute(predictions, probabilities, references)}
         if no_number(logits):
-            found = dict.fromkeys(found, math.nan)  # the largest of NaNs is some label, and might be right
+            found = dict.fromkeys(
+                found, math.nan
+            )  # the largest of NaNs is some label, and might be right
         main = self.main if self.main in found else next(key for key in found if key != "loss")
-        classes = self._class_table(predictions, references, self.task.labels) if self.task.problem_type != "regression" else {}
+        classes = (
+            self._class_table(predictions, references, self.task.labels)
+            if self.task.problem_type != "regression"
+            else {}
+        )
         merit = self.sign * found[main]
-        return Evaluation(scores=found, merit=merit, answers=self.task.answers(logits), references=references, classes=classes)
+        return Evaluation(
+            scores=found,
+            merit=merit,
+            answers=self.task.answers(logits),
+            references=references,
+            classes=classes,
+        )
 
 
 def evaluate_split(
-    model: nn.Module, batches: Batches, judge: Judge | None, accelerator: Accelerator, stop: StopRequest | None = None
+    model: nn.Module,
+    batches: Batches,
+    judge: Judge | None,
+    accelerator: Accelerator,
+    stop: StopRequest | None = None,
 ) -> Evaluation | None:
     """Score a split; None where `stop` was asked for meanwhile. judge: on rank 0; None elsewhere, where only scores and merit come back."""
     logits = predict_rows(model, batches, accelerator, stop)
@@ -167,6 +212,8 @@ def no_number(logits: Tensor) -> tuple[int, ...]:
 
 def told_of_rows(rows: tuple[int, ...], total: int, where: Callable[[int], str]) -> str:
     """That the model has no answer for some rows, and why that may be, in words."""
-    first = ", ".join(where(row) for row in rows[:SHOWN_ROWS]) + (", and more" if len(rows) > SHOWN_ROWS else "")
+    first = ", ".join(where(row) for row in rows[:SHOWN_ROWS]) + (
+        ", and more" if len(rows) > SHOWN_ROWS else ""
+    )
     why = "Its weights are broken, or the precision is too small for it (--mixed_precision no)."
     return f"the model gives NaN or Inf for {len(rows):,} of {total:,} rows: {first}. {why}"

@@ -25,8 +25,12 @@ from transformers.modeling_outputs import BaseModelOutput
 from bertdist import deberta
 from bertdist.attention import Packing, packed_attention
 
-Attend = Callable[..., Tensor]  # layer, what asks (1, T or N, hidden), x (1, T, hidden), packing, ... -> context, like what asks
-Rest = Callable[[Any, Tensor, Tensor], Tensor]  # layer, context, what asked -> what leaves the layer; each token by itself
+Attend = Callable[
+    ..., Tensor
+]  # layer, what asks (1, T or N, hidden), x (1, T, hidden), packing, ... -> context, like what asks
+Rest = Callable[
+    [Any, Tensor, Tensor], Tensor
+]  # layer, context, what asked -> what leaves the layer; each token by itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,14 @@ class Family:
 def _bert_attend(layer: Any, asking: Tensor, x: Tensor, packing: Packing, **unused: Any) -> Tensor:
     """BERT's layer, also RoBERTa's and ELECTRA's."""
     attention = layer.attention.self
-    return _attend(attention, attention.query(asking), attention.key(x), attention.value(x), attention.dropout.p, packing)
+    return _attend(
+        attention,
+        attention.query(asking),
+        attention.key(x),
+        attention.value(x),
+        attention.dropout.p,
+        packing,
+    )
 
 
 def _bert_rest(layer: Any, context: Tensor, asking: Tensor) -> Tensor:
@@ -52,9 +63,18 @@ def _bert_rest(layer: Any, context: Tensor, asking: Tensor) -> Tensor:
     return out
 
 
-def _distilbert_attend(layer: Any, asking: Tensor, x: Tensor, packing: Packing, **unused: Any) -> Tensor:
+def _distilbert_attend(
+    layer: Any, asking: Tensor, x: Tensor, packing: Packing, **unused: Any
+) -> Tensor:
     attention = layer.attention
-    return _attend(attention, attention.q_lin(asking), attention.k_lin(x), attention.v_lin(x), attention.dropout.p, packing)
+    return _attend(
+        attention,
+        attention.q_lin(asking),
+        attention.k_lin(x),
+        attention.v_lin(x),
+        attention.dropout.p,
+        packing,
+    )
 
 
 def _distilbert_rest(layer: Any, context: Tensor, asking: Tensor) -> Tensor:
@@ -63,10 +83,14 @@ def _distilbert_rest(layer: Any, context: Tensor, asking: Tensor) -> Tensor:
     return out
 
 
-def _albert_attend(layer: Any, asking: Tensor, x: Tensor, packing: Packing, **unused: Any) -> Tensor:
+def _albert_attend(
+    layer: Any, asking: Tensor, x: Tensor, packing: Packing, **unused: Any
+) -> Tensor:
     attention = layer.attention
     dropout = attention.attention_dropout.p
-    return _attend(attention, attention.query(asking), attention.key(x), attention.value(x), dropout, packing)
+    return _attend(
+        attention, attention.query(asking), attention.key(x), attention.value(x), dropout, packing
+    )
 
 
 def _albert_rest(layer: Any, context: Tensor, asking: Tensor) -> Tensor:
@@ -77,18 +101,28 @@ def _albert_rest(layer: Any, context: Tensor, asking: Tensor) -> Tensor:
 
 
 def _modernbert_attend(
-    layer: Any, asking: Tensor, x: Tensor, packing: Packing, position_embeddings: tuple[Tensor, Tensor], **unused: Any
+    layer: Any,
+    asking: Tensor,
+    x: Tensor,
+    packing: Packing,
+    position_embeddings: tuple[Tensor, Tensor],
+    **unused: Any,
 ) -> Tensor:
     """position_embeddings: cosines and sines of the positions, each (1, T, D)."""
     attention, normed = layer.attn, layer.attn_norm(x)
     rows = packing.firsts if asking.shape[1] != x.shape[1] else slice(None)
     sizes = [x.shape[-1], 2 * x.shape[-1]]  # of one matrix for queries, keys and values
-    weights, biases = attention.Wqkv.weight.split(sizes), [None] * 2 if attention.Wqkv.bias is None else attention.Wqkv.bias.split(sizes)
+    weights, biases = (
+        attention.Wqkv.weight.split(sizes),
+        [None] * 2 if attention.Wqkv.bias is None else attention.Wqkv.bias.split(sizes),
+    )
     query = F.linear(normed[:, rows], weights[0], biases[0])
     key, value = F.linear(normed, weights[1], biases[1]).chunk(2, -1)
     query = _rotated(query, packing, *(angle[:, rows] for angle in position_embeddings))
     key = _rotated(key, packing, *position_embeddings)
-    return _attend(attention, query, key, value, attention.attention_dropout, packing, attention.sliding_window)
+    return _attend(
+        attention, query, key, value, attention.attention_dropout, packing, attention.sliding_window
+    )
 
 
 def _modernbert_rest(layer: Any, context: Tensor, asking: Tensor) -> Tensor:
@@ -101,21 +135,33 @@ def _rotated(x: Tensor, packing: Packing, cos: Tensor, sin: Tensor) -> Tensor:
     """ModernBERT's apply_rotary_pos_emb, with its roundings to float32, for x (1, T or N, hidden) alone."""
     heads = x.unflatten(-1, (packing.heads, -1))
     left, right = heads.float().chunk(2, -1)
-    turned: Tensor = heads.float() * cos[:, :, None] + torch.cat((-right, left), -1) * sin[:, :, None]
+    turned: Tensor = (
+        heads.float() * cos[:, :, None] + torch.cat((-right, left), -1) * sin[:, :, None]
+    )
     return turned.to(x.dtype).flatten(-2)
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, packing: Packing, window: int | None = None
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float,
+    packing: Packing,
+    window: int | None = None,
 ) -> Tensor:
     """Queries (1, T or N, hidden), keys and values (1, T, hidden) -> context, like the queries."""
     q, k, v = (x.unflatten(-1, (packing.heads, -1)).transpose(1, 2) for x in (query, key, value))
     p = dropout if module.training else 0.0
-    context, _ = packed_attention(module, q, k, v, None, packing=packing, dropout=p, sliding_window=window)
+    context, _ = packed_attention(
+        module, q, k, v, None, packing=packing, dropout=p, sliding_window=window
+    )
     return context.flatten(-2)
 
 
-def _last_layer(attend: Attend, rest: Rest, layer: Any, x: Tensor, packing: Packing, **more: Any) -> Tensor:
+def _last_layer(
+    attend: Attend, rest: Rest, layer: Any, x: Tensor, packing: Packing, **more: Any
+) -> Tensor:
     """A layer for the first tokens. x (1, T, hidden) -> (N, 1, hidden): N texts of one token."""
     first = x[:, packing.firsts]
     return rest(layer, attend(layer, first, x, packing, **more), first).transpose(0, 1)
@@ -140,12 +186,19 @@ def _prepare_albert(model: Any) -> None:
     """ALBERT runs the same layers again and again, so it is the loop that knows the last one."""
     encoder = model.base_model.encoder
     config = encoder.config
-    encoder.gradient_checkpointing, model.supports_gradient_checkpointing = False, True  # transformers 5.23 has none for ALBERT
+    encoder.gradient_checkpointing, model.supports_gradient_checkpointing = (
+        False,
+        True,
+    )  # transformers 5.23 has none for ALBERT
 
-    def forward(hidden_states: Tensor, *args: Any, packing: Packing, **kwargs: Any) -> BaseModelOutput:
+    def forward(
+        hidden_states: Tensor, *args: Any, packing: Packing, **kwargs: Any
+    ) -> BaseModelOutput:
         x = encoder.embedding_hidden_mapping_in(hidden_states)
         for i in range(config.num_hidden_layers):
-            group = encoder.albert_layer_groups[int(i / (config.num_hidden_layers / config.num_hidden_groups))]
+            group = encoder.albert_layer_groups[
+                int(i / (config.num_hidden_layers / config.num_hidden_groups))
+            ]
             for j, layer in enumerate(group.albert_layers):
                 run = partial(layer, attention_mask=None, packing=packing)
                 if i == config.num_hidden_layers - 1 and j == config.inner_group_num - 1:
@@ -162,10 +215,14 @@ def _prepare_albert(model: Any) -> None:
 def _prepare_modernbert(model: Any) -> None:
     body = model.base_model
 
-    def means(module: nn.Module, args: Any, kwargs: Any, output: BaseModelOutput) -> BaseModelOutput:
+    def means(
+        module: nn.Module, args: Any, kwargs: Any, output: BaseModelOutput
+    ) -> BaseModelOutput:
         x = output[0][0]
         lengths = F.pad(kwargs["packing"].firsts, (0, 1), value=len(x)).diff()
-        mean = torch.segment_reduce(x, "mean", lengths=lengths, axis=0, unsafe=True)  # unsafe: without a look at the lengths
+        mean = torch.segment_reduce(
+            x, "mean", lengths=lengths, axis=0, unsafe=True
+        )  # unsafe: without a look at the lengths
         return BaseModelOutput(last_hidden_state=mean[:, None])
 
     if model.config.classifier_pooling == "mean":
@@ -184,7 +241,11 @@ def _distilbert_layers(model: Any) -> list[Any]:
 
 def _albert_layers(model: Any) -> list[Any]:
     """All: the last one is an earlier one too, and its last turn does not go through its forward."""
-    return [layer for group in model.base_model.encoder.albert_layer_groups for layer in group.albert_layers]
+    return [
+        layer
+        for group in model.base_model.encoder.albert_layer_groups
+        for layer in group.albert_layers
+    ]
 
 
 def _modernbert_layers(model: Any) -> list[Any]:
@@ -202,8 +263,20 @@ FAMILIES = {  # by model_type
     "xlm-roberta": ROBERTA,
     "camembert": ROBERTA,
     "data2vec-text": ROBERTA,
-    "distilbert": Family(prepare=_prepare_distilbert, layers=_distilbert_layers, attend=_distilbert_attend, rest=_distilbert_rest),
-    "albert": Family(prepare=_prepare_albert, layers=_albert_layers, attend=_albert_attend, rest=_albert_rest),
-    "modernbert": Family(prepare=_prepare_modernbert, layers=_modernbert_layers, attend=_modernbert_attend, rest=_modernbert_rest),
+    "distilbert": Family(
+        prepare=_prepare_distilbert,
+        layers=_distilbert_layers,
+        attend=_distilbert_attend,
+        rest=_distilbert_rest,
+    ),
+    "albert": Family(
+        prepare=_prepare_albert, layers=_albert_layers, attend=_albert_attend, rest=_albert_rest
+    ),
+    "modernbert": Family(
+        prepare=_prepare_modernbert,
+        layers=_modernbert_layers,
+        attend=_modernbert_attend,
+        rest=_modernbert_rest,
+    ),
     "deberta-v2": Family(prepare=deberta.prepare),  # and -v3
 }

@@ -40,7 +40,9 @@ from bertdist.text_files import (
 )
 
 PIECE_BYTES = 4 << 20
-ROW_BYTES = 64 << 20  # longest row in pieces; where rows are skipped, how far the end of a quote is looked for
+ROW_BYTES = (
+    64 << 20
+)  # longest row in pieces; where rows are skipped, how far the end of a quote is looked for
 BLOCK_BYTES = 1 << 30  # what pyarrow reads at once; its limit is 2 GiB
 
 
@@ -88,7 +90,11 @@ class _Where:
 
     def __call__(self, row: int) -> str:
         known = self.lines is None or row < len(self.lines)
-        return f"{self.name} line {self.first + int(row if self.lines is None else self.lines[row])}" if known else f"{self.name} row {row}"
+        return (
+            f"{self.name} line {self.first + int(row if self.lines is None else self.lines[row])}"
+            if known
+            else f"{self.name} row {row}"
+        )
 
 
 class FileRows:
@@ -106,12 +112,24 @@ class FileRows:
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
         """fingerprint and size: of the bytes as stored, where the file is not of this machine."""
-        self.file, self.name, self.has_header, self.skip = file, file.name, file.has_header, on_bad_row == "skip"
+        self.file, self.name, self.has_header, self.skip = (
+            file,
+            file.name,
+            file.has_header,
+            on_bad_row == "skip",
+        )
         self.piece_bytes, self.row_bytes, self.block_bytes = piece_bytes, row_bytes, block_bytes
         self.features: Any = None
         here = fingerprint is None and os.path.isfile(file.path)
         stamp = local_stamp(file.path) if here else fingerprint
-        how = (file.kind, file.delimiter, file.quoted, file.encoding.lower(), file.column_names, self.skip)
+        how = (
+            file.kind,
+            file.delimiter,
+            file.quoted,
+            file.encoding.lower(),
+            file.column_names,
+            self.skip,
+        )
         self.fingerprint = xxhash.xxh3_128_hexdigest(f"{stamp} {how}".encode())
         self.bytes: int | None = os.path.getsize(file.path) if here and size is None else size
         self._known: _Head | None = None
@@ -131,9 +149,16 @@ class FileRows:
                 return read_whole(self.name, self.file.open_random, wanted, rows)
             parsed, lines = self._parse_all(wanted, rows)
             where, spots = _WhereAgain(self, tuple(wanted)), partial(self._spots_again, wanted)
-            piece = Piece(parsed.columns, parsed.num_rows, self._head().place, where, tuple(parsed.bad))
+            piece = Piece(
+                parsed.columns, parsed.num_rows, self._head().place, where, tuple(parsed.bad)
+            )
             if rows is not None:
-                piece = first_rows(piece._replace(spots=lambda few: spots_of(self.file, lines, parsed.rows())(few)), rows)
+                piece = first_rows(
+                    piece._replace(
+                        spots=lambda few: spots_of(self.file, lines, parsed.rows())(few)
+                    ),
+                    rows,
+                )
         return piece._replace(spots=spots)
 
     def pieces(self, wanted: Sequence[str], place: Place | None = None) -> Iterator[Piece]:
@@ -143,11 +168,15 @@ class FileRows:
         """
         with reading(self.file.path):
             if self.file.kind == "parquet":
-                yield from read_slices(self.name, self.file.open_random, wanted, place, self.piece_bytes)
+                yield from read_slices(
+                    self.name, self.file.open_random, wanted, place, self.piece_bytes
+                )
                 return
             head = self._head()
             if is_stateful(head.codec):
-                raise DataError(f"{self.name}: {head.codec} can only be read whole; convert the file to UTF-8.")
+                raise DataError(
+                    f"{self.name}: {head.codec} can only be read whole; convert the file to UTF-8."
+                )
             place = place or head.place
             with closing(self.file.open_bytes(place["at"])) as stream:
                 buffer = Buffer(stream)
@@ -155,16 +184,33 @@ class FileRows:
                     lines, found, size = taken
                     parsed = self._parse(head, lines, wanted, found)
                     rows = parsed.rows()
-                    numbers = None if len(rows.lines) == 0 or rows.lines[-1] == len(rows.lines) - 1 else rows.lines
-                    assert len(rows.lines) == parsed.num_rows, f"{len(rows.lines)} lines, {parsed.num_rows} rows"
-                    where, spots = _Where(self.name, lines.first, numbers), spots_of(self.file, lines, rows)
+                    numbers = (
+                        None
+                        if len(rows.lines) == 0 or rows.lines[-1] == len(rows.lines) - 1
+                        else rows.lines
+                    )
+                    assert len(rows.lines) == parsed.num_rows, (
+                        f"{len(rows.lines)} lines, {parsed.num_rows} rows"
+                    )
+                    where, spots = (
+                        _Where(self.name, lines.first, numbers),
+                        spots_of(self.file, lines, rows),
+                    )
                     if parsed.num_rows or parsed.bad:
-                        yield Piece(parsed.columns, parsed.num_rows, place, where, tuple(parsed.bad), spots)
+                        yield Piece(
+                            parsed.columns, parsed.num_rows, place, where, tuple(parsed.bad), spots
+                        )
                     num_lines = lines.data.count(b"\n")
-                    place = {"at": place["at"] + size, "line": place["line"] + num_lines, "row": place["row"] + parsed.num_rows}
+                    place = {
+                        "at": place["at"] + size,
+                        "line": place["line"] + num_lines,
+                        "row": place["row"] + parsed.num_rows,
+                    }
                     buffer.drop(size)
 
-    def _take(self, buffer: Buffer, head: _Head, place: Place) -> tuple[Lines, Scan | None, int] | None:
+    def _take(
+        self, buffer: Buffer, head: _Head, place: Place
+    ) -> tuple[Lines, Scan | None, int] | None:
         """The next lines that hold whole rows, what was seen of them, and their bytes in the file; None at its end."""
         size = self.piece_bytes
         while True:
@@ -176,7 +222,9 @@ class FileRows:
             if num_bytes:
                 lines = self._lines(raw[:num_bytes], head.codec, place["line"])
                 if self._is_table():
-                    stop, found = cut(self.file, lines, len(head.names), is_all, self.piece_bytes, self.row_bytes)
+                    stop, found = cut(
+                        self.file, lines, len(head.names), is_all, self.piece_bytes, self.row_bytes
+                    )
                 else:
                     stop, found = last_line_end(lines.data, is_all, self.piece_bytes), None
                 if stop == len(lines.data):
@@ -184,10 +232,14 @@ class FileRows:
                 if stop:
                     data = lines.data[:stop]
                     num_lines = data.count(b"\n")
-                    broken = {line: reason for line, reason in lines.broken.items() if line < num_lines}
+                    broken = {
+                        line: reason for line, reason in lines.broken.items() if line < num_lines
+                    }
                     return lines._replace(data=data, broken=broken), found, int(ends[num_lines - 1])
             if size > (8 if num_bytes else 1) * self.row_bytes:
-                raise DataError(f"{self.name} line {place['line']}: a row begins here that does not end within {self.row_bytes:,} bytes.")
+                raise DataError(
+                    f"{self.name} line {place['line']}: a row begins here that does not end within {self.row_bytes:,} bytes."
+                )
             size *= 2
 
     def _head(self) -> _Head:
@@ -202,7 +254,11 @@ class FileRows:
             raw, is_all = buffer.first(size)
             codec, mark = codec_of(self.file, raw)
             ends = line_ends(raw[mark:], codec)
-            lines = self._lines(raw[mark:] if is_all else raw[mark : mark + int(ends[-1]) if len(ends) else mark], codec, 1)
+            lines = self._lines(
+                raw[mark:] if is_all else raw[mark : mark + int(ends[-1]) if len(ends) else mark],
+                codec,
+                1,
+            )
             if is_all:
                 refuse_old_mac(self.file, lines)
             names, num_lines = self._names(lines, is_all)
@@ -213,13 +269,21 @@ class FileRows:
             size *= 2
         if not names:
             raise DataError(f"{self.name} has no rows.")
-        at = 0 if not num_lines else int(ends[num_lines - 1]) if num_lines <= len(ends) else len(raw) - mark
+        at = (
+            0
+            if not num_lines
+            else int(ends[num_lines - 1])
+            if num_lines <= len(ends)
+            else len(raw) - mark
+        )
         return _Head(names, codec, {"at": mark + at, "line": 1 + num_lines, "row": 0})
 
     def _names(self, lines: Lines, is_all: bool) -> tuple[list[str] | None, int]:
         """Names of all columns, None where they stand further down; and lines before the first row."""
         if self._is_table():
-            return read_header(self.file, lines, is_all, self.row_bytes if self.skip else BLOCK_BYTES) or (None, 0)
+            return read_header(
+                self.file, lines, is_all, self.row_bytes if self.skip else BLOCK_BYTES
+            ) or (None, 0)
         if self.file.kind == "txt":
             return ["text"] if lines.data else [] if is_all else None, 0
         return read_keys(self.file, lines, is_all, self.skip), 0
@@ -231,13 +295,29 @@ class FileRows:
         lines = utf8_lines(self.file, raw, codec, first, self.skip)
         return hide_returns(lines) if self._is_table() else lines
 
-    def _parse(self, head: _Head, lines: Lines, wanted: Sequence[str], found: Scan | None = None, rows: int | None = None) -> Parsed:
+    def _parse(
+        self,
+        head: _Head,
+        lines: Lines,
+        wanted: Sequence[str],
+        found: Scan | None = None,
+        rows: int | None = None,
+    ) -> Parsed:
         if self.file.kind == "txt":
             return parse_txt(self.file, lines, wanted)
         if not self._is_table():
             return parse_json(self.file, lines, wanted, skip=self.skip, num_rows=rows)
         limit = self.row_bytes if self.skip or found else 1 << 40
-        return parse(self.file, lines, head.names, wanted, skip=self.skip, limit=limit, block_bytes=self.block_bytes, found=found)
+        return parse(
+            self.file,
+            lines,
+            head.names,
+            wanted,
+            skip=self.skip,
+            limit=limit,
+            block_bytes=self.block_bytes,
+            found=found,
+        )
 
     def _parse_all(self, wanted: Sequence[str], rows: int | None = None) -> tuple[Parsed, Lines]:
         head = self._head()
@@ -266,5 +346,9 @@ class _WhereAgain:
         try:
             first, lines = self._lines = self._lines or self.source.lines_again(self.wanted)
             return f"{self.source.name} line {first + int(lines[row])}"
-        except (DataError, IndexError, OSError):  # the file has changed since; the message that asks matters more
+        except (
+            DataError,
+            IndexError,
+            OSError,
+        ):  # the file has changed since; the message that asks matters more
             return f"{self.source.name} row {row}"

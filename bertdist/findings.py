@@ -78,7 +78,15 @@ def counts(findings: Iterable[Finding]) -> dict[str, int]:
 
 def percent(share: float) -> str:
     """Short, and never 0 or 100 for what is not."""
-    return "< 0.01%" if 0 < share < 0.0001 else f"{share:.2%}" if share < 0.1 else "> 99%" if 0.995 <= share < 1 else f"{share:.0%}"
+    return (
+        "< 0.01%"
+        if 0 < share < 0.0001
+        else f"{share:.2%}"
+        if share < 0.1
+        else "> 99%"
+        if 0.995 <= share < 1
+        else f"{share:.0%}"
+    )
 
 
 def excerpt(text: str, columns: int = EXCERPT) -> str:
@@ -134,27 +142,41 @@ def places(where: Where, rows: Iterable[int], num_rows: int) -> dict[int, str]:
     return {row: found[row] for row in asked}
 
 
-def located(findings: Sequence[Finding], splits: Mapping[str, tuple[Where, int]]) -> dict[tuple[str, int], str]:
+def located(
+    findings: Sequence[Finding], splits: Mapping[str, tuple[Where, int]]
+) -> dict[tuple[str, int], str]:
     """(split, row) -> place of all examples. splits: name -> (where, number of rows)."""
     found: dict[tuple[str, int], str] = {}
     for name, (where, num_rows) in splits.items():
         examples = [example for finding in findings for example in finding.examples]
-        shown = {(example.split, example.row) for example in examples} | {example.like for example in examples if example.like}
+        shown = {(example.split, example.row) for example in examples} | {
+            example.like for example in examples if example.like
+        }
         rows = {row for split, row in shown if split == name and row >= 0}
         found |= {(name, row): place for row, place in places(where, rows, num_rows).items()}
     return found
 
 
-def report(findings: Sequence[Finding], where: Mapping[tuple[str, int], str]) -> list[dict[str, Any]]:
+def report(
+    findings: Sequence[Finding], where: Mapping[tuple[str, int], str]
+) -> list[dict[str, Any]]:
     """The findings as plain data, in their order."""
     written = []
     for finding in findings:
-        entry = {name: value for name, value in vars(finding).items() if name not in ("examples", "details")}
+        entry = {
+            name: value
+            for name, value in vars(finding).items()
+            if name not in ("examples", "details")
+        }
         shown = []
         for example in finding.examples:
             place = where.get((example.split, example.row), example.split)
-            shown.append({"where": place, "row": example.row, "text": example.text, "note": example.note})
+            shown.append(
+                {"where": place, "row": example.row, "text": example.text, "note": example.note}
+            )
             if example.like is not None:
                 shown[-1]["like"] = where[example.like]
-        written.append({**entry, "share": finding.share, "details": dict(finding.details), "examples": shown})
+        written.append(
+            {**entry, "share": finding.share, "details": dict(finding.details), "examples": shown}
+        )
     return written

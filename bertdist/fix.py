@@ -27,7 +27,13 @@ from bertdist.text_health import empty_rows, other_than_ascii, repairs
 Flags = npt.NDArray[np.bool_]
 
 
-def write_fixed(found: Inspection, kinds: list[str], path: Path, label_delimiter: str | None, near_threshold: float) -> dict[str, int]:
+def write_fixed(
+    found: Inspection,
+    kinds: list[str],
+    path: Path,
+    label_delimiter: str | None,
+    near_threshold: float,
+) -> dict[str, int]:
     """Write both files; returns rows by kind, and "rows": how many are left. Raises DataError where none are."""
     records = found.splits["train"]
     changed: dict[int, str] = {}
@@ -48,9 +54,13 @@ def write_fixed(found: Inspection, kinds: list[str], path: Path, label_delimiter
         if kind == "duplicates":
             return repeated(same.texts["train"])
         if kind == "leaks":
-            return _any(records, [np.isin(same.plain["train"], same.plain[name]) for name in others])
+            return _any(
+                records, [np.isin(same.plain["train"], same.plain[name]) for name in others]
+            )
         if same.pairs is None:
-            raise DataError(f"--fix_kinds {kind}: near duplicates were not looked for; pip install 'rensa<0.6'.")
+            raise DataError(
+                f"--fix_kinds {kind}: near duplicates were not looked for; pip install 'rensa<0.6'."
+            )
         if kind == "near_leaks":
             return _any(records, [near_rows(same, "train", name) >= 0 for name in others])
         return ~np.array(first_of_near(same, "train"), bool)
@@ -61,13 +71,19 @@ def write_fixed(found: Inspection, kinds: list[str], path: Path, label_delimiter
             reason[wrong(kind) & (reason == "")] = kind
     kept = np.flatnonzero(reason == "")
     if not len(kept):
-        raise DataError(f"--fix would leave none of the {len(records):,} rows; choose fewer --fix_kinds.")
+        raise DataError(
+            f"--fix would leave none of the {len(records):,} rows; choose fewer --fix_kinds."
+        )
     sink = pa.BufferOutputStream()
     pa.parquet.write_table(_table(records, kept, label_delimiter), sink)
     write_whole(path, sink.getvalue().to_pybytes())
     write_whole(dropped_path(path), _told(records, reason, changed, found.splits["train"]))
     counted = {kind: int((reason == kind).sum()) for kind in kinds if kind != "encoding"}
-    return {**({"encoding": len(changed)} if "encoding" in kinds else {}), **counted, "rows": len(kept)}
+    return {
+        **({"encoding": len(changed)} if "encoding" in kinds else {}),
+        **counted,
+        "rows": len(kept),
+    }
 
 
 def dropped_path(path: Path) -> Path:
@@ -112,17 +128,24 @@ def _table(records: Records, rows: npt.NDArray[np.int64], label_delimiter: str |
     codes = records.label_codes[rows]
     if records.label_column is None:
         for name in records.class_names or ():
-            columns[name] = np.array([name in value for value in records.label_values if isinstance(value, tuple)], np.int8)[codes]
+            columns[name] = np.array(
+                [name in value for value in records.label_values if isinstance(value, tuple)],
+                np.int8,
+            )[codes]
     elif records.label_kind == "set":
         values = [list(value) for value in records.label_values if isinstance(value, tuple)]
-        joined = values if label_delimiter is None else [label_delimiter.join(value) for value in values]
+        joined = (
+            values if label_delimiter is None else [label_delimiter.join(value) for value in values]
+        )
         columns[records.label_column] = pa.array(joined).take(pa.array(codes))
     else:
         columns[records.label_column] = pa.array(records.label_values).take(pa.array(codes))
     return pa.table(columns)
 
 
-def _told(records: Records, reason: npt.NDArray[Any], before: dict[int, str], original: Records) -> bytes:
+def _told(
+    records: Records, reason: npt.NDArray[Any], before: dict[int, str], original: Records
+) -> bytes:
     """A JSON line a row that was dropped or changed, in the order of the rows."""
     rows = sorted({*np.flatnonzero(reason != "").tolist(), *before})
     where = places(records.where, rows, len(records))
@@ -133,7 +156,22 @@ def _told(records: Records, reason: npt.NDArray[Any], before: dict[int, str], or
         entry: dict[str, Any] = {"file": records.name, "line": line, "row": row}
         if row in before:
             now = excerpt(records.texts[row].as_py())
-            lines.append({**entry, "action": "changed", "kind": "encoding", "text": excerpt(before[row]), "now": now})
+            lines.append(
+                {
+                    **entry,
+                    "action": "changed",
+                    "kind": "encoding",
+                    "text": excerpt(before[row]),
+                    "now": now,
+                }
+            )
         if reason[row]:
-            lines.append({**entry, "action": "dropped", "kind": reason[row], "text": excerpt(original.texts[row].as_py())})
+            lines.append(
+                {
+                    **entry,
+                    "action": "dropped",
+                    "kind": reason[row],
+                    "text": excerpt(original.texts[row].as_py()),
+                }
+            )
     return b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)

@@ -36,7 +36,9 @@ from bertdist.slurm import StopRequest
 from bertdist.tasks import Array, Task
 from bertdist.train import train
 
-ProblemType: TypeAlias = Literal["single_label_classification", "multi_label_classification", "regression"]
+ProblemType: TypeAlias = Literal[
+    "single_label_classification", "multi_label_classification", "regression"
+]
 
 
 def cut(targets: Array, groups: Array, folds: int, seed: int) -> Array:
@@ -47,7 +49,9 @@ def cut(targets: Array, groups: Array, folds: int, seed: int) -> Array:
     """
     _, first, group_of_row = np.unique(groups, return_index=True, return_inverse=True)
     columns = targets[first].reshape(len(first), -1).T  # (1 or O, groups)
-    columns = columns[np.argsort(-columns.sum(1), kind="stable")]  # the rarest label last: lexsort looks at the last key first
+    columns = columns[
+        np.argsort(-columns.sum(1), kind="stable")
+    ]  # the rarest label last: lexsort looks at the last key first
     order = np.lexsort((np.random.default_rng(seed).random(len(first)), *columns))
     fold_of_group = np.empty(len(first), np.int64)
     fold_of_group[order] = np.arange(len(first)) % folds
@@ -59,12 +63,21 @@ def groups_of(records: Records) -> Array:
     texts = records.texts.to_pylist()
     pairs = [""] * len(texts) if records.pairs is None else records.pairs.to_pylist()
     seen: dict[tuple[str, str], int] = {}
-    keys = ((" ".join(text.lower().split()), " ".join(pair.lower().split())) for text, pair in zip(texts, pairs, strict=True))
+    keys = (
+        (" ".join(text.lower().split()), " ".join(pair.lower().split()))
+        for text, pair in zip(texts, pairs, strict=True)
+    )
     return np.fromiter((seen.setdefault(key, len(seen)) for key in keys), np.int64, len(texts))
 
 
 def answers_out_of_fold(
-    config: TrainConfig, folds: int, records: Records, targets: Array, task: Task, accelerator: Accelerator, say: Callable[..., None]
+    config: TrainConfig,
+    folds: int,
+    records: Records,
+    targets: Array,
+    task: Task,
+    accelerator: Accelerator,
+    say: Callable[..., None],
 ) -> Tensor | None:
     """(rows, outputs) float32 on every rank; None where the run was asked to stop: the same call goes on.
 
@@ -72,7 +85,10 @@ def answers_out_of_fold(
     `train` raises, such as CheckpointError where the folders hold other runs.
     """
     fold_of_row = cut(targets, groups_of(records), folds, config.run.seed)
-    runs = [_run_of_fold(config, Path(config.run.output_dir) / "folds" / str(fold), task, records) for fold in range(folds)]
+    runs = [
+        _run_of_fold(config, Path(config.run.output_dir) / "folds" / str(fold), task, records)
+        for fold in range(folds)
+    ]
     with together(accelerator):
         _enough(fold_of_row, folds, records)
         if accelerator.is_main_process:
@@ -81,21 +97,33 @@ def answers_out_of_fold(
     found: Tensor | None = None
     for fold, run in enumerate(runs):
         left_out = np.flatnonzero(fold_of_row == fold)
-        say(f"Fold {fold + 1} of {folds}: a model learns from the other {len(records) - len(left_out):,} rows, in {run.run.output_dir}.")
+        say(
+            f"Fold {fold + 1} of {folds}: a model learns from the other {len(records) - len(left_out):,} rows, in {run.run.output_dir}."
+        )
         with _process_group_kept():
             if not train(run).finished:
                 return None
-        stop = StopRequest(config.run.stop_before_time_limit)  # of the training's own nobody asks any more
+        stop = StopRequest(
+            config.run.stop_before_time_limit
+        )  # of the training's own nobody asks any more
         with together(accelerator):
             model = Path(run.run.output_dir) / "best"
-            predictor = Predictor(model, tokens_per_micro_batch=config.batch.tokens_per_micro_batch, accelerator=accelerator)
+            predictor = Predictor(
+                model,
+                tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
+                accelerator=accelerator,
+            )
         logits = predictor.logits(subset(records, left_out))
         found = torch.zeros(len(records), logits.shape[1]) if found is None else found
         found[torch.from_numpy(left_out)] = logits
-        stopping = [stop.agreed(accelerator) for _ in range(2)]  # on GPUs a call gives the answer of the one before
+        stopping = [
+            stop.agreed(accelerator) for _ in range(2)
+        ]  # on GPUs a call gives the answer of the one before
         stop.close()
         if any(stopping) and fold + 1 < folds:
-            say(f"Asked to stop ({stop.reason}) after fold {fold + 1} of {folds}; the same command goes on.")
+            say(
+                f"Asked to stop ({stop.reason}) after fold {fold + 1} of {folds}; the same command goes on."
+            )
             return None
     return found
 
@@ -111,20 +139,28 @@ def _process_group_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        os.environ.pop("FORK_LAUNCHED") if before is None else os.environ.update(FORK_LAUNCHED=before)
+        os.environ.pop("FORK_LAUNCHED") if before is None else os.environ.update(
+            FORK_LAUNCHED=before
+        )
 
 
 def subset(records: Records, rows: Array) -> Records:
     """Some rows as rows of their own, without labels; a message about one names its place in the source."""
-    texts, pairs = (None if column is None else column.take(rows) for column in (records.texts, records.pairs))
+    texts, pairs = (
+        None if column is None else column.take(rows) for column in (records.texts, records.pairs)
+    )
     source = Placed(records.name, False, ((0, Kept(records.where, rows), 0),))
-    unlabelled = replace(records, label_kind=None, label_values=[], label_codes=None, parts=(), bad=())
+    unlabelled = replace(
+        records, label_kind=None, label_values=[], label_codes=None, parts=(), bad=()
+    )
     return replace(unlabelled, source=source, texts=texts, pairs=pairs, fingerprint="")
 
 
 def _enough(fold_of_row: Array, folds: int, records: Records) -> None:
     if (texts := int(fold_of_row.max()) + 1) < folds:  # the first fold gets the first text
-        raise DataError(f"{records.name} has {texts} different texts, too few for --folds {folds}; expected at least one a fold.")
+        raise DataError(
+            f"{records.name} has {texts} different texts, too few for --folds {folds}; expected at least one a fold."
+        )
 
 
 def _run_of_fold(config: TrainConfig, folder: Path, task: Task, records: Records) -> TrainConfig:
@@ -134,8 +170,19 @@ def _run_of_fold(config: TrainConfig, folder: Path, task: Task, records: Records
     names = None if kind == "regression" else list(task.labels)
     return replace(
         config,
-        data=DataConfig(train_file=[str(folder / "train.jsonl")], text_column="text", text_pair_column=pair, label_column="label"),
-        task=replace(config.task, problem_type=kind, label_names=names, metrics=None, metric_for_best_model=None),
+        data=DataConfig(
+            train_file=[str(folder / "train.jsonl")],
+            text_column="text",
+            text_pair_column=pair,
+            label_column="label",
+        ),
+        task=replace(
+            config.task,
+            problem_type=kind,
+            label_names=names,
+            metrics=None,
+            metric_for_best_model=None,
+        ),
         run=replace(
             config.run,
             output_dir=str(folder),
@@ -158,7 +205,10 @@ def _write_rows(path: Path, records: Records, rows: Array) -> None:
     if records.pairs is not None:
         columns["text_pair"] = records.pairs.take(rows).to_pylist()
     columns["label"] = [records.label_values[code] for code in records.label_codes[rows]]
-    lines = (json.dumps(dict(zip(columns, values, strict=True)), ensure_ascii=False) for values in zip(*columns.values(), strict=True))
+    lines = (
+        json.dumps(dict(zip(columns, values, strict=True)), ensure_ascii=False)
+        for values in zip(*columns.values(), strict=True)
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -43,7 +43,9 @@ from bertdist.tasks import Array
 R = TypeVar("R")
 Taken = tuple[Tensor, Tensor]  # loss sum (), gradient norm ()
 Take = Callable[..., Taken]  # train.take_step: model, optimizer, step, ..., room
-Capture = Callable[[Callable[[], Taken], torch.device], tuple[Callable[[], None], Taken]]  # -> replay, and where it leaves its results
+Capture = Callable[
+    [Callable[[], Taken], torch.device], tuple[Callable[[], None], Taken]
+]  # -> replay, and where it leaves its results
 
 STEPS = 32  # whose lengths settle the budget: with 32 rows of SST-2 a step the longest has 1.3 times the mean tokens
 ROUND = 64  # tokens; products of odd sizes are slower
@@ -75,22 +77,33 @@ class Budget:
         """
         first = min(self.longest, self.tokens - self.texts + 1)
         lengths = [first, *_evenly(self.tokens - first, self.texts - 1)]
-        batch = collate([Example(row=-1, ids=[0] * n, segments=[0] * n, target=0, weight=0.0) for n in lengths]).to(like.ids.device)
+        batch = collate(
+            [Example(row=-1, ids=[0] * n, segments=[0] * n, target=0, weight=0.0) for n in lengths]
+        ).to(like.ids.device)
         return replace(batch, targets=like.targets.new_zeros(self.texts, *like.targets.shape[1:]))
 
 
 def _evenly(tokens: int, texts: int) -> list[int]:
-    return [tokens // texts + (i < tokens % texts) for i in range(texts)]  # attention costs the squares of lengths
+    return [
+        tokens // texts + (i < tokens % texts) for i in range(texts)
+    ]  # attention costs the squares of lengths
 
 
 def budget_of(batches: Batches, longest: int) -> Budget | None:
     """What nearly every step fits in, a function of rows and seed alone; None where steps are of several micro-batches."""
-    steps = list(replace(batches, workers=0, pin=False).steps(0, min(STEPS, batches.steps_per_epoch)))
+    steps = list(
+        replace(batches, workers=0, pin=False).steps(0, min(STEPS, batches.steps_per_epoch))
+    )
     if any(len(step.share) > 1 for step in steps):
         return None
     most = max(len(step.share[0].ids) for step in steps)
     pads = most // longest + 2  # enough for a step of very few tokens, each of one token at least
-    return Budget(tokens=-(-(most + pads) // ROUND) * ROUND, texts=steps[0].rows + pads, rows=steps[0].rows, longest=longest)
+    return Budget(
+        tokens=-(-(most + pads) // ROUND) * ROUND,
+        texts=steps[0].rows + pads,
+        rows=steps[0].rows,
+        longest=longest,
+    )
 
 
 def with_pads(batch: Batch, tokens: int, texts: int, longest: int) -> Batch | None:
@@ -108,7 +121,12 @@ def with_pads(batch: Batch, tokens: int, texts: int, longest: int) -> Batch | No
         if isinstance(added, int):
             return torch.cat([tensor, tensor.new_full((count, *tensor.shape[1:]), added)])
         new = torch.from_numpy(added)
-        return torch.cat([tensor, new.pin_memory().to(tensor.device, non_blocking=True) if tensor.is_cuda else new])
+        return torch.cat(
+            [
+                tensor,
+                new.pin_memory().to(tensor.device, non_blocking=True) if tensor.is_cuda else new,
+            ]
+        )
 
     return Batch(
         ids=behind(batch.ids, 0, room),
@@ -123,7 +141,12 @@ def with_pads(batch: Batch, tokens: int, texts: int, longest: int) -> Batch | No
 
 
 def graphed_step(
-    take_step: Take, classifier: Classifier, batches: AnyBatches, accelerator: Accelerator, longest: int, say: Callable[[str], None]
+    take_step: Take,
+    classifier: Classifier,
+    batches: AnyBatches,
+    accelerator: Accelerator,
+    longest: int,
+    say: Callable[[str], None],
 ) -> Take:
     """take_step by replays, or itself where that cannot be, with the reason said. longest: --max_length."""
     budget = None
@@ -132,7 +155,9 @@ def graphed_step(
     elif accelerator.num_processes > 1:
         trouble = f"it is for one process, and there are {accelerator.num_processes}."
     elif accelerator.mixed_precision != "bf16":
-        trouble = f"it needs --mixed_precision bf16, and this run has {accelerator.mixed_precision!r}."
+        trouble = (
+            f"it needs --mixed_precision bf16, and this run has {accelerator.mixed_precision!r}."
+        )
     elif classifier.checkpoints_activations:
         trouble = "--gradient_checkpointing sets random states from the host."
     elif not isinstance(batches, Batches):
@@ -144,7 +169,9 @@ def graphed_step(
     if budget is None:
         say(f"--cuda_graphs cannot take effect, steps are taken eagerly: {trouble}")
         return take_step
-    say(f"--cuda_graphs: steps are filled up to {budget.tokens} tokens in {budget.texts} texts; what does not fit is taken eagerly.")
+    say(
+        f"--cuda_graphs: steps are filled up to {budget.tokens} tokens in {budget.texts} texts; what does not fit is taken eagerly."
+    )
     return GraphedStep(take_step, budget, say)
 
 
@@ -152,20 +179,32 @@ def _reads_starts(classifier: Classifier, accelerator: Accelerator) -> bool:
     """Whether attention takes the lengths from the device, where a replay finds those of its step."""
     family = FAMILIES.get(classifier.model.config.model_type)
     with accelerator.autocast():
-        return family is not None and family.attend is not None and classifier.kernel(accelerator.device) == "varlen"
+        return (
+            family is not None
+            and family.attend is not None
+            and classifier.kernel(accelerator.device) == "varlen"
+        )
 
 
 class _Uncut:
     """Stands in for a Room: the micro-batch as it is, and what runs out of memory raises."""
 
-    def accumulate(self, model: nn.Module, step: Step, backward: Callable[[Batch, bool], Tensor]) -> Tensor:
+    def accumulate(
+        self, model: nn.Module, step: Step, backward: Callable[[Batch, bool], Tensor]
+    ) -> Tensor:
         return backward(step.share[0], True)
 
 
 class GraphedStep:
     """take_step, with its signature; see above."""
 
-    def __init__(self, take_step: Take, budget: Budget, say: Callable[[str], None], capture: Capture | None = None) -> None:
+    def __init__(
+        self,
+        take_step: Take,
+        budget: Budget,
+        say: Callable[[str], None],
+        capture: Capture | None = None,
+    ) -> None:
         """capture: `capture_on_cuda`, or what stands in for it where there is no GPU."""
         self.take_step, self.budget, self.say = take_step, budget, say
         self._capture = capture or capture_on_cuda
@@ -189,7 +228,9 @@ class GraphedStep:
         for rate, group in zip(self._rates, optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
         self._replay()
-        loss, grad_norm = (result.clone() for result in self._results)  # the next replay writes over them
+        loss, grad_norm = (
+            result.clone() for result in self._results
+        )  # the next replay writes over them
         return loss, grad_norm
 
     def _prepare(self, model: nn.Module, optimizer: Any, step: Step, rest: tuple[Any, ...]) -> None:
@@ -202,43 +243,65 @@ class GraphedStep:
         def blank_step() -> Taken:
             for rate, group in zip(self._rates, optimizer.param_groups, strict=True):
                 # torch asks for capturable in a capture, and warns of it elsewhere
-                group.update(lr=rate, capturable=device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+                group.update(
+                    lr=rate,
+                    capturable=device.type == "cuda" and torch.cuda.is_current_stream_capturing(),
+                )
             return self.take_step(model, optimizer, replace(step, share=[self._batch]), *rest)
 
         try:
-            eager, change = _tried(lambda: self.take_step(model, optimizer, step, *rest), model, optimizer)
-            (self._replay, self._results), _ = _tried(lambda: self._capture(blank_step, device), model, optimizer)
-            replayed, same_change = _tried(lambda: self._replayed(batch, optimizer), model, optimizer)
+            eager, change = _tried(
+                lambda: self.take_step(model, optimizer, step, *rest), model, optimizer
+            )
+            (self._replay, self._results), _ = _tried(
+                lambda: self._capture(blank_step, device), model, optimizer
+            )
+            replayed, same_change = _tried(
+                lambda: self._replayed(batch, optimizer), model, optimizer
+            )
             for name, one, other in zip(("loss", "gradient norm"), eager, replayed, strict=True):
                 if not torch.isclose(other, one, rtol=ROUNDING):
-                    raise ArithmeticError(f"the replayed step has a {name} of {other.item():.6g}, the eager one {one.item():.6g}")
+                    raise ArithmeticError(
+                        f"the replayed step has a {name} of {other.item():.6g}, the eager one {one.item():.6g}"
+                    )
             if not (same_change - change).norm() <= ROUNDING_OF_CHANGE * change.norm():
-                raise ArithmeticError("the replayed step changes the weights in another way than the eager one")
+                raise ArithmeticError(
+                    "the replayed step changes the weights in another way than the eager one"
+                )
         except Exception as error:
             self._replay, self._gave_up = None, True
             vars(self).pop("_results", None)
             clear_gradients(model)
-            why = textwrap.shorten(f"{type(error).__name__}: {str(error) or 'no message'}", 300, placeholder=" ...")
+            why = textwrap.shorten(
+                f"{type(error).__name__}: {str(error) or 'no message'}", 300, placeholder=" ..."
+            )
             self.say(f"--cuda_graphs cannot take effect, steps are taken eagerly: {why}")
 
 
 def _tried(run: Callable[[], R], model: nn.Module, optimizer: Any) -> tuple[R, Tensor]:
     """What `run` returns, and (weights,) how it changed the weights. Afterwards they, optimizer and random numbers are as they were."""
     weights = [weight.detach() for weight in model.parameters() if weight.requires_grad]
-    tensors = [*weights, *(x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor))]
+    tensors = [
+        *weights,
+        *(x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)),
+    ]
     settings = [(group["lr"], group["capturable"]) for group in optimizer.param_groups]
     with torch.random.fork_rng([weights[0].device] if weights[0].is_cuda else []):
         before = [tensor.clone() for tensor in tensors]
         try:
             found = run()
-            return found, torch.cat([(now - old).flatten() for now, old in zip(weights, before, strict=False)])
+            return found, torch.cat(
+                [(now - old).flatten() for now, old in zip(weights, before, strict=False)]
+            )
         finally:
             torch._foreach_copy_(tensors, before)
             for group, (rate, capturable) in zip(optimizer.param_groups, settings, strict=True):
                 group.update(lr=rate, capturable=capturable)
 
 
-def capture_on_cuda(take: Callable[[], Taken], device: torch.device) -> tuple[Callable[[], None], Taken]:
+def capture_on_cuda(
+    take: Callable[[], Taken], device: torch.device
+) -> tuple[Callable[[], None], Taken]:
     """Run `take` a few times beside the main stream, then capture it; what waits for the device raises before the capture begins.
 
     Raises whatever `take` or CUDA raises, and leaves stream and generator usable.

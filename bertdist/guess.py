@@ -67,16 +67,24 @@ def _is_western(data: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     special = re.findall(r"[^\x00-\x7f]", text)
-    utf8 = re.findall(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}", data)
-    if len(special) < MIN_SPECIAL or 4 * sum(map(len, utf8)) > len(special):  # UTF-8 with a few wrong bytes is another matter
+    utf8 = re.findall(
+        rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}", data
+    )
+    if len(special) < MIN_SPECIAL or 4 * sum(map(len, utf8)) > len(
+        special
+    ):  # UTF-8 with a few wrong bytes is another matter
         return False
     if len(special) < len(text) / 200:
         return True
     letters = Counter(char.lower() for char in special if char.isalpha())
     num_letters = sum(letters.values())
     fitting = max(sum(letters[char] for char in alphabet) for alphabet in _LETTERS.values())
-    strange = len(re.findall(rf"(?<=[^\W\d_])[^\w\s\x00-\x7f{_INSIDE_WORDS}](?=[^\W\d_])", text))  # a sign within a word
-    strange += len(re.findall(r"(?<=[a-z])[À-ÞŠŽŸ](?=[a-z])", text)) + sum(char in "¤¹²³¦¬" for char in special)
+    strange = len(
+        re.findall(rf"(?<=[^\W\d_])[^\w\s\x00-\x7f{_INSIDE_WORDS}](?=[^\W\d_])", text)
+    )  # a sign within a word
+    strange += len(re.findall(r"(?<=[a-z])[À-ÞŠŽŸ](?=[a-z])", text)) + sum(
+        char in "¤¹²³¦¬" for char in special
+    )
     return fitting >= 0.98 * num_letters and strange <= 0.02 * len(special)
 
 
@@ -91,11 +99,15 @@ def _east_asian(data: bytes) -> str | None:
             except UnicodeDecodeError:
                 return None
             fitting = sum(_EAST_ASIAN_TEXT.match(char) is not None for char in special)
-            return name if len(special) >= 8 * MIN_SPECIAL and fitting >= 0.98 * len(special) else None
+            return (
+                name if len(special) >= 8 * MIN_SPECIAL and fitting >= 0.98 * len(special) else None
+            )
     return None
 
 
-def guess_table(form: Form, head: bytes, is_all: bool, *, delimiter: bool, quoting: bool) -> Form | None:
+def guess_table(
+    form: Form, head: bytes, is_all: bool, *, delimiter: bool, quoting: bool
+) -> Form | None:
     """`form` with the delimiter and quoting of a table that begins with `head` (UTF-8), as far as they are to be guessed.
 
     `form` has the kind of its ending, with that kind's own delimiter and quoting; another kind means that the ending tells nothing. Then
@@ -130,10 +142,19 @@ def _is_even(form: Form, lines: Lines, is_all: bool) -> bool:
     while at < len(lines.data) and (blank := blank_at(data, at)):
         at += blank
     row = judge(form, data, at, 1, len(data), is_all) if at < len(lines.data) else None
-    if row is None or row.fault or not row.end or not 1 < len(row.fields) == (len(form.column_names) or len(row.fields)):
+    if (
+        row is None
+        or row.fault
+        or not row.end
+        or not 1 < len(row.fields) == (len(form.column_names) or len(row.fields))
+    ):
         return False
     found = scan(form, lines, len(row.fields), len(data), is_all)
-    if form.quoted and form.delimiter == "\t" and not is_clean(form, lines.data[: found.stop], len(data)):
+    if (
+        form.quoted
+        and form.delimiter == "\t"
+        and not is_clean(form, lines.data[: found.stop], len(data))
+    ):
         return False  # a quote within a field: rather text everywhere
     return len(found.rows.starts) > 1 and not found.bad
 

@@ -63,7 +63,10 @@ class HubRows:
         else:
             files = self._files()
             known = [str(found.name), str(found.config.name)]
-            known += [fingerprint_of(file) if Path(file).is_file() else f"{found.hash} {file}" for file in files]
+            known += [
+                fingerprint_of(file) if Path(file).is_file() else f"{found.hash} {file}"
+                for file in files
+            ]
         return xxhash.xxh3_64_hexdigest(json.dumps([self.split, *known]).encode())
 
     def column_names(self) -> list[str]:
@@ -80,7 +83,14 @@ class HubRows:
             while (table := _told(self.name, following)) is not None:
                 columns = {name: table.column(name) for name in wanted}
                 where = _where(self.name, row)
-                yield Piece(columns, len(table), {"shard": shard, "at": at, "row": row}, where, (), partial(spots_in, where, columns))
+                yield Piece(
+                    columns,
+                    len(table),
+                    {"shard": shard, "at": at, "row": row},
+                    where,
+                    (),
+                    partial(spots_in, where, columns),
+                )
                 at, row = at + len(table), row + len(table)
             at = 0
 
@@ -91,9 +101,20 @@ class HubRows:
     def _open(self) -> Any:
         """datasets' builder, or the splits of a folder of `save_to_disk`. Raises DataError where this split is not in it."""
         found = _told(self._title, lambda: _load(self.path, self.config, self.revision), self.path)
-        splits = [str(name) for name in (found if isinstance(found, dict) else found.info.splits or found.config.data_files or ())]
+        splits = [
+            str(name)
+            for name in (
+                found
+                if isinstance(found, dict)
+                else found.info.splits or found.config.data_files or ()
+            )
+        ]
         if splits and self.split not in splits:
-            advice = " A part of a split cannot be streamed." if "[" in self.split else did_you_mean(self.split, splits)
+            advice = (
+                " A part of a split cannot be streamed."
+                if "[" in self.split
+                else did_you_mean(self.split, splits)
+            )
             raise DataError(f"{self._title} has no split {self.split!r}.{advice}")
         return found
 
@@ -109,11 +130,16 @@ class HubRows:
         """For each shard what reads it from a row on; tables of any length."""
         found = self._open()
         if isinstance(found, dict):
-            return [partial(_of_memory, found[self.split].select_columns(wanted).with_format("arrow"))]
+            return [
+                partial(_of_memory, found[self.split].select_columns(wanted).with_format("arrow"))
+            ]
         if found.name == "parquet" and (files := self._files()):
             return [partial(_of_parquet, file, wanted) for file in files]
         stream = self._stream().select_columns(wanted).with_format("arrow")
-        return [partial(_of_stream, stream.shard(stream.num_shards, shard)) for shard in range(stream.num_shards)]
+        return [
+            partial(_of_stream, stream.shard(stream.num_shards, shard))
+            for shard in range(stream.num_shards)
+        ]
 
 
 def _of_memory(dataset: Any, at: int) -> Iterator[pa.Table]:
@@ -127,7 +153,9 @@ def _of_parquet(address: str, wanted: list[str], at: int) -> Iterator[pa.Table]:
         group, groups = 0, parquet.metadata.num_row_groups
         while group < groups and at >= (rows := parquet.metadata.row_group(group).num_rows):
             group, at = group + 1, at - rows
-        for batch in parquet.iter_batches(ROWS, list(range(group, groups)), wanted, use_threads=False):
+        for batch in parquet.iter_batches(
+            ROWS, list(range(group, groups)), wanted, use_threads=False
+        ):
             table = pa.Table.from_batches([batch])
             yield table.slice(at)
             at = max(0, at - len(table))
@@ -189,9 +217,13 @@ def _told(name: str, action: Callable[[], Found], path: str = "") -> Found:
         kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
         found = " ".join(str(error).split())
         if "scripts are no longer supported" in found:
-            raise DataError(f"{name} is made by a Python script, which `datasets` no longer runs; use a parquet copy of it.") from None
+            raise DataError(
+                f"{name} is made by a Python script, which `datasets` no longer runs; use a parquet copy of it."
+            ) from None
         gone = "DatasetNotFoundError" in kinds or found.startswith("Couldn't find")
         if gone or "gated dataset" in found or kinds & {"ConnectionError", "OfflineModeIsEnabled"}:
             told = why_not(error, path or name, "dataset")
-            raise DataError(f"{name} is neither a folder here nor a data set that the hub gave. {told} --train_file takes files.") from None
+            raise DataError(
+                f"{name} is neither a folder here nor a data set that the hub gave. {told} --train_file takes files."
+            ) from None
         raise DataError(f"{name} cannot be read: {found} (--train_file takes files)") from None

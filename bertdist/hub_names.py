@@ -46,7 +46,11 @@ _answers: dict[str, str] = {}  # endpoint -> why it cannot be reached; "" where 
 
 def ask_hub(name: str, kind: str = "model") -> None:
     """Before a name that is no folder is loaded: go offline where the hub does not answer. kind: "model" or "dataset"."""
-    if constants.HF_HUB_OFFLINE or Path(name).expanduser().exists() or constants.ENDPOINT in _answers:
+    if (
+        constants.HF_HUB_OFFLINE
+        or Path(name).expanduser().exists()
+        or constants.ENDPOINT in _answers
+    ):
         return
     trouble, began = "", time.monotonic()
     for attempt in range(TRIES):
@@ -54,11 +58,17 @@ def ask_hub(name: str, kind: str = "model") -> None:
             url = f"{constants.ENDPOINT}/api/{kind}s/{name}"
             # A connection of its own: some servers send more than a HEAD asks for, which the next request would read.
             alone = {"Connection": "close"}
-            status = get_session().head(url, headers=alone, timeout=PATIENCE_SECONDS, follow_redirects=False).status_code
+            status = (
+                get_session()
+                .head(url, headers=alone, timeout=PATIENCE_SECONDS, follow_redirects=False)
+                .status_code
+            )
             trouble = f"it answers with HTTP error {status}" if status >= 500 else ""
         except Exception as error:  # of whatever the session is made of: another package in each version of huggingface_hub
             trouble = f"{error or type(error).__name__}".splitlines()[0]
-        if not trouble or time.monotonic() - began > PATIENCE_SECONDS / 2:  # who does not answer at all is not asked again
+        if (
+            not trouble or time.monotonic() - began > PATIENCE_SECONDS / 2
+        ):  # who does not answer at all is not asked again
             break
         time.sleep(1.0 if attempt + 1 < TRIES else 0.0)
     _answers[constants.ENDPOINT] = trouble
@@ -73,14 +83,18 @@ def tell_offline(name: str) -> None:
     """After something was loaded by its name: say, once, that it came from the cache because the hub did not answer."""
     trouble = _answers.get(constants.ENDPOINT, "")
     if trouble and not Path(name).expanduser().exists() and os.environ.get("RANK", "0") == "0":
-        warn(f"The hub ({constants.ENDPOINT}) cannot be reached ({trouble}): {name} is what the cache holds.")
+        warn(
+            f"The hub ({constants.ENDPOINT}) cannot be reached ({trouble}): {name} is what the cache holds."
+        )
         _answers[constants.ENDPOINT] = ""
 
 
 def why_not(error: BaseException, name: str, kind: str = "model") -> str:
     """Why the hub did not give it, and the nearest names, in sentences. error: what a loader raised."""
     causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+    while (
+        cause := causes[-1].__cause__ or causes[-1].__context__
+    ) is not None and cause not in causes:
         causes.append(cause)
     kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
@@ -94,9 +108,18 @@ def why_not(error: BaseException, name: str, kind: str = "model") -> str:
         return f"The hub knows no such {what}, or it is private (HF_TOKEN, `hf auth login`).{near}"
     if kinds & {"HFValidationError", "HfUriError"}:
         return f"It is no name that the hub could know; expected owner/name.{near}"
-    if kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectionError", "TransportError"} or "connect to" in str(error):
+    if kinds & {
+        "OfflineModeIsEnabled",
+        "LocalEntryNotFoundError",
+        "ConnectionError",
+        "TransportError",
+    } or "connect to" in str(error):
         trouble = _answers.get(constants.ENDPOINT, "")
-        reason = f"The hub ({constants.ENDPOINT}) cannot be reached ({trouble})" if trouble else "HF_HUB_OFFLINE is set"
+        reason = (
+            f"The hub ({constants.ENDPOINT}) cannot be reached ({trouble})"
+            if trouble
+            else "HF_HUB_OFFLINE is set"
+        )
         return f"{reason}, and the cache {constants.HF_HUB_CACHE} does not hold it.{near}"
     return f"{' '.join(str(error).split())[:300]}{near}"
 
@@ -104,20 +127,30 @@ def why_not(error: BaseException, name: str, kind: str = "model") -> str:
 def nearest(name: str, kind: str = "model") -> str:
     """The nearest of the names that can be known without a network: the cache's, folders here, and well-known ones; or nothing."""
     stored = [path.name for path in _folders(Path(constants.HF_HUB_CACHE))]
-    cached = [folder.split("--", 1)[1].replace("--", "/") for folder in stored if folder.startswith(f"{kind}s--")]
+    cached = [
+        folder.split("--", 1)[1].replace("--", "/")
+        for folder in stored
+        if folder.startswith(f"{kind}s--")
+    ]
     beside = [str(path) for path in _folders(Path(name).parent)]
     names = list(dict.fromkeys([*cached, *beside, *KNOWN[kind]]))
     if name in names:
         return ""
     near = get_close_matches(name, names, n=NEAREST)
-    last = {known.rsplit("/", 1)[-1].lower(): known for known in reversed(names)}  # bert-base-uncased, without its owner
-    near += [last[word] for word in get_close_matches(name.rsplit("/", 1)[-1].lower(), last, n=NEAREST)]
+    last = {
+        known.rsplit("/", 1)[-1].lower(): known for known in reversed(names)
+    }  # bert-base-uncased, without its owner
+    near += [
+        last[word] for word in get_close_matches(name.rsplit("/", 1)[-1].lower(), last, n=NEAREST)
+    ]
     near = list(dict.fromkeys(near))[:NEAREST]
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def _folders(place: Path) -> list[Path]:
     try:
-        return sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return sorted(
+            path for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")
+        )
     except OSError:
         return []

@@ -56,9 +56,15 @@ class Inspection:
                 "text_pair_column": records.pair_column,
                 "label_column": records.label_column,
                 "fingerprint": records.fingerprint,
-                "label_counts": labels.counts() if labels is not None and labels.numbers is None else None,
-                "label_range": labels.range() if labels is not None and labels.numbers is not None else None,
-                "labels_a_row": float(labels.sizes().mean()) if labels is not None and labels.several else None,
+                "label_counts": labels.counts()
+                if labels is not None and labels.numbers is None
+                else None,
+                "label_range": labels.range()
+                if labels is not None and labels.numbers is not None
+                else None,
+                "labels_a_row": float(labels.sizes().mean())
+                if labels is not None and labels.several
+                else None,
                 "lengths": self.lengths[name].as_dict(),
             }
         return {
@@ -87,20 +93,33 @@ def check_data(
     labels = {name: labels_of_records(records, problem_type) for name, records in splits.items()}
     train_labels = labels["train"]
     assert train_labels is not None
-    files: dict[str, list[str | None]] = {"train": [*(data.train_file or ())], "validation": [data.validation_file], "test": [test_file]}
-    paths = {name: of[0] if len(of) == 1 and of[0] and Path(of[0]).is_file() else None for name, of in files.items()}  # tables read twice
+    files: dict[str, list[str | None]] = {
+        "train": [*(data.train_file or ())],
+        "validation": [data.validation_file],
+        "test": [test_file],
+    }
+    paths = {
+        name: of[0] if len(of) == 1 and of[0] and Path(of[0]).is_file() else None
+        for name, of in files.items()
+    }  # tables read twice
     for name, records in splits.items():
         findings += _left_out(name, records, data.max_bad_rows, num_examples)
-        findings += check_table(name, paths[name], records, labels[name], train_labels, data, num_examples)
+        findings += check_table(
+            name, paths[name], records, labels[name], train_labels, data, num_examples
+        )
         findings += check_texts(name, records.texts, records.text_column, num_examples)
         if records.pairs is not None and records.pair_column is not None:
             findings += check_texts(name, records.pairs, records.pair_column, num_examples)
     findings += check_labels(splits, labels, num_examples)
     if near_threshold and not can_find_near_duplicates():
         near_threshold = 0.0
-        notes.append("Near duplicates were not looked for: rensa is not installed (pip install 'rensa<0.6').")
+        notes.append(
+            "Near duplicates were not looked for: rensa is not installed (pip install 'rensa<0.6')."
+        )
     if not has_ftfy():
-        notes.append("Wrong encodings were looked for with three patterns only: ftfy is not installed (pip install ftfy).")
+        notes.append(
+            "Wrong encodings were looked for with three patterns only: ftfy is not installed (pip install ftfy)."
+        )
     same = compare_texts(splits, near_threshold)
     findings += check_overlap(splits, labels, same, num_examples)
     lengths = {}
@@ -108,7 +127,9 @@ def check_data(
         lengths[name], found = measure(name, records, tokenizer, max_length, num_examples)
         findings += found
         if lengths[name].rows < len(records):
-            notes.append(f"Tokens of {name} were counted in {lengths[name].rows:,} of its {len(records):,} rows.")
+            notes.append(
+                f"Tokens of {name} were counted in {lengths[name].rows:,} of its {len(records):,} rows."
+            )
     findings = ranked(findings)
     return Inspection(
         splits=splits,
@@ -117,12 +138,16 @@ def check_data(
         same=same,
         problem_type=problem_type,
         findings=findings,
-        where=located(findings, {name: (records.where, len(records)) for name, records in splits.items()}),
+        where=located(
+            findings, {name: (records.where, len(records)) for name, records in splits.items()}
+        ),
         notes=notes,
     )
 
 
-def open_splits(data: DataConfig, test_file: str | None) -> tuple[dict[str, Records], list[Finding], list[str]]:
+def open_splits(
+    data: DataConfig, test_file: str | None
+) -> tuple[dict[str, Records], list[Finding], list[str]]:
     """Splits by name, train first; what is wrong with the labels of the test file; what was not read."""
     notes: list[str] = []
     opened = {"train": open_source(data, "train"), "validation": open_source(data, "validation")}
@@ -131,7 +156,9 @@ def open_splits(data: DataConfig, test_file: str | None) -> tuple[dict[str, Reco
         return found, [], notes
     findings = []
     try:
-        test = open_source(replace(data, validation_file=test_file, max_eval_samples=None), "validation")
+        test = open_source(
+            replace(data, validation_file=test_file, max_eval_samples=None), "validation"
+        )
         assert test is not None
         found["test"] = test
     except BertdistError as error:
@@ -166,9 +193,19 @@ def open_splits(data: DataConfig, test_file: str | None) -> tuple[dict[str, Reco
 
 def _has_labels(path: str, data: DataConfig, train: Records) -> bool:
     """Whether a file has the label columns of the training rows."""
-    file = find_file(path, delimiter=data.delimiter, quoting=data.quoting, encoding=data.encoding, column_names=data.column_names)
+    file = find_file(
+        path,
+        delimiter=data.delimiter,
+        quoting=data.quoting,
+        encoding=data.encoding,
+        column_names=data.column_names,
+    )
     names = ["text"] if file.kind == "txt" else open_file(file)[0]
-    return train.label_column in names if data.label_columns is None else set(data.label_columns) <= set(names)
+    return (
+        train.label_column in names
+        if data.label_columns is None
+        else set(data.label_columns) <= set(names)
+    )
 
 
 def _left_out(split: str, records: Records, most: int, num_examples: int) -> list[Finding]:
@@ -176,9 +213,15 @@ def _left_out(split: str, records: Records, most: int, num_examples: int) -> lis
     bad = records.bad
     if not bad:
         return []
-    reasons = Counter(re.split(r" ?[;(]", row.reason)[0] for row in bad).most_common()  # without what differs from row to row
+    reasons = Counter(
+        re.split(r" ?[;(]", row.reason)[0] for row in bad
+    ).most_common()  # without what differs from row to row
     told = "; ".join(f"{reason} ({count:,})" for reason, count in reasons[:SHOWN_REASONS])
-    more = f"; and {len(reasons) - SHOWN_REASONS:,} other reasons" if len(reasons) > SHOWN_REASONS else ""
+    more = (
+        f"; and {len(reasons) - SHOWN_REASONS:,} other reasons"
+        if len(reasons) > SHOWN_REASONS
+        else ""
+    )
     many = len(bad) > most
     return [
         Finding(
@@ -191,7 +234,13 @@ def _left_out(split: str, records: Records, most: int, num_examples: int) -> lis
             meaning=f"{told}{more}.",
             advice=f"Mend them where the file is made{f'; training ends at more than {most:,} (--max_bad_rows)' if many else ''}.",
             examples=tuple(
-                Example(split=split, row=-1, text=excerpt(row.text), note=f"{place_of(row)}: {row.reason}") for row in bad[:num_examples]
+                Example(
+                    split=split,
+                    row=-1,
+                    text=excerpt(row.text),
+                    note=f"{place_of(row)}: {row.reason}",
+                )
+                for row in bad[:num_examples]
             ),
         )
     ]

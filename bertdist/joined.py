@@ -25,15 +25,23 @@ def join(found: Sequence[Records], name: str) -> Records:
         return first
     for other in found:
         if (other.pairs is None) != (first.pairs is None):
-            raise DataError(f"{other.name} and {first.name} differ: one has pairs of texts. Name --text_column, and --text_pair_column.")
+            raise DataError(
+                f"{other.name} and {first.name} differ: one has pairs of texts. Name --text_column, and --text_pair_column."
+            )
         if other.class_names != first.class_names:
             names = f"{other.class_names} and {first.class_names}"
-            raise DataError(f"{other.name} and {first.name} differ in the names of their labels: {names}.")
+            raise DataError(
+                f"{other.name} and {first.name} differ in the names of their labels: {names}."
+            )
     starts = [0, *accumulate(map(len, found))]
     kind, values, codes = _joined_labels(found)
     return replace(
         first,
-        source=Placed(name, first.source.has_header, tuple((at, one.source.where, 0) for at, one in zip(starts, found, strict=False))),
+        source=Placed(
+            name,
+            first.source.has_header,
+            tuple((at, one.source.where, 0) for at, one in zip(starts, found, strict=False)),
+        ),
         label_kind=kind,
         label_values=values,
         label_codes=codes,
@@ -45,7 +53,9 @@ def join(found: Sequence[Records], name: str) -> Records:
     )
 
 
-def _joined_labels(found: Sequence[Records]) -> tuple[LabelKind | None, list[LabelValue], Codes | None]:
+def _joined_labels(
+    found: Sequence[Records],
+) -> tuple[LabelKind | None, list[LabelValue], Codes | None]:
     first = found[0]
     if first.label_codes is None:
         return None, [], None
@@ -58,13 +68,19 @@ def _joined_labels(found: Sequence[Records]) -> tuple[LabelKind | None, list[Lab
     codes = []
     for one in found:
         assert one.label_codes is not None
-        of_value = [places.setdefault(as_kind(kind, value), len(places)) for value in one.label_values]
+        of_value = [
+            places.setdefault(as_kind(kind, value), len(places)) for value in one.label_values
+        ]
         codes.append(np.array(of_value, np.int32)[one.label_codes])
     return kind, list(places), np.concatenate(codes)
 
 
 def common_kind(
-    kind: LabelKind | None, values: Iterable[LabelValue], other: LabelKind | None, others: Iterable[LabelValue], where: str
+    kind: LabelKind | None,
+    values: Iterable[LabelValue],
+    other: LabelKind | None,
+    others: Iterable[LabelValue],
+    where: str,
 ) -> LabelKind | None:
     """The kind of label that rows share with others, which begin at `where`: numbers take in whole numbers, and so do texts that are some.
 
@@ -75,9 +91,13 @@ def common_kind(
         return kind
     if kinds == {"integer", "number"}:
         return "number"
-    if kinds == {"text", "integer"} and all(re.fullmatch(r"-?\d+", str(value)) for value in [*values, *others]):
+    if kinds == {"text", "integer"} and all(
+        re.fullmatch(r"-?\d+", str(value)) for value in [*values, *others]
+    ):
         return "text"
-    raise DataError(f"{where}: the labels are of kind {other!r}, those before of kind {kind!r}; expected one kind in all rows.")
+    raise DataError(
+        f"{where}: the labels are of kind {other!r}, those before of kind {kind!r}; expected one kind in all rows."
+    )
 
 
 def as_kind(kind: LabelKind | None, value: LabelValue) -> LabelValue:

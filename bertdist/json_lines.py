@@ -21,12 +21,16 @@ from bertdist.text_files import Form, Lines, Parsed, Rows, rows_of_lines, text_a
 def read_keys(form: Form, lines: Lines, is_all: bool, skip: bool) -> list[str] | None:
     """Keys of the first object (none where there is none). None where it stands beyond these lines, which are the file's first."""
     if lines.data.lstrip(b" \t\r\n").startswith(b"["):
-        raise DataError(f"{form.name} starts with '[': it is one JSON array, expected one object a line (`jq -c '.[]'` writes that).")
+        raise DataError(
+            f"{form.name} starts with '[': it is one JSON array, expected one object a line (`jq -c '.[]'` writes that)."
+        )
     _, first = next(_objects(form, lines, [] if skip else None), (0, {}))
     return list(first) if first or is_all else None
 
 
-def parse_json(form: Form, lines: Lines, wanted: Sequence[str], *, skip: bool, num_rows: int | None = None) -> Parsed:
+def parse_json(
+    form: Form, lines: Lines, wanted: Sequence[str], *, skip: bool, num_rows: int | None = None
+) -> Parsed:
     """The values of the keys `wanted`, of the first `num_rows` objects. Raises DataError at what is no object or lacks a key.
 
     With skip, it is left out and told.
@@ -50,23 +54,41 @@ def parse_json(form: Form, lines: Lines, wanted: Sequence[str], *, skip: bool, n
 
 def parse_txt(form: Form, lines: Lines, wanted: Sequence[str]) -> Parsed:
     """Every line as a text; those with bytes that are not of the encoding are left out and told."""
-    texts = lines.data.decode().replace("\r\n", "\n").removesuffix("\n").split("\n") if lines.data else []
+    texts = (
+        lines.data.decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
+        if lines.data
+        else []
+    )
     rows = rows_of_lines(lines.data, blank=True)
     bad = []
     if lines.broken:
         bad = [
-            BadRow(form.name, lines.first + line, reason, text_at(lines, int(rows.starts[line]), int(rows.ends[line])))
+            BadRow(
+                form.name,
+                lines.first + line,
+                reason,
+                text_at(lines, int(rows.starts[line]), int(rows.ends[line])),
+            )
             for line, reason in sorted(lines.broken.items())
         ]
         kept = np.array([line for line in range(len(texts)) if line not in lines.broken], np.int64)
         texts, rows = [texts[line] for line in kept], Rows(*(part[kept] for part in rows))
-    return Parsed(dict.fromkeys(wanted, pa.chunked_array([texts], pa.large_string())), len(texts), bad, lambda: rows)
+    return Parsed(
+        dict.fromkeys(wanted, pa.chunked_array([texts], pa.large_string())),
+        len(texts),
+        bad,
+        lambda: rows,
+    )
 
 
-def _objects(form: Form, lines: Lines, bad: list[BadRow] | None, keys: Set[str] = frozenset()) -> Iterator[tuple[int, dict[str, Any]]]:
+def _objects(
+    form: Form, lines: Lines, bad: list[BadRow] | None, keys: Set[str] = frozenset()
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line from 0, object) of every line that is not blank; where there is `bad`, what is no object with these keys goes there."""
     decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_object)
-    for line, text in enumerate(io.TextIOWrapper(io.BytesIO(lines.data), encoding="utf-8", newline="\n")):  # a line ends at \n only
+    for line, text in enumerate(
+        io.TextIOWrapper(io.BytesIO(lines.data), encoding="utf-8", newline="\n")
+    ):  # a line ends at \n only
         if not text.strip(" \t\r\n"):
             continue
         found: Any = None
@@ -81,7 +103,9 @@ def _objects(form: Form, lines: Lines, bad: list[BadRow] | None, keys: Set[str] 
         if not reason:
             yield line, found
         elif bad is None:
-            raise DataError(f"{form.name} line {lines.first + line}: {reason}{'' if reason.endswith(('.', '?')) else '.'}")
+            raise DataError(
+                f"{form.name} line {lines.first + line}: {reason}{'' if reason.endswith(('.', '?')) else '.'}"
+            )
         else:
             bad.append(BadRow(form.name, lines.first + line, reason, excerpt(text)))
 

@@ -48,11 +48,17 @@ def labels_in(rows: Records) -> Labels:
     """Of rows in memory."""
     assert rows.label_codes is not None and rows.label_kind is not None
     counts = np.bincount(rows.label_codes, minlength=len(rows.label_values)).tolist()
-    return Labels(rows.label_kind, rows.label_values, counts, rows.class_names, rows.label_column or "labels")
+    return Labels(
+        rows.label_kind, rows.label_values, counts, rows.class_names, rows.label_column or "labels"
+    )
 
 
 def known_of(
-    rows: Records | Stream, config: TrainConfig, accelerator: Accelerator, say: Callable[[str], None], stop: StopRequest | None = None
+    rows: Records | Stream,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+    stop: StopRequest | None = None,
 ) -> Known | None:
     """A collective: of a stream, each rank reads some of the files. None where `stop` was asked for meanwhile. Raises DataError."""
     if isinstance(rows, Records):
@@ -66,10 +72,14 @@ def known_of(
         if found is None:
             return None
         assert found.kind is not None
-        labels = labels._replace(kind=found.kind, values=list(found.labels), counts=list(found.labels.values()))
+        labels = labels._replace(
+            kind=found.kind, values=list(found.labels), counts=list(found.labels.values())
+        )
         return Known(labels, [found.rows[number] for number in sorted(found.rows)], found.bad)
     names = config.task.label_names or labels.class_names
-    values: list[LabelValue] = [(name,) if labels.kind == "set" else name for name in names] if names else labels.values
+    values: list[LabelValue] = (
+        [(name,) if labels.kind == "set" else name for name in names] if names else labels.values
+    )
     return Known(labels._replace(values=values, counts=[len(head)] * len(values)), [])
 
 
@@ -77,7 +87,12 @@ def _reasons(config: TrainConfig, labels: Labels) -> list[str]:
     """Why a stream must be read before its first step; none: flags say it all."""
     task, run = config.task, config.run
     reasons = []
-    fixed = task.label_names or labels.class_names or labels.kind == "number" or task.problem_type == "regression"
+    fixed = (
+        task.label_names
+        or labels.class_names
+        or labels.kind == "number"
+        or task.problem_type == "regression"
+    )
     if not fixed:
         reasons.append("its labels (--label_names tells them)")
     if task.class_weights == ["balanced"]:
@@ -111,7 +126,11 @@ def agreement(accelerator: Accelerator) -> Agree:
 
     def agree(step: Step | BertdistError | None) -> tuple[int, tuple[BadRow, ...]]:
         told, failed = (step.bad, False) if isinstance(step, Step) else ((), step is not None)
-        rows, failures, bad = summed(accelerator, [step.rows if isinstance(step, Step) else 0, int(failed), len(told)], group())
+        rows, failures, bad = summed(
+            accelerator,
+            [step.rows if isinstance(step, Step) else 0, int(failed), len(told)],
+            group(),
+        )
         if failures:
             with together(accelerator):
                 if isinstance(step, BertdistError):

@@ -20,7 +20,12 @@ from bertdist.errors import ConfigError, DataError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-RANKINGS = ("self_confidence", "normalized_margin", "confidence_weighted_entropy", "confident_learning")
+RANKINGS = (
+    "self_confidence",
+    "normalized_margin",
+    "confidence_weighted_entropy",
+    "confident_learning",
+)
 DEFAULT_RANKING = "self_confidence"
 FAR_OFF = 3.5  # a residual of so many robust standard deviations: Iglewicz and Hoaglin, "How to Detect and Handle Outliers", 1993
 
@@ -33,7 +38,13 @@ class Doubts(NamedTuple):
     issues: Array  # (N,) bool by row: the label is likely to be wrong
 
 
-def find_doubts(problem_type: str, targets: Array, predictions: Array, probabilities: Array, rank_by: str = DEFAULT_RANKING) -> Doubts:
+def find_doubts(
+    problem_type: str,
+    targets: Array,
+    predictions: Array,
+    probabilities: Array,
+    rank_by: str = DEFAULT_RANKING,
+) -> Doubts:
     """Rank N rows by how much their labels are to be doubted.
 
     problem_type: the word of Hugging Face configs. targets, predictions: (N,) ids, (N, O) 0/1 rows, or (N,) numbers; probabilities: (N, O),
@@ -41,15 +52,29 @@ def find_doubts(problem_type: str, targets: Array, predictions: Array, probabili
     Raises ConfigError where cleanlab is missing, DataError where the model answers with what is no number.
     """
     assert rank_by in RANKINGS, rank_by
-    finite = np.isfinite(predictions).reshape(len(targets), -1).all(1) & np.isfinite(probabilities).reshape(len(targets), -1).all(1)
+    finite = np.isfinite(predictions).reshape(len(targets), -1).all(1) & np.isfinite(
+        probabilities
+    ).reshape(len(targets), -1).all(1)
     if not finite.all():
-        raise DataError(f"The model's answer to row {int(np.argmin(finite))} is not a number: its weights are damaged.")
+        raise DataError(
+            f"The model's answer to row {int(np.argmin(finite))} is not a number: its weights are damaged."
+        )
     find: dict[str, Callable[..., tuple[Array, Array]]]
-    find = {"single_label_classification": _single, "multi_label_classification": _multi, "regression": _numbers}
+    find = {
+        "single_label_classification": _single,
+        "multi_label_classification": _multi,
+        "regression": _numbers,
+    }
     score_by = "normalized_margin" if rank_by == "confident_learning" else rank_by
-    with warnings.catch_warnings():  # cleanlab 2.9 warns of every label of a single row, which it never marks
-        warnings.filterwarnings("ignore", message="May not flag all label issues", category=UserWarning)
-        scores, issues = find[problem_type](targets, predictions, probabilities.astype(np.float64), score_by)
+    with (
+        warnings.catch_warnings()
+    ):  # cleanlab 2.9 warns of every label of a single row, which it never marks
+        warnings.filterwarnings(
+            "ignore", message="May not flag all label issues", category=UserWarning
+        )
+        scores, issues = find[problem_type](
+            targets, predictions, probabilities.astype(np.float64), score_by
+        )
     first = ~issues if rank_by == "confident_learning" else np.zeros(len(scores), bool)
     return Doubts(np.lexsort((np.arange(len(scores)), scores, first)), scores, issues)
 
@@ -61,32 +86,48 @@ def need_cleanlab() -> Any:
         import cleanlab.multilabel_classification
         import cleanlab.rank
     except ImportError:
-        raise ConfigError("Doubting labels needs cleanlab, which is not installed: pip install bertdist[noise].") from None
+        raise ConfigError(
+            "Doubting labels needs cleanlab, which is not installed: pip install bertdist[noise]."
+        ) from None
     return cleanlab
 
 
-def _single(targets: Array, predictions: Array, probabilities: Array, score_by: str) -> tuple[Array, Array]:
+def _single(
+    targets: Array, predictions: Array, probabilities: Array, score_by: str
+) -> tuple[Array, Array]:
     """targets (N,) ids, probabilities (N, O) -> scores (N,), issues (N,)."""
     cleanlab = need_cleanlab()
     scores = cleanlab.rank.get_label_quality_scores(targets, probabilities, method=score_by)
-    if len(np.unique(targets)) < 2:  # cleanlab 2.9 refuses a single class: there is nothing to compare with
+    if (
+        len(np.unique(targets)) < 2
+    ):  # cleanlab 2.9 refuses a single class: there is nothing to compare with
         return scores, predictions != targets
     # As many as confident learning counts, the least probable first: better than its other marks (docs/decisions/0012-label-noise.md).
-    issues = cleanlab.filter.find_label_issues(targets, probabilities, filter_by="low_self_confidence", n_jobs=1)
+    issues = cleanlab.filter.find_label_issues(
+        targets, probabilities, filter_by="low_self_confidence", n_jobs=1
+    )
     return scores, issues & (predictions != targets)
 
 
-def _multi(targets: Array, predictions: Array, probabilities: Array, score_by: str) -> tuple[Array, Array]:
+def _multi(
+    targets: Array, predictions: Array, probabilities: Array, score_by: str
+) -> tuple[Array, Array]:
     """targets (N, O) 0/1, probabilities (N, O) -> scores (N,), issues (N,): a row is one where any of its labels is."""
     cleanlab = need_cleanlab()
     given = targets.astype(np.int64)
     if not given.any():
         raise DataError("No row has a label; expected some that have one.")
-    scores = cleanlab.multilabel_classification.get_label_quality_scores(_lists(given), probabilities, method=score_by)
-    mixed = np.flatnonzero(given.any(0) & ~given.all(0))  # labels that some rows have and others have not: cleanlab 2.9 takes no others
+    scores = cleanlab.multilabel_classification.get_label_quality_scores(
+        _lists(given), probabilities, method=score_by
+    )
+    mixed = np.flatnonzero(
+        given.any(0) & ~given.all(0)
+    )  # labels that some rows have and others have not: cleanlab 2.9 takes no others
     issues = (predictions != given)[:, np.setdiff1d(np.arange(given.shape[1]), mixed)].any(1)
     if len(mixed):
-        issues |= cleanlab.multilabel_classification.filter.find_label_issues(_lists(given[:, mixed]), probabilities[:, mixed], n_jobs=1)
+        issues |= cleanlab.multilabel_classification.filter.find_label_issues(
+            _lists(given[:, mixed]), probabilities[:, mixed], n_jobs=1
+        )
     # n_jobs: cleanlab's own processes would be forks of ours, which has torch's threads.
     return scores, issues
 
@@ -96,7 +137,9 @@ def _lists(given: Array) -> list[list[int]]:
     return [np.flatnonzero(row).tolist() for row in given]
 
 
-def _numbers(targets: Array, predictions: Array, probabilities: Array, score_by: str) -> tuple[Array, Array]:
+def _numbers(
+    targets: Array, predictions: Array, probabilities: Array, score_by: str
+) -> tuple[Array, Array]:
     """targets, predictions (N,) numbers -> scores (N,), issues (N,). Score 1: the middle of all residuals; 1/2: their usual size."""
     residuals = predictions.astype(np.float64) - targets
     away = np.abs(residuals - np.median(residuals))

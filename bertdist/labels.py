@@ -35,7 +35,10 @@ class Labels:
 
     def name(self, row: int) -> str:
         """A row's label in words."""
-        return "label " + (", ".join(repr(excerpt(name, 40)) for name in sorted(self.names[self.codes[row]])) or "none")
+        return "label " + (
+            ", ".join(repr(excerpt(name, 40)) for name in sorted(self.names[self.codes[row]]))
+            or "none"
+        )
 
     def names_of(self, rows: npt.NDArray[np.int64]) -> list[frozenset[str]]:
         """The labels of some rows."""
@@ -49,7 +52,9 @@ class Labels:
         """Of a regression: the least, the quartiles, the most, and the mean."""
         assert self.numbers is not None
         quantiles = np.quantile(self.numbers, [0, 0.25, 0.5, 0.75, 1]).tolist()
-        return dict(zip(("least", "25%", "median", "75%", "most"), quantiles, strict=True)) | {"mean": float(self.numbers.mean())}
+        return dict(zip(("least", "25%", "median", "75%", "most"), quantiles, strict=True)) | {
+            "mean": float(self.numbers.mean())
+        }
 
     def counts(self) -> dict[str, int]:
         """Rows of each label, most first."""
@@ -65,17 +70,31 @@ def labels_of_records(records: Records, problem_type: str) -> Labels | None:
     """None where the split has no labels. problem_type: of the training rows; numbers are read where it is a regression."""
     if records.label_codes is None:
         return None
-    names = [frozenset(map(str, value)) if isinstance(value, tuple) else frozenset((str(value),)) for value in records.label_values]
+    names = [
+        frozenset(map(str, value)) if isinstance(value, tuple) else frozenset((str(value),))
+        for value in records.label_values
+    ]
     places: dict[frozenset[str], int] = {}
     merged = np.array([places.setdefault(name, len(places)) for name in names], np.int64)
     numbers = None
     if problem_type == "regression":
-        with suppress(TypeError, ValueError):  # labels of another kind than those of train: `check_labels` tells them
-            numbers = np.array([float(value) for value in records.label_values])[records.label_codes]  # type: ignore[arg-type]
-    return Labels(names=list(places), codes=merged[records.label_codes], numbers=numbers, several=records.label_kind == "set")
+        with suppress(
+            TypeError, ValueError
+        ):  # labels of another kind than those of train: `check_labels` tells them
+            numbers = np.array([float(value) for value in records.label_values])[
+                records.label_codes
+            ]  # type: ignore[arg-type]
+    return Labels(
+        names=list(places),
+        codes=merged[records.label_codes],
+        numbers=numbers,
+        several=records.label_kind == "set",
+    )
 
 
-def check_labels(splits: Mapping[str, Records], labels: Mapping[str, Labels | None], num_examples: int) -> list[Finding]:
+def check_labels(
+    splits: Mapping[str, Records], labels: Mapping[str, Labels | None], num_examples: int
+) -> list[Finding]:
     """All findings on labels. Splits are by name, train first."""
     train = labels["train"]
     assert train is not None
@@ -87,16 +106,30 @@ def check_labels(splits: Mapping[str, Records], labels: Mapping[str, Labels | No
         elif given.numbers is not None:
             found += _numbers(name, records, given, train, num_examples)
         else:
-            found += _between(name, records, given, train, num_examples) if name != "train" else _of_training(records, given, num_examples)
+            found += (
+                _between(name, records, given, train, num_examples)
+                if name != "train"
+                else _of_training(records, given, num_examples)
+            )
         if given is not None and given.several:
             found += _sets(name, records, given, num_examples)
     return found
 
 
-def _rows(split: str, records: Records, labels: Labels, name: str, num_examples: int) -> tuple[Example, ...]:
+def _rows(
+    split: str, records: Records, labels: Labels, name: str, num_examples: int
+) -> tuple[Example, ...]:
     codes = [code for code, names in enumerate(labels.names) if name in names]
     rows = np.flatnonzero(np.isin(labels.codes, codes))[:num_examples]
-    return tuple(Example(split=split, row=int(row), text=excerpt(records.texts[int(row)].as_py()), note=labels.name(row)) for row in rows)
+    return tuple(
+        Example(
+            split=split,
+            row=int(row),
+            text=excerpt(records.texts[int(row)].as_py()),
+            note=labels.name(row),
+        )
+        for row in rows
+    )
 
 
 def _unlabelled(split: str, records: Records) -> Finding:
@@ -116,9 +149,20 @@ def _of_training(records: Records, labels: Labels, num_examples: int) -> list[Fi
     counts = labels.counts()
 
     def finding(
-        kind: str, severity: Severity, title: str, count: int, meaning: str, advice: str, names: Sequence[str], **more: Any
+        kind: str,
+        severity: Severity,
+        title: str,
+        count: int,
+        meaning: str,
+        advice: str,
+        names: Sequence[str],
+        **more: Any,
     ) -> Finding:
-        examples = tuple(example for name in names[:num_examples] for example in _rows("train", records, labels, name, 1))
+        examples = tuple(
+            example
+            for name in names[:num_examples]
+            for example in _rows("train", records, labels, name, 1)
+        )
         return Finding(
             kind=kind, severity=severity, split="train", title=title, count=count, meaning=meaning, advice=advice, examples=examples,
             **{"total": len(records), "unit": "rows", **more},
@@ -191,13 +235,23 @@ def _alike(counts: dict[str, int], finding: Any) -> list[Finding]:
     return found
 
 
-def _between(split: str, records: Records, labels: Labels, train: Labels, num_examples: int) -> list[Finding]:
+def _between(
+    split: str, records: Records, labels: Labels, train: Labels, num_examples: int
+) -> list[Finding]:
     here, known = labels.counts(), train.counts()
     found = []
-    unknown = [name for name in here if (name not in known if train.numbers is None else not _is_number(name))]
+    unknown = [
+        name
+        for name in here
+        if (name not in known if train.numbers is None else not _is_number(name))
+    ]
     if unknown:
         told = ", ".join(f"{excerpt(name, 30)!r} {here[name]:,}" for name in unknown[:SHOWN])
-        examples = [example for name in unknown[:num_examples] for example in _rows(split, records, labels, name, 1)]
+        examples = [
+            example
+            for name in unknown[:num_examples]
+            for example in _rows(split, records, labels, name, 1)
+        ]
         found.append(
             Finding(
                 kind="unknown_labels",
@@ -249,21 +303,31 @@ def _sets(split: str, records: Records, labels: Labels, num_examples: int) -> li
             meaning=f"A multi-label row may have none; the mean is {sizes.mean():.2f} labels a row, the most {sizes.max()}.",
             advice="Nothing, if none is an answer; else they are rows that nobody labelled.",
             examples=tuple(
-                Example(split=split, row=int(row), text=excerpt(records.texts[int(row)].as_py())) for row in none[:num_examples]
+                Example(split=split, row=int(row), text=excerpt(records.texts[int(row)].as_py()))
+                for row in none[:num_examples]
             ),
             details={"mean_labels": float(sizes.mean()), "most_labels": int(sizes.max())},
         )
     ]
 
 
-def _numbers(split: str, records: Records, labels: Labels, train: Labels, num_examples: int) -> list[Finding]:
+def _numbers(
+    split: str, records: Records, labels: Labels, train: Labels, num_examples: int
+) -> list[Finding]:
     numbers = labels.numbers
     assert numbers is not None
     found = []
 
-    def finding(kind: str, severity: Severity, title: str, rows: Any, meaning: str, advice: str) -> None:
+    def finding(
+        kind: str, severity: Severity, title: str, rows: Any, meaning: str, advice: str
+    ) -> None:
         examples = tuple(
-            Example(split=split, row=int(row), text=excerpt(records.texts[int(row)].as_py()), note=f"label {numbers[row]:g}")
+            Example(
+                split=split,
+                row=int(row),
+                text=excerpt(records.texts[int(row)].as_py()),
+                note=f"label {numbers[row]:g}",
+            )
             for row in rows[:num_examples]
         )
         found.append(
@@ -277,17 +341,38 @@ def _numbers(split: str, records: Records, labels: Labels, train: Labels, num_ex
     told = f"Labels go from {numbers.min():g} to {numbers.max():g}, the middle half from {low:g} to {high:g} (median {middle:g})."
     if split == "train" and numbers.min() == numbers.max():
         everything = np.arange(len(numbers))
-        finding("single_label", "error", "all rows have one number", everything, "There is nothing to learn.", "See --label_column.")
+        finding(
+            "single_label",
+            "error",
+            "all rows have one number",
+            everything,
+            "There is nothing to learn.",
+            "See --label_column.",
+        )
         return found
     reach = OUTLIER * (high - low)
     far = np.flatnonzero((numbers < low - reach) | (numbers > high + reach))
     if len(far) and reach:
         far = far[np.argsort(-np.abs(numbers[far] - middle), kind="stable")]
-        finding("outliers", "warning", "numbers far from all others", far, told, "A squared error follows them: correct or clip them.")
+        finding(
+            "outliers",
+            "warning",
+            "numbers far from all others",
+            far,
+            told,
+            "A squared error follows them: correct or clip them.",
+        )
     if split != "train" and train.numbers is not None:
         outside = np.flatnonzero((numbers < train.numbers.min()) | (numbers > train.numbers.max()))
         if len(outside):
-            finding("outside_range", "warning", "numbers outside the range of train", outside, told, "See whether both have one scale.")
+            finding(
+                "outside_range",
+                "warning",
+                "numbers outside the range of train",
+                outside,
+                told,
+                "See whether both have one scale.",
+            )
     return found
 
 

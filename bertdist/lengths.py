@@ -46,7 +46,9 @@ class Lengths:
     truncated: float = 0.0  # share of rows
     kept: int = 0  # tokens of all rows that truncation leaves
     for_one_percent: int | None = None  # the max_length that truncates 1% of the rows
-    counted: Ints = field(repr=False, compare=False)  # (rows,) the lengths themselves, of every k-th row of the split
+    counted: Ints = field(
+        repr=False, compare=False
+    )  # (rows,) the lengths themselves, of every k-th row of the split
 
     def as_dict(self) -> dict[str, Any]:
         """For check.json."""
@@ -54,7 +56,11 @@ class Lengths:
 
 
 def measure(
-    split: str, records: Records, tokenizer: PreTrainedTokenizerBase | None, max_length: int, num_examples: int
+    split: str,
+    records: Records,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    num_examples: int,
 ) -> tuple[Lengths, list[Finding]]:
     """Count; the findings are on truncation and on pieces that the tokenizer does not know."""
     words = pc.count_substring_regex(records.texts, r"\S+").to_numpy(zero_copy_only=False)
@@ -77,7 +83,9 @@ def measure(
         need = summary.for_one_percent or 0
         advice = f"--max_length {need} would truncate 1%."
         if need > limit:
-            advice = f"To truncate only 1% would need {need:,} tokens, and the model takes {limit:,}."
+            advice = (
+                f"To truncate only 1% would need {need:,} tokens, and the model takes {limit:,}."
+            )
         findings.append(
             Finding(
                 kind="truncated",
@@ -88,7 +96,9 @@ def measure(
                 total=len(records),
                 meaning=f"What stands behind is never read; the longest has {summary.longest:,} tokens.",
                 advice=advice if need > max_length else "Nothing: less than 1% is truncated.",
-                examples=_examples(split, records, rows[cut[:num_examples]], lengths[cut[:num_examples]]),
+                examples=_examples(
+                    split, records, rows[cut[:num_examples]], lengths[cut[:num_examples]]
+                ),
             )
         )
     if unknown > MANY_UNKNOWN * lengths.sum():
@@ -108,14 +118,23 @@ def measure(
     return summary, findings
 
 
-def count_tokens(records: Records, rows: Ints, tokenizer: PreTrainedTokenizerBase) -> tuple[Ints, int]:
+def count_tokens(
+    records: Records, rows: Ints, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Ints, int]:
     """(rows,) tokens of some rows, special ones counted and nothing truncated; and how many of all are unknown."""
     counted, unknown = [], 0
     for start in range(0, len(rows), ROWS_AT_ONCE):
         taken = rows[start : start + ROWS_AT_ONCE]
         texts = records.texts.take(taken).to_pylist()
         pairs = None if records.pairs is None else records.pairs.take(taken).to_pylist()
-        encoded = tokenizer(texts, pairs, truncation=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+        encoded = tokenizer(
+            texts,
+            pairs,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
         counted.append(np.array([len(ids) for ids in encoded["input_ids"]], np.int64))
         if tokenizer.unk_token_id is not None:
             unknown += sum(ids.count(tokenizer.unk_token_id) for ids in encoded["input_ids"])
@@ -124,13 +143,24 @@ def count_tokens(records: Records, rows: Ints, tokenizer: PreTrainedTokenizerBas
 
 def _examples(split: str, records: Records, rows: Ints, lengths: Ints) -> tuple[Example, ...]:
     return tuple(
-        Example(split=split, row=row, text=excerpt(records.texts[row].as_py()), note=f"{length:,} tokens")
+        Example(
+            split=split,
+            row=row,
+            text=excerpt(records.texts[row].as_py()),
+            note=f"{length:,} tokens",
+        )
         for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)
     )
 
 
 def _summary(
-    split: str, unit: str, records: Records, lengths: Ints, extremes: Ints, mean_words: float, max_length: int | None = None
+    split: str,
+    unit: str,
+    records: Records,
+    lengths: Ints,
+    extremes: Ints,
+    mean_words: float,
+    max_length: int | None = None,
 ) -> Lengths:
     scale = len(records) / len(lengths)
     kept = lengths if max_length is None else np.minimum(lengths, max_length)
@@ -140,7 +170,10 @@ def _summary(
         rows=len(lengths),
         of=len(records),
         mean=float(lengths.mean()),
-        percentiles={str(share): int(np.percentile(lengths, share, method="higher")) for share in (50, 90, 95, 99)},
+        percentiles={
+            str(share): int(np.percentile(lengths, share, method="higher"))
+            for share in (50, 90, 95, 99)
+        },
         longest=int(max(lengths.max(), extremes.max())),
         total=round(float(lengths.sum()) * scale),
         histogram=list(_histogram(lengths)),
@@ -149,7 +182,9 @@ def _summary(
         truncated=float((lengths > max_length).mean()) if max_length is not None else 0.0,
         kept=round(float(kept.sum()) * scale),
         counted=lengths,
-        for_one_percent=int(np.percentile(lengths, 99, method="higher")) if max_length is not None else None,
+        for_one_percent=int(np.percentile(lengths, 99, method="higher"))
+        if max_length is not None
+        else None,
     )
 
 

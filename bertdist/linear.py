@@ -31,7 +31,11 @@ class OneDnnLinear(nn.Linear):
 
     def gains(self, input: Tensor) -> bool:
         """Whether oneDNN can take this product, and is faster."""
-        here = input.device.type == "cpu" and input.dtype == self.weight.dtype == torch.float32 and input.is_contiguous()
+        here = (
+            input.device.type == "cpu"
+            and input.dtype == self.weight.dtype == torch.float32
+            and input.is_contiguous()
+        )
         if not here or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return False
         few = FEW_ROWS_SQUARE if self.in_features == self.out_features else FEW_ROWS
@@ -51,25 +55,34 @@ class _Linear(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         d_x = _product(gradient, weight.t(), None) if ctx.needs_input_grad[0] else None
         narrows = weight.shape[0] < weight.shape[1]
-        d_weight = _product(gradient.t(), x.t(), None) if narrows else gradient.t() @ x  # MKL is the faster one where it widens
+        d_weight = (
+            _product(gradient.t(), x.t(), None) if narrows else gradient.t() @ x
+        )  # MKL is the faster one where it widens
         return d_x, d_weight, gradient.sum(0) if ctx.has_bias else None
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """x (rows, in), weight (out, in), bias (out,) or None -> (rows, out), with gelu the GELU of it."""
     try:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else ""
+        )
     except RuntimeError as error:
         if "could not create a primitive" not in str(error):
             raise
-        out = F.linear(x, weight, bias)  # near the end of memory oneDNN finds no place for its code, where MKL needs none
+        out = F.linear(
+            x, weight, bias
+        )  # near the end of memory oneDNN finds no place for its code, where MKL needs none
         out = F.gelu(out) if gelu else out
     return out
 
 
 def available() -> bool:
     """Whether this torch has the product, and a CPU that gains by it; the operator is private, so it is tried."""
-    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if (
+        not torch.backends.mkldnn.is_available()
+        or torch.backends.cpu.get_cpu_capability() != "AVX512"
+    ):
         return False
     x, weight, bias = torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)
     try:
@@ -87,8 +100,13 @@ def use_onednn(model: nn.Module) -> None:
         if type(module) is nn.Linear and module.weight.numel() >= 1 << 16:
             module.__class__ = OneDnnLinear
     for module in model.modules():
-        dense, activation = getattr(module, "dense", None), getattr(module, "intermediate_act_fn", None)
-        if isinstance(dense, OneDnnLinear) and getattr(activation, "act", None) is F.gelu:  # BERT, RoBERTa, ELECTRA
+        dense, activation = (
+            getattr(module, "dense", None),
+            getattr(module, "intermediate_act_fn", None),
+        )
+        if (
+            isinstance(dense, OneDnnLinear) and getattr(activation, "act", None) is F.gelu
+        ):  # BERT, RoBERTa, ELECTRA
             _with_gelu(module, dense)
 
 
@@ -99,7 +117,9 @@ def _with_gelu(module: nn.Module, dense: OneDnnLinear) -> None:
         if torch.is_grad_enabled() or not dense.gains(hidden_states):
             out: Tensor = plain(hidden_states)
             return out
-        product = _product(hidden_states.view(-1, dense.in_features), dense.weight, dense.bias, gelu=True)
+        product = _product(
+            hidden_states.view(-1, dense.in_features), dense.weight, dense.bias, gelu=True
+        )
         return product.view(*hidden_states.shape[:-1], -1)
 
     module.forward = forward

@@ -31,22 +31,35 @@ from bertdist.pieces import Place
 from bertdist.stream_batches import AnyBatches
 
 MOST_TOKENS = {"cuda": 65_536}  # where a larger micro-batch is no faster; other devices: PLENTY
-SHARE_OF_FREE = {"cuda": 0.9}  # of the free memory; other devices share theirs with the backward pass and with other programs: 0.5
+SHARE_OF_FREE = {
+    "cuda": 0.9
+}  # of the free memory; other devices share theirs with the backward pass and with other programs: 0.5
 
 T = TypeVar("T")
 
 # What a device says that has no memory left, besides torch.OutOfMemoryError and MemoryError (torch 2.13; oneDNN's on a CPU too).
-_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "could not create a primitive", "could not create a memory", "ALLOC_FAILED")
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "could not create a primitive",
+    "could not create a memory",
+    "ALLOC_FAILED",
+)
 
 
-def fitting(compute: Callable[[Batch], Tensor], micro_batches: Iterable[Batch], batches: AnyBatches) -> Iterator[tuple[Batch, Tensor]]:
+def fitting(
+    compute: Callable[[Batch], Tensor], micro_batches: Iterable[Batch], batches: AnyBatches
+) -> Iterator[tuple[Batch, Tensor]]:
     """(micro-batch, compute(micro-batch)) of each; those that do not fit, and all that come after, in halves.
 
     Without gradients a rank can do this by itself: nobody is told. Raises DataError for a text that does not fit alone.
     """
     tokens = batches.tokens_per_micro_batch
     for micro_batch in micro_batches:
-        waiting = [micro_batch] if tokens == batches.tokens_per_micro_batch else recut([micro_batch], tokens)
+        waiting = (
+            [micro_batch]
+            if tokens == batches.tokens_per_micro_batch
+            else recut([micro_batch], tokens)
+        )
         while waiting:
             batch = waiting.pop(0)
             found = attempt(compute, batch)
@@ -59,13 +72,18 @@ def fitting(compute: Callable[[Batch], Tensor], micro_batches: Iterable[Batch], 
                 waiting = recut([batch, *waiting], tokens)
 
 
-def find_tokens(compute: Callable[[Batch], Tensor], batches: AnyBatches, device: torch.device, needed: int = 0) -> int:
+def find_tokens(
+    compute: Callable[[Batch], Tensor], batches: AnyBatches, device: torch.device, needed: int = 0
+) -> int:
     """The most tokens, a power of two, that fit into what `needed` bytes leave of the free memory, in texts of --max_length tokens.
 
     compute: what is to be done with a micro-batch on the device; where its result has a gradient, that is computed too, and left in
     the parameters.
     """
-    most = min(MOST_TOKENS.get(device.type, PLENTY), max(PLENTY, power_of_two(2 * batches.rows_per_step * batches.examples.max_length - 1)))
+    most = min(
+        MOST_TOKENS.get(device.type, PLENTY),
+        max(PLENTY, power_of_two(2 * batches.rows_per_step * batches.examples.max_length - 1)),
+    )
     budget = int(SHARE_OF_FREE.get(device.type, 0.5) * (free_bytes(device) - needed))
     longest = batches.examples.max_length
     (example,) = batches.examples[[0]]
@@ -75,9 +93,16 @@ def find_tokens(compute: Callable[[Batch], Tensor], batches: AnyBatches, device:
         return collate([example._replace(ids=ids, segments=[0] * length)] * texts).to(device)
 
     if device.type == "cuda":
-        return doubled(lambda tokens: peak_bytes(compute, probe(max(1, tokens // longest), longest), device), longest, most, budget)
+        return doubled(
+            lambda tokens: peak_bytes(compute, probe(max(1, tokens // longest), longest), device),
+            longest,
+            most,
+            budget,
+        )
     unit = max(1, min(16, longest // 4))
-    kept = attempt(lambda: [kept_bytes(compute, probe(1, length)) for length in (unit, 2 * unit, 4 * unit)])
+    kept = attempt(
+        lambda: [kept_bytes(compute, probe(1, length)) for length in (unit, 2 * unit, 4 * unit)]
+    )
     if isinstance(kept, str):
         return 1
     return min(most, power_of_two(int(budget / bytes_per_token(kept, unit, longest))))
@@ -122,7 +147,9 @@ def kept_bytes(compute: Callable[[Batch], Tensor], batch: Batch) -> int:
     return sum(found.values())
 
 
-def peak_bytes(compute: Callable[[Batch], Tensor], batch: Batch, device: torch.device) -> int | None:
+def peak_bytes(
+    compute: Callable[[Batch], Tensor], batch: Batch, device: torch.device
+) -> int | None:
     """Most bytes that compute(batch), and the backward pass where there is one, take at once on a GPU; None: more than there are."""
 
     def run() -> Tensor:
@@ -146,7 +173,9 @@ def free_bytes(device: torch.device) -> int:
     return int(free / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def control_group_bytes(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+def control_group_bytes(
+    process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> float:
     """Bytes left under the tightest memory limit of this process's control groups (SLURM, containers); infinity where there is none.
 
     https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html: a group is bound by all groups above it, and
@@ -157,7 +186,11 @@ def control_group_bytes(process: Path = Path("/proc/self/cgroup"), root: Path = 
         _, kinds, group = line.split(":", 2)
         if kinds and "memory" not in kinds.split(","):
             continue
-        top, names = (root / "memory", ("limit_in_bytes", "usage_in_bytes", "stat")) if kinds else (root, ("max", "current", "stat"))
+        top, names = (
+            (root / "memory", ("limit_in_bytes", "usage_in_bytes", "stat"))
+            if kinds
+            else (root, ("max", "current", "stat"))
+        )
         folder = top / group.lstrip("/")
         for place in (folder, *folder.parents):
             limit, used, stat = (_words(place / f"memory.{name}") for name in names)
@@ -201,7 +234,9 @@ def give_back_freed_memory() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there is no memory left, on whatever device."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in _OUT_OF_MEMORY
+    )
 
 
 def halved(tokens: int, batch: Batch) -> int:
@@ -217,7 +252,9 @@ def power_of_two(number: int) -> int:
     return 1 << max(1, number).bit_length() - 1
 
 
-def too_long(batch: Batch, reason: str, batches: AnyBatches, place: Place | None, cure: str = "") -> DataError:
+def too_long(
+    batch: Batch, reason: str, batches: AnyBatches, place: Place | None, cure: str = ""
+) -> DataError:
     """What to say of a text that does not fit alone. place: that of its step."""
     row, limit = int(batch.rows[0]), batches.examples.max_length
     where = batches.where([row], place)[0] if row >= 0 else "A rank without rows"

@@ -77,13 +77,17 @@ def model_flops(model: Any, last_layer: Literal["all", "first tokens"] = "all") 
     per_text = _weights(model) - _weights(base)
     if isinstance(pooler := getattr(base, "pooler", None), nn.Module):
         per_text += _weights(pooler)
-    per_token = sum(by_run) + _weights(model) - sum(of_layer) - per_text  # the rest: projections of embeddings (ELECTRA, ALBERT)
+    per_token = (
+        sum(by_run) + _weights(model) - sum(of_layer) - per_text
+    )  # the rest: projections of embeddings (ELECTRA, ALBERT)
     per_pair = 12 * hidden * runs
     if last_layer == "first tokens":
         once = by_run[-1] - 2 * hidden * hidden
         per_token, per_text = per_token - once, per_text + once
         per_pair -= 12 * hidden
-        return ModelFlops(6 * per_token + 12 * hidden, per_pair, 6 * per_text)  # one query a text: L pairs of it, not L x L
+        return ModelFlops(
+            6 * per_token + 12 * hidden, per_pair, 6 * per_text
+        )  # one query a text: L pairs of it, not L x L
     return ModelFlops(6 * per_token, per_pair, 6 * per_text)
 
 
@@ -102,7 +106,9 @@ def matmul_rate(device: torch.device, precision: str, seconds: float = 0.1) -> f
     # multiplies constants needs less power and clocks higher; and not from the generator that dropout draws from.
     size, in_a_row = (1024, 1) if device.type == "cpu" else (8192, 4)
     random = torch.Generator(device).manual_seed(0)
-    left, right = (torch.randn(size, size, device=device, generator=random).to(dtype) for _ in range(2))
+    left, right = (
+        torch.randn(size, size, device=device, generator=random).to(dtype) for _ in range(2)
+    )
     fastest, tries, until = math.inf, 0, time.perf_counter() + seconds
     while tries < 3 or time.perf_counter() < until:
         begin = time.perf_counter()
@@ -127,7 +133,9 @@ class _Tally:
     cells: float = 0.0
     flops: float = 0.0
     longest: float = 0.0  # FLOPs of the rank that had most to do, step by step
-    waited: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))  # (ranks,) seconds
+    waited: Tensor = field(
+        default_factory=lambda: torch.zeros(1, dtype=torch.float64)
+    )  # (ranks,) seconds
 
     def add(self, figures: Tensor) -> None:
         """figures: (ranks, steps, 4) float64."""
@@ -148,7 +156,9 @@ class _Tally:
             "padding_factor": self.cells / self.tokens if self.tokens else math.nan,
             "model_tflops": self.flops / seconds / 1e12,
             "flop_utilization": self.flops / seconds / rate,
-            "slowest_rank": self.longest * len(self.waited) / self.flops if self.flops else math.nan,
+            "slowest_rank": self.longest * len(self.waited) / self.flops
+            if self.flops
+            else math.nan,
         }
 
 
@@ -159,7 +169,9 @@ class Meter:
         """packed: whether the model is given real tokens only. rate: FLOP/s of matrix products, of all ranks together."""
         self.flops, self.packed, self.rate = flops, packed, rate
         self._pauses = 0.0
-        self._mine: list[list[float]] = []  # this rank's [tokens, cells, FLOPs, seconds waited] of each step, see `take`
+        self._mine: list[
+            list[float]
+        ] = []  # this rank's [tokens, cells, FLOPs, seconds waited] of each step, see `take`
         self._lap, self._whole = _Tally(self._now()), _Tally(self._now())
 
     def _now(self) -> float:
@@ -181,7 +193,11 @@ class Meter:
                 return
             waited = time.perf_counter() - begin
             tokens = sum(map(sum, step.lengths))
-            cells = tokens if self.packed else sum(len(lengths) * max(lengths) for lengths in step.lengths)
+            cells = (
+                tokens
+                if self.packed
+                else sum(len(lengths) * max(lengths) for lengths in step.lengths)
+            )
             self._mine.append([tokens, cells, sum(map(self.flops, step.lengths)), waited])
             yield step
 
@@ -203,7 +219,11 @@ class Meter:
     def summary(self) -> dict[str, float]:
         """The numbers of all steps that this process took."""
         now = self._now()
-        of_run = {"train_steps": self._whole.steps, "train_seconds": now - self._whole.since, "matmul_tflops": self.rate / 1e12}
+        of_run = {
+            "train_steps": self._whole.steps,
+            "train_seconds": now - self._whole.since,
+            "matmul_tflops": self.rate / 1e12,
+        }
         return {**of_run, **self._whole.values(now, self.rate)}
 
     def __str__(self) -> str:
@@ -215,5 +235,9 @@ class Meter:
         if found["model_tflops"] > 0:  # not NaN
             share = f"{found['flop_utilization']:.0%} of the {found['matmul_tflops']:.3g} that plain matrix products reach"
             said += f" The model did {found['model_tflops']:.3g} TFLOP/s, {share}"
-            said += f"; the fullest of {ranks} ranks had {found['slowest_rank']:.3f} times the mean work." if ranks > 1 else "."
+            said += (
+                f"; the fullest of {ranks} ranks had {found['slowest_rank']:.3f} times the mean work."
+                if ranks > 1
+                else "."
+            )
         return said

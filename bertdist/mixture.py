@@ -18,7 +18,9 @@ def shares(weights: Sequence[float], rows: int, *key: int) -> list[int]:
     left = rows - int(counts.sum())
     if left:
         fractions = np.maximum(exact - counts, 0.0)
-        drawn = np.random.Generator(np.random.PCG64([*key, 1])).choice(len(counts), left, replace=False, p=fractions / fractions.sum())
+        drawn = np.random.Generator(np.random.PCG64([*key, 1])).choice(
+            len(counts), left, replace=False, p=fractions / fractions.sum()
+        )
         counts[drawn] += 1
     return [int(count) for count in counts]
 
@@ -36,7 +38,10 @@ def mixed_plan(parts: Sequence[int], weights: Sequence[float], seed: int, epoch:
         begin = sum(of[part] for of in counts[:-1])
         end = begin + counts[-1][part]
         passes = range(begin // rows, -(-end // rows)) if end > begin else range(0)
-        orders = [np.random.Generator(np.random.PCG64([seed, number, 2, part])).permutation(rows) for number in passes]
+        orders = [
+            np.random.Generator(np.random.PCG64([seed, number, 2, part])).permutation(rows)
+            for number in passes
+        ]
         if orders:
             first = passes.start * rows
             chosen.append(sum(parts[:part]) + np.concatenate(orders)[begin - first : end - first])

@@ -69,7 +69,9 @@ def update(model: nn.Module, optimizer: Any, grad_norm: Tensor, accelerator: Acc
     elif finite:
         optimizer.step()
     if not finite:
-        model.zero_grad(set_to_none=True)  # clipping has spread NaN over rows that `clear_gradients` would not reach
+        model.zero_grad(
+            set_to_none=True
+        )  # clipping has spread NaN over rows that `clear_gradients` would not reach
     clear_gradients(model)
 
 
@@ -83,7 +85,14 @@ class Watch:
     """Looks at the steps that were taken, on all ranks alike. What it counts is in progress, so a restart changes nothing."""
 
     def __init__(
-        self, run: RunConfig, model: nn.Module, batches: AnyBatches, task: Task, accelerator: Accelerator, progress: Progress, log: RunLog
+        self,
+        run: RunConfig,
+        model: nn.Module,
+        batches: AnyBatches,
+        task: Task,
+        accelerator: Accelerator,
+        progress: Progress,
+        log: RunLog,
     ) -> None:
         """model: the classifier itself, not as DDP wraps it."""
         self.run, self.model, self.batches, self.task = run, model, batches, task
@@ -98,7 +107,9 @@ class Watch:
         self._taken.append((step, self._is_wrong(loss, grad_norm)))
         if now or on_host(grad_norm) or self.run.detect_anomaly or len(self._taken) == STEPS_HELD:
             taken, self._taken = self._taken, []
-            for (each, _), wrong in zip(taken, torch.stack([flag for _, flag in taken]).tolist(), strict=True):
+            for (each, _), wrong in zip(
+                taken, torch.stack([flag for _, flag in taken]).tolist(), strict=True
+            ):
                 self.progress.nan_in_row = self.progress.nan_in_row + 1 if wrong else 0
                 if wrong:
                     self.progress.nan_steps += 1
@@ -107,7 +118,9 @@ class Watch:
     def scored(self, evaluation: Evaluation | None, batches: Batches) -> Evaluation | None:
         """The same evaluation; said where the model gave no number for a row. Raises NonFiniteError on all ranks with --on_nan stop."""
         if evaluation is not None and evaluation.no_number:
-            rows = told_of_rows(evaluation.no_number, len(batches.examples), batches.examples.records.where)
+            rows = told_of_rows(
+                evaluation.no_number, len(batches.examples), batches.examples.records.where
+            )
             told = f"Evaluation after step {self.progress.step}: {rows}"
             if self.run.on_nan == "stop":
                 raise shared_error(f"{told} To go on without its scores: --on_nan skip.")
@@ -131,19 +144,32 @@ class Watch:
         with together(self.accelerator):
             if self.accelerator.is_main_process:
                 _write(path, step.number + 1, rows)
-        shown = "; ".join(f"{row['where']} (loss {row['loss']}, gradient {row['grad_norm']})" for row in rows[:SHOWN_ROWS])
+        shown = "; ".join(
+            f"{row['where']} (loss {row['loss']}, gradient {row['grad_norm']})"
+            for row in rows[:SHOWN_ROWS]
+        )
         more = f"; and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
-        which = f"of its {step.rows} rows: {shown}{more}; see {path}" if rows else f"of none of its {step.rows} rows alone"
+        which = (
+            f"of its {step.rows} rows: {shown}{more}; see {path}"
+            if rows
+            else f"of none of its {step.rows} rows alone"
+        )
         told = f"Step {step.number + 1}: the loss or the gradient is NaN or infinite, {which}.{operation}"
         in_row, most = self.progress.nan_in_row, self.run.max_nan_steps
         if self.run.on_nan == "skip" and in_row <= most:
             self.log.say(f"{told} Its update is left out (--on_nan skip).")
             self.log.write("nan", step.number + 1, rows=[row["row"] for row in rows], in_row=in_row)
             return
-        why = f"It is number {in_row} in a row (--max_nan_steps {most}). " if self.run.on_nan == "skip" else ""
+        why = (
+            f"It is number {in_row} in a row (--max_nan_steps {most}). "
+            if self.run.on_nan == "skip"
+            else ""
+        )
         cure = "Look at the rows, take a smaller --learning_rate, or leave such steps out: --on_nan skip."
         more = "" if operation else " --detect_anomaly names the operation."
-        raise shared_error(f"{told} {why}No weight has changed by it, and the last checkpoint is whole. {cure}{more}")
+        raise shared_error(
+            f"{told} {why}No weight has changed by it, and the last checkpoint is whole. {cure}{more}"
+        )
 
     def _wrong_rows(self, step: Step) -> list[dict[str, Any]]:
         """The rows of a step whose own loss or gradient is not finite, of all ranks, in the order of the rows. A collective."""
@@ -159,8 +185,18 @@ class Watch:
             if not all(map(math.isfinite, values)):
                 text = excerpt(str(self.batches.examples.tokenizer.decode(batch.ids)))
                 row = int(batch.rows[0])
-                found.append({"row": row, "where": "", "text": text, "loss": values[0], "grad_norm": values[1]})
-        for told, where in zip(found, self.batches.where([told["row"] for told in found], step.place), strict=True):
+                found.append(
+                    {
+                        "row": row,
+                        "where": "",
+                        "text": text,
+                        "loss": values[0],
+                        "grad_norm": values[1],
+                    }
+                )
+        for told, where in zip(
+            found, self.batches.where([told["row"] for told in found], step.place), strict=True
+        ):
             told["where"] = where
         every = gather_object(found) if self.accelerator.num_processes > 1 else found
         return sorted(every, key=lambda row: int(row["row"]))
@@ -182,7 +218,9 @@ class Watch:
             if self.accelerator.is_main_process:
                 with suppress(OSError):  # write_whole will tell
                     path.parent.mkdir(exist_ok=True)
-                texts = [f"rank {rank}: {anomaly}\n{anomaly.stack}\n" for rank, anomaly in found.items()]
+                texts = [
+                    f"rank {rank}: {anomaly}\n{anomaly.stack}\n" for rank, anomaly in found.items()
+                ]
                 write_whole(path, "\n".join(texts).encode())
         first, anomaly = next(iter(found.items()))
         return f" It comes from rank {first}: {anomaly}; its stack stands in {path}."
@@ -211,7 +249,10 @@ def _write(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
                 lines.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    told = ({"step": step, **row, **{name: _number(row[name]) for name in ("loss", "grad_norm")}} for row in rows)
+    told = (
+        {"step": step, **row, **{name: _number(row[name]) for name in ("loss", "grad_norm")}}
+        for row in rows
+    )
     lines += [json.dumps(row, ensure_ascii=False).encode() for row in told]
     write_whole(path, b"".join(line + b"\n" for line in lines))
 

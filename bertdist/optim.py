@@ -22,7 +22,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     heights = {name: _height(name) for name, _ in model.named_parameters()}
     layers = max((height for height in heights.values() if height is not None), default=-1) + 1
     if config.layerwise_lr_decay != 1 and layers == 0:
-        raise ConfigError("--layerwise_lr_decay finds no numbered layers in this model; leave it at 1.")
+        raise ConfigError(
+            "--layerwise_lr_decay finds no numbered layers in this model; leave it at 1."
+        )
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -30,10 +32,17 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
             height = heights[name]
             if height is None:
                 height = -1 if "embedding" in name else layers
-            groups.setdefault((decay, config.layerwise_lr_decay ** (layers - height)), []).append(parameter)
+            groups.setdefault((decay, config.layerwise_lr_decay ** (layers - height)), []).append(
+                parameter
+            )
     return AdamW(
         [
-            {"params": parameters, "weight_decay": decay, "lr": config.learning_rate * scale, "peak_lr": config.learning_rate * scale}
+            {
+                "params": parameters,
+                "weight_decay": decay,
+                "lr": config.learning_rate * scale,
+                "peak_lr": config.learning_rate * scale,
+            }
             for (decay, scale), parameters in groups.items()
         ],
         betas=(config.adam_beta1, config.adam_beta2),
@@ -47,11 +56,17 @@ def build_schedule(config: OptimConfig, total_steps: int) -> Callable[[int], flo
 
     A function has no state, so a resumed run needs none.
     """
-    warmup = round(config.warmup_ratio * total_steps) if config.warmup_steps is None else config.warmup_steps
+    warmup = (
+        round(config.warmup_ratio * total_steps)
+        if config.warmup_steps is None
+        else config.warmup_steps
+    )
     if warmup > total_steps:
         raise ConfigError(f"--warmup_steps is {warmup}, but the run has {total_steps} steps.")
     stand_in = SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule = get_scheduler(config.lr_scheduler_type, stand_in, num_warmup_steps=warmup, num_training_steps=total_steps)
+    schedule = get_scheduler(
+        config.lr_scheduler_type, stand_in, num_warmup_steps=warmup, num_training_steps=total_steps
+    )
     factor: Callable[[int], float] = schedule.lr_lambdas[0]
     return factor
 

@@ -14,11 +14,18 @@ from bertdist.findings import Example, Finding, Severity, excerpt
 from bertdist.labels import Labels
 from bertdist.records import Records
 
-LEAK_IS_ERROR = 0.01  # share of a split: from there on its score says something else than it seems to
+LEAK_IS_ERROR = (
+    0.01  # share of a split: from there on its score says something else than it seems to
+)
 SPREAD = 0.25  # of the range of a regression's numbers: rows of one text that differ more contradict each other
 
 
-def check_overlap(splits: Mapping[str, Records], labels: Mapping[str, Labels | None], same: Sameness, num_examples: int) -> list[Finding]:
+def check_overlap(
+    splits: Mapping[str, Records],
+    labels: Mapping[str, Labels | None],
+    same: Sameness,
+    num_examples: int,
+) -> list[Finding]:
     """All findings on texts that occur more than once. splits, labels: by name, train first."""
     found: list[Finding] = []
     for name, records in splits.items():
@@ -34,9 +41,20 @@ def check_overlap(splits: Mapping[str, Records], labels: Mapping[str, Labels | N
     return found
 
 
-def _example(split: str, records: Records, row: int, note: str = "", like: tuple[str, int] | None = None) -> Example:
-    text, pair = records.texts[row].as_py(), None if records.pairs is None else records.pairs[row].as_py()
-    return Example(split=split, row=int(row), text=excerpt(text if pair is None else f"{text} | {pair}"), note=note, like=like)
+def _example(
+    split: str, records: Records, row: int, note: str = "", like: tuple[str, int] | None = None
+) -> Example:
+    text, pair = (
+        records.texts[row].as_py(),
+        None if records.pairs is None else records.pairs[row].as_py(),
+    )
+    return Example(
+        split=split,
+        row=int(row),
+        text=excerpt(text if pair is None else f"{text} | {pair}"),
+        note=note,
+        like=like,
+    )
 
 
 def _duplicates(split: str, records: Records, same: Sameness, num_examples: int) -> list[Finding]:
@@ -44,8 +62,18 @@ def _duplicates(split: str, records: Records, same: Sameness, num_examples: int)
     later = repeated(same.texts[split])
     alike = repeated(same.plain[split]) & ~later
     for kind, rows, title, meaning in (
-        ("duplicates", later, "the same text again", "Rows beyond the first of their text: these texts count several times."),
-        ("alike_texts", alike, "the same text up to case and blanks", "An uncased model reads them as the same text."),
+        (
+            "duplicates",
+            later,
+            "the same text again",
+            "Rows beyond the first of their text: these texts count several times.",
+        ),
+        (
+            "alike_texts",
+            alike,
+            "the same text up to case and blanks",
+            "An uncased model reads them as the same text.",
+        ),
     ):
         if rows.any():
             numbers = same.texts[split] if kind == "duplicates" else same.plain[split]
@@ -87,7 +115,9 @@ def conflicting(numbers: Ints, labels: Labels) -> Ints:
     return found
 
 
-def _conflicts(split: str, records: Records, numbers: Ints, labels: Labels, num_examples: int) -> list[Finding]:
+def _conflicts(
+    split: str, records: Records, numbers: Ints, labels: Labels, num_examples: int
+) -> list[Finding]:
     texts = conflicting(numbers, labels)
     if not len(texts):
         return []
@@ -95,7 +125,9 @@ def _conflicts(split: str, records: Records, numbers: Ints, labels: Labels, num_
     for text in texts[:num_examples]:
         rows = np.flatnonzero(numbers == text)
         _, firsts = np.unique(labels.codes[rows], return_index=True)
-        examples += [_example(split, records, row, labels.name(row)) for row in rows[np.sort(firsts)][:2]]
+        examples += [
+            _example(split, records, row, labels.name(row)) for row in rows[np.sort(firsts)][:2]
+        ]
     severity: Severity = "warning"
     return [
         Finding(
@@ -116,16 +148,23 @@ def _conflicts(split: str, records: Records, numbers: Ints, labels: Labels, num_
     ]
 
 
-def _leaks(first: str, second: str, splits: Mapping[str, Records], same: Sameness, num_examples: int) -> list[Finding]:
+def _leaks(
+    first: str, second: str, splits: Mapping[str, Records], same: Sameness, num_examples: int
+) -> list[Finding]:
     exact = np.isin(same.texts[second], same.texts[first])
     alike = np.isin(same.plain[second], same.plain[first]) & ~exact
     found = []
-    for kind, rows, what in (("leaks", exact, ""), ("alike_leaks", alike, " up to case and blanks")):
+    for kind, rows, what in (
+        ("leaks", exact, ""),
+        ("alike_leaks", alike, " up to case and blanks"),
+    ):
         if rows.any():
             found.append(
                 Finding(
                     kind=kind,
-                    severity="error" if first == "train" and rows.mean() >= LEAK_IS_ERROR else "warning",
+                    severity="error"
+                    if first == "train" and rows.mean() >= LEAK_IS_ERROR
+                    else "warning",
                     split=f"{first}/{second}",
                     title=f"rows of {second} that stand in {first}{what}",
                     count=int(rows.sum()),
@@ -134,7 +173,9 @@ def _leaks(first: str, second: str, splits: Mapping[str, Records], same: Samenes
                     f"From {LEAK_IS_ERROR:.0%} of the rows on it is an error."
                     if first == "train"
                     else f"What picks the best weights on {first} has seen these rows of {second}.",
-                    advice=f"Take them out of {first} (--fix does)." if first == "train" else f"Take them out of {first}.",
+                    advice=f"Take them out of {first} (--fix does)."
+                    if first == "train"
+                    else f"Take them out of {first}.",
                     examples=_both(first, second, rows, same, splits, kind, num_examples),
                 )
             )
@@ -142,7 +183,13 @@ def _leaks(first: str, second: str, splits: Mapping[str, Records], same: Samenes
 
 
 def _both(
-    first: str, second: str, rows: np.ndarray, same: Sameness, splits: Mapping[str, Records], kind: str, num: int
+    first: str,
+    second: str,
+    rows: np.ndarray,
+    same: Sameness,
+    splits: Mapping[str, Records],
+    kind: str,
+    num: int,
 ) -> tuple[Example, ...]:
     numbers = same.texts if kind == "leaks" else same.plain
     examples = []
@@ -166,7 +213,12 @@ def near_rows(same: Sameness, split: str, other: str) -> Ints:
     return rows
 
 
-def _near(splits: Mapping[str, Records], labels: Mapping[str, Labels | None], same: Sameness, num_examples: int) -> list[Finding]:
+def _near(
+    splits: Mapping[str, Records],
+    labels: Mapping[str, Labels | None],
+    same: Sameness,
+    num_examples: int,
+) -> list[Finding]:
     found = []
     names = list(splits)
     for at, first in enumerate(names):
@@ -181,7 +233,9 @@ def _near(splits: Mapping[str, Records], labels: Mapping[str, Labels | None], sa
             details = {}
             if mine is not None and theirs is not None and mine.numbers is None:
                 ours, other = mine.names_of(rows), theirs.names_of(partner[rows])
-                details["with_another_label"] = sum(one != two for one, two in zip(ours, other, strict=True))
+                details["with_another_label"] = sum(
+                    one != two for one, two in zip(ours, other, strict=True)
+                )
             examples = _near_examples(first, second, rows, partner, splits, num_examples)
             within = first == second
             found.append(
@@ -189,11 +243,17 @@ def _near(splits: Mapping[str, Records], labels: Mapping[str, Labels | None], sa
                     kind="near_duplicates" if within else "near_leaks",
                     severity="note" if within else "warning",
                     split=first if within else f"{first}/{second}",
-                    title="rows that are nearly another row" if within else f"rows of {second} that are nearly a row of {first}",
+                    title="rows that are nearly another row"
+                    if within
+                    else f"rows of {second} that are nearly a row of {first}",
                     count=len(rows),
                     total=len(partner),
                     meaning="Their runs of 5 bytes, in lower case, are nearly the same set (Jaccard similarity at least the threshold)"
-                    + (f"; {details['with_another_label']:,} have another label than the row they are like." if details else "."),
+                    + (
+                        f"; {details['with_another_label']:,} have another label than the row they are like."
+                        if details
+                        else "."
+                    ),
                     advice="See whether they are templates or copies; --fix_kinds near_duplicates keeps one of each."
                     if within
                     else f"See whether {second} still asks something new; --fix_kinds near_leaks drops such rows of {first}.",
@@ -205,7 +265,12 @@ def _near(splits: Mapping[str, Records], labels: Mapping[str, Labels | None], sa
 
 
 def _near_examples(
-    first: str, second: str, rows: Ints, partner: Ints, splits: Mapping[str, Records], num_examples: int
+    first: str,
+    second: str,
+    rows: Ints,
+    partner: Ints,
+    splits: Mapping[str, Records],
+    num_examples: int,
 ) -> tuple[Example, ...]:
     examples: list[Example] = []
     told: set[int] = set()
@@ -216,7 +281,10 @@ def _near_examples(
         if first == second and {row, other} & told:
             continue
         told |= {row, other}
-        examples += [_example(second, splits[second], row, like=(first, other)), _example(first, splits[first], other)]
+        examples += [
+            _example(second, splits[second], row, like=(first, other)),
+            _example(first, splits[first], other),
+        ]
     return tuple(examples)
 
 

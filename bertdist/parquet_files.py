@@ -27,24 +27,39 @@ def parquet_columns(name: str, open_random: OpenRandom) -> list[str]:
         return list(parquet.schema_arrow.names)
 
 
-def read_whole(name: str, open_random: OpenRandom, wanted: Sequence[str], rows: int | None) -> Piece:
+def read_whole(
+    name: str, open_random: OpenRandom, wanted: Sequence[str], rows: int | None
+) -> Piece:
     """The columns `wanted` of the first `rows` rows."""
     with _opened(name, open_random) as parquet:
         table = parquet.read(columns=list(wanted), use_threads=False).slice(0, rows)
-    return _piece(name, {column: table.column(column) for column in wanted}, table.num_rows, {"group": 0, "row": 0})
+    return _piece(
+        name,
+        {column: table.column(column) for column in wanted},
+        table.num_rows,
+        {"group": 0, "row": 0},
+    )
 
 
-def read_slices(name: str, open_random: OpenRandom, wanted: Sequence[str], place: Place | None, piece_bytes: int) -> Iterator[Piece]:
+def read_slices(
+    name: str, open_random: OpenRandom, wanted: Sequence[str], place: Place | None, piece_bytes: int
+) -> Iterator[Piece]:
     """The same in slices of about `piece_bytes`; one within a row group is found again by reading the group from its beginning."""
     place = place or {"group": 0, "row": 0}
     with _opened(name, open_random) as parquet:
         begin = sum(parquet.metadata.row_group(group).num_rows for group in range(place["group"]))
         for group in range(place["group"], parquet.metadata.num_row_groups):
             told = parquet.metadata.row_group(group)
-            size = max(1, min(PIECE_ROWS, piece_bytes * told.num_rows // max(1, told.total_byte_size)))
-            for batch in parquet.iter_batches(size, row_groups=[group], columns=list(wanted), use_threads=False):
+            size = max(
+                1, min(PIECE_ROWS, piece_bytes * told.num_rows // max(1, told.total_byte_size))
+            )
+            for batch in parquet.iter_batches(
+                size, row_groups=[group], columns=list(wanted), use_threads=False
+            ):
                 if batch.num_rows and begin >= place["row"]:
-                    columns = {column: pa.chunked_array([batch.column(column)]) for column in wanted}
+                    columns = {
+                        column: pa.chunked_array([batch.column(column)]) for column in wanted
+                    }
                     yield _piece(name, columns, batch.num_rows, {"group": group, "row": begin})
                 begin += batch.num_rows
 
@@ -73,14 +88,20 @@ def _where(name: str, first: int, row: int) -> str:
     return f"{name} row {first + row}"
 
 
-def spots_in(where: Callable[[int], str], columns: dict[str, Column], rows: Sequence[int]) -> list[Spot]:
+def spots_in(
+    where: Callable[[int], str], columns: dict[str, Column], rows: Sequence[int]
+) -> list[Spot]:
     """Where rows of a data set stand, which has no one file, and how they look there."""
     return [Spot(where(row), None, _text_of(columns, row)) for row in rows]
 
 
 def _text_of(columns: dict[str, Column], row: int) -> str:
     """A row as JSON; bytes that are not UTF-8 as \\x81."""
-    told = json.dumps({name: _plain(column[row]) for name, column in columns.items()}, ensure_ascii=False, default=str)
+    told = json.dumps(
+        {name: _plain(column[row]) for name, column in columns.items()},
+        ensure_ascii=False,
+        default=str,
+    )
     return excerpt(told.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
 
 

@@ -40,7 +40,9 @@ class Spot(NamedTuple):
     text: str
 
 
-Spots: TypeAlias = Callable[[Sequence[int]], list[Spot]]  # rows -> where each of them stands, in one look at the bytes
+Spots: TypeAlias = Callable[
+    [Sequence[int]], list[Spot]
+]  # rows -> where each of them stands, in one look at the bytes
 
 
 class Piece(NamedTuple):
@@ -50,8 +52,12 @@ class Piece(NamedTuple):
     rows: int
     place: Place  # reading again from here begins with exactly this piece, bit for bit
     where: Callable[[int], str]  # row of this piece, from 0 -> "dev.tsv line 12"
-    bad: tuple[BadRow, ...] = ()  # rows that stood among these and were left out (--on_bad_row skip)
-    spots: Spots | None = None  # for `left_out`; None where a source knows no more than `where` says
+    bad: tuple[
+        BadRow, ...
+    ] = ()  # rows that stood among these and were left out (--on_bad_row skip)
+    spots: Spots | None = (
+        None  # for `left_out`; None where a source knows no more than `where` says
+    )
 
 
 class RowSource(Protocol):
@@ -92,21 +98,31 @@ def first_rows(piece: Piece, rows: int) -> Piece:
     if bad and piece.spots is not None:
         end = piece.spots([rows])[0].line
         bad = tuple(row for row in bad if row.line is None or end is None or row.line < end)
-    columns = {name: column[:rows] if isinstance(column, list) else column.slice(0, rows) for name, column in piece.columns.items()}
+    columns = {
+        name: column[:rows] if isinstance(column, list) else column.slice(0, rows)
+        for name, column in piece.columns.items()
+    }
     return piece._replace(columns=columns, rows=rows, bad=bad)
 
 
 def excerpt(text: str) -> str:
     """The beginning of a row as printable text: line ends, control characters and lone surrogates as escapes."""
     shown = text[:EXCERPT_CHARACTERS].rstrip("\r\n")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown)
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown
+    )
 
 
-def left_out(problems: dict[int, str], where: Callable[[int], str], spots: Spots | None = None) -> list[BadRow]:
+def left_out(
+    problems: dict[int, str], where: Callable[[int], str], spots: Spots | None = None
+) -> list[BadRow]:
     """Rows that `bertdist.columns` found wrong ({row: reason}) as BadRows, in the order of the rows."""
     rows = sorted(problems)
     found = [Spot(where(row), None, "") for row in rows] if spots is None else spots(rows)
-    return [BadRow(spot.file, spot.line, problems[row], spot.text) for row, spot in zip(rows, found, strict=True)]
+    return [
+        BadRow(spot.file, spot.line, problems[row], spot.text)
+        for row, spot in zip(rows, found, strict=True)
+    ]
 
 
 class BadRows:
@@ -115,9 +131,13 @@ class BadRows:
     on_bad_row "fail" raises a DataError at the first one; "skip" raises one beyond `max_bad_rows`, after writing `path` where it is given.
     """
 
-    def __init__(self, on_bad_row: OnBadRow = "fail", max_bad_rows: int = 100, path: Path | None = None) -> None:
+    def __init__(
+        self, on_bad_row: OnBadRow = "fail", max_bad_rows: int = 100, path: Path | None = None
+    ) -> None:
         self.on_bad_row, self.max_bad_rows, self.path = on_bad_row, max_bad_rows, path
-        self._rows: dict[tuple[str, int | None, str], BadRow] = {}  # files of several folders may share a name
+        self._rows: dict[
+            tuple[str, int | None, str], BadRow
+        ] = {}  # files of several folders may share a name
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -139,7 +159,9 @@ class BadRows:
             if self.path is not None:
                 self.write(self.path)
                 told = f"Their reasons are in {self.path}."
-            raise DataError(f"More than {self.max_bad_rows} rows cannot be read (--max_bad_rows). {told}")
+            raise DataError(
+                f"More than {self.max_bad_rows} rows cannot be read (--max_bad_rows). {told}"
+            )
 
     def take(self, rows: Sequence[BadRow]) -> None:
         """`add` and `write`, where there are any."""
@@ -157,7 +179,9 @@ class BadRows:
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with open(beside, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in known.values())
+                file.writelines(
+                    json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in known.values()
+                )
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, path)

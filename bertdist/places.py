@@ -41,7 +41,9 @@ class Placed:
 
     name: str
     has_header: bool
-    runs: tuple[tuple[int, Callable[[int], str], int], ...]  # (its first row here, where, its first row there), in order
+    runs: tuple[
+        tuple[int, Callable[[int], str], int], ...
+    ]  # (its first row here, where, its first row there), in order
     form: Any = None  # of one whole file: how it is written (text_files.Form)
 
     def where(self, row: int) -> str:

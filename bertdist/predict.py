@@ -68,12 +68,18 @@ class Predictor:
         self.accelerator = accelerator or open_accelerator(RunConfig())
         self.model, self.task, self.notes = load_trained(str(folder))
         limit = max_length or self.notes.get("max_length")
-        self.tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(folder), max_length=limit or 3))
-        self.max_length: int = limit or min(self.tokenizer.model_max_length, self.model.max_positions)
+        self.tokenizer = load_tokenizer(
+            ModelConfig(model_name_or_path=str(folder), max_length=limit or 3)
+        )
+        self.max_length: int = limit or min(
+            self.tokenizer.model_max_length, self.model.max_positions
+        )
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.model.to(self.accelerator.device).eval()
 
-    def __call__(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    def __call__(
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None
+    ) -> list[dict[str, Any]]:
         """One answer a text, in their order: {"label": "positive", "score": 0.98}; multi-label: {"labels": [{"label", "score"}, ...]}.
 
         pairs: the second texts, for models trained on pairs. Raises DataError for what is not text.
@@ -99,7 +105,9 @@ class Predictor:
         with self.accelerator.autocast():
             if self.tokens_per_micro_batch is None:
                 with together(self.accelerator), torch.no_grad():
-                    self.tokens_per_micro_batch = find_tokens(self.model, batches, self.accelerator.device)
+                    self.tokens_per_micro_batch = find_tokens(
+                        self.model, batches, self.accelerator.device
+                    )
                 batches = replace(batches, tokens_per_micro_batch=self.tokens_per_micro_batch)
             logits = predict_rows(self.model, batches, self.accelerator, self.stop)
         if logits is None:
@@ -112,7 +120,9 @@ class Predictor:
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
     """What the command line does, short of printing; returns the answers."""
     stop = StopRequest()
-    accelerator = open_accelerator(RunConfig(use_cpu=config.use_cpu, mixed_precision=config.mixed_precision))
+    accelerator = open_accelerator(
+        RunConfig(use_cpu=config.use_cpu, mixed_precision=config.mixed_precision)
+    )
     check_world(accelerator.num_processes)
     with together(accelerator):
         # The rows first, which cost little: whatever is wrong with them is told before the weights are loaded.
@@ -141,7 +151,10 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
 
 def lines_of(answers: Iterable[dict[str, Any]]) -> bytes:
     """JSON lines, one a row, in row order."""
-    return b"".join(json.dumps({"row": row, **answer}, ensure_ascii=False).encode() + b"\n" for row, answer in enumerate(answers))
+    return b"".join(
+        json.dumps({"row": row, **answer}, ensure_ascii=False).encode() + b"\n"
+        for row, answer in enumerate(answers)
+    )
 
 
 def main() -> None:
@@ -149,7 +162,9 @@ def main() -> None:
     try:
         config = read_predict_config(sys.argv[1:])
         if config.output is not None and not Path(config.output).parent.is_dir():
-            raise DataError(f"--output {config.output}: there is no folder {Path(config.output).parent}.")
+            raise DataError(
+                f"--output {config.output}: there is no folder {Path(config.output).parent}."
+            )
         answers = predict(config)
         if os.environ.get("RANK", "0") != "0":
             return
@@ -160,10 +175,18 @@ def main() -> None:
         else:
             for answer in answers:
                 found = answer.get("labels", [answer])
-                print("\n".join(f"{without_commands(entry['label'])}\t{entry['score']:.4f}" for entry in found) or "(no label)")
+                print(
+                    "\n".join(
+                        f"{without_commands(entry['label'])}\t{entry['score']:.4f}"
+                        for entry in found
+                    )
+                    or "(no label)"
+                )
     except Stopped:
         if os.environ.get("RANK", "0") == "0":
-            complain(BertdistError("Asked to stop: nothing was written; the same command begins again."))
+            complain(
+                BertdistError("Asked to stop: nothing was written; the same command begins again.")
+            )
         sys.exit(STOPPED)
     except KeyboardInterrupt:  # the second Ctrl-C: no clean-up that could wait for another rank
         os._exit(INTERRUPTED)

@@ -14,7 +14,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from bertdist.errors import BertdistError, ConfigError
 
-LONG = timedelta(days=7)  # a group's own limit where a Watchdog judges: a group cannot tell a rank that works from one that is gone
+LONG = timedelta(
+    days=7
+)  # a group's own limit where a Watchdog judges: a group cannot tell a rank that works from one that is gone
 
 T = TypeVar("T")
 
@@ -30,7 +32,9 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         yield
     except BertdistError as caught:
         error = caught
-    errors: list[BertdistError | None] = [error] if accelerator.num_processes == 1 else gather_object([error])
+    errors: list[BertdistError | None] = (
+        [error] if accelerator.num_processes == 1 else gather_object([error])
+    )
     failed = {rank: found for rank, found in enumerate(errors) if found is not None}
     if not failed:
         return
@@ -74,27 +78,43 @@ def agree_on(accelerator: Accelerator, facts: Mapping[str, object]) -> None:
     for rank, (host, found) in enumerate(others, start=1):
         names = [name for name in {**first[1], **found} if first[1].get(name) != found.get(name)]
         if names:
-            told = "; ".join(f"{name} is {_short(found.get(name))} instead of {_short(first[1].get(name))}" for name in names)
+            told = "; ".join(
+                f"{name} is {_short(found.get(name))} instead of {_short(first[1].get(name))}"
+                for name in names
+            )
             problems.append(f"rank {rank} (on {host}) is not like rank 0 (on {first[0]}): {told}.")
     if problems:
-        raise ConfigError("\n".join([*problems, "Every rank must be started with the same command, data and packages."]))
+        raise ConfigError(
+            "\n".join(
+                [*problems, "Every rank must be started with the same command, data and packages."]
+            )
+        )
 
 
 def _short(value: str | None, most: int = 80) -> str:
     return "missing" if value is None else value if len(value) <= most else f"{value[:most]}..."
 
 
-def smallest(accelerator: Accelerator, values: Sequence[int], group: dist.ProcessGroup | None = None) -> list[int]:
+def smallest(
+    accelerator: Accelerator, values: Sequence[int], group: dist.ProcessGroup | None = None
+) -> list[int]:
     """The smallest of all ranks, value by value. group: that of `host_group`. Costs nothing on one rank, about 1 ms on gloo."""
     return _reduced(accelerator, values, dist.ReduceOp.MIN, group)
 
 
-def summed(accelerator: Accelerator, values: Sequence[int], group: dist.ProcessGroup | None = None) -> list[int]:
+def summed(
+    accelerator: Accelerator, values: Sequence[int], group: dist.ProcessGroup | None = None
+) -> list[int]:
     """The sum over all ranks, value by value; otherwise like `smallest`."""
     return _reduced(accelerator, values, dist.ReduceOp.SUM, group)
 
 
-def _reduced(accelerator: Accelerator, values: Sequence[int], how: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> list[int]:
+def _reduced(
+    accelerator: Accelerator,
+    values: Sequence[int],
+    how: dist.ReduceOp.RedOpType,
+    group: dist.ProcessGroup | None,
+) -> list[int]:
     if accelerator.num_processes == 1:
         return list(values)
     told = torch.tensor(values, dtype=torch.int64)

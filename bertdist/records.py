@@ -40,7 +40,16 @@ from bertdist.parquet_files import spots_in
 from bertdist.pieces import BadRow, Column, OnBadRow, Piece, RowSource, left_out
 from bertdist.places import Kept, Named, Placed, Source, Split
 
-TEXT_COLUMNS = ("text", "sentence", "sentence1", "question", "premise", "review", "tweet", "content")
+TEXT_COLUMNS = (
+    "text",
+    "sentence",
+    "sentence1",
+    "question",
+    "premise",
+    "review",
+    "tweet",
+    "content",
+)
 LABEL_COLUMNS = ("label", "labels", "score", "target", "class")
 PAIRS = (
     ("sentence1", "sentence2"),
@@ -78,7 +87,9 @@ class Records:
     first_row: int = 0  # number of the first row, where these are some rows of a stream
     parts: tuple[int, ...] = ()  # rows of each --train_file, where there are several
     bad: tuple[BadRow, ...] = ()  # rows of the source that were left out
-    guessed: tuple[str, ...] = ()  # how its files are read, where that is not the usual, in sentences
+    guessed: tuple[
+        str, ...
+    ] = ()  # how its files are read, where that is not the usual, in sentences
 
     @property
     def name(self) -> str:
@@ -107,7 +118,9 @@ class Records:
         """Rows start, ..., stop - 1, without copying them."""
         return replace(
             self,
-            source=Placed(self.source.name, self.source.has_header, ((0, self.source.where, start),)),
+            source=Placed(
+                self.source.name, self.source.has_header, ((0, self.source.where, start),)
+            ),
             label_codes=None if self.label_codes is None else self.label_codes[start:stop],
             texts=self.texts[start:stop],
             pairs=None if self.pairs is None else self.pairs[start:stop],
@@ -125,13 +138,19 @@ class Columns(NamedTuple):
 
     def names(self) -> list[str]:
         """Each once."""
-        return [name for name in dict.fromkeys((self.text, self.pair, self.label, *(self.labels or ()))) if name is not None]
+        return [
+            name
+            for name in dict.fromkeys((self.text, self.pair, self.label, *(self.labels or ())))
+            if name is not None
+        ]
 
 
 def records_of(texts: Sequence[str], pairs: Sequence[str] | None = None) -> Records:
     """Texts that are in memory already, without labels; raises DataError for what is not text."""
     if pairs is not None and len(pairs) != len(texts):
-        raise DataError(f"There are {len(texts)} texts and {len(pairs)} second texts; they go together.")
+        raise DataError(
+            f"There are {len(texts)} texts and {len(pairs)} second texts; they go together."
+        )
     names = ["text"] if pairs is None else ["text", "pair"]
     given: dict[str, Column] = {"text": list(texts), "pair": list(pairs or ())}
     return read_records(
@@ -146,27 +165,48 @@ def choose(source: Named, names: Sequence[str], asked: Columns) -> Columns:
     """The columns to read: those asked for, else the usual names, else DataError."""
     for name in asked.names():
         if name not in names:
-            raise _no_column(source, names, f"there is no column {name!r}", did_you_mean(name, names))
+            raise _no_column(
+                source, names, f"there is no column {name!r}", did_you_mean(name, names)
+            )
     plain = {name.lower(): name for name in reversed(names)} | {name: name for name in names}
     text, pair, label, labels = asked
     if text is None and pair is None and "text" not in plain:
-        text, pair = next(((plain[a], plain[b]) for a, b in PAIRS if a in plain and b in plain), (None, None))
-    text = text or next((plain[name] for name in TEXT_COLUMNS if name in plain and plain[name] != pair), None)
+        text, pair = next(
+            ((plain[a], plain[b]) for a, b in PAIRS if a in plain and b in plain), (None, None)
+        )
+    text = text or next(
+        (plain[name] for name in TEXT_COLUMNS if name in plain and plain[name] != pair), None
+    )
     if text is None:
-        raise _no_column(source, names, "no column has a usual name for the text", " Pass --text_column.")
+        raise _no_column(
+            source, names, "no column has a usual name for the text", " Pass --text_column."
+        )
     if labels is None:
-        label = label or next((plain[name] for name in LABEL_COLUMNS if name in plain and plain[name] not in (text, pair)), None)
+        label = label or next(
+            (
+                plain[name]
+                for name in LABEL_COLUMNS
+                if name in plain and plain[name] not in (text, pair)
+            ),
+            None,
+        )
         if label is None:
-            raise _no_column(source, names, "no column has a usual name for the label", " Pass --label_column.")
+            raise _no_column(
+                source, names, "no column has a usual name for the label", " Pass --label_column."
+            )
     return Columns(text, pair, label, labels)
 
 
 def _no_column(source: Named, names: Sequence[str], problem: str, advice: str) -> DataError:
     found = ", ".join(repr(name if len(name) <= 30 else f"{name[:30]}...") for name in names[:20])
     advice = "" if advice.startswith(" Known") else advice  # the columns are told already
-    if source.has_header and any(len(name) > 30 or name.replace(".", "", 1).isdecimal() for name in names):
+    if source.has_header and any(
+        len(name) > 30 or name.replace(".", "", 1).isdecimal() for name in names
+    ):
         advice += " This looks like a row of data: if the file has no header, name its columns with --column_names."
-    return DataError(f"{source.name}{' line 1' * source.has_header}: {problem}; the columns are {found}.{advice}")
+    return DataError(
+        f"{source.name}{' line 1' * source.has_header}: {problem}; the columns are {found}.{advice}"
+    )
 
 
 def read_records(
@@ -184,19 +224,37 @@ def read_records(
     if not len(columns[taken.names()[0]]):
         raise DataError(f"{source.name} has no rows.")
     problems: Problems | None = {} if on_bad_row == "skip" else None
-    records = records_from(source, columns, taken, label_delimiter, class_names_of(features, taken), problems)
+    records = records_from(
+        source, columns, taken, label_delimiter, class_names_of(features, taken), problems
+    )
     if not len(records):
         raise DataError(f"{source.name} has no rows, but for those that were left out.")
-    return replace(records, bad=tuple(left_out(problems or {}, source.where, partial(spots_in, source.where, columns))))
+    return replace(
+        records,
+        bad=tuple(left_out(problems or {}, source.where, partial(spots_in, source.where, columns))),
+    )
 
 
 def records_of_piece(
-    source: RowSource, piece: Piece, taken: Columns, label_delimiter: str | None, on_bad_row: OnBadRow, above: LabelValue | None = None
+    source: RowSource,
+    piece: Piece,
+    taken: Columns,
+    label_delimiter: str | None,
+    on_bad_row: OnBadRow,
+    above: LabelValue | None = None,
 ) -> tuple[Records, list[BadRow]]:
     """The rows of a piece, and those that were left out, in it or here. Raises DataError, with "skip" for a wrong column only."""
     problems: Problems | None = {} if on_bad_row == "skip" else None
     place = Placed(source.name, source.has_header, ((0, piece.where, 0),))
-    records = records_from(place, piece.columns, taken, label_delimiter, class_names_of(source.features, taken), problems, above)
+    records = records_from(
+        place,
+        piece.columns,
+        taken,
+        label_delimiter,
+        class_names_of(source.features, taken),
+        problems,
+        above,
+    )
     return records, [*piece.bad, *left_out(problems or {}, piece.where, piece.spots)]
 
 
@@ -214,19 +272,37 @@ def records_from(
     class_names, above: see `read_labels`.
     """
     assert taken.text is not None
-    held = {name: _readable(column, name, source.where, problems) for name, column in columns.items()}
+    held = {
+        name: _readable(column, name, source.where, problems) for name, column in columns.items()
+    }
     texts = read_texts(held[taken.text], taken.text, source.where, problems)
-    pairs = None if taken.pair is None else read_texts(held[taken.pair], taken.pair, source.where, problems)
+    pairs = (
+        None
+        if taken.pair is None
+        else read_texts(held[taken.pair], taken.pair, source.where, problems)
+    )
     kind: LabelKind | None = None
     values: list[LabelValue] = []
     codes = None
     if taken.labels:
         kind, class_names = "set", tuple(taken.labels)
-        values, codes = read_label_columns({name: held[name] for name in taken.labels}, source.where, problems)
+        values, codes = read_label_columns(
+            {name: held[name] for name in taken.labels}, source.where, problems
+        )
     elif taken.label is not None:
-        kind, values, codes = read_labels(held[taken.label], taken.label, source.where, label_delimiter, class_names, problems, above)
+        kind, values, codes = read_labels(
+            held[taken.label],
+            taken.label,
+            source.where,
+            label_delimiter,
+            class_names,
+            problems,
+            above,
+        )
     if (kept := kept_rows(problems or {}, len(texts))) is not None:
-        source = Placed(source.name, source.has_header, ((0, Kept(source.where, np.flatnonzero(kept)), 0),))
+        source = Placed(
+            source.name, source.has_header, ((0, Kept(source.where, np.flatnonzero(kept)), 0),)
+        )
         texts, pairs = without(texts, kept), None if pairs is None else without(pairs, kept)
         values, codes = (values, None) if codes is None else without_labels(values, codes, kept)
     return Records(
@@ -262,7 +338,9 @@ def _readable(column: Column, name: str, where: Where, problems: Problems | None
             if problems is None:
                 raise DataError(f"{where(row)}: {reason}.") from None
             problems.setdefault(row, reason)
-    if not wrong.any() and not pa.types.is_dictionary(column.type):  # whose wrong word no row may have
+    if not wrong.any() and not pa.types.is_dictionary(
+        column.type
+    ):  # whose wrong word no row may have
         raise DataError(f"{where(0)}: column {name!r} is damaged ({damage}).")
     held: pa.Array = whole(column)
     return held.take(pa.array(np.arange(len(wrong)), mask=wrong))
@@ -280,7 +358,9 @@ def _offsets(texts: pa.Array) -> npt.NDArray[np.int64]:
     return np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
 
 
-def _fingerprint(texts: pa.Array, pairs: pa.Array | None, values: list[LabelValue], codes: Codes | None) -> str:
+def _fingerprint(
+    texts: pa.Array, pairs: pa.Array | None, values: list[LabelValue], codes: Codes | None
+) -> str:
     digest = xxhash.xxh3_128()
     for column in (texts, pairs):
         if column is None:

@@ -35,7 +35,9 @@ from bertdist.addresses import (
 )
 from bertdist.errors import DataError, did_you_mean
 
-BLOCK_BYTES = 4 << 20  # of one request: 45 MB/s at 50 ms a request, more than one tokenizing process takes
+BLOCK_BYTES = (
+    4 << 20
+)  # of one request: 45 MB/s at 50 ms a request, more than one tokenizing process takes
 LEAST_BYTES = 1 << 16  # of a request after many breaks
 SEEKING_BYTES = 1 << 18  # what a random read may read too much
 EDGE_BYTES = 1 << 20  # at either end of a local file, for its fingerprint
@@ -47,17 +49,23 @@ def find_addresses(pattern: str) -> list[str]:
     if protocol_of(pattern) is None:
         return _find_local(pattern.removeprefix("file://"))
     if is_http(pattern) and "*" in pattern:
-        raise DataError(f"{shown(pattern)}: http has no list of files, so no '*'; give each address, or use s3://, gs:// or hf://.")
+        raise DataError(
+            f"{shown(pattern)}: http has no list of files, so no '*'; give each address, or use s3://, gs:// or hf://."
+        )
     if is_http(pattern) or not glob.has_magic(pattern):
         if patiently(pattern, lambda: info_of(pattern)).get("type") == "directory":
-            raise DataError(f"{pattern} is a folder; expected a file, or a pattern such as {pattern.rstrip('/')}/*.parquet.")
+            raise DataError(
+                f"{pattern} is a folder; expected a file, or a pattern such as {pattern.rstrip('/')}/*.parquet."
+            )
         return [pattern]
 
     def matches() -> list[str]:
         system, path = file_system(pattern)
         system.invalidate_cache()  # sizes and versions of this listing are those of size_of and fingerprint_of: one request for many files
         found = system.glob(path, detail=True)
-        return sorted(system.unstrip_protocol(name) for name, info in found.items() if info["type"] == "file")
+        return sorted(
+            system.unstrip_protocol(name) for name, info in found.items() if info["type"] == "file"
+        )
 
     if not (found := patiently(pattern, matches)):
         raise DataError(f"{pattern} matches no file; check the bucket, the folder and the ending.")
@@ -72,7 +80,9 @@ def open_bytes(address: str, at: int = 0, say: Say | None = None) -> BinaryIO:
         plain = _open(address, BLOCK_BYTES, say)
         plain.seek(at)
         return plain
-    stream = io.BufferedReader(_Unpacked(address, _open(address, BLOCK_BYTES, say), packing), EDGE_BYTES)
+    stream = io.BufferedReader(
+        _Unpacked(address, _open(address, BLOCK_BYTES, say), packing), EDGE_BYTES
+    )
     while at > 0 and (skipped := stream.read(min(at, EDGE_BYTES))):
         at -= len(skipped)
     return stream
@@ -113,19 +123,29 @@ def fingerprint_of(address: str) -> str:
 def _find_local(pattern: str) -> list[str]:
     place = Path(pattern)
     if place.is_dir():
-        raise DataError(f"{pattern} is a folder; expected a file, or a pattern such as {pattern.rstrip('/')}/*.csv.")
+        raise DataError(
+            f"{pattern} is a folder; expected a file, or a pattern such as {pattern.rstrip('/')}/*.csv."
+        )
     if place.exists():  # a name with brackets too
         return [pattern]
     if not glob.has_magic(pattern):
-        near = sorted(file.name for file in place.parent.iterdir()) if place.parent.is_dir() else None
-        raise DataError(f"{pattern}: no such {'folder' if near is None else 'file'}.{did_you_mean(place.name, near or ())}")
+        near = (
+            sorted(file.name for file in place.parent.iterdir()) if place.parent.is_dir() else None
+        )
+        raise DataError(
+            f"{pattern}: no such {'folder' if near is None else 'file'}.{did_you_mean(place.name, near or ())}"
+        )
     found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     if not found:
         folder = next(parent for parent in place.parents if not glob.has_magic(str(parent)))
         if not folder.is_dir():
             raise DataError(f"{pattern} matches no file; there is no folder {folder}.")
         names = sorted(os.listdir(folder))
-        there = f"holds {', '.join(map(repr, names[:10]))}{', ...' if len(names) > 10 else ''}" if names else "is empty"
+        there = (
+            f"holds {', '.join(map(repr, names[:10]))}{', ...' if len(names) > 10 else ''}"
+            if names
+            else "is empty"
+        )
         raise DataError(f"{pattern} matches no file; {folder} {there}.")
     return found
 
@@ -159,7 +179,9 @@ class _Remote(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_END and self._size is None:
-            raise DataError(f"{shown(self._address)}: the server does not say how long the file is; download it, and give its path.")
+            raise DataError(
+                f"{shown(self._address)}: the server does not say how long the file is; download it, and give its path."
+            )
         self._at = offset + (0, self._at, self._size or 0)[whence]
         return self._at
 
@@ -171,7 +193,9 @@ class _Remote(io.RawIOBase):
         super().close()
 
     def readall(self) -> bytes:
-        return b"".join(iter(lambda: self.read(BLOCK_BYTES), b""))  # Python's own reads 8 KiB at a time
+        return b"".join(
+            iter(lambda: self.read(BLOCK_BYTES), b"")
+        )  # Python's own reads 8 KiB at a time
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
@@ -222,7 +246,9 @@ class _Remote(io.RawIOBase):
         if self._file is not None and self._file.loc > self._at:
             self._drop()
         self._file = self._file or self._connect(0)
-        while self._file.loc < self._at and self._file.read(min(BLOCK_BYTES, self._at - self._file.loc)):
+        while self._file.loc < self._at and self._file.read(
+            min(BLOCK_BYTES, self._at - self._file.loc)
+        ):
             pass
         data: bytes = self._file.read(count) if self._file.loc == self._at else b""
         if not data and self._size is not None:
@@ -242,8 +268,13 @@ class _Remote(io.RawIOBase):
     def _compare(self) -> None:
         now = version_of(info_of(self._address, again=True))
         if now != self._version:
-            was, found = (f"{size} bytes, version {version or 'unknown'}" for size, version in (self._version, now))
-            raise DataError(f"{shown(self._address)} changed while it was read ({was}; now {found}); read files that stay as they are.")
+            was, found = (
+                f"{size} bytes, version {version or 'unknown'}"
+                for size, version in (self._version, now)
+            )
+            raise DataError(
+                f"{shown(self._address)} changed while it was read ({was}; now {found}); read files that stay as they are."
+            )
         self._broke = False
 
     def _drop(self) -> None:
@@ -275,4 +306,6 @@ class _Unpacked(io.RawIOBase):
             return int(self._stream.readinto(buffer))
         except (OSError, pa.ArrowException) as error:
             found = " ".join(str(error).split())
-            raise DataError(f"{shown(self._address)} is damaged, cut off, or no {self._packing} file: {found}.") from None
+            raise DataError(
+                f"{shown(self._address)} is damaged, cut off, or no {self._packing} file: {found}."
+            ) from None

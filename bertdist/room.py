@@ -31,7 +31,9 @@ from bertdist.memory import attempt, find_tokens, halved, too_long
 from bertdist.ranks import host_group, smallest, together
 from bertdist.stream_batches import AnyBatches, SomeBatches
 
-Backward = Callable[[Batch, bool], Tensor]  # (micro-batch, whether it is the share's last) -> its loss sum (), after its backward pass
+Backward = Callable[
+    [Batch, bool], Tensor
+]  # (micro-batch, whether it is the share's last) -> its loss sum (), after its backward pass
 
 
 class Failure(NamedTuple):
@@ -40,7 +42,9 @@ class Failure(NamedTuple):
     batch: Batch
     reason: str  # what the device said
     final: bool  # the last of the share
-    places: list[int]  # `gradient_places` before it, where it is the last; none where it is also the first: there were no gradients
+    places: list[
+        int
+    ]  # `gradient_places` before it, where it is the last; none where it is also the first: there were no gradients
 
     @property
     def alone(self) -> bool:
@@ -72,18 +76,30 @@ class Room:
         self._batches, self._group = batches, host_group(accelerator)
         if asked and asked != progress.tokens_asked:
             progress.tokens_per_micro_batch = progress.tokens_asked = asked
-        self._loaded = progress.tokens_per_micro_batch  # what the loader's workers cut by: they are ahead, and go on with it
+        self._loaded = (
+            progress.tokens_per_micro_batch
+        )  # what the loader's workers cut by: they are ahead, and go on with it
 
-    def find(self, loss: Callable[[Batch], Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def find(
+        self, loss: Callable[[Batch], Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
         """Find the tokens, where neither a flag nor a checkpoint told them. loss: of a micro-batch; no collective in it."""
         if not self.progress.tokens_per_micro_batch:
             # A gradient and AdamW's two averages for each weight; averages that a checkpoint brought are in memory already.
-            needed = sum(p.nbytes * (1 if optimizer.state.get(p) else 3) for p in model.parameters() if p.requires_grad)
+            needed = sum(
+                p.nbytes * (1 if optimizer.state.get(p) else 3)
+                for p in model.parameters()
+                if p.requires_grad
+            )
             with together(self.accelerator):
                 found = find_tokens(loss, self._batches, self.accelerator.device, needed)
             throw_away(model)
-            (self.progress.tokens_per_micro_batch,) = smallest(self.accelerator, [found], self._group)
-            self.say(f"Micro-batches of at most {self.progress.tokens_per_micro_batch:,} tokens: found from free memory.")
+            (self.progress.tokens_per_micro_batch,) = smallest(
+                self.accelerator, [found], self._group
+            )
+            self.say(
+                f"Micro-batches of at most {self.progress.tokens_per_micro_batch:,} tokens: found from free memory."
+            )
         self._loaded = self.progress.tokens_per_micro_batch
 
     def cutting(self, batches: SomeBatches) -> SomeBatches:
@@ -102,7 +118,9 @@ class Room:
             failure = found if isinstance(found, Failure) else None
             if failure is not None:
                 tokens = 0 if failure.alone else halved(tokens, failure.batch)
-            if failure is None or failure.final or failure.alone:  # else the others have not noticed
+            if (
+                failure is None or failure.final or failure.alone
+            ):  # else the others have not noticed
                 if failure is not None:
                     self._finish_exchange(model, failure, step, backward)
                 if self._agreed(tokens, failure, step) and isinstance(found, Tensor):
@@ -116,11 +134,15 @@ class Room:
             return step.share
         return recut(step.share, tokens)
 
-    def _attempt(self, model: nn.Module, share: list[Batch], backward: Backward) -> Tensor | Failure:
+    def _attempt(
+        self, model: nn.Module, share: list[Batch], backward: Backward
+    ) -> Tensor | Failure:
         total = torch.zeros((), device=self.accelerator.device)
         for i, batch in enumerate(share):
             final = i == len(share) - 1
-            places = gradient_places(model) if final and i and self.accelerator.num_processes > 1 else []
+            places = (
+                gradient_places(model) if final and i and self.accelerator.num_processes > 1 else []
+            )
             loss = attempt(backward, batch, final)
             if isinstance(loss, str):
                 return Failure(batch, loss, final, places)
@@ -133,21 +155,37 @@ class Room:
         if least == 0:
             with together(self.accelerator):
                 if tokens == 0 and failure is not None:
-                    raise too_long(failure.batch, failure.reason, self._batches, step.place, "--gradient_checkpointing, ")
+                    raise too_long(
+                        failure.batch,
+                        failure.reason,
+                        self._batches,
+                        step.place,
+                        "--gradient_checkpointing, ",
+                    )
         if least < self.progress.tokens_per_micro_batch:
             self.progress.tokens_per_micro_batch = least
             self.progress.halvings += 1
-            self.say(f"Out of memory in step {step.number + 1}; taken again. Micro-batches of at most {least:,} tokens from here on.")
+            self.say(
+                f"Out of memory in step {step.number + 1}; taken again. Micro-batches of at most {least:,} tokens from here on."
+            )
         return bool(whole)
 
-    def _finish_exchange(self, model: nn.Module, failure: Failure, step: Step, backward: Backward) -> None:
+    def _finish_exchange(
+        self, model: nn.Module, failure: Failure, step: Step, backward: Backward
+    ) -> None:
         """Give the other ranks what they wait for: zeros, in an exchange that all will throw away."""
         if self.accelerator.num_processes == 1:
             return
         weights = [p for p in model.parameters() if p.requires_grad]
         before = failure.places or [0] * len(weights)
-        unsent = [p for p, place in zip(weights, before, strict=True) if _place(p) == place] if failure.final else weights
-        if len(unsent) == len(weights):  # DDP has not begun: a text of one token that counts nothing goes the whole way
+        unsent = (
+            [p for p, place in zip(weights, before, strict=True) if _place(p) == place]
+            if failure.final
+            else weights
+        )
+        if len(unsent) == len(
+            weights
+        ):  # DDP has not begun: a text of one token that counts nothing goes the whole way
             reason = attempt(backward, one_token(failure.batch), True)
             if isinstance(reason, str):  # not even that: the others will see this rank go
                 raise too_long(failure.batch, reason, self._batches, step.place)

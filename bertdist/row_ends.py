@@ -45,7 +45,9 @@ class Row(NamedTuple):
     told_at: int = 0  # the line on which the fault is told, from that of the row
 
 
-def cut(form: Form, lines: Lines, num_fields: int, is_all: bool, soft: int, limit: int) -> tuple[int, Scan | None]:
+def cut(
+    form: Form, lines: Lines, num_fields: int, is_all: bool, soft: int, limit: int
+) -> tuple[int, Scan | None]:
     """Where the last row ends that ends within `soft` bytes, else the first one; 0: it ends beyond the lines. is_all: nothing follows them.
 
     Where quotes do not tell by themselves which newlines end a row, every row is judged; then what was found comes with it.
@@ -94,18 +96,36 @@ def is_clean(form: Form, data: bytes, limit: int) -> bool:
     """Whether newlines tell by themselves where rows end: quotes pair up, and no row has more than `limit` bytes."""
     if not form.quoted or not quotes_pair_up(data, form.delimiter):
         return not form.quoted
-    return len(data) <= limit or int(np.diff(_even_ends(data)[0], prepend=0, append=len(data)).max()) <= limit
+    return (
+        len(data) <= limit
+        or int(np.diff(_even_ends(data)[0], prepend=0, append=len(data)).max()) <= limit
+    )
 
 
 def quotes_pair_up(data: bytes, delimiter: str) -> bool:
     """Whether quotes 0, 2, 4, ... open a field or follow a quote, and quotes 1, 3, 5, ... close one or precede a quote."""
     text = np.frombuffer(b"\n" + data + b"\n", np.uint8)
     quotes = np.flatnonzero(text == ord('"'))
-    before, after, edges = text[quotes[::2] - 1], text[quotes[1::2] + 1], [ord(delimiter), ord("\n"), ord('"')]
-    return bool(len(quotes) % 2 == 0 and np.isin(before, edges).all() and np.isin(after, [*edges, ord("\r")]).all())
+    before, after, edges = (
+        text[quotes[::2] - 1],
+        text[quotes[1::2] + 1],
+        [ord(delimiter), ord("\n"), ord('"')],
+    )
+    return bool(
+        len(quotes) % 2 == 0
+        and np.isin(before, edges).all()
+        and np.isin(after, [*edges, ord("\r")]).all()
+    )
 
 
-def scan(form: Form, lines: Lines, num_fields: int, limit: int, is_all: bool = True, soft: int | None = None) -> Scan:
+def scan(
+    form: Form,
+    lines: Lines,
+    num_fields: int,
+    limit: int,
+    is_all: bool = True,
+    soft: int | None = None,
+) -> Scan:
     """Every row, judged one by one (1,000,000 rows: 2 s with quotes, 0.5 s without), as far as `cut` says."""
     if not form.quoted:
         return _scan_unquoted(form, lines.data, num_fields)
@@ -145,7 +165,9 @@ def _scan_unquoted(form: Form, data: bytes, num_fields: int) -> Scan:
     wrong = counts != num_fields
     bad = [
         Bad(start, end, line, _wrong_count(form, count, num_fields))
-        for start, end, line, count in zip(*(part[wrong].tolist() for part in (*rows, counts)), strict=True)
+        for start, end, line, count in zip(
+            *(part[wrong].tolist() for part in (*rows, counts)), strict=True
+        )
     ]
     return Scan(Rows(*(part[~wrong] for part in rows)), bad, len(data))
 
@@ -161,7 +183,11 @@ def judge(form: Form, data: bytes, at: int, line: int, limit: int, is_all: bool)
             if quoted is None:
                 if not is_all and len(data) <= start + limit:
                     return Row(0, fields)
-                never = "never closes" if len(data) <= start + limit else f"does not close within {limit:,} bytes"
+                never = (
+                    "never closes"
+                    if len(data) <= start + limit
+                    else f"does not close within {limit:,} bytes"
+                )
                 told = f"a quote opens here and {never}; {_ADVICE}"
                 return Row(data.index(b"\n", at) + 1, fields, told, data.count(b"\n", start, at))
             end = quoted.end()
@@ -175,7 +201,9 @@ def judge(form: Form, data: bytes, at: int, line: int, limit: int, is_all: bool)
             unquoted = plain.match(data, at)
             assert unquoted is not None
             at = unquoted.end()
-            fields.append(unquoted[0].removesuffix(b"\r") if data.startswith(b"\n", at) else unquoted[0])
+            fields.append(
+                unquoted[0].removesuffix(b"\r") if data.startswith(b"\n", at) else unquoted[0]
+            )
         if not data.startswith(delimiter, at):
             return Row(data.index(b"\n", at) + 1, fields)
         at += 1

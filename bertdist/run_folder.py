@@ -102,13 +102,21 @@ def _take(folder: Path, told: list[str]) -> FileLock | None:
                 raise ConfigError(_refusal(folder, owner)) from None
             time.sleep(0.1)
         except (OSError, NotImplementedError) as error:
-            told.append(f"{folder} cannot be locked ({getattr(error, 'strerror', None) or error}): start no second run in it.")
+            told.append(
+                f"{folder} cannot be locked ({getattr(error, 'strerror', None) or error}): start no second run in it."
+            )
             return None
     if (owner := _owner(folder)) is not None:
-        told.append(f"The run before (pid {owner['pid']} on {owner['host']}, since {owner['since']}) did not end by itself; taken over.")
+        told.append(
+            f"The run before (pid {owner['pid']} on {owner['host']}, since {owner['since']}) did not end by itself; taken over."
+        )
     now = time.strftime("%Y-%m-%d %H:%M:%S %z")
     try:
-        write_whole(folder / OWNER, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}).encode() + b"\n")
+        write_whole(
+            folder / OWNER,
+            json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}).encode()
+            + b"\n",
+        )
     except CheckpointError:
         lock.release()
         raise
@@ -116,7 +124,11 @@ def _take(folder: Path, told: list[str]) -> FileLock | None:
 
 
 def _refusal(folder: Path, owner: dict[str, Any] | None) -> str:
-    who = f"pid {owner['pid']} on {owner['host']}, since {owner['since']}" if owner else f"it holds {LOCK} and has not said who it is"
+    who = (
+        f"pid {owner['pid']} on {owner['host']}, since {owner['since']}"
+        if owner
+        else f"it holds {LOCK} and has not said who it is"
+    )
     return f"{folder} is in use by another run ({who}). Wait for it or end it, or take another --output_dir."
 
 
@@ -143,7 +155,11 @@ def _may_be_alive(owner: dict[str, Any]) -> bool:
 
 
 def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+    return (
+        sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if folder.is_dir()
+        else 0
+    )
 
 
 def _size(count: float) -> str:

@@ -58,7 +58,9 @@ class Settings:
     """What a run is, as far as going on with it is concerned; JSON-able values."""
 
     decides: dict[str, Any]  # what it learns
-    besides: dict[str, Any] = field(default_factory=dict)  # what else a person would want to know of
+    besides: dict[str, Any] = field(
+        default_factory=dict
+    )  # what else a person would want to know of
     accept_changed_data: bool = False
 
 
@@ -97,7 +99,9 @@ def compare(folder: Path, state: dict[str, Any], now: Settings) -> list[Change]:
             refused.append(change)
     if refused:
         told = "\n".join(table(refused))
-        raise CheckpointError(f"{folder} belongs to another run. What differs:\n{told}\nTake the old settings, or another --output_dir.")
+        raise CheckpointError(
+            f"{folder} belongs to another run. What differs:\n{told}\nTake the old settings, or another --output_dir."
+        )
     return accepted + changes(state.get("besides", now.besides), now.besides, ACCEPTED)
 
 
@@ -108,7 +112,9 @@ def _accepted(change: Change, found: Iterable[Change], then: dict[str, Any], now
         return "accepted: in the epoch that was begun rows may come twice or not at all, in later ones once"
     if change.name == "total_steps":
         schedules = {settings.get("lr_scheduler_type") for settings in (then, now.decides)}
-        if schedules <= {"constant", "constant_with_warmup"} and not now.decides.get("warmup_ratio"):
+        if schedules <= {"constant", "constant_with_warmup"} and not now.decides.get(
+            "warmup_ratio"
+        ):
             return "the learning rate is constant: more or fewer steps, none of them another"
         if other_rows:
             return "from here on the learning rate is that of a run of this length"
@@ -117,9 +123,18 @@ def _accepted(change: Change, found: Iterable[Change], then: dict[str, Any], now
 
 def table(rows: Iterable[Change]) -> list[str]:
     """Lines of a table: setting, then, now, what it means."""
-    cells = [("setting", "then", "now", "what it means"), *((c.name, _short(c.then), _short(c.now), c.meaning) for c in rows)]
+    cells = [
+        ("setting", "then", "now", "what it means"),
+        *((c.name, _short(c.then), _short(c.now), c.meaning) for c in rows),
+    ]
     widths = [max(len(row[i]) for row in cells) for i in range(3)]
-    return ["  " + "  ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]]) for row in cells]
+    return [
+        "  "
+        + "  ".join(
+            [*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]]
+        )
+        for row in cells
+    ]
 
 
 def place_after_change(place: Place | None, accepted: Iterable[Change]) -> Place | None:
@@ -136,16 +151,35 @@ def read_state(folder: Path, kind: Callable[..., P]) -> tuple[dict[str, Any], P]
     try:
         state = json.loads((folder / "state.json").read_text())
         progress = kind(**state["progress"])
-        odd = [name for name, default in vars(kind()).items() if not _alike(getattr(progress, name), default)]
+        odd = [
+            name
+            for name, default in vars(kind()).items()
+            if not _alike(getattr(progress, name), default)
+        ]
         places = state.get("places", [None])
-        fits = isinstance(state["identity"], dict) and isinstance(state["ranks"], int) and isinstance(state.get("besides", {}), dict)
-        if odd or not fits or not places or not all(place is None or _is_place(place) for place in places):
-            raise ValueError(f"{odd[0]} is {getattr(progress, odd[0])!r}" if odd else "it holds other things")
+        fits = (
+            isinstance(state["identity"], dict)
+            and isinstance(state["ranks"], int)
+            and isinstance(state.get("besides", {}), dict)
+        )
+        if (
+            odd
+            or not fits
+            or not places
+            or not all(place is None or _is_place(place) for place in places)
+        ):
+            raise ValueError(
+                f"{odd[0]} is {getattr(progress, odd[0])!r}" if odd else "it holds other things"
+            )
         state.setdefault("scaler", None)
     except OSError as error:
-        raise CheckpointError(f"Cannot read {folder / 'state.json'}: {error.strerror or error}.") from None
+        raise CheckpointError(
+            f"Cannot read {folder / 'state.json'}: {error.strerror or error}."
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder / 'state.json'} is not what this version of bertdist writes ({error}).") from None
+        raise CheckpointError(
+            f"{folder / 'state.json'} is not what this version of bertdist writes ({error})."
+        ) from None
     return state, progress
 
 
@@ -153,20 +187,28 @@ def _alike(value: Any, default: Any) -> bool:
     if default is None:  # best_score, place
         return value is None or isinstance(value, int | float | dict)
     if isinstance(default, list):
-        pairs = isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+        pairs = isinstance(value, list) and all(
+            isinstance(pair, list) and len(pair) == 2 for pair in value
+        )
         return pairs and all(isinstance(number, int | float) for pair in value for number in pair)
     return type(value) is type(default) and (isinstance(value, bool) or value >= 0)
 
 
 def _is_place(place: Any) -> bool:
-    return isinstance(place, dict) and any(isinstance(place.get(name), dict) for name in ("window", "over"))
+    return isinstance(place, dict) and any(
+        isinstance(place.get(name), dict) for name in ("window", "over")
+    )
 
 
 def place_of_rank(folder: Path, state: dict[str, Any], rank: int, ranks: int) -> Place | None:
     """Where this rank's reading of a stream goes on. Between two passes that is the same for any number of ranks that read own files."""
     places: list[Place | None] = state.get("places", [None])  # versions before streams wrote none
     own_files = state["identity"].get("stream_split") == "files"
-    if own_files and state["ranks"] != ranks and not all(place and "over" in place for place in places):
+    if (
+        own_files
+        and state["ranks"] != ranks
+        and not all(place and "over" in place for place in places)
+    ):
         raise CheckpointError(
             f"{folder} was written by {state['ranks']} processes with --stream_split files, each in the middle of its own files, and now "
             f"there are {ranks}. Go on with {state['ranks']}, or, in a run of --max_train_steps, from a checkpoint at the end of an epoch "

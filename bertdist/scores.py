@@ -42,13 +42,21 @@ from bertdist.errors import ConfigError, DataError, did_you_mean
 
 Array = npt.NDArray[Any]
 NAN = float("nan")
-SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
-LOWER_IS_BETTER = frozenset({"loss", "mse", "mae"})  # of all other scores, and of a user's own, more is better
+SINGLE, MULTI, REGRESSION = (
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+)
+LOWER_IS_BETTER = frozenset(
+    {"loss", "mse", "mae"}
+)  # of all other scores, and of a user's own, more is better
 
 
 def _matthews(truth: Array, answers: Array) -> float:
     # scikit-learn says 0.0 as well, with a warning where truth is that one label too
-    return 0.0 if (answers == answers[0]).all() else float(metrics.matthews_corrcoef(truth, answers))
+    return (
+        0.0 if (answers == answers[0]).all() else float(metrics.matthews_corrcoef(truth, answers))
+    )
 
 
 def _roc_auc(truth: Array, probabilities: Array) -> float:
@@ -58,13 +66,17 @@ def _roc_auc(truth: Array, probabilities: Array) -> float:
     asked = [1] if truth.ndim == 1 and labels == 2 else range(labels)
     if any((columns[label] == columns[label][0]).all() for label in asked):
         return NAN
-    return float(np.mean([metrics.roc_auc_score(columns[label], probabilities[:, label]) for label in asked]))
+    return float(
+        np.mean([metrics.roc_auc_score(columns[label], probabilities[:, label]) for label in asked])
+    )
 
 
 def _correlation(function: Callable[..., Any]) -> Callable[[Array, Array], float]:
     def correlation(truth: Array, answers: Array) -> float:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", stats.DegenerateDataWarning)  # constant, or so near to it that no digit is right
+            warnings.simplefilter(
+                "error", stats.DegenerateDataWarning
+            )  # constant, or so near to it that no digit is right
             try:
                 return float(function(truth, answers).statistic) if len(truth) > 1 else NAN
             except stats.DegenerateDataWarning:
@@ -84,28 +96,48 @@ class _Kind:
     reads: str = "predictions"
 
 
-_F1_LIKE = {"f1": metrics.f1_score, "precision": metrics.precision_score, "recall": metrics.recall_score}
+_F1_LIKE = {
+    "f1": metrics.f1_score,
+    "precision": metrics.precision_score,
+    "recall": metrics.recall_score,
+}
 
 _SCORES: dict[str, _Kind] = {
     "accuracy": _Kind("sklearn.metrics.accuracy_score", metrics.accuracy_score, (SINGLE, MULTI)),
-    **{name: _Kind(f"sklearn.metrics.{name}_score", function, (SINGLE,), "macro", binary=True) for name, function in _F1_LIKE.items()},
     **{
-        f"{name}_{average}": _Kind(f"sklearn.metrics.{name}_score", function, (SINGLE, MULTI), average)
+        name: _Kind(f"sklearn.metrics.{name}_score", function, (SINGLE,), "macro", binary=True)
+        for name, function in _F1_LIKE.items()
+    },
+    **{
+        f"{name}_{average}": _Kind(
+            f"sklearn.metrics.{name}_score", function, (SINGLE, MULTI), average
+        )
         for name, function in _F1_LIKE.items()
         for average in ("macro", "micro", "weighted")
     },
     "f1_samples": _Kind("sklearn.metrics.f1_score", metrics.f1_score, (MULTI,), "samples"),
     "matthews_correlation": _Kind("sklearn.metrics.matthews_corrcoef", _matthews, (SINGLE,)),
-    "roc_auc": _Kind("sklearn.metrics.roc_auc_score", _roc_auc, (SINGLE, MULTI), reads="probabilities"),
-    "jaccard_samples": _Kind("sklearn.metrics.jaccard_score", metrics.jaccard_score, (MULTI,), "samples", zero=1.0),
-    "jaccard_macro": _Kind("sklearn.metrics.jaccard_score", metrics.jaccard_score, (MULTI,), "macro"),
+    "roc_auc": _Kind(
+        "sklearn.metrics.roc_auc_score", _roc_auc, (SINGLE, MULTI), reads="probabilities"
+    ),
+    "jaccard_samples": _Kind(
+        "sklearn.metrics.jaccard_score", metrics.jaccard_score, (MULTI,), "samples", zero=1.0
+    ),
+    "jaccard_macro": _Kind(
+        "sklearn.metrics.jaccard_score", metrics.jaccard_score, (MULTI,), "macro"
+    ),
     "pearson": _Kind("scipy.stats.pearsonr", _correlation(stats.pearsonr), (REGRESSION,)),
     "spearman": _Kind("scipy.stats.spearmanr", _correlation(stats.spearmanr), (REGRESSION,)),
     "mse": _Kind("sklearn.metrics.mean_squared_error", metrics.mean_squared_error, (REGRESSION,)),
     "mae": _Kind("sklearn.metrics.mean_absolute_error", metrics.mean_absolute_error, (REGRESSION,)),
 }
-_PAGES = {"sklearn": "https://scikit-learn.org/stable/modules/generated", "scipy": "https://docs.scipy.org/doc/scipy/reference/generated"}
-_CITATION = "Pedregosa et al., Scikit-learn: Machine Learning in Python, JMLR 12, pp. 2825-2830, 2011."
+_PAGES = {
+    "sklearn": "https://scikit-learn.org/stable/modules/generated",
+    "scipy": "https://docs.scipy.org/doc/scipy/reference/generated",
+}
+_CITATION = (
+    "Pedregosa et al., Scikit-learn: Machine Learning in Python, JMLR 12, pp. 2825-2830, 2011."
+)
 
 
 class Score(evaluate.Metric):  # type: ignore[misc]
@@ -131,7 +163,9 @@ class Score(evaluate.Metric):  # type: ignore[misc]
         """None: evaluate 0.4.6 makes a folder in the user's cache even for keep_in_memory=True."""
         return ""
 
-    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
+    def compute(
+        self, *, predictions: Any = None, references: Any = None, **kwargs: Any
+    ) -> dict[str, float]:
         """Whole arrays go straight to `_compute`, with no copy; lists, and rows from `add` or `add_batch`, go evaluate's way.
 
         evaluate writes every row into an Arrow table and reads it back: 1.6 s for 1,000,000 rows whose accuracy takes 0.05 s.
@@ -148,9 +182,16 @@ class Score(evaluate.Metric):  # type: ignore[misc]
         assert len(truth) == len(answers), (len(truth), len(answers))
         if not np.isfinite(answers).all() or not np.isfinite(truth).all():
             return {self.config_name: NAN}
-        truth, answers = _shaped(truth), _shaped(answers) if kind.reads == "predictions" else answers
+        truth, answers = (
+            _shaped(truth),
+            _shaped(answers) if kind.reads == "predictions" else answers,
+        )
         if kind.average:
-            options = {"labels": [1] if kind.binary else range(self.labels), "average": kind.average, "zero_division": kind.zero}
+            options = {
+                "labels": [1] if kind.binary else range(self.labels),
+                "average": kind.average,
+                "zero_division": kind.zero,
+            }
         return {self.config_name: float(kind.function(truth, answers, **options))}
 
 
@@ -169,14 +210,20 @@ class Scores:
         self.names: tuple[str, ...] = tuple(opened)
         self._opened, self._problem_type, self._labels = opened, problem_type, labels
 
-    def compute(self, predictions: Array, probabilities: Array, references: Array) -> dict[str, float]:
+    def compute(
+        self, predictions: Array, probabilities: Array, references: Array
+    ) -> dict[str, float]:
         """Arrays of all rows (shapes: top of the module; regression reads no probabilities) -> {name: float}, in the order of the names.
 
         A user's metric gives its own keys; one that is taken, as loss is, gets the metric's name in front. The first key is that of
         the main score. An undefined value is nan. Raises DataError without rows, ConfigError where a user's metric fails.
         """
         _check(predictions, references, None if self._problem_type == REGRESSION else self._labels)
-        given = {"predictions": predictions, "probabilities": probabilities, "references": references}
+        given = {
+            "predictions": predictions,
+            "probabilities": probabilities,
+            "references": references,
+        }
         result: dict[str, float] = {}
         for name, metric in self._opened.items():
             inputs = {feature: given[feature] for feature in _inputs(metric)}
@@ -186,15 +233,23 @@ class Scores:
             try:
                 own = {str(key): float(value) for key, value in metric.compute(**inputs).items()}
             except Exception as error:
-                raise ConfigError(f"--metrics {name}: failed on {len(references)} rows: {_said(error)}") from error
+                raise ConfigError(
+                    f"--metrics {name}: failed on {len(references)} rows: {_said(error)}"
+                ) from error
             taken = {"loss", *self.names, *result}
-            result |= {f"{metric.name}_{key}" if key in taken else key: value for key, value in own.items()}
+            result |= {
+                f"{metric.name}_{key}" if key in taken else key: value for key, value in own.items()
+            }
         return result
 
 
 def default_scores(problem_type: str, labels: int) -> list[str]:
     """The usual scores of a task, the main one first. They are the same for any number of labels, so far."""
-    usual = {SINGLE: "accuracy f1_macro", MULTI: "f1_micro f1_macro accuracy jaccard_samples", REGRESSION: "pearson spearman"}
+    usual = {
+        SINGLE: "accuracy f1_macro",
+        MULTI: "f1_micro f1_macro accuracy jaccard_samples",
+        REGRESSION: "pearson spearman",
+    }
     return usual[problem_type].split()
 
 
@@ -224,10 +279,15 @@ def class_table(predictions: Array, references: Array, labels: Sequence[str]) ->
     """
     _check(predictions, references, len(labels))
     truth, answers, ids = _shaped(references), _shaped(predictions), range(len(labels))
-    numbers = metrics.precision_recall_fscore_support(truth, answers, labels=ids, average=None, zero_division=0.0)
+    numbers = metrics.precision_recall_fscore_support(
+        truth, answers, labels=ids, average=None, zero_division=0.0
+    )
     keys = ("label", "precision", "recall", "f1", "rows")
     rows = zip(labels, *(number.tolist() for number in numbers), strict=True)
-    table: dict[str, Any] = {"labels": list(labels), "per_class": [dict(zip(keys, row, strict=True)) for row in rows]}
+    table: dict[str, Any] = {
+        "labels": list(labels),
+        "per_class": [dict(zip(keys, row, strict=True)) for row in rows],
+    }
     if references.ndim == 1:
         table["confusion"] = metrics.confusion_matrix(truth, answers, labels=ids).tolist()
     return table
@@ -240,7 +300,9 @@ def _check(predictions: Array, references: Array, labels: int | None) -> None:
     if labels is not None:  # None for numbers
         assert references.shape[1:] in ((), (labels,)), (references.shape, labels)
         top = labels if references.ndim == 1 else 2
-        assert all(array.min() >= 0 and array.max() < top for array in (predictions, references)), f"an answer is not in 0..{top - 1}"
+        assert all(array.min() >= 0 and array.max() < top for array in (predictions, references)), (
+            f"an answer is not in 0..{top - 1}"
+        )
 
 
 def _inputs(metric: Any) -> list[str]:
@@ -257,7 +319,11 @@ def _open(name: str, problem_type: str, labels: int) -> Any:
         if not script.is_file():
             raise ConfigError(f"there is no file {script}.")
         return _load(str(script))
-    fitting = [known for known, kind in _SCORES.items() if problem_type in kind.fits and (labels == 2 or not kind.binary)]
+    fitting = [
+        known
+        for known, kind in _SCORES.items()
+        if problem_type in kind.fits and (labels == 2 or not kind.binary)
+    ]
     if name in fitting:
         return Score(name, problem_type, labels)
     if name not in _SCORES:
@@ -265,8 +331,14 @@ def _open(name: str, problem_type: str, labels: int) -> Any:
         raise ConfigError(f"unknown score.{did_you_mean(name, fitting)}{own}")
     two = " with two labels" if _SCORES[name].binary else ""
     wanted = [known for known in fitting if known.startswith(f"{name}_")] or fitting
-    here = f"{problem_type} with {labels} labels" if two and problem_type != REGRESSION else problem_type
-    raise ConfigError(f"is for {' and '.join(_SCORES[name].fits)}{two}; this task is {here}, which has {', '.join(wanted)}.")
+    here = (
+        f"{problem_type} with {labels} labels"
+        if two and problem_type != REGRESSION
+        else problem_type
+    )
+    raise ConfigError(
+        f"is for {' and '.join(_SCORES[name].fits)}{two}; this task is {here}, which has {', '.join(wanted)}."
+    )
 
 
 def _hub_path(name: str) -> str:
@@ -283,13 +355,23 @@ def _load(path: str) -> Any:
     """`path` is an absolute path of a script, or a hub path that names nothing here. Runs the script, copied into HF_MODULES_CACHE."""
     try:
         metric = evaluate.load(path, module_type="metric", keep_in_memory=True, seed=0)
-        unknown = [name for name in _inputs(metric) if name not in ("predictions", "probabilities", "references")]
+        unknown = [
+            name
+            for name in _inputs(metric)
+            if name not in ("predictions", "probabilities", "references")
+        ]
     except Exception as error:
-        wrong_class = isinstance(error, NotImplementedError | TypeError)  # evaluate takes the file's first, an imported one too, or None
+        wrong_class = isinstance(
+            error, NotImplementedError | TypeError
+        )  # evaluate takes the file's first, an imported one too, or None
         expected = " Expected `import evaluate`, not `from evaluate import Metric`, and one `class Name(evaluate.Metric)`."
-        raise ConfigError(f"cannot be loaded: {_said(error)}.{expected if wrong_class else ''}") from error
+        raise ConfigError(
+            f"cannot be loaded: {_said(error)}.{expected if wrong_class else ''}"
+        ) from error
     if unknown:
-        raise ConfigError(f"reads {', '.join(unknown)}; a metric here may read predictions, probabilities and references.")
+        raise ConfigError(
+            f"reads {', '.join(unknown)}; a metric here may read predictions, probabilities and references."
+        )
     return metric
 
 

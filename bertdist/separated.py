@@ -50,11 +50,17 @@ def read_header(form: Form, lines: Lines, is_all: bool, limit: int) -> tuple[lis
     here = f"{form.name} line {1 + line}"
     if form.has_header:
         if twice := twice_in([name for name in fields if name]):
-            raise DataError(f"{here}: the header has two columns {twice!r}; rename one, or give --column_names.")
+            raise DataError(
+                f"{here}: the header has two columns {twice!r}; rename one, or give --column_names."
+            )
         return fields, num_lines
-    named = [(field, name) for field, name in zip(fields, form.column_names, strict=False) if name != "_"]
+    named = [
+        (field, name) for field, name in zip(fields, form.column_names, strict=False) if name != "_"
+    ]
     if len(named) > 1 and all(field == name for field, name in named):
-        raise DataError(f"{here} holds the names of --column_names: the file has a header; remove --column_names.")
+        raise DataError(
+            f"{here} holds the names of --column_names: the file has a header; remove --column_names."
+        )
     return list(form.column_names), 0
 
 
@@ -88,24 +94,47 @@ def parse(
     rows = None
     if found is not None:
         bad, rows = _refuse(form, lines, found, skip)
-        table = _read_csv(form, b"".join(_runs(data, rows)) if bad else data, num_fields, keys, block_bytes)
+        table = _read_csv(
+            form, b"".join(_runs(data, rows)) if bad else data, num_fields, keys, block_bytes
+        )
     assert table is not None
     columns: dict[str, Column] = {}
     for name, column in zip(wanted, table.columns, strict=False):
-        columns[name] = pc.replace_substring(column, lines.stand_in, "\r") if lines.stand_in else column
-    return Parsed(columns, table.num_rows, bad, lambda: clean_rows(form, data, num_fields) if rows is None else rows)
+        columns[name] = (
+            pc.replace_substring(column, lines.stand_in, "\r") if lines.stand_in else column
+        )
+    return Parsed(
+        columns,
+        table.num_rows,
+        bad,
+        lambda: clean_rows(form, data, num_fields) if rows is None else rows,
+    )
 
 
-def _read_csv(form: Form, data: bytes, num_fields: int, keys: list[int], block_bytes: int) -> pa.Table:
+def _read_csv(
+    form: Form, data: bytes, num_fields: int, keys: list[int], block_bytes: int
+) -> pa.Table:
     """Columns `keys` as large_string; raises ArrowInvalid."""
     types = {str(key): pa.large_string() for key in keys}
     if not data:  # pyarrow would call it an invalid file
         return pa.table([pa.chunked_array([], kind) for kind in types.values()], names=list(types))
-    parsing = pa.csv.ParseOptions(delimiter=form.delimiter, quote_char='"' if form.quoted else False, newlines_in_values=form.quoted)
+    parsing = pa.csv.ParseOptions(
+        delimiter=form.delimiter,
+        quote_char='"' if form.quoted else False,
+        newlines_in_values=form.quoted,
+    )
     parsing.ignore_empty_lines = num_fields > 1
-    reading = pa.csv.ReadOptions(use_threads=False, block_size=block_bytes, column_names=[str(at) for at in range(num_fields)])
-    converting = pa.csv.ConvertOptions(include_columns=list(types), column_types=types, strings_can_be_null=False, check_utf8=False)
-    data = _BOM + data if data.startswith(_BOM) else data  # pyarrow takes one away, and here it is text
+    reading = pa.csv.ReadOptions(
+        use_threads=False,
+        block_size=block_bytes,
+        column_names=[str(at) for at in range(num_fields)],
+    )
+    converting = pa.csv.ConvertOptions(
+        include_columns=list(types), column_types=types, strings_can_be_null=False, check_utf8=False
+    )
+    data = (
+        _BOM + data if data.startswith(_BOM) else data
+    )  # pyarrow takes one away, and here it is text
     return pa.csv.read_csv(pa.BufferReader(data), reading, parsing, converting)
 
 
@@ -120,12 +149,17 @@ def _refuse(form: Form, lines: Lines, found: Scan, skip: bool) -> tuple[list[Bad
             row = int(np.searchsorted(rows.starts, start, "right")) - 1
             if row >= 0 and start < rows.ends[row] and keep[row]:
                 keep[row] = False
-                bad.append(Bad(int(rows.starts[row]), int(rows.ends[row]), int(rows.lines[row]), reason))
+                bad.append(
+                    Bad(int(rows.starts[row]), int(rows.ends[row]), int(rows.lines[row]), reason)
+                )
         rows = Rows(*(part[keep] for part in rows))
     bad.sort()
     if bad and not skip:
         raise DataError(f"{form.name} line {lines.first + bad[0].line}: {bad[0].reason}.")
-    return [BadRow(form.name, lines.first + one.line, one.reason, text_at(lines, one.start, one.end)) for one in bad], rows
+    return [
+        BadRow(form.name, lines.first + one.line, one.reason, text_at(lines, one.start, one.end))
+        for one in bad
+    ], rows
 
 
 def _runs(data: bytes, rows: Rows) -> Iterator[bytes]:

@@ -48,7 +48,9 @@ class StopRequest:
         self._interrupts = 0
         self._sent: tuple[Tensor, torch.cuda.Event] | None = None
         self.reason = ""  # or "SIGTERM", "time limit in 95 s", "another rank was asked to stop"
-        self._old_handlers = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        self._old_handlers = {
+            number: signal.signal(number, self._remember) for number in STOP_SIGNALS
+        }
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name
@@ -78,7 +80,11 @@ class StopRequest:
             return mine
         asked = torch.full((1,), int(mine), dtype=torch.int32, device=accelerator.device)
         ranks_asked = accelerator.reduce(asked, reduction="sum")
-        answer = bool(ranks_asked.item()) if ranks_asked.device.type == "cpu" else self._answer_of_previous_call(ranks_asked)
+        answer = (
+            bool(ranks_asked.item())
+            if ranks_asked.device.type == "cpu"
+            else self._answer_of_previous_call(ranks_asked)
+        )
         if answer and not self.asked():  # what the other rank saw may have come to this one since
             self.reason = "another rank was asked to stop"
         return answer
@@ -142,7 +148,9 @@ def check_world(world_size: int, environ: Mapping[str, str] = os.environ) -> Non
     for name, cure in cures.items():
         promised = environ.get(name, "")
         if promised.isdecimal() and world_size < int(promised):
-            raise ConfigError(f"{name} is {promised}, but this run has {_processes(world_size)}: {cure}.")
+            raise ConfigError(
+                f"{name} is {promised}, but this run has {_processes(world_size)}: {cure}."
+            )
     asked = _asked_of_accelerate()
     if asked is not None and world_size < asked:
         raise ConfigError(
@@ -168,12 +176,19 @@ def _asked_of_accelerate() -> int | None:
         found = re.search(launch, "\0".join(parent.cmdline()), re.DOTALL)
         if not found:
             return None
-        from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+        from accelerate.commands.config.config_args import (
+            default_config_file,
+            load_config_from_file,
+        )
         from accelerate.commands.launch import launch_command_parser
 
-        with redirect_stderr(io.StringIO()):  # where we read it wrongly, argparse would print its usage
+        with redirect_stderr(
+            io.StringIO()
+        ):  # where we read it wrongly, argparse would print its usage
             args = launch_command_parser().parse_args(found[1].split("\0"))
-        if args.num_processes is None and (args.config_file or (os.path.isfile(default_config_file) and not args.cpu)):
+        if args.num_processes is None and (
+            args.config_file or (os.path.isfile(default_config_file) and not args.cpu)
+        ):
             file = os.path.join(parent.cwd(), args.config_file or default_config_file)
             return int(load_config_from_file(file).num_processes)
         return None if args.num_processes is None else int(args.num_processes)

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Literal, overload
 
 from bertdist.addresses import protocol_of
-from bertdist.arrow_files import Column, find_file, open_file
+from bertdist.arrow_files import find_file, open_file
 from bertdist.columns import LabelValue
 from bertdist.config import DataConfig
 from bertdist.console import warn
@@ -18,10 +18,17 @@ from bertdist.errors import DataError, did_you_mean
 from bertdist.file_rows import File, FileRows
 from bertdist.hub import HubRows, load_splits
 from bertdist.joined import join
-from bertdist.pieces import RowSource
+from bertdist.pieces import Column, RowSource
 from bertdist.places import Placed, Split
 from bertdist.records import Columns, Records, choose, read_records, records_of_piece
-from bertdist.remote import find_addresses, fingerprint_of, open_bytes, open_random, packing_of, size_of
+from bertdist.remote import (
+    find_addresses,
+    fingerprint_of,
+    open_bytes,
+    open_random,
+    packing_of,
+    size_of,
+)
 from bertdist.stream import Stream
 
 GLUE: dict[str, tuple[str, str | None]] = {  # https://huggingface.co/datasets/nyu-mll/glue
@@ -43,11 +50,19 @@ def open_source(data: DataConfig, split: Literal["train"]) -> Records: ...
 def open_source(data: DataConfig, split: Literal["validation"]) -> Records | None: ...
 def open_source(data: DataConfig, split: Literal["train", "validation"]) -> Records | None:
     """The rows to learn from or to score, in memory and with labels; None where there is nothing to score. Raises DataError."""
-    patterns = data.train_file if split == "train" else [data.validation_file] if data.validation_file else None
+    patterns = (
+        data.train_file
+        if split == "train"
+        else [data.validation_file]
+        if data.validation_file
+        else None
+    )
     limit = data.max_train_samples if split == "train" else data.max_eval_samples
     if patterns:
         files: list[list[Records]] = []
-        above: LabelValue | None = None  # with "skip": the first label of all; rows whose label is of another kind are left out
+        above: LabelValue | None = (
+            None  # with "skip": the first label of all; rows whose label is of another kind are left out
+        )
         for pattern in patterns:
             files.append([])
             for address in find_addresses(pattern):
@@ -70,18 +85,32 @@ def open_source(data: DataConfig, split: Literal["train", "validation"]) -> Reco
         table = dataset.with_format("arrow")[:]
         return {column: table.column(column) for column in wanted}
 
-    return read_records(Split(name), dataset.column_names, read_split, asked, data.label_delimiter, dataset.features, data.on_bad_row)
+    return read_records(
+        Split(name),
+        dataset.column_names,
+        read_split,
+        asked,
+        data.label_delimiter,
+        dataset.features,
+        data.on_bad_row,
+    )
 
 
 def open_stream(data: DataConfig, seed: int) -> Stream:
     """The rows to learn from, read as they are needed; with --on_bad_row skip the first ones are read here. Raises DataError."""
     if data.train_file:
-        parts: list[list[RowSource]] = [[_rows(address, data) for address in find_addresses(pattern)] for pattern in data.train_file]
+        parts: list[list[RowSource]] = [
+            [_rows(address, data) for address in find_addresses(pattern)]
+            for pattern in data.train_file
+        ]
         name = _name(data.train_file)
     else:
         name = data.dataset_name or "nyu-mll/glue"
         config = data.dataset_config_name or (None if data.dataset_name else data.task_name)
-        parts, name = [[HubRows(name, config, data.train_split)]], str(data.dataset_name or data.task_name)
+        parts, name = (
+            [[HubRows(name, config, data.train_split)]],
+            str(data.dataset_name or data.task_name),
+        )
     first = parts[0][0]
     return Stream(
         name=name,
@@ -94,11 +123,23 @@ def open_stream(data: DataConfig, seed: int) -> Stream:
         limit=data.max_train_samples,
         on_bad_row=data.on_bad_row,
         max_bad_rows=data.max_bad_rows,
-        guessed=tuple(told for part in parts for source in part if isinstance(source, FileRows) and (told := source.file.told())),
+        guessed=tuple(
+            told
+            for part in parts
+            for source in part
+            if isinstance(source, FileRows) and (told := source.file.told())
+        ),
     ).settled()
 
 
-def _file(address: str, *, delimiter: str | None, quoting: str, encoding: str | None, column_names: list[str] | None) -> File:
+def _file(
+    address: str,
+    *,
+    delimiter: str | None,
+    quoting: str,
+    encoding: str | None,
+    column_names: list[str] | None,
+) -> File:
     """The file at an address, and how it is written. Raises DataError."""
     here = protocol_of(address) is None and packing_of(address) is None
     return find_file(
@@ -113,25 +154,46 @@ def _file(address: str, *, delimiter: str | None, quoting: str, encoding: str | 
 
 
 def _labelled_file(address: str, data: DataConfig) -> File:
-    file = _file(address, delimiter=data.delimiter, quoting=data.quoting, encoding=data.encoding, column_names=data.column_names)
+    file = _file(
+        address,
+        delimiter=data.delimiter,
+        quoting=data.quoting,
+        encoding=data.encoding,
+        column_names=data.column_names,
+    )
     if file.kind == "txt":
-        raise DataError(f"{address}: a .txt file has no labels; expected .csv, .tsv, .jsonl or .parquet.")
+        raise DataError(
+            f"{address}: a .txt file has no labels; expected .csv, .tsv, .jsonl or .parquet."
+        )
     return file
 
 
 def _rows(address: str, data: DataConfig) -> FileRows:
-    return FileRows(_labelled_file(address, data), fingerprint=fingerprint_of(address), size=size_of(address), on_bad_row=data.on_bad_row)
+    return FileRows(
+        _labelled_file(address, data),
+        fingerprint=fingerprint_of(address),
+        size=size_of(address),
+        on_bad_row=data.on_bad_row,
+    )
 
 
-def _read_file(address: str, data: DataConfig, limit: int | None, above: LabelValue | None) -> Records:
+def _read_file(
+    address: str, data: DataConfig, limit: int | None, above: LabelValue | None
+) -> Records:
     source = FileRows(_labelled_file(address, data), on_bad_row=data.on_bad_row)
     taken = choose(source, source.column_names(), _asked(data))
     piece = source.whole(taken.names(), limit)
-    records, bad = records_of_piece(source, piece, taken, data.label_delimiter, data.on_bad_row, above)
+    records, bad = records_of_piece(
+        source, piece, taken, data.label_delimiter, data.on_bad_row, above
+    )
     if not len(records):
-        raise DataError(f"{source.name} has no rows{', but for those that were left out' if bad else ''}.")
+        raise DataError(
+            f"{source.name} has no rows{', but for those that were left out' if bad else ''}."
+        )
     place = Placed(source.name, source.has_header, ((0, records.where, 0),), form=source.file)
-    return replace(records, source=place, bad=tuple(bad), guessed=tuple(filter(None, [source.file.told()])))
+    return replace(
+        records, source=place, bad=tuple(bad), guessed=tuple(filter(None, [source.file.told()]))
+    )
 
 
 def _name(patterns: Sequence[str]) -> str:
@@ -145,7 +207,9 @@ def _asked(data: DataConfig) -> Columns:
     if data.task_name is None or data.text_column is not None or data.train_file:
         return asked
     if data.task_name not in GLUE:
-        raise DataError(f"--task_name {data.task_name!r} is no task of GLUE.{did_you_mean(data.task_name, GLUE)}")
+        raise DataError(
+            f"--task_name {data.task_name!r} is no task of GLUE.{did_you_mean(data.task_name, GLUE)}"
+        )
     text, pair = GLUE[data.task_name]
     return asked._replace(text=text, pair=asked.pair or pair)
 
@@ -163,17 +227,34 @@ def open_texts(
     """The rows of a file without labels, for prediction; a .txt file has one text a line, blank lines too. Raises DataError."""
     found = []
     for address in find_addresses(path):
-        file = _file(address, delimiter=delimiter, quoting=quoting, encoding=encoding, column_names=column_names)
+        file = _file(
+            address,
+            delimiter=delimiter,
+            quoting=quoting,
+            encoding=encoding,
+            column_names=column_names,
+        )
         if file.kind == "txt" and text_pair_column is not None:
-            raise DataError(f"{address}: a .txt file has one text a line, no pairs; expected .csv, .tsv, .jsonl or .parquet.")
+            raise DataError(
+                f"{address}: a .txt file has one text a line, no pairs; expected .csv, .tsv, .jsonl or .parquet."
+            )
         names, read = open_file(file)
-        found.append(read_records(file, names, read, Columns("text" if file.kind == "txt" else text_column, text_pair_column, None, [])))
+        found.append(
+            read_records(
+                file,
+                names,
+                read,
+                Columns("text" if file.kind == "txt" else text_column, text_pair_column, None, []),
+            )
+        )
     return join(found, _name([path]))
 
 
 def _load_split(data: DataConfig, split: str) -> tuple[str, Any] | None:
     """(name in words, datasets.Dataset), or None where nothing names a split to score and there is no 'validation'."""
-    path = data.dataset_name or "nyu-mll/glue"  # --task_name beside --dataset_name: another copy of GLUE, with the task's columns
+    path = (
+        data.dataset_name or "nyu-mll/glue"
+    )  # --task_name beside --dataset_name: another copy of GLUE, with the task's columns
     config = data.dataset_config_name or (None if data.dataset_name else data.task_name)
     name = "/".join(filter(None, (path, config)))
     splits = load_splits(name, path, config)
@@ -184,7 +265,11 @@ def _load_split(data: DataConfig, split: str) -> tuple[str, Any] | None:
         usual = "validation_matched" if data.task_name == "mnli" else "validation"
         return (f"{name} split {usual!r}", splits[usual]) if usual in splits else None
     try:
-        found = splits[wanted] if wanted in splits else datasets.load_dataset(path, config, split=wanted)  # such as 'train[:90%]'
+        found = (
+            splits[wanted]
+            if wanted in splits
+            else datasets.load_dataset(path, config, split=wanted)
+        )  # such as 'train[:90%]'
     except ValueError:
         raise DataError(f"{name} has no split {wanted!r}.{did_you_mean(wanted, splits)}") from None
     return f"{name} split {wanted!r}", found

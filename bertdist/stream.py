@@ -19,7 +19,9 @@ from bertdist.mixture import shares
 from bertdist.pieces import BadRow, BadRows, OnBadRow, Place, RowSource, place_of
 from bertdist.records import Columns, Records, choose, records_of_piece
 
-State = dict[str, Any]  # {"epoch", "window": number in the epoch, "rows": of the epoch before it, "cursors": of the parts}
+State = dict[
+    str, Any
+]  # {"epoch", "window": number in the epoch, "rows": of the epoch before it, "cursors": of the parts}
 HEAD_ROWS = 1_000
 EMPTY: State = {"epoch": 0, "window": 0, "rows": 0, "cursors": []}  # nothing was read yet
 
@@ -42,13 +44,17 @@ class Stream:
     parts: Sequence[Sequence[RowSource]]
     asked: Columns  # the columns, found in the first source
     label_delimiter: str | None
-    window_rows: int  # a multiple of the rows of a step, so that only an epoch's last step can be smaller
+    window_rows: (
+        int  # a multiple of the rows of a step, so that only an epoch's last step can be smaller
+    )
     seed: int
     weights: tuple[float, ...] = ()  # of the parts; none: every row once an epoch
     limit: int | None = None  # rows of an epoch at most
     on_bad_row: OnBadRow = "fail"
     max_bad_rows: int = 0
-    above: LabelValue | None = None  # with "skip": the first label of all; rows whose label is of another kind are left out
+    above: LabelValue | None = (
+        None  # with "skip": the first label of all; rows whose label is of another kind are left out
+    )
     guessed: tuple[str, ...] = ()  # see Records
     first_row: int = 0  # number of the first row of an epoch
 
@@ -76,11 +82,15 @@ class Stream:
         read = [*(source.fingerprint for source in self.sources), *map(repr, how)]
         return xxhash.xxh3_128_hexdigest("\n".join(read).encode())
 
-    def records(self, source: RowSource, place: Place | None = None) -> Iterator[tuple[Place, Records, list[BadRow]]]:
+    def records(
+        self, source: RowSource, place: Place | None = None
+    ) -> Iterator[tuple[Place, Records, list[BadRow]]]:
         """The pieces of one source from a place on, checked: where each begins, its rows, those left out. Raises DataError."""
         taken = choose(source, source.column_names(), self.asked)
         for piece in source.pieces(taken.names(), place):
-            records, bad = records_of_piece(source, piece, taken, self.label_delimiter, self.on_bad_row, self.above)
+            records, bad = records_of_piece(
+                source, piece, taken, self.label_delimiter, self.on_bad_row, self.above
+            )
             yield piece.place, records, bad
 
     def head(self) -> Records:
@@ -93,12 +103,16 @@ class Stream:
                 left_out.add(bad)
         if first := left_out.rows[:1]:
             told = f"{place_of(first[0])}: {first[0].reason}"
-            raise DataError(f"{self.name} has no rows but {len(left_out)} that cannot be read, the first of them {told}")
+            raise DataError(
+                f"{self.name} has no rows but {len(left_out)} that cannot be read, the first of them {told}"
+            )
         raise DataError(f"{self.name} has no rows.")
 
     def settled(self) -> "Stream":
         """The same, which also leaves out labels of another kind than the first one, wherever reading begins. Raises DataError."""
-        return self if self.on_bad_row == "fail" else replace(self, above=self.head().label_values[0])
+        return (
+            self if self.on_bad_row == "fail" else replace(self, above=self.head().label_values[0])
+        )
 
     def windows(self, state: State | None = None) -> Iterator[Window]:
         """From a state to the end of its epoch. Raises DataError."""
@@ -106,11 +120,22 @@ class Stream:
         epoch, number, rows = state["epoch"], state["window"], state["rows"]
         parts = self.parts if self.weights else [self.sources]
         cursors = state["cursors"] or [{"pass": 0 if self.weights else epoch}] * len(parts)
-        readers = [_Reader(self, part, index, cursor) for index, (part, cursor) in enumerate(zip(parts, cursors, strict=True))]
+        readers = [
+            _Reader(self, part, index, cursor)
+            for index, (part, cursor) in enumerate(zip(parts, cursors, strict=True))
+        ]
         while True:
-            room = self.window_rows if self.limit is None else min(self.window_rows, self.limit - rows)
-            counts = shares(self.weights, room, self.seed, epoch, number) if self.weights else [room]
-            found = [records for reader, count in zip(readers, counts, strict=True) for records in reader.take(count)]
+            room = (
+                self.window_rows if self.limit is None else min(self.window_rows, self.limit - rows)
+            )
+            counts = (
+                shares(self.weights, room, self.seed, epoch, number) if self.weights else [room]
+            )
+            found = [
+                records
+                for reader, count in zip(readers, counts, strict=True)
+                for records in reader.take(count)
+            ]
             bad = [row for reader in readers for row in reader.bad]
             for reader in readers:
                 reader.bad.clear()
@@ -123,7 +148,12 @@ class Stream:
             rows, number = rows + len(records), number + 1
             cursors = [reader.cursor for reader in readers]
             following: State = {"epoch": epoch, "window": number, "rows": rows, "cursors": cursors}
-            next_epoch: State = {"epoch": epoch + 1, "window": 0, "rows": 0, "cursors": cursors if self.weights else []}
+            next_epoch: State = {
+                "epoch": epoch + 1,
+                "window": 0,
+                "rows": 0,
+                "cursors": cursors if self.weights else [],
+            }
             ended = rows == self.limit or (not self.weights and readers[0].ended)
             yield Window(records, state, None if ended else following, next_epoch, bad)
             if ended:
@@ -134,7 +164,9 @@ class Stream:
 class _Reader:
     """The rows of one part, from a cursor on: {"pass": ..., "file": in the order of that pass, "place": of its piece, "skip": rows}."""
 
-    def __init__(self, stream: Stream, sources: Sequence[RowSource], part: int, cursor: Place) -> None:
+    def __init__(
+        self, stream: Stream, sources: Sequence[RowSource], part: int, cursor: Place
+    ) -> None:
         self.stream, self.sources, self.part = stream, sources, part
         self.number, self.file = cursor["pass"], cursor.get("file", 0)
         self.ended = False  # the pass is over
@@ -148,7 +180,9 @@ class _Reader:
 
     @property
     def cursor(self) -> Place:
-        if self._untouched is not None:  # as it was given: a state must not depend on whether reading was interrupted there
+        if (
+            self._untouched is not None
+        ):  # as it was given: a state must not depend on whether reading was interrupted there
             return self._untouched
         if self.ended:
             return {"pass": self.number + 1}
@@ -180,17 +214,25 @@ class _Reader:
             raise DataError(f"{self.sources[0].name} has no rows.")
 
     def _order_of_pass(self) -> list[int]:
-        if self.stream.limit is not None and not self.stream.weights:  # the first so many rows are the same in each pass
+        if (
+            self.stream.limit is not None and not self.stream.weights
+        ):  # the first so many rows are the same in each pass
             return list(range(len(self.sources)))
         key = [self.stream.seed, self.number, 3, self.part]
-        order: list[int] = np.random.Generator(np.random.PCG64(key)).permutation(len(self.sources)).tolist()
+        order: list[int] = (
+            np.random.Generator(np.random.PCG64(key)).permutation(len(self.sources)).tolist()
+        )
         return order
 
     def _begin(self, place: Place | None) -> None:
         """Open the file whose turn it is, at a place."""
         self._piece: Records | None = None
         self._place, self._skip = place, 0
-        self._pieces = self.stream.records(self.sources[self._order[self.file]], place) if self.file < len(self._order) else iter(())
+        self._pieces = (
+            self.stream.records(self.sources[self._order[self.file]], place)
+            if self.file < len(self._order)
+            else iter(())
+        )
 
     def _fill(self) -> None:
         """Have a row at hand, or know that the pass is over."""
@@ -202,7 +244,9 @@ class _Reader:
                 if not len(records):
                     self.empty = records
                 else:
-                    self._skip = self._skip if self._piece is None else 0  # of the first piece, what the cursor says
+                    self._skip = (
+                        self._skip if self._piece is None else 0
+                    )  # of the first piece, what the cursor says
                     self._piece, self._place = records, place
             elif self.file + 1 < len(self.sources):
                 self.file += 1

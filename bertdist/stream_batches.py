@@ -49,7 +49,9 @@ class StreamBatches:
         place: `after` of that step; None: the stream's begin. Raises DataError.
         """
         if self.agree is None:
-            yield from loaded(_Shares(self, start, stop, place, one_epoch=False), self.workers, self.pin)
+            yield from loaded(
+                _Shares(self, start, stop, place, one_epoch=False), self.workers, self.pin
+            )
             return
         place = place or {"window": EMPTY, "step": 0}
         taken, passes = start, 0
@@ -58,14 +60,18 @@ class StreamBatches:
             while start < stop:
                 step = next(own, None)
                 if step is None and "window" in place:
-                    place = {"over": {**EMPTY, "epoch": place["window"]["epoch"] + 1}}  # this rank has no file at all
+                    place = {
+                        "over": {**EMPTY, "epoch": place["window"]["epoch"] + 1}
+                    }  # this rank has no file at all
                 rows, bad = self.agree(step)
                 if not rows:
                     break
                 assert not isinstance(step, BertdistError)
                 if step is None or not step.rows:
                     after = place if step is None else step.after
-                    step = Step(number=start, share=[idle(self.examples, 0)], rows=0, idle=True, after=after)
+                    step = Step(
+                        number=start, share=[idle(self.examples, 0)], rows=0, idle=True, after=after
+                    )
                 place = step.after
                 assert place is not None
                 yield replace(step, number=start, rows=rows, bad=bad)
@@ -79,7 +85,9 @@ class StreamBatches:
         """The steps of this rank's files, to the end of the epoch, or to the error that ends them."""
         try:
             if "window" in place:
-                yield from loaded(_Shares(self, start, stop, place, one_epoch=True), self.workers, self.pin)
+                yield from loaded(
+                    _Shares(self, start, stop, place, one_epoch=True), self.workers, self.pin
+                )
         except BertdistError as error:
             yield error
 
@@ -88,7 +96,12 @@ class StreamBatches:
         told = [f"{self.stream.name} row {row - self.stream.first_row}" for row in rows]
         try:
             window = next(self.stream.windows(place)).records if place and rows else None
-        except (BertdistError, OSError, MemoryError, StopIteration):  # the data have changed since; the message that asks matters more
+        except (
+            BertdistError,
+            OSError,
+            MemoryError,
+            StopIteration,
+        ):  # the data have changed since; the message that asks matters more
             window = None
         if window is None or not all(0 <= row - window.first_row < len(window) for row in rows):
             return told
@@ -102,9 +115,21 @@ SomeBatches = TypeVar("SomeBatches", Batches, StreamBatches, AnyBatches)
 class _Shares(IterableDataset[Message]):
     """A pass over windows. With several workers each reads all of it, and encodes every so-manieth message."""
 
-    def __init__(self, batches: StreamBatches, start: int, stop: int, place: Place | None, *, one_epoch: bool) -> None:
-        self.batches, self.start, self.stop, self.place, self.one_epoch = batches, start, stop, place, one_epoch
-        self.together = in_a_message(batches.examples.records.lengths(), batches.rows_per_step, batches.ranks) if batches.workers else 1
+    def __init__(
+        self, batches: StreamBatches, start: int, stop: int, place: Place | None, *, one_epoch: bool
+    ) -> None:
+        self.batches, self.start, self.stop, self.place, self.one_epoch = (
+            batches,
+            start,
+            stop,
+            place,
+            one_epoch,
+        )
+        self.together = (
+            in_a_message(batches.examples.records.lengths(), batches.rows_per_step, batches.ranks)
+            if batches.workers
+            else 1
+        )
 
     def __iter__(self) -> Iterator[Message]:
         worker = get_worker_info()
@@ -114,8 +139,16 @@ class _Shares(IterableDataset[Message]):
             for number, share, rows, place, after, bad in self._planned():
                 turn, last = divmod(number - self.start, self.together)
                 if turn % workers == mine:
-                    step = share.of(rows, number) if share else Step(number=number, share=[], rows=0, idle=True)
-                    message.append(step if isinstance(step, BertdistError) else replace(step, place=place, after=after, bad=bad))
+                    step = (
+                        share.of(rows, number)
+                        if share
+                        else Step(number=number, share=[], rows=0, idle=True)
+                    )
+                    message.append(
+                        step
+                        if isinstance(step, BertdistError)
+                        else replace(step, place=place, after=after, bad=bad)
+                    )
                     if last == self.together - 1:
                         yield message
                         message = []
@@ -124,7 +157,9 @@ class _Shares(IterableDataset[Message]):
         if message:
             yield message
 
-    def _planned(self) -> Iterator[tuple[int, Share | None, Array, Place, Place, tuple[BadRow, ...]]]:
+    def _planned(
+        self,
+    ) -> Iterator[tuple[int, Share | None, Array, Place, Place, tuple[BadRow, ...]]]:
         """(number, examples of the window, its rows in the step, place of the window, of the next step, rows left out) of each step.
 
         Without examples: a rank whose files have no rows but those left out.
@@ -135,20 +170,50 @@ class _Shares(IterableDataset[Message]):
         while number < self.stop:
             first_step, next_epoch = place["step"], place["window"]
             for window in batches.stream.windows(place["window"]):
-                if not len(window.records):  # all were left out, which this rank has yet to tell the others
+                if not len(
+                    window.records
+                ):  # all were left out, which this rank has yet to tell the others
                     if self.one_epoch:
-                        yield number, None, plan(0, 0, 0), window.state, {"over": window.next_epoch}, tuple(window.bad)
+                        yield (
+                            number,
+                            None,
+                            plan(0, 0, 0),
+                            window.state,
+                            {"over": window.next_epoch},
+                            tuple(window.bad),
+                        )
                     continue
                 share = self._share_of(window)
-                epoch, which, rows = window.state["epoch"], window.state["window"], len(window.records)
+                epoch, which, rows = (
+                    window.state["epoch"],
+                    window.state["window"],
+                    len(window.records),
+                )
                 order = plan(rows, batches.seed, epoch, which)
-                bad, last_step, next_epoch = tuple(window.bad), -(-rows // size) - 1, window.next_epoch
+                bad, last_step, next_epoch = (
+                    tuple(window.bad),
+                    -(-rows // size) - 1,
+                    window.next_epoch,
+                )
                 for step in range(first_step, last_step + 1):
                     after: Place = {"window": window.state, "step": step + 1}
                     if step == last_step:
-                        over = {"over": next_epoch} if self.one_epoch else {"window": next_epoch, "step": 0}
-                        after = over if window.after is None else {"window": window.after, "step": 0}
-                    yield number, share, order[step * size : (step + 1) * size], window.state, after, bad
+                        over = (
+                            {"over": next_epoch}
+                            if self.one_epoch
+                            else {"window": next_epoch, "step": 0}
+                        )
+                        after = (
+                            over if window.after is None else {"window": window.after, "step": 0}
+                        )
+                    yield (
+                        number,
+                        share,
+                        order[step * size : (step + 1) * size],
+                        window.state,
+                        after,
+                        bad,
+                    )
                     number, bad = number + 1, ()
                     if number == self.stop:
                         return
@@ -161,5 +226,7 @@ class _Shares(IterableDataset[Message]):
 
     def _share_of(self, window: Window) -> Share:
         b = self.batches
-        examples = open_examples(window.records, b.examples.tokenizer, b.task, b.examples.max_length)
+        examples = open_examples(
+            window.records, b.examples.tokenizer, b.task, b.examples.max_length
+        )
         return Share(examples, b.tokens_per_micro_batch, b.rank, b.ranks, window.records.lengths())

@@ -25,7 +25,9 @@ from bertdist.records import Records
 from bertdist.slurm import StopRequest
 from bertdist.stream import Stream
 
-SECONDS_BETWEEN = 0.5  # of reading, until the ranks ask each other whether to go on; a piece takes some 10 ms
+SECONDS_BETWEEN = (
+    0.5  # of reading, until the ranks ask each other whether to go on; a piece takes some 10 ms
+)
 END = object()
 
 
@@ -42,7 +44,9 @@ class Survey:
         """Count some rows of a source. Raises DataError where their labels are of another kind than those before."""
         assert found.label_codes is not None
         counts = np.bincount(found.label_codes, minlength=len(found.label_values)).tolist()
-        self._merge(found.label_kind, dict(zip(found.label_values, counts, strict=True)), found.where(0))
+        self._merge(
+            found.label_kind, dict(zip(found.label_values, counts, strict=True)), found.where(0)
+        )
         self.rows[source] = self.rows.get(source, 0) + len(found)
 
     def join(self, other: "Survey") -> None:
@@ -53,7 +57,9 @@ class Survey:
         self.bad += other.bad
 
     def _merge(self, kind: LabelKind | None, labels: dict[LabelValue, int], where: str) -> None:
-        common = kind if self.kind is None else common_kind(self.kind, self.labels, kind, labels, where)
+        common = (
+            kind if self.kind is None else common_kind(self.kind, self.labels, kind, labels, where)
+        )
         held: dict[LabelValue, int] = {}
         if common == self.kind:
             held, self.labels = self.labels, {}
@@ -63,7 +69,9 @@ class Survey:
         self.kind, self.labels = common, held
 
 
-def survey(stream: Stream, accelerator: Accelerator, kept: Path, stop: StopRequest | None = None) -> Survey | None:
+def survey(
+    stream: Stream, accelerator: Accelerator, kept: Path, stop: StopRequest | None = None
+) -> Survey | None:
     """Of the whole stream: what an earlier start has kept, else by reading; None on all ranks where `stop` was asked for meanwhile.
 
     A collective. Raises DataError on all ranks.
@@ -78,7 +86,11 @@ def survey(stream: Stream, accelerator: Accelerator, kept: Path, stop: StopReque
         return known
     mine = Survey()
     with together(accelerator):
-        if not _read_on(_pieces(stream, mine, accelerator.process_index, accelerator.num_processes), accelerator, stop):
+        if not _read_on(
+            _pieces(stream, mine, accelerator.process_index, accelerator.num_processes),
+            accelerator,
+            stop,
+        ):
             return None
     whole = Survey()
     with_all: list[Survey] = [mine] if accelerator.num_processes == 1 else gather_object([mine])
@@ -88,7 +100,11 @@ def survey(stream: Stream, accelerator: Accelerator, kept: Path, stop: StopReque
         if not sum(whole.rows.values()):
             raise DataError(f"{stream.name} has no rows.")
         if accelerator.is_main_process:
-            text = {"fingerprint": fingerprint, **asdict(whole), "labels": list(whole.labels.items())}
+            text = {
+                "fingerprint": fingerprint,
+                **asdict(whole),
+                "labels": list(whole.labels.items()),
+            }
             write_whole(kept, json.dumps(text, indent=1).encode())
     return whole
 
@@ -128,7 +144,9 @@ def _read_on(pieces: Iterator[None], accelerator: Accelerator, stop: StopRequest
                 going = next(pieces, END) is None
         except BertdistError as found:
             error = found
-        stops, errors, still = summed(accelerator, [int(asked()), int(error is not None), int(going)], group)
+        stops, errors, still = summed(
+            accelerator, [int(asked()), int(error is not None), int(going)], group
+        )
         if error is not None:
             raise error
         if stops or errors or not still:
@@ -141,10 +159,26 @@ def _read(kept: Path, fingerprint: str) -> Survey | None:
         text = json.loads(kept.read_text())
         if text["fingerprint"] != fingerprint:
             return None
-        labels = {tuple(value) if isinstance(value, list) else value: int(count) for value, count in text["labels"]}
+        labels = {
+            tuple(value) if isinstance(value, list) else value: int(count)
+            for value, count in text["labels"]
+        }
         rows = {int(source): int(count) for source, count in text["rows"].items()}
         if text["kind"] not in get_args(LabelKind):
             return None
-        return Survey(rows=rows, kind=text["kind"], labels=labels, bad=[checked(BadRow(*row)) for row in text["bad"]])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        return Survey(
+            rows=rows,
+            kind=text["kind"],
+            labels=labels,
+            bad=[checked(BadRow(*row)) for row in text["bad"]],
+        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ):
         return None

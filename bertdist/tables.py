@@ -20,21 +20,48 @@ from bertdist.findings import Example, Finding, Severity, excerpt
 from bertdist.labels import Labels
 from bertdist.records import LABEL_COLUMNS, PAIRS, TEXT_COLUMNS, Records
 
-HEADER_WORDS = {*TEXT_COLUMNS, *LABEL_COLUMNS, *(name for pair in PAIRS for name in pair), "text_a", "text_b", "id", "idx", "index", "qid"}
+HEADER_WORDS = {
+    *TEXT_COLUMNS,
+    *LABEL_COLUMNS,
+    *(name for pair in PAIRS for name in pair),
+    "text_a",
+    "text_b",
+    "id",
+    "idx",
+    "index",
+    "qid",
+}
 ENOUGH = 20  # rows from which the form of a column says something
 SENTENCE_WORDS = 5  # a column's name with so many words is no name
 
 
 def check_table(
-    split: str, path: str | None, records: Records, labels: Labels | None, train: Labels, data: DataConfig, num_examples: int
+    split: str,
+    path: str | None,
+    records: Records,
+    labels: Labels | None,
+    train: Labels,
+    data: DataConfig,
+    num_examples: int,
 ) -> list[Finding]:
     """All findings on one split's table. path: its file, None for data of the hub."""
 
     def finding(
-        kind: str, severity: Severity, title: str, rows: Any, meaning: str, advice: str, notes: Mapping[int, str] | None = None
+        kind: str,
+        severity: Severity,
+        title: str,
+        rows: Any,
+        meaning: str,
+        advice: str,
+        notes: Mapping[int, str] | None = None,
     ) -> Finding:
         examples = tuple(
-            Example(split=split, row=int(row), text=excerpt(records.texts[int(row)].as_py()), note=(notes or {}).get(int(row), ""))
+            Example(
+                split=split,
+                row=int(row),
+                text=excerpt(records.texts[int(row)].as_py()),
+                note=(notes or {}).get(int(row), ""),
+            )
             for row in rows[:num_examples]
         )
         return Finding(
@@ -59,9 +86,13 @@ def _quotes(records: Records, train: Labels, finding: Any) -> list[Finding]:
     known = {name for names in train.names for name in names}
     delimiter = str(getattr(getattr(records.source, "form", None), "delimiter", ","))
     swallowed: dict[int, str] = {}
-    for row in np.flatnonzero(pc.match_substring(texts, "\n").to_numpy(zero_copy_only=False)).tolist():
+    for row in np.flatnonzero(
+        pc.match_substring(texts, "\n").to_numpy(zero_copy_only=False)
+    ).tolist():
         lines = texts[row].as_py().rstrip("\n").split("\n")
-        like = sum(_is_like_a_row(line, delimiter, known, train.numbers is not None) for line in lines)
+        like = sum(
+            _is_like_a_row(line, delimiter, known, train.numbers is not None) for line in lines
+        )
         if like >= 2 and like >= len(lines) / 2:
             swallowed[row] = f"{like} of its {len(lines)} lines look like rows"
     if swallowed:
@@ -103,17 +134,34 @@ def _quotes(records: Records, train: Labels, finding: Any) -> list[Finding]:
 def _is_like_a_row(line: str, delimiter: str, known: set[str], numbers: bool) -> bool:
     fields = [field.strip().strip('"').strip() for field in line.split(delimiter)]
     ends = (fields[0], fields[-1])
-    return len(fields) > 1 and any(field in known or (numbers and field.replace(".", "", 1).isdecimal()) for field in ends)
+    return len(fields) > 1 and any(
+        field in known or (numbers and field.replace(".", "", 1).isdecimal()) for field in ends
+    )
 
 
-def _overflow(path: str, data: DataConfig, records: Records, finding: Any, num_examples: int) -> list[Finding]:
+def _overflow(
+    path: str, data: DataConfig, records: Records, finding: Any, num_examples: int
+) -> list[Finding]:
     """Columns behind the last one that has a name. They are read by giving every column a name, with the header as a row."""
     if data.column_names:
         return []
     try:
-        file = find_file(path, delimiter=data.delimiter, quoting=data.quoting, encoding=data.encoding, column_names=None)
-        with Path(path).open(encoding="utf-8-sig" if file.encoding.lower() in ("utf-8", "utf8") else file.encoding, newline="") as opened:
-            reader = csv.reader(opened, delimiter=file.delimiter, quoting=csv.QUOTE_MINIMAL if file.quoted else csv.QUOTE_NONE)
+        file = find_file(
+            path,
+            delimiter=data.delimiter,
+            quoting=data.quoting,
+            encoding=data.encoding,
+            column_names=None,
+        )
+        with Path(path).open(
+            encoding="utf-8-sig" if file.encoding.lower() in ("utf-8", "utf8") else file.encoding,
+            newline="",
+        ) as opened:
+            reader = csv.reader(
+                opened,
+                delimiter=file.delimiter,
+                quoting=csv.QUOTE_MINIMAL if file.quoted else csv.QUOTE_NONE,
+            )
             header = next((row for row in reader if row), [])
         last = max((at for at, name in enumerate(header) if name.strip()), default=len(header))
         behind = [f"column {at}" for at in range(last + 1, len(header))]
@@ -121,15 +169,37 @@ def _overflow(path: str, data: DataConfig, records: Records, finding: Any, num_e
             return []
         names = [f"column {at}" for at in range(len(header))]
         quoting = "double" if file.quoted else "none"
-        file = find_file(path, delimiter=file.delimiter, quoting=quoting, encoding=file.encoding, column_names=names)
+        file = find_file(
+            path,
+            delimiter=file.delimiter,
+            quoting=quoting,
+            encoding=file.encoding,
+            column_names=names,
+        )
         columns = open_file(file)[1](behind)
-    except (DataError, OSError, UnicodeError, csv.Error):  # what cannot be read twice was told when it was read
+    except (
+        DataError,
+        OSError,
+        UnicodeError,
+        csv.Error,
+    ):  # what cannot be read twice was told when it was read
         return []
-    values = list(zip(*(pc.utf8_trim_whitespace(columns[name]).to_pylist()[1 : len(records) + 1] for name in behind), strict=True))
+    values = list(
+        zip(
+            *(
+                pc.utf8_trim_whitespace(columns[name]).to_pylist()[1 : len(records) + 1]
+                for name in behind
+            ),
+            strict=True,
+        )
+    )
     rows = np.flatnonzero([any(value) for value in values])
     if not len(rows):
         return []
-    notes = {int(row): "behind it: " + excerpt(file.delimiter.join(values[row]), 60) for row in rows[:num_examples]}
+    notes = {
+        int(row): "behind it: " + excerpt(file.delimiter.join(values[row]), 60)
+        for row in rows[:num_examples]
+    }
     return [
         finding(
             "overflow_columns", "warning", "columns without a name that hold something", rows,
@@ -140,17 +210,24 @@ def _overflow(path: str, data: DataConfig, records: Records, finding: Any, num_e
     ]  # fmt: skip
 
 
-def _swapped(split: str, records: Records, labels: Labels, train: Labels, finding: Any) -> list[Finding]:
+def _swapped(
+    split: str, records: Records, labels: Labels, train: Labels, finding: Any
+) -> list[Finding]:
     rows, everything = len(records), np.arange(len(records))
     if rows < ENOUGH or labels.several:
         return []
-    title, advice = "text and label look swapped", "Name them with --text_column and --label_column."
+    title, advice = (
+        "text and label look swapped",
+        "Name them with --text_column and --label_column.",
+    )
     texts = records.texts.dictionary_encode().dictionary
     names = [next(iter(names)) for names in labels.names]
     if split != "train":
         known = {name for names in train.names for name in names}
         places = np.flatnonzero([text in known for text in records.texts.to_pylist()])
-        unknown = np.isin(labels.codes, [code for code, name in enumerate(names) if name not in known])
+        unknown = np.isin(
+            labels.codes, [code for code, name in enumerate(names) if name not in known]
+        )
         if len(places) > rows / 2 and unknown.mean() > 0.5:
             told = f"{len(places):,} texts are labels of train, and {int(unknown.sum()):,} labels are none."
             return [finding("columns_swapped", "error", title, everything, told, advice)]
@@ -170,7 +247,12 @@ def _headers(split: str, records: Records, labels: Labels, finding: Any) -> list
     label = next(iter(first)) if len(first) == 1 else ""
     alone = int((labels.codes == labels.codes[0]).sum()) == 1
     text = records.texts[0].as_py().strip().lower()
-    if not records.source.has_header and alone and len(records) > 1 and {text, label.strip().lower()} & HEADER_WORDS:
+    if (
+        not records.source.has_header
+        and alone
+        and len(records) > 1
+        and {text, label.strip().lower()} & HEADER_WORDS
+    ):
         found.append(
             finding(
                 "header_as_row", "error", "the first row looks like a header", [0],

@@ -72,7 +72,9 @@ class SingleLabel:
     def target(self, label: Any) -> int:
         """See Task."""
         if str(label) not in self._ids:
-            raise DataError(f"unknown label {str(label)!r}; expected one of the training labels.{did_you_mean(str(label), self.labels)}")
+            raise DataError(
+                f"unknown label {str(label)!r}; expected one of the training labels.{did_you_mean(str(label), self.labels)}"
+            )
         return self._ids[str(label)]
 
     def name(self, target: Any) -> str:
@@ -86,7 +88,12 @@ class SingleLabel:
 
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """See Task."""
-        return (F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=self.smoothing) * weights).sum()
+        return (
+            F.cross_entropy(
+                logits.float(), targets, reduction="none", label_smoothing=self.smoothing
+            )
+            * weights
+        ).sum()
 
     def plain_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """See Task."""
@@ -99,7 +106,10 @@ class SingleLabel:
     def answers(self, logits: Tensor) -> list[dict[str, Any]]:
         """See Task."""
         scores, ids = logits.float().softmax(-1).max(-1)
-        return [{"label": self.labels[i], "score": score} for i, score in zip(ids.tolist(), scores.tolist(), strict=True)]
+        return [
+            {"label": self.labels[i], "score": score}
+            for i, score in zip(ids.tolist(), scores.tolist(), strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -113,9 +123,13 @@ class MultiLabel:
     def target(self, label: Any) -> list[float]:
         """See Task."""
         if not isinstance(label, tuple):
-            raise DataError(f"expected a list of labels, found {label!r}; --label_delimiter says what stands between them.")
+            raise DataError(
+                f"expected a list of labels, found {label!r}; --label_delimiter says what stands between them."
+            )
         if unknown := [str(name) for name in label if str(name) not in self.labels]:
-            raise DataError(f"unknown label {unknown[0]!r}; expected some of the training labels.{did_you_mean(unknown[0], self.labels)}")
+            raise DataError(
+                f"unknown label {unknown[0]!r}; expected some of the training labels.{did_you_mean(unknown[0], self.labels)}"
+            )
         return [float(name in label) for name in self.labels]
 
     def name(self, target: Any) -> list[str]:
@@ -128,13 +142,23 @@ class MultiLabel:
 
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """See Task."""
-        positive = torch.tensor(self.positive_weights, device=logits.device) if self.positive_weights else None
-        rows = F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=positive, reduction="none").mean(-1)
+        positive = (
+            torch.tensor(self.positive_weights, device=logits.device)
+            if self.positive_weights
+            else None
+        )
+        rows = F.binary_cross_entropy_with_logits(
+            logits.float(), targets, pos_weight=positive, reduction="none"
+        ).mean(-1)
         return (rows * weights).sum()
 
     def plain_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """See Task."""
-        return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none").mean(-1).sum()
+        return (
+            F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+            .mean(-1)
+            .sum()
+        )
 
     def read(self, logits: Tensor) -> tuple[Array, Array]:
         """See Task."""
@@ -145,7 +169,14 @@ class MultiLabel:
         """See Task. Every label above one half, the most probable first."""
         answers = []
         for row in logits.float().sigmoid().tolist():
-            found = sorted(((score, label) for score, label in zip(row, self.labels, strict=True) if score > 0.5), reverse=True)
+            found = sorted(
+                (
+                    (score, label)
+                    for score, label in zip(row, self.labels, strict=True)
+                    if score > 0.5
+                ),
+                reverse=True,
+            )
             answers.append({"labels": [{"label": label, "score": score} for score, label in found]})
         return answers
 
@@ -189,7 +220,9 @@ class Regression:
 
     def answers(self, logits: Tensor) -> list[dict[str, Any]]:
         """See Task."""
-        return [{"label": self.labels[0], "score": number} for number in logits.float()[:, 0].tolist()]
+        return [
+            {"label": self.labels[0], "score": number} for number in logits.float()[:, 0].tolist()
+        ]
 
 
 def open_task(
@@ -211,39 +244,64 @@ def open_task(
     problem_type = problem_type_of(config.problem_type, kind, values)
     rows = int(counts.sum())
     if config.label_smoothing_factor and problem_type != "single_label_classification":
-        raise ConfigError(f"--label_smoothing_factor is for single-label tasks; this is {problem_type}.")
+        raise ConfigError(
+            f"--label_smoothing_factor is for single-label tasks; this is {problem_type}."
+        )
     if problem_type == "regression":
         if config.class_weights or config.label_names:
-            raise ConfigError("--class_weights and --label_names are for classification; this is regression.")
+            raise ConfigError(
+                "--class_weights and --label_names are for classification; this is regression."
+            )
         return Regression((column,))
-    names = {str(name) for value in values for name in (value if isinstance(value, tuple) else (value,))}
+    names = {
+        str(name) for value in values for name in (value if isinstance(value, tuple) else (value,))
+    }
     labels = _order(names, config.label_names, class_names, model_labels)
     if problem_type == "multi_label_classification":
         if not labels:
-            raise DataError(f"No row of the training split has a label in {column!r}; expected at least one label.")
+            raise DataError(
+                f"No row of the training split has a label in {column!r}; expected at least one label."
+            )
         task = MultiLabel(labels)
         targets = np.array([task.target(value) for value in values])
         positive = (targets * counts[:, None]).sum(0)
-        return MultiLabel(labels, _class_weights(config.class_weights, labels, (rows - positive) / np.maximum(positive, 1)))
+        return MultiLabel(
+            labels,
+            _class_weights(
+                config.class_weights, labels, (rows - positive) / np.maximum(positive, 1)
+            ),
+        )
     if len(labels) < 2:
-        raise DataError(f"The training split has only the label {labels[0]!r} in column {column!r}; expected at least two.")
+        raise DataError(
+            f"The training split has only the label {labels[0]!r} in column {column!r}; expected at least two."
+        )
     if rows >= 50 and len(names) > rows / 2:
-        raise DataError(f"Column {column!r} has {len(names):,} different labels in {rows:,} rows; is it the column of the labels?")
+        raise DataError(
+            f"Column {column!r} has {len(names):,} different labels in {rows:,} rows; is it the column of the labels?"
+        )
     of_label = np.zeros(len(labels))
     for value, count in zip(values, counts, strict=True):
         of_label[labels.index(str(value))] += count
-    weights = _class_weights(config.class_weights, labels, rows / (len(labels) * np.maximum(of_label, 1)))
+    weights = _class_weights(
+        config.class_weights, labels, rows / (len(labels) * np.maximum(of_label, 1))
+    )
     return SingleLabel(labels, weights, config.label_smoothing_factor)
 
 
 def task_of_model(problem_type: str | None, labels: Sequence[str]) -> Task:
     """The task a trained classifier was trained for, from the words of its config.json; raises ModelError."""
     kinds: dict[str, type[SingleLabel] | type[MultiLabel] | type[Regression]]
-    kinds = {"single_label_classification": SingleLabel, "multi_label_classification": MultiLabel, "regression": Regression}
+    kinds = {
+        "single_label_classification": SingleLabel,
+        "multi_label_classification": MultiLabel,
+        "regression": Regression,
+    }
     if problem_type is None:  # a model from elsewhere: what `pipeline` assumes of it
         problem_type = "regression" if len(labels) == 1 else "single_label_classification"
     if problem_type not in kinds:
-        raise ModelError(f"The model's problem_type is {problem_type!r}.{did_you_mean(problem_type, kinds)}")
+        raise ModelError(
+            f"The model's problem_type is {problem_type!r}.{did_you_mean(problem_type, kinds)}"
+        )
     return kinds[problem_type](tuple(labels))
 
 
@@ -251,21 +309,33 @@ def problem_type_of(asked: str, kind: str, values: Sequence[Any]) -> str:
     """What --problem_type and the labels of the training rows make together; raises ConfigError where they contradict each other."""
     if asked != "auto":
         if (asked == "multi_label_classification") != (kind == "set"):
-            found = "lists of labels" if kind == "set" else "single values, which --label_delimiter or --label_columns make lists of"
+            found = (
+                "lists of labels"
+                if kind == "set"
+                else "single values, which --label_delimiter or --label_columns make lists of"
+            )
             raise ConfigError(f"--problem_type is {asked}, but the label column holds {found}.")
         return asked
     if kind == "set":
         return "multi_label_classification"
-    fractions = kind == "text" and all(_is_number(v) for v in values) and not all(re.fullmatch(r"[+-]?\d+", v) for v in values)
+    fractions = (
+        kind == "text"
+        and all(_is_number(v) for v in values)
+        and not all(re.fullmatch(r"[+-]?\d+", v) for v in values)
+    )
     return "regression" if kind == "number" or fractions else "single_label_classification"
 
 
-def _order(names: set[str], asked: list[str] | None, *stated: tuple[str, ...] | None) -> tuple[str, ...]:
+def _order(
+    names: set[str], asked: list[str] | None, *stated: tuple[str, ...] | None
+) -> tuple[str, ...]:
     if asked is not None:
         if len(set(asked)) < len(asked):
             raise ConfigError(f"--label_names repeats a name: {' '.join(asked)}.")
         if missing := sorted(names - set(asked)):
-            raise ConfigError(f"--label_names lacks {missing[0]!r}, which the training split has.{did_you_mean(missing[0], asked)}")
+            raise ConfigError(
+                f"--label_names lacks {missing[0]!r}, which the training split has.{did_you_mean(missing[0], asked)}"
+            )
         return tuple(asked)
     class_names, model_labels = stated
     if class_names is not None:
@@ -276,13 +346,17 @@ def _order(names: set[str], asked: list[str] | None, *stated: tuple[str, ...] | 
     return tuple(sorted(names, key=(lambda name: (int(name), name)) if whole else None))
 
 
-def _class_weights(asked: list[str] | None, labels: tuple[str, ...], balanced: Array) -> tuple[float, ...]:
+def _class_weights(
+    asked: list[str] | None, labels: tuple[str, ...], balanced: Array
+) -> tuple[float, ...]:
     if asked is None:
         return ()
     if asked == ["balanced"]:
         return tuple(float(weight) for weight in balanced)
     if len(asked) != len(labels):
-        raise ConfigError(f"--class_weights has {len(asked)} numbers for {len(labels)} labels; the order is: {', '.join(labels)}.")
+        raise ConfigError(
+            f"--class_weights has {len(asked)} numbers for {len(labels)} labels; the order is: {', '.join(labels)}."
+        )
     return tuple(float(word) for word in asked)
 
 

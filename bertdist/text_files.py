@@ -21,7 +21,10 @@ from bertdist.pieces import BadRow, Column, Spot, Spots, excerpt
 
 Offsets = npt.NDArray[np.int64]
 _STATEFUL = ("iso2022", "hz", "utf-7", "utf_7")  # a line means what the lines before it say
-_WIDE = {"utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)}
+_WIDE = {
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,9 @@ class Lines(NamedTuple):
 
     data: bytes  # UTF-8 without a byte order mark
     first: int  # number of the first line, from 1
-    broken: dict[int, str]  # lines (from 0) with bytes that are not of the encoding -> what is wrong; the bytes stand there as \\x81
+    broken: dict[
+        int, str
+    ]  # lines (from 0) with bytes that are not of the encoding -> what is wrong; the bytes stand there as \\x81
     stand_in: str | None = None  # stands for lone carriage returns, see `hide_returns`
 
 
@@ -72,9 +77,13 @@ def codec_of(form: Form, head: bytes) -> tuple[str, int]:
         codec = codecs.lookup(form.encoding).name.removesuffix("-sig")
         "a".encode(codec)  # hex and its like are no encodings of text
     except LookupError:
-        raise DataError(f"--encoding {form.encoding} is not a text encoding that Python knows, such as utf-8, cp1252 or gb18030.") from None
+        raise DataError(
+            f"--encoding {form.encoding} is not a text encoding that Python knows, such as utf-8, cp1252 or gb18030."
+        ) from None
     if codec == "utf-8" and head.startswith(_WIDE["utf-16"]):
-        raise DataError(f"{form.name} is UTF-16, expected UTF-8; convert it, or pass --encoding utf-16.")
+        raise DataError(
+            f"{form.name} is UTF-16, expected UTF-8; convert it, or pass --encoding utf-16."
+        )
     if codec in _WIDE:
         codec += "-be" if head.startswith(_WIDE[codec][1]) else "-le"
     try:
@@ -101,13 +110,21 @@ def line_ends(raw: bytes, codec: str) -> Offsets:
 def utf8_lines(form: Form, raw: bytes, codec: str, first: int, skip: bool) -> Lines:
     """Whole lines as UTF-8. Bytes that are not of the encoding are a DataError; with skip, their lines are told."""
     try:
-        if codec == "utf-8":  # no copy; bytes.decode() would cost up to four times the file in memory
-            pa.LargeStringArray.from_buffers(1, pa.array([0, len(raw)]).buffers()[1], pa.py_buffer(raw)).validate(full=True)
+        if (
+            codec == "utf-8"
+        ):  # no copy; bytes.decode() would cost up to four times the file in memory
+            pa.LargeStringArray.from_buffers(
+                1, pa.array([0, len(raw)]).buffers()[1], pa.py_buffer(raw)
+            ).validate(full=True)
             return Lines(raw, first, {})
         return Lines(raw.decode(codec).encode(), first, {})
     except (pa.ArrowInvalid, UnicodeError):
         pass
-    advice = "--encoding cp1252 (or the right one)" if codec == "utf-8" else "the --encoding it was written in"
+    advice = (
+        "--encoding cp1252 (or the right one)"
+        if codec == "utf-8"
+        else "the --encoding it was written in"
+    )
     ends = [0, *line_ends(raw, codec).tolist()]
     ends += [len(raw)] * (ends[-1] < len(raw))
     found, broken = [], {}
@@ -116,11 +133,21 @@ def utf8_lines(form: Form, raw: bytes, codec: str, first: int, skip: bool) -> Li
         try:
             found.append(line.decode(codec).encode())
         except UnicodeError as error:
-            what = f"byte 0x{line[error.start]:02X}" if isinstance(error, UnicodeDecodeError) else "a lone surrogate"
-            broken[at] = f"{what} is not {form.encoding}; pass {advice} or convert the file to UTF-8"
+            what = (
+                f"byte 0x{line[error.start]:02X}"
+                if isinstance(error, UnicodeDecodeError)
+                else "a lone surrogate"
+            )
+            broken[at] = (
+                f"{what} is not {form.encoding}; pass {advice} or convert the file to UTF-8"
+            )
             if not skip:
                 raise DataError(f"{form.name} line {first + at}: {broken[at]}.") from None
-            text = line.decode(codec, "backslashreplace").replace("\n", "").encode(errors="backslashreplace")
+            text = (
+                line.decode(codec, "backslashreplace")
+                .replace("\n", "")
+                .encode(errors="backslashreplace")
+            )
             found.append(text + b"\n" * (at < len(ends) - 2 or raw.endswith("\n".encode(codec))))
     return Lines(b"".join(found), first, broken)
 
@@ -129,14 +156,20 @@ def hide_returns(lines: Lines) -> Lines:
     """The lines without lone carriage returns, and the character that stands in for them."""
     if not re.search(rb"\r(?!\n)", lines.data):
         return lines
-    stand_in = next(char for char in map(chr, range(0xE000, 0xF900)) if char.encode() not in lines.data)
-    return lines._replace(data=re.sub(rb"\r(?!\n)", stand_in.encode(), lines.data), stand_in=stand_in)
+    stand_in = next(
+        char for char in map(chr, range(0xE000, 0xF900)) if char.encode() not in lines.data
+    )
+    return lines._replace(
+        data=re.sub(rb"\r(?!\n)", stand_in.encode(), lines.data), stand_in=stand_in
+    )
 
 
 def refuse_old_mac(form: Form, lines: Lines) -> None:
     """DataError where the whole of a file has carriage returns and no newline."""
     if (lines.stand_in or b"\r" in lines.data) and b"\n" not in lines.data:
-        raise DataError(f"{form.name}: its lines end with a lone carriage return (old Mac); convert them to newlines.")
+        raise DataError(
+            f"{form.name}: its lines end with a lone carriage return (old Mac); convert them to newlines."
+        )
 
 
 def rows_of_lines(data: bytes, *, blank: bool) -> Rows:
@@ -154,8 +187,14 @@ def rows_between(data: bytes, ends: Offsets, lines: Offsets, blank: bool) -> Row
         return Rows(starts, ends, lines)
     text = np.frombuffer(data, np.uint8)
     sizes, opens = ends - starts, text[starts]
-    empty = (opens == ord("\n")) | ((sizes == 2) & (opens == ord("\r")) & (text[ends - 1] == ord("\n")))
-    return Rows(starts[~empty], ends[~empty], lines[~empty]) if empty.any() else Rows(starts, ends, lines)
+    empty = (opens == ord("\n")) | (
+        (sizes == 2) & (opens == ord("\r")) & (text[ends - 1] == ord("\n"))
+    )
+    return (
+        Rows(starts[~empty], ends[~empty], lines[~empty])
+        if empty.any()
+        else Rows(starts, ends, lines)
+    )
 
 
 def text_at(lines: Lines, start: int, end: int) -> str:
@@ -169,7 +208,10 @@ def spots_of(form: Form, lines: Lines, rows: Rows) -> Spots:
 
     def spots(wanted: Sequence[int]) -> list[Spot]:
         texts = [text_at(lines, int(rows.starts[row]), int(rows.ends[row])) for row in wanted]
-        return [Spot(form.name, lines.first + int(rows.lines[row]), text) for row, text in zip(wanted, texts, strict=True)]
+        return [
+            Spot(form.name, lines.first + int(rows.lines[row]), text)
+            for row, text in zip(wanted, texts, strict=True)
+        ]
 
     return spots
 

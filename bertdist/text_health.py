@@ -22,7 +22,10 @@ from bertdist.findings import Example, Finding, Severity, excerpt
 
 Rows = npt.NDArray[np.int64]
 BEFORE = 40  # characters of an excerpt that stand before what it is to show
-LONG_CHARACTERS, LONG_TIMES = 5_000, 50  # a very long text has more characters than both: this, and so many times the median
+LONG_CHARACTERS, LONG_TIMES = (
+    5_000,
+    50,
+)  # a very long text has more characters than both: this, and so many times the median
 WORDLESS = r"^\s*[\p{P}\p{Sm}\p{Sc}\p{Sk}][\s\p{P}\p{Sm}\p{Sc}\p{Sk}]*$"  # symbols such as emoji (\p{So}) do say something
 ADDRESS = r"(?:https?://|www\.)\S+"
 _SURE = "[ÂÃ][\u0080-\u00bf]|â€|ï»¿|å[\u0080-\u00bf]{2}"  # the stand-in: UTF-8 of Latin and Chinese letters read as latin-1 or cp1252
@@ -79,12 +82,21 @@ def check_texts(split: str, texts: pa.Array, column: str, num_examples: int) -> 
     """Findings on one column of texts: (rows,) large_string."""
 
     def finding(
-        kind: str, severity: Severity, title: str, rows: Rows, meaning: str, advice: str, pattern: str | None = None
+        kind: str,
+        severity: Severity,
+        title: str,
+        rows: Rows,
+        meaning: str,
+        advice: str,
+        pattern: str | None = None,
     ) -> list[Finding]:
         if not len(rows):
             return []
         examples = tuple(
-            Example(split=split, row=int(row), text=excerpt(_from(texts[int(row)].as_py(), pattern))) for row in rows[:num_examples]
+            Example(
+                split=split, row=int(row), text=excerpt(_from(texts[int(row)].as_py(), pattern))
+            )
+            for row in rows[:num_examples]
         )
         return [
             Finding(
@@ -107,8 +119,20 @@ def check_texts(split: str, texts: pa.Array, column: str, num_examples: int) -> 
     )  # fmt: skip
     for look in LOOKS:
         shown = None if look.pattern.startswith("^") else look.pattern
-        found += finding(look.kind, look.severity, look.title, _matching(texts, look.pattern), look.meaning, look.advice, shown)
-    judged = "ftfy" if has_ftfy() else "three patterns; install ftfy (the extra check) for a better judgement"
+        found += finding(
+            look.kind,
+            look.severity,
+            look.title,
+            _matching(texts, look.pattern),
+            look.meaning,
+            look.advice,
+            shown,
+        )
+    judged = (
+        "ftfy"
+        if has_ftfy()
+        else "three patterns; install ftfy (the extra check) for a better judgement"
+    )
     found += finding(
         "mojibake", "warning", "text decoded with the wrong encoding", mojibake_rows(texts),
         f"UTF-8 that was read as another encoding, such as Ã© for é (by {judged}).",
@@ -144,7 +168,10 @@ def mojibake_rows(texts: pa.Array) -> Rows:
     from ftfy.badness import is_bad
 
     without = str.maketrans(dict.fromkeys((*range(0x80, 0xA0), 0xFFFD), " "))
-    return np.array([row for row in suspects.tolist() if is_bad(texts[row].as_py().translate(without))], np.int64)
+    return np.array(
+        [row for row in suspects.tolist() if is_bad(texts[row].as_py().translate(without))],
+        np.int64,
+    )
 
 
 def repaired(text: str) -> str | None:
@@ -186,4 +213,8 @@ def _true(flags: pa.Array) -> Rows:
 def _from(text: str, pattern: str | None) -> str:
     """The text from shortly before what the pattern finds, so that an excerpt shows it."""
     match = re.search(pattern, text) if pattern else None
-    return text if match is None or match.start() < BEFORE else "..." + text[match.start() - BEFORE // 2 :]
+    return (
+        text
+        if match is None or match.start() < BEFORE
+        else "..." + text[match.start() - BEFORE // 2 :]
+    )

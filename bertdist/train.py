@@ -81,11 +81,24 @@ def train(config: TrainConfig) -> Progress:
     """Train as the config says, going on where an earlier run in the same folder stopped; returns how far it came."""
     accelerator = open_accelerator(config.run)
     check_world(accelerator.num_processes)
-    config = replace(config, run=replace(config.run, mixed_precision=accelerator.mixed_precision))  # where the launcher decided it
+    config = replace(
+        config, run=replace(config.run, mixed_precision=accelerator.mixed_precision)
+    )  # where the launcher decided it
     agree_on(accelerator, facts_of_launch(config))
-    run, out, stop = config.run, Path(config.run.output_dir), StopRequest(config.run.stop_before_time_limit)
-    with hold_folder(out, accelerator) as held, open_log(out, accelerator) as log, open_watchdog(log, accelerator, run) as watchdog:
-        log.say(*held, f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {accelerator.mixed_precision}.")
+    run, out, stop = (
+        config.run,
+        Path(config.run.output_dir),
+        StopRequest(config.run.stop_before_time_limit),
+    )
+    with (
+        hold_folder(out, accelerator) as held,
+        open_log(out, accelerator) as log,
+        open_watchdog(log, accelerator, run) as watchdog,
+    ):
+        log.say(
+            *held,
+            f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {accelerator.mixed_precision}.",
+        )
 
         # Data: two splits of rows, and the task that their labels make. Nothing is tokenized yet.
         with together(accelerator):
@@ -97,9 +110,15 @@ def train(config: TrainConfig) -> Progress:
         with together(accelerator):
             left_out = rows_left_out(known, dev_rows, config, accelerator)
             task = task_of_rows(config.task, known.labels, labels_of(settings))
-            train_batches = training_batches(train_rows, known, tokenizer, task, config, accelerator)
+            train_batches = training_batches(
+                train_rows, known, tokenizer, task, config, accelerator
+            )
             dev_batches = validation_batches(dev_rows, tokenizer, task, config, accelerator)
-            judge = Judge(config.task, task, config.data.task_name) if dev_rows and accelerator.is_main_process else None
+            judge = (
+                Judge(config.task, task, config.data.task_name)
+                if dev_rows and accelerator.is_main_process
+                else None
+            )
         per_epoch = train_batches.steps_per_epoch
         total_steps = run.max_train_steps or max(1, math.ceil(run.num_train_epochs * per_epoch))
         log.say(*told_of_data(train_rows, known, dev_rows, task, per_epoch, total_steps))
@@ -114,28 +133,62 @@ def train(config: TrainConfig) -> Progress:
         model, optimizer = accelerator.prepare(classifier, adamw)
 
         # Begin, or go on where an interrupted run stopped.
-        checkpoints = Checkpoints(out / "checkpoints", accelerator, run.save_total_limit, log.say, log.to_disk)
+        checkpoints = Checkpoints(
+            out / "checkpoints", accelerator, run.save_total_limit, log.say, log.to_disk
+        )
         settings_now = settings_of(config, train_rows, dev_rows, task, total_steps)
-        progress = watchdog.progress = checkpoints.restore(classifier, adamw, settings_now, run.resume_from_checkpoint) or Progress()
+        progress = watchdog.progress = (
+            checkpoints.restore(classifier, adamw, settings_now, run.resume_from_checkpoint)
+            or Progress()
+        )
         with together(accelerator):
-            log.begin(progress.step, {"config.yaml": write_config(config), "environment.json": environment(accelerator)}, progress.owed)
+            log.begin(
+                progress.step,
+                {"config.yaml": write_config(config), "environment.json": environment(accelerator)},
+                progress.owed,
+            )
             log.status("finished" if progress.finished else "running", progress.step)
         best = Best(run, tokenizer, task, accelerator, notes_of(config, train_rows))
-        due = {name: steps_of(getattr(run, f"{name}_every"), per_epoch, total_steps) for name in ("log", "eval", "save")}
-        room = Room(model, train_batches, config.batch.tokens_per_micro_batch, progress, accelerator, log.say)
-        losses: list[Tensor] = []  # this rank's loss sum () of each step since they were last brought together
+        due = {
+            name: steps_of(getattr(run, f"{name}_every"), per_epoch, total_steps)
+            for name in ("log", "eval", "save")
+        }
+        room = Room(
+            model,
+            train_batches,
+            config.batch.tokens_per_micro_batch,
+            progress,
+            accelerator,
+            log.say,
+        )
+        losses: list[
+            Tensor
+        ] = []  # this rank's loss sum () of each step since they were last brought together
         if not progress.finished:
             warm_up(model, train_batches, progress, task, accelerator)
-            room.find(lambda batch: task.loss(classifier(batch), batch.targets, batch.weights), classifier, adamw)
-            stepper = choose_step(config, classifier, room.cutting(train_batches), accelerator, log.say)
+            room.find(
+                lambda batch: task.loss(classifier(batch), batch.targets, batch.weights),
+                classifier,
+                adamw,
+            )
+            stepper = choose_step(
+                config, classifier, room.cutting(train_batches), accelerator, log.say
+            )
             log.open_progress(progress.step, total_steps)
         meter = open_meter(classifier, accelerator, progress)
         nan = Watch(run, classifier, train_batches, task, accelerator, progress, log)
-        for step in owed_first(progress, meter.watch(steps_left(room.cutting(train_batches), progress, total_steps, accelerator.device))):
+        for step in owed_first(
+            progress,
+            meter.watch(
+                steps_left(room.cutting(train_batches), progress, total_steps, accelerator.device)
+            ),
+        ):
             if step is not None:
                 set_learning_rate(optimizer, schedule(step.number))
                 seed_dropout(run.seed, step.number, accelerator.process_index)
-                loss, grad_norm = stepper(model, optimizer, step, task, accelerator, config.optim.max_grad_norm, room)
+                loss, grad_norm = stepper(
+                    model, optimizer, step, task, accelerator, config.optim.max_grad_norm, room
+                )
                 losses.append(loss)
                 progress.count(step.number + 1, step.rows, step.after)
                 note_bad_rows(left_out, step, accelerator)
@@ -143,17 +196,33 @@ def train(config: TrainConfig) -> Progress:
             progress.finished = progress.step == total_steps
             stopping = stop.agreed(accelerator)
             if step is not None:
-                at_once = stopping or progress.finished or any(is_due(progress.step, every) for every in due.values())
+                at_once = (
+                    stopping
+                    or progress.finished
+                    or any(is_due(progress.step, every) for every in due.values())
+                )
                 nan.look(step, loss, grad_norm, at_once)
 
             if step is not None and (progress.finished or is_due(progress.step, due["log"])):
                 gather_losses(progress, losses, meter, accelerator)
                 rate = config.optim.learning_rate * schedule(step.number)
-                record_training(log, progress, per_epoch, learning_rate=rate, grad_norm=grad_norm.item(), **meter.lap())
+                record_training(
+                    log,
+                    progress,
+                    per_epoch,
+                    learning_rate=rate,
+                    grad_norm=grad_norm.item(),
+                    **meter.lap(),
+                )
 
             if dev_batches and (progress.finished or is_due(progress.step, due["eval"])):
                 with meter.paused():
-                    evaluation = nan.scored(evaluate_split(classifier, room.cutting(dev_batches), judge, accelerator, stop), dev_batches)
+                    evaluation = nan.scored(
+                        evaluate_split(
+                            classifier, room.cutting(dev_batches), judge, accelerator, stop
+                        ),
+                        dev_batches,
+                    )
                     keep_score(evaluation, classifier, log, best, progress, per_epoch)
                     stopping = stopping or progress.owed
 
@@ -183,7 +252,13 @@ def leave_early(log: RunLog, stop: StopRequest, accelerator: Accelerator) -> Pro
 
 
 def take_step(
-    model: nn.Module, optimizer: Optimizer, step: Step, task: Task, accelerator: Accelerator, max_grad_norm: float, room: Room
+    model: nn.Module,
+    optimizer: Optimizer,
+    step: Step,
+    task: Task,
+    accelerator: Accelerator,
+    max_grad_norm: float,
+    room: Room,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step over this rank's share; returns this rank's loss sum () and the gradient's norm ().
 
@@ -202,24 +277,39 @@ def take_step(
     total = room.accumulate(model, step, backward)
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     assert grad_norm is not None
-    update(model, optimizer, grad_norm, accelerator)  # left out where loss or gradient is not finite
+    update(
+        model, optimizer, grad_norm, accelerator
+    )  # left out where loss or gradient is not finite
     return total, grad_norm
 
 
 def choose_step(
-    config: TrainConfig, classifier: Classifier, batches: AnyBatches, accelerator: Accelerator, say: Callable[[str], None]
+    config: TrainConfig,
+    classifier: Classifier,
+    batches: AnyBatches,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
 ) -> Take:
     """What takes the steps of this run: take_step, or replays of it (--cuda_graphs); its layers compiled (--torch_compile), or not."""
     if config.run.torch_compile:
         say(compile_layers(classifier, accelerator))
     if config.run.cuda_graphs:
-        return graphed_step(take_step, classifier, batches, accelerator, config.model.max_length, say)
+        return graphed_step(
+            take_step, classifier, batches, accelerator, config.model.max_length, say
+        )
     return take_step
 
 
-def steps_left(batches: AnyBatches, progress: Progress, total_steps: int, device: torch.device) -> Iterator[Step]:
+def steps_left(
+    batches: AnyBatches, progress: Progress, total_steps: int, device: torch.device
+) -> Iterator[Step]:
     """This rank's shares of the steps that are still to be taken, on the device."""
-    return sent_ahead(batches.steps(progress.step, progress.step if progress.finished else total_steps, progress.place), device)
+    return sent_ahead(
+        batches.steps(
+            progress.step, progress.step if progress.finished else total_steps, progress.place
+        ),
+        device,
+    )
 
 
 def owed_first(progress: Progress, steps: Iterator[Step]) -> Iterator[Step | None]:
@@ -230,14 +320,18 @@ def owed_first(progress: Progress, steps: Iterator[Step]) -> Iterator[Step | Non
     yield from steps
 
 
-def warm_up(model: nn.Module, batches: AnyBatches, progress: Progress, task: Task, accelerator: Accelerator) -> None:
+def warm_up(
+    model: nn.Module, batches: AnyBatches, progress: Progress, task: Task, accelerator: Accelerator
+) -> None:
     """One backward that is thrown away, before the first step of every start, fresh or resumed.
 
     DDP puts its gradient buckets in another order after its first backward, and sums are rounded in that order: without this a
     resumed run of 3 ranks or more differs from one that never stopped. One token does: any text brings the order about.
     """
     model.train()
-    for first in replace(batches, workers=0).steps(progress.step, progress.step + 1, progress.place):
+    for first in replace(batches, workers=0).steps(
+        progress.step, progress.step + 1, progress.place
+    ):
         batch = one_token(first.share[0]).to(accelerator.device)
         accelerator.backward(task.loss(model(batch), batch.targets, batch.weights))
     clear_gradients(model)
@@ -250,24 +344,34 @@ def is_due(step: int, every: int) -> bool:
 
 def open_meter(classifier: Classifier, accelerator: Accelerator, progress: Progress) -> Meter:
     """A meter whose clock starts; before that all ranks measure at the same time what their devices can do."""
-    mine = 0.0 if progress.finished else matmul_rate(accelerator.device, accelerator.mixed_precision)
-    rate = accelerator.reduce(torch.tensor([mine], device=accelerator.device), reduction="sum").item()
+    mine = (
+        0.0 if progress.finished else matmul_rate(accelerator.device, accelerator.mixed_precision)
+    )
+    rate = accelerator.reduce(
+        torch.tensor([mine], device=accelerator.device), reduction="sum"
+    ).item()
     flops = model_flops(classifier.model, "first tokens" if classifier.first_tokens_only else "all")
     return Meter(flops, classifier.packed or classifier.reads_padding, rate)
 
 
-def gather_losses(progress: Progress, losses: list[Tensor], meter: Meter, accelerator: Accelerator) -> None:
+def gather_losses(
+    progress: Progress, losses: list[Tensor], meter: Meter, accelerator: Accelerator
+) -> None:
     """Add up the ranks' losses and the meters' figures of the steps since the last call; one collective, however many steps.
 
     Step by step, not as one running sum: so what is logged does not depend on when a checkpoint was written.
     """
     if losses:
-        mine = torch.cat([torch.stack(losses)[:, None], meter.take().to(accelerator.device)], dim=1)  # (steps, 1 + figures)
+        mine = torch.cat(
+            [torch.stack(losses)[:, None], meter.take().to(accelerator.device)], dim=1
+        )  # (steps, 1 + figures)
         every = accelerator.gather(mine[None]).cpu().double()  # (ranks, steps, 1 + figures)
         meter.add(every[:, :, 1:])
         total = every[:, :, :2].sum(0).tolist()  # gloo's own sum of 3 ranks rounds by place
         for entry, (loss, tokens) in zip(progress.window[-len(losses) :], total, strict=True):
-            entry[:] = (loss, entry[1]) if math.isfinite(loss) else (0.0, 0.0)  # a step that was left out, see nonfinite.py
+            entry[:] = (
+                (loss, entry[1]) if math.isfinite(loss) else (0.0, 0.0)
+            )  # a step that was left out, see nonfinite.py
             progress.tokens += int(tokens)
         losses.clear()
 
@@ -290,7 +394,11 @@ def main() -> None:
         os._exit(1)
     except KeyboardInterrupt:  # the second Ctrl-C: no clean-up that could wait for another rank
         if os.environ.get("RANK", "0") == "0":
-            complain(RankLost("Interrupted again: ended at once; the same command goes on from the last checkpoint."))
+            complain(
+                RankLost(
+                    "Interrupted again: ended at once; the same command goes on from the last checkpoint."
+                )
+            )
         os._exit(INTERRUPTED)
     sys.exit(0 if progress.finished else STOPPED)
 

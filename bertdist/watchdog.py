@@ -37,9 +37,13 @@ from bertdist.ranks import LONG
 BEAT_SECONDS = 5.0  # between two beats, or a tenth of --rank_timeout
 MOVES = 0.02  # a thread that computes for so much of the time is not waiting
 SECONDS_TO_LOOK = 2.0  # for a process that broke a connection to be seen as gone, and for others to see who tells it
-SECONDS_TO_TELL = 15.0  # for rank 0 to come as far as the others and print; then torchrun ends them anyway
+SECONDS_TO_TELL = (
+    15.0  # for rank 0 to come as far as the others and print; then torchrun ends them anyway
+)
 STDERR = 2  # by its number: faulthandler needs it
-WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)(?: is killed by signal: ([^.]*))?")
+WORKER = re.compile(
+    r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)(?: is killed by signal: ([^.]*))?"
+)
 
 
 class Watchdog:
@@ -70,13 +74,22 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self.ranks > 1:
             self._ended.set()
             self._thread.join()
             faulthandler.cancel_dump_traceback_later()
             self._write()
-        if error is None or isinstance(error, SystemExit) or (isinstance(error, BertdistError) and error.shared):
+        if (
+            error is None
+            or isinstance(error, SystemExit)
+            or (isinstance(error, BertdistError) and error.shared)
+        ):
             if self.ranks > 1:
                 self.beats.remove()
             return
@@ -141,11 +154,22 @@ class Watchdog:
         self._gone_for = self._gone_for + elapsed if gone else 0.0
         if self._gone_for > 2 * self.beat_seconds:
             self._leave(self.beats.claim("left", self.beats.words_about(gone)))
-        still = {beat.rank: max(beat.idle, self.beats.silent(beat)) for beat in others if beat not in gone}
+        still = {
+            beat.rank: max(beat.idle, self.beats.silent(beat))
+            for beat in others
+            if beat not in gone
+        }
         if idle >= self.seconds and all(seconds >= self.seconds / 2 for seconds in still.values()):
             everyone = sorted([self.beats.me, *others], key=lambda beat: beat.rank)
-            silent = {beat.rank: " (it is held: it says nothing)" for beat in others if self.beats.silent(beat) >= self.seconds / 2}
-            where = "; ".join(f"rank {beat.rank} in {beat.doing}{silent.get(beat.rank, '')}" for beat in everyone[:8])
+            silent = {
+                beat.rank: " (it is held: it says nothing)"
+                for beat in others
+                if self.beats.silent(beat) >= self.seconds / 2
+            }
+            where = "; ".join(
+                f"rank {beat.rank} in {beat.doing}{silent.get(beat.rank, '')}"
+                for beat in everyone[:8]
+            )
             text = f"No rank has moved for {self.seconds:g} s (--rank_timeout), so a collective hangs: {where}."
             stacks = f"What each rank did stands in {self.log.folder / 'stacks'}."
             self._leave(self.beats.claim("hang", f"{text} {stacks} {self.beats.cure()}"))
@@ -185,7 +209,11 @@ class Watchdog:
                 told = self.beats.claim("left", self.beats.words_about(gone))
                 break
             if time.monotonic() > deadline:
-                far = ", ".join(f"{beat.name}, after step {beat.step}" for beat in others if beat.host != self.beats.me.host)
+                far = ", ".join(
+                    f"{beat.name}, after step {beat.step}"
+                    for beat in others
+                    if beat.host != self.beats.me.host
+                )
                 text = f"The connection to another rank has broken ({error}); those of this machine are there, elsewhere: {far or 'none'}."
                 told = self.beats.claim("left", f"{text} {self.beats.cure()}")
                 break
@@ -201,7 +229,11 @@ class Watchdog:
         """status.json is rank 0's; where that is gone, it is for who tells."""
         others = self.beats.others()
         if self.rank == 0 or (told.mine and any(beat.rank == 0 for beat in self._gone(others))):
-            text = {"state": "failed", "step": self.progress.step if self.progress is not None else 0, "reason": told.text}
+            text = {
+                "state": "failed",
+                "step": self.progress.step if self.progress is not None else 0,
+                "reason": told.text,
+            }
             with suppress(BertdistError):
                 write_whole(self.log.folder / "status.json", json.dumps(text).encode() + b"\n")
 
@@ -220,7 +252,9 @@ def worker_died(error: BaseException) -> DataError | None:
 
 def connection_lost(error: BaseException) -> RankLost | None:
     """What gloo and NCCL say when another rank is gone (torch 2.13), in words; None for other errors."""
-    if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+    if isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or "gloo" in str(error)
+    ):
         return RankLost(f"The connection to another rank has broken: {str(error).splitlines()[0]}")
     return None
 
@@ -236,7 +270,9 @@ def told_unwatched(error: BaseException) -> bool:
     gone, mine = left(SECONDS_TO_LOOK)
     if gone:
         names = ", ".join(beat.name for beat in gone[:8])
-        lost = RankLost(f"{names} is gone (killed? out of memory? else its own message says why). Start the same command again.")
+        lost = RankLost(
+            f"{names} is gone (killed? out of memory? else its own message says why). Start the same command again."
+        )
     if mine:
         complain(lost)
     time.sleep(SECONDS_TO_LOOK)
@@ -251,7 +287,11 @@ def end_soon(error: BaseException) -> None:
     """
     if isinstance(error, RankLost):
         faulthandler.dump_traceback_later(30, exit=True, file=STDERR)
-    if getattr(error, "shared", False) and os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
+    if (
+        getattr(error, "shared", False)
+        and os.environ.get("RANK", "0") != "0"
+        and "TORCHELASTIC_RUN_ID" in os.environ
+    ):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SECONDS_TO_TELL)
 
@@ -279,4 +319,10 @@ def _workers_seconds() -> float:
 
 def _words(error: BaseException) -> str:
     text = str(error).strip()
-    return text if isinstance(error, BertdistError) else f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    return (
+        text
+        if isinstance(error, BertdistError)
+        else f"{type(error).__name__}: {text.splitlines()[0]}"
+        if text
+        else type(error).__name__
+    )

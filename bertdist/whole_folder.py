@@ -28,8 +28,13 @@ def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
         beside.mkdir(parents=True)
         fill(beside)
         files = sorted(path for path in beside.rglob("*") if path.is_file())
-        manifest = {str(path.relative_to(beside)): {"bytes": path.stat().st_size, "xxh3_128": _digest(path)} for path in files}
-        (beside / "manifest.json").write_text(json.dumps({"format": 1, "files": manifest}, indent=1))
+        manifest = {
+            str(path.relative_to(beside)): {"bytes": path.stat().st_size, "xxh3_128": _digest(path)}
+            for path in files
+        }
+        (beside / "manifest.json").write_text(
+            json.dumps({"format": 1, "files": manifest}, indent=1)
+        )
         for path in [*files, beside / "manifest.json", beside]:
             _flush(path)
         replaced = final.with_name(f".{final.name}.replaced")
@@ -46,7 +51,9 @@ def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"Cannot write {final}: {reason}. What was there before is untouched.") from None
+        raise CheckpointError(
+            f"Cannot write {final}: {reason}. What was there before is untouched."
+        ) from None
 
 
 def put_back(final: Path) -> None:
@@ -62,7 +69,9 @@ def damage_of(folder: Path) -> str | None:
         return "there is no such folder"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())["files"]
-        expected = {name: (int(entry["bytes"]), str(entry["xxh3_128"])) for name, entry in manifest.items()}
+        expected = {
+            name: (int(entry["bytes"]), str(entry["xxh3_128"])) for name, entry in manifest.items()
+        }
     except FileNotFoundError:
         return "manifest.json is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -105,7 +114,9 @@ def at(folder: Path, change: Callable[[Path], object]) -> None:
     try:
         change(folder)
     except OSError as error:
-        raise CheckpointError(f"Cannot remove or rename {folder}: {error.strerror or error}.") from None
+        raise CheckpointError(
+            f"Cannot remove or rename {folder}: {error.strerror or error}."
+        ) from None
 
 
 def remove(folder: Path) -> None:

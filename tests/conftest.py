@@ -5,14 +5,22 @@ import string
 from pathlib import Path
 
 # Before torch, transformers and their thread pools are imported; child processes inherit it.
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+)
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 # How long one example takes says more about the machine's other work than about the code. The examples are the same in every run, so that
 # a change is judged by what it changes; `pytest --hypothesis-profile=explore` draws others.
-settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.register_profile(
+    "here", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
 settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")
 
@@ -30,13 +38,29 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     pieces = string.ascii_lowercase + string.digits
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces, *string.punctuation, *(f"##{piece}" for piece in pieces)]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *pieces,
+        *string.punctuation,
+        *(f"##{piece}" for piece in pieces),
+    ]
     vocabulary += [word for word in WORDS if word not in vocabulary]
     folder = tmp_path_factory.mktemp("tiny_model")
-    BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}, model_max_length=512).save_pretrained(folder)
+    BertTokenizerFast(
+        vocab={word: i for i, word in enumerate(vocabulary)}, model_max_length=512
+    ).save_pretrained(folder)
     # initializer_range 0.2, not 0.02: at this width attention would be all but uniform, and a wrong mask hard to see.
     config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, initializer_range=0.2
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        initializer_range=0.2,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)

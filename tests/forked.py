@@ -30,7 +30,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-LAUNCHER_WORDS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_WORDS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 GRACE_SECONDS = 3.0  # after one rank has failed, the others get so long to fail by themselves
 TO_TELL = 60.0  # the same, where a test looks at what they have to say: on a crowded machine it takes long
 
@@ -39,7 +46,13 @@ class RankError(Exception):
     """A rank raised, was killed, or did not end in time; the text holds every failed rank's traceback, the first to fail first."""
 
 
-def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float = 100.0, grace: float = GRACE_SECONDS) -> list[Any]:
+def run_ranks(
+    n: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 100.0,
+    grace: float = GRACE_SECONDS,
+) -> list[Any]:
     """Call `function(accelerator, *args)` on `n` ranks; the results by rank. Raises RankError; returns within `timeout` seconds.
 
     Where a rank fails, the others have `grace` seconds to end.
@@ -51,7 +64,9 @@ def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float =
         running: dict[int, int] = {}  # rank -> process id
         try:
             for rank in range(n):
-                with warnings.catch_warnings():  # Python 3.12 warns of any fork of a process that has threads
+                with (
+                    warnings.catch_warnings()
+                ):  # Python 3.12 warns of any fork of a process that has threads
                     warnings.simplefilter("ignore", DeprecationWarning)
                     pid = os.fork()
                 if pid == 0:
@@ -63,15 +78,26 @@ def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float =
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
         if failures:
-            raise RankError("\n".join(f"rank {rank} of {n}: {text}" for rank, text in failures.items()))
+            raise RankError(
+                "\n".join(f"rank {rank} of {n}: {text}" for rank, text in failures.items())
+            )
         return [pickle.loads((folder / f"result_{rank}").read_bytes()) for rank in range(n)]
 
 
-def _be_a_rank(rank: int, n: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> NoReturn:
+def _be_a_rank(
+    rank: int,
+    n: int,
+    folder: Path,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    timeout: float,
+) -> NoReturn:
     """The child's whole life. It ends by `os._exit`: pytest's own clean-up belongs to the parent."""
     code = 1
     with contextlib.suppress(BaseException), open(folder / f"stack_{rank}", "w") as stack:
-        faulthandler.enable(file=stack)  # SIGABRT, which the parent sends to a rank that hangs, writes where it stands
+        faulthandler.enable(
+            file=stack
+        )  # SIGABRT, which the parent sends to a rank that hangs, writes where it stands
         try:
             result = pickle.dumps(function(_accelerator(rank, n, folder, timeout), *args))
             (folder / f"result_{rank}").write_bytes(result)
@@ -91,12 +117,22 @@ def _accelerator(rank: int, n: int, folder: Path, timeout: float) -> Accelerator
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(1)
     if n > 1:  # one rank is what `python train.py` is: no group at all
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1")
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE=str(n),
+            LOCAL_RANK=str(rank),
+            LOCAL_WORLD_SIZE=str(n),
+            MASTER_ADDR="127.0.0.1",
+        )
         if sys.platform == "linux":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's own name may not resolve
+            os.environ.setdefault(
+                "GLOO_SOCKET_IFNAME", "lo"
+            )  # the machine's own name may not resolve
         # A file to meet at, not a port: two tests at once cannot take each other's.
         meeting = f"file://{folder / 'meeting'}"
-        torch.distributed.init_process_group("gloo", meeting, datetime.timedelta(seconds=timeout), world_size=n, rank=rank)
+        torch.distributed.init_process_group(
+            "gloo", meeting, datetime.timedelta(seconds=timeout), world_size=n, rank=rank
+        )
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == n and accelerator.process_index == rank, accelerator.state
     return accelerator
@@ -118,9 +154,16 @@ def _wait(running: dict[int, int], folder: Path, timeout: float, grace: float) -
             del running[rank]
             if status or not (folder / f"result_{rank}").exists():
                 error, code = folder / f"error_{rank}", os.waitstatus_to_exitcode(status)
-                failures[rank] = error.read_text(encoding="utf-8") if error.exists() else f"ended with status {code}"
+                failures[rank] = (
+                    error.read_text(encoding="utf-8")
+                    if error.exists()
+                    else f"ended with status {code}"
+                )
                 if time.monotonic() + grace < deadline:
-                    deadline, late = time.monotonic() + grace, f"still ran {grace:g} s after rank {rank} had failed"
+                    deadline, late = (
+                        time.monotonic() + grace,
+                        f"still ran {grace:g} s after rank {rank} had failed",
+                    )
         time.sleep(0.002)
     return _in_order_of_failing(failures, folder)
 
@@ -136,7 +179,10 @@ def _abort(running: dict[int, int], folder: Path, why: str) -> dict[int, str]:
         else:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-    said = {rank: f"{why}; it stood at\n{(folder / f'stack_{rank}').read_text(encoding='utf-8')}" for rank in running}
+    said = {
+        rank: f"{why}; it stood at\n{(folder / f'stack_{rank}').read_text(encoding='utf-8')}"
+        for rank in running
+    }
     running.clear()
     return said
 

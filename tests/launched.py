@@ -25,11 +25,32 @@ from rows import json_of, words_of, write_split
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 240  # for anything to happen; on two idle cores a launch takes 8
 STEPS = 100
-SETTINGS = {"num_train_epochs": 4, "save_every": "5 steps", "log_every": "2 steps", "rank_timeout": 120, "tokens_per_micro_batch": 200}
+SETTINGS = {
+    "num_train_epochs": 4,
+    "save_every": "5 steps",
+    "log_every": "2 steps",
+    "rank_timeout": 120,
+    "tokens_per_micro_batch": 200,
+}
 SLOW, HELD = 0.25, 3.0  # seconds a step: 25 a run; 5 minutes a run
-NOT_OURS = ("SLURM_", "ACCELERATE_", "TORCHELASTIC_", "PET_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_")  # of another launch
+NOT_OURS = (
+    "SLURM_",
+    "ACCELERATE_",
+    "TORCHELASTIC_",
+    "PET_",
+    "RANK",
+    "LOCAL_",
+    "WORLD_SIZE",
+    "MASTER_",
+)  # of another launch
 LAUNCHERS = {
-    "accelerate": ["-m", "accelerate.commands.launch", "--quiet", "--config_file", f"{ROOT}/accelerate_configs/cpu_x2.yaml"],
+    "accelerate": [
+        "-m",
+        "accelerate.commands.launch",
+        "--quiet",
+        "--config_file",
+        f"{ROOT}/accelerate_configs/cpu_x2.yaml",
+    ],
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
 }
 
@@ -56,7 +77,9 @@ class Launch:
         self.out, self.file, self.ranks = out, folder / "said.txt", dict[int, psutil.Process]()
         self.first = self.step()
         with open(self.file, "w") as file:
-            self.launcher = subprocess.Popen(command, env=env, stdout=file, stderr=file, cwd=folder, start_new_session=True)
+            self.launcher = subprocess.Popen(
+                command, env=env, stdout=file, stderr=file, cwd=folder, start_new_session=True
+            )
 
     def said(self) -> str:
         return self.file.read_text(errors="replace")
@@ -71,12 +94,18 @@ class Launch:
     def step(self) -> int:
         """The last one that metrics.jsonl tells of."""
         path = self.out / "metrics.jsonl"
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+        lines = (
+            [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            if path.exists()
+            else []
+        )
         return int(lines[-1].split('"step": ')[1].split(",")[0]) if lines else 0
 
     def wait_for_steps(self, many: int) -> None:
         """Until the run is so many steps further than any before; its ranks are known then."""
-        until(lambda: self.launcher.poll() is not None or self.step() >= self.first + many, self.said)
+        until(
+            lambda: self.launcher.poll() is not None or self.step() >= self.first + many, self.said
+        )
         assert self.launcher.poll() is None, f"it has ended:\n{self.said()}"
         children = psutil.Process(self.launcher.pid).children()
         self.ranks = {int(child.environ()["RANK"]): child for child in children}
@@ -104,8 +133,17 @@ class Story:
     """One command that is launched again and again in one folder."""
 
     def __init__(self, launcher: str, model: Path, folder: Path, **settings: Any) -> None:
-        self.launcher, self.model, self.folder, self.settings = launcher, model, folder, {**SETTINGS, **settings}
-        self.files, self.out, self.pace = write_split(folder, 200, 12), folder / "out", folder / "pace"
+        self.launcher, self.model, self.folder, self.settings = (
+            launcher,
+            model,
+            folder,
+            {**SETTINGS, **settings},
+        )
+        self.files, self.out, self.pace = (
+            write_split(folder, 200, 12),
+            folder / "out",
+            folder / "pace",
+        )
         self.go(SLOW)
 
     def go(self, seconds: float) -> None:
@@ -120,11 +158,30 @@ class Story:
     def launch(self, other: str = "", where: str = ".", **env: str) -> Iterator[Launch]:
         """other: what rank 1 does differently. where: the folder to start it in, from which paths count."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)}
-        kept |= {"PYTHONPATH": str(ROOT), "HF_HOME": "/nonexistent", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
-        kept |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SECONDS), **env}  # a rank that is asked to stop has so long to save, not 30 s
-        program = [str(ROOT / "tests" / "slowed.py"), str(self.pace), other, "--", *self.words(self.out)]
+        kept |= {
+            "PYTHONPATH": str(ROOT),
+            "HF_HOME": "/nonexistent",
+            "ACCELERATE_USE_CPU": "true",
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        kept |= {
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SECONDS),
+            **env,
+        }  # a rank that is asked to stop has so long to save, not 30 s
+        program = [
+            str(ROOT / "tests" / "slowed.py"),
+            str(self.pace),
+            other,
+            "--",
+            *self.words(self.out),
+        ]
         (self.folder / where).mkdir(exist_ok=True)
-        launch = Launch([sys.executable, *LAUNCHERS[self.launcher], *program], kept, self.folder / where, self.out)
+        launch = Launch(
+            [sys.executable, *LAUNCHERS[self.launcher], *program],
+            kept,
+            self.folder / where,
+            self.out,
+        )
         try:
             yield launch
         finally:

@@ -22,7 +22,11 @@ def clean_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Sentences of 6 to 12 words that nobody else has, and two labels in equal parts."""
     random = np.random.default_rng([7, seed])
     texts = [
-        " ".join("".join(random.choice(LETTERS, size=random.integers(3, 9))) for _ in range(random.integers(6, 13))) for _ in range(count)
+        " ".join(
+            "".join(random.choice(LETTERS, size=random.integers(3, 9)))
+            for _ in range(random.integers(6, 13))
+        )
+        for _ in range(count)
     ]
     return [{"text": text, "label": ("bad", "good")[row % 2]} for row, text in enumerate(texts)]
 
@@ -40,17 +44,23 @@ def look(
     """Write the rows to files and look at them."""
     paths = {}
     for name, rows in (("train", train), ("validation", validation), ("test", test)):
-        paths[name] = str(write_rows(folder / f"{name}.{ending}", rows)) if rows is not None else None
+        paths[name] = (
+            str(write_rows(folder / f"{name}.{ending}", rows)) if rows is not None else None
+        )
     data = DataConfig(train_file=[paths["train"]], validation_file=paths["validation"], **settings)
     return check_data(data, test_file=paths["test"], tokenizer=tokenizer, max_length=max_length)
 
 
 def kinds(found: Inspection) -> list[tuple[str, str, str, int]]:
     """(kind, severity, split, count) of every finding, ranked."""
-    return [(finding.kind, finding.severity, finding.split, finding.count) for finding in found.findings]
+    return [
+        (finding.kind, finding.severity, finding.split, finding.count) for finding in found.findings
+    ]
 
 
 def the(found: Inspection, kind: str, split: str = "train") -> Finding:
     """The one finding of a kind in a split."""
-    (finding,) = [finding for finding in found.findings if (finding.kind, finding.split) == (kind, split)]
+    (finding,) = [
+        finding for finding in found.findings if (finding.kind, finding.split) == (kind, split)
+    ]
     return finding

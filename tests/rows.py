@@ -34,12 +34,16 @@ from bertdist.errors import DataError
 from bertdist.meter import MEASURED
 from bertdist.pieces import BadRow, Piece, Place
 
-EVERY_FAULT = bool(os.environ.get("BERTDIST_EVERY_FAULT"))  # else tests of faults take some, so that CI spends three minutes on them
+EVERY_FAULT = bool(
+    os.environ.get("BERTDIST_EVERY_FAULT")
+)  # else tests of faults take some, so that CI spends three minutes on them
 GOOD = "best fine fun good great warm".split()
 BAD = "bad dull poor worst boring".split()
 OTHER = "a an and but film is it movie not of so the this very was".split()
 
-Breaking = Callable[[Accelerator], None]  # called on every rank before a run: breaks a promise of the product there
+Breaking = Callable[
+    [Accelerator], None
+]  # called on every rank before a run: breaks a promise of the product there
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,16 @@ class MemoryRows:
                 raise DataError(f"{self.name} row {self.broken}: no more can be read.")
             columns = {name: [row[name] for row in some] for name in wanted}
             bad = BadRow(self.name, number, "no row", "")
-            yield Piece(columns, len(some), {"row": at, "piece": number}, partial(self._where, at), (bad,))
+            yield Piece(
+                columns, len(some), {"row": at, "piece": number}, partial(self._where, at), (bad,)
+            )
             at, number = at + len(some), number + 1
         yield Piece(
-            {name: [] for name in wanted}, 0, {"row": at, "piece": number}, partial(self._where, at), (BadRow(self.name, -1, "end", ""),)
+            {name: [] for name in wanted},
+            0,
+            {"row": at, "piece": number},
+            partial(self._where, at),
+            (BadRow(self.name, -1, "end", ""),),
         )
 
     def _where(self, first: int, row: int) -> str:
@@ -102,7 +112,9 @@ def make_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     rows = []
     for _ in range(count):
         label = ("negative", "positive")[random.integers(2)]
-        length = int(random.integers(2, 10)) if random.random() < 0.7 else int(random.integers(10, 41))
+        length = (
+            int(random.integers(2, 10)) if random.random() < 0.7 else int(random.integers(10, 41))
+        )
         moods = (GOOD, BAD) if label == "positive" else (BAD, GOOD)
         kinds = random.choice(3, size=length, p=[0.3, 0.05, 0.65])
         kinds[random.integers(length)] = 0
@@ -119,7 +131,9 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     else:
         with open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, delimiter="," if path.suffix == ".csv" else "\t", lineterminator="\n")
+            writer = csv.writer(
+                file, delimiter="," if path.suffix == ".csv" else "\t", lineterminator="\n"
+            )
             writer.writerows([list(rows[0]), *(row.values() for row in rows)])
     return path
 
@@ -128,13 +142,26 @@ def write_split(folder: Path, train: int, dev: int = 0, kind: str = "tsv") -> Fi
     """A file to learn from and, with dev, one to score."""
     folder.mkdir(parents=True, exist_ok=True)
     learned = write_rows(folder / f"train.{kind}", make_rows(train, seed=1))
-    return Files(learned, write_rows(folder / f"dev.{kind}", make_rows(dev, seed=2)) if dev else None)
+    return Files(
+        learned, write_rows(folder / f"dev.{kind}", make_rows(dev, seed=2)) if dev else None
+    )
 
 
 def words_of(model: Path, out: Path, files: Files, **settings: Any) -> list[str]:
     """The words of a command line, without the program; lists become several words, None leaves a setting out."""
-    usual = {"use_cpu": True, "learning_rate": 1e-3, "train_batch_size": 8, "dataloader_num_workers": 0, "log_every": "1 steps"}
-    paths = {"model_name_or_path": model, "output_dir": out, "train_file": files.train, "validation_file": files.dev}
+    usual = {
+        "use_cpu": True,
+        "learning_rate": 1e-3,
+        "train_batch_size": 8,
+        "dataloader_num_workers": 0,
+        "log_every": "1 steps",
+    }
+    paths = {
+        "model_name_or_path": model,
+        "output_dir": out,
+        "train_file": files.train,
+        "validation_file": files.dev,
+    }
     words = []
     for name, value in {**usual, **paths, **settings}.items():
         if value is not None:
@@ -145,7 +172,9 @@ def words_of(model: Path, out: Path, files: Files, **settings: Any) -> list[str]
 Seen = list[tuple[int, list[int]]]  # (step, this rank's rows) in the order they were trained
 
 
-def run_train(accelerator: Accelerator, words: Sequence[str], breaking: Breaking | None = None) -> tuple[Any, Seen, str]:
+def run_train(
+    accelerator: Accelerator, words: Sequence[str], breaking: Breaking | None = None
+) -> tuple[Any, Seen, str]:
     """Train on this rank; (progress, what was trained, what was said)."""
     _be_quick()
     if breaking is not None:
@@ -154,7 +183,9 @@ def run_train(accelerator: Accelerator, words: Sequence[str], breaking: Breaking
     take_step = train.take_step
 
     def watched(model: Any, optimizer: Any, step: Step, *rest: Any) -> Any:
-        seen.append((step.number, [row for batch in step.share for row in batch.rows.tolist() if row >= 0]))
+        seen.append(
+            (step.number, [row for batch in step.share for row in batch.rows.tolist() if row >= 0])
+        )
         return take_step(model, optimizer, step, *rest)
 
     train.take_step = watched
@@ -211,7 +242,10 @@ def _be_quick() -> None:
 
 
 def run_main(
-    accelerator: Accelerator, words: Sequence[str], breaking: Breaking | None = None, program: Any = train
+    accelerator: Accelerator,
+    words: Sequence[str],
+    breaking: Breaking | None = None,
+    program: Any = train,
 ) -> tuple[Any, str, str]:
     """The command line on this rank, with all that follows from it: (exit code, standard error, standard output)."""
     _be_quick()
@@ -219,7 +253,10 @@ def run_main(
         breaking(accelerator)
     sys.argv = [program.__name__, *words]
     code: Any = 0
-    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()) as answered:
+    with (
+        contextlib.redirect_stderr(io.StringIO()) as said,
+        contextlib.redirect_stdout(io.StringIO()) as answered,
+    ):
         try:
             program.main()
         except SystemExit as end:
@@ -240,13 +277,21 @@ def step_log(out: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """metrics.jsonl without what tells of the machine. kind None: the lines about steps, without the one about the process."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     wanted = ("train", "eval") if kind is None else (kind,)
-    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines if line["kind"] in wanted]
+    return [
+        {name: value for name, value in line.items() if name not in MEASURED}
+        for line in lines
+        if line["kind"] in wanted
+    ]
 
 
 def json_of(path: Path) -> Any:
     """One JSON file, or the lines of a .jsonl file."""
     text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    return (
+        [json.loads(line) for line in text.splitlines()]
+        if path.suffix == ".jsonl"
+        else json.loads(text)
+    )
 
 
 def checkpoints_of(out: Path) -> list[str]:
@@ -261,14 +306,24 @@ def last_checkpoint(out: Path) -> Path:
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a folder, by file and name."""
-    return {f"{path.name}: {name}": tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return {
+        f"{path.name}: {name}": tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     """Bit for bit."""
     assert one and one.keys() == other.keys()
-    differing = {name: (one[name] - other[name]).abs().max().item() for name in one if not torch.equal(one[name], other[name])}
-    assert not differing, f"{len(differing)} of {len(one)} tensors differ: {dict(list(differing.items())[:3])}"
+    differing = {
+        name: (one[name] - other[name]).abs().max().item()
+        for name in one
+        if not torch.equal(one[name], other[name])
+    }
+    assert not differing, (
+        f"{len(differing)} of {len(one)} tensors differ: {dict(list(differing.items())[:3])}"
+    )
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -276,7 +331,10 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert step_log(one) == step_log(other)
     assert step_log(one, "meter") == step_log(other, "meter")
     assert last_checkpoint(one).name == last_checkpoint(other).name
-    assert json_of(last_checkpoint(one) / "state.json")["progress"] == json_of(last_checkpoint(other) / "state.json")["progress"]
+    assert (
+        json_of(last_checkpoint(one) / "state.json")["progress"]
+        == json_of(last_checkpoint(other) / "state.json")["progress"]
+    )
     assert_same_tensors(tensors_of(last_checkpoint(one)), tensors_of(last_checkpoint(other)))
     assert_same_tensors(tensors_of(one / "best"), tensors_of(other / "best"))
     for name in ("predictions.jsonl", "evaluation.json"):

@@ -25,7 +25,12 @@ CHUNK = 1 << 16
 class File:
     """What stands behind a path: bytes, or a function of an interval and its size; an ETag where there is one."""
 
-    def __init__(self, body: bytes | Callable[[int, int], bytes], size: int | None = None, etag: str | None = '"1"') -> None:
+    def __init__(
+        self,
+        body: bytes | Callable[[int, int], bytes],
+        size: int | None = None,
+        etag: str | None = '"1"',
+    ) -> None:
         self.size = len(body) if isinstance(body, bytes) else size
         self.part = (lambda begin, end: body[begin:end]) if isinstance(body, bytes) else body
         self.etag = etag
@@ -38,8 +43,17 @@ class FaultyServer:
     (0: not). ranges: answer to Range. told: tell sizes, and not send chunks of unknown number. gets: (path, first byte) of every GET.
     """
 
-    def __init__(self, files: dict[str, File | bytes], *, ranges: bool = True, told: bool = True, heads: bool = True) -> None:
-        self.files = {path: file if isinstance(file, File) else File(file) for path, file in files.items()}
+    def __init__(
+        self,
+        files: dict[str, File | bytes],
+        *,
+        ranges: bool = True,
+        told: bool = True,
+        heads: bool = True,
+    ) -> None:
+        self.files = {
+            path: file if isinstance(file, File) else File(file) for path, file in files.items()
+        }
         self.ranges, self.told, self.heads = ranges, told, heads
         self.statuses: deque[int] = deque()
         self.drops: deque[int] = deque()
@@ -51,7 +65,9 @@ class FaultyServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler(self))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        )
         self._thread.start()
         return self
 
@@ -98,7 +114,11 @@ def handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
             if file is None:
                 return self.plain(404)
             assert file.size is not None
-            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if server.ranges else None
+            asked = (
+                re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+                if server.ranges
+                else None
+            )
             begin = int(asked[1]) if asked else 0
             end = min(int(asked[2]) + 1, file.size) if asked and asked[2] else file.size
             self.send_response(206 if asked else 200)
@@ -126,14 +146,19 @@ def handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
             if found is None:
                 gated, here = "gated/name" in self.path, "user/name" in self.path
                 self.send_response(403 if gated else 404)
-                self.send_header("X-Error-Code", "GatedRepo" if gated else "EntryNotFound" if here else "RepoNotFound")
+                self.send_header(
+                    "X-Error-Code",
+                    "GatedRepo" if gated else "EntryNotFound" if here else "RepoNotFound",
+                )
                 self.send_header("X-Repo-Commit", hub.sha)
             else:
                 self.send_response(200)
             self.send_json(found, body)
 
         def of_gcs(self, gcs: "FakeGcs", body: bool) -> None:
-            found = gcs.api(unquote(self.path.partition("?")[0]), dict(parse_qsl(self.path.partition("?")[2])))
+            found = gcs.api(
+                unquote(self.path.partition("?")[0]), dict(parse_qsl(self.path.partition("?")[2]))
+            )
             self.send_response(404 if found is None else 200)
             self.send_json(found, body)
 
@@ -166,7 +191,9 @@ def handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
 def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A boto3 client of an S3 that the environment leads to; skips where moto or s3fs are not installed."""
     s3fs = pytest.importorskip("s3fs", reason="needs s3fs (pip install -e '.[dev]')")
-    moto_server = pytest.importorskip("moto.server", reason="needs moto[server] (pip install -e '.[dev]')")
+    moto_server = pytest.importorskip(
+        "moto.server", reason="needs moto[server] (pip install -e '.[dev]')"
+    )
     boto3 = pytest.importorskip("boto3", reason="needs boto3, which comes with moto")
     server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -199,15 +226,33 @@ class FakeHub(FaultyServer):
 
     def api(self, path: str) -> Any:
         """What is at /api/...; None where there is nothing."""
-        if path in ("/api/datasets/user/name", *(f"/api/datasets/user/name/revision/{name}" for name in ("main", self.sha))):
+        if path in (
+            "/api/datasets/user/name",
+            *(f"/api/datasets/user/name/revision/{name}" for name in ("main", self.sha)),
+        ):
             siblings = [{"rfilename": name} for name in self.data_set]
-            return {"id": "user/name", "_id": "0", "sha": self.sha, "private": False, "gated": False, "tags": [], "siblings": siblings}
+            return {
+                "id": "user/name",
+                "_id": "0",
+                "sha": self.sha,
+                "private": False,
+                "gated": False,
+                "tags": [],
+                "siblings": siblings,
+            }
         if tree := re.fullmatch(r"/api/datasets/user/name/tree/(main|[0-9a-f]{40})/?(.*)", path):
-            inside = {name: body for name, body in self.data_set.items() if name.startswith(f"{tree[2]}/" if tree[2] else "")}
+            inside = {
+                name: body
+                for name, body in self.data_set.items()
+                if name.startswith(f"{tree[2]}/" if tree[2] else "")
+            }
             folders = sorted({name.rsplit("/", 1)[0] for name in inside if "/" in name} - {tree[2]})
-            entries = [{"type": "directory", "path": name, "oid": "0", "size": 0} for name in folders]
+            entries = [
+                {"type": "directory", "path": name, "oid": "0", "size": 0} for name in folders
+            ]
             return entries + [
-                {"type": "file", "path": name, "oid": f"{zlib.crc32(body):x}", "size": len(body)} for name, body in inside.items()
+                {"type": "file", "path": name, "oid": f"{zlib.crc32(body):x}", "size": len(body)}
+                for name, body in inside.items()
             ]
         return None
 
@@ -216,7 +261,9 @@ class FakeGcs(FaultyServer):
     """Google's storage with one bucket, `bucket`, for a gcsfs that has STORAGE_EMULATOR_HOST=url and FSSPEC_GS='{"token": "anon"}'."""
 
     def __init__(self, objects: dict[str, bytes]) -> None:
-        super().__init__({f"/download/storage/v1/b/bucket/o/{name}": body for name, body in objects.items()})
+        super().__init__(
+            {f"/download/storage/v1/b/bucket/o/{name}": body for name, body in objects.items()}
+        )
         self.objects = objects
 
     def api(self, path: str, query: dict[str, str]) -> Any:
@@ -224,8 +271,19 @@ class FakeGcs(FaultyServer):
         if path == "/storage/v1/b/bucket/o":
             prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "\0")
             inside = {name: name[len(prefix) :] for name in self.objects if name.startswith(prefix)}
-            folders = sorted({prefix + rest.partition(delimiter)[0] + delimiter for rest in inside.values() if delimiter in rest})
-            return {"items": [self.told_of(name) for name, rest in inside.items() if delimiter not in rest], "prefixes": folders}
+            folders = sorted(
+                {
+                    prefix + rest.partition(delimiter)[0] + delimiter
+                    for rest in inside.values()
+                    if delimiter in rest
+                }
+            )
+            return {
+                "items": [
+                    self.told_of(name) for name, rest in inside.items() if delimiter not in rest
+                ],
+                "prefixes": folders,
+            }
         name = path.removeprefix("/storage/v1/b/bucket/o/")
         return self.told_of(name) if name in self.objects else None
 

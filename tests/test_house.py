@@ -15,8 +15,33 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bertdist"
 
 FLOORS = [  # a module imports from lower floors only
     ["errors"],
-    ["words", "dropout", "embedding", "linear", "pieces", "places", "addresses", "findings", "label_noise", "beats", "anomaly"],
-    ["config", "scores", "slurm", "console", "attention_cpu", "text_files", "file_bytes", "columns", "ranks", "meter", "remote", "arrival"],
+    [
+        "words",
+        "dropout",
+        "embedding",
+        "linear",
+        "pieces",
+        "places",
+        "addresses",
+        "findings",
+        "label_noise",
+        "beats",
+        "anomaly",
+    ],
+    [
+        "config",
+        "scores",
+        "slurm",
+        "console",
+        "attention_cpu",
+        "text_files",
+        "file_bytes",
+        "columns",
+        "ranks",
+        "meter",
+        "remote",
+        "arrival",
+    ],
     ["command_line", "row_ends", "watchdog", "run_folder", "whole_folder", "hub_names"],
     ["separated", "json_lines", "guess", "parquet_files", "check_config"],
     ["file_rows"],
@@ -61,7 +86,16 @@ DOORS = {  # a third-party package comes in through these modules only, so that 
             separated tables text_files text_health
         """.split()
     ),
-    "xxhash": {"file_bytes", "file_rows", "hub", "joined", "records", "remote", "stream", "whole_folder"},
+    "xxhash": {
+        "file_bytes",
+        "file_rows",
+        "hub",
+        "joined",
+        "records",
+        "remote",
+        "stream",
+        "whole_folder",
+    },
     "huggingface_hub": {"hub_names"},
     "fsspec": {"addresses"},
     "aiohttp": {"addresses"},
@@ -99,14 +133,26 @@ def imports(package: Path, module: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             here = "." * node.level + (node.module or "")
             yield from (f"{here}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in {"importlib.import_module", "import_module", "__import__"}:
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in {
+            "importlib.import_module",
+            "import_module",
+            "__import__",
+        }:
             first = node.args[0] if node.args else None
-            yield str(first.value) if isinstance(first, ast.Constant) else f"{ast.unparse(node)}: an import that cannot be read"
+            yield (
+                str(first.value)
+                if isinstance(first, ast.Constant)
+                else f"{ast.unparse(node)}: an import that cannot be read"
+            )
 
 
 def hidden_packages(package: Path) -> list[str]:
     """Modules with the name of another package: `accelerate launch bertdist/train.py` puts bertdist/ first on sys.path."""
-    installed = {name for name, owners in importlib.metadata.packages_distributions().items() if set(owners) != {"bertdist"}}
+    installed = {
+        name
+        for name, owners in importlib.metadata.packages_distributions().items()
+        if set(owners) != {"bertdist"}
+    }
     return sorted(set(modules(package)) & (installed | sys.stdlib_module_names))
 
 
@@ -123,7 +169,9 @@ def imports_upwards(package: Path) -> list[str]:
             head, _, rest = name.partition(".")
             used = rest.partition(".")[0]
             own = head == "bertdist" and (used in LEVEL or (package / f"{used}.py").exists())
-            if name.startswith(".") or (own and LEVEL.get(used, len(FLOORS)) >= LEVEL.get(module, -1)):
+            if name.startswith(".") or (
+                own and LEVEL.get(used, len(FLOORS)) >= LEVEL.get(module, -1)
+            ):
                 found.append(f"{module} -> {name}")
     return found
 
@@ -133,7 +181,11 @@ def wrong_doors(package: Path) -> list[str]:
     found = []
     for module in modules(package):
         heads = {name.split(".")[0] for name in imports(package, module)} - OPEN
-        found += [f"{module} -> {head}" for head in sorted(heads) if head and module not in DOORS.get(head, set())]
+        found += [
+            f"{module} -> {head}"
+            for head in sorted(heads)
+            if head and module not in DOORS.get(head, set())
+        ]
     return found
 
 
@@ -147,7 +199,11 @@ def too_long(package: Path) -> list[str]:
         for node in ast.walk(tree(package, module)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 name, lines = f"{module}.{node.name}", (node.end_lineno or 0) - node.lineno + 1
-                found += [f"{name}: {lines} lines"] if lines > LONGER.get(name, MOST_LINES_OF_A_FUNCTION) else []
+                found += (
+                    [f"{name}: {lines} lines"]
+                    if lines > LONGER.get(name, MOST_LINES_OF_A_FUNCTION)
+                    else []
+                )
     return found
 
 
@@ -158,14 +214,23 @@ def undocumented(package: Path) -> list[str]:
         body = tree(package, module)
         found += [] if ast.get_docstring(body) else [module]
         for node in body.body:
-            named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_")
-            if named and not ast.get_docstring(node) and not _is_told_by_its_fields(node) and not _is_overload(node):
+            named = isinstance(
+                node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+            ) and not node.name.startswith("_")
+            if (
+                named
+                and not ast.get_docstring(node)
+                and not _is_told_by_its_fields(node)
+                and not _is_overload(node)
+            ):
                 found.append(f"{module}.{node.name}")
     return found
 
 
 def _is_overload(node: ast.AST) -> bool:
-    return any(ast.unparse(item).endswith("overload") for item in getattr(node, "decorator_list", []))
+    return any(
+        ast.unparse(item).endswith("overload") for item in getattr(node, "decorator_list", [])
+    )
 
 
 def _is_told_by_its_fields(node: ast.AST) -> bool:
@@ -176,7 +241,14 @@ def _is_told_by_its_fields(node: ast.AST) -> bool:
     return bool(fields) and len(helps) == len(fields)
 
 
-RULES: list[Callable[[Path], list[str]]] = [hidden_packages, homeless_modules, imports_upwards, wrong_doors, too_long, undocumented]
+RULES: list[Callable[[Path], list[str]]] = [
+    hidden_packages,
+    homeless_modules,
+    imports_upwards,
+    wrong_doors,
+    too_long,
+    undocumented,
+]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -201,20 +273,45 @@ BROKEN = [
     (hidden_packages, "datasets", GOOD, "datasets"),
     (hidden_packages, "logging", GOOD, "logging"),
     (homeless_modules, "helpers", GOOD, "helpers"),
-    (imports_upwards, "config", GOOD + "from bertdist.train import train", "config -> bertdist.train.train"),
+    (
+        imports_upwards,
+        "config",
+        GOOD + "from bertdist.train import train",
+        "config -> bertdist.train.train",
+    ),
     (imports_upwards, "config", GOOD + "from bertdist import train", "config -> bertdist.train"),
-    (imports_upwards, "config", GOOD + "def f():\n    import bertdist.train", "config -> bertdist.train"),
+    (
+        imports_upwards,
+        "config",
+        GOOD + "def f():\n    import bertdist.train",
+        "config -> bertdist.train",
+    ),
     (imports_upwards, "console", GOOD + "import bertdist.config", "console -> bertdist.config"),
     (imports_upwards, "config", GOOD + "from . import errors", "config -> ..errors"),
-    (imports_upwards, "config", GOOD + "import importlib\nimportlib.import_module('bertdist.train')", "config -> bertdist.train"),
-    (imports_upwards, "errors", '"""A module."""\nfrom bertdist.helpers import help_me', "errors -> bertdist.helpers.help_me"),
+    (
+        imports_upwards,
+        "config",
+        GOOD + "import importlib\nimportlib.import_module('bertdist.train')",
+        "config -> bertdist.train",
+    ),
+    (
+        imports_upwards,
+        "errors",
+        '"""A module."""\nfrom bertdist.helpers import help_me',
+        "errors -> bertdist.helpers.help_me",
+    ),
     (wrong_doors, "tasks", GOOD + "from transformers import AutoModel", "tasks -> transformers"),
     (wrong_doors, "tasks", GOOD + "def f():\n    import pandas as pd", "tasks -> pandas"),
     (too_long, "tasks", GOOD + "\n" * 300, "tasks: 306 lines"),
     (too_long, "tasks", GOOD + "def f():\n" + "    pass\n" * 60, "tasks.f: 61 lines"),
     (undocumented, "tasks", "import json", "tasks"),
     (undocumented, "tasks", GOOD + "class Task:\n    outputs: int", "tasks.Task"),
-    (undocumented, "tasks", GOOD + "class Task:\n    outputs: int = HfArg(help='Outputs.')\n    other: int", "tasks.Task"),
+    (
+        undocumented,
+        "tasks",
+        GOOD + "class Task:\n    outputs: int = HfArg(help='Outputs.')\n    other: int",
+        "tasks.Task",
+    ),
     (undocumented, "tasks", GOOD + "class Task(Protocol):\n    pass", "tasks.Task"),
     (undocumented, "tasks", GOOD + "def answer():\n    pass", "tasks.answer"),
 ]
@@ -228,7 +325,9 @@ def house(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("rule", "module", "text", "found"), BROKEN)
-def test_a_broken_rule_is_seen(rule: Callable[[Path], list[str]], module: str, text: str, found: str, house: Path) -> None:
+def test_a_broken_rule_is_seen(
+    rule: Callable[[Path], list[str]], module: str, text: str, found: str, house: Path
+) -> None:
     if "helpers" in found:
         (house / "helpers.py").write_text('"""A module without a floor."""\n')
     (house / f"{module}.py").write_text(text)
@@ -237,5 +336,7 @@ def test_a_broken_rule_is_seen(rule: Callable[[Path], list[str]], module: str, t
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_good_module_breaks_no_rule(rule: Callable[[Path], list[str]], house: Path) -> None:
-    (house / "config.py").write_text(GOOD + "class Section:\n    seed: int = HfArg(default=1, help='Decides the order.')\n")
+    (house / "config.py").write_text(
+        GOOD + "class Section:\n    seed: int = HfArg(default=1, help='Decides the order.')\n"
+    )
     assert rule(house) == []

@@ -1,8 +1,8 @@
 """One small run that tests kill, stop and damage in their own ways, and the same run that nobody has disturbed, to compare it with.
 
-    runs = Runs(tiny_model, folder)
-    run_ranks(2, run_train, runs.words(out), ...)          # disturbed, and started again
-    assert_same_run(out, runs.undisturbed(2))              # bit for bit
+runs = Runs(tiny_model, folder)
+run_ranks(2, run_train, runs.words(out), ...)          # disturbed, and started again
+assert_same_run(out, runs.undisturbed(2))              # bit for bit
 """
 
 from pathlib import Path
@@ -12,7 +12,13 @@ from forked import run_ranks
 from rows import json_of, run_train, words_of, write_split
 
 STEPS = 15  # 5 an epoch, 3 epochs; the last of an epoch has 6 rows instead of 8
-CADENCES = {"eval_every": "4 steps", "save_every": "3 steps", "log_every": "2 steps", "num_train_epochs": 3, "tokens_per_micro_batch": 60}
+CADENCES = {
+    "eval_every": "4 steps",
+    "save_every": "3 steps",
+    "log_every": "2 steps",
+    "num_train_epochs": 3,
+    "tokens_per_micro_batch": 60,
+}
 
 
 class Runs:
@@ -30,6 +36,10 @@ class Runs:
         if n not in self.straight:
             out = self.folder / f"undisturbed{n}"
             run_ranks(n, run_train, self.words(out))
-            assert json_of(out / "status.json") == {"state": "finished", "step": STEPS, "reason": ""}
+            assert json_of(out / "status.json") == {
+                "state": "finished",
+                "step": STEPS,
+                "reason": "",
+            }
             self.straight[n] = out
         return self.straight[n]

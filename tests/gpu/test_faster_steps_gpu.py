@@ -18,7 +18,10 @@ from bertdist.command_line import read_config
 from bertdist.graphed import GraphedStep, Taken
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-STEPS, REPLAYED = 20, 1 + 15  # a trial; and of 5 steps an epoch all but the smaller last, and the first of all, which makes AdamW's state
+STEPS, REPLAYED = (
+    20,
+    1 + 15,
+)  # a trial; and of 5 steps an epoch all but the smaller last, and the first of all, which makes AdamW's state
 ROUNDING = 0.02
 
 
@@ -43,7 +46,13 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def curve(model: Path, out: Path, files: Files, **settings: Any) -> Tensor:
     """The loss of each step."""
-    usual = {"use_cpu": None, "mixed_precision": "bf16", "num_train_epochs": 4, "dropout": 0, "warmup_steps": 3}
+    usual = {
+        "use_cpu": None,
+        "mixed_precision": "bf16",
+        "num_train_epochs": 4,
+        "dropout": 0,
+        "warmup_steps": 3,
+    }
     train.train(read_config(words_of(model, out, files, **{**usual, **settings})))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return torch.tensor([line["loss"] for line in lines if line["kind"] == "train"])
@@ -54,7 +63,9 @@ def far(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
 
 
-def taken_again(take: Callable[[], Taken], device: torch.device) -> tuple[Callable[[], None], Taken]:
+def taken_again(
+    take: Callable[[], Taken], device: torch.device
+) -> tuple[Callable[[], None], Taken]:
     """Instead of a capture: the same filled-up steps, launched one kernel at a time."""
     results = take()
 
@@ -65,12 +76,16 @@ def taken_again(take: Callable[[], Taken], device: torch.device) -> tuple[Callab
     return replay, results
 
 
-def test_replays_learn_what_eager_steps_learn(tiny_model: Path, files: Files, tmp_path: Path, replays: list[int]) -> None:
+def test_replays_learn_what_eager_steps_learn(
+    tiny_model: Path, files: Files, tmp_path: Path, replays: list[int]
+) -> None:
     eager = curve(tiny_model, tmp_path / "eager", files)
     assert not replays
     assert far(curve(tiny_model, tmp_path / "graphed", files, cuda_graphs=True), eager) < ROUNDING
     assert len(replays) == REPLAYED
-    assert far(curve(tiny_model, tmp_path / "slow", files, learning_rate=1e-4), eager) > 5 * ROUNDING  # the control
+    assert (
+        far(curve(tiny_model, tmp_path / "slow", files, learning_rate=1e-4), eager) > 5 * ROUNDING
+    )  # the control
 
 
 def test_dropout_of_a_replay_is_a_function_of_the_step(
@@ -84,13 +99,19 @@ def test_dropout_of_a_replay_is_a_function_of_the_step(
     assert far(once, again) < 1e-3
     assert len(set(once.tolist())) == STEPS and once.std() > ROUNDING
     monkeypatch.setattr(graphed, "capture_on_cuda", taken_again)
-    assert far(once, curve(tiny_model, tmp_path / "launched", same, **still)) < 1e-3  # the masks are those of the same step without a graph
+    assert (
+        far(once, curve(tiny_model, tmp_path / "launched", same, **still)) < 1e-3
+    )  # the masks are those of the same step without a graph
     other = curve(tiny_model, tmp_path / "other", same, **still, seed=43)
     assert far(once, other) > ROUNDING  # the control
 
 
 def test_a_run_with_replays_goes_on(
-    tiny_model: Path, files: Files, tmp_path: Path, replays: list[int], monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path,
+    files: Files,
+    tmp_path: Path,
+    replays: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = {"cuda_graphs": True, "dropout": 0.3, "save_every": "3 steps"}
     straight = curve(tiny_model, tmp_path / "straight", files, **settings)
@@ -111,7 +132,12 @@ def test_a_run_with_replays_goes_on(
 
 
 def test_a_capture_that_breaks_off_is_made_good(
-    tiny_model: Path, files: Files, tmp_path: Path, replays: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path,
+    files: Files,
+    tmp_path: Path,
+    replays: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In the midst of it, with the generator in use: the run ends as an eager one."""
     eager = curve(tiny_model, tmp_path / "eager", files, dropout=0.3)
@@ -125,7 +151,10 @@ def test_a_capture_that_breaks_off_is_made_good(
 
     monkeypatch.setattr(train, "take_step", breaking)
     broken = curve(tiny_model, tmp_path / "broken", files, dropout=0.3, cuda_graphs=True)
-    assert "--cuda_graphs cannot take effect, steps are taken eagerly: ValueError: in the midst of it" in capsys.readouterr().err
+    assert (
+        "--cuda_graphs cannot take effect, steps are taken eagerly: ValueError: in the midst of it"
+        in capsys.readouterr().err
+    )
     assert not replays and far(broken, eager) < ROUNDING
 
 
@@ -136,4 +165,7 @@ def test_compiled_layers_learn_what_eager_ones_learn(
     compiled = curve(tiny_model, tmp_path / "compiled", files, dropout=0.3, torch_compile=True)
     assert "--torch_compile: the layers are compiled (" in capsys.readouterr().err
     assert far(compiled, eager) < ROUNDING
-    assert far(curve(tiny_model, tmp_path / "other", files, dropout=0.3, seed=43), eager) > 5 * ROUNDING  # the control
+    assert (
+        far(curve(tiny_model, tmp_path / "other", files, dropout=0.3, seed=43), eager)
+        > 5 * ROUNDING
+    )  # the control

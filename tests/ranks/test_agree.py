@@ -58,13 +58,24 @@ def no_state() -> None:
         (3, 1, no_file, "bertdist: rank 1: train.tsv: no such file."),
         (2, 1, no_model, "bertdist: rank 1: weights.bin: gone."),
         (2, 0, full_disk, "step_000002: "),
-        (2, 0, full_disk_for_best, "best: No space left on device. What was there before is untouched."),
+        (
+            2,
+            0,
+            full_disk_for_best,
+            "best: No space left on device. What was there before is untouched.",
+        ),
     ],
 )
 def test_one_ranks_error_ends_all_with_one_message(
     tiny_model: Path, tmp_path: Path, n: int, rank: int, act: Callable[[], None], said: str
 ) -> None:
-    words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 20, 6), max_train_steps=4, save_every="2 steps")
+    words = words_of(
+        tiny_model,
+        tmp_path / "out",
+        write_split(tmp_path, 20, 6),
+        max_train_steps=4,
+        save_every="2 steps",
+    )
     first, *others = run_ranks(n, run_main, words, on_rank(rank, act))
     assert first[0] == 1 and others == [(1, "", "")] * (n - 1)
     complaints = [line for line in first[1].splitlines() if line.startswith("bertdist: ")]
@@ -73,16 +84,32 @@ def test_one_ranks_error_ends_all_with_one_message(
 
 
 def test_a_rank_that_cannot_see_the_checkpoint_ends_all(tiny_model: Path, tmp_path: Path) -> None:
-    words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 20), max_train_steps=4, save_every="2 steps")
+    words = words_of(
+        tiny_model,
+        tmp_path / "out",
+        write_split(tmp_path, 20),
+        max_train_steps=4,
+        save_every="2 steps",
+    )
     run_ranks(2, run_train, words)
     first, other = run_ranks(2, run_main, words, on_rank(1, no_state))
-    assert first[0] == 1 and first[1].endswith("bertdist: rank 1: step_000002 is not to be seen from here.\n") and other == (1, "", "")
+    assert (
+        first[0] == 1
+        and first[1].endswith("bertdist: rank 1: step_000002 is not to be seen from here.\n")
+        and other == (1, "", "")
+    )
 
 
-def test_the_same_error_on_all_ranks_is_told_once_and_names_no_rank(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_same_error_on_all_ranks_is_told_once_and_names_no_rank(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 20), label_column="lable")
     first, other = run_ranks(2, run_main, words)
-    assert first[0] == 1 and first[1].count("bertdist: train.tsv line 1: there is no column 'lable'") == 1 and "rank" not in first[1]
+    assert (
+        first[0] == 1
+        and first[1].count("bertdist: train.tsv line 1: there is no column 'lable'") == 1
+        and "rank" not in first[1]
+    )
     assert other == (1, "", "")
 
 
@@ -97,25 +124,40 @@ def test_without_agreement_the_others_are_left_alone(tiny_model: Path, tmp_path:
 
     words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 20, 6), max_train_steps=4)
     first, second = run_ranks(2, run_main, words, alone)
-    assert first[0] == second[0] == 1 and "bertdist: " not in first[1], "rank 0 learns of it from its broken connection"
+    assert first[0] == second[0] == 1 and "bertdist: " not in first[1], (
+        "rank 0 learns of it from its broken connection"
+    )
     assert second[1].endswith("bertdist: rank 1: train.tsv: no such file.\n")
 
 
-def test_a_folder_that_cannot_be_made_ends_all_with_one_message(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_ends_all_with_one_message(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     """Rank 0 alone makes the run's folder."""
     (tmp_path / "file").write_text("")
-    words = words_of(tiny_model, tmp_path / "file" / "out", write_split(tmp_path, 20), max_train_steps=4)
+    words = words_of(
+        tiny_model, tmp_path / "file" / "out", write_split(tmp_path, 20), max_train_steps=4
+    )
     first, other = run_ranks(2, run_main, words)
-    assert first[0] == 1 and len(first[1].splitlines()) == 1 and str(tmp_path / "file" / "out") in first[1]
+    assert (
+        first[0] == 1
+        and len(first[1].splitlines()) == 1
+        and str(tmp_path / "file" / "out") in first[1]
+    )
     assert other == (1, "", "")
 
 
-def test_a_file_that_cannot_be_written_ends_all_with_one_message(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_ends_all_with_one_message(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     """Rank 0 alone writes config.yaml."""
     (tmp_path / "out" / "config.yaml").mkdir(parents=True)
     words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 20), max_train_steps=4)
     first, other = run_ranks(2, run_main, words)
-    assert first[0] == 1 and f"Cannot write {tmp_path / 'out' / 'config.yaml'}" in first[1].splitlines()[-1]
+    assert (
+        first[0] == 1
+        and f"Cannot write {tmp_path / 'out' / 'config.yaml'}" in first[1].splitlines()[-1]
+    )
     assert other == (1, "", "")
 
 
@@ -131,9 +173,13 @@ def test_an_error_of_our_own_on_one_rank_hangs_nobody(tiny_model: Path, tmp_path
         train.take_step = broken
 
     words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 20, 6), max_train_steps=4)
-    with pytest.raises(RankError, match=r"^rank 1 of 3: Traceback(.|\n)*RuntimeError: stumbled") as ended:
+    with pytest.raises(
+        RankError, match=r"^rank 1 of 3: Traceback(.|\n)*RuntimeError: stumbled"
+    ) as ended:
         run_ranks(3, run_train, words, on_rank(1, stumble), grace=TO_TELL)
-    assert "still ran" not in str(ended.value) and "did not end" not in str(ended.value), ended.value
+    assert "still ran" not in str(ended.value) and "did not end" not in str(ended.value), (
+        ended.value
+    )
     assert json_of(tmp_path / "out" / "status.json")["state"] == "failed"
 
 
@@ -148,7 +194,9 @@ def models_left_at_the_end(accelerator: Accelerator, words: list[str], keep: boo
     end_training = Accelerator.end_training
 
     def watched(self: Accelerator) -> None:
-        left.extend(thing for thing in gc.get_objects() if isinstance(thing, DistributedDataParallel))
+        left.extend(
+            thing for thing in gc.get_objects() if isinstance(thing, DistributedDataParallel)
+        )
         if keep:
             os._exit(len(left))  # before what is left is freed, which may hang
         end_training(self)
@@ -188,7 +236,9 @@ def stop_at_step_2() -> None:
 
 
 @pytest.mark.parametrize(("n", "rank"), [(2, 0), (3, 2)])
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(tiny_model: Path, tmp_path: Path, n: int, rank: int) -> None:
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(
+    tiny_model: Path, tmp_path: Path, n: int, rank: int
+) -> None:
     words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 40), save_every="never")
     results = run_ranks(n, run_main, words, on_rank(rank, stop_at_step_2))
     assert [code for code, _, _ in results] == [75] * n

@@ -5,7 +5,19 @@ from typing import Any
 
 import pytest
 from forked import RankError, run_ranks
-from rows import Files, at_step, die, json_of, last_checkpoint, make_rows, run_train, tensors_of, words_of, write_rows, write_split
+from rows import (
+    Files,
+    at_step,
+    die,
+    json_of,
+    last_checkpoint,
+    make_rows,
+    run_train,
+    tensors_of,
+    words_of,
+    write_rows,
+    write_split,
+)
 
 STEPS = {"num_train_epochs": 2, "save_every": "2 steps", "eval_every": "5 steps"}
 
@@ -25,24 +37,45 @@ def begun(model: Path, files: Files, out: Path, n: int = 1, **settings: Any) -> 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("n", [1, 2])
-def test_data_that_grew_is_refused_and_then_accepted(tiny_model: Path, files: Files, tmp_path: Path, n: int, stream: bool) -> None:
-    words = begun(tiny_model, files, tmp_path / "out", n, **({"streaming": True, "stream_window": 16} if stream else {}))
-    before = {path: path.read_bytes() for path in (tmp_path / "out" / "checkpoints").rglob("*") if path.is_file()}
+def test_data_that_grew_is_refused_and_then_accepted(
+    tiny_model: Path, files: Files, tmp_path: Path, n: int, stream: bool
+) -> None:
+    words = begun(
+        tiny_model,
+        files,
+        tmp_path / "out",
+        n,
+        **({"streaming": True, "stream_window": 16} if stream else {}),
+    )
+    before = {
+        path: path.read_bytes()
+        for path in (tmp_path / "out" / "checkpoints").rglob("*")
+        if path.is_file()
+    }
     write_rows(files.train, make_rows(38, seed=1) + make_rows(10, seed=5))
     with pytest.raises(RankError) as caught:
         run_ranks(n, run_train, words)
     assert "training_rows" in str(caught.value) and "(--accept_changed_data)" in str(caught.value)
-    assert {path: path.read_bytes() for path in before} == before, "refused without touching anything"
+    assert {path: path.read_bytes() for path in before} == before, (
+        "refused without touching anything"
+    )
     ((progress, seen, said), *_) = run_ranks(n, run_train, [*words, "--accept_changed_data"])
     assert "Other settings than when it was written:" in said
-    assert "accepted: in the epoch that was begun rows may come twice or not at all, in later ones once" in said
+    assert (
+        "accepted: in the epoch that was begun rows may come twice or not at all, in later ones once"
+        in said
+    )
     assert progress.finished and progress.step == 12, "two epochs of 48 rows"
     assert seen[0][0] == 6, "the steps that were done stay done"
 
 
-def test_data_that_did_not_change_needs_no_flag_and_the_flag_changes_nothing(tiny_model: Path, files: Files, tmp_path: Path) -> None:
+def test_data_that_did_not_change_needs_no_flag_and_the_flag_changes_nothing(
+    tiny_model: Path, files: Files, tmp_path: Path
+) -> None:
     run_ranks(1, run_train, begun(tiny_model, files, tmp_path / "a"))
-    ((_, _, said),) = run_ranks(1, run_train, [*begun(tiny_model, files, tmp_path / "b"), "--accept_changed_data"])
+    ((_, _, said),) = run_ranks(
+        1, run_train, [*begun(tiny_model, files, tmp_path / "b"), "--accept_changed_data"]
+    )
     assert "Other settings" not in said
     one, other = (tensors_of(last_checkpoint(tmp_path / name)) for name in "ab")
     assert all(bool((one[name] == other[name]).all()) for name in one)
@@ -59,17 +92,23 @@ def test_data_that_did_not_change_needs_no_flag_and_the_flag_changes_nothing(tin
         {"num_train_epochs": 3},
     ],
 )
-def test_what_would_break_a_promise_is_refused_on_all_ranks(tiny_model: Path, files: Files, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_what_would_break_a_promise_is_refused_on_all_ranks(
+    tiny_model: Path, files: Files, tmp_path: Path, change: dict[str, Any]
+) -> None:
     begun(tiny_model, files, tmp_path / "out")
     words = words_of(tiny_model, tmp_path / "out", files, **{**STEPS, **change})
     with pytest.raises(RankError) as caught:
         run_ranks(2, run_train, words)
     (name,) = change
     name = {"label_names": "labels", "num_train_epochs": "total_steps"}.get(name, name)
-    assert str(caught.value).count(f"\n  {name} ") == 2 and "belongs to another run. What differs:" in str(caught.value)
+    assert str(caught.value).count(
+        f"\n  {name} "
+    ) == 2 and "belongs to another run. What differs:" in str(caught.value)
 
 
-def test_a_longer_run_at_a_constant_rate_is_the_run_that_was_long_from_the_start(tiny_model: Path, files: Files, tmp_path: Path) -> None:
+def test_a_longer_run_at_a_constant_rate_is_the_run_that_was_long_from_the_start(
+    tiny_model: Path, files: Files, tmp_path: Path
+) -> None:
     def words(out: str, epochs: int, **more: Any) -> list[str]:
         settings = {**STEPS, "num_train_epochs": epochs, "lr_scheduler_type": "constant", **more}
         return words_of(tiny_model, tmp_path / out, files, **settings)
@@ -80,17 +119,35 @@ def test_a_longer_run_at_a_constant_rate_is_the_run_that_was_long_from_the_start
     assert progress.finished and [step for step, _ in seen] == list(range(5, 10))
     run_ranks(1, run_train, words("b", 2))
     one, other = (tensors_of(last_checkpoint(tmp_path / name)) for name in "ab")
-    assert one.keys() == other.keys() and all(bool((one[name] == other[name]).all()) for name in one)
+    assert one.keys() == other.keys() and all(
+        bool((one[name] == other[name]).all()) for name in one
+    )
     run_ranks(1, run_train, words("c", 2, lr_scheduler_type="linear"))  # the control
-    assert any(bool((tensor != other[name]).any()) for name, tensor in tensors_of(last_checkpoint(tmp_path / "c")).items())
+    assert any(
+        bool((tensor != other[name]).any())
+        for name, tensor in tensors_of(last_checkpoint(tmp_path / "c")).items()
+    )
 
 
-def test_scores_of_other_rows_or_another_kind_do_not_compare(tiny_model: Path, files: Files, tmp_path: Path) -> None:
+def test_scores_of_other_rows_or_another_kind_do_not_compare(
+    tiny_model: Path, files: Files, tmp_path: Path
+) -> None:
     """Accuracy 0.8 would never be beaten by an f1 of 0.6: best/ would stay for ever."""
-    words = begun(tiny_model, files, tmp_path / "out", eval_every="2 steps", metric_for_best_model="accuracy")
-    ((progress, _, said),) = run_ranks(1, run_train, [*words, "--metric_for_best_model", "f1_macro"])
-    assert "metric_for_best_model  accuracy  f1_macro  scores do not compare: the next evaluation is the best so far" in said
+    words = begun(
+        tiny_model, files, tmp_path / "out", eval_every="2 steps", metric_for_best_model="accuracy"
+    )
+    ((progress, _, said),) = run_ranks(
+        1, run_train, [*words, "--metric_for_best_model", "f1_macro"]
+    )
+    assert (
+        "metric_for_best_model  accuracy  f1_macro  scores do not compare: the next evaluation is the best so far"
+        in said
+    )
     best = json_of(tmp_path / "out" / "evaluation.json")
-    later = [line for line in json_of(tmp_path / "out" / "metrics.jsonl") if line["kind"] == "eval" and line["step"] > 6]
+    later = [
+        line
+        for line in json_of(tmp_path / "out" / "metrics.jsonl")
+        if line["kind"] == "eval" and line["step"] > 6
+    ]
     assert progress.best_step > 6 and best["step"] == progress.best_step
     assert best["scores"]["f1_macro"] == max(line["f1_macro"] for line in later)

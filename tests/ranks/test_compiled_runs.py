@@ -13,7 +13,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 from forked import RankError, run_ranks
-from rows import Breaking, Files, assert_same_run, run_train, step_log, tensors_of, words_of, write_split
+from rows import (
+    Breaking,
+    Files,
+    assert_same_run,
+    run_train,
+    step_log,
+    tensors_of,
+    words_of,
+    write_split,
+)
 
 from bertdist import dropout, train
 
@@ -29,7 +38,9 @@ SAID = "--torch_compile: the layers are compiled ("
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Inductor's own, so that each session compiles once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch._inductor.config.cpp, "vec_isa_ok", True)  # trying each of the CPU's instruction sets takes as long again
+        patch.setattr(
+            torch._inductor.config.cpp, "vec_isa_ok", True
+        )  # trying each of the CPU's instruction sets takes as long again
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
 
@@ -44,19 +55,31 @@ def words(tiny_model: Path, files: Files) -> Callable[..., list[str]]:
     """A run with dropout, cut into micro-batches of ever other sizes."""
 
     def given(out: Path, **settings: Any) -> list[str]:
-        usual = {"num_train_epochs": 2, "dropout": 0.3, "tokens_per_micro_batch": 60, "save_every": "3 steps", "torch_compile": True}
+        usual = {
+            "num_train_epochs": 2,
+            "dropout": 0.3,
+            "tokens_per_micro_batch": 60,
+            "save_every": "3 steps",
+            "torch_compile": True,
+        }
         return words_of(tiny_model, out, files, **{**usual, **settings})
 
     return given
 
 
-def compiled_run(accelerator: Accelerator, words: list[str], breaking: Breaking | None = None) -> tuple[str, int, int]:
+def compiled_run(
+    accelerator: Accelerator, words: list[str], breaking: Breaking | None = None
+) -> tuple[str, int, int]:
     """What was said; graphs that were made of the layers' Python code; graphs that inductor was given, forward and backward."""
     from torch._dynamo.utils import counters
 
     counters.clear()  # what the tests before have counted in the process that this one is a fork of
     said = run_train(accelerator, words, breaking)[2]
-    return said, counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_hit"] + counters["inductor"]["fxgraph_cache_miss"]
+    return (
+        said,
+        counters["stats"]["unique_graphs"],
+        counters["inductor"]["fxgraph_cache_hit"] + counters["inductor"]["fxgraph_cache_miss"],
+    )
 
 
 def far(one: Path, other: Path) -> float:
@@ -64,7 +87,9 @@ def far(one: Path, other: Path) -> float:
     lines = list(zip(step_log(one), step_log(other), strict=True))
     assert [a["step"] for a, _ in lines] == [b["step"] for _, b in lines]
     assert max(a["step"] for a, _ in lines) == STEPS
-    norms = [abs(a["grad_norm"] - b["grad_norm"]) / b["grad_norm"] for a, b in lines if "grad_norm" in b]
+    norms = [
+        abs(a["grad_norm"] - b["grad_norm"]) / b["grad_norm"] for a, b in lines if "grad_norm" in b
+    ]
     assert len(norms) == STEPS
     return max(*norms, *(abs(a["loss"] - b["loss"]) for a, b in lines))
 
@@ -86,10 +111,14 @@ def compiled(words: Callable[..., list[str]], tmp_path_factory: pytest.TempPathF
     return out
 
 
-def test_the_loss_curve_is_the_eager_one(compiled: Path, eager: Path, words: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_the_loss_curve_is_the_eager_one(
+    compiled: Path, eager: Path, words: Callable[..., list[str]], tmp_path: Path
+) -> None:
     assert far(compiled, eager) < 2e-5
     assert tensors_of(compiled / "best").keys() == tensors_of(eager / "best").keys()
-    assert (compiled / "best" / "config.json").read_text() == (eager / "best" / "config.json").read_text()
+    assert (compiled / "best" / "config.json").read_text() == (
+        eager / "best" / "config.json"
+    ).read_text()
 
     def other_masks(accelerator: Accelerator) -> None:
         dropout._mask = lambda noise, shape, p: torch.rand(shape) >= p
@@ -98,16 +127,22 @@ def test_the_loss_curve_is_the_eager_one(compiled: Path, eager: Path, words: Cal
     assert far(tmp_path / "out", eager) > 0.01  # the control
 
 
-def test_two_ranks_learn_it_too(words: Callable[..., list[str]], eager: Path, tmp_path: Path) -> None:
+def test_two_ranks_learn_it_too(
+    words: Callable[..., list[str]], eager: Path, tmp_path: Path
+) -> None:
     for said, graphs, lowered in run_ranks(2, compiled_run, words(tmp_path / "out")):
         assert said.count(SAID) <= 1 and (graphs, lowered) == (1, 2)
     assert far(tmp_path / "out", eager) < 2e-5
 
 
-def test_resume_equals_uninterrupted(compiled: Path, words: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_resume_equals_uninterrupted(
+    compiled: Path, words: Callable[..., list[str]], tmp_path: Path
+) -> None:
     def dying(accelerator: Accelerator) -> None:
         seed_dropout = train.seed_dropout
-        train.seed_dropout = lambda seed, step, rank: seed_dropout(seed, step, rank) if step < 7 else os._exit(9)
+        train.seed_dropout = lambda seed, step, rank: (
+            seed_dropout(seed, step, rank) if step < 7 else os._exit(9)
+        )
 
     with pytest.raises(RankError, match="ended with status 9"):
         run_ranks(1, run_train, words(tmp_path / "out"), dying)
@@ -115,15 +150,27 @@ def test_resume_equals_uninterrupted(compiled: Path, words: Callable[..., list[s
     assert_same_run(tmp_path / "out", compiled)
 
 
-def test_without_a_compiler_and_a_gpu_the_run_is_the_eager_one(words: Callable[..., list[str]], eager: Path, tmp_path: Path) -> None:
+def test_without_a_compiler_and_a_gpu_the_run_is_the_eager_one(
+    words: Callable[..., list[str]], eager: Path, tmp_path: Path
+) -> None:
     def no_compiler(accelerator: Accelerator) -> None:
         import torch._inductor.config
 
         torch._inductor.config.cpp.cxx = (str(tmp_path / "no_such_compiler"),)
         torch._inductor.config.force_disable_caches = True
 
-    ((said, *_),) = run_ranks(1, compiled_run, words(tmp_path / "out", cuda_graphs=True), no_compiler)
-    assert said.count("\n--cuda_graphs cannot take effect, steps are taken eagerly: it needs a CUDA GPU, and this run is on cpu.\n") == 1
+    ((said, *_),) = run_ranks(
+        1, compiled_run, words(tmp_path / "out", cuda_graphs=True), no_compiler
+    )
+    assert (
+        said.count(
+            "\n--cuda_graphs cannot take effect, steps are taken eagerly: it needs a CUDA GPU, and this run is on cpu.\n"
+        )
+        == 1
+    )
     (line,) = (line for line in said.splitlines() if "--torch_compile" in line)
-    assert line.startswith("--torch_compile cannot take effect, the layers run eagerly: ") and "no_such_compiler" in line
+    assert (
+        line.startswith("--torch_compile cannot take effect, the layers run eagerly: ")
+        and "no_such_compiler" in line
+    )
     assert_same_run(tmp_path / "out", eager)

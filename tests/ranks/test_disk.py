@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 from forked import RankError, run_ranks
-from rows import Files, assert_same_run, checkpoints_of, json_of, run_train, words_of, write_rows, write_split
+from rows import (
+    Files,
+    assert_same_run,
+    checkpoints_of,
+    json_of,
+    run_train,
+    words_of,
+    write_rows,
+    write_split,
+)
 
 from bertdist import begin, console, train
 from bertdist.whole_folder import damage_of
@@ -53,58 +62,109 @@ def full() -> None:
 
 @pytest.mark.parametrize("log_every", ["1 steps", "10 steps"])
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_disk_that_fills_up_ends_all_ranks_with_one_error(tiny_model: Path, files: Files, tmp_path: Path, n: int, log_every: str) -> None:
+def test_a_disk_that_fills_up_ends_all_ranks_with_one_error(
+    tiny_model: Path, files: Files, tmp_path: Path, n: int, log_every: str
+) -> None:
     """The log line of step 6 fails, or best/ after step 8."""
     out = tmp_path / "out"
     words = words_of(
-        tiny_model, out, files, **{**SETTINGS, "log_every": log_every, "save_every": "3 steps" if "1 " in log_every else "9 steps"}
+        tiny_model,
+        out,
+        files,
+        **{
+            **SETTINGS,
+            "log_every": log_every,
+            "save_every": "3 steps" if "1 " in log_every else "9 steps",
+        },
     )
     with pytest.raises(RankError) as caught:
         run_ranks(n, run_train, words, on_rank_0_before(5, full))
-    assert str(caught.value).count("errors.CheckpointError: ") == n, "every rank, with the same kind of error"
+    assert str(caught.value).count("errors.CheckpointError: ") == n, (
+        "every rank, with the same kind of error"
+    )
     assert "File too large" in str(caught.value) and "Connection closed" not in str(caught.value)
     assert json_of(out / "status.json")["state"] == "failed"
-    assert all(damage_of(out / "checkpoints" / name) is None for name in checkpoints_of(out) if not name.startswith("."))
+    assert all(
+        damage_of(out / "checkpoints" / name) is None
+        for name in checkpoints_of(out)
+        if not name.startswith(".")
+    )
     run_ranks(n, run_train, words)  # there is room again
     straight = words_of(
         tiny_model,
         tmp_path / "straight",
         files,
-        **{**SETTINGS, "log_every": log_every, "save_every": words[words.index("--save_every") + 1]},
+        **{
+            **SETTINGS,
+            "log_every": log_every,
+            "save_every": words[words.index("--save_every") + 1],
+        },
     )
     run_ranks(n, run_train, straight)
     assert_same_run(out, tmp_path / "straight")
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_a_folder_that_vanishes_ends_all_ranks_with_one_error(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
+def test_a_folder_that_vanishes_ends_all_ranks_with_one_error(
+    tiny_model: Path, files: Files, tmp_path: Path, n: int
+) -> None:
     out = tmp_path / "out"
     with pytest.raises(RankError) as caught:
-        run_ranks(n, run_train, words_of(tiny_model, out, files, **SETTINGS), on_rank_0_before(5, lambda: shutil.rmtree(out)))
-    assert str(caught.value).count(f"CheckpointError: rank 0: Cannot write {out}: No such file or directory.") == (n if n > 1 else 0)
+        run_ranks(
+            n,
+            run_train,
+            words_of(tiny_model, out, files, **SETTINGS),
+            on_rank_0_before(5, lambda: shutil.rmtree(out)),
+        )
+    assert str(caught.value).count(
+        f"CheckpointError: rank 0: Cannot write {out}: No such file or directory."
+    ) == (n if n > 1 else 0)
     assert f"Cannot write {out}: No such file or directory." in str(caught.value)
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_bad_rows_that_cannot_be_written_end_all_ranks(tiny_model: Path, tmp_path: Path, n: int) -> None:
+def test_bad_rows_that_cannot_be_written_end_all_ranks(
+    tiny_model: Path, tmp_path: Path, n: int
+) -> None:
     """A stream finds its bad row in the midst of the run."""
-    path = write_rows(tmp_path / "train.jsonl", [{"text": "good film", "label": label} for label in ("no", "yes") * 20])
+    path = write_rows(
+        tmp_path / "train.jsonl",
+        [{"text": "good film", "label": label} for label in ("no", "yes") * 20],
+    )
     with open(path, "a") as file:
         file.write("no json at all " * 30 + "\n")
     out = tmp_path / "out"
-    stream = {"streaming": True, "stream_window": 8, "on_bad_row": "skip", "max_train_steps": 9, "label_names": ["no", "yes"]}
-    words = words_of(tiny_model, out, Files(path), eval_every=None, save_every="never", log_every="never", **stream)
+    stream = {
+        "streaming": True,
+        "stream_window": 8,
+        "on_bad_row": "skip",
+        "max_train_steps": 9,
+        "label_names": ["no", "yes"],
+    }
+    words = words_of(
+        tiny_model,
+        out,
+        Files(path),
+        eval_every=None,
+        save_every="never",
+        log_every="never",
+        **stream,
+    )
     with pytest.raises(RankError) as caught:
         run_ranks(n, run_train, words, on_rank_0_before(2, full))
     assert str(caught.value).count("errors.DataError: ") == n
     assert f"Cannot write {out / 'bad_rows.jsonl'}: File too large." in str(caught.value)
 
 
-def test_without_agreement_the_others_would_wait_or_see_a_closed_connection(tiny_model: Path, files: Files, tmp_path: Path) -> None:
+def test_without_agreement_the_others_would_wait_or_see_a_closed_connection(
+    tiny_model: Path, files: Files, tmp_path: Path
+) -> None:
     """The control: a log that rank 0 alone fails in."""
 
     def alone(accelerator: Accelerator) -> None:
-        train.open_log = lambda folder, accelerator: console.RunLog(folder, accelerator.is_main_process)
+        train.open_log = lambda folder, accelerator: console.RunLog(
+            folder, accelerator.is_main_process
+        )
 
     def breaking(accelerator: Accelerator) -> None:
         alone(accelerator)
@@ -117,7 +177,9 @@ def test_without_agreement_the_others_would_wait_or_see_a_closed_connection(tiny
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_lines_of_the_log_are_on_the_disk_before_a_checkpoint_is_there(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
+def test_lines_of_the_log_are_on_the_disk_before_a_checkpoint_is_there(
+    tiny_model: Path, files: Files, tmp_path: Path, n: int
+) -> None:
     """A power cut can undo what was not flushed. Whole runs; single calls are in runs/test_every_call.py."""
     out, calls = tmp_path / "out", tmp_path / "calls"
 
@@ -125,7 +187,11 @@ def test_lines_of_the_log_are_on_the_disk_before_a_checkpoint_is_there(tiny_mode
         fsync, rename = os.fsync, os.rename
 
         def note(what: str) -> None:
-            lines = (out / "metrics.jsonl").read_text().count("\n") if (out / "metrics.jsonl").exists() else 0
+            lines = (
+                (out / "metrics.jsonl").read_text().count("\n")
+                if (out / "metrics.jsonl").exists()
+                else 0
+            )
             with open(calls, "a") as file:
                 file.write(f"{what} {lines}\n")
 
@@ -143,5 +209,9 @@ def test_lines_of_the_log_are_on_the_disk_before_a_checkpoint_is_there(tiny_mode
 
     run_ranks(n, run_train, words_of(tiny_model, out, files, **SETTINGS), recording)
     order = [line.split() for line in calls.read_text().splitlines()]
-    assert [what for what, _ in order] == ["flushed", "checkpoint"] * (len(order) // 2) and len(order) == 8
-    assert all(before == after for (_, before), (_, after) in zip(order[::2], order[1::2], strict=True)), "every line that is there then"
+    assert [what for what, _ in order] == ["flushed", "checkpoint"] * (len(order) // 2) and len(
+        order
+    ) == 8
+    assert all(
+        before == after for (_, before), (_, after) in zip(order[::2], order[1::2], strict=True)
+    ), "every line that is there then"

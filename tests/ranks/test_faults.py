@@ -13,7 +13,18 @@ import psutil
 import pytest
 from accelerate import Accelerator
 from forked import TO_TELL, RankError, run_ranks
-from rows import Breaking, assert_same_run, checkpoints_of, json_of, make_rows, on_rank, run_main, run_train, words_of, write_rows
+from rows import (
+    Breaking,
+    assert_same_run,
+    checkpoints_of,
+    json_of,
+    make_rows,
+    on_rank,
+    run_main,
+    run_train,
+    words_of,
+    write_rows,
+)
 from undisturbed import STEPS, Runs
 
 from bertdist import begin, encoding, evaluation, predict, train, watchdog
@@ -59,7 +70,9 @@ def in_evaluation(number: int, act: Callable[[], object]) -> Callable[[], None]:
     return patch
 
 
-def told_by_each(accelerator: Accelerator, words: list[str], breaking: Breaking, folder: Path) -> None:
+def told_by_each(
+    accelerator: Accelerator, words: list[str], breaking: Breaking, folder: Path
+) -> None:
     """run_main, where some ranks do not live to tell: (exit code, standard error) goes into a file."""
     code, said, _ = run_main(accelerator, words, breaking)
     (folder / f"told_{accelerator.process_index}.json").write_text(json.dumps([code, said]))
@@ -70,7 +83,14 @@ def told(folder: Path) -> dict[int, tuple[int, list[str]]]:
     found = {}
     for path in sorted(folder.glob("told_*.json")):
         code, said = json.loads(path.read_text())
-        found[int(path.stem[5:])] = code, [line for line in said.splitlines() if line.startswith("bertdist: ") or "Traceback" in line]
+        found[int(path.stem[5:])] = (
+            code,
+            [
+                line
+                for line in said.splitlines()
+                if line.startswith("bertdist: ") or "Traceback" in line
+            ],
+        )
     return found
 
 
@@ -83,12 +103,23 @@ def test_a_stop_in_an_evaluation_is_answered_there_and_the_evaluation_is_made_up
     runs: Runs, tmp_path: Path, n: int, number: int
 ) -> None:
     out, step = tmp_path / "out", {1: 4, 4: STEPS}[number]
-    results = run_ranks(n, run_main, runs.words(out), on_rank(n - 1, in_evaluation(number, ask_to_stop)))
+    results = run_ranks(
+        n, run_main, runs.words(out), on_rank(n - 1, in_evaluation(number, ask_to_stop))
+    )
     assert [code for code, _, _ in results] == [75] * n
-    assert f"step {step} of {STEPS} is saved; the same command goes on; its evaluation comes first then." in results[0][1]
+    assert (
+        f"step {step} of {STEPS} is saved; the same command goes on; its evaluation comes first then."
+        in results[0][1]
+    )
     assert json_of(out / "status.json")["state"] == "preempted"
-    assert json_of(out / "checkpoints" / f"step_{step:06d}" / "state.json")["progress"]["owed"] is True
-    assert [line["step"] for line in json_of(out / "metrics.jsonl") if line["kind"] == "eval"] == [4, 8, 12][: number - 1]
+    assert (
+        json_of(out / "checkpoints" / f"step_{step:06d}" / "state.json")["progress"]["owed"] is True
+    )
+    assert [line["step"] for line in json_of(out / "metrics.jsonl") if line["kind"] == "eval"] == [
+        4,
+        8,
+        12,
+    ][: number - 1]
     run_ranks(n, run_train, runs.words(out))
     assert_same_run(out, runs.undisturbed(n))
 
@@ -158,7 +189,9 @@ def test_a_stop_while_a_checkpoint_is_written(runs: Runs, tmp_path: Path, n: int
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_a_second_ctrl_c_ends_at_once_and_leaves_the_last_checkpoint_whole(runs: Runs, tmp_path: Path, n: int) -> None:
+def test_a_second_ctrl_c_ends_at_once_and_leaves_the_last_checkpoint_whole(
+    runs: Runs, tmp_path: Path, n: int
+) -> None:
     def twice() -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
@@ -176,16 +209,34 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_the_last_checkpoint_whole(runs:
     assert_same_run(out, runs.undisturbed(n))
 
 
-@pytest.mark.parametrize(("n", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1), (3, signal.SIGINT)])
-def test_prediction_stops_and_leaves_nothing_half(runs: Runs, tmp_path: Path, n: int, number: int) -> None:
+@pytest.mark.parametrize(
+    ("n", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1), (3, signal.SIGINT)]
+)
+def test_prediction_stops_and_leaves_nothing_half(
+    runs: Runs, tmp_path: Path, n: int, number: int
+) -> None:
     texts = write_rows(tmp_path / "texts.jsonl", make_rows(20))
     answers = tmp_path / "answers.jsonl"
-    words = ["--model", str(runs.undisturbed(1) / "best"), "--input", str(texts), "--output", str(answers), "--use_cpu", "True"]
+    words = [
+        "--model",
+        str(runs.undisturbed(1) / "best"),
+        "--input",
+        str(texts),
+        "--output",
+        str(answers),
+        "--use_cpu",
+        "True",
+    ]
     asked = on_rank(n - 1, in_evaluation(1, lambda: os.kill(os.getpid(), number)))
     results = run_ranks(n, run_main, words, asked, predict)
     assert [code for code, _, _ in results] == [75] * n
-    assert "bertdist: Asked to stop: nothing was written; the same command begins again." in results[0][1]
-    assert all(said == "" for _, said, _ in results[1:]) and sorted(os.listdir(tmp_path)) == ["texts.jsonl"]
+    assert (
+        "bertdist: Asked to stop: nothing was written; the same command begins again."
+        in results[0][1]
+    )
+    assert all(said == "" for _, said, _ in results[1:]) and sorted(os.listdir(tmp_path)) == [
+        "texts.jsonl"
+    ]
     run_ranks(n, run_main, words, None, predict)
     assert len(json_of(answers)) == 20
 
@@ -194,17 +245,26 @@ def test_prediction_stops_and_leaves_nothing_half(runs: Runs, tmp_path: Path, n:
 
 
 @pytest.mark.parametrize(("n", "victim"), [(2, 0), (2, 1), (3, 1)])
-def test_a_killed_rank_is_named_once_and_nothing_is_lost(runs: Runs, tmp_path: Path, n: int, victim: int) -> None:
+def test_a_killed_rank_is_named_once_and_nothing_is_lost(
+    runs: Runs, tmp_path: Path, n: int, victim: int
+) -> None:
     out, words = tmp_path / "out", runs.words(tmp_path / "out")
     kill = on_rank(victim, before_step(7, lambda: os.kill(os.getpid(), signal.SIGKILL)))
     with pytest.raises(RankError, match=f"rank {victim} of {n}: ended with status -9"):
         run_ranks(n, told_by_each, words, kill, tmp_path, grace=TO_TELL)
     found = told(tmp_path)
-    assert {rank: code for rank, (code, _) in found.items()} == {rank: 1 for rank in range(n) if rank != victim}
+    assert {rank: code for rank, (code, _) in found.items()} == {
+        rank: 1 for rank in range(n) if rank != victim
+    }
     (line,) = (line for _, lines in found.values() for line in lines)
-    assert re.match(rf"bertdist: rank {victim} \(process \d+ on .*\) is gone without a word", line), line
+    assert re.match(
+        rf"bertdist: rank {victim} \(process \d+ on .*\) is gone without a word", line
+    ), line
     assert line.endswith("the others are at step 7. The same command goes on from step 6."), line
-    assert json_of(out / "status.json")["state"] == "failed" and f"rank {victim} " in json_of(out / "status.json")["reason"]
+    assert (
+        json_of(out / "status.json")["state"] == "failed"
+        and f"rank {victim} " in json_of(out / "status.json")["reason"]
+    )
     run_ranks(n, run_train, words)
     assert_same_run(out, runs.undisturbed(n))
     assert not (out / ".ranks").exists()
@@ -214,11 +274,20 @@ def test_a_rank_s_own_error_is_the_one_message(runs: Runs, tmp_path: Path) -> No
     def broken() -> None:
         raise train.BertdistError("a text from hell")
 
-    results = run_ranks(3, run_main, runs.words(tmp_path / "out"), on_rank(1, before_step(2, broken)))
+    results = run_ranks(
+        3, run_main, runs.words(tmp_path / "out"), on_rank(1, before_step(2, broken))
+    )
     assert [code for code, _, _ in results] == [1, 1, 1]
-    complaints = [line for _, said, _ in results for line in said.splitlines() if line.startswith("bertdist: ")]
+    complaints = [
+        line
+        for _, said, _ in results
+        for line in said.splitlines()
+        if line.startswith("bertdist: ")
+    ]
     assert complaints == ["bertdist: rank 1: a text from hell"]
-    assert "has ended: rank 1: a text from hell" in json_of(tmp_path / "out" / "status.json")["reason"]
+    assert (
+        "has ended: rank 1: a text from hell" in json_of(tmp_path / "out" / "status.json")["reason"]
+    )
 
 
 def test_without_a_watchdog_nobody_is_named(runs: Runs, tmp_path: Path) -> None:
@@ -241,14 +310,31 @@ def test_a_collective_that_hangs_ends_with_the_stacks_of_all(runs: Runs, tmp_pat
         time.sleep(1000)
 
     with pytest.raises(RankError, match="ended with status 1") as ended:
-        run_ranks(3, told_by_each, runs.words(out, rank_timeout=5), on_rank(1, before_step(4, sleep_for_ever)), tmp_path, grace=TO_TELL)
-    assert "did not end" not in str(ended.value) and "still ran" not in str(ended.value), ended.value
+        run_ranks(
+            3,
+            told_by_each,
+            runs.words(out, rank_timeout=5),
+            on_rank(1, before_step(4, sleep_for_ever)),
+            tmp_path,
+            grace=TO_TELL,
+        )
+    assert "did not end" not in str(ended.value) and "still ran" not in str(ended.value), (
+        ended.value
+    )
     stacks = {path.name: path.read_text() for path in (out / "stacks").iterdir()}
     assert sorted(stacks) == ["rank_0.txt", "rank_1.txt", "rank_2.txt"]
-    assert "in sleep_for_ever" in stacks["rank_1.txt"] and "in sleep_for_ever" not in stacks["rank_0.txt"]
-    assert "in backward" in stacks["rank_0.txt"] and "in _watch" in stacks["rank_0.txt"], "every thread"
+    assert (
+        "in sleep_for_ever" in stacks["rank_1.txt"]
+        and "in sleep_for_ever" not in stacks["rank_0.txt"]
+    )
+    assert "in backward" in stacks["rank_0.txt"] and "in _watch" in stacks["rank_0.txt"], (
+        "every thread"
+    )
     reason = json_of(out / "status.json")["reason"]
-    assert "No rank has moved for 5 s (--rank_timeout), so a collective hangs: rank 0 in " in reason and "goes on from step 3" in reason
+    assert (
+        "No rank has moved for 5 s (--rank_timeout), so a collective hangs: rank 0 in " in reason
+        and "goes on from step 3" in reason
+    )
 
 
 def test_a_rank_that_works_is_waited_for(runs: Runs, tmp_path: Path) -> None:
@@ -259,14 +345,18 @@ def test_a_rank_that_works_is_waited_for(runs: Runs, tmp_path: Path) -> None:
         while time.monotonic() < end:
             pass
 
-    run_ranks(2, run_train, runs.words(tmp_path / "out", rank_timeout=4), on_rank(1, before_step(4, work)))
+    run_ranks(
+        2, run_train, runs.words(tmp_path / "out", rank_timeout=4), on_rank(1, before_step(4, work))
+    )
     assert_same_run(tmp_path / "out", runs.undisturbed(2))
 
 
 # --- Ranks that differ
 
 
-def test_another_command_line_is_named_before_anything_is_written(runs: Runs, tmp_path: Path) -> None:
+def test_another_command_line_is_named_before_anything_is_written(
+    runs: Runs, tmp_path: Path
+) -> None:
     def run(accelerator: Accelerator) -> Any:
         rate = 0.5 if accelerator.process_index == 1 else 1e-3
         return run_main(accelerator, runs.words(tmp_path / "out", learning_rate=rate))
@@ -289,30 +379,45 @@ def test_another_version_is_named(runs: Runs, tmp_path: Path) -> None:
     assert first[0] == 1 and "torch is 2.2.0 instead of 2." in first[1]
 
 
-def test_another_file_content_is_named_before_the_model_is_built(runs: Runs, tmp_path: Path) -> None:
+def test_another_file_content_is_named_before_the_model_is_built(
+    runs: Runs, tmp_path: Path
+) -> None:
     """The same path on two machines."""
     for host in ("a", "b"):
-        write_rows(tmp_path / host / "train.tsv", make_rows(20)) if (tmp_path / host).mkdir() is None else None
-    write_rows(tmp_path / "b" / "train.tsv", [*make_rows(19), {"text": "changed", "label": "positive"}])
+        write_rows(tmp_path / host / "train.tsv", make_rows(20)) if (
+            tmp_path / host
+        ).mkdir() is None else None
+    write_rows(
+        tmp_path / "b" / "train.tsv", [*make_rows(19), {"text": "changed", "label": "positive"}]
+    )
 
     def run(accelerator: Accelerator) -> Any:
         os.chdir(tmp_path / "ab"[accelerator.process_index])
         files = runs.files._replace(train=Path("train.tsv"), dev=None)
-        return run_main(accelerator, words_of(runs.model, tmp_path / "out", files), on_rank(0, no_model))
+        return run_main(
+            accelerator, words_of(runs.model, tmp_path / "out", files), on_rank(0, no_model)
+        )
 
     def no_model() -> None:
         train.load_classifier = None
 
     first, second = run_ranks(2, run)
     assert first[0] == 1 and second == (1, "", "")
-    assert "is not like rank 0 (on " in first[1] and "train.tsv (digest of the rows) is " in first[1]
+    assert (
+        "is not like rank 0 (on " in first[1] and "train.tsv (digest of the rows) is " in first[1]
+    )
 
 
 def test_ranks_that_differ_and_do_not_compare_are_seen(runs: Runs, tmp_path: Path) -> None:
     def run(accelerator: Accelerator) -> Any:
         train.agree_on = lambda *args: None
         rate = 0.5 if accelerator.process_index == 1 else 1e-3
-        return run_main(accelerator, runs.words(tmp_path / "out", learning_rate=rate, max_train_steps=2, num_train_epochs=None))
+        return run_main(
+            accelerator,
+            runs.words(
+                tmp_path / "out", learning_rate=rate, max_train_steps=2, num_train_epochs=None
+            ),
+        )
 
     assert [code for code, _, _ in run_ranks(2, run)] == [0, 0]
 
@@ -330,14 +435,24 @@ def test_a_killed_loader_worker_is_named_soon(runs: Runs, tmp_path: Path, n: int
     words = runs.words(tmp_path / "out", dataloader_num_workers=1)
     results = run_ranks(n, run_main, words, on_rank(n - 1, before_step(5, kill_worker)))
     assert [code for code, _, _ in results] == [1] * n
-    (line,) = (line for _, said, _ in results for line in said.splitlines() if line.startswith("bertdist: "))
-    assert re.search(r"Loader worker \(process \d+\) was killed \(Killed\): most often the system had run out of memory", line), line
+    (line,) = (
+        line
+        for _, said, _ in results
+        for line in said.splitlines()
+        if line.startswith("bertdist: ")
+    )
+    assert re.search(
+        r"Loader worker \(process \d+\) was killed \(Killed\): most often the system had run out of memory",
+        line,
+    ), line
     run_ranks(n, run_train, words)
     assert_same_run(tmp_path / "out", runs.undisturbed(n))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_loader_worker_that_raises_names_the_row(runs: Runs, tmp_path: Path, workers: int) -> None:
+def test_a_loader_worker_that_raises_names_the_row(
+    runs: Runs, tmp_path: Path, workers: int
+) -> None:
     def stumble() -> None:
         encode = encoding.Examples.__getitem__
 
@@ -348,9 +463,12 @@ def test_a_loader_worker_that_raises_names_the_row(runs: Runs, tmp_path: Path, w
 
         encoding.Examples.__getitem__ = broken
 
-    words = runs.words(tmp_path / "out", dataloader_num_workers=workers, validation_file=None, eval_every=None)
+    words = runs.words(
+        tmp_path / "out", dataloader_num_workers=workers, validation_file=None, eval_every=None
+    )
     ((code, said, _),) = run_ranks(1, run_main, words, on_rank(0, stumble))
     assert code == 1 and "Traceback" not in said
-    assert "train.tsv line 19: cannot be encoded: KeyError: 'a bug' (test_faults.py line " in said.splitlines()[-1]
-
-
+    assert (
+        "train.tsv line 19: cannot be encoded: KeyError: 'a bug' (test_faults.py line "
+        in said.splitlines()[-1]
+    )

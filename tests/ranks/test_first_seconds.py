@@ -38,7 +38,9 @@ def lines(out: Path) -> list[str]:
 
 
 def trained(model: Path, folder: Path, ranks: int) -> Attempt:
-    words = words_of(model, folder / "out", write_split(folder, 20), num_train_epochs=1, rank_timeout=60)
+    words = words_of(
+        model, folder / "out", write_split(folder, 20), num_train_epochs=1, rank_timeout=60
+    )
     return attempt(words, ranks, folder / "out")
 
 
@@ -51,25 +53,48 @@ def test_a_rank_killed_before_the_ranks_have_compared_is_named(
         found = trained(tiny_model, tmp_path, n)
     assert found.codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(n)]
     told = lines(tmp_path / "out")
-    named = re.compile(rf"bertdist: .*rank {victim} \(process \d+ on .*\) is gone \(killed\?.*Start the same command again\.")
+    named = re.compile(
+        rf"bertdist: .*rank {victim} \(process \d+ on .*\) is gone \(killed\?.*Start the same command again\."
+    )
     assert told and all(named.fullmatch(line) for line in told), told
-    assert len(told) <= n - 1, "once, unless a survivor is so slow that the one who told it has left"
+    assert len(told) <= n - 1, (
+        "once, unless a survivor is so slow that the one who told it has left"
+    )
     assert trained(tiny_model, tmp_path, n).done
 
 
-def test_a_rank_that_remembers_nobody_names_nobody(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_remembers_nobody_names_nobody(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The control."""
     monkeypatch.setattr(train, "check_world", killing(1, train.check_world))
-    monkeypatch.setattr(arrival.json, "loads", lambda card: vars(arrival.this_rank(0)))  # everybody is me
+    monkeypatch.setattr(
+        arrival.json, "loads", lambda card: vars(arrival.this_rank(0))
+    )  # everybody is me
     trained(tiny_model, tmp_path, 2)
     (told,) = lines(tmp_path / "out")
     assert told.startswith("bertdist: The connection to another rank has broken: ")
 
 
-def test_a_rank_killed_in_prediction_is_named(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_ranks(1, run_train, words_of(tiny_model, tmp_path / "run", write_split(tmp_path, 20, 6), num_train_epochs=1))
+def test_a_rank_killed_in_prediction_is_named(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_ranks(
+        1,
+        run_train,
+        words_of(tiny_model, tmp_path / "run", write_split(tmp_path, 20, 6), num_train_epochs=1),
+    )
     texts, answers = write_rows(tmp_path / "texts.jsonl", make_rows(20)), tmp_path / "answers.jsonl"
-    words = ["--model", str(tmp_path / "run" / "best"), "--input", str(texts), "--output", str(answers), "--use_cpu", "True"]
+    words = [
+        "--model",
+        str(tmp_path / "run" / "best"),
+        "--input",
+        str(texts),
+        "--output",
+        str(answers),
+        "--use_cpu",
+        "True",
+    ]
 
     def predicted(words: Any, steps: Any) -> int:
         sys.argv = ["bertdist.predict", *words]

@@ -38,7 +38,10 @@ def test_a_failing_rank_is_named_with_its_traceback(n: int) -> None:
         accelerator.wait_for_everyone()
 
     begin = time.monotonic()
-    with pytest.raises(RankError, match=rf"^rank {n - 1} of {n}: Traceback(.|\n)*fail_on_the_last(.|\n)*ValueError: a wrong turn"):
+    with pytest.raises(
+        RankError,
+        match=rf"^rank {n - 1} of {n}: Traceback(.|\n)*fail_on_the_last(.|\n)*ValueError: a wrong turn",
+    ):
         run_ranks(n, fail_on_the_last)
     assert time.monotonic() - begin < 10
 
@@ -64,7 +67,9 @@ def test_a_rank_that_hangs_is_ended_and_says_where() -> None:
             time.sleep(3600)
 
     begin = time.monotonic()
-    with pytest.raises(RankError, match=r"rank 1 of 2: did not end within 2 s; it stood at\n(.|\n)*in hang"):
+    with pytest.raises(
+        RankError, match=r"rank 1 of 2: did not end within 2 s; it stood at\n(.|\n)*in hang"
+    ):
         run_ranks(2, hang, timeout=2)
     assert time.monotonic() - begin < 8
 

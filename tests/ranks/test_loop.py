@@ -7,7 +7,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 from forked import run_ranks
-from rows import Breaking, checkpoints_of, json_of, make_rows, run_train, step_log, tensors_of, words_of, write_rows, write_split
+from rows import (
+    Breaking,
+    checkpoints_of,
+    json_of,
+    make_rows,
+    run_train,
+    step_log,
+    tensors_of,
+    words_of,
+    write_rows,
+    write_split,
+)
 from safetensors.torch import load_file
 
 from bertdist import best, train
@@ -23,18 +34,43 @@ def steps_in(out: Path, kind: str) -> list[int]:
 @pytest.mark.parametrize(
     ("cadences", "logged", "scored", "saved"),
     [
-        ({"log_every": "3 steps", "eval_every": "0.5 epochs", "save_every": "50%"}, [3, 6, 9, 10], [2, 4, 6, 8, 10], [5, 10]),
+        (
+            {"log_every": "3 steps", "eval_every": "0.5 epochs", "save_every": "50%"},
+            [3, 6, 9, 10],
+            [2, 4, 6, 8, 10],
+            [5, 10],
+        ),
         ({"log_every": "never", "eval_every": "never", "save_every": "never"}, [10], [10], [10]),
-        ({"log_every": "1 epoch", "eval_every": "4 steps", "save_every": "3 steps"}, [5, 10], [4, 8, 10], [3, 6, 9, 10]),
+        (
+            {"log_every": "1 epoch", "eval_every": "4 steps", "save_every": "3 steps"},
+            [5, 10],
+            [4, 8, 10],
+            [3, 6, 9, 10],
+        ),
     ],
 )
 def test_things_happen_when_they_are_due(
-    tiny_model: Path, tmp_path: Path, cadences: dict[str, str], logged: list[int], scored: list[int], saved: list[int]
+    tiny_model: Path,
+    tmp_path: Path,
+    cadences: dict[str, str],
+    logged: list[int],
+    scored: list[int],
+    saved: list[int],
 ) -> None:
     """38 rows in steps of 8: 5 steps an epoch, the last one of 6 rows; 2 epochs."""
-    words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 38, 6), num_train_epochs=2, save_total_limit=9, **cadences)
+    words = words_of(
+        tiny_model,
+        tmp_path / "out",
+        write_split(tmp_path, 38, 6),
+        num_train_epochs=2,
+        save_total_limit=9,
+        **cadences,
+    )
     run_ranks(1, run_train, words)
-    assert (steps_in(tmp_path / "out", "train"), steps_in(tmp_path / "out", "eval")) == (logged, scored)
+    assert (steps_in(tmp_path / "out", "train"), steps_in(tmp_path / "out", "eval")) == (
+        logged,
+        scored,
+    )
     assert checkpoints_of(tmp_path / "out") == [f"step_{step:06d}" for step in saved]
     epochs = {line["step"]: line["epoch"] for line in step_log(tmp_path / "out")}
     assert epochs == {step: step / 5 for step in epochs}
@@ -44,25 +80,41 @@ def test_a_line_speaks_of_all_steps_since_the_last_one(tiny_model: Path, tmp_pat
     """Its loss is the sum over rows by the rows, also where the steps have different sizes; its tokens are counted from the beginning."""
     files = write_split(tmp_path, 38)
     for name, every in (("each", "1 steps"), ("two", "1 epoch")):
-        words = words_of(tiny_model, tmp_path / name, files, num_train_epochs=2, log_every=every, learning_rate=0, dropout=0)
+        words = words_of(
+            tiny_model,
+            tmp_path / name,
+            files,
+            num_train_epochs=2,
+            log_every=every,
+            learning_rate=0,
+            dropout=0,
+        )
         run_ranks(1, run_train, words)
     each, both = step_log(tmp_path / "each"), step_log(tmp_path / "two")
     assert len({line["loss"] for line in each}) > 5
     for epoch in (0, 1):
         of_epoch = each[5 * epoch : 5 * epoch + 5]
-        total = sum(line["loss"] * rows for line, rows in zip(of_epoch, [8, 8, 8, 8, 6], strict=True))
+        total = sum(
+            line["loss"] * rows for line, rows in zip(of_epoch, [8, 8, 8, 8, 6], strict=True)
+        )
         assert both[epoch]["loss"] == pytest.approx(total / 38)
-    tokens = sum(len(row["text"].split()) + 2 for row in make_rows(38, seed=1) if "boring" not in row["text"])
+    tokens = sum(
+        len(row["text"].split()) + 2 for row in make_rows(38, seed=1) if "boring" not in row["text"]
+    )
     assert both[1]["tokens"] == each[-1]["tokens"] == 2 * both[0]["tokens"] > 2 * tokens
 
 
 def test_max_train_steps_ends_the_run_and_the_schedule(tiny_model: Path, tmp_path: Path) -> None:
     """4 steps, rates falling to zero over them; more steps than the epochs hold go on into further epochs."""
-    words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 16), max_train_steps=4, warmup_steps=2)
+    words = words_of(
+        tiny_model, tmp_path / "out", write_split(tmp_path, 16), max_train_steps=4, warmup_steps=2
+    )
     ((progress, seen, _),) = run_ranks(1, run_train, words)
     assert (progress.step, progress.finished, progress.rows) == (4, True, 32)
     assert [number for number, _ in seen] == [0, 1, 2, 3]
-    assert [line["learning_rate"] for line in step_log(tmp_path / "out")] == pytest.approx([0, 0.0005, 0.001, 0.0005])
+    assert [line["learning_rate"] for line in step_log(tmp_path / "out")] == pytest.approx(
+        [0, 0.0005, 0.001, 0.0005]
+    )
 
 
 def test_half_an_epoch_is_a_run(tiny_model: Path, tmp_path: Path) -> None:
@@ -83,7 +135,12 @@ def test_the_throw_away_backward_runs_as_training_does(tiny_model: Path, tmp_pat
 
         train.warm_up = watched
 
-    run_ranks(1, run_train, words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 16), max_train_steps=1), watch)
+    run_ranks(
+        1,
+        run_train,
+        words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 16), max_train_steps=1),
+        watch,
+    )
 
 
 # --- The best weights
@@ -102,7 +159,9 @@ def assert_best_is_the_best(out: Path, key: str, sign: int) -> None:
     assert scored["step"] == step and scored["scores"][key] == max(merits) * sign
 
 
-def overfit(model: Path, folder: Path, n: int, breaking: Breaking | None = None, **settings: Any) -> Path:
+def overfit(
+    model: Path, folder: Path, n: int, breaking: Breaking | None = None, **settings: Any
+) -> Path:
     """A run whose dev labels are the wrong ones: its dev loss only grows once the training is learned."""
     files = write_split(folder, 32, 12)
     rows = make_rows(12, seed=2)
@@ -110,7 +169,12 @@ def overfit(model: Path, folder: Path, n: int, breaking: Breaking | None = None,
         row["label"] = {"positive": "negative", "negative": "positive"}[row["label"]]
     assert files.dev is not None
     write_rows(files.dev, rows)
-    cadences = {"eval_every": "1 steps", "save_every": "1 steps", "save_total_limit": 99, "num_train_epochs": 4}
+    cadences = {
+        "eval_every": "1 steps",
+        "save_every": "1 steps",
+        "save_total_limit": 99,
+        "num_train_epochs": 4,
+    }
     rates = {"lr_scheduler_type": "constant", "learning_rate": 3e-3}
     settings = {**cadences, **rates, "metric_for_best_model": "loss", **settings}
     run_ranks(n, run_train, words_of(model, folder / "out", files, **settings), breaking)
@@ -121,11 +185,15 @@ def overfit(model: Path, folder: Path, n: int, breaking: Breaking | None = None,
 def test_best_holds_the_weights_of_the_best_step(tiny_model: Path, tmp_path: Path, n: int) -> None:
     out = overfit(tiny_model, tmp_path, n)
     assert_best_is_the_best(out, "loss", -1)
-    assert 1 < json_of(out / "evaluation.json")["step"] < 16, "a run whose best step is neither the first nor the last shows more"
+    assert 1 < json_of(out / "evaluation.json")["step"] < 16, (
+        "a run whose best step is neither the first nor the last shows more"
+    )
 
 
 def test_best_by_a_metric_where_more_is_better(tiny_model: Path, tmp_path: Path) -> None:
-    out = overfit(tiny_model, tmp_path, 1, metric_for_best_model="accuracy", metrics=["f1", "accuracy"])
+    out = overfit(
+        tiny_model, tmp_path, 1, metric_for_best_model="accuracy", metrics=["f1", "accuracy"]
+    )
     assert_best_is_the_best(out, "accuracy", 1)
 
 
@@ -144,10 +212,20 @@ def test_last_weights_kept_as_best_are_seen(tiny_model: Path, tmp_path: Path) ->
         assert_best_is_the_best(out, "loss", -1)
 
 
-def test_without_validation_rows_the_last_weights_are_the_best(tiny_model: Path, tmp_path: Path) -> None:
-    ((progress, _, _),) = run_ranks(1, run_train, words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 16), max_train_steps=3))
-    saved, kept = (tensors_of(tmp_path / "out" / name) for name in ("checkpoints/step_000003", "best"))
-    assert progress.best_step == 3 and all(torch.equal(tensor, saved[name.replace(": ", ": model.")]) for name, tensor in kept.items())
+def test_without_validation_rows_the_last_weights_are_the_best(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    ((progress, _, _),) = run_ranks(
+        1,
+        run_train,
+        words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 16), max_train_steps=3),
+    )
+    saved, kept = (
+        tensors_of(tmp_path / "out" / name) for name in ("checkpoints/step_000003", "best")
+    )
+    assert progress.best_step == 3 and all(
+        torch.equal(tensor, saved[name.replace(": ", ": model.")]) for name, tensor in kept.items()
+    )
     assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
@@ -155,14 +233,27 @@ def test_without_validation_rows_the_last_weights_are_the_best(tiny_model: Path,
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_early_stopping_ends_a_run_that_gets_no_better(tiny_model: Path, tmp_path: Path, n: int) -> None:
+def test_early_stopping_ends_a_run_that_gets_no_better(
+    tiny_model: Path, tmp_path: Path, n: int
+) -> None:
     """With a learning rate of 0 the first score is the best for ever: 1 + 2 evaluations, and the end."""
-    settings = {"learning_rate": 0, "eval_every": "2 steps", "early_stopping_patience": 2, "num_train_epochs": 9}
+    settings = {
+        "learning_rate": 0,
+        "eval_every": "2 steps",
+        "early_stopping_patience": 2,
+        "num_train_epochs": 9,
+    }
     words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 16, 6), **settings)
     results = run_ranks(n, run_train, words)
-    assert {(progress.step, progress.finished, progress.best_step) for progress, _, _ in results} == {(6, True, 2)}
+    assert {
+        (progress.step, progress.finished, progress.best_step) for progress, _, _ in results
+    } == {(6, True, 2)}
     assert steps_in(tmp_path / "out", "eval") == [2, 4, 6]
-    assert json_of(tmp_path / "out" / "status.json") == {"state": "finished", "step": 6, "reason": ""}
+    assert json_of(tmp_path / "out" / "status.json") == {
+        "state": "finished",
+        "step": 6,
+        "reason": "",
+    }
     again = run_ranks(n, run_train, words)
     assert [seen for _, seen, _ in again] == [[]] * n and "Finished: 6 steps" in again[0][2]
 
@@ -179,6 +270,10 @@ def test_early_stopping_waits_while_it_gets_better(tiny_model: Path, tmp_path: P
 
 
 def test_a_threshold_makes_small_gains_count_for_nothing(tiny_model: Path, tmp_path: Path) -> None:
-    settings = {"early_stopping_patience": 1, "early_stopping_threshold": 100, "num_train_epochs": 9}
+    settings = {
+        "early_stopping_patience": 1,
+        "early_stopping_threshold": 100,
+        "num_train_epochs": 9,
+    }
     out = overfit(tiny_model, tmp_path, 1, **settings)
     assert steps_in(out, "eval") == [1, 2]

@@ -38,7 +38,12 @@ from bertdist.errors import NonFiniteError
 from bertdist.tasks import SingleLabel
 
 STEPS = 10  # 5 an epoch of 38 rows, 2 epochs
-SETTINGS: dict[str, Any] = {"num_train_epochs": 2, "save_every": "3 steps", "eval_every": "4 steps", "tokens_per_micro_batch": 60}
+SETTINGS: dict[str, Any] = {
+    "num_train_epochs": 2,
+    "save_every": "3 steps",
+    "eval_every": "4 steps",
+    "tokens_per_micro_batch": 60,
+}
 HEADER = 2  # row 0 stands in line 2
 
 
@@ -72,7 +77,11 @@ def spoil(rows: set[int], how: str) -> Breaking:
             parts = []
             for one, row in zip(logits, batch.rows.tolist(), strict=True):
                 if row in rows:
-                    one = {"nan": one * math.nan, "inf": one + one.new_tensor([math.inf, 0.0]), "gradient": _Poisoned.apply(one)}[how]
+                    one = {
+                        "nan": one * math.nan,
+                        "inf": one + one.new_tensor([math.inf, 0.0]),
+                        "gradient": _Poisoned.apply(one),
+                    }[how]
                 parts.append(one)
             return torch.stack(parts)
 
@@ -89,10 +98,16 @@ def spoil_an_operation(rows: set[int], how: str) -> Breaking:
 
         def spoiled(self: Classifier, batch: Any) -> Tensor:
             logits = forward(self, batch)
-            here = torch.tensor([[float(self.training and row in rows)] for row in batch.rows.tolist()])
+            here = torch.tensor(
+                [[float(self.training and row in rows)] for row in batch.rows.tolist()]
+            )
             if how == "nan":
-                return logits + (1 - 2 * here + 0 * logits).log()  # HERE_NAN: log(-1), of the others log(1)
-            return logits + (logits - logits.detach() + 1 - here).sqrt() * (1 - here)  # HERE_GRADIENT: 0 times the infinite slope at 0
+                return (
+                    logits + (1 - 2 * here + 0 * logits).log()
+                )  # HERE_NAN: log(-1), of the others log(1)
+            return logits + (logits - logits.detach() + 1 - here).sqrt() * (
+                1 - here
+            )  # HERE_GRADIENT: 0 times the infinite slope at 0
 
         Classifier.forward = spoiled  # type: ignore[method-assign]
 
@@ -106,24 +121,34 @@ def steps_with(rows: set[int], seen: list[Any]) -> list[int]:
 
 @pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_a_row_that_gives_no_number_stops_all_ranks_and_is_named(tiny_model: Path, files: Files, tmp_path: Path, n: int, how: str) -> None:
+def test_a_row_that_gives_no_number_stops_all_ranks_and_is_named(
+    tiny_model: Path, files: Files, tmp_path: Path, n: int, how: str
+) -> None:
     out = tmp_path / "out"
     with pytest.raises(RankError) as caught:
         run_ranks(n, run_train, words_of(tiny_model, out, files, **SETTINGS), spoil({17}, how))
     assert str(caught.value).count(NonFiniteError.__name__) >= n
     (line,) = json_of(out / "nan_rows.jsonl")
     assert (line["row"], line["where"]) == (17, f"train.tsv line {17 + HEADER}")
-    assert line["text"] and ("nan" in str(line["loss"]) or "inf" in str(line["loss"])) == (how != "gradient")
+    assert line["text"] and ("nan" in str(line["loss"]) or "inf" in str(line["loss"])) == (
+        how != "gradient"
+    )
     size = 6 if line["step"] % 5 == 0 else 8  # of the last step of an epoch
     told = f"Step {line['step']}: the loss or the gradient is NaN or infinite, of its {size} rows: train.tsv line 19 (loss "
     assert told in str(caught.value)
     assert json_of(out / "status.json")["state"] == "failed"
     for folder in (out / "checkpoints").glob("step_*"):  # what was saved before is whole
-        assert int(folder.name[5:]) < line["step"] and all(tensor.isfinite().all() for tensor in tensors_of(folder).values())
+        assert int(folder.name[5:]) < line["step"] and all(
+            tensor.isfinite().all() for tensor in tensors_of(folder).values()
+        )
 
 
-def test_a_row_of_a_stream_is_named_by_its_line(tiny_model: Path, files: Files, tmp_path: Path) -> None:
-    words = words_of(tiny_model, tmp_path / "out", files, **{**SETTINGS, "streaming": True, "stream_window": 8})
+def test_a_row_of_a_stream_is_named_by_its_line(
+    tiny_model: Path, files: Files, tmp_path: Path
+) -> None:
+    words = words_of(
+        tiny_model, tmp_path / "out", files, **{**SETTINGS, "streaming": True, "stream_window": 8}
+    )
     with pytest.raises(RankError, match=r"of its \d+ rows: train\.tsv line 19 \(loss "):
         run_ranks(2, run_train, words, spoil({17}, "nan"))
     (line,) = json_of(tmp_path / "out" / "nan_rows.jsonl")
@@ -171,11 +196,15 @@ def test_skipped_steps_are_the_same_on_any_number_of_ranks(skipped: Skipped, n: 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("killed", [4, 8])
-def test_a_restart_among_skipped_steps_is_invisible(skipped: Skipped, tmp_path: Path, n: int, killed: int) -> None:
+def test_a_restart_among_skipped_steps_is_invisible(
+    skipped: Skipped, tmp_path: Path, n: int, killed: int
+) -> None:
     """Killed after NaN steps that no checkpoint knows of: they are skipped and told again, and no line comes twice."""
     out = tmp_path / "out"
     with pytest.raises(RankError, match="ended with status 9"):
-        run_ranks(n, run_train, skipped.words(out), both(spoil({3, 17}, "nan"), at_step(killed, die)))
+        run_ranks(
+            n, run_train, skipped.words(out), both(spoil({3, 17}, "nan"), at_step(killed, die))
+        )
     run_ranks(n, run_train, skipped.words(out), spoil({3, 17}, "nan"))
     straight = skipped.run(n)[0]
     assert_same_run(out, straight)
@@ -204,12 +233,18 @@ def leave_out(steps: list[int]) -> Breaking:
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_a_skipped_step_changes_nothing_but_itself(skipped: Skipped, tmp_path: Path, n: int) -> None:
+def test_a_skipped_step_changes_nothing_but_itself(
+    skipped: Skipped, tmp_path: Path, n: int
+) -> None:
     """Bit by bit: the same weights as a run in which the rows are sound and the very steps are left out by hand."""
     out, _ = skipped.run(n)
     steps = sorted({line["step"] for line in json_of(out / "nan_rows.jsonl")})
     run_ranks(n, run_train, skipped.words(tmp_path / "by_hand"), leave_out(steps))
-    for mine, other in zip(sorted((out / "checkpoints").iterdir()), sorted((tmp_path / "by_hand" / "checkpoints").iterdir()), strict=True):
+    for mine, other in zip(
+        sorted((out / "checkpoints").iterdir()),
+        sorted((tmp_path / "by_hand" / "checkpoints").iterdir()),
+        strict=True,
+    ):
         mine_all, others = tensors_of(mine), tensors_of(other)
         assert mine_all.keys() == others.keys()
         assert all(torch.equal(mine_all[name], others[name]) for name in mine_all)
@@ -231,7 +266,11 @@ def unguarded(accelerator: Accelerator) -> None:
 def test_without_the_check_one_row_ruins_all_weights(skipped: Skipped, tmp_path: Path) -> None:
     words = skipped.words(tmp_path / "out", max_nan_steps=99, eval_every="never")
     run_ranks(1, run_train, words, both(unguarded, spoil({17}, "nan")))
-    assert all(tensor.isnan().any() for name, tensor in tensors_of(tmp_path / "out" / "best").items() if "weight" in name)
+    assert all(
+        tensor.isnan().any()
+        for name, tensor in tensors_of(tmp_path / "out" / "best").items()
+        if "weight" in name
+    )
 
 
 def test_an_infinite_loss_alone_would_be_taken(skipped: Skipped, tmp_path: Path) -> None:
@@ -244,10 +283,14 @@ def test_an_infinite_loss_alone_would_be_taken(skipped: Skipped, tmp_path: Path)
         loss = SingleLabel.loss
         SingleLabel.loss = lambda self, *rest: loss(self, *rest) + math.inf  # type: ignore[method-assign]
 
-    words = skipped.words(tmp_path / "a", max_train_steps=2, num_train_epochs=None, eval_every="never")
+    words = skipped.words(
+        tmp_path / "a", max_train_steps=2, num_train_epochs=None, eval_every="never"
+    )
     ((progress, *_),) = run_ranks(1, run_train, words, both(plain, infinite))
     assert progress.nan_steps == 0, "nobody has seen it"
-    words = skipped.words(tmp_path / "b", max_train_steps=2, num_train_epochs=None, eval_every="never")
+    words = skipped.words(
+        tmp_path / "b", max_train_steps=2, num_train_epochs=None, eval_every="never"
+    )
     ((progress, *_),) = run_ranks(1, run_train, words, infinite)
     assert progress.nan_steps == 2
 
@@ -256,11 +299,17 @@ def test_an_infinite_loss_alone_would_be_taken(skipped: Skipped, tmp_path: Path)
 def test_too_many_in_a_row_end_the_run(skipped: Skipped, tmp_path: Path, n: int) -> None:
     everything = set(range(38))
     with pytest.raises(RankError, match=r"It is number 3 in a row \(--max_nan_steps 2\)\."):
-        run_ranks(n, run_train, skipped.words(tmp_path / "out", max_nan_steps=2), spoil(everything, "nan"))
+        run_ranks(
+            n, run_train, skipped.words(tmp_path / "out", max_nan_steps=2), spoil(everything, "nan")
+        )
     lines = json_of(tmp_path / "out" / "nan_rows.jsonl")
     assert [line["step"] for line in lines] == [1] * 8 + [2] * 8 + [3] * 8
-    with pytest.raises(RankError, match=r"It is number 3 in a row"):  # the same command: no other answer, and no line twice
-        run_ranks(n, run_train, skipped.words(tmp_path / "out", max_nan_steps=2), spoil(everything, "nan"))
+    with pytest.raises(
+        RankError, match=r"It is number 3 in a row"
+    ):  # the same command: no other answer, and no line twice
+        run_ranks(
+            n, run_train, skipped.words(tmp_path / "out", max_nan_steps=2), spoil(everything, "nan")
+        )
     assert json_of(tmp_path / "out" / "nan_rows.jsonl") == lines
 
 
@@ -272,37 +321,66 @@ def ends(words: list[str], n: int, *breakings: Breaking) -> str:
     first, *others = run_ranks(n, run_main, words, both(*breakings))
     assert first[0] == 1 and others == [(1, "", "")] * (n - 1), (first, others)
     *before, last = first[1].splitlines()
-    assert last.startswith("bertdist: ") and not [line for line in before if "bertdist: " in line or "Traceback" in line], first[1]
+    assert last.startswith("bertdist: ") and not [
+        line for line in before if "bertdist: " in line or "Traceback" in line
+    ], first[1]
     return last
 
 
-LINES = {line.partition("# HERE_")[2][:3]: number for number, line in enumerate(Path(__file__).read_text().splitlines(), 1)}
+LINES = {
+    line.partition("# HERE_")[2][:3]: number
+    for number, line in enumerate(Path(__file__).read_text().splitlines(), 1)
+}
 
 
 @pytest.mark.parametrize("how", ["nan", "gradient"])
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_detect_anomaly_names_the_operation_in_one_line(tiny_model: Path, files: Files, tmp_path: Path, n: int, how: str) -> None:
+def test_detect_anomaly_names_the_operation_in_one_line(
+    tiny_model: Path, files: Files, tmp_path: Path, n: int, how: str
+) -> None:
     out = tmp_path / "out"
-    last = ends(words_of(tiny_model, out, files, **SETTINGS, detect_anomaly=True), n, spoil_an_operation({17}, how))
+    last = ends(
+        words_of(tiny_model, out, files, **SETTINGS, detect_anomaly=True),
+        n,
+        spoil_an_operation({17}, how),
+    )
     (line,) = json_of(out / "nan_rows.jsonl")
     assert line["row"] == 17 and "train.tsv line 19 (loss " in last, last
-    what = {"nan": "in the forward pass aten.log makes the first NaN", "gradient": "in the backward pass SqrtBackward0 gives the first NaN"}
+    what = {
+        "nan": "in the forward pass aten.log makes the first NaN",
+        "gradient": "in the backward pass SqrtBackward0 gives the first NaN",
+    }
     told = f"{what[how]}, at test_nan.py line {LINES[how[:3].upper()]} in spoiled; its stack stands in "
     assert told in last and "--detect_anomaly" not in last, last
     (stack,) = (out / "stacks").iterdir()
     assert stack.name == f"nan_step_{line['step']:06d}.txt" and str(stack) in last
     assert "in spoiled" in stack.read_text() and "train.py" in stack.read_text()
-    assert json_of(out / "status.json")["state"] == "failed" and what[how] in json_of(out / "status.json")["reason"]
+    assert (
+        json_of(out / "status.json")["state"] == "failed"
+        and what[how] in json_of(out / "status.json")["reason"]
+    )
 
 
-def test_without_the_flag_no_operation_is_named(tiny_model: Path, files: Files, tmp_path: Path) -> None:
+def test_without_the_flag_no_operation_is_named(
+    tiny_model: Path, files: Files, tmp_path: Path
+) -> None:
     """A control: same fault, and the line says which flag would tell."""
-    last = ends(words_of(tiny_model, tmp_path / "out", files, **SETTINGS), 2, spoil_an_operation({17}, "nan"))
-    assert "aten" not in last and last.endswith("--detect_anomaly names the operation.") and not (tmp_path / "out" / "stacks").exists()
+    last = ends(
+        words_of(tiny_model, tmp_path / "out", files, **SETTINGS),
+        2,
+        spoil_an_operation({17}, "nan"),
+    )
+    assert (
+        "aten" not in last
+        and last.endswith("--detect_anomaly names the operation.")
+        and not (tmp_path / "out" / "stacks").exists()
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_anomaly_mode_by_itself_ends_as_torch_ends(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
+def test_anomaly_mode_by_itself_ends_as_torch_ends(
+    tiny_model: Path, files: Files, tmp_path: Path, n: int
+) -> None:
     """The control: with the mode simply switched on, one rank raises torch's own error, in the midst of the exchange of gradients."""
 
     def switched_on(accelerator: Accelerator) -> None:
@@ -311,13 +389,20 @@ def test_anomaly_mode_by_itself_ends_as_torch_ends(tiny_model: Path, files: File
         train.factor = lambda loss, scale: scale
 
     with pytest.raises(RankError, match=r"Function '[A-Za-z0-9]+' returned nan values"):
-        ends(words_of(tiny_model, tmp_path / "out", files, **SETTINGS), n, switched_on, spoil_an_operation({17}, "nan"))
+        ends(
+            words_of(tiny_model, tmp_path / "out", files, **SETTINGS),
+            n,
+            switched_on,
+            spoil_an_operation({17}, "nan"),
+        )
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_detect_anomaly_changes_no_step(skipped: Skipped, tmp_path: Path, n: int) -> None:
     """With --on_nan skip: operations are named, and the run is to the bit the one without the flag."""
-    ranks = run_ranks(n, run_train, skipped.words(tmp_path / "out", detect_anomaly=True), spoil({3, 17}, "nan"))
+    ranks = run_ranks(
+        n, run_train, skipped.words(tmp_path / "out", detect_anomaly=True), spoil({3, 17}, "nan")
+    )
     assert ranks[0][2].count("aten.mul makes the first NaN") == ranks[0][0].nan_steps > 0
     assert_same_run(tmp_path / "out", skipped.run(n)[0])
 
@@ -338,7 +423,12 @@ def silent_from(step: int, rows: set[int]) -> Breaking:
 
         def spoiled(self: Classifier, batch: Any) -> Tensor:
             logits = forward(self, batch)
-            chosen = torch.tensor([[not self.training and steps[0] >= step and row in rows] for row in batch.rows.tolist()])
+            chosen = torch.tensor(
+                [
+                    [not self.training and steps[0] >= step and row in rows]
+                    for row in batch.rows.tolist()
+                ]
+            )
             return logits.masked_fill(chosen, math.nan)
 
         Classifier.forward, train.take_step = spoiled, counted  # type: ignore[method-assign]
@@ -350,7 +440,9 @@ WHY = "Its weights are broken, or the precision is too small for it (--mixed_pre
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_an_evaluation_without_numbers_is_told_on_all_ranks_together(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
+def test_an_evaluation_without_numbers_is_told_on_all_ranks_together(
+    tiny_model: Path, files: Files, tmp_path: Path, n: int
+) -> None:
     words = words_of(tiny_model, tmp_path / "out", files, **SETTINGS)
     last = ends(words, n, silent_from(8, {0, 5, 7, 11}))
     where = "dev.tsv line 2, dev.tsv line 7, dev.tsv line 9, and more"
@@ -361,23 +453,53 @@ def test_an_evaluation_without_numbers_is_told_on_all_ranks_together(tiny_model:
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_an_evaluation_without_numbers_has_no_scores(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
+def test_an_evaluation_without_numbers_has_no_scores(
+    tiny_model: Path, files: Files, tmp_path: Path, n: int
+) -> None:
     """With --on_nan skip. Without that the NaN rows' largest output is some label, and a best score."""
-    words = words_of(tiny_model, tmp_path / "out", files, **SETTINGS, on_nan="skip", learning_rate=1e-2)
+    words = words_of(
+        tiny_model, tmp_path / "out", files, **SETTINGS, on_nan="skip", learning_rate=1e-2
+    )
     ranks = run_ranks(n, run_train, words, silent_from(8, {5}))
-    assert ranks[0][0].finished and ranks[0][2].count("Its scores count as undefined (--on_nan skip).") == 2
-    lines = {line["step"]: {line[name] is None for name in ("loss", "accuracy")} for line in step_log(tmp_path / "out", "eval")}
+    assert (
+        ranks[0][0].finished
+        and ranks[0][2].count("Its scores count as undefined (--on_nan skip).") == 2
+    )
+    lines = {
+        line["step"]: {line[name] is None for name in ("loss", "accuracy")}
+        for line in step_log(tmp_path / "out", "eval")
+    }
     assert lines == {4: {False}, 8: {True}, 10: {True}} and ranks[0][0].best_step == 4
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_a_prediction_without_numbers_writes_nothing(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
-    run_ranks(1, run_train, words_of(tiny_model, tmp_path / "out", files, max_train_steps=1, eval_every="never"))
-    words = ["--model", str(tmp_path / "out" / "best"), "--input", str(files.dev), "--use_cpu", "--output", str(tmp_path / "answers.jsonl")]
+def test_a_prediction_without_numbers_writes_nothing(
+    tiny_model: Path, files: Files, tmp_path: Path, n: int
+) -> None:
+    run_ranks(
+        1,
+        run_train,
+        words_of(tiny_model, tmp_path / "out", files, max_train_steps=1, eval_every="never"),
+    )
+    words = [
+        "--model",
+        str(tmp_path / "out" / "best"),
+        "--input",
+        str(files.dev),
+        "--use_cpu",
+        "--output",
+        str(tmp_path / "answers.jsonl"),
+    ]
     first, *others = run_ranks(n, run_main, words, silent_from(0, {5}), predict)
-    assert first == (1, f"bertdist: Prediction: the model gives NaN or Inf for 1 of 12 rows: dev.tsv line 7. {WHY}\n", "")
+    assert first == (
+        1,
+        f"bertdist: Prediction: the model gives NaN or Inf for 1 of 12 rows: dev.tsv line 7. {WHY}\n",
+        "",
+    )
     assert others == [(1, "", "")] * (n - 1) and not (tmp_path / "answers.jsonl").exists()
-    assert [code for code, *_ in run_ranks(n, run_main, words, silent_from(0, set()), predict)] == [0] * n, "the control"
+    assert [code for code, *_ in run_ranks(n, run_main, words, silent_from(0, set()), predict)] == [
+        0
+    ] * n, "the control"
     assert len(json_of(tmp_path / "answers.jsonl")) == 12
 
 
@@ -393,7 +515,9 @@ def usual_tables(accelerator: Accelerator) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_late_look_finds_the_same_steps_and_the_weights_are_the_same(skipped: Skipped, tmp_path: Path, n: int) -> None:
+def test_a_late_look_finds_the_same_steps_and_the_weights_are_the_same(
+    skipped: Skipped, tmp_path: Path, n: int
+) -> None:
     out, straight = tmp_path / "out", tmp_path / "straight"
     run_ranks(n, run_train, skipped.words(straight), both(usual_tables, spoil({3, 17}, "nan")))
     words, as_on_a_gpu = skipped.words(out, log_every="5 steps"), both(usual_tables, look_late)
@@ -405,10 +529,19 @@ def test_a_late_look_finds_the_same_steps_and_the_weights_are_the_same(skipped: 
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_a_late_look_stops_before_anything_is_saved(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
+def test_a_late_look_stops_before_anything_is_saved(
+    tiny_model: Path, files: Files, tmp_path: Path, n: int
+) -> None:
     out = tmp_path / "out"
-    words = words_of(tiny_model, out, files, **{**SETTINGS, "log_every": "10 steps", "eval_every": "never", "save_every": "5 steps"})
+    words = words_of(
+        tiny_model,
+        out,
+        files,
+        **{**SETTINGS, "log_every": "10 steps", "eval_every": "never", "save_every": "5 steps"},
+    )
     with pytest.raises(RankError, match=NonFiniteError.__name__):
         run_ranks(n, run_train, words, both(usual_tables, look_late, spoil({17}, "nan")))
     assert [line["row"] for line in json_of(out / "nan_rows.jsonl")] == [17]
-    assert checkpoints_of(out) == [], "row 17 is in the first epoch, and the first checkpoint would be at its end"
+    assert checkpoints_of(out) == [], (
+        "row 17 is in the first epoch, and the first checkpoint would be at its end"
+    )

@@ -36,30 +36,54 @@ def files_of(folder: Path) -> Files:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("n", [1, 3])
-def test_odd_texts_are_trained_scored_and_predicted(tiny_model: Path, tmp_path: Path, n: int, stream: bool) -> None:
+def test_odd_texts_are_trained_scored_and_predicted(
+    tiny_model: Path, tmp_path: Path, n: int, stream: bool
+) -> None:
     files, out = files_of(tmp_path), tmp_path / "out"
     settings: dict[str, Any] = {"streaming": True, "stream_window": 16} if stream else {}
-    found = run_ranks(n, run_train, words_of(tiny_model, out, files, num_train_epochs=1, max_length=48, **settings))
-    rows = [row for of_step in rows_by_step([seen for _, seen, _ in found]).values() for row in of_step]
+    found = run_ranks(
+        n,
+        run_train,
+        words_of(tiny_model, out, files, num_train_epochs=1, max_length=48, **settings),
+    )
+    rows = [
+        row for of_step in rows_by_step([seen for _, seen, _ in found]).values() for row in of_step
+    ]
     assert sorted(rows) == list(range(2 * len(TEXTS))), "each row once"
     assert all(math.isfinite(line["loss"]) for line in step_log(out, "train"))
-    assert [line["row"] for line in json_of(out / "predictions.jsonl")] == list(range(2 * len(TEXTS)))
-    answers = run_ranks(1, run_main, ["--model", str(out / "best"), "--input", str(files.train), "--use_cpu", "yes"], None, predict)
+    assert [line["row"] for line in json_of(out / "predictions.jsonl")] == list(
+        range(2 * len(TEXTS))
+    )
+    answers = run_ranks(
+        1,
+        run_main,
+        ["--model", str(out / "best"), "--input", str(files.train), "--use_cpu", "yes"],
+        None,
+        predict,
+    )
     code, said, shown = answers[0]
     lines = [json.loads(line) for line in shown.splitlines()]
     assert code == 0 and [line["row"] for line in lines] == list(range(2 * len(TEXTS))), said
-    assert [line["label"] for line in lines] == [line["label"] for line in json_of(out / "predictions.jsonl")]
+    assert [line["label"] for line in lines] == [
+        line["label"] for line in json_of(out / "predictions.jsonl")
+    ]
 
 
-def test_a_lone_surrogate_is_no_text_and_its_line_is_named(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_lone_surrogate_is_no_text_and_its_line_is_named(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     """UTF-8 has none. JSON can write one (\\ud800), so the row is refused by file and line, or left out and told."""
     files = files_of(tmp_path)
     with open(files.train, "a") as file:
         file.write('{"text": "a \\ud800 b", "label": "no"}\n')
-    words = words_of(tiny_model, tmp_path / "out", Files(files.train), max_train_steps=1, max_length=16)
+    words = words_of(
+        tiny_model, tmp_path / "out", Files(files.train), max_train_steps=1, max_length=16
+    )
     code, said, _ = run_ranks(1, run_main, words)[0]
     line = 2 * len(TEXTS) + 1
-    assert code == 1 and said.splitlines()[-1].startswith(f"bertdist: odd.jsonl line {line}: "), said
+    assert code == 1 and said.splitlines()[-1].startswith(f"bertdist: odd.jsonl line {line}: "), (
+        said
+    )
     code, said, _ = run_ranks(1, run_main, [*words, "--on_bad_row", "skip"])[0]
     assert code == 0, said
     (bad,) = json_of(tmp_path / "out" / "bad_rows.jsonl")

@@ -39,16 +39,31 @@ from bertdist.checkpoint import Progress
 from bertdist.dropout import Noise
 from bertdist.memory import give_back_freed_memory
 
-ROWS, STEP, EPOCHS = 38, 12, 2  # steps of 12, 12, 12 and 2 rows: in the last one a rank of three has none
+ROWS, STEP, EPOCHS = (
+    38,
+    12,
+    2,
+)  # steps of 12, 12, 12 and 2 rows: in the last one a rank of three has none
 ROOM = 32  # tokens that fit; what has one text always fits
-PLACES = ("forward", "loss", "middle", "embeddings")  # in the forward pass, or on the way back: at its begin, half-way, near its end
+PLACES = (
+    "forward",
+    "loss",
+    "middle",
+    "embeddings",
+)  # in the forward pass, or on the way back: at its begin, half-way, near its end
 
 
 class Memory:
     """This rank's memory, as it is played."""
 
     def __init__(self, place: str, final: bool | None, texts: int, tokens: int, times: int) -> None:
-        self.place, self.wanted, self.texts, self.tokens, self.times = place, final, texts, tokens, times
+        self.place, self.wanted, self.texts, self.tokens, self.times = (
+            place,
+            final,
+            texts,
+            tokens,
+            times,
+        )
         self.final = False  # whether the micro-batch in hand is the share's last
         self.failed: list[tuple[int, bool]] = []  # (tokens, final) of each that did not fit
         self.one_token = 0  # exchanges that this rank joined with a token that counts nothing
@@ -57,14 +72,18 @@ class Memory:
         fits = texts < self.texts or tokens <= self.tokens or len(self.failed) == self.times
         if place == self.place and not fits and self.wanted in (None, self.final):
             self.failed.append((tokens, self.final))
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."
+            )
 
 
 class Use(torch.autograd.Function):
     """Does nothing but use memory on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, memory: Memory, place: str, sizes: tuple[int, int]) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, memory: Memory, place: str, sizes: tuple[int, int]
+    ) -> torch.Tensor:
         ctx.used = memory, place, sizes
         return x.clone()
 
@@ -76,7 +95,13 @@ class Use(torch.autograd.Function):
 
 
 def short_of_memory(
-    rank: int, place: str, final: bool | None = None, texts: int = 2, tokens: int = ROOM, times: int = 999, buckets: float | None = 0.02
+    rank: int,
+    place: str,
+    final: bool | None = None,
+    texts: int = 2,
+    tokens: int = ROOM,
+    times: int = 999,
+    buckets: float | None = 0.02,
 ) -> Breaking:
     """One rank has little memory. final: only the share's last micro-batch runs out (True), or only others (False).
     buckets: MB of a bucket of DDP; the tiny model would fit into one."""
@@ -84,8 +109,12 @@ def short_of_memory(
     def breaking(accelerator: Accelerator) -> None:
         if buckets is not None:
             kwargs = begin.DistributedDataParallelKwargs
-            begin.DistributedDataParallelKwargs = lambda **words: kwargs(**words, bucket_cap_mb=buckets)
-        memory = Memory(place, final, texts, tokens, times if accelerator.process_index == rank else 0)
+            begin.DistributedDataParallelKwargs = lambda **words: kwargs(
+                **words, bucket_cap_mb=buckets
+            )
+        memory = Memory(
+            place, final, texts, tokens, times if accelerator.process_index == rank else 0
+        )
         accelerator.played = memory
         attempt, load = room.attempt, train.load_classifier
 
@@ -110,7 +139,9 @@ def short_of_memory(
             def hook(place: str) -> Any:
                 def on(module: Any, args: Any, out: Any) -> Any:
                     first = out[0] if isinstance(out, tuple) else out
-                    changed = Use.apply(first, memory, place, sizes) if torch.is_grad_enabled() else first
+                    changed = (
+                        Use.apply(first, memory, place, sizes) if torch.is_grad_enabled() else first
+                    )
                     return (changed, *out[1:]) if isinstance(out, tuple) else changed
 
                 return on
@@ -136,7 +167,9 @@ def in_float64(accelerator: Accelerator) -> None:
     torch.Tensor.float = lambda self: self
 
 
-def run_short(accelerator: Accelerator, words: list[str], breaking: Breaking) -> tuple[Progress, Any, str, list[tuple[int, bool]]]:
+def run_short(
+    accelerator: Accelerator, words: list[str], breaking: Breaking
+) -> tuple[Progress, Any, str, list[tuple[int, bool]]]:
     """run_train, and what did not fit on this rank."""
     return (*run_train(accelerator, words, breaking), accelerator.played.failed)
 
@@ -155,7 +188,12 @@ class Runs:
         self.plain: dict[Any, Path] = {}
 
     def words(self, out: Path, **settings: Any) -> list[str]:
-        usual = {"train_batch_size": STEP, "num_train_epochs": EPOCHS, "dropout": 0, "weight_decay": 0.1}
+        usual = {
+            "train_batch_size": STEP,
+            "num_train_epochs": EPOCHS,
+            "dropout": 0,
+            "weight_decay": 0.1,
+        }
         return words_of(self.model, out, self.files, **{**usual, **settings})
 
     def with_enough(self, n: int, breaking: Breaking | None = None, **settings: Any) -> Path:
@@ -163,7 +201,12 @@ class Runs:
         key = (n, breaking, *settings.items())
         if key not in self.plain:
             self.plain[key] = self.folder / f"plain{len(self.plain)}"
-            run_ranks(n, run_short, self.words(self.plain[key], **settings), both(breaking or in_float32, short_of_memory(-1, "")))
+            run_ranks(
+                n,
+                run_short,
+                self.words(self.plain[key], **settings),
+                both(breaking or in_float32, short_of_memory(-1, "")),
+            )
         return self.plain[key]
 
 
@@ -189,7 +232,10 @@ def far_apart(one: Path, other: Path) -> float:
     weights, others = (tensors_of(last_checkpoint(out)) for out in (one, other))
     assert weights.keys() == others.keys()
     apart = max((weights[name] - others[name]).abs().max().item() for name in weights)
-    numbers = [[line[key] for line in step_log(out, "train") for key in ("loss", "grad_norm")] for out in (one, other)]
+    numbers = [
+        [line[key] for line in step_log(out, "train") for key in ("loss", "grad_norm")]
+        for out in (one, other)
+    ]
     assert apart > 1e-6 or numbers[0] == pytest.approx(numbers[1], abs=1e-5)
     return apart
 
@@ -199,12 +245,18 @@ def far_apart(one: Path, other: Path) -> float:
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("n", "fits"), [(1, 32), (2, 64), (3, 32)])
-def test_out_of_memory_in_the_last_micro_batch_changes_no_bit(runs: Runs, tmp_path: Path, n: int, fits: int, place: str) -> None:
+def test_out_of_memory_in_the_last_micro_batch_changes_no_bit(
+    runs: Runs, tmp_path: Path, n: int, fits: int, place: str
+) -> None:
     """Shares come in one micro-batch each, so that it is the last; it fails in the first step, on the last rank, and all begin anew."""
-    results = run_ranks(n, run_short, runs.words(tmp_path / "out"), short_of_memory(n - 1, place, tokens=fits))
+    results = run_ranks(
+        n, run_short, runs.words(tmp_path / "out"), short_of_memory(n - 1, place, tokens=fits)
+    )
     progress, _, said, _ = results[0]
     assert results[-1][3][0][1] and (n == 1 or len(results[-1][3]) == 1), "it failed elsewhere"
-    assert {result[0].tokens_per_micro_batch for result in results} == {fits} and progress.rows == EPOCHS * ROWS
+    assert {result[0].tokens_per_micro_batch for result in results} == {
+        fits
+    } and progress.rows == EPOCHS * ROWS
     assert_same_bits(tmp_path / "out", runs.with_enough(n, tokens_per_micro_batch=fits))
     told = [line for line in said.splitlines() if "Out of memory" in line]
     assert 1 <= len(told) == progress.halvings, said
@@ -212,29 +264,47 @@ def test_out_of_memory_in_the_last_micro_batch_changes_no_bit(runs: Runs, tmp_pa
     assert all(other == "" for _, _, other, _ in results[1:]), "rank 0 talks"
 
 
-@pytest.mark.parametrize(("place", "joins"), [("forward", 1), ("loss", 1), ("middle", 0), ("embeddings", 0)])
-def test_an_exchange_is_joined_where_it_stands(runs: Runs, tmp_path: Path, place: str, joins: int) -> None:
+@pytest.mark.parametrize(
+    ("place", "joins"), [("forward", 1), ("loss", 1), ("middle", 0), ("embeddings", 0)]
+)
+def test_an_exchange_is_joined_where_it_stands(
+    runs: Runs, tmp_path: Path, place: str, joins: int
+) -> None:
     """Before DDP has sent anything: from its begin, with a token that counts nothing. Behind: with zeros for what is left."""
     words = runs.words(tmp_path / "out", max_train_steps=2)
-    assert run_ranks(2, joined_with_one_token, words, short_of_memory(1, place, tokens=64)) == [0, joins]
+    assert run_ranks(2, joined_with_one_token, words, short_of_memory(1, place, tokens=64)) == [
+        0,
+        joins,
+    ]
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("n", "rank"), [(1, 0), (2, 0), (2, 1), (3, 1)])
-def test_out_of_memory_in_another_micro_batch_stays_on_its_rank(runs: Runs, tmp_path: Path, n: int, rank: int, place: str) -> None:
+def test_out_of_memory_in_another_micro_batch_stays_on_its_rank(
+    runs: Runs, tmp_path: Path, n: int, rank: int, place: str
+) -> None:
     """That rank begins its share again while the others wait; from the next step on all have its size."""
     breaking = both(in_float64, short_of_memory(rank, place, final=False))
-    results = run_ranks(n, run_short, runs.words(tmp_path / "out", tokens_per_micro_batch=60), breaking)
+    results = run_ranks(
+        n, run_short, runs.words(tmp_path / "out", tokens_per_micro_batch=60), breaking
+    )
     assert results[rank][3] and not any(final for _, final in results[rank][3])
-    assert {result[0].tokens_per_micro_batch for result in results} == {30} and results[0][0].halvings == 1
-    assert far_apart(tmp_path / "out", runs.with_enough(n, in_float64, tokens_per_micro_batch=30)) < 1e-10
+    assert {result[0].tokens_per_micro_batch for result in results} == {30} and results[0][
+        0
+    ].halvings == 1
+    assert (
+        far_apart(tmp_path / "out", runs.with_enough(n, in_float64, tokens_per_micro_batch=30))
+        < 1e-10
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_every_row_is_counted_once_on_its_schedule(runs: Runs, tmp_path: Path, n: int) -> None:
     results = run_ranks(n, run_short, runs.words(tmp_path / "out"), short_of_memory(0, "middle"))
     plain = run_ranks(1, run_train, runs.words(tmp_path / "plain"))
-    assert rows_by_step([seen for _, seen, _, _ in results]) == rows_by_step([seen for _, seen, _ in plain])
+    assert rows_by_step([seen for _, seen, _, _ in results]) == rows_by_step(
+        [seen for _, seen, _ in plain]
+    )
     logs = [step_log(tmp_path / name, "train") for name in ("out", "plain")]
     for one, other in zip(*logs, strict=True):
         assert {**one, "loss": 0, "grad_norm": 0} == {**other, "loss": 0, "grad_norm": 0}
@@ -245,7 +315,9 @@ def test_every_row_is_counted_once_on_its_schedule(runs: Runs, tmp_path: Path, n
 def test_dropout_is_drawn_again_as_it_was(runs: Runs, tmp_path: Path, place: str) -> None:
     """On one rank, from the first step on: the bits are those of a run that was cut so from its start, dropout and all."""
     run_ranks(1, run_short, runs.words(tmp_path / "out", dropout=0.3), short_of_memory(0, place))
-    assert_same_bits(tmp_path / "out", runs.with_enough(1, tokens_per_micro_batch=ROOM, dropout=0.3))
+    assert_same_bits(
+        tmp_path / "out", runs.with_enough(1, tokens_per_micro_batch=ROOM, dropout=0.3)
+    )
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -271,7 +343,10 @@ def test_a_run_that_goes_on_has_the_size_that_was_found(runs: Runs, tmp_path: Pa
     assert all(failed == [] for _, _, _, failed in results), "it began with the old size"
     assert "found from free memory" not in results[0][2]
     assert_same_bits(*outs)
-    assert json_of(last_checkpoint(outs[0]) / "state.json")["progress"]["tokens_per_micro_batch"] == ROOM
+    assert (
+        json_of(last_checkpoint(outs[0]) / "state.json")["progress"]["tokens_per_micro_batch"]
+        == ROOM
+    )
 
 
 def test_what_is_asked_for_wins_over_what_was_found(runs: Runs, tmp_path: Path) -> None:
@@ -279,7 +354,9 @@ def test_what_is_asked_for_wins_over_what_was_found(runs: Runs, tmp_path: Path) 
 
     def tokens(breaking: Breaking | None = None, **settings: Any) -> tuple[int, bool]:
         words = runs.words(tmp_path / "out", num_train_epochs=9, save_every="1 steps", **settings)
-        ((progress, _, said),) = run_ranks(1, run_train, words, both(breaking or in_float32, stop_soon))
+        ((progress, _, said),) = run_ranks(
+            1, run_train, words, both(breaking or in_float32, stop_soon)
+        )
         return progress.tokens_per_micro_batch, "found from free memory" in said
 
     def stop_soon(accelerator: Accelerator) -> None:
@@ -287,7 +364,10 @@ def test_what_is_asked_for_wins_over_what_was_found(runs: Runs, tmp_path: Path) 
 
     assert tokens() == (8192, True)
     assert tokens() == (8192, False)
-    assert tokens(short_of_memory(0, "loss", tokens=200), tokens_per_micro_batch=777) == (194, False)
+    assert tokens(short_of_memory(0, "loss", tokens=200), tokens_per_micro_batch=777) == (
+        194,
+        False,
+    )
     assert tokens(tokens_per_micro_batch=777) == (194, False)
     assert tokens() == (194, False)
     assert tokens(tokens_per_micro_batch=778) == (778, False)
@@ -297,7 +377,9 @@ def test_ranks_begin_with_the_least_that_one_of_them_found(runs: Runs, tmp_path:
     def little_on_rank_1(accelerator: Accelerator) -> None:
         room.find_tokens = lambda *args: 128 if accelerator.process_index == 1 else 512
 
-    results = run_ranks(3, run_train, runs.words(tmp_path / "out", max_train_steps=2), little_on_rank_1)
+    results = run_ranks(
+        3, run_train, runs.words(tmp_path / "out", max_train_steps=2), little_on_rank_1
+    )
     assert [progress.tokens_per_micro_batch for progress, _, _ in results] == [128] * 3
     assert "Micro-batches of at most 128 tokens: found from free memory." in results[0][2]
 
@@ -312,7 +394,12 @@ def test_gradients_that_are_not_thrown_away_are_seen(runs: Runs, tmp_path: Path)
     for place in ("middle", "embeddings"):
         out = tmp_path / place
         settings = {"tokens_per_micro_batch": 60}
-        run_ranks(2, run_short, runs.words(out, **settings), both(in_float64, keep, short_of_memory(1, place, final=False)))
+        run_ranks(
+            2,
+            run_short,
+            runs.words(out, **settings),
+            both(in_float64, keep, short_of_memory(1, place, final=False)),
+        )
         assert far_apart(out, runs.with_enough(2, in_float64, tokens_per_micro_batch=30)) > 1e-6
 
 
@@ -321,11 +408,20 @@ def test_dropout_that_goes_on_instead_is_seen(runs: Runs, tmp_path: Path) -> Non
 
     def go_on(accelerator: Accelerator) -> None:
         begin_noise, drawn = Noise.__init__, count()
-        Noise.__init__ = lambda self, rows, lengths: begin_noise(self, [next(drawn) for _ in lengths], lengths)
+        Noise.__init__ = lambda self, rows, lengths: begin_noise(
+            self, [next(drawn) for _ in lengths], lengths
+        )
 
-    run_ranks(1, run_short, runs.words(tmp_path / "out", dropout=0.3), both(go_on, short_of_memory(0, "loss")))
+    run_ranks(
+        1,
+        run_short,
+        runs.words(tmp_path / "out", dropout=0.3),
+        both(go_on, short_of_memory(0, "loss")),
+    )
     with pytest.raises(AssertionError):
-        assert_same_bits(tmp_path / "out", runs.with_enough(1, tokens_per_micro_batch=ROOM, dropout=0.3))
+        assert_same_bits(
+            tmp_path / "out", runs.with_enough(1, tokens_per_micro_batch=ROOM, dropout=0.3)
+        )
 
 
 def leave_the_exchange(accelerator: Accelerator) -> None:
@@ -355,16 +451,26 @@ def send_buffers_around(accelerator: Accelerator) -> None:
         (60, send_buffers_around, short_of_memory(1, "forward", final=False)),
     ],
 )
-def test_ranks_that_part_are_seen(runs: Runs, tmp_path: Path, tokens: int | None, broken: Breaking, short: Breaking) -> None:
+def test_ranks_that_part_are_seen(
+    runs: Runs, tmp_path: Path, tokens: int | None, broken: Breaking, short: Breaking
+) -> None:
     """Who leaves an exchange, decides alone, or repeats a collective alone leaves the others waiting, or talking of different things."""
     with pytest.raises(RankError):
-        run_ranks(2, run_short, runs.words(tmp_path / "out", tokens_per_micro_batch=tokens), both(short, broken), timeout=6)
+        run_ranks(
+            2,
+            run_short,
+            runs.words(tmp_path / "out", tokens_per_micro_batch=tokens),
+            both(short, broken),
+            timeout=6,
+        )
 
 
 # --- A text that never fits
 
 
-@pytest.mark.parametrize(("n", "rank", "rows"), [(1, 0, STEP), (2, 1, STEP), (3, 0, STEP), (2, 0, 2), (3, 0, 3)])
+@pytest.mark.parametrize(
+    ("n", "rank", "rows"), [(1, 0, STEP), (2, 1, STEP), (3, 0, STEP), (2, 0, 2), (3, 0, 3)]
+)
 @pytest.mark.parametrize("place", ["forward", "middle"])
 def test_a_text_that_does_not_fit_alone_ends_all_ranks_with_one_line(
     runs: Runs, tmp_path: Path, n: int, rank: int, rows: int, place: str
@@ -372,7 +478,9 @@ def test_a_text_that_does_not_fit_alone_ends_all_ranks_with_one_line(
     """As the first of several micro-batches, and (rows: one a rank) as the last."""
     words = runs.words(tmp_path / "out", train_batch_size=rows, max_length=48)
     first, *others = run_ranks(n, run_main, words, short_of_memory(rank, place, texts=1, tokens=24))
-    assert [code for code, _, _ in (first, *others)] == [1] * n and [said for _, said, _ in others] == [""] * (n - 1)
+    assert [code for code, _, _ in (first, *others)] == [1] * n and [
+        said for _, said, _ in others
+    ] == [""] * (n - 1)
     told = [line for line in first[1].splitlines() if line.startswith("bertdist: ")]
     assert len(told) == 1 and "Traceback" not in first[1], first[1]
     who = "" if n == 1 else f"rank {rank}: "
@@ -392,7 +500,9 @@ def test_a_text_that_does_not_fit_alone_ends_all_ranks_with_one_line(
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_an_evaluation_out_of_memory_on_one_rank_scores_the_same(runs: Runs, tmp_path: Path, n: int) -> None:
+def test_an_evaluation_out_of_memory_on_one_rank_scores_the_same(
+    runs: Runs, tmp_path: Path, n: int
+) -> None:
     """Nobody else is told, and each row is scored once."""
 
     def short_in_evaluation(accelerator: Accelerator) -> None:
@@ -402,7 +512,11 @@ def test_an_evaluation_out_of_memory_on_one_rank_scores_the_same(runs: Runs, tmp
             forward = model.forward
 
             def used(batch: Any) -> Any:
-                if accelerator.process_index == n - 1 and len(batch.lengths) > 1 and sum(batch.lengths) > ROOM:
+                if (
+                    accelerator.process_index == n - 1
+                    and len(batch.lengths) > 1
+                    and sum(batch.lengths) > ROOM
+                ):
                     failed.append(sum(batch.lengths))
                     raise MemoryError
                 return forward(batch)
@@ -424,20 +538,28 @@ def test_an_evaluation_out_of_memory_on_one_rank_scores_the_same(runs: Runs, tmp
         assert one == pytest.approx(other, abs=1e-5)
 
 
-def test_a_text_that_fits_in_no_evaluation_ends_all_ranks_with_one_line(runs: Runs, tmp_path: Path) -> None:
+def test_a_text_that_fits_in_no_evaluation_ends_all_ranks_with_one_line(
+    runs: Runs, tmp_path: Path
+) -> None:
     def no_memory(accelerator: Accelerator) -> None:
         fitting = evaluation.fitting
 
         def out(batch: Any) -> Any:
             raise MemoryError
 
-        evaluation.fitting = lambda compute, *rest: fitting(out if accelerator.process_index == 1 else compute, *rest)
+        evaluation.fitting = lambda compute, *rest: fitting(
+            out if accelerator.process_index == 1 else compute, *rest
+        )
 
     words = runs.words(tmp_path / "out", eval_every="2 steps")
     first, other = run_ranks(2, run_main, words, no_memory)
     assert (first[0], other) == (1, (1, "", ""))
     told = [line for line in first[1].splitlines() if line.startswith("bertdist: ")]
-    assert len(told) == 1 and told[0].startswith("bertdist: rank 1: dev.tsv line ") and "not even alone (MemoryError)" in told[0]
+    assert (
+        len(told) == 1
+        and told[0].startswith("bertdist: rank 1: dev.tsv line ")
+        and "not even alone (MemoryError)" in told[0]
+    )
 
 
 # --- For real
@@ -472,7 +594,10 @@ def test_memory_that_is_really_gone(wide_model: Path, tmp_path: Path, n: int) ->
         def watched(*args: Any) -> Any:
             unlimited = resource.getrlimit(resource.RLIMIT_AS)
             if accelerator.process_index == n - 1:
-                resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (60 << 20), unlimited[1]))
+                resource.setrlimit(
+                    resource.RLIMIT_AS,
+                    (psutil.Process().memory_info().vms + (60 << 20), unlimited[1]),
+                )
             try:
                 return take_step(*args)
             finally:
@@ -482,8 +607,12 @@ def test_memory_that_is_really_gone(wide_model: Path, tmp_path: Path, n: int) ->
 
     settings = {"train_batch_size": 300 * n, "num_train_epochs": 2, "dropout": 0}
     files = write_split(tmp_path, 300 * n)
-    progress, _, said = run_ranks(n, run_train, words_of(wide_model, tmp_path / "out", files, **settings), limit)[0]
-    assert progress.finished and progress.halvings >= 1 and progress.tokens_per_micro_batch < 4096, said
+    progress, _, said = run_ranks(
+        n, run_train, words_of(wide_model, tmp_path / "out", files, **settings), limit
+    )[0]
+    assert (
+        progress.finished and progress.halvings >= 1 and progress.tokens_per_micro_batch < 4096
+    ), said
     run_ranks(n, run_train, words_of(wide_model, tmp_path / "plain", files, **settings))
     for one, other in zip(step_log(tmp_path / "out"), step_log(tmp_path / "plain"), strict=True):
         assert one == pytest.approx(other, abs=1e-3)

@@ -80,7 +80,11 @@ def test_resume_equals_uninterrupted(runs: Runs, tmp_path: Path, n: int) -> None
     (progress, *_), *_ = run_ranks(n, run_train, words, at_step(second, ask_the_last_rank_to_stop))
     assert (progress.step, progress.finished) == (second + 1, False)
     status = json_of(tmp_path / "out" / "status.json")
-    assert status == {"state": "preempted", "step": second + 1, "reason": "SIGTERM" if n == 1 else "another rank was asked to stop"}
+    assert status == {
+        "state": "preempted",
+        "step": second + 1,
+        "reason": "SIGTERM" if n == 1 else "another rank was asked to stop",
+    }
     (progress, *_), *_ = run_ranks(n, run_train, words)
     assert (progress.step, progress.finished) == (STEPS, True)
     assert_same_run(tmp_path / "out", runs.undisturbed(n))
@@ -94,7 +98,9 @@ def test_a_stop_between_two_log_lines_changes_neither(runs: Runs, tmp_path: Path
     assert_same_run(tmp_path / "out", runs.undisturbed(3))
 
 
-def test_a_process_tells_of_itself_and_the_next_one_takes_it_back(runs: Runs, tmp_path: Path) -> None:
+def test_a_process_tells_of_itself_and_the_next_one_takes_it_back(
+    runs: Runs, tmp_path: Path
+) -> None:
     """A stopped process leaves a line of kind "meter"; the one that goes on leaves its own in its place, however often it is asked."""
     out, words = tmp_path / "out", runs.words(tmp_path / "out")
 
@@ -106,7 +112,9 @@ def test_a_process_tells_of_itself_and_the_next_one_takes_it_back(runs: Runs, tm
     assert told() == [(5, False, 5)]
     ended = run_ranks(2, run_train, words)
     assert told() == [(STEPS, True, STEPS - 5)]
-    assert f"{STEPS - 5} steps in " in ended[0][2] and "the fullest of 2 ranks had 1." in ended[0][2]
+    assert (
+        f"{STEPS - 5} steps in " in ended[0][2] and "the fullest of 2 ranks had 1." in ended[0][2]
+    )
     run_ranks(2, run_train, words)
     assert told() == [(STEPS, True, STEPS - 5)]
     assert_same_run(out, runs.undisturbed(2))
@@ -130,7 +138,9 @@ def take_nothing_back(accelerator: Accelerator) -> None:
 
 
 @pytest.mark.parametrize("breaking", [None, take_nothing_back])
-def test_one_process_of_all_tells_of_itself(runs: Runs, tmp_path: Path, breaking: Breaking | None) -> None:
+def test_one_process_of_all_tells_of_itself(
+    runs: Runs, tmp_path: Path, breaking: Breaking | None
+) -> None:
     """Stopped, killed, killed while it writes its line, and gone on each time: one whole line, of the process that finished."""
     out, words = tmp_path / "out", runs.words(tmp_path / "out", log_every="1 steps")
     path, broken = out / "metrics.jsonl", [breaking] if breaking else []
@@ -139,12 +149,23 @@ def test_one_process_of_all_tells_of_itself(runs: Runs, tmp_path: Path, breaking
     with pytest.raises(RankError, match="ended with status 9"):
         run_ranks(1, run_train, words, both(*broken, at_step(7, die)))
     with pytest.raises(RankError, match="ended with status 9"):
-        run_ranks(1, run_train, words, both(*broken, at_step(10, ask_the_last_rank_to_stop), die_in_the_midst_of_the_meters_line))
+        run_ranks(
+            1,
+            run_train,
+            words,
+            both(
+                *broken, at_step(10, ask_the_last_rank_to_stop), die_in_the_midst_of_the_meters_line
+            ),
+        )
     began = time.perf_counter()
     ((_, seen, _),) = run_ranks(1, run_train, words, breaking)
     seconds = time.perf_counter() - began
-    assert [step for step, _ in seen] == list(range(9, STEPS)), "from the checkpoint before the torn line"
-    if breaking is not None:  # the control: the line of the process that was stopped stays, and half a line does
+    assert [step for step, _ in seen] == list(range(9, STEPS)), (
+        "from the checkpoint before the torn line"
+    )
+    if (
+        breaking is not None
+    ):  # the control: the line of the process that was stopped stays, and half a line does
         assert sum('"meter"' in line for line in path.read_text().splitlines()) > 1
         with pytest.raises(ValueError, match=r"delimiter|Expecting|Extra data"):
             json_of(path)
@@ -154,13 +175,17 @@ def test_one_process_of_all_tells_of_itself(runs: Runs, tmp_path: Path, breaking
     assert (told["step"], told["finished"], told["train_steps"]) == (STEPS, True, STEPS - 9)
     tokens = {line["step"]: line["tokens"] for line in lines if line["kind"] == "train"}
     assert list(tokens) == list(range(1, STEPS + 1))
-    assert told["tokens_per_second"] * told["train_seconds"] == pytest.approx(tokens[STEPS] - tokens[9])
+    assert told["tokens_per_second"] * told["train_seconds"] == pytest.approx(
+        tokens[STEPS] - tokens[9]
+    )
     assert 0 < told["data_wait_seconds"] < told["train_seconds"] < seconds
     assert told["padding_factor"] == told["slowest_rank"] == 1
     assert told["model_tflops"] == pytest.approx(told["flop_utilization"] * told["matmul_tflops"])
 
 
-def test_killed_after_the_last_line_and_before_the_last_checkpoint(runs: Runs, tmp_path: Path) -> None:
+def test_killed_after_the_last_line_and_before_the_last_checkpoint(
+    runs: Runs, tmp_path: Path
+) -> None:
     def die_instead_of_saving(accelerator: Accelerator) -> None:
         save = train.Checkpoints.save
 
@@ -174,7 +199,9 @@ def test_killed_after_the_last_line_and_before_the_last_checkpoint(runs: Runs, t
     words = runs.words(tmp_path / "out")
     with pytest.raises(RankError, match="ended with status 9"):
         run_ranks(1, run_train, words, die_instead_of_saving)
-    assert step_log(tmp_path / "out", "meter") == [{"kind": "meter", "step": STEPS, "finished": True}]
+    assert step_log(tmp_path / "out", "meter") == [
+        {"kind": "meter", "step": STEPS, "finished": True}
+    ]
     run_ranks(1, run_train, words)
     assert_same_run(tmp_path / "out", runs.undisturbed(1))
 
@@ -198,10 +225,14 @@ def test_loader_workers_and_other_micro_batches_resume_too(runs: Runs, tmp_path:
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_dropout_that_is_not_a_function_of_the_step_is_seen(runs: Runs, tmp_path: Path, n: int) -> None:
+def test_dropout_that_is_not_a_function_of_the_step_is_seen(
+    runs: Runs, tmp_path: Path, n: int
+) -> None:
     def unseeded(accelerator: Accelerator) -> None:
         seed_dropout, calls = train.seed_dropout, count()
-        train.seed_dropout = lambda seed, step, rank: seed_dropout(seed, next(calls), rank)  # a start counts from 0 again
+        train.seed_dropout = lambda seed, step, rank: seed_dropout(
+            seed, next(calls), rank
+        )  # a start counts from 0 again
 
     outs = [tmp_path / "straight", tmp_path / "resumed"]
     run_ranks(n, run_train, runs.words(outs[0]), unseeded)
@@ -228,24 +259,39 @@ def test_three_ranks_without_the_throw_away_backward_are_seen(runs: Runs, tmp_pa
         assert_same_run(*outs)
 
 
-def test_another_world_size_goes_on_with_the_same_rows_and_says_so(runs: Runs, tmp_path: Path) -> None:
+def test_another_world_size_goes_on_with_the_same_rows_and_says_so(
+    runs: Runs, tmp_path: Path
+) -> None:
     words = runs.words(tmp_path / "out", dropout=0)
     begun = run_ranks(2, run_train, words, at_step(6, ask_the_last_rank_to_stop))
     ended = run_ranks(3, run_train, words)
-    assert "It was written by 2 processes, now there are 3: the same rows in the same steps;" in ended[0][2]
+    assert (
+        "It was written by 2 processes, now there are 3: the same rows in the same steps;"
+        in ended[0][2]
+    )
     straight = run_ranks(1, run_train, runs.words(tmp_path / "straight", dropout=0))
-    assert rows_by_step([seen for _, seen, _ in begun]) | rows_by_step([seen for _, seen, _ in ended]) == rows_by_step([straight[0][1]])
+    assert rows_by_step([seen for _, seen, _ in begun]) | rows_by_step(
+        [seen for _, seen, _ in ended]
+    ) == rows_by_step([straight[0][1]])
     for one, other in zip(step_log(tmp_path / "out"), step_log(tmp_path / "straight"), strict=True):
         assert one == pytest.approx(other, abs=1e-4)
 
 
 def test_a_finished_run_says_so_and_changes_nothing(runs: Runs) -> None:
     out = runs.undisturbed(1)
-    kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "environment.json"}
+    kept = {
+        path: path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.name != "environment.json"
+    }
     ((progress, seen, said),) = run_ranks(1, run_train, runs.words(out))
     assert (progress.step, progress.finished, seen) == (STEPS, True, [])
     assert f"Finished: {STEPS} steps, best weights (step {progress.best_step})" in said
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "environment.json"} == kept
+    assert {
+        path: path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.name != "environment.json"
+    } == kept
 
 
 def test_a_named_checkpoint_is_gone_on_from(runs: Runs, tmp_path: Path) -> None:
@@ -297,20 +343,34 @@ def die_before_rename_to(name: str) -> Breaking:
     ("n", "breaking", "left", "goes_on_at"),
     [
         (1, die_while_writing("model.safetensors", 1), [".step_000003.partial"], 0),
-        (1, die_while_writing("optimizer.safetensors", 3), [".step_000009.partial", "step_000003", "step_000006"], 6),
+        (
+            1,
+            die_while_writing("optimizer.safetensors", 3),
+            [".step_000009.partial", "step_000003", "step_000006"],
+            6,
+        ),
         (2, die_before_rename_to("step_000006"), [".step_000006.partial", "step_000003"], 3),
         (1, die_before_rename_to("best"), None, None),
     ],
 )
 def test_a_kill_while_writing_leaves_the_older_checkpoint(
-    runs: Runs, tmp_path: Path, n: int, breaking: Breaking, left: list[str] | None, goes_on_at: int | None
+    runs: Runs,
+    tmp_path: Path,
+    n: int,
+    breaking: Breaking,
+    left: list[str] | None,
+    goes_on_at: int | None,
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(RankError, match="ended with status 9"):
         run_ranks(n, run_train, runs.words(out), breaking)
     if left is not None:
         assert checkpoints_of(out) == left
-        assert all(damage_of(out / "checkpoints" / name) is None for name in left if not name.startswith("."))
+        assert all(
+            damage_of(out / "checkpoints" / name) is None
+            for name in left
+            if not name.startswith(".")
+        )
     ended = run_ranks(n, run_train, runs.words(out))
     if goes_on_at is not None and left is not None:
         assert ended[0][1][0][0] == goes_on_at
@@ -331,7 +391,12 @@ def test_a_checkpoint_written_in_place_is_seen(runs: Runs, tmp_path: Path) -> No
 
     out = tmp_path / "out"
     with pytest.raises(RankError, match="ended with status 9"):
-        run_ranks(1, run_train, runs.words(out), both(in_place, die_while_writing("optimizer.safetensors", 3)))
+        run_ranks(
+            1,
+            run_train,
+            runs.words(out),
+            both(in_place, die_while_writing("optimizer.safetensors", 3)),
+        )
     assert any(damage_of(out / "checkpoints" / name) for name in checkpoints_of(out))
 
 
@@ -384,4 +449,6 @@ def test_without_digests_a_flipped_bit_is_loaded(runs: Runs, tmp_path: Path) -> 
     ((_, seen, said),) = run_ranks(1, run_train, words, trusting)
     assert seen[0][0] == 6 and "Passing over" not in said
     with pytest.raises(AssertionError):
-        assert_same_tensors(tensors_of(last_checkpoint(out)), tensors_of(last_checkpoint(runs.undisturbed(1))))
+        assert_same_tensors(
+            tensors_of(last_checkpoint(out)), tensors_of(last_checkpoint(runs.undisturbed(1)))
+        )

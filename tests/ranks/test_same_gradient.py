@@ -13,7 +13,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 from forked import run_ranks
-from rows import Breaking, last_checkpoint, make_rows, run_train, step_log, tensors_of, words_of, write_split
+from rows import (
+    Breaking,
+    last_checkpoint,
+    make_rows,
+    run_train,
+    step_log,
+    tensors_of,
+    words_of,
+    write_split,
+)
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BertForSequenceClassification
 
@@ -22,7 +31,11 @@ from bertdist.batch import Step
 from bertdist.batching import plan
 from bertdist.dropout import Noise
 
-ROWS, STEP, EPOCHS = 22, 10, 2  # steps of 10, 10 and 2 rows: in the last one a rank of three has none
+ROWS, STEP, EPOCHS = (
+    22,
+    10,
+    2,
+)  # steps of 10, 10 and 2 rows: in the last one a rank of three has none
 ONE_TEXT = 1  # tokens_per_micro_batch: every text alone
 
 
@@ -43,7 +56,9 @@ def with_steps(change: Callable[[Step, Accelerator], Step]) -> Breaking:
 
     def breaking(accelerator: Accelerator) -> None:
         take_step = train.take_step
-        train.take_step = lambda model, optimizer, step, *rest: take_step(model, optimizer, change(step, accelerator), *rest)
+        train.take_step = lambda model, optimizer, step, *rest: take_step(
+            model, optimizer, change(step, accelerator), *rest
+        )
 
     return breaking
 
@@ -57,23 +72,39 @@ def mean_over_ranks(step: Step, accelerator: Accelerator) -> Step:
 def mean_over_micro_batches(step: Step, accelerator: Accelerator) -> Step:
     """The mean of the micro-batches' means: gradient accumulation as it is usually written."""
     parts = len(step.share) * accelerator.num_processes
-    return replace(step, share=[replace(batch, weights=batch.weights * step.rows / (parts * len(batch.rows))) for batch in step.share])
+    return replace(
+        step,
+        share=[
+            replace(batch, weights=batch.weights * step.rows / (parts * len(batch.rows)))
+            for batch in step.share
+        ],
+    )
 
 
 def idle_rows_count(step: Step, accelerator: Accelerator) -> Step:
     """The text that keeps a rank without rows busy is learned from."""
-    return replace(step, share=[replace(batch, weights=torch.ones_like(batch.weights)) for batch in step.share])
+    return replace(
+        step, share=[replace(batch, weights=torch.ones_like(batch.weights)) for batch in step.share]
+    )
 
 
 class Curve:
     """What a run learned."""
 
-    def __init__(self, model: Path, folder: Path, n: int, tokens: int, *breakings: Breaking, **settings: Any) -> None:
+    def __init__(
+        self, model: Path, folder: Path, n: int, tokens: int, *breakings: Breaking, **settings: Any
+    ) -> None:
         def breaking(accelerator: Accelerator) -> None:
             for each in breakings:
                 each(accelerator)
 
-        usual = {"train_batch_size": STEP, "num_train_epochs": EPOCHS, "dropout": 0, "tokens_per_micro_batch": tokens, "weight_decay": 0.1}
+        usual = {
+            "train_batch_size": STEP,
+            "num_train_epochs": EPOCHS,
+            "dropout": 0,
+            "tokens_per_micro_batch": tokens,
+            "weight_decay": 0.1,
+        }
         words = words_of(model, folder / "out", write_split(folder, ROWS), **{**usual, **settings})
         run_ranks(n, run_train, words, breaking)
         lines = step_log(folder / "out", "train")
@@ -83,8 +114,12 @@ class Curve:
 
     def far_from(self, other: "Curve") -> dict[str, float]:
         """Largest differences."""
-        assert len(self.loss) == len(other.loss) == 6 and self.weights.keys() == other.weights.keys()
-        weights = max((self.weights[name] - other.weights[name]).abs().max().item() for name in self.weights)
+        assert (
+            len(self.loss) == len(other.loss) == 6 and self.weights.keys() == other.weights.keys()
+        )
+        weights = max(
+            (self.weights[name] - other.weights[name]).abs().max().item() for name in self.weights
+        )
         return {
             "loss": (self.loss - other.loss).abs().max().item(),
             "grad_norm": ((self.grad_norm - other.grad_norm) / other.grad_norm).abs().max().item(),
@@ -102,8 +137,12 @@ def float64(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Curve
     return Curve(tiny_model, tmp_path_factory.mktemp("float64"), 1, 8192, in_float64)
 
 
-@pytest.mark.parametrize(("n", "tokens"), [(1, ONE_TEXT), (2, 8192), (2, 30), (3, 8192), (3, ONE_TEXT)])
-def test_loss_and_gradient_norm_are_the_same_to_1e_5(tiny_model: Path, tmp_path: Path, float32: Curve, n: int, tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("n", "tokens"), [(1, ONE_TEXT), (2, 8192), (2, 30), (3, 8192), (3, ONE_TEXT)]
+)
+def test_loss_and_gradient_norm_are_the_same_to_1e_5(
+    tiny_model: Path, tmp_path: Path, float32: Curve, n: int, tokens: int
+) -> None:
     far = Curve(tiny_model, tmp_path, n, tokens).far_from(float32)
     print(n, tokens, far)
     assert far["loss"] < 1e-5 and far["grad_norm"] < 1e-5, far
@@ -115,7 +154,9 @@ def dropped(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Curve
 
 
 @pytest.mark.parametrize(("n", "tokens"), [(1, ONE_TEXT), (2, 30), (3, 8192), (3, ONE_TEXT)])
-def test_with_dropout_too(tiny_model: Path, tmp_path: Path, dropped: Curve, float32: Curve, n: int, tokens: int) -> None:
+def test_with_dropout_too(
+    tiny_model: Path, tmp_path: Path, dropped: Curve, float32: Curve, n: int, tokens: int
+) -> None:
     """What a row loses to dropout is its own affair: not its rank's, and not its micro-batch's."""
     far = Curve(tiny_model, tmp_path, n, tokens, dropout=0.3).far_from(dropped)
     print(n, tokens, far)
@@ -124,7 +165,9 @@ def test_with_dropout_too(tiny_model: Path, tmp_path: Path, dropped: Curve, floa
 
 
 @pytest.mark.parametrize(("n", "tokens"), [(1, 30), (2, 8192)])
-def test_dropout_by_place_in_the_batch_is_seen(tiny_model: Path, tmp_path: Path, dropped: Curve, n: int, tokens: int) -> None:
+def test_dropout_by_place_in_the_batch_is_seen(
+    tiny_model: Path, tmp_path: Path, dropped: Curve, n: int, tokens: int
+) -> None:
     def by_place(accelerator: Accelerator) -> None:
         begin = Noise.__init__
         Noise.__init__ = lambda self, rows, lengths: begin(self, range(len(lengths)), lengths)
@@ -134,7 +177,9 @@ def test_dropout_by_place_in_the_batch_is_seen(tiny_model: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize(("n", "tokens"), [(1, ONE_TEXT), (2, 30), (3, 30)])
-def test_weights_are_the_same_to_1e_10_in_float64(tiny_model: Path, tmp_path: Path, float64: Curve, n: int, tokens: int) -> None:
+def test_weights_are_the_same_to_1e_10_in_float64(
+    tiny_model: Path, tmp_path: Path, float64: Curve, n: int, tokens: int
+) -> None:
     far = Curve(tiny_model, tmp_path, n, tokens, in_float64).far_from(float64)
     print(n, tokens, far)
     assert far["weights"] < 1e-10 and far["grad_norm"] < 1e-6, far
@@ -142,23 +187,41 @@ def test_weights_are_the_same_to_1e_10_in_float64(tiny_model: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("n", "tokens", "wrong"),
-    [(2, 8192, mean_over_ranks), (3, 8192, mean_over_ranks), (1, 30, mean_over_micro_batches), (3, 8192, idle_rows_count)],
+    [
+        (2, 8192, mean_over_ranks),
+        (3, 8192, mean_over_ranks),
+        (1, 30, mean_over_micro_batches),
+        (3, 8192, idle_rows_count),
+    ],
 )
 def test_other_ways_to_average_are_seen(
-    tiny_model: Path, tmp_path: Path, float64: Curve, n: int, tokens: int, wrong: Callable[[Step, Accelerator], Step]
+    tiny_model: Path,
+    tmp_path: Path,
+    float64: Curve,
+    n: int,
+    tokens: int,
+    wrong: Callable[[Step, Accelerator], Step],
 ) -> None:
     far = Curve(tiny_model, tmp_path, n, tokens, in_float64, with_steps(wrong)).far_from(float64)
     print(n, wrong.__name__, far)
     assert far["weights"] > 1e-6 and far["grad_norm"] > 1e-4 and far["loss"] > 1e-5, far
 
 
-def test_the_gradient_is_that_of_one_padded_batch(tiny_model: Path, tmp_path: Path, float64: Curve) -> None:
+def test_the_gradient_is_that_of_one_padded_batch(
+    tiny_model: Path, tmp_path: Path, float64: Curve
+) -> None:
     """The whole run again with nothing of the product but its initial weights and its plan: transformers, cross-entropy, AdamW."""
     torch.manual_seed(42)
-    model = BertForSequenceClassification.from_pretrained(tiny_model, num_labels=2, dtype=torch.float32).double().eval()
+    model = (
+        BertForSequenceClassification.from_pretrained(tiny_model, num_labels=2, dtype=torch.float32)
+        .double()
+        .eval()
+    )
     decays = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]
-    adamw = torch.optim.AdamW([{"params": decays, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1e-3)
+    adamw = torch.optim.AdamW(
+        [{"params": decays, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1e-3
+    )
     rows, tokenizer = make_rows(ROWS, seed=1), AutoTokenizer.from_pretrained(tiny_model)
     losses, norms = [], []
     for epoch in range(EPOCHS):
@@ -168,13 +231,23 @@ def test_the_gradient_is_that_of_one_padded_batch(tiny_model: Path, tmp_path: Pa
             for group in adamw.param_groups:
                 group["lr"] = 1e-3 * (1 - len(losses) / 6)
             inputs = tokenizer([row["text"] for row in step], padding=True, return_tensors="pt")
-            loss = F.cross_entropy(model(**inputs).logits, torch.tensor([int(row["label"] == "positive") for row in step]))
+            loss = F.cross_entropy(
+                model(**inputs).logits,
+                torch.tensor([int(row["label"] == "positive") for row in step]),
+            )
             loss.backward()
             norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
             adamw.step()
             adamw.zero_grad()
             losses.append(loss.item())
-    assert torch.allclose(float64.loss, torch.tensor(losses, dtype=torch.float64), rtol=0, atol=1e-6)
-    assert torch.allclose(float64.grad_norm, torch.tensor(norms, dtype=torch.float64), rtol=1e-6, atol=0)
-    far = max((float64.weights[f"model.safetensors: model.{name}"] - p).abs().max().item() for name, p in model.named_parameters())
+    assert torch.allclose(
+        float64.loss, torch.tensor(losses, dtype=torch.float64), rtol=0, atol=1e-6
+    )
+    assert torch.allclose(
+        float64.grad_norm, torch.tensor(norms, dtype=torch.float64), rtol=1e-6, atol=0
+    )
+    far = max(
+        (float64.weights[f"model.safetensors: model.{name}"] - p).abs().max().item()
+        for name, p in model.named_parameters()
+    )
     assert far < 1e-9, far

@@ -35,7 +35,12 @@ from bertdist import nonfinite, train
 from bertdist.classifier import Classifier
 from bertdist.tasks import SingleLabel
 
-SETTINGS: dict[str, Any] = {"num_train_epochs": 2, "save_every": "3 steps", "eval_every": "4 steps", "tokens_per_micro_batch": 60}
+SETTINGS: dict[str, Any] = {
+    "num_train_epochs": 2,
+    "save_every": "3 steps",
+    "eval_every": "4 steps",
+    "tokens_per_micro_batch": 60,
+}
 OVERFLOWS = 2.0**127  # the largest scale there is
 
 
@@ -95,9 +100,17 @@ def spoil(rows: set[int] | None, how: str) -> Breaking:
 
         def spoiled(self: Classifier, batch: Any) -> Tensor:
             logits = forward(self, batch)
-            chosen = [self.training and row >= 0 and (rows is None or row in rows) for row in batch.rows.tolist()]
+            chosen = [
+                self.training and row >= 0 and (rows is None or row in rows)
+                for row in batch.rows.tolist()
+            ]
             broken = {"nan": lambda one: one * math.nan, "gradient": Infinite.apply}[how]
-            return torch.stack([broken(one) if is_chosen else one for one, is_chosen in zip(logits, chosen, strict=True)])
+            return torch.stack(
+                [
+                    broken(one) if is_chosen else one
+                    for one, is_chosen in zip(logits, chosen, strict=True)
+                ]
+            )
 
         Classifier.forward = spoiled  # type: ignore[method-assign]
 
@@ -123,32 +136,64 @@ def left_out(steps: int) -> Breaking:
 
 def overflows(out: Path) -> int:
     """How often the scale was halved."""
-    return int(math.log2(OVERFLOWS / json_of(last_checkpoint(out) / "state.json")["scaler"]["scale"]))
+    return int(
+        math.log2(OVERFLOWS / json_of(last_checkpoint(out) / "state.json")["scaler"]["scale"])
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_overflowing_steps_are_left_out_and_nothing_else_changes(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
+def test_overflowing_steps_are_left_out_and_nothing_else_changes(
+    tiny_model: Path, files: Files, tmp_path: Path, n: int
+) -> None:
     out, by_hand = tmp_path / "out", tmp_path / "by_hand"
-    ranks = run_ranks(n, run_train, words_of(tiny_model, out, files, **SETTINGS), all_of(louder, scaled(OVERFLOWS)))
-    assert ranks[0][0].finished and ranks[0][0].nan_steps == ranks[0][0].nan_in_row == 0, "not counted"
+    ranks = run_ranks(
+        n,
+        run_train,
+        words_of(tiny_model, out, files, **SETTINGS),
+        all_of(louder, scaled(OVERFLOWS)),
+    )
+    assert ranks[0][0].finished and ranks[0][0].nan_steps == ranks[0][0].nan_in_row == 0, (
+        "not counted"
+    )
     assert not (out / "nan_rows.jsonl").exists() and "NaN" not in ranks[0][2]
     many = overflows(out)
     assert 2 <= many < 8
-    plain = run_ranks(n, run_train, words_of(tiny_model, by_hand, files, **SETTINGS), all_of(louder, left_out(many)))
-    assert rows_by_step([seen for _, seen, _ in ranks]) == rows_by_step([seen for _, seen, _ in plain])
+    plain = run_ranks(
+        n,
+        run_train,
+        words_of(tiny_model, by_hand, files, **SETTINGS),
+        all_of(louder, left_out(many)),
+    )
+    assert rows_by_step([seen for _, seen, _ in ranks]) == rows_by_step(
+        [seen for _, seen, _ in plain]
+    )
     assert_same_tensors(tensors_of(last_checkpoint(out)), tensors_of(last_checkpoint(by_hand)))
     log = step_log(out, "train")
     assert [line["grad_norm"] is None for line in log] == [step < many for step in range(len(log))]
     for mine, other in zip(log, step_log(by_hand, "train"), strict=True):
-        assert {**mine, "grad_norm": 0} == {**other, "grad_norm": 0}, "same rows, same loss, same learning rate"
-    run_ranks(n, run_train, words_of(tiny_model, tmp_path / "control", files, **SETTINGS), all_of(louder, left_out(many - 1)))
+        assert {**mine, "grad_norm": 0} == {**other, "grad_norm": 0}, (
+            "same rows, same loss, same learning rate"
+        )
+    run_ranks(
+        n,
+        run_train,
+        words_of(tiny_model, tmp_path / "control", files, **SETTINGS),
+        all_of(louder, left_out(many - 1)),
+    )
     with pytest.raises(AssertionError, match="tensors differ"):
-        assert_same_tensors(tensors_of(last_checkpoint(out)), tensors_of(last_checkpoint(tmp_path / "control")))
+        assert_same_tensors(
+            tensors_of(last_checkpoint(out)), tensors_of(last_checkpoint(tmp_path / "control"))
+        )
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_a_restart_goes_on_with_its_scale(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
-    words = {name: words_of(tiny_model, tmp_path / name, files, **SETTINGS) for name in ("straight", "killed", "forgotten")}
+def test_a_restart_goes_on_with_its_scale(
+    tiny_model: Path, files: Files, tmp_path: Path, n: int
+) -> None:
+    words = {
+        name: words_of(tiny_model, tmp_path / name, files, **SETTINGS)
+        for name in ("straight", "killed", "forgotten")
+    }
     run_ranks(n, run_train, words["straight"], all_of(louder, scaled(OVERFLOWS)))
     with pytest.raises(RankError, match="ended with status 9"):
         run_ranks(n, run_train, words["killed"], all_of(louder, scaled(OVERFLOWS), at_step(5, die)))
@@ -170,30 +215,54 @@ def count_overflows(accelerator: Accelerator) -> None:
     nonfinite.Watch._is_wrong = lambda self, loss, grad_norm: ~torch.isfinite(grad_norm)  # type: ignore[method-assign]
 
 
-def test_counted_overflows_would_end_the_run(tiny_model: Path, files: Files, tmp_path: Path) -> None:
-    with pytest.raises(RankError, match=r"Step 1: the loss or the gradient is NaN or infinite, of none of its 8 rows alone"):
+def test_counted_overflows_would_end_the_run(
+    tiny_model: Path, files: Files, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        RankError,
+        match=r"Step 1: the loss or the gradient is NaN or infinite, of none of its 8 rows alone",
+    ):
         run_ranks(
-            2, run_train, words_of(tiny_model, tmp_path / "out", files, **SETTINGS), all_of(louder, scaled(OVERFLOWS), count_overflows)
+            2,
+            run_train,
+            words_of(tiny_model, tmp_path / "out", files, **SETTINGS),
+            all_of(louder, scaled(OVERFLOWS), count_overflows),
         )
 
 
 @pytest.mark.parametrize("how", ["nan", "gradient"])
 @pytest.mark.parametrize("n", [1, 2])
-def test_a_real_nan_is_noticed(tiny_model: Path, files: Files, tmp_path: Path, n: int, how: str) -> None:
+def test_a_real_nan_is_noticed(
+    tiny_model: Path, files: Files, tmp_path: Path, n: int, how: str
+) -> None:
     """NaN in the loss at any scale; in the gradient alone, at a scale of 1, which no overflow explains."""
     out = tmp_path / "out"
     with pytest.raises(RankError, match=r"train\.tsv line 19") as caught:
-        run_ranks(n, run_train, words_of(tiny_model, out, files, **SETTINGS), all_of(scaled(1.0), spoil({17}, how)))
+        run_ranks(
+            n,
+            run_train,
+            words_of(tiny_model, out, files, **SETTINGS),
+            all_of(scaled(1.0), spoil({17}, how)),
+        )
     assert str(caught.value).count("errors.NonFiniteError") == n
     assert [line["row"] for line in json_of(out / "nan_rows.jsonl")] == [17]
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_an_overflow_that_no_scale_helps_is_noticed(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
+def test_an_overflow_that_no_scale_helps_is_noticed(
+    tiny_model: Path, files: Files, tmp_path: Path, n: int
+) -> None:
     """Every gradient is infinite: the scale falls from 4 to 1 in two steps, which are not counted; the third is."""
     out = tmp_path / "out"
-    with pytest.raises(RankError, match="Step 3: the loss or the gradient is NaN or infinite") as caught:
-        run_ranks(n, run_train, words_of(tiny_model, out, files, **SETTINGS), all_of(scaled(4.0), spoil(None, "gradient")))
+    with pytest.raises(
+        RankError, match="Step 3: the loss or the gradient is NaN or infinite"
+    ) as caught:
+        run_ranks(
+            n,
+            run_train,
+            words_of(tiny_model, out, files, **SETTINGS),
+            all_of(scaled(4.0), spoil(None, "gradient")),
+        )
     assert str(caught.value).count("errors.NonFiniteError") == n
     assert len(json_of(out / "nan_rows.jsonl")) == 8
 
@@ -202,11 +271,16 @@ def test_an_overflow_that_no_scale_helps_is_noticed(tiny_model: Path, files: Fil
 def test_float16_itself(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
     """Products in float16, whose gradients overflow at 65504: a few steps are left out, a NaN is skipped and counted, and it learns."""
     out = tmp_path / "out"
-    words = words_of(tiny_model, out, files, **{**SETTINGS, "num_train_epochs": 4, "on_nan": "skip"})
+    words = words_of(
+        tiny_model, out, files, **{**SETTINGS, "num_train_epochs": 4, "on_nan": "skip"}
+    )
     ranks = run_ranks(n, run_train, words, all_of(scaled(2.0**20, half=True), spoil({17}, "nan")))
     progress = ranks[0][0]
     assert progress.finished and progress.nan_steps == 4, "row 17, once an epoch"
     log = step_log(out, "train")
     overflown = [line["step"] for line in log if line["grad_norm"] is None]
-    assert len(overflown) > 4 and json_of(last_checkpoint(out) / "state.json")["scaler"]["scale"] < 2.0**20
+    assert (
+        len(overflown) > 4
+        and json_of(last_checkpoint(out) / "state.json")["scaler"]["scale"] < 2.0**20
+    )
     assert all(tensor.isfinite().all() for tensor in tensors_of(out / "best").values())

@@ -59,32 +59,51 @@ def told_to_stop(read: Path, at: int | None) -> Breaking:
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_a_stop_in_the_survey_is_answered_there(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
+def test_a_stop_in_the_survey_is_answered_there(
+    tiny_model: Path, files: Files, tmp_path: Path, n: int
+) -> None:
     out, read = tmp_path / "out", tmp_path / "read"
     words = words_of(tiny_model, out, files, **SETTINGS)
     ends = run_ranks(n, run_main, words, told_to_stop(read, 3))
-    assert [code for code, *_ in ends] == [STOPPED] * n and [said for _, said, _ in ends[1:]] == [""] * (n - 1), ends
+    assert [code for code, *_ in ends] == [STOPPED] * n and [said for _, said, _ in ends[1:]] == [
+        ""
+    ] * (n - 1), ends
     reason = "SIGTERM" if n == 1 else "another rank was asked to stop"
-    assert ends[0][1].splitlines()[-1] == f"Asked to stop ({reason}) before the first step; the same command begins again."
+    assert (
+        ends[0][1].splitlines()[-1]
+        == f"Asked to stop ({reason}) before the first step; the same command begins again."
+    )
     assert json_of(out / "status.json") == {"state": "preempted", "step": 0, "reason": reason}
-    assert not (out / "survey.json").exists() and not list((out / "checkpoints").iterdir()) and not (out / "metrics.jsonl").exists()
+    assert (
+        not (out / "survey.json").exists()
+        and not list((out / "checkpoints").iterdir())
+        and not (out / "metrics.jsonl").exists()
+    )
     assert not (out / "running.json").exists() and not list(out.rglob(".*")), "nothing half"
     assert len(read.read_text()) < FILES, "not read to its end"
     assert [code for code, *_ in run_ranks(n, run_main, words)] == [0] * n
     straight = words_of(tiny_model, tmp_path / "straight", files, **SETTINGS)
     run_ranks(n, run_main, straight)
     assert step_log(out) == step_log(tmp_path / "straight")
-    assert_same_tensors(tensors_of(last_checkpoint(out)), tensors_of(last_checkpoint(tmp_path / "straight")))
-    assert (out / "survey.json").read_bytes() == (tmp_path / "straight" / "survey.json").read_bytes()
+    assert_same_tensors(
+        tensors_of(last_checkpoint(out)), tensors_of(last_checkpoint(tmp_path / "straight"))
+    )
+    assert (out / "survey.json").read_bytes() == (
+        tmp_path / "straight" / "survey.json"
+    ).read_bytes()
 
 
-def test_a_survey_that_asks_nobody_is_read_to_its_end(tiny_model: Path, files: Files, tmp_path: Path) -> None:
+def test_a_survey_that_asks_nobody_is_read_to_its_end(
+    tiny_model: Path, files: Files, tmp_path: Path
+) -> None:
     """The control."""
     read = tmp_path / "read"
 
     def deaf(accelerator: Accelerator) -> None:
         known_of = train.known_of
-        train.known_of = lambda rows, config, accelerator, say, stop: known_of(rows, config, accelerator, say)
+        train.known_of = lambda rows, config, accelerator, say, stop: known_of(
+            rows, config, accelerator, say
+        )
         told_to_stop(read, 3)(accelerator)
 
     ends = run_ranks(2, run_main, words_of(tiny_model, tmp_path / "out", files, **SETTINGS), deaf)
@@ -93,13 +112,22 @@ def test_a_survey_that_asks_nobody_is_read_to_its_end(tiny_model: Path, files: F
 
 
 @pytest.mark.parametrize("n", [2, 3])
-def test_an_error_in_the_survey_ends_it_soon(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
+def test_an_error_in_the_survey_ends_it_soon(
+    tiny_model: Path, files: Files, tmp_path: Path, n: int
+) -> None:
     """One rank's file cannot be read: the others do not read theirs to the end first, and the message is one."""
     (tmp_path / "data").mkdir()
     for path in files.train.parent.glob(files.train.name):
         (tmp_path / "data" / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "data" / f"part{n:02d}.tsv").write_text("text\tlabel\nno tab here\n")  # the second of rank 0
-    words = words_of(tiny_model, tmp_path / "out", Files(tmp_path / "data" / "part*.tsv"), **SETTINGS)
+    (tmp_path / "data" / f"part{n:02d}.tsv").write_text(
+        "text\tlabel\nno tab here\n"
+    )  # the second of rank 0
+    words = words_of(
+        tiny_model, tmp_path / "out", Files(tmp_path / "data" / "part*.tsv"), **SETTINGS
+    )
     first, *others = run_ranks(n, run_main, words, told_to_stop(tmp_path / "read", None))
     assert first[0] == 1 and others == [(1, "", "")] * (n - 1)
-    assert f"bertdist: rank 0: part{n:02d}.tsv line 2: " in first[1] and len((tmp_path / "read").read_text()) < FILES
+    assert (
+        f"bertdist: rank 0: part{n:02d}.tsv line 2: " in first[1]
+        and len((tmp_path / "read").read_text()) < FILES
+    )

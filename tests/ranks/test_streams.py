@@ -31,7 +31,13 @@ from bertdist.checkpoint import Progress
 
 ROWS, STEP, EPOCHS = 38, 8, 2  # five steps an epoch, the last of 6 rows
 STEPS = 10
-STREAM = {"streaming": True, "stream_window": 16, "num_train_epochs": EPOCHS, "eval_every": "4 steps", "save_every": "3 steps"}
+STREAM = {
+    "streaming": True,
+    "stream_window": 16,
+    "num_train_epochs": EPOCHS,
+    "eval_every": "4 steps",
+    "save_every": "3 steps",
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,58 +46,94 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def words(model: Path, out: Path, files: Any, **settings: Any) -> list[str]:
-    return words_of(model, out, files, **{**STREAM, "log_every": "2 steps", "tokens_per_micro_batch": 60, **settings})
+    return words_of(
+        model,
+        out,
+        files,
+        **{**STREAM, "log_every": "2 steps", "tokens_per_micro_batch": 60, **settings},
+    )
 
 
 # --- Windows
 
 
-def test_a_window_that_holds_all_rows_is_a_run_over_rows_in_memory(tiny_model: Path, tmp_path: Path, files: Any) -> None:
+def test_a_window_that_holds_all_rows_is_a_run_over_rows_in_memory(
+    tiny_model: Path, tmp_path: Path, files: Any
+) -> None:
     run_ranks(2, run_train, words(tiny_model, tmp_path / "stream", files, stream_window=40))
     plain = words(tiny_model, tmp_path / "memory", files, streaming=None, stream_window=None)
     run_ranks(2, run_train, [word for word in plain if word != "--streaming"])
     assert step_log(tmp_path / "stream") == step_log(tmp_path / "memory")
-    assert_same_tensors(tensors_of(last_checkpoint(tmp_path / "stream")), tensors_of(last_checkpoint(tmp_path / "memory")))
+    assert_same_tensors(
+        tensors_of(last_checkpoint(tmp_path / "stream")),
+        tensors_of(last_checkpoint(tmp_path / "memory")),
+    )
 
 
 @pytest.fixture(scope="module")
-def straight(tiny_model: Path, files: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, Any]]:
+def straight(
+    tiny_model: Path, files: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, tuple[Path, Any]]:
     """Ranks -> run folder and rows of every step of a run that nobody disturbed."""
     found = {}
     for n in (1, 2, 3):
         out = tmp_path_factory.mktemp("straight") / "out"
-        found[n] = out, rows_by_step([seen for _, seen, _ in run_ranks(n, run_train, words(tiny_model, out, files))])
+        found[n] = (
+            out,
+            rows_by_step(
+                [seen for _, seen, _ in run_ranks(n, run_train, words(tiny_model, out, files))]
+            ),
+        )
     return found
 
 
-def test_every_row_once_an_epoch_in_steps_that_do_not_know_the_ranks(straight: dict[int, tuple[Path, Any]]) -> None:
+def test_every_row_once_an_epoch_in_steps_that_do_not_know_the_ranks(
+    straight: dict[int, tuple[Path, Any]],
+) -> None:
     steps = straight[1][1]
     assert straight[2][1] == straight[3][1] == steps
     assert [len(rows) for rows in steps.values()] == [8, 8, 8, 8, 6] * EPOCHS
     for epoch in range(EPOCHS):
-        assert sorted(row for number in range(5 * epoch, 5 * epoch + 5) for row in steps[number]) == list(range(ROWS))
-    assert all(max(steps[number]) < 16 for number in (0, 1, 5, 6)), "the first window is that of the first rows"
+        assert sorted(
+            row for number in range(5 * epoch, 5 * epoch + 5) for row in steps[number]
+        ) == list(range(ROWS))
+    assert all(max(steps[number]) < 16 for number in (0, 1, 5, 6)), (
+        "the first window is that of the first rows"
+    )
     assert steps[0] != steps[5], "each epoch has its own order"
 
 
 @pytest.mark.parametrize(("n", "workers"), [(1, 1), (1, 2), (3, 2)])
-def test_workers_change_nothing(tiny_model: Path, tmp_path: Path, files: Any, straight: Any, n: int, workers: int) -> None:
-    run_ranks(n, run_train, words(tiny_model, tmp_path / "out", files, dataloader_num_workers=workers))
+def test_workers_change_nothing(
+    tiny_model: Path, tmp_path: Path, files: Any, straight: Any, n: int, workers: int
+) -> None:
+    run_ranks(
+        n, run_train, words(tiny_model, tmp_path / "out", files, dataloader_num_workers=workers)
+    )
     assert_same_run(tmp_path / "out", straight[n][0])
 
 
 @pytest.mark.parametrize(("n", "first", "second"), [(1, 1, 6), (2, 4, 5), (3, 3, 8)])
-def test_resume_equals_uninterrupted(tiny_model: Path, tmp_path: Path, files: Any, straight: Any, n: int, first: int, second: int) -> None:
+def test_resume_equals_uninterrupted(
+    tiny_model: Path, tmp_path: Path, files: Any, straight: Any, n: int, first: int, second: int
+) -> None:
     """Killed in the middle of a window, asked to stop in another, gone on with other workers."""
     given = words(tiny_model, tmp_path / "out", files)
     with pytest.raises(RankError, match="ended with status 9"):
         run_ranks(n, run_train, given, at_step(first, die))
-    run_ranks(n, run_train, [*given, "--dataloader_num_workers", "2"], at_step(second, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    run_ranks(
+        n,
+        run_train,
+        [*given, "--dataloader_num_workers", "2"],
+        at_step(second, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    )
     run_ranks(n, run_train, given)
     assert_same_run(tmp_path / "out", straight[n][0])
 
 
-def test_resume_on_other_ranks_takes_the_same_rows(tiny_model: Path, tmp_path: Path, files: Any, straight: Any) -> None:
+def test_resume_on_other_ranks_takes_the_same_rows(
+    tiny_model: Path, tmp_path: Path, files: Any, straight: Any
+) -> None:
     given = words(tiny_model, tmp_path / "out", files)
     with pytest.raises(RankError, match="ended with status 9"):
         run_ranks(3, run_train, given, at_step(7, die))
@@ -99,7 +141,9 @@ def test_resume_on_other_ranks_takes_the_same_rows(tiny_model: Path, tmp_path: P
     assert seen == {number: rows for number, rows in straight[1][1].items() if number >= 6}
 
 
-def test_a_place_that_is_not_kept_is_seen(tiny_model: Path, tmp_path: Path, files: Any, straight: Any) -> None:
+def test_a_place_that_is_not_kept_is_seen(
+    tiny_model: Path, tmp_path: Path, files: Any, straight: Any
+) -> None:
     """A resume that begins the stream anew takes other rows."""
 
     def forget(accelerator: Accelerator) -> None:
@@ -108,7 +152,12 @@ def test_a_place_that_is_not_kept_is_seen(tiny_model: Path, tmp_path: Path, file
 
     given = words(tiny_model, tmp_path / "out", files)
     with pytest.raises(RankError, match="ended with status 9"):
-        run_ranks(1, run_train, given, lambda accelerator: (forget(accelerator), at_step(7, die)(accelerator))[1])
+        run_ranks(
+            1,
+            run_train,
+            given,
+            lambda accelerator: (forget(accelerator), at_step(7, die)(accelerator))[1],
+        )
     seen = rows_by_step([seen for _, seen, _ in run_ranks(1, run_train, given)])
     assert seen[6] != straight[1][1][6]
 
@@ -127,12 +176,25 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_ranks_read_files_of_their_own(tiny_model: Path, tmp_path: Path, many: Path) -> None:
     """45 rows on 3 ranks, which take 3, 3 and 2 a step: the third has 15 rows and is the last one, after 8 steps."""
-    given = words_of(tiny_model, tmp_path / "out", pattern_of(many), streaming=True, stream_split="files", num_train_epochs=2, seed=5)
+    given = words_of(
+        tiny_model,
+        tmp_path / "out",
+        pattern_of(many),
+        streaming=True,
+        stream_split="files",
+        num_train_epochs=2,
+        seed=5,
+    )
     found = run_ranks(3, run_train, given)
     steps = rows_by_step([seen for _, seen, _ in found])
     assert found[0][0].step == len(steps) == 16
     for epoch in (0, 1):
-        assert Counter(row for number in range(8 * epoch, 8 * epoch + 8) for row in steps[number]).most_common(1)[0][1] == 1
+        assert (
+            Counter(
+                row for number in range(8 * epoch, 8 * epoch + 8) for row in steps[number]
+            ).most_common(1)[0][1]
+            == 1
+        )
         assert sum(len(steps[number]) for number in range(8 * epoch, 8 * epoch + 8)) == 45
     assert len(steps[0]) == 8 and len(steps[7]) < 3, "ranks that ran out wait for the last"
 
@@ -142,8 +204,16 @@ def pattern_of(folder: Path) -> Any:
 
 
 def test_own_files_go_on_where_they_were(tiny_model: Path, tmp_path: Path, many: Path) -> None:
-    settings = {"streaming": True, "stream_split": "files", "num_train_epochs": 2, "save_every": "2 steps", "stream_window": 4}
-    run_ranks(3, run_train, words_of(tiny_model, tmp_path / "straight", pattern_of(many), **settings))
+    settings = {
+        "streaming": True,
+        "stream_split": "files",
+        "num_train_epochs": 2,
+        "save_every": "2 steps",
+        "stream_window": 4,
+    }
+    run_ranks(
+        3, run_train, words_of(tiny_model, tmp_path / "straight", pattern_of(many), **settings)
+    )
     given = words_of(tiny_model, tmp_path / "out", pattern_of(many), **settings)
     for step in (3, 10, 13):
         with pytest.raises(RankError, match="ended with status 9"):
@@ -152,17 +222,29 @@ def test_own_files_go_on_where_they_were(tiny_model: Path, tmp_path: Path, many:
         run_ranks(2, run_train, given)
     run_ranks(3, run_train, given)
     assert step_log(tmp_path / "out") == step_log(tmp_path / "straight")
-    assert_same_tensors(tensors_of(last_checkpoint(tmp_path / "out")), tensors_of(last_checkpoint(tmp_path / "straight")))
+    assert_same_tensors(
+        tensors_of(last_checkpoint(tmp_path / "out")),
+        tensors_of(last_checkpoint(tmp_path / "straight")),
+    )
 
 
-def test_own_files_go_on_with_other_ranks_between_two_epochs(tiny_model: Path, tmp_path: Path, many: Path) -> None:
-    settings = {"streaming": True, "stream_split": "files", "max_train_steps": 16, "save_every": "1 epoch"}
+def test_own_files_go_on_with_other_ranks_between_two_epochs(
+    tiny_model: Path, tmp_path: Path, many: Path
+) -> None:
+    settings = {
+        "streaming": True,
+        "stream_split": "files",
+        "max_train_steps": 16,
+        "save_every": "1 epoch",
+    }
     given = words_of(tiny_model, tmp_path / "out", pattern_of(many), **settings)
     with pytest.raises(RankError, match="ended with status 9"):
         run_ranks(3, run_train, given, at_step(9, die))
     steps = rows_by_step([seen for _, seen, _ in run_ranks(2, run_train, given)])
     epochs = [[row for number in range(8, end) for row in steps[number]] for end in range(9, 17)]
-    assert min(steps) == 8 and any(len(epoch) == len(set(epoch)) == 45 for epoch in epochs), "each of two ranks reads half of the files"
+    assert min(steps) == 8 and any(len(epoch) == len(set(epoch)) == 45 for epoch in epochs), (
+        "each of two ranks reads half of the files"
+    )
 
 
 # --- Mixtures
@@ -171,34 +253,63 @@ def test_own_files_go_on_with_other_ranks_between_two_epochs(tiny_model: Path, t
 @pytest.mark.parametrize("streaming", [False, True])
 def test_weights_decide_what_is_learned(tiny_model: Path, tmp_path: Path, streaming: bool) -> None:
     """8 and 24 rows, equal weights: 16 of the 32 rows of an epoch are the small file's, each twice."""
-    small, large = write_rows(tmp_path / "small.tsv", make_rows(8, 1)), write_rows(tmp_path / "large.tsv", make_rows(24, 2))
+    small, large = (
+        write_rows(tmp_path / "small.tsv", make_rows(8, 1)),
+        write_rows(tmp_path / "large.tsv", make_rows(24, 2)),
+    )
     settings = {"train_file": [small, large], "train_weights": [1, 1], "num_train_epochs": 3}
     given = words_of(tiny_model, tmp_path / "out", pattern_of(tmp_path), **settings)
     given += ["--streaming", "--stream_window", "16"] if streaming else []
     one = rows_by_step([seen for _, seen, _ in run_ranks(1, run_train, given)])
     assert len(one) == 12 and all(len(rows) == 8 for rows in one.values())
     if not streaming:
-        every = [Counter(row for number in range(4 * epoch, 4 * epoch + 4) for row in one[number]) for epoch in range(3)]
+        every = [
+            Counter(row for number in range(4 * epoch, 4 * epoch + 4) for row in one[number])
+            for epoch in range(3)
+        ]
         assert all(sum(times for row, times in of.items() if row < 8) == 16 for of in every)
-        assert all(sum(of[row] for of in every) == 6 for row in range(8)) and all(sum(of[row] for of in every) == 2 for row in range(8, 32))
+        assert all(sum(of[row] for of in every) == 6 for row in range(8)) and all(
+            sum(of[row] for of in every) == 2 for row in range(8, 32)
+        )
 
 
 def test_a_mixture_goes_on_where_it_was(tiny_model: Path, tmp_path: Path) -> None:
-    small, large = write_rows(tmp_path / "small.tsv", make_rows(5, 1)), write_rows(tmp_path / "large.tsv", make_rows(24, 2))
-    settings = {"train_file": [small, large], "train_weights": [1, 2], "streaming": True, "stream_window": 16, "save_every": "2 steps"}
-    run_ranks(2, run_train, words_of(tiny_model, tmp_path / "straight", pattern_of(tmp_path), **settings))
+    small, large = (
+        write_rows(tmp_path / "small.tsv", make_rows(5, 1)),
+        write_rows(tmp_path / "large.tsv", make_rows(24, 2)),
+    )
+    settings = {
+        "train_file": [small, large],
+        "train_weights": [1, 2],
+        "streaming": True,
+        "stream_window": 16,
+        "save_every": "2 steps",
+    }
+    run_ranks(
+        2, run_train, words_of(tiny_model, tmp_path / "straight", pattern_of(tmp_path), **settings)
+    )
     given = words_of(tiny_model, tmp_path / "out", pattern_of(tmp_path), **settings)
     for step in (3, 7):
         with pytest.raises(RankError, match="ended with status 9"):
             run_ranks(2, run_train, given, at_step(step, die))
     run_ranks(2, run_train, given)
-    assert_same_tensors(tensors_of(last_checkpoint(tmp_path / "out")), tensors_of(last_checkpoint(tmp_path / "straight")))
+    assert_same_tensors(
+        tensors_of(last_checkpoint(tmp_path / "out")),
+        tensors_of(last_checkpoint(tmp_path / "straight")),
+    )
 
 
-def test_a_window_that_is_lost_is_seen(tiny_model: Path, tmp_path: Path, files: Any, straight: Any) -> None:
+def test_a_window_that_is_lost_is_seen(
+    tiny_model: Path, tmp_path: Path, files: Any, straight: Any
+) -> None:
     def lose(accelerator: Accelerator) -> None:
         windows = stream.Stream.windows
-        stream.Stream.windows = lambda self, state=None: (window for window in windows(self, state) if window.state["window"] != 1)
+        stream.Stream.windows = lambda self, state=None: (
+            window for window in windows(self, state) if window.state["window"] != 1
+        )
 
     given = [*words(tiny_model, tmp_path / "out", files), "--max_train_steps", "6"]
-    assert rows_by_step([seen for _, seen, _ in run_ranks(1, run_train, given, lose)])[2] != straight[1][1][2]
+    assert (
+        rows_by_step([seen for _, seen, _ in run_ranks(1, run_train, given, lose)])[2]
+        != straight[1][1][2]
+    )

@@ -14,26 +14,60 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def python(*words: object) -> "subprocess.CompletedProcess[str]":
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
-    environ = {name: value for name, value in environ.items() if name not in ("FORCE_COLOR", "RANK", "WORLD_SIZE")}
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
+    environ = {
+        name: value
+        for name, value in environ.items()
+        if name not in ("FORCE_COLOR", "RANK", "WORLD_SIZE")
+    }
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_check_then_train_on_what_it_cleaned(tiny_model: Path, tmp_path: Path) -> None:
     rows = clean_rows(48)
     rows[4] = {**rows[3], "label": "bad"}
-    train, dev = write_rows(tmp_path / "train.tsv", [*rows, rows[7], {"text": " ", "label": "good"}]), clean_rows(9, 1)
+    train, dev = (
+        write_rows(tmp_path / "train.tsv", [*rows, rows[7], {"text": " ", "label": "good"}]),
+        clean_rows(9, 1),
+    )
     held = write_rows(tmp_path / "dev.tsv", [*dev, rows[9]])
     clean, report = tmp_path / "clean.parquet", tmp_path / "check.json"
-    words = ["--train_file", train, "--validation_file", held, "--model_name_or_path", tiny_model, "--output", report, "--fix", clean]
+    words = [
+        "--train_file",
+        train,
+        "--validation_file",
+        held,
+        "--model_name_or_path",
+        tiny_model,
+        "--output",
+        report,
+        "--fix",
+        clean,
+    ]
     looked = python("-m", "bertdist.check", *words)
     assert looked.returncode == 1 and looked.stderr == "", looked.stderr
-    assert "train/validation: rows of validation that stand in train" in looked.stdout and "\x1b" not in looked.stdout
+    assert (
+        "train/validation: rows of validation that stand in train" in looked.stdout
+        and "\x1b" not in looked.stdout
+    )
     assert json.loads(report.read_text(encoding="utf-8"))["counts"]["error"] == 1
     again = python("-m", "bertdist.check", *words[:1], clean, *words[2:6])
     assert again.returncode == 0, again.stdout
     files = write_split(tmp_path / "unused", 1)._replace(train=clean, dev=held)
     dry = python("bertdist/train.py", *words_of(tiny_model, tmp_path / "out", files), "--dry_run")
-    assert dry.returncode == 0 and "6 steps an epoch of 8 rows" in dry.stdout, dry.stdout + dry.stderr
+    assert dry.returncode == 0 and "6 steps an epoch of 8 rows" in dry.stdout, (
+        dry.stdout + dry.stderr
+    )
     assert not (tmp_path / "out").exists()
-    trained = python("bertdist/train.py", *words_of(tiny_model, tmp_path / "out", files, num_train_epochs=1))
-    assert trained.returncode == 0 and "Training rows: 45 of clean.parquet" in trained.stderr, trained.stderr
+    trained = python(
+        "bertdist/train.py", *words_of(tiny_model, tmp_path / "out", files, num_train_epochs=1)
+    )
+    assert trained.returncode == 0 and "Training rows: 45 of clean.parquet" in trained.stderr, (
+        trained.stderr
+    )

@@ -33,7 +33,9 @@ def folded(model: Path, out: Path, files: Files, **settings: Any) -> list[str]:
     return words_of(model, out, files, **{**usual, **settings})
 
 
-def doubt(accelerator: Accelerator, words: list[str], stop_in_fold: int | None = None) -> tuple[Any, str, list[str]]:
+def doubt(
+    accelerator: Accelerator, words: list[str], stop_in_fold: int | None = None
+) -> tuple[Any, str, list[str]]:
     """The command on this rank: exit code, what was said, and the folder of the run of every step that was taken."""
     steps: list[str] = []
     take_step, begin = train.take_step, train.open_log
@@ -75,9 +77,13 @@ def uninterrupted(tiny_model: Path, files: Files, tmp_path_factory: pytest.TempP
 
 def test_every_row_is_ranked_out_of_fold(uninterrupted: Path) -> None:
     found = check_entries(uninterrupted / "doubts.jsonl")
-    assert {"row", "file", "line", "label", "suggested", "probability", "score", "issue"} == set(found[0])
+    assert {"row", "file", "line", "label", "suggested", "probability", "score", "issue"} == set(
+        found[0]
+    )
     rows = make_rows(ROWS, seed=5)
-    assert all((entry["label"] == rows[entry["row"]]["label"]) == bool(entry["row"] % 9) for entry in found)
+    assert all(
+        (entry["label"] == rows[entry["row"]]["label"]) == bool(entry["row"] % 9) for entry in found
+    )
     assert sorted(path.name for path in (uninterrupted / "folds").iterdir()) == ["0", "1", "2"]
 
 
@@ -86,37 +92,64 @@ def test_an_interrupted_run_goes_on_and_finished_folds_are_not_trained_again(
 ) -> None:
     words = folded(tiny_model, tmp_path / "out", files)
     ((code, said, steps),) = run_ranks(1, doubt, words, 1, timeout=300)
-    assert code == 75 and "Asked to stop (SIGTERM)" in said and not (tmp_path / "out" / "doubts.jsonl").exists()
+    assert (
+        code == 75
+        and "Asked to stop (SIGTERM)" in said
+        and not (tmp_path / "out" / "doubts.jsonl").exists()
+    )
     assert steps.count("0") == 6 and 0 < (taken := steps.count("1")) < 6 and "2" not in steps
     ((code, said, steps),) = run_ranks(1, doubt, words, timeout=300)
-    assert code == 0 and {name: steps.count(name) for name in steps} == {"1": 6 - taken, "2": 6}, said
-    assert (tmp_path / "out" / "doubts.jsonl").read_bytes() == (uninterrupted / "doubts.jsonl").read_bytes()
-    shutil.rmtree(tmp_path / "out" / "folds" / "0" / "checkpoints")  # the control: what is not there is trained
+    assert code == 0 and {name: steps.count(name) for name in steps} == {"1": 6 - taken, "2": 6}, (
+        said
+    )
+    assert (tmp_path / "out" / "doubts.jsonl").read_bytes() == (
+        uninterrupted / "doubts.jsonl"
+    ).read_bytes()
+    shutil.rmtree(
+        tmp_path / "out" / "folds" / "0" / "checkpoints"
+    )  # the control: what is not there is trained
     ((code, _, steps),) = run_ranks(1, doubt, words, timeout=300)
     assert code == 0 and {name: steps.count(name) for name in steps} == {"0": 6}
 
 
-def test_folds_of_other_settings_are_not_gone_on_with(uninterrupted: Path, tiny_model: Path, files: Files, tmp_path: Path) -> None:
+def test_folds_of_other_settings_are_not_gone_on_with(
+    uninterrupted: Path, tiny_model: Path, files: Files, tmp_path: Path
+) -> None:
     shutil.copytree(uninterrupted, tmp_path / "out")
     for other in ({"learning_rate": 1e-4}, {"folds": 2}, {"seed": 43}):
-        ((code, said, steps),) = run_ranks(1, doubt, folded(tiny_model, tmp_path / "out", files, **other), timeout=300)
+        ((code, said, steps),) = run_ranks(
+            1, doubt, folded(tiny_model, tmp_path / "out", files, **other), timeout=300
+        )
         last = said.strip().splitlines()[-1]
         assert code == 1 and not steps and last.startswith("bertdist: ") and "step_" in said, said
 
 
-def test_two_ranks_rank_the_same(uninterrupted: Path, tiny_model: Path, files: Files, tmp_path: Path) -> None:
+def test_two_ranks_rank_the_same(
+    uninterrupted: Path, tiny_model: Path, files: Files, tmp_path: Path
+) -> None:
     (main, other) = run_ranks(2, doubt, folded(tiny_model, tmp_path / "out", files), timeout=300)
     assert main[0] == other[0] == 0 and other[1] == "", other[1]
-    one, two = (check_entries(folder / "doubts.jsonl") for folder in (uninterrupted, tmp_path / "out"))
+    one, two = (
+        check_entries(folder / "doubts.jsonl") for folder in (uninterrupted, tmp_path / "out")
+    )
     scores = {entry["row"]: entry["score"] for entry in one}
-    assert [entry["score"] for entry in two] == pytest.approx([scores[entry["row"]] for entry in two], abs=1e-3)
+    assert [entry["score"] for entry in two] == pytest.approx(
+        [scores[entry["row"]] for entry in two], abs=1e-3
+    )
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """best/ of a run on other rows."""
     folder = tmp_path_factory.mktemp("trained")
-    run_ranks(1, run_train, words_of(tiny_model, folder / "out", write_split(folder, 200), num_train_epochs=3, max_length=24), timeout=300)
+    run_ranks(
+        1,
+        run_train,
+        words_of(
+            tiny_model, folder / "out", write_split(folder, 200), num_train_epochs=3, max_length=24
+        ),
+        timeout=300,
+    )
     return folder / "out" / "best"
 
 
@@ -124,7 +157,9 @@ def judged(model: Path, rows: Path, *words: Any) -> list[str]:
     return ["--model", str(model), "--train_file", str(rows), "--use_cpu", *map(str, words)]
 
 
-def test_a_trained_model_ranks_wrong_labels_first(trained: Path, files: Files, tmp_path: Path) -> None:
+def test_a_trained_model_ranks_wrong_labels_first(
+    trained: Path, files: Files, tmp_path: Path
+) -> None:
     words = judged(trained, files.train, "--output", tmp_path / "doubts.jsonl")
     ((code, said, _),) = run_ranks(1, run_main, words, None, check, timeout=300)
     assert code == 0 and "What it has learned it doubts too little" in said, said
@@ -138,10 +173,15 @@ def test_a_wrong_label_has_its_line(trained: Path, files: Files, tmp_path: Path)
     path.write_text(files.train.read_text() + "a film\tpositiv\n")
     ((code, said, _),) = run_ranks(1, run_main, judged(trained, path), None, check)
     assert code == 1 and said.count("\n") == 1, said
-    assert said.startswith(f"bertdist: rows.tsv line {ROWS + 2}: unknown label 'positiv'") and "Did you mean 'positive'?" in said
+    assert (
+        said.startswith(f"bertdist: rows.tsv line {ROWS + 2}: unknown label 'positiv'")
+        and "Did you mean 'positive'?" in said
+    )
 
 
-def test_rows_that_cannot_be_read_are_left_out_on_request_and_the_lines_stay(trained: Path, files: Files, tmp_path: Path) -> None:
+def test_rows_that_cannot_be_read_are_left_out_on_request_and_the_lines_stay(
+    trained: Path, files: Files, tmp_path: Path
+) -> None:
     first, *rest = files.train.read_text().splitlines(keepends=True)
     path = tmp_path / "rows.tsv"
     path.write_text("".join([first, "a row without a label\n", *rest]))
@@ -151,23 +191,38 @@ def test_rows_that_cannot_be_read_are_left_out_on_request_and_the_lines_stay(tra
     assert [entry["line"] for entry in json_of(tmp_path / "doubts.jsonl")] == [
         entry["row"] + 3 for entry in json_of(tmp_path / "doubts.jsonl")
     ]
-    ((code, said, _),) = run_ranks(1, run_main, [*words, "--max_bad_rows", "0"], None, check, timeout=300)
+    ((code, said, _),) = run_ranks(
+        1, run_main, [*words, "--max_bad_rows", "0"], None, check, timeout=300
+    )
     assert code == 1 and "More than 0 rows cannot be read" in said
 
 
 def test_mistakes_are_one_line(trained: Path, files: Files, tiny_model: Path) -> None:
     for words, told in (
-        (judged(trained, files.train, "--lerning_rate", 1), "Unknown setting 'lerning_rate'. Did you mean 'learning_rate'?"),
+        (
+            judged(trained, files.train, "--lerning_rate", 1),
+            "Unknown setting 'lerning_rate'. Did you mean 'learning_rate'?",
+        ),
         (judged(tiny_model, files.train), "is not a trained classifier"),
         (judged(trained, files.train.with_name("gone.tsv")), "no such file"),
     ):
         ((code, said, _),) = run_ranks(1, run_main, words, None, check)
-        assert code == 1 and said.startswith("bertdist: ") and said.count("\n") == 1 and told in said, said
+        assert (
+            code == 1 and said.startswith("bertdist: ") and said.count("\n") == 1 and told in said
+        ), said
 
 
-def test_several_labels_and_numbers_are_ranked_out_of_fold(tiny_model: Path, tmp_path: Path) -> None:
+def test_several_labels_and_numbers_are_ranked_out_of_fold(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     rows = make_rows(20, seed=6)
-    sets = [{"text": row["text"], "labels": [row["label"], "short"] if len(row["text"]) < 40 else [row["label"]]} for row in rows]
+    sets = [
+        {
+            "text": row["text"],
+            "labels": [row["label"], "short"] if len(row["text"]) < 40 else [row["label"]],
+        }
+        for row in rows
+    ]
     numbers = [{"text": row["text"], "score": len(row["text"]) / 8 + 0.01} for row in rows]
     for name, written in (("sets", sets), ("numbers", numbers)):
         path = write_rows(tmp_path / f"{name}.jsonl", written)
@@ -179,7 +234,20 @@ def test_several_labels_and_numbers_are_ranked_out_of_fold(tiny_model: Path, tmp
 
 
 def test_a_way_of_ranking_labels_is_not_one_of_numbers(tiny_model: Path, tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "numbers.jsonl", [{"text": f"a{at}", "score": at / 8} for at in range(8)])
-    words = folded(tiny_model, tmp_path / "out", Files(path), folds=2, num_train_epochs=1, rank_by="self_confidence")
+    path = write_rows(
+        tmp_path / "numbers.jsonl", [{"text": f"a{at}", "score": at / 8} for at in range(8)]
+    )
+    words = folded(
+        tiny_model,
+        tmp_path / "out",
+        Files(path),
+        folds=2,
+        num_train_epochs=1,
+        rank_by="self_confidence",
+    )
     ((code, said, steps),) = run_ranks(1, doubt, words, timeout=300)
-    assert code == 1 and "--rank_by self_confidence is for labels" in said.splitlines()[-1] and not steps
+    assert (
+        code == 1
+        and "--rank_by self_confidence is for labels" in said.splitlines()[-1]
+        and not steps
+    )

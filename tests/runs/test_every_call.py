@@ -70,12 +70,24 @@ class Run:
         self.model = Net()
         self.optimizer = build_optimizer(self.model, OptimConfig(learning_rate=0.1))
         self.log = RunLog(out, enabled=True)
-        self.checkpoints = Checkpoints(out / "checkpoints", ONE, 2, lambda *lines: self.said.extend(lines), lambda: self.log.to_disk())
+        self.checkpoints = Checkpoints(
+            out / "checkpoints",
+            ONE,
+            2,
+            lambda *lines: self.said.extend(lines),
+            lambda: self.log.to_disk(),
+        )
 
     def write(self, step: int) -> None:
         self.log.write("train", step, loss=step / 3, note="x" * 9000)  # longer than a buffer
-        write_folder(self.out / "best", lambda folder: (folder / "model.safetensors").write_bytes(bytes([step]) * 70_000))
-        write_whole(self.out / "predictions.jsonl", json.dumps({"row": step, "text": "y" * 70_000}).encode() + b"\n")
+        write_folder(
+            self.out / "best",
+            lambda folder: (folder / "model.safetensors").write_bytes(bytes([step]) * 70_000),
+        )
+        write_whole(
+            self.out / "predictions.jsonl",
+            json.dumps({"row": step, "text": "y" * 70_000}).encode() + b"\n",
+        )
         self.checkpoints.save(self.model, self.optimizer, Progress(step=step), SETTINGS)
         self.log.status("running", step)
 
@@ -109,13 +121,19 @@ def traced(out: Path, run: Run, words: list[str]) -> int:
             run.write(4)
             code = 0
         except BertdistError as error:
-            code = REFUSED if re.match(r"Cannot (read|write|remove or rename) .*\.$", str(error)) else ODD
+            code = (
+                REFUSED
+                if re.match(r"Cannot (read|write|remove or rename) .*\.$", str(error))
+                else ODD
+            )
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(code)
     os.read(ready[0], 1)
-    tracer = subprocess.Popen(["strace", "-f", "-p", str(pid), *words], stderr=subprocess.PIPE, text=True)
+    tracer = subprocess.Popen(
+        ["strace", "-f", "-p", str(pid), *words], stderr=subprocess.PIPE, text=True
+    )
     assert tracer.stderr is not None
     said = tracer.stderr.readline()
     if "attached" not in said:
@@ -131,7 +149,9 @@ def traced(out: Path, run: Run, words: list[str]) -> int:
 
 
 @pytest.fixture(scope="module")
-def before(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, dict[str, bytes]], Run]:
+def before(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, dict[int, dict[str, bytes]], Run]:
     """A folder with steps 1, 2 and 3 written (two of them kept), the bits of each step, and a run that stands at step 4."""
     if shutil.which("strace") is None:
         pytest.skip("needs strace")
@@ -150,7 +170,14 @@ def calls_of(before: tuple[Path, Any, Run], tmp_path: Path) -> Counter[str]:
     out = tmp_path / "counted"
     shutil.copytree(before[0], out)
     log = tmp_path / "calls"
-    assert traced(out, before[2], ["-o", str(log), "-e", f"trace={','.join(f'?{name}' for name in CHANGING)}"]) == 0
+    assert (
+        traced(
+            out,
+            before[2],
+            ["-o", str(log), "-e", f"trace={','.join(f'?{name}' for name in CHANGING)}"],
+        )
+        == 0
+    )
     return Counter(re.findall(r"^\d+ +(\w+)\(", log.read_text(), re.MULTILINE))
 
 
@@ -161,13 +188,20 @@ def begin_again(out: Path, bits: dict[int, dict[str, bytes]]) -> int:
     found = again.checkpoints.restore(again.model, again.optimizer, SETTINGS, None)
     assert found is not None and again.bits() == bits[found.step]
     removed = [line for line in again.said if line.startswith("Removing ")]
-    assert len(removed) <= 1 and all(re.search(", a checkpoint that was not (written|removed) to its end[.]$", line) for line in removed)
+    assert len(removed) <= 1 and all(
+        re.search(", a checkpoint that was not (written|removed) to its end[.]$", line)
+        for line in removed
+    )
     assert not [line for line in again.said if "Passing over" in line], again.said
-    assert all(damage_of(path) is None for path in (out / "checkpoints").iterdir()), "nothing half-written is left"
+    assert all(damage_of(path) is None for path in (out / "checkpoints").iterdir()), (
+        "nothing half-written is left"
+    )
     again.log.begin(found.step, {})
     lines = (out / "metrics.jsonl").read_bytes()
     steps = [json.loads(line)["step"] for line in lines.splitlines()]
-    assert lines.endswith(b"\n") and steps == list(range(1, found.step + 1)), "never torn, never a repeated line"
+    assert lines.endswith(b"\n") and steps == list(range(1, found.step + 1)), (
+        "never torn, never a repeated line"
+    )
     assert json.loads((out / "status.json").read_text())["step"] in (3, 4)
     assert json.loads((out / "predictions.jsonl").read_text())["row"] in (3, 4)
     best = (out / "best" / "model.safetensors").read_bytes()
@@ -190,11 +224,24 @@ def try_all(
         for which in range(1, count + 1, every):
             trial = tmp_path / "trial"
             shutil.copytree(out, trial)
-            code = traced(trial, run, ["-o", "/dev/null", "-e", f"trace={name}", "-e", f"inject={name}:{how}:when={which}"])
+            code = traced(
+                trial,
+                run,
+                [
+                    "-o",
+                    "/dev/null",
+                    "-e",
+                    f"trace={name}",
+                    "-e",
+                    f"inject={name}:{how}:when={which}",
+                ],
+            )
             try:
                 found.append((name, which, code, begin_again(trial, bits)))
             except BaseException as error:
-                raise AssertionError(f"{how} at {name} number {which}: exit status {code}: {error!r}") from error
+                raise AssertionError(
+                    f"{how} at {name} number {which}: exit status {code}: {error!r}"
+                ) from error
             shutil.rmtree(trial)
     return found
 
@@ -204,7 +251,14 @@ def order_of_calls(before: tuple[Path, Any, Run], tmp_path: Path) -> list[str]:
     out, log = tmp_path / "ordered", tmp_path / "order.txt"
     shutil.copytree(before[0], out)
     # -y: the paths of file descriptors
-    assert traced(out, before[2], ["-y", "-o", str(log), "-e", "trace=write,fsync,?rename,?renameat,?renameat2"]) == 0
+    assert (
+        traced(
+            out,
+            before[2],
+            ["-y", "-o", str(log), "-e", "trace=write,fsync,?rename,?renameat,?renameat2"],
+        )
+        == 0
+    )
     found = []
     for call in log.read_text().splitlines():
         if "metrics.jsonl" in call:
@@ -219,19 +273,27 @@ def test_the_log_is_on_the_disk_before_a_checkpoint_knows_of_it(
 ) -> None:
     """A power cut can undo what was written and not flushed; one flush a checkpoint, none a line."""
     found = order_of_calls(before, tmp_path)
-    assert found[-2:] == ["fsync metrics.jsonl", "rename step_000004"] and set(found[:-2]) == {"write metrics.jsonl"}, found
+    assert found[-2:] == ["fsync metrics.jsonl", "rename step_000004"] and set(found[:-2]) == {
+        "write metrics.jsonl"
+    }, found
     monkeypatch.setattr(before[2].checkpoints, "first", lambda: None)
     found = order_of_calls(before, tmp_path / "control")
-    assert found[-1] == "rename step_000004" and set(found[:-1]) == {"write metrics.jsonl"}, "the control"
+    assert found[-1] == "rename step_000004" and set(found[:-1]) == {"write metrics.jsonl"}, (
+        "the control"
+    )
 
 
 EVERY = 1 if os.environ.get("BERTDIST_EVERY_FAULT") else 7  # 1: all calls, about a minute
 
 
-def test_a_kill_at_any_call_leaves_everything_whole(before: tuple[Path, Any, Run], tmp_path: Path) -> None:
+def test_a_kill_at_any_call_leaves_everything_whole(
+    before: tuple[Path, Any, Run], tmp_path: Path
+) -> None:
     found = try_all(before, tmp_path, dict(calls_of(before, tmp_path)), "signal=KILL", EVERY)
     assert all(code == -9 for *_, code, _ in found), found
-    assert {step for *_, step in found} == {3, 4}, "up to the rename of the checkpoint the old one, from there on the new one"
+    assert {step for *_, step in found} == {3, 4}, (
+        "up to the rename of the checkpoint the old one, from there on the new one"
+    )
     print(f"{len(found)} kills")
 
 
@@ -239,14 +301,22 @@ def test_a_kill_at_any_call_leaves_everything_whole(before: tuple[Path, Any, Run
 def test_a_disk_that_fails_at_any_call_is_one_line_and_leaves_everything_whole(
     before: tuple[Path, Any, Run], tmp_path: Path, error: str
 ) -> None:
-    calls = {name: count for name, count in calls_of(before, tmp_path).items() if name in CALLS.split(",")}
+    calls = {
+        name: count
+        for name, count in calls_of(before, tmp_path).items()
+        if name in CALLS.split(",")
+    }
     found = try_all(before, tmp_path, calls, f"error={error}", EVERY)
-    assert {code for *_, code, _ in found} <= {0, REFUSED}, [entry for entry in found if entry[2] not in (0, REFUSED)]
+    assert {code for *_, code, _ in found} <= {0, REFUSED}, [
+        entry for entry in found if entry[2] not in (0, REFUSED)
+    ]
     assert sum(code == REFUSED for *_, code, _ in found) > len(found) // 2
     print(f"{len(found)} failing calls, {sum(code == REFUSED for *_, code, _ in found)} told")
 
 
-def test_a_checkpoint_written_in_place_would_not_be(before: tuple[Path, Any, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_written_in_place_would_not_be(
+    before: tuple[Path, Any, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The control: the same kills, with folders and files that are written where they stand."""
 
     def in_place(final: Path, fill: Callable[[Path], Any]) -> None:

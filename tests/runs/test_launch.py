@@ -19,28 +19,57 @@ CONFIGS = ROOT / "accelerate_configs"
 SCRIPTS = [ROOT / "launch" / name for name in ("train.slurm", "multi_node.slurm", "smoke.sh")]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 SECONDS = 300  # each of these takes 5 on an idle machine
-OURS = ("SLURM_", "ACCELERATE_", "NPROC_PER_NODE", "MAIN_PROCESS_IP", "RANKS", "RANK", "WORLD_SIZE", "LOCAL_")
+OURS = (
+    "SLURM_",
+    "ACCELERATE_",
+    "NPROC_PER_NODE",
+    "MAIN_PROCESS_IP",
+    "RANKS",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+)
 
 
 def environment(**more: str) -> dict[str, str]:
     """This process's environment without traces of another launch, and with this Python first on the path."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
     path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")])
-    return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "HF_HOME": "/nonexistent", **more}  # no config of the user's own
+    return {
+        **kept,
+        "PATH": path,
+        "PYTHONPATH": str(ROOT),
+        "HF_HOME": "/nonexistent",
+        **more,
+    }  # no config of the user's own
 
 
 # --- files
 
 
-@pytest.mark.parametrize("path", [*sorted(CONFIGS.glob("*.yaml")), *SCRIPTS], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [*sorted(CONFIGS.glob("*.yaml")), *SCRIPTS], ids=lambda path: path.name
+)
 def test_each_file_begins_with_when_and_how_to_use_it(path: Path) -> None:
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#!")]
+    lines = [
+        line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#!")
+    ]
     comment = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
-    how = "accelerate launch --config_file accelerate_configs/" if path.suffix == ".yaml" else "launch/"
+    how = (
+        "accelerate launch --config_file accelerate_configs/"
+        if path.suffix == ".yaml"
+        else "launch/"
+    )
     assert any(f"{how}{path.name}" in line for line in comment)
 
 
-PROMISED = {"cpu": (1, 1, True), "cpu_x2": (2, 1, True), "gpu": (1, 1, False), "gpu_x8": (8, 1, False), "multi_node": (16, 2, False)}
+PROMISED = {
+    "cpu": (1, 1, True),
+    "cpu_x2": (2, 1, True),
+    "gpu": (1, 1, False),
+    "gpu_x8": (8, 1, False),
+    "multi_node": (16, 2, False),
+}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -85,7 +114,14 @@ def say_world(tmp_path: Path) -> str:
 def launched(*words: str, **more: str) -> tuple[int, str, str]:
     """Exit code, output and errors of `accelerate launch words...`; ended by SIGTERM, which torchrun passes on, if it hangs."""
     pipe, command = subprocess.PIPE, [*ACCELERATE, *words]
-    with subprocess.Popen(command, env=environment(**more), stdout=pipe, stderr=pipe, text=True, start_new_session=True) as run:
+    with subprocess.Popen(
+        command,
+        env=environment(**more),
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+    ) as run:
         try:
             out, err = run.communicate(timeout=SECONDS)
         except subprocess.TimeoutExpired:
@@ -100,30 +136,54 @@ def test_cpu_config_is_one_process(say_world: str) -> None:
 
 
 @pytest.mark.parametrize(("words", "ranks"), [([], [0, 1]), (["--num_processes", "3"], [0, 1, 2])])
-def test_cpu_x2_config_is_two_processes_or_as_many_as_asked(say_world: str, words: list[str], ranks: list[int]) -> None:
+def test_cpu_x2_config_is_two_processes_or_as_many_as_asked(
+    say_world: str, words: list[str], ranks: list[int]
+) -> None:
     code, out, err = launched("--config_file", f"{CONFIGS}/cpu_x2.yaml", *words, say_world)
     assert (code, out) == (0, f"ranks {ranks} over gloo\n"), err
 
 
 def test_multi_node_config_joins_launchers(say_world: str) -> None:
     """Two machines of one process, both of them this one."""
-    words = ["--config_file", f"{CONFIGS}/multi_node.yaml", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
+    words = [
+        "--config_file",
+        f"{CONFIGS}/multi_node.yaml",
+        "--num_processes",
+        "2",
+        "--main_process_ip",
+        "127.0.0.1",
+    ]
     words += ["--main_process_port", str(20000 + os.getpid() % 10000)]
     with ThreadPoolExecutor() as pool:
-        ends = [pool.submit(launched, *words, "--machine_rank", rank, say_world, ACCELERATE_USE_CPU="true") for rank in "01"]
+        ends = [
+            pool.submit(
+                launched, *words, "--machine_rank", rank, say_world, ACCELERATE_USE_CPU="true"
+            )
+            for rank in "01"
+        ]
     said = [end.result() for end in ends]
-    assert [(code, out) for code, out, _ in said] == [(0, "ranks [0, 1] over gloo\n"), (0, "")], said
+    assert [(code, out) for code, out, _ in said] == [(0, "ranks [0, 1] over gloo\n"), (0, "")], (
+        said
+    )
 
 
 @pytest.mark.parametrize("how", ["flags", "config"])
-def test_a_launch_that_starts_one_process_of_two_is_refused(say_world: str, tmp_path: Path, how: str) -> None:
+def test_a_launch_that_starts_one_process_of_two_is_refused(
+    say_world: str, tmp_path: Path, how: str
+) -> None:
     config = tmp_path / "lost.yaml"
-    config.write_text((CONFIGS / "cpu_x2.yaml").read_text(encoding="utf-8").replace("_type: MULTI_GPU", "_type: MULTI_CPU"))
+    config.write_text(
+        (CONFIGS / "cpu_x2.yaml")
+        .read_text(encoding="utf-8")
+        .replace("_type: MULTI_GPU", "_type: MULTI_CPU")
+    )
     words = ["--config_file", str(config)] if how == "config" else ["--cpu", "--num_processes", "2"]
     code, out, err = launched(*words, say_world)
     told = [line for line in err.splitlines() if line.startswith("bertdist:")]
     assert (code, out, len(told)) == (1, "", 1), err
-    assert told[0].startswith("bertdist: `accelerate launch` was asked for 2 processes, but this run has 1: give it --multi_gpu")
+    assert told[0].startswith(
+        "bertdist: `accelerate launch` was asked for 2 processes, but this run has 1: give it --multi_gpu"
+    )
 
 
 # --- the SLURM scripts, with SLURM and accelerate played by a few lines of bash
@@ -159,12 +219,33 @@ class Play:
             (folder / "bin" / name).chmod(0o755)
 
     def job(self, script: str, *words: str, **more: str) -> subprocess.Popen[str]:
-        job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_CPUS_PER_TASK": "4"}
-        env = environment(**{**job, "PLAY": str(self.folder), "REAL_PYTHON": sys.executable, "OMP_NUM_THREADS": "", **more})
+        job = {
+            "SLURM_JOB_ID": "123456",
+            "SLURM_JOB_NUM_NODES": "1",
+            "SLURM_JOB_NODELIST": "node[7-8]",
+            "SLURM_CPUS_PER_TASK": "4",
+        }
+        env = environment(
+            **{
+                **job,
+                "PLAY": str(self.folder),
+                "REAL_PYTHON": sys.executable,
+                "OMP_NUM_THREADS": "",
+                **more,
+            }
+        )
         env["PATH"] = f"{self.folder / 'bin'}{os.pathsep}{env['PATH']}"
         command = ["bash", f"launch/{script}", *words]
         pipe = subprocess.PIPE
-        run = subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        run = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=env,
+            stdout=pipe,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
         self.jobs.append(run)
         return run
 
@@ -195,9 +276,21 @@ WORLDS = [  # script, nodes, the job's environment -> config, processes, OMP_NUM
 
 @pytest.mark.parametrize(("script", "nodes", "job", "config", "processes", "threads"), WORLDS)
 def test_a_job_launches_one_process_a_gpu(
-    play: Play, script: str, nodes: int, job: dict[str, str], config: str, processes: int, threads: str
+    play: Play,
+    script: str,
+    nodes: int,
+    job: dict[str, str],
+    config: str,
+    processes: int,
+    threads: str,
 ) -> None:
-    run = play.job(f"{script}.slurm", "--output_dir", "a b", PLAY_STATE="finished", **{"SLURM_JOB_NUM_NODES": str(nodes), **job})
+    run = play.job(
+        f"{script}.slurm",
+        "--output_dir",
+        "a b",
+        PLAY_STATE="finished",
+        **{"SLURM_JOB_NUM_NODES": str(nodes), **job},
+    )
     out, _ = run.communicate(timeout=SECONDS)
     assert run.returncode == 0, out
     words = f"launch --machine_rank 0 --config_file accelerate_configs/{config}.yaml --num_machines {nodes}"
@@ -207,7 +300,9 @@ def test_a_job_launches_one_process_a_gpu(
 
 
 def test_every_attempt_has_a_port_of_its_own(play: Play) -> None:
-    play.job("train.slurm", PLAY_STATE="finished", SLURM_RESTART_COUNT="2").communicate(timeout=SECONDS)
+    play.job("train.slurm", PLAY_STATE="finished", SLURM_RESTART_COUNT="2").communicate(
+        timeout=SECONDS
+    )
     assert "--main_process_port 23718 " in play.said("accelerate")
 
 
@@ -223,44 +318,75 @@ ENDS = [  # what status.json says, the launcher's exit code -> the job's exit co
 
 
 @pytest.mark.parametrize(("state", "code", "ends", "requeued"), ENDS)
-def test_a_job_is_queued_again_only_when_training_was_preempted(play: Play, state: str, code: int, ends: int, requeued: bool) -> None:
-    (play.folder / "out/status.json").write_text('{"state": "preempted", "step": 5}')  # of an earlier attempt: it must not count
-    out, _ = (run := play.job("train.slurm", PLAY_STATE=state, PLAY_CODE=str(code))).communicate(timeout=SECONDS)
+def test_a_job_is_queued_again_only_when_training_was_preempted(
+    play: Play, state: str, code: int, ends: int, requeued: bool
+) -> None:
+    (play.folder / "out/status.json").write_text(
+        '{"state": "preempted", "step": 5}'
+    )  # of an earlier attempt: it must not count
+    out, _ = (run := play.job("train.slurm", PLAY_STATE=state, PLAY_CODE=str(code))).communicate(
+        timeout=SECONDS
+    )
     assert (run.returncode, play.said("requeue")) == (ends, "123456\n" if requeued else ""), out
 
 
 @pytest.mark.parametrize(
-    ("number", "step", "requeued"), [(signal.SIGUSR1, 10, True), (signal.SIGUSR1, 5, False), (signal.SIGTERM, 10, False)], ids=str
+    ("number", "step", "requeued"),
+    [(signal.SIGUSR1, 10, True), (signal.SIGUSR1, 5, False), (signal.SIGTERM, 10, False)],
+    ids=str,
 )
-def test_a_signal_is_passed_on_and_the_job_waits(play: Play, number: signal.Signals, step: int, requeued: bool) -> None:
+def test_a_signal_is_passed_on_and_the_job_waits(
+    play: Play, number: signal.Signals, step: int, requeued: bool
+) -> None:
     """USR1: the time limit is near, queue again if it came further. TERM: cancelled, never again."""
     (play.folder / "out/status.json").write_text('{"state": "preempted", "step": 5}')
-    run = play.job("train.slurm", PLAY_STATE="preempted", PLAY_STEP=str(step), PLAY_WAITS="yes", PLAY_CODE="1")
+    run = play.job(
+        "train.slurm", PLAY_STATE="preempted", PLAY_STEP=str(step), PLAY_WAITS="yes", PLAY_CODE="1"
+    )
     deadline = time.monotonic() + SECONDS
     while not (play.folder / "waits").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     run.send_signal(number)
     out, _ = run.communicate(timeout=SECONDS)
     assert play.said("scancel").splitlines()[0] == "--signal=USR1 123456", out
-    assert (run.returncode, play.said("requeue")) == (0 if requeued else 1, "123456\n" if requeued else ""), out
+    assert (run.returncode, play.said("requeue")) == (
+        0 if requeued else 1,
+        "123456\n" if requeued else "",
+    ), out
 
 
-@pytest.mark.parametrize(("nodes", "lost", "requeued"), [(2, 1, True), (2, 0, False), (1, 1, False)])
-def test_a_job_that_lost_a_node_is_queued_again(play: Play, nodes: int, lost: int, requeued: bool) -> None:
+@pytest.mark.parametrize(
+    ("nodes", "lost", "requeued"), [(2, 1, True), (2, 0, False), (1, 1, False)]
+)
+def test_a_job_that_lost_a_node_is_queued_again(
+    play: Play, nodes: int, lost: int, requeued: bool
+) -> None:
     """The ranks that are left fail at once, long before SLURM knows."""
-    job = {"SLURM_JOB_NUM_NODES": str(nodes), "PLAY_STATE": "failed", "PLAY_CODE": "1", "PLAY_LOST": str(lost)}
+    job = {
+        "SLURM_JOB_NUM_NODES": str(nodes),
+        "PLAY_STATE": "failed",
+        "PLAY_CODE": "1",
+        "PLAY_LOST": str(lost),
+    }
     out, _ = (run := play.job("multi_node.slurm", **job)).communicate(timeout=SECONDS)
-    assert (run.returncode, play.said("requeue")) == (0 if requeued else 1, "123456\n" if requeued else ""), out
+    assert (run.returncode, play.said("requeue")) == (
+        0 if requeued else 1,
+        "123456\n" if requeued else "",
+    ), out
 
 
 def test_a_wrong_flag_ends_the_job_before_it_launches(play: Play) -> None:
-    out, _ = (run := play.job("train.slurm", "--learning_rat", "1", PLAY_READ="yes")).communicate(timeout=SECONDS)
+    out, _ = (run := play.job("train.slurm", "--learning_rat", "1", PLAY_READ="yes")).communicate(
+        timeout=SECONDS
+    )
     assert (run.returncode, play.said("accelerate")) == (1, "")
     assert out == "bertdist: Unknown setting 'learning_rat'. Did you mean 'learning_rate'?\n"
 
 
 def test_the_scripts_want_the_repository_s_folder(play: Play, tmp_path: Path) -> None:
-    run = subprocess.run(["bash", SCRIPTS[0]], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    run = subprocess.run(
+        ["bash", SCRIPTS[0]], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
     assert run.returncode == 1 and "submit from the repository's folder" in run.stdout
 
 
@@ -272,7 +398,9 @@ def test_smoke_run_takes_five_steps(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
     words = f"--model_name_or_path {tiny_model} --train_file {tmp_path}/train.tsv --output_dir {tmp_path}/out --train_batch_size 4"
     command = [SCRIPTS[2], *shlex.split(words)]
-    run = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=SECONDS)
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=SECONDS
+    )
     assert run.returncode == 0, run.stderr
     lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
     assert len([line for line in lines if '"train"' in line]) == 5

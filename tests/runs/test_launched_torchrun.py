@@ -21,20 +21,40 @@ pytestmark = pytest.mark.timeout(1500)
 def told(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What was seen at each end of one run, which four launches brought to its end."""
     if not EVERY_FAULT:
-        pytest.skip("a minute, and torchrun is what accelerate launch runs: with BERTDIST_EVERY_FAULT=1 only")
-    story, seen = Story("torchrun", tiny_model, tmp_path_factory.mktemp("torchrun")), SimpleNamespace()
+        pytest.skip(
+            "a minute, and torchrun is what accelerate launch runs: with BERTDIST_EVERY_FAULT=1 only"
+        )
+    story, seen = (
+        Story("torchrun", tiny_model, tmp_path_factory.mktemp("torchrun")),
+        SimpleNamespace(),
+    )
     with story.launch() as launch:
         launch.wait_for_steps(12)
         launch.ranks[1].kill()
-        seen.rank = SimpleNamespace(code=launch.wait(), pid=launch.ranks[1].pid, told=launch.complaints(), status=launch.status())
+        seen.rank = SimpleNamespace(
+            code=launch.wait(),
+            pid=launch.ranks[1].pid,
+            told=launch.complaints(),
+            status=launch.status(),
+        )
     with story.launch() as launch:
         launch.wait_for_steps(2)
         launch.launcher.kill()
-        seen.launcher = SimpleNamespace(code=launch.wait(), status=launch.status(), kept=checkpoints_of(story.out)[-1], said=launch.said())
+        seen.launcher = SimpleNamespace(
+            code=launch.wait(),
+            status=launch.status(),
+            kept=checkpoints_of(story.out)[-1],
+            said=launch.said(),
+        )
     with story.launch(PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGUSR1") as launch:
         launch.wait_for_steps(2)
         launch.launcher.send_signal(signal.SIGUSR1)
-        seen.signal = SimpleNamespace(code=launch.wait(), status=launch.status(), kept=checkpoints_of(story.out)[-1], said=launch.said())
+        seen.signal = SimpleNamespace(
+            code=launch.wait(),
+            status=launch.status(),
+            kept=checkpoints_of(story.out)[-1],
+            said=launch.said(),
+        )
     story.go(0)
     with story.launch() as launch:
         seen.last = SimpleNamespace(code=launch.wait(), said=launch.said(), status=launch.status())
@@ -51,19 +71,28 @@ def test_a_killed_rank_ends_the_other_with_one_message(told: Any) -> None:
 def test_without_their_launcher_ranks_save_and_leave(told: Any) -> None:
     """Nobody is left who would end them, or start them again."""
     status = told.launcher.status
-    assert (status["state"], status["reason"]) == ("preempted", "the launcher is gone"), told.launcher
+    assert (status["state"], status["reason"]) == ("preempted", "the launcher is gone"), (
+        told.launcher
+    )
     assert told.launcher.kept == f"step_{status['step']:06d}"
 
 
 def test_a_signal_that_torchrun_passes_on_saves_and_ends(told: Any) -> None:
     status = told.signal.status
-    assert told.signal.code != 0 and (status["state"], status["reason"]) == ("preempted", "SIGUSR1"), told.signal.said
+    assert told.signal.code != 0 and (status["state"], status["reason"]) == (
+        "preempted",
+        "SIGUSR1",
+    ), told.signal.said
     assert told.signal.kept == f"step_{status['step']:06d}"
 
 
 def test_nothing_was_lost(told: Any) -> None:
     """Bit for bit the run of forked ranks that nobody disturbed."""
-    assert told.last.code == 0 and told.last.status == {"state": "finished", "step": STEPS, "reason": ""}, told.last.said
+    assert told.last.code == 0 and told.last.status == {
+        "state": "finished",
+        "step": STEPS,
+        "reason": "",
+    }, told.last.said
     straight = told.story.folder / "straight"
     run_ranks(2, run_train, told.story.words(straight))
     assert_same_run(told.story.out, straight)
@@ -76,7 +105,9 @@ def test_nothing_was_lost(told: Any) -> None:
             "accelerate",
             "config",
             r"--learning_rate is 0\.5 instead of 0\.001\.",
-            marks=pytest.mark.skipif(not EVERY_FAULT, reason="ten seconds: with BERTDIST_EVERY_FAULT=1 only"),
+            marks=pytest.mark.skipif(
+                not EVERY_FAULT, reason="ten seconds: with BERTDIST_EVERY_FAULT=1 only"
+            ),
         ),
         ("torchrun", "data", r"train\.tsv \(digest of the rows\) is .* instead of .*\."),
     ],
@@ -92,6 +123,12 @@ def test_a_rank_that_was_started_with_something_else_is_named(
         until(lambda: launch.launcher.poll() is not None, launch.said)
         assert launch.wait() == 1
         first, *rest = launch.complaints()
-    assert re.fullmatch(rf"bertdist: rank 1 \(on .*\) is not like rank 0 \(on .*\): {differs}", first), first
-    assert rest == ["bertdist: Every rank must be started with the same command, data and packages."], rest
-    assert not (story.out / "checkpoints").exists() or not checkpoints_of(story.out), "nothing was trained"
+    assert re.fullmatch(
+        rf"bertdist: rank 1 \(on .*\) is not like rank 0 \(on .*\): {differs}", first
+    ), first
+    assert rest == [
+        "bertdist: Every rank must be started with the same command, data and packages."
+    ], rest
+    assert not (story.out / "checkpoints").exists() or not checkpoints_of(story.out), (
+        "nothing was trained"
+    )

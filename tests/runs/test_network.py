@@ -20,7 +20,12 @@ from rows import EVERY_FAULT, assert_same_run, run_train, words_of, write_split
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(500)  # interpreters that start on a busy machine
 SECONDS, PORT = 150, 29611  # of a namespace of our own: nobody else listens there
-CADENCE = {"max_train_steps": 40, "save_every": "2 steps", "eval_every": "20 steps", "log_every": "2 steps"}
+CADENCE = {
+    "max_train_steps": 40,
+    "save_every": "2 steps",
+    "eval_every": "20 steps",
+    "log_every": "2 steps",
+}
 SLOW = "1.0"  # seconds a step: the run is still there when the wire is cut, on any machine
 
 
@@ -38,7 +43,20 @@ class Machines:
         for name in self.names:
             ip("netns", "add", name)
         first, second = self.names
-        ip("link", "add", "wire", "netns", first, "type", "veth", "peer", "name", "wire", "netns", second)
+        ip(
+            "link",
+            "add",
+            "wire",
+            "netns",
+            first,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "wire",
+            "netns",
+            second,
+        )
         for number, name in enumerate(self.names):
             ip("-n", name, "address", "add", f"10.77.0.{number + 1}/24", "dev", "wire")
             ip("-n", name, "link", "set", "lo", "up")
@@ -66,17 +84,55 @@ class Ranks:
         self.pace.write_text(SLOW)
         self.errors = [folder / f"error_{rank}.txt" for rank in range(2)]
         self.processes = []
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "ACCELERATE_", "RANK", "WORLD_SIZE"))}
-        kept |= {"PYTHONPATH": str(ROOT), "HF_HOME": "/nonexistent", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "wire"}
-        kept |= {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": str(PORT), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM_", "ACCELERATE_", "RANK", "WORLD_SIZE"))
+        }
+        kept |= {
+            "PYTHONPATH": str(ROOT),
+            "HF_HOME": "/nonexistent",
+            "ACCELERATE_USE_CPU": "true",
+            "GLOO_SOCKET_IFNAME": "wire",
+        }
+        kept |= {
+            "MASTER_ADDR": "10.77.0.1",
+            "MASTER_PORT": str(PORT),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+        }
         for rank, name in enumerate(machines.names):
-            command = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", f'hostname machine{rank} && exec "$@"', "sh"]
+            command = [
+                "ip",
+                "netns",
+                "exec",
+                name,
+                "unshare",
+                "--uts",
+                "sh",
+                "-c",
+                f'hostname machine{rank} && exec "$@"',
+                "sh",
+            ]
             with open(self.errors[rank], "w") as error:
-                command += [sys.executable, str(ROOT / "tests" / "slowed.py"), str(self.pace), "", "--", *words]
+                command += [
+                    sys.executable,
+                    str(ROOT / "tests" / "slowed.py"),
+                    str(self.pace),
+                    "",
+                    "--",
+                    *words,
+                ]
                 # `ip netns exec`, unshare and sh all become the command: this process is the rank itself
                 self.processes.append(
                     subprocess.Popen(
-                        command, env={**kept, "RANK": str(rank)}, stdout=error, stderr=error, cwd=folder, start_new_session=True
+                        command,
+                        env={**kept, "RANK": str(rank)},
+                        stdout=error,
+                        stderr=error,
+                        cwd=folder,
+                        start_new_session=True,
                     )
                 )
 
@@ -100,7 +156,12 @@ class Ranks:
 
     def told(self) -> list[str]:
         """The lines for a person that say why the run has ended."""
-        return [line for path in self.errors for line in path.read_text().splitlines() if line.startswith("bertdist: ")]
+        return [
+            line
+            for path in self.errors
+            for line in path.read_text().splitlines()
+            if line.startswith("bertdist: ")
+        ]
 
     def kill(self) -> None:
         for process in self.processes:
@@ -130,7 +191,15 @@ def start(machines: Machines, tiny_model: Path, tmp_path: Path) -> Iterator[Call
 
     def started(rank_timeout: int) -> Ranks:
         ranks = Ranks(
-            machines, words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 40, 8), rank_timeout=rank_timeout, **CADENCE), tmp_path
+            machines,
+            words_of(
+                tiny_model,
+                tmp_path / "out",
+                write_split(tmp_path, 40, 8),
+                rank_timeout=rank_timeout,
+                **CADENCE,
+            ),
+            tmp_path,
         )
         all_started.append(ranks)
         ranks.until(lambda: any((tmp_path / "out" / "checkpoints").glob("step_*")))
@@ -145,7 +214,9 @@ def start(machines: Machines, tiny_model: Path, tmp_path: Path) -> Iterator[Call
 def straight(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("straight")
-    run_ranks(2, run_train, words_of(tiny_model, folder / "out", write_split(folder, 40, 8), **CADENCE))
+    run_ranks(
+        2, run_train, words_of(tiny_model, folder / "out", write_split(folder, 40, 8), **CADENCE)
+    )
     return folder / "out"
 
 
@@ -167,13 +238,20 @@ def test_a_machine_that_is_lost_is_named_and_nothing_is_lost(
 
 
 @pytest.mark.skipif(not EVERY_FAULT, reason="half a minute: with BERTDIST_EVERY_FAULT=1 only")
-def test_a_wire_that_is_cut_ends_both_ranks(tmp_path: Path, machines: Machines, start: Callable[[int], Ranks]) -> None:
+def test_a_wire_that_is_cut_ends_both_ranks(
+    tmp_path: Path, machines: Machines, start: Callable[[int], Ranks]
+) -> None:
     """Both machines are there and say so, and both wait: a collective that hangs."""
     ranks = start(8)
     machines.cut()
     assert ranks.ended() == [1, 1]
-    assert len(ranks.told()) == 1 and "No rank has moved for 8 s (--rank_timeout)" in ranks.told()[0], ranks.said()
-    assert {path.name for path in (tmp_path / "out" / "stacks").iterdir()} == {"rank_0.txt", "rank_1.txt"}
+    assert (
+        len(ranks.told()) == 1 and "No rank has moved for 8 s (--rank_timeout)" in ranks.told()[0]
+    ), ranks.said()
+    assert {path.name for path in (tmp_path / "out" / "stacks").iterdir()} == {
+        "rank_0.txt",
+        "rank_1.txt",
+    }
 
 
 @pytest.mark.skipif(not EVERY_FAULT, reason="half a minute: with BERTDIST_EVERY_FAULT=1 only")

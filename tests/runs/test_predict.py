@@ -25,7 +25,17 @@ ROOT = Path(__file__).resolve().parents[2]
 def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """best/ of a short run on one label a row."""
     folder = tmp_path_factory.mktemp("trained")
-    run_ranks(1, run_train, words_of(tiny_model, folder / "out", write_split(folder, 40, 8), num_train_epochs=3, max_length=24))
+    run_ranks(
+        1,
+        run_train,
+        words_of(
+            tiny_model,
+            folder / "out",
+            write_split(folder, 40, 8),
+            num_train_epochs=3,
+            max_length=24,
+        ),
+    )
     return folder / "out" / "best"
 
 
@@ -33,10 +43,19 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained_on_pairs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """best/ of a short regression on pairs."""
     folder = tmp_path_factory.mktemp("pairs")
-    rows = [{"sentence1": row["text"], "sentence2": "it is so", "score": f"{len(row['text']) / 30:.2f}"} for row in make_rows(24, seed=7)]
+    rows = [
+        {"sentence1": row["text"], "sentence2": "it is so", "score": f"{len(row['text']) / 30:.2f}"}
+        for row in make_rows(24, seed=7)
+    ]
     files = write_split(folder, 8)
     write_rows(files.train, rows)
-    run_ranks(1, run_train, words_of(tiny_model, folder / "out", files, text_pair_column="sentence2", num_train_epochs=2))
+    run_ranks(
+        1,
+        run_train,
+        words_of(
+            tiny_model, folder / "out", files, text_pair_column="sentence2", num_train_epochs=2
+        ),
+    )
     return folder / "out" / "best"
 
 
@@ -44,18 +63,30 @@ def trained_on_pairs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory)
 def trained_on_sets(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """best/ of a short multi-label run."""
     folder = tmp_path_factory.mktemp("sets")
-    rows = [{"text": row["text"], "labels": [row["label"], "short"] if len(row["text"]) < 40 else [row["label"]]} for row in make_rows(24)]
+    rows = [
+        {
+            "text": row["text"],
+            "labels": [row["label"], "short"] if len(row["text"]) < 40 else [row["label"]],
+        }
+        for row in make_rows(24)
+    ]
     files = write_split(folder, 8, kind="jsonl")
     write_rows(files.train, rows)
     run_ranks(1, run_train, words_of(tiny_model, folder / "out", files, num_train_epochs=3))
     return folder / "out" / "best"
 
 
-def ask(accelerator: Accelerator, folder: Path, texts: list[str], pairs: list[str] | None = None) -> tuple[list[Any], list[Any]]:
+def ask(
+    accelerator: Accelerator, folder: Path, texts: list[str], pairs: list[str] | None = None
+) -> tuple[list[Any], list[Any]]:
     """What `Predictor` and `pipeline` answer, in one child."""
     mine = Predictor(folder, accelerator=accelerator)
     classify = pipeline("text-classification", model=str(folder), device="cpu")
-    inputs: Any = texts if pairs is None else [{"text": text, "text_pair": pair} for text, pair in zip(texts, pairs, strict=True)]
+    inputs: Any = (
+        texts
+        if pairs is None
+        else [{"text": text, "text_pair": pair} for text, pair in zip(texts, pairs, strict=True)]
+    )
     options = {"truncation": True, "max_length": mine.max_length}
     if mine.task.problem_type == "multi_label_classification":
         return mine(texts), [classify(text, top_k=None, **options) for text in inputs]
@@ -67,13 +98,20 @@ def as_one(answers: list[Any]) -> list[tuple[str, Any]]:
     return [(answer["label"], pytest.approx(answer["score"], abs=1e-6)) for answer in answers]
 
 
-TEXTS = [row["text"] for row in make_rows(15, seed=4)] + ["", "x", "an unknown-word: Ünïcode 北京 🙂", "dull " * 100]
+TEXTS = [row["text"] for row in make_rows(15, seed=4)] + [
+    "",
+    "x",
+    "an unknown-word: Ünïcode 北京 🙂",
+    "dull " * 100,
+]
 
 
 def test_pipeline_gives_the_same_answers(trained: Path) -> None:
     ((mine, theirs),) = run_ranks(1, ask, trained, TEXTS)
     assert as_one(mine) == as_one(theirs)
-    assert {answer["label"] for answer in mine} <= {"negative", "positive"} and all(0.5 <= answer["score"] <= 1 for answer in mine)
+    assert {answer["label"] for answer in mine} <= {"negative", "positive"} and all(
+        0.5 <= answer["score"] <= 1 for answer in mine
+    )
 
 
 def test_another_head_is_seen(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -82,7 +120,10 @@ def test_another_head_is_seen(trained: Path, tiny_model: Path, tmp_path: Path) -
     weights = load_file(tmp_path / "other" / "model.safetensors")
     weights["classifier.bias"][0] += 0.01
     save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
-    ((mine, _),), ((_, theirs),) = run_ranks(1, ask, trained, TEXTS), run_ranks(1, ask, tmp_path / "other", TEXTS)
+    ((mine, _),), ((_, theirs),) = (
+        run_ranks(1, ask, trained, TEXTS),
+        run_ranks(1, ask, tmp_path / "other", TEXTS),
+    )
     assert as_one(mine) != as_one(theirs)
 
 
@@ -95,12 +136,27 @@ def test_pipeline_gives_the_same_answers_for_pairs(trained_on_pairs: Path) -> No
 
 def test_pipeline_gives_the_same_answers_for_sets_of_labels(trained_on_sets: Path) -> None:
     ((mine, theirs),) = run_ranks(1, ask, trained_on_sets, TEXTS)
-    above = [[(entry["label"], pytest.approx(entry["score"], abs=1e-6)) for entry in entries if entry["score"] > 0.5] for entries in theirs]
-    assert [[(entry["label"], entry["score"]) for entry in answer["labels"]] for answer in mine] == above
-    assert any(above) and {entry["label"] for entries in theirs for entry in entries} == {"negative", "positive", "short"}
+    above = [
+        [
+            (entry["label"], pytest.approx(entry["score"], abs=1e-6))
+            for entry in entries
+            if entry["score"] > 0.5
+        ]
+        for entries in theirs
+    ]
+    assert [
+        [(entry["label"], entry["score"]) for entry in answer["labels"]] for answer in mine
+    ] == above
+    assert any(above) and {entry["label"] for entries in theirs for entry in entries} == {
+        "negative",
+        "positive",
+        "short",
+    }
 
 
-def answer_with(accelerator: Accelerator, folder: Path, fits: int) -> tuple[list[Any], int | None, list[int]]:
+def answer_with(
+    accelerator: Accelerator, folder: Path, fits: int
+) -> tuple[list[Any], int | None, list[int]]:
     """Answers where memory holds so many tokens of several texts; the size found, and the sizes that were tried."""
     mine = Predictor(folder, accelerator=accelerator)
     forward, tried = mine.model.forward, []
@@ -128,8 +184,24 @@ def test_answers_are_the_same_where_memory_runs_out(trained: Path) -> None:
 def test_the_command_line_gives_the_same_answers(trained: Path, tmp_path: Path) -> None:
     """A real process; texts of a file, rows in its order, the column that the training read."""
     write_rows(tmp_path / "in.jsonl", [{"id": i, "text": text} for i, text in enumerate(TEXTS)])
-    command = [sys.executable, "-m", "bertdist.predict", "--model", str(trained), "--input", str(tmp_path / "in.jsonl"), "--use_cpu"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "bertdist.predict",
+        "--model",
+        str(trained),
+        "--input",
+        str(tmp_path / "in.jsonl"),
+        "--use_cpu",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     ((mine, _),) = run_ranks(1, ask, trained, TEXTS)
@@ -137,17 +209,30 @@ def test_the_command_line_gives_the_same_answers(trained: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["tsv", "csv", "parquet", "txt"])
-def test_every_kind_of_file_gives_the_same_answers(trained: Path, tmp_path: Path, kind: str) -> None:
+def test_every_kind_of_file_gives_the_same_answers(
+    trained: Path, tmp_path: Path, kind: str
+) -> None:
     texts = [text for text in TEXTS if text]
     path = tmp_path / f"in.{kind}"
     if kind == "txt":
         path.write_text("\n".join(texts) + "\n", encoding="utf-8")
     else:
         write_rows(path, [{"text": text} for text in texts])
-    words = ["--model", str(trained), "--input", str(path), "--output", str(tmp_path / "out.jsonl"), "--use_cpu"]
+    words = [
+        "--model",
+        str(trained),
+        "--input",
+        str(path),
+        "--output",
+        str(tmp_path / "out.jsonl"),
+        "--use_cpu",
+    ]
     assert run_ranks(1, run_main, words, None, predict) == [(0, "", "")]
     ((mine, _),) = run_ranks(1, ask, trained, texts)
-    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    written = [
+        json.loads(line)
+        for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert written == [{"row": row, **answer} for row, answer in enumerate(mine)]
 
 
@@ -155,7 +240,9 @@ def test_texts_on_the_command_line_are_answered_in_words(trained: Path) -> None:
     words = ["--model", str(trained), "--use_cpu", "--text", "fun and great", "so dull"]
     ((code, said, answered),) = run_ranks(1, run_main, words, None, predict)
     ((mine, _),) = run_ranks(1, ask, trained, ["fun and great", "so dull"])
-    assert (code, said) == (0, "") and answered == "".join(f"{answer['label']}\t{answer['score']:.4f}\n" for answer in mine)
+    assert (code, said) == (0, "") and answered == "".join(
+        f"{answer['label']}\t{answer['score']:.4f}\n" for answer in mine
+    )
 
 
 def test_one_text_alone_or_among_others_is_answered_alike(trained: Path) -> None:
@@ -179,14 +266,33 @@ def test_no_texts_have_no_answers(trained: Path) -> None:
         (["--model", "{best}", "--input", "nowhere.tsv"], "nowhere.tsv: no such file"),
         (["--model", "{best}"], "Give the texts with --text or with --input, one of the two."),
         (["--model", "{tiny}", "--text", "a film"], "is not a trained classifier"),
-        (["--model", "./nowhere", "--text", "a film"], "--model ./nowhere: there is no such folder"),
-        (["--model", "{best}", "--text", "a film", "--texts", "b"], "Unknown setting 'texts'. Did you mean 'text'?"),
-        (["--model", "{best}", "--input", "{in}", "--output", "no/folder/out.jsonl"], "there is no folder no/folder"),
-        (["--model", "{best}", "--input", "{in}", "--text_column", "txet"], "in.tsv line 1: there is no column 'txet'"),
+        (
+            ["--model", "./nowhere", "--text", "a film"],
+            "--model ./nowhere: there is no such folder",
+        ),
+        (
+            ["--model", "{best}", "--text", "a film", "--texts", "b"],
+            "Unknown setting 'texts'. Did you mean 'text'?",
+        ),
+        (
+            ["--model", "{best}", "--input", "{in}", "--output", "no/folder/out.jsonl"],
+            "there is no folder no/folder",
+        ),
+        (
+            ["--model", "{best}", "--input", "{in}", "--text_column", "txet"],
+            "in.tsv line 1: there is no column 'txet'",
+        ),
     ],
 )
-def test_mistakes_are_told_in_one_line(trained: Path, tiny_model: Path, tmp_path: Path, words: list[str], told: str) -> None:
+def test_mistakes_are_told_in_one_line(
+    trained: Path, tiny_model: Path, tmp_path: Path, words: list[str], told: str
+) -> None:
     path = write_rows(tmp_path / "in.tsv", make_rows(3))
     words = [word.format_map({"best": trained, "tiny": tiny_model, "in": path}) for word in words]
     ((code, said, answered),) = run_ranks(1, run_main, [*words, "--use_cpu"], None, predict)
-    assert (code, answered) == (1, "") and said.startswith("bertdist: ") and said.count("\n") == 1 and told in said, said
+    assert (
+        (code, answered) == (1, "")
+        and said.startswith("bertdist: ")
+        and said.count("\n") == 1
+        and told in said
+    ), said

@@ -74,13 +74,18 @@ def plant(folder: Path, mark: Path) -> None:
         (folder / name).write_bytes(pickle.dumps(Payload(mark)))
 
 
-def test_no_pickle_of_a_model_folder_is_loaded(model: Path, files: Files, tmp_path: Path, mark: Path) -> None:
+def test_no_pickle_of_a_model_folder_is_loaded(
+    model: Path, files: Files, tmp_path: Path, mark: Path
+) -> None:
     plant(model, mark)
     code, said, _ = start(words_of(model, tmp_path / "out", files, max_train_steps=1))
     assert code == 0 and not mark.exists(), said
     best = tmp_path / "out" / "best"
     plant(best, mark)
-    assert start(["--model", str(best), "--text", "a fine film", "--use_cpu", "yes"], predict)[0] == 0 and not mark.exists()
+    assert (
+        start(["--model", str(best), "--text", "a fine film", "--use_cpu", "yes"], predict)[0] == 0
+        and not mark.exists()
+    )
     (model / "model.safetensors").unlink()  # now a pickle is all there is
     code, said, _ = start(words_of(model, tmp_path / "other", files, max_train_steps=1))
     assert code == 1 and "bertdist: --model_name_or_path" in said and not mark.exists()
@@ -89,14 +94,30 @@ def test_no_pickle_of_a_model_folder_is_loaded(model: Path, files: Files, tmp_pa
     assert mark.exists()
 
 
-def test_no_pickle_of_a_checkpoint_is_loaded(model: Path, files: Files, tmp_path: Path, mark: Path) -> None:
-    words = words_of(model, tmp_path / "out", files, max_train_steps=2, save_every="1 steps", lr_scheduler_type="constant")
+def test_no_pickle_of_a_checkpoint_is_loaded(
+    model: Path, files: Files, tmp_path: Path, mark: Path
+) -> None:
+    words = words_of(
+        model,
+        tmp_path / "out",
+        files,
+        max_train_steps=2,
+        save_every="1 steps",
+        lr_scheduler_type="constant",
+    )
     assert start(words)[0] == 0
     plant(last_checkpoint(tmp_path / "out"), mark)
     code, said, _ = start([*words, "--max_train_steps", "3"])
     assert code == 0 and "at step 2." in said and not mark.exists()
-    for name in ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"):  # a pickle in the place of a file
-        newest = max(path for path in (tmp_path / "out" / "checkpoints").iterdir() if path.name[5:].isdigit())
+    for name in (
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "manifest.json",
+    ):  # a pickle in the place of a file
+        newest = max(
+            path for path in (tmp_path / "out" / "checkpoints").iterdir() if path.name[5:].isdigit()
+        )
         (newest / name).write_bytes(pickle.dumps(Payload(mark)))
         code, said, _ = start([*words, "--max_train_steps", "3"])
         assert code == 0 and "Passing over checkpoint" in said and not mark.exists(), said
@@ -107,7 +128,9 @@ def test_no_pickle_of_a_checkpoint_is_loaded(model: Path, files: Files, tmp_path
 
 @pytest.mark.parametrize("kind", ["bert", "of_its_own"])
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_no_module_of_a_model_folder_is_imported(model: Path, files: Files, tmp_path: Path, mark: Path, kind: str, file: str) -> None:
+def test_no_module_of_a_model_folder_is_imported(
+    model: Path, files: Files, tmp_path: Path, mark: Path, kind: str, file: str
+) -> None:
     (model / "evil.py").write_text(
         code_that_marks(mark) + "from transformers import BertConfig, BertTokenizerFast\n"
         "class Config(BertConfig):\n    model_type = 'of_its_own'\nclass Model: pass\nclass Tokenizer(BertTokenizerFast): pass\n"
@@ -115,14 +138,22 @@ def test_no_module_of_a_model_folder_is_imported(model: Path, files: Files, tmp_
     settings = json.loads((model / file).read_text())
     if file == "config.json":
         settings |= {"model_type": kind}
-        settings["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model"}
+        settings["auto_map"] = {
+            "AutoConfig": "evil.Config",
+            "AutoModelForSequenceClassification": "evil.Model",
+        }
     else:
-        settings |= {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}, "tokenizer_class": "EvilTokenizer"}
+        settings |= {
+            "auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]},
+            "tokenizer_class": "EvilTokenizer",
+        }
     (model / file).write_text(json.dumps(settings))
     code, said, _ = start(words_of(model, tmp_path / "out", files, max_train_steps=1))
     assert not mark.exists(), said
     if file == "config.json" and kind == "of_its_own":
-        assert code == 1 and said.splitlines()[-1].startswith("bertdist: --model_name_or_path"), said
+        assert code == 1 and said.splitlines()[-1].startswith("bertdist: --model_name_or_path"), (
+            said
+        )
 
     def trust(accelerator: Accelerator) -> None:
         loader: Any = AutoConfig if file == "config.json" else AutoTokenizer
@@ -136,11 +167,24 @@ def test_no_module_of_a_model_folder_is_imported(model: Path, files: Files, tmp_
 # ---- Code beside the data
 
 
-def test_no_script_beside_the_data_is_run(model: Path, files: Files, tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("train.py", "dev.py", "__init__.py", f"{tmp_path.name}.py", "dataset.py", "csv.py", "sitecustomize.py"):
+def test_no_script_beside_the_data_is_run(
+    model: Path, files: Files, tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (
+        "train.py",
+        "dev.py",
+        "__init__.py",
+        f"{tmp_path.name}.py",
+        "dataset.py",
+        "csv.py",
+        "sitecustomize.py",
+    ):
         (tmp_path / name).write_text(code_that_marks(mark))
     monkeypatch.chdir(tmp_path)
-    assert start(words_of(model, tmp_path / "out", files, max_train_steps=1))[0] == 0 and not mark.exists()
+    assert (
+        start(words_of(model, tmp_path / "out", files, max_train_steps=1))[0] == 0
+        and not mark.exists()
+    )
     script = tmp_path / "hub" / "reviews"
     script.mkdir(parents=True)
     (script / "reviews.py").write_text(code_that_marks(mark))
@@ -158,7 +202,9 @@ def test_no_script_beside_the_data_is_run(model: Path, files: Files, tmp_path: P
                 "1",
             ]
             code, said, _ = start([*words, "--dataset_name", name, *stream])
-            assert not mark.exists() and code in (0, 1) and (code == 0 or "bertdist: " in said), said
+            assert not mark.exists() and code in (0, 1) and (code == 0 or "bertdist: " in said), (
+                said
+            )
 
 
 def test_no_metric_of_the_current_folder_is_run(
@@ -169,7 +215,9 @@ def test_no_metric_of_the_current_folder_is_run(
         (tmp_path / name / f"{name}.py").write_text(code_that_marks(mark))
         (tmp_path / f"{name}.py").write_text(code_that_marks(mark))
     monkeypatch.chdir(tmp_path)
-    words = words_of(model, tmp_path / "out", files, max_train_steps=1, metrics=["accuracy", "f1_macro"])
+    words = words_of(
+        model, tmp_path / "out", files, max_train_steps=1, metrics=["accuracy", "f1_macro"]
+    )
     assert start(words)[0] == 0 and not mark.exists()
 
     def bare_name(accelerator: Accelerator) -> None:
@@ -191,10 +239,14 @@ def test_no_metric_of_the_current_folder_is_run(
         "!!python/object/apply:os.system ['echo ran > {mark}']\n",
     ],
 )
-def test_no_object_of_a_config_is_made(model: Path, files: Files, tmp_path: Path, mark: Path, text: str) -> None:
+def test_no_object_of_a_config_is_made(
+    model: Path, files: Files, tmp_path: Path, mark: Path, text: str
+) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(text.replace("{mark}", str(mark)))
-    code, said, _ = start(["--config", str(config), *words_of(model, tmp_path / "out", files, max_train_steps=1)])
+    code, said, _ = start(
+        ["--config", str(config), *words_of(model, tmp_path / "out", files, max_train_steps=1)]
+    )
     assert code == 1 and "bertdist: " in said and not mark.exists(), said
     with contextlib.suppress(Exception):  # the control
         yaml.unsafe_load(config.read_text())
@@ -215,27 +267,38 @@ HOSTILE = [
 
 def commands_in(text: str) -> list[str]:
     """What a terminal would obey."""
-    return [char for char in text if (ord(char) < 32 and char not in "\n\t\r") or 127 <= ord(char) < 160]
+    return [
+        char for char in text if (ord(char) < 32 and char not in "\n\t\r") or 127 <= ord(char) < 160
+    ]
 
 
 def hostile_files(folder: Path) -> Files:
     rows = [{"text": text, "label": label} for text in HOSTILE for label in ("[red]a", "\x1b[31mb")]
-    return Files(write_rows(folder / "hostile.jsonl", rows), write_rows(folder / "[red]dev\x1b[31m.jsonl", rows))
+    return Files(
+        write_rows(folder / "hostile.jsonl", rows),
+        write_rows(folder / "[red]dev\x1b[31m.jsonl", rows),
+    )
 
 
 def test_texts_and_labels_reach_the_terminal_as_they_are(model: Path, tmp_path: Path) -> None:
     files = hostile_files(tmp_path)
     words = words_of(model, tmp_path / "out", files, max_train_steps=1)
     code, said, _ = start(words)
-    assert code == 0 and "[red]a" in said and commands_in(said) == [], "labels in the tables, the file's name in a sentence"
-    code, said, _ = start([*words, "--label_names", "x", "y", "--output_dir", str(tmp_path / "other")])
+    assert code == 0 and "[red]a" in said and commands_in(said) == [], (
+        "labels in the tables, the file's name in a sentence"
+    )
+    code, said, _ = start(
+        [*words, "--label_names", "x", "y", "--output_dir", str(tmp_path / "other")]
+    )
     assert code == 1 and "\\x1b[31mb" in said and commands_in(said) == [], "a label in a complaint"
     assert commands_in("\x1b[31m") == ["\x1b"], "the control"
 
 
 def test_check_shows_texts_as_they_are(tmp_path: Path) -> None:
     files = hostile_files(tmp_path)
-    code, said, shown = start(["--train_file", str(files.train), "--validation_file", str(files.dev)], check)
+    code, said, shown = start(
+        ["--train_file", str(files.train), "--validation_file", str(files.dev)], check
+    )
     assert code in (0, 1) and "[red]a" in shown and commands_in(shown + said) == [], shown + said
 
 
@@ -245,6 +308,11 @@ def test_predictions_keep_texts_out_of_the_terminal(model: Path, tmp_path: Path)
     lines = (tmp_path / "out" / "predictions.jsonl").read_bytes().splitlines()
     assert len(lines) == 2 * len(HOSTILE)
     for line in lines:
-        assert commands_in(line.decode()) == [] and json.loads(line)["label"] in ("[red]a", "\x1b[31mb")
-    answers = start(["--model", str(tmp_path / "out" / "best"), "--text", *HOSTILE, "--use_cpu", "yes"], predict)
+        assert commands_in(line.decode()) == [] and json.loads(line)["label"] in (
+            "[red]a",
+            "\x1b[31mb",
+        )
+    answers = start(
+        ["--model", str(tmp_path / "out" / "best"), "--text", *HOSTILE, "--use_cpu", "yes"], predict
+    )
     assert answers[0] == 0 and commands_in(answers[2]) == []

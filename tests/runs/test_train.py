@@ -37,17 +37,34 @@ from bertdist.whole_folder import damage_of
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCH, EPOCHS = 50, 6  # 400 rows in steps of 8
-CADENCES = {"num_train_epochs": EPOCHS, "save_every": "40 steps", "log_every": "2 steps", "tokens_per_micro_batch": 200}
+CADENCES = {
+    "num_train_epochs": EPOCHS,
+    "save_every": "40 steps",
+    "log_every": "2 steps",
+    "tokens_per_micro_batch": 200,
+}
 
 
 class Launch:
     """A command of `accelerate launch` that is running."""
 
     def __init__(self, config: str, words: list[str], said: Path) -> None:
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", f"accelerate_configs/{config}.yaml"]
+        launch = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--quiet",
+            "--config_file",
+            f"accelerate_configs/{config}.yaml",
+        ]
         with open(said, "a") as file:
             self.process = subprocess.Popen(
-                [*launch, "bertdist/train.py", *words], cwd=ROOT, env=os.environ, stdout=file, stderr=file, start_new_session=True
+                [*launch, "bertdist/train.py", *words],
+                cwd=ROOT,
+                env=os.environ,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
             )
         self.out, self.said = Path(words[words.index("--output_dir") + 1]), said
 
@@ -56,8 +73,14 @@ class Launch:
         deadline = time.monotonic() + 200
         over = False
         while not over:
-            over = time.monotonic() > deadline or self.process.poll() is not None  # and look once more
-            if (self.out / "metrics.jsonl").exists() and step_log(self.out)[-1:] and step_log(self.out)[-1]["step"] >= step:
+            over = (
+                time.monotonic() > deadline or self.process.poll() is not None
+            )  # and look once more
+            if (
+                (self.out / "metrics.jsonl").exists()
+                and step_log(self.out)[-1:]
+                and step_log(self.out)[-1]["step"] >= step
+            ):
                 return
             time.sleep(0.01)
         raise AssertionError(f"ended, or too slow, before step {step}:\n{self.said.read_text()}")
@@ -65,7 +88,10 @@ class Launch:
     def kill(self) -> None:
         """SIGKILL to the launcher and everything below it, at once."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            for process in [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]:
+            for process in [
+                *psutil.Process(self.process.pid).children(recursive=True),
+                psutil.Process(self.process.pid),
+            ]:
                 process.kill()
         self.process.wait()
 
@@ -80,12 +106,16 @@ def launched(config: str, words: list[str], said: Path) -> Iterator[Launch]:
 
 
 @pytest.fixture(scope="module")
-def killed_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], int]:
+def killed_run(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[str], int]:
     """A run of one process, killed in the middle of its second epoch and started again: (folder, words, last step before the kill)."""
     folder = tmp_path_factory.mktemp("killed")
     words = words_of(tiny_model, folder / "out", write_split(folder, 400, 12), **CADENCES)
     reached = EPOCH * EPOCHS
-    while reached == EPOCH * EPOCHS:  # again, where this process was held for so long that the run came to its end
+    while (
+        reached == EPOCH * EPOCHS
+    ):  # again, where this process was held for so long that the run came to its end
         shutil.rmtree(folder / "out", ignore_errors=True)
         (folder / "said.txt").unlink(missing_ok=True)
         with launched("cpu", words, folder / "said.txt") as launch:
@@ -98,7 +128,9 @@ def killed_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 
 @pytest.mark.timeout(600)
-def test_a_killed_run_started_again_equals_one_that_nobody_disturbed(killed_run: tuple[Path, list[str], int], tiny_model: Path) -> None:
+def test_a_killed_run_started_again_equals_one_that_nobody_disturbed(
+    killed_run: tuple[Path, list[str], int], tiny_model: Path
+) -> None:
     folder, _, reached = killed_run
     assert EPOCH + 10 <= reached < EPOCH * EPOCHS
     said = (folder / "said.txt").read_text()
@@ -109,12 +141,16 @@ def test_a_killed_run_started_again_equals_one_that_nobody_disturbed(killed_run:
 
 
 @pytest.mark.timeout(600)
-def test_two_processes_stopped_by_sigterm_and_started_again_equal_undisturbed_ones(tiny_model: Path, tmp_path: Path) -> None:
+def test_two_processes_stopped_by_sigterm_and_started_again_equal_undisturbed_ones(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     """SIGTERM goes to the launcher alone, as a cluster sends it; dropout is on."""
     out, files = tmp_path / "out", write_split(tmp_path, 400, 12)
     words = words_of(tiny_model, out, files, **CADENCES)
     status = {"state": "finished"}
-    while status["state"] == "finished":  # again, where this process was held for so long that the run came to its end
+    while (
+        status["state"] == "finished"
+    ):  # again, where this process was held for so long that the run came to its end
         shutil.rmtree(out, ignore_errors=True)
         (tmp_path / "said.txt").unlink(missing_ok=True)
         with launched("cpu_x2", words, tmp_path / "said.txt") as launch:
@@ -125,7 +161,10 @@ def test_two_processes_stopped_by_sigterm_and_started_again_equal_undisturbed_on
     said = (tmp_path / "said.txt").read_text()
     assert code != 0 and status["state"] == "preempted" and status["reason"] == "SIGTERM", said
     assert checkpoints_of(out)[-1] == f"step_{status['step']:06d}"
-    assert f"Asked to stop (SIGTERM): step {status['step']} of {EPOCH * EPOCHS} is saved; the same command goes on" in said
+    assert (
+        f"Asked to stop (SIGTERM): step {status['step']} of {EPOCH * EPOCHS} is saved; the same command goes on"
+        in said
+    )
     with launched("cpu_x2", words, tmp_path / "said.txt") as launch:
         assert launch.process.wait(200) == 0, launch.said.read_text()
     assert (tmp_path / "said.txt").read_text().count("2 process(es) on cpu, precision no.") == 2
@@ -143,36 +182,73 @@ def test_a_run_folder_explains_itself(killed_run: tuple[Path, list[str], int]) -
     files = {path.name for path in out.iterdir()}
     expected = "best checkpoints config.yaml environment.json evaluation.json metrics.jsonl predictions.jsonl run.lock status.json"
     assert files == set(expected.split())
-    assert read_config(["--config", str(out / "config.yaml")]) == read_config([*words, "--mixed_precision", "no"])  # as it was settled
+    assert read_config(["--config", str(out / "config.yaml")]) == read_config(
+        [*words, "--mixed_precision", "no"]
+    )  # as it was settled
     made_with = json_of(out / "environment.json")
-    assert made_with["device"] == "cpu" and made_with["processes"] == 1 and made_with["packages"]["torch"]
-    assert json_of(out / "status.json") == {"state": "finished", "step": EPOCH * EPOCHS, "reason": ""}
-    assert len(checkpoints_of(out)) == 2 and all(damage_of(out / "checkpoints" / name) is None for name in checkpoints_of(out))
+    assert (
+        made_with["device"] == "cpu"
+        and made_with["processes"] == 1
+        and made_with["packages"]["torch"]
+    )
+    assert json_of(out / "status.json") == {
+        "state": "finished",
+        "step": EPOCH * EPOCHS,
+        "reason": "",
+    }
+    assert len(checkpoints_of(out)) == 2 and all(
+        damage_of(out / "checkpoints" / name) is None for name in checkpoints_of(out)
+    )
     assert sorted(os.listdir(out / "checkpoints" / checkpoints_of(out)[-1])) == [
         "manifest.json",
         "model.safetensors",
         "optimizer.safetensors",
         "state.json",
     ]
-    assert not list(out.rglob("*.bin")) and not list(out.rglob("*.pt")) and not list(out.rglob("*.pkl")), "no pickle anywhere"
+    assert (
+        not list(out.rglob("*.bin"))
+        and not list(out.rglob("*.pt"))
+        and not list(out.rglob("*.pkl"))
+    ), "no pickle anywhere"
 
 
 @pytest.mark.timeout(600)
 def test_the_step_log_has_its_fields(killed_run: tuple[Path, list[str], int]) -> None:
     folder, _, _ = killed_run
     lines = json_of(folder / "out" / "metrics.jsonl")
-    learned, scored, of_process = ([line for line in lines if line["kind"] == kind] for kind in ("train", "eval", "meter"))
+    learned, scored, of_process = (
+        [line for line in lines if line["kind"] == kind] for kind in ("train", "eval", "meter")
+    )
     assert len(learned) + len(scored) + len(of_process) == len(lines)
-    assert [line["step"] for line in learned] == list(range(2, EPOCH * EPOCHS + 1, 2)), "each once, though some steps were taken twice"
+    assert [line["step"] for line in learned] == list(range(2, EPOCH * EPOCHS + 1, 2)), (
+        "each once, though some steps were taken twice"
+    )
     assert [line["step"] for line in scored] == list(range(EPOCH, EPOCH * EPOCHS + 1, EPOCH))
-    speed = {"tokens_per_second", "data_wait_seconds", "padding_factor", "model_tflops", "flop_utilization", "slowest_rank"}
-    assert all(line.keys() == {"kind", "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", *speed} for line in learned)
+    speed = {
+        "tokens_per_second",
+        "data_wait_seconds",
+        "padding_factor",
+        "model_tflops",
+        "flop_utilization",
+        "slowest_rank",
+    }
+    assert all(
+        line.keys()
+        == {"kind", "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", *speed}
+        for line in learned
+    )
     assert all(line.keys() >= {"kind", "step", "epoch", "loss", "accuracy"} for line in scored)
     assert all(line["epoch"] == line["step"] / EPOCH for line in (*learned, *scored))
     assert all(line[name] > 0 for name in speed for line in learned)
-    assert [line.keys() - speed for line in of_process] == [{"kind", "step", "finished", "train_steps", "train_seconds", "matmul_tflops"}]
-    assert of_process[0]["train_steps"] < EPOCH * EPOCHS, "of the process that finished, not of the one that was killed"
-    assert all(line["padding_factor"] == line["slowest_rank"] == 1 for line in (*learned, *of_process))
+    assert [line.keys() - speed for line in of_process] == [
+        {"kind", "step", "finished", "train_steps", "train_seconds", "matmul_tflops"}
+    ]
+    assert of_process[0]["train_steps"] < EPOCH * EPOCHS, (
+        "of the process that finished, not of the one that was killed"
+    )
+    assert all(
+        line["padding_factor"] == line["slowest_rank"] == 1 for line in (*learned, *of_process)
+    )
     assert learned[0]["loss"] > learned[-1]["loss"], "it learns"
 
 
@@ -182,10 +258,17 @@ def test_the_best_predictions_and_scores_are_kept(killed_run: tuple[Path, list[s
     out = folder / "out"
     lines, scored = json_of(out / "predictions.jsonl"), json_of(out / "evaluation.json")
     assert all(line.keys() == {"row", "label", "score", "truth"} for line in lines)
-    assert [(line["row"], line["truth"]) for line in lines] == [(i, row["label"]) for i, row in enumerate(make_rows(12, seed=2))]
-    assert scored["scores"]["accuracy"] == sum(line["label"] == line["truth"] for line in lines) / 12
+    assert [(line["row"], line["truth"]) for line in lines] == [
+        (i, row["label"]) for i, row in enumerate(make_rows(12, seed=2))
+    ]
+    assert (
+        scored["scores"]["accuracy"] == sum(line["label"] == line["truth"] for line in lines) / 12
+    )
     best = json_of(out / "best" / "config.json")
-    assert best["id2label"] == {"0": "negative", "1": "positive"} and best["problem_type"] == "single_label_classification"
+    assert (
+        best["id2label"] == {"0": "negative", "1": "positive"}
+        and best["problem_type"] == "single_label_classification"
+    )
     assert best["bertdist"] == {"max_length": 128, "text_column": "text", "text_pair_column": None}
 
 
@@ -207,7 +290,10 @@ def test_the_kind_of_file_changes_nothing(tiny_model: Path, tmp_path: Path) -> N
         for path in files:
             assert path is not None
             if kind == "tsv":
-                path.write_text("text\tlabel\n" + "".join(f"{row['text']}\t{row['label']}\n" for row in rows), encoding="utf-8")
+                path.write_text(
+                    "text\tlabel\n" + "".join(f"{row['text']}\t{row['label']}\n" for row in rows),
+                    encoding="utf-8",
+                )
             else:
                 write_rows(path, rows)
         finish(words_of(tiny_model, tmp_path / kind, files, num_train_epochs=2))
@@ -218,22 +304,44 @@ def test_many_labels_come_in_three_ways(tiny_model: Path, tmp_path: Path) -> Non
     """A list, a string with a delimiter, one 0/1 column a label: the same run. Some rows have no label at all."""
     names = ["bad", "long", "short"]
     sets = [
-        [name for name, on in zip(names, ("dull" in row["text"], len(row["text"]) > 120, len(row["text"]) < 30), strict=True) if on]
+        [
+            name
+            for name, on in zip(
+                names,
+                ("dull" in row["text"], len(row["text"]) > 120, len(row["text"]) < 30),
+                strict=True,
+            )
+            if on
+        ]
         for row in make_rows(24, seed=1)
     ]
     assert [] in sets and any(len(labels) == 2 for labels in sets)
     texts = [row["text"] for row in make_rows(24, seed=1)]
     ways: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
-        "list": ("jsonl", [{"text": text, "labels": labels} for text, labels in zip(texts, sets, strict=True)], {}),
-        "arrow": ("parquet", [{"text": text, "labels": labels} for text, labels in zip(texts, sets, strict=True)], {}),
+        "list": (
+            "jsonl",
+            [{"text": text, "labels": labels} for text, labels in zip(texts, sets, strict=True)],
+            {},
+        ),
+        "arrow": (
+            "parquet",
+            [{"text": text, "labels": labels} for text, labels in zip(texts, sets, strict=True)],
+            {},
+        ),
         "string": (
             "tsv",
-            [{"text": text, "labels": "|".join(labels)} for text, labels in zip(texts, sets, strict=True)],
+            [
+                {"text": text, "labels": "|".join(labels)}
+                for text, labels in zip(texts, sets, strict=True)
+            ],
             {"label_delimiter": "|"},
         ),
         "columns": (
             "csv",
-            [{"text": text, **{name: int(name in labels) for name in names}} for text, labels in zip(texts, sets, strict=True)],
+            [
+                {"text": text, **{name: int(name in labels) for name in names}}
+                for text, labels in zip(texts, sets, strict=True)
+            ],
             {"label_columns": names},
         ),
     }
@@ -248,28 +356,41 @@ def test_many_labels_come_in_three_ways(tiny_model: Path, tmp_path: Path) -> Non
     lines = json_of(tmp_path / "list" / "predictions.jsonl")
     assert [line["truth"] for line in lines] == sets
     assert all(line.keys() == {"row", "labels", "truth"} for line in lines)
-    assert {"f1_micro"} & step_log(tmp_path / "list", "eval")[0].keys(), step_log(tmp_path / "list", "eval")[0]
+    assert {"f1_micro"} & step_log(tmp_path / "list", "eval")[0].keys(), step_log(
+        tmp_path / "list", "eval"
+    )[0]
 
 
 def test_regression_on_pairs(tiny_model: Path, tmp_path: Path) -> None:
     files = write_split(tmp_path, 8, 8)
     others = [row["text"] for row in make_rows(30, seed=8)]
     rows = [
-        {"sentence1": row["text"], "sentence2": other, "score": f"{abs(len(row['text']) - len(other)) / 50:.3f}"}
+        {
+            "sentence1": row["text"],
+            "sentence2": other,
+            "score": f"{abs(len(row['text']) - len(other)) / 50:.3f}",
+        }
         for row, other in zip(make_rows(30, seed=9), others, strict=True)
     ]
     for path in files:
         assert path is not None
         write_rows(path, rows)
     said = finish(words_of(tiny_model, tmp_path / "out", files, num_train_epochs=3), n=2)
-    assert "Task: regression; outputs in order: score." in said and "text in 'sentence1' and 'sentence2'" in said
+    assert (
+        "Task: regression; outputs in order: score." in said
+        and "text in 'sentence1' and 'sentence2'" in said
+    )
     assert step_log(tmp_path / "out", "eval")[-1].keys() >= {"loss", "pearson", "spearman"}
     lines = json_of(tmp_path / "out" / "predictions.jsonl")
     assert [line["truth"] for line in lines] == pytest.approx([float(row["score"]) for row in rows])
     error = sum((line["score"] - line["truth"]) ** 2 for line in lines) / len(lines)
-    assert json_of(tmp_path / "out" / "evaluation.json")["scores"]["loss"] == pytest.approx(error, rel=1e-5)
+    assert json_of(tmp_path / "out" / "evaluation.json")["scores"]["loss"] == pytest.approx(
+        error, rel=1e-5
+    )
     best = json_of(tmp_path / "out" / "best" / "config.json")
-    assert best["problem_type"] == "regression" and best["bertdist"]["text_pair_column"] == "sentence2"
+    assert (
+        best["problem_type"] == "regression" and best["bertdist"]["text_pair_column"] == "sentence2"
+    )
 
 
 def test_settings_of_a_real_run_work_together(tiny_model: Path, tmp_path: Path) -> None:
@@ -285,11 +406,24 @@ def test_settings_of_a_real_run_work_together(tiny_model: Path, tmp_path: Path) 
         "metric_for_best_model": "f1_macro",
     }
     files = write_split(tmp_path, 30, 12)
-    plain = words_of(tiny_model, tmp_path / "plain", files, num_train_epochs=2, dropout=0, **settings)
+    plain = words_of(
+        tiny_model, tmp_path / "plain", files, num_train_epochs=2, dropout=0, **settings
+    )
     finish(plain, n=2)
     assert step_log(tmp_path / "plain", "eval")[0].keys() >= {"loss", *settings["metrics"]}  # type: ignore[misc]
-    assert json_of(tmp_path / "plain" / "best" / "config.json")["id2label"] == {"0": "positive", "1": "negative"}
-    slim = words_of(tiny_model, tmp_path / "slim", files, num_train_epochs=2, dropout=0, **settings, gradient_checkpointing=True)
+    assert json_of(tmp_path / "plain" / "best" / "config.json")["id2label"] == {
+        "0": "positive",
+        "1": "negative",
+    }
+    slim = words_of(
+        tiny_model,
+        tmp_path / "slim",
+        files,
+        num_train_epochs=2,
+        dropout=0,
+        **settings,
+        gradient_checkpointing=True,
+    )
     finish(slim, n=2)
     for name, tensor in tensors_of(tmp_path / "plain" / "best").items():
         assert (tensor - tensors_of(tmp_path / "slim" / "best")[name]).abs().max() < 1e-6

@@ -23,7 +23,11 @@ from rows import EVERY_FAULT, Breaking, make_rows, run_main, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWERS = {  # status, and the hub's own two headers
-    "gated": (403, "GatedRepo", "Access to model is restricted and you are not in the authorized list."),
+    "gated": (
+        403,
+        "GatedRepo",
+        "Access to model is restricted and you are not in the authorized list.",
+    ),
     "unknown": (404, "RepoNotFound", "Repository not found"),
     "broken": (503, "", ""),
 }
@@ -70,8 +74,16 @@ def file(tmp_path: Path) -> Path:
 
 def typed(tmp_path: Path, *words: str | Path, endpoint: str = "", offline: bool = False) -> str:
     """The one line that a command says; it has not begun, and its exit code is 1."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "HF_TOKEN")}
-    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": str(int(offline)), "HF_DATASETS_OFFLINE": str(int(offline))}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "HF_TOKEN")
+    }
+    environment |= {
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": str(int(offline)),
+        "HF_DATASETS_OFFLINE": str(int(offline)),
+    }
     environment |= {"HF_ENDPOINT": endpoint} if endpoint else {}
     done = subprocess.run(
         [sys.executable, "-m", *map(str, words)],
@@ -82,8 +94,12 @@ def typed(tmp_path: Path, *words: str | Path, endpoint: str = "", offline: bool 
         text=True,
         check=False,
     )
-    lines = [line for line in done.stdout.splitlines() if not line.startswith("1 process(es) on cpu")]
-    assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("bertdist: "), done.stdout
+    lines = [
+        line for line in done.stdout.splitlines() if not line.startswith("1 process(es) on cpu")
+    ]
+    assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("bertdist: "), (
+        done.stdout
+    )
     return lines[0].removeprefix("bertdist: ")
 
 
@@ -102,7 +118,9 @@ def setting(tmp_path: Path, endpoint: str, offline: bool = False) -> Breaking:
 def forked(tmp_path: Path, *words: str | Path, endpoint: str = "", offline: bool = False) -> str:
     """The same through `train.main` in a forked child: where no more is asked of the hub than whether it is there."""
 
-    ((code, said, _),) = run_ranks(1, run_main, list(map(str, words[1:])), setting(tmp_path, endpoint, offline))
+    ((code, said, _),) = run_ranks(
+        1, run_main, list(map(str, words[1:])), setting(tmp_path, endpoint, offline)
+    )
     lines = [line for line in said.splitlines() if not line.startswith("1 process(es) on cpu")]
     assert code == 1 and len(lines) == 1 and lines[0].startswith("bertdist: "), said
     return lines[0].removeprefix("bertdist: ")
@@ -130,17 +148,26 @@ def test_a_model_that_the_hub_does_not_give(tmp_path: Path, file: Path, kind: st
     asked: list[str] = []
     with hub(kind, asked) as address:
         told = (forked if kind == "broken" else usual if kind == "silent" else typed)(
-            tmp_path, *training(tmp_path, "--model_name_or_path", WRONG, "--train_file", file), endpoint=address
+            tmp_path,
+            *training(tmp_path, "--model_name_or_path", WRONG, "--train_file", file),
+            endpoint=address,
         )
-    assert told.startswith(f"--model_name_or_path {WRONG} is neither a folder here nor a model that the hub gave. "), told
+    assert told.startswith(
+        f"--model_name_or_path {WRONG} is neither a folder here nor a model that the hub gave. "
+    ), told
     assert SAID[kind].format(hub=address) in told and WAY in told, told
     assert len(asked) <= 6, "no rounds of retries"
 
 
 def test_a_model_without_a_network(tmp_path: Path, file: Path) -> None:
-    told = usual(tmp_path, *training(tmp_path, "--model_name_or_path", WRONG, "--train_file", file), offline=True)
+    told = usual(
+        tmp_path,
+        *training(tmp_path, "--model_name_or_path", WRONG, "--train_file", file),
+        offline=True,
+    )
     assert (
-        f"HF_HUB_OFFLINE is set, and the cache {tmp_path / 'hf' / 'hub'} does not hold it. Did you mean 'google-bert/" in told
+        f"HF_HUB_OFFLINE is set, and the cache {tmp_path / 'hf' / 'hub'} does not hold it. Did you mean 'google-bert/"
+        in told
         and WAY in told
     )
 
@@ -149,9 +176,15 @@ def test_a_model_without_a_network(tmp_path: Path, file: Path) -> None:
 def test_a_data_set_that_the_hub_does_not_give(tiny_model: Path, tmp_path: Path, kind: str) -> None:
     with hub(kind, []) as address:
         told = (forked if kind == "silent" else typed)(
-            tmp_path, *training(tmp_path, "--model_name_or_path", tiny_model, "--dataset_name", "stanfordnlp/imbd"), endpoint=address
+            tmp_path,
+            *training(
+                tmp_path, "--model_name_or_path", tiny_model, "--dataset_name", "stanfordnlp/imbd"
+            ),
+            endpoint=address,
         )
-    assert told.startswith("stanfordnlp/imbd is neither a folder here nor a data set that the hub gave. ")
+    assert told.startswith(
+        "stanfordnlp/imbd is neither a folder here nor a data set that the hub gave. "
+    )
     assert "Did you mean 'stanfordnlp/imdb'" in told and told.endswith(" --train_file takes files.")
 
 
@@ -170,23 +203,41 @@ def test_a_data_set_that_the_hub_does_not_give(tiny_model: Path, tmp_path: Path,
     ],
     ids=["task", "metric", "tokenizer"],
 )
-def test_other_names(tiny_model: Path, tmp_path: Path, file: Path, words: list[str], told: str) -> None:
+def test_other_names(
+    tiny_model: Path, tmp_path: Path, file: Path, words: list[str], told: str
+) -> None:
     """A flag and a column are in test_user_errors.py."""
     words = [word.format(file=file) for word in words]
     say = usual if "--metrics" in words else forked
-    assert say(tmp_path, *training(tmp_path, "--model_name_or_path", tiny_model, *words), offline=True).startswith(told)
+    assert say(
+        tmp_path, *training(tmp_path, "--model_name_or_path", tiny_model, *words), offline=True
+    ).startswith(told)
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_what_the_cache_holds_is_used_where_the_hub_is_not_there(tiny_model: Path, tmp_path: Path, file: Path, n: int) -> None:
+def test_what_the_cache_holds_is_used_where_the_hub_is_not_there(
+    tiny_model: Path, tmp_path: Path, file: Path, n: int
+) -> None:
     """Said once, in one line, and no file is asked for again and again."""
     stored = tmp_path / "hf" / "hub" / "models--our-team--tiny"
     shutil.copytree(tiny_model, stored / "snapshots" / ("a" * 40))
     (stored / "refs").mkdir()
     (stored / "refs" / "main").write_text("a" * 40)
-    words = training(tmp_path, "--model_name_or_path", "our-team/tiny", "--train_file", file, "--max_train_steps", "1")
+    words = training(
+        tmp_path,
+        "--model_name_or_path",
+        "our-team/tiny",
+        "--train_file",
+        file,
+        "--max_train_steps",
+        "1",
+    )
     with hub("silent", []) as address:
         ends = run_ranks(n, run_main, list(map(str, words[1:])), setting(tmp_path, address))
     assert [code for code, *_ in ends] == [0] * n, ends
-    lines = [line for _, said, _ in ends for line in said.splitlines() if "cannot be reached" in line]
-    assert lines == [f"The hub ({address}) cannot be reached ([Errno 111] Connection refused): our-team/tiny is what the cache holds."]
+    lines = [
+        line for _, said, _ in ends for line in said.splitlines() if "cannot be reached" in line
+    ]
+    assert lines == [
+        f"The hub ({address}) cannot be reached ([Errno 111] Connection refused): our-team/tiny is what the cache holds."
+    ]

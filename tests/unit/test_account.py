@@ -32,13 +32,24 @@ def test_an_evaluation_that_was_given_up_is_owed_and_the_run_not_finished(tmp_pa
     progress, best, model = Progress(step=8, finished=True), Asked(), Any
     log = RunLog(tmp_path, enabled=True)
     keep_score(None, model, log, best, progress, 4)  # type: ignore[arg-type]
-    assert (progress.owed, progress.finished, best.asked, lines_of(tmp_path)) == (True, False, [], [])
+    assert (progress.owed, progress.finished, best.asked, lines_of(tmp_path)) == (
+        True,
+        False,
+        [],
+        [],
+    )
 
 
 def test_an_evaluation_is_written_down_and_weighed(tmp_path: Path) -> None:
-    progress, best, found = Progress(step=8, finished=True), Asked(), Evaluation(scores={"loss": 0.5, "accuracy": 1.0}, merit=1.0)
+    progress, best, found = (
+        Progress(step=8, finished=True),
+        Asked(),
+        Evaluation(scores={"loss": 0.5, "accuracy": 1.0}, merit=1.0),
+    )
     keep_score(found, Any, RunLog(tmp_path, enabled=True), best, progress, 4)  # type: ignore[arg-type]
-    assert lines_of(tmp_path) == [{"kind": "eval", "step": 8, "epoch": 2.0, "loss": 0.5, "accuracy": 1.0}]
+    assert lines_of(tmp_path) == [
+        {"kind": "eval", "step": 8, "epoch": 2.0, "loss": 0.5, "accuracy": 1.0}
+    ]
     assert best.asked == [(Any, found, progress)] and progress.finished and not progress.owed
 
 
@@ -51,9 +62,21 @@ def test_losses_are_summed_and_then_divided(tmp_path: Path) -> None:
 
 def test_the_end_is_said(tmp_path: Path, capsys: Any) -> None:
     for progress, said, state in (
-        (Progress(step=8, finished=True, best_step=4), "Finished: 8 steps, best weights (step 4)", "finished"),
-        (Progress(step=4), "Asked to stop (SIGTERM): step 4 of 8 is saved; the same command goes on.", "preempted"),
-        (Progress(step=4, owed=True), "step 4 of 8 is saved; the same command goes on; its evaluation comes first then.", "preempted"),
+        (
+            Progress(step=8, finished=True, best_step=4),
+            "Finished: 8 steps, best weights (step 4)",
+            "finished",
+        ),
+        (
+            Progress(step=4),
+            "Asked to stop (SIGTERM): step 4 of 8 is saved; the same command goes on.",
+            "preempted",
+        ),
+        (
+            Progress(step=4, owed=True),
+            "step 4 of 8 is saved; the same command goes on; its evaluation comes first then.",
+            "preempted",
+        ),
     ):
         tell_end(RunLog(tmp_path, enabled=True), progress, Asked(), 8, "SIGTERM")  # type: ignore[arg-type]
         assert said in capsys.readouterr().err

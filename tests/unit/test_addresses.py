@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 
 from bertdist import addresses
-from bertdist.addresses import FIRST_TRIES, file_name, info_of, is_http, patiently, protocol_of, shown, version_of
+from bertdist.addresses import (
+    FIRST_TRIES,
+    file_name,
+    info_of,
+    is_http,
+    patiently,
+    protocol_of,
+    shown,
+    version_of,
+)
 from bertdist.errors import DataError
 
 
@@ -18,7 +27,11 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def named(value: object) -> str:
     """The same in every process that collects the tests."""
-    return f"{type(value).__name__} {getattr(value, 'status', '')}" if isinstance(value, Exception) else str(value)
+    return (
+        f"{type(value).__name__} {getattr(value, 'status', '')}"
+        if isinstance(value, Exception)
+        else str(value)
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,14 +64,19 @@ def test_chains_are_refused(address: str) -> None:
 
 
 def test_an_unknown_protocol_and_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match=r"^foo://x: Protocol not known: foo; expected a path, or hf://, s3://"):
+    with pytest.raises(
+        DataError, match=r"^foo://x: Protocol not known: foo; expected a path, or hf://, s3://"
+    ):
         info_of("foo://x")
 
     def missing(*_: Any, **__: Any) -> None:
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(addresses.fsspec.core, "url_to_fs", missing)
-    with pytest.raises(DataError, match=r"^s3://bucket/x: the package that reads s3:// is not installed: pip install 'bertdist\[s3\]'\.$"):
+    with pytest.raises(
+        DataError,
+        match=r"^s3://bucket/x: the package that reads s3:// is not installed: pip install 'bertdist\[s3\]'\.$",
+    ):
         info_of("s3://bucket/x")
     with pytest.raises(DataError, match="Install s3fs to access S3"):
         info_of("ftp://host/x")
@@ -109,10 +127,30 @@ def cut_off() -> Exception:
     return error
 
 
-PASSING = [kind(status) for kind in (http_error, boto_error, hub_error, gcs_error) for status in (429, 500, 503)]
-PASSING += [cut_off(), ConnectionResetError(), TimeoutError(), asyncio.TimeoutError(), EOFError(), OSError("disk")]
-LASTING = [kind(status) for kind in (http_error, boto_error, hub_error, gcs_error) for status in (400, 403, 404, 416)]
-LASTING += [FileNotFoundError(), PermissionError(), TypeError(), type("NoCredentialsError", (OSError,), {})()]
+PASSING = [
+    kind(status)
+    for kind in (http_error, boto_error, hub_error, gcs_error)
+    for status in (429, 500, 503)
+]
+PASSING += [
+    cut_off(),
+    ConnectionResetError(),
+    TimeoutError(),
+    asyncio.TimeoutError(),
+    EOFError(),
+    OSError("disk"),
+]
+LASTING = [
+    kind(status)
+    for kind in (http_error, boto_error, hub_error, gcs_error)
+    for status in (400, 403, 404, 416)
+]
+LASTING += [
+    FileNotFoundError(),
+    PermissionError(),
+    TypeError(),
+    type("NoCredentialsError", (OSError,), {})(),
+]
 
 
 @pytest.mark.parametrize("error", PASSING, ids=named)
@@ -127,7 +165,9 @@ def test_what_passes_is_tried_again(error: Exception) -> None:
             return "found"
 
         assert patiently("http://host/x", action, said.append) == "found"
-    assert len(said) == 2 and all(line.startswith("http://host/x: ") and "trying again" in line for line in said)
+    assert len(said) == 2 and all(
+        line.startswith("http://host/x: ") and "trying again" in line for line in said
+    )
 
 
 @pytest.mark.parametrize("error", LASTING, ids=named)
@@ -150,7 +190,10 @@ def test_tries_are_counted() -> None:
         tries.append(1)
         raise ConnectionResetError("peer")
 
-    with pytest.raises(DataError, match=r"^s3://x cannot be read: ConnectionResetError peer; given up after 4 tries; check the address"):
+    with pytest.raises(
+        DataError,
+        match=r"^s3://x cannot be read: ConnectionResetError peer; given up after 4 tries; check the address",
+    ):
         patiently("s3://x", action)
     assert len(tries) == FIRST_TRIES
 
@@ -158,8 +201,14 @@ def test_tries_are_counted() -> None:
 @pytest.mark.parametrize(
     ("error", "found"),
     [
-        (boto_error(403), "s3://b/x: access denied, or it is not there (the server answers 403); AWS_ACCESS_KEY_ID and"),
-        (boto_error(404), "s3://b/x: there is no such file (the server answers 404); check each part of the address."),
+        (
+            boto_error(403),
+            "s3://b/x: access denied, or it is not there (the server answers 403); AWS_ACCESS_KEY_ID and",
+        ),
+        (
+            boto_error(404),
+            "s3://b/x: there is no such file (the server answers 404); check each part of the address.",
+        ),
         (boto_error(412), "s3://b/x changed while it was read; read files that stay as they are."),
         (http_error(410), "s3://b/x cannot be read: the server answers 410."),
         (TypeError("two\nlines"), "s3://b/x cannot be read: TypeError two lines."),
@@ -175,7 +224,9 @@ def test_what_lasts_is_one_line(error: Exception, found: str) -> None:
     assert str(raised.value).startswith(found) and "\n" not in str(raised.value)
 
 
-def test_the_pauses_double_and_leave_the_seeded_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pauses_double_and_leave_the_seeded_numbers_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import random
 
     pauses: list[float] = []

@@ -62,32 +62,45 @@ def masked(x: Tensor) -> Tensor:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_the_operation_and_its_line_are_named(compute: Callable[[Tensor], Tensor], what: str) -> None:
+def test_the_operation_and_its_line_are_named(
+    compute: Callable[[Tensor], Tensor], what: str
+) -> None:
     x = X.clone().requires_grad_()
     found = find_anomaly(lambda: compute(x))
     lines, first = inspect.getsourcelines(compute)
     (line,) = (number for number, text in enumerate(lines, first) if "# blamed" in text)
-    assert found is not None and re.fullmatch(f"{what}, at test_anomaly.py line {line} in {compute.__name__}", str(found))
+    assert found is not None and re.fullmatch(
+        f"{what}, at test_anomaly.py line {line} in {compute.__name__}", str(found)
+    )
     assert pickle.loads(pickle.dumps(found)) == found
     if compute is nan_from_overflow:
-        assert f"First, in the forward pass aten.exp makes the first Inf, at test_anomaly.py line {line - 1} " in found.stack
+        assert (
+            f"First, in the forward pass aten.exp makes the first Inf, at test_anomaly.py line {line - 1} "
+            in found.stack
+        )
 
 
 def test_nothing_is_named_where_all_is_well() -> None:
     x = X.clone().requires_grad_()
-    assert find_anomaly(lambda: loss_of(x.masked_fill(x < 0, -math.inf)[:, :1] * x)) is None, "the control"
+    assert find_anomaly(lambda: loss_of(x.masked_fill(x < 0, -math.inf)[:, :1] * x)) is None, (
+        "the control"
+    )
     assert x.grad is not None and not torch.is_anomaly_enabled(), "and the mode is off again"
 
 
 def test_an_infinite_gradient_is_not_looked_for() -> None:
     """Anomaly mode sees NaN only; what is said of that is nonfinite's."""
     x = torch.zeros(2).requires_grad_()
-    assert find_anomaly(lambda: x.sqrt().sum()) is None and x.grad is not None and x.grad.isinf().all()
+    assert (
+        find_anomaly(lambda: x.sqrt().sum()) is None and x.grad is not None and x.grad.isinf().all()
+    )
 
 
 def test_other_errors_are_not_hidden() -> None:
     x = X.clone().requires_grad_()
-    with pytest.raises(RuntimeError, match="grad can be implicitly created only for scalar outputs"):
+    with pytest.raises(
+        RuntimeError, match="grad can be implicitly created only for scalar outputs"
+    ):
         find_anomaly(lambda: x * 2)
 
 
@@ -102,4 +115,7 @@ def test_a_compiled_module_is_looked_into() -> None:
 
 
 def test_without_a_stack_the_operation_is_named_alone() -> None:
-    assert str(Anomaly("in the backward pass X gives the first NaN", "")) == "in the backward pass X gives the first NaN"
+    assert (
+        str(Anomaly("in the backward pass X gives the first NaN", ""))
+        == "in the backward pass X gives the first NaN"
+    )

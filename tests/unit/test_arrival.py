@@ -41,8 +41,15 @@ def free_port() -> int:
 
 def placed(rank: int, of: int, port: int) -> dict[str, str]:
     """The environment of a rank."""
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
-    place = {"RANK": str(rank), "WORLD_SIZE": str(of), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    plain = {
+        name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")
+    }
+    place = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(of),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     return {**plain, "PYTHONPATH": str(ROOT), **place}
 
 
@@ -52,7 +59,11 @@ def said(ranks: list[int], of: int, port: int, seconds: float = 3) -> list[str]:
     running = []
     for rank in ranks:
         env = placed(rank, of, port)
-        running.append(subprocess.Popen(words, env=env, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True))
+        running.append(
+            subprocess.Popen(
+                words, env=env, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+            )
+        )
     found = []
     for run in running:
         assert run.stdout is not None
@@ -78,7 +89,9 @@ def test_who_does_not_arrive_is_named_once() -> None:
 def test_a_missing_first_rank_is_named() -> None:
     port = free_port()
     (found,) = said([1], 2, port, 2)
-    assert found.startswith(f"rank 1 of 2 (on {socket.gethostname()}): rank 0 has not arrived at 127.0.0.1:{port} within 2 s")
+    assert found.startswith(
+        f"rank 1 of 2 (on {socket.gethostname()}): rank 0 has not arrived at 127.0.0.1:{port} within 2 s"
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -88,10 +101,20 @@ def test_a_port_that_is_taken_is_named(rank: int) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         (found,) = said([rank], 2, port := other.getsockname()[1], 2)
-    assert found.startswith(f"Ranks cannot meet at 127.0.0.1:{port}: ") and "give another one (--main_process_port to" in found
+    assert (
+        found.startswith(f"Ranks cannot meet at 127.0.0.1:{port}: ")
+        and "give another one (--main_process_port to" in found
+    )
 
 
-@pytest.mark.parametrize("words", [{}, {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, {"RANK": "zero"}])
+@pytest.mark.parametrize(
+    "words",
+    [
+        {},
+        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+        {"RANK": "zero"},
+    ],
+)
 def test_one_rank_meets_nobody(words: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -103,16 +126,29 @@ def test_one_rank_meets_nobody(words: dict[str, str], monkeypatch: pytest.Monkey
 def test_a_first_rank_that_is_killed_before_all_have_met_is_told() -> None:
     port, pipe, words = free_port(), subprocess.PIPE, [sys.executable, "-c", MEET, "60"]
     first, second = (
-        subprocess.Popen(words, env=placed(rank, 3, port), stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) for rank in (0, 1)
+        subprocess.Popen(
+            words,
+            env=placed(rank, 3, port),
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in (0, 1)
     )
     TCPStore("127.0.0.1", port, None, False, timedelta(seconds=60)).wait(["bertdist/0/1"])
     first.kill()
     told, _ = second.communicate(timeout=60)
     first.communicate(timeout=60)
-    assert told == f"rank 1 of 3: rank 0 has left before all had met at 127.0.0.1:{port}; its own message says more.\n"
+    assert (
+        told
+        == f"rank 1 of 3: rank 0 has left before all had met at 127.0.0.1:{port}; its own message says more.\n"
+    )
 
 
-def test_who_is_gone_is_told_by_the_lowest_rank_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_is_gone_is_told_by_the_lowest_rank_that_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     me, parent = this_rank(1), psutil.Process().parent()
     with subprocess.Popen([sys.executable, "-c", ""]) as child:
         dead = replace(me, rank=2, pid=child.pid)

@@ -24,13 +24,27 @@ def unpacked(content: bytes, at: int) -> BinaryIO:
 
 def found(address: str, content: bytes) -> File:
     opener = partial(unpacked, gzip.compress(content))
-    return find_file(address, delimiter=None, quoting="auto", encoding=None, column_names=None, open_bytes=opener)
+    return find_file(
+        address, delimiter=None, quoting="auto", encoding=None, column_names=None, open_bytes=opener
+    )
 
 
-@pytest.mark.parametrize("address", ["s3://bucket/a/train.csv.gz", "https://host/train.csv.gz?version=1", "train.csv.zst", "/x/train.csv"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://bucket/a/train.csv.gz",
+        "https://host/train.csv.gz?version=1",
+        "train.csv.zst",
+        "/x/train.csv",
+    ],
+)
 def test_a_file_elsewhere_has_the_kind_before_its_packing(address: str) -> None:
     file = found(address, b"text;label\na,b;1\nc;2\n")
-    assert (file.kind, file.delimiter, file.told()) == ("csv", ";", f"{file.name}: read as utf-8, delimiter ';', quoted")
+    assert (file.kind, file.delimiter, file.told()) == (
+        "csv",
+        ";",
+        f"{file.name}: read as utf-8, delimiter ';', quoted",
+    )
     assert file.name.startswith("train.csv") and "?" not in file.name
     names, read = open_file(file, 1)
     assert names == ["text", "label"] and read(["text"])["text"].to_pylist() == ["a,b"]  # type: ignore[union-attr]
@@ -43,10 +57,15 @@ def test_a_file_travels_to_another_process_and_opens_there(tmp_path: Path) -> No
     (tmp_path / "a.csv").write_text("text,label\na,1\n")
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
     for name in ("a.csv", "a.parquet"):
-        file = find_file(str(tmp_path / name), delimiter=None, quoting="auto", encoding=None, column_names=None)
+        file = find_file(
+            str(tmp_path / name), delimiter=None, quoting="auto", encoding=None, column_names=None
+        )
         source = pickle.loads(pickle.dumps(FileRows(file)))
         (piece,) = source.pieces(["text"])
-        assert piece.columns["text"].to_pylist() == ["a"] and source.bytes == (tmp_path / name).stat().st_size
+        assert (
+            piece.columns["text"].to_pylist() == ["a"]
+            and source.bytes == (tmp_path / name).stat().st_size
+        )
 
 
 def test_a_packed_file_of_this_machine_needs_an_opener(tmp_path: Path) -> None:

@@ -46,10 +46,25 @@ class Rows:
     def __getitem__(self, rows: Sequence[int]) -> list[Example]:
         if self.bad in rows:
             raise DataError(f"dev.tsv line {self.bad}: no text")
-        return [Example(row, [row] * int(self.sizes[row]), [0] * int(self.sizes[row]), row % 2, 1.0) for row in rows]
+        return [
+            Example(row, [row] * int(self.sizes[row]), [0] * int(self.sizes[row]), row % 2, 1.0)
+            for row in rows
+        ]
 
 
-LENGTHS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]  # eleven rows: three steps of four, the last one smaller
+LENGTHS = [
+    3,
+    1,
+    4,
+    1,
+    5,
+    9,
+    2,
+    6,
+    5,
+    3,
+    5,
+]  # eleven rows: three steps of four, the last one smaller
 
 
 def batches(lengths: Sequence[int] = LENGTHS, **changes: Any) -> Batches:
@@ -64,7 +79,10 @@ def rows_of(step: Step) -> list[int]:
 def content(step: Step) -> Any:
     """All of a step, as plain values: number and kind of every tensor."""
     values = [[(f.name, getattr(batch, f.name)) for f in fields(batch)] for batch in step.share]
-    plain = [[(name, v if isinstance(v, tuple) else (v.dtype, v.tolist())) for name, v in batch] for batch in values]
+    plain = [
+        [(name, v if isinstance(v, tuple) else (v.dtype, v.tolist())) for name, v in batch]
+        for batch in values
+    ]
     return step.number, step.rows, plain
 
 
@@ -126,7 +144,10 @@ def slowest(shares: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
 def best_possible(lengths: Sequence[int], ranks: int) -> int:
     """The slowest rank's load of the best of all ways to deal."""
     ways = itertools.product(range(ranks), repeat=len(lengths))
-    return min(max(sum(n for n, rank in zip(lengths, way, strict=True) if rank == r) for r in range(ranks)) for way in ways)
+    return min(
+        max(sum(n for n, rank in zip(lengths, way, strict=True) if rank == r) for r in range(ranks))
+        for way in ways
+    )
 
 
 @settings(max_examples=15, deadline=None)
@@ -179,7 +200,9 @@ def test_a_batch_by_hand() -> None:
         "rows": torch.tensor([7, 4]),
     }
     for name, tensor in expected.items():
-        torch.testing.assert_close(getattr(batch, name), tensor, rtol=0, atol=0)  # checks the dtypes too
+        torch.testing.assert_close(
+            getattr(batch, name), tensor, rtol=0, atol=0
+        )  # checks the dtypes too
     assert batch.lengths == (3, 5)
 
 
@@ -200,7 +223,13 @@ def test_targets_keep_their_kind(target: Any, expected: torch.Tensor) -> None:
 
 
 def test_a_share_cut_again_by_hand(batch: Batch) -> None:
-    batch = collate([Example(7, [2, 30, 3], [0, 0, 1], 1, 0.5), Example(4, [2, 3], [0, 1], 0, 1.0), Example(9, [5], [0], 1, 0.0)])
+    batch = collate(
+        [
+            Example(7, [2, 30, 3], [0, 0, 1], 1, 0.5),
+            Example(4, [2, 3], [0, 1], 0, 1.0),
+            Example(9, [5], [0], 1, 0.0),
+        ]
+    )
     first, second = recut([batch], 4)
     expected = {
         "ids": torch.tensor([2, 3, 5]),
@@ -217,20 +246,33 @@ def test_a_share_cut_again_by_hand(batch: Batch) -> None:
 
 
 @QUICK
-@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=20), before=st.integers(1, 60), after=st.integers(1, 60))
-def test_a_share_cut_again_is_the_share_cut_so_at_once(lengths: list[int], before: int, after: int) -> None:
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=20),
+    before=st.integers(1, 60),
+    after=st.integers(1, 60),
+)
+def test_a_share_cut_again_is_the_share_cut_so_at_once(
+    lengths: list[int], before: int, after: int
+) -> None:
     """To the bit: each text once, in the same micro-batches, with its target, weight, row and positions."""
-    one, other = (next(batches(lengths, rows_per_step=99, tokens_per_micro_batch=tokens).steps(0, 1)) for tokens in (before, after))
+    one, other = (
+        next(batches(lengths, rows_per_step=99, tokens_per_micro_batch=tokens).steps(0, 1))
+        for tokens in (before, after)
+    )
     assert content(replace(one, share=recut(one.share, after))) == content(other)
     assert sorted(rows_of(replace(one, share=recut(one.share, after)))) == list(range(len(lengths)))
 
 
 @pytest.mark.parametrize("target", [np.float32(0.5), np.array([1, 0], dtype=np.float32)])
 def test_targets_keep_their_kind_when_they_are_cut_again(target: Any) -> None:
-    whole = collate([Example(row, [2] * (5 - row), [0] * (5 - row), target * row, 1.0) for row in range(4)])
+    whole = collate(
+        [Example(row, [2] * (5 - row), [0] * (5 - row), target * row, 1.0) for row in range(4)]
+    )
     parts = recut([whole], 5)
     assert len(parts) == 3
-    torch.testing.assert_close(torch.cat([part.targets for part in parts]), whole.targets, rtol=0, atol=0)
+    torch.testing.assert_close(
+        torch.cat([part.targets for part in parts]), whole.targets, rtol=0, atol=0
+    )
 
 
 def test_the_text_of_an_idle_rank_stays_alone_and_counts_nothing() -> None:
@@ -245,8 +287,15 @@ def test_a_share_that_is_not_longest_first_cannot_be_cut_again() -> None:
 
 def test_one_token_of_a_batch_counts_nothing(batch: Batch) -> None:
     token = one_token(batch)
-    assert token.ids.tolist() == batch.ids[:1].tolist() and token.positions.tolist() == token.segments.tolist() == [0]
-    assert (token.starts.tolist(), token.lengths, token.weights.tolist(), token.rows.tolist()) == ([0, 1], (1,), [0.0], [-1])
+    assert token.ids.tolist() == batch.ids[
+        :1
+    ].tolist() and token.positions.tolist() == token.segments.tolist() == [0]
+    assert (token.starts.tolist(), token.lengths, token.weights.tolist(), token.rows.tolist()) == (
+        [0, 1],
+        (1,),
+        [0.0],
+        [-1],
+    )
     assert token.targets.tolist() == batch.targets[:1].tolist()
 
 
@@ -261,7 +310,9 @@ def batch() -> Batch:
 @pytest.mark.parametrize("dumps", [pickle.dumps, lambda batch: bytes(ForkingPickler.dumps(batch))])
 def test_a_batch_survives_its_journey(dumps: Any, batch: Batch) -> None:
     found = pickle.loads(dumps(batch))
-    assert content(Step(number=0, share=[found], rows=3)) == content(Step(number=0, share=[batch], rows=3))
+    assert content(Step(number=0, share=[found], rows=3)) == content(
+        Step(number=0, share=[batch], rows=3)
+    )
     found.weights.zero_()  # and it may be written to
     assert batch.weights.tolist() == [1.0, 1.0, 1.0]
 
@@ -284,9 +335,19 @@ def test_a_batch_moves_whole(batch: Batch) -> None:
 
 
 def test_an_epoch_by_hand() -> None:
-    steps = list(batches([3, 2, 5, 2, 4], rows_per_step=3, tokens_per_micro_batch=7, shuffle=False).steps(0, 2))
-    assert [(step.number, step.rows) for step in steps] == [(0, 3), (1, 2)]  # the last one is smaller, and is a step
-    assert [[batch.rows.tolist() for batch in step.share] for step in steps] == [[[2], [0, 1]], [[4, 3]]]
+    steps = list(
+        batches([3, 2, 5, 2, 4], rows_per_step=3, tokens_per_micro_batch=7, shuffle=False).steps(
+            0, 2
+        )
+    )
+    assert [(step.number, step.rows) for step in steps] == [
+        (0, 3),
+        (1, 2),
+    ]  # the last one is smaller, and is a step
+    assert [[batch.rows.tolist() for batch in step.share] for step in steps] == [
+        [[2], [0, 1]],
+        [[4, 3]],
+    ]
     assert [batch.lengths for batch in steps[0].share] == [(5,), (3, 2)]
     assert batches([3, 2, 5, 2, 4], rows_per_step=3).steps_per_epoch == 2
     assert batches([3] * 6, rows_per_step=3).steps_per_epoch == 2
@@ -295,11 +356,15 @@ def test_an_epoch_by_hand() -> None:
 
 def test_every_step_takes_its_rows_from_the_plan() -> None:
     order = [plan(11, 7, 0), plan(11, 7, 1)]
-    expected = [sorted(order[epoch][start : start + 4].tolist()) for epoch in (0, 1) for start in (0, 4, 8)]
+    expected = [
+        sorted(order[epoch][start : start + 4].tolist()) for epoch in (0, 1) for start in (0, 4, 8)
+    ]
     steps = list(batches().steps(0, 6))
     assert [sorted(rows_of(step)) for step in steps] == expected
     assert [step.rows for step in steps] == [4, 4, 3, 4, 4, 3]
-    assert [sorted(rows_of(step)) for step in batches(seed=8).steps(0, 6)] != expected  # the control
+    assert [
+        sorted(rows_of(step)) for step in batches(seed=8).steps(0, 6)
+    ] != expected  # the control
 
 
 @QUICK
@@ -313,15 +378,23 @@ def test_every_step_takes_its_rows_from_the_plan() -> None:
 def test_each_row_once_an_epoch_on_any_ranks_and_in_any_pieces(
     lengths: list[int], rows_per_step: int, tokens: int, ranks: int, shuffle: bool
 ) -> None:
-    alone = batches(lengths, rows_per_step=rows_per_step, tokens_per_micro_batch=10**9, shuffle=shuffle)
+    alone = batches(
+        lengths, rows_per_step=rows_per_step, tokens_per_micro_batch=10**9, shuffle=shuffle
+    )
     total = 2 * alone.steps_per_epoch
-    dealt = [replace(alone, tokens_per_micro_batch=tokens, rank=rank, ranks=ranks) for rank in range(ranks)]
+    dealt = [
+        replace(alone, tokens_per_micro_batch=tokens, rank=rank, ranks=ranks)
+        for rank in range(ranks)
+    ]
     shares = [list(each.steps(0, total)) for each in dealt]
     for number, (step, *parts) in enumerate(zip(alone.steps(0, total), *shares, strict=True)):
         found = sorted(row for part in parts for row in rows_of(part) if row >= 0)
         assert found == sorted(rows_of(step))
         assert {(part.number, part.rows) for part in parts} == {(number, len(found))}
-    epochs = [[row for step in list(alone.steps(0, total))[half] for row in rows_of(step)] for half in halves(total)]
+    epochs = [
+        [row for step in list(alone.steps(0, total))[half] for row in rows_of(step)]
+        for half in halves(total)
+    ]
     assert [sorted(rows) for rows in epochs] == [list(range(len(lengths)))] * 2
 
 
@@ -334,7 +407,10 @@ def test_a_row_keeps_its_tokens_target_and_weight_wherever_it_is_dealt() -> None
         for step in batches(rank=rank, ranks=3).steps(0, 3):
             for batch in step.share:
                 for i, row in enumerate(batch.rows.tolist()):
-                    assert batch.ids[batch.starts[i] : batch.starts[i + 1]].tolist() == [row] * LENGTHS[row]
+                    assert (
+                        batch.ids[batch.starts[i] : batch.starts[i + 1]].tolist()
+                        == [row] * LENGTHS[row]
+                    )
                     assert batch.targets[i] == row % 2
 
 
@@ -352,7 +428,9 @@ def test_workers_change_nothing() -> None:
     for rank in range(2):
         here = [content(step) for step in batches(rank=rank, ranks=2).steps(2, 9)]
         for workers in (1, 2):
-            assert [content(step) for step in batches(rank=rank, ranks=2, workers=workers).steps(2, 9)] == here
+            assert [
+                content(step) for step in batches(rank=rank, ranks=2, workers=workers).steps(2, 9)
+            ] == here
 
 
 def test_no_steps_are_none() -> None:
@@ -361,7 +439,9 @@ def test_no_steps_are_none() -> None:
 
 
 def test_an_idle_rank_gets_one_text_that_counts_nothing() -> None:
-    shares = [next(batches([5, 2], rank=rank, ranks=4, shuffle=False).steps(0, 1)) for rank in range(4)]
+    shares = [
+        next(batches([5, 2], rank=rank, ranks=4, shuffle=False).steps(0, 1)) for rank in range(4)
+    ]
     assert [rows_of(step) for step in shares] == [[0], [1], [-1], [-1]]
     assert [step.share[0].weights.tolist() for step in shares] == [[1.0], [1.0], [0.0], [0.0]]
     assert [step.rows for step in shares] == [2, 2, 2, 2]
@@ -370,7 +450,9 @@ def test_an_idle_rank_gets_one_text_that_counts_nothing() -> None:
 
 
 def test_a_step_knows_the_lengths_of_its_real_texts() -> None:
-    first, idle = (next(batches([5, 2, 4], rank=rank, ranks=4, shuffle=False).steps(0, 1)) for rank in (0, 3))
+    first, idle = (
+        next(batches([5, 2, 4], rank=rank, ranks=4, shuffle=False).steps(0, 1)) for rank in (0, 3)
+    )
     assert (first.lengths, idle.lengths) == ([(5,)], [])
     (whole,) = batches([5, 2, 4], shuffle=False).steps(0, 1)
     assert whole.lengths == [(5, 4), (2,)]
@@ -386,7 +468,9 @@ def test_a_step_knows_the_lengths_of_its_real_texts() -> None:
         ({"workers": 0}, [[0], [1], [2], [3], [4]]),
     ],
 )
-def test_small_steps_share_a_message(given: dict[str, int], messages: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_steps_share_a_message(
+    given: dict[str, int], messages: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Texts of length 3 in steps of 4, with 25 to a message."""
     found = []
 
@@ -400,7 +484,9 @@ def test_small_steps_share_a_message(given: dict[str, int], messages: list[list[
     some = batches([3] * 20, **{"workers": 1, **given})
     steps = list(some.steps(0, some.steps_per_epoch))
     assert found == messages
-    assert [content(step) for step in steps] == [content(step) for step in replace(some, workers=0).steps(0, some.steps_per_epoch)]
+    assert [content(step) for step in steps] == [
+        content(step) for step in replace(some, workers=0).steps(0, some.steps_per_epoch)
+    ]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -429,7 +515,9 @@ def test_who_stops_early_leaves_no_workers_behind() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_loading_leaves_the_generator_of_dropout_alone(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_leaves_the_generator_of_dropout_alone(
+    workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(3)
     np.random.seed(3)
     before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index]
@@ -442,7 +530,9 @@ def test_loading_leaves_the_generator_of_dropout_alone(workers: int, monkeypatch
 
     monkeypatch.setattr(batching, "DataLoader", without)
     list(batches(workers=workers).steps(0, 3))
-    assert not torch.equal(torch.get_rng_state(), before)  # the control: a loader draws where it is let
+    assert not torch.equal(
+        torch.get_rng_state(), before
+    )  # the control: a loader draws where it is let
 
 
 # ---- sent_ahead
@@ -450,10 +540,15 @@ def test_loading_leaves_the_generator_of_dropout_alone(workers: int, monkeypatch
 
 def test_off_the_gpu_steps_pass_unchanged() -> None:
     steps = list(batches().steps(0, 3))
-    assert all(one is other for one, other in zip(sent_ahead(iter(steps), torch.device("cpu")), steps, strict=True))
+    assert all(
+        one is other
+        for one, other in zip(sent_ahead(iter(steps), torch.device("cpu")), steps, strict=True)
+    )
 
 
-def test_on_a_gpu_the_next_step_is_sent_before_this_one_is_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_the_next_step_is_sent_before_this_one_is_handed_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The order of events, with streams that only write down what they are told; tests/gpu has the real ones."""
     events: list[str] = []
 
@@ -470,7 +565,11 @@ def test_on_a_gpu_the_next_step_is_sent_before_this_one_is_handed_out(monkeypatc
     class Sent:
         def __init__(self, number: int) -> None:
             self.number = number
-            self.share = [SimpleNamespace(record_stream=lambda stream: events.append(f"{stream.name} reads {number}"))]
+            self.share = [
+                SimpleNamespace(
+                    record_stream=lambda stream: events.append(f"{stream.name} reads {number}")
+                )
+            ]
 
         def to(self, device: torch.device) -> "Sent":
             events.append(f"sent {self.number} {on[-1]}")

@@ -22,7 +22,13 @@ def test_a_beat_is_read_by_the_others(two: tuple[Beats, Beats]) -> None:
     assert first.others() == []
     second.write(step=7, doing="train.train, line 1")
     (beat,) = first.others()
-    assert (beat.rank, beat.step, beat.doing, beat.pid, beat.count) == (1, 7, "train.train, line 1", os.getpid(), 1)
+    assert (beat.rank, beat.step, beat.doing, beat.pid, beat.count) == (
+        1,
+        7,
+        "train.train, line 1",
+        os.getpid(),
+        1,
+    )
     assert beat.name == f"rank 1 (process {os.getpid()} on {this_host().split(' ')[0]})"
     second.write(step=8)
     assert first.others()[0].step == 8 and first.others()[0].doing == "train.train, line 1"
@@ -52,7 +58,9 @@ def test_a_dead_process_is_gone_and_a_number_that_was_given_again_too() -> None:
         born = psutil.Process(child.pid).create_time()
         assert is_alive(child.pid, born) and not is_alive(child.pid, born - 100)
         child.kill()
-        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and not buried: its parent has not asked yet
+        os.waitid(
+            os.P_PID, child.pid, os.WEXITED | os.WNOWAIT
+        )  # dead, and not buried: its parent has not asked yet
         assert not is_alive(child.pid, born)
         child.wait()
     assert not is_alive(child.pid, born)
@@ -65,9 +73,14 @@ def test_who_is_gone(two: tuple[Beats, Beats]) -> None:
     assert first.gone([beat], 10) == []
     dead = replace(beat, born=beat.born - 100)
     assert first.gone([dead], 10) == [dead]
-    assert "is gone without a word (killed? out of memory?). It was last heard of in somewhere, step 3" in first.words_about([dead])
+    assert (
+        "is gone without a word (killed? out of memory?). It was last heard of in somewhere, step 3"
+        in first.words_about([dead])
+    )
     ended = replace(beat, last_words="KeyError: 'x'")
-    assert first.gone([ended], 10) == [ended] and "has ended: KeyError: 'x'" in first.words_about([ended])
+    assert first.gone([ended], 10) == [ended] and "has ended: KeyError: 'x'" in first.words_about(
+        [ended]
+    )
 
 
 def test_silence_counts_for_ranks_of_other_machines_only(two: tuple[Beats, Beats]) -> None:
@@ -93,7 +106,11 @@ def test_one_of_all_may_tell(two: tuple[Beats, Beats]) -> None:
     late = first.claim("left", "rank 1 is gone")
     assert (late.text, late.mine) == ("rank 0 is gone", False)
     told = first.told()
-    assert told is not None and (told.kind, told.text, told.mine) == ("left", "rank 0 is gone", False)
+    assert told is not None and (told.kind, told.text, told.mine) == (
+        "left",
+        "rank 0 is gone",
+        False,
+    )
 
 
 def test_the_last_one_takes_the_folder_away(two: tuple[Beats, Beats]) -> None:

@@ -39,10 +39,14 @@ TASK = SingleLabel(("no", "yes"))
 
 def rank_of(ranks: int = 1, rank: int = 0, device: str = "cpu") -> Any:
     """What `batches_of` asks of an Accelerator."""
-    return SimpleNamespace(num_processes=ranks, process_index=rank, device=torch.device(device), mixed_precision="no")
+    return SimpleNamespace(
+        num_processes=ranks, process_index=rank, device=torch.device(device), mixed_precision="no"
+    )
 
 
-def labelled(values: list[Any], codes: list[int], pairs: list[str] | None = None, **changes: Any) -> Records:
+def labelled(
+    values: list[Any], codes: list[int], pairs: list[str] | None = None, **changes: Any
+) -> Records:
     """Rows with labels, as a source gives them."""
     plain = records_of([f"text {i}" for i in range(len(codes))], pairs)
     given = {
@@ -57,7 +61,13 @@ def labelled(values: list[Any], codes: list[int], pairs: list[str] | None = None
 
 # ---- identity_of: what decides what a run learns
 
-NEEDED = ["--model_name_or_path=m", "--train_file=t.tsv", "--validation_file=d.tsv", "--output_dir=o", "--early_stopping_patience=9"]
+NEEDED = [
+    "--model_name_or_path=m",
+    "--train_file=t.tsv",
+    "--validation_file=d.tsv",
+    "--output_dir=o",
+    "--early_stopping_patience=9",
+]
 DECIDES = {  # flag -> another value
     "tokenizer_name": "other",
     "max_length": "64",
@@ -117,7 +127,9 @@ THROUGH = """
 """.split()
 
 
-def identity(*words: str, rows: Records | None = None, task: Any = TASK, steps: int = 10) -> dict[str, Any]:
+def identity(
+    *words: str, rows: Records | None = None, task: Any = TASK, steps: int = 10
+) -> dict[str, Any]:
     rows = rows or labelled(["no", "yes"], [0, 1])
     return json.loads(json.dumps(identity_of(read_config([*NEEDED, *words]), rows, task, steps)))  # type: ignore[no-any-return]
 
@@ -162,36 +174,69 @@ def test_an_identity_survives_json() -> None:
 
 def test_the_task_is_that_of_the_training_rows() -> None:
     labels = Labels("text", ["yes", "no"], [3, 1], None, "label")
-    assert task_of_rows(TaskConfig(class_weights=["balanced"]), labels, None) == SingleLabel(("no", "yes"), class_weights=(2.0, 2 / 3))
+    assert task_of_rows(TaskConfig(class_weights=["balanced"]), labels, None) == SingleLabel(
+        ("no", "yes"), class_weights=(2.0, 2 / 3)
+    )
     assert task_of_rows(TaskConfig(), labels, ("yes", "no")).labels == ("yes", "no")
-    assert task_of_rows(TaskConfig(), Labels("number", [0.5, 1.5], [1, 1], None, "stars"), None).labels == ("stars",)
+    assert task_of_rows(
+        TaskConfig(), Labels("number", [0.5, 1.5], [1, 1], None, "stars"), None
+    ).labels == ("stars",)
 
 
 def test_training_batches_are_shuffled_and_others_are_in_row_order(tiny_model: Path) -> None:
-    words = [*NEEDED, "--train_batch_size=5", "--tokens_per_micro_batch=64", "--dataloader_num_workers=0", "--seed=3"]
+    words = [
+        *NEEDED,
+        "--train_batch_size=5",
+        "--tokens_per_micro_batch=64",
+        "--dataloader_num_workers=0",
+        "--seed=3",
+    ]
     config, rows = read_config(words), labelled(["no", "yes"], [0, 1])
     tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(tiny_model)))
-    train = training_batches(rows, Known(Labels("text", ["no", "yes"], [1, 1], None, "label"), [2]), tokenizer, TASK, config, rank_of(3, 2))
+    train = training_batches(
+        rows,
+        Known(Labels("text", ["no", "yes"], [1, 1], None, "label"), [2]),
+        tokenizer,
+        TASK,
+        config,
+        rank_of(3, 2),
+    )
     dev = batches_of(train.examples, config.batch, rank_of(3, 2))
     assert isinstance(train, Batches)
     assert (train.shuffle, train.seed, train.rows_per_step) == (True, 3, 5)
     assert (dev.shuffle, dev.rows_per_step) == (False, EVALUATION_ROWS)
     for batches in (train, dev):
-        assert (batches.rank, batches.ranks, batches.tokens_per_micro_batch, batches.workers) == (2, 3, 64, 0)
+        assert (batches.rank, batches.ranks, batches.tokens_per_micro_batch, batches.workers) == (
+            2,
+            3,
+            64,
+            0,
+        )
         assert not batches.pin
     assert batches_of(train.examples, config.batch, rank_of(device="cuda")).pin
 
 
 @pytest.mark.parametrize(
     ("cores", "ranks", "asked", "workers"),
-    [(8, 1, None, 1), (2, 1, None, 1), (1, 1, None, 0), (2, 2, None, 0), (4, 2, None, 1), (1, 1, 3, 3), (8, 1, 0, 0)],
+    [
+        (8, 1, None, 1),
+        (2, 1, None, 1),
+        (1, 1, None, 0),
+        (2, 2, None, 0),
+        (4, 2, None, 1),
+        (1, 1, 3, 3),
+        (8, 1, 0, 0),
+    ],
 )
 def test_a_worker_has_a_core_of_its_own_unless_asked_for(
     cores: int, ranks: int, asked: int | None, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    assert batches_of(range(3), BatchConfig(dataloader_num_workers=asked), rank_of(ranks)).workers == workers  # type: ignore[arg-type]
+    assert (
+        batches_of(range(3), BatchConfig(dataloader_num_workers=asked), rank_of(ranks)).workers
+        == workers
+    )  # type: ignore[arg-type]
 
 
 # ---- What it says
@@ -207,13 +252,22 @@ def test_what_is_said_of_the_data_is_true() -> None:
     ]
     many = SingleLabel(tuple(f"l{i}" for i in range(12)))
     _, task, _ = told_of_data(rows, known, None, many, 1, 1)
-    assert task.endswith("outputs in order: l0, l1, l2, l3, l4, l5, l6, l7, l8, l9, ... (12 in all).")
-    assert "validation rows: none: the last weights count as the best." in told_of_data(rows, known, None, TASK, 1, 1)[0]
+    assert task.endswith(
+        "outputs in order: l0, l1, l2, l3, l4, l5, l6, l7, l8, l9, ... (12 in all)."
+    )
+    assert (
+        "validation rows: none: the last weights count as the best."
+        in told_of_data(rows, known, None, TASK, 1, 1)[0]
+    )
 
 
 def test_the_notes_are_what_a_predictor_needs() -> None:
     config = read_config([*NEEDED, "--max_length=64"])
-    assert notes_of(config, records_of(["a"], ["b"])) == {"max_length": 64, "text_column": "text", "text_pair_column": "pair"}
+    assert notes_of(config, records_of(["a"], ["b"])) == {
+        "max_length": 64,
+        "text_column": "text",
+        "text_pair_column": "pair",
+    }
     assert notes_of(config, records_of(["a"]))["text_pair_column"] is None
 
 
@@ -263,6 +317,10 @@ def test_accumulation_by_accelerate_is_refused() -> None:
 
 
 def test_a_tracker_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^--report_to tensorbord: not a tracker that is installed here\."):
-        open_accelerator(RunConfig(use_cpu=True, output_dir=str(tmp_path), report_to=["tensorbord"]))
+    with pytest.raises(
+        ConfigError, match=r"^--report_to tensorbord: not a tracker that is installed here\."
+    ):
+        open_accelerator(
+            RunConfig(use_cpu=True, output_dir=str(tmp_path), report_to=["tensorbord"])
+        )
     assert PartialState._shared_state == {}  # nothing was opened

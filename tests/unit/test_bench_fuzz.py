@@ -23,14 +23,18 @@ def test_every_reader_is_tried(tmp_path: Path) -> None:
     assert len(fuzz.readers(tmp_path)) == 14
 
 
-def test_what_else_comes_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_else_comes_out_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The control: a reader that does not look at the types of what it reads."""
     monkeypatch.setattr(pieces, "checked", lambda row: row.file.lower() and row)
     assert fuzz.main(["--reader", "bad_rows.jsonl", "--inputs", "5000"]) == 1
     assert "AttributeError" in capsys.readouterr().out
 
 
-def test_an_error_for_the_user_is_no_finding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_for_the_user_is_no_finding(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def refuse(*args: Any) -> None:
         raise DataError("no")
 

@@ -17,11 +17,23 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def words(file: str, model: Path, *more: str) -> list[str]:
-    return ["--train_file", file, "--model_name_or_path", str(model), "--megabytes", "1", "--repetitions", "2", *more]
+    return [
+        "--train_file",
+        file,
+        "--model_name_or_path",
+        str(model),
+        "--megabytes",
+        "1",
+        "--repetitions",
+        "2",
+        *more,
+    ]
 
 
 def test_reading_and_encoding_are_told_apart_by_hand() -> None:
-    read, encoded = reading.split([10.0, 7.0], [4.0, 4.0], 4)  # read + encode = 10, read + encode / 4 = 4
+    read, encoded = reading.split(
+        [10.0, 7.0], [4.0, 4.0], 4
+    )  # read + encode = 10, read + encode / 4 = 4
     assert (read, encoded) == ([2.0, 3.0], [8.0, 4.0])
 
 
@@ -30,11 +42,15 @@ def test_at_the_limit_both_take_the_same_time() -> None:
     ranks = reading.most_ranks(read, encoded, trained, workers)
     assert ranks == 95
     assert 1 / read + 1 / (ranks * workers * encoded) == pytest.approx(1 / (ranks * trained))
-    assert reading.most_ranks(read, encoded, 201.0, workers) < 0  # tokenizing alone is too slow: more workers, not more files
+    assert (
+        reading.most_ranks(read, encoded, 201.0, workers) < 0
+    )  # tokenizing alone is too slow: more workers, not more files
 
 
 @pytest.mark.parametrize("kind", reading.KINDS)
-def test_every_kind_of_file_holds_the_same_rows(kind: str, file: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_every_kind_of_file_holds_the_same_rows(
+    kind: str, file: str, tiny_model: Path, tmp_path: Path
+) -> None:
     tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(tiny_model)))
     args = reading.parser().parse_args(words(file, tiny_model))
     args.megabytes = 0
@@ -43,13 +59,33 @@ def test_every_kind_of_file_holds_the_same_rows(kind: str, file: str, tiny_model
     assert {len(rows.tokens), rows.texts[0].count("  ")} == {30, 0}
     path = reading.write_file(tmp_path, kind, rows)
     assert reading.seconds_a_row(path, rows, tokenizer, 128, 1) > 0  # it asserts that all rows came
-    reading.write_file(tmp_path, kind, reading.Rows(texts=rows.texts[1:], labels=rows.labels[1:], tokens=[], task=rows.task))
+    reading.write_file(
+        tmp_path,
+        kind,
+        reading.Rows(texts=rows.texts[1:], labels=rows.labels[1:], tokens=[], task=rows.task),
+    )
     with pytest.raises(AssertionError):
         reading.seconds_a_row(path, rows, tokenizer, 128, 1)
 
 
-def test_reading_writes_its_section(file: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert reading.main(words(file, tiny_model, "--texts_a_row", "3", "--tflops", "60", "--output", str(tmp_path / "page.md"))) == 0
+def test_reading_writes_its_section(
+    file: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        reading.main(
+            words(
+                file,
+                tiny_model,
+                "--texts_a_row",
+                "3",
+                "--tflops",
+                "60",
+                "--output",
+                str(tmp_path / "page.md"),
+            )
+        )
+        == 0
+    )
     text = (tmp_path / "page.md").read_text()
     assert "<!-- bench: reading -->" in text and "### Rows of" in text
     for kind in reading.KINDS:
@@ -58,7 +94,9 @@ def test_reading_writes_its_section(file: str, tiny_model: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("missing", ["--train_file", "--model_name_or_path", "--text_column"])
-def test_reading_tells_what_is_missing(missing: str, file: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reading_tells_what_is_missing(
+    missing: str, file: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert reading.main(words(file, tiny_model, missing, "gone")) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("bench: ") and "gone" in line

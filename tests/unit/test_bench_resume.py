@@ -11,16 +11,23 @@ from bertdist.stream import Stream
 ROWS = 512  # four windows of 128, each of four steps
 
 
-def test_the_page_has_a_line_for_each_way(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_has_a_line_for_each_way(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(resume, "WINDOW", 128)
     monkeypatch.setattr(resume, "TAKES", 1)
     assert resume.main(["--model", str(tiny_model), "--rows", str(ROWS)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("1%:")[0].strip() for line in lines] == ["rows in memory", "a stream"]
-    assert all(re.search(r" 1%: \d+\.\d{3} s, 50%: \d+\.\d{3} s, 99%: \d+\.\d{3} s$", line) for line in lines), lines
+    assert all(
+        re.search(r" 1%: \d+\.\d{3} s, 50%: \d+\.\d{3} s, 99%: \d+\.\d{3} s$", line)
+        for line in lines
+    ), lines
 
 
-def test_a_stream_reads_one_window_wherever_it_goes_on(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_reads_one_window_wherever_it_goes_on(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The figure's reason: rows that are read again are those of one window, at 1% as at 99%."""
     monkeypatch.setattr(resume, "WINDOW", 128)
     monkeypatch.setattr(resume, "TAKES", 1)
@@ -43,7 +50,13 @@ def test_a_stream_reads_one_window_wherever_it_goes_on(tiny_model: Path, tmp_pat
     whole, *in_memory = read[:4]
     assert whole == ROWS and in_memory == [0, 0, 0], "none of a stream"
     assert len(read) == 7 and all(0 < rows <= 128 for rows in read[4:]), read
-    monkeypatch.setattr(Stream, "windows", lambda self, state=None: (w for w in list(counted(self)) if state is None or w.state == state))
+    monkeypatch.setattr(
+        Stream,
+        "windows",
+        lambda self, state=None: (
+            w for w in list(counted(self)) if state is None or w.state == state
+        ),
+    )
     read.clear()
     read.append(0)
     resume.measure(str(tiny_model), ROWS, tmp_path)

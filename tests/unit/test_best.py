@@ -28,7 +28,9 @@ TASK = SingleLabel(("no", "yes"))
 class Considered:
     """What `consider` makes of a row of merits: steps whose weights were kept, and the step after which it was enough."""
 
-    def __init__(self, merits: list[float], progress: Progress | None = None, **settings: Any) -> None:
+    def __init__(
+        self, merits: list[float], progress: Progress | None = None, **settings: Any
+    ) -> None:
         self.kept: list[int] = []
         self.progress = progress or Progress()
         self.waited: list[int] = []
@@ -55,11 +57,17 @@ class Considered:
         ([0.5, 0.6, 0.4, 0.6, 0.7], [1, 2, 5], 0.7),
         ([0.5, 0.5, 0.5], [1], 0.5),  # as good is not better: the earlier weights stay
         ([0.5, NAN, 0.6], [1, 3], 0.6),
-        ([NAN, 0.1, 0.05], [1, 2], 0.1),  # the first are kept whatever they are, and any number is better than none
+        (
+            [NAN, 0.1, 0.05],
+            [1, 2],
+            0.1,
+        ),  # the first are kept whatever they are, and any number is better than none
         ([0.5, -math.inf, math.inf], [1, 3], math.inf),
     ],
 )
-def test_the_best_weights_are_kept_when_they_are_better(merits: list[float], kept: list[int], best_score: float) -> None:
+def test_the_best_weights_are_kept_when_they_are_better(
+    merits: list[float], kept: list[int], best_score: float
+) -> None:
     found = Considered(merits)
     assert found.kept == kept
     assert found.progress.best_score == best_score
@@ -101,7 +109,11 @@ def test_a_run_that_goes_on_remembers_its_best() -> None:
     ],
 )
 def test_a_run_stops_after_so_many_evaluations_without_a_better_score(
-    merits: list[float], patience: int | None, threshold: float, waited: list[int], stopped: int | None
+    merits: list[float],
+    patience: int | None,
+    threshold: float,
+    waited: list[int],
+    stopped: int | None,
 ) -> None:
     found = Considered(merits, early_stopping_patience=patience, early_stopping_threshold=threshold)
     assert (found.waited, found.stopped) == (waited, stopped)
@@ -113,7 +125,9 @@ def test_a_little_better_is_kept_though_it_does_not_count_against_the_patience()
 
 
 def test_a_finished_run_stays_finished() -> None:
-    assert Considered([0.5, 0.6], Progress(finished=True), early_stopping_patience=5).progress.finished
+    assert Considered(
+        [0.5, 0.6], Progress(finished=True), early_stopping_patience=5
+    ).progress.finished
 
 
 # ---- What is written
@@ -127,21 +141,43 @@ def model(tiny_model: Path) -> Classifier:
 
 
 def best_in(folder: Path, tiny_model: Path, task: Task = TASK) -> Best:
-    return Best(RunConfig(output_dir=str(folder)), AutoTokenizer.from_pretrained(tiny_model), task, ONE_RANK, {"max_length": 16})
+    return Best(
+        RunConfig(output_dir=str(folder)),
+        AutoTokenizer.from_pretrained(tiny_model),
+        task,
+        ONE_RANK,
+        {"max_length": 16},
+    )
 
 
 def lines_of(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_what_is_kept_can_be_used_and_read(model: Classifier, tiny_model: Path, tmp_path: Path) -> None:
+def test_what_is_kept_can_be_used_and_read(
+    model: Classifier, tiny_model: Path, tmp_path: Path
+) -> None:
     logits = torch.tensor([[0.0, 0.0], [-50.0, 50.0]])
     classes = {"labels": ["no", "yes"]}
-    evaluation = Evaluation(scores={"loss": 0.5}, merit=0.5, answers=TASK.answers(logits), references=np.array([1, 0]), classes=classes)
+    evaluation = Evaluation(
+        scores={"loss": 0.5},
+        merit=0.5,
+        answers=TASK.answers(logits),
+        references=np.array([1, 0]),
+        classes=classes,
+    )
     progress = Progress(step=7)
     best_in(tmp_path, tiny_model).consider(model, evaluation, progress)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "evaluation.json", "predictions.jsonl"]
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == {"step": 7, "scores": {"loss": 0.5}, "labels": ["no", "yes"]}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best",
+        "evaluation.json",
+        "predictions.jsonl",
+    ]
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == {
+        "step": 7,
+        "scores": {"loss": 0.5},
+        "labels": ["no", "yes"],
+    }
     assert lines_of(tmp_path / "predictions.jsonl") == [
         {"row": 0, "label": "no", "score": 0.5, "truth": "yes"},
         {"row": 1, "label": "yes", "score": 1.0, "truth": "no"},
@@ -165,24 +201,39 @@ def test_what_is_kept_can_be_used_and_read(model: Classifier, tiny_model: Path, 
     ],
 )
 def test_every_kind_of_task_writes_its_truth(
-    task: Task, logits: list[Any], references: list[Any], first: dict[str, Any], model: Classifier, tiny_model: Path, tmp_path: Path
+    task: Task,
+    logits: list[Any],
+    references: list[Any],
+    first: dict[str, Any],
+    model: Classifier,
+    tiny_model: Path,
+    tmp_path: Path,
 ) -> None:
     answers = task.answers(torch.tensor(logits))
-    evaluation = Evaluation(scores={"loss": 0.5}, merit=0.5, answers=answers, references=np.array(references, dtype=np.float32))
+    evaluation = Evaluation(
+        scores={"loss": 0.5},
+        merit=0.5,
+        answers=answers,
+        references=np.array(references, dtype=np.float32),
+    )
     best_in(tmp_path, tiny_model, task).keep(model, evaluation, Progress(step=1))
     assert lines_of(tmp_path / "predictions.jsonl") == [{"row": 0, **first}]
     if isinstance(task, MultiLabel):
         assert "ä" in (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
 
 
-def test_weights_without_an_evaluation_are_kept_alone(model: Classifier, tiny_model: Path, tmp_path: Path) -> None:
+def test_weights_without_an_evaluation_are_kept_alone(
+    model: Classifier, tiny_model: Path, tmp_path: Path
+) -> None:
     progress = Progress(step=3)
     best_in(tmp_path, tiny_model).keep(model, None, progress)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
     assert progress.best_step == 3
 
 
-def test_a_run_without_a_place_to_write_ends_with_one_line(model: Classifier, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_place_to_write_ends_with_one_line(
+    model: Classifier, tiny_model: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"^Cannot write .*file/best: Not a directory"):
         best_in(tmp_path / "file", tiny_model).keep(model, None, Progress(step=3))
@@ -206,11 +257,20 @@ def test_only_the_main_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert progress.best_step == 4  # all ranks know which it was
 
 
-def test_no_number_is_written_as_json_has_it(model: Classifier, tiny_model: Path, tmp_path: Path) -> None:
+def test_no_number_is_written_as_json_has_it(
+    model: Classifier, tiny_model: Path, tmp_path: Path
+) -> None:
     """null; json.dumps would write NaN, which other programs refuse."""
     task = Regression(("stars",))
-    evaluation = Evaluation(scores={"mse": NAN}, merit=NAN, answers=task.answers(torch.tensor([[NAN]])), references=np.array([2.25]))
+    evaluation = Evaluation(
+        scores={"mse": NAN},
+        merit=NAN,
+        answers=task.answers(torch.tensor([[NAN]])),
+        references=np.array([2.25]),
+    )
     best_in(tmp_path, tiny_model, task).keep(model, evaluation, Progress(step=1))
-    assert json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail)["scores"] == {"mse": None}
+    assert json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail)[
+        "scores"
+    ] == {"mse": None}
     found = json.loads((tmp_path / "predictions.jsonl").read_text(), parse_constant=pytest.fail)
     assert found == {"row": 0, "label": "stars", "score": None, "truth": 2.25}

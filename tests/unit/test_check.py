@@ -13,10 +13,19 @@ from rows import write_rows
 from bertdist import check
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: Any, columns: int = 100) -> tuple[int, str, str]:
+def run(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *words: Any,
+    columns: int = 100,
+) -> tuple[int, str, str]:
     """(exit code, standard output, standard error)."""
     monkeypatch.setattr(sys, "argv", ["check", *map(str, words)])
-    for name, value in (("COLUMNS", str(columns)), ("TERM", "xterm-256color"), ("FORCE_COLOR", "1")):
+    for name, value in (
+        ("COLUMNS", str(columns)),
+        ("TERM", "xterm-256color"),
+        ("FORCE_COLOR", "1"),
+    ):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("NO_COLOR", raising=False)
     with pytest.raises(SystemExit) as left:
@@ -30,7 +39,9 @@ def plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
-def test_exit_codes_tell_errors_from_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_codes_tell_errors_from_warnings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     train, dev = write_rows(tmp_path / "train.tsv", clean_rows(60)), clean_rows(20, 1)
     assert run(monkeypatch, capsys, "--train_file", train)[0] == 0
     warned = write_rows(tmp_path / "warned.tsv", [*clean_rows(60), clean_rows(60)[3]])
@@ -39,7 +50,11 @@ def test_exit_codes_tell_errors_from_warnings(tmp_path: Path, monkeypatch: pytes
     dev[4]["label"] = "unknown"
     wrong = write_rows(tmp_path / "dev.tsv", dev)
     code, out, _ = run(monkeypatch, capsys, "--train_file", train, "--validation_file", wrong)
-    assert code == 1 and "1 error, 0 warnings, 0 notes." in plain(out) and "dev.tsv line 6" in plain(out)
+    assert (
+        code == 1
+        and "1 error, 0 warnings, 0 notes." in plain(out)
+        and "dev.tsv line 6" in plain(out)
+    )
 
 
 def test_a_config_file_that_doubts_labels_is_no_look_at_data(
@@ -47,9 +62,13 @@ def test_a_config_file_that_doubts_labels_is_no_look_at_data(
 ) -> None:
     config = tmp_path / "check.yaml"
     for text in ("folds: 1", "model: m\nfolds: 2"):
-        config.write_text(f"{text}\ntrain_file: nowhere.tsv\nmodel_name_or_path: m\noutput_dir: o\n")
+        config.write_text(
+            f"{text}\ntrain_file: nowhere.tsv\nmodel_name_or_path: m\noutput_dir: o\n"
+        )
         code, _, error = run(monkeypatch, capsys, "--config", config)
-        assert code == 1 and ("--folds is 1" in error or "Give a trained model with --model, or --folds" in error)
+        assert code == 1 and (
+            "--folds is 1" in error or "Give a trained model with --model, or --folds" in error
+        )
     config.write_text("folds:\ntrain_file: nowhere.tsv\n")  # the control: nothing is asked
     code, _, error = run(monkeypatch, capsys, "--config", config)
     assert code == 1 and "folds" in error and "Give" not in error
@@ -64,39 +83,78 @@ def test_a_config_file_that_doubts_labels_is_no_look_at_data(
             ["--train_file", "a.tsv", "--output", "no/where/check.json"],
             "bertdist: --output no/where/check.json: there is no folder no/where.",
         ),
-        (["--train_file", "a.tsv", "--fix", "no/where.parquet"], "bertdist: --fix no/where.parquet: there is no folder no."),
-        (["--train_file", "a.tsv", "--model_name_or_path", "no/model"], "bertdist: No tokenizer 'no/model'"),
+        (
+            ["--train_file", "a.tsv", "--fix", "no/where.parquet"],
+            "bertdist: --fix no/where.parquet: there is no folder no.",
+        ),
+        (
+            ["--train_file", "a.tsv", "--model_name_or_path", "no/model"],
+            "bertdist: No tokenizer 'no/model'",
+        ),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(
-    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "a.tsv", clean_rows(20))
     code, out, error = run(monkeypatch, capsys, *words)
-    assert code == 1 and out == "" and plain(error).startswith(message) and len(error.splitlines()) == 1
+    assert (
+        code == 1
+        and out == ""
+        and plain(error).startswith(message)
+        and len(error.splitlines()) == 1
+    )
 
 
-EVIL = ["[bold red]not markup[/bold red] [link=file:///etc]x[/link]", "\x1b[2J\x1b]0;title\x07clear the screen", "\u202egnp.exe", "a\rb\nc"]
+EVIL = [
+    "[bold red]not markup[/bold red] [link=file:///etc]x[/link]",
+    "\x1b[2J\x1b]0;title\x07clear the screen",
+    "\u202egnp.exe",
+    "a\rb\nc",
+]
 
 
 @pytest.mark.parametrize("columns", [80, 160])
 def test_texts_and_labels_of_the_data_are_shown_as_they_are(
-    columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    columns: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     rows = clean_rows(60)
     for number, evil in enumerate(EVIL):
         rows += [{"text": evil, "label": evil}] * 2
         rows[number]["label"] = evil
     train = write_rows(tmp_path / "[red]train.jsonl", rows)
-    code, out, _ = run(monkeypatch, capsys, "--train_file", train, "--examples", 20, "--output", tmp_path / "check.json", columns=columns)
+    code, out, _ = run(
+        monkeypatch,
+        capsys,
+        "--train_file",
+        train,
+        "--examples",
+        20,
+        "--output",
+        tmp_path / "check.json",
+        columns=columns,
+    )
     assert code == 0
-    assert set(re.findall(r"\x1b(?!\[[0-9;]*m)[^m]{0,9}", out)) == set()  # no command to the terminal but colours
+    assert (
+        set(re.findall(r"\x1b(?!\[[0-9;]*m)[^m]{0,9}", out)) == set()
+    )  # no command to the terminal but colours
     shown = plain(out)
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown)
     assert max(map(len, shown.splitlines())) <= columns
     joined = " ".join(shown.split())
-    assert "[bold red]not markup[/bold red] [link=file:///etc]x[/link]" in joined and "\\x1b[2J" in joined and "\\u202e" in joined
+    assert (
+        "[bold red]not markup[/bold red] [link=file:///etc]x[/link]" in joined
+        and "\\x1b[2J" in joined
+        and "\\u202e" in joined
+    )
     assert "[red]train.jsonl" in joined
     found = json.loads((tmp_path / "check.json").read_text(encoding="utf-8"))
     assert found["splits"]["train"]["label_counts"][EVIL[1]] == 3  # data are data there
@@ -104,30 +162,65 @@ def test_texts_and_labels_of_the_data_are_shown_as_they_are(
     assert "\x1b[2J" in EVIL[1] and "\u202e" in EVIL[2]
 
 
-def test_fix_says_what_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fix_says_what_it_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     train = write_rows(tmp_path / "train.tsv", [*clean_rows(60), clean_rows(60)[3]])
     code, out, _ = run(
-        monkeypatch, capsys, "--train_file", train, "--fix", tmp_path / "clean.parquet", "--fix_kinds", "duplicates", columns=400
+        monkeypatch,
+        capsys,
+        "--train_file",
+        train,
+        "--fix",
+        tmp_path / "clean.parquet",
+        "--fix_kinds",
+        "duplicates",
+        columns=400,
     )
     assert code == 0 and (tmp_path / "clean.dropped.jsonl").read_text().count("\n") == 1
     assert f"{tmp_path / 'clean.parquet'}, 60 of 61 rows (duplicates 1), and" in plain(out)
 
 
-def test_numbers_and_sets_of_labels_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    rows: list[dict[str, Any]] = [{**row, "label": number / 8} for number, row in enumerate(clean_rows(41))]
-    _, out, _ = run(monkeypatch, capsys, "--train_file", write_rows(tmp_path / "numbers.jsonl", rows))
-    assert "Labels are numbers" in plain(out) and "train       0   1.25      2.5   3.75      5    2.5" in plain(out)
-    rows = [{**row, "label": [["a"], ["a", "b"], ["b", "c", "a"]][number % 3]} for number, row in enumerate(clean_rows(60))]
+def test_numbers_and_sets_of_labels_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {**row, "label": number / 8} for number, row in enumerate(clean_rows(41))
+    ]
+    _, out, _ = run(
+        monkeypatch, capsys, "--train_file", write_rows(tmp_path / "numbers.jsonl", rows)
+    )
+    assert "Labels are numbers" in plain(
+        out
+    ) and "train       0   1.25      2.5   3.75      5    2.5" in plain(out)
+    rows = [
+        {**row, "label": [["a"], ["a", "b"], ["b", "c", "a"]][number % 3]}
+        for number, row in enumerate(clean_rows(60))
+    ]
     _, out, _ = run(monkeypatch, capsys, "--train_file", write_rows(tmp_path / "sets.jsonl", rows))
     assert "Labels a row: train 2.00, at most 3." in plain(out)
 
 
 def test_lengths_and_labels_have_their_tables(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     train = write_rows(tmp_path / "train.tsv", clean_rows(60))
-    code, out, _ = run(monkeypatch, capsys, "--train_file", train, "--model_name_or_path", tiny_model, "--max_length", 20)
+    code, out, _ = run(
+        monkeypatch,
+        capsys,
+        "--train_file",
+        train,
+        "--model_name_or_path",
+        tiny_model,
+        "--max_length",
+        20,
+    )
     shown = plain(out)
     assert code == 0 and "Lengths in tokens" in shown and "> 20" in shown and "30   50.0%" in shown
     _, out, _ = run(monkeypatch, capsys, "--train_file", train)
-    assert "Lengths in characters" in plain(out) and "No tokenizer: --model_name_or_path counts tokens." in plain(out)
+    assert "Lengths in characters" in plain(
+        out
+    ) and "No tokenizer: --model_name_or_path counts tokens." in plain(out)

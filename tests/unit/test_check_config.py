@@ -7,9 +7,19 @@ from bertdist.errors import ConfigError
 
 
 def test_words_become_settings() -> None:
-    check, data = read_check_config("--train_file a.tsv --test_file b.tsv --model_name_or_path m --max_length 64 --fix c.parquet".split())
-    assert (data.train_file, check.test_file, check.max_length, check.fix, check.fix_kinds) == (["a.tsv"], "b.tsv", 64, "c.parquet", None)
-    check, _ = read_check_config(["--train_file", "a", "--fix", "c.parquet", "--fix_kinds", *FIX_KINDS])
+    check, data = read_check_config(
+        "--train_file a.tsv --test_file b.tsv --model_name_or_path m --max_length 64 --fix c.parquet".split()
+    )
+    assert (data.train_file, check.test_file, check.max_length, check.fix, check.fix_kinds) == (
+        ["a.tsv"],
+        "b.tsv",
+        64,
+        "c.parquet",
+        None,
+    )
+    check, _ = read_check_config(
+        ["--train_file", "a", "--fix", "c.parquet", "--fix_kinds", *FIX_KINDS]
+    )
     assert check.fix_kinds == list(FIX_KINDS)
 
 
@@ -18,16 +28,34 @@ def test_words_become_settings() -> None:
     [
         ("", "No training rows: give --train_file"),
         ("--train_file a --dataset_name b", "both name training rows"),
-        ("--train_file a --fix out.csv", "--fix is 'out.csv'; expected a file that ends in .parquet."),
+        (
+            "--train_file a --fix out.csv",
+            "--fix is 'out.csv'; expected a file that ends in .parquet.",
+        ),
         ("--train_file a --fix_kinds empty", "--fix_kinds goes with --fix."),
-        ("--train_file a --fix b.parquet --fix_kinds duplicate", "--fix_kinds knows no 'duplicate'. Did you mean 'duplicates'?"),
+        (
+            "--train_file a --fix b.parquet --fix_kinds duplicate",
+            "--fix_kinds knows no 'duplicate'. Did you mean 'duplicates'?",
+        ),
         ("--train_file a --max_length 64", "--max_length needs a tokenizer"),
-        ("--train_file a --model_name_or_path m --max_length 2", "--max_length is 2; expected at least 3."),
+        (
+            "--train_file a --model_name_or_path m --max_length 2",
+            "--max_length is 2; expected at least 3.",
+        ),
         ("--train_file a --model_revision v1", "--model_revision goes with --model_name_or_path."),
-        ("--train_file a --near_threshold 1.5", "--near_threshold is 1.5; expected from 0.7 to 1, or 0."),
-        ("--train_file a --near_threshold 0.5", "--near_threshold is 0.5; expected from 0.7 to 1, or 0."),
+        (
+            "--train_file a --near_threshold 1.5",
+            "--near_threshold is 1.5; expected from 0.7 to 1, or 0.",
+        ),
+        (
+            "--train_file a --near_threshold 0.5",
+            "--near_threshold is 0.5; expected from 0.7 to 1, or 0.",
+        ),
         ("--train_file a --examples -1", "--examples is -1; expected at least 0."),
-        ("--train_file a --near_threshold 0 --fix b.parquet --fix_kinds near_leaks", "need a --near_threshold above 0"),
+        (
+            "--train_file a --near_threshold 0 --fix b.parquet --fix_kinds near_leaks",
+            "need a --near_threshold above 0",
+        ),
         ("--train_fle a", "Unknown setting 'train_fle'. Did you mean 'train_file'?"),
     ],
 )

@@ -19,7 +19,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bertdist.checkpoint import Checkpoints, Progress, load_tensors, model_tensors, optimizer_tensors
+from bertdist.checkpoint import (
+    Checkpoints,
+    Progress,
+    load_tensors,
+    model_tensors,
+    optimizer_tensors,
+)
 from bertdist.config import OptimConfig
 from bertdist.errors import CheckpointError
 from bertdist.optim import build_optimizer
@@ -32,7 +38,15 @@ IDENTITY = {"learning_rate": 5e-5, "labels": ["a", "b"], "dropout": None}
 
 def one_rank(**changes: Any) -> Any:
     """What Checkpoints asks of an Accelerator, of one process."""
-    return SimpleNamespace(**{"is_main_process": True, "num_processes": 1, "process_index": 0, "scaler": None, **changes})
+    return SimpleNamespace(
+        **{
+            "is_main_process": True,
+            "num_processes": 1,
+            "process_index": 0,
+            "scaler": None,
+            **changes,
+        }
+    )
 
 
 class Net(nn.Module):
@@ -54,7 +68,9 @@ class Net(nn.Module):
 class Run:
     """A model and its optimizer, and a folder of checkpoints."""
 
-    def __init__(self, folder: Path, seed: int = 0, keep: int = 2, size: int = 4, **accelerator: Any) -> None:
+    def __init__(
+        self, folder: Path, seed: int = 0, keep: int = 2, size: int = 4, **accelerator: Any
+    ) -> None:
         self.model = Net(seed, size)
         self.optimizer = build_optimizer(self.model, OptimConfig(learning_rate=0.1))
         self.said: list[str] = []
@@ -71,8 +87,12 @@ class Run:
         self.checkpoints.save(self.model, self.optimizer, saved, Settings(IDENTITY))
         return saved
 
-    def restore(self, named: str | None = None, identity: dict[str, Any] | None = None) -> Progress | None:
-        return self.checkpoints.restore(self.model, self.optimizer, Settings(identity or IDENTITY), named)
+    def restore(
+        self, named: str | None = None, identity: dict[str, Any] | None = None
+    ) -> Progress | None:
+        return self.checkpoints.restore(
+            self.model, self.optimizer, Settings(identity or IDENTITY), named
+        )
 
     def bits(self) -> dict[str, bytes]:
         """Every number of model and optimizer, as its bytes."""
@@ -91,8 +111,16 @@ def test_a_restored_run_is_bit_identical_and_learns_on_alike(tmp_path: Path) -> 
     first = Run(tmp_path, seed=1)
     first.learn(3)
     with torch.no_grad():
-        first.model.inner.bias[:3] = torch.tensor([-0.0, 1e-45, 1 / 3])  # a sign, a denormal, a number without an end
-    exact = {"rows": 2**53 - 1, "best_score": 0.1 + 0.2, "best_step": 2, "window": [[1 / 3, 8.0], [5e-324, 1e-300]], "tokens": 7}
+        first.model.inner.bias[:3] = torch.tensor(
+            [-0.0, 1e-45, 1 / 3]
+        )  # a sign, a denormal, a number without an end
+    exact = {
+        "rows": 2**53 - 1,
+        "best_score": 0.1 + 0.2,
+        "best_step": 2,
+        "window": [[1 / 3, 8.0], [5e-324, 1e-300]],
+        "tokens": 7,
+    }
     saved = first.save(3, evaluations_since_best=1, **exact)
     second = Run(tmp_path, seed=2)
     assert second.bits() != first.bits()
@@ -120,7 +148,9 @@ def test_any_score_survives(score: float | None, tmp_path: Path) -> None:
     run.save(1, best_score=score, finished=True)
     found = run.restore()
     assert found is not None and found.finished
-    assert found.best_score == score or (isinstance(score, float) and math.isnan(score) and math.isnan(found.best_score or 0))
+    assert found.best_score == score or (
+        isinstance(score, float) and math.isnan(score) and math.isnan(found.best_score or 0)
+    )
 
 
 def test_restoring_writes_into_the_weights_that_are_there(tmp_path: Path) -> None:
@@ -149,19 +179,40 @@ def test_counting_a_step_leaves_room_for_its_loss() -> None:
     progress = Progress()
     progress.count(1, 8, None)
     progress.count(2, 3, {"window": {"epoch": 1}})
-    assert asdict(progress) == {**asdict(Progress()), "step": 2, "rows": 11, "window": [[0.0, 8.0], [0.0, 3.0]], "place": progress.place}
+    assert asdict(progress) == {
+        **asdict(Progress()),
+        "step": 2,
+        "rows": 11,
+        "window": [[0.0, 8.0], [0.0, 3.0]],
+        "place": progress.place,
+    }
     assert (progress.epochs(4), progress.epochs(0), Progress().epochs(0)) == (0.5, 1.0, 0.0)
 
 
 def test_the_place_of_a_stream_comes_back(tmp_path: Path) -> None:
-    place = {"window": {"epoch": 1, "window": 3, "rows": 48, "cursors": [{"pass": 1, "file": 2, "place": {"at": 7}, "skip": 4}]}, "step": 2}
+    place = {
+        "window": {
+            "epoch": 1,
+            "window": 3,
+            "rows": 48,
+            "cursors": [{"pass": 1, "file": 2, "place": {"at": 7}, "skip": 4}],
+        },
+        "step": 2,
+    }
     run = Run(tmp_path)
     run.save(1, place=place)
     found = run.restore()
-    assert found is not None and found.place == place and found.epochs(0) == 1.0 and found.epochs(4) == 0.25
+    assert (
+        found is not None
+        and found.place == place
+        and found.epochs(0) == 1.0
+        and found.epochs(4) == 0.25
+    )
     assert Progress(place={"over": {"epoch": 2}}).epochs(0) == 2.0 and Progress().epochs(0) == 0.0
     state = json.loads((tmp_path / "step_000001" / "state.json").read_text())
-    assert place_of_rank(tmp_path, {**state, "ranks": 4}, 3, 4) == place, "one place is that of all ranks"
+    assert place_of_rank(tmp_path, {**state, "ranks": 4}, 3, 4) == place, (
+        "one place is that of all ranks"
+    )
     assert place_of_rank(tmp_path, {**state, "ranks": 4}, 0, 2) == place
     del state["places"]
     assert place_of_rank(tmp_path, state, 0, 1) is None, "of a version that knew no streams"
@@ -171,22 +222,33 @@ def test_ranks_that_read_own_files_go_on_in_their_own_places() -> None:
     places = [{"window": {"epoch": 0}, "step": rank} for rank in range(3)]
     state = {"identity": {"stream_split": "files"}, "ranks": 3, "places": places}
     assert [place_of_rank(Path("step"), state, rank, 3) for rank in range(3)] == places
-    with pytest.raises(CheckpointError, match="each in the middle of its own files, and now there are 2"):
+    with pytest.raises(
+        CheckpointError, match="each in the middle of its own files, and now there are 2"
+    ):
         place_of_rank(Path("step"), state, 0, 2)
     some_over = {**state, "places": [{"over": {"epoch": 1}}, *places[1:]]}
     with pytest.raises(CheckpointError, match="was written by 3 processes"):
         place_of_rank(Path("step"), some_over, 0, 2)
     all_over = {**state, "places": [{"over": {"epoch": 1}}]}
-    assert [place_of_rank(Path("step"), all_over, rank, 5) for rank in range(5)] == [{"over": {"epoch": 1}}] * 5
+    assert [place_of_rank(Path("step"), all_over, rank, 5) for rank in range(5)] == [
+        {"over": {"epoch": 1}}
+    ] * 5
 
 
 def test_own_files_on_other_ranks_are_said_or_refused(tmp_path: Path) -> None:
     run, files = Run(tmp_path), {"stream_split": "files"}
     for place in ({"over": {"epoch": 1}}, {"window": {"epoch": 0}, "step": 1}):
-        run.checkpoints.save(run.model, run.optimizer, Progress(step=1, place=place), Settings(files))
+        run.checkpoints.save(
+            run.model, run.optimizer, Progress(step=1, place=place), Settings(files)
+        )
         written = json.loads((tmp_path / "step_000001" / "state.json").read_text())
         changed = changed_ranks(tmp_path / "step_000001", written)
-        write_folder(tmp_path / "step_000001", lambda folder, of=changed: [(folder / name).write_bytes(data) for name, data in of.items()])
+        write_folder(
+            tmp_path / "step_000001",
+            lambda folder, of=changed: [
+                (folder / name).write_bytes(data) for name, data in of.items()
+            ],
+        )
         if "over" in place:
             assert run.restore(identity=files) == Progress(step=1, place=place)
             assert "each epoch has the same rows, in other steps" in run.said[-1]
@@ -216,21 +278,35 @@ def test_another_number_of_ranks_is_said(tmp_path: Path) -> None:
     Run(tmp_path, num_processes=1).save(1)
     state = tmp_path / "step_000001"
     written = json.loads((state / "state.json").read_text())
-    write_folder(state, lambda folder: [(folder / name).write_bytes(data) for name, data in changed_ranks(state, written).items()])
+    write_folder(
+        state,
+        lambda folder: [
+            (folder / name).write_bytes(data)
+            for name, data in changed_ranks(state, written).items()
+        ],
+    )
     run = Run(tmp_path)
     assert run.restore() == Progress(step=1)
-    assert run.said[1].startswith("It was written by 3 processes, now there are 1: the same rows in the same steps;")
+    assert run.said[1].startswith(
+        "It was written by 3 processes, now there are 1: the same rows in the same steps;"
+    )
 
 
 def changed_ranks(folder: Path, state: dict[str, Any]) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in FILES[:2]} | {"state.json": json.dumps(state | {"ranks": 3}).encode()}
+    return {name: (folder / name).read_bytes() for name in FILES[:2]} | {
+        "state.json": json.dumps(state | {"ranks": 3}).encode()
+    }
 
 
 # ---- Which one is taken
 
 
-@pytest.mark.parametrize(("keep", "left"), [(2, [1000000, 1000001]), (3, [999999, 1000000, 1000001])])
-def test_the_newest_checkpoints_are_kept_by_number(keep: int, left: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("keep", "left"), [(2, [1000000, 1000001]), (3, [999999, 1000000, 1000001])]
+)
+def test_the_newest_checkpoints_are_kept_by_number(
+    keep: int, left: list[int], tmp_path: Path
+) -> None:
     run = Run(tmp_path, keep=keep)
     for step in (9, 10, 999999, 1000000, 1000001):  # as words 1000000 comes before 999999
         run.save(step)
@@ -239,14 +315,20 @@ def test_the_newest_checkpoints_are_kept_by_number(keep: int, left: list[int], t
 
 
 @pytest.mark.parametrize("keep", [2, 3, 4, 5, 7])
-def test_as_many_checkpoints_as_asked_for_are_kept_at_every_moment(keep: int, tmp_path: Path) -> None:
+def test_as_many_checkpoints_as_asked_for_are_kept_at_every_moment(
+    keep: int, tmp_path: Path
+) -> None:
     run = Run(tmp_path, keep=keep)
     for step in range(1, 10):
         run.save(step)
-        assert names(tmp_path) == [f"step_{kept:06d}" for kept in range(max(1, step - keep + 1), step + 1)]
+        assert names(tmp_path) == [
+            f"step_{kept:06d}" for kept in range(max(1, step - keep + 1), step + 1)
+        ]
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_checkpoint_that_cannot_be_removed_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # As an OSError it would end rank 0 alone, and the others would wait for it.
     run = Run(tmp_path)
     run.save(1), run.save(2)
@@ -293,7 +375,10 @@ def test_a_named_checkpoint_that_is_damaged_or_absent_is_an_error(tmp_path: Path
     run = Run(tmp_path)
     run.save(1), run.save(2)
     (tmp_path / "step_000002" / "state.json").unlink()
-    for name, damage in (("step_000002", "state.json is missing"), ("step_000007", "there is no such folder")):
+    for name, damage in (
+        ("step_000002", "state.json is missing"),
+        ("step_000007", "there is no such folder"),
+    ):
         path = tmp_path / name
         with pytest.raises(CheckpointError) as caught:
             run.restore(str(path))
@@ -313,7 +398,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "grown": (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "{} has"),
     "emptied": (lambda path: path.write_bytes(b""), "{} has 0 bytes instead of"),
     "one bit flipped": (flip, "{} is not what was written (its digest differs)"),
-    "zeroed": (lambda path: path.write_bytes(bytes(path.stat().st_size)), "{} is not what was written"),
+    "zeroed": (
+        lambda path: path.write_bytes(bytes(path.stat().st_size)),
+        "{} is not what was written",
+    ),
     "deleted": (Path.unlink, "{} is missing"),
     "made a folder": (lambda path: (path.unlink(), path.mkdir()), "{} is missing"),
 }
@@ -321,7 +409,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_named_and_its_checkpoint_moved_aside(damage: str, file: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_named_and_its_checkpoint_moved_aside(
+    damage: str, file: str, tmp_path: Path
+) -> None:
     change, words = DAMAGES[damage]
     run = Run(tmp_path)
     run.save(1)
@@ -332,7 +422,9 @@ def test_a_damaged_file_is_named_and_its_checkpoint_moved_aside(damage: str, fil
     run.learn(1)
     assert run.restore() == Progress(step=1)
     assert run.bits() == before
-    assert run.said[0].startswith(f"Passing over checkpoint {tmp_path / 'step_000002'}: {words.format(file)}")
+    assert run.said[0].startswith(
+        f"Passing over checkpoint {tmp_path / 'step_000002'}: {words.format(file)}"
+    )
     assert run.said[0].endswith(". It is now step_000002.damaged.")
     assert names(tmp_path) == ["step_000001", "step_000002.damaged"]
     run.save(2)  # the way is free
@@ -351,19 +443,27 @@ def test_a_damaged_file_is_named_and_its_checkpoint_moved_aside(damage: str, fil
         (b'{"files": 3}', "manifest.json cannot be read"),
         (b'{"files": ["model.safetensors"]}', "manifest.json cannot be read"),
         (b'{"files": {"model.safetensors": 3}}', "manifest.json cannot be read"),
-        (b'{"files": {"model.safetensors": {"bytes": null, "xxh3_128": ""}}}', "manifest.json cannot be read"),
+        (
+            b'{"files": {"model.safetensors": {"bytes": null, "xxh3_128": ""}}}',
+            "manifest.json cannot be read",
+        ),
         (b"\xff\xfe", "manifest.json cannot be read"),
         pytest.param(b"[" * 5000, "manifest.json cannot be read", id="deep"),
         (b'{"files": {}}', "manifest.json does not name model.safetensors"),
     ],
 )
-def test_a_broken_manifest_is_told_and_passed_over(manifest: bytes | None, words: str, tmp_path: Path) -> None:
+def test_a_broken_manifest_is_told_and_passed_over(
+    manifest: bytes | None, words: str, tmp_path: Path
+) -> None:
     run = Run(tmp_path)
     run.save(1), run.save(2)
     path = tmp_path / "step_000002" / "manifest.json"
     path.unlink() if manifest is None else path.write_bytes(manifest)
     assert run.restore() == Progress(step=1)
-    assert run.said[0] == f"Passing over checkpoint {tmp_path / 'step_000002'}: {words}. It is now step_000002.damaged."
+    assert (
+        run.said[0]
+        == f"Passing over checkpoint {tmp_path / 'step_000002'}: {words}. It is now step_000002.damaged."
+    )
 
 
 def test_every_digest_of_the_manifest_is_looked_at(tmp_path: Path) -> None:
@@ -385,7 +485,11 @@ def test_damage_upon_damage_has_a_name_of_its_own(tmp_path: Path) -> None:
         run.save(1)
         flip(tmp_path / "step_000001" / "model.safetensors")
         assert run.restore() is None
-    assert names(tmp_path) == ["step_000001.damaged", "step_000001.damaged-2", "step_000001.damaged-3"]
+    assert names(tmp_path) == [
+        "step_000001.damaged",
+        "step_000001.damaged-2",
+        "step_000001.damaged-3",
+    ]
 
 
 def test_what_was_not_written_to_its_end_is_removed_and_said(tmp_path: Path) -> None:
@@ -395,7 +499,10 @@ def test_what_was_not_written_to_its_end_is_removed_and_said(tmp_path: Path) -> 
     (tmp_path / ".step_000002.partial" / "model.safetensors").write_bytes(b"half")
     (tmp_path / "notes").mkdir()  # not ours
     assert run.restore() == Progress(step=1)
-    assert run.said[0] == "Removing .step_000002.partial, a checkpoint that was not written to its end."
+    assert (
+        run.said[0]
+        == "Removing .step_000002.partial, a checkpoint that was not written to its end."
+    )
     assert names(tmp_path) == ["notes", "step_000001"]
 
 
@@ -406,7 +513,9 @@ def test_another_run_is_refused_and_what_differs_is_named(tmp_path: Path) -> Non
     run.learn(1)
     learned = run.bits()
     with pytest.raises(CheckpointError) as caught:
-        run.restore(identity={"learning_rate": 1e-5, "labels": ["b", "a"], "dropout": None, "seed": 3})
+        run.restore(
+            identity={"learning_rate": 1e-5, "labels": ["b", "a"], "dropout": None, "seed": 3}
+        )
     assert str(caught.value) == (
         f"{tmp_path / 'step_000001'} belongs to another run. What differs:\n"
         "  setting        then        now         what it means\n"
@@ -420,10 +529,17 @@ def test_another_run_is_refused_and_what_differs_is_named(tmp_path: Path) -> Non
 
 def test_another_model_is_refused_and_the_weight_is_named(tmp_path: Path) -> None:
     Run(tmp_path).save(1)
-    with pytest.raises(CheckpointError, match=r"step_000001 is of another model: inner\.bias differs \(3 weights in all\)\.$"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"step_000001 is of another model: inner\.bias differs \(3 weights in all\)\.$",
+    ):
         Run(tmp_path, size=5).restore()
-    with pytest.raises(CheckpointError, match=r"is of another model: extra differs \(1 weights in all\)\.$"):
-        load_tensors({"a": torch.zeros(1)}, {"a": torch.zeros(1), "extra": torch.zeros(1)}, tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"is of another model: extra differs \(1 weights in all\)\.$"
+    ):
+        load_tensors(
+            {"a": torch.zeros(1)}, {"a": torch.zeros(1), "extra": torch.zeros(1)}, tmp_path
+        )
 
 
 # ---- No pickle
@@ -448,19 +564,30 @@ def test_nothing_that_is_written_is_a_pickle(tmp_path: Path) -> None:
     assert [path.name for path in files if is_pickle(path.read_bytes())] == []
     held = io.BytesIO()
     torch.save({"a": 1}, held)  # the controls
-    assert is_pickle(held.getvalue()) and is_pickle(pickle.dumps({"a": 1})) and is_pickle(pickle.dumps({"a": 1}, protocol=0))
+    assert (
+        is_pickle(held.getvalue())
+        and is_pickle(pickle.dumps({"a": 1}))
+        and is_pickle(pickle.dumps({"a": 1}, protocol=0))
+    )
 
 
 def test_restoring_reads_no_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path)
     run.learn(1)
     run.save(1)
-    (tmp_path / "step_000001" / "custom_checkpoint_0.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")  # what accelerate would run
+    (tmp_path / "step_000001" / "custom_checkpoint_0.pkl").write_bytes(
+        b"cos\nsystem\n(S'false'\ntR."
+    )  # what accelerate would run
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a pickle was to be read")
 
-    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+    for module, name in (
+        (torch, "load"),
+        (pickle, "load"),
+        (pickle, "loads"),
+        (pickle, "Unpickler"),
+    ):
         monkeypatch.setattr(module, name, refuse)
     assert run.restore() == Progress(step=1)
     with pytest.raises(AssertionError, match="a pickle"):
@@ -480,7 +607,9 @@ def fill_with(text: str) -> Callable[[Path], None]:
 
 
 @contextmanager
-def recorded(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None, error: BaseException | None = None) -> Iterator[list[Any]]:
+def recorded(
+    monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None, error: BaseException | None = None
+) -> Iterator[list[Any]]:
     """What is flushed, renamed and replaced, in order; raises before the `stop_at`-th of them."""
     done: list[Any] = []
 
@@ -504,7 +633,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None, error:
         yield done
 
 
-def test_the_manifest_is_last_and_all_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_manifest_is_last_and_all_is_flushed_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest_when_filled = []
     final = tmp_path / "final"
 
@@ -514,14 +645,26 @@ def test_the_manifest_is_last_and_all_is_flushed_before_the_rename(tmp_path: Pat
 
     with recorded(monkeypatch) as done:
         write_folder(final, fill)
-    number = {path.stat().st_ino: path.relative_to(tmp_path).as_posix() for path in (tmp_path, *tmp_path.rglob("*"))}
+    number = {
+        path.stat().st_ino: path.relative_to(tmp_path).as_posix()
+        for path in (tmp_path, *tmp_path.rglob("*"))
+    }
     order = [number[entry[1]] if entry[0] == "flush" else entry for entry in done]
-    assert order == ["final/a", "final/deep/b", "final/manifest.json", "final", ("rename", ".final.partial", "final"), "."]
+    assert order == [
+        "final/a",
+        "final/deep/b",
+        "final/manifest.json",
+        "final",
+        ("rename", ".final.partial", "final"),
+        ".",
+    ]
     assert manifest_when_filled == [False]
     assert sorted(json.loads((final / "manifest.json").read_text())["files"]) == ["a", "deep/b"]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")]
+)
 def test_a_fill_that_fails_leaves_the_old_folder(error: OSError, tmp_path: Path) -> None:
     final = tmp_path / "final"
     write_folder(final, fill_with("old"))
@@ -532,7 +675,10 @@ def test_a_fill_that_fails_leaves_the_old_folder(error: OSError, tmp_path: Path)
 
     with pytest.raises(CheckpointError) as caught:
         write_folder(final, fail)
-    assert str(caught.value) == f"Cannot write {final}: {error.strerror}. What was there before is untouched."
+    assert (
+        str(caught.value)
+        == f"Cannot write {final}: {error.strerror}. What was there before is untouched."
+    )
     assert (final / "a").read_text() == (final / "deep" / "b").read_text() == "old"
     write_folder(final, fill_with("new"))  # and nothing is in the way of the next one
     assert (final / "a").read_text() == "new"
@@ -541,7 +687,9 @@ def test_a_fill_that_fails_leaves_the_old_folder(error: OSError, tmp_path: Path)
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CheckpointError, match=r"^Cannot write .*file/final: Not a directory\. What was there"):
+    with pytest.raises(
+        CheckpointError, match=r"^Cannot write .*file/final: Not a directory\. What was there"
+    ):
         write_folder(tmp_path / "file" / "final", fill_with("x"))
 
 
@@ -565,14 +713,19 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("which", range(2))
-def test_a_rename_that_fails_leaves_the_old_folder(which: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rename_that_fails_leaves_the_old_folder(
+    which: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     final = tmp_path / "final"
     write_folder(final, fill_with("old"))
     with recorded(monkeypatch) as done:
         write_folder(tmp_path / "other", fill_with("x"))
     flushes = sum(entry[0] == "flush" for entry in done) - 1  # all but the parent's
     error = OSError(5, "Input/output error")
-    with recorded(monkeypatch, flushes + which, error), pytest.raises(CheckpointError, match=r"What was there before is untouched\.$"):
+    with (
+        recorded(monkeypatch, flushes + which, error),
+        pytest.raises(CheckpointError, match=r"What was there before is untouched\.$"),
+    ):
         write_folder(final, fill_with("new"))
     assert (final / "a").read_text() == "old"
 
@@ -581,7 +734,9 @@ class Killed(BaseException):
     """Stands for SIGKILL: nobody catches it, and nothing is cleaned up."""
 
 
-def test_a_run_that_is_killed_while_saving_goes_on_from_a_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_killed_while_saving_goes_on_from_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with recorded(monkeypatch) as done:
         Run(tmp_path / "measured").save(1)
     assert len(done) == 7  # five files and folders flushed, a rename, the parent flushed

@@ -15,12 +15,25 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    pipeline,
+)
 
 from bertdist import attention, attention_cpu
 from bertdist.batch import Batch, collate
 from bertdist.batching import Batches
-from bertdist.classifier import Classifier, export, labels_of, load_classifier, load_settings, load_trained
+from bertdist.classifier import (
+    Classifier,
+    export,
+    labels_of,
+    load_classifier,
+    load_settings,
+    load_trained,
+)
 from bertdist.config import ModelConfig
 from bertdist.dropout import Dropout, seed_dropout
 from bertdist.encoding import Example, encode, open_examples
@@ -29,8 +42,22 @@ from bertdist.records import records_of
 from bertdist.tasks import MultiLabel, Regression, SingleLabel, Task
 
 TASK = SingleLabel(("bad", "fine", "good"))
-TEXTS = ["a great movie", "bad", "so dull and so poor a film, the worst", "it was good", "not fine", "the best film is warm, fun and good!"]
-PAIRS = ["it was great", "a dull film and so bad", "bad", "so", "this is the worst movie", "great fun"]
+TEXTS = [
+    "a great movie",
+    "bad",
+    "so dull and so poor a film, the worst",
+    "it was good",
+    "not fine",
+    "the best film is warm, fun and good!",
+]
+PAIRS = [
+    "it was great",
+    "a dull film and so bad",
+    "bad",
+    "so",
+    "this is the worst movie",
+    "great fun",
+]
 TARGETS = [2, 0, 0, 2, 0, 1]
 
 
@@ -59,11 +86,18 @@ def padded_twin(model: Classifier, folder: Path) -> Any:
 def packed(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[str] | None) -> Batch:
     records = records_of(TEXTS, pairs)
     encoded = encode([records[row] for row in range(len(TEXTS))], tokenizer, 64)
-    return collate([Example(row, ids, segments, TARGETS[row], 1.0) for row, (ids, segments) in enumerate(encoded)])
+    return collate(
+        [
+            Example(row, ids, segments, TARGETS[row], 1.0)
+            for row, (ids, segments) in enumerate(encoded)
+        ]
+    )
 
 
 def padded(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[str] | None) -> dict[str, Tensor]:
-    found = tokenizer(TEXTS, None if pairs is None else list(pairs), padding=True, return_tensors="pt")
+    found = tokenizer(
+        TEXTS, None if pairs is None else list(pairs), padding=True, return_tensors="pt"
+    )
     assert (found["attention_mask"] == 0).any()  # there is something to leave out
     return dict(found)
 
@@ -71,7 +105,11 @@ def padded(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[str] | None) -> d
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss.backward()
-    return {name.removeprefix("model."): weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    return {
+        name.removeprefix("model."): weight.grad.clone()
+        for name, weight in model.named_parameters()
+        if weight.grad is not None
+    }
 
 
 # Logits of size 2 after some twenty sums of 32 to 64 products, and gradients relative to their size: five times what is measured.
@@ -86,13 +124,18 @@ def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """
     assert a.keys() == b.keys()
     size = max(gradient.abs().max() for gradient in b.values()) / 1000
-    return max(((a[name] - b[name]).abs().max() / b[name].abs().max().clamp(min=size)).item() for name in a)
+    return max(
+        ((a[name] - b[name]).abs().max() / b[name].abs().max().clamp(min=size)).item() for name in a
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("pairs", [None, PAIRS])
 def test_packed_logits_loss_and_gradients_equal_padded_ones(
-    pairs: Sequence[str] | None, dtype: torch.dtype, tiny_model: Path, tokenizer: PreTrainedTokenizerBase
+    pairs: Sequence[str] | None,
+    dtype: torch.dtype,
+    tiny_model: Path,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     model, _ = load(tiny_model)
     assert model.packed
@@ -102,7 +145,9 @@ def test_packed_logits_loss_and_gradients_equal_padded_ones(
     assert logits.shape == (6, 3)
     assert expected.std() > 0.3  # the texts do not all get one answer
     torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCES[dtype][0])
-    loss, wanted = (F.cross_entropy(x, torch.tensor(TARGETS), reduction="sum") for x in (logits, expected))
+    loss, wanted = (
+        F.cross_entropy(x, torch.tensor(TARGETS), reduction="sum") for x in (logits, expected)
+    )
     torch.testing.assert_close(loss, wanted, rtol=TOLERANCES[dtype][0], atol=0)
     found, twin = gradients(model, loss), gradients(plain, wanted)
     assert found.keys() == {name for name, _ in plain.named_parameters()}
@@ -140,32 +185,57 @@ def test_what_is_packed_wrongly_is_seen(
     logits = model(broken(packed(tokenizer, PAIRS), monkeypatch))
     expected = plain(**padded(tokenizer, PAIRS)).logits
     assert (logits - expected).abs().max() > 0.05  # 10,000 times what is let pass
-    loss, wanted = (F.cross_entropy(x, torch.tensor(TARGETS), reduction="sum") for x in (logits, expected))
+    loss, wanted = (
+        F.cross_entropy(x, torch.tensor(TARGETS), reduction="sum") for x in (logits, expected)
+    )
     assert largest(gradients(model, loss), gradients(plain, wanted)) > 0.05
 
 
-def test_the_order_and_the_company_of_texts_change_nothing(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_order_and_the_company_of_texts_change_nothing(
+    tiny_model: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     model, _ = load(tiny_model)
     model.double()
     examples = open_examples(records_of(TEXTS), tokenizer, None, 64)
     together = model(collate(examples[list(range(6))]))
     for order in ([5, 4, 3, 2, 1, 0], [2], [3, 0]):
-        torch.testing.assert_close(model(collate(examples[order])), together[order], rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            model(collate(examples[order])), together[order], rtol=0, atol=1e-12
+        )
 
 
 # ---- A step is its rows, however it is dealt and cut
 
 
-def step_gradients(model: Classifier, tokenizer: PreTrainedTokenizerBase, ranks: int, tokens: int) -> dict[str, Tensor]:
+def step_gradients(
+    model: Classifier, tokenizer: PreTrainedTokenizerBase, ranks: int, tokens: int
+) -> dict[str, Tensor]:
     """Gradients of one step of six rows: summed losses of all ranks' micro-batches, over its rows."""
-    records = replace(records_of(TEXTS), label_kind="text", label_values=["bad", "fine", "good"], label_codes=torch.tensor(TARGETS).numpy())
+    records = replace(
+        records_of(TEXTS),
+        label_kind="text",
+        label_values=["bad", "fine", "good"],
+        label_codes=torch.tensor(TARGETS).numpy(),
+    )
     examples = open_examples(records, tokenizer, TASK, 64)
     model.zero_grad()
     for rank in range(ranks):
-        (step,) = Batches(examples=examples, rows_per_step=6, tokens_per_micro_batch=tokens, rank=rank, ranks=ranks).steps(0, 1)
+        (step,) = Batches(
+            examples=examples,
+            rows_per_step=6,
+            tokens_per_micro_batch=tokens,
+            rank=rank,
+            ranks=ranks,
+        ).steps(0, 1)
         for batch in step.share:
-            (F.cross_entropy(model(batch), batch.targets, reduction="none") * batch.weights).sum().div(step.rows).backward()
-    return {name.removeprefix("model."): weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+            (
+                F.cross_entropy(model(batch), batch.targets, reduction="none") * batch.weights
+            ).sum().div(step.rows).backward()
+    return {
+        name.removeprefix("model."): weight.grad.clone()
+        for name, weight in model.named_parameters()
+        if weight.grad is not None
+    }
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])  # 8: two ranks have nothing to do
@@ -175,30 +245,62 @@ def test_a_steps_gradient_is_that_of_one_padded_batch(
 ) -> None:
     model, _ = load(tiny_model)
     plain = padded_twin(model, tiny_model).double()
-    wanted = gradients(plain, plain(**padded(tokenizer, None), labels=torch.tensor(TARGETS)).loss)  # Hugging Face's own mean
+    wanted = gradients(
+        plain, plain(**padded(tokenizer, None), labels=torch.tensor(TARGETS)).loss
+    )  # Hugging Face's own mean
     found = step_gradients(model.double(), tokenizer, ranks, tokens)
     assert largest(found, wanted) < 1e-12
-    without = {name: gradient * 6 for name, gradient in found.items()}  # the control: not divided by the rows
+    without = {
+        name: gradient * 6 for name, gradient in found.items()
+    }  # the control: not divided by the rows
     assert largest(without, wanted) > 1
 
 
-def test_a_text_of_weight_zero_leaves_no_trace(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_text_of_weight_zero_leaves_no_trace(
+    tiny_model: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     model, _ = load(tiny_model)
     batch = packed(tokenizer, None)
     idle = replace(batch, weights=torch.zeros(6))
     found = gradients(model, TASK.loss(model(idle), idle.targets, idle.weights))
-    assert found.keys() == {name.removeprefix("model.") for name, _ in model.named_parameters()}  # every weight joins the exchange
+    assert found.keys() == {
+        name.removeprefix("model.") for name, _ in model.named_parameters()
+    }  # every weight joins the exchange
     assert all((gradient == 0).all() for gradient in found.values())
 
 
 # ---- Architectures that are no family: padded, or one length at a time
 
-SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
 SIZES |= {"initializer_range": 0.2}
-XLNET = {"vocab_size": 60, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 48, "initializer_range": 0.2}
-FUNNEL = {"vocab_size": 60, "d_model": 32, "n_head": 2, "d_head": 16, "d_inner": 48, "block_sizes": [1, 1], "initializer_range": 0.2}
+XLNET = {
+    "vocab_size": 60,
+    "d_model": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "d_inner": 48,
+    "initializer_range": 0.2,
+}
+FUNNEL = {
+    "vocab_size": 60,
+    "d_model": 32,
+    "n_head": 2,
+    "d_head": 16,
+    "d_inner": 48,
+    "block_sizes": [1, 1],
+    "initializer_range": 0.2,
+}
 PADDED: dict[str, dict[str, Any]] = {"mpnet": SIZES, "roformer": SIZES, "funnel": FUNNEL}
-READERS: dict[str, dict[str, Any]] = {"fnet": SIZES, "xlnet": XLNET}  # of padding: FNet mixes all places, XLNet's head reads the last
+READERS: dict[str, dict[str, Any]] = {
+    "fnet": SIZES,
+    "xlnet": XLNET,
+}  # of padding: FNet mixes all places, XLNet's head reads the last
 OTHERS = PADDED | READERS
 LENGTHS = (11, 9, 9, 6, 3)
 
@@ -206,7 +308,9 @@ LENGTHS = (11, 9, 9, 6, 3)
 def other(kind: str, folder: Path, **settings: Any) -> tuple[Classifier, list[str]]:
     """A random model with a head of an architecture that is no family, in float64."""
     torch.manual_seed(1)
-    AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, num_labels=3, **OTHERS[kind])).save_pretrained(folder)
+    AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model(kind, num_labels=3, **OTHERS[kind])
+    ).save_pretrained(folder)
     model, notes = load(folder, max_length=32, **settings)
     assert not model.packed
     return model.double(), notes
@@ -216,8 +320,12 @@ def batch_by_hand(segments: bool, texts: Sequence[int] = range(5)) -> Batch:
     """Texts of LENGTHS; text i is the same in any batch."""
     examples = []
     for row in texts:
-        ids = torch.randint(5, 60, (LENGTHS[row],), generator=torch.Generator().manual_seed(row)).tolist()
-        examples.append(Example(row, ids, [int(segments and k > 2) for k in range(len(ids))], row % 3, 1.0))
+        ids = torch.randint(
+            5, 60, (LENGTHS[row],), generator=torch.Generator().manual_seed(row)
+        ).tolist()
+        examples.append(
+            Example(row, ids, [int(segments and k > 2) for k in range(len(ids))], row % 3, 1.0)
+        )
     return collate(examples)
 
 
@@ -233,8 +341,14 @@ def test_other_architectures_give_the_answers_of_each_text_alone(kind: str, tmp_
     batch = batch_by_hand(has_segments)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval().double()
     expected = []
-    for ids, segments in zip(batch.ids.split(batch.lengths), batch.segments.split(batch.lengths), strict=True):
-        expected.append(plain(input_ids=ids[None], **({"token_type_ids": segments[None]} if has_segments else {})).logits)
+    for ids, segments in zip(
+        batch.ids.split(batch.lengths), batch.segments.split(batch.lengths), strict=True
+    ):
+        expected.append(
+            plain(
+                input_ids=ids[None], **({"token_type_ids": segments[None]} if has_segments else {})
+            ).logits
+        )
     logits, wanted = model(batch), torch.cat(expected)
     torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-12)
     losses = [F.cross_entropy(x, batch.targets) for x in (logits, wanted)]
@@ -245,7 +359,10 @@ def test_other_architectures_give_the_answers_of_each_text_alone(kind: str, tmp_
 def test_texts_of_one_length_run_together(kind: str, tmp_path: Path) -> None:
     model, _ = other(kind, tmp_path)
     shapes: list[tuple[int, ...]] = []
-    model.model.register_forward_pre_hook(lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
     expected = model(batch_by_hand(False))
     assert sorted(shapes) == [(1, 3), (1, 6), (1, 11), (2, 9)]
     model.reads_padding = False  # the control: padded, answers change
@@ -254,11 +371,15 @@ def test_texts_of_one_length_run_together(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", PADDED)
-def test_padding_that_is_not_masked_is_seen(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_that_is_not_masked_is_seen(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, _ = other(kind, tmp_path)
     expected = model(batch_by_hand(False))
     real = attention.grid
-    monkeypatch.setattr(attention, "grid", lambda lengths: (real(lengths)[0], real(lengths)[1] | True))
+    monkeypatch.setattr(
+        attention, "grid", lambda lengths: (real(lengths)[0], real(lengths)[1] | True)
+    )
     assert (model(batch_by_hand(False)) - expected).abs().max() > 0.01  # the control
     assert load(tmp_path, max_length=32)[0].reads_padding  # and loading would have found it
 
@@ -280,14 +401,20 @@ def test_trying_out_padding_leaves_no_trace(tmp_path: Path) -> None:
     assert all(weight.grad is None for weight in model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["mpnet", "roformer", "fnet"])  # not Funnel, which pools tokens, nor XLNet, which lays them out (L, N)
-def test_what_a_text_loses_does_not_depend_on_its_company_there_either(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", ["mpnet", "roformer", "fnet"]
+)  # not Funnel, which pools tokens, nor XLNet, which lays them out (L, N)
+def test_what_a_text_loses_does_not_depend_on_its_company_there_either(
+    kind: str, tmp_path: Path
+) -> None:
     model, _ = other(kind, tmp_path, dropout=0.3)
     model.train()
     seed_dropout(1, 2, 0)
     together = model(batch_by_hand(False))
     for rows in ([1], [3, 2], [4, 0, 1]):
-        torch.testing.assert_close(model(batch_by_hand(False, rows)), together[rows], rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            model(batch_by_hand(False, rows)), together[rows], rtol=0, atol=1e-12
+        )
     seed_dropout(1, 3, 0)
     assert (model(batch_by_hand(False)) - together).abs().max() > 0.01
 
@@ -300,21 +427,37 @@ def test_dropout_takes_effect_in_other_architectures(kind: str, tmp_path: Path) 
 
 def test_gradient_checkpointing_that_cannot_take_effect_is_an_error(tmp_path: Path) -> None:
     other("roformer", tmp_path / "roformer", gradient_checkpointing=True)
-    with pytest.raises(ConfigError, match=r"^--gradient_checkpointing cannot take effect: transformers has none for mpnet\.$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^--gradient_checkpointing cannot take effect: transformers has none for mpnet\.$",
+    ):
         other("mpnet", tmp_path / "mpnet", gradient_checkpointing=True)
 
 
 def test_a_model_that_wants_more_than_texts_is_one_line(tmp_path: Path) -> None:
-    config = AutoConfig.for_model("t5", vocab_size=60, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, decoder_start_token_id=None)
+    config = AutoConfig.for_model(
+        "t5",
+        vocab_size=60,
+        d_model=32,
+        d_kv=16,
+        d_ff=48,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=None,
+    )
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"^A model of type 't5' does not classify plain texts: \S[^\n]*$"):
+    with pytest.raises(
+        ModelError, match=r"^A model of type 't5' does not classify plain texts: \S[^\n]*$"
+    ):
         load(tmp_path)
 
 
 # ---- Settings
 
 
-def test_dropout_takes_effect_everywhere(tiny_model: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_takes_effect_everywhere(
+    tiny_model: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, _ = load(tiny_model, dropout=0.25)
     assert {module.p for module in model.modules() if isinstance(module, Dropout)} == {0.25}
     assert len([module for module in model.modules() if isinstance(module, Dropout)]) >= 6
@@ -334,12 +477,16 @@ def test_dropout_takes_effect_everywhere(tiny_model: Path, tokenizer: PreTrained
     assert asked[6:] == [0.0] * 4
 
 
-def test_dropout_zero_is_the_model_without_dropout(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_dropout_zero_is_the_model_without_dropout(
+    tiny_model: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     model, _ = load(tiny_model, dropout=0.0)
     batch = packed(tokenizer, None)
     assert torch.equal(model.train()(batch), model.eval()(batch))
     own, _ = load(tiny_model)
-    assert {module.p for module in own.modules() if isinstance(module, Dropout)} == {0.1}  # None keeps the model's own
+    assert {module.p for module in own.modules() if isinstance(module, Dropout)} == {
+        0.1
+    }  # None keeps the model's own
 
 
 def test_dropout_that_cannot_take_effect_is_an_error(tiny_model: Path) -> None:
@@ -347,13 +494,21 @@ def test_dropout_that_cannot_take_effect_is_an_error(tiny_model: Path) -> None:
     settings = load_settings(config)
     for name in [name for name in vars(settings) if "dropout" in name]:
         delattr(settings, name)
-    with pytest.raises(ConfigError, match=r"^--dropout cannot take effect: the config of bert names no dropout\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^--dropout cannot take effect: the config of bert names no dropout\.$"
+    ):
         load_classifier(config, settings, TASK)
 
 
-def test_weights_are_float32_whatever_the_checkpoint_holds(tiny_model: Path, tmp_path: Path) -> None:
-    AutoModelForSequenceClassification.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+def test_weights_are_float32_whatever_the_checkpoint_holds(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    AutoModelForSequenceClassification.from_pretrained(
+        tiny_model, dtype=torch.bfloat16
+    ).save_pretrained(tmp_path)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
     model, _ = load(tmp_path)
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
@@ -363,7 +518,9 @@ def test_a_new_head_is_drawn_from_the_seed(tiny_model: Path) -> None:
     for seed in (1, 1, 2):
         config = ModelConfig(model_name_or_path=str(tiny_model))
         torch.manual_seed(seed)
-        heads.append(load_classifier(config, load_settings(config), TASK)[0].model.classifier.weight)
+        heads.append(
+            load_classifier(config, load_settings(config), TASK)[0].model.classifier.weight
+        )
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
 
@@ -372,7 +529,9 @@ def test_a_new_head_is_drawn_from_the_seed(tiny_model: Path) -> None:
 
 
 @pytest.fixture
-def exported(tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> tuple[Classifier, Path]:
+def exported(
+    tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> tuple[Classifier, Path]:
     model, _ = load(tiny_model)
     export(model, tokenizer, tmp_path / "best", {"max_length": 64})
     return model, tmp_path / "best"
@@ -385,12 +544,19 @@ def test_an_exported_folder_is_loaded_by_hugging_face_as_it_is(
     config = json.loads((folder / "config.json").read_text())
     assert config["id2label"] == {"0": "bad", "1": "fine", "2": "good"}
     assert config["label2id"] == {"bad": 0, "fine": 1, "good": 2}
-    assert (config["problem_type"], config["bertdist"]) == ("single_label_classification", {"max_length": 64})
+    assert (config["problem_type"], config["bertdist"]) == (
+        "single_label_classification",
+        {"max_length": 64},
+    )
     assert attention.NAME not in (folder / "config.json").read_text()
     plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     assert plain.config._attn_implementation == "sdpa"
-    torch.testing.assert_close(plain(**padded(tokenizer, None)).logits, model(packed(tokenizer, None)), rtol=0, atol=1e-5)
-    assert not [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pkl", ".pt", ".py")]
+    torch.testing.assert_close(
+        plain(**padded(tokenizer, None)).logits, model(packed(tokenizer, None)), rtol=0, atol=1e-5
+    )
+    assert not [
+        path.name for path in folder.iterdir() if path.suffix in (".bin", ".pkl", ".pt", ".py")
+    ]
 
 
 TASKS: list[Task] = [TASK, MultiLabel(("dull", "fun")), Regression(("stars",))]
@@ -406,8 +572,16 @@ def test_the_pipeline_of_hugging_face_gives_the_same_answers(
     found = pipeline("text-classification", model=str(tmp_path), device="cpu")(TEXTS, top_k=None)
     for answer, entries in zip(answers, found, strict=True):
         wanted = {entry["label"]: entry["score"] for entry in answer.get("labels", [answer])}
-        above = {entry["label"]: entry["score"] for entry in entries if task.problem_type != TASKS[1].problem_type or entry["score"] > 0.5}
-        best = above if task.problem_type != TASK.problem_type else dict([max(above.items(), key=lambda entry: entry[1])])
+        above = {
+            entry["label"]: entry["score"]
+            for entry in entries
+            if task.problem_type != TASKS[1].problem_type or entry["score"] > 0.5
+        }
+        best = (
+            above
+            if task.problem_type != TASK.problem_type
+            else dict([max(above.items(), key=lambda entry: entry[1])])
+        )
         assert best == pytest.approx(wanted, abs=1e-6)
     assert {entry["label"] for entries in found for entry in entries} == set(task.labels)
 
@@ -421,9 +595,13 @@ def test_a_trained_classifier_comes_back_with_its_task(
     again, its_task, notes = load_trained(str(tmp_path))
     assert (its_task, notes) == (task, {"max_length": 64, "text_column": "grün"})
     weights = model.model.state_dict()
-    assert all(torch.equal(weight, weights[name]) for name, weight in again.model.state_dict().items())
+    assert all(
+        torch.equal(weight, weights[name]) for name, weight in again.model.state_dict().items()
+    )
     # not equal to the bit: where a weight lies in memory decides the order in which a product of one column is summed (torch 2.13)
-    torch.testing.assert_close(again.eval()(packed(tokenizer, None)), model(packed(tokenizer, None)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        again.eval()(packed(tokenizer, None)), model(packed(tokenizer, None)), rtol=0, atol=1e-6
+    )
 
 
 def test_a_base_model_is_no_trained_classifier(tiny_model: Path) -> None:
@@ -433,7 +611,9 @@ def test_a_base_model_is_no_trained_classifier(tiny_model: Path) -> None:
     assert str(caught.value) == f"--model {tiny_model} is not a trained classifier. {new}"
 
 
-def test_another_number_of_labels_gets_a_new_head(exported: tuple[Classifier, Path], tokenizer: PreTrainedTokenizerBase) -> None:
+def test_another_number_of_labels_gets_a_new_head(
+    exported: tuple[Classifier, Path], tokenizer: PreTrainedTokenizerBase
+) -> None:
     old, folder = exported
     model, notes = load(folder, SingleLabel(("no", "yes")))
     assert notes == ["New weights, to be trained: classifier.bias, classifier.weight."]
@@ -441,7 +621,9 @@ def test_another_number_of_labels_gets_a_new_head(exported: tuple[Classifier, Pa
     assert model.model.config.id2label == {0: "no", 1: "yes"}
     assert torch.equal(model.model.bert.pooler.dense.weight, old.model.bert.pooler.dense.weight)
     same, notes = load_classifier(
-        ModelConfig(model_name_or_path=str(folder)), load_settings(ModelConfig(model_name_or_path=str(folder))), TASK
+        ModelConfig(model_name_or_path=str(folder)),
+        load_settings(ModelConfig(model_name_or_path=str(folder))),
+        TASK,
     )
     assert notes == []  # the control: as many labels keep the trained head
     assert torch.equal(same.model.classifier.weight, old.model.classifier.weight)
@@ -456,7 +638,9 @@ def test_another_number_of_labels_gets_a_new_head(exported: tuple[Classifier, Pa
         ({i: f"l{i}" for i in range(11)}, tuple(f"l{i}" for i in range(11))),
     ],
 )
-def test_the_labels_of_a_model_are_its_names_in_order(names: dict[int, str], found: tuple[str, ...] | None, tmp_path: Path) -> None:
+def test_the_labels_of_a_model_are_its_names_in_order(
+    names: dict[int, str], found: tuple[str, ...] | None, tmp_path: Path
+) -> None:
     config = AutoConfig.for_model("bert", id2label=names)
     assert labels_of(config) == found
     config.save_pretrained(tmp_path)
@@ -484,13 +668,19 @@ def copy(tiny_model: Path, tmp_path: Path) -> Path:
 
 def test_a_folder_that_is_not_there_is_one_line_with_its_neighbour(copy: Path) -> None:
     wrong = copy.with_name("copi")
-    assert complaint(wrong) == f"--model_name_or_path {wrong}: there is no such folder. Did you mean '{copy}'?"
+    assert (
+        complaint(wrong)
+        == f"--model_name_or_path {wrong}: there is no such folder. Did you mean '{copy}'?"
+    )
 
 
 def test_a_name_that_the_hub_does_not_give_is_one_line() -> None:
     message = complaint("no-such-owner/model")
     assert "neither a folder here nor a model that the hub gave" in message
-    assert "Without a network, give a folder that holds config.json, model.safetensors and the tokenizer;" in message
+    assert (
+        "Without a network, give a folder that holds config.json, model.safetensors and the tokenizer;"
+        in message
+    )
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"model_type": "no such type"}'])
@@ -510,7 +700,9 @@ def test_a_folder_without_weights_is_one_line(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("beside", [False, True])
-def test_a_pickle_is_never_loaded(beside: bool, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_is_never_loaded(
+    beside: bool, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
 
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -543,14 +735,26 @@ def test_weights_of_another_shape_are_one_line(copy: Path) -> None:
 def test_missing_weights_are_one_line(copy: Path) -> None:
     weights = load_file(copy / "model.safetensors")
     lost = [name for name in weights if "layer.1.attention" in name]
-    save_file({name: weight for name, weight in weights.items() if name not in lost}, copy / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: weight for name, weight in weights.items() if name not in lost},
+        copy / "model.safetensors",
+        {"format": "pt"},
+    )
     message = complaint(copy)
-    assert message.endswith(f"{len(lost)} weights of the model are missing, the first is bert.{min(lost)}.")
+    assert message.endswith(
+        f"{len(lost)} weights of the model are missing, the first is bert.{min(lost)}."
+    )
 
 
 def test_a_missing_pooler_is_a_new_weight(copy: Path) -> None:
     # Masked language models are published without one.
     weights = load_file(copy / "model.safetensors")
-    save_file({name: weight for name, weight in weights.items() if "pooler" not in name}, copy / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: weight for name, weight in weights.items() if "pooler" not in name},
+        copy / "model.safetensors",
+        {"format": "pt"},
+    )
     _, notes = load(copy)
-    assert notes == ["New weights, to be trained: bert.pooler.dense.bias, bert.pooler.dense.weight, classifier.bias, classifier.weight."]
+    assert notes == [
+        "New weights, to be trained: bert.pooler.dense.bias, bert.pooler.dense.weight, classifier.bias, classifier.weight."
+    ]

@@ -33,16 +33,31 @@ from bertdist.families import FAMILIES
 from bertdist.tasks import SingleLabel
 
 TASK = SingleLabel(("bad", "good"))
-HERE: Any = SimpleNamespace(num_processes=1, device=torch.device("cpu"))  # what compile_layers asks an Accelerator
+HERE: Any = SimpleNamespace(
+    num_processes=1, device=torch.device("cpu")
+)  # what compile_layers asks an Accelerator
 LENGTHS = [9, 7, 7, 3, 3]
-SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
 KINDS: dict[str, Callable[[], PretrainedConfig]] = {  # one of each kind of layer
     "bert": lambda: BertConfig(initializer_range=0.2, **SIZES),
     "albert": lambda: AlbertConfig(embedding_size=16, initializer_range=0.2, **SIZES),
     "modernbert": lambda: ModernBertConfig(
-        pad_token_id=0, local_attention=4, global_attn_every_n_layers=2, attention_dropout=0.1, mlp_dropout=0.1, **SIZES
+        pad_token_id=0,
+        local_attention=4,
+        global_attn_every_n_layers=2,
+        attention_dropout=0.1,
+        mlp_dropout=0.1,
+        **SIZES,
     ),
-    "distilbert": lambda: DistilBertConfig(vocab_size=40, dim=32, n_layers=3, n_heads=2, hidden_dim=48, initializer_range=0.2),
+    "distilbert": lambda: DistilBertConfig(
+        vocab_size=40, dim=32, n_layers=3, n_heads=2, hidden_dim=48, initializer_range=0.2
+    ),
 }
 
 
@@ -72,10 +87,14 @@ def forget() -> Iterator[None]:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., Classifier]:
-    def loaded(kind: str = "bert", config: PretrainedConfig | None = None, **settings: Any) -> Classifier:
+    def loaded(
+        kind: str = "bert", config: PretrainedConfig | None = None, **settings: Any
+    ) -> Classifier:
         """Always the same weights, in training mode."""
         torch.manual_seed(1)
-        AutoModelForSequenceClassification.from_config(config or KINDS[kind]()).save_pretrained(tmp_path / kind)
+        AutoModelForSequenceClassification.from_config(config or KINDS[kind]()).save_pretrained(
+            tmp_path / kind
+        )
         model = ModelConfig(model_name_or_path=str(tmp_path / kind), max_length=32, **settings)
         return load_classifier(model, load_settings(model), TASK)[0].train()
 
@@ -84,22 +103,33 @@ def load(tmp_path: Path) -> Callable[..., Classifier]:
 
 def batch_of(lengths: Sequence[int]) -> Batch:
     return collate(
-        [Example(i, [5 + (7 * i + k) % 30 for k in range(length)], [0] * length, i % 2, 1.0) for i, length in enumerate(lengths)]
+        [
+            Example(i, [5 + (7 * i + k) % 30 for k in range(length)], [0] * length, i % 2, 1.0)
+            for i, length in enumerate(lengths)
+        ]
     )
 
 
-def gradients(model: Classifier, lengths: Sequence[int] = LENGTHS, step: int = 3) -> dict[str, Tensor]:
+def gradients(
+    model: Classifier, lengths: Sequence[int] = LENGTHS, step: int = 3
+) -> dict[str, Tensor]:
     batch = batch_of(lengths)
     seed_dropout(1, step, 0)
     clear_gradients(model)
     TASK.loss(model(batch), batch.targets, batch.weights).backward()
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    return {
+        name: weight.grad.clone()
+        for name, weight in model.named_parameters()
+        if weight.grad is not None
+    }
 
 
 def far(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """The largest difference, relative to the largest gradient."""
     assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a) / max(x.abs().max().item() for x in b.values())
+    return max((a[name] - b[name]).abs().max().item() for name in a) / max(
+        x.abs().max().item() for x in b.values()
+    )
 
 
 # ---- The same arithmetic
@@ -109,13 +139,17 @@ def far(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 def test_gradients_are_the_eager_ones(kind: str, load: Callable[..., Classifier]) -> None:
     """Dropout too: the same masks, drawn in the same order. This backend splits forward and backward as inductor does."""
     eager, model = load(kind, dropout=0.3).double(), load(kind, dropout=0.3).double()
-    assert compile_layers(model, HERE, "aot_eager_decomp_partition").startswith("--torch_compile: the layers are compiled (")
+    assert compile_layers(model, HERE, "aot_eager_decomp_partition").startswith(
+        "--torch_compile: the layers are compiled ("
+    )
     for lengths in (LENGTHS, [12, 2]):
         assert far(gradients(model, lengths), gradients(eager, lengths)) < 1e-14
     assert far(gradients(model), gradients(eager, step=4)) > 0.01  # other masks would be seen
 
 
-def test_a_mask_that_is_not_the_rows_is_seen(load: Callable[..., Classifier], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_that_is_not_the_rows_is_seen(
+    load: Callable[..., Classifier], monkeypatch: pytest.MonkeyPatch
+) -> None:
     eager, model = load(dropout=0.3), load(dropout=0.3)
     expected = gradients(eager)
     compile_layers(model, HERE, "aot_eager")
@@ -128,7 +162,9 @@ def test_in_bf16_too(load: Callable[..., Classifier]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         compile_layers(model, HERE, counting := Counting())
         calls = counting.calls
-        assert far(gradients(model), gradients(eager)) == 0  # the same operators: nothing is fused here
+        assert (
+            far(gradients(model), gradients(eager)) == 0
+        )  # the same operators: nothing is fused here
     assert counting.calls == calls + 2
 
 
@@ -137,7 +173,9 @@ def test_kept_gradients_are_kept(load: Callable[..., Classifier]) -> None:
     compile_layers(model, HERE, Counting())
     table = model.model.get_input_embeddings()
     assert isinstance(table, KeptGradientEmbedding) and table.written == []
-    assert all(not weight.grad.any() for weight in model.parameters() if weight.grad is not None)  # of the throw-away texts nothing is left
+    assert all(
+        not weight.grad.any() for weight in model.parameters() if weight.grad is not None
+    )  # of the throw-away texts nothing is left
     gradients(model)
     kept = table.weight.grad
     gradients(model, step=4)
@@ -148,7 +186,9 @@ def test_weights_keep_their_names(load: Callable[..., Classifier]) -> None:
     eager, model = load(), load()
     compile_layers(model, HERE, Counting())
     assert list(model.state_dict()) == list(eager.state_dict())
-    assert [name for name, _ in model.named_modules()] == [name for name, _ in eager.named_modules()]
+    assert [name for name, _ in model.named_modules()] == [
+        name for name, _ in eager.named_modules()
+    ]
 
 
 def test_evaluation_runs_eagerly(load: Callable[..., Classifier]) -> None:
@@ -156,7 +196,9 @@ def test_evaluation_runs_eagerly(load: Callable[..., Classifier]) -> None:
     compile_layers(model, HERE, counting := Counting())
     calls = counting.calls
     with torch.no_grad():
-        torch.testing.assert_close(model.eval()(batch_of(LENGTHS)), eager(batch_of(LENGTHS)), rtol=0, atol=0)
+        torch.testing.assert_close(
+            model.eval()(batch_of(LENGTHS)), eager(batch_of(LENGTHS)), rtol=0, atol=0
+        )
     assert counting.calls == calls
 
 
@@ -185,11 +227,16 @@ def test_a_single_token_runs_eagerly(load: Callable[..., Classifier]) -> None:
     assert (counting.compiled, counting.calls) == (1, calls)
 
 
-def test_what_compiles_for_each_size_is_not_used(load: Callable[..., Classifier], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_compiles_for_each_size_is_not_used(
+    load: Callable[..., Classifier], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch._dynamo, "mark_dynamic", lambda *args: None)
     model = load()
     said = compile_layers(model, HERE, counting := Counting())
-    assert said.startswith("--torch_compile cannot take effect, the layers run eagerly: ") and "recompile" in said
+    assert (
+        said.startswith("--torch_compile cannot take effect, the layers run eagerly: ")
+        and "recompile" in said
+    )
     calls = counting.calls
     gradients(model)
     assert counting.calls == calls
@@ -224,17 +271,32 @@ def broken_backward(graph: Any, inputs: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("backend", "why"), [(broken, "no such thing"), (broken_backward, "ValueError: no message"), ("no_backend", "no_backend")]
+    ("backend", "why"),
+    [
+        (broken, "no such thing"),
+        (broken_backward, "ValueError: no message"),
+        ("no_backend", "no_backend"),
+    ],
 )
-def test_what_does_not_compile_runs_eagerly(backend: Any, why: str, load: Callable[..., Classifier]) -> None:
+def test_what_does_not_compile_runs_eagerly(
+    backend: Any, why: str, load: Callable[..., Classifier]
+) -> None:
     eager, model = load(dropout=0.3), load(dropout=0.3)
     said = compile_layers(model, HERE, backend)
-    assert said.startswith("--torch_compile cannot take effect, the layers run eagerly: ") and why in said and "\n" not in said
+    assert (
+        said.startswith("--torch_compile cannot take effect, the layers run eagerly: ")
+        and why in said
+        and "\n" not in said
+    )
     assert far(gradients(model), gradients(eager)) == 0
-    assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2  # nobody else is told not to compile
+    assert (
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
+    )  # nobody else is told not to compile
 
 
-def test_a_family_that_is_not_told_apart_runs_eagerly(load: Callable[..., Classifier], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_family_that_is_not_told_apart_runs_eagerly(
+    load: Callable[..., Classifier], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(FAMILIES, "bert", replace(FAMILIES["bert"], rest=None))
     said = compile_layers(load(), HERE, counting := Counting())
     assert said == (
@@ -247,9 +309,14 @@ def test_a_family_that_is_not_told_apart_runs_eagerly(load: Callable[..., Classi
 
 
 def test_checkpointed_layers_run_eagerly(load: Callable[..., Classifier]) -> None:
-    eager, model = load(gradient_checkpointing=True, dropout=0.3), load(gradient_checkpointing=True, dropout=0.3)
+    eager, model = (
+        load(gradient_checkpointing=True, dropout=0.3),
+        load(gradient_checkpointing=True, dropout=0.3),
+    )
     said = compile_layers(model, HERE, counting := Counting())
-    assert said.endswith("eagerly: --gradient_checkpointing computes the layers again in the backward pass.")
+    assert said.endswith(
+        "eagerly: --gradient_checkpointing computes the layers again in the backward pass."
+    )
     assert far(gradients(model), gradients(eager)) == 0 and counting.compiled == 0
 
 
@@ -258,11 +325,16 @@ def test_a_model_of_one_layer_runs_eagerly(load: Callable[..., Classifier]) -> N
     assert "the last layer is not compiled" in compile_layers(load(config=config), HERE, Counting())
 
 
-def test_what_another_rank_cannot_compile_runs_eagerly_here_too(load: Callable[..., Classifier], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_another_rank_cannot_compile_runs_eagerly_here_too(
+    load: Callable[..., Classifier], monkeypatch: pytest.MonkeyPatch
+) -> None:
     two: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
     monkeypatch.setattr(compiled, "gather_object", lambda mine: [*mine, "OSError: no disk"])
     eager, model = load(dropout=0.3), load(dropout=0.3)
     said = compile_layers(model, two, counting := Counting())
-    assert said == "--torch_compile cannot take effect (rank 1), the layers run eagerly: OSError: no disk"
+    assert (
+        said
+        == "--torch_compile cannot take effect (rank 1), the layers run eagerly: OSError: no disk"
+    )
     calls = counting.calls
     assert far(gradients(model), gradients(eager)) == 0 and counting.calls == calls

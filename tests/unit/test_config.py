@@ -30,7 +30,12 @@ from bertdist.config import (
 from bertdist.errors import BertdistError, ConfigError
 
 SECTIONS = [ModelConfig, DataConfig, TaskConfig, BatchConfig, OptimConfig, RunConfig]
-NEEDED = ["--model_name_or_path=m", "--train_file=t.tsv", "--validation_file=d.tsv", "--output_dir=o"]
+NEEDED = [
+    "--model_name_or_path=m",
+    "--train_file=t.tsv",
+    "--validation_file=d.tsv",
+    "--output_dir=o",
+]
 
 
 def taken(config: TrainConfig, name: str) -> Any:
@@ -66,15 +71,24 @@ def untold(sections: Sequence[Any], shown: str) -> list[str]:
     for section in sections:
         for field in dataclasses.fields(section):
             sentence = " ".join(field.metadata["help"].replace("%%", "%").split())
-            told = sentence.endswith(".") and not sentence[:1].islower() and f"{sentence} (default: {field.default})" in text
+            told = (
+                sentence.endswith(".")
+                and not sentence[:1].islower()
+                and f"{sentence} (default: {field.default})" in text
+            )
             if not (told and f"--{field.name} " in text):
                 found.append(field.name)
     return found
 
 
-@pytest.mark.parametrize(("read", "sections"), [(read_config, SECTIONS), (read_predict_config, [PredictConfig])])
+@pytest.mark.parametrize(
+    ("read", "sections"), [(read_config, SECTIONS), (read_predict_config, [PredictConfig])]
+)
 def test_help_says_a_sentence_and_a_default_of_every_flag(
-    read: Callable[[Sequence[str]], Any], sections: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    read: Callable[[Sequence[str]], Any],
+    sections: list[Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as exit:
@@ -153,7 +167,11 @@ def test_no_flag_may_be_abbreviated(start: str) -> None:
     ("words", "text", "expected"),
     [
         (["--folds", "5", "--label-column=l", "x"], None, {"folds", "label_column"}),
-        (["--folds=5", "CONFIG"], "seed: 3\nlabel-names: [a, b]\nmodel:\noutput: ''\n", {"folds", "seed", "label_names", "output"}),
+        (
+            ["--folds=5", "CONFIG"],
+            "seed: 3\nlabel-names: [a, b]\nmodel:\noutput: ''\n",
+            {"folds", "seed", "label_names", "output"},
+        ),
         (["CONFIG"], "[", set()),
         (["CONFIG"], "[" * 5000, set()),
         (["--config", "nowhere.yaml"], None, set()),
@@ -162,7 +180,9 @@ def test_no_flag_may_be_abbreviated(start: str) -> None:
     ],
     ids=["line", "both", "no YAML", "deep", "no file", "no value", "nothing"],
 )
-def test_what_words_name_is_known_before_they_are_read(words: list[str], text: str | None, expected: set[str], tmp_path: Path) -> None:
+def test_what_words_name_is_known_before_they_are_read(
+    words: list[str], text: str | None, expected: set[str], tmp_path: Path
+) -> None:
     (tmp_path / "run.yaml").write_text(text or "")
     for config in ([f"--config={tmp_path / 'run.yaml'}"], ["--config", str(tmp_path / "run.yaml")]):
         given = [part for word in words for part in (config if word == "CONFIG" else [word])]
@@ -170,21 +190,31 @@ def test_what_words_name_is_known_before_they_are_read(words: list[str], text: s
 
 
 def test_yaml_of_any_depth_is_one_line(file: Callable[[str], list[str]]) -> None:
-    assert ["not YAML: maximum recursion depth" in line for line in problems(file("[" * 5000))] == [True]
+    assert ["not YAML: maximum recursion depth" in line for line in problems(file("[" * 5000))] == [
+        True
+    ]
 
 
 @pytest.mark.parametrize("word", sorted(words_module._ELSEWHERE))
-def test_words_from_elsewhere_are_answered_with_ours(word: str, file: Callable[[str], list[str]]) -> None:
+def test_words_from_elsewhere_are_answered_with_ours(
+    word: str, file: Callable[[str], list[str]]
+) -> None:
     answer = words_module._ELSEWHERE[word]
     assert problems([*NEEDED, f"--{word}=1"]) == [f"Unknown setting '{word}': {answer}."]
     words = file(f"seed: 1\n{word}: 1\n")
-    assert problems([*words, *NEEDED]) == [f"{words[1]} line 2: Unknown setting '{word}': {answer}."]
+    assert problems([*words, *NEEDED]) == [
+        f"{words[1]} line 2: Unknown setting '{word}': {answer}."
+    ]
 
 
 def test_words_from_elsewhere_are_not_words_of_ours_and_name_real_ones() -> None:
     known = {field.name for section in SECTIONS for field in dataclasses.fields(section)}
     assert not known & words_module._ELSEWHERE.keys()
-    named = {flag for answer in words_module._ELSEWHERE.values() for flag in re.findall(r"--(\w+)", answer)}
+    named = {
+        flag
+        for answer in words_module._ELSEWHERE.values()
+        for flag in re.findall(r"--(\w+)", answer)
+    }
     assert named <= known | {field.name for field in dataclasses.fields(PredictConfig)}
 
 
@@ -212,7 +242,10 @@ def test_all_unknown_flags_are_told_at_once() -> None:
         (["--tokens_per_micro_batch", "0"], "--tokens_per_micro_batch is 0; expected at least 1."),
         (["--max_train_steps", "0"], "--max_train_steps is 0; expected at least 1."),
         (["--save_total_limit", "1"], "--save_total_limit is 1; expected at least 2."),
-        (["--label_smoothing_factor", "-0.1"], "--label_smoothing_factor is -0.1; expected from 0 to 1."),
+        (
+            ["--label_smoothing_factor", "-0.1"],
+            "--label_smoothing_factor is -0.1; expected from 0 to 1.",
+        ),
         (
             ["--eval_every", "10 parrots"],
             "--eval_every is '10 parrots'; expected words such as '200 steps', '0.5 epochs', '10%' or 'never'.",
@@ -226,7 +259,10 @@ def test_all_unknown_flags_are_told_at_once() -> None:
         (["--class_weights", "1", "-2"], "--class_weights is '1 -2'; expected"),
         (["--class_weights", "1", "inf"], "--class_weights is '1 inf'; expected"),
         (["--class_weights", "nan", "1"], "--class_weights is 'nan 1'; expected"),
-        (["--warmup_steps", "5", "--warmup_ratio", "0.1"], "--warmup_steps and --warmup_ratio both name the warmup; give one."),
+        (
+            ["--warmup_steps", "5", "--warmup_ratio", "0.1"],
+            "--warmup_steps and --warmup_ratio both name the warmup; give one.",
+        ),
         (
             ["--lr_scheduler_type", "constant", "--warmup_steps", "5"],
             "--lr_scheduler_type constant has no warmup; take constant_with_warmup.",
@@ -236,8 +272,14 @@ def test_all_unknown_flags_are_told_at_once() -> None:
             "--early_stopping_patience needs evaluations, and --eval_every is 'never'.",
         ),
         (["--max_bad_rows", "5"], "--max_bad_rows goes with --on_bad_row skip."),
-        (["--max_bad_rows", "-1", "--on_bad_row", "skip"], "--max_bad_rows is -1; expected at least 0."),
-        (["--dataset_name", "d"], "--train_file and --dataset_name both name training rows; give one."),
+        (
+            ["--max_bad_rows", "-1", "--on_bad_row", "skip"],
+            "--max_bad_rows is -1; expected at least 0.",
+        ),
+        (
+            ["--dataset_name", "d"],
+            "--train_file and --dataset_name both name training rows; give one.",
+        ),
         (
             ["--label_columns", "a", "b", "--label_delimiter", ","],
             "--label_columns stands instead of --label_column and --label_delimiter.",
@@ -245,10 +287,19 @@ def test_all_unknown_flags_are_told_at_once() -> None:
         (["--stream_window", "8"], "--stream_window goes with --streaming."),
         (["--stream_split", "files"], "--stream_split goes with --streaming."),
         (["--stream_window", "0", "--streaming"], "--stream_window is 0; expected at least 1."),
-        (["--train_weights", "1", "2"], "--train_weights has 2 numbers for 1 --train_file; one each."),
+        (
+            ["--train_weights", "1", "2"],
+            "--train_weights has 2 numbers for 1 --train_file; one each.",
+        ),
         (["--train_weights", "0"], "--train_weights is 0.0; expected numbers above 0."),
-        (["--stream_split", "files", "--streaming", "--train_weights", "1"], "--train_weights goes with --stream_split rows"),
-        (["--max_train_samples", "5", "--streaming", "--train_weights", "1"], "--max_train_samples takes the first rows of all, and"),
+        (
+            ["--stream_split", "files", "--streaming", "--train_weights", "1"],
+            "--train_weights goes with --stream_split rows",
+        ),
+        (
+            ["--max_train_samples", "5", "--streaming", "--train_weights", "1"],
+            "--max_train_samples takes the first rows of all, and",
+        ),
         (
             ["--max_train_samples", "5", "--streaming", "--stream_split", "files"],
             "--max_train_samples takes the first rows of all, and with --stream_split files each rank has other files: leave one out.",
@@ -288,7 +339,12 @@ def test_an_infinite_number_is_refused(name: str) -> None:
 
 def test_all_problems_are_told_at_once() -> None:
     lines = problems(["--dropout=2", "--seed=-1", "--eval_every=often", "--validation_file=v.tsv"])
-    starts = ["--model_name_or_path is missing", "--output_dir is missing", "No training rows", "--validation_file goes with --train_file"]
+    starts = [
+        "--model_name_or_path is missing",
+        "--output_dir is missing",
+        "No training rows",
+        "--validation_file goes with --train_file",
+    ]
     starts += ["--dropout is 2.0", "--seed is -1", "--eval_every is 'often'"]
     assert len(lines) == len(starts)
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True)), lines
@@ -328,7 +384,11 @@ def test_all_problems_are_told_at_once() -> None:
         ("metrics: [accuracy, f1]", "metrics", ["accuracy", "f1"]),
         ("metrics:\n- accuracy\n- f1", "metrics", ["accuracy", "f1"]),
         ("metrics: []", "metrics", None),
-        ("label_names: [no, yes, 'null', ~, '', 01, 1.0]", "label_names", ["no", "yes", "null", "~", "", "01", "1.0"]),
+        (
+            "label_names: [no, yes, 'null', ~, '', 01, 1.0]",
+            "label_names",
+            ["no", "yes", "null", "~", "", "01", "1.0"],
+        ),
         ("label_names: [-1, 0, 1]", "label_names", ["-1", "0", "1"]),
         ("eval_every: 10%", "eval_every", "10%"),
         ("max_length: &x 3\nseed: *x", "seed", 3),
@@ -336,7 +396,9 @@ def test_all_problems_are_told_at_once() -> None:
         ("# nothing\n", "seed", 42),
     ],
 )
-def test_a_scalar_of_the_file_is_the_text_that_stands_there(text: str, name: str, value: Any, file: Callable[[str], list[str]]) -> None:
+def test_a_scalar_of_the_file_is_the_text_that_stands_there(
+    text: str, name: str, value: Any, file: Callable[[str], list[str]]
+) -> None:
     found = taken(read_config([*file(text), *NEEDED]), name)
     assert found == value
     assert type(found) is type(value)
@@ -346,14 +408,24 @@ def test_a_scalar_of_the_file_is_the_text_that_stands_there(text: str, name: str
 def test_flags_win_over_the_file(position: str, file: Callable[[str], list[str]]) -> None:
     words = file("seed: 1\nmetrics: [accuracy, f1]\nuse_cpu: yes\nmax_length: 9")
     flags = ["--seed=2", "--metrics", "mcc", "--use_cpu=no"]
-    config = read_config([*NEEDED, *words, *flags] if position == "before" else [*NEEDED, *flags, *words])
-    assert [taken(config, name) for name in ("seed", "metrics", "use_cpu", "max_length")] == [2, ["mcc"], False, 9]
+    config = read_config(
+        [*NEEDED, *words, *flags] if position == "before" else [*NEEDED, *flags, *words]
+    )
+    assert [taken(config, name) for name in ("seed", "metrics", "use_cpu", "max_length")] == [
+        2,
+        ["mcc"],
+        False,
+        9,
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "lines"),
     [
-        ("seed: 1\n\nmax_lenght: 3", ["{} line 3: Unknown setting 'max_lenght'. Did you mean 'max_length'?"]),
+        (
+            "seed: 1\n\nmax_lenght: 3",
+            ["{} line 3: Unknown setting 'max_lenght'. Did you mean 'max_length'?"],
+        ),
         ("seed: 1\nfoo: 3", ["{} line 2: Unknown setting 'foo'. --help lists them."]),
         ("seed: 1\nlearning_rate: 1\nseed: 2", ["{} line 3: 'seed' stands here a second time."]),
         ("seed: 1\n--seed: 2", ["{} line 2: 'seed' stands here a second time."]),
@@ -374,12 +446,16 @@ def test_flags_win_over_the_file(position: str, file: Callable[[str], list[str]]
         ("seed", ["--config {}: expected lines of `name: value`."]),
     ],
 )
-def test_what_is_wrong_in_the_file_is_told_with_file_and_line(text: str, lines: list[str], file: Callable[[str], list[str]]) -> None:
+def test_what_is_wrong_in_the_file_is_told_with_file_and_line(
+    text: str, lines: list[str], file: Callable[[str], list[str]]
+) -> None:
     words = file(text)
     assert problems([*words, *NEEDED]) == [line.format(words[1]) for line in lines]
 
 
-@pytest.mark.parametrize("text", ["a: [", "a: b: c", "\tseed: 1", "seed: 1\n---\nseed: 2", "seed: *x", "a: \x00"])
+@pytest.mark.parametrize(
+    "text", ["a: [", "a: b: c", "\tseed: 1", "seed: 1\n---\nseed: 2", "seed: *x", "a: \x00"]
+)
 def test_a_file_that_is_not_yaml_is_one_line(text: str, file: Callable[[str], list[str]]) -> None:
     words = file(text)
     (line,) = problems([*words, *NEEDED])
@@ -394,7 +470,9 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("items", [["-neg", "+pos"], ["--use_cpu", "x"], ["x", "--"]])
-def test_a_list_of_the_file_may_hold_words_that_look_like_flags(items: list[str], file: Callable[[str], list[str]]) -> None:
+def test_a_list_of_the_file_may_hold_words_that_look_like_flags(
+    items: list[str], file: Callable[[str], list[str]]
+) -> None:
     config = read_config([*file(yaml.safe_dump({"label_names": items})), *NEEDED])
     assert taken(config, "label_names") == items
     assert taken(config, "use_cpu") is False
@@ -423,9 +501,13 @@ GLUE = "--model_name_or_path=m --output_dir=o --task_name=sst2".split()
 
 
 @pytest.mark.parametrize("words", [NEEDED, HUB, GLUE, *([*NEEDED, *line.split()] for line in FULL)])
-def test_a_written_config_reads_back_the_same(words: list[str], file: Callable[[str], list[str]]) -> None:
+def test_a_written_config_reads_back_the_same(
+    words: list[str], file: Callable[[str], list[str]]
+) -> None:
     if "--column_names" in words:
-        words = [word for word in words if word != "-t"]  # a flag to argparse where a list is given word by word
+        words = [
+            word for word in words if word != "-t"
+        ]  # a flag to argparse where a list is given word by word
     config = read_config(words)
     assert read_config(file(write_config(config))) == config
     # The control: a file that lacks one value is another config.
@@ -434,20 +516,37 @@ def test_a_written_config_reads_back_the_same(words: list[str], file: Callable[[
 
 
 def test_the_round_trips_try_every_setting() -> None:
-    tried = {word.split("=")[0] for words in (*map(str.split, FULL), NEEDED, HUB, GLUE) for word in words if word.startswith("--")}
-    assert tried == {f"--{field.name}" for section in SECTIONS for field in dataclasses.fields(section)}
+    tried = {
+        word.split("=")[0]
+        for words in (*map(str.split, FULL), NEEDED, HUB, GLUE)
+        for word in words
+        if word.startswith("--")
+    }
+    assert tried == {
+        f"--{field.name}" for section in SECTIONS for field in dataclasses.fields(section)
+    }
 
 
 ODD = ["no", "null", "~", "", "1e-4", "0x1", "=", "- a", "a: b", "{", "&x", "!t", "\n", "'"]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])  # the file is written anew each time
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)  # the file is written anew each time
 @given(
     # Without NEL, which PyYAML folds as a line end and does not write back (PyYAML 6.0).
-    text=st.one_of(st.text(max_size=8).filter(lambda text: "\x85" not in text), st.sampled_from(ODD)),
-    names=st.lists(st.text(string.printable + "ü世", min_size=1).filter(lambda word: word[0] != "-"), min_size=1, max_size=3),
+    text=st.one_of(
+        st.text(max_size=8).filter(lambda text: "\x85" not in text), st.sampled_from(ODD)
+    ),
+    names=st.lists(
+        st.text(string.printable + "ü世", min_size=1).filter(lambda word: word[0] != "-"),
+        min_size=1,
+        max_size=3,
+    ),
 )
-def test_any_text_survives_the_written_file(text: str, names: list[str], file: Callable[[str], list[str]]) -> None:
+def test_any_text_survives_the_written_file(
+    text: str, names: list[str], file: Callable[[str], list[str]]
+) -> None:
     config = read_config([*NEEDED, f"--text_column={text}"])
     config = dataclasses.replace(config, task=dataclasses.replace(config.task, label_names=names))
     assert read_config(file(write_config(config))) == config
@@ -498,32 +597,76 @@ def test_a_duration_that_was_not_checked_is_our_mistake() -> None:
                 "Give the texts with --text or with --input, one of the two.",
             ],
         ),
-        (["--model=m", "--text", "a", "--input=f.csv"], ["Give the texts with --text or with --input, one of the two."]),
-        (["--model=m", "--text", "a", "--output=f.jsonl"], ["--output goes with --input; answers to --text are printed."]),
-        (["--model=m", "--text", "a", "b", "--text_pair", "c"], ["--text_pair has 1 texts and --text has 2; they go together."]),
-        (["--model=m", "--input=f", "--text_pair", "c"], ["--text_pair has 1 texts and --text has 0; they go together."]),
-        (["--model=m", "--text", "a", "--max_length=2"], ["--max_length is 2; expected at least 3."]),
-        (["--model=m", "--text", "a", "--modle=m"], ["Unknown setting 'modle'. Did you mean 'model'?"]),
-        (["--model=m", "--text", "a", "--mode=m"], ["Unknown setting 'mode'. Did you mean 'model'?"]),
-        (["--model=m", "--text", "a", "--learning_rate=1"], ["Unknown setting 'learning_rate'. --help lists them."]),
+        (
+            ["--model=m", "--text", "a", "--input=f.csv"],
+            ["Give the texts with --text or with --input, one of the two."],
+        ),
+        (
+            ["--model=m", "--text", "a", "--output=f.jsonl"],
+            ["--output goes with --input; answers to --text are printed."],
+        ),
+        (
+            ["--model=m", "--text", "a", "b", "--text_pair", "c"],
+            ["--text_pair has 1 texts and --text has 2; they go together."],
+        ),
+        (
+            ["--model=m", "--input=f", "--text_pair", "c"],
+            ["--text_pair has 1 texts and --text has 0; they go together."],
+        ),
+        (
+            ["--model=m", "--text", "a", "--max_length=2"],
+            ["--max_length is 2; expected at least 3."],
+        ),
+        (
+            ["--model=m", "--text", "a", "--modle=m"],
+            ["Unknown setting 'modle'. Did you mean 'model'?"],
+        ),
+        (
+            ["--model=m", "--text", "a", "--mode=m"],
+            ["Unknown setting 'mode'. Did you mean 'model'?"],
+        ),
+        (
+            ["--model=m", "--text", "a", "--learning_rate=1"],
+            ["Unknown setting 'learning_rate'. --help lists them."],
+        ),
     ],
 )
-def test_what_is_wrong_with_a_prediction_is_told_at_once(words: list[str], lines: list[str]) -> None:
+def test_what_is_wrong_with_a_prediction_is_told_at_once(
+    words: list[str], lines: list[str]
+) -> None:
     assert problems(words, read_predict_config) == lines
 
 
 def test_a_prediction_is_read_from_flags_and_file(file: Callable[[str], list[str]]) -> None:
-    config = read_predict_config([*file("model: out/best\nmax_length: 9\ntext: [no, 'b c']"), "--max_length=7"])
+    config = read_predict_config(
+        [*file("model: out/best\nmax_length: 9\ntext: [no, 'b c']"), "--max_length=7"]
+    )
     assert config == PredictConfig(model="out/best", text=["no", "b c"], max_length=7)
 
 
 def test_odd_words_are_an_error_of_ours() -> None:
-    for words in (["--"], ["="], ["--="], ["---"], [""], ["\n"], ["--seed", "--seed"], ["--config=a", "--config=b"]):
+    for words in (
+        ["--"],
+        ["="],
+        ["--="],
+        ["---"],
+        [""],
+        ["\n"],
+        ["--seed", "--seed"],
+        ["--config=a", "--config=b"],
+    ):
         with pytest.raises(BertdistError):
             read_config([*NEEDED, *words])
 
 
-def test_a_list_for_a_setting_of_one_value_is_refused_with_its_line(file: Callable[[str], list[str]]) -> None:
+def test_a_list_for_a_setting_of_one_value_is_refused_with_its_line(
+    file: Callable[[str], list[str]],
+) -> None:
     words = file("metrics: [accuracy, f1_macro]\nseed: [1, 2]\n")
-    assert problems([*words, *NEEDED]) == [f"{words[1]} line 2: 'seed' takes one value, not a list."]
-    assert read_config([*file("metrics: [accuracy, f1_macro]\n"), *NEEDED]).task.metrics == ["accuracy", "f1_macro"]
+    assert problems([*words, *NEEDED]) == [
+        f"{words[1]} line 2: 'seed' takes one value, not a list."
+    ]
+    assert read_config([*file("metrics: [accuracy, f1_macro]\n"), *NEEDED]).task.metrics == [
+        "accuracy",
+        "f1_macro",
+    ]

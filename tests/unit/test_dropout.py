@@ -43,7 +43,11 @@ def test_a_texts_bits_do_not_depend_on_its_company() -> None:
     order = [2, 0, 1]
     other = Noise([ROWS[i] for i in order], [LENGTHS[i] for i in order])
     for site, size in enumerate(sizes):
-        for i, part in zip(order, other.keep([size[i] for i in order], 0.5).split([size[i] for i in order]), strict=True):
+        for i, part in zip(
+            order,
+            other.keep([size[i] for i in order], 0.5).split([size[i] for i in order]),
+            strict=True,
+        ):
             assert torch.equal(part, together[site][i])
 
 
@@ -56,7 +60,9 @@ def test_bits_differ_by_row_step_seed_and_site() -> None:
         found.append(drawn(5)[0])
     for i, a in enumerate(found):
         for b in found[:i]:
-            assert abs((a == b).float().mean() - 0.5) < 5 * 0.5 / math.sqrt(512)  # as far apart as coins
+            assert abs((a == b).float().mean() - 0.5) < 5 * 0.5 / math.sqrt(
+                512
+            )  # as far apart as coins
 
 
 def test_the_rank_decides_nothing_but_torchs_own_draws() -> None:
@@ -95,7 +101,10 @@ def test_nothing_and_everything() -> None:
 
 
 def test_what_is_of_no_text_is_the_same_for_all() -> None:
-    tables = [Noise(rows, lengths).keep_common(500, 0.5) for rows, lengths in ((ROWS, LENGTHS), ([9], [4]), ([-1], [2]))]
+    tables = [
+        Noise(rows, lengths).keep_common(500, 0.5)
+        for rows, lengths in ((ROWS, LENGTHS), ([9], [4]), ([-1], [2]))
+    ]
     assert torch.equal(tables[0], tables[1]) and torch.equal(tables[0], tables[2])
     assert not any(torch.equal(tables[0], drawn(row, [500])[0]) for row in (-1, 0, 1))
     noise = Noise(ROWS, LENGTHS)
@@ -208,7 +217,9 @@ def test_every_dropout_of_a_model_is_replaced_and_nothing_else() -> None:
     class Own(nn.Dropout):
         pass
 
-    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.Sequential(nn.Dropout(0.2), nn.LayerNorm(4)), Own(0.3))
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.Dropout(0.1), nn.Sequential(nn.Dropout(0.2), nn.LayerNorm(4)), Own(0.3)
+    )
     names = list(model.state_dict())
     noise = Noise(ROWS, LENGTHS)
     replace_dropouts(model, lambda: noise)

@@ -21,14 +21,30 @@ pytest.importorskip("rensa", reason="near duplicates need the extra `check`")
 def sets_of(texts: list[str]) -> list[set[bytes]]:
     """The same shingles in plain Python."""
     raw = [text.encode() for text in texts]
-    return [{text[at : at + 5] for at in range(max(1, len(text) - 4))} if text else set() for text in raw]
+    return [
+        {text[at : at + 5] for at in range(max(1, len(text) - 4))} if text else set()
+        for text in raw
+    ]
 
 
 def array(texts: list[str]) -> pa.Array:
     return pa.array(texts, pa.large_string())
 
 
-NASTY = ["", "a", "ab", "abcd", "abcde", "abcdef", "aaaaaaaaaa", "中文很好", "é" * 4, "", "x y z", "\0\0\0\0\0\0"]
+NASTY = [
+    "",
+    "a",
+    "ab",
+    "abcd",
+    "abcde",
+    "abcdef",
+    "aaaaaaaaaa",
+    "中文很好",
+    "é" * 4,
+    "",
+    "x y z",
+    "\0\0\0\0\0\0",
+]
 
 
 def test_shingles_are_the_runs_of_five_bytes() -> None:
@@ -36,7 +52,9 @@ def test_shingles_are_the_runs_of_five_bytes() -> None:
     at, found = 0, []
     for count, text in zip(counts.tolist(), NASTY, strict=True):
         width = min(5, len(text.encode()))
-        found.append({int(value).to_bytes(8, "big")[8 - width :] for value in values[at : at + count]})
+        found.append(
+            {int(value).to_bytes(8, "big")[8 - width :] for value in values[at : at + count]}
+        )
         at += count
     assert found == sets_of(NASTY) and at == len(values)
     sliced, counts = shingles(array(["not this", *NASTY])[1:])
@@ -45,10 +63,16 @@ def test_shingles_are_the_runs_of_five_bytes() -> None:
 
 
 def test_jaccard_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [row["text"][:cut] for row in clean_rows(12) for cut in (9, 30, 31, 60)] + ["aaaaaaaaa", "aaaaab", "中文很好吗"]
+    texts = [row["text"][:cut] for row in clean_rows(12) for cut in (9, 30, 31, 60)] + [
+        "aaaaaaaaa",
+        "aaaaab",
+        "中文很好吗",
+    ]
     left, right = np.array(list(combinations(range(len(texts)), 2))).T
     sets = sets_of(texts)
-    expected = [len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in zip(left, right, strict=True)]
+    expected = [
+        len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in zip(left, right, strict=True)
+    ]
     assert jaccard(array(texts), left, right).tolist() == expected
     assert 0 < np.count_nonzero(expected) < len(expected)
     monkeypatch.setattr(duplicates, "SHINGLES_AT_ONCE", 100)  # in many pieces
@@ -74,7 +98,13 @@ def test_every_reported_pair_is_near_and_few_are_missed() -> None:
         for a, b in combinations(range(len(sets)), 2)
         if len(sets[a] & sets[b]) >= 0.8 * len(sets[a] | sets[b])
     }
-    found = dict(zip(zip(same.pairs.left.tolist(), same.pairs.right.tolist(), strict=True), same.pairs.similarity.tolist(), strict=True))
+    found = dict(
+        zip(
+            zip(same.pairs.left.tolist(), same.pairs.right.tolist(), strict=True),
+            same.pairs.similarity.tolist(),
+            strict=True,
+        )
+    )
     assert found.items() <= near.items() and len(near) > 30
     assert len(found) >= 0.98 * len(near)
     # The control: with another threshold other pairs would have been near.
@@ -89,7 +119,9 @@ def test_clean_rows_have_no_near_duplicates_and_a_threshold_of_0_does_not_look()
     assert compare_texts({"train": records}, 0.0).pairs is None
 
 
-def test_a_popular_bucket_costs_a_bounded_number_of_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_popular_bucket_costs_a_bounded_number_of_comparisons(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     compared = 0
     whole = duplicates.jaccard
 
@@ -99,14 +131,20 @@ def test_a_popular_bucket_costs_a_bounded_number_of_comparisons(monkeypatch: pyt
         return whole(texts, left, right)
 
     monkeypatch.setattr(duplicates, "jaccard", counted)
-    texts = [f"Your code for the bank is {number:09d}, do not share it with anybody." for number in range(0, 10**9, 10**6)]
+    texts = [
+        f"Your code for the bank is {number:09d}, do not share it with anybody."
+        for number in range(0, 10**9, 10**6)
+    ]
     pairs = compare_texts({"train": records_of(texts)}, 0.8).pairs
     assert pairs is not None and len(np.unique([pairs.left, pairs.right])) > 900
     assert compared < 13 * len(texts)  # all with all: 499,500
 
 
 def test_texts_are_numbered_over_all_splits_and_up_to_case_and_blanks() -> None:
-    train, dev = records_of(["A  film", "a film", "other", "A  film"]), records_of([" a film\u00a0", "Other", "none"])
+    train, dev = (
+        records_of(["A  film", "a film", "other", "A  film"]),
+        records_of([" a film\u00a0", "Other", "none"]),
+    )
     same = compare_texts({"train": train, "validation": dev}, 0)
     assert repeated(same.texts["train"]).tolist() == [False, False, False, True]
     assert repeated(same.plain["train"]).tolist() == [False, True, False, True]
@@ -116,6 +154,17 @@ def test_texts_are_numbered_over_all_splits_and_up_to_case_and_blanks() -> None:
 
 
 def test_a_pair_of_texts_is_one_text(tmp_path: Path) -> None:
-    rows = [{"sentence1": a, "sentence2": b, "label": "x"} for a, b in (("a", "b"), ("ab", ""), ("a", "c"), ("a", "b"), ("b", "a"))]
-    records: Records = open_source(DataConfig(train_file=[str(write_rows(tmp_path / "a.jsonl", rows))]), "train")
-    assert repeated(compare_texts({"train": records}, 0).texts["train"]).tolist() == [False, False, False, True, False]
+    rows = [
+        {"sentence1": a, "sentence2": b, "label": "x"}
+        for a, b in (("a", "b"), ("ab", ""), ("a", "c"), ("a", "b"), ("b", "a"))
+    ]
+    records: Records = open_source(
+        DataConfig(train_file=[str(write_rows(tmp_path / "a.jsonl", rows))]), "train"
+    )
+    assert repeated(compare_texts({"train": records}, 0).texts["train"]).tolist() == [
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]

@@ -13,7 +13,11 @@ from transformers import AutoConfig, AutoModel
 from bertdist.embedding import KeptGradientEmbedding, clear_gradients, keep_gradient
 
 ROWS, WIDTH = 20, 4
-BATCHES = [torch.tensor([3, 1, 3, 0, 7]), torch.tensor([[1, 19, 2], [0, 3, 3]]), torch.tensor([[5]])]
+BATCHES = [
+    torch.tensor([3, 1, 3, 0, 7]),
+    torch.tensor([[1, 19, 2], [0, 3, 3]]),
+    torch.tensor([[5]]),
+]
 
 
 class Model(nn.Module):
@@ -121,7 +125,9 @@ def test_an_optimizer_takes_the_same_steps() -> None:
             if model is models[0]:
                 clear_gradients(model)
             else:
-                optimizer.zero_grad(set_to_none=step > 3)  # nn.Embedding's weight has a gradient wherever it has been used once
+                optimizer.zero_grad(
+                    set_to_none=step > 3
+                )  # nn.Embedding's weight has a gradient wherever it has been used once
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     backward(models[0], BATCHES[0])  # the control: a step whose gradient is not cleared
@@ -152,7 +158,9 @@ def test_several_ranks_have_a_plain_table(n: int) -> None:
     assert run_ranks(n, names) == (["_LookupBackward"] if n == 1 else ["EmbeddingBackward0"] * 2)
 
 
-@pytest.mark.parametrize("settings", [{"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}])
+@pytest.mark.parametrize(
+    "settings", [{"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}]
+)
 def test_a_table_of_another_kind_stays_as_it_is(settings: dict[str, Any]) -> None:
     model = Model(**settings)
     keep_gradient(model)
@@ -175,7 +183,9 @@ def test_a_subclass_and_a_model_without_a_table_stay_as_they_are() -> None:
     model.table = Own(ROWS, WIDTH)
     keep_gradient(model)
     assert type(model.table) is Own
-    canine = AutoModel.from_config(AutoConfig.for_model("canine", hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    canine = AutoModel.from_config(
+        AutoConfig.for_model("canine", hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
     keep_gradient(canine)
     assert not any(isinstance(module, KeptGradientEmbedding) for module in canine.modules())
 

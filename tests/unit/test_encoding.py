@@ -20,7 +20,9 @@ from bertdist.records import Record, Records, records_of
 from bertdist.sources import open_source
 from bertdist.tasks import MultiLabel, Regression, SingleLabel, Task
 
-EACH_TIME = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])  # what is patched stays
+EACH_TIME = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)  # what is patched stays
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +48,33 @@ def byte_level() -> PreTrainedTokenizerBase:
     inner = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    inner.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"}
+    inner.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), add_prefix_space=False
+    )
+    special = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
+    }
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, model_max_length=512, model_input_names=["input_ids", "attention_mask"], **special
+        tokenizer_object=inner,
+        model_max_length=512,
+        model_input_names=["input_ids", "attention_mask"],
+        **special,
     )
 
 
 def unigram() -> PreTrainedTokenizerBase:
     """A tokenizer of XLM-R's and ALBERT's kind: SentencePiece pieces of words that begin with ▁."""
-    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((piece, -4.0) for piece in "▁abcdefghijklmnopqrstuvwxyz")]
+    pieces = [
+        ("<s>", 0.0),
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", -9.0),
+        *((piece, -4.0) for piece in "▁abcdefghijklmnopqrstuvwxyz"),
+    ]
     pieces += [("▁good", -2.0), ("▁go", -3.0), ("od", -3.0), ("▁▁", -3.5)]
     inner = Tokenizer(models.Unigram(pieces, unk_id=3))
     inner.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -64,7 +83,9 @@ def unigram() -> PreTrainedTokenizerBase:
         single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=512, model_input_names=["input_ids"], **special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, model_max_length=512, model_input_names=["input_ids"], **special
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +97,14 @@ def record(text: str, pair: str | None = None) -> Record:
     return Record(0, text, pair, None)
 
 
-def whole(text: str, pair: str | None, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], list[int]]:
+def whole(
+    text: str, pair: str | None, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[int], list[int]]:
     """What the tokenizer says of the whole text, alone."""
     # A list of one: given bare, transformers 5.23 takes an empty second text for none.
-    found = tokenizer([text], None if pair is None else [pair], truncation=True, max_length=max_length)
+    found = tokenizer(
+        [text], None if pair is None else [pair], truncation=True, max_length=max_length
+    )
     (ids,) = found["input_ids"]
     (segments,) = found.get("token_type_ids", [[0] * len(ids)])
     return ids, segments
@@ -100,28 +125,51 @@ def ids_of(words: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         ("", None, 128, "[CLS] [SEP]", [0] * 2),
         ("good movie so fun", None, 5, "[CLS] good movie so [SEP]", [0] * 5),
         ("good", "not bad", 128, "[CLS] good [SEP] not bad [SEP]", [0, 0, 0, 1, 1, 1]),
-        ("good good good good", "bad bad", 7, "[CLS] good good [SEP] bad bad [SEP]", [0, 0, 0, 0, 1, 1, 1]),  # the longer text gives way
+        (
+            "good good good good",
+            "bad bad",
+            7,
+            "[CLS] good good [SEP] bad bad [SEP]",
+            [0, 0, 0, 0, 1, 1, 1],
+        ),  # the longer text gives way
         ("good", "bad bad bad bad", 6, "[CLS] good [SEP] bad bad [SEP]", [0, 0, 0, 1, 1, 1]),
         ("goods dogs", None, 128, "[CLS] good ##s d ##o ##g ##s [SEP]", [0] * 8),
         ("世", None, 128, "[CLS] [UNK] [SEP]", [0] * 3),
     ],
 )
 def test_ids_by_hand(
-    text: str, pair: str | None, max_length: int, pieces: str, segments: list[int], tokenizer: PreTrainedTokenizerBase
+    text: str,
+    pair: str | None,
+    max_length: int,
+    pieces: str,
+    segments: list[int],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    assert encode([record(text, pair)], tokenizer, max_length) == [(ids_of(pieces, tokenizer), segments)]
+    assert encode([record(text, pair)], tokenizer, max_length) == [
+        (ids_of(pieces, tokenizer), segments)
+    ]
 
 
 @EACH_TIME
 @given(
-    rows=st.lists(st.tuples(st.text("agod .\t\n世é", max_size=30), st.text("agod ", max_size=30)), min_size=1, max_size=5),
+    rows=st.lists(
+        st.tuples(st.text("agod .\t\n世é", max_size=30), st.text("agod ", max_size=30)),
+        min_size=1,
+        max_size=5,
+    ),
     size=st.integers(3, 20),
 )
-def test_a_text_has_the_ids_it_has_alone(rows: list[tuple[str, str]], size: int, kinds: dict[str, PreTrainedTokenizerBase]) -> None:
+def test_a_text_has_the_ids_it_has_alone(
+    rows: list[tuple[str, str]], size: int, kinds: dict[str, PreTrainedTokenizerBase]
+) -> None:
     for each in kinds.values():
-        assert encode([record(text) for text, _ in rows], each, size) == [whole(text, None, each, size) for text, _ in rows]
+        assert encode([record(text) for text, _ in rows], each, size) == [
+            whole(text, None, each, size) for text, _ in rows
+        ]
         if size >= 5:  # a pair has up to four special tokens
-            assert encode([record(*row) for row in rows], each, size) == [whole(*row, each, size) for row in rows]
+            assert encode([record(*row) for row in rows], each, size) == [
+                whole(*row, each, size) for row in rows
+            ]
 
 
 def test_a_family_without_segments_has_zeros(kinds: dict[str, PreTrainedTokenizerBase]) -> None:
@@ -183,36 +231,75 @@ def test_a_long_text_has_the_ids_of_the_whole_text(
     each, text = kinds[kind], LONG[name]
     assert len(text) >= 2000
     for max_length in (3, 20, 128, 512):
-        assert encode([record("good"), record(text)], each, max_length)[1] == whole(text, None, each, max_length)
+        assert encode([record("good"), record(text)], each, max_length)[1] == whole(
+            text, None, each, max_length
+        )
 
 
-@pytest.mark.parametrize("text", ["good movie " * 2200, "movie" * 5000, "good\t" * 4500 + "so " * 300])
-def test_a_text_above_the_real_limit_has_the_ids_of_the_whole_text(text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize(
+    "text", ["good movie " * 2200, "movie" * 5000, "good\t" * 4500 + "so " * 300]
+)
+def test_a_text_above_the_real_limit_has_the_ids_of_the_whole_text(
+    text: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     assert len(text) > CUT_ABOVE
     for max_length in (3, 128, 512):
-        assert encode([record(text)], tokenizer, max_length) == [whole(text, None, tokenizer, max_length)]
+        assert encode([record(text)], tokenizer, max_length) == [
+            whole(text, None, tokenizer, max_length)
+        ]
 
 
 PIECES = st.sampled_from(
-    [" ", "  ", "   ", " " * 9, " " * 18, "\t", "\n", "a", "good", "世", "é", "e\u0301", ".", "'s", "\u00a0", "[MASK]", "<mask>", "\x00"]
+    [
+        " ",
+        "  ",
+        "   ",
+        " " * 9,
+        " " * 18,
+        "\t",
+        "\n",
+        "a",
+        "good",
+        "世",
+        "é",
+        "e\u0301",
+        ".",
+        "'s",
+        "\u00a0",
+        "[MASK]",
+        "<mask>",
+        "\x00",
+    ]
 )
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "byte level", "unigram"])
 @EACH_TIME
 @given(pieces=st.lists(PIECES, max_size=60), max_length=st.integers(3, 12))
-@example(pieces=["good", " " * 18, " " * 18, "a"], max_length=4)  # the cut falls into a run of blanks
+@example(
+    pieces=["good", " " * 18, " " * 18, "a"], max_length=4
+)  # the cut falls into a run of blanks
 @example(pieces=["good", " " * 18, " " * 18, "<mask>"], max_length=4)
 def test_a_cut_anywhere_is_not_to_be_seen(
-    pieces: list[str], max_length: int, kind: str, kinds: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+    pieces: list[str],
+    max_length: int,
+    kind: str,
+    kinds: dict[str, PreTrainedTokenizerBase],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(encoding, "CUT_ABOVE", 10)  # the first cut falls after ten characters, the next after twenty, ...
+    monkeypatch.setattr(
+        encoding, "CUT_ABOVE", 10
+    )  # the first cut falls after ten characters, the next after twenty, ...
     text = "".join(pieces)
-    assert encode([record(text)], kinds[kind], max_length) == [whole(text, None, kinds[kind], max_length)]
+    assert encode([record(text)], kinds[kind], max_length) == [
+        whole(text, None, kinds[kind], max_length)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "byte level", "unigram"])
-def test_a_careless_cut_would_be_seen(kind: str, kinds: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_careless_cut_would_be_seen(
+    kind: str, kinds: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The control of the tests above: cut in the middle of a word; cut before there are enough words.
     for careless, text in (
         (lambda text, *rest: text[:25], "good good good good good good"),
@@ -235,14 +322,21 @@ def test_real_texts_are_cut_without_a_trace(
     shared_data: Path, kinds: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoding, "CUT_ABOVE", 200)
-    texts = [(shared_data / name / "dev.tsv").read_text(encoding="utf-8")[:20_000] for name in ("sst2", "chnsenticorp")]
+    texts = [
+        (shared_data / name / "dev.tsv").read_text(encoding="utf-8")[:20_000]
+        for name in ("sst2", "chnsenticorp")
+    ]
     for each in kinds.values():
         for text in texts:
             for max_length in (16, 300):
-                assert encode([record(text)], each, max_length) == [whole(text, None, each, max_length)]
+                assert encode([record(text)], each, max_length) == [
+                    whole(text, None, each, max_length)
+                ]
 
 
-def test_a_long_text_costs_what_its_head_costs(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_costs_what_its_head_costs(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
 
     def read(texts: Any, *rest: Any, **settings: Any) -> Any:
@@ -264,7 +358,9 @@ def test_a_long_text_costs_what_its_head_costs(tokenizer: PreTrainedTokenizerBas
 def labelled(values: list[Any], codes: Sequence[int]) -> Records:
     """Rows 'good a', 'good aa', ... with labels."""
     plain = records_of([f"good {'a' * i}" for i in range(1, len(codes) + 1)])
-    return dataclasses.replace(plain, label_kind="text", label_values=values, label_codes=np.array(codes, dtype=np.int32))
+    return dataclasses.replace(
+        plain, label_kind="text", label_values=values, label_codes=np.array(codes, dtype=np.int32)
+    )
 
 
 @pytest.mark.parametrize(
@@ -273,30 +369,54 @@ def labelled(values: list[Any], codes: Sequence[int]) -> Records:
         (SingleLabel(("neg", "pos")), ["pos", "neg"], [0, 1, 0], [1, 0, 1], np.int64),
         (Regression(("score",)), ["0.5", 2], [0, 1, 1], [0.5, 2.0, 2.0], np.float32),
         (Regression(("score",)), ["1", "2"], [0, 1, 1], [1.0, 2.0, 2.0], np.float32),
-        (MultiLabel(("a", "b")), [("b",), (), ("b", "a")], [0, 1, 2], [[0, 1], [0, 0], [1, 1]], np.float32),
+        (
+            MultiLabel(("a", "b")),
+            [("b",), (), ("b", "a")],
+            [0, 1, 2],
+            [[0, 1], [0, 0], [1, 1]],
+            np.float32,
+        ),
     ],
 )
 def test_labels_become_targets(
-    task: Task, values: list[Any], codes: list[int], targets: list[Any], kind: type, tokenizer: PreTrainedTokenizerBase
+    task: Task,
+    values: list[Any],
+    codes: list[int],
+    targets: list[Any],
+    kind: type,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     examples = open_examples(labelled(values, codes), tokenizer, task, 16)
     assert examples.targets.dtype == kind
     assert examples.targets.tolist() == targets
-    assert (len(examples), examples.weights.tolist(), examples.weights.dtype) == (3, [1.0] * 3, np.float32)
+    assert (len(examples), examples.weights.tolist(), examples.weights.dtype) == (
+        3,
+        [1.0] * 3,
+        np.float32,
+    )
 
 
-def test_examples_are_made_of_the_rows_asked_for_in_their_order(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_examples_are_made_of_the_rows_asked_for_in_their_order(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     task = SingleLabel(("neg", "pos"), class_weights=(0.5, 2.0))
     examples = open_examples(labelled(["pos", "neg"], [0, 1, 0]), tokenizer, task, 16)
     ids = [ids_of(f"[CLS] good a{' ##a' * i} [SEP]", tokenizer) for i in range(3)]
-    expected = [Example(2, ids[2], [0] * 6, 1, 2.0), Example(0, ids[0], [0] * 4, 1, 2.0), Example(2, ids[2], [0] * 6, 1, 2.0)]
+    expected = [
+        Example(2, ids[2], [0] * 6, 1, 2.0),
+        Example(0, ids[0], [0] * 4, 1, 2.0),
+        Example(2, ids[2], [0] * 6, 1, 2.0),
+    ]
     assert examples[[2, 0, 2]] == expected
     assert examples[np.array([2, 0, 2])] == expected  # type: ignore[index]
     assert examples[[1]][0].weight == 0.5
 
 
 def test_rows_without_labels_are_examples_too(tokenizer: PreTrainedTokenizerBase) -> None:
-    for task, records in ((None, labelled(["x"], [0, 0])), (SingleLabel(("a", "b")), records_of(["good", "bad"]))):
+    for task, records in (
+        (None, labelled(["x"], [0, 0])),
+        (SingleLabel(("a", "b")), records_of(["good", "bad"])),
+    ):
         examples = open_examples(records, tokenizer, task, 16)
         assert (examples.targets.tolist(), examples.weights.tolist()) == ([0, 0], [1.0, 1.0])
 
@@ -307,19 +427,27 @@ def dev(tmp_path: Path) -> Callable[[str], Records]:
 
     def write(text: str) -> Records:
         (tmp_path / "dev.tsv").write_text(text, encoding="utf-8")
-        found = open_source(DataConfig(train_file=["unused"], validation_file=str(tmp_path / "dev.tsv")), "validation")
+        found = open_source(
+            DataConfig(train_file=["unused"], validation_file=str(tmp_path / "dev.tsv")),
+            "validation",
+        )
         assert found is not None
         return found
 
     return write
 
 
-def test_an_unknown_label_names_file_and_line(dev: Callable[[str], Records], tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_unknown_label_names_file_and_line(
+    dev: Callable[[str], Records], tokenizer: PreTrainedTokenizerBase
+) -> None:
     task = SingleLabel(("negative", "positive"))
     records = dev("text\tlabel\ngood\tpositive\nbad\tnegativ\nbad\tpositiv\nbad\tnegativ\n")
     with pytest.raises(DataError) as caught:
         open_examples(records, tokenizer, task, 16)
-    assert str(caught.value) == "dev.tsv line 3: unknown label 'negativ'; expected one of the training labels. Did you mean 'negative'?"
+    assert (
+        str(caught.value)
+        == "dev.tsv line 3: unknown label 'negativ'; expected one of the training labels. Did you mean 'negative'?"
+    )
     open_examples(dev("text\tlabel\ngood\tpositive\nbad\tnegative\n"), tokenizer, task, 16)
 
 
@@ -327,7 +455,9 @@ def test_a_number_that_is_none_names_file_and_line(
     dev: Callable[[str], Records], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     with pytest.raises(DataError) as caught:
-        open_examples(dev("text\tlabel\ngood\t1.5\nbad\thigh\n"), tokenizer, Regression(("label",)), 16)
+        open_examples(
+            dev("text\tlabel\ngood\t1.5\nbad\thigh\n"), tokenizer, Regression(("label",)), 16
+        )
     assert str(caught.value) == "dev.tsv line 3: expected a number, found 'high'."
 
 
@@ -337,7 +467,9 @@ def test_a_number_that_is_none_names_file_and_line(
 def test_a_tokenizer_is_the_models_own_or_the_one_named(tiny_model: Path, tmp_path: Path) -> None:
     byte_level().save_pretrained(tmp_path / "other")
     assert load_tokenizer(ModelConfig(model_name_or_path=str(tiny_model))).cls_token == "[CLS]"
-    named = load_tokenizer(ModelConfig(model_name_or_path=str(tiny_model), tokenizer_name=str(tmp_path / "other")))
+    named = load_tokenizer(
+        ModelConfig(model_name_or_path=str(tiny_model), tokenizer_name=str(tmp_path / "other"))
+    )
     assert named.mask_token == "<mask>"
 
 
@@ -345,7 +477,10 @@ def test_more_tokens_than_the_tokenizer_can_are_an_error(tiny_model: Path) -> No
     load_tokenizer(ModelConfig(model_name_or_path=str(tiny_model), max_length=512))
     with pytest.raises(ConfigError) as caught:
         load_tokenizer(ModelConfig(model_name_or_path=str(tiny_model), max_length=513))
-    assert str(caught.value) == f"--max_length is 513; the tokenizer of {tiny_model} takes at most 512 tokens."
+    assert (
+        str(caught.value)
+        == f"--max_length is 513; the tokenizer of {tiny_model} takes at most 512 tokens."
+    )
 
 
 BROKEN: dict[str, dict[str, str]] = {
@@ -365,11 +500,16 @@ def test_a_folder_without_a_tokenizer_is_one_line(name: str, tmp_path: Path) -> 
     with pytest.raises(BertdistError) as caught:
         load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path)))
     assert isinstance(caught.value, ModelError)
-    assert str(caught.value) == f"{tmp_path} holds no tokenizer that can be read; expected tokenizer.json or vocab.txt."
+    assert (
+        str(caught.value)
+        == f"{tmp_path} holds no tokenizer that can be read; expected tokenizer.json or vocab.txt."
+    )
 
 
 def test_a_name_that_is_no_folder_is_one_line() -> None:
     with pytest.raises(ModelError) as caught:
         load_tokenizer(ModelConfig(model_name_or_path="no-such/model"))
-    assert str(caught.value).startswith("No tokenizer 'no-such/model', neither a folder here nor of the hub. HF_HUB_OFFLINE is set, ")
+    assert str(caught.value).startswith(
+        "No tokenizer 'no-such/model', neither a folder here nor of the hub. HF_HUB_OFFLINE is set, "
+    )
     assert "\n" not in str(caught.value)

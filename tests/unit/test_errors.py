@@ -2,7 +2,14 @@
 
 import pytest
 
-from bertdist.errors import BertdistError, CheckpointError, ConfigError, DataError, ModelError, did_you_mean
+from bertdist.errors import (
+    BertdistError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    did_you_mean,
+)
 
 
 @pytest.mark.parametrize("kind", [ConfigError, DataError, ModelError, CheckpointError])
@@ -12,7 +19,14 @@ def test_every_error_of_a_user_is_caught_as_one(kind: type[BertdistError]) -> No
 
 
 @pytest.mark.parametrize(
-    ("kind", "shared"), [(ConfigError, True), (DataError, False), (ModelError, False), (CheckpointError, False), (BertdistError, False)]
+    ("kind", "shared"),
+    [
+        (ConfigError, True),
+        (DataError, False),
+        (ModelError, False),
+        (CheckpointError, False),
+        (BertdistError, False),
+    ],
 )
 def test_only_errors_that_all_ranks_see_are_shared(kind: type[BertdistError], shared: bool) -> None:
     assert kind("x").shared is shared
@@ -32,10 +46,16 @@ def test_marking_one_error_as_shared_leaves_its_kind_alone() -> None:
         ("zebra", ["one", "two"], " Known: 'one', 'two'."),
         ("zebra", ["one", "one", "two"], " Known: 'one', 'two'."),
         ("zebra", [], ""),
-        ("zebra", (str(number) for number in range(21)), f" Known: {', '.join(repr(str(number)) for number in range(20))}, ...."),
+        (
+            "zebra",
+            (str(number) for number in range(21)),
+            f" Known: {', '.join(repr(str(number)) for number in range(20))}, ....",
+        ),
     ],
 )
-def test_a_hint_names_the_nearest_word_or_the_known_ones(word: str, known: list[str], end: str) -> None:
+def test_a_hint_names_the_nearest_word_or_the_known_ones(
+    word: str, known: list[str], end: str
+) -> None:
     assert did_you_mean(word, known) == end
 
 

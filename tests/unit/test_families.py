@@ -28,17 +28,43 @@ from bertdist.families import FAMILIES
 from bertdist.tasks import SingleLabel
 
 TASK = SingleLabel(("bad", "fine", "good"))
-LENGTHS = [24, 19, 18, 12, 7, 7, 3, 1]  # two of a length, one token alone, more and less than a multiple of 16
+LENGTHS = [
+    24,
+    19,
+    18,
+    12,
+    7,
+    7,
+    3,
+    1,
+]  # two of a length, one token alone, more and less than a multiple of 16
 VOCABULARY, POSITIONS = 60, 32
 
 # initializer_range 0.2, not 0.02: at this width attention would be all but uniform, and a wrong mask hard to see.
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
 SIZES |= {"max_position_embeddings": POSITIONS, "initializer_range": 0.2}
 OFFSET = {"max_position_embeddings": POSITIONS + 2, "type_vocab_size": 1}  # positions begin at 2
-MODERN = {"num_hidden_layers": 4, "local_attention": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+MODERN = {
+    "num_hidden_layers": 4,
+    "local_attention": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 MODERN |= {"cls_token_id": 1, "sep_token_id": 2}
 DEBERTA = {"relative_attention": True, "max_relative_positions": -1, "layer_norm_eps": 1e-7}
-DEBERTA_V3 = DEBERTA | {"position_buckets": 6, "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": "p2c|c2p"}
+DEBERTA_V3 = DEBERTA | {
+    "position_buckets": 6,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": "p2c|c2p",
+}
 DEBERTA_V3 |= {"position_biased_input": False, "type_vocab_size": 0}
 KINDS: dict[str, dict[str, Any]] = {  # what differs from SIZES; a name begins with its model_type
     "bert": {},
@@ -50,26 +76,84 @@ KINDS: dict[str, dict[str, Any]] = {  # what differs from SIZES; a name begins w
     "distilbert": {},
     "electra": {"embedding_size": 16},
     "albert": {"embedding_size": 16},
-    "albert, two groups of two layers": {"embedding_size": 16, "num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 2},
-    "modernbert": {**MODERN, "global_attn_every_n_layers": 3, "classifier_pooling": "cls"},  # local: layers 2 and 3
-    "modernbert, last layer local": {**MODERN, "global_attn_every_n_layers": 2, "classifier_pooling": "cls"},
-    "modernbert, with biases": {**MODERN, "attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_pooling": "cls"},
+    "albert, two groups of two layers": {
+        "embedding_size": 16,
+        "num_hidden_layers": 4,
+        "num_hidden_groups": 2,
+        "inner_group_num": 2,
+    },
+    "modernbert": {
+        **MODERN,
+        "global_attn_every_n_layers": 3,
+        "classifier_pooling": "cls",
+    },  # local: layers 2 and 3
+    "modernbert, last layer local": {
+        **MODERN,
+        "global_attn_every_n_layers": 2,
+        "classifier_pooling": "cls",
+    },
+    "modernbert, with biases": {
+        **MODERN,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "norm_bias": True,
+        "classifier_pooling": "cls",
+    },
     "modernbert, mean": {**MODERN, "global_attn_every_n_layers": 2, "classifier_pooling": "mean"},
     "deberta-v2, as v3": DEBERTA_V3,
-    "deberta-v2, as xlarge": {**DEBERTA_V3, "conv_kernel_size": 3, "conv_act": "gelu", "embedding_size": 16},
-    "deberta-v2, one layer and a convolution": {**DEBERTA_V3, "conv_kernel_size": 5, "num_hidden_layers": 1},
-    "deberta-v2, own projections": {**DEBERTA, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 2, "max_relative_positions": 8},
-    "deberta-v2, one way": {**DEBERTA, "pos_att_type": ["c2p"], "position_buckets": 5, "type_vocab_size": 2},
-    "deberta-v2, absolute": {"pos_att_type": ["c2p", "p2c"], "type_vocab_size": 2, "relative_attention": False},
+    "deberta-v2, as xlarge": {
+        **DEBERTA_V3,
+        "conv_kernel_size": 3,
+        "conv_act": "gelu",
+        "embedding_size": 16,
+    },
+    "deberta-v2, one layer and a convolution": {
+        **DEBERTA_V3,
+        "conv_kernel_size": 5,
+        "num_hidden_layers": 1,
+    },
+    "deberta-v2, own projections": {
+        **DEBERTA,
+        "pos_att_type": ["c2p", "p2c"],
+        "type_vocab_size": 2,
+        "max_relative_positions": 8,
+    },
+    "deberta-v2, one way": {
+        **DEBERTA,
+        "pos_att_type": ["c2p"],
+        "position_buckets": 5,
+        "type_vocab_size": 2,
+    },
+    "deberta-v2, absolute": {
+        "pos_att_type": ["c2p", "p2c"],
+        "type_vocab_size": 2,
+        "relative_attention": False,
+    },
 }
 ONE_TYPE = ("roberta", "xlm-roberta", "camembert", "data2vec-text", "distilbert", "modernbert")
-PAIRED = [kind for kind, change in KINDS.items() if kind.split(",")[0] not in ONE_TYPE and change.get("type_vocab_size", 2)]
-ROTATED = [kind for kind in KINDS if kind.startswith("modernbert")]  # only the distance of two positions matters
-TABLED = [kind for kind, change in KINDS.items() if change.get("relative_attention")]  # as there, of their own
-UNPLACED = [kind for kind, change in KINDS.items() if change.get("position_biased_input") is False]  # that read no positions
+PAIRED = [
+    kind
+    for kind, change in KINDS.items()
+    if kind.split(",")[0] not in ONE_TYPE and change.get("type_vocab_size", 2)
+]
+ROTATED = [
+    kind for kind in KINDS if kind.startswith("modernbert")
+]  # only the distance of two positions matters
+TABLED = [
+    kind for kind, change in KINDS.items() if change.get("relative_attention")
+]  # as there, of their own
+UNPLACED = [
+    kind for kind, change in KINDS.items() if change.get("position_biased_input") is False
+]  # that read no positions
 FIRST = [kind for kind in KINDS if "mean" not in kind]  # whose head reads the first token
-FIRST_ONLY = [kind for kind in FIRST if "one layer" not in kind]  # and so only that leaves the last layer
-FEED_FORWARD = {"distilbert": "lin1", "albert": "ffn", "modernbert": "Wi"}  # its first layer, else `intermediate.dense`
+FIRST_ONLY = [
+    kind for kind in FIRST if "one layer" not in kind
+]  # and so only that leaves the last layer
+FEED_FORWARD = {
+    "distilbert": "lin1",
+    "albert": "ffn",
+    "modernbert": "Wi",
+}  # its first layer, else `intermediate.dense`
 
 
 def kind_of(kind: str) -> str:
@@ -98,7 +182,9 @@ def load(folder_of: Callable[[str], Path]) -> Loader:
     """kind -> what `load_classifier` makes of it, in float64 and without training."""
 
     def loaded(kind: str, change: dict[str, float] | None = None, **settings: Any) -> Classifier:
-        config = ModelConfig(model_name_or_path=str(folder_of(kind)), **{"max_length": POSITIONS, **settings})
+        config = ModelConfig(
+            model_name_or_path=str(folder_of(kind)), **{"max_length": POSITIONS, **settings}
+        )
         found = load_settings(config)
         found.update(change or {})
         model, notes = load_classifier(config, found, TASK)
@@ -119,12 +205,20 @@ def padded_twin(model: Classifier, folder: Path) -> Any:
     return plain.eval().to(model.model.dtype)
 
 
-def batch_of(lengths: list[int] = LENGTHS, paired: bool = False, rows: list[int] | None = None) -> Batch:
+def batch_of(
+    lengths: list[int] = LENGTHS, paired: bool = False, rows: list[int] | None = None
+) -> Batch:
     """Texts by rule: text i of LENGTHS is the same in any batch."""
     examples = []
     for row in rows or range(len(lengths)):
-        ids = torch.randint(5, VOCABULARY, (lengths[row],), generator=torch.Generator().manual_seed(row)).tolist()
-        examples.append(Example(row, ids, [int(paired and i > len(ids) // 2) for i in range(len(ids))], row % 3, 1.0))
+        ids = torch.randint(
+            5, VOCABULARY, (lengths[row],), generator=torch.Generator().manual_seed(row)
+        ).tolist()
+        examples.append(
+            Example(
+                row, ids, [int(paired and i > len(ids) // 2) for i in range(len(ids))], row % 3, 1.0
+            )
+        )
     return collate(examples)
 
 
@@ -132,7 +226,11 @@ def padded(model: Classifier, batch: Batch) -> dict[str, Tensor]:
     places, real = (torch.from_numpy(array) for array in grid(batch.lengths))
     pad = model.model.config.pad_token_id
     found = {"input_ids": batch.ids[places].masked_fill(~real, pad), "attention_mask": real.long()}
-    return found | ({"token_type_ids": batch.segments[places].masked_fill(~real, 0)} if batch.segments.any() else {})
+    return found | (
+        {"token_type_ids": batch.segments[places].masked_fill(~real, 0)}
+        if batch.segments.any()
+        else {}
+    )
 
 
 def loss_of(logits: Tensor, batch: Batch) -> Tensor:
@@ -142,7 +240,11 @@ def loss_of(logits: Tensor, batch: Batch) -> Tensor:
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss.backward()
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    return {
+        name: weight.grad.clone()
+        for name, weight in model.named_parameters()
+        if weight.grad is not None
+    }
 
 
 def all_gradients(model: Classifier, batch: Batch) -> dict[str, Tensor]:
@@ -157,7 +259,9 @@ def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """
     assert a.keys() == b.keys()
     size = max(gradient.abs().max() for gradient in b.values()) / 1000
-    return max(((a[name] - b[name]).abs().max() / b[name].abs().max().clamp(min=size)).item() for name in a)
+    return max(
+        ((a[name] - b[name]).abs().max() / b[name].abs().max().clamp(min=size)).item() for name in a
+    )
 
 
 def test_every_family_is_tested() -> None:
@@ -172,7 +276,9 @@ TOLERANCES = {torch.float32: (5e-6, 2e-4), torch.float64: (1e-12, 1e-12)}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize(("kind", "paired"), [*((kind, False) for kind in KINDS), *((kind, True) for kind in PAIRED)])
+@pytest.mark.parametrize(
+    ("kind", "paired"), [*((kind, False) for kind in KINDS), *((kind, True) for kind in PAIRED)]
+)
 def test_logits_loss_and_gradients_equal_the_padded_ones(
     kind: str, paired: bool, dtype: torch.dtype, load: Loader, folder_of: Callable[[str], Path]
 ) -> None:
@@ -244,9 +350,15 @@ BROKEN: list[tuple[Breaking, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("broken", "kind"), [(broken, kind) for broken, kinds in BROKEN for kind in kinds])
+@pytest.mark.parametrize(
+    ("broken", "kind"), [(broken, kind) for broken, kinds in BROKEN for kind in kinds]
+)
 def test_what_is_laid_out_wrongly_is_seen(
-    broken: Breaking, kind: str, load: Loader, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    broken: Breaking,
+    kind: str,
+    load: Loader,
+    folder_of: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The control: texts that see each other, wrong positions, segments left out, wrong tokens kept, windows not honoured.
     model, batch = load(kind), batch_of(paired=kind in PAIRED)
@@ -254,11 +366,19 @@ def test_what_is_laid_out_wrongly_is_seen(
     expected = plain(**padded(model, batch)).logits
     logits = model(broken(model, batch, monkeypatch))
     assert (logits - expected).abs().max() > 0.01
-    assert largest(gradients(model.model, loss_of(logits, batch)), gradients(plain, loss_of(expected, batch))) > 0.01
+    assert (
+        largest(
+            gradients(model.model, loss_of(logits, batch)),
+            gradients(plain, loss_of(expected, batch)),
+        )
+        > 0.01
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_padded_kernel_of_other_devices_gives_the_same(kind: str, load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_padded_kernel_of_other_devices_gives_the_same(
+    kind: str, load: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, batch = load(kind), batch_of()
     expected = model(batch)
     twin = gradients(model.model, loss_of(expected, batch))
@@ -287,15 +407,29 @@ def test_under_autocast_the_answers_are_those_of_bfloat16(kind: str, load: Loade
 
 def layers_of(model: Classifier) -> Any:
     body = model.model.base_model
-    return body.layers if hasattr(body, "layers") else (getattr(body, "encoder", None) or body.transformer).layer
+    return (
+        body.layers
+        if hasattr(body, "layers")
+        else (getattr(body, "encoder", None) or body.transformer).layer
+    )
 
 
 def whole_last_layer(model: Classifier) -> None:
     """Let the last layer run on all tokens, and pick the first ones from what leaves it."""
-    last = model.model.base_model.encoder if model.model.config.model_type == "albert" else layers_of(model)[-1]
-    if model.model.config.model_type == "deberta-v2":  # Hugging Face's layer already, told which tokens are asked for
-        last.register_forward_pre_hook(lambda module, args, kwargs: (args, kwargs | {"query_states": None}), with_kwargs=True)
-        last.register_forward_hook(lambda module, args, output: (output[0][:, args[1].packing.firsts], None))
+    last = (
+        model.model.base_model.encoder
+        if model.model.config.model_type == "albert"
+        else layers_of(model)[-1]
+    )
+    if (
+        model.model.config.model_type == "deberta-v2"
+    ):  # Hugging Face's layer already, told which tokens are asked for
+        last.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, kwargs | {"query_states": None}), with_kwargs=True
+        )
+        last.register_forward_hook(
+            lambda module, args, output: (output[0][:, args[1].packing.firsts], None)
+        )
         return
     del last.forward  # the instance's; the class's is Hugging Face's own
 
@@ -314,7 +448,12 @@ def feed_forward_rows(model: Classifier, batch: Batch) -> list[int]:
     rows: list[int] = []
     name = FEED_FORWARD.get(model.model.config.model_type, "intermediate.dense")
     found = [module for path, module in model.named_modules() if path.endswith(f".{name}")]
-    hooks = [module.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[:-1].numel())) for module in found]
+    hooks = [
+        module.register_forward_hook(
+            lambda module, args, out: rows.append(args[0].shape[:-1].numel())
+        )
+        for module in found
+    ]
     model(batch)
     for hook in hooks:
         hook.remove()
@@ -354,13 +493,19 @@ def test_what_a_text_loses_does_not_depend_on_its_company(kind: str, load: Loade
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_with_dropout_too_the_padded_model_gives_the_same(kind: str, load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_dropout_too_the_padded_model_gives_the_same(
+    kind: str, load: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Attention itself aside, but for DeBERTa's: SDPA draws for padded models, from torch's generator. The whole last layer draws for
     # all its tokens.
     names = () if "deberta" in kind else ("attention_probs_dropout_prob", "attention_dropout")
     change = {name: 0.0 for name in names if hasattr(load(kind).model.config, name)}
     model = load(kind, dropout=0.3)
-    change = {name: p for name, p in model.model.config.to_dict().items() if p == 0.3 and isinstance(p, float)} | change
+    change = {
+        name: p
+        for name, p in model.model.config.to_dict().items()
+        if p == 0.3 and isinstance(p, float)
+    } | change
     model, batch = load(kind, change).train(), batch_of(paired=kind in PAIRED)
     if kind in FIRST_ONLY:
         whole_last_layer(model)
@@ -376,7 +521,9 @@ def test_with_dropout_too_the_padded_model_gives_the_same(kind: str, load: Loade
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradient_checkpointing_changes_no_gradient(kind: str, dropout: float, load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_checkpointing_changes_no_gradient(
+    kind: str, dropout: float, load: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def found(**settings: Any) -> dict[str, Tensor]:
         model = load(kind, dropout=dropout, **settings).train()
         seed_dropout(1, 2, 3)
@@ -389,11 +536,16 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, dropout: float, l
 
     calls: list[int] = []
     plain, kept = found(), found(gradient_checkpointing=True)
-    assert calls[1] in (2 * calls[0] - (kind in FIRST_ONLY), 2 * calls[0])  # again in the backward; the last one in transformers 5.17 only
+    assert calls[1] in (
+        2 * calls[0] - (kind in FIRST_ONLY),
+        2 * calls[0],
+    )  # again in the backward; the last one in transformers 5.17 only
     assert largest(kept, plain) == 0  # the same operations in the same order, and the same dropout
     monkeypatch.setattr(Noise, "replayed", lambda self: (nullcontext(), nullcontext()))
     if dropout:
-        assert largest(found(gradient_checkpointing=True), plain) > 0.01  # the control: other masks the second time
+        assert (
+            largest(found(gradient_checkpointing=True), plain) > 0.01
+        )  # the control: other masks the second time
 
 
 # ---- Settings
@@ -411,4 +563,7 @@ def test_more_tokens_than_positions_are_an_error(kind: str, load: Loader) -> Non
     assert load(kind)(batch_of([POSITIONS])).shape == (1, 3)  # so many it can
     with pytest.raises(ConfigError) as caught:
         load(kind, max_length=POSITIONS + 1)
-    assert str(caught.value) == f"--max_length is {POSITIONS + 1}; this model has {POSITIONS} positions."
+    assert (
+        str(caught.value)
+        == f"--max_length is {POSITIONS + 1}; this model has {POSITIONS} positions."
+    )

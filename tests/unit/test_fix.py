@@ -18,14 +18,27 @@ pytest.importorskip("rensa", reason="near duplicates need the extra `check`")
 pytest.importorskip("ftfy", reason="repairs need the extra `check`")
 
 
-def fix(found: Inspection, folder: Path, kinds: tuple[str, ...] = USUAL_FIX_KINDS, delimiter: str | None = None) -> tuple[Any, ...]:
+def fix(
+    found: Inspection,
+    folder: Path,
+    kinds: tuple[str, ...] = USUAL_FIX_KINDS,
+    delimiter: str | None = None,
+) -> tuple[Any, ...]:
     """(rows written as (text, label), what was told, counts)."""
     path = folder / "clean.parquet"
     counted = write_fixed(found, list(kinds), path, delimiter, 0.8)
     records = found.splits["train"]
-    named = {"text_column": records.text_column, "label_column": records.label_column, "text_pair_column": records.pair_column}
-    again = open_source(DataConfig(train_file=[str(path)], **named, label_delimiter=delimiter), "train")
-    told = [json.loads(line) for line in dropped_path(path).read_text(encoding="utf-8").splitlines()]
+    named = {
+        "text_column": records.text_column,
+        "label_column": records.label_column,
+        "text_pair_column": records.pair_column,
+    }
+    again = open_source(
+        DataConfig(train_file=[str(path)], **named, label_delimiter=delimiter), "train"
+    )
+    told = [
+        json.loads(line) for line in dropped_path(path).read_text(encoding="utf-8").splitlines()
+    ]
     return [again[row][1:] for row in range(len(again))], told, counted
 
 
@@ -39,7 +52,10 @@ def dirty(folder: Path, ending: str = "tsv") -> tuple[list[dict[str, Any]], Insp
     train[13]["text"] = "cafÃ© " + train[13]["text"]
     train[15]["text"] = train[12]["text"] + "s"
     train[17]["text"] = dev[1]["text"] + "s"
-    train[19] = {"text": train[13]["text"].replace("Ã©", "é"), "label": train[13]["label"]}  # the same as row 13 once that is mended
+    train[19] = {
+        "text": train[13]["text"].replace("Ã©", "é"),
+        "label": train[13]["label"],
+    }  # the same as row 13 once that is mended
     return train, look(folder, train, dev, ending=ending)
 
 
@@ -47,16 +63,38 @@ def dirty(folder: Path, ending: str = "tsv") -> tuple[list[dict[str, Any]], Insp
 def test_every_row_has_its_fate(tmp_path: Path, ending: str) -> None:
     train, found = dirty(tmp_path, ending)
     rows, told, counted = fix(found, tmp_path)
-    dropped = {3: "empty", 4: "conflicts", 5: "conflicts", 9: "duplicates", 11: "leaks", 19: "duplicates"}
+    dropped = {
+        3: "empty",
+        4: "conflicts",
+        5: "conflicts",
+        9: "duplicates",
+        11: "leaks",
+        19: "duplicates",
+    }
     mended = {**train[13], "text": train[13]["text"].replace("Ã©", "é")}
     assert rows == [
-        (row["text"], None, row["label"]) for number, row in enumerate([*train[:13], mended, *train[14:]]) if number not in dropped
+        (row["text"], None, row["label"])
+        for number, row in enumerate([*train[:13], mended, *train[14:]])
+        if number not in dropped
     ]
     assert {line["row"]: line["kind"] for line in told if line["action"] == "dropped"} == dropped
-    assert [(line["row"], line["kind"]) for line in told if line["action"] == "changed"] == [(13, "encoding")]
-    assert counted == {"encoding": 1, "empty": 1, "conflicts": 2, "duplicates": 2, "leaks": 1, "rows": 34}
+    assert [(line["row"], line["kind"]) for line in told if line["action"] == "changed"] == [
+        (13, "encoding")
+    ]
+    assert counted == {
+        "encoding": 1,
+        "empty": 1,
+        "conflicts": 2,
+        "duplicates": 2,
+        "leaks": 1,
+        "rows": 34,
+    }
     lines = {"tsv": 5, "jsonl": 4, "parquet": None}
-    assert (told[0]["file"], told[0]["line"], told[0]["row"]) == (f"train.{ending}", lines[ending], 3)
+    assert (told[0]["file"], told[0]["line"], told[0]["row"]) == (
+        f"train.{ending}",
+        lines[ending],
+        3,
+    )
     assert "cafÃ©" in told[-2]["text"] or "cafÃ©" in told[-3]["text"]
 
 
@@ -64,18 +102,32 @@ def test_what_was_mended_is_not_found_again(tmp_path: Path) -> None:
     _, found = dirty(tmp_path)
     assert len(found.findings) > 6
     fix(found, tmp_path, FIX_KINDS)
-    data = DataConfig(train_file=[str(tmp_path / "clean.parquet")], validation_file=str(tmp_path / "validation.tsv"))
+    data = DataConfig(
+        train_file=[str(tmp_path / "clean.parquet")],
+        validation_file=str(tmp_path / "validation.tsv"),
+    )
     assert kinds(check_data(data)) == []
 
 
 @pytest.mark.parametrize(
     ("kind", "dropped"),
-    [("empty", [3]), ("conflicts", [4, 5]), ("duplicates", [5, 9]), ("near_duplicates", [15, 19]), ("near_leaks", [17])],
+    [
+        ("empty", [3]),
+        ("conflicts", [4, 5]),
+        ("duplicates", [5, 9]),
+        ("near_duplicates", [15, 19]),
+        ("near_leaks", [17]),
+    ],
 )
-def test_only_the_kinds_that_are_asked_for_are_mended(tmp_path: Path, kind: str, dropped: list[int]) -> None:
+def test_only_the_kinds_that_are_asked_for_are_mended(
+    tmp_path: Path, kind: str, dropped: list[int]
+) -> None:
     _, found = dirty(tmp_path)
     rows, told, counted = fix(found, tmp_path, (kind,))
-    assert [line["row"] for line in told] == dropped and counted == {kind: len(dropped), "rows": 40 - len(dropped)}
+    assert [line["row"] for line in told] == dropped and counted == {
+        kind: len(dropped),
+        "rows": 40 - len(dropped),
+    }
     assert len(rows) == 40 - len(dropped)
 
 
@@ -83,25 +135,39 @@ def test_labels_of_every_kind_keep_their_column(tmp_path: Path) -> None:
     texts = [row["text"] for row in clean_rows(40)]
     sets = [["a", "b"], ["b"], []]
     many = [{"text": text, "labels": sets[row % 3]} for row, text in enumerate(texts)]
-    assert [row[2] for row in fix(look(tmp_path, many), tmp_path)[0]] == [tuple(sets[row % 3]) for row in range(40)]
+    assert [row[2] for row in fix(look(tmp_path, many), tmp_path)[0]] == [
+        tuple(sets[row % 3]) for row in range(40)
+    ]
     joined = [{"text": row["text"], "labels": ";".join(row["labels"])} for row in many]
     found = look(tmp_path, joined, label_delimiter=";")
-    assert [row[2] for row in fix(found, tmp_path, delimiter=";")[0]] == [tuple(sets[row % 3]) for row in range(40)]
+    assert [row[2] for row in fix(found, tmp_path, delimiter=";")[0]] == [
+        tuple(sets[row % 3]) for row in range(40)
+    ]
     for label in (3, 2.5):
         numbers = [{"text": text, "score": label + row % 2} for row, text in enumerate(texts)]
-        assert [row[2] for row in fix(look(tmp_path, numbers), tmp_path)[0]] == [row["score"] for row in numbers]
+        assert [row[2] for row in fix(look(tmp_path, numbers), tmp_path)[0]] == [
+            row["score"] for row in numbers
+        ]
     columns = [{"text": text, "a": row % 2, "b": 1} for row, text in enumerate(texts)]
     found = look(tmp_path, columns, label_columns=["a", "b"])
     write_fixed(found, ["empty"], tmp_path / "c.parquet", None, 0.8)
-    again = open_source(DataConfig(train_file=[str(tmp_path / "c.parquet")], label_columns=["a", "b"]), "train")
+    again = open_source(
+        DataConfig(train_file=[str(tmp_path / "c.parquet")], label_columns=["a", "b"]), "train"
+    )
     assert [again[row].label for row in range(4)] == [("b",), ("a", "b"), ("b",), ("a", "b")]
 
 
 def test_pairs_keep_both_columns(tmp_path: Path) -> None:
-    rows = [{"sentence1": row["text"], "sentence2": row["text"][::-1], "label": row["label"]} for row in clean_rows(40)]
+    rows = [
+        {"sentence1": row["text"], "sentence2": row["text"][::-1], "label": row["label"]}
+        for row in clean_rows(40)
+    ]
     rows.append(dict(rows[7]))
     found, _, counted = fix(look(tmp_path, rows), tmp_path)
-    assert found == [(row["sentence1"], row["sentence2"], row["label"]) for row in rows[:40]] and counted["duplicates"] == 1
+    assert (
+        found == [(row["sentence1"], row["sentence2"], row["label"]) for row in rows[:40]]
+        and counted["duplicates"] == 1
+    )
 
 
 def test_nothing_left_is_one_line(tmp_path: Path) -> None:

@@ -47,8 +47,14 @@ from bertdist.optim import build_optimizer
 from bertdist.tasks import MultiLabel, Regression, SingleLabel, Task
 
 TASKS: dict[str, tuple[Task, list[Any]]] = {
-    "single_label": (SingleLabel(("bad", "fine", "good"), class_weights=(1.0, 2.0, 0.5), smoothing=0.1), [2, 0, 1]),
-    "multi_label": (MultiLabel(("bad", "fine", "good")), [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]),
+    "single_label": (
+        SingleLabel(("bad", "fine", "good"), class_weights=(1.0, 2.0, 0.5), smoothing=0.1),
+        [2, 0, 1],
+    ),
+    "multi_label": (
+        MultiLabel(("bad", "fine", "good")),
+        [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]],
+    ),
     "regression": (Regression(("score",)), [0.5, -2.0, 3.25]),
 }
 
@@ -56,7 +62,10 @@ TASKS: dict[str, tuple[Task, list[Any]]] = {
 def batch_of(lengths: Sequence[int], targets: Sequence[Any] = (2, 0, 1, 0)) -> Batch:
     given = zip(lengths, targets, strict=False)
     return collate(
-        [Example(i, [5 + (7 * i + k) % 30 for k in range(length)], [0] * length, to, 1.0) for i, (length, to) in enumerate(given)]
+        [
+            Example(i, [5 + (7 * i + k) % 30 for k in range(length)], [0] * length, to, 1.0)
+            for i, (length, to) in enumerate(given)
+        ]
     )
 
 
@@ -87,13 +96,24 @@ def test_pads_change_neither_loss_nor_gradients(kind: str, p: float, tiny_model:
         clear_gradients(model)
         loss = task.loss(model(each), each.targets, each.weights)
         loss.backward()
-        found.append((loss.detach(), {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}))
+        found.append(
+            (
+                loss.detach(),
+                {
+                    name: weight.grad.clone()
+                    for name, weight in model.named_parameters()
+                    if weight.grad is not None
+                },
+            )
+        )
     (loss, gradients), (same_loss, same), (other_loss, other) = found
     torch.testing.assert_close(same_loss, loss, rtol=1e-6, atol=0)  # a sum in float32
     size = max(gradient.abs().max().item() for gradient in gradients.values())
     assert all((same[name] - gradients[name]).abs().max() < 1e-6 * size for name in gradients)
     assert (other_loss - loss).abs() > 1e-4 * loss  # the control: pads that count
-    assert max((other[name] - gradients[name]).abs().max().item() for name in gradients) > 1e-3 * size
+    assert (
+        max((other[name] - gradients[name]).abs().max().item() for name in gradients) > 1e-3 * size
+    )
 
 
 def test_pads_are_texts_of_their_own(tiny_model: Path) -> None:
@@ -102,10 +122,21 @@ def test_pads_are_texts_of_their_own(tiny_model: Path) -> None:
     padded = with_pads(batch, 10, 4, 3)
     assert padded is not None
     assert padded.ids.tolist() == [5, 6, 7, 12, 13, *[0] * 5]
-    assert padded.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 0, 1] and padded.segments.tolist() == [0] * 10
+    assert (
+        padded.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 0, 1]
+        and padded.segments.tolist() == [0] * 10
+    )
     assert padded.starts.tolist() == [0, 3, 5, 8, 10] and padded.lengths == (3, 2, 3, 2)
-    assert padded.targets.tolist() == [2, 0, 0, 0] and padded.weights.tolist() == [1, 1, 0, 0] and padded.rows.tolist() == [0, 1, -1, -1]
-    assert all(getattr(padded, name).dtype == getattr(batch, name).dtype for name in vars(batch) if name != "lengths")
+    assert (
+        padded.targets.tolist() == [2, 0, 0, 0]
+        and padded.weights.tolist() == [1, 1, 0, 0]
+        and padded.rows.tolist() == [0, 1, -1, -1]
+    )
+    assert all(
+        getattr(padded, name).dtype == getattr(batch, name).dtype
+        for name in vars(batch)
+        if name != "lengths"
+    )
     model = load(tiny_model, TASKS["single_label"][0]).eval().double()
     torch.testing.assert_close(model(padded)[:2], model(batch), rtol=0, atol=1e-14)
 
@@ -117,7 +148,10 @@ def test_the_ends_of_what_fits(tokens: int, texts: int, longest: int) -> None:
     assert padded is not None and (len(padded.ids), len(padded.lengths)) == (tokens, texts)
 
 
-@pytest.mark.parametrize(("tokens", "texts", "longest"), [(4, 2, 3), (6, 2, 3), (5, 1, 3), (5, 3, 3), (9, 3, 3), (7, 5, 3)])
+@pytest.mark.parametrize(
+    ("tokens", "texts", "longest"),
+    [(4, 2, 3), (6, 2, 3), (5, 1, 3), (5, 3, 3), (9, 3, 3), (7, 5, 3)],
+)
 def test_what_cannot_be_padded_is_none(tokens: int, texts: int, longest: int) -> None:
     assert with_pads(batch_of([3, 2]), tokens, texts, longest) is None
 
@@ -147,9 +181,15 @@ def test_what_does_not_fit_is_not_filled_up(step: Step) -> None:
     assert BUDGET.fill(step) is None
 
 
-@pytest.mark.parametrize(("tokens", "texts", "longest"), [(20, 5, 6), (20, 5, 128), (640, 37, 128), (5, 5, 3)])
-def test_the_host_believes_in_texts_as_long_as_any_can_be(tokens: int, texts: int, longest: int) -> None:
-    lengths = Budget(tokens=tokens, texts=texts, rows=1, longest=longest).blank(batch_of([3])).lengths
+@pytest.mark.parametrize(
+    ("tokens", "texts", "longest"), [(20, 5, 6), (20, 5, 128), (640, 37, 128), (5, 5, 3)]
+)
+def test_the_host_believes_in_texts_as_long_as_any_can_be(
+    tokens: int, texts: int, longest: int
+) -> None:
+    lengths = (
+        Budget(tokens=tokens, texts=texts, rows=1, longest=longest).blank(batch_of([3])).lengths
+    )
     assert (len(lengths), sum(lengths)) == (texts, tokens)
     assert max(lengths) == lengths[0] == min(longest, tokens - texts + 1)
 
@@ -177,7 +217,12 @@ def batches_of(lengths: Sequence[int], **settings: Any) -> Batches:
         def __getitem__(self, rows: Sequence[int]) -> list[Example]:
             return [Example(row, [1] * lengths[row], [0] * lengths[row], 0, 1.0) for row in rows]
 
-    usual: dict[str, Any] = {"rows_per_step": 4, "tokens_per_micro_batch": 100, "shuffle": True, "seed": 7}
+    usual: dict[str, Any] = {
+        "rows_per_step": 4,
+        "tokens_per_micro_batch": 100,
+        "shuffle": True,
+        "seed": 7,
+    }
     return Batches(examples=Rows(), **{**usual, **settings})  # type: ignore[arg-type]
 
 
@@ -199,9 +244,20 @@ def test_steps_of_several_micro_batches_have_no_budget() -> None:
 
 
 def refusals() -> Iterator[Any]:
-    here: dict[str, Any] = {"device": torch.device("cuda"), "num_processes": 1, "mixed_precision": "bf16"}
-    yield pytest.param({**here, "device": torch.device("cpu")}, {}, "it needs a CUDA GPU, and this run is on cpu.", id="cpu")
-    yield pytest.param({**here, "num_processes": 2}, {}, "it is for one process, and there are 2.", id="ranks")
+    here: dict[str, Any] = {
+        "device": torch.device("cuda"),
+        "num_processes": 1,
+        "mixed_precision": "bf16",
+    }
+    yield pytest.param(
+        {**here, "device": torch.device("cpu")},
+        {},
+        "it needs a CUDA GPU, and this run is on cpu.",
+        id="cpu",
+    )
+    yield pytest.param(
+        {**here, "num_processes": 2}, {}, "it is for one process, and there are 2.", id="ranks"
+    )
     for precision in ("no", "fp16"):
         said = f"it needs --mixed_precision bf16, and this run has '{precision}'."
         yield pytest.param({**here, "mixed_precision": precision}, {}, said, id=precision)
@@ -223,25 +279,41 @@ def ask(about: dict[str, Any], model: dict[str, Any], batches: Batches) -> tuple
 
 
 @pytest.mark.parametrize(("about", "model", "why"), list(refusals()))
-def test_where_it_cannot_be_steps_are_taken_eagerly(about: dict[str, Any], model: dict[str, Any], why: str) -> None:
+def test_where_it_cannot_be_steps_are_taken_eagerly(
+    about: dict[str, Any], model: dict[str, Any], why: str
+) -> None:
     stepper, said = ask(about, model, batches_of([5] * 12))
-    assert stepper is train.take_step and said == [f"--cuda_graphs cannot take effect, steps are taken eagerly: {why}"]
+    assert stepper is train.take_step and said == [
+        f"--cuda_graphs cannot take effect, steps are taken eagerly: {why}"
+    ]
 
 
 def test_steps_of_several_micro_batches_are_taken_eagerly() -> None:
     fine = {"device": torch.device("cuda"), "num_processes": 1, "mixed_precision": "bf16"}
     stepper, said = ask(fine, {}, batches_of([30] * 12))
     assert stepper is train.take_step
-    assert said[0].endswith("a graph has one micro-batch, and steps have more than --tokens_per_micro_batch 100 tokens.")
+    assert said[0].endswith(
+        "a graph has one micro-batch, and steps have more than --tokens_per_micro_batch 100 tokens."
+    )
     stepper, said = ask(fine, {}, batches_of([5] * 12))  # the control
     assert isinstance(stepper, GraphedStep)
-    assert said == ["--cuda_graphs: steps are filled up to 64 tokens in 6 texts; what does not fit is taken eagerly."]
+    assert said == [
+        "--cuda_graphs: steps are filled up to 64 tokens in 6 texts; what does not fit is taken eagerly."
+    ]
 
 
 # ---- Replays, rehearsed
 
 
-def attend_by_starts(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float, scale: float, window: int | None) -> Tensor:
+def attend_by_starts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    dropout: float,
+    scale: float,
+    window: int | None,
+) -> Tensor:
     """What flash attention does: it looks at `starts` on the device, and not at what the host believes of the lengths."""
     assert packing.starts is not None
     place = torch.arange(len(k))
@@ -250,7 +322,9 @@ def attend_by_starts(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout:
     hidden = text[asking][:, None] != text
     if window is not None:
         hidden = hidden | ((asking[:, None] - place).abs() >= window)
-    weights = (torch.einsum("qhd,khd->hqk", q, k) * scale).masked_fill(hidden, -torch.inf).softmax(-1)
+    weights = (
+        (torch.einsum("qhd,khd->hqk", q, k) * scale).masked_fill(hidden, -torch.inf).softmax(-1)
+    )
     return torch.einsum("hqk,khd->qhd", F.dropout(weights, dropout), v)
 
 
@@ -259,7 +333,9 @@ def recorded(take: Callable[[], Taken], device: torch.device) -> tuple[Callable[
     calls: list[tuple[Any, Any, Any, Any]] = []
 
     class Recording(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             if func is torch.ops.aten._local_scalar_dense.default:
                 raise RuntimeError("operation not permitted when stream is capturing")
             out = func(*args, **(kwargs or {}))
@@ -275,7 +351,9 @@ def recorded(take: Callable[[], Taken], device: torch.device) -> tuple[Callable[
     def replay() -> None:
         for func, args, kwargs, out in calls:
             for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():  # else a view, or in place
+                if (
+                    isinstance(old, Tensor) and old.data_ptr() != new.data_ptr()
+                ):  # else a view, or in place
                     old.copy_(new)
 
     return replay, results
@@ -289,20 +367,33 @@ def as_on_a_gpu(patch: Callable[[Any, str, Any], None]) -> None:
     patch(nonfinite, "on_host", lambda tensor: False)
 
 
-SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48, "pad_token_id": 0}
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "pad_token_id": 0,
+}
 KINDS: dict[str, Callable[[], PretrainedConfig]] = {
     "bert": lambda: BertConfig(**SIZES),
     "roberta": lambda: RobertaConfig(max_position_embeddings=140, **SIZES),
     "electra": lambda: ElectraConfig(embedding_size=16, **SIZES),
     "albert": lambda: AlbertConfig(embedding_size=16, **SIZES),
-    "distilbert": lambda: DistilBertConfig(vocab_size=40, dim=32, n_layers=4, n_heads=2, hidden_dim=48),
+    "distilbert": lambda: DistilBertConfig(
+        vocab_size=40, dim=32, n_layers=4, n_heads=2, hidden_dim=48
+    ),
     "modernbert": lambda: ModernBertConfig(local_attention=4, classifier_pooling="cls", **SIZES),
-    "modernbert, means": lambda: ModernBertConfig(local_attention=4, classifier_pooling="mean", **SIZES),
+    "modernbert, means": lambda: ModernBertConfig(
+        local_attention=4, classifier_pooling="mean", **SIZES
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_family_reads_a_step_from_the_device(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_family_reads_a_step_from_the_device(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Recorded on a blank batch, the gradients of other lengths are found; nothing on the way looks at a tensor's value."""
     as_on_a_gpu(monkeypatch.setattr)
     torch.manual_seed(1)
@@ -320,7 +411,12 @@ def test_every_family_reads_a_step_from_the_device(kind: str, tmp_path: Path, mo
         return loss.detach(), torch.cat([gradient.flatten() for gradient in found])
 
     replay, (loss, gradients) = recorded(lambda: take(fixed), torch.device("cpu"))
-    for lengths, left_out in ((12, 9, 5), ""), ((3, 6, 4), ""), ((7, 2, 1), "starts"), ((8, 1, 1), "positions"):
+    for lengths, left_out in (
+        ((12, 9, 5), ""),
+        ((3, 6, 4), ""),
+        ((7, 2, 1), "starts"),
+        ((8, 1, 1), "positions"),
+    ):
         batch = budget.fill(step_of(*lengths))
         assert batch is not None
         for name, tensor in vars(batch).items():
@@ -335,7 +431,9 @@ def test_every_family_reads_a_step_from_the_device(kind: str, tmp_path: Path, mo
             assert far < 1e-6 and torch.isclose(loss, expected_loss)  # the loss is float32
 
 
-def taken_again(take: Callable[[], Taken], device: torch.device) -> tuple[Callable[[], None], Taken]:
+def taken_again(
+    take: Callable[[], Taken], device: torch.device
+) -> tuple[Callable[[], None], Taken]:
     """No capture: `take` itself, each time, on the tensors of the capture."""
     results = take()
 
@@ -349,7 +447,9 @@ def taken_again(take: Callable[[], Taken], device: torch.device) -> tuple[Callab
 class Rehearsal:
     """Lets --cuda_graphs take effect on the CPU, and counts."""
 
-    def __init__(self, capture: Any = recorded, before: Callable[[GraphedStep], None] = lambda stepper: None) -> None:
+    def __init__(
+        self, capture: Any = recorded, before: Callable[[GraphedStep], None] = lambda stepper: None
+    ) -> None:
         """before: what happens to the fixed tensors before each replay."""
         self.capture, self.before, self.replays, self.eager = capture, before, 0, 0
 
@@ -361,7 +461,9 @@ class Rehearsal:
             self.eager += -1 not in step.share[0].rows.tolist()
             return take_step(model, optimizer, step, *rest)
 
-        def capture(take: Callable[[], Taken], device: torch.device) -> tuple[Callable[[], None], Taken]:
+        def capture(
+            take: Callable[[], Taken], device: torch.device
+        ) -> tuple[Callable[[], None], Taken]:
             replay, results = self.capture(take, device)
 
             def counted() -> None:
@@ -371,7 +473,9 @@ class Rehearsal:
 
             return counted, results
 
-        def graphed_here(take: Any, classifier: Any, batches: Batches, accelerator: Any, longest: int, say: Any) -> GraphedStep:
+        def graphed_here(
+            take: Any, classifier: Any, batches: Batches, accelerator: Any, longest: int, say: Any
+        ) -> GraphedStep:
             budget = budget_of(batches, longest)
             assert budget is not None
             self.stepper = GraphedStep(take, budget, say, capture)
@@ -387,12 +491,32 @@ Run = Callable[..., tuple[Log, str, int, int]]
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of 2 epochs of 5 steps, the last of an epoch smaller; its log, what was said, replays, eager steps."""
-    many, few = write_split(tmp_path_factory.mktemp("rows"), 38, 6), write_split(tmp_path_factory.mktemp("few"), 8, 6)
-    usual = {"num_train_epochs": 2, "dropout": 0, "warmup_steps": 3, "layerwise_lr_decay": 0.9, "tokens_per_micro_batch": 8192}
+    many, few = (
+        write_split(tmp_path_factory.mktemp("rows"), 38, 6),
+        write_split(tmp_path_factory.mktemp("few"), 8, 6),
+    )
+    usual = {
+        "num_train_epochs": 2,
+        "dropout": 0,
+        "warmup_steps": 3,
+        "layerwise_lr_decay": 0.9,
+        "tokens_per_micro_batch": 8192,
+    }
 
-    def ran(out: Path, rehearsal: Rehearsal | None = None, *breakings: Callable[[], None], same_rows: bool = False, **settings: Any) -> Any:
+    def ran(
+        out: Path,
+        rehearsal: Rehearsal | None = None,
+        *breakings: Callable[[], None],
+        same_rows: bool = False,
+        **settings: Any,
+    ) -> Any:
         mine = rehearsal or Rehearsal()
-        words = words_of(tiny_model, out, few if same_rows else many, **{**usual, "cuda_graphs": True, **settings})
+        words = words_of(
+            tiny_model,
+            out,
+            few if same_rows else many,
+            **{**usual, "cuda_graphs": True, **settings},
+        )
 
         def breaking(accelerator: Accelerator) -> None:
             mine(accelerator)
@@ -411,8 +535,14 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def far(a: Log, b: Log) -> float:
     assert [line["step"] for line in a] == [line["step"] for line in b] == list(range(1, 11))
-    assert [line["tokens"] for line in a] == [line["tokens"] for line in b]  # of pads none is counted
-    return max(abs(x[name] - y[name]) / y[name] for x, y in zip(a, b, strict=True) for name in ("loss", "grad_norm"))
+    assert [line["tokens"] for line in a] == [
+        line["tokens"] for line in b
+    ]  # of pads none is counted
+    return max(
+        abs(x[name] - y[name]) / y[name]
+        for x, y in zip(a, b, strict=True)
+        for name in ("loss", "grad_norm")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -434,11 +564,18 @@ TRIAL = 1  # replays before the first step that counts
 def test_replays_learn_what_eager_steps_learn(run: Run, eager: Log, tmp_path: Path) -> None:
     log, said, replays, steps = run(tmp_path / "graphed")
     assert "--cuda_graphs" not in said and far(log, eager) < 1e-5
-    assert (replays, steps) == (TRIAL + 7, 3)  # eager: the first step, which makes the state, and the two smaller ones
-    assert far(run(tmp_path / "counting", None, pads_count)[0], eager) > 1e-3  # the control: pads that are learned from
+    assert (replays, steps) == (
+        TRIAL + 7,
+        3,
+    )  # eager: the first step, which makes the state, and the two smaller ones
+    assert (
+        far(run(tmp_path / "counting", None, pads_count)[0], eager) > 1e-3
+    )  # the control: pads that are learned from
 
 
-def test_a_step_that_is_taken_eagerly_can_run_out_of_memory(run: Run, eager: Log, tmp_path: Path) -> None:
+def test_a_step_that_is_taken_eagerly_can_run_out_of_memory(
+    run: Run, eager: Log, tmp_path: Path
+) -> None:
     """It is halved as ever, and the steps after it are replayed."""
 
     def too_small() -> None:
@@ -472,7 +609,9 @@ def test_dropout_of_a_replay_is_a_function_of_seed_and_step(run: Run, tmp_path: 
     log, _, replays, _ = run(tmp_path / "graphed", **still)
     losses = [line["loss"] for line in log]
     assert replays == TRIAL + 9 and len(set(losses)) == 10
-    assert far(log, run(tmp_path / "again", Rehearsal(taken_again), **still)[0]) < 1e-6  # the masks of the same step without a recording
+    assert (
+        far(log, run(tmp_path / "again", Rehearsal(taken_again), **still)[0]) < 1e-6
+    )  # the masks of the same step without a recording
     assert far(log, run(tmp_path / "other", **still, seed=43)[0]) > 0.01  # the control
 
 
@@ -525,11 +664,16 @@ def raises(take: Callable[[], Taken], device: torch.device) -> Any:
         (Rehearsal(raises), "OutOfMemoryError: CUDA out of memory. more"),
     ],
 )
-def test_a_trial_that_differs_or_fails_leaves_an_eager_run(rehearsal: Rehearsal, why: str, run: Run, short: Log, tmp_path: Path) -> None:
+def test_a_trial_that_differs_or_fails_leaves_an_eager_run(
+    rehearsal: Rehearsal, why: str, run: Run, short: Log, tmp_path: Path
+) -> None:
     """To the bit, dropout included, and said once."""
     log, said, replays, steps = run(tmp_path / "out", rehearsal, **SHORT)
     (line,) = (line for line in said.splitlines() if "--cuda_graphs" in line)
-    assert line.startswith("--cuda_graphs cannot take effect, steps are taken eagerly: ") and why in line
+    assert (
+        line.startswith("--cuda_graphs cannot take effect, steps are taken eagerly: ")
+        and why in line
+    )
     assert replays <= TRIAL and steps == 3
     assert log == short
 
@@ -561,19 +705,29 @@ def test_what_was_tried_is_undone(tiny_model: Path) -> None:
 
     def everything() -> list[Any]:
         rates = [(group["lr"], group["capturable"]) for group in adamw.param_groups]
-        tensors = [*model.parameters(), *(x for state in adamw.state.values() for x in state.values())]
+        tensors = [
+            *model.parameters(),
+            *(x for state in adamw.state.values() for x in state.values()),
+        ]
         return [rates, torch.get_rng_state().tolist(), *(tensor.tolist() for tensor in tensors)]
 
     step()
     adamw.param_groups[0].update(lr=5e-5, capturable=False)
     before, weights = everything(), nn.utils.parameters_to_vector(model.parameters()).detach()
     found, change = graphed._tried(step, model, adamw)
-    assert found == "taken" and everything() == before and change.shape == weights.shape and change.any()
+    assert (
+        found == "taken"
+        and everything() == before
+        and change.shape == weights.shape
+        and change.any()
+    )
     with pytest.raises(ZeroDivisionError):
         graphed._tried(lambda: (step(), 1 / 0), model, adamw)
     assert everything() == before
     step()
-    assert all(now != then for now, then in zip(everything()[:3], before, strict=False))  # the control
+    assert all(
+        now != then for now, then in zip(everything()[:3], before, strict=False)
+    )  # the control
     after = nn.utils.parameters_to_vector(model.parameters()).detach()
     torch.testing.assert_close(change, after - weights, rtol=0, atol=0)
 

@@ -59,7 +59,9 @@ SENTENCES = {
         ("ko", "euc_kr", None),
     ],
 )
-def test_an_encoding_is_guessed_where_that_is_safe(language: str, encoding: str, guess: str | None) -> None:
+def test_an_encoding_is_guessed_where_that_is_safe(
+    language: str, encoding: str, guess: str | None
+) -> None:
     content = (SENTENCES[language] * 30).encode(encoding)
     assert guess_encoding(content, True) == guess
     assert guess_encoding(content[:-3], False) == guess  # the head may end within a character
@@ -94,8 +96,20 @@ def found(path: Path, content: str | bytes, **flags: Any) -> File:
         ("a.tsv", "a\tb,c\na\tb,c\n", {}, "\t", False),
         ("a.tsv", "text,label\na,1\n", {}, ",", True),
         ("a.tsv", 'text\tlabel\n"a\t1\nb"\t2\n', {}, "\t", False),  # quotes are text, as in GLUE
-        ("a.tsv", 'text\tlabel\n"a\tb"\t1\n"c"\t2\n', {}, "\t", True),  # only quotes make two fields of it
-        ("a.tsv", 'text\tlabel\n"a\tb"\t1\n5" c\t2\n', {}, "\t", False),  # a quote within a field: not sure
+        (
+            "a.tsv",
+            'text\tlabel\n"a\tb"\t1\n"c"\t2\n',
+            {},
+            "\t",
+            True,
+        ),  # only quotes make two fields of it
+        (
+            "a.tsv",
+            'text\tlabel\n"a\tb"\t1\n5" c\t2\n',
+            {},
+            "\t",
+            False,
+        ),  # a quote within a field: not sure
         ("a.tsv", 'text\tlabel\n"a\tb"\t1\n', {"quoting": "none"}, "\t", False),
         ("a.csv", "text;label\na;1\n", {"delimiter": ","}, ",", True),
         ("a.csv", "text\nHello; world\nBye; moon\n", {}, ",", True),  # one column
@@ -118,16 +132,39 @@ def test_a_delimiter_is_guessed_where_only_one_fits(
 
 
 def test_what_is_guessed_is_told_in_one_sentence(tmp_path: Path) -> None:
-    assert found(tmp_path / "a.csv", "text;label\na;1\n").told() == "a.csv: read as utf-8, delimiter ';', quoted"
-    assert found(tmp_path / "b.tsv", (SENTENCES["de"] * 9).encode("cp1252")).told() == "b.tsv: read as cp1252, delimiter tab, unquoted"
+    assert (
+        found(tmp_path / "a.csv", "text;label\na;1\n").told()
+        == "a.csv: read as utf-8, delimiter ';', quoted"
+    )
+    assert (
+        found(tmp_path / "b.tsv", (SENTENCES["de"] * 9).encode("cp1252")).told()
+        == "b.tsv: read as cp1252, delimiter tab, unquoted"
+    )
     line = '{"text": "Grüße", "label": 1}\n'
-    assert found(tmp_path / "c.jsonl", (line * 9).encode("cp1252")).told() == "c.jsonl: read as cp1252"
-    assert found(tmp_path / "d.csv", "text,label\na,1\n".encode("utf-16")).told() == "d.csv: read as utf-16, delimiter ',', quoted"
-    assert found(tmp_path / "e.csv", (SENTENCES["de"] * 9).encode("cp1252"), encoding="cp1252", delimiter="tab").told() is None
+    assert (
+        found(tmp_path / "c.jsonl", (line * 9).encode("cp1252")).told() == "c.jsonl: read as cp1252"
+    )
+    assert (
+        found(tmp_path / "d.csv", "text,label\na,1\n".encode("utf-16")).told()
+        == "d.csv: read as utf-16, delimiter ',', quoted"
+    )
+    assert (
+        found(
+            tmp_path / "e.csv",
+            (SENTENCES["de"] * 9).encode("cp1252"),
+            encoding="cp1252",
+            delimiter="tab",
+        ).told()
+        is None
+    )
 
 
 def test_what_is_no_table_is_refused_as_before(tmp_path: Path) -> None:
-    for name, content in (("a.md", "# Title\n\nSome text, and more.\n"), ("a.bin", b"\0,\0\n\0,\0\n"), ("LICENSE", "Apache\n2.0\n")):
+    for name, content in (
+        ("a.md", "# Title\n\nSome text, and more.\n"),
+        ("a.bin", b"\0,\0\n\0,\0\n"),
+        ("LICENSE", "Apache\n2.0\n"),
+    ):
         with pytest.raises(DataError, match=r"the ending '.*' is not known; expected \.csv"):
             found(tmp_path / name, content)
 
@@ -136,7 +173,10 @@ def test_a_byte_further_down_is_an_error_with_its_line(tmp_path: Path) -> None:
     content = (SENTENCES["de"] * 20_000).encode("cp1252") + b"last \x81\tneg\n"
     file = found(tmp_path / "a.tsv", content, column_names=["text", "label"])
     assert len(content) > 1 << 20 and file.encoding == "cp1252"
-    with pytest.raises(DataError, match=r"^a\.tsv line 20001: byte 0x81 is not cp1252; pass the --encoding it was written in"):
+    with pytest.raises(
+        DataError,
+        match=r"^a\.tsv line 20001: byte 0x81 is not cp1252; pass the --encoding it was written in",
+    ):
         FileRows(file).whole(["text"])
 
 
@@ -144,15 +184,24 @@ def test_a_byte_further_down_is_an_error_with_its_line(tmp_path: Path) -> None:
     ("path", "names", "told", "rows"),
     [
         ("sms_spam/spam.csv", None, "spam.csv: read as cp1252, delimiter ',', quoted", 5_572),
-        ("sms_spam/SMSSpamCollection", ["label", "text"], "SMSSpamCollection: read as utf-8, delimiter tab, unquoted", 5_574),
+        (
+            "sms_spam/SMSSpamCollection",
+            ["label", "text"],
+            "SMSSpamCollection: read as utf-8, delimiter tab, unquoted",
+            5_574,
+        ),
         ("chnsenticorp/train.tsv", ["text", "label"], None, 9_600),
         ("sst2/train.tsv", None, None, 67_349),
         ("stsb/train.tsv", None, None, 5_749),
         ("cola/train.tsv", ["_", "label", "_", "text"], None, 8_551),
     ],
 )
-def test_real_files_need_no_flags(shared_data: Path, path: str, names: list[str] | None, told: str | None, rows: int) -> None:
-    file = find_file(str(shared_data / path), delimiter=None, quoting="auto", encoding=None, column_names=names)
+def test_real_files_need_no_flags(
+    shared_data: Path, path: str, names: list[str] | None, told: str | None, rows: int
+) -> None:
+    file = find_file(
+        str(shared_data / path), delimiter=None, quoting="auto", encoding=None, column_names=names
+    )
     assert file.told() == told
     source = FileRows(file)
     assert source.whole(source.column_names()).rows == rows

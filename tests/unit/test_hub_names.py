@@ -30,10 +30,14 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultyServe
 def test_a_hub_that_answers_is_asked_once(hub: FaultyServer) -> None:
     ask_hub("nobody/nothing")
     ask_hub("nobody/nothing")
-    assert hub_names._answers == {hub.url: ""} and not constants.HF_HUB_OFFLINE, "404 is an answer, too"
+    assert hub_names._answers == {hub.url: ""} and not constants.HF_HUB_OFFLINE, (
+        "404 is an answer, too"
+    )
 
 
-def test_a_hub_that_does_not_answer_is_left_alone(hub: FaultyServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hub_that_does_not_answer_is_left_alone(
+    hub: FaultyServer, capsys: pytest.CaptureFixture[str]
+) -> None:
     hub.__exit__()
     ask_hub("google-bert/bert-base-uncased")
     assert constants.HF_HUB_OFFLINE and "refused" in hub_names._answers[hub.url]
@@ -46,24 +50,34 @@ def test_a_hub_that_does_not_answer_is_left_alone(hub: FaultyServer, capsys: pyt
     hub.__enter__()  # for the fixture's own end
 
 
-def test_a_hub_that_is_silent_is_asked_once(hub: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_is_silent_is_asked_once(
+    hub: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hub_names, "PATIENCE_SECONDS", 0.2)
     asked = []
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(hub_names.time, "sleep", asked.append)
         ask_hub("nobody/nothing")
-        assert "timed out" in hub_names._answers[constants.ENDPOINT] and constants.HF_HUB_OFFLINE and not asked
+        assert (
+            "timed out" in hub_names._answers[constants.ENDPOINT]
+            and constants.HF_HUB_OFFLINE
+            and not asked
+        )
 
 
-def test_folders_and_offline_runs_ask_nobody(hub: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_and_offline_runs_ask_nobody(
+    hub: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ask_hub(str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     ask_hub("nobody/nothing")
     assert hub_names._answers == {}
 
 
-def test_the_nearest_names_are_those_that_can_be_known_here(hub: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_nearest_names_are_those_that_can_be_known_here(
+    hub: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "cache" / "models--our-team--legal-bert").mkdir(parents=True)
     (tmp_path / "cache" / "datasets--our-team--contracts").mkdir()
     (tmp_path / "film-bert").mkdir()
@@ -84,9 +98,14 @@ def chained(*errors: BaseException) -> BaseException:
 
 def test_offline_is_told_as_what_it_is(hub: FaultyServer, tmp_path: Path) -> None:
     error = chained(OSError("We couldn't connect to 'x'\nmore"), LocalEntryNotFoundError("no"))
-    assert why_not(error, "q/z") == f"HF_HUB_OFFLINE is set, and the cache {tmp_path / 'cache'} does not hold it."
+    assert (
+        why_not(error, "q/z")
+        == f"HF_HUB_OFFLINE is set, and the cache {tmp_path / 'cache'} does not hold it."
+    )
     hub_names._answers[hub.url] = "timed out"
-    assert why_not(OfflineModeIsEnabled("no"), "q/z").startswith(f"The hub ({hub.url}) cannot be reached (timed out), and the cache ")
+    assert why_not(OfflineModeIsEnabled("no"), "q/z").startswith(
+        f"The hub ({hub.url}) cannot be reached (timed out), and the cache "
+    )
 
 
 def test_other_errors_keep_their_words_in_one_line(hub: FaultyServer) -> None:

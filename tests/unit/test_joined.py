@@ -15,13 +15,17 @@ def labelled(name: str, labels: list[Any], kind: str, pairs: list[str] | None = 
     values = list(dict.fromkeys(labels))
     plain = records_of([f"{name} {i}" for i in range(len(labels))], pairs)
     codes = np.array([values.index(label) for label in labels], np.int32)
-    return dataclasses.replace(plain, label_kind=kind, label_values=values, label_codes=codes, label_column="label")
+    return dataclasses.replace(
+        plain, label_kind=kind, label_values=values, label_codes=codes, label_column="label"
+    )
 
 
 def test_rows_places_and_labels_stay_what_they_were() -> None:
     one, other = labelled("a", ["x", "y", "x"], "text"), labelled("b", ["y", "z"], "text")
     whole = join([one, other.some(1, 2), one.some(1, 3)], "both")
-    assert [(record.text, record.label) for record in map(whole.__getitem__, range(len(whole)))] == [
+    assert [
+        (record.text, record.label) for record in map(whole.__getitem__, range(len(whole)))
+    ] == [
         ("a 0", "x"),
         ("a 1", "y"),
         ("a 2", "x"),
@@ -29,8 +33,12 @@ def test_rows_places_and_labels_stay_what_they_were() -> None:
         ("a 1", "y"),
         ("a 2", "x"),
     ]
-    assert [whole.where(row) for row in range(6)] == [f"texts row {row}" for row in (0, 1, 2, 1, 1, 2)]
-    assert whole.name == "both" and whole.lengths().tolist() == [3] * 6 and join([one], "one") is one
+    assert [whole.where(row) for row in range(6)] == [
+        f"texts row {row}" for row in (0, 1, 2, 1, 1, 2)
+    ]
+    assert (
+        whole.name == "both" and whole.lengths().tolist() == [3] * 6 and join([one], "one") is one
+    )
     assert whole.some(3, 5)[0].text == "b 1" and whole.some(3, 5).where(1) == "texts row 1"
 
 
@@ -46,7 +54,9 @@ def test_rows_places_and_labels_stay_what_they_were() -> None:
 def test_kinds_that_have_one_in_common(kinds: Any, labels: Any, expected: Any) -> None:
     whole = join([labelled("a", labels[0], kinds[0]), labelled("b", labels[1], kinds[1])], "both")
     found = [whole[row].label for row in range(4)]
-    assert (whole.label_kind, found) == expected and [type(label) for label in found] == [type(label) for label in expected[1]]
+    assert (whole.label_kind, found) == expected and [type(label) for label in found] == [
+        type(label) for label in expected[1]
+    ]
 
 
 def test_kinds_that_have_none_in_common() -> None:
@@ -58,5 +68,11 @@ def test_kinds_that_have_none_in_common() -> None:
 
 
 def test_the_fingerprint_is_that_of_all() -> None:
-    one, other = labelled("a", ["x"], "text"), dataclasses.replace(labelled("b", ["x"], "text"), fingerprint="b")
-    assert len({join(parts, "n").fingerprint for parts in ([one, other], [other, one], [one, one])}) == 3
+    one, other = (
+        labelled("a", ["x"], "text"),
+        dataclasses.replace(labelled("b", ["x"], "text"), fingerprint="b"),
+    )
+    assert (
+        len({join(parts, "n").fingerprint for parts in ([one, other], [other, one], [one, one])})
+        == 3
+    )

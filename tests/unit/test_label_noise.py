@@ -33,7 +33,9 @@ def share_at_the_head(order: Any, wrong: Any) -> float:
 @pytest.mark.parametrize("outputs", [2, 5])
 def test_wrong_labels_stand_at_the_head(rank_by: str, outputs: int) -> None:
     labels, probabilities, wrong = judged(outputs)
-    doubts = find_doubts("single_label_classification", labels, probabilities.argmax(1), probabilities, rank_by)
+    doubts = find_doubts(
+        "single_label_classification", labels, probabilities.argmax(1), probabilities, rank_by
+    )
     assert sorted(doubts.order) == list(range(ROWS))
     assert share_at_the_head(doubts.order, wrong) > 0.8
     assert wrong[doubts.issues].mean() > 0.8 and doubts.issues[wrong].mean() > 0.6
@@ -49,7 +51,12 @@ def test_probabilities_of_other_rows_find_nothing(rank_by: str) -> None:
 
 def test_labels_that_the_model_agrees_with_are_not_marked() -> None:
     _, probabilities, _ = judged(3)
-    doubts = find_doubts("single_label_classification", probabilities.argmax(1), probabilities.argmax(1), probabilities)
+    doubts = find_doubts(
+        "single_label_classification",
+        probabilities.argmax(1),
+        probabilities.argmax(1),
+        probabilities,
+    )
     assert not doubts.issues.any()
 
 
@@ -57,22 +64,35 @@ def test_confident_learning_puts_what_is_marked_first_and_the_others_do_not() ->
     labels, probabilities, _ = judged(5)
     marked = {}
     for rank_by in RANKINGS:
-        doubts = find_doubts("single_label_classification", labels, probabilities.argmax(1), probabilities, rank_by)
+        doubts = find_doubts(
+            "single_label_classification", labels, probabilities.argmax(1), probabilities, rank_by
+        )
         marked[rank_by] = doubts.issues[doubts.order].astype(int)
     assert (np.diff(marked["confident_learning"]) <= 0).all()
-    assert any((np.diff(order) > 0).any() for rank_by, order in marked.items() if rank_by != "confident_learning")
+    assert any(
+        (np.diff(order) > 0).any()
+        for rank_by, order in marked.items()
+        if rank_by != "confident_learning"
+    )
 
 
 def test_the_order_is_that_of_the_scores_and_equal_scores_keep_the_order_of_rows() -> None:
     probabilities = np.array([[0.5, 0.5], [0.9, 0.1], [0.5, 0.5], [0.2, 0.8]])
-    doubts = find_doubts("single_label_classification", np.array([0, 1, 1, 1]), probabilities.argmax(1), probabilities)
+    doubts = find_doubts(
+        "single_label_classification",
+        np.array([0, 1, 1, 1]),
+        probabilities.argmax(1),
+        probabilities,
+    )
     assert doubts.order.tolist() == [1, 0, 2, 3]
     assert doubts.scores == pytest.approx([0.5, 0.1, 0.5, 0.8])
 
 
 def test_rows_of_one_label_are_judged_by_what_the_model_says() -> None:
     probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
-    doubts = find_doubts("single_label_classification", np.zeros(3, int), probabilities.argmax(1), probabilities)
+    doubts = find_doubts(
+        "single_label_classification", np.zeros(3, int), probabilities.argmax(1), probabilities
+    )
     assert doubts.order.tolist() == [1, 2, 0] and doubts.issues.tolist() == [False, True, False]
 
 
@@ -99,7 +119,13 @@ def several(seed: int = 0) -> tuple[Any, Any, Any]:
 @pytest.mark.parametrize("rank_by", RANKINGS)
 def test_wrong_sets_of_labels_stand_at_the_head(rank_by: str) -> None:
     labels, probabilities, wrong = several()
-    doubts = find_doubts("multi_label_classification", labels, (probabilities > 0.5).astype(int), probabilities, rank_by)
+    doubts = find_doubts(
+        "multi_label_classification",
+        labels,
+        (probabilities > 0.5).astype(int),
+        probabilities,
+        rank_by,
+    )
     assert sorted(doubts.order) == list(range(ROWS))
     assert share_at_the_head(doubts.order, wrong) > 0.8
     assert wrong[doubts.issues].mean() > 0.6
@@ -115,7 +141,9 @@ def test_sets_of_labels_that_others_are_judged_by_find_nothing() -> None:
 def test_some_rows_may_have_no_label_but_not_all() -> None:
     probabilities = np.array([[0.9, 0.1], [0.2, 0.1], [0.3, 0.8]])
     predictions = (probabilities > 0.5).astype(int)
-    doubts = find_doubts("multi_label_classification", np.array([[0, 0], [0, 0], [0, 1]]), predictions, probabilities)
+    doubts = find_doubts(
+        "multi_label_classification", np.array([[0, 0], [0, 0], [0, 1]]), predictions, probabilities
+    )
     assert doubts.order.tolist() == [0, 2, 1] and doubts.issues.tolist() == [True, False, False]
     with pytest.raises(DataError, match="No row has a label"):
         find_doubts("multi_label_classification", np.zeros((3, 2)), predictions, probabilities)
@@ -124,13 +152,20 @@ def test_some_rows_may_have_no_label_but_not_all() -> None:
 def test_numbers_are_ranked_by_how_far_off_they_are() -> None:
     random = np.random.default_rng(0)
     truth = random.uniform(0, 5, ROWS)
-    said = (truth + random.normal(scale=0.2, size=ROWS) + 0.5).astype(np.float32)  # all a little too high: that is no doubt of any one
+    said = (truth + random.normal(scale=0.2, size=ROWS) + 0.5).astype(
+        np.float32
+    )  # all a little too high: that is no doubt of any one
     given, wrong = truth.copy(), np.arange(ROWS) < WRONG
     given[wrong] += 2
     doubts = find_doubts("regression", given, said, said[:, None])
     assert share_at_the_head(doubts.order, wrong) == 1 and (doubts.issues == wrong).mean() > 0.98
     assert ((doubts.scores >= 0) & (doubts.scores <= 1)).all()
-    assert share_at_the_head(find_doubts("regression", given, random.permutation(said), said[:, None]).order, wrong) < 0.4
+    assert (
+        share_at_the_head(
+            find_doubts("regression", given, random.permutation(said), said[:, None]).order, wrong
+        )
+        < 0.4
+    )
 
 
 def test_numbers_that_are_told_exactly_are_not_doubted() -> None:
@@ -144,7 +179,9 @@ def test_numbers_that_are_told_exactly_are_not_doubted() -> None:
 def test_an_answer_that_is_no_number_is_named() -> None:
     probabilities = np.array([[0.5, 0.5], [np.nan, np.nan]])
     with pytest.raises(DataError, match="answer to row 1 is not a number"):
-        find_doubts("single_label_classification", np.array([0, 1]), np.array([0, 0]), probabilities)
+        find_doubts(
+            "single_label_classification", np.array([0, 1]), np.array([0, 0]), probabilities
+        )
 
 
 def test_a_missing_cleanlab_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +194,9 @@ def test_a_missing_cleanlab_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
 
     need_cleanlab()
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ConfigError, match=r"^Doubting labels needs cleanlab.*pip install bertdist\[noise\]\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^Doubting labels needs cleanlab.*pip install bertdist\[noise\]\.$"
+    ):
         need_cleanlab()
 
 

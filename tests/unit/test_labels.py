@@ -8,7 +8,10 @@ from looking import clean_rows, kinds, look, the
 
 
 def with_labels(labels: list[Any], seed: int = 0) -> list[dict[str, Any]]:
-    return [{**row, "label": label} for row, label in zip(clean_rows(len(labels), seed), labels, strict=True)]
+    return [
+        {**row, "label": label}
+        for row, label in zip(clean_rows(len(labels), seed), labels, strict=True)
+    ]
 
 
 def test_clean_rows_have_no_finding(tmp_path: Path) -> None:
@@ -16,14 +19,27 @@ def test_clean_rows_have_no_finding(tmp_path: Path) -> None:
 
 
 def test_labels_are_counted_by_name_in_every_split(tmp_path: Path) -> None:
-    found = look(tmp_path, with_labels([1] * 30 + [0] * 20), with_labels(["0"] * 10 + ["1"] * 10, 1))
-    assert found.labels["train"].counts() == {"1": 30, "0": 20} and found.labels["validation"].counts() == {"0": 10, "1": 10}  # type: ignore[union-attr]
+    found = look(
+        tmp_path, with_labels([1] * 30 + [0] * 20), with_labels(["0"] * 10 + ["1"] * 10, 1)
+    )
+    assert found.labels["train"].counts() == {"1": 30, "0": 20} and found.labels[
+        "validation"
+    ].counts() == {"0": 10, "1": 10}  # type: ignore[union-attr]
     assert kinds(found) == []
 
 
-def test_a_label_that_train_lacks_is_an_error_and_one_that_validation_lacks_a_note(tmp_path: Path) -> None:
-    found = look(tmp_path, with_labels(["a"] * 20 + ["b"] * 20 + ["c"] * 20), with_labels(["a", "a", "a ", "b"], 1))
-    assert kinds(found) == [("unknown_labels", "error", "validation", 1), ("missing_labels", "note", "validation", 1)]
+def test_a_label_that_train_lacks_is_an_error_and_one_that_validation_lacks_a_note(
+    tmp_path: Path,
+) -> None:
+    found = look(
+        tmp_path,
+        with_labels(["a"] * 20 + ["b"] * 20 + ["c"] * 20),
+        with_labels(["a", "a", "a ", "b"], 1),
+    )
+    assert kinds(found) == [
+        ("unknown_labels", "error", "validation", 1),
+        ("missing_labels", "note", "validation", 1),
+    ]
     error = the(found, "unknown_labels", "validation")
     assert "'a ' 1" in error.meaning and "Did you mean 'a'?" in error.advice
     assert (error.examples[0].row, error.examples[0].note) == (2, "label 'a '") and "'c'" in the(
@@ -32,17 +48,28 @@ def test_a_label_that_train_lacks_is_an_error_and_one_that_validation_lacks_a_no
 
 
 def test_a_single_label_and_labels_that_are_ids_are_errors(tmp_path: Path) -> None:
-    assert kinds(look(tmp_path, with_labels(["a"] * 20))) == [("single_label", "error", "train", 20)]
-    assert kinds(look(tmp_path, with_labels([f"id{row}" for row in range(40)]))) == [("labels_like_ids", "error", "train", 40)]
+    assert kinds(look(tmp_path, with_labels(["a"] * 20))) == [
+        ("single_label", "error", "train", 20)
+    ]
+    assert kinds(look(tmp_path, with_labels([f"id{row}" for row in range(40)]))) == [
+        ("labels_like_ids", "error", "train", 40)
+    ]
     assert kinds(look(tmp_path, with_labels([f"id{row // 20}" for row in range(40)]))) == []
 
 
 def test_rare_labels_and_imbalance(tmp_path: Path) -> None:
     found = look(tmp_path, with_labels(["a"] * 200 + ["b"] * 20 + ["c"] * 3))
-    assert kinds(found) == [("rare_labels", "warning", "train", 1), ("imbalance", "note", "train", 200)]
-    assert "'c' 3" in the(found, "rare_labels").meaning and "67 times" in the(found, "imbalance").title
+    assert kinds(found) == [
+        ("rare_labels", "warning", "train", 1),
+        ("imbalance", "note", "train", 200),
+    ]
+    assert (
+        "'c' 3" in the(found, "rare_labels").meaning and "67 times" in the(found, "imbalance").title
+    )
     assert "89.7%" in the(found, "imbalance").meaning
-    assert kinds(look(tmp_path, with_labels(["a"] * 90 + ["b"] * 10))) == []  # the control: 9 times, and 10 rows
+    assert (
+        kinds(look(tmp_path, with_labels(["a"] * 90 + ["b"] * 10))) == []
+    )  # the control: 9 times, and 10 rows
 
 
 def test_labels_that_differ_in_case_or_blanks_only(tmp_path: Path) -> None:
@@ -54,9 +81,17 @@ def test_multi_label_rows_without_a_label(tmp_path: Path) -> None:
     sets = [["a", "b"], ["a"], ["b"], []] * 10
     found = look(tmp_path, with_labels(sets), with_labels([["b", "a"], ["a"]], 1))
     assert kinds(found) == [("rows_without_a_label", "note", "train", 10)]
-    assert dict(the(found, "rows_without_a_label").details) == {"mean_labels": 1.0, "most_labels": 2}
+    assert dict(the(found, "rows_without_a_label").details) == {
+        "mean_labels": 1.0,
+        "most_labels": 2,
+    }
     assert found.problem_type == "multi_label_classification"
-    assert kinds(look(tmp_path, with_labels([[]] * 20)))[0] == ("single_label", "error", "train", 20)
+    assert kinds(look(tmp_path, with_labels([[]] * 20)))[0] == (
+        "single_label",
+        "error",
+        "train",
+        20,
+    )
     mostly = look(tmp_path, with_labels([[], [], [], ["a"], ["b"]] * 10))
     assert kinds(mostly) == [("rows_without_a_label", "warning", "train", 30)]
     assert kinds(look(tmp_path, with_labels([["a"], ["b"]] * 10))) == []
@@ -65,30 +100,60 @@ def test_multi_label_rows_without_a_label(tmp_path: Path) -> None:
 def test_regression_outliers_and_range(tmp_path: Path) -> None:
     numbers = [round(row / 10, 1) + 0.05 for row in range(50)]
     found = look(tmp_path, with_labels([*numbers, 900.5]), with_labels([1.25, 2.5, -3.5], 1))
-    assert kinds(found) == [("outliers", "warning", "train", 1), ("outside_range", "warning", "validation", 1)]
-    assert the(found, "outliers").examples[0].note == "label 900.5" and the(found, "outside_range", "validation").examples[0].row == 2
-    assert found.problem_type == "regression" and kinds(look(tmp_path, with_labels(numbers), with_labels([1.25, 2.5], 1))) == []
-    assert kinds(look(tmp_path, with_labels([2.5] * 30))) == [("single_label", "error", "train", 30)]
+    assert kinds(found) == [
+        ("outliers", "warning", "train", 1),
+        ("outside_range", "warning", "validation", 1),
+    ]
+    assert (
+        the(found, "outliers").examples[0].note == "label 900.5"
+        and the(found, "outside_range", "validation").examples[0].row == 2
+    )
+    assert (
+        found.problem_type == "regression"
+        and kinds(look(tmp_path, with_labels(numbers), with_labels([1.25, 2.5], 1))) == []
+    )
+    assert kinds(look(tmp_path, with_labels([2.5] * 30))) == [
+        ("single_label", "error", "train", 30)
+    ]
 
 
 def test_numbers_written_as_text_are_numbers_and_words_among_them_an_error(tmp_path: Path) -> None:
     rows = with_labels([f"{row / 10:.2f}" for row in range(50)])
     assert kinds(look(tmp_path, rows, with_labels(["1.5", "2.50"], 1), ending="tsv")) == []
     found = look(tmp_path, rows, with_labels(["1.5", "good"], 1), ending="tsv")
-    assert kinds(found) == [("unknown_labels", "error", "validation", 1)] and "'good'" in the(found, "unknown_labels", "validation").meaning
+    assert (
+        kinds(found) == [("unknown_labels", "error", "validation", 1)]
+        and "'good'" in the(found, "unknown_labels", "validation").meaning
+    )
 
 
-def test_a_test_file_without_labels_is_a_note_and_one_whose_labels_cannot_be_read_a_warning(tmp_path: Path) -> None:
+def test_a_test_file_without_labels_is_a_note_and_one_whose_labels_cannot_be_read_a_warning(
+    tmp_path: Path,
+) -> None:
     unlabelled = [{"text": row["text"]} for row in clean_rows(10, 3)]
-    assert kinds(look(tmp_path, clean_rows(40), test=unlabelled)) == [("no_labels", "note", "test", 10)]
-    columns = [{"text": row["text"], "a": number % 2, "b": 1 - number % 2} for number, row in enumerate(clean_rows(40))]
+    assert kinds(look(tmp_path, clean_rows(40), test=unlabelled)) == [
+        ("no_labels", "note", "test", 10)
+    ]
+    columns = [
+        {"text": row["text"], "a": number % 2, "b": 1 - number % 2}
+        for number, row in enumerate(clean_rows(40))
+    ]
     none = [{"text": row["text"], "a": "NONE", "b": "NONE"} for row in clean_rows(10, 3)]
     found = look(tmp_path, columns, test=none, label_columns=["a", "b"])
-    assert kinds(found) == [("unreadable_labels", "warning", "test", 10), ("no_labels", "note", "test", 10)]
-    assert "column 'a' holds 'NONE'; expected 0 or 1." in the(found, "unreadable_labels", "test").meaning
+    assert kinds(found) == [
+        ("unreadable_labels", "warning", "test", 10),
+        ("no_labels", "note", "test", 10),
+    ]
+    assert (
+        "column 'a' holds 'NONE'; expected 0 or 1."
+        in the(found, "unreadable_labels", "test").meaning
+    )
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "tsv", "csv", "parquet"])
 def test_a_look_says_the_same_of_every_kind_of_file(tmp_path: Path, ending: str) -> None:
     rows = with_labels(["a"] * 20 + ["b"] * 20 + ["c"] * 2)
-    assert kinds(look(tmp_path, rows, ending=ending)) == [("rare_labels", "warning", "train", 1), ("imbalance", "note", "train", 20)]
+    assert kinds(look(tmp_path, rows, ending=ending)) == [
+        ("rare_labels", "warning", "train", 1),
+        ("imbalance", "note", "train", 20),
+    ]

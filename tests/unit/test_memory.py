@@ -45,17 +45,27 @@ class Rows:
 
     def __init__(self, lengths: Sequence[int], max_length: int = 64) -> None:
         self.sizes, self.max_length = lengths, max_length
-        self.records = SimpleNamespace(lengths=lambda: np.array(lengths), where=lambda row: f"x.tsv line {row + 2}")
+        self.records = SimpleNamespace(
+            lengths=lambda: np.array(lengths), where=lambda row: f"x.tsv line {row + 2}"
+        )
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def __getitem__(self, rows: Sequence[int]) -> list[Example]:
-        return [Example(int(row), [int(row)] * self.sizes[row], [0] * self.sizes[row], 0, 1.0) for row in rows]
+        return [
+            Example(int(row), [int(row)] * self.sizes[row], [0] * self.sizes[row], 0, 1.0)
+            for row in rows
+        ]
 
 
 def batches(lengths: Sequence[int] = (7, 3, 5, 2), **changes: Any) -> Batches:
-    given: dict[str, Any] = {"examples": Rows(lengths), "rows_per_step": 4, "tokens_per_micro_batch": 100, **changes}
+    given: dict[str, Any] = {
+        "examples": Rows(lengths),
+        "rows_per_step": 4,
+        "tokens_per_micro_batch": 100,
+        **changes,
+    }
     return Batches(**given)
 
 
@@ -75,7 +85,9 @@ def test_a_power_of_two_is_the_largest_that_is_not_above(number: int) -> None:
 @given(tokens=st.integers(1, 10**6), lengths=st.lists(st.integers(1, 200), min_size=2, max_size=20))
 @example(tokens=150, lengths=[1, 74])
 def test_half_of_the_tokens_cut_the_batch_that_did_not_fit(tokens: int, lengths: list[int]) -> None:
-    found = halved(tokens, collate([Example(0, [1] * length, [0] * length, 0, 1.0) for length in lengths]))
+    found = halved(
+        tokens, collate([Example(0, [1] * length, [0] * length, 0, 1.0) for length in lengths])
+    )
     assert 1 <= found <= max(1, tokens // 2) and found < sum(lengths)
     assert found == 1 or 2 * found + 1 >= min(tokens, sum(lengths)), "no more halvings than needed"
 
@@ -89,9 +101,19 @@ def test_half_of_the_tokens_cut_the_batch_that_did_not_fit(tokens: int, lengths:
         (torch.OutOfMemoryError("CUDA out of memory."), True),
         (torch.cuda.OutOfMemoryError("CUDA out of memory."), True),
         (MemoryError(), True),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."), True),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
+            ),
+            True,
+        ),
         (RuntimeError("could not create a primitive"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (
+            RuntimeError(
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+            ),
+            True,
+        ),
         (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
     ],
@@ -111,7 +133,9 @@ def test_out_of_memory_is_told_from_other_errors(error: Exception, is_one: bool)
 
 def test_the_allocator_of_this_machine_says_it_so() -> None:
     """2^50 bytes, for real."""
-    assert "DefaultCPUAllocator: can't allocate memory" in str(attempt(lambda: torch.empty(2**50, dtype=torch.uint8)))
+    assert "DefaultCPUAllocator: can't allocate memory" in str(
+        attempt(lambda: torch.empty(2**50, dtype=torch.uint8))
+    )
 
 
 def test_an_attempt_lets_go_of_what_it_held() -> None:
@@ -145,7 +169,9 @@ def test_an_attempt_lets_go_of_what_it_held() -> None:
     budget=st.integers(0, 10**8),
     first=st.integers(3, 64),
 )
-def test_doubling_ends_at_the_largest_that_fits(fixed: int, each: int, most: int, budget: int, first: int) -> None:
+def test_doubling_ends_at_the_largest_that_fits(
+    fixed: int, each: int, most: int, budget: int, first: int
+) -> None:
     tried: list[int] = []
 
     def peak(tokens: int) -> int:
@@ -153,7 +179,11 @@ def test_doubling_ends_at_the_largest_that_fits(fixed: int, each: int, most: int
         return fixed + each * tokens
 
     found = doubled(peak, first, most, budget)
-    assert tried == [tried[0] << i for i in range(len(tried))] and first <= tried[0] < 2 * first and tried[-1] <= most
+    assert (
+        tried == [tried[0] << i for i in range(len(tried))]
+        and first <= tried[0] < 2 * first
+        and tried[-1] <= most
+    )
     assert all(2 * (fixed + each * tokens) <= budget for tokens in tried[:-1])
     if found in tried:
         assert peak(found) <= budget and (found == most or 2 * peak(found) > budget)
@@ -161,7 +191,9 @@ def test_doubling_ends_at_the_largest_that_fits(fixed: int, each: int, most: int
         assert found == max(1, tried[0] // 2) and peak(tried[0]) > budget
 
 
-@pytest.mark.parametrize(("fits", "found"), [(64, 64), (1023, 512), (4096, 4096), (10**6, 8192), (10, 16)])
+@pytest.mark.parametrize(
+    ("fits", "found"), [(64, 64), (1023, 512), (4096, 4096), (10**6, 8192), (10, 16)]
+)
 def test_doubling_ends_where_memory_does(fits: int, found: int) -> None:
     """Where free memory promised more than there is, as beside another program."""
     assert doubled(lambda tokens: tokens if tokens <= fits else None, 32, 8192, 10**9) == found
@@ -171,8 +203,16 @@ def test_doubling_ends_where_memory_does(fits: int, found: int) -> None:
 
 
 @QUICK
-@given(a=st.integers(1, 10**6), b=st.integers(0, 10**4), c=st.integers(0, 10**9), unit=st.integers(1, 16), longest=st.integers(1, 512))
-def test_bytes_a_token_are_those_of_a_text_of_full_length(a: int, b: int, c: int, unit: int, longest: int) -> None:
+@given(
+    a=st.integers(1, 10**6),
+    b=st.integers(0, 10**4),
+    c=st.integers(0, 10**9),
+    unit=st.integers(1, 16),
+    longest=st.integers(1, 512),
+)
+def test_bytes_a_token_are_those_of_a_text_of_full_length(
+    a: int, b: int, c: int, unit: int, longest: int
+) -> None:
     kept = [c + a * length + b * length**2 for length in (unit, 2 * unit, 4 * unit)]
     assert bytes_per_token(kept, unit, longest) == pytest.approx(a + b * longest)
 
@@ -211,7 +251,9 @@ def linear(each: int) -> Callable[[Batch], Tensor]:
         (5, 10**9, 1),
     ],
 )
-def test_half_of_what_is_free_decides_on_a_cpu(free: int, needed: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_of_what_is_free_decides_on_a_cpu(
+    free: int, needed: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """400 bytes a token, by a power of two."""
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     assert find_tokens(linear(400), batches(), CPU, needed) == tokens
@@ -227,7 +269,9 @@ def test_any_max_length_can_be_probed(max_length: int, monkeypatch: pytest.Monke
         return linear(400)(batch)
 
     assert find_tokens(compute, batches(examples=Rows([2, 4], max_length)), CPU) == 512
-    assert [lengths[0] for lengths in seen] == [seen[0][0] << i for i in range(3)], "three texts, each twice as long"
+    assert [lengths[0] for lengths in seen] == [seen[0][0] << i for i in range(3)], (
+        "three texts, each twice as long"
+    )
     assert seen[-1][0] <= max(max_length, 4)
 
 
@@ -260,11 +304,15 @@ def test_three_small_texts_tell_what_full_ones_keep(tiny_model: Path, dropout: f
 
     def kept(texts: int, length: int) -> int:
         batch = collate([example._replace(ids=[7] * length, segments=[0] * length)] * texts)
-        return kept_bytes(lambda batch: task.loss(model(batch), batch.targets, batch.weights), batch)
+        return kept_bytes(
+            lambda batch: task.loss(model(batch), batch.targets, batch.weights), batch
+        )
 
     told = bytes_per_token([kept(1, 16), kept(1, 32), kept(1, 64)], 16, 256)
     assert told == pytest.approx((kept(3, 256) - kept(1, 256)) / 512, rel=0.01)
-    assert (told > 1.5 * (kept(1, 64) - kept(1, 32)) / 32) is (dropout > 0)  # the control: a straight line would not do
+    assert (told > 1.5 * (kept(1, 64) - kept(1, 32)) / 32) is (
+        dropout > 0
+    )  # the control: a straight line would not do
 
 
 # --- Control groups
@@ -282,7 +330,12 @@ def test_the_tightest_control_group_counts(tmp_path: Path) -> None:
     process.write_text("0::/slurm/job_7/step_0\n")
     group(root, memory__stat="inactive_file 5")  # the root has no limit
     group(root / "slurm", memory__max="5000", memory__current="1000")
-    group(root / "slurm/job_7", memory__max="1000", memory__current="700", memory__stat="anon 600\ninactive_file 30")
+    group(
+        root / "slurm/job_7",
+        memory__max="1000",
+        memory__current="700",
+        memory__stat="anon 600\ninactive_file 30",
+    )
     group(root / "slurm/job_7/step_0", memory__max="max", memory__current="700")
     assert control_group_bytes(process, root) == 330
     group(root / "slurm/job_7", memory__current="1100", memory__stat="anon 600")
@@ -293,7 +346,12 @@ def test_control_groups_of_version_1(tmp_path: Path) -> None:
     process, root = tmp_path / "cgroup", tmp_path / "sys"
     process.write_text("9:name=systemd:/\n4:cpu,memory:/job_7\n3:cpuset:/other\n0::/\n")
     group(root / "memory", memory__limit_in_bytes=2**63 - 4096, memory__usage_in_bytes=10)
-    group(root / "memory/job_7", memory__limit_in_bytes=500, memory__usage_in_bytes=100, memory__stat="total_inactive_file 7")
+    group(
+        root / "memory/job_7",
+        memory__limit_in_bytes=500,
+        memory__usage_in_bytes=100,
+        memory__stat="total_inactive_file 7",
+    )
     group(root / "cpuset/other", memory__limit_in_bytes=1, memory__usage_in_bytes=1)
     assert control_group_bytes(process, root) == 407
 
@@ -326,7 +384,9 @@ class Echo(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         self.asked.append(sum(batch.lengths))
-        if (self.asked[-1] > self.room and len(batch.lengths) > 1) or self.stuck in batch.rows.tolist():
+        if (
+            self.asked[-1] > self.room and len(batch.lengths) > 1
+        ) or self.stuck in batch.rows.tolist():
             raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
         return batch.rows.float()
 
@@ -338,15 +398,21 @@ class Echo(nn.Module):
     room=st.integers(1, 200),
     rows_per_step=st.integers(1, 8),
 )
-def test_what_does_not_fit_is_computed_in_pieces_each_text_once(lengths: list[int], tokens: int, room: int, rows_per_step: int) -> None:
+def test_what_does_not_fit_is_computed_in_pieces_each_text_once(
+    lengths: list[int], tokens: int, room: int, rows_per_step: int
+) -> None:
     split = batches(lengths, tokens_per_micro_batch=tokens, rows_per_step=rows_per_step)
     cut = [batch for step in split.steps(0, split.steps_per_epoch) for batch in step.share]
     model = Echo(room)
     found = list(fitting(model, cut, split))
     assert all(torch.equal(answer, batch.rows.float()) for batch, answer in found)
-    assert [row for batch, _ in found for row in batch.rows.tolist()] == [row for batch in cut for row in batch.rows.tolist()]
+    assert [row for batch, _ in found for row in batch.rows.tolist()] == [
+        row for batch in cut for row in batch.rows.tolist()
+    ]
     too_much = [asked for asked in model.asked if asked > room and asked > max(lengths)]
-    assert too_much == sorted(set(too_much), reverse=True), "what was too much once is not tried again"
+    assert too_much == sorted(set(too_much), reverse=True), (
+        "what was too much once is not tried again"
+    )
     if room >= tokens:
         assert [batch for batch, _ in found] == cut, "what fits is left as it is"
 

@@ -25,12 +25,21 @@ from bertdist.classifier import Classifier
 from bertdist.encoding import Example
 from bertdist.meter import MEASURED, Meter, ModelFlops, matmul_rate, model_flops
 
-SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "num_labels": 5}
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "num_labels": 5,
+}
 LINEAR = 4 * 32 * 32 + 2 * 32 * 48  # weights of one layer
 
 
 def model_of(config: Any, implementation: str = "eager") -> Any:
-    return AutoModelForSequenceClassification.from_config(config, attn_implementation=implementation)
+    return AutoModelForSequenceClassification.from_config(
+        config, attn_implementation=implementation
+    )
 
 
 def counted(call: Any) -> float:
@@ -41,7 +50,12 @@ def counted(call: Any) -> float:
 
 
 def batch_of(lengths: Sequence[int]) -> Any:
-    return collate([Example(row, [5 + row] * length, [0] * length, 1, 1.0) for row, length in enumerate(lengths)])
+    return collate(
+        [
+            Example(row, [5 + row] * length, [0] * length, 1, 1.0)
+            for row, length in enumerate(lengths)
+        ]
+    )
 
 
 # ---- FLOPs
@@ -50,7 +64,9 @@ def batch_of(lengths: Sequence[int]) -> Any:
 def test_flops_of_bert_by_hand() -> None:
     flops = model_flops(model_of(BertConfig(**SIZES)))
     layers = 6 * LINEAR * 3 * (7 + 4) + 12 * 32 * 3 * (7 * 7 + 4 * 4)
-    assert flops([7, 4]) == layers + 2 * 6 * (32 * 32 + 32 * 5)  # pooler and head see one vector a text
+    assert flops([7, 4]) == layers + 2 * 6 * (
+        32 * 32 + 32 * 5
+    )  # pooler and head see one vector a text
     assert flops([]) == 0
 
 
@@ -60,31 +76,54 @@ def test_flops_of_bert_by_hand() -> None:
         BertConfig(**SIZES),
         RobertaConfig(**SIZES, pad_token_id=1),
         ElectraConfig(**SIZES, embedding_size=24),  # a projection between embeddings and encoder
-        AlbertConfig(**SIZES, embedding_size=24, num_hidden_groups=1),  # one layer that runs three times
+        AlbertConfig(
+            **SIZES, embedding_size=24, num_hidden_groups=1
+        ),  # one layer that runs three times
         AlbertConfig(**{**SIZES, "num_hidden_layers": 4}, embedding_size=24, num_hidden_groups=2),
         DistilBertConfig(vocab_size=99, dim=32, n_layers=3, n_heads=4, hidden_dim=48, num_labels=5),
-        ModernBertConfig(**SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2),
+        ModernBertConfig(
+            **SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2
+        ),
     ],
     ids=lambda config: config.model_type,
 )
 def test_flops_are_what_torch_counts(config: Any) -> None:
     """Texts of one length, so that the padded model computes nothing in vain."""
     model = model_of(config).train()
-    found = counted(lambda: model(input_ids=torch.randint(5, 99, (3, 20)), attention_mask=torch.ones(3, 20, dtype=torch.long)).logits)
+    found = counted(
+        lambda: (
+            model(
+                input_ids=torch.randint(5, 99, (3, 20)),
+                attention_mask=torch.ones(3, 20, dtype=torch.long),
+            ).logits
+        )
+    )
     expected = model_flops(model)([20, 20, 20])
     assert found == pytest.approx(expected, rel=0.01)
-    layers = len(model.base_model.encoder.layer) if config.model_type in ("bert", "roberta", "electra") else config.num_hidden_layers
-    for wrong in (layers - 1, layers + 1):  # the control: one layer more or less is not within a hundredth
+    layers = (
+        len(model.base_model.encoder.layer)
+        if config.model_type in ("bert", "roberta", "electra")
+        else config.num_hidden_layers
+    )
+    for wrong in (
+        layers - 1,
+        layers + 1,
+    ):  # the control: one layer more or less is not within a hundredth
         assert found != pytest.approx(expected * wrong / layers, rel=0.01)
 
 
 def test_flops_of_a_packed_batch_are_what_torch_counts() -> None:
     attention.register()
-    model, lengths = Classifier(model_of(BertConfig(**SIZES), attention.NAME)), [32, 32, 16]  # whole buckets of attention's
+    model, lengths = (
+        Classifier(model_of(BertConfig(**SIZES), attention.NAME)),
+        [32, 32, 16],
+    )  # whole buckets of attention's
     assert model.first_tokens_only
     found = counted(lambda: model(batch_of(lengths)))
     assert found == pytest.approx(model_flops(model.model, "first tokens")(lengths), rel=0.01)
-    assert found != pytest.approx(model_flops(model.model)(lengths), rel=0.01)  # the controls: all tokens in the last layer, and padding
+    assert found != pytest.approx(
+        model_flops(model.model)(lengths), rel=0.01
+    )  # the controls: all tokens in the last layer, and padding
     assert found != pytest.approx(model_flops(model.model, "first tokens")([32] * 3), rel=0.01)
 
 
@@ -96,16 +135,23 @@ def first_tokens_only(model: Any, ids: Tensor) -> Tensor:
         hidden = output[0] if isinstance(output, tuple) else output
     last = model.bert.encoder.layer[-1]
     first, own = hidden[:, :1], last.attention.self
-    q, k, v = (part(x).unflatten(-1, (4, 8)).transpose(1, 2) for part, x in ((own.query, first), (own.key, hidden), (own.value, hidden)))
+    q, k, v = (
+        part(x).unflatten(-1, (4, 8)).transpose(1, 2)
+        for part, x in ((own.query, first), (own.key, hidden), (own.value, hidden))
+    )
     context = ((q @ k.transpose(-1, -2) / math.sqrt(8)).softmax(-1) @ v).transpose(1, 2).flatten(-2)
     attended = last.attention.output(context, first)
-    logits: Tensor = model.classifier(model.bert.pooler(last.output(last.intermediate(attended), attended)))
+    logits: Tensor = model.classifier(
+        model.bert.pooler(last.output(last.intermediate(attended), attended))
+    )
     return logits
 
 
 def test_flops_of_a_last_layer_for_first_tokens_are_what_torch_counts() -> None:
     model, ids = model_of(BertConfig(**SIZES)).eval(), torch.randint(5, 99, (3, 20))
-    torch.testing.assert_close(first_tokens_only(model, ids), model(input_ids=ids).logits)  # it is the same model
+    torch.testing.assert_close(
+        first_tokens_only(model, ids), model(input_ids=ids).logits
+    )  # it is the same model
     found = counted(lambda: first_tokens_only(model, ids))
     assert found == pytest.approx(model_flops(model, last_layer="first tokens")([20] * 3), rel=0.01)
     assert found != pytest.approx(model_flops(model)([20] * 3), rel=0.01)  # the control
@@ -181,10 +227,19 @@ def test_a_lap_by_hand(clock: Clock) -> None:
         "slowest_rank": 1.0,
     }
     run(meter, [[[6]]], clock, wait=0.25)
-    assert meter.lap()["tokens_per_second"] == pytest.approx(6 / 1.25)  # of the steps since the last lap only
+    assert meter.lap()["tokens_per_second"] == pytest.approx(
+        6 / 1.25
+    )  # of the steps since the last lap only
     summary = meter.summary()
-    assert summary["train_steps"] == 3 and summary["train_seconds"] == 4.25 and summary["data_wait_seconds"] == 1.25
-    assert summary["tokens_per_second"] == pytest.approx(16 / 4.25) and summary["matmul_tflops"] == 1e-9
+    assert (
+        summary["train_steps"] == 3
+        and summary["train_seconds"] == 4.25
+        and summary["data_wait_seconds"] == 1.25
+    )
+    assert (
+        summary["tokens_per_second"] == pytest.approx(16 / 4.25)
+        and summary["matmul_tflops"] == 1e-9
+    )
 
 
 def test_every_key_is_known_to_who_compares_runs(clock: Clock) -> None:
@@ -267,7 +322,9 @@ def test_the_summary_in_words(clock: Clock) -> None:
     both = Meter(meter.flops, True, rate=1e13)
     both.add(torch.tensor([[[3.0, 3, 3e12, 0.5]], [[1.0, 1, 1e12, 0.25]]], dtype=torch.float64))
     clock.now += 1
-    assert str(both).endswith("of the 10 that plain matrix products reach; the fullest of 2 ranks had 1.500 times the mean work.")
+    assert str(both).endswith(
+        "of the 10 that plain matrix products reach; the fullest of 2 ranks had 1.500 times the mean work."
+    )
 
 
 def test_without_flops_the_rest_is_told(clock: Clock) -> None:

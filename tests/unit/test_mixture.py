@@ -12,10 +12,15 @@ WEIGHTS = st.lists(st.floats(0.001, 1000), min_size=1, max_size=5)
 
 
 @given(WEIGHTS, st.integers(0, 500), st.integers(0, 9))
-def test_shares_add_up_and_are_as_near_as_whole_rows_can_be(weights: list[float], rows: int, seed: int) -> None:
+def test_shares_add_up_and_are_as_near_as_whole_rows_can_be(
+    weights: list[float], rows: int, seed: int
+) -> None:
     found = shares(weights, rows, seed)
     assert sum(found) == rows and found == shares(weights, rows, seed)
-    assert all(abs(count - weight / sum(weights) * rows) < 1 + 1e-6 for count, weight in zip(found, weights, strict=True))
+    assert all(
+        abs(count - weight / sum(weights) * rows) < 1 + 1e-6
+        for count, weight in zip(found, weights, strict=True)
+    )
 
 
 def test_the_smallest_weight_has_its_share_in_the_long_run() -> None:
@@ -24,12 +29,16 @@ def test_the_smallest_weight_has_its_share_in_the_long_run() -> None:
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.data(), st.integers(0, 9))
-def test_no_row_comes_a_second_time_before_all_of_its_source_came_once(parts: list[int], data: st.DataObject, seed: int) -> None:
+def test_no_row_comes_a_second_time_before_all_of_its_source_came_once(
+    parts: list[int], data: st.DataObject, seed: int
+) -> None:
     weights = data.draw(st.lists(st.floats(0.1, 10), min_size=len(parts), max_size=len(parts)))
     times: Counter[int] = Counter()
     for epoch in range(4):
         found = mixed_plan(parts, weights, seed, epoch).tolist()
-        assert len(found) == sum(parts) and found == mixed_plan(parts, weights, seed, epoch).tolist()
+        assert (
+            len(found) == sum(parts) and found == mixed_plan(parts, weights, seed, epoch).tolist()
+        )
         times.update(found)
         for part, rows in enumerate(parts):
             of_part = [times[row] for row in range(sum(parts[:part]), sum(parts[:part]) + rows)]

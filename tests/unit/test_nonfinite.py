@@ -97,7 +97,13 @@ def test_a_scaler_is_left_to_itself() -> None:
 
 
 def row(number: int, loss: float = math.nan) -> dict[str, Any]:
-    return {"row": number, "where": f"a.tsv line {number + 2}", "text": "x\u202e", "loss": loss, "grad_norm": math.inf}
+    return {
+        "row": number,
+        "where": f"a.tsv line {number + 2}",
+        "text": "x\u202e",
+        "loss": loss,
+        "grad_norm": math.inf,
+    }
 
 
 def test_lines_of_a_step_that_is_taken_again_come_once(tmp_path: Path) -> None:
@@ -112,8 +118,17 @@ def test_lines_of_a_step_that_is_taken_again_come_once(tmp_path: Path) -> None:
     path.write_bytes(first + b'{"step": 5, "ro')  # torn by an old version or a hand
     _write(path, 6, [])
     assert path.read_bytes() == first
-    told = json.loads(first.splitlines()[0], parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
-    assert told == {"step": 3, "row": 1, "where": "a.tsv line 3", "text": "x\u202e", "loss": "nan", "grad_norm": "inf"}
+    told = json.loads(
+        first.splitlines()[0], parse_constant=lambda word: pytest.fail(f"{word} is no JSON")
+    )
+    assert told == {
+        "step": 3,
+        "row": 1,
+        "where": "a.tsv line 3",
+        "text": "x\u202e",
+        "loss": "nan",
+        "grad_norm": "inf",
+    }
 
 
 # ---- The flags

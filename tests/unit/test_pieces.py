@@ -8,7 +8,11 @@ import pytest
 from bertdist.errors import DataError
 from bertdist.pieces import BadRow, BadRows, Spot, excerpt, left_out, place_of, read_bad_rows
 
-ROWS = [BadRow("a.csv", 3, "1 field, expected 2", "x"), BadRow("a.csv", 7, "label is missing", "y,"), BadRow("b.parquet", 0, "null", "")]
+ROWS = [
+    BadRow("a.csv", 3, "1 field, expected 2", "x"),
+    BadRow("a.csv", 7, "label is missing", "y,"),
+    BadRow("b.parquet", 0, "null", ""),
+]
 
 
 def test_fail_raises_at_the_first_bad_row() -> None:
@@ -16,7 +20,9 @@ def test_fail_raises_at_the_first_bad_row() -> None:
     bad.add([])
     with pytest.raises(DataError, match=r"^a\.csv line 3: 1 field, expected 2\.$"):
         bad.add(ROWS)
-    with pytest.raises(DataError, match=r"^a\.csv line 1: the key 'a' is missing\. Did you mean 'b'\?$"):
+    with pytest.raises(
+        DataError, match=r"^a\.csv line 1: the key 'a' is missing\. Did you mean 'b'\?$"
+    ):
         bad.add([BadRow("a.csv", 1, "the key 'a' is missing. Did you mean 'b'?", "")])
 
 
@@ -25,7 +31,10 @@ def test_a_row_counts_once_however_often_it_is_read() -> None:
     for _ in range(3):
         bad.add(ROWS)
     assert bad.rows == ROWS and len(bad) == 3
-    with pytest.raises(DataError, match=r"^More than 3 rows .* The last of them: b\.csv line 3: 1 field, expected 2\.$"):
+    with pytest.raises(
+        DataError,
+        match=r"^More than 3 rows .* The last of them: b\.csv line 3: 1 field, expected 2\.$",
+    ):
         bad.add([ROWS[0]._replace(file="b.csv")])
 
 
@@ -33,7 +42,10 @@ def test_too_many_name_the_file_of_their_reasons(tmp_path: Path) -> None:
     path = tmp_path / "bad_rows.jsonl"
     with pytest.raises(DataError) as caught:
         BadRows("skip", 2, path).add(ROWS)
-    assert str(caught.value) == f"More than 2 rows cannot be read (--max_bad_rows). Their reasons are in {path}."
+    assert (
+        str(caught.value)
+        == f"More than 2 rows cannot be read (--max_bad_rows). Their reasons are in {path}."
+    )
     assert read_bad_rows(path) == ROWS
 
 
@@ -46,7 +58,12 @@ def test_what_is_written_is_added_to_what_is_there(tmp_path: Path) -> None:
         bad.add(rows)
         bad.write()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines == [row._asdict() for row in ROWS] and list(lines[0]) == ["file", "line", "reason", "text"]
+    assert lines == [row._asdict() for row in ROWS] and list(lines[0]) == [
+        "file",
+        "line",
+        "reason",
+        "text",
+    ]
     path.write_text(path.read_text() + '{"torn":\n{"other": 1}\n')  # not ours: no reason to fail
     assert read_bad_rows(path) == ROWS
     assert [entry.name for entry in tmp_path.iterdir()] == ["bad_rows.jsonl"]
@@ -60,7 +77,11 @@ def test_an_excerpt_is_printable_and_short() -> None:
 
 def test_rows_found_wrong_by_their_columns_know_where_they_stand() -> None:
     spots = [Spot("a.csv", 4, "one"), Spot("a.csv", 9, "two")]
-    found = left_out({8: "b", 2: "a"}, lambda row: f"a.csv row {row}", lambda rows: [spots[rows.index(row)] for row in rows])
+    found = left_out(
+        {8: "b", 2: "a"},
+        lambda row: f"a.csv row {row}",
+        lambda rows: [spots[rows.index(row)] for row in rows],
+    )
     assert found == [BadRow("a.csv", 4, "a", "one"), BadRow("a.csv", 9, "b", "two")]
     plain = left_out({8: "b"}, lambda row: f"hub row {row}")
     assert plain == [BadRow("hub row 8", None, "b", "")] and place_of(plain[0]) == "hub row 8"

@@ -43,10 +43,16 @@ def read(address: str, at: int = 0) -> bytes:
 
 PACKED = {
     "a.csv": DATA,
-    "a.csv.gz": gzip.compress(DATA[:400_000], 1) + gzip.compress(DATA[400_000:], 1),  # two members: what `cat a.gz b.gz` makes
+    "a.csv.gz": gzip.compress(DATA[:400_000], 1)
+    + gzip.compress(DATA[400_000:], 1),  # two members: what `cat a.gz b.gz` makes
     "a.csv.zst": zstd(DATA[:400_000]) + zstd(DATA[400_000:]),
 }
-KINDS: list[dict[str, Any]] = [{}, {"ranges": False}, {"ranges": False, "told": False}, {"heads": False}]
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"ranges": False},
+    {"ranges": False, "told": False},
+    {"heads": False},
+]
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -94,7 +100,9 @@ class Forgetful:
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_reader_that_starts_again_without_skipping_is_seen(ranges: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_starts_again_without_skipping_is_seen(
+    ranges: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     connect, compare = remote._Remote._connect, remote._Remote._compare
 
     def note(self: Any) -> None:
@@ -103,10 +111,20 @@ def test_a_reader_that_starts_again_without_skipping_is_seen(ranges: bool, monke
 
     monkeypatch.setattr(remote._Remote, "_broke_once", False, raising=False)
     monkeypatch.setattr(remote._Remote, "_compare", note)
-    monkeypatch.setattr(remote._Remote, "_connect", lambda self, block: Forgetful(connect(self, block), self))
+    monkeypatch.setattr(
+        remote._Remote, "_connect", lambda self, block: Forgetful(connect(self, block), self)
+    )
     with FaultyServer({"/a.csv": DATA}, ranges=ranges) as server:
         server.drops.extend([0, 100_000] if ranges else [400_000])
-        assert b"".join(part for part, _ in zip(iter_parts(open_bytes(f"{server.url}/a.csv")), range(4), strict=False)) != DATA
+        assert (
+            b"".join(
+                part
+                for part, _ in zip(
+                    iter_parts(open_bytes(f"{server.url}/a.csv")), range(4), strict=False
+                )
+            )
+            != DATA
+        )
 
 
 def iter_parts(stream: BinaryIO) -> Iterator[bytes]:
@@ -137,7 +155,10 @@ def test_without_progress_it_ends(ranges: bool) -> None:
         server.drops.extend([1] * 1000)
         with pytest.raises(DataError, match=r"/a.csv cannot be read: .*; given up after 8 tries"):
             read(f"{server.url}/a.csv")
-        assert len(server.gets) in (8, 9)  # without ranges the first answer may be the one that shows it
+        assert len(server.gets) in (
+            8,
+            9,
+        )  # without ranges the first answer may be the one that shows it
         server.statuses.extend([503] * 1000)
         with pytest.raises(DataError, match="the server answers 503; given up after 8 tries"):
             read(f"{server.url}/a.csv")
@@ -153,13 +174,19 @@ def test_a_file_that_changed_meanwhile_is_an_error(etag: str, break_at: int) -> 
         if etag == '"1"':  # the same
             assert stream.read() == DATA[10:]
         else:
-            with pytest.raises(DataError, match=r'/a.csv changed while it was read \(1000000 bytes, version "1"; now .* "2"\)'):
+            with pytest.raises(
+                DataError,
+                match=r'/a.csv changed while it was read \(1000000 bytes, version "1"; now .* "2"\)',
+            ):
                 stream.read()
 
 
 def test_a_file_that_grew_or_shrank_meanwhile_is_an_error() -> None:
     for size in (500_000, 999_999, 1_000_001):
-        with FaultyServer({"/a.csv": File(DATA, etag=None)}) as server, open_bytes(f"{server.url}/a.csv") as stream:
+        with (
+            FaultyServer({"/a.csv": File(DATA, etag=None)}) as server,
+            open_bytes(f"{server.url}/a.csv") as stream,
+        ):
             stream.read(10)
             server.files["/a.csv"] = File((DATA + b"x")[:size], etag=None)
             with pytest.raises(DataError, match="changed while it was read"):
@@ -208,11 +235,16 @@ def test_a_flipped_bit_of_a_gzip_file_is_seen(tmp_path: Path) -> None:
 def test_faults_below_a_packing_keep_their_words() -> None:
     with FaultyServer({"/a.csv.gz": PACKED["a.csv.gz"]}) as server:
         server.statuses.extend([0, 403])
-        with pytest.raises(DataError, match=r"^http://.*/a.csv.gz: access denied, or it is not there \(the server answers 403\)"):
+        with pytest.raises(
+            DataError,
+            match=r"^http://.*/a.csv.gz: access denied, or it is not there \(the server answers 403\)",
+        ):
             read(f"{server.url}/a.csv.gz")
 
 
-TABLE = pa.table({"text": [f"text {row}" for row in range(50_000)], "label": [row % 2 for row in range(50_000)]})
+TABLE = pa.table(
+    {"text": [f"text {row}" for row in range(50_000)], "label": [row % 2 for row in range(50_000)]}
+)
 
 
 def parquet() -> bytes:
@@ -264,21 +296,37 @@ def test_http_addresses_are_told() -> None:
         address = f"{server.url}/a.csv?token=secret"
         assert find_addresses(address) == [address]
         assert (size_of(address), fingerprint_of(address)) == (1_000_000, '1000000-"1"')
-        for wrong, found in {"/a*.csv": "http has no list of files", "/b.csv?x=secret": "there is no such file"}.items():
+        for wrong, found in {
+            "/a*.csv": "http has no list of files",
+            "/b.csv?x=secret": "there is no such file",
+        }.items():
             with pytest.raises(DataError, match=found) as raised:
                 find_addresses(server.url + wrong)
             assert "secret" not in str(raised.value)
         server.told = False
         assert size_of(address) is None
-    with pytest.raises(DataError, match="given up after 4 tries; check the address and the network"):
+    with pytest.raises(
+        DataError, match="given up after 4 tries; check the address and the network"
+    ):
         size_of(address)  # nobody is there any more
 
 
-def test_a_fingerprint_tells_bytes_not_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fingerprint_tells_bytes_not_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "EDGE_BYTES", 100)
     path = tmp_path / "a.csv"
     seen = set()
-    for data in (b"", b"a", bytes(100), bytes(150), bytes(149) + b"a", bytes(250), b"a" + bytes(249), bytes(249) + b"a"):
+    for data in (
+        b"",
+        b"a",
+        bytes(100),
+        bytes(150),
+        bytes(149) + b"a",
+        bytes(250),
+        b"a" + bytes(249),
+        bytes(249) + b"a",
+    ):
         path.write_bytes(data)
         first = fingerprint_of(str(path))
         os.utime(path, (1, 1))
@@ -296,12 +344,22 @@ def test_s3_by_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with s3_server(monkeypatch) as s3:
         s3.create_bucket(Bucket="bucket")
         lines = b'{"text": "a"}\n' * 999
-        bodies = {"x/1.csv": DATA, "x/2.csv": DATA, "x/y/3.csv": b"c", "x/4.csv.gz": PACKED["a.csv.gz"]}
+        bodies = {
+            "x/1.csv": DATA,
+            "x/2.csv": DATA,
+            "x/y/3.csv": b"c",
+            "x/4.csv.gz": PACKED["a.csv.gz"],
+        }
         bodies |= {"x/5.jsonl": lines, "6.parquet": parquet()}
         for key, body in bodies.items():
             s3.put_object(Bucket="bucket", Key=key, Body=body)
-        assert find_addresses("s3://bucket/x/*.csv") == ["s3://bucket/x/1.csv", "s3://bucket/x/2.csv"]
-        assert find_addresses("s3://bucket/x/**/*.csv") == [f"s3://bucket/x/{key}.csv" for key in ("1", "2", "y/3")]
+        assert find_addresses("s3://bucket/x/*.csv") == [
+            "s3://bucket/x/1.csv",
+            "s3://bucket/x/2.csv",
+        ]
+        assert find_addresses("s3://bucket/x/**/*.csv") == [
+            f"s3://bucket/x/{key}.csv" for key in ("1", "2", "y/3")
+        ]
         assert find_addresses("s3://bucket/6.parquet") == ["s3://bucket/6.parquet"]
         assert read("s3://bucket/x/1.csv", 123_456) == DATA[123_456:]
         assert read("s3://bucket/x/4.csv.gz", 123_456) == DATA[123_456:]
@@ -335,23 +393,36 @@ def test_s3_without_credentials_says_which(monkeypatch: pytest.MonkeyPatch, tmp_
             monkeypatch.delenv(name, raising=False)
         for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
             monkeypatch.setenv(name, str(tmp_path / "none"))
-        with pytest.raises(DataError, match=r"^s3://bucket/x.csv: access denied, .* AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or"):
+        with pytest.raises(
+            DataError,
+            match=r"^s3://bucket/x.csv: access denied, .* AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or",
+        ):
             find_addresses("s3://bucket/x.csv")
 
 
 def test_gs_by_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    if importlib.util.find_spec("gcsfs") is None:  # not imported here: bertdist.addresses has a word to say before
+    if (
+        importlib.util.find_spec("gcsfs") is None
+    ):  # not imported here: bertdist.addresses has a word to say before
         pytest.skip("needs gcsfs (pip install -e '.[gs]')")
     with FakeGcs({"x/1.csv": DATA, "x/2.csv.gz": PACKED["a.csv.gz"], "x/y/3.csv": b"c"}) as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-        monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})  # FSSPEC_GS, which is read when fsspec is imported
-        assert find_addresses("gs://bucket/x/**/*.csv") == ["gs://bucket/x/1.csv", "gs://bucket/x/y/3.csv"]
+        monkeypatch.setitem(
+            fsspec.config.conf, "gs", {"token": "anon"}
+        )  # FSSPEC_GS, which is read when fsspec is imported
+        assert find_addresses("gs://bucket/x/**/*.csv") == [
+            "gs://bucket/x/1.csv",
+            "gs://bucket/x/y/3.csv",
+        ]
         server.drops.extend([0, 70_000])
         server.statuses.extend([0, 503])
         assert read("gs://bucket/x/1.csv", 123_456) == DATA[123_456:]
         assert read("gs://bucket/x/2.csv.gz", 123_456) == DATA[123_456:]
         assert size_of("gs://bucket/x/1.csv") == 1_000_000
-        for wrong, found in {"gs://bucket/x": "is a folder", "gs://bucket/no.csv": "there is no such file"}.items():
+        for wrong, found in {
+            "gs://bucket/x": "is a folder",
+            "gs://bucket/no.csv": "there is no such file",
+        }.items():
             with pytest.raises(DataError, match=f"^{wrong}.*{found}"):
                 find_addresses(wrong)
         stream = open_bytes("gs://bucket/x/1.csv")
@@ -402,10 +473,22 @@ for _ in range(2):
 
 def test_a_fork_reads_and_so_does_its_parent() -> None:
     with FaultyServer({"/a.csv": DATA}) as server:
-        command = [sys.executable, "-W", "ignore:This process", "-c", FORKING, f"{server.url}/a.csv"]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore:This process",
+            "-c",
+            FORKING,
+            f"{server.url}/a.csv",
+        ]
         found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert found.stdout.splitlines()[:2] == ["child 1000000 1000000", "parent 1000000 1000000"], found.stderr
-        assert found.stdout.splitlines()[2:] == ["child 1000000 1000", "parent 1000000 1000"], found.stderr
+        assert found.stdout.splitlines()[:2] == [
+            "child 1000000 1000000",
+            "parent 1000000 1000000",
+        ], found.stderr
+        assert found.stdout.splitlines()[2:] == ["child 1000000 1000", "parent 1000000 1000"], (
+            found.stderr
+        )
 
 
 def test_a_fork_reads_s3(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,17 +497,32 @@ def test_a_fork_reads_s3(monkeypatch: pytest.MonkeyPatch) -> None:
         s3.put_object(Bucket="bucket", Key="a.csv", Body=DATA)
         command = [sys.executable, "-W", "ignore:This process", "-c", FORKING, "s3://bucket/a.csv"]
         found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert found.stdout.splitlines()[:2] == ["child 1000000 1000000", "parent 1000000 1000000"], found.stderr
+        assert found.stdout.splitlines()[:2] == [
+            "child 1000000 1000000",
+            "parent 1000000 1000000",
+        ], found.stderr
 
 
 def test_a_fork_that_frees_what_it_inherited_is_seen() -> None:
     with FaultyServer({"/a.csv": DATA}) as server:
-        command = [sys.executable, "-W", "ignore:This process", "-c", FORKING, f"{server.url}/a.csv", "forgetful"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        command = [
+            sys.executable,
+            "-W",
+            "ignore:This process",
+            "-c",
+            FORKING,
+            f"{server.url}/a.csv",
+            "forgetful",
+        ]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
             assert process.stdout is not None and process.stdout.readline() == "child 1000000\n"
             try:
                 process.wait(timeout=5)
             except subprocess.TimeoutExpired:  # the parent waits for an answer that has come
                 process.kill()
             else:
-                pytest.skip("this fsspec does not harm the parent: bertdist.addresses need not hold anything over a fork")
+                pytest.skip(
+                    "this fsspec does not harm the parent: bertdist.addresses need not hold anything over a fork"
+                )

@@ -18,7 +18,9 @@ from bertdist.errors import DataError
 from bertdist.ranks import host_group, smallest
 from bertdist.room import Room
 
-ONE_RANK: Any = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device=torch.device("cpu"))
+ONE_RANK: Any = SimpleNamespace(
+    num_processes=1, process_index=0, is_main_process=True, device=torch.device("cpu")
+)
 LENGTHS = [6, 5, 4, 3, 2]
 
 
@@ -26,13 +28,17 @@ class Rows:
     """Examples without a tokenizer: row r is LENGTHS[r] times the id r."""
 
     max_length = 8
-    records = SimpleNamespace(lengths=lambda: np.array(LENGTHS), where=lambda row: f"x.tsv line {row + 2}")
+    records = SimpleNamespace(
+        lengths=lambda: np.array(LENGTHS), where=lambda row: f"x.tsv line {row + 2}"
+    )
 
     def __len__(self) -> int:
         return len(LENGTHS)
 
     def __getitem__(self, rows: Any) -> list[Example]:
-        return [Example(int(row), [int(row)] * LENGTHS[row], [0] * LENGTHS[row], 0, 1.0) for row in rows]
+        return [
+            Example(int(row), [int(row)] * LENGTHS[row], [0] * LENGTHS[row], 0, 1.0) for row in rows
+        ]
 
 
 class Model(nn.Module):
@@ -53,7 +59,9 @@ class Model(nn.Module):
         return loss.detach()
 
 
-def open_room(tokens: int, model: nn.Module, progress: Progress | None = None) -> tuple[Room, Step, list[str]]:
+def open_room(
+    tokens: int, model: nn.Module, progress: Progress | None = None
+) -> tuple[Room, Step, list[str]]:
     said: list[str] = []
     batches: Any = Batches(examples=Rows(), rows_per_step=5, tokens_per_micro_batch=tokens)  # type: ignore[arg-type]
     found = Room(model, batches, tokens, progress or Progress(), ONE_RANK, said.append)
@@ -73,12 +81,21 @@ def gradient_and_loss(tokens: int, fits: int) -> tuple[float, float, Model, Room
 def test_a_step_with_room_is_taken_as_it_comes() -> None:
     gradient, loss, model, place, said = gradient_and_loss(11, 100)
     assert model.asked == [([0, 1], False), ([2, 3, 4], True)] and said == []
-    assert (place.progress.tokens_per_micro_batch, place.progress.tokens_asked, place.progress.halvings) == (11, 11, 0)
+    assert (
+        place.progress.tokens_per_micro_batch,
+        place.progress.tokens_asked,
+        place.progress.halvings,
+    ) == (11, 11, 0)
     assert gradient == pytest.approx(loss)  # the weight is 1
 
 
-@pytest.mark.parametrize(("tokens", "fits", "least"), [(20, 12, 10), (20, 9, 10), (20, 5, 5), (11, 10, 5), (1000, 12, 15), (20, 1, 1)])
-def test_a_halved_step_is_the_step_that_was_cut_so_from_the_start(tokens: int, fits: int, least: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "fits", "least"),
+    [(20, 12, 10), (20, 9, 10), (20, 5, 5), (11, 10, 5), (1000, 12, 15), (20, 1, 1)],
+)
+def test_a_halved_step_is_the_step_that_was_cut_so_from_the_start(
+    tokens: int, fits: int, least: int
+) -> None:
     """Rows, gradient, loss and random numbers, to the bit."""
     gradient, loss, model, place, said = gradient_and_loss(tokens, fits)
     least = place.progress.tokens_per_micro_batch
@@ -86,11 +103,16 @@ def test_a_halved_step_is_the_step_that_was_cut_so_from_the_start(tokens: int, f
     assert (gradient, loss) == calm[:2]
     assert model.asked[-len(calm[2].asked) :] == calm[2].asked
     assert place.progress.halvings == len(said) >= 1
-    assert said[-1] == f"Out of memory in step 1; taken again. Micro-batches of at most {least} tokens from here on."
+    assert (
+        said[-1]
+        == f"Out of memory in step 1; taken again. Micro-batches of at most {least} tokens from here on."
+    )
 
 
 @pytest.mark.parametrize("forgotten", ["throw_away", "reseed"])
-def test_half_a_gradient_and_other_random_numbers_would_be_seen(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_a_gradient_and_other_random_numbers_would_be_seen(
+    forgotten: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(room, forgotten, lambda *args: None)
     gradient, *_, place, _ = gradient_and_loss(20, 12)
     assert gradient != gradient_and_loss(place.progress.tokens_per_micro_batch, 10**9)[0]
@@ -130,23 +152,33 @@ def test_other_errors_stay_what_they_are() -> None:
     [
         (64, Progress(), 64),
         (64, Progress(tokens_per_micro_batch=512), 64),  # found before, asked for now
-        (64, Progress(tokens_per_micro_batch=32, tokens_asked=64), 32),  # the same command goes on with what came of it
+        (
+            64,
+            Progress(tokens_per_micro_batch=32, tokens_asked=64),
+            32,
+        ),  # the same command goes on with what came of it
         (128, Progress(tokens_per_micro_batch=32, tokens_asked=64), 128),
         (None, Progress(tokens_per_micro_batch=32, tokens_asked=64), 32),
         (None, Progress(), 0),  # to be found
     ],
 )
-def test_what_is_asked_for_wins_and_progress_remembers(asked: int | None, before: Progress, tokens: int) -> None:
+def test_what_is_asked_for_wins_and_progress_remembers(
+    asked: int | None, before: Progress, tokens: int
+) -> None:
     Room(Model(1), None, asked, before, ONE_RANK, print)  # type: ignore[arg-type]
     assert before.tokens_per_micro_batch == tokens
 
 
-def test_what_is_found_leaves_room_for_gradients_and_averages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_found_leaves_room_for_gradients_and_averages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Weights of 400 bytes: a gradient and AdamW's two averages; with averages in memory, the gradient."""
     model = nn.Linear(100, 1, bias=False)
     adamw = torch.optim.AdamW(model.parameters())
     needs: list[int] = []
-    monkeypatch.setattr(room, "find_tokens", lambda loss, batches, device, needed: needs.append(needed) or 256)
+    monkeypatch.setattr(
+        room, "find_tokens", lambda loss, batches, device, needed: needs.append(needed) or 256
+    )
     said: list[str] = []
     for _ in range(2):
         place = Room(model, None, None, Progress(), ONE_RANK, said.append)  # type: ignore[arg-type]

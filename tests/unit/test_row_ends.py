@@ -16,9 +16,15 @@ def lines_of(text: str) -> Lines:
 @pytest.mark.parametrize("form", [CSV, TSV])
 @pytest.mark.parametrize("text", ['a,b\n\n"c\n\n""d",e\r\n\r\nf,"g"', "a\tb\n\nc\td\r\n", ""])
 def test_rows_of_clean_lines_are_the_rows_that_are_judged(form: Form, text: str) -> None:
-    text = text.replace("\t", ",") if form.quoted else text.replace(",", "\t").replace('"c\n\n""d"', "cd").replace('"', "")
+    text = (
+        text.replace("\t", ",")
+        if form.quoted
+        else text.replace(",", "\t").replace('"c\n\n""d"', "cd").replace('"', "")
+    )
     clean, judged = clean_rows(form, text.encode(), 2), scan(form, lines_of(text), 2, 1 << 20)
-    assert not judged.bad and [part.tolist() for part in clean] == [part.tolist() for part in judged.rows]
+    assert not judged.bad and [part.tolist() for part in clean] == [
+        part.tolist() for part in judged.rows
+    ]
 
 
 def test_a_cut_is_the_last_end_of_a_row_within_the_soft_limit_else_the_first() -> None:
@@ -40,13 +46,19 @@ def test_faults_are_told_with_their_lines_and_reading_goes_on() -> None:
         (5, "a quote opens here and never closes"),
     ]
     rows = [text[start:end] for start, end in zip(found.rows.starts, found.rows.ends, strict=True)]
-    assert rows == ["a,b\n", 'x"y,d\n', "h,i\n"]  # the second is what is left of the row that is none
+    assert rows == [
+        "a,b\n",
+        'x"y,d\n',
+        "h,i\n",
+    ]  # the second is what is left of the row that is none
     assert found.rows.lines.tolist() == [0, 2, 6]
 
 
 def test_a_quote_within_a_field_is_text_and_makes_counting_useless() -> None:
     text = '5" pipe,a\n"b\n",c\n'
-    assert not is_clean(CSV, text.encode(), 99) and is_clean(CSV, text.replace('5"', "5").encode(), 99)
+    assert not is_clean(CSV, text.encode(), 99) and is_clean(
+        CSV, text.replace('5"', "5").encode(), 99
+    )
     assert scan(CSV, lines_of(text), 2, 99).rows.lines.tolist() == [0, 1]
     assert cut(CSV, lines_of(text), 2, False, 12, 99)[0] == 10
 

@@ -68,21 +68,35 @@ def test_the_second_run_is_refused_by_name_and_the_third_is_not(tmp_path: Path) 
     with another_run(folder) as first:
         with pytest.raises(ConfigError) as caught, hold_folder(folder, ONE):
             pass
-        words = rf"{folder} is in use by another run (pid {first.pid} on {socket.gethostname()}, since "
+        words = (
+            rf"{folder} is in use by another run (pid {first.pid} on {socket.gethostname()}, since "
+        )
         assert str(caught.value).startswith(words)
         assert str(caught.value).endswith("). Wait for it or end it, or take another --output_dir.")
-        assert json.loads((folder / OWNER).read_text())["pid"] == first.pid, "the refused one wrote nothing"
+        assert json.loads((folder / OWNER).read_text())["pid"] == first.pid, (
+            "the refused one wrote nothing"
+        )
     with hold_folder(folder, ONE) as told:
         assert json.loads((folder / OWNER).read_text())["pid"] == os.getpid()
-    assert told == [told[0]] and told[0].startswith(f"The run before (pid {first.pid} on ") and told[0].endswith("taken over.")
+    assert (
+        told == [told[0]]
+        and told[0].startswith(f"The run before (pid {first.pid} on ")
+        and told[0].endswith("taken over.")
+    )
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", LOCK]
     with hold_folder(folder, ONE) as told:
         assert told == [], "one that ended by itself leaves nothing to say"
 
 
-def test_without_a_lock_two_runs_would_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_lock_two_runs_would_share_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The control: what the lock is for."""
-    monkeypatch.setattr(run_folder, "FileLock", lambda path: SimpleNamespace(acquire=lambda timeout: None, release=lambda: None))
+    monkeypatch.setattr(
+        run_folder,
+        "FileLock",
+        lambda path: SimpleNamespace(acquire=lambda timeout: None, release=lambda: None),
+    )
     with another_run(tmp_path) as first, hold_folder(tmp_path, ONE):
         os.kill(first.pid, 0)  # both live
 
@@ -99,12 +113,21 @@ def test_a_killed_runs_lock_is_taken_over_even_while_its_worker_lives(tmp_path: 
 
 def test_another_hosts_run_is_never_taken_for_dead(tmp_path: Path) -> None:
     with another_run(tmp_path):
-        (tmp_path / OWNER).write_text(json.dumps({"host": "elsewhere", "pid": 2**22 + 1, "since": "then"}))
-        with pytest.raises(ConfigError, match=r"another run \(pid 4194305 on elsewhere, since then\)"), hold_folder(tmp_path, ONE):
+        (tmp_path / OWNER).write_text(
+            json.dumps({"host": "elsewhere", "pid": 2**22 + 1, "since": "then"})
+        )
+        with (
+            pytest.raises(
+                ConfigError, match=r"another run \(pid 4194305 on elsewhere, since then\)"
+            ),
+            hold_folder(tmp_path, ONE),
+        ):
             pass
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": "a"}', '{"host": "a", "pid": "x", "since": ""}', "\0"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"host": "a"}', '{"host": "a", "pid": "x", "since": ""}', "\0"]
+)
 def test_a_torn_owner_is_no_owner(content: str, tmp_path: Path) -> None:
     (tmp_path / OWNER).write_text(content)
     with hold_folder(tmp_path, ONE) as told:
@@ -122,7 +145,9 @@ class _Unlockable:
 def test_a_disk_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "FileLock", _Unlockable)
     with hold_folder(tmp_path, ONE) as told:
-        assert told == [f"{tmp_path} cannot be locked (No locks available): start no second run in it."]
+        assert told == [
+            f"{tmp_path} cannot be locked (No locks available): start no second run in it."
+        ]
 
 
 def hold(accelerator: Accelerator, folder: Path) -> list[str]:
@@ -135,8 +160,13 @@ def hold(accelerator: Accelerator, folder: Path) -> list[str]:
 def test_all_ranks_hear_of_it(ranks: int, tmp_path: Path) -> None:
     with another_run(tmp_path) as first, pytest.raises(RankError) as caught:
         run_ranks(ranks, hold, tmp_path)
-    assert str(caught.value).count(f"rank 0: {tmp_path} is in use by another run (pid {first.pid}") == ranks
-    assert [len(told) for told in run_ranks(ranks, hold, tmp_path)] == [1] + [0] * (ranks - 1), "rank 0 talks"
+    assert (
+        str(caught.value).count(f"rank 0: {tmp_path} is in use by another run (pid {first.pid}")
+        == ranks
+    )
+    assert [len(told) for told in run_ranks(ranks, hold, tmp_path)] == [1] + [0] * (ranks - 1), (
+        "rank 0 talks"
+    )
 
 
 # ---- A folder that cannot be written to
@@ -144,7 +174,9 @@ def test_all_ranks_hear_of_it(ranks: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize("below", ["", "checkpoints"])
-def test_a_folder_that_takes_no_file_is_one_line(code: int, below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_takes_no_file_is_one_line(
+    code: int, below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write = Path.write_bytes
 
     def refuse(self: Path, data: bytes) -> int:
@@ -163,7 +195,10 @@ def test_a_folder_that_takes_no_file_is_one_line(code: int, below: str, tmp_path
 
 def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(CheckpointError, match=r"^Cannot write to .*out: File exists\."), hold_folder(tmp_path / "out", ONE):
+    with (
+        pytest.raises(CheckpointError, match=r"^Cannot write to .*out: File exists\."),
+        hold_folder(tmp_path / "out", ONE),
+    ):
         pass
 
 
@@ -182,9 +217,18 @@ class Usage(NamedTuple):
 @pytest.mark.parametrize(
     ("there", "free", "enough"),
     # 4,100 weights: 16,400 bytes, and 49,200 with AdamW's averages. Two checkpoints and best/: 114,800.
-    [(0, 114_800, True), (0, 114_799, False), (60_000, 54_800, True), (60_000, 54_799, False), (10**9, 49_200, True), (10**9, 49_199, 0)],
+    [
+        (0, 114_800, True),
+        (0, 114_799, False),
+        (60_000, 54_800, True),
+        (60_000, 54_799, False),
+        (10**9, 49_200, True),
+        (10**9, 49_199, 0),
+    ],
 )
-def test_two_checkpoints_must_have_room(there: int, free: int, enough: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_checkpoints_must_have_room(
+    there: int, free: int, enough: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: Usage(10**9, 0, free))
     (tmp_path / "checkpoints").mkdir()
     with open(tmp_path / "checkpoints" / "old", "wb") as file:
@@ -193,5 +237,7 @@ def test_two_checkpoints_must_have_room(there: int, free: int, enough: bool, tmp
     if enough:
         assert room_on_disk(tmp_path, model, ONE).startswith("A checkpoint takes about 49.2 KB; ")
     else:
-        with pytest.raises(BertdistError, match=r"are needed for 2 checkpoints and best/: make room\.$"):
+        with pytest.raises(
+            BertdistError, match=r"are needed for 2 checkpoints and best/: make room\.$"
+        ):
             room_on_disk(tmp_path, model, ONE)

@@ -9,7 +9,15 @@ from bertdist.begin import identity_of, settings_of
 from bertdist.command_line import read_config
 from bertdist.errors import CheckpointError
 from bertdist.records import records_of
-from bertdist.same_run import ACCEPTED, REFUSED, Change, Settings, compare, place_after_change, table
+from bertdist.same_run import (
+    ACCEPTED,
+    REFUSED,
+    Change,
+    Settings,
+    compare,
+    place_after_change,
+    table,
+)
 from bertdist.tasks import SingleLabel
 
 THEN = {
@@ -24,7 +32,11 @@ FOLDER = Path("out/checkpoints/step_000004")
 
 
 def state(**changes: Any) -> dict[str, Any]:
-    return {"identity": {**THEN, **changes}, "progress": {"step": 4}, "besides": {"eval_every": "1 epoch"}}
+    return {
+        "identity": {**THEN, **changes},
+        "progress": {"step": 4},
+        "besides": {"eval_every": "1 epoch"},
+    }
 
 
 def now(accept: bool = False, **changes: Any) -> Settings:
@@ -37,7 +49,9 @@ def names(found: list[Change]) -> list[str]:
 
 def test_alike_is_alike() -> None:
     assert compare(FOLDER, state(), now()) == []
-    assert compare(FOLDER, {"identity": THEN, "progress": {"step": 4}}, now()) == [], "of a checkpoint that knew of nothing besides"
+    assert compare(FOLDER, {"identity": THEN, "progress": {"step": 4}}, now()) == [], (
+        "of a checkpoint that knew of nothing besides"
+    )
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -53,14 +67,21 @@ def test_what_decides_is_refused_with_what_it_means(name: str) -> None:
 
 
 def test_a_setting_that_the_table_does_not_know_is_refused_too() -> None:
-    with pytest.raises(CheckpointError, match=r"adam_beta1 +0.9 +0.5 +the steps that are done learned in another way"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"adam_beta1 +0.9 +0.5 +the steps that are done learned in another way",
+    ):
         compare(FOLDER, state(adam_beta1=0.9), now(adam_beta1=0.5))
 
 
 def test_everything_that_differs_stands_in_one_table() -> None:
     with pytest.raises(CheckpointError) as caught:
         compare(FOLDER, state(), now(seed=2, learning_rate=1.0, labels=["a"] * 50))
-    assert [line.split()[0] for line in str(caught.value).split("\n")[2:-1]] == ["seed", "learning_rate", "labels"]
+    assert [line.split()[0] for line in str(caught.value).split("\n")[2:-1]] == [
+        "seed",
+        "learning_rate",
+        "labels",
+    ]
     assert all(len(line) < 200 for line in str(caught.value).split("\n")), "long values are cut"
 
 
@@ -72,7 +93,12 @@ def test_what_decides_nothing_is_accepted_and_said(name: str) -> None:
 
 
 def test_every_setting_of_the_tables_is_one_that_is_remembered() -> None:
-    needed = ["--model_name_or_path=m", "--train_file=t.tsv", "--validation_file=d.tsv", "--output_dir=o"]
+    needed = [
+        "--model_name_or_path=m",
+        "--train_file=t.tsv",
+        "--validation_file=d.tsv",
+        "--output_dir=o",
+    ]
     config = read_config(needed)
     rows = records_of(["a"])
     found = settings_of(config, rows, rows, SingleLabel(("a", "b")), 3)
@@ -87,7 +113,9 @@ OTHER = {"training_rows": "12 rows, b", "total_steps": 13}
 
 
 def test_changed_data_is_refused_and_the_flag_is_named() -> None:
-    with pytest.raises(CheckpointError, match=r"training_rows +9 rows, a +12 rows, b .*\(--accept_changed_data\)"):
+    with pytest.raises(
+        CheckpointError, match=r"training_rows +9 rows, a +12 rows, b .*\(--accept_changed_data\)"
+    ):
         compare(FOLDER, state(), now(**OTHER))
 
 
@@ -99,7 +127,9 @@ def test_changed_data_is_accepted_by_the_flag_and_nothing_else_is() -> None:
         compare(FOLDER, state(), now(accept=True, seed=3, **OTHER))
     assert "seed" in str(caught.value) and "training_rows" not in str(caught.value)
     with pytest.raises(CheckpointError, match="total_steps"):
-        compare(FOLDER, state(), now(accept=True, total_steps=13))  # the flag alone, for rows that are the same
+        compare(
+            FOLDER, state(), now(accept=True, total_steps=13)
+        )  # the flag alone, for rows that are the same
 
 
 @pytest.mark.parametrize("accept", [False, True])
@@ -118,7 +148,9 @@ def test_fewer_steps_than_are_done_are_refused(accept: bool) -> None:
         ({"lr_scheduler_type": "linear"}, {"lr_scheduler_type": "constant"}, False),
     ],
 )
-def test_a_constant_learning_rate_allows_more_steps(then: dict[str, Any], later: dict[str, Any], accepted: bool) -> None:
+def test_a_constant_learning_rate_allows_more_steps(
+    then: dict[str, Any], later: dict[str, Any], accepted: bool
+) -> None:
     if accepted:
         assert names(compare(FOLDER, state(**then), now(total_steps=20, **then))) == ["total_steps"]
     else:
@@ -127,7 +159,10 @@ def test_a_constant_learning_rate_allows_more_steps(then: dict[str, Any], later:
 
 
 def test_a_stream_whose_data_changed_begins_its_epoch_again() -> None:
-    within = {"window": {"epoch": 2, "window": 5, "rows": 70, "cursors": [{"pass": 2, "file": 1}]}, "step": 3}
+    within = {
+        "window": {"epoch": 2, "window": 5, "rows": 70, "cursors": [{"pass": 2, "file": 1}]},
+        "step": 3,
+    }
     between = {"over": {"epoch": 3, "window": 0, "rows": 0, "cursors": []}}
     changed = [Change("training_rows", "a", "b", "")]
     begun = {"epoch": 2, "window": 0, "rows": 0, "cursors": []}

@@ -12,7 +12,9 @@ CSV = Form(name="a.csv", kind="csv", quoted=True)
 
 
 def lines_of(text: str, first: int = 1, **broken: str) -> Lines:
-    return hide_returns(Lines(text.encode(), first, {int(line[1:]): reason for line, reason in broken.items()}))
+    return hide_returns(
+        Lines(text.encode(), first, {int(line[1:]): reason for line, reason in broken.items()})
+    )
 
 
 def parsed(lines: Lines, skip: bool = False, form: Form = CSV) -> Parsed:
@@ -52,7 +54,11 @@ def test_rows_around_what_is_left_out_arrive_as_they_are() -> None:
     lines = lines_of('1,"x\ny"\nbad\n\n2,\ue000\r\r\nworse,,\n3,"z"', 10, l0="broken")
     found = parsed(lines, True)
     assert values(found) == {"b": ["\ue000\r", "z"], "a": ["2", "3"]} and found.num_rows == 2
-    assert [(row.line, row.text) for row in found.bad] == [(10, r'1,"x\ny"'), (12, "bad"), (15, "worse,,")]
+    assert [(row.line, row.text) for row in found.bad] == [
+        (10, r'1,"x\ny"'),
+        (12, "bad"),
+        (15, "worse,,"),
+    ]
     assert found.rows().lines.tolist() == [4, 6]
     with pytest.raises(DataError, match=r"^a\.csv line 10: broken\.$"):
         parsed(lines)

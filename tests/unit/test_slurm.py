@@ -52,7 +52,9 @@ def test_a_signal_is_remembered(stop: StopRequest, name: str) -> None:
 
 
 def test_without_a_stop_request_an_interrupt_ends_the_process() -> None:
-    old = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins with SIGINT ignored
+    old = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a background job begins with SIGINT ignored
     try:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -87,7 +89,9 @@ def test_close_puts_the_old_handlers_back() -> None:
 
 
 @pytest.mark.parametrize("value", [None, "", "unlimited"])
-def test_time_left_is_unknown_where_slurm_does_not_say(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+def test_time_left_is_unknown_where_slurm_does_not_say(
+    monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
     if value is not None:
         monkeypatch.setenv("SLURM_JOB_END_TIME", value)
     assert time_left() is None
@@ -103,7 +107,9 @@ NEAR = [(60, 59, True), (60, 61, False), (0, 1, False), (60, -5, True), (60, Non
 
 
 @pytest.mark.parametrize(("margin", "seconds", "stops"), NEAR)
-def test_it_stops_so_long_before_the_time_limit(monkeypatch: pytest.MonkeyPatch, margin: float, seconds: float | None, stops: bool) -> None:
+def test_it_stops_so_long_before_the_time_limit(
+    monkeypatch: pytest.MonkeyPatch, margin: float, seconds: float | None, stops: bool
+) -> None:
     ends_in(monkeypatch, 10_000)
     request = StopRequest(margin)
     request.close()
@@ -143,7 +149,9 @@ def answers(accelerator: Accelerator, told: int) -> tuple[list[bool], list[bool]
 def test_all_ranks_stop_at_the_same_call(n: int) -> None:
     results = run_ranks(n, answers, n - 1)
     assert [said for said, _, _ in results] == [[False, False, True, True]] * n
-    assert [reason for _, _, reason in results] == ["another rank was asked to stop"] * (n - 1) + ["SIGUSR1"]
+    assert [reason for _, _, reason in results] == ["another rank was asked to stop"] * (n - 1) + [
+        "SIGUSR1"
+    ]
 
 
 def test_a_rank_by_itself_would_not_have_known() -> None:
@@ -203,8 +211,16 @@ def test_without_it_the_rank_dies_before_it_can_save() -> None:
 # --- the launch
 
 LOST = [
-    ({"SLURM_NTASKS": "2"}, 1, "SLURM_NTASKS is 2, but this run has 1 process: start one `accelerate launch` a node"),
-    ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}, 2, "SLURM_STEP_NUM_TASKS is 4, but this run has 2 processes"),
+    (
+        {"SLURM_NTASKS": "2"},
+        1,
+        "SLURM_NTASKS is 2, but this run has 1 process: start one `accelerate launch` a node",
+    ),
+    (
+        {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"},
+        2,
+        "SLURM_STEP_NUM_TASKS is 4, but this run has 2 processes",
+    ),
     ({"OMPI_COMM_WORLD_SIZE": "2"}, 1, "OMPI_COMM_WORLD_SIZE is 2, but this run has 1 process"),
     ({"PMI_SIZE": "3"}, 1, "PMI_SIZE is 3"),
     ({"WORLD_SIZE": "2"}, 1, "WORLD_SIZE is 2"),
@@ -212,9 +228,15 @@ LOST = [
 KEPT: list[tuple[dict[str, str], int]] = [
     ({}, 1),
     ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, 1),
-    ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "1"}, 1),  # srun --ntasks 1 in a job of two tasks
+    (
+        {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "1"},
+        1,
+    ),  # srun --ntasks 1 in a job of two tasks
     ({"SLURM_NTASKS": "2"}, 2),
-    ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "16"}, 16),  # one launcher a node, eight ranks each
+    (
+        {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "16"},
+        16,
+    ),  # one launcher a node, eight ranks each
     ({"SLURM_NTASKS": "", "PMI_SIZE": "many", "OMPI_COMM_WORLD_SIZE": "-1"}, 1),
 ]
 
@@ -248,8 +270,12 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """two.yaml asks for two processes, and so does the user's default config; sub/three.yaml asks for three."""
     (tmp_path / "sub").mkdir()
     for path, count in ((tmp_path / "two.yaml", 2), (tmp_path / "sub/three.yaml", 3)):
-        path.write_text(f"compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: {count}\nuse_cpu: true\n")
-    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "two.yaml"))
+        path.write_text(
+            f"compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: {count}\nuse_cpu: true\n"
+        )
+    monkeypatch.setattr(
+        "accelerate.commands.config.config_args.default_config_file", str(tmp_path / "two.yaml")
+    )
     return tmp_path
 
 
@@ -277,20 +303,30 @@ ASKED = [
 
 @pytest.mark.parametrize(("command", "count"), ASKED)
 def test_what_accelerate_was_asked_for(
-    monkeypatch: pytest.MonkeyPatch, configs: Path, capsys: pytest.CaptureFixture[str], command: str, count: int | None
+    monkeypatch: pytest.MonkeyPatch,
+    configs: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    count: int | None,
 ) -> None:
     below(monkeypatch, command, configs)
     assert slurm._asked_of_accelerate() == count
     if count is not None and count > 1:
         check_world(count, {})
-        with pytest.raises(ConfigError, match=rf"^`accelerate launch` was asked for {count} processes, but this run has 1: .*--multi_gpu"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"^`accelerate launch` was asked for {count} processes, but this run has 1: .*--multi_gpu",
+        ):
             check_world(1, {})
     else:
         check_world(1, {})
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("error", [psutil.AccessDenied(), psutil.NoSuchProcess(1), PermissionError(), FileNotFoundError("/proc")])
+@pytest.mark.parametrize(
+    "error",
+    [psutil.AccessDenied(), psutil.NoSuchProcess(1), PermissionError(), FileNotFoundError("/proc")],
+)
 def test_a_look_that_fails_ends_no_run(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def refuse() -> None:
         raise error
@@ -308,7 +344,9 @@ def test_a_process_without_a_parent_is_no_error(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("launched", [True, False])
-def test_a_launcher_that_is_gone_asks_to_stop(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_is_gone_asks_to_stop(
+    launched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The parent of a run that nobody launched may go: a shell, nohup."""
     for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
@@ -317,11 +355,15 @@ def test_a_launcher_that_is_gone_asks_to_stop(launched: bool, monkeypatch: pytes
     request = StopRequest()
     assert not request.agreed(ALONE)
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert request.agreed(ALONE) is launched and request.reason == ("the launcher is gone" if launched else "")
+    assert request.agreed(ALONE) is launched and request.reason == (
+        "the launcher is gone" if launched else ""
+    )
     request.close()
 
 
-def test_a_launcher_that_went_before_there_was_a_request_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_went_before_there_was_a_request_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """While torch was imported and ranks met. A process that was forked later has a parent of its own."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     for process, reason in ((os.getpid(), "the launcher is gone"), (os.getpid() + 1, "")):
@@ -331,8 +373,13 @@ def test_a_launcher_that_went_before_there_was_a_request_is_seen(monkeypatch: py
         request.close()
 
 
-@pytest.mark.parametrize(("seen_here_since", "reason"), [(True, "the launcher is gone"), (False, "another rank was asked to stop")])
-def test_a_rank_gives_the_reason_it_can_see_itself(seen_here_since: bool, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("seen_here_since", "reason"),
+    [(True, "the launcher is gone"), (False, "another rank was asked to stop")],
+)
+def test_a_rank_gives_the_reason_it_can_see_itself(
+    seen_here_since: bool, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The launcher ends between this rank's look and the other's: both then say so."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
 

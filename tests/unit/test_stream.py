@@ -38,7 +38,10 @@ def rows_named(name: str, count: int) -> list[dict[str, Any]]:
 
 
 def files_of(found: Sequence[tuple[int, tuple[int, ...]]]) -> list[MemoryRows]:
-    return [MemoryRows("abcd"[at], rows_named("abcd"[at], count), sizes) for at, (count, sizes) in enumerate(found)]
+    return [
+        MemoryRows("abcd"[at], rows_named("abcd"[at], count), sizes)
+        for at, (count, sizes) in enumerate(found)
+    ]
 
 
 def stream_of(parts: Sequence[Sequence[Any]], **changes: Any) -> Stream:
@@ -55,7 +58,15 @@ def content(window: Window) -> Any:
     records = window.records
     labels = [record.label for record in map(records.__getitem__, range(len(records)))]
     places = [records.where(row) for row in range(len(records))]
-    return texts(window), labels, places, records.first_row, window.state, window.after, window.next_epoch
+    return (
+        texts(window),
+        labels,
+        places,
+        records.first_row,
+        window.state,
+        window.after,
+        window.next_epoch,
+    )
 
 
 def epochs(read: Stream, count: int) -> list[list[Window]]:
@@ -92,22 +103,38 @@ def assert_goes_on(read: Stream) -> None:
 
 @QUICK
 @given(FILES, st.integers(1, 9), st.integers(0, 5))
-def test_every_row_once_an_epoch_in_the_order_of_the_files(found: Any, window_rows: int, seed: int) -> None:
+def test_every_row_once_an_epoch_in_the_order_of_the_files(
+    found: Any, window_rows: int, seed: int
+) -> None:
     files = files_of(found)
     read = stream_of([files[:1], files[1:]], window_rows=window_rows, seed=seed)
     total = sum(len(file.rows) for file in files)
     if not total:
         (window,) = read.windows()
-        assert len(window.records) == 0 and len(window.bad) == len(files), "what was left out is told"
+        assert len(window.records) == 0 and len(window.bad) == len(files), (
+            "what was left out is told"
+        )
         return
     for epoch, windows in enumerate(epochs(read, 3)):
         sizes = [len(window.records) for window in windows]
-        assert sizes[:-1] == [window_rows] * (len(windows) - 1) and 0 < sizes[-1] <= window_rows and sum(sizes) == total
-        assert [window.records.first_row for window in windows] == [window_rows * at for at in range(len(windows))]
-        assert [(window.state["epoch"], window.state["window"]) for window in windows] == [(epoch, at) for at in range(len(windows))]
+        assert (
+            sizes[:-1] == [window_rows] * (len(windows) - 1)
+            and 0 < sizes[-1] <= window_rows
+            and sum(sizes) == total
+        )
+        assert [window.records.first_row for window in windows] == [
+            window_rows * at for at in range(len(windows))
+        ]
+        assert [(window.state["epoch"], window.state["window"]) for window in windows] == [
+            (epoch, at) for at in range(len(windows))
+        ]
         came = [text for window in windows for text in texts(window)]
         order = list(dict.fromkeys(text[0] for text in came))
-        assert came == [row["text"] for name in order for row in rows_named(name, Counter(text[0] for text in came)[name])]
+        assert came == [
+            row["text"]
+            for name in order
+            for row in rows_named(name, Counter(text[0] for text in came)[name])
+        ]
         assert sorted(came) == sorted(row["text"] for file in files for row in file.rows)
         assert (windows[-1].after, windows[-1].next_epoch["epoch"]) == (None, epoch + 1)
 
@@ -117,7 +144,8 @@ def test_files_come_in_another_order_in_each_epoch_and_for_each_seed() -> None:
 
     def orders(**changes: Any) -> list[str]:
         return [
-            "".join(text[0] for window in windows for text in texts(window)[::2]) for windows in epochs(stream_of([files], **changes), 6)
+            "".join(text[0] for window in windows for text in texts(window)[::2])
+            for windows in epochs(stream_of([files], **changes), 6)
         ]
 
     assert len(set(orders())) > 2 and orders() == orders(window_rows=2) != orders(seed=4)
@@ -150,7 +178,9 @@ def test_parts_with_weights_give_their_shares_pass_after_pass() -> None:
 
 @QUICK
 @given(FILES, st.integers(1, 9), st.sampled_from([None, 1, 7, 19]))
-def test_reading_from_a_state_is_reading_on(found: Any, window_rows: int, limit: int | None) -> None:
+def test_reading_from_a_state_is_reading_on(
+    found: Any, window_rows: int, limit: int | None
+) -> None:
     files = files_of(found)
     if any(file.rows for file in files):
         assert_goes_on(stream_of([files], window_rows=window_rows, limit=limit))
@@ -158,10 +188,14 @@ def test_reading_from_a_state_is_reading_on(found: Any, window_rows: int, limit:
 
 @QUICK
 @given(FILES, FILES, st.integers(1, 9), st.floats(0.1, 10), st.sampled_from([None, 7, 19]))
-def test_reading_a_mixture_from_a_state_is_reading_on(one: Any, other: Any, window_rows: int, weight: float, limit: int | None) -> None:
+def test_reading_a_mixture_from_a_state_is_reading_on(
+    one: Any, other: Any, window_rows: int, weight: float, limit: int | None
+) -> None:
     parts = [files_of(one), files_of(other)]
     if all(any(file.rows for file in part) for part in parts):
-        assert_goes_on(stream_of(parts, window_rows=window_rows, weights=(1.0, weight), limit=limit))
+        assert_goes_on(
+            stream_of(parts, window_rows=window_rows, weights=(1.0, weight), limit=limit)
+        )
 
 
 def test_a_state_that_forgets_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +204,12 @@ def test_a_state_that_forgets_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     for lost, changes in (("skip", {}), ("place", {}), ("file", {}), ("pass", {"weights": (1.0,)})):
         read = stream_of([files_of([(7, (3, 0)), (9, (2,))])], window_rows=5, **changes)
         assert_goes_on(read)
-        forget = property(lambda self, lost=lost: {**whole(self), lost: {"skip": 0, "place": None, "file": 0, "pass": 0}[lost]})
+        forget = property(
+            lambda self, lost=lost: {
+                **whole(self),
+                lost: {"skip": 0, "place": None, "file": 0, "pass": 0}[lost],
+            }
+        )
         with monkeypatch.context() as patch:
             patch.setattr(stream._Reader, "cursor", forget)
             with pytest.raises((AssertionError, IndexError)):
@@ -225,9 +264,13 @@ def test_rows_that_were_left_out_arrive_once_also_of_pieces_without_rows() -> No
         read = stream_of([files], window_rows=window_rows)
         windows = list(read.windows())
         assert sorted(bad for window in windows for bad in window.bad) == expected
-        for at, window in enumerate(windows):  # none is lost by going on, and those before come again at most once
+        for at, window in enumerate(
+            windows
+        ):  # none is lost by going on, and those before come again at most once
             again = [bad for later in read.windows(window.state) for bad in later.bad]
-            assert len(again) == len(set(again)) and {bad for later in windows[at:] for bad in later.bad} <= set(again)
+            assert len(again) == len(set(again)) and {
+                bad for later in windows[at:] for bad in later.bad
+            } <= set(again)
     with pytest.raises(AssertionError):
         assert sorted(bad for window in windows for bad in window.bad[1:]) == expected
 
@@ -243,36 +286,66 @@ def parquet_rows(path: Path, wrong: Sequence[int], on_bad_row: OnBadRow = "skip"
     return FileRows(told, on_bad_row=on_bad_row)
 
 
-def test_texts_of_a_parquet_file_that_are_not_utf8_are_left_out_from_any_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_of_a_parquet_file_that_are_not_utf8_are_left_out_from_any_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(parquet_files, "PIECE_ROWS", 4)
-    wrong = {"a": [0, 9, 10, 11, 12, 13], "b": [39], "c": list(range(40))}  # all of a piece, the last of a file, all of a file
-    read = stream_of([[parquet_rows(tmp_path / f"{name}.parquet", rows) for name, rows in wrong.items()]])
+    wrong = {
+        "a": [0, 9, 10, 11, 12, 13],
+        "b": [39],
+        "c": list(range(40)),
+    }  # all of a piece, the last of a file, all of a file
+    read = stream_of(
+        [[parquet_rows(tmp_path / f"{name}.parquet", rows) for name, rows in wrong.items()]]
+    )
     for windows in epochs(read, 2):
         came = [text for window in windows for text in texts(window)]
-        expected = [f"{name} {row}" for name, rows in wrong.items() for row in range(40) if row not in rows]
+        expected = [
+            f"{name} {row}" for name, rows in wrong.items() for row in range(40) if row not in rows
+        ]
         assert sorted(came) == sorted(expected)
-        assert [records.where(0) for records, *_ in windows[:1]] == [f"{came[0].split()[0]}.parquet row {came[0].split()[1]}"]
+        assert [records.where(0) for records, *_ in windows[:1]] == [
+            f"{came[0].split()[0]}.parquet row {came[0].split()[1]}"
+        ]
         bad = [row for window in windows for row in window.bad]
-        assert sorted((row.file, row.line) for row in bad) == [(f"{name}.parquet", row) for name, rows in wrong.items() for row in rows]
-        assert all("column 'text' is not UTF-8 ('utf-8' codec can't decode byte 0xd9 in" in row.reason for row in bad)
+        assert sorted((row.file, row.line) for row in bad) == [
+            (f"{name}.parquet", row) for name, rows in wrong.items() for row in rows
+        ]
+        assert all(
+            "column 'text' is not UTF-8 ('utf-8' codec can't decode byte 0xd9 in" in row.reason
+            for row in bad
+        )
         assert r'{"text": "b 39 \xd9", "label": "yes"}' in [row.text for row in bad]
     assert_goes_on(read)
 
     # The controls: a reader that takes what it can of such a text, and --on_bad_row fail, which ends with a line.
     def careless(column: Any, *_: Any) -> Any:
-        return pa.array([str(value.as_buffer().to_pybytes()) for value in column], pa.large_string())
+        return pa.array(
+            [str(value.as_buffer().to_pybytes()) for value in column], pa.large_string()
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr(records_module, "_readable", careless)
         assert sum(len(window.records) for window in read.windows()) == 120
-    with pytest.raises(DataError, match=r"^d\.parquet row 7: column 'text' is not UTF-8 \(.* can't decode byte 0xd9 in position 4: "):
-        list(stream_of([[parquet_rows(tmp_path / "d.parquet", [7, 8], "fail")]], on_bad_row="fail").windows())
+    with pytest.raises(
+        DataError,
+        match=r"^d\.parquet row 7: column 'text' is not UTF-8 \(.* can't decode byte 0xd9 in position 4: ",
+    ):
+        list(
+            stream_of(
+                [[parquet_rows(tmp_path / "d.parquet", [7, 8], "fail")]], on_bad_row="fail"
+            ).windows()
+        )
 
 
 def test_sources_without_rows() -> None:
     empty = MemoryRows("empty", [])
     (window,) = stream_of([[empty, empty]]).windows()
-    assert (len(window.records), [row.reason for row in window.bad], window.after) == (0, ["end", "end"], None)
+    assert (len(window.records), [row.reason for row in window.bad], window.after) == (
+        0,
+        ["end", "end"],
+        None,
+    )
     assert list(stream_of([[]]).windows()) == []
     with pytest.raises(DataError, match=r"^rows has no rows\.$"):
         stream_of([[]]).head()
@@ -299,46 +372,97 @@ def test_sources_that_fail_give_what_stands_before() -> None:
 
 def test_labels_of_other_kinds_are_told_with_their_place() -> None:
     numbers = MemoryRows("n", [{"text": "x", "label": 0.5}])
-    with pytest.raises(DataError, match=r"^n row 0: the labels are of kind 'number', those before of kind 'text'"):
+    with pytest.raises(
+        DataError, match=r"^n row 0: the labels are of kind 'number', those before of kind 'text'"
+    ):
         list(stream_of([[*files_of([(3, (2,))]), numbers]], limit=9).windows())
 
 
-MIXED = ["no", 1, 2, 3, "yes", 0.5, "yes", ["no"], None, 4, 5, 6, 7, "no"]  # in pieces of 3 two begin with a number
+MIXED = [
+    "no",
+    1,
+    2,
+    3,
+    "yes",
+    0.5,
+    "yes",
+    ["no"],
+    None,
+    4,
+    5,
+    6,
+    7,
+    "no",
+]  # in pieces of 3 two begin with a number
 
 
 @pytest.mark.parametrize("limit", [None, 5])
 def test_labels_of_other_kinds_are_left_out_wherever_reading_begins(limit: int | None) -> None:
-    files = [MemoryRows(name, [{"text": f"{name} {row}", "label": label} for row, label in enumerate(MIXED)], (3, 1)) for name in "ab"]
+    files = [
+        MemoryRows(
+            name,
+            [{"text": f"{name} {row}", "label": label} for row, label in enumerate(MIXED)],
+            (3, 1),
+        )
+        for name in "ab"
+    ]
     files.append(MemoryRows("c", [{"text": f"c {row}", "label": row} for row in range(5)]))
     plain = stream_of([files], limit=limit)
     read = plain.settled()
-    good = [f"{name} {row}" for name in "ab" for row, label in enumerate(MIXED) if isinstance(label, str)]
+    good = [
+        f"{name} {row}"
+        for name in "ab"
+        for row, label in enumerate(MIXED)
+        if isinstance(label, str)
+    ]
     for windows in epochs(read, 2):
         assert sorted(text for window in windows for text in texts(window)) == sorted(good[:limit])
         assert {window.records.label_kind for window in windows} == {"text"}
-        bad = [(row.file, row.reason) for window in windows for row in window.bad if row.reason not in ("no row", "end")]
+        bad = [
+            (row.file, row.reason)
+            for window in windows
+            for row in window.bad
+            if row.reason not in ("no row", "end")
+        ]
         assert limit or len(bad) == 2 * (len(MIXED) - 4) + 5
-        assert ("a row 1", "label 1 is of type int, the labels above it are of type str (column 'label')") in bad
+        assert (
+            "a row 1",
+            "label 1 is of type int, the labels above it are of type str (column 'label')",
+        ) in bad
     assert_goes_on(read)
-    with pytest.raises(DataError, match="the labels are of kind 'integer', those before of kind 'text'"):  # the control
+    with pytest.raises(
+        DataError, match="the labels are of kind 'integer', those before of kind 'text'"
+    ):  # the control
         list(replace(plain, window_rows=99, limit=None).windows())
     failing = stream_of([[MemoryRows("a", [{"text": "a", "label": "b"}])]], on_bad_row="fail")
     assert failing.settled() is failing
 
 
 @pytest.mark.parametrize(
-    ("kinds", "expected"), [(("csv", "jsonl"), ["0", "1"]), (("jsonl", "csv"), [0, 1])], ids=["text first", "numbers first"]
+    ("kinds", "expected"),
+    [(("csv", "jsonl"), ["0", "1"]), (("jsonl", "csv"), [0, 1])],
+    ids=["text first", "numbers first"],
 )
-def test_whole_numbers_and_texts_that_are_some_stay_one_kind(tmp_path: Path, kinds: tuple[str, str], expected: list[Any]) -> None:
+def test_whole_numbers_and_texts_that_are_some_stay_one_kind(
+    tmp_path: Path, kinds: tuple[str, str], expected: list[Any]
+) -> None:
     (tmp_path / "a.csv").write_text("text,label\na,0\nb,1\n")
     (tmp_path / "a.jsonl").write_text(
-        "".join(f'{{"text": "{text}", "label": {label}}}\n' for text, label in (("c", 0), ("d", 1), ("e", '["0"]')))
+        "".join(
+            f'{{"text": "{text}", "label": {label}}}\n'
+            for text, label in (("c", 0), ("d", 1), ("e", '["0"]'))
+        )
     )
     data = DataConfig(train_file=[str(tmp_path / f"a.{kind}") for kind in kinds], on_bad_row="skip")
     (window,) = open_stream(data, 0).windows()
     held = open_source(data, "train")
     for records in (window.records, held):
-        assert sorted(records.label_values) == expected and sorted(records.texts.to_pylist()) == ["a", "b", "c", "d"]
+        assert sorted(records.label_values) == expected and sorted(records.texts.to_pylist()) == [
+            "a",
+            "b",
+            "c",
+            "d",
+        ]
         assert [records[row].label for row in range(4)] == [expected[row % 2] for row in range(4)]
     assert [(row.file, row.line) for row in (*window.bad, *held.bad)] == [("a.jsonl", 3)] * 2
 
@@ -357,7 +481,9 @@ def test_a_head_without_rows_tells_what_was_left_out() -> None:
     told = r"^rows has no rows but 5 that cannot be read, the first of them file 0 line -1: end$"
     with pytest.raises(DataError, match=told):
         stream_of([files]).head()
-    with pytest.raises(DataError, match=r"^More than 3 rows cannot be read"):  # and does not read to the end for it
+    with pytest.raises(
+        DataError, match=r"^More than 3 rows cannot be read"
+    ):  # and does not read to the end for it
         stream_of([files], max_bad_rows=3).head()
     with pytest.raises(DataError, match=r"^file 0 line -1: end\.$"):
         stream_of([files], on_bad_row="fail").head()
@@ -378,5 +504,8 @@ def test_the_fingerprint_tells_what_is_read() -> None:
         stream_of([files, []], weights=(1.0, 1.0)),
     ]
     assert len({one.fingerprint for one in [read, *others]}) == len(others) + 1
-    same = [replace(read, window_rows=9, seed=1, first_row=4, name="other"), stream_of([files[:1], files[1:]])]
+    same = [
+        replace(read, window_rows=9, seed=1, first_row=4, name="other"),
+        stream_of([files[:1], files[1:]]),
+    ]
     assert {one.fingerprint for one in same} == {read.fingerprint}

@@ -27,14 +27,31 @@ PIECES = st.lists(st.integers(0, 5), min_size=1, max_size=3).filter(any).map(tup
 LABELS = st.lists(st.sampled_from(["no", "yes", "maybe"]), max_size=15)
 
 
-def file_of(labels: Sequence[Any], sizes: tuple[int, ...] = (2, 0, 3), name: str = "file", **changes: Any) -> MemoryRows:
-    return MemoryRows(name, [{"text": f"text {row}", "label": label} for row, label in enumerate(labels)], sizes, **changes)
+def file_of(
+    labels: Sequence[Any], sizes: tuple[int, ...] = (2, 0, 3), name: str = "file", **changes: Any
+) -> MemoryRows:
+    return MemoryRows(
+        name,
+        [{"text": f"text {row}", "label": label} for row, label in enumerate(labels)],
+        sizes,
+        **changes,
+    )
 
 
 def stream_of(files: Sequence[MemoryRows], **changes: Any) -> Stream:
     asked = Columns("text", None, "label", None)
     settings = {"on_bad_row": "skip", "max_bad_rows": 99, **changes}
-    return Stream(**{"name": "rows", "parts": [files], "asked": asked, "label_delimiter": None, "window_rows": 4, "seed": 0, **settings})
+    return Stream(
+        **{
+            "name": "rows",
+            "parts": [files],
+            "asked": asked,
+            "label_delimiter": None,
+            "window_rows": 4,
+            "seed": 0,
+            **settings,
+        }
+    )
 
 
 def plain(found: Survey) -> Any:
@@ -46,7 +63,9 @@ def plain(found: Survey) -> Any:
 
 @settings(max_examples=25)
 @given(st.lists(st.tuples(LABELS, PIECES), min_size=1, max_size=4))
-def test_labels_and_rows_are_those_of_the_files(tmp_path_factory: pytest.TempPathFactory, given: Any) -> None:
+def test_labels_and_rows_are_those_of_the_files(
+    tmp_path_factory: pytest.TempPathFactory, given: Any
+) -> None:
     files = [file_of(labels, sizes, f"file {at}") for at, (labels, sizes) in enumerate(given)]
     kept = tmp_path_factory.mktemp("kept") / "survey.json"
     counts = Counter(label for labels, _ in given for label in labels)
@@ -57,8 +76,12 @@ def test_labels_and_rows_are_those_of_the_files(tmp_path_factory: pytest.TempPat
         return
     found = survey(stream_of(files), ALONE, kept)
     assert (found.kind, found.labels) == ("text", counts)
-    assert found.rows == {at: len(labels) for at, (labels, _) in enumerate(given)}, "also of files that have none"
-    assert found.bad == [bad for file in files for piece in file.pieces(["text"]) for bad in piece.bad]
+    assert found.rows == {at: len(labels) for at, (labels, _) in enumerate(given)}, (
+        "also of files that have none"
+    )
+    assert found.bad == [
+        bad for file in files for piece in file.pieces(["text"]) for bad in piece.bad
+    ]
     assert plain(survey(stream_of(files), ALONE, kept)) == plain(found), "as it was kept"
 
 
@@ -73,7 +96,9 @@ def test_labels_and_rows_are_those_of_the_files(tmp_path_factory: pytest.TempPat
         (["a", "a,b", "", "a , b"], ",", "set", {("a",): 1, ("a", "b"): 2, (): 1}),
     ],
 )
-def test_labels_of_every_kind(tmp_path: Path, labels: Any, delimiter: Any, kind: str, expected: Any) -> None:
+def test_labels_of_every_kind(
+    tmp_path: Path, labels: Any, delimiter: Any, kind: str, expected: Any
+) -> None:
     """A piece a row, so that kinds meet between pieces."""
     read = stream_of([file_of(labels, (1,))], label_delimiter=delimiter)
     for _ in ("read", "kept"):
@@ -101,7 +126,14 @@ def test_rows_that_are_left_out_end_it_as_they_end_a_run(tmp_path: Path) -> None
     for limit in (None, 99):
         with pytest.raises(DataError, match=r"^More than 4 rows cannot be read \(--max_bad_rows\)"):
             survey(stream_of(files, max_bad_rows=4, limit=limit), ALONE, tmp_path / "survey.json")
-        assert len(survey(stream_of(files, max_bad_rows=5, limit=limit), ALONE, tmp_path / "survey.json").bad) == 5
+        assert (
+            len(
+                survey(
+                    stream_of(files, max_bad_rows=5, limit=limit), ALONE, tmp_path / "survey.json"
+                ).bad
+            )
+            == 5
+        )
 
 
 def test_counting_does_not_copy_what_is_counted() -> None:
@@ -134,7 +166,11 @@ def test_what_is_kept_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Monk
             with pytest.raises(AssertionError, match="read again"):
                 survey(other, ALONE, kept)
     changed = stream_of([file_of(["no", "yes", "yes"])])
-    assert survey(changed, ALONE, kept).labels == {"no": 1, "yes": 2} == survey(changed, ALONE, kept).labels
+    assert (
+        survey(changed, ALONE, kept).labels
+        == {"no": 1, "yes": 2}
+        == survey(changed, ALONE, kept).labels
+    )
 
 
 def test_a_file_that_is_torn_or_not_ours_is_read_anew(tmp_path: Path) -> None:
@@ -142,7 +178,13 @@ def test_a_file_that_is_torn_or_not_ours_is_read_anew(tmp_path: Path) -> None:
     found = survey(read, ALONE, kept)
     whole = kept.read_bytes()
     fingerprint = json.dumps({"fingerprint": read.fingerprint}).encode()
-    for torn in [whole[:at] for at in range(0, len(whole) - 1, 7)] + [b"[]", b"null", b"{}", b"\xff", fingerprint]:
+    for torn in [whole[:at] for at in range(0, len(whole) - 1, 7)] + [
+        b"[]",
+        b"null",
+        b"{}",
+        b"\xff",
+        fingerprint,
+    ]:
         kept.write_bytes(torn)
         assert plain(survey(read, ALONE, kept)) == plain(found) and kept.read_bytes() == whole
 
@@ -171,7 +213,10 @@ def on_rank(accelerator: Accelerator, read: Stream, kept: Path) -> Any:
 
 
 def watched(counts: Sequence[int], **changes: Any) -> list[MemoryRows]:
-    files = [file_of((["no", "yes", "maybe"] * count)[at : at + count], name=f"file {at}") for at, count in enumerate(counts)]
+    files = [
+        file_of((["no", "yes", "maybe"] * count)[at : at + count], name=f"file {at}")
+        for at, count in enumerate(counts)
+    ]
     return [Watched(file.name, file.rows, file.sizes, **changes) for file in files]
 
 
@@ -185,7 +230,9 @@ def test_ranks_share_the_files_and_know_the_same(tmp_path: Path) -> None:
     assert again == [(alone, []), (alone, [])], "kept for all"
 
 
-def test_a_rank_whose_files_are_not_counted_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_whose_files_are_not_counted_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = watched([5, 4])
     monkeypatch.setattr(survey_module, "gather_object", lambda mine: mine)
     (one, _), (other, _) = run_ranks(2, on_rank, stream_of(files), tmp_path / "survey.json")
@@ -195,8 +242,14 @@ def test_a_rank_whose_files_are_not_counted_is_seen(tmp_path: Path, monkeypatch:
 def test_a_file_that_cannot_be_read_ends_all_ranks(tmp_path: Path) -> None:
     files = [file_of(["no"] * 5, name="good"), file_of(["yes"] * 5, name="bad", broken=4)]
     told = run_ranks(2, on_rank, stream_of(files), tmp_path / "survey.json")
-    assert told == ["rank 1: bad row 4: no more can be read."] * 2 and not (tmp_path / "survey.json").exists()
-    assert run_ranks(2, on_rank, stream_of([file_of([])]), tmp_path / "survey.json") == ["rows has no rows."] * 2
+    assert (
+        told == ["rank 1: bad row 4: no more can be read."] * 2
+        and not (tmp_path / "survey.json").exists()
+    )
+    assert (
+        run_ranks(2, on_rank, stream_of([file_of([])]), tmp_path / "survey.json")
+        == ["rows has no rows."] * 2
+    )
 
 
 class Gone(MemoryRows):
@@ -209,7 +262,10 @@ class Gone(MemoryRows):
 
 def test_rank_0_does_not_fail_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = stream_of([Gone("gone.tsv", [])])
-    assert run_ranks(2, on_rank, read, tmp_path / "survey.json") == ["rank 0: gone.tsv is not there."] * 2
+    assert (
+        run_ranks(2, on_rank, read, tmp_path / "survey.json")
+        == ["rank 0: gone.tsv is not there."] * 2
+    )
 
     def alone(accelerator: Accelerator) -> None:
         if accelerator.is_main_process:

@@ -26,7 +26,13 @@ def see(tmp_path: Path) -> Callable[..., Inspection]:
         path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         if other is not None:
             beside.write_text("".join(line + "\n" for line in other), encoding="utf-8")
-        return check_data(DataConfig(train_file=[str(path)], validation_file=str(beside) if other is not None else None, **settings))
+        return check_data(
+            DataConfig(
+                train_file=[str(path)],
+                validation_file=str(beside) if other is not None else None,
+                **settings,
+            )
+        )
 
     return see
 
@@ -35,15 +41,26 @@ def test_rows_that_a_quote_swallowed_are_an_error(see: Callable[..., Inspection]
     lines = ["label\ttext", *(f"{row['label']}\t{row['text']}" for row in clean_rows(60))]
     lines[10] = lines[10].replace("\t", '\t"', 1)
     lines[14] += '"'
-    assert kinds(see("a.tsv", lines)) == [("odd_quotes", "note", "train", 2)]  # read without quotes: nothing is lost
+    assert kinds(see("a.tsv", lines)) == [
+        ("odd_quotes", "note", "train", 2)
+    ]  # read without quotes: nothing is lost
     found = see("a.tsv", lines, quoting="double")
-    assert kinds(found) == [("swallowed_rows", "error", "train", 1)] and len(found.splits["train"]) == 56
+    assert (
+        kinds(found) == [("swallowed_rows", "error", "train", 1)]
+        and len(found.splits["train"]) == 56
+    )
     assert the(found, "swallowed_rows").examples[0].note == "4 of its 5 lines look like rows"
     assert found.where["train", 9] == "a.tsv line 11"
 
 
 def test_texts_of_many_lines_are_no_swallowed_rows(see: Callable[..., Inspection]) -> None:
-    lines = ["text,label", *(f'"{row["text"]}\nso, it is good\nand\nmore, of it",{row["label"]}' for row in clean_rows(40))]
+    lines = [
+        "text,label",
+        *(
+            f'"{row["text"]}\nso, it is good\nand\nmore, of it",{row["label"]}'
+            for row in clean_rows(40)
+        ),
+    ]
     assert kinds(see("a.csv", lines)) == []
 
 
@@ -51,7 +68,11 @@ def test_a_file_with_quotes_that_is_read_without(see: Callable[..., Inspection])
     lines = ["text\tlabel", *(f'"{row["text"]}"\t{row["label"]}' for row in clean_rows(40))]
     assert kinds(see("a.tsv", lines)) == [("quotes_as_text", "warning", "train", 40)]
     assert kinds(see("a.tsv", lines, quoting="double")) == []
-    some = ["text\tlabel", *tsv(clean_rows(40)), '"a whole sentence of somebody else that is quoted"\tbad']
+    some = [
+        "text\tlabel",
+        *tsv(clean_rows(40)),
+        '"a whole sentence of somebody else that is quoted"\tbad',
+    ]
     assert kinds(see("a.tsv", some)) == []
 
 
@@ -68,7 +89,10 @@ def test_columns_without_a_name_that_hold_something(see: Callable[..., Inspectio
         6,
         True,
     )
-    index = [",text,label", *(f"{number},{row['text']},{row['label']}" for number, row in enumerate(clean_rows(60)))]
+    index = [
+        ",text,label",
+        *(f"{number},{row['text']},{row['label']}" for number, row in enumerate(clean_rows(60))),
+    ]
     assert kinds(see("b.csv", index)) == []  # a number in front of every row, as pandas writes
 
 

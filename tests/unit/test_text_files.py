@@ -3,9 +3,27 @@
 import pytest
 
 from bertdist.errors import DataError
-from bertdist.text_files import Form, Lines, codec_of, hide_returns, line_ends, rows_of_lines, spots_of, utf8_lines
+from bertdist.text_files import (
+    Form,
+    Lines,
+    codec_of,
+    hide_returns,
+    line_ends,
+    rows_of_lines,
+    spots_of,
+    utf8_lines,
+)
 
-ENCODINGS = ["utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "cp1252", "gb18030", "cp037", "shift_jis"]
+ENCODINGS = [
+    "utf-8",
+    "utf-16-le",
+    "utf-16-be",
+    "utf-32-le",
+    "cp1252",
+    "gb18030",
+    "cp037",
+    "shift_jis",
+]
 
 
 def form_of(encoding: str) -> Form:
@@ -17,7 +35,10 @@ def test_lines_are_cut_before_they_are_decoded(encoding: str) -> None:
     text = "one\r\n\ntwo a\nthree"
     raw = text.encode(encoding)
     ends = line_ends(raw, encoding).tolist()
-    assert [raw[start:end].decode(encoding) for start, end in zip([0, *ends], [*ends, len(raw)], strict=True)] == text.splitlines(True)
+    assert [
+        raw[start:end].decode(encoding)
+        for start, end in zip([0, *ends], [*ends, len(raw)], strict=True)
+    ] == text.splitlines(True)
     assert utf8_lines(form_of(encoding), raw, encoding, 1, False) == Lines(text.encode(), 1, {})
 
 
@@ -53,7 +74,12 @@ def test_what_is_no_encoding_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("codec", "bad", "byte"),
-    [("utf-8", b"\xe4", "E4"), ("cp1252", b"\x81", "81"), ("utf-16-le", b"\0\xd8", "00"), ("gb18030", b"\x81\n", "81")],
+    [
+        ("utf-8", b"\xe4", "E4"),
+        ("cp1252", b"\x81", "81"),
+        ("utf-16-le", b"\0\xd8", "00"),
+        ("gb18030", b"\x81\n", "81"),
+    ],
 )
 def test_only_lines_with_wrong_bytes_are_told(codec: str, bad: bytes, byte: str) -> None:
     line = "good\n".encode(codec)
@@ -72,4 +98,7 @@ def test_a_stand_in_is_a_character_that_is_not_there() -> None:
     lines = hide_returns(Lines("a\rb\r\n\ue000\r".encode(), 1, {}))
     assert lines.stand_in == "\ue001" and lines.data == "a\ue001b\r\n\ue000\ue001".encode()
     rows = rows_of_lines(lines.data, blank=True)
-    assert [spot.text for spot in spots_of(form_of("utf-8"), lines, rows)([0, 1])] == [r"a\rb", r"\ue000\r".replace(r"\r", "")]
+    assert [spot.text for spot in spots_of(form_of("utf-8"), lines, rows)([0, 1])] == [
+        r"a\rb",
+        r"\ue000\r".replace(r"\r", ""),
+    ]

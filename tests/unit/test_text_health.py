@@ -15,7 +15,15 @@ from bertdist.text_health import check_texts, mojibake_rows, repaired
 
 pytest.importorskip("ftfy", reason="wrong encodings are judged by ftfy (the extra `check`)")
 
-GOOD = ["naïve café", "Größe, “quoted” – and so on…", "你好，世界", "Привет", "I ♥ it 😀", "SÃO PAULO É AQUI, não é?", "tab\tand\nline"]
+GOOD = [
+    "naïve café",
+    "Größe, “quoted” – and so on…",
+    "你好，世界",
+    "Привет",
+    "I ♥ it 😀",
+    "SÃO PAULO É AQUI, não é?",
+    "tab\tand\nline",
+]
 PLANTED = [
     ("empty_texts", "warning", ["", "  ", "\u00a0\u3000\n"]),
     ("nul_bytes", "warning", ["a\0b"]),
@@ -71,7 +79,9 @@ def test_what_is_not_certain_is_told_all_the_same() -> None:
     assert mojibake_rows(pa.array(["cafÃ© olé", "fine"], pa.large_string())).tolist() == [0]
 
 
-def test_without_ftfy_patterns_stand_in_and_the_finding_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ftfy_patterns_stand_in_and_the_finding_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(text_health, "has_ftfy", lambda: False)
     texts = pa.array(["cafÃ©", "donâ€™t", "å¥½å¥½", *GOOD[:-2]], pa.large_string())
     (finding,) = check_texts("train", texts, "text", 1)
@@ -82,7 +92,9 @@ def test_without_ftfy_patterns_stand_in_and_the_finding_says_so(monkeypatch: pyt
 def test_bytes_that_are_not_utf8_in_a_parquet_file_are_one_line(tmp_path: Path) -> None:
     rows = clean_rows(40)
     surrogate = b"lone \xed\xa0\x80 surrogate"
-    raw = pa.array([*(row["text"].encode() for row in rows), surrogate, b"\xff\xfe"], pa.large_binary()).view(pa.large_string())
+    raw = pa.array(
+        [*(row["text"].encode() for row in rows), surrogate, b"\xff\xfe"], pa.large_binary()
+    ).view(pa.large_string())
     table = pa.table({"text": raw, "label": [*(row["label"] for row in rows), "bad", "good"]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"^a.parquet row 40: column 'text' is not UTF-8"):
@@ -100,7 +112,10 @@ def test_an_excerpt_shows_what_was_found(tmp_path: Path) -> None:
 
 
 def test_both_columns_of_a_pair_are_looked_at(tmp_path: Path) -> None:
-    rows = [{"sentence1": row["text"], "sentence2": row["text"][::-1], "label": row["label"]} for row in clean_rows(40)]
+    rows = [
+        {"sentence1": row["text"], "sentence2": row["text"][::-1], "label": row["label"]}
+        for row in clean_rows(40)
+    ]
     assert kinds(look(tmp_path, rows)) == []
     rows[4]["sentence2"] = ""
     found = look(tmp_path, rows)

@@ -14,7 +14,14 @@ from bertdist import watchdog
 from bertdist.beats import Beat, this_rank
 from bertdist.console import RunLog
 from bertdist.errors import DataError, RankLost
-from bertdist.watchdog import Watchdog, connection_lost, doing_of, end_soon, told_unwatched, worker_died
+from bertdist.watchdog import (
+    Watchdog,
+    connection_lost,
+    doing_of,
+    end_soon,
+    told_unwatched,
+    worker_died,
+)
 
 ALONE: Any = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
 
@@ -22,8 +29,14 @@ ALONE: Any = SimpleNamespace(process_index=0, num_processes=1, device=torch.devi
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        ("DataLoader worker (pid 123) is killed by signal: Killed. ", "Loader worker (process 123) was killed (Killed)"),
-        ("DataLoader worker (pid(s) 12, 34) exited unexpectedly", "Loader worker (process 12, 34) ended without a word"),
+        (
+            "DataLoader worker (pid 123) is killed by signal: Killed. ",
+            "Loader worker (process 123) was killed (Killed)",
+        ),
+        (
+            "DataLoader worker (pid(s) 12, 34) exited unexpectedly",
+            "Loader worker (process 12, 34) ended without a word",
+        ),
     ],
 )
 def test_a_loader_worker_s_death_is_told(error: str, said: str) -> None:
@@ -31,14 +44,23 @@ def test_a_loader_worker_s_death_is_told(error: str, said: str) -> None:
 
 
 def test_other_errors_are_none_of_these() -> None:
-    for error in (RuntimeError("out of memory"), ValueError("DataLoader worker (pid 1) exited"), DataError("gloo")):
+    for error in (
+        RuntimeError("out of memory"),
+        ValueError("DataLoader worker (pid 1) exited"),
+        DataError("gloo"),
+    ):
         assert worker_died(error) is None and connection_lost(error) is None
 
 
 def test_a_broken_connection_is_known() -> None:
-    gloo = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2161. This")
+    gloo = RuntimeError(
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2161. This"
+    )
     assert isinstance(connection_lost(gloo), RankLost)
-    assert connection_lost(torch.distributed.DistBackendError("NCCL error: remote process exited")) is not None
+    assert (
+        connection_lost(torch.distributed.DistBackendError("NCCL error: remote process exited"))
+        is not None
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,7 +73,11 @@ def test_a_broken_connection_is_known() -> None:
     ids=["mine", "another's", "nobody"],
 )
 def test_where_no_watchdog_looks_one_rank_tells_who_is_gone(
-    gone: list[Beat], mine: bool, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    gone: list[Beat],
+    mine: bool,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(watchdog, "left", lambda seconds: (gone, mine))
     monkeypatch.setattr(watchdog, "SECONDS_TO_LOOK", 0.0)
@@ -71,7 +97,9 @@ def test_an_error_of_ours_passes_and_a_worker_s_death_is_mended(tmp_path: Path) 
     assert not (tmp_path / ".ranks").exists(), "what an earlier run has left is cleared away"
 
 
-def test_standing_still_working_and_moving_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standing_still_working_and_moving_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dog = Watchdog(RunLog(tmp_path, enabled=False), ALONE, 9)
     stack: Any = sys._getframe()
     children = [0.0]
@@ -116,7 +144,10 @@ def test_what_a_thread_does_is_the_innermost_function_of_ours() -> None:
     assert doing_of(None) == "other code" and time.monotonic() > 0
 
 
-@pytest.mark.parametrize(("rank", "shared", "waited"), [("1", True, [watchdog.SECONDS_TO_TELL]), ("0", True, []), ("1", False, [])])
+@pytest.mark.parametrize(
+    ("rank", "shared", "waited"),
+    [("1", True, [watchdog.SECONDS_TO_TELL]), ("0", True, []), ("1", False, [])],
+)
 def test_under_torchrun_rank_0_may_tell_what_all_have_found(
     rank: str, shared: bool, waited: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

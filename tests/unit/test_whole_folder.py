@@ -28,7 +28,9 @@ def test_what_was_moved_away_and_not_replaced_is_put_back(tmp_path: Path) -> Non
     put_back(tmp_path / "none")
 
 
-def test_a_folder_is_never_half_removed_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_never_half_removed_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     final = tmp_path / "step_000001"
     write_folder(final, fill)
 
@@ -78,12 +80,19 @@ def test_every_truncation_is_noticed(file: str, tmp_path: Path) -> None:
 def test_a_file_of_another_checkpoint_is_noticed(file: str, tmp_path: Path) -> None:
     one, other = tmp_path / "step_000001", tmp_path / "step_000002"
     write_folder(one, fill)
-    write_folder(other, lambda folder: [(folder / name).write_bytes(name.encode()[::-1] * 40) for name in CHECKPOINT_FILES])
+    write_folder(
+        other,
+        lambda folder: [
+            (folder / name).write_bytes(name.encode()[::-1] * 40) for name in CHECKPOINT_FILES
+        ],
+    )
     (one / file).write_bytes((other / file).read_bytes())
     assert damage_of(one) is not None and damage_of(other) is None
 
 
-def test_a_file_that_cannot_be_read_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_read_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_folder(tmp_path / "a", fill)
 
     def broken(path: Path) -> str:
