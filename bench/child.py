@@ -22,9 +22,9 @@ def rows(job: dict[str, Any]) -> dict[str, Any]:
     """
     import numpy as np
 
-    from bertdist.config import DataConfig, TaskConfig
-    from bertdist.sources import open_source
-    from bertdist.tasks import open_task
+    from bertdist.core.config import DataConfig, TaskConfig
+    from bertdist.data.loading import open_source
+    from bertdist.tasks.tasks import open_task
 
     source = open_source(
         DataConfig(

@@ -20,20 +20,20 @@ from bench.jobs import BenchError
 from bench.peers import positive
 from bench.scaling import SST2
 from bench.stage import say
-from bertdist.batch import Batch
-from bertdist.batching import Batches
-from bertdist.begin import keep_freed_memory, task_of_rows
-from bertdist.classifier import load_classifier, load_settings
-from bertdist.compiled import Backend, compile_layers
-from bertdist.config import DataConfig, ModelConfig, OptimConfig, TaskConfig
-from bertdist.dropout import seed_dropout
-from bertdist.embedding import clear_gradients
-from bertdist.encoding import load_tokenizer, open_examples
-from bertdist.errors import BertdistError
-from bertdist.known import labels_in
-from bertdist.optim import build_optimizer
-from bertdist.sources import open_source
-from bertdist.tasks import Task
+from bertdist.core.config import DataConfig, ModelConfig, OptimConfig, TaskConfig
+from bertdist.core.errors import BertdistError
+from bertdist.data.batch import Batch
+from bertdist.data.loading import open_source
+from bertdist.data.sharding import Batches
+from bertdist.data.stats import labels_in, task_of_rows
+from bertdist.data.tokenization import load_tokenizer, open_examples
+from bertdist.distributed.launch import keep_freed_memory
+from bertdist.models.classifier import load_classifier, load_settings
+from bertdist.models.compile import Backend, compile_layers
+from bertdist.models.cpu_layers import clear_gradients
+from bertdist.models.dropout import seed_dropout
+from bertdist.tasks.tasks import Task
+from bertdist.training.optimizer import build_optimizer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,7 +83,7 @@ def compare(args: argparse.Namespace, backend: Backend = "inductor") -> tuple[fl
     layers = {
         module: forward
         for module, forward in compiled.items()
-        if forward.__module__ == "bertdist.compiled"
+        if forward.__module__ == "bertdist.models.compile"
     }
     fastest: dict[tuple[int, bool], float] = {}
     for turn in range(args.rounds):

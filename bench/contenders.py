@@ -62,8 +62,8 @@ def run_bertdist(job: TrainJob, clock: Clock) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     from bertdist import train as loop
-    from bertdist.batch import Step
-    from bertdist.command_line import read_config
+    from bertdist.core.args import read_config
+    from bertdist.data.batch import Step
 
     take_step = loop.take_step
 

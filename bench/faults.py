@@ -34,7 +34,7 @@ from typing import Any
 
 from bench.attempts import LAUNCHERS, Attempt, Blow, attempt, launcher_said, said_in
 from bench.machine import command, described
-from bertdist.console import show_table
+from bertdist.core.terminal import show_table
 
 RANKS, KILLS_OF_A_RUN, AIMED = (
     {"forked": (1, 2, 3), "torchrun": (1, 2), "accelerate": (1, 2)},
@@ -206,7 +206,7 @@ class Stage:
 
 def remains(out: Path, ranks: int) -> dict[str, Any]:
     """All that a run leaves and that must not depend on when it was killed."""
-    from bertdist.meter import MEASURED
+    from bertdist.training.throughput import MEASURED
 
     last = max((out / "checkpoints").glob("step_*"), key=lambda path: path.name)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -375,7 +375,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON of the table")
     asked = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    import bertdist.scores
+    import bertdist.tasks.metrics
     import bertdist.train  # noqa: F401  before the ranks are forked
 
     chance, tallies = random.Random(asked.seed), defaultdict[Kind, Tally](Tally)

@@ -31,16 +31,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bertdist.checkpoint import Checkpoints, Progress
-from bertdist.command_line import read_config
-from bertdist.config import DataConfig, OptimConfig
-from bertdist.errors import BertdistError
-from bertdist.optim import build_optimizer
-from bertdist.pieces import read_bad_rows
-from bertdist.same_run import Settings
-from bertdist.sources import open_source, open_stream
-from bertdist.survey import _read as read_survey
-from bertdist.whole_folder import write_folder
+from bertdist.core.args import read_config
+from bertdist.core.atomic_io import write_folder
+from bertdist.core.config import DataConfig, OptimConfig
+from bertdist.core.errors import BertdistError
+from bertdist.data.loading import open_source, open_stream
+from bertdist.data.source import read_bad_rows
+from bertdist.data.stats import _read as read_survey
+from bertdist.training.checkpoint import Checkpoints, Progress
+from bertdist.training.optimizer import build_optimizer
+from bertdist.training.resume_check import Settings
 
 Inputs = st.SearchStrategy[bytes]
 ONE: Any = SimpleNamespace(is_main_process=True, num_processes=1, process_index=0, scaler=None)

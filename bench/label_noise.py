@@ -27,10 +27,10 @@ import numpy as np
 from bench.jobs import BenchError
 from bench.peers import positive
 from bench.stage import say
-from bertdist.config import DataConfig
-from bertdist.errors import BertdistError
-from bertdist.label_noise import RANKINGS
-from bertdist.sources import open_source
+from bertdist.core.config import DataConfig
+from bertdist.core.errors import BertdistError
+from bertdist.data.loading import open_source
+from bertdist.data_quality.label_issues import RANKINGS
 
 SST2 = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "sst2" / "train.tsv"
 HEADS = (0.05, 0.1, 0.2)  # of the ranking

@@ -15,7 +15,7 @@ from typing import Any
 from bench.figures import Spread, number
 from bench.jobs import BenchError
 from bench.stage import say
-from bertdist.errors import BertdistError
+from bertdist.core.errors import BertdistError
 
 BY_HAND = "## What limits it"
 EMPTY = f"""# Benchmarks

@@ -41,8 +41,8 @@ def predict(job: PredictJob) -> Predicted:
 
 def with_bertdist(job: PredictJob) -> Answering:
     """Predictor at its defaults."""
-    from bertdist.begin import open_accelerator
-    from bertdist.config import RunConfig
+    from bertdist.core.config import RunConfig
+    from bertdist.distributed.launch import open_accelerator
     from bertdist.predict import Predictor
 
     predictor = Predictor(

@@ -35,12 +35,12 @@ from bench.jobs import BenchError
 from bench.peers import positive
 from bench.scaling import SST2
 from bench.stage import MAKE, PACKAGES, say
-from bertdist.config import DataConfig, ModelConfig, TaskConfig
-from bertdist.encoding import encode, load_tokenizer, open_examples
-from bertdist.records import Records
-from bertdist.sources import open_source, open_stream
-from bertdist.stream_batches import StreamBatches
-from bertdist.tasks import Task, open_task
+from bertdist.core.config import DataConfig, ModelConfig, TaskConfig
+from bertdist.data.loading import open_source, open_stream
+from bertdist.data.records import Records
+from bertdist.data.streaming import StreamBatches
+from bertdist.data.tokenization import encode, load_tokenizer, open_examples
+from bertdist.tasks.tasks import Task, open_task
 
 KINDS = ("tsv", "csv", "jsonl", "jsonl.gz", "parquet")
 MANY = 64  # ranks, of which one is measured

@@ -17,14 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bertdist.batch import Step
-from bertdist.batching import Batches
-from bertdist.config import DataConfig, ModelConfig
-from bertdist.encoding import load_tokenizer, open_examples
-from bertdist.pieces import Place
-from bertdist.sources import open_source, open_stream
-from bertdist.stream_batches import StreamBatches
-from bertdist.tasks import SingleLabel
+from bertdist.core.config import DataConfig, ModelConfig
+from bertdist.data.batch import Step
+from bertdist.data.loading import open_source, open_stream
+from bertdist.data.sharding import Batches
+from bertdist.data.source import Place
+from bertdist.data.streaming import StreamBatches
+from bertdist.data.tokenization import load_tokenizer, open_examples
+from bertdist.tasks.tasks import SingleLabel
 
 ROWS_PER_STEP, WINDOW, TAKES = 32, 16_384, 5
 TASK = SingleLabel(("no", "yes"))

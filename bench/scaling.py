@@ -27,10 +27,10 @@ from bench.flops import BERT_BASE, Shape, training_flops
 from bench.jobs import BenchError
 from bench.peers import positive
 from bench.stage import MAKE
-from bertdist.batching import deal, plan
-from bertdist.config import ModelConfig
-from bertdist.encoding import encode, load_tokenizer
-from bertdist.sources import open_texts
+from bertdist.core.config import ModelConfig
+from bertdist.data.loading import open_texts
+from bertdist.data.sharding import deal, plan
+from bertdist.data.tokenization import encode, load_tokenizer
 
 Array = npt.NDArray[Any]
 SST2 = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "sst2" / "train.tsv"

@@ -13,19 +13,22 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bertdist.check_config import USUAL_FIX_KINDS, CheckConfig, read_check_config
-from bertdist.config import DataConfig, ModelConfig
-from bertdist.console import Cell, complain, show, show_table, write_whole
-from bertdist.encoding import load_tokenizer
-from bertdist.errors import BertdistError, DataError
-from bertdist.findings import Finding, counts, excerpt, percent
-from bertdist.fix import dropped_path, write_fixed
-from bertdist.inspection import Inspection, check_data
-from bertdist.lengths import Lengths
-from bertdist.words import names_in
+from bertdist.core.args import names_in
+from bertdist.core.atomic_io import write_whole
+from bertdist.core.config import DataConfig, ModelConfig
+from bertdist.core.errors import BertdistError, DataError
+from bertdist.core.terminal import Cell, complain, show, show_table
+from bertdist.data.tokenization import load_tokenizer
+from bertdist.data_quality.cleaning import dropped_path, write_fixed
+from bertdist.data_quality.config import USUAL_FIX_KINDS, CheckConfig, read_check_config
+from bertdist.data_quality.findings import Finding, counts, excerpt, percent
+from bertdist.data_quality.length_checks import Lengths
+from bertdist.data_quality.report import Inspection, check_data
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+
 SHOWN_LABELS = 24  # more labels than a screen has lines are in check.json only
+
 BAR = 30  # characters of the longest bar
 
 
@@ -207,9 +210,9 @@ def main() -> None:
     """The command line: exit code 1 where there are errors in the data, or one line for what a user can mend."""
     try:
         if {"model", "folds"} & names_in(sys.argv[1:]):
-            from bertdist.doubts import (
-                show_doubts,
-            )  # with all that training takes, which a look at the data need not load
+            from bertdist.data_quality.label_issues import (
+                show_doubts,  # with all that training takes, which a look at the data need not load
+            )
 
             sys.exit(show_doubts(sys.argv[1:]))
         config, data = read_check_config(sys.argv[1:])

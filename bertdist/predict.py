@@ -19,27 +19,28 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from bertdist.batching import PLENTY, Batches
-from bertdist.begin import open_accelerator
-from bertdist.classifier import load_settings, load_trained, notes_in
-from bertdist.command_line import read_predict_config
-from bertdist.config import ModelConfig, PredictConfig, RunConfig
-from bertdist.console import complain, without_commands, write_whole
-from bertdist.encoding import load_tokenizer, open_examples
-from bertdist.errors import BertdistError, DataError
-from bertdist.evaluation import no_number, predict_rows, told_of_rows
-from bertdist.memory import find_tokens
-from bertdist.nonfinite import shared_error
-from bertdist.ranks import together
-from bertdist.records import Records, records_of
-from bertdist.slurm import StopRequest, check_world
-from bertdist.sources import open_texts
-from bertdist.watchdog import end_soon, told_unwatched, worker_died
+from bertdist.core.args import read_predict_config
+from bertdist.core.atomic_io import write_whole
+from bertdist.core.config import ModelConfig, PredictConfig, RunConfig
+from bertdist.core.errors import BertdistError, DataError
+from bertdist.core.terminal import complain, without_commands
+from bertdist.data.loading import open_texts
+from bertdist.data.records import Records, records_of
+from bertdist.data.sharding import PLENTY, Batches
+from bertdist.data.tokenization import load_tokenizer, open_examples
+from bertdist.distributed.collectives import together
+from bertdist.distributed.launch import check_world, open_accelerator
+from bertdist.distributed.preemption import StopRequest
+from bertdist.distributed.watchdog import end_soon, told_unwatched, worker_died
+from bertdist.models.classifier import load_settings, load_trained, notes_in
+from bertdist.training.evaluation import no_number, predict_rows, told_of_rows
+from bertdist.training.memory import find_tokens
+from bertdist.training.nonfinite import shared_error
 
 ROWS_AT_ONCE = 2048  # texts sorted by length together: long enough for texts of one length to meet, short enough for one device
 
-
 STOPPED = 75  # exit code for "asked to stop, start me again" (EX_TEMPFAIL)
+
 INTERRUPTED = 130  # and for a second Ctrl-C
 
 

@@ -1,6 +1,6 @@
 """Fine-tune a BERT-family classifier.
 
-    accelerate launch bertdist/train.py --model_name_or_path google-bert/bert-base-uncased \\
+    accelerate launch bertdist/train.py --model_name_or_path google-bert/bert-base-uncased \
         --train_file train.tsv --validation_file dev.tsv --output_dir out
 
 This file is the whole of training, top to bottom: open the data, build the model, begin or go on, and then repeat: take a step,
@@ -17,6 +17,8 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -27,53 +29,46 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bertdist.account import keep_score, record_training, tell_end, tell_meter
-from bertdist.batch import Batch, Step, one_token
-from bertdist.batching import sent_ahead
-from bertdist.begin import (
-    environment,
-    facts_of_data,
-    facts_of_launch,
-    note_bad_rows,
-    notes_of,
-    open_accelerator,
-    open_log,
-    open_rows,
-    open_watchdog,
-    rows_left_out,
-    settings_of,
-    task_of_rows,
-    told_of_data,
-    training_batches,
-    validation_batches,
-)
-from bertdist.best import Best
-from bertdist.checkpoint import Checkpoints, Progress
-from bertdist.classifier import Classifier, labels_of, load_classifier, load_settings
-from bertdist.command_line import read_config
-from bertdist.compiled import compile_layers
-from bertdist.config import TrainConfig, steps_of, write_config
-from bertdist.console import RunLog, complain
-from bertdist.dropout import seed_dropout
-from bertdist.dry_run import dry_run
-from bertdist.embedding import clear_gradients
-from bertdist.encoding import load_tokenizer
-from bertdist.errors import BertdistError, RankLost
-from bertdist.evaluation import Judge, evaluate_split
-from bertdist.graphed import Take, graphed_step
-from bertdist.known import known_of
-from bertdist.meter import Meter, matmul_rate, model_flops
-from bertdist.nonfinite import Watch, factor, update
-from bertdist.optim import build_optimizer, build_schedule, set_learning_rate
-from bertdist.ranks import agree_on, together
-from bertdist.room import Room
-from bertdist.run_folder import hold_folder, room_on_disk
-from bertdist.slurm import StopRequest, check_world
-from bertdist.stream_batches import AnyBatches
-from bertdist.tasks import Task
-from bertdist.watchdog import end_soon, told_unwatched
+from bertdist.core.args import read_config
+from bertdist.core.config import TrainConfig, steps_of, write_config
+from bertdist.core.errors import BertdistError, RankLost
+from bertdist.core.terminal import complain
+from bertdist.data.batch import Batch, Step, one_token
+from bertdist.data.loader import training_batches, validation_batches
+from bertdist.data.loading import note_bad_rows, open_rows, rows_left_out
+from bertdist.data.sharding import sent_ahead
+from bertdist.data.stats import facts_of_data, known_of, task_of_rows
+from bertdist.data.streaming import AnyBatches
+from bertdist.data.tokenization import load_tokenizer
+from bertdist.data_quality.dry_run import dry_run
+from bertdist.distributed.collectives import agree_on, together
+from bertdist.distributed.launch import check_world, facts_of_launch, open_accelerator
+from bertdist.distributed.preemption import StopRequest
+from bertdist.distributed.watchdog import end_soon, open_watchdog, told_unwatched
+from bertdist.models.classifier import Classifier, labels_of, load_classifier, load_settings
+from bertdist.models.compile import compile_layers
+from bertdist.models.cpu_layers import clear_gradients
+from bertdist.models.dropout import seed_dropout
+from bertdist.tasks.tasks import Task
+from bertdist.training.account import keep_score, record_training, tell_end, tell_meter
+from bertdist.training.best_model import Best
+from bertdist.training.checkpoint import Checkpoints, Progress
+from bertdist.training.cuda_graph import Take, graphed_step
+from bertdist.training.evaluation import Judge, evaluate_split
+from bertdist.training.nonfinite import Watch, factor, update
+from bertdist.training.optimizer import build_optimizer, build_schedule, set_learning_rate
+from bertdist.training.resume_check import settings_of
+from bertdist.training.run_lock import hold_folder, room_on_disk
+from bertdist.training.run_logger import RunLog, environment, notes_of, open_log, told_of_data
+from bertdist.training.step import Room
+from bertdist.training.throughput import Meter, matmul_rate, model_flops
+
+if __name__ == "__main__" and not __package__:
+    # Run by path, Python looks for modules in bertdist/ itself; make it look in the folder that holds bertdist/.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 INTERRUPTED = 130  # exit code for a second Ctrl-C, a shell's for SIGINT
+
 STOPPED = 75  # exit code for "asked to stop, start me again" (EX_TEMPFAIL)
 
 
@@ -93,7 +88,7 @@ def train(config: TrainConfig) -> Progress:
     with (
         hold_folder(out, accelerator) as held,
         open_log(out, accelerator) as log,
-        open_watchdog(log, accelerator, run) as watchdog,
+        open_watchdog(out, accelerator, run) as watchdog,
     ):
         log.say(
             *held,

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from rows import write_rows
 
-from bertdist.config import DataConfig
-from bertdist.findings import Finding
-from bertdist.inspection import Inspection, check_data
+from bertdist.core.config import DataConfig
+from bertdist.data_quality.findings import Finding
+from bertdist.data_quality.report import Inspection, check_data
 
 LETTERS = np.array(list("aeioubdfgklmnprstvz"))
 

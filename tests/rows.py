@@ -26,13 +26,13 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-import bertdist.scores  # noqa: F401  imported before the ranks are forked: evaluate and scikit-learn take longer than a whole run
+import bertdist.tasks.metrics  # noqa: F401  imported before the ranks are forked: evaluate and scikit-learn take longer than a whole run
 from bertdist import train
-from bertdist.batch import Step
-from bertdist.command_line import read_config
-from bertdist.errors import DataError
-from bertdist.meter import MEASURED
-from bertdist.pieces import BadRow, Piece, Place
+from bertdist.core.args import read_config
+from bertdist.core.errors import DataError
+from bertdist.data.batch import Step
+from bertdist.data.source import BadRow, Piece, Place
+from bertdist.training.throughput import MEASURED
 
 EVERY_FAULT = bool(
     os.environ.get("BERTDIST_EVERY_FAULT")

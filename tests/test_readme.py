@@ -133,9 +133,8 @@ def flags_of(program: str) -> frozenset[str]:
     from accelerate.commands.launch import launch_command_parser
 
     from bench import compiled, peers, reading, scaling
-    from bertdist.check_config import CheckConfig
-    from bertdist.config import PredictConfig, TrainConfig
-    from bertdist.doubts_config import DoubtsConfig
+    from bertdist.core.config import PredictConfig, TrainConfig
+    from bertdist.data_quality.config import CheckConfig, DoubtsConfig
 
     if program == "launch":
         return frozenset(

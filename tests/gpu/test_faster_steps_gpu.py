@@ -13,9 +13,10 @@ import torch
 from rows import Files, words_of, write_split
 from torch import Tensor
 
-from bertdist import graphed, train
-from bertdist.command_line import read_config
-from bertdist.graphed import GraphedStep, Taken
+from bertdist import train
+from bertdist.core.args import read_config
+from bertdist.training import cuda_graph as graphed
+from bertdist.training.cuda_graph import GraphedStep, Taken
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 STEPS, REPLAYED = (

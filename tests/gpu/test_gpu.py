@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from bertdist.attention import Kernel, kernel_of, pack, packed_attention
-from bertdist.batching import Batches
-from bertdist.command_line import read_config
-from bertdist.encoding import Example
-from bertdist.memory import find_tokens
-from bertdist.slurm import StopRequest
+from bertdist.core.args import read_config
+from bertdist.data.sharding import Batches
+from bertdist.data.tokenization import Example
+from bertdist.distributed.preemption import StopRequest
+from bertdist.models.attention import Kernel, kernel_of, pack, packed_attention
 from bertdist.train import train
+from bertdist.training.memory import find_tokens
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 GPU = torch.device("cuda")

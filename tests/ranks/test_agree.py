@@ -13,8 +13,11 @@ from accelerate import Accelerator
 from forked import TO_TELL, RankError, run_ranks
 from rows import checkpoints_of, json_of, on_rank, run_main, run_train, words_of, write_split
 
-from bertdist import best, checkpoint, slurm, train
-from bertdist.errors import CheckpointError, DataError
+from bertdist import train
+from bertdist.core.errors import CheckpointError, DataError
+from bertdist.distributed import preemption as slurm
+from bertdist.training import best_model as best
+from bertdist.training import checkpoint
 
 
 def no_file() -> None:

@@ -23,7 +23,7 @@ from rows import (
     words_of,
 )
 
-from bertdist import records
+from bertdist.data import records
 
 BROKEN = ["a row of one field", "three\tfields\tin a row", "no label\t"]
 

@@ -24,7 +24,8 @@ from rows import (
     write_split,
 )
 
-from bertdist import dropout, train
+from bertdist import train
+from bertdist.models import dropout
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch 2.13 warns of its own compiler

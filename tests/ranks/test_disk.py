@@ -21,8 +21,10 @@ from rows import (
     write_split,
 )
 
-from bertdist import begin, console, train
-from bertdist.whole_folder import damage_of
+from bertdist import train
+from bertdist.core.atomic_io import damage_of
+from bertdist.training import run_logger as begin
+from bertdist.training.run_logger import RunLog
 
 SETTINGS: dict[str, Any] = {"num_train_epochs": 2, "save_every": "3 steps", "eval_every": "4 steps"}
 
@@ -162,9 +164,7 @@ def test_without_agreement_the_others_would_wait_or_see_a_closed_connection(
     """The control: a log that rank 0 alone fails in."""
 
     def alone(accelerator: Accelerator) -> None:
-        train.open_log = lambda folder, accelerator: console.RunLog(
-            folder, accelerator.is_main_process
-        )
+        train.open_log = lambda folder, accelerator: RunLog(folder, accelerator.is_main_process)
 
     def breaking(accelerator: Accelerator) -> None:
         alone(accelerator)

@@ -22,9 +22,10 @@ from rows import (
 )
 from transformers import AutoTokenizer, BertForSequenceClassification
 
-from bertdist import batching, predict
-from bertdist.evaluation import assert_each_row_once
+from bertdist import predict
+from bertdist.data import sharding as batching
 from bertdist.predict import Predictor
+from bertdist.training.evaluation import assert_each_row_once
 
 
 def lose_a_row(accelerator: Accelerator) -> None:

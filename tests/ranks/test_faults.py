@@ -27,8 +27,12 @@ from rows import (
 )
 from undisturbed import STEPS, Runs
 
-from bertdist import begin, encoding, evaluation, predict, train, watchdog
-from bertdist.checkpoint import damage_of
+from bertdist import predict, train
+from bertdist.data import loader as begin
+from bertdist.data import tokenization as encoding
+from bertdist.distributed import launch, watchdog
+from bertdist.training import evaluation
+from bertdist.training.checkpoint import damage_of
 
 
 @pytest.fixture(scope="module")
@@ -372,8 +376,8 @@ def test_another_command_line_is_named_before_anything_is_written(
 
 def test_another_version_is_named(runs: Runs, tmp_path: Path) -> None:
     def older() -> None:
-        version = begin._version
-        begin._version = lambda package: "2.2.0" if package == "torch" else version(package)
+        version = launch._version
+        launch._version = lambda package: "2.2.0" if package == "torch" else version(package)
 
     first, _ = run_ranks(2, run_main, runs.words(tmp_path / "out"), on_rank(1, older))
     assert first[0] == 1 and "torch is 2.2.0 instead of 2." in first[1]

@@ -17,7 +17,8 @@ from rows import make_rows, run_train, words_of, write_rows, write_split
 
 from bench import rank as ranks_life
 from bench.attempts import Attempt, attempt, said_in
-from bertdist import arrival, predict, train
+from bertdist import predict, train
+from bertdist.distributed import rendezvous as arrival
 
 
 def killing(rank: int, function: Callable[..., Any]) -> Callable[..., Any]:

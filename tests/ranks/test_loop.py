@@ -21,7 +21,8 @@ from rows import (
 )
 from safetensors.torch import load_file
 
-from bertdist import best, train
+from bertdist import train
+from bertdist.training import best_model as best
 
 
 def steps_in(out: Path, kind: str) -> list[int]:

@@ -31,11 +31,12 @@ from rows import (
 )
 from torch import Tensor, nn
 
-from bertdist import nonfinite, predict, train
-from bertdist.classifier import Classifier
-from bertdist.embedding import KeptGradientEmbedding
-from bertdist.errors import NonFiniteError
-from bertdist.tasks import SingleLabel
+from bertdist import predict, train
+from bertdist.core.errors import NonFiniteError
+from bertdist.models.classifier import Classifier
+from bertdist.models.cpu_layers import KeptGradientEmbedding
+from bertdist.tasks.tasks import SingleLabel
+from bertdist.training import nonfinite
 
 STEPS = 10  # 5 an epoch of 38 rows, 2 epochs
 SETTINGS: dict[str, Any] = {
@@ -102,12 +103,11 @@ def spoil_an_operation(rows: set[int], how: str) -> Breaking:
                 [[float(self.training and row in rows)] for row in batch.rows.tolist()]
             )
             if how == "nan":
-                return (
-                    logits + (1 - 2 * here + 0 * logits).log()
-                )  # HERE_NAN: log(-1), of the others log(1)
-            return logits + (logits - logits.detach() + 1 - here).sqrt() * (
-                1 - here
-            )  # HERE_GRADIENT: 0 times the infinite slope at 0
+                sign = 1 - 2 * here + 0 * logits
+                return logits + sign.log()  # HERE_NAN: log(-1), of the others log(1)
+            zero = logits - logits.detach() + 1 - here
+            # 0 times the infinite slope at 0
+            return logits + zero.sqrt() * (1 - here)  # HERE_GRADIENT
 
         Classifier.forward = spoiled  # type: ignore[method-assign]
 

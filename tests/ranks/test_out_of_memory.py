@@ -34,10 +34,15 @@ from rows import (
 )
 from transformers import BertConfig, BertModel
 
-from bertdist import begin, classifier, evaluation, room, slurm, train
-from bertdist.checkpoint import Progress
-from bertdist.dropout import Noise
-from bertdist.memory import give_back_freed_memory
+from bertdist import train
+from bertdist.distributed import launch as begin
+from bertdist.distributed import preemption as slurm
+from bertdist.models import classifier
+from bertdist.models.dropout import Noise
+from bertdist.training import evaluation
+from bertdist.training import step as room
+from bertdist.training.checkpoint import Progress
+from bertdist.training.memory import give_back_freed_memory
 
 ROWS, STEP, EPOCHS = (
     38,

@@ -30,9 +30,12 @@ from rows import (
 )
 from undisturbed import STEPS, Runs
 
-from bertdist import best, checkpoint, train, whole_folder
-from bertdist.console import RunLog
-from bertdist.whole_folder import damage_of
+from bertdist import train
+from bertdist.core import atomic_io as whole_folder
+from bertdist.core.atomic_io import damage_of
+from bertdist.training import best_model as best
+from bertdist.training import checkpoint
+from bertdist.training.run_logger import RunLog
 
 
 @pytest.fixture(scope="module")

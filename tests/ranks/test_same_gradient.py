@@ -27,9 +27,9 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from bertdist import train
-from bertdist.batch import Step
-from bertdist.batching import plan
-from bertdist.dropout import Noise
+from bertdist.data.batch import Step
+from bertdist.data.sharding import plan
+from bertdist.models.dropout import Noise
 
 ROWS, STEP, EPOCHS = (
     22,

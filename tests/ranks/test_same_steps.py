@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from forked import run_ranks
 from rows import Breaking, rows_by_step, run_train, words_of, write_split
 
-from bertdist import batching
+from bertdist.data import sharding as batching
 
 ROWS, STEP, EPOCHS = 23, 8, 2  # steps of 8, 8 and 7 rows
 

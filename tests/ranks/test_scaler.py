@@ -31,9 +31,10 @@ from rows import (
 from torch import Tensor
 from torch.amp import GradScaler
 
-from bertdist import nonfinite, train
-from bertdist.classifier import Classifier
-from bertdist.tasks import SingleLabel
+from bertdist import train
+from bertdist.models.classifier import Classifier
+from bertdist.tasks.tasks import SingleLabel
+from bertdist.training import nonfinite
 
 SETTINGS: dict[str, Any] = {
     "num_train_epochs": 2,

@@ -26,7 +26,7 @@ from rows import (
 from torch.testing import assert_close
 
 from bertdist import predict, train
-from bertdist.batching import Share
+from bertdist.data.sharding import Share
 
 LABELS = ("no", "yes")
 TEXTS = ["a good film", "dull and bad", "so so"]

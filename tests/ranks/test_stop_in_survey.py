@@ -23,8 +23,9 @@ from rows import (
     write_rows,
 )
 
-from bertdist import survey, train
-from bertdist.stream import Stream
+from bertdist import train
+from bertdist.data import stats as survey
+from bertdist.data.streaming import Stream
 
 FILES, STOPPED = 48, 75
 SETTINGS: dict[str, Any] = {"streaming": True, "stream_window": 16, "num_train_epochs": 1}

@@ -26,8 +26,8 @@ from rows import (
     write_split,
 )
 
-from bertdist import stream
-from bertdist.checkpoint import Progress
+from bertdist.data import streaming as stream
+from bertdist.training.checkpoint import Progress
 
 ROWS, STEP, EPOCHS = 38, 8, 2  # five steps an epoch, the last of 6 rows
 STEPS = 10

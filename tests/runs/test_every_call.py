@@ -22,13 +22,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bertdist.checkpoint import Checkpoints, Progress, model_tensors, optimizer_tensors
-from bertdist.config import OptimConfig
-from bertdist.console import RunLog, write_whole
-from bertdist.errors import BertdistError
-from bertdist.optim import build_optimizer
-from bertdist.same_run import Settings
-from bertdist.whole_folder import damage_of, put_back, write_folder
+from bertdist.core.atomic_io import damage_of, put_back, write_folder, write_whole
+from bertdist.core.config import OptimConfig
+from bertdist.core.errors import BertdistError
+from bertdist.training.checkpoint import Checkpoints, Progress, model_tensors, optimizer_tensors
+from bertdist.training.optimizer import build_optimizer
+from bertdist.training.resume_check import Settings
+from bertdist.training.run_logger import RunLog
 
 ONE: Any = SimpleNamespace(is_main_process=True, num_processes=1, process_index=0, scaler=None)
 SETTINGS = Settings({"seed": 1})
@@ -323,7 +323,7 @@ def test_a_checkpoint_written_in_place_would_not_be(
         final.mkdir(parents=True, exist_ok=True)
         fill(final)
 
-    monkeypatch.setattr(sys.modules["bertdist.checkpoint"], "write_folder", in_place)
+    monkeypatch.setattr(sys.modules["bertdist.training.checkpoint"], "write_folder", in_place)
     monkeypatch.setattr(sys.modules[__name__], "write_folder", in_place)
     calls = {"write": calls_of(before, tmp_path)["write"]}
     with pytest.raises(AssertionError, match="signal=KILL at write"):

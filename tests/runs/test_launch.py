@@ -88,8 +88,8 @@ def test_bash_reads_each_script(path: Path) -> None:
 SAY_WORLD = """
     import torch
     from accelerate import Accelerator
-    from bertdist.errors import BertdistError
-    from bertdist.slurm import check_world
+    from bertdist.core.errors import BertdistError
+    from bertdist.distributed.launch import check_world
 
     accelerator = Accelerator(cpu=True)
     try:

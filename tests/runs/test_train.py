@@ -32,8 +32,8 @@ from rows import (
     write_split,
 )
 
-from bertdist.command_line import read_config
-from bertdist.whole_folder import damage_of
+from bertdist.core.args import read_config
+from bertdist.core.atomic_io import damage_of
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCH, EPOCHS = 50, 6  # 400 rows in steps of 8

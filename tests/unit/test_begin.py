@@ -14,25 +14,18 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from forked import run_ranks
 
-from bertdist.batching import Batches
-from bertdist.begin import (
-    EVALUATION_ROWS,
-    batches_of,
-    environment,
-    identity_of,
-    notes_of,
-    open_accelerator,
-    task_of_rows,
-    told_of_data,
-    training_batches,
-)
-from bertdist.command_line import read_config
-from bertdist.config import BatchConfig, ModelConfig, RunConfig, TaskConfig, TrainConfig
-from bertdist.encoding import load_tokenizer
-from bertdist.errors import BertdistError, ConfigError
-from bertdist.known import Known, Labels
-from bertdist.records import Records, records_of
-from bertdist.tasks import SingleLabel
+from bertdist.core.args import read_config
+from bertdist.core.config import BatchConfig, ModelConfig, RunConfig, TaskConfig, TrainConfig
+from bertdist.core.errors import BertdistError, ConfigError
+from bertdist.data.loader import EVALUATION_ROWS, batches_of, training_batches
+from bertdist.data.records import Records, records_of
+from bertdist.data.sharding import Batches
+from bertdist.data.stats import Known, Labels, task_of_rows
+from bertdist.data.tokenization import load_tokenizer
+from bertdist.distributed.launch import open_accelerator
+from bertdist.tasks.tasks import SingleLabel
+from bertdist.training.resume_check import identity_of
+from bertdist.training.run_logger import environment, notes_of, told_of_data
 
 TASK = SingleLabel(("no", "yes"))
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from bench import fuzz
-from bertdist import pieces
-from bertdist.errors import DataError
+from bertdist.core.errors import DataError
+from bertdist.data import source as pieces
 
 INPUTS = 25  # of each reader; 100,000 in all by `python -m bench.fuzz`
 

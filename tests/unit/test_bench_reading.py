@@ -7,8 +7,8 @@ import pytest
 from rows import make_rows, write_rows
 
 from bench import reading
-from bertdist.config import ModelConfig
-from bertdist.encoding import load_tokenizer
+from bertdist.core.config import ModelConfig
+from bertdist.data.tokenization import load_tokenizer
 
 
 @pytest.fixture(scope="module")

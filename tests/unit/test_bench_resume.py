@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench import resume
-from bertdist.stream import Stream
+from bertdist.data.streaming import Stream
 
 ROWS = 512  # four windows of 128, each of four steps
 

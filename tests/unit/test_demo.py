@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent.parent / "launch" / "demo.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "demo.py"
 
 
 @pytest.fixture

@@ -1,0 +1,116 @@
+"""Rows of parquet files: columns of the file's own types, whole, or slices of row groups.
+
+In: what opens the file for random access. Out: pieces, whose places are {"group": row group, "row": rows of the file before it}.
+One module: parquet has no lines, no encoding and no rows that are none, so nothing here is shared with text files.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from bertdist.core.errors import DataError
+from bertdist.data.readers.text_lines import OpenRandom, twice_in
+from bertdist.data.source import Column, Piece, Place, Spot, excerpt
+
+PIECE_ROWS = 8192  # at most
+
+
+def parquet_columns(name: str, open_random: OpenRandom) -> list[str]:
+    """Names of the columns, in their order."""
+    with _opened(name, open_random) as parquet:
+        return list(parquet.schema_arrow.names)
+
+
+def read_whole(
+    name: str, open_random: OpenRandom, wanted: Sequence[str], rows: int | None
+) -> Piece:
+    """The columns `wanted` of the first `rows` rows."""
+    with _opened(name, open_random) as parquet:
+        table = parquet.read(columns=list(wanted), use_threads=False).slice(0, rows)
+    return _piece(
+        name,
+        {column: table.column(column) for column in wanted},
+        table.num_rows,
+        {"group": 0, "row": 0},
+    )
+
+
+def read_slices(
+    name: str, open_random: OpenRandom, wanted: Sequence[str], place: Place | None, piece_bytes: int
+) -> Iterator[Piece]:
+    """The same in slices of about `piece_bytes`; one within a row group is found again by reading the group from its beginning."""
+    place = place or {"group": 0, "row": 0}
+    with _opened(name, open_random) as parquet:
+        begin = sum(parquet.metadata.row_group(group).num_rows for group in range(place["group"]))
+        for group in range(place["group"], parquet.metadata.num_row_groups):
+            told = parquet.metadata.row_group(group)
+            size = max(
+                1, min(PIECE_ROWS, piece_bytes * told.num_rows // max(1, told.total_byte_size))
+            )
+            for batch in parquet.iter_batches(
+                size, row_groups=[group], columns=list(wanted), use_threads=False
+            ):
+                if batch.num_rows and begin >= place["row"]:
+                    columns = {
+                        column: pa.chunked_array([batch.column(column)]) for column in wanted
+                    }
+                    yield _piece(name, columns, batch.num_rows, {"group": group, "row": begin})
+                begin += batch.num_rows
+
+
+@contextmanager
+def _opened(name: str, open_random: OpenRandom) -> Iterator[pa.parquet.ParquetFile]:
+    with closing(open_random()) as source:
+        try:
+            parquet = pa.parquet.ParquetFile(source, pre_buffer=False)
+            names = list(parquet.schema_arrow.names)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name}: the name of a column is not UTF-8 ({error}).") from None
+        if twice := twice_in(names):
+            raise DataError(f"{name} has two columns {twice!r}; rename one.")
+        yield parquet
+
+
+def _piece(name: str, columns: dict[str, Column], rows: int, place: Place) -> Piece:
+    def spots(wanted: Sequence[int]) -> list[Spot]:
+        return [Spot(name, place["row"] + row, _text_of(columns, row)) for row in wanted]
+
+    return Piece(columns, rows, place, partial(_where, name, place["row"]), (), spots)
+
+
+def _where(name: str, first: int, row: int) -> str:
+    return f"{name} row {first + row}"
+
+
+def spots_in(
+    where: Callable[[int], str], columns: dict[str, Column], rows: Sequence[int]
+) -> list[Spot]:
+    """Where rows of a data set stand, which has no one file, and how they look there."""
+    return [Spot(where(row), None, _text_of(columns, row)) for row in rows]
+
+
+def _text_of(columns: dict[str, Column], row: int) -> str:
+    """A row as JSON; bytes that are not UTF-8 as \\x81."""
+    told = json.dumps(
+        {name: _plain(column[row]) for name, column in columns.items()},
+        ensure_ascii=False,
+        default=str,
+    )
+    return excerpt(told.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
+
+
+def _plain(value: Any) -> Any:
+    """An Arrow scalar as Python's, with bytes that are not UTF-8 as lone surrogates."""
+    try:
+        return value.as_py() if isinstance(value, pa.Scalar) else value
+    except UnicodeDecodeError:
+        if isinstance(value, pa.DictionaryScalar):
+            return _plain(value.value)
+        if isinstance(value, pa.ListScalar):  # and those of its kind
+            return [_plain(item) for item in value.values]
+        return value.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")

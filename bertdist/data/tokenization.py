@@ -1,0 +1,173 @@
+"""Records -> examples: text to token ids, label to target. Truncation is decided here and nowhere else.
+
+In: a split's Records, a tokenizer, a Task. Out: `Examples`, which encodes the rows it is asked for and nothing ahead of them.
+One tokenizer call a chunk of rows: 32 sentences of SST-2 cost about 1.5 ms.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from bertdist.core.config import ModelConfig
+from bertdist.core.errors import ConfigError, DataError, ModelError
+from bertdist.core.hub import ask_hub, why_not
+from bertdist.data.records import Record, Records
+from bertdist.tasks.tasks import Array, Task
+
+# Loader workers are forked; a thread pool of the tokenizer that began in the parent would be broken in them, and says so at length.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+CUT_ABOVE = 20_000  # characters: longer texts are cut before they are tokenized
+
+
+class Example(NamedTuple):
+    """One row, ready for the model."""
+
+    row: int
+    ids: list[int]
+    segments: list[int]  # 0 for the first text, 1 for the second
+    target: Any  # int, (outputs,) float32, or float; 0 where there are no labels
+    weight: float  # what the row counts in the training loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """The rows of a split as examples, made when they are asked for. Safe to use in forked workers."""
+
+    records: Records
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    targets: Array  # (rows,) or (rows, outputs)
+    weights: Array  # (rows,) float32
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, rows: Sequence[int]) -> list[Example]:
+        encoded = encode([self.records[int(row)] for row in rows], self.tokenizer, self.max_length)
+        return [
+            Example(
+                self.records.first_row + int(row),
+                ids,
+                segments,
+                self.targets[row],
+                float(self.weights[row]),
+            )
+            for row, (ids, segments) in zip(rows, encoded, strict=True)
+        ]
+
+
+def open_examples(
+    records: Records, tokenizer: PreTrainedTokenizerBase, task: Task | None, max_length: int
+) -> Examples:
+    """Check every label of the split against the task; raises DataError with the place of the first row that does not fit.
+
+    task None: rows without labels, for prediction.
+    """
+    if task is None or records.label_codes is None:
+        return Examples(
+            records=records,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            targets=np.zeros(len(records), dtype=np.int64),
+            weights=np.ones(len(records), dtype=np.float32),
+        )
+    of_value = []
+    for code, value in enumerate(records.label_values):
+        try:
+            of_value.append(task.target(value))
+        except DataError as error:
+            row = int((records.label_codes == code).argmax())
+            raise DataError(f"{records.where(row)}: {error}") from None
+    table = np.array(of_value)
+    targets = table.astype(np.int64 if table.dtype.kind == "i" else np.float32)[records.label_codes]
+    return Examples(
+        records=records,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        targets=targets,
+        weights=task.weights(targets),
+    )
+
+
+def encode(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[tuple[list[int], list[int]]]:
+    """(ids, segments) of each record, at most max_length ids, special tokens counted.
+
+    Of a pair the longer text is truncated first. A lone text of millions of characters is cut before it is tokenized, where
+    the ids cannot change (`_head`).
+    """
+    pairs = None if records[0].pair is None else [record.pair for record in records]
+    texts = [record.text for record in records]
+    if pairs is None and tokenizer.truncation_side == "right":
+        texts = [
+            text if len(text) <= CUT_ABOVE else _head(text, tokenizer, max_length) for text in texts
+        ]
+    encoded = tokenizer(
+        texts,
+        pairs,
+        truncation=True,
+        max_length=max_length,
+        padding=False,
+        return_attention_mask=False,
+    )
+    ids = encoded["input_ids"]
+    segments = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
+    return list(zip(ids, segments, strict=True))
+
+
+def _head(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    """The shortest of text[:20k], text[:40k], ... that, cut back to the end of a word before a blank, has max_length tokens or more.
+
+    No tokenizer here joins a word with the blank behind it, so what comes behind cannot reach those ids.
+    1,000,000 characters: 1.6 s without the cut, 3 ms with it.
+    """
+    size = CUT_ABOVE
+    while size < len(text):
+        words = text[: max(text.rfind(" ", 0, size), 0)].rstrip()
+        if (
+            len(
+                tokenizer(words, add_special_tokens=False, truncation=True, max_length=max_length)[
+                    "input_ids"
+                ]
+            )
+            >= max_length
+        ):
+            return words
+        size *= 2
+    return text
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or --tokenizer_name; raises ModelError, and ConfigError where --max_length is more than it can do."""
+    name = config.tokenizer_name or config.model_name_or_path
+    ask_hub(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=config.model_revision, trust_remote_code=False
+        )
+        found = len(tokenizer) > len(
+            tokenizer.all_special_tokens
+        )  # transformers 5.23 makes an empty one where there are no files
+    except Exception as error:  # torn files raise a dozen kinds, some of them plain Exception
+        if not Path(name).is_dir():
+            raise ModelError(
+                f"No tokenizer {name!r}, neither a folder here nor of the hub. {why_not(error, name)}"
+            ) from None
+        found = False
+    if not found:
+        raise ModelError(
+            f"{name} holds no tokenizer that can be read; expected tokenizer.json or vocab.txt."
+        )
+    if config.max_length > tokenizer.model_max_length:
+        limit = tokenizer.model_max_length
+        raise ConfigError(
+            f"--max_length is {config.max_length}; the tokenizer of {name} takes at most {limit} tokens."
+        )
+    return tokenizer

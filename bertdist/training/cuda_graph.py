@@ -1,0 +1,337 @@
+"""A whole training step as one CUDA graph (--cuda_graphs): captured once, then replayed with the rows of each step.
+
+In: `train.take_step`, and the batches of a run on one GPU. Out: a function that takes the same steps, by replays where they fit. A
+step of a small model is a thousand kernels, each done before the host has launched the next one; a graph is launched at once. What
+it reads and writes lies at fixed addresses in fixed shapes, so
+
+1. T tokens and N texts are settled before the first step, from the lengths of the first steps of epoch 0: the same after a restart.
+2. A step's only micro-batch is filled up to them with texts of weight 0 (`with_pads`): loss and gradients stay what they were.
+3. It is copied into fixed tensors, and so are the learning rates; forward, backward, clipping and AdamW are the captured `take_step`.
+4. `take_step` itself takes what does not fit (more tokens, several micro-batches, the smaller last step of an epoch), and the first
+   step of a run, which makes AdamW's state.
+5. The graph is captured on a blank batch at learning rates of 0, and its first replay is a trial: loss, gradient norm and the change
+   of all weights must be those of the eager step. What was left as it was in the capture would be seen. If they differ, or if
+   anything raises on the way, weights and AdamW's state are put back, the run goes on eagerly, and says so.
+6. Dropout stays a function of (seed, step, rank): before a replay torch writes the generator's present seed and offset to where the
+   graph's kernels read them (torch 2.11 to 2.13: CUDAGeneratorState::replay_prologue), so `seed_dropout` seeds a replay too. The masks
+   are those of the filled-up batch, so with dropout they are not the ones of a run without --cuda_graphs.
+
+Not run on a GPU yet. On the CPU a recording of torch's operators stands in for the graph (tests/unit/test_graphed.py).
+
+Legend: T tokens, N texts.
+"""
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from bertdist.data.batch import Batch, Step, collate
+from bertdist.data.sharding import Batches
+from bertdist.data.streaming import AnyBatches
+from bertdist.data.tokenization import Example
+from bertdist.models.architectures import FAMILIES
+from bertdist.models.classifier import Classifier
+from bertdist.models.cpu_layers import clear_gradients
+from bertdist.tasks.tasks import Array
+
+R = TypeVar("R")
+
+Taken = tuple[Tensor, Tensor]  # loss sum (), gradient norm ()
+
+Take = Callable[..., Taken]  # train.take_step: model, optimizer, step, ..., room
+
+Capture = Callable[
+    [Callable[[], Taken], torch.device], tuple[Callable[[], None], Taken]
+]  # -> replay, and where it leaves its results
+
+STEPS = 32  # whose lengths settle the budget: with 32 rows of SST-2 a step the longest has 1.3 times the mean tokens
+
+ROUND = 64  # tokens; products of odd sizes are slower
+
+WARM_UPS = 3  # before the capture, as https://docs.pytorch.org/docs/stable/notes/cuda.html has it
+
+# What a trial may differ by: the same kernels on the same numbers, added in any order. A change of weights more, because AdamW
+# takes a step of full size also where a gradient is zero but for rounding (the biases of keys).
+ROUNDING, ROUNDING_OF_CHANGE = 0.01, 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The fixed shape of a captured step."""
+
+    tokens: int
+    texts: int
+    rows: int  # of a step that is captured
+    longest: int  # most tokens of a text
+
+    def fill(self, step: Step) -> Batch | None:
+        """The step's micro-batch in this shape; None where it does not fit."""
+        if len(step.share) != 1 or step.rows != self.rows:
+            return None
+        return with_pads(step.share[0], self.tokens, self.texts, self.longest)
+
+    def blank(self, like: Batch) -> Batch:
+        """A batch in this shape, of texts that count nothing, on the same device and with targets of the same kind.
+
+        Its lengths add up to T, with the longest that any text can have here: what the host may believe of every filled-up batch.
+        """
+        first = min(self.longest, self.tokens - self.texts + 1)
+        lengths = [first, *_evenly(self.tokens - first, self.texts - 1)]
+        batch = collate(
+            [Example(row=-1, ids=[0] * n, segments=[0] * n, target=0, weight=0.0) for n in lengths]
+        ).to(like.ids.device)
+        return replace(batch, targets=like.targets.new_zeros(self.texts, *like.targets.shape[1:]))
+
+
+def _evenly(tokens: int, texts: int) -> list[int]:
+    return [
+        tokens // texts + (i < tokens % texts) for i in range(texts)
+    ]  # attention costs the squares of lengths
+
+
+def budget_of(batches: Batches, longest: int) -> Budget | None:
+    """What nearly every step fits in, a function of rows and seed alone; None where steps are of several micro-batches."""
+    steps = list(
+        replace(batches, workers=0, pin=False).steps(0, min(STEPS, batches.steps_per_epoch))
+    )
+    if any(len(step.share) > 1 for step in steps):
+        return None
+    most = max(len(step.share[0].ids) for step in steps)
+    pads = most // longest + 2  # enough for a step of very few tokens, each of one token at least
+    return Budget(
+        tokens=-(-(most + pads) // ROUND) * ROUND,
+        texts=steps[0].rows + pads,
+        rows=steps[0].rows,
+        longest=longest,
+    )
+
+
+def with_pads(batch: Batch, tokens: int, texts: int, longest: int) -> Batch | None:
+    """The same batch with texts of weight 0 behind it, of exactly `tokens` tokens and `texts` texts; None where it cannot be that.
+
+    longest: most tokens of a text. What the added ones say is no matter. No GPU is waited for.
+    """
+    room, more = tokens - len(batch.ids), texts - len(batch.lengths)
+    if not 0 <= more <= room <= more * longest:
+        return None
+    lengths = np.array(_evenly(room, more), dtype=np.int64)
+    places = np.arange(room) - np.repeat(lengths.cumsum() - lengths, lengths)
+
+    def behind(tensor: Tensor, added: Array | int, count: int = more) -> Tensor:
+        if isinstance(added, int):
+            return torch.cat([tensor, tensor.new_full((count, *tensor.shape[1:]), added)])
+        new = torch.from_numpy(added)
+        return torch.cat(
+            [
+                tensor,
+                new.pin_memory().to(tensor.device, non_blocking=True) if tensor.is_cuda else new,
+            ]
+        )
+
+    return Batch(
+        ids=behind(batch.ids, 0, room),
+        positions=behind(batch.positions, places),
+        segments=behind(batch.segments, 0, room),
+        starts=behind(batch.starts, len(batch.ids) + lengths.cumsum()),
+        targets=behind(batch.targets, 0),
+        weights=behind(batch.weights, 0),
+        rows=behind(batch.rows, -1),
+        lengths=(*batch.lengths, *lengths.tolist()),
+    )
+
+
+def graphed_step(
+    take_step: Take,
+    classifier: Classifier,
+    batches: AnyBatches,
+    accelerator: Accelerator,
+    longest: int,
+    say: Callable[[str], None],
+) -> Take:
+    """take_step by replays, or itself where that cannot be, with the reason said. longest: --max_length."""
+    budget = None
+    if accelerator.device.type != "cuda":
+        trouble = f"it needs a CUDA GPU, and this run is on {accelerator.device.type}."
+    elif accelerator.num_processes > 1:
+        trouble = f"it is for one process, and there are {accelerator.num_processes}."
+    elif accelerator.mixed_precision != "bf16":
+        trouble = (
+            f"it needs --mixed_precision bf16, and this run has {accelerator.mixed_precision!r}."
+        )
+    elif classifier.checkpoints_activations:
+        trouble = "--gradient_checkpointing sets random states from the host."
+    elif not isinstance(batches, Batches):
+        trouble = "the lengths of a stream are not known before it is read."
+    elif not _reads_starts(classifier, accelerator):
+        trouble = "this model, GPU or torch has no flash attention for texts that lie end to end."
+    elif (budget := budget_of(batches, longest)) is None:
+        trouble = f"a graph has one micro-batch, and steps have more than --tokens_per_micro_batch {batches.tokens_per_micro_batch} tokens."
+    if budget is None:
+        say(f"--cuda_graphs cannot take effect, steps are taken eagerly: {trouble}")
+        return take_step
+    say(
+        f"--cuda_graphs: steps are filled up to {budget.tokens} tokens in {budget.texts} texts; what does not fit is taken eagerly."
+    )
+    return GraphedStep(take_step, budget, say)
+
+
+def _reads_starts(classifier: Classifier, accelerator: Accelerator) -> bool:
+    """Whether attention takes the lengths from the device, where a replay finds those of its step."""
+    family = FAMILIES.get(classifier.model.config.model_type)
+    with accelerator.autocast():
+        return (
+            family is not None
+            and family.attend is not None
+            and classifier.kernel(accelerator.device) == "varlen"
+        )
+
+
+class _Uncut:
+    """Stands in for a Room: the micro-batch as it is, and what runs out of memory raises."""
+
+    def accumulate(
+        self, model: nn.Module, step: Step, backward: Callable[[Batch, bool], Tensor]
+    ) -> Tensor:
+        return backward(step.share[0], True)
+
+
+class GraphedStep:
+    """take_step, with its signature; see above."""
+
+    def __init__(
+        self,
+        take_step: Take,
+        budget: Budget,
+        say: Callable[[str], None],
+        capture: Capture | None = None,
+    ) -> None:
+        """capture: `capture_on_cuda`, or what stands in for it where there is no GPU."""
+        self.take_step, self.budget, self.say = take_step, budget, say
+        self._capture = capture or capture_on_cuda
+        self._replay: Callable[[], None] | None = None
+        self._gave_up = False
+
+    def __call__(self, model: nn.Module, optimizer: Any, step: Step, *rest: Any) -> Taken:
+        """See train.take_step."""
+        batch = self.budget.fill(step) if optimizer.state and not self._gave_up else None
+        if batch is not None and self._replay is None:
+            self._prepare(model, optimizer, replace(step, share=[batch]), rest)
+        if batch is None or self._replay is None:
+            return self.take_step(model, optimizer, step, *rest)
+        return self._replayed(batch, optimizer)
+
+    def _replayed(self, batch: Batch, optimizer: Any) -> Taken:
+        assert self._replay is not None
+        for name, tensor in vars(batch).items():
+            if isinstance(tensor, Tensor):
+                getattr(self._batch, name).copy_(tensor)
+        for rate, group in zip(self._rates, optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+        self._replay()
+        loss, grad_norm = (
+            result.clone() for result in self._results
+        )  # the next replay writes over them
+        return loss, grad_norm
+
+    def _prepare(self, model: nn.Module, optimizer: Any, step: Step, rest: tuple[Any, ...]) -> None:
+        """Capture, and try a replay of the filled-up step; leaves weights, optimizer and random numbers as they were."""
+        batch = step.share[0]
+        device, rest = batch.ids.device, (*rest[:-1], _Uncut())
+        self._batch = self.budget.blank(batch)
+        self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+
+        def blank_step() -> Taken:
+            for rate, group in zip(self._rates, optimizer.param_groups, strict=True):
+                # torch asks for capturable in a capture, and warns of it elsewhere
+                group.update(
+                    lr=rate,
+                    capturable=device.type == "cuda" and torch.cuda.is_current_stream_capturing(),
+                )
+            return self.take_step(model, optimizer, replace(step, share=[self._batch]), *rest)
+
+        try:
+            eager, change = _tried(
+                lambda: self.take_step(model, optimizer, step, *rest), model, optimizer
+            )
+            (self._replay, self._results), _ = _tried(
+                lambda: self._capture(blank_step, device), model, optimizer
+            )
+            replayed, same_change = _tried(
+                lambda: self._replayed(batch, optimizer), model, optimizer
+            )
+            for name, one, other in zip(("loss", "gradient norm"), eager, replayed, strict=True):
+                if not torch.isclose(other, one, rtol=ROUNDING):
+                    raise ArithmeticError(
+                        f"the replayed step has a {name} of {other.item():.6g}, the eager one {one.item():.6g}"
+                    )
+            if not (same_change - change).norm() <= ROUNDING_OF_CHANGE * change.norm():
+                raise ArithmeticError(
+                    "the replayed step changes the weights in another way than the eager one"
+                )
+        except Exception as error:
+            self._replay, self._gave_up = None, True
+            vars(self).pop("_results", None)
+            clear_gradients(model)
+            why = textwrap.shorten(
+                f"{type(error).__name__}: {str(error) or 'no message'}", 300, placeholder=" ..."
+            )
+            self.say(f"--cuda_graphs cannot take effect, steps are taken eagerly: {why}")
+
+
+def _tried(run: Callable[[], R], model: nn.Module, optimizer: Any) -> tuple[R, Tensor]:
+    """What `run` returns, and (weights,) how it changed the weights. Afterwards they, optimizer and random numbers are as they were."""
+    weights = [weight.detach() for weight in model.parameters() if weight.requires_grad]
+    tensors = [
+        *weights,
+        *(x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)),
+    ]
+    settings = [(group["lr"], group["capturable"]) for group in optimizer.param_groups]
+    with torch.random.fork_rng([weights[0].device] if weights[0].is_cuda else []):
+        before = [tensor.clone() for tensor in tensors]
+        try:
+            found = run()
+            return found, torch.cat(
+                [(now - old).flatten() for now, old in zip(weights, before, strict=False)]
+            )
+        finally:
+            torch._foreach_copy_(tensors, before)
+            for group, (rate, capturable) in zip(optimizer.param_groups, settings, strict=True):
+                group.update(lr=rate, capturable=capturable)
+
+
+def capture_on_cuda(
+    take: Callable[[], Taken], device: torch.device
+) -> tuple[Callable[[], None], Taken]:
+    """Run `take` a few times beside the main stream, then capture it; what waits for the device raises before the capture begins.
+
+    Raises whatever `take` or CUDA raises, and leaves stream and generator usable.
+    """
+    main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(main)
+    sync_debug_mode = torch.cuda.get_sync_debug_mode()
+    with torch.cuda.stream(side):
+        for i in range(WARM_UPS):
+            if i == WARM_UPS - 1:
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                take()
+            finally:
+                torch.cuda.set_sync_debug_mode(sync_debug_mode)
+    main.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # thread_local: the loader's pinning thread may ask CUDA for memory meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            results = take()
+    except Exception:
+        # a capture that broke off leaves the generator's state in the midst of it (torch 2.11 to 2.13): give it a new one
+        generator = torch.cuda.default_generators[device.index or 0]
+        generator.graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
+        raise
+    return graph.replay, results

@@ -1,0 +1,430 @@
+"""The pieces of a file, laid together, are the whole of it, from the start and from the place of any piece; bad rows are the same rows.
+
+Files are made at random, tiny blocks cut them at every byte, and openers give a few bytes a read. The twins break what a boundary rests on.
+"""
+
+import io
+import json
+import pickle
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bertdist.core.errors import DataError
+from bertdist.data.readers import csv_reader as row_ends
+from bertdist.data.readers import file_reader as file_rows
+from bertdist.data.readers.file_reader import File, FileRows
+from bertdist.data.readers.text_lines import Lines
+from bertdist.data.source import BadRow, Piece, RowSource, first_rows
+
+Rows = list[tuple[Any, ...]]
+
+
+class Trickle(io.RawIOBase):
+    """A stream that gives one to three bytes a read, as a network would."""
+
+    def __init__(self, content: bytes) -> None:
+        self._stream, self._chance = io.BytesIO(content), random.Random(len(content))
+
+    def read(self, size: int = -1) -> bytes:
+        return self._stream.read(
+            min(self._chance.randrange(1, 4), size) if size >= 0 else self._chance.randrange(1, 4)
+        )
+
+
+def opened(content: bytes, at: int) -> BinaryIO:
+    return Trickle(content[at:])  # type: ignore[return-value]
+
+
+def file_of(content: bytes, kind: str = "csv", **form: Any) -> File:
+    given = {"quoted": kind == "csv", "delimiter": "," if kind == "csv" else "\t", **form}
+    name = f"a.{kind}"
+    return File(
+        name=name,
+        kind=kind,
+        path=name,
+        open_bytes=partial(opened, content),
+        open_random=partial(io.BytesIO, content),
+        **given,
+    )
+
+
+def values(column: Any) -> list[Any]:
+    return list(column) if isinstance(column, list) else list(column.to_pylist())
+
+
+def rows_of(piece: Piece, wanted: list[str]) -> Rows:
+    """(place in words, value, value, ...) of every row."""
+    columns = [values(piece.columns[name]) for name in wanted]
+    assert all(len(column) == piece.rows for column in columns)
+    return [(piece.where(row), *(column[row] for column in columns)) for row in range(piece.rows)]
+
+
+Outcome = tuple[Rows, list[BadRow]]
+
+
+def whole(file: File, wanted: list[str] | None = None, **settings: Any) -> Outcome | str:
+    """Rows and bad rows of the whole file, or the refusal."""
+    try:
+        source = FileRows(file, **settings)
+        wanted = wanted or source.column_names()
+        piece = source.whole(wanted)
+        columns = [values(piece.columns[name]) for name in wanted]
+        assert piece.spots is not None
+        spots = piece.spots(range(piece.rows))
+        return [
+            (f"{s.file} line {s.line}", *(column[row] for column in columns))
+            for row, s in enumerate(spots)
+        ], list(piece.bad)
+    except DataError as error:
+        return str(error)
+
+
+def in_pieces(file: File, wanted: list[str] | None = None, **settings: Any) -> Outcome | str:
+    """The same from pieces; every place is tried."""
+    rows: Rows = []
+    bad: list[BadRow] = []
+    try:
+        source = FileRows(file, **settings)
+        wanted = wanted or source.column_names()
+        pieces = list(source.pieces(wanted))
+    except DataError as error:
+        return str(error)
+    for at, piece in enumerate(pieces):
+        assert piece.place["row"] == len(rows)
+        assert piece.rows or piece.bad
+        rows += rows_of(piece, wanted)
+        bad += piece.bad
+        if (
+            at % max(1, len(pieces) // 5) == 0
+        ):  # from its place the same pieces come again, also to another process
+            again = list(
+                pickle.loads(pickle.dumps(source)).pieces(
+                    wanted, json.loads(json.dumps(piece.place))
+                )
+            )
+            assert [(other.place, other.bad, rows_of(other, wanted)) for other in again] == [
+                (other.place, other.bad, rows_of(other, wanted)) for other in pieces[at:]
+            ]
+    return rows, bad
+
+
+CHARACTERS = [
+    *"ab\"',\t\n\r ;",
+    "\r\n",
+    '""',
+    "é",
+    "中",
+    "\U0001f600",
+    "\ufeff",
+    "\ue000",
+    "\u2028",
+]
+FIELD = st.lists(st.sampled_from(CHARACTERS), max_size=6).map("".join)
+LONG = st.tuples(FIELD, st.integers(0, 120)).map(lambda pair: pair[0] + "x" * pair[1])
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[str, File]:
+    """A well-formed file of any kind."""
+    kind = draw(st.sampled_from(["csv", "tsv", "jsonl", "txt"]))
+    num_fields = draw(st.sampled_from([1, 2, 3]))
+    rows = draw(st.lists(st.tuples(*[FIELD | LONG] * num_fields), min_size=1, max_size=12))
+    end = draw(st.sampled_from(["\n", "\r\n"]))
+    names = [f"c{at}" for at in range(num_fields)]
+    if kind in ("csv", "tsv"):
+        sign = "," if kind == "csv" else "\t"
+
+        def field(text: str) -> str:
+            plain = text.translate({9: " ", 10: " ", 44: " ", 13: " "})
+            if kind == "tsv":
+                return plain
+            bare = not plain.startswith('"') and draw(
+                st.booleans()
+            )  # a quote within an unquoted field is text
+            return plain if bare else '"' + text.replace('"', '""') + '"'
+
+        lines = [sign.join(map(field, row)) for row in rows]
+        header = draw(st.booleans())
+        lines = [sign.join(names), *lines] if header else lines
+        form: dict[str, Any] = {} if header else {"column_names": tuple(names)}
+    elif kind == "jsonl":
+        lines = [
+            json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=draw(st.booleans()))
+            for row in rows
+        ]
+        form = {}
+    else:
+        lines = [row[0].translate({10: " "}) for row in rows]
+        form = {}
+    text = "".join(line + end * (1 + draw(st.sampled_from([0, 0, 0, 1]))) for line in lines)
+    text = text.removesuffix(end) if draw(st.booleans()) else text
+    encoding = draw(st.sampled_from(["utf-8", "utf-8", "utf-16", "utf-16-be", "gb18030", "utf-32"]))
+    content = ("\ufeff" * draw(st.booleans()) + text).encode(encoding)
+    return text, file_of(content, kind, encoding=encoding, **form)
+
+
+@settings(max_examples=80)
+@given(table=tables(), piece_bytes=st.integers(7, 200))
+def test_pieces_laid_together_are_the_whole(table: tuple[str, File], piece_bytes: int) -> None:
+    _, file = table
+    for skip in ("fail", "skip"):
+        expected = whole(file, on_bad_row=skip)
+        assert in_pieces(file, on_bad_row=skip, piece_bytes=piece_bytes) == expected
+
+
+def broken_tables(chance: random.Random) -> File:
+    """A file with faults of every kind."""
+    kind = chance.choice(["csv", "csv", "csv", "tsv", "jsonl"])
+    if kind == "jsonl":
+        lines = [
+            '{"c0": "a", "c1": 1}',
+            '{"c0": "b"}',
+            "{",
+            "7",
+            "",
+            " ",
+            '{"c0": "é", "c1": null, "c2": 3}',
+            '{"c0": 1, "c0": 2}',
+            "[1]",
+        ]
+        text = '{"c0": "a", "c1": 0}\n' * chance.randrange(2)
+        text += "".join(chance.choice(lines) + "\n" for _ in range(chance.randrange(1, 12)))
+    elif chance.random() < 0.5:
+        sign = "," if kind == "csv" else "\t"
+        parts = ["a", '"', sign, "\n", "\n", "\r", "é", '""', '"b"', "\r\n", '"\n"', " ", "xyz"]
+        text = "".join(chance.choices(parts, k=chance.randrange(60)))
+    else:
+        sign = "," if kind == "csv" else "\t"
+        fields = [
+            "a",
+            "é\r",
+            '"b"',
+            '"\n""x"""',
+            "",
+            " ",
+            'x"y',
+            '"',
+            '"c"d',
+            f"{sign}",
+            '"\nb"z',
+            "word",
+        ]
+        weights = [6, 2, 3, 3, 1, 1, 1, 1, 1, 1, 1, 6]
+        lines = [
+            sign.join(chance.choices(fields, weights, k=2)) for _ in range(chance.randrange(1, 12))
+        ]
+        text = "".join(line + chance.choice(["\n", "\n", "\r\n", "\n\n"]) for line in lines)
+    content = text.encode()
+    if chance.random() < 0.3 and content:
+        at = chance.randrange(len(content))
+        content = content[:at] + chance.choice([b"\xff", b"\xe4", b"\x81\x82"]) + content[at:]
+    names: dict[str, Any] = {} if kind == "jsonl" else {"column_names": ("c0", "c1")}
+    return file_of(content, kind, **names)
+
+
+def test_bad_rows_are_the_same_rows_in_pieces_and_in_the_whole() -> None:
+    # 12,000 of these ran without a difference; 300 stay.
+    chance, num_bad, num_rows, refused = random.Random(5), 0, 0, 0
+    for _ in range(300):
+        file = broken_tables(chance)
+        size, limit = chance.randrange(1, 90), chance.choice([20, 60, 1 << 20])
+        wanted = ["c0", "c1"]
+        expected = whole(file, wanted, on_bad_row="skip", row_bytes=limit)
+        found = in_pieces(file, wanted, on_bad_row="skip", row_bytes=limit, piece_bytes=size)
+        if (
+            isinstance(found, str) and "does not end within" in found
+        ) or "no row ends within" in found:
+            continue  # a long row can only be left out where its end is known
+        assert found == expected, (file.open_bytes.args, size, limit)  # type: ignore[attr-defined]
+        strict, pieces = whole(file, wanted), in_pieces(file, wanted, piece_bytes=size)
+        assert isinstance(strict, str) == isinstance(pieces, str), (
+            file.open_bytes.args,
+            strict,
+            pieces,
+        )  # type: ignore[attr-defined]
+        if isinstance(expected, str):
+            refused += 1
+            continue
+        num_rows, num_bad = num_rows + len(expected[0]), num_bad + len(expected[1])
+        assert isinstance(strict, str) == bool(expected[1])
+        if isinstance(strict, str):
+            first = expected[1][0]
+            assert (
+                strict.startswith(f"{first.file} line {first.line}: {first.reason}")
+                or "byte 0x" in strict
+            )
+    assert num_bad > 300 and num_rows > 300
+
+
+QUOTED = b'c0,c1\n"a\nb,""c",1\n5" pipe,2\n"d\n\n",3\n'
+
+
+def test_a_boundary_that_does_not_look_at_quotes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = file_of(QUOTED)
+    expected = whole(file)
+    assert isinstance(expected, tuple) and [row[0] for row in expected[0]] == [
+        "a.csv line 2",
+        "a.csv line 4",
+        "a.csv line 5",
+    ]
+    assert all(in_pieces(file, piece_bytes=size) == expected for size in range(1, 60))
+
+    def at_a_newline(
+        form: Any, lines: Lines, num_fields: int, is_all: bool, soft: int, limit: int
+    ) -> tuple[int, None]:
+        return row_ends.last_line_end(lines.data, is_all, soft), None
+
+    monkeypatch.setattr(file_rows, "cut", at_a_newline)
+    assert any(in_pieces(file, piece_bytes=size) != expected for size in range(1, 60))
+
+
+def test_a_boundary_that_only_counts_quotes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 5" pipe has a quote that opens nothing: from there on every count is odd.
+    file = file_of(QUOTED)
+    expected = whole(file)
+    monkeypatch.setattr(row_ends, "quotes_pair_up", lambda data, delimiter: True)
+    assert any(in_pieces(file, piece_bytes=size) != expected for size in range(1, 60))
+
+
+def test_a_quote_that_never_closes_costs_one_line() -> None:
+    text = 'c0,c1\na,1\nb,"2\nc,3\nd,"4"\ne,"5\n'
+    rows, bad = (
+        [("a.csv line 2", "a", "1"), ("a.csv line 4", "c", "3"), ("a.csv line 5", "d", "4")],
+        [3, 6],
+    )
+    for size in (1, 9, 1000):
+        for read in (whole, in_pieces):
+            found = read(file_of(text.encode()), on_bad_row="skip", piece_bytes=size)
+            assert (
+                isinstance(found, tuple)
+                and found[0] == rows
+                and [row.line for row in found[1]] == bad
+            )
+    reasons = [row.reason.split(";")[0] for row in found[1]]
+    assert reasons == [
+        "text follows the quote closed on line 5",
+        "a quote opens here and never closes",
+    ]
+    assert [row.text for row in found[1]] == ['b,"2', 'e,"5']
+
+
+def test_only_rows_with_bytes_of_another_encoding_are_left_out() -> None:
+    content = b'c0,c1\na,1\n\xa35,"2\n\n"\nb,"3\nx\xe4\n"\nc,4\n'
+    for size in (1, 12, 1000):
+        for read in (whole, in_pieces):
+            found = read(file_of(content), on_bad_row="skip", piece_bytes=size)
+            assert isinstance(found, tuple) and [row[1:] for row in found[0]] == [
+                ("a", "1"),
+                ("c", "4"),
+            ]
+            assert [(row.line, row.text) for row in found[1]] == [
+                (3, r'\xa35,"2\n\n"'),
+                (6, r'b,"3\nx\xe4\n"'),
+            ]
+            assert found[1][0].reason.startswith("byte 0xA3 is not utf-8")
+
+
+def test_an_error_in_a_piece_names_the_line_of_the_file() -> None:
+    lines = [f'"row\n{at}",{at}\n' for at in range(50)]
+    lines[30] = "ragged\n"
+    file = file_of(("c0,c1\n" + "".join(lines)).encode())
+    message = "a.csv line 62: 1 field, expected 2 as in the header"
+    for found in (whole(file), *(in_pieces(file, piece_bytes=size) for size in (5, 50, 500))):
+        assert isinstance(found, str) and found.startswith(message)
+
+
+def test_a_row_that_goes_on_too_long_is_refused_where_it_begins() -> None:
+    file = file_of(b'c0,c1\na,1\n"' + b"x\n" * 400 + b'",2\nb,3\n')
+    assert isinstance(whole(file), tuple)
+    found = in_pieces(file, piece_bytes=16, row_bytes=200)
+    assert isinstance(found, str) and found.startswith(
+        "a.csv line 3: a quote opens here and does not close within 200 bytes"
+    )
+    found = in_pieces(
+        file_of(b"c0\tc1\na\t1\nb\t" + b"x" * 5000 + b"\n", "tsv"), piece_bytes=16, row_bytes=200
+    )
+    assert found == "a.tsv line 3: a row begins here that does not end within 200 bytes."
+
+
+def test_pieces_are_small_and_memory_is_a_few_of_them() -> None:
+    line = b'"' + b"x" * 200 + b'",1\n'
+    pieces = list(FileRows(file_of(b"c0,c1\n" + line * 500), piece_bytes=4096).pieces(["c0"]))
+    assert {piece.rows for piece in pieces[:-1]} == {4096 // len(line)}
+    assert [piece.place["at"] for piece in pieces] == [
+        6 + len(line) * sum(p.rows for p in pieces[:at]) for at in range(len(pieces))
+    ]
+    stray = b'5" pipe,1\n'  # every row is judged: the pieces are as small
+    assert {
+        piece.rows
+        for piece in list(
+            FileRows(file_of(b"c0,c1\n" + stray * 500), piece_bytes=100).pieces(["c0"])
+        )[:-1]
+    } == {10}
+
+
+def test_an_encoding_whose_lines_depend_on_each_other_is_read_whole_only() -> None:
+    file = file_of("c0,c1\nあ,1\n".encode("iso2022_jp"), encoding="iso2022_jp")
+    found = whole(file)
+    assert isinstance(found, tuple) and found[0] == [("a.csv line 2", "あ", "1")]
+    assert in_pieces(file) == "a.csv: iso2022_jp can only be read whole; convert the file to UTF-8."
+
+
+def test_a_file_of_this_machine_knows_its_size_and_changes_its_fingerprint(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_bytes(b"c0\tc1\na\t1\n")
+
+    def source(**form: Any) -> RowSource:
+        return FileRows(File(**{**vars(file_of(b"", "tsv", **form)), "path": str(path)}))
+
+    one = source()
+    assert one.bytes == 10 and one.has_header and one.name == "a.tsv" and one.features is None
+    assert one.fingerprint == source().fingerprint != source(quoted=True).fingerprint
+    path.write_bytes(b"c0\tc1\na\t2\n")
+    assert source().fingerprint != one.fingerprint
+    there = FileRows(file_of(b"", "tsv"), fingerprint="etag", size=7)
+    assert (
+        there.bytes == 7
+        and there.fingerprint != FileRows(file_of(b"", "tsv"), fingerprint="other").fingerprint
+    )
+
+
+def test_the_first_rows_come_with_what_was_left_out_before_the_next() -> None:
+    content = b"c0,c1\na,1\nbad\nb,2\nbad\nc,3\nbad\n"
+    for count, lines in ((1, [3]), (2, [3, 5]), (3, [3, 5, 7])):
+        piece = FileRows(file_of(content), on_bad_row="skip").whole(["c0"], count)
+        again = first_rows(
+            next(FileRows(file_of(content), on_bad_row="skip").pieces(["c0"])), count
+        )
+        for found in (piece, again):
+            assert (found.rows, values(found.columns["c0"])) == (count, list("abc")[:count])
+            assert [row.line for row in found.bad] == lines
+
+
+@pytest.mark.parametrize(
+    "path", ["chnsenticorp/train.tsv", "sms_spam/spam.csv", "clinc150/data_full.json"]
+)
+def test_real_files_in_pieces_are_the_real_files(shared_data: Path, path: str) -> None:
+    content = (shared_data / path).read_bytes()
+    kind = {"tsv": "tsv", "csv": "csv", "json": "txt"}[path.rsplit(".", 1)[1]]
+    form: dict[str, Any] = {
+        "tsv": {"column_names": ("text", "label")},
+        "csv": {"encoding": "cp1252"},
+        "txt": {},
+    }[kind]
+    file = File(**{**vars(file_of(content, kind, **form)), "open_bytes": partial(_plain, content)})
+    expected = whole(file)
+    assert (
+        isinstance(expected, tuple)
+        and len(expected[0]) == {"tsv": 9_600, "csv": 5_572, "txt": content.count(b"\n") + 1}[kind]
+    )
+    assert in_pieces(file, piece_bytes=1 << 17) == expected
+
+
+def _plain(content: bytes, at: int) -> BinaryIO:
+    return io.BytesIO(content[at:])

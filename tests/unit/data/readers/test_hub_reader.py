@@ -1,0 +1,377 @@
+"""Splits as streams: every row, in its order, from any place; a small hub on loopback stands in for the real one."""
+
+import functools
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from rows import not_utf8
+from servers import FakeHub
+
+from bertdist.core.config import DataConfig
+from bertdist.core.errors import DataError
+from bertdist.data.loading import open_source
+from bertdist.data.readers import hub_reader as hub
+from bertdist.data.readers.hub_reader import HubRows
+from bertdist.data.records import Columns
+from bertdist.data.source import Piece, RowSource
+from bertdist.data.streaming import Stream
+
+ROWS = [{"text": f"text {row}", "label": row % 3, "number": row / 2} for row in range(100)]
+FEATURES = datasets.Features(
+    {
+        "text": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=["a", "b", "c"]),
+        "number": datasets.Value("float64"),
+    }
+)
+KINDS = ["parquet", "jsonl", "csv", "saved", "saved split"]
+# datasets 5.2 leaves the files of its csv reader to the garbage collector.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "ROWS", 7)
+    hub._load.cache_clear()
+    datasets.disable_progress_bars()
+
+
+def write(folder: Path, kind: str) -> Path:
+    """100 rows; files of 40, 3 and 57 where there are several."""
+    folder.mkdir()
+    whole = datasets.Dataset.from_list(ROWS, features=FEATURES)
+    if kind == "saved":
+        datasets.DatasetDict(train=whole).save_to_disk(str(folder))
+    elif kind == "saved split":
+        datasets.Dataset.from_list(ROWS, features=FEATURES, split="train").save_to_disk(str(folder))
+    else:
+        for number, (begin, end) in enumerate([(0, 40), (40, 43), (43, 100)]):
+            part, path = whole.select(range(begin, end)), folder / f"train-{number}.{kind}"
+            if kind == "parquet":
+                pa.parquet.write_table(
+                    part.with_format("arrow")[:], path, row_group_size=10, compression="none"
+                )
+            elif kind == "csv":
+                part.to_csv(path)
+            else:
+                path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[begin:end]))
+    return folder
+
+
+def as_lists(pieces: list[Piece]) -> list[tuple[Any, ...]]:
+    return [
+        (
+            piece.rows,
+            piece.place,
+            {name: column.to_pylist() for name, column in piece.columns.items()},
+        )
+        for piece in pieces
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_row_from_every_place(kind: str, tmp_path: Path) -> None:
+    source: RowSource = HubRows(str(write(tmp_path / "data", kind)))
+    assert pickle.loads(pickle.dumps(source)) == source
+    assert source.column_names() == ["text", "label", "number"]
+    pieces = list(source.pieces(["label", "text"]))
+    assert [text for piece in pieces for text in piece.columns["text"].to_pylist()] == [
+        row["text"] for row in ROWS
+    ]
+    assert [label for piece in pieces for label in piece.columns["label"].to_pylist()] == [
+        row["label"] for row in ROWS
+    ]
+    assert (
+        max(piece.rows for piece in pieces) == 7
+        and pieces[3].where(1) == f"{tmp_path}/data split 'train' row 22"
+    )
+    for number, piece in enumerate(pieces):
+        again = list(source.pieces(["label", "text"], json.loads(json.dumps(piece.place))))
+        assert as_lists(again) == as_lists(pieces[number:])
+        assert again[0].where(0) == piece.where(0)
+        assert all(
+            one.columns["text"].equals(other.columns["text"])
+            for one, other in zip(again, pieces[number:], strict=True)
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reading_that_forgets_its_place_is_seen(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = HubRows(str(write(tmp_path / "data", kind)))
+    pieces = list(source.pieces(["text"]))
+
+    def forgetful(read: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: read(*args[:-1], 0)
+
+    for name in ("_of_parquet", "_of_stream", "_of_memory"):
+        monkeypatch.setattr(hub, name, forgetful(getattr(hub, name)))
+    assert as_lists(list(source.pieces(["text"], pieces[1].place))) != as_lists(pieces[1:])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_texts_that_are_not_utf8_are_left_out_or_named(kind: str, tmp_path: Path) -> None:
+    wrong = [0, 7, 8, 9, 10, 11, 12, 13, 22, 99]
+    table = pa.table(
+        {
+            "text": not_utf8([row["text"] for row in ROWS], wrong),
+            "label": [row["label"] for row in ROWS],
+        }
+    )
+    (tmp_path / "data").mkdir()
+    if kind == "parquet":
+        pa.parquet.write_table(table, tmp_path / "data" / "train.parquet", row_group_size=10)
+    else:
+        datasets.Dataset(table).save_to_disk(str(tmp_path / "data"))
+    source = HubRows(str(tmp_path / "data"))
+    told: dict[str, Any] = {
+        "name": "data",
+        "asked": Columns("text", None, "label", None),
+        "label_delimiter": None,
+        "seed": 0,
+    }
+    read = Stream(parts=[[source]], window_rows=16, on_bad_row="skip", max_bad_rows=99, **told)
+    windows = list(read.windows())
+    came = [text for window in windows for text in window.records.texts.to_pylist()]
+    assert came == [f"text {row}" for row in range(100) if row not in wrong]
+    bad = [row for window in windows for row in window.bad]
+    assert [row.file for row in bad] == [f"{source.name} row {row}" for row in wrong]
+    assert bad[8].text == r'{"text": "text 22 \xd9", "label": 1}'
+    for number, window in enumerate(windows):
+        again = list(read.windows(json.loads(json.dumps(window.state))))
+        assert [(one.state, one.records.texts.to_pylist()) for one in again] == [
+            (one.state, one.records.texts.to_pylist()) for one in windows[number:]
+        ]
+    with pytest.raises(DataError, match=r"split 'train' row 0: column 'text' is not UTF-8 \("):
+        list(Stream(parts=[[source]], window_rows=16, **told).windows())
+
+
+def test_texts_of_a_split_in_memory_that_are_not_utf8_are_left_out_or_named(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "text": not_utf8([row["text"] for row in ROWS], [3, 99]),
+            "label": [row["label"] for row in ROWS],
+        }
+    )
+    pa.parquet.write_table(table, tmp_path / "train.parquet")
+    found = open_source(DataConfig(dataset_name=str(tmp_path), on_bad_row="skip"), "train")
+    assert found.texts.to_pylist() == [f"text {row}" for row in range(99) if row != 3]
+    assert [row.file for row in found.bad] == [
+        f"{tmp_path} split 'train' row {row}" for row in (3, 99)
+    ]
+    assert (
+        found.where(3) == f"{tmp_path} split 'train' row 4" and r"text 3 \xd9" in found.bad[0].text
+    )
+    with pytest.raises(DataError, match=r"split 'train' row 3: column 'text' is not UTF-8 \("):
+        open_source(DataConfig(dataset_name=str(tmp_path)), "train")
+
+
+def test_class_names_and_columns(tmp_path: Path) -> None:
+    source = HubRows(str(write(tmp_path / "data", "saved")))
+    assert source.features["label"].names == ["a", "b", "c"]
+    assert not source.has_header and source.bytes is None
+    assert list(next(source.pieces(["number"])).columns) == ["number"]
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_the_fingerprint_is_of_the_data(kind: str, tmp_path: Path) -> None:
+    def fingerprint(name: str) -> str:
+        hub._load.cache_clear()
+        return HubRows(str(tmp_path / name)).fingerprint
+
+    write(tmp_path / "one", kind)
+    before, path = fingerprint("one"), tmp_path / "one" / f"train-1.{kind}"
+    os.utime(path, (1, 1))
+    assert fingerprint("one") == before
+    path.write_bytes(path.read_bytes().replace(b"text 41", b"text 14"))
+    assert fingerprint("one") != before
+
+
+def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
+    folder, saved = (
+        str(write(tmp_path / "data", "parquet")),
+        str(write(tmp_path / "saved", "saved")),
+    )
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script" / "script.py").write_text("")
+    for source, found in [
+        (HubRows(folder, split="trian"), f"{folder} has no split 'trian'. Did you mean 'train'?"),
+        (
+            HubRows(folder, split="train[:10%]"),
+            f"{folder} has no split 'train[:10%]'. A part of a split cannot be streamed.",
+        ),
+        (HubRows(saved, split="dev"), f"{saved} has no split 'dev'. Known: 'train'."),
+        (
+            HubRows(folder, "other"),
+            f"{folder}/other cannot be read: BuilderConfig 'other' not found.",
+        ),
+        (
+            HubRows(f"{folder}/none"),
+            f"{folder}/none is neither a folder here nor a data set that the hub gave. ",
+        ),
+        (
+            HubRows("user/name"),
+            "user/name is neither a folder here nor a data set that the hub gave. HF_HUB_OFFLINE is set, ",
+        ),
+        (
+            HubRows(str(tmp_path / "script")),
+            f"{tmp_path}/script is made by a Python script, which `datasets` no longer runs;",
+        ),
+    ]:
+        with pytest.raises(DataError) as raised:
+            source.column_names()
+        assert str(raised.value).startswith(found) and "\n" not in str(raised.value)
+
+
+def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data", "parquet")
+    (folder / "train-1.parquet").write_bytes(b"PAR1 no more PAR1")
+    with pytest.raises(DataError, match="data split 'train' cannot be read: "):
+        list(HubRows(str(folder)).pieces(["text"]))
+
+
+CARD = b"""---
+dataset_info:
+  features:
+  - {name: text, dtype: string}
+  - {name: label, dtype: {class_label: {names: {'0': bad, '1': good}}}}
+  splits:
+  - {name: train, num_bytes: 1, num_examples: 20000}
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: data/train-*}
+---
+"""
+ON_THE_HUB = """
+import json, sys
+from bertdist.data.readers import remote as addresses
+from bertdist.data.readers import remote
+from bertdist.core.errors import DataError
+from bertdist.data.readers.hub_reader import HubRows
+
+addresses.FIRST_WAIT_SECONDS = 0.0
+
+def told(action):
+    try:
+        return action()
+    except DataError as error:
+        return str(error)
+
+source = HubRows("user/name")
+if sys.argv[1:] == ["fingerprint"]:
+    print(json.dumps(source.fingerprint))
+elif len(sys.argv) > 1:
+    texts = [text for piece in source.pieces(["text"], json.loads(sys.argv[1])) for text in piece.columns["text"].to_pylist()]
+    print(json.dumps([texts[0], len(texts)]))
+else:
+    texts = [(text, piece.place) for piece in source.pieces(["text"]) for text in piece.columns["text"].to_pylist()]
+    print(json.dumps({
+        "right": [text for text, _ in texts] == [f"{row:08}" * 20 for row in range(20_000)],
+        "names": source.features["label"].names,
+        "fingerprint": source.fingerprint,
+        "place": texts[18_000][1],
+        "found": remote.find_addresses("hf://datasets/user/name/data/*.parquet"),
+        "csv": remote.open_bytes("hf://datasets/user/name/rows.csv", 5).read().decode(),
+        "errors": [told(HubRows(name).column_names) for name in ("gated/name", "no/name")]
+        + [told(lambda: remote.find_addresses(f"hf://datasets/{name}")) for name in ("user/name/no.csv", "gated/name/rows.csv")],
+    }))
+"""
+
+
+def run_on(server: FakeHub, home: Path, *words: str) -> Any:
+    """A process of its own: huggingface_hub reads its environment when it is imported."""
+    offline = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment = (
+        os.environ
+        | offline
+        | {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
+    )
+    command = [sys.executable, "-c", ON_THE_HUB, *words]
+    found = subprocess.run(
+        command, capture_output=True, text=True, timeout=100, check=False, env=environment
+    )
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout)
+
+
+@functools.cache
+def two_files() -> list[bytes]:
+    files = []
+    for first in (0, 10_000):
+        table = pa.table(
+            {
+                "text": [f"{row:08}" * 20 for row in range(first, first + 10_000)],
+                "label": [row % 2 for row in range(10_000)],
+            }
+        )
+        found = io.BytesIO()
+        pa.parquet.write_table(
+            table, found, row_group_size=2_000, compression="none", use_dictionary=False
+        )
+        files.append(found.getvalue())
+    return files
+
+
+def test_a_hub_from_end_to_end(tmp_path: Path) -> None:
+    first, second = two_files()
+    files = {
+        "README.md": CARD,
+        "data/train-0.parquet": first,
+        "data/train-1.parquet": second,
+        "rows.csv": b"text\na\n",
+    }
+    with FakeHub(files) as server:
+        server.statuses.extend([0] * 6 + [503])
+        server.drops.extend([0] * 6 + [100_000])
+        found = run_on(server, tmp_path)
+        assert found["right"] and found["names"] == ["bad", "good"] and found["csv"] == "a\n"
+        assert found["found"] == [
+            f"hf://datasets/user/name/data/train-{number}.parquet" for number in (0, 1)
+        ]
+        gated, missing, no_file, no_terms = found["errors"]
+        assert (
+            f"It is gated: accept its terms at {server.url}/datasets/gated/name, then give HF_TOKEN or `hf auth login`."
+            in gated
+        )
+        assert missing.startswith(
+            "no/name is neither a folder here nor a data set that the hub gave. The hub knows no such data set"
+        )
+        assert no_file.startswith("hf://datasets/user/name/no.csv: there is no such file")
+        assert (
+            no_terms.startswith("hf://datasets/gated/name/rows.csv: access denied")
+            and "HF_TOKEN" in no_terms
+        )
+
+        # From a place: nothing of the first file, and of the second neither the groups before it nor the other column.
+        server.gets.clear()
+        server.sent = 0
+        text, rows = run_on(server, tmp_path, json.dumps(found["place"]))
+        assert text == "00018000" * 20 and rows == 2_000
+        assert all("train-0" not in path for path, _ in server.gets)
+        assert server.sent < len(second) / 3
+        assert found["fingerprint"] != run_on(renamed(server), tmp_path, "fingerprint")
+
+
+def renamed(server: FakeHub) -> FakeHub:
+    """Another commit of the same files."""
+    server.sha = "f" * 40
+    for path in server.data_set:
+        server.files[f"/datasets/user/name/resolve/{server.sha}/{path}"] = server.files[
+            f"/datasets/user/name/resolve/main/{path}"
+        ]
+    return server

@@ -1,0 +1,108 @@
+"""Slices of a parquet file, laid together, are the file, from the start and from the place of any slice."""
+
+import io
+import json
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bertdist.core.errors import DataError
+from bertdist.data.readers.parquet_reader import parquet_columns, read_slices, read_whole
+from bertdist.data.source import Piece
+
+
+def parquet_of(rows: int = 100, **settings: Any) -> Any:
+    """What opens a file of three columns."""
+    table = pa.table(
+        {
+            "a": [f"t{row}" for row in range(rows)],
+            "b": list(range(rows)),
+            "c": [[row] for row in range(rows)],
+        }
+    )
+    sink = io.BytesIO()
+    pq.write_table(table, sink, **settings)
+    return partial(io.BytesIO, sink.getvalue())
+
+
+def values(pieces: list[Piece], name: str) -> list[Any]:
+    return [value for piece in pieces for value in piece.columns[name].to_pylist()]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("row_group_size", [30, 1000])
+def test_slices_laid_together_are_the_whole(row_group_size: int) -> None:
+    opener = parquet_of(row_group_size=row_group_size)
+    assert parquet_columns("a.parquet", opener) == ["a", "b", "c"]
+    whole = read_whole("a.parquet", opener, ["a", "c"], None)
+    pieces = list(read_slices("a.parquet", opener, ["a", "c"], None, 200))
+    assert (
+        len(pieces) > 8 and whole.rows == 100 and list(whole.columns) == ["a", "c"]
+    )  # only what was asked for
+    assert values(pieces, "a") == values([whole], "a") and values(pieces, "c") == values(
+        [whole], "c"
+    )
+    for at, piece in enumerate(pieces):
+        assert [piece.where(row) for row in range(piece.rows)] == [
+            f"a.parquet row {piece.place['row'] + row}" for row in range(piece.rows)
+        ]
+        again = list(
+            read_slices("a.parquet", opener, ["a", "c"], json.loads(json.dumps(piece.place)), 200)
+        )
+        assert [(other.place, other.columns) for other in again] == [
+            (other.place, other.columns) for other in pieces[at:]
+        ]
+    # A place is a row, not the number of a slice: whoever takes the first slice's rows away gets the others.
+    assert values(
+        list(read_slices("a.parquet", opener, ["a"], {"group": 0, "row": pieces[0].rows}, 200)), "a"
+    ) == values(pieces[1:], "a")
+
+
+def test_a_slice_has_a_bounded_number_of_rows() -> None:
+    pieces = list(read_slices("a.parquet", parquet_of(20_000), ["b"], None, 1 << 30))
+    assert [piece.rows for piece in pieces] == [8192, 8192, 3616]
+
+
+def test_the_first_rows_and_where_they_stand() -> None:
+    piece = read_whole("a.parquet", parquet_of(), ["c", "a"], 7)
+    assert piece.rows == 7 and piece.spots is not None
+    assert piece.spots([6, 0]) == [
+        ("a.parquet", 6, '{"c": [6], "a": "t6"}'),
+        ("a.parquet", 0, '{"c": [0], "a": "t0"}'),
+    ]
+
+
+def test_two_columns_of_one_name_are_refused() -> None:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), sink)
+    with pytest.raises(DataError, match=r"x\.parquet has two columns 'a'; rename one"):
+        parquet_columns("x.parquet", partial(io.BytesIO, sink.getvalue()))
+
+
+def test_bytes_that_are_no_text_are_shown_as_escapes() -> None:
+    """Parquet believes what a column says of itself. What becomes of such rows is decided in `records`."""
+    texts = pa.Array.from_buffers(
+        pa.string(), 3, pa.array([b"good", b"ba\xd9d \\", b"fine"], pa.binary()).buffers()
+    )
+    table = pa.table(
+        {
+            "text": texts,
+            "names": pa.ListArray.from_arrays([0, 1, 3, 3], texts),
+            "word": texts.dictionary_encode(),
+        }
+    )
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    names = ["text", "names", "word"]
+    (piece,) = read_slices("a.parquet", partial(io.BytesIO, sink.getvalue()), names, None, 1 << 20)
+    for found in (
+        piece,
+        read_whole("a.parquet", partial(io.BytesIO, sink.getvalue()), names, None),
+    ):
+        assert found.rows == 3 and found.spots is not None
+        assert [(spot.line, spot.text) for spot in found.spots([0, 1])] == [
+            (0, '{"text": "good", "names": ["good"], "word": "good"}'),
+            (1, r'{"text": "ba\xd9d \\", "names": ["ba\xd9d \\", "fine"], "word": "ba\xd9d \\"}'),
+        ]

@@ -1,0 +1,206 @@
+"""What is guessed is safe: texts in their own code pages are not taken for another, and GLUE's tsv files keep their quotes.
+
+The samples are sentences written for these tests. Each guess has a twin that is near it and must not be made.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bertdist.core.errors import DataError
+from bertdist.data.readers.file_reader import File, FileRows, find_file
+from bertdist.data.readers.sniffing import guess_encoding
+
+SENTENCES = {
+    "en": "The ticket was £5 and the film “not bad at all”. It’s a café, naïve and simple, said the critic to his friend.\tpos\n"
+    + "plain\tneg\n" * 90,
+    "de": "Der Kaffee schmeckt großartig, und die Bedienung war überaus höflich. Schöne Grüße aus München!\tpos\n",
+    "fr": "Le café était très bon, mais le serveur n’a pas été aimable à l’égard de ma mère. Où est passée l’élégance ?\tneg\n",
+    "es": "¿Qué tal la película? El niño pequeño lloró todo el día, ¡qué lástima! Mañana será otra ocasión.\tneg\n",
+    "pt": "O filme não é tão ruim, mas a atuação do protagonista é péssima. A canção é ótima, três vezes.\tneg\n",
+    "sv": "Filmen var väldigt bra, men slutet gjorde mig besviken. Åtminstone är skådespelarna förträffliga.\tpos\n",
+    "pl": "Film był bardzo dobry, ale zakończenie zupełnie mnie rozczarowało. Żółta łódź płynęła po jeziorze.\tpos\n",
+    "cs": "Příliš žluťoučký kůň úpěl ďábelské ódy. Film byl skvělý a herci výborní, doporučuji všem přátelům.\tpos\n",
+    "sl": "Film je bil zelo dober, čeprav je konec malo žalosten. Všeč mi je bila glavna igralka, ki je čudovita.\tpos\n",
+    "hu": "A film nagyon jó volt, de a vége csalódást okozott. Őszintén szólva, gyönyörű felvételek és különös fény.\tpos\n",
+    "tr": "Film çok güzeldi ama sonu beni hayal kırıklığına uğrattı. Işıklar içinde, şöyle böyle değil.\tpos\n",
+    "ru": "Фильм был очень хорошим, но конец меня разочаровал. Всем советую посмотреть.\tpos\n",
+    "el": "Η ταινία ήταν πολύ καλή, αλλά το τέλος με απογοήτευσε. Τη συστήνω σε όλους.\tpos\n",
+    "zh": "这部电影非常好看，演员的表演也很出色，但是结尾让我有点失望。房间很干净，服务员态度也不错。\tpos\n",
+    "ja": "この映画はとても面白かったです。最後のシーンには感動しました。みんなに薦めたい。\tpos\n",
+    "ko": "이 영화는 정말 재미있었어요. 마지막 장면이 감동적이었습니다. 모두에게 추천합니다.\tpos\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("language", "encoding", "guess"),
+    [
+        *((language, "cp1252", "cp1252") for language in ("en", "de", "fr", "es", "pt", "sv")),
+        *((language, "utf-8", "utf-8") for language in SENTENCES),
+        ("zh", "utf-16", "utf-16"),
+        ("de", "utf-32", "utf-32"),
+        ("zh", "gb18030", "gb18030"),
+        ("ja", "cp932", "cp932"),
+        ("de", "mac_roman", None),
+        ("de", "cp850", None),
+        ("fr", "mac_roman", None),
+        ("pl", "cp1250", None),
+        ("pl", "iso8859_2", None),
+        ("cs", "cp1250", None),
+        ("sl", "cp1250", None),
+        ("hu", "cp1250", None),
+        ("tr", "cp1254", None),
+        ("ru", "cp1251", None),
+        ("ru", "koi8_r", None),
+        ("el", "cp1253", None),
+        ("ja", "euc_jp", None),
+        ("ko", "euc_kr", None),
+    ],
+)
+def test_an_encoding_is_guessed_where_that_is_safe(
+    language: str, encoding: str, guess: str | None
+) -> None:
+    content = (SENTENCES[language] * 30).encode(encoding)
+    assert guess_encoding(content, True) == guess
+    assert guess_encoding(content[:-3], False) == guess  # the head may end within a character
+
+
+def test_too_little_is_no_evidence() -> None:
+    assert guess_encoding(b"text,label\n\xa35,1\n", True) is None
+    assert guess_encoding(b"text,label\n" + b"\xa35 is a lot of money,1\n" * 8, True) == "cp1252"
+
+
+def test_utf8_with_a_few_wrong_bytes_is_no_cp1252() -> None:
+    content = ("It’s a café.\tpos\n" + "plain enough\tneg\n" * 50) * 20
+    assert guess_encoding(content.encode() + b"\x92\tneg\n" * 9, True) is None
+    assert guess_encoding(content.encode("cp1252") + b"\x92\tneg\n" * 9, True) == "cp1252"
+
+
+def found(path: Path, content: str | bytes, **flags: Any) -> File:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    given = {"delimiter": None, "quoting": "auto", "encoding": None, "column_names": None, **flags}
+    return find_file(str(path), **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "flags", "delimiter", "quoted"),
+    [
+        ("a.csv", "text,label\na,1\nb,2\n", {}, ",", True),
+        ("a.csv", "text;label\na,b;1\nb;2\n", {}, ";", True),
+        ("a.csv", 'text;label\n"a;\nb";1\nb;2\n', {}, ";", True),
+        ("a.csv", 'text\tlabel\na, b\t1\n"b\t2\n', {}, "\t", False),
+        ("a.csv", "text|label\na|1\n", {}, "|", True),
+        ("a.csv", "a;b,c\na;b,c\n", {}, ",", True),  # the ending decides
+        ("a.tsv", "a\tb,c\na\tb,c\n", {}, "\t", False),
+        ("a.tsv", "text,label\na,1\n", {}, ",", True),
+        ("a.tsv", 'text\tlabel\n"a\t1\nb"\t2\n', {}, "\t", False),  # quotes are text, as in GLUE
+        (
+            "a.tsv",
+            'text\tlabel\n"a\tb"\t1\n"c"\t2\n',
+            {},
+            "\t",
+            True,
+        ),  # only quotes make two fields of it
+        (
+            "a.tsv",
+            'text\tlabel\n"a\tb"\t1\n5" c\t2\n',
+            {},
+            "\t",
+            False,
+        ),  # a quote within a field: not sure
+        ("a.tsv", 'text\tlabel\n"a\tb"\t1\n', {"quoting": "none"}, "\t", False),
+        ("a.csv", "text;label\na;1\n", {"delimiter": ","}, ",", True),
+        ("a.csv", "text\nHello; world\nBye; moon\n", {}, ",", True),  # one column
+        ("a.csv", "text;label\na;1\nb\n", {}, ",", True),  # no delimiter fits all lines
+        ("a.csv", "text;a|label\nx;y|1\n", {}, ",", True),  # two delimiters do
+        ("a.tsv", "Hello, world\nBye, moon\n", {"column_names": ["text"]}, "\t", False),
+        ("a.tsv", "Hello, world\nBye, moon\n", {"column_names": ["text", "more"]}, ",", True),
+        ("sms", "ham\tHi, you\nspam\tWin; now\n", {"column_names": ["label", "text"]}, "\t", False),
+        ("a.data", "text;label\na,b;1\n", {}, ";", True),
+    ],
+)
+def test_a_delimiter_is_guessed_where_only_one_fits(
+    tmp_path: Path, name: str, content: str, flags: dict[str, Any], delimiter: str, quoted: bool
+) -> None:
+    file = found(tmp_path / name, content, **flags)
+    assert (file.delimiter, file.quoted) == (delimiter, quoted)
+    usual = {"csv": (",", True), "tsv": ("\t", False)}.get(name.rsplit(".", 1)[-1])
+    given = "delimiter" in flags or "quoting" in flags
+    assert (file.told() is None) == (given or usual == (delimiter, quoted))
+
+
+def test_what_is_guessed_is_told_in_one_sentence(tmp_path: Path) -> None:
+    assert (
+        found(tmp_path / "a.csv", "text;label\na;1\n").told()
+        == "a.csv: read as utf-8, delimiter ';', quoted"
+    )
+    assert (
+        found(tmp_path / "b.tsv", (SENTENCES["de"] * 9).encode("cp1252")).told()
+        == "b.tsv: read as cp1252, delimiter tab, unquoted"
+    )
+    line = '{"text": "Grüße", "label": 1}\n'
+    assert (
+        found(tmp_path / "c.jsonl", (line * 9).encode("cp1252")).told() == "c.jsonl: read as cp1252"
+    )
+    assert (
+        found(tmp_path / "d.csv", "text,label\na,1\n".encode("utf-16")).told()
+        == "d.csv: read as utf-16, delimiter ',', quoted"
+    )
+    assert (
+        found(
+            tmp_path / "e.csv",
+            (SENTENCES["de"] * 9).encode("cp1252"),
+            encoding="cp1252",
+            delimiter="tab",
+        ).told()
+        is None
+    )
+
+
+def test_what_is_no_table_is_refused_as_before(tmp_path: Path) -> None:
+    for name, content in (
+        ("a.md", "# Title\n\nSome text, and more.\n"),
+        ("a.bin", b"\0,\0\n\0,\0\n"),
+        ("LICENSE", "Apache\n2.0\n"),
+    ):
+        with pytest.raises(DataError, match=r"the ending '.*' is not known; expected \.csv"):
+            found(tmp_path / name, content)
+
+
+def test_a_byte_further_down_is_an_error_with_its_line(tmp_path: Path) -> None:
+    content = (SENTENCES["de"] * 20_000).encode("cp1252") + b"last \x81\tneg\n"
+    file = found(tmp_path / "a.tsv", content, column_names=["text", "label"])
+    assert len(content) > 1 << 20 and file.encoding == "cp1252"
+    with pytest.raises(
+        DataError,
+        match=r"^a\.tsv line 20001: byte 0x81 is not cp1252; pass the --encoding it was written in",
+    ):
+        FileRows(file).whole(["text"])
+
+
+@pytest.mark.parametrize(
+    ("path", "names", "told", "rows"),
+    [
+        ("sms_spam/spam.csv", None, "spam.csv: read as cp1252, delimiter ',', quoted", 5_572),
+        (
+            "sms_spam/SMSSpamCollection",
+            ["label", "text"],
+            "SMSSpamCollection: read as utf-8, delimiter tab, unquoted",
+            5_574,
+        ),
+        ("chnsenticorp/train.tsv", ["text", "label"], None, 9_600),
+        ("sst2/train.tsv", None, None, 67_349),
+        ("stsb/train.tsv", None, None, 5_749),
+        ("cola/train.tsv", ["_", "label", "_", "text"], None, 8_551),
+    ],
+)
+def test_real_files_need_no_flags(
+    shared_data: Path, path: str, names: list[str] | None, told: str | None, rows: int
+) -> None:
+    file = find_file(
+        str(shared_data / path), delimiter=None, quoting="auto", encoding=None, column_names=names
+    )
+    assert file.told() == told
+    source = FileRows(file)
+    assert source.whole(source.column_names()).rows == rows

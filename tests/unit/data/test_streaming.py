@@ -1,0 +1,714 @@
+"""A stream in steps: every row once an epoch, the same steps for all ranks, workers and micro-batches, and going on from any step."""
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rows import MemoryRows
+
+from bertdist.core.config import DataConfig
+from bertdist.core.errors import BertdistError, ConfigError, DataError
+from bertdist.data import streaming as stream_batches
+from bertdist.data.batch import Step
+from bertdist.data.loader import training_batches
+from bertdist.data.records import Columns
+from bertdist.data.sharding import Message
+from bertdist.data.source import BadRow, Place
+from bertdist.data.stats import Known, Labels
+from bertdist.data.streaming import Agree, Stream, StreamBatches
+from bertdist.tasks.tasks import SingleLabel
+
+pytestmark = [
+    # Loader workers are forked, also where a test before this one has started threads (Python 3.12 warns of it).
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+    # Two workers on a machine with one core are slow, and that is all.
+    pytest.mark.filterwarnings("ignore:This DataLoader will create . worker processes:UserWarning"),
+]
+QUICK = settings(max_examples=25)
+EPOCHS = 2
+LENGTHS = (2, 5, 1, 1, 9, 3, 1, 4)  # words of the rows, which come again and again
+
+
+class Words:
+    """A tokenizer for texts such as `17 x x`: the first id of a row is its number in the data."""
+
+    truncation_side = "right"
+
+    def __call__(self, texts: Sequence[str], pairs: None, **settings: Any) -> dict[str, Any]:
+        return {
+            "input_ids": [
+                [int(word) if word.isdigit() else 0 for word in text.split()][
+                    : settings["max_length"]
+                ]
+                for text in texts
+            ]
+        }
+
+
+def files_of(
+    sizes: Sequence[int], pieces: tuple[int, ...] = (3, 0, 5), **changes: Any
+) -> list[MemoryRows]:
+    """Files of so many rows; all rows are numbered through."""
+    files, first = [], 0
+    for at, size in enumerate(sizes):
+        rows = [
+            {"text": f"{row}{' x' * (LENGTHS[row % 8] - 1)}", "label": ("no", "yes")[row % 2]}
+            for row in range(first, first + size)
+        ]
+        files.append(MemoryRows(f"file {at}", rows, pieces, bytes=size, **changes))
+        first += size
+    return files
+
+
+def batches_of(
+    files: Sequence[MemoryRows],
+    rank: int = 0,
+    ranks: int = 1,
+    *,
+    size: int = 4,
+    window: int = 8,
+    split: str = "rows",
+    **changes: Any,
+) -> StreamBatches:
+    """What a run would make of the files. changes: of the StreamBatches."""
+    config: Any = SimpleNamespace(
+        batch=SimpleNamespace(
+            train_batch_size=size, dataloader_num_workers=0, tokens_per_micro_batch=None
+        ),
+        run=SimpleNamespace(seed=5),
+        model=SimpleNamespace(max_length=8),
+        data=replace(DataConfig(), stream_split=split),
+    )
+    accelerator: Any = SimpleNamespace(
+        process_index=rank, num_processes=ranks, device=SimpleNamespace(type="cpu")
+    )
+    asked = Columns("text", None, "label", None)
+    told: dict[str, Any] = {"label_delimiter": None, "on_bad_row": "skip", "max_bad_rows": 99}
+    read = Stream(name="rows", parts=[files], asked=asked, window_rows=window, seed=5, **told)
+    known = Known(
+        Labels("text", ["no", "yes"], [1, 1], None, "label"), [len(file.rows) for file in files]
+    )
+    found = training_batches(read, known, Words(), SingleLabel(("no", "yes")), config, accelerator)  # type: ignore[arg-type]
+    assert isinstance(found, StreamBatches)
+    return replace(found, **changes)
+
+
+def rows_of(step: Step) -> list[list[int]]:
+    """The rows of each micro-batch by their numbers in the data; of an idle rank none."""
+    batches = [[int(batch.ids[start]) for start in batch.starts[:-1]] for batch in step.share]
+    counted = [[weight > 0 for weight in batch.weights] for batch in step.share]
+    assert all(all(of) != step.idle for of in counted) and all(
+        (batch.rows < 0).all() == step.idle for batch in step.share
+    )
+    return [] if step.idle else batches
+
+
+def content(step: Step) -> Any:
+    """All that a run does with a step."""
+    return (
+        step.number,
+        step.rows,
+        step.idle,
+        [(batch.ids.tolist(), batch.targets.tolist(), batch.rows.tolist()) for batch in step.share],
+        step.after,
+    )
+
+
+def by_json(place: Place | None) -> Place | None:
+    """A place as a checkpoint keeps it."""
+    found: Place | None = json.loads(json.dumps(place))
+    return found
+
+
+# ---- Loader workers without processes
+
+_here = threading.local()
+
+
+def as_the_loader_does(
+    shares: Any, workers: int, pin: bool, *, lose: int | None = None
+) -> Iterator[Step]:
+    """`batching.loaded` with workers in this thread: torch's loader takes a message of each in turn, and passes over those that ended.
+
+    lose: a message that does not arrive.
+    """
+
+    def told(iterator: Iterator[Message], worker: int) -> Message | None:
+        _here.worker = SimpleNamespace(id=worker, num_workers=workers) if workers else None
+        try:
+            return next(iterator, None)
+        finally:
+            _here.worker = None
+
+    running = [(iter(shares), worker) for worker in range(workers or 1)]
+    number = 0
+    while running:
+        for entry in list(running):
+            message = told(*entry)
+            if message is None:
+                running.remove(entry)
+                continue
+            number += 1
+            for step in message if number - 1 != lose else ():
+                if isinstance(step, BertdistError):
+                    raise step
+                yield step
+
+
+@contextmanager
+def emulated(together: int = 1, lose: int | None = None) -> Iterator[None]:
+    """Workers that are none, which send so many steps at once."""
+    with (
+        mock.patch.object(
+            stream_batches, "loaded", lambda *args: as_the_loader_does(*args, lose=lose)
+        ),
+        mock.patch.object(
+            stream_batches, "get_worker_info", lambda: getattr(_here, "worker", None)
+        ),
+        mock.patch.object(stream_batches, "in_a_message", lambda *args: together),
+    ):
+        yield
+
+
+# ---- Ranks that agree, without processes
+
+
+class Agreement:
+    """`known.agreement` among threads."""
+
+    def __init__(self, ranks: int) -> None:
+        self.told: list[Step | BertdistError | None] = [None] * ranks
+        self.barrier = threading.Barrier(ranks, timeout=20)
+
+    def of(self, rank: int) -> Agree:
+        def agree(step: Step | BertdistError | None) -> tuple[int, tuple[BadRow, ...]]:
+            self.told[rank] = step
+            self.barrier.wait()
+            told = list(self.told)
+            self.barrier.wait()  # nobody writes before all have read
+            for found in told:
+                if isinstance(found, BertdistError):
+                    raise found
+            steps = [found for found in told if isinstance(found, Step)]
+            return sum(found.rows for found in steps), tuple(
+                row for found in steps for row in found.bad
+            )
+
+        return agree
+
+
+def on_ranks(
+    all_batches: Sequence[StreamBatches],
+    start: int,
+    stop: int,
+    places: Sequence[Place | None] | None = None,
+) -> tuple[list[list[Step]], list[str]]:
+    """The steps of each rank that reads files of its own, in lockstep; and what each rank ended with."""
+    agreement = Agreement(len(all_batches))
+    steps: list[list[Step]] = [[] for _ in all_batches]
+    errors = [""] * len(all_batches)
+
+    def run(rank: int) -> None:
+        batches = replace(all_batches[rank], agree=agreement.of(rank))
+        try:
+            for step in batches.steps(start, stop, places[rank] if places else None):
+                steps[rank].append(step)
+        except Exception as error:
+            errors[rank] = f"{type(error).__name__}: {error}"
+            if not isinstance(error, BertdistError):
+                agreement.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(all_batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return steps, errors
+
+
+# ---- What is promised
+
+
+def steps_of(by_rank: Sequence[Sequence[Step]]) -> list[list[int]]:
+    """The rows of each step over all ranks, sorted; a row that came twice stands there twice."""
+    assert len(set(map(len, by_rank))) == 1, [len(steps) for steps in by_rank]
+    found = []
+    for steps in zip(*by_rank, strict=True):
+        rows = sorted(row for step in steps for batch in rows_of(step) for row in batch)
+        assert {(step.number, step.rows) for step in steps} == {(steps[0].number, len(rows))}
+        found.append(rows)
+    return found
+
+
+def assert_every_row_once(steps: Sequence[Sequence[int]], per_epoch: int, rows: int) -> None:
+    assert len(steps) == per_epoch * EPOCHS
+    for epoch in range(EPOCHS):
+        assert sorted(
+            row for step in steps[per_epoch * epoch : per_epoch * (epoch + 1)] for row in step
+        ) == list(range(rows))
+
+
+def assert_within(steps: Sequence[Step], tokens: int) -> None:
+    assert all(
+        sum(batch.lengths) <= tokens or len(batch.lengths) == 1
+        for step in steps
+        for batch in step.share
+    )
+
+
+SIZES = st.lists(st.integers(0, 28), min_size=1, max_size=7)  # rows of the files: 196 at most
+PIECES = st.lists(st.integers(0, 9), min_size=1, max_size=3).filter(any).map(tuple)
+GIVEN: dict[str, Any] = {
+    "sizes": SIZES,
+    "pieces": PIECES,
+    "ranks": st.integers(1, 7),
+    "workers": st.integers(0, 3),
+    "together": st.integers(1, 4),
+    "tokens": st.integers(1, 40),
+    "size": st.integers(1, 20),
+    "window": st.integers(1, 70),
+    "data": st.data(),
+}
+
+
+# ---- --stream_split rows
+
+
+@QUICK
+@given(**GIVEN)
+def test_every_row_once_in_steps_that_know_neither_ranks_nor_workers(
+    sizes: Any,
+    pieces: Any,
+    ranks: int,
+    workers: int,
+    together: int,
+    tokens: int,
+    size: int,
+    window: int,
+    data: st.DataObject,
+) -> None:
+    files, rows = files_of(sizes, pieces), sum(sizes)
+    if not rows:
+        with pytest.raises(DataError, match=r"^rows has no rows but"):
+            batches_of(files)
+        return
+    alone = batches_of(files, size=size, window=window)
+    per_epoch = alone.steps_per_epoch
+    assert per_epoch == -(-rows // size)
+    expected = steps_of([list(alone.steps(0, EPOCHS * per_epoch))])
+    assert_every_row_once(expected, per_epoch, rows)
+    assert [len(step) for step in expected[:per_epoch]] == [size] * (per_epoch - 1) + [
+        rows - size * (per_epoch - 1)
+    ]
+    start = data.draw(st.integers(0, EPOCHS * per_epoch), "steps before the restart")
+    other_workers = data.draw(st.integers(0, 3), "workers after it")
+    with emulated(together):
+        by_rank = []
+        for rank in range(ranks):
+            of_rank = batches_of(
+                files,
+                rank,
+                ranks,
+                size=size,
+                window=window,
+                tokens_per_micro_batch=tokens,
+                workers=workers,
+            )
+            by_rank.append(list(of_rank.steps(0, EPOCHS * per_epoch)))
+            assert_within(by_rank[-1], tokens)
+            place = by_rank[-1][start - 1].after if start else None
+            again = replace(of_rank, workers=other_workers).steps(
+                start, EPOCHS * per_epoch, by_json(place)
+            )
+            assert list(map(content, again)) == list(map(content, by_rank[-1][start:]))
+    assert steps_of(by_rank) == expected
+    assert all(
+        [step.after for step in steps] == [step.after for step in by_rank[0]] for steps in by_rank
+    ), "any rank's place is that of all"
+
+
+def test_going_on_from_every_step_and_to_every_step() -> None:
+    read = batches_of(files_of([7, 0, 11, 5]), size=4, window=8)
+    steps = list(read.steps(0, 13))  # 6 an epoch
+    for start in range(13):
+        again = read.steps(start, 13, by_json(steps[start - 1].after) if start else None)
+        assert list(map(content, again)) == list(map(content, steps[start:]))
+        assert list(map(content, read.steps(0, start))) == list(map(content, steps[:start]))
+    assert list(read.steps(4, 4, steps[3].after)) == []
+
+
+def test_each_window_of_each_epoch_has_its_own_order() -> None:
+    first_halves = steps_of([list(batches_of(files_of([32]), size=4, window=8).steps(0, 16))])[::2]
+    assert [{row // 8 for row in half} for half in first_halves] == [
+        {window} for window in (0, 1, 2, 3)
+    ] * 2
+    assert len({tuple(row % 8 for row in half) for half in first_halves}) > 4
+
+
+def test_going_on_with_other_ranks_takes_the_same_rows() -> None:
+    files = files_of([7, 11, 5])
+    first = [list(batches_of(files, rank, 3).steps(0, 4)) for rank in range(3)]
+    second = [
+        list(batches_of(files, rank, 2).steps(4, 12, by_json(first[0][3].after)))
+        for rank in range(2)
+    ]
+    assert steps_of(first) + steps_of(second) == steps_of([list(batches_of(files).steps(0, 12))])
+
+
+def test_a_place_that_skips_a_window_is_seen() -> None:
+    read = batches_of(files_of([23]), size=4, window=8)
+    steps = list(read.steps(0, 12))
+    place = by_json(steps[1].after)
+    assert place is not None and place["window"]["window"] == 1 and place["step"] == 0
+    assert steps_of([[*steps[:2], *read.steps(2, 12, place)]]) == steps_of([steps])
+    skipped = {"window": next(iter(read.stream.windows(place["window"]))).after, "step": 0}
+    with pytest.raises(AssertionError):
+        assert_every_row_once(steps_of([[*steps[:2], *read.steps(2, 12, skipped)]]), 6, 23)
+    repeated = {"window": place["window"], "step": 1}
+    with pytest.raises(AssertionError):
+        assert_every_row_once(steps_of([[*steps[:2], *read.steps(2, 12, repeated)]]), 6, 23)
+
+
+def test_a_message_that_a_worker_loses_is_seen() -> None:
+    read = batches_of(files_of([23]), size=4, workers=2)
+    for lose in (None, 2):
+        with emulated(together=2, lose=lose):
+            steps = list(read.steps(0, 12))
+        if lose is None:
+            assert_every_row_once(steps_of([steps]), 6, 23)
+        else:
+            with pytest.raises(AssertionError):
+                assert_every_row_once(steps_of([steps]), 6, 23)
+
+
+def test_a_worker_that_takes_the_turn_of_another_is_seen() -> None:
+    read = batches_of(files_of([23]), size=4, workers=2)
+    with (
+        emulated(),
+        mock.patch.object(stream_batches, "get_worker_info", lambda: None),
+        pytest.raises(AssertionError),
+    ):
+        assert_every_row_once(steps_of([list(read.steps(0, 12))]), 6, 23)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_mixture_goes_on_from_every_step_on_any_ranks(workers: int) -> None:
+    small, large = files_of([5]), files_of([9, 21])
+    plain = batches_of(small, tokens_per_micro_batch=20)
+    mixed = replace(plain.stream, parts=[small, large], weights=(1.0, 2.0))
+    of_ranks = [
+        replace(plain, stream=mixed, rank=rank, ranks=3, workers=workers) for rank in range(3)
+    ]
+    with emulated(2):
+        by_rank = [list(batches.steps(0, 20)) for batches in of_ranks]
+        for start in range(1, 20):
+            again = of_ranks[1].steps(start, 20, by_json(by_rank[0][start - 1].after))
+            assert list(map(content, again)) == list(map(content, by_rank[1][start:]))
+    assert steps_of(by_rank) == steps_of([list(replace(plain, stream=mixed).steps(0, 20))])
+    assert all(len(step) == 4 for step in steps_of(by_rank)), (
+        "there is no end, so no step is smaller"
+    )
+
+
+@pytest.mark.parametrize(("workers", "together"), [(1, 1), (1, 3), (2, 1), (2, 2), (2, 50)])
+def test_real_workers_send_what_emulated_ones_do(workers: int, together: int) -> None:
+    read = batches_of(files_of([7, 0, 11, 5]), 1, 2, tokens_per_micro_batch=9)
+    expected = list(map(content, read.steps(3, 12, list(read.steps(0, 3))[-1].after)))
+    place = by_json(list(read.steps(0, 3))[-1].after)
+    with mock.patch.object(stream_batches, "in_a_message", lambda *args: together):
+        assert list(map(content, replace(read, workers=workers).steps(3, 12, place))) == expected
+    with emulated(together):
+        assert list(map(content, replace(read, workers=workers).steps(3, 12, place))) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("together", [1, 2, 5])
+def test_reading_that_fails_does_so_after_the_steps_before(workers: int, together: int) -> None:
+    read = batches_of(files_of([40], (4,), broken=30), size=4, window=8, workers=workers)
+    steps = []
+    with emulated(together), pytest.raises(DataError, match=r"^file 0 row 30: no more can be read"):
+        for step in read.steps(0, 20):
+            steps.append(step)
+    assert [step.number for step in steps] == list(range(6)), (
+        "three windows of 8 of the 28 rows before it"
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_label_that_the_task_does_not_know_is_told_with_its_place(workers: int) -> None:
+    files = files_of([12, 3])
+    rows = [*files[1].rows[:2], {"text": "14", "label": "maybe"}]
+    read = batches_of([files[0], replace(files[1], rows=rows)], size=4, workers=workers)
+    with pytest.raises(DataError, match=r"^file 1 row 2: unknown label 'maybe'"):
+        list(read.steps(0, 9))
+
+
+def test_rows_that_were_left_out_come_with_the_first_step_behind_them() -> None:
+    files = files_of([7, 0, 11, 5])
+    expected = Counter(
+        bad for file in files for piece in file.pieces(["text"]) for bad in piece.bad
+    )
+    for workers in range(3):
+        with emulated(2):
+            steps = list(batches_of(files, workers=workers).steps(0, 6))
+        assert Counter(bad for step in steps for bad in step.bad) == expected
+        assert all(not step.bad for step in steps[1::2]), "with the window that they were found in"
+        again = list(batches_of(files).steps(3, 6, steps[2].after))
+        assert set(again[0].bad) >= set(steps[2].bad), (
+            "also where a run goes on in the middle of a window"
+        )
+
+
+def test_a_stream_without_rows_is_not_read_for_ever() -> None:
+    read = batches_of(files_of([5]))
+    empty = replace(read, stream=replace(read.stream, parts=[files_of([0, 0])]))
+    with pytest.raises(DataError, match=r"^rows has no rows\.$"):
+        list(empty.steps(0, 3))
+    with pytest.raises(DataError, match=r"^rows has no rows\.$"):
+        list(replace(empty, agree=lambda step: (0, ())).steps(0, 3))
+
+
+@pytest.mark.parametrize("split", ["rows", "files"])
+def test_where_a_row_stands_is_told_by_the_place_of_its_step(split: str) -> None:
+    files = files_of([9, 2, 17])
+    starts = {file.name: int(file.rows[0]["text"].split()[0]) for file in files}
+    of_ranks = [batches_of(files, rank, 2, split=split, window=8) for rank in range(2)]
+    if split == "files":
+        by_rank, errors = on_ranks(of_ranks, 0, 16)
+        assert errors == ["", ""]
+    else:
+        by_rank = [list(batches.steps(0, 16)) for batches in of_ranks]
+    for batches, steps in zip(of_ranks, by_rank, strict=True):
+        wrong = 0
+        for step in steps if split == "rows" else [step for step in steps if not step.idle]:
+            rows = [row for batch in step.share for row in batch.rows.tolist() if row >= 0]
+            ids = [row for of in rows_of(step) for row in of]
+            names = [place.rsplit(" row ", 1) for place in batches.where(rows, by_json(step.place))]
+            assert [starts[name] + int(row) for name, row in names] == ids
+            wrong += batches.where(rows, steps[0].place) != batches.where(
+                rows, step.place
+            )  # the control: the place of another step
+        assert wrong
+        assert batches.where([batches.stream.first_row + 3], None) == ["rows row 3"]
+        gone = replace(batches, stream=replace(batches.stream, parts=[files_of([9], broken=0)]))
+        assert gone.where([batches.stream.first_row], steps[0].place) == ["rows row 0"], (
+            "the data are no longer there"
+        )
+
+
+# ---- --stream_split files
+
+
+@QUICK
+@given(**GIVEN)
+def test_ranks_with_files_of_their_own_take_every_row_once_and_the_same_number_of_steps(
+    sizes: Any,
+    pieces: Any,
+    ranks: int,
+    workers: int,
+    together: int,
+    tokens: int,
+    size: int,
+    window: int,
+    data: st.DataObject,
+) -> None:
+    ranks = min(ranks, len(sizes))
+    files, rows, size = files_of(sizes, pieces), sum(sizes), size + ranks
+    if not rows:
+        return
+    of_ranks = [
+        batches_of(
+            files,
+            rank,
+            ranks,
+            size=size,
+            window=window,
+            split="files",
+            tokens_per_micro_batch=tokens,
+            workers=workers,
+        )
+        for rank in range(ranks)
+    ]
+    per_epoch = of_ranks[0].steps_per_epoch
+    assert {batches.steps_per_epoch for batches in of_ranks} == {per_epoch} and sum(
+        batches.rows_per_step for batches in of_ranks
+    ) == size
+    start = data.draw(st.integers(0, EPOCHS * per_epoch), "steps before the restart")
+    with emulated(together):
+        by_rank, errors = on_ranks(of_ranks, 0, EPOCHS * per_epoch)
+        assert errors == [""] * ranks
+        places = [by_json(steps[start - 1].after) if start else None for steps in by_rank]
+        again, _ = on_ranks(
+            [replace(batches, workers=0) for batches in of_ranks], start, EPOCHS * per_epoch, places
+        )
+    assert_every_row_once(steps_of(by_rank), per_epoch, rows)
+    assert [list(map(content, steps)) for steps in again] == [
+        list(map(content, steps[start:])) for steps in by_rank
+    ]
+    bad = [[row for step in steps[:per_epoch] for row in step.bad] for steps in by_rank]
+    assert all(sorted(of_rank) == sorted(set(bad[0])) for of_rank in bad), (
+        "each rank knows what all have left out, once"
+    )
+    numbers = [
+        row
+        for steps in by_rank
+        for step in steps[:per_epoch]
+        for batch in step.share
+        for row in batch.rows.tolist()
+        if row >= 0
+    ]
+    assert len(numbers) == len(set(numbers)) == rows, (
+        "a row's number is its own among the rows of all ranks"
+    )
+    for steps in by_rank:
+        assert_within(steps, tokens)
+
+
+def test_own_files_go_on_from_every_step_and_between_epochs_on_any_ranks() -> None:
+    files = files_of([19, 3, 7, 0, 11])
+    of_ranks = [batches_of(files, rank, 3, size=7, window=5, split="files") for rank in range(3)]
+    per_epoch = of_ranks[0].steps_per_epoch
+    by_rank, _ = on_ranks(of_ranks, 0, 2 * per_epoch + 1)
+    for start in range(1, 2 * per_epoch + 1):
+        again, _ = on_ranks(
+            of_ranks,
+            start,
+            2 * per_epoch + 1,
+            [by_json(steps[start - 1].after) for steps in by_rank],
+        )
+        assert [list(map(content, steps)) for steps in again] == [
+            list(map(content, steps[start:])) for steps in by_rank
+        ]
+    places = {json.dumps(steps[per_epoch - 1].after) for steps in by_rank}
+    assert len(places) == 1 and "over" in places.pop()
+    assert any("over" in step.after for step in by_rank[1][: per_epoch - 1] if step.after), (
+        "one that has read its files waits there"
+    )
+    fewer = [batches_of(files, rank, 2, size=7, window=5, split="files") for rank in range(2)]
+    rest, errors = on_ranks(
+        fewer,
+        per_epoch,
+        per_epoch + fewer[0].steps_per_epoch,
+        [by_json(by_rank[0][per_epoch - 1].after)] * 2,
+    )
+    assert errors == ["", ""] and sorted(row for step in steps_of(rest) for row in step) == list(
+        range(40)
+    )
+
+
+def test_ranks_whose_files_are_empty_wait() -> None:
+    of_ranks = [
+        batches_of(files_of([9, 0, 0]), rank, 3, size=6, split="files") for rank in range(3)
+    ]
+    by_rank, errors = on_ranks(of_ranks, 0, 10)
+    assert errors == [""] * 3 and [[step.idle for step in steps] for steps in by_rank] == [
+        [False] * 10,
+        [True] * 10,
+        [True] * 10,
+    ]
+    assert_every_row_once(steps_of(by_rank), 5, 9)
+    assert [steps[4].after for steps in by_rank] == [by_rank[0][4].after] * 3, (
+        "they end the epoch in the same place"
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_rank_whose_rows_are_all_left_out_tells_them(
+    workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = files_of([9, 5])
+    files = [good, replace(bad, rows=[{**row, "label": None} for row in bad.rows])]
+    of_ranks = [
+        batches_of(files, rank, 2, size=4, split="files", workers=workers) for rank in range(2)
+    ]
+
+    def told(steps: Sequence[Step]) -> list[str]:
+        reasons = "label is missing, expected one in every row (column 'label')"
+        return [row.file for step in steps for row in step.bad if row.reason == reasons]
+
+    with emulated(together=2):
+        by_rank, errors = on_ranks(of_ranks, 0, 10)
+        assert errors == ["", ""] and [[step.idle for step in steps] for steps in by_rank] == [
+            [False] * 10,
+            [True] * 10,
+        ]
+        assert_every_row_once(steps_of(by_rank), 5, 9)
+        assert all(
+            len(batch.rows) and (batch.rows < 0).all()
+            for step in by_rank[1]
+            for batch in step.share
+        )
+        for steps in by_rank:
+            assert (
+                told(steps[:5]) == told(steps[:1]) == [f"file 1 row {row}" for row in range(5)]
+            ), "once an epoch, with its first step"
+            assert told(steps[5:]) == told(steps[:5])
+        for start in range(1, 5):
+            rest, _ = on_ranks(
+                of_ranks, start, 10, [by_json(steps[start - 1].after) for steps in by_rank]
+            )
+            assert [list(map(content, steps)) for steps in rest] == [
+                list(map(content, steps[start:])) for steps in by_rank
+            ]
+        with monkeypatch.context() as patch:  # the control
+            patch.setattr(
+                stream_batches._Shares,
+                "one_epoch",
+                property(lambda self: False, lambda self, value: None),
+                raising=False,
+            )
+            with pytest.raises(AssertionError):
+                assert told(on_ranks(of_ranks, 0, 1)[0][0]) == [
+                    f"file 1 row {row}" for row in range(5)
+                ]
+
+
+def test_ranks_that_do_not_wait_for_each_other_are_seen() -> None:
+    of_ranks = [batches_of(files_of([9, 3]), rank, 2, size=4, split="files") for rank in range(2)]
+    assert_every_row_once(steps_of(on_ranks(of_ranks, 0, 10)[0]), 5, 12)
+    lonely = [replace(batches, agree=Agreement(1).of(0)) for batches in of_ranks]
+    with pytest.raises(AssertionError):
+        assert_every_row_once(steps_of([list(batches.steps(0, 10)) for batches in lonely]), 5, 12)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_rank_that_fails_ends_all_in_the_same_step(workers: int) -> None:
+    files = files_of([40, 9], (4,), broken=30)
+    of_ranks = [
+        batches_of(files, rank, 2, size=8, window=8, split="files", workers=workers)
+        for rank in range(2)
+    ]
+    with emulated():
+        by_rank, errors = on_ranks(of_ranks, 0, 20)
+    assert [len(steps) for steps in by_rank] == [6, 6] and errors == [
+        "DataError: file 0 row 30: no more can be read."
+    ] * 2
+
+
+def test_real_workers_read_own_files() -> None:
+    alone = batches_of(files_of([9, 5]), size=4, split="files", agree=Agreement(1).of(0))
+    expected = list(map(content, alone.steps(0, 8)))
+    assert list(map(content, replace(alone, workers=2).steps(0, 8))) == expected
+    assert_every_row_once(steps_of([list(alone.steps(0, 8))]), 4, 14)
+
+
+def test_each_rank_that_reads_own_files_has_one_and_a_row_of_each_step() -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"^--train_batch_size is 2, and there are 3 processes, .* expected at least one row each",
+    ):
+        batches_of(files_of([9, 9, 9]), 2, 3, size=2, split="files")
+    with pytest.raises(
+        ConfigError,
+        match=r"^rows: 2 source\(s\) for 3 processes, .* --stream_split rows takes any number\.$",
+    ):
+        batches_of(files_of([9, 9]), 2, 3, split="files")

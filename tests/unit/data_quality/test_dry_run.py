@@ -1,0 +1,149 @@
+"""A dry run tells what training then does, and touches nothing."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from forked import run_ranks
+from looking import clean_rows
+from rows import run_train, words_of, write_rows, write_split
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from bertdist import train
+from bertdist.core.args import read_config
+from bertdist.core.errors import DataError
+from bertdist.data.sharding import deal, plan
+from bertdist.data_quality import dry_run
+from bertdist.data_quality.dry_run import balance, memory_of, padded_together
+from bertdist.tasks.tasks import SingleLabel
+
+
+def told(
+    config: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str]:
+    monkeypatch.setenv("COLUMNS", "400")
+    code = dry_run.dry_run(read_config([*config, "--dry_run"]))
+    return code, capsys.readouterr().out
+
+
+def test_the_plan_is_what_training_does(
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = words_of(
+        tiny_model,
+        tmp_path / "out",
+        write_split(tmp_path, 43, 8),
+        num_train_epochs=2,
+        max_length=24,
+    )
+    code, out = told(words, capsys, monkeypatch)
+    assert code == 0 and not (tmp_path / "out").exists()
+    assert (
+        "6 steps an epoch of 8 rows, 12 steps in all" in out
+        and "8 (now)" not in out
+        and "1 (now)" in out
+    )
+    run_ranks(1, run_train, words)
+    lines = [
+        json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    ]
+    tokens = max(line.get("tokens", 0) for line in lines)
+    assert f"An epoch has {tokens // 2:,} real tokens" in out
+
+
+def test_a_launch_of_several_ranks_is_told_by_one(
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 43, 8))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "3 (now)" in told(words, capsys, monkeypatch)[1]
+    monkeypatch.setenv("RANK", "1")
+    assert told(words, capsys, monkeypatch) == (0, "")
+
+
+def test_errors_in_the_data_are_exit_code_1(
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = write_split(tmp_path, 43)
+    rows = clean_rows(20)
+    dev = write_rows(
+        tmp_path / "dev.tsv",
+        [{**row, "label": {"good": "positive", "bad": "negative"}[row["label"]]} for row in rows],
+    )
+    words = words_of(tiny_model, tmp_path / "out", files._replace(dev=dev))
+    assert told(words, capsys, monkeypatch)[0] == 0
+    write_rows(files.train, [{**row, "label": "positive"} for row in clean_rows(20)])
+    with pytest.raises(DataError, match="only the label 'positive'"):
+        told(words, capsys, monkeypatch)
+    assert "error: train: all rows have one label: 20 rows (100%)" in capsys.readouterr().out
+    leaked = clean_rows(20)
+    write_rows(files.train, leaked)
+    write_rows(dev, leaked[:5])
+    code, out = told(words, capsys, monkeypatch)
+    assert (
+        code == 1
+        and "error: train/validation: rows of validation that stand in train: 5 rows (100%), dev.tsv line 2"
+        in out
+    )
+
+
+def test_main_leaves_without_training(
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 43, 8))
+    monkeypatch.setattr(sys, "argv", ["train.py", *words, "--dry_run"])
+    monkeypatch.setattr(train, "train", lambda config: pytest.fail("it trains"))
+    with pytest.raises(SystemExit) as left:
+        train.main()
+    assert left.value.code == 0 and "Memory of a rank" in capsys.readouterr().out
+
+
+def test_balance_and_padding_are_those_of_the_plan() -> None:
+    lengths = np.random.default_rng(0).integers(3, 40, size=100)
+    order, worst, cells = plan(100, 5, 0), [], 0
+    for start in range(0, 100, 8):
+        rows = order[start : start + 8]
+        loads = [int(lengths[share].sum()) for share in deal(rows, lengths[rows] * 4, 3)]
+        worst.append(max(loads) / (sum(loads) / 3))
+        cells += len(rows) * int(lengths[rows].max())
+    assert balance(lengths * 4, lengths, 8, 3, 5) == (pytest.approx(np.mean(worst), rel=1e-12), 0.0)
+    assert padded_together(lengths, 8, 5) == cells / lengths.sum()
+    assert balance(lengths, lengths, 2, 4, 5)[1] == 0.5  # two of four ranks have no row
+    assert balance(lengths * 4, lengths, 8, 3, 6) != balance(
+        lengths * 4, lengths, 8, 3, 5
+    )  # the control: another order
+
+
+@pytest.mark.parametrize(
+    ("settings", "a_parameter"),
+    [({}, 16), ({"mixed_precision": "bf16"}, 18), ({"gradient_checkpointing": True}, 16)],
+)
+def test_memory_counts_every_parameter_and_builds_none(
+    tiny_model: Path, settings: dict[str, Any], a_parameter: int, tmp_path: Path
+) -> None:
+    task = SingleLabel(("a", "b", "c"))
+    config = read_config(words_of(tiny_model, tmp_path, write_split(tmp_path, 3), **settings))
+    found = memory_of(AutoConfig.from_pretrained(tiny_model), task, config)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=3)
+    assert found.parameters == sum(weight.numel() for weight in model.parameters())
+    assert (found.per_parameter, found.fixed) == (a_parameter, found.parameters * a_parameter)
+    by_hand = {
+        "": 2 * (4 * (8 * 32 + 2 * 64) + 2 * 32),
+        "mixed_precision": 2 * (2 * (8 * 32 + 2 * 64) + 2 * 32),
+    }
+    assert found.per_token == {**by_hand, "gradient_checkpointing": 2 * 4 * 32}["".join(settings)]

@@ -1,0 +1,120 @@
+"""Lengths are those that training sees, and truncation is told with the way out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from looking import clean_rows, kinds, look, the
+from transformers import AutoTokenizer
+
+from bertdist.data.tokenization import encode
+from bertdist.data_quality import length_checks as lengths
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def short_rows(count: int) -> list[dict[str, str]]:
+    return [{**row, "text": row["text"][:20]} for row in clean_rows(count)]
+
+
+def test_lengths_are_those_of_training(tmp_path: Path, tokenizer: Any) -> None:
+    found = look(tmp_path, short_rows(60), tokenizer=tokenizer, max_length=16)
+    records, told = found.splits["train"], found.lengths["train"]
+    ids = [len(ids) for ids, _ in encode([records[row] for row in range(60)], tokenizer, 512)]
+    assert told.counted.tolist() == ids and (told.total, told.longest, told.rows) == (
+        sum(ids),
+        max(ids),
+        60,
+    )
+    assert (
+        told.kept
+        == sum(len(ids) for ids, _ in encode([records[row] for row in range(60)], tokenizer, 16))
+        != told.total
+    )
+    assert told.truncated == sum(length > 16 for length in ids) / 60
+    assert sum(rows for *_, rows in told.histogram) == 60
+    for low, high, rows in told.histogram:
+        assert rows == sum(low <= length <= high for length in ids)
+
+
+def test_truncation_is_told_with_the_length_that_would_cut_one_percent(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    found = look(tmp_path, short_rows(200), tokenizer=tokenizer, max_length=16)
+    assert [kind for kind, *_ in kinds(found)] == ["truncated"] and the(
+        found, "truncated"
+    ).severity == "warning"
+    need = found.lengths["train"].for_one_percent
+    assert (
+        need is not None
+        and f"--max_length {need} would truncate 1%" in the(found, "truncated").advice
+    )
+    assert (
+        (found.lengths["train"].counted > need).mean()
+        <= 0.01
+        < (found.lengths["train"].counted >= need).mean() + 0.005
+    )
+    assert kinds(look(tmp_path, short_rows(200), tokenizer=tokenizer, max_length=64)) == []
+
+
+def test_few_truncated_rows_are_a_note_and_the_models_own_limit_is_told(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    rows = short_rows(300)
+    rows[5]["text"] = "a " * 700
+    found = look(tmp_path, rows, tokenizer=tokenizer, max_length=64)
+    assert kinds(found) == [("truncated", "note", "train", 1)]
+    assert (
+        the(found, "truncated").examples[0].note == "702 tokens"
+        and "less than 1%" in the(found, "truncated").advice
+    )
+    rows[6:20] = [{"text": f"{row} " * 700, "label": "good"} for row in range(14)]
+    found = look(tmp_path, rows, tokenizer=tokenizer, max_length=64)
+    assert "the model takes 512" in the(found, "truncated").advice
+
+
+def test_pieces_that_the_tokenizer_does_not_know(tmp_path: Path, tokenizer: Any) -> None:
+    rows = short_rows(200)
+    for row in rows[:60]:
+        row["text"] = f"好 {row['text']}"
+    found = look(tmp_path, rows, tokenizer=tokenizer, max_length=64)
+    assert (
+        kinds(found) == [("unknown_tokens", "warning", "train", 60)]
+        and the(found, "unknown_tokens").unit == "tokens"
+    )
+
+
+def test_without_a_tokenizer_characters_and_words_are_counted(tmp_path: Path) -> None:
+    found = look(
+        tmp_path, [{"text": "ein Über fünf", "label": "a"}, {"text": "zwei", "label": "b"}] * 20
+    )
+    told = found.lengths["train"]
+    assert (told.unit, told.mean, told.mean_words, told.longest, told.max_length) == (
+        "characters",
+        8.5,
+        2.0,
+        13,
+        None,
+    )
+
+
+def test_a_large_split_is_counted_in_part_with_its_longest_rows(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = short_rows(200)
+    rows[1]["text"] = "a " * 100
+    whole = look(tmp_path, rows, tokenizer=tokenizer, max_length=64)
+    monkeypatch.setattr(lengths, "TEXT_BYTES", 1_000)
+    part = look(tmp_path, rows, tokenizer=tokenizer, max_length=64)
+    told = part.lengths["train"]
+    assert (
+        told.rows < 50 and told.of == 200 and told.longest == whole.lengths["train"].longest == 102
+    )
+    assert abs(told.total / whole.lengths["train"].total - 1) < 0.2
+    assert (
+        any(f"counted in {told.rows} of its 200 rows" in note for note in part.notes)
+        and whole.notes == []
+    )

@@ -1,0 +1,127 @@
+"""Tables that are read without an error and not as they were meant."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from looking import clean_rows, kinds, look, the
+
+from bertdist.core.config import DataConfig
+from bertdist.data_quality.report import Inspection, check_data
+
+Lines = list[str]
+
+
+def tsv(rows: list[dict[str, str]]) -> Lines:
+    return [f"{row['text']}\t{row['label']}" for row in rows]
+
+
+@pytest.fixture
+def see(tmp_path: Path) -> Callable[..., Inspection]:
+    """see("a.tsv", lines, **settings): a look at a file of these lines."""
+
+    def see(name: str, lines: Lines, other: Lines | None = None, **settings: Any) -> Inspection:
+        path, beside = tmp_path / name, tmp_path / f"dev_{name}"
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        if other is not None:
+            beside.write_text("".join(line + "\n" for line in other), encoding="utf-8")
+        return check_data(
+            DataConfig(
+                train_file=[str(path)],
+                validation_file=str(beside) if other is not None else None,
+                **settings,
+            )
+        )
+
+    return see
+
+
+def test_rows_that_a_quote_swallowed_are_an_error(see: Callable[..., Inspection]) -> None:
+    lines = ["label\ttext", *(f"{row['label']}\t{row['text']}" for row in clean_rows(60))]
+    lines[10] = lines[10].replace("\t", '\t"', 1)
+    lines[14] += '"'
+    assert kinds(see("a.tsv", lines)) == [
+        ("odd_quotes", "note", "train", 2)
+    ]  # read without quotes: nothing is lost
+    found = see("a.tsv", lines, quoting="double")
+    assert (
+        kinds(found) == [("swallowed_rows", "error", "train", 1)]
+        and len(found.splits["train"]) == 56
+    )
+    assert the(found, "swallowed_rows").examples[0].note == "4 of its 5 lines look like rows"
+    assert found.where["train", 9] == "a.tsv line 11"
+
+
+def test_texts_of_many_lines_are_no_swallowed_rows(see: Callable[..., Inspection]) -> None:
+    lines = [
+        "text,label",
+        *(
+            f'"{row["text"]}\nso, it is good\nand\nmore, of it",{row["label"]}'
+            for row in clean_rows(40)
+        ),
+    ]
+    assert kinds(see("a.csv", lines)) == []
+
+
+def test_a_file_with_quotes_that_is_read_without(see: Callable[..., Inspection]) -> None:
+    lines = ["text\tlabel", *(f'"{row["text"]}"\t{row["label"]}' for row in clean_rows(40))]
+    assert kinds(see("a.tsv", lines)) == [("quotes_as_text", "warning", "train", 40)]
+    assert kinds(see("a.tsv", lines, quoting="double")) == []
+    some = [
+        "text\tlabel",
+        *tsv(clean_rows(40)),
+        '"a whole sentence of somebody else that is quoted"\tbad',
+    ]
+    assert kinds(see("a.tsv", some)) == []
+
+
+def test_columns_without_a_name_that_hold_something(see: Callable[..., Inspection]) -> None:
+    lines = ["text,label,,", *(f"{row['text']},{row['label']},," for row in clean_rows(60))]
+    assert kinds(see("a.csv", lines)) == []
+    lines[7] = lines[7][:-2] + ', the rest of it,"and, more"'
+    found = see("a.csv", lines)
+    assert kinds(found) == [("overflow_columns", "warning", "train", 1)]
+    assert (
+        the(found, "overflow_columns").examples[0].row,
+        "the rest of it,and, more" in the(found, "overflow_columns").examples[0].note,
+    ) == (
+        6,
+        True,
+    )
+    index = [
+        ",text,label",
+        *(f"{number},{row['text']},{row['label']}" for number, row in enumerate(clean_rows(60))),
+    ]
+    assert kinds(see("b.csv", index)) == []  # a number in front of every row, as pandas writes
+
+
+def test_swapped_columns_within_a_split_and_between_splits(see: Callable[..., Inspection]) -> None:
+    lines = tsv(clean_rows(60))
+    found = see("a.tsv", ["label\ttext", *lines])
+    assert ("columns_swapped", "error", "train", 60) in kinds(found)
+    swapped = [f"{row['label']}\t{row['text']}" for row in clean_rows(30, 1)]
+    found = see("b.tsv", ["text\tlabel", *lines], ["text\tlabel", *swapped])
+    assert kinds(found)[0] == ("columns_swapped", "error", "validation", 30)
+    assert kinds(see("c.tsv", ["text\tlabel", *lines], ["label\ttext", *swapped])) == []
+
+
+def test_a_header_that_is_read_as_a_row(see: Callable[..., Inspection]) -> None:
+    lines = tsv(clean_rows(60))
+    found = see("a.tsv", ["sentence\tgold", *lines], column_names=["text", "label"])
+    assert kinds(found)[0] == ("header_as_row", "error", "train", 1)
+    assert the(found, "header_as_row").examples[0].row == 0
+    assert kinds(see("a.tsv", lines, column_names=["text", "label"])) == []
+
+
+def test_a_row_that_is_read_as_the_header(see: Callable[..., Inspection]) -> None:
+    lines = tsv(clean_rows(60))
+    text, label = lines[0].split("\t")
+    found = see("a.tsv", lines, text_column=text, label_column=label)
+    assert kinds(found) == [("row_as_header", "error", "train", 1)]
+
+
+def test_jsonl_has_no_table_to_be_wrong(tmp_path: Path) -> None:
+    rows = clean_rows(60)
+    rows[3]["text"] = '"' + rows[3]["text"]
+    assert kinds(look(tmp_path, rows)) == []

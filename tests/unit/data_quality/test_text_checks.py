@@ -1,0 +1,123 @@
+"""Broken and odd texts are found where they were planted; what ftfy is not sure of is told and left as it is."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from looking import clean_rows, kinds, look, the
+
+from bertdist.core.config import DataConfig
+from bertdist.core.errors import DataError
+from bertdist.data_quality import text_checks as text_health
+from bertdist.data_quality.report import check_data
+from bertdist.data_quality.text_checks import check_texts, mojibake_rows, repaired
+
+pytest.importorskip("ftfy", reason="wrong encodings are judged by ftfy (the extra `check`)")
+
+GOOD = [
+    "naïve café",
+    "Größe, “quoted” – and so on…",
+    "你好，世界",
+    "Привет",
+    "I ♥ it 😀",
+    "SÃO PAULO É AQUI, não é?",
+    "tab\tand\nline",
+]
+PLANTED = [
+    ("empty_texts", "warning", ["", "  ", "\u00a0\u3000\n"]),
+    ("nul_bytes", "warning", ["a\0b"]),
+    ("control_characters", "warning", ["red \x1b[31malert", "a\x7fb"]),
+    ("c1_controls", "warning", ["it\x92s fine", "100 \x80"]),
+    ("replacement_characters", "warning", ["caf\ufffd"]),
+    ("only_punctuation", "note", ["...", "?! -- :)", "。！"]),
+    ("only_addresses", "note", ["https://example.org/a?b=c", " www.example.org http://x.y "]),
+    ("mojibake", "warning", ["cafÃ© au lait", "donâ€™t", "å¥½å¥½"]),
+]
+
+
+def found_in(texts: list[str]) -> list[tuple[str, str, int]]:
+    found = check_texts("train", pa.array(texts, pa.large_string()), "text", 3)
+    return [(finding.kind, finding.severity, finding.count) for finding in found]
+
+
+@pytest.mark.parametrize(("kind", "severity", "texts"), PLANTED, ids=[kind for kind, *_ in PLANTED])
+def test_what_is_planted_is_found(kind: str, severity: str, texts: list[str]) -> None:
+    clean = [row["text"] for row in clean_rows(20)]
+    assert (kind, severity, len(texts)) in found_in([*clean, *texts, *clean])
+    assert [found for found, *_ in found_in(texts)] == [kind]  # and nothing else
+
+
+def test_good_texts_have_no_finding() -> None:
+    assert found_in([*GOOD, *(row["text"] for row in clean_rows(20))]) == []
+
+
+def test_very_long_texts_are_longer_than_all_others() -> None:
+    clean = [row["text"] for row in clean_rows(20)]
+    assert found_in([*clean, "word " * 1_100]) == [("very_long_texts", "note", 1)]
+    assert found_in([*clean, "word " * 900]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("cafÃ© au lait", "café au lait"),
+        ("donâ€™t", "don’t"),
+        ("it\x92s fine", "it’s fine"),
+        ("Â£10 â€“ now", "£10 – now"),
+        ("å¥½", "好"),
+        ("cafÃ© olé", None),  # one part is wrong and one is right: not sure
+        ("caf\ufffd", None),
+        *((text, None) for text in GOOD),
+    ],
+)
+def test_only_what_is_certain_is_repaired(text: str, meant: str | None) -> None:
+    assert repaired(text) == meant
+
+
+def test_what_is_not_certain_is_told_all_the_same() -> None:
+    assert mojibake_rows(pa.array(["cafÃ© olé", "fine"], pa.large_string())).tolist() == [0]
+
+
+def test_without_ftfy_patterns_stand_in_and_the_finding_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(text_health, "has_ftfy", lambda: False)
+    texts = pa.array(["cafÃ©", "donâ€™t", "å¥½å¥½", *GOOD[:-2]], pa.large_string())
+    (finding,) = check_texts("train", texts, "text", 1)
+    assert (finding.kind, finding.count) == ("mojibake", 3) and "install ftfy" in finding.meaning
+    assert repaired("cafÃ©") is None
+
+
+def test_bytes_that_are_not_utf8_in_a_parquet_file_are_one_line(tmp_path: Path) -> None:
+    rows = clean_rows(40)
+    surrogate = b"lone \xed\xa0\x80 surrogate"
+    raw = pa.array(
+        [*(row["text"].encode() for row in rows), surrogate, b"\xff\xfe"], pa.large_binary()
+    ).view(pa.large_string())
+    table = pa.table({"text": raw, "label": [*(row["label"] for row in rows), "bad", "good"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"^a.parquet row 40: column 'text' is not UTF-8"):
+        check_data(DataConfig(train_file=[str(tmp_path / "a.parquet")]))
+    found = check_data(DataConfig(train_file=[str(tmp_path / "a.parquet")], on_bad_row="skip"))
+    assert kinds(found) == [("left_out", "warning", "train", 2)]  # and nothing of the others
+    assert found.splits["train"].texts.to_pylist() == [row["text"] for row in rows]
+    assert [row.line for row in found.splits["train"].bad] == [40, 41]
+
+
+def test_an_excerpt_shows_what_was_found(tmp_path: Path) -> None:
+    rows = clean_rows(40)
+    rows[9]["text"] = "word " * 60 + "cafÃ© at the end"
+    assert "cafÃ©" in the(look(tmp_path, rows), "mojibake").examples[0].text
+
+
+def test_both_columns_of_a_pair_are_looked_at(tmp_path: Path) -> None:
+    rows = [
+        {"sentence1": row["text"], "sentence2": row["text"][::-1], "label": row["label"]}
+        for row in clean_rows(40)
+    ]
+    assert kinds(look(tmp_path, rows)) == []
+    rows[4]["sentence2"] = ""
+    found = look(tmp_path, rows)
+    assert kinds(found) == [("empty_texts", "warning", "train", 1)]
+    assert dict(the(found, "empty_texts").details) == {"column": "sentence2"}

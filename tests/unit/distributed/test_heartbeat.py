@@ -1,0 +1,130 @@
+"""What ranks say of themselves, and what others read from it."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bertdist.distributed.heartbeat import BEAT_BYTES, Beats, is_alive, this_host
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Beats, Beats]:
+    return Beats(tmp_path, 0, 2), Beats(tmp_path, 1, 2)
+
+
+def test_a_beat_is_read_by_the_others(two: tuple[Beats, Beats]) -> None:
+    first, second = two
+    assert first.others() == []
+    second.write(step=7, doing="train.train, line 1")
+    (beat,) = first.others()
+    assert (beat.rank, beat.step, beat.doing, beat.pid, beat.count) == (
+        1,
+        7,
+        "train.train, line 1",
+        os.getpid(),
+        1,
+    )
+    assert beat.name == f"rank 1 (process {os.getpid()} on {this_host().split(' ')[0]})"
+    second.write(step=8)
+    assert first.others()[0].step == 8 and first.others()[0].doing == "train.train, line 1"
+
+
+def test_a_beat_keeps_its_size(two: tuple[Beats, Beats]) -> None:
+    """So that it needs no new block on a full disk."""
+    for words in ("x" * 300, ""):
+        two[0].write(last_words=words)
+        assert (two[0].folder / "rank_0.json").stat().st_size == BEAT_BYTES
+
+
+def test_half_a_beat_is_none(two: tuple[Beats, Beats]) -> None:
+    two[1].write()
+    path = two[1].folder / "rank_1.json"
+    path.write_bytes(path.read_bytes()[:50])
+    assert two[0].others() == []
+
+
+def test_a_beat_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".ranks").write_text("a file")
+    Beats(tmp_path, 0, 2).write()
+
+
+def test_a_dead_process_is_gone_and_a_number_that_was_given_again_too() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        born = psutil.Process(child.pid).create_time()
+        assert is_alive(child.pid, born) and not is_alive(child.pid, born - 100)
+        child.kill()
+        os.waitid(
+            os.P_PID, child.pid, os.WEXITED | os.WNOWAIT
+        )  # dead, and not buried: its parent has not asked yet
+        assert not is_alive(child.pid, born)
+        child.wait()
+    assert not is_alive(child.pid, born)
+
+
+def test_who_is_gone(two: tuple[Beats, Beats]) -> None:
+    first, second = two
+    second.write(step=3, doing="somewhere")
+    (beat,) = first.others()
+    assert first.gone([beat], 10) == []
+    dead = replace(beat, born=beat.born - 100)
+    assert first.gone([dead], 10) == [dead]
+    assert (
+        "is gone without a word (killed? out of memory?). It was last heard of in somewhere, step 3"
+        in first.words_about([dead])
+    )
+    ended = replace(beat, last_words="KeyError: 'x'")
+    assert first.gone([ended], 10) == [ended] and "has ended: KeyError: 'x'" in first.words_about(
+        [ended]
+    )
+
+
+def test_silence_counts_for_ranks_of_other_machines_only(two: tuple[Beats, Beats]) -> None:
+    first, second = two
+    second.write()
+    near = first.others()[0]
+    far = replace(near, host="elsewhere", pid=1)
+    for beat in (near, far):
+        first._silent.clear()
+        first.listen([beat], 5)
+        for _ in range(3):
+            first.listen([beat], 5)
+        assert first.silent(beat) == 15 and first.gone([beat], 10) == ([far] if beat is far else [])
+        first.listen([replace(beat, count=beat.count + 1)], 5)
+        assert first.silent(beat) == 0 and first.gone([beat], 10) == []
+
+
+def test_one_of_all_may_tell(two: tuple[Beats, Beats]) -> None:
+    first, second = two
+    first.write()
+    assert first.told() is None
+    assert second.claim("left", "rank 0 is gone").mine
+    late = first.claim("left", "rank 1 is gone")
+    assert (late.text, late.mine) == ("rank 0 is gone", False)
+    told = first.told()
+    assert told is not None and (told.kind, told.text, told.mine) == (
+        "left",
+        "rank 0 is gone",
+        False,
+    )
+
+
+def test_the_last_one_takes_the_folder_away(two: tuple[Beats, Beats]) -> None:
+    for one in two:
+        one.write()
+    two[0].remove()
+    assert two[0].folder.exists()
+    two[1].remove()
+    assert not two[0].folder.exists()
+
+
+def test_where_the_run_will_go_on(tmp_path: Path) -> None:
+    beats = Beats(tmp_path, 0, 2)
+    assert beats.cure() == "The same command goes on from the beginning."
+    for name in ("step_000400", "step_1000000", ".step_9999999.partial", "step_000600.damaged"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert beats.cure() == "The same command goes on from step 1000000."

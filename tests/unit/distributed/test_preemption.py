@@ -1,0 +1,395 @@
+"""A run stops when it is asked to, on all ranks at once, and does not start with fewer ranks than its launch promised."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from accelerate import Accelerator
+from forked import run_ranks
+from torch.utils.data import DataLoader
+
+from bertdist.core.errors import ConfigError
+from bertdist.distributed import preemption as slurm
+from bertdist.distributed.launch import check_world
+from bertdist.distributed.preemption import StopRequest, leave_signals_to_the_rank, time_left
+
+ALONE: Any = SimpleNamespace(num_processes=1)  # an accelerator of one rank; it has no collectives
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "PMI_")) or name == "WORLD_SIZE":
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def stop() -> Iterator[StopRequest]:
+    request = StopRequest()
+    yield request
+    request.close()
+
+
+def ends_in(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + seconds))
+
+
+# --- signals
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_is_remembered(stop: StopRequest, name: str) -> None:
+    assert stop.reason == "" and not stop.agreed(ALONE)
+    signal.raise_signal(signal.Signals[name])
+    assert stop.reason == name
+    assert stop.agreed(ALONE) and stop.agreed(ALONE)
+
+
+def test_without_a_stop_request_an_interrupt_ends_the_process() -> None:
+    old = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a background job begins with SIGINT ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+def test_a_second_interrupt_ends_at_once(stop: StopRequest) -> None:
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)  # the first one of its kind
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_termination_is_only_remembered(stop: StopRequest) -> None:
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+        signal.raise_signal(number)
+    assert stop.reason == "SIGUSR1"
+
+
+def test_close_puts_the_old_handlers_back() -> None:
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    request = StopRequest()
+    assert [signal.getsignal(number) for number in numbers] != before
+    request.close()
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+# --- the time limit
+
+
+@pytest.mark.parametrize("value", [None, "", "unlimited"])
+def test_time_left_is_unknown_where_slurm_does_not_say(
+    monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
+    if value is not None:
+        monkeypatch.setenv("SLURM_JOB_END_TIME", value)
+    assert time_left() is None
+
+
+def test_time_left_is_seconds_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends_in(monkeypatch, 100)
+    left = time_left()
+    assert left is not None and 99 < left <= 100
+
+
+NEAR = [(60, 59, True), (60, 61, False), (0, 1, False), (60, -5, True), (60, None, False)]
+
+
+@pytest.mark.parametrize(("margin", "seconds", "stops"), NEAR)
+def test_it_stops_so_long_before_the_time_limit(
+    monkeypatch: pytest.MonkeyPatch, margin: float, seconds: float | None, stops: bool
+) -> None:
+    ends_in(monkeypatch, 10_000)
+    request = StopRequest(margin)
+    request.close()
+    if seconds is None:
+        monkeypatch.delenv("SLURM_JOB_END_TIME")
+    else:
+        ends_in(monkeypatch, seconds)
+    assert request.agreed(ALONE) is stops
+    assert request.reason.startswith("time limit in ") is stops
+
+
+def test_a_short_job_keeps_half_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would be queued again for ever: 120 s before the end of a job of 60 s is before its first step."""
+    ends_in(monkeypatch, 60)
+    request = StopRequest(120)
+    request.close()
+    assert not request.agreed(ALONE)
+    ends_in(monkeypatch, 29)
+    assert request.agreed(ALONE)
+
+
+# --- ranks agree
+
+
+def answers(accelerator: Accelerator, told: int) -> tuple[list[bool], list[bool], str]:
+    """Rank `told` gets SIGUSR1 before its third call: what `agreed` said, what the rank itself knew, the reason it gives."""
+    stop, said, knew = StopRequest(), [], []
+    for call in range(4):
+        if call == 2 and accelerator.process_index == told:
+            signal.raise_signal(signal.SIGUSR1)
+        knew.append(bool(stop.reason))
+        said.append(stop.agreed(accelerator))
+    return said, knew, stop.reason
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_all_ranks_stop_at_the_same_call(n: int) -> None:
+    results = run_ranks(n, answers, n - 1)
+    assert [said for said, _, _ in results] == [[False, False, True, True]] * n
+    assert [reason for _, _, reason in results] == ["another rank was asked to stop"] * (n - 1) + [
+        "SIGUSR1"
+    ]
+
+
+def test_a_rank_by_itself_would_not_have_known() -> None:
+    said, knew, _ = run_ranks(2, answers, 1)[0]
+    assert said[2] and not knew[2]
+
+
+def test_no_rank_stops_unasked() -> None:
+    assert [said for said, _, _ in run_ranks(2, answers, -1)] == [[False] * 4] * 2
+
+
+def test_the_time_limit_of_one_rank_stops_all() -> None:
+    def stops(accelerator: Accelerator) -> bool:
+        os.environ["SLURM_JOB_END_TIME"] = str(time.time() + 1000)
+        stop = StopRequest(60)
+        if accelerator.process_index == 0:
+            os.environ["SLURM_JOB_END_TIME"] = str(time.time() + 50)
+        return stop.agreed(accelerator)
+
+    assert run_ranks(2, stops) == [True, True]
+
+
+# --- loader workers
+
+
+class Slow(torch.utils.data.Dataset[int]):
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(0.005)
+        return index
+
+
+def rows_read_when_all_are_told_to_end(accelerator: Accelerator, worker_init_fn: Any) -> int | str:
+    os.setpgid(0, 0)
+    StopRequest()
+    rows = 0
+    try:
+        for batch in DataLoader(Slow(), batch_size=4, num_workers=1, worker_init_fn=worker_init_fn):
+            rows += len(batch)
+            if rows == 8:
+                os.killpg(0, signal.SIGTERM)  # as SLURM and torchrun do
+    except RuntimeError as error:
+        return str(error)
+    return rows
+
+
+def test_loader_workers_outlive_a_termination() -> None:
+    assert run_ranks(1, rows_read_when_all_are_told_to_end, leave_signals_to_the_rank) == [40]
+
+
+def test_without_it_the_rank_dies_before_it_can_save() -> None:
+    assert "exited unexpectedly" in run_ranks(1, rows_read_when_all_are_told_to_end, None)[0]
+
+
+# --- the launch
+
+LOST = [
+    (
+        {"SLURM_NTASKS": "2"},
+        1,
+        "SLURM_NTASKS is 2, but this run has 1 process: start one `accelerate launch` a node",
+    ),
+    (
+        {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"},
+        2,
+        "SLURM_STEP_NUM_TASKS is 4, but this run has 2 processes",
+    ),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, 1, "OMPI_COMM_WORLD_SIZE is 2, but this run has 1 process"),
+    ({"PMI_SIZE": "3"}, 1, "PMI_SIZE is 3"),
+    ({"WORLD_SIZE": "2"}, 1, "WORLD_SIZE is 2"),
+]
+KEPT: list[tuple[dict[str, str], int]] = [
+    ({}, 1),
+    ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, 1),
+    (
+        {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "1"},
+        1,
+    ),  # srun --ntasks 1 in a job of two tasks
+    ({"SLURM_NTASKS": "2"}, 2),
+    (
+        {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "16"},
+        16,
+    ),  # one launcher a node, eight ranks each
+    ({"SLURM_NTASKS": "", "PMI_SIZE": "many", "OMPI_COMM_WORLD_SIZE": "-1"}, 1),
+]
+
+
+@pytest.mark.parametrize(("environ", "world_size", "message"), LOST)
+def test_lost_ranks_are_an_error(environ: dict[str, str], world_size: int, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_world(world_size, environ)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("environ", "world_size"), KEPT)
+def test_a_whole_world_is_no_error(environ: dict[str, str], world_size: int) -> None:
+    check_world(world_size, environ)
+
+
+def test_the_environment_of_the_process_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(ConfigError, match="SLURM_NTASKS is 2"):
+        check_world(1)
+
+
+def below(monkeypatch: pytest.MonkeyPatch, command: str, folder: Path = Path("/")) -> None:
+    """Make `command`, run in `folder`, the parent of this process."""
+    parent = SimpleNamespace(cmdline=command.split, cwd=lambda: str(folder))
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
+
+
+@pytest.fixture
+def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """two.yaml asks for two processes, and so does the user's default config; sub/three.yaml asks for three."""
+    (tmp_path / "sub").mkdir()
+    for path, count in ((tmp_path / "two.yaml", 2), (tmp_path / "sub/three.yaml", 3)):
+        path.write_text(
+            f"compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: {count}\nuse_cpu: true\n"
+        )
+    monkeypatch.setattr(
+        "accelerate.commands.config.config_args.default_config_file", str(tmp_path / "two.yaml")
+    )
+    return tmp_path
+
+
+PYTHON = "/usr/bin/python3 /env/bin/"
+ASKED = [
+    (PYTHON + "accelerate launch --cpu --num_processes 2 train.py", 2),
+    (PYTHON + "accelerate launch --cpu --num_processes=2 train.py --num_processes 9", 2),
+    (PYTHON + "accelerate-launch --cpu --num_processes 2 -m bertdist.train", 2),
+    ("python -m accelerate.commands.launch --num_processes 2 train.py", 2),
+    ("python /env/accelerate/commands/launch.py --num_processes 2 train.py", 2),
+    ("python /env/accelerate/commands/accelerate_cli.py launch --num_processes 2 train.py", 2),
+    (PYTHON + "accelerate launch --config_file sub/three.yaml train.py", 3),
+    (PYTHON + "accelerate launch --config_file sub/three.yaml --num_processes 1 train.py", 1),
+    (PYTHON + "accelerate launch train.py", 2),  # the default config
+    (PYTHON + "accelerate launch --cpu train.py", None),  # with --cpu accelerate does not read it
+    (PYTHON + "accelerate launch --config_file missing.yaml train.py", None),
+    (PYTHON + "accelerate launch --no_such_flag train.py", None),
+    (PYTHON + "accelerate launch", None),
+    (PYTHON + "accelerate env --num_processes 2", None),
+    (PYTHON + "pytest launch --num_processes 2 train.py", None),
+    ("bash", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("command", "count"), ASKED)
+def test_what_accelerate_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+    configs: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    count: int | None,
+) -> None:
+    below(monkeypatch, command, configs)
+    assert slurm._asked_of_accelerate() == count
+    if count is not None and count > 1:
+        check_world(count, {})
+        with pytest.raises(
+            ConfigError,
+            match=rf"^`accelerate launch` was asked for {count} processes, but this run has 1: .*--multi_gpu",
+        ):
+            check_world(1, {})
+    else:
+        check_world(1, {})
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [psutil.AccessDenied(), psutil.NoSuchProcess(1), PermissionError(), FileNotFoundError("/proc")],
+)
+def test_a_look_that_fails_ends_no_run(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refuse() -> None:
+        raise error
+
+    monkeypatch.setattr(psutil, "Process", refuse)
+    check_world(1, {})
+
+
+def test_a_process_without_a_parent_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: None))
+    check_world(1, {})
+
+
+# --- the launcher
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_launcher_that_is_gone_asks_to_stop(
+    launched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parent of a run that nobody launched may go: a shell, nohup."""
+    for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    if launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    request = StopRequest()
+    assert not request.agreed(ALONE)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert request.agreed(ALONE) is launched and request.reason == (
+        "the launcher is gone" if launched else ""
+    )
+    request.close()
+
+
+def test_a_launcher_that_went_before_there_was_a_request_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While torch was imported and ranks met. A process that was forked later has a parent of its own."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    for process, reason in ((os.getpid(), "the launcher is gone"), (os.getpid() + 1, "")):
+        monkeypatch.setattr(slurm, "_BORN", (process, os.getppid() + 1))
+        request = StopRequest()
+        assert request.agreed(ALONE) is bool(reason) and request.reason == reason
+        request.close()
+
+
+@pytest.mark.parametrize(
+    ("seen_here_since", "reason"),
+    [(True, "the launcher is gone"), (False, "another rank was asked to stop")],
+)
+def test_a_rank_gives_the_reason_it_can_see_itself(
+    seen_here_since: bool, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher ends between this rank's look and the other's: both then say so."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+
+    def reduce(asked: torch.Tensor, reduction: str) -> torch.Tensor:
+        if seen_here_since:
+            monkeypatch.setattr(os, "getppid", lambda: 1)
+        return asked + 1
+
+    request = StopRequest()
+    two: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"), reduce=reduce)
+    assert request.agreed(two) and request.reason == reason
+    request.close()

@@ -1,0 +1,774 @@
+"""A checkpoint is bit for bit what was saved, whole or absent, and never a pickle."""
+
+import io
+import json
+import math
+import os
+import pickle
+import pickletools
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bertdist.core.atomic_io import damage_of, write_folder
+from bertdist.core.config import OptimConfig
+from bertdist.core.errors import CheckpointError
+from bertdist.training.checkpoint import (
+    Checkpoints,
+    Progress,
+    load_tensors,
+    model_tensors,
+    optimizer_tensors,
+)
+from bertdist.training.optimizer import build_optimizer
+from bertdist.training.resume_check import Settings, place_of_rank
+
+FILES = ["model.safetensors", "optimizer.safetensors", "state.json"]
+IDENTITY = {"learning_rate": 5e-5, "labels": ["a", "b"], "dropout": None}
+
+
+def one_rank(**changes: Any) -> Any:
+    """What Checkpoints asks of an Accelerator, of one process."""
+    return SimpleNamespace(
+        **{
+            "is_main_process": True,
+            "num_processes": 1,
+            "process_index": 0,
+            "scaler": None,
+            **changes,
+        }
+    )
+
+
+class Net(nn.Module):
+    """Two tied weights, a bias, a buffer that is kept and one that is not."""
+
+    def __init__(self, seed: int, size: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.inner, self.outer = nn.Linear(size, size), nn.Linear(size, size)
+        self.outer.weight = self.inner.weight
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("scratch", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return self.outer(self.inner(x).tanh())
+
+
+class Run:
+    """A model and its optimizer, and a folder of checkpoints."""
+
+    def __init__(
+        self, folder: Path, seed: int = 0, keep: int = 2, size: int = 4, **accelerator: Any
+    ) -> None:
+        self.model = Net(seed, size)
+        self.optimizer = build_optimizer(self.model, OptimConfig(learning_rate=0.1))
+        self.said: list[str] = []
+        self.checkpoints = Checkpoints(folder, one_rank(**accelerator), keep, self.said.append)
+
+    def learn(self, steps: int) -> None:
+        for step in range(steps):
+            self.model(torch.full((1, 4), 1.0 + step)).square().sum().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def save(self, step: int, **progress: Any) -> Progress:
+        saved = Progress(step=step, **progress)
+        self.checkpoints.save(self.model, self.optimizer, saved, Settings(IDENTITY))
+        return saved
+
+    def restore(
+        self, named: str | None = None, identity: dict[str, Any] | None = None
+    ) -> Progress | None:
+        return self.checkpoints.restore(
+            self.model, self.optimizer, Settings(identity or IDENTITY), named
+        )
+
+    def bits(self) -> dict[str, bytes]:
+        """Every number of model and optimizer, as its bytes."""
+        state = {**model_tensors(self.model), **optimizer_tensors(self.model, self.optimizer)}
+        return {name: tensor.detach().numpy().tobytes() for name, tensor in state.items()}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- What comes back
+
+
+def test_a_restored_run_is_bit_identical_and_learns_on_alike(tmp_path: Path) -> None:
+    first = Run(tmp_path, seed=1)
+    first.learn(3)
+    with torch.no_grad():
+        first.model.inner.bias[:3] = torch.tensor(
+            [-0.0, 1e-45, 1 / 3]
+        )  # a sign, a denormal, a number without an end
+    exact = {
+        "rows": 2**53 - 1,
+        "best_score": 0.1 + 0.2,
+        "best_step": 2,
+        "window": [[1 / 3, 8.0], [5e-324, 1e-300]],
+        "tokens": 7,
+    }
+    saved = first.save(3, evaluations_since_best=1, **exact)
+    second = Run(tmp_path, seed=2)
+    assert second.bits() != first.bits()
+    assert second.restore() == saved
+    assert second.bits() == first.bits()
+    assert "seen" in second.bits() and "inner.weight|exp_avg_sq" in second.bits()
+    assert second.said == [f"Going on from {tmp_path / 'step_000003'} at step 3."]
+    first.learn(2), second.learn(2)
+    assert second.bits() == first.bits()
+
+
+def test_a_run_without_its_optimizer_would_not_learn_alike(tmp_path: Path) -> None:
+    first, second = Run(tmp_path), Run(tmp_path)
+    first.learn(3)
+    first.save(3)
+    second.restore()
+    second.optimizer.state.clear()  # the control of the test above
+    first.learn(1), second.learn(1)
+    assert second.bits()["inner.weight"] != first.bits()["inner.weight"]
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf, None, -0.25])
+def test_any_score_survives(score: float | None, tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.save(1, best_score=score, finished=True)
+    found = run.restore()
+    assert found is not None and found.finished
+    assert found.best_score == score or (
+        isinstance(score, float) and math.isnan(score) and math.isnan(found.best_score or 0)
+    )
+
+
+def test_restoring_writes_into_the_weights_that_are_there(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.save(1)
+    places = {name: weight.data_ptr() for name, weight in run.model.named_parameters()}
+    held = {id(weight) for group in run.optimizer.param_groups for weight in group["params"]}
+    run.restore()
+    assert {name: weight.data_ptr() for name, weight in run.model.named_parameters()} == places
+    assert {id(weight) for weight in run.model.parameters()} == held
+    assert run.model.outer.weight is run.model.inner.weight
+
+
+def test_tied_weights_are_written_once(tmp_path: Path) -> None:
+    assert sorted(model_tensors(Net(0))) == ["inner.bias", "inner.weight", "outer.bias", "seen"]
+
+
+def test_nothing_to_restore_is_none(tmp_path: Path) -> None:
+    run = Run(tmp_path / "not there")
+    before = run.bits()
+    assert run.restore() is None
+    assert (run.bits(), run.said) == (before, [])
+
+
+def test_counting_a_step_leaves_room_for_its_loss() -> None:
+    progress = Progress()
+    progress.count(1, 8, None)
+    progress.count(2, 3, {"window": {"epoch": 1}})
+    assert asdict(progress) == {
+        **asdict(Progress()),
+        "step": 2,
+        "rows": 11,
+        "window": [[0.0, 8.0], [0.0, 3.0]],
+        "place": progress.place,
+    }
+    assert (progress.epochs(4), progress.epochs(0), Progress().epochs(0)) == (0.5, 1.0, 0.0)
+
+
+def test_the_place_of_a_stream_comes_back(tmp_path: Path) -> None:
+    place = {
+        "window": {
+            "epoch": 1,
+            "window": 3,
+            "rows": 48,
+            "cursors": [{"pass": 1, "file": 2, "place": {"at": 7}, "skip": 4}],
+        },
+        "step": 2,
+    }
+    run = Run(tmp_path)
+    run.save(1, place=place)
+    found = run.restore()
+    assert (
+        found is not None
+        and found.place == place
+        and found.epochs(0) == 1.0
+        and found.epochs(4) == 0.25
+    )
+    assert Progress(place={"over": {"epoch": 2}}).epochs(0) == 2.0 and Progress().epochs(0) == 0.0
+    state = json.loads((tmp_path / "step_000001" / "state.json").read_text())
+    assert place_of_rank(tmp_path, {**state, "ranks": 4}, 3, 4) == place, (
+        "one place is that of all ranks"
+    )
+    assert place_of_rank(tmp_path, {**state, "ranks": 4}, 0, 2) == place
+    del state["places"]
+    assert place_of_rank(tmp_path, state, 0, 1) is None, "of a version that knew no streams"
+
+
+def test_ranks_that_read_own_files_go_on_in_their_own_places() -> None:
+    places = [{"window": {"epoch": 0}, "step": rank} for rank in range(3)]
+    state = {"identity": {"stream_split": "files"}, "ranks": 3, "places": places}
+    assert [place_of_rank(Path("step"), state, rank, 3) for rank in range(3)] == places
+    with pytest.raises(
+        CheckpointError, match="each in the middle of its own files, and now there are 2"
+    ):
+        place_of_rank(Path("step"), state, 0, 2)
+    some_over = {**state, "places": [{"over": {"epoch": 1}}, *places[1:]]}
+    with pytest.raises(CheckpointError, match="was written by 3 processes"):
+        place_of_rank(Path("step"), some_over, 0, 2)
+    all_over = {**state, "places": [{"over": {"epoch": 1}}]}
+    assert [place_of_rank(Path("step"), all_over, rank, 5) for rank in range(5)] == [
+        {"over": {"epoch": 1}}
+    ] * 5
+
+
+def test_own_files_on_other_ranks_are_said_or_refused(tmp_path: Path) -> None:
+    run, files = Run(tmp_path), {"stream_split": "files"}
+    for place in ({"over": {"epoch": 1}}, {"window": {"epoch": 0}, "step": 1}):
+        run.checkpoints.save(
+            run.model, run.optimizer, Progress(step=1, place=place), Settings(files)
+        )
+        written = json.loads((tmp_path / "step_000001" / "state.json").read_text())
+        changed = changed_ranks(tmp_path / "step_000001", written)
+        write_folder(
+            tmp_path / "step_000001",
+            lambda folder, of=changed: [
+                (folder / name).write_bytes(data) for name, data in of.items()
+            ],
+        )
+        if "over" in place:
+            assert run.restore(identity=files) == Progress(step=1, place=place)
+            assert "each epoch has the same rows, in other steps" in run.said[-1]
+    with pytest.raises(CheckpointError, match="was written by 3 processes"):
+        run.restore(identity=files)
+
+
+def test_the_scale_of_half_precision_comes_back(tmp_path: Path) -> None:
+    class Scaler:
+        def __init__(self, scale: float) -> None:
+            self.scale = scale
+
+        def state_dict(self) -> dict[str, float]:
+            return {"scale": self.scale}
+
+        def load_state_dict(self, state: dict[str, float]) -> None:
+            self.scale = state["scale"]
+
+    Run(tmp_path, scaler=Scaler(1024.0)).save(1)
+    fresh = Scaler(65536.0)
+    Run(tmp_path, scaler=fresh).restore()
+    assert fresh.scale == 1024.0
+    Run(tmp_path).restore()  # and a run without one does without
+
+
+def test_another_number_of_ranks_is_said(tmp_path: Path) -> None:
+    Run(tmp_path, num_processes=1).save(1)
+    state = tmp_path / "step_000001"
+    written = json.loads((state / "state.json").read_text())
+    write_folder(
+        state,
+        lambda folder: [
+            (folder / name).write_bytes(data)
+            for name, data in changed_ranks(state, written).items()
+        ],
+    )
+    run = Run(tmp_path)
+    assert run.restore() == Progress(step=1)
+    assert run.said[1].startswith(
+        "It was written by 3 processes, now there are 1: the same rows in the same steps;"
+    )
+
+
+def changed_ranks(folder: Path, state: dict[str, Any]) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in FILES[:2]} | {
+        "state.json": json.dumps(state | {"ranks": 3}).encode()
+    }
+
+
+# ---- Which one is taken
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"), [(2, [1000000, 1000001]), (3, [999999, 1000000, 1000001])]
+)
+def test_the_newest_checkpoints_are_kept_by_number(
+    keep: int, left: list[int], tmp_path: Path
+) -> None:
+    run = Run(tmp_path, keep=keep)
+    for step in (9, 10, 999999, 1000000, 1000001):  # as words 1000000 comes before 999999
+        run.save(step)
+    assert names(tmp_path) == sorted(f"step_{step:06d}" for step in left)
+    assert run.restore() == Progress(step=1000001)
+
+
+@pytest.mark.parametrize("keep", [2, 3, 4, 5, 7])
+def test_as_many_checkpoints_as_asked_for_are_kept_at_every_moment(
+    keep: int, tmp_path: Path
+) -> None:
+    run = Run(tmp_path, keep=keep)
+    for step in range(1, 10):
+        run.save(step)
+        assert names(tmp_path) == [
+            f"step_{kept:06d}" for kept in range(max(1, step - keep + 1), step + 1)
+        ]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As an OSError it would end rank 0 alone, and the others would wait for it.
+    run = Run(tmp_path)
+    run.save(1), run.save(2)
+    real = shutil.rmtree
+
+    def refuse(path: Path, *rest: Any, **settings: Any) -> None:
+        if path.name == ".step_000001.old":
+            raise PermissionError(13, "Permission denied", str(path))
+        real(path, *rest, **settings)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(CheckpointError, match="step_000001"):
+        run.save(3)
+    assert damage_of(tmp_path / "step_000003") is None  # the new one is whole
+
+
+def test_a_checkpoint_that_was_just_written_is_not_rotated_away(tmp_path: Path) -> None:
+    # Going back with --resume_from_checkpoint leaves newer folders beside it.
+    run = Run(tmp_path, keep=3)
+    for step in (2, 4, 6):
+        run.save(step)
+    run = Run(tmp_path, keep=2)
+    assert run.restore(str(tmp_path / "step_000002")) == Progress(step=2)
+    run.save(3)
+    assert "step_000003" in names(tmp_path)
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.save(1, rows=1)
+    run.save(1, rows=2)
+    assert run.restore() == Progress(step=1, rows=2)
+    assert names(tmp_path) == ["step_000001"]
+
+
+def test_a_named_checkpoint_is_taken_before_a_newer_one(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.save(1), run.save(2)
+    assert run.restore(str(tmp_path / "step_000001")) == Progress(step=1)
+    assert run.restore() == Progress(step=2)
+
+
+def test_a_named_checkpoint_that_is_damaged_or_absent_is_an_error(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.save(1), run.save(2)
+    (tmp_path / "step_000002" / "state.json").unlink()
+    for name, damage in (
+        ("step_000002", "state.json is missing"),
+        ("step_000007", "there is no such folder"),
+    ):
+        path = tmp_path / name
+        with pytest.raises(CheckpointError) as caught:
+            run.restore(str(path))
+        assert str(caught.value) == f"--resume_from_checkpoint {path}: {damage}."
+    assert names(tmp_path) == ["step_000001", "step_000002"]  # what a person names is not moved
+
+
+def flip(path: Path) -> None:
+    """One bit, in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated": (lambda path: os.truncate(path, path.stat().st_size - 1), "{} has"),
+    "grown": (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "{} has"),
+    "emptied": (lambda path: path.write_bytes(b""), "{} has 0 bytes instead of"),
+    "one bit flipped": (flip, "{} is not what was written (its digest differs)"),
+    "zeroed": (
+        lambda path: path.write_bytes(bytes(path.stat().st_size)),
+        "{} is not what was written",
+    ),
+    "deleted": (Path.unlink, "{} is missing"),
+    "made a folder": (lambda path: (path.unlink(), path.mkdir()), "{} is missing"),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named_and_its_checkpoint_moved_aside(
+    damage: str, file: str, tmp_path: Path
+) -> None:
+    change, words = DAMAGES[damage]
+    run = Run(tmp_path)
+    run.save(1)
+    before = run.bits()
+    run.learn(1)
+    run.save(2)
+    change(tmp_path / "step_000002" / file)
+    run.learn(1)
+    assert run.restore() == Progress(step=1)
+    assert run.bits() == before
+    assert run.said[0].startswith(
+        f"Passing over checkpoint {tmp_path / 'step_000002'}: {words.format(file)}"
+    )
+    assert run.said[0].endswith(". It is now step_000002.damaged.")
+    assert names(tmp_path) == ["step_000001", "step_000002.damaged"]
+    run.save(2)  # the way is free
+    assert run.restore() == Progress(step=2)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "words"),
+    [
+        (None, "manifest.json is missing"),
+        (b"", "manifest.json cannot be read"),
+        (b'{"format": 1, "files": {"mod', "manifest.json cannot be read"),
+        (b"[]", "manifest.json cannot be read"),
+        (b"3", "manifest.json cannot be read"),
+        (b"{}", "manifest.json cannot be read"),
+        (b'{"files": 3}', "manifest.json cannot be read"),
+        (b'{"files": ["model.safetensors"]}', "manifest.json cannot be read"),
+        (b'{"files": {"model.safetensors": 3}}', "manifest.json cannot be read"),
+        (
+            b'{"files": {"model.safetensors": {"bytes": null, "xxh3_128": ""}}}',
+            "manifest.json cannot be read",
+        ),
+        (b"\xff\xfe", "manifest.json cannot be read"),
+        pytest.param(b"[" * 5000, "manifest.json cannot be read", id="deep"),
+        (b'{"files": {}}', "manifest.json does not name model.safetensors"),
+    ],
+)
+def test_a_broken_manifest_is_told_and_passed_over(
+    manifest: bytes | None, words: str, tmp_path: Path
+) -> None:
+    run = Run(tmp_path)
+    run.save(1), run.save(2)
+    path = tmp_path / "step_000002" / "manifest.json"
+    path.unlink() if manifest is None else path.write_bytes(manifest)
+    assert run.restore() == Progress(step=1)
+    assert (
+        run.said[0]
+        == f"Passing over checkpoint {tmp_path / 'step_000002'}: {words}. It is now step_000002.damaged."
+    )
+
+
+def test_every_digest_of_the_manifest_is_looked_at(tmp_path: Path) -> None:
+    Run(tmp_path).save(1)
+    assert damage_of(tmp_path / "step_000001") is None
+    path = tmp_path / "step_000001" / "manifest.json"
+    whole = json.loads(path.read_text())
+    assert sorted(whole["files"]) == FILES
+    for name in FILES:
+        broken = json.loads(json.dumps(whole))
+        broken["files"][name]["xxh3_128"] = "0" * 32
+        path.write_text(json.dumps(broken))
+        assert damage_of(path.parent) == f"{name} is not what was written (its digest differs)"
+
+
+def test_damage_upon_damage_has_a_name_of_its_own(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for _ in range(3):
+        run.save(1)
+        flip(tmp_path / "step_000001" / "model.safetensors")
+        assert run.restore() is None
+    assert names(tmp_path) == [
+        "step_000001.damaged",
+        "step_000001.damaged-2",
+        "step_000001.damaged-3",
+    ]
+
+
+def test_what_was_not_written_to_its_end_is_removed_and_said(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.save(1)
+    (tmp_path / ".step_000002.partial").mkdir()
+    (tmp_path / ".step_000002.partial" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "notes").mkdir()  # not ours
+    assert run.restore() == Progress(step=1)
+    assert (
+        run.said[0]
+        == "Removing .step_000002.partial, a checkpoint that was not written to its end."
+    )
+    assert names(tmp_path) == ["notes", "step_000001"]
+
+
+def test_another_run_is_refused_and_what_differs_is_named(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.save(1)
+    before = run.bits()
+    run.learn(1)
+    learned = run.bits()
+    with pytest.raises(CheckpointError) as caught:
+        run.restore(
+            identity={"learning_rate": 1e-5, "labels": ["b", "a"], "dropout": None, "seed": 3}
+        )
+    assert str(caught.value) == (
+        f"{tmp_path / 'step_000001'} belongs to another run. What differs:\n"
+        "  setting        then        now         what it means\n"
+        "  learning_rate  5e-05       1e-05       the steps that are done had another learning rate\n"
+        "  labels         ['a', 'b']  ['b', 'a']  the outputs of the weights mean other labels\n"
+        "  seed           None        3           another order of rows and other dropout: rows of this epoch come twice or not at all\n"
+        "Take the old settings, or another --output_dir."
+    )
+    assert run.bits() == learned != before  # nothing was loaded
+
+
+def test_another_model_is_refused_and_the_weight_is_named(tmp_path: Path) -> None:
+    Run(tmp_path).save(1)
+    with pytest.raises(
+        CheckpointError,
+        match=r"step_000001 is of another model: inner\.bias differs \(3 weights in all\)\.$",
+    ):
+        Run(tmp_path, size=5).restore()
+    with pytest.raises(
+        CheckpointError, match=r"is of another model: extra differs \(1 weights in all\)\.$"
+    ):
+        load_tensors(
+            {"a": torch.zeros(1)}, {"a": torch.zeros(1), "extra": torch.zeros(1)}, tmp_path
+        )
+
+
+# ---- No pickle
+
+
+def is_pickle(data: bytes) -> bool:
+    """Whether pickle, or torch.load, would make something of these bytes."""
+    if data[:4] == b"PK\x03\x04":
+        return True
+    try:
+        return any(opcode.name == "STOP" for opcode, _, _ in pickletools.genops(data))
+    except Exception:  # genops raises a dozen kinds
+        return False
+
+
+def test_nothing_that_is_written_is_a_pickle(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.learn(1)
+    run.save(1, best_score=0.5, window=[[1.0, 2.0]])
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(path.name for path in files) == ["manifest.json", *FILES]
+    assert [path.name for path in files if is_pickle(path.read_bytes())] == []
+    held = io.BytesIO()
+    torch.save({"a": 1}, held)  # the controls
+    assert (
+        is_pickle(held.getvalue())
+        and is_pickle(pickle.dumps({"a": 1}))
+        and is_pickle(pickle.dumps({"a": 1}, protocol=0))
+    )
+
+
+def test_restoring_reads_no_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path)
+    run.learn(1)
+    run.save(1)
+    (tmp_path / "step_000001" / "custom_checkpoint_0.pkl").write_bytes(
+        b"cos\nsystem\n(S'false'\ntR."
+    )  # what accelerate would run
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a pickle was to be read")
+
+    for module, name in (
+        (torch, "load"),
+        (pickle, "load"),
+        (pickle, "loads"),
+        (pickle, "Unpickler"),
+    ):
+        monkeypatch.setattr(module, name, refuse)
+    assert run.restore() == Progress(step=1)
+    with pytest.raises(AssertionError, match="a pickle"):
+        torch.load(tmp_path)  # the control: the guard stands
+
+
+# ---- Whole or absent
+
+
+def fill_with(text: str) -> Callable[[Path], None]:
+    def fill(folder: Path) -> None:
+        (folder / "a").write_text(text)
+        (folder / "deep").mkdir()
+        (folder / "deep" / "b").write_text(text)
+
+    return fill
+
+
+@contextmanager
+def recorded(
+    monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None, error: BaseException | None = None
+) -> Iterator[list[Any]]:
+    """What is flushed, renamed and replaced, in order; raises before the `stop_at`-th of them."""
+    done: list[Any] = []
+
+    def count(entry: Any) -> None:
+        done.append(entry)
+        if error is not None and len(done) - 1 == stop_at:
+            raise error
+
+    def fsync(handle: int) -> None:
+        count(("flush", os.fstat(handle).st_ino))
+        real["fsync"](handle)
+
+    def rename(old: Any, new: Any) -> None:
+        count(("rename", Path(old).name, Path(new).name))
+        real["rename"](old, new)
+
+    real = {"fsync": os.fsync, "rename": os.rename}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        patch.setattr(os, "rename", rename)
+        yield done
+
+
+def test_the_manifest_is_last_and_all_is_flushed_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest_when_filled = []
+    final = tmp_path / "final"
+
+    def fill(folder: Path) -> None:
+        fill_with("x")(folder)
+        manifest_when_filled.append((folder / "manifest.json").exists())
+
+    with recorded(monkeypatch) as done:
+        write_folder(final, fill)
+    number = {
+        path.stat().st_ino: path.relative_to(tmp_path).as_posix()
+        for path in (tmp_path, *tmp_path.rglob("*"))
+    }
+    order = [number[entry[1]] if entry[0] == "flush" else entry for entry in done]
+    assert order == [
+        "final/a",
+        "final/deep/b",
+        "final/manifest.json",
+        "final",
+        ("rename", ".final.partial", "final"),
+        ".",
+    ]
+    assert manifest_when_filled == [False]
+    assert sorted(json.loads((final / "manifest.json").read_text())["files"]) == ["a", "deep/b"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")]
+)
+def test_a_fill_that_fails_leaves_the_old_folder(error: OSError, tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    write_folder(final, fill_with("old"))
+
+    def fail(folder: Path) -> None:
+        (folder / "a").write_text("half")
+        raise error
+
+    with pytest.raises(CheckpointError) as caught:
+        write_folder(final, fail)
+    assert (
+        str(caught.value)
+        == f"Cannot write {final}: {error.strerror}. What was there before is untouched."
+    )
+    assert (final / "a").read_text() == (final / "deep" / "b").read_text() == "old"
+    write_folder(final, fill_with("new"))  # and nothing is in the way of the next one
+    assert (final / "a").read_text() == "new"
+    assert names(tmp_path) == ["final"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(
+        CheckpointError, match=r"^Cannot write .*file/final: Not a directory\. What was there"
+    ):
+        write_folder(tmp_path / "file" / "final", fill_with("x"))
+
+
+@contextmanager
+def small_disk(most_bytes: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes: writing fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
+    run = Run(tmp_path, size=32)
+    run.save(1)
+    with small_disk(1000), pytest.raises(CheckpointError, match=r"^Cannot write .*step_000002: "):
+        run.save(2)
+    assert run.restore() == Progress(step=1)
+
+
+@pytest.mark.parametrize("which", range(2))
+def test_a_rename_that_fails_leaves_the_old_folder(
+    which: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final = tmp_path / "final"
+    write_folder(final, fill_with("old"))
+    with recorded(monkeypatch) as done:
+        write_folder(tmp_path / "other", fill_with("x"))
+    flushes = sum(entry[0] == "flush" for entry in done) - 1  # all but the parent's
+    error = OSError(5, "Input/output error")
+    with (
+        recorded(monkeypatch, flushes + which, error),
+        pytest.raises(CheckpointError, match=r"What was there before is untouched\.$"),
+    ):
+        write_folder(final, fill_with("new"))
+    assert (final / "a").read_text() == "old"
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nobody catches it, and nothing is cleaned up."""
+
+
+def test_a_run_that_is_killed_while_saving_goes_on_from_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with recorded(monkeypatch) as done:
+        Run(tmp_path / "measured").save(1)
+    assert len(done) == 7  # five files and folders flushed, a rename, the parent flushed
+    steps = set()
+    for moment in range(len(done) + 1):
+        folder = tmp_path / str(moment)
+        run = Run(folder)
+        run.save(1)
+        bits = {1: run.bits()}
+        run.learn(1)
+        bits[2] = run.bits()
+        with recorded(monkeypatch, moment, Killed()):
+            if moment < len(done):
+                with pytest.raises(Killed):
+                    run.save(2)
+            else:
+                run.save(2)
+        again = Run(folder, seed=5)
+        found = again.restore()
+        assert found is not None
+        assert again.bits() == bits[found.step]
+        assert all(damage_of(path) is None for path in folder.glob("step_*"))
+        assert not list(folder.glob(".step_*"))
+        steps.add((moment, found.step))
+    # Up to the rename the old one, from there on the new one.
+    assert steps == {(moment, 1 if moment <= 5 else 2) for moment in range(8)}
+
+
+def test_an_optimizer_tensor_is_named_after_its_weight(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert optimizer_tensors(run.model, run.optimizer) == {}
+    run.learn(2)
+    found = optimizer_tensors(run.model, run.optimizer)
+    assert sorted(found)[:3] == ["inner.bias|exp_avg", "inner.bias|exp_avg_sq", "inner.bias|step"]
+    assert found["inner.bias|step"].item() == 2

@@ -1,0 +1,333 @@
+"""Scores are of each row once, in float64, whatever the batches; and the one that picks the best weights knows its direction."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from bertdist.core.config import ModelConfig, TaskConfig
+from bertdist.core.errors import ConfigError
+from bertdist.data import sharding as batching
+from bertdist.data.batch import Batch
+from bertdist.data.records import records_of
+from bertdist.data.sharding import Batches
+from bertdist.data.tokenization import Example, open_examples
+from bertdist.models.classifier import Classifier, load_classifier, load_settings
+from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
+from bertdist.training.evaluation import (
+    Judge,
+    assert_each_row_once,
+    evaluate_split,
+    no_number,
+    predict_rows,
+    told_of_rows,
+)
+
+ONE_RANK: Any = SimpleNamespace(
+    num_processes=1, process_index=0, is_main_process=True, device=torch.device("cpu")
+)
+LENGTHS = [3, 1, 4, 1, 5, 9, 2, 6]
+# Row -> logits of two labels; the last rows are confident, and wrong where the target says so.
+LOGITS = torch.tensor(
+    [
+        [1.0, 0.0],
+        [0.0, 1.0],
+        [2.0, -1.0],
+        [0.5, 0.25],
+        [-3.0, 3.0],
+        [0.0, 0.0],
+        [8.0, -8.0],
+        [-8.0, 8.0],
+    ]
+)
+TARGETS = np.array([0, 1, 1, 0, 1, 0, 1, 1])
+
+
+class Rows:
+    """Examples without a tokenizer."""
+
+    def __init__(self, targets: Any = TARGETS) -> None:
+        self.targets = targets
+        self.records = SimpleNamespace(lengths=lambda: np.array(LENGTHS))
+
+    def __len__(self) -> int:
+        return len(LENGTHS)
+
+    def __getitem__(self, rows: Sequence[int]) -> list[Example]:
+        return [
+            Example(row, [1] * LENGTHS[row], [0] * LENGTHS[row], self.targets[row], 1.0)
+            for row in rows
+        ]
+
+
+class Known(nn.Module):
+    """Answers LOGITS, and remembers how it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.asked: list[tuple[bool, bool, int]] = []
+
+    def forward(self, batch: Batch) -> Tensor:
+        self.asked.append((self.training, torch.is_grad_enabled(), len(batch.lengths)))
+        return (LOGITS[batch.rows] * self.scale).double()
+
+
+def batches(**changes: Any) -> Batches:
+    return Batches(
+        **{"examples": Rows(), "rows_per_step": 3, "tokens_per_micro_batch": 7, **changes}
+    )
+
+
+# ---- Each row once
+
+
+@pytest.mark.parametrize("rows_per_step", [1, 3, 8, 100])
+@pytest.mark.parametrize("tokens", [1, 7, 1000])
+def test_logits_come_in_row_order_whatever_the_batches(rows_per_step: int, tokens: int) -> None:
+    found = predict_rows(
+        Known(), batches(rows_per_step=rows_per_step, tokens_per_micro_batch=tokens), ONE_RANK
+    )
+    assert found.dtype == torch.float32
+    assert torch.equal(found, LOGITS)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_is_asked_without_dropout_and_left_as_it_was(training: bool) -> None:
+    model = Known().train(training)
+    predict_rows(model, batches(), ONE_RANK)
+    assert {asked[:2] for asked in model.asked} == {(False, False)}
+    assert sum(asked[2] for asked in model.asked) == len(LENGTHS)
+    assert model.training is training
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("rows", "total", "lost", "repeated"),
+    [
+        ([0, 2], 3, 1, 0),
+        ([], 2, 2, 0),
+        ([0, 1, 1, 2], 3, 0, 1),
+        ([0, 0, 0, 2, 2], 3, 1, 2),
+        ([0, 1, 2, 3], 3, 0, 0),
+        ([0, 2], 2, 1, 0),
+    ],
+)
+def test_a_lost_or_repeated_row_is_seen(
+    rows: list[int], total: int, lost: int, repeated: int
+) -> None:
+    with pytest.raises(AssertionError) as caught:
+        assert_each_row_once(torch.tensor(rows, dtype=torch.int64), total)
+    assert (
+        str(caught.value)
+        == f"{total} rows were to be scored once each; {lost} came not at all, {repeated} more than once"
+    )
+
+
+@pytest.mark.parametrize("rows", [[], [0], [2, 0, 1]])
+def test_each_row_once_is_accepted_in_any_order(rows: list[int]) -> None:
+    assert_each_row_once(torch.tensor(rows, dtype=torch.int64), len(rows))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda rows: rows[:-1], lambda rows: np.concatenate([rows, rows[:1]])]
+)
+def test_a_deal_that_loses_or_repeats_a_row_cannot_be_scored(
+    change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = batching.deal
+    monkeypatch.setattr(batching, "deal", lambda *args: [change(share) for share in real(*args)])
+    with pytest.raises(AssertionError, match="8 rows were to be scored once each"):
+        predict_rows(Known(), batches(), ONE_RANK)
+
+
+# ---- The loss
+
+
+def by_hand(row: int) -> float:
+    """Cross-entropy of one row, in Python's floats."""
+    logits = LOGITS[row].tolist()
+    return math.log(sum(math.exp(logit) for logit in logits)) - logits[TARGETS[row]]
+
+
+@pytest.mark.parametrize("rows_per_step", [1, 3, 8])
+def test_the_loss_is_the_mean_over_rows_taken_one_by_one(rows_per_step: int) -> None:
+    task = SingleLabel(
+        ("no", "yes"), class_weights=(3.0, 0.5), smoothing=0.1
+    )  # which count in training only
+    split = batches(rows_per_step=rows_per_step)
+    found = evaluate_split(Known(), split, Judge(TaskConfig(), task, None), ONE_RANK)
+    assert found.scores["loss"] == pytest.approx(math.fsum(map(by_hand, range(8))) / 8, rel=1e-15)
+    assert list(found.scores) == ["loss", "accuracy", "f1_macro"]
+    assert (
+        found.scores["accuracy"] == 6 / 8
+    )  # rows 2 and 6 are wrong, and row 5 is a tie, which the first label takes: right
+    means = [
+        math.fsum(by_hand(row) for row in part) / len(part)
+        for part in ([0, 1, 2], [3, 4, 5], [6, 7])
+    ]
+    assert (
+        abs(math.fsum(means) / 3 - found.scores["loss"]) > 0.1
+    )  # the control: a mean of means is another number
+
+
+def test_the_loss_of_a_real_model_is_that_of_its_rows_alone(tiny_model: Path) -> None:
+    texts = ["good", "a bad movie", "so dull and so poor a film, the worst", "it was fun"]
+    config = ModelConfig(model_name_or_path=str(tiny_model))
+    task = SingleLabel(("no", "yes"))
+    torch.manual_seed(0)
+    model: Classifier = load_classifier(config, load_settings(config), task)[0].double().eval()
+    examples = open_examples(records_of(texts), AutoTokenizer.from_pretrained(tiny_model), None, 64)
+    judge = Judge(TaskConfig(), task, None)
+    found = evaluate_split(
+        model,
+        Batches(examples=examples, rows_per_step=4, tokens_per_micro_batch=16),
+        judge,
+        ONE_RANK,
+    )
+    with torch.no_grad():
+        alone = [
+            task.plain_loss(
+                model(batching.collate(examples[[row]])), torch.zeros(1, dtype=torch.int64)
+            ).item()
+            for row in range(4)
+        ]
+    assert found.scores["loss"] == pytest.approx(
+        math.fsum(alone) / 4, rel=1e-6
+    )  # logits travel as float32
+
+
+# ---- The judge
+
+
+@pytest.mark.parametrize(
+    ("task", "logits", "references", "loss", "first"),
+    [
+        (
+            SingleLabel(("no", "yes")),
+            [[0.0, 0.0], [0.0, 0.0]],
+            np.array([0, 1]),
+            math.log(2),
+            ("accuracy", 0.5),
+        ),
+        (
+            MultiLabel(("a", "b")),
+            [[0.0, 0.0], [0.0, 0.0]],
+            np.array([[0, 1], [0, 0]], dtype=np.float32),
+            math.log(2),
+            ("f1_micro", 0.0),
+        ),
+        (
+            Regression(("score",)),
+            [[1.0], [3.0]],
+            np.array([2.0, 5.0], dtype=np.float32),
+            2.5,
+            ("pearson", 1.0),
+        ),
+    ],
+)
+def test_a_split_is_judged_by_hand(
+    task: Task, logits: list[Any], references: Any, loss: float, first: tuple[str, float]
+) -> None:
+    found = Judge(TaskConfig(), task, None).judge(torch.tensor(logits), references)
+    assert found.scores["loss"] == pytest.approx(loss, rel=1e-15)
+    assert (next(name for name in found.scores if name != "loss"), found.merit) == (
+        first[0],
+        pytest.approx(first[1]),
+    )
+    assert found.references is references
+    assert found.answers == task.answers(torch.tensor(logits))
+    assert (found.classes == {}) is isinstance(task, Regression)
+
+
+@pytest.mark.parametrize(
+    ("metric", "sign"), [("loss", -1), ("accuracy", 1), ("f1_macro", 1), (None, 1)]
+)
+def test_merit_is_more_where_the_weights_are_better(metric: str | None, sign: int) -> None:
+    judge = Judge(TaskConfig(metric_for_best_model=metric), SingleLabel(("no", "yes")), None)
+    right, wrong = (
+        judge.judge(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), np.array(targets))
+        for targets in ([0, 1], [1, 0])
+    )
+    assert right.merit == sign * right.scores[metric or "accuracy"]
+    assert right.merit > wrong.merit
+
+
+def test_an_error_of_numbers_is_less_where_the_weights_are_better() -> None:
+    judge = Judge(TaskConfig(metrics=["mse", "pearson"]), Regression(("score",)), None)
+    near, far = (
+        judge.judge(torch.tensor([[1.0], [2.0]]), np.array(targets, dtype=np.float32))
+        for targets in ([1.0, 2.5], [5.0, 7.0])
+    )
+    assert (near.scores["mse"], near.merit) == (0.125, -0.125)
+    assert near.merit > far.merit
+
+
+@pytest.mark.parametrize(
+    ("config", "glue", "main"),
+    [
+        ({}, None, "accuracy"),
+        ({}, "mrpc", "accuracy"),
+        ({}, "cola", "matthews_correlation"),
+        ({"metrics": ["f1", "accuracy"]}, "cola", "f1"),
+        ({"metrics": ["f1", "accuracy"], "metric_for_best_model": "accuracy"}, None, "accuracy"),
+        ({"metric_for_best_model": "loss"}, None, "loss"),
+    ],
+)
+def test_the_first_metric_picks_the_best_weights_unless_one_is_named(
+    config: dict[str, Any], glue: str | None, main: str
+) -> None:
+    assert Judge(TaskConfig(**config), SingleLabel(("no", "yes")), glue).main == main
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"metric_for_best_model": "acuracy"},
+            "--metric_for_best_model acuracy: not among the scores that are computed. Did you mean 'accuracy'?",
+        ),
+        (
+            {"metric_for_best_model": "f1"},
+            "--metric_for_best_model f1: not among the scores that are computed. Known: 'loss', 'accuracy', 'f1_macro'.",
+        ),
+        ({"metrics": ["acuracy"]}, "--metrics acuracy: "),
+        ({"metrics": ["pearson"]}, "--metrics pearson: "),
+    ],
+)
+def test_a_metric_that_is_not_computed_is_told_before_training(
+    config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Judge(TaskConfig(**config), SingleLabel(("no", "yes")), None)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_rows_without_a_number_have_no_scores(value: float) -> None:
+    """The largest of NaNs is some label: without this a broken model has an accuracy."""
+    judge, logits = (
+        Judge(TaskConfig(), SingleLabel(("no", "yes")), None),
+        torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 1.0]]),
+    )
+    assert (
+        no_number(logits) == ()
+        and judge.judge(logits, np.array([0, 1, 1])).scores["accuracy"] == 1.0
+    )
+    logits[2, 1] = value
+    found = judge.judge(logits, np.array([0, 1, 1]))
+    assert no_number(logits) == (2,) and all(
+        math.isnan(score) for score in (*found.scores.values(), found.merit)
+    )
+    told = told_of_rows((2, 5, 6, 9), 3_000, "row {}".format)
+    assert told.startswith(
+        "the model gives NaN or Inf for 4 of 3,000 rows: row 2, row 5, row 6, and more. "
+    )
