@@ -23,10 +23,10 @@ def rows(job: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     from bertdist.core.config import DataConfig, TaskConfig
-    from bertdist.data.loading import open_source
+    from bertdist.data.loading import load_records
     from bertdist.tasks.tasks import open_task
 
-    source = open_source(
+    source = load_records(
         DataConfig(
             train_file=[job["file"]],
             text_column=job["text_column"],

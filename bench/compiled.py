@@ -22,10 +22,10 @@ from bench.scaling import SST2
 from bench.stage import say
 from bertdist.core.config import DataConfig, ModelConfig, OptimConfig, TaskConfig
 from bertdist.core.errors import BertdistError
-from bertdist.data.batch import Batch
-from bertdist.data.loading import open_source
-from bertdist.data.sharding import Batches
-from bertdist.data.stats import labels_in, task_of_rows
+from bertdist.data.batch import PackedBatch
+from bertdist.data.loading import load_records
+from bertdist.data.sharding import MapLoader
+from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data.tokenization import load_tokenizer, open_examples
 from bertdist.distributed.launch import keep_freed_memory
 from bertdist.models.classifier import load_classifier, load_settings
@@ -33,7 +33,7 @@ from bertdist.models.compile import Backend, compile_layers
 from bertdist.models.cpu_layers import clear_gradients
 from bertdist.models.dropout import seed_dropout
 from bertdist.tasks.tasks import Task
-from bertdist.training.optimizer import build_optimizer
+from bertdist.training.optimizer import create_optimizer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,10 +60,10 @@ def compare(args: argparse.Namespace, backend: Backend = "inductor") -> tuple[fl
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     config = ModelConfig(model_name_or_path=args.model_name_or_path)
-    rows = open_source(DataConfig(train_file=[args.train_file]), "train")
-    task = task_of_rows(TaskConfig(), labels_in(rows), None)
+    rows = load_records(DataConfig(train_file=[args.train_file]), "train")
+    task = create_task(TaskConfig(), label_stats_of(rows), None)
     examples = open_examples(rows, load_tokenizer(config), task, config.max_length)
-    batches = Batches(
+    batches = MapLoader(
         examples=examples,
         rows_per_step=args.batch_size,
         tokens_per_micro_batch=1 << 20,
@@ -71,7 +71,7 @@ def compare(args: argparse.Namespace, backend: Backend = "inductor") -> tuple[fl
     )
     steps = [step.share[0] for step in batches.steps(0, min(args.steps, batches.steps_per_epoch))]
     classifier, _ = load_classifier(config, load_settings(config), task)
-    adamw = build_optimizer(
+    adamw = create_optimizer(
         classifier.train(), OptimConfig(learning_rate=0.0)
     )  # every round takes the same steps
     said = compile_layers(classifier, Accelerator(cpu=True), backend)
@@ -106,7 +106,7 @@ def compare(args: argparse.Namespace, backend: Backend = "inductor") -> tuple[fl
 
 
 def seconds(
-    classifier: Any, adamw: torch.optim.Optimizer, batch: Batch, task: Task, number: int
+    classifier: Any, adamw: torch.optim.Optimizer, batch: PackedBatch, task: Task, number: int
 ) -> float:
     """Processor time of a step."""
     seed_dropout(1, number, 0)

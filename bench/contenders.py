@@ -58,25 +58,25 @@ def train(job: TrainJob) -> Trained:
 
 
 def run_bertdist(job: TrainJob, clock: Clock) -> Any:
-    """All that this benchmark knows of the inside of bertdist: `take_step` is called once a step and is given a Step."""
+    """All that this benchmark knows of the inside of bertdist: `train_step` is called once a step and is given a Step."""
     from transformers import AutoModelForSequenceClassification
 
     from bertdist import train as loop
     from bertdist.core.args import read_config
     from bertdist.data.batch import Step
 
-    take_step = loop.take_step
+    train_step = loop.train_step
 
     def stamped(*args: Any, **kwargs: Any) -> Any:
         (step,) = [value for value in (*args, *kwargs.values()) if isinstance(value, Step)]
-        result = take_step(*args, **kwargs)
+        result = train_step(*args, **kwargs)
         clock.stamp()
         rows = [row for batch in step.share for row in batch.rows.tolist()]
         lengths = [length for batch in step.share for length in batch.lengths]
         clock.see(rows, lengths, sum(lengths))
         return result
 
-    loop.take_step = stamped
+    loop.train_step = stamped
     words = f"""--text_column text --label_column label --problem_type single_label_classification --max_train_samples {job.rows}
         --num_train_epochs 1 --train_batch_size {job.batch_size} --learning_rate {job.learning_rate} --weight_decay 0 --seed {job.seed}
         --max_length {job.max_length} --save_every never --mixed_precision {job.mixed_precision}"""

@@ -87,10 +87,12 @@ def assert_same_rows(runs: Mapping[str, Trained]) -> None:
         tokens = sum(length for step in run.seen for length in step.lengths)
         if rows != list(range(len(rows))):
             raise BenchError(f"Contender {name} did not train each of {len(rows)} rows once.")
-        first, first_rows, first_tokens = held.setdefault(len(run.seen), (name, rows, tokens))
-        if (rows, tokens) != (first_rows, first_tokens):
+        first, first_rows_of_chunk, first_tokens = held.setdefault(
+            len(run.seen), (name, rows, tokens)
+        )
+        if (rows, tokens) != (first_rows_of_chunk, first_tokens):
             raise BenchError(
-                f"Contender {name} trained {len(rows)} rows of {tokens} tokens, {first} trained {len(first_rows)} rows of {first_tokens} "
+                f"Contender {name} trained {len(rows)} rows of {tokens} tokens, {first} trained {len(first_rows_of_chunk)} rows of {first_tokens} "
                 "tokens; expected the same of contenders with as many steps."
             )
 

@@ -35,11 +35,11 @@ from bertdist.core.args import read_config
 from bertdist.core.atomic_io import write_folder
 from bertdist.core.config import DataConfig, OptimConfig
 from bertdist.core.errors import BertdistError
-from bertdist.data.loading import open_source, open_stream
-from bertdist.data.source import read_bad_rows
+from bertdist.data.loading import load_records, open_stream
+from bertdist.data.source import read_skipped_rows
 from bertdist.data.stats import _read as read_survey
-from bertdist.training.checkpoint import Checkpoints, Progress
-from bertdist.training.optimizer import build_optimizer
+from bertdist.training.checkpoint import Checkpointer, Progress
+from bertdist.training.optimizer import create_optimizer
 from bertdist.training.resume_check import Settings
 
 Inputs = st.SearchStrategy[bytes]
@@ -195,7 +195,7 @@ def table_reader(kind: str, folder: Path, stream: bool) -> Callable[[bytes], obj
             streaming=stream,
         )
         if not stream:
-            rows = open_source(data, "train")
+            rows = load_records(data, "train")
             return (
                 [rows.where(row) for row in range(len(rows))],
                 rows.lengths(),
@@ -231,8 +231,8 @@ class Saved:
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
         self.folder, self.model = folder, nn.Linear(2, 2)
-        self.optimizer = build_optimizer(self.model, OptimConfig())
-        self.checkpoints = Checkpoints(folder, ONE, 2, lambda *lines: None)
+        self.optimizer = create_optimizer(self.model, OptimConfig())
+        self.checkpoints = Checkpointer(folder, ONE, 2, lambda *lines: None)
         self.checkpoints.save(self.model, self.optimizer, Progress(step=1), Settings({"seed": 1}))
         self.whole = {path.name: path.read_bytes() for path in (folder / "step_000001").iterdir()}
 
@@ -349,7 +349,7 @@ def readers(folder: Path) -> list[Reader]:
         Reader(
             "bad_rows.jsonl",
             like(row) | of_words(WORDS),
-            kept_reader(folder, "bad_rows.jsonl", read_bad_rows),
+            kept_reader(folder, "bad_rows.jsonl", read_skipped_rows),
             0.06,
         ),
         Reader(

@@ -29,7 +29,7 @@ from bench.peers import positive
 from bench.stage import say
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import BertdistError
-from bertdist.data.loading import open_source
+from bertdist.data.loading import load_records
 from bertdist.data_quality.label_issues import RANKINGS
 
 SST2 = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "sst2" / "train.tsv"
@@ -81,7 +81,7 @@ def write_noisy(args: argparse.Namespace, path: Path) -> None:
         label_column=args.label_column,
         delimiter=args.delimiter,
     )
-    records = open_source(data, "train")
+    records = load_records(data, "train")
     rows: dict[str, str] = {}
     for row in range(len(records)):
         record = records[row]

@@ -42,13 +42,13 @@ def predict(job: PredictJob) -> Predicted:
 def with_bertdist(job: PredictJob) -> Answering:
     """Predictor at its defaults."""
     from bertdist.core.config import RunConfig
-    from bertdist.distributed.launch import open_accelerator
+    from bertdist.distributed.launch import create_accelerator
     from bertdist.predict import Predictor
 
     predictor = Predictor(
         job.model,
         max_length=job.max_length,
-        accelerator=open_accelerator(RunConfig(use_cpu=job.use_cpu)),
+        accelerator=create_accelerator(RunConfig(use_cpu=job.use_cpu)),
     )
     return lambda texts: [(answer["label"], answer["score"]) for answer in predictor(texts)]
 

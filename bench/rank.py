@@ -38,15 +38,15 @@ def _trained(words: Sequence[str], steps: Any) -> Any:
     train: Any = module  # watched and quickened, in this process only
     torch.set_num_threads(1)
     train.matmul_rate = lambda device, precision: 1e12
-    take_step = train.take_step
+    train_step = train.train_step
 
     def written(model: Any, optimizer: Any, step: Any, *rest: Any) -> Any:
-        loss, norm = take_step(model, optimizer, step, *rest)
+        loss, norm = train_step(model, optimizer, step, *rest)
         steps.write(f"{step.number} {float(loss).hex()} {float(norm).hex()}\n")
         steps.flush()
         return loss, norm
 
-    train.take_step = written
+    train.train_step = written
     sys.argv = ["bertdist.train", *words]
     try:
         train.main()

@@ -36,9 +36,9 @@ from bench.peers import positive
 from bench.scaling import SST2
 from bench.stage import MAKE, PACKAGES, say
 from bertdist.core.config import DataConfig, ModelConfig, TaskConfig
-from bertdist.data.loading import open_source, open_stream
+from bertdist.data.loading import load_records, open_stream
 from bertdist.data.records import Records
-from bertdist.data.streaming import StreamBatches
+from bertdist.data.streaming import StreamLoader
 from bertdist.data.tokenization import encode, load_tokenizer, open_examples
 from bertdist.tasks.tasks import Task, open_task
 
@@ -114,7 +114,7 @@ class Measured:
 
 def read_rows(args: argparse.Namespace, tokenizer: Any, texts_a_row: int) -> Rows:
     """The file's texts, several joined to a row, repeated until there are enough; raises BenchError and BertdistError."""
-    records = open_source(
+    records = load_records(
         DataConfig(train_file=[args.train_file], text_column=args.text_column), "train"
     )
     assert isinstance(records, Records) and records.label_kind is not None
@@ -171,7 +171,7 @@ def seconds_a_row(path: Path, rows: Rows, tokenizer: Any, max_length: int, ranks
     stream = open_stream(
         DataConfig(train_file=[str(path)], streaming=True, stream_window=window), 0
     )
-    batches = StreamBatches(
+    batches = StreamLoader(
         stream=stream,
         task=rows.task,
         examples=open_examples(stream.head(), tokenizer, rows.task, max_length),

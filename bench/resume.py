@@ -19,10 +19,10 @@ from typing import Any
 
 from bertdist.core.config import DataConfig, ModelConfig
 from bertdist.data.batch import Step
-from bertdist.data.loading import open_source, open_stream
-from bertdist.data.sharding import Batches
-from bertdist.data.source import Place
-from bertdist.data.streaming import StreamBatches
+from bertdist.data.loading import load_records, open_stream
+from bertdist.data.sharding import MapLoader
+from bertdist.data.source import ReaderState
+from bertdist.data.streaming import StreamLoader
 from bertdist.data.tokenization import load_tokenizer, open_examples
 from bertdist.tasks.tasks import SingleLabel
 
@@ -60,18 +60,20 @@ def measure(model: str, rows: int, folder: Path) -> dict[str, list[float]]:
         DataConfig(train_file=[str(path)]),
         {"rows_per_step": ROWS_PER_STEP, "tokens_per_micro_batch": 8192, "seed": 1},
     )
-    records = open_source(data, "train")
-    batches = Batches(examples=open_examples(records, tokenizer, TASK, 128), shuffle=True, **common)  # type: ignore[arg-type]
+    records = load_records(data, "train")
+    batches = MapLoader(
+        examples=open_examples(records, tokenizer, TASK, 128), shuffle=True, **common
+    )
     stream = open_stream(replace(data, streaming=True, stream_window=WINDOW), 1)
     states = [window.state for window in stream.windows()]
     head = open_examples(stream.head(), tokenizer, TASK, 128)
-    streamed = StreamBatches(stream=stream, task=TASK, examples=head, **common)  # type: ignore[arg-type]
+    streamed = StreamLoader(stream=stream, task=TASK, examples=head, **common)  # type: ignore[arg-type]
 
-    def step_of(some: Any, number: int, place: Place | None) -> Callable[[], Step]:
+    def step_of(some: Any, number: int, place: ReaderState | None) -> Callable[[], Step]:
         return lambda: next(iter(some.steps(number, number + 1, place)))
 
     steps = [int(place * batches.steps_per_epoch) for place in PLACES]
-    windows: list[Place] = [
+    windows: list[ReaderState] = [
         {"window": states[int(place * len(states))], "step": 3} for place in PLACES
     ]
     return {

@@ -29,7 +29,7 @@ from bench.peers import positive
 from bench.stage import MAKE
 from bertdist.core.config import ModelConfig
 from bertdist.data.loading import open_texts
-from bertdist.data.sharding import deal, plan
+from bertdist.data.sharding import balance_by_length, epoch_order
 from bertdist.data.tokenization import encode, load_tokenizer
 
 Array = npt.NDArray[Any]
@@ -160,12 +160,16 @@ def deal_steps(
         [training_flops(shape, [length]) for length in range(int(texts.tokens.max()) + 1)]
     )
     cost = of_length[texts.tokens]  # (rows,) operations of each text
-    order, random = plan(len(cost), seed, 0), np.random.default_rng(seed)
+    order, random = epoch_order(len(cost), seed, 0), np.random.default_rng(seed)
     slowest, total = np.zeros(3), 0.0
     for step in range(steps):
         mine = order[step * rows : (step + 1) * rows]
         chance = np.array_split(random.permutation(mine), ranks)
-        ways = chance, deal(mine, texts.size[mine], ranks), deal(mine, texts.tokens[mine], ranks)
+        ways = (
+            chance,
+            balance_by_length(mine, texts.size[mine], ranks),
+            balance_by_length(mine, texts.tokens[mine], ranks),
+        )
         slowest += [max(float(cost[share].sum()) for share in way) for way in ways]
         total += float(cost[mine].sum())
     at_random, by_size, by_tokens = (slowest / (total / ranks)).tolist()

@@ -14,16 +14,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bertdist.core.args import names_in
-from bertdist.core.atomic_io import write_whole
+from bertdist.core.atomic_io import atomic_write
 from bertdist.core.config import DataConfig, ModelConfig
 from bertdist.core.errors import BertdistError, DataError
-from bertdist.core.terminal import Cell, complain, show, show_table
+from bertdist.core.terminal import Cell, print_error, show, show_table
 from bertdist.data.tokenization import load_tokenizer
 from bertdist.data_quality.cleaning import dropped_path, write_fixed
 from bertdist.data_quality.config import USUAL_FIX_KINDS, CheckConfig, read_check_config
 from bertdist.data_quality.findings import Finding, counts, excerpt, percent
 from bertdist.data_quality.length_checks import Lengths
-from bertdist.data_quality.report import Inspection, check_data
+from bertdist.data_quality.report import DataReport, check_data
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
@@ -32,7 +32,7 @@ SHOWN_LABELS = 24  # more labels than a screen has lines are in check.json only
 BAR = 30  # characters of the longest bar
 
 
-def check(config: CheckConfig, data: DataConfig) -> Inspection:
+def check(config: CheckConfig, data: DataConfig) -> DataReport:
     """What the command line does, short of showing it."""
     for flag, path in (("output", config.output), ("fix", config.fix)):
         if path is not None and not Path(path).parent.is_dir():
@@ -57,7 +57,7 @@ def check(config: CheckConfig, data: DataConfig) -> Inspection:
     )
 
 
-def show_inspection(found: Inspection) -> None:
+def show_inspection(found: DataReport) -> None:
     """Splits, labels, lengths and findings as tables on standard output."""
     show_table(
         "Splits",
@@ -96,7 +96,7 @@ def show_inspection(found: Inspection) -> None:
     )
 
 
-def _show_labels(found: Inspection) -> None:
+def _show_labels(found: DataReport) -> None:
     numbers = {
         name: labels.range()
         for name, labels in found.labels.items()
@@ -184,7 +184,7 @@ def _share(count: int, total: int) -> str:
     return f"{count:,}  {count / total:6.1%}"
 
 
-def _row(finding: Finding, found: Inspection) -> list[Cell]:
+def _row(finding: Finding, found: DataReport) -> list[Cell]:
     unit = finding.unit.removesuffix("s") if finding.count == 1 else finding.unit
     share = "" if finding.share is None else f"\n{percent(finding.share)}"
     return [
@@ -193,7 +193,7 @@ def _row(finding: Finding, found: Inspection) -> list[Cell]:
     ]
 
 
-def _told(finding: Finding, found: Inspection) -> Iterator[tuple[str, str]]:
+def _told(finding: Finding, found: DataReport) -> Iterator[tuple[str, str]]:
     yield f"{finding.split}: {finding.title}", "bold"
     yield f"\n{finding.meaning}", ""
     yield f"\n→ {finding.advice}", "green"
@@ -211,15 +211,15 @@ def main() -> None:
     try:
         if {"model", "folds"} & names_in(sys.argv[1:]):
             from bertdist.data_quality.label_issues import (
-                show_doubts,  # with all that training takes, which a look at the data need not load
+                show_label_issues,  # with all that training takes, which a look at the data need not load
             )
 
-            sys.exit(show_doubts(sys.argv[1:]))
+            sys.exit(show_label_issues(sys.argv[1:]))
         config, data = read_check_config(sys.argv[1:])
         found = check(config, data)
         show_inspection(found)
         if config.output is not None:
-            write_whole(
+            atomic_write(
                 Path(config.output),
                 json.dumps(found.as_dict(), indent=1, ensure_ascii=False).encode() + b"\n",
             )
@@ -234,7 +234,7 @@ def main() -> None:
             )
     except BertdistError as error:
         if os.environ.get("RANK", "0") == "0" or not error.shared:
-            complain(error)
+            print_error(error)
         sys.exit(1)
     sys.exit(1 if counts(found.findings)["error"] else 0)
 

@@ -20,20 +20,20 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from bertdist.core.args import read_predict_config
-from bertdist.core.atomic_io import write_whole
+from bertdist.core.atomic_io import atomic_write
 from bertdist.core.config import ModelConfig, PredictConfig, RunConfig
 from bertdist.core.errors import BertdistError, DataError
-from bertdist.core.terminal import complain, without_commands
+from bertdist.core.terminal import print_error, strip_control_characters
 from bertdist.data.loading import open_texts
 from bertdist.data.records import Records, records_of
-from bertdist.data.sharding import PLENTY, Batches
+from bertdist.data.sharding import DEFAULT_TOKEN_BUDGET, MapLoader
 from bertdist.data.tokenization import load_tokenizer, open_examples
-from bertdist.distributed.collectives import together
-from bertdist.distributed.launch import check_world, open_accelerator
-from bertdist.distributed.preemption import StopRequest
-from bertdist.distributed.watchdog import end_soon, told_unwatched, worker_died
+from bertdist.distributed.collectives import raise_on_all_ranks
+from bertdist.distributed.launch import check_world, create_accelerator
+from bertdist.distributed.preemption import StopSignal
+from bertdist.distributed.watchdog import end_soon, report_unwatched, worker_died
 from bertdist.models.classifier import load_settings, load_trained, notes_in
-from bertdist.training.evaluation import no_number, predict_rows, told_of_rows
+from bertdist.training.evaluation import describe_nonfinite_rows, no_number, predict_rows
 from bertdist.training.memory import find_tokens
 from bertdist.training.nonfinite import shared_error
 
@@ -62,11 +62,11 @@ class Predictor:
         max_length: int | None = None,
         tokens_per_micro_batch: int | None = None,
         accelerator: Accelerator | None = None,
-        stop: StopRequest | None = None,
+        stop: StopSignal | None = None,
     ) -> None:
         """stop: whom to ask, now and then, whether to go on."""
         self.stop = stop
-        self.accelerator = accelerator or open_accelerator(RunConfig())
+        self.accelerator = accelerator or create_accelerator(RunConfig())
         self.model, self.task, self.notes = load_trained(str(folder))
         limit = max_length or self.notes.get("max_length")
         self.tokenizer = load_tokenizer(
@@ -96,16 +96,16 @@ class Predictor:
 
         Raises on all ranks Stopped, and NonFiniteError where the model has no answer to a row.
         """
-        batches = Batches(
+        batches = MapLoader(
             examples=open_examples(records, self.tokenizer, None, self.max_length),
             rows_per_step=ROWS_AT_ONCE * self.accelerator.num_processes,
-            tokens_per_micro_batch=self.tokens_per_micro_batch or PLENTY,
+            tokens_per_micro_batch=self.tokens_per_micro_batch or DEFAULT_TOKEN_BUDGET,
             rank=self.accelerator.process_index,
             ranks=self.accelerator.num_processes,
         )
         with self.accelerator.autocast():
             if self.tokens_per_micro_batch is None:
-                with together(self.accelerator), torch.no_grad():
+                with raise_on_all_ranks(self.accelerator), torch.no_grad():
                     self.tokens_per_micro_batch = find_tokens(
                         self.model, batches, self.accelerator.device
                     )
@@ -114,18 +114,20 @@ class Predictor:
         if logits is None:
             raise Stopped
         if rows := no_number(logits):
-            raise shared_error("Prediction: " + told_of_rows(rows, len(logits), records.where))
+            raise shared_error(
+                "Prediction: " + describe_nonfinite_rows(rows, len(logits), records.where)
+            )
         return logits
 
 
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
     """What the command line does, short of printing; returns the answers."""
-    stop = StopRequest()
-    accelerator = open_accelerator(
+    stop = StopSignal()
+    accelerator = create_accelerator(
         RunConfig(use_cpu=config.use_cpu, mixed_precision=config.mixed_precision)
     )
     check_world(accelerator.num_processes)
-    with together(accelerator):
+    with raise_on_all_ranks(accelerator):
         # The rows first, which cost little: whatever is wrong with them is told before the weights are loaded.
         notes = notes_in(load_settings(ModelConfig(model_name_or_path=config.model), "--model"))
         if config.input is None:
@@ -170,7 +172,7 @@ def main() -> None:
         if os.environ.get("RANK", "0") != "0":
             return
         if config.output is not None:
-            write_whole(Path(config.output), lines_of(answers))
+            atomic_write(Path(config.output), lines_of(answers))
         elif config.input is not None:
             sys.stdout.write(lines_of(answers).decode())
         else:
@@ -178,14 +180,14 @@ def main() -> None:
                 found = answer.get("labels", [answer])
                 print(
                     "\n".join(
-                        f"{without_commands(entry['label'])}\t{entry['score']:.4f}"
+                        f"{strip_control_characters(entry['label'])}\t{entry['score']:.4f}"
                         for entry in found
                     )
                     or "(no label)"
                 )
     except Stopped:
         if os.environ.get("RANK", "0") == "0":
-            complain(
+            print_error(
                 BertdistError("Asked to stop: nothing was written; the same command begins again.")
             )
         sys.exit(STOPPED)
@@ -194,11 +196,11 @@ def main() -> None:
     except (BertdistError, RuntimeError) as error:
         found = error if isinstance(error, BertdistError) else worker_died(error)
         if found is None:
-            if not told_unwatched(error):
+            if not report_unwatched(error):
                 raise
             os._exit(1)
         if os.environ.get("RANK", "0") == "0" or not found.shared:
-            complain(found)
+            print_error(found)
         end_soon(found)
         sys.exit(1)
 

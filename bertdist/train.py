@@ -32,36 +32,36 @@ from torch.optim import Optimizer
 from bertdist.core.args import read_config
 from bertdist.core.config import TrainConfig, steps_of, write_config
 from bertdist.core.errors import BertdistError, RankLost
-from bertdist.core.terminal import complain
-from bertdist.data.batch import Batch, Step, one_token
-from bertdist.data.loader import training_batches, validation_batches
-from bertdist.data.loading import note_bad_rows, open_rows, rows_left_out
-from bertdist.data.sharding import sent_ahead
-from bertdist.data.stats import facts_of_data, known_of, task_of_rows
-from bertdist.data.streaming import AnyBatches
+from bertdist.core.terminal import print_error
+from bertdist.data.batch import PackedBatch, Step, single_token_batch
+from bertdist.data.loader import create_eval_loader, create_train_loader
+from bertdist.data.loading import collect_skipped_rows, load_splits, record_skipped_rows
+from bertdist.data.sharding import prefetch_to_device
+from bertdist.data.stats import collect_stats, create_task, data_fingerprint
+from bertdist.data.streaming import AnyLoader
 from bertdist.data.tokenization import load_tokenizer
 from bertdist.data_quality.dry_run import dry_run
-from bertdist.distributed.collectives import agree_on, together
-from bertdist.distributed.launch import check_world, facts_of_launch, open_accelerator
-from bertdist.distributed.preemption import StopRequest
-from bertdist.distributed.watchdog import end_soon, open_watchdog, told_unwatched
+from bertdist.distributed.collectives import assert_same_on_all_ranks, raise_on_all_ranks
+from bertdist.distributed.launch import check_world, create_accelerator, launch_fingerprint
+from bertdist.distributed.preemption import StopSignal
+from bertdist.distributed.watchdog import end_soon, open_watchdog, report_unwatched
 from bertdist.models.classifier import Classifier, labels_of, load_classifier, load_settings
 from bertdist.models.compile import compile_layers
 from bertdist.models.cpu_layers import clear_gradients
 from bertdist.models.dropout import seed_dropout
 from bertdist.tasks.tasks import Task
 from bertdist.training.account import keep_score, record_training, tell_end, tell_meter
-from bertdist.training.best_model import Best
-from bertdist.training.checkpoint import Checkpoints, Progress
+from bertdist.training.best_model import BestModel
+from bertdist.training.checkpoint import Checkpointer, Progress
 from bertdist.training.cuda_graph import Take, graphed_step
-from bertdist.training.evaluation import Judge, evaluate_split
-from bertdist.training.nonfinite import Watch, factor, update
-from bertdist.training.optimizer import build_optimizer, build_schedule, set_learning_rate
-from bertdist.training.resume_check import settings_of
-from bertdist.training.run_lock import hold_folder, room_on_disk
-from bertdist.training.run_logger import RunLog, environment, notes_of, open_log, told_of_data
-from bertdist.training.step import Room
-from bertdist.training.throughput import Meter, matmul_rate, model_flops
+from bertdist.training.evaluation import Evaluator, evaluate_split
+from bertdist.training.nonfinite import NonFiniteGuard, factor, update
+from bertdist.training.optimizer import create_lr_schedule, create_optimizer, set_learning_rate
+from bertdist.training.resume_check import resume_settings
+from bertdist.training.run_lock import check_disk_space, lock_run_folder
+from bertdist.training.run_logger import RunLogger, describe_data, environment, notes_of, open_log
+from bertdist.training.step import MicroBatcher
+from bertdist.training.throughput import ThroughputMeter, matmul_rate, model_flops
 
 if __name__ == "__main__" and not __package__:
     # Run by path, Python looks for modules in bertdist/ itself; make it look in the folder that holds bertdist/.
@@ -74,19 +74,19 @@ STOPPED = 75  # exit code for "asked to stop, start me again" (EX_TEMPFAIL)
 
 def train(config: TrainConfig) -> Progress:
     """Train as the config says, going on where an earlier run in the same folder stopped; returns how far it came."""
-    accelerator = open_accelerator(config.run)
+    accelerator = create_accelerator(config.run)
     check_world(accelerator.num_processes)
     config = replace(
         config, run=replace(config.run, mixed_precision=accelerator.mixed_precision)
     )  # where the launcher decided it
-    agree_on(accelerator, facts_of_launch(config))
+    assert_same_on_all_ranks(accelerator, launch_fingerprint(config))
     run, out, stop = (
         config.run,
         Path(config.run.output_dir),
-        StopRequest(config.run.stop_before_time_limit),
+        StopSignal(config.run.stop_before_time_limit),
     )
     with (
-        hold_folder(out, accelerator) as held,
+        lock_run_folder(out, accelerator) as held,
         open_log(out, accelerator) as log,
         open_watchdog(out, accelerator, run) as watchdog,
     ):
@@ -96,59 +96,61 @@ def train(config: TrainConfig) -> Progress:
         )
 
         # Data: two splits of rows, and the task that their labels make. Nothing is tokenized yet.
-        with together(accelerator):
+        with raise_on_all_ranks(accelerator):
             settings, tokenizer = load_settings(config.model), load_tokenizer(config.model)
-            train_rows, dev_rows = open_rows(config)
-        agree_on(accelerator, facts_of_data(settings, tokenizer, train_rows, dev_rows))
-        if (known := known_of(train_rows, config, accelerator, log.say, stop)) is None:
+            train_rows, dev_rows = load_splits(config)
+        assert_same_on_all_ranks(
+            accelerator, data_fingerprint(settings, tokenizer, train_rows, dev_rows)
+        )
+        if (known := collect_stats(train_rows, config, accelerator, log.say, stop)) is None:
             return leave_early(log, stop, accelerator)
-        with together(accelerator):
-            left_out = rows_left_out(known, dev_rows, config, accelerator)
-            task = task_of_rows(config.task, known.labels, labels_of(settings))
-            train_batches = training_batches(
+        with raise_on_all_ranks(accelerator):
+            skipped_rows = collect_skipped_rows(known, dev_rows, config, accelerator)
+            task = create_task(config.task, known.labels, labels_of(settings))
+            train_batches = create_train_loader(
                 train_rows, known, tokenizer, task, config, accelerator
             )
-            dev_batches = validation_batches(dev_rows, tokenizer, task, config, accelerator)
+            dev_batches = create_eval_loader(dev_rows, tokenizer, task, config, accelerator)
             judge = (
-                Judge(config.task, task, config.data.task_name)
+                Evaluator(config.task, task, config.data.task_name)
                 if dev_rows and accelerator.is_main_process
                 else None
             )
         per_epoch = train_batches.steps_per_epoch
         total_steps = run.max_train_steps or max(1, math.ceil(run.num_train_epochs * per_epoch))
-        log.say(*told_of_data(train_rows, known, dev_rows, task, per_epoch, total_steps))
+        log.say(*describe_data(train_rows, known, dev_rows, task, per_epoch, total_steps))
 
         # Model: a Hugging Face classifier, its optimizer, and the learning rate as a function of the step.
-        with together(accelerator):
+        with raise_on_all_ranks(accelerator):
             torch.manual_seed(run.seed)  # the new head's weights
             classifier, notes = load_classifier(config.model, settings, task)
-            adamw = build_optimizer(classifier, config.optim)
-            schedule = build_schedule(config.optim, total_steps)
-        log.say(*notes, room_on_disk(out, classifier, accelerator))
+            adamw = create_optimizer(classifier, config.optim)
+            schedule = create_lr_schedule(config.optim, total_steps)
+        log.say(*notes, check_disk_space(out, classifier, accelerator))
         model, optimizer = accelerator.prepare(classifier, adamw)
 
         # Begin, or go on where an interrupted run stopped.
-        checkpoints = Checkpoints(
+        checkpoints = Checkpointer(
             out / "checkpoints", accelerator, run.save_total_limit, log.say, log.to_disk
         )
-        settings_now = settings_of(config, train_rows, dev_rows, task, total_steps)
+        settings_now = resume_settings(config, train_rows, dev_rows, task, total_steps)
         progress = watchdog.progress = (
             checkpoints.restore(classifier, adamw, settings_now, run.resume_from_checkpoint)
             or Progress()
         )
-        with together(accelerator):
+        with raise_on_all_ranks(accelerator):
             log.begin(
                 progress.step,
                 {"config.yaml": write_config(config), "environment.json": environment(accelerator)},
                 progress.owed,
             )
             log.status("finished" if progress.finished else "running", progress.step)
-        best = Best(run, tokenizer, task, accelerator, notes_of(config, train_rows))
+        best = BestModel(run, tokenizer, task, accelerator, notes_of(config, train_rows))
         due = {
             name: steps_of(getattr(run, f"{name}_every"), per_epoch, total_steps)
             for name in ("log", "eval", "save")
         }
-        room = Room(
+        room = MicroBatcher(
             model,
             train_batches,
             config.batch.tokens_per_micro_batch,
@@ -167,15 +169,15 @@ def train(config: TrainConfig) -> Progress:
                 adamw,
             )
             stepper = choose_step(
-                config, classifier, room.cutting(train_batches), accelerator, log.say
+                config, classifier, room.rebatch(train_batches), accelerator, log.say
             )
             log.open_progress(progress.step, total_steps)
         meter = open_meter(classifier, accelerator, progress)
-        nan = Watch(run, classifier, train_batches, task, accelerator, progress, log)
+        nan = NonFiniteGuard(run, classifier, train_batches, task, accelerator, progress, log)
         for step in owed_first(
             progress,
             meter.watch(
-                steps_left(room.cutting(train_batches), progress, total_steps, accelerator.device)
+                steps_left(room.rebatch(train_batches), progress, total_steps, accelerator.device)
             ),
         ):
             if step is not None:
@@ -186,7 +188,7 @@ def train(config: TrainConfig) -> Progress:
                 )
                 losses.append(loss)
                 progress.count(step.number + 1, step.rows, step.after)
-                note_bad_rows(left_out, step, accelerator)
+                record_skipped_rows(skipped_rows, step, accelerator)
                 log.advance()
             progress.finished = progress.step == total_steps
             stopping = stop.agreed(accelerator)
@@ -214,7 +216,7 @@ def train(config: TrainConfig) -> Progress:
                 with meter.paused():
                     evaluation = nan.scored(
                         evaluate_split(
-                            classifier, room.cutting(dev_batches), judge, accelerator, stop
+                            classifier, room.rebatch(dev_batches), judge, accelerator, stop
                         ),
                         dev_batches,
                     )
@@ -237,7 +239,7 @@ def train(config: TrainConfig) -> Progress:
     return progress
 
 
-def leave_early(log: RunLog, stop: StopRequest, accelerator: Accelerator) -> Progress:
+def leave_early(log: RunLogger, stop: StopSignal, accelerator: Accelerator) -> Progress:
     """Asked to stop before the first step."""
     reason = stop.reason or "another rank was asked to stop"
     log.status("preempted", 0, reason)
@@ -246,14 +248,14 @@ def leave_early(log: RunLog, stop: StopRequest, accelerator: Accelerator) -> Pro
     return Progress()
 
 
-def take_step(
+def train_step(
     model: nn.Module,
     optimizer: Optimizer,
     step: Step,
     task: Task,
     accelerator: Accelerator,
     max_grad_norm: float,
-    room: Room,
+    room: MicroBatcher,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step over this rank's share; returns this rank's loss sum () and the gradient's norm ().
 
@@ -262,7 +264,7 @@ def take_step(
     micro-batches of half the tokens (see room.py).
     """
 
-    def backward(batch: Batch, final: bool) -> Tensor:
+    def backward(batch: PackedBatch, final: bool) -> Tensor:
         batch = batch.to(accelerator.device)
         with nullcontext() if final else accelerator.no_sync(model):  # gradients travel once a step
             loss = task.loss(model(batch), batch.targets, batch.weights)
@@ -281,25 +283,25 @@ def take_step(
 def choose_step(
     config: TrainConfig,
     classifier: Classifier,
-    batches: AnyBatches,
+    batches: AnyLoader,
     accelerator: Accelerator,
     say: Callable[[str], None],
 ) -> Take:
-    """What takes the steps of this run: take_step, or replays of it (--cuda_graphs); its layers compiled (--torch_compile), or not."""
+    """What takes the steps of this run: train_step, or replays of it (--cuda_graphs); its layers compiled (--torch_compile), or not."""
     if config.run.torch_compile:
         say(compile_layers(classifier, accelerator))
     if config.run.cuda_graphs:
         return graphed_step(
-            take_step, classifier, batches, accelerator, config.model.max_length, say
+            train_step, classifier, batches, accelerator, config.model.max_length, say
         )
-    return take_step
+    return train_step
 
 
 def steps_left(
-    batches: AnyBatches, progress: Progress, total_steps: int, device: torch.device
+    batches: AnyLoader, progress: Progress, total_steps: int, device: torch.device
 ) -> Iterator[Step]:
     """This rank's shares of the steps that are still to be taken, on the device."""
-    return sent_ahead(
+    return prefetch_to_device(
         batches.steps(
             progress.step, progress.step if progress.finished else total_steps, progress.place
         ),
@@ -316,7 +318,7 @@ def owed_first(progress: Progress, steps: Iterator[Step]) -> Iterator[Step | Non
 
 
 def warm_up(
-    model: nn.Module, batches: AnyBatches, progress: Progress, task: Task, accelerator: Accelerator
+    model: nn.Module, batches: AnyLoader, progress: Progress, task: Task, accelerator: Accelerator
 ) -> None:
     """One backward that is thrown away, before the first step of every start, fresh or resumed.
 
@@ -327,7 +329,7 @@ def warm_up(
     for first in replace(batches, workers=0).steps(
         progress.step, progress.step + 1, progress.place
     ):
-        batch = one_token(first.share[0]).to(accelerator.device)
+        batch = single_token_batch(first.share[0]).to(accelerator.device)
         accelerator.backward(task.loss(model(batch), batch.targets, batch.weights))
     clear_gradients(model)
 
@@ -337,7 +339,9 @@ def is_due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def open_meter(classifier: Classifier, accelerator: Accelerator, progress: Progress) -> Meter:
+def open_meter(
+    classifier: Classifier, accelerator: Accelerator, progress: Progress
+) -> ThroughputMeter:
     """A meter whose clock starts; before that all ranks measure at the same time what their devices can do."""
     mine = (
         0.0 if progress.finished else matmul_rate(accelerator.device, accelerator.mixed_precision)
@@ -346,11 +350,11 @@ def open_meter(classifier: Classifier, accelerator: Accelerator, progress: Progr
         torch.tensor([mine], device=accelerator.device), reduction="sum"
     ).item()
     flops = model_flops(classifier.model, "first tokens" if classifier.first_tokens_only else "all")
-    return Meter(flops, classifier.packed or classifier.reads_padding, rate)
+    return ThroughputMeter(flops, classifier.packed or classifier.reads_padding, rate)
 
 
 def gather_losses(
-    progress: Progress, losses: list[Tensor], meter: Meter, accelerator: Accelerator
+    progress: Progress, losses: list[Tensor], meter: ThroughputMeter, accelerator: Accelerator
 ) -> None:
     """Add up the ranks' losses and the meters' figures of the steps since the last call; one collective, however many steps.
 
@@ -380,16 +384,16 @@ def main() -> None:
         progress = train(config)
     except BertdistError as error:
         if not error.told and (os.environ.get("RANK", "0") == "0" or not error.shared):
-            complain(error)
+            print_error(error)
         end_soon(error)
         sys.exit(1)
     except RuntimeError as error:
-        if not told_unwatched(error):  # before the watchdog was there
+        if not report_unwatched(error):  # before the watchdog was there
             raise
         os._exit(1)
     except KeyboardInterrupt:  # the second Ctrl-C: no clean-up that could wait for another rank
         if os.environ.get("RANK", "0") == "0":
-            complain(
+            print_error(
                 RankLost(
                     "Interrupted again: ended at once; the same command goes on from the last checkpoint."
                 )

@@ -303,12 +303,12 @@ def prepare(demo: Path) -> None:
     if len(rows) != RATED_ROWS:
         fail(f"{RATINGS} has {len(rows)} rows, expected {RATED_ROWS}.")
     counts = write_tables(rows, data)
-    left_out = len(rows) - counts["train"] - counts["validation"]
+    skipped_rows = len(rows) - counts["train"] - counts["validation"]
     say(
         f"{model} is a BERT of 6 layers; {data} has {counts['train']} reviews to learn from and {counts['validation']} to score;"
     )
     say(
-        f"{left_out} of {len(rows)} are left out: their mean rating is nearer to 0 than {MIDDLE} (*_ratings.tsv have them all)"
+        f"{skipped_rows} of {len(rows)} are left out: their mean rating is nearer to 0 than {MIDDLE} (*_ratings.tsv have them all)"
     )
 
 

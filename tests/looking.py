@@ -13,7 +13,7 @@ from rows import write_rows
 
 from bertdist.core.config import DataConfig
 from bertdist.data_quality.findings import Finding
-from bertdist.data_quality.report import Inspection, check_data
+from bertdist.data_quality.report import DataReport, check_data
 
 LETTERS = np.array(list("aeioubdfgklmnprstvz"))
 
@@ -40,7 +40,7 @@ def look(
     tokenizer: Any = None,
     max_length: int = 128,
     **settings: Any,
-) -> Inspection:
+) -> DataReport:
     """Write the rows to files and look at them."""
     paths = {}
     for name, rows in (("train", train), ("validation", validation), ("test", test)):
@@ -51,14 +51,14 @@ def look(
     return check_data(data, test_file=paths["test"], tokenizer=tokenizer, max_length=max_length)
 
 
-def kinds(found: Inspection) -> list[tuple[str, str, str, int]]:
+def kinds(found: DataReport) -> list[tuple[str, str, str, int]]:
     """(kind, severity, split, count) of every finding, ranked."""
     return [
         (finding.kind, finding.severity, finding.split, finding.count) for finding in found.findings
     ]
 
 
-def the(found: Inspection, kind: str, split: str = "train") -> Finding:
+def the(found: DataReport, kind: str, split: str = "train") -> Finding:
     """The one finding of a kind in a split."""
     (finding,) = [
         finding for finding in found.findings if (finding.kind, finding.split) == (kind, split)

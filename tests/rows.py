@@ -31,7 +31,7 @@ from bertdist import train
 from bertdist.core.args import read_config
 from bertdist.core.errors import DataError
 from bertdist.data.batch import Step
-from bertdist.data.source import BadRow, Piece, Place
+from bertdist.data.source import Chunk, ReaderState, SkippedRow
 from bertdist.training.throughput import MEASURED
 
 EVERY_FAULT = bool(
@@ -69,24 +69,24 @@ class MemoryRows:
     def column_names(self) -> list[str]:
         return list(self.columns)
 
-    def pieces(self, wanted: Sequence[str], place: Place | None = None) -> Iterator[Piece]:
+    def pieces(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
         at, number = (place["row"], place["piece"]) if place else (0, 0)
         while at < len(self.rows):
             some = self.rows[at : at + self.sizes[number % len(self.sizes)]]
             if self.broken is not None and self.broken < at + len(some):
                 raise DataError(f"{self.name} row {self.broken}: no more can be read.")
             columns = {name: [row[name] for row in some] for name in wanted}
-            bad = BadRow(self.name, number, "no row", "")
-            yield Piece(
+            bad = SkippedRow(self.name, number, "no row", "")
+            yield Chunk(
                 columns, len(some), {"row": at, "piece": number}, partial(self._where, at), (bad,)
             )
             at, number = at + len(some), number + 1
-        yield Piece(
+        yield Chunk(
             {name: [] for name in wanted},
             0,
             {"row": at, "piece": number},
             partial(self._where, at),
-            (BadRow(self.name, -1, "end", ""),),
+            (SkippedRow(self.name, -1, "end", ""),),
         )
 
     def _where(self, first: int, row: int) -> str:
@@ -180,15 +180,15 @@ def run_train(
     if breaking is not None:
         breaking(accelerator)
     seen: Seen = []
-    take_step = train.take_step
+    train_step = train.train_step
 
     def watched(model: Any, optimizer: Any, step: Step, *rest: Any) -> Any:
         seen.append(
             (step.number, [row for batch in step.share for row in batch.rows.tolist() if row >= 0])
         )
-        return take_step(model, optimizer, step, *rest)
+        return train_step(model, optimizer, step, *rest)
 
-    train.take_step = watched
+    train.train_step = watched
     with contextlib.redirect_stderr(io.StringIO()) as said:
         progress = train.train(read_config(words))
     return progress, seen, said.getvalue()
@@ -198,14 +198,14 @@ def at_step(number: int, act: Callable[[], None]) -> Breaking:
     """Act on every rank before step `number` is taken."""
 
     def breaking(accelerator: Accelerator) -> None:
-        take_step = train.take_step
+        train_step = train.train_step
 
         def watched(model: Any, optimizer: Any, step: Step, *rest: Any) -> Any:
             if step.number == number:
                 act()
-            return take_step(model, optimizer, step, *rest)
+            return train_step(model, optimizer, step, *rest)
 
-        train.take_step = watched
+        train.train_step = watched
 
     return breaking
 

@@ -15,13 +15,13 @@ train: Any = module
 
 
 def main(pace: Path, other: str, words: list[str]) -> None:
-    take_step = train.take_step
+    train_step = train.train_step
 
     def slowed(*args: Any) -> Any:
         time.sleep(float(pace.read_text() or 0))  # empty: it is just being written
-        return take_step(*args)
+        return train_step(*args)
 
-    train.take_step = slowed
+    train.train_step = slowed
     if other and os.environ["RANK"] == "1":
         if other == "config":
             words = [*words, "--learning_rate", "0.5"]

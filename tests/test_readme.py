@@ -134,7 +134,7 @@ def flags_of(program: str) -> frozenset[str]:
 
     from bench import compiled, peers, reading, scaling
     from bertdist.core.config import PredictConfig, TrainConfig
-    from bertdist.data_quality.config import CheckConfig, DoubtsConfig
+    from bertdist.data_quality.config import CheckConfig, LabelIssueConfig
 
     if program == "launch":
         return frozenset(
@@ -150,7 +150,7 @@ def flags_of(program: str) -> frozenset[str]:
             re.findall(r'"(--\w+)"', (ROOT / "launch" / "demo.py").read_text(encoding="utf-8"))
         )
     known = {"train": typing.get_type_hints(TrainConfig).values(), "predict": [PredictConfig]}
-    known["check"] = [CheckConfig, DoubtsConfig, *known["train"]]
+    known["check"] = [CheckConfig, LabelIssueConfig, *known["train"]]
     sections = known[program]
     return frozenset(
         f"--{field.name}" for section in sections for field in dataclasses.fields(section)

@@ -76,7 +76,7 @@ class _Parser(HfArgumentParser):
         raise ConfigError(f"{message}. --help says what each flag takes.")
 
 
-def read_words(program: str, sections: list[Any], words: Sequence[str]) -> tuple[Any, ...]:
+def parse_arguments(program: str, sections: list[Any], words: Sequence[str]) -> tuple[Any, ...]:
     """Words -> one instance of each section, a dataclass with HfArg fields; `--config run.yaml` among them. Raises ConfigError."""
     parser = _Parser(sections, prog=program, allow_abbrev=False)
     parser.add_argument(
@@ -116,7 +116,7 @@ def read_words(program: str, sections: list[Any], words: Sequence[str]) -> tuple
 
 
 def names_in(words: Sequence[str]) -> set[str]:
-    """The settings that words give, in the file of --config too; of one that cannot be read none, since `read_words` says why."""
+    """The settings that words give, in the file of --config too; of one that cannot be read none, since `parse_arguments` says why."""
     given = [word.removeprefix("--").partition("=") for word in words]
     names = {
         name.replace("-", "_")
@@ -209,7 +209,7 @@ def read_config(words: Sequence[str]) -> TrainConfig:
         **dict(
             zip(
                 ("model", "data", "task", "batch", "optim", "run"),
-                read_words("train.py", sections, words),
+                parse_arguments("train.py", sections, words),
                 strict=True,
             )
         )
@@ -221,7 +221,7 @@ def read_config(words: Sequence[str]) -> TrainConfig:
 
 def read_predict_config(words: Sequence[str]) -> PredictConfig:
     """The words of `python -m bertdist.predict`; raises ConfigError."""
-    (config,) = read_words("python -m bertdist.predict", [PredictConfig], words)
+    (config,) = parse_arguments("python -m bertdist.predict", [PredictConfig], words)
     assert isinstance(config, PredictConfig)
     problems = []
     if not config.model:

@@ -59,14 +59,14 @@ def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
         ) from None
 
 
-def put_back(final: Path) -> None:
+def recover(final: Path) -> None:
     """What write_folder was stopped in, between its two renames: the old folder gets its name again. Raises CheckpointError."""
     replaced = final.with_name(f".{final.name}.replaced")
     if replaced.exists() and not final.exists():
         at(replaced, partial(os.rename, dst=final))
 
 
-def damage_of(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, in words; None when every file is as its manifest says."""
     if not folder.is_dir():
         return "there is no such folder"
@@ -147,7 +147,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def atomic_write(path: Path, content: bytes) -> None:
     """Replace a file so that a reader, or a crash, finds the old one or the new one, never half of it."""
     beside = path.with_name(f".{path.name}.partial")
     with _told(path), open(beside, "wb") as file:

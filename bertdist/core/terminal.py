@@ -20,7 +20,7 @@ GROWING = ("metrics.jsonl", "bad_rows.jsonl")
 _COMMANDS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
-def complain(error: BertdistError) -> None:
+def print_error(error: BertdistError) -> None:
     """Print an error's lines as a user should read them."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     for line in str(error).splitlines():
@@ -73,14 +73,14 @@ def show_table(
     Console(highlight=False).print(table)
 
 
-def without_commands(text: str) -> str:
+def strip_control_characters(text: str) -> str:
     """The text, with a box in place of what a terminal would obey."""
     return text.translate(_COMMANDS)
 
 
 def _plain(text: str) -> Text:
     """Text as it is: no markup, and what a terminal would obey (escape codes of a data file, say) is shown as a box."""
-    return Text(without_commands(text))
+    return Text(strip_control_characters(text))
 
 
 def _short(value: Any) -> str:

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bertdist.data.source import BadRow, Place
+from bertdist.data.source import ReaderState, SkippedRow
 from bertdist.data.tokenization import Example
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class PackedBatch:
     """Several texts laid end to end, without padding."""
 
     ids: Tensor  # (T,) int64
@@ -29,13 +29,13 @@ class Batch:
     rows: Tensor  # (N,) int64, row numbers of the source; -1 for the text of an idle rank
     lengths: tuple[int, ...]  # tokens of each text, known to the host without asking the device
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
         fields: dict[str, Any] = {
             name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **fields)
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> "PackedBatch":
         """The same batch on a device; the copy runs beside the host where the memory is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
@@ -45,7 +45,7 @@ class Batch:
             if isinstance(value, Tensor):
                 value.record_stream(stream)
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> "PackedBatch":
         """Called by the DataLoader's pinning thread."""
         return self._map(lambda tensor: tensor.pin_memory())
 
@@ -59,12 +59,12 @@ class Batch:
         )
 
 
-def _unpack(fields: dict[str, Any]) -> Batch:
+def _unpack(fields: dict[str, Any]) -> PackedBatch:
     arrays: dict[str, Any] = {
         name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         for name, value in fields.items()
     }
-    return Batch(**arrays)
+    return PackedBatch(**arrays)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +72,14 @@ class Step:
     """One rank's part of one optimizer step."""
 
     number: int  # counts from 0 over the whole run
-    share: list[Batch]  # this rank's micro-batches, never empty
+    share: list[PackedBatch]  # this rank's micro-batches, never empty
     rows: int  # rows of the step, all ranks together
     idle: bool = (
         False  # the share is one text that counts nothing: this rank has no row in this step
     )
-    place: Place | None = None  # of a stream: reading from here gives the window of its rows
-    after: Place | None = None  # of a stream: where the reading goes on behind this step
-    bad: tuple[BadRow, ...] = ()  # of a stream: rows that were left out on the way here
+    place: ReaderState | None = None  # of a stream: reading from here gives the window of its rows
+    after: ReaderState | None = None  # of a stream: where the reading goes on behind this step
+    bad: tuple[SkippedRow, ...] = ()  # of a stream: rows that were left out on the way here
 
     @property
     def lengths(self) -> list[tuple[int, ...]]:
@@ -108,13 +108,13 @@ def cut(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     return parts
 
 
-def collate(examples: Sequence[Example]) -> Batch:
+def collate(examples: Sequence[Example]) -> PackedBatch:
     """Lay examples end to end. Vectorised: 32 sentences cost 0.1 ms."""
     lengths = np.array([len(example.ids) for example in examples])
     ends = lengths.cumsum()
     starts = np.concatenate([[0], ends])
     positions = np.arange(ends[-1]) - np.repeat(starts[:-1], lengths)
-    return Batch(
+    return PackedBatch(
         ids=torch.from_numpy(
             np.concatenate([example.ids for example in examples]).astype(np.int64)
         ),
@@ -130,7 +130,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     )
 
 
-def recut(share: Sequence[Batch], tokens: int) -> list[Batch]:
+def split_batch(share: Sequence[PackedBatch], tokens: int) -> list[PackedBatch]:
     """A share in other micro-batches: those, to the bit, that it would have come in with that many tokens_per_micro_batch.
 
     share: as it was cut, longest text first. So a rank that halves its micro-batches while it runs computes what a
@@ -150,11 +150,11 @@ def recut(share: Sequence[Batch], tokens: int) -> list[Batch]:
             name: whole[name][first:last] for name in a_text
         }
         starts = (torch.tensor(ends[first : last + 1]) - ends[first]).to(whole["ids"].device)
-        batches.append(Batch(**fields, starts=starts, lengths=tuple(lengths[first:last])))
+        batches.append(PackedBatch(**fields, starts=starts, lengths=tuple(lengths[first:last])))
     return batches
 
 
-def one_token(batch: Batch) -> Batch:
+def single_token_batch(batch: PackedBatch) -> PackedBatch:
     """The first token of a micro-batch as a text that counts nothing."""
     fields = {
         name: getattr(batch, name)[:1]
@@ -162,4 +162,4 @@ def one_token(batch: Batch) -> Batch:
     }
     device = batch.ids.device
     fields |= {"weights": torch.zeros(1, device=device), "rows": torch.tensor([-1], device=device)}
-    return Batch(**fields, starts=torch.tensor([0, 1], device=device), lengths=(1,))
+    return PackedBatch(**fields, starts=torch.tensor([0, 1], device=device), lengths=(1,))

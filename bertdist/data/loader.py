@@ -6,7 +6,7 @@
 3. this rank encodes its share only, in loader workers, while the steps before it run. Small steps travel several in a message.
 4. cut: the share in micro-batches of at most `tokens_per_micro_batch` tokens, longest first, so that texts of one length lie
    side by side.
-5. sent_ahead: on a GPU, a step's batches travel to the device while the step before it runs.
+5. prefetch_to_device: on a GPU, a step's batches travel to the device while the step before it runs.
 None of it changes what a step learns: its gradient is a sum over its rows, and the rows are the plan's.
 """
 
@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from bertdist.core.config import BatchConfig, TrainConfig
 from bertdist.core.errors import ConfigError
 from bertdist.data.records import Records
-from bertdist.data.sharding import PLENTY, Batches
-from bertdist.data.stats import Known, agreement, files_of_ranks
-from bertdist.data.streaming import AnyBatches, Stream, StreamBatches
+from bertdist.data.sharding import DEFAULT_TOKEN_BUDGET, MapLoader
+from bertdist.data.stats import DatasetStats, agreement, assign_files_to_ranks
+from bertdist.data.streaming import AnyLoader, Stream, StreamLoader
 from bertdist.data.tokenization import Examples, open_examples
 from bertdist.tasks.tasks import Task
 
@@ -31,13 +31,13 @@ EVALUATION_ROWS = (
 )
 
 
-def validation_batches(
+def create_eval_loader(
     rows: Records | None,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     config: TrainConfig,
     accelerator: Accelerator,
-) -> Batches | None:
+) -> MapLoader | None:
     """The rows to score in steps for this rank, in row order; None where there are none. Raises DataError."""
     return (
         batches_of(
@@ -48,28 +48,28 @@ def validation_batches(
     )
 
 
-def batches_of(examples: Examples, config: BatchConfig, accelerator: Accelerator) -> Batches:
+def batches_of(examples: Examples, config: BatchConfig, accelerator: Accelerator) -> MapLoader:
     """A split in steps for this rank, in row order."""
-    return Batches(
+    return MapLoader(
         examples=examples, rows_per_step=EVALUATION_ROWS, **_share_of(config, accelerator)
     )
 
 
-def training_batches(
+def create_train_loader(
     rows: Records | Stream,
-    known: Known,
+    known: DatasetStats,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     config: TrainConfig,
     accelerator: Accelerator,
-) -> AnyBatches:
+) -> AnyLoader:
     """The training rows in steps for this rank, in training order. Raises DataError and ConfigError."""
     size, seed, max_length = config.batch.train_batch_size, config.run.seed, config.model.max_length
     fields = _share_of(config.batch, accelerator)
     if isinstance(rows, Records):
         examples = open_examples(rows, tokenizer, task, max_length)
         weights = tuple(config.data.train_weights or ())
-        return Batches(
+        return MapLoader(
             examples=examples,
             rows_per_step=size,
             shuffle=True,
@@ -86,7 +86,7 @@ def training_batches(
                 f"--train_batch_size is {size}, and there are {ranks} processes, each of which reads files of its own "
                 "(--stream_split files); expected at least one row each. --stream_split rows takes any number."
             )
-        sources, files = rows.sources, files_of_ranks(rows, ranks)
+        sources, files = rows.sources, assign_files_to_ranks(rows, ranks)
         if len(sources) < ranks:
             raise ConfigError(
                 f"{rows.name}: {len(sources)} source(s) for {ranks} processes, each of which reads its own (--stream_split files); "
@@ -104,7 +104,7 @@ def training_batches(
         )
         fields |= {"rank": 0, "ranks": 1}
     rows = replace(rows, window_rows=-(-rows.window_rows // size) * size)
-    return StreamBatches(
+    return StreamLoader(
         stream=rows,
         task=task,
         examples=first,
@@ -126,7 +126,8 @@ def _share_of(config: BatchConfig, accelerator: Accelerator) -> dict[str, Any]:
         )
         workers = 1 if cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) >= 2 else 0
     return {
-        "tokens_per_micro_batch": config.tokens_per_micro_batch or PLENTY,  # until it is found
+        "tokens_per_micro_batch": config.tokens_per_micro_batch
+        or DEFAULT_TOKEN_BUDGET,  # until it is found
         "rank": accelerator.process_index,
         "ranks": accelerator.num_processes,
         "workers": workers,

@@ -17,8 +17,8 @@ from bertdist.core.errors import DataError, did_you_mean
 from bertdist.core.terminal import warn
 from bertdist.data.batch import Step
 from bertdist.data.columns import LabelValue
-from bertdist.data.readers.file_reader import File, FileRows, find_file, open_file
-from bertdist.data.readers.hub_reader import HubRows, load_splits
+from bertdist.data.readers.file_reader import File, FileReader, find_file, open_file
+from bertdist.data.readers.hub_reader import HubReader, load_hub_splits
 from bertdist.data.readers.remote import (
     find_addresses,
     fingerprint_of,
@@ -29,10 +29,10 @@ from bertdist.data.readers.remote import (
     size_of,
 )
 from bertdist.data.records import Columns, Records, choose, join, read_records, records_of_piece
-from bertdist.data.source import BadRows, Column, Placed, RowSource, Split, read_bad_rows
-from bertdist.data.stats import Known
+from bertdist.data.source import Column, Placed, RowSource, SkippedRows, Split, read_skipped_rows
+from bertdist.data.stats import DatasetStats
 from bertdist.data.streaming import Stream
-from bertdist.distributed.collectives import together
+from bertdist.distributed.collectives import raise_on_all_ranks
 
 GLUE: dict[str, tuple[str, str | None]] = {  # https://huggingface.co/datasets/nyu-mll/glue
     "cola": ("sentence", None),
@@ -48,14 +48,14 @@ GLUE: dict[str, tuple[str, str | None]] = {  # https://huggingface.co/datasets/n
 
 
 @overload
-def open_source(data: DataConfig, split: Literal["train"]) -> Records: ...
+def load_records(data: DataConfig, split: Literal["train"]) -> Records: ...
 
 
 @overload
-def open_source(data: DataConfig, split: Literal["validation"]) -> Records | None: ...
+def load_records(data: DataConfig, split: Literal["validation"]) -> Records | None: ...
 
 
-def open_source(data: DataConfig, split: Literal["train", "validation"]) -> Records | None:
+def load_records(data: DataConfig, split: Literal["train", "validation"]) -> Records | None:
     """The rows to learn from or to score, in memory and with labels; None where there is nothing to score. Raises DataError."""
     patterns = (
         data.train_file
@@ -115,7 +115,7 @@ def open_stream(data: DataConfig, seed: int) -> Stream:
         name = data.dataset_name or "nyu-mll/glue"
         config = data.dataset_config_name or (None if data.dataset_name else data.task_name)
         parts, name = (
-            [[HubRows(name, config, data.train_split)]],
+            [[HubReader(name, config, data.train_split)]],
             str(data.dataset_name or data.task_name),
         )
     first = parts[0][0]
@@ -134,7 +134,7 @@ def open_stream(data: DataConfig, seed: int) -> Stream:
             told
             for part in parts
             for source in part
-            if isinstance(source, FileRows) and (told := source.file.told())
+            if isinstance(source, FileReader) and (told := source.file.told())
         ),
     ).settled()
 
@@ -175,8 +175,8 @@ def _labelled_file(address: str, data: DataConfig) -> File:
     return file
 
 
-def _rows(address: str, data: DataConfig) -> FileRows:
-    return FileRows(
+def _rows(address: str, data: DataConfig) -> FileReader:
+    return FileReader(
         _labelled_file(address, data),
         fingerprint=fingerprint_of(address),
         size=size_of(address),
@@ -187,7 +187,7 @@ def _rows(address: str, data: DataConfig) -> FileRows:
 def _read_file(
     address: str, data: DataConfig, limit: int | None, above: LabelValue | None
 ) -> Records:
-    source = FileRows(_labelled_file(address, data), on_bad_row=data.on_bad_row)
+    source = FileReader(_labelled_file(address, data), on_bad_row=data.on_bad_row)
     taken = choose(source, source.column_names(), _asked(data))
     piece = source.whole(taken.names(), limit)
     records, bad = records_of_piece(
@@ -264,7 +264,7 @@ def _load_split(data: DataConfig, split: str) -> tuple[str, Any] | None:
     )  # --task_name beside --dataset_name: another copy of GLUE, with the task's columns
     config = data.dataset_config_name or (None if data.dataset_name else data.task_name)
     name = "/".join(filter(None, (path, config)))
-    splits = load_splits(name, path, config)
+    splits = load_hub_splits(name, path, config)
     import datasets  # 0.7 s that local files need not pay
 
     wanted = data.train_split if split == "train" else data.validation_split
@@ -282,34 +282,34 @@ def _load_split(data: DataConfig, split: str) -> tuple[str, Any] | None:
     return f"{name} split {wanted!r}", found
 
 
-def open_rows(config: TrainConfig) -> tuple[Records | Stream, Records | None]:
+def load_splits(config: TrainConfig) -> tuple[Records | Stream, Records | None]:
     """The rows to learn from and those to score, if any. Raises DataError."""
     rows = (
         open_stream(config.data, config.run.seed)
         if config.data.streaming
-        else open_source(config.data, "train")
+        else load_records(config.data, "train")
     )
-    return rows, open_source(config.data, "validation")
+    return rows, load_records(config.data, "validation")
 
 
-def rows_left_out(
-    known: Known, dev_rows: Records | None, config: TrainConfig, accelerator: Accelerator
-) -> BadRows:
+def collect_skipped_rows(
+    known: DatasetStats, dev_rows: Records | None, config: TrainConfig, accelerator: Accelerator
+) -> SkippedRows:
     """The rows that were left out, by an earlier start too; rank 0 writes them down. Raises DataError where they are too many."""
     path = Path(config.run.output_dir) / "bad_rows.jsonl"
-    found = BadRows(
+    found = SkippedRows(
         config.data.on_bad_row,
         config.data.max_bad_rows,
         path if accelerator.is_main_process else None,
     )
     if config.data.on_bad_row == "skip":
-        found.add(read_bad_rows(path))
+        found.add(read_skipped_rows(path))
     found.take([*known.bad, *(dev_rows.bad if dev_rows else ())])
     return found
 
 
-def note_bad_rows(found: BadRows, step: Step, accelerator: Accelerator) -> None:
+def record_skipped_rows(found: SkippedRows, step: Step, accelerator: Accelerator) -> None:
     """Rows that a stream left out on the way to a step; all ranks know them, rank 0 writes. Raises DataError on all ranks."""
     if step.bad:
-        with together(accelerator):
+        with raise_on_all_ranks(accelerator):
             found.take(step.bad)

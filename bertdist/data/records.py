@@ -44,17 +44,17 @@ from bertdist.data.columns import (
 from bertdist.data.readers.file_reader import Reader
 from bertdist.data.readers.parquet_reader import spots_in
 from bertdist.data.source import (
-    BadRow,
+    Chunk,
     Column,
     Kept,
     Named,
     OnBadRow,
-    Piece,
     Placed,
     RowSource,
+    SkippedRow,
     Source,
     Split,
-    left_out,
+    skipped_rows,
 )
 
 TEXT_COLUMNS = (
@@ -105,7 +105,7 @@ class Records:
     pairs: pa.Array | None  # (rows,) the same
     first_row: int = 0  # number of the first row, where these are some rows of a stream
     parts: tuple[int, ...] = ()  # rows of each --train_file, where there are several
-    bad: tuple[BadRow, ...] = ()  # rows of the source that were left out
+    bad: tuple[SkippedRow, ...] = ()  # rows of the source that were left out
     guessed: tuple[
         str, ...
     ] = ()  # how its files are read, where that is not the usual, in sentences
@@ -250,18 +250,20 @@ def read_records(
         raise DataError(f"{source.name} has no rows, but for those that were left out.")
     return replace(
         records,
-        bad=tuple(left_out(problems or {}, source.where, partial(spots_in, source.where, columns))),
+        bad=tuple(
+            skipped_rows(problems or {}, source.where, partial(spots_in, source.where, columns))
+        ),
     )
 
 
 def records_of_piece(
     source: RowSource,
-    piece: Piece,
+    piece: Chunk,
     taken: Columns,
     label_delimiter: str | None,
     on_bad_row: OnBadRow,
     above: LabelValue | None = None,
-) -> tuple[Records, list[BadRow]]:
+) -> tuple[Records, list[SkippedRow]]:
     """The rows of a piece, and those that were left out, in it or here. Raises DataError, with "skip" for a wrong column only."""
     problems: Problems | None = {} if on_bad_row == "skip" else None
     place = Placed(source.name, source.has_header, ((0, piece.where, 0),))
@@ -274,7 +276,7 @@ def records_of_piece(
         problems,
         above,
     )
-    return records, [*piece.bad, *left_out(problems or {}, piece.where, piece.spots)]
+    return records, [*piece.bad, *skipped_rows(problems or {}, piece.where, piece.spots)]
 
 
 def records_from(

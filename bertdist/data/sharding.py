@@ -17,8 +17,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bertdist.core.errors import BertdistError, DataError
-from bertdist.data.batch import Batch, Step, collate, cut
-from bertdist.data.source import Place
+from bertdist.data.batch import PackedBatch, Step, collate, cut
+from bertdist.data.source import ReaderState
 from bertdist.data.tokenization import Examples
 from bertdist.distributed.preemption import leave_signals_to_the_rank
 from bertdist.tasks.tasks import Array
@@ -38,7 +38,9 @@ def shares(weights: Sequence[float], rows: int, *key: int) -> list[int]:
     return [int(count) for count in counts]
 
 
-def mixed_plan(parts: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> Array:
+def mixed_epoch_order(
+    parts: Sequence[int], weights: Sequence[float], seed: int, epoch: int
+) -> Array:
     """(sum of parts,) int64: the rows of an epoch. parts: rows of each source, which lie one behind the other.
 
     A source's rows come in passes, each a permutation of it, that go on from epoch to epoch: none comes a second time before all
@@ -62,19 +64,21 @@ def mixed_plan(parts: Sequence[int], weights: Sequence[float], seed: int, epoch:
     return rows_of_epoch[np.random.Generator(np.random.PCG64([seed, epoch])).permutation(total)]
 
 
-PLENTY = 8_192  # tokens of a micro-batch that keep any CPU busy; more would only take memory
+DEFAULT_TOKEN_BUDGET = (
+    8_192  # tokens of a micro-batch that keep any CPU busy; more would only take memory
+)
 
 BYTES_PER_MESSAGE = (
     1 << 16
 )  # of text in what a loader worker sends at once: 1,000 sentences of SST-2
 
 
-def plan(rows: int, seed: int, epoch: int, window: int = 0) -> Array:
+def epoch_order(rows: int, seed: int, epoch: int, window: int = 0) -> Array:
     """(rows,) int64: the order of an epoch, or of a window of a stream. Each row once; step k takes the k-th train_batch_size of them."""
     return np.random.Generator(np.random.PCG64([seed, epoch, window])).permutation(rows)
 
 
-def deal(rows: Array, lengths: Array, ranks: int) -> list[Array]:
+def balance_by_length(rows: Array, lengths: Array, ranks: int) -> list[Array]:
     """The rows of a step over the ranks, each about as many tokens: longest first, to the least loaded.
 
     rows, lengths: (rows of the step,). Returns one array of row numbers a rank; with fewer rows than ranks some are empty.
@@ -93,7 +97,7 @@ def deal(rows: Array, lengths: Array, ranks: int) -> list[Array]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batches:
+class MapLoader:
     """A split in steps, as one of `ranks` ranks sees it. It has no state: `steps(k)` begins at step k.
 
     shuffle: training, in the order of `plan`, epoch after epoch; else one pass in row order.
@@ -117,20 +121,22 @@ class Batches:
         """The last step of an epoch may be smaller; it is a step like any other."""
         return -(-len(self.examples) // self.rows_per_step)
 
-    def steps(self, start: int, stop: int, place: Place | None = None) -> Iterator[Step]:
+    def steps(self, start: int, stop: int, place: ReaderState | None = None) -> Iterator[Step]:
         """This rank's share of steps start, ..., stop - 1, counted over the whole run. place: for streams; nothing here needs it."""
         shares = _Shares(self, stop)
-        return loaded(shares, self.workers, self.pin, range(start, stop, shares.together))
+        return iterate_loader(
+            shares, self.workers, self.pin, range(start, stop, shares.steps_per_message)
+        )
 
     def order(self, epoch: int) -> Array:
         """(rows,) int64: the rows of an epoch in the order in which they are taken."""
         if not self.shuffle:
             return np.arange(len(self.examples))
         if self.weights:
-            return mixed_plan(self.examples.records.parts, self.weights, self.seed, epoch)
-        return plan(len(self.examples), self.seed, epoch)
+            return mixed_epoch_order(self.examples.records.parts, self.weights, self.seed, epoch)
+        return epoch_order(len(self.examples), self.seed, epoch)
 
-    def where(self, rows: Sequence[int], place: Place | None) -> list[str]:
+    def where(self, rows: Sequence[int], place: ReaderState | None) -> list[str]:
         """The file and line of each row. place: for streams; nothing here needs it."""
         return [self.examples.records.where(row) for row in rows]
 
@@ -138,7 +144,7 @@ class Batches:
 Message = list[Step | BertdistError]  # what a loader worker sends at once
 
 
-def loaded(
+def iterate_loader(
     shares: Dataset[Message], workers: int, pin: bool, sampler: range | None = None
 ) -> Iterator[Step]:
     """The steps of a data set of messages, made by workers ahead of their use, in their order. Raises the error that one ends with."""
@@ -162,7 +168,7 @@ def loaded(
         yield step
 
 
-def sent_ahead(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
+def prefetch_to_device(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
     """The same steps with their batches on the device; on a GPU each is sent while the step before it runs.
 
     The copies have a stream of their own, so they need not queue behind the kernels of the running step, and a step is asked for one
@@ -191,20 +197,23 @@ def sent_ahead(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
 class _Shares(Dataset[Message]):
     """Step number -> this rank's shares of this step and of some behind it. What a DataLoader can send to its workers."""
 
-    def __init__(self, batches: Batches, stop: int) -> None:
+    def __init__(self, batches: MapLoader, stop: int) -> None:
         self.batches, self.stop = batches, stop
         lengths = batches.examples.records.lengths()
-        self.together = (
-            in_a_message(lengths, batches.rows_per_step, batches.ranks) if batches.workers else 1
+        self.steps_per_message = (
+            steps_per_message(lengths, batches.rows_per_step, batches.ranks)
+            if batches.workers
+            else 1
         )
-        self.share = Share(
+        self.share = RankShard(
             batches.examples, batches.tokens_per_micro_batch, batches.rank, batches.ranks, lengths
         )
         self.epoch, self.order = -1, np.zeros(0, np.int64)
 
     def __getitem__(self, first: int) -> Message:
         return [
-            self._step(number) for number in range(first, min(first + self.together, self.stop))
+            self._step(number)
+            for number in range(first, min(first + self.steps_per_message, self.stop))
         ]
 
     def _step(self, number: int) -> Step | BertdistError:
@@ -215,7 +224,7 @@ class _Shares(Dataset[Message]):
         return self.share.of(self.order[step * size : (step + 1) * size], number)
 
 
-def in_a_message(lengths: Array, rows_per_step: int, ranks: int) -> int:
+def steps_per_message(lengths: Array, rows_per_step: int, ranks: int) -> int:
     """How many steps a loader worker sends at once. lengths: (rows,) bytes of text.
 
     A message from a worker costs this process 1 to 3 ms beside a computation on all cores, whatever is in it: it is woken, and
@@ -226,7 +235,7 @@ def in_a_message(lengths: Array, rows_per_step: int, ranks: int) -> int:
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShard:
     """What one rank computes of the steps of some examples."""
 
     examples: Examples
@@ -237,7 +246,7 @@ class Share:
 
     def of(self, rows: Array, number: int) -> Step | BertdistError:
         """This rank's share of step `number`, which takes these rows of the examples."""
-        share = deal(rows, self.lengths[rows], self.ranks)[self.rank]
+        share = balance_by_length(rows, self.lengths[rows], self.ranks)[self.rank]
         try:
             if not len(
                 share
@@ -278,7 +287,7 @@ class Share:
         )
 
 
-def idle(examples: Examples, row: int) -> Batch:
+def idle(examples: Examples, row: int) -> PackedBatch:
     """A row's text as one that counts nothing."""
     return collate([example._replace(row=-1, weight=0.0) for example in examples[[row]]])
 

@@ -1,7 +1,7 @@
 """Rows in pieces: what a source of rows gives, and what becomes of rows that cannot be read.
 
 In: nothing; these are the words that readers (files, addresses, the hub) and those who take rows have in common. Out: `Piece`, some whole
-rows with the place at which reading can begin again; `RowSource`, what gives them; `BadRow` and `BadRows`, rows that were left out.
+rows with the place at which reading can begin again; `RowSource`, what gives them; `SkippedRow` and `SkippedRows`, rows that were left out.
 One module, because a reader, a stream over several of them and the report of what was left out must mean the same row.
 
 Where rows stand, in words: `dev.tsv line 12`, through all that joins, cuts and leaves out rows.
@@ -26,12 +26,12 @@ EXCERPT_CHARACTERS = 200
 
 Column: TypeAlias = "pa.ChunkedArray | list[Any]"
 
-Place: TypeAlias = dict[str, Any]  # JSON-able; where a reading can begin again
+ReaderState: TypeAlias = dict[str, Any]  # JSON-able; where a reading can begin again
 
 OnBadRow = Literal["fail", "skip"]
 
 
-class BadRow(NamedTuple):
+class SkippedRow(NamedTuple):
     """A row that was left out. `line` is where it starts in the file, from 1; in parquet its row, from 0."""
 
     file: str
@@ -40,8 +40,8 @@ class BadRow(NamedTuple):
     text: str  # the row as it stood, at most EXCERPT_CHARACTERS of it; what is no text is written as \\x81 or \\ud800
 
 
-class Spot(NamedTuple):
-    """Where a row stands, and how it looks there: a BadRow without a reason."""
+class RowLocation(NamedTuple):
+    """Where a row stands, and how it looks there: a SkippedRow without a reason."""
 
     file: str
     line: int | None
@@ -49,22 +49,22 @@ class Spot(NamedTuple):
 
 
 Spots: TypeAlias = Callable[
-    [Sequence[int]], list[Spot]
+    [Sequence[int]], list[RowLocation]
 ]  # rows -> where each of them stands, in one look at the bytes
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """Some whole rows of a source, in its order."""
 
     columns: dict[str, Column]  # the columns that were asked for, each `rows` long
     rows: int
-    place: Place  # reading again from here begins with exactly this piece, bit for bit
+    place: ReaderState  # reading again from here begins with exactly this piece, bit for bit
     where: Callable[[int], str]  # row of this piece, from 0 -> "dev.tsv line 12"
     bad: tuple[
-        BadRow, ...
+        SkippedRow, ...
     ] = ()  # rows that stood among these and were left out (--on_bad_row skip)
     spots: Spots | None = (
-        None  # for `left_out`; None where a source knows no more than `where` says
+        None  # for `skipped_rows`; None where a source knows no more than `where` says
     )
 
 
@@ -94,11 +94,11 @@ class RowSource(Protocol):
     def column_names(self) -> list[str]:
         """Names of the columns, in their order. Raises DataError."""
 
-    def pieces(self, wanted: Sequence[str], place: Place | None = None) -> Iterator[Piece]:
+    def pieces(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
         """The rows from `place` (None: from the first) to the last, as columns `wanted`. Raises DataError."""
 
 
-def first_rows(piece: Piece, rows: int) -> Piece:
+def first_rows_of_chunk(piece: Chunk, rows: int) -> Chunk:
     """The first `rows` rows of a piece, and what was left out before the first row that is not among them."""
     if rows >= piece.rows:
         return piece
@@ -121,19 +121,19 @@ def excerpt(text: str) -> str:
     )
 
 
-def left_out(
+def skipped_rows(
     problems: dict[int, str], where: Callable[[int], str], spots: Spots | None = None
-) -> list[BadRow]:
-    """Rows that `bertdist.columns` found wrong ({row: reason}) as BadRows, in the order of the rows."""
+) -> list[SkippedRow]:
+    """Rows that `bertdist.columns` found wrong ({row: reason}) as SkippedRows, in the order of the rows."""
     rows = sorted(problems)
-    found = [Spot(where(row), None, "") for row in rows] if spots is None else spots(rows)
+    found = [RowLocation(where(row), None, "") for row in rows] if spots is None else spots(rows)
     return [
-        BadRow(spot.file, spot.line, problems[row], spot.text)
+        SkippedRow(spot.file, spot.line, problems[row], spot.text)
         for row, spot in zip(rows, found, strict=True)
     ]
 
 
-class BadRows:
+class SkippedRows:
     """Gathers the rows that are left out, each once however often it is read, and gives up when they are too many.
 
     on_bad_row "fail" raises a DataError at the first one; "skip" raises one beyond `max_bad_rows`, after writing `path` where it is given.
@@ -144,26 +144,26 @@ class BadRows:
     ) -> None:
         self.on_bad_row, self.max_bad_rows, self.path = on_bad_row, max_bad_rows, path
         self._rows: dict[
-            tuple[str, int | None, str], BadRow
+            tuple[str, int | None, str], SkippedRow
         ] = {}  # files of several folders may share a name
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @property
-    def rows(self) -> list[BadRow]:
+    def rows(self) -> list[SkippedRow]:
         """In the order in which they were found."""
         return list(self._rows.values())
 
-    def add(self, rows: Iterable[BadRow]) -> None:
+    def add(self, rows: Iterable[SkippedRow]) -> None:
         """Raises DataError: at the first row ("fail"), or as soon as there are more than `max_bad_rows` ("skip")."""
         for row in rows:
             if self.on_bad_row == "fail":
-                raise DataError(f"{place_of(row)}: {_sentence(row.reason)}")
+                raise DataError(f"{location_of(row)}: {_sentence(row.reason)}")
             self._rows.setdefault((row.file, row.line, row.text), row)
         if len(self._rows) > self.max_bad_rows:
             last = self.rows[self.max_bad_rows]
-            told = f"The last of them: {place_of(last)}: {_sentence(last.reason)}"
+            told = f"The last of them: {location_of(last)}: {_sentence(last.reason)}"
             if self.path is not None:
                 self.write(self.path)
                 told = f"Their reasons are in {self.path}."
@@ -171,7 +171,7 @@ class BadRows:
                 f"More than {self.max_bad_rows} rows cannot be read (--max_bad_rows). {told}"
             )
 
-    def take(self, rows: Sequence[BadRow]) -> None:
+    def take(self, rows: Sequence[SkippedRow]) -> None:
         """`add` and `write`, where there are any."""
         if rows:
             self.add(rows)
@@ -182,7 +182,7 @@ class BadRows:
         path = path or self.path
         if path is None or not self._rows:
             return
-        known = {(row.file, row.line, row.text): row for row in read_bad_rows(path)}
+        known = {(row.file, row.line, row.text): row for row in read_skipped_rows(path)}
         known = {**known, **self._rows}
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -197,17 +197,17 @@ class BadRows:
             raise DataError(f"Cannot write {path}: {error.strerror or error}.") from None
 
 
-def read_bad_rows(path: Path) -> list[BadRow]:
+def read_skipped_rows(path: Path) -> list[SkippedRow]:
     """The rows of a bad_rows.jsonl; none where there is no such file, and without lines that are not ours."""
-    found: list[BadRow] = []
+    found: list[SkippedRow] = []
     if path.exists():
         for line in path.read_bytes().split(b"\n"):
             with contextlib.suppress(ValueError, TypeError, RecursionError):
-                found.append(checked(BadRow(**json.loads(line))))
+                found.append(checked(SkippedRow(**json.loads(line))))
     return found
 
 
-def checked(row: BadRow) -> BadRow:
+def checked(row: SkippedRow) -> SkippedRow:
     """The row, as a file had it; raises TypeError where a field is something else."""
     texts = all(isinstance(value, str) for value in (row.file, row.reason, row.text))
     if not texts or not (row.line is None or type(row.line) is int):
@@ -215,7 +215,7 @@ def checked(row: BadRow) -> BadRow:
     return row
 
 
-def place_of(row: BadRow) -> str:
+def location_of(row: SkippedRow) -> str:
     """`dev.tsv line 12`; `x.parquet row 7`."""
     if row.line is None:
         return row.file

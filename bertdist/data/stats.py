@@ -23,16 +23,21 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from bertdist.core.atomic_io import write_whole
+from bertdist.core.atomic_io import atomic_write
 from bertdist.core.config import TaskConfig, TrainConfig
 from bertdist.core.errors import BertdistError, DataError
 from bertdist.data.batch import Step
 from bertdist.data.columns import LabelKind, LabelValue
 from bertdist.data.records import Records, as_kind, common_kind
-from bertdist.data.source import BadRow, BadRows, checked
+from bertdist.data.source import SkippedRow, SkippedRows, checked
 from bertdist.data.streaming import Agree, Stream
-from bertdist.distributed.collectives import from_main, host_group, summed, together
-from bertdist.distributed.preemption import StopRequest
+from bertdist.distributed.collectives import (
+    all_reduce_sum,
+    broadcast_from_rank0,
+    host_group,
+    raise_on_all_ranks,
+)
+from bertdist.distributed.preemption import StopSignal
 from bertdist.tasks.tasks import Task, open_task
 
 SECONDS_BETWEEN = (
@@ -43,13 +48,13 @@ END = object()
 
 
 @dataclass
-class Survey:
+class StreamScan:
     """What one pass over some rows has found."""
 
     rows: dict[int, int] = field(default_factory=dict)  # number of the source -> its rows
     kind: LabelKind | None = None
     labels: dict[LabelValue, int] = field(default_factory=dict)  # label -> rows
-    bad: list[BadRow] = field(default_factory=list)  # rows that were left out
+    bad: list[SkippedRow] = field(default_factory=list)  # rows that were left out
 
     def add(self, source: int, found: Records) -> None:
         """Count some rows of a source. Raises DataError where their labels are of another kind than those before."""
@@ -60,7 +65,7 @@ class Survey:
         )
         self.rows[source] = self.rows.get(source, 0) + len(found)
 
-    def join(self, other: "Survey") -> None:
+    def join(self, other: "StreamScan") -> None:
         """Add what another rank has found."""
         if other.kind is not None:
             self._merge(other.kind, other.labels, "another file")
@@ -81,31 +86,31 @@ class Survey:
 
 
 def survey(
-    stream: Stream, accelerator: Accelerator, kept: Path, stop: StopRequest | None = None
-) -> Survey | None:
+    stream: Stream, accelerator: Accelerator, kept: Path, stop: StopSignal | None = None
+) -> StreamScan | None:
     """Of the whole stream: what an earlier start has kept, else by reading; None on all ranks where `stop` was asked for meanwhile.
 
     A collective. Raises DataError on all ranks.
     """
     known, fingerprint = None, ""
-    with together(accelerator):
+    with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
             fingerprint = stream.fingerprint
             known = _read(kept, fingerprint)
-    known = from_main(accelerator, known)
+    known = broadcast_from_rank0(accelerator, known)
     if known is not None:
         return known
-    mine = Survey()
-    with together(accelerator):
+    mine = StreamScan()
+    with raise_on_all_ranks(accelerator):
         if not _read_on(
             _pieces(stream, mine, accelerator.process_index, accelerator.num_processes),
             accelerator,
             stop,
         ):
             return None
-    whole = Survey()
-    with_all: list[Survey] = [mine] if accelerator.num_processes == 1 else gather_object([mine])
-    with together(accelerator):
+    whole = StreamScan()
+    with_all: list[StreamScan] = [mine] if accelerator.num_processes == 1 else gather_object([mine])
+    with raise_on_all_ranks(accelerator):
         for found in with_all:
             whole.join(found)
         if not sum(whole.rows.values()):
@@ -116,16 +121,16 @@ def survey(
                 **asdict(whole),
                 "labels": list(whole.labels.items()),
             }
-            write_whole(kept, json.dumps(text, indent=1).encode())
+            atomic_write(kept, json.dumps(text, indent=1).encode())
     return whole
 
 
-def _pieces(stream: Stream, mine: Survey, rank: int, ranks: int) -> Iterator[None]:
+def _pieces(stream: Stream, mine: StreamScan, rank: int, ranks: int) -> Iterator[None]:
     """Read this rank's share, a piece at a time."""
-    left_out = BadRows(stream.on_bad_row, stream.max_bad_rows)
+    skipped_rows = SkippedRows(stream.on_bad_row, stream.max_bad_rows)
     if stream.limit is not None:
         for window in stream.windows() if rank == 0 else ():
-            left_out.add(window.bad)
+            skipped_rows.add(window.bad)
             if len(window.records):
                 mine.add(0, window.records)
             yield
@@ -133,14 +138,14 @@ def _pieces(stream: Stream, mine: Survey, rank: int, ranks: int) -> Iterator[Non
         for number, source in enumerate(stream.sources[rank::ranks]):
             mine.rows[rank + number * ranks] = 0
             for _, records, bad in stream.records(source):
-                left_out.add(bad)
+                skipped_rows.add(bad)
                 if len(records):
                     mine.add(rank + number * ranks, records)
                 yield
-    mine.bad = left_out.rows
+    mine.bad = skipped_rows.rows
 
 
-def _read_on(pieces: Iterator[None], accelerator: Accelerator, stop: StopRequest | None) -> bool:
+def _read_on(pieces: Iterator[None], accelerator: Accelerator, stop: StopSignal | None) -> bool:
     """Whether all ranks came to their end; the ranks ask each other every half second. Raises the error of this rank's reading, if any."""
     group, going = host_group(accelerator), True
     error: BertdistError | None = None
@@ -155,7 +160,7 @@ def _read_on(pieces: Iterator[None], accelerator: Accelerator, stop: StopRequest
                 going = next(pieces, END) is None
         except BertdistError as found:
             error = found
-        stops, errors, still = summed(
+        stops, errors, still = all_reduce_sum(
             accelerator, [int(asked()), int(error is not None), int(going)], group
         )
         if error is not None:
@@ -164,7 +169,7 @@ def _read_on(pieces: Iterator[None], accelerator: Accelerator, stop: StopRequest
             return not stops
 
 
-def _read(kept: Path, fingerprint: str) -> Survey | None:
+def _read(kept: Path, fingerprint: str) -> StreamScan | None:
     """What an earlier start has found of the same data."""
     try:
         text = json.loads(kept.read_text())
@@ -177,11 +182,11 @@ def _read(kept: Path, fingerprint: str) -> Survey | None:
         rows = {int(source): int(count) for source, count in text["rows"].items()}
         if text["kind"] not in get_args(LabelKind):
             return None
-        return Survey(
+        return StreamScan(
             rows=rows,
             kind=text["kind"],
             labels=labels,
-            bad=[checked(BadRow(*row)) for row in text["bad"]],
+            bad=[checked(SkippedRow(*row)) for row in text["bad"]],
         )
     except (
         OSError,
@@ -195,7 +200,7 @@ def _read(kept: Path, fingerprint: str) -> Survey | None:
         return None
 
 
-class Labels(NamedTuple):
+class LabelStats(NamedTuple):
     """The labels of a training split: what a task is made of."""
 
     kind: LabelKind
@@ -205,36 +210,36 @@ class Labels(NamedTuple):
     column: str
 
 
-class Known(NamedTuple):
+class DatasetStats(NamedTuple):
     """What is known of the training rows."""
 
-    labels: Labels
+    labels: LabelStats
     rows: list[int]  # of each source; none: nobody has counted
-    bad: Sequence[BadRow] = ()  # rows that were left out
+    bad: Sequence[SkippedRow] = ()  # rows that were left out
 
 
-def labels_in(rows: Records) -> Labels:
+def label_stats_of(rows: Records) -> LabelStats:
     """Of rows in memory."""
     assert rows.label_codes is not None and rows.label_kind is not None
     counts = np.bincount(rows.label_codes, minlength=len(rows.label_values)).tolist()
-    return Labels(
+    return LabelStats(
         rows.label_kind, rows.label_values, counts, rows.class_names, rows.label_column or "labels"
     )
 
 
-def known_of(
+def collect_stats(
     rows: Records | Stream,
     config: TrainConfig,
     accelerator: Accelerator,
     say: Callable[[str], None],
-    stop: StopRequest | None = None,
-) -> Known | None:
+    stop: StopSignal | None = None,
+) -> DatasetStats | None:
     """A collective: of a stream, each rank reads some of the files. None where `stop` was asked for meanwhile. Raises DataError."""
     if isinstance(rows, Records):
-        return Known(labels_in(rows), [len(rows)], rows.bad)
-    with together(accelerator):
+        return DatasetStats(label_stats_of(rows), [len(rows)], rows.bad)
+    with raise_on_all_ranks(accelerator):
         head = rows.head()
-    labels = labels_in(head)
+    labels = label_stats_of(head)
     if reasons := list(_reasons(config, labels)):
         say(f"Reading {rows.name} once, for {', '.join(reasons)}.")
         found = survey(rows, accelerator, Path(config.run.output_dir) / "survey.json", stop)
@@ -244,15 +249,17 @@ def known_of(
         labels = labels._replace(
             kind=found.kind, values=list(found.labels), counts=list(found.labels.values())
         )
-        return Known(labels, [found.rows[number] for number in sorted(found.rows)], found.bad)
+        return DatasetStats(
+            labels, [found.rows[number] for number in sorted(found.rows)], found.bad
+        )
     names = config.task.label_names or labels.class_names
     values: list[LabelValue] = (
         [(name,) if labels.kind == "set" else name for name in names] if names else labels.values
     )
-    return Known(labels._replace(values=values, counts=[len(head)] * len(values)), [])
+    return DatasetStats(labels._replace(values=values, counts=[len(head)] * len(values)), [])
 
 
-def _reasons(config: TrainConfig, labels: Labels) -> list[str]:
+def _reasons(config: TrainConfig, labels: LabelStats) -> list[str]:
     """Why a stream must be read before its first step; none: flags say it all."""
     task, run = config.task, config.run
     reasons = []
@@ -274,7 +281,7 @@ def _reasons(config: TrainConfig, labels: Labels) -> list[str]:
     return reasons
 
 
-def files_of_ranks(stream: Stream, ranks: int) -> list[list[int]]:
+def assign_files_to_ranks(stream: Stream, ranks: int) -> list[list[int]]:
     """Which sources each rank reads (--stream_split files): largest first, to the rank that has least to read."""
     told = [source.bytes for source in stream.sources]
     known = [size for size in told if size is not None]
@@ -293,15 +300,15 @@ def agreement(accelerator: Accelerator) -> Agree:
     """How ranks that read own files agree on a step: its rows over all ranks, and what any of them left out. A collective at every call."""
     group = cache(lambda: host_group(accelerator))
 
-    def agree(step: Step | BertdistError | None) -> tuple[int, tuple[BadRow, ...]]:
+    def agree(step: Step | BertdistError | None) -> tuple[int, tuple[SkippedRow, ...]]:
         told, failed = (step.bad, False) if isinstance(step, Step) else ((), step is not None)
-        rows, failures, bad = summed(
+        rows, failures, bad = all_reduce_sum(
             accelerator,
             [step.rows if isinstance(step, Step) else 0, int(failed), len(told)],
             group(),
         )
         if failures:
-            with together(accelerator):
+            with raise_on_all_ranks(accelerator):
                 if isinstance(step, BertdistError):
                     raise step
         return rows, tuple(gather_object(told) if bad and accelerator.num_processes > 1 else told)
@@ -309,7 +316,9 @@ def agreement(accelerator: Accelerator) -> Agree:
     return agree
 
 
-def task_of_rows(config: TaskConfig, labels: Labels, model_labels: tuple[str, ...] | None) -> Task:
+def create_task(
+    config: TaskConfig, labels: LabelStats, model_labels: tuple[str, ...] | None
+) -> Task:
     """The task that the labels of the training rows make."""
     return open_task(
         config,
@@ -322,7 +331,7 @@ def task_of_rows(config: TaskConfig, labels: Labels, model_labels: tuple[str, ..
     )
 
 
-def facts_of_data(
+def data_fingerprint(
     settings: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     train_rows: Records | Stream,

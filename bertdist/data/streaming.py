@@ -26,8 +26,24 @@ from bertdist.core.errors import BertdistError, DataError
 from bertdist.data.batch import Step
 from bertdist.data.columns import LabelValue
 from bertdist.data.records import Columns, Records, choose, join, records_of_piece
-from bertdist.data.sharding import Batches, Message, Share, idle, in_a_message, loaded, plan, shares
-from bertdist.data.source import BadRow, BadRows, OnBadRow, Place, RowSource, place_of
+from bertdist.data.sharding import (
+    MapLoader,
+    Message,
+    RankShard,
+    epoch_order,
+    idle,
+    iterate_loader,
+    shares,
+    steps_per_message,
+)
+from bertdist.data.source import (
+    OnBadRow,
+    ReaderState,
+    RowSource,
+    SkippedRow,
+    SkippedRows,
+    location_of,
+)
 from bertdist.data.tokenization import Examples, open_examples
 from bertdist.tasks.tasks import Array, Task
 
@@ -47,7 +63,7 @@ class Window(NamedTuple):
     state: State  # reading again from here begins with exactly this window
     after: State | None  # that of the next window; None: the epoch is over
     next_epoch: State
-    bad: list[BadRow]  # rows that were left out
+    bad: list[SkippedRow]  # rows that were left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +113,8 @@ class Stream:
         return xxhash.xxh3_128_hexdigest("\n".join(read).encode())
 
     def records(
-        self, source: RowSource, place: Place | None = None
-    ) -> Iterator[tuple[Place, Records, list[BadRow]]]:
+        self, source: RowSource, place: ReaderState | None = None
+    ) -> Iterator[tuple[ReaderState, Records, list[SkippedRow]]]:
         """The pieces of one source from a place on, checked: where each begins, its rows, those left out. Raises DataError."""
         taken = choose(source, source.column_names(), self.asked)
         for piece in source.pieces(taken.names(), place):
@@ -109,16 +125,16 @@ class Stream:
 
     def head(self) -> Records:
         """The first rows, for what can be seen of a few. Raises DataError where there are none."""
-        left_out = BadRows(self.on_bad_row, self.max_bad_rows)
+        skipped_rows = SkippedRows(self.on_bad_row, self.max_bad_rows)
         for source in self.sources:
             for _, records, bad in self.records(source):
                 if len(records):
                     return records.some(0, min(len(records), HEAD_ROWS))
-                left_out.add(bad)
-        if first := left_out.rows[:1]:
-            told = f"{place_of(first[0])}: {first[0].reason}"
+                skipped_rows.add(bad)
+        if first := skipped_rows.rows[:1]:
+            told = f"{location_of(first[0])}: {first[0].reason}"
             raise DataError(
-                f"{self.name} has no rows but {len(left_out)} that cannot be read, the first of them {told}"
+                f"{self.name} has no rows but {len(skipped_rows)} that cannot be read, the first of them {told}"
             )
         raise DataError(f"{self.name} has no rows.")
 
@@ -179,21 +195,21 @@ class _Reader:
     """The rows of one part, from a cursor on: {"pass": ..., "file": in the order of that pass, "place": of its piece, "skip": rows}."""
 
     def __init__(
-        self, stream: Stream, sources: Sequence[RowSource], part: int, cursor: Place
+        self, stream: Stream, sources: Sequence[RowSource], part: int, cursor: ReaderState
     ) -> None:
         self.stream, self.sources, self.part = stream, sources, part
         self.number, self.file = cursor["pass"], cursor.get("file", 0)
         self.ended = False  # the pass is over
-        self.bad: list[BadRow] = []
+        self.bad: list[SkippedRow] = []
         self.empty: Records | None = None  # a piece of which all rows were left out
         self._order = self._order_of_pass()
-        self._untouched: Place | None = cursor
+        self._untouched: ReaderState | None = cursor
         self._begin(cursor.get("place"))
         self._skip = cursor.get("skip", 0)
         self._fill()
 
     @property
-    def cursor(self) -> Place:
+    def cursor(self) -> ReaderState:
         if (
             self._untouched is not None
         ):  # as it was given: a state must not depend on whether reading was interrupted there
@@ -238,7 +254,7 @@ class _Reader:
         )
         return order
 
-    def _begin(self, place: Place | None) -> None:
+    def _begin(self, place: ReaderState | None) -> None:
         """Open the file whose turn it is, at a place."""
         self._piece: Records | None = None
         self._place, self._skip = place, 0
@@ -271,11 +287,11 @@ class _Reader:
 
 
 # This rank's step -> its rows over all ranks, and the rows that any of them left out; raises the error of any rank.
-Agree = Callable[[Step | BertdistError | None], tuple[int, tuple[BadRow, ...]]]
+Agree = Callable[[Step | BertdistError | None], tuple[int, tuple[SkippedRow, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamBatches:
+class StreamLoader:
     """A stream in steps, as one rank sees it. It has no state: `steps` goes on from the place that a step gave."""
 
     stream: Stream  # with --stream_split files, of this rank's files
@@ -291,13 +307,13 @@ class StreamBatches:
     steps_per_epoch: int = 0  # 0: not known
     agree: Agree | None = None  # with --stream_split files
 
-    def steps(self, start: int, stop: int, place: Place | None = None) -> Iterator[Step]:
+    def steps(self, start: int, stop: int, place: ReaderState | None = None) -> Iterator[Step]:
         """This rank's share of steps start, ..., stop - 1, counted over the whole run, from the place behind step start - 1.
 
         place: `after` of that step; None: the stream's begin. Raises DataError.
         """
         if self.agree is None:
-            yield from loaded(
+            yield from iterate_loader(
                 _Shares(self, start, stop, place, one_epoch=False), self.workers, self.pin
             )
             return
@@ -329,17 +345,17 @@ class StreamBatches:
             if passes == 2 and start == taken:  # the same on all ranks
                 raise DataError(f"{self.stream.name} has no rows.")
 
-    def _own(self, start: int, stop: int, place: Place) -> Iterator[Step | BertdistError]:
+    def _own(self, start: int, stop: int, place: ReaderState) -> Iterator[Step | BertdistError]:
         """The steps of this rank's files, to the end of the epoch, or to the error that ends them."""
         try:
             if "window" in place:
-                yield from loaded(
+                yield from iterate_loader(
                     _Shares(self, start, stop, place, one_epoch=True), self.workers, self.pin
                 )
         except BertdistError as error:
             yield error
 
-    def where(self, rows: Sequence[int], place: Place | None) -> list[str]:
+    def where(self, rows: Sequence[int], place: ReaderState | None) -> list[str]:
         """The file and line of each row of a step with this `place`: its window is read again. Else its number in the stream."""
         told = [f"{self.stream.name} row {row - self.stream.first_row}" for row in rows]
         try:
@@ -356,16 +372,22 @@ class StreamBatches:
         return [window.where(row - window.first_row) for row in rows]
 
 
-AnyBatches: TypeAlias = Batches | StreamBatches
+AnyLoader: TypeAlias = MapLoader | StreamLoader
 
-SomeBatches = TypeVar("SomeBatches", Batches, StreamBatches, AnyBatches)
+LoaderT = TypeVar("LoaderT", MapLoader, StreamLoader, AnyLoader)
 
 
 class _Shares(IterableDataset[Message]):
     """A pass over windows. With several workers each reads all of it, and encodes every so-manieth message."""
 
     def __init__(
-        self, batches: StreamBatches, start: int, stop: int, place: Place | None, *, one_epoch: bool
+        self,
+        batches: StreamLoader,
+        start: int,
+        stop: int,
+        place: ReaderState | None,
+        *,
+        one_epoch: bool,
     ) -> None:
         self.batches, self.start, self.stop, self.place, self.one_epoch = (
             batches,
@@ -374,8 +396,10 @@ class _Shares(IterableDataset[Message]):
             place,
             one_epoch,
         )
-        self.together = (
-            in_a_message(batches.examples.records.lengths(), batches.rows_per_step, batches.ranks)
+        self.steps_per_message = (
+            steps_per_message(
+                batches.examples.records.lengths(), batches.rows_per_step, batches.ranks
+            )
             if batches.workers
             else 1
         )
@@ -386,7 +410,7 @@ class _Shares(IterableDataset[Message]):
         message: Message = []
         try:
             for number, share, rows, place, after, bad in self._planned():
-                turn, last = divmod(number - self.start, self.together)
+                turn, last = divmod(number - self.start, self.steps_per_message)
                 if turn % workers == mine:
                     step = (
                         share.of(rows, number)
@@ -398,7 +422,7 @@ class _Shares(IterableDataset[Message]):
                         if isinstance(step, BertdistError)
                         else replace(step, place=place, after=after, bad=bad)
                     )
-                    if last == self.together - 1:
+                    if last == self.steps_per_message - 1:
                         yield message
                         message = []
         except BertdistError as error:
@@ -408,7 +432,9 @@ class _Shares(IterableDataset[Message]):
 
     def _planned(
         self,
-    ) -> Iterator[tuple[int, Share | None, Array, Place, Place, tuple[BadRow, ...]]]:
+    ) -> Iterator[
+        tuple[int, RankShard | None, Array, ReaderState, ReaderState, tuple[SkippedRow, ...]]
+    ]:
         """(number, examples of the window, its rows in the step, place of the window, of the next step, rows left out) of each step.
 
         Without examples: a rank whose files have no rows but those left out.
@@ -426,7 +452,7 @@ class _Shares(IterableDataset[Message]):
                         yield (
                             number,
                             None,
-                            plan(0, 0, 0),
+                            epoch_order(0, 0, 0),
                             window.state,
                             {"over": window.next_epoch},
                             tuple(window.bad),
@@ -438,14 +464,14 @@ class _Shares(IterableDataset[Message]):
                     window.state["window"],
                     len(window.records),
                 )
-                order = plan(rows, batches.seed, epoch, which)
+                order = epoch_order(rows, batches.seed, epoch, which)
                 bad, last_step, next_epoch = (
                     tuple(window.bad),
                     -(-rows // size) - 1,
                     window.next_epoch,
                 )
                 for step in range(first_step, last_step + 1):
-                    after: Place = {"window": window.state, "step": step + 1}
+                    after: ReaderState = {"window": window.state, "step": step + 1}
                     if step == last_step:
                         over = (
                             {"over": next_epoch}
@@ -473,9 +499,11 @@ class _Shares(IterableDataset[Message]):
                 raise DataError(f"{batches.stream.name} has no rows.")
             place = {"window": next_epoch, "step": 0}
 
-    def _share_of(self, window: Window) -> Share:
+    def _share_of(self, window: Window) -> RankShard:
         b = self.batches
         examples = open_examples(
             window.records, b.examples.tokenizer, b.task, b.examples.max_length
         )
-        return Share(examples, b.tokens_per_micro_batch, b.rank, b.ranks, window.records.lengths())
+        return RankShard(
+            examples, b.tokens_per_micro_batch, b.rank, b.ranks, window.records.lengths()
+        )

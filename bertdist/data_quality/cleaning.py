@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 
-from bertdist.core.atomic_io import write_whole
+from bertdist.core.atomic_io import atomic_write
 from bertdist.core.errors import DataError
 from bertdist.data.records import Records
 from bertdist.data_quality.duplicates import (
@@ -26,14 +26,14 @@ from bertdist.data_quality.duplicates import (
     repeated,
 )
 from bertdist.data_quality.findings import excerpt, places
-from bertdist.data_quality.report import Inspection
+from bertdist.data_quality.report import DataReport
 from bertdist.data_quality.text_checks import empty_rows, other_than_ascii, repairs
 
 Flags = npt.NDArray[np.bool_]
 
 
 def write_fixed(
-    found: Inspection,
+    found: DataReport,
     kinds: list[str],
     path: Path,
     label_delimiter: str | None,
@@ -81,8 +81,8 @@ def write_fixed(
         )
     sink = pa.BufferOutputStream()
     pa.parquet.write_table(_table(records, kept, label_delimiter), sink)
-    write_whole(path, sink.getvalue().to_pybytes())
-    write_whole(dropped_path(path), _told(records, reason, changed, found.splits["train"]))
+    atomic_write(path, sink.getvalue().to_pybytes())
+    atomic_write(dropped_path(path), _told(records, reason, changed, found.splits["train"]))
     counted = {kind: int((reason == kind).sum()) for kind in kinds if kind != "encoding"}
     return {
         **({"encoding": len(changed)} if "encoding" in kinds else {}),

@@ -15,7 +15,7 @@ from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
-from bertdist.core.args import data_problems, problems_of, read_words
+from bertdist.core.args import data_problems, parse_arguments, problems_of
 from bertdist.core.config import (
     BatchConfig,
     DataConfig,
@@ -83,7 +83,7 @@ class CheckConfig:
 
 def read_check_config(words: Sequence[str]) -> tuple[CheckConfig, DataConfig]:
     """Raises ConfigError with one line a problem."""
-    check, data = read_words("python -m bertdist.check", [CheckConfig, DataConfig], words)
+    check, data = parse_arguments("python -m bertdist.check", [CheckConfig, DataConfig], words)
     assert isinstance(check, CheckConfig) and isinstance(data, DataConfig)
     problems = list(data_problems(data))
     if check.max_length < 3:
@@ -122,7 +122,7 @@ def read_check_config(words: Sequence[str]) -> tuple[CheckConfig, DataConfig]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoubtsConfig:
+class LabelIssueConfig:
     _argument_group_name = "doubts about labels"
 
     model: str | None = HfArg(
@@ -155,7 +155,7 @@ class DoubtsConfig:
 class Doubting:
     """All that decides what is doubted."""
 
-    doubts: DoubtsConfig
+    doubts: LabelIssueConfig
     train: TrainConfig  # of one fold; with --model only what reads rows and where to compute
 
 
@@ -168,13 +168,13 @@ _SCORING = {"validation_file", "validation_split", "max_eval_samples"}
 _PER_STEP = ("streaming", "stream_window", "stream_split", "train_weights")
 
 
-def read_doubts_config(words: Sequence[str]) -> Doubting:
+def read_label_issue_config(words: Sequence[str]) -> Doubting:
     """`--model out/best --train_file rows.tsv ...` or `--folds 5 --model_name_or_path M --train_file rows.tsv --output_dir out ...`.
 
     Raises ConfigError with one line a problem.
     """
     sections = [
-        DoubtsConfig,
+        LabelIssueConfig,
         ModelConfig,
         DataConfig,
         TaskConfig,
@@ -182,7 +182,7 @@ def read_doubts_config(words: Sequence[str]) -> Doubting:
         OptimConfig,
         RunConfig,
     ]
-    doubts, *rest = read_words("python -m bertdist.check", sections, words)
+    doubts, *rest = parse_arguments("python -m bertdist.check", sections, words)
     train = TrainConfig(
         **dict(zip(("model", "data", "task", "batch", "optim", "run"), rest, strict=True))
     )

@@ -22,12 +22,12 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from bertdist.core.config import TrainConfig
 from bertdist.core.terminal import show, show_table
-from bertdist.data.sharding import deal, plan
-from bertdist.data.stats import labels_in, task_of_rows
+from bertdist.data.sharding import balance_by_length, epoch_order
+from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data.tokenization import load_tokenizer, open_examples
 from bertdist.data_quality.findings import counts, percent
 from bertdist.data_quality.length_checks import Lengths
-from bertdist.data_quality.report import Inspection, check_data
+from bertdist.data_quality.report import DataReport, check_data
 from bertdist.distributed.launch import check_world
 from bertdist.models.classifier import labels_of, load_settings
 from bertdist.tasks.tasks import Array, Task
@@ -82,7 +82,7 @@ def dry_run(config: TrainConfig) -> int:
         ", ".join(f"{count} {severity}{'s' * (count != 1)}" for severity, count in number.items())
         + "; python -m bertdist.check says more."
     )
-    task = task_of_rows(config.task, labels_in(found.splits["train"]), labels_of(settings))
+    task = create_task(config.task, label_stats_of(found.splits["train"]), labels_of(settings))
     for records in found.splits.values():
         open_examples(records, tokenizer, task, config.model.max_length)
     _show_plan(config, found, task, world)
@@ -90,7 +90,7 @@ def dry_run(config: TrainConfig) -> int:
     return 1 if number["error"] else 0
 
 
-def _show_plan(config: TrainConfig, found: Inspection, task: Task, world: int) -> None:
+def _show_plan(config: TrainConfig, found: DataReport, task: Task, world: int) -> None:
     train, lengths = found.splits["train"], found.lengths["train"]
     size, limit = config.batch.train_batch_size, config.model.max_length
     per_epoch = -(-len(train) // size)
@@ -106,9 +106,9 @@ def _show_plan(config: TrainConfig, found: Inspection, task: Task, world: int) -
     show(
         f"An epoch has {about}{lengths.kept:,} real tokens, {a_row:.1f} a row; {lengths.truncated:.1%} of the rows are truncated."
     )
-    together = padded_together(np.minimum(lengths.counted, limit), size, config.run.seed)
+    padded = padded_together(np.minimum(lengths.counted, limit), size, config.run.seed)
     show(
-        f"No padding is computed: padded to {limit} {limit / a_row:.1f} times as many, to the longest of a step {together:.2f} times."
+        f"No padding is computed: padded to {limit} {limit / a_row:.1f} times as many, to the longest of a step {padded:.2f} times."
     )
     rows = []
     for ranks in dict.fromkeys((world, OTHER_WORLD)):
@@ -135,7 +135,7 @@ def _show_plan(config: TrainConfig, found: Inspection, task: Task, world: int) -
 
 def padded_together(lengths: Array, size: int, seed: int) -> float:
     """Cells / tokens if the rows of each step were padded to the longest of them. lengths: (rows,) tokens."""
-    order = plan(len(lengths), seed, 0)
+    order = epoch_order(len(lengths), seed, 0)
     starts = np.arange(0, len(order), size)
     longest = np.maximum.reduceat(lengths[order], starts)
     rows = np.diff(np.append(starts, len(order)))
@@ -151,11 +151,13 @@ def balance(
     """
     every = -(-len(lengths_in_bytes) // len(lengths))
     in_bytes = lengths_in_bytes[::every][: len(lengths)]
-    order = plan(len(lengths), seed, 0)
+    order = epoch_order(len(lengths), seed, 0)
     fullest, idle, steps = 0.0, 0, 0
     for start in range(0, min(len(order), STEPS_DEALT * size), size):
         rows = order[start : start + size]
-        loads = [int(lengths[share].sum()) for share in deal(rows, in_bytes[rows], ranks)]
+        loads = [
+            int(lengths[share].sum()) for share in balance_by_length(rows, in_bytes[rows], ranks)
+        ]
         fullest, idle, steps = (
             fullest + max(loads) * ranks / sum(loads),
             idle + loads.count(0),

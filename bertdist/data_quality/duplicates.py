@@ -36,7 +36,7 @@ import pyarrow.compute as pc
 
 from bertdist.data.records import Records
 from bertdist.data_quality.findings import Example, Finding, Severity, excerpt
-from bertdist.data_quality.label_checks import Labels
+from bertdist.data_quality.label_checks import SplitLabels
 
 SHINGLE = 5  # bytes; with 24 bits for the number of a pair a shingle fills 64
 
@@ -312,7 +312,7 @@ SPREAD = 0.25  # of the range of a regression's numbers: rows of one text that d
 
 def check_overlap(
     splits: Mapping[str, Records],
-    labels: Mapping[str, Labels | None],
+    labels: Mapping[str, SplitLabels | None],
     same: Sameness,
     num_examples: int,
 ) -> list[Finding]:
@@ -392,7 +392,7 @@ def _duplicates(split: str, records: Records, same: Sameness, num_examples: int)
     return found
 
 
-def conflicting(numbers: Ints, labels: Labels) -> Ints:
+def conflicting(numbers: Ints, labels: SplitLabels) -> Ints:
     """Numbers of the texts that have contradicting labels, those of most rows first. numbers: (rows,) each row's text."""
     order = np.argsort(numbers, kind="stable")
     starts = np.flatnonzero(np.concatenate([[True], np.diff(numbers[order]) != 0]))
@@ -406,7 +406,7 @@ def conflicting(numbers: Ints, labels: Labels) -> Ints:
 
 
 def _conflicts(
-    split: str, records: Records, numbers: Ints, labels: Labels, num_examples: int
+    split: str, records: Records, numbers: Ints, labels: SplitLabels, num_examples: int
 ) -> list[Finding]:
     texts = conflicting(numbers, labels)
     if not len(texts):
@@ -505,7 +505,7 @@ def near_rows(same: Sameness, split: str, other: str) -> Ints:
 
 def _near(
     splits: Mapping[str, Records],
-    labels: Mapping[str, Labels | None],
+    labels: Mapping[str, SplitLabels | None],
     same: Sameness,
     num_examples: int,
 ) -> list[Finding]:

@@ -57,7 +57,7 @@ class Finding:
 
 # What a finding costs, most first: data that are not what they seem, then scores that are not, then rows that teach nothing or wrongly.
 IMPORTANCE = (
-    "swallowed_rows row_as_header header_as_row columns_swapped labels_like_ids single_label left_out unknown_labels "
+    "swallowed_rows row_as_header header_as_row columns_swapped labels_like_ids single_label skipped_rows unknown_labels "
     "leaks alike_leaks near_leaks conflicting_labels quotes_as_text overflow_columns mojibake c1_controls replacement_characters "
     "unknown_tokens truncated duplicates rare_labels labels_alike empty_texts outliers outside_range"
 ).split()

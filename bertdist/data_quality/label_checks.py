@@ -28,7 +28,7 @@ SHOWN = 12  # labels of which a sentence tells the counts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labels:
+class SplitLabels:
     """The labels of one split. Names are sets (of one name each, but in multi-label tasks)."""
 
     names: Sequence[frozenset[str]]  # distinct
@@ -69,7 +69,7 @@ class Labels:
         return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
-def labels_of_records(records: Records, problem_type: str) -> Labels | None:
+def labels_of_records(records: Records, problem_type: str) -> SplitLabels | None:
     """None where the split has no labels. problem_type: of the training rows; numbers are read where it is a regression."""
     if records.label_codes is None:
         return None
@@ -85,7 +85,7 @@ def labels_of_records(records: Records, problem_type: str) -> Labels | None:
         with suppress(TypeError, ValueError):
             values = [float(value) for value in records.label_values]  # type: ignore[arg-type]
             numbers = np.array(values)[records.label_codes]
-    return Labels(
+    return SplitLabels(
         names=list(places),
         codes=merged[records.label_codes],
         numbers=numbers,
@@ -94,7 +94,7 @@ def labels_of_records(records: Records, problem_type: str) -> Labels | None:
 
 
 def check_labels(
-    splits: Mapping[str, Records], labels: Mapping[str, Labels | None], num_examples: int
+    splits: Mapping[str, Records], labels: Mapping[str, SplitLabels | None], num_examples: int
 ) -> list[Finding]:
     """All findings on labels. Splits are by name, train first."""
     train = labels["train"]
@@ -118,7 +118,7 @@ def check_labels(
 
 
 def _rows(
-    split: str, records: Records, labels: Labels, name: str, num_examples: int
+    split: str, records: Records, labels: SplitLabels, name: str, num_examples: int
 ) -> tuple[Example, ...]:
     codes = [code for code, names in enumerate(labels.names) if name in names]
     rows = np.flatnonzero(np.isin(labels.codes, codes))[:num_examples]
@@ -146,7 +146,7 @@ def _unlabelled(split: str, records: Records) -> Finding:
     )
 
 
-def _of_training(records: Records, labels: Labels, num_examples: int) -> list[Finding]:
+def _of_training(records: Records, labels: SplitLabels, num_examples: int) -> list[Finding]:
     counts = labels.counts()
 
     def finding(
@@ -237,7 +237,7 @@ def _alike(counts: dict[str, int], finding: Any) -> list[Finding]:
 
 
 def _between(
-    split: str, records: Records, labels: Labels, train: Labels, num_examples: int
+    split: str, records: Records, labels: SplitLabels, train: SplitLabels, num_examples: int
 ) -> list[Finding]:
     here, known = labels.counts(), train.counts()
     found = []
@@ -288,7 +288,7 @@ def _between(
     return found
 
 
-def _sets(split: str, records: Records, labels: Labels, num_examples: int) -> list[Finding]:
+def _sets(split: str, records: Records, labels: SplitLabels, num_examples: int) -> list[Finding]:
     sizes = labels.sizes()
     none = np.flatnonzero(sizes == 0)
     if not len(none):
@@ -313,7 +313,7 @@ def _sets(split: str, records: Records, labels: Labels, num_examples: int) -> li
 
 
 def _numbers(
-    split: str, records: Records, labels: Labels, train: Labels, num_examples: int
+    split: str, records: Records, labels: SplitLabels, train: SplitLabels, num_examples: int
 ) -> list[Finding]:
     numbers = labels.numbers
     assert numbers is not None

@@ -51,23 +51,23 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from bertdist.core.atomic_io import write_whole
+from bertdist.core.atomic_io import atomic_write
 from bertdist.core.config import DataConfig, RunConfig, TrainConfig
 from bertdist.core.errors import CheckpointError, ConfigError, DataError
-from bertdist.data.loading import open_source
+from bertdist.data.loading import load_records
 from bertdist.data.records import Records
-from bertdist.data.source import BadRows, Kept, Placed
-from bertdist.data.stats import labels_in, task_of_rows
+from bertdist.data.source import Kept, Placed, SkippedRows
+from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data.tokenization import open_examples
-from bertdist.data_quality.config import Doubting, read_doubts_config
-from bertdist.distributed.collectives import together
-from bertdist.distributed.launch import check_world, open_accelerator
-from bertdist.distributed.preemption import StopRequest
+from bertdist.data_quality.config import Doubting, read_label_issue_config
+from bertdist.distributed.collectives import raise_on_all_ranks
+from bertdist.distributed.launch import check_world, create_accelerator
+from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import labels_of, load_settings
 from bertdist.predict import Predictor
 from bertdist.tasks.tasks import Array, Task
 from bertdist.train import STOPPED, train
-from bertdist.training.run_logger import RunLog
+from bertdist.training.run_logger import RunLogger
 
 RANKINGS = (
     "self_confidence",
@@ -81,7 +81,7 @@ DEFAULT_RANKING = "self_confidence"
 FAR_OFF = 3.5  # a residual of so many robust standard deviations: Iglewicz and Hoaglin, "How to Detect and Handle Outliers", 1993
 
 
-class Doubts(NamedTuple):
+class LabelIssues(NamedTuple):
     """What is to be said of N labels."""
 
     order: Array  # (N,) int64: rows, the most doubted first; each row once
@@ -89,13 +89,13 @@ class Doubts(NamedTuple):
     issues: Array  # (N,) bool by row: the label is likely to be wrong
 
 
-def find_doubts(
+def rank_label_issues(
     problem_type: str,
     targets: Array,
     predictions: Array,
     probabilities: Array,
     rank_by: str = DEFAULT_RANKING,
-) -> Doubts:
+) -> LabelIssues:
     """Rank N rows by how much their labels are to be doubted.
 
     problem_type: the word of Hugging Face configs. targets, predictions: (N,) ids, (N, O) 0/1 rows, or (N,) numbers; probabilities: (N, O),
@@ -127,7 +127,7 @@ def find_doubts(
             targets, predictions, probabilities.astype(np.float64), score_by
         )
     first = ~issues if rank_by == "confident_learning" else np.zeros(len(scores), bool)
-    return Doubts(np.lexsort((np.arange(len(scores)), scores, first)), scores, issues)
+    return LabelIssues(np.lexsort((np.arange(len(scores)), scores, first)), scores, issues)
 
 
 def need_cleanlab() -> Any:
@@ -253,33 +253,33 @@ def answers_out_of_fold(
         _run_of_fold(config, Path(config.run.output_dir) / "folds" / str(fold), task, records)
         for fold in range(folds)
     ]
-    with together(accelerator):
+    with raise_on_all_ranks(accelerator):
         _enough(fold_of_row, folds, records)
         if accelerator.is_main_process:
             for fold, run in enumerate(runs):
                 _write_rows(_file_of(run), records, np.flatnonzero(fold_of_row != fold))
     found: Tensor | None = None
     for fold, run in enumerate(runs):
-        left_out = np.flatnonzero(fold_of_row == fold)
+        held_out = np.flatnonzero(fold_of_row == fold)
         say(
-            f"Fold {fold + 1} of {folds}: a model learns from the other {len(records) - len(left_out):,} rows, in {run.run.output_dir}."
+            f"Fold {fold + 1} of {folds}: a model learns from the other {len(records) - len(held_out):,} rows, in {run.run.output_dir}."
         )
         with _process_group_kept():
             if not train(run).finished:
                 return None
-        stop = StopRequest(
+        stop = StopSignal(
             config.run.stop_before_time_limit
         )  # of the training's own nobody asks any more
-        with together(accelerator):
+        with raise_on_all_ranks(accelerator):
             model = Path(run.run.output_dir) / "best"
             predictor = Predictor(
                 model,
                 tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
                 accelerator=accelerator,
             )
-        logits = predictor.logits(subset(records, left_out))
+        logits = predictor.logits(subset(records, held_out))
         found = torch.zeros(len(records), logits.shape[1]) if found is None else found
-        found[torch.from_numpy(left_out)] = logits
+        found[torch.from_numpy(held_out)] = logits
         stopping = [
             stop.agreed(accelerator) for _ in range(2)
         ]  # on GPUs a call gives the answer of the one before
@@ -377,7 +377,7 @@ def _write_rows(path: Path, records: Records, rows: Array) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"Cannot write {path}: {error.strerror or error}.") from None
-    write_whole(path, "".join(f"{line}\n" for line in lines).encode())
+    atomic_write(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 _PLACE = re.compile(
@@ -391,26 +391,26 @@ SHOWN_PAIRS = 20
 SHOWN_CHARACTERS = 60  # of a text
 
 
-def show_doubts(words: Sequence[str]) -> int:
+def show_label_issues(words: Sequence[str]) -> int:
     """Doubt the labels that the words name; the exit code: 0, or STOPPED where --folds was asked to stop. Raises BertdistError."""
-    config = read_doubts_config(words)
+    config = read_label_issue_config(words)
     run = config.train.run
-    accelerator = open_accelerator(
+    accelerator = create_accelerator(
         replace(run, report_to=None)
     )  # the folds' runs tell their trackers themselves
     check_world(accelerator.num_processes)
-    with together(accelerator):
-        log = RunLog(Path(run.output_dir or "."), enabled=accelerator.is_main_process)
+    with raise_on_all_ranks(accelerator):
+        log = RunLogger(Path(run.output_dir or "."), enabled=accelerator.is_main_process)
         need_cleanlab()  # now, not after an hour of training
     judge = _judge_with_model if config.doubts.model else _judge_out_of_fold
     judged = judge(config, accelerator, log)
     if judged is None:
         return STOPPED
     records, task, targets, logits = judged
-    with together(accelerator):
+    with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
             predictions, probabilities = task.read(logits)
-            doubts = find_doubts(
+            doubts = rank_label_issues(
                 task.problem_type,
                 targets,
                 predictions,
@@ -419,7 +419,7 @@ def show_doubts(words: Sequence[str]) -> int:
             )
             entries = list(entries_of(records, task, targets, predictions, probabilities, doubts))
             if config.doubts.output is not None:
-                write_whole(
+                atomic_write(
                     Path(config.doubts.output),
                     b"".join(json.dumps(e, ensure_ascii=False).encode() + b"\n" for e in entries),
                 )
@@ -433,8 +433,8 @@ Judged = tuple[
 ]  # rows, their task, their labels in its form, logits (rows, outputs)
 
 
-def _judge_with_model(config: Doubting, accelerator: Accelerator, log: RunLog) -> Judged:
-    with together(accelerator):
+def _judge_with_model(config: Doubting, accelerator: Accelerator, log: RunLogger) -> Judged:
+    with raise_on_all_ranks(accelerator):
         assert config.doubts.model is not None
         room = config.train.batch.tokens_per_micro_batch
         predictor = Predictor(
@@ -458,12 +458,14 @@ def _judge_with_model(config: Doubting, accelerator: Accelerator, log: RunLog) -
     return records, predictor.task, targets, logits
 
 
-def _judge_out_of_fold(config: Doubting, accelerator: Accelerator, log: RunLog) -> Judged | None:
+def _judge_out_of_fold(config: Doubting, accelerator: Accelerator, log: RunLogger) -> Judged | None:
     train, folds = config.train, config.doubts.folds
     assert folds is not None
-    with together(accelerator):
+    with raise_on_all_ranks(accelerator):
         records = _rows_of(train.data, train.run.output_dir, log)
-        task = task_of_rows(train.task, labels_in(records), labels_of(load_settings(train.model)))
+        task = create_task(
+            train.task, label_stats_of(records), labels_of(load_settings(train.model))
+        )
         _check_ranking(config, task)
         assert records.label_codes is not None
         targets = np.array([task.target(value) for value in records.label_values])[
@@ -477,11 +479,11 @@ def _judge_out_of_fold(config: Doubting, accelerator: Accelerator, log: RunLog) 
     return None if logits is None else (records, task, targets, logits)
 
 
-def _rows_of(data: DataConfig, output_dir: str, log: RunLog) -> Records:
-    records = open_source(data, "train")
+def _rows_of(data: DataConfig, output_dir: str, log: RunLogger) -> Records:
+    records = load_records(data, "train")
     if records.bad:  # --on_bad_row skip
         path = Path(output_dir) / "bad_rows.jsonl" if output_dir and log.enabled else None
-        BadRows(data.on_bad_row, data.max_bad_rows, path).take(records.bad)
+        SkippedRows(data.on_bad_row, data.max_bad_rows, path).take(records.bad)
         log.say(
             f"{len(records.bad):,} rows that cannot be read are left out{f', see {path}' if path else ''}."
         )
@@ -501,7 +503,7 @@ def entries_of(
     targets: Array,
     predictions: Array,
     probabilities: Array,
-    doubts: Doubts,
+    doubts: LabelIssues,
 ) -> Iterator[dict[str, Any]]:
     """One dict a row, in the order of doubt; targets, predictions, probabilities in the form of the task."""
     for row in map(int, doubts.order):
@@ -538,7 +540,7 @@ def differences(given: Any, suggested: Any) -> list[tuple[str, str]]:
 
 
 def _show(
-    entries: Sequence[dict[str, Any]], records: Records, output: str | None, log: RunLog
+    entries: Sequence[dict[str, Any]], records: Records, output: str | None, log: RunLogger
 ) -> None:
     """The table, the counts, and where the rest is."""
     issues = [entry for entry in entries if entry["issue"]]

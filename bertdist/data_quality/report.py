@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import BertdistError, DataError
-from bertdist.data.loading import open_source, open_texts
+from bertdist.data.loading import load_records, open_texts
 from bertdist.data.readers.file_reader import find_file, open_file
 from bertdist.data.records import Records
-from bertdist.data.source import place_of
+from bertdist.data.source import location_of
 from bertdist.data_quality.duplicates import (
     Sameness,
     can_find_near_duplicates,
@@ -34,7 +34,7 @@ from bertdist.data_quality.findings import (
     ranked,
     report,
 )
-from bertdist.data_quality.label_checks import Labels, check_labels, labels_of_records
+from bertdist.data_quality.label_checks import SplitLabels, check_labels, labels_of_records
 from bertdist.data_quality.length_checks import Lengths, measure
 from bertdist.data_quality.table_checks import check_table
 from bertdist.data_quality.text_checks import check_texts, has_ftfy
@@ -44,11 +44,11 @@ SHOWN_REASONS = 5  # of rows that were left out
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspection:
+class DataReport:
     """What was looked at, and what was found."""
 
     splits: Mapping[str, Records]  # by name, train first
-    labels: Mapping[str, Labels | None]
+    labels: Mapping[str, SplitLabels | None]
     lengths: Mapping[str, Lengths]
     same: Sameness
     problem_type: str
@@ -97,7 +97,7 @@ def check_data(
     problem_type: str = "auto",
     near_threshold: float = 0.8,
     num_examples: int = 3,
-) -> Inspection:
+) -> DataReport:
     """Look at every split. Raises DataError where train or validation cannot be read, and ConfigError as training would."""
     splits, findings, notes = open_splits(data, test_file)
     train = splits["train"]
@@ -143,7 +143,7 @@ def check_data(
                 f"Tokens of {name} were counted in {lengths[name].rows:,} of its {len(records):,} rows."
             )
     findings = ranked(findings)
-    return Inspection(
+    return DataReport(
         splits=splits,
         labels=labels,
         lengths=lengths,
@@ -162,13 +162,13 @@ def open_splits(
 ) -> tuple[dict[str, Records], list[Finding], list[str]]:
     """Splits by name, train first; what is wrong with the labels of the test file; what was not read."""
     notes: list[str] = []
-    opened = {"train": open_source(data, "train"), "validation": open_source(data, "validation")}
+    opened = {"train": load_records(data, "train"), "validation": load_records(data, "validation")}
     found = {name: records for name, records in opened.items() if records is not None}
     if test_file is None:
         return found, [], notes
     findings = []
     try:
-        test = open_source(
+        test = load_records(
             replace(data, validation_file=test_file, max_eval_samples=None), "validation"
         )
         assert test is not None
@@ -237,7 +237,7 @@ def _left_out(split: str, records: Records, most: int, num_examples: int) -> lis
     many = len(bad) > most
     return [
         Finding(
-            kind="left_out",
+            kind="skipped_rows",
             severity="error" if many else "warning",
             split=split,
             title="left out, because they cannot be read",
@@ -250,7 +250,7 @@ def _left_out(split: str, records: Records, most: int, num_examples: int) -> lis
                     split=split,
                     row=-1,
                     text=excerpt(row.text),
-                    note=f"{place_of(row)}: {row.reason}",
+                    note=f"{location_of(row)}: {row.reason}",
                 )
                 for row in bad[:num_examples]
             ),

@@ -18,7 +18,7 @@ from bertdist.core.errors import DataError
 from bertdist.data.readers.file_reader import find_file, open_file
 from bertdist.data.records import LABEL_COLUMNS, PAIRS, TEXT_COLUMNS, Records
 from bertdist.data_quality.findings import Example, Finding, Severity, excerpt
-from bertdist.data_quality.label_checks import Labels
+from bertdist.data_quality.label_checks import SplitLabels
 
 HEADER_WORDS = {
     *TEXT_COLUMNS,
@@ -41,8 +41,8 @@ def check_table(
     split: str,
     path: str | None,
     records: Records,
-    labels: Labels | None,
-    train: Labels,
+    labels: SplitLabels | None,
+    train: SplitLabels,
     data: DataConfig,
     num_examples: int,
 ) -> list[Finding]:
@@ -83,7 +83,7 @@ def check_table(
     return found
 
 
-def _quotes(records: Records, train: Labels, finding: Any) -> list[Finding]:
+def _quotes(records: Records, train: SplitLabels, finding: Any) -> list[Finding]:
     texts, found = records.texts, []
     known = {name for names in train.names for name in names}
     delimiter = str(getattr(getattr(records.source, "form", None), "delimiter", ","))
@@ -213,7 +213,7 @@ def _overflow(
 
 
 def _swapped(
-    split: str, records: Records, labels: Labels, train: Labels, finding: Any
+    split: str, records: Records, labels: SplitLabels, train: SplitLabels, finding: Any
 ) -> list[Finding]:
     rows, everything = len(records), np.arange(len(records))
     if rows < ENOUGH or labels.several:
@@ -242,7 +242,7 @@ def _swapped(
     return []
 
 
-def _headers(split: str, records: Records, labels: Labels, finding: Any) -> list[Finding]:
+def _headers(split: str, records: Records, labels: SplitLabels, finding: Any) -> list[Finding]:
     found = []
     names = {name for names in labels.names for name in names}
     first = labels.names[labels.codes[0]]

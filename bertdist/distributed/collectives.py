@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def together(accelerator: Accelerator) -> Iterator[None]:
+def raise_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
     """Every rank runs the block; where it raises a BertdistError on any rank, it raises the same one on all.
 
     Inside the block there must be no collective: a rank that has failed does not join it.
@@ -46,7 +46,7 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     raise first from None
 
 
-def from_main(accelerator: Accelerator, value: T | None) -> T:
+def broadcast_from_rank0(accelerator: Accelerator, value: T | None) -> T:
     """What rank 0 holds, on every rank."""
     held = [value]
     if accelerator.num_processes > 1:
@@ -68,7 +68,7 @@ def _gloo_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
     return group
 
 
-def agree_on(accelerator: Accelerator, facts: Mapping[str, object]) -> None:
+def assert_same_on_all_ranks(accelerator: Accelerator, facts: Mapping[str, object]) -> None:
     """Every rank holds the same facts (name -> what prints alike), or a ConfigError on all names those that differ from rank 0."""
     if accelerator.num_processes == 1:
         return
@@ -95,14 +95,14 @@ def _short(value: str | None, most: int = 80) -> str:
     return "missing" if value is None else value if len(value) <= most else f"{value[:most]}..."
 
 
-def smallest(
+def all_reduce_min(
     accelerator: Accelerator, values: Sequence[int], group: dist.ProcessGroup | None = None
 ) -> list[int]:
     """The smallest of all ranks, value by value. group: that of `host_group`. Costs nothing on one rank, about 1 ms on gloo."""
     return _reduced(accelerator, values, dist.ReduceOp.MIN, group)
 
 
-def summed(
+def all_reduce_sum(
     accelerator: Accelerator, values: Sequence[int], group: dist.ProcessGroup | None = None
 ) -> list[int]:
     """The sum over all ranks, value by value; otherwise like `smallest`."""

@@ -19,7 +19,7 @@ BEAT_BYTES = 1024  # a beat is one write of so many bytes in place: on a full di
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beat:
+class Heartbeat:
     """What a rank says of itself."""
 
     rank: int
@@ -39,7 +39,7 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Told:
+class FailureReport:
     """Why a run ends: "left" or "hang", in words; and whether this rank is the one to say them."""
 
     kind: str
@@ -47,7 +47,7 @@ class Told:
     mine: bool = field(compare=False)
 
 
-class Beats:
+class HeartbeatFiles:
     """The files of one run, as one rank sees them. What cannot be written is left out: it must never end a run."""
 
     def __init__(self, folder: Path, rank: int, ranks: int) -> None:
@@ -81,7 +81,7 @@ class Beats:
             (self.folder / f"rank_{self.me.rank}.json").unlink()
             self.folder.rmdir()
 
-    def others(self) -> list[Beat]:
+    def others(self) -> list[Heartbeat]:
         """The beats of the other ranks that are there."""
         found = []
         for rank in range(self.ranks):
@@ -90,31 +90,31 @@ class Beats:
                     OSError, ValueError, TypeError
                 ):  # half a beat: the next look reads a whole one
                     found.append(
-                        Beat(**json.loads((self.folder / f"rank_{rank}.json").read_bytes()))
+                        Heartbeat(**json.loads((self.folder / f"rank_{rank}.json").read_bytes()))
                     )
         return found
 
-    def listen(self, others: list[Beat], seconds: float) -> None:
+    def listen(self, others: list[Heartbeat], seconds: float) -> None:
         """So many seconds have passed since the last look: whose beat has not changed? Clocks of two machines are never compared."""
         for beat in others:
             count, silent = self._silent.get(beat.rank, (-1, 0.0))
             self._silent[beat.rank] = beat.count, silent + seconds if count == beat.count else 0.0
 
-    def silent(self, beat: Beat) -> float:
+    def silent(self, beat: Heartbeat) -> float:
         """Seconds for which a rank has not been heard of."""
         return self._silent.get(beat.rank, (0, 0.0))[1]
 
-    def gone(self, others: list[Beat], most_silent: float) -> list[Beat]:
+    def gone(self, others: list[Heartbeat], most_silent: float) -> list[Heartbeat]:
         """Those that have ended: by their last words, by their process, or, on another machine, by their silence of so many seconds."""
 
-        def is_gone(beat: Beat) -> bool:
+        def is_gone(beat: Heartbeat) -> bool:
             if beat.last_words or beat.host != self.me.host:
                 return bool(beat.last_words) or self.silent(beat) > most_silent
             return not is_alive(beat.pid, beat.born)
 
         return [beat for beat in others if is_gone(beat)]
 
-    def words_about(self, gone: list[Beat]) -> str:
+    def words_about(self, gone: list[Heartbeat]) -> str:
         """Who has ended, how and where, and what to do."""
         said = []
         for beat in gone:
@@ -138,29 +138,31 @@ class Beats:
         )
         return f"The same command goes on from {f'step {steps[-1]}' if steps else 'the beginning'}."
 
-    def told(self) -> Told | None:
+    def told(self) -> FailureReport | None:
         """Why the run ends, where a rank has told it."""
         with suppress(OSError, ValueError, KeyError, TypeError):
             found = json.loads((self.folder / "told.json").read_text(encoding="utf-8"))
-            return Told(found["kind"], found["text"], False)
+            return FailureReport(found["kind"], found["text"], False)
         return None
 
-    def claim(self, kind: str, text: str) -> Told:
+    def report_once(self, kind: str, text: str) -> FailureReport:
         """Be the one that tells it, unless another rank has told: then what that has said."""
         mine = self.folder / f".told_{self.me.rank}"
         try:
             mine.write_text(json.dumps({"kind": kind, "text": text}), encoding="utf-8")
             os.link(mine, self.folder / "told.json")  # whole, and only once
         except FileExistsError:
-            return self.told() or Told(kind, text, False)
+            return self.told() or FailureReport(kind, text, False)
         except OSError:
             pass  # no place to agree: everyone tells
-        return Told(kind, text, True)
+        return FailureReport(kind, text, True)
 
 
-def this_rank(rank: int) -> Beat:
+def this_rank(rank: int) -> Heartbeat:
     """The first beat of this process."""
-    return Beat(rank=rank, pid=os.getpid(), born=psutil.Process().create_time(), host=this_host())
+    return Heartbeat(
+        rank=rank, pid=os.getpid(), born=psutil.Process().create_time(), host=this_host()
+    )
 
 
 def is_alive(pid: int, born: float) -> bool:

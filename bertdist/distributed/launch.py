@@ -17,7 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from bertdist.core.config import RunConfig, TrainConfig
 from bertdist.core.errors import ConfigError, did_you_mean
 from bertdist.distributed.preemption import _asked_of_accelerate, _processes
-from bertdist.distributed.rendezvous import meet
+from bertdist.distributed.rendezvous import wait_for_all_ranks
 
 
 def check_world(world_size: int, environ: Mapping[str, str] = os.environ) -> None:
@@ -48,7 +48,7 @@ def check_world(world_size: int, environ: Mapping[str, str] = os.environ) -> Non
         )
 
 
-def open_accelerator(run: RunConfig) -> Accelerator:
+def create_accelerator(run: RunConfig) -> Accelerator:
     """Device, precision and ranks are what `accelerate launch` said; without a GPU, or with --use_cpu, the CPU."""
     keep_freed_memory()
     trackers = run.report_to or []
@@ -59,7 +59,7 @@ def open_accelerator(run: RunConfig) -> Accelerator:
                 f"--report_to {name}: not a tracker that is installed here.{did_you_mean(name, known)}"
             )
     limit = timedelta(seconds=run.rank_timeout)
-    meeting = meet(limit)
+    meeting = wait_for_all_ranks(limit)
     try:
         accelerator = Accelerator(
             cpu=run.use_cpu or not torch.accelerator.is_available(),
@@ -117,7 +117,7 @@ PACKAGES = (
 )
 
 
-def facts_of_launch(config: TrainConfig) -> dict[str, object]:
+def launch_fingerprint(config: TrainConfig) -> dict[str, object]:
     """What must be the same on all ranks before they do anything together: settings and versions."""
     settings = {
         f"--{name}": value for section in asdict(config).values() for name, value in section.items()

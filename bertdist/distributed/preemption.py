@@ -1,7 +1,7 @@
 """When to stop, and whether the launch kept its promise: the only module that knows who started this process.
 
 In: signals, the time limit of a SLURM job, and what SLURM, MPI or `accelerate launch` wrote into the environment or on
-their command line. Out: one answer that is the same on every rank (`StopRequest.agreed`), or a ConfigError (`check_world`).
+their command line. Out: one answer that is the same on every rank (`StopSignal.agreed`), or a ConfigError (`check_world`).
 It is one module because all of it is about the world outside: everything else in the package can be tested without it.
 
 Requeueing is not here: launch/train.slurm does it, after this process has written `preempted` to status.json and left.
@@ -26,12 +26,12 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # would end or start again. The parent of any other run may go: a shell, nohup.
 LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
 
-# (this process, its parent) from the start: a launcher may be killed before there is a StopRequest. Ranks of torchrun need it when they
+# (this process, its parent) from the start: a launcher may be killed before there is a StopSignal. Ranks of torchrun need it when they
 # meet, so from here on its end is seen; a process that was forked later has another parent, which is there.
 _BORN = os.getpid(), os.getppid()
 
 
-class StopRequest:
+class StopSignal:
     """True once a signal came, the launcher is gone, or the SLURM time limit is nearer than `margin_seconds` (0: never for that reason).
 
     The handler only remembers, so a step is never cut in the middle; a second SIGINT (Ctrl-C) raises KeyboardInterrupt at

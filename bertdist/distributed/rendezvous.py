@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from bertdist.core.errors import ConfigError
-from bertdist.distributed.heartbeat import Beat, is_alive, this_host, this_rank
+from bertdist.distributed.heartbeat import Heartbeat, is_alive, this_host, this_rank
 
-_met: list[Beat] = []  # the ranks of the last meeting, in order, this one among them
+_met: list[Heartbeat] = []  # the ranks of the last meeting, in order, this one among them
 
 
-def meet(limit: timedelta) -> TCPStore | None:
+def wait_for_all_ranks(limit: timedelta) -> TCPStore | None:
     """Sign, and wait for the others to sign; None where there are none, or where a group stands already. Raises ConfigError."""
     words = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
     host = os.environ.get("MASTER_ADDR", "")
@@ -58,13 +58,13 @@ def meet(limit: timedelta) -> TCPStore | None:
     store.set(signed[rank], json.dumps(asdict(this_rank(rank))))
     try:
         store.wait(signed, limit)
-        _met[:] = [Beat(**json.loads(card)) for card in store.multi_get(signed)]
+        _met[:] = [Heartbeat(**json.loads(card)) for card in store.multi_get(signed)]
     except (dist.DistError, RuntimeError):
         raise _absent(store, signed, f"{host}:{port}", seconds, rank) from None
     return store
 
 
-def left(seconds: float) -> tuple[list[Beat], bool]:
+def left(seconds: float) -> tuple[list[Heartbeat], bool]:
     """Those of this machine that have met and ended since, looked for during so many seconds; and whether this rank should tell it."""
     here = [beat for beat in _met if beat.host == this_host()]
     deadline = time.monotonic() + seconds
@@ -121,7 +121,7 @@ def _absent(
     try:
         missing = [other for other, key in enumerate(signed) if not store.check([key])]
         cards = [
-            Beat(**json.loads(store.get(key)))
+            Heartbeat(**json.loads(store.get(key)))
             for other, key in enumerate(signed)
             if other not in missing
         ]

@@ -29,12 +29,12 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from bertdist.core.atomic_io import write_whole
+from bertdist.core.atomic_io import atomic_write
 from bertdist.core.config import RunConfig
 from bertdist.core.errors import BertdistError, DataError, RankLost
-from bertdist.core.terminal import complain
-from bertdist.distributed.collectives import LONG, together
-from bertdist.distributed.heartbeat import Beat, Beats, Told
+from bertdist.core.terminal import print_error
+from bertdist.distributed.collectives import LONG, raise_on_all_ranks
+from bertdist.distributed.heartbeat import FailureReport, Heartbeat, HeartbeatFiles
 from bertdist.distributed.rendezvous import left
 
 BEAT_SECONDS = 5.0  # between two beats, or a tenth of --rank_timeout
@@ -64,7 +64,7 @@ class Watchdog:
         self.folder, self.seconds = folder, seconds
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         self.cuda = accelerator.device.type == "cuda"
-        self.beats = Beats(folder, self.rank, self.ranks)
+        self.beats = HeartbeatFiles(folder, self.rank, self.ranks)
         self.progress: Any = None  # the run's Progress, as soon as there is one
         self.beat_seconds = min(BEAT_SECONDS, seconds / 10)
         self._ended, self._dumped = threading.Event(), False
@@ -110,7 +110,7 @@ class Watchdog:
             if isinstance(found, BertdistError):
                 found = type(found)(f"rank {self.rank}: {found}")
             self._write(last_words=_words(found)[:400])
-            self.beats.claim("left", f"{self.beats.me.name} has ended: {_words(found)}")
+            self.beats.report_once("left", f"{self.beats.me.name} has ended: {_words(found)}")
         if found is not error:
             raise found from None
 
@@ -163,7 +163,7 @@ class Watchdog:
         # The main thread hears of it from its connections, as a rule; NCCL's does not always.
         self._gone_for = self._gone_for + elapsed if gone else 0.0
         if self._gone_for > 2 * self.beat_seconds:
-            self._leave(self.beats.claim("left", self.beats.words_about(gone)))
+            self._leave(self.beats.report_once("left", self.beats.words_about(gone)))
         still = {
             beat.rank: max(beat.idle, self.beats.silent(beat))
             for beat in others
@@ -182,18 +182,18 @@ class Watchdog:
             )
             text = f"No rank has moved for {self.seconds:g} s (--rank_timeout), so a collective hangs: {where}."
             stacks = f"What each rank did stands in {self.folder / 'stacks'}."
-            self._leave(self.beats.claim("hang", f"{text} {stacks} {self.beats.cure()}"))
+            self._leave(self.beats.report_once("hang", f"{text} {stacks} {self.beats.cure()}"))
 
-    def _gone(self, others: list[Beat]) -> list[Beat]:
+    def _gone(self, others: list[Heartbeat]) -> list[Heartbeat]:
         return self.beats.gone(others, self.seconds / 2)
 
-    def _leave(self, told: Told) -> None:
+    def _leave(self, told: FailureReport) -> None:
         """End this process from here: its main thread may never come back."""
         if told.kind == "hang":
             self._dump()
             time.sleep(3 * self.beat_seconds)  # until all have looked
         if told.mine:
-            complain(RankLost(told.text))
+            print_error(RankLost(told.text))
         self._status(told)
         os._exit(1)
 
@@ -216,7 +216,7 @@ class Watchdog:
         while (told := self.beats.told()) is None:
             others = self.beats.others()
             if gone := self._gone(others):
-                told = self.beats.claim("left", self.beats.words_about(gone))
+                told = self.beats.report_once("left", self.beats.words_about(gone))
                 break
             if time.monotonic() > deadline:
                 far = ", ".join(
@@ -225,7 +225,7 @@ class Watchdog:
                     if beat.host != self.beats.me.host
                 )
                 text = f"The connection to another rank has broken ({error}); those of this machine are there, elsewhere: {far or 'none'}."
-                told = self.beats.claim("left", f"{text} {self.beats.cure()}")
+                told = self.beats.report_once("left", f"{text} {self.beats.cure()}")
                 break
             time.sleep(0.05)
         if told.kind == "hang":
@@ -235,7 +235,7 @@ class Watchdog:
         found.told = not told.mine
         return found
 
-    def _status(self, told: Told) -> None:
+    def _status(self, told: FailureReport) -> None:
         """status.json is rank 0's; where that is gone, it is for who tells."""
         others = self.beats.others()
         if self.rank == 0 or (told.mine and any(beat.rank == 0 for beat in self._gone(others))):
@@ -245,7 +245,7 @@ class Watchdog:
                 "reason": told.text,
             }
             with suppress(BertdistError):
-                write_whole(self.folder / "status.json", json.dumps(text).encode() + b"\n")
+                atomic_write(self.folder / "status.json", json.dumps(text).encode() + b"\n")
 
 
 def worker_died(error: BaseException) -> DataError | None:
@@ -269,7 +269,7 @@ def connection_lost(error: BaseException) -> RankLost | None:
     return None
 
 
-def told_unwatched(error: BaseException) -> bool:
+def report_unwatched(error: BaseException) -> bool:
     """Where no Watchdog looks, in the first seconds of a run and in prediction: tells of a broken connection. False for other errors.
 
     Once, and by name, where the rank that is gone ran on this machine.
@@ -284,7 +284,7 @@ def told_unwatched(error: BaseException) -> bool:
             f"{names} is gone (killed? out of memory? else its own message says why). Start the same command again."
         )
     if mine:
-        complain(lost)
+        print_error(lost)
     time.sleep(SECONDS_TO_LOOK)
     return True
 
@@ -340,5 +340,5 @@ def _words(error: BaseException) -> str:
 
 def open_watchdog(folder: Path, accelerator: Accelerator, run: RunConfig) -> Watchdog:
     """Made before the ranks meet here: rank 0 clears away the beats of an earlier run, and only then anyone writes."""
-    with together(accelerator):
+    with raise_on_all_ranks(accelerator):
         return Watchdog(folder, accelerator, run.rank_timeout)

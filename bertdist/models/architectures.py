@@ -35,7 +35,7 @@ Rest = Callable[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
+class Architecture:
     """One architecture, in the terms of its own modules."""
 
     prepare: Callable[[Any], None]  # changes a classifier of this family in place
@@ -254,11 +254,13 @@ def _modernbert_layers(model: Any) -> list[Any]:
     return layers if model.config.classifier_pooling == "mean" else layers[:-1]
 
 
-BERT = Family(prepare=_prepare_bert, layers=_bert_layers, attend=_bert_attend, rest=_bert_rest)
+BERT = Architecture(
+    prepare=_prepare_bert, layers=_bert_layers, attend=_bert_attend, rest=_bert_rest
+)
 
 ROBERTA = replace(BERT, first_position=lambda config: config.pad_token_id + 1)
 
-FAMILIES = {  # by model_type
+ARCHITECTURES = {  # by model_type
     "bert": BERT,
     "electra": BERT,
     "ernie": BERT,
@@ -266,20 +268,20 @@ FAMILIES = {  # by model_type
     "xlm-roberta": ROBERTA,
     "camembert": ROBERTA,
     "data2vec-text": ROBERTA,
-    "distilbert": Family(
+    "distilbert": Architecture(
         prepare=_prepare_distilbert,
         layers=_distilbert_layers,
         attend=_distilbert_attend,
         rest=_distilbert_rest,
     ),
-    "albert": Family(
+    "albert": Architecture(
         prepare=_prepare_albert, layers=_albert_layers, attend=_albert_attend, rest=_albert_rest
     ),
-    "modernbert": Family(
+    "modernbert": Architecture(
         prepare=_prepare_modernbert,
         layers=_modernbert_layers,
         attend=_modernbert_attend,
         rest=_modernbert_rest,
     ),
-    "deberta-v2": Family(prepare=deberta.prepare),  # and -v3
+    "deberta-v2": Architecture(prepare=deberta.prepare),  # and -v3
 }

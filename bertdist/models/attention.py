@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from bertdist.models import cpu_attention as attention_cpu
 from bertdist.models.cpu_attention import Layout
-from bertdist.models.dropout import Noise
+from bertdist.models.dropout import DropoutMasks
 
 NAME = "bertdist_packed"
 
@@ -46,7 +46,7 @@ class Packing:
     real: Tensor | None = None  # (N, 1, 1, longest) bool: the cells that are tokens
     cells: Tensor | None = None  # (T,) int64: the cell of each token
     starts: Tensor | None = None  # (N + 1,) int32
-    noise: Noise | None = None  # dropout's masks, on the CPU in training
+    noise: DropoutMasks | None = None  # dropout's masks, on the CPU in training
 
 
 def kernel_of(device: torch.device, dtype: torch.dtype, head_size: int) -> Kernel:
@@ -70,7 +70,11 @@ def kernel_of(device: torch.device, dtype: torch.dtype, head_size: int) -> Kerne
 
 
 def pack(
-    lengths: Sequence[int], firsts: Tensor, heads: int, kernel: Kernel, noise: Noise | None = None
+    lengths: Sequence[int],
+    firsts: Tensor,
+    heads: int,
+    kernel: Kernel,
+    noise: DropoutMasks | None = None,
 ) -> Packing:
     """Describe a row of texts of these lengths (any order; a sorted one makes few buckets). firsts: see Packing."""
     device = firsts.device

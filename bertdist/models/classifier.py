@@ -31,12 +31,12 @@ from transformers.utils import logging as transformers_logging
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import ConfigError, ModelError, did_you_mean
 from bertdist.core.hub import ask_hub, tell_offline, why_not
-from bertdist.data.batch import Batch, collate
+from bertdist.data.batch import PackedBatch, collate
 from bertdist.data.tokenization import Example
 from bertdist.models import attention
-from bertdist.models.architectures import FAMILIES
+from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.cpu_layers import keep_gradient, use_onednn
-from bertdist.models.dropout import Noise, hold, replace_dropouts
+from bertdist.models.dropout import DropoutMasks, hold, replace_dropouts
 from bertdist.tasks.tasks import Task, task_of_model
 
 _NEW = "New weights"
@@ -54,9 +54,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.model = model
         self.checkpoints_activations = False
-        self._noise: Noise | None = None  # dropout's masks of the texts in hand
+        self._noise: DropoutMasks | None = None  # dropout's masks of the texts in hand
         self._takes_segments = "token_type_ids" in inspect.signature(model.forward).parameters
-        family = FAMILIES.get(model.config.model_type)
+        family = ARCHITECTURES.get(model.config.model_type)
         self.packed = family is not None
         self._first_position = family.first_position(model.config) if family else 0
         positions = int(getattr(model.config, "max_position_embeddings", 512))
@@ -72,7 +72,7 @@ class Classifier(nn.Module):
         self.first_tokens_only = self.packed and pooling == "cls"  # what leaves the last layer
         self.reads_padding = not self.packed and self._changes_when_padded()
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: PackedBatch) -> Tensor:
         """Logits (N, O) of the texts of a micro-batch."""
         if not self.packed:
             return self._unpacked(batch)
@@ -124,16 +124,16 @@ class Classifier(nn.Module):
             device, dtype, self.model.config.hidden_size // self.model.config.num_attention_heads
         )
 
-    def _noise_of(self, batch: Batch, texts: Any) -> Noise | None:
+    def _noise_of(self, batch: PackedBatch, texts: Any) -> DropoutMasks | None:
         """Dropout's masks for some texts of a batch (an index), where they belong to the rows."""
         on_cpu = batch.ids.device.type == "cpu"
         return (
-            Noise(batch.rows[texts].tolist(), np.asarray(batch.lengths)[texts].tolist())
+            DropoutMasks(batch.rows[texts].tolist(), np.asarray(batch.lengths)[texts].tolist())
             if self.training and on_cpu
             else None
         )
 
-    def _unpacked(self, batch: Batch) -> Tensor:
+    def _unpacked(self, batch: PackedBatch) -> Tensor:
         lengths = np.asarray(batch.lengths)
         groups = (
             [np.flatnonzero(lengths == length) for length in np.unique(lengths)]
@@ -143,7 +143,7 @@ class Classifier(nn.Module):
         logits = torch.cat([self._padded(batch, texts) for texts in groups])
         return logits[torch.from_numpy(np.concatenate(groups).argsort()).to(logits.device)]
 
-    def _padded(self, batch: Batch, texts: "np.ndarray[Any, Any]") -> Tensor:
+    def _padded(self, batch: PackedBatch, texts: "np.ndarray[Any, Any]") -> Tensor:
         """Logits of some texts, laid out as long as the longest of them."""
         self._noise = self._noise_of(batch, texts)
         longest = max(batch.lengths[i] for i in texts)
@@ -174,7 +174,7 @@ class Classifier(nn.Module):
         texts = [Example(0, part, [0] * len(part), 0, 1.0) for part in parts]
         self.eval()
         try:
-            alone, together = (
+            alone, batched = (
                 torch.cat([self(collate([text])) for text in texts]),
                 self(collate(texts)),
             )
@@ -183,7 +183,7 @@ class Classifier(nn.Module):
                 f"A model of type {config.model_type!r} does not classify plain texts: {_first_line(error)}"
             ) from error
         self.train(was_training)
-        return not bool((together - alone).abs().max() <= 1e-3 * alone.abs().max())
+        return not bool((batched - alone).abs().max() <= 1e-3 * alone.abs().max())
 
 
 def load_settings(config: ModelConfig, flag: str = "--model_name_or_path") -> PretrainedConfig:
@@ -253,7 +253,7 @@ def load_classifier(
                 f"--dropout cannot take effect: the config of {settings.model_type} names no dropout."
             )
         settings.update(dict.fromkeys(known, config.dropout))
-    packed, where = settings.model_type in FAMILIES, f"{flag} {config.model_name_or_path}"
+    packed, where = settings.model_type in ARCHITECTURES, f"{flag} {config.model_name_or_path}"
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             config.model_name_or_path,

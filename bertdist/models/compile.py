@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bertdist.data.batch import collate
 from bertdist.data.tokenization import Example
-from bertdist.models.architectures import FAMILIES, Attend, Rest
+from bertdist.models.architectures import ARCHITECTURES, Attend, Rest
 from bertdist.models.attention import Packing
 from bertdist.models.classifier import Classifier
 from bertdist.models.cpu_layers import clear_gradients
@@ -49,7 +49,7 @@ def compile_layers(
 
     backend: torch.compile's. Never raises: what cannot be compiled runs as it is. What was compiled before in this process is forgotten.
     """
-    began, family = perf_counter(), FAMILIES.get(classifier.model.config.model_type)
+    began, family = perf_counter(), ARCHITECTURES.get(classifier.model.config.model_type)
     layers: list[Any] = family.layers(classifier.model) if family else []
     trouble = None
     if family is None or family.attend is None or family.rest is None:

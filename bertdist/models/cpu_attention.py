@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertdist.models.dropout import Noise, scale_of
+from bertdist.models.dropout import DropoutMasks, scale_of
 
 LANES = 16  # float32 numbers of a 512-bit register: torch's softmax takes 6 times as long where a row is shorter
 
@@ -90,7 +90,7 @@ class Layout:
         stop = start + texts * longest
         return lambda x: x[start:stop].view(texts, longest, x.shape[-1])
 
-    def keeps(self, noise: Noise | None, p: float, first_only: bool) -> list[Tensor]:
+    def keeps(self, noise: DropoutMasks | None, p: float, first_only: bool) -> list[Tensor]:
         """(texts x H, queries, longest) bool a bucket: the attention weights that dropout keeps."""
         lengths = [length for bucket in self.buckets for length in bucket.lengths]
         sizes = [self.heads * (1 if first_only else length) * length for length in lengths]
@@ -131,7 +131,7 @@ def attend(
     scale: float,
     window: int | None,
     dropout: float,
-    noise: Noise | None,
+    noise: DropoutMasks | None,
 ) -> Tensor:
     """query (T or N, H, D): of all tokens or of the first tokens; key, value (T, H, D) -> like query.
 

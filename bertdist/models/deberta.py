@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from bertdist.models.attention import Packing, grid
-from bertdist.models.dropout import Noise, scale_of
+from bertdist.models.dropout import DropoutMasks, scale_of
 
 
 def prepare(model: Any) -> None:
@@ -203,7 +203,7 @@ def _with_rows(x: Tensor, rows: Tensor) -> Tensor:
     return torch.einsum("nhld,hrd->nhlr", x, rows)
 
 
-def _dropped(table: Tensor, module: Any, noise: Noise | None) -> Tensor:
+def _dropped(table: Tensor, module: Any, noise: DropoutMasks | None) -> Tensor:
     """Dropout of the table, which is of no text."""
     p = module.pos_dropout.p
     if noise is None or not module.training or not p:

@@ -27,7 +27,7 @@ _LEVELS = 1 << 16
 
 _seed_of_step: tuple[int, int] = (0, 0)
 
-_in_hand: "Noise | None" = (
+_in_hand: "DropoutMasks | None" = (
     None  # of the micro-batch that is computed now, for layers that are compiled
 )
 
@@ -41,7 +41,7 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
     )
 
 
-class Noise:
+class DropoutMasks:
     """The masks of one micro-batch on the CPU."""
 
     def __init__(self, rows: Iterable[int], lengths: Sequence[int]) -> None:
@@ -90,7 +90,7 @@ class Noise:
             generator.state = state
 
 
-def hold(noise: Noise | None) -> None:
+def hold(noise: DropoutMasks | None) -> None:
     """Give compiled layers the masks of the micro-batch that is computed now: an operator takes tensors and numbers, no Noise."""
     global _in_hand
     _in_hand = noise
@@ -122,7 +122,7 @@ def _dropped(p: float) -> int:
 class Dropout(nn.Module):
     """Stands in for nn.Dropout: with the masks of the micro-batch's texts where there are any, else torch's own."""
 
-    def __init__(self, p: float, noise: Callable[[], Noise | None]) -> None:
+    def __init__(self, p: float, noise: Callable[[], DropoutMasks | None]) -> None:
         super().__init__()
         self.p, self._noise = p, noise
 
@@ -138,7 +138,7 @@ class Dropout(nn.Module):
         return x * torch.mul(keep, x.new_tensor(scale_of(self.p)))
 
 
-def _mask(noise: Noise, shape: torch.Size, p: float) -> Tensor:
+def _mask(noise: DropoutMasks, shape: torch.Size, p: float) -> Tensor:
     """What is kept, of that shape.
 
     Known as texts': (1, T, W) tokens, (N, longest, W) the same padded, (N, H, longest, longest) attention, (1, N, W) or (N, ...) texts.
@@ -162,7 +162,7 @@ def _mask(noise: Noise, shape: torch.Size, p: float) -> Tensor:
     return noise.keep_common(shape.numel(), p).view(shape)
 
 
-def replace_dropouts(model: nn.Module, noise: Callable[[], Noise | None]) -> None:
+def replace_dropouts(model: nn.Module, noise: Callable[[], DropoutMasks | None]) -> None:
     """Put `Dropout` in the place of every nn.Dropout of a model; weights and their names stay."""
     for module in list(model.modules()):
         for name, child in module.named_children():

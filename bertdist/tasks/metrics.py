@@ -208,7 +208,7 @@ def _shaped(answers: Array) -> Array:
     return np.pad(answers.astype(np.int8), ((0, 0), (0, answers.shape[1] == 1)))
 
 
-class Scores:
+class MetricSet:
     """The scores of a run; `compute` may be called any number of times."""
 
     def __init__(self, opened: dict[str, Any], problem_type: str, labels: int) -> None:
@@ -248,7 +248,7 @@ class Scores:
         return result
 
 
-def default_scores(problem_type: str, labels: int) -> list[str]:
+def default_metrics(problem_type: str, labels: int) -> list[str]:
     """The usual scores of a task, the main one first. They are the same for any number of labels, so far."""
     usual = {
         SINGLE: "accuracy f1_macro",
@@ -258,7 +258,7 @@ def default_scores(problem_type: str, labels: int) -> list[str]:
     return usual[problem_type].split()
 
 
-def open_scores(names: Sequence[str], problem_type: str, labels: Sequence[str]) -> Scores:
+def load_metrics(names: Sequence[str], problem_type: str, labels: Sequence[str]) -> MetricSet:
     """Names of the table, paths of a user's own evaluate metric (./mine.py, or ./mine/ with mine.py inside), or hub:NAME -> Scores.
 
     A metric of a user's own may read `predictions`, `probabilities` and `references`. It runs in this process, with seed 0.
@@ -273,7 +273,7 @@ def open_scores(names: Sequence[str], problem_type: str, labels: Sequence[str]) 
             problems.append(f"--metrics {name}: {error}")
     if problems:
         raise ConfigError("\n".join(problems))
-    return Scores(opened, problem_type, len(labels))
+    return MetricSet(opened, problem_type, len(labels))
 
 
 def class_table(predictions: Array, references: Array, labels: Sequence[str]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Task(Protocol):
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """() float32: sum over rows of weight x loss, never a mean: who adds up parts divides by all rows at the end."""
 
-    def plain_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def eval_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """() in the precision of the logits: the sum without label smoothing and class weights, so that it means the same in every run."""
 
     def read(self, logits: Tensor) -> tuple[Array, Array]:
@@ -95,7 +95,7 @@ class SingleLabel:
             * weights
         ).sum()
 
-    def plain_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def eval_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """See Task."""
         return F.cross_entropy(logits, targets, reduction="sum")
 
@@ -152,7 +152,7 @@ class MultiLabel:
         ).mean(-1)
         return (rows * weights).sum()
 
-    def plain_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def eval_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """See Task."""
         return (
             F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
@@ -210,7 +210,7 @@ class Regression:
         """See Task."""
         return ((logits.float()[:, 0] - targets).square() * weights).sum()
 
-    def plain_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def eval_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """See Task."""
         return (logits[:, 0] - targets).square().sum()
 

@@ -6,14 +6,14 @@ In: how far it has come. Out: words and numbers; nothing here decides what the n
 import math
 
 from bertdist.models.classifier import Classifier
-from bertdist.training.best_model import Best
+from bertdist.training.best_model import BestModel
 from bertdist.training.checkpoint import Progress
 from bertdist.training.evaluation import Evaluation
-from bertdist.training.run_logger import RunLog
-from bertdist.training.throughput import Meter
+from bertdist.training.run_logger import RunLogger
+from bertdist.training.throughput import ThroughputMeter
 
 
-def record_training(log: RunLog, progress: Progress, per_epoch: int, **values: float) -> None:
+def record_training(log: RunLogger, progress: Progress, per_epoch: int, **values: float) -> None:
     """One line about the steps since the last one: sums are divided, means are never averaged."""
     loss, rows = (sum(entry[i] for entry in progress.window) for i in (0, 1))
     mean = loss / rows if rows else math.nan  # every step was left out, see nonfinite.py
@@ -31,8 +31,8 @@ def record_training(log: RunLog, progress: Progress, per_epoch: int, **values: f
 def keep_score(
     evaluation: Evaluation | None,
     classifier: Classifier,
-    log: RunLog,
-    best: Best,
+    log: RunLogger,
+    best: BestModel,
     progress: Progress,
     per_epoch: int,
 ) -> None:
@@ -44,14 +44,16 @@ def keep_score(
     best.consider(classifier, evaluation, progress)
 
 
-def tell_meter(log: RunLog, progress: Progress, meter: Meter, stopping: bool) -> None:
+def tell_meter(log: RunLogger, progress: Progress, meter: ThroughputMeter, stopping: bool) -> None:
     """At its end, what this process did with its time: a line in metrics.jsonl, before the last checkpoint is whole, and two sentences."""
     if progress.finished or stopping:
         log.write("meter", progress.step, finished=progress.finished, **meter.summary())
         log.say(str(meter))
 
 
-def tell_end(log: RunLog, progress: Progress, best: Best, total_steps: int, reason: str) -> None:
+def tell_end(
+    log: RunLogger, progress: Progress, best: BestModel, total_steps: int, reason: str
+) -> None:
     """What a run says last. reason: why it was asked to stop, where it has not finished."""
     log.close_progress()
     if progress.finished:

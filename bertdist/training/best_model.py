@@ -12,19 +12,19 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from bertdist.core.atomic_io import finite, put_back, write_folder, write_whole
+from bertdist.core.atomic_io import atomic_write, finite, recover, write_folder
 from bertdist.core.config import RunConfig
-from bertdist.distributed.collectives import together
+from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.models.classifier import Classifier, export
 from bertdist.tasks.tasks import Task
 from bertdist.training.checkpoint import Progress
 from bertdist.training.evaluation import Evaluation
-from bertdist.training.run_logger import RunLog
+from bertdist.training.run_logger import RunLogger
 
 SHOWN_LABELS = 24  # more labels than a screen has lines are in evaluation.json only
 
 
-class Best:
+class BestModel:
     """Where the best weights of a run go. notes: what `Predictor` wants to know of the training (max_length, columns)."""
 
     def __init__(
@@ -43,21 +43,21 @@ class Best:
             notes,
         )
         self.folder = Path(run.output_dir)
-        with together(accelerator):
+        with raise_on_all_ranks(accelerator):
             if accelerator.is_main_process:
-                put_back(self.folder / "best")
+                recover(self.folder / "best")
 
     def consider(self, model: Classifier, evaluation: Evaluation, progress: Progress) -> None:
         """Keep the weights if they are better than all before; decide whether the run has stopped getting better."""
-        merit, best = evaluation.merit, progress.best_score
-        gain = math.inf if best is None else merit - best
+        selection_score, best = evaluation.selection_score, progress.best_score
+        gain = math.inf if best is None else selection_score - best
         if math.isnan(gain):  # an undefined score is worse than any other
-            gain = -math.inf if math.isnan(merit) else math.inf
+            gain = -math.inf if math.isnan(selection_score) else math.inf
         progress.evaluations_since_best = (
             0 if gain > self.run.early_stopping_threshold else progress.evaluations_since_best + 1
         )
         if gain > 0:
-            progress.best_score, progress.best_step = merit, progress.step
+            progress.best_score, progress.best_step = selection_score, progress.step
             self.keep(model, evaluation, progress)
         patience = self.run.early_stopping_patience
         progress.finished = progress.finished or (
@@ -67,7 +67,7 @@ class Best:
     def keep(self, model: Classifier, evaluation: Evaluation | None, progress: Progress) -> None:
         """Write these weights as the best; raises CheckpointError on all ranks where rank 0 cannot."""
         progress.best_step = progress.step
-        with together(self.accelerator):
+        with raise_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
                 write_folder(
                     self.folder / "best",
@@ -79,15 +79,15 @@ class Best:
                         "scores": evaluation.scores,
                         **evaluation.classes,
                     }
-                    write_whole(
+                    atomic_write(
                         self.folder / "evaluation.json",
                         json.dumps(finite(scored), indent=1, ensure_ascii=False).encode() + b"\n",
                     )
-                    write_whole(
+                    atomic_write(
                         self.folder / "predictions.jsonl", b"".join(self._lines(evaluation))
                     )
 
-    def show(self, log: RunLog) -> None:
+    def show(self, log: RunLogger) -> None:
         """At the end of a run: the best evaluation, label by label, and what is taken for what."""
         path = self.folder / "evaluation.json"
         if not self.accelerator.is_main_process or not path.exists():

@@ -25,10 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bertdist.core.atomic_io import at, damage_of, free_name, put_back, remove, write_folder
+from bertdist.core.atomic_io import at, find_damage, free_name, recover, remove, write_folder
 from bertdist.core.errors import CheckpointError
-from bertdist.data.source import Place
-from bertdist.distributed.collectives import from_main, together
+from bertdist.data.source import ReaderState
+from bertdist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from bertdist.training.resume_check import (
     BREAKS_BEST,
     Change,
@@ -61,11 +61,11 @@ class Progress:
     window: list[list[float]] = field(
         default_factory=list
     )  # [loss sum, rows] of each step since the last log line
-    place: Place | None = (
+    place: ReaderState | None = (
         None  # of a stream: where its reading stands; with --stream_split files, this rank's
     )
 
-    def count(self, step: int, rows: int, place: Place | None) -> None:
+    def count(self, step: int, rows: int, place: ReaderState | None) -> None:
         """One more step of so many rows; its loss is filled in when the ranks bring them together."""
         self.step, self.rows, self.place = step, self.rows + rows, place
         self.window.append([0.0, float(rows)])
@@ -79,7 +79,7 @@ class Progress:
         )
 
 
-class Checkpoints:
+class Checkpointer:
     """The checkpoints of one run."""
 
     def __init__(
@@ -112,7 +112,7 @@ class Checkpoints:
             if self.accelerator.num_processes > 1
             else [progress.place]
         )
-        with together(self.accelerator):
+        with raise_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
                 scaler = (
                     self.accelerator.scaler.state_dict()
@@ -121,8 +121,8 @@ class Checkpoints:
                 )
                 state = {
                     "progress": asdict(progress),
-                    "identity": settings.decides,
-                    "besides": settings.besides,
+                    "identity": settings.must_match,
+                    "besides": settings.may_change,
                     "scaler": scaler,
                 }
                 state["ranks"] = self.accelerator.num_processes
@@ -155,13 +155,13 @@ class Checkpoints:
         named: str | None,
     ) -> Progress | None:
         """Load the checkpoint `named`, or the newest whole one; None when there is none. Raises CheckpointError."""
-        with together(self.accelerator):
+        with raise_on_all_ranks(self.accelerator):
             chosen = self._choose(named) if self.accelerator.is_main_process else None
-        chosen = from_main(self.accelerator, chosen)
+        chosen = broadcast_from_rank0(self.accelerator, chosen)
         if not chosen:
             return None
         folder = Path(chosen)
-        with together(self.accelerator):
+        with raise_on_all_ranks(self.accelerator):
             if not (folder / "state.json").exists():
                 raise CheckpointError(
                     f"{folder} is not to be seen from here; --output_dir must be on a disk that every machine shares."
@@ -181,7 +181,7 @@ class Checkpoints:
         if accepted:
             self.say("Other settings than when it was written:", *table(accepted))
         if state["ranks"] != self.accelerator.num_processes:
-            own_files = settings.decides.get("stream_split") == "files"
+            own_files = settings.must_match.get("stream_split") == "files"
             rows = (
                 "each epoch has the same rows, in other steps"
                 if own_files
@@ -195,17 +195,17 @@ class Checkpoints:
 
     def _choose(self, named: str | None) -> str:
         for replaced in self.folder.glob(".step_*.replaced"):
-            put_back(self.folder / replaced.name[1:].removesuffix(".replaced"))
+            recover(self.folder / replaced.name[1:].removesuffix(".replaced"))
         for left_over in self.folder.glob(".step_*"):
             left = "removed" if left_over.suffix == ".old" else "written"
             self.say(f"Removing {left_over.name}, a checkpoint that was not {left} to its end.")
             at(left_over, shutil.rmtree)
         if named is not None:
-            if damage := damage_of(Path(named)):
+            if damage := find_damage(Path(named)):
                 raise CheckpointError(f"--resume_from_checkpoint {named}: {damage}.")
             return named
         for folder in reversed(self._all()):
-            damage = damage_of(folder)
+            damage = find_damage(folder)
             if damage is None:
                 return str(folder)
             aside = free_name(folder.with_name(f"{folder.name}.damaged"))

@@ -1,13 +1,13 @@
 """A whole training step as one CUDA graph (--cuda_graphs): captured once, then replayed with the rows of each step.
 
-In: `train.take_step`, and the batches of a run on one GPU. Out: a function that takes the same steps, by replays where they fit. A
+In: `train.train_step`, and the batches of a run on one GPU. Out: a function that takes the same steps, by replays where they fit. A
 step of a small model is a thousand kernels, each done before the host has launched the next one; a graph is launched at once. What
 it reads and writes lies at fixed addresses in fixed shapes, so
 
 1. T tokens and N texts are settled before the first step, from the lengths of the first steps of epoch 0: the same after a restart.
 2. A step's only micro-batch is filled up to them with texts of weight 0 (`with_pads`): loss and gradients stay what they were.
-3. It is copied into fixed tensors, and so are the learning rates; forward, backward, clipping and AdamW are the captured `take_step`.
-4. `take_step` itself takes what does not fit (more tokens, several micro-batches, the smaller last step of an epoch), and the first
+3. It is copied into fixed tensors, and so are the learning rates; forward, backward, clipping and AdamW are the captured `train_step`.
+4. `train_step` itself takes what does not fit (more tokens, several micro-batches, the smaller last step of an epoch), and the first
    step of a run, which makes AdamW's state.
 5. The graph is captured on a blank batch at learning rates of 0, and its first replay is a trial: loss, gradient norm and the change
    of all weights must be those of the eager step. What was left as it was in the capture would be seen. If they differ, or if
@@ -31,11 +31,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from bertdist.data.batch import Batch, Step, collate
-from bertdist.data.sharding import Batches
-from bertdist.data.streaming import AnyBatches
+from bertdist.data.batch import PackedBatch, Step, collate
+from bertdist.data.sharding import MapLoader
+from bertdist.data.streaming import AnyLoader
 from bertdist.data.tokenization import Example
-from bertdist.models.architectures import FAMILIES
+from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.classifier import Classifier
 from bertdist.models.cpu_layers import clear_gradients
 from bertdist.tasks.tasks import Array
@@ -44,7 +44,7 @@ R = TypeVar("R")
 
 Taken = tuple[Tensor, Tensor]  # loss sum (), gradient norm ()
 
-Take = Callable[..., Taken]  # train.take_step: model, optimizer, step, ..., room
+Take = Callable[..., Taken]  # train.train_step: model, optimizer, step, ..., room
 
 Capture = Callable[
     [Callable[[], Taken], torch.device], tuple[Callable[[], None], Taken]
@@ -70,13 +70,13 @@ class Budget:
     rows: int  # of a step that is captured
     longest: int  # most tokens of a text
 
-    def fill(self, step: Step) -> Batch | None:
+    def fill(self, step: Step) -> PackedBatch | None:
         """The step's micro-batch in this shape; None where it does not fit."""
         if len(step.share) != 1 or step.rows != self.rows:
             return None
         return with_pads(step.share[0], self.tokens, self.texts, self.longest)
 
-    def blank(self, like: Batch) -> Batch:
+    def blank(self, like: PackedBatch) -> PackedBatch:
         """A batch in this shape, of texts that count nothing, on the same device and with targets of the same kind.
 
         Its lengths add up to T, with the longest that any text can have here: what the host may believe of every filled-up batch.
@@ -95,7 +95,7 @@ def _evenly(tokens: int, texts: int) -> list[int]:
     ]  # attention costs the squares of lengths
 
 
-def budget_of(batches: Batches, longest: int) -> Budget | None:
+def budget_of(batches: MapLoader, longest: int) -> Budget | None:
     """What nearly every step fits in, a function of rows and seed alone; None where steps are of several micro-batches."""
     steps = list(
         replace(batches, workers=0, pin=False).steps(0, min(STEPS, batches.steps_per_epoch))
@@ -112,7 +112,7 @@ def budget_of(batches: Batches, longest: int) -> Budget | None:
     )
 
 
-def with_pads(batch: Batch, tokens: int, texts: int, longest: int) -> Batch | None:
+def with_pads(batch: PackedBatch, tokens: int, texts: int, longest: int) -> PackedBatch | None:
     """The same batch with texts of weight 0 behind it, of exactly `tokens` tokens and `texts` texts; None where it cannot be that.
 
     longest: most tokens of a text. What the added ones say is no matter. No GPU is waited for.
@@ -134,7 +134,7 @@ def with_pads(batch: Batch, tokens: int, texts: int, longest: int) -> Batch | No
             ]
         )
 
-    return Batch(
+    return PackedBatch(
         ids=behind(batch.ids, 0, room),
         positions=behind(batch.positions, places),
         segments=behind(batch.segments, 0, room),
@@ -147,14 +147,14 @@ def with_pads(batch: Batch, tokens: int, texts: int, longest: int) -> Batch | No
 
 
 def graphed_step(
-    take_step: Take,
+    train_step: Take,
     classifier: Classifier,
-    batches: AnyBatches,
+    batches: AnyLoader,
     accelerator: Accelerator,
     longest: int,
     say: Callable[[str], None],
 ) -> Take:
-    """take_step by replays, or itself where that cannot be, with the reason said. longest: --max_length."""
+    """train_step by replays, or itself where that cannot be, with the reason said. longest: --max_length."""
     budget = None
     if accelerator.device.type != "cuda":
         trouble = f"it needs a CUDA GPU, and this run is on {accelerator.device.type}."
@@ -166,7 +166,7 @@ def graphed_step(
         )
     elif classifier.checkpoints_activations:
         trouble = "--gradient_checkpointing sets random states from the host."
-    elif not isinstance(batches, Batches):
+    elif not isinstance(batches, MapLoader):
         trouble = "the lengths of a stream are not known before it is read."
     elif not _reads_starts(classifier, accelerator):
         trouble = "this model, GPU or torch has no flash attention for texts that lie end to end."
@@ -174,16 +174,16 @@ def graphed_step(
         trouble = f"a graph has one micro-batch, and steps have more than --tokens_per_micro_batch {batches.tokens_per_micro_batch} tokens."
     if budget is None:
         say(f"--cuda_graphs cannot take effect, steps are taken eagerly: {trouble}")
-        return take_step
+        return train_step
     say(
         f"--cuda_graphs: steps are filled up to {budget.tokens} tokens in {budget.texts} texts; what does not fit is taken eagerly."
     )
-    return GraphedStep(take_step, budget, say)
+    return GraphedStep(train_step, budget, say)
 
 
 def _reads_starts(classifier: Classifier, accelerator: Accelerator) -> bool:
     """Whether attention takes the lengths from the device, where a replay finds those of its step."""
-    family = FAMILIES.get(classifier.model.config.model_type)
+    family = ARCHITECTURES.get(classifier.model.config.model_type)
     with accelerator.autocast():
         return (
             family is not None
@@ -196,37 +196,37 @@ class _Uncut:
     """Stands in for a Room: the micro-batch as it is, and what runs out of memory raises."""
 
     def accumulate(
-        self, model: nn.Module, step: Step, backward: Callable[[Batch, bool], Tensor]
+        self, model: nn.Module, step: Step, backward: Callable[[PackedBatch, bool], Tensor]
     ) -> Tensor:
         return backward(step.share[0], True)
 
 
 class GraphedStep:
-    """take_step, with its signature; see above."""
+    """train_step, with its signature; see above."""
 
     def __init__(
         self,
-        take_step: Take,
+        train_step: Take,
         budget: Budget,
         say: Callable[[str], None],
         capture: Capture | None = None,
     ) -> None:
         """capture: `capture_on_cuda`, or what stands in for it where there is no GPU."""
-        self.take_step, self.budget, self.say = take_step, budget, say
+        self.train_step, self.budget, self.say = train_step, budget, say
         self._capture = capture or capture_on_cuda
         self._replay: Callable[[], None] | None = None
         self._gave_up = False
 
     def __call__(self, model: nn.Module, optimizer: Any, step: Step, *rest: Any) -> Taken:
-        """See train.take_step."""
+        """See train.train_step."""
         batch = self.budget.fill(step) if optimizer.state and not self._gave_up else None
         if batch is not None and self._replay is None:
             self._prepare(model, optimizer, replace(step, share=[batch]), rest)
         if batch is None or self._replay is None:
-            return self.take_step(model, optimizer, step, *rest)
+            return self.train_step(model, optimizer, step, *rest)
         return self._replayed(batch, optimizer)
 
-    def _replayed(self, batch: Batch, optimizer: Any) -> Taken:
+    def _replayed(self, batch: PackedBatch, optimizer: Any) -> Taken:
         assert self._replay is not None
         for name, tensor in vars(batch).items():
             if isinstance(tensor, Tensor):
@@ -253,11 +253,11 @@ class GraphedStep:
                     lr=rate,
                     capturable=device.type == "cuda" and torch.cuda.is_current_stream_capturing(),
                 )
-            return self.take_step(model, optimizer, replace(step, share=[self._batch]), *rest)
+            return self.train_step(model, optimizer, replace(step, share=[self._batch]), *rest)
 
         try:
             eager, change = _tried(
-                lambda: self.take_step(model, optimizer, step, *rest), model, optimizer
+                lambda: self.train_step(model, optimizer, step, *rest), model, optimizer
             )
             (self._replay, self._results), _ = _tried(
                 lambda: self._capture(blank_step, device), model, optimizer

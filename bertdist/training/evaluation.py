@@ -17,10 +17,15 @@ from torch import Tensor, nn
 
 from bertdist.core.config import TaskConfig
 from bertdist.core.errors import BertdistError, ConfigError, did_you_mean
-from bertdist.data.batch import Batch
-from bertdist.data.sharding import Batches
-from bertdist.distributed.collectives import from_main, host_group, summed, together
-from bertdist.distributed.preemption import StopRequest
+from bertdist.data.batch import PackedBatch
+from bertdist.data.sharding import MapLoader
+from bertdist.distributed.collectives import (
+    all_reduce_sum,
+    broadcast_from_rank0,
+    host_group,
+    raise_on_all_ranks,
+)
+from bertdist.distributed.preemption import StopSignal
 from bertdist.tasks.tasks import Array, Task
 from bertdist.training.memory import fitting
 
@@ -39,7 +44,7 @@ class Evaluation:
     """One split, scored."""
 
     scores: dict[str, float]  # loss first
-    merit: float  # the score that picks the best weights; more is better, so it is negative where less is
+    selection_score: float  # the score that picks the best weights; more is better, so it is negative where less is
     answers: list[dict[str, Any]] = field(
         default_factory=list
     )  # a row each; rank 0 only, like what follows
@@ -50,13 +55,13 @@ class Evaluation:
     ] = ()  # rows for which the model gave NaN or Inf; with any, all scores are NaN. On every rank
 
 
-class GivenUp(Exception):
+class EvaluationStopped(Exception):
     """A rank was asked to stop, or has failed, before all rows were scored; all ranks know."""
 
 
 @torch.no_grad()
 def predict_rows(
-    model: nn.Module, batches: Batches, accelerator: Accelerator, stop: StopRequest | None = None
+    model: nn.Module, batches: MapLoader, accelerator: Accelerator, stop: StopSignal | None = None
 ) -> Tensor | None:
     """Logits (rows, outputs) float32 on the CPU, in row order, the same on every rank; None on all, where `stop` was asked for meanwhile.
 
@@ -68,10 +73,14 @@ def predict_rows(
     rows, logits, group = [], [], host_group(accelerator)
 
     def agree(failed: bool) -> None:
-        if any(summed(accelerator, [int(stop is not None and stop.asked()), int(failed)], group)):
-            raise GivenUp
+        if any(
+            all_reduce_sum(
+                accelerator, [int(stop is not None and stop.asked()), int(failed)], group
+            )
+        ):
+            raise EvaluationStopped
 
-    def share() -> Iterator[Batch]:
+    def share() -> Iterator[PackedBatch]:
         for step in batches.steps(0, batches.steps_per_epoch):
             for batch in step.share:
                 if batch.rows[0] >= 0 and not (
@@ -81,17 +90,17 @@ def predict_rows(
             agree(False)
 
     given_up = False
-    with together(accelerator):
+    with raise_on_all_ranks(accelerator):
         try:
             for batch, found in fitting(
                 lambda batch: model(batch.to(accelerator.device)).float(), share(), batches
             ):
                 rows.append(batch.rows)
                 logits.append(found)
-        except GivenUp:
+        except EvaluationStopped:
             given_up = True
         except BertdistError:
-            with suppress(GivenUp):
+            with suppress(EvaluationStopped):
                 agree(True)
             raise
     model.train(was_training)
@@ -136,7 +145,7 @@ def assert_each_row_once(rows: Tensor, total: int) -> None:
     )
 
 
-class Judge:
+class Evaluator:
     """What rank 0 needs to score a split: metrics, the one that picks the best weights, and the classes of the task.
 
     Made on rank 0 only: `evaluate` takes longer to import than everything else together.
@@ -150,9 +159,9 @@ class Judge:
         names = (
             config.metrics
             or GLUE_METRICS.get(glue or "")
-            or scores.default_scores(task.problem_type, len(task.labels))
+            or scores.default_metrics(task.problem_type, len(task.labels))
         )
-        self._scores = scores.open_scores(names, task.problem_type, task.labels)
+        self._scores = scores.load_metrics(names, task.problem_type, task.labels)
         self._class_table = scores.class_table
         self.main = config.metric_for_best_model or self._scores.names[0]
         self.sign = -1 if self.main in scores.LOWER_IS_BETTER else 1
@@ -166,7 +175,7 @@ class Judge:
     def judge(self, logits: Tensor, references: Array) -> Evaluation:
         """logits (rows, outputs), references in the form of the task -> all that is to be said of a split."""
         predictions, probabilities = self.task.read(logits)
-        loss = self.task.plain_loss(logits.double(), torch.from_numpy(references)).item() / len(
+        loss = self.task.eval_loss(logits.double(), torch.from_numpy(references)).item() / len(
             logits
         )
         found = {"loss": loss, **self._scores.compute(predictions, probabilities, references)}
@@ -180,10 +189,10 @@ class Judge:
             if self.task.problem_type != "regression"
             else {}
         )
-        merit = self.sign * found[main]
+        selection_score = self.sign * found[main]
         return Evaluation(
             scores=found,
-            merit=merit,
+            selection_score=selection_score,
             answers=self.task.answers(logits),
             references=references,
             classes=classes,
@@ -192,18 +201,23 @@ class Judge:
 
 def evaluate_split(
     model: nn.Module,
-    batches: Batches,
-    judge: Judge | None,
+    batches: MapLoader,
+    judge: Evaluator | None,
     accelerator: Accelerator,
-    stop: StopRequest | None = None,
+    stop: StopSignal | None = None,
 ) -> Evaluation | None:
     """Score a split; None where `stop` was asked for meanwhile. judge: on rank 0; None elsewhere, where only scores and merit come back."""
     logits = predict_rows(model, batches, accelerator, stop)
     if logits is None:
         return None
     found = judge.judge(logits, batches.examples.targets) if judge is not None else None
-    scores, merit = from_main(accelerator, (found.scores, found.merit) if found else None)
-    return replace(found or Evaluation(scores=scores, merit=merit), no_number=no_number(logits))
+    scores, selection_score = broadcast_from_rank0(
+        accelerator, (found.scores, found.selection_score) if found else None
+    )
+    return replace(
+        found or Evaluation(scores=scores, selection_score=selection_score),
+        no_number=no_number(logits),
+    )
 
 
 def no_number(logits: Tensor) -> tuple[int, ...]:
@@ -211,7 +225,7 @@ def no_number(logits: Tensor) -> tuple[int, ...]:
     return tuple(torch.nonzero(~torch.isfinite(logits).all(-1))[:, 0].tolist())
 
 
-def told_of_rows(rows: tuple[int, ...], total: int, where: Callable[[int], str]) -> str:
+def describe_nonfinite_rows(rows: tuple[int, ...], total: int, where: Callable[[int], str]) -> str:
     """That the model has no answer for some rows, and why that may be, in words."""
     first = ", ".join(where(row) for row in rows[:SHOWN_ROWS]) + (
         ", and more" if len(rows) > SHOWN_ROWS else ""

@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from bertdist.core.errors import DataError
-from bertdist.data.batch import Batch, collate, recut
-from bertdist.data.sharding import PLENTY
-from bertdist.data.source import Place
-from bertdist.data.streaming import AnyBatches
+from bertdist.data.batch import PackedBatch, collate, split_batch
+from bertdist.data.sharding import DEFAULT_TOKEN_BUDGET
+from bertdist.data.source import ReaderState
+from bertdist.data.streaming import AnyLoader
 
 MOST_TOKENS = {"cuda": 65_536}  # where a larger micro-batch is no faster; other devices: PLENTY
 
@@ -48,8 +48,10 @@ _OUT_OF_MEMORY = (
 
 
 def fitting(
-    compute: Callable[[Batch], Tensor], micro_batches: Iterable[Batch], batches: AnyBatches
-) -> Iterator[tuple[Batch, Tensor]]:
+    compute: Callable[[PackedBatch], Tensor],
+    micro_batches: Iterable[PackedBatch],
+    batches: AnyLoader,
+) -> Iterator[tuple[PackedBatch, Tensor]]:
     """(micro-batch, compute(micro-batch)) of each; those that do not fit, and all that come after, in halves.
 
     Without gradients a rank can do this by itself: nobody is told. Raises DataError for a text that does not fit alone.
@@ -59,7 +61,7 @@ def fitting(
         waiting = (
             [micro_batch]
             if tokens == batches.tokens_per_micro_batch
-            else recut([micro_batch], tokens)
+            else split_batch([micro_batch], tokens)
         )
         while waiting:
             batch = waiting.pop(0)
@@ -70,11 +72,14 @@ def fitting(
                 raise too_long(batch, found, batches, None)
             else:
                 tokens = halved(tokens, batch)
-                waiting = recut([batch, *waiting], tokens)
+                waiting = split_batch([batch, *waiting], tokens)
 
 
 def find_tokens(
-    compute: Callable[[Batch], Tensor], batches: AnyBatches, device: torch.device, needed: int = 0
+    compute: Callable[[PackedBatch], Tensor],
+    batches: AnyLoader,
+    device: torch.device,
+    needed: int = 0,
 ) -> int:
     """The most tokens, a power of two, that fit into what `needed` bytes leave of the free memory, in texts of --max_length tokens.
 
@@ -82,14 +87,17 @@ def find_tokens(
     the parameters.
     """
     most = min(
-        MOST_TOKENS.get(device.type, PLENTY),
-        max(PLENTY, power_of_two(2 * batches.rows_per_step * batches.examples.max_length - 1)),
+        MOST_TOKENS.get(device.type, DEFAULT_TOKEN_BUDGET),
+        max(
+            DEFAULT_TOKEN_BUDGET,
+            power_of_two(2 * batches.rows_per_step * batches.examples.max_length - 1),
+        ),
     )
     budget = int(SHARE_OF_FREE.get(device.type, 0.5) * (free_bytes(device) - needed))
     longest = batches.examples.max_length
     (example,) = batches.examples[[0]]
 
-    def probe(texts: int, length: int) -> Batch:
+    def probe(texts: int, length: int) -> PackedBatch:
         ids = (example.ids * length)[:length]
         return collate([example._replace(ids=ids, segments=[0] * length)] * texts).to(device)
 
@@ -133,7 +141,7 @@ def bytes_per_token(kept: list[int], unit: int, longest: int) -> float:
     return max(1.0, a + b * longest)
 
 
-def kept_bytes(compute: Callable[[Batch], Tensor], batch: Batch) -> int:
+def kept_bytes(compute: Callable[[PackedBatch], Tensor], batch: PackedBatch) -> int:
     """Bytes of the tensors that compute(batch) keeps for a backward pass."""
     found: dict[int, int] = {}
 
@@ -149,7 +157,7 @@ def kept_bytes(compute: Callable[[Batch], Tensor], batch: Batch) -> int:
 
 
 def peak_bytes(
-    compute: Callable[[Batch], Tensor], batch: Batch, device: torch.device
+    compute: Callable[[PackedBatch], Tensor], batch: PackedBatch, device: torch.device
 ) -> int | None:
     """Most bytes that compute(batch), and the backward pass where there is one, take at once on a GPU; None: more than there are."""
 
@@ -240,7 +248,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def halved(tokens: int, batch: Batch) -> int:
+def halved(tokens: int, batch: PackedBatch) -> int:
     """Half as many tokens, and again until the batch that did not fit is cut by it."""
     tokens //= 2
     while tokens >= sum(batch.lengths):
@@ -254,7 +262,7 @@ def power_of_two(number: int) -> int:
 
 
 def too_long(
-    batch: Batch, reason: str, batches: AnyBatches, place: Place | None, cure: str = ""
+    batch: PackedBatch, reason: str, batches: AnyLoader, place: ReaderState | None, cure: str = ""
 ) -> DataError:
     """What to say of a text that does not fit alone. place: that of its step."""
     row, limit = int(batch.rows[0]), batches.examples.max_length

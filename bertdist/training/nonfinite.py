@@ -29,21 +29,21 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from bertdist.core.atomic_io import write_whole
+from bertdist.core.atomic_io import atomic_write
 from bertdist.core.config import RunConfig
 from bertdist.core.errors import NonFiniteError
-from bertdist.data.batch import Batch, Step, recut
-from bertdist.data.sharding import Batches
+from bertdist.data.batch import PackedBatch, Step, split_batch
+from bertdist.data.sharding import MapLoader
 from bertdist.data.source import excerpt
-from bertdist.data.streaming import AnyBatches
-from bertdist.distributed.collectives import together
+from bertdist.data.streaming import AnyLoader
+from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.models.cpu_layers import clear_gradients
 from bertdist.models.dropout import seed_dropout
 from bertdist.tasks.tasks import Task
 from bertdist.training.anomaly import Anomaly, find_anomaly
 from bertdist.training.checkpoint import Progress
-from bertdist.training.evaluation import Evaluation, told_of_rows
-from bertdist.training.run_logger import RunLog
+from bertdist.training.evaluation import Evaluation, describe_nonfinite_rows
+from bertdist.training.run_logger import RunLogger
 
 STEPS_HELD = 64  # on a GPU, at most so many steps until the host looks
 
@@ -83,18 +83,18 @@ def step_on_device(optimizer: Any, grad_norm: Tensor) -> None:
     optimizer.step()
 
 
-class Watch:
+class NonFiniteGuard:
     """Looks at the steps that were taken, on all ranks alike. What it counts is in progress, so a restart changes nothing."""
 
     def __init__(
         self,
         run: RunConfig,
         model: nn.Module,
-        batches: AnyBatches,
+        batches: AnyLoader,
         task: Task,
         accelerator: Accelerator,
         progress: Progress,
-        log: RunLog,
+        log: RunLogger,
     ) -> None:
         """model: the classifier itself, not as DDP wraps it."""
         self.run, self.model, self.batches, self.task = run, model, batches, task
@@ -117,10 +117,10 @@ class Watch:
                     self.progress.nan_steps += 1
                     self._tell(each)
 
-    def scored(self, evaluation: Evaluation | None, batches: Batches) -> Evaluation | None:
+    def scored(self, evaluation: Evaluation | None, batches: MapLoader) -> Evaluation | None:
         """The same evaluation; said where the model gave no number for a row. Raises NonFiniteError on all ranks with --on_nan stop."""
         if evaluation is not None and evaluation.no_number:
-            rows = told_of_rows(
+            rows = describe_nonfinite_rows(
                 evaluation.no_number, len(batches.examples), batches.examples.records.where
             )
             told = f"Evaluation after step {self.progress.step}: {rows}"
@@ -143,7 +143,7 @@ class Watch:
         rows = self._wrong_rows(step)
         operation = self._operation(step) if self.run.detect_anomaly else ""
         path = Path(self.run.output_dir) / "nan_rows.jsonl"
-        with together(self.accelerator):
+        with raise_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
                 _write(path, step.number + 1, rows)
         shown = "; ".join(
@@ -177,7 +177,7 @@ class Watch:
         """The rows of a step whose own loss or gradient is not finite, of all ranks, in the order of the rows. A collective."""
         seed_dropout(self.run.seed, step.number, self.accelerator.process_index)
         found: list[dict[str, Any]] = []
-        for batch in () if step.idle else recut(step.share, 1):  # one text each
+        for batch in () if step.idle else split_batch(step.share, 1):  # one text each
             batch = batch.to(self.accelerator.device)
             loss = self._loss(batch)
             loss.backward()
@@ -216,18 +216,18 @@ class Watch:
         if not found:
             return " Computed again it is finite, or only its gradient is infinite, so no operation is named."
         path = Path(self.run.output_dir) / "stacks" / f"nan_step_{step.number + 1:06d}.txt"
-        with together(self.accelerator):
+        with raise_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
-                with suppress(OSError):  # write_whole will tell
+                with suppress(OSError):  # atomic_write will tell
                     path.parent.mkdir(exist_ok=True)
                 texts = [
                     f"rank {rank}: {anomaly}\n{anomaly.stack}\n" for rank, anomaly in found.items()
                 ]
-                write_whole(path, "\n".join(texts).encode())
+                atomic_write(path, "\n".join(texts).encode())
         first, anomaly = next(iter(found.items()))
         return f" It comes from rank {first}: {anomaly}; its stack stands in {path}."
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, batch: PackedBatch) -> Tensor:
         return self.task.loss(self.model(batch), batch.targets, batch.weights)
 
     def _clear(self) -> None:
@@ -256,7 +256,7 @@ def _write(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
         for row in rows
     )
     lines += [json.dumps(row, ensure_ascii=False).encode() for row in told]
-    write_whole(path, b"".join(line + b"\n" for line in lines))
+    atomic_write(path, b"".join(line + b"\n" for line in lines))
 
 
 def _number(value: float) -> float | str:

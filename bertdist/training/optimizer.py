@@ -12,7 +12,7 @@ from bertdist.core.config import OptimConfig
 from bertdist.core.errors import ConfigError
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
+def create_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     """Fused AdamW. Biases and norm weights (all parameters of fewer than two dimensions) do not decay.
 
     With --layerwise_lr_decay d a layer learns at d times the rate of the layer above it: the head at 1, the last of L layers at
@@ -51,7 +51,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     )
 
 
-def build_schedule(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
+def create_lr_schedule(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
     """step (from 0) -> factor on every group's peak_lr: transformers' schedules, of which only the function is kept.
 
     A function has no state, so a resumed run needs none.

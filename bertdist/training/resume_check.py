@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from bertdist.core.config import TrainConfig
 from bertdist.core.errors import CheckpointError
 from bertdist.data.records import Records
-from bertdist.data.source import Place
+from bertdist.data.source import ReaderState
 from bertdist.data.streaming import EMPTY, Stream
 from bertdist.tasks.tasks import Task
 
@@ -63,8 +63,8 @@ BREAKS_BEST = {"metric_for_best_model", "validation_rows"}
 class Settings:
     """What a run is, as far as going on with it is concerned; JSON-able values."""
 
-    decides: dict[str, Any]  # what it learns
-    besides: dict[str, Any] = field(
+    must_match: dict[str, Any]  # what it learns
+    may_change: dict[str, Any] = field(
         default_factory=dict
     )  # what else a person would want to know of
     accept_changed_data: bool = False
@@ -92,7 +92,7 @@ def changes(then: dict[str, Any], now: dict[str, Any], meanings: dict[str, str])
 def compare(folder: Path, state: dict[str, Any], now: Settings) -> list[Change]:
     """The changes that are accepted. Raises CheckpointError, with a table, where there is one that is not. state: of state.json."""
     then, done = state["identity"], state["progress"]["step"]
-    found = changes(then, now.decides, REFUSED)
+    found = changes(then, now.must_match, REFUSED)
     accepted: list[Change] = []
     refused: list[Change] = []
     for change in found:
@@ -108,7 +108,7 @@ def compare(folder: Path, state: dict[str, Any], now: Settings) -> list[Change]:
         raise CheckpointError(
             f"{folder} belongs to another run. What differs:\n{told}\nTake the old settings, or another --output_dir."
         )
-    return accepted + changes(state.get("besides", now.besides), now.besides, ACCEPTED)
+    return accepted + changes(state.get("besides", now.may_change), now.may_change, ACCEPTED)
 
 
 def _accepted(change: Change, found: Iterable[Change], then: dict[str, Any], now: Settings) -> str:
@@ -117,8 +117,8 @@ def _accepted(change: Change, found: Iterable[Change], then: dict[str, Any], now
     if change.name == "training_rows" and other_rows:
         return "accepted: in the epoch that was begun rows may come twice or not at all, in later ones once"
     if change.name == "total_steps":
-        schedules = {settings.get("lr_scheduler_type") for settings in (then, now.decides)}
-        if schedules <= {"constant", "constant_with_warmup"} and not now.decides.get(
+        schedules = {settings.get("lr_scheduler_type") for settings in (then, now.must_match)}
+        if schedules <= {"constant", "constant_with_warmup"} and not now.must_match.get(
             "warmup_ratio"
         ):
             return "the learning rate is constant: more or fewer steps, none of them another"
@@ -143,7 +143,7 @@ def table(rows: Iterable[Change]) -> list[str]:
     ]
 
 
-def place_after_change(place: Place | None, accepted: Iterable[Change]) -> Place | None:
+def place_after_change(place: ReaderState | None, accepted: Iterable[Change]) -> ReaderState | None:
     """Where a stream goes on whose data changed: at the begin of the epoch. A place in the midst of other bytes means nothing."""
     if place is None or not any(change.name == "training_rows" for change in accepted):
         return place
@@ -206,9 +206,11 @@ def _is_place(place: Any) -> bool:
     )
 
 
-def place_of_rank(folder: Path, state: dict[str, Any], rank: int, ranks: int) -> Place | None:
+def place_of_rank(folder: Path, state: dict[str, Any], rank: int, ranks: int) -> ReaderState | None:
     """Where this rank's reading of a stream goes on. Between two passes that is the same for any number of ranks that read own files."""
-    places: list[Place | None] = state.get("places", [None])  # versions before streams wrote none
+    places: list[ReaderState | None] = state.get(
+        "places", [None]
+    )  # versions before streams wrote none
     own_files = state["identity"].get("stream_split") == "files"
     if (
         own_files
@@ -228,7 +230,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 48 else f"{text[:44]} ..."
 
 
-def identity_of(
+def resume_signature(
     config: TrainConfig, rows: Records | Stream, task: Task, total_steps: int
 ) -> dict[str, Any]:
     """All that decides what a run learns, and nothing else: devices, micro-batches, workers and cadences are not in it."""
@@ -258,7 +260,7 @@ def identity_of(
     }
 
 
-def settings_of(
+def resume_settings(
     config: TrainConfig,
     rows: Records | Stream,
     dev_rows: Records | None,
@@ -266,13 +268,15 @@ def settings_of(
     total_steps: int,
 ) -> Settings:
     """What a checkpoint must agree with, and what else it remembers."""
-    besides = {name: getattr(config.run, name) for name in ACCEPTED if hasattr(config.run, name)}
-    besides |= {
+    may_change = {name: getattr(config.run, name) for name in ACCEPTED if hasattr(config.run, name)}
+    may_change |= {
         "metric_for_best_model": config.task.metric_for_best_model
         or next(iter(config.task.metrics or []), None),
         "validation_rows": f"{len(dev_rows)} rows, {dev_rows.fingerprint}" if dev_rows else None,
         "gradient_checkpointing": config.model.gradient_checkpointing,
     }
     return Settings(
-        identity_of(config, rows, task, total_steps), besides, config.run.accept_changed_data
+        resume_signature(config, rows, task, total_steps),
+        may_change,
+        config.run.accept_changed_data,
     )

@@ -1,6 +1,6 @@
 """A run's folder belongs to one run at a time, can be written to, and has room: known before any time is spent.
 
-In: the folder, and on rank 0 the disk it is on. Out: `hold_folder`, inside which no other run enters it; `room_on_disk`, an estimate.
+In: the folder, and on rank 0 the disk it is on. Out: `lock_run_folder`, inside which no other run enters it; `check_disk_space`, an estimate.
 
 1. Rank 0 holds run.lock with flock, which the system gives back when a process ends, however it ends: a lock is never stale. The file
    itself stays; removing it would let two runs hold two files of one name (filelock's own advice).
@@ -24,9 +24,9 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from torch import nn
 
-from bertdist.core.atomic_io import write_whole
+from bertdist.core.atomic_io import atomic_write
 from bertdist.core.errors import CheckpointError, ConfigError
-from bertdist.distributed.collectives import together
+from bertdist.distributed.collectives import raise_on_all_ranks
 
 LOCK, OWNER = "run.lock", "running.json"
 
@@ -36,7 +36,7 @@ CHECKPOINTS = 2  # that must have room: the last whole one, and the one that is 
 
 
 @contextmanager
-def hold_folder(folder: Path, accelerator: Accelerator) -> Iterator[list[str]]:
+def lock_run_folder(folder: Path, accelerator: Accelerator) -> Iterator[list[str]]:
     """Hold the folder of a run; gives what there is to say of it. A collective: all ranks wait for rank 0's answer.
 
     Raises ConfigError on all ranks where another run holds it, CheckpointError where it cannot be written to.
@@ -44,7 +44,7 @@ def hold_folder(folder: Path, accelerator: Accelerator) -> Iterator[list[str]]:
     told: list[str] = []
     lock: FileLock | None = None
     try:
-        with together(accelerator):
+        with raise_on_all_ranks(accelerator):
             if accelerator.is_main_process:
                 _try_to_write(folder)
                 lock = _take(folder, told)
@@ -56,7 +56,7 @@ def hold_folder(folder: Path, accelerator: Accelerator) -> Iterator[list[str]]:
             lock.release()
 
 
-def room_on_disk(folder: Path, model: nn.Module, accelerator: Accelerator) -> str:
+def check_disk_space(folder: Path, model: nn.Module, accelerator: Accelerator) -> str:
     """What checkpoints will take and what there is, in words. A collective; raises CheckpointError on all ranks where it cannot do.
 
     An estimate: float32 weights, AdamW's two averages, and best/. A quota is not seen, nor what others write meanwhile.
@@ -64,7 +64,7 @@ def room_on_disk(folder: Path, model: nn.Module, accelerator: Accelerator) -> st
     weights = sum(weight.nbytes for weight in model.state_dict().values())
     averages = 2 * sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     said = ""
-    with together(accelerator):
+    with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
             there = _bytes_in(folder / "checkpoints") + _bytes_in(folder / "best")
             needed = max(CHECKPOINTS * (weights + averages) + weights - there, weights + averages)
@@ -114,7 +114,7 @@ def _take(folder: Path, told: list[str]) -> FileLock | None:
         )
     now = time.strftime("%Y-%m-%d %H:%M:%S %z")
     try:
-        write_whole(
+        atomic_write(
             folder / OWNER,
             json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}).encode()
             + b"\n",

@@ -24,19 +24,19 @@ from rich.progress import (
 from rich.progress import Progress as ProgressBar
 from rich.table import Column, Table
 
-from bertdist.core.atomic_io import _told, finite, write_whole
+from bertdist.core.atomic_io import _told, atomic_write, finite
 from bertdist.core.config import TrainConfig
 from bertdist.core.errors import CheckpointError
 from bertdist.core.terminal import GROWING, _plain, _short
 from bertdist.data.records import Records
-from bertdist.data.stats import Known
+from bertdist.data.stats import DatasetStats
 from bertdist.data.streaming import Stream
-from bertdist.distributed.collectives import together
+from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import PACKAGES, _version
 from bertdist.tasks.tasks import Task
 
 
-class RunLog:
+class RunLogger:
     """The voice of a run. A context manager: the progress bar lives inside it."""
 
     def __init__(
@@ -57,7 +57,7 @@ class RunLog:
             with _told(folder):
                 folder.mkdir(parents=True, exist_ok=True)
 
-    def __enter__(self) -> "RunLog":
+    def __enter__(self) -> "RunLogger":
         return self
 
     def __exit__(
@@ -124,7 +124,7 @@ class RunLog:
         """
         if self.enabled:
             for name, text in files.items():
-                write_whole(self.folder / name, text.encode())
+                atomic_write(self.folder / name, text.encode())
             self._rewind(step, owed)
 
     def _rewind(self, step: int, owed: bool = False) -> None:
@@ -143,13 +143,13 @@ class RunLog:
                     kept.append(line + b"\n")
             except (ValueError, KeyError, TypeError):
                 continue
-        write_whole(path, b"".join(kept))
+        atomic_write(path, b"".join(kept))
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         """status.json: what a script that started the run wants to know. state: running, finished, preempted or failed."""
         self._running_since = step if state == "running" else None
         if self.enabled:
-            write_whole(
+            atomic_write(
                 self.folder / "status.json",
                 json.dumps({"state": state, "step": step, "reason": reason}).encode() + b"\n",
             )
@@ -193,16 +193,19 @@ class RunLog:
             self.console.print(table)
 
 
-def open_log(folder: Path, accelerator: Accelerator) -> RunLog:
+def open_log(folder: Path, accelerator: Accelerator) -> RunLogger:
     """The run's voice; a line that cannot be written ends all ranks."""
-    return RunLog(
-        folder, accelerator.is_main_process, accelerator.log, partial(together, accelerator)
+    return RunLogger(
+        folder,
+        accelerator.is_main_process,
+        accelerator.log,
+        partial(raise_on_all_ranks, accelerator),
     )
 
 
-def told_of_data(
+def describe_data(
     rows: Records | Stream,
-    known: Known,
+    known: DatasetStats,
     dev_rows: Records | None,
     task: Task,
     per_epoch: int,

@@ -25,21 +25,21 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bertdist.data.batch import Batch, Step, one_token, recut
-from bertdist.data.streaming import AnyBatches, SomeBatches
-from bertdist.distributed.collectives import host_group, smallest, together
+from bertdist.data.batch import PackedBatch, Step, single_token_batch, split_batch
+from bertdist.data.streaming import AnyLoader, LoaderT
+from bertdist.distributed.collectives import all_reduce_min, host_group, raise_on_all_ranks
 from bertdist.training.checkpoint import Progress
 from bertdist.training.memory import attempt, find_tokens, halved, too_long
 
 Backward = Callable[
-    [Batch, bool], Tensor
+    [PackedBatch, bool], Tensor
 ]  # (micro-batch, whether it is the share's last) -> its loss sum (), after its backward pass
 
 
 class Failure(NamedTuple):
     """A micro-batch that ran out of memory."""
 
-    batch: Batch
+    batch: PackedBatch
     reason: str  # what the device said
     final: bool  # the last of the share
     places: list[
@@ -52,13 +52,13 @@ class Failure(NamedTuple):
         return len(self.batch.lengths) == 1
 
 
-class Room:
+class MicroBatcher:
     """How many tokens this rank computes at once while it trains; progress remembers it. It never grows; between steps all ranks agree."""
 
     def __init__(
         self,
         model: nn.Module,
-        batches: AnyBatches,
+        batches: AnyLoader,
         asked: int | None,
         progress: Progress,
         accelerator: Accelerator,
@@ -81,7 +81,10 @@ class Room:
         )  # what the loader's workers cut by: they are ahead, and go on with it
 
     def find(
-        self, loss: Callable[[Batch], Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+        self,
+        loss: Callable[[PackedBatch], Tensor],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
     ) -> None:
         """Find the tokens, where neither a flag nor a checkpoint told them. loss: of a micro-batch; no collective in it."""
         if not self.progress.tokens_per_micro_batch:
@@ -91,10 +94,10 @@ class Room:
                 for p in model.parameters()
                 if p.requires_grad
             )
-            with together(self.accelerator):
+            with raise_on_all_ranks(self.accelerator):
                 found = find_tokens(loss, self._batches, self.accelerator.device, needed)
             throw_away(model)
-            (self.progress.tokens_per_micro_batch,) = smallest(
+            (self.progress.tokens_per_micro_batch,) = all_reduce_min(
                 self.accelerator, [found], self._group
             )
             self.say(
@@ -102,7 +105,7 @@ class Room:
             )
         self._loaded = self.progress.tokens_per_micro_batch
 
-    def cutting(self, batches: SomeBatches) -> SomeBatches:
+    def rebatch(self, batches: LoaderT) -> LoaderT:
         """The same batches, cut so that they fit."""
         return replace(batches, tokens_per_micro_batch=self.progress.tokens_per_micro_batch)
 
@@ -129,13 +132,13 @@ class Room:
             throw_away(model)
             reseed()
 
-    def _cut(self, step: Step, tokens: int) -> list[Batch]:
+    def _cut(self, step: Step, tokens: int) -> list[PackedBatch]:
         if tokens >= self._loaded:
             return step.share
-        return recut(step.share, tokens)
+        return split_batch(step.share, tokens)
 
     def _attempt(
-        self, model: nn.Module, share: list[Batch], backward: Backward
+        self, model: nn.Module, share: list[PackedBatch], backward: Backward
     ) -> Tensor | Failure:
         total = torch.zeros((), device=self.accelerator.device)
         for i, batch in enumerate(share):
@@ -151,9 +154,9 @@ class Room:
 
     def _agreed(self, tokens: int, failure: Failure | None, step: Step) -> bool:
         """Whether the gradients of all ranks are whole. The least tokens of any rank become everybody's; 0: it cannot go on."""
-        least, whole = smallest(self.accelerator, [tokens, int(failure is None)], self._group)
+        least, whole = all_reduce_min(self.accelerator, [tokens, int(failure is None)], self._group)
         if least == 0:
-            with together(self.accelerator):
+            with raise_on_all_ranks(self.accelerator):
                 if tokens == 0 and failure is not None:
                     raise too_long(
                         failure.batch,
@@ -186,7 +189,7 @@ class Room:
         if len(unsent) == len(
             weights
         ):  # DDP has not begun: a text of one token that counts nothing goes the whole way
-            reason = attempt(backward, one_token(failure.batch), True)
+            reason = attempt(backward, single_token_batch(failure.batch), True)
             if isinstance(reason, str):  # not even that: the others will see this rank go
                 raise too_long(failure.batch, reason, self._batches, step.place)
         elif unsent:  # DDP's hooks on these weights have not run: a gradient of zeros runs them, and they send what is left

@@ -162,7 +162,7 @@ class _Tally:
         }
 
 
-class Meter:
+class ThroughputMeter:
     """Counts what a process trains and how long it takes, without the pauses. Its clock starts when it is made."""
 
     def __init__(self, flops: ModelFlops, packed: bool, rate: float) -> None:

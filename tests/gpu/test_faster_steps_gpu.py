@@ -142,15 +142,15 @@ def test_a_capture_that_breaks_off_is_made_good(
 ) -> None:
     """In the midst of it, with the generator in use: the run ends as an eager one."""
     eager = curve(tiny_model, tmp_path / "eager", files, dropout=0.3)
-    take_step = train.take_step
+    train_step = train.train_step
 
     def breaking(model: Any, optimizer: Any, step: Any, *rest: Any) -> Any:
-        taken = take_step(model, optimizer, step, *rest)
+        taken = train_step(model, optimizer, step, *rest)
         if torch.cuda.is_current_stream_capturing():
             raise ValueError("in the midst of it")
         return taken
 
-    monkeypatch.setattr(train, "take_step", breaking)
+    monkeypatch.setattr(train, "train_step", breaking)
     broken = curve(tiny_model, tmp_path / "broken", files, dropout=0.3, cuda_graphs=True)
     assert (
         "--cuda_graphs cannot take effect, steps are taken eagerly: ValueError: in the midst of it"

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from bertdist.core.args import read_config
-from bertdist.data.sharding import Batches
+from bertdist.data.sharding import MapLoader
 from bertdist.data.tokenization import Example
-from bertdist.distributed.preemption import StopRequest
+from bertdist.distributed.preemption import StopSignal
 from bertdist.models.attention import Kernel, kernel_of, pack, packed_attention
 from bertdist.train import train
 from bertdist.training.memory import find_tokens
@@ -114,7 +114,7 @@ def test_the_size_of_micro_batches_is_found_on_the_gpu(little_memory: int) -> No
             return [Example(row, [1] * 9, [0] * 9, 0, 1.0) for row in rows]
 
     examples: Any = Rows()
-    batches = Batches(examples=examples, rows_per_step=10_000, tokens_per_micro_batch=8192)
+    batches = MapLoader(examples=examples, rows_per_step=10_000, tokens_per_micro_batch=8192)
     found = find_tokens(lambda batch: (batch.ids[:, None] * weight).sum(), batches, GPU)
     assert found in (16_384, 32_768)
 
@@ -141,7 +141,7 @@ def test_a_step_that_runs_out_of_memory_on_the_gpu_is_taken_again(
 
 
 def test_a_stop_is_answered_one_call_late_on_the_gpu() -> None:
-    stop, accelerator = StopRequest(), Accelerator()
+    stop, accelerator = StopSignal(), Accelerator()
     try:
         assert (
             stop._answer_of_previous_call(

@@ -24,7 +24,7 @@ def no_file() -> None:
     def broken(*args: Any) -> Any:
         raise DataError("train.tsv: no such file.")
 
-    train.open_rows = broken
+    train.load_splits = broken
 
 
 def no_model() -> None:
@@ -122,7 +122,7 @@ def test_without_agreement_the_others_are_left_alone(tiny_model: Path, tmp_path:
     def alone(accelerator: Accelerator) -> None:
         from contextlib import nullcontext
 
-        train.together = lambda accelerator: nullcontext()
+        train.raise_on_all_ranks = lambda accelerator: nullcontext()
         on_rank(1, no_file)(accelerator)
 
     words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 20, 6), max_train_steps=4)
@@ -166,14 +166,14 @@ def test_a_file_that_cannot_be_written_ends_all_with_one_message(
 
 def test_an_error_of_our_own_on_one_rank_hangs_nobody(tiny_model: Path, tmp_path: Path) -> None:
     def stumble() -> None:
-        take_step = train.take_step
+        train_step = train.train_step
 
         def broken(model: Any, optimizer: Any, step: Any, *rest: Any) -> Any:
             if step.number == 2:
                 raise RuntimeError("stumbled")
-            return take_step(model, optimizer, step, *rest)
+            return train_step(model, optimizer, step, *rest)
 
-        train.take_step = broken
+        train.train_step = broken
 
     words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 20, 6), max_train_steps=4)
     with pytest.raises(
@@ -228,14 +228,14 @@ def test_a_model_that_outlives_its_group_is_seen(tiny_model: Path, tmp_path: Pat
 
 
 def stop_at_step_2() -> None:
-    take_step = train.take_step
+    train_step = train.train_step
 
     def watched(model: Any, optimizer: Any, step: Any, *rest: Any) -> Any:
         if step.number == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return take_step(model, optimizer, step, *rest)
+        return train_step(model, optimizer, step, *rest)
 
-    train.take_step = watched
+    train.train_step = watched
 
 
 @pytest.mark.parametrize(("n", "rank"), [(2, 0), (3, 2)])
@@ -252,7 +252,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
 
 def test_ranks_that_decide_alone_are_seen(tiny_model: Path, tmp_path: Path) -> None:
     def alone(accelerator: Accelerator) -> None:
-        slurm.StopRequest.agreed = lambda self, accelerator: bool(self.reason)
+        slurm.StopSignal.agreed = lambda self, accelerator: bool(self.reason)
         on_rank(1, stop_at_step_2)(accelerator)
 
     words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 40), save_every="never")

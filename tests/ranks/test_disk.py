@@ -22,9 +22,9 @@ from rows import (
 )
 
 from bertdist import train
-from bertdist.core.atomic_io import damage_of
+from bertdist.core.atomic_io import find_damage
 from bertdist.training import run_logger as begin
-from bertdist.training.run_logger import RunLog
+from bertdist.training.run_logger import RunLogger
 
 SETTINGS: dict[str, Any] = {"num_train_epochs": 2, "save_every": "3 steps", "eval_every": "4 steps"}
 
@@ -36,12 +36,12 @@ def files(tmp_path: Path) -> Files:
 
 def on_rank_0_before(step_number: int, act: Callable[[], None]) -> Callable[[Accelerator], None]:
     def breaking(accelerator: Accelerator) -> None:
-        take_step = train.take_step
+        train_step = train.train_step
 
         def watched(model: Any, optimizer: Any, step: Any, *rest: Any) -> Any:
             if step.number == step_number and accelerator.is_main_process:
                 act()
-            return take_step(model, optimizer, step, *rest)
+            return train_step(model, optimizer, step, *rest)
 
         whole = train.train
 
@@ -52,7 +52,7 @@ def on_rank_0_before(step_number: int, act: Callable[[], None]) -> Callable[[Acc
                 limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-        train.take_step, train.train = watched, then_there_is_room
+        train.train_step, train.train = watched, then_there_is_room
 
     return breaking
 
@@ -87,7 +87,7 @@ def test_a_disk_that_fills_up_ends_all_ranks_with_one_error(
     assert "File too large" in str(caught.value) and "Connection closed" not in str(caught.value)
     assert json_of(out / "status.json")["state"] == "failed"
     assert all(
-        damage_of(out / "checkpoints" / name) is None
+        find_damage(out / "checkpoints" / name) is None
         for name in checkpoints_of(out)
         if not name.startswith(".")
     )
@@ -164,7 +164,7 @@ def test_without_agreement_the_others_would_wait_or_see_a_closed_connection(
     """The control: a log that rank 0 alone fails in."""
 
     def alone(accelerator: Accelerator) -> None:
-        train.open_log = lambda folder, accelerator: RunLog(folder, accelerator.is_main_process)
+        train.open_log = lambda folder, accelerator: RunLogger(folder, accelerator.is_main_process)
 
     def breaking(accelerator: Accelerator) -> None:
         alone(accelerator)

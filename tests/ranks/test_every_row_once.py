@@ -30,24 +30,24 @@ from bertdist.training.evaluation import assert_each_row_once
 
 def lose_a_row(accelerator: Accelerator) -> None:
     """The last rank's first row is not computed."""
-    deal = batching.deal
+    balance_by_length = batching.balance_by_length
 
     def broken(rows: Any, lengths: Any, ranks: int) -> list[Any]:
-        shares = deal(rows, lengths, ranks)
+        shares = balance_by_length(rows, lengths, ranks)
         return [*shares[:-1], shares[-1][1:]]
 
-    batching.deal = broken
+    batching.balance_by_length = broken
 
 
 def double_a_row(accelerator: Accelerator) -> None:
     """Ranks of equal load are made by repeating rows, as samplers do."""
-    deal = batching.deal
+    balance_by_length = batching.balance_by_length
 
     def broken(rows: Any, lengths: Any, ranks: int) -> list[Any]:
-        shares = deal(rows, lengths, ranks)
+        shares = balance_by_length(rows, lengths, ranks)
         return [*shares[:-1], np.concatenate([shares[-1], rows[:1]])]
 
-    batching.deal = broken
+    batching.balance_by_length = broken
 
 
 # --- Training

@@ -32,7 +32,7 @@ from bertdist.data import loader as begin
 from bertdist.data import tokenization as encoding
 from bertdist.distributed import launch, watchdog
 from bertdist.training import evaluation
-from bertdist.training.checkpoint import damage_of
+from bertdist.training.checkpoint import find_damage
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +42,14 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def before_step(number: int, act: Callable[[], object]) -> Callable[[], None]:
     def patch() -> None:
-        take_step = train.take_step
+        train_step = train.train_step
 
         def watched(model: Any, optimizer: Any, step: Any, *rest: Any) -> Any:
             if step.number == number:
                 act()
-            return take_step(model, optimizer, step, *rest)
+            return train_step(model, optimizer, step, *rest)
 
-        train.take_step = watched
+        train.train_step = watched
 
     return patch
 
@@ -174,13 +174,13 @@ def test_another_rank_finishes_its_step_and_no_more(runs: Runs, tmp_path: Path) 
 
 
 def in_checkpoint() -> None:
-    save = train.Checkpoints.save
+    save = train.Checkpointer.save
 
     def asked(self: Any, *args: Any) -> None:
         ask_to_stop()
         save(self, *args)
 
-    train.Checkpoints.save = asked
+    train.Checkpointer.save = asked
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -208,7 +208,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_the_last_checkpoint_whole(
     out = tmp_path / "out"
     with pytest.raises(RankError, match=r"rank \d of \d: ended with status 130"):
         run_ranks(n, run_main, runs.words(out), breaking)
-    assert [damage_of(out / "checkpoints" / name) for name in checkpoints_of(out)] == [None, None]
+    assert [find_damage(out / "checkpoints" / name) for name in checkpoints_of(out)] == [None, None]
     run_ranks(n, run_train, runs.words(out))
     assert_same_run(out, runs.undisturbed(n))
 
@@ -414,7 +414,7 @@ def test_another_file_content_is_named_before_the_model_is_built(
 
 def test_ranks_that_differ_and_do_not_compare_are_seen(runs: Runs, tmp_path: Path) -> None:
     def run(accelerator: Accelerator) -> Any:
-        train.agree_on = lambda *args: None
+        train.assert_same_on_all_ranks = lambda *args: None
         rate = 0.5 if accelerator.process_index == 1 else 1e-3
         return run_main(
             accelerator,

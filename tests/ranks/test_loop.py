@@ -200,13 +200,13 @@ def test_best_by_a_metric_where_more_is_better(tiny_model: Path, tmp_path: Path)
 
 def test_last_weights_kept_as_best_are_seen(tiny_model: Path, tmp_path: Path) -> None:
     def keep_every_time(accelerator: Accelerator) -> None:
-        consider = best.Best.consider
+        consider = best.BestModel.consider
 
         def broken(self: Any, model: Any, evaluation: Any, progress: Any) -> None:
             consider(self, model, evaluation, progress)
             self.keep(model, evaluation, progress)
 
-        best.Best.consider = broken
+        best.BestModel.consider = broken
 
     out = overfit(tiny_model, tmp_path, 1, keep_every_time)
     with pytest.raises(AssertionError):

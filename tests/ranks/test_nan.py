@@ -415,11 +415,11 @@ def silent_from(step: int, rows: set[int]) -> Breaking:
 
     def breaking(accelerator: Accelerator) -> None:
         forward, steps = Classifier.forward, [0]
-        take_step = train.take_step
+        train_step = train.train_step
 
         def counted(*given: Any) -> Any:
             steps[0] += 1
-            return take_step(*given)
+            return train_step(*given)
 
         def spoiled(self: Classifier, batch: Any) -> Tensor:
             logits = forward(self, batch)
@@ -431,7 +431,7 @@ def silent_from(step: int, rows: set[int]) -> Breaking:
             )
             return logits.masked_fill(chosen, math.nan)
 
-        Classifier.forward, train.take_step = spoiled, counted  # type: ignore[method-assign]
+        Classifier.forward, train.train_step = spoiled, counted  # type: ignore[method-assign]
 
     return breaking
 

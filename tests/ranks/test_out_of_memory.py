@@ -38,7 +38,7 @@ from bertdist import train
 from bertdist.distributed import launch as begin
 from bertdist.distributed import preemption as slurm
 from bertdist.models import classifier
-from bertdist.models.dropout import Noise
+from bertdist.models.dropout import DropoutMasks
 from bertdist.training import evaluation
 from bertdist.training import step as room
 from bertdist.training.checkpoint import Progress
@@ -71,7 +71,9 @@ class Memory:
         )
         self.final = False  # whether the micro-batch in hand is the share's last
         self.failed: list[tuple[int, bool]] = []  # (tokens, final) of each that did not fit
-        self.one_token = 0  # exchanges that this rank joined with a token that counts nothing
+        self.single_token_batch = (
+            0  # exchanges that this rank joined with a token that counts nothing
+        )
 
     def use(self, place: str, texts: int, tokens: int) -> None:
         fits = texts < self.texts or tokens <= self.tokens or len(self.failed) == self.times
@@ -125,7 +127,7 @@ def short_of_memory(
 
         def watched(compute: Callable[..., Any], *args: Any) -> Any:
             memory.final = args[1]
-            memory.one_token += args[0].rows.tolist() == [-1] and args[0].lengths == (1,)
+            memory.single_token_batch += args[0].rows.tolist() == [-1] and args[0].lengths == (1,)
             return attempt(compute, *args)
 
         def load_and_use(*args: Any) -> Any:
@@ -181,7 +183,7 @@ def run_short(
 
 def joined_with_one_token(accelerator: Accelerator, words: list[str], breaking: Breaking) -> int:
     run_train(accelerator, words, breaking)
-    return accelerator.played.one_token
+    return accelerator.played.single_token_batch
 
 
 class Runs:
@@ -333,14 +335,14 @@ def test_a_run_that_goes_on_has_the_size_that_was_found(runs: Runs, tmp_path: Pa
     run_ranks(n, run_short, runs.words(outs[0], **settings), breaking)
 
     def stop_at_step_3(accelerator: Accelerator) -> None:
-        take_step = train.take_step
+        train_step = train.train_step
 
         def watched(model: Any, optimizer: Any, step: Any, *rest: Any) -> Any:
             if step.number == 3:
                 raise InterruptedError
-            return take_step(model, optimizer, step, *rest)
+            return train_step(model, optimizer, step, *rest)
 
-        train.take_step = watched
+        train.train_step = watched
 
     with pytest.raises(RankError, match="InterruptedError"):
         run_ranks(n, run_short, runs.words(outs[1], **settings), both(breaking, stop_at_step_3))
@@ -365,7 +367,7 @@ def test_what_is_asked_for_wins_over_what_was_found(runs: Runs, tmp_path: Path) 
         return progress.tokens_per_micro_batch, "found from free memory" in said
 
     def stop_soon(accelerator: Accelerator) -> None:
-        slurm.StopRequest.agreed = lambda self, accelerator: True
+        slurm.StopSignal.agreed = lambda self, accelerator: True
 
     assert tokens() == (8192, True)
     assert tokens() == (8192, False)
@@ -412,8 +414,8 @@ def test_dropout_that_goes_on_instead_is_seen(runs: Runs, tmp_path: Path) -> Non
     """On a CPU a row's dropout is the row's; drawn in the order of the micro-batches it would not be the same the second time."""
 
     def go_on(accelerator: Accelerator) -> None:
-        begin_noise, drawn = Noise.__init__, count()
-        Noise.__init__ = lambda self, rows, lengths: begin_noise(
+        begin_noise, drawn = DropoutMasks.__init__, count()
+        DropoutMasks.__init__ = lambda self, rows, lengths: begin_noise(
             self, [next(drawn) for _ in lengths], lengths
         )
 
@@ -430,21 +432,21 @@ def test_dropout_that_goes_on_instead_is_seen(runs: Runs, tmp_path: Path) -> Non
 
 
 def leave_the_exchange(accelerator: Accelerator) -> None:
-    room.Room._finish_exchange = lambda self, *args: None
+    room.MicroBatcher._finish_exchange = lambda self, *args: None
 
 
 def decide_alone(accelerator: Accelerator) -> None:
-    room.smallest = lambda accelerator, values, group: values
+    room.all_reduce_min = lambda accelerator, values, group: values
 
 
 def send_buffers_around(accelerator: Accelerator) -> None:
-    made = room.Room.__init__
+    made = room.MicroBatcher.__init__
 
     def make(self: Any, model: Any, *rest: Any) -> None:
         made(self, model, *rest)
         model.broadcast_buffers = True
 
-    room.Room.__init__ = make
+    room.MicroBatcher.__init__ = make
 
 
 @pytest.mark.parametrize(
@@ -594,7 +596,7 @@ def test_memory_that_is_really_gone(wide_model: Path, tmp_path: Path, n: int) ->
     def limit(accelerator: Accelerator) -> None:
         classifier.use_onednn = lambda model: None
         begin.keep_freed_memory = give_back_freed_memory
-        take_step = train.take_step
+        train_step = train.train_step
 
         def watched(*args: Any) -> Any:
             unlimited = resource.getrlimit(resource.RLIMIT_AS)
@@ -604,11 +606,11 @@ def test_memory_that_is_really_gone(wide_model: Path, tmp_path: Path, n: int) ->
                     (psutil.Process().memory_info().vms + (60 << 20), unlimited[1]),
                 )
             try:
-                return take_step(*args)
+                return train_step(*args)
             finally:
                 resource.setrlimit(resource.RLIMIT_AS, unlimited)
 
-        train.take_step = watched
+        train.train_step = watched
 
     settings = {"train_batch_size": 300 * n, "num_train_epochs": 2, "dropout": 0}
     files = write_split(tmp_path, 300 * n)

@@ -32,10 +32,10 @@ from undisturbed import STEPS, Runs
 
 from bertdist import train
 from bertdist.core import atomic_io as whole_folder
-from bertdist.core.atomic_io import damage_of
+from bertdist.core.atomic_io import find_damage
 from bertdist.training import best_model as best
 from bertdist.training import checkpoint
-from bertdist.training.run_logger import RunLog
+from bertdist.training.run_logger import RunLogger
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +47,14 @@ def at_step(number: int, act: Callable[[Accelerator], None]) -> Breaking:
     """Act on every rank before step `number` is taken."""
 
     def breaking(accelerator: Accelerator) -> None:
-        take_step = train.take_step
+        train_step = train.train_step
 
         def watched(model: Any, optimizer: Any, step: Any, *rest: Any) -> Any:
             if step.number == number:
                 act(accelerator)
-            return take_step(model, optimizer, step, *rest)
+            return train_step(model, optimizer, step, *rest)
 
-        train.take_step = watched
+        train.train_step = watched
 
     return breaking
 
@@ -124,20 +124,20 @@ def test_a_process_tells_of_itself_and_the_next_one_takes_it_back(
 
 
 def die_in_the_midst_of_the_meters_line(accelerator: Accelerator) -> None:
-    write = RunLog.write
+    write = RunLogger.write
 
-    def torn(self: RunLog, kind: str, step: int, **values: Any) -> None:
+    def torn(self: RunLogger, kind: str, step: int, **values: Any) -> None:
         write(self, kind, step, **values)
         if kind == "meter":
             path = self.folder / "metrics.jsonl"
             os.truncate(path, path.stat().st_size - 40)
             os._exit(9)
 
-    RunLog.write = torn  # type: ignore[method-assign]
+    RunLogger.write = torn  # type: ignore[method-assign]
 
 
 def take_nothing_back(accelerator: Accelerator) -> None:
-    RunLog._rewind = lambda self, *args: None  # type: ignore[method-assign]
+    RunLogger._rewind = lambda self, *args: None  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("breaking", [None, take_nothing_back])
@@ -190,14 +190,14 @@ def test_killed_after_the_last_line_and_before_the_last_checkpoint(
     runs: Runs, tmp_path: Path
 ) -> None:
     def die_instead_of_saving(accelerator: Accelerator) -> None:
-        save = train.Checkpoints.save
+        save = train.Checkpointer.save
 
         def saving(self: Any, model: Any, optimizer: Any, progress: Any, identity: Any) -> None:
             if progress.finished:
                 die(accelerator)
             save(self, model, optimizer, progress, identity)
 
-        train.Checkpoints.save = saving
+        train.Checkpointer.save = saving
 
     words = runs.words(tmp_path / "out")
     with pytest.raises(RankError, match="ended with status 9"):
@@ -370,7 +370,7 @@ def test_a_kill_while_writing_leaves_the_older_checkpoint(
     if left is not None:
         assert checkpoints_of(out) == left
         assert all(
-            damage_of(out / "checkpoints" / name) is None
+            find_damage(out / "checkpoints" / name) is None
             for name in left
             if not name.startswith(".")
         )
@@ -400,7 +400,7 @@ def test_a_checkpoint_written_in_place_is_seen(runs: Runs, tmp_path: Path) -> No
             runs.words(out),
             both(in_place, die_while_writing("optimizer.safetensors", 3)),
         )
-    assert any(damage_of(out / "checkpoints" / name) for name in checkpoints_of(out))
+    assert any(find_damage(out / "checkpoints" / name) for name in checkpoints_of(out))
 
 
 def flip_a_bit(folder: Path) -> None:

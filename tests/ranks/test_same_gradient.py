@@ -28,8 +28,8 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 
 from bertdist import train
 from bertdist.data.batch import Step
-from bertdist.data.sharding import plan
-from bertdist.models.dropout import Noise
+from bertdist.data.sharding import epoch_order
+from bertdist.models.dropout import DropoutMasks
 
 ROWS, STEP, EPOCHS = (
     22,
@@ -52,11 +52,11 @@ def in_float64(accelerator: Accelerator) -> None:
 
 
 def with_steps(change: Callable[[Step, Accelerator], Step]) -> Breaking:
-    """Break take_step by showing it another step."""
+    """Break train_step by showing it another step."""
 
     def breaking(accelerator: Accelerator) -> None:
-        take_step = train.take_step
-        train.take_step = lambda model, optimizer, step, *rest: take_step(
+        train_step = train.train_step
+        train.train_step = lambda model, optimizer, step, *rest: train_step(
             model, optimizer, change(step, accelerator), *rest
         )
 
@@ -169,8 +169,10 @@ def test_dropout_by_place_in_the_batch_is_seen(
     tiny_model: Path, tmp_path: Path, dropped: Curve, n: int, tokens: int
 ) -> None:
     def by_place(accelerator: Accelerator) -> None:
-        begin = Noise.__init__
-        Noise.__init__ = lambda self, rows, lengths: begin(self, range(len(lengths)), lengths)
+        begin = DropoutMasks.__init__
+        DropoutMasks.__init__ = lambda self, rows, lengths: begin(
+            self, range(len(lengths)), lengths
+        )
 
     far = Curve(tiny_model, tmp_path, n, tokens, by_place, dropout=0.3).far_from(dropped)
     assert far["loss"] > 1e-3 and far["grad_norm"] > 1e-3, far
@@ -225,7 +227,7 @@ def test_the_gradient_is_that_of_one_padded_batch(
     rows, tokenizer = make_rows(ROWS, seed=1), AutoTokenizer.from_pretrained(tiny_model)
     losses, norms = [], []
     for epoch in range(EPOCHS):
-        order = plan(ROWS, 42, epoch).tolist()
+        order = epoch_order(ROWS, 42, epoch).tolist()
         for at in range(0, ROWS, STEP):
             step = [rows[row] for row in order[at : at + STEP]]
             for group in adamw.param_groups:

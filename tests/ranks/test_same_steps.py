@@ -51,7 +51,7 @@ def test_the_rows_are_those_of_the_plan(rows_of_one_rank: dict[int, list[int]]) 
     first, second = list(rows_of_one_rank.values())[:3], list(rows_of_one_rank.values())[3:]
     assert first != second, "each epoch has its own order"
     for epoch, steps in enumerate((first, second)):
-        order = batching.plan(ROWS, 42, epoch).tolist()
+        order = batching.epoch_order(ROWS, 42, epoch).tolist()
         assert steps == [sorted(order[at : at + STEP]) for at in range(0, ROWS, STEP)]
 
 
@@ -59,8 +59,8 @@ def test_an_order_that_depends_on_the_rank_is_seen(
     tiny_model: Path, tmp_path: Path, rows_of_one_rank: dict[int, list[int]]
 ) -> None:
     def order_by_rank(accelerator: Accelerator) -> None:
-        plan = batching.plan
-        batching.plan = lambda rows, seed, epoch: plan(
+        epoch_order = batching.epoch_order
+        batching.epoch_order = lambda rows, seed, epoch: epoch_order(
             rows, seed + accelerator.process_index, epoch
         )
 
@@ -71,7 +71,7 @@ def test_an_epoch_without_its_last_step_is_seen(
     tiny_model: Path, tmp_path: Path, rows_of_one_rank: dict[int, list[int]]
 ) -> None:
     def drop_the_ragged_step(accelerator: Accelerator) -> None:
-        batching.Batches.steps_per_epoch = property(
+        batching.MapLoader.steps_per_epoch = property(
             lambda self: len(self.examples) // self.rows_per_step
         )
 

@@ -54,10 +54,10 @@ def scaled(scale: float, half: bool = False) -> Breaking:
     """Runs get a GradScaler that begins so. half: products in float16, as on a GPU; else in float32."""
 
     def breaking(accelerator: Accelerator) -> None:
-        open_accelerator = train.open_accelerator
+        create_accelerator = train.create_accelerator
 
         def with_scaler(run: Any) -> Accelerator:
-            made = open_accelerator(run)
+            made = create_accelerator(run)
             made.scaler = GradScaler("cpu", init_scale=scale, growth_interval=1000)
             if half:
                 made.native_amp, made.state._mixed_precision = True, "fp16"
@@ -65,7 +65,7 @@ def scaled(scale: float, half: bool = False) -> Breaking:
                 made.unscale_gradients = lambda: made.scaler.unscale_(made._optimizers[0].optimizer)
             return made
 
-        train.open_accelerator = with_scaler
+        train.create_accelerator = with_scaler
 
     return breaking
 
@@ -118,7 +118,7 @@ def spoil(rows: set[int] | None, how: str) -> Breaking:
     return breaking
 
 
-def left_out(steps: int) -> Breaking:
+def skipped_rows(steps: int) -> Breaking:
     """No scaler; the first steps are taken, and nothing comes of them."""
 
     def breaking(accelerator: Accelerator) -> None:
@@ -163,7 +163,7 @@ def test_overflowing_steps_are_left_out_and_nothing_else_changes(
         n,
         run_train,
         words_of(tiny_model, by_hand, files, **SETTINGS),
-        all_of(louder, left_out(many)),
+        all_of(louder, skipped_rows(many)),
     )
     assert rows_by_step([seen for _, seen, _ in ranks]) == rows_by_step(
         [seen for _, seen, _ in plain]
@@ -179,7 +179,7 @@ def test_overflowing_steps_are_left_out_and_nothing_else_changes(
         n,
         run_train,
         words_of(tiny_model, tmp_path / "control", files, **SETTINGS),
-        all_of(louder, left_out(many - 1)),
+        all_of(louder, skipped_rows(many - 1)),
     )
     with pytest.raises(AssertionError, match="tensors differ"):
         assert_same_tensors(
@@ -213,7 +213,7 @@ def test_a_restart_goes_on_with_its_scale(
 
 def count_overflows(accelerator: Accelerator) -> None:
     """The control: as if every gradient that is not finite were a fault."""
-    nonfinite.Watch._is_wrong = lambda self, loss, grad_norm: ~torch.isfinite(grad_norm)  # type: ignore[method-assign]
+    nonfinite.NonFiniteGuard._is_wrong = lambda self, loss, grad_norm: ~torch.isfinite(grad_norm)  # type: ignore[method-assign]
 
 
 def test_counted_overflows_would_end_the_run(

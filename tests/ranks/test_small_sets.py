@@ -26,7 +26,7 @@ from rows import (
 from torch.testing import assert_close
 
 from bertdist import predict, train
-from bertdist.data.sharding import Share
+from bertdist.data.sharding import RankShard
 
 LABELS = ("no", "yes")
 TEXTS = ["a good film", "dull and bad", "so so"]
@@ -118,12 +118,12 @@ def test_a_small_set_is_predicted(tiny_model: Path, tmp_path: Path, n: int) -> N
 
 def forget_the_first_row_of_small_steps(accelerator: Accelerator) -> None:
     """A broken deal: with fewer rows than ranks, one row is nobody's."""
-    of = Share.of
+    of = RankShard.of
 
-    def broken(self: Share, rows: Any, number: int) -> Any:
+    def broken(self: RankShard, rows: Any, number: int) -> Any:
         return of(self, rows[1:] if 1 < len(rows) < self.ranks else rows, number)
 
-    Share.of = broken  # type: ignore[method-assign]
+    RankShard.of = broken  # type: ignore[method-assign]
 
 
 def test_a_row_that_is_nobody_s_is_seen(tiny_model: Path, tmp_path: Path) -> None:
@@ -149,11 +149,11 @@ def test_a_row_that_is_nobody_s_is_seen(tiny_model: Path, tmp_path: Path) -> Non
 
 
 def no_model(accelerator: Accelerator) -> None:
-    def loaded(*_: Any) -> Any:
+    def iterate_loader(*_: Any) -> Any:
         raise AssertionError("a model was loaded")
 
-    train.load_classifier = loaded
-    predict.load_trained = loaded
+    train.load_classifier = iterate_loader
+    predict.load_trained = iterate_loader
 
 
 def told(

@@ -101,8 +101,8 @@ def test_a_survey_that_asks_nobody_is_read_to_its_end(
     read = tmp_path / "read"
 
     def deaf(accelerator: Accelerator) -> None:
-        known_of = train.known_of
-        train.known_of = lambda rows, config, accelerator, say, stop: known_of(
+        collect_stats = train.collect_stats
+        train.collect_stats = lambda rows, config, accelerator, say, stop: collect_stats(
             rows, config, accelerator, say
         )
         told_to_stop(read, 3)(accelerator)

@@ -38,13 +38,13 @@ def doubt(
 ) -> tuple[Any, str, list[str]]:
     """The command on this rank: exit code, what was said, and the folder of the run of every step that was taken."""
     steps: list[str] = []
-    take_step, begin = train.take_step, train.open_log
+    train_step, begin = train.train_step, train.open_log
 
     def watched(*args: Any) -> Any:
         steps.append(now[0])
         if stop_in_fold is not None and now[0] == str(stop_in_fold) and len(steps) % 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return take_step(*args)
+        return train_step(*args)
 
     now = [""]
 
@@ -52,7 +52,7 @@ def doubt(
         now[0] = folder.name
         return begin(folder, *rest)
 
-    train.take_step, train.open_log = watched, opened
+    train.train_step, train.open_log = watched, opened
     code, said, _ = run_main(accelerator, words, None, check)
     return code, said, steps
 

@@ -22,13 +22,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bertdist.core.atomic_io import damage_of, put_back, write_folder, write_whole
+from bertdist.core.atomic_io import atomic_write, find_damage, recover, write_folder
 from bertdist.core.config import OptimConfig
 from bertdist.core.errors import BertdistError
-from bertdist.training.checkpoint import Checkpoints, Progress, model_tensors, optimizer_tensors
-from bertdist.training.optimizer import build_optimizer
+from bertdist.training.checkpoint import Checkpointer, Progress, model_tensors, optimizer_tensors
+from bertdist.training.optimizer import create_optimizer
 from bertdist.training.resume_check import Settings
-from bertdist.training.run_logger import RunLog
+from bertdist.training.run_logger import RunLogger
 
 ONE: Any = SimpleNamespace(is_main_process=True, num_processes=1, process_index=0, scaler=None)
 SETTINGS = Settings({"seed": 1})
@@ -68,9 +68,9 @@ class Run:
     def __init__(self, out: Path) -> None:
         self.out, self.said = out, list[str]()
         self.model = Net()
-        self.optimizer = build_optimizer(self.model, OptimConfig(learning_rate=0.1))
-        self.log = RunLog(out, enabled=True)
-        self.checkpoints = Checkpoints(
+        self.optimizer = create_optimizer(self.model, OptimConfig(learning_rate=0.1))
+        self.log = RunLogger(out, enabled=True)
+        self.checkpoints = Checkpointer(
             out / "checkpoints",
             ONE,
             2,
@@ -84,7 +84,7 @@ class Run:
             self.out / "best",
             lambda folder: (folder / "model.safetensors").write_bytes(bytes([step]) * 70_000),
         )
-        write_whole(
+        atomic_write(
             self.out / "predictions.jsonl",
             json.dumps({"row": step, "text": "y" * 70_000}).encode() + b"\n",
         )
@@ -114,7 +114,7 @@ def traced(out: Path, run: Run, words: list[str]) -> int:
         code = ODD
         try:
             may_be_traced()
-            run.log = RunLog(out, enabled=True)
+            run.log = RunLogger(out, enabled=True)
             run.out, run.checkpoints.folder = out, out / "checkpoints"
             os.write(ready[1], b"r")
             os.read(go[0], 1)
@@ -184,7 +184,7 @@ def calls_of(before: tuple[Path, Any, Run], tmp_path: Path) -> Counter[str]:
 def begin_again(out: Path, bits: dict[int, dict[str, bytes]]) -> int:
     """Start again in the folder: everything is whole. The step that it goes on from."""
     again = Run(out)
-    put_back(out / "best")
+    recover(out / "best")
     found = again.checkpoints.restore(again.model, again.optimizer, SETTINGS, None)
     assert found is not None and again.bits() == bits[found.step]
     removed = [line for line in again.said if line.startswith("Removing ")]
@@ -193,7 +193,7 @@ def begin_again(out: Path, bits: dict[int, dict[str, bytes]]) -> int:
         for line in removed
     )
     assert not [line for line in again.said if "Passing over" in line], again.said
-    assert all(damage_of(path) is None for path in (out / "checkpoints").iterdir()), (
+    assert all(find_damage(path) is None for path in (out / "checkpoints").iterdir()), (
         "nothing half-written is left"
     )
     again.log.begin(found.step, {})

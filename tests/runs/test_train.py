@@ -33,7 +33,7 @@ from rows import (
 )
 
 from bertdist.core.args import read_config
-from bertdist.core.atomic_io import damage_of
+from bertdist.core.atomic_io import find_damage
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCH, EPOCHS = 50, 6  # 400 rows in steps of 8
@@ -197,7 +197,7 @@ def test_a_run_folder_explains_itself(killed_run: tuple[Path, list[str], int]) -
         "reason": "",
     }
     assert len(checkpoints_of(out)) == 2 and all(
-        damage_of(out / "checkpoints" / name) is None for name in checkpoints_of(out)
+        find_damage(out / "checkpoints" / name) is None for name in checkpoints_of(out)
     )
     assert sorted(os.listdir(out / "checkpoints" / checkpoints_of(out)[-1])) == [
         "manifest.json",

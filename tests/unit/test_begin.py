@@ -17,15 +17,15 @@ from forked import run_ranks
 from bertdist.core.args import read_config
 from bertdist.core.config import BatchConfig, ModelConfig, RunConfig, TaskConfig, TrainConfig
 from bertdist.core.errors import BertdistError, ConfigError
-from bertdist.data.loader import EVALUATION_ROWS, batches_of, training_batches
+from bertdist.data.loader import EVALUATION_ROWS, batches_of, create_train_loader
 from bertdist.data.records import Records, records_of
-from bertdist.data.sharding import Batches
-from bertdist.data.stats import Known, Labels, task_of_rows
+from bertdist.data.sharding import MapLoader
+from bertdist.data.stats import DatasetStats, LabelStats, create_task
 from bertdist.data.tokenization import load_tokenizer
-from bertdist.distributed.launch import open_accelerator
+from bertdist.distributed.launch import create_accelerator
 from bertdist.tasks.tasks import SingleLabel
-from bertdist.training.resume_check import identity_of
-from bertdist.training.run_logger import environment, notes_of, told_of_data
+from bertdist.training.resume_check import resume_signature
+from bertdist.training.run_logger import describe_data, environment, notes_of
 
 TASK = SingleLabel(("no", "yes"))
 
@@ -52,7 +52,7 @@ def labelled(
     return dataclasses.replace(plain, **given)
 
 
-# ---- identity_of: what decides what a run learns
+# ---- resume_signature: what decides what a run learns
 
 NEEDED = [
     "--model_name_or_path=m",
@@ -124,7 +124,9 @@ def identity(
     *words: str, rows: Records | None = None, task: Any = TASK, steps: int = 10
 ) -> dict[str, Any]:
     rows = rows or labelled(["no", "yes"], [0, 1])
-    return json.loads(json.dumps(identity_of(read_config([*NEEDED, *words]), rows, task, steps)))  # type: ignore[no-any-return]
+    return json.loads(
+        json.dumps(resume_signature(read_config([*NEEDED, *words]), rows, task, steps))
+    )  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("name", DECIDES)
@@ -158,7 +160,7 @@ def test_rows_labels_and_steps_are_in_the_identity(other: dict[str, Any]) -> Non
 
 def test_an_identity_survives_json() -> None:
     config = read_config([*NEEDED, "--class_weights", "1", "2", "--warmup_ratio", "0.1"])
-    found = identity_of(config, labelled(["no", "yes"], [0, 1]), TASK, 10)
+    found = resume_signature(config, labelled(["no", "yes"], [0, 1]), TASK, 10)
     assert json.loads(json.dumps(found)) == found
 
 
@@ -166,13 +168,13 @@ def test_an_identity_survives_json() -> None:
 
 
 def test_the_task_is_that_of_the_training_rows() -> None:
-    labels = Labels("text", ["yes", "no"], [3, 1], None, "label")
-    assert task_of_rows(TaskConfig(class_weights=["balanced"]), labels, None) == SingleLabel(
+    labels = LabelStats("text", ["yes", "no"], [3, 1], None, "label")
+    assert create_task(TaskConfig(class_weights=["balanced"]), labels, None) == SingleLabel(
         ("no", "yes"), class_weights=(2.0, 2 / 3)
     )
-    assert task_of_rows(TaskConfig(), labels, ("yes", "no")).labels == ("yes", "no")
-    assert task_of_rows(
-        TaskConfig(), Labels("number", [0.5, 1.5], [1, 1], None, "stars"), None
+    assert create_task(TaskConfig(), labels, ("yes", "no")).labels == ("yes", "no")
+    assert create_task(
+        TaskConfig(), LabelStats("number", [0.5, 1.5], [1, 1], None, "stars"), None
     ).labels == ("stars",)
 
 
@@ -186,16 +188,16 @@ def test_training_batches_are_shuffled_and_others_are_in_row_order(tiny_model: P
     ]
     config, rows = read_config(words), labelled(["no", "yes"], [0, 1])
     tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(tiny_model)))
-    train = training_batches(
+    train = create_train_loader(
         rows,
-        Known(Labels("text", ["no", "yes"], [1, 1], None, "label"), [2]),
+        DatasetStats(LabelStats("text", ["no", "yes"], [1, 1], None, "label"), [2]),
         tokenizer,
         TASK,
         config,
         rank_of(3, 2),
     )
     dev = batches_of(train.examples, config.batch, rank_of(3, 2))
-    assert isinstance(train, Batches)
+    assert isinstance(train, MapLoader)
     assert (train.shuffle, train.seed, train.rows_per_step) == (True, 3, 5)
     assert (dev.shuffle, dev.rows_per_step) == (False, EVALUATION_ROWS)
     for batches in (train, dev):
@@ -237,20 +239,20 @@ def test_a_worker_has_a_core_of_its_own_unless_asked_for(
 
 def test_what_is_said_of_the_data_is_true() -> None:
     rows = labelled(["no", "yes"], [0, 1], pairs=["a", "b"])
-    known = Known(Labels("text", ["no", "yes"], [1, 1], None, "label"), [2])
-    assert told_of_data(rows, known, records_of(["x"] * 1234), TASK, 1000, 3000) == [
+    known = DatasetStats(LabelStats("text", ["no", "yes"], [1, 1], None, "label"), [2])
+    assert describe_data(rows, known, records_of(["x"] * 1234), TASK, 1000, 3000) == [
         "Training rows: 2 of texts, text in 'text' and 'pair'; validation rows: 1,234 of texts.",
         "Task: single_label_classification; outputs in order: no, yes.",
         "3,000 steps, 1,000 an epoch.",
     ]
     many = SingleLabel(tuple(f"l{i}" for i in range(12)))
-    _, task, _ = told_of_data(rows, known, None, many, 1, 1)
+    _, task, _ = describe_data(rows, known, None, many, 1, 1)
     assert task.endswith(
         "outputs in order: l0, l1, l2, l3, l4, l5, l6, l7, l8, l9, ... (12 in all)."
     )
     assert (
         "validation rows: none: the last weights count as the best."
-        in told_of_data(rows, known, None, TASK, 1, 1)[0]
+        in describe_data(rows, known, None, TASK, 1, 1)[0]
     )
 
 
@@ -270,7 +272,7 @@ def test_the_environment_is_json_and_names_the_versions() -> None:
     assert (found["processes"], found["device"], found["mixed_precision"]) == (2, "cpu", "no")
 
 
-# ---- open_accelerator, in a process of its own: accelerate's state is the process's
+# ---- create_accelerator, in a process of its own: accelerate's state is the process's
 
 
 def opened(run: RunConfig, environ: dict[str, str] | None = None) -> Any:
@@ -281,7 +283,7 @@ def opened(run: RunConfig, environ: dict[str, str] | None = None) -> Any:
             state._reset_state()
         os.environ.update(environ or {})
         try:
-            found = open_accelerator(run)
+            found = create_accelerator(run)
         except BertdistError as error:
             return type(error).__name__, str(error)
         return found.num_processes, found.device.type, found.mixed_precision
@@ -313,7 +315,7 @@ def test_a_tracker_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"^--report_to tensorbord: not a tracker that is installed here\."
     ):
-        open_accelerator(
+        create_accelerator(
             RunConfig(use_cpu=True, output_dir=str(tmp_path), report_to=["tensorbord"])
         )
     assert PartialState._shared_state == {}  # nothing was opened

@@ -38,6 +38,6 @@ def test_an_error_for_the_user_is_no_finding(
     def refuse(*args: Any) -> None:
         raise DataError("no")
 
-    monkeypatch.setattr(fuzz, "open_source", refuse)
+    monkeypatch.setattr(fuzz, "load_records", refuse)
     assert fuzz.main(["--reader", "csv", "--inputs", "100"]) == 0
     assert "12 refused" in capsys.readouterr().out

@@ -40,7 +40,7 @@ from bertdist.data.readers.text_lines import (
     text_at,
     twice_in,
 )
-from bertdist.data.source import BadRow, Column
+from bertdist.data.source import Column, SkippedRow
 
 _QUOTED = re.compile(rb'"[^"]*(?:""[^"]*)*"(?!")')
 
@@ -323,7 +323,7 @@ def parse(
             found = scan(form, lines, num_fields, limit)
             if not found.bad:
                 raise
-    bad: list[BadRow] = []
+    bad: list[SkippedRow] = []
     rows = None
     if found is not None:
         bad, rows = _refuse(form, lines, found, skip)
@@ -371,7 +371,7 @@ def _read_csv(
     return pa.csv.read_csv(pa.BufferReader(data), reading, parsing, converting)
 
 
-def _refuse(form: Form, lines: Lines, found: Scan, skip: bool) -> tuple[list[BadRow], Rows]:
+def _refuse(form: Form, lines: Lines, found: Scan, skip: bool) -> tuple[list[SkippedRow], Rows]:
     """What is left out, in the order of the lines, and the rows that stay. Without skip, a DataError at the first one that is."""
     rows, bad = found.rows, list(found.bad)
     if lines.broken:
@@ -390,7 +390,9 @@ def _refuse(form: Form, lines: Lines, found: Scan, skip: bool) -> tuple[list[Bad
     if bad and not skip:
         raise DataError(f"{form.name} line {lines.first + bad[0].line}: {bad[0].reason}.")
     return [
-        BadRow(form.name, lines.first + one.line, one.reason, text_at(lines, one.start, one.end))
+        SkippedRow(
+            form.name, lines.first + one.line, one.reason, text_at(lines, one.start, one.end)
+        )
         for one in bad
     ], rows
 

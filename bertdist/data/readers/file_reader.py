@@ -11,7 +11,7 @@ bytes of the file and on where it begins, and on nothing else: the same pieces c
 Which file, and how it is written: an address and the user's words about it -> File, whose columns are then read strictly.
 
 In: an address, and the flags that describe the file (delimiter, quoting, encoding, names of the columns). Out: a `File`; what the flags do
-not say is guessed from the file's beginning. `open_file` reads a file of this machine whole, `file_rows.FileRows` any file in pieces too.
+not say is guessed from the file's beginning. `open_file` reads a file of this machine whole, `file_rows.FileReader` any file in pieces too.
 One module, because what a flag means, and that it cannot take effect, must be the same for every file.
 """
 
@@ -53,7 +53,14 @@ from bertdist.data.readers.text_lines import (
     twice_in,
     utf8_lines,
 )
-from bertdist.data.source import Column, OnBadRow, Piece, Place, Spot, first_rows
+from bertdist.data.source import (
+    Chunk,
+    Column,
+    OnBadRow,
+    ReaderState,
+    RowLocation,
+    first_rows_of_chunk,
+)
 
 PIECE_BYTES = 4 << 20
 
@@ -78,7 +85,7 @@ class File(Form):
         if self.kind == "parquet":
             return f"{self.name} row {row}"
         try:
-            return FileRows(self).whole([]).where(row)
+            return FileReader(self).whole([]).where(row)
         except DataError:  # the file has changed since; the message that asks matters more
             return f"{self.name} row {row}"
 
@@ -95,7 +102,7 @@ class _Head(NamedTuple):
 
     names: list[str]  # of all columns, also of those without a name
     codec: str
-    place: Place  # of the first row
+    place: ReaderState  # of the first row
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class _Where:
         )
 
 
-class FileRows:
+class FileReader:
     """The rows of one file, as a `RowSource`; on_bad_row "skip" leaves out what is no row and tells it."""
 
     def __init__(
@@ -160,18 +167,18 @@ class FileRows:
             names = self._head().names
         return [name for name in names if name and not (name == "_" and self.file.column_names)]
 
-    def whole(self, wanted: Sequence[str], rows: int | None = None) -> Piece:
+    def whole(self, wanted: Sequence[str], rows: int | None = None) -> Chunk:
         """The first `rows` rows in one piece, whose `where` and `spots` read the file again. Raises DataError."""
         with reading(self.file.path):
             if self.file.kind == "parquet":
                 return read_whole(self.name, self.file.open_random, wanted, rows)
             parsed, lines = self._parse_all(wanted, rows)
             where, spots = _WhereAgain(self, tuple(wanted)), partial(self._spots_again, wanted)
-            piece = Piece(
+            piece = Chunk(
                 parsed.columns, parsed.num_rows, self._head().place, where, tuple(parsed.bad)
             )
             if rows is not None:
-                piece = first_rows(
+                piece = first_rows_of_chunk(
                     piece._replace(
                         spots=lambda few: spots_of(self.file, lines, parsed.rows())(few)
                     ),
@@ -179,7 +186,7 @@ class FileRows:
                 )
         return piece._replace(spots=spots)
 
-    def pieces(self, wanted: Sequence[str], place: Place | None = None) -> Iterator[Piece]:
+    def pieces(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
         """The rows from `place` (None: from the first) to the last, about `piece_bytes` at a time. Raises DataError.
 
         A place is {"at": byte of the unpacked file, "line": from 1, "row": rows before it}, or {"group", "row"} of a parquet file.
@@ -215,7 +222,7 @@ class FileRows:
                         spots_of(self.file, lines, rows),
                     )
                     if parsed.num_rows or parsed.bad:
-                        yield Piece(
+                        yield Chunk(
                             parsed.columns, parsed.num_rows, place, where, tuple(parsed.bad), spots
                         )
                     num_lines = lines.data.count(b"\n")
@@ -227,7 +234,7 @@ class FileRows:
                     buffer.drop(size)
 
     def _take(
-        self, buffer: Buffer, head: _Head, place: Place
+        self, buffer: Buffer, head: _Head, place: ReaderState
     ) -> tuple[Lines, Scan | None, int] | None:
         """The next lines that hold whole rows, what was seen of them, and their bytes in the file; None at its end."""
         size = self.piece_bytes
@@ -348,7 +355,7 @@ class FileRows:
         parsed, lines = self._parse_all(wanted)
         return lines.first, parsed.rows().lines
 
-    def _spots_again(self, wanted: Sequence[str], rows: Sequence[int]) -> list[Spot]:
+    def _spots_again(self, wanted: Sequence[str], rows: Sequence[int]) -> list[RowLocation]:
         parsed, lines = self._parse_all(wanted)
         return spots_of(self.file, lines, parsed.rows())(rows)
 
@@ -356,7 +363,7 @@ class FileRows:
 class _WhereAgain:
     """Row -> where it starts; the first time that it is asked the file is read again, which takes as long as the first reading."""
 
-    def __init__(self, source: FileRows, wanted: Sequence[str]) -> None:
+    def __init__(self, source: FileReader, wanted: Sequence[str]) -> None:
         self.source, self.wanted = source, wanted
         self._lines: tuple[int, Offsets] | None = None
 
@@ -387,7 +394,7 @@ Reader: TypeAlias = Callable[
 
 def open_file(file: File, rows: int | None = None) -> tuple[list[str], Reader]:
     """The names of the file's columns, and a function that reads the first `rows` rows of some of them. Raises DataError."""
-    source = FileRows(file, block_bytes=READ_BYTES)
+    source = FileReader(file, block_bytes=READ_BYTES)
     return source.column_names(), lambda wanted: source.whole(wanted, rows).columns
 
 

@@ -24,7 +24,7 @@ from bertdist.core.errors import DataError, did_you_mean
 from bertdist.core.hub import ask_hub, why_not
 from bertdist.data.readers.parquet_reader import spots_in
 from bertdist.data.readers.remote import fingerprint_of, open_random
-from bertdist.data.source import Piece, Place
+from bertdist.data.source import Chunk, ReaderState
 
 ROWS = 1000  # of a piece
 
@@ -34,7 +34,7 @@ Found = TypeVar("Found")
 
 
 @dataclass
-class HubRows:
+class HubReader:
     """One split, read front to back. `path` is a name on the hub or a folder; nothing is opened before something is asked for."""
 
     path: str
@@ -74,7 +74,7 @@ class HubRows:
         """Raises DataError."""
         return list(self.features)
 
-    def pieces(self, wanted: Sequence[str], place: Place | None = None) -> Iterator[Piece]:
+    def pieces(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
         """The rows from a place on, else from the first. Raises DataError."""
         first, at, row = (place["shard"], place["at"], place["row"]) if place else (0, 0, 0)
         for shard, read in enumerate(self._shards(list(wanted))):
@@ -84,7 +84,7 @@ class HubRows:
             while (table := _told(self.name, following)) is not None:
                 columns = {name: table.column(name) for name in wanted}
                 where = _where(self.name, row)
-                yield Piece(
+                yield Chunk(
                     columns,
                     len(table),
                     {"shard": shard, "at": at, "row": row},
@@ -197,7 +197,7 @@ def _load(path: str, config: str | None, revision: str | None) -> Any:
     return datasets.load_dataset_builder(path, config, revision=revision)
 
 
-def load_splits(name: str, path: str, config: str | None) -> Any:
+def load_hub_splits(name: str, path: str, config: str | None) -> Any:
     """The splits of a data set, fetched whole: a DatasetDict. name: for messages. Raises DataError."""
     ask_hub(path, "dataset")
     import datasets

@@ -23,7 +23,7 @@ from bertdist.data.readers.text_lines import (
     text_at,
     twice_in,
 )
-from bertdist.data.source import BadRow, Column, excerpt
+from bertdist.data.source import Column, SkippedRow, excerpt
 
 
 def read_keys(form: Form, lines: Lines, is_all: bool, skip: bool) -> list[str] | None:
@@ -45,7 +45,7 @@ def parse_json(
     """
     columns: dict[str, list[Any]] = {name: [] for name in wanted}
     numbers: list[int] = []
-    bad: list[BadRow] | None = [] if skip else None
+    bad: list[SkippedRow] | None = [] if skip else None
     objects = _objects(form, lines, bad, frozenset(wanted))
     for line, found in islice(objects, num_rows):
         numbers.append(line)
@@ -71,7 +71,7 @@ def parse_txt(form: Form, lines: Lines, wanted: Sequence[str]) -> Parsed:
     bad = []
     if lines.broken:
         bad = [
-            BadRow(
+            SkippedRow(
                 form.name,
                 lines.first + line,
                 reason,
@@ -90,7 +90,7 @@ def parse_txt(form: Form, lines: Lines, wanted: Sequence[str]) -> Parsed:
 
 
 def _objects(
-    form: Form, lines: Lines, bad: list[BadRow] | None, keys: Set[str] = frozenset()
+    form: Form, lines: Lines, bad: list[SkippedRow] | None, keys: Set[str] = frozenset()
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line from 0, object) of every line that is not blank; where there is `bad`, what is no object with these keys goes there."""
     decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_object)
@@ -115,7 +115,7 @@ def _objects(
                 f"{form.name} line {lines.first + line}: {reason}{'' if reason.endswith(('.', '?')) else '.'}"
             )
         else:
-            bad.append(BadRow(form.name, lines.first + line, reason, excerpt(text)))
+            bad.append(SkippedRow(form.name, lines.first + line, reason, excerpt(text)))
 
 
 def _lacks(found: Any, keys: Set[str]) -> str:

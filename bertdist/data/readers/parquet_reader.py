@@ -15,7 +15,7 @@ import pyarrow.parquet
 
 from bertdist.core.errors import DataError
 from bertdist.data.readers.text_lines import OpenRandom, twice_in
-from bertdist.data.source import Column, Piece, Place, Spot, excerpt
+from bertdist.data.source import Chunk, Column, ReaderState, RowLocation, excerpt
 
 PIECE_ROWS = 8192  # at most
 
@@ -28,7 +28,7 @@ def parquet_columns(name: str, open_random: OpenRandom) -> list[str]:
 
 def read_whole(
     name: str, open_random: OpenRandom, wanted: Sequence[str], rows: int | None
-) -> Piece:
+) -> Chunk:
     """The columns `wanted` of the first `rows` rows."""
     with _opened(name, open_random) as parquet:
         table = parquet.read(columns=list(wanted), use_threads=False).slice(0, rows)
@@ -41,8 +41,12 @@ def read_whole(
 
 
 def read_slices(
-    name: str, open_random: OpenRandom, wanted: Sequence[str], place: Place | None, piece_bytes: int
-) -> Iterator[Piece]:
+    name: str,
+    open_random: OpenRandom,
+    wanted: Sequence[str],
+    place: ReaderState | None,
+    piece_bytes: int,
+) -> Iterator[Chunk]:
     """The same in slices of about `piece_bytes`; one within a row group is found again by reading the group from its beginning."""
     place = place or {"group": 0, "row": 0}
     with _opened(name, open_random) as parquet:
@@ -76,11 +80,11 @@ def _opened(name: str, open_random: OpenRandom) -> Iterator[pa.parquet.ParquetFi
         yield parquet
 
 
-def _piece(name: str, columns: dict[str, Column], rows: int, place: Place) -> Piece:
-    def spots(wanted: Sequence[int]) -> list[Spot]:
-        return [Spot(name, place["row"] + row, _text_of(columns, row)) for row in wanted]
+def _piece(name: str, columns: dict[str, Column], rows: int, place: ReaderState) -> Chunk:
+    def spots(wanted: Sequence[int]) -> list[RowLocation]:
+        return [RowLocation(name, place["row"] + row, _text_of(columns, row)) for row in wanted]
 
-    return Piece(columns, rows, place, partial(_where, name, place["row"]), (), spots)
+    return Chunk(columns, rows, place, partial(_where, name, place["row"]), (), spots)
 
 
 def _where(name: str, first: int, row: int) -> str:
@@ -89,9 +93,9 @@ def _where(name: str, first: int, row: int) -> str:
 
 def spots_in(
     where: Callable[[int], str], columns: dict[str, Column], rows: Sequence[int]
-) -> list[Spot]:
+) -> list[RowLocation]:
     """Where rows of a data set stand, which has no one file, and how they look there."""
-    return [Spot(where(row), None, _text_of(columns, row)) for row in rows]
+    return [RowLocation(where(row), None, _text_of(columns, row)) for row in rows]
 
 
 def _text_of(columns: dict[str, Column], row: int) -> str:

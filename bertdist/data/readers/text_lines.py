@@ -25,7 +25,7 @@ import pyarrow as pa
 import xxhash
 
 from bertdist.core.errors import DataError
-from bertdist.data.source import BadRow, Column, Spot, Spots, excerpt
+from bertdist.data.source import Column, RowLocation, SkippedRow, Spots, excerpt
 
 STAMP_BYTES = 1 << 16
 
@@ -145,7 +145,7 @@ class Parsed(NamedTuple):
 
     columns: dict[str, Column]
     num_rows: int
-    bad: list[BadRow]
+    bad: list[SkippedRow]
     rows: Callable[[], Rows]
 
 
@@ -276,7 +276,7 @@ def rows_between(data: bytes, ends: Offsets, lines: Offsets, blank: bool) -> Row
 
 
 def text_at(lines: Lines, start: int, end: int) -> str:
-    """The row lines.data[start:end] for a BadRow."""
+    """The row lines.data[start:end] for a SkippedRow."""
     text = lines.data[start : min(end, start + 1000)].decode("utf-8", "ignore")
     return excerpt(text.replace(lines.stand_in, "\r") if lines.stand_in else text)
 
@@ -284,10 +284,10 @@ def text_at(lines: Lines, start: int, end: int) -> str:
 def spots_of(form: Form, lines: Lines, rows: Rows) -> Spots:
     """Where rows stand, and how they look there."""
 
-    def spots(wanted: Sequence[int]) -> list[Spot]:
+    def spots(wanted: Sequence[int]) -> list[RowLocation]:
         texts = [text_at(lines, int(rows.starts[row]), int(rows.ends[row])) for row in wanted]
         return [
-            Spot(form.name, lines.first + int(rows.lines[row]), text)
+            RowLocation(form.name, lines.first + int(rows.lines[row]), text)
             for row, text in zip(wanted, texts, strict=True)
         ]
 

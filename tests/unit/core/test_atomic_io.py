@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bertdist.core import atomic_io as whole_folder
-from bertdist.core.atomic_io import CHECKPOINT_FILES, damage_of, put_back, remove, write_folder
+from bertdist.core.atomic_io import CHECKPOINT_FILES, find_damage, recover, remove, write_folder
 from bertdist.core.errors import CheckpointError
 
 
@@ -20,12 +20,12 @@ def test_what_was_moved_away_and_not_replaced_is_put_back(tmp_path: Path) -> Non
     final = tmp_path / "best"
     write_folder(final, fill)
     final.rename(tmp_path / ".best.replaced")
-    put_back(final)
-    assert damage_of(final) is None and os.listdir(tmp_path) == ["best"]
+    recover(final)
+    assert find_damage(final) is None and os.listdir(tmp_path) == ["best"]
     (tmp_path / ".best.replaced").mkdir()
-    put_back(final)
-    assert damage_of(final) is None, "where it was replaced, the new one stays"
-    put_back(tmp_path / "none")
+    recover(final)
+    assert find_damage(final) is None, "where it was replaced, the new one stays"
+    recover(tmp_path / "none")
 
 
 def test_a_folder_is_never_half_removed_under_its_name(
@@ -57,12 +57,12 @@ def test_every_flipped_bit_of_every_byte_is_noticed(file: str, tmp_path: Path) -
             broken = bytearray(whole)
             broken[at] ^= 1 << bit
             (final / file).write_bytes(broken)
-            if damage_of(final) is None:
+            if find_damage(final) is None:
                 assert file == "manifest.json" and json.loads(broken)["files"] == meaning, (at, bit)
                 unnoticed += 1
     assert unnoticed < len(whole), "most are seen"
     (final / file).write_bytes(whole)
-    assert damage_of(final) is None
+    assert find_damage(final) is None
 
 
 @pytest.mark.parametrize("file", [*CHECKPOINT_FILES, "manifest.json"])
@@ -72,7 +72,7 @@ def test_every_truncation_is_noticed(file: str, tmp_path: Path) -> None:
     whole = (final / file).read_bytes()
     for size in range(len(whole)):
         os.truncate(final / file, size)
-        assert damage_of(final) is not None, size
+        assert find_damage(final) is not None, size
         (final / file).write_bytes(whole)
 
 
@@ -87,7 +87,7 @@ def test_a_file_of_another_checkpoint_is_noticed(file: str, tmp_path: Path) -> N
         ],
     )
     (one / file).write_bytes((other / file).read_bytes())
-    assert damage_of(one) is not None and damage_of(other) is None
+    assert find_damage(one) is not None and find_damage(other) is None
 
 
 def test_a_file_that_cannot_be_read_is_damage(
@@ -99,6 +99,6 @@ def test_a_file_that_cannot_be_read_is_damage(
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(whole_folder, "_digest", broken)
-    assert damage_of(tmp_path / "a") == "model.safetensors cannot be read (Input/output error)"
+    assert find_damage(tmp_path / "a") == "model.safetensors cannot be read (Input/output error)"
     with pytest.raises(CheckpointError, match="Input/output error"):
         write_folder(tmp_path / "b", fill)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from bertdist.core.atomic_io import write_whole
+from bertdist.core.atomic_io import atomic_write
 from bertdist.core.errors import BertdistError, CheckpointError, DataError
-from bertdist.core.terminal import complain, show, show_table
-from bertdist.training.run_logger import RunLog
+from bertdist.core.terminal import print_error, show, show_table
+from bertdist.training.run_logger import RunLogger
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -30,20 +30,20 @@ def status_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunLog:
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunLogger:
     """A log that writes to a file or a pipe, whoever runs the tests."""
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
-    return RunLog(tmp_path, enabled=True)
+    return RunLogger(tmp_path, enabled=True)
 
 
 @pytest.fixture
-def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunLog:
+def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunLogger:
     """A log that believes that it writes to a terminal with colours."""
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    found = RunLog(tmp_path, enabled=True)
+    found = RunLogger(tmp_path, enabled=True)
     assert found.console.is_terminal
     return found
 
@@ -51,7 +51,7 @@ def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunLog:
 # ---- metrics.jsonl
 
 
-def test_a_record_is_one_json_line(log: RunLog, tmp_path: Path) -> None:
+def test_a_record_is_one_json_line(log: RunLogger, tmp_path: Path) -> None:
     log.record("train", 1, loss=0.5, epoch=0.1)
     log.record("eval", 1, accuracy=0.25, note="grün\nund")
     assert lines_of(tmp_path) == [
@@ -63,7 +63,7 @@ def test_a_record_is_one_json_line(log: RunLog, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_json_does_not_have_is_null(
-    value: float, log: RunLog, tmp_path: Path
+    value: float, log: RunLogger, tmp_path: Path
 ) -> None:
     log.record("train", 1, loss=value, grad_norm=1.0)
 
@@ -83,7 +83,7 @@ def test_a_number_that_json_does_not_have_is_null(
         )  # the control: plain json would have written a word
 
 
-def test_floats_are_written_exactly(log: RunLog, tmp_path: Path) -> None:
+def test_floats_are_written_exactly(log: RunLogger, tmp_path: Path) -> None:
     values = {"a": 0.1 + 0.2, "b": 1e-300, "c": 5e-324, "d": 1 / 3}
     log.record("train", 1, **values)
     assert lines_of(tmp_path)[0] == {"kind": "train", "step": 1, **values}
@@ -91,7 +91,7 @@ def test_floats_are_written_exactly(log: RunLog, tmp_path: Path) -> None:
 
 def test_trackers_get_the_same_numbers_with_their_kind(tmp_path: Path) -> None:
     seen: list[Any] = []
-    log = RunLog(tmp_path, enabled=True, also=lambda values, step: seen.append((values, step)))
+    log = RunLogger(tmp_path, enabled=True, also=lambda values, step: seen.append((values, step)))
     log.record("eval", 7, loss=math.nan, accuracy=0.5)
     assert seen == [({"eval_loss": None, "eval_accuracy": 0.5}, 7)]
 
@@ -100,7 +100,7 @@ def test_a_silent_rank_writes_and_shows_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[Any] = []
-    with RunLog(
+    with RunLogger(
         tmp_path / "run", enabled=False, also=lambda values, step: seen.append(values)
     ) as log:
         log.say("hello")
@@ -126,7 +126,7 @@ def write_old(folder: Path, tail: bytes = b"") -> None:
 
 @pytest.mark.parametrize(("step", "kept"), [(0, 0), (1, 2), (2, 4), (3, 6), (99, 6)])
 def test_lines_of_steps_that_are_taken_again_are_dropped(
-    step: int, kept: int, log: RunLog, tmp_path: Path
+    step: int, kept: int, log: RunLogger, tmp_path: Path
 ) -> None:
     write_old(tmp_path)
     log.begin(step, {})
@@ -147,7 +147,7 @@ def test_lines_of_steps_that_are_taken_again_are_dropped(
     ],
 )
 def test_a_torn_line_is_dropped_and_the_next_one_stands_alone(
-    torn: bytes, log: RunLog, tmp_path: Path
+    torn: bytes, log: RunLogger, tmp_path: Path
 ) -> None:
     write_old(tmp_path, torn)
     log.begin(3, {})
@@ -156,7 +156,7 @@ def test_a_torn_line_is_dropped_and_the_next_one_stands_alone(
 
 
 def test_what_a_stopped_process_said_of_itself_goes_and_what_the_last_one_said_stays(
-    log: RunLog, tmp_path: Path
+    log: RunLogger, tmp_path: Path
 ) -> None:
     write_old(tmp_path)
     log.write("meter", 3, finished=False, tokens_per_second=1.0)
@@ -167,7 +167,7 @@ def test_what_a_stopped_process_said_of_itself_goes_and_what_the_last_one_said_s
     assert lines_of(tmp_path) == [*OLD, {"kind": "meter", "step": 3, "finished": True}]
 
 
-def test_a_whole_last_line_without_its_end_is_kept(log: RunLog, tmp_path: Path) -> None:
+def test_a_whole_last_line_without_its_end_is_kept(log: RunLogger, tmp_path: Path) -> None:
     write_old(tmp_path)
     os.truncate(tmp_path / "metrics.jsonl", (tmp_path / "metrics.jsonl").stat().st_size - 1)
     log.begin(3, {})
@@ -175,7 +175,7 @@ def test_a_whole_last_line_without_its_end_is_kept(log: RunLog, tmp_path: Path) 
     assert lines_of(tmp_path) == [*OLD, {"kind": "train", "step": 4}]
 
 
-def test_kept_lines_are_not_rewritten(log: RunLog, tmp_path: Path) -> None:
+def test_kept_lines_are_not_rewritten(log: RunLogger, tmp_path: Path) -> None:
     odd = '{"step":1,   "note": "grün", "x": 1.10}\n'.encode()
     (tmp_path / "metrics.jsonl").write_bytes(odd + b'{"step": 2}\n')
     log.begin(1, {})
@@ -183,7 +183,9 @@ def test_kept_lines_are_not_rewritten(log: RunLog, tmp_path: Path) -> None:
 
 
 def test_a_fresh_folder_gets_its_files_and_no_metrics(tmp_path: Path) -> None:
-    RunLog(tmp_path / "deep" / "run", enabled=True).begin(0, {"config.yaml": "text_column: grün\n"})
+    RunLogger(tmp_path / "deep" / "run", enabled=True).begin(
+        0, {"config.yaml": "text_column: grün\n"}
+    )
     assert [path.name for path in (tmp_path / "deep" / "run").iterdir()] == ["config.yaml"]
     assert (tmp_path / "deep" / "run" / "config.yaml").read_text(
         encoding="utf-8"
@@ -193,7 +195,7 @@ def test_a_fresh_folder_gets_its_files_and_no_metrics(tmp_path: Path) -> None:
 # ---- status.json
 
 
-def test_the_status_is_what_was_said_last(log: RunLog, tmp_path: Path) -> None:
+def test_the_status_is_what_was_said_last(log: RunLogger, tmp_path: Path) -> None:
     log.status("running", 3)
     assert status_of(tmp_path) == {"state": "running", "step": 3, "reason": ""}
     log.status("preempted", 5, 'SIGTERM "now"')
@@ -209,7 +211,7 @@ def test_the_status_is_what_was_said_last(log: RunLog, tmp_path: Path) -> None:
     ],
 )
 def test_a_run_that_breaks_says_why(error: BaseException, reason: str, tmp_path: Path) -> None:
-    with pytest.raises(type(error)), RunLog(tmp_path, enabled=True) as log:
+    with pytest.raises(type(error)), RunLogger(tmp_path, enabled=True) as log:
         log.status("running", 3)
         raise error
     assert status_of(tmp_path) == {"state": "failed", "step": 3, "reason": reason}
@@ -218,20 +220,20 @@ def test_a_run_that_breaks_says_why(error: BaseException, reason: str, tmp_path:
 def test_a_run_that_never_began_leaves_the_last_status_alone(tmp_path: Path) -> None:
     before = {"state": "finished", "step": 9, "reason": ""}
     (tmp_path / "status.json").write_text(json.dumps(before))
-    with pytest.raises(DataError), RunLog(tmp_path, enabled=True):
+    with pytest.raises(DataError), RunLogger(tmp_path, enabled=True):
         raise DataError("a typing error in the command, the second time")
     assert status_of(tmp_path) == before
 
 
 def test_a_run_that_ended_well_stays_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError), RunLog(tmp_path, enabled=True) as log:
+    with pytest.raises(ValueError), RunLogger(tmp_path, enabled=True) as log:
         log.status("running", 3)
         log.status("finished", 9)
         raise ValueError("a tracker cannot say good-bye")
     assert status_of(tmp_path) == {"state": "finished", "step": 9, "reason": ""}
 
 
-# ---- write_whole
+# ---- atomic_write
 
 
 class Killed(BaseException):
@@ -243,16 +245,16 @@ def test_a_reader_finds_the_old_file_or_the_new_one(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "status.json"
-    write_whole(path, b"old")
+    atomic_write(path, b"old")
 
     def die(*args: Any) -> None:
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(os, call, die)
-        write_whole(path, b"new and longer")
+        atomic_write(path, b"new and longer")
     assert path.read_bytes() == b"old"
-    write_whole(path, b"new")
+    atomic_write(path, b"new")
     assert path.read_bytes() == b"new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["status.json"]
 
@@ -266,7 +268,7 @@ def test_a_file_is_flushed_before_it_takes_its_name(
         monkeypatch.setattr(
             os, name, lambda *args, name=name, real=real: (done.append(name), real(*args))[1]
         )
-    write_whole(tmp_path / "a", b"x")
+    atomic_write(tmp_path / "a", b"x")
     assert done == ["fsync", "replace"]
 
 
@@ -277,7 +279,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(CheckpointError) as caught:
-            RunLog(folder, enabled=True)
+            RunLogger(folder, enabled=True)
         assert str(caught.value).startswith(f"Cannot write {folder}: ")
         assert len(str(caught.value).splitlines()) == 1
 
@@ -292,7 +294,7 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_one_line_and_the_old_file_stays(log: RunLog, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_the_old_file_stays(log: RunLogger, tmp_path: Path) -> None:
     log.status("running", 1)
     calls = [
         (lambda: log.record("train", 2, loss=1.0), tmp_path),
@@ -308,7 +310,7 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(log: RunLog, tmp_path: P
 
 def test_an_error_that_is_not_of_the_disk_keeps_its_name(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
-        RunLog(tmp_path, enabled=True).record("train", 1, loss=object())
+        RunLogger(tmp_path, enabled=True).record("train", 1, loss=object())
 
 
 # ---- The screen
@@ -316,19 +318,19 @@ def test_an_error_that_is_not_of_the_disk_keeps_its_name(tmp_path: Path) -> None
 MARKUP = "[bold]x[/bold] [/] [red]y :smile: [link=http://a]b[/link] \\[z]"
 
 
-def test_lines_are_shown_as_they_are(log: RunLog, capfd: pytest.CaptureFixture[str]) -> None:
+def test_lines_are_shown_as_they_are(log: RunLogger, capfd: pytest.CaptureFixture[str]) -> None:
     long = "word " * 100
     log.say(MARKUP, long, "")
     assert capfd.readouterr() == ("", f"{MARKUP}\n{long}\n\n")
 
 
 def test_markup_in_data_is_text_everywhere(
-    terminal: RunLog, capfd: pytest.CaptureFixture[str]
+    terminal: RunLogger, capfd: pytest.CaptureFixture[str]
 ) -> None:
     terminal.say(MARKUP)
     terminal.record("eval", 1, note=MARKUP)
     terminal.table(MARKUP, [MARKUP], [[MARKUP]])
-    complain(DataError(MARKUP))
+    print_error(DataError(MARKUP))
     shown = capfd.readouterr().err
     plain = shown
     for code in (
@@ -355,23 +357,23 @@ ESCAPES = [
 
 @pytest.mark.parametrize("text", ESCAPES)
 def test_escape_codes_in_data_do_not_reach_the_terminal(
-    text: str, log: RunLog, capfd: pytest.CaptureFixture[str]
+    text: str, log: RunLogger, capfd: pytest.CaptureFixture[str]
 ) -> None:
     log.say(text)
     log.record("eval", 1, note=text)
     log.table("title", ["head"], [[text]])
-    complain(DataError(text))
+    print_error(DataError(text))
     shown = capfd.readouterr().err
     assert not set(shown) & set("\x1b\x9b\x08\x07\r"), repr(shown)
 
 
 def test_an_error_is_shown_line_by_line(capfd: pytest.CaptureFixture[str]) -> None:
-    complain(BertdistError("first\nsecond [x]"))
+    print_error(BertdistError("first\nsecond [x]"))
     assert capfd.readouterr() == ("", "bertdist: first\nbertdist: second [x]\n")
 
 
 def test_a_line_can_be_written_without_being_shown(
-    log: RunLog, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    log: RunLogger, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     log.write("meter", 3, train_seconds=1.5)
     assert capfd.readouterr().err == ""
@@ -381,7 +383,7 @@ def test_a_line_can_be_written_without_being_shown(
 
 
 def test_numbers_are_short_on_the_screen_only(
-    log: RunLog, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    log: RunLogger, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     log.record(
         "train",
@@ -399,14 +401,16 @@ def test_numbers_are_short_on_the_screen_only(
     assert lines_of(tmp_path)[0]["loss"] == 0.123456789
 
 
-def ticks(log: RunLog) -> None:
+def ticks(log: RunLogger) -> None:
     with log:
         log.open_progress(1, 3)
         log.advance()
         log.record("train", 2, loss=1.0, tokens_per_second=5.0)
 
 
-def test_a_terminal_has_a_progress_bar(terminal: RunLog, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_terminal_has_a_progress_bar(
+    terminal: RunLogger, capfd: pytest.CaptureFixture[str]
+) -> None:
     ticks(terminal)
     shown = capfd.readouterr().err
     assert "2/3" in shown and "loss 1  5 tokens/s" in shown
@@ -414,7 +418,7 @@ def test_a_terminal_has_a_progress_bar(terminal: RunLog, capfd: pytest.CaptureFi
 
 
 def test_a_file_has_lines_instead_of_a_progress_bar(
-    log: RunLog, capfd: pytest.CaptureFixture[str]
+    log: RunLogger, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ticks(log)
     assert capfd.readouterr().err == "train step      2  loss 1  tokens_per_second 5\n"

@@ -21,8 +21,8 @@ from bertdist.data.columns import (
     without,
     without_labels,
 )
-from bertdist.data.readers.file_reader import FileRows, find_file
-from bertdist.data.source import BadRow, Piece, left_out
+from bertdist.data.readers.file_reader import FileReader, find_file
+from bertdist.data.source import Chunk, SkippedRow, skipped_rows
 
 where = "a.csv line {}".format
 
@@ -157,7 +157,7 @@ def test_without_problems_nothing_changes() -> None:
     assert kept_rows({}, 3) is None and without_labels(plain[1], plain[2], None) == plain[1:]
 
 
-def read(piece: Piece, above: Any) -> tuple[list[tuple[str, Any]], list[BadRow], Any]:
+def read(piece: Chunk, above: Any) -> tuple[list[tuple[str, Any]], list[SkippedRow], Any]:
     """What a reader that leaves rows out does with a piece: (text, label) of the rows that stay, and all that were left out."""
     problems: Problems = {}
     columns = {name: whole(column) for name, column in piece.columns.items()}
@@ -170,7 +170,7 @@ def read(piece: Piece, above: Any) -> tuple[list[tuple[str, Any]], list[BadRow],
     labels = [values[code] for code in codes]
     return (
         list(zip(texts.to_pylist(), labels, strict=True)),
-        [*piece.bad, *left_out(problems, piece.where, piece.spots)],
+        [*piece.bad, *skipped_rows(problems, piece.where, piece.spots)],
         labels[:1],
     )
 
@@ -219,7 +219,7 @@ def test_the_same_rows_are_left_out_of_pieces_and_of_the_whole(tmp_path: Path, k
         }
         pq.write_table(pa.table(columns), path, row_group_size=70)
     file = find_file(str(path), delimiter=None, quoting="auto", encoding=None, column_names=None)
-    rows, bad, _ = read(FileRows(file, on_bad_row="skip").whole(["text", "label"]), None)
+    rows, bad, _ = read(FileReader(file, on_bad_row="skip").whole(["text", "label"]), None)
     if (
         kind == "csv"
     ):  # an open quote takes nothing but its own line with it; what "b" begins is told as a row of its own
@@ -236,9 +236,11 @@ def test_the_same_rows_are_left_out_of_pieces_and_of_the_whole(tmp_path: Path, k
     assert len(bad) >= good.count(False) > 20 and len({row[:2] for row in bad}) == len(bad)
     for size in (64, 1000):
         found: list[Any] = []
-        left: list[BadRow] = []
+        left: list[SkippedRow] = []
         first: Any = []
-        for piece in FileRows(file, on_bad_row="skip", piece_bytes=size).pieces(["text", "label"]):
+        for piece in FileReader(file, on_bad_row="skip", piece_bytes=size).pieces(
+            ["text", "label"]
+        ):
             some, some_bad, labels_of = read(piece, first[0] if first else None)
             found, left, first = found + some, left + some_bad, first or labels_of
         assert found == rows

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 
 from bertdist.core.errors import DataError
 from bertdist.data import sharding as batching
-from bertdist.data.batch import Batch, Step, collate, cut, one_token, recut
-from bertdist.data.sharding import Batches, deal, plan, sent_ahead
+from bertdist.data.batch import PackedBatch, Step, collate, cut, single_token_batch, split_batch
+from bertdist.data.sharding import MapLoader, balance_by_length, epoch_order, prefetch_to_device
 from bertdist.data.tokenization import Example
 
 pytestmark = [
@@ -67,9 +67,9 @@ LENGTHS = [
 ]  # eleven rows: three steps of four, the last one smaller
 
 
-def batches(lengths: Sequence[int] = LENGTHS, **changes: Any) -> Batches:
+def batches(lengths: Sequence[int] = LENGTHS, **changes: Any) -> MapLoader:
     given = {"rows_per_step": 4, "tokens_per_micro_batch": 9, "shuffle": True, "seed": 7, **changes}
-    return Batches(examples=given.pop("examples", None) or Rows(lengths), **given)
+    return MapLoader(examples=given.pop("examples", None) or Rows(lengths), **given)
 
 
 def rows_of(step: Step) -> list[int]:
@@ -92,22 +92,22 @@ def content(step: Step) -> Any:
 @QUICK
 @given(rows=st.integers(1, 300), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 100))
 def test_a_plan_has_each_row_once_and_is_a_pure_function(rows: int, seed: int, epoch: int) -> None:
-    first = plan(rows, seed, epoch)
+    first = epoch_order(rows, seed, epoch)
     assert sorted(first.tolist()) == list(range(rows))
     np.random.seed(1)
     torch.manual_seed(1)
-    assert plan(rows, seed, epoch).tolist() == first.tolist()
+    assert epoch_order(rows, seed, epoch).tolist() == first.tolist()
 
 
 def test_a_plan_differs_by_epoch_and_by_seed() -> None:
-    orders = {tuple(plan(20, seed, epoch)) for seed in range(10) for epoch in range(10)}
+    orders = {tuple(epoch_order(20, seed, epoch)) for seed in range(10) for epoch in range(10)}
     assert len(orders) == 100
 
 
 def test_a_plan_is_the_same_in_every_release() -> None:
     # numpy promises PCG64's bits for ever, but not permutation()'s: a change would change every resumed run.
-    assert plan(8, 42, 0).tolist() == [3, 4, 2, 7, 6, 1, 5, 0]
-    assert plan(8, 42, 1).tolist() != plan(8, 42, 0).tolist()
+    assert epoch_order(8, 42, 0).tolist() == [3, 4, 2, 7, 6, 1, 5, 0]
+    assert epoch_order(8, 42, 1).tolist() != epoch_order(8, 42, 0).tolist()
 
 
 # ---- deal
@@ -115,10 +115,14 @@ def test_a_plan_is_the_same_in_every_release() -> None:
 
 def test_a_deal_by_hand() -> None:
     # 11 (5 tokens) to rank 0, 12 (3) to rank 1, 13 (3) to rank 1 with 3, 10 (1) to rank 0 with 5.
-    shares = deal(np.array([10, 11, 12, 13]), np.array([1, 5, 3, 3]), 2)
+    shares = balance_by_length(np.array([10, 11, 12, 13]), np.array([1, 5, 3, 3]), 2)
     assert [share.tolist() for share in shares] == [[11, 10], [12, 13]]
     assert [share.dtype for share in shares] == [np.int64, np.int64]
-    assert [share.tolist() for share in deal(np.array([4]), np.array([2]), 3)] == [[4], [], []]
+    assert [share.tolist() for share in balance_by_length(np.array([4]), np.array([2]), 3)] == [
+        [4],
+        [],
+        [],
+    ]
 
 
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=40)
@@ -128,10 +132,10 @@ SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 @given(lengths=SIZES, ranks=st.integers(1, 9))
 def test_a_deal_has_each_row_once_on_any_number_of_ranks(lengths: list[int], ranks: int) -> None:
     rows = np.arange(len(lengths)) * 3 + 1
-    shares = deal(rows, np.array(lengths), ranks)
+    shares = balance_by_length(rows, np.array(lengths), ranks)
     assert len(shares) == ranks
     assert sorted(row for share in shares for row in share.tolist()) == rows.tolist()
-    again = deal(rows, np.array(lengths), ranks)
+    again = balance_by_length(rows, np.array(lengths), ranks)
     assert [share.tolist() for share in again] == [share.tolist() for share in shares]
     if len(lengths) >= ranks:
         assert all(len(share) for share in shares)  # no rank is idle that need not be
@@ -154,7 +158,10 @@ def best_possible(lengths: Sequence[int], ranks: int) -> int:
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6), ranks=st.integers(1, 3))
 def test_a_deal_is_as_even_as_longest_first_promises(lengths: list[int], ranks: int) -> None:
     # At most 4/3 - 1/(3 ranks) of the best possible (https://doi.org/10.1137/0117039).
-    shares = [share.tolist() for share in deal(np.arange(len(lengths)), np.array(lengths), ranks)]
+    shares = [
+        share.tolist()
+        for share in balance_by_length(np.arange(len(lengths)), np.array(lengths), ranks)
+    ]
     assert slowest(shares, lengths) * 3 * ranks <= (4 * ranks - 1) * best_possible(lengths, ranks)
 
 
@@ -222,7 +229,7 @@ def test_targets_keep_their_kind(target: Any, expected: torch.Tensor) -> None:
 # ---- recut
 
 
-def test_a_share_cut_again_by_hand(batch: Batch) -> None:
+def test_a_share_cut_again_by_hand(batch: PackedBatch) -> None:
     batch = collate(
         [
             Example(7, [2, 30, 3], [0, 0, 1], 1, 0.5),
@@ -230,7 +237,7 @@ def test_a_share_cut_again_by_hand(batch: Batch) -> None:
             Example(9, [5], [0], 1, 0.0),
         ]
     )
-    first, second = recut([batch], 4)
+    first, second = split_batch([batch], 4)
     expected = {
         "ids": torch.tensor([2, 3, 5]),
         "positions": torch.tensor([0, 1, 0]),
@@ -259,8 +266,10 @@ def test_a_share_cut_again_is_the_share_cut_so_at_once(
         next(batches(lengths, rows_per_step=99, tokens_per_micro_batch=tokens).steps(0, 1))
         for tokens in (before, after)
     )
-    assert content(replace(one, share=recut(one.share, after))) == content(other)
-    assert sorted(rows_of(replace(one, share=recut(one.share, after)))) == list(range(len(lengths)))
+    assert content(replace(one, share=split_batch(one.share, after))) == content(other)
+    assert sorted(rows_of(replace(one, share=split_batch(one.share, after)))) == list(
+        range(len(lengths))
+    )
 
 
 @pytest.mark.parametrize("target", [np.float32(0.5), np.array([1, 0], dtype=np.float32)])
@@ -268,7 +277,7 @@ def test_targets_keep_their_kind_when_they_are_cut_again(target: Any) -> None:
     whole = collate(
         [Example(row, [2] * (5 - row), [0] * (5 - row), target * row, 1.0) for row in range(4)]
     )
-    parts = recut([whole], 5)
+    parts = split_batch([whole], 5)
     assert len(parts) == 3
     torch.testing.assert_close(
         torch.cat([part.targets for part in parts]), whole.targets, rtol=0, atol=0
@@ -277,16 +286,16 @@ def test_targets_keep_their_kind_when_they_are_cut_again(target: Any) -> None:
 
 def test_the_text_of_an_idle_rank_stays_alone_and_counts_nothing() -> None:
     step = next(batches([5, 2], rank=2, ranks=4, shuffle=False).steps(0, 1))
-    assert content(replace(step, share=recut(step.share, 1))) == content(step)
+    assert content(replace(step, share=split_batch(step.share, 1))) == content(step)
 
 
 def test_a_share_that_is_not_longest_first_cannot_be_cut_again() -> None:
     with pytest.raises(AssertionError, match="longest first"):
-        recut([collate(Rows([2, 5, 3])[[0, 1, 2]])], 5)
+        split_batch([collate(Rows([2, 5, 3])[[0, 1, 2]])], 5)
 
 
-def test_one_token_of_a_batch_counts_nothing(batch: Batch) -> None:
-    token = one_token(batch)
+def test_one_token_of_a_batch_counts_nothing(batch: PackedBatch) -> None:
+    token = single_token_batch(batch)
     assert token.ids.tolist() == batch.ids[
         :1
     ].tolist() and token.positions.tolist() == token.segments.tolist() == [0]
@@ -303,12 +312,12 @@ def test_one_token_of_a_batch_counts_nothing(batch: Batch) -> None:
 
 
 @pytest.fixture
-def batch() -> Batch:
+def batch() -> PackedBatch:
     return collate(Rows(LENGTHS)[[2, 5, 1]])
 
 
 @pytest.mark.parametrize("dumps", [pickle.dumps, lambda batch: bytes(ForkingPickler.dumps(batch))])
-def test_a_batch_survives_its_journey(dumps: Any, batch: Batch) -> None:
+def test_a_batch_survives_its_journey(dumps: Any, batch: PackedBatch) -> None:
     found = pickle.loads(dumps(batch))
     assert content(Step(number=0, share=[found], rows=3)) == content(
         Step(number=0, share=[batch], rows=3)
@@ -317,12 +326,12 @@ def test_a_batch_survives_its_journey(dumps: Any, batch: Batch) -> None:
     assert batch.weights.tolist() == [1.0, 1.0, 1.0]
 
 
-def test_a_batch_travels_as_bytes_not_as_open_files(batch: Batch) -> None:
+def test_a_batch_travels_as_bytes_not_as_open_files(batch: PackedBatch) -> None:
     assert b"rebuild_storage" not in bytes(ForkingPickler.dumps(batch))
     assert b"rebuild_storage" in bytes(ForkingPickler.dumps(batch.ids))  # the control
 
 
-def test_a_batch_moves_whole(batch: Batch) -> None:
+def test_a_batch_moves_whole(batch: PackedBatch) -> None:
     moved = batch.to(torch.device("meta"))
     assert {f.name for f in fields(moved) if getattr(getattr(moved, f.name), "device", None) == torch.device("meta")} == {
         "ids", "positions", "segments", "starts", "targets", "weights", "rows",
@@ -355,7 +364,7 @@ def test_an_epoch_by_hand() -> None:
 
 
 def test_every_step_takes_its_rows_from_the_plan() -> None:
-    order = [plan(11, 7, 0), plan(11, 7, 1)]
+    order = [epoch_order(11, 7, 0), epoch_order(11, 7, 1)]
     expected = [
         sorted(order[epoch][start : start + 4].tolist()) for epoch in (0, 1) for start in (0, 4, 8)
     ]
@@ -535,14 +544,16 @@ def test_loading_leaves_the_generator_of_dropout_alone(
     )  # the control: a loader draws where it is let
 
 
-# ---- sent_ahead
+# ---- prefetch_to_device
 
 
 def test_off_the_gpu_steps_pass_unchanged() -> None:
     steps = list(batches().steps(0, 3))
     assert all(
         one is other
-        for one, other in zip(sent_ahead(iter(steps), torch.device("cpu")), steps, strict=True)
+        for one, other in zip(
+            prefetch_to_device(iter(steps), torch.device("cpu")), steps, strict=True
+        )
     )
 
 
@@ -586,7 +597,7 @@ def test_on_a_gpu_the_next_step_is_sent_before_this_one_is_handed_out(
     monkeypatch.setattr("torch.cuda.Stream", lambda device: Stream("copies"))
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: Stream("running"))
     monkeypatch.setattr("torch.cuda.stream", stream)
-    for step in sent_ahead(map(Sent, range(3)), torch.device("cuda")):  # type: ignore[arg-type]
+    for step in prefetch_to_device(map(Sent, range(3)), torch.device("cuda")):  # type: ignore[arg-type]
         events.append(f"step {step.number} on {on[-1]}")
     assert events == [
         "sent 0 copies", "sent 1 copies", "running waits for event 0", "running reads 0", "step 0 on running",

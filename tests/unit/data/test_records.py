@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
-from bertdist.data.loading import open_source, open_texts
+from bertdist.data.loading import load_records, open_texts
 from bertdist.data.readers import file_reader as arrow_files
 from bertdist.data.records import Record, Records, records_of
 
@@ -46,7 +46,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def train(path: str, **settings: Any) -> Records:
-    return open_source(DataConfig(train_file=[path], **settings), "train")
+    return load_records(DataConfig(train_file=[path], **settings), "train")
 
 
 def texts_of(path: str, **settings: Any) -> Records:
@@ -1083,7 +1083,7 @@ def test_only_the_first_rows_are_read_where_so_asked(write: Write, tmp_path: Pat
     for ending in ("csv", "jsonl", "parquet"):
         path = str(tmp_path / f"a.{ending}")
         assert [record.text for record in rows_of(train(path, max_train_samples=2))] == ["a", "b"]
-        scored = open_source(
+        scored = load_records(
             DataConfig(
                 train_file=[path], validation_file=path, max_eval_samples=1, max_train_samples=2
             ),
@@ -1095,7 +1095,7 @@ def test_only_the_first_rows_are_read_where_so_asked(write: Write, tmp_path: Pat
 
 def test_without_rows_to_score_there_is_none(write: Write) -> None:
     data = DataConfig(train_file=[write("a.csv", "text,label\na,1\n")])
-    assert open_source(data, "validation") is None
+    assert load_records(data, "validation") is None
 
 
 def test_the_fingerprint_is_that_of_the_content_alone(write: Write) -> None:
@@ -1186,8 +1186,8 @@ def test_local_files_do_not_pay_for_datasets(write: Write) -> None:
         == "False\n"
     )
     program = (
-        "import sys; from bertdist.config import DataConfig; before = 'datasets' in sys.modules; from bertdist.sources import open_source;"
-        f"open_source(DataConfig(train_file=[{path!r}]), 'train'); print(('datasets' in sys.modules) == before)"
+        "import sys; from bertdist.core.config import DataConfig; before = 'datasets' in sys.modules; from bertdist.data.loading import load_records;"
+        f"load_records(DataConfig(train_file=[{path!r}]), 'train'); print(('datasets' in sys.modules) == before)"
     )
     assert (
         subprocess.run(
@@ -1236,7 +1236,7 @@ def test_class_labels_are_their_names_in_their_order(hub: Callable[..., str]) ->
         validation={"text": ["d"], "label": [0]},
         test={"text": ["e"], "label": [-1]},
     )
-    records = open_source(DataConfig(dataset_name=folder), "train")
+    records = load_records(DataConfig(dataset_name=folder), "train")
     assert rows_of(records) == [
         Record(0, "a", None, "pos"),
         Record(1, "b", None, "neg"),
@@ -1251,20 +1251,20 @@ def test_class_labels_are_their_names_in_their_order(hub: Callable[..., str]) ->
         records.name == f"{folder} split 'train'"
         and records.where(1) == f"{folder} split 'train' row 1"
     )
-    scored = open_source(DataConfig(dataset_name=folder), "validation")
+    scored = load_records(DataConfig(dataset_name=folder), "validation")
     assert scored is not None and rows_of(scored) == [Record(0, "d", None, "neg")]
-    part = open_source(
+    part = load_records(
         DataConfig(dataset_name=folder, train_split="train[:67%]", max_train_samples=1), "train"
     )
     assert rows_of(part) == [Record(0, "a", None, "pos")]
     message = refusal(
-        lambda: open_source(DataConfig(dataset_name=folder, validation_split="test"), "validation")
+        lambda: load_records(DataConfig(dataset_name=folder, validation_split="test"), "validation")
     )
     assert message.endswith(
         "split 'test' row 0: label is missing; the hub publishes some test splits without labels (column 'label')."
     )
     message = refusal(
-        lambda: open_source(DataConfig(dataset_name=folder, train_split="trian"), "train")
+        lambda: load_records(DataConfig(dataset_name=folder, train_split="trian"), "train")
     )
     assert message == f"{folder} has no split 'trian'. Did you mean 'train'?"
 
@@ -1277,14 +1277,14 @@ def test_lists_of_class_labels_are_sets(hub: Callable[..., str]) -> None:
         datasets.Features({"text": datasets.Value("string"), "labels": labels}),
         train={"text": ["a", "b"], "labels": [[1, 0], []]},
     )
-    records = open_source(DataConfig(dataset_name=folder), "train")
+    records = load_records(DataConfig(dataset_name=folder), "train")
     assert (records.label_kind, labels_of(records), records.class_names) == (
         "set",
         [("fear", "joy"), ()],
         ("joy", "fear"),
     )
     assert (
-        open_source(DataConfig(dataset_name=folder), "validation") is None
+        load_records(DataConfig(dataset_name=folder), "validation") is None
     )  # it has no such split
 
 
@@ -1298,18 +1298,18 @@ def test_a_glue_task_knows_its_columns(hub: Callable[..., str]) -> None:
         "label": [0],
     }
     folder = hub(train=columns, validation_matched=columns | {"premise": ["m"]})
-    qnli = open_source(DataConfig(dataset_name=folder, task_name="qnli"), "train")
+    qnli = load_records(DataConfig(dataset_name=folder, task_name="qnli"), "train")
     assert qnli[0] == Record(0, "q", "s", 0)
-    assert open_source(DataConfig(dataset_name=folder, task_name="sst2"), "train")[0] == Record(
+    assert load_records(DataConfig(dataset_name=folder, task_name="sst2"), "train")[0] == Record(
         0, "s", None, 0
     )
-    mnli = open_source(DataConfig(dataset_name=folder, task_name="mnli"), "validation")
+    mnli = load_records(DataConfig(dataset_name=folder, task_name="mnli"), "validation")
     assert mnli is not None and mnli[0] == Record(0, "m", "h", 0)
-    assert open_source(DataConfig(dataset_name=folder, task_name="qnli"), "validation") is None
+    assert load_records(DataConfig(dataset_name=folder, task_name="qnli"), "validation") is None
     assert (
-        open_source(DataConfig(dataset_name=folder), "train")[0].text == "no"
+        load_records(DataConfig(dataset_name=folder), "train")[0].text == "no"
     )  # the twin: without the task
-    message = refusal(lambda: open_source(DataConfig(task_name="sst3"), "train"))
+    message = refusal(lambda: load_records(DataConfig(task_name="sst3"), "train"))
     assert message == "--task_name 'sst3' is no task of GLUE. Did you mean 'sst2'?"
 
 
@@ -1317,18 +1317,18 @@ def test_nulls_and_numbers_in_place_of_texts_are_refused(hub: Callable[..., str]
     folder = hub(
         train={"text": ["a", None], "label": [0, 1]}, other={"text": ["a", "b"], "label": [0, 1]}
     )
-    assert refusal(lambda: open_source(DataConfig(dataset_name=folder), "train")).endswith(
+    assert refusal(lambda: load_records(DataConfig(dataset_name=folder), "train")).endswith(
         "row 1: column 'text' is null; expected a text."
     )
-    assert len(open_source(DataConfig(dataset_name=folder, train_split="other"), "train")) == 2
+    assert len(load_records(DataConfig(dataset_name=folder, train_split="other"), "train")) == 2
 
 
 def test_an_unknown_data_set_is_one_line(hub: Callable[..., str]) -> None:
-    message = refusal(lambda: open_source(DataConfig(dataset_name="nobody/nothing"), "train"))
+    message = refusal(lambda: load_records(DataConfig(dataset_name="nobody/nothing"), "train"))
     told = "nobody/nothing is neither a folder here nor a data set that the hub gave. HF_HUB_OFFLINE is set, and the cache "
     assert message.startswith(told) and message.endswith(" --train_file takes files.")
     folder = hub(train={"text": ["a"], "label": [0]})
     message = refusal(
-        lambda: open_source(DataConfig(dataset_name=folder, dataset_config_name="none"), "train")
+        lambda: load_records(DataConfig(dataset_name=folder, dataset_config_name="none"), "train")
     )
     assert message.startswith(f"{folder}/none cannot be read: BuilderConfig 'none' not found.")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bertdist.data.sharding import mixed_plan, shares
+from bertdist.data.sharding import mixed_epoch_order, shares
 
 WEIGHTS = st.lists(st.floats(0.001, 1000), min_size=1, max_size=5)
 
@@ -35,9 +35,10 @@ def test_no_row_comes_a_second_time_before_all_of_its_source_came_once(
     weights = data.draw(st.lists(st.floats(0.1, 10), min_size=len(parts), max_size=len(parts)))
     times: Counter[int] = Counter()
     for epoch in range(4):
-        found = mixed_plan(parts, weights, seed, epoch).tolist()
+        found = mixed_epoch_order(parts, weights, seed, epoch).tolist()
         assert (
-            len(found) == sum(parts) and found == mixed_plan(parts, weights, seed, epoch).tolist()
+            len(found) == sum(parts)
+            and found == mixed_epoch_order(parts, weights, seed, epoch).tolist()
         )
         times.update(found)
         for part, rows in enumerate(parts):
@@ -46,9 +47,15 @@ def test_no_row_comes_a_second_time_before_all_of_its_source_came_once(
 
 
 def test_equal_weights_of_equal_sources_are_every_row_once() -> None:
-    assert sorted(mixed_plan([6, 6], [1, 1], 3, 2).tolist()) == list(range(12))
-    assert mixed_plan([6, 6], [1, 1], 3, 2).tolist() != mixed_plan([6, 6], [1, 1], 3, 1).tolist()
-    assert mixed_plan([6, 6], [1, 1], 3, 2).tolist() != mixed_plan([6, 6], [1, 1], 4, 2).tolist()
+    assert sorted(mixed_epoch_order([6, 6], [1, 1], 3, 2).tolist()) == list(range(12))
+    assert (
+        mixed_epoch_order([6, 6], [1, 1], 3, 2).tolist()
+        != mixed_epoch_order([6, 6], [1, 1], 3, 1).tolist()
+    )
+    assert (
+        mixed_epoch_order([6, 6], [1, 1], 3, 2).tolist()
+        != mixed_epoch_order([6, 6], [1, 1], 4, 2).tolist()
+    )
 
 
 def test_weights_that_are_not_kept_are_seen() -> None:

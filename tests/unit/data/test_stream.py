@@ -19,11 +19,11 @@ from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
 from bertdist.data import records as records_module
 from bertdist.data import streaming as stream
-from bertdist.data.loading import open_source, open_stream
+from bertdist.data.loading import load_records, open_stream
 from bertdist.data.readers import parquet_reader as parquet_files
-from bertdist.data.readers.file_reader import FileRows, find_file
+from bertdist.data.readers.file_reader import FileReader, find_file
 from bertdist.data.records import Columns
-from bertdist.data.source import OnBadRow, Piece, Place
+from bertdist.data.source import Chunk, OnBadRow, ReaderState
 from bertdist.data.streaming import EMPTY, HEAD_ROWS, State, Stream, Window
 
 QUICK = settings(max_examples=25)
@@ -219,7 +219,7 @@ def test_a_state_that_forgets_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 class Shifted(MemoryRows):
     """A source whose places are one row off."""
 
-    def pieces(self, wanted: Sequence[str], place: Place | None = None) -> Iterator[Piece]:
+    def pieces(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
         return super().pieces(wanted, place and {**place, "row": place["row"] + 1})
 
 
@@ -278,12 +278,12 @@ def test_rows_that_were_left_out_arrive_once_also_of_pieces_without_rows() -> No
 # ---- Sources that are empty, or wrong
 
 
-def parquet_rows(path: Path, wrong: Sequence[int], on_bad_row: OnBadRow = "skip") -> FileRows:
+def parquet_rows(path: Path, wrong: Sequence[int], on_bad_row: OnBadRow = "skip") -> FileReader:
     """40 rows in 4 groups, some of them with a text that is not UTF-8."""
     texts = not_utf8([f"{path.stem} {row}" for row in range(40)], wrong)
     pq.write_table(pa.table({"text": texts, "label": ["no", "yes"] * 20}), path, row_group_size=10)
     told = find_file(str(path), delimiter=None, quoting="auto", encoding=None, column_names=None)
-    return FileRows(told, on_bad_row=on_bad_row)
+    return FileReader(told, on_bad_row=on_bad_row)
 
 
 def test_texts_of_a_parquet_file_that_are_not_utf8_are_left_out_from_any_state(
@@ -455,7 +455,7 @@ def test_whole_numbers_and_texts_that_are_some_stay_one_kind(
     )
     data = DataConfig(train_file=[str(tmp_path / f"a.{kind}") for kind in kinds], on_bad_row="skip")
     (window,) = open_stream(data, 0).windows()
-    held = open_source(data, "train")
+    held = load_records(data, "train")
     for records in (window.records, held):
         assert sorted(records.label_values) == expected and sorted(records.texts.to_pylist()) == [
             "a",

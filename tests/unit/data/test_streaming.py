@@ -19,12 +19,12 @@ from bertdist.core.config import DataConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError
 from bertdist.data import streaming as stream_batches
 from bertdist.data.batch import Step
-from bertdist.data.loader import training_batches
+from bertdist.data.loader import create_train_loader
 from bertdist.data.records import Columns
 from bertdist.data.sharding import Message
-from bertdist.data.source import BadRow, Place
-from bertdist.data.stats import Known, Labels
-from bertdist.data.streaming import Agree, Stream, StreamBatches
+from bertdist.data.source import ReaderState, SkippedRow
+from bertdist.data.stats import DatasetStats, LabelStats
+from bertdist.data.streaming import Agree, Stream, StreamLoader
 from bertdist.tasks.tasks import SingleLabel
 
 pytestmark = [
@@ -78,8 +78,8 @@ def batches_of(
     window: int = 8,
     split: str = "rows",
     **changes: Any,
-) -> StreamBatches:
-    """What a run would make of the files. changes: of the StreamBatches."""
+) -> StreamLoader:
+    """What a run would make of the files. changes: of the StreamLoader."""
     config: Any = SimpleNamespace(
         batch=SimpleNamespace(
             train_batch_size=size, dataloader_num_workers=0, tokens_per_micro_batch=None
@@ -94,11 +94,13 @@ def batches_of(
     asked = Columns("text", None, "label", None)
     told: dict[str, Any] = {"label_delimiter": None, "on_bad_row": "skip", "max_bad_rows": 99}
     read = Stream(name="rows", parts=[files], asked=asked, window_rows=window, seed=5, **told)
-    known = Known(
-        Labels("text", ["no", "yes"], [1, 1], None, "label"), [len(file.rows) for file in files]
+    known = DatasetStats(
+        LabelStats("text", ["no", "yes"], [1, 1], None, "label"), [len(file.rows) for file in files]
     )
-    found = training_batches(read, known, Words(), SingleLabel(("no", "yes")), config, accelerator)  # type: ignore[arg-type]
-    assert isinstance(found, StreamBatches)
+    found = create_train_loader(
+        read, known, Words(), SingleLabel(("no", "yes")), config, accelerator
+    )  # type: ignore[arg-type]
+    assert isinstance(found, StreamLoader)
     return replace(found, **changes)
 
 
@@ -123,9 +125,9 @@ def content(step: Step) -> Any:
     )
 
 
-def by_json(place: Place | None) -> Place | None:
+def by_json(place: ReaderState | None) -> ReaderState | None:
     """A place as a checkpoint keeps it."""
-    found: Place | None = json.loads(json.dumps(place))
+    found: ReaderState | None = json.loads(json.dumps(place))
     return found
 
 
@@ -165,16 +167,16 @@ def as_the_loader_does(
 
 
 @contextmanager
-def emulated(together: int = 1, lose: int | None = None) -> Iterator[None]:
+def emulated(per_message: int = 1, lose: int | None = None) -> Iterator[None]:
     """Workers that are none, which send so many steps at once."""
     with (
         mock.patch.object(
-            stream_batches, "loaded", lambda *args: as_the_loader_does(*args, lose=lose)
+            stream_batches, "iterate_loader", lambda *args: as_the_loader_does(*args, lose=lose)
         ),
         mock.patch.object(
             stream_batches, "get_worker_info", lambda: getattr(_here, "worker", None)
         ),
-        mock.patch.object(stream_batches, "in_a_message", lambda *args: together),
+        mock.patch.object(stream_batches, "steps_per_message", lambda *args: per_message),
     ):
         yield
 
@@ -190,7 +192,7 @@ class Agreement:
         self.barrier = threading.Barrier(ranks, timeout=20)
 
     def of(self, rank: int) -> Agree:
-        def agree(step: Step | BertdistError | None) -> tuple[int, tuple[BadRow, ...]]:
+        def agree(step: Step | BertdistError | None) -> tuple[int, tuple[SkippedRow, ...]]:
             self.told[rank] = step
             self.barrier.wait()
             told = list(self.told)
@@ -207,10 +209,10 @@ class Agreement:
 
 
 def on_ranks(
-    all_batches: Sequence[StreamBatches],
+    all_batches: Sequence[StreamLoader],
     start: int,
     stop: int,
-    places: Sequence[Place | None] | None = None,
+    places: Sequence[ReaderState | None] | None = None,
 ) -> tuple[list[list[Step]], list[str]]:
     """The steps of each rank that reads files of its own, in lockstep; and what each rank ended with."""
     agreement = Agreement(len(all_batches))
@@ -272,7 +274,7 @@ GIVEN: dict[str, Any] = {
     "pieces": PIECES,
     "ranks": st.integers(1, 7),
     "workers": st.integers(0, 3),
-    "together": st.integers(1, 4),
+    "per_message": st.integers(1, 4),
     "tokens": st.integers(1, 40),
     "size": st.integers(1, 20),
     "window": st.integers(1, 70),
@@ -290,7 +292,7 @@ def test_every_row_once_in_steps_that_know_neither_ranks_nor_workers(
     pieces: Any,
     ranks: int,
     workers: int,
-    together: int,
+    per_message: int,
     tokens: int,
     size: int,
     window: int,
@@ -311,7 +313,7 @@ def test_every_row_once_in_steps_that_know_neither_ranks_nor_workers(
     ]
     start = data.draw(st.integers(0, EPOCHS * per_epoch), "steps before the restart")
     other_workers = data.draw(st.integers(0, 3), "workers after it")
-    with emulated(together):
+    with emulated(per_message):
         by_rank = []
         for rank in range(ranks):
             of_rank = batches_of(
@@ -381,7 +383,7 @@ def test_a_place_that_skips_a_window_is_seen() -> None:
 def test_a_message_that_a_worker_loses_is_seen() -> None:
     read = batches_of(files_of([23]), size=4, workers=2)
     for lose in (None, 2):
-        with emulated(together=2, lose=lose):
+        with emulated(per_message=2, lose=lose):
             steps = list(read.steps(0, 12))
         if lose is None:
             assert_every_row_once(steps_of([steps]), 6, 23)
@@ -419,23 +421,30 @@ def test_a_mixture_goes_on_from_every_step_on_any_ranks(workers: int) -> None:
     )
 
 
-@pytest.mark.parametrize(("workers", "together"), [(1, 1), (1, 3), (2, 1), (2, 2), (2, 50)])
-def test_real_workers_send_what_emulated_ones_do(workers: int, together: int) -> None:
+@pytest.mark.parametrize(
+    ("workers", "per_message"), [(1, 1), (1, 3), (2, 1), (2, 2), (2, 50)]
+)
+def test_real_workers_send_what_emulated_ones_do(workers: int, per_message: int) -> None:
     read = batches_of(files_of([7, 0, 11, 5]), 1, 2, tokens_per_micro_batch=9)
     expected = list(map(content, read.steps(3, 12, list(read.steps(0, 3))[-1].after)))
     place = by_json(list(read.steps(0, 3))[-1].after)
-    with mock.patch.object(stream_batches, "in_a_message", lambda *args: together):
+    with mock.patch.object(stream_batches, "steps_per_message", lambda *args: per_message):
         assert list(map(content, replace(read, workers=workers).steps(3, 12, place))) == expected
-    with emulated(together):
+    with emulated(per_message):
         assert list(map(content, replace(read, workers=workers).steps(3, 12, place))) == expected
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
-@pytest.mark.parametrize("together", [1, 2, 5])
-def test_reading_that_fails_does_so_after_the_steps_before(workers: int, together: int) -> None:
+@pytest.mark.parametrize("per_message", [1, 2, 5])
+def test_reading_that_fails_does_so_after_the_steps_before(
+    workers: int, per_message: int
+) -> None:
     read = batches_of(files_of([40], (4,), broken=30), size=4, window=8, workers=workers)
     steps = []
-    with emulated(together), pytest.raises(DataError, match=r"^file 0 row 30: no more can be read"):
+    with (
+        emulated(per_message),
+        pytest.raises(DataError, match=r"^file 0 row 30: no more can be read"),
+    ):
         for step in read.steps(0, 20):
             steps.append(step)
     assert [step.number for step in steps] == list(range(6)), (
@@ -515,7 +524,7 @@ def test_ranks_with_files_of_their_own_take_every_row_once_and_the_same_number_o
     pieces: Any,
     ranks: int,
     workers: int,
-    together: int,
+    per_message: int,
     tokens: int,
     size: int,
     window: int,
@@ -543,7 +552,7 @@ def test_ranks_with_files_of_their_own_take_every_row_once_and_the_same_number_o
         batches.rows_per_step for batches in of_ranks
     ) == size
     start = data.draw(st.integers(0, EPOCHS * per_epoch), "steps before the restart")
-    with emulated(together):
+    with emulated(per_message):
         by_rank, errors = on_ranks(of_ranks, 0, EPOCHS * per_epoch)
         assert errors == [""] * ranks
         places = [by_json(steps[start - 1].after) if start else None for steps in by_rank]
@@ -635,7 +644,7 @@ def test_a_rank_whose_rows_are_all_left_out_tells_them(
         reasons = "label is missing, expected one in every row (column 'label')"
         return [row.file for step in steps for row in step.bad if row.reason == reasons]
 
-    with emulated(together=2):
+    with emulated(per_message=2):
         by_rank, errors = on_ranks(of_ranks, 0, 10)
         assert errors == ["", ""] and [[step.idle for step in steps] for steps in by_rank] == [
             [False] * 10,

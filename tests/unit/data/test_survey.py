@@ -18,8 +18,8 @@ from rows import MemoryRows
 from bertdist.core.errors import DataError
 from bertdist.data import stats as survey_module
 from bertdist.data.records import Columns
-from bertdist.data.source import Piece, Place
-from bertdist.data.stats import Survey, survey
+from bertdist.data.source import Chunk, ReaderState
+from bertdist.data.stats import StreamScan, survey
 from bertdist.data.streaming import Stream
 
 ALONE: Any = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1)
@@ -54,7 +54,7 @@ def stream_of(files: Sequence[MemoryRows], **changes: Any) -> Stream:
     )
 
 
-def plain(found: Survey) -> Any:
+def plain(found: StreamScan) -> Any:
     return found.rows, found.kind, found.labels, sorted(found.bad)
 
 
@@ -138,7 +138,7 @@ def test_rows_that_are_left_out_end_it_as_they_end_a_run(tmp_path: Path) -> None
 
 def test_counting_does_not_copy_what_is_counted() -> None:
     """A piece of a stream of a million different labels costs what is in the piece."""
-    found = Survey()
+    found = StreamScan()
     read = stream_of([file_of(range(20), (5,))])
     held = []
     for _, records, _ in read.records(read.sources[0]):
@@ -195,7 +195,7 @@ def test_a_file_that_is_torn_or_not_ours_is_read_anew(tmp_path: Path) -> None:
 class Watched(MemoryRows):
     """A file that remembers in which process it was read."""
 
-    def pieces(self, wanted: Sequence[str], place: Place | None = None) -> Iterator[Piece]:
+    def pieces(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
         opened.append(self.name)
         return super().pieces(wanted, place)
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from bertdist.core.config import DataConfig, ModelConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError, ModelError
 from bertdist.data import tokenization as encoding
-from bertdist.data.loading import open_source
+from bertdist.data.loading import load_records
 from bertdist.data.records import Record, Records, records_of
 from bertdist.data.tokenization import CUT_ABOVE, Example, encode, load_tokenizer, open_examples
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
@@ -427,7 +427,7 @@ def dev(tmp_path: Path) -> Callable[[str], Records]:
 
     def write(text: str) -> Records:
         (tmp_path / "dev.tsv").write_text(text, encoding="utf-8")
-        found = open_source(
+        found = load_records(
             DataConfig(train_file=["unused"], validation_file=str(tmp_path / "dev.tsv")),
             "validation",
         )

@@ -9,17 +9,17 @@ from looking import clean_rows, kinds, look
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
-from bertdist.data.loading import open_source
+from bertdist.data.loading import load_records
 from bertdist.data_quality.cleaning import dropped_path, write_fixed
 from bertdist.data_quality.config import FIX_KINDS, USUAL_FIX_KINDS
-from bertdist.data_quality.report import Inspection, check_data
+from bertdist.data_quality.report import DataReport, check_data
 
 pytest.importorskip("rensa", reason="near duplicates need the extra `check`")
 pytest.importorskip("ftfy", reason="repairs need the extra `check`")
 
 
 def fix(
-    found: Inspection,
+    found: DataReport,
     folder: Path,
     kinds: tuple[str, ...] = USUAL_FIX_KINDS,
     delimiter: str | None = None,
@@ -33,7 +33,7 @@ def fix(
         "label_column": records.label_column,
         "text_pair_column": records.pair_column,
     }
-    again = open_source(
+    again = load_records(
         DataConfig(train_file=[str(path)], **named, label_delimiter=delimiter), "train"
     )
     told = [
@@ -42,7 +42,7 @@ def fix(
     return [again[row][1:] for row in range(len(again))], told, counted
 
 
-def dirty(folder: Path, ending: str = "tsv") -> tuple[list[dict[str, Any]], Inspection]:
+def dirty(folder: Path, ending: str = "tsv") -> tuple[list[dict[str, Any]], DataReport]:
     """40 rows, of which 33 are good: see the test below."""
     train, dev = clean_rows(40), clean_rows(10, 1)
     train[3]["text"] = "  "
@@ -151,7 +151,7 @@ def test_labels_of_every_kind_keep_their_column(tmp_path: Path) -> None:
     columns = [{"text": text, "a": row % 2, "b": 1} for row, text in enumerate(texts)]
     found = look(tmp_path, columns, label_columns=["a", "b"])
     write_fixed(found, ["empty"], tmp_path / "c.parquet", None, 0.8)
-    again = open_source(
+    again = load_records(
         DataConfig(train_file=[str(tmp_path / "c.parquet")], label_columns=["a", "b"]), "train"
     )
     assert [again[row].label for row in range(4)] == [("b",), ("a", "b"), ("b",), ("a", "b")]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bertdist.core.errors import ConfigError
-from bertdist.data_quality.config import read_doubts_config
+from bertdist.data_quality.config import read_label_issue_config
 
 JUDGED = ["--model", "out/best", "--train_file", "rows.tsv"]
 FOLDED = [
@@ -31,7 +31,7 @@ def test_the_words_of_both_ways_are_read(tmp_path: Path) -> None:
         "--output",
         str(tmp_path / "x"),
     ]
-    judged = read_doubts_config(words)
+    judged = read_label_issue_config(words)
     assert (judged.doubts.model, judged.doubts.folds, judged.train.data.text_column) == (
         "out/best",
         None,
@@ -40,7 +40,7 @@ def test_the_words_of_both_ways_are_read(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(
         "folds: 4\nlearning_rate: 1e-4\nvalidation_file: dev.tsv\nrank_by: normalized_margin\n"
     )
-    folded = read_doubts_config([*FOLDED[2:], "--config", str(tmp_path / "run.yaml")])
+    folded = read_label_issue_config([*FOLDED[2:], "--config", str(tmp_path / "run.yaml")])
     assert (folded.doubts.folds, folded.train.optim.learning_rate, folded.doubts.rank_by) == (
         4,
         1e-4,
@@ -85,13 +85,13 @@ FOR_TRAINING = " is for training; --model takes a model as it is, and judges the
 )
 def test_a_mistake_is_one_line(words: list[str], told: str) -> None:
     with pytest.raises(ConfigError) as error:
-        read_doubts_config(words)
+        read_label_issue_config(words)
     assert str(error.value) == told
 
 
 def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as error:
-        read_doubts_config(
+        read_label_issue_config(
             [
                 *JUDGED,
                 "--learning_rate",
@@ -109,4 +109,4 @@ def test_all_mistakes_are_told_at_once() -> None:
 
 def test_a_way_of_ranking_that_is_not_known_is_told() -> None:
     with pytest.raises(ConfigError, match="--rank_by: invalid choice: 'margin'"):
-        read_doubts_config([*JUDGED, "--rank_by", "margin"])
+        read_label_issue_config([*JUDGED, "--rank_by", "margin"])

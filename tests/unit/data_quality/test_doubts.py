@@ -9,20 +9,26 @@ import pytest
 from rows import write_rows
 
 from bertdist.core.config import DataConfig
-from bertdist.data.loading import open_source
+from bertdist.data.loading import load_records
 from bertdist.data.records import Records
-from bertdist.data_quality.label_issues import SHOWN_ROWS, Doubts, _show, differences, entries_of
+from bertdist.data_quality.label_issues import (
+    SHOWN_ROWS,
+    LabelIssues,
+    _show,
+    differences,
+    entries_of,
+)
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
-from bertdist.training.run_logger import RunLog
+from bertdist.training.run_logger import RunLogger
 
-ORDER = Doubts(np.array([2, 0, 1]), np.array([0.4, 0.9, 0.1]), np.array([False, False, True]))
+ORDER = LabelIssues(np.array([2, 0, 1]), np.array([0.4, 0.9, 0.1]), np.array([False, False, True]))
 
 
 def source(path: Path, **columns: Any) -> Records:
     rows = [
         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
     ]
-    return open_source(DataConfig(train_file=[str(write_rows(path, rows))]), "train")
+    return load_records(DataConfig(train_file=[str(write_rows(path, rows))]), "train")
 
 
 def entries(
@@ -98,8 +104,8 @@ def test_rows_of_several_files_are_told_by_file(
         write_rows(tmp_path / name, [{"text": name, "label": label} for label in ("bad", "good")])
         for name in ("a.csv", "b.csv")
     )
-    records = open_source(DataConfig(train_file=[str(one), str(two)]), "train")
-    doubts = Doubts(np.arange(4), np.full(4, 0.5), np.zeros(4, bool))
+    records = load_records(DataConfig(train_file=[str(one), str(two)]), "train")
+    doubts = LabelIssues(np.arange(4), np.full(4, 0.5), np.zeros(4, bool))
     answers = np.array([0, 0, 1, 0]), np.full((4, 2), 0.5)
     found = list(
         entries_of(records, SingleLabel(("bad", "good")), np.array([0, 1, 0, 1]), *answers, doubts)
@@ -170,7 +176,7 @@ def shown(
     capsys: pytest.CaptureFixture[str],
     width: str = "200",
 ) -> str:
-    log = RunLog(Path(), enabled=True)
+    log = RunLogger(Path(), enabled=True)
     log.console.width = int(width)
     _show(found, records, None, log)
     return capsys.readouterr().err

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from bertdist import train
 from bertdist.core.args import read_config
 from bertdist.core.errors import DataError
-from bertdist.data.sharding import deal, plan
+from bertdist.data.sharding import balance_by_length, epoch_order
 from bertdist.data_quality import dry_run
 from bertdist.data_quality.dry_run import balance, memory_of, padded_together
 from bertdist.tasks.tasks import SingleLabel
@@ -115,10 +115,12 @@ def test_main_leaves_without_training(
 
 def test_balance_and_padding_are_those_of_the_plan() -> None:
     lengths = np.random.default_rng(0).integers(3, 40, size=100)
-    order, worst, cells = plan(100, 5, 0), [], 0
+    order, worst, cells = epoch_order(100, 5, 0), [], 0
     for start in range(0, 100, 8):
         rows = order[start : start + 8]
-        loads = [int(lengths[share].sum()) for share in deal(rows, lengths[rows] * 4, 3)]
+        loads = [
+            int(lengths[share].sum()) for share in balance_by_length(rows, lengths[rows] * 4, 3)
+        ]
         worst.append(max(loads) / (sum(loads) / 3))
         cells += len(rows) * int(lengths[rows].max())
     assert balance(lengths * 4, lengths, 8, 3, 5) == (pytest.approx(np.mean(worst), rel=1e-12), 0.0)

@@ -10,7 +10,7 @@ from looking import clean_rows
 from rows import write_rows
 
 from bertdist.core.config import DataConfig
-from bertdist.data.loading import open_source
+from bertdist.data.loading import load_records
 from bertdist.data.records import Records, records_of
 from bertdist.data_quality import duplicates
 from bertdist.data_quality.duplicates import compare_texts, jaccard, repeated, shingles
@@ -158,7 +158,7 @@ def test_a_pair_of_texts_is_one_text(tmp_path: Path) -> None:
         {"sentence1": a, "sentence2": b, "label": "x"}
         for a, b in (("a", "b"), ("ab", ""), ("a", "c"), ("a", "b"), ("b", "a"))
     ]
-    records: Records = open_source(
+    records: Records = load_records(
         DataConfig(train_file=[str(write_rows(tmp_path / "a.jsonl", rows))]), "train"
     )
     assert repeated(compare_texts({"train": records}, 0).texts["train"]).tolist() == [

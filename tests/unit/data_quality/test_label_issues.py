@@ -15,9 +15,9 @@ from rows import make_rows, words_of, write_rows, write_split
 from bertdist.core.args import read_config
 from bertdist.core.config import DataConfig, TaskConfig
 from bertdist.core.errors import DataError
-from bertdist.data.loading import open_source
+from bertdist.data.loading import load_records
 from bertdist.data.records import Records, records_of
-from bertdist.data.stats import labels_in, task_of_rows
+from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data_quality import label_issues as folds
 from bertdist.data_quality.label_issues import cut, groups_of, subset
 
@@ -97,7 +97,7 @@ def test_texts_that_differ_in_case_and_white_space_only_are_one_group() -> None:
 
 def test_some_rows_of_a_source_are_told_by_their_place_in_it(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.tsv", make_rows(6))
-    records = open_source(DataConfig(train_file=[str(path)]), "train")
+    records = load_records(DataConfig(train_file=[str(path)]), "train")
     some = subset(records, np.array([4, 1]))
     assert [some[0].text, some[1].text] == [records[4].text, records[1].text] and len(some) == 2
     assert some.where(0) == "rows.tsv line 6" and some.lengths().tolist() == [
@@ -129,15 +129,15 @@ def test_a_folds_rows_have_the_labels_of_the_source_and_make_its_task(
         str(tmp_path / "out"),
     ]
     config = read_config(words)
-    records = open_source(config.data, "train")
-    task = task_of_rows(TaskConfig(), labels_in(records), None)
+    records = load_records(config.data, "train")
+    task = create_task(TaskConfig(), label_stats_of(records), None)
     run = folds._run_of_fold(config, tmp_path / "out" / "folds" / "0", task, records)
     folds._write_rows(folds._file_of(run), records, np.array([0, 1, 2, 5]))
-    again = open_source(run.data, "train")
+    again = load_records(run.data, "train")
     assert again[0].label == (tuple(first) if isinstance(first, list) else first)
     assert [again[at].label for at in range(4)] == [records[at].label for at in (0, 1, 2, 5)]
     assert again.label_kind == records.label_kind == kind
-    one = task_of_rows(run.task, labels_in(again), None)
+    one = create_task(run.task, label_stats_of(again), None)
     assert one.problem_type == task.problem_type and (kind == "number" or one.labels == task.labels)
 
 
@@ -151,12 +151,12 @@ def test_a_fold_without_a_rare_label_has_all_outputs_all_the_same(tmp_path: Path
             train_file=write_rows(tmp_path / "rare.tsv", rows),
         )
     )
-    records = open_source(config.data, "train")
-    task = task_of_rows(TaskConfig(), labels_in(records), None)
+    records = load_records(config.data, "train")
+    task = create_task(TaskConfig(), label_stats_of(records), None)
     run = folds._run_of_fold(config, tmp_path / "out", task, records)
     folds._write_rows(tmp_path / "out" / "train.jsonl", records, np.arange(9))
     assert (
-        task_of_rows(run.task, labels_in(open_source(run.data, "train")), None).labels
+        create_task(run.task, label_stats_of(load_records(run.data, "train")), None).labels
         == task.labels
         == ("negative", "odd", "positive")
     )
@@ -169,8 +169,8 @@ def answer(
     if breaking is not None:
         breaking()
     config = read_config(words)
-    records = open_source(config.data, "train")
-    task = task_of_rows(config.task, labels_in(records), None)
+    records = load_records(config.data, "train")
+    task = create_task(config.task, label_stats_of(records), None)
     assert records.label_codes is not None
     targets = np.array([task.target(value) for value in records.label_values])[records.label_codes]
     said: list[str] = []
@@ -208,7 +208,7 @@ def test_no_row_is_judged_by_a_model_that_has_learned_it(tiny_model: Path, tmp_p
         tiny_model, tmp_path / "out", files, train_file=path, num_train_epochs=1, max_length=24
     )
     ((logits, fold_of_row, said),) = run_ranks(1, answer, words, 3, timeout=300)
-    records = open_source(read_config(words).data, "train")
+    records = load_records(read_config(words).data, "train")
     assert logits.shape == (30, 2) and np.abs(logits).min() > 0
     assert own_rows_learned(records, fold_of_row, tmp_path / "out", 3) == 0
     sizes = [int((fold_of_row == fold).sum()) for fold in range(3)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bertdist.core.errors import ConfigError, DataError
-from bertdist.data_quality.label_issues import RANKINGS, find_doubts, need_cleanlab
+from bertdist.data_quality.label_issues import RANKINGS, need_cleanlab, rank_label_issues
 
 ROWS, WRONG = 400, 40
 
@@ -33,7 +33,7 @@ def share_at_the_head(order: Any, wrong: Any) -> float:
 @pytest.mark.parametrize("outputs", [2, 5])
 def test_wrong_labels_stand_at_the_head(rank_by: str, outputs: int) -> None:
     labels, probabilities, wrong = judged(outputs)
-    doubts = find_doubts(
+    doubts = rank_label_issues(
         "single_label_classification", labels, probabilities.argmax(1), probabilities, rank_by
     )
     assert sorted(doubts.order) == list(range(ROWS))
@@ -45,13 +45,15 @@ def test_wrong_labels_stand_at_the_head(rank_by: str, outputs: int) -> None:
 def test_probabilities_of_other_rows_find_nothing(rank_by: str) -> None:
     labels, probabilities, wrong = judged(3)
     other = np.random.default_rng(1).permutation(probabilities)
-    doubts = find_doubts("single_label_classification", labels, other.argmax(1), other, rank_by)
+    doubts = rank_label_issues(
+        "single_label_classification", labels, other.argmax(1), other, rank_by
+    )
     assert share_at_the_head(doubts.order, wrong) < 0.25  # a tenth is chance
 
 
 def test_labels_that_the_model_agrees_with_are_not_marked() -> None:
     _, probabilities, _ = judged(3)
-    doubts = find_doubts(
+    doubts = rank_label_issues(
         "single_label_classification",
         probabilities.argmax(1),
         probabilities.argmax(1),
@@ -64,7 +66,7 @@ def test_confident_learning_puts_what_is_marked_first_and_the_others_do_not() ->
     labels, probabilities, _ = judged(5)
     marked = {}
     for rank_by in RANKINGS:
-        doubts = find_doubts(
+        doubts = rank_label_issues(
             "single_label_classification", labels, probabilities.argmax(1), probabilities, rank_by
         )
         marked[rank_by] = doubts.issues[doubts.order].astype(int)
@@ -78,7 +80,7 @@ def test_confident_learning_puts_what_is_marked_first_and_the_others_do_not() ->
 
 def test_the_order_is_that_of_the_scores_and_equal_scores_keep_the_order_of_rows() -> None:
     probabilities = np.array([[0.5, 0.5], [0.9, 0.1], [0.5, 0.5], [0.2, 0.8]])
-    doubts = find_doubts(
+    doubts = rank_label_issues(
         "single_label_classification",
         np.array([0, 1, 1, 1]),
         probabilities.argmax(1),
@@ -90,7 +92,7 @@ def test_the_order_is_that_of_the_scores_and_equal_scores_keep_the_order_of_rows
 
 def test_rows_of_one_label_are_judged_by_what_the_model_says() -> None:
     probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
-    doubts = find_doubts(
+    doubts = rank_label_issues(
         "single_label_classification", np.zeros(3, int), probabilities.argmax(1), probabilities
     )
     assert doubts.order.tolist() == [1, 2, 0] and doubts.issues.tolist() == [False, True, False]
@@ -99,7 +101,7 @@ def test_rows_of_one_label_are_judged_by_what_the_model_says() -> None:
 def test_labels_of_the_model_that_no_row_has_do_no_harm() -> None:
     labels, probabilities, wrong = judged(3)
     wider = np.concatenate([probabilities, np.full((ROWS, 1), 1e-6)], axis=1)
-    doubts = find_doubts("single_label_classification", labels, wider.argmax(1), wider)
+    doubts = rank_label_issues("single_label_classification", labels, wider.argmax(1), wider)
     assert share_at_the_head(doubts.order, wrong) > 0.8
 
 
@@ -119,7 +121,7 @@ def several(seed: int = 0) -> tuple[Any, Any, Any]:
 @pytest.mark.parametrize("rank_by", RANKINGS)
 def test_wrong_sets_of_labels_stand_at_the_head(rank_by: str) -> None:
     labels, probabilities, wrong = several()
-    doubts = find_doubts(
+    doubts = rank_label_issues(
         "multi_label_classification",
         labels,
         (probabilities > 0.5).astype(int),
@@ -134,19 +136,23 @@ def test_wrong_sets_of_labels_stand_at_the_head(rank_by: str) -> None:
 def test_sets_of_labels_that_others_are_judged_by_find_nothing() -> None:
     labels, probabilities, wrong = several()
     other = np.random.default_rng(1).permutation(probabilities)
-    doubts = find_doubts("multi_label_classification", labels, (other > 0.5).astype(int), other)
+    doubts = rank_label_issues(
+        "multi_label_classification", labels, (other > 0.5).astype(int), other
+    )
     assert share_at_the_head(doubts.order, wrong) < 0.25
 
 
 def test_some_rows_may_have_no_label_but_not_all() -> None:
     probabilities = np.array([[0.9, 0.1], [0.2, 0.1], [0.3, 0.8]])
     predictions = (probabilities > 0.5).astype(int)
-    doubts = find_doubts(
+    doubts = rank_label_issues(
         "multi_label_classification", np.array([[0, 0], [0, 0], [0, 1]]), predictions, probabilities
     )
     assert doubts.order.tolist() == [0, 2, 1] and doubts.issues.tolist() == [True, False, False]
     with pytest.raises(DataError, match="No row has a label"):
-        find_doubts("multi_label_classification", np.zeros((3, 2)), predictions, probabilities)
+        rank_label_issues(
+            "multi_label_classification", np.zeros((3, 2)), predictions, probabilities
+        )
 
 
 def test_numbers_are_ranked_by_how_far_off_they_are() -> None:
@@ -157,12 +163,13 @@ def test_numbers_are_ranked_by_how_far_off_they_are() -> None:
     )  # all a little too high: that is no doubt of any one
     given, wrong = truth.copy(), np.arange(ROWS) < WRONG
     given[wrong] += 2
-    doubts = find_doubts("regression", given, said, said[:, None])
+    doubts = rank_label_issues("regression", given, said, said[:, None])
     assert share_at_the_head(doubts.order, wrong) == 1 and (doubts.issues == wrong).mean() > 0.98
     assert ((doubts.scores >= 0) & (doubts.scores <= 1)).all()
     assert (
         share_at_the_head(
-            find_doubts("regression", given, random.permutation(said), said[:, None]).order, wrong
+            rank_label_issues("regression", given, random.permutation(said), said[:, None]).order,
+            wrong,
         )
         < 0.4
     )
@@ -170,16 +177,18 @@ def test_numbers_are_ranked_by_how_far_off_they_are() -> None:
 
 def test_numbers_that_are_told_exactly_are_not_doubted() -> None:
     given = np.arange(10.0)
-    assert find_doubts("regression", given, given, given[:, None]).scores.tolist() == [1.0] * 10
+    assert (
+        rank_label_issues("regression", given, given, given[:, None]).scores.tolist() == [1.0] * 10
+    )
     one_off = np.where(np.arange(10) == 3, 7.0, given)
-    doubts = find_doubts("regression", one_off, given, given[:, None])
+    doubts = rank_label_issues("regression", one_off, given, given[:, None])
     assert doubts.order[0] == 3 and doubts.issues.tolist() == (np.arange(10) == 3).tolist()
 
 
 def test_an_answer_that_is_no_number_is_named() -> None:
     probabilities = np.array([[0.5, 0.5], [np.nan, np.nan]])
     with pytest.raises(DataError, match="answer to row 1 is not a number"):
-        find_doubts(
+        rank_label_issues(
             "single_label_classification", np.array([0, 1]), np.array([0, 0]), probabilities
         )
 

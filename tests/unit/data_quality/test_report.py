@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
 from bertdist.data_quality import report as inspection
-from bertdist.data_quality.report import Inspection, check_data
+from bertdist.data_quality.report import DataReport, check_data
 
 EMOTIONS = (
     "anger anticipation disgust fear joy love optimism pessimism sadness surprise trust".split()
@@ -71,8 +71,8 @@ def test_rows_that_were_left_out_are_told_with_their_reasons(tmp_path: Path) -> 
     (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n")
     data = DataConfig(train_file=[str(tmp_path / "train.tsv")], on_bad_row="skip", max_bad_rows=4)
     found = check_data(data)
-    assert kinds(found) == [("left_out", "warning", "train", 4)]
-    told = the(found, "left_out")
+    assert kinds(found) == [("skipped_rows", "warning", "train", 4)]
+    told = the(found, "skipped_rows")
     assert (
         told.total == 44
         and told.meaning.startswith("1 field, expected 2 as in the header (2); ")
@@ -87,8 +87,8 @@ def test_rows_that_were_left_out_are_told_with_their_reasons(tmp_path: Path) -> 
     assert (shown["where"], shown["text"]) == ("train", "one field")
     many = check_data(replace(data, max_bad_rows=3))
     assert (
-        the(many, "left_out").severity == "error"
-        and "training ends at more than 3 (--max_bad_rows)" in the(many, "left_out").advice
+        the(many, "skipped_rows").severity == "error"
+        and "training ends at more than 3 (--max_bad_rows)" in the(many, "skipped_rows").advice
     )
     with pytest.raises(DataError, match=r"^train.tsv line 42: 1 field"):  # the control
         check_data(replace(data, on_bad_row="fail", max_bad_rows=100))
@@ -96,7 +96,7 @@ def test_rows_that_were_left_out_are_told_with_their_reasons(tmp_path: Path) -> 
 
 def real(
     folder: Path, train: str, dev: str | None = None, test: str | None = None, **settings: Any
-) -> Inspection:
+) -> DataReport:
     data = DataConfig(
         train_file=[str(folder / train)],
         validation_file=str(folder / dev) if dev else None,

@@ -8,7 +8,7 @@ import pytest
 from looking import clean_rows, kinds, look, the
 
 from bertdist.core.config import DataConfig
-from bertdist.data_quality.report import Inspection, check_data
+from bertdist.data_quality.report import DataReport, check_data
 
 Lines = list[str]
 
@@ -18,10 +18,10 @@ def tsv(rows: list[dict[str, str]]) -> Lines:
 
 
 @pytest.fixture
-def see(tmp_path: Path) -> Callable[..., Inspection]:
+def see(tmp_path: Path) -> Callable[..., DataReport]:
     """see("a.tsv", lines, **settings): a look at a file of these lines."""
 
-    def see(name: str, lines: Lines, other: Lines | None = None, **settings: Any) -> Inspection:
+    def see(name: str, lines: Lines, other: Lines | None = None, **settings: Any) -> DataReport:
         path, beside = tmp_path / name, tmp_path / f"dev_{name}"
         path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         if other is not None:
@@ -37,7 +37,7 @@ def see(tmp_path: Path) -> Callable[..., Inspection]:
     return see
 
 
-def test_rows_that_a_quote_swallowed_are_an_error(see: Callable[..., Inspection]) -> None:
+def test_rows_that_a_quote_swallowed_are_an_error(see: Callable[..., DataReport]) -> None:
     lines = ["label\ttext", *(f"{row['label']}\t{row['text']}" for row in clean_rows(60))]
     lines[10] = lines[10].replace("\t", '\t"', 1)
     lines[14] += '"'
@@ -53,7 +53,7 @@ def test_rows_that_a_quote_swallowed_are_an_error(see: Callable[..., Inspection]
     assert found.where["train", 9] == "a.tsv line 11"
 
 
-def test_texts_of_many_lines_are_no_swallowed_rows(see: Callable[..., Inspection]) -> None:
+def test_texts_of_many_lines_are_no_swallowed_rows(see: Callable[..., DataReport]) -> None:
     lines = [
         "text,label",
         *(
@@ -64,7 +64,7 @@ def test_texts_of_many_lines_are_no_swallowed_rows(see: Callable[..., Inspection
     assert kinds(see("a.csv", lines)) == []
 
 
-def test_a_file_with_quotes_that_is_read_without(see: Callable[..., Inspection]) -> None:
+def test_a_file_with_quotes_that_is_read_without(see: Callable[..., DataReport]) -> None:
     lines = ["text\tlabel", *(f'"{row["text"]}"\t{row["label"]}' for row in clean_rows(40))]
     assert kinds(see("a.tsv", lines)) == [("quotes_as_text", "warning", "train", 40)]
     assert kinds(see("a.tsv", lines, quoting="double")) == []
@@ -76,7 +76,7 @@ def test_a_file_with_quotes_that_is_read_without(see: Callable[..., Inspection])
     assert kinds(see("a.tsv", some)) == []
 
 
-def test_columns_without_a_name_that_hold_something(see: Callable[..., Inspection]) -> None:
+def test_columns_without_a_name_that_hold_something(see: Callable[..., DataReport]) -> None:
     lines = ["text,label,,", *(f"{row['text']},{row['label']},," for row in clean_rows(60))]
     assert kinds(see("a.csv", lines)) == []
     lines[7] = lines[7][:-2] + ', the rest of it,"and, more"'
@@ -96,7 +96,7 @@ def test_columns_without_a_name_that_hold_something(see: Callable[..., Inspectio
     assert kinds(see("b.csv", index)) == []  # a number in front of every row, as pandas writes
 
 
-def test_swapped_columns_within_a_split_and_between_splits(see: Callable[..., Inspection]) -> None:
+def test_swapped_columns_within_a_split_and_between_splits(see: Callable[..., DataReport]) -> None:
     lines = tsv(clean_rows(60))
     found = see("a.tsv", ["label\ttext", *lines])
     assert ("columns_swapped", "error", "train", 60) in kinds(found)
@@ -106,7 +106,7 @@ def test_swapped_columns_within_a_split_and_between_splits(see: Callable[..., In
     assert kinds(see("c.tsv", ["text\tlabel", *lines], ["label\ttext", *swapped])) == []
 
 
-def test_a_header_that_is_read_as_a_row(see: Callable[..., Inspection]) -> None:
+def test_a_header_that_is_read_as_a_row(see: Callable[..., DataReport]) -> None:
     lines = tsv(clean_rows(60))
     found = see("a.tsv", ["sentence\tgold", *lines], column_names=["text", "label"])
     assert kinds(found)[0] == ("header_as_row", "error", "train", 1)
@@ -114,7 +114,7 @@ def test_a_header_that_is_read_as_a_row(see: Callable[..., Inspection]) -> None:
     assert kinds(see("a.tsv", lines, column_names=["text", "label"])) == []
 
 
-def test_a_row_that_is_read_as_the_header(see: Callable[..., Inspection]) -> None:
+def test_a_row_that_is_read_as_the_header(see: Callable[..., DataReport]) -> None:
     lines = tsv(clean_rows(60))
     text, label = lines[0].split("\t")
     found = see("a.tsv", lines, text_column=text, label_column=label)

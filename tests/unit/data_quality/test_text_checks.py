@@ -100,7 +100,7 @@ def test_bytes_that_are_not_utf8_in_a_parquet_file_are_one_line(tmp_path: Path) 
     with pytest.raises(DataError, match=r"^a.parquet row 40: column 'text' is not UTF-8"):
         check_data(DataConfig(train_file=[str(tmp_path / "a.parquet")]))
     found = check_data(DataConfig(train_file=[str(tmp_path / "a.parquet")], on_bad_row="skip"))
-    assert kinds(found) == [("left_out", "warning", "train", 2)]  # and nothing of the others
+    assert kinds(found) == [("skipped_rows", "warning", "train", 2)]  # and nothing of the others
     assert found.splits["train"].texts.to_pylist() == [row["text"] for row in rows]
     assert [row.line for row in found.splits["train"].bad] == [40, 41]
 

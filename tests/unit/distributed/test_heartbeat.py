@@ -9,15 +9,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bertdist.distributed.heartbeat import BEAT_BYTES, Beats, is_alive, this_host
+from bertdist.distributed.heartbeat import BEAT_BYTES, HeartbeatFiles, is_alive, this_host
 
 
 @pytest.fixture
-def two(tmp_path: Path) -> tuple[Beats, Beats]:
-    return Beats(tmp_path, 0, 2), Beats(tmp_path, 1, 2)
+def two(tmp_path: Path) -> tuple[HeartbeatFiles, HeartbeatFiles]:
+    return HeartbeatFiles(tmp_path, 0, 2), HeartbeatFiles(tmp_path, 1, 2)
 
 
-def test_a_beat_is_read_by_the_others(two: tuple[Beats, Beats]) -> None:
+def test_a_beat_is_read_by_the_others(two: tuple[HeartbeatFiles, HeartbeatFiles]) -> None:
     first, second = two
     assert first.others() == []
     second.write(step=7, doing="train.train, line 1")
@@ -34,14 +34,14 @@ def test_a_beat_is_read_by_the_others(two: tuple[Beats, Beats]) -> None:
     assert first.others()[0].step == 8 and first.others()[0].doing == "train.train, line 1"
 
 
-def test_a_beat_keeps_its_size(two: tuple[Beats, Beats]) -> None:
+def test_a_beat_keeps_its_size(two: tuple[HeartbeatFiles, HeartbeatFiles]) -> None:
     """So that it needs no new block on a full disk."""
     for words in ("x" * 300, ""):
         two[0].write(last_words=words)
         assert (two[0].folder / "rank_0.json").stat().st_size == BEAT_BYTES
 
 
-def test_half_a_beat_is_none(two: tuple[Beats, Beats]) -> None:
+def test_half_a_beat_is_none(two: tuple[HeartbeatFiles, HeartbeatFiles]) -> None:
     two[1].write()
     path = two[1].folder / "rank_1.json"
     path.write_bytes(path.read_bytes()[:50])
@@ -50,7 +50,7 @@ def test_half_a_beat_is_none(two: tuple[Beats, Beats]) -> None:
 
 def test_a_beat_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
     (tmp_path / ".ranks").write_text("a file")
-    Beats(tmp_path, 0, 2).write()
+    HeartbeatFiles(tmp_path, 0, 2).write()
 
 
 def test_a_dead_process_is_gone_and_a_number_that_was_given_again_too() -> None:
@@ -66,7 +66,7 @@ def test_a_dead_process_is_gone_and_a_number_that_was_given_again_too() -> None:
     assert not is_alive(child.pid, born)
 
 
-def test_who_is_gone(two: tuple[Beats, Beats]) -> None:
+def test_who_is_gone(two: tuple[HeartbeatFiles, HeartbeatFiles]) -> None:
     first, second = two
     second.write(step=3, doing="somewhere")
     (beat,) = first.others()
@@ -83,7 +83,9 @@ def test_who_is_gone(two: tuple[Beats, Beats]) -> None:
     )
 
 
-def test_silence_counts_for_ranks_of_other_machines_only(two: tuple[Beats, Beats]) -> None:
+def test_silence_counts_for_ranks_of_other_machines_only(
+    two: tuple[HeartbeatFiles, HeartbeatFiles],
+) -> None:
     first, second = two
     second.write()
     near = first.others()[0]
@@ -98,12 +100,12 @@ def test_silence_counts_for_ranks_of_other_machines_only(two: tuple[Beats, Beats
         assert first.silent(beat) == 0 and first.gone([beat], 10) == []
 
 
-def test_one_of_all_may_tell(two: tuple[Beats, Beats]) -> None:
+def test_one_of_all_may_tell(two: tuple[HeartbeatFiles, HeartbeatFiles]) -> None:
     first, second = two
     first.write()
     assert first.told() is None
-    assert second.claim("left", "rank 0 is gone").mine
-    late = first.claim("left", "rank 1 is gone")
+    assert second.report_once("left", "rank 0 is gone").mine
+    late = first.report_once("left", "rank 1 is gone")
     assert (late.text, late.mine) == ("rank 0 is gone", False)
     told = first.told()
     assert told is not None and (told.kind, told.text, told.mine) == (
@@ -113,7 +115,7 @@ def test_one_of_all_may_tell(two: tuple[Beats, Beats]) -> None:
     )
 
 
-def test_the_last_one_takes_the_folder_away(two: tuple[Beats, Beats]) -> None:
+def test_the_last_one_takes_the_folder_away(two: tuple[HeartbeatFiles, HeartbeatFiles]) -> None:
     for one in two:
         one.write()
     two[0].remove()
@@ -123,7 +125,7 @@ def test_the_last_one_takes_the_folder_away(two: tuple[Beats, Beats]) -> None:
 
 
 def test_where_the_run_will_go_on(tmp_path: Path) -> None:
-    beats = Beats(tmp_path, 0, 2)
+    beats = HeartbeatFiles(tmp_path, 0, 2)
     assert beats.cure() == "The same command goes on from the beginning."
     for name in ("step_000400", "step_1000000", ".step_9999999.partial", "step_000600.damaged"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from bertdist.core.errors import ConfigError
 from bertdist.distributed import preemption as slurm
 from bertdist.distributed.launch import check_world
-from bertdist.distributed.preemption import StopRequest, leave_signals_to_the_rank, time_left
+from bertdist.distributed.preemption import StopSignal, leave_signals_to_the_rank, time_left
 
 ALONE: Any = SimpleNamespace(num_processes=1)  # an accelerator of one rank; it has no collectives
 
@@ -31,8 +31,8 @@ def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def stop() -> Iterator[StopRequest]:
-    request = StopRequest()
+def stop() -> Iterator[StopSignal]:
+    request = StopSignal()
     yield request
     request.close()
 
@@ -45,7 +45,7 @@ def ends_in(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_a_signal_is_remembered(stop: StopRequest, name: str) -> None:
+def test_a_signal_is_remembered(stop: StopSignal, name: str) -> None:
     assert stop.reason == "" and not stop.agreed(ALONE)
     signal.raise_signal(signal.Signals[name])
     assert stop.reason == name
@@ -63,7 +63,7 @@ def test_without_a_stop_request_an_interrupt_ends_the_process() -> None:
         signal.signal(signal.SIGINT, old)
 
 
-def test_a_second_interrupt_ends_at_once(stop: StopRequest) -> None:
+def test_a_second_interrupt_ends_at_once(stop: StopSignal) -> None:
     signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGINT)  # the first one of its kind
     with pytest.raises(KeyboardInterrupt):
@@ -71,7 +71,7 @@ def test_a_second_interrupt_ends_at_once(stop: StopRequest) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_termination_is_only_remembered(stop: StopRequest) -> None:
+def test_a_second_termination_is_only_remembered(stop: StopSignal) -> None:
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
         signal.raise_signal(number)
     assert stop.reason == "SIGUSR1"
@@ -80,7 +80,7 @@ def test_a_second_termination_is_only_remembered(stop: StopRequest) -> None:
 def test_close_puts_the_old_handlers_back() -> None:
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
-    request = StopRequest()
+    request = StopSignal()
     assert [signal.getsignal(number) for number in numbers] != before
     request.close()
     assert [signal.getsignal(number) for number in numbers] == before
@@ -112,7 +112,7 @@ def test_it_stops_so_long_before_the_time_limit(
     monkeypatch: pytest.MonkeyPatch, margin: float, seconds: float | None, stops: bool
 ) -> None:
     ends_in(monkeypatch, 10_000)
-    request = StopRequest(margin)
+    request = StopSignal(margin)
     request.close()
     if seconds is None:
         monkeypatch.delenv("SLURM_JOB_END_TIME")
@@ -125,7 +125,7 @@ def test_it_stops_so_long_before_the_time_limit(
 def test_a_short_job_keeps_half_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else it would be queued again for ever: 120 s before the end of a job of 60 s is before its first step."""
     ends_in(monkeypatch, 60)
-    request = StopRequest(120)
+    request = StopSignal(120)
     request.close()
     assert not request.agreed(ALONE)
     ends_in(monkeypatch, 29)
@@ -137,7 +137,7 @@ def test_a_short_job_keeps_half_of_its_time(monkeypatch: pytest.MonkeyPatch) -> 
 
 def answers(accelerator: Accelerator, told: int) -> tuple[list[bool], list[bool], str]:
     """Rank `told` gets SIGUSR1 before its third call: what `agreed` said, what the rank itself knew, the reason it gives."""
-    stop, said, knew = StopRequest(), [], []
+    stop, said, knew = StopSignal(), [], []
     for call in range(4):
         if call == 2 and accelerator.process_index == told:
             signal.raise_signal(signal.SIGUSR1)
@@ -167,7 +167,7 @@ def test_no_rank_stops_unasked() -> None:
 def test_the_time_limit_of_one_rank_stops_all() -> None:
     def stops(accelerator: Accelerator) -> bool:
         os.environ["SLURM_JOB_END_TIME"] = str(time.time() + 1000)
-        stop = StopRequest(60)
+        stop = StopSignal(60)
         if accelerator.process_index == 0:
             os.environ["SLURM_JOB_END_TIME"] = str(time.time() + 50)
         return stop.agreed(accelerator)
@@ -189,7 +189,7 @@ class Slow(torch.utils.data.Dataset[int]):
 
 def rows_read_when_all_are_told_to_end(accelerator: Accelerator, worker_init_fn: Any) -> int | str:
     os.setpgid(0, 0)
-    StopRequest()
+    StopSignal()
     rows = 0
     try:
         for batch in DataLoader(Slow(), batch_size=4, num_workers=1, worker_init_fn=worker_init_fn):
@@ -353,7 +353,7 @@ def test_a_launcher_that_is_gone_asks_to_stop(
         monkeypatch.delenv(name, raising=False)
     if launched:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    request = StopRequest()
+    request = StopSignal()
     assert not request.agreed(ALONE)
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert request.agreed(ALONE) is launched and request.reason == (
@@ -369,7 +369,7 @@ def test_a_launcher_that_went_before_there_was_a_request_is_seen(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     for process, reason in ((os.getpid(), "the launcher is gone"), (os.getpid() + 1, "")):
         monkeypatch.setattr(slurm, "_BORN", (process, os.getppid() + 1))
-        request = StopRequest()
+        request = StopSignal()
         assert request.agreed(ALONE) is bool(reason) and request.reason == reason
         request.close()
 
@@ -389,7 +389,7 @@ def test_a_rank_gives_the_reason_it_can_see_itself(
             monkeypatch.setattr(os, "getppid", lambda: 1)
         return asked + 1
 
-    request = StopRequest()
+    request = StopSignal()
     two: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"), reduce=reduce)
     assert request.agreed(two) and request.reason == reason
     request.close()

@@ -14,17 +14,17 @@ from torch.distributed import TCPStore
 
 from bertdist.distributed import rendezvous as arrival
 from bertdist.distributed.heartbeat import this_rank
-from bertdist.distributed.rendezvous import left, meet
+from bertdist.distributed.rendezvous import left, wait_for_all_ranks
 
 ROOT = Path(__file__).resolve().parents[3]
 # In a process of its own: torch's stores leave threads behind.
 MEET = """
 import os, sys
 from datetime import timedelta
-from bertdist.distributed.rendezvous import meet
+from bertdist.distributed.rendezvous import wait_for_all_ranks
 from bertdist.core.errors import BertdistError
 try:
-    store = meet(timedelta(seconds=float(sys.argv[1])))
+    store = wait_for_all_ranks(timedelta(seconds=float(sys.argv[1])))
     print("met" if store else "alone")
     sys.stdin.read()  # the store goes with this process
 except BertdistError as error:
@@ -120,7 +120,7 @@ def test_one_rank_meets_nobody(words: dict[str, str], monkeypatch: pytest.Monkey
         monkeypatch.delenv(name, raising=False)
     for name, value in words.items():
         monkeypatch.setenv(name, value)
-    assert meet(timedelta(seconds=1)) is None
+    assert wait_for_all_ranks(timedelta(seconds=1)) is None
 
 
 def test_a_first_rank_that_is_killed_before_all_have_met_is_told() -> None:

@@ -12,13 +12,13 @@ import torch
 
 from bertdist.core.errors import DataError, RankLost
 from bertdist.distributed import watchdog
-from bertdist.distributed.heartbeat import Beat, this_rank
+from bertdist.distributed.heartbeat import Heartbeat, this_rank
 from bertdist.distributed.watchdog import (
     Watchdog,
     connection_lost,
     doing_of,
     end_soon,
-    told_unwatched,
+    report_unwatched,
     worker_died,
 )
 
@@ -72,7 +72,7 @@ def test_a_broken_connection_is_known() -> None:
     ids=["mine", "another's", "nobody"],
 )
 def test_where_no_watchdog_looks_one_rank_tells_who_is_gone(
-    gone: list[Beat],
+    gone: list[Heartbeat],
     mine: bool,
     said: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -80,8 +80,8 @@ def test_where_no_watchdog_looks_one_rank_tells_who_is_gone(
 ) -> None:
     monkeypatch.setattr(watchdog, "left", lambda seconds: (gone, mine))
     monkeypatch.setattr(watchdog, "SECONDS_TO_LOOK", 0.0)
-    assert not told_unwatched(RuntimeError("out of memory")) and capsys.readouterr().err == ""
-    assert told_unwatched(RuntimeError("[gloo] Connection closed by peer"))
+    assert not report_unwatched(RuntimeError("out of memory")) and capsys.readouterr().err == ""
+    assert report_unwatched(RuntimeError("[gloo] Connection closed by peer"))
     told = capsys.readouterr().err
     assert told.startswith(f"bertdist: {said}") if said else told == ""
 

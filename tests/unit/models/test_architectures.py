@@ -18,13 +18,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import ConfigError
-from bertdist.data.batch import Batch, collate
+from bertdist.data.batch import PackedBatch, collate
 from bertdist.data.tokenization import Example
 from bertdist.models import attention, classifier
-from bertdist.models.architectures import FAMILIES
+from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.attention import grid
 from bertdist.models.classifier import Classifier, load_classifier, load_settings
-from bertdist.models.dropout import Dropout, Noise, seed_dropout
+from bertdist.models.dropout import Dropout, DropoutMasks, seed_dropout
 from bertdist.tasks.tasks import SingleLabel
 
 TASK = SingleLabel(("bad", "fine", "good"))
@@ -181,7 +181,9 @@ Loader = Callable[..., Classifier]
 def load(folder_of: Callable[[str], Path]) -> Loader:
     """kind -> what `load_classifier` makes of it, in float64 and without training."""
 
-    def loaded(kind: str, change: dict[str, float] | None = None, **settings: Any) -> Classifier:
+    def iterate_loader(
+        kind: str, change: dict[str, float] | None = None, **settings: Any
+    ) -> Classifier:
         config = ModelConfig(
             model_name_or_path=str(folder_of(kind)), **{"max_length": POSITIONS, **settings}
         )
@@ -191,7 +193,7 @@ def load(folder_of: Callable[[str], Path]) -> Loader:
         assert notes == [] or not model.packed  # a trained head, and no word of padding
         return model.eval().double()
 
-    return loaded
+    return iterate_loader
 
 
 def padded_twin(model: Classifier, folder: Path) -> Any:
@@ -207,7 +209,7 @@ def padded_twin(model: Classifier, folder: Path) -> Any:
 
 def batch_of(
     lengths: list[int] = LENGTHS, paired: bool = False, rows: list[int] | None = None
-) -> Batch:
+) -> PackedBatch:
     """Texts by rule: text i of LENGTHS is the same in any batch."""
     examples = []
     for row in rows or range(len(lengths)):
@@ -222,7 +224,7 @@ def batch_of(
     return collate(examples)
 
 
-def padded(model: Classifier, batch: Batch) -> dict[str, Tensor]:
+def padded(model: Classifier, batch: PackedBatch) -> dict[str, Tensor]:
     places, real = (torch.from_numpy(array) for array in grid(batch.lengths))
     pad = model.model.config.pad_token_id
     found = {"input_ids": batch.ids[places].masked_fill(~real, pad), "attention_mask": real.long()}
@@ -233,7 +235,7 @@ def padded(model: Classifier, batch: Batch) -> dict[str, Tensor]:
     )
 
 
-def loss_of(logits: Tensor, batch: Batch) -> Tensor:
+def loss_of(logits: Tensor, batch: PackedBatch) -> Tensor:
     return F.cross_entropy(logits, batch.targets, reduction="sum")
 
 
@@ -247,7 +249,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     }
 
 
-def all_gradients(model: Classifier, batch: Batch) -> dict[str, Tensor]:
+def all_gradients(model: Classifier, batch: PackedBatch) -> dict[str, Tensor]:
     return gradients(model.model, loss_of(model(batch), batch))
 
 
@@ -265,7 +267,7 @@ def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def test_every_family_is_tested() -> None:
-    assert {kind_of(kind) for kind in KINDS} == set(FAMILIES)
+    assert {kind_of(kind) for kind in KINDS} == set(ARCHITECTURES)
 
 
 # ---- Equal to the padded model
@@ -295,48 +297,64 @@ def test_logits_loss_and_gradients_equal_the_padded_ones(
     assert largest(found, twin) < TOLERANCES[dtype][1]
 
 
-def wrong_ends(model: Classifier, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+def wrong_ends(
+    model: Classifier, batch: PackedBatch, monkeypatch: pytest.MonkeyPatch
+) -> PackedBatch:
     real = attention.pack  # texts see parts of others
     monkeypatch.setattr(attention, "pack", lambda lengths, *rest: real(lengths[::-1], *rest))
     return batch
 
 
-def no_restart(model: Classifier, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+def no_restart(
+    model: Classifier, batch: PackedBatch, monkeypatch: pytest.MonkeyPatch
+) -> PackedBatch:
     model._first_position = 0
     return replace(batch, positions=torch.arange(len(batch.ids)) % POSITIONS)
 
 
-def next_position(model: Classifier, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+def next_position(
+    model: Classifier, batch: PackedBatch, monkeypatch: pytest.MonkeyPatch
+) -> PackedBatch:
     model._first_position += 1
     return batch
 
 
-def no_positions(model: Classifier, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+def no_positions(
+    model: Classifier, batch: PackedBatch, monkeypatch: pytest.MonkeyPatch
+) -> PackedBatch:
     return replace(batch, positions=torch.zeros_like(batch.positions))
 
 
-def no_segments(model: Classifier, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+def no_segments(
+    model: Classifier, batch: PackedBatch, monkeypatch: pytest.MonkeyPatch
+) -> PackedBatch:
     return replace(batch, segments=torch.zeros_like(batch.segments))
 
 
-def last_tokens(model: Classifier, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+def last_tokens(
+    model: Classifier, batch: PackedBatch, monkeypatch: pytest.MonkeyPatch
+) -> PackedBatch:
     return replace(batch, starts=torch.cat([batch.starts[1:], batch.starts[-1:]]) - 1)
 
 
-def no_windows(model: Classifier, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+def no_windows(
+    model: Classifier, batch: PackedBatch, monkeypatch: pytest.MonkeyPatch
+) -> PackedBatch:
     for layer in model.model.base_model.layers:
         layer.attn.sliding_window = None
     return batch
 
 
-def other_distances(model: Classifier, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+def other_distances(
+    model: Classifier, batch: PackedBatch, monkeypatch: pytest.MonkeyPatch
+) -> PackedBatch:
     encoder = model.model.deberta.encoder
     real = encoder.get_rel_pos
     monkeypatch.setattr(encoder, "get_rel_pos", lambda states: real(states) // 2)
     return batch
 
 
-Breaking = Callable[[Classifier, Batch, pytest.MonkeyPatch], Batch]
+Breaking = Callable[[Classifier, PackedBatch, pytest.MonkeyPatch], PackedBatch]
 ABSOLUTE = [kind for kind in KINDS if kind not in ROTATED + UNPLACED]
 BROKEN: list[tuple[Breaking, list[str]]] = [
     (wrong_ends, list(KINDS)),
@@ -443,7 +461,7 @@ def whole_last_layer(model: Classifier) -> None:
     last.register_forward_hook(pick, with_kwargs=True)
 
 
-def feed_forward_rows(model: Classifier, batch: Batch) -> list[int]:
+def feed_forward_rows(model: Classifier, batch: PackedBatch) -> list[int]:
     """Rows of each call of a feed-forward layer, in order."""
     rows: list[int] = []
     name = FEED_FORWARD.get(model.model.config.model_type, "intermediate.dense")
@@ -484,12 +502,16 @@ def test_a_mean_is_of_all_tokens(load: Loader) -> None:
 def test_what_a_text_loses_does_not_depend_on_its_company(kind: str, load: Loader) -> None:
     model = load(kind, dropout=0.3).train()
     seed_dropout(1, 2, 0)
-    together = model(batch_of())
+    raise_on_all_ranks = model(batch_of())
     for rows in ([3], [5, 4, 0], [7, 1]):
-        torch.testing.assert_close(model(batch_of(rows=rows)), together[rows], rtol=0, atol=1e-12)
-    assert (together - model.eval()(batch_of())).abs().max() > 0.05  # dropout there was
+        torch.testing.assert_close(
+            model(batch_of(rows=rows)), raise_on_all_ranks[rows], rtol=0, atol=1e-12
+        )
+    assert (raise_on_all_ranks - model.eval()(batch_of())).abs().max() > 0.05  # dropout there was
     seed_dropout(1, 3, 0)
-    assert ((model.train()(batch_of()) - together).abs().amax(1) > 1e-3).all()  # another step
+    assert (
+        (model.train()(batch_of()) - raise_on_all_ranks).abs().amax(1) > 1e-3
+    ).all()  # another step
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -509,7 +531,7 @@ def test_with_dropout_too_the_padded_model_gives_the_same(
     model, batch = load(kind, change).train(), batch_of(paired=kind in PAIRED)
     if kind in FIRST_ONLY:
         whole_last_layer(model)
-    monkeypatch.delitem(classifier.FAMILIES, kind_of(kind))
+    monkeypatch.delitem(classifier.ARCHITECTURES, kind_of(kind))
     other = load(kind, change).train()
     assert model.packed and not other.packed
     seed_dropout(4, 5, 6)
@@ -541,7 +563,7 @@ def test_gradient_checkpointing_changes_no_gradient(
         2 * calls[0],
     )  # again in the backward; the last one in transformers 5.17 only
     assert largest(kept, plain) == 0  # the same operations in the same order, and the same dropout
-    monkeypatch.setattr(Noise, "replayed", lambda self: (nullcontext(), nullcontext()))
+    monkeypatch.setattr(DropoutMasks, "replayed", lambda self: (nullcontext(), nullcontext()))
     if dropout:
         assert (
             largest(found(gradient_checkpointing=True), plain) > 0.01

@@ -30,7 +30,7 @@ from bertdist.models.attention import (
     packed_attention,
     register,
 )
-from bertdist.models.dropout import Noise, seed_dropout
+from bertdist.models.dropout import DropoutMasks, seed_dropout
 
 CPU = torch.device("cpu")
 KERNELS: list[Kernel] = ["buckets", "padded"]
@@ -358,7 +358,7 @@ def test_flash_is_asked_for_what_it_documents(
 
 def with_noise(rows: list[Tensor], lengths: list[int], numbers: list[int]) -> list[Tensor]:
     """(L, H, D) a text."""
-    here = replace(packing(lengths), noise=Noise(numbers, lengths))
+    here = replace(packing(lengths), noise=DropoutMasks(numbers, lengths))
     return list(
         packed_attention(nn.Identity(), *rows, None, packing=here, dropout=0.4)[0][0].split(lengths)
     )
@@ -369,14 +369,16 @@ def test_what_a_text_loses_does_not_depend_on_its_company() -> None:
     rows = rows_of(sum(lengths))
     texts = list(zip(*(x.split(lengths, dim=2) for x in rows), strict=True))
     seed_dropout(1, 2, 3)
-    together = with_noise(rows, lengths, [7, 5, 8, 6])
+    raise_on_all_ranks = with_noise(rows, lengths, [7, 5, 8, 6])
     for order in ([3], [2, 1], [1, 0, 3]):
         some = [torch.cat([texts[i][j] for i in order], dim=2) for j in range(3)]
         alone = with_noise(some, [lengths[i] for i in order], [[7, 5, 8, 6][i] for i in order])
         for found, i in zip(alone, order, strict=True):
-            torch.testing.assert_close(found, together[i], rtol=0, atol=1e-14)
+            torch.testing.assert_close(found, raise_on_all_ranks[i], rtol=0, atol=1e-14)
     other = with_noise(rows, lengths, [7, 5, 8, 9])  # the control: another row
-    assert [bool((a - b).abs().max() > 0.1) for a, b in zip(together, other, strict=True)] == [
+    assert [
+        bool((a - b).abs().max() > 0.1) for a, b in zip(raise_on_all_ranks, other, strict=True)
+    ] == [
         False,
         False,
         False,
@@ -385,7 +387,7 @@ def test_what_a_text_loses_does_not_depend_on_its_company() -> None:
     seed_dropout(1, 3, 3)
     assert all(
         (a - b).abs().max() > 0.1
-        for a, b in zip(together, with_noise(rows, lengths, [7, 5, 8, 6]), strict=True)
+        for a, b in zip(raise_on_all_ranks, with_noise(rows, lengths, [7, 5, 8, 6]), strict=True)
     )
 
 

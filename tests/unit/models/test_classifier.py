@@ -25,9 +25,9 @@ from transformers import (
 
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import BertdistError, ConfigError, ModelError
-from bertdist.data.batch import Batch, collate
+from bertdist.data.batch import PackedBatch, collate
 from bertdist.data.records import records_of
-from bertdist.data.sharding import Batches
+from bertdist.data.sharding import MapLoader
 from bertdist.data.tokenization import Example, encode, open_examples
 from bertdist.models import attention
 from bertdist.models import cpu_attention as attention_cpu
@@ -84,7 +84,7 @@ def padded_twin(model: Classifier, folder: Path) -> Any:
     return plain.eval()
 
 
-def packed(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[str] | None) -> Batch:
+def packed(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[str] | None) -> PackedBatch:
     records = records_of(TEXTS, pairs)
     encoded = encode([records[row] for row in range(len(TEXTS))], tokenizer, 64)
     return collate(
@@ -155,27 +155,27 @@ def test_packed_logits_loss_and_gradients_equal_padded_ones(
     assert largest(found, twin) < TOLERANCES[dtype][1]
 
 
-def wrong_ends(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+def wrong_ends(batch: PackedBatch, monkeypatch: pytest.MonkeyPatch) -> PackedBatch:
     real = attention.pack
     monkeypatch.setattr(attention, "pack", lambda lengths, *rest: real(sorted(lengths), *rest))
     return batch
 
 
-def no_restart(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+def no_restart(batch: PackedBatch, monkeypatch: pytest.MonkeyPatch) -> PackedBatch:
     return replace(batch, positions=torch.arange(len(batch.ids)))
 
 
-def no_segments(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+def no_segments(batch: PackedBatch, monkeypatch: pytest.MonkeyPatch) -> PackedBatch:
     return replace(batch, segments=torch.zeros_like(batch.segments))
 
 
-def last_tokens(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+def last_tokens(batch: PackedBatch, monkeypatch: pytest.MonkeyPatch) -> PackedBatch:
     return replace(batch, starts=torch.cat([batch.starts[1:], batch.starts[-1:]]) - 1)
 
 
 @pytest.mark.parametrize("broken", [wrong_ends, no_restart, no_segments, last_tokens])
 def test_what_is_packed_wrongly_is_seen(
-    broken: Callable[[Batch, pytest.MonkeyPatch], Batch],
+    broken: Callable[[PackedBatch, pytest.MonkeyPatch], PackedBatch],
     tiny_model: Path,
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
@@ -198,10 +198,10 @@ def test_the_order_and_the_company_of_texts_change_nothing(
     model, _ = load(tiny_model)
     model.double()
     examples = open_examples(records_of(TEXTS), tokenizer, None, 64)
-    together = model(collate(examples[list(range(6))]))
+    raise_on_all_ranks = model(collate(examples[list(range(6))]))
     for order in ([5, 4, 3, 2, 1, 0], [2], [3, 0]):
         torch.testing.assert_close(
-            model(collate(examples[order])), together[order], rtol=0, atol=1e-12
+            model(collate(examples[order])), raise_on_all_ranks[order], rtol=0, atol=1e-12
         )
 
 
@@ -221,7 +221,7 @@ def step_gradients(
     examples = open_examples(records, tokenizer, TASK, 64)
     model.zero_grad()
     for rank in range(ranks):
-        (step,) = Batches(
+        (step,) = MapLoader(
             examples=examples,
             rows_per_step=6,
             tokens_per_micro_batch=tokens,
@@ -317,7 +317,7 @@ def other(kind: str, folder: Path, **settings: Any) -> tuple[Classifier, list[st
     return model.double(), notes
 
 
-def batch_by_hand(segments: bool, texts: Sequence[int] = range(5)) -> Batch:
+def batch_by_hand(segments: bool, texts: Sequence[int] = range(5)) -> PackedBatch:
     """Texts of LENGTHS; text i is the same in any batch."""
     examples = []
     for row in texts:
@@ -411,13 +411,13 @@ def test_what_a_text_loses_does_not_depend_on_its_company_there_either(
     model, _ = other(kind, tmp_path, dropout=0.3)
     model.train()
     seed_dropout(1, 2, 0)
-    together = model(batch_by_hand(False))
+    raise_on_all_ranks = model(batch_by_hand(False))
     for rows in ([1], [3, 2], [4, 0, 1]):
         torch.testing.assert_close(
-            model(batch_by_hand(False, rows)), together[rows], rtol=0, atol=1e-12
+            model(batch_by_hand(False, rows)), raise_on_all_ranks[rows], rtol=0, atol=1e-12
         )
     seed_dropout(1, 3, 0)
-    assert (model(batch_by_hand(False)) - together).abs().max() > 0.01
+    assert (model(batch_by_hand(False)) - raise_on_all_ranks).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("kind", OTHERS)

@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from bertdist.core.config import ModelConfig
-from bertdist.data.batch import Batch, collate
+from bertdist.data.batch import PackedBatch, collate
 from bertdist.data.tokenization import Example
 from bertdist.models import compile as compiled
 from bertdist.models import dropout
-from bertdist.models.architectures import FAMILIES
+from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.classifier import Classifier, load_classifier, load_settings
 from bertdist.models.compile import compile_layers
 from bertdist.models.cpu_layers import KeptGradientEmbedding, clear_gradients
@@ -88,7 +88,7 @@ def forget() -> Iterator[None]:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., Classifier]:
-    def loaded(
+    def iterate_loader(
         kind: str = "bert", config: PretrainedConfig | None = None, **settings: Any
     ) -> Classifier:
         """Always the same weights, in training mode."""
@@ -99,10 +99,10 @@ def load(tmp_path: Path) -> Callable[..., Classifier]:
         model = ModelConfig(model_name_or_path=str(tmp_path / kind), max_length=32, **settings)
         return load_classifier(model, load_settings(model), TASK)[0].train()
 
-    return loaded
+    return iterate_loader
 
 
-def batch_of(lengths: Sequence[int]) -> Batch:
+def batch_of(lengths: Sequence[int]) -> PackedBatch:
     return collate(
         [
             Example(i, [5 + (7 * i + k) % 30 for k in range(length)], [0] * length, i % 2, 1.0)
@@ -298,13 +298,13 @@ def test_what_does_not_compile_runs_eagerly(
 def test_a_family_that_is_not_told_apart_runs_eagerly(
     load: Callable[..., Classifier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(FAMILIES, "bert", replace(FAMILIES["bert"], rest=None))
+    monkeypatch.setitem(ARCHITECTURES, "bert", replace(ARCHITECTURES["bert"], rest=None))
     said = compile_layers(load(), HERE, counting := Counting())
     assert said == (
         "--torch_compile cannot take effect, the layers run eagerly: "
         "families.py does not say what follows attention in models of type 'bert'."
     )
-    monkeypatch.delitem(FAMILIES, "bert")
+    monkeypatch.delitem(ARCHITECTURES, "bert")
     assert compile_layers(load(), HERE, counting) == said
     assert counting.compiled == 0
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bertdist.models import dropout
 from bertdist.models.cpu_attention import Layout
-from bertdist.models.dropout import Dropout, Noise, replace_dropouts, scale_of, seed_dropout
+from bertdist.models.dropout import Dropout, DropoutMasks, replace_dropouts, scale_of, seed_dropout
 
 LENGTHS, ROWS = [5, 3, 1], [7, 0, 2]
 WIDTH, HEADS = 24, 2
@@ -27,7 +27,7 @@ def seeded() -> None:
 
 def drawn(row: int, sizes: Sequence[int] = (512, 512), p: float = 0.5) -> list[Tensor]:
     """One text's masks at some sites."""
-    noise = Noise([row], [1])
+    noise = DropoutMasks([row], [1])
     return [noise.keep([size], p) for size in sizes]
 
 
@@ -36,19 +36,19 @@ def drawn(row: int, sizes: Sequence[int] = (512, 512), p: float = 0.5) -> list[T
 
 def test_a_texts_bits_do_not_depend_on_its_company() -> None:
     sizes = [[5, 8, 3], [16, 2, 40]]  # of three texts, at two sites
-    alone = [[Noise([row], [1]).keep([sizes[0][i]], 0.5) for i, row in enumerate(ROWS)]]
-    noise = Noise(ROWS, LENGTHS)
-    together = [noise.keep(size, 0.5).split(size) for size in sizes]
-    assert all(torch.equal(a, b) for a, b in zip(together[0], alone[0], strict=True))
+    alone = [[DropoutMasks([row], [1]).keep([sizes[0][i]], 0.5) for i, row in enumerate(ROWS)]]
+    noise = DropoutMasks(ROWS, LENGTHS)
+    raise_on_all_ranks = [noise.keep(size, 0.5).split(size) for size in sizes]
+    assert all(torch.equal(a, b) for a, b in zip(raise_on_all_ranks[0], alone[0], strict=True))
     order = [2, 0, 1]
-    other = Noise([ROWS[i] for i in order], [LENGTHS[i] for i in order])
+    other = DropoutMasks([ROWS[i] for i in order], [LENGTHS[i] for i in order])
     for site, size in enumerate(sizes):
         for i, part in zip(
             order,
             other.keep([size[i] for i in order], 0.5).split([size[i] for i in order]),
             strict=True,
         ):
-            assert torch.equal(part, together[site][i])
+            assert torch.equal(part, raise_on_all_ranks[site][i])
 
 
 def test_bits_differ_by_row_step_seed_and_site() -> None:
@@ -102,18 +102,18 @@ def test_nothing_and_everything() -> None:
 
 def test_what_is_of_no_text_is_the_same_for_all() -> None:
     tables = [
-        Noise(rows, lengths).keep_common(500, 0.5)
+        DropoutMasks(rows, lengths).keep_common(500, 0.5)
         for rows, lengths in ((ROWS, LENGTHS), ([9], [4]), ([-1], [2]))
     ]
     assert torch.equal(tables[0], tables[1]) and torch.equal(tables[0], tables[2])
     assert not any(torch.equal(tables[0], drawn(row, [500])[0]) for row in (-1, 0, 1))
-    noise = Noise(ROWS, LENGTHS)
+    noise = DropoutMasks(ROWS, LENGTHS)
     assert not torch.equal(noise.keep_common(500, 0.5), noise.keep_common(500, 0.5))  # another site
     seed_dropout(3, 5, 0)
-    assert not torch.equal(Noise(ROWS, LENGTHS).keep_common(500, 0.5), tables[0])
+    assert not torch.equal(DropoutMasks(ROWS, LENGTHS).keep_common(500, 0.5), tables[0])
 
 
-def draws(noise: Noise) -> list[Tensor]:
+def draws(noise: DropoutMasks) -> list[Tensor]:
     return [noise.keep([100, 101, 102], 0.5), noise.keep_common(100, 0.5)]
 
 
@@ -122,7 +122,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def test_what_is_computed_again_loses_the_same() -> None:
-    noise, plain = Noise(ROWS, LENGTHS), Noise(ROWS, LENGTHS)
+    noise, plain = DropoutMasks(ROWS, LENGTHS), DropoutMasks(ROWS, LENGTHS)
     assert same(draws(noise), draws(plain))
     first, again = noise.replayed()
     with first:
@@ -141,7 +141,7 @@ def test_what_is_computed_again_loses_the_same() -> None:
 
 
 def layer(p: float = 0.4, rows: list[int] = ROWS, lengths: list[int] = LENGTHS) -> Dropout:
-    noise = Noise(rows, lengths)
+    noise = DropoutMasks(rows, lengths)
     return Dropout(p, lambda: noise).train()
 
 
@@ -167,7 +167,7 @@ def test_padded_texts_lose_what_packed_ones_lose(lengths: list[int], sites: int)
 
 def test_a_packed_mask_by_the_noise_itself() -> None:
     x = torch.randn(1, sum(LENGTHS), WIDTH)
-    keep = Noise(ROWS, LENGTHS).keep([length * WIDTH for length in LENGTHS], 0.4).view_as(x)
+    keep = DropoutMasks(ROWS, LENGTHS).keep([length * WIDTH for length in LENGTHS], 0.4).view_as(x)
     assert torch.equal(layer()(x), x * (keep * torch.tensor(scale_of(0.4))))
     assert not torch.equal(layer(rows=[7, 0, 3])(x), layer()(x))  # the control: another row
 
@@ -175,7 +175,7 @@ def test_a_packed_mask_by_the_noise_itself() -> None:
 @pytest.mark.parametrize("shape", [(3, WIDTH), (3, 1, WIDTH), (1, 3, WIDTH)])
 def test_first_tokens_lose_what_their_texts_draw(shape: tuple[int, ...]) -> None:
     x = torch.ones(shape)
-    expected = Noise(ROWS, LENGTHS).keep([WIDTH] * 3, 0.4)
+    expected = DropoutMasks(ROWS, LENGTHS).keep([WIDTH] * 3, 0.4)
     assert torch.equal(layer()(x).flatten() != 0, expected)
     alone = layer(rows=[0], lengths=[3])(torch.ones(1, WIDTH))
     assert torch.equal(layer()(x).flatten()[WIDTH : 2 * WIDTH], alone[0])  # the text of row 0
@@ -184,7 +184,7 @@ def test_first_tokens_lose_what_their_texts_draw(shape: tuple[int, ...]) -> None
 def test_attention_of_a_padded_model_loses_what_a_packed_one_loses() -> None:
     longest = max(LENGTHS)
     found = layer()(torch.ones(3, HEADS, longest, longest)) != 0
-    (keeps,) = Layout(LENGTHS, HEADS).keeps(Noise(ROWS, LENGTHS), 0.4, first_only=False)
+    (keeps,) = Layout(LENGTHS, HEADS).keeps(DropoutMasks(ROWS, LENGTHS), 0.4, first_only=False)
     for text, packed, length in zip(found, keeps.unflatten(0, (3, HEADS)), LENGTHS, strict=True):
         assert torch.equal(text[:, :length, :length], packed[:, :length, :length])
     alone = layer(rows=[0], lengths=[3])(torch.ones(1, HEADS, 3, 3)) != 0
@@ -221,13 +221,13 @@ def test_every_dropout_of_a_model_is_replaced_and_nothing_else() -> None:
         nn.Linear(4, 4), nn.Dropout(0.1), nn.Sequential(nn.Dropout(0.2), nn.LayerNorm(4)), Own(0.3)
     )
     names = list(model.state_dict())
-    noise = Noise(ROWS, LENGTHS)
+    noise = DropoutMasks(ROWS, LENGTHS)
     replace_dropouts(model, lambda: noise)
     assert [module.p for module in model.modules() if isinstance(module, Dropout)] == [0.1, 0.2]
     assert [type(module) for module in model.modules() if isinstance(module, nn.Dropout)] == [Own]
     assert list(model.state_dict()) == names
     kept = model[1].train()(torch.ones(3, WIDTH))
-    assert torch.equal(kept != 0, Noise(ROWS, LENGTHS).keep([WIDTH] * 3, 0.1).view(3, WIDTH))
+    assert torch.equal(kept != 0, DropoutMasks(ROWS, LENGTHS).keep([WIDTH] * 3, 0.1).view(3, WIDTH))
 
 
 def test_sixteen_bits_are_enough_for_small_rates() -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from bertdist.core.errors import ConfigError, DataError
 from bertdist.tasks import metrics as scores
-from bertdist.tasks.metrics import Score, class_table, default_scores, open_scores
+from bertdist.tasks.metrics import Score, class_table, default_metrics, load_metrics
 
 SINGLE, MULTI, REGRESSION = (
     "single_label_classification",
@@ -36,7 +36,7 @@ def score(
     references: Any,
     probabilities: Any = NONE,
 ) -> dict[str, float]:
-    opened = open_scores(names.split(), problem_type, list(labels))
+    opened = load_metrics(names.split(), problem_type, list(labels))
     return opened.compute(np.array(predictions), np.array(probabilities), np.array(references))
 
 
@@ -252,9 +252,9 @@ def test_matthews_correlation_of_constant_predictions_is_0(truth: list[int]) -> 
 def test_no_rows_is_a_mistake_in_the_data(problem_type: str, labels: str) -> None:
     rows = np.zeros((0, len(labels)) if problem_type == MULTI else 0, dtype=int)
     with pytest.raises(DataError, match="no rows"):
-        open_scores(default_scores(problem_type, len(labels)), problem_type, list(labels)).compute(
-            rows, NONE, rows
-        )
+        load_metrics(
+            default_metrics(problem_type, len(labels)), problem_type, list(labels)
+        ).compute(rows, NONE, rows)
     with pytest.raises(DataError, match="no rows"):
         class_table(rows, rows, list(labels))
 
@@ -340,18 +340,18 @@ def test_class_table_of_one_multi_label_column() -> None:
 
 @pytest.mark.parametrize(("problem_type", "labels"), KINDS)
 def test_default_scores_open(problem_type: str, labels: str) -> None:
-    names = default_scores(problem_type, len(labels))
-    assert open_scores(names, problem_type, list(labels)).names == tuple(names)
+    names = default_metrics(problem_type, len(labels))
+    assert load_metrics(names, problem_type, list(labels)).names == tuple(names)
 
 
 def test_default_scores_start_with_the_main_score() -> None:
-    assert default_scores(SINGLE, 2) == ["accuracy", "f1_macro"]
-    assert default_scores(MULTI, 3) == ["f1_micro", "f1_macro", "accuracy", "jaccard_samples"]
-    assert default_scores(REGRESSION, 1) == ["pearson", "spearman"]
+    assert default_metrics(SINGLE, 2) == ["accuracy", "f1_macro"]
+    assert default_metrics(MULTI, 3) == ["f1_micro", "f1_macro", "accuracy", "jaccard_samples"]
+    assert default_metrics(REGRESSION, 1) == ["pearson", "spearman"]
 
 
 def test_names_keep_their_order_and_stand_once() -> None:
-    opened = open_scores(["recall", "accuracy", "recall", "f1"], SINGLE, ["a", "b"])
+    opened = load_metrics(["recall", "accuracy", "recall", "f1"], SINGLE, ["a", "b"])
     assert opened.names == ("recall", "accuracy", "f1")
     assert list(opened.compute(np.array([0, 1]), NONE, np.array([0, 1]))) == [
         "recall",
@@ -418,7 +418,7 @@ def test_a_name_that_cannot_be_is_told_in_one_line(
     names: list[str], problem_type: str, labels: str, lines: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        open_scores(names, problem_type, list(labels))
+        load_metrics(names, problem_type, list(labels))
     told = str(caught.value).splitlines()
     assert len(told) == len(lines)
     assert all(line in message for line, message in zip(lines, told, strict=True)), told
@@ -499,7 +499,7 @@ def test_whole_arrays_do_not_pass_through_arrow(
 
 def test_two_scores_do_not_disturb_each_other_and_computing_again_gives_the_same() -> None:
     first, second = (
-        open_scores(["accuracy", "f1_macro"], SINGLE, list(labels)) for labels in ("abcd", "ab")
+        load_metrics(["accuracy", "f1_macro"], SINGLE, list(labels)) for labels in ("abcd", "ab")
     )
     four, two = (
         (np.array(FOUR_SAID), NONE, np.array(FOUR_TRUTH)),
@@ -562,7 +562,7 @@ def plant(path: Path, body: str = HITS) -> Path:
 def test_a_metric_of_ones_own_is_loaded_by_its_path(name: str, home: Path) -> None:
     plant(Path("mine.py"))
     plant(Path("mine/mine.py"))
-    opened = open_scores(
+    opened = load_metrics(
         ["accuracy", name.format(absolute=home / "here" / "mine.py")], SINGLE, ["a", "b"]
     )
     found = opened.compute(np.array([0, 1, 1]), NONE, np.array([0, 1, 0]))
@@ -575,16 +575,16 @@ def test_a_metric_of_ones_own_is_loaded_by_its_path(name: str, home: Path) -> No
 def test_a_metric_of_ones_own_is_read_again_when_it_has_changed(home: Path) -> None:
     rows = np.array([0, 1])
     plant(Path("mine.py"), 'return {"x": 1}')
-    assert open_scores(["./mine.py"], SINGLE, ["a", "b"]).compute(rows, NONE, rows) == {"x": 1.0}
+    assert load_metrics(["./mine.py"], SINGLE, ["a", "b"]).compute(rows, NONE, rows) == {"x": 1.0}
     plant(Path("mine.py"), 'return {"x": 2}')
-    assert open_scores(["./mine.py"], SINGLE, ["a", "b"]).compute(rows, NONE, rows) == {"x": 2.0}
+    assert load_metrics(["./mine.py"], SINGLE, ["a", "b"]).compute(rows, NONE, rows) == {"x": 2.0}
 
 
 def test_a_key_that_is_taken_gets_the_name_of_the_metric_in_front(home: Path) -> None:
     plant(Path("mine.py"), 'return {"accuracy": 7, "loss": 8, "own": 9}')
     rows = np.array([0, 1])
     for names in (["./mine.py", "accuracy"], ["accuracy", "./mine.py"]):
-        found = open_scores(names, SINGLE, ["a", "b"]).compute(rows, NONE, rows)
+        found = load_metrics(names, SINGLE, ["a", "b"]).compute(rows, NONE, rows)
         assert found == {"accuracy": 1.0, "mine_accuracy": 7.0, "mine_loss": 8.0, "own": 9.0}
 
 
@@ -601,7 +601,7 @@ def test_a_metric_of_ones_own_may_read_probabilities_and_multi_label_rows(home: 
         )
     Path("mine.py").write_text(text)
     truth = np.array([[1, 1], [0, 1]], dtype=np.float32)
-    found = open_scores(["./mine.py"], MULTI, ["a", "b"]).compute(
+    found = load_metrics(["./mine.py"], MULTI, ["a", "b"]).compute(
         np.zeros((2, 2), dtype=int), np.array([[0.5, 0.25], [1.0, 0.0]]), truth
     )
     assert found == {"x": 1.75, "y": 3.0, "int": 1.0}
@@ -613,7 +613,7 @@ def test_a_metric_of_ones_own_draws_the_same_random_numbers_in_every_run(home: P
     found = []
     for _ in range(2):
         np.random.random(3)  # what else the process draws
-        found.append(open_scores(["./mine.py"], SINGLE, ["a", "b"]).compute(rows, NONE, rows))
+        found.append(load_metrics(["./mine.py"], SINGLE, ["a", "b"]).compute(rows, NONE, rows))
     assert found[0] == found[1]
 
 
@@ -645,7 +645,7 @@ def test_a_metric_that_cannot_be_loaded_is_told_in_one_line(
 ) -> None:
     Path("mine.py").write_text(text)
     with pytest.raises(ConfigError) as caught:
-        open_scores(["accuracy", "./mine.py"], SINGLE, ["a", "b"])
+        load_metrics(["accuracy", "./mine.py"], SINGLE, ["a", "b"])
     assert str(caught.value).startswith("--metrics ./mine.py: ")
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -662,7 +662,7 @@ def test_a_metric_that_cannot_be_loaded_is_told_in_one_line(
 )
 def test_a_metric_that_fails_is_told_in_one_line(body: str, home: Path) -> None:
     plant(Path("mine.py"), body)
-    opened = open_scores(["./mine.py"], SINGLE, ["a", "b"])
+    opened = load_metrics(["./mine.py"], SINGLE, ["a", "b"])
     with pytest.raises(
         ConfigError, match=r"^--metrics ./mine.py: failed on 2 rows: \w+Error: .+$"
     ) as caught:
@@ -683,7 +683,7 @@ def test_no_name_runs_a_file_of_the_current_folder(home: Path) -> None:
     for problem_type, labels in KINDS:
         for name, kind in scores._SCORES.items():
             if problem_type in kind.fits and (len(labels) == 2 or not kind.binary):
-                open_scores([name], problem_type, list(labels))
+                load_metrics([name], problem_type, list(labels))
     assert not any(flag.exists() for flag in flags)
 
 
@@ -699,7 +699,7 @@ def test_an_unknown_name_of_a_folder_here_is_not_run_but_explained(home: Path) -
     with pytest.raises(
         ConfigError, match=r"unknown score\..* Your own metric in this folder is written ./mine\.$"
     ):
-        open_scores(["mine"], SINGLE, ["a", "b"])
+        load_metrics(["mine"], SINGLE, ["a", "b"])
     assert not flag.exists()
 
 
@@ -713,7 +713,7 @@ def test_a_hub_metric_is_asked_from_the_hub_alone(
         lambda path, **options: asked.append((path, options)) or Score("accuracy", SINGLE, 2),
     )
     flag = plant(Path("accuracy/accuracy.py"))
-    open_scores(["hub:accuracy", "hub:someone/their-metric"], SINGLE, ["a", "b"])
+    load_metrics(["hub:accuracy", "hub:someone/their-metric"], SINGLE, ["a", "b"])
     options = {"module_type": "metric", "keep_in_memory": True, "seed": 0}
     assert asked == [("evaluate-metric/accuracy", options), ("someone/their-metric", options)]
     assert not flag.exists()
@@ -733,5 +733,5 @@ def test_a_file_in_the_way_of_a_hub_metric_is_not_run(
     with pytest.raises(
         ConfigError, match=f"./{in_the_way} stands in the way; for that file write ./{in_the_way}."
     ):
-        open_scores([name], SINGLE, ["a", "b"])
+        load_metrics([name], SINGLE, ["a", "b"])
     assert not flag.exists()

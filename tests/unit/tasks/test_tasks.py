@@ -246,9 +246,9 @@ def test_the_loss_is_a_sum_that_may_be_cut_anywhere(task: Task, targets: Tensor)
 def test_the_plain_loss_knows_no_weights_and_no_smoothing(
     task: Task, plain: Task, targets: Tensor
 ) -> None:
-    found = task.plain_loss(LOGITS.double(), targets)
+    found = task.eval_loss(LOGITS.double(), targets)
     assert found.dtype == torch.float64
-    assert found.item() == plain.plain_loss(LOGITS.double(), targets).item()
+    assert found.item() == plain.eval_loss(LOGITS.double(), targets).item()
     assert found.item() == pytest.approx(
         plain.loss(LOGITS, targets, torch.ones(3)).item(), rel=3e-7
     )

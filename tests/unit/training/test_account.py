@@ -7,7 +7,7 @@ from typing import Any
 from bertdist.training.account import keep_score, record_training, tell_end
 from bertdist.training.checkpoint import Progress
 from bertdist.training.evaluation import Evaluation
-from bertdist.training.run_logger import RunLog
+from bertdist.training.run_logger import RunLogger
 
 
 class Asked:
@@ -19,7 +19,7 @@ class Asked:
     def consider(self, *what: Any) -> None:
         self.asked.append(what)
 
-    def show(self, log: RunLog) -> None:
+    def show(self, log: RunLogger) -> None:
         self.asked.append("show")
 
 
@@ -30,7 +30,7 @@ def lines_of(folder: Path) -> list[Any]:
 
 def test_an_evaluation_that_was_given_up_is_owed_and_the_run_not_finished(tmp_path: Path) -> None:
     progress, best, model = Progress(step=8, finished=True), Asked(), Any
-    log = RunLog(tmp_path, enabled=True)
+    log = RunLogger(tmp_path, enabled=True)
     keep_score(None, model, log, best, progress, 4)  # type: ignore[arg-type]
     assert (progress.owed, progress.finished, best.asked, lines_of(tmp_path)) == (
         True,
@@ -44,9 +44,9 @@ def test_an_evaluation_is_written_down_and_weighed(tmp_path: Path) -> None:
     progress, best, found = (
         Progress(step=8, finished=True),
         Asked(),
-        Evaluation(scores={"loss": 0.5, "accuracy": 1.0}, merit=1.0),
+        Evaluation(scores={"loss": 0.5, "accuracy": 1.0}, selection_score=1.0),
     )
-    keep_score(found, Any, RunLog(tmp_path, enabled=True), best, progress, 4)  # type: ignore[arg-type]
+    keep_score(found, Any, RunLogger(tmp_path, enabled=True), best, progress, 4)  # type: ignore[arg-type]
     assert lines_of(tmp_path) == [
         {"kind": "eval", "step": 8, "epoch": 2.0, "loss": 0.5, "accuracy": 1.0}
     ]
@@ -55,7 +55,7 @@ def test_an_evaluation_is_written_down_and_weighed(tmp_path: Path) -> None:
 
 def test_losses_are_summed_and_then_divided(tmp_path: Path) -> None:
     progress = Progress(step=2, tokens=9, window=[[3.0, 4.0], [1.0, 1.0]])
-    record_training(RunLog(tmp_path, enabled=True), progress, 4, learning_rate=0.1)
+    record_training(RunLogger(tmp_path, enabled=True), progress, 4, learning_rate=0.1)
     ((line),) = lines_of(tmp_path)
     assert line["loss"] == 0.8 and progress.window == []
 
@@ -78,6 +78,6 @@ def test_the_end_is_said(tmp_path: Path, capsys: Any) -> None:
             "preempted",
         ),
     ):
-        tell_end(RunLog(tmp_path, enabled=True), progress, Asked(), 8, "SIGTERM")  # type: ignore[arg-type]
+        tell_end(RunLogger(tmp_path, enabled=True), progress, Asked(), 8, "SIGTERM")  # type: ignore[arg-type]
         assert said in capsys.readouterr().err
         assert json.loads((tmp_path / "status.json").read_text())["state"] == state

@@ -16,7 +16,7 @@ from bertdist.core.errors import CheckpointError
 from bertdist.models.classifier import Classifier, load_classifier, load_settings, load_trained
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
 from bertdist.training import best_model as best_module
-from bertdist.training.best_model import Best
+from bertdist.training.best_model import BestModel
 from bertdist.training.checkpoint import Progress
 from bertdist.training.evaluation import Evaluation
 
@@ -35,11 +35,13 @@ class Considered:
         self.progress = progress or Progress()
         self.waited: list[int] = []
         self.stopped: int | None = None
-        best = Best(RunConfig(**settings), None, TASK, ONE_RANK, {})  # type: ignore[arg-type]  # nothing is written here
+        best = BestModel(RunConfig(**settings), None, TASK, ONE_RANK, {})  # type: ignore[arg-type]  # nothing is written here
         best.keep = lambda model, evaluation, progress: self.kept.append(progress.step)  # type: ignore[method-assign, assignment]
-        for merit in merits:
+        for selection_score in merits:
             self.progress.step += 1
-            best.consider(None, Evaluation(scores={}, merit=merit), self.progress)  # type: ignore[arg-type]
+            best.consider(
+                None, Evaluation(scores={}, selection_score=selection_score), self.progress
+            )  # type: ignore[arg-type]
             self.waited.append(self.progress.evaluations_since_best)
             if self.progress.finished and self.stopped is None:
                 self.stopped = self.progress.step
@@ -140,8 +142,8 @@ def model(tiny_model: Path) -> Classifier:
     return load_classifier(config, load_settings(config), TASK)[0]
 
 
-def best_in(folder: Path, tiny_model: Path, task: Task = TASK) -> Best:
-    return Best(
+def best_in(folder: Path, tiny_model: Path, task: Task = TASK) -> BestModel:
+    return BestModel(
         RunConfig(output_dir=str(folder)),
         AutoTokenizer.from_pretrained(tiny_model),
         task,
@@ -161,7 +163,7 @@ def test_what_is_kept_can_be_used_and_read(
     classes = {"labels": ["no", "yes"]}
     evaluation = Evaluation(
         scores={"loss": 0.5},
-        merit=0.5,
+        selection_score=0.5,
         answers=TASK.answers(logits),
         references=np.array([1, 0]),
         classes=classes,
@@ -212,7 +214,7 @@ def test_every_kind_of_task_writes_its_truth(
     answers = task.answers(torch.tensor(logits))
     evaluation = Evaluation(
         scores={"loss": 0.5},
-        merit=0.5,
+        selection_score=0.5,
         answers=answers,
         references=np.array(references, dtype=np.float32),
     )
@@ -243,11 +245,11 @@ def test_only_the_main_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def refuse(*args: Any) -> None:
         raise AssertionError("written")
 
-    for name in ("write_folder", "write_whole"):
+    for name in ("write_folder", "atomic_write"):
         monkeypatch.setattr(best_module, name, refuse)
     for main in (False, True):
         rank: Any = SimpleNamespace(num_processes=1, is_main_process=main)
-        best = Best(RunConfig(output_dir=str(tmp_path)), None, TASK, rank, {})  # type: ignore[arg-type]
+        best = BestModel(RunConfig(output_dir=str(tmp_path)), None, TASK, rank, {})  # type: ignore[arg-type]
         progress = Progress(step=4)
         if main:  # the control
             with pytest.raises(AssertionError, match="written"):
@@ -264,7 +266,7 @@ def test_no_number_is_written_as_json_has_it(
     task = Regression(("stars",))
     evaluation = Evaluation(
         scores={"mse": NAN},
-        merit=NAN,
+        selection_score=NAN,
         answers=task.answers(torch.tensor([[NAN]])),
         references=np.array([2.25]),
     )

@@ -19,17 +19,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bertdist.core.atomic_io import damage_of, write_folder
+from bertdist.core.atomic_io import find_damage, write_folder
 from bertdist.core.config import OptimConfig
 from bertdist.core.errors import CheckpointError
 from bertdist.training.checkpoint import (
-    Checkpoints,
+    Checkpointer,
     Progress,
     load_tensors,
     model_tensors,
     optimizer_tensors,
 )
-from bertdist.training.optimizer import build_optimizer
+from bertdist.training.optimizer import create_optimizer
 from bertdist.training.resume_check import Settings, place_of_rank
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json"]
@@ -72,9 +72,9 @@ class Run:
         self, folder: Path, seed: int = 0, keep: int = 2, size: int = 4, **accelerator: Any
     ) -> None:
         self.model = Net(seed, size)
-        self.optimizer = build_optimizer(self.model, OptimConfig(learning_rate=0.1))
+        self.optimizer = create_optimizer(self.model, OptimConfig(learning_rate=0.1))
         self.said: list[str] = []
-        self.checkpoints = Checkpoints(folder, one_rank(**accelerator), keep, self.said.append)
+        self.checkpoints = Checkpointer(folder, one_rank(**accelerator), keep, self.said.append)
 
     def learn(self, steps: int) -> None:
         for step in range(steps):
@@ -342,7 +342,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_one_line(
     monkeypatch.setattr(shutil, "rmtree", refuse)
     with pytest.raises(CheckpointError, match="step_000001"):
         run.save(3)
-    assert damage_of(tmp_path / "step_000003") is None  # the new one is whole
+    assert find_damage(tmp_path / "step_000003") is None  # the new one is whole
 
 
 def test_a_checkpoint_that_was_just_written_is_not_rotated_away(tmp_path: Path) -> None:
@@ -468,7 +468,7 @@ def test_a_broken_manifest_is_told_and_passed_over(
 
 def test_every_digest_of_the_manifest_is_looked_at(tmp_path: Path) -> None:
     Run(tmp_path).save(1)
-    assert damage_of(tmp_path / "step_000001") is None
+    assert find_damage(tmp_path / "step_000001") is None
     path = tmp_path / "step_000001" / "manifest.json"
     whole = json.loads(path.read_text())
     assert sorted(whole["files"]) == FILES
@@ -476,7 +476,7 @@ def test_every_digest_of_the_manifest_is_looked_at(tmp_path: Path) -> None:
         broken = json.loads(json.dumps(whole))
         broken["files"][name]["xxh3_128"] = "0" * 32
         path.write_text(json.dumps(broken))
-        assert damage_of(path.parent) == f"{name} is not what was written (its digest differs)"
+        assert find_damage(path.parent) == f"{name} is not what was written (its digest differs)"
 
 
 def test_damage_upon_damage_has_a_name_of_its_own(tmp_path: Path) -> None:
@@ -758,7 +758,7 @@ def test_a_run_that_is_killed_while_saving_goes_on_from_a_whole_checkpoint(
         found = again.restore()
         assert found is not None
         assert again.bits() == bits[found.step]
-        assert all(damage_of(path) is None for path in folder.glob("step_*"))
+        assert all(find_damage(path) is None for path in folder.glob("step_*"))
         assert not list(folder.glob(".step_*"))
         steps.add((moment, found.step))
     # Up to the rename the old one, from there on the new one.

@@ -35,8 +35,8 @@ from transformers import (
 
 from bertdist import train
 from bertdist.core.config import ModelConfig, OptimConfig
-from bertdist.data.batch import Batch, Step, collate
-from bertdist.data.sharding import Batches
+from bertdist.data.batch import PackedBatch, Step, collate
+from bertdist.data.sharding import MapLoader
 from bertdist.data.tokenization import Example
 from bertdist.models import attention
 from bertdist.models.attention import Packing
@@ -54,7 +54,7 @@ from bertdist.training.cuda_graph import (
     graphed_step,
     with_pads,
 )
-from bertdist.training.optimizer import build_optimizer
+from bertdist.training.optimizer import create_optimizer
 
 TASKS: dict[str, tuple[Task, list[Any]]] = {
     "single_label": (
@@ -69,7 +69,7 @@ TASKS: dict[str, tuple[Task, list[Any]]] = {
 }
 
 
-def batch_of(lengths: Sequence[int], targets: Sequence[Any] = (2, 0, 1, 0)) -> Batch:
+def batch_of(lengths: Sequence[int], targets: Sequence[Any] = (2, 0, 1, 0)) -> PackedBatch:
     given = zip(lengths, targets, strict=False)
     return collate(
         [
@@ -215,7 +215,7 @@ def test_a_blank_batch_has_the_shapes_of_a_filled_up_one(kind: str) -> None:
             assert (there.shape, there.dtype) == (tensor.shape, tensor.dtype), name
 
 
-def batches_of(lengths: Sequence[int], **settings: Any) -> Batches:
+def batches_of(lengths: Sequence[int], **settings: Any) -> MapLoader:
     """Row i has lengths[i] tokens."""
 
     class Rows:
@@ -233,7 +233,7 @@ def batches_of(lengths: Sequence[int], **settings: Any) -> Batches:
         "shuffle": True,
         "seed": 7,
     }
-    return Batches(examples=Rows(), **{**usual, **settings})  # type: ignore[arg-type]
+    return MapLoader(examples=Rows(), **{**usual, **settings})  # type: ignore[arg-type]
 
 
 def test_a_budget_holds_all_steps_that_it_was_made_of() -> None:
@@ -279,13 +279,13 @@ def refusals() -> Iterator[Any]:
     yield pytest.param(here, {"kernel": lambda device: "padded"}, said, id="kernel")
 
 
-def ask(about: dict[str, Any], model: dict[str, Any], batches: Batches) -> tuple[Any, list[str]]:
+def ask(about: dict[str, Any], model: dict[str, Any], batches: MapLoader) -> tuple[Any, list[str]]:
     said: list[str] = []
     usual = {"checkpoints_activations": False, "kernel": lambda device: "varlen"}
     config = SimpleNamespace(model_type=model.pop("type", "bert"))
     classifier: Any = SimpleNamespace(**{**usual, **model}, model=SimpleNamespace(config=config))
     accelerator: Any = SimpleNamespace(**about, autocast=nullcontext)
-    return graphed_step(train.take_step, classifier, batches, accelerator, 30, said.append), said
+    return graphed_step(train.train_step, classifier, batches, accelerator, 30, said.append), said
 
 
 @pytest.mark.parametrize(("about", "model", "why"), list(refusals()))
@@ -293,7 +293,7 @@ def test_where_it_cannot_be_steps_are_taken_eagerly(
     about: dict[str, Any], model: dict[str, Any], why: str
 ) -> None:
     stepper, said = ask(about, model, batches_of([5] * 12))
-    assert stepper is train.take_step and said == [
+    assert stepper is train.train_step and said == [
         f"--cuda_graphs cannot take effect, steps are taken eagerly: {why}"
     ]
 
@@ -301,7 +301,7 @@ def test_where_it_cannot_be_steps_are_taken_eagerly(
 def test_steps_of_several_micro_batches_are_taken_eagerly() -> None:
     fine = {"device": torch.device("cuda"), "num_processes": 1, "mixed_precision": "bf16"}
     stepper, said = ask(fine, {}, batches_of([30] * 12))
-    assert stepper is train.take_step
+    assert stepper is train.train_step
     assert said[0].endswith(
         "a graph has one micro-batch, and steps have more than --tokens_per_micro_batch 100 tokens."
     )
@@ -415,13 +415,13 @@ def test_every_family_reads_a_step_from_the_device(
     weights = list(model.parameters())
     fixed = budget.blank(batch_of([3]))
 
-    def take(batch: Batch) -> Taken:
+    def take(batch: PackedBatch) -> Taken:
         loss = task.loss(model(batch), batch.targets, batch.weights)
         found = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
         return loss.detach(), torch.cat([gradient.flatten() for gradient in found])
 
     replay, (loss, gradients) = recorded(lambda: take(fixed), torch.device("cpu"))
-    for lengths, left_out in (
+    for lengths, skipped_rows in (
         ((12, 9, 5), ""),
         ((3, 6, 4), ""),
         ((7, 2, 1), "starts"),
@@ -430,12 +430,12 @@ def test_every_family_reads_a_step_from_the_device(
         batch = budget.fill(step_of(*lengths))
         assert batch is not None
         for name, tensor in vars(batch).items():
-            if isinstance(tensor, Tensor) and name != left_out:
+            if isinstance(tensor, Tensor) and name != skipped_rows:
                 getattr(fixed, name).copy_(tensor)
         replay()
         expected_loss, expected = take(batch)
         far = ((gradients - expected).norm() / expected.norm()).item()
-        if left_out:  # the controls
+        if skipped_rows:  # the controls
             assert far > 1e-3
         else:
             assert far < 1e-6 and torch.isclose(loss, expected_loss)  # the loss is float32
@@ -465,11 +465,11 @@ class Rehearsal:
 
     def __call__(self, accelerator: Accelerator) -> None:
         as_on_a_gpu(setattr)
-        take_step = train.take_step
+        train_step = train.train_step
 
         def eager(model: Any, optimizer: Any, step: Step, *rest: Any) -> Taken:
             self.eager += -1 not in step.share[0].rows.tolist()
-            return take_step(model, optimizer, step, *rest)
+            return train_step(model, optimizer, step, *rest)
 
         def capture(
             take: Callable[[], Taken], device: torch.device
@@ -484,14 +484,14 @@ class Rehearsal:
             return counted, results
 
         def graphed_here(
-            take: Any, classifier: Any, batches: Batches, accelerator: Any, longest: int, say: Any
+            take: Any, classifier: Any, batches: MapLoader, accelerator: Any, longest: int, say: Any
         ) -> GraphedStep:
             budget = budget_of(batches, longest)
             assert budget is not None
             self.stepper = GraphedStep(take, budget, say, capture)
             return self.stepper
 
-        train.take_step, train.graphed_step = eager, graphed_here
+        train.train_step, train.graphed_step = eager, graphed_here
 
 
 Log = list[dict[str, Any]]
@@ -591,7 +591,7 @@ def test_a_step_that_is_taken_eagerly_can_run_out_of_memory(
     def too_small() -> None:
         forward = Classifier.forward
 
-        def running_out(self: Classifier, batch: Batch) -> Tensor:
+        def running_out(self: Classifier, batch: PackedBatch) -> Tensor:
             if len(batch.lengths) == 6:  # only the smaller last steps have six texts
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return forward(self, batch)
@@ -606,7 +606,7 @@ def test_a_step_that_is_taken_eagerly_can_run_out_of_memory(
 def pads_count() -> None:
     real = graphed.with_pads
 
-    def counting(*args: Any) -> Batch | None:
+    def counting(*args: Any) -> PackedBatch | None:
         batch = real(*args)
         return batch and replace(batch, weights=torch.ones_like(batch.weights))
 
@@ -702,7 +702,7 @@ def test_what_was_tried_is_undone(tiny_model: Path) -> None:
     """Weights, AdamW's state, learning rates and random numbers, to the bit; and the change is told."""
     task = TASKS["single_label"][0]
     model = load(tiny_model, task)
-    adamw = build_optimizer(model, OptimConfig())
+    adamw = create_optimizer(model, OptimConfig())
 
     def step() -> str:
         batch = batch_of([9, 5, 3])

@@ -15,19 +15,19 @@ from transformers import AutoTokenizer
 from bertdist.core.config import ModelConfig, TaskConfig
 from bertdist.core.errors import ConfigError
 from bertdist.data import sharding as batching
-from bertdist.data.batch import Batch
+from bertdist.data.batch import PackedBatch
 from bertdist.data.records import records_of
-from bertdist.data.sharding import Batches
+from bertdist.data.sharding import MapLoader
 from bertdist.data.tokenization import Example, open_examples
 from bertdist.models.classifier import Classifier, load_classifier, load_settings
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
 from bertdist.training.evaluation import (
-    Judge,
+    Evaluator,
     assert_each_row_once,
+    describe_nonfinite_rows,
     evaluate_split,
     no_number,
     predict_rows,
-    told_of_rows,
 )
 
 ONE_RANK: Any = SimpleNamespace(
@@ -67,7 +67,7 @@ class Rows:
         ]
 
 
-class Known(nn.Module):
+class DatasetStats(nn.Module):
     """Answers LOGITS, and remembers how it was asked."""
 
     def __init__(self) -> None:
@@ -75,13 +75,13 @@ class Known(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
         self.asked: list[tuple[bool, bool, int]] = []
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: PackedBatch) -> Tensor:
         self.asked.append((self.training, torch.is_grad_enabled(), len(batch.lengths)))
         return (LOGITS[batch.rows] * self.scale).double()
 
 
-def batches(**changes: Any) -> Batches:
-    return Batches(
+def batches(**changes: Any) -> MapLoader:
+    return MapLoader(
         **{"examples": Rows(), "rows_per_step": 3, "tokens_per_micro_batch": 7, **changes}
     )
 
@@ -93,7 +93,9 @@ def batches(**changes: Any) -> Batches:
 @pytest.mark.parametrize("tokens", [1, 7, 1000])
 def test_logits_come_in_row_order_whatever_the_batches(rows_per_step: int, tokens: int) -> None:
     found = predict_rows(
-        Known(), batches(rows_per_step=rows_per_step, tokens_per_micro_batch=tokens), ONE_RANK
+        DatasetStats(),
+        batches(rows_per_step=rows_per_step, tokens_per_micro_batch=tokens),
+        ONE_RANK,
     )
     assert found.dtype == torch.float32
     assert torch.equal(found, LOGITS)
@@ -101,7 +103,7 @@ def test_logits_come_in_row_order_whatever_the_batches(rows_per_step: int, token
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_model_is_asked_without_dropout_and_left_as_it_was(training: bool) -> None:
-    model = Known().train(training)
+    model = DatasetStats().train(training)
     predict_rows(model, batches(), ONE_RANK)
     assert {asked[:2] for asked in model.asked} == {(False, False)}
     assert sum(asked[2] for asked in model.asked) == len(LENGTHS)
@@ -142,10 +144,12 @@ def test_each_row_once_is_accepted_in_any_order(rows: list[int]) -> None:
 def test_a_deal_that_loses_or_repeats_a_row_cannot_be_scored(
     change: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = batching.deal
-    monkeypatch.setattr(batching, "deal", lambda *args: [change(share) for share in real(*args)])
+    real = batching.balance_by_length
+    monkeypatch.setattr(
+        batching, "balance_by_length", lambda *args: [change(share) for share in real(*args)]
+    )
     with pytest.raises(AssertionError, match="8 rows were to be scored once each"):
-        predict_rows(Known(), batches(), ONE_RANK)
+        predict_rows(DatasetStats(), batches(), ONE_RANK)
 
 
 # ---- The loss
@@ -163,7 +167,7 @@ def test_the_loss_is_the_mean_over_rows_taken_one_by_one(rows_per_step: int) -> 
         ("no", "yes"), class_weights=(3.0, 0.5), smoothing=0.1
     )  # which count in training only
     split = batches(rows_per_step=rows_per_step)
-    found = evaluate_split(Known(), split, Judge(TaskConfig(), task, None), ONE_RANK)
+    found = evaluate_split(DatasetStats(), split, Evaluator(TaskConfig(), task, None), ONE_RANK)
     assert found.scores["loss"] == pytest.approx(math.fsum(map(by_hand, range(8))) / 8, rel=1e-15)
     assert list(found.scores) == ["loss", "accuracy", "f1_macro"]
     assert (
@@ -185,16 +189,16 @@ def test_the_loss_of_a_real_model_is_that_of_its_rows_alone(tiny_model: Path) ->
     torch.manual_seed(0)
     model: Classifier = load_classifier(config, load_settings(config), task)[0].double().eval()
     examples = open_examples(records_of(texts), AutoTokenizer.from_pretrained(tiny_model), None, 64)
-    judge = Judge(TaskConfig(), task, None)
+    judge = Evaluator(TaskConfig(), task, None)
     found = evaluate_split(
         model,
-        Batches(examples=examples, rows_per_step=4, tokens_per_micro_batch=16),
+        MapLoader(examples=examples, rows_per_step=4, tokens_per_micro_batch=16),
         judge,
         ONE_RANK,
     )
     with torch.no_grad():
         alone = [
-            task.plain_loss(
+            task.eval_loss(
                 model(batching.collate(examples[[row]])), torch.zeros(1, dtype=torch.int64)
             ).item()
             for row in range(4)
@@ -236,9 +240,9 @@ def test_the_loss_of_a_real_model_is_that_of_its_rows_alone(tiny_model: Path) ->
 def test_a_split_is_judged_by_hand(
     task: Task, logits: list[Any], references: Any, loss: float, first: tuple[str, float]
 ) -> None:
-    found = Judge(TaskConfig(), task, None).judge(torch.tensor(logits), references)
+    found = Evaluator(TaskConfig(), task, None).judge(torch.tensor(logits), references)
     assert found.scores["loss"] == pytest.approx(loss, rel=1e-15)
-    assert (next(name for name in found.scores if name != "loss"), found.merit) == (
+    assert (next(name for name in found.scores if name != "loss"), found.selection_score) == (
         first[0],
         pytest.approx(first[1]),
     )
@@ -251,23 +255,23 @@ def test_a_split_is_judged_by_hand(
     ("metric", "sign"), [("loss", -1), ("accuracy", 1), ("f1_macro", 1), (None, 1)]
 )
 def test_merit_is_more_where_the_weights_are_better(metric: str | None, sign: int) -> None:
-    judge = Judge(TaskConfig(metric_for_best_model=metric), SingleLabel(("no", "yes")), None)
+    judge = Evaluator(TaskConfig(metric_for_best_model=metric), SingleLabel(("no", "yes")), None)
     right, wrong = (
         judge.judge(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), np.array(targets))
         for targets in ([0, 1], [1, 0])
     )
-    assert right.merit == sign * right.scores[metric or "accuracy"]
-    assert right.merit > wrong.merit
+    assert right.selection_score == sign * right.scores[metric or "accuracy"]
+    assert right.selection_score > wrong.selection_score
 
 
 def test_an_error_of_numbers_is_less_where_the_weights_are_better() -> None:
-    judge = Judge(TaskConfig(metrics=["mse", "pearson"]), Regression(("score",)), None)
+    judge = Evaluator(TaskConfig(metrics=["mse", "pearson"]), Regression(("score",)), None)
     near, far = (
         judge.judge(torch.tensor([[1.0], [2.0]]), np.array(targets, dtype=np.float32))
         for targets in ([1.0, 2.5], [5.0, 7.0])
     )
-    assert (near.scores["mse"], near.merit) == (0.125, -0.125)
-    assert near.merit > far.merit
+    assert (near.scores["mse"], near.selection_score) == (0.125, -0.125)
+    assert near.selection_score > far.selection_score
 
 
 @pytest.mark.parametrize(
@@ -284,7 +288,7 @@ def test_an_error_of_numbers_is_less_where_the_weights_are_better() -> None:
 def test_the_first_metric_picks_the_best_weights_unless_one_is_named(
     config: dict[str, Any], glue: str | None, main: str
 ) -> None:
-    assert Judge(TaskConfig(**config), SingleLabel(("no", "yes")), glue).main == main
+    assert Evaluator(TaskConfig(**config), SingleLabel(("no", "yes")), glue).main == main
 
 
 @pytest.mark.parametrize(
@@ -306,7 +310,7 @@ def test_a_metric_that_is_not_computed_is_told_before_training(
     config: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        Judge(TaskConfig(**config), SingleLabel(("no", "yes")), None)
+        Evaluator(TaskConfig(**config), SingleLabel(("no", "yes")), None)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
@@ -315,7 +319,7 @@ def test_a_metric_that_is_not_computed_is_told_before_training(
 def test_rows_without_a_number_have_no_scores(value: float) -> None:
     """The largest of NaNs is some label: without this a broken model has an accuracy."""
     judge, logits = (
-        Judge(TaskConfig(), SingleLabel(("no", "yes")), None),
+        Evaluator(TaskConfig(), SingleLabel(("no", "yes")), None),
         torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 1.0]]),
     )
     assert (
@@ -325,9 +329,9 @@ def test_rows_without_a_number_have_no_scores(value: float) -> None:
     logits[2, 1] = value
     found = judge.judge(logits, np.array([0, 1, 1]))
     assert no_number(logits) == (2,) and all(
-        math.isnan(score) for score in (*found.scores.values(), found.merit)
+        math.isnan(score) for score in (*found.scores.values(), found.selection_score)
     )
-    told = told_of_rows((2, 5, 6, 9), 3_000, "row {}".format)
+    told = describe_nonfinite_rows((2, 5, 6, 9), 3_000, "row {}".format)
     assert told.startswith(
         "the model gives NaN or Inf for 4 of 3,000 rows: row 2, row 5, row 6, and more. "
     )

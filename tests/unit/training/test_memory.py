@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import DataError
-from bertdist.data.batch import Batch, collate
+from bertdist.data.batch import PackedBatch, collate
 from bertdist.data.records import records_of
-from bertdist.data.sharding import PLENTY, Batches
+from bertdist.data.sharding import DEFAULT_TOKEN_BUDGET, MapLoader
 from bertdist.data.tokenization import Example, load_tokenizer, open_examples
 from bertdist.models.classifier import load_classifier, load_settings
 from bertdist.tasks.tasks import SingleLabel
@@ -59,14 +59,14 @@ class Rows:
         ]
 
 
-def batches(lengths: Sequence[int] = (7, 3, 5, 2), **changes: Any) -> Batches:
+def batches(lengths: Sequence[int] = (7, 3, 5, 2), **changes: Any) -> MapLoader:
     given: dict[str, Any] = {
         "examples": Rows(lengths),
         "rows_per_step": 4,
         "tokens_per_micro_batch": 100,
         **changes,
     }
-    return Batches(**given)
+    return MapLoader(**given)
 
 
 # --- Powers of two
@@ -220,7 +220,7 @@ def test_bytes_a_token_are_those_of_a_text_of_full_length(
 def test_kept_bytes_are_counted_once_and_by_hand() -> None:
     weight = torch.ones(4, 4, requires_grad=True)
 
-    def compute(batch: Batch) -> Tensor:
+    def compute(batch: PackedBatch) -> Tensor:
         x = torch.ones(len(batch.ids), 4)  # 16 bytes a token
         y = x @ weight  # keeps x
         return (y.exp() * y).sum()  # exp keeps its result; the product keeps both, y anew
@@ -231,7 +231,7 @@ def test_kept_bytes_are_counted_once_and_by_hand() -> None:
         assert kept_bytes(compute, batch) == 3 * 5 * 16, "also where nobody wants gradients"
 
 
-def linear(each: int) -> Callable[[Batch], Tensor]:
+def linear(each: int) -> Callable[[PackedBatch], Tensor]:
     """A model that keeps `each` bytes a token."""
     assert each % 4 == 0
     return lambda batch: torch.ones(len(batch.ids), each // 4, requires_grad=True).exp().sum()
@@ -240,7 +240,7 @@ def linear(each: int) -> Callable[[Batch], Tensor]:
 @pytest.mark.parametrize(
     ("free", "needed", "tokens"),
     [
-        (10**12, 0, PLENTY),  # plenty of memory: always the same
+        (10**12, 0, DEFAULT_TOKEN_BUDGET),  # plenty of memory: always the same
         (2 * 400 * 8192, 0, 8192),
         (2 * 400 * 8192 - 1, 0, 4096),
         (2 * 400 * 8192, 2, 4096),
@@ -264,7 +264,7 @@ def test_any_max_length_can_be_probed(max_length: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * 400 * 600)
     seen: list[tuple[int, ...]] = []
 
-    def compute(batch: Batch) -> Tensor:
+    def compute(batch: PackedBatch) -> Tensor:
         seen.append(batch.lengths)
         return linear(400)(batch)
 
@@ -276,7 +276,7 @@ def test_any_max_length_can_be_probed(max_length: int, monkeypatch: pytest.Monke
 
 
 def test_a_probe_that_runs_out_of_memory_ends_nothing() -> None:
-    def compute(batch: Batch) -> Tensor:
+    def compute(batch: PackedBatch) -> Tensor:
         raise MemoryError
 
     assert find_tokens(compute, batches(), CPU) == 1
@@ -382,7 +382,7 @@ class Echo(nn.Module):
         self.room, self.stuck = room, stuck
         self.asked: list[int] = []
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: PackedBatch) -> Tensor:
         self.asked.append(sum(batch.lengths))
         if (
             self.asked[-1] > self.room and len(batch.lengths) > 1

@@ -17,7 +17,7 @@ from bertdist.core.args import read_config
 from bertdist.core.config import OptimConfig
 from bertdist.core.errors import ConfigError
 from bertdist.training.nonfinite import _write, factor, step_on_device, update
-from bertdist.training.optimizer import build_optimizer
+from bertdist.training.optimizer import create_optimizer
 
 PLAIN: Any = SimpleNamespace(scaler=None)
 
@@ -45,7 +45,7 @@ class Learner:
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.model = nn.Linear(3, 2)
-        self.optimizer = build_optimizer(self.model, OptimConfig(learning_rate=0.1))
+        self.optimizer = create_optimizer(self.model, OptimConfig(learning_rate=0.1))
 
     def gradient(self, of: float) -> Tensor:
         (self.model(torch.tensor([[1.0, 2.0, 3.0]])).square().sum() * of).backward()

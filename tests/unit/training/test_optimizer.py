@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, get_schedule
 
 from bertdist.core.config import OptimConfig
 from bertdist.core.errors import ConfigError
-from bertdist.training.optimizer import build_optimizer, build_schedule, set_learning_rate
+from bertdist.training.optimizer import create_lr_schedule, create_optimizer, set_learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,9 @@ def bert() -> nn.Module:
     return wrapper
 
 
-def settings_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+def resume_settings(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, dict[str, Any]]:
     """Name of each weight -> its group's settings."""
     of_weight = {
         id(weight): group for group in optimizer.param_groups for weight in group["params"]
@@ -39,7 +41,7 @@ def settings_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def test_biases_and_norm_weights_do_not_decay(bert: nn.Module) -> None:
-    groups = settings_of(bert, build_optimizer(bert, OptimConfig(weight_decay=0.1)))
+    groups = resume_settings(bert, create_optimizer(bert, OptimConfig(weight_decay=0.1)))
     plain = {name for name, group in groups.items() if group["weight_decay"] == 0}
     assert plain == {name for name in groups if name.endswith(".bias") or "LayerNorm" in name}
     assert len(plain) > 20
@@ -48,7 +50,7 @@ def test_biases_and_norm_weights_do_not_decay(bert: nn.Module) -> None:
 
 
 def test_every_weight_is_learned_once(bert: nn.Module) -> None:
-    optimizer = build_optimizer(bert, OptimConfig(layerwise_lr_decay=0.5))
+    optimizer = create_optimizer(bert, OptimConfig(layerwise_lr_decay=0.5))
     held = [id(weight) for group in optimizer.param_groups for weight in group["params"]]
     assert sorted(held) == sorted(id(weight) for weight in bert.parameters())
 
@@ -56,12 +58,12 @@ def test_every_weight_is_learned_once(bert: nn.Module) -> None:
 def test_frozen_weights_are_left_out() -> None:
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)
-    (group,) = build_optimizer(model, OptimConfig()).param_groups
+    (group,) = create_optimizer(model, OptimConfig()).param_groups
     assert group["params"] == [model.weight]
 
 
 def test_without_layerwise_decay_all_learn_alike(bert: nn.Module) -> None:
-    optimizer = build_optimizer(bert, OptimConfig(learning_rate=2e-5))
+    optimizer = create_optimizer(bert, OptimConfig(learning_rate=2e-5))
     assert len(optimizer.param_groups) == 2
     assert {(group["lr"], group["peak_lr"]) for group in optimizer.param_groups} == {(2e-5, 2e-5)}
 
@@ -82,8 +84,8 @@ def test_without_layerwise_decay_all_learn_alike(bert: nn.Module) -> None:
 def test_each_layer_learns_at_half_the_rate_of_the_one_above(
     name: str, rate: float, bert: nn.Module
 ) -> None:
-    group = settings_of(
-        bert, build_optimizer(bert, OptimConfig(learning_rate=8.0, layerwise_lr_decay=0.5))
+    group = resume_settings(
+        bert, create_optimizer(bert, OptimConfig(learning_rate=8.0, layerwise_lr_decay=0.5))
     )[name]
     assert (group["lr"], group["peak_lr"]) == (8 * rate, 8 * rate)
 
@@ -107,8 +109,8 @@ def test_layers_of_other_families_are_told_apart(path: str) -> None:
                 place.add_module(name, nn.Module())
             place = place.get_submodule(name)
         place.add_module(last, nn.Linear(2, 2))
-    groups = settings_of(
-        model, build_optimizer(model, OptimConfig(learning_rate=1.0, layerwise_lr_decay=0.5))
+    groups = resume_settings(
+        model, create_optimizer(model, OptimConfig(learning_rate=1.0, layerwise_lr_decay=0.5))
     )
     assert [groups[f"base.{path.format(layer)}.weight"]["lr"] for layer in range(3)] == [
         0.125,
@@ -122,12 +124,12 @@ def test_layerwise_decay_without_layers_is_an_error() -> None:
         ConfigError,
         match=r"^--layerwise_lr_decay finds no numbered layers in this model; leave it at 1\.$",
     ):
-        build_optimizer(nn.Linear(2, 2), OptimConfig(layerwise_lr_decay=0.9))
-    build_optimizer(nn.Linear(2, 2), OptimConfig())  # off, it asks for nothing
+        create_optimizer(nn.Linear(2, 2), OptimConfig(layerwise_lr_decay=0.9))
+    create_optimizer(nn.Linear(2, 2), OptimConfig())  # off, it asks for nothing
 
 
 def test_the_settings_of_adam_arrive() -> None:
-    optimizer = build_optimizer(
+    optimizer = create_optimizer(
         nn.Linear(2, 2), OptimConfig(adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
     )
     for group in optimizer.param_groups:
@@ -140,7 +142,7 @@ def test_the_first_step_is_the_one_by_hand() -> None:
     model = nn.Linear(1, 1).double()
     with torch.no_grad():
         model.weight.fill_(3.0), model.bias.fill_(5.0)
-    optimizer = build_optimizer(model, OptimConfig(learning_rate=0.1, weight_decay=0.01))
+    optimizer = create_optimizer(model, OptimConfig(learning_rate=0.1, weight_decay=0.01))
     set_learning_rate(optimizer, 0.5)
     model.weight.grad, model.bias.grad = (
         torch.full_like(model.weight, 4.0),
@@ -154,7 +156,7 @@ def test_the_first_step_is_the_one_by_hand() -> None:
 
 
 def test_a_factor_scales_every_group_from_its_own_peak(bert: nn.Module) -> None:
-    optimizer = build_optimizer(bert, OptimConfig(learning_rate=8.0, layerwise_lr_decay=0.5))
+    optimizer = create_optimizer(bert, OptimConfig(learning_rate=8.0, layerwise_lr_decay=0.5))
     peaks = [group["peak_lr"] for group in optimizer.param_groups]
     for factor in (0.25, 0.0, 0.5):  # twice in a row: a factor is not multiplied onto the last one
         set_learning_rate(optimizer, factor)
@@ -186,7 +188,7 @@ def test_the_schedule_is_transformers_own_stepped_one_by_one(name: Any, warmup: 
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    schedule = build_schedule(OptimConfig(lr_scheduler_type=name, warmup_steps=warmup), 10)
+    schedule = create_lr_schedule(OptimConfig(lr_scheduler_type=name, warmup_steps=warmup), 10)
     assert [schedule(step) for step in range(10)] == pytest.approx(rates, rel=1e-15, abs=1e-15)
     if name not in ("constant", "constant_with_warmup") or (warmup and name != "constant"):
         # The control: one step late is seen.
@@ -196,7 +198,7 @@ def test_the_schedule_is_transformers_own_stepped_one_by_one(name: Any, warmup: 
 
 
 def test_linear_by_hand() -> None:
-    schedule = build_schedule(OptimConfig(warmup_ratio=0.2), 10)
+    schedule = create_lr_schedule(OptimConfig(warmup_ratio=0.2), 10)
     assert [schedule(step) for step in range(10)] == [
         0,
         0.5,
@@ -212,7 +214,7 @@ def test_linear_by_hand() -> None:
 
 
 def test_cosine_by_hand() -> None:
-    schedule = build_schedule(OptimConfig(lr_scheduler_type="cosine"), 4)
+    schedule = create_lr_schedule(OptimConfig(lr_scheduler_type="cosine"), 4)
     assert [schedule(step) for step in range(4)] == pytest.approx(
         [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)], abs=1e-15
     )
@@ -220,18 +222,18 @@ def test_cosine_by_hand() -> None:
 
 def test_the_first_step_without_warmup_has_the_full_rate() -> None:
     for name in NAMES:
-        assert build_schedule(OptimConfig(lr_scheduler_type=name), 10)(0) == 1  # type: ignore[arg-type]
+        assert create_lr_schedule(OptimConfig(lr_scheduler_type=name), 10)(0) == 1  # type: ignore[arg-type]
 
 
 def test_a_schedule_has_no_memory() -> None:
-    schedule = build_schedule(OptimConfig(lr_scheduler_type="cosine", warmup_steps=2), 10)
+    schedule = create_lr_schedule(OptimConfig(lr_scheduler_type="cosine", warmup_steps=2), 10)
     forwards = [schedule(step) for step in range(10)]
     assert [schedule(step) for step in reversed(range(10))] == forwards[::-1]
 
 
 def test_a_ratio_is_rounded_to_steps() -> None:
     by_ratio, by_steps = (
-        build_schedule(config, 15)
+        create_lr_schedule(config, 15)
         for config in (OptimConfig(warmup_ratio=0.1), OptimConfig(warmup_steps=2))
     )
     assert [by_ratio(step) for step in range(15)] == [by_steps(step) for step in range(15)]
@@ -239,5 +241,5 @@ def test_a_ratio_is_rounded_to_steps() -> None:
 
 def test_a_warmup_longer_than_the_run_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"^--warmup_steps is 11, but the run has 10 steps\.$"):
-        build_schedule(OptimConfig(warmup_steps=11), 10)
-    assert build_schedule(OptimConfig(warmup_steps=10), 10)(5) == 0.5
+        create_lr_schedule(OptimConfig(warmup_steps=11), 10)
+    assert create_lr_schedule(OptimConfig(warmup_steps=10), 10)(5) == 0.5

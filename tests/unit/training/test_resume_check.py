@@ -15,9 +15,9 @@ from bertdist.training.resume_check import (
     Change,
     Settings,
     compare,
-    identity_of,
     place_after_change,
-    settings_of,
+    resume_settings,
+    resume_signature,
     table,
 )
 
@@ -88,8 +88,8 @@ def test_everything_that_differs_stands_in_one_table() -> None:
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_what_decides_nothing_is_accepted_and_said(name: str) -> None:
-    besides = {"eval_every": "1 epoch", **({name: "x"} if name == "eval_every" else {name: 3})}
-    (change,) = compare(FOLDER, state(), Settings(THEN, besides))
+    may_change = {"eval_every": "1 epoch", **({name: "x"} if name == "eval_every" else {name: 3})}
+    (change,) = compare(FOLDER, state(), Settings(THEN, may_change))
     assert (change.name, change.meaning) == (name, ACCEPTED[name])
 
 
@@ -102,10 +102,10 @@ def test_every_setting_of_the_tables_is_one_that_is_remembered() -> None:
     ]
     config = read_config(needed)
     rows = records_of(["a"])
-    found = settings_of(config, rows, rows, SingleLabel(("a", "b")), 3)
-    assert found.decides == identity_of(config, rows, SingleLabel(("a", "b")), 3)
-    assert found.besides.keys() == ACCEPTED.keys()
-    assert set(REFUSED) - {"stream_window", "stream_split"} <= found.decides.keys()
+    found = resume_settings(config, rows, rows, SingleLabel(("a", "b")), 3)
+    assert found.must_match == resume_signature(config, rows, SingleLabel(("a", "b")), 3)
+    assert found.may_change.keys() == ACCEPTED.keys()
+    assert set(REFUSED) - {"stream_window", "stream_split"} <= found.must_match.keys()
 
 
 # ---- Data that changed

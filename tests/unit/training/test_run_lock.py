@@ -21,7 +21,7 @@ from torch import nn
 
 from bertdist.core.errors import BertdistError, CheckpointError, ConfigError
 from bertdist.training import run_lock as run_folder
-from bertdist.training.run_lock import LOCK, OWNER, hold_folder, room_on_disk
+from bertdist.training.run_lock import LOCK, OWNER, check_disk_space, lock_run_folder
 
 ONE: Any = SimpleNamespace(is_main_process=True, num_processes=1, process_index=0)
 
@@ -38,7 +38,7 @@ def another_run(folder: Path, worker: bool = False) -> Iterator[Other]:
     ready, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
-        with hold_folder(folder, ONE) as told:
+        with lock_run_folder(folder, ONE) as told:
             if worker and child_of_a_fork_that_filelock_does_not_see(2):
                 os._exit(0)
             os.write(tell, b"".join(line.encode() for line in told) + b"held")
@@ -66,7 +66,7 @@ def child_of_a_fork_that_filelock_does_not_see(seconds: float) -> bool:
 def test_the_second_run_is_refused_by_name_and_the_third_is_not(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "out"
     with another_run(folder) as first:
-        with pytest.raises(ConfigError) as caught, hold_folder(folder, ONE):
+        with pytest.raises(ConfigError) as caught, lock_run_folder(folder, ONE):
             pass
         words = (
             rf"{folder} is in use by another run (pid {first.pid} on {socket.gethostname()}, since "
@@ -76,7 +76,7 @@ def test_the_second_run_is_refused_by_name_and_the_third_is_not(tmp_path: Path) 
         assert json.loads((folder / OWNER).read_text())["pid"] == first.pid, (
             "the refused one wrote nothing"
         )
-    with hold_folder(folder, ONE) as told:
+    with lock_run_folder(folder, ONE) as told:
         assert json.loads((folder / OWNER).read_text())["pid"] == os.getpid()
     assert (
         told == [told[0]]
@@ -84,7 +84,7 @@ def test_the_second_run_is_refused_by_name_and_the_third_is_not(tmp_path: Path) 
         and told[0].endswith("taken over.")
     )
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", LOCK]
-    with hold_folder(folder, ONE) as told:
+    with lock_run_folder(folder, ONE) as told:
         assert told == [], "one that ended by itself leaves nothing to say"
 
 
@@ -97,7 +97,7 @@ def test_without_a_lock_two_runs_would_share_a_folder(
         "FileLock",
         lambda path: SimpleNamespace(acquire=lambda timeout: None, release=lambda: None),
     )
-    with another_run(tmp_path) as first, hold_folder(tmp_path, ONE):
+    with another_run(tmp_path) as first, lock_run_folder(tmp_path, ONE):
         os.kill(first.pid, 0)  # both live
 
 
@@ -106,7 +106,7 @@ def test_a_killed_runs_lock_is_taken_over_even_while_its_worker_lives(tmp_path: 
         os.kill(first.pid, signal.SIGKILL)
         os.waitpid(first.pid, 0)
         began = time.monotonic()
-        with hold_folder(tmp_path, ONE) as told:
+        with lock_run_folder(tmp_path, ONE) as told:
             assert "did not end by itself" in told[0]
         assert time.monotonic() - began < run_folder.PATIENCE_SECONDS
 
@@ -120,7 +120,7 @@ def test_another_hosts_run_is_never_taken_for_dead(tmp_path: Path) -> None:
             pytest.raises(
                 ConfigError, match=r"another run \(pid 4194305 on elsewhere, since then\)"
             ),
-            hold_folder(tmp_path, ONE),
+            lock_run_folder(tmp_path, ONE),
         ):
             pass
 
@@ -130,7 +130,7 @@ def test_another_hosts_run_is_never_taken_for_dead(tmp_path: Path) -> None:
 )
 def test_a_torn_owner_is_no_owner(content: str, tmp_path: Path) -> None:
     (tmp_path / OWNER).write_text(content)
-    with hold_folder(tmp_path, ONE) as told:
+    with lock_run_folder(tmp_path, ONE) as told:
         assert told == []
 
 
@@ -144,14 +144,14 @@ class _Unlockable:
 
 def test_a_disk_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "FileLock", _Unlockable)
-    with hold_folder(tmp_path, ONE) as told:
+    with lock_run_folder(tmp_path, ONE) as told:
         assert told == [
             f"{tmp_path} cannot be locked (No locks available): start no second run in it."
         ]
 
 
 def hold(accelerator: Accelerator, folder: Path) -> list[str]:
-    with hold_folder(folder, accelerator) as told:
+    with lock_run_folder(folder, accelerator) as told:
         accelerator.wait_for_everyone()
         return list(told)
 
@@ -185,7 +185,7 @@ def test_a_folder_that_takes_no_file_is_one_line(
         return write(self, data)
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    with pytest.raises(CheckpointError) as caught, hold_folder(tmp_path, ONE):
+    with pytest.raises(CheckpointError) as caught, lock_run_folder(tmp_path, ONE):
         pass
     place = tmp_path / below
     assert str(caught.value) == (
@@ -197,14 +197,14 @@ def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     with (
         pytest.raises(CheckpointError, match=r"^Cannot write to .*out: File exists\."),
-        hold_folder(tmp_path / "out", ONE),
+        lock_run_folder(tmp_path / "out", ONE),
     ):
         pass
 
 
 def test_a_folder_that_vanishes_meanwhile_ends_without_another_error(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    with hold_folder(folder, ONE):
+    with lock_run_folder(folder, ONE):
         folder.rename(tmp_path / "moved")
 
 
@@ -235,9 +235,11 @@ def test_two_checkpoints_must_have_room(
         file.truncate(there)
     model = nn.Linear(40, 100)
     if enough:
-        assert room_on_disk(tmp_path, model, ONE).startswith("A checkpoint takes about 49.2 KB; ")
+        assert check_disk_space(tmp_path, model, ONE).startswith(
+            "A checkpoint takes about 49.2 KB; "
+        )
     else:
         with pytest.raises(
             BertdistError, match=r"are needed for 2 checkpoints and best/: make room\.$"
         ):
-            room_on_disk(tmp_path, model, ONE)
+            check_disk_space(tmp_path, model, ONE)

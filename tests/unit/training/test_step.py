@@ -10,13 +10,13 @@ from forked import run_ranks
 from torch import Tensor, nn
 
 from bertdist.core.errors import DataError
-from bertdist.data.batch import Batch, Step
-from bertdist.data.sharding import Batches
+from bertdist.data.batch import PackedBatch, Step
+from bertdist.data.sharding import MapLoader
 from bertdist.data.tokenization import Example
-from bertdist.distributed.collectives import host_group, smallest
+from bertdist.distributed.collectives import all_reduce_min, host_group
 from bertdist.training import step as room
 from bertdist.training.checkpoint import Progress
-from bertdist.training.step import Room
+from bertdist.training.step import MicroBatcher
 
 ONE_RANK: Any = SimpleNamespace(
     num_processes=1, process_index=0, is_main_process=True, device=torch.device("cpu")
@@ -50,7 +50,7 @@ class Model(nn.Module):
         self.fits, self.texts = fits, texts
         self.asked: list[tuple[list[int], bool]] = []
 
-    def backward(self, batch: Batch, final: bool) -> Tensor:
+    def backward(self, batch: PackedBatch, final: bool) -> Tensor:
         self.asked.append((batch.rows.tolist(), final))
         loss = (self.weight * batch.ids.sum()).float() * torch.rand(len(batch.rows)).sum()
         loss.backward()  # half of the work is done when memory runs out
@@ -61,15 +61,17 @@ class Model(nn.Module):
 
 def open_room(
     tokens: int, model: nn.Module, progress: Progress | None = None
-) -> tuple[Room, Step, list[str]]:
+) -> tuple[MicroBatcher, Step, list[str]]:
     said: list[str] = []
-    batches: Any = Batches(examples=Rows(), rows_per_step=5, tokens_per_micro_batch=tokens)  # type: ignore[arg-type]
-    found = Room(model, batches, tokens, progress or Progress(), ONE_RANK, said.append)
-    (step,) = found.cutting(batches).steps(0, 1)
+    batches: Any = MapLoader(examples=Rows(), rows_per_step=5, tokens_per_micro_batch=tokens)  # type: ignore[arg-type]
+    found = MicroBatcher(model, batches, tokens, progress or Progress(), ONE_RANK, said.append)
+    (step,) = found.rebatch(batches).steps(0, 1)
     return found, step, said
 
 
-def gradient_and_loss(tokens: int, fits: int) -> tuple[float, float, Model, Room, list[str]]:
+def gradient_and_loss(
+    tokens: int, fits: int
+) -> tuple[float, float, Model, MicroBatcher, list[str]]:
     model = Model(fits)
     place, step, said = open_room(tokens, model)
     torch.manual_seed(3)
@@ -121,7 +123,7 @@ def test_half_a_gradient_and_other_random_numbers_would_be_seen(
 def test_the_next_step_of_the_loader_is_cut_by_the_new_size() -> None:
     """Workers are ahead and cut by the old one."""
     _, _, model, place, said = gradient_and_loss(20, 12)
-    (step,) = Batches(examples=Rows(), rows_per_step=5, tokens_per_micro_batch=20).steps(0, 1)  # type: ignore[arg-type]
+    (step,) = MapLoader(examples=Rows(), rows_per_step=5, tokens_per_micro_batch=20).steps(0, 1)  # type: ignore[arg-type]
     model.asked.clear()
     place.accumulate(model, step, model.backward)
     assert len(said) == 1 and model.asked == [([0], False), ([1, 2], False), ([3, 4], True)]
@@ -139,7 +141,7 @@ def test_a_text_that_does_not_fit_alone_is_an_error() -> None:
 
 
 def test_other_errors_stay_what_they_are() -> None:
-    def broken(batch: Batch, final: bool) -> Tensor:
+    def broken(batch: PackedBatch, final: bool) -> Tensor:
         raise RuntimeError("shapes differ")
 
     place, step, _ = open_room(20, Model(1))
@@ -165,7 +167,7 @@ def test_other_errors_stay_what_they_are() -> None:
 def test_what_is_asked_for_wins_and_progress_remembers(
     asked: int | None, before: Progress, tokens: int
 ) -> None:
-    Room(Model(1), None, asked, before, ONE_RANK, print)  # type: ignore[arg-type]
+    MicroBatcher(Model(1), None, asked, before, ONE_RANK, print)  # type: ignore[arg-type]
     assert before.tokens_per_micro_batch == tokens
 
 
@@ -181,7 +183,7 @@ def test_what_is_found_leaves_room_for_gradients_and_averages(
     )
     said: list[str] = []
     for _ in range(2):
-        place = Room(model, None, None, Progress(), ONE_RANK, said.append)  # type: ignore[arg-type]
+        place = MicroBatcher(model, None, None, Progress(), ONE_RANK, said.append)  # type: ignore[arg-type]
         model(torch.ones(1, 100)).sum().backward()
         place.find(lambda batch: torch.zeros(()), model, adamw)
         assert place.progress.tokens_per_micro_batch == 256 and model.weight.grad is None
@@ -194,6 +196,6 @@ def test_what_is_found_leaves_room_for_gradients_and_averages(
 def test_the_smallest_of_all_ranks_is_known_to_all() -> None:
     def told(accelerator: Any) -> list[int]:
         rank = accelerator.process_index
-        return smallest(accelerator, [rank, 10 - rank, 2**40], host_group(accelerator))
+        return all_reduce_min(accelerator, [rank, 10 - rank, 2**40], host_group(accelerator))
 
     assert [run_ranks(n, told) for n in (1, 3)] == [[[0, 10, 2**40]], [[0, 8, 2**40]] * 3]

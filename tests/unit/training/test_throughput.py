@@ -23,7 +23,13 @@ from bertdist.data.batch import collate
 from bertdist.data.tokenization import Example
 from bertdist.models import attention
 from bertdist.models.classifier import Classifier
-from bertdist.training.throughput import MEASURED, Meter, ModelFlops, matmul_rate, model_flops
+from bertdist.training.throughput import (
+    MEASURED,
+    ModelFlops,
+    ThroughputMeter,
+    matmul_rate,
+    model_flops,
+)
 
 SIZES = {
     "vocab_size": 99,
@@ -204,11 +210,13 @@ def slow(given: Given, clock: Clock, seconds: float) -> Iterator[Any]:
         yield SimpleNamespace(lengths=lengths)
 
 
-def meter_of(packed: bool = True) -> Meter:
-    return Meter(ModelFlops(per_token=100, per_pair=0, per_text=0), packed, rate=1000)
+def meter_of(packed: bool = True) -> ThroughputMeter:
+    return ThroughputMeter(ModelFlops(per_token=100, per_pair=0, per_text=0), packed, rate=1000)
 
 
-def run(meter: Meter, given: Given, clock: Clock, wait: float = 0.5, work: float = 1.0) -> None:
+def run(
+    meter: ThroughputMeter, given: Given, clock: Clock, wait: float = 0.5, work: float = 1.0
+) -> None:
     """One rank's steps, brought together."""
     for _ in meter.watch(slow(given, clock, wait)):
         clock.now += work
@@ -313,13 +321,13 @@ def test_nothing_is_brought_together_twice(clock: Clock) -> None:
 
 
 def test_the_summary_in_words(clock: Clock) -> None:
-    meter = Meter(ModelFlops(per_token=1e12, per_pair=0, per_text=0), True, rate=1e13)
+    meter = ThroughputMeter(ModelFlops(per_token=1e12, per_pair=0, per_text=0), True, rate=1e13)
     run(meter, [[[3000]], [[1000]]], clock, wait=0.5, work=999.5)
     assert str(meter) == (
         "2 steps in 2,000.0 s: 2 real tokens a second, padding factor 1.00; 1.0 s (0.1%) went into waiting for data."
         " The model did 2 TFLOP/s, 20% of the 10 that plain matrix products reach."
     )
-    both = Meter(meter.flops, True, rate=1e13)
+    both = ThroughputMeter(meter.flops, True, rate=1e13)
     both.add(torch.tensor([[[3.0, 3, 3e12, 0.5]], [[1.0, 1, 1e12, 0.25]]], dtype=torch.float64))
     clock.now += 1
     assert str(both).endswith(
@@ -328,7 +336,7 @@ def test_the_summary_in_words(clock: Clock) -> None:
 
 
 def test_without_flops_the_rest_is_told(clock: Clock) -> None:
-    meter = Meter(ModelFlops(math.nan, math.nan, math.nan), True, rate=1e13)
+    meter = ThroughputMeter(ModelFlops(math.nan, math.nan, math.nan), True, rate=1e13)
     run(meter, [[[3]]], clock)
     assert str(meter).endswith("went into waiting for data.")
     unknown = {name for name, value in meter.summary().items() if math.isnan(value)}

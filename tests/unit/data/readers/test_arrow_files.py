@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bertdist.core.errors import DataError
-from bertdist.data.readers.file_reader import File, FileRows, find_file, open_file
+from bertdist.data.readers.file_reader import File, FileReader, find_file, open_file
 
 
 def unpacked(content: bytes, at: int) -> BinaryIO:
@@ -47,7 +47,7 @@ def test_a_file_elsewhere_has_the_kind_before_its_packing(address: str) -> None:
     assert file.name.startswith("train.csv") and "?" not in file.name
     names, read = open_file(file, 1)
     assert names == ["text", "label"] and read(["text"])["text"].to_pylist() == ["a,b"]  # type: ignore[union-attr]
-    pieces = list(FileRows(file, fingerprint="etag", piece_bytes=6).pieces(["label"]))
+    pieces = list(FileReader(file, fingerprint="etag", piece_bytes=6).pieces(["label"]))
     assert [piece.columns["label"].to_pylist() for piece in pieces] == [["1"], ["2"]]  # type: ignore[union-attr]
     assert [piece.where(0) for piece in pieces] == [f"{file.name} line 2", f"{file.name} line 3"]
 
@@ -59,7 +59,7 @@ def test_a_file_travels_to_another_process_and_opens_there(tmp_path: Path) -> No
         file = find_file(
             str(tmp_path / name), delimiter=None, quoting="auto", encoding=None, column_names=None
         )
-        source = pickle.loads(pickle.dumps(FileRows(file)))
+        source = pickle.loads(pickle.dumps(FileReader(file)))
         (piece,) = source.pieces(["text"])
         assert (
             piece.columns["text"].to_pylist() == ["a"]

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from bertdist.core.errors import DataError
 from bertdist.data.readers import csv_reader as row_ends
 from bertdist.data.readers import file_reader as file_rows
-from bertdist.data.readers.file_reader import File, FileRows
+from bertdist.data.readers.file_reader import File, FileReader
 from bertdist.data.readers.text_lines import Lines
-from bertdist.data.source import BadRow, Piece, RowSource, first_rows
+from bertdist.data.source import Chunk, RowSource, SkippedRow, first_rows_of_chunk
 
 Rows = list[tuple[Any, ...]]
 
@@ -58,20 +58,20 @@ def values(column: Any) -> list[Any]:
     return list(column) if isinstance(column, list) else list(column.to_pylist())
 
 
-def rows_of(piece: Piece, wanted: list[str]) -> Rows:
+def rows_of(piece: Chunk, wanted: list[str]) -> Rows:
     """(place in words, value, value, ...) of every row."""
     columns = [values(piece.columns[name]) for name in wanted]
     assert all(len(column) == piece.rows for column in columns)
     return [(piece.where(row), *(column[row] for column in columns)) for row in range(piece.rows)]
 
 
-Outcome = tuple[Rows, list[BadRow]]
+Outcome = tuple[Rows, list[SkippedRow]]
 
 
 def whole(file: File, wanted: list[str] | None = None, **settings: Any) -> Outcome | str:
     """Rows and bad rows of the whole file, or the refusal."""
     try:
-        source = FileRows(file, **settings)
+        source = FileReader(file, **settings)
         wanted = wanted or source.column_names()
         piece = source.whole(wanted)
         columns = [values(piece.columns[name]) for name in wanted]
@@ -88,9 +88,9 @@ def whole(file: File, wanted: list[str] | None = None, **settings: Any) -> Outco
 def in_pieces(file: File, wanted: list[str] | None = None, **settings: Any) -> Outcome | str:
     """The same from pieces; every place is tried."""
     rows: Rows = []
-    bad: list[BadRow] = []
+    bad: list[SkippedRow] = []
     try:
-        source = FileRows(file, **settings)
+        source = FileReader(file, **settings)
         wanted = wanted or source.column_names()
         pieces = list(source.pieces(wanted))
     except DataError as error:
@@ -354,7 +354,7 @@ def test_a_row_that_goes_on_too_long_is_refused_where_it_begins() -> None:
 
 def test_pieces_are_small_and_memory_is_a_few_of_them() -> None:
     line = b'"' + b"x" * 200 + b'",1\n'
-    pieces = list(FileRows(file_of(b"c0,c1\n" + line * 500), piece_bytes=4096).pieces(["c0"]))
+    pieces = list(FileReader(file_of(b"c0,c1\n" + line * 500), piece_bytes=4096).pieces(["c0"]))
     assert {piece.rows for piece in pieces[:-1]} == {4096 // len(line)}
     assert [piece.place["at"] for piece in pieces] == [
         6 + len(line) * sum(p.rows for p in pieces[:at]) for at in range(len(pieces))
@@ -363,7 +363,7 @@ def test_pieces_are_small_and_memory_is_a_few_of_them() -> None:
     assert {
         piece.rows
         for piece in list(
-            FileRows(file_of(b"c0,c1\n" + stray * 500), piece_bytes=100).pieces(["c0"])
+            FileReader(file_of(b"c0,c1\n" + stray * 500), piece_bytes=100).pieces(["c0"])
         )[:-1]
     } == {10}
 
@@ -380,26 +380,26 @@ def test_a_file_of_this_machine_knows_its_size_and_changes_its_fingerprint(tmp_p
     path.write_bytes(b"c0\tc1\na\t1\n")
 
     def source(**form: Any) -> RowSource:
-        return FileRows(File(**{**vars(file_of(b"", "tsv", **form)), "path": str(path)}))
+        return FileReader(File(**{**vars(file_of(b"", "tsv", **form)), "path": str(path)}))
 
     one = source()
     assert one.bytes == 10 and one.has_header and one.name == "a.tsv" and one.features is None
     assert one.fingerprint == source().fingerprint != source(quoted=True).fingerprint
     path.write_bytes(b"c0\tc1\na\t2\n")
     assert source().fingerprint != one.fingerprint
-    there = FileRows(file_of(b"", "tsv"), fingerprint="etag", size=7)
+    there = FileReader(file_of(b"", "tsv"), fingerprint="etag", size=7)
     assert (
         there.bytes == 7
-        and there.fingerprint != FileRows(file_of(b"", "tsv"), fingerprint="other").fingerprint
+        and there.fingerprint != FileReader(file_of(b"", "tsv"), fingerprint="other").fingerprint
     )
 
 
 def test_the_first_rows_come_with_what_was_left_out_before_the_next() -> None:
     content = b"c0,c1\na,1\nbad\nb,2\nbad\nc,3\nbad\n"
     for count, lines in ((1, [3]), (2, [3, 5]), (3, [3, 5, 7])):
-        piece = FileRows(file_of(content), on_bad_row="skip").whole(["c0"], count)
-        again = first_rows(
-            next(FileRows(file_of(content), on_bad_row="skip").pieces(["c0"])), count
+        piece = FileReader(file_of(content), on_bad_row="skip").whole(["c0"], count)
+        again = first_rows_of_chunk(
+            next(FileReader(file_of(content), on_bad_row="skip").pieces(["c0"])), count
         )
         for found in (piece, again):
             assert (found.rows, values(found.columns["c0"])) == (count, list("abc")[:count])

@@ -20,11 +20,11 @@ from servers import FakeHub
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
-from bertdist.data.loading import open_source
+from bertdist.data.loading import load_records
 from bertdist.data.readers import hub_reader as hub
-from bertdist.data.readers.hub_reader import HubRows
+from bertdist.data.readers.hub_reader import HubReader
 from bertdist.data.records import Columns
-from bertdist.data.source import Piece, RowSource
+from bertdist.data.source import Chunk, RowSource
 from bertdist.data.streaming import Stream
 
 ROWS = [{"text": f"text {row}", "label": row % 3, "number": row / 2} for row in range(100)]
@@ -71,7 +71,7 @@ def write(folder: Path, kind: str) -> Path:
     return folder
 
 
-def as_lists(pieces: list[Piece]) -> list[tuple[Any, ...]]:
+def as_lists(pieces: list[Chunk]) -> list[tuple[Any, ...]]:
     return [
         (
             piece.rows,
@@ -84,7 +84,7 @@ def as_lists(pieces: list[Piece]) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_row_from_every_place(kind: str, tmp_path: Path) -> None:
-    source: RowSource = HubRows(str(write(tmp_path / "data", kind)))
+    source: RowSource = HubReader(str(write(tmp_path / "data", kind)))
     assert pickle.loads(pickle.dumps(source)) == source
     assert source.column_names() == ["text", "label", "number"]
     pieces = list(source.pieces(["label", "text"]))
@@ -112,7 +112,7 @@ def test_every_row_from_every_place(kind: str, tmp_path: Path) -> None:
 def test_a_reading_that_forgets_its_place_is_seen(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = HubRows(str(write(tmp_path / "data", kind)))
+    source = HubReader(str(write(tmp_path / "data", kind)))
     pieces = list(source.pieces(["text"]))
 
     def forgetful(read: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,7 +137,7 @@ def test_texts_that_are_not_utf8_are_left_out_or_named(kind: str, tmp_path: Path
         pa.parquet.write_table(table, tmp_path / "data" / "train.parquet", row_group_size=10)
     else:
         datasets.Dataset(table).save_to_disk(str(tmp_path / "data"))
-    source = HubRows(str(tmp_path / "data"))
+    source = HubReader(str(tmp_path / "data"))
     told: dict[str, Any] = {
         "name": "data",
         "asked": Columns("text", None, "label", None),
@@ -168,7 +168,7 @@ def test_texts_of_a_split_in_memory_that_are_not_utf8_are_left_out_or_named(tmp_
         }
     )
     pa.parquet.write_table(table, tmp_path / "train.parquet")
-    found = open_source(DataConfig(dataset_name=str(tmp_path), on_bad_row="skip"), "train")
+    found = load_records(DataConfig(dataset_name=str(tmp_path), on_bad_row="skip"), "train")
     assert found.texts.to_pylist() == [f"text {row}" for row in range(99) if row != 3]
     assert [row.file for row in found.bad] == [
         f"{tmp_path} split 'train' row {row}" for row in (3, 99)
@@ -177,11 +177,11 @@ def test_texts_of_a_split_in_memory_that_are_not_utf8_are_left_out_or_named(tmp_
         found.where(3) == f"{tmp_path} split 'train' row 4" and r"text 3 \xd9" in found.bad[0].text
     )
     with pytest.raises(DataError, match=r"split 'train' row 3: column 'text' is not UTF-8 \("):
-        open_source(DataConfig(dataset_name=str(tmp_path)), "train")
+        load_records(DataConfig(dataset_name=str(tmp_path)), "train")
 
 
 def test_class_names_and_columns(tmp_path: Path) -> None:
-    source = HubRows(str(write(tmp_path / "data", "saved")))
+    source = HubReader(str(write(tmp_path / "data", "saved")))
     assert source.features["label"].names == ["a", "b", "c"]
     assert not source.has_header and source.bytes is None
     assert list(next(source.pieces(["number"])).columns) == ["number"]
@@ -191,7 +191,7 @@ def test_class_names_and_columns(tmp_path: Path) -> None:
 def test_the_fingerprint_is_of_the_data(kind: str, tmp_path: Path) -> None:
     def fingerprint(name: str) -> str:
         hub._load.cache_clear()
-        return HubRows(str(tmp_path / name)).fingerprint
+        return HubReader(str(tmp_path / name)).fingerprint
 
     write(tmp_path / "one", kind)
     before, path = fingerprint("one"), tmp_path / "one" / f"train-1.{kind}"
@@ -209,26 +209,26 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "script").mkdir()
     (tmp_path / "script" / "script.py").write_text("")
     for source, found in [
-        (HubRows(folder, split="trian"), f"{folder} has no split 'trian'. Did you mean 'train'?"),
+        (HubReader(folder, split="trian"), f"{folder} has no split 'trian'. Did you mean 'train'?"),
         (
-            HubRows(folder, split="train[:10%]"),
+            HubReader(folder, split="train[:10%]"),
             f"{folder} has no split 'train[:10%]'. A part of a split cannot be streamed.",
         ),
-        (HubRows(saved, split="dev"), f"{saved} has no split 'dev'. Known: 'train'."),
+        (HubReader(saved, split="dev"), f"{saved} has no split 'dev'. Known: 'train'."),
         (
-            HubRows(folder, "other"),
+            HubReader(folder, "other"),
             f"{folder}/other cannot be read: BuilderConfig 'other' not found.",
         ),
         (
-            HubRows(f"{folder}/none"),
+            HubReader(f"{folder}/none"),
             f"{folder}/none is neither a folder here nor a data set that the hub gave. ",
         ),
         (
-            HubRows("user/name"),
+            HubReader("user/name"),
             "user/name is neither a folder here nor a data set that the hub gave. HF_HUB_OFFLINE is set, ",
         ),
         (
-            HubRows(str(tmp_path / "script")),
+            HubReader(str(tmp_path / "script")),
             f"{tmp_path}/script is made by a Python script, which `datasets` no longer runs;",
         ),
     ]:
@@ -241,7 +241,7 @@ def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
     folder = write(tmp_path / "data", "parquet")
     (folder / "train-1.parquet").write_bytes(b"PAR1 no more PAR1")
     with pytest.raises(DataError, match="data split 'train' cannot be read: "):
-        list(HubRows(str(folder)).pieces(["text"]))
+        list(HubReader(str(folder)).pieces(["text"]))
 
 
 CARD = b"""---
@@ -262,7 +262,7 @@ import json, sys
 from bertdist.data.readers import remote as addresses
 from bertdist.data.readers import remote
 from bertdist.core.errors import DataError
-from bertdist.data.readers.hub_reader import HubRows
+from bertdist.data.readers.hub_reader import HubReader
 
 addresses.FIRST_WAIT_SECONDS = 0.0
 
@@ -272,7 +272,7 @@ def told(action):
     except DataError as error:
         return str(error)
 
-source = HubRows("user/name")
+source = HubReader("user/name")
 if sys.argv[1:] == ["fingerprint"]:
     print(json.dumps(source.fingerprint))
 elif len(sys.argv) > 1:
@@ -287,7 +287,7 @@ else:
         "place": texts[18_000][1],
         "found": remote.find_addresses("hf://datasets/user/name/data/*.parquet"),
         "csv": remote.open_bytes("hf://datasets/user/name/rows.csv", 5).read().decode(),
-        "errors": [told(HubRows(name).column_names) for name in ("gated/name", "no/name")]
+        "errors": [told(HubReader(name).column_names) for name in ("gated/name", "no/name")]
         + [told(lambda: remote.find_addresses(f"hf://datasets/{name}")) for name in ("user/name/no.csv", "gated/name/rows.csv")],
     }))
 """

@@ -11,7 +11,7 @@ import pytest
 
 from bertdist.core.errors import DataError
 from bertdist.data.readers.parquet_reader import parquet_columns, read_slices, read_whole
-from bertdist.data.source import Piece
+from bertdist.data.source import Chunk
 
 
 def parquet_of(rows: int = 100, **settings: Any) -> Any:
@@ -28,7 +28,7 @@ def parquet_of(rows: int = 100, **settings: Any) -> Any:
     return partial(io.BytesIO, sink.getvalue())
 
 
-def values(pieces: list[Piece], name: str) -> list[Any]:
+def values(pieces: list[Chunk], name: str) -> list[Any]:
     return [value for piece in pieces for value in piece.columns[name].to_pylist()]  # type: ignore[union-attr]
 
 

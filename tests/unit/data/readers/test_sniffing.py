@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bertdist.core.errors import DataError
-from bertdist.data.readers.file_reader import File, FileRows, find_file
+from bertdist.data.readers.file_reader import File, FileReader, find_file
 from bertdist.data.readers.sniffing import guess_encoding
 
 SENTENCES = {
@@ -176,7 +176,7 @@ def test_a_byte_further_down_is_an_error_with_its_line(tmp_path: Path) -> None:
         DataError,
         match=r"^a\.tsv line 20001: byte 0x81 is not cp1252; pass the --encoding it was written in",
     ):
-        FileRows(file).whole(["text"])
+        FileReader(file).whole(["text"])
 
 
 @pytest.mark.parametrize(
@@ -202,5 +202,5 @@ def test_real_files_need_no_flags(
         str(shared_data / path), delimiter=None, quoting="auto", encoding=None, column_names=names
     )
     assert file.told() == told
-    source = FileRows(file)
+    source = FileReader(file)
     assert source.whole(source.column_names()).rows == rows
