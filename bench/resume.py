@@ -62,7 +62,9 @@ def measure(model: str, rows: int, folder: Path) -> dict[str, list[float]]:
     )
     records = load_records(data, "train")
     batches = MapLoader(
-        examples=open_examples(records, tokenizer, TASK, 128), shuffle=True, **common
+        examples=open_examples(records, tokenizer, TASK, 128),
+        shuffle=True,
+        **common,  # type: ignore[arg-type]
     )
     stream = open_stream(replace(data, streaming=True, stream_window=WINDOW), 1)
     states = [window.state for window in stream.windows()]
