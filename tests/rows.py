@@ -69,7 +69,7 @@ class MemoryRows:
     def column_names(self) -> list[str]:
         return list(self.columns)
 
-    def pieces(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
+    def chunks(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
         at, number = (place["row"], place["piece"]) if place else (0, 0)
         while at < len(self.rows):
             some = self.rows[at : at + self.sizes[number % len(self.sizes)]]

@@ -17,16 +17,16 @@ from bertdist.core.errors import DataError, did_you_mean
 from bertdist.core.terminal import warn
 from bertdist.data.batch import Step
 from bertdist.data.columns import LabelValue
-from bertdist.data.readers.file_reader import File, FileReader, find_file, open_file
+from bertdist.data.readers.file_reader import DataFile, FileReader, inspect_file, open_file
 from bertdist.data.readers.hub_reader import HubReader, load_hub_splits
 from bertdist.data.readers.remote import (
-    find_addresses,
-    fingerprint_of,
+    compression_of,
+    file_fingerprint,
+    file_size,
+    list_files,
     open_bytes,
-    open_random,
-    packing_of,
+    open_seekable,
     protocol_of,
-    size_of,
 )
 from bertdist.data.records import Columns, Records, choose, join, read_records, records_of_piece
 from bertdist.data.source import Column, Placed, RowSource, SkippedRows, Split, read_skipped_rows
@@ -72,7 +72,7 @@ def load_records(data: DataConfig, split: Literal["train", "validation"]) -> Rec
         )
         for pattern in patterns:
             files.append([])
-            for address in find_addresses(pattern):
+            for address in list_files(pattern):
                 files[-1].append(_read_file(address, data, limit, above))
                 above = files[0][0].label_values[0] if data.on_bad_row == "skip" else None
         whole = join([records for of in files for records in of], _name(patterns))
@@ -107,8 +107,7 @@ def open_stream(data: DataConfig, seed: int) -> Stream:
     """The rows to learn from, read as they are needed; with --on_bad_row skip the first ones are read here. Raises DataError."""
     if data.train_file:
         parts: list[list[RowSource]] = [
-            [_rows(address, data) for address in find_addresses(pattern)]
-            for pattern in data.train_file
+            [_rows(address, data) for address in list_files(pattern)] for pattern in data.train_file
         ]
         name = _name(data.train_file)
     else:
@@ -134,7 +133,7 @@ def open_stream(data: DataConfig, seed: int) -> Stream:
             told
             for part in parts
             for source in part
-            if isinstance(source, FileReader) and (told := source.file.told())
+            if isinstance(source, FileReader) and (told := source.file.describe())
         ),
     ).settled()
 
@@ -146,21 +145,21 @@ def _file(
     quoting: str,
     encoding: str | None,
     column_names: list[str] | None,
-) -> File:
+) -> DataFile:
     """The file at an address, and how it is written. Raises DataError."""
-    here = protocol_of(address) is None and packing_of(address) is None
-    return find_file(
+    here = protocol_of(address) is None and compression_of(address) is None
+    return inspect_file(
         address,
         delimiter=delimiter,
         quoting=quoting,
         encoding=encoding,
         column_names=column_names,
         open_bytes=None if here else partial(open_bytes, address, say=warn),
-        open_random=None if here else partial(open_random, address, say=warn),
+        open_seekable=None if here else partial(open_seekable, address, say=warn),
     )
 
 
-def _labelled_file(address: str, data: DataConfig) -> File:
+def _labelled_file(address: str, data: DataConfig) -> DataFile:
     file = _file(
         address,
         delimiter=data.delimiter,
@@ -178,8 +177,8 @@ def _labelled_file(address: str, data: DataConfig) -> File:
 def _rows(address: str, data: DataConfig) -> FileReader:
     return FileReader(
         _labelled_file(address, data),
-        fingerprint=fingerprint_of(address),
-        size=size_of(address),
+        fingerprint=file_fingerprint(address),
+        size=file_size(address),
         on_bad_row=data.on_bad_row,
     )
 
@@ -189,7 +188,7 @@ def _read_file(
 ) -> Records:
     source = FileReader(_labelled_file(address, data), on_bad_row=data.on_bad_row)
     taken = choose(source, source.column_names(), _asked(data))
-    piece = source.whole(taken.names(), limit)
+    piece = source.read(taken.names(), limit)
     records, bad = records_of_piece(
         source, piece, taken, data.label_delimiter, data.on_bad_row, above
     )
@@ -199,7 +198,7 @@ def _read_file(
         )
     place = Placed(source.name, source.has_header, ((0, records.where, 0),), form=source.file)
     return replace(
-        records, source=place, bad=tuple(bad), guessed=tuple(filter(None, [source.file.told()]))
+        records, source=place, bad=tuple(bad), guessed=tuple(filter(None, [source.file.describe()]))
     )
 
 
@@ -233,7 +232,7 @@ def open_texts(
 ) -> Records:
     """The rows of a file without labels, for prediction; a .txt file has one text a line, blank lines too. Raises DataError."""
     found = []
-    for address in find_addresses(path):
+    for address in list_files(path):
         file = _file(
             address,
             delimiter=delimiter,

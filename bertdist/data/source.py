@@ -94,7 +94,7 @@ class RowSource(Protocol):
     def column_names(self) -> list[str]:
         """Names of the columns, in their order. Raises DataError."""
 
-    def pieces(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
+    def chunks(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
         """The rows from `place` (None: from the first) to the last, as columns `wanted`. Raises DataError."""
 
 

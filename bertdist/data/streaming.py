@@ -117,7 +117,7 @@ class Stream:
     ) -> Iterator[tuple[ReaderState, Records, list[SkippedRow]]]:
         """The pieces of one source from a place on, checked: where each begins, its rows, those left out. Raises DataError."""
         taken = choose(source, source.column_names(), self.asked)
-        for piece in source.pieces(taken.names(), place):
+        for piece in source.chunks(taken.names(), place):
             records, bad = records_of_piece(
                 source, piece, taken, self.label_delimiter, self.on_bad_row, self.above
             )

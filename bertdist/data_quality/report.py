@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import BertdistError, DataError
 from bertdist.data.loading import load_records, open_texts
-from bertdist.data.readers.file_reader import find_file, open_file
+from bertdist.data.readers.file_reader import inspect_file, open_file
 from bertdist.data.records import Records
 from bertdist.data.source import location_of
 from bertdist.data_quality.duplicates import (
@@ -205,7 +205,7 @@ def open_splits(
 
 def _has_labels(path: str, data: DataConfig, train: Records) -> bool:
     """Whether a file has the label columns of the training rows."""
-    file = find_file(
+    file = inspect_file(
         path,
         delimiter=data.delimiter,
         quoting=data.quoting,

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
-from bertdist.data.readers.file_reader import find_file, open_file
+from bertdist.data.readers.file_reader import inspect_file, open_file
 from bertdist.data.records import LABEL_COLUMNS, PAIRS, TEXT_COLUMNS, Records
 from bertdist.data_quality.findings import Example, Finding, Severity, excerpt
 from bertdist.data_quality.label_checks import SplitLabels
@@ -148,7 +148,7 @@ def _overflow(
     if data.column_names:
         return []
     try:
-        file = find_file(
+        file = inspect_file(
             path,
             delimiter=data.delimiter,
             quoting=data.quoting,
@@ -171,7 +171,7 @@ def _overflow(
             return []
         names = [f"column {at}" for at in range(len(header))]
         quoting = "double" if file.quoted else "none"
-        file = find_file(
+        file = inspect_file(
             path,
             delimiter=file.delimiter,
             quoting=quoting,

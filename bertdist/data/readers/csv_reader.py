@@ -30,7 +30,7 @@ import pyarrow.csv
 
 from bertdist.core.errors import DataError
 from bertdist.data.readers.text_lines import (
-    Form,
+    FileFormat,
     Lines,
     Offsets,
     Parsed,
@@ -74,7 +74,7 @@ class Row(NamedTuple):
 
 
 def cut(
-    form: Form, lines: Lines, num_fields: int, is_all: bool, soft: int, limit: int
+    form: FileFormat, lines: Lines, num_fields: int, is_all: bool, soft: int, limit: int
 ) -> tuple[int, Scan | None]:
     """Where the last row ends that ends within `soft` bytes, else the first one; 0: it ends beyond the lines. is_all: nothing follows them.
 
@@ -102,7 +102,7 @@ def last_line_end(data: bytes, is_all: bool, soft: int) -> int:
     return len(data) if is_all and not stop else stop
 
 
-def clean_rows(form: Form, data: bytes, num_fields: int) -> Rows:
+def clean_rows(form: FileFormat, data: bytes, num_fields: int) -> Rows:
     """Rows of data without fault, whose quotes pair up where it is quoted."""
     if not form.quoted:
         return rows_of_lines(data, blank=num_fields == 1)
@@ -120,7 +120,7 @@ def _even_ends(data: bytes) -> tuple[Offsets, Offsets]:
     return newlines[even] + 1, even + 1
 
 
-def is_clean(form: Form, data: bytes, limit: int) -> bool:
+def is_clean(form: FileFormat, data: bytes, limit: int) -> bool:
     """Whether newlines tell by themselves where rows end: quotes pair up, and no row has more than `limit` bytes."""
     if not form.quoted or not quotes_pair_up(data, form.delimiter):
         return not form.quoted
@@ -147,7 +147,7 @@ def quotes_pair_up(data: bytes, delimiter: str) -> bool:
 
 
 def scan(
-    form: Form,
+    form: FileFormat,
     lines: Lines,
     num_fields: int,
     limit: int,
@@ -186,7 +186,7 @@ def scan(
     return Scan(Rows(starts, ends, firsts), bad, min(at, size))
 
 
-def _scan_unquoted(form: Form, data: bytes, num_fields: int) -> Scan:
+def _scan_unquoted(form: FileFormat, data: bytes, num_fields: int) -> Scan:
     rows = rows_of_lines(data, blank=num_fields == 1)
     delimiters = np.flatnonzero(np.frombuffer(data, np.uint8) == ord(form.delimiter))
     counts = np.searchsorted(delimiters, rows.ends) - np.searchsorted(delimiters, rows.starts) + 1
@@ -200,7 +200,7 @@ def _scan_unquoted(form: Form, data: bytes, num_fields: int) -> Scan:
     return Scan(Rows(*(part[~wrong] for part in rows)), bad, len(data))
 
 
-def judge(form: Form, data: bytes, at: int, line: int, limit: int, is_all: bool) -> Row:
+def judge(form: FileFormat, data: bytes, at: int, line: int, limit: int, is_all: bool) -> Row:
     """The row that begins at `at`, on line `line` (from 1) of the file, field by field; data ends with a newline."""
     plain = re.compile(rb"[^%b\n]*" % re.escape(form.delimiter.encode()))
     fields: list[bytes] = []
@@ -247,7 +247,7 @@ def blank_at(data: bytes, at: int) -> int:
     return 1 if data.startswith(b"\n", at) else 2 if data.startswith(b"\r\n", at) else 0
 
 
-def _wrong_count(form: Form, found: int, expected: int) -> str:
+def _wrong_count(form: FileFormat, found: int, expected: int) -> str:
     if found == expected:
         return ""
     source = "the header" if form.has_header else "--column_names"
@@ -258,7 +258,9 @@ def _wrong_count(form: Form, found: int, expected: int) -> str:
 _BOM = b"\xef\xbb\xbf"
 
 
-def read_header(form: Form, lines: Lines, is_all: bool, limit: int) -> tuple[list[str], int] | None:
+def read_header(
+    form: FileFormat, lines: Lines, is_all: bool, limit: int
+) -> tuple[list[str], int] | None:
     """Names of the columns (none where there is no row), and how many lines stand before the first row.
 
     None where the header goes on beyond these lines, which are the file's first. Raises DataError.
@@ -298,7 +300,7 @@ def read_header(form: Form, lines: Lines, is_all: bool, limit: int) -> tuple[lis
 
 
 def parse(
-    form: Form,
+    form: FileFormat,
     lines: Lines,
     names: list[str],
     wanted: Sequence[str],
@@ -345,7 +347,7 @@ def parse(
 
 
 def _read_csv(
-    form: Form, data: bytes, num_fields: int, keys: list[int], block_bytes: int
+    form: FileFormat, data: bytes, num_fields: int, keys: list[int], block_bytes: int
 ) -> pa.Table:
     """Columns `keys` as large_string; raises ArrowInvalid."""
     types = {str(key): pa.large_string() for key in keys}
@@ -371,7 +373,9 @@ def _read_csv(
     return pa.csv.read_csv(pa.BufferReader(data), reading, parsing, converting)
 
 
-def _refuse(form: Form, lines: Lines, found: Scan, skip: bool) -> tuple[list[SkippedRow], Rows]:
+def _refuse(
+    form: FileFormat, lines: Lines, found: Scan, skip: bool
+) -> tuple[list[SkippedRow], Rows]:
     """What is left out, in the order of the lines, and the rows that stay. Without skip, a DataError at the first one that is."""
     rows, bad = found.rows, list(found.bad)
     if lines.broken:

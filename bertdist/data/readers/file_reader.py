@@ -8,9 +8,9 @@ A text file in pieces: some bytes are read, cut at the last newline, decoded (`t
 parsed by what parses the whole (`separated`, `json_lines`). Where no row ends in them, twice as many are taken. So a piece depends on the
 bytes of the file and on where it begins, and on nothing else: the same pieces come from the start and from the place of any piece.
 
-Which file, and how it is written: an address and the user's words about it -> File, whose columns are then read strictly.
+Which file, and how it is written: an address and the user's words about it -> DataFile, whose columns are then read strictly.
 
-In: an address, and the flags that describe the file (delimiter, quoting, encoding, names of the columns). Out: a `File`; what the flags do
+In: an address, and the flags that describe the file (delimiter, quoting, encoding, names of the columns). Out: a `DataFile`; what the flags do
 not say is guessed from the file's beginning. `open_file` reads a file of this machine whole, `file_rows.FileReader` any file in pieces too.
 One module, because what a flag means, and that it cannot take effect, must be the same for every file.
 """
@@ -33,11 +33,11 @@ from bertdist.data.readers.parquet_reader import parquet_columns, read_slices, r
 from bertdist.data.readers.sniffing import HEAD_BYTES, guess_encoding, guess_table, head_as_utf8
 from bertdist.data.readers.text_lines import (
     Buffer,
-    Form,
+    FileFormat,
     Lines,
     Offsets,
     OpenBytes,
-    OpenRandom,
+    OpenSeekable,
     Parsed,
     codec_of,
     first_bytes,
@@ -62,7 +62,7 @@ from bertdist.data.source import (
     first_rows_of_chunk,
 )
 
-PIECE_BYTES = 4 << 20
+CHUNK_BYTES = 4 << 20
 
 ROW_BYTES = (
     64 << 20
@@ -72,12 +72,12 @@ BLOCK_BYTES = 1 << 30  # what pyarrow reads at once; its limit is 2 GiB
 
 
 @dataclass(frozen=True, kw_only=True)
-class File(Form):
+class DataFile(FileFormat):
     """A file, how it is written, and what opens it."""
 
     path: str
     open_bytes: OpenBytes
-    open_random: OpenRandom
+    open_seekable: OpenSeekable
     guessed: bool = False  # not as its ending says, and no flag said so
 
     def where(self, row: int) -> str:
@@ -85,11 +85,11 @@ class File(Form):
         if self.kind == "parquet":
             return f"{self.name} row {row}"
         try:
-            return FileReader(self).whole([]).where(row)
+            return FileReader(self).read([]).where(row)
         except DataError:  # the file has changed since; the message that asks matters more
             return f"{self.name} row {row}"
 
-    def told(self) -> str | None:
+    def describe(self) -> str | None:
         """How the file is read, in one sentence, where that was guessed and is not the usual."""
         if not self.guessed:
             return None
@@ -127,12 +127,12 @@ class FileReader:
 
     def __init__(
         self,
-        file: File,
+        file: DataFile,
         *,
         fingerprint: str | None = None,
         size: int | None = None,
         on_bad_row: OnBadRow = "fail",
-        piece_bytes: int = PIECE_BYTES,
+        chunk_bytes: int = CHUNK_BYTES,
         row_bytes: int = ROW_BYTES,
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
@@ -143,7 +143,7 @@ class FileReader:
             file.has_header,
             on_bad_row == "skip",
         )
-        self.piece_bytes, self.row_bytes, self.block_bytes = piece_bytes, row_bytes, block_bytes
+        self.chunk_bytes, self.row_bytes, self.block_bytes = chunk_bytes, row_bytes, block_bytes
         self.features: Any = None
         here = fingerprint is None and os.path.isfile(file.path)
         stamp = local_stamp(file.path) if here else fingerprint
@@ -163,15 +163,15 @@ class FileReader:
         """Names of the columns that have one, in their order. Raises DataError, also where there is no row."""
         with reading(self.file.path):
             if self.file.kind == "parquet":
-                return parquet_columns(self.name, self.file.open_random)
+                return parquet_columns(self.name, self.file.open_seekable)
             names = self._head().names
         return [name for name in names if name and not (name == "_" and self.file.column_names)]
 
-    def whole(self, wanted: Sequence[str], rows: int | None = None) -> Chunk:
+    def read(self, wanted: Sequence[str], rows: int | None = None) -> Chunk:
         """The first `rows` rows in one piece, whose `where` and `spots` read the file again. Raises DataError."""
         with reading(self.file.path):
             if self.file.kind == "parquet":
-                return read_whole(self.name, self.file.open_random, wanted, rows)
+                return read_whole(self.name, self.file.open_seekable, wanted, rows)
             parsed, lines = self._parse_all(wanted, rows)
             where, spots = _WhereAgain(self, tuple(wanted)), partial(self._spots_again, wanted)
             piece = Chunk(
@@ -186,15 +186,15 @@ class FileReader:
                 )
         return piece._replace(spots=spots)
 
-    def pieces(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
-        """The rows from `place` (None: from the first) to the last, about `piece_bytes` at a time. Raises DataError.
+    def chunks(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
+        """The rows from `place` (None: from the first) to the last, about `chunk_bytes` at a time. Raises DataError.
 
         A place is {"at": byte of the unpacked file, "line": from 1, "row": rows before it}, or {"group", "row"} of a parquet file.
         """
         with reading(self.file.path):
             if self.file.kind == "parquet":
                 yield from read_slices(
-                    self.name, self.file.open_random, wanted, place, self.piece_bytes
+                    self.name, self.file.open_seekable, wanted, place, self.chunk_bytes
                 )
                 return
             head = self._head()
@@ -237,7 +237,7 @@ class FileReader:
         self, buffer: Buffer, head: _Head, place: ReaderState
     ) -> tuple[Lines, Scan | None, int] | None:
         """The next lines that hold whole rows, what was seen of them, and their bytes in the file; None at its end."""
-        size = self.piece_bytes
+        size = self.chunk_bytes
         while True:
             raw, is_all = buffer.first(size)
             if not raw:
@@ -248,10 +248,10 @@ class FileReader:
                 lines = self._lines(raw[:num_bytes], head.codec, place["line"])
                 if self._is_table():
                     stop, found = cut(
-                        self.file, lines, len(head.names), is_all, self.piece_bytes, self.row_bytes
+                        self.file, lines, len(head.names), is_all, self.chunk_bytes, self.row_bytes
                     )
                 else:
-                    stop, found = last_line_end(lines.data, is_all, self.piece_bytes), None
+                    stop, found = last_line_end(lines.data, is_all, self.chunk_bytes), None
                 if stop == len(lines.data):
                     return lines, found, num_bytes
                 if stop:
@@ -274,7 +274,7 @@ class FileReader:
         return self._known
 
     def _read_head(self, buffer: Buffer) -> _Head:
-        size = max(4, self.piece_bytes)
+        size = max(4, self.chunk_bytes)
         while True:
             raw, is_all = buffer.first(size)
             codec, mark = codec_of(self.file, raw)
@@ -392,13 +392,13 @@ Reader: TypeAlias = Callable[
 ]  # names of columns -> those columns
 
 
-def open_file(file: File, rows: int | None = None) -> tuple[list[str], Reader]:
+def open_file(file: DataFile, rows: int | None = None) -> tuple[list[str], Reader]:
     """The names of the file's columns, and a function that reads the first `rows` rows of some of them. Raises DataError."""
     source = FileReader(file, block_bytes=READ_BYTES)
-    return source.column_names(), lambda wanted: source.whole(wanted, rows).columns
+    return source.column_names(), lambda wanted: source.read(wanted, rows).columns
 
 
-def find_file(
+def inspect_file(
     path: str,
     *,
     delimiter: str | None,
@@ -406,8 +406,8 @@ def find_file(
     encoding: str | None,
     column_names: list[str] | None,
     open_bytes: OpenBytes | None = None,
-    open_random: OpenRandom | None = None,
-) -> File:
+    open_seekable: OpenSeekable | None = None,
+) -> DataFile:
     """The file behind `path`; what is not said of how it is written is guessed from its first bytes.
 
     Without openers it is a file of this machine. Raises DataError when it is not there, of no known kind, or described by settings that
@@ -445,7 +445,7 @@ def find_file(
             f"--column_names has {twice!r} twice; a column that is not to be read is named '_'."
         )
     quoted = kind == "csv" if quoting == "auto" else quoting == "double"
-    form = Form(
+    form = FileFormat(
         name=name,
         kind=kind,
         delimiter=sign,
@@ -464,10 +464,10 @@ def find_file(
         raise DataError(
             f"{path}: the ending {suffix!r} is not known; expected .{', .'.join(KINDS)}, or a table and its --delimiter."
         )
-    described = {each.name: getattr(settled, each.name) for each in fields(Form)}
-    random = open_random or partial(pa.OSFile, path)
-    return File(
-        **described, path=path, open_bytes=opener, open_random=random, guessed=settled != form
+    described = {each.name: getattr(settled, each.name) for each in fields(FileFormat)}
+    random = open_seekable or partial(pa.OSFile, path)
+    return DataFile(
+        **described, path=path, open_bytes=opener, open_seekable=random, guessed=settled != form
     )
 
 
@@ -486,8 +486,8 @@ def _existing(path: str) -> Path:
 
 
 def _guess(
-    form: Form, open_bytes: OpenBytes, encoding: bool, delimiter: bool, quoting: bool
-) -> Form | None:
+    form: FileFormat, open_bytes: OpenBytes, encoding: bool, delimiter: bool, quoting: bool
+) -> FileFormat | None:
     """`form` as far as it is to be guessed, guessed; None where the file is of no known kind."""
     head, is_all = first_bytes(form.name, open_bytes, HEAD_BYTES)
     if encoding:

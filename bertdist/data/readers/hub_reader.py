@@ -23,7 +23,7 @@ import xxhash
 from bertdist.core.errors import DataError, did_you_mean
 from bertdist.core.hub import ask_hub, why_not
 from bertdist.data.readers.parquet_reader import spots_in
-from bertdist.data.readers.remote import fingerprint_of, open_random
+from bertdist.data.readers.remote import file_fingerprint, open_seekable
 from bertdist.data.source import Chunk, ReaderState
 
 ROWS = 1000  # of a piece
@@ -60,12 +60,12 @@ class HubReader:
         """Of the commit on the hub; of the files' sizes, heads and tails in a folder. Raises DataError."""
         found = self._open()
         if isinstance(found, dict):
-            known = [fingerprint_of(file["filename"]) for file in found[self.split].cache_files]
+            known = [file_fingerprint(file["filename"]) for file in found[self.split].cache_files]
         else:
             files = self._files()
             known = [str(found.name), str(found.config.name)]
             known += [
-                fingerprint_of(file) if Path(file).is_file() else f"{found.hash} {file}"
+                file_fingerprint(file) if Path(file).is_file() else f"{found.hash} {file}"
                 for file in files
             ]
         return xxhash.xxh3_64_hexdigest(json.dumps([self.split, *known]).encode())
@@ -74,7 +74,7 @@ class HubReader:
         """Raises DataError."""
         return list(self.features)
 
-    def pieces(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
+    def chunks(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
         """The rows from a place on, else from the first. Raises DataError."""
         first, at, row = (place["shard"], place["at"], place["row"]) if place else (0, 0, 0)
         for shard, read in enumerate(self._shards(list(wanted))):
@@ -149,7 +149,7 @@ def _of_memory(dataset: Any, at: int) -> Iterator[pa.Table]:
 
 
 def _of_parquet(address: str, wanted: list[str], at: int) -> Iterator[pa.Table]:
-    with open_random(address) as file:
+    with open_seekable(address) as file:
         parquet = pa.parquet.ParquetFile(file)
         group, groups = 0, parquet.metadata.num_row_groups
         while group < groups and at >= (rows := parquet.metadata.row_group(group).num_rows):

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from bertdist.core.errors import DataError, did_you_mean
 from bertdist.data.readers.text_lines import (
-    Form,
+    FileFormat,
     Lines,
     Parsed,
     Rows,
@@ -26,7 +26,7 @@ from bertdist.data.readers.text_lines import (
 from bertdist.data.source import Column, SkippedRow, excerpt
 
 
-def read_keys(form: Form, lines: Lines, is_all: bool, skip: bool) -> list[str] | None:
+def read_keys(form: FileFormat, lines: Lines, is_all: bool, skip: bool) -> list[str] | None:
     """Keys of the first object (none where there is none). None where it stands beyond these lines, which are the file's first."""
     if lines.data.lstrip(b" \t\r\n").startswith(b"["):
         raise DataError(
@@ -37,7 +37,12 @@ def read_keys(form: Form, lines: Lines, is_all: bool, skip: bool) -> list[str] |
 
 
 def parse_json(
-    form: Form, lines: Lines, wanted: Sequence[str], *, skip: bool, num_rows: int | None = None
+    form: FileFormat,
+    lines: Lines,
+    wanted: Sequence[str],
+    *,
+    skip: bool,
+    num_rows: int | None = None,
 ) -> Parsed:
     """The values of the keys `wanted`, of the first `num_rows` objects. Raises DataError at what is no object or lacks a key.
 
@@ -60,7 +65,7 @@ def parse_json(
     return Parsed(taken, len(numbers), bad or [], rows)
 
 
-def parse_txt(form: Form, lines: Lines, wanted: Sequence[str]) -> Parsed:
+def parse_txt(form: FileFormat, lines: Lines, wanted: Sequence[str]) -> Parsed:
     """Every line as a text; those with bytes that are not of the encoding are left out and told."""
     texts = (
         lines.data.decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
@@ -90,7 +95,7 @@ def parse_txt(form: Form, lines: Lines, wanted: Sequence[str]) -> Parsed:
 
 
 def _objects(
-    form: Form, lines: Lines, bad: list[SkippedRow] | None, keys: Set[str] = frozenset()
+    form: FileFormat, lines: Lines, bad: list[SkippedRow] | None, keys: Set[str] = frozenset()
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line from 0, object) of every line that is not blank; where there is `bad`, what is no object with these keys goes there."""
     decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_object)

@@ -14,23 +14,23 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from bertdist.core.errors import DataError
-from bertdist.data.readers.text_lines import OpenRandom, twice_in
+from bertdist.data.readers.text_lines import OpenSeekable, twice_in
 from bertdist.data.source import Chunk, Column, ReaderState, RowLocation, excerpt
 
 PIECE_ROWS = 8192  # at most
 
 
-def parquet_columns(name: str, open_random: OpenRandom) -> list[str]:
+def parquet_columns(name: str, open_seekable: OpenSeekable) -> list[str]:
     """Names of the columns, in their order."""
-    with _opened(name, open_random) as parquet:
+    with _opened(name, open_seekable) as parquet:
         return list(parquet.schema_arrow.names)
 
 
 def read_whole(
-    name: str, open_random: OpenRandom, wanted: Sequence[str], rows: int | None
+    name: str, open_seekable: OpenSeekable, wanted: Sequence[str], rows: int | None
 ) -> Chunk:
     """The columns `wanted` of the first `rows` rows."""
-    with _opened(name, open_random) as parquet:
+    with _opened(name, open_seekable) as parquet:
         table = parquet.read(columns=list(wanted), use_threads=False).slice(0, rows)
     return _piece(
         name,
@@ -42,19 +42,19 @@ def read_whole(
 
 def read_slices(
     name: str,
-    open_random: OpenRandom,
+    open_seekable: OpenSeekable,
     wanted: Sequence[str],
     place: ReaderState | None,
-    piece_bytes: int,
+    chunk_bytes: int,
 ) -> Iterator[Chunk]:
-    """The same in slices of about `piece_bytes`; one within a row group is found again by reading the group from its beginning."""
+    """The same in slices of about `chunk_bytes`; one within a row group is found again by reading the group from its beginning."""
     place = place or {"group": 0, "row": 0}
-    with _opened(name, open_random) as parquet:
+    with _opened(name, open_seekable) as parquet:
         begin = sum(parquet.metadata.row_group(group).num_rows for group in range(place["group"]))
         for group in range(place["group"], parquet.metadata.num_row_groups):
             told = parquet.metadata.row_group(group)
             size = max(
-                1, min(PIECE_ROWS, piece_bytes * told.num_rows // max(1, told.total_byte_size))
+                1, min(PIECE_ROWS, chunk_bytes * told.num_rows // max(1, told.total_byte_size))
             )
             for batch in parquet.iter_batches(
                 size, row_groups=[group], columns=list(wanted), use_threads=False
@@ -68,8 +68,8 @@ def read_slices(
 
 
 @contextmanager
-def _opened(name: str, open_random: OpenRandom) -> Iterator[pa.parquet.ParquetFile]:
-    with closing(open_random()) as source:
+def _opened(name: str, open_seekable: OpenSeekable) -> Iterator[pa.parquet.ParquetFile]:
+    with closing(open_seekable()) as source:
         try:
             parquet = pa.parquet.ParquetFile(source, pre_buffer=False)
             names = list(parquet.schema_arrow.names)

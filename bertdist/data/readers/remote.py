@@ -306,7 +306,7 @@ EDGE_BYTES = 1 << 20  # at either end of a local file, for its fingerprint
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 
 
-def find_addresses(pattern: str) -> list[str]:
+def list_files(pattern: str) -> list[str]:
     """The files behind a path, an address or a glob of either, sorted. Raises DataError where there is none, or a folder."""
     if protocol_of(pattern) is None:
         return _find_local(pattern.removeprefix("file://"))
@@ -323,7 +323,7 @@ def find_addresses(pattern: str) -> list[str]:
 
     def matches() -> list[str]:
         system, path = file_system(pattern)
-        system.invalidate_cache()  # sizes and versions of this listing are those of size_of and fingerprint_of: one request for many files
+        system.invalidate_cache()  # sizes and versions of this listing are those of file_size and file_fingerprint: one request for many files
         found = system.glob(path, detail=True)
         return sorted(
             system.unstrip_protocol(name) for name, info in found.items() if info["type"] == "file"
@@ -337,7 +337,7 @@ def find_addresses(pattern: str) -> list[str]:
 def open_bytes(address: str, at: int = 0, say: Say | None = None) -> BinaryIO:
     """The bytes from offset `at` on, unpacked where the name ends in .gz or .zst: `at` counts unpacked bytes, and what stands before is
     unpacked and dropped. `say` hears of the first fault that passed. Raises DataError, now or while it is read."""
-    packing = packing_of(address)
+    packing = compression_of(address)
     if packing is None:
         plain = _open(address, BLOCK_BYTES, say)
         plain.seek(at)
@@ -350,17 +350,17 @@ def open_bytes(address: str, at: int = 0, say: Say | None = None) -> BinaryIO:
     return stream
 
 
-def open_random(address: str, say: Say | None = None) -> BinaryIO:
+def open_seekable(address: str, say: Say | None = None) -> BinaryIO:
     """The bytes as stored, seekable. Raises DataError, now or while it is read."""
     return _open(address, SEEKING_BYTES, say)
 
 
-def packing_of(address: str) -> str | None:
+def compression_of(address: str) -> str | None:
     """`gzip`, `zstd`, or None for bytes that are read as stored."""
     return PACKED.get(os.path.splitext(file_name(address))[1].lower())
 
 
-def size_of(address: str) -> int | None:
+def file_size(address: str) -> int | None:
     """Bytes as stored; None where a http server does not say. Raises DataError."""
     if protocol_of(address) is None:
         with _open(address, EDGE_BYTES, None) as file:
@@ -369,7 +369,7 @@ def size_of(address: str) -> int | None:
     return None if size is None else int(size)
 
 
-def fingerprint_of(address: str) -> str:
+def file_fingerprint(address: str) -> str:
     """Changes when the file does: size and the version that the server gives; of a local file size and xxh3 of its first and last MiB,
     not its time, so that a copy is the same file. Raises DataError."""
     if protocol_of(address) is not None:

@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import replace
 
 from bertdist.data.readers.csv_reader import blank_at, is_clean, judge, scan, with_line_end
-from bertdist.data.readers.text_lines import Form, Lines, hide_returns, line_ends
+from bertdist.data.readers.text_lines import FileFormat, Lines, hide_returns, line_ends
 
 HEAD_BYTES = 1 << 20
 
@@ -111,8 +111,8 @@ def _east_asian(data: bytes) -> str | None:
 
 
 def guess_table(
-    form: Form, head: bytes, is_all: bool, *, delimiter: bool, quoting: bool
-) -> Form | None:
+    form: FileFormat, head: bytes, is_all: bool, *, delimiter: bool, quoting: bool
+) -> FileFormat | None:
     """`form` with the delimiter and quoting of a table that begins with `head` (UTF-8), as far as they are to be guessed.
 
     `form` has the kind of its ending, with that kind's own delimiter and quoting; another kind means that the ending tells nothing. Then
@@ -141,7 +141,7 @@ def guess_table(
     return fitting[0] if len(fitting) == 1 else form if known else None
 
 
-def _is_even(form: Form, lines: Lines, is_all: bool) -> bool:
+def _is_even(form: FileFormat, lines: Lines, is_all: bool) -> bool:
     """Whether there are at least two rows, and all have the same number of fields, more than one, and as many as --column_names."""
     data, at = with_line_end(lines.data), 0
     while at < len(lines.data) and (blank := blank_at(data, at)):

@@ -31,7 +31,7 @@ STAMP_BYTES = 1 << 16
 
 OpenBytes: TypeAlias = Callable[[int], BinaryIO]  # from this byte of the unpacked file on
 
-OpenRandom: TypeAlias = Callable[[], Any]  # seekable, for parquet
+OpenSeekable: TypeAlias = Callable[[], Any]  # seekable, for parquet
 
 
 class Buffer:
@@ -106,7 +106,7 @@ _WIDE = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
+class FileFormat:
     """How a file is written: `kind` is csv, tsv, jsonl, json, txt or parquet; delimiter and quoting are settled for csv and tsv."""
 
     name: str  # for messages
@@ -149,7 +149,7 @@ class Parsed(NamedTuple):
     rows: Callable[[], Rows]
 
 
-def codec_of(form: Form, head: bytes) -> tuple[str, int]:
+def codec_of(form: FileFormat, head: bytes) -> tuple[str, int]:
     """Python's name of the encoding, byte order settled, and how many bytes of `head` (at least 4) are a byte order mark."""
     try:
         codec = codecs.lookup(form.encoding).name.removesuffix("-sig")
@@ -185,7 +185,7 @@ def line_ends(raw: bytes, codec: str) -> Offsets:
     return found
 
 
-def utf8_lines(form: Form, raw: bytes, codec: str, first: int, skip: bool) -> Lines:
+def utf8_lines(form: FileFormat, raw: bytes, codec: str, first: int, skip: bool) -> Lines:
     """Whole lines as UTF-8. Bytes that are not of the encoding are a DataError; with skip, their lines are told."""
     try:
         if (
@@ -242,7 +242,7 @@ def hide_returns(lines: Lines) -> Lines:
     )
 
 
-def refuse_old_mac(form: Form, lines: Lines) -> None:
+def refuse_old_mac(form: FileFormat, lines: Lines) -> None:
     """DataError where the whole of a file has carriage returns and no newline."""
     if (lines.stand_in or b"\r" in lines.data) and b"\n" not in lines.data:
         raise DataError(
@@ -281,7 +281,7 @@ def text_at(lines: Lines, start: int, end: int) -> str:
     return excerpt(text.replace(lines.stand_in, "\r") if lines.stand_in else text)
 
 
-def spots_of(form: Form, lines: Lines, rows: Rows) -> Spots:
+def spots_of(form: FileFormat, lines: Lines, rows: Rows) -> Spots:
     """Where rows stand, and how they look there."""
 
     def spots(wanted: Sequence[int]) -> list[RowLocation]:

@@ -21,7 +21,7 @@ from bertdist.data.columns import (
     without,
     without_labels,
 )
-from bertdist.data.readers.file_reader import FileReader, find_file
+from bertdist.data.readers.file_reader import FileReader, inspect_file
 from bertdist.data.source import Chunk, SkippedRow, skipped_rows
 
 where = "a.csv line {}".format
@@ -218,8 +218,8 @@ def test_the_same_rows_are_left_out_of_pieces_and_of_the_whole(tmp_path: Path, k
             for name, c in (("text", texts), ("label", labels))
         }
         pq.write_table(pa.table(columns), path, row_group_size=70)
-    file = find_file(str(path), delimiter=None, quoting="auto", encoding=None, column_names=None)
-    rows, bad, _ = read(FileReader(file, on_bad_row="skip").whole(["text", "label"]), None)
+    file = inspect_file(str(path), delimiter=None, quoting="auto", encoding=None, column_names=None)
+    rows, bad, _ = read(FileReader(file, on_bad_row="skip").read(["text", "label"]), None)
     if (
         kind == "csv"
     ):  # an open quote takes nothing but its own line with it; what "b" begins is told as a row of its own
@@ -238,7 +238,7 @@ def test_the_same_rows_are_left_out_of_pieces_and_of_the_whole(tmp_path: Path, k
         found: list[Any] = []
         left: list[SkippedRow] = []
         first: Any = []
-        for piece in FileReader(file, on_bad_row="skip", piece_bytes=size).pieces(
+        for piece in FileReader(file, on_bad_row="skip", chunk_bytes=size).chunks(
             ["text", "label"]
         ):
             some, some_bad, labels_of = read(piece, first[0] if first else None)

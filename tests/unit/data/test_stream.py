@@ -21,7 +21,7 @@ from bertdist.data import records as records_module
 from bertdist.data import streaming as stream
 from bertdist.data.loading import load_records, open_stream
 from bertdist.data.readers import parquet_reader as parquet_files
-from bertdist.data.readers.file_reader import FileReader, find_file
+from bertdist.data.readers.file_reader import FileReader, inspect_file
 from bertdist.data.records import Columns
 from bertdist.data.source import Chunk, OnBadRow, ReaderState
 from bertdist.data.streaming import EMPTY, HEAD_ROWS, State, Stream, Window
@@ -219,8 +219,8 @@ def test_a_state_that_forgets_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 class Shifted(MemoryRows):
     """A source whose places are one row off."""
 
-    def pieces(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
-        return super().pieces(wanted, place and {**place, "row": place["row"] + 1})
+    def chunks(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
+        return super().chunks(wanted, place and {**place, "row": place["row"] + 1})
 
 
 def test_a_source_that_goes_on_elsewhere_is_seen() -> None:
@@ -259,7 +259,7 @@ def test_where_a_row_stands_is_told_of_its_file() -> None:
 
 def test_rows_that_were_left_out_arrive_once_also_of_pieces_without_rows() -> None:
     files = files_of([(5, (2, 0)), (0, (1,)), (9, (0, 0, 3)), (2, (5,))])
-    expected = sorted(bad for file in files for piece in file.pieces(["text"]) for bad in piece.bad)
+    expected = sorted(bad for file in files for piece in file.chunks(["text"]) for bad in piece.bad)
     for window_rows in (1, 2, 4, 100):
         read = stream_of([files], window_rows=window_rows)
         windows = list(read.windows())
@@ -282,7 +282,7 @@ def parquet_rows(path: Path, wrong: Sequence[int], on_bad_row: OnBadRow = "skip"
     """40 rows in 4 groups, some of them with a text that is not UTF-8."""
     texts = not_utf8([f"{path.stem} {row}" for row in range(40)], wrong)
     pq.write_table(pa.table({"text": texts, "label": ["no", "yes"] * 20}), path, row_group_size=10)
-    told = find_file(str(path), delimiter=None, quoting="auto", encoding=None, column_names=None)
+    told = inspect_file(str(path), delimiter=None, quoting="auto", encoding=None, column_names=None)
     return FileReader(told, on_bad_row=on_bad_row)
 
 

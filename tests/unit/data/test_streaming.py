@@ -421,9 +421,7 @@ def test_a_mixture_goes_on_from_every_step_on_any_ranks(workers: int) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("workers", "per_message"), [(1, 1), (1, 3), (2, 1), (2, 2), (2, 50)]
-)
+@pytest.mark.parametrize(("workers", "per_message"), [(1, 1), (1, 3), (2, 1), (2, 2), (2, 50)])
 def test_real_workers_send_what_emulated_ones_do(workers: int, per_message: int) -> None:
     read = batches_of(files_of([7, 0, 11, 5]), 1, 2, tokens_per_micro_batch=9)
     expected = list(map(content, read.steps(3, 12, list(read.steps(0, 3))[-1].after)))
@@ -436,9 +434,7 @@ def test_real_workers_send_what_emulated_ones_do(workers: int, per_message: int)
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 @pytest.mark.parametrize("per_message", [1, 2, 5])
-def test_reading_that_fails_does_so_after_the_steps_before(
-    workers: int, per_message: int
-) -> None:
+def test_reading_that_fails_does_so_after_the_steps_before(workers: int, per_message: int) -> None:
     read = batches_of(files_of([40], (4,), broken=30), size=4, window=8, workers=workers)
     steps = []
     with (
@@ -464,7 +460,7 @@ def test_a_label_that_the_task_does_not_know_is_told_with_its_place(workers: int
 def test_rows_that_were_left_out_come_with_the_first_step_behind_them() -> None:
     files = files_of([7, 0, 11, 5])
     expected = Counter(
-        bad for file in files for piece in file.pieces(["text"]) for bad in piece.bad
+        bad for file in files for piece in file.chunks(["text"]) for bad in piece.bad
     )
     for workers in range(3):
         with emulated(2):

@@ -80,7 +80,7 @@ def test_labels_and_rows_are_those_of_the_files(
         "also of files that have none"
     )
     assert found.bad == [
-        bad for file in files for piece in file.pieces(["text"]) for bad in piece.bad
+        bad for file in files for piece in file.chunks(["text"]) for bad in piece.bad
     ]
     assert plain(survey(stream_of(files), ALONE, kept)) == plain(found), "as it was kept"
 
@@ -195,9 +195,9 @@ def test_a_file_that_is_torn_or_not_ours_is_read_anew(tmp_path: Path) -> None:
 class Watched(MemoryRows):
     """A file that remembers in which process it was read."""
 
-    def pieces(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
+    def chunks(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
         opened.append(self.name)
-        return super().pieces(wanted, place)
+        return super().chunks(wanted, place)
 
 
 opened: list[str] = []

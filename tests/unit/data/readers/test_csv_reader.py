@@ -6,9 +6,9 @@ import pytest
 
 from bertdist.core.errors import DataError
 from bertdist.data.readers.csv_reader import parse, read_header
-from bertdist.data.readers.text_lines import Form, Lines, Parsed, hide_returns
+from bertdist.data.readers.text_lines import FileFormat, Lines, Parsed, hide_returns
 
-CSV = Form(name="a.csv", kind="csv", quoted=True)
+CSV = FileFormat(name="a.csv", kind="csv", quoted=True)
 
 
 def lines_of(text: str, first: int = 1, **broken: str) -> Lines:
@@ -17,7 +17,7 @@ def lines_of(text: str, first: int = 1, **broken: str) -> Lines:
     )
 
 
-def parsed(lines: Lines, skip: bool = False, form: Form = CSV) -> Parsed:
+def parsed(lines: Lines, skip: bool = False, form: FileFormat = CSV) -> Parsed:
     return parse(form, lines, ["a", "b"], ["b", "a"], skip=skip, limit=1 << 20, block_bytes=1 << 20)
 
 
@@ -42,7 +42,7 @@ def test_a_header_may_go_on_beyond_the_lines() -> None:
 
 
 def test_a_first_row_that_is_none_is_no_reason_to_read_nothing() -> None:
-    form = Form(name="a.csv", kind="csv", quoted=True, column_names=("a", "b"))
+    form = FileFormat(name="a.csv", kind="csv", quoted=True, column_names=("a", "b"))
     lines = lines_of('"x" y,1\nz,2\n')
     assert read_header(form, lines, True, 1 << 20) == (["a", "b"], 0)
     assert values(parsed(lines, True, form)) == {"b": ["2"], "a": ["z"]}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from bertdist.core.errors import DataError
 from bertdist.data.readers import csv_reader as row_ends
 from bertdist.data.readers import file_reader as file_rows
-from bertdist.data.readers.file_reader import File, FileReader
+from bertdist.data.readers.file_reader import DataFile, FileReader
 from bertdist.data.readers.text_lines import Lines
 from bertdist.data.source import Chunk, RowSource, SkippedRow, first_rows_of_chunk
 
@@ -41,15 +41,15 @@ def opened(content: bytes, at: int) -> BinaryIO:
     return Trickle(content[at:])  # type: ignore[return-value]
 
 
-def file_of(content: bytes, kind: str = "csv", **form: Any) -> File:
+def file_of(content: bytes, kind: str = "csv", **form: Any) -> DataFile:
     given = {"quoted": kind == "csv", "delimiter": "," if kind == "csv" else "\t", **form}
     name = f"a.{kind}"
-    return File(
+    return DataFile(
         name=name,
         kind=kind,
         path=name,
         open_bytes=partial(opened, content),
-        open_random=partial(io.BytesIO, content),
+        open_seekable=partial(io.BytesIO, content),
         **given,
     )
 
@@ -68,12 +68,12 @@ def rows_of(piece: Chunk, wanted: list[str]) -> Rows:
 Outcome = tuple[Rows, list[SkippedRow]]
 
 
-def whole(file: File, wanted: list[str] | None = None, **settings: Any) -> Outcome | str:
+def whole(file: DataFile, wanted: list[str] | None = None, **settings: Any) -> Outcome | str:
     """Rows and bad rows of the whole file, or the refusal."""
     try:
         source = FileReader(file, **settings)
         wanted = wanted or source.column_names()
-        piece = source.whole(wanted)
+        piece = source.read(wanted)
         columns = [values(piece.columns[name]) for name in wanted]
         assert piece.spots is not None
         spots = piece.spots(range(piece.rows))
@@ -85,14 +85,14 @@ def whole(file: File, wanted: list[str] | None = None, **settings: Any) -> Outco
         return str(error)
 
 
-def in_pieces(file: File, wanted: list[str] | None = None, **settings: Any) -> Outcome | str:
+def in_pieces(file: DataFile, wanted: list[str] | None = None, **settings: Any) -> Outcome | str:
     """The same from pieces; every place is tried."""
     rows: Rows = []
     bad: list[SkippedRow] = []
     try:
         source = FileReader(file, **settings)
         wanted = wanted or source.column_names()
-        pieces = list(source.pieces(wanted))
+        pieces = list(source.chunks(wanted))
     except DataError as error:
         return str(error)
     for at, piece in enumerate(pieces):
@@ -104,7 +104,7 @@ def in_pieces(file: File, wanted: list[str] | None = None, **settings: Any) -> O
             at % max(1, len(pieces) // 5) == 0
         ):  # from its place the same pieces come again, also to another process
             again = list(
-                pickle.loads(pickle.dumps(source)).pieces(
+                pickle.loads(pickle.dumps(source)).chunks(
                     wanted, json.loads(json.dumps(piece.place))
                 )
             )
@@ -130,7 +130,7 @@ LONG = st.tuples(FIELD, st.integers(0, 120)).map(lambda pair: pair[0] + "x" * pa
 
 
 @st.composite
-def tables(draw: st.DrawFn) -> tuple[str, File]:
+def tables(draw: st.DrawFn) -> tuple[str, DataFile]:
     """A well-formed file of any kind."""
     kind = draw(st.sampled_from(["csv", "tsv", "jsonl", "txt"]))
     num_fields = draw(st.sampled_from([1, 2, 3]))
@@ -170,15 +170,15 @@ def tables(draw: st.DrawFn) -> tuple[str, File]:
 
 
 @settings(max_examples=80)
-@given(table=tables(), piece_bytes=st.integers(7, 200))
-def test_pieces_laid_together_are_the_whole(table: tuple[str, File], piece_bytes: int) -> None:
+@given(table=tables(), chunk_bytes=st.integers(7, 200))
+def test_pieces_laid_together_are_the_whole(table: tuple[str, DataFile], chunk_bytes: int) -> None:
     _, file = table
     for skip in ("fail", "skip"):
         expected = whole(file, on_bad_row=skip)
-        assert in_pieces(file, on_bad_row=skip, piece_bytes=piece_bytes) == expected
+        assert in_pieces(file, on_bad_row=skip, chunk_bytes=chunk_bytes) == expected
 
 
-def broken_tables(chance: random.Random) -> File:
+def broken_tables(chance: random.Random) -> DataFile:
     """A file with faults of every kind."""
     kind = chance.choice(["csv", "csv", "csv", "tsv", "jsonl"])
     if kind == "jsonl":
@@ -236,13 +236,13 @@ def test_bad_rows_are_the_same_rows_in_pieces_and_in_the_whole() -> None:
         size, limit = chance.randrange(1, 90), chance.choice([20, 60, 1 << 20])
         wanted = ["c0", "c1"]
         expected = whole(file, wanted, on_bad_row="skip", row_bytes=limit)
-        found = in_pieces(file, wanted, on_bad_row="skip", row_bytes=limit, piece_bytes=size)
+        found = in_pieces(file, wanted, on_bad_row="skip", row_bytes=limit, chunk_bytes=size)
         if (
             isinstance(found, str) and "does not end within" in found
         ) or "no row ends within" in found:
             continue  # a long row can only be left out where its end is known
         assert found == expected, (file.open_bytes.args, size, limit)  # type: ignore[attr-defined]
-        strict, pieces = whole(file, wanted), in_pieces(file, wanted, piece_bytes=size)
+        strict, pieces = whole(file, wanted), in_pieces(file, wanted, chunk_bytes=size)
         assert isinstance(strict, str) == isinstance(pieces, str), (
             file.open_bytes.args,
             strict,
@@ -273,7 +273,7 @@ def test_a_boundary_that_does_not_look_at_quotes_is_seen(monkeypatch: pytest.Mon
         "a.csv line 4",
         "a.csv line 5",
     ]
-    assert all(in_pieces(file, piece_bytes=size) == expected for size in range(1, 60))
+    assert all(in_pieces(file, chunk_bytes=size) == expected for size in range(1, 60))
 
     def at_a_newline(
         form: Any, lines: Lines, num_fields: int, is_all: bool, soft: int, limit: int
@@ -281,7 +281,7 @@ def test_a_boundary_that_does_not_look_at_quotes_is_seen(monkeypatch: pytest.Mon
         return row_ends.last_line_end(lines.data, is_all, soft), None
 
     monkeypatch.setattr(file_rows, "cut", at_a_newline)
-    assert any(in_pieces(file, piece_bytes=size) != expected for size in range(1, 60))
+    assert any(in_pieces(file, chunk_bytes=size) != expected for size in range(1, 60))
 
 
 def test_a_boundary_that_only_counts_quotes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +289,7 @@ def test_a_boundary_that_only_counts_quotes_is_seen(monkeypatch: pytest.MonkeyPa
     file = file_of(QUOTED)
     expected = whole(file)
     monkeypatch.setattr(row_ends, "quotes_pair_up", lambda data, delimiter: True)
-    assert any(in_pieces(file, piece_bytes=size) != expected for size in range(1, 60))
+    assert any(in_pieces(file, chunk_bytes=size) != expected for size in range(1, 60))
 
 
 def test_a_quote_that_never_closes_costs_one_line() -> None:
@@ -300,7 +300,7 @@ def test_a_quote_that_never_closes_costs_one_line() -> None:
     )
     for size in (1, 9, 1000):
         for read in (whole, in_pieces):
-            found = read(file_of(text.encode()), on_bad_row="skip", piece_bytes=size)
+            found = read(file_of(text.encode()), on_bad_row="skip", chunk_bytes=size)
             assert (
                 isinstance(found, tuple)
                 and found[0] == rows
@@ -318,7 +318,7 @@ def test_only_rows_with_bytes_of_another_encoding_are_left_out() -> None:
     content = b'c0,c1\na,1\n\xa35,"2\n\n"\nb,"3\nx\xe4\n"\nc,4\n'
     for size in (1, 12, 1000):
         for read in (whole, in_pieces):
-            found = read(file_of(content), on_bad_row="skip", piece_bytes=size)
+            found = read(file_of(content), on_bad_row="skip", chunk_bytes=size)
             assert isinstance(found, tuple) and [row[1:] for row in found[0]] == [
                 ("a", "1"),
                 ("c", "4"),
@@ -335,26 +335,26 @@ def test_an_error_in_a_piece_names_the_line_of_the_file() -> None:
     lines[30] = "ragged\n"
     file = file_of(("c0,c1\n" + "".join(lines)).encode())
     message = "a.csv line 62: 1 field, expected 2 as in the header"
-    for found in (whole(file), *(in_pieces(file, piece_bytes=size) for size in (5, 50, 500))):
+    for found in (whole(file), *(in_pieces(file, chunk_bytes=size) for size in (5, 50, 500))):
         assert isinstance(found, str) and found.startswith(message)
 
 
 def test_a_row_that_goes_on_too_long_is_refused_where_it_begins() -> None:
     file = file_of(b'c0,c1\na,1\n"' + b"x\n" * 400 + b'",2\nb,3\n')
     assert isinstance(whole(file), tuple)
-    found = in_pieces(file, piece_bytes=16, row_bytes=200)
+    found = in_pieces(file, chunk_bytes=16, row_bytes=200)
     assert isinstance(found, str) and found.startswith(
         "a.csv line 3: a quote opens here and does not close within 200 bytes"
     )
     found = in_pieces(
-        file_of(b"c0\tc1\na\t1\nb\t" + b"x" * 5000 + b"\n", "tsv"), piece_bytes=16, row_bytes=200
+        file_of(b"c0\tc1\na\t1\nb\t" + b"x" * 5000 + b"\n", "tsv"), chunk_bytes=16, row_bytes=200
     )
     assert found == "a.tsv line 3: a row begins here that does not end within 200 bytes."
 
 
 def test_pieces_are_small_and_memory_is_a_few_of_them() -> None:
     line = b'"' + b"x" * 200 + b'",1\n'
-    pieces = list(FileReader(file_of(b"c0,c1\n" + line * 500), piece_bytes=4096).pieces(["c0"]))
+    pieces = list(FileReader(file_of(b"c0,c1\n" + line * 500), chunk_bytes=4096).chunks(["c0"]))
     assert {piece.rows for piece in pieces[:-1]} == {4096 // len(line)}
     assert [piece.place["at"] for piece in pieces] == [
         6 + len(line) * sum(p.rows for p in pieces[:at]) for at in range(len(pieces))
@@ -363,7 +363,7 @@ def test_pieces_are_small_and_memory_is_a_few_of_them() -> None:
     assert {
         piece.rows
         for piece in list(
-            FileReader(file_of(b"c0,c1\n" + stray * 500), piece_bytes=100).pieces(["c0"])
+            FileReader(file_of(b"c0,c1\n" + stray * 500), chunk_bytes=100).chunks(["c0"])
         )[:-1]
     } == {10}
 
@@ -380,7 +380,7 @@ def test_a_file_of_this_machine_knows_its_size_and_changes_its_fingerprint(tmp_p
     path.write_bytes(b"c0\tc1\na\t1\n")
 
     def source(**form: Any) -> RowSource:
-        return FileReader(File(**{**vars(file_of(b"", "tsv", **form)), "path": str(path)}))
+        return FileReader(DataFile(**{**vars(file_of(b"", "tsv", **form)), "path": str(path)}))
 
     one = source()
     assert one.bytes == 10 and one.has_header and one.name == "a.tsv" and one.features is None
@@ -397,9 +397,9 @@ def test_a_file_of_this_machine_knows_its_size_and_changes_its_fingerprint(tmp_p
 def test_the_first_rows_come_with_what_was_left_out_before_the_next() -> None:
     content = b"c0,c1\na,1\nbad\nb,2\nbad\nc,3\nbad\n"
     for count, lines in ((1, [3]), (2, [3, 5]), (3, [3, 5, 7])):
-        piece = FileReader(file_of(content), on_bad_row="skip").whole(["c0"], count)
+        piece = FileReader(file_of(content), on_bad_row="skip").read(["c0"], count)
         again = first_rows_of_chunk(
-            next(FileReader(file_of(content), on_bad_row="skip").pieces(["c0"])), count
+            next(FileReader(file_of(content), on_bad_row="skip").chunks(["c0"])), count
         )
         for found in (piece, again):
             assert (found.rows, values(found.columns["c0"])) == (count, list("abc")[:count])
@@ -417,13 +417,15 @@ def test_real_files_in_pieces_are_the_real_files(shared_data: Path, path: str) -
         "csv": {"encoding": "cp1252"},
         "txt": {},
     }[kind]
-    file = File(**{**vars(file_of(content, kind, **form)), "open_bytes": partial(_plain, content)})
+    file = DataFile(
+        **{**vars(file_of(content, kind, **form)), "open_bytes": partial(_plain, content)}
+    )
     expected = whole(file)
     assert (
         isinstance(expected, tuple)
         and len(expected[0]) == {"tsv": 9_600, "csv": 5_572, "txt": content.count(b"\n") + 1}[kind]
     )
-    assert in_pieces(file, piece_bytes=1 << 17) == expected
+    assert in_pieces(file, chunk_bytes=1 << 17) == expected
 
 
 def _plain(content: bytes, at: int) -> BinaryIO:

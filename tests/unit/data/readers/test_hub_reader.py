@@ -87,7 +87,7 @@ def test_every_row_from_every_place(kind: str, tmp_path: Path) -> None:
     source: RowSource = HubReader(str(write(tmp_path / "data", kind)))
     assert pickle.loads(pickle.dumps(source)) == source
     assert source.column_names() == ["text", "label", "number"]
-    pieces = list(source.pieces(["label", "text"]))
+    pieces = list(source.chunks(["label", "text"]))
     assert [text for piece in pieces for text in piece.columns["text"].to_pylist()] == [
         row["text"] for row in ROWS
     ]
@@ -99,7 +99,7 @@ def test_every_row_from_every_place(kind: str, tmp_path: Path) -> None:
         and pieces[3].where(1) == f"{tmp_path}/data split 'train' row 22"
     )
     for number, piece in enumerate(pieces):
-        again = list(source.pieces(["label", "text"], json.loads(json.dumps(piece.place))))
+        again = list(source.chunks(["label", "text"], json.loads(json.dumps(piece.place))))
         assert as_lists(again) == as_lists(pieces[number:])
         assert again[0].where(0) == piece.where(0)
         assert all(
@@ -113,14 +113,14 @@ def test_a_reading_that_forgets_its_place_is_seen(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = HubReader(str(write(tmp_path / "data", kind)))
-    pieces = list(source.pieces(["text"]))
+    pieces = list(source.chunks(["text"]))
 
     def forgetful(read: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args: read(*args[:-1], 0)
 
     for name in ("_of_parquet", "_of_stream", "_of_memory"):
         monkeypatch.setattr(hub, name, forgetful(getattr(hub, name)))
-    assert as_lists(list(source.pieces(["text"], pieces[1].place))) != as_lists(pieces[1:])
+    assert as_lists(list(source.chunks(["text"], pieces[1].place))) != as_lists(pieces[1:])
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
@@ -184,7 +184,7 @@ def test_class_names_and_columns(tmp_path: Path) -> None:
     source = HubReader(str(write(tmp_path / "data", "saved")))
     assert source.features["label"].names == ["a", "b", "c"]
     assert not source.has_header and source.bytes is None
-    assert list(next(source.pieces(["number"])).columns) == ["number"]
+    assert list(next(source.chunks(["number"])).columns) == ["number"]
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
@@ -241,7 +241,7 @@ def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
     folder = write(tmp_path / "data", "parquet")
     (folder / "train-1.parquet").write_bytes(b"PAR1 no more PAR1")
     with pytest.raises(DataError, match="data split 'train' cannot be read: "):
-        list(HubReader(str(folder)).pieces(["text"]))
+        list(HubReader(str(folder)).chunks(["text"]))
 
 
 CARD = b"""---
@@ -276,19 +276,19 @@ source = HubReader("user/name")
 if sys.argv[1:] == ["fingerprint"]:
     print(json.dumps(source.fingerprint))
 elif len(sys.argv) > 1:
-    texts = [text for piece in source.pieces(["text"], json.loads(sys.argv[1])) for text in piece.columns["text"].to_pylist()]
+    texts = [text for piece in source.chunks(["text"], json.loads(sys.argv[1])) for text in piece.columns["text"].to_pylist()]
     print(json.dumps([texts[0], len(texts)]))
 else:
-    texts = [(text, piece.place) for piece in source.pieces(["text"]) for text in piece.columns["text"].to_pylist()]
+    texts = [(text, piece.place) for piece in source.chunks(["text"]) for text in piece.columns["text"].to_pylist()]
     print(json.dumps({
         "right": [text for text, _ in texts] == [f"{row:08}" * 20 for row in range(20_000)],
         "names": source.features["label"].names,
         "fingerprint": source.fingerprint,
         "place": texts[18_000][1],
-        "found": remote.find_addresses("hf://datasets/user/name/data/*.parquet"),
+        "found": remote.list_files("hf://datasets/user/name/data/*.parquet"),
         "csv": remote.open_bytes("hf://datasets/user/name/rows.csv", 5).read().decode(),
         "errors": [told(HubReader(name).column_names) for name in ("gated/name", "no/name")]
-        + [told(lambda: remote.find_addresses(f"hf://datasets/{name}")) for name in ("user/name/no.csv", "gated/name/rows.csv")],
+        + [told(lambda: remote.list_files(f"hf://datasets/{name}")) for name in ("user/name/no.csv", "gated/name/rows.csv")],
     }))
 """
 

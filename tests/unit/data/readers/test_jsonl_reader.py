@@ -4,9 +4,9 @@ import pytest
 
 from bertdist.core.errors import DataError
 from bertdist.data.readers.jsonl_reader import parse_json, parse_txt, read_keys
-from bertdist.data.readers.text_lines import Form, Lines
+from bertdist.data.readers.text_lines import FileFormat, Lines
 
-JSON = Form(name="a.jsonl", kind="jsonl")
+JSON = FileFormat(name="a.jsonl", kind="jsonl")
 LINES = Lines(
     '\n{"a": 1, "b": "\u2028"}\nno\n{"a": 2}\n{"b": 3, "a": null}\n{"a": 4, "b": 4}'.encode(),
     5,

@@ -22,11 +22,11 @@ from bertdist.core.errors import DataError
 from bertdist.data.readers import remote
 from bertdist.data.readers import remote as addresses
 from bertdist.data.readers.remote import (
-    find_addresses,
-    fingerprint_of,
+    file_fingerprint,
+    file_size,
+    list_files,
     open_bytes,
-    open_random,
-    size_of,
+    open_seekable,
 )
 
 DATA = random.Random(1).randbytes(1_000_000)
@@ -265,7 +265,7 @@ def test_parquet_is_read_by_its_groups(ranges: bool) -> None:
     with FaultyServer({"/a.parquet": parquet()}, ranges=ranges) as server:
         server.drops.extend([0, 30_000, 0, 7])
         server.statuses.extend([0, 503])
-        with open_random(f"{server.url}/a.parquet") as file:
+        with open_seekable(f"{server.url}/a.parquet") as file:
             found = pa.parquet.ParquetFile(file)
             assert found.read_row_group(3).equals(TABLE.slice(30_000, 10_000))
             assert found.read().equals(TABLE)
@@ -280,11 +280,11 @@ def test_local_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / name).write_text("x")
     (tmp_path / "folder.csv").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert find_addresses("*.csv") == ["a.csv", "b.csv"]
-    assert find_addresses(f"{tmp_path}/?.csv") == [f"{tmp_path}/a.csv", f"{tmp_path}/b.csv"]
-    assert find_addresses("**/*.csv") == ["a.csv", "b.csv", "deep/e[1].csv", "deep/er/d.csv"]
-    assert find_addresses("deep/e[1].csv") == ["deep/e[1].csv"]
-    assert find_addresses(f"file://{tmp_path}/c.tsv") == [f"{tmp_path}/c.tsv"]
+    assert list_files("*.csv") == ["a.csv", "b.csv"]
+    assert list_files(f"{tmp_path}/?.csv") == [f"{tmp_path}/a.csv", f"{tmp_path}/b.csv"]
+    assert list_files("**/*.csv") == ["a.csv", "b.csv", "deep/e[1].csv", "deep/er/d.csv"]
+    assert list_files("deep/e[1].csv") == ["deep/e[1].csv"]
+    assert list_files(f"file://{tmp_path}/c.tsv") == [f"{tmp_path}/c.tsv"]
     for pattern, found in {
         "a.cvs": "a.cvs: no such file. Did you mean 'a.csv'?",
         "no/a.csv": "no/a.csv: no such folder.",
@@ -294,28 +294,28 @@ def test_local_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "folder.csv/*": "folder.csv/* matches no file; folder.csv is empty.",
     }.items():
         with pytest.raises(DataError) as raised:
-            find_addresses(pattern)
+            list_files(pattern)
         assert str(raised.value) == found
 
 
 def test_http_addresses_are_told() -> None:
     with FaultyServer({"/a.csv": DATA}) as server:
         address = f"{server.url}/a.csv?token=secret"
-        assert find_addresses(address) == [address]
-        assert (size_of(address), fingerprint_of(address)) == (1_000_000, '1000000-"1"')
+        assert list_files(address) == [address]
+        assert (file_size(address), file_fingerprint(address)) == (1_000_000, '1000000-"1"')
         for wrong, found in {
             "/a*.csv": "http has no list of files",
             "/b.csv?x=secret": "there is no such file",
         }.items():
             with pytest.raises(DataError, match=found) as raised:
-                find_addresses(server.url + wrong)
+                list_files(server.url + wrong)
             assert "secret" not in str(raised.value)
         server.told = False
-        assert size_of(address) is None
+        assert file_size(address) is None
     with pytest.raises(
         DataError, match="given up after 4 tries; check the address and the network"
     ):
-        size_of(address)  # nobody is there any more
+        file_size(address)  # nobody is there any more
 
 
 def test_a_fingerprint_tells_bytes_not_times(
@@ -335,13 +335,13 @@ def test_a_fingerprint_tells_bytes_not_times(
         bytes(249) + b"a",
     ):
         path.write_bytes(data)
-        first = fingerprint_of(str(path))
+        first = file_fingerprint(str(path))
         os.utime(path, (1, 1))
-        assert fingerprint_of(str(path)) == first and size_of(str(path)) == len(data)
+        assert file_fingerprint(str(path)) == first and file_size(str(path)) == len(data)
         seen.add(first)
     assert len(seen) == 8
     path.write_bytes(bytes(120) + b"a" + bytes(129))  # the middle of a long file is not looked at
-    assert fingerprint_of(str(path)) in seen
+    assert file_fingerprint(str(path)) in seen
 
 
 # S3
@@ -360,18 +360,18 @@ def test_s3_by_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         bodies |= {"x/5.jsonl": lines, "6.parquet": parquet()}
         for key, body in bodies.items():
             s3.put_object(Bucket="bucket", Key=key, Body=body)
-        assert find_addresses("s3://bucket/x/*.csv") == [
+        assert list_files("s3://bucket/x/*.csv") == [
             "s3://bucket/x/1.csv",
             "s3://bucket/x/2.csv",
         ]
-        assert find_addresses("s3://bucket/x/**/*.csv") == [
+        assert list_files("s3://bucket/x/**/*.csv") == [
             f"s3://bucket/x/{key}.csv" for key in ("1", "2", "y/3")
         ]
-        assert find_addresses("s3://bucket/6.parquet") == ["s3://bucket/6.parquet"]
+        assert list_files("s3://bucket/6.parquet") == ["s3://bucket/6.parquet"]
         assert read("s3://bucket/x/1.csv", 123_456) == DATA[123_456:]
         assert read("s3://bucket/x/4.csv.gz", 123_456) == DATA[123_456:]
         assert open_bytes("s3://bucket/x/5.jsonl", 14).readline() == b'{"text": "a"}\n'
-        with open_random("s3://bucket/6.parquet") as file:
+        with open_seekable("s3://bucket/6.parquet") as file:
             assert pa.parquet.read_table(file).equals(TABLE)
         for pattern, found in {
             "s3://bucket/x": "s3://bucket/x is a folder; expected a file, or a pattern such as s3://bucket/x/*.parquet.",
@@ -380,18 +380,18 @@ def test_s3_by_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
             "s3://no-bucket/x.csv": "s3://no-bucket/x.csv: there is no such file",
         }.items():
             with pytest.raises(DataError) as raised:
-                find_addresses(pattern)
+                list_files(pattern)
             assert str(raised.value).startswith(found)
-        assert size_of("s3://bucket/x/1.csv") == 1_000_000
-        before = fingerprint_of("s3://bucket/x/1.csv")
-        assert before != fingerprint_of("s3://bucket/x/y/3.csv")
+        assert file_size("s3://bucket/x/1.csv") == 1_000_000
+        before = file_fingerprint("s3://bucket/x/1.csv")
+        assert before != file_fingerprint("s3://bucket/x/y/3.csv")
         stream = open_bytes("s3://bucket/x/1.csv")
         stream.read(10)
         s3.put_object(Bucket="bucket", Key="x/1.csv", Body=DATA[::-1])
         with pytest.raises(DataError, match=r"^s3://bucket/x/1.csv changed while it was read"):
             stream.read()
-        assert find_addresses("s3://bucket/x/*.csv")  # what a new run does first
-        assert fingerprint_of("s3://bucket/x/1.csv") != before
+        assert list_files("s3://bucket/x/*.csv")  # what a new run does first
+        assert file_fingerprint("s3://bucket/x/1.csv") != before
 
 
 def test_s3_without_credentials_says_which(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -404,7 +404,7 @@ def test_s3_without_credentials_says_which(monkeypatch: pytest.MonkeyPatch, tmp_
             DataError,
             match=r"^s3://bucket/x.csv: access denied, .* AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or",
         ):
-            find_addresses("s3://bucket/x.csv")
+            list_files("s3://bucket/x.csv")
 
 
 def test_gs_by_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,7 +417,7 @@ def test_gs_by_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(
             fsspec.config.conf, "gs", {"token": "anon"}
         )  # FSSPEC_GS, which is read when fsspec is imported
-        assert find_addresses("gs://bucket/x/**/*.csv") == [
+        assert list_files("gs://bucket/x/**/*.csv") == [
             "gs://bucket/x/1.csv",
             "gs://bucket/x/y/3.csv",
         ]
@@ -425,13 +425,13 @@ def test_gs_by_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         server.statuses.extend([0, 503])
         assert read("gs://bucket/x/1.csv", 123_456) == DATA[123_456:]
         assert read("gs://bucket/x/2.csv.gz", 123_456) == DATA[123_456:]
-        assert size_of("gs://bucket/x/1.csv") == 1_000_000
+        assert file_size("gs://bucket/x/1.csv") == 1_000_000
         for wrong, found in {
             "gs://bucket/x": "is a folder",
             "gs://bucket/no.csv": "there is no such file",
         }.items():
             with pytest.raises(DataError, match=f"^{wrong}.*{found}"):
-                find_addresses(wrong)
+                list_files(wrong)
         stream = open_bytes("gs://bucket/x/1.csv")
         stream.read(10)
         server.objects["x/1.csv"] = DATA[::-1]
@@ -464,7 +464,7 @@ kept = [stream]
 if forgetful:
     kept.clear()
     del stream
-    whole = lambda: remote.size_of(url)
+    whole = lambda: remote.file_size(url)
     whole()
     def child():
         print("child", whole(), flush=True)

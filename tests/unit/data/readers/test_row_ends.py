@@ -3,10 +3,10 @@
 import pytest
 
 from bertdist.data.readers.csv_reader import clean_rows, cut, is_clean, scan
-from bertdist.data.readers.text_lines import Form, Lines
+from bertdist.data.readers.text_lines import FileFormat, Lines
 
-CSV = Form(name="a.csv", kind="csv", quoted=True, column_names=("a", "b"))
-TSV = Form(name="a.tsv", kind="tsv", delimiter="\t", column_names=("a", "b"))
+CSV = FileFormat(name="a.csv", kind="csv", quoted=True, column_names=("a", "b"))
+TSV = FileFormat(name="a.tsv", kind="tsv", delimiter="\t", column_names=("a", "b"))
 
 
 def lines_of(text: str) -> Lines:
@@ -15,7 +15,7 @@ def lines_of(text: str) -> Lines:
 
 @pytest.mark.parametrize("form", [CSV, TSV])
 @pytest.mark.parametrize("text", ['a,b\n\n"c\n\n""d",e\r\n\r\nf,"g"', "a\tb\n\nc\td\r\n", ""])
-def test_rows_of_clean_lines_are_the_rows_that_are_judged(form: Form, text: str) -> None:
+def test_rows_of_clean_lines_are_the_rows_that_are_judged(form: FileFormat, text: str) -> None:
     text = (
         text.replace("\t", ",")
         if form.quoted

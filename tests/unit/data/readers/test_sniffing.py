@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bertdist.core.errors import DataError
-from bertdist.data.readers.file_reader import File, FileReader, find_file
+from bertdist.data.readers.file_reader import DataFile, FileReader, inspect_file
 from bertdist.data.readers.sniffing import guess_encoding
 
 SENTENCES = {
@@ -77,10 +77,10 @@ def test_utf8_with_a_few_wrong_bytes_is_no_cp1252() -> None:
     assert guess_encoding(content.encode("cp1252") + b"\x92\tneg\n" * 9, True) == "cp1252"
 
 
-def found(path: Path, content: str | bytes, **flags: Any) -> File:
+def found(path: Path, content: str | bytes, **flags: Any) -> DataFile:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     given = {"delimiter": None, "quoting": "auto", "encoding": None, "column_names": None, **flags}
-    return find_file(str(path), **given)
+    return inspect_file(str(path), **given)
 
 
 @pytest.mark.parametrize(
@@ -127,24 +127,25 @@ def test_a_delimiter_is_guessed_where_only_one_fits(
     assert (file.delimiter, file.quoted) == (delimiter, quoted)
     usual = {"csv": (",", True), "tsv": ("\t", False)}.get(name.rsplit(".", 1)[-1])
     given = "delimiter" in flags or "quoting" in flags
-    assert (file.told() is None) == (given or usual == (delimiter, quoted))
+    assert (file.describe() is None) == (given or usual == (delimiter, quoted))
 
 
 def test_what_is_guessed_is_told_in_one_sentence(tmp_path: Path) -> None:
     assert (
-        found(tmp_path / "a.csv", "text;label\na;1\n").told()
+        found(tmp_path / "a.csv", "text;label\na;1\n").describe()
         == "a.csv: read as utf-8, delimiter ';', quoted"
     )
     assert (
-        found(tmp_path / "b.tsv", (SENTENCES["de"] * 9).encode("cp1252")).told()
+        found(tmp_path / "b.tsv", (SENTENCES["de"] * 9).encode("cp1252")).describe()
         == "b.tsv: read as cp1252, delimiter tab, unquoted"
     )
     line = '{"text": "Grüße", "label": 1}\n'
     assert (
-        found(tmp_path / "c.jsonl", (line * 9).encode("cp1252")).told() == "c.jsonl: read as cp1252"
+        found(tmp_path / "c.jsonl", (line * 9).encode("cp1252")).describe()
+        == "c.jsonl: read as cp1252"
     )
     assert (
-        found(tmp_path / "d.csv", "text,label\na,1\n".encode("utf-16")).told()
+        found(tmp_path / "d.csv", "text,label\na,1\n".encode("utf-16")).describe()
         == "d.csv: read as utf-16, delimiter ',', quoted"
     )
     assert (
@@ -153,7 +154,7 @@ def test_what_is_guessed_is_told_in_one_sentence(tmp_path: Path) -> None:
             (SENTENCES["de"] * 9).encode("cp1252"),
             encoding="cp1252",
             delimiter="tab",
-        ).told()
+        ).describe()
         is None
     )
 
@@ -176,7 +177,7 @@ def test_a_byte_further_down_is_an_error_with_its_line(tmp_path: Path) -> None:
         DataError,
         match=r"^a\.tsv line 20001: byte 0x81 is not cp1252; pass the --encoding it was written in",
     ):
-        FileReader(file).whole(["text"])
+        FileReader(file).read(["text"])
 
 
 @pytest.mark.parametrize(
@@ -198,9 +199,9 @@ def test_a_byte_further_down_is_an_error_with_its_line(tmp_path: Path) -> None:
 def test_real_files_need_no_flags(
     shared_data: Path, path: str, names: list[str] | None, told: str | None, rows: int
 ) -> None:
-    file = find_file(
+    file = inspect_file(
         str(shared_data / path), delimiter=None, quoting="auto", encoding=None, column_names=names
     )
-    assert file.told() == told
+    assert file.describe() == told
     source = FileReader(file)
-    assert source.whole(source.column_names()).rows == rows
+    assert source.read(source.column_names()).rows == rows

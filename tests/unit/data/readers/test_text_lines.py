@@ -4,7 +4,7 @@ import pytest
 
 from bertdist.core.errors import DataError
 from bertdist.data.readers.text_lines import (
-    Form,
+    FileFormat,
     Lines,
     codec_of,
     hide_returns,
@@ -26,8 +26,8 @@ ENCODINGS = [
 ]
 
 
-def form_of(encoding: str) -> Form:
-    return Form(name="a.csv", kind="csv", encoding=encoding)
+def form_of(encoding: str) -> FileFormat:
+    return FileFormat(name="a.csv", kind="csv", encoding=encoding)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
