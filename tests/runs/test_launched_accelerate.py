@@ -117,7 +117,7 @@ def test_a_run_that_was_killed_with_all_its_ranks_is_taken_over_at_once(told: An
         "reason": "",
     }, told.last.said
     assert re.search(
-        rf"^The run before \(pid {told.last.pid} on .*\) did not end by itself; taken over\.$",
+        rf"^Previous run \(pid {told.last.pid} on .*\) did not end cleanly; lock taken over\.$",
         told.last.said,
         re.MULTILINE,
     )

@@ -1,4 +1,4 @@
-"""Which weights decay, how fast each layer learns, and the learning rate as a function of the step."""
+"""Weight decay and learning rate of each parameter; the learning rate as a function of the step."""
 
 import math
 from typing import Any
@@ -30,7 +30,7 @@ def bert() -> nn.Module:
     return wrapper
 
 
-def resume_settings(
+def settings_by_weight(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, dict[str, Any]]:
     """Name of each weight -> its group's settings."""
@@ -41,7 +41,7 @@ def resume_settings(
 
 
 def test_biases_and_norm_weights_do_not_decay(bert: nn.Module) -> None:
-    groups = resume_settings(bert, create_optimizer(bert, OptimConfig(weight_decay=0.1)))
+    groups = settings_by_weight(bert, create_optimizer(bert, OptimConfig(weight_decay=0.1)))
     plain = {name for name, group in groups.items() if group["weight_decay"] == 0}
     assert plain == {name for name in groups if name.endswith(".bias") or "LayerNorm" in name}
     assert len(plain) > 20
@@ -49,7 +49,7 @@ def test_biases_and_norm_weights_do_not_decay(bert: nn.Module) -> None:
     assert "model.classifier.weight" not in plain
 
 
-def test_every_weight_is_learned_once(bert: nn.Module) -> None:
+def test_every_parameter_is_in_one_group(bert: nn.Module) -> None:
     optimizer = create_optimizer(bert, OptimConfig(layerwise_lr_decay=0.5))
     held = [id(weight) for group in optimizer.param_groups for weight in group["params"]]
     assert sorted(held) == sorted(id(weight) for weight in bert.parameters())
@@ -62,7 +62,7 @@ def test_frozen_weights_are_left_out() -> None:
     assert group["params"] == [model.weight]
 
 
-def test_without_layerwise_decay_all_learn_alike(bert: nn.Module) -> None:
+def test_without_layerwise_decay_all_rates_are_equal(bert: nn.Module) -> None:
     optimizer = create_optimizer(bert, OptimConfig(learning_rate=2e-5))
     assert len(optimizer.param_groups) == 2
     assert {(group["lr"], group["peak_lr"]) for group in optimizer.param_groups} == {(2e-5, 2e-5)}
@@ -81,10 +81,10 @@ def test_without_layerwise_decay_all_learn_alike(bert: nn.Module) -> None:
         ("model.bert.embeddings.LayerNorm.weight", 0.0625),
     ],
 )
-def test_each_layer_learns_at_half_the_rate_of_the_one_above(
+def test_each_layer_has_half_the_rate_of_the_layer_above(
     name: str, rate: float, bert: nn.Module
 ) -> None:
-    group = resume_settings(
+    group = settings_by_weight(
         bert, create_optimizer(bert, OptimConfig(learning_rate=8.0, layerwise_lr_decay=0.5))
     )[name]
     assert (group["lr"], group["peak_lr"]) == (8 * rate, 8 * rate)
@@ -99,17 +99,17 @@ def test_each_layer_learns_at_half_the_rate_of_the_one_above(
         "h.{}.mlp.c_fc",
     ],
 )
-def test_layers_of_other_families_are_told_apart(path: str) -> None:
+def test_layers_of_other_model_families_are_recognized(path: str) -> None:
     model = nn.Module()
     for layer in range(3):
         *modules, last = path.format(layer).split(".")
-        place: nn.Module = model
+        parent: nn.Module = model
         for name in ("base", *modules):
-            if name not in dict(place.named_children()):
-                place.add_module(name, nn.Module())
-            place = place.get_submodule(name)
-        place.add_module(last, nn.Linear(2, 2))
-    groups = resume_settings(
+            if name not in dict(parent.named_children()):
+                parent.add_module(name, nn.Module())
+            parent = parent.get_submodule(name)
+        parent.add_module(last, nn.Linear(2, 2))
+    groups = settings_by_weight(
         model, create_optimizer(model, OptimConfig(learning_rate=1.0, layerwise_lr_decay=0.5))
     )
     assert [groups[f"base.{path.format(layer)}.weight"]["lr"] for layer in range(3)] == [
@@ -122,13 +122,13 @@ def test_layers_of_other_families_are_told_apart(path: str) -> None:
 def test_layerwise_decay_without_layers_is_an_error() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"^--layerwise_lr_decay finds no numbered layers in this model; leave it at 1\.$",
+        match=r"^--layerwise_lr_decay: this model has no numbered layers; leave it at 1\.$",
     ):
         create_optimizer(nn.Linear(2, 2), OptimConfig(layerwise_lr_decay=0.9))
-    create_optimizer(nn.Linear(2, 2), OptimConfig())  # off, it asks for nothing
+    create_optimizer(nn.Linear(2, 2), OptimConfig())  # 1 needs no layers
 
 
-def test_the_settings_of_adam_arrive() -> None:
+def test_adam_settings_are_used() -> None:
     optimizer = create_optimizer(
         nn.Linear(2, 2), OptimConfig(adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
     )
@@ -136,9 +136,9 @@ def test_the_settings_of_adam_arrive() -> None:
         assert (group["betas"], group["eps"], group["fused"]) == ((0.8, 0.95), 1e-6, True)
 
 
-def test_the_first_step_is_the_one_by_hand() -> None:
-    # After one step Adam's direction is g / (|g| + eps) whatever the betas, and the decay takes lr x decay of the weight
-    # (https://arxiv.org/abs/1711.05101, algorithm 2).
+def test_first_step_equals_the_hand_computed_one() -> None:
+    # After one step Adam's direction is g / (|g| + eps) whatever the betas, and the decay subtracts
+    # lr x decay of the weight (https://arxiv.org/abs/1711.05101, algorithm 2).
     model = nn.Linear(1, 1).double()
     with torch.no_grad():
         model.weight.fill_(3.0), model.bias.fill_(5.0)
@@ -180,7 +180,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("warmup", [0, 3])
-def test_the_schedule_is_transformers_own_stepped_one_by_one(name: Any, warmup: int) -> None:
+def test_schedule_equals_transformers_scheduler_stepped(name: Any, warmup: int) -> None:
     optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=10)
     rates = []
@@ -191,7 +191,7 @@ def test_the_schedule_is_transformers_own_stepped_one_by_one(name: Any, warmup: 
     schedule = create_lr_schedule(OptimConfig(lr_scheduler_type=name, warmup_steps=warmup), 10)
     assert [schedule(step) for step in range(10)] == pytest.approx(rates, rel=1e-15, abs=1e-15)
     if name not in ("constant", "constant_with_warmup") or (warmup and name != "constant"):
-        # The control: one step late is seen.
+        # Negative control: an offset of one step is seen.
         assert [schedule(step + 1) for step in range(10)] != pytest.approx(
             rates, rel=1e-15, abs=1e-15
         )
@@ -225,7 +225,7 @@ def test_the_first_step_without_warmup_has_the_full_rate() -> None:
         assert create_lr_schedule(OptimConfig(lr_scheduler_type=name), 10)(0) == 1  # type: ignore[arg-type]
 
 
-def test_a_schedule_has_no_memory() -> None:
+def test_schedule_is_a_pure_function() -> None:
     schedule = create_lr_schedule(OptimConfig(lr_scheduler_type="cosine", warmup_steps=2), 10)
     forwards = [schedule(step) for step in range(10)]
     assert [schedule(step) for step in reversed(range(10))] == forwards[::-1]
