@@ -1,10 +1,10 @@
-"""How fast rows are read and tokenized, and from how many ranks on `--stream_split files` pays.
+"""How fast rows are read and tokenized, and from how many ranks on `--stream_sharding by_file` pays.
 
     python -m bench.reading                                    # SST-2's training rows beside the repository
     python -m bench.reading --train_file demo/data/train.tsv --output docs/streaming.md
 
 1. Read. The rows are written as tsv, csv, jsonl, jsonl.gz and parquet and go through `bertdist.stream_batches` as in a loader worker of
-   one rank of many (--stream_split rows): pieces, columns, windows, plan, dealing; of the encoding only this rank's share. Processor
+   one rank of many (--stream_sharding by_row): pieces, columns, windows, plan, dealing; of the encoding only this rank's share. Processor
    seconds of one process, in turns: what else the machine does counts little.
 2. Encoded. The same as the only rank, which encodes all: what it takes longer is the tokenizer, and cutting into micro-batches.
 3. The limit. With rows, each of w loader workers of each of W ranks reads all rows and encodes one of W w. They keep up with ranks that
@@ -247,7 +247,7 @@ def rate_table(found: Sequence[Measured], text_bytes: float) -> str:
 
 
 def limit_table(found: Sequence[Measured], rates: dict[str, float], workers: int) -> str:
-    """Up to how many ranks --stream_split rows keeps up."""
+    """Up to how many ranks --stream_sharding by_row keeps up."""
     lines = [["file", *(f"{name}: {number(rate)} rows/s a rank" for name, rate in rates.items())]]
     for kind in found:
         read, encoded = (1 / spread(seconds).median for seconds in (kind.read, kind.encoded))
@@ -306,7 +306,7 @@ def compute(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, dict[s
             f"### Rows of {tokens:.0f} tokens",
             f"{len(rows.texts):,} rows, each {many} of {name}, {number(size)} bytes of text in the mean.",
             rate_table(found, size),
-            f"Up to so many ranks `--stream_split rows` keeps up, with {args.workers} loader workers a rank that have cores of their own; "
+            f"Up to so many ranks `--stream_sharding by_row` keeps up, with {args.workers} loader workers a rank that have cores of their own; "
             "beyond, reading is the limit, and `files` pays:",
             limit_table(found, rates, args.workers),
         ]

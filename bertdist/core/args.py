@@ -63,6 +63,7 @@ _ELSEWHERE = {
     "epochs": "the name is --num_train_epochs",
     "batch_size": "the name is --train_batch_size",
     "model": "the name is --model_name_or_path",
+    "stream_split": "the name is --stream_sharding, by_row (was rows) or by_file (was files)",
     "test_file": "python -m bertdist.predict --model out/best --input test.tsv answers rows without labels",
     "do_predict": "python -m bertdist.predict --model out/best --input test.tsv answers rows without labels",
 }
@@ -366,21 +367,21 @@ def _stream_problems(data: DataConfig) -> Iterable[str]:
     if not data.streaming:
         given = {
             name: getattr(data, name) != getattr(DataConfig, name)
-            for name in ("stream_window", "stream_split")
+            for name in ("stream_window", "stream_sharding")
         }
         yield from (
             f"--{name} goes with --streaming." for name, is_given in given.items() if is_given
         )
-    if data.stream_split == "files" and data.max_train_samples:
-        yield "--max_train_samples takes the first rows of all, and with --stream_split files each rank has other files: leave one out."
+    if data.stream_sharding == "by_file" and data.max_train_samples:
+        yield "--max_train_samples takes the first rows of all, and with --stream_sharding by_file each rank has other files: leave one out."
     if data.train_weights is None:
         return
     if len(data.train_weights) != len(data.train_file or ()):
         yield f"--train_weights has {len(data.train_weights)} numbers for {len(data.train_file or ())} --train_file; one each."
     if not all(0 < weight < float("inf") for weight in data.train_weights):
         yield f"--train_weights is {' '.join(map(str, data.train_weights))}; expected numbers above 0."
-    if data.stream_split == "files":
-        yield "--train_weights goes with --stream_split rows: with files each rank has other files."
+    if data.stream_sharding == "by_file":
+        yield "--train_weights goes with --stream_sharding by_row: with files each rank has other files."
     if data.streaming and data.max_train_samples:
         yield "--max_train_samples takes the first rows of all, and --train_weights mixes: leave one out."
 

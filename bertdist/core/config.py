@@ -62,9 +62,9 @@ class DataConfig:
         default=16_384,
         help="With --streaming: rows that are held and shuffled together; rounded up to whole steps.",
     )
-    stream_split: Literal["rows", "files"] = HfArg(
-        default="rows",
-        help="With --streaming: rows: every rank reads all and tokenizes its share, steps do not depend on the ranks. files: a rank reads files of its own, for sources of many files on many ranks.",
+    stream_sharding: Literal["by_row", "by_file"] = HfArg(
+        default="by_row",
+        help="With --streaming: by_row: every rank reads all rows and tokenizes its share; steps do not depend on the number of ranks. by_file: each rank reads only its own files, for sources of many files on many ranks.",
     )
     dataset_name: str | None = HfArg(default=None, help="Data set on the hub, instead of files.")
     dataset_config_name: str | None = HfArg(

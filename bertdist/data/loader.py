@@ -79,18 +79,18 @@ def create_train_loader(
         )
     first = open_examples(rows.head(), tokenizer, task, max_length)
     agree, steps = None, -(-sum(known.rows) // size)
-    if config.data.stream_split == "files":
+    if config.data.stream_sharding == "by_file":
         rank, ranks = accelerator.process_index, accelerator.num_processes
         if size < ranks:
             raise ConfigError(
                 f"--train_batch_size is {size}, and there are {ranks} processes, each of which reads files of its own "
-                "(--stream_split files); expected at least one row each. --stream_split rows takes any number."
+                "(--stream_sharding by_file); expected at least one row each. --stream_sharding by_row takes any number."
             )
         sources, files = rows.sources, assign_files_to_ranks(rows, ranks)
         if len(sources) < ranks:
             raise ConfigError(
-                f"{rows.name}: {len(sources)} source(s) for {ranks} processes, each of which reads its own (--stream_split files); "
-                "expected at least one each, or steps lack the rows of those without. --stream_split rows takes any number."
+                f"{rows.name}: {len(sources)} source(s) for {ranks} processes, each of which reads its own (--stream_sharding by_file); "
+                "expected at least one each, or steps lack the rows of those without. --stream_sharding by_row takes any number."
             )
         sizes = [size // ranks + (other < size % ranks) for other in range(ranks)]
         agree, size = agreement(accelerator), sizes[rank]

@@ -282,7 +282,7 @@ def _reasons(config: TrainConfig, labels: LabelStats) -> list[str]:
 
 
 def assign_files_to_ranks(stream: Stream, ranks: int) -> list[list[int]]:
-    """Which sources each rank reads (--stream_split files): largest first, to the rank that has least to read."""
+    """Which sources each rank reads (--stream_sharding by_file): largest first, to the rank that has least to read."""
     told = [source.bytes for source in stream.sources]
     known = [size for size in told if size is not None]
     usual = sum(known) // max(1, len(known))  # where the size is not known

@@ -6,10 +6,10 @@ order of their own; with weights it has no end: each part gives its share of eve
 
 A stream -> steps -> this rank's micro-batches: what `batching` does for rows in memory, window by window.
 
-Two ways to share the work (--stream_split):
-rows   every rank reads every row and encodes only its share of each step. Steps are those of any other number of ranks.
-files  every rank reads files of its own and takes its part of each step from them. Ranks that run out first go on with texts that count
-       nothing until the last is done; before each step the ranks agree on how many rows it has.
+Two ways to share the work (--stream_sharding):
+by_row   every rank reads every row and encodes only its share of each step. Steps are those of any other number of ranks.
+by_file  every rank reads files of its own and takes its part of each step from them. Ranks that run out first go on with texts that count
+         nothing until the last is done; before each step the ranks agree on how many rows it has.
 
 Where a step's reading stands is in the step (`Step.after`), so that whatever workers read ahead, a checkpoint goes on behind its last step.
 """
@@ -294,10 +294,10 @@ Agree = Callable[[Step | BertdistError | None], tuple[int, tuple[SkippedRow, ...
 class StreamLoader:
     """A stream in steps, as one rank sees it. It has no state: `steps` goes on from the place that a step gave."""
 
-    stream: Stream  # with --stream_split files, of this rank's files
+    stream: Stream  # with --stream_sharding by_file, of this rank's files
     task: Task
     examples: Examples  # its first rows: what memory is measured with
-    rows_per_step: int  # of all ranks; with --stream_split files, of this one
+    rows_per_step: int  # of all ranks; with --stream_sharding by_file, of this one
     tokens_per_micro_batch: int
     rank: int = 0
     ranks: int = 1  # among which a step is dealt
@@ -305,7 +305,7 @@ class StreamLoader:
     workers: int = 0
     pin: bool = False
     steps_per_epoch: int = 0  # 0: not known
-    agree: Agree | None = None  # with --stream_split files
+    agree: Agree | None = None  # with --stream_sharding by_file
 
     def steps(self, start: int, stop: int, place: ReaderState | None = None) -> Iterator[Step]:
         """This rank's share of steps start, ..., stop - 1, counted over the whole run, from the place behind step start - 1.

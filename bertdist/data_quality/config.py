@@ -165,7 +165,7 @@ _JUDGING = {"tokens_per_micro_batch", "use_cpu", "mixed_precision"}
 _SCORING = {"validation_file", "validation_split", "max_eval_samples"}
 
 # All rows are held at once and judged once, whatever --folds or --model.
-_PER_STEP = ("streaming", "stream_window", "stream_split", "train_weights")
+_PER_STEP = ("streaming", "stream_window", "stream_sharding", "train_weights")
 
 
 def read_label_issue_config(words: Sequence[str]) -> Doubting:

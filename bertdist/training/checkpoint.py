@@ -62,7 +62,7 @@ class Progress:
         default_factory=list
     )  # [loss sum, rows] of each step since the last log line
     place: ReaderState | None = (
-        None  # of a stream: where its reading stands; with --stream_split files, this rank's
+        None  # of a stream: where its reading stands; with --stream_sharding by_file, this rank's
     )
 
     def count(self, step: int, rows: int, place: ReaderState | None) -> None:
@@ -181,7 +181,7 @@ class Checkpointer:
         if accepted:
             self.say("Other settings than when it was written:", *table(accepted))
         if state["ranks"] != self.accelerator.num_processes:
-            own_files = settings.must_match.get("stream_split") == "files"
+            own_files = settings.must_match.get("stream_sharding") == "by_file"
             rows = (
                 "each epoch has the same rows, in other steps"
                 if own_files

@@ -42,7 +42,7 @@ REFUSED = {  # setting -> what going on with another one would mean
     "tokenizer_name": "the weights know texts by other token numbers",
     "train_weights": "another mixture: rows come in other shares and another order",
     "stream_window": "another order of rows: rows of this epoch come twice or not at all",
-    "stream_split": "another order of rows: rows of this epoch come twice or not at all",
+    "stream_sharding": "another order of rows: rows of this epoch come twice or not at all",
 }
 
 ACCEPTED = {  # setting that decides nothing of what is learned -> what going on with another one means
@@ -211,14 +211,14 @@ def place_of_rank(folder: Path, state: dict[str, Any], rank: int, ranks: int) ->
     places: list[ReaderState | None] = state.get(
         "places", [None]
     )  # versions before streams wrote none
-    own_files = state["identity"].get("stream_split") == "files"
+    own_files = state["identity"].get("stream_sharding") == "by_file"
     if (
         own_files
         and state["ranks"] != ranks
         and not all(place and "over" in place for place in places)
     ):
         raise CheckpointError(
-            f"{folder} was written by {state['ranks']} processes with --stream_split files, each in the middle of its own files, and now "
+            f"{folder} was written by {state['ranks']} processes with --stream_sharding by_file, each in the middle of its own files, and now "
             f"there are {ranks}. Go on with {state['ranks']}, or, in a run of --max_train_steps, from a checkpoint at the end of an epoch "
             "(--save_every '1 epoch')."
         )
@@ -253,7 +253,7 @@ def resume_signature(
         else f"a stream, {rows.fingerprint}",
         "train_weights": config.data.train_weights,
         **(
-            {name: getattr(config.data, name) for name in ("stream_window", "stream_split")}
+            {name: getattr(config.data, name) for name in ("stream_window", "stream_sharding")}
             if isinstance(rows, Stream)
             else {}
         ),

@@ -140,7 +140,7 @@ def test_a_rank_whose_file_has_no_other_rows_tells_them(
     other.write_text("text\tlabel\n" + "a row of one field\n" * 5)
     settings = {
         "streaming": True,
-        "stream_split": "files",
+        "stream_sharding": "by_file",
         "label_names": ["bad", "good"],
         "train_file": [files.train, other],
     }

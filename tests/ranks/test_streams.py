@@ -181,7 +181,7 @@ def test_ranks_read_files_of_their_own(tiny_model: Path, tmp_path: Path, many: P
         tmp_path / "out",
         pattern_of(many),
         streaming=True,
-        stream_split="files",
+        stream_sharding="by_file",
         num_train_epochs=2,
         seed=5,
     )
@@ -206,7 +206,7 @@ def pattern_of(folder: Path) -> Any:
 def test_own_files_go_on_where_they_were(tiny_model: Path, tmp_path: Path, many: Path) -> None:
     settings = {
         "streaming": True,
-        "stream_split": "files",
+        "stream_sharding": "by_file",
         "num_train_epochs": 2,
         "save_every": "2 steps",
         "stream_window": 4,
@@ -218,7 +218,9 @@ def test_own_files_go_on_where_they_were(tiny_model: Path, tmp_path: Path, many:
     for step in (3, 10, 13):
         with pytest.raises(RankError, match="ended with status 9"):
             run_ranks(3, run_train, given, at_step(step, die))
-    with pytest.raises(RankError, match="was written by 3 processes with --stream_split files"):
+    with pytest.raises(
+        RankError, match="was written by 3 processes with --stream_sharding by_file"
+    ):
         run_ranks(2, run_train, given)
     run_ranks(3, run_train, given)
     assert step_log(tmp_path / "out") == step_log(tmp_path / "straight")
@@ -233,7 +235,7 @@ def test_own_files_go_on_with_other_ranks_between_two_epochs(
 ) -> None:
     settings = {
         "streaming": True,
-        "stream_split": "files",
+        "stream_sharding": "by_file",
         "max_train_steps": 16,
         "save_every": "1 epoch",
     }

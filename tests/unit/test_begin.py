@@ -112,7 +112,7 @@ DOES_NOT = {  # where it runs, how it is cut, when something is written or said,
 # These decide through what they make: the rows and their fingerprint, the labels, the number of steps. The model's name and place
 # may change, as when a folder is moved: its weights are in the checkpoint.
 THROUGH = """
-    model_name_or_path model_revision train_file train_weights streaming stream_window stream_split
+    model_name_or_path model_revision train_file train_weights streaming stream_window stream_sharding
     dataset_name dataset_config_name task_name train_split validation_split text_column
     text_pair_column label_column label_columns label_delimiter column_names delimiter quoting encoding
     on_bad_row max_bad_rows max_train_samples label_names

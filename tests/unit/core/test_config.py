@@ -285,7 +285,8 @@ def test_all_unknown_flags_are_told_at_once() -> None:
             "--label_columns stands instead of --label_column and --label_delimiter.",
         ),
         (["--stream_window", "8"], "--stream_window goes with --streaming."),
-        (["--stream_split", "files"], "--stream_split goes with --streaming."),
+        (["--stream_sharding", "by_file"], "--stream_sharding goes with --streaming."),
+        (["--stream_sharding", "files", "--streaming"], "(choose from 'by_row', 'by_file')"),
         (["--stream_window", "0", "--streaming"], "--stream_window is 0; expected at least 1."),
         (
             ["--train_weights", "1", "2"],
@@ -293,16 +294,16 @@ def test_all_unknown_flags_are_told_at_once() -> None:
         ),
         (["--train_weights", "0"], "--train_weights is 0.0; expected numbers above 0."),
         (
-            ["--stream_split", "files", "--streaming", "--train_weights", "1"],
-            "--train_weights goes with --stream_split rows",
+            ["--stream_sharding", "by_file", "--streaming", "--train_weights", "1"],
+            "--train_weights goes with --stream_sharding by_row",
         ),
         (
             ["--max_train_samples", "5", "--streaming", "--train_weights", "1"],
             "--max_train_samples takes the first rows of all, and",
         ),
         (
-            ["--max_train_samples", "5", "--streaming", "--stream_split", "files"],
-            "--max_train_samples takes the first rows of all, and with --stream_split files each rank has other files: leave one out.",
+            ["--max_train_samples", "5", "--streaming", "--stream_sharding", "by_file"],
+            "--max_train_samples takes the first rows of all, and with --stream_sharding by_file each rank has other files: leave one out.",
         ),
     ],
 )
@@ -484,7 +485,7 @@ FULL = [  # every setting has a value here in one of them
     "--text_column=-t --text_pair_column=p --label_column=l --label_delimiter=; --column_names _ -t p l --delimiter=tab --quoting=none",
     "--label_columns a b --max_train_samples 5 --max_eval_samples 6 --validation_file=v.tsv --encoding=latin-1 --dropout=0.1",
     "--accept_changed_data --on_nan skip --max_nan_steps 3 --detect_anomaly",
-    "--on_bad_row skip --max_bad_rows 7 --streaming --stream_window 64 --stream_split files",
+    "--on_bad_row skip --max_bad_rows 7 --streaming --stream_window 64 --stream_sharding by_file",
     "--train_weights 0.5",
     "--problem_type=regression --label_names 1 01 no --class_weights 1 2 --metrics mse --metric_for_best_model=loss --use_cpu",
     "--label_smoothing_factor 0.1 --train_batch_size 8 --tokens_per_micro_batch 64 --dataloader_num_workers 0 --gradient_checkpointing",

@@ -76,7 +76,7 @@ def batches_of(
     *,
     size: int = 4,
     window: int = 8,
-    split: str = "rows",
+    split: str = "by_row",
     **changes: Any,
 ) -> StreamLoader:
     """What a run would make of the files. changes: of the StreamLoader."""
@@ -86,7 +86,7 @@ def batches_of(
         ),
         run=SimpleNamespace(seed=5),
         model=SimpleNamespace(max_length=8),
-        data=replace(DataConfig(), stream_split=split),
+        data=replace(DataConfig(), stream_sharding=split),
     )
     accelerator: Any = SimpleNamespace(
         process_index=rank, num_processes=ranks, device=SimpleNamespace(type="cpu")
@@ -282,7 +282,7 @@ GIVEN: dict[str, Any] = {
 }
 
 
-# ---- --stream_split rows
+# ---- --stream_sharding by_row
 
 
 @QUICK
@@ -482,19 +482,19 @@ def test_a_stream_without_rows_is_not_read_for_ever() -> None:
         list(replace(empty, agree=lambda step: (0, ())).steps(0, 3))
 
 
-@pytest.mark.parametrize("split", ["rows", "files"])
+@pytest.mark.parametrize("split", ["by_row", "by_file"])
 def test_where_a_row_stands_is_told_by_the_place_of_its_step(split: str) -> None:
     files = files_of([9, 2, 17])
     starts = {file.name: int(file.rows[0]["text"].split()[0]) for file in files}
     of_ranks = [batches_of(files, rank, 2, split=split, window=8) for rank in range(2)]
-    if split == "files":
+    if split == "by_file":
         by_rank, errors = on_ranks(of_ranks, 0, 16)
         assert errors == ["", ""]
     else:
         by_rank = [list(batches.steps(0, 16)) for batches in of_ranks]
     for batches, steps in zip(of_ranks, by_rank, strict=True):
         wrong = 0
-        for step in steps if split == "rows" else [step for step in steps if not step.idle]:
+        for step in steps if split == "by_row" else [step for step in steps if not step.idle]:
             rows = [row for batch in step.share for row in batch.rows.tolist() if row >= 0]
             ids = [row for of in rows_of(step) for row in of]
             names = [place.rsplit(" row ", 1) for place in batches.where(rows, by_json(step.place))]
@@ -510,7 +510,7 @@ def test_where_a_row_stands_is_told_by_the_place_of_its_step(split: str) -> None
         )
 
 
-# ---- --stream_split files
+# ---- --stream_sharding by_file
 
 
 @QUICK
@@ -537,7 +537,7 @@ def test_ranks_with_files_of_their_own_take_every_row_once_and_the_same_number_o
             ranks,
             size=size,
             window=window,
-            split="files",
+            split="by_file",
             tokens_per_micro_batch=tokens,
             workers=workers,
         )
@@ -580,7 +580,7 @@ def test_ranks_with_files_of_their_own_take_every_row_once_and_the_same_number_o
 
 def test_own_files_go_on_from_every_step_and_between_epochs_on_any_ranks() -> None:
     files = files_of([19, 3, 7, 0, 11])
-    of_ranks = [batches_of(files, rank, 3, size=7, window=5, split="files") for rank in range(3)]
+    of_ranks = [batches_of(files, rank, 3, size=7, window=5, split="by_file") for rank in range(3)]
     per_epoch = of_ranks[0].steps_per_epoch
     by_rank, _ = on_ranks(of_ranks, 0, 2 * per_epoch + 1)
     for start in range(1, 2 * per_epoch + 1):
@@ -598,7 +598,7 @@ def test_own_files_go_on_from_every_step_and_between_epochs_on_any_ranks() -> No
     assert any("over" in step.after for step in by_rank[1][: per_epoch - 1] if step.after), (
         "one that has read its files waits there"
     )
-    fewer = [batches_of(files, rank, 2, size=7, window=5, split="files") for rank in range(2)]
+    fewer = [batches_of(files, rank, 2, size=7, window=5, split="by_file") for rank in range(2)]
     rest, errors = on_ranks(
         fewer,
         per_epoch,
@@ -612,7 +612,7 @@ def test_own_files_go_on_from_every_step_and_between_epochs_on_any_ranks() -> No
 
 def test_ranks_whose_files_are_empty_wait() -> None:
     of_ranks = [
-        batches_of(files_of([9, 0, 0]), rank, 3, size=6, split="files") for rank in range(3)
+        batches_of(files_of([9, 0, 0]), rank, 3, size=6, split="by_file") for rank in range(3)
     ]
     by_rank, errors = on_ranks(of_ranks, 0, 10)
     assert errors == [""] * 3 and [[step.idle for step in steps] for steps in by_rank] == [
@@ -633,7 +633,7 @@ def test_a_rank_whose_rows_are_all_left_out_tells_them(
     good, bad = files_of([9, 5])
     files = [good, replace(bad, rows=[{**row, "label": None} for row in bad.rows])]
     of_ranks = [
-        batches_of(files, rank, 2, size=4, split="files", workers=workers) for rank in range(2)
+        batches_of(files, rank, 2, size=4, split="by_file", workers=workers) for rank in range(2)
     ]
 
     def told(steps: Sequence[Step]) -> list[str]:
@@ -678,7 +678,7 @@ def test_a_rank_whose_rows_are_all_left_out_tells_them(
 
 
 def test_ranks_that_do_not_wait_for_each_other_are_seen() -> None:
-    of_ranks = [batches_of(files_of([9, 3]), rank, 2, size=4, split="files") for rank in range(2)]
+    of_ranks = [batches_of(files_of([9, 3]), rank, 2, size=4, split="by_file") for rank in range(2)]
     assert_every_row_once(steps_of(on_ranks(of_ranks, 0, 10)[0]), 5, 12)
     lonely = [replace(batches, agree=Agreement(1).of(0)) for batches in of_ranks]
     with pytest.raises(AssertionError):
@@ -689,7 +689,7 @@ def test_ranks_that_do_not_wait_for_each_other_are_seen() -> None:
 def test_a_rank_that_fails_ends_all_in_the_same_step(workers: int) -> None:
     files = files_of([40, 9], (4,), broken=30)
     of_ranks = [
-        batches_of(files, rank, 2, size=8, window=8, split="files", workers=workers)
+        batches_of(files, rank, 2, size=8, window=8, split="by_file", workers=workers)
         for rank in range(2)
     ]
     with emulated():
@@ -700,7 +700,7 @@ def test_a_rank_that_fails_ends_all_in_the_same_step(workers: int) -> None:
 
 
 def test_real_workers_read_own_files() -> None:
-    alone = batches_of(files_of([9, 5]), size=4, split="files", agree=Agreement(1).of(0))
+    alone = batches_of(files_of([9, 5]), size=4, split="by_file", agree=Agreement(1).of(0))
     expected = list(map(content, alone.steps(0, 8)))
     assert list(map(content, replace(alone, workers=2).steps(0, 8))) == expected
     assert_every_row_once(steps_of([list(alone.steps(0, 8))]), 4, 14)
@@ -711,9 +711,9 @@ def test_each_rank_that_reads_own_files_has_one_and_a_row_of_each_step() -> None
         ConfigError,
         match=r"^--train_batch_size is 2, and there are 3 processes, .* expected at least one row each",
     ):
-        batches_of(files_of([9, 9, 9]), 2, 3, size=2, split="files")
+        batches_of(files_of([9, 9, 9]), 2, 3, size=2, split="by_file")
     with pytest.raises(
         ConfigError,
-        match=r"^rows: 2 source\(s\) for 3 processes, .* --stream_split rows takes any number\.$",
+        match=r"^rows: 2 source\(s\) for 3 processes, .* --stream_sharding by_row takes any number\.$",
     ):
-        batches_of(files_of([9, 9]), 2, 3, split="files")
+        batches_of(files_of([9, 9]), 2, 3, split="by_file")

@@ -220,7 +220,7 @@ def test_the_place_of_a_stream_comes_back(tmp_path: Path) -> None:
 
 def test_ranks_that_read_own_files_go_on_in_their_own_places() -> None:
     places = [{"window": {"epoch": 0}, "step": rank} for rank in range(3)]
-    state = {"identity": {"stream_split": "files"}, "ranks": 3, "places": places}
+    state = {"identity": {"stream_sharding": "by_file"}, "ranks": 3, "places": places}
     assert [place_of_rank(Path("step"), state, rank, 3) for rank in range(3)] == places
     with pytest.raises(
         CheckpointError, match="each in the middle of its own files, and now there are 2"
@@ -236,7 +236,7 @@ def test_ranks_that_read_own_files_go_on_in_their_own_places() -> None:
 
 
 def test_own_files_on_other_ranks_are_said_or_refused(tmp_path: Path) -> None:
-    run, files = Run(tmp_path), {"stream_split": "files"}
+    run, files = Run(tmp_path), {"stream_sharding": "by_file"}
     for place in ({"over": {"epoch": 1}}, {"window": {"epoch": 0}, "step": 1}):
         run.checkpoints.save(
             run.model, run.optimizer, Progress(step=1, place=place), Settings(files)

@@ -105,7 +105,7 @@ def test_every_setting_of_the_tables_is_one_that_is_remembered() -> None:
     found = resume_settings(config, rows, rows, SingleLabel(("a", "b")), 3)
     assert found.must_match == resume_signature(config, rows, SingleLabel(("a", "b")), 3)
     assert found.may_change.keys() == ACCEPTED.keys()
-    assert set(REFUSED) - {"stream_window", "stream_split"} <= found.must_match.keys()
+    assert set(REFUSED) - {"stream_window", "stream_sharding"} <= found.must_match.keys()
 
 
 # ---- Data that changed
