@@ -38,7 +38,7 @@ from bertdist.core.errors import BertdistError
 from bertdist.data.loading import load_records, open_stream
 from bertdist.data.source import read_skipped_rows
 from bertdist.data.stats import _read as read_survey
-from bertdist.training.checkpoint import Checkpointer, Progress
+from bertdist.training.checkpoint import Checkpointer, TrainState
 from bertdist.training.optimizer import create_optimizer
 from bertdist.training.resume_check import Settings
 
@@ -233,7 +233,7 @@ class Saved:
         self.folder, self.model = folder, nn.Linear(2, 2)
         self.optimizer = create_optimizer(self.model, OptimConfig())
         self.checkpoints = Checkpointer(folder, ONE, 2, lambda *lines: None)
-        self.checkpoints.save(self.model, self.optimizer, Progress(step=1), Settings({"seed": 1}))
+        self.checkpoints.save(self.model, self.optimizer, TrainState(step=1), Settings({"seed": 1}))
         self.whole = {path.name: path.read_bytes() for path in (folder / "step_000001").iterdir()}
 
     def replaced(self, name: str, manifest: bool) -> Callable[[bytes], object]:

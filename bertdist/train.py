@@ -52,7 +52,7 @@ from bertdist.models.dropout import seed_dropout
 from bertdist.tasks.tasks import Task
 from bertdist.training.account import keep_score, record_training, tell_end, tell_meter
 from bertdist.training.best_model import BestModel
-from bertdist.training.checkpoint import Checkpointer, Progress
+from bertdist.training.checkpoint import Checkpointer, TrainState
 from bertdist.training.cuda_graph import Take, graphed_step
 from bertdist.training.evaluation import Evaluator, evaluate_split
 from bertdist.training.nonfinite import NonFiniteGuard, factor, update
@@ -72,7 +72,7 @@ INTERRUPTED = 130  # exit code for a second Ctrl-C, a shell's for SIGINT
 STOPPED = 75  # exit code for "asked to stop, start me again" (EX_TEMPFAIL)
 
 
-def train(config: TrainConfig) -> Progress:
+def train(config: TrainConfig) -> TrainState:
     """Train as the config says, going on where an earlier run in the same folder stopped; returns how far it came."""
     accelerator = create_accelerator(config.run)
     check_world(accelerator.num_processes)
@@ -136,13 +136,13 @@ def train(config: TrainConfig) -> Progress:
         settings_now = resume_settings(config, train_rows, dev_rows, task, total_steps)
         progress = watchdog.progress = (
             checkpoints.restore(classifier, adamw, settings_now, run.resume_from_checkpoint)
-            or Progress()
+            or TrainState()
         )
         with raise_on_all_ranks(accelerator):
             log.begin(
                 progress.step,
                 {"config.yaml": write_config(config), "environment.json": environment(accelerator)},
-                progress.owed,
+                progress.evaluation_pending,
             )
             log.status("finished" if progress.finished else "running", progress.step)
         best = BestModel(run, tokenizer, task, accelerator, notes_of(config, train_rows))
@@ -187,7 +187,7 @@ def train(config: TrainConfig) -> Progress:
                     model, optimizer, step, task, accelerator, config.optim.max_grad_norm, room
                 )
                 losses.append(loss)
-                progress.count(step.number + 1, step.rows, step.after)
+                progress.advance(step)
                 record_skipped_rows(skipped_rows, step, accelerator)
                 log.advance()
             progress.finished = progress.step == total_steps
@@ -221,7 +221,7 @@ def train(config: TrainConfig) -> Progress:
                         dev_batches,
                     )
                     keep_score(evaluation, classifier, log, best, progress, per_epoch)
-                    stopping = stopping or progress.owed
+                    stopping = stopping or progress.evaluation_pending
 
             if progress.finished or stopping or is_due(progress.step, due["save"]):
                 gather_losses(progress, losses, meter, accelerator)
@@ -239,13 +239,13 @@ def train(config: TrainConfig) -> Progress:
     return progress
 
 
-def leave_early(log: RunLogger, stop: StopSignal, accelerator: Accelerator) -> Progress:
+def leave_early(log: RunLogger, stop: StopSignal, accelerator: Accelerator) -> TrainState:
     """Asked to stop before the first step."""
     reason = stop.reason or "another rank was asked to stop"
     log.status("preempted", 0, reason)
     log.say(f"Asked to stop ({reason}) before the first step; the same command begins again.")
     accelerator.end_training()
-    return Progress()
+    return TrainState()
 
 
 def train_step(
@@ -298,27 +298,29 @@ def choose_step(
 
 
 def steps_left(
-    batches: AnyLoader, progress: Progress, total_steps: int, device: torch.device
+    batches: AnyLoader, progress: TrainState, total_steps: int, device: torch.device
 ) -> Iterator[Step]:
     """This rank's shares of the steps that are still to be taken, on the device."""
     return prefetch_to_device(
         batches.steps(
-            progress.step, progress.step if progress.finished else total_steps, progress.place
+            progress.step,
+            progress.step if progress.finished else total_steps,
+            progress.reader_state,
         ),
         device,
     )
 
 
-def owed_first(progress: Progress, steps: Iterator[Step]) -> Iterator[Step | None]:
+def owed_first(progress: TrainState, steps: Iterator[Step]) -> Iterator[Step | None]:
     """The steps; before them None, where the last step was taken by a process that was stopped in the evaluation that follows it."""
-    if progress.owed:
-        progress.owed = False
+    if progress.evaluation_pending:
+        progress.evaluation_pending = False
         yield None
     yield from steps
 
 
 def warm_up(
-    model: nn.Module, batches: AnyLoader, progress: Progress, task: Task, accelerator: Accelerator
+    model: nn.Module, batches: AnyLoader, progress: TrainState, task: Task, accelerator: Accelerator
 ) -> None:
     """One backward that is thrown away, before the first step of every start, fresh or resumed.
 
@@ -327,7 +329,7 @@ def warm_up(
     """
     model.train()
     for first in replace(batches, workers=0).steps(
-        progress.step, progress.step + 1, progress.place
+        progress.step, progress.step + 1, progress.reader_state
     ):
         batch = single_token_batch(first.share[0]).to(accelerator.device)
         accelerator.backward(task.loss(model(batch), batch.targets, batch.weights))
@@ -340,7 +342,7 @@ def is_due(step: int, every: int) -> bool:
 
 
 def open_meter(
-    classifier: Classifier, accelerator: Accelerator, progress: Progress
+    classifier: Classifier, accelerator: Accelerator, progress: TrainState
 ) -> ThroughputMeter:
     """A meter whose clock starts; before that all ranks measure at the same time what their devices can do."""
     mine = (
@@ -354,7 +356,7 @@ def open_meter(
 
 
 def gather_losses(
-    progress: Progress, losses: list[Tensor], meter: ThroughputMeter, accelerator: Accelerator
+    progress: TrainState, losses: list[Tensor], meter: ThroughputMeter, accelerator: Accelerator
 ) -> None:
     """Add up the ranks' losses and the meters' figures of the steps since the last call; one collective, however many steps.
 
@@ -367,7 +369,9 @@ def gather_losses(
         every = accelerator.gather(mine[None]).cpu().double()  # (ranks, steps, 1 + figures)
         meter.add(every[:, :, 1:])
         total = every[:, :, :2].sum(0).tolist()  # gloo's own sum of 3 ranks rounds by place
-        for entry, (loss, tokens) in zip(progress.window[-len(losses) :], total, strict=True):
+        for entry, (loss, tokens) in zip(
+            progress.unlogged_steps[-len(losses) :], total, strict=True
+        ):
             entry[:] = (
                 (loss, entry[1]) if math.isfinite(loss) else (0.0, 0.0)
             )  # a step that was left out, see nonfinite.py

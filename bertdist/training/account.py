@@ -7,15 +7,15 @@ import math
 
 from bertdist.models.classifier import Classifier
 from bertdist.training.best_model import BestModel
-from bertdist.training.checkpoint import Progress
+from bertdist.training.checkpoint import TrainState
 from bertdist.training.evaluation import Evaluation
 from bertdist.training.run_logger import RunLogger
 from bertdist.training.throughput import ThroughputMeter
 
 
-def record_training(log: RunLogger, progress: Progress, per_epoch: int, **values: float) -> None:
+def record_training(log: RunLogger, progress: TrainState, per_epoch: int, **values: float) -> None:
     """One line about the steps since the last one: sums are divided, means are never averaged."""
-    loss, rows = (sum(entry[i] for entry in progress.window) for i in (0, 1))
+    loss, rows = (sum(entry[i] for entry in progress.unlogged_steps) for i in (0, 1))
     mean = loss / rows if rows else math.nan  # every step was left out, see nonfinite.py
     log.record(
         "train",
@@ -25,7 +25,7 @@ def record_training(log: RunLogger, progress: Progress, per_epoch: int, **values
         **values,
         tokens=progress.tokens,
     )
-    progress.window.clear()
+    progress.unlogged_steps.clear()
 
 
 def keep_score(
@@ -33,18 +33,20 @@ def keep_score(
     classifier: Classifier,
     log: RunLogger,
     best: BestModel,
-    progress: Progress,
+    progress: TrainState,
     per_epoch: int,
 ) -> None:
     """What an evaluation found; None: it was given up, to stop, and is owed."""
     if evaluation is None:
-        progress.owed, progress.finished = True, False
+        progress.evaluation_pending, progress.finished = True, False
         return
     log.record("eval", progress.step, epoch=progress.epochs(per_epoch), **evaluation.scores)
     best.consider(classifier, evaluation, progress)
 
 
-def tell_meter(log: RunLogger, progress: Progress, meter: ThroughputMeter, stopping: bool) -> None:
+def tell_meter(
+    log: RunLogger, progress: TrainState, meter: ThroughputMeter, stopping: bool
+) -> None:
     """At its end, what this process did with its time: a line in metrics.jsonl, before the last checkpoint is whole, and two sentences."""
     if progress.finished or stopping:
         log.write("meter", progress.step, finished=progress.finished, **meter.summary())
@@ -52,7 +54,7 @@ def tell_meter(log: RunLogger, progress: Progress, meter: ThroughputMeter, stopp
 
 
 def tell_end(
-    log: RunLogger, progress: Progress, best: BestModel, total_steps: int, reason: str
+    log: RunLogger, progress: TrainState, best: BestModel, total_steps: int, reason: str
 ) -> None:
     """What a run says last. reason: why it was asked to stop, where it has not finished."""
     log.close_progress()
@@ -64,7 +66,7 @@ def tell_end(
         )
     else:
         log.status("preempted", progress.step, reason)
-        owed = "; its evaluation comes first then" if progress.owed else ""
+        owed = "; its evaluation comes first then" if progress.evaluation_pending else ""
         log.say(
             f"Asked to stop ({reason}): step {progress.step} of {total_steps} is saved; the same command goes on{owed}."
         )

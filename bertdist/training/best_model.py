@@ -17,7 +17,7 @@ from bertdist.core.config import RunConfig
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.models.classifier import Classifier, export
 from bertdist.tasks.tasks import Task
-from bertdist.training.checkpoint import Progress
+from bertdist.training.checkpoint import TrainState
 from bertdist.training.evaluation import Evaluation
 from bertdist.training.run_logger import RunLogger
 
@@ -47,7 +47,7 @@ class BestModel:
             if accelerator.is_main_process:
                 recover(self.folder / "best")
 
-    def consider(self, model: Classifier, evaluation: Evaluation, progress: Progress) -> None:
+    def consider(self, model: Classifier, evaluation: Evaluation, progress: TrainState) -> None:
         """Keep the weights if they are better than all before; decide whether the run has stopped getting better."""
         selection_score, best = evaluation.selection_score, progress.best_score
         gain = math.inf if best is None else selection_score - best
@@ -64,7 +64,7 @@ class BestModel:
             patience is not None and progress.evaluations_since_best >= patience
         )
 
-    def keep(self, model: Classifier, evaluation: Evaluation | None, progress: Progress) -> None:
+    def keep(self, model: Classifier, evaluation: Evaluation | None, progress: TrainState) -> None:
         """Write these weights as the best; raises CheckpointError on all ranks where rank 0 cannot."""
         progress.best_step = progress.step
         with raise_on_all_ranks(self.accelerator):

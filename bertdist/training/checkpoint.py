@@ -27,10 +27,12 @@ from torch import Tensor, nn
 
 from bertdist.core.atomic_io import at, find_damage, free_name, recover, remove, write_folder
 from bertdist.core.errors import CheckpointError
+from bertdist.data.batch import Step
 from bertdist.data.source import ReaderState
 from bertdist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from bertdist.training.resume_check import (
     BREAKS_BEST,
+    FIELD_KEYS,
     Change,
     Settings,
     compare,
@@ -42,8 +44,8 @@ from bertdist.training.resume_check import (
 
 
 @dataclass
-class Progress:
-    """How far a run has come; what state.json holds besides."""
+class TrainState:
+    """How far training has come: with weights and optimizer all that the next step depends on."""
 
     step: int = 0  # optimizer steps done
     rows: int = 0  # rows seen, all ranks together
@@ -51,32 +53,30 @@ class Progress:
     best_score: float | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
-    tokens_per_micro_batch: int = 0  # as asked or found, and as halved since; 0: not known yet
-    tokens_asked: int = 0  # the --tokens_per_micro_batch that it came from; 0: found
-    halvings: int = 0  # steps that were taken again because memory ran out
+    tokens_per_micro_batch: int = 0  # requested or measured, halved where memory ran out; 0: unset
+    tokens_requested: int = 0  # the --tokens_per_micro_batch that it came from; 0: measured
+    halvings: int = 0  # steps that were repeated because memory ran out
     nan_steps: int = 0  # that were left out because loss or gradient was not finite
     nan_in_row: int = 0  # of those, the last ones in a row
     finished: bool = False
-    owed: bool = False  # the evaluation of this step was given up, to stop; it comes first when the run goes on
-    window: list[list[float]] = field(
-        default_factory=list
-    )  # [loss sum, rows] of each step since the last log line
-    place: ReaderState | None = (
-        None  # of a stream: where its reading stands; with --stream_sharding by_file, this rank's
-    )
+    # The evaluation after this step was interrupted by a stop; the next start catches up first.
+    evaluation_pending: bool = False
+    # [loss sum, rows] of each step since the last log line
+    unlogged_steps: list[list[float]] = field(default_factory=list)
+    # Of a stream: its position; with --stream_sharding by_file, this rank's.
+    reader_state: ReaderState | None = None
 
-    def count(self, step: int, rows: int, place: ReaderState | None) -> None:
-        """One more step of so many rows; its loss is filled in when the ranks bring them together."""
-        self.step, self.rows, self.place = step, self.rows + rows, place
-        self.window.append([0.0, float(rows)])
+    def advance(self, step: Step) -> None:
+        """Count one more optimizer step; its loss is filled in when the ranks' losses are gathered."""
+        self.step, self.rows, self.reader_state = step.number + 1, self.rows + step.rows, step.after
+        self.unlogged_steps.append([0.0, float(step.rows)])
 
-    def epochs(self, per_epoch: int) -> float:
-        """Passes over the rows; whole ones only, where per_epoch is 0: nobody knows how long a stream is."""
-        if per_epoch:
-            return self.step / per_epoch
-        return (
-            float((self.place.get("window") or self.place["over"])["epoch"]) if self.place else 0.0
-        )
+    def epochs(self, steps_per_epoch: int) -> float:
+        """Passes over the rows; complete ones only where steps_per_epoch is 0 (a stream's length is unknown)."""
+        if steps_per_epoch:
+            return self.step / steps_per_epoch
+        position = self.reader_state
+        return float((position.get("window") or position["over"])["epoch"]) if position else 0.0
 
 
 class Checkpointer:
@@ -103,14 +103,14 @@ class Checkpointer:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        progress: Progress,
+        progress: TrainState,
         settings: Settings,
     ) -> None:
         """Write step_<progress.step>; raises CheckpointError on all ranks where rank 0 cannot. A collective."""
         places = (
-            gather_object([progress.place])
+            gather_object([progress.reader_state])
             if self.accelerator.num_processes > 1
-            else [progress.place]
+            else [progress.reader_state]
         )
         with raise_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
@@ -120,7 +120,7 @@ class Checkpointer:
                     else None
                 )
                 state = {
-                    "progress": asdict(progress),
+                    "progress": {FIELD_KEYS.get(k, k): v for k, v in asdict(progress).items()},
                     "identity": settings.must_match,
                     "besides": settings.may_change,
                     "scaler": scaler,
@@ -153,7 +153,7 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer,
         settings: Settings,
         named: str | None,
-    ) -> Progress | None:
+    ) -> TrainState | None:
         """Load the checkpoint `named`, or the newest whole one; None when there is none. Raises CheckpointError."""
         with raise_on_all_ranks(self.accelerator):
             chosen = self._choose(named) if self.accelerator.is_main_process else None
@@ -166,7 +166,7 @@ class Checkpointer:
                 raise CheckpointError(
                     f"{folder} is not to be seen from here; --output_dir must be on a disk that every machine shares."
                 )
-            state, progress = read_state(folder, Progress)
+            state, progress = read_state(folder, TrainState)
             # First, what is wrong with other ranks: they may also make another number of steps.
             place = place_of_rank(
                 folder, state, self.accelerator.process_index, self.accelerator.num_processes
@@ -176,7 +176,9 @@ class Checkpointer:
             load_optimizer(model, optimizer, _load(folder / "optimizer.safetensors"), folder)
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-        progress = _after(replace(progress, place=place_after_change(place, accepted)), accepted)
+        progress = _after(
+            replace(progress, reader_state=place_after_change(place, accepted)), accepted
+        )
         self.say(f"Going on from {folder} at step {progress.step}.")
         if accepted:
             self.say("Other settings than when it was written:", *table(accepted))
@@ -281,7 +283,7 @@ def _load(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _after(progress: Progress, accepted: list[Change]) -> Progress:
+def _after(progress: TrainState, accepted: list[Change]) -> TrainState:
     """What the changes that are accepted do to a run's memory."""
     then = {change.name: change.then for change in accepted}
     if then.keys() & BREAKS_BEST:

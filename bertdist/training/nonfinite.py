@@ -41,7 +41,7 @@ from bertdist.models.cpu_layers import clear_gradients
 from bertdist.models.dropout import seed_dropout
 from bertdist.tasks.tasks import Task
 from bertdist.training.anomaly import Anomaly, find_anomaly
-from bertdist.training.checkpoint import Progress
+from bertdist.training.checkpoint import TrainState
 from bertdist.training.evaluation import Evaluation, describe_nonfinite_rows
 from bertdist.training.run_logger import RunLogger
 
@@ -93,7 +93,7 @@ class NonFiniteGuard:
         batches: AnyLoader,
         task: Task,
         accelerator: Accelerator,
-        progress: Progress,
+        progress: TrainState,
         log: RunLogger,
     ) -> None:
         """model: the classifier itself, not as DDP wraps it."""

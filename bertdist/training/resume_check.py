@@ -56,6 +56,14 @@ ACCEPTED = {  # setting that decides nothing of what is learned -> what going on
     "cuda_graphs": "same result to rounding",
 }
 
+# Fields of TrainState whose key in state.json is another one.
+FIELD_KEYS = {
+    "tokens_requested": "tokens_asked",
+    "evaluation_pending": "owed",
+    "unlogged_steps": "window",
+    "reader_state": "place",
+}
+
 BREAKS_BEST = {"metric_for_best_model", "validation_rows"}
 
 
@@ -156,7 +164,8 @@ def read_state(folder: Path, kind: Callable[..., P]) -> tuple[dict[str, Any], P]
     """state.json and the progress in it. kind: a dataclass with defaults. Raises CheckpointError where it is not what we write."""
     try:
         state = json.loads((folder / "state.json").read_text())
-        progress = kind(**state["progress"])
+        fields = {key: name for name, key in FIELD_KEYS.items()}
+        progress = kind(**{fields.get(k, k): value for k, value in state["progress"].items()})
         odd = [
             name
             for name, default in vars(kind()).items()

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bertdist.data.batch import PackedBatch, Step, single_token_batch, split_batch
 from bertdist.data.streaming import AnyLoader, LoaderT
 from bertdist.distributed.collectives import all_reduce_min, host_group, raise_on_all_ranks
-from bertdist.training.checkpoint import Progress
+from bertdist.training.checkpoint import TrainState
 from bertdist.training.memory import attempt, find_tokens, halved, too_long
 
 Backward = Callable[
@@ -60,7 +60,7 @@ class MicroBatcher:
         model: nn.Module,
         batches: AnyLoader,
         asked: int | None,
-        progress: Progress,
+        progress: TrainState,
         accelerator: Accelerator,
         say: Callable[[str], None],
     ) -> None:
@@ -74,8 +74,8 @@ class MicroBatcher:
             assert accelerator.num_processes == 1, f"several ranks, and no DDP: {type(model)}"
         self.progress, self.accelerator, self.say = progress, accelerator, say
         self._batches, self._group = batches, host_group(accelerator)
-        if asked and asked != progress.tokens_asked:
-            progress.tokens_per_micro_batch = progress.tokens_asked = asked
+        if asked and asked != progress.tokens_requested:
+            progress.tokens_per_micro_batch = progress.tokens_requested = asked
         self._loaded = (
             progress.tokens_per_micro_batch
         )  # what the loader's workers cut by: they are ahead, and go on with it

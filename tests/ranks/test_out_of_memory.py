@@ -41,7 +41,7 @@ from bertdist.models import classifier
 from bertdist.models.dropout import DropoutMasks
 from bertdist.training import evaluation
 from bertdist.training import step as room
-from bertdist.training.checkpoint import Progress
+from bertdist.training.checkpoint import TrainState
 from bertdist.training.memory import give_back_freed_memory
 
 ROWS, STEP, EPOCHS = (
@@ -176,7 +176,7 @@ def in_float64(accelerator: Accelerator) -> None:
 
 def run_short(
     accelerator: Accelerator, words: list[str], breaking: Breaking
-) -> tuple[Progress, Any, str, list[tuple[int, bool]]]:
+) -> tuple[TrainState, Any, str, list[tuple[int, bool]]]:
     """run_train, and what did not fit on this rank."""
     return (*run_train(accelerator, words, breaking), accelerator.played.failed)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from bertdist.core.atomic_io import atomic_write, find_damage, recover, write_folder
 from bertdist.core.config import OptimConfig
 from bertdist.core.errors import BertdistError
-from bertdist.training.checkpoint import Checkpointer, Progress, model_tensors, optimizer_tensors
+from bertdist.training.checkpoint import Checkpointer, TrainState, model_tensors, optimizer_tensors
 from bertdist.training.optimizer import create_optimizer
 from bertdist.training.resume_check import Settings
 from bertdist.training.run_logger import RunLogger
@@ -88,7 +88,7 @@ class Run:
             self.out / "predictions.jsonl",
             json.dumps({"row": step, "text": "y" * 70_000}).encode() + b"\n",
         )
-        self.checkpoints.save(self.model, self.optimizer, Progress(step=step), SETTINGS)
+        self.checkpoints.save(self.model, self.optimizer, TrainState(step=step), SETTINGS)
         self.log.status("running", step)
 
     def learn(self) -> None:

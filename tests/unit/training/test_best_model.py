@@ -17,7 +17,7 @@ from bertdist.models.classifier import Classifier, load_classifier, load_setting
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
 from bertdist.training import best_model as best_module
 from bertdist.training.best_model import BestModel
-from bertdist.training.checkpoint import Progress
+from bertdist.training.checkpoint import TrainState
 from bertdist.training.evaluation import Evaluation
 
 ONE_RANK: Any = SimpleNamespace(num_processes=1, is_main_process=True)
@@ -29,10 +29,10 @@ class Considered:
     """What `consider` makes of a row of merits: steps whose weights were kept, and the step after which it was enough."""
 
     def __init__(
-        self, merits: list[float], progress: Progress | None = None, **settings: Any
+        self, merits: list[float], progress: TrainState | None = None, **settings: Any
     ) -> None:
         self.kept: list[int] = []
-        self.progress = progress or Progress()
+        self.progress = progress or TrainState()
         self.waited: list[int] = []
         self.stopped: int | None = None
         best = BestModel(RunConfig(**settings), None, TASK, ONE_RANK, {})  # type: ignore[arg-type]  # nothing is written here
@@ -88,7 +88,9 @@ def test_a_run_that_goes_on_remembers_its_best() -> None:
     whole = Considered(merits)
     for cut in range(len(merits)):
         first = Considered(merits[:cut])
-        state = Progress(**json.loads(json.dumps(vars(first.progress))))  # as a checkpoint keeps it
+        state = TrainState(
+            **json.loads(json.dumps(vars(first.progress)))
+        )  # as a checkpoint keeps it
         second = Considered(merits[cut:], progress=state)
         assert first.kept + second.kept == whole.kept
         assert second.progress == whole.progress
@@ -128,7 +130,7 @@ def test_a_little_better_is_kept_though_it_does_not_count_against_the_patience()
 
 def test_a_finished_run_stays_finished() -> None:
     assert Considered(
-        [0.5, 0.6], Progress(finished=True), early_stopping_patience=5
+        [0.5, 0.6], TrainState(finished=True), early_stopping_patience=5
     ).progress.finished
 
 
@@ -168,7 +170,7 @@ def test_what_is_kept_can_be_used_and_read(
         references=np.array([1, 0]),
         classes=classes,
     )
-    progress = Progress(step=7)
+    progress = TrainState(step=7)
     best_in(tmp_path, tiny_model).consider(model, evaluation, progress)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "best",
@@ -218,7 +220,7 @@ def test_every_kind_of_task_writes_its_truth(
         answers=answers,
         references=np.array(references, dtype=np.float32),
     )
-    best_in(tmp_path, tiny_model, task).keep(model, evaluation, Progress(step=1))
+    best_in(tmp_path, tiny_model, task).keep(model, evaluation, TrainState(step=1))
     assert lines_of(tmp_path / "predictions.jsonl") == [{"row": 0, **first}]
     if isinstance(task, MultiLabel):
         assert "ä" in (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
@@ -227,7 +229,7 @@ def test_every_kind_of_task_writes_its_truth(
 def test_weights_without_an_evaluation_are_kept_alone(
     model: Classifier, tiny_model: Path, tmp_path: Path
 ) -> None:
-    progress = Progress(step=3)
+    progress = TrainState(step=3)
     best_in(tmp_path, tiny_model).keep(model, None, progress)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
     assert progress.best_step == 3
@@ -238,7 +240,7 @@ def test_a_run_without_a_place_to_write_ends_with_one_line(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"^Cannot write .*file/best: Not a directory"):
-        best_in(tmp_path / "file", tiny_model).keep(model, None, Progress(step=3))
+        best_in(tmp_path / "file", tiny_model).keep(model, None, TrainState(step=3))
 
 
 def test_only_the_main_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +252,7 @@ def test_only_the_main_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for main in (False, True):
         rank: Any = SimpleNamespace(num_processes=1, is_main_process=main)
         best = BestModel(RunConfig(output_dir=str(tmp_path)), None, TASK, rank, {})  # type: ignore[arg-type]
-        progress = Progress(step=4)
+        progress = TrainState(step=4)
         if main:  # the control
             with pytest.raises(AssertionError, match="written"):
                 best.keep(None, None, progress)  # type: ignore[arg-type]
@@ -270,7 +272,7 @@ def test_no_number_is_written_as_json_has_it(
         answers=task.answers(torch.tensor([[NAN]])),
         references=np.array([2.25]),
     )
-    best_in(tmp_path, tiny_model, task).keep(model, evaluation, Progress(step=1))
+    best_in(tmp_path, tiny_model, task).keep(model, evaluation, TrainState(step=1))
     assert json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail)[
         "scores"
     ] == {"mse": None}

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from bertdist.core.atomic_io import find_damage, write_folder
 from bertdist.core.config import OptimConfig
 from bertdist.core.errors import CheckpointError
+from bertdist.data.batch import Step
 from bertdist.training.checkpoint import (
     Checkpointer,
-    Progress,
+    TrainState,
     load_tensors,
     model_tensors,
     optimizer_tensors,
@@ -82,14 +83,14 @@ class Run:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-    def save(self, step: int, **progress: Any) -> Progress:
-        saved = Progress(step=step, **progress)
+    def save(self, step: int, **progress: Any) -> TrainState:
+        saved = TrainState(step=step, **progress)
         self.checkpoints.save(self.model, self.optimizer, saved, Settings(IDENTITY))
         return saved
 
     def restore(
         self, named: str | None = None, identity: dict[str, Any] | None = None
-    ) -> Progress | None:
+    ) -> TrainState | None:
         return self.checkpoints.restore(
             self.model, self.optimizer, Settings(identity or IDENTITY), named
         )
@@ -118,7 +119,7 @@ def test_a_restored_run_is_bit_identical_and_learns_on_alike(tmp_path: Path) -> 
         "rows": 2**53 - 1,
         "best_score": 0.1 + 0.2,
         "best_step": 2,
-        "window": [[1 / 3, 8.0], [5e-324, 1e-300]],
+        "unlogged_steps": [[1 / 3, 8.0], [5e-324, 1e-300]],
         "tokens": 7,
     }
     saved = first.save(3, evaluations_since_best=1, **exact)
@@ -176,17 +177,17 @@ def test_nothing_to_restore_is_none(tmp_path: Path) -> None:
 
 
 def test_counting_a_step_leaves_room_for_its_loss() -> None:
-    progress = Progress()
-    progress.count(1, 8, None)
-    progress.count(2, 3, {"window": {"epoch": 1}})
+    progress = TrainState()
+    progress.advance(Step(number=0, share=[], rows=8))
+    progress.advance(Step(number=1, share=[], rows=3, after={"window": {"epoch": 1}}))
     assert asdict(progress) == {
-        **asdict(Progress()),
+        **asdict(TrainState()),
         "step": 2,
         "rows": 11,
-        "window": [[0.0, 8.0], [0.0, 3.0]],
-        "place": progress.place,
+        "unlogged_steps": [[0.0, 8.0], [0.0, 3.0]],
+        "reader_state": {"window": {"epoch": 1}},
     }
-    assert (progress.epochs(4), progress.epochs(0), Progress().epochs(0)) == (0.5, 1.0, 0.0)
+    assert (progress.epochs(4), progress.epochs(0), TrainState().epochs(0)) == (0.5, 1.0, 0.0)
 
 
 def test_the_place_of_a_stream_comes_back(tmp_path: Path) -> None:
@@ -200,15 +201,18 @@ def test_the_place_of_a_stream_comes_back(tmp_path: Path) -> None:
         "step": 2,
     }
     run = Run(tmp_path)
-    run.save(1, place=place)
+    run.save(1, reader_state=place)
     found = run.restore()
     assert (
         found is not None
-        and found.place == place
+        and found.reader_state == place
         and found.epochs(0) == 1.0
         and found.epochs(4) == 0.25
     )
-    assert Progress(place={"over": {"epoch": 2}}).epochs(0) == 2.0 and Progress().epochs(0) == 0.0
+    assert (
+        TrainState(reader_state={"over": {"epoch": 2}}).epochs(0) == 2.0
+        and TrainState().epochs(0) == 0.0
+    )
     state = json.loads((tmp_path / "step_000001" / "state.json").read_text())
     assert place_of_rank(tmp_path, {**state, "ranks": 4}, 3, 4) == place, (
         "one place is that of all ranks"
@@ -239,7 +243,7 @@ def test_own_files_on_other_ranks_are_said_or_refused(tmp_path: Path) -> None:
     run, files = Run(tmp_path), {"stream_sharding": "by_file"}
     for place in ({"over": {"epoch": 1}}, {"window": {"epoch": 0}, "step": 1}):
         run.checkpoints.save(
-            run.model, run.optimizer, Progress(step=1, place=place), Settings(files)
+            run.model, run.optimizer, TrainState(step=1, reader_state=place), Settings(files)
         )
         written = json.loads((tmp_path / "step_000001" / "state.json").read_text())
         changed = changed_ranks(tmp_path / "step_000001", written)
@@ -250,7 +254,7 @@ def test_own_files_on_other_ranks_are_said_or_refused(tmp_path: Path) -> None:
             ],
         )
         if "over" in place:
-            assert run.restore(identity=files) == Progress(step=1, place=place)
+            assert run.restore(identity=files) == TrainState(step=1, reader_state=place)
             assert "each epoch has the same rows, in other steps" in run.said[-1]
     with pytest.raises(CheckpointError, match="was written by 3 processes"):
         run.restore(identity=files)
@@ -286,7 +290,7 @@ def test_another_number_of_ranks_is_said(tmp_path: Path) -> None:
         ],
     )
     run = Run(tmp_path)
-    assert run.restore() == Progress(step=1)
+    assert run.restore() == TrainState(step=1)
     assert run.said[1].startswith(
         "It was written by 3 processes, now there are 1: the same rows in the same steps;"
     )
@@ -311,7 +315,7 @@ def test_the_newest_checkpoints_are_kept_by_number(
     for step in (9, 10, 999999, 1000000, 1000001):  # as words 1000000 comes before 999999
         run.save(step)
     assert names(tmp_path) == sorted(f"step_{step:06d}" for step in left)
-    assert run.restore() == Progress(step=1000001)
+    assert run.restore() == TrainState(step=1000001)
 
 
 @pytest.mark.parametrize("keep", [2, 3, 4, 5, 7])
@@ -351,7 +355,7 @@ def test_a_checkpoint_that_was_just_written_is_not_rotated_away(tmp_path: Path) 
     for step in (2, 4, 6):
         run.save(step)
     run = Run(tmp_path, keep=2)
-    assert run.restore(str(tmp_path / "step_000002")) == Progress(step=2)
+    assert run.restore(str(tmp_path / "step_000002")) == TrainState(step=2)
     run.save(3)
     assert "step_000003" in names(tmp_path)
 
@@ -360,15 +364,15 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(1, rows=1)
     run.save(1, rows=2)
-    assert run.restore() == Progress(step=1, rows=2)
+    assert run.restore() == TrainState(step=1, rows=2)
     assert names(tmp_path) == ["step_000001"]
 
 
 def test_a_named_checkpoint_is_taken_before_a_newer_one(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(1), run.save(2)
-    assert run.restore(str(tmp_path / "step_000001")) == Progress(step=1)
-    assert run.restore() == Progress(step=2)
+    assert run.restore(str(tmp_path / "step_000001")) == TrainState(step=1)
+    assert run.restore() == TrainState(step=2)
 
 
 def test_a_named_checkpoint_that_is_damaged_or_absent_is_an_error(tmp_path: Path) -> None:
@@ -420,7 +424,7 @@ def test_a_damaged_file_is_named_and_its_checkpoint_moved_aside(
     run.save(2)
     change(tmp_path / "step_000002" / file)
     run.learn(1)
-    assert run.restore() == Progress(step=1)
+    assert run.restore() == TrainState(step=1)
     assert run.bits() == before
     assert run.said[0].startswith(
         f"Passing over checkpoint {tmp_path / 'step_000002'}: {words.format(file)}"
@@ -428,7 +432,7 @@ def test_a_damaged_file_is_named_and_its_checkpoint_moved_aside(
     assert run.said[0].endswith(". It is now step_000002.damaged.")
     assert names(tmp_path) == ["step_000001", "step_000002.damaged"]
     run.save(2)  # the way is free
-    assert run.restore() == Progress(step=2)
+    assert run.restore() == TrainState(step=2)
 
 
 @pytest.mark.parametrize(
@@ -459,7 +463,7 @@ def test_a_broken_manifest_is_told_and_passed_over(
     run.save(1), run.save(2)
     path = tmp_path / "step_000002" / "manifest.json"
     path.unlink() if manifest is None else path.write_bytes(manifest)
-    assert run.restore() == Progress(step=1)
+    assert run.restore() == TrainState(step=1)
     assert (
         run.said[0]
         == f"Passing over checkpoint {tmp_path / 'step_000002'}: {words}. It is now step_000002.damaged."
@@ -498,7 +502,7 @@ def test_what_was_not_written_to_its_end_is_removed_and_said(tmp_path: Path) -> 
     (tmp_path / ".step_000002.partial").mkdir()
     (tmp_path / ".step_000002.partial" / "model.safetensors").write_bytes(b"half")
     (tmp_path / "notes").mkdir()  # not ours
-    assert run.restore() == Progress(step=1)
+    assert run.restore() == TrainState(step=1)
     assert (
         run.said[0]
         == "Removing .step_000002.partial, a checkpoint that was not written to its end."
@@ -558,7 +562,7 @@ def is_pickle(data: bytes) -> bool:
 def test_nothing_that_is_written_is_a_pickle(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.learn(1)
-    run.save(1, best_score=0.5, window=[[1.0, 2.0]])
+    run.save(1, best_score=0.5, unlogged_steps=[[1.0, 2.0]])
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert sorted(path.name for path in files) == ["manifest.json", *FILES]
     assert [path.name for path in files if is_pickle(path.read_bytes())] == []
@@ -589,7 +593,7 @@ def test_restoring_reads_no_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (pickle, "Unpickler"),
     ):
         monkeypatch.setattr(module, name, refuse)
-    assert run.restore() == Progress(step=1)
+    assert run.restore() == TrainState(step=1)
     with pytest.raises(AssertionError, match="a pickle"):
         torch.load(tmp_path)  # the control: the guard stands
 
@@ -709,7 +713,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path: Path) -
     run.save(1)
     with small_disk(1000), pytest.raises(CheckpointError, match=r"^Cannot write .*step_000002: "):
         run.save(2)
-    assert run.restore() == Progress(step=1)
+    assert run.restore() == TrainState(step=1)
 
 
 @pytest.mark.parametrize("which", range(2))

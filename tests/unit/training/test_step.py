@@ -15,7 +15,7 @@ from bertdist.data.sharding import MapLoader
 from bertdist.data.tokenization import Example
 from bertdist.distributed.collectives import all_reduce_min, host_group
 from bertdist.training import step as room
-from bertdist.training.checkpoint import Progress
+from bertdist.training.checkpoint import TrainState
 from bertdist.training.step import MicroBatcher
 
 ONE_RANK: Any = SimpleNamespace(
@@ -60,11 +60,11 @@ class Model(nn.Module):
 
 
 def open_room(
-    tokens: int, model: nn.Module, progress: Progress | None = None
+    tokens: int, model: nn.Module, progress: TrainState | None = None
 ) -> tuple[MicroBatcher, Step, list[str]]:
     said: list[str] = []
     batches: Any = MapLoader(examples=Rows(), rows_per_step=5, tokens_per_micro_batch=tokens)  # type: ignore[arg-type]
-    found = MicroBatcher(model, batches, tokens, progress or Progress(), ONE_RANK, said.append)
+    found = MicroBatcher(model, batches, tokens, progress or TrainState(), ONE_RANK, said.append)
     (step,) = found.rebatch(batches).steps(0, 1)
     return found, step, said
 
@@ -85,7 +85,7 @@ def test_a_step_with_room_is_taken_as_it_comes() -> None:
     assert model.asked == [([0, 1], False), ([2, 3, 4], True)] and said == []
     assert (
         place.progress.tokens_per_micro_batch,
-        place.progress.tokens_asked,
+        place.progress.tokens_requested,
         place.progress.halvings,
     ) == (11, 11, 0)
     assert gradient == pytest.approx(loss)  # the weight is 1
@@ -152,20 +152,20 @@ def test_other_errors_stay_what_they_are() -> None:
 @pytest.mark.parametrize(
     ("asked", "before", "tokens"),
     [
-        (64, Progress(), 64),
-        (64, Progress(tokens_per_micro_batch=512), 64),  # found before, asked for now
+        (64, TrainState(), 64),
+        (64, TrainState(tokens_per_micro_batch=512), 64),  # found before, asked for now
         (
             64,
-            Progress(tokens_per_micro_batch=32, tokens_asked=64),
+            TrainState(tokens_per_micro_batch=32, tokens_requested=64),
             32,
         ),  # the same command goes on with what came of it
-        (128, Progress(tokens_per_micro_batch=32, tokens_asked=64), 128),
-        (None, Progress(tokens_per_micro_batch=32, tokens_asked=64), 32),
-        (None, Progress(), 0),  # to be found
+        (128, TrainState(tokens_per_micro_batch=32, tokens_requested=64), 128),
+        (None, TrainState(tokens_per_micro_batch=32, tokens_requested=64), 32),
+        (None, TrainState(), 0),  # to be found
     ],
 )
 def test_what_is_asked_for_wins_and_progress_remembers(
-    asked: int | None, before: Progress, tokens: int
+    asked: int | None, before: TrainState, tokens: int
 ) -> None:
     MicroBatcher(Model(1), None, asked, before, ONE_RANK, print)  # type: ignore[arg-type]
     assert before.tokens_per_micro_batch == tokens
@@ -183,7 +183,7 @@ def test_what_is_found_leaves_room_for_gradients_and_averages(
     )
     said: list[str] = []
     for _ in range(2):
-        place = MicroBatcher(model, None, None, Progress(), ONE_RANK, said.append)  # type: ignore[arg-type]
+        place = MicroBatcher(model, None, None, TrainState(), ONE_RANK, said.append)  # type: ignore[arg-type]
         model(torch.ones(1, 100)).sum().backward()
         place.find(lambda batch: torch.zeros(()), model, adamw)
         assert place.progress.tokens_per_micro_batch == 256 and model.weight.grad is None
