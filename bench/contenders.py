@@ -13,6 +13,7 @@ first step, which is not timed; a while it trains, which is).
 """
 
 import gc
+import importlib
 import json
 import resource
 from collections.abc import Callable, Sequence
@@ -61,10 +62,10 @@ def run_bertdist(job: TrainJob, clock: Clock) -> Any:
     """All that this benchmark knows of the inside of bertdist: `train_step` is called once a step and is given a Step."""
     from transformers import AutoModelForSequenceClassification
 
-    from bertdist import train as loop
     from bertdist.core.args import read_config
     from bertdist.data.batch import Step
 
+    loop: Any = importlib.import_module("bertdist.train")
     train_step = loop.train_step
 
     def stamped(*args: Any, **kwargs: Any) -> Any:

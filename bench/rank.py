@@ -6,6 +6,7 @@ In: the words of bertdist.train. Out: its exit code; OUT/said_N.txt, its standar
 gradient norm in hex. `attempts` forks a process and calls `be_a_rank`; a launcher starts this module.
 """
 
+import importlib
 import os
 import sys
 import traceback
@@ -33,9 +34,8 @@ def be_a_rank(words: Sequence[str], rank: int, out: Path) -> NoReturn:
 def _trained(words: Sequence[str], steps: Any) -> Any:
     import torch
 
-    from bertdist import train as module
-
-    train: Any = module  # watched and quickened, in this process only
+    # The module, watched and quickened in this process only; `bertdist.train` is the function.
+    train: Any = importlib.import_module("bertdist.train")
     torch.set_num_threads(1)
     train.matmul_rate = lambda device, precision: 1e12
     train_step = train.train_step

@@ -1,18 +1,110 @@
-"""bertdist: fine-tune, evaluate and use BERT-family text classifiers, with the same arithmetic everywhere."""
+"""Fine-tune, evaluate and use BERT-family text classifiers, with the same arithmetic everywhere.
 
+The public API. Names are loaded when they are first used, so `import bertdist` imports no torch and
+changes nothing in the process.
+
+    train(config)           fine-tune, or resume, in config.run.output_dir
+    read_config(arguments)  command-line arguments, and the file of --config -> TrainConfig
+    Predictor(folder)       a trained folder -> labels and probabilities of texts
+    load_classifier, create_train_loader, Evaluator      the parts, for a training loop of your own
+    BertdistError           base of all errors: ConfigError, DataError, ModelError, CheckpointError,
+                            RankLost, NonFiniteError
+    resource_folder(name)   where the accelerate configs and launch scripts are installed
+
+`bertdist.train` is the function; its module is `importlib.import_module("bertdist.train")`.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bertdist.core.args import read_config as read_config
+    from bertdist.core.config import TrainConfig as TrainConfig
+    from bertdist.core.errors import BertdistError as BertdistError
+    from bertdist.core.errors import CheckpointError as CheckpointError
+    from bertdist.core.errors import ConfigError as ConfigError
+    from bertdist.core.errors import DataError as DataError
+    from bertdist.core.errors import ModelError as ModelError
+    from bertdist.core.errors import NonFiniteError as NonFiniteError
+    from bertdist.core.errors import RankLost as RankLost
+    from bertdist.data.loader import create_train_loader as create_train_loader
+    from bertdist.models.classifier import load_classifier as load_classifier
     from bertdist.predict import Predictor as Predictor
+    from bertdist.train import train as train
+    from bertdist.training.evaluation import Evaluator as Evaluator
 
 __version__ = "0.1.0"
-__all__ = ["Predictor", "__version__"]
+
+_MODULES = {  # public name -> the module that defines it
+    "train": "bertdist.train",
+    "Predictor": "bertdist.predict",
+    "load_classifier": "bertdist.models.classifier",
+    "create_train_loader": "bertdist.data.loader",
+    "Evaluator": "bertdist.training.evaluation",
+    "read_config": "bertdist.core.args",
+    "TrainConfig": "bertdist.core.config",
+    "BertdistError": "bertdist.core.errors",
+    "CheckpointError": "bertdist.core.errors",
+    "ConfigError": "bertdist.core.errors",
+    "DataError": "bertdist.core.errors",
+    "ModelError": "bertdist.core.errors",
+    "NonFiniteError": "bertdist.core.errors",
+    "RankLost": "bertdist.core.errors",
+}
+__all__ = [
+    "BertdistError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Evaluator",
+    "ModelError",
+    "NonFiniteError",
+    "Predictor",
+    "RankLost",
+    "TrainConfig",
+    "__version__",
+    "create_train_loader",
+    "load_classifier",
+    "read_config",
+    "resource_folder",
+    "train",
+]
+
+
+def resource_folder(name: str) -> Path:
+    """The folder "accelerate_configs" or "launch": in a clone, an editable install and a wheel.
+
+    Raises ValueError for any other name.
+    """
+    if name not in ("accelerate_configs", "launch"):
+        raise ValueError(f"no resource folder {name!r}; expected 'accelerate_configs' or 'launch'")
+    return Path(__file__).resolve().parent / name
 
 
 def __getattr__(name: str) -> Any:
-    """`from bertdist import Predictor` without making every `import bertdist` pay for torch."""
-    if name == "Predictor":
-        from bertdist.predict import Predictor
+    """Import the module of a public name when the name is first used."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
-        return Predictor
-    raise AttributeError(f"module 'bertdist' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps `bertdist.train` the function, whatever was imported first.
+
+    After loading the submodule bertdist.train, Python binds it to the attribute `train` of this
+    package, where it would hide the function of that name.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -9,6 +9,7 @@ step_log(folder / "out"), tensors_of(folder / "out" / "best")      # what is to 
 import contextlib
 import csv
 import gc
+import importlib
 import io
 import json
 import os
@@ -27,12 +28,14 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import bertdist.tasks.metrics  # noqa: F401  imported before the ranks are forked: evaluate and scikit-learn take longer than a whole run
-from bertdist import train
 from bertdist.core.args import read_config
 from bertdist.core.errors import DataError
 from bertdist.data.batch import Step
 from bertdist.data.source import Chunk, ReaderState, SkippedRow
 from bertdist.training.throughput import MEASURED
+
+# The module: `from bertdist import train` is the function.
+train_module: Any = importlib.import_module("bertdist.train")
 
 EVERY_FAULT = bool(
     os.environ.get("BERTDIST_EVERY_FAULT")
@@ -180,7 +183,7 @@ def run_train(
     if breaking is not None:
         breaking(accelerator)
     seen: Seen = []
-    train_step = train.train_step
+    train_step = train_module.train_step
 
     def watched(model: Any, optimizer: Any, step: Step, *rest: Any) -> Any:
         seen.append(
@@ -188,9 +191,9 @@ def run_train(
         )
         return train_step(model, optimizer, step, *rest)
 
-    train.train_step = watched
+    train_module.train_step = watched
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        progress = train.train(read_config(words))
+        progress = train_module.train(read_config(words))
     return progress, seen, said.getvalue()
 
 
@@ -198,14 +201,14 @@ def at_step(number: int, act: Callable[[], None]) -> Breaking:
     """Act on every rank before step `number` is taken."""
 
     def breaking(accelerator: Accelerator) -> None:
-        train_step = train.train_step
+        train_step = train_module.train_step
 
         def watched(model: Any, optimizer: Any, step: Step, *rest: Any) -> Any:
             if step.number == number:
                 act()
             return train_step(model, optimizer, step, *rest)
 
-        train.train_step = watched
+        train_module.train_step = watched
 
     return breaking
 
@@ -238,14 +241,14 @@ def die() -> None:
 def _be_quick() -> None:
     """Leave out what a run spends on itself. tests/unit/test_meter.py and the launched runs measure the rate in earnest."""
     gc.freeze()  # what the test has imported: the collection at the end of a run would walk it for half a second
-    train.matmul_rate = lambda device, precision: 1e12
+    train_module.matmul_rate = lambda device, precision: 1e12
 
 
 def run_main(
     accelerator: Accelerator,
     words: Sequence[str],
     breaking: Breaking | None = None,
-    program: Any = train,
+    program: Any = train_module,
 ) -> tuple[Any, str, str]:
     """The command line on this rank, with all that follows from it: (exit code, standard error, standard output)."""
     _be_quick()

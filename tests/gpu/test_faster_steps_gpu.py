@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from rows import Files, words_of, write_split
+from rows import train_module as train
 from torch import Tensor
 
-from bertdist import train
 from bertdist.core.args import read_config
 from bertdist.training import cuda_graph as graphed
 from bertdist.training.cuda_graph import GraphedStep, Taken

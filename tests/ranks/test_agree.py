@@ -12,8 +12,8 @@ import pytest
 from accelerate import Accelerator
 from forked import TO_TELL, RankError, run_ranks
 from rows import checkpoints_of, json_of, on_rank, run_main, run_train, words_of, write_split
+from rows import train_module as train
 
-from bertdist import train
 from bertdist.core.errors import CheckpointError, DataError
 from bertdist.distributed import preemption as slurm
 from bertdist.training import best_model as best

@@ -23,8 +23,8 @@ from rows import (
     words_of,
     write_split,
 )
+from rows import train_module as train
 
-from bertdist import train
 from bertdist.models import dropout
 
 with warnings.catch_warnings():

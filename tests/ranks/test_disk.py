@@ -20,8 +20,8 @@ from rows import (
     write_rows,
     write_split,
 )
+from rows import train_module as train
 
-from bertdist import train
 from bertdist.core.atomic_io import find_damage
 from bertdist.training import run_logger as begin
 from bertdist.training.run_logger import RunLogger

@@ -25,9 +25,10 @@ from rows import (
     words_of,
     write_rows,
 )
+from rows import train_module as train
 from undisturbed import STEPS, Runs
 
-from bertdist import predict, train
+from bertdist import predict
 from bertdist.data import loader as begin
 from bertdist.data import tokenization as encoding
 from bertdist.distributed import launch, watchdog

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from forked import run_ranks
 from rows import make_rows, run_train, words_of, write_rows, write_split
+from rows import train_module as train
 
 from bench import rank as ranks_life
 from bench.attempts import Attempt, attempt, said_in
-from bertdist import predict, train
+from bertdist import predict
 from bertdist.distributed import rendezvous as arrival
 
 

@@ -19,9 +19,9 @@ from rows import (
     write_rows,
     write_split,
 )
+from rows import train_module as train
 from safetensors.torch import load_file
 
-from bertdist import train
 from bertdist.training import best_model as best
 
 

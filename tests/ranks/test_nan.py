@@ -29,9 +29,10 @@ from rows import (
     words_of,
     write_split,
 )
+from rows import train_module as train
 from torch import Tensor, nn
 
-from bertdist import predict, train
+from bertdist import predict
 from bertdist.core.errors import NonFiniteError
 from bertdist.models.classifier import Classifier
 from bertdist.models.cpu_layers import KeptGradientEmbedding

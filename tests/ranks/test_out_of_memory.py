@@ -32,9 +32,9 @@ from rows import (
     words_of,
     write_split,
 )
+from rows import train_module as train
 from transformers import BertConfig, BertModel
 
-from bertdist import train
 from bertdist.distributed import launch as begin
 from bertdist.distributed import preemption as slurm
 from bertdist.models import classifier

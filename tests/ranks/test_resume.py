@@ -28,9 +28,9 @@ from rows import (
     step_log,
     tensors_of,
 )
+from rows import train_module as train
 from undisturbed import STEPS, Runs
 
-from bertdist import train
 from bertdist.core import atomic_io as whole_folder
 from bertdist.core.atomic_io import find_damage
 from bertdist.training import best_model as best

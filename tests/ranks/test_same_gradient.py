@@ -23,10 +23,10 @@ from rows import (
     words_of,
     write_split,
 )
+from rows import train_module as train
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BertForSequenceClassification
 
-from bertdist import train
 from bertdist.data.batch import Step
 from bertdist.data.sharding import epoch_order
 from bertdist.models.dropout import DropoutMasks

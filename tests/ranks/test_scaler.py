@@ -28,10 +28,10 @@ from rows import (
     words_of,
     write_split,
 )
+from rows import train_module as train
 from torch import Tensor
 from torch.amp import GradScaler
 
-from bertdist import train
 from bertdist.models.classifier import Classifier
 from bertdist.tasks.tasks import SingleLabel
 from bertdist.training import nonfinite

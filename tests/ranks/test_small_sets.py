@@ -23,9 +23,10 @@ from rows import (
     words_of,
     write_rows,
 )
+from rows import train_module as train
 from torch.testing import assert_close
 
-from bertdist import predict, train
+from bertdist import predict
 from bertdist.data.sharding import RankShard
 
 LABELS = ("no", "yes")

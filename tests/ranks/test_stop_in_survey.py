@@ -22,8 +22,8 @@ from rows import (
     words_of,
     write_rows,
 )
+from rows import train_module as train
 
-from bertdist import train
 from bertdist.data import stats as survey
 from bertdist.data.streaming import Stream
 

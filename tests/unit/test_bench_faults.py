@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rows import train_module as train
 
 from bench.attempts import Attempt, Blow, attempt, launcher_said, said_in
 from bench.faults import Kind, Stage, Tally, kinds
-from bertdist import train
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import pytest
 from forked import run_ranks
 from looking import clean_rows
 from rows import run_train, words_of, write_rows, write_split
+from rows import train_module as train
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from bertdist import train
 from bertdist.core.args import read_config
 from bertdist.core.errors import DataError
 from bertdist.data.sharding import balance_by_length, epoch_order

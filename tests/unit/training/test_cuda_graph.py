@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from forked import RankError, run_ranks
 from rows import assert_same_run, run_train, step_log, words_of, write_split
+from rows import train_module as train
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -33,7 +34,6 @@ from transformers import (
     RobertaConfig,
 )
 
-from bertdist import train
 from bertdist.core.config import ModelConfig, OptimConfig
 from bertdist.data.batch import PackedBatch, Step, collate
 from bertdist.data.sharding import MapLoader

@@ -1,0 +1,98 @@
+"""`import bertdist`: the public names, what it costs, and `bertdist.train` beside its own module."""
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bertdist
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_python(program: str) -> str:
+    """What a fresh Python prints; it must print nothing on standard error."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, ""), result.stderr
+    return result.stdout.strip()
+
+
+IMPORTED = """
+import logging, os, signal, sys
+before = dict(os.environ), list(logging.root.handlers), [signal.getsignal(n) for n in (2, 10, 15)]
+{imports}
+after = dict(os.environ), list(logging.root.handlers), [signal.getsignal(n) for n in (2, 10, 15)]
+heavy = {{"torch", "transformers", "accelerate", "datasets", "numpy", "yaml"}} & sys.modules.keys()
+print(before == after, sorted(heavy))
+"""
+
+
+def test_importing_bertdist_is_cheap_and_changes_nothing() -> None:
+    assert run_python(IMPORTED.format(imports="import bertdist; dir(bertdist)")) == "True []"
+    assert run_python(IMPORTED.format(imports="from bertdist import BertdistError")) == "True []"
+
+
+def test_an_import_that_is_not_cheap_is_noticed() -> None:
+    program = IMPORTED.format(imports="import os, numpy; os.environ['SET_BY_IMPORT'] = '1'")
+    assert run_python(program) == "False ['numpy']"
+
+
+def test_every_public_name_is_loaded_and_documented() -> None:
+    assert set(bertdist._MODULES) < set(bertdist.__all__) <= set(dir(bertdist))
+    assert bertdist.__doc__ is not None
+    for name in bertdist.__all__:
+        value = getattr(bertdist, name)
+        assert name == "__version__" or name in bertdist.__doc__, f"{name} is not documented"
+        if name in bertdist._MODULES:
+            assert value.__module__ == bertdist._MODULES[name]
+    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+        bertdist.trian  # noqa: B018
+
+
+ORDERS = [
+    "from bertdist import train",
+    "import bertdist.train; from bertdist import train",
+    "import importlib; importlib.import_module('bertdist.train'); from bertdist import train",
+    "from bertdist import train; import bertdist.train; from bertdist import train",
+    "import bertdist.data_quality.label_issues; from bertdist import train",  # it imports the module
+    "import bertdist; import bertdist.train; train = bertdist.train",
+    "from bertdist.train import train, main; from bertdist import train",
+]
+
+
+@pytest.mark.parametrize("imports", ORDERS)
+def test_train_is_the_function_in_every_order_of_imports(imports: str) -> None:
+    program = f"{imports}; import sys; module = sys.modules['bertdist.train']\n"
+    program += "print(type(train).__name__, type(module).__name__, train is module.train)"
+    assert run_python(program) == "function module True"
+
+
+def test_a_replaced_public_name_stays_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the import system's binding of a submodule is ignored."""
+    monkeypatch.setattr(bertdist, "train", len)
+    assert bertdist.train is len
+    monkeypatch.undo()
+    assert inspect.isfunction(bertdist.train)
+
+
+def test_resource_folders_are_those_of_the_clone() -> None:
+    configs, launch = map(bertdist.resource_folder, ("accelerate_configs", "launch"))
+    for path in [*configs.iterdir(), *launch.iterdir()]:
+        assert path.samefile(ROOT / path.parent.name / path.name)
+    assert {path.name for path in configs.iterdir()} == {
+        path.name for path in (ROOT / "accelerate_configs").iterdir()
+    }
+    assert {path.name for path in launch.iterdir()} == {
+        path.name for path in (ROOT / "launch").iterdir() if path.suffix in (".slurm", ".sh")
+    }
+    with pytest.raises(ValueError, match="no resource folder 'tests'"):
+        bertdist.resource_folder("tests")
