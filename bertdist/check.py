@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bertdist.core.args import names_in
+from bertdist.core.args import names_given
 from bertdist.core.atomic_io import atomic_write
 from bertdist.core.config import DataConfig, ModelConfig
 from bertdist.core.errors import BertdistError, DataError
@@ -209,7 +209,7 @@ def _told(finding: Finding, found: DataReport) -> Iterator[tuple[str, str]]:
 def main() -> None:
     """The command line: exit code 1 where there are errors in the data, or one line for what a user can mend."""
     try:
-        if {"model", "folds"} & names_in(sys.argv[1:]):
+        if {"model", "folds"} & names_given(sys.argv[1:]):
             from bertdist.data_quality.label_issues import (
                 show_label_issues,  # with all that training takes, which a look at the data need not load
             )
@@ -233,7 +233,7 @@ def main() -> None:
                 f"Written: {path}, {left:,} of {len(found.splits['train']):,} rows ({told}), and {dropped_path(path)}."
             )
     except BertdistError as error:
-        if os.environ.get("RANK", "0") == "0" or not error.shared:
+        if os.environ.get("RANK", "0") == "0" or not error.on_all_ranks:
             print_error(error)
         sys.exit(1)
     sys.exit(1 if counts(found.findings)["error"] else 0)

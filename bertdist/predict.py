@@ -31,7 +31,7 @@ from bertdist.data.tokenization import load_tokenizer, open_examples
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import check_world, create_accelerator
 from bertdist.distributed.preemption import StopSignal
-from bertdist.distributed.watchdog import end_soon, report_unwatched, worker_died
+from bertdist.distributed.watchdog import end_soon, loader_worker_error, report_lost_connection
 from bertdist.models.classifier import load_settings, load_trained, notes_in
 from bertdist.training.evaluation import describe_nonfinite_rows, no_number, predict_rows
 from bertdist.training.memory import find_tokens
@@ -194,12 +194,12 @@ def main() -> None:
     except KeyboardInterrupt:  # the second Ctrl-C: no clean-up that could wait for another rank
         os._exit(INTERRUPTED)
     except (BertdistError, RuntimeError) as error:
-        found = error if isinstance(error, BertdistError) else worker_died(error)
+        found = error if isinstance(error, BertdistError) else loader_worker_error(error)
         if found is None:
-            if not report_unwatched(error):
+            if not report_lost_connection(error):
                 raise
             os._exit(1)
-        if os.environ.get("RANK", "0") == "0" or not found.shared:
+        if os.environ.get("RANK", "0") == "0" or not found.on_all_ranks:
             print_error(found)
         end_soon(found)
         sys.exit(1)

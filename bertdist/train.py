@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bertdist.core.args import read_config
-from bertdist.core.config import TrainConfig, steps_of, write_config
+from bertdist.core.config import TrainConfig, config_to_yaml, duration_in_steps
 from bertdist.core.errors import BertdistError, RankLost
 from bertdist.core.terminal import print_error
 from bertdist.data.batch import PackedBatch, Step, single_token_batch
@@ -44,7 +44,7 @@ from bertdist.data_quality.dry_run import dry_run
 from bertdist.distributed.collectives import assert_same_on_all_ranks, raise_on_all_ranks
 from bertdist.distributed.launch import check_world, create_accelerator, launch_fingerprint
 from bertdist.distributed.preemption import StopSignal
-from bertdist.distributed.watchdog import end_soon, open_watchdog, report_unwatched
+from bertdist.distributed.watchdog import end_soon, open_watchdog, report_lost_connection
 from bertdist.models.classifier import Classifier, labels_of, load_classifier, load_settings
 from bertdist.models.compile import compile_layers
 from bertdist.models.cpu_layers import clear_gradients
@@ -141,13 +141,16 @@ def train(config: TrainConfig) -> TrainState:
         with raise_on_all_ranks(accelerator):
             log.begin(
                 progress.step,
-                {"config.yaml": write_config(config), "environment.json": environment(accelerator)},
+                {
+                    "config.yaml": config_to_yaml(config),
+                    "environment.json": environment(accelerator),
+                },
                 progress.evaluation_pending,
             )
             log.status("finished" if progress.finished else "running", progress.step)
         best = BestModel(run, tokenizer, task, accelerator, notes_of(config, train_rows))
         due = {
-            name: steps_of(getattr(run, f"{name}_every"), per_epoch, total_steps)
+            name: duration_in_steps(getattr(run, f"{name}_every"), per_epoch, total_steps)
             for name in ("log", "eval", "save")
         }
         room = MicroBatcher(
@@ -191,7 +194,7 @@ def train(config: TrainConfig) -> TrainState:
                 record_skipped_rows(skipped_rows, step, accelerator)
                 log.advance()
             progress.finished = progress.step == total_steps
-            stopping = stop.agreed(accelerator)
+            stopping = stop.requested(accelerator)
             if step is not None:
                 at_once = (
                     stopping
@@ -387,12 +390,14 @@ def main() -> None:
             sys.exit(dry_run(config))
         progress = train(config)
     except BertdistError as error:
-        if not error.told and (os.environ.get("RANK", "0") == "0" or not error.shared):
+        if not error.already_printed and (
+            os.environ.get("RANK", "0") == "0" or not error.on_all_ranks
+        ):
             print_error(error)
         end_soon(error)
         sys.exit(1)
     except RuntimeError as error:
-        if not report_unwatched(error):  # before the watchdog was there
+        if not report_lost_connection(error):  # before the watchdog was there
             raise
         os._exit(1)
     except KeyboardInterrupt:  # the second Ctrl-C: no clean-up that could wait for another rank

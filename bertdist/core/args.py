@@ -116,7 +116,7 @@ def parse_arguments(program: str, sections: list[Any], words: Sequence[str]) -> 
     return tuple(values)
 
 
-def names_in(words: Sequence[str]) -> set[str]:
+def names_given(words: Sequence[str]) -> set[str]:
     """The settings that words give, in the file of --config too; of one that cannot be read none, since `parse_arguments` says why."""
     given = [word.removeprefix("--").partition("=") for word in words]
     names = {
@@ -215,7 +215,7 @@ def read_config(words: Sequence[str]) -> TrainConfig:
             )
         )
     )
-    if problems := list(problems_of(config)):
+    if problems := list(config_problems(config)):
         raise ConfigError("\n".join(problems))
     return config
 
@@ -277,7 +277,7 @@ def data_problems(data: DataConfig) -> Iterable[str]:
         yield "--max_bad_rows goes with --on_bad_row skip."
 
 
-def problems_of(config: TrainConfig) -> Iterable[str]:
+def config_problems(config: TrainConfig) -> Iterable[str]:
     """What the values do together that cannot be, one line each."""
     data, run, optim, task = config.data, config.run, config.optim, config.task
     if not config.model.model_name_or_path:

@@ -129,7 +129,7 @@ def remove(folder: Path) -> None:
     at(aside, shutil.rmtree)
 
 
-def free_name(path: Path) -> Path:
+def unused_path(path: Path) -> Path:
     """The path, or one like it where nothing stands yet."""
     number, free = 1, path
     while free.exists():

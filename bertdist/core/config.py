@@ -363,7 +363,7 @@ class PredictConfig:
 DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*")
 
 
-def steps_of(duration: str, steps_per_epoch: int, total_steps: int) -> int:
+def duration_in_steps(duration: str, steps_per_epoch: int, total_steps: int) -> int:
     """`'200 steps'`, `'0.5 epochs'`, `'10%'` of the run -> steps, at least 1; `'never'` -> 0."""
     if duration.strip() == "never":
         return 0
@@ -373,7 +373,7 @@ def steps_of(duration: str, steps_per_epoch: int, total_steps: int) -> int:
     return max(1, round(number * {"s": 1, "e": steps_per_epoch, "%": total_steps / 100}[unit[0]]))
 
 
-def write_config(config: TrainConfig) -> str:
+def config_to_yaml(config: TrainConfig) -> str:
     """Every value as YAML that `--config` reads back; unset ones are left out."""
     values = {
         name: value

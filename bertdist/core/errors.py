@@ -18,14 +18,16 @@ from difflib import get_close_matches
 class BertdistError(Exception):
     """Printed without a traceback, as `bertdist: <message>`; the exit code is 1."""
 
-    shared = False  # True where every rank raises it, so that one of them is enough to print it
-    told = False  # True where another rank has printed it already
+    on_all_ranks = (
+        False  # True where every rank raises it, so that one of them is enough to print it
+    )
+    already_printed = False  # True where another rank has printed it already
 
 
 class ConfigError(BertdistError):
     """The words of the command line, of the config file or of the launch do not make a run."""
 
-    shared = True  # all ranks read the same words
+    on_all_ranks = True  # all ranks read the same words
 
 
 class DataError(BertdistError):

@@ -48,7 +48,7 @@ KNOWN = {  # what people most often mean, for the case that one letter is wrong;
 _answers: dict[str, str] = {}  # endpoint -> why it cannot be reached; "" where it can
 
 
-def ask_hub(name: str, kind: str = "model") -> None:
+def probe_hub(name: str, kind: str = "model") -> None:
     """Before a name that is no folder is loaded: go offline where the hub does not answer. kind: "model" or "dataset"."""
     if (
         constants.HF_HUB_OFFLINE
@@ -83,7 +83,7 @@ def ask_hub(name: str, kind: str = "model") -> None:
             sys.modules["datasets.config"].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
 
 
-def tell_offline(name: str) -> None:
+def warn_if_offline(name: str) -> None:
     """After something was loaded by its name: say, once, that it came from the cache because the hub did not answer."""
     trouble = _answers.get(constants.ENDPOINT, "")
     if trouble and not Path(name).expanduser().exists() and os.environ.get("RANK", "0") == "0":
@@ -93,7 +93,7 @@ def tell_offline(name: str) -> None:
         _answers[constants.ENDPOINT] = ""
 
 
-def why_not(error: BaseException, name: str, kind: str = "model") -> str:
+def explain_hub_error(error: BaseException, name: str, kind: str = "model") -> str:
     """Why the hub did not give it, and the nearest names, in sentences. error: what a loader raised."""
     causes: list[BaseException] = [error]
     while (

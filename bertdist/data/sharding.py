@@ -20,7 +20,7 @@ from bertdist.core.errors import BertdistError, DataError
 from bertdist.data.batch import PackedBatch, Step, collate, cut
 from bertdist.data.source import ReaderState
 from bertdist.data.tokenization import Examples
-from bertdist.distributed.preemption import leave_signals_to_the_rank
+from bertdist.distributed.preemption import ignore_stop_signals
 from bertdist.tasks.tasks import Array
 
 
@@ -158,7 +158,7 @@ def iterate_loader(
         if workers
         else None,  # the rows are shared with the workers, not copied
         collate_fn=_as_it_is,
-        worker_init_fn=leave_signals_to_the_rank,
+        worker_init_fn=ignore_stop_signals,
         pin_memory=pin,
         generator=torch.Generator(),  # else the loader draws from the generator that dropout draws from
     )

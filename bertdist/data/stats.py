@@ -151,7 +151,7 @@ def _read_on(pieces: Iterator[None], accelerator: Accelerator, stop: StopSignal 
     error: BertdistError | None = None
 
     def asked() -> bool:
-        return stop is not None and stop.asked()
+        return stop is not None and stop.requested_here()
 
     while True:
         until = time.monotonic() + SECONDS_BETWEEN

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import ConfigError, DataError, ModelError
-from bertdist.core.hub import ask_hub, why_not
+from bertdist.core.hub import explain_hub_error, probe_hub
 from bertdist.data.records import Record, Records
 from bertdist.tasks.tasks import Array, Task
 
@@ -147,7 +147,7 @@ def _head(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or --tokenizer_name; raises ModelError, and ConfigError where --max_length is more than it can do."""
     name = config.tokenizer_name or config.model_name_or_path
-    ask_hub(name)
+    probe_hub(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=config.model_revision, trust_remote_code=False
@@ -158,7 +158,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     except Exception as error:  # torn files raise a dozen kinds, some of them plain Exception
         if not Path(name).is_dir():
             raise ModelError(
-                f"No tokenizer {name!r}, neither a folder here nor of the hub. {why_not(error, name)}"
+                f"No tokenizer {name!r}, neither a folder here nor of the hub. {explain_hub_error(error, name)}"
             ) from None
         found = False
     if not found:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
-from bertdist.core.args import data_problems, parse_arguments, problems_of
+from bertdist.core.args import config_problems, data_problems, parse_arguments
 from bertdist.core.config import (
     BatchConfig,
     DataConfig,
@@ -201,7 +201,7 @@ def _problems(config: Doubting) -> Iterable[str]:
             yield f"--folds is {doubts.folds}; expected at least 2."
         if train.run.resume_from_checkpoint:
             yield "--resume_from_checkpoint is for one run; each fold goes on from its own newest checkpoint."
-        yield from problems_of(train)
+        yield from config_problems(train)
     else:
         if not (train.data.train_file or train.data.dataset_name or train.data.task_name):
             yield "No rows to judge: give --train_file, or --dataset_name, or --task_name."

@@ -281,7 +281,7 @@ def answers_out_of_fold(
         found = torch.zeros(len(records), logits.shape[1]) if found is None else found
         found[torch.from_numpy(held_out)] = logits
         stopping = [
-            stop.agreed(accelerator) for _ in range(2)
+            stop.requested(accelerator) for _ in range(2)
         ]  # on GPUs a call gives the answer of the one before
         stop.close()
         if any(stopping) and fold + 1 < folds:

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from bertdist.core.errors import BertdistError, ConfigError
 
-LONG = timedelta(
+NO_TIMEOUT = timedelta(
     days=7
 )  # a group's own limit where a Watchdog judges: a group cannot tell a rank that works from one that is gone
 
@@ -42,7 +42,7 @@ def raise_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
     texts = {str(found) for found in failed.values()}
     if len(failed) < len(errors) or len(texts) > 1:
         first = type(first)("\n".join(f"rank {rank}: {found}" for rank, found in failed.items()))
-    first.shared = True
+    first.on_all_ranks = True
     raise first from None
 
 
@@ -64,7 +64,7 @@ def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
 
 @lru_cache(maxsize=1)  # a process that trains again has another world
 def _gloo_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=LONG)
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=NO_TIMEOUT)
     return group
 
 

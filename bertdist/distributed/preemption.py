@@ -1,7 +1,7 @@
 """When to stop, and whether the launch kept its promise: the only module that knows who started this process.
 
 In: signals, the time limit of a SLURM job, and what SLURM, MPI or `accelerate launch` wrote into the environment or on
-their command line. Out: one answer that is the same on every rank (`StopSignal.agreed`), or a ConfigError (`check_world`).
+their command line. Out: one answer that is the same on every rank (`StopSignal.requested`), or a ConfigError (`check_world`).
 It is one module because all of it is about the world outside: everything else in the package can be tested without it.
 
 Requeueing is not here: launch/train.slurm does it, after this process has written `preempted` to status.json and left.
@@ -39,7 +39,7 @@ class StopSignal:
     """
 
     def __init__(self, margin_seconds: float = 0.0) -> None:
-        left = time_left()
+        left = slurm_seconds_left()
         parent = _BORN[1] if _BORN[0] == os.getpid() else os.getppid()
         self._launcher = parent if LAUNCHED & os.environ.keys() else 0
         # A job shorter than twice the margin keeps half of its time, or it would be requeued for ever without a step.
@@ -59,22 +59,22 @@ class StopSignal:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 raise KeyboardInterrupt
 
-    def asked(self) -> bool:
+    def requested_here(self) -> bool:
         """Whether this rank was asked to stop: by a signal, by its time limit, or by the launcher's end. Other ranks may not know."""
-        left = time_left()
+        left = slurm_seconds_left()
         if not self.reason and left is not None and left < self._margin_seconds:
             self.reason = f"time limit in {left:.0f} s"
         if not self.reason and self._launcher and os.getppid() != self._launcher:
             self.reason = "the launcher is gone"
         return bool(self.reason)
 
-    def agreed(self, accelerator: Accelerator) -> bool:
+    def requested(self, accelerator: Accelerator) -> bool:
         """Whether any rank was asked to stop: the same answer on every rank at the same call.
 
         A signal may reach only some ranks, and clocks differ: a rank that decided alone would leave the others waiting in a
         collective. Every rank must call this equally often. Costs nothing on one rank, 0.7 ms on gloo.
         """
-        mine = self.asked()
+        mine = self.requested_here()
         if accelerator.num_processes == 1:
             return mine
         asked = torch.full((1,), int(mine), dtype=torch.int32, device=accelerator.device)
@@ -84,7 +84,9 @@ class StopSignal:
             if ranks_asked.device.type == "cpu"
             else self._answer_of_previous_call(ranks_asked)
         )
-        if answer and not self.asked():  # what the other rank saw may have come to this one since
+        if (
+            answer and not self.requested_here()
+        ):  # what the other rank saw may have come to this one since
             self.reason = "another rank was asked to stop"
         return answer
 
@@ -113,7 +115,7 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def leave_signals_to_the_rank(worker: int = 0) -> None:
+def ignore_stop_signals(worker: int = 0) -> None:
     """`worker_init_fn` of a DataLoader: a worker ignores what asks a rank to stop.
 
     SLURM and torchrun send SIGTERM to every process below them. A worker that dies of it makes its rank raise
@@ -123,7 +125,7 @@ def leave_signals_to_the_rank(worker: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def time_left() -> float | None:
+def slurm_seconds_left() -> float | None:
     """Seconds until SLURM ends this job; None outside SLURM, or where it does not say."""
     try:
         return float(os.environ["SLURM_JOB_END_TIME"]) - time.time()  # epoch seconds

@@ -47,7 +47,7 @@ def wait_for_all_ranks(limit: timedelta) -> TCPStore | None:
             f"rank {rank} of {ranks} (on {socket.gethostname()}): {who} at {host}:{port} within {seconds:g} s (--rank_timeout). "
             "Its own message, or the launcher's, says more."
         )
-        found.shared, found.told = False, rank > (0 if agents else 1)
+        found.on_all_ranks, found.already_printed = False, rank > (0 if agents else 1)
         raise found
     store = _in_time(
         lambda: TCPStore(host, port, None, keeps, limit, wait_for_workers=False, multi_tenant=True),
@@ -133,7 +133,7 @@ def _absent(
         found = ConfigError(
             f"rank {rank} of {len(signed)}: rank 0 has left before all had met at {address}; its own message says more."
         )
-        found.shared, found.told = False, rank != 1
+        found.on_all_ranks, found.already_printed = False, rank != 1
         return found
     who = ", ".join(map(str, missing[:20])) + (
         f", ... ({len(missing)} in all)" if len(missing) > 20 else ""
@@ -142,7 +142,7 @@ def _absent(
     found = ConfigError(
         f"Rank {who} of {len(signed)} did not arrive at {where}. Here are: {', '.join(here[:20])}."
     )
-    found.shared, found.told = (
+    found.on_all_ranks, found.already_printed = (
         False,
         rank in missing or any(other not in missing for other in range(rank)),
     )

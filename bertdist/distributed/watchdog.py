@@ -33,7 +33,7 @@ from bertdist.core.atomic_io import atomic_write
 from bertdist.core.config import RunConfig
 from bertdist.core.errors import BertdistError, DataError, RankLost
 from bertdist.core.terminal import print_error
-from bertdist.distributed.collectives import LONG, raise_on_all_ranks
+from bertdist.distributed.collectives import NO_TIMEOUT, raise_on_all_ranks
 from bertdist.distributed.heartbeat import FailureReport, Heartbeat, HeartbeatFiles
 from bertdist.distributed.rendezvous import left
 
@@ -79,7 +79,7 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if self.ranks > 1:
             if dist.is_initialized():
-                torch.distributed.distributed_c10d._set_pg_timeout(LONG)
+                torch.distributed.distributed_c10d._set_pg_timeout(NO_TIMEOUT)
             self._write(doing="train.train, starting")
             self._thread.start()
         return self
@@ -98,12 +98,12 @@ class Watchdog:
         if (
             error is None
             or isinstance(error, SystemExit)
-            or (isinstance(error, BertdistError) and error.shared)
+            or (isinstance(error, BertdistError) and error.on_all_ranks)
         ):
             if self.ranks > 1:
                 self.beats.remove()
             return
-        found: BaseException = worker_died(error) or error
+        found: BaseException = loader_worker_error(error) or error
         if self.ranks > 1 and connection_lost(error):
             found = self._who_left(str(error).splitlines()[0])
         elif self.ranks > 1:
@@ -232,7 +232,7 @@ class Watchdog:
             self._dump()
         self._status(told)
         found = RankLost(told.text)
-        found.told = not told.mine
+        found.already_printed = not told.mine
         return found
 
     def _status(self, told: FailureReport) -> None:
@@ -248,7 +248,7 @@ class Watchdog:
                 atomic_write(self.folder / "status.json", json.dumps(text).encode() + b"\n")
 
 
-def worker_died(error: BaseException) -> DataError | None:
+def loader_worker_error(error: BaseException) -> DataError | None:
     """What torch says of a loader worker that was killed, as a user should read it; None for other errors."""
     found = WORKER.search(str(error)) if isinstance(error, RuntimeError) else None
     if not found:
@@ -269,7 +269,7 @@ def connection_lost(error: BaseException) -> RankLost | None:
     return None
 
 
-def report_unwatched(error: BaseException) -> bool:
+def report_lost_connection(error: BaseException) -> bool:
     """Where no Watchdog looks, in the first seconds of a run and in prediction: tells of a broken connection. False for other errors.
 
     Once, and by name, where the rank that is gone ran on this machine.
@@ -298,7 +298,7 @@ def end_soon(error: BaseException) -> None:
     if isinstance(error, RankLost):
         faulthandler.dump_traceback_later(30, exit=True, file=STDERR)
     if (
-        getattr(error, "shared", False)
+        getattr(error, "on_all_ranks", False)
         and os.environ.get("RANK", "0") != "0"
         and "TORCHELASTIC_RUN_ID" in os.environ
     ):

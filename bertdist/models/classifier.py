@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import ConfigError, ModelError, did_you_mean
-from bertdist.core.hub import ask_hub, tell_offline, why_not
+from bertdist.core.hub import explain_hub_error, probe_hub, warn_if_offline
 from bertdist.data.batch import PackedBatch, collate
 from bertdist.data.tokenization import Example
 from bertdist.models import attention
@@ -204,7 +204,7 @@ def load_settings(config: ModelConfig, flag: str = "--model_name_or_path") -> Pr
             else []
         )
         raise ModelError(f"{where}: there is no such folder.{did_you_mean(name, beside)}")
-    ask_hub(name)
+    probe_hub(name)
     try:
         # False, not None: None asks at the terminal whether to run code of the folder, and takes a "y" from a pipe (transformers 5.23)
         settings: PretrainedConfig = AutoConfig.from_pretrained(
@@ -216,9 +216,9 @@ def load_settings(config: ModelConfig, flag: str = "--model_name_or_path") -> Pr
                 f"{where}: the folder holds no config.json that can be read ({_first_line(error)})"
             ) from None
         raise ModelError(
-            f"{where} is neither a folder here nor a model that the hub gave. {why_not(error, name)} {WITHOUT_A_NETWORK}"
+            f"{where} is neither a folder here nor a model that the hub gave. {explain_hub_error(error, name)} {WITHOUT_A_NETWORK}"
         ) from None
-    tell_offline(name)
+    warn_if_offline(name)
     return settings
 
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bertdist.core.atomic_io import at, find_damage, free_name, recover, remove, write_folder
+from bertdist.core.atomic_io import at, find_damage, recover, remove, unused_path, write_folder
 from bertdist.core.errors import CheckpointError
 from bertdist.data.batch import Step
 from bertdist.data.source import ReaderState
@@ -210,7 +210,7 @@ class Checkpointer:
             damage = find_damage(folder)
             if damage is None:
                 return str(folder)
-            aside = free_name(folder.with_name(f"{folder.name}.damaged"))
+            aside = unused_path(folder.with_name(f"{folder.name}.damaged"))
             at(folder, partial(os.rename, dst=aside))
             self.say(f"Passing over checkpoint {folder}: {damage}. It is now {aside.name}.")
         return ""

@@ -75,7 +75,7 @@ def predict_rows(
     def agree(failed: bool) -> None:
         if any(
             all_reduce_sum(
-                accelerator, [int(stop is not None and stop.asked()), int(failed)], group
+                accelerator, [int(stop is not None and stop.requested_here()), int(failed)], group
             )
         ):
             raise EvaluationStopped
@@ -84,7 +84,7 @@ def predict_rows(
         for step in batches.steps(0, batches.steps_per_epoch):
             for batch in step.share:
                 if batch.rows[0] >= 0 and not (
-                    stop is not None and stop.asked()
+                    stop is not None and stop.requested_here()
                 ):  # else it is idle
                     yield batch
             agree(False)

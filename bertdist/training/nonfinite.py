@@ -238,7 +238,7 @@ class NonFiniteGuard:
 def shared_error(text: str) -> NonFiniteError:
     """One that all ranks raise."""
     error = NonFiniteError(text)
-    error.shared = True
+    error.on_all_ranks = True
     return error
 
 

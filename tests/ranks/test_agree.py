@@ -252,7 +252,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
 
 def test_ranks_that_decide_alone_are_seen(tiny_model: Path, tmp_path: Path) -> None:
     def alone(accelerator: Accelerator) -> None:
-        slurm.StopSignal.agreed = lambda self, accelerator: bool(self.reason)
+        slurm.StopSignal.requested = lambda self, accelerator: bool(self.reason)
         on_rank(1, stop_at_step_2)(accelerator)
 
     words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 40), save_every="never")

@@ -367,7 +367,7 @@ def test_what_is_asked_for_wins_over_what_was_found(runs: Runs, tmp_path: Path) 
         return progress.tokens_per_micro_batch, "found from free memory" in said
 
     def stop_soon(accelerator: Accelerator) -> None:
-        slurm.StopSignal.agreed = lambda self, accelerator: True
+        slurm.StopSignal.requested = lambda self, accelerator: True
 
     assert tokens() == (8192, True)
     assert tokens() == (8192, False)

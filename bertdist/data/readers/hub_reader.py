@@ -21,7 +21,7 @@ import pyarrow.parquet
 import xxhash
 
 from bertdist.core.errors import DataError, did_you_mean
-from bertdist.core.hub import ask_hub, why_not
+from bertdist.core.hub import explain_hub_error, probe_hub
 from bertdist.data.readers.parquet_reader import spots_in
 from bertdist.data.readers.remote import file_fingerprint, open_seekable
 from bertdist.data.source import Chunk, ReaderState
@@ -188,7 +188,7 @@ def _where(name: str, first: int) -> Callable[[int], str]:
 @lru_cache(maxsize=16)
 def _load(path: str, config: str | None, revision: str | None) -> Any:
     """Asked for once by a process and its forks."""
-    ask_hub(path, "dataset")
+    probe_hub(path, "dataset")
     import datasets  # 0.7 s that files need not pay
 
     if any(Path(path, name).is_file() for name in SAVED):
@@ -199,7 +199,7 @@ def _load(path: str, config: str | None, revision: str | None) -> Any:
 
 def load_hub_splits(name: str, path: str, config: str | None) -> Any:
     """The splits of a data set, fetched whole: a DatasetDict. name: for messages. Raises DataError."""
-    ask_hub(path, "dataset")
+    probe_hub(path, "dataset")
     import datasets
 
     return _told(name, lambda: datasets.load_dataset(path, config), path)
@@ -223,7 +223,7 @@ def _told(name: str, action: Callable[[], Found], path: str = "") -> Found:
             ) from None
         gone = "DatasetNotFoundError" in kinds or found.startswith("Couldn't find")
         if gone or "gated dataset" in found or kinds & {"ConnectionError", "OfflineModeIsEnabled"}:
-            told = why_not(error, path or name, "dataset")
+            told = explain_hub_error(error, path or name, "dataset")
             raise DataError(
                 f"{name} is neither a folder here nor a data set that the hub gave. {told} --train_file takes files."
             ) from None

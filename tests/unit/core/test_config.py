@@ -24,8 +24,8 @@ from bertdist.core.config import (
     RunConfig,
     TaskConfig,
     TrainConfig,
-    steps_of,
-    write_config,
+    config_to_yaml,
+    duration_in_steps,
 )
 from bertdist.core.errors import BertdistError, ConfigError
 
@@ -186,7 +186,7 @@ def test_what_words_name_is_known_before_they_are_read(
     (tmp_path / "run.yaml").write_text(text or "")
     for config in ([f"--config={tmp_path / 'run.yaml'}"], ["--config", str(tmp_path / "run.yaml")]):
         given = [part for word in words for part in (config if word == "CONFIG" else [word])]
-        assert words_module.names_in(given) - {"config"} == expected
+        assert words_module.names_given(given) - {"config"} == expected
 
 
 def test_yaml_of_any_depth_is_one_line(file: Callable[[str], list[str]]) -> None:
@@ -479,7 +479,7 @@ def test_a_list_of_the_file_may_hold_words_that_look_like_flags(
     assert taken(config, "use_cpu") is False
 
 
-# ---- write_config
+# ---- config_to_yaml
 
 FULL = [  # every setting has a value here in one of them
     "--text_column=-t --text_pair_column=p --label_column=l --label_delimiter=; --column_names _ -t p l --delimiter=tab --quoting=none",
@@ -510,9 +510,9 @@ def test_a_written_config_reads_back_the_same(
             word for word in words if word != "-t"
         ]  # a flag to argparse where a list is given word by word
     config = read_config(words)
-    assert read_config(file(write_config(config))) == config
+    assert read_config(file(config_to_yaml(config))) == config
     # The control: a file that lacks one value is another config.
-    changed = yaml.safe_load(write_config(config)) | {"seed": 12345}
+    changed = yaml.safe_load(config_to_yaml(config)) | {"seed": 12345}
     assert read_config(file(yaml.safe_dump(changed))) != config
 
 
@@ -550,10 +550,10 @@ def test_any_text_survives_the_written_file(
 ) -> None:
     config = read_config([*NEEDED, f"--text_column={text}"])
     config = dataclasses.replace(config, task=dataclasses.replace(config.task, label_names=names))
-    assert read_config(file(write_config(config))) == config
+    assert read_config(file(config_to_yaml(config))) == config
 
 
-# ---- steps_of
+# ---- duration_in_steps
 
 
 @pytest.mark.parametrize(
@@ -577,12 +577,12 @@ def test_any_text_survives_the_written_file(
     ],
 )
 def test_durations_are_steps(duration: str, steps: int) -> None:
-    assert steps_of(duration, steps_per_epoch=40, total_steps=120) == steps
+    assert duration_in_steps(duration, steps_per_epoch=40, total_steps=120) == steps
 
 
 def test_a_duration_that_was_not_checked_is_our_mistake() -> None:
     with pytest.raises(AssertionError, match="ten steps"):
-        steps_of("ten steps", 1, 1)
+        duration_in_steps("ten steps", 1, 1)
 
 
 # ---- read_predict_config

@@ -29,13 +29,13 @@ def test_every_error_of_a_user_is_caught_as_one(kind: type[BertdistError]) -> No
     ],
 )
 def test_only_errors_that_all_ranks_see_are_shared(kind: type[BertdistError], shared: bool) -> None:
-    assert kind("x").shared is shared
+    assert kind("x").on_all_ranks is shared
 
 
 def test_marking_one_error_as_shared_leaves_its_kind_alone() -> None:
     error = DataError("x")
-    error.shared = True
-    assert not DataError("y").shared
+    error.on_all_ranks = True
+    assert not DataError("y").on_all_ranks
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from servers import FaultyServer
 
 from bertdist.core import hub as hub_names
-from bertdist.core.hub import ask_hub, nearest, tell_offline, why_not
+from bertdist.core.hub import explain_hub_error, nearest, probe_hub, warn_if_offline
 
 
 @pytest.fixture
@@ -28,8 +28,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultyServe
 
 
 def test_a_hub_that_answers_is_asked_once(hub: FaultyServer) -> None:
-    ask_hub("nobody/nothing")
-    ask_hub("nobody/nothing")
+    probe_hub("nobody/nothing")
+    probe_hub("nobody/nothing")
     assert hub_names._answers == {hub.url: ""} and not constants.HF_HUB_OFFLINE, (
         "404 is an answer, too"
     )
@@ -39,10 +39,10 @@ def test_a_hub_that_does_not_answer_is_left_alone(
     hub: FaultyServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.__exit__()
-    ask_hub("google-bert/bert-base-uncased")
+    probe_hub("google-bert/bert-base-uncased")
     assert constants.HF_HUB_OFFLINE and "refused" in hub_names._answers[hub.url]
-    tell_offline("google-bert/bert-base-uncased")
-    tell_offline("google-bert/bert-base-uncased")
+    warn_if_offline("google-bert/bert-base-uncased")
+    warn_if_offline("google-bert/bert-base-uncased")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"The hub ({hub.url}) cannot be reached (") and line.endswith(
         ": google-bert/bert-base-uncased is what the cache holds."
@@ -58,7 +58,7 @@ def test_a_hub_that_is_silent_is_asked_once(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(hub_names.time, "sleep", asked.append)
-        ask_hub("nobody/nothing")
+        probe_hub("nobody/nothing")
         assert (
             "timed out" in hub_names._answers[constants.ENDPOINT]
             and constants.HF_HUB_OFFLINE
@@ -69,9 +69,9 @@ def test_a_hub_that_is_silent_is_asked_once(
 def test_folders_and_offline_runs_ask_nobody(
     hub: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask_hub(str(tmp_path))
+    probe_hub(str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    ask_hub("nobody/nothing")
+    probe_hub("nobody/nothing")
     assert hub_names._answers == {}
 
 
@@ -99,18 +99,18 @@ def chained(*errors: BaseException) -> BaseException:
 def test_offline_is_told_as_what_it_is(hub: FaultyServer, tmp_path: Path) -> None:
     error = chained(OSError("We couldn't connect to 'x'\nmore"), LocalEntryNotFoundError("no"))
     assert (
-        why_not(error, "q/z")
+        explain_hub_error(error, "q/z")
         == f"HF_HUB_OFFLINE is set, and the cache {tmp_path / 'cache'} does not hold it."
     )
     hub_names._answers[hub.url] = "timed out"
-    assert why_not(OfflineModeIsEnabled("no"), "q/z").startswith(
+    assert explain_hub_error(OfflineModeIsEnabled("no"), "q/z").startswith(
         f"The hub ({hub.url}) cannot be reached (timed out), and the cache "
     )
 
 
 def test_other_errors_keep_their_words_in_one_line(hub: FaultyServer) -> None:
-    assert why_not(ValueError("first\n second"), "q/z") == "first second"
-    assert len(why_not(ValueError("x" * 1000), "q/z")) == 300
+    assert explain_hub_error(ValueError("first\n second"), "q/z") == "first second"
+    assert len(explain_hub_error(ValueError("x" * 1000), "q/z")) == 300
     loop = ValueError("a")
     loop.__context__ = chained(ValueError("b"), loop)
-    assert why_not(loop, "q/z") == "a"
+    assert explain_hub_error(loop, "q/z") == "a"

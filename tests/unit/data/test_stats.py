@@ -243,7 +243,7 @@ def assert_same_on_all_ranks(accelerator: Accelerator, told: Sequence[Sequence[A
         try:
             found.append(agree(Step(number=0, share=[], rows=one) if isinstance(one, int) else one))
         except BertdistError as error:
-            found.append((type(error).__name__, str(error), error.shared))
+            found.append((type(error).__name__, str(error), error.on_all_ranks))
     return found
 
 

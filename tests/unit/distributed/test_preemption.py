@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from bertdist.core.errors import ConfigError
 from bertdist.distributed import preemption as slurm
 from bertdist.distributed.launch import check_world
-from bertdist.distributed.preemption import StopSignal, leave_signals_to_the_rank, time_left
+from bertdist.distributed.preemption import StopSignal, ignore_stop_signals, slurm_seconds_left
 
 ALONE: Any = SimpleNamespace(num_processes=1)  # an accelerator of one rank; it has no collectives
 
@@ -46,10 +46,10 @@ def ends_in(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_is_remembered(stop: StopSignal, name: str) -> None:
-    assert stop.reason == "" and not stop.agreed(ALONE)
+    assert stop.reason == "" and not stop.requested(ALONE)
     signal.raise_signal(signal.Signals[name])
     assert stop.reason == name
-    assert stop.agreed(ALONE) and stop.agreed(ALONE)
+    assert stop.requested(ALONE) and stop.requested(ALONE)
 
 
 def test_without_a_stop_request_an_interrupt_ends_the_process() -> None:
@@ -95,12 +95,12 @@ def test_time_left_is_unknown_where_slurm_does_not_say(
 ) -> None:
     if value is not None:
         monkeypatch.setenv("SLURM_JOB_END_TIME", value)
-    assert time_left() is None
+    assert slurm_seconds_left() is None
 
 
 def test_time_left_is_seconds_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     ends_in(monkeypatch, 100)
-    left = time_left()
+    left = slurm_seconds_left()
     assert left is not None and 99 < left <= 100
 
 
@@ -118,7 +118,7 @@ def test_it_stops_so_long_before_the_time_limit(
         monkeypatch.delenv("SLURM_JOB_END_TIME")
     else:
         ends_in(monkeypatch, seconds)
-    assert request.agreed(ALONE) is stops
+    assert request.requested(ALONE) is stops
     assert request.reason.startswith("time limit in ") is stops
 
 
@@ -127,22 +127,22 @@ def test_a_short_job_keeps_half_of_its_time(monkeypatch: pytest.MonkeyPatch) -> 
     ends_in(monkeypatch, 60)
     request = StopSignal(120)
     request.close()
-    assert not request.agreed(ALONE)
+    assert not request.requested(ALONE)
     ends_in(monkeypatch, 29)
-    assert request.agreed(ALONE)
+    assert request.requested(ALONE)
 
 
 # --- ranks agree
 
 
 def answers(accelerator: Accelerator, told: int) -> tuple[list[bool], list[bool], str]:
-    """Rank `told` gets SIGUSR1 before its third call: what `agreed` said, what the rank itself knew, the reason it gives."""
+    """Rank `told` gets SIGUSR1 before its third call: what `requested` said, what the rank itself knew, the reason it gives."""
     stop, said, knew = StopSignal(), [], []
     for call in range(4):
         if call == 2 and accelerator.process_index == told:
             signal.raise_signal(signal.SIGUSR1)
         knew.append(bool(stop.reason))
-        said.append(stop.agreed(accelerator))
+        said.append(stop.requested(accelerator))
     return said, knew, stop.reason
 
 
@@ -170,7 +170,7 @@ def test_the_time_limit_of_one_rank_stops_all() -> None:
         stop = StopSignal(60)
         if accelerator.process_index == 0:
             os.environ["SLURM_JOB_END_TIME"] = str(time.time() + 50)
-        return stop.agreed(accelerator)
+        return stop.requested(accelerator)
 
     assert run_ranks(2, stops) == [True, True]
 
@@ -202,7 +202,7 @@ def rows_read_when_all_are_told_to_end(accelerator: Accelerator, worker_init_fn:
 
 
 def test_loader_workers_outlive_a_termination() -> None:
-    assert run_ranks(1, rows_read_when_all_are_told_to_end, leave_signals_to_the_rank) == [40]
+    assert run_ranks(1, rows_read_when_all_are_told_to_end, ignore_stop_signals) == [40]
 
 
 def test_without_it_the_rank_dies_before_it_can_save() -> None:
@@ -354,9 +354,9 @@ def test_a_launcher_that_is_gone_asks_to_stop(
     if launched:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     request = StopSignal()
-    assert not request.agreed(ALONE)
+    assert not request.requested(ALONE)
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert request.agreed(ALONE) is launched and request.reason == (
+    assert request.requested(ALONE) is launched and request.reason == (
         "the launcher is gone" if launched else ""
     )
     request.close()
@@ -370,7 +370,7 @@ def test_a_launcher_that_went_before_there_was_a_request_is_seen(
     for process, reason in ((os.getpid(), "the launcher is gone"), (os.getpid() + 1, "")):
         monkeypatch.setattr(slurm, "_BORN", (process, os.getppid() + 1))
         request = StopSignal()
-        assert request.agreed(ALONE) is bool(reason) and request.reason == reason
+        assert request.requested(ALONE) is bool(reason) and request.reason == reason
         request.close()
 
 
@@ -391,5 +391,5 @@ def test_a_rank_gives_the_reason_it_can_see_itself(
 
     request = StopSignal()
     two: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"), reduce=reduce)
-    assert request.agreed(two) and request.reason == reason
+    assert request.requested(two) and request.reason == reason
     request.close()

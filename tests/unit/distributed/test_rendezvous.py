@@ -28,7 +28,7 @@ try:
     print("met" if store else "alone")
     sys.stdin.read()  # the store goes with this process
 except BertdistError as error:
-    print(error if not error.told else "silent")
+    print(error if not error.already_printed else "silent")
     sys.stdin.read()
 """
 

@@ -18,8 +18,8 @@ from bertdist.distributed.watchdog import (
     connection_lost,
     doing_of,
     end_soon,
-    report_unwatched,
-    worker_died,
+    loader_worker_error,
+    report_lost_connection,
 )
 
 ALONE: Any = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
@@ -39,7 +39,7 @@ ALONE: Any = SimpleNamespace(process_index=0, num_processes=1, device=torch.devi
     ],
 )
 def test_a_loader_worker_s_death_is_told(error: str, said: str) -> None:
-    assert str(worker_died(RuntimeError(error))).startswith(said)
+    assert str(loader_worker_error(RuntimeError(error))).startswith(said)
 
 
 def test_other_errors_are_none_of_these() -> None:
@@ -48,7 +48,7 @@ def test_other_errors_are_none_of_these() -> None:
         ValueError("DataLoader worker (pid 1) exited"),
         DataError("gloo"),
     ):
-        assert worker_died(error) is None and connection_lost(error) is None
+        assert loader_worker_error(error) is None and connection_lost(error) is None
 
 
 def test_a_broken_connection_is_known() -> None:
@@ -80,8 +80,10 @@ def test_where_no_watchdog_looks_one_rank_tells_who_is_gone(
 ) -> None:
     monkeypatch.setattr(watchdog, "left", lambda seconds: (gone, mine))
     monkeypatch.setattr(watchdog, "SECONDS_TO_LOOK", 0.0)
-    assert not report_unwatched(RuntimeError("out of memory")) and capsys.readouterr().err == ""
-    assert report_unwatched(RuntimeError("[gloo] Connection closed by peer"))
+    assert (
+        not report_lost_connection(RuntimeError("out of memory")) and capsys.readouterr().err == ""
+    )
+    assert report_lost_connection(RuntimeError("[gloo] Connection closed by peer"))
     told = capsys.readouterr().err
     assert told.startswith(f"bertdist: {said}") if said else told == ""
 
@@ -154,7 +156,7 @@ def test_under_torchrun_rank_0_may_tell_what_all_have_found(
     handled = signal.signal(signal.SIGTERM, lambda number, frame: None)
     monkeypatch.setenv("RANK", rank)
     error = DataError("x")
-    error.shared = shared
+    error.on_all_ranks = shared
     end_soon(error)
     assert slept == [], "no torchrun"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
