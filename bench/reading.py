@@ -40,7 +40,7 @@ from bertdist.data.loading import load_records, open_stream
 from bertdist.data.records import Records
 from bertdist.data.streaming import StreamLoader
 from bertdist.data.tokenization import encode, load_tokenizer, open_examples
-from bertdist.tasks.tasks import Task, open_task
+from bertdist.tasks.tasks import Task, infer_task
 
 KINDS = ("tsv", "csv", "jsonl", "jsonl.gz", "parquet")
 MANY = 64  # ranks, of which one is measured
@@ -129,7 +129,7 @@ def read_rows(args: argparse.Namespace, tokenizer: Any, texts_a_row: int) -> Row
     some = [record._replace(text=text) for record, text in zip(found, texts[:2000], strict=False)]
     tokens = [len(ids) for ids, _ in encode(some, tokenizer, args.max_length)]
     names = sorted(set(labels))
-    task = open_task(TaskConfig(label_names=names), "text", names, np.ones(len(names)))
+    task = infer_task(TaskConfig(label_names=names), "text", names, np.ones(len(names)))
     return Rows(texts=texts * times, labels=labels * times, tokens=tokens, task=task)
 
 

@@ -32,7 +32,7 @@ from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import check_world, create_accelerator
 from bertdist.distributed.preemption import StopSignal
 from bertdist.distributed.watchdog import end_soon, loader_worker_error, report_lost_connection
-from bertdist.models.classifier import load_settings, load_trained, notes_in
+from bertdist.models.classifier import load_model_config, load_trained_classifier, saved_metadata
 from bertdist.training.evaluation import describe_nonfinite_rows, no_number, predict_rows
 from bertdist.training.memory import find_tokens
 from bertdist.training.nonfinite import shared_error
@@ -67,7 +67,7 @@ class Predictor:
         """stop: whom to ask, now and then, whether to go on."""
         self.stop = stop
         self.accelerator = accelerator or create_accelerator(RunConfig())
-        self.model, self.task, self.notes = load_trained(str(folder))
+        self.model, self.task, self.notes = load_trained_classifier(str(folder))
         limit = max_length or self.notes.get("max_length")
         self.tokenizer = load_tokenizer(
             ModelConfig(model_name_or_path=str(folder), max_length=limit or 3)
@@ -89,7 +89,7 @@ class Predictor:
 
     def answer(self, records: Records) -> list[dict[str, Any]]:
         """The same for records; under several ranks each computes its share, and all have all answers."""
-        return self.task.answers(self.logits(records))
+        return self.task.to_records(self.logits(records))
 
     def logits(self, records: Records) -> Tensor:
         """(rows, outputs) float32 on the CPU: what the answers are read from; the same on every rank.
@@ -129,7 +129,9 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     check_world(accelerator.num_processes)
     with raise_on_all_ranks(accelerator):
         # The rows first, which cost little: whatever is wrong with them is told before the weights are loaded.
-        notes = notes_in(load_settings(ModelConfig(model_name_or_path=config.model), "--model"))
+        notes = saved_metadata(
+            load_model_config(ModelConfig(model_name_or_path=config.model), "--model")
+        )
         if config.input is None:
             records = records_of(config.text or [], config.text_pair)
         else:

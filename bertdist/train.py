@@ -45,9 +45,14 @@ from bertdist.distributed.collectives import assert_same_on_all_ranks, raise_on_
 from bertdist.distributed.launch import check_world, create_accelerator, launch_fingerprint
 from bertdist.distributed.preemption import StopSignal
 from bertdist.distributed.watchdog import end_soon, open_watchdog, report_lost_connection
-from bertdist.models.classifier import Classifier, labels_of, load_classifier, load_settings
+from bertdist.models.classifier import (
+    Classifier,
+    load_classifier,
+    load_model_config,
+    pretrained_labels,
+)
 from bertdist.models.compile import compile_layers
-from bertdist.models.cpu_layers import clear_gradients
+from bertdist.models.cpu_layers import zero_grad
 from bertdist.models.dropout import seed_dropout
 from bertdist.tasks.tasks import Task
 from bertdist.training.account import keep_score, record_training, tell_end, tell_meter
@@ -97,7 +102,7 @@ def train(config: TrainConfig) -> TrainState:
 
         # Data: two splits of rows, and the task that their labels make. Nothing is tokenized yet.
         with raise_on_all_ranks(accelerator):
-            settings, tokenizer = load_settings(config.model), load_tokenizer(config.model)
+            settings, tokenizer = load_model_config(config.model), load_tokenizer(config.model)
             train_rows, dev_rows = load_splits(config)
         assert_same_on_all_ranks(
             accelerator, data_fingerprint(settings, tokenizer, train_rows, dev_rows)
@@ -106,7 +111,7 @@ def train(config: TrainConfig) -> TrainState:
             return leave_early(log, stop, accelerator)
         with raise_on_all_ranks(accelerator):
             skipped_rows = collect_skipped_rows(known, dev_rows, config, accelerator)
-            task = create_task(config.task, known.labels, labels_of(settings))
+            task = create_task(config.task, known.labels, pretrained_labels(settings))
             train_batches = create_train_loader(
                 train_rows, known, tokenizer, task, config, accelerator
             )
@@ -336,7 +341,7 @@ def warm_up(
     ):
         batch = single_token_batch(first.share[0]).to(accelerator.device)
         accelerator.backward(task.loss(model(batch), batch.targets, batch.weights))
-    clear_gradients(model)
+    zero_grad(model)
 
 
 def is_due(step: int, every: int) -> bool:
@@ -355,7 +360,7 @@ def open_meter(
         torch.tensor([mine], device=accelerator.device), reduction="sum"
     ).item()
     flops = model_flops(classifier.model, "first tokens" if classifier.first_tokens_only else "all")
-    return ThroughputMeter(flops, classifier.packed or classifier.reads_padding, rate)
+    return ThroughputMeter(flops, classifier.packed or classifier.padding_changes_logits, rate)
 
 
 def gather_losses(

@@ -38,7 +38,7 @@ from bertdist.distributed.collectives import (
     raise_on_all_ranks,
 )
 from bertdist.distributed.preemption import StopSignal
-from bertdist.tasks.tasks import Task, open_task
+from bertdist.tasks.tasks import Task, infer_task
 
 SECONDS_BETWEEN = (
     0.5  # of reading, until the ranks ask each other whether to go on; a piece takes some 10 ms
@@ -320,7 +320,7 @@ def create_task(
     config: TaskConfig, labels: LabelStats, model_labels: tuple[str, ...] | None
 ) -> Task:
     """The task that the labels of the training rows make."""
-    return open_task(
+    return infer_task(
         config,
         labels.kind,
         labels.values,

@@ -29,7 +29,7 @@ from bertdist.data_quality.findings import counts, percent
 from bertdist.data_quality.length_checks import Lengths
 from bertdist.data_quality.report import DataReport, check_data
 from bertdist.distributed.launch import check_world
-from bertdist.models.classifier import labels_of, load_settings
+from bertdist.models.classifier import load_model_config, pretrained_labels
 from bertdist.tasks.tasks import Array, Task
 
 OTHER_WORLD = 8  # ranks of the second plan that is shown
@@ -60,7 +60,7 @@ def dry_run(config: TrainConfig) -> int:
     check_world(world)
     if os.environ.get("RANK", "0") != "0":
         return 0
-    settings = load_settings(config.model)
+    settings = load_model_config(config.model)
     tokenizer = load_tokenizer(config.model)
     found = check_data(
         config.data,
@@ -82,7 +82,9 @@ def dry_run(config: TrainConfig) -> int:
         ", ".join(f"{count} {severity}{'s' * (count != 1)}" for severity, count in number.items())
         + "; python -m bertdist.check says more."
     )
-    task = create_task(config.task, label_stats_of(found.splits["train"]), labels_of(settings))
+    task = create_task(
+        config.task, label_stats_of(found.splits["train"]), pretrained_labels(settings)
+    )
     for records in found.splits.values():
         open_examples(records, tokenizer, task, config.model.max_length)
     _show_plan(config, found, task, world)

@@ -63,7 +63,7 @@ from bertdist.data_quality.config import Doubting, read_label_issue_config
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import check_world, create_accelerator
 from bertdist.distributed.preemption import StopSignal
-from bertdist.models.classifier import labels_of, load_settings
+from bertdist.models.classifier import load_model_config, pretrained_labels
 from bertdist.predict import Predictor
 from bertdist.tasks.tasks import Array, Task
 from bertdist.train import STOPPED, train
@@ -409,7 +409,7 @@ def show_label_issues(words: Sequence[str]) -> int:
     records, task, targets, logits = judged
     with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
-            predictions, probabilities = task.read(logits)
+            predictions, probabilities = task.predict(logits)
             doubts = rank_label_issues(
                 task.problem_type,
                 targets,
@@ -464,7 +464,7 @@ def _judge_out_of_fold(config: Doubting, accelerator: Accelerator, log: RunLogge
     with raise_on_all_ranks(accelerator):
         records = _rows_of(train.data, train.run.output_dir, log)
         task = create_task(
-            train.task, label_stats_of(records), labels_of(load_settings(train.model))
+            train.task, label_stats_of(records), pretrained_labels(load_model_config(train.model))
         )
         _check_ranking(config, task)
         assert records.label_codes is not None
@@ -513,8 +513,8 @@ def entries_of(
             "row": row,
             "file": place["file"],
             "line": int(place["line"]) if place["line"] else None,
-            "label": task.name(targets[row]),
-            "suggested": task.name(predictions[row]),
+            "label": task.label(targets[row]),
+            "suggested": task.label(predictions[row]),
             **_probability(targets[row], predictions[row], probabilities[row]),
             "score": round(float(doubts.scores[row]), 6),
             "issue": bool(doubts.issues[row]),

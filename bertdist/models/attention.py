@@ -49,7 +49,7 @@ class Packing:
     noise: DropoutMasks | None = None  # dropout's masks, on the CPU in training
 
 
-def kernel_of(device: torch.device, dtype: torch.dtype, head_size: int) -> Kernel:
+def select_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> Kernel:
     """The kernel for a device and the type that attention computes in."""
     if device.type == "cpu":
         return "buckets"
@@ -69,7 +69,7 @@ def kernel_of(device: torch.device, dtype: torch.dtype, head_size: int) -> Kerne
     )
 
 
-def pack(
+def build_packing(
     lengths: Sequence[int],
     firsts: Tensor,
     heads: int,

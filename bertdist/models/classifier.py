@@ -35,13 +35,13 @@ from bertdist.data.batch import PackedBatch, collate
 from bertdist.data.tokenization import Example
 from bertdist.models import attention
 from bertdist.models.architectures import ARCHITECTURES
-from bertdist.models.cpu_layers import keep_gradient, use_onednn
+from bertdist.models.cpu_layers import reuse_embedding_gradient, use_onednn
 from bertdist.models.dropout import DropoutMasks, hold, replace_dropouts
 from bertdist.tasks.tasks import Task, task_of_model
 
 _NEW = "New weights"
 
-WITHOUT_A_NETWORK = (
+OFFLINE_HELP = (
     "Without a network, give a folder that holds config.json, model.safetensors and the tokenizer; "
     "`hf download NAME --local-dir FOLDER` makes one where there is a network."
 )
@@ -53,7 +53,7 @@ class Classifier(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.checkpoints_activations = False
+        self.gradient_checkpointing = False
         self._noise: DropoutMasks | None = None  # dropout's masks of the texts in hand
         self._takes_segments = "token_type_ids" in inspect.signature(model.forward).parameters
         family = ARCHITECTURES.get(model.config.model_type)
@@ -64,13 +64,13 @@ class Classifier(nn.Module):
             positions - self._first_position if positions > 0 else sys.maxsize
         )  # XLNet's -1: no table of them
         replace_dropouts(model, lambda: self._noise)
-        keep_gradient(model)
+        reuse_embedding_gradient(model)
         use_onednn(model)
         if family is not None:
             family.prepare(model)
         pooling = getattr(model.config, "classifier_pooling", "cls")  # ModernBERT's
         self.first_tokens_only = self.packed and pooling == "cls"  # what leaves the last layer
-        self.reads_padding = not self.packed and self._changes_when_padded()
+        self.padding_changes_logits = not self.packed and self._changes_when_padded()
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits (N, O) of the texts of a micro-batch."""
@@ -85,13 +85,17 @@ class Classifier(nn.Module):
         if self._takes_segments:
             inputs["token_type_ids"] = batch.segments[None]
         heads = self.model.config.num_attention_heads
-        packing = attention.pack(
-            batch.lengths, batch.starts[:-1], heads, self.kernel(batch.ids.device), self._noise
+        packing = attention.build_packing(
+            batch.lengths,
+            batch.starts[:-1],
+            heads,
+            self.attention_kernel(batch.ids.device),
+            self._noise,
         )
         logits: Tensor = self.model(**inputs, packing=packing).logits
         return logits
 
-    def checkpoint_activations(self) -> None:
+    def enable_gradient_checkpointing(self) -> None:
         """Keep a layer's input only, and compute the layer again in the backward, with the same dropout; raises ConfigError."""
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -110,17 +114,17 @@ class Classifier(nn.Module):
             getattr(self.model, "activation_checkpointing_enable", None)
             or self.model.gradient_checkpointing_enable
         )
-        self.checkpoints_activations = True
+        self.gradient_checkpointing = True
         enable({"use_reentrant": False, "context_fn": contexts})
 
-    def kernel(self, device: torch.device) -> attention.Kernel:
+    def attention_kernel(self, device: torch.device) -> attention.Kernel:
         """How attention is computed there, in the precision of the moment (inside or outside of autocast)."""
         dtype = (
             torch.get_autocast_dtype(device.type)
             if torch.is_autocast_enabled(device.type)
             else self.model.dtype
         )
-        return attention.kernel_of(
+        return attention.select_kernel(
             device, dtype, self.model.config.hidden_size // self.model.config.num_attention_heads
         )
 
@@ -137,7 +141,7 @@ class Classifier(nn.Module):
         lengths = np.asarray(batch.lengths)
         groups = (
             [np.flatnonzero(lengths == length) for length in np.unique(lengths)]
-            if self.reads_padding
+            if self.padding_changes_logits
             else [np.arange(len(lengths))]
         )
         logits = torch.cat([self._padded(batch, texts) for texts in groups])
@@ -164,7 +168,7 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def _changes_when_padded(self) -> bool:
         """Whether texts get other answers together than alone, by more than a thousandth, which is rounding; raises ModelError."""
-        config, was_training, self.reads_padding = self.model.config, self.training, False
+        config, was_training, self.padding_changes_logits = self.model.config, self.training, False
         pad, begin, end = (
             getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")
         )
@@ -186,7 +190,7 @@ class Classifier(nn.Module):
         return not bool((batched - alone).abs().max() <= 1e-3 * alone.abs().max())
 
 
-def load_settings(config: ModelConfig, flag: str = "--model_name_or_path") -> PretrainedConfig:
+def load_model_config(config: ModelConfig, flag: str = "--model_name_or_path") -> PretrainedConfig:
     """The model's config.json, before any weights; raises ModelError."""
     name = config.model_name_or_path
     transformers_logging.set_verbosity_error()  # what loading has to tell, load_classifier tells in fewer words
@@ -216,13 +220,13 @@ def load_settings(config: ModelConfig, flag: str = "--model_name_or_path") -> Pr
                 f"{where}: the folder holds no config.json that can be read ({_first_line(error)})"
             ) from None
         raise ModelError(
-            f"{where} is neither a folder here nor a model that the hub gave. {explain_hub_error(error, name)} {WITHOUT_A_NETWORK}"
+            f"{where} is neither a folder here nor a model that the hub gave. {explain_hub_error(error, name)} {OFFLINE_HELP}"
         ) from None
     warn_if_offline(name)
     return settings
 
 
-def labels_of(settings: PretrainedConfig) -> tuple[str, ...] | None:
+def pretrained_labels(settings: PretrainedConfig) -> tuple[str, ...] | None:
     """The label names a model was trained with; None where it has only numbered place-holders."""
     names = _names(settings)
     return None if all(name.startswith("LABEL_") for name in names) else names
@@ -282,7 +286,7 @@ def load_classifier(
         )
     notes = [f"{_NEW}, to be trained: {', '.join(missing)}."] if missing else []
     classifier, kind = Classifier(model), f"Models of type {settings.model_type!r}"
-    if classifier.reads_padding:
+    if classifier.padding_changes_logits:
         notes.append(
             f"{kind} give other answers when they are padded, so only texts of one length run together."
         )
@@ -291,7 +295,7 @@ def load_classifier(
             f"{kind} run padded to the longest text of a micro-batch; the results are the same."
         )
     if config.gradient_checkpointing:
-        classifier.checkpoint_activations()
+        classifier.enable_gradient_checkpointing()
     if config.max_length > classifier.max_positions:
         raise ConfigError(
             f"--max_length is {config.max_length}; this model has {classifier.max_positions} positions."
@@ -299,23 +303,23 @@ def load_classifier(
     return classifier, notes
 
 
-def load_trained(folder: str) -> tuple[Classifier, Task, dict[str, Any]]:
-    """A trained classifier, its task, and what `export` noted beside it; raises ModelError."""
+def load_trained_classifier(folder: str) -> tuple[Classifier, Task, dict[str, Any]]:
+    """A trained classifier, its task, and what `save_classifier` noted beside it; raises ModelError."""
     config = ModelConfig(model_name_or_path=folder, max_length=0)
-    settings = load_settings(config, "--model")
+    settings = load_model_config(config, "--model")
     task = task_of_model(settings.problem_type, _names(settings))
     model, said = load_classifier(config, settings, task, "--model")
     if said and said[0].startswith(_NEW):
         raise ModelError(f"--model {folder} is not a trained classifier. {said[0]}")
-    return model, task, notes_in(settings)
+    return model, task, saved_metadata(settings)
 
 
-def notes_in(settings: PretrainedConfig) -> dict[str, Any]:
-    """What `export` noted beside a model; nothing, where another program wrote it."""
+def saved_metadata(settings: PretrainedConfig) -> dict[str, Any]:
+    """What `save_classifier` noted beside a model; nothing, where another program wrote it."""
     return dict(getattr(settings, "bertdist", None) or {})
 
 
-def export(
+def save_classifier(
     model: Classifier, tokenizer: PreTrainedTokenizerBase, folder: Path, notes: dict[str, Any]
 ) -> None:
     """Write a plain Hugging Face folder that `pipeline("text-classification")` loads. notes go to config.json under "bertdist"."""

@@ -31,7 +31,7 @@ from bertdist.data.tokenization import Example
 from bertdist.models.architectures import ARCHITECTURES, Attend, Rest
 from bertdist.models.attention import Packing
 from bertdist.models.classifier import Classifier
-from bertdist.models.cpu_layers import clear_gradients
+from bertdist.models.cpu_layers import zero_grad
 
 TOKENS = (
     512  # of the batch that is compiled on: about a small step's, and few enough for any device
@@ -56,7 +56,7 @@ def compile_layers(
         trouble = f"families.py does not say what follows attention in models of type {classifier.model.config.model_type!r}."
     elif not layers:
         trouble = "the model has one layer, and the last layer is not compiled."
-    elif classifier.checkpoints_activations:
+    elif classifier.gradient_checkpointing:
         trouble = "--gradient_checkpointing computes the layers again in the backward pass."
     else:
         try:
@@ -79,7 +79,7 @@ def compile_layers(
         return f"--torch_compile: the layers are compiled ({perf_counter() - began:.0f} s)."
     for layer in layers:
         vars(layer).pop("forward", None)
-    clear_gradients(classifier)
+    zero_grad(classifier)
     rank, first = next(iter(found.items()))
     where = f" (rank {rank})" if len(found) < len(troubles) else ""
     return f"--torch_compile cannot take effect{where}, the layers run eagerly: {first}"
@@ -127,7 +127,7 @@ def _try_out(classifier: Classifier, device: torch.device) -> None:
     with torch.compiler.set_stance("fail_on_recompile"):
         _backward(classifier, [*lengths, 1], device)
     torch.compiler.set_stance("eager_on_recompile")
-    clear_gradients(classifier)
+    zero_grad(classifier)
 
 
 def _backward(classifier: Classifier, lengths: list[int], device: torch.device) -> None:

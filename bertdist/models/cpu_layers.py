@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class KeptGradientEmbedding(nn.Embedding):
-    """Its gradient is cleared by `clear_gradients`; zero_grad works too and costs what it did."""
+class ReusedGradientEmbedding(nn.Embedding):
+    """Its gradient is cleared by `zero_grad`; zero_grad works too and costs what it did."""
 
     written: list[Tensor]  # rows of the gradient that may not be zero
 
@@ -44,7 +44,7 @@ class KeptGradientEmbedding(nn.Embedding):
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, table: KeptGradientEmbedding) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, table: ReusedGradientEmbedding) -> Tensor:
         ctx.table = table
         ctx.save_for_backward(ids)
         return F.embedding(ids, weight)
@@ -63,7 +63,7 @@ class _Lookup(torch.autograd.Function):
         return None, None, None
 
 
-def keep_gradient(model: Any) -> None:
+def reuse_embedding_gradient(model: Any) -> None:
     """Make the word embeddings of a Hugging Face model keep their gradient, in place, if they are plain and nothing else uses them."""
     try:
         table = model.get_input_embeddings()
@@ -79,16 +79,16 @@ def keep_gradient(model: Any) -> None:
         and not table.sparse
         and not table.scale_grad_by_freq
     ):
-        table.__class__ = KeptGradientEmbedding
-        cast(KeptGradientEmbedding, table).written = []
+        table.__class__ = ReusedGradientEmbedding
+        cast(ReusedGradientEmbedding, table).written = []
 
 
-def clear_gradients(model: nn.Module) -> None:
+def zero_grad(model: nn.Module) -> None:
     """What zero_grad does; a gradient that is kept gets zeros where it was written."""
     kept = {
         module.weight: module.written
         for module in model.modules()
-        if isinstance(module, KeptGradientEmbedding) and module.written
+        if isinstance(module, ReusedGradientEmbedding) and module.written
     }
     for parameter in model.parameters():
         if parameter not in kept or parameter.grad is None:

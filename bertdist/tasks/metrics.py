@@ -276,7 +276,9 @@ def load_metrics(names: Sequence[str], problem_type: str, labels: Sequence[str])
     return MetricSet(opened, problem_type, len(labels))
 
 
-def class_table(predictions: Array, references: Array, labels: Sequence[str]) -> dict[str, Any]:
+def classification_report(
+    predictions: Array, references: Array, labels: Sequence[str]
+) -> dict[str, Any]:
     """Label by label, JSON-able: {"labels", "per_class": [{"label", "precision", "recall", "f1", "rows"}], "confusion"}.
 
     confusion[i][j] counts rows of label i that were answered j; multi-label tasks have none. rows is how many rows have the label;

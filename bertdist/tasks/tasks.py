@@ -37,7 +37,7 @@ class Task(Protocol):
     def target(self, label: Any) -> Any:
         """A raw label -> int, list of O floats, or float. Raises DataError (without the place; the caller knows it)."""
 
-    def name(self, target: Any) -> Any:
+    def label(self, target: Any) -> Any:
         """A target -> the label as a person knows it: a name, a list of names, or a number."""
 
     def weights(self, targets: Array) -> Array:
@@ -49,10 +49,10 @@ class Task(Protocol):
     def eval_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """() in the precision of the logits: the sum without label smoothing and class weights, so that it means the same in every run."""
 
-    def read(self, logits: Tensor) -> tuple[Array, Array]:
+    def predict(self, logits: Tensor) -> tuple[Array, Array]:
         """Logits (N, O) -> (predictions, probabilities) in the form `scores` takes: ids, 0/1 rows, or numbers."""
 
-    def answers(self, logits: Tensor) -> list[dict[str, Any]]:
+    def to_records(self, logits: Tensor) -> list[dict[str, Any]]:
         """Logits (N, O) -> N dicts in the words of `pipeline("text-classification")`."""
 
 
@@ -77,7 +77,7 @@ class SingleLabel:
             )
         return self._ids[str(label)]
 
-    def name(self, target: Any) -> str:
+    def label(self, target: Any) -> str:
         """See Task."""
         return self.labels[int(target)]
 
@@ -99,11 +99,11 @@ class SingleLabel:
         """See Task."""
         return F.cross_entropy(logits, targets, reduction="sum")
 
-    def read(self, logits: Tensor) -> tuple[Array, Array]:
+    def predict(self, logits: Tensor) -> tuple[Array, Array]:
         """See Task."""
         return logits.argmax(-1).numpy(), logits.float().softmax(-1).numpy()
 
-    def answers(self, logits: Tensor) -> list[dict[str, Any]]:
+    def to_records(self, logits: Tensor) -> list[dict[str, Any]]:
         """See Task."""
         scores, ids = logits.float().softmax(-1).max(-1)
         return [
@@ -132,7 +132,7 @@ class MultiLabel:
             )
         return [float(name in label) for name in self.labels]
 
-    def name(self, target: Any) -> list[str]:
+    def label(self, target: Any) -> list[str]:
         """See Task."""
         return [label for label, on in zip(self.labels, target, strict=True) if on]
 
@@ -160,12 +160,12 @@ class MultiLabel:
             .sum()
         )
 
-    def read(self, logits: Tensor) -> tuple[Array, Array]:
+    def predict(self, logits: Tensor) -> tuple[Array, Array]:
         """See Task."""
         probabilities = logits.float().sigmoid()
         return (probabilities > 0.5).long().numpy(), probabilities.numpy()
 
-    def answers(self, logits: Tensor) -> list[dict[str, Any]]:
+    def to_records(self, logits: Tensor) -> list[dict[str, Any]]:
         """See Task. Every label above one half, the most probable first."""
         answers = []
         for row in logits.float().sigmoid().tolist():
@@ -198,7 +198,7 @@ class Regression:
             raise DataError(f"expected a finite number, found {label!r}.")
         return number
 
-    def name(self, target: Any) -> float:
+    def label(self, target: Any) -> float:
         """See Task."""
         return float(target)
 
@@ -214,18 +214,18 @@ class Regression:
         """See Task."""
         return (logits[:, 0] - targets).square().sum()
 
-    def read(self, logits: Tensor) -> tuple[Array, Array]:
+    def predict(self, logits: Tensor) -> tuple[Array, Array]:
         """See Task."""
         return logits.float()[:, 0].numpy(), logits.float().numpy()
 
-    def answers(self, logits: Tensor) -> list[dict[str, Any]]:
+    def to_records(self, logits: Tensor) -> list[dict[str, Any]]:
         """See Task."""
         return [
             {"label": self.labels[0], "score": number} for number in logits.float()[:, 0].tolist()
         ]
 
 
-def open_task(
+def infer_task(
     config: TaskConfig,
     kind: str,
     values: Sequence[Any],

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from bertdist.core.atomic_io import atomic_write, finite, recover, write_folder
 from bertdist.core.config import RunConfig
 from bertdist.distributed.collectives import raise_on_all_ranks
-from bertdist.models.classifier import Classifier, export
+from bertdist.models.classifier import Classifier, save_classifier
 from bertdist.tasks.tasks import Task
 from bertdist.training.checkpoint import TrainState
 from bertdist.training.evaluation import Evaluation
@@ -71,7 +71,7 @@ class BestModel:
             if self.accelerator.is_main_process:
                 write_folder(
                     self.folder / "best",
-                    lambda folder: export(model, self.tokenizer, folder, self.notes),
+                    lambda folder: save_classifier(model, self.tokenizer, folder, self.notes),
                 )
                 if evaluation is not None:
                     scored = {
@@ -108,7 +108,7 @@ class BestModel:
 
     def _lines(self, evaluation: Evaluation) -> list[bytes]:
         assert evaluation.references is not None
-        truths = [self.task.name(target) for target in evaluation.references]
+        truths = [self.task.label(target) for target in evaluation.references]
         rows = zip(evaluation.answers, truths, strict=True)
         lines = [{"row": row, **answer, "truth": truth} for row, (answer, truth) in enumerate(rows)]
         return [json.dumps(finite(line), ensure_ascii=False).encode() + b"\n" for line in lines]

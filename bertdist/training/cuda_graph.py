@@ -37,7 +37,7 @@ from bertdist.data.streaming import AnyLoader
 from bertdist.data.tokenization import Example
 from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.classifier import Classifier
-from bertdist.models.cpu_layers import clear_gradients
+from bertdist.models.cpu_layers import zero_grad
 from bertdist.tasks.tasks import Array
 
 R = TypeVar("R")
@@ -164,7 +164,7 @@ def graphed_step(
         trouble = (
             f"it needs --mixed_precision bf16, and this run has {accelerator.mixed_precision!r}."
         )
-    elif classifier.checkpoints_activations:
+    elif classifier.gradient_checkpointing:
         trouble = "--gradient_checkpointing sets random states from the host."
     elif not isinstance(batches, MapLoader):
         trouble = "the lengths of a stream are not known before it is read."
@@ -188,7 +188,7 @@ def _reads_starts(classifier: Classifier, accelerator: Accelerator) -> bool:
         return (
             family is not None
             and family.attend is not None
-            and classifier.kernel(accelerator.device) == "varlen"
+            and classifier.attention_kernel(accelerator.device) == "varlen"
         )
 
 
@@ -277,7 +277,7 @@ class GraphedStep:
         except Exception as error:
             self._replay, self._gave_up = None, True
             vars(self).pop("_results", None)
-            clear_gradients(model)
+            zero_grad(model)
             why = textwrap.shorten(
                 f"{type(error).__name__}: {str(error) or 'no message'}", 300, placeholder=" ..."
             )

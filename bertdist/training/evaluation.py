@@ -162,7 +162,7 @@ class Evaluator:
             or scores.default_metrics(task.problem_type, len(task.labels))
         )
         self._scores = scores.load_metrics(names, task.problem_type, task.labels)
-        self._class_table = scores.class_table
+        self._class_table = scores.classification_report
         self.main = config.metric_for_best_model or self._scores.names[0]
         self.sign = -1 if self.main in scores.LOWER_IS_BETTER else 1
         own_keys = any("/" in name or ":" in name or name.endswith(".py") for name in names)
@@ -174,7 +174,7 @@ class Evaluator:
 
     def judge(self, logits: Tensor, references: Array) -> Evaluation:
         """logits (rows, outputs), references in the form of the task -> all that is to be said of a split."""
-        predictions, probabilities = self.task.read(logits)
+        predictions, probabilities = self.task.predict(logits)
         loss = self.task.eval_loss(logits.double(), torch.from_numpy(references)).item() / len(
             logits
         )
@@ -193,7 +193,7 @@ class Evaluator:
         return Evaluation(
             scores=found,
             selection_score=selection_score,
-            answers=self.task.answers(logits),
+            answers=self.task.to_records(logits),
             references=references,
             classes=classes,
         )

@@ -37,7 +37,7 @@ from bertdist.data.sharding import MapLoader
 from bertdist.data.source import excerpt
 from bertdist.data.streaming import AnyLoader
 from bertdist.distributed.collectives import raise_on_all_ranks
-from bertdist.models.cpu_layers import clear_gradients
+from bertdist.models.cpu_layers import zero_grad
 from bertdist.models.dropout import seed_dropout
 from bertdist.tasks.tasks import Task
 from bertdist.training.anomaly import Anomaly, find_anomaly
@@ -73,8 +73,8 @@ def update(model: nn.Module, optimizer: Any, grad_norm: Tensor, accelerator: Acc
     if not finite:
         model.zero_grad(
             set_to_none=True
-        )  # clipping has spread NaN over rows that `clear_gradients` would not reach
-    clear_gradients(model)
+        )  # clipping has spread NaN over rows that `zero_grad` would not reach
+    zero_grad(model)
 
 
 def step_on_device(optimizer: Any, grad_norm: Tensor) -> None:
@@ -232,7 +232,7 @@ class NonFiniteGuard:
 
     def _clear(self) -> None:
         self.model.zero_grad(set_to_none=True)
-        clear_gradients(self.model)
+        zero_grad(self.model)
 
 
 def shared_error(text: str) -> NonFiniteError:

@@ -14,7 +14,7 @@ from bertdist.core.args import read_config
 from bertdist.data.sharding import MapLoader
 from bertdist.data.tokenization import Example
 from bertdist.distributed.preemption import StopSignal
-from bertdist.models.attention import Kernel, kernel_of, pack, packed_attention
+from bertdist.models.attention import Kernel, build_packing, packed_attention, select_kernel
 from bertdist.train import train
 from bertdist.training.memory import find_tokens
 
@@ -35,7 +35,7 @@ def attend(
         torch.nn.Identity(),
         *there,
         None,
-        packing=pack(lengths, firsts, rows[0].shape[1], kernel),
+        packing=build_packing(lengths, firsts, rows[0].shape[1], kernel),
         sliding_window=window,
     )[0].cpu()
 
@@ -50,8 +50,8 @@ def test_attention_on_the_gpu_equals_attention_on_the_cpu(
     kernel: Kernel, dtype: torch.dtype, tolerance: float, first_only: bool, window: int | None
 ) -> None:
     assert (
-        kernel_of(GPU, torch.bfloat16, 8) == "varlen"
-        and kernel_of(GPU, torch.float32, 8) == "padded"
+        select_kernel(GPU, torch.bfloat16, 8) == "varlen"
+        and select_kernel(GPU, torch.float32, 8) == "padded"
     )
     lengths = [9, 7, 7, 3, 1]
     rows = [

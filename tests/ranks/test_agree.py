@@ -44,7 +44,7 @@ def full_disk_for_best() -> None:
     def broken(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    best.export = broken
+    best.save_classifier = broken
 
 
 def no_state() -> None:

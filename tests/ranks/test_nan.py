@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from bertdist import predict
 from bertdist.core.errors import NonFiniteError
 from bertdist.models.classifier import Classifier
-from bertdist.models.cpu_layers import KeptGradientEmbedding
+from bertdist.models.cpu_layers import ReusedGradientEmbedding
 from bertdist.tasks.tasks import SingleLabel
 from bertdist.training import nonfinite
 
@@ -259,7 +259,7 @@ def unguarded(accelerator: Accelerator) -> None:
 
     def update(model: Any, optimizer: Any, grad_norm: Tensor, accelerator: Accelerator) -> None:
         optimizer.step()
-        nonfinite.clear_gradients(model)
+        nonfinite.zero_grad(model)
 
     train.update = update
 
@@ -512,7 +512,7 @@ def look_late(accelerator: Accelerator) -> None:
 
 
 def usual_tables(accelerator: Accelerator) -> None:
-    KeptGradientEmbedding.forward = nn.Embedding.forward  # type: ignore[method-assign]
+    ReusedGradientEmbedding.forward = nn.Embedding.forward  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -154,7 +154,7 @@ def no_model(accelerator: Accelerator) -> None:
         raise AssertionError("a model was loaded")
 
     train.load_classifier = iterate_loader
-    predict.load_trained = iterate_loader
+    predict.load_trained_classifier = iterate_loader
 
 
 def told(

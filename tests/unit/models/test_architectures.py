@@ -23,7 +23,7 @@ from bertdist.data.tokenization import Example
 from bertdist.models import attention, classifier
 from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.attention import grid
-from bertdist.models.classifier import Classifier, load_classifier, load_settings
+from bertdist.models.classifier import Classifier, load_classifier, load_model_config
 from bertdist.models.dropout import Dropout, DropoutMasks, seed_dropout
 from bertdist.tasks.tasks import SingleLabel
 
@@ -187,7 +187,7 @@ def load(folder_of: Callable[[str], Path]) -> Loader:
         config = ModelConfig(
             model_name_or_path=str(folder_of(kind)), **{"max_length": POSITIONS, **settings}
         )
-        found = load_settings(config)
+        found = load_model_config(config)
         found.update(change or {})
         model, notes = load_classifier(config, found, TASK)
         assert notes == [] or not model.packed  # a trained head, and no word of padding
@@ -300,8 +300,10 @@ def test_logits_loss_and_gradients_equal_the_padded_ones(
 def wrong_ends(
     model: Classifier, batch: PackedBatch, monkeypatch: pytest.MonkeyPatch
 ) -> PackedBatch:
-    real = attention.pack  # texts see parts of others
-    monkeypatch.setattr(attention, "pack", lambda lengths, *rest: real(lengths[::-1], *rest))
+    real = attention.build_packing  # texts see parts of others
+    monkeypatch.setattr(
+        attention, "build_packing", lambda lengths, *rest: real(lengths[::-1], *rest)
+    )
     return batch
 
 
@@ -401,7 +403,9 @@ def test_the_padded_kernel_of_other_devices_gives_the_same(
     expected = model(batch)
     twin = gradients(model.model, loss_of(expected, batch))
     asked: list[str] = []
-    monkeypatch.setattr(attention, "kernel_of", lambda *unused: asked.append("padded") or "padded")
+    monkeypatch.setattr(
+        attention, "select_kernel", lambda *unused: asked.append("padded") or "padded"
+    )
     logits = model(batch)
     assert asked == ["padded"]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)

@@ -24,11 +24,11 @@ from bertdist.models.attention import (
     NAME,
     Kernel,
     Packing,
+    build_packing,
     grid,
-    kernel_of,
-    pack,
     packed_attention,
     register,
+    select_kernel,
 )
 from bertdist.models.dropout import DropoutMasks, seed_dropout
 
@@ -67,7 +67,7 @@ def masked(rows: list[Tensor], lengths: list[int]) -> Tensor:
 
 
 def packing(lengths: list[int], kernel: Kernel = "buckets", heads: int = SIZES[0]) -> Packing:
-    return pack(lengths, torch.tensor([0, *lengths]).cumsum(0)[:-1], heads, kernel)
+    return build_packing(lengths, torch.tensor([0, *lengths]).cumsum(0)[:-1], heads, kernel)
 
 
 def attend(
@@ -272,9 +272,9 @@ def test_the_size_of_buckets_changes_nothing(scores: int, monkeypatch: pytest.Mo
 
 
 def test_the_device_and_the_type_choose_the_kernel() -> None:
-    assert kernel_of(CPU, torch.float32, 64) == "buckets"
+    assert select_kernel(CPU, torch.float32, 64) == "buckets"
     assert (
-        kernel_of(torch.device("meta"), torch.bfloat16, 64) == "padded"
+        select_kernel(torch.device("meta"), torch.bfloat16, 64) == "padded"
     )  # stands for any device that is neither CPU nor CUDA
 
 

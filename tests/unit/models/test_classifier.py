@@ -33,11 +33,11 @@ from bertdist.models import attention
 from bertdist.models import cpu_attention as attention_cpu
 from bertdist.models.classifier import (
     Classifier,
-    export,
-    labels_of,
     load_classifier,
-    load_settings,
-    load_trained,
+    load_model_config,
+    load_trained_classifier,
+    pretrained_labels,
+    save_classifier,
 )
 from bertdist.models.dropout import Dropout, seed_dropout
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
@@ -71,7 +71,7 @@ def load(folder: Path, task: Task = TASK, **settings: Any) -> tuple[Classifier, 
     """What `load_classifier` makes of a folder, with a head drawn from seed 0."""
     config = ModelConfig(model_name_or_path=str(folder), **settings)
     torch.manual_seed(0)
-    model, notes = load_classifier(config, load_settings(config), task)
+    model, notes = load_classifier(config, load_model_config(config), task)
     return model.eval(), notes
 
 
@@ -156,8 +156,10 @@ def test_packed_logits_loss_and_gradients_equal_padded_ones(
 
 
 def wrong_ends(batch: PackedBatch, monkeypatch: pytest.MonkeyPatch) -> PackedBatch:
-    real = attention.pack
-    monkeypatch.setattr(attention, "pack", lambda lengths, *rest: real(sorted(lengths), *rest))
+    real = attention.build_packing
+    monkeypatch.setattr(
+        attention, "build_packing", lambda lengths, *rest: real(sorted(lengths), *rest)
+    )
     return batch
 
 
@@ -366,7 +368,7 @@ def test_texts_of_one_length_run_together(kind: str, tmp_path: Path) -> None:
     )
     expected = model(batch_by_hand(False))
     assert sorted(shapes) == [(1, 3), (1, 6), (1, 11), (2, 9)]
-    model.reads_padding = False  # the control: padded, answers change
+    model.padding_changes_logits = False  # the control: padded, answers change
     assert (model(batch_by_hand(False)) - expected).abs().max() > 0.01
     assert shapes[-1] == (5, 11)
 
@@ -382,12 +384,14 @@ def test_padding_that_is_not_masked_is_seen(
         attention, "grid", lambda lengths: (real(lengths)[0], real(lengths)[1] | True)
     )
     assert (model(batch_by_hand(False)) - expected).abs().max() > 0.01  # the control
-    assert load(tmp_path, max_length=32)[0].reads_padding  # and loading would have found it
+    assert load(tmp_path, max_length=32)[
+        0
+    ].padding_changes_logits  # and loading would have found it
 
 
 def test_a_packed_family_says_nothing_of_padding(tiny_model: Path) -> None:
     model, notes = load(tiny_model)
-    assert model.packed and not model.reads_padding
+    assert model.packed and not model.padding_changes_logits
     assert not any("padded" in note for note in notes)
 
 
@@ -492,7 +496,7 @@ def test_dropout_zero_is_the_model_without_dropout(
 
 def test_dropout_that_cannot_take_effect_is_an_error(tiny_model: Path) -> None:
     config = ModelConfig(model_name_or_path=str(tiny_model), dropout=0.1)
-    settings = load_settings(config)
+    settings = load_model_config(config)
     for name in [name for name in vars(settings) if "dropout" in name]:
         delattr(settings, name)
     with pytest.raises(
@@ -520,7 +524,7 @@ def test_a_new_head_is_drawn_from_the_seed(tiny_model: Path) -> None:
         config = ModelConfig(model_name_or_path=str(tiny_model))
         torch.manual_seed(seed)
         heads.append(
-            load_classifier(config, load_settings(config), TASK)[0].model.classifier.weight
+            load_classifier(config, load_model_config(config), TASK)[0].model.classifier.weight
         )
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
@@ -534,7 +538,7 @@ def exported(
     tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> tuple[Classifier, Path]:
     model, _ = load(tiny_model)
-    export(model, tokenizer, tmp_path / "best", {"max_length": 64})
+    save_classifier(model, tokenizer, tmp_path / "best", {"max_length": 64})
     return model, tmp_path / "best"
 
 
@@ -568,8 +572,8 @@ def test_the_pipeline_of_hugging_face_gives_the_same_answers(
     task: Task, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     model, _ = load(tiny_model, task)
-    export(model, tokenizer, tmp_path, {})
-    answers = task.answers(model(packed(tokenizer, None)).detach())
+    save_classifier(model, tokenizer, tmp_path, {})
+    answers = task.to_records(model(packed(tokenizer, None)).detach())
     found = pipeline("text-classification", model=str(tmp_path), device="cpu")(TEXTS, top_k=None)
     for answer, entries in zip(answers, found, strict=True):
         wanted = {entry["label"]: entry["score"] for entry in answer.get("labels", [answer])}
@@ -592,8 +596,8 @@ def test_a_trained_classifier_comes_back_with_its_task(
     task: Task, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     model, _ = load(tiny_model, task)
-    export(model, tokenizer, tmp_path, {"max_length": 64, "text_column": "grün"})
-    again, its_task, notes = load_trained(str(tmp_path))
+    save_classifier(model, tokenizer, tmp_path, {"max_length": 64, "text_column": "grün"})
+    again, its_task, notes = load_trained_classifier(str(tmp_path))
     assert (its_task, notes) == (task, {"max_length": 64, "text_column": "grün"})
     weights = model.model.state_dict()
     assert all(
@@ -607,7 +611,7 @@ def test_a_trained_classifier_comes_back_with_its_task(
 
 def test_a_base_model_is_no_trained_classifier(tiny_model: Path) -> None:
     with pytest.raises(ModelError) as caught:
-        load_trained(str(tiny_model))
+        load_trained_classifier(str(tiny_model))
     new = "New weights, to be trained: classifier.bias, classifier.weight."
     assert str(caught.value) == f"--model {tiny_model} is not a trained classifier. {new}"
 
@@ -623,7 +627,7 @@ def test_another_number_of_labels_gets_a_new_head(
     assert torch.equal(model.model.bert.pooler.dense.weight, old.model.bert.pooler.dense.weight)
     same, notes = load_classifier(
         ModelConfig(model_name_or_path=str(folder)),
-        load_settings(ModelConfig(model_name_or_path=str(folder))),
+        load_model_config(ModelConfig(model_name_or_path=str(folder))),
         TASK,
     )
     assert notes == []  # the control: as many labels keep the trained head
@@ -643,9 +647,11 @@ def test_the_labels_of_a_model_are_its_names_in_order(
     names: dict[int, str], found: tuple[str, ...] | None, tmp_path: Path
 ) -> None:
     config = AutoConfig.for_model("bert", id2label=names)
-    assert labels_of(config) == found
+    assert pretrained_labels(config) == found
     config.save_pretrained(tmp_path)
-    assert labels_of(load_settings(ModelConfig(model_name_or_path=str(tmp_path)))) == found
+    assert (
+        pretrained_labels(load_model_config(ModelConfig(model_name_or_path=str(tmp_path)))) == found
+    )
 
 
 # ---- What cannot be loaded
@@ -654,7 +660,7 @@ def test_the_labels_of_a_model_are_its_names_in_order(
 def complaint(folder: Path | str) -> str:
     config = ModelConfig(model_name_or_path=str(folder))
     with pytest.raises(BertdistError) as caught:
-        load_classifier(config, load_settings(config), TASK)
+        load_classifier(config, load_model_config(config), TASK)
     assert isinstance(caught.value, ModelError)
     message = str(caught.value)
     assert message.startswith(f"--model_name_or_path {folder}")

@@ -27,9 +27,9 @@ from bertdist.data.tokenization import Example
 from bertdist.models import compile as compiled
 from bertdist.models import dropout
 from bertdist.models.architectures import ARCHITECTURES
-from bertdist.models.classifier import Classifier, load_classifier, load_settings
+from bertdist.models.classifier import Classifier, load_classifier, load_model_config
 from bertdist.models.compile import compile_layers
-from bertdist.models.cpu_layers import KeptGradientEmbedding, clear_gradients
+from bertdist.models.cpu_layers import ReusedGradientEmbedding, zero_grad
 from bertdist.models.dropout import seed_dropout
 from bertdist.tasks.tasks import SingleLabel
 
@@ -97,7 +97,7 @@ def load(tmp_path: Path) -> Callable[..., Classifier]:
             tmp_path / kind
         )
         model = ModelConfig(model_name_or_path=str(tmp_path / kind), max_length=32, **settings)
-        return load_classifier(model, load_settings(model), TASK)[0].train()
+        return load_classifier(model, load_model_config(model), TASK)[0].train()
 
     return iterate_loader
 
@@ -116,7 +116,7 @@ def gradients(
 ) -> dict[str, Tensor]:
     batch = batch_of(lengths)
     seed_dropout(1, step, 0)
-    clear_gradients(model)
+    zero_grad(model)
     TASK.loss(model(batch), batch.targets, batch.weights).backward()
     return {
         name: weight.grad.clone()
@@ -173,7 +173,7 @@ def test_kept_gradients_are_kept(load: Callable[..., Classifier]) -> None:
     model = load()
     compile_layers(model, HERE, Counting())
     table = model.model.get_input_embeddings()
-    assert isinstance(table, KeptGradientEmbedding) and table.written == []
+    assert isinstance(table, ReusedGradientEmbedding) and table.written == []
     assert all(
         not weight.grad.any() for weight in model.parameters() if weight.grad is not None
     )  # of the throw-away texts nothing is left

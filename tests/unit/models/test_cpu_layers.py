@@ -10,7 +10,7 @@ from forked import run_ranks
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from bertdist.models.cpu_layers import KeptGradientEmbedding, clear_gradients, keep_gradient
+from bertdist.models.cpu_layers import ReusedGradientEmbedding, reuse_embedding_gradient, zero_grad
 
 ROWS, WIDTH = 20, 4
 BATCHES = [
@@ -42,8 +42,8 @@ def pair(padding_idx: int | None = None) -> tuple[Model, Model]:
     for weight in plain.parameters():
         weight.data = torch.randint(-4, 5, weight.shape).float()
     kept.load_state_dict(plain.state_dict())
-    keep_gradient(kept)
-    assert type(kept.table) is KeptGradientEmbedding and type(plain.table) is nn.Embedding
+    reuse_embedding_gradient(kept)
+    assert type(kept.table) is ReusedGradientEmbedding and type(plain.table) is nn.Embedding
     return kept, plain
 
 
@@ -74,7 +74,7 @@ def test_after_a_step_the_gradient_is_zero_and_the_same_tensor() -> None:
     for ids in BATCHES:
         backward(kept, ids)
     place = gradient(kept).data_ptr()
-    clear_gradients(kept)
+    zero_grad(kept)
     assert (gradient(kept) == 0).all() and kept.matrix.weight.grad is None
     backward(kept, BATCHES[0])
     backward(plain, BATCHES[0])
@@ -87,7 +87,7 @@ def test_rows_that_are_not_noted_are_seen() -> None:
     backward(kept, BATCHES[0])
     kept.table.written.pop()  # type: ignore[operator, union-attr]
     backward(kept, BATCHES[2])
-    clear_gradients(kept)
+    zero_grad(kept)
     assert gradient(kept).any()  # the control
 
 
@@ -99,7 +99,7 @@ def forget(model: nn.Module) -> None:
     model.zero_grad()
 
 
-@pytest.mark.parametrize("clear", [clear_gradients, zero, forget])
+@pytest.mark.parametrize("clear", [zero_grad, zero, forget])
 def test_gradients_may_be_cleared_by_hand(clear: Callable[[nn.Module], None]) -> None:
     kept, plain = pair(0)
     for ids in (*BATCHES, *BATCHES):
@@ -110,7 +110,7 @@ def test_gradients_may_be_cleared_by_hand(clear: Callable[[nn.Module], None]) ->
         assert kept.table.weight.grad is None or not kept.table.weight.grad.any()
         plain.zero_grad()
     backward(kept, BATCHES[1])
-    clear_gradients(kept)
+    zero_grad(kept)
     assert kept.table.weight.grad is None or not kept.table.weight.grad.any()
 
 
@@ -123,7 +123,7 @@ def test_an_optimizer_takes_the_same_steps() -> None:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             if model is models[0]:
-                clear_gradients(model)
+                zero_grad(model)
             else:
                 optimizer.zero_grad(
                     set_to_none=step > 3
@@ -145,7 +145,7 @@ def test_without_gradients_it_is_a_plain_table() -> None:
     kept.table.weight.requires_grad_(False)
     backward(kept, BATCHES[0])
     assert kept.table.weight.grad is None and kept.matrix.weight.grad is not None
-    clear_gradients(kept)
+    zero_grad(kept)
     assert kept.matrix.weight.grad is None
 
 
@@ -163,7 +163,7 @@ def test_several_ranks_have_a_plain_table(n: int) -> None:
 )
 def test_a_table_of_another_kind_stays_as_it_is(settings: dict[str, Any]) -> None:
     model = Model(**settings)
-    keep_gradient(model)
+    reuse_embedding_gradient(model)
     assert type(model.table) is nn.Embedding
 
 
@@ -171,7 +171,7 @@ def test_a_table_that_others_use_stays_as_it_is() -> None:
     model = Model()
     model.other = nn.Embedding(ROWS, WIDTH)
     model.other.weight = model.table.weight
-    keep_gradient(model)
+    reuse_embedding_gradient(model)
     assert type(model.table) is nn.Embedding
 
 
@@ -181,13 +181,13 @@ def test_a_subclass_and_a_model_without_a_table_stay_as_they_are() -> None:
 
     model = Model()
     model.table = Own(ROWS, WIDTH)
-    keep_gradient(model)
+    reuse_embedding_gradient(model)
     assert type(model.table) is Own
     canine = AutoModel.from_config(
         AutoConfig.for_model("canine", hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     )
-    keep_gradient(canine)
-    assert not any(isinstance(module, KeptGradientEmbedding) for module in canine.modules())
+    reuse_embedding_gradient(canine)
+    assert not any(isinstance(module, ReusedGradientEmbedding) for module in canine.modules())
 
 
 def test_a_models_names_stay() -> None:

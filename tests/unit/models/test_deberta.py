@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, DebertaV2Config
 
 from bertdist.models import deberta
-from bertdist.models.attention import Kernel, Packing, pack
+from bertdist.models.attention import Kernel, Packing, build_packing
 
 CPU = torch.device("cpu")
 V3 = {
@@ -40,7 +40,7 @@ def model_of(**settings: Any) -> Any:
 
 
 def packing_of(lengths: list[int], kernel: Kernel = "buckets") -> Packing:
-    return pack(lengths, torch.tensor([0, *lengths]).cumsum(0)[:-1], 2, kernel)
+    return build_packing(lengths, torch.tensor([0, *lengths]).cumsum(0)[:-1], 2, kernel)
 
 
 def logits_of(model: Any, lengths: list[int]) -> Tensor:

@@ -17,7 +17,7 @@ import pytest
 
 from bertdist.core.errors import ConfigError, DataError
 from bertdist.tasks import metrics as scores
-from bertdist.tasks.metrics import Score, class_table, default_metrics, load_metrics
+from bertdist.tasks.metrics import Score, classification_report, default_metrics, load_metrics
 
 SINGLE, MULTI, REGRESSION = (
     "single_label_classification",
@@ -256,7 +256,7 @@ def test_no_rows_is_a_mistake_in_the_data(problem_type: str, labels: str) -> Non
             default_metrics(problem_type, len(labels)), problem_type, list(labels)
         ).compute(rows, NONE, rows)
     with pytest.raises(DataError, match="no rows"):
-        class_table(rows, rows, list(labels))
+        classification_report(rows, rows, list(labels))
 
 
 @pytest.mark.parametrize(("problem_type", "labels"), KINDS)
@@ -291,7 +291,7 @@ def test_arrays_that_contradict_each_other_are_our_own_mistake() -> None:
 
 
 def test_class_table_of_single_label() -> None:
-    table = class_table(np.array(FOUR_SAID), np.array(FOUR_TRUTH), list("abcd"))
+    table = classification_report(np.array(FOUR_SAID), np.array(FOUR_TRUTH), list("abcd"))
     assert json.loads(json.dumps(table)) == {
         "labels": ["a", "b", "c", "d"],
         "per_class": [
@@ -311,7 +311,9 @@ def test_class_table_of_single_label() -> None:
 
 
 def test_class_table_of_multi_label_has_no_confusion() -> None:
-    table = class_table(np.array(MANY_SAID), np.array(MANY_TRUTH, dtype=np.float32), list("abc"))
+    table = classification_report(
+        np.array(MANY_SAID), np.array(MANY_TRUTH, dtype=np.float32), list("abc")
+    )
     assert json.loads(json.dumps(table)) == {
         "labels": ["a", "b", "c"],
         "per_class": [
@@ -329,7 +331,9 @@ def test_class_table_of_multi_label_has_no_confusion() -> None:
 
 
 def test_class_table_of_one_multi_label_column() -> None:
-    table = class_table(np.array([[1], [0], [0], [0]]), np.array([[1], [0], [1], [0]]), ["a"])
+    table = classification_report(
+        np.array([[1], [0], [0], [0]]), np.array([[1], [0], [1], [0]]), ["a"]
+    )
     assert table["per_class"] == [
         {"label": "a", "precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "rows": 2}
     ]

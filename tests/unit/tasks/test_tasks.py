@@ -12,7 +12,14 @@ from torch import Tensor
 
 from bertdist.core.config import TaskConfig
 from bertdist.core.errors import ConfigError, DataError, ModelError
-from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task, open_task, task_of_model
+from bertdist.tasks.tasks import (
+    MultiLabel,
+    Regression,
+    SingleLabel,
+    Task,
+    infer_task,
+    task_of_model,
+)
 
 ONE = torch.ones(1)
 
@@ -26,7 +33,7 @@ def task_of(
         for name in ("class_names", "column", "model_labels")
         if name in settings
     }
-    return open_task(
+    return infer_task(
         TaskConfig(**settings), kind, values, np.array(counts or [1] * len(values)), **words
     )
 
@@ -93,7 +100,7 @@ def test_stated_orders_win_in_their_order(stated: dict[str, Any], labels: tuple[
 def test_a_target_is_the_place_of_its_label() -> None:
     task = task_of(["10", "9", "2"])
     assert [task.target(label) for label in ("2", "9", "10", 10)] == [0, 1, 2, 2]
-    assert [task.name(target) for target in (0, 1, np.int64(2))] == ["2", "9", "10"]
+    assert [task.label(target) for target in (0, 1, np.int64(2))] == ["2", "9", "10"]
 
 
 # ---- The kind
@@ -309,10 +316,10 @@ def test_balanced_multi_label_weights_are_rows_off_over_rows_on() -> None:
 
 def test_a_single_answer_is_the_most_probable_label() -> None:
     task = SingleLabel(("a", "b", "c"))
-    predictions, probabilities = task.read(LOGITS)
+    predictions, probabilities = task.predict(LOGITS)
     assert predictions.tolist() == [0, 1, 0]
     assert probabilities[2] == pytest.approx([1 / 3] * 3)
-    answers = task.answers(LOGITS)
+    answers = task.to_records(LOGITS)
     assert [answer["label"] for answer in answers] == ["a", "b", "a"]
     assert [answer["score"] for answer in answers] == pytest.approx(
         [math.exp(log_share(row, i)) for row, i in zip(LOGITS.tolist(), [0, 1, 0], strict=True)]
@@ -321,7 +328,7 @@ def test_a_single_answer_is_the_most_probable_label() -> None:
 
 def test_multi_label_answers_are_all_above_one_half_the_most_probable_first() -> None:
     task = MultiLabel(("a", "b", "c"))
-    predictions, probabilities = task.read(LOGITS)
+    predictions, probabilities = task.predict(LOGITS)
     assert predictions.tolist() == [
         [1, 0, 1],
         [0, 1, 0],
@@ -330,25 +337,25 @@ def test_multi_label_answers_are_all_above_one_half_the_most_probable_first() ->
     assert probabilities[0].tolist() == pytest.approx(
         [math.exp(log_sigmoid(x)) for x in (1.0, -2.0, 0.5)]
     )
-    first, second, _ = task.answers(LOGITS)
+    first, second, _ = task.to_records(LOGITS)
     assert [entry["label"] for entry in first["labels"]] == ["a", "c"]
     assert [entry["label"] for entry in second["labels"]] == ["b"]
-    assert task.answers(torch.tensor([[-1.0, -1.0, -1.0]])) == [{"labels": []}]
+    assert task.to_records(torch.tensor([[-1.0, -1.0, -1.0]])) == [{"labels": []}]
     assert task.target(("c", "a")) == [1.0, 0.0, 1.0]
     assert task.target(()) == [0.0, 0.0, 0.0]
-    assert task.name([1.0, 0.0, 1.0]) == ["a", "c"]
+    assert task.label([1.0, 0.0, 1.0]) == ["a", "c"]
 
 
 def test_a_number_is_answered_as_it_is() -> None:
     task = Regression(("score",))
-    predictions, _ = task.read(torch.tensor([[1.5], [-2.0]]))
+    predictions, _ = task.predict(torch.tensor([[1.5], [-2.0]]))
     assert predictions.tolist() == [1.5, -2.0]
-    assert task.answers(torch.tensor([[1.5], [-2.0]])) == [
+    assert task.to_records(torch.tensor([[1.5], [-2.0]])) == [
         {"label": "score", "score": 1.5},
         {"label": "score", "score": -2.0},
     ]
     assert task.target("1e-1") == 0.1
-    assert task.name(np.float32(0.5)) == 0.5
+    assert task.label(np.float32(0.5)) == 0.5
 
 
 # ---- A trained model's task

@@ -13,7 +13,12 @@ from transformers import AutoTokenizer
 
 from bertdist.core.config import ModelConfig, RunConfig
 from bertdist.core.errors import CheckpointError
-from bertdist.models.classifier import Classifier, load_classifier, load_settings, load_trained
+from bertdist.models.classifier import (
+    Classifier,
+    load_classifier,
+    load_model_config,
+    load_trained_classifier,
+)
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
 from bertdist.training import best_model as best_module
 from bertdist.training.best_model import BestModel
@@ -141,7 +146,7 @@ def test_a_finished_run_stays_finished() -> None:
 def model(tiny_model: Path) -> Classifier:
     config = ModelConfig(model_name_or_path=str(tiny_model))
     torch.manual_seed(0)
-    return load_classifier(config, load_settings(config), TASK)[0]
+    return load_classifier(config, load_model_config(config), TASK)[0]
 
 
 def best_in(folder: Path, tiny_model: Path, task: Task = TASK) -> BestModel:
@@ -166,7 +171,7 @@ def test_what_is_kept_can_be_used_and_read(
     evaluation = Evaluation(
         scores={"loss": 0.5},
         selection_score=0.5,
-        answers=TASK.answers(logits),
+        answers=TASK.to_records(logits),
         references=np.array([1, 0]),
         classes=classes,
     )
@@ -186,7 +191,7 @@ def test_what_is_kept_can_be_used_and_read(
         {"row": 0, "label": "no", "score": 0.5, "truth": "yes"},
         {"row": 1, "label": "yes", "score": 1.0, "truth": "no"},
     ]
-    again, task, notes = load_trained(str(tmp_path / "best"))
+    again, task, notes = load_trained_classifier(str(tmp_path / "best"))
     assert (task, notes) == (TASK, {"max_length": 16})
     for name, weight in model.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], weight)
@@ -213,7 +218,7 @@ def test_every_kind_of_task_writes_its_truth(
     tiny_model: Path,
     tmp_path: Path,
 ) -> None:
-    answers = task.answers(torch.tensor(logits))
+    answers = task.to_records(torch.tensor(logits))
     evaluation = Evaluation(
         scores={"loss": 0.5},
         selection_score=0.5,
@@ -269,7 +274,7 @@ def test_no_number_is_written_as_json_has_it(
     evaluation = Evaluation(
         scores={"mse": NAN},
         selection_score=NAN,
-        answers=task.answers(torch.tensor([[NAN]])),
+        answers=task.to_records(torch.tensor([[NAN]])),
         references=np.array([2.25]),
     )
     best_in(tmp_path, tiny_model, task).keep(model, evaluation, TrainState(step=1))

@@ -40,8 +40,8 @@ from bertdist.data.sharding import MapLoader
 from bertdist.data.tokenization import Example
 from bertdist.models import attention
 from bertdist.models.attention import Packing
-from bertdist.models.classifier import Classifier, load_classifier, load_settings
-from bertdist.models.cpu_layers import KeptGradientEmbedding, clear_gradients
+from bertdist.models.classifier import Classifier, load_classifier, load_model_config
+from bertdist.models.cpu_layers import ReusedGradientEmbedding, zero_grad
 from bertdist.models.dropout import seed_dropout
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
 from bertdist.training import cuda_graph as graphed
@@ -86,7 +86,7 @@ def step_of(*lengths: int) -> Step:
 def load(folder: Path, task: Task, **settings: Any) -> Classifier:
     config = ModelConfig(model_name_or_path=str(folder), **settings)
     torch.manual_seed(0)
-    return load_classifier(config, load_settings(config), task)[0].train()
+    return load_classifier(config, load_model_config(config), task)[0].train()
 
 
 # ---- Texts of weight 0
@@ -103,7 +103,7 @@ def test_pads_change_neither_loss_nor_gradients(kind: str, p: float, tiny_model:
     found = []
     for each in (batch, padded, replace(padded, weights=torch.ones(6))):
         seed_dropout(1, 2, 0)
-        clear_gradients(model)
+        zero_grad(model)
         loss = task.loss(model(each), each.targets, each.weights)
         loss.backward()
         found.append(
@@ -272,16 +272,16 @@ def refusals() -> Iterator[Any]:
         said = f"it needs --mixed_precision bf16, and this run has '{precision}'."
         yield pytest.param({**here, "mixed_precision": precision}, {}, said, id=precision)
     said = "--gradient_checkpointing sets random states from the host."
-    yield pytest.param(here, {"checkpoints_activations": True}, said, id="checkpointing")
+    yield pytest.param(here, {"gradient_checkpointing": True}, said, id="checkpointing")
     said = "this model, GPU or torch has no flash attention for texts that lie end to end."
     yield pytest.param(here, {"type": "deberta-v2"}, said, id="attention_of_its_own")
     yield pytest.param(here, {"type": "gpt2"}, said, id="unpacked")
-    yield pytest.param(here, {"kernel": lambda device: "padded"}, said, id="kernel")
+    yield pytest.param(here, {"attention_kernel": lambda device: "padded"}, said, id="kernel")
 
 
 def ask(about: dict[str, Any], model: dict[str, Any], batches: MapLoader) -> tuple[Any, list[str]]:
     said: list[str] = []
-    usual = {"checkpoints_activations": False, "kernel": lambda device: "varlen"}
+    usual = {"gradient_checkpointing": False, "attention_kernel": lambda device: "varlen"}
     config = SimpleNamespace(model_type=model.pop("type", "bert"))
     classifier: Any = SimpleNamespace(**{**usual, **model}, model=SimpleNamespace(config=config))
     accelerator: Any = SimpleNamespace(**about, autocast=nullcontext)
@@ -370,10 +370,10 @@ def recorded(take: Callable[[], Taken], device: torch.device) -> tuple[Callable[
 
 
 def as_on_a_gpu(patch: Callable[[Any, str, Any], None]) -> None:
-    patch(attention, "kernel_of", lambda *args: "varlen")
+    patch(attention, "select_kernel", lambda *args: "varlen")
     patch(attention, "_varlen", attend_by_starts)
     patch(Classifier, "_noise_of", lambda *args: None)  # dropout is torch's
-    patch(KeptGradientEmbedding, "forward", nn.Embedding.forward)
+    patch(ReusedGradientEmbedding, "forward", nn.Embedding.forward)
     patch(nonfinite, "on_host", lambda tensor: False)
 
 
@@ -708,7 +708,7 @@ def test_what_was_tried_is_undone(tiny_model: Path) -> None:
         batch = batch_of([9, 5, 3])
         task.loss(model(batch), batch.targets, batch.weights).backward()
         adamw.step()
-        clear_gradients(model)
+        zero_grad(model)
         torch.rand(1)
         adamw.param_groups[0].update(lr=torch.tensor(1.0), capturable=True)
         return "taken"
