@@ -40,7 +40,7 @@ from bertdist.data.source import read_skipped_rows
 from bertdist.data.stats import _read as read_survey
 from bertdist.training.checkpoint import Checkpointer, TrainState
 from bertdist.training.optimizer import create_optimizer
-from bertdist.training.resume_check import Settings
+from bertdist.training.resume_check import ResumeSignature
 
 Inputs = st.SearchStrategy[bytes]
 ONE: Any = SimpleNamespace(is_main_process=True, num_processes=1, process_index=0, scaler=None)
@@ -232,8 +232,10 @@ class Saved:
         torch.manual_seed(0)
         self.folder, self.model = folder, nn.Linear(2, 2)
         self.optimizer = create_optimizer(self.model, OptimConfig())
-        self.checkpoints = Checkpointer(folder, ONE, 2, lambda *lines: None)
-        self.checkpoints.save(self.model, self.optimizer, TrainState(step=1), Settings({"seed": 1}))
+        self.checkpoints = Checkpointer(
+            folder, ResumeSignature({"seed": 1}), ONE, 2, lambda *lines: None
+        )
+        self.checkpoints.save(self.model, self.optimizer, TrainState(step=1))
         self.whole = {path.name: path.read_bytes() for path in (folder / "step_000001").iterdir()}
 
     def replaced(self, name: str, manifest: bool) -> Callable[[bytes], object]:
@@ -248,7 +250,7 @@ class Saved:
             else:
                 written.mkdir(parents=True)
                 _fill(files, written)
-            return self.checkpoints.restore(self.model, self.optimizer, Settings({"seed": 1}), None)
+            return self.checkpoints.restore(self.model, self.optimizer)
 
         return read
 

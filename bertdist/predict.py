@@ -35,7 +35,7 @@ from bertdist.distributed.watchdog import end_soon, loader_worker_error, report_
 from bertdist.models.classifier import load_model_config, load_trained_classifier, saved_metadata
 from bertdist.training.evaluation import describe_nonfinite_rows, no_number, predict_rows
 from bertdist.training.memory import find_tokens
-from bertdist.training.nonfinite import shared_error
+from bertdist.training.nonfinite import nonfinite_error
 
 ROWS_AT_ONCE = 2048  # texts sorted by length together: long enough for texts of one length to meet, short enough for one device
 
@@ -114,7 +114,7 @@ class Predictor:
         if logits is None:
             raise Stopped
         if rows := no_number(logits):
-            raise shared_error(
+            raise nonfinite_error(
                 "Prediction: " + describe_nonfinite_rows(rows, len(logits), records.where)
             )
         return logits

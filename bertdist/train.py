@@ -60,9 +60,9 @@ from bertdist.training.best_model import BestModel
 from bertdist.training.checkpoint import Checkpointer, TrainState
 from bertdist.training.cuda_graph import Take, graphed_step
 from bertdist.training.evaluation import Evaluator, evaluate_split
-from bertdist.training.nonfinite import NonFiniteGuard, factor, update
+from bertdist.training.nonfinite import NonFiniteGuard, nan_aware_scale, step_if_finite
 from bertdist.training.optimizer import create_lr_schedule, create_optimizer, set_learning_rate
-from bertdist.training.resume_check import resume_settings
+from bertdist.training.resume_check import resume_signature
 from bertdist.training.run_lock import check_disk_space, lock_run_folder
 from bertdist.training.run_logger import RunLogger, describe_data, environment, notes_of, open_log
 from bertdist.training.step import MicroBatcher
@@ -135,13 +135,12 @@ def train(config: TrainConfig) -> TrainState:
         model, optimizer = accelerator.prepare(classifier, adamw)
 
         # Begin, or go on where an interrupted run stopped.
+        signature = resume_signature(config, train_rows, dev_rows, task, total_steps)
         checkpoints = Checkpointer(
-            out / "checkpoints", accelerator, run.save_total_limit, log.say, log.to_disk
+            out / "checkpoints", signature, accelerator, run.save_total_limit, log.say, log.to_disk
         )
-        settings_now = resume_settings(config, train_rows, dev_rows, task, total_steps)
         progress = watchdog.progress = (
-            checkpoints.restore(classifier, adamw, settings_now, run.resume_from_checkpoint)
-            or TrainState()
+            checkpoints.restore(classifier, adamw, run.resume_from_checkpoint) or TrainState()
         )
         with raise_on_all_ranks(accelerator):
             log.begin(
@@ -206,7 +205,7 @@ def train(config: TrainConfig) -> TrainState:
                     or progress.finished
                     or any(is_due(progress.step, every) for every in due.values())
                 )
-                nan.look(step, loss, grad_norm, at_once)
+                nan.check(step, loss, grad_norm, at_once)
 
             if step is not None and (progress.finished or is_due(progress.step, due["log"])):
                 gather_losses(progress, losses, meter, accelerator)
@@ -222,7 +221,7 @@ def train(config: TrainConfig) -> TrainState:
 
             if dev_batches and (progress.finished or is_due(progress.step, due["eval"])):
                 with meter.paused():
-                    evaluation = nan.scored(
+                    evaluation = nan.check_evaluation(
                         evaluate_split(
                             classifier, room.rebatch(dev_batches), judge, accelerator, stop
                         ),
@@ -237,7 +236,7 @@ def train(config: TrainConfig) -> TrainState:
                 with meter.paused():
                     if progress.finished and not dev_batches:
                         best.keep(classifier, None, progress)
-                    checkpoints.save(classifier, adamw, progress, settings_now)
+                    checkpoints.save(classifier, adamw, progress)
             if progress.finished or stopping:
                 break
         tell_end(log, progress, best, total_steps, stop.reason)
@@ -268,7 +267,7 @@ def train_step(
     """One optimizer step over this rank's share; returns this rank's loss sum () and the gradient's norm ().
 
     Row losses are summed and divided by the rows of the whole step, so the update is that of one big batch, however the step was
-    dealt and cut. DDP averages over ranks; the factor undoes it. Where memory runs out on any rank, the step is begun again with
+    dealt and cut. DDP averages over ranks; nan_aware_scale undoes it. Where memory runs out on any rank, the step is begun again with
     micro-batches of half the tokens (see room.py).
     """
 
@@ -276,13 +275,15 @@ def train_step(
         batch = batch.to(accelerator.device)
         with nullcontext() if final else accelerator.no_sync(model):  # gradients travel once a step
             loss = task.loss(model(batch), batch.targets, batch.weights)
-            accelerator.backward(loss * factor(loss, accelerator.num_processes / step.rows))
+            accelerator.backward(
+                loss * nan_aware_scale(loss, accelerator.num_processes / step.rows)
+            )
         return loss.detach()
 
     total = room.accumulate(model, step, backward)
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     assert grad_norm is not None
-    update(
+    step_if_finite(
         model, optimizer, grad_norm, accelerator
     )  # left out where loss or gradient is not finite
     return total, grad_norm

@@ -34,11 +34,11 @@ from bertdist.training.resume_check import (
     BREAKS_BEST,
     FIELD_KEYS,
     Change,
-    Settings,
+    ResumeSignature,
     compare,
-    place_after_change,
-    place_of_rank,
     read_state,
+    reader_state_after_change,
+    reader_state_of_rank,
     table,
 )
 
@@ -55,9 +55,9 @@ class TrainState:
     evaluations_since_best: int = 0
     tokens_per_micro_batch: int = 0  # requested or measured, halved where memory ran out; 0: unset
     tokens_requested: int = 0  # the --tokens_per_micro_batch that it came from; 0: measured
-    halvings: int = 0  # steps that were repeated because memory ran out
+    oom_retries: int = 0  # steps that were repeated because memory ran out
     nan_steps: int = 0  # that were left out because loss or gradient was not finite
-    nan_in_row: int = 0  # of those, the last ones in a row
+    consecutive_nan_steps: int = 0  # of those, the last ones in a row
     finished: bool = False
     # The evaluation after this step was interrupted by a stop; the next start catches up first.
     evaluation_pending: bool = False
@@ -85,14 +85,16 @@ class Checkpointer:
     def __init__(
         self,
         folder: Path,
+        signature: ResumeSignature,
         accelerator: Accelerator,
         keep: int,
         say: Callable[..., None],
         first: Callable[[], None] = lambda: None,
     ) -> None:
         """first: what rank 0 does before it writes a checkpoint: bring to the disk what the checkpoint will know of."""
-        self.folder, self.accelerator, self.keep, self.say, self.first = (
+        self.folder, self.signature, self.accelerator, self.keep, self.say, self.first = (
             folder,
+            signature,
             accelerator,
             keep,
             say,
@@ -104,7 +106,6 @@ class Checkpointer:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         progress: TrainState,
-        settings: Settings,
     ) -> None:
         """Write step_<progress.step>; raises CheckpointError on all ranks where rank 0 cannot. A collective."""
         places = (
@@ -121,8 +122,8 @@ class Checkpointer:
                 )
                 state = {
                     "progress": {FIELD_KEYS.get(k, k): v for k, v in asdict(progress).items()},
-                    "identity": settings.must_match,
-                    "besides": settings.may_change,
+                    "identity": self.signature.must_match,
+                    "besides": self.signature.may_change,
                     "scaler": scaler,
                 }
                 state["ranks"] = self.accelerator.num_processes
@@ -151,8 +152,7 @@ class Checkpointer:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        settings: Settings,
-        named: str | None,
+        named: str | None = None,
     ) -> TrainState | None:
         """Load the checkpoint `named`, or the newest whole one; None when there is none. Raises CheckpointError."""
         with raise_on_all_ranks(self.accelerator):
@@ -168,22 +168,22 @@ class Checkpointer:
                 )
             state, progress = read_state(folder, TrainState)
             # First, what is wrong with other ranks: they may also make another number of steps.
-            place = place_of_rank(
+            place = reader_state_of_rank(
                 folder, state, self.accelerator.process_index, self.accelerator.num_processes
             )
-            accepted = compare(folder, state, settings)
+            accepted = compare(folder, state, self.signature)
             load_tensors(model_tensors(model), _load(folder / "model.safetensors"), folder)
             load_optimizer(model, optimizer, _load(folder / "optimizer.safetensors"), folder)
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         progress = _after(
-            replace(progress, reader_state=place_after_change(place, accepted)), accepted
+            replace(progress, reader_state=reader_state_after_change(place, accepted)), accepted
         )
         self.say(f"Going on from {folder} at step {progress.step}.")
         if accepted:
             self.say("Other settings than when it was written:", *table(accepted))
         if state["ranks"] != self.accelerator.num_processes:
-            own_files = settings.must_match.get("stream_sharding") == "by_file"
+            own_files = self.signature.must_match.get("stream_sharding") == "by_file"
             rows = (
                 "each epoch has the same rows, in other steps"
                 if own_files

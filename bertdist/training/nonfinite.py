@@ -2,7 +2,7 @@
 
 In: a micro-batch's loss, a step's gradient norm. Out: a step that is left out, nan_rows.jsonl, and an error or a line about it.
 
-1. A loss that is not finite makes the whole gradient NaN, whatever its own derivative would be (`factor`): so the exchange of gradients,
+1. A loss that is not finite makes the whole gradient NaN, whatever its own derivative would be (`nan_aware_scale`): so the exchange of gradients,
    which is there anyway, tells every rank, and the gradient's norm, which all ranks have alike, is the one number to look at.
 2. The update is left out where that norm is not finite. On a CPU by looking; on a GPU by fused AdamW's `found_inf`, which its kernel
    reads on the device: nobody waits. In fp16 GradScaler does this, and an overflow of its scale is no fault: there the loss counts, and
@@ -45,29 +45,31 @@ from bertdist.training.checkpoint import TrainState
 from bertdist.training.evaluation import Evaluation, describe_nonfinite_rows
 from bertdist.training.run_logger import RunLogger
 
-STEPS_HELD = 64  # on a GPU, at most so many steps until the host looks
+MAX_UNCHECKED_STEPS = 64  # on a GPU, at most so many steps until the host looks
 
 SHOWN_ROWS = 3
 
 
-def on_host(tensor: Tensor) -> bool:
+def is_on_cpu(tensor: Tensor) -> bool:
     """Whether a look at its value waits for no device."""
     return tensor.device.type == "cpu"
 
 
-def factor(loss: Tensor, scale: float) -> Tensor:
+def nan_aware_scale(loss: Tensor, scale: float) -> Tensor:
     """() what to multiply a micro-batch's loss with before its backward pass: `scale`, or NaN where the loss is not finite."""
     held = loss.detach()
     return (held - held) + scale  # NaN - NaN and Inf - Inf are NaN
 
 
-def update(model: nn.Module, optimizer: Any, grad_norm: Tensor, accelerator: Accelerator) -> None:
+def step_if_finite(
+    model: nn.Module, optimizer: Any, grad_norm: Tensor, accelerator: Accelerator
+) -> None:
     """optimizer.step(), unless the gradient is not finite; and the gradients are cleared. optimizer: as accelerate prepared it, or bare."""
-    finite = not on_host(grad_norm) or math.isfinite(grad_norm.item())
+    finite = not is_on_cpu(grad_norm) or math.isfinite(grad_norm.item())
     if accelerator.scaler is not None:  # it looks itself
         optimizer.step()
-    elif not on_host(grad_norm):
-        step_on_device(optimizer, grad_norm)
+    elif not is_on_cpu(grad_norm):
+        fused_step_if_finite(optimizer, grad_norm)
     elif finite:
         optimizer.step()
     if not finite:
@@ -77,7 +79,7 @@ def update(model: nn.Module, optimizer: Any, grad_norm: Tensor, accelerator: Acc
     zero_grad(model)
 
 
-def step_on_device(optimizer: Any, grad_norm: Tensor) -> None:
+def fused_step_if_finite(optimizer: Any, grad_norm: Tensor) -> None:
     """optimizer.step() of fused AdamW, which does nothing where grad_norm () is not finite; nobody waits for the device to say so."""
     getattr(optimizer, "optimizer", optimizer).found_inf = (~torch.isfinite(grad_norm)).float()
     optimizer.step()
@@ -101,23 +103,32 @@ class NonFiniteGuard:
         self.accelerator, self.progress, self.log = accelerator, progress, log
         self._taken: list[tuple[Step, Tensor]] = []
 
-    def look(self, step: Step, loss: Tensor, grad_norm: Tensor, now: bool) -> None:
+    def check(self, step: Step, loss: Tensor, grad_norm: Tensor, now: bool) -> None:
         """A step was taken; now: whether a host that does not look at every step must look here.
 
         A collective where a step was left out. Raises NonFiniteError on all ranks: --on_nan stop, or more than --max_nan_steps in a row.
         """
         self._taken.append((step, self._is_wrong(loss, grad_norm)))
-        if now or on_host(grad_norm) or self.run.detect_anomaly or len(self._taken) == STEPS_HELD:
+        if (
+            now
+            or is_on_cpu(grad_norm)
+            or self.run.detect_anomaly
+            or len(self._taken) == MAX_UNCHECKED_STEPS
+        ):
             taken, self._taken = self._taken, []
             for (each, _), wrong in zip(
                 taken, torch.stack([flag for _, flag in taken]).tolist(), strict=True
             ):
-                self.progress.nan_in_row = self.progress.nan_in_row + 1 if wrong else 0
+                self.progress.consecutive_nan_steps = (
+                    self.progress.consecutive_nan_steps + 1 if wrong else 0
+                )
                 if wrong:
                     self.progress.nan_steps += 1
                     self._tell(each)
 
-    def scored(self, evaluation: Evaluation | None, batches: MapLoader) -> Evaluation | None:
+    def check_evaluation(
+        self, evaluation: Evaluation | None, batches: MapLoader
+    ) -> Evaluation | None:
         """The same evaluation; said where the model gave no number for a row. Raises NonFiniteError on all ranks with --on_nan stop."""
         if evaluation is not None and evaluation.no_number:
             rows = describe_nonfinite_rows(
@@ -125,7 +136,7 @@ class NonFiniteGuard:
             )
             told = f"Evaluation after step {self.progress.step}: {rows}"
             if self.run.on_nan == "stop":
-                raise shared_error(f"{told} To go on without its scores: --on_nan skip.")
+                raise nonfinite_error(f"{told} To go on without its scores: --on_nan skip.")
             self.log.say(f"{told} Its scores count as undefined (--on_nan skip).")
         return evaluation
 
@@ -157,7 +168,7 @@ class NonFiniteGuard:
             else f"of none of its {step.rows} rows alone"
         )
         told = f"Step {step.number + 1}: the loss or the gradient is NaN or infinite, {which}.{operation}"
-        in_row, most = self.progress.nan_in_row, self.run.max_nan_steps
+        in_row, most = self.progress.consecutive_nan_steps, self.run.max_nan_steps
         if self.run.on_nan == "skip" and in_row <= most:
             self.log.say(f"{told} Its update is left out (--on_nan skip).")
             self.log.write("nan", step.number + 1, rows=[row["row"] for row in rows], in_row=in_row)
@@ -169,7 +180,7 @@ class NonFiniteGuard:
         )
         cure = "Look at the rows, take a smaller --learning_rate, or leave such steps out: --on_nan skip."
         more = "" if operation else " --detect_anomaly names the operation."
-        raise shared_error(
+        raise nonfinite_error(
             f"{told} {why}No weight has changed by it, and the last checkpoint is whole. {cure}{more}"
         )
 
@@ -235,7 +246,7 @@ class NonFiniteGuard:
         zero_grad(self.model)
 
 
-def shared_error(text: str) -> NonFiniteError:
+def nonfinite_error(text: str) -> NonFiniteError:
     """One that all ranks raise."""
     error = NonFiniteError(text)
     error.on_all_ranks = True

@@ -68,7 +68,7 @@ BREAKS_BEST = {"metric_for_best_model", "validation_rows"}
 
 
 @dataclass(frozen=True)
-class Settings:
+class ResumeSignature:
     """What a run is, as far as going on with it is concerned; JSON-able values."""
 
     must_match: dict[str, Any]  # what it learns
@@ -97,7 +97,7 @@ def changes(then: dict[str, Any], now: dict[str, Any], meanings: dict[str, str])
     ]
 
 
-def compare(folder: Path, state: dict[str, Any], now: Settings) -> list[Change]:
+def compare(folder: Path, state: dict[str, Any], now: ResumeSignature) -> list[Change]:
     """The changes that are accepted. Raises CheckpointError, with a table, where there is one that is not. state: of state.json."""
     then, done = state["identity"], state["progress"]["step"]
     found = changes(then, now.must_match, REFUSED)
@@ -119,7 +119,9 @@ def compare(folder: Path, state: dict[str, Any], now: Settings) -> list[Change]:
     return accepted + changes(state.get("besides", now.may_change), now.may_change, ACCEPTED)
 
 
-def _accepted(change: Change, found: Iterable[Change], then: dict[str, Any], now: Settings) -> str:
+def _accepted(
+    change: Change, found: Iterable[Change], then: dict[str, Any], now: ResumeSignature
+) -> str:
     """What a change means where it may be gone on with; "" where it may not."""
     other_rows = now.accept_changed_data and any(other.name == "training_rows" for other in found)
     if change.name == "training_rows" and other_rows:
@@ -151,7 +153,9 @@ def table(rows: Iterable[Change]) -> list[str]:
     ]
 
 
-def place_after_change(place: ReaderState | None, accepted: Iterable[Change]) -> ReaderState | None:
+def reader_state_after_change(
+    place: ReaderState | None, accepted: Iterable[Change]
+) -> ReaderState | None:
     """Where a stream goes on whose data changed: at the begin of the epoch. A place in the midst of other bytes means nothing."""
     if place is None or not any(change.name == "training_rows" for change in accepted):
         return place
@@ -215,7 +219,9 @@ def _is_place(place: Any) -> bool:
     )
 
 
-def place_of_rank(folder: Path, state: dict[str, Any], rank: int, ranks: int) -> ReaderState | None:
+def reader_state_of_rank(
+    folder: Path, state: dict[str, Any], rank: int, ranks: int
+) -> ReaderState | None:
     """Where this rank's reading of a stream goes on. Between two passes that is the same for any number of ranks that read own files."""
     places: list[ReaderState | None] = state.get(
         "places", [None]
@@ -239,7 +245,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 48 else f"{text[:44]} ..."
 
 
-def resume_signature(
+def _must_match(
     config: TrainConfig, rows: Records | Stream, task: Task, total_steps: int
 ) -> dict[str, Any]:
     """All that decides what a run learns, and nothing else: devices, micro-batches, workers and cadences are not in it."""
@@ -269,13 +275,13 @@ def resume_signature(
     }
 
 
-def resume_settings(
+def resume_signature(
     config: TrainConfig,
     rows: Records | Stream,
     dev_rows: Records | None,
     task: Task,
     total_steps: int,
-) -> Settings:
+) -> ResumeSignature:
     """What a checkpoint must agree with, and what else it remembers."""
     may_change = {name: getattr(config.run, name) for name in ACCEPTED if hasattr(config.run, name)}
     may_change |= {
@@ -284,8 +290,8 @@ def resume_settings(
         "validation_rows": f"{len(dev_rows)} rows, {dev_rows.fingerprint}" if dev_rows else None,
         "gradient_checkpointing": config.model.gradient_checkpointing,
     }
-    return Settings(
-        resume_signature(config, rows, task, total_steps),
+    return ResumeSignature(
+        _must_match(config, rows, task, total_steps),
         may_change,
         config.run.accept_changed_data,
     )

@@ -167,7 +167,7 @@ class MicroBatcher:
                     )
         if least < self.progress.tokens_per_micro_batch:
             self.progress.tokens_per_micro_batch = least
-            self.progress.halvings += 1
+            self.progress.oom_retries += 1
             self.say(
                 f"Out of memory in step {step.number + 1}; taken again. Micro-batches of at most {least:,} tokens from here on."
             )

@@ -135,7 +135,7 @@ def test_a_step_that_runs_out_of_memory_on_the_gpu_is_taken_again(
         losses = [
             json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()
         ]
-        ends[tokens] = progress.halvings, losses
+        ends[tokens] = progress.oom_retries, losses
     assert ends[1_000_000][0] >= 1 and ends[4096][0] == 0
     assert ends[1_000_000][1] == pytest.approx(ends[4096][1], abs=1e-4)
 

@@ -219,7 +219,7 @@ def leave_out(steps: list[int]) -> Breaking:
     """The same run as one that skips: these steps (from 1) are taken, and nothing comes of them."""
 
     def breaking(accelerator: Accelerator) -> None:
-        update = train.update
+        update = train.step_if_finite
         count = iter(range(1, 99))
 
         def some(model: Any, optimizer: Any, *rest: Any) -> None:
@@ -228,7 +228,7 @@ def leave_out(steps: list[int]) -> Breaking:
             else:
                 update(model, optimizer, *rest)
 
-        train.update = some
+        train.step_if_finite = some
 
     return breaking
 
@@ -261,7 +261,7 @@ def unguarded(accelerator: Accelerator) -> None:
         optimizer.step()
         nonfinite.zero_grad(model)
 
-    train.update = update
+    train.step_if_finite = update
 
 
 def test_without_the_check_one_row_ruins_all_weights(skipped: Skipped, tmp_path: Path) -> None:
@@ -275,10 +275,10 @@ def test_without_the_check_one_row_ruins_all_weights(skipped: Skipped, tmp_path:
 
 
 def test_an_infinite_loss_alone_would_be_taken(skipped: Skipped, tmp_path: Path) -> None:
-    """The control of `factor`: the derivative of an infinite loss can be finite, and then the norm says nothing."""
+    """The control of `nan_aware_scale`: the derivative of an infinite loss can be finite, and then the norm says nothing."""
 
     def plain(accelerator: Accelerator) -> None:
-        train.factor = lambda loss, scale: scale
+        train.nan_aware_scale = lambda loss, scale: scale
 
     def infinite(accelerator: Accelerator) -> None:
         loss = SingleLabel.loss
@@ -387,7 +387,7 @@ def test_anomaly_mode_by_itself_ends_as_torch_ends(
     def switched_on(accelerator: Accelerator) -> None:
         torch.autograd.set_detect_anomaly(True)
         nonfinite.find_anomaly = lambda compute: None
-        train.factor = lambda loss, scale: scale
+        train.nan_aware_scale = lambda loss, scale: scale
 
     with pytest.raises(RankError, match=r"Function '[A-Za-z0-9]+' returned nan values"):
         ends(
@@ -508,7 +508,7 @@ def test_a_prediction_without_numbers_writes_nothing(
 
 
 def look_late(accelerator: Accelerator) -> None:
-    nonfinite.on_host = lambda tensor: False
+    nonfinite.is_on_cpu = lambda tensor: False
 
 
 def usual_tables(accelerator: Accelerator) -> None:

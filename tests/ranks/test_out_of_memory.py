@@ -266,7 +266,7 @@ def test_out_of_memory_in_the_last_micro_batch_changes_no_bit(
     } and progress.rows == EPOCHS * ROWS
     assert_same_bits(tmp_path / "out", runs.with_enough(n, tokens_per_micro_batch=fits))
     told = [line for line in said.splitlines() if "Out of memory" in line]
-    assert 1 <= len(told) == progress.halvings, said
+    assert 1 <= len(told) == progress.oom_retries, said
     assert told[-1].endswith(f"taken again. Micro-batches of at most {fits} tokens from here on.")
     assert all(other == "" for _, _, other, _ in results[1:]), "rank 0 talks"
 
@@ -298,7 +298,7 @@ def test_out_of_memory_in_another_micro_batch_stays_on_its_rank(
     assert results[rank][3] and not any(final for _, final in results[rank][3])
     assert {result[0].tokens_per_micro_batch for result in results} == {30} and results[0][
         0
-    ].halvings == 1
+    ].oom_retries == 1
     assert (
         far_apart(tmp_path / "out", runs.with_enough(n, in_float64, tokens_per_micro_batch=30))
         < 1e-10
@@ -539,7 +539,7 @@ def test_an_evaluation_out_of_memory_on_one_rank_scores_the_same(
         evaluation.predict_rows = watched
 
     results = run_ranks(n, run_short, runs.words(tmp_path / "out"), short_in_evaluation)
-    assert results[-1][3] and results[0][0].halvings == 0
+    assert results[-1][3] and results[0][0].oom_retries == 0
     plain = runs.with_enough(n)
     for one, other in zip(step_log(tmp_path / "out"), step_log(plain), strict=True):
         assert one == pytest.approx(other, abs=1e-5)
@@ -618,7 +618,7 @@ def test_memory_that_is_really_gone(wide_model: Path, tmp_path: Path, n: int) ->
         n, run_train, words_of(wide_model, tmp_path / "out", files, **settings), limit
     )[0]
     assert (
-        progress.finished and progress.halvings >= 1 and progress.tokens_per_micro_batch < 4096
+        progress.finished and progress.oom_retries >= 1 and progress.tokens_per_micro_batch < 4096
     ), said
     run_ranks(n, run_train, words_of(wide_model, tmp_path / "plain", files, **settings))
     for one, other in zip(step_log(tmp_path / "out"), step_log(tmp_path / "plain"), strict=True):

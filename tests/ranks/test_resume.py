@@ -192,10 +192,10 @@ def test_killed_after_the_last_line_and_before_the_last_checkpoint(
     def die_instead_of_saving(accelerator: Accelerator) -> None:
         save = train.Checkpointer.save
 
-        def saving(self: Any, model: Any, optimizer: Any, progress: Any, identity: Any) -> None:
-            if progress.finished:
+        def saving(self: Any, model: Any, optimizer: Any, state: Any) -> None:
+            if state.finished:
                 die(accelerator)
-            save(self, model, optimizer, progress, identity)
+            save(self, model, optimizer, state)
 
         train.Checkpointer.save = saving
 

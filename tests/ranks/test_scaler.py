@@ -122,7 +122,7 @@ def skipped_rows(steps: int) -> Breaking:
     """No scaler; the first steps are taken, and nothing comes of them."""
 
     def breaking(accelerator: Accelerator) -> None:
-        update, count = train.update, iter(range(1, 99))
+        update, count = train.step_if_finite, iter(range(1, 99))
 
         def some(model: Any, optimizer: Any, *rest: Any) -> None:
             if next(count) <= steps:
@@ -130,7 +130,7 @@ def skipped_rows(steps: int) -> Breaking:
             else:
                 update(model, optimizer, *rest)
 
-        train.update = some
+        train.step_if_finite = some
 
     return breaking
 
@@ -153,9 +153,9 @@ def test_overflowing_steps_are_left_out_and_nothing_else_changes(
         words_of(tiny_model, out, files, **SETTINGS),
         all_of(louder, scaled(OVERFLOWS)),
     )
-    assert ranks[0][0].finished and ranks[0][0].nan_steps == ranks[0][0].nan_in_row == 0, (
-        "not counted"
-    )
+    assert (
+        ranks[0][0].finished and ranks[0][0].nan_steps == ranks[0][0].consecutive_nan_steps == 0
+    ), "not counted"
     assert not (out / "nan_rows.jsonl").exists() and "NaN" not in ranks[0][2]
     many = overflows(out)
     assert 2 <= many < 8

@@ -27,11 +27,11 @@ from bertdist.core.config import OptimConfig
 from bertdist.core.errors import BertdistError
 from bertdist.training.checkpoint import Checkpointer, TrainState, model_tensors, optimizer_tensors
 from bertdist.training.optimizer import create_optimizer
-from bertdist.training.resume_check import Settings
+from bertdist.training.resume_check import ResumeSignature
 from bertdist.training.run_logger import RunLogger
 
 ONE: Any = SimpleNamespace(is_main_process=True, num_processes=1, process_index=0, scaler=None)
-SETTINGS = Settings({"seed": 1})
+SIGNATURE = ResumeSignature({"seed": 1})
 REFUSED, ODD = 3, 4
 CALLS = "openat,open,creat,write,pwrite64,writev,pwritev,mkdir,mkdirat,rename,renameat,renameat2,fsync,fdatasync,ftruncate,fallocate"
 CHANGING = [
@@ -72,6 +72,7 @@ class Run:
         self.log = RunLogger(out, enabled=True)
         self.checkpoints = Checkpointer(
             out / "checkpoints",
+            SIGNATURE,
             ONE,
             2,
             lambda *lines: self.said.extend(lines),
@@ -88,7 +89,7 @@ class Run:
             self.out / "predictions.jsonl",
             json.dumps({"row": step, "text": "y" * 70_000}).encode() + b"\n",
         )
-        self.checkpoints.save(self.model, self.optimizer, TrainState(step=step), SETTINGS)
+        self.checkpoints.save(self.model, self.optimizer, TrainState(step=step))
         self.log.status("running", step)
 
     def learn(self) -> None:
@@ -185,7 +186,7 @@ def begin_again(out: Path, bits: dict[int, dict[str, bytes]]) -> int:
     """Start again in the folder: everything is whole. The step that it goes on from."""
     again = Run(out)
     recover(out / "best")
-    found = again.checkpoints.restore(again.model, again.optimizer, SETTINGS, None)
+    found = again.checkpoints.restore(again.model, again.optimizer)
     assert found is not None and again.bits() == bits[found.step]
     removed = [line for line in again.said if line.startswith("Removing ")]
     assert len(removed) <= 1 and all(

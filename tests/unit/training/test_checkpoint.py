@@ -31,7 +31,7 @@ from bertdist.training.checkpoint import (
     optimizer_tensors,
 )
 from bertdist.training.optimizer import create_optimizer
-from bertdist.training.resume_check import Settings, place_of_rank
+from bertdist.training.resume_check import ResumeSignature, reader_state_of_rank
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json"]
 IDENTITY = {"learning_rate": 5e-5, "labels": ["a", "b"], "dropout": None}
@@ -75,7 +75,9 @@ class Run:
         self.model = Net(seed, size)
         self.optimizer = create_optimizer(self.model, OptimConfig(learning_rate=0.1))
         self.said: list[str] = []
-        self.checkpoints = Checkpointer(folder, one_rank(**accelerator), keep, self.said.append)
+        self.checkpoints = Checkpointer(
+            folder, ResumeSignature(IDENTITY), one_rank(**accelerator), keep, self.said.append
+        )
 
     def learn(self, steps: int) -> None:
         for step in range(steps):
@@ -85,15 +87,14 @@ class Run:
 
     def save(self, step: int, **progress: Any) -> TrainState:
         saved = TrainState(step=step, **progress)
-        self.checkpoints.save(self.model, self.optimizer, saved, Settings(IDENTITY))
+        self.checkpoints.save(self.model, self.optimizer, saved)
         return saved
 
     def restore(
         self, named: str | None = None, identity: dict[str, Any] | None = None
     ) -> TrainState | None:
-        return self.checkpoints.restore(
-            self.model, self.optimizer, Settings(identity or IDENTITY), named
-        )
+        self.checkpoints.signature = ResumeSignature(identity or IDENTITY)
+        return self.checkpoints.restore(self.model, self.optimizer, named)
 
     def bits(self) -> dict[str, bytes]:
         """Every number of model and optimizer, as its bytes."""
@@ -214,27 +215,27 @@ def test_the_place_of_a_stream_comes_back(tmp_path: Path) -> None:
         and TrainState().epochs(0) == 0.0
     )
     state = json.loads((tmp_path / "step_000001" / "state.json").read_text())
-    assert place_of_rank(tmp_path, {**state, "ranks": 4}, 3, 4) == place, (
+    assert reader_state_of_rank(tmp_path, {**state, "ranks": 4}, 3, 4) == place, (
         "one place is that of all ranks"
     )
-    assert place_of_rank(tmp_path, {**state, "ranks": 4}, 0, 2) == place
+    assert reader_state_of_rank(tmp_path, {**state, "ranks": 4}, 0, 2) == place
     del state["places"]
-    assert place_of_rank(tmp_path, state, 0, 1) is None, "of a version that knew no streams"
+    assert reader_state_of_rank(tmp_path, state, 0, 1) is None, "of a version that knew no streams"
 
 
 def test_ranks_that_read_own_files_go_on_in_their_own_places() -> None:
     places = [{"window": {"epoch": 0}, "step": rank} for rank in range(3)]
     state = {"identity": {"stream_sharding": "by_file"}, "ranks": 3, "places": places}
-    assert [place_of_rank(Path("step"), state, rank, 3) for rank in range(3)] == places
+    assert [reader_state_of_rank(Path("step"), state, rank, 3) for rank in range(3)] == places
     with pytest.raises(
         CheckpointError, match="each in the middle of its own files, and now there are 2"
     ):
-        place_of_rank(Path("step"), state, 0, 2)
+        reader_state_of_rank(Path("step"), state, 0, 2)
     some_over = {**state, "places": [{"over": {"epoch": 1}}, *places[1:]]}
     with pytest.raises(CheckpointError, match="was written by 3 processes"):
-        place_of_rank(Path("step"), some_over, 0, 2)
+        reader_state_of_rank(Path("step"), some_over, 0, 2)
     all_over = {**state, "places": [{"over": {"epoch": 1}}]}
-    assert [place_of_rank(Path("step"), all_over, rank, 5) for rank in range(5)] == [
+    assert [reader_state_of_rank(Path("step"), all_over, rank, 5) for rank in range(5)] == [
         {"over": {"epoch": 1}}
     ] * 5
 
@@ -242,9 +243,8 @@ def test_ranks_that_read_own_files_go_on_in_their_own_places() -> None:
 def test_own_files_on_other_ranks_are_said_or_refused(tmp_path: Path) -> None:
     run, files = Run(tmp_path), {"stream_sharding": "by_file"}
     for place in ({"over": {"epoch": 1}}, {"window": {"epoch": 0}, "step": 1}):
-        run.checkpoints.save(
-            run.model, run.optimizer, TrainState(step=1, reader_state=place), Settings(files)
-        )
+        run.checkpoints.signature = ResumeSignature(files)
+        run.save(1, reader_state=place)
         written = json.loads((tmp_path / "step_000001" / "state.json").read_text())
         changed = changed_ranks(tmp_path / "step_000001", written)
         write_folder(

@@ -374,7 +374,7 @@ def as_on_a_gpu(patch: Callable[[Any, str, Any], None]) -> None:
     patch(attention, "_varlen", attend_by_starts)
     patch(Classifier, "_noise_of", lambda *args: None)  # dropout is torch's
     patch(ReusedGradientEmbedding, "forward", nn.Embedding.forward)
-    patch(nonfinite, "on_host", lambda tensor: False)
+    patch(nonfinite, "is_on_cpu", lambda tensor: False)
 
 
 SIZES = {

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from bertdist.core.args import read_config
 from bertdist.core.config import OptimConfig
 from bertdist.core.errors import ConfigError
-from bertdist.training.nonfinite import _write, factor, step_on_device, update
+from bertdist.training.nonfinite import (
+    _write,
+    fused_step_if_finite,
+    nan_aware_scale,
+    step_if_finite,
+)
 from bertdist.training.optimizer import create_optimizer
 
 PLAIN: Any = SimpleNamespace(scaler=None)
@@ -26,14 +31,18 @@ PLAIN: Any = SimpleNamespace(scaler=None)
 def test_the_factor_of_a_finite_loss_is_the_scale_to_the_bit(scale: float) -> None:
     weight = torch.tensor([0.1, -3.7, 1e-30], requires_grad=True)
     (plain,) = torch.autograd.grad((weight.exp().sum()) * scale, weight)
-    (found,) = torch.autograd.grad((loss := weight.exp().sum()) * factor(loss, scale), weight)
+    (found,) = torch.autograd.grad(
+        (loss := weight.exp().sum()) * nan_aware_scale(loss, scale), weight
+    )
     assert torch.equal(found, plain)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_the_gradient_of_a_loss_that_is_not_finite_is_nan(value: float) -> None:
     weight = torch.ones(3, requires_grad=True)
-    (found,) = torch.autograd.grad((loss := weight.sum() + value) * factor(loss, 0.5), weight)
+    (found,) = torch.autograd.grad(
+        (loss := weight.sum() + value) * nan_aware_scale(loss, 0.5), weight
+    )
     assert found.isnan().all()
     (plain,) = torch.autograd.grad((weight.sum() + value) * 0.5, weight)
     assert plain.isfinite().all(), "the control: its own derivative is finite"
@@ -64,10 +73,10 @@ def test_an_update_is_left_out_or_is_what_it_always_was(on_device: bool, value: 
     def take(learner: Learner, of: float) -> None:
         norm = learner.gradient(of)
         if on_device:
-            step_on_device(learner.optimizer, norm)
+            fused_step_if_finite(learner.optimizer, norm)
             learner.optimizer.zero_grad()
         else:
-            update(learner.model, learner.optimizer, norm, PLAIN)
+            step_if_finite(learner.model, learner.optimizer, norm, PLAIN)
 
     guarded, plain = Learner(), Learner()
     for of in (1.0, 2.0, value, value, 0.5):
@@ -89,7 +98,9 @@ def test_an_update_is_left_out_or_is_what_it_always_was(on_device: bool, value: 
 def test_a_scaler_is_left_to_itself() -> None:
     stepped = []
     optimizer: Any = SimpleNamespace(step=lambda: stepped.append(1))
-    update(nn.Linear(1, 1), optimizer, torch.tensor(math.inf), SimpleNamespace(scaler=object()))  # type: ignore[arg-type]
+    step_if_finite(
+        nn.Linear(1, 1), optimizer, torch.tensor(math.inf), SimpleNamespace(scaler=object())
+    )  # type: ignore[arg-type]
     assert stepped == [1], "GradScaler decides, and halves its scale"
 
 

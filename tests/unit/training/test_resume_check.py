@@ -13,10 +13,9 @@ from bertdist.training.resume_check import (
     ACCEPTED,
     REFUSED,
     Change,
-    Settings,
+    ResumeSignature,
     compare,
-    place_after_change,
-    resume_settings,
+    reader_state_after_change,
     resume_signature,
     table,
 )
@@ -40,8 +39,8 @@ def state(**changes: Any) -> dict[str, Any]:
     }
 
 
-def now(accept: bool = False, **changes: Any) -> Settings:
-    return Settings({**THEN, **changes}, {"eval_every": "1 epoch"}, accept)
+def now(accept: bool = False, **changes: Any) -> ResumeSignature:
+    return ResumeSignature({**THEN, **changes}, {"eval_every": "1 epoch"}, accept)
 
 
 def names(found: list[Change]) -> list[str]:
@@ -89,7 +88,7 @@ def test_everything_that_differs_stands_in_one_table() -> None:
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_what_decides_nothing_is_accepted_and_said(name: str) -> None:
     may_change = {"eval_every": "1 epoch", **({name: "x"} if name == "eval_every" else {name: 3})}
-    (change,) = compare(FOLDER, state(), Settings(THEN, may_change))
+    (change,) = compare(FOLDER, state(), ResumeSignature(THEN, may_change))
     assert (change.name, change.meaning) == (name, ACCEPTED[name])
 
 
@@ -102,8 +101,7 @@ def test_every_setting_of_the_tables_is_one_that_is_remembered() -> None:
     ]
     config = read_config(needed)
     rows = records_of(["a"])
-    found = resume_settings(config, rows, rows, SingleLabel(("a", "b")), 3)
-    assert found.must_match == resume_signature(config, rows, SingleLabel(("a", "b")), 3)
+    found = resume_signature(config, rows, rows, SingleLabel(("a", "b")), 3)
     assert found.may_change.keys() == ACCEPTED.keys()
     assert set(REFUSED) - {"stream_window", "stream_sharding"} <= found.must_match.keys()
 
@@ -167,10 +165,10 @@ def test_a_stream_whose_data_changed_begins_its_epoch_again() -> None:
     between = {"over": {"epoch": 3, "window": 0, "rows": 0, "cursors": []}}
     changed = [Change("training_rows", "a", "b", "")]
     begun = {"epoch": 2, "window": 0, "rows": 0, "cursors": []}
-    assert place_after_change(within, changed) == {"window": begun, "step": 0}
-    assert place_after_change(between, changed) == between
-    assert place_after_change(within, []) is within
-    assert place_after_change(None, changed) is None
+    assert reader_state_after_change(within, changed) == {"window": begun, "step": 0}
+    assert reader_state_after_change(between, changed) == between
+    assert reader_state_after_change(within, []) is within
+    assert reader_state_after_change(None, changed) is None
 
 
 def test_a_table_is_aligned() -> None:

@@ -86,7 +86,7 @@ def test_a_step_with_room_is_taken_as_it_comes() -> None:
     assert (
         place.progress.tokens_per_micro_batch,
         place.progress.tokens_requested,
-        place.progress.halvings,
+        place.progress.oom_retries,
     ) == (11, 11, 0)
     assert gradient == pytest.approx(loss)  # the weight is 1
 
@@ -104,7 +104,7 @@ def test_a_halved_step_is_the_step_that_was_cut_so_from_the_start(
     calm = gradient_and_loss(least, 10**9)
     assert (gradient, loss) == calm[:2]
     assert model.asked[-len(calm[2].asked) :] == calm[2].asked
-    assert place.progress.halvings == len(said) >= 1
+    assert place.progress.oom_retries == len(said) >= 1
     assert (
         said[-1]
         == f"Out of memory in step 1; taken again. Micro-batches of at most {least} tokens from here on."
