@@ -28,7 +28,7 @@ from bertdist.data.sharding import MapLoader
 from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data.tokenization import load_tokenizer, open_examples
 from bertdist.distributed.launch import keep_freed_memory
-from bertdist.models.classifier import load_classifier, load_model_config
+from bertdist.models.classifier import load_classifier
 from bertdist.models.compile import Backend, compile_layers
 from bertdist.models.cpu_layers import zero_grad
 from bertdist.models.dropout import seed_dropout
@@ -70,7 +70,7 @@ def compare(args: argparse.Namespace, backend: Backend = "inductor") -> tuple[fl
         shuffle=True,
     )
     steps = [step.share[0] for step in batches.steps(0, min(args.steps, batches.steps_per_epoch))]
-    classifier, _ = load_classifier(config, load_model_config(config), task)
+    classifier, _ = load_classifier(config, task)
     adamw = create_optimizer(
         classifier.train(), OptimConfig(learning_rate=0.0)
     )  # every round takes the same steps

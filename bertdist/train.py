@@ -128,7 +128,7 @@ def train(config: TrainConfig) -> TrainState:
         # Model: a Hugging Face classifier, its optimizer, and the learning rate as a function of the step.
         with raise_on_all_ranks(accelerator):
             torch.manual_seed(run.seed)  # the new head's weights
-            classifier, notes = load_classifier(config.model, settings, task)
+            classifier, notes = load_classifier(config.model, task, settings)
             adamw = create_optimizer(classifier, config.optim)
             schedule = create_lr_schedule(config.optim, total_steps)
         log.say(*notes, check_disk_space(out, classifier, accelerator))

@@ -233,7 +233,10 @@ def pretrained_labels(settings: PretrainedConfig) -> tuple[str, ...] | None:
 
 
 def load_classifier(
-    config: ModelConfig, settings: PretrainedConfig, task: Task, flag: str = "--model_name_or_path"
+    config: ModelConfig,
+    task: Task,
+    settings: PretrainedConfig | None = None,
+    flag: str = "--model_name_or_path",
 ) -> tuple[Classifier, list[str]]:
     """The model in float32 with a head for the task, and what a person should know of how it was loaded.
 
@@ -241,6 +244,7 @@ def load_classifier(
     where weights other than the head's do not fit.
     """
     attention.register()
+    settings = settings or load_model_config(config, flag)
     settings.num_labels = len(task.labels)
     settings.id2label = dict(enumerate(task.labels))
     settings.label2id = {label: i for i, label in enumerate(task.labels)}
@@ -308,7 +312,7 @@ def load_trained_classifier(folder: str) -> tuple[Classifier, Task, dict[str, An
     config = ModelConfig(model_name_or_path=folder, max_length=0)
     settings = load_model_config(config, "--model")
     task = task_of_model(settings.problem_type, _names(settings))
-    model, said = load_classifier(config, settings, task, "--model")
+    model, said = load_classifier(config, task, settings, "--model")
     if said and said[0].startswith(_NEW):
         raise ModelError(f"--model {folder} is not a trained classifier. {said[0]}")
     return model, task, saved_metadata(settings)

@@ -189,7 +189,7 @@ def load(folder_of: Callable[[str], Path]) -> Loader:
         )
         found = load_model_config(config)
         found.update(change or {})
-        model, notes = load_classifier(config, found, TASK)
+        model, notes = load_classifier(config, TASK, found)
         assert notes == [] or not model.packed  # a trained head, and no word of padding
         return model.eval().double()
 

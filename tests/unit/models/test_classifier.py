@@ -71,7 +71,7 @@ def load(folder: Path, task: Task = TASK, **settings: Any) -> tuple[Classifier, 
     """What `load_classifier` makes of a folder, with a head drawn from seed 0."""
     config = ModelConfig(model_name_or_path=str(folder), **settings)
     torch.manual_seed(0)
-    model, notes = load_classifier(config, load_model_config(config), task)
+    model, notes = load_classifier(config, task)
     return model.eval(), notes
 
 
@@ -502,7 +502,7 @@ def test_dropout_that_cannot_take_effect_is_an_error(tiny_model: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"^--dropout cannot take effect: the config of bert names no dropout\.$"
     ):
-        load_classifier(config, settings, TASK)
+        load_classifier(config, TASK, settings)
 
 
 def test_weights_are_float32_whatever_the_checkpoint_holds(
@@ -523,9 +523,7 @@ def test_a_new_head_is_drawn_from_the_seed(tiny_model: Path) -> None:
     for seed in (1, 1, 2):
         config = ModelConfig(model_name_or_path=str(tiny_model))
         torch.manual_seed(seed)
-        heads.append(
-            load_classifier(config, load_model_config(config), TASK)[0].model.classifier.weight
-        )
+        heads.append(load_classifier(config, TASK)[0].model.classifier.weight)
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
 
@@ -627,7 +625,6 @@ def test_another_number_of_labels_gets_a_new_head(
     assert torch.equal(model.model.bert.pooler.dense.weight, old.model.bert.pooler.dense.weight)
     same, notes = load_classifier(
         ModelConfig(model_name_or_path=str(folder)),
-        load_model_config(ModelConfig(model_name_or_path=str(folder))),
         TASK,
     )
     assert notes == []  # the control: as many labels keep the trained head
@@ -660,7 +657,7 @@ def test_the_labels_of_a_model_are_its_names_in_order(
 def complaint(folder: Path | str) -> str:
     config = ModelConfig(model_name_or_path=str(folder))
     with pytest.raises(BertdistError) as caught:
-        load_classifier(config, load_model_config(config), TASK)
+        load_classifier(config, TASK)
     assert isinstance(caught.value, ModelError)
     message = str(caught.value)
     assert message.startswith(f"--model_name_or_path {folder}")

@@ -27,7 +27,7 @@ from bertdist.data.tokenization import Example
 from bertdist.models import compile as compiled
 from bertdist.models import dropout
 from bertdist.models.architectures import ARCHITECTURES
-from bertdist.models.classifier import Classifier, load_classifier, load_model_config
+from bertdist.models.classifier import Classifier, load_classifier
 from bertdist.models.compile import compile_layers
 from bertdist.models.cpu_layers import ReusedGradientEmbedding, zero_grad
 from bertdist.models.dropout import seed_dropout
@@ -97,7 +97,7 @@ def load(tmp_path: Path) -> Callable[..., Classifier]:
             tmp_path / kind
         )
         model = ModelConfig(model_name_or_path=str(tmp_path / kind), max_length=32, **settings)
-        return load_classifier(model, load_model_config(model), TASK)[0].train()
+        return load_classifier(model, TASK)[0].train()
 
     return iterate_loader
 

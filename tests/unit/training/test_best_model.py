@@ -16,7 +16,6 @@ from bertdist.core.errors import CheckpointError
 from bertdist.models.classifier import (
     Classifier,
     load_classifier,
-    load_model_config,
     load_trained_classifier,
 )
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
@@ -146,7 +145,7 @@ def test_a_finished_run_stays_finished() -> None:
 def model(tiny_model: Path) -> Classifier:
     config = ModelConfig(model_name_or_path=str(tiny_model))
     torch.manual_seed(0)
-    return load_classifier(config, load_model_config(config), TASK)[0]
+    return load_classifier(config, TASK)[0]
 
 
 def best_in(folder: Path, tiny_model: Path, task: Task = TASK) -> BestModel:

@@ -40,7 +40,7 @@ from bertdist.data.sharding import MapLoader
 from bertdist.data.tokenization import Example
 from bertdist.models import attention
 from bertdist.models.attention import Packing
-from bertdist.models.classifier import Classifier, load_classifier, load_model_config
+from bertdist.models.classifier import Classifier, load_classifier
 from bertdist.models.cpu_layers import ReusedGradientEmbedding, zero_grad
 from bertdist.models.dropout import seed_dropout
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
@@ -86,7 +86,7 @@ def step_of(*lengths: int) -> Step:
 def load(folder: Path, task: Task, **settings: Any) -> Classifier:
     config = ModelConfig(model_name_or_path=str(folder), **settings)
     torch.manual_seed(0)
-    return load_classifier(config, load_model_config(config), task)[0].train()
+    return load_classifier(config, task)[0].train()
 
 
 # ---- Texts of weight 0

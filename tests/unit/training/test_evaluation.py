@@ -19,7 +19,7 @@ from bertdist.data.batch import PackedBatch
 from bertdist.data.records import records_of
 from bertdist.data.sharding import MapLoader
 from bertdist.data.tokenization import Example, open_examples
-from bertdist.models.classifier import Classifier, load_classifier, load_model_config
+from bertdist.models.classifier import Classifier, load_classifier
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
 from bertdist.training.evaluation import (
     Evaluator,
@@ -187,7 +187,7 @@ def test_the_loss_of_a_real_model_is_that_of_its_rows_alone(tiny_model: Path) ->
     config = ModelConfig(model_name_or_path=str(tiny_model))
     task = SingleLabel(("no", "yes"))
     torch.manual_seed(0)
-    model: Classifier = load_classifier(config, load_model_config(config), task)[0].double().eval()
+    model: Classifier = load_classifier(config, task)[0].double().eval()
     examples = open_examples(records_of(texts), AutoTokenizer.from_pretrained(tiny_model), None, 64)
     judge = Evaluator(TaskConfig(), task, None)
     found = evaluate_split(

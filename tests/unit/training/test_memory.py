@@ -19,7 +19,7 @@ from bertdist.data.batch import PackedBatch, collate
 from bertdist.data.records import records_of
 from bertdist.data.sharding import DEFAULT_TOKEN_BUDGET, MapLoader
 from bertdist.data.tokenization import Example, load_tokenizer, open_examples
-from bertdist.models.classifier import load_classifier, load_model_config
+from bertdist.models.classifier import load_classifier
 from bertdist.tasks.tasks import SingleLabel
 from bertdist.training import memory
 from bertdist.training.memory import (
@@ -298,7 +298,7 @@ def test_three_small_texts_tell_what_full_ones_keep(tiny_model: Path, dropout: f
     """Also with dropout, where attention on a CPU keeps its scores: bytes that grow with the square of the length."""
     config = ModelConfig(model_name_or_path=str(tiny_model), dropout=dropout)
     task = SingleLabel(("no", "yes"))
-    model = load_classifier(config, load_model_config(config), task)[0].train()
+    model = load_classifier(config, task)[0].train()
     examples = open_examples(records_of(["a good film"]), load_tokenizer(config), None, 256)
     (example,) = examples[[0]]
 
