@@ -1,7 +1,7 @@
-# The developer's interface; CI calls the same targets. Needs python3 with pip, and make. `make` alone lists the targets.
+# For developers; CI calls the same targets. Needs python3 with pip, and make. `make` lists the targets.
 
 PYTHON ?= python3
-# Its own pip command, with one exact version: asked for "torch" or for a range, pip may take a newer build and gigabytes of CUDA with it.
+# Installed first, as one exact version: for a range pip may choose a newer build with gigabytes of CUDA.
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
@@ -15,23 +15,24 @@ install: .venv/installed  ## Make .venv and install bertdist into it, with the d
 
 .venv/installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "bertdist needs Python 3.10 or newer; try: make PYTHON=python3.12 install"; exit 1; }
-	@# A python3 without the venv package's ensurepip (Debian) makes the folder without pip, and its own pip fills it.
+	@# Debian's python3 may lack ensurepip: then make the folder without pip and install pip with python3's own.
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv >/dev/null 2>&1 || { $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install pip; }
 	$(BIN)/python -m pip install "$(TORCH)" || { echo "pip could not install $(TORCH): is the package index reachable?"; exit 1; }
-	$(BIN)/python -m pip install -e ".[dev]" || { echo "pip could not install what setup.cfg asks for: is the package index reachable?"; exit 1; }
+	$(BIN)/python -m pip install -e ".[dev]" || { echo "pip could not install the requirements of setup.cfg: is the package index reachable?"; exit 1; }
 	@touch $@
 
-check: install  ## ruff and mypy --strict
+check: install  ## ruff, its formatter and mypy --strict
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check  ## Everything that must hold: check, then all tests
+test: check  ## check, then all tests
 	$(BIN)/python -m pytest
 
 demo: install  ## Train a review classifier from the package index alone, on two cores in about ten minutes
 	$(BIN)/python launch/demo.py
 
-bench: install  ## Measure bertdist beside its peers on this machine and write docs/benchmarks.md, about an hour on two idle cores
+bench: install  ## Measure bertdist and its peers on this machine and write docs/benchmarks.md, about an hour on two idle cores
 	$(BIN)/python -m pip install -e ".[bench]" || { echo "pip could not install matplotlib, onnx and onnxruntime"; exit 1; }
 	$(BIN)/python launch/demo.py --prepare_only
 	$(BIN)/python -m bench.peers

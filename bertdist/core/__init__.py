@@ -1,0 +1,1 @@
+"""Knows nothing of text or models: errors, config, arguments, atomic files, terminal, hub."""

@@ -1,0 +1,1 @@
+"""Knows what to look for in rows and labels: duplicates, leaks, lengths, label issues."""

@@ -1,0 +1,1 @@
+"""Knows processes: launch, collectives, rendezvous, heartbeat, watchdog, preemption."""

@@ -1,0 +1,1 @@
+"""Knows Hugging Face encoders, and runs them without padding."""

@@ -1,0 +1,1 @@
+"""Knows labels and scores: single-label, multi-label and regression tasks, metrics."""

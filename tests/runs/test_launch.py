@@ -218,7 +218,7 @@ class Play:
             (folder / "bin" / name).write_text(f"#!/bin/bash\n{textwrap.dedent(body)}\n")
             (folder / "bin" / name).chmod(0o755)
 
-    def job(self, script: str, *words: str, **more: str) -> subprocess.Popen[str]:
+    def job(self, script: str, *words: str, cwd: Path = ROOT, **more: str) -> subprocess.Popen[str]:
         job = {
             "SLURM_JOB_ID": "123456",
             "SLURM_JOB_NUM_NODES": "1",
@@ -235,11 +235,11 @@ class Play:
             }
         )
         env["PATH"] = f"{self.folder / 'bin'}{os.pathsep}{env['PATH']}"
-        command = ["bash", f"launch/{script}", *words]
+        command = ["bash", f"{ROOT}/launch/{script}", *words]
         pipe = subprocess.PIPE
         run = subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=cwd,
             env=env,
             stdout=pipe,
             stderr=subprocess.STDOUT,
@@ -383,11 +383,23 @@ def test_a_wrong_flag_ends_the_job_before_it_launches(play: Play) -> None:
     assert out == "bertdist: Unknown setting 'learning_rat'. Did you mean 'learning_rate'?\n"
 
 
-def test_the_scripts_want_the_repository_s_folder(play: Play, tmp_path: Path) -> None:
-    run = subprocess.run(
-        ["bash", SCRIPTS[0]], cwd=tmp_path, env=environment(), capture_output=True, text=True
-    )
-    assert run.returncode == 1 and "submit from the repository's folder" in run.stdout
+def test_a_job_in_another_folder_uses_the_installed_package(play: Play, tmp_path: Path) -> None:
+    """PYTHONPATH stands for an installation here; tests/runs/test_wheel.py has a real one."""
+    job = {"SLURM_JOB_NUM_NODES": "2", "PLAY_STATE": "finished"}
+    run = play.job("multi_node.slurm", cwd=tmp_path, **job)
+    out, _ = run.communicate(timeout=SECONDS)
+    assert run.returncode == 0, out
+    arguments = play.said("accelerate")
+    assert f"--config_file {ROOT}/bertdist/accelerate_configs/cpu_x2.yaml" in arguments
+    assert arguments.endswith("-m bertdist.train\n")
+
+
+def test_a_job_without_bertdist_ends_before_it_launches(play: Play, tmp_path: Path) -> None:
+    (play.folder / "bin" / "python").write_text("#!/bin/bash\nexit 1\n")
+    run = play.job("train.slurm", cwd=tmp_path)
+    out, _ = run.communicate(timeout=SECONDS)
+    assert (run.returncode, play.said("accelerate")) == (1, "")
+    assert f"bertdist is not installed, and {tmp_path} is not its repository." in out
 
 
 # --- the smoke run
