@@ -1,33 +1,43 @@
-"""NaN and Inf in loss or gradient: no weight is ever changed by one, all ranks know, and the rows are named. (--on_nan)
+"""NaN and Inf in a loss or gradient (--on_nan): they change no weight, all ranks learn of them at
+the same step, and the rows that cause them are named in nan_rows.jsonl.
 
-In: a micro-batch's loss, a step's gradient norm. Out: a step that is left out, nan_rows.jsonl, and an error or a line about it.
+1. A non-finite loss makes the whole gradient NaN, whatever its own derivative would be
+   (`nan_aware_scale`). So the gradient exchange, which happens anyway, informs every rank, and the
+   gradient norm, which is the same on all ranks, is the only number to check.
+2. The optimizer step is skipped if that norm is not finite (`step_if_finite`): by an `if` on a CPU,
+   on a GPU by fused AdamW's `found_inf`, which the kernel reads on the device without a host sync.
+   In fp16 GradScaler does this, and an overflow of its scale is not an error: there the loss
+   decides, and a gradient that is still not finite at a scale of 1 or less.
+3. On a CPU the host checks every step. On a GPU it checks where it waits anyway (log, evaluation,
+   checkpoint), and after 64 steps; until then no weight, checkpoint or best/ has been affected.
+4. A skipped step is computed again row by row with the same dropout, and the rows whose loss or
+   gradient is not finite are written down. On a GPU with --on_nan skip the weights are then those
+   of a few steps later; a message says if no row is found.
+5. With --detect_anomaly the host checks every step, and a skipped step is computed once more to
+   name the operation (`find_anomaly`).
 
-1. A loss that is not finite makes the whole gradient NaN, whatever its own derivative would be (`nan_aware_scale`): so the exchange of gradients,
-   which is there anyway, tells every rank, and the gradient's norm, which all ranks have alike, is the one number to look at.
-2. The update is left out where that norm is not finite. On a CPU by looking; on a GPU by fused AdamW's `found_inf`, which its kernel
-   reads on the device: nobody waits. In fp16 GradScaler does this, and an overflow of its scale is no fault: there the loss counts, and
-   a gradient that is not finite at a scale of 1 or less either.
-3. The host looks at every step on a CPU. On a GPU it looks where it waits anyway (log, evaluation, checkpoint), and after 64 steps: until
-   then nothing that is not finite has gone into a weight, a checkpoint or best/.
-4. A step that was left out is computed again row by row, with its own dropout; rows whose loss or gradient is not finite are written
-   down. On a GPU with --on_nan skip the weights are by then those of a few steps later; where no row is found, that is said.
-5. With --detect_anomaly the host looks at every step, and a step that was left out is computed once more to find the operation
-   (anomaly.py). Nothing of this is a collective that another rank could miss: all ranks leave, or go on, together.
-
-A left-out step is counted as done and its rows as seen: order, learning rate and dropout of all other steps stay what they are.
+All ranks stop or continue together. A skipped step counts as done and its rows as seen, so order,
+learning rate and dropout of all other steps stay the same.
 """
 
 import json
 import math
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bertdist.core.atomic_io import atomic_write
 from bertdist.core.config import RunConfig
@@ -40,53 +50,57 @@ from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.models.cpu_layers import zero_grad
 from bertdist.models.dropout import seed_dropout
 from bertdist.tasks.tasks import Task
-from bertdist.training.anomaly import Anomaly, find_anomaly
 from bertdist.training.checkpoint import TrainState
 from bertdist.training.evaluation import Evaluation, describe_nonfinite_rows
 from bertdist.training.run_logger import RunLogger
 
-MAX_UNCHECKED_STEPS = 64  # on a GPU, at most so many steps until the host looks
+MAX_UNCHECKED_STEPS = 64  # on a GPU
+MAX_ROWS_IN_MESSAGE = 3
+TORCH_FOLDER = str(Path(torch.__file__).parent)
 
-SHOWN_ROWS = 3
+# (operation and line of code, as a sentence; the Python stack of its call in the forward pass)
+Anomaly: TypeAlias = tuple[str, str]
 
 
 def is_on_cpu(tensor: Tensor) -> bool:
-    """Whether a look at its value waits for no device."""
+    """Whether reading the value needs no device synchronization."""
     return tensor.device.type == "cpu"
 
 
 def nan_aware_scale(loss: Tensor, scale: float) -> Tensor:
-    """() what to multiply a micro-batch's loss with before its backward pass: `scale`, or NaN where the loss is not finite."""
-    held = loss.detach()
-    return (held - held) + scale  # NaN - NaN and Inf - Inf are NaN
+    """() factor for a micro-batch's loss before backward: `scale`, or NaN if loss is not finite."""
+    detached = loss.detach()
+    return (detached - detached) + scale  # NaN - NaN and Inf - Inf are NaN
 
 
 def step_if_finite(
     model: nn.Module, optimizer: Any, grad_norm: Tensor, accelerator: Accelerator
 ) -> None:
-    """optimizer.step(), unless the gradient is not finite; and the gradients are cleared. optimizer: as accelerate prepared it, or bare."""
-    finite = not is_on_cpu(grad_norm) or math.isfinite(grad_norm.item())
-    if accelerator.scaler is not None:  # it looks itself
+    """optimizer.step() unless grad_norm () is not finite, then clear the gradients.
+
+    optimizer: an AdamW, with or without accelerate's wrapper.
+    """
+    skip = is_on_cpu(grad_norm) and not math.isfinite(grad_norm.item())
+    if accelerator.scaler is not None:  # it checks by itself
         optimizer.step()
     elif not is_on_cpu(grad_norm):
         fused_step_if_finite(optimizer, grad_norm)
-    elif finite:
+    elif not skip:
         optimizer.step()
-    if not finite:
-        model.zero_grad(
-            set_to_none=True
-        )  # clipping has spread NaN over rows that `zero_grad` would not reach
+    if skip:  # clipping has spread NaN over rows that `zero_grad` does not reach
+        model.zero_grad(set_to_none=True)
     zero_grad(model)
 
 
 def fused_step_if_finite(optimizer: Any, grad_norm: Tensor) -> None:
-    """optimizer.step() of fused AdamW, which does nothing where grad_norm () is not finite; nobody waits for the device to say so."""
-    getattr(optimizer, "optimizer", optimizer).found_inf = (~torch.isfinite(grad_norm)).float()
+    """optimizer.step() of fused AdamW, skipped on the device if grad_norm () is not finite."""
+    unwrapped = getattr(optimizer, "optimizer", optimizer)
+    unwrapped.found_inf = (~torch.isfinite(grad_norm)).float()
     optimizer.step()
 
 
 class NonFiniteGuard:
-    """Looks at the steps that were taken, on all ranks alike. What it counts is in progress, so a restart changes nothing."""
+    """Checks steps and evaluations, with the same result on all ranks; counts in `TrainState`."""
 
     def __init__(
         self,
@@ -95,180 +109,253 @@ class NonFiniteGuard:
         batches: AnyLoader,
         task: Task,
         accelerator: Accelerator,
-        progress: TrainState,
+        state: TrainState,
         log: RunLogger,
     ) -> None:
-        """model: the classifier itself, not as DDP wraps it."""
+        """model: the classifier without DDP's wrapper."""
         self.run, self.model, self.batches, self.task = run, model, batches, task
-        self.accelerator, self.progress, self.log = accelerator, progress, log
-        self._taken: list[tuple[Step, Tensor]] = []
+        self.accelerator, self.state, self.log = accelerator, state, log
+        self._unchecked: list[tuple[Step, Tensor]] = []  # and whether it was skipped, () bool
 
     def check(self, step: Step, loss: Tensor, grad_norm: Tensor, now: bool) -> None:
-        """A step was taken; now: whether a host that does not look at every step must look here.
+        """After each step. now: check here even if that waits for the device.
 
-        A collective where a step was left out. Raises NonFiniteError on all ranks: --on_nan stop, or more than --max_nan_steps in a row.
+        A collective if a step was skipped. Raises NonFiniteError on all ranks with --on_nan stop,
+        or after more than --max_nan_steps skipped steps in a row.
         """
-        self._taken.append((step, self._is_wrong(loss, grad_norm)))
-        if (
-            now
-            or is_on_cpu(grad_norm)
-            or self.run.detect_anomaly
-            or len(self._taken) == MAX_UNCHECKED_STEPS
-        ):
-            taken, self._taken = self._taken, []
-            for (each, _), wrong in zip(
-                taken, torch.stack([flag for _, flag in taken]).tolist(), strict=True
-            ):
-                self.progress.consecutive_nan_steps = (
-                    self.progress.consecutive_nan_steps + 1 if wrong else 0
-                )
-                if wrong:
-                    self.progress.nan_steps += 1
-                    self._tell(each)
+        self._unchecked.append((step, self._is_skipped(loss, grad_norm)))
+        full = len(self._unchecked) == MAX_UNCHECKED_STEPS
+        if not (now or full or is_on_cpu(grad_norm) or self.run.detect_anomaly):
+            return
+        steps, flags = zip(*self._unchecked, strict=True)
+        self._unchecked = []
+        for each, skipped in zip(steps, torch.stack(flags).tolist(), strict=True):
+            state = self.state
+            state.consecutive_nan_steps = state.consecutive_nan_steps + 1 if skipped else 0
+            if skipped:
+                state.nan_steps += 1
+                self._report(each)
 
     def check_evaluation(
         self, evaluation: Evaluation | None, batches: MapLoader
     ) -> Evaluation | None:
-        """The same evaluation; said where the model gave no number for a row. Raises NonFiniteError on all ranks with --on_nan stop."""
+        """Returns its argument; logs rows whose logits are not finite.
+
+        Raises NonFiniteError on all ranks if there are any and --on_nan is stop.
+        """
         if evaluation is not None and evaluation.no_number:
+            examples = batches.examples
             rows = describe_nonfinite_rows(
-                evaluation.no_number, len(batches.examples), batches.examples.records.where
+                evaluation.no_number, len(examples), examples.records.where
             )
-            told = f"Evaluation after step {self.progress.step}: {rows}"
+            message = f"Evaluation after step {self.state.step}: {rows}"
             if self.run.on_nan == "stop":
-                raise nonfinite_error(f"{told} To go on without its scores: --on_nan skip.")
-            self.log.say(f"{told} Its scores count as undefined (--on_nan skip).")
+                raise nonfinite_error(f"{message} To continue without its scores: --on_nan skip.")
+            self.log.say(f"{message} Its scores count as undefined (--on_nan skip).")
         return evaluation
 
-    def _is_wrong(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+    def _is_skipped(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """() bool, the same on all ranks."""
         infinite, scaler = ~torch.isfinite(grad_norm), self.accelerator.scaler
         if scaler is None:
             return infinite
-        flag: Tensor = self.accelerator.reduce((~torch.isfinite(loss)).float(), reduction="sum")
-        # Its scale () after the step, on the device (get_scale would wait for it): below 1 where a scale of 1 or less did not help.
-        wrong: Tensor = (flag > 0) | (infinite & (scaler._scale < 1))
-        return wrong
+        ranks: Tensor = self.accelerator.reduce((~torch.isfinite(loss)).float(), reduction="sum")
+        # `_scale` () is on the device, where get_scale would wait for it. After a step it is below
+        # 1 only if a scale of 1 or less still overflowed.
+        skipped: Tensor = (ranks > 0) | (infinite & (scaler._scale < 1))
+        return skipped
 
-    def _tell(self, step: Step) -> None:
-        rows = self._wrong_rows(step)
-        operation = self._operation(step) if self.run.detect_anomaly else ""
+    def _report(self, step: Step) -> None:
+        """Log a skipped step and its rows, or raise NonFiniteError. A collective."""
+        number, rows = step.number + 1, self._nonfinite_rows(step)
+        operation = self._name_operation(step) if self.run.detect_anomaly else ""
         path = Path(self.run.output_dir) / "nan_rows.jsonl"
         with raise_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
-                _write(path, step.number + 1, rows)
-        shown = "; ".join(
+                write_rows(path, number, rows)
+        shown = [
             f"{row['where']} (loss {row['loss']}, gradient {row['grad_norm']})"
-            for row in rows[:SHOWN_ROWS]
-        )
-        more = f"; and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
-        which = (
-            f"of its {step.rows} rows: {shown}{more}; see {path}"
-            if rows
-            else f"of none of its {step.rows} rows alone"
-        )
-        told = f"Step {step.number + 1}: the loss or the gradient is NaN or infinite, {which}.{operation}"
-        in_row, most = self.progress.consecutive_nan_steps, self.run.max_nan_steps
-        if self.run.on_nan == "skip" and in_row <= most:
-            self.log.say(f"{told} Its update is left out (--on_nan skip).")
-            self.log.write("nan", step.number + 1, rows=[row["row"] for row in rows], in_row=in_row)
+            for row in rows[:MAX_ROWS_IN_MESSAGE]
+        ]
+        if len(rows) > len(shown):
+            shown.append(f"and {len(rows) - len(shown)} more")
+        cause = f"in none of its {step.rows} rows alone"
+        if rows:
+            cause = f"in these of its {step.rows} rows: {'; '.join(shown)}; see {path}"
+        message = f"Step {number}: the loss or gradient is NaN or infinite, {cause}.{operation}"
+        in_row, limit = self.state.consecutive_nan_steps, self.run.max_nan_steps
+        if self.run.on_nan == "skip" and in_row <= limit:
+            self.log.say(f"{message} The step is skipped (--on_nan skip).")
+            self.log.write("nan", number, rows=[row["row"] for row in rows], in_row=in_row)
             return
-        why = (
-            f"It is number {in_row} in a row (--max_nan_steps {most}). "
-            if self.run.on_nan == "skip"
-            else ""
+        if self.run.on_nan == "skip":
+            message += f" It is number {in_row} in a row (--max_nan_steps {limit})."
+        message += (
+            " No weight was changed by it, and the last checkpoint is intact. Inspect the rows, use"
+            " a smaller --learning_rate, or skip such steps with --on_nan skip."
         )
-        cure = "Look at the rows, take a smaller --learning_rate, or leave such steps out: --on_nan skip."
-        more = "" if operation else " --detect_anomaly names the operation."
-        raise nonfinite_error(
-            f"{told} {why}No weight has changed by it, and the last checkpoint is whole. {cure}{more}"
-        )
+        hint = "" if self.run.detect_anomaly else " --detect_anomaly names the operation."
+        raise nonfinite_error(message + hint)
 
-    def _wrong_rows(self, step: Step) -> list[dict[str, Any]]:
-        """The rows of a step whose own loss or gradient is not finite, of all ranks, in the order of the rows. A collective."""
+    def _nonfinite_rows(self, step: Step) -> list[dict[str, Any]]:
+        """Rows of all ranks whose loss or gradient is not finite, in row order. A collective."""
         seed_dropout(self.run.seed, step.number, self.accelerator.process_index)
-        found: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         for batch in () if step.idle else split_batch(step.share, 1):  # one text each
             batch = batch.to(self.accelerator.device)
             loss = self._loss(batch)
             loss.backward()
             grads = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
-            values = [loss.item(), torch.nn.utils.get_total_norm(grads).item()]
-            self._clear()
-            if not all(map(math.isfinite, values)):
+            numbers = {"loss": loss.item(), "grad_norm": nn.utils.get_total_norm(grads).item()}
+            self._clear_gradients()
+            if not all(map(math.isfinite, numbers.values())):
                 text = excerpt(str(self.batches.examples.tokenizer.decode(batch.ids)))
-                row = int(batch.rows[0])
-                found.append(
-                    {
-                        "row": row,
-                        "where": "",
-                        "text": text,
-                        "loss": values[0],
-                        "grad_norm": values[1],
-                    }
-                )
-        for told, where in zip(
-            found, self.batches.where([told["row"] for told in found], step.place), strict=True
-        ):
-            told["where"] = where
-        every = gather_object(found) if self.accelerator.num_processes > 1 else found
-        return sorted(every, key=lambda row: int(row["row"]))
+                rows.append({"row": int(batch.rows[0]), "where": "", "text": text, **numbers})
+        locations = self.batches.where([row["row"] for row in rows], step.place)
+        for row, location in zip(rows, locations, strict=True):
+            row["where"] = location
+        gathered = gather_object(rows) if self.accelerator.num_processes > 1 else rows
+        return sorted(gathered, key=lambda row: int(row["row"]))
 
-    def _operation(self, step: Step) -> str:
-        """Which operation made it, of the first rank that finds one, in a sentence; rank 0 writes the stacks of all. A collective."""
+    def _name_operation(self, step: Step) -> str:
+        """A sentence on the anomaly of the first rank that has one. A collective.
+
+        Rank 0 writes the stacks of all ranks to stacks/nan_step_N.txt.
+        """
         seed_dropout(self.run.seed, step.number, self.accelerator.process_index)
-        mine: Anomaly | None = None
+        anomaly: Anomaly | None = None
         for batch in () if step.idle else step.share:
             batch = batch.to(self.accelerator.device)
-            mine = mine or find_anomaly(partial(self._loss, batch))
-            self._clear()
-        every = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
-        found = {rank: anomaly for rank, anomaly in enumerate(every) if anomaly is not None}
-        if not found:
-            return " Computed again it is finite, or only its gradient is infinite, so no operation is named."
+            anomaly = anomaly or find_anomaly(partial(self._loss, batch))
+            self._clear_gradients()
+        gathered = gather_object([anomaly]) if self.accelerator.num_processes > 1 else [anomaly]
+        anomalies = {rank: each for rank, each in enumerate(gathered) if each is not None}
+        if not anomalies:
+            return (
+                " No operation is named: computed again it is finite, or only the gradient is"
+                " infinite."
+            )
         path = Path(self.run.output_dir) / "stacks" / f"nan_step_{step.number + 1:06d}.txt"
         with raise_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
-                with suppress(OSError):  # atomic_write will tell
+                with suppress(OSError):  # atomic_write raises it as a CheckpointError
                     path.parent.mkdir(exist_ok=True)
-                texts = [
-                    f"rank {rank}: {anomaly}\n{anomaly.stack}\n" for rank, anomaly in found.items()
-                ]
-                atomic_write(path, "\n".join(texts).encode())
-        first, anomaly = next(iter(found.items()))
-        return f" It comes from rank {first}: {anomaly}; its stack stands in {path}."
+                stacks = [f"rank {rank}: {each[0]}\n{each[1]}" for rank, each in anomalies.items()]
+                atomic_write(path, "\n".join(stacks).encode())
+        rank, (operation, _) = next(iter(anomalies.items()))
+        return f" Rank {rank}: {operation}; stack in {path}."
 
     def _loss(self, batch: PackedBatch) -> Tensor:
         return self.task.loss(self.model(batch), batch.targets, batch.weights)
 
-    def _clear(self) -> None:
+    def _clear_gradients(self) -> None:
         self.model.zero_grad(set_to_none=True)
         zero_grad(self.model)
 
 
-def nonfinite_error(text: str) -> NonFiniteError:
-    """One that all ranks raise."""
-    error = NonFiniteError(text)
+def nonfinite_error(message: str) -> NonFiniteError:
+    """A NonFiniteError that all ranks raise at the same point, so that one of them prints it."""
+    error = NonFiniteError(message)
     error.on_all_ranks = True
     return error
 
 
-def _write(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
-    """Add the rows of a step to nan_rows.jsonl, and take back what an earlier start said of this step and of later ones."""
+def write_rows(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
+    """Append a step's rows to nan_rows.jsonl, dropping lines of this and later steps.
+
+    Such lines are left by a run that was killed after its last checkpoint.
+    """
     lines = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
+        with suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] < step:
                 lines.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    told = (
-        {"step": step, **row, **{name: _number(row[name]) for name in ("loss", "grad_norm")}}
-        for row in rows
-    )
-    lines += [json.dumps(row, ensure_ascii=False).encode() for row in told]
+    for row in rows:
+        # JSON has no NaN
+        numbers = {
+            name: row[name] if math.isfinite(row[name]) else str(row[name])
+            for name in ("loss", "grad_norm")
+        }
+        lines.append(json.dumps({"step": step, **row, **numbers}, ensure_ascii=False).encode())
     atomic_write(path, b"".join(line + b"\n" for line in lines))
 
 
-def _number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)  # JSON has no NaN
+# ---- --detect_anomaly
+
+
+def find_anomaly(compute: Callable[[], Tensor]) -> Anomaly | None:
+    """The first operation that makes NaN, or Inf of finite numbers; None if there is none.
+
+    compute: returns a loss () with a gradient; called once. Gradients stay in the parameters. The
+    forward pass is searched by `_AnomalyMode`, the backward pass by torch's anomaly mode, which
+    sees NaN only.
+    """
+    forward = _AnomalyMode()
+    # To torch a compiled layer is one operation: run it eagerly.
+    with torch.compiler.set_stance("force_eager"), torch.autograd.set_detect_anomaly(True):
+        with forward, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = compute()
+        if forward.anomaly:
+            return forward.anomaly
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                loss.backward()
+            except RuntimeError as error:
+                # torch 2.13: "Function 'SqrtBackward0' returned nan values in its 0th output.",
+                # and a warning with the stack of the forward call.
+                function = re.search(r"Function '(\w+)' returned nan values", str(error))
+                if function is None:
+                    raise
+                texts = [str(warning.message) for warning in caught]
+                stacks = [text for text in texts if "Traceback of forward call" in text]
+                stack = stacks[0].partition("\n")[2] if stacks else ""
+                return _describe("NaN", function[1], "backward", stack), stack
+    return None
+
+
+class _AnomalyMode(TorchDispatchMode):
+    """Records the first operation that makes NaN, else the first that makes Inf of finite ones."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.anomaly: Anomaly | None = None
+        self._nan = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = _nonfinite_kinds((args, kwargs))  # before the call: it may write in place
+        out = func(*args, **(kwargs or {}))
+        if not self._nan and "empty" not in str(func):  # whose memory is uninitialized
+            self._nan = "NaN" in (new := _nonfinite_kinds(out) - inputs)
+            # A NaN replaces an Inf, which may be meant: a mask.
+            if self._nan or (new and not inputs and self.anomaly is None):
+                stack = "".join(traceback.format_stack(sys._getframe(1)))
+                kind = "NaN" if self._nan else "Inf"
+                before = f"{self.anomaly[0]}; then " if self.anomaly else ""
+                operation = _describe(kind, str(func.overloadpacket), "forward", stack)
+                self.anomaly = before + operation, stack
+        return out
+
+
+def _nonfinite_kinds(values: Any) -> set[str]:
+    """Which of NaN and Inf the tensors in nested values hold; "constant" for a non-finite float."""
+    kinds = set()
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            kinds.add("constant")  # such as the -inf of a mask
+        elif isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            kinds |= {"NaN"} if leaf.isnan().any() else set()
+            kinds |= {"Inf"} if leaf.isinf().any() else set()
+    return kinds
+
+
+def _describe(kind: str, operation: str, direction: str, stack: str) -> str:
+    """With the innermost line of the stack outside of torch."""
+    frames = re.findall(r'^  File "(.+)", line (\d+), in (.+)$', stack, re.MULTILINE)
+    frames = [frame for frame in frames if not frame[0].startswith(TORCH_FOLDER)]
+    where = ""
+    if frames:
+        file, line, function = frames[-1]
+        where = f" ({Path(file).name}, line {line}, in {function})"
+    return f"{operation} in the {direction} pass makes the first {kind}{where}"

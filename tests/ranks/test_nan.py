@@ -1,6 +1,6 @@
-"""NaN and Inf in loss or gradient: no weight changes by it, all ranks know, the rows are named. (--on_nan)
+"""NaN and Inf in a loss or gradient (--on_nan): no weight changes, all ranks know, rows are named.
 
-The fault is put where faults come from: into what the model computes of one row. That is a function of the row, not of how it was dealt.
+The fault is injected into what the model computes for one row, on whatever rank that is.
 """
 
 import math
@@ -55,7 +55,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 class _Poisoned(torch.autograd.Function):
-    """What goes through is as it was; its gradient is not."""
+    """Identity in the forward pass, infinite gradient in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
@@ -66,13 +66,13 @@ class _Poisoned(torch.autograd.Function):
         return gradients[0] * math.inf
 
 
-def spoil(rows: set[int], how: str) -> Breaking:
-    """The logits of these rows are NaN, so large that their loss is infinite, or have an infinite gradient."""
+def make_nonfinite(rows: set[int], how: str) -> Breaking:
+    """Logits of these rows: NaN, so large that the loss is Inf, or with an infinite gradient."""
 
     def breaking(accelerator: Accelerator) -> None:
         forward = Classifier.forward
 
-        def spoiled(self: Classifier, batch: Any) -> Tensor:
+        def changed(self: Classifier, batch: Any) -> Tensor:
             logits = forward(self, batch)
             if not self.training:
                 return logits
@@ -87,18 +87,18 @@ def spoil(rows: set[int], how: str) -> Breaking:
                 parts.append(one)
             return torch.stack(parts)
 
-        Classifier.forward = spoiled  # type: ignore[method-assign]
+        Classifier.forward = changed  # type: ignore[method-assign]
 
     return breaking
 
 
-def spoil_an_operation(rows: set[int], how: str) -> Breaking:
-    """An operation of the model makes NaN of these rows, in its forward pass, or only in its backward pass."""
+def make_operation_nonfinite(rows: set[int], how: str) -> Breaking:
+    """An operation makes NaN for these rows in its forward pass, or only in its backward pass."""
 
     def breaking(accelerator: Accelerator) -> None:
         forward = Classifier.forward
 
-        def spoiled(self: Classifier, batch: Any) -> Tensor:
+        def changed(self: Classifier, batch: Any) -> Tensor:
             logits = forward(self, batch)
             here = torch.tensor(
                 [[float(self.training and row in rows)] for row in batch.rows.tolist()]
@@ -110,7 +110,7 @@ def spoil_an_operation(rows: set[int], how: str) -> Breaking:
             # 0 times the infinite slope at 0
             return logits + zero.sqrt() * (1 - here)  # HERE_GRADIENT
 
-        Classifier.forward = spoiled  # type: ignore[method-assign]
+        Classifier.forward = changed  # type: ignore[method-assign]
 
     return breaking
 
@@ -122,12 +122,14 @@ def steps_with(rows: set[int], seen: list[Any]) -> list[int]:
 
 @pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_a_row_that_gives_no_number_stops_all_ranks_and_is_named(
+def test_nonfinite_row_stops_all_ranks_and_is_named(
     tiny_model: Path, files: Files, tmp_path: Path, n: int, how: str
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(RankError) as caught:
-        run_ranks(n, run_train, words_of(tiny_model, out, files, **SETTINGS), spoil({17}, how))
+        run_ranks(
+            n, run_train, words_of(tiny_model, out, files, **SETTINGS), make_nonfinite({17}, how)
+        )
     assert str(caught.value).count(NonFiniteError.__name__) >= n
     (line,) = json_of(out / "nan_rows.jsonl")
     assert (line["row"], line["where"]) == (17, f"train.tsv line {17 + HEADER}")
@@ -135,8 +137,11 @@ def test_a_row_that_gives_no_number_stops_all_ranks_and_is_named(
         how != "gradient"
     )
     size = 6 if line["step"] % 5 == 0 else 8  # of the last step of an epoch
-    told = f"Step {line['step']}: the loss or the gradient is NaN or infinite, of its {size} rows: train.tsv line 19 (loss "
-    assert told in str(caught.value)
+    message = (
+        f"Step {line['step']}: the loss or gradient is NaN or infinite, "
+        f"in these of its {size} rows: train.tsv line 19 (loss "
+    )
+    assert message in str(caught.value)
     assert json_of(out / "status.json")["state"] == "failed"
     for folder in (out / "checkpoints").glob("step_*"):  # what was saved before is whole
         assert int(folder.name[5:]) < line["step"] and all(
@@ -144,14 +149,14 @@ def test_a_row_that_gives_no_number_stops_all_ranks_and_is_named(
         )
 
 
-def test_a_row_of_a_stream_is_named_by_its_line(
+def test_row_of_a_stream_is_named_by_its_line(
     tiny_model: Path, files: Files, tmp_path: Path
 ) -> None:
     words = words_of(
         tiny_model, tmp_path / "out", files, **{**SETTINGS, "streaming": True, "stream_window": 8}
     )
-    with pytest.raises(RankError, match=r"of its \d+ rows: train\.tsv line 19 \(loss "):
-        run_ranks(2, run_train, words, spoil({17}, "nan"))
+    with pytest.raises(RankError, match=r"in these of its \d+ rows: train\.tsv line 19 \(loss "):
+        run_ranks(2, run_train, words, make_nonfinite({17}, "nan"))
     (line,) = json_of(tmp_path / "out" / "nan_rows.jsonl")
     assert (line["row"], line["where"]) == (17, f"train.tsv line {17 + HEADER}")
 
@@ -169,7 +174,10 @@ class Skipped:
     def run(self, n: int, how: str = "nan") -> tuple[Path, list[Any]]:
         if (n, how) not in self.kept:
             out = self.folder / f"{n}_{how}"
-            self.kept[n, how] = out, run_ranks(n, run_train, self.words(out), spoil({3, 17}, how))
+            self.kept[n, how] = (
+                out,
+                run_ranks(n, run_train, self.words(out), make_nonfinite({3, 17}, how)),
+            )
         return self.kept[n, how]
 
 
@@ -185,9 +193,9 @@ def test_skipped_steps_are_the_same_on_any_number_of_ranks(skipped: Skipped, n: 
     assert sorted({line["step"] for line in lines}) == steps_with({3, 17}, seen)
     assert sorted(line["row"] for line in lines) == [3, 3, 17, 17], "once an epoch each"
     assert ranks[0][0].nan_steps == len({line["step"] for line in lines}) and ranks[0][0].finished
-    assert ranks[0][2].count("Its update is left out (--on_nan skip).") == ranks[0][0].nan_steps
-    told = [line["step"] for line in json_of(out / "metrics.jsonl") if line["kind"] == "nan"]
-    assert told == sorted({line["step"] for line in lines})
+    assert ranks[0][2].count("The step is skipped (--on_nan skip).") == ranks[0][0].nan_steps
+    logged = [line["step"] for line in json_of(out / "metrics.jsonl") if line["kind"] == "nan"]
+    assert logged == sorted({line["step"] for line in lines})
     assert all(tensor.isfinite().all() for tensor in tensors_of(out / "best").values())
     one = skipped.run(1)[0]
     assert (out / "nan_rows.jsonl").read_bytes() == (one / "nan_rows.jsonl").read_bytes()
@@ -197,16 +205,19 @@ def test_skipped_steps_are_the_same_on_any_number_of_ranks(skipped: Skipped, n: 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("killed", [4, 8])
-def test_a_restart_among_skipped_steps_is_invisible(
+def test_resume_between_skipped_steps_equals_uninterrupted(
     skipped: Skipped, tmp_path: Path, n: int, killed: int
 ) -> None:
-    """Killed after NaN steps that no checkpoint knows of: they are skipped and told again, and no line comes twice."""
+    """Killed after NaN steps that no checkpoint includes: skipped again, and no line repeated."""
     out = tmp_path / "out"
     with pytest.raises(RankError, match="ended with status 9"):
         run_ranks(
-            n, run_train, skipped.words(out), both(spoil({3, 17}, "nan"), at_step(killed, die))
+            n,
+            run_train,
+            skipped.words(out),
+            both(make_nonfinite({3, 17}, "nan"), at_step(killed, die)),
         )
-    run_ranks(n, run_train, skipped.words(out), spoil({3, 17}, "nan"))
+    run_ranks(n, run_train, skipped.words(out), make_nonfinite({3, 17}, "nan"))
     straight = skipped.run(n)[0]
     assert_same_run(out, straight)
     assert (out / "nan_rows.jsonl").read_bytes() == (straight / "nan_rows.jsonl").read_bytes()
@@ -215,18 +226,18 @@ def test_a_restart_among_skipped_steps_is_invisible(
     ]
 
 
-def leave_out(steps: list[int]) -> Breaking:
-    """The same run as one that skips: these steps (from 1) are taken, and nothing comes of them."""
+def skip_by_hand(steps: list[int]) -> Breaking:
+    """These steps (from 1) run without their optimizer step."""
 
     def breaking(accelerator: Accelerator) -> None:
-        update = train.step_if_finite
+        step_if_finite = train.step_if_finite
         count = iter(range(1, 99))
 
         def some(model: Any, optimizer: Any, *rest: Any) -> None:
             if next(count) in steps:
                 model.zero_grad(set_to_none=True)
             else:
-                update(model, optimizer, *rest)
+                step_if_finite(model, optimizer, *rest)
 
         train.step_if_finite = some
 
@@ -237,10 +248,10 @@ def leave_out(steps: list[int]) -> Breaking:
 def test_a_skipped_step_changes_nothing_but_itself(
     skipped: Skipped, tmp_path: Path, n: int
 ) -> None:
-    """Bit by bit: the same weights as a run in which the rows are sound and the very steps are left out by hand."""
+    """Bit for bit the weights of a run with finite rows and the same steps skipped by hand."""
     out, _ = skipped.run(n)
     steps = sorted({line["step"] for line in json_of(out / "nan_rows.jsonl")})
-    run_ranks(n, run_train, skipped.words(tmp_path / "by_hand"), leave_out(steps))
+    run_ranks(n, run_train, skipped.words(tmp_path / "by_hand"), skip_by_hand(steps))
     for mine, other in zip(
         sorted((out / "checkpoints").iterdir()),
         sorted((tmp_path / "by_hand" / "checkpoints").iterdir()),
@@ -249,24 +260,26 @@ def test_a_skipped_step_changes_nothing_but_itself(
         mine_all, others = tensors_of(mine), tensors_of(other)
         assert mine_all.keys() == others.keys()
         assert all(torch.equal(mine_all[name], others[name]) for name in mine_all)
-    run_ranks(n, run_train, skipped.words(tmp_path / "control"), leave_out(steps[1:]))
+    run_ranks(n, run_train, skipped.words(tmp_path / "control"), skip_by_hand(steps[1:]))
     with pytest.raises(AssertionError):
         assert_same_run(tmp_path / "control", tmp_path / "by_hand")
 
 
 def unguarded(accelerator: Accelerator) -> None:
-    """The control: no check at all."""
+    """Negative control: no check at all."""
 
-    def update(model: Any, optimizer: Any, grad_norm: Tensor, accelerator: Accelerator) -> None:
+    def always_step(
+        model: Any, optimizer: Any, grad_norm: Tensor, accelerator: Accelerator
+    ) -> None:
         optimizer.step()
         nonfinite.zero_grad(model)
 
-    train.step_if_finite = update
+    train.step_if_finite = always_step
 
 
-def test_without_the_check_one_row_ruins_all_weights(skipped: Skipped, tmp_path: Path) -> None:
+def test_without_the_check_one_row_makes_all_weights_nan(skipped: Skipped, tmp_path: Path) -> None:
     words = skipped.words(tmp_path / "out", max_nan_steps=99, eval_every="never")
-    run_ranks(1, run_train, words, both(unguarded, spoil({17}, "nan")))
+    run_ranks(1, run_train, words, both(unguarded, make_nonfinite({17}, "nan")))
     assert all(
         tensor.isnan().any()
         for name, tensor in tensors_of(tmp_path / "out" / "best").items()
@@ -274,8 +287,8 @@ def test_without_the_check_one_row_ruins_all_weights(skipped: Skipped, tmp_path:
     )
 
 
-def test_an_infinite_loss_alone_would_be_taken(skipped: Skipped, tmp_path: Path) -> None:
-    """The control of `nan_aware_scale`: the derivative of an infinite loss can be finite, and then the norm says nothing."""
+def test_without_the_scale_an_infinite_loss_is_not_seen(skipped: Skipped, tmp_path: Path) -> None:
+    """The derivative of an infinite loss can be finite, and then so is the gradient norm."""
 
     def plain(accelerator: Accelerator) -> None:
         train.nan_aware_scale = lambda loss, scale: scale
@@ -288,7 +301,7 @@ def test_an_infinite_loss_alone_would_be_taken(skipped: Skipped, tmp_path: Path)
         tmp_path / "a", max_train_steps=2, num_train_epochs=None, eval_every="never"
     )
     ((progress, *_),) = run_ranks(1, run_train, words, both(plain, infinite))
-    assert progress.nan_steps == 0, "nobody has seen it"
+    assert progress.nan_steps == 0, "not noticed"
     words = skipped.words(
         tmp_path / "b", max_train_steps=2, num_train_epochs=None, eval_every="never"
     )
@@ -297,28 +310,36 @@ def test_an_infinite_loss_alone_would_be_taken(skipped: Skipped, tmp_path: Path)
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_too_many_in_a_row_end_the_run(skipped: Skipped, tmp_path: Path, n: int) -> None:
+def test_too_many_nonfinite_steps_in_a_row_end_the_run(
+    skipped: Skipped, tmp_path: Path, n: int
+) -> None:
     everything = set(range(38))
     with pytest.raises(RankError, match=r"It is number 3 in a row \(--max_nan_steps 2\)\."):
         run_ranks(
-            n, run_train, skipped.words(tmp_path / "out", max_nan_steps=2), spoil(everything, "nan")
+            n,
+            run_train,
+            skipped.words(tmp_path / "out", max_nan_steps=2),
+            make_nonfinite(everything, "nan"),
         )
     lines = json_of(tmp_path / "out" / "nan_rows.jsonl")
     assert [line["step"] for line in lines] == [1] * 8 + [2] * 8 + [3] * 8
     with pytest.raises(
         RankError, match=r"It is number 3 in a row"
-    ):  # the same command: no other answer, and no line twice
+    ):  # the same command: the same error, no repeated line
         run_ranks(
-            n, run_train, skipped.words(tmp_path / "out", max_nan_steps=2), spoil(everything, "nan")
+            n,
+            run_train,
+            skipped.words(tmp_path / "out", max_nan_steps=2),
+            make_nonfinite(everything, "nan"),
         )
     assert json_of(tmp_path / "out" / "nan_rows.jsonl") == lines
 
 
-# ---- --detect_anomaly: which operation it was
+# ---- --detect_anomaly
 
 
 def ends(words: list[str], n: int, *breakings: Breaking) -> str:
-    """What a run says last, on all ranks together: exit code 1, one line, of rank 0."""
+    """The last line printed: exit code 1 on all ranks, one line from rank 0."""
     first, *others = run_ranks(n, run_main, words, both(*breakings))
     assert first[0] == 1 and others == [(1, "", "")] * (n - 1), (first, others)
     *before, last = first[1].splitlines()
@@ -343,19 +364,19 @@ def test_detect_anomaly_names_the_operation_in_one_line(
     last = ends(
         words_of(tiny_model, out, files, **SETTINGS, detect_anomaly=True),
         n,
-        spoil_an_operation({17}, how),
+        make_operation_nonfinite({17}, how),
     )
     (line,) = json_of(out / "nan_rows.jsonl")
     assert line["row"] == 17 and "train.tsv line 19 (loss " in last, last
     what = {
-        "nan": "in the forward pass aten.log makes the first NaN",
-        "gradient": "in the backward pass SqrtBackward0 gives the first NaN",
+        "nan": "aten.log in the forward pass makes the first NaN",
+        "gradient": "SqrtBackward0 in the backward pass makes the first NaN",
     }
-    told = f"{what[how]}, at test_nan.py line {LINES[how[:3].upper()]} in spoiled; its stack stands in "
-    assert told in last and "--detect_anomaly" not in last, last
+    operation = f"{what[how]} (test_nan.py, line {LINES[how[:3].upper()]}, in changed); stack in "
+    assert operation in last and "--detect_anomaly" not in last, last
     (stack,) = (out / "stacks").iterdir()
     assert stack.name == f"nan_step_{line['step']:06d}.txt" and str(stack) in last
-    assert "in spoiled" in stack.read_text() and "train.py" in stack.read_text()
+    assert "in changed" in stack.read_text() and "train.py" in stack.read_text()
     assert (
         json_of(out / "status.json")["state"] == "failed"
         and what[how] in json_of(out / "status.json")["reason"]
@@ -365,11 +386,11 @@ def test_detect_anomaly_names_the_operation_in_one_line(
 def test_without_the_flag_no_operation_is_named(
     tiny_model: Path, files: Files, tmp_path: Path
 ) -> None:
-    """A control: same fault, and the line says which flag would tell."""
+    """Negative control: the same fault, and the message suggests the flag."""
     last = ends(
         words_of(tiny_model, tmp_path / "out", files, **SETTINGS),
         2,
-        spoil_an_operation({17}, "nan"),
+        make_operation_nonfinite({17}, "nan"),
     )
     assert (
         "aten" not in last
@@ -379,12 +400,12 @@ def test_without_the_flag_no_operation_is_named(
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_anomaly_mode_by_itself_ends_as_torch_ends(
+def test_torchs_anomaly_mode_alone_raises_on_one_rank(
     tiny_model: Path, files: Files, tmp_path: Path, n: int
 ) -> None:
-    """The control: with the mode simply switched on, one rank raises torch's own error, in the midst of the exchange of gradients."""
+    """Negative control: with torch's mode alone one rank raises, during the gradient exchange."""
 
-    def switched_on(accelerator: Accelerator) -> None:
+    def anomaly_mode(accelerator: Accelerator) -> None:
         torch.autograd.set_detect_anomaly(True)
         nonfinite.find_anomaly = lambda compute: None
         train.nan_aware_scale = lambda loss, scale: scale
@@ -393,26 +414,33 @@ def test_anomaly_mode_by_itself_ends_as_torch_ends(
         ends(
             words_of(tiny_model, tmp_path / "out", files, **SETTINGS),
             n,
-            switched_on,
-            spoil_an_operation({17}, "nan"),
+            anomaly_mode,
+            make_operation_nonfinite({17}, "nan"),
         )
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_detect_anomaly_changes_no_step(skipped: Skipped, tmp_path: Path, n: int) -> None:
-    """With --on_nan skip: operations are named, and the run is to the bit the one without the flag."""
+    """With --on_nan skip operations are named; the run is bit for bit the one without the flag."""
     ranks = run_ranks(
-        n, run_train, skipped.words(tmp_path / "out", detect_anomaly=True), spoil({3, 17}, "nan")
+        n,
+        run_train,
+        skipped.words(tmp_path / "out", detect_anomaly=True),
+        make_nonfinite({3, 17}, "nan"),
     )
-    assert ranks[0][2].count("aten.mul makes the first NaN") == ranks[0][0].nan_steps > 0
+    assert (
+        ranks[0][2].count("aten.mul in the forward pass makes the first NaN")
+        == ranks[0][0].nan_steps
+        > 0
+    )
     assert_same_run(tmp_path / "out", skipped.run(n)[0])
 
 
-# ---- In an evaluation, in prediction
+# ---- Evaluation and prediction
 
 
-def silent_from(step: int, rows: set[int]) -> Breaking:
-    """Evaluations after so many steps get NaN for these rows."""
+def nonfinite_evaluations_from(step: int, rows: set[int]) -> Breaking:
+    """Evaluations after `step` optimizer steps get NaN for these rows."""
 
     def breaking(accelerator: Accelerator) -> None:
         forward, steps = Classifier.forward, [0]
@@ -422,7 +450,7 @@ def silent_from(step: int, rows: set[int]) -> Breaking:
             steps[0] += 1
             return train_step(*given)
 
-        def spoiled(self: Classifier, batch: Any) -> Tensor:
+        def changed(self: Classifier, batch: Any) -> Tensor:
             logits = forward(self, batch)
             chosen = torch.tensor(
                 [
@@ -432,7 +460,7 @@ def silent_from(step: int, rows: set[int]) -> Breaking:
             )
             return logits.masked_fill(chosen, math.nan)
 
-        Classifier.forward, train.train_step = spoiled, counted  # type: ignore[method-assign]
+        Classifier.forward, train.train_step = changed, counted  # type: ignore[method-assign]
 
     return breaking
 
@@ -441,27 +469,29 @@ WHY = "Its weights are broken, or the precision is too small for it (--mixed_pre
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_an_evaluation_without_numbers_is_told_on_all_ranks_together(
+def test_nonfinite_evaluation_stops_all_ranks(
     tiny_model: Path, files: Files, tmp_path: Path, n: int
 ) -> None:
     words = words_of(tiny_model, tmp_path / "out", files, **SETTINGS)
-    last = ends(words, n, silent_from(8, {0, 5, 7, 11}))
+    last = ends(words, n, nonfinite_evaluations_from(8, {0, 5, 7, 11}))
     where = "dev.tsv line 2, dev.tsv line 7, dev.tsv line 9, and more"
-    told = f"Evaluation after step 8: the model gives NaN or Inf for 4 of 12 rows: {where}. {WHY}"
-    assert last == f"bertdist: {told} To go on without its scores: --on_nan skip."
+    message = (
+        f"Evaluation after step 8: the model gives NaN or Inf for 4 of 12 rows: {where}. {WHY}"
+    )
+    assert last == f"bertdist: {message} To continue without its scores: --on_nan skip."
     assert [line["step"] for line in step_log(tmp_path / "out", "eval")] == [4]
     assert json_of(tmp_path / "out" / "status.json")["state"] == "failed"
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_an_evaluation_without_numbers_has_no_scores(
+def test_nonfinite_evaluation_has_no_scores(
     tiny_model: Path, files: Files, tmp_path: Path, n: int
 ) -> None:
-    """With --on_nan skip. Without that the NaN rows' largest output is some label, and a best score."""
+    """With --on_nan skip. Otherwise argmax over NaN gives some label, and maybe a best score."""
     words = words_of(
         tiny_model, tmp_path / "out", files, **SETTINGS, on_nan="skip", learning_rate=1e-2
     )
-    ranks = run_ranks(n, run_train, words, silent_from(8, {5}))
+    ranks = run_ranks(n, run_train, words, nonfinite_evaluations_from(8, {5}))
     assert (
         ranks[0][0].finished
         and ranks[0][2].count("Its scores count as undefined (--on_nan skip).") == 2
@@ -474,7 +504,7 @@ def test_an_evaluation_without_numbers_has_no_scores(
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_a_prediction_without_numbers_writes_nothing(
+def test_nonfinite_prediction_writes_nothing(
     tiny_model: Path, files: Files, tmp_path: Path, n: int
 ) -> None:
     run_ranks(
@@ -491,23 +521,26 @@ def test_a_prediction_without_numbers_writes_nothing(
         "--output",
         str(tmp_path / "answers.jsonl"),
     ]
-    first, *others = run_ranks(n, run_main, words, silent_from(0, {5}), predict)
+    first, *others = run_ranks(n, run_main, words, nonfinite_evaluations_from(0, {5}), predict)
     assert first == (
         1,
-        f"bertdist: Prediction: the model gives NaN or Inf for 1 of 12 rows: dev.tsv line 7. {WHY}\n",
+        "bertdist: Prediction: the model gives NaN or Inf for 1 of 12 rows: dev.tsv line 7. "
+        f"{WHY}\n",
         "",
     )
     assert others == [(1, "", "")] * (n - 1) and not (tmp_path / "answers.jsonl").exists()
-    assert [code for code, *_ in run_ranks(n, run_main, words, silent_from(0, set()), predict)] == [
-        0
-    ] * n, "the control"
+    assert [
+        code
+        for code, *_ in run_ranks(n, run_main, words, nonfinite_evaluations_from(0, set()), predict)
+    ] == [0] * n, "negative control"
     assert len(json_of(tmp_path / "answers.jsonl")) == 12
 
 
-# ---- As on a GPU: the host looks only where it waits anyway. Rehearsed on CPUs, whose fused AdamW has `found_inf` too.
+# ---- As on a GPU: the host checks only where it waits anyway. The CPU's fused AdamW reads
+# `found_inf` too.
 
 
-def look_late(accelerator: Accelerator) -> None:
+def check_late(accelerator: Accelerator) -> None:
     nonfinite.is_on_cpu = lambda tensor: False
 
 
@@ -516,21 +549,25 @@ def usual_tables(accelerator: Accelerator) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_late_look_finds_the_same_steps_and_the_weights_are_the_same(
+def test_late_check_finds_the_same_steps_with_the_same_weights(
     skipped: Skipped, tmp_path: Path, n: int
 ) -> None:
     out, straight = tmp_path / "out", tmp_path / "straight"
-    run_ranks(n, run_train, skipped.words(straight), both(usual_tables, spoil({3, 17}, "nan")))
-    words, as_on_a_gpu = skipped.words(out, log_every="5 steps"), both(usual_tables, look_late)
+    run_ranks(
+        n, run_train, skipped.words(straight), both(usual_tables, make_nonfinite({3, 17}, "nan"))
+    )
+    words, as_on_a_gpu = skipped.words(out, log_every="5 steps"), both(usual_tables, check_late)
     with pytest.raises(RankError, match="ended with status 9"):
-        run_ranks(n, run_train, words, both(as_on_a_gpu, spoil({3, 17}, "nan"), at_step(7, die)))
-    run_ranks(n, run_train, words, both(as_on_a_gpu, spoil({3, 17}, "nan")))
+        run_ranks(
+            n, run_train, words, both(as_on_a_gpu, make_nonfinite({3, 17}, "nan"), at_step(7, die))
+        )
+    run_ranks(n, run_train, words, both(as_on_a_gpu, make_nonfinite({3, 17}, "nan")))
     assert (out / "nan_rows.jsonl").read_bytes() == (straight / "nan_rows.jsonl").read_bytes()
     assert_same_tensors(tensors_of(last_checkpoint(out)), tensors_of(last_checkpoint(straight)))
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_a_late_look_stops_before_anything_is_saved(
+def test_late_check_stops_before_anything_is_saved(
     tiny_model: Path, files: Files, tmp_path: Path, n: int
 ) -> None:
     out = tmp_path / "out"
@@ -541,7 +578,7 @@ def test_a_late_look_stops_before_anything_is_saved(
         **{**SETTINGS, "log_every": "10 steps", "eval_every": "never", "save_every": "5 steps"},
     )
     with pytest.raises(RankError, match=NonFiniteError.__name__):
-        run_ranks(n, run_train, words, both(usual_tables, look_late, spoil({17}, "nan")))
+        run_ranks(n, run_train, words, both(usual_tables, check_late, make_nonfinite({17}, "nan")))
     assert [line["row"] for line in json_of(out / "nan_rows.jsonl")] == [17]
     assert checkpoints_of(out) == [], (
         "row 17 is in the first epoch, and the first checkpoint would be at its end"

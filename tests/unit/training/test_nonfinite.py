@@ -1,26 +1,32 @@
-"""What is not finite reaches no weight: the factor on a loss, the update on either device, the file of rows.
+"""NaN and Inf reach no weight: loss scale, optimizer step, nan_rows.jsonl, --detect_anomaly.
 
-Whole runs are in ranks/test_nan.py.
+Complete runs are in ranks/test_nan.py.
 """
 
+import inspect
 import json
 import math
+import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bertdist.core.args import read_config
 from bertdist.core.config import OptimConfig
 from bertdist.core.errors import ConfigError
 from bertdist.training.nonfinite import (
-    _write,
+    find_anomaly,
     fused_step_if_finite,
     nan_aware_scale,
     step_if_finite,
+    write_rows,
 )
 from bertdist.training.optimizer import create_optimizer
 
@@ -28,7 +34,7 @@ PLAIN: Any = SimpleNamespace(scaler=None)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1 / 3, 2 / 38, 8 / 7])
-def test_the_factor_of_a_finite_loss_is_the_scale_to_the_bit(scale: float) -> None:
+def test_scale_of_a_finite_loss_is_bit_identical(scale: float) -> None:
     weight = torch.tensor([0.1, -3.7, 1e-30], requires_grad=True)
     (plain,) = torch.autograd.grad((weight.exp().sum()) * scale, weight)
     (found,) = torch.autograd.grad(
@@ -38,18 +44,18 @@ def test_the_factor_of_a_finite_loss_is_the_scale_to_the_bit(scale: float) -> No
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_the_gradient_of_a_loss_that_is_not_finite_is_nan(value: float) -> None:
+def test_gradient_of_a_nonfinite_loss_is_nan(value: float) -> None:
     weight = torch.ones(3, requires_grad=True)
     (found,) = torch.autograd.grad(
         (loss := weight.sum() + value) * nan_aware_scale(loss, 0.5), weight
     )
     assert found.isnan().all()
     (plain,) = torch.autograd.grad((weight.sum() + value) * 0.5, weight)
-    assert plain.isfinite().all(), "the control: its own derivative is finite"
+    assert plain.isfinite().all(), "negative control: its own derivative is finite"
 
 
 class Learner:
-    """A small model with AdamW's averages, and a way to take a step."""
+    """A small model and its AdamW."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -67,8 +73,10 @@ class Learner:
 
 @pytest.mark.parametrize("on_device", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_an_update_is_left_out_or_is_what_it_always_was(on_device: bool, value: float) -> None:
-    """The kernel that reads `found_inf` is tried on the CPU, which has it too."""
+def test_nonfinite_step_is_skipped_and_finite_steps_are_unchanged(
+    on_device: bool, value: float
+) -> None:
+    """`found_inf` is tested with the CPU's fused kernel, which reads it too."""
 
     def take(learner: Learner, of: float) -> None:
         norm = learner.gradient(of)
@@ -90,12 +98,12 @@ def test_an_update_is_left_out_or_is_what_it_always_was(on_device: bool, value: 
         else:
             assert guarded.bits() == before
     assert guarded.bits() == plain.bits()
-    plain.gradient(value)  # the control
+    plain.gradient(value)  # negative control
     plain.optimizer.step()
     assert any(weight.isnan().any() for weight in plain.model.parameters())
 
 
-def test_a_scaler_is_left_to_itself() -> None:
+def test_grad_scaler_decides_by_itself() -> None:
     stepped = []
     optimizer: Any = SimpleNamespace(step=lambda: stepped.append(1))
     step_if_finite(
@@ -117,22 +125,22 @@ def row(number: int, loss: float = math.nan) -> dict[str, Any]:
     }
 
 
-def test_lines_of_a_step_that_is_taken_again_come_once(tmp_path: Path) -> None:
+def test_rows_of_a_repeated_step_are_written_once(tmp_path: Path) -> None:
     path = tmp_path / "nan_rows.jsonl"
-    _write(path, 3, [row(1), row(5)])
-    _write(path, 4, [row(2)])
+    write_rows(path, 3, [row(1), row(5)])
+    write_rows(path, 4, [row(2)])
     first = path.read_bytes()
-    _write(path, 3, [row(1), row(5)])  # a start from a checkpoint before step 3
+    write_rows(path, 3, [row(1), row(5)])  # a start from a checkpoint before step 3
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [3, 3]
-    _write(path, 4, [row(2)])
+    write_rows(path, 4, [row(2)])
     assert path.read_bytes() == first
-    path.write_bytes(first + b'{"step": 5, "ro')  # torn by an old version or a hand
-    _write(path, 6, [])
+    path.write_bytes(first + b'{"step": 5, "ro')  # truncated
+    write_rows(path, 6, [])
     assert path.read_bytes() == first
-    told = json.loads(
-        first.splitlines()[0], parse_constant=lambda word: pytest.fail(f"{word} is no JSON")
+    entry = json.loads(
+        first.splitlines()[0], parse_constant=lambda name: pytest.fail(f"{name} is not JSON")
     )
-    assert told == {
+    assert entry == {
         "step": 3,
         "row": 1,
         "where": "a.tsv line 3",
@@ -142,13 +150,123 @@ def test_lines_of_a_step_that_is_taken_again_come_once(tmp_path: Path) -> None:
     }
 
 
+# ---- find_anomaly: the operation and its line of code
+
+X = torch.tensor([[0.5, -1.0, 2.0], [3.0, 0.1, -0.2]])
+TARGETS = torch.tensor([0, 2])
+
+
+def loss_of(logits: Tensor) -> Tensor:
+    return F.cross_entropy(logits, TARGETS)
+
+
+def log_of_negative(x: Tensor) -> Tensor:
+    hidden = x.clone()
+    return loss_of(hidden.log())  # named
+
+
+def nan_from_overflow(x: Tensor) -> Tensor:
+    large = (x * 1e30).exp()  # named too
+    return loss_of(large - large)  # named
+
+
+def in_place(x: Tensor) -> Tensor:
+    torch.use_deterministic_algorithms(True)
+    uninitialized = torch.empty_like(x)  # NaN in this mode, as recycled memory may hold
+    torch.use_deterministic_algorithms(False)
+    assert uninitialized.isnan().all()
+    uninitialized.copy_(x)
+    uninitialized.sub_(5).sqrt_()  # named
+    return loss_of(x * uninitialized)
+
+
+def overflow_alone(x: Tensor) -> Tensor:
+    return (x * 1e30).square().sum()  # named
+
+
+def masked(x: Tensor) -> Tensor:
+    """A mask of -inf, and a square root whose derivative at 0 is infinite."""
+    scores = x.masked_fill(torch.tensor([True, False, False]), -math.inf).softmax(-1)
+    return ((scores - scores.detach()).sqrt() * 0).sum()  # named
+
+
+def all_masked(x: Tensor) -> Tensor:
+    """The usual NaN of attention: every key of a query is masked."""
+    scores = x.masked_fill(torch.ones(3, dtype=torch.bool), -math.inf)
+    return loss_of(scores.softmax(-1) * x)  # named
+
+
+def nan_constant(x: Tensor) -> Tensor:
+    return (x * math.nan).sum()  # named
+
+
+@pytest.mark.parametrize(
+    ("compute", "operation"),
+    [
+        (log_of_negative, r"aten\.log in the forward pass makes the first NaN"),
+        (nan_from_overflow, r"aten\.sub in the forward pass makes the first NaN"),
+        (in_place, r"aten\.sqrt_ in the forward pass makes the first NaN"),
+        (overflow_alone, r"aten\.pow in the forward pass makes the first Inf"),
+        (masked, r"(Sqrt|Mul)Backward0 in the backward pass makes the first NaN"),
+        (nan_constant, r"aten\.mul in the forward pass makes the first NaN"),
+        (all_masked, r"aten\._softmax in the forward pass makes the first NaN"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_the_operation_and_its_line_are_named(
+    compute: Callable[[Tensor], Tensor], operation: str
+) -> None:
+    x = X.clone().requires_grad_()
+    anomaly = find_anomaly(lambda: compute(x))
+    lines, first = inspect.getsourcelines(compute)
+    (line,) = (number for number, text in enumerate(lines, first) if text.endswith("# named\n"))
+    assert anomaly is not None and pickle.loads(pickle.dumps(anomaly)) == anomaly
+    *before, sentence = anomaly[0].split("; then ")
+    expected = rf"{operation} \(test_nonfinite\.py, line {line}, in {compute.__name__}\)"
+    assert re.fullmatch(expected, sentence)
+    assert f"line {line}, in {compute.__name__}\n" in anomaly[1]
+    inf = f"aten.exp in the forward pass makes the first Inf (test_nonfinite.py, line {line - 1}, "
+    assert before == ([f"{inf}in nan_from_overflow)"] if compute is nan_from_overflow else [])
+
+
+def test_no_operation_is_named_in_a_finite_step() -> None:
+    x = X.clone().requires_grad_()
+    assert find_anomaly(lambda: loss_of(x.masked_fill(x < 0, -math.inf)[:, :1] * x)) is None
+    assert x.grad is not None and not torch.is_anomaly_enabled(), "the mode is off again"
+
+
+def test_an_infinite_gradient_is_not_an_anomaly() -> None:
+    """Torch's anomaly mode sees NaN only."""
+    x = torch.zeros(2).requires_grad_()
+    assert find_anomaly(lambda: x.sqrt().sum()) is None
+    assert x.grad is not None and x.grad.isinf().all()
+
+
+def test_find_anomaly_raises_other_errors() -> None:
+    x = X.clone().requires_grad_()
+    message = "grad can be implicitly created only for scalar outputs"
+    with pytest.raises(RuntimeError, match=message):
+        find_anomaly(lambda: x * 2)
+
+
+def test_find_anomaly_sees_inside_a_compiled_module() -> None:
+    class Log(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.log()
+
+    compiled = torch.compile(Log(), backend="eager")
+    x = X.clone().requires_grad_()
+    anomaly = find_anomaly(lambda: loss_of(compiled(x)))
+    assert anomaly is not None and "aten.log in the forward pass" in anomaly[0]
+
+
 # ---- The flags
 
 NEEDED = ["--model_name_or_path=m", "--train_file=t.tsv", "--output_dir=o"]
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("flags", "message"),
     [
         (["--max_nan_steps=3"], "--max_nan_steps goes with --on_nan skip."),
         (["--on_nan=skip", "--max_nan_steps=-1"], "--max_nan_steps is -1; expected at least 0."),
@@ -156,8 +274,8 @@ NEEDED = ["--model_name_or_path=m", "--train_file=t.tsv", "--output_dir=o"]
         (["--detect_anomaly", "--cuda_graphs"], "--detect_anomaly looks at every operation"),
     ],
 )
-def test_flags_that_cannot_take_effect_are_errors(words: list[str], told: str) -> None:
+def test_flags_that_cannot_take_effect_are_errors(flags: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        read_config([*NEEDED, *words])
-    assert told in str(caught.value)
+        read_config([*NEEDED, *flags])
+    assert message in str(caught.value)
     read_config([*NEEDED, "--on_nan=skip", "--max_nan_steps=0", "--detect_anomaly"])
