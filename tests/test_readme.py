@@ -1,8 +1,9 @@
-"""What README.md and docs/ tell to type can be typed: flags are known, files exist, and the README's tree is the repository's.
+"""README.md and docs/ are correct: flags exist, files exist, the layout is complete.
 
-How to write them so that this can read it: the tree is the README's first fenced block with a line for `bertdist/`; its first column
-is the repository's root, deeper columns are inside (drawn lines or spaces, as you like), and a line is `name  what it is` or
-`name, name  what they are`. Commands stand in fenced blocks. docs/log.md and docs/decisions/ tell what was, and are not read.
+The layout is the README's first fenced block with a line for `bertdist/`. Its first column is the
+repository's root, deeper columns (drawn lines or spaces) are inside; a line is `name  what it is`
+or `name, name  what they are`. Commands are in fenced blocks. docs/log.md and docs/decisions/
+describe the past and are not checked.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Programs of this repository -> whose flags they take. `-m bertdist.train` is `bertdist/train.py`.
+# Program of this repository -> the parser of its flags. `-m bertdist.train` is `bertdist/train.py`.
 PROGRAMS = {
     "bertdist/train.py": "train",
     "bertdist/predict.py": "predict",
@@ -31,7 +32,7 @@ PROGRAMS = {
     "bench/reading.py": "reading",
     "bench/compiled.py": "compiled",
 }
-OTHERS = {
+OTHER_PROGRAMS = {
     "git",
     "pip",
     "make",
@@ -74,17 +75,18 @@ def tree(text: str) -> list[str]:
             column = match.end()
             above = [(at, folder) for at, folder in above if at < column]
             names = re.match(r"(?:[^\s,]+, *)*[^\s,]+", line[column:])
+            parent = "".join(folder for _, folder in above)
             for name in re.split(r", *", names[0]) if names else []:
-                paths.append("".join(folder for _, folder in above) + name)
+                paths.append(parent + name)
                 if name.endswith("/"):
-                    above = [*above, (column, name)]
+                    above = [*(pair for pair in above if pair[0] < column), (column, name)]
         if "bertdist/" in paths:
             return paths
     return []
 
 
 def wrong_paths(root: Path) -> list[str]:
-    """What the README's tree shows and the repository does not have."""
+    """Paths of the README's layout that do not exist."""
     paths = tree((root / "README.md").read_text(encoding="utf-8"))
     return [
         path
@@ -93,29 +95,35 @@ def wrong_paths(root: Path) -> list[str]:
     ]
 
 
-def untold_paths(root: Path) -> list[str]:
-    """What stands at the top of the repository, or is a module, and is not in the README's tree; hidden and ignored files and the
-    README aside."""
+def unlisted_paths(root: Path) -> list[str]:
+    """Top-level files and folders, packages and scripts that the README's layout lacks.
+
+    Hidden and ignored files and the README itself do not count.
+    """
     ignore = root / ".gitignore"
     patterns = (
         [line.strip("/ ") for line in ignore.read_text().splitlines() if line and line[0] != "#"]
         if ignore.exists()
         else []
     )
-    here = [
+    paths = [
         path
         for path in root.iterdir()
         if path.name[0] != "." and not any(fnmatch.fnmatch(path.name, p) for p in patterns)
     ]
-    there = [path for path in root.glob("bertdist/*.py") if path.name != "__init__.py"]
-    names = [f"{path.relative_to(root)}{'/' if path.is_dir() else ''}" for path in here + there]
+    paths += [path.parent for path in root.glob("bertdist/*/__init__.py")]
+    paths += root.glob("bertdist/[!_]*.py")
+    names = [f"{path.relative_to(root)}{'/' if path.is_dir() else ''}" for path in paths]
     return sorted(
         set(names) - set(tree((root / "README.md").read_text(encoding="utf-8"))) - {"README.md"}
     )
 
 
 def commands(text: str) -> Iterator[str]:
-    """Lines of the fenced blocks, joined at backslashes, without prompts and comments, cut at && and pipes; module names as paths."""
+    """Commands of the fenced blocks, split at && and pipes, with module names as paths.
+
+    Lines are joined at backslashes; prompts and comments are removed.
+    """
     for lines in blocks(text):
         for line in re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines():
             line = re.sub(r"^\s*(\$ |> )?|(^|\s)#.*$", "", line)
@@ -129,7 +137,7 @@ def commands(text: str) -> Iterator[str]:
 
 @cache
 def flags_of(program: str) -> frozenset[str]:
-    """The flags that train, predict, demo, a benchmark or `accelerate launch` knows."""
+    """The flags of train, predict, check, demo, a benchmark or `accelerate launch`."""
     from accelerate.commands.launch import launch_command_parser
 
     from bench import compiled, peers, reading, scaling
@@ -149,17 +157,17 @@ def flags_of(program: str) -> frozenset[str]:
         return frozenset(
             re.findall(r'"(--\w+)"', (ROOT / "launch" / "demo.py").read_text(encoding="utf-8"))
         )
-    known = {"train": typing.get_type_hints(TrainConfig).values(), "predict": [PredictConfig]}
-    known["check"] = [CheckConfig, LabelIssueConfig, *known["train"]]
-    sections = known[program]
+    sections_of = {"train": typing.get_type_hints(TrainConfig).values(), "predict": [PredictConfig]}
+    sections_of["check"] = [CheckConfig, LabelIssueConfig, *sections_of["train"]]
+    sections = sections_of[program]
     return frozenset(
         f"--{field.name}" for section in sections for field in dataclasses.fields(section)
     ) | {"--config", "--help"}
 
 
 def unknown_flags(root: Path) -> list[str]:
-    """`page: --flag (program)` for each flag that the program in front of it does not know."""
-    found = []
+    """`page: --flag (program)` for each flag that its program does not have."""
+    problems = []
     for page, text in documents(root):
         for command in commands(text):
             first = next((word for word in command.split() if "=" not in word), "")
@@ -174,7 +182,7 @@ def unknown_flags(root: Path) -> list[str]:
                     known, name = flags_of(owner), owner
                 elif "accelerate launch" in command:
                     known, name = flags_of("launch"), "accelerate launch"
-                elif first.split("/")[-1] in OTHERS or " pip " in command:
+                elif first.split("/")[-1] in OTHER_PROGRAMS or " pip " in command:
                     continue
                 else:
                     known, name = (
@@ -182,52 +190,55 @@ def unknown_flags(root: Path) -> list[str]:
                         "any program",
                     )
                 if flag[0] not in known:
-                    found.append(f"{page}: {flag[0]} ({name})")
-    return found
+                    problems.append(f"{page}: {flag[0]} ({name})")
+    return problems
 
 
 def missing_files(root: Path) -> list[str]:
-    """`page: path` for each file of the repository that a command or a link names and that is not there; `page: make x` likewise."""
+    """`page: path` for each missing file that a command or link names; `page: make x` likewise."""
     folders = r"(?:bertdist|accelerate_configs|launch|tests|docs|bench|\.ci)"
     targets = re.findall(
         r"^([a-z]+):", (root / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE
     )
-    found = []
+    problems = []
     for page, text in documents(root):
         for command in commands(text):
             named = re.findall(rf"(?<![\w./-]){folders}/[\w./-]+", command)
-            found += [f"{page}: {path}" for path in named if not (root / path).exists()]
+            problems += [f"{page}: {path}" for path in named if not (root / path).exists()]
             if re.match(r"(\w+=\S+ )*make( |$)", command):
                 words = [
                     word
                     for word in command.split("make", 1)[1].split()
                     if "=" not in word and word[0] != "-"
                 ]
-                found += [f"{page}: make {word}" for word in words if word not in targets]
+                problems += [f"{page}: make {word}" for word in words if word not in targets]
         links = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", text)
-        found += [
+        problems += [
             f"{page}: {link}" for link in links if not (root / page).parent.joinpath(link).exists()
         ]
-    return found
+    return problems
 
 
-RULES: list[Callable[[Path], list[str]]] = [wrong_paths, untold_paths, unknown_flags, missing_files]
+RULES: list[Callable[[Path], list[str]]] = [
+    wrong_paths,
+    unlisted_paths,
+    unknown_flags,
+    missing_files,
+]
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_readme_holds(rule: Callable[[Path], list[str]]) -> None:
+def test_readme_and_docs_are_correct(rule: Callable[[Path], list[str]]) -> None:
     assert (ROOT / "README.md").exists(), "README.md is missing"
     assert rule(ROOT) == []
 
 
-def test_the_readme_shows_the_tree_and_the_two_commands() -> None:
+def test_readme_shows_the_layout_and_the_two_commands() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "bertdist/train.py" in tree(text)
+    assert {"bertdist/train.py", "bertdist/core/", "bertdist/models/"} <= set(tree(text))
     assert "make demo" in text
-    for words in ("accelerate launch", "bertdist/predict.py"):
-        assert any(words in command for command in commands(text)), (
-            f"no block of the README says {words!r}"
-        )
+    for part in ("accelerate launch", "bertdist/predict.py"):
+        assert any(part in command for command in commands(text)), f"README has no {part!r}"
 
 
 GOOD = """# A project
@@ -241,7 +252,7 @@ pip install --no-deps -e .   # a comment with --nonsense
 make test && make demo
 accelerate launch --config_file accelerate_configs/cpu.yaml bertdist/train.py \\
     --model_name_or_path M --train_file train.tsv --output_dir out
-CUDA_VISIBLE_DEVICES=3 python -m bertdist.predict --model out/best --text "not --a_flag's fault" | head
+CUDA_VISIBLE_DEVICES=3 python -m bertdist.predict --model out/best --text "not --a_flag's" | head
 sbatch --nodes 2 launch/train.slurm --config run.yaml --learning_rate=1e-4
 ```
 
@@ -249,9 +260,10 @@ sbatch --nodes 2 launch/train.slurm --config run.yaml --learning_rate=1e-4
 accelerate_configs/
     cpu.yaml            one process
 bertdist/               the package
+├── core/               errors
 ├── train.py            the loop, as prose
 └── predict.py          texts -> labels
-launch/
+docs/, launch/
     demo.py, train.slurm
 Makefile                `make` lists the targets
 ```
@@ -262,15 +274,17 @@ Makefile                `make` lists the targets
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A small repository whose README is right."""
+    """A small repository whose README is correct."""
     for name in (
         "accelerate_configs/cpu.yaml",
         "bertdist/__init__.py",
+        "bertdist/__main__.py",
+        "bertdist/core/__init__.py",
         "bertdist/train.py",
         "bertdist/predict.py",
         "launch/train.slurm",
     ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text("")
     (tmp_path / "launch" / "demo.py").write_text("")
     (tmp_path / "Makefile").write_text("test: check\n\tpytest\ndemo:\n\tpython\n")
@@ -286,9 +300,7 @@ def project(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_readme_that_is_right_breaks_no_rule(
-    rule: Callable[[Path], list[str]], project: Path
-) -> None:
+def test_a_correct_readme_passes(rule: Callable[[Path], list[str]], project: Path) -> None:
     assert rule(project) == []
 
 
@@ -296,8 +308,9 @@ BROKEN = [
     (wrong_paths, "cpu.yaml ", "gpu.yaml ", ["accelerate_configs/gpu.yaml"]),
     (wrong_paths, "├── train.py", "├── train/", ["bertdist/train/"]),
     (wrong_paths, "demo.py, train.slurm", "demo.py, gone.slurm", ["launch/gone.slurm"]),
-    (untold_paths, "Makefile   ", "", ["Makefile"]),
-    (untold_paths, "└── predict.py", "└── ", ["bertdist/predict.py"]),
+    (unlisted_paths, "Makefile   ", "", ["Makefile"]),
+    (unlisted_paths, "└── predict.py", "└── ", ["bertdist/predict.py"]),
+    (unlisted_paths, "├── core/", "├── ", ["bertdist/core/"]),
     (
         unknown_flags,
         "--train_file train.tsv",
@@ -340,17 +353,17 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "right", "wrong", "found"), BROKEN)
-def test_a_readme_that_is_wrong_is_seen(
-    rule: Callable[[Path], list[str]], right: str, wrong: str, found: list[str], project: Path
+@pytest.mark.parametrize(("rule", "correct", "wrong", "problems"), BROKEN)
+def test_an_incorrect_readme_is_noticed(
+    rule: Callable[[Path], list[str]], correct: str, wrong: str, problems: list[str], project: Path
 ) -> None:
     text = (project / "README.md").read_text()
-    assert right in text
-    (project / "README.md").write_text(text.replace(right, wrong))
-    assert rule(project) == found
+    assert correct in text
+    (project / "README.md").write_text(text.replace(correct, wrong))
+    assert rule(project) == problems
 
 
-def test_the_pages_of_docs_are_read_too(project: Path) -> None:
+def test_the_pages_of_docs_are_checked_too(project: Path) -> None:
     (project / "docs" / "guide.md").write_text(
         "```\nlaunch/gone.sh\npython bertdist/train.py --gone\n```\n"
     )
