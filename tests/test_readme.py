@@ -219,11 +219,33 @@ def missing_files(root: Path) -> list[str]:
     return problems
 
 
+def missing_tests(root: Path) -> list[str]:
+    """`page: name` for each test file, and each test, that a page quotes and that does not exist.
+
+    A name may end in `*`, for all tests that begin with it.
+    """
+    paths = {str(path.relative_to(root)) for path in (root / "tests").rglob("test_*.py")}
+    sources = "".join((root / path).read_text(encoding="utf-8") for path in paths)
+    problems = []
+    for page, text in documents(root):
+        quoted = " ".join(re.findall(r"`([^`\n]+)`", text))
+        for name in re.findall(r"(?<![\w/])[\w/]*\btest_\w+(?:\.py|\*)?", quoted):
+            if name.endswith(".py"):
+                exists = name in paths
+            elif name.endswith("*"):
+                exists = f"def {name[:-1]}" in sources
+            else:
+                exists = f"def {name}(" in sources
+            problems += [] if exists else [f"{page}: {name}"]
+    return problems
+
+
 RULES: list[Callable[[Path], list[str]]] = [
     wrong_paths,
     unlisted_paths,
     unknown_flags,
     missing_files,
+    missing_tests,
 ]
 
 
@@ -263,7 +285,7 @@ bertdist/               the package
 ├── core/               errors
 ├── train.py            the loop, as prose
 └── predict.py          texts -> labels
-docs/, launch/
+docs/, tests/, launch/
     demo.py, train.slurm
 Makefile                `make` lists the targets
 ```
@@ -283,16 +305,19 @@ def project(tmp_path: Path) -> Path:
         "bertdist/train.py",
         "bertdist/predict.py",
         "launch/train.slurm",
+        "tests/ranks/test_loop.py",
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text("")
     (tmp_path / "launch" / "demo.py").write_text("")
+    (tmp_path / "tests" / "ranks" / "test_loop.py").write_text("def test_it_ends() -> None:\n")
     (tmp_path / "Makefile").write_text("test: check\n\tpytest\ndemo:\n\tpython\n")
     (tmp_path / ".gitignore").write_text("# made\n/out_*/\n*.egg-info/\ndocs/\n")
     (tmp_path / "README.md").write_text(GOOD.replace("--a_flag", "a flag"))
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "guide.md").write_text(
         "```\npython bertdist/train.py --train_file x\n```\n[Back](../README.md)\n"
+        "`tests/ranks/test_loop.py::test_it_ends`, `test_it_*`\n"
     )
     (tmp_path / "docs" / "log.md").write_text("```\npython bertdist/gone.py --gone\n```\n")
     (tmp_path / "out_1").mkdir()
@@ -369,3 +394,11 @@ def test_the_pages_of_docs_are_checked_too(project: Path) -> None:
     )
     assert unknown_flags(project) == ["docs/guide.md: --gone (train)"]
     assert missing_files(project) == ["docs/guide.md: launch/gone.sh"]
+
+
+@pytest.mark.parametrize(
+    "quoted", ["tests/ranks/test_gone.py", "test_it_end", "test_is_*", "tests/test_loop.py"]
+)
+def test_a_quoted_test_that_is_gone_is_noticed(project: Path, quoted: str) -> None:
+    (project / "docs" / "guide.md").write_text(f"It is tested (`{quoted}`).\n")
+    assert missing_tests(project) == [f"docs/guide.md: {quoted}"]
