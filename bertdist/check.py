@@ -7,23 +7,21 @@ What it looks for is told module by module: labels, tables, text_health, duplica
 warning; 1: errors, or one line for what a user can mend.
 """
 
-import json
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bertdist.core.args import names_given
-from bertdist.core.atomic_io import atomic_write
+from bertdist.core.atomic_io import atomic_write, to_json
 from bertdist.core.config import DataConfig, ModelConfig
-from bertdist.core.errors import BertdistError, DataError
-from bertdist.core.terminal import Cell, print_error, show, show_table
+from bertdist.core.errors import DataError
+from bertdist.core.terminal import Cell, excerpt, show, show_table
 from bertdist.data.tokenization import load_tokenizer
 from bertdist.data_quality.cleaning import dropped_path, write_fixed
 from bertdist.data_quality.config import USUAL_FIX_KINDS, CheckConfig, read_check_config
-from bertdist.data_quality.findings import Finding, counts, excerpt, percent
+from bertdist.data_quality.findings import Finding, counts, percent
 from bertdist.data_quality.length_checks import Lengths
 from bertdist.data_quality.report import DataReport, check_data
+from bertdist.distributed.launch import run_cli
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
@@ -207,36 +205,31 @@ def _told(finding: Finding, found: DataReport) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    """The command line: exit code 1 where there are errors in the data, or one line for what a user can mend."""
-    try:
-        if {"model", "folds"} & names_given(sys.argv[1:]):
-            from bertdist.data_quality.label_issues import (
-                show_label_issues,  # with all that training takes, which a look at the data need not load
-            )
+    """The command line. Exit codes: see `run_cli`; also 1 where there are errors in the data."""
+    run_cli(_main)
 
-            sys.exit(show_label_issues(sys.argv[1:]))
-        config, data = read_check_config(sys.argv[1:])
-        found = check(config, data)
-        show_inspection(found)
-        if config.output is not None:
-            atomic_write(
-                Path(config.output),
-                json.dumps(found.as_dict(), indent=1, ensure_ascii=False).encode() + b"\n",
-            )
-            show(f"Written: {config.output}.")
-        if config.fix is not None:
-            path, kinds = Path(config.fix), config.fix_kinds or list(USUAL_FIX_KINDS)
-            mended = write_fixed(found, kinds, path, data.label_delimiter, config.near_threshold)
-            left = mended.pop("rows")
-            told = ", ".join(f"{kind} {count:,}" for kind, count in mended.items())
-            show(
-                f"Written: {path}, {left:,} of {len(found.splits['train']):,} rows ({told}), and {dropped_path(path)}."
-            )
-    except BertdistError as error:
-        if os.environ.get("RANK", "0") == "0" or not error.on_all_ranks:
-            print_error(error)
-        sys.exit(1)
-    sys.exit(1 if counts(found.findings)["error"] else 0)
+
+def _main(arguments: Sequence[str]) -> int:
+    if {"model", "folds"} & names_given(arguments):
+        # With all that training imports, which a check of the data does not need.
+        from bertdist.data_quality.label_issues import show_label_issues
+
+        return show_label_issues(arguments)
+    config, data = read_check_config(arguments)
+    found = check(config, data)
+    show_inspection(found)
+    if config.output is not None:
+        atomic_write(Path(config.output), to_json(found.as_dict(), indent=1))
+        show(f"Written: {config.output}.")
+    if config.fix is not None:
+        path, kinds = Path(config.fix), config.fix_kinds or list(USUAL_FIX_KINDS)
+        mended = write_fixed(found, kinds, path, data.label_delimiter, config.near_threshold)
+        left = mended.pop("rows")
+        told = ", ".join(f"{kind} {count:,}" for kind, count in mended.items())
+        show(
+            f"Written: {path}, {left:,} of {len(found.splits['train']):,} rows ({told}), and {dropped_path(path)}."
+        )
+    return 1 if counts(found.findings)["error"] else 0
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@
 or, in Python: `Predictor("out/best")(["A film to remember."])`. Answers come in the order of the texts, whatever the batches.
 """
 
-import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -20,28 +18,23 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from bertdist.core.args import read_predict_config
-from bertdist.core.atomic_io import atomic_write
+from bertdist.core.atomic_io import atomic_write, to_json
 from bertdist.core.config import ModelConfig, PredictConfig, RunConfig
 from bertdist.core.errors import BertdistError, DataError
-from bertdist.core.terminal import print_error, strip_control_characters
+from bertdist.core.terminal import print_error, process_rank, strip_control_characters
 from bertdist.data.loading import open_texts
 from bertdist.data.records import Records, records_of
 from bertdist.data.sharding import DEFAULT_TOKEN_BUDGET, MapLoader
 from bertdist.data.tokenization import load_tokenizer, open_examples
 from bertdist.distributed.collectives import raise_on_all_ranks
-from bertdist.distributed.launch import check_world, create_accelerator
+from bertdist.distributed.launch import EXIT_STOPPED, check_world, create_accelerator, run_cli
 from bertdist.distributed.preemption import StopSignal
-from bertdist.distributed.watchdog import end_soon, loader_worker_error, report_lost_connection
 from bertdist.models.classifier import load_model_config, load_trained_classifier, saved_metadata
 from bertdist.training.evaluation import describe_nonfinite_rows, no_number, predict_rows
 from bertdist.training.memory import find_tokens
 from bertdist.training.nonfinite import nonfinite_error
 
 ROWS_AT_ONCE = 2048  # texts sorted by length together: long enough for texts of one length to meet, short enough for one device
-
-STOPPED = 75  # exit code for "asked to stop, start me again" (EX_TEMPFAIL)
-
-INTERRUPTED = 130  # and for a second Ctrl-C
 
 
 class Stopped(Exception):
@@ -122,7 +115,11 @@ class Predictor:
 
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
     """What the command line does, short of printing; returns the answers."""
-    stop = StopSignal()
+    with StopSignal() as stop:
+        return _predict(config, stop)
+
+
+def _predict(config: PredictConfig, stop: StopSignal) -> list[dict[str, Any]]:
     accelerator = create_accelerator(
         RunConfig(use_cpu=config.use_cpu, mixed_precision=config.mixed_precision)
     )
@@ -156,55 +153,41 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
 
 def lines_of(answers: Iterable[dict[str, Any]]) -> bytes:
     """JSON lines, one a row, in row order."""
-    return b"".join(
-        json.dumps({"row": row, **answer}, ensure_ascii=False).encode() + b"\n"
-        for row, answer in enumerate(answers)
-    )
+    return b"".join(to_json({"row": row, **answer}) for row, answer in enumerate(answers))
 
 
 def main() -> None:
-    """The command line: exit code 0, 75 when asked to stop before, or 1 with one line for what a user can mend."""
+    """The command line. Exit codes: see `run_cli`."""
+    run_cli(_main)
+
+
+def _main(arguments: Sequence[str]) -> int:
+    config = read_predict_config(arguments)
+    if config.output is not None and not Path(config.output).parent.is_dir():
+        raise DataError(
+            f"--output {config.output}: there is no folder {Path(config.output).parent}."
+        )
     try:
-        config = read_predict_config(sys.argv[1:])
-        if config.output is not None and not Path(config.output).parent.is_dir():
-            raise DataError(
-                f"--output {config.output}: there is no folder {Path(config.output).parent}."
-            )
         answers = predict(config)
-        if os.environ.get("RANK", "0") != "0":
-            return
-        if config.output is not None:
-            atomic_write(Path(config.output), lines_of(answers))
-        elif config.input is not None:
-            sys.stdout.write(lines_of(answers).decode())
-        else:
-            for answer in answers:
-                found = answer.get("labels", [answer])
-                print(
-                    "\n".join(
-                        f"{strip_control_characters(entry['label'])}\t{entry['score']:.4f}"
-                        for entry in found
-                    )
-                    or "(no label)"
-                )
     except Stopped:
-        if os.environ.get("RANK", "0") == "0":
-            print_error(
-                BertdistError("Asked to stop: nothing was written; the same command begins again.")
-            )
-        sys.exit(STOPPED)
-    except KeyboardInterrupt:  # the second Ctrl-C: no clean-up that could wait for another rank
-        os._exit(INTERRUPTED)
-    except (BertdistError, RuntimeError) as error:
-        found = error if isinstance(error, BertdistError) else loader_worker_error(error)
-        if found is None:
-            if not report_lost_connection(error):
-                raise
-            os._exit(1)
-        if os.environ.get("RANK", "0") == "0" or not found.on_all_ranks:
-            print_error(found)
-        end_soon(found)
-        sys.exit(1)
+        if process_rank() == 0:
+            print_error(BertdistError("Stopped: nothing was written; run the same command again."))
+        return EXIT_STOPPED
+    if process_rank() != 0:
+        return 0
+    if config.output is not None:
+        atomic_write(Path(config.output), lines_of(answers))
+    elif config.input is not None:
+        sys.stdout.write(lines_of(answers).decode())
+    else:
+        print("\n".join(map(_shown, answers)))
+    return 0
+
+
+def _shown(answer: dict[str, Any]) -> str:
+    labels = answer.get("labels", [answer])
+    lines = (f"{strip_control_characters(x['label'])}\t{x['score']:.4f}" for x in labels)
+    return "\n".join(lines) or "(no label)"
 
 
 if __name__ == "__main__":

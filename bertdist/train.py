@@ -19,7 +19,7 @@ if __name__ == "__main__" and not __package__:
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +31,6 @@ from torch.optim import Optimizer
 
 from bertdist.core.args import read_config
 from bertdist.core.config import TrainConfig, config_to_yaml, duration_in_steps
-from bertdist.core.errors import BertdistError, RankLost
-from bertdist.core.terminal import print_error
 from bertdist.data.batch import PackedBatch, Step, single_token_batch
 from bertdist.data.loader import create_eval_loader, create_train_loader
 from bertdist.data.loading import collect_skipped_rows, load_splits, record_skipped_rows
@@ -42,9 +40,15 @@ from bertdist.data.streaming import AnyLoader
 from bertdist.data.tokenization import load_tokenizer
 from bertdist.data_quality.dry_run import dry_run
 from bertdist.distributed.collectives import assert_same_on_all_ranks, raise_on_all_ranks
-from bertdist.distributed.launch import check_world, create_accelerator, launch_fingerprint
+from bertdist.distributed.launch import (
+    EXIT_STOPPED,
+    check_world,
+    create_accelerator,
+    launch_fingerprint,
+    run_cli,
+)
 from bertdist.distributed.preemption import StopSignal
-from bertdist.distributed.watchdog import end_soon, open_watchdog, report_lost_connection
+from bertdist.distributed.watchdog import open_watchdog
 from bertdist.models.classifier import (
     Classifier,
     load_classifier,
@@ -72,10 +76,6 @@ if __name__ == "__main__" and not __package__:
     # Run by path, Python looks for modules in bertdist/ itself; make it look in the folder that holds bertdist/.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-INTERRUPTED = 130  # exit code for a second Ctrl-C, a shell's for SIGINT
-
-STOPPED = 75  # exit code for "asked to stop, start me again" (EX_TEMPFAIL)
-
 
 def train(config: TrainConfig) -> TrainState:
     """Train as the config says, going on where an earlier run in the same folder stopped; returns how far it came."""
@@ -85,12 +85,9 @@ def train(config: TrainConfig) -> TrainState:
         config, run=replace(config.run, mixed_precision=accelerator.mixed_precision)
     )  # where the launcher decided it
     assert_same_on_all_ranks(accelerator, launch_fingerprint(config))
-    run, out, stop = (
-        config.run,
-        Path(config.run.output_dir),
-        StopSignal(config.run.stop_before_time_limit),
-    )
+    run, out = config.run, Path(config.run.output_dir)
     with (
+        StopSignal(run.stop_before_time_limit) as stop,
         lock_run_folder(out, accelerator) as held,
         open_log(out, accelerator) as log,
         open_watchdog(out, accelerator, run) as watchdog,
@@ -389,32 +386,15 @@ def gather_losses(
 
 
 def main() -> None:
-    """The command line: exit code 0 when finished, 75 when asked to stop before, 1 with one line for what a user can mend."""
-    try:
-        config = read_config(sys.argv[1:])
-        if config.run.dry_run:
-            sys.exit(dry_run(config))
-        progress = train(config)
-    except BertdistError as error:
-        if not error.already_printed and (
-            os.environ.get("RANK", "0") == "0" or not error.on_all_ranks
-        ):
-            print_error(error)
-        end_soon(error)
-        sys.exit(1)
-    except RuntimeError as error:
-        if not report_lost_connection(error):  # before the watchdog was there
-            raise
-        os._exit(1)
-    except KeyboardInterrupt:  # the second Ctrl-C: no clean-up that could wait for another rank
-        if os.environ.get("RANK", "0") == "0":
-            print_error(
-                RankLost(
-                    "Interrupted again: ended at once; the same command goes on from the last checkpoint."
-                )
-            )
-        os._exit(INTERRUPTED)
-    sys.exit(0 if progress.finished else STOPPED)
+    """The command line. Exit codes: see `run_cli`."""
+    run_cli(_main)
+
+
+def _main(arguments: Sequence[str]) -> int:
+    config = read_config(arguments)
+    if config.run.dry_run:
+        return dry_run(config)
+    return 0 if train(config).finished else EXIT_STOPPED
 
 
 if __name__ == "__main__":

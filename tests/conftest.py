@@ -1,7 +1,10 @@
 """What every test shares: an environment without network and with one thread, a tiny BERT, the real data beside the repository."""
 
 import os
+import signal
 import string
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch, transformers and their thread pools are imported; child processes inherit it.
@@ -26,6 +29,21 @@ settings.load_profile("here")
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "a an and bad best but dull film fine fun good great is it movie not of poor so the this very was warm worst".split()
+
+
+@pytest.fixture(autouse=True)
+def settings_of_the_process() -> Iterator[None]:
+    """Put back what a script's `main` changes in its process, where a test calls it in this one."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in numbers]
+    logging = sys.modules.get("transformers.utils.logging")
+    before = logging and (logging.get_verbosity(), logging.is_progress_bar_enabled())
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+    if logging and before:
+        logging.set_verbosity(before[0])
+        logging.enable_progress_bar() if before[1] else logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session")

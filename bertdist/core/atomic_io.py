@@ -1,18 +1,20 @@
-"""A folder that is whole or absent, whatever happens while it is written: checkpoints, and best/.
+"""Files and folders that are complete or absent, whatever interrupts their writing.
 
-In: a function that fills a folder. Out: the folder under its name, with a manifest of sizes and digests; or what stood there before.
+    atomic_write(path, to_json(values))   # one file
+    write_folder(folder, fill)            # checkpoints and best/: with a manifest
+    find_damage(folder)                   # why a checkpoint is damaged, or None
 
-xxh3 runs at 9 GB/s (sha256 at 0.2); it finds damage, not forgery.
+A folder is written beside its final name, gets a manifest of sizes and digests, is flushed and
+renamed. xxh3 runs at 9 GB/s (sha256 at 0.2); it detects damage, not forgery.
 """
 
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import xxhash
@@ -24,33 +26,37 @@ CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
 def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
-    """Make a folder that is whole or absent: fill a hidden one beside it, add the manifest, flush, rename. Raises CheckpointError."""
-    beside = final.with_name(f".{final.name}.partial")
+    """Call `fill` with an empty hidden folder beside `final`, add the manifest, flush and rename.
+
+    Replaces `final`, or leaves it untouched and raises CheckpointError.
+    """
+    partial, replaced = _hidden(final, "partial"), _hidden(final, "replaced")
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        fill(beside)
-        files = sorted(path for path in beside.rglob("*") if path.is_file())
-        manifest = {
-            str(path.relative_to(beside)): {"bytes": path.stat().st_size, "xxh3_128": _digest(path)}
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        fill(partial)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        entries = {
+            str(path.relative_to(partial)): {
+                "bytes": path.stat().st_size,
+                "xxh3_128": _digest(path),
+            }
             for path in files
         }
-        (beside / "manifest.json").write_text(
-            json.dumps({"format": 1, "files": manifest}, indent=1)
-        )
-        for path in [*files, beside / "manifest.json", beside]:
-            _flush(path)
-        replaced = final.with_name(f".{final.name}.replaced")
+        manifest = partial / "manifest.json"
+        manifest.write_text(json.dumps({"format": 1, "files": entries}, indent=1))
+        for path in [*files, manifest, partial]:
+            flush_to_disk(path)
         shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():
             os.rename(final, replaced)
         try:
-            os.rename(beside, final)
+            os.rename(partial, final)
         except OSError:
             if replaced.exists():
                 os.rename(replaced, final)
             raise
-        _flush(final.parent)
+        flush_to_disk(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -60,21 +66,29 @@ def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
 
 
 def recover(final: Path) -> None:
-    """What write_folder was stopped in, between its two renames: the old folder gets its name again. Raises CheckpointError."""
-    replaced = final.with_name(f".{final.name}.replaced")
+    """Undo a `write_folder` that was killed between its two renames. Raises CheckpointError."""
+    replaced = _hidden(final, "replaced")
     if replaced.exists() and not final.exists():
-        at(replaced, partial(os.rename, dst=final))
+        with explain_write_errors(replaced, "remove or rename"):
+            os.rename(replaced, final)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, which is hidden first, so that half of it is never taken for a checkpoint."""
+    hidden = _hidden(folder, "old")
+    with explain_write_errors(folder, "remove or rename"):
+        os.rename(folder, hidden)
+    with explain_write_errors(hidden, "remove or rename"):
+        shutil.rmtree(hidden)
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, in words; None when every file is as its manifest says."""
+    """Why a checkpoint folder is not as its manifest says, or None."""
     if not folder.is_dir():
         return "there is no such folder"
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())["files"]
-        expected = {
-            name: (int(entry["bytes"]), str(entry["xxh3_128"])) for name, entry in manifest.items()
-        }
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        expected = {name: (int(x["bytes"]), str(x["xxh3_128"])) for name, x in files.items()}
     except FileNotFoundError:
         return "manifest.json is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -96,84 +110,66 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
+def unused_path(path: Path) -> Path:
+    """The path itself, or the first of `path-2`, `path-3`, ... that does not exist."""
+    number, unused = 1, path
+    while unused.exists():
+        number += 1
+        unused = path.with_name(f"{path.name}-{number}")
+    return unused
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Replace a file: a reader, or a crash, finds the old content or the new one, complete."""
+    partial = _hidden(path, "partial")
+    with explain_write_errors(path):
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+
+def to_json(value: Any, indent: int | None = None) -> bytes:
+    """UTF-8 JSON and a line end; null for NaN and infinite numbers, which JSON does not have."""
+    return json.dumps(json_safe(value), indent=indent, ensure_ascii=False).encode() + b"\n"
+
+
+def json_safe(value: Any) -> Any:
+    """The value with None for each NaN or infinite number in it."""
+    if isinstance(value, dict):
+        return {name: json_safe(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file, or a folder for the names in it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def explain_write_errors(path: Path, action: str = "write") -> Iterator[None]:
+    """Turn an OSError into a CheckpointError of one line that names the path."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"Cannot {action} {path}: {reason}.") from None
+
+
+def _hidden(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{suffix}")
+
+
 def _digest(path: Path) -> str:
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def at(folder: Path, change: Callable[[Path], object]) -> None:
-    """Remove or rename; raises CheckpointError."""
-    try:
-        change(folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"Cannot remove or rename {folder}: {error.strerror or error}."
-        ) from None
-
-
-def remove(folder: Path) -> None:
-    """Remove it; meanwhile it has a name that nobody takes for a checkpoint."""
-    aside = folder.with_name(f".{folder.name}.old")
-    at(folder, partial(os.rename, dst=aside))
-    at(aside, shutil.rmtree)
-
-
-def unused_path(path: Path) -> Path:
-    """The path, or one like it where nothing stands yet."""
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
-
-
-def finite(value: Any) -> Any:
-    """The same for a JSON file, with None where a number is NaN or infinite: JSON has neither."""
-    if isinstance(value, dict):
-        return {name: finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def atomic_write(path: Path, content: bytes) -> None:
-    """Replace a file so that a reader, or a crash, finds the old one or the new one, never half of it."""
-    beside = path.with_name(f".{path.name}.partial")
-    with _told(path), open(beside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    with _told(path):
-        os.replace(beside, path)
-
-
-class _told:
-    """An OSError while writing becomes one line that names the place."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if isinstance(error, OSError):
-            raise CheckpointError(
-                f"Cannot write {self.place}: {error.strerror or error}."
-            ) from None

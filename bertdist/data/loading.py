@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from bertdist.core.config import DataConfig, TrainConfig
 from bertdist.core.errors import DataError, did_you_mean
-from bertdist.core.terminal import warn
+from bertdist.core.terminal import print_to_stderr
 from bertdist.data.batch import Step
 from bertdist.data.columns import LabelValue
 from bertdist.data.readers.file_reader import DataFile, FileReader, inspect_file, open_file
@@ -154,8 +154,8 @@ def _file(
         quoting=quoting,
         encoding=encoding,
         column_names=column_names,
-        open_bytes=None if here else partial(open_bytes, address, say=warn),
-        open_seekable=None if here else partial(open_seekable, address, say=warn),
+        open_bytes=None if here else partial(open_bytes, address, say=print_to_stderr),
+        open_seekable=None if here else partial(open_seekable, address, say=print_to_stderr),
     )
 
 

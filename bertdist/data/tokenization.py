@@ -4,7 +4,6 @@ In: a split's Records, a tokenizer, a Task. Out: `Examples`, which encodes the r
 One tokenizer call a chunk of rows: 32 sentences of SST-2 cost about 1.5 ms.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,6 @@ from bertdist.core.errors import ConfigError, DataError, ModelError
 from bertdist.core.hub import explain_hub_error, probe_hub
 from bertdist.data.records import Record, Records
 from bertdist.tasks.tasks import Array, Task
-
-# Loader workers are forked; a thread pool of the tokenizer that began in the parent would be broken in them, and says so at length.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 CUT_ABOVE = 20_000  # characters: longer texts are cut before they are tokenized
 

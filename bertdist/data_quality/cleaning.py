@@ -17,6 +17,7 @@ import pyarrow.parquet
 
 from bertdist.core.atomic_io import atomic_write
 from bertdist.core.errors import DataError
+from bertdist.core.terminal import excerpt
 from bertdist.data.records import Records
 from bertdist.data_quality.duplicates import (
     compare_texts,
@@ -25,7 +26,7 @@ from bertdist.data_quality.duplicates import (
     near_rows,
     repeated,
 )
-from bertdist.data_quality.findings import excerpt, places
+from bertdist.data_quality.findings import places
 from bertdist.data_quality.report import DataReport
 from bertdist.data_quality.text_checks import empty_rows, other_than_ascii, repairs
 

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from bertdist.core.config import TrainConfig
-from bertdist.core.terminal import show, show_table
+from bertdist.core.terminal import process_rank, show, show_table
 from bertdist.data.sharding import balance_by_length, epoch_order
 from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data.tokenization import load_tokenizer, open_examples
@@ -58,7 +58,7 @@ def dry_run(config: TrainConfig) -> int:
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_world(world)
-    if os.environ.get("RANK", "0") != "0":
+    if process_rank() != 0:
         return 0
     settings = load_model_config(config.model)
     tokenizer = load_tokenizer(config.model)

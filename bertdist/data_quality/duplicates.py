@@ -34,8 +34,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bertdist.core.terminal import excerpt
 from bertdist.data.records import Records
-from bertdist.data_quality.findings import Example, Finding, Severity, excerpt
+from bertdist.data_quality.findings import Example, Finding, Severity
 from bertdist.data_quality.label_checks import SplitLabels
 
 SHINGLE = 5  # bytes; with 24 bits for the number of a pair a shingle fills 64

@@ -9,13 +9,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
-from unicodedata import east_asian_width
 
 Severity = Literal["error", "warning", "note"]
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
-EXCERPT = 100  # columns of a terminal that an example's text takes, two for a Chinese character
 
 STEPS_OF_PLACES = 20_000_000  # rows that are walked over to find the lines of examples; about 20 s
 
@@ -90,17 +88,6 @@ def percent(share: float) -> str:
         if 0.995 <= share < 1
         else f"{share:.0%}"
     )
-
-
-def excerpt(text: str, columns: int = EXCERPT) -> str:
-    """The beginning of a text on one line; what a line cannot hold is written as in Python (`\\n`), for people and for JSON."""
-    shown: list[str] = []
-    for char in text:
-        columns -= 2 if east_asian_width(char) in "WF" else 1
-        if columns < 0:
-            return "".join(shown) + "..."
-        shown.append(char if char.isprintable() else repr(char)[1:-1])
-    return "".join(shown)
 
 
 def places(where: Where, rows: Iterable[int], num_rows: int) -> dict[int, str]:

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bertdist.core.errors import did_you_mean
+from bertdist.core.terminal import excerpt
 from bertdist.data.records import Records
-from bertdist.data_quality.findings import Example, Finding, Severity, excerpt
+from bertdist.data_quality.findings import Example, Finding, Severity
 
 FEW_ROWS = 10  # a label of the training rows with fewer is told
 

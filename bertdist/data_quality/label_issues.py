@@ -54,6 +54,7 @@ from torch import Tensor
 from bertdist.core.atomic_io import atomic_write
 from bertdist.core.config import DataConfig, RunConfig, TrainConfig
 from bertdist.core.errors import CheckpointError, ConfigError, DataError
+from bertdist.core.terminal import excerpt
 from bertdist.data.loading import load_records
 from bertdist.data.records import Records
 from bertdist.data.source import Kept, Placed, SkippedRows
@@ -61,12 +62,12 @@ from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data.tokenization import open_examples
 from bertdist.data_quality.config import Doubting, read_label_issue_config
 from bertdist.distributed.collectives import raise_on_all_ranks
-from bertdist.distributed.launch import check_world, create_accelerator
+from bertdist.distributed.launch import EXIT_STOPPED, check_world, create_accelerator
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import load_model_config, pretrained_labels
 from bertdist.predict import Predictor
 from bertdist.tasks.tasks import Array, Task
-from bertdist.train import STOPPED, train
+from bertdist.train import train
 from bertdist.training.run_logger import RunLogger
 
 RANKINGS = (
@@ -259,36 +260,33 @@ def answers_out_of_fold(
             for fold, run in enumerate(runs):
                 _write_rows(_file_of(run), records, np.flatnonzero(fold_of_row != fold))
     found: Tensor | None = None
-    for fold, run in enumerate(runs):
-        held_out = np.flatnonzero(fold_of_row == fold)
-        say(
-            f"Fold {fold + 1} of {folds}: a model learns from the other {len(records) - len(held_out):,} rows, in {run.run.output_dir}."
-        )
-        with _process_group_kept():
-            if not train(run).finished:
-                return None
-        stop = StopSignal(
-            config.run.stop_before_time_limit
-        )  # of the training's own nobody asks any more
-        with raise_on_all_ranks(accelerator):
-            model = Path(run.run.output_dir) / "best"
-            predictor = Predictor(
-                model,
-                tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
-                accelerator=accelerator,
-            )
-        logits = predictor.logits(subset(records, held_out))
-        found = torch.zeros(len(records), logits.shape[1]) if found is None else found
-        found[torch.from_numpy(held_out)] = logits
-        stopping = [
-            stop.requested(accelerator) for _ in range(2)
-        ]  # on GPUs a call gives the answer of the one before
-        stop.close()
-        if any(stopping) and fold + 1 < folds:
+    with StopSignal(config.run.stop_before_time_limit) as stop:
+        for fold, run in enumerate(runs):
+            held_out = np.flatnonzero(fold_of_row == fold)
             say(
-                f"Asked to stop ({stop.reason}) after fold {fold + 1} of {folds}; the same command goes on."
+                f"Fold {fold + 1} of {folds}: a model learns from the other {len(records) - len(held_out):,} rows, in {run.run.output_dir}."
             )
-            return None
+            with _process_group_kept():
+                if not train(run).finished:
+                    return None
+            with raise_on_all_ranks(accelerator):
+                model = Path(run.run.output_dir) / "best"
+                predictor = Predictor(
+                    model,
+                    tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
+                    accelerator=accelerator,
+                )
+            logits = predictor.logits(subset(records, held_out))
+            found = torch.zeros(len(records), logits.shape[1]) if found is None else found
+            found[torch.from_numpy(held_out)] = logits
+            stopping = [
+                stop.requested(accelerator) for _ in range(2)
+            ]  # on GPUs a call gives the answer of the one before
+            if any(stopping) and fold + 1 < folds:
+                say(
+                    f"Asked to stop ({stop.reason}) after fold {fold + 1} of {folds}; the same command goes on."
+                )
+                return None
     return found
 
 
@@ -392,7 +390,7 @@ SHOWN_CHARACTERS = 60  # of a text
 
 
 def show_label_issues(words: Sequence[str]) -> int:
-    """Doubt the labels that the words name; the exit code: 0, or STOPPED where --folds was asked to stop. Raises BertdistError."""
+    """Doubt the labels that the words name; the exit code: 0, or EXIT_STOPPED where --folds was asked to stop. Raises BertdistError."""
     config = read_label_issue_config(words)
     run = config.train.run
     accelerator = create_accelerator(
@@ -405,7 +403,7 @@ def show_label_issues(words: Sequence[str]) -> int:
     judge = _judge_with_model if config.doubts.model else _judge_out_of_fold
     judged = judge(config, accelerator, log)
     if judged is None:
-        return STOPPED
+        return EXIT_STOPPED
     records, task, targets, logits = judged
     with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
@@ -599,7 +597,6 @@ def _words(label: Any) -> str:
 
 def _excerpt(records: Records, row: int) -> str:
     record = records[row]
-    text = " ".join(
-        (record.text if record.pair is None else f"{record.text} / {record.pair}").split()
-    )
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+    text, pair = record.text, record.pair
+    words = (text if pair is None else f"{text} / {pair}").split()
+    return excerpt(" ".join(words), SHOWN_CHARACTERS)

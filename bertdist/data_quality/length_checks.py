@@ -16,8 +16,9 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
+from bertdist.core.terminal import excerpt
 from bertdist.data.records import Records
-from bertdist.data_quality.findings import Example, Finding, excerpt
+from bertdist.data_quality.findings import Example, Finding
 
 TEXT_BYTES = 32 << 20  # of text that is tokenized of a split
 

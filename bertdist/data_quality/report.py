@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import BertdistError, DataError
+from bertdist.core.terminal import excerpt
 from bertdist.data.loading import load_records, open_texts
 from bertdist.data.readers.file_reader import inspect_file, open_file
 from bertdist.data.records import Records
@@ -25,15 +26,7 @@ from bertdist.data_quality.duplicates import (
     check_overlap,
     compare_texts,
 )
-from bertdist.data_quality.findings import (
-    Example,
-    Finding,
-    counts,
-    excerpt,
-    located,
-    ranked,
-    report,
-)
+from bertdist.data_quality.findings import Example, Finding, counts, located, ranked, report
 from bertdist.data_quality.label_checks import SplitLabels, check_labels, labels_of_records
 from bertdist.data_quality.length_checks import Lengths, measure
 from bertdist.data_quality.table_checks import check_table

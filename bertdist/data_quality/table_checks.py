@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
+from bertdist.core.terminal import excerpt
 from bertdist.data.readers.file_reader import inspect_file, open_file
 from bertdist.data.records import LABEL_COLUMNS, PAIRS, TEXT_COLUMNS, Records
-from bertdist.data_quality.findings import Example, Finding, Severity, excerpt
+from bertdist.data_quality.findings import Example, Finding, Severity
 from bertdist.data_quality.label_checks import SplitLabels
 
 HEADER_WORDS = {

@@ -18,7 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bertdist.data_quality.findings import Example, Finding, Severity, excerpt
+from bertdist.core.terminal import excerpt
+from bertdist.data_quality.findings import Example, Finding, Severity
 
 Rows = npt.NDArray[np.int64]
 

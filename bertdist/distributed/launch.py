@@ -1,23 +1,82 @@
-"""TODO."""
+"""Start and end of a process: the command line's frame, the Accelerator, checks of the launch.
+
+run_cli(command)             a script's main(): settings of the process, errors, exit codes
+create_accelerator(run)      device, precision and ranks
+check_world(world_size)      an error if the launch promised more ranks
+launch_fingerprint(config)   what must be the same on all ranks
+"""
 
 import ctypes
 import os
 import platform
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from transformers.utils import logging as transformers_logging
 
 from bertdist.core.config import RunConfig, TrainConfig
-from bertdist.core.errors import ConfigError, did_you_mean
-from bertdist.distributed.preemption import _asked_of_accelerate, _processes
+from bertdist.core.errors import BertdistError, ConfigError, did_you_mean
+from bertdist.core.hub import enable_offline_fallback
+from bertdist.core.terminal import print_error, process_rank
+from bertdist.distributed.preemption import _asked_of_accelerate, _processes, ignore_stop_signals
 from bertdist.distributed.rendezvous import wait_for_all_ranks
+from bertdist.distributed.watchdog import end_soon, loader_worker_error, report_lost_connection
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped before the end; the same command resumes
+EXIT_INTERRUPTED = 130  # a second Ctrl-C, as a shell has it for SIGINT
+
+
+def run_cli(command: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Run a script: call `command` with the command-line arguments, then exit with its code.
+
+    0: finished. 75: stopped by a signal or a time limit; the same command resumes. 130: a second
+    Ctrl-C. 1: a BertdistError, printed as `bertdist: <message>`, or any other exception.
+    """
+    configure_process()
+    try:
+        code = command(sys.argv[1:])
+    except KeyboardInterrupt:
+        if process_rank() == 0:
+            print_error(
+                BertdistError(
+                    "Interrupted; the same command resumes from the last checkpoint, if there is one."
+                )
+            )
+        os._exit(EXIT_INTERRUPTED)  # without clean-up, which could wait for another rank
+    except (BertdistError, RuntimeError) as caught:
+        # A launcher's SIGTERM, sent because another rank has ended, comes after the message.
+        ignore_stop_signals()
+        error = caught if isinstance(caught, BertdistError) else loader_worker_error(caught)
+        if error is None:
+            if not report_lost_connection(caught):  # where no watchdog runs
+                raise
+            os._exit(1)
+        if not error.already_printed and (process_rank() == 0 or not error.on_all_ranks):
+            print_error(error)
+        end_soon(error)
+        sys.exit(1)
+    ignore_stop_signals()  # a late signal does not change the exit code
+    sys.exit(code)
+
+
+def configure_process() -> None:
+    """Settings of the whole process. Scripts call this; a program that imports bertdist does not."""
+    keep_freed_memory()
+    enable_offline_fallback()
+    # Loader workers are forked: a tokenizer's thread pool that began in the parent does not work in
+    # them, and tokenizers prints a long warning.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers_logging.set_verbosity_error()  # load_classifier says it in fewer words
+    transformers_logging.disable_progress_bar()
 
 
 def check_world(world_size: int, environ: Mapping[str, str] = os.environ) -> None:
@@ -50,7 +109,6 @@ def check_world(world_size: int, environ: Mapping[str, str] = os.environ) -> Non
 
 def create_accelerator(run: RunConfig) -> Accelerator:
     """Device, precision and ranks are what `accelerate launch` said; without a GPU, or with --use_cpu, the CPU."""
-    keep_freed_memory()
     trackers = run.report_to or []
     known = [str(tracker) for tracker in get_available_trackers()]
     for name in trackers:

@@ -11,9 +11,11 @@ import io
 import os
 import re
 import signal
+import threading
 import time
 from contextlib import redirect_stderr
 from types import FrameType
+from typing import Any
 
 import psutil
 import torch
@@ -47,9 +49,17 @@ class StopSignal:
         self._interrupts = 0
         self._sent: tuple[Tensor, torch.cuda.Event] | None = None
         self.reason = ""  # or "SIGTERM", "time limit in 95 s", "another rank was asked to stop"
-        self._old_handlers = {
-            number: signal.signal(number, self._remember) for number in STOP_SIGNALS
-        }
+        self._old_handlers: dict[signal.Signals, Any] = {}
+        # Python allows handlers in the main thread only; in another thread none are installed.
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                self._old_handlers[number] = signal.signal(number, self._remember)
+
+    def __enter__(self) -> "StopSignal":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name
@@ -113,6 +123,7 @@ class StopSignal:
         """Put the old handlers back."""
         for number, handler in self._old_handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._old_handlers.clear()
 
 
 def ignore_stop_signals(worker: int = 0) -> None:

@@ -12,7 +12,6 @@ On one rank there is no thread and no beat.
 """
 
 import faulthandler
-import json
 import os
 import re
 import signal
@@ -29,10 +28,10 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from bertdist.core.atomic_io import atomic_write
+from bertdist.core.atomic_io import atomic_write, to_json
 from bertdist.core.config import RunConfig
 from bertdist.core.errors import BertdistError, DataError, RankLost
-from bertdist.core.terminal import print_error
+from bertdist.core.terminal import print_error, process_rank
 from bertdist.distributed.collectives import NO_TIMEOUT, raise_on_all_ranks
 from bertdist.distributed.heartbeat import FailureReport, Heartbeat, HeartbeatFiles
 from bertdist.distributed.rendezvous import left
@@ -69,7 +68,7 @@ class Watchdog:
         self.beat_seconds = min(BEAT_SECONDS, seconds / 10)
         self._ended, self._dumped = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._main = threading.main_thread().ident or 0
+        self._main = threading.get_ident()
         self._stack: tuple[Any, ...] = ()
         self._computed, self._moved = 0.0, time.monotonic()
         self._gone_for = 0.0
@@ -245,7 +244,7 @@ class Watchdog:
                 "reason": told.text,
             }
             with suppress(BertdistError):
-                atomic_write(self.folder / "status.json", json.dumps(text).encode() + b"\n")
+                atomic_write(self.folder / "status.json", to_json(text))
 
 
 def loader_worker_error(error: BaseException) -> DataError | None:
@@ -297,11 +296,8 @@ def end_soon(error: BaseException) -> None:
     """
     if isinstance(error, RankLost):
         faulthandler.dump_traceback_later(30, exit=True, file=STDERR)
-    if (
-        getattr(error, "on_all_ranks", False)
-        and os.environ.get("RANK", "0") != "0"
-        and "TORCHELASTIC_RUN_ID" in os.environ
-    ):
+    on_all_ranks = getattr(error, "on_all_ranks", False)
+    if on_all_ranks and process_rank() != 0 and "TORCHELASTIC_RUN_ID" in os.environ:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SECONDS_TO_TELL)
 

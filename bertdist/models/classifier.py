@@ -26,7 +26,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import ConfigError, ModelError, did_you_mean
@@ -193,8 +192,6 @@ class Classifier(nn.Module):
 def load_model_config(config: ModelConfig, flag: str = "--model_name_or_path") -> PretrainedConfig:
     """The model's config.json, before any weights; raises ModelError."""
     name = config.model_name_or_path
-    transformers_logging.set_verbosity_error()  # what loading has to tell, load_classifier tells in fewer words
-    transformers_logging.disable_progress_bar()
     folder, where = Path(name).expanduser(), f"{flag} {name}"
     looks_like_a_folder = (
         name.startswith((".", "~", "/"))

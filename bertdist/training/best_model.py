@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from bertdist.core.atomic_io import atomic_write, finite, recover, write_folder
+from bertdist.core.atomic_io import atomic_write, recover, to_json, write_folder
 from bertdist.core.config import RunConfig
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.models.classifier import Classifier, save_classifier
@@ -79,10 +79,7 @@ class BestModel:
                         "scores": evaluation.scores,
                         **evaluation.classes,
                     }
-                    atomic_write(
-                        self.folder / "evaluation.json",
-                        json.dumps(finite(scored), indent=1, ensure_ascii=False).encode() + b"\n",
-                    )
+                    atomic_write(self.folder / "evaluation.json", to_json(scored, indent=1))
                     atomic_write(
                         self.folder / "predictions.jsonl", b"".join(self._lines(evaluation))
                     )
@@ -111,4 +108,4 @@ class BestModel:
         truths = [self.task.label(target) for target in evaluation.references]
         rows = zip(evaluation.answers, truths, strict=True)
         lines = [{"row": row, **answer, "truth": truth} for row, (answer, truth) in enumerate(rows)]
-        return [json.dumps(finite(line), ensure_ascii=False).encode() + b"\n" for line in lines]
+        return [to_json(line) for line in lines]

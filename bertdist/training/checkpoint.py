@@ -15,7 +15,6 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bertdist.core.atomic_io import at, find_damage, recover, remove, unused_path, write_folder
+from bertdist.core.atomic_io import (
+    explain_write_errors,
+    find_damage,
+    recover,
+    remove_folder,
+    unused_path,
+    write_folder,
+)
 from bertdist.core.errors import CheckpointError
 from bertdist.data.batch import Step
 from bertdist.data.source import ReaderState
@@ -146,7 +152,7 @@ class Checkpointer:
                     folder for folder in self._all() if folder != written
                 ]  # an older one may have been gone on from
                 for old in others[: max(0, len(others) - self.keep + 1)]:
-                    remove(old)
+                    remove_folder(old)
 
     def restore(
         self,
@@ -201,7 +207,8 @@ class Checkpointer:
         for left_over in self.folder.glob(".step_*"):
             left = "removed" if left_over.suffix == ".old" else "written"
             self.say(f"Removing {left_over.name}, a checkpoint that was not {left} to its end.")
-            at(left_over, shutil.rmtree)
+            with explain_write_errors(left_over, "remove or rename"):
+                shutil.rmtree(left_over)
         if named is not None:
             if damage := find_damage(Path(named)):
                 raise CheckpointError(f"--resume_from_checkpoint {named}: {damage}.")
@@ -211,7 +218,8 @@ class Checkpointer:
             if damage is None:
                 return str(folder)
             aside = unused_path(folder.with_name(f"{folder.name}.damaged"))
-            at(folder, partial(os.rename, dst=aside))
+            with explain_write_errors(folder, "remove or rename"):
+                os.rename(folder, aside)
             self.say(f"Passing over checkpoint {folder}: {damage}. It is now {aside.name}.")
         return ""
 

@@ -1,7 +1,6 @@
 """TODO."""
 
 import json
-import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -24,16 +23,24 @@ from rich.progress import (
 from rich.progress import Progress as ProgressBar
 from rich.table import Column, Table
 
-from bertdist.core.atomic_io import _told, atomic_write, finite
+from bertdist.core.atomic_io import (
+    atomic_write,
+    explain_write_errors,
+    flush_to_disk,
+    json_safe,
+    to_json,
+)
 from bertdist.core.config import TrainConfig
 from bertdist.core.errors import CheckpointError
-from bertdist.core.terminal import GROWING, _plain, _short
+from bertdist.core.terminal import plain_text
 from bertdist.data.records import Records
 from bertdist.data.stats import DatasetStats
 from bertdist.data.streaming import Stream
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import PACKAGES, _version
 from bertdist.tasks.tasks import Task
+
+GROWING = ("metrics.jsonl", "bad_rows.jsonl")
 
 
 class RunLogger:
@@ -54,7 +61,7 @@ class RunLogger:
         self._note = ""
         self._running_since: int | None = None
         if enabled:
-            with _told(folder):
+            with explain_write_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> "RunLogger":
@@ -77,7 +84,7 @@ class RunLogger:
         """Print lines as they are."""
         if self.enabled:
             for line in lines:
-                self.console.print(_plain(line))
+                self.console.print(plain_text(line))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
@@ -86,22 +93,21 @@ class RunLogger:
                 self._write(kind, step, values)
 
     def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        told = finite(values)
-        line = json.dumps({"kind": kind, "step": step, **told}, ensure_ascii=False)
-        with _told(self.folder), open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        told = json_safe(values)
+        line = to_json({"kind": kind, "step": step, **told})
+        with (
+            explain_write_errors(self.folder),
+            open(self.folder / "metrics.jsonl", "ab") as file,
+        ):
+            file.write(line)
         if self.also is not None:
             self.also({f"{kind}_{name}": value for name, value in told.items()}, step)
 
     def to_disk(self) -> None:
         """Have the files that grow line by line on the disk, and their names: a checkpoint that knows of a line must not outlive it."""
         for path in (*(self.folder / name for name in GROWING), self.folder):
-            with _told(path), suppress(FileNotFoundError):
-                handle = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
+            with explain_write_errors(path), suppress(FileNotFoundError):
+                flush_to_disk(path)
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl and show it."""
@@ -184,12 +190,12 @@ class RunLogger:
         """Show a table; numbers with four digits."""
         if self.enabled:
             table = Table(
-                *(Column(_plain(name)) for name in header),
-                title=_plain(title),
+                *(Column(plain_text(name)) for name in header),
+                title=plain_text(title),
                 title_justify="left",
             )
             for row in rows:
-                table.add_row(*(_plain(_short(value)) for value in row))
+                table.add_row(*(plain_text(_short(value)) for value in row))
             self.console.print(table)
 
 
@@ -256,3 +262,9 @@ def environment(accelerator: Accelerator) -> str:
         "command": sys.argv,
     }
     return json.dumps(found, indent=1) + "\n"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return str(value)

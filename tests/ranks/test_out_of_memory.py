@@ -595,7 +595,7 @@ def test_memory_that_is_really_gone(wide_model: Path, tmp_path: Path, n: int) ->
 
     def limit(accelerator: Accelerator) -> None:
         classifier.use_onednn = lambda model: None
-        begin.keep_freed_memory = give_back_freed_memory
+        give_back_freed_memory()
         train_step = train.train_step
 
         def watched(*args: Any) -> Any:

@@ -10,19 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from forked import run_ranks
 
 from bertdist.core.args import read_config
-from bertdist.core.config import BatchConfig, ModelConfig, RunConfig, TaskConfig, TrainConfig
-from bertdist.core.errors import BertdistError, ConfigError
+from bertdist.core.config import BatchConfig, ModelConfig, TaskConfig, TrainConfig
 from bertdist.data.loader import EVALUATION_ROWS, batches_of, create_train_loader
 from bertdist.data.records import Records, records_of
 from bertdist.data.sharding import MapLoader
 from bertdist.data.stats import DatasetStats, LabelStats, create_task
 from bertdist.data.tokenization import load_tokenizer
-from bertdist.distributed.launch import create_accelerator
 from bertdist.tasks.tasks import SingleLabel
 from bertdist.training.resume_check import resume_signature
 from bertdist.training.run_logger import describe_data, environment, notes_of
@@ -272,52 +267,3 @@ def test_the_environment_is_json_and_names_the_versions() -> None:
     found = json.loads(environment(rank_of(2)))
     assert found["packages"]["torch"] == torch.__version__
     assert (found["processes"], found["device"], found["mixed_precision"]) == (2, "cpu", "no")
-
-
-# ---- create_accelerator, in a process of its own: accelerate's state is the process's
-
-
-def opened(run: RunConfig, environ: dict[str, str] | None = None) -> Any:
-    """(processes, device, precision), or the error in words."""
-
-    def open_it(accelerator: Accelerator) -> Any:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-        os.environ.update(environ or {})
-        try:
-            found = create_accelerator(run)
-        except BertdistError as error:
-            return type(error).__name__, str(error)
-        return found.num_processes, found.device.type, found.mixed_precision
-
-    return run_ranks(1, open_it)[0]
-
-
-def test_without_a_launcher_there_is_one_process() -> None:
-    assert opened(RunConfig(use_cpu=True)) == (1, "cpu", "no")
-    assert opened(RunConfig(use_cpu=True, mixed_precision="bf16")) == (1, "cpu", "bf16")
-
-
-def test_a_precision_that_cannot_take_effect_is_one_line() -> None:
-    # On a CPU accelerate 1.15 takes the word and computes in float32.
-    found = opened(RunConfig(use_cpu=True, mixed_precision="fp16"))
-    assert found[0] == "ConfigError"
-    assert "fp16" in found[1] and "\n" not in found[1]
-
-
-def test_accumulation_by_accelerate_is_refused() -> None:
-    assert opened(RunConfig(use_cpu=True), {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}) == (
-        "ConfigError",
-        "accelerate was told gradient_accumulation_steps 4; leave it at 1: --train_batch_size is the whole step, and "
-        "--tokens_per_micro_batch cuts it.",
-    )
-
-
-def test_a_tracker_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"^--report_to tensorbord: not a tracker that is installed here\."
-    ):
-        create_accelerator(
-            RunConfig(use_cpu=True, output_dir=str(tmp_path), report_to=["tensorbord"])
-        )
-    assert PartialState._shared_state == {}  # nothing was opened

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from bertdist.core import atomic_io as whole_folder
-from bertdist.core.atomic_io import CHECKPOINT_FILES, find_damage, recover, remove, write_folder
+from bertdist.core.atomic_io import (
+    CHECKPOINT_FILES,
+    find_damage,
+    recover,
+    remove_folder,
+    write_folder,
+)
 from bertdist.core.errors import CheckpointError
 
 
@@ -40,7 +46,7 @@ def test_a_folder_is_never_half_removed_under_its_name(
 
     monkeypatch.setattr(whole_folder.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        remove(final)
+        remove_folder(final)
     assert os.listdir(tmp_path) == [".step_000001.old"]
 
 

@@ -1,5 +1,6 @@
-"""Whether the hub is there, what its errors mean, and which names are near. Real commands are in runs/test_wrong_names.py."""
+"""Whether the hub is there, what its errors mean. Real commands are in runs/test_wrong_names.py."""
 
+import os
 import socket
 from collections.abc import Iterator
 from itertools import pairwise
@@ -7,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from servers import FaultyServer
 
 from bertdist.core import hub as hub_names
-from bertdist.core.hub import explain_hub_error, nearest, probe_hub, warn_if_offline
+from bertdist.core.hub import explain_hub_error, probe_hub, warn_if_offline
 
 
 @pytest.fixture
@@ -20,7 +21,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultyServe
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub_names, "_answers", {})
+    monkeypatch.setattr(hub_names, "_problems", {})
+    monkeypatch.setattr(hub_names, "_offline_fallback", True)  # as in a script
     monkeypatch.setattr(hub_names.time, "sleep", lambda seconds: None)
     with FaultyServer({}) as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -30,7 +32,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultyServe
 def test_a_hub_that_answers_is_asked_once(hub: FaultyServer) -> None:
     probe_hub("nobody/nothing")
     probe_hub("nobody/nothing")
-    assert hub_names._answers == {hub.url: ""} and not constants.HF_HUB_OFFLINE, (
+    assert hub_names._problems == {hub.url: ""} and not constants.HF_HUB_OFFLINE, (
         "404 is an answer, too"
     )
 
@@ -40,27 +42,39 @@ def test_a_hub_that_does_not_answer_is_left_alone(
 ) -> None:
     hub.__exit__()
     probe_hub("google-bert/bert-base-uncased")
-    assert constants.HF_HUB_OFFLINE and "refused" in hub_names._answers[hub.url]
+    assert constants.HF_HUB_OFFLINE and "refused" in hub_names._problems[hub.url]
     warn_if_offline("google-bert/bert-base-uncased")
     warn_if_offline("google-bert/bert-base-uncased")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"The hub ({hub.url}) cannot be reached (") and line.endswith(
-        ": google-bert/bert-base-uncased is what the cache holds."
+        ": google-bert/bert-base-uncased is loaded from the cache."
     )
+    hub.__enter__()  # for the fixture's own end
+
+
+def test_a_program_that_imports_bertdist_is_not_put_into_offline_mode(
+    hub: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_names, "_offline_fallback", False)
+    hub.__exit__()
+    probe_hub("nobody/nothing")
+    assert not constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "0"
+    error = chained(OSError("no"), ConnectionError("refused"))
+    assert "cannot be reached ([Errno 111]" in explain_hub_error(error, "nobody/nothing")
     hub.__enter__()  # for the fixture's own end
 
 
 def test_a_hub_that_is_silent_is_asked_once(
     hub: FaultyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_names, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(hub_names, "TIMEOUT_SECONDS", 0.2)
     asked = []
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(hub_names.time, "sleep", asked.append)
         probe_hub("nobody/nothing")
         assert (
-            "timed out" in hub_names._answers[constants.ENDPOINT]
+            "timed out" in hub_names._problems[constants.ENDPOINT]
             and constants.HF_HUB_OFFLINE
             and not asked
         )
@@ -72,22 +86,7 @@ def test_folders_and_offline_runs_ask_nobody(
     probe_hub(str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     probe_hub("nobody/nothing")
-    assert hub_names._answers == {}
-
-
-def test_the_nearest_names_are_those_that_can_be_known_here(
-    hub: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "cache" / "models--our-team--legal-bert").mkdir(parents=True)
-    (tmp_path / "cache" / "datasets--our-team--contracts").mkdir()
-    (tmp_path / "film-bert").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert nearest("our-team/leagl-bert") == " Did you mean 'our-team/legal-bert'?"
-    assert nearest("our-team/contarcts", "dataset") == " Did you mean 'our-team/contracts'?"
-    assert nearest("flim-bert").startswith(" Did you mean 'film-bert'")
-    assert "'google-bert/bert-base-uncased'" in nearest("bert-base-uncasde")
-    assert nearest("FacebookAI/roberta-base") == "", "the name is right, so it is not the name"
-    assert nearest("qqqqqqqq/zzzzzzzz") == ""
+    assert hub_names._problems == {}
 
 
 def chained(*errors: BaseException) -> BaseException:
@@ -96,15 +95,26 @@ def chained(*errors: BaseException) -> BaseException:
     return errors[0]
 
 
-def test_offline_is_told_as_what_it_is(hub: FaultyServer, tmp_path: Path) -> None:
+def test_an_id_that_is_not_valid_is_named(hub: FaultyServer) -> None:
+    assert explain_hub_error(HFValidationError("x"), "a/b/c") == (
+        "Not a valid Hub id; expected owner/name."
+    )
+    missing = type("RepositoryNotFoundError", (OSError,), {})("404")
+    assert explain_hub_error(missing, "q/z", "dataset").startswith("There is no such data set")
+
+
+def test_offline_is_told_as_what_it_is(
+    hub: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     error = chained(OSError("We couldn't connect to 'x'\nmore"), LocalEntryNotFoundError("no"))
     assert (
         explain_hub_error(error, "q/z")
-        == f"HF_HUB_OFFLINE is set, and the cache {tmp_path / 'cache'} does not hold it."
+        == f"HF_HUB_OFFLINE is set, and it is not in the cache {tmp_path / 'cache'}."
     )
-    hub_names._answers[hub.url] = "timed out"
+    hub_names._problems[hub.url] = "timed out"
     assert explain_hub_error(OfflineModeIsEnabled("no"), "q/z").startswith(
-        f"The hub ({hub.url}) cannot be reached (timed out), and the cache "
+        f"The hub ({hub.url}) cannot be reached (timed out), and it is not in the cache "
     )
 
 

@@ -1325,7 +1325,7 @@ def test_nulls_and_numbers_in_place_of_texts_are_refused(hub: Callable[..., str]
 
 def test_an_unknown_data_set_is_one_line(hub: Callable[..., str]) -> None:
     message = refusal(lambda: load_records(DataConfig(dataset_name="nobody/nothing"), "train"))
-    told = "nobody/nothing is neither a folder here nor a data set that the hub gave. HF_HUB_OFFLINE is set, and the cache "
+    told = "nobody/nothing is neither a folder here nor a data set that the hub gave. HF_HUB_OFFLINE is set, and it is not in the cache "
     assert message.startswith(told) and message.endswith(" --train_file takes files.")
     folder = hub(train={"text": ["a"], "label": [0]})
     message = refusal(

@@ -195,8 +195,8 @@ def test_the_table_shows_texts_as_they_are_and_counts_pairs(
         [[0.6, 0.4], [0.9, 0.1], [0.1, 0.9]],
     )
     said = shown(found, records, capsys)
-    assert "[red]a[/red] \ufffd[31m" in said and "\x1b" not in said and "[b]good" in said
-    assert "b b b..." in said and "c d" in said and "0.900" in said
+    assert "[red]a[/red] \\x1b[31m" in said and "\x1b" not in said and "[b]good" in said
+    assert "b b b ..." in said and "c d" in said and "0.900" in said
     assert (
         "1 of 3 labels (33.3%) are likely to be wrong." in said and "--output doubts.jsonl" in said
     )

@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bertdist.core.terminal import excerpt
 from bertdist.data_quality.findings import (
     IMPORTANCE,
     Example,
     Finding,
     counts,
-    excerpt,
     located,
     percent,
     places,

@@ -345,11 +345,11 @@ def test_a_hub_from_end_to_end(tmp_path: Path) -> None:
         ]
         gated, missing, no_file, no_terms = found["errors"]
         assert (
-            f"It is gated: accept its terms at {server.url}/datasets/gated/name, then give HF_TOKEN or `hf auth login`."
+            f"It is gated: accept its terms at {server.url}/datasets/gated/name, then set HF_TOKEN or run `hf auth login`."
             in gated
         )
         assert missing.startswith(
-            "no/name is neither a folder here nor a data set that the hub gave. The hub knows no such data set"
+            "no/name is neither a folder here nor a data set that the hub gave. There is no such data set on the hub"
         )
         assert no_file.startswith("hf://datasets/user/name/no.csv: there is no such file")
         assert (
