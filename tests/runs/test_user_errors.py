@@ -71,7 +71,10 @@ def test_a_byte_that_is_not_utf_8(tiny_model: Path, tmp_path: Path, files: Files
     lines[6] = "a café film\tpositive".encode("latin-1")
     files.train.write_bytes(b"\n".join(lines))
     told = mistake(words_of(tiny_model, tmp_path / "out", files))
-    advice = "pass --encoding cp1252 (or the right one) or convert the file to UTF-8."
+    advice = (
+        "pass --encoding (such as cp1252 for Western European, cp1251 for Cyrillic, gb18030 for Chinese, "
+        "cp932 for Japanese text), or convert the file to UTF-8."
+    )
     assert told == f"bertdist: train.tsv line 7: byte 0xE9 is not utf-8; {advice}"
 
 

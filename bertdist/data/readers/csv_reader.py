@@ -1,22 +1,16 @@
-"""Where rows of csv and tsv files begin and end, and what is no row.
+"""csv and tsv: lines -> header and columns, strictly: what is not a row is a DataError that names the line, or is skipped.
 
-In: lines as UTF-8 without lone carriage returns, and how they are written. Out: `cut`, the end of the last whole row; `scan`, every row
-with its line, and every fault. One module, because a file that is cut into pieces must fall into the same rows as the whole of it.
+How rows are read (pyarrow 26; 1,000,000 rows of 85 MB on one core):
 
-Where quotes pair up (in well-formed lines every other quote opens a field: 0.2 s for 1,000,000 rows of 85 MB), a newline ends a row when an
-even number of quotes stands before it. Else each row is judged: a quote within an unquoted field is text, a quote that never closes, or
-that text follows, is a fault. It costs the line on which the quote opens: reading goes on at the next line. "Never" is `limit` bytes.
+1. pyarrow ends a row at a lone carriage return too, which is text here: a character that the lines do not contain replaces
+   it while they are parsed (`hide_returns`).
+2. Quotes are well-formed where every other one opens a field; a newline then ends a row when an even number of quotes
+   precedes it (0.2 s). pyarrow reads such rows on one thread (0.15 s; two are slower; Python's csv module: 2.2 s).
+3. pyarrow accepts an open quote at the end of the file, and reads `"so" he said` as `so he said`, without an error. Where
+   quotes are not well-formed, or pyarrow refuses a row, `scan_rows` parses row by row (2 s with quotes, 0.5 s without).
 
-Rows of csv and tsv files: whole lines -> columns, strictly, or a DataError that names the line.
-
-In: lines as UTF-8 without lone carriage returns, and how they are written. Out: the header, Arrow large_string columns, and what is no row.
-One module, because the header and the rows below it are one table.
-
-How rows are read, and why it takes three steps (pyarrow 26; 1,000,000 rows of 85 MB on one core):
-1. pyarrow ends a row at a lone carriage return too. Such a one is text here: a character that the lines do not hold stands in for it.
-2. pyarrow reads the rows (0.15 s; Python's csv module: 2.2 s) on one thread (two are slower).
-3. pyarrow takes an open quote at the end, and reads `"so" he said` as `so he said`, without a word. Where quotes do not pair up, and where
-   pyarrow refuses a row, `row_ends.scan` judges row by row, names the line, and knows what to leave out where rows are to be skipped.
+A quote within an unquoted field is text. A quote that never closes (within `limit` bytes), or is followed by text, is an error
+of the line on which it opens, and reading continues at the next line.
 """
 
 import re
@@ -26,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 
 from bertdist.core.errors import DataError
 from bertdist.data.readers.text_lines import (
@@ -42,13 +35,19 @@ from bertdist.data.readers.text_lines import (
 )
 from bertdist.data.source import Column, SkippedRow
 
-_QUOTED = re.compile(rb'"[^"]*(?:""[^"]*)*"(?!")')
+_BOM = b"\xef\xbb\xbf"
+_QUOTED_FIELD = re.compile(rb'"[^"]*(?:""[^"]*)*"(?!")')
+_QUOTE_ADVICE = (
+    'write a quote in a quoted field twice (""), or take quotes as text with --quoting none'
+)
+_DELIMITER_ADVICE = (
+    "put a field that contains the delimiter in double quotes (--quoting double), "
+    "or set the delimiter with --delimiter"
+)
 
-_ADVICE = 'write a quote in a quoted field twice (""), or take quotes as text with --quoting none'
 
-
-class Bad(NamedTuple):
-    """What is no row: data[start:end], told on line `line` (from 0)."""
+class BadRow(NamedTuple):
+    """data[start:end] is not a row; `line` (from 0) is the one to report."""
 
     start: int
     end: int
@@ -56,89 +55,94 @@ class Bad(NamedTuple):
     reason: str
 
 
-class Scan(NamedTuple):
-    """Rows, what is none, and how far that is settled: a row that begins at `stop` goes on beyond the data."""
+class ScanResult(NamedTuple):
+    """Rows, bad rows, and where scanning stopped: a row that begins at `stop` continues beyond the data."""
 
     rows: Rows
-    bad: list[Bad]
+    bad: list[BadRow]
     stop: int
 
 
-class Row(NamedTuple):
-    """One row in full. `fault` says why it is none, and then `end` is where reading goes on. end 0: it goes on beyond the data."""
+class ParsedRow(NamedTuple):
+    """The fields of a row and its end; end 0: it continues beyond the data.
+
+    `error` says why it is not a row; then `end` is where reading continues.
+    """
 
     end: int
     fields: list[bytes]
-    fault: str = ""
-    told_at: int = 0  # the line on which the fault is told, from that of the row
+    error: str = ""
+    error_line: int = 0  # counted from the first line of the row
 
 
-def cut(
-    form: FileFormat, lines: Lines, num_fields: int, is_all: bool, soft: int, limit: int
-) -> tuple[int, Scan | None]:
-    """Where the last row ends that ends within `soft` bytes, else the first one; 0: it ends beyond the lines. is_all: nothing follows them.
+def find_row_end(
+    fmt: FileFormat,
+    lines: Lines,
+    num_fields: int,
+    is_all: bool,
+    soft_limit: int,
+    limit: int,
+) -> tuple[int, ScanResult | None]:
+    """The end of the last row that ends within `soft_limit` bytes, else of the first row; 0: it ends beyond the lines.
 
-    Where quotes do not tell by themselves which newlines end a row, every row is judged; then what was found comes with it.
+    is_all: nothing follows the lines. Where quotes are not well-formed, the rows are scanned; the result is returned too.
     """
     data = lines.data
-    if not form.quoted:
-        return last_line_end(data, is_all, soft), None
-    ends, _ = _even_ends(data)
-    within = ends[ends <= soft]
+    if not fmt.quoted:
+        return last_line_end(data, is_all, soft_limit), None
+    ends, _ = _row_ends(data)
+    within = ends[ends <= soft_limit]
     stop = int(within[-1] if len(within) else ends[0] if len(ends) else 0)
-    if is_all and (len(data) <= soft or stop == 0):
+    if is_all and (len(data) <= soft_limit or stop == 0):
         stop = len(data)
-    if stop and is_clean(form, data[:stop], limit):
+    if stop and is_well_formed(fmt, data[:stop], limit):
         return stop, None
-    found = scan(form, lines, num_fields, limit, is_all, soft)
-    return found.stop, found
+    result = scan_rows(fmt, lines, num_fields, limit, is_all, soft_limit)
+    return result.stop, result
 
 
-def last_line_end(data: bytes, is_all: bool, soft: int) -> int:
-    """`cut` where every newline ends a row."""
-    if is_all and len(data) <= soft:
+def last_line_end(data: bytes, is_all: bool, soft_limit: int) -> int:
+    """`find_row_end` where every newline ends a row."""
+    if is_all and len(data) <= soft_limit:
         return len(data)
-    stop = data.rfind(b"\n", 0, soft) + 1 or data.find(b"\n") + 1
+    stop = data.rfind(b"\n", 0, soft_limit) + 1 or data.find(b"\n") + 1
     return len(data) if is_all and not stop else stop
 
 
-def clean_rows(form: FileFormat, data: bytes, num_fields: int) -> Rows:
-    """Rows of data without fault, whose quotes pair up where it is quoted."""
-    if not form.quoted:
+def well_formed_rows(fmt: FileFormat, data: bytes, num_fields: int) -> Rows:
+    """Rows of data without bad rows, whose quotes are well-formed."""
+    if not fmt.quoted:
         return rows_of_lines(data, blank=num_fields == 1)
-    ends, num_lines = _even_ends(data)
+    ends, num_lines = _row_ends(data)
     if data and not data.endswith(b"\n"):
         ends, num_lines = np.append(ends, len(data)), np.append(num_lines, 0)
     return rows_between(data, ends, np.append(0, num_lines[:-1])[: len(ends)], num_fields == 1)
 
 
-def _even_ends(data: bytes) -> tuple[Offsets, Offsets]:
-    """Bytes, and lines, up to and with each newline that has an even number of quotes before it."""
+def _row_ends(data: bytes) -> tuple[Offsets, Offsets]:
+    """Bytes, and lines, up to and with each newline that an even number of quotes precedes."""
     text = np.frombuffer(data, np.uint8)
     newlines = np.flatnonzero(text == ord("\n"))
     even = np.flatnonzero(np.searchsorted(np.flatnonzero(text == ord('"')), newlines) % 2 == 0)
     return newlines[even] + 1, even + 1
 
 
-def is_clean(form: FileFormat, data: bytes, limit: int) -> bool:
-    """Whether newlines tell by themselves where rows end: quotes pair up, and no row has more than `limit` bytes."""
-    if not form.quoted or not quotes_pair_up(data, form.delimiter):
-        return not form.quoted
-    return (
-        len(data) <= limit
-        or int(np.diff(_even_ends(data)[0], prepend=0, append=len(data)).max()) <= limit
-    )
+def is_well_formed(fmt: FileFormat, data: bytes, limit: int) -> bool:
+    """Whether newlines and quotes alone show where rows end, and no row has more than `limit` bytes."""
+    if not fmt.quoted:
+        return True
+    if not quotes_pair_up(data, fmt.delimiter):
+        return False
+    sizes = np.diff(_row_ends(data)[0], prepend=0, append=len(data))
+    return len(data) <= limit or int(sizes.max()) <= limit
 
 
 def quotes_pair_up(data: bytes, delimiter: str) -> bool:
     """Whether quotes 0, 2, 4, ... open a field or follow a quote, and quotes 1, 3, 5, ... close one or precede a quote."""
     text = np.frombuffer(b"\n" + data + b"\n", np.uint8)
     quotes = np.flatnonzero(text == ord('"'))
-    before, after, edges = (
-        text[quotes[::2] - 1],
-        text[quotes[1::2] + 1],
-        [ord(delimiter), ord("\n"), ord('"')],
-    )
+    before, after = text[quotes[::2] - 1], text[quotes[1::2] + 1]
+    edges = [ord(delimiter), ord("\n"), ord('"')]
     return bool(
         len(quotes) % 2 == 0
         and np.isin(before, edges).all()
@@ -146,94 +150,93 @@ def quotes_pair_up(data: bytes, delimiter: str) -> bool:
     )
 
 
-def scan(
-    form: FileFormat,
+def scan_rows(
+    fmt: FileFormat,
     lines: Lines,
     num_fields: int,
     limit: int,
     is_all: bool = True,
-    soft: int | None = None,
-) -> Scan:
-    """Every row, judged one by one (1,000,000 rows: 2 s with quotes, 0.5 s without), as far as `cut` says."""
-    if not form.quoted:
-        return _scan_unquoted(form, lines.data, num_fields)
+    soft_limit: int | None = None,
+) -> ScanResult:
+    """Every row, parsed one by one, up to the end that `find_row_end` describes."""
+    if not fmt.quoted:
+        return _scan_unquoted(fmt, lines.data, num_fields)
     size, data = len(lines.data), with_line_end(lines.data)
-    delimiter = re.escape(form.delimiter.encode())
+    delimiter = re.escape(fmt.delimiter.encode())
     field = rb'(?:"[^"]*(?:""[^"]*)*"(?!")|[^"%b\n][^%b\n]*|)' % (delimiter, delimiter)
-    # A row of the right number of fields; the last one may take the \r of the line end.
+    # A row of the right number of fields; the last one may include the \r of the line end.
     good = re.compile(rb"%b(?:%b%b){%d}\r?\n" % (field, delimiter, field, num_fields - 1))
-    found: list[tuple[int, int, int]] = []
-    bad: list[Bad] = []
+    rows: list[tuple[int, int, int]] = []
+    bad: list[BadRow] = []
     at = line = 0
     while at < len(data):
-        fault, told_at, blank = "", 0, 0
+        error, error_line, blank = "", 0, 0
         if match := good.match(data, at, at + limit):
             end = match.end()
-        elif blank := blank_at(data, at):
+        elif blank := blank_line_size(data, at):
             end = at + blank
         else:
-            row = judge(form, data, at, lines.first + line, limit, is_all)
-            end, told_at = row.end, row.told_at
-            fault = row.fault or _wrong_count(form, len(row.fields), num_fields)
-        if not end or (soft is not None and at and end > soft):
+            row = parse_row(fmt, data, at, lines.first + line, limit, is_all)
+            end, error_line = row.end, row.error_line
+            error = row.error or _wrong_count(fmt, len(row.fields), num_fields)
+        if not end or (soft_limit is not None and at and end > soft_limit):
             break
-        if fault:
-            bad.append(Bad(at, min(end, size), line + told_at, fault))
+        if error:
+            bad.append(BadRow(at, min(end, size), line + error_line, error))
         elif not blank:
-            found.append((at, min(end, size), line))
+            rows.append((at, min(end, size), line))
         line, at = line + data.count(b"\n", at, end), end
-    starts, ends, firsts = np.array(found, np.int64).reshape(-1, 3).T
-    return Scan(Rows(starts, ends, firsts), bad, min(at, size))
+    starts, ends, first_lines = np.array(rows, np.int64).reshape(-1, 3).T
+    return ScanResult(Rows(starts, ends, first_lines), bad, min(at, size))
 
 
-def _scan_unquoted(form: FileFormat, data: bytes, num_fields: int) -> Scan:
+def _scan_unquoted(fmt: FileFormat, data: bytes, num_fields: int) -> ScanResult:
     rows = rows_of_lines(data, blank=num_fields == 1)
-    delimiters = np.flatnonzero(np.frombuffer(data, np.uint8) == ord(form.delimiter))
+    delimiters = np.flatnonzero(np.frombuffer(data, np.uint8) == ord(fmt.delimiter))
     counts = np.searchsorted(delimiters, rows.ends) - np.searchsorted(delimiters, rows.starts) + 1
     wrong = counts != num_fields
     bad = [
-        Bad(start, end, line, _wrong_count(form, count, num_fields))
+        BadRow(start, end, line, _wrong_count(fmt, count, num_fields))
         for start, end, line, count in zip(
             *(part[wrong].tolist() for part in (*rows, counts)), strict=True
         )
     ]
-    return Scan(Rows(*(part[~wrong] for part in rows)), bad, len(data))
+    return ScanResult(Rows(*(part[~wrong] for part in rows)), bad, len(data))
 
 
-def judge(form: FileFormat, data: bytes, at: int, line: int, limit: int, is_all: bool) -> Row:
-    """The row that begins at `at`, on line `line` (from 1) of the file, field by field; data ends with a newline."""
-    plain = re.compile(rb"[^%b\n]*" % re.escape(form.delimiter.encode()))
+def parse_row(
+    fmt: FileFormat, data: bytes, start: int, line: int, limit: int, is_all: bool
+) -> ParsedRow:
+    """The row that begins at `start`, on line `line` (from 1) of the file; data ends with a newline."""
+    delimiter = fmt.delimiter.encode()
+    unquoted_field = re.compile(rb"[^%b\n]*" % re.escape(delimiter))
     fields: list[bytes] = []
-    start, delimiter = at, form.delimiter.encode()
+    at = start
     while True:
-        if form.quoted and data.startswith(b'"', at):
-            quoted = _QUOTED.match(data, at, start + limit)
+        if fmt.quoted and data.startswith(b'"', at):
+            quoted = _QUOTED_FIELD.match(data, at, start + limit)
             if quoted is None:
-                if not is_all and len(data) <= start + limit:
-                    return Row(0, fields)
-                never = (
-                    "never closes"
-                    if len(data) <= start + limit
-                    else f"does not close within {limit:,} bytes"
-                )
-                told = f"a quote opens here and {never}; {_ADVICE}"
-                return Row(data.index(b"\n", at) + 1, fields, told, data.count(b"\n", start, at))
+                is_short = len(data) <= start + limit
+                if not is_all and is_short:
+                    return ParsedRow(0, fields)
+                never = "never closes" if is_short else f"does not close within {limit:,} bytes"
+                error = f"a quote opens here and {never}; {_QUOTE_ADVICE}"
+                error_line = data.count(b"\n", start, at)
+                return ParsedRow(data.index(b"\n", at) + 1, fields, error, error_line)
             end = quoted.end()
             if not data.startswith((delimiter, b"\n", b"\r\n"), end):
                 closed = line + data.count(b"\n", start, end)
-                told = f"text follows the quote closed on line {closed}; {_ADVICE}"
-                return Row(data.index(b"\n", at) + 1, fields, told)
+                error = f"text follows the quote closed on line {closed}; {_QUOTE_ADVICE}"
+                return ParsedRow(data.index(b"\n", at) + 1, fields, error)
             fields.append(quoted[0][1:-1].replace(b'""', b'"'))
             at = end
         else:
-            unquoted = plain.match(data, at)
-            assert unquoted is not None
-            at = unquoted.end()
-            fields.append(
-                unquoted[0].removesuffix(b"\r") if data.startswith(b"\n", at) else unquoted[0]
-            )
+            unquoted = unquoted_field.match(data, at)
+            assert unquoted is not None, at
+            at, field = unquoted.end(), unquoted[0]
+            fields.append(field.removesuffix(b"\r") if data.startswith(b"\n", at) else field)
         if not data.startswith(delimiter, at):
-            return Row(data.index(b"\n", at) + 1, fields)
+            return ParsedRow(data.index(b"\n", at) + 1, fields)
         at += 1
 
 
@@ -242,65 +245,63 @@ def with_line_end(data: bytes) -> bytes:
     return data if data.endswith(b"\n") else data + b"\n"
 
 
-def blank_at(data: bytes, at: int) -> int:
-    """Length of the blank line that begins at `at`, else 0."""
+def blank_line_size(data: bytes, at: int) -> int:
+    """Bytes of the blank line that begins at `at`, else 0."""
     return 1 if data.startswith(b"\n", at) else 2 if data.startswith(b"\r\n", at) else 0
 
 
-def _wrong_count(form: FileFormat, found: int, expected: int) -> str:
-    if found == expected:
+def _wrong_count(fmt: FileFormat, count: int, expected: int) -> str:
+    if count == expected:
         return ""
-    source = "the header" if form.has_header else "--column_names"
-    advice = "put a field that holds the delimiter in double quotes (--quoting double), or name the delimiter with --delimiter"
-    return f"{found} field{'s' * (found > 1)}, expected {expected} as in {source}; {advice}"
-
-
-_BOM = b"\xef\xbb\xbf"
+    source = "the header" if fmt.has_header else "--column_names"
+    plural = "s" * (count > 1)
+    return f"{count} field{plural}, expected {expected} as in {source}; {_DELIMITER_ADVICE}"
 
 
 def read_header(
-    form: FileFormat, lines: Lines, is_all: bool, limit: int
+    fmt: FileFormat, lines: Lines, is_all: bool, limit: int
 ) -> tuple[list[str], int] | None:
-    """Names of the columns (none where there is no row), and how many lines stand before the first row.
+    """Names of the columns ([]: the file has no rows), and the number of lines before the first row.
 
-    None where the header goes on beyond these lines, which are the file's first. Raises DataError.
+    lines: the first of the file. None: the header continues beyond them. Raises DataError.
     """
     data = with_line_end(lines.data)
     at = line = 0
-    while at < len(lines.data) and (blank := blank_at(data, at)) and len(form.column_names) != 1:
-        at, line = at + blank, line + 1
+    if len(fmt.column_names) != 1:  # else a blank line is a row
+        while at < len(lines.data) and (blank := blank_line_size(data, at)):
+            at, line = at + blank, line + 1
     if at >= len(lines.data):
         return ([], line) if is_all else None
-    row = judge(form, data, at, 1 + line, limit, is_all)
+    row = parse_row(fmt, data, at, 1 + line, limit, is_all)
     if not row.end:
         return None
-    if row.fault and not form.has_header:
-        return list(form.column_names), 0  # a row of data: `parse` refuses it, or leaves it out
-    if row.fault:
-        raise DataError(f"{form.name} line {1 + line + row.told_at}: {row.fault}.")
+    if row.error and not fmt.has_header:
+        return list(fmt.column_names), 0  # a row of data: `parse_csv` rejects it
+    if row.error:
+        raise DataError(f"{fmt.name} line {1 + line + row.error_line}: {row.error}.")
     num_lines = line + data.count(b"\n", at, row.end)
-    if broken := [number for number in lines.broken if number < num_lines and form.has_header]:
-        raise DataError(f"{form.name} line {1 + broken[0]}: {lines.broken[broken[0]]}.")
+    broken = [number for number in lines.broken if number < num_lines]
+    if broken and fmt.has_header:
+        raise DataError(f"{fmt.name} line {1 + broken[0]}: {lines.broken[broken[0]]}.")
     fields = [field.decode().replace(lines.stand_in or "\r", "\r") for field in row.fields]
-    here = f"{form.name} line {1 + line}"
-    if form.has_header:
+    location = f"{fmt.name} line {1 + line}"
+    if fmt.has_header:
         if twice := twice_in([name for name in fields if name]):
-            raise DataError(
-                f"{here}: the header has two columns {twice!r}; rename one, or give --column_names."
-            )
+            advice = "rename one, or give --column_names"
+            raise DataError(f"{location}: the header has two columns {twice!r}; {advice}.")
         return fields, num_lines
-    named = [
-        (field, name) for field, name in zip(fields, form.column_names, strict=False) if name != "_"
-    ]
-    if len(named) > 1 and all(field == name for field, name in named):
+    pairs = zip(fields, fmt.column_names, strict=False)
+    named = [field == name for field, name in pairs if name != "_"]
+    if len(named) > 1 and all(named):
         raise DataError(
-            f"{here} holds the names of --column_names: the file has a header; remove --column_names."
+            f"{location} holds the names of --column_names: the file has a header; "
+            "remove --column_names."
         )
-    return list(form.column_names), 0
+    return list(fmt.column_names), 0
 
 
-def parse(
-    form: FileFormat,
+def parse_csv(
+    fmt: FileFormat,
     lines: Lines,
     names: list[str],
     wanted: Sequence[str],
@@ -308,76 +309,76 @@ def parse(
     skip: bool,
     limit: int,
     block_bytes: int,
-    found: Scan | None = None,
+    scan: ScanResult | None = None,
 ) -> Parsed:
-    """The columns `wanted` of whole rows. `found`: what `row_ends.cut` saw of these very lines.
+    """The columns `wanted` of complete rows. scan: the result of `find_row_end` for these lines.
 
-    Raises DataError at what is no row; with skip, it is left out and told.
+    Raises DataError at what is not a row; with skip, it is skipped and returned as such.
     """
-    data, num_fields, keys = lines.data, len(names), [names.index(name) for name in wanted] or [0]
-    if found is None and (lines.broken or not is_clean(form, data, limit)):
-        found = scan(form, lines, num_fields, limit)
+    data, num_fields = lines.data, len(names)
+    indices = [names.index(name) for name in wanted] or [0]
+    if scan is None and (lines.broken or not is_well_formed(fmt, data, limit)):
+        scan = scan_rows(fmt, lines, num_fields, limit)
     table = None
-    if found is None:
+    if scan is None:
         try:
-            table = _read_csv(form, data, num_fields, keys, block_bytes)
+            table = _read_csv(fmt, data, num_fields, indices, block_bytes)
         except pa.ArrowInvalid:
-            found = scan(form, lines, num_fields, limit)
-            if not found.bad:
+            scan = scan_rows(fmt, lines, num_fields, limit)
+            if not scan.bad:
                 raise
-    bad: list[SkippedRow] = []
+    skipped: list[SkippedRow] = []
     rows = None
-    if found is not None:
-        bad, rows = _refuse(form, lines, found, skip)
-        table = _read_csv(
-            form, b"".join(_runs(data, rows)) if bad else data, num_fields, keys, block_bytes
-        )
+    if scan is not None:
+        skipped, rows = _reject(fmt, lines, scan, skip)
+        good = b"".join(_adjacent_rows(data, rows)) if skipped else data
+        table = _read_csv(fmt, good, num_fields, indices, block_bytes)
     assert table is not None
-    columns: dict[str, Column] = {}
-    for name, column in zip(wanted, table.columns, strict=False):
-        columns[name] = (
-            pc.replace_substring(column, lines.stand_in, "\r") if lines.stand_in else column
-        )
-    return Parsed(
-        columns,
-        table.num_rows,
-        bad,
-        lambda: clean_rows(form, data, num_fields) if rows is None else rows,
-    )
+    columns: dict[str, Column] = dict(zip(wanted, table.columns, strict=False))
+    if lines.stand_in:
+        for name, column in columns.items():
+            columns[name] = pc.replace_substring(column, lines.stand_in, "\r")
+
+    def find_rows() -> Rows:
+        return well_formed_rows(fmt, data, num_fields) if rows is None else rows
+
+    return Parsed(columns, table.num_rows, skipped, find_rows)
 
 
 def _read_csv(
-    form: FileFormat, data: bytes, num_fields: int, keys: list[int], block_bytes: int
+    fmt: FileFormat, data: bytes, num_fields: int, indices: list[int], block_bytes: int
 ) -> pa.Table:
-    """Columns `keys` as large_string; raises ArrowInvalid."""
-    types = {str(key): pa.large_string() for key in keys}
+    """The columns at `indices` as large_string; raises ArrowInvalid."""
+
+    from pyarrow import csv  # not paid for by other kinds of files
+
+    types = {str(index): pa.large_string() for index in indices}
     if not data:  # pyarrow would call it an invalid file
         return pa.table([pa.chunked_array([], kind) for kind in types.values()], names=list(types))
-    parsing = pa.csv.ParseOptions(
-        delimiter=form.delimiter,
-        quote_char='"' if form.quoted else False,
-        newlines_in_values=form.quoted,
+    parse_options = csv.ParseOptions(
+        delimiter=fmt.delimiter,
+        quote_char='"' if fmt.quoted else False,
+        newlines_in_values=fmt.quoted,
+        ignore_empty_lines=num_fields > 1,
     )
-    parsing.ignore_empty_lines = num_fields > 1
-    reading = pa.csv.ReadOptions(
+    read_options = csv.ReadOptions(
         use_threads=False,
         block_size=block_bytes,
-        column_names=[str(at) for at in range(num_fields)],
+        column_names=[str(index) for index in range(num_fields)],
     )
-    converting = pa.csv.ConvertOptions(
+    convert_options = csv.ConvertOptions(
         include_columns=list(types), column_types=types, strings_can_be_null=False, check_utf8=False
     )
-    data = (
-        _BOM + data if data.startswith(_BOM) else data
-    )  # pyarrow takes one away, and here it is text
-    return pa.csv.read_csv(pa.BufferReader(data), reading, parsing, converting)
+    if data.startswith(_BOM):  # pyarrow removes one, and here it is text
+        data = _BOM + data
+    return csv.read_csv(pa.BufferReader(data), read_options, parse_options, convert_options)
 
 
-def _refuse(
-    form: FileFormat, lines: Lines, found: Scan, skip: bool
+def _reject(
+    fmt: FileFormat, lines: Lines, scan: ScanResult, skip: bool
 ) -> tuple[list[SkippedRow], Rows]:
-    """What is left out, in the order of the lines, and the rows that stay. Without skip, a DataError at the first one that is."""
-    rows, bad = found.rows, list(found.bad)
+    """The skipped rows, in the order of the lines, and the other rows. Without skip, a DataError at the first bad one."""
+    rows, bad = scan.rows, list(scan.bad)
     if lines.broken:
         ends = np.flatnonzero(np.frombuffer(lines.data, np.uint8) == ord("\n")) + 1
         keep = np.ones(len(rows.starts), bool)
@@ -386,23 +387,21 @@ def _refuse(
             row = int(np.searchsorted(rows.starts, start, "right")) - 1
             if row >= 0 and start < rows.ends[row] and keep[row]:
                 keep[row] = False
-                bad.append(
-                    Bad(int(rows.starts[row]), int(rows.ends[row]), int(rows.lines[row]), reason)
-                )
+                start, end, first_line = (int(part[row]) for part in rows)
+                bad.append(BadRow(start, end, first_line, reason))
         rows = Rows(*(part[keep] for part in rows))
     bad.sort()
     if bad and not skip:
-        raise DataError(f"{form.name} line {lines.first + bad[0].line}: {bad[0].reason}.")
-    return [
-        SkippedRow(
-            form.name, lines.first + one.line, one.reason, text_at(lines, one.start, one.end)
-        )
-        for one in bad
-    ], rows
+        raise DataError(f"{fmt.name} line {lines.first + bad[0].line}: {bad[0].reason}.")
+    skipped = [
+        SkippedRow(fmt.name, lines.first + line, reason, text_at(lines, start, end))
+        for start, end, line, reason in bad
+    ]
+    return skipped, rows
 
 
-def _runs(data: bytes, rows: Rows) -> Iterator[bytes]:
-    """Rows that stand side by side, together."""
+def _adjacent_rows(data: bytes, rows: Rows) -> Iterator[bytes]:
+    """The bytes of the rows; rows without a gap between them together."""
     if len(rows.starts):
         gaps = (np.flatnonzero(rows.starts[1:] != rows.ends[:-1]) + 1).tolist()
         for first, last in zip([0, *gaps], [*gaps, len(rows.starts)], strict=True):

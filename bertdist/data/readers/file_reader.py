@@ -27,10 +27,16 @@ import pyarrow as pa
 import xxhash
 
 from bertdist.core.errors import DataError, did_you_mean
-from bertdist.data.readers.csv_reader import Scan, cut, last_line_end, parse, read_header
+from bertdist.data.readers.csv_reader import (
+    ScanResult,
+    find_row_end,
+    last_line_end,
+    parse_csv,
+    read_header,
+)
 from bertdist.data.readers.jsonl_reader import parse_json, parse_txt, read_keys
 from bertdist.data.readers.parquet_reader import parquet_columns, read_slices, read_whole
-from bertdist.data.readers.sniffing import HEAD_BYTES, guess_encoding, guess_table, head_as_utf8
+from bertdist.data.readers.sniffing import HEAD_BYTES, detect_encoding, detect_table, head_as_utf8
 from bertdist.data.readers.text_lines import (
     Buffer,
     FileFormat,
@@ -235,7 +241,7 @@ class FileReader:
 
     def _take(
         self, buffer: Buffer, head: _Head, place: ReaderState
-    ) -> tuple[Lines, Scan | None, int] | None:
+    ) -> tuple[Lines, ScanResult | None, int] | None:
         """The next lines that hold whole rows, what was seen of them, and their bytes in the file; None at its end."""
         size = self.chunk_bytes
         while True:
@@ -247,7 +253,7 @@ class FileReader:
             if num_bytes:
                 lines = self._lines(raw[:num_bytes], head.codec, place["line"])
                 if self._is_table():
-                    stop, found = cut(
+                    stop, found = find_row_end(
                         self.file, lines, len(head.names), is_all, self.chunk_bytes, self.row_bytes
                     )
                 else:
@@ -325,7 +331,7 @@ class FileReader:
         head: _Head,
         lines: Lines,
         wanted: Sequence[str],
-        found: Scan | None = None,
+        found: ScanResult | None = None,
         rows: int | None = None,
     ) -> Parsed:
         if self.file.kind == "txt":
@@ -333,7 +339,7 @@ class FileReader:
         if not self._is_table():
             return parse_json(self.file, lines, wanted, skip=self.skip, num_rows=rows)
         limit = self.row_bytes if self.skip or found else 1 << 40
-        return parse(
+        return parse_csv(
             self.file,
             lines,
             head.names,
@@ -341,7 +347,7 @@ class FileReader:
             skip=self.skip,
             limit=limit,
             block_bytes=self.block_bytes,
-            found=found,
+            scan=found,
         )
 
     def _parse_all(self, wanted: Sequence[str], rows: int | None = None) -> tuple[Parsed, Lines]:
@@ -491,10 +497,10 @@ def _guess(
     """`form` as far as it is to be guessed, guessed; None where the file is of no known kind."""
     head, is_all = first_bytes(form.name, open_bytes, HEAD_BYTES)
     if encoding:
-        form = replace(form, encoding=guess_encoding(head, is_all) or "utf-8")
+        form = replace(form, encoding=detect_encoding(head, is_all) or "utf-8")
     if form.kind in ("jsonl", "json", "txt") or not (delimiter or quoting):
         return form
     codec, mark = codec_of(form, head)
-    return guess_table(
+    return detect_table(
         form, head_as_utf8(head[mark:], codec, is_all), is_all, delimiter=delimiter, quoting=quoting
     )

@@ -1,7 +1,6 @@
-"""Rows of JSON lines and of plain text: whole lines -> columns, strictly, or a DataError that names the line.
+"""JSON lines and plain text, one row per line: lines -> columns, strictly, or a DataError that names the line.
 
-In: lines as UTF-8. Out: Python lists of what the objects hold (JSON lines); the lines themselves as Arrow large_string (txt).
-One module: both have one row a line, whatever stands in it.
+JSON lines become Python lists of the values, plain text becomes one Arrow column of large_string.
 """
 
 import io
@@ -23,119 +22,104 @@ from bertdist.data.readers.text_lines import (
     text_at,
     twice_in,
 )
-from bertdist.data.source import Column, SkippedRow, excerpt
+from bertdist.data.source import SkippedRow, excerpt
 
 
-def read_keys(form: FileFormat, lines: Lines, is_all: bool, skip: bool) -> list[str] | None:
-    """Keys of the first object (none where there is none). None where it stands beyond these lines, which are the file's first."""
+def read_keys(fmt: FileFormat, lines: Lines, is_all: bool, skip: bool) -> list[str] | None:
+    """Keys of the first object; [] in a file without one. lines: the first of the file; None: it is beyond them."""
     if lines.data.lstrip(b" \t\r\n").startswith(b"["):
         raise DataError(
-            f"{form.name} starts with '[': it is one JSON array, expected one object a line (`jq -c '.[]'` writes that)."
+            f"{fmt.name} starts with '[': it is one JSON array, expected one object per line "
+            "(`jq -c '.[]'` writes that)."
         )
-    _, first = next(_objects(form, lines, [] if skip else None), (0, {}))
+    _, first = next(_objects(fmt, lines, [] if skip else None), (0, {}))
     return list(first) if first or is_all else None
 
 
 def parse_json(
-    form: FileFormat,
-    lines: Lines,
-    wanted: Sequence[str],
-    *,
-    skip: bool,
-    num_rows: int | None = None,
+    fmt: FileFormat, lines: Lines, wanted: Sequence[str], *, skip: bool, num_rows: int | None = None
 ) -> Parsed:
-    """The values of the keys `wanted`, of the first `num_rows` objects. Raises DataError at what is no object or lacks a key.
+    """The values of the keys `wanted`, of the first `num_rows` objects.
 
-    With skip, it is left out and told.
+    Raises DataError at what is not an object or lacks a key; with skip, it is skipped and returned as such.
     """
     columns: dict[str, list[Any]] = {name: [] for name in wanted}
     numbers: list[int] = []
-    bad: list[SkippedRow] | None = [] if skip else None
-    objects = _objects(form, lines, bad, frozenset(wanted))
-    for line, found in islice(objects, num_rows):
+    skipped: list[SkippedRow] | None = [] if skip else None
+    objects = _objects(fmt, lines, skipped, frozenset(wanted))
+    for line, value in islice(objects, num_rows):
         numbers.append(line)
         for name, column in columns.items():
-            column.append(found[name])
+            column.append(value[name])
 
-    def rows() -> Rows:
-        every, kept = rows_of_lines(lines.data, blank=True), np.array(numbers, np.int64)
-        return Rows(*(part[kept] for part in every))
+    def find_rows() -> Rows:
+        rows, kept = rows_of_lines(lines.data, blank=True), np.array(numbers, np.int64)
+        return Rows(*(part[kept] for part in rows))
 
-    taken: dict[str, Column] = dict(columns)
-    return Parsed(taken, len(numbers), bad or [], rows)
+    return Parsed({**columns}, len(numbers), skipped or [], find_rows)
 
 
-def parse_txt(form: FileFormat, lines: Lines, wanted: Sequence[str]) -> Parsed:
-    """Every line as a text; those with bytes that are not of the encoding are left out and told."""
-    texts = (
-        lines.data.decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
-        if lines.data
-        else []
-    )
+def parse_txt(fmt: FileFormat, lines: Lines, wanted: Sequence[str]) -> Parsed:
+    """Each line without its line end, blank lines too; with skip, lines that cannot be decoded are skipped."""
+    data = lines.data.decode().replace("\r\n", "\n").removesuffix("\n")
+    texts = data.split("\n") if lines.data else []
     rows = rows_of_lines(lines.data, blank=True)
-    bad = []
+    skipped = []
     if lines.broken:
-        bad = [
-            SkippedRow(
-                form.name,
-                lines.first + line,
-                reason,
-                text_at(lines, int(rows.starts[line]), int(rows.ends[line])),
-            )
-            for line, reason in sorted(lines.broken.items())
-        ]
+        for line, reason in sorted(lines.broken.items()):
+            text = text_at(lines, int(rows.starts[line]), int(rows.ends[line]))
+            skipped.append(SkippedRow(fmt.name, lines.first + line, reason, text))
         kept = np.array([line for line in range(len(texts)) if line not in lines.broken], np.int64)
         texts, rows = [texts[line] for line in kept], Rows(*(part[kept] for part in rows))
-    return Parsed(
-        dict.fromkeys(wanted, pa.chunked_array([texts], pa.large_string())),
-        len(texts),
-        bad,
-        lambda: rows,
-    )
+    column = pa.chunked_array([texts], pa.large_string())
+    return Parsed(dict.fromkeys(wanted, column), len(texts), skipped, lambda: rows)
 
 
 def _objects(
-    form: FileFormat, lines: Lines, bad: list[SkippedRow] | None, keys: Set[str] = frozenset()
+    fmt: FileFormat, lines: Lines, skipped: list[SkippedRow] | None, keys: Set[str] = frozenset()
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line from 0, object) of every line that is not blank; where there is `bad`, what is no object with these keys goes there."""
+    """(line from 0, object) of every line that is not blank.
+
+    What is not an object with these keys is added to `skipped`; without such a list it is a DataError.
+    """
     decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_object)
-    for line, text in enumerate(
-        io.TextIOWrapper(io.BytesIO(lines.data), encoding="utf-8", newline="\n")
-    ):  # a line ends at \n only
+    # newline: a line ends at \n only
+    texts = io.TextIOWrapper(io.BytesIO(lines.data), encoding="utf-8", newline="\n")
+    for line, text in enumerate(texts):
         if not text.strip(" \t\r\n"):
             continue
-        found: Any = None
+        value: Any = None
         reason = lines.broken.get(line, "")
         if not reason:
             try:
-                found = decoder.decode(text)
+                value = decoder.decode(text)
             except (ValueError, RecursionError) as error:
-                reason = f"not JSON: {getattr(error, 'msg', error)}; expected one object a line"
+                reason = f"not JSON: {getattr(error, 'msg', error)}; expected one object per line"
             else:
-                reason = _lacks(found, keys)
+                reason = _missing(value, keys)
         if not reason:
-            yield line, found
-        elif bad is None:
-            raise DataError(
-                f"{form.name} line {lines.first + line}: {reason}{'' if reason.endswith(('.', '?')) else '.'}"
-            )
+            yield line, value
+        elif skipped is None:
+            end = "" if reason.endswith((".", "?")) else "."
+            raise DataError(f"{fmt.name} line {lines.first + line}: {reason}{end}")
         else:
-            bad.append(SkippedRow(form.name, lines.first + line, reason, excerpt(text)))
+            skipped.append(SkippedRow(fmt.name, lines.first + line, reason, excerpt(text)))
 
 
-def _lacks(found: Any, keys: Set[str]) -> str:
-    if type(found) is dict and found and found.keys() >= keys:
+def _missing(value: Any, keys: Set[str]) -> str:
+    """Why the value is not an object with these keys; "" if it is."""
+    if type(value) is not dict or not value:
+        return f"expected a JSON object with keys, found {json.dumps(value)[:40]}"
+    if value.keys() >= keys:
         return ""
-    if type(found) is not dict or not found:
-        return f"expected a JSON object with keys, found {json.dumps(found)[:40]}"
-    missing = min(key for key in keys if key not in found)
-    return f"the key {missing!r} is missing.{did_you_mean(missing, found)}"
+    missing = min(key for key in keys if key not in value)
+    return f"the key {missing!r} is missing.{did_you_mean(missing, value)}"
 
 
 def _object(pairs: list[tuple[str, Any]] | str) -> dict[str, Any]:
     if isinstance(pairs, str):
         raise ValueError(f"{pairs} is not a JSON number")
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError(f"the key {twice_in([key for key, _ in pairs])!r} stands twice")
-    return found
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError(f"the key {twice_in([key for key, _ in pairs])!r} occurs twice")
+    return result

@@ -199,7 +199,8 @@ def utf8_lines(form: FileFormat, raw: bytes, codec: str, first: int, skip: bool)
     except (pa.ArrowInvalid, UnicodeError):
         pass
     advice = (
-        "--encoding cp1252 (or the right one)"
+        "--encoding (such as cp1252 for Western European, cp1251 for Cyrillic, gb18030 for Chinese, "
+        "cp932 for Japanese text),"
         if codec == "utf-8"
         else "the --encoding it was written in"
     )

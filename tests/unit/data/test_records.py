@@ -483,7 +483,7 @@ def test_bytes_that_are_not_utf8_are_named_with_file_line_and_byte(shared_data: 
         lambda: train(str(path), text_column="v2", label_column="v1", encoding="utf-8")
     )
     assert message.startswith(
-        f"spam.csv line {line}: byte 0x{byte:02X} is not utf-8; pass --encoding cp1252"
+        f"spam.csv line {line}: byte 0x{byte:02X} is not utf-8; pass --encoding (such as cp1252 for Western "
     )
     records = train(str(path), text_column="v2", label_column="v1", encoding="cp1252")
     assert len(records) == 5_572 and any("£" in record.text for record in rows_of(records))
@@ -562,7 +562,7 @@ def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
             "a.csv",
             b"text,label\na,1\n\xa35,0\n",
             {},
-            "a.csv line 3: byte 0xA3 is not utf-8; pass --encoding cp1252 (or the right one)",
+            "a.csv line 3: byte 0xA3 is not utf-8; pass --encoding (such as cp1252 for Western European",
         ),
         (
             "a.jsonl",
@@ -643,7 +643,7 @@ def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
             "a.json",
             '[{"text": "a", "label": 1}]',
             {},
-            "a.json starts with '[': it is one JSON array, expected one object a line",
+            "a.json starts with '[': it is one JSON array, expected one object per line",
         ),
         ("a.json", '{\n "text": "a"\n}', {}, "a.json line 1: not JSON: "),
         (
@@ -668,7 +668,7 @@ def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
             "a.jsonl",
             '{"text": "a", "label": 1, "text": "b"}\n',
             {},
-            "a.jsonl line 1: not JSON: the key 'text' stands twice",
+            "a.jsonl line 1: not JSON: the key 'text' occurs twice",
         ),
         ("a.jsonl", "[" * 100_000 + "\n", {}, "a.jsonl starts with '['"),
         ("a.jsonl", '{"a":' * 100_000 + "\n", {}, "a.jsonl line 1: not JSON: "),

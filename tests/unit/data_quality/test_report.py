@@ -166,7 +166,8 @@ def test_smsspamcollection_and_its_spreadsheet(shared_data: Path) -> None:
     assert len(found.splits["train"]) == 5_572 and the(found, "overflow_columns").count == 50
     assert the(found, "duplicates").count == 403
     with pytest.raises(
-        DataError, match=r"^spam.csv line \d+: byte 0x.. is not utf-8; pass --encoding cp1252"
+        DataError,
+        match=r"^spam.csv line \d+: byte 0x.. is not utf-8; pass --encoding \(such as cp1252 ",
     ):
         real(
             shared_data / "sms_spam",

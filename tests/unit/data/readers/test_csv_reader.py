@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from bertdist.core.errors import DataError
-from bertdist.data.readers.csv_reader import parse, read_header
+from bertdist.data.readers.csv_reader import parse_csv, read_header
 from bertdist.data.readers.text_lines import FileFormat, Lines, Parsed, hide_returns
 
 CSV = FileFormat(name="a.csv", kind="csv", quoted=True)
@@ -18,7 +18,9 @@ def lines_of(text: str, first: int = 1, **broken: str) -> Lines:
 
 
 def parsed(lines: Lines, skip: bool = False, form: FileFormat = CSV) -> Parsed:
-    return parse(form, lines, ["a", "b"], ["b", "a"], skip=skip, limit=1 << 20, block_bytes=1 << 20)
+    return parse_csv(
+        form, lines, ["a", "b"], ["b", "a"], skip=skip, limit=1 << 20, block_bytes=1 << 20
+    )
 
 
 def values(found: Parsed) -> dict[str, Any]:

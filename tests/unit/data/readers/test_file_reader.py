@@ -280,7 +280,7 @@ def test_a_boundary_that_does_not_look_at_quotes_is_seen(monkeypatch: pytest.Mon
     ) -> tuple[int, None]:
         return row_ends.last_line_end(lines.data, is_all, soft), None
 
-    monkeypatch.setattr(file_rows, "cut", at_a_newline)
+    monkeypatch.setattr(file_rows, "find_row_end", at_a_newline)
     assert any(in_pieces(file, chunk_bytes=size) != expected for size in range(1, 60))
 
 

@@ -10,11 +10,11 @@ import pytest
 
 from bertdist.core.errors import DataError
 from bertdist.data.readers.file_reader import DataFile, FileReader, inspect_file
-from bertdist.data.readers.sniffing import guess_encoding
+from bertdist.data.readers.sniffing import detect_encoding
 
 SENTENCES = {
     "en": "The ticket was £5 and the film “not bad at all”. It’s a café, naïve and simple, said the critic to his friend.\tpos\n"
-    + "plain\tneg\n" * 90,
+    + "plain\tneg\n" * 200,
     "de": "Der Kaffee schmeckt großartig, und die Bedienung war überaus höflich. Schöne Grüße aus München!\tpos\n",
     "fr": "Le café était très bon, mais le serveur n’a pas été aimable à l’égard de ma mère. Où est passée l’élégance ?\tneg\n",
     "es": "¿Qué tal la película? El niño pequeño lloró todo el día, ¡qué lástima! Mañana será otra ocasión.\tneg\n",
@@ -34,14 +34,15 @@ SENTENCES = {
 
 
 @pytest.mark.parametrize(
-    ("language", "encoding", "guess"),
+    ("language", "encoding", "expected"),
     [
-        *((language, "cp1252", "cp1252") for language in ("en", "de", "fr", "es", "pt", "sv")),
+        ("en", "cp1252", "cp1252"),
         *((language, "utf-8", "utf-8") for language in SENTENCES),
         ("zh", "utf-16", "utf-16"),
         ("de", "utf-32", "utf-32"),
-        ("zh", "gb18030", "gb18030"),
-        ("ja", "cp932", "cp932"),
+        *((language, "cp1252", None) for language in ("de", "fr", "es", "pt", "sv")),
+        ("zh", "gb18030", None),
+        ("ja", "cp932", None),
         ("de", "mac_roman", None),
         ("de", "cp850", None),
         ("fr", "mac_roman", None),
@@ -58,23 +59,57 @@ SENTENCES = {
         ("ko", "euc_kr", None),
     ],
 )
-def test_an_encoding_is_guessed_where_that_is_safe(
-    language: str, encoding: str, guess: str | None
+def test_an_encoding_is_detected_only_where_that_is_safe(
+    language: str, encoding: str, expected: str | None
 ) -> None:
     content = (SENTENCES[language] * 30).encode(encoding)
-    assert guess_encoding(content, True) == guess
-    assert guess_encoding(content[:-3], False) == guess  # the head may end within a character
+    assert detect_encoding(content, True) == expected
+    assert detect_encoding(content[:-3], False) == expected  # the head may end within a character
+
+
+@pytest.mark.parametrize(
+    ("language", "encoding", "byte"),
+    [
+        ("zh", "gb18030", "0xD5"),
+        ("ja", "cp932", "0x82"),
+        ("ko", "euc_kr", "0xC0"),
+        ("ru", "cp1251", "0xD4"),
+        ("de", "cp1252", "0xDF"),
+    ],
+)
+def test_an_uncertain_encoding_is_refused_with_line_byte_and_remedy(
+    tmp_path: Path, language: str, encoding: str, byte: str
+) -> None:
+    content = ("plain\tneg\n" + SENTENCES[language] * 30).encode(encoding)
+    columns = {"column_names": ["text", "label"]}
+    file = found(tmp_path / "a.tsv", content, **columns)
+    message = (
+        rf"^a\.tsv line 2: byte {byte} is not utf-8; pass --encoding \(such as cp1252 for Western "
+        r"European, cp1251 for Cyrillic, gb18030 for Chinese, cp932 for Japanese text\)"
+    )
+    with pytest.raises(DataError, match=message):
+        FileReader(file).read(["text"])
+    file = found(tmp_path / "a.tsv", content, encoding=encoding, **columns)  # the remedy
+    texts = FileReader(file).read(["text"]).columns["text"]
+    assert texts[1].as_py() == SENTENCES[language].split("\t")[0]  # type: ignore[union-attr]
 
 
 def test_too_little_is_no_evidence() -> None:
-    assert guess_encoding(b"text,label\n\xa35,1\n", True) is None
-    assert guess_encoding(b"text,label\n" + b"\xa35 is a lot of money,1\n" * 8, True) == "cp1252"
+    assert detect_encoding(b"text,label\n\xa35,1\n", True) is None
+    assert (
+        detect_encoding(
+            b"text,label\n" + (b"\xa35 is a lot of money,1\n" + b"plain,0\n" * 30) * 8, True
+        )
+        == "cp1252"
+    )
 
 
 def test_utf8_with_a_few_wrong_bytes_is_no_cp1252() -> None:
     content = ("It’s a café.\tpos\n" + "plain enough\tneg\n" * 50) * 20
-    assert guess_encoding(content.encode() + b"\x92\tneg\n" * 9, True) is None
-    assert guess_encoding(content.encode("cp1252") + b"\x92\tneg\n" * 9, True) == "cp1252"
+    assert detect_encoding(content.encode() + b"\x92\tneg\n" * 9, True) is None
+    assert (
+        detect_encoding(content.encode("cp1252") + b"plain\tneg\n\x92\tneg\n" * 9, True) == "cp1252"
+    )
 
 
 def found(path: Path, content: str | bytes, **flags: Any) -> DataFile:
@@ -136,10 +171,10 @@ def test_what_is_guessed_is_told_in_one_sentence(tmp_path: Path) -> None:
         == "a.csv: read as utf-8, delimiter ';', quoted"
     )
     assert (
-        found(tmp_path / "b.tsv", (SENTENCES["de"] * 9).encode("cp1252")).describe()
+        found(tmp_path / "b.tsv", (SENTENCES["en"] * 9).encode("cp1252")).describe()
         == "b.tsv: read as cp1252, delimiter tab, unquoted"
     )
-    line = '{"text": "Grüße", "label": 1}\n'
+    line = '{"text": "It’s fine", "label": 1}\n' + '{"text": "plain", "label": 0}\n' * 20
     assert (
         found(tmp_path / "c.jsonl", (line * 9).encode("cp1252")).describe()
         == "c.jsonl: read as cp1252"
@@ -151,7 +186,7 @@ def test_what_is_guessed_is_told_in_one_sentence(tmp_path: Path) -> None:
     assert (
         found(
             tmp_path / "e.csv",
-            (SENTENCES["de"] * 9).encode("cp1252"),
+            (SENTENCES["en"] * 9).encode("cp1252"),
             encoding="cp1252",
             delimiter="tab",
         ).describe()
@@ -170,12 +205,12 @@ def test_what_is_no_table_is_refused_as_before(tmp_path: Path) -> None:
 
 
 def test_a_byte_further_down_is_an_error_with_its_line(tmp_path: Path) -> None:
-    content = (SENTENCES["de"] * 20_000).encode("cp1252") + b"last \x81\tneg\n"
+    content = (SENTENCES["en"] * 1000).encode("cp1252") + b"last \x81\tneg\n"
     file = found(tmp_path / "a.tsv", content, column_names=["text", "label"])
     assert len(content) > 1 << 20 and file.encoding == "cp1252"
     with pytest.raises(
         DataError,
-        match=r"^a\.tsv line 20001: byte 0x81 is not cp1252; pass the --encoding it was written in",
+        match=r"^a\.tsv line 201001: byte 0x81 is not cp1252; pass the --encoding it was written in",
     ):
         FileReader(file).read(["text"])
 
