@@ -15,7 +15,6 @@ takes one `kept_rows` of texts, pairs and labels together, and then `without` an
 
 import math
 import re
-from collections.abc import Callable
 from itertools import compress
 from typing import Any, Literal, TypeAlias
 
@@ -24,6 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from bertdist.core.errors import DataError
+from bertdist.core.types import LocateRow
 
 LabelValue = str | int | float | tuple[str, ...]
 
@@ -33,7 +33,6 @@ Codes = npt.NDArray[np.int32]
 
 Raw: TypeAlias = "pa.Array | list[Any]"
 
-Where = Callable[[int], str]  # row -> "dev.tsv line 12"
 
 Problems = dict[int, str]  # rows to leave out -> what is wrong with them
 
@@ -80,7 +79,9 @@ def without_labels(
     return [values[at] for at in order], places[codes]
 
 
-def read_texts(column: Raw, name: str, where: Where, problems: Problems | None = None) -> pa.Array:
+def read_texts(
+    column: Raw, name: str, where: LocateRow, problems: Problems | None = None
+) -> pa.Array:
     """(rows,) large_string; DataError at the first row whose text is missing or is no text."""
     if isinstance(column, list):
         try:
@@ -124,7 +125,7 @@ def read_texts(column: Raw, name: str, where: Where, problems: Problems | None =
 def read_labels(
     column: Raw,
     name: str,
-    where: Where,
+    where: LocateRow,
     delimiter: str | None = None,
     class_names: tuple[str, ...] | None = None,
     problems: Problems | None = None,
@@ -175,7 +176,7 @@ def read_labels(
 
 
 def read_label_columns(
-    columns: dict[str, Raw], where: Where, problems: Problems | None = None
+    columns: dict[str, Raw], where: LocateRow, problems: Problems | None = None
 ) -> tuple[list[LabelValue], Codes]:
     """The labels of several 0/1 columns: every label is the tuple of the names whose column has a 1."""
     names = list(columns)
@@ -210,7 +211,7 @@ def _kind_of(values: list[Any]) -> LabelKind:
     return "text"
 
 
-def _refuse(problems: Problems | None, rows: list[int], reason: str, where: Where) -> None:
+def _refuse(problems: Problems | None, rows: list[int], reason: str, where: LocateRow) -> None:
     """A problem of each of these rows that has none yet; without `problems`, a DataError at the first of them."""
     if problems is None:
         raise DataError(f"{where(rows[0])}: {reason}.")
@@ -224,7 +225,7 @@ def _refuse_values(
     codes: Codes,
     index: int,
     reason: str,
-    where: Where,
+    where: LocateRow,
 ) -> None:
     """The same for all rows with distinct value `index`, once `_mark` is called."""
     if problems is None:

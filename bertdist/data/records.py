@@ -26,13 +26,13 @@ import pyarrow as pa
 import xxhash
 
 from bertdist.core.errors import DataError, did_you_mean
+from bertdist.core.types import LocateRow
 from bertdist.data.columns import (
     Codes,
     LabelKind,
     LabelValue,
     Problems,
     Raw,
-    Where,
     kept_rows,
     read_label_columns,
     read_labels,
@@ -341,7 +341,7 @@ def records_from(
     )
 
 
-def _readable(column: Column, name: str, where: Where, problems: Problems | None) -> Raw:
+def _readable(column: Column, name: str, where: LocateRow, problems: Problems | None) -> Raw:
     """The column as `whole` gives it, null where bytes are not UTF-8: parquet does not look, and Python would, much later."""
     if isinstance(column, list):
         return column

@@ -17,11 +17,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bertdist.core.errors import BertdistError, DataError
+from bertdist.core.types import Array
 from bertdist.data.batch import PackedBatch, Step, collate, cut
 from bertdist.data.source import ReaderState
 from bertdist.data.tokenization import Examples
 from bertdist.distributed.preemption import ignore_stop_signals
-from bertdist.tasks.tasks import Array
 
 
 def shares(weights: Sequence[float], rows: int, *key: int) -> list[int]:

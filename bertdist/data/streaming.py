@@ -23,6 +23,7 @@ import xxhash
 from torch.utils.data import IterableDataset, get_worker_info
 
 from bertdist.core.errors import BertdistError, DataError
+from bertdist.core.types import Array
 from bertdist.data.batch import Step
 from bertdist.data.columns import LabelValue
 from bertdist.data.records import Columns, Records, choose, join, records_of_piece
@@ -45,7 +46,7 @@ from bertdist.data.source import (
     location_of,
 )
 from bertdist.data.tokenization import Examples, open_examples
-from bertdist.tasks.tasks import Array, Task
+from bertdist.tasks.tasks import Task
 
 State = dict[
     str, Any

@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import ConfigError, DataError, ModelError
 from bertdist.core.hub import explain_hub_error, probe_hub
+from bertdist.core.types import Array
 from bertdist.data.records import Record, Records
-from bertdist.tasks.tasks import Array, Task
+from bertdist.tasks.tasks import Task
 
 CUT_ABOVE = 20_000  # characters: longer texts are cut before they are tokenized
 

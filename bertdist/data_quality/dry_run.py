@@ -22,6 +22,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from bertdist.core.config import TrainConfig
 from bertdist.core.terminal import process_rank, show, show_table
+from bertdist.core.types import Array
 from bertdist.data.sharding import balance_by_length, epoch_order
 from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data.tokenization import load_tokenizer, open_examples
@@ -30,7 +31,7 @@ from bertdist.data_quality.length_checks import Lengths
 from bertdist.data_quality.report import DataReport, check_data
 from bertdist.distributed.launch import check_world
 from bertdist.models.classifier import load_model_config, pretrained_labels
-from bertdist.tasks.tasks import Array, Task
+from bertdist.tasks.tasks import Task
 
 OTHER_WORLD = 8  # ranks of the second plan that is shown
 

@@ -6,9 +6,11 @@ One module, because whoever looks (at labels, texts, tables, duplicates, a model
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from bertdist.core.types import LocateRow
 
 Severity = Literal["error", "warning", "note"]
 
@@ -16,8 +18,6 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
 STEPS_OF_PLACES = 20_000_000  # rows that are walked over to find the lines of examples; about 20 s
-
-Where = Callable[[int], str]  # row -> "dev.tsv line 12"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def percent(share: float) -> str:
     )
 
 
-def places(where: Where, rows: Iterable[int], num_rows: int) -> dict[int, str]:
+def places(where: LocateRow, rows: Iterable[int], num_rows: int) -> dict[int, str]:
     """Row -> its place, for many rows of one split of num_rows rows, with few calls of `where`, which walks the file each time.
 
     Rows are in the order of the file and take a line or more each, so where two rows are as many lines apart as rows, every row between
@@ -133,7 +133,7 @@ def places(where: Where, rows: Iterable[int], num_rows: int) -> dict[int, str]:
 
 
 def located(
-    findings: Sequence[Finding], splits: Mapping[str, tuple[Where, int]]
+    findings: Sequence[Finding], splits: Mapping[str, tuple[LocateRow, int]]
 ) -> dict[tuple[str, int], str]:
     """(split, row) -> place of all examples. splits: name -> (where, number of rows)."""
     found: dict[tuple[str, int], str] = {}

@@ -55,6 +55,7 @@ from bertdist.core.atomic_io import atomic_write
 from bertdist.core.config import DataConfig, RunConfig, TrainConfig
 from bertdist.core.errors import CheckpointError, ConfigError, DataError
 from bertdist.core.terminal import excerpt
+from bertdist.core.types import Array
 from bertdist.data.loading import load_records
 from bertdist.data.records import Records
 from bertdist.data.source import Kept, Placed, SkippedRows
@@ -66,7 +67,7 @@ from bertdist.distributed.launch import EXIT_STOPPED, check_world, create_accele
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import load_model_config, pretrained_labels
 from bertdist.predict import Predictor
-from bertdist.tasks.tasks import Array, Task
+from bertdist.tasks.tasks import Task
 from bertdist.train import train
 from bertdist.training.run_logger import RunLogger
 

@@ -33,14 +33,12 @@ from typing import Any
 
 import evaluate
 import numpy as np
-import numpy.typing as npt
 from datasets import Features, List, Value
 from scipy import stats
 from sklearn import metrics
 
 from bertdist.core.errors import ConfigError, DataError, did_you_mean
-
-Array = npt.NDArray[Any]
+from bertdist.core.types import Array
 
 NAN = float("nan")
 

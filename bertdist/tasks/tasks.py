@@ -19,8 +19,7 @@ from torch import Tensor
 
 from bertdist.core.config import TaskConfig
 from bertdist.core.errors import ConfigError, DataError, ModelError, did_you_mean
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from bertdist.core.types import Array
 
 
 class Task(Protocol):

@@ -31,6 +31,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from bertdist.core.types import Array
 from bertdist.data.batch import PackedBatch, Step, collate
 from bertdist.data.sharding import MapLoader
 from bertdist.data.streaming import AnyLoader
@@ -38,7 +39,6 @@ from bertdist.data.tokenization import Example
 from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.classifier import Classifier
 from bertdist.models.cpu_layers import zero_grad
-from bertdist.tasks.tasks import Array
 
 R = TypeVar("R")
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bertdist.core.config import TaskConfig
 from bertdist.core.errors import BertdistError, ConfigError, did_you_mean
+from bertdist.core.types import Array
 from bertdist.data.batch import PackedBatch
 from bertdist.data.sharding import MapLoader
 from bertdist.distributed.collectives import (
@@ -26,7 +27,7 @@ from bertdist.distributed.collectives import (
     raise_on_all_ranks,
 )
 from bertdist.distributed.preemption import StopSignal
-from bertdist.tasks.tasks import Array, Task
+from bertdist.tasks.tasks import Task
 from bertdist.training.memory import fitting
 
 GLUE_METRICS = {
