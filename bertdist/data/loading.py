@@ -154,8 +154,8 @@ def _file(
         quoting=quoting,
         encoding=encoding,
         column_names=column_names,
-        open_bytes=None if here else partial(open_bytes, address, say=print_to_stderr),
-        open_seekable=None if here else partial(open_seekable, address, say=print_to_stderr),
+        open_bytes=None if here else partial(open_bytes, address, warn=print_to_stderr),
+        open_seekable=None if here else partial(open_seekable, address, warn=print_to_stderr),
     )
 
 

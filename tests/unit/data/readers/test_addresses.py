@@ -4,25 +4,26 @@ import asyncio
 import warnings
 from typing import Any
 
+import fsspec
 import pytest
 
 from bertdist.core.errors import DataError
-from bertdist.data.readers import remote as addresses
+from bertdist.data.readers import remote
 from bertdist.data.readers.remote import (
     FIRST_TRIES,
+    file_info,
     file_name,
-    info_of,
+    file_version,
     is_http,
-    patiently,
     protocol_of,
-    shown,
-    version_of,
+    redacted,
+    retry,
 )
 
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(addresses, "FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.0)
 
 
 def named(value: object) -> str:
@@ -53,13 +54,13 @@ def test_an_address_in_parts(address: str, protocol: str | None, name: str) -> N
 
 
 def test_no_secret_is_shown() -> None:
-    assert shown("https://me:secret@host:1/a.csv?X-Amz-Signature=5") == "https://host:1/a.csv"
-    assert shown("s3://bucket/what?.csv") == "s3://bucket/what?.csv"
+    assert redacted("https://me:secret@host:1/a.csv?X-Amz-Signature=5") == "https://host:1/a.csv"
+    assert redacted("s3://bucket/what?.csv") == "s3://bucket/what?.csv"
 
 
 @pytest.mark.parametrize("address", ["zip://a.csv::s3://bucket/a.zip", "s3://bucket/a::b"])
 def test_chains_are_refused(address: str) -> None:
-    with pytest.raises(DataError, match="chained addresses"):
+    with pytest.raises(DataError, match="chained URLs"):
         protocol_of(address)
 
 
@@ -67,24 +68,24 @@ def test_an_unknown_protocol_and_a_missing_package(monkeypatch: pytest.MonkeyPat
     with pytest.raises(
         DataError, match=r"^foo://x: Protocol not known: foo; expected a path, or hf://, s3://"
     ):
-        info_of("foo://x")
+        file_info("foo://x")
 
     def missing(*_: Any, **__: Any) -> None:
         raise ImportError("Install s3fs to access S3")
 
-    monkeypatch.setattr(addresses.fsspec.core, "url_to_fs", missing)
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
     with pytest.raises(
         DataError,
         match=r"^s3://bucket/x: the package that reads s3:// is not installed: pip install 'bertdist\[s3\]'\.$",
     ):
-        info_of("s3://bucket/x")
+        file_info("s3://bucket/x")
     with pytest.raises(DataError, match="Install s3fs to access S3"):
-        info_of("ftp://host/x")
+        file_info("ftp://host/x")
 
 
 def test_the_surest_word_of_a_version_counts() -> None:
-    assert version_of({"size": 5, "mtime": 3.0, "ETag": '"a"'}) == ("5", '"a"')
-    assert version_of({"size": None}) == ("None", "")
+    assert file_version({"size": 5, "mtime": 3.0, "ETag": '"a"'}) == ("5", '"a"')
+    assert file_version({"size": None}) == ("None", "")
 
 
 def http_error(status: int) -> Exception:
@@ -164,7 +165,7 @@ def test_what_passes_is_tried_again(error: Exception) -> None:
                 raise errors.pop()
             return "found"
 
-        assert patiently("http://host/x", action, said.append) == "found"
+        assert retry("http://host/x", action, said.append) == "found"
     assert len(said) == 2 and all(
         line.startswith("http://host/x: ") and "trying again" in line for line in said
     )
@@ -179,7 +180,7 @@ def test_what_lasts_is_told_at_once(error: Exception) -> None:
         raise error
 
     with pytest.raises(DataError, match=r"^s3://bucket/x"):
-        patiently("s3://bucket/x", action)
+        retry("s3://bucket/x", action)
     assert len(tries) == 1
 
 
@@ -192,9 +193,9 @@ def test_tries_are_counted() -> None:
 
     with pytest.raises(
         DataError,
-        match=r"^s3://x cannot be read: ConnectionResetError peer; given up after 4 tries; check the address",
+        match=r"^s3://x cannot be read: ConnectionResetError peer; given up after 4 tries; check the URL",
     ):
-        patiently("s3://x", action)
+        retry("s3://x", action)
     assert len(tries) == FIRST_TRIES
 
 
@@ -207,9 +208,9 @@ def test_tries_are_counted() -> None:
         ),
         (
             boto_error(404),
-            "s3://b/x: there is no such file (the server answers 404); check each part of the address.",
+            "s3://b/x: there is no such file (the server answers 404); check each part of the URL.",
         ),
-        (boto_error(412), "s3://b/x changed while it was read; read files that stay as they are."),
+        (boto_error(412), "s3://b/x changed while it was read; read files that do not change."),
         (http_error(410), "s3://b/x cannot be read: the server answers 410."),
         (TypeError("two\nlines"), "s3://b/x cannot be read: TypeError two lines."),
     ],
@@ -220,7 +221,7 @@ def test_what_lasts_is_one_line(error: Exception, found: str) -> None:
         raise error
 
     with pytest.raises(DataError) as raised:
-        patiently("s3://b/x", action)
+        retry("s3://b/x", action)
     assert str(raised.value).startswith(found) and "\n" not in str(raised.value)
 
 
@@ -230,8 +231,8 @@ def test_the_pauses_double_and_leave_the_seeded_numbers_alone(
     import random
 
     pauses: list[float] = []
-    monkeypatch.setattr(addresses, "FIRST_WAIT_SECONDS", 0.5)
-    monkeypatch.setattr(addresses.time, "sleep", pauses.append)
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.5)
+    monkeypatch.setattr(remote.time, "sleep", pauses.append)
     random.seed(1)
     expected = random.random()
     random.seed(1)
@@ -240,7 +241,7 @@ def test_the_pauses_double_and_leave_the_seeded_numbers_alone(
         raise TimeoutError
 
     with pytest.raises(DataError):
-        patiently("s3://x", action, None, 9)
+        retry("s3://x", action, None, 9)
     assert random.random() == expected
     for pause, most in zip(pauses, [0.5, 1, 2, 4, 8, 16, 30, 30], strict=True):
         assert most / 2 <= pause <= most

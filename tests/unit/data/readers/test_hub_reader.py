@@ -259,12 +259,11 @@ configs:
 """
 ON_THE_HUB = """
 import json, sys
-from bertdist.data.readers import remote as addresses
 from bertdist.data.readers import remote
 from bertdist.core.errors import DataError
 from bertdist.data.readers.hub_reader import HubReader
 
-addresses.FIRST_WAIT_SECONDS = 0.0
+remote.FIRST_WAIT_SECONDS = 0.0
 
 def told(action):
     try:

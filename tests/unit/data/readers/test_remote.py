@@ -20,7 +20,6 @@ from servers import FakeGcs, FaultyServer, File, s3_server
 
 from bertdist.core.errors import DataError
 from bertdist.data.readers import remote
-from bertdist.data.readers import remote as addresses
 from bertdist.data.readers.remote import (
     file_fingerprint,
     file_size,
@@ -34,8 +33,8 @@ DATA = random.Random(1).randbytes(1_000_000)
 
 @pytest.fixture(autouse=True)
 def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(addresses, "FIRST_WAIT_SECONDS", 0.0)
-    monkeypatch.setattr(remote, "BLOCK_BYTES", 300_000)
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(remote, "REQUEST_BYTES", 300_000)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
@@ -95,11 +94,11 @@ def test_a_server_that_calls_a_packed_file_packed() -> None:
 class Forgetful:
     """A connection that begins at the first byte again, and says that it does not."""
 
-    def __init__(self, file: Any, reader: remote._Remote) -> None:
+    def __init__(self, file: Any, reader: remote._RemoteFile) -> None:
         self._file, self._reader, self.read, self.close = file, reader, file.read, file.close
 
     def seek(self, at: int) -> None:
-        self._file.loc = 0 if self._reader._broke_once else at
+        self._file.loc = 0 if self._reader._failed_once else at
 
     @property
     def loc(self) -> int:
@@ -110,16 +109,16 @@ class Forgetful:
 def test_a_reader_that_starts_again_without_skipping_is_seen(
     ranges: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    connect, compare = remote._Remote._connect, remote._Remote._compare
+    connect, compare = remote._RemoteFile._connect, remote._RemoteFile._check_version
 
     def note(self: Any) -> None:
-        self._broke_once = self._broke_once or self._broke
+        self._failed_once = self._failed_once or self._failed
         compare(self)
 
-    monkeypatch.setattr(remote._Remote, "_broke_once", False, raising=False)
-    monkeypatch.setattr(remote._Remote, "_compare", note)
+    monkeypatch.setattr(remote._RemoteFile, "_failed_once", False, raising=False)
+    monkeypatch.setattr(remote._RemoteFile, "_check_version", note)
     monkeypatch.setattr(
-        remote._Remote, "_connect", lambda self, block: Forgetful(connect(self, block), self)
+        remote._RemoteFile, "_connect", lambda self, block: Forgetful(connect(self, block), self)
     )
     with FaultyServer({"/a.csv": DATA}, ranges=ranges) as server:
         server.drops.extend([0, 100_000] if ranges else [400_000])
@@ -227,7 +226,9 @@ def test_memory_is_flat(ranges: bool) -> None:
 @pytest.mark.parametrize("damage", ["cut", "not packed"])
 def test_damaged_packing_is_one_line(name: str, damage: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(PACKED[name][:-9] if damage == "cut" else b"text,label\n" * 99)
-    with pytest.raises(DataError, match=rf"{name} is damaged, cut off, or no (gzip|zstd) file: "):
+    with pytest.raises(
+        DataError, match=rf"{name} is damaged, cut off, or not a (gzip|zstd) file: "
+    ):
         read(str(tmp_path / name))
 
 
@@ -289,7 +290,7 @@ def test_local_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "a.cvs": "a.cvs: no such file. Did you mean 'a.csv'?",
         "no/a.csv": "no/a.csv: no such folder.",
         "deep": "deep is a folder; expected a file, or a pattern such as deep/*.csv.",
-        "deep/*.tsv": "deep/*.tsv matches no file; deep holds 'e[1].csv', 'er'.",
+        "deep/*.tsv": "deep/*.tsv matches no file; deep contains 'e[1].csv', 'er'.",
         "no/*.csv": "no/*.csv matches no file; there is no folder no.",
         "folder.csv/*": "folder.csv/* matches no file; folder.csv is empty.",
     }.items():
@@ -312,9 +313,7 @@ def test_http_addresses_are_told() -> None:
             assert "secret" not in str(raised.value)
         server.told = False
         assert file_size(address) is None
-    with pytest.raises(
-        DataError, match="given up after 4 tries; check the address and the network"
-    ):
+    with pytest.raises(DataError, match="given up after 4 tries; check the URL and the network"):
         file_size(address)  # nobody is there any more
 
 
@@ -443,13 +442,12 @@ def test_gs_by_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FORKING = """
 import gc, multiprocessing, sys
-from bertdist.data.readers import remote as addresses
 from bertdist.data.readers import remote
 
-remote.BLOCK_BYTES = 100_000
+remote.REQUEST_BYTES = 100_000
 url, forgetful = sys.argv[1], len(sys.argv) > 2
 if forgetful:  # the child frees what it inherited, as it would without this project
-    addresses.INHERITED = type("Nothing", (), {"append": lambda self, value: None, "pop": lambda self: None})()
+    remote._inherited = type("Nothing", (), {"append": lambda self, value: None, "pop": lambda self: None})()
 
 def whole():
     return len(remote.open_bytes(url).read())
