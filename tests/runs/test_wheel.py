@@ -1,4 +1,4 @@
-"""The wheel is complete: built, installed into an empty environment, and used from another folder."""
+"""The wheel is complete: build, install into an empty environment, use from another folder."""
 
 import json
 import os

