@@ -30,7 +30,7 @@ from bench.stage import say
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import BertdistError
 from bertdist.data.loading import load_records
-from bertdist.data_quality.label_issues import RANKINGS
+from bertdist.data_quality.config import RANKINGS
 
 SST2 = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "sst2" / "train.tsv"
 HEADS = (0.05, 0.1, 0.2)  # of the ranking

@@ -1,13 +1,21 @@
-"""An exported folder + texts -> labels and probabilities.
+"""Predict labels and probabilities with a trained folder.
 
-    python -m bertdist.predict --model out/best --text "A film to remember." "Two hours I will not get back."
+    python -m bertdist.predict --model out/best --text "A film to remember." "Two lost hours."
     python -m bertdist.predict --model out/best --input reviews.csv --output predictions.jsonl
-    accelerate launch -m bertdist.predict --model out/best --input reviews.csv --output predictions.jsonl     # on many devices
+    accelerate launch -m bertdist.predict --model out/best --input reviews.csv \
+        --output predictions.jsonl  # on several devices
 
-or, in Python: `Predictor("out/best")(["A film to remember."])`. Answers come in the order of the texts, whatever the batches.
+or, in Python, `Predictor("out/best")(["A film to remember."])`. Results are in the order of the texts
+and do not depend on how they are batched.
 """
 
+import os
 import sys
+
+if __name__ == "__main__" and not __package__:
+    # Run by path, Python looks for modules in bertdist/ itself; make it look in the folder above.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,18 +42,24 @@ from bertdist.training.evaluation import describe_nonfinite_rows, no_number, pre
 from bertdist.training.memory import find_tokens
 from bertdist.training.nonfinite import nonfinite_error
 
-ROWS_AT_ONCE = 2048  # texts sorted by length together: long enough for texts of one length to meet, short enough for one device
+# Rows that are sorted by length together: enough for texts of one length to share a micro-batch, few
+# enough for one device.
+ROWS_PER_WINDOW = 2048
 
 
 class Stopped(Exception):
-    """Asked to stop before all texts had their answer; the same on every rank."""
+    """A stop was requested before all texts were predicted; raised on every rank."""
 
 
 class Predictor:
-    """A trained classifier, ready to answer.
+    """A trained classifier that predicts texts.
 
-    folder: what training wrote as best/, or any Hugging Face folder of a sequence classifier. tokens_per_micro_batch: None finds it
-    from free memory. Raises ModelError where the folder holds no trained classifier.
+        predictor = Predictor("out/best")
+        predictor(["A film to remember."])         # [{"label": "positive", "score": 0.98}]
+        predictor(["A premise."], ["A hypothesis."])  # if trained on text pairs
+
+    The device and precision are those of `accelerator`, by default what `accelerate launch` set, else
+    the GPU if there is one. Creating a Predictor changes no settings of the process.
     """
 
     def __init__(
@@ -57,44 +71,53 @@ class Predictor:
         accelerator: Accelerator | None = None,
         stop: StopSignal | None = None,
     ) -> None:
-        """stop: whom to ask, now and then, whether to go on."""
+        """Load a trained folder (best/), or any Hugging Face folder of a sequence classifier.
+
+        max_length: longer texts are truncated to it; None: the maximum of the training, else of the
+        model. tokens_per_micro_batch: None: chosen from free memory at the first call. stop: ends a
+        call with `Stopped` once it is set.
+        Raises ModelError if the folder holds no trained classifier.
+        """
         self.stop = stop
         self.accelerator = accelerator or create_accelerator(RunConfig())
-        self.model, self.task, self.notes = load_trained_classifier(str(folder))
-        limit = max_length or self.notes.get("max_length")
-        self.tokenizer = load_tokenizer(
-            ModelConfig(model_name_or_path=str(folder), max_length=limit or 3)
-        )
-        self.max_length: int = limit or min(
-            self.tokenizer.model_max_length, self.model.max_positions
-        )
+        # metadata: max_length, text_column and text_pair_column of the training.
+        self.model, self.task, self.metadata = load_trained_classifier(str(folder))
+        limit = max_length or self.metadata.get("max_length")
+        tokenizer_config = ModelConfig(model_name_or_path=str(folder), max_length=limit or 3)
+        self.tokenizer = load_tokenizer(tokenizer_config)
+        longest = min(self.tokenizer.model_max_length, self.model.max_positions)
+        self.max_length: int = limit or longest
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.model.to(self.accelerator.device).eval()
 
     def __call__(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None
     ) -> list[dict[str, Any]]:
-        """One answer a text, in their order: {"label": "positive", "score": 0.98}; multi-label: {"labels": [{"label", "score"}, ...]}.
+        """Predict texts. pairs: the second text of each, for models trained on pairs.
 
-        pairs: the second texts, for models trained on pairs. Raises DataError for what is not text.
+        Returns one dict per text, in their order, with the keys of `transformers.pipeline`:
+        {"label": "positive", "score": 0.98}; multi-label: {"labels": [{"label", "score"}, ...]} with
+        every label above 0.5; regression: the score is the number.
+        Raises DataError if a text is not a string, NonFiniteError if a logit is not finite.
         """
-        return self.answer(records_of(texts, pairs)) if len(texts) else []
+        return self.predict_records(records_of(texts, pairs)) if len(texts) else []
 
-    def answer(self, records: Records) -> list[dict[str, Any]]:
-        """The same for records; under several ranks each computes its share, and all have all answers."""
-        return self.task.to_records(self.logits(records))
+    def predict_records(self, records: Records) -> list[dict[str, Any]]:
+        """As __call__. Every rank computes its share of the rows and returns all results."""
+        return self.task.to_records(self.predict_logits(records))
 
-    def logits(self, records: Records) -> Tensor:
-        """(rows, outputs) float32 on the CPU: what the answers are read from; the same on every rank.
+    def predict_logits(self, records: Records) -> Tensor:
+        """(rows, outputs) float32 on the CPU, the same on every rank.
 
-        Raises on all ranks Stopped, and NonFiniteError where the model has no answer to a row.
+        Raises, on all ranks, Stopped, and NonFiniteError if a logit is not finite.
         """
+        world_size = self.accelerator.num_processes
         batches = MapLoader(
             examples=open_examples(records, self.tokenizer, None, self.max_length),
-            rows_per_step=ROWS_AT_ONCE * self.accelerator.num_processes,
+            rows_per_step=ROWS_PER_WINDOW * world_size,
             tokens_per_micro_batch=self.tokens_per_micro_batch or DEFAULT_TOKEN_BUDGET,
             rank=self.accelerator.process_index,
-            ranks=self.accelerator.num_processes,
+            ranks=world_size,
         )
         with self.accelerator.autocast():
             if self.tokens_per_micro_batch is None:
@@ -107,53 +130,50 @@ class Predictor:
         if logits is None:
             raise Stopped
         if rows := no_number(logits):
-            raise nonfinite_error(
-                "Prediction: " + describe_nonfinite_rows(rows, len(logits), records.where)
-            )
+            report = describe_nonfinite_rows(rows, len(logits), records.where)
+            raise nonfinite_error(f"Prediction: {report}")
         return logits
 
 
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
-    """What the command line does, short of printing; returns the answers."""
+    """Predict the texts of --text or --input; returns what `Predictor` returns."""
+    run = RunConfig(use_cpu=config.use_cpu, mixed_precision=config.mixed_precision)
     with StopSignal() as stop:
-        return _predict(config, stop)
-
-
-def _predict(config: PredictConfig, stop: StopSignal) -> list[dict[str, Any]]:
-    accelerator = create_accelerator(
-        RunConfig(use_cpu=config.use_cpu, mixed_precision=config.mixed_precision)
-    )
-    check_world(accelerator.num_processes)
-    with raise_on_all_ranks(accelerator):
-        # The rows first, which cost little: whatever is wrong with them is told before the weights are loaded.
-        notes = saved_metadata(
-            load_model_config(ModelConfig(model_name_or_path=config.model), "--model")
-        )
-        if config.input is None:
-            records = records_of(config.text or [], config.text_pair)
-        else:
-            records = open_texts(
-                config.input,
-                text_column=config.text_column or notes.get("text_column"),
-                text_pair_column=config.text_pair_column or notes.get("text_pair_column"),
-                column_names=config.column_names,
-                delimiter=config.delimiter,
-                quoting=config.quoting,
-                encoding=config.encoding,
+        accelerator = create_accelerator(run)
+        check_world(accelerator.num_processes)
+        with raise_on_all_ranks(accelerator):
+            # Rows first: they cost little, and their errors come before the weights are loaded.
+            records = _load_rows(config)
+            predictor = Predictor(
+                config.model,
+                max_length=config.max_length,
+                tokens_per_micro_batch=config.tokens_per_micro_batch,
+                accelerator=accelerator,
+                stop=stop,
             )
-        predictor = Predictor(
-            config.model,
-            max_length=config.max_length,
-            tokens_per_micro_batch=config.tokens_per_micro_batch,
-            accelerator=accelerator,
-            stop=stop,
-        )
-    return predictor.answer(records)
+        return predictor.predict_records(records)
 
 
-def lines_of(answers: Iterable[dict[str, Any]]) -> bytes:
-    """JSON lines, one a row, in row order."""
-    return b"".join(to_json({"row": row, **answer}) for row, answer in enumerate(answers))
+def _load_rows(config: PredictConfig) -> Records:
+    model_config = load_model_config(ModelConfig(model_name_or_path=config.model), "--model")
+    if config.input is None:
+        return records_of(config.text or [], config.text_pair)
+    metadata = saved_metadata(model_config)
+    return open_texts(
+        config.input,
+        text_column=config.text_column or metadata.get("text_column"),
+        text_pair_column=config.text_pair_column or metadata.get("text_pair_column"),
+        column_names=config.column_names,
+        delimiter=config.delimiter,
+        quoting=config.quoting,
+        encoding=config.encoding,
+    )
+
+
+def to_jsonl(predictions: Iterable[dict[str, Any]]) -> bytes:
+    """One JSON line per row, in row order."""
+    lines = ({"row": row, **prediction} for row, prediction in enumerate(predictions))
+    return b"".join(map(to_json, lines))
 
 
 def main() -> None:
@@ -168,7 +188,7 @@ def _main(arguments: Sequence[str]) -> int:
             f"--output {config.output}: there is no folder {Path(config.output).parent}."
         )
     try:
-        answers = predict(config)
+        predictions = predict(config)
     except Stopped:
         if process_rank() == 0:
             print_error(BertdistError("Stopped: nothing was written; run the same command again."))
@@ -176,16 +196,17 @@ def _main(arguments: Sequence[str]) -> int:
     if process_rank() != 0:
         return 0
     if config.output is not None:
-        atomic_write(Path(config.output), lines_of(answers))
+        atomic_write(Path(config.output), to_jsonl(predictions))
     elif config.input is not None:
-        sys.stdout.write(lines_of(answers).decode())
+        sys.stdout.write(to_jsonl(predictions).decode())
     else:
-        print("\n".join(map(_shown, answers)))
+        print("\n".join(map(_as_text, predictions)))
     return 0
 
 
-def _shown(answer: dict[str, Any]) -> str:
-    labels = answer.get("labels", [answer])
+def _as_text(prediction: dict[str, Any]) -> str:
+    """One line per label with its score."""
+    labels = prediction.get("labels", [prediction])
     lines = (f"{strip_control_characters(x['label'])}\t{x['score']:.4f}" for x in labels)
     return "\n".join(lines) or "(no label)"
 

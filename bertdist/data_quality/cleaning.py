@@ -1,95 +1,76 @@
-"""The training rows without what `check` found wrong with them: --fix out.parquet, and out.dropped.jsonl beside it.
+"""`check --fix out.parquet`: the training rows without the problems that the data report found.
 
-In: an Inspection and the kinds of trouble to mend. Out: a parquet file with text, pair and label columns under the names that they had,
-and a JSON line for each row that was dropped or changed. One module, because a row has one fate, however much is wrong with it:
-the kinds are gone through in the order of FIX_KINDS, and the first that drops a row is written down.
+`write_cleaned` writes a parquet file with text, pair and label columns under their original names,
+and out.dropped.jsonl with one JSON line per row that was dropped or changed. Encodings are repaired
+first; the first kind of DROP_ORDER that applies to a row drops it.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 
-from bertdist.core.atomic_io import atomic_write
+from bertdist.core.atomic_io import atomic_write, to_json
 from bertdist.core.errors import DataError
 from bertdist.core.terminal import excerpt
+from bertdist.core.types import Array, BoolArray, IntArray
 from bertdist.data.records import Records
 from bertdist.data_quality.duplicates import (
-    compare_texts,
-    conflicting,
-    first_of_near,
-    near_rows,
-    repeated,
+    TextGroups,
+    conflicting_texts,
+    group_texts,
+    is_repeat,
+    near_duplicate_rows,
+    near_duplicates_to_drop,
 )
-from bertdist.data_quality.findings import places
-from bertdist.data_quality.report import DataReport
-from bertdist.data_quality.text_checks import empty_rows, other_than_ascii, repairs
+from bertdist.data_quality.label_checks import SplitLabels
+from bertdist.data_quality.report import DataReport, row_locations
+from bertdist.data_quality.text_checks import empty_rows, non_ascii_rows, repair_rows
 
-Flags = npt.NDArray[np.bool_]
+DROP_ORDER = ("empty", "conflicts", "duplicates", "leaks", "near_leaks", "near_duplicates")
 
 
-def write_fixed(
-    found: DataReport,
+def write_cleaned(
+    report: DataReport,
     kinds: list[str],
     path: Path,
     label_delimiter: str | None,
     near_threshold: float,
 ) -> dict[str, int]:
-    """Write both files; returns rows by kind, and "rows": how many are left. Raises DataError where none are."""
-    records = found.splits["train"]
-    changed: dict[int, str] = {}
-    if "encoding" in kinds:
-        records, changed = _repaired(records)
-    splits = {**found.splits, "train": records}
-    near = any(kind.startswith("near") for kind in kinds)
-    same = found.same if not changed else compare_texts(splits, near_threshold if near else 0.0)
-    labels = found.labels["train"]
+    """Write both files; returns the rows per kind, and the rows that are left under "rows".
+
+    kinds: of FIX_KINDS. label_delimiter, near_threshold: as the report was made.
+    Raises DataError if no row is left, or if near duplicates are to be dropped without rensa.
+    """
+    original = records = report.splits["train"]
+    labels, groups = report.labels["train"], report.groups
     assert labels is not None
-    others = [name for name in splits if name != "train"]
-
-    def wrong(kind: str) -> Flags:
-        if kind == "empty":
-            return _flags(records, empty_rows(records.texts))
-        if kind == "conflicts":
-            return np.isin(same.texts["train"], conflicting(same.texts["train"], labels))
-        if kind == "duplicates":
-            return repeated(same.texts["train"])
-        if kind == "leaks":
-            return _any(
-                records, [np.isin(same.plain["train"], same.plain[name]) for name in others]
-            )
-        if same.pairs is None:
-            raise DataError(
-                f"--fix_kinds {kind}: near duplicates were not looked for; pip install 'rensa<0.6'."
-            )
-        if kind == "near_leaks":
-            return _any(records, [near_rows(same, "train", name) >= 0 for name in others])
-        return ~np.array(first_of_near(same, "train"), bool)
-
-    reason = np.full(len(records), "", dtype=object)
-    for kind in ("empty", "conflicts", "duplicates", "leaks", "near_leaks", "near_duplicates"):
+    before: dict[int, str] = {}
+    if "encoding" in kinds:
+        records, before = _repair_encoding(records)
+    if before:
+        near = any(kind.startswith("near") for kind in kinds)
+        splits = {**report.splits, "train": records}
+        groups = group_texts(splits, near_threshold if near else 0.0)
+    reason = np.full(len(records), "", dtype=object)  # (rows,) why a row is dropped
+    for kind in DROP_ORDER:
         if kind in kinds:
-            reason[wrong(kind) & (reason == "")] = kind
+            reason[_rows_to_drop(kind, records, labels, groups) & (reason == "")] = kind
     kept = np.flatnonzero(reason == "")
     if not len(kept):
         raise DataError(
             f"--fix would leave none of the {len(records):,} rows; choose fewer --fix_kinds."
         )
     sink = pa.BufferOutputStream()
-    pa.parquet.write_table(_table(records, kept, label_delimiter), sink)
+    pa.parquet.write_table(_to_table(records, kept, label_delimiter), sink)
     atomic_write(path, sink.getvalue().to_pybytes())
-    atomic_write(dropped_path(path), _told(records, reason, changed, found.splits["train"]))
-    counted = {kind: int((reason == kind).sum()) for kind in kinds if kind != "encoding"}
-    return {
-        **({"encoding": len(changed)} if "encoding" in kinds else {}),
-        **counted,
-        "rows": len(kept),
-    }
+    atomic_write(dropped_path(path), _changes_as_jsonl(original, records, reason, before))
+    changed = {"encoding": len(before)} if "encoding" in kinds else {}
+    dropped = {kind: int((reason == kind).sum()) for kind in kinds if kind != "encoding"}
+    return {**changed, **dropped, "rows": len(kept)}
 
 
 def dropped_path(path: Path) -> Path:
@@ -97,87 +78,82 @@ def dropped_path(path: Path) -> Path:
     return path.with_suffix(".dropped.jsonl")
 
 
-def _repaired(records: Records) -> tuple[Records, dict[int, str]]:
-    """The records with texts and pairs as they were meant, and what the changed rows held before."""
+def _repair_encoding(records: Records) -> tuple[Records, dict[int, str]]:
+    """The records with repaired texts and pairs, and row -> text before the repair."""
     before: dict[int, str] = {}
     columns = {}
     for name, column in (("texts", records.texts), ("pairs", records.pairs)):
         if column is None:
             continue
-        fixed = repairs(column, other_than_ascii(column).tolist())
-        if fixed:
-            whole = column.to_pylist()
-            for row, text in fixed.items():
-                before.setdefault(row, whole[row])
-                whole[row] = text
-            columns[name] = pa.array(whole, pa.large_string())
+        repaired = repair_rows(column, non_ascii_rows(column).tolist())
+        if repaired:
+            texts = column.to_pylist()
+            for row, text in repaired.items():
+                before.setdefault(row, texts[row])
+                texts[row] = text
+            columns[name] = pa.array(texts, pa.large_string())
     return replace(records, **columns), before
 
 
-def _flags(records: Records, rows: npt.NDArray[np.int64]) -> Flags:
-    found = np.zeros(len(records), bool)
-    found[rows] = True
-    return found
+def _rows_to_drop(
+    kind: str, records: Records, labels: SplitLabels, groups: TextGroups
+) -> BoolArray:
+    """(rows,): whether a row has this kind of problem."""
+    train, others = groups.exact["train"], [name for name in groups.exact if name != "train"]
+    drop = np.zeros(len(records), bool)
+    if kind == "empty":
+        drop[empty_rows(records.texts)] = True
+    elif kind == "conflicts":
+        drop = np.isin(train, conflicting_texts(train, labels))
+    elif kind == "duplicates":
+        drop = is_repeat(train)
+    elif kind == "leaks":
+        for name in others:
+            drop |= np.isin(groups.normalized["train"], groups.normalized[name])
+    elif groups.near is None:
+        raise DataError(
+            f"--fix_kinds {kind}: near duplicates were not searched; pip install 'rensa<0.6'."
+        )
+    elif kind == "near_leaks":
+        for name in others:
+            drop |= near_duplicate_rows(groups, "train", name) >= 0
+    else:
+        drop = near_duplicates_to_drop(groups, "train")
+    return drop
 
 
-def _any(records: Records, flags: list[Flags]) -> Flags:
-    return np.any(flags, axis=0) if flags else np.zeros(len(records), bool)
-
-
-def _table(records: Records, rows: npt.NDArray[np.int64], label_delimiter: str | None) -> pa.Table:
-    """Columns under their own names; labels as training reads them with the same flags."""
-    take = pa.array(rows)
-    columns: dict[str, Any] = {records.text_column: records.texts.take(take)}
+def _to_table(records: Records, rows: IntArray, label_delimiter: str | None) -> pa.Table:
+    """The columns of the source; labels as training reads them with the same flags."""
+    columns: dict[str, Any] = {records.text_column: records.texts.take(rows)}
     if records.pair_column is not None and records.pairs is not None:
-        columns[records.pair_column] = records.pairs.take(take)
+        columns[records.pair_column] = records.pairs.take(rows)
     assert records.label_codes is not None
     codes = records.label_codes[rows]
-    if records.label_column is None:
+    sets = [value for value in records.label_values if isinstance(value, tuple)]
+    values: list[Any] = list(records.label_values)
+    if records.label_column is None:  # one 0/1 column per label
         for name in records.class_names or ():
-            columns[name] = np.array(
-                [name in value for value in records.label_values if isinstance(value, tuple)],
-                np.int8,
-            )[codes]
-    elif records.label_kind == "set":
-        values = [list(value) for value in records.label_values if isinstance(value, tuple)]
-        joined = (
-            values if label_delimiter is None else [label_delimiter.join(value) for value in values]
-        )
-        columns[records.label_column] = pa.array(joined).take(pa.array(codes))
-    else:
-        columns[records.label_column] = pa.array(records.label_values).take(pa.array(codes))
+            columns[name] = np.array([name in value for value in sets], np.int8)[codes]
+        return pa.table(columns)
+    if records.label_kind == "set":
+        values = [label_delimiter.join(names) if label_delimiter else list(names) for names in sets]
+    columns[records.label_column] = pa.array(values).take(codes)
     return pa.table(columns)
 
 
-def _told(
-    records: Records, reason: npt.NDArray[Any], before: dict[int, str], original: Records
+def _changes_as_jsonl(
+    original: Records, records: Records, reason: Array, before: dict[int, str]
 ) -> bytes:
-    """A JSON line a row that was dropped or changed, in the order of the rows."""
+    """One JSON line per row that was dropped or changed, in row order."""
     rows = sorted({*np.flatnonzero(reason != "").tolist(), *before})
-    where = places(records.where, rows, len(records))
     lines = []
-    for row in rows:
-        place = where[row]
-        line = int(place.rsplit(" line ", 1)[1]) if " line " in place else None
+    for row, location in row_locations(records.where, rows, len(records)).items():
+        line = int(location.rsplit(" line ", 1)[1]) if " line " in location else None
         entry: dict[str, Any] = {"file": records.name, "line": line, "row": row}
         if row in before:
-            now = excerpt(records.texts[row].as_py())
-            lines.append(
-                {
-                    **entry,
-                    "action": "changed",
-                    "kind": "encoding",
-                    "text": excerpt(before[row]),
-                    "now": now,
-                }
-            )
+            change = {"action": "changed", "kind": "encoding", "text": excerpt(before[row])}
+            lines.append({**entry, **change, "now": excerpt(records.texts[row].as_py())})
         if reason[row]:
-            lines.append(
-                {
-                    **entry,
-                    "action": "dropped",
-                    "kind": reason[row],
-                    "text": excerpt(original.texts[row].as_py()),
-                }
-            )
-    return b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+            text = excerpt(original.texts[row].as_py())
+            lines.append({**entry, "action": "dropped", "kind": reason[row], "text": text})
+    return b"".join(map(to_json, lines))

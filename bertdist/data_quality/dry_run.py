@@ -1,14 +1,17 @@
-"""train.py --dry_run: what a run would be, told without weights, without a GPU, and without writing anything.
+"""`train.py --dry_run`: describe a run without loading weights, using a GPU or writing files.
 
-In: a TrainConfig. Out: on standard output the findings of `inspection` in one line each, the steps, what each rank would get, real
-tokens and the padding that is saved, and an estimate of memory; and an exit code. One module, because it promises what `train` will do,
-from the same functions: `plan`, `deal`, `open_examples` and the task are training's own.
+`dry_run` shows the findings on the data, one line each, the steps, what each rank gets, real tokens
+and the padding saved, and an estimate of memory. Everything is computed by training's own functions
+(`epoch_order`, `balance_by_length`, `open_examples`, the task).
 
-The estimate of memory, in bytes (https://arxiv.org/abs/2205.05198 section 4.1, without what attention over short texts need not keep):
-- weights 4, their gradient 4, AdamW 8 for each parameter, and 2 more in bf16 and fp16 for its copy in half precision;
-- activations that the backward pass needs, for each token and layer: e (8 hidden + 2 intermediate) + 2 hidden, where e is 4 in float32
-  and 2 in half precision (each layer's input and its copy after the norm, Q, K, V, what attention gives, and the feed-forward layer before
-  and after its activation; the last term is two dropout masks). With --gradient_checkpointing each layer keeps its input, e x hidden.
+The memory estimate, in bytes (https://arxiv.org/abs/2205.05198 section 4.1, without what attention
+over short texts need not keep):
+
+- per parameter: weight 4, gradient 4, AdamW 8; in bf16 and fp16 another 2 for a half-precision copy;
+- activations per token and layer: e (8 hidden + 2 intermediate) + 2 hidden, where e is 4 in float32
+  and 2 in half precision (each layer's input and its copy after the norm, Q, K, V, the attention
+  output, and the feed-forward layer before and after its activation; the last term is two dropout
+  masks). With --gradient_checkpointing each layer keeps only its input, e hidden.
 """
 
 import math
@@ -26,192 +29,174 @@ from bertdist.core.types import Array
 from bertdist.data.sharding import balance_by_length, epoch_order
 from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data.tokenization import load_tokenizer, open_examples
-from bertdist.data_quality.findings import counts, percent
+from bertdist.data_quality.findings import counts, percent, summary
 from bertdist.data_quality.length_checks import Lengths
 from bertdist.data_quality.report import DataReport, check_data
 from bertdist.distributed.launch import check_world
 from bertdist.models.classifier import load_model_config, pretrained_labels
 from bertdist.tasks.tasks import Task
 
-OTHER_WORLD = 8  # ranks of the second plan that is shown
-
-STEPS_DEALT = 200  # steps of the first epoch whose balance is measured
+OTHER_WORLD_SIZE = 8  # shown beside the current one
+BALANCED_STEPS = 200  # of the first epoch, to measure the load balance
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes that a rank needs."""
+class MemoryEstimate:
+    """Memory that a rank needs."""
 
-    parameters: int  # their number
-    per_parameter: int
-    per_token: int  # activations
+    num_parameters: int
+    bytes_per_parameter: int
+    bytes_per_token: int  # activations; 0 if unknown
 
     @property
-    def fixed(self) -> int:
-        """What is there whatever the texts are."""
-        return self.parameters * self.per_parameter
+    def fixed_bytes(self) -> int:
+        """Weights, gradient and optimizer state."""
+        return self.num_parameters * self.bytes_per_parameter
 
 
 def dry_run(config: TrainConfig) -> int:
-    """Tell the plan; the exit code: 1 where there are errors in the data, else 0. Raises BertdistError where training would.
+    """Describe the run. Returns the exit code: 1 if there are errors in the data, else 0.
 
-    Under a launcher rank 0 does it, and the others leave.
+    Under a launcher only rank 0 does anything. Raises BertdistError where training would.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    check_world(world)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_world(world_size)
     if process_rank() != 0:
         return 0
     settings = load_model_config(config.model)
     tokenizer = load_tokenizer(config.model)
-    found = check_data(
+    report = check_data(
         config.data,
         tokenizer=tokenizer,
         max_length=config.model.max_length,
         problem_type=config.task.problem_type,
         num_examples=1,
     )
-    for finding in found.findings:
+    for finding in report.findings:
         share = f" ({percent(finding.share)})" if finding.share is not None else ""
-        place = next((found.where[example.split, example.row] for example in finding.examples), "")
-        unit = finding.unit.removesuffix("s") if finding.count == 1 else finding.unit
-        show(
-            f"{finding.severity}: {finding.split}: {finding.title}: {finding.count:,} {unit}{share}{', ' * bool(place)}{place}"
-        )
-    show(*found.notes)
-    number = counts(found.findings)
-    show(
-        ", ".join(f"{count} {severity}{'s' * (count != 1)}" for severity, count in number.items())
-        + "; python -m bertdist.check says more."
-    )
-    task = create_task(
-        config.task, label_stats_of(found.splits["train"]), pretrained_labels(settings)
-    )
-    for records in found.splits.values():
+        line = f"{finding.severity}: {finding.split}: {finding.title}: {finding.quantity}{share}"
+        show(", ".join([line, *map(report.location, finding.examples[:1])]))
+    show(*report.notes)
+    show(f"{summary(report.findings)}; details: python -m bertdist.check.")
+    train = report.splits["train"]
+    task = create_task(config.task, label_stats_of(train), pretrained_labels(settings))
+    for records in report.splits.values():
         open_examples(records, tokenizer, task, config.model.max_length)
-    _show_plan(config, found, task, world)
-    _show_memory(config, found.lengths["train"], memory_of(settings, task, config), world)
-    return 1 if number["error"] else 0
+    _show_steps(config, report, task)
+    _show_ranks(config, report, world_size)
+    memory = estimate_memory(settings, task, config)
+    _show_memory(config, report.lengths["train"], memory, world_size)
+    return 1 if counts(report.findings)["error"] else 0
 
 
-def _show_plan(config: TrainConfig, found: DataReport, task: Task, world: int) -> None:
-    train, lengths = found.splits["train"], found.lengths["train"]
-    size, limit = config.batch.train_batch_size, config.model.max_length
-    per_epoch = -(-len(train) // size)
+def _show_steps(config: TrainConfig, report: DataReport, task: Task) -> None:
+    num_rows, lengths = len(report.splits["train"]), report.lengths["train"]
+    batch_size, max_length = config.batch.train_batch_size, config.model.max_length
+    per_epoch = -(-num_rows // batch_size)
     total = config.run.max_train_steps or max(1, math.ceil(config.run.num_train_epochs * per_epoch))
-    about = "" if lengths.rows == len(train) else "about "
+    per_row = lengths.kept / num_rows
+    batched = padding_ratio(np.minimum(lengths.counted, max_length), batch_size, config.run.seed)
+    outputs = f"{len(task.labels)} output{'s' * (len(task.labels) != 1)}"
+    about = "" if lengths.rows == num_rows else "about "
     show(
-        f"Task: {task.problem_type}, {len(task.labels)} output{'s' * (len(task.labels) != 1)}: {', '.join(task.labels[:10])}."
+        f"Task: {task.problem_type}, {outputs}: {', '.join(task.labels[:10])}.",
+        f"{per_epoch:,} steps per epoch of {batch_size} rows, {total:,} steps in total "
+        f"({total * batch_size / num_rows:.4g} epochs).",
+        f"An epoch has {about}{lengths.kept:,} real tokens, {per_row:.1f} per row; "
+        f"{lengths.truncated:.1%} of the rows are truncated.",
+        f"Padding saved: padding to {max_length} would compute {max_length / per_row:.1f} times as "
+        f"many tokens, padding to the longest row of each step {batched:.2f} times.",
     )
-    show(
-        f"{per_epoch:,} steps an epoch of {size} rows, {total:,} steps in all, {total * size / len(train):.4g} epochs."
-    )
-    a_row = lengths.kept / len(train)
-    show(
-        f"An epoch has {about}{lengths.kept:,} real tokens, {a_row:.1f} a row; {lengths.truncated:.1%} of the rows are truncated."
-    )
-    padded = padded_together(np.minimum(lengths.counted, limit), size, config.run.seed)
-    show(
-        f"No padding is computed: padded to {limit} {limit / a_row:.1f} times as many, to the longest of a step {padded:.2f} times."
-    )
+
+
+def _show_ranks(config: TrainConfig, report: DataReport, world_size: int) -> None:
+    lengths, num_bytes = report.lengths["train"], report.splits["train"].lengths()
+    batch_size, seed = config.batch.train_batch_size, config.run.seed
+    kept = np.minimum(lengths.counted, config.model.max_length)
+    tokens = batch_size * lengths.kept / len(num_bytes)  # per step
     rows = []
-    for ranks in dict.fromkeys((world, OTHER_WORLD)):
-        fullest, idle = balance(
-            train.lengths(), np.minimum(lengths.counted, limit), size, ranks, config.run.seed
-        )
-        name = f"{ranks} (now)" if ranks == world else f"{ranks}"
-        rows.append(
-            [
-                name,
-                f"{size / ranks:.4g}",
-                f"{size * a_row / ranks:,.0f}",
-                f"{fullest:.3f}",
-                f"{idle:.0%}",
-            ]
-        )
-    show_table(
-        "What a rank gets in a step",
-        ["ranks", "rows", "tokens", "fullest / mean", "idle"],
-        rows,
-        right=range(5),
-    )
+    for ranks in dict.fromkeys((world_size, OTHER_WORLD_SIZE)):
+        imbalance, idle = load_balance(num_bytes, kept, batch_size, ranks, seed)
+        name = f"{ranks} (now)" if ranks == world_size else f"{ranks}"
+        per_rank = f"{batch_size / ranks:.4g}", f"{tokens / ranks:,.0f}"
+        rows.append([name, *per_rank, f"{imbalance:.3f}", f"{idle:.0%}"])
+    header = ["ranks", "rows", "tokens", "load max/mean", "idle"]
+    show_table("Per rank and step", header, rows, right=range(5))
 
 
-def padded_together(lengths: Array, size: int, seed: int) -> float:
-    """Cells / tokens if the rows of each step were padded to the longest of them. lengths: (rows,) tokens."""
+def padding_ratio(lengths: Array, batch_size: int, seed: int) -> float:
+    """Computed / real tokens if each step's rows were padded to the longest. lengths: (rows,)."""
     order = epoch_order(len(lengths), seed, 0)
-    starts = np.arange(0, len(order), size)
+    starts = np.arange(0, len(order), batch_size)
     longest = np.maximum.reduceat(lengths[order], starts)
     rows = np.diff(np.append(starts, len(order)))
     return float((longest * rows).sum() / lengths.sum())
 
 
-def balance(
-    lengths_in_bytes: Array, lengths: Array, size: int, ranks: int, seed: int
+def load_balance(
+    num_bytes: Array, lengths: Array, batch_size: int, ranks: int, seed: int
 ) -> tuple[float, float]:
-    """(tokens of the fullest rank / mean, share of ranks without a row), as `deal` deals the first steps of the first epoch.
+    """(tokens of the fullest rank / mean, share of ranks without a row), over the first steps.
 
-    lengths: (counted rows,) tokens; where not every row was counted they stand for every k-th row.
+    num_bytes: (rows,). lengths: (counted rows,) tokens; if not all rows were counted, of every
+    k-th row.
     """
-    every = -(-len(lengths_in_bytes) // len(lengths))
-    in_bytes = lengths_in_bytes[::every][: len(lengths)]
+    every = -(-len(num_bytes) // len(lengths))
+    num_bytes = num_bytes[::every][: len(lengths)]
     order = epoch_order(len(lengths), seed, 0)
-    fullest, idle, steps = 0.0, 0, 0
-    for start in range(0, min(len(order), STEPS_DEALT * size), size):
-        rows = order[start : start + size]
-        loads = [
-            int(lengths[share].sum()) for share in balance_by_length(rows, in_bytes[rows], ranks)
-        ]
-        fullest, idle, steps = (
-            fullest + max(loads) * ranks / sum(loads),
-            idle + loads.count(0),
-            steps + 1,
-        )
-    return fullest / steps, idle / (steps * ranks)
+    starts = range(0, min(len(order), BALANCED_STEPS * batch_size), batch_size)
+    imbalance, idle = 0.0, 0
+    for start in starts:
+        rows = order[start : start + batch_size]
+        shares = balance_by_length(rows, num_bytes[rows], ranks)
+        loads = [int(lengths[share].sum()) for share in shares]
+        imbalance += max(loads) * ranks / sum(loads)
+        idle += loads.count(0)
+    return imbalance / len(starts), idle / (len(starts) * ranks)
 
 
-def memory_of(settings: PretrainedConfig, task: Task, config: TrainConfig) -> Memory:
-    """The estimate of the module's head. The model is built without memory for its weights."""
+def estimate_memory(settings: PretrainedConfig, task: Task, config: TrainConfig) -> MemoryEstimate:
+    """The estimate described at the top. The model is built without memory for its weights."""
     settings.num_labels = len(task.labels)
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(settings)
     half = config.run.mixed_precision in ("bf16", "fp16")
-    layers, hidden, inner = (_size(settings, *names) for names in (_LAYERS, _HIDDEN, _INNER))
     number = 2 if half else 4
-    per_layer = (
-        number * hidden
-        if config.model.gradient_checkpointing
-        else number * (8 * hidden + 2 * inner) + 2 * hidden
-    )
-    return Memory(
-        sum(weight.numel() for weight in model.parameters()), 18 if half else 16, layers * per_layer
-    )
+    layers = _setting(settings, "num_hidden_layers", "n_layers")  # the second name is DistilBERT's
+    hidden = _setting(settings, "hidden_size", "dim")
+    inner = _setting(settings, "intermediate_size", "hidden_dim")
+    per_layer = number * (8 * hidden + 2 * inner) + 2 * hidden
+    if config.model.gradient_checkpointing:
+        per_layer = number * hidden
+    num_parameters = sum(weight.numel() for weight in model.parameters())
+    return MemoryEstimate(num_parameters, 18 if half else 16, layers * per_layer)
 
 
-_LAYERS, _HIDDEN, _INNER = (
-    ("num_hidden_layers", "n_layers"),
-    ("hidden_size", "dim"),
-    ("intermediate_size", "hidden_dim"),
-)  # DistilBERT's
+def _setting(settings: Any, *names: str) -> int:
+    """The first of some settings that a model config has, else 0."""
+    values = (getattr(settings, name, None) for name in names)
+    return int(next((value for value in values if value is not None), 0))
 
 
-def _size(settings: Any, *names: str) -> int:
-    return int(
-        next((value for name in names if (value := getattr(settings, name, None)) is not None), 0)
-    )
-
-
-def _show_memory(config: TrainConfig, lengths: Lengths, memory: Memory, world: int) -> None:
-    tokens = config.batch.train_batch_size * lengths.kept / lengths.of / world
-    longest = min(lengths.longest, config.model.max_length)
-    states, share = f"{memory.fixed / 1e9:.2f} GB", f"{tokens * memory.per_token / 1e9:.2f} GB"
-    if not memory.per_token:
+def _show_memory(
+    config: TrainConfig, lengths: Lengths, memory: MemoryEstimate, world_size: int
+) -> None:
+    fixed = f"{memory.fixed_bytes / 1e9:.2f} GB"
+    if not memory.bytes_per_token:
         show(
-            f"Memory of a rank: {states} for weights, gradient and AdamW; activations unknown, the config does not name its layers."
+            f"Memory per rank: {fixed} for weights, gradient and AdamW; activations unknown, the "
+            "model's config does not name its layers."
         )
         return
+    per_token = memory.bytes_per_token
+    tokens = config.batch.train_batch_size * lengths.kept / lengths.of / world_size
+    longest = min(lengths.longest, config.model.max_length)
+    minimum = memory.fixed_bytes + longest * per_token
     show(
-        f"Memory of a rank, estimated for --mixed_precision {config.run.mixed_precision or 'no'}:",
-        f"  {states}  {memory.parameters / 1e6:,.1f} million parameters x {memory.per_parameter} bytes (weights, gradient, AdamW)",
-        f"  {share}  a mean share of {tokens:,.0f} tokens x {memory.per_token / 1e3:,.0f} kB of activations, if computed at once",
-        f"At least {(memory.fixed + longest * memory.per_token) / 1e9:.2f} GB, in micro-batches of one text of {longest} tokens.",
+        f"Memory per rank, estimated for --mixed_precision {config.run.mixed_precision or 'no'}:",
+        f"  {fixed}  {memory.num_parameters / 1e6:,.1f} million parameters x "
+        f"{memory.bytes_per_parameter} bytes (weights, gradient, AdamW)",
+        f"  {tokens * per_token / 1e9:.2f} GB  {tokens:,.0f} tokens (mean per rank and step) x "
+        f"{per_token / 1e3:,.0f} kB of activations, if computed at once",
+        f"At least {minimum / 1e9:.2f} GB, with micro-batches of one text of {longest} tokens.",
     )

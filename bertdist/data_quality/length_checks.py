@@ -1,10 +1,8 @@
-"""How long the texts are, in tokens where there is a tokenizer, else in characters and words -> a summary and findings.
+"""Text lengths: a summary per split, and findings on truncated texts and unknown tokens.
 
-In: the Records of a split, a tokenizer or None, --max_length. Out: `Lengths`: percentiles, a histogram, the share that is truncated,
-and the max_length that would truncate 1%. One module, because check and --dry_run must count the same tokens as training does.
-
-Tokenizing takes about a second for 1 or 2 MB of text. Of a split of more than TEXT_BYTES every second, third, ... row is counted, and
-its longest rows besides; the summary says of how many.
+Lengths are in tokens if there is a tokenizer, counted as training does, else in characters and
+words. Tokenizing takes about 1 second per 1 to 2 MB of text. In a split of more than SAMPLE_BYTES
+only every second, third, ... row is counted, plus its longest rows; `Lengths.rows` says how many.
 """
 
 from collections.abc import Iterable
@@ -12,30 +10,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
-from bertdist.core.terminal import excerpt
+from bertdist.core.types import IntArray
 from bertdist.data.records import Records
-from bertdist.data_quality.findings import Example, Finding
+from bertdist.data_quality.findings import Finding, FindingBuilder
 
-TEXT_BYTES = 32 << 20  # of text that is tokenized of a split
-
-LONGEST = 20  # rows that are counted in any case
-
-ROWS_AT_ONCE = 1_000
-
+SAMPLE_BYTES = 32 << 20  # of text per split that is tokenized
+LONGEST_ROWS = 20  # that are counted in any case
+ROWS_PER_BATCH = 1_000
 MANY_TRUNCATED = 0.05  # share of rows from which truncation is a warning
-
-MANY_UNKNOWN = 0.01  # share of tokens from which unknown pieces are a warning
-
-Ints = npt.NDArray[np.int64]
+MANY_UNKNOWN = 0.01  # share of tokens from which unknown tokens are a warning
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Lengths of the rows of a split, special tokens counted."""
+    """Lengths of the rows of a split, special tokens included."""
 
     split: str
     unit: str  # "tokens" or "characters"
@@ -44,97 +35,96 @@ class Lengths:
     mean: float
     percentiles: dict[str, int]  # "50" -> the median, ...
     longest: int
-    total: int  # of all rows, estimated where not all were counted
-    histogram: list[tuple[int, int, int]]  # (from, to, rows), ends included
+    total: int  # of all rows, estimated if not all were counted
+    histogram: list[tuple[int, int, int]]  # (from, to, rows), bounds included
     mean_words: float
     max_length: int | None = None  # tokens only
     truncated: float = 0.0  # share of rows
-    kept: int = 0  # tokens of all rows that truncation leaves
+    kept: int = 0  # tokens of all rows after truncation
     for_one_percent: int | None = None  # the max_length that truncates 1% of the rows
-    counted: Ints = field(
-        repr=False, compare=False
-    )  # (rows,) the lengths themselves, of every k-th row of the split
+    counted: IntArray = field(repr=False, compare=False)  # (rows,) lengths of every k-th row
 
     def as_dict(self) -> dict[str, Any]:
-        """For check.json."""
+        """The entry in check.json."""
         return {name: value for name, value in vars(self).items() if name != "counted"}
 
 
-def measure(
-    split: str,
+def measure_lengths(
+    build: FindingBuilder,
     records: Records,
     tokenizer: PreTrainedTokenizerBase | None,
     max_length: int,
-    num_examples: int,
 ) -> tuple[Lengths, list[Finding]]:
-    """Count; the findings are on truncation and on pieces that the tokenizer does not know."""
+    """The lengths of one split, and findings on truncation and unknown tokens."""
     words = pc.count_substring_regex(records.texts, r"\S+").to_numpy(zero_copy_only=False)
+    mean_words = float(words.mean())
     if tokenizer is None:
         lengths = pc.utf8_length(records.texts).to_numpy(zero_copy_only=False).astype(np.int64)
         if records.pairs is not None:
             lengths = lengths + pc.utf8_length(records.pairs).to_numpy(zero_copy_only=False)
-        return _summary(split, "characters", records, lengths, lengths, float(words.mean())), []
-    every = max(1, -(-int(records.lengths().sum()) // TEXT_BYTES))
+        summary = _summarize(build.split, len(records), lengths, lengths.max(), mean_words, None)
+        return summary, []
+    num_bytes = records.lengths()
+    every = max(1, -(-int(num_bytes.sum()) // SAMPLE_BYTES))
     rows = np.arange(0, len(records), every)
     lengths, unknown = count_tokens(records, rows, tokenizer)
-    longest = np.argsort(-records.lengths(), kind="stable")[:LONGEST]
-    extremes, _ = count_tokens(records, longest, tokenizer) if every > 1 else (lengths, 0)
-    summary = _summary(split, "tokens", records, lengths, extremes, float(words.mean()), max_length)
+    longest = lengths.max()
+    if every > 1:
+        by_bytes = np.argsort(-num_bytes, kind="stable")[:LONGEST_ROWS]
+        longest = max(longest, count_tokens(records, by_bytes, tokenizer)[0].max())
+    summary = _summarize(build.split, len(records), lengths, longest, mean_words, max_length)
     findings = []
     if summary.truncated:
         cut = np.flatnonzero(lengths > max_length)
         cut = cut[np.argsort(-lengths[cut], kind="stable")]
-        limit = tokenizer.model_max_length
-        need = summary.for_one_percent or 0
-        advice = f"--max_length {need} would truncate 1%."
-        if need > limit:
+        needed, limit = summary.for_one_percent or 0, tokenizer.model_max_length
+        advice = f"--max_length {needed} would truncate 1%."
+        if needed <= max_length:
+            advice = "None needed: less than 1% is truncated."
+        elif needed > limit:
             advice = (
-                f"To truncate only 1% would need {need:,} tokens, and the model takes {limit:,}."
+                f"Truncating only 1% needs {needed:,} tokens; the model's maximum is {limit:,}."
             )
+        tokens = dict(zip(rows[cut].tolist(), lengths[cut].tolist(), strict=True))
         findings.append(
-            Finding(
-                kind="truncated",
-                severity="warning" if summary.truncated >= MANY_TRUNCATED else "note",
-                split=split,
-                title=f"texts longer than --max_length {max_length}",
+            build(
+                "truncated",
+                "warning" if summary.truncated >= MANY_TRUNCATED else "note",
+                f"texts longer than --max_length {max_length}",
+                rows[cut],
+                f"The rest is never read; the longest has {summary.longest:,} tokens.",
+                advice,
+                note=lambda row: f"{tokens[row]:,} tokens",
                 count=round(summary.truncated * len(records)),
-                total=len(records),
-                meaning=f"What stands behind is never read; the longest has {summary.longest:,} tokens.",
-                advice=advice if need > max_length else "Nothing: less than 1% is truncated.",
-                examples=_examples(
-                    split, records, rows[cut[:num_examples]], lengths[cut[:num_examples]]
-                ),
             )
         )
     if unknown > MANY_UNKNOWN * lengths.sum():
         findings.append(
-            Finding(
-                kind="unknown_tokens",
-                severity="warning",
-                split=split,
-                title="pieces that the tokenizer does not know",
+            build(
+                "unknown_tokens",
+                "warning",
+                "tokens that are not in the vocabulary",
+                [],
+                f"They all become {tokenizer.unk_token}: the model cannot tell them apart.",
+                "Use a model for this language and script; check the encoding.",
                 count=unknown,
                 total=int(lengths.sum()),
                 unit="tokens",
-                meaning=f"They all become {tokenizer.unk_token}: the model cannot tell them apart.",
-                advice="Take a model for this language and script; see whether the encoding is right.",
             )
         )
     return summary, findings
 
 
 def count_tokens(
-    records: Records, rows: Ints, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Ints, int]:
-    """(rows,) tokens of some rows, special ones counted and nothing truncated; and how many of all are unknown."""
-    counted, unknown = [], 0
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        taken = rows[start : start + ROWS_AT_ONCE]
-        texts = records.texts.take(taken).to_pylist()
-        pairs = None if records.pairs is None else records.pairs.take(taken).to_pylist()
+    records: Records, rows: IntArray, tokenizer: PreTrainedTokenizerBase
+) -> tuple[IntArray, int]:
+    """(rows,) tokens of some rows, special ones included, untruncated; and the unknown tokens."""
+    counted, unknown = [np.zeros(0, np.int64)], 0
+    for start in range(0, len(rows), ROWS_PER_BATCH):
+        batch = rows[start : start + ROWS_PER_BATCH]
         encoded = tokenizer(
-            texts,
-            pairs,
+            records.texts.take(batch).to_pylist(),
+            None if records.pairs is None else records.pairs.take(batch).to_pylist(),
             truncation=False,
             return_attention_mask=False,
             return_token_type_ids=False,
@@ -143,57 +133,43 @@ def count_tokens(
         counted.append(np.array([len(ids) for ids in encoded["input_ids"]], np.int64))
         if tokenizer.unk_token_id is not None:
             unknown += sum(ids.count(tokenizer.unk_token_id) for ids in encoded["input_ids"])
-    return np.concatenate(counted) if counted else np.zeros(0, np.int64), unknown
+    return np.concatenate(counted), unknown
 
 
-def _examples(split: str, records: Records, rows: Ints, lengths: Ints) -> tuple[Example, ...]:
-    return tuple(
-        Example(
-            split=split,
-            row=row,
-            text=excerpt(records.texts[row].as_py()),
-            note=f"{length:,} tokens",
-        )
-        for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)
-    )
-
-
-def _summary(
+def _summarize(
     split: str,
-    unit: str,
-    records: Records,
-    lengths: Ints,
-    extremes: Ints,
+    num_rows: int,
+    lengths: IntArray,
+    longest: int,
     mean_words: float,
-    max_length: int | None = None,
+    max_length: int | None,
 ) -> Lengths:
-    scale = len(records) / len(lengths)
+    """lengths: (counted rows,) tokens, or characters if max_length is None."""
+    scale = num_rows / len(lengths)
     kept = lengths if max_length is None else np.minimum(lengths, max_length)
+    percentiles = {
+        share: int(np.percentile(lengths, share, method="higher")) for share in (50, 90, 95, 99)
+    }
     return Lengths(
         split=split,
-        unit=unit,
+        unit="characters" if max_length is None else "tokens",
         rows=len(lengths),
-        of=len(records),
+        of=num_rows,
         mean=float(lengths.mean()),
-        percentiles={
-            str(share): int(np.percentile(lengths, share, method="higher"))
-            for share in (50, 90, 95, 99)
-        },
-        longest=int(max(lengths.max(), extremes.max())),
+        percentiles={str(share): length for share, length in percentiles.items()},
+        longest=int(longest),
         total=round(float(lengths.sum()) * scale),
         histogram=list(_histogram(lengths)),
         mean_words=mean_words,
         max_length=max_length,
-        truncated=float((lengths > max_length).mean()) if max_length is not None else 0.0,
+        truncated=0.0 if max_length is None else float((lengths > max_length).mean()),
         kept=round(float(kept.sum()) * scale),
         counted=lengths,
-        for_one_percent=int(np.percentile(lengths, 99, method="higher"))
-        if max_length is not None
-        else None,
+        for_one_percent=None if max_length is None else percentiles[99],
     )
 
 
-def _histogram(lengths: Ints) -> Iterable[tuple[int, int, int]]:
+def _histogram(lengths: IntArray) -> Iterable[tuple[int, int, int]]:
     """By powers of two: 1-1, 2-3, 4-7, ... from the shortest to the longest."""
     powers = np.bincount(np.floor(np.log2(np.maximum(lengths, 1))).astype(np.int64))
     for power in range(int(np.argmax(powers > 0)), len(powers)):

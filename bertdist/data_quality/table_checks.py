@@ -1,14 +1,11 @@
-"""Tables that were read without an error and yet not as they were meant -> findings.
+"""Checks of a table's structure: files that were read without an error, but not as intended.
 
-In: Records, how their file was read, and the labels. Out: findings on rows that a quote swallowed, on quotes read as text, on columns
-without a name that hold something, on columns that look swapped, and on headers read as rows or rows read as headers.
-One module, because all of it is told from the table's form and not from what its texts say.
+Rows swallowed by a stray quote, quotes read as text, unnamed columns with content, text and label
+columns that look swapped, and headers read as rows or rows read as headers.
 """
 
 import csv
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -18,136 +15,113 @@ from bertdist.core.errors import DataError
 from bertdist.core.terminal import excerpt
 from bertdist.data.readers.file_reader import inspect_file, open_file
 from bertdist.data.records import LABEL_COLUMNS, PAIRS, TEXT_COLUMNS, Records
-from bertdist.data_quality.findings import Example, Finding, Severity
+from bertdist.data_quality.findings import Finding, FindingBuilder
 from bertdist.data_quality.label_checks import SplitLabels
 
 HEADER_WORDS = {
     *TEXT_COLUMNS,
     *LABEL_COLUMNS,
     *(name for pair in PAIRS for name in pair),
-    "text_a",
-    "text_b",
-    "id",
-    "idx",
-    "index",
-    "qid",
+    *("text_a", "text_b", "id", "idx", "index", "qid"),
 }
-
-ENOUGH = 20  # rows from which the form of a column says something
-
-SENTENCE_WORDS = 5  # a column's name with so many words is no name
+MIN_ROWS = 20  # of a table whose columns may be called swapped
+SENTENCE_WORDS = 5  # a column name with this many words is a sentence
 
 
 def check_table(
-    split: str,
+    build: FindingBuilder,
     path: str | None,
     records: Records,
     labels: SplitLabels | None,
     train: SplitLabels,
     data: DataConfig,
-    num_examples: int,
 ) -> list[Finding]:
-    """All findings on one split's table. path: its file, None for data of the hub."""
-
-    def finding(
-        kind: str,
-        severity: Severity,
-        title: str,
-        rows: Any,
-        meaning: str,
-        advice: str,
-        notes: Mapping[int, str] | None = None,
-    ) -> Finding:
-        examples = tuple(
-            Example(
-                split=split,
-                row=int(row),
-                text=excerpt(records.texts[int(row)].as_py()),
-                note=(notes or {}).get(int(row), ""),
-            )
-            for row in rows[:num_examples]
-        )
-        return Finding(
-            kind=kind, severity=severity, split=split, title=title, count=len(rows), total=len(records), meaning=meaning, advice=advice,
-            examples=examples,
-        )  # fmt: skip
-
-    found: list[Finding] = []
+    """All findings on the table of one split. path: its file, None unless it is one local file."""
+    findings: list[Finding] = []
     kind = getattr(getattr(records.source, "form", None), "kind", "")
     if kind in ("csv", "tsv"):
-        found += _quotes(records, train, finding)
-        if path is not None:
-            found += _overflow(path, data, records, finding, num_examples)
+        findings += _check_quotes(build, records, train)
+        if path is not None and not data.column_names:
+            findings += _check_unnamed_columns(build, path, data, len(records))
     if labels is not None and labels.numbers is None:
-        found += _swapped(split, records, labels, train, finding)
-        found += _headers(split, records, labels, finding)
-    return found
+        findings += _check_swapped(build, records, labels, train)
+        findings += _check_header(build, records, labels)
+    return findings
 
 
-def _quotes(records: Records, train: SplitLabels, finding: Any) -> list[Finding]:
-    texts, found = records.texts, []
+def _check_quotes(build: FindingBuilder, records: Records, train: SplitLabels) -> list[Finding]:
+    texts, findings = records.texts, []
+    form = getattr(records.source, "form", None)
+    delimiter, quoted = str(getattr(form, "delimiter", ",")), bool(getattr(form, "quoted", False))
     known = {name for names in train.names for name in names}
-    delimiter = str(getattr(getattr(records.source, "form", None), "delimiter", ","))
     swallowed: dict[int, str] = {}
-    for row in np.flatnonzero(
-        pc.match_substring(texts, "\n").to_numpy(zero_copy_only=False)
-    ).tolist():
+    multiline = pc.match_substring(texts, "\n").to_numpy(zero_copy_only=False)
+    for row in np.flatnonzero(multiline).tolist():
         lines = texts[row].as_py().rstrip("\n").split("\n")
-        like = sum(
-            _is_like_a_row(line, delimiter, known, train.numbers is not None) for line in lines
-        )
+        like = sum(_like_a_row(line, delimiter, known, train.numbers is not None) for line in lines)
         if like >= 2 and like >= len(lines) / 2:
             swallowed[row] = f"{like} of its {len(lines)} lines look like rows"
     if swallowed:
-        found.append(
-            finding(
-                "swallowed_rows", "error", "texts that hold rows of the table", list(swallowed),
-                "A quote that nobody meant opened a field, and the rows up to the next quote became one text.",
-                "Read the file with --quoting none, or write the quotes as the format wants them.", swallowed,
+        findings.append(
+            build(
+                "swallowed_rows",
+                "error",
+                "texts that contain rows of the table",
+                list(swallowed),
+                "A stray quote opened a field, and all rows up to the next quote became one text.",
+                "Read the file with --quoting none, or escape the quotes as the format requires.",
+                note=swallowed.__getitem__,
             )
-        )  # fmt: skip
-    quoted = bool(getattr(getattr(records.source, "form", None), "quoted", False))
-    begins = pc.starts_with(texts, '"').to_numpy(zero_copy_only=False)
-    if begins.any() and not quoted:
-        some = texts.filter(begins)
-        whole = int(pc.sum(pc.match_substring_regex(some, r'(?s)^"(?:[^"]|"")*"$')).as_py())
-        doubled = int(pc.sum(pc.match_substring_regex(some, r'(?s)^".*[^"]""[^"].*"$')).as_py())
-        if whole == len(some) and (doubled or whole >= 0.2 * len(texts)):
-            found.append(
-                finding(
-                    "quotes_as_text", "warning", "texts that stand in quotes", np.flatnonzero(begins),
-                    "Each text that begins with a quote ends with one: the file seems to be written with quotes and read without.",
-                    "Pass --quoting double.",
-                )
-            )  # fmt: skip
-            return found
+        )
+    opening = pc.starts_with(texts, '"').to_numpy(zero_copy_only=False)
+    if opening.any() and not quoted:
+        candidates = texts.filter(opening)
+        enclosed, doubled = (
+            int(pc.sum(pc.match_substring_regex(candidates, pattern)).as_py())
+            for pattern in (r'(?s)^"(?:[^"]|"")*"$', r'(?s)^".*[^"]""[^"].*"$')
+        )
+        if enclosed == len(candidates) and (doubled or enclosed >= 0.2 * len(texts)):
+            finding = build(
+                "quotes_as_text",
+                "warning",
+                "texts enclosed in quotes",
+                np.flatnonzero(opening),
+                "Every text that begins with a quote ends with one: the file seems to be written "
+                "with quoting and read without.",
+                "Pass --quoting double.",
+            )
+            return [*findings, finding]
     odd = np.flatnonzero(pc.count_substring(texts, '"').to_numpy(zero_copy_only=False) % 2)
     if len(odd):
-        found.append(
-            finding(
-                "odd_quotes", "note", "an odd number of quotes", odd,
-                f"The file is read {'with quotes, and these stand inside of fields' if quoted else 'without quotes, so nothing is lost'}. "
-                "Another reader may swallow rows here: pandas and datasets do.",
-                "Nothing, as long as the number of rows is right.",
+        how = "without quoting, so nothing is lost"
+        if quoted:
+            how = "with quoting, and these are inside fields"
+        findings.append(
+            build(
+                "odd_quotes",
+                "note",
+                "an odd number of quotes",
+                odd,
+                f"The file is read {how}. Other readers (pandas, datasets) may swallow rows here.",
+                "None needed if the number of rows is right.",
             )
-        )  # fmt: skip
-    return found
+        )
+    return findings
 
 
-def _is_like_a_row(line: str, delimiter: str, known: set[str], numbers: bool) -> bool:
+def _like_a_row(line: str, delimiter: str, known: set[str], numeric: bool) -> bool:
+    """Whether a line has several fields, and a label at either end."""
     fields = [field.strip().strip('"').strip() for field in line.split(delimiter)]
-    ends = (fields[0], fields[-1])
     return len(fields) > 1 and any(
-        field in known or (numbers and field.replace(".", "", 1).isdecimal()) for field in ends
+        field in known or (numeric and field.replace(".", "", 1).isdecimal())
+        for field in (fields[0], fields[-1])
     )
 
 
-def _overflow(
-    path: str, data: DataConfig, records: Records, finding: Any, num_examples: int
+def _check_unnamed_columns(
+    build: FindingBuilder, path: str, data: DataConfig, num_rows: int
 ) -> list[Finding]:
-    """Columns behind the last one that has a name. They are read by giving every column a name, with the header as a row."""
-    if data.column_names:
-        return []
+    """Columns after the last named one. They are read by naming all, with the header as a row."""
     try:
         file = inspect_file(
             path,
@@ -156,123 +130,114 @@ def _overflow(
             encoding=data.encoding,
             column_names=None,
         )
-        with Path(path).open(
-            encoding="utf-8-sig" if file.encoding.lower() in ("utf-8", "utf8") else file.encoding,
-            newline="",
-        ) as opened:
+        utf8 = file.encoding.lower() in ("utf-8", "utf8")
+        with Path(path).open(encoding="utf-8-sig" if utf8 else file.encoding, newline="") as lines:
             reader = csv.reader(
-                opened,
+                lines,
                 delimiter=file.delimiter,
                 quoting=csv.QUOTE_MINIMAL if file.quoted else csv.QUOTE_NONE,
             )
             header = next((row for row in reader if row), [])
-        last = max((at for at, name in enumerate(header) if name.strip()), default=len(header))
-        behind = [f"column {at}" for at in range(last + 1, len(header))]
-        if not behind:
+        named = [index for index, name in enumerate(header) if name.strip()]
+        names = [f"column {index}" for index in range(len(header))]
+        unnamed = names[named[-1] + 1 :] if named else []
+        if not unnamed:
             return []
-        names = [f"column {at}" for at in range(len(header))]
-        quoting = "double" if file.quoted else "none"
         file = inspect_file(
             path,
             delimiter=file.delimiter,
-            quoting=quoting,
+            quoting="double" if file.quoted else "none",
             encoding=file.encoding,
             column_names=names,
         )
-        columns = open_file(file)[1](behind)
-    except (
-        DataError,
-        OSError,
-        UnicodeError,
-        csv.Error,
-    ):  # what cannot be read twice was told when it was read
+        columns = open_file(file)[1](unnamed)
+    except (DataError, OSError, UnicodeError, csv.Error):  # reported when the split was loaded
         return []
-    values = list(
-        zip(
-            *(
-                pc.utf8_trim_whitespace(columns[name]).to_pylist()[1 : len(records) + 1]
-                for name in behind
-            ),
-            strict=True,
-        )
-    )
+    stripped = [pc.utf8_trim_whitespace(columns[name]).to_pylist() for name in unnamed]
+    values = list(zip(*(column[1 : num_rows + 1] for column in stripped), strict=True))
     rows = np.flatnonzero([any(value) for value in values])
     if not len(rows):
         return []
-    notes = {
-        int(row): "behind it: " + excerpt(file.delimiter.join(values[row]), 60)
-        for row in rows[:num_examples]
-    }
     return [
-        finding(
-            "overflow_columns", "warning", "columns without a name that hold something", rows,
-            f"The header ends with {len(behind)} column{'s' * (len(behind) > 1)} without a name, and they are not empty: parts of texts "
-            "that were cut at a delimiter, as spreadsheets do.",
-            "Join them to the text where the file is made, or drop these rows.", notes,
+        build(
+            "overflow_columns",
+            "warning",
+            "unnamed columns with content",
+            rows,
+            f"The header ends with {len(unnamed)} unnamed column{'s' * (len(unnamed) > 1)} that are "
+            "not empty: parts of texts that a spreadsheet split at a delimiter.",
+            "Join them to the text in the source file, or drop these rows.",
+            note=lambda row: "unnamed: " + excerpt(file.delimiter.join(values[row]), 60),
         )
-    ]  # fmt: skip
+    ]
 
 
-def _swapped(
-    split: str, records: Records, labels: SplitLabels, train: SplitLabels, finding: Any
+def _check_swapped(
+    build: FindingBuilder, records: Records, labels: SplitLabels, train: SplitLabels
 ) -> list[Finding]:
-    rows, everything = len(records), np.arange(len(records))
-    if rows < ENOUGH or labels.several:
+    num_rows = len(records)
+    if num_rows < MIN_ROWS or labels.multi:
         return []
-    title, advice = (
-        "text and label look swapped",
-        "Name them with --text_column and --label_column.",
-    )
-    texts = records.texts.dictionary_encode().dictionary
+    meaning = ""
     names = [next(iter(names)) for names in labels.names]
-    if split != "train":
+    if build.split != "train":
         known = {name for names in train.names for name in names}
-        places = np.flatnonzero([text in known for text in records.texts.to_pylist()])
-        unknown = np.isin(
-            labels.codes, [code for code, name in enumerate(names) if name not in known]
-        )
-        if len(places) > rows / 2 and unknown.mean() > 0.5:
-            told = f"{len(places):,} texts are labels of train, and {int(unknown.sum()):,} labels are none."
-            return [finding("columns_swapped", "error", title, everything, told, advice)]
+        label_texts = sum(text in known for text in records.texts.to_pylist())
+        unknown_codes = [code for code, name in enumerate(names) if name not in known]
+        unknown = np.isin(labels.codes, unknown_codes)
+        if label_texts > num_rows / 2 and unknown.mean() > 0.5:
+            meaning = (
+                f"{label_texts:,} texts are labels of train, and {int(unknown.sum()):,} labels "
+                "are not."
+            )
+    else:
+        distinct = len(records.texts.dictionary_encode().dictionary)
+        text_bytes = float(pc.mean(pc.binary_length(records.texts)).as_py())
+        label_bytes = float(np.array([len(name.encode()) for name in names])[labels.codes].mean())
+        many_labels = len(names) > num_rows / 2 and distinct <= max(2, num_rows / 10)
+        if many_labels and label_bytes > text_bytes:
+            meaning = (
+                f"{distinct:,} distinct texts of {text_bytes:.0f} bytes, {len(names):,} distinct "
+                f"labels of {label_bytes:.0f}."
+            )
+    if not meaning:
         return []
-    text_length = float(pc.mean(pc.binary_length(records.texts)).as_py())
-    label_length = float(np.array([len(name.encode()) for name in names])[labels.codes].mean())
-    if len(names) > rows / 2 and len(texts) <= max(2, rows / 10) and label_length > text_length:
-        told = f"{len(texts):,} different texts of {text_length:.0f} bytes, {len(names):,} different labels of {label_length:.0f}."
-        return [finding("columns_swapped", "error", title, everything, told, advice)]
-    return []
+    title, advice = "text and label look swapped", "Set --text_column and --label_column."
+    return [build("columns_swapped", "error", title, range(num_rows), meaning, advice)]
 
 
-def _headers(split: str, records: Records, labels: SplitLabels, finding: Any) -> list[Finding]:
-    found = []
-    names = {name for names in labels.names for name in names}
+def _check_header(build: FindingBuilder, records: Records, labels: SplitLabels) -> list[Finding]:
+    if records.source.has_header:
+        names = {name for names in labels.names for name in names}
+        label_like = records.label_column is not None and records.label_column in names
+        if not label_like and len(records.text_column.split()) < SENTENCE_WORDS:
+            return []
+        name = str(records.label_column) if label_like else records.text_column
+        return [
+            build(
+                "row_as_header",
+                "error",
+                "the header looks like a row",
+                [0],
+                f"A column is named {excerpt(name, 60)!r}, which is also a label or a complete "
+                "sentence: the file has no header, and its first row is lost.",
+                "Name the columns with --column_names.",
+            )
+        ]
     first = labels.names[labels.codes[0]]
     label = next(iter(first)) if len(first) == 1 else ""
-    alone = int((labels.codes == labels.codes[0]).sum()) == 1
-    text = records.texts[0].as_py().strip().lower()
-    if (
-        not records.source.has_header
-        and alone
-        and len(records) > 1
-        and {text, label.strip().lower()} & HEADER_WORDS
-    ):
-        found.append(
-            finding(
-                "header_as_row", "error", "the first row looks like a header", [0],
-                "It would be trained or scored as a text, with a label of its own.", "Leave out --column_names for a file with a header.",
-                {0: labels.name(0)},
-            )
-        )  # fmt: skip
-    if records.source.has_header:
-        column, heading = records.label_column, records.text_column
-        if (column is not None and column in names) or len(heading.split()) >= SENTENCE_WORDS:
-            odd = column if column is not None and column in names else heading
-            found.append(
-                finding(
-                    "row_as_header", "error", "the header looks like a row", [0],
-                    f"A column is named {excerpt(odd, 60)!r}, which is also a label or a whole sentence: the file has no header, and its "
-                    "first row is lost.",
-                    "Name the columns with --column_names.",
-                )
-            )  # fmt: skip
-    return found
+    unique = int((labels.codes == labels.codes[0]).sum()) == 1
+    cells = {records.texts[0].as_py().strip().lower(), label.strip().lower()}
+    if not unique or len(records) < 2 or not cells & HEADER_WORDS:
+        return []
+    return [
+        build(
+            "header_as_row",
+            "error",
+            "the first row looks like a header",
+            [0],
+            "It would be trained on or scored as a text, with its own label.",
+            "Remove --column_names for a file with a header.",
+            note=labels.name,
+        )
+    ]

@@ -111,7 +111,7 @@ def answers_of(
     def answer(accelerator: Accelerator) -> list[dict[str, Any]]:
         if breaking is not None:
             breaking(accelerator)
-        predict.ROWS_AT_ONCE = at_once
+        predict.ROWS_PER_WINDOW = at_once
         return Predictor(folder, tokens_per_micro_batch=tokens, accelerator=accelerator)(texts)
 
     return run_ranks(n, answer)

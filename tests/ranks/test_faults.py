@@ -236,7 +236,7 @@ def test_prediction_stops_and_leaves_nothing_half(
     results = run_ranks(n, run_main, words, asked, predict)
     assert [code for code, _, _ in results] == [75] * n
     assert (
-        "bertdist: Asked to stop: nothing was written; the same command begins again."
+        "bertdist: Stopped on request: nothing was written; rerun the same command."
         in results[0][1]
     )
     assert all(said == "" for _, said, _ in results[1:]) and sorted(os.listdir(tmp_path)) == [

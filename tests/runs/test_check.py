@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from looking import clean_rows
+import pytest
+from data_checks import clean_rows
 from rows import words_of, write_rows, write_split
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +29,24 @@ def python(*words: object) -> "subprocess.CompletedProcess[str]":
         text=True,
         timeout=300,
     )
+
+
+@pytest.mark.parametrize("script", ["train", "check", "predict"])
+def test_a_script_run_by_path_imports_the_package_around_it(script: str, tmp_path: Path) -> None:
+    copy = tmp_path / "copy" / "bertdist"
+    shutil.copytree(ROOT / "bertdist", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    with (copy / "core" / "args.py").open("a") as file:
+        file.write("print('the copy')\n")
+    done = subprocess.run(
+        [sys.executable, copy / f"{script}.py", "--help"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+    assert "the copy" in done.stdout
 
 
 def test_check_then_train_on_what_it_cleaned(tiny_model: Path, tmp_path: Path) -> None:
@@ -53,7 +73,7 @@ def test_check_then_train_on_what_it_cleaned(tiny_model: Path, tmp_path: Path) -
     looked = python("-m", "bertdist.check", *words)
     assert looked.returncode == 1 and looked.stderr == "", looked.stderr
     assert (
-        "train/validation: rows of validation that stand in train" in looked.stdout
+        "train/validation: rows of validation that are also in train" in looked.stdout
         and "\x1b" not in looked.stdout
     )
     assert json.loads(report.read_text(encoding="utf-8"))["counts"]["error"] == 1
@@ -61,7 +81,7 @@ def test_check_then_train_on_what_it_cleaned(tiny_model: Path, tmp_path: Path) -
     assert again.returncode == 0, again.stdout
     files = write_split(tmp_path / "unused", 1)._replace(train=clean, dev=held)
     dry = python("bertdist/train.py", *words_of(tiny_model, tmp_path / "out", files), "--dry_run")
-    assert dry.returncode == 0 and "6 steps an epoch of 8 rows" in dry.stdout, (
+    assert dry.returncode == 0 and "6 steps per epoch of 8 rows" in dry.stdout, (
         dry.stdout + dry.stderr
     )
     assert not (tmp_path / "out").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from looking import clean_rows
+from data_checks import clean_rows
 from rows import write_rows
 
 from bertdist import check
@@ -67,7 +67,7 @@ def test_a_config_file_that_doubts_labels_is_no_look_at_data(
         )
         code, _, error = run(monkeypatch, capsys, "--config", config)
         assert code == 1 and (
-            "--folds is 1" in error or "Give a trained model with --model, or --folds" in error
+            "--folds is 1" in error or "Give either a trained model with --model" in error
         )
     config.write_text("folds:\ntrain_file: nowhere.tsv\n")  # the control: nothing is asked
     code, _, error = run(monkeypatch, capsys, "--config", config)
@@ -190,7 +190,7 @@ def test_numbers_and_sets_of_labels_are_told(
     _, out, _ = run(
         monkeypatch, capsys, "--train_file", write_rows(tmp_path / "numbers.jsonl", rows)
     )
-    assert "Labels are numbers" in plain(
+    assert "Regression targets" in plain(
         out
     ) and "train       0   1.25      2.5   3.75      5    2.5" in plain(out)
     rows = [
@@ -198,7 +198,7 @@ def test_numbers_and_sets_of_labels_are_told(
         for number, row in enumerate(clean_rows(60))
     ]
     _, out, _ = run(monkeypatch, capsys, "--train_file", write_rows(tmp_path / "sets.jsonl", rows))
-    assert "Labels a row: train 2.00, at most 3." in plain(out)
+    assert "Labels per row: train mean 2.00, max 3." in plain(out)
 
 
 def test_lengths_and_labels_have_their_tables(
@@ -223,4 +223,4 @@ def test_lengths_and_labels_have_their_tables(
     _, out, _ = run(monkeypatch, capsys, "--train_file", train)
     assert "Lengths in characters" in plain(
         out
-    ) and "No tokenizer: --model_name_or_path counts tokens." in plain(out)
+    ) and "No tokenizer: pass --model_name_or_path to count tokens." in plain(out)

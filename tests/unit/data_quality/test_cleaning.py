@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from looking import clean_rows, kinds, look
+from data_checks import check_rows, clean_rows, kinds
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
 from bertdist.data.loading import load_records
-from bertdist.data_quality.cleaning import dropped_path, write_fixed
-from bertdist.data_quality.config import FIX_KINDS, USUAL_FIX_KINDS
+from bertdist.data_quality.cleaning import dropped_path, write_cleaned
+from bertdist.data_quality.config import DEFAULT_FIX_KINDS, FIX_KINDS
 from bertdist.data_quality.report import DataReport, check_data
 
 pytest.importorskip("rensa", reason="near duplicates need the extra `check`")
@@ -21,12 +21,12 @@ pytest.importorskip("ftfy", reason="repairs need the extra `check`")
 def fix(
     found: DataReport,
     folder: Path,
-    kinds: tuple[str, ...] = USUAL_FIX_KINDS,
+    kinds: tuple[str, ...] = DEFAULT_FIX_KINDS,
     delimiter: str | None = None,
 ) -> tuple[Any, ...]:
     """(rows written as (text, label), what was told, counts)."""
     path = folder / "clean.parquet"
-    counted = write_fixed(found, list(kinds), path, delimiter, 0.8)
+    counted = write_cleaned(found, list(kinds), path, delimiter, 0.8)
     records = found.splits["train"]
     named = {
         "text_column": records.text_column,
@@ -56,7 +56,7 @@ def dirty(folder: Path, ending: str = "tsv") -> tuple[list[dict[str, Any]], Data
         "text": train[13]["text"].replace("Ã©", "é"),
         "label": train[13]["label"],
     }  # the same as row 13 once that is mended
-    return train, look(folder, train, dev, ending=ending)
+    return train, check_rows(folder, train, dev, ending=ending)
 
 
 @pytest.mark.parametrize("ending", ["tsv", "jsonl", "parquet"])
@@ -135,22 +135,22 @@ def test_labels_of_every_kind_keep_their_column(tmp_path: Path) -> None:
     texts = [row["text"] for row in clean_rows(40)]
     sets = [["a", "b"], ["b"], []]
     many = [{"text": text, "labels": sets[row % 3]} for row, text in enumerate(texts)]
-    assert [row[2] for row in fix(look(tmp_path, many), tmp_path)[0]] == [
+    assert [row[2] for row in fix(check_rows(tmp_path, many), tmp_path)[0]] == [
         tuple(sets[row % 3]) for row in range(40)
     ]
     joined = [{"text": row["text"], "labels": ";".join(row["labels"])} for row in many]
-    found = look(tmp_path, joined, label_delimiter=";")
+    found = check_rows(tmp_path, joined, label_delimiter=";")
     assert [row[2] for row in fix(found, tmp_path, delimiter=";")[0]] == [
         tuple(sets[row % 3]) for row in range(40)
     ]
     for label in (3, 2.5):
         numbers = [{"text": text, "score": label + row % 2} for row, text in enumerate(texts)]
-        assert [row[2] for row in fix(look(tmp_path, numbers), tmp_path)[0]] == [
+        assert [row[2] for row in fix(check_rows(tmp_path, numbers), tmp_path)[0]] == [
             row["score"] for row in numbers
         ]
     columns = [{"text": text, "a": row % 2, "b": 1} for row, text in enumerate(texts)]
-    found = look(tmp_path, columns, label_columns=["a", "b"])
-    write_fixed(found, ["empty"], tmp_path / "c.parquet", None, 0.8)
+    found = check_rows(tmp_path, columns, label_columns=["a", "b"])
+    write_cleaned(found, ["empty"], tmp_path / "c.parquet", None, 0.8)
     again = load_records(
         DataConfig(train_file=[str(tmp_path / "c.parquet")], label_columns=["a", "b"]), "train"
     )
@@ -163,7 +163,7 @@ def test_pairs_keep_both_columns(tmp_path: Path) -> None:
         for row in clean_rows(40)
     ]
     rows.append(dict(rows[7]))
-    found, _, counted = fix(look(tmp_path, rows), tmp_path)
+    found, _, counted = fix(check_rows(tmp_path, rows), tmp_path)
     assert (
         found == [(row["sentence1"], row["sentence2"], row["label"]) for row in rows[:40]]
         and counted["duplicates"] == 1
@@ -171,7 +171,7 @@ def test_pairs_keep_both_columns(tmp_path: Path) -> None:
 
 
 def test_nothing_left_is_one_line(tmp_path: Path) -> None:
-    found = look(tmp_path, [{"text": " ", "label": "a"}, {"text": "", "label": "b"}])
+    found = check_rows(tmp_path, [{"text": " ", "label": "a"}, {"text": "", "label": "b"}])
     with pytest.raises(DataError, match=r"^--fix would leave none of the 2 rows"):
         fix(found, tmp_path)
     assert not (tmp_path / "clean.parquet").exists()

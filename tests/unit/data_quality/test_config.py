@@ -1,11 +1,77 @@
-"""What the words of doubting may be, and what each mistake is told."""
+"""Flags of check are read, and every mistake is one line."""
 
 from pathlib import Path
 
 import pytest
 
 from bertdist.core.errors import ConfigError
-from bertdist.data_quality.config import read_label_issue_config
+from bertdist.data_quality.config import FIX_KINDS, read_check_config, read_label_issue_config
+
+
+def test_words_become_settings() -> None:
+    check, data = read_check_config(
+        "--train_file a.tsv --test_file b.tsv --model_name_or_path m --max_length 64 --fix c.parquet".split()
+    )
+    assert (data.train_file, check.test_file, check.max_length, check.fix, check.fix_kinds) == (
+        ["a.tsv"],
+        "b.tsv",
+        64,
+        "c.parquet",
+        None,
+    )
+    check, _ = read_check_config(
+        ["--train_file", "a", "--fix", "c.parquet", "--fix_kinds", *FIX_KINDS]
+    )
+    assert check.fix_kinds == list(FIX_KINDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "No training rows: give --train_file"),
+        ("--train_file a --dataset_name b", "both name training rows"),
+        (
+            "--train_file a --fix out.csv",
+            "--fix is 'out.csv'; expected a file that ends in .parquet.",
+        ),
+        ("--train_file a --fix_kinds empty", "--fix_kinds goes with --fix."),
+        (
+            "--train_file a --fix b.parquet --fix_kinds duplicate",
+            "--fix_kinds knows no 'duplicate'. Did you mean 'duplicates'?",
+        ),
+        ("--train_file a --max_length 64", "--max_length needs a tokenizer"),
+        (
+            "--train_file a --model_name_or_path m --max_length 2",
+            "--max_length is 2; expected at least 3.",
+        ),
+        ("--train_file a --model_revision v1", "--model_revision goes with --model_name_or_path."),
+        (
+            "--train_file a --near_threshold 1.5",
+            "--near_threshold is 1.5; expected from 0.7 to 1, or 0.",
+        ),
+        (
+            "--train_file a --near_threshold 0.5",
+            "--near_threshold is 0.5; expected from 0.7 to 1, or 0.",
+        ),
+        ("--train_file a --examples -1", "--examples is -1; expected at least 0."),
+        (
+            "--train_file a --near_threshold 0 --fix b.parquet --fix_kinds near_leaks",
+            "need a --near_threshold above 0",
+        ),
+        ("--train_fle a", "Unknown setting 'train_fle'. Did you mean 'train_file'?"),
+    ],
+)
+def test_what_cannot_be_is_one_line(words: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_check_config(words.split())
+    assert message in str(caught.value)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_check_config("--near_threshold 2 --examples -1 --fix a".split())
+    assert len(str(caught.value).splitlines()) == 4
+
 
 JUDGED = ["--model", "out/best", "--train_file", "rows.tsv"]
 FOLDED = [
@@ -31,8 +97,8 @@ def test_the_words_of_both_ways_are_read(tmp_path: Path) -> None:
         "--output",
         str(tmp_path / "x"),
     ]
-    judged = read_label_issue_config(words)
-    assert (judged.doubts.model, judged.doubts.folds, judged.train.data.text_column) == (
+    issues, train = read_label_issue_config(words)
+    assert (issues.model, issues.folds, train.data.text_column) == (
         "out/best",
         None,
         "t",
@@ -40,16 +106,16 @@ def test_the_words_of_both_ways_are_read(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(
         "folds: 4\nlearning_rate: 1e-4\nvalidation_file: dev.tsv\nrank_by: normalized_margin\n"
     )
-    folded = read_label_issue_config([*FOLDED[2:], "--config", str(tmp_path / "run.yaml")])
-    assert (folded.doubts.folds, folded.train.optim.learning_rate, folded.doubts.rank_by) == (
+    issues, train = read_label_issue_config([*FOLDED[2:], "--config", str(tmp_path / "run.yaml")])
+    assert (issues.folds, train.optim.learning_rate, issues.rank_by) == (
         4,
         1e-4,
         "normalized_margin",
     )
 
 
-ONE_OF_TWO = "Give a trained model with --model, or --folds to train one for each part of the rows; one of the two."
-FOR_TRAINING = " is for training; --model takes a model as it is, and judges the training rows."
+ONE_OF_TWO = "Give either a trained model with --model, or --folds to train one per fold."
+FOR_TRAINING = " is for training; --model trains nothing and checks the training rows."
 
 
 @pytest.mark.parametrize(
@@ -57,18 +123,18 @@ FOR_TRAINING = " is for training; --model takes a model as it is, and judges the
     [
         (["--train_file", "rows.tsv"], ONE_OF_TWO),
         ([*JUDGED, "--folds", "3"], ONE_OF_TWO),
-        (JUDGED[:2], "No rows to judge: give --train_file, or --dataset_name, or --task_name."),
+        (JUDGED[:2], "No rows to check: give --train_file, or --dataset_name, or --task_name."),
         ([*JUDGED, "--learning_rate", "1"], f"--learning_rate{FOR_TRAINING}"),
         ([*JUDGED, "--validation_file", "d"], f"--validation_file{FOR_TRAINING}"),
         ([*JUDGED, "--max_length", "64"], f"--max_length{FOR_TRAINING}"),
         ([*FOLDED, "--folds", "1"], "--folds is 1; expected at least 2."),
         (
             [*FOLDED, "--streaming"],
-            "--streaming cannot take effect: all rows are held in memory and judged once; remove it.",
+            "--streaming has no effect: all rows are held in memory and used once; remove it.",
         ),
         (
             [*JUDGED, "--stream_window", "9"],
-            "--stream_window cannot take effect: all rows are held in memory and judged once; remove it.",
+            "--stream_window has no effect: all rows are held in memory and used once; remove it.",
         ),
         (
             [*FOLDED, "--dry_run"],
@@ -76,7 +142,7 @@ FOR_TRAINING = " is for training; --model takes a model as it is, and judges the
         ),
         (
             [*FOLDED, "--resume_from_checkpoint", "c"],
-            "--resume_from_checkpoint is for one run; each fold goes on from its own newest checkpoint.",
+            "--resume_from_checkpoint is for one run; each fold resumes its own newest checkpoint.",
         ),
         (FOLDED[:-2], "--output_dir is missing: the folder that the run writes to."),
         ([*FOLDED, "--learning_rate", "-1"], "--learning_rate is -1.0; expected at least 0."),

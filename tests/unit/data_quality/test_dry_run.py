@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data_checks import clean_rows
 from forked import run_ranks
-from looking import clean_rows
 from rows import run_train, words_of, write_rows, write_split
 from rows import train_module as train
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -17,7 +17,7 @@ from bertdist.core.args import read_config
 from bertdist.core.errors import DataError
 from bertdist.data.sharding import balance_by_length, epoch_order
 from bertdist.data_quality import dry_run
-from bertdist.data_quality.dry_run import balance, memory_of, padded_together
+from bertdist.data_quality.dry_run import estimate_memory, load_balance, padding_ratio
 from bertdist.tasks.tasks import SingleLabel
 
 
@@ -45,7 +45,7 @@ def test_the_plan_is_what_training_does(
     code, out = told(words, capsys, monkeypatch)
     assert code == 0 and not (tmp_path / "out").exists()
     assert (
-        "6 steps an epoch of 8 rows, 12 steps in all" in out
+        "6 steps per epoch of 8 rows, 12 steps in total" in out
         and "8 (now)" not in out
         and "1 (now)" in out
     )
@@ -94,8 +94,25 @@ def test_errors_in_the_data_are_exit_code_1(
     code, out = told(words, capsys, monkeypatch)
     assert (
         code == 1
-        and "error: train/validation: rows of validation that stand in train: 5 rows (100%), dev.tsv line 2"
+        and "error: train/validation: rows of validation that are also in train: 5 rows (100%), dev.tsv line 2"
         in out
+    )
+
+
+def test_skipped_rows_are_reported_with_the_plan(
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = write_split(tmp_path, 43, 8)
+    with files.train.open("a") as file:
+        file.write("one field\n")
+    words = words_of(tiny_model, tmp_path / "out", files, on_bad_row="skip")
+    code, out = told(words, capsys, monkeypatch)
+    assert (
+        code == 0
+        and "warning: train: skipped rows that cannot be read: 1 row (2.27%), train" in out
     )
 
 
@@ -110,7 +127,7 @@ def test_main_leaves_without_training(
     monkeypatch.setattr(train, "train", lambda config: pytest.fail("it trains"))
     with pytest.raises(SystemExit) as left:
         train.main()
-    assert left.value.code == 0 and "Memory of a rank" in capsys.readouterr().out
+    assert left.value.code == 0 and "Memory per rank" in capsys.readouterr().out
 
 
 def test_balance_and_padding_are_those_of_the_plan() -> None:
@@ -123,10 +140,13 @@ def test_balance_and_padding_are_those_of_the_plan() -> None:
         ]
         worst.append(max(loads) / (sum(loads) / 3))
         cells += len(rows) * int(lengths[rows].max())
-    assert balance(lengths * 4, lengths, 8, 3, 5) == (pytest.approx(np.mean(worst), rel=1e-12), 0.0)
-    assert padded_together(lengths, 8, 5) == cells / lengths.sum()
-    assert balance(lengths, lengths, 2, 4, 5)[1] == 0.5  # two of four ranks have no row
-    assert balance(lengths * 4, lengths, 8, 3, 6) != balance(
+    assert load_balance(lengths * 4, lengths, 8, 3, 5) == (
+        pytest.approx(np.mean(worst), rel=1e-12),
+        0.0,
+    )
+    assert padding_ratio(lengths, 8, 5) == cells / lengths.sum()
+    assert load_balance(lengths, lengths, 2, 4, 5)[1] == 0.5  # two of four ranks have no row
+    assert load_balance(lengths * 4, lengths, 8, 3, 6) != load_balance(
         lengths * 4, lengths, 8, 3, 5
     )  # the control: another order
 
@@ -140,12 +160,18 @@ def test_memory_counts_every_parameter_and_builds_none(
 ) -> None:
     task = SingleLabel(("a", "b", "c"))
     config = read_config(words_of(tiny_model, tmp_path, write_split(tmp_path, 3), **settings))
-    found = memory_of(AutoConfig.from_pretrained(tiny_model), task, config)
+    found = estimate_memory(AutoConfig.from_pretrained(tiny_model), task, config)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=3)
-    assert found.parameters == sum(weight.numel() for weight in model.parameters())
-    assert (found.per_parameter, found.fixed) == (a_parameter, found.parameters * a_parameter)
+    assert found.num_parameters == sum(weight.numel() for weight in model.parameters())
+    assert (found.bytes_per_parameter, found.fixed_bytes) == (
+        a_parameter,
+        found.num_parameters * a_parameter,
+    )
     by_hand = {
         "": 2 * (4 * (8 * 32 + 2 * 64) + 2 * 32),
         "mixed_precision": 2 * (2 * (8 * 32 + 2 * 64) + 2 * 32),
     }
-    assert found.per_token == {**by_hand, "gradient_checkpointing": 2 * 4 * 32}["".join(settings)]
+    assert (
+        found.bytes_per_token
+        == {**by_hand, "gradient_checkpointing": 2 * 4 * 32}["".join(settings)]
+    )

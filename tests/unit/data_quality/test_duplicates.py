@@ -1,19 +1,27 @@
-"""What is the same is found exactly; what is nearly the same is never claimed wrongly, and seldom missed."""
+"""Near duplicates are exact, few are missed, and duplicates, conflicts and leaks are counted as documented."""
 
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from looking import clean_rows
+from data_checks import check_rows, clean_rows, get_finding, kinds
 from rows import write_rows
 
 from bertdist.core.config import DataConfig
 from bertdist.data.loading import load_records
 from bertdist.data.records import Records, records_of
 from bertdist.data_quality import duplicates
-from bertdist.data_quality.duplicates import compare_texts, jaccard, repeated, shingles
+from bertdist.data_quality.duplicates import (
+    group_texts,
+    is_repeat,
+    jaccard,
+    near_duplicate_rows,
+    near_duplicates_to_drop,
+    shingles,
+)
 
 pytest.importorskip("rensa", reason="near duplicates need the extra `check`")
 
@@ -75,7 +83,7 @@ def test_jaccard_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert jaccard(array(texts), left, right).tolist() == expected
     assert 0 < np.count_nonzero(expected) < len(expected)
-    monkeypatch.setattr(duplicates, "SHINGLES_AT_ONCE", 100)  # in many pieces
+    monkeypatch.setattr(duplicates, "BYTES_PER_CHUNK", 100)  # in many pieces
     assert jaccard(array(texts), left, right).tolist() == expected
 
 
@@ -90,9 +98,9 @@ def test_every_reported_pair_is_near_and_few_are_missed() -> None:
     random = np.random.default_rng(0)
     base = [row["text"] for row in clean_rows(150)]
     texts = base + [changed(text, random, int(random.integers(1, 4))) for text in base]
-    same = compare_texts({"train": records_of(texts)}, 0.8)
-    assert same.pairs is not None
-    sets = sets_of(same.plain_texts.to_pylist())
+    same = group_texts({"train": records_of(texts)}, 0.8)
+    assert same.near is not None
+    sets = sets_of(same.normalized_texts.to_pylist())
     near = {
         (a, b): len(sets[a] & sets[b]) / len(sets[a] | sets[b])
         for a, b in combinations(range(len(sets)), 2)
@@ -100,23 +108,23 @@ def test_every_reported_pair_is_near_and_few_are_missed() -> None:
     }
     found = dict(
         zip(
-            zip(same.pairs.left.tolist(), same.pairs.right.tolist(), strict=True),
-            same.pairs.similarity.tolist(),
+            zip(same.near.left.tolist(), same.near.right.tolist(), strict=True),
+            same.near.similarity.tolist(),
             strict=True,
         )
     )
     assert found.items() <= near.items() and len(near) > 30
     assert len(found) >= 0.98 * len(near)
     # The control: with another threshold other pairs would have been near.
-    stricter = compare_texts({"train": records_of(texts)}, 0.9).pairs
+    stricter = group_texts({"train": records_of(texts)}, 0.9).near
     assert stricter is not None and 0 < len(stricter.left) < len(found)
 
 
 def test_clean_rows_have_no_near_duplicates_and_a_threshold_of_0_does_not_look() -> None:
     records = records_of([row["text"] for row in clean_rows(300)])
-    pairs = compare_texts({"train": records}, 0.8).pairs
+    pairs = group_texts({"train": records}, 0.8).near
     assert pairs is not None and len(pairs.left) == 0
-    assert compare_texts({"train": records}, 0.0).pairs is None
+    assert group_texts({"train": records}, 0.0).near is None
 
 
 def test_a_popular_bucket_costs_a_bounded_number_of_comparisons(
@@ -135,7 +143,7 @@ def test_a_popular_bucket_costs_a_bounded_number_of_comparisons(
         f"Your code for the bank is {number:09d}, do not share it with anybody."
         for number in range(0, 10**9, 10**6)
     ]
-    pairs = compare_texts({"train": records_of(texts)}, 0.8).pairs
+    pairs = group_texts({"train": records_of(texts)}, 0.8).near
     assert pairs is not None and len(np.unique([pairs.left, pairs.right])) > 900
     assert compared < 13 * len(texts)  # all with all: 499,500
 
@@ -145,12 +153,16 @@ def test_texts_are_numbered_over_all_splits_and_up_to_case_and_blanks() -> None:
         records_of(["A  film", "a film", "other", "A  film"]),
         records_of([" a film\u00a0", "Other", "none"]),
     )
-    same = compare_texts({"train": train, "validation": dev}, 0)
-    assert repeated(same.texts["train"]).tolist() == [False, False, False, True]
-    assert repeated(same.plain["train"]).tolist() == [False, True, False, True]
-    assert np.isin(same.texts["validation"], same.texts["train"]).tolist() == [False, False, False]
-    assert np.isin(same.plain["validation"], same.plain["train"]).tolist() == [True, True, False]
-    assert same.plain_texts.to_pylist() == ["a film", "other", "none"]
+    same = group_texts({"train": train, "validation": dev}, 0)
+    assert is_repeat(same.exact["train"]).tolist() == [False, False, False, True]
+    assert is_repeat(same.normalized["train"]).tolist() == [False, True, False, True]
+    assert np.isin(same.exact["validation"], same.exact["train"]).tolist() == [False, False, False]
+    assert np.isin(same.normalized["validation"], same.normalized["train"]).tolist() == [
+        True,
+        True,
+        False,
+    ]
+    assert same.normalized_texts.to_pylist() == ["a film", "other", "none"]
 
 
 def test_a_pair_of_texts_is_one_text(tmp_path: Path) -> None:
@@ -161,10 +173,137 @@ def test_a_pair_of_texts_is_one_text(tmp_path: Path) -> None:
     records: Records = load_records(
         DataConfig(train_file=[str(write_rows(tmp_path / "a.jsonl", rows))]), "train"
     )
-    assert repeated(compare_texts({"train": records}, 0).texts["train"]).tolist() == [
+    assert is_repeat(group_texts({"train": records}, 0).exact["train"]).tolist() == [
         False,
         False,
         False,
         True,
         False,
     ]
+
+
+pytest.importorskip("rensa", reason="near duplicates need the extra `check`")
+
+
+def test_duplicates_are_rows_beyond_the_first_of_their_text(tmp_path: Path) -> None:
+    rows = clean_rows(400)
+    rows += [rows[3], rows[3], rows[8]]
+    found = check_rows(tmp_path, rows)
+    assert kinds(found) == [("duplicates", "note", "train", 3)]
+    finding = get_finding(found, "duplicates")
+    assert dict(finding.details) == {"texts": 2, "most_times": 3} and finding.total == 403
+    assert [(example.row, example.note) for example in finding.examples] == [
+        (3, "3 times"),
+        (8, "2 times"),
+    ]
+    assert kinds(check_rows(tmp_path, [*clean_rows(40), rows[3]])) == [
+        ("duplicates", "warning", "train", 1)
+    ]  # from 1% on
+    assert kinds(check_rows(tmp_path, clean_rows(400))) == []
+
+
+def test_the_same_up_to_case_and_blanks_is_told_apart(tmp_path: Path) -> None:
+    rows = clean_rows(40)
+    rows.append({**rows[0], "text": rows[0]["text"].upper().replace(" ", "  ")})
+    assert kinds(check_rows(tmp_path, rows)) == [("alike_texts", "note", "train", 1)]
+
+
+def test_conflicts_are_texts_with_several_labels(tmp_path: Path) -> None:
+    rows = clean_rows(40)
+    rows += [
+        {**rows[0], "label": "good"},
+        {**rows[0], "label": "good"},
+        rows[2],
+    ]  # row 0 is bad, row 2 repeats itself
+    found = check_rows(tmp_path, rows)
+    assert kinds(found) == [
+        ("conflicting_labels", "warning", "train", 1),
+        ("duplicates", "warning", "train", 3),
+    ]
+    finding = get_finding(found, "conflicting_labels")
+    assert (finding.unit, dict(finding.details), finding.total) == ("texts", {"rows": 3}, 40)
+    assert [(example.row, example.note) for example in finding.examples] == [
+        (0, "label 'bad'"),
+        (40, "label 'good'"),
+    ]
+
+
+def test_sets_of_labels_in_another_order_do_not_contradict(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {**row, "label": [["a", "b"], ["c"]][number % 2]}
+        for number, row in enumerate(clean_rows(400))
+    ]
+    assert kinds(check_rows(tmp_path, [*rows, {**rows[0], "label": ["b", "a"]}])) == [
+        ("duplicates", "note", "train", 1)
+    ]
+    found = check_rows(tmp_path, [*rows, {**rows[0], "label": ["b"]}])
+    assert kinds(found) == [
+        ("conflicting_labels", "warning", "train", 1),
+        ("duplicates", "note", "train", 1),
+    ]
+
+
+def test_numbers_of_one_text_contradict_where_they_are_far_apart(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {**row, "label": number / 100} for number, row in enumerate(clean_rows(401))
+    ]
+    assert kinds(check_rows(tmp_path, [*rows, {**rows[0], "label": 0.95}])) == [
+        ("duplicates", "note", "train", 1)
+    ]
+    found = check_rows(tmp_path, [*rows, {**rows[0], "label": 1.05}])  # a quarter of 0 to 4
+    assert kinds(found) == [
+        ("conflicting_labels", "warning", "train", 1),
+        ("duplicates", "note", "train", 1),
+    ]
+
+
+def test_leaks_are_rows_of_the_split_that_is_scored(tmp_path: Path) -> None:
+    train, dev = clean_rows(40), clean_rows(200, 1)
+    found = check_rows(tmp_path, train, [*dev, train[5]])
+    assert kinds(found) == [("leaks", "warning", "train/validation", 1)]  # below 1%
+    finding = get_finding(found, "leaks", "train/validation")
+    assert (finding.examples[0].split, finding.examples[0].row, finding.examples[0].like) == (
+        "validation",
+        200,
+        ("train", 5),
+    )
+    found = check_rows(
+        tmp_path,
+        train,
+        [*dev, *train[:8]],
+        test=[*clean_rows(20, 2), dev[0], {**train[0], "text": train[0]["text"].upper()}],
+    )
+    assert kinds(found) == [
+        ("leaks", "error", "train/validation", 8),
+        ("alike_leaks", "error", "train/test", 1),
+        ("leaks", "warning", "validation/test", 1),
+        ("alike_leaks", "warning", "validation/test", 1),
+    ]
+    assert kinds(check_rows(tmp_path, train, dev, test=clean_rows(20, 2))) == []
+
+
+def test_near_duplicates_and_near_leaks(tmp_path: Path) -> None:
+    train, dev = clean_rows(40), clean_rows(20, 1)
+    train.append({"text": train[4]["text"] + "s", "label": "good"})  # row 4 is bad
+    dev.append({"text": train[7]["text"] + "!", "label": "good"})
+    found = check_rows(tmp_path, train, dev)
+    assert kinds(found) == [
+        ("near_leaks", "warning", "train/validation", 1),
+        ("near_duplicates", "note", "train", 2),
+    ]
+    near = get_finding(found, "near_duplicates")
+    assert [example.row for example in near.examples] == [4, 40] and near.examples[0].like == (
+        "train",
+        40,
+    )
+    assert dict(near.details) == {"with_another_label": 2}
+    leak = get_finding(found, "near_leaks", "train/validation")
+    assert (
+        leak.examples[0].row == 20
+        and leak.examples[0].like == ("train", 7)
+        and dict(leak.details) == {"with_another_label": 0}
+    )
+    assert near_duplicate_rows(found.groups, "train", "validation")[7] == 20
+    assert [
+        row for row, drop in enumerate(near_duplicates_to_drop(found.groups, "train")) if drop
+    ] == [40]

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from looking import clean_rows, kinds, look, the
+from data_checks import check_rows, clean_rows, get_finding, kinds
 
 
 def with_labels(labels: list[Any], seed: int = 0) -> list[dict[str, Any]]:
@@ -15,11 +15,11 @@ def with_labels(labels: list[Any], seed: int = 0) -> list[dict[str, Any]]:
 
 
 def test_clean_rows_have_no_finding(tmp_path: Path) -> None:
-    assert kinds(look(tmp_path, clean_rows(60), clean_rows(20, 1), clean_rows(20, 2))) == []
+    assert kinds(check_rows(tmp_path, clean_rows(60), clean_rows(20, 1), clean_rows(20, 2))) == []
 
 
 def test_labels_are_counted_by_name_in_every_split(tmp_path: Path) -> None:
-    found = look(
+    found = check_rows(
         tmp_path, with_labels([1] * 30 + [0] * 20), with_labels(["0"] * 10 + ["1"] * 10, 1)
     )
     assert found.labels["train"].counts() == {"1": 30, "0": 20} and found.labels[
@@ -31,7 +31,7 @@ def test_labels_are_counted_by_name_in_every_split(tmp_path: Path) -> None:
 def test_a_label_that_train_lacks_is_an_error_and_one_that_validation_lacks_a_note(
     tmp_path: Path,
 ) -> None:
-    found = look(
+    found = check_rows(
         tmp_path,
         with_labels(["a"] * 20 + ["b"] * 20 + ["c"] * 20),
         with_labels(["a", "a", "a ", "b"], 1),
@@ -40,90 +40,92 @@ def test_a_label_that_train_lacks_is_an_error_and_one_that_validation_lacks_a_no
         ("unknown_labels", "error", "validation", 1),
         ("missing_labels", "note", "validation", 1),
     ]
-    error = the(found, "unknown_labels", "validation")
+    error = get_finding(found, "unknown_labels", "validation")
     assert "'a ' 1" in error.meaning and "Did you mean 'a'?" in error.advice
-    assert (error.examples[0].row, error.examples[0].note) == (2, "label 'a '") and "'c'" in the(
-        found, "missing_labels", "validation"
-    ).meaning
+    assert (error.examples[0].row, error.examples[0].note) == (
+        2,
+        "label 'a '",
+    ) and "'c'" in get_finding(found, "missing_labels", "validation").meaning
 
 
 def test_a_single_label_and_labels_that_are_ids_are_errors(tmp_path: Path) -> None:
-    assert kinds(look(tmp_path, with_labels(["a"] * 20))) == [
+    assert kinds(check_rows(tmp_path, with_labels(["a"] * 20))) == [
         ("single_label", "error", "train", 20)
     ]
-    assert kinds(look(tmp_path, with_labels([f"id{row}" for row in range(40)]))) == [
+    assert kinds(check_rows(tmp_path, with_labels([f"id{row}" for row in range(40)]))) == [
         ("labels_like_ids", "error", "train", 40)
     ]
-    assert kinds(look(tmp_path, with_labels([f"id{row // 20}" for row in range(40)]))) == []
+    assert kinds(check_rows(tmp_path, with_labels([f"id{row // 20}" for row in range(40)]))) == []
 
 
 def test_rare_labels_and_imbalance(tmp_path: Path) -> None:
-    found = look(tmp_path, with_labels(["a"] * 200 + ["b"] * 20 + ["c"] * 3))
+    found = check_rows(tmp_path, with_labels(["a"] * 200 + ["b"] * 20 + ["c"] * 3))
     assert kinds(found) == [
         ("rare_labels", "warning", "train", 1),
         ("imbalance", "note", "train", 200),
     ]
     assert (
-        "'c' 3" in the(found, "rare_labels").meaning and "67 times" in the(found, "imbalance").title
+        "'c' 3" in get_finding(found, "rare_labels").meaning
+        and "67 times" in get_finding(found, "imbalance").title
     )
-    assert "89.7%" in the(found, "imbalance").meaning
+    assert "89.7%" in get_finding(found, "imbalance").meaning
     assert (
-        kinds(look(tmp_path, with_labels(["a"] * 90 + ["b"] * 10))) == []
+        kinds(check_rows(tmp_path, with_labels(["a"] * 90 + ["b"] * 10))) == []
     )  # the control: 9 times, and 10 rows
 
 
 def test_labels_that_differ_in_case_or_blanks_only(tmp_path: Path) -> None:
-    found = look(tmp_path, with_labels(["spam"] * 20 + ["Spam "] * 10 + ["ham"] * 20))
+    found = check_rows(tmp_path, with_labels(["spam"] * 20 + ["Spam "] * 10 + ["ham"] * 20))
     assert kinds(found) == [("labels_alike", "warning", "train", 10)]
 
 
 def test_multi_label_rows_without_a_label(tmp_path: Path) -> None:
     sets = [["a", "b"], ["a"], ["b"], []] * 10
-    found = look(tmp_path, with_labels(sets), with_labels([["b", "a"], ["a"]], 1))
+    found = check_rows(tmp_path, with_labels(sets), with_labels([["b", "a"], ["a"]], 1))
     assert kinds(found) == [("rows_without_a_label", "note", "train", 10)]
-    assert dict(the(found, "rows_without_a_label").details) == {
+    assert dict(get_finding(found, "rows_without_a_label").details) == {
         "mean_labels": 1.0,
         "most_labels": 2,
     }
     assert found.problem_type == "multi_label_classification"
-    assert kinds(look(tmp_path, with_labels([[]] * 20)))[0] == (
+    assert kinds(check_rows(tmp_path, with_labels([[]] * 20)))[0] == (
         "single_label",
         "error",
         "train",
         20,
     )
-    mostly = look(tmp_path, with_labels([[], [], [], ["a"], ["b"]] * 10))
+    mostly = check_rows(tmp_path, with_labels([[], [], [], ["a"], ["b"]] * 10))
     assert kinds(mostly) == [("rows_without_a_label", "warning", "train", 30)]
-    assert kinds(look(tmp_path, with_labels([["a"], ["b"]] * 10))) == []
+    assert kinds(check_rows(tmp_path, with_labels([["a"], ["b"]] * 10))) == []
 
 
 def test_regression_outliers_and_range(tmp_path: Path) -> None:
     numbers = [round(row / 10, 1) + 0.05 for row in range(50)]
-    found = look(tmp_path, with_labels([*numbers, 900.5]), with_labels([1.25, 2.5, -3.5], 1))
+    found = check_rows(tmp_path, with_labels([*numbers, 900.5]), with_labels([1.25, 2.5, -3.5], 1))
     assert kinds(found) == [
         ("outliers", "warning", "train", 1),
         ("outside_range", "warning", "validation", 1),
     ]
     assert (
-        the(found, "outliers").examples[0].note == "label 900.5"
-        and the(found, "outside_range", "validation").examples[0].row == 2
+        get_finding(found, "outliers").examples[0].note == "label 900.5"
+        and get_finding(found, "outside_range", "validation").examples[0].row == 2
     )
     assert (
         found.problem_type == "regression"
-        and kinds(look(tmp_path, with_labels(numbers), with_labels([1.25, 2.5], 1))) == []
+        and kinds(check_rows(tmp_path, with_labels(numbers), with_labels([1.25, 2.5], 1))) == []
     )
-    assert kinds(look(tmp_path, with_labels([2.5] * 30))) == [
+    assert kinds(check_rows(tmp_path, with_labels([2.5] * 30))) == [
         ("single_label", "error", "train", 30)
     ]
 
 
 def test_numbers_written_as_text_are_numbers_and_words_among_them_an_error(tmp_path: Path) -> None:
     rows = with_labels([f"{row / 10:.2f}" for row in range(50)])
-    assert kinds(look(tmp_path, rows, with_labels(["1.5", "2.50"], 1), ending="tsv")) == []
-    found = look(tmp_path, rows, with_labels(["1.5", "good"], 1), ending="tsv")
+    assert kinds(check_rows(tmp_path, rows, with_labels(["1.5", "2.50"], 1), ending="tsv")) == []
+    found = check_rows(tmp_path, rows, with_labels(["1.5", "good"], 1), ending="tsv")
     assert (
         kinds(found) == [("unknown_labels", "error", "validation", 1)]
-        and "'good'" in the(found, "unknown_labels", "validation").meaning
+        and "'good'" in get_finding(found, "unknown_labels", "validation").meaning
     )
 
 
@@ -131,7 +133,7 @@ def test_a_test_file_without_labels_is_a_note_and_one_whose_labels_cannot_be_rea
     tmp_path: Path,
 ) -> None:
     unlabelled = [{"text": row["text"]} for row in clean_rows(10, 3)]
-    assert kinds(look(tmp_path, clean_rows(40), test=unlabelled)) == [
+    assert kinds(check_rows(tmp_path, clean_rows(40), test=unlabelled)) == [
         ("no_labels", "note", "test", 10)
     ]
     columns = [
@@ -139,21 +141,21 @@ def test_a_test_file_without_labels_is_a_note_and_one_whose_labels_cannot_be_rea
         for number, row in enumerate(clean_rows(40))
     ]
     none = [{"text": row["text"], "a": "NONE", "b": "NONE"} for row in clean_rows(10, 3)]
-    found = look(tmp_path, columns, test=none, label_columns=["a", "b"])
+    found = check_rows(tmp_path, columns, test=none, label_columns=["a", "b"])
     assert kinds(found) == [
         ("unreadable_labels", "warning", "test", 10),
         ("no_labels", "note", "test", 10),
     ]
     assert (
         "column 'a' holds 'NONE'; expected 0 or 1."
-        in the(found, "unreadable_labels", "test").meaning
+        in get_finding(found, "unreadable_labels", "test").meaning
     )
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "tsv", "csv", "parquet"])
 def test_a_look_says_the_same_of_every_kind_of_file(tmp_path: Path, ending: str) -> None:
     rows = with_labels(["a"] * 20 + ["b"] * 20 + ["c"] * 2)
-    assert kinds(look(tmp_path, rows, ending=ending)) == [
+    assert kinds(check_rows(tmp_path, rows, ending=ending)) == [
         ("rare_labels", "warning", "train", 1),
         ("imbalance", "note", "train", 20),
     ]

@@ -1,6 +1,8 @@
-"""Folds are a partition, stratified, a pure function of the seed; what a run learns from is not in the fold that it is asked about."""
+"""Label issues: folds, predictions out of fold, the ranking of cleanlab, and the output."""
 
+import builtins
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rows import make_rows, words_of, write_rows, write_split
 
+from bertdist import Predictor, train
 from bertdist.core.args import read_config
 from bertdist.core.config import DataConfig, TaskConfig
-from bertdist.core.errors import DataError
+from bertdist.core.errors import ConfigError, DataError
 from bertdist.data.loading import load_records
 from bertdist.data.records import Records, records_of
 from bertdist.data.stats import create_task, label_stats_of
-from bertdist.data_quality import label_issues as folds
-from bertdist.data_quality.label_issues import cut, groups_of, subset
+from bertdist.data_quality import label_issues
+from bertdist.data_quality.config import RANKINGS
+from bertdist.data_quality.label_issues import (
+    SHOWN_ROWS,
+    LabelIssues,
+    assign_folds,
+    group_by_text,
+    import_cleanlab,
+    label_changes,
+    label_issue_entries,
+    rank_label_issues,
+    select_rows,
+    show_label_issues,
+)
+from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
+from bertdist.training.run_logger import RunLogger
 
 ALONE = np.arange(300)  # every row a text of its own
 
@@ -37,7 +54,7 @@ def test_folds_are_a_partition_and_have_equally_many_rows_of_every_label(
     labels: list[int], k: int, seed: int
 ) -> None:
     given_labels = np.array(labels)
-    found = cut(given_labels, np.arange(len(labels)), k, seed)
+    found = assign_folds(given_labels, np.arange(len(labels)), k, seed)
     sizes = np.bincount(found, minlength=k)
     assert len(found) == len(labels) and len(sizes) == k and sizes.max() - sizes.min() <= 1
     assert spread(given_labels, found, k) <= 1
@@ -46,20 +63,20 @@ def test_folds_are_a_partition_and_have_equally_many_rows_of_every_label(
 def test_folds_by_chance_would_not_be_stratified() -> None:
     labels = ALONE % 3
     assert spread(labels, np.random.default_rng(0).integers(5, size=300), 5) > 1
-    assert spread(labels, cut(labels, ALONE, 5, 0), 5) <= 1
+    assert spread(labels, assign_folds(labels, ALONE, 5, 0), 5) <= 1
 
 
 def test_folds_are_a_pure_function_of_the_seed() -> None:
     labels = ALONE % 3
-    assert cut(labels, ALONE, 4, 1).tolist() == cut(labels, ALONE, 4, 1).tolist()
-    assert cut(labels, ALONE, 4, 1).tolist() != cut(labels, ALONE, 4, 2).tolist()
+    assert assign_folds(labels, ALONE, 4, 1).tolist() == assign_folds(labels, ALONE, 4, 1).tolist()
+    assert assign_folds(labels, ALONE, 4, 1).tolist() != assign_folds(labels, ALONE, 4, 2).tolist()
 
 
 def test_rows_of_one_group_stay_together() -> None:
     groups = ALONE // 3
-    found = cut(ALONE % 2, groups, 4, 0)
+    found = assign_folds(ALONE % 2, groups, 4, 0)
     assert all(len(set(found[groups == group])) == 1 for group in set(groups))
-    apart = cut(ALONE % 2, ALONE, 4, 0)
+    apart = assign_folds(ALONE % 2, ALONE, 4, 0)
     assert any(len(set(apart[groups == group])) > 1 for group in set(groups))
 
 
@@ -67,7 +84,7 @@ def test_the_rarest_of_several_labels_is_in_every_fold() -> None:
     labels = np.random.default_rng(0).random((300, 6)) < np.array(
         [0.6, 0.5, 0.4, 0.1, 0.05, 0.0167]
     )
-    found = cut(labels.astype(float), ALONE, 5, 0)
+    found = assign_folds(labels.astype(float), ALONE, 5, 0)
     for column in labels.T:
         counts = np.bincount(found[column], minlength=5)
         assert counts.max() - counts.min() <= 8
@@ -78,7 +95,7 @@ def test_the_rarest_of_several_labels_is_in_every_fold() -> None:
 
 def test_numbers_are_dealt_over_their_whole_range() -> None:
     numbers = np.random.default_rng(0).normal(size=300)
-    found = cut(numbers, ALONE, 3, 0)
+    found = assign_folds(numbers, ALONE, 3, 0)
     means = [numbers[found == fold].mean() for fold in range(3)]
     assert max(means) - min(means) < 0.05
     by_chance = [
@@ -90,15 +107,15 @@ def test_numbers_are_dealt_over_their_whole_range() -> None:
 
 def test_texts_that_differ_in_case_and_white_space_only_are_one_group() -> None:
     records = records_of(["A film.", "another", "a  FILM. ", "A film"])
-    assert groups_of(records).tolist() == [0, 1, 0, 2]
+    assert group_by_text(records).tolist() == [0, 1, 0, 2]
     pairs = records_of(["a", "a", "A"], ["b", "c", "b "])
-    assert groups_of(pairs).tolist() == [0, 1, 0]
+    assert group_by_text(pairs).tolist() == [0, 1, 0]
 
 
 def test_some_rows_of_a_source_are_told_by_their_place_in_it(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.tsv", make_rows(6))
     records = load_records(DataConfig(train_file=[str(path)]), "train")
-    some = subset(records, np.array([4, 1]))
+    some = select_rows(records, np.array([4, 1]))
     assert [some[0].text, some[1].text] == [records[4].text, records[1].text] and len(some) == 2
     assert some.where(0) == "rows.tsv line 6" and some.lengths().tolist() == [
         len(records[4].text),
@@ -131,8 +148,8 @@ def test_a_folds_rows_have_the_labels_of_the_source_and_make_its_task(
     config = read_config(words)
     records = load_records(config.data, "train")
     task = create_task(TaskConfig(), label_stats_of(records), None)
-    run = folds._run_of_fold(config, tmp_path / "out" / "folds" / "0", task, records)
-    folds._write_rows(folds._file_of(run), records, np.array([0, 1, 2, 5]))
+    run = label_issues._fold_config(config, tmp_path / "out" / "folds" / "0", task, records)
+    label_issues._write_rows(label_issues._train_file(run), records, np.array([0, 1, 2, 5]))
     again = load_records(run.data, "train")
     assert again[0].label == (tuple(first) if isinstance(first, list) else first)
     assert [again[at].label for at in range(4)] == [records[at].label for at in (0, 1, 2, 5)]
@@ -153,8 +170,8 @@ def test_a_fold_without_a_rare_label_has_all_outputs_all_the_same(tmp_path: Path
     )
     records = load_records(config.data, "train")
     task = create_task(TaskConfig(), label_stats_of(records), None)
-    run = folds._run_of_fold(config, tmp_path / "out", task, records)
-    folds._write_rows(tmp_path / "out" / "train.jsonl", records, np.arange(9))
+    run = label_issues._fold_config(config, tmp_path / "out", task, records)
+    label_issues._write_rows(tmp_path / "out" / "train.jsonl", records, np.arange(9))
     assert (
         create_task(run.task, label_stats_of(load_records(run.data, "train")), None).labels
         == task.labels
@@ -162,10 +179,10 @@ def test_a_fold_without_a_rare_label_has_all_outputs_all_the_same(tmp_path: Path
     )
 
 
-def answer(
+def predict_rows(
     accelerator: Accelerator, words: list[str], k: int, breaking: Any = None
 ) -> tuple[Any, Any, list[str]]:
-    """Logits of all rows, their folds, and what was said, on this rank."""
+    """Logits of all rows, their folds, and the lines that were shown, on this rank."""
     if breaking is not None:
         breaking()
     config = read_config(words)
@@ -173,14 +190,22 @@ def answer(
     task = create_task(config.task, label_stats_of(records), None)
     assert records.label_codes is not None
     targets = np.array([task.target(value) for value in records.label_values])[records.label_codes]
-    said: list[str] = []
-    found = folds.answers_out_of_fold(
-        config, k, records, targets, task, accelerator, lambda *lines: said.extend(lines)
+    lines: list[str] = []
+    logits = label_issues.predict_out_of_fold(
+        config,
+        k,
+        records,
+        targets,
+        task,
+        lambda run: train(run).finished,
+        lambda folder: Predictor(folder, accelerator=accelerator),
+        accelerator,
+        lines.append,
     )
     return (
-        None if found is None else found.numpy(),
-        cut(targets, groups_of(records), k, config.run.seed),
-        said,
+        None if logits is None else logits.numpy(),
+        assign_folds(targets, group_by_text(records), k, config.run.seed),
+        lines,
     )
 
 
@@ -207,7 +232,7 @@ def test_no_row_is_judged_by_a_model_that_has_learned_it(tiny_model: Path, tmp_p
     words = words_of(
         tiny_model, tmp_path / "out", files, train_file=path, num_train_epochs=1, max_length=24
     )
-    ((logits, fold_of_row, said),) = run_ranks(1, answer, words, 3, timeout=300)
+    ((logits, fold_of_row, said),) = run_ranks(1, predict_rows, words, 3, timeout=300)
     records = load_records(read_config(words).data, "train")
     assert logits.shape == (30, 2) and np.abs(logits).min() > 0
     assert own_rows_learned(records, fold_of_row, tmp_path / "out", 3) == 0
@@ -218,13 +243,13 @@ def test_no_row_is_judged_by_a_model_that_has_learned_it(tiny_model: Path, tmp_p
     ] == [True] * 3
 
     def groupless() -> None:
-        folds.groups_of = lambda records: np.arange(len(records))
+        label_issues.group_by_text = lambda records: np.arange(len(records))
 
     words = words_of(
         tiny_model, tmp_path / "broken", files, train_file=path, num_train_epochs=1, max_length=24
     )
-    run_ranks(1, answer, words, 3, groupless, timeout=300)
-    by_row = cut((records.label_codes == 1).astype(int), np.arange(30), 3, 42)
+    run_ranks(1, predict_rows, words, 3, groupless, timeout=300)
+    by_row = assign_folds((records.label_codes == 1).astype(int), np.arange(30), 3, 42)
     assert own_rows_learned(records, by_row, tmp_path / "broken", 3) > 0
 
 
@@ -237,9 +262,425 @@ def test_too_few_texts_for_the_folds_are_told(tiny_model: Path, tmp_path: Path) 
 
     def tell(accelerator: Accelerator) -> str:
         with pytest.raises(DataError) as error:
-            answer(accelerator, words, 3)
+            predict_rows(accelerator, words, 3)
         return str(error.value)
 
     assert run_ranks(1, tell) == [
-        "rows.tsv has 2 different texts, too few for --folds 3; expected at least one a fold."
+        "rows.tsv has 2 different texts, too few for --folds 3; expected at least one per fold."
     ]
+
+
+ROWS, WRONG = 400, 40
+
+
+def judged(outputs: int, seed: int = 0) -> tuple[Any, Any, Any]:
+    """Labels (ROWS,), probabilities (ROWS, outputs) of a model that is right, and which labels are wrong: a tenth."""
+    random = np.random.default_rng(seed)
+    truth = random.integers(outputs, size=ROWS)
+    logits = random.normal(size=(ROWS, outputs)) + 4 * np.eye(outputs)[truth]
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    wrong = np.zeros(ROWS, bool)
+    wrong[random.permutation(ROWS)[:WRONG]] = True
+    return np.where(wrong, (truth + 1) % outputs, truth), probabilities, wrong
+
+
+def share_at_the_head(order: Any, wrong: Any) -> float:
+    """Of the wrong labels, how many are among the first WRONG."""
+    return float(wrong[order[:WRONG]].sum() / wrong.sum())
+
+
+@pytest.mark.parametrize("rank_by", RANKINGS)
+@pytest.mark.parametrize("outputs", [2, 5])
+def test_wrong_labels_stand_at_the_head(rank_by: str, outputs: int) -> None:
+    labels, probabilities, wrong = judged(outputs)
+    doubts = rank_label_issues(
+        "single_label_classification", labels, probabilities.argmax(1), probabilities, rank_by
+    )
+    assert sorted(doubts.order) == list(range(ROWS))
+    assert share_at_the_head(doubts.order, wrong) > 0.8
+    assert wrong[doubts.issues].mean() > 0.8 and doubts.issues[wrong].mean() > 0.6
+
+
+@pytest.mark.parametrize("rank_by", RANKINGS)
+def test_probabilities_of_other_rows_find_nothing(rank_by: str) -> None:
+    labels, probabilities, wrong = judged(3)
+    other = np.random.default_rng(1).permutation(probabilities)
+    doubts = rank_label_issues(
+        "single_label_classification", labels, other.argmax(1), other, rank_by
+    )
+    assert share_at_the_head(doubts.order, wrong) < 0.25  # a tenth is chance
+
+
+def test_labels_that_the_model_agrees_with_are_not_marked() -> None:
+    _, probabilities, _ = judged(3)
+    doubts = rank_label_issues(
+        "single_label_classification",
+        probabilities.argmax(1),
+        probabilities.argmax(1),
+        probabilities,
+    )
+    assert not doubts.issues.any()
+
+
+def test_confident_learning_puts_what_is_marked_first_and_the_others_do_not() -> None:
+    labels, probabilities, _ = judged(5)
+    marked = {}
+    for rank_by in RANKINGS:
+        doubts = rank_label_issues(
+            "single_label_classification", labels, probabilities.argmax(1), probabilities, rank_by
+        )
+        marked[rank_by] = doubts.issues[doubts.order].astype(int)
+    assert (np.diff(marked["confident_learning"]) <= 0).all()
+    assert any(
+        (np.diff(order) > 0).any()
+        for rank_by, order in marked.items()
+        if rank_by != "confident_learning"
+    )
+
+
+def test_the_order_is_that_of_the_scores_and_equal_scores_keep_the_order_of_rows() -> None:
+    probabilities = np.array([[0.5, 0.5], [0.9, 0.1], [0.5, 0.5], [0.2, 0.8]])
+    doubts = rank_label_issues(
+        "single_label_classification",
+        np.array([0, 1, 1, 1]),
+        probabilities.argmax(1),
+        probabilities,
+    )
+    assert doubts.order.tolist() == [1, 0, 2, 3]
+    assert doubts.scores == pytest.approx([0.5, 0.1, 0.5, 0.8])
+
+
+def test_rows_of_one_label_are_judged_by_what_the_model_says() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
+    doubts = rank_label_issues(
+        "single_label_classification", np.zeros(3, int), probabilities.argmax(1), probabilities
+    )
+    assert doubts.order.tolist() == [1, 2, 0] and doubts.issues.tolist() == [False, True, False]
+
+
+def test_labels_of_the_model_that_no_row_has_do_no_harm() -> None:
+    labels, probabilities, wrong = judged(3)
+    wider = np.concatenate([probabilities, np.full((ROWS, 1), 1e-6)], axis=1)
+    doubts = rank_label_issues("single_label_classification", labels, wider.argmax(1), wider)
+    assert share_at_the_head(doubts.order, wrong) > 0.8
+
+
+def several(seed: int = 0) -> tuple[Any, Any, Any]:
+    """0/1 labels (ROWS, 4), the last given to all rows and the one before it to none, probabilities, and which rows are wrong."""
+    random = np.random.default_rng(seed)
+    truth = random.integers(2, size=(ROWS, 4))
+    truth[:, 2:] = [0, 1]
+    probabilities = 1 / (1 + np.exp(-(random.normal(size=(ROWS, 4)) + 8 * (truth - 0.5))))
+    wrong = np.zeros(ROWS, bool)
+    wrong[random.permutation(ROWS)[:WRONG]] = True
+    labels = truth.astype(np.float32)
+    labels[wrong, 0] = 1 - labels[wrong, 0]
+    return labels, probabilities, wrong
+
+
+@pytest.mark.parametrize("rank_by", RANKINGS)
+def test_wrong_sets_of_labels_stand_at_the_head(rank_by: str) -> None:
+    labels, probabilities, wrong = several()
+    doubts = rank_label_issues(
+        "multi_label_classification",
+        labels,
+        (probabilities > 0.5).astype(int),
+        probabilities,
+        rank_by,
+    )
+    assert sorted(doubts.order) == list(range(ROWS))
+    assert share_at_the_head(doubts.order, wrong) > 0.8
+    assert wrong[doubts.issues].mean() > 0.6
+
+
+def test_sets_of_labels_that_others_are_judged_by_find_nothing() -> None:
+    labels, probabilities, wrong = several()
+    other = np.random.default_rng(1).permutation(probabilities)
+    doubts = rank_label_issues(
+        "multi_label_classification", labels, (other > 0.5).astype(int), other
+    )
+    assert share_at_the_head(doubts.order, wrong) < 0.25
+
+
+def test_some_rows_may_have_no_label_but_not_all() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.1], [0.3, 0.8]])
+    predictions = (probabilities > 0.5).astype(int)
+    doubts = rank_label_issues(
+        "multi_label_classification", np.array([[0, 0], [0, 0], [0, 1]]), predictions, probabilities
+    )
+    assert doubts.order.tolist() == [0, 2, 1] and doubts.issues.tolist() == [True, False, False]
+    with pytest.raises(DataError, match="No row has a label"):
+        rank_label_issues(
+            "multi_label_classification", np.zeros((3, 2)), predictions, probabilities
+        )
+
+
+def test_numbers_are_ranked_by_how_far_off_they_are() -> None:
+    random = np.random.default_rng(0)
+    truth = random.uniform(0, 5, ROWS)
+    said = (truth + random.normal(scale=0.2, size=ROWS) + 0.5).astype(
+        np.float32
+    )  # all a little too high: that is no doubt of any one
+    given, wrong = truth.copy(), np.arange(ROWS) < WRONG
+    given[wrong] += 2
+    doubts = rank_label_issues("regression", given, said, said[:, None])
+    assert share_at_the_head(doubts.order, wrong) == 1 and (doubts.issues == wrong).mean() > 0.98
+    assert ((doubts.scores >= 0) & (doubts.scores <= 1)).all()
+    assert (
+        share_at_the_head(
+            rank_label_issues("regression", given, random.permutation(said), said[:, None]).order,
+            wrong,
+        )
+        < 0.4
+    )
+
+
+def test_numbers_that_are_told_exactly_are_not_doubted() -> None:
+    given = np.arange(10.0)
+    assert (
+        rank_label_issues("regression", given, given, given[:, None]).scores.tolist() == [1.0] * 10
+    )
+    one_off = np.where(np.arange(10) == 3, 7.0, given)
+    doubts = rank_label_issues("regression", one_off, given, given[:, None])
+    assert doubts.order[0] == 3 and doubts.issues.tolist() == (np.arange(10) == 3).tolist()
+
+
+def test_a_prediction_that_is_not_finite_is_named() -> None:
+    probabilities = np.array([[0.5, 0.5], [np.nan, np.nan]])
+    with pytest.raises(DataError, match="prediction for row 1 is not a number"):
+        rank_label_issues(
+            "single_label_classification", np.array([0, 1]), np.array([0, 0]), probabilities
+        )
+
+
+def test_a_missing_cleanlab_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import_ = builtins.__import__
+
+    def without(name: str, *rest: Any) -> Any:
+        if name.startswith("cleanlab"):
+            raise ImportError(name)
+        return import_(name, *rest)
+
+    import_cleanlab()
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(
+        ConfigError, match=r"^Finding label issues needs cleanlab.*pip install bertdist\[noise\]\.$"
+    ):
+        import_cleanlab()
+
+
+def test_the_module_does_not_need_cleanlab_to_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    import bertdist.data_quality.label_issues as module
+
+    seen: Sequence[str] = [name for name in vars(importlib.reload(module)) if "cleanlab" in name]
+    assert seen == ["import_cleanlab"]
+
+
+ORDER = LabelIssues(np.array([2, 0, 1]), np.array([0.4, 0.9, 0.1]), np.array([False, False, True]))
+
+
+def source(path: Path, **columns: Any) -> Records:
+    rows = [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+    return load_records(DataConfig(train_file=[str(write_rows(path, rows))]), "train")
+
+
+def entries(
+    records: Records, task: Task, targets: Any, predictions: Any, probabilities: Any
+) -> list[dict[str, Any]]:
+    found = list(
+        label_issue_entries(
+            records, task, np.array(targets), np.array(predictions), np.array(probabilities), ORDER
+        )
+    )
+    return [json.loads(line) for line in map(json.dumps, found)]
+
+
+def test_an_entry_for_each_row_the_most_doubted_first(tmp_path: Path) -> None:
+    records = source(tmp_path / "rows.csv", text=["a\nb", "c", "d"], label=["bad", "good", "good"])
+    found = entries(
+        records,
+        SingleLabel(("bad", "good")),
+        [0, 1, 1],
+        [1, 1, 0],
+        [[0.4, 0.6], [0.1, 0.9], [0.9, 0.1]],
+    )
+    assert found == [
+        {
+            "row": 2,
+            "file": "rows.csv",
+            "line": 5,
+            "label": "good",
+            "suggested": "bad",
+            "probability": 0.9,
+            "score": 0.1,
+            "issue": True,
+        },
+        {
+            "row": 0,
+            "file": "rows.csv",
+            "line": 2,
+            "label": "bad",
+            "suggested": "good",
+            "probability": 0.6,
+            "score": 0.4,
+            "issue": False,
+        },
+        {
+            "row": 1,
+            "file": "rows.csv",
+            "line": 4,
+            "label": "good",
+            "suggested": "good",
+            "probability": 0.9,
+            "score": 0.9,
+            "issue": False,
+        },
+    ]
+
+
+def test_rows_of_a_file_without_lines_have_none(tmp_path: Path) -> None:
+    records = source(tmp_path / "rows.parquet", text=["a", "b", "c"], label=["bad", "good", "good"])
+    found = entries(
+        records,
+        SingleLabel(("bad", "good")),
+        [0, 1, 1],
+        [1, 1, 0],
+        [[0.4, 0.6], [0.1, 0.9], [0.9, 0.1]],
+    )
+    assert [entry["line"] for entry in found] == [None] * 3
+
+
+def test_rows_of_several_files_are_told_by_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = (
+        write_rows(tmp_path / name, [{"text": name, "label": label} for label in ("bad", "good")])
+        for name in ("a.csv", "b.csv")
+    )
+    records = load_records(DataConfig(train_file=[str(one), str(two)]), "train")
+    doubts = LabelIssues(np.arange(4), np.full(4, 0.5), np.zeros(4, bool))
+    answers = np.array([0, 0, 1, 0]), np.full((4, 2), 0.5)
+    found = list(
+        label_issue_entries(
+            records, SingleLabel(("bad", "good")), np.array([0, 1, 0, 1]), *answers, doubts
+        )
+    )
+    assert [(entry["row"], entry["file"], entry["line"]) for entry in found] == [
+        (0, "a.csv", 2),
+        (1, "a.csv", 3),
+        (2, "b.csv", 2),
+        (3, "b.csv", 3),
+    ]
+    assert "│ b.csv │ 3" in shown(found, records, capsys)
+
+
+def test_several_labels_a_row_and_the_surest_word_against_them(tmp_path: Path) -> None:
+    records = source(tmp_path / "rows.jsonl", text=["a", "b", "c"], label=[["x"], [], ["x", "y"]])
+    probabilities = [[0.9, 0.2], [0.1, 0.3], [0.8, 0.05]]
+    found = entries(
+        records,
+        MultiLabel(("x", "y")),
+        [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]],
+        [[1, 0], [0, 0], [1, 0]],
+        probabilities,
+    )
+    assert [(entry["label"], entry["suggested"], entry["probability"]) for entry in found] == [
+        (["x", "y"], ["x"], 0.95),
+        (["x"], ["x"], 0.2),
+        ([], [], 0.3),
+    ]
+
+
+def test_numbers_have_no_probability(tmp_path: Path) -> None:
+    records = source(tmp_path / "rows.jsonl", text=["a", "b", "c"], label=[0.5, 1.5, 2.5])
+    found = entries(
+        records,
+        Regression(("label",)),
+        [0.5, 1.5, 2.5],
+        np.array([1, 2, 0], np.float32),
+        [[1], [2], [0]],
+    )
+    assert found[0] == {
+        "row": 2,
+        "file": "rows.jsonl",
+        "line": 3,
+        "label": 2.5,
+        "suggested": 0.0,
+        "score": 0.1,
+        "issue": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "suggested", "found"),
+    [
+        ("a", "b", [("a", "b")]),
+        ("a", "a", []),
+        (["x", "y"], ["y", "z"], [("x", "(none)"), ("(none)", "z")]),
+        (["x"], ["x"], []),
+        (1.0, 2.0, []),
+    ],
+)
+def test_what_is_taken_for_what(given: Any, suggested: Any, found: list[tuple[str, str]]) -> None:
+    assert label_changes(given, suggested) == found
+
+
+def shown(
+    found: list[dict[str, Any]],
+    records: Records,
+    capsys: pytest.CaptureFixture[str],
+    width: str = "200",
+) -> str:
+    log = RunLogger(Path(), enabled=True)
+    log.console.width = int(width)
+    show_label_issues(found, records, None, log)
+    return capsys.readouterr().err
+
+
+def test_the_table_shows_texts_as_they_are_and_counts_pairs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["[red]a[/red] \x1b[31m", "b " * 100, "c\td"]
+    records = source(tmp_path / "rows.csv", text=texts, label=["bad", "[b]good", "[b]good"])
+    found = entries(
+        records,
+        SingleLabel(("[b]good", "bad")),
+        [1, 0, 0],
+        [0, 0, 1],
+        [[0.6, 0.4], [0.9, 0.1], [0.1, 0.9]],
+    )
+    said = shown(found, records, capsys)
+    assert "[red]a[/red] \\x1b[31m" in said and "\x1b" not in said and "[b]good" in said
+    assert "b b b ..." in said and "c d" in said and "0.900" in said
+    assert (
+        "1 of 3 labels (33.3%) are likely errors." in said and "--output label_issues.jsonl" in said
+    )
+    pairs = said[said.index("Likely label errors") :].splitlines()
+    assert [cell.strip() for cell in pairs[4].strip("│ ").split("│")] == ["[b]good", "bad", "1"]
+
+
+def test_the_table_shows_the_first_rows_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = source(
+        tmp_path / "rows.csv", text=[f"text-{at}" for at in range(50)], label=["a", "b"] * 25
+    )
+    found = [
+        {
+            "row": row,
+            "file": "rows.csv",
+            "line": row + 2,
+            "label": "a",
+            "suggested": "b",
+            "probability": 0.9,
+            "score": 0.1,
+            "issue": True,
+        }
+        for row in range(50)
+    ]
+    said = shown(found, records, capsys)
+    assert said.count("text-") == SHOWN_ROWS and "50 of 50 labels (100.0%)" in said

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from looking import clean_rows, kinds, look, the
+from data_checks import check_rows, clean_rows, get_finding, kinds
 from transformers import AutoTokenizer
 
 from bertdist.data.tokenization import encode
-from bertdist.data_quality import length_checks as lengths
+from bertdist.data_quality import length_checks
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def short_rows(count: int) -> list[dict[str, str]]:
 
 
 def test_lengths_are_those_of_training(tmp_path: Path, tokenizer: Any) -> None:
-    found = look(tmp_path, short_rows(60), tokenizer=tokenizer, max_length=16)
+    found = check_rows(tmp_path, short_rows(60), tokenizer=tokenizer, max_length=16)
     records, told = found.splits["train"], found.lengths["train"]
     ids = [len(ids) for ids, _ in encode([records[row] for row in range(60)], tokenizer, 512)]
     assert told.counted.tolist() == ids and (told.total, told.longest, told.rows) == (
@@ -43,21 +43,21 @@ def test_lengths_are_those_of_training(tmp_path: Path, tokenizer: Any) -> None:
 def test_truncation_is_told_with_the_length_that_would_cut_one_percent(
     tmp_path: Path, tokenizer: Any
 ) -> None:
-    found = look(tmp_path, short_rows(200), tokenizer=tokenizer, max_length=16)
-    assert [kind for kind, *_ in kinds(found)] == ["truncated"] and the(
+    found = check_rows(tmp_path, short_rows(200), tokenizer=tokenizer, max_length=16)
+    assert [kind for kind, *_ in kinds(found)] == ["truncated"] and get_finding(
         found, "truncated"
     ).severity == "warning"
     need = found.lengths["train"].for_one_percent
     assert (
         need is not None
-        and f"--max_length {need} would truncate 1%" in the(found, "truncated").advice
+        and f"--max_length {need} would truncate 1%" in get_finding(found, "truncated").advice
     )
     assert (
         (found.lengths["train"].counted > need).mean()
         <= 0.01
         < (found.lengths["train"].counted >= need).mean() + 0.005
     )
-    assert kinds(look(tmp_path, short_rows(200), tokenizer=tokenizer, max_length=64)) == []
+    assert kinds(check_rows(tmp_path, short_rows(200), tokenizer=tokenizer, max_length=64)) == []
 
 
 def test_few_truncated_rows_are_a_note_and_the_models_own_limit_is_told(
@@ -65,30 +65,30 @@ def test_few_truncated_rows_are_a_note_and_the_models_own_limit_is_told(
 ) -> None:
     rows = short_rows(300)
     rows[5]["text"] = "a " * 700
-    found = look(tmp_path, rows, tokenizer=tokenizer, max_length=64)
+    found = check_rows(tmp_path, rows, tokenizer=tokenizer, max_length=64)
     assert kinds(found) == [("truncated", "note", "train", 1)]
     assert (
-        the(found, "truncated").examples[0].note == "702 tokens"
-        and "less than 1%" in the(found, "truncated").advice
+        get_finding(found, "truncated").examples[0].note == "702 tokens"
+        and "less than 1%" in get_finding(found, "truncated").advice
     )
     rows[6:20] = [{"text": f"{row} " * 700, "label": "good"} for row in range(14)]
-    found = look(tmp_path, rows, tokenizer=tokenizer, max_length=64)
-    assert "the model takes 512" in the(found, "truncated").advice
+    found = check_rows(tmp_path, rows, tokenizer=tokenizer, max_length=64)
+    assert "the model's maximum is 512" in get_finding(found, "truncated").advice
 
 
 def test_pieces_that_the_tokenizer_does_not_know(tmp_path: Path, tokenizer: Any) -> None:
     rows = short_rows(200)
     for row in rows[:60]:
         row["text"] = f"好 {row['text']}"
-    found = look(tmp_path, rows, tokenizer=tokenizer, max_length=64)
+    found = check_rows(tmp_path, rows, tokenizer=tokenizer, max_length=64)
     assert (
         kinds(found) == [("unknown_tokens", "warning", "train", 60)]
-        and the(found, "unknown_tokens").unit == "tokens"
+        and get_finding(found, "unknown_tokens").unit == "tokens"
     )
 
 
 def test_without_a_tokenizer_characters_and_words_are_counted(tmp_path: Path) -> None:
-    found = look(
+    found = check_rows(
         tmp_path, [{"text": "ein Über fünf", "label": "a"}, {"text": "zwei", "label": "b"}] * 20
     )
     told = found.lengths["train"]
@@ -106,9 +106,9 @@ def test_a_large_split_is_counted_in_part_with_its_longest_rows(
 ) -> None:
     rows = short_rows(200)
     rows[1]["text"] = "a " * 100
-    whole = look(tmp_path, rows, tokenizer=tokenizer, max_length=64)
-    monkeypatch.setattr(lengths, "TEXT_BYTES", 1_000)
-    part = look(tmp_path, rows, tokenizer=tokenizer, max_length=64)
+    whole = check_rows(tmp_path, rows, tokenizer=tokenizer, max_length=64)
+    monkeypatch.setattr(length_checks, "SAMPLE_BYTES", 1_000)
+    part = check_rows(tmp_path, rows, tokenizer=tokenizer, max_length=64)
     told = part.lengths["train"]
     assert (
         told.rows < 50 and told.of == 200 and told.longest == whole.lengths["train"].longest == 102

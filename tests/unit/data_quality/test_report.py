@@ -6,24 +6,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from looking import clean_rows, kinds, look, the
+from data_checks import check_rows, clean_rows, get_finding, kinds
 from rows import write_rows
 from transformers import AutoTokenizer
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
-from bertdist.data_quality import report as inspection
-from bertdist.data_quality.report import DataReport, check_data
+from bertdist.data_quality import report
+from bertdist.data_quality.findings import Example, Finding
+from bertdist.data_quality.report import (
+    DataReport,
+    check_data,
+    findings_as_dicts,
+    locate_examples,
+    row_locations,
+)
 
 EMOTIONS = (
     "anger anticipation disgust fear joy love optimism pessimism sadness surprise trust".split()
 )
 
 
-def test_a_look_is_plain_data(tmp_path: Path) -> None:
+def test_a_report_is_plain_data(tmp_path: Path) -> None:
     rows = clean_rows(60)
-    found = look(tmp_path, [*rows, rows[3]], clean_rows(20, 1))
+    found = check_rows(tmp_path, [*rows, rows[3]], clean_rows(20, 1))
     told = json.loads(json.dumps(found.as_dict()))
     assert (
         told["counts"] == {"error": 0, "warning": 1, "note": 0}
@@ -36,15 +44,17 @@ def test_a_look_is_plain_data(tmp_path: Path) -> None:
     assert set(told["splits"]["train"]["lengths"]["percentiles"]) == {"50", "90", "95", "99"}
 
 
-def test_what_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert look(tmp_path, clean_rows(40)).notes == []
-    monkeypatch.setattr(inspection, "can_find_near_duplicates", lambda: False)
-    monkeypatch.setattr(inspection, "has_ftfy", lambda: False)
-    found = look(tmp_path, clean_rows(40))
+def test_checks_without_their_package_are_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert check_rows(tmp_path, clean_rows(40)).notes == []
+    monkeypatch.setattr(report, "has_rensa", lambda: False)
+    monkeypatch.setattr(report, "has_ftfy", lambda: False)
+    found = check_rows(tmp_path, clean_rows(40))
     assert ["rensa" in note or "ftfy" in note for note in found.notes] == [
         True,
         True,
-    ] and found.same.pairs is None
+    ] and found.groups.near is None
 
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
@@ -52,7 +62,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         DataError,
         match=r"train.jsonl line 1: the key 'text' is missing|there is no column 'text'|no column has a usual name",
     ):
-        look(tmp_path, [{"a": "b", "c": "d"}])
+        check_rows(tmp_path, [{"a": "b", "c": "d"}])
     train = write_rows(tmp_path / "train.tsv", clean_rows(40))
     (tmp_path / "test.tsv").write_text("text\tlabel\nonly one field\n")
     with pytest.raises(DataError, match=r"^test.tsv line 2: 1 field, expected 2"):
@@ -72,7 +82,7 @@ def test_rows_that_were_left_out_are_told_with_their_reasons(tmp_path: Path) -> 
     data = DataConfig(train_file=[str(tmp_path / "train.tsv")], on_bad_row="skip", max_bad_rows=4)
     found = check_data(data)
     assert kinds(found) == [("skipped_rows", "warning", "train", 4)]
-    told = the(found, "skipped_rows")
+    told = get_finding(found, "skipped_rows")
     assert (
         told.total == 44
         and told.meaning.startswith("1 field, expected 2 as in the header (2); ")
@@ -87,8 +97,9 @@ def test_rows_that_were_left_out_are_told_with_their_reasons(tmp_path: Path) -> 
     assert (shown["where"], shown["text"]) == ("train", "one field")
     many = check_data(replace(data, max_bad_rows=3))
     assert (
-        the(many, "skipped_rows").severity == "error"
-        and "training ends at more than 3 (--max_bad_rows)" in the(many, "skipped_rows").advice
+        get_finding(many, "skipped_rows").severity == "error"
+        and "training fails at more than 3 (--max_bad_rows)"
+        in get_finding(many, "skipped_rows").advice
     )
     with pytest.raises(DataError, match=r"^train.tsv line 42: 1 field"):  # the control
         check_data(replace(data, on_bad_row="fail", max_bad_rows=100))
@@ -108,18 +119,18 @@ def real(
 def test_sst2(shared_data: Path) -> None:
     pytest.importorskip("rensa", reason="near duplicates need the extra `check`")
     found = real(shared_data / "sst2", "train.tsv", "dev.tsv", "test.tsv")
-    assert the(found, "duplicates").count == 371  # rows beyond the first of their text
+    assert get_finding(found, "duplicates").count == 371  # rows beyond the first of their text
     assert (
-        the(found, "conflicting_labels").count,
-        the(found, "conflicting_labels").details["rows"],
+        get_finding(found, "conflicting_labels").count,
+        get_finding(found, "conflicting_labels").details["rows"],
     ) == (5, 10)  # texts, and their rows
     assert not [
         finding for finding in found.findings if finding.kind == "leaks"
     ]  # no sentence of dev or test stands in train as it is
-    assert the(found, "alike_leaks", "train/test").count == 2
+    assert get_finding(found, "alike_leaks", "train/test").count == 2
     assert not [finding for finding in found.findings if finding.severity == "error"]
     assert (
-        the(found, "near_duplicates").count > 40_000
+        get_finding(found, "near_duplicates").count > 40_000
     )  # phrases of the same sentences, and the sentences themselves
 
 
@@ -132,16 +143,16 @@ def test_chnsenticorp(shared_data: Path) -> None:
         column_names=["text", "label"],
     )
     assert len(found.splits["train"]) == 9_600
-    assert the(found, "duplicates").count == 1_351  # rows beyond the first of their text
-    assert the(found, "conflicting_labels").count == 24  # texts
+    assert get_finding(found, "duplicates").count == 1_351  # rows beyond the first of their text
+    assert get_finding(found, "conflicting_labels").count == 24  # texts
     assert (
-        the(found, "leaks", "train/validation").count == 338
-        and the(found, "leaks", "train/validation").severity == "error"
+        get_finding(found, "leaks", "train/validation").count == 338
+        and get_finding(found, "leaks", "train/validation").severity == "error"
     )
     # Its test file has other columns, and a header.
     assert (
-        the(found, "header_as_row", "test").count == 1
-        and the(found, "unknown_labels", "test").count == 1_201
+        get_finding(found, "header_as_row", "test").count == 1
+        and get_finding(found, "unknown_labels", "test").count == 1_201
     )
 
 
@@ -153,7 +164,7 @@ def test_smsspamcollection_and_its_spreadsheet(shared_data: Path) -> None:
         delimiter="tab",
     )
     assert (
-        len(found.splits["train"]) == 5_574 and the(found, "duplicates").count == 403
+        len(found.splits["train"]) == 5_574 and get_finding(found, "duplicates").count == 403
     )  # rows beyond the first of their text
     assert not [
         finding
@@ -163,8 +174,10 @@ def test_smsspamcollection_and_its_spreadsheet(shared_data: Path) -> None:
     found = real(
         shared_data / "sms_spam", "spam.csv", text_column="v2", label_column="v1", encoding="cp1252"
     )
-    assert len(found.splits["train"]) == 5_572 and the(found, "overflow_columns").count == 50
-    assert the(found, "duplicates").count == 403
+    assert (
+        len(found.splits["train"]) == 5_572 and get_finding(found, "overflow_columns").count == 50
+    )
+    assert get_finding(found, "duplicates").count == 403
     with pytest.raises(
         DataError,
         match=r"^spam.csv line \d+: byte 0x.. is not utf-8; pass --encoding \(such as cp1252 ",
@@ -188,8 +201,8 @@ def test_quotes_of_smsspamcollection_that_other_readers_would_trip_over_are_told
         delimiter="tab",
     )
     assert (
-        the(found, "odd_quotes").severity == "note"
-        and "so nothing is lost" in the(found, "odd_quotes").meaning
+        get_finding(found, "odd_quotes").severity == "note"
+        and "so nothing is lost" in get_finding(found, "odd_quotes").meaning
     )
 
 
@@ -203,11 +216,11 @@ def test_semeval(shared_data: Path) -> None:
         label_columns=EMOTIONS,
     )
     assert (
-        the(found, "rows_without_a_label").count == 204
-        and the(found, "rows_without_a_label").details["most_labels"] == 6
+        get_finding(found, "rows_without_a_label").count == 204
+        and get_finding(found, "rows_without_a_label").details["most_labels"] == 6
     )
-    assert "column 'anger' holds 'NONE'" in the(found, "unreadable_labels", "test").meaning
-    assert the(found, "no_labels", "test").count == 3_259
+    assert "column 'anger' holds 'NONE'" in get_finding(found, "unreadable_labels", "test").meaning
+    assert get_finding(found, "no_labels", "test").count == 3_259
 
 
 def test_newsgroups_have_messages_of_more_than_50_000_tokens(
@@ -227,8 +240,90 @@ def test_newsgroups_have_messages_of_more_than_50_000_tokens(
                     }
                 )
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    found = look(tmp_path, rows, tokenizer=tokenizer, max_length=512)
-    assert found.lengths["train"].longest > 50_000 and the(found, "truncated").examples[
+    found = check_rows(tmp_path, rows, tokenizer=tokenizer, max_length=512)
+    assert found.lengths["train"].longest > 50_000 and get_finding(found, "truncated").examples[
         0
     ].note.endswith(" tokens")
     assert "very_long_texts" in [kind for kind, *_ in kinds(found)]
+
+
+class File:
+    """The line on which a row starts; counts its calls."""
+
+    def __init__(self, lines: list[int]) -> None:
+        self.lines, self.calls = lines, 0
+
+    def __call__(self, row: int) -> str:
+        self.calls += 1
+        return f"a line 2.tsv line {self.lines[row]}"
+
+
+def test_row_locations_take_two_calls_for_a_file_of_one_line_per_row() -> None:
+    plain = File([row + 2 for row in range(1000)])
+    asked = list(range(0, 1000, 7))
+    assert row_locations(plain, asked, 1000) == {
+        row: f"a line 2.tsv line {row + 2}" for row in asked
+    }
+    assert plain.calls == 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_row_locations_are_right_in_a_file_of_rows_with_several_lines(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    lines = (2 + np.cumsum(random.choice([1, 1, 1, 1, 3], size=300))).tolist()
+    file, asked = File(lines), random.choice(300, size=40, replace=False).tolist()
+    found = row_locations(file, asked, 300)
+    assert found == {row: f"a line 2.tsv line {lines[row]}" for row in sorted(asked)}
+    # The control: believing that rows are lines would have been wrong here.
+    assert found != {
+        row: f"a line 2.tsv line {lines[min(asked)] + row - min(asked)}" for row in sorted(asked)
+    }
+
+
+def test_row_locations_of_a_source_without_lines_and_of_a_huge_file() -> None:
+    assert row_locations(lambda row: f"x.parquet row {row}", [3, 5, 9], 10) == {
+        row: f"x.parquet row {row}" for row in (3, 5, 9)
+    }
+    lines = (2 + np.cumsum(np.arange(200) % 2 + 1)).tolist()
+    huge = row_locations(File(lines), range(0, 200, 3), 10**9)
+    assert "a line 2.tsv row 3 (from 0)" in huge.values() and list(huge) == list(range(0, 200, 3))
+    assert row_locations(File(lines), [], 200) == {}
+
+
+class Split:
+    """What `locate_examples` needs of the records of a split."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def where(self, row: int) -> str:
+        return f"{self.name} row {row}"
+
+    def __len__(self) -> int:
+        return 9
+
+
+def test_findings_are_written_as_plain_data_with_the_locations_of_their_examples() -> None:
+    finding = Finding(
+        kind="leaks",
+        severity="error",
+        split="train",
+        title="t",
+        count=1,
+        total=10,
+        meaning="m",
+        advice="a",
+        examples=(Example(split="validation", row=4, text="x", note="n", like=("train", 7)),),
+        details={"k": 1},
+    )
+    splits: Any = {"train": Split("t"), "validation": Split("v")}
+    (entry,) = findings_as_dicts([finding], locate_examples([finding], splits))
+    assert entry["examples"] == [
+        {"where": "v row 4", "row": 4, "text": "x", "note": "n", "like": "t row 7"}
+    ]
+    assert (entry["kind"], entry["share"], entry["details"], entry["unit"]) == (
+        "leaks",
+        0.1,
+        {"k": 1},
+        "rows",
+    )

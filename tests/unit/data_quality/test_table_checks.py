@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from looking import clean_rows, kinds, look, the
+from data_checks import check_rows, clean_rows, get_finding, kinds
 
 from bertdist.core.config import DataConfig
 from bertdist.data_quality.report import DataReport, check_data
@@ -49,8 +49,10 @@ def test_rows_that_a_quote_swallowed_are_an_error(see: Callable[..., DataReport]
         kinds(found) == [("swallowed_rows", "error", "train", 1)]
         and len(found.splits["train"]) == 56
     )
-    assert the(found, "swallowed_rows").examples[0].note == "4 of its 5 lines look like rows"
-    assert found.where["train", 9] == "a.tsv line 11"
+    assert (
+        get_finding(found, "swallowed_rows").examples[0].note == "4 of its 5 lines look like rows"
+    )
+    assert found.locations["train", 9] == "a.tsv line 11"
 
 
 def test_texts_of_many_lines_are_no_swallowed_rows(see: Callable[..., DataReport]) -> None:
@@ -83,8 +85,8 @@ def test_columns_without_a_name_that_hold_something(see: Callable[..., DataRepor
     found = see("a.csv", lines)
     assert kinds(found) == [("overflow_columns", "warning", "train", 1)]
     assert (
-        the(found, "overflow_columns").examples[0].row,
-        "the rest of it,and, more" in the(found, "overflow_columns").examples[0].note,
+        get_finding(found, "overflow_columns").examples[0].row,
+        "the rest of it,and, more" in get_finding(found, "overflow_columns").examples[0].note,
     ) == (
         6,
         True,
@@ -110,7 +112,7 @@ def test_a_header_that_is_read_as_a_row(see: Callable[..., DataReport]) -> None:
     lines = tsv(clean_rows(60))
     found = see("a.tsv", ["sentence\tgold", *lines], column_names=["text", "label"])
     assert kinds(found)[0] == ("header_as_row", "error", "train", 1)
-    assert the(found, "header_as_row").examples[0].row == 0
+    assert get_finding(found, "header_as_row").examples[0].row == 0
     assert kinds(see("a.tsv", lines, column_names=["text", "label"])) == []
 
 
@@ -124,4 +126,4 @@ def test_a_row_that_is_read_as_the_header(see: Callable[..., DataReport]) -> Non
 def test_jsonl_has_no_table_to_be_wrong(tmp_path: Path) -> None:
     rows = clean_rows(60)
     rows[3]["text"] = '"' + rows[3]["text"]
-    assert kinds(look(tmp_path, rows)) == []
+    assert kinds(check_rows(tmp_path, rows)) == []

@@ -5,13 +5,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from looking import clean_rows, kinds, look, the
+from data_checks import check_rows, clean_rows, get_finding, kinds
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
-from bertdist.data_quality import text_checks as text_health
+from bertdist.data_quality import text_checks
+from bertdist.data_quality.findings import FindingBuilder
 from bertdist.data_quality.report import check_data
-from bertdist.data_quality.text_checks import check_texts, mojibake_rows, repaired
+from bertdist.data_quality.text_checks import check_texts, mojibake_rows, repair
 
 pytest.importorskip("ftfy", reason="wrong encodings are judged by ftfy (the extra `check`)")
 
@@ -37,7 +38,8 @@ PLANTED = [
 
 
 def found_in(texts: list[str]) -> list[tuple[str, str, int]]:
-    found = check_texts("train", pa.array(texts, pa.large_string()), "text", 3)
+    build = FindingBuilder("train", pa.array(texts, pa.large_string()), 3)
+    found = check_texts(build, "text")
     return [(finding.kind, finding.severity, finding.count) for finding in found]
 
 
@@ -72,7 +74,7 @@ def test_very_long_texts_are_longer_than_all_others() -> None:
     ],
 )
 def test_only_what_is_certain_is_repaired(text: str, meant: str | None) -> None:
-    assert repaired(text) == meant
+    assert repair(text) == meant
 
 
 def test_what_is_not_certain_is_told_all_the_same() -> None:
@@ -82,11 +84,11 @@ def test_what_is_not_certain_is_told_all_the_same() -> None:
 def test_without_ftfy_patterns_stand_in_and_the_finding_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(text_health, "has_ftfy", lambda: False)
+    monkeypatch.setattr(text_checks, "has_ftfy", lambda: False)
     texts = pa.array(["cafÃ©", "donâ€™t", "å¥½å¥½", *GOOD[:-2]], pa.large_string())
-    (finding,) = check_texts("train", texts, "text", 1)
+    (finding,) = check_texts(FindingBuilder("train", texts, 1), "text")
     assert (finding.kind, finding.count) == ("mojibake", 3) and "install ftfy" in finding.meaning
-    assert repaired("cafÃ©") is None
+    assert repair("cafÃ©") is None
 
 
 def test_bytes_that_are_not_utf8_in_a_parquet_file_are_one_line(tmp_path: Path) -> None:
@@ -108,7 +110,7 @@ def test_bytes_that_are_not_utf8_in_a_parquet_file_are_one_line(tmp_path: Path) 
 def test_an_excerpt_shows_what_was_found(tmp_path: Path) -> None:
     rows = clean_rows(40)
     rows[9]["text"] = "word " * 60 + "cafÃ© at the end"
-    assert "cafÃ©" in the(look(tmp_path, rows), "mojibake").examples[0].text
+    assert "cafÃ©" in get_finding(check_rows(tmp_path, rows), "mojibake").examples[0].text
 
 
 def test_both_columns_of_a_pair_are_looked_at(tmp_path: Path) -> None:
@@ -116,8 +118,8 @@ def test_both_columns_of_a_pair_are_looked_at(tmp_path: Path) -> None:
         {"sentence1": row["text"], "sentence2": row["text"][::-1], "label": row["label"]}
         for row in clean_rows(40)
     ]
-    assert kinds(look(tmp_path, rows)) == []
+    assert kinds(check_rows(tmp_path, rows)) == []
     rows[4]["sentence2"] = ""
-    found = look(tmp_path, rows)
+    found = check_rows(tmp_path, rows)
     assert kinds(found) == [("empty_texts", "warning", "train", 1)]
-    assert dict(the(found, "empty_texts").details) == {"column": "sentence2"}
+    assert dict(get_finding(found, "empty_texts").details) == {"column": "sentence2"}

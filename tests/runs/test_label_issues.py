@@ -1,4 +1,4 @@
-"""Doubting labels from words to files: with a trained model, out of fold, interrupted, on several ranks, and with mistakes."""
+"""check --folds and --model from flags to files: cross-validated, interrupted, on several ranks, and with mistakes."""
 
 import json
 import os
@@ -28,16 +28,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return Files(write_rows(folder / "rows.tsv", rows))
 
 
-def folded(model: Path, out: Path, files: Files, **settings: Any) -> list[str]:
-    usual = {"folds": K, "num_train_epochs": 2, "max_length": 24, "output": out / "doubts.jsonl"}
+def folds_args(model: Path, out: Path, files: Files, **settings: Any) -> list[str]:
+    usual = {"folds": K, "num_train_epochs": 2, "max_length": 24, "output": out / "issues.jsonl"}
     out.mkdir(parents=True, exist_ok=True)
     return words_of(model, out, files, **{**usual, **settings})
 
 
-def doubt(
+def run_check(
     accelerator: Accelerator, words: list[str], stop_in_fold: int | None = None
 ) -> tuple[Any, str, list[str]]:
-    """The command on this rank: exit code, what was said, and the folder of the run of every step that was taken."""
+    """The command on this rank: exit code, standard error, and the run folder of every training step."""
     steps: list[str] = []
     train_step, begin = train.train_step, train.open_log
 
@@ -70,14 +70,16 @@ def check_entries(path: Path) -> list[dict[str, Any]]:
 def uninterrupted(tiny_model: Path, files: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a --folds run."""
     out = tmp_path_factory.mktemp("folded") / "out"
-    ((code, said, steps),) = run_ranks(1, doubt, folded(tiny_model, out, files), timeout=300)
-    assert code == 0 and "labels (" in said and "The most doubted labels of rows.tsv" in said, said
+    ((code, said, steps),) = run_ranks(
+        1, run_check, folds_args(tiny_model, out, files), timeout=300
+    )
+    assert code == 0 and "labels (" in said and "Lowest label quality in rows.tsv" in said, said
     assert {name: steps.count(name) for name in steps} == {"0": 6, "1": 6, "2": 6}
     return out
 
 
 def test_every_row_is_ranked_out_of_fold(uninterrupted: Path) -> None:
-    found = check_entries(uninterrupted / "doubts.jsonl")
+    found = check_entries(uninterrupted / "issues.jsonl")
     assert {"row", "file", "line", "label", "suggested", "probability", "score", "issue"} == set(
         found[0]
     )
@@ -88,38 +90,38 @@ def test_every_row_is_ranked_out_of_fold(uninterrupted: Path) -> None:
     assert sorted(path.name for path in (uninterrupted / "folds").iterdir()) == ["0", "1", "2"]
 
 
-def test_an_interrupted_run_goes_on_and_finished_folds_are_not_trained_again(
+def test_an_interrupted_run_resumes_and_finished_folds_are_not_trained_again(
     uninterrupted: Path, tiny_model: Path, files: Files, tmp_path: Path
 ) -> None:
-    words = folded(tiny_model, tmp_path / "out", files)
-    ((code, said, steps),) = run_ranks(1, doubt, words, 1, timeout=300)
+    words = folds_args(tiny_model, tmp_path / "out", files)
+    ((code, said, steps),) = run_ranks(1, run_check, words, 1, timeout=300)
     assert (
         code == 75
         and "Asked to stop (SIGTERM)" in said
-        and not (tmp_path / "out" / "doubts.jsonl").exists()
+        and not (tmp_path / "out" / "issues.jsonl").exists()
     )
     assert steps.count("0") == 6 and 0 < (taken := steps.count("1")) < 6 and "2" not in steps
-    ((code, said, steps),) = run_ranks(1, doubt, words, timeout=300)
+    ((code, said, steps),) = run_ranks(1, run_check, words, timeout=300)
     assert code == 0 and {name: steps.count(name) for name in steps} == {"1": 6 - taken, "2": 6}, (
         said
     )
-    assert (tmp_path / "out" / "doubts.jsonl").read_bytes() == (
-        uninterrupted / "doubts.jsonl"
+    assert (tmp_path / "out" / "issues.jsonl").read_bytes() == (
+        uninterrupted / "issues.jsonl"
     ).read_bytes()
     shutil.rmtree(
         tmp_path / "out" / "folds" / "0" / "checkpoints"
     )  # the control: what is not there is trained
-    ((code, _, steps),) = run_ranks(1, doubt, words, timeout=300)
+    ((code, _, steps),) = run_ranks(1, run_check, words, timeout=300)
     assert code == 0 and {name: steps.count(name) for name in steps} == {"0": 6}
 
 
-def test_folds_of_other_settings_are_not_gone_on_with(
+def test_folds_of_other_settings_are_not_resumed(
     uninterrupted: Path, tiny_model: Path, files: Files, tmp_path: Path
 ) -> None:
     shutil.copytree(uninterrupted, tmp_path / "out")
     for other in ({"learning_rate": 1e-4}, {"folds": 2}, {"seed": 43}):
         ((code, said, steps),) = run_ranks(
-            1, doubt, folded(tiny_model, tmp_path / "out", files, **other), timeout=300
+            1, run_check, folds_args(tiny_model, tmp_path / "out", files, **other), timeout=300
         )
         last = said.strip().splitlines()[-1]
         assert code == 1 and not steps and last.startswith("bertdist: ") and "step_" in said, said
@@ -128,10 +130,12 @@ def test_folds_of_other_settings_are_not_gone_on_with(
 def test_two_ranks_rank_the_same(
     uninterrupted: Path, tiny_model: Path, files: Files, tmp_path: Path
 ) -> None:
-    (main, other) = run_ranks(2, doubt, folded(tiny_model, tmp_path / "out", files), timeout=300)
+    (main, other) = run_ranks(
+        2, run_check, folds_args(tiny_model, tmp_path / "out", files), timeout=300
+    )
     assert main[0] == other[0] == 0 and other[1] == "", other[1]
     one, two = (
-        check_entries(folder / "doubts.jsonl") for folder in (uninterrupted, tmp_path / "out")
+        check_entries(folder / "issues.jsonl") for folder in (uninterrupted, tmp_path / "out")
     )
     scores = {entry["row"]: entry["score"] for entry in one}
     assert [entry["score"] for entry in two] == pytest.approx(
@@ -154,17 +158,17 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out" / "best"
 
 
-def judged(model: Path, rows: Path, *words: Any) -> list[str]:
+def model_args(model: Path, rows: Path, *words: Any) -> list[str]:
     return ["--model", str(model), "--train_file", str(rows), "--use_cpu", *map(str, words)]
 
 
 def test_a_trained_model_ranks_wrong_labels_first(
     trained: Path, files: Files, tmp_path: Path
 ) -> None:
-    words = judged(trained, files.train, "--output", tmp_path / "doubts.jsonl")
+    words = model_args(trained, files.train, "--output", tmp_path / "issues.jsonl")
     ((code, said, _),) = run_ranks(1, run_main, words, None, check, timeout=300)
-    assert code == 0 and "What it has learned it doubts too little" in said, said
-    found = check_entries(tmp_path / "doubts.jsonl")
+    assert code == 0 and "It misses label errors in rows that it was trained on" in said, said
+    found = check_entries(tmp_path / "issues.jsonl")
     assert sum(entry["row"] % 9 == 0 for entry in found[:6]) >= 3
     assert sum(entry["row"] % 9 == 0 for entry in found[-18:]) == 0
 
@@ -172,7 +176,7 @@ def test_a_trained_model_ranks_wrong_labels_first(
 def test_a_wrong_label_has_its_line(trained: Path, files: Files, tmp_path: Path) -> None:
     path = tmp_path / "rows.tsv"
     path.write_text(files.train.read_text() + "a film\tpositiv\n")
-    ((code, said, _),) = run_ranks(1, run_main, judged(trained, path), None, check)
+    ((code, said, _),) = run_ranks(1, run_main, model_args(trained, path), None, check)
     assert code == 1 and said.count("\n") == 1, said
     assert (
         said.startswith(f"bertdist: rows.tsv line {ROWS + 2}: unknown label 'positiv'")
@@ -180,17 +184,15 @@ def test_a_wrong_label_has_its_line(trained: Path, files: Files, tmp_path: Path)
     )
 
 
-def test_rows_that_cannot_be_read_are_left_out_on_request_and_the_lines_stay(
-    trained: Path, files: Files, tmp_path: Path
-) -> None:
+def test_skipped_rows_do_not_shift_the_lines(trained: Path, files: Files, tmp_path: Path) -> None:
     first, *rest = files.train.read_text().splitlines(keepends=True)
     path = tmp_path / "rows.tsv"
     path.write_text("".join([first, "a row without a label\n", *rest]))
-    words = judged(trained, path, "--on_bad_row", "skip", "--output", tmp_path / "doubts.jsonl")
+    words = model_args(trained, path, "--on_bad_row", "skip", "--output", tmp_path / "issues.jsonl")
     ((code, said, _),) = run_ranks(1, run_main, words, None, check, timeout=300)
-    assert code == 0 and "1 rows that cannot be read are left out." in said, said
-    assert [entry["line"] for entry in json_of(tmp_path / "doubts.jsonl")] == [
-        entry["row"] + 3 for entry in json_of(tmp_path / "doubts.jsonl")
+    assert code == 0 and "Skipped 1 row that cannot be read." in said, said
+    assert [entry["line"] for entry in json_of(tmp_path / "issues.jsonl")] == [
+        entry["row"] + 3 for entry in json_of(tmp_path / "issues.jsonl")
     ]
     ((code, said, _),) = run_ranks(
         1, run_main, [*words, "--max_bad_rows", "0"], None, check, timeout=300
@@ -201,11 +203,11 @@ def test_rows_that_cannot_be_read_are_left_out_on_request_and_the_lines_stay(
 def test_mistakes_are_one_line(trained: Path, files: Files, tiny_model: Path) -> None:
     for words, told in (
         (
-            judged(trained, files.train, "--lerning_rate", 1),
+            model_args(trained, files.train, "--lerning_rate", 1),
             "Unknown setting 'lerning_rate'. Did you mean 'learning_rate'?",
         ),
-        (judged(tiny_model, files.train), "is not a trained classifier"),
-        (judged(trained, files.train.with_name("gone.tsv")), "no such file"),
+        (model_args(tiny_model, files.train), "is not a trained classifier"),
+        (model_args(trained, files.train.with_name("gone.tsv")), "no such file"),
     ):
         ((code, said, _),) = run_ranks(1, run_main, words, None, check)
         assert (
@@ -227,18 +229,18 @@ def test_several_labels_and_numbers_are_ranked_out_of_fold(
     numbers = [{"text": row["text"], "score": len(row["text"]) / 8 + 0.01} for row in rows]
     for name, written in (("sets", sets), ("numbers", numbers)):
         path = write_rows(tmp_path / f"{name}.jsonl", written)
-        words = folded(tiny_model, tmp_path / name, Files(path), folds=2, num_train_epochs=1)
-        ((code, said, _),) = run_ranks(1, doubt, words, timeout=300)
+        words = folds_args(tiny_model, tmp_path / name, Files(path), folds=2, num_train_epochs=1)
+        ((code, said, _),) = run_ranks(1, run_check, words, timeout=300)
         assert code == 0, said
-        lines = (tmp_path / name / "doubts.jsonl").read_text().splitlines()
+        lines = (tmp_path / name / "issues.jsonl").read_text().splitlines()
         assert sorted(json.loads(line)["row"] for line in lines) == list(range(20))
 
 
-def test_a_way_of_ranking_labels_is_not_one_of_numbers(tiny_model: Path, tmp_path: Path) -> None:
+def test_rank_by_is_refused_for_regression(tiny_model: Path, tmp_path: Path) -> None:
     path = write_rows(
         tmp_path / "numbers.jsonl", [{"text": f"a{at}", "score": at / 8} for at in range(8)]
     )
-    words = folded(
+    words = folds_args(
         tiny_model,
         tmp_path / "out",
         Files(path),
@@ -246,9 +248,9 @@ def test_a_way_of_ranking_labels_is_not_one_of_numbers(tiny_model: Path, tmp_pat
         num_train_epochs=1,
         rank_by="self_confidence",
     )
-    ((code, said, steps),) = run_ranks(1, doubt, words, timeout=300)
+    ((code, said, steps),) = run_ranks(1, run_check, words, timeout=300)
     assert (
         code == 1
-        and "--rank_by self_confidence is for labels" in said.splitlines()[-1]
+        and "--rank_by self_confidence is for classification" in said.splitlines()[-1]
         and not steps
     )

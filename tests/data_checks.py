@@ -2,7 +2,7 @@
 
 rows = clean_rows(60)                                   # text and label; no finding of any kind
 rows[3]["text"] = ""                                    # plant one
-kinds(look(tmp_path, rows, validation=clean_rows(20, seed=1)))
+kinds(check_rows(tmp_path, rows, validation=clean_rows(20, seed=1)))
 """
 
 from pathlib import Path
@@ -31,7 +31,7 @@ def clean_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     return [{"text": text, "label": ("bad", "good")[row % 2]} for row, text in enumerate(texts)]
 
 
-def look(
+def check_rows(
     folder: Path,
     train: list[dict[str, Any]],
     validation: list[dict[str, Any]] | None = None,
@@ -58,7 +58,7 @@ def kinds(found: DataReport) -> list[tuple[str, str, str, int]]:
     ]
 
 
-def the(found: DataReport, kind: str, split: str = "train") -> Finding:
+def get_finding(found: DataReport, kind: str, split: str = "train") -> Finding:
     """The one finding of a kind in a split."""
     (finding,) = [
         finding for finding in found.findings if (finding.kind, finding.split) == (kind, split)
