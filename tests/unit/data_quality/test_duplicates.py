@@ -11,6 +11,7 @@ from data_checks import check_rows, clean_rows, get_finding, kinds
 from rows import write_rows
 
 from bertdist.core.config import DataConfig
+from bertdist.core.types import IntArray
 from bertdist.data.loading import load_records
 from bertdist.data.records import Records, records_of
 from bertdist.data_quality import duplicates
@@ -133,7 +134,7 @@ def test_a_popular_bucket_costs_a_bounded_number_of_comparisons(
     compared = 0
     whole = duplicates.jaccard
 
-    def counted(texts: pa.Array, left: duplicates.Ints, right: duplicates.Ints) -> np.ndarray:
+    def counted(texts: pa.Array, left: IntArray, right: IntArray) -> np.ndarray:
         nonlocal compared
         compared += len(left)
         return whole(texts, left, right)
