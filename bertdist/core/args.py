@@ -1,17 +1,16 @@
-"""Words of a command line and of a YAML file -> values for the fields of dataclasses.
+"""Command line and YAML file -> checked config, or every problem with them at once.
 
-transformers' HfArgumentParser reads the words; this module adds the YAML file (same names, flags win over it), "did you mean" for
-words that are not known, and what to write instead of words that users bring from elsewhere.
+    config = read_config(["--config", "run.yaml", "--learning_rate", "1e-5"])   # flags win
 
-The words of a command line and of its --config file -> a checked config, or every problem with it at once.
-
-In: words. Out: frozen dataclasses of `config`, whose values go together. One module, because these checks see all values together.
+transformers' HfArgumentParser reads the flags; this module adds the YAML file (same names), "did you
+mean" for unknown names, what to write instead of flags of other programs, and the checks of values
+that depend on each other.
 """
 
 import dataclasses
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,19 +30,22 @@ from bertdist.core.config import (
 )
 from bertdist.core.errors import ConfigError, did_you_mean
 
-# Words that users bring from elsewhere and that are not here under another spelling: what to write instead.
-_ELSEWHERE = {
-    "per_device_train_batch_size": "--train_batch_size counts the rows of a step over all devices",
-    "per_device_eval_batch_size": "scores do not depend on a batch size; --tokens_per_micro_batch bounds the memory",
-    "gradient_accumulation_steps": "--train_batch_size is the whole step; --tokens_per_micro_batch cuts it to what fits",
+_INTERVAL = "takes '200 steps', '0.5 epochs', '10%' or 'never'"
+_PREDICT = "python -m bertdist.predict --model out/best --input test.tsv reads rows without labels"
+_INSTEAD = {  # flags of other programs and of earlier versions -> what to write here
+    "per_device_train_batch_size": "--train_batch_size is rows per step over all devices",
+    "per_device_eval_batch_size": "metrics do not depend on a batch size; "
+    "--tokens_per_micro_batch bounds the memory",
+    "gradient_accumulation_steps": "--train_batch_size is the whole step; "
+    "--tokens_per_micro_batch splits it to fit into memory",
     "pad_to_max_length": "nothing is padded; --max_length truncates",
     "max_seq_length": "the name is --max_length",
     "max_steps": "the name is --max_train_steps",
     "num_warmup_steps": "the name is --warmup_steps",
-    "evaluation_strategy": "--eval_every takes '200 steps', '0.5 epochs', '10%' or 'never'",
-    "eval_strategy": "--eval_every takes '200 steps', '0.5 epochs', '10%' or 'never'",
+    "evaluation_strategy": f"--eval_every {_INTERVAL}",
+    "eval_strategy": f"--eval_every {_INTERVAL}",
     "eval_steps": "--eval_every takes '200 steps'",
-    "save_strategy": "--save_every takes '200 steps', '0.5 epochs', '10%' or 'never'",
+    "save_strategy": f"--save_every {_INTERVAL}",
     "save_steps": "--save_every takes '200 steps'",
     "checkpointing_steps": "--save_every takes '200 steps'",
     "logging_steps": "--log_every takes '50 steps'",
@@ -54,7 +56,7 @@ _ELSEWHERE = {
     "no_cuda": "the name is --use_cpu",
     "with_tracking": "--report_to names the trackers",
     "do_train": "train.py trains; python -m bertdist.predict predicts",
-    "do_eval": "rows of --validation_file are always scored",
+    "do_eval": "--validation_file is always evaluated",
     "overwrite_output_dir": "choose another --output_dir, or remove the folder",
     "label_column_name": "the name is --label_column",
     "text_column_names": "the names are --text_column and --text_pair_column",
@@ -64,107 +66,111 @@ _ELSEWHERE = {
     "batch_size": "the name is --train_batch_size",
     "model": "the name is --model_name_or_path",
     "stream_split": "the name is --stream_sharding, by_row (was rows) or by_file (was files)",
-    "test_file": "python -m bertdist.predict --model out/best --input test.tsv answers rows without labels",
-    "do_predict": "python -m bertdist.predict --model out/best --input test.tsv answers rows without labels",
+    "test_file": _PREDICT,
+    "do_predict": _PREDICT,
 }
+
+_Bounds = Mapping[str, tuple[float, float | None]]  # setting -> (lowest, highest)
+_BOUNDS: list[tuple[str, _Bounds]] = [  # by section of TrainConfig
+    ("model", {"max_length": (3, None), "dropout": (0, 1)}),
+    ("task", {"label_smoothing_factor": (0, 1)}),
+    ("batch", {"train_batch_size": (1, None), "tokens_per_micro_batch": (1, None)}),
+    ("batch", {"dataloader_num_workers": (0, None)}),
+    ("optim", {"learning_rate": (0, None), "weight_decay": (0, None)}),
+    ("optim", {"adam_beta1": (0, 1), "adam_beta2": (0, 1), "adam_epsilon": (0, None)}),
+    ("optim", {"max_grad_norm": (0, None), "warmup_ratio": (0, 1), "warmup_steps": (0, None)}),
+    ("optim", {"layerwise_lr_decay": (0, 1)}),
+    ("run", {"seed": (0, 2**32 - 1), "num_train_epochs": (0, None), "max_train_steps": (1, None)}),
+    ("run", {"save_total_limit": (2, None), "early_stopping_patience": (1, None)}),
+    ("run", {"early_stopping_threshold": (0, None), "stop_before_time_limit": (0, None)}),
+    ("run", {"rank_timeout": (1, None), "max_nan_steps": (0, None)}),
+]
 
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        message = re.sub(
-            r"^argument (--\w+)\S*: ", r"\1: ", message
-        )  # without the spelling with hyphens
+        # "argument --max_length/--max-length: ..." -> "--max_length: ..."
+        message = re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message)
         raise ConfigError(f"{message}. --help says what each flag takes.")
 
 
-def parse_arguments(program: str, sections: list[Any], words: Sequence[str]) -> tuple[Any, ...]:
-    """Words -> one instance of each section, a dataclass with HfArg fields; `--config run.yaml` among them. Raises ConfigError."""
+def parse_arguments(program: str, sections: list[Any], arguments: Sequence[str]) -> tuple[Any, ...]:
+    """Arguments, and the YAML file of --config among them -> one instance of each section.
+
+    sections: dataclasses with HfArg fields. Raises ConfigError.
+    """
     parser = _Parser(sections, prog=program, allow_abbrev=False)
     parser.add_argument(
         "--config", help="YAML file with the same names as the flags; flags win over it."
     )
-    known = [field.name for section in sections for field in dataclasses.fields(section)]
-    file = parser.parse_known_args(list(words))[0].config
+    names = [field.name for section in sections for field in dataclasses.fields(section)]
+    file = parser.parse_known_args(list(arguments))[0].config
     if file:
-        kinds: dict[str, Any] = {
-            action.dest: action.type or str for action in parser._actions if action.nargs == "+"
-        }
-        scalars, lists = _words_of_file(Path(file), known, set(kinds))
-        words = [*scalars, *words]
-        for (
-            name,
-            items,
-        ) in lists.items():  # as words, items that begin with a dash would be taken for flags
+        types: dict[str, Any] = {x.dest: x.type or str for x in parser._actions if x.nargs == "+"}
+        scalars, lists = _read_yaml(Path(file), names, set(types))
+        arguments = [*scalars, *arguments]
+        # As defaults: as arguments, items that begin with a dash would be read as flags.
+        for name, items in lists.items():
             try:
-                parser.set_defaults(**{name: list(map(kinds[name], items))})
+                parser.set_defaults(**{name: list(map(types[name], items))})
             except ValueError:
-                raise ConfigError(
-                    f"--config {file}: --{name} is {' '.join(items)!r}; expected numbers."
-                ) from None
+                problem = f"--{name} is {' '.join(items)!r}; expected numbers"
+                raise ConfigError(f"--config {file}: {problem}.") from None
     *values, _, rest = parser.parse_args_into_dataclasses(
-        words, return_remaining_strings=True, look_for_args_file=False
+        arguments, return_remaining_strings=True, look_for_args_file=False
     )
-    unknown = [
-        _unknown_word(word.split("=")[0].lstrip("-").replace("-", "_"), known)
-        for word in rest
-        if word.startswith("--")
-    ]
+    flags = [word.split("=")[0].lstrip("-") for word in rest if word.startswith("--")]
+    unknown = [_unknown_setting(flag.replace("-", "_"), names) for flag in flags]
     if rest and not unknown:
-        unknown = [f"Unexpected word {rest[0]!r}: every value follows its flag."]
+        unknown = [f"Unexpected argument {rest[0]!r}: every value follows its flag."]
     if unknown:
         raise ConfigError("\n".join(unknown))
     return tuple(values)
 
 
-def names_given(words: Sequence[str]) -> set[str]:
-    """The settings that words give, in the file of --config too; of one that cannot be read none, since `parse_arguments` says why."""
-    given = [word.removeprefix("--").partition("=") for word in words]
-    names = {
-        name.replace("-", "_")
-        for word, (name, _, _) in zip(words, given, strict=True)
-        if word.startswith("--")
-    }
-    files = [
-        value or word
-        for (name, _, value), word in zip(given, [*words, ""][1:], strict=True)
-        if name == "config"
-    ]
+def names_given(arguments: Sequence[str]) -> set[str]:
+    """Names of the settings in the arguments and in the file of --config, before they are parsed.
+
+    A file that cannot be read gives none; `parse_arguments` says why.
+    """
+    names, file = set(), None
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        if argument.startswith("--"):
+            flag, _, value = argument.removeprefix("--").partition("=")
+            names.add(flag.replace("-", "_"))
+            file = (value or following) if flag == "config" else file
     try:
-        node = (
-            yaml.compose(Path(files[-1]).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-            if files
-            else None
-        )
+        text = Path(file).read_text(encoding="utf-8") if file is not None else ""
+        node = yaml.compose(text, Loader=yaml.BaseLoader)
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        node = None
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        names |= set() if _is_nothing(value) else {_name_of(key)}
-    return names
+        return names
+    entries = node.value if isinstance(node, yaml.MappingNode) else ()
+    return names | {_name(key) for key, value in entries if not _is_null(value)}
 
 
-def _name_of(key: Any) -> str:
+def _name(key: Any) -> str:
     return str(key.value).lstrip("-").replace("-", "_")
 
 
-def _is_nothing(value: Any) -> bool:
-    return (
-        isinstance(value, yaml.ScalarNode)
-        and value.style is None
-        and value.value in ("", "null", "~")
-    )
+def _is_null(node: Any) -> bool:
+    is_plain = isinstance(node, yaml.ScalarNode) and node.style is None
+    return is_plain and node.value in ("", "null", "~")
 
 
-def _unknown_word(name: str, known: Iterable[str], where: str = "") -> str:
-    if name in _ELSEWHERE:
-        return f"{where}Unknown setting {name!r}: {_ELSEWHERE[name]}."
-    hint = did_you_mean(name, known)
+def _unknown_setting(name: str, names: Iterable[str], where: str = "") -> str:
+    if name in _INSTEAD:
+        return f"{where}Unknown setting {name!r}: {_INSTEAD[name]}."
+    hint = did_you_mean(name, names)
     return f"{where}Unknown setting {name!r}.{hint if 'Did' in hint else ' --help lists them.'}"
 
 
-def _words_of_file(
-    path: Path, known: list[str], many: set[str]
+def _read_yaml(
+    path: Path, names: list[str], list_names: set[str]
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """YAML -> the words that would say the same, and the lists by name. Scalars stay text: `no` is not False, `1e-4` is a number."""
+    """A YAML file -> the flags that mean the same, and the lists by name.
+
+    Scalars stay text: `no` is not False, and `1e-4` is a number.
+    """
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (OSError, UnicodeDecodeError) as error:
@@ -175,67 +181,61 @@ def _words_of_file(
         return [], {}
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"--config {path}: expected lines of `name: value`.")
-    words: list[str] = []
+    flags: list[str] = []
     lists: dict[str, list[str]] = {}
     problems, seen = [], set()
     for key, value in node.value:
-        name, where = _name_of(key), f"{path} line {key.start_mark.line + 1}: "
-        if name not in known:
-            problems.append(_unknown_word(name, known, where))
+        name, where = _name(key), f"{path} line {key.start_mark.line + 1}: "
+        items = value.value if isinstance(value, yaml.SequenceNode) else None
+        if name not in names:
+            problems.append(_unknown_setting(name, names, where))
         elif name in seen:
-            problems.append(f"{where}{name!r} stands here a second time.")
+            problems.append(f"{where}{name!r} is given a second time.")
         elif isinstance(value, yaml.ScalarNode):
-            words += [] if _is_nothing(value) else [f"--{name}={value.value}"]
-        elif isinstance(value, yaml.SequenceNode) and name not in many:
+            flags += [] if _is_null(value) else [f"--{name}={value.value}"]
+        elif items is not None and name not in list_names:
             problems.append(f"{where}{name!r} takes one value, not a list.")
-        elif isinstance(value, yaml.SequenceNode) and all(
-            isinstance(item, yaml.ScalarNode) for item in value.value
-        ):
-            lists |= {name: [item.value for item in value.value]} if value.value else {}
+        elif items is not None and all(isinstance(item, yaml.ScalarNode) for item in items):
+            lists |= {name: [item.value for item in items]} if items else {}
         else:
             problems.append(f"{where}{name!r} must be one value or a list of values.")
         seen.add(name)
     if problems:
         raise ConfigError("\n".join(problems))
-    return words, lists
+    return flags, lists
 
 
-def read_config(words: Sequence[str]) -> TrainConfig:
+def read_config(arguments: Sequence[str]) -> TrainConfig:
     """`--config run.yaml --learning_rate 1e-5 ...` -> a checked TrainConfig; flags win over the file.
 
-    Raises ConfigError with one line a problem: unknown words, values of the wrong kind, settings that contradict each other.
+    Raises ConfigError with one line per problem.
     """
     sections = [ModelConfig, DataConfig, TaskConfig, BatchConfig, OptimConfig, RunConfig]
-    config = TrainConfig(
-        **dict(
-            zip(
-                ("model", "data", "task", "batch", "optim", "run"),
-                parse_arguments("train.py", sections, words),
-                strict=True,
-            )
-        )
-    )
+    values = parse_arguments("train.py", sections, arguments)
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    config = TrainConfig(**dict(zip(names, values, strict=True)))
     if problems := list(config_problems(config)):
         raise ConfigError("\n".join(problems))
     return config
 
 
-def read_predict_config(words: Sequence[str]) -> PredictConfig:
-    """The words of `python -m bertdist.predict`; raises ConfigError."""
-    (config,) = parse_arguments("python -m bertdist.predict", [PredictConfig], words)
+def read_predict_config(arguments: Sequence[str]) -> PredictConfig:
+    """The arguments of `python -m bertdist.predict`. Raises ConfigError."""
+    (config,) = parse_arguments("python -m bertdist.predict", [PredictConfig], arguments)
     assert isinstance(config, PredictConfig)
-    problems = []
+    problems, num_texts = [], len(config.text or [])
     if not config.model:
         problems.append("--model is missing: the folder of a trained classifier, such as out/best.")
     if (config.text is None) == (config.input is None):
-        problems.append("Give the texts with --text or with --input, one of the two.")
+        problems.append("Give the texts with either --text or --input.")
     if config.output is not None and config.input is None:
-        problems.append("--output goes with --input; answers to --text are printed.")
-    if config.text_pair is not None and len(config.text_pair) != len(config.text or []):
+        problems.append("--output needs --input; predictions for --text are printed.")
+    if config.text_pair is not None and len(config.text_pair) != num_texts:
         problems.append(
-            f"--text_pair has {len(config.text_pair)} texts and --text has {len(config.text or [])}; they go together."
+            f"--text_pair has {len(config.text_pair)} texts and --text has {num_texts}; "
+            "expected as many."
         )
-    problems += _out_of_range(
+    problems += _out_of_bounds(
         config, {"tokens_per_micro_batch": (1, None), "max_length": (3, None)}
     )
     if problems:
@@ -243,181 +243,132 @@ def read_predict_config(words: Sequence[str]) -> PredictConfig:
     return config
 
 
-def _out_of_range(section: Any, bounds: dict[str, tuple[float, float | None]]) -> Iterable[str]:
+def _out_of_bounds(section: Any, bounds: _Bounds) -> Iterable[str]:
     for name, (low, high) in bounds.items():
         value = getattr(section, name)
-        if value is not None and not (
-            low <= value <= (sys.float_info.max if high is None else high)
-        ):
+        # Not a number, and infinity, are out of bounds too.
+        if value is not None and not low <= value <= (high or sys.float_info.max):
             expected = f"at least {low}" if high is None else f"from {low} to {high}"
             yield f"--{name} is {value}; expected {expected}."
 
 
+def _changed(section: Any, *names: str) -> list[str]:
+    """The names whose values are not the defaults."""
+    return [name for name in names if getattr(section, name) != getattr(type(section), name)]
+
+
 def data_problems(data: DataConfig) -> Iterable[str]:
-    """What is wrong with the words that name the rows, one line each."""
-    sources = [
-        f"--{name}" for name in ("train_file", "dataset_name", "task_name") if getattr(data, name)
-    ]
+    """What is wrong with the settings of the rows, one line per problem."""
+    sources = [f"--{x}" for x in ("train_file", "dataset_name", "task_name") if getattr(data, x)]
     if not sources:
-        yield "No training rows: give --train_file, or --dataset_name, or --task_name."
+        yield "No training rows: give --train_file, --dataset_name or --task_name."
     if "--train_file" in sources and len(sources) > 1:
         yield f"{' and '.join(sources)} both name training rows; give one."
     yield from _stream_problems(data)
     if data.validation_file and not data.train_file:
-        yield "--validation_file goes with --train_file; for hub data give --validation_split."
+        yield "--validation_file needs --train_file; for hub data give --validation_split."
     if data.label_columns and len(set(data.label_columns)) < len(data.label_columns):
         yield f"--label_columns repeats a name: {' '.join(data.label_columns)}."
     if data.label_columns and (data.label_column or data.label_delimiter):
-        yield "--label_columns stands instead of --label_column and --label_delimiter."
-    yield from _out_of_range(
+        yield "--label_columns replaces --label_column and --label_delimiter; give one of them."
+    yield from _out_of_bounds(
         data,
         {"max_train_samples": (1, None), "max_eval_samples": (1, None), "max_bad_rows": (0, None)},
     )
-    if data.max_bad_rows != DataConfig.max_bad_rows and data.on_bad_row == "fail":
-        yield "--max_bad_rows goes with --on_bad_row skip."
+    if _changed(data, "max_bad_rows") and data.on_bad_row == "fail":
+        yield "--max_bad_rows needs --on_bad_row skip."
+
+
+def _stream_problems(data: DataConfig) -> Iterable[str]:
+    yield from _out_of_bounds(data, {"stream_window": (1, None)})
+    weights, num_files = data.train_weights, len(data.train_file or ())
+    by_file = data.stream_sharding == "by_file"
+    if not data.streaming:
+        for name in _changed(data, "stream_window", "stream_sharding"):
+            yield f"--{name} needs --streaming."
+    if by_file and data.max_train_samples:
+        yield (
+            "--max_train_samples takes the first rows of all files, and with --stream_sharding "
+            "by_file each rank reads other files: remove one of them."
+        )
+    if weights is None:
+        return
+    if len(weights) != num_files:
+        yield f"--train_weights has {len(weights)} numbers for {num_files} --train_file; one each."
+    if not all(0 < weight < float("inf") for weight in weights):
+        yield f"--train_weights is {' '.join(map(str, weights))}; expected numbers above 0."
+    if by_file:
+        yield (
+            "--train_weights needs --stream_sharding by_row: with by_file each rank reads other "
+            "files."
+        )
+    if data.streaming and data.max_train_samples:
+        yield (
+            "--max_train_samples takes the first rows of all files, and --train_weights mixes "
+            "them: remove one of them."
+        )
 
 
 def config_problems(config: TrainConfig) -> Iterable[str]:
-    """What the values do together that cannot be, one line each."""
+    """What is wrong with the values and their combinations, one line per problem."""
     data, run, optim, task = config.data, config.run, config.optim, config.task
     if not config.model.model_name_or_path:
-        yield "--model_name_or_path is missing: a model folder, or a name on the hub such as google-bert/bert-base-uncased."
+        yield (
+            "--model_name_or_path is missing: a model folder, or a name on the hub such as "
+            "google-bert/bert-base-uncased."
+        )
     if not run.output_dir:
         yield "--output_dir is missing: the folder that the run writes to."
     yield from data_problems(data)
-    yield from _out_of_range(config.model, {"max_length": (3, None), "dropout": (0, 1)})
-    yield from _out_of_range(task, {"label_smoothing_factor": (0, 1)})
-    yield from _out_of_range(
-        config.batch,
-        {
-            "train_batch_size": (1, None),
-            "tokens_per_micro_batch": (1, None),
-            "dataloader_num_workers": (0, None),
-        },
-    )
-    yield from _out_of_range(
-        optim,
-        {
-            "learning_rate": (0, None),
-            "weight_decay": (0, None),
-            "adam_beta1": (0, 1),
-            "adam_beta2": (0, 1),
-            "adam_epsilon": (0, None),
-        },
-    )
-    yield from _out_of_range(
-        optim,
-        {
-            "max_grad_norm": (0, None),
-            "warmup_ratio": (0, 1),
-            "warmup_steps": (0, None),
-            "layerwise_lr_decay": (0, 1),
-        },
-    )
-    yield from _out_of_range(
-        run,
-        {
-            "seed": (0, 2**32 - 1),
-            "num_train_epochs": (0, None),
-            "max_train_steps": (1, None),
-            "save_total_limit": (2, None),
-        },
-    )
-    yield from _out_of_range(
-        run,
-        {
-            "early_stopping_patience": (1, None),
-            "early_stopping_threshold": (0, None),
-            "stop_before_time_limit": (0, None),
-        },
-    )
-    yield from _out_of_range(run, {"rank_timeout": (1, None)})
-    yield from _out_of_range(run, {"max_nan_steps": (0, None)})
-    if run.max_nan_steps != RunConfig.max_nan_steps and run.on_nan == "stop":
-        yield "--max_nan_steps goes with --on_nan skip."
+    for section, bounds in _BOUNDS:
+        yield from _out_of_bounds(getattr(config, section), bounds)
+    if _changed(run, "max_nan_steps") and run.on_nan == "stop":
+        yield "--max_nan_steps needs --on_nan skip."
     if run.detect_anomaly and run.cuda_graphs:
-        yield "--detect_anomaly looks at every operation, and --cuda_graphs replays them unseen: leave one out."
+        yield "--detect_anomaly cannot see operations that --cuda_graphs replays: remove one."
     if run.num_train_epochs == 0:
         yield "--num_train_epochs is 0; expected more than 0."
     if optim.warmup_steps is not None and optim.warmup_ratio:
         yield "--warmup_steps and --warmup_ratio both name the warmup; give one."
     if optim.lr_scheduler_type == "constant" and (optim.warmup_ratio or optim.warmup_steps):
-        yield "--lr_scheduler_type constant has no warmup; take constant_with_warmup."
+        yield "--lr_scheduler_type constant has no warmup; use constant_with_warmup."
     for name in ("eval_every", "save_every", "log_every"):
-        value = getattr(run, name)
-        if value.strip() != "never" and not DURATION.fullmatch(value):
-            hint = f" Did you mean '{value.strip()} steps'?" if value.strip().isdigit() else ""
-            yield f"--{name} is {value!r}; expected words such as '200 steps', '0.5 epochs', '10%' or 'never'.{hint}"
+        value = getattr(run, name).strip()
+        if value != "never" and not DURATION.fullmatch(value):
+            hint = f" Did you mean '{value} steps'?" if value.isdigit() else ""
+            yield f"--{name} is {value!r}; it {_INTERVAL}.{hint}"
     for name in ("adam_beta1", "adam_beta2"):
         if getattr(optim, name) == 1:
             yield f"--{name} is 1; expected less than 1."
-    yield from _idle(config)
+    yield from _without_effect(config)
     if run.early_stopping_patience and run.eval_every.strip() == "never":
         yield "--early_stopping_patience needs evaluations, and --eval_every is 'never'."
-    if (
-        task.class_weights
-        and task.class_weights != ["balanced"]
-        and not all(_is_weight(word) for word in task.class_weights)
-    ):
-        yield f"--class_weights is {' '.join(task.class_weights)!r}; expected 'balanced' or one number of at least 0 a label."
-
-
-def _stream_problems(data: DataConfig) -> Iterable[str]:
-    yield from _out_of_range(data, {"stream_window": (1, None)})
-    if not data.streaming:
-        given = {
-            name: getattr(data, name) != getattr(DataConfig, name)
-            for name in ("stream_window", "stream_sharding")
-        }
-        yield from (
-            f"--{name} goes with --streaming." for name, is_given in given.items() if is_given
+    weights = task.class_weights or ["balanced"]
+    if weights != ["balanced"] and not all(map(_is_weight, weights)):
+        yield (
+            f"--class_weights is {' '.join(weights)!r}; expected 'balanced' or one number of at "
+            "least 0 per label."
         )
-    if data.stream_sharding == "by_file" and data.max_train_samples:
-        yield "--max_train_samples takes the first rows of all, and with --stream_sharding by_file each rank has other files: leave one out."
-    if data.train_weights is None:
-        return
-    if len(data.train_weights) != len(data.train_file or ()):
-        yield f"--train_weights has {len(data.train_weights)} numbers for {len(data.train_file or ())} --train_file; one each."
-    if not all(0 < weight < float("inf") for weight in data.train_weights):
-        yield f"--train_weights is {' '.join(map(str, data.train_weights))}; expected numbers above 0."
-    if data.stream_sharding == "by_file":
-        yield "--train_weights goes with --stream_sharding by_row: with files each rank has other files."
-    if data.streaming and data.max_train_samples:
-        yield "--max_train_samples takes the first rows of all, and --train_weights mixes: leave one out."
 
 
-def _idle(config: TrainConfig) -> Iterable[str]:
-    """Settings that were given and cannot take effect."""
-    data, run, task = config.data, config.run, config.task
-    given = {
-        "early_stopping_patience": run.early_stopping_patience,
-        "metrics": task.metrics,
-        "metric_for_best_model": task.metric_for_best_model,
-        "max_eval_samples": data.max_eval_samples,
-        "eval_every": run.eval_every != RunConfig.eval_every,
-    }
-    if data.train_file and not data.validation_file:
-        yield from (
-            f"--{name} needs rows to score: give --validation_file."
-            for name, value in given.items()
-            if value
-        )
-    hub = {
-        name: getattr(data, name) != getattr(DataConfig, name)
-        for name in ("dataset_config_name", "train_split", "validation_split")
-    }
+def _without_effect(config: TrainConfig) -> Iterable[str]:
+    """Settings that are given and cannot take effect."""
+    data, run = config.data, config.run
     if data.train_file:
-        yield from (
-            f"--{name} is for data of the hub, and --train_file is a file."
-            for name, value in hub.items()
-            if value
-        )
+        if not data.validation_file:
+            names = _changed(run, "early_stopping_patience")
+            names += _changed(config.task, "metrics", "metric_for_best_model")
+            names += _changed(data, "max_eval_samples") + _changed(run, "eval_every")
+            for name in names:
+                yield f"--{name} needs rows to evaluate on: give --validation_file."
+        for name in _changed(data, "dataset_config_name", "train_split", "validation_split"):
+            yield f"--{name} is for data of the hub, and --train_file is a file."
     if run.early_stopping_threshold and not run.early_stopping_patience:
-        yield "--early_stopping_threshold goes with --early_stopping_patience."
+        yield "--early_stopping_threshold needs --early_stopping_patience."
 
 
-def _is_weight(word: str) -> bool:
+def _is_weight(text: str) -> bool:
     try:
-        return 0 <= float(word) < float("inf")
+        return 0 <= float(text) < float("inf")
     except ValueError:
         return False

@@ -267,7 +267,7 @@ def test_no_texts_have_no_answers(trained: Path) -> None:
     ("words", "told"),
     [
         (["--model", "{best}", "--input", "nowhere.tsv"], "nowhere.tsv: no such file"),
-        (["--model", "{best}"], "Give the texts with --text or with --input, one of the two."),
+        (["--model", "{best}"], "Give the texts with either --text or --input."),
         (["--model", "{tiny}", "--text", "a film"], "is not a trained classifier"),
         (
             ["--model", "./nowhere", "--text", "a film"],

@@ -178,9 +178,9 @@ CANNOT = [
     ({"warmup_steps": 99, "max_train_steps": 5}, "--warmup_steps is 99, but the run has 5 steps."),
     (
         {"lr_scheduler_type": "constant", "warmup_ratio": 0.1},
-        "--lr_scheduler_type constant has no warmup; take constant_with_warmup.",
+        "--lr_scheduler_type constant has no warmup; use constant_with_warmup.",
     ),
-    ({"eval_every": "sometimes"}, "--eval_every is 'sometimes'; expected words such as"),
+    ({"eval_every": "sometimes"}, "--eval_every is 'sometimes'; it takes '200 steps'"),
     ({"train_batch_size": 0}, "--train_batch_size is 0; expected at least 1."),
     ({"save_total_limit": 1}, "--save_total_limit is 1; expected at least 2."),
     ({"adam_beta2": 1}, "--adam_beta2"),
@@ -193,7 +193,7 @@ CANNOT = [
     ),
     (
         {"label_columns": ["label"], "label_delimiter": ","},
-        "--label_columns stands instead of --label_column and --label_delimiter.",
+        "--label_columns replaces --label_column and --label_delimiter; give one of them.",
     ),
     (
         {"problem_type": "multi_label_classification"},

@@ -1,4 +1,4 @@
-"""One vocabulary for flags and YAML: what is said is what is taken, and whatever is wrong is told at once."""
+"""Flags and YAML: the same names and values in both, and every problem is reported at once."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers.hf_argparser import HfArg
 
-from bertdist.core import args as words_module
+from bertdist.core import args
 from bertdist.core.args import read_config, read_predict_config
 from bertdist.core.config import (
     BatchConfig,
@@ -38,7 +38,7 @@ NEEDED = [
 ]
 
 
-def taken(config: TrainConfig, name: str) -> Any:
+def value_of(config: TrainConfig, name: str) -> Any:
     """The value of a setting, whatever its section."""
     (value,) = [values[name] for values in dataclasses.asdict(config).values() if name in values]
     return value
@@ -65,7 +65,7 @@ def file(tmp_path: Path) -> Callable[[str], list[str]]:
 # ---- --help
 
 
-def untold(sections: Sequence[Any], shown: str) -> list[str]:
+def undocumented(sections: Sequence[Any], shown: str) -> list[str]:
     """Flags that --help does not show, or shows without a sentence or its default."""
     text, found = " ".join(shown.split()), []
     for section in sections:
@@ -84,7 +84,7 @@ def untold(sections: Sequence[Any], shown: str) -> list[str]:
 @pytest.mark.parametrize(
     ("read", "sections"), [(read_config, SECTIONS), (read_predict_config, [PredictConfig])]
 )
-def test_help_says_a_sentence_and_a_default_of_every_flag(
+def test_help_has_a_sentence_and_a_default_for_every_flag(
     read: Callable[[Sequence[str]], Any],
     sections: list[Any],
     capsys: pytest.CaptureFixture[str],
@@ -95,7 +95,7 @@ def test_help_says_a_sentence_and_a_default_of_every_flag(
         read(["--help"])
     shown = capsys.readouterr().out
     assert exit.value.code == 0
-    assert untold(sections, shown) == []
+    assert undocumented(sections, shown) == []
     assert "\n  --config CONFIG" in shown
 
     @dataclasses.dataclass
@@ -103,7 +103,7 @@ def test_help_says_a_sentence_and_a_default_of_every_flag(
         colour: str = HfArg(default="red", help="")
         shade: str = HfArg(default="dark", help="How dark it is.")
 
-    assert untold([Silent], shown) == ["colour", "shade"]  # the control: neither is told
+    assert undocumented([Silent], shown) == ["colour", "shade"]  # the control: neither is told
 
 
 def test_every_setting_belongs_to_one_section() -> None:
@@ -136,8 +136,8 @@ def test_a_config_cannot_be_changed() -> None:
         ([], "eval_every", "1 epoch"),
     ],
 )
-def test_a_flag_says_what_it_says(words: list[str], name: str, value: Any) -> None:
-    found = taken(read_config([*NEEDED, *words]), name)
+def test_a_flag_sets_its_value(words: list[str], name: str, value: Any) -> None:
+    found = value_of(read_config([*NEEDED, *words]), name)
     assert found == value
     assert type(found) is type(value)
 
@@ -149,11 +149,11 @@ def test_a_flag_says_what_it_says(words: list[str], name: str, value: Any) -> No
         ("--max-lenght=4", "Unknown setting 'max_lenght'. Did you mean 'max_length'?"),
         ("--zzz", "Unknown setting 'zzz'. --help lists them."),
         ("--learning_r=1", "Unknown setting 'learning_r'. Did you mean 'learning_rate'?"),
-        ("-x", "Unexpected word '-x': every value follows its flag."),
-        ("stray", "Unexpected word 'stray': every value follows its flag."),
+        ("-x", "Unexpected argument '-x': every value follows its flag."),
+        ("stray", "Unexpected argument 'stray': every value follows its flag."),
     ],
 )
-def test_an_unknown_word_is_told_with_its_neighbour(word: str, line: str) -> None:
+def test_an_unknown_flag_is_named_with_the_nearest_one(word: str, line: str) -> None:
     assert problems([*NEEDED, word]) == [line]
 
 
@@ -180,13 +180,13 @@ def test_no_flag_may_be_abbreviated(start: str) -> None:
     ],
     ids=["line", "both", "no YAML", "deep", "no file", "no value", "nothing"],
 )
-def test_what_words_name_is_known_before_they_are_read(
+def test_names_are_available_before_parsing(
     words: list[str], text: str | None, expected: set[str], tmp_path: Path
 ) -> None:
     (tmp_path / "run.yaml").write_text(text or "")
     for config in ([f"--config={tmp_path / 'run.yaml'}"], ["--config", str(tmp_path / "run.yaml")]):
         given = [part for word in words for part in (config if word == "CONFIG" else [word])]
-        assert words_module.names_given(given) - {"config"} == expected
+        assert args.names_given(given) - {"config"} == expected
 
 
 def test_yaml_of_any_depth_is_one_line(file: Callable[[str], list[str]]) -> None:
@@ -195,11 +195,11 @@ def test_yaml_of_any_depth_is_one_line(file: Callable[[str], list[str]]) -> None
     ]
 
 
-@pytest.mark.parametrize("word", sorted(words_module._ELSEWHERE))
-def test_words_from_elsewhere_are_answered_with_ours(
+@pytest.mark.parametrize("word", sorted(args._INSTEAD))
+def test_flags_of_other_programs_are_answered_with_ours(
     word: str, file: Callable[[str], list[str]]
 ) -> None:
-    answer = words_module._ELSEWHERE[word]
+    answer = args._INSTEAD[word]
     assert problems([*NEEDED, f"--{word}=1"]) == [f"Unknown setting '{word}': {answer}."]
     words = file(f"seed: 1\n{word}: 1\n")
     assert problems([*words, *NEEDED]) == [
@@ -207,18 +207,14 @@ def test_words_from_elsewhere_are_answered_with_ours(
     ]
 
 
-def test_words_from_elsewhere_are_not_words_of_ours_and_name_real_ones() -> None:
+def test_flags_of_other_programs_are_not_ours_and_their_answers_name_real_flags() -> None:
     known = {field.name for section in SECTIONS for field in dataclasses.fields(section)}
-    assert not known & words_module._ELSEWHERE.keys()
-    named = {
-        flag
-        for answer in words_module._ELSEWHERE.values()
-        for flag in re.findall(r"--(\w+)", answer)
-    }
+    assert not known & args._INSTEAD.keys()
+    named = {flag for answer in args._INSTEAD.values() for flag in re.findall(r"--(\w+)", answer)}
     assert named <= known | {field.name for field in dataclasses.fields(PredictConfig)}
 
 
-def test_all_unknown_flags_are_told_at_once() -> None:
+def test_all_unknown_flags_are_named_at_once() -> None:
     lines = problems(["--max_lenght=4", "--batch_sise=3", "--fp16", *NEEDED])
     assert [line.split("'")[1] for line in lines] == ["max_lenght", "batch_sise", "fp16"]
 
@@ -248,13 +244,13 @@ def test_all_unknown_flags_are_told_at_once() -> None:
         ),
         (
             ["--eval_every", "10 parrots"],
-            "--eval_every is '10 parrots'; expected words such as '200 steps', '0.5 epochs', '10%' or 'never'.",
+            "--eval_every is '10 parrots'; it takes '200 steps', '0.5 epochs', '10%' or 'never'.",
         ),
-        (["--save_every", "steps"], "--save_every is 'steps'; expected words such as"),
-        (["--log_every", "-5 steps"], "--log_every is '-5 steps'; expected words such as"),
+        (["--save_every", "steps"], "--save_every is 'steps'; it takes '200 steps'"),
+        (["--log_every", "-5 steps"], "--log_every is '-5 steps'; it takes '200 steps'"),
         (
             ["--class_weights", "heavy", "light"],
-            "--class_weights is 'heavy light'; expected 'balanced' or one number of at least 0 a label.",
+            "--class_weights is 'heavy light'; expected 'balanced' or one number of at least 0 per label.",
         ),
         (["--class_weights", "1", "-2"], "--class_weights is '1 -2'; expected"),
         (["--class_weights", "1", "inf"], "--class_weights is '1 inf'; expected"),
@@ -265,13 +261,13 @@ def test_all_unknown_flags_are_told_at_once() -> None:
         ),
         (
             ["--lr_scheduler_type", "constant", "--warmup_steps", "5"],
-            "--lr_scheduler_type constant has no warmup; take constant_with_warmup.",
+            "--lr_scheduler_type constant has no warmup; use constant_with_warmup.",
         ),
         (
             ["--early_stopping_patience", "2", "--eval_every", "never"],
             "--early_stopping_patience needs evaluations, and --eval_every is 'never'.",
         ),
-        (["--max_bad_rows", "5"], "--max_bad_rows goes with --on_bad_row skip."),
+        (["--max_bad_rows", "5"], "--max_bad_rows needs --on_bad_row skip."),
         (
             ["--max_bad_rows", "-1", "--on_bad_row", "skip"],
             "--max_bad_rows is -1; expected at least 0.",
@@ -282,10 +278,10 @@ def test_all_unknown_flags_are_told_at_once() -> None:
         ),
         (
             ["--label_columns", "a", "b", "--label_delimiter", ","],
-            "--label_columns stands instead of --label_column and --label_delimiter.",
+            "--label_columns replaces --label_column and --label_delimiter; give one of them.",
         ),
-        (["--stream_window", "8"], "--stream_window goes with --streaming."),
-        (["--stream_sharding", "by_file"], "--stream_sharding goes with --streaming."),
+        (["--stream_window", "8"], "--stream_window needs --streaming."),
+        (["--stream_sharding", "by_file"], "--stream_sharding needs --streaming."),
         (["--stream_sharding", "files", "--streaming"], "(choose from 'by_row', 'by_file')"),
         (["--stream_window", "0", "--streaming"], "--stream_window is 0; expected at least 1."),
         (
@@ -295,19 +291,19 @@ def test_all_unknown_flags_are_told_at_once() -> None:
         (["--train_weights", "0"], "--train_weights is 0.0; expected numbers above 0."),
         (
             ["--stream_sharding", "by_file", "--streaming", "--train_weights", "1"],
-            "--train_weights goes with --stream_sharding by_row",
+            "--train_weights needs --stream_sharding by_row",
         ),
         (
             ["--max_train_samples", "5", "--streaming", "--train_weights", "1"],
-            "--max_train_samples takes the first rows of all, and",
+            "--max_train_samples takes the first rows of all files, and",
         ),
         (
             ["--max_train_samples", "5", "--streaming", "--stream_sharding", "by_file"],
-            "--max_train_samples takes the first rows of all, and with --stream_sharding by_file each rank has other files: leave one out.",
+            "--max_train_samples takes the first rows of all files, and with --stream_sharding by_file each rank reads other files: remove one of them.",
         ),
     ],
 )
-def test_a_value_that_cannot_be_is_one_line_that_shows_it(words: list[str], shown: str) -> None:
+def test_an_invalid_value_is_one_line_that_shows_it(words: list[str], shown: str) -> None:
     (line,) = problems([*NEEDED, *words])
     assert shown in line
     assert words[0].split("=")[0] in line
@@ -329,7 +325,7 @@ def test_a_value_that_cannot_be_is_one_line_that_shows_it(words: list[str], show
     ],
 )
 def test_the_ends_of_a_range_are_in_it(words: list[str], name: str, value: Any) -> None:
-    assert taken(read_config([*NEEDED, *words]), name) == value
+    assert value_of(read_config([*NEEDED, *words]), name) == value
 
 
 @pytest.mark.parametrize("name", ["num_train_epochs", "learning_rate"])
@@ -338,13 +334,13 @@ def test_an_infinite_number_is_refused(name: str) -> None:
     assert f"--{name} is inf" in line
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     lines = problems(["--dropout=2", "--seed=-1", "--eval_every=often", "--validation_file=v.tsv"])
     starts = [
         "--model_name_or_path is missing",
         "--output_dir is missing",
         "No training rows",
-        "--validation_file goes with --train_file",
+        "--validation_file needs --train_file",
     ]
     starts += ["--dropout is 2.0", "--seed is -1", "--eval_every is 'often'"]
     assert len(lines) == len(starts)
@@ -397,10 +393,10 @@ def test_all_problems_are_told_at_once() -> None:
         ("# nothing\n", "seed", 42),
     ],
 )
-def test_a_scalar_of_the_file_is_the_text_that_stands_there(
+def test_a_scalar_of_the_file_is_its_text(
     text: str, name: str, value: Any, file: Callable[[str], list[str]]
 ) -> None:
-    found = taken(read_config([*file(text), *NEEDED]), name)
+    found = value_of(read_config([*file(text), *NEEDED]), name)
     assert found == value
     assert type(found) is type(value)
 
@@ -412,7 +408,7 @@ def test_flags_win_over_the_file(position: str, file: Callable[[str], list[str]]
     config = read_config(
         [*NEEDED, *words, *flags] if position == "before" else [*NEEDED, *flags, *words]
     )
-    assert [taken(config, name) for name in ("seed", "metrics", "use_cpu", "max_length")] == [
+    assert [value_of(config, name) for name in ("seed", "metrics", "use_cpu", "max_length")] == [
         2,
         ["mcc"],
         False,
@@ -428,9 +424,9 @@ def test_flags_win_over_the_file(position: str, file: Callable[[str], list[str]]
             ["{} line 3: Unknown setting 'max_lenght'. Did you mean 'max_length'?"],
         ),
         ("seed: 1\nfoo: 3", ["{} line 2: Unknown setting 'foo'. --help lists them."]),
-        ("seed: 1\nlearning_rate: 1\nseed: 2", ["{} line 3: 'seed' stands here a second time."]),
-        ("seed: 1\n--seed: 2", ["{} line 2: 'seed' stands here a second time."]),
-        ("max-length: 5\nmax_length: 6", ["{} line 2: 'max_length' stands here a second time."]),
+        ("seed: 1\nlearning_rate: 1\nseed: 2", ["{} line 3: 'seed' is given a second time."]),
+        ("seed: 1\n--seed: 2", ["{} line 2: 'seed' is given a second time."]),
+        ("max-length: 5\nmax_length: 6", ["{} line 2: 'max_length' is given a second time."]),
         ("metrics: {a: b}", ["{} line 1: 'metrics' must be one value or a list of values."]),
         ("train_weights: [1, two]", ["--config {}: --train_weights is '1 two'; expected numbers."]),
         ("metrics: [a, [b]]", ["{} line 1: 'metrics' must be one value or a list of values."]),
@@ -438,7 +434,7 @@ def test_flags_win_over_the_file(position: str, file: Callable[[str], list[str]]
             "save_steps: 100\nseed: 1\nseed: 2\nsede: 3",
             [
                 "{} line 1: Unknown setting 'save_steps': --save_every takes '200 steps'.",
-                "{} line 3: 'seed' stands here a second time.",
+                "{} line 3: 'seed' is given a second time.",
                 "{} line 4: Unknown setting 'sede'. Did you mean 'seed'?",
             ],
         ),
@@ -447,7 +443,7 @@ def test_flags_win_over_the_file(position: str, file: Callable[[str], list[str]]
         ("seed", ["--config {}: expected lines of `name: value`."]),
     ],
 )
-def test_what_is_wrong_in_the_file_is_told_with_file_and_line(
+def test_problems_in_the_file_have_file_and_line(
     text: str, lines: list[str], file: Callable[[str], list[str]]
 ) -> None:
     words = file(text)
@@ -475,8 +471,8 @@ def test_a_list_of_the_file_may_hold_words_that_look_like_flags(
     items: list[str], file: Callable[[str], list[str]]
 ) -> None:
     config = read_config([*file(yaml.safe_dump({"label_names": items})), *NEEDED])
-    assert taken(config, "label_names") == items
-    assert taken(config, "use_cpu") is False
+    assert value_of(config, "label_names") == items
+    assert value_of(config, "use_cpu") is False
 
 
 # ---- config_to_yaml
@@ -580,7 +576,7 @@ def test_durations_are_steps(duration: str, steps: int) -> None:
     assert duration_in_steps(duration, steps_per_epoch=40, total_steps=120) == steps
 
 
-def test_a_duration_that_was_not_checked_is_our_mistake() -> None:
+def test_a_duration_that_was_not_checked_is_an_assertion() -> None:
     with pytest.raises(AssertionError, match="ten steps"):
         duration_in_steps("ten steps", 1, 1)
 
@@ -595,24 +591,24 @@ def test_a_duration_that_was_not_checked_is_our_mistake() -> None:
             [],
             [
                 "--model is missing: the folder of a trained classifier, such as out/best.",
-                "Give the texts with --text or with --input, one of the two.",
+                "Give the texts with either --text or --input.",
             ],
         ),
         (
             ["--model=m", "--text", "a", "--input=f.csv"],
-            ["Give the texts with --text or with --input, one of the two."],
+            ["Give the texts with either --text or --input."],
         ),
         (
             ["--model=m", "--text", "a", "--output=f.jsonl"],
-            ["--output goes with --input; answers to --text are printed."],
+            ["--output needs --input; predictions for --text are printed."],
         ),
         (
             ["--model=m", "--text", "a", "b", "--text_pair", "c"],
-            ["--text_pair has 1 texts and --text has 2; they go together."],
+            ["--text_pair has 1 texts and --text has 2; expected as many."],
         ),
         (
             ["--model=m", "--input=f", "--text_pair", "c"],
-            ["--text_pair has 1 texts and --text has 0; they go together."],
+            ["--text_pair has 1 texts and --text has 0; expected as many."],
         ),
         (
             ["--model=m", "--text", "a", "--max_length=2"],
@@ -632,7 +628,7 @@ def test_a_duration_that_was_not_checked_is_our_mistake() -> None:
         ),
     ],
 )
-def test_what_is_wrong_with_a_prediction_is_told_at_once(
+def test_all_problems_of_a_prediction_are_reported_at_once(
     words: list[str], lines: list[str]
 ) -> None:
     assert problems(words, read_predict_config) == lines
@@ -645,7 +641,7 @@ def test_a_prediction_is_read_from_flags_and_file(file: Callable[[str], list[str
     assert config == PredictConfig(model="out/best", text=["no", "b c"], max_length=7)
 
 
-def test_odd_words_are_an_error_of_ours() -> None:
+def test_odd_arguments_are_a_bertdist_error() -> None:
     for words in (
         ["--"],
         ["="],

@@ -268,7 +268,7 @@ NEEDED = ["--model_name_or_path=m", "--train_file=t.tsv", "--output_dir=o"]
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--max_nan_steps=3"], "--max_nan_steps goes with --on_nan skip."),
+        (["--max_nan_steps=3"], "--max_nan_steps needs --on_nan skip."),
         (["--on_nan=skip", "--max_nan_steps=-1"], "--max_nan_steps is -1; expected at least 0."),
         (["--on_nan=never"], "--on_nan"),
         (["--detect_anomaly", "--cuda_graphs"], "--detect_anomaly looks at every operation"),
