@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from bertdist.train import train as train
     from bertdist.training.evaluation import Evaluator as Evaluator
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _MODULES = {  # public name -> the module that defines it
     "train": "bertdist.train",

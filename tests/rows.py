@@ -335,8 +335,8 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert step_log(one, "meter") == step_log(other, "meter")
     assert last_checkpoint(one).name == last_checkpoint(other).name
     assert (
-        json_of(last_checkpoint(one) / "state.json")["progress"]
-        == json_of(last_checkpoint(other) / "state.json")["progress"]
+        json_of(last_checkpoint(one) / "state.json")["train_state"]
+        == json_of(last_checkpoint(other) / "state.json")["train_state"]
     )
     assert_same_tensors(tensors_of(last_checkpoint(one)), tensors_of(last_checkpoint(other)))
     assert_same_tensors(tensors_of(one / "best"), tensors_of(other / "best"))

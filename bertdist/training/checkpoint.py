@@ -1,13 +1,17 @@
-"""A run's state on disk: all that the next step depends on, whole or absent.
+"""Checkpoints: all that the next step depends on, in a folder that is complete or absent.
 
-    out/checkpoints/step_000400/    model.safetensors  optimizer.safetensors  state.json  manifest.json
+    out/checkpoints/step_000400/   model.safetensors optimizer.safetensors state.json manifest.json
 
-0. The log's lines are flushed to the disk: after a power cut there is no checkpoint that knows of lines which are not there.
-1. Everything is written to `.step_000400.partial` beside it, each file flushed to the disk.
-2. manifest.json comes last: size and xxh3 digest of each file. The folder is flushed, renamed, and its parent flushed.
-3. On start the newest folder whose files match its manifest is taken; a damaged one is named, moved aside and passed over.
-Order of rows, learning rate and dropout are pure functions of the step, so there is no state of samplers, schedules or random
-generators to keep, and none of a rank's own: rank 0 writes, all ranks read. No pickle is written or read.
+1. The log is flushed to the disk first, so that after a power cut no checkpoint is ahead of it.
+2. Everything is written to `.step_000400.partial`, and each file is flushed.
+3. manifest.json comes last, with size and xxh3 digest of each file. The folder is flushed and
+   renamed, and its parent is flushed.
+4. On start the newest folder whose files match its manifest is loaded; a damaged one is renamed to
+   step_000400.damaged and skipped.
+
+Row order, learning rate and dropout are pure functions of the step, so there is no state of
+samplers, schedules or random generators to save, and none per rank but the position in a stream:
+rank 0 writes, all ranks read. No pickle is written or read.
 """
 
 import json
@@ -16,6 +20,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import bertdist
 from bertdist.core.atomic_io import (
     explain_write_errors,
     find_damage,
@@ -35,18 +41,18 @@ from bertdist.core.atomic_io import (
 from bertdist.core.errors import CheckpointError
 from bertdist.data.batch import Step
 from bertdist.data.source import ReaderState
+from bertdist.data.streaming import EMPTY
 from bertdist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from bertdist.training.resume_check import (
-    BREAKS_BEST,
-    FIELD_KEYS,
+    RESETS_BEST,
     Change,
     ResumeSignature,
-    compare,
-    read_state,
-    reader_state_after_change,
-    reader_state_of_rank,
-    table,
+    check_changes,
+    format_changes,
 )
+
+# Of state.json. 1: bertdist 0.1.0, which wrote no number. 2: TrainState's own field names as keys.
+FORMAT = 2
 
 
 @dataclass
@@ -62,23 +68,23 @@ class TrainState:
     tokens_per_micro_batch: int = 0  # requested or measured, halved where memory ran out; 0: unset
     tokens_requested: int = 0  # the --tokens_per_micro_batch that it came from; 0: measured
     oom_retries: int = 0  # steps that were repeated because memory ran out
-    nan_steps: int = 0  # that were left out because loss or gradient was not finite
-    consecutive_nan_steps: int = 0  # of those, the last ones in a row
+    nan_steps: int = 0  # steps that were skipped because loss or gradient was not finite
+    consecutive_nan_steps: int = 0  # up to and including the last step
     finished: bool = False
     # The evaluation after this step was interrupted by a stop; the next start catches up first.
     evaluation_pending: bool = False
     # [loss sum, rows] of each step since the last log line
     unlogged_steps: list[list[float]] = field(default_factory=list)
-    # Of a stream: its position; with --stream_sharding by_file, this rank's.
+    # Position in a stream; with --stream_sharding by_file, this rank's.
     reader_state: ReaderState | None = None
 
     def advance(self, step: Step) -> None:
-        """Count one more optimizer step; its loss is filled in when the ranks' losses are gathered."""
+        """Count one more step; its loss is filled in when the ranks' losses are gathered."""
         self.step, self.rows, self.reader_state = step.number + 1, self.rows + step.rows, step.after
         self.unlogged_steps.append([0.0, float(step.rows)])
 
     def epochs(self, steps_per_epoch: int) -> float:
-        """Passes over the rows; complete ones only where steps_per_epoch is 0 (a stream's length is unknown)."""
+        """Passes over the rows; complete ones only for a stream (steps_per_epoch 0)."""
         if steps_per_epoch:
             return self.step / steps_per_epoch
         position = self.reader_state
@@ -86,7 +92,7 @@ class TrainState:
 
 
 class Checkpointer:
-    """The checkpoints of one run."""
+    """Writes and loads the checkpoints of one run."""
 
     def __init__(
         self,
@@ -94,212 +100,271 @@ class Checkpointer:
         signature: ResumeSignature,
         accelerator: Accelerator,
         keep: int,
-        say: Callable[..., None],
-        first: Callable[[], None] = lambda: None,
+        log: Callable[..., None],
+        before_save: Callable[[], None] = lambda: None,
     ) -> None:
-        """first: what rank 0 does before it writes a checkpoint: bring to the disk what the checkpoint will know of."""
-        self.folder, self.signature, self.accelerator, self.keep, self.say, self.first = (
-            folder,
-            signature,
-            accelerator,
-            keep,
-            say,
-            first,
-        )
+        """keep: maximum number. log: takes lines of text. before_save: flushes the log (rank 0)."""
+        self.folder, self.signature, self.accelerator = folder, signature, accelerator
+        self.keep, self.log, self.before_save = keep, log, before_save
 
     def save(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        progress: TrainState,
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, train_state: TrainState
     ) -> None:
-        """Write step_<progress.step>; raises CheckpointError on all ranks where rank 0 cannot. A collective."""
-        places = (
-            gather_object([progress.reader_state])
-            if self.accelerator.num_processes > 1
-            else [progress.reader_state]
-        )
+        """Write step_N, delete the oldest. A collective; raises CheckpointError on all ranks."""
+        ranks, scaler = self.accelerator.num_processes, self.accelerator.scaler
+        readers = [train_state.reader_state]
+        readers = gather_object(readers) if ranks > 1 else readers
+        state = {
+            "format": FORMAT,
+            "version": bertdist.__version__,
+            "train_state": asdict(train_state),
+            "must_match": self.signature.must_match,
+            "may_change": self.signature.may_change,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "ranks": ranks,
+            # one for all ranks if they are equal
+            "reader_states": readers
+            if any(each != readers[0] for each in readers)
+            else readers[:1],
+        }
+
+        def fill(folder: Path) -> None:
+            save_file(_contiguous(model_tensors(model)), folder / "model.safetensors")
+            tensors = _contiguous(optimizer_tensors(model, optimizer))
+            save_file(tensors, folder / "optimizer.safetensors")
+            (folder / "state.json").write_text(json.dumps(state, indent=1))
+
         with raise_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
-                scaler = (
-                    self.accelerator.scaler.state_dict()
-                    if self.accelerator.scaler is not None
-                    else None
-                )
-                state = {
-                    "progress": {FIELD_KEYS.get(k, k): v for k, v in asdict(progress).items()},
-                    "identity": self.signature.must_match,
-                    "besides": self.signature.may_change,
-                    "scaler": scaler,
-                }
-                state["ranks"] = self.accelerator.num_processes
-                state["places"] = (
-                    places if any(place != places[0] for place in places) else places[:1]
-                )
-
-                def fill(folder: Path) -> None:
-                    save_file(_contiguous(model_tensors(model)), folder / "model.safetensors")
-                    save_file(
-                        _contiguous(optimizer_tensors(model, optimizer)),
-                        folder / "optimizer.safetensors",
-                    )
-                    (folder / "state.json").write_text(json.dumps(state, indent=1))
-
-                self.first()
-                written = self.folder / f"step_{progress.step:06d}"
-                write_folder(written, fill)
-                others = [
-                    folder for folder in self._all() if folder != written
-                ]  # an older one may have been gone on from
+                self.before_save()
+                new = self.folder / f"step_{train_state.step:06d}"
+                write_folder(new, fill)
+                # After --resume_from_checkpoint of an older one, the new one need not be the last.
+                others = [folder for folder in self._checkpoints() if folder != new]
                 for old in others[: max(0, len(others) - self.keep + 1)]:
                     remove_folder(old)
 
     def restore(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        named: str | None = None,
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, named: str | None = None
     ) -> TrainState | None:
-        """Load the checkpoint `named`, or the newest whole one; None when there is none. Raises CheckpointError."""
+        """Load the checkpoint `named`, or the newest complete one; None if there is none.
+
+        A collective; raises CheckpointError on all ranks if the checkpoint does not fit this run.
+        """
         with raise_on_all_ranks(self.accelerator):
             chosen = self._choose(named) if self.accelerator.is_main_process else None
         chosen = broadcast_from_rank0(self.accelerator, chosen)
         if not chosen:
             return None
-        folder = Path(chosen)
+        folder, ranks = Path(chosen), self.accelerator.num_processes
         with raise_on_all_ranks(self.accelerator):
-            if not (folder / "state.json").exists():
-                raise CheckpointError(
-                    f"{folder} is not to be seen from here; --output_dir must be on a disk that every machine shares."
-                )
-            state, progress = read_state(folder, TrainState)
-            # First, what is wrong with other ranks: they may also make another number of steps.
-            place = reader_state_of_rank(
-                folder, state, self.accelerator.process_index, self.accelerator.num_processes
+            state, train_state = read_state(folder)
+            # Before the other settings: another number of ranks may also change the steps.
+            train_state.reader_state = reader_state_of_rank(
+                folder, state, self.accelerator.process_index, ranks
             )
-            accepted = compare(folder, state, self.signature)
+            before = ResumeSignature(state["must_match"], state["may_change"])
+            changes = check_changes(folder, before, self.signature, train_state.step)
             load_tensors(model_tensors(model), _load(folder / "model.safetensors"), folder)
             load_optimizer(model, optimizer, _load(folder / "optimizer.safetensors"), folder)
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-        progress = _after(
-            replace(progress, reader_state=reader_state_after_change(place, accepted)), accepted
-        )
-        self.say(f"Going on from {folder} at step {progress.step}.")
-        if accepted:
-            self.say("Other settings than when it was written:", *table(accepted))
-        if state["ranks"] != self.accelerator.num_processes:
-            own_files = self.signature.must_match.get("stream_sharding") == "by_file"
+        self.log(f"Resuming from {folder} (step {train_state.step}).")
+        if changes:
+            self.log("Settings changed since then:", *format_changes(changes))
+        if state["ranks"] != ranks:
+            by_file = self.signature.must_match.get("stream_sharding") == "by_file"
             rows = (
-                "each epoch has the same rows, in other steps"
-                if own_files
-                else "the same rows in the same steps"
+                "the same rows per epoch, in other steps" if by_file else "the same rows per step"
             )
-            self.say(
-                f"It was written by {state['ranks']} processes, now there are {self.accelerator.num_processes}: {rows}; "
-                "sums are rounded in another order, and off the CPU dropout is drawn anew."
+            self.log(
+                f"Written by {state['ranks']} processes, resumed by {ranks}: {rows}; sums round in"
+                " another order, and on GPUs dropout masks differ."
             )
-        return progress
+        return apply_changes(train_state, changes)
 
     def _choose(self, named: str | None) -> str:
+        """The folder to load, "" for none; cleans up what a killed process left."""
         for replaced in self.folder.glob(".step_*.replaced"):
             recover(self.folder / replaced.name[1:].removesuffix(".replaced"))
-        for left_over in self.folder.glob(".step_*"):
-            left = "removed" if left_over.suffix == ".old" else "written"
-            self.say(f"Removing {left_over.name}, a checkpoint that was not {left} to its end.")
-            with explain_write_errors(left_over, "remove or rename"):
-                shutil.rmtree(left_over)
+        for leftover in self.folder.glob(".step_*"):
+            action = "deleting" if leftover.suffix == ".old" else "writing"
+            self.log(f"Removing {leftover.name}: {action} this checkpoint was interrupted.")
+            with explain_write_errors(leftover, "remove or rename"):
+                shutil.rmtree(leftover)
         if named is not None:
             if damage := find_damage(Path(named)):
                 raise CheckpointError(f"--resume_from_checkpoint {named}: {damage}.")
             return named
-        for folder in reversed(self._all()):
+        for folder in reversed(self._checkpoints()):
             damage = find_damage(folder)
             if damage is None:
                 return str(folder)
-            aside = unused_path(folder.with_name(f"{folder.name}.damaged"))
+            renamed = unused_path(folder.with_name(f"{folder.name}.damaged"))
             with explain_write_errors(folder, "remove or rename"):
-                os.rename(folder, aside)
-            self.say(f"Passing over checkpoint {folder}: {damage}. It is now {aside.name}.")
+                os.rename(folder, renamed)
+            self.log(f"Skipping damaged checkpoint {folder}: {damage}. Renamed to {renamed.name}.")
         return ""
 
-    def _all(self) -> list[Path]:
+    def _checkpoints(self) -> list[Path]:
+        """Folders step_N by number, damaged or not."""
         try:
-            found = [path for path in self.folder.glob("step_*") if path.name[5:].isdigit()]
+            paths = [path for path in self.folder.glob("step_*") if path.name[5:].isdigit()]
         except OSError as error:
+            reason = error.strerror or error
+            raise CheckpointError(f"Cannot read {self.folder}: {reason}.") from None
+        return sorted(paths, key=lambda path: int(path.name[5:]))
+
+
+# ---- state.json
+
+
+def read_state(folder: Path) -> tuple[dict[str, Any], TrainState]:
+    """state.json and the TrainState in it. Raises CheckpointError if it has another format."""
+    path = folder / "state.json"
+    try:
+        state = json.loads(path.read_text())
+        if state.get("format") != FORMAT:
+            version = state.get("version", "0.1.0 or earlier")
             raise CheckpointError(
-                f"Cannot read {self.folder}: {error.strerror or error}."
-            ) from None
-        return sorted(found, key=lambda path: int(path.name[5:]))
+                f"{folder} was written by bertdist {version} (checkpoint format"
+                f" {state.get('format', 1)}), this is {bertdist.__version__} (format {FORMAT})."
+                " Finish the run with that version, or start a new --output_dir."
+            )
+        train_state = TrainState(**state["train_state"])
+        for name, default in vars(TrainState()).items():
+            if not _is_valid(getattr(train_state, name), default):
+                raise ValueError(f"{name} is {getattr(train_state, name)!r}")
+        readers = state["reader_states"]
+        signature = isinstance(state["must_match"], dict) and isinstance(state["may_change"], dict)
+        if not (signature and isinstance(state["ranks"], int) and readers and "scaler" in state):
+            raise ValueError("an entry is missing or has another type")
+        if not all(reader is None or _is_reader_state(reader) for reader in readers):
+            raise ValueError(f"reader_states is {readers!r}")
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is not visible on this machine; --output_dir must be on a disk that all"
+            " machines share."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error.strerror or error}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}).") from None
+    return state, train_state
+
+
+def _is_valid(value: Any, default: Any) -> bool:
+    """Whether a field of TrainState with this default may have this value."""
+    if default is None:  # best_score, reader_state
+        return value is None or isinstance(value, int | float | dict)
+    if isinstance(default, list):
+        return isinstance(value, list) and all(
+            len(pair) == 2 and all(isinstance(number, int | float) for number in pair)
+            for pair in value
+        )
+    return type(value) is type(default) and value >= 0
+
+
+def _is_reader_state(value: Any) -> bool:
+    return any(isinstance(value.get(name), dict) for name in ("window", "over"))
+
+
+def reader_state_of_rank(
+    folder: Path, state: dict[str, Any], rank: int, ranks: int
+) -> ReaderState | None:
+    """Where this rank continues in a stream. Raises CheckpointError if that depends on the ranks.
+
+    With --stream_sharding by_file it does, except between two epochs.
+    """
+    readers: list[ReaderState | None] = state["reader_states"]
+    by_file = state["must_match"].get("stream_sharding") == "by_file"
+    if by_file and state["ranks"] != ranks and not all(each and "over" in each for each in readers):
+        raise CheckpointError(
+            f"{folder} was written by {state['ranks']} processes with --stream_sharding by_file,"
+            f" each in the middle of its own files, but this run has {ranks}. Resume with"
+            f" {state['ranks']}, or, with --max_train_steps, from a checkpoint at the end of an"
+            " epoch (--save_every '1 epoch')."
+        )
+    return readers[rank % len(readers)]
+
+
+def apply_changes(state: TrainState, changes: list[Change]) -> TrainState:
+    """The state that training resumes with after accepted changes of settings or data."""
+    before = {change.name: change.before for change in changes}
+    if before.keys() & RESETS_BEST:
+        state = replace(state, best_score=None, evaluations_since_best=0)
+    if "training_rows" in before and (reader := state.reader_state):
+        # A position within other bytes means nothing: start the epoch again.
+        if "over" in reader:
+            reader = {"over": {**EMPTY, "epoch": reader["over"]["epoch"]}}
+        else:
+            reader = {"window": {**EMPTY, "epoch": reader["window"]["epoch"]}, "step": 0}
+        state = replace(state, reader_state=reader)
+    if before.get("total_steps") == state.step:  # it had finished, and has more steps now
+        state = replace(state, finished=False)
+    return state
+
+
+# ---- Tensors
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every weight and kept buffer once, by name; tied weights under their first name."""
-    shared: set[int] = set()
+    """Every weight and persistent buffer once, by name; tied weights under their first name."""
+    seen: set[int] = set()
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in shared:
-            shared.add(id(tensor))
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
             tensors[name] = tensor.detach()
     return tensors
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's state of each weight, as `name|exp_avg` and so on."""
-    named = dict(model.named_parameters())
     return {
         f"{name}|{key}": value
-        for name, weight in named.items()
+        for name, weight in model.named_parameters()
         for key, value in optimizer.state.get(weight, {}).items()
     }
 
 
-def load_tensors(into: dict[str, Tensor], found: dict[str, Tensor], folder: Path) -> None:
-    """Copy in place; raises CheckpointError where names or shapes differ."""
-    if odd := sorted(into.keys() ^ found.keys()) or sorted(
-        name for name in into if into[name].shape != found[name].shape
-    ):
+def load_tensors(target: dict[str, Tensor], source: dict[str, Tensor], folder: Path) -> None:
+    """Copy in place. Raises CheckpointError if names or shapes differ; then nothing is changed."""
+    different = sorted(target.keys() ^ source.keys()) or sorted(
+        name for name in target if target[name].shape != source[name].shape
+    )
+    if different:
         raise CheckpointError(
-            f"{folder} is of another model: {odd[0]} differs ({len(odd)} weights in all)."
+            f"{folder} is of another model: {different[0]} differs ({len(different)} in all)."
         )
-    for name, tensor in into.items():
-        tensor.copy_(found[name])
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
 
 
 def load_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, found: dict[str, Tensor], folder: Path
+    model: nn.Module, optimizer: torch.optim.Optimizer, source: dict[str, Tensor], folder: Path
 ) -> None:
-    """The inverse of `optimizer_tensors`; raises CheckpointError, and changes nothing, where a name or a shape does not fit."""
-    named = dict(model.named_parameters())
-    parts = [(*key.rpartition("|")[::2], value) for key, value in found.items()]
-    for (name, _, value), key in zip(parts, found, strict=True):
-        if name not in named or value.shape not in (named[name].shape, ()):
+    """Inverse of `optimizer_tensors`. Raises CheckpointError as `load_tensors` does."""
+    weights = dict(model.named_parameters())
+    for key, value in source.items():
+        name = key.rpartition("|")[0]
+        if name not in weights or value.shape not in (weights[name].shape, ()):
             raise CheckpointError(
-                f"{folder} is of another model: its optimizer holds {key!r} of shape {tuple(value.shape)}."
+                f"{folder} is of another model: its optimizer holds {key!r} of shape"
+                f" {tuple(value.shape)}."
             )
     optimizer.state.clear()
-    for name, part, value in parts:
-        optimizer.state[named[name]][part] = value.to(named[name].device)
+    for key, value in source.items():
+        name, _, entry = key.rpartition("|")
+        optimizer.state[weights[name]][entry] = value.to(weights[name].device)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"Cannot read {path}: {getattr(error, 'strerror', None) or error}."
-        ) from None
-
-
-def _after(progress: TrainState, accepted: list[Change]) -> TrainState:
-    """What the changes that are accepted do to a run's memory."""
-    then = {change.name: change.then for change in accepted}
-    if then.keys() & BREAKS_BEST:
-        progress = replace(progress, best_score=None, evaluations_since_best=0)
-    goes_on = (
-        then.get("total_steps") == progress.step
-    )  # it had come to its end, and there are more steps now
-    return replace(progress, finished=False) if goes_on else progress
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"Cannot read {path}: {reason}.") from None
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ def full_disk_for_best() -> None:
 
 def no_state() -> None:
     def broken(*args: Any) -> Any:
-        raise CheckpointError("step_000002 is not to be seen from here.")
+        raise CheckpointError("step_000002 is not visible here.")
 
     checkpoint.load_optimizer = broken
 
@@ -98,7 +98,7 @@ def test_a_rank_that_cannot_see_the_checkpoint_ends_all(tiny_model: Path, tmp_pa
     first, other = run_ranks(2, run_main, words, on_rank(1, no_state))
     assert (
         first[0] == 1
-        and first[1].endswith("bertdist: rank 1: step_000002 is not to be seen from here.\n")
+        and first[1].endswith("bertdist: rank 1: step_000002 is not visible here.\n")
         and other == (1, "", "")
     )
 

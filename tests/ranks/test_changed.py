@@ -1,4 +1,4 @@
-"""Going on with other settings or other data: refused, or accepted and said; and what comes of it."""
+"""Resuming with other settings or other data: refused, or accepted with a message."""
 
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ def files(tmp_path: Path) -> Files:
     return write_split(tmp_path, 38, 12)
 
 
-def begun(model: Path, files: Files, out: Path, n: int = 1, **settings: Any) -> list[str]:
-    """A run that was killed at step 7 of 10; its words."""
+def interrupted(model: Path, files: Files, out: Path, n: int = 1, **settings: Any) -> list[str]:
+    """A run that was killed at step 7 of 10; returns its arguments."""
     words = words_of(model, out, files, **{**STEPS, **settings})
     with pytest.raises(RankError, match="ended with status 9"):
         run_ranks(n, run_train, words, at_step(7, die))
@@ -37,10 +37,10 @@ def begun(model: Path, files: Files, out: Path, n: int = 1, **settings: Any) -> 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("n", [1, 2])
-def test_data_that_grew_is_refused_and_then_accepted(
+def test_grown_data_are_refused_and_accepted_with_the_flag(
     tiny_model: Path, files: Files, tmp_path: Path, n: int, stream: bool
 ) -> None:
-    words = begun(
+    words = interrupted(
         tiny_model,
         files,
         tmp_path / "out",
@@ -57,26 +57,26 @@ def test_data_that_grew_is_refused_and_then_accepted(
         run_ranks(n, run_train, words)
     assert "training_rows" in str(caught.value) and "(--accept_changed_data)" in str(caught.value)
     assert {path: path.read_bytes() for path in before} == before, (
-        "refused without touching anything"
+        "refused without changing anything"
     )
     ((progress, seen, said), *_) = run_ranks(n, run_train, [*words, "--accept_changed_data"])
-    assert "Other settings than when it was written:" in said
+    assert "Settings changed since then:" in said
     assert (
-        "accepted: in the epoch that was begun rows may come twice or not at all, in later ones once"
+        "accepted: rows of the epoch in progress may be repeated or missed, later epochs have each row once"
         in said
     )
     assert progress.finished and progress.step == 12, "two epochs of 48 rows"
-    assert seen[0][0] == 6, "the steps that were done stay done"
+    assert seen[0][0] == 6, "the steps done so far are kept"
 
 
-def test_data_that_did_not_change_needs_no_flag_and_the_flag_changes_nothing(
+def test_flag_changes_nothing_if_the_data_did_not_change(
     tiny_model: Path, files: Files, tmp_path: Path
 ) -> None:
-    run_ranks(1, run_train, begun(tiny_model, files, tmp_path / "a"))
+    run_ranks(1, run_train, interrupted(tiny_model, files, tmp_path / "a"))
     ((_, _, said),) = run_ranks(
-        1, run_train, [*begun(tiny_model, files, tmp_path / "b"), "--accept_changed_data"]
+        1, run_train, [*interrupted(tiny_model, files, tmp_path / "b"), "--accept_changed_data"]
     )
-    assert "Other settings" not in said
+    assert "Settings changed" not in said
     one, other = (tensors_of(last_checkpoint(tmp_path / name)) for name in "ab")
     assert all(bool((one[name] == other[name]).all()) for name in one)
 
@@ -92,10 +92,10 @@ def test_data_that_did_not_change_needs_no_flag_and_the_flag_changes_nothing(
         {"num_train_epochs": 3},
     ],
 )
-def test_what_would_break_a_promise_is_refused_on_all_ranks(
+def test_changes_that_must_match_are_refused_on_all_ranks(
     tiny_model: Path, files: Files, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    begun(tiny_model, files, tmp_path / "out")
+    interrupted(tiny_model, files, tmp_path / "out")
     words = words_of(tiny_model, tmp_path / "out", files, **{**STEPS, **change})
     with pytest.raises(RankError) as caught:
         run_ranks(2, run_train, words)
@@ -103,10 +103,10 @@ def test_what_would_break_a_promise_is_refused_on_all_ranks(
     name = {"label_names": "labels", "num_train_epochs": "total_steps"}.get(name, name)
     assert str(caught.value).count(
         f"\n  {name} "
-    ) == 2 and "belongs to another run. What differs:" in str(caught.value)
+    ) == 2 and "belongs to a run with other settings:" in str(caught.value)
 
 
-def test_a_longer_run_at_a_constant_rate_is_the_run_that_was_long_from_the_start(
+def test_extended_run_at_a_constant_rate_equals_the_longer_run(
     tiny_model: Path, files: Files, tmp_path: Path
 ) -> None:
     def words(out: str, epochs: int, **more: Any) -> list[str]:
@@ -115,32 +115,32 @@ def test_a_longer_run_at_a_constant_rate_is_the_run_that_was_long_from_the_start
 
     run_ranks(1, run_train, words("a", 1))
     ((progress, seen, said),) = run_ranks(1, run_train, words("a", 2))
-    assert "total_steps  5     10   the learning rate is constant" in said
+    assert "total_steps  5       10   constant learning rate: more or fewer steps" in said
     assert progress.finished and [step for step, _ in seen] == list(range(5, 10))
     run_ranks(1, run_train, words("b", 2))
     one, other = (tensors_of(last_checkpoint(tmp_path / name)) for name in "ab")
     assert one.keys() == other.keys() and all(
         bool((one[name] == other[name]).all()) for name in one
     )
-    run_ranks(1, run_train, words("c", 2, lr_scheduler_type="linear"))  # the control
+    run_ranks(1, run_train, words("c", 2, lr_scheduler_type="linear"))  # negative control
     assert any(
         bool((tensor != other[name]).any())
         for name, tensor in tensors_of(last_checkpoint(tmp_path / "c")).items()
     )
 
 
-def test_scores_of_other_rows_or_another_kind_do_not_compare(
+def test_another_metric_resets_the_best_score(
     tiny_model: Path, files: Files, tmp_path: Path
 ) -> None:
-    """Accuracy 0.8 would never be beaten by an f1 of 0.6: best/ would stay for ever."""
-    words = begun(
+    """Otherwise an f1 of 0.6 would never replace an accuracy of 0.8."""
+    words = interrupted(
         tiny_model, files, tmp_path / "out", eval_every="2 steps", metric_for_best_model="accuracy"
     )
     ((progress, _, said),) = run_ranks(
         1, run_train, [*words, "--metric_for_best_model", "f1_macro"]
     )
     assert (
-        "metric_for_best_model  accuracy  f1_macro  scores do not compare: the next evaluation is the best so far"
+        "metric_for_best_model  accuracy  f1_macro  scores do not compare: the next evaluation counts as the best so far"
         in said
     )
     best = json_of(tmp_path / "out" / "evaluation.json")

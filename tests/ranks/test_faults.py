@@ -118,7 +118,10 @@ def test_a_stop_in_an_evaluation_is_answered_there_and_the_evaluation_is_made_up
     )
     assert json_of(out / "status.json")["state"] == "preempted"
     assert (
-        json_of(out / "checkpoints" / f"step_{step:06d}" / "state.json")["progress"]["owed"] is True
+        json_of(out / "checkpoints" / f"step_{step:06d}" / "state.json")["train_state"][
+            "evaluation_pending"
+        ]
+        is True
     )
     assert [line["step"] for line in json_of(out / "metrics.jsonl") if line["kind"] == "eval"] == [
         4,

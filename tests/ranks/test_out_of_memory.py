@@ -351,7 +351,7 @@ def test_a_run_that_goes_on_has_the_size_that_was_found(runs: Runs, tmp_path: Pa
     assert "found from free memory" not in results[0][2]
     assert_same_bits(*outs)
     assert (
-        json_of(last_checkpoint(outs[0]) / "state.json")["progress"]["tokens_per_micro_batch"]
+        json_of(last_checkpoint(outs[0]) / "state.json")["train_state"]["tokens_per_micro_batch"]
         == ROOM
     )
 

@@ -1,6 +1,7 @@
-"""I5: a restart is invisible. I6: a checkpoint is whole or absent.
+"""I5: a resumed run equals an uninterrupted one. I6: a checkpoint is complete or absent.
 
-Every run here has dropout. "The same run" is bit by bit: weights, optimizer, step log, predictions (`rows.assert_same_run`).
+Every run here has dropout. Runs are compared bit for bit: weights, optimizer, step log, predictions
+(`rows.assert_same_run`).
 """
 
 import os
@@ -31,7 +32,7 @@ from rows import (
 from rows import train_module as train
 from undisturbed import STEPS, Runs
 
-from bertdist.core import atomic_io as whole_folder
+from bertdist.core import atomic_io
 from bertdist.core.atomic_io import find_damage
 from bertdist.training import best_model as best
 from bertdist.training import checkpoint
@@ -73,7 +74,7 @@ def ask_the_last_rank_to_stop(accelerator: Accelerator) -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_resume_equals_uninterrupted(runs: Runs, tmp_path: Path, n: int) -> None:
-    """Killed without a word at one random step, asked to stop at a later one."""
+    """Killed at one random step, asked to stop at a later one."""
     chance = random.Random(n)
     first = chance.randrange(1, STEPS - 5)
     second = chance.randrange(first, STEPS - 1)
@@ -93,37 +94,37 @@ def test_resume_equals_uninterrupted(runs: Runs, tmp_path: Path, n: int) -> None
     assert_same_run(tmp_path / "out", runs.undisturbed(n))
 
 
-def test_a_stop_between_two_log_lines_changes_neither(runs: Runs, tmp_path: Path) -> None:
-    """The checkpoint of a stop brings the ranks' losses together at a step where nobody else does; on three ranks sums can round."""
+def test_stop_between_two_log_lines_changes_neither(runs: Runs, tmp_path: Path) -> None:
+    """The checkpoint of a stop gathers losses at an extra step; on three ranks sums may round."""
     words = runs.words(tmp_path / "out")
     run_ranks(3, run_train, words, at_step(4, ask_the_last_rank_to_stop))
     run_ranks(3, run_train, words)
     assert_same_run(tmp_path / "out", runs.undisturbed(3))
 
 
-def test_a_process_tells_of_itself_and_the_next_one_takes_it_back(
+def test_meter_line_of_a_stopped_process_is_replaced_by_the_next_one(
     runs: Runs, tmp_path: Path
 ) -> None:
     """A stopped process leaves a line of kind "meter"; the one that goes on leaves its own in its place, however often it is asked."""
     out, words = tmp_path / "out", runs.words(tmp_path / "out")
 
-    def told() -> list[tuple[Any, ...]]:
+    def meter_lines() -> list[tuple[Any, ...]]:
         lines = [line for line in json_of(out / "metrics.jsonl") if line["kind"] == "meter"]
         return [(line["step"], line["finished"], line["train_steps"]) for line in lines]
 
     run_ranks(2, run_train, words, at_step(4, ask_the_last_rank_to_stop))
-    assert told() == [(5, False, 5)]
+    assert meter_lines() == [(5, False, 5)]
     ended = run_ranks(2, run_train, words)
-    assert told() == [(STEPS, True, STEPS - 5)]
+    assert meter_lines() == [(STEPS, True, STEPS - 5)]
     assert (
         f"{STEPS - 5} steps in " in ended[0][2] and "the fullest of 2 ranks had 1." in ended[0][2]
     )
     run_ranks(2, run_train, words)
-    assert told() == [(STEPS, True, STEPS - 5)]
+    assert meter_lines() == [(STEPS, True, STEPS - 5)]
     assert_same_run(out, runs.undisturbed(2))
 
 
-def die_in_the_midst_of_the_meters_line(accelerator: Accelerator) -> None:
+def die_while_writing_the_meter_line(accelerator: Accelerator) -> None:
     write = RunLogger.write
 
     def torn(self: RunLogger, kind: str, step: int, **values: Any) -> None:
@@ -136,12 +137,12 @@ def die_in_the_midst_of_the_meters_line(accelerator: Accelerator) -> None:
     RunLogger.write = torn  # type: ignore[method-assign]
 
 
-def take_nothing_back(accelerator: Accelerator) -> None:
+def keep_all_lines(accelerator: Accelerator) -> None:
     RunLogger._rewind = lambda self, *args: None  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("breaking", [None, take_nothing_back])
-def test_one_process_of_all_tells_of_itself(
+@pytest.mark.parametrize("breaking", [None, keep_all_lines])
+def test_one_meter_line_remains_after_stops_and_kills(
     runs: Runs, tmp_path: Path, breaking: Breaking | None
 ) -> None:
     """Stopped, killed, killed while it writes its line, and gone on each time: one whole line, of the process that finished."""
@@ -156,9 +157,7 @@ def test_one_process_of_all_tells_of_itself(
             1,
             run_train,
             words,
-            both(
-                *broken, at_step(10, ask_the_last_rank_to_stop), die_in_the_midst_of_the_meters_line
-            ),
+            both(*broken, at_step(10, ask_the_last_rank_to_stop), die_while_writing_the_meter_line),
         )
     began = time.perf_counter()
     ((_, seen, _),) = run_ranks(1, run_train, words, breaking)
@@ -168,27 +167,27 @@ def test_one_process_of_all_tells_of_itself(
     )
     if (
         breaking is not None
-    ):  # the control: the line of the process that was stopped stays, and half a line does
+    ):  # negative control: the stopped process's line and a truncated line remain
         assert sum('"meter"' in line for line in path.read_text().splitlines()) > 1
         with pytest.raises(ValueError, match=r"delimiter|Expecting|Extra data"):
             json_of(path)
         return
     lines = json_of(path)
-    (told,) = (line for line in lines if line["kind"] == "meter")
-    assert (told["step"], told["finished"], told["train_steps"]) == (STEPS, True, STEPS - 9)
+    (meter,) = (line for line in lines if line["kind"] == "meter")
+    assert (meter["step"], meter["finished"], meter["train_steps"]) == (STEPS, True, STEPS - 9)
     tokens = {line["step"]: line["tokens"] for line in lines if line["kind"] == "train"}
     assert list(tokens) == list(range(1, STEPS + 1))
-    assert told["tokens_per_second"] * told["train_seconds"] == pytest.approx(
+    assert meter["tokens_per_second"] * meter["train_seconds"] == pytest.approx(
         tokens[STEPS] - tokens[9]
     )
-    assert 0 < told["data_wait_seconds"] < told["train_seconds"] < seconds
-    assert told["padding_factor"] == told["slowest_rank"] == 1
-    assert told["model_tflops"] == pytest.approx(told["flop_utilization"] * told["matmul_tflops"])
+    assert 0 < meter["data_wait_seconds"] < meter["train_seconds"] < seconds
+    assert meter["padding_factor"] == meter["slowest_rank"] == 1
+    assert meter["model_tflops"] == pytest.approx(
+        meter["flop_utilization"] * meter["matmul_tflops"]
+    )
 
 
-def test_killed_after_the_last_line_and_before_the_last_checkpoint(
-    runs: Runs, tmp_path: Path
-) -> None:
+def test_killed_between_last_log_line_and_last_checkpoint(runs: Runs, tmp_path: Path) -> None:
     def die_instead_of_saving(accelerator: Accelerator) -> None:
         save = train.Checkpointer.save
 
@@ -211,7 +210,8 @@ def test_killed_after_the_last_line_and_before_the_last_checkpoint(
 
 @pytest.mark.parametrize("step", [4, 5, 12])
 def test_killed_between_checkpoints(runs: Runs, tmp_path: Path, step: int) -> None:
-    """Right after a log line and best weights that no checkpoint knows of; at the first step of an epoch; right after a checkpoint."""
+    """After a log line and best weights newer than any checkpoint; at the start of an epoch; after a
+    checkpoint."""
     words = runs.words(tmp_path / "out")
     with pytest.raises(RankError, match="ended with status 9"):
         run_ranks(1, run_train, words, at_step(step, die))
@@ -219,7 +219,7 @@ def test_killed_between_checkpoints(runs: Runs, tmp_path: Path, step: int) -> No
     assert_same_run(tmp_path / "out", runs.undisturbed(1))
 
 
-def test_loader_workers_and_other_micro_batches_resume_too(runs: Runs, tmp_path: Path) -> None:
+def test_resume_with_loader_workers(runs: Runs, tmp_path: Path) -> None:
     words = runs.words(tmp_path / "out", dataloader_num_workers=2)
     with pytest.raises(RankError, match="ended with status 9"):
         run_ranks(1, run_train, words, at_step(8, die))
@@ -228,7 +228,7 @@ def test_loader_workers_and_other_micro_batches_resume_too(runs: Runs, tmp_path:
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_dropout_that_is_not_a_function_of_the_step_is_seen(
+def test_dropout_that_is_not_a_function_of_the_step_is_detected(
     runs: Runs, tmp_path: Path, n: int
 ) -> None:
     def unseeded(accelerator: Accelerator) -> None:
@@ -246,9 +246,9 @@ def test_dropout_that_is_not_a_function_of_the_step_is_seen(
         assert_same_run(*outs)
 
 
-def test_three_ranks_without_the_throw_away_backward_are_seen(runs: Runs, tmp_path: Path) -> None:
-    """DDP orders its buckets anew after the first backward, and gloo's sum over three ranks rounds by place: 116 of 164 tensors differ,
-    by up to 7e-5. On one and two ranks there is nothing to see."""
+def test_three_ranks_without_the_warm_up_backward_are_detected(runs: Runs, tmp_path: Path) -> None:
+    """DDP reorders its buckets after the first backward, and gloo's sum over three ranks rounds by
+    position: 116 of 164 tensors differ, by up to 7e-5. One and two ranks are not affected."""
 
     def cold(accelerator: Accelerator) -> None:
         train.warm_up = lambda *args: None
@@ -262,16 +262,13 @@ def test_three_ranks_without_the_throw_away_backward_are_seen(runs: Runs, tmp_pa
         assert_same_run(*outs)
 
 
-def test_another_world_size_goes_on_with_the_same_rows_and_says_so(
+def test_another_world_size_resumes_with_the_same_rows_and_a_message(
     runs: Runs, tmp_path: Path
 ) -> None:
     words = runs.words(tmp_path / "out", dropout=0)
     begun = run_ranks(2, run_train, words, at_step(6, ask_the_last_rank_to_stop))
     ended = run_ranks(3, run_train, words)
-    assert (
-        "It was written by 2 processes, now there are 3: the same rows in the same steps;"
-        in ended[0][2]
-    )
+    assert "Written by 2 processes, resumed by 3: the same rows per step;" in ended[0][2]
     straight = run_ranks(1, run_train, runs.words(tmp_path / "straight", dropout=0))
     assert rows_by_step([seen for _, seen, _ in begun]) | rows_by_step(
         [seen for _, seen, _ in ended]
@@ -280,7 +277,7 @@ def test_another_world_size_goes_on_with_the_same_rows_and_says_so(
         assert one == pytest.approx(other, abs=1e-4)
 
 
-def test_a_finished_run_says_so_and_changes_nothing(runs: Runs) -> None:
+def test_restarting_a_finished_run_changes_nothing(runs: Runs) -> None:
     out = runs.undisturbed(1)
     kept = {
         path: path.read_bytes()
@@ -297,12 +294,12 @@ def test_a_finished_run_says_so_and_changes_nothing(runs: Runs) -> None:
     } == kept
 
 
-def test_a_named_checkpoint_is_gone_on_from(runs: Runs, tmp_path: Path) -> None:
+def test_resume_from_a_named_checkpoint(runs: Runs, tmp_path: Path) -> None:
     words = runs.words(tmp_path / "out", save_total_limit=9)
     run_ranks(1, run_train, words)
     named = tmp_path / "out" / "checkpoints" / "step_000006"
     ((_, seen, said),) = run_ranks(1, run_train, [*words, "--resume_from_checkpoint", str(named)])
-    assert f"Going on from {named} at step 6." in said and seen[0][0] == 6
+    assert f"Resuming from {named} (step 6)." in said and seen[0][0] == 6
     assert_same_run(tmp_path / "out", runs.undisturbed(1))
 
 
@@ -310,7 +307,7 @@ def test_a_named_checkpoint_is_gone_on_from(runs: Runs, tmp_path: Path) -> None:
 
 
 def die_while_writing(file: str, times: int) -> Breaking:
-    """The process ends with half of `file` on the disk, at the so-manieth checkpoint."""
+    """The process dies with half of `file` written, at checkpoint number `times`."""
 
     def breaking(accelerator: Accelerator) -> None:
         save_file, count = checkpoint.save_file, iter(range(1, 99))
@@ -327,7 +324,7 @@ def die_while_writing(file: str, times: int) -> Breaking:
 
 
 def die_before_rename_to(name: str) -> Breaking:
-    """The process ends when all is written, before it has its name."""
+    """The process dies when everything is written, before the rename."""
 
     def breaking(accelerator: Accelerator) -> None:
         rename = os.rename
@@ -343,7 +340,7 @@ def die_before_rename_to(name: str) -> Breaking:
 
 
 @pytest.mark.parametrize(
-    ("n", "breaking", "left", "goes_on_at"),
+    ("n", "breaking", "left", "resumes_at"),
     [
         (1, die_while_writing("model.safetensors", 1), [".step_000003.partial"], 0),
         (
@@ -356,13 +353,13 @@ def die_before_rename_to(name: str) -> Breaking:
         (1, die_before_rename_to("best"), None, None),
     ],
 )
-def test_a_kill_while_writing_leaves_the_older_checkpoint(
+def test_kill_while_writing_leaves_the_older_checkpoint(
     runs: Runs,
     tmp_path: Path,
     n: int,
     breaking: Breaking,
     left: list[str] | None,
-    goes_on_at: int | None,
+    resumes_at: int | None,
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(RankError, match="ended with status 9"):
@@ -375,15 +372,15 @@ def test_a_kill_while_writing_leaves_the_older_checkpoint(
             if not name.startswith(".")
         )
     ended = run_ranks(n, run_train, runs.words(out))
-    if goes_on_at is not None and left is not None:
-        assert ended[0][1][0][0] == goes_on_at
-        assert f"Removing {left[0]}, a checkpoint that was not written to its end." in ended[0][2]
+    if resumes_at is not None and left is not None:
+        assert ended[0][1][0][0] == resumes_at
+        assert f"Removing {left[0]}: writing this checkpoint was interrupted." in ended[0][2]
     assert_same_run(out, runs.undisturbed(n))
-    assert not list(out.rglob(".*")), "nothing half-written is left"
+    assert not list(out.rglob(".*")), "no partial file is left"
 
 
-def test_a_checkpoint_written_in_place_is_seen(runs: Runs, tmp_path: Path) -> None:
-    """The same kill, with a write_folder that does not write beside: the promise of an older whole one is broken, or the run is."""
+def test_checkpoint_written_in_place_is_detected(runs: Runs, tmp_path: Path) -> None:
+    """Negative control: the same kill with a write_folder that writes in place leaves damage."""
 
     def in_place(accelerator: Accelerator) -> None:
         def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
@@ -419,38 +416,41 @@ def lose_the_manifest(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "damage", "told"),
+    ("n", "damage", "damage_message"),
     [
         (2, flip_a_bit, "model.safetensors is not what was written (its digest differs)"),
         (1, cut_short, "optimizer.safetensors has 100 bytes instead of "),
         (1, lose_the_manifest, "manifest.json is missing"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_passed_over(
-    runs: Runs, tmp_path: Path, n: int, damage: Callable[[Path], None], told: str
+def test_damaged_checkpoint_is_named_and_skipped(
+    runs: Runs, tmp_path: Path, n: int, damage: Callable[[Path], None], damage_message: str
 ) -> None:
     out, words = tmp_path / "out", runs.words(tmp_path / "out")
     with pytest.raises(RankError, match="ended with status 9"):
         run_ranks(n, run_train, words, at_step(7, die))
     damage(last_checkpoint(out))
     ended = run_ranks(n, run_train, words)
-    assert ended[0][1][0][0] == 3, "goes on from the older one"
-    assert f"Passing over checkpoint {out / 'checkpoints' / 'step_000006'}: {told}" in ended[0][2]
-    assert "It is now step_000006.damaged." in ended[0][2]
-    assert all(said == "" for _, _, said in ended[1:]), "rank 0 talks"
+    assert ended[0][1][0][0] == 3, "resumes from the older one"
+    assert (
+        f"Skipping damaged checkpoint {out / 'checkpoints' / 'step_000006'}: {damage_message}"
+        in ended[0][2]
+    )
+    assert "Renamed to step_000006.damaged." in ended[0][2]
+    assert all(said == "" for _, _, said in ended[1:]), "only rank 0 prints"
     assert_same_run(out, runs.undisturbed(n))
 
 
 def test_without_digests_a_flipped_bit_is_loaded(runs: Runs, tmp_path: Path) -> None:
     def trusting(accelerator: Accelerator) -> None:
-        whole_folder._digest = lambda path: "0"
+        atomic_io._digest = lambda path: "0"
 
     out, words = tmp_path / "out", runs.words(tmp_path / "out")
     with pytest.raises(RankError, match="ended with status 9"):
         run_ranks(1, run_train, words, both(trusting, at_step(7, die)))
     flip_a_bit(last_checkpoint(out))
     ((_, seen, said),) = run_ranks(1, run_train, words, trusting)
-    assert seen[0][0] == 6 and "Passing over" not in said
+    assert seen[0][0] == 6 and "Skipping damaged" not in said
     with pytest.raises(AssertionError):
         assert_same_tensors(
             tensors_of(last_checkpoint(out)), tensors_of(last_checkpoint(runs.undisturbed(1)))

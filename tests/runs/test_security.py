@@ -120,7 +120,7 @@ def test_no_pickle_of_a_checkpoint_is_loaded(
         )
         (newest / name).write_bytes(pickle.dumps(Payload(mark)))
         code, said, _ = start([*words, "--max_train_steps", "3"])
-        assert code == 0 and "Passing over checkpoint" in said and not mark.exists(), said
+        assert code == 0 and "Skipping damaged checkpoint" in said and not mark.exists(), said
 
 
 # ---- Code of a model folder

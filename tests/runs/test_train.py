@@ -134,7 +134,7 @@ def test_a_killed_run_started_again_equals_one_that_nobody_disturbed(
     folder, _, reached = killed_run
     assert EPOCH + 10 <= reached < EPOCH * EPOCHS
     said = (folder / "said.txt").read_text()
-    assert "Going on from " in said and "Traceback" not in said
+    assert "Resuming from " in said and "Traceback" not in said
     straight = words_of(tiny_model, folder / "straight", write_split(folder, 400, 12), **CADENCES)
     run_ranks(1, run_train, straight)
     assert_same_run(folder / "out", folder / "straight")

@@ -155,10 +155,10 @@ def test_a_run_of_other_settings_in_the_same_folder(
         return [line for line in said.splitlines() if line.startswith("bertdist: ")]
 
     assert told("--learning_rate", "0.5") == [
-        f"bertdist: {tmp_path / 'out' / 'checkpoints' / 'step_000002'} belongs to another run. What differs:",
-        "bertdist:   setting        then   now  what it means",
-        "bertdist:   learning_rate  0.001  0.5  the steps that are done had another learning rate",
-        "bertdist: Take the old settings, or another --output_dir.",
+        f"bertdist: {tmp_path / 'out' / 'checkpoints' / 'step_000002'} belongs to a run with other settings:",
+        "bertdist:   setting        before  now  effect",
+        "bertdist:   learning_rate  0.001   0.5  the steps done so far used another value",
+        "bertdist: Use the old settings, or another --output_dir.",
     ]
     write_rows(files.train, make_rows(20, seed=99))
     assert told()[2].startswith("bertdist:   training_rows  20 rows, ")

@@ -12,14 +12,13 @@ import pytest
 import torch
 
 from bertdist.core.args import read_config
-from bertdist.core.config import BatchConfig, ModelConfig, TaskConfig, TrainConfig
+from bertdist.core.config import BatchConfig, ModelConfig, TaskConfig
 from bertdist.data.loader import EVALUATION_ROWS, batches_of, create_train_loader
 from bertdist.data.records import Records, records_of
 from bertdist.data.sharding import MapLoader
 from bertdist.data.stats import DatasetStats, LabelStats, create_task
 from bertdist.data.tokenization import load_tokenizer
 from bertdist.tasks.tasks import SingleLabel
-from bertdist.training.resume_check import resume_signature
 from bertdist.training.run_logger import describe_data, environment, notes_of
 
 TASK = SingleLabel(("no", "yes"))
@@ -47,8 +46,6 @@ def labelled(
     return dataclasses.replace(plain, **given)
 
 
-# ---- resume_signature: what decides what a run learns
-
 NEEDED = [
     "--model_name_or_path=m",
     "--train_file=t.tsv",
@@ -56,111 +53,6 @@ NEEDED = [
     "--output_dir=o",
     "--early_stopping_patience=9",
 ]
-DECIDES = {  # flag -> another value
-    "tokenizer_name": "other",
-    "max_length": "64",
-    "dropout": "0.3",
-    "problem_type": "regression",
-    "class_weights": "balanced",
-    "label_smoothing_factor": "0.1",
-    "train_batch_size": "16",
-    "learning_rate": "1e-3",
-    "weight_decay": "0.5",
-    "adam_beta1": "0.8",
-    "adam_beta2": "0.9",
-    "adam_epsilon": "1e-3",
-    "max_grad_norm": "0",
-    "lr_scheduler_type": "cosine",
-    "warmup_ratio": "0.5",
-    "warmup_steps": "3",
-    "layerwise_lr_decay": "0.5",
-    "seed": "3",
-    "mixed_precision": "bf16",
-}
-DOES_NOT = {  # where it runs, how it is cut, when something is written or said, when it is enough
-    "gradient_checkpointing": "yes",
-    "metrics": "mcc",
-    "metric_for_best_model": "loss",
-    "tokens_per_micro_batch": "64",
-    "dataloader_num_workers": "3",
-    "output_dir": "elsewhere",
-    "dry_run": "yes",
-    "use_cpu": "yes",
-    "torch_compile": "yes",
-    "cuda_graphs": "yes",
-    "eval_every": "7 steps",
-    "save_every": "1 steps",
-    "log_every": "1 steps",
-    "save_total_limit": "5",
-    "resume_from_checkpoint": "c",
-    "early_stopping_patience": "3",
-    "early_stopping_threshold": "0.5",
-    "stop_before_time_limit": "3",
-    "rank_timeout": "3",
-    "report_to": "tensorboard",
-    "validation_file": "v.tsv",
-    "max_eval_samples": "3",
-    "accept_changed_data": "yes",
-    "on_nan": "skip",
-    "detect_anomaly": "yes",
-}
-# These decide through what they make: the rows and their fingerprint, the labels, the number of steps. The model's name and place
-# may change, as when a folder is moved: its weights are in the checkpoint.
-THROUGH = """
-    model_name_or_path model_revision train_file train_weights streaming stream_window stream_sharding
-    dataset_name dataset_config_name task_name train_split validation_split text_column
-    text_pair_column label_column label_columns label_delimiter column_names delimiter quoting encoding
-    on_bad_row max_bad_rows max_train_samples label_names
-    num_train_epochs max_train_steps max_nan_steps
-""".split()
-
-
-def identity(
-    *words: str, rows: Records | None = None, task: Any = TASK, steps: int = 10
-) -> dict[str, Any]:
-    rows = rows or labelled(["no", "yes"], [0, 1])
-    return json.loads(
-        json.dumps(
-            resume_signature(read_config([*NEEDED, *words]), rows, None, task, steps).must_match
-        )
-    )  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("name", DECIDES)
-def test_what_decides_a_run_is_in_its_identity(name: str) -> None:
-    assert identity(f"--{name}={DECIDES[name]}") != identity()
-
-
-@pytest.mark.parametrize("name", DOES_NOT)
-def test_what_does_not_decide_a_run_is_not(name: str) -> None:
-    assert identity(f"--{name}={DOES_NOT[name]}") == identity()
-
-
-def test_every_setting_is_known_to_decide_or_not() -> None:
-    sections = [field.type for field in dataclasses.fields(TrainConfig)]
-    names = {field.name for section in sections for field in dataclasses.fields(section)}  # type: ignore[arg-type]
-    assert names == DECIDES.keys() | DOES_NOT.keys() | set(THROUGH)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"rows": labelled(["no", "yes"], [0, 1, 1])},
-        {"rows": dataclasses.replace(labelled(["no", "yes"], [0, 1]), fingerprint="other texts")},
-        {"task": SingleLabel(("yes", "no"))},
-        {"steps": 11},
-    ],
-)
-def test_rows_labels_and_steps_are_in_the_identity(other: dict[str, Any]) -> None:
-    assert identity(**other) != identity()
-
-
-def test_an_identity_survives_json() -> None:
-    config = read_config([*NEEDED, "--class_weights", "1", "2", "--warmup_ratio", "0.1"])
-    found = resume_signature(config, labelled(["no", "yes"], [0, 1]), None, TASK, 10)
-    assert json.loads(json.dumps(found.must_match)) == found.must_match
-
-
 # ---- Task and batches
 
 

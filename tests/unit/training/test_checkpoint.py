@@ -1,4 +1,4 @@
-"""A checkpoint is bit for bit what was saved, whole or absent, and never a pickle."""
+"""A checkpoint is bit for bit what was saved, complete or absent, of a known format, never a pickle."""
 
 import io
 import json
@@ -14,31 +14,36 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import bertdist
 from bertdist.core.atomic_io import find_damage, write_folder
 from bertdist.core.config import OptimConfig
 from bertdist.core.errors import CheckpointError
 from bertdist.data.batch import Step
 from bertdist.training.checkpoint import (
+    FORMAT,
     Checkpointer,
     TrainState,
+    apply_changes,
     load_tensors,
     model_tensors,
     optimizer_tensors,
+    reader_state_of_rank,
 )
 from bertdist.training.optimizer import create_optimizer
-from bertdist.training.resume_check import ResumeSignature, reader_state_of_rank
+from bertdist.training.resume_check import Change, ResumeSignature
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json"]
-IDENTITY = {"learning_rate": 5e-5, "labels": ["a", "b"], "dropout": None}
+MUST_MATCH = {"learning_rate": 5e-5, "labels": ["a", "b"], "dropout": None}
 
 
 def one_rank(**changes: Any) -> Any:
-    """What Checkpoints asks of an Accelerator, of one process."""
+    """Stands for an Accelerator of one process."""
     return SimpleNamespace(
         **{
             "is_main_process": True,
@@ -51,7 +56,7 @@ def one_rank(**changes: Any) -> Any:
 
 
 class Net(nn.Module):
-    """Two tied weights, a bias, a buffer that is kept and one that is not."""
+    """Two tied weights, biases, a persistent buffer and one that is not."""
 
     def __init__(self, seed: int, size: int = 4) -> None:
         super().__init__()
@@ -67,16 +72,16 @@ class Net(nn.Module):
 
 
 class Run:
-    """A model and its optimizer, and a folder of checkpoints."""
+    """A model, its optimizer and a folder of checkpoints."""
 
     def __init__(
         self, folder: Path, seed: int = 0, keep: int = 2, size: int = 4, **accelerator: Any
     ) -> None:
         self.model = Net(seed, size)
         self.optimizer = create_optimizer(self.model, OptimConfig(learning_rate=0.1))
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.checkpoints = Checkpointer(
-            folder, ResumeSignature(IDENTITY), one_rank(**accelerator), keep, self.said.append
+            folder, ResumeSignature(MUST_MATCH), one_rank(**accelerator), keep, self.messages.append
         )
 
     def learn(self, steps: int) -> None:
@@ -85,19 +90,19 @@ class Run:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-    def save(self, step: int, **progress: Any) -> TrainState:
-        saved = TrainState(step=step, **progress)
+    def save(self, step: int, **fields: Any) -> TrainState:
+        saved = TrainState(step=step, **fields)
         self.checkpoints.save(self.model, self.optimizer, saved)
         return saved
 
     def restore(
-        self, named: str | None = None, identity: dict[str, Any] | None = None
+        self, named: str | None = None, must_match: dict[str, Any] | None = None
     ) -> TrainState | None:
-        self.checkpoints.signature = ResumeSignature(identity or IDENTITY)
+        self.checkpoints.signature = ResumeSignature(must_match or MUST_MATCH)
         return self.checkpoints.restore(self.model, self.optimizer, named)
 
     def bits(self) -> dict[str, bytes]:
-        """Every number of model and optimizer, as its bytes."""
+        """Bytes of every tensor of model and optimizer."""
         state = {**model_tensors(self.model), **optimizer_tensors(self.model, self.optimizer)}
         return {name: tensor.detach().numpy().tobytes() for name, tensor in state.items()}
 
@@ -106,16 +111,16 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# ---- What comes back
+# ---- Restored values
 
 
-def test_a_restored_run_is_bit_identical_and_learns_on_alike(tmp_path: Path) -> None:
+def test_restored_run_is_bit_identical_and_continues_identically(tmp_path: Path) -> None:
     first = Run(tmp_path, seed=1)
     first.learn(3)
     with torch.no_grad():
         first.model.inner.bias[:3] = torch.tensor(
             [-0.0, 1e-45, 1 / 3]
-        )  # a sign, a denormal, a number without an end
+        )  # negative zero, a denormal, a recurring fraction
     exact = {
         "rows": 2**53 - 1,
         "best_score": 0.1 + 0.2,
@@ -129,17 +134,17 @@ def test_a_restored_run_is_bit_identical_and_learns_on_alike(tmp_path: Path) -> 
     assert second.restore() == saved
     assert second.bits() == first.bits()
     assert "seen" in second.bits() and "inner.weight|exp_avg_sq" in second.bits()
-    assert second.said == [f"Going on from {tmp_path / 'step_000003'} at step 3."]
+    assert second.messages == [f"Resuming from {tmp_path / 'step_000003'} (step 3)."]
     first.learn(2), second.learn(2)
     assert second.bits() == first.bits()
 
 
-def test_a_run_without_its_optimizer_would_not_learn_alike(tmp_path: Path) -> None:
+def test_without_optimizer_state_a_run_continues_differently(tmp_path: Path) -> None:
     first, second = Run(tmp_path), Run(tmp_path)
     first.learn(3)
     first.save(3)
     second.restore()
-    second.optimizer.state.clear()  # the control of the test above
+    second.optimizer.state.clear()  # negative control of the test above
     first.learn(1), second.learn(1)
     assert second.bits()["inner.weight"] != first.bits()["inner.weight"]
 
@@ -155,13 +160,13 @@ def test_any_score_survives(score: float | None, tmp_path: Path) -> None:
     )
 
 
-def test_restoring_writes_into_the_weights_that_are_there(tmp_path: Path) -> None:
+def test_restore_copies_into_existing_weights(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(1)
-    places = {name: weight.data_ptr() for name, weight in run.model.named_parameters()}
+    pointers = {name: weight.data_ptr() for name, weight in run.model.named_parameters()}
     held = {id(weight) for group in run.optimizer.param_groups for weight in group["params"]}
     run.restore()
-    assert {name: weight.data_ptr() for name, weight in run.model.named_parameters()} == places
+    assert {name: weight.data_ptr() for name, weight in run.model.named_parameters()} == pointers
     assert {id(weight) for weight in run.model.parameters()} == held
     assert run.model.outer.weight is run.model.inner.weight
 
@@ -170,11 +175,11 @@ def test_tied_weights_are_written_once(tmp_path: Path) -> None:
     assert sorted(model_tensors(Net(0))) == ["inner.bias", "inner.weight", "outer.bias", "seen"]
 
 
-def test_nothing_to_restore_is_none(tmp_path: Path) -> None:
+def test_restore_returns_none_without_checkpoints(tmp_path: Path) -> None:
     run = Run(tmp_path / "not there")
     before = run.bits()
     assert run.restore() is None
-    assert (run.bits(), run.said) == (before, [])
+    assert (run.bits(), run.messages) == (before, [])
 
 
 def test_counting_a_step_leaves_room_for_its_loss() -> None:
@@ -191,8 +196,8 @@ def test_counting_a_step_leaves_room_for_its_loss() -> None:
     assert (progress.epochs(4), progress.epochs(0), TrainState().epochs(0)) == (0.5, 1.0, 0.0)
 
 
-def test_the_place_of_a_stream_comes_back(tmp_path: Path) -> None:
-    place = {
+def test_reader_state_is_restored(tmp_path: Path) -> None:
+    reader = {
         "window": {
             "epoch": 1,
             "window": 3,
@@ -202,11 +207,11 @@ def test_the_place_of_a_stream_comes_back(tmp_path: Path) -> None:
         "step": 2,
     }
     run = Run(tmp_path)
-    run.save(1, reader_state=place)
+    run.save(1, reader_state=reader)
     found = run.restore()
     assert (
         found is not None
-        and found.reader_state == place
+        and found.reader_state == reader
         and found.epochs(0) == 1.0
         and found.epochs(4) == 0.25
     )
@@ -215,52 +220,43 @@ def test_the_place_of_a_stream_comes_back(tmp_path: Path) -> None:
         and TrainState().epochs(0) == 0.0
     )
     state = json.loads((tmp_path / "step_000001" / "state.json").read_text())
-    assert reader_state_of_rank(tmp_path, {**state, "ranks": 4}, 3, 4) == place, (
-        "one place is that of all ranks"
+    assert reader_state_of_rank(tmp_path, {**state, "ranks": 4}, 3, 4) == reader, (
+        "one entry is for all ranks"
     )
-    assert reader_state_of_rank(tmp_path, {**state, "ranks": 4}, 0, 2) == place
-    del state["places"]
-    assert reader_state_of_rank(tmp_path, state, 0, 1) is None, "of a version that knew no streams"
+    assert reader_state_of_rank(tmp_path, {**state, "ranks": 4}, 0, 2) == reader
 
 
-def test_ranks_that_read_own_files_go_on_in_their_own_places() -> None:
-    places = [{"window": {"epoch": 0}, "step": rank} for rank in range(3)]
-    state = {"identity": {"stream_sharding": "by_file"}, "ranks": 3, "places": places}
-    assert [reader_state_of_rank(Path("step"), state, rank, 3) for rank in range(3)] == places
+def test_by_file_each_rank_continues_in_its_own_files() -> None:
+    readers = [{"window": {"epoch": 0}, "step": rank} for rank in range(3)]
+    state = {"must_match": {"stream_sharding": "by_file"}, "ranks": 3, "reader_states": readers}
+    assert [reader_state_of_rank(Path("step"), state, rank, 3) for rank in range(3)] == readers
     with pytest.raises(
-        CheckpointError, match="each in the middle of its own files, and now there are 2"
+        CheckpointError, match="each in the middle of its own files, but this run has 2"
     ):
         reader_state_of_rank(Path("step"), state, 0, 2)
-    some_over = {**state, "places": [{"over": {"epoch": 1}}, *places[1:]]}
+    some_ended = {**state, "reader_states": [{"over": {"epoch": 1}}, *readers[1:]]}
     with pytest.raises(CheckpointError, match="was written by 3 processes"):
-        reader_state_of_rank(Path("step"), some_over, 0, 2)
-    all_over = {**state, "places": [{"over": {"epoch": 1}}]}
-    assert [reader_state_of_rank(Path("step"), all_over, rank, 5) for rank in range(5)] == [
+        reader_state_of_rank(Path("step"), some_ended, 0, 2)
+    all_ended = {**state, "reader_states": [{"over": {"epoch": 1}}]}
+    assert [reader_state_of_rank(Path("step"), all_ended, rank, 5) for rank in range(5)] == [
         {"over": {"epoch": 1}}
     ] * 5
 
 
-def test_own_files_on_other_ranks_are_said_or_refused(tmp_path: Path) -> None:
+def test_by_file_on_other_ranks_is_logged_or_refused(tmp_path: Path) -> None:
     run, files = Run(tmp_path), {"stream_sharding": "by_file"}
-    for place in ({"over": {"epoch": 1}}, {"window": {"epoch": 0}, "step": 1}):
+    for reader in ({"over": {"epoch": 1}}, {"window": {"epoch": 0}, "step": 1}):
         run.checkpoints.signature = ResumeSignature(files)
-        run.save(1, reader_state=place)
-        written = json.loads((tmp_path / "step_000001" / "state.json").read_text())
-        changed = changed_ranks(tmp_path / "step_000001", written)
-        write_folder(
-            tmp_path / "step_000001",
-            lambda folder, of=changed: [
-                (folder / name).write_bytes(data) for name, data in of.items()
-            ],
-        )
-        if "over" in place:
-            assert run.restore(identity=files) == TrainState(step=1, reader_state=place)
-            assert "each epoch has the same rows, in other steps" in run.said[-1]
+        run.save(1, reader_state=reader)
+        with_state(tmp_path / "step_000001", lambda state: state.update(ranks=3))
+        if "over" in reader:
+            assert run.restore(must_match=files) == TrainState(step=1, reader_state=reader)
+            assert "the same rows per epoch, in other steps" in run.messages[-1]
     with pytest.raises(CheckpointError, match="was written by 3 processes"):
-        run.restore(identity=files)
+        run.restore(must_match=files)
 
 
-def test_the_scale_of_half_precision_comes_back(tmp_path: Path) -> None:
+def test_grad_scaler_is_restored(tmp_path: Path) -> None:
     class Scaler:
         def __init__(self, scale: float) -> None:
             self.scale = scale
@@ -275,34 +271,20 @@ def test_the_scale_of_half_precision_comes_back(tmp_path: Path) -> None:
     fresh = Scaler(65536.0)
     Run(tmp_path, scaler=fresh).restore()
     assert fresh.scale == 1024.0
-    Run(tmp_path).restore()  # and a run without one does without
+    Run(tmp_path).restore()  # and a run without a scaler ignores it
 
 
-def test_another_number_of_ranks_is_said(tmp_path: Path) -> None:
+def test_another_number_of_ranks_is_logged(tmp_path: Path) -> None:
     Run(tmp_path, num_processes=1).save(1)
-    state = tmp_path / "step_000001"
-    written = json.loads((state / "state.json").read_text())
-    write_folder(
-        state,
-        lambda folder: [
-            (folder / name).write_bytes(data)
-            for name, data in changed_ranks(state, written).items()
-        ],
-    )
+    with_state(tmp_path / "step_000001", lambda state: state.update(ranks=3))
     run = Run(tmp_path)
     assert run.restore() == TrainState(step=1)
-    assert run.said[1].startswith(
-        "It was written by 3 processes, now there are 1: the same rows in the same steps;"
+    assert run.messages[1].startswith(
+        "Written by 3 processes, resumed by 1: the same rows per step; sums"
     )
 
 
-def changed_ranks(folder: Path, state: dict[str, Any]) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in FILES[:2]} | {
-        "state.json": json.dumps(state | {"ranks": 3}).encode()
-    }
-
-
-# ---- Which one is taken
+# ---- Which checkpoint is loaded
 
 
 @pytest.mark.parametrize(
@@ -312,16 +294,14 @@ def test_the_newest_checkpoints_are_kept_by_number(
     keep: int, left: list[int], tmp_path: Path
 ) -> None:
     run = Run(tmp_path, keep=keep)
-    for step in (9, 10, 999999, 1000000, 1000001):  # as words 1000000 comes before 999999
+    for step in (9, 10, 999999, 1000000, 1000001):  # as strings 1000000 sorts before 999999
         run.save(step)
     assert names(tmp_path) == sorted(f"step_{step:06d}" for step in left)
     assert run.restore() == TrainState(step=1000001)
 
 
 @pytest.mark.parametrize("keep", [2, 3, 4, 5, 7])
-def test_as_many_checkpoints_as_asked_for_are_kept_at_every_moment(
-    keep: int, tmp_path: Path
-) -> None:
+def test_number_of_checkpoints_never_exceeds_the_limit(keep: int, tmp_path: Path) -> None:
     run = Run(tmp_path, keep=keep)
     for step in range(1, 10):
         run.save(step)
@@ -333,7 +313,7 @@ def test_as_many_checkpoints_as_asked_for_are_kept_at_every_moment(
 def test_an_old_checkpoint_that_cannot_be_removed_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As an OSError it would end rank 0 alone, and the others would wait for it.
+    # An OSError would end rank 0 alone, and the other ranks would wait for it.
     run = Run(tmp_path)
     run.save(1), run.save(2)
     real = shutil.rmtree
@@ -346,11 +326,11 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_one_line(
     monkeypatch.setattr(shutil, "rmtree", refuse)
     with pytest.raises(CheckpointError, match="step_000001"):
         run.save(3)
-    assert find_damage(tmp_path / "step_000003") is None  # the new one is whole
+    assert find_damage(tmp_path / "step_000003") is None  # the new one is complete
 
 
-def test_a_checkpoint_that_was_just_written_is_not_rotated_away(tmp_path: Path) -> None:
-    # Going back with --resume_from_checkpoint leaves newer folders beside it.
+def test_new_checkpoint_is_not_deleted_as_the_oldest(tmp_path: Path) -> None:
+    # Resuming from an older one with --resume_from_checkpoint leaves newer folders.
     run = Run(tmp_path, keep=3)
     for step in (2, 4, 6):
         run.save(step)
@@ -368,7 +348,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_000001"]
 
 
-def test_a_named_checkpoint_is_taken_before_a_newer_one(tmp_path: Path) -> None:
+def test_named_checkpoint_is_loaded_instead_of_a_newer_one(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(1), run.save(2)
     assert run.restore(str(tmp_path / "step_000001")) == TrainState(step=1)
@@ -387,7 +367,10 @@ def test_a_named_checkpoint_that_is_damaged_or_absent_is_an_error(tmp_path: Path
         with pytest.raises(CheckpointError) as caught:
             run.restore(str(path))
         assert str(caught.value) == f"--resume_from_checkpoint {path}: {damage}."
-    assert names(tmp_path) == ["step_000001", "step_000002"]  # what a person names is not moved
+    assert names(tmp_path) == [
+        "step_000001",
+        "step_000002",
+    ]  # a checkpoint named by the user is not renamed
 
 
 def flip(path: Path) -> None:
@@ -416,7 +399,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_a_damaged_file_is_named_and_its_checkpoint_moved_aside(
     damage: str, file: str, tmp_path: Path
 ) -> None:
-    change, words = DAMAGES[damage]
+    change, message = DAMAGES[damage]
     run = Run(tmp_path)
     run.save(1)
     before = run.bits()
@@ -426,17 +409,17 @@ def test_a_damaged_file_is_named_and_its_checkpoint_moved_aside(
     run.learn(1)
     assert run.restore() == TrainState(step=1)
     assert run.bits() == before
-    assert run.said[0].startswith(
-        f"Passing over checkpoint {tmp_path / 'step_000002'}: {words.format(file)}"
+    assert run.messages[0].startswith(
+        f"Skipping damaged checkpoint {tmp_path / 'step_000002'}: {message.format(file)}"
     )
-    assert run.said[0].endswith(". It is now step_000002.damaged.")
+    assert run.messages[0].endswith(". Renamed to step_000002.damaged.")
     assert names(tmp_path) == ["step_000001", "step_000002.damaged"]
-    run.save(2)  # the way is free
+    run.save(2)
     assert run.restore() == TrainState(step=2)
 
 
 @pytest.mark.parametrize(
-    ("manifest", "words"),
+    ("manifest", "message"),
     [
         (None, "manifest.json is missing"),
         (b"", "manifest.json cannot be read"),
@@ -456,8 +439,8 @@ def test_a_damaged_file_is_named_and_its_checkpoint_moved_aside(
         (b'{"files": {}}', "manifest.json does not name model.safetensors"),
     ],
 )
-def test_a_broken_manifest_is_told_and_passed_over(
-    manifest: bytes | None, words: str, tmp_path: Path
+def test_broken_manifest_is_named_and_skipped(
+    manifest: bytes | None, message: str, tmp_path: Path
 ) -> None:
     run = Run(tmp_path)
     run.save(1), run.save(2)
@@ -465,25 +448,25 @@ def test_a_broken_manifest_is_told_and_passed_over(
     path.unlink() if manifest is None else path.write_bytes(manifest)
     assert run.restore() == TrainState(step=1)
     assert (
-        run.said[0]
-        == f"Passing over checkpoint {tmp_path / 'step_000002'}: {words}. It is now step_000002.damaged."
+        run.messages[0] == f"Skipping damaged checkpoint {tmp_path / 'step_000002'}: {message}. "
+        "Renamed to step_000002.damaged."
     )
 
 
-def test_every_digest_of_the_manifest_is_looked_at(tmp_path: Path) -> None:
+def test_every_digest_of_the_manifest_is_checked(tmp_path: Path) -> None:
     Run(tmp_path).save(1)
     assert find_damage(tmp_path / "step_000001") is None
     path = tmp_path / "step_000001" / "manifest.json"
-    whole = json.loads(path.read_text())
-    assert sorted(whole["files"]) == FILES
+    manifest = json.loads(path.read_text())
+    assert sorted(manifest["files"]) == FILES
     for name in FILES:
-        broken = json.loads(json.dumps(whole))
+        broken = json.loads(json.dumps(manifest))
         broken["files"][name]["xxh3_128"] = "0" * 32
         path.write_text(json.dumps(broken))
         assert find_damage(path.parent) == f"{name} is not what was written (its digest differs)"
 
 
-def test_damage_upon_damage_has_a_name_of_its_own(tmp_path: Path) -> None:
+def test_repeated_damage_gets_numbered_names(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for _ in range(3):
         run.save(1)
@@ -496,7 +479,7 @@ def test_damage_upon_damage_has_a_name_of_its_own(tmp_path: Path) -> None:
     ]
 
 
-def test_what_was_not_written_to_its_end_is_removed_and_said(tmp_path: Path) -> None:
+def test_partial_checkpoint_is_removed_with_a_message(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(1)
     (tmp_path / ".step_000002.partial").mkdir()
@@ -504,13 +487,12 @@ def test_what_was_not_written_to_its_end_is_removed_and_said(tmp_path: Path) -> 
     (tmp_path / "notes").mkdir()  # not ours
     assert run.restore() == TrainState(step=1)
     assert (
-        run.said[0]
-        == "Removing .step_000002.partial, a checkpoint that was not written to its end."
+        run.messages[0] == "Removing .step_000002.partial: writing this checkpoint was interrupted."
     )
     assert names(tmp_path) == ["notes", "step_000001"]
 
 
-def test_another_run_is_refused_and_what_differs_is_named(tmp_path: Path) -> None:
+def test_other_settings_are_refused_in_a_table(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(1)
     before = run.bits()
@@ -518,15 +500,15 @@ def test_another_run_is_refused_and_what_differs_is_named(tmp_path: Path) -> Non
     learned = run.bits()
     with pytest.raises(CheckpointError) as caught:
         run.restore(
-            identity={"learning_rate": 1e-5, "labels": ["b", "a"], "dropout": None, "seed": 3}
+            must_match={"learning_rate": 1e-5, "labels": ["b", "a"], "dropout": None, "seed": 3}
         )
     assert str(caught.value) == (
-        f"{tmp_path / 'step_000001'} belongs to another run. What differs:\n"
-        "  setting        then        now         what it means\n"
-        "  learning_rate  5e-05       1e-05       the steps that are done had another learning rate\n"
-        "  labels         ['a', 'b']  ['b', 'a']  the outputs of the weights mean other labels\n"
-        "  seed           None        3           another order of rows and other dropout: rows of this epoch come twice or not at all\n"
-        "Take the old settings, or another --output_dir."
+        f"{tmp_path / 'step_000001'} belongs to a run with other settings:\n"
+        "  setting        before      now         effect\n"
+        "  learning_rate  5e-05       1e-05       the steps done so far used another value\n"
+        "  labels         ['a', 'b']  ['b', 'a']  the model's outputs stand for other labels\n"
+        "  seed           None        3           another row order and dropout: rows of this epoch are repeated or missed\n"
+        "Use the old settings, or another --output_dir."
     )
     assert run.bits() == learned != before  # nothing was loaded
 
@@ -535,22 +517,128 @@ def test_another_model_is_refused_and_the_weight_is_named(tmp_path: Path) -> Non
     Run(tmp_path).save(1)
     with pytest.raises(
         CheckpointError,
-        match=r"step_000001 is of another model: inner\.bias differs \(3 weights in all\)\.$",
+        match=r"step_000001 is of another model: inner\.bias differs \(3 in all\)\.$",
     ):
         Run(tmp_path, size=5).restore()
     with pytest.raises(
-        CheckpointError, match=r"is of another model: extra differs \(1 weights in all\)\.$"
+        CheckpointError, match=r"is of another model: extra differs \(1 in all\)\.$"
     ):
         load_tensors(
             {"a": torch.zeros(1)}, {"a": torch.zeros(1), "extra": torch.zeros(1)}, tmp_path
         )
 
 
+def test_stream_with_changed_data_restarts_its_epoch() -> None:
+    cursors = [{"pass": 2, "file": 1}]
+    within = {"window": {"epoch": 2, "window": 5, "rows": 70, "cursors": cursors}, "step": 3}
+    between = {"over": {"epoch": 3, "window": 0, "rows": 0, "cursors": []}}
+    changed = [Change("training_rows", "a", "b", "")]
+    start = {"epoch": 2, "window": 0, "rows": 0, "cursors": []}
+
+    def after(reader: Any, changes: list[Change]) -> Any:
+        return apply_changes(TrainState(step=9, reader_state=reader), changes).reader_state
+
+    assert after(within, changed) == {"window": start, "step": 0}
+    assert after(between, changed) == between
+    assert after(within, []) is within
+    assert after(None, changed) is None
+
+
+# ---- Format
+
+
+def with_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Rewrite state.json of a checkpoint, with a manifest that matches."""
+    files = {name: (folder / name).read_bytes() for name in FILES}
+    state = json.loads(files["state.json"])
+    change(state)
+    files["state.json"] = json.dumps(state).encode()
+    write_folder(folder, lambda new: [(new / name).write_bytes(files[name]) for name in files])
+
+
+def test_format_and_version_are_recorded(tmp_path: Path) -> None:
+    Run(tmp_path).save(1)
+    state = json.loads((tmp_path / "step_000001" / "state.json").read_text())
+    assert (state["format"], state["version"]) == (FORMAT, bertdist.__version__) == (2, ANY)
+    assert TrainState(**state["train_state"]) == TrainState(step=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "writer"),
+    [
+        (lambda state: [state.pop(name) for name in ("format", "version")], "0.1.0 or earlier"),
+        (lambda state: state.update(format=3, version="9.1"), "9.1"),
+    ],
+)
+def test_other_formats_are_refused_in_one_line(
+    change: Callable[[dict[str, Any]], object], writer: str, tmp_path: Path
+) -> None:
+    run = Run(tmp_path)
+    run.save(1)
+    folder, before = tmp_path / "step_000001", run.bits()
+    with_state(folder, change)
+    run.learn(1)
+    learned = run.bits()
+    with pytest.raises(CheckpointError) as caught:
+        run.restore()
+    number = 3 if writer == "9.1" else 1
+    assert str(caught.value) == (
+        f"{folder} was written by bertdist {writer} (checkpoint format {number}), this is "
+        f"{bertdist.__version__} (format 2). Finish the run with that version, or start a new "
+        "--output_dir."
+    )
+    assert run.bits() == learned != before and names(tmp_path) == ["step_000001"], "untouched"
+    with_state(folder, lambda state: state.update(format=2))  # negative control
+    assert run.restore() == TrainState(step=1) and run.bits() == before
+
+
+def test_checkpoint_of_version_0_1_0_is_refused(tmp_path: Path) -> None:
+    """state.json as that version wrote it: no format, other keys."""
+    run = Run(tmp_path)
+    run.save(1)
+    old = {
+        "progress": {"step": 1, "rows": 8, "owed": False, "window": [], "place": None},
+        "identity": MUST_MATCH,
+        "besides": {},
+        "scaler": None,
+        "ranks": 1,
+        "places": [None],
+    }
+    with_state(tmp_path / "step_000001", lambda state: (state.clear(), state.update(old)))
+    with pytest.raises(CheckpointError, match=r"was written by bertdist 0\.1\.0 or earlier"):
+        run.restore()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state["train_state"].update(step="1"), "step is '1'"),
+        (lambda state: state["train_state"].update(step=-1), "step is -1"),
+        (lambda state: state["train_state"].update(unlogged_steps=[[1.0]]), "unlogged_steps is"),
+        (lambda state: state["train_state"].update(best_score="high"), "best_score is 'high'"),
+        (lambda state: state.update(ranks="2"), "an entry is missing or has another type"),
+        (lambda state: state.update(reader_states=[]), "an entry is missing or has another type"),
+        (lambda state: state.update(reader_states=[{"row": 1}]), "reader_states is"),
+        (lambda state: state.pop("must_match"), "'must_match'"),
+        (lambda state: state.update(train_state=[]), "is damaged"),
+    ],
+)
+def test_damaged_state_with_a_valid_manifest_is_refused(
+    change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path
+) -> None:
+    run = Run(tmp_path)
+    run.save(1)
+    with_state(tmp_path / "step_000001", change)
+    with pytest.raises(CheckpointError, match="is damaged") as caught:
+        run.restore()
+    assert message in str(caught.value)
+
+
 # ---- No pickle
 
 
 def is_pickle(data: bytes) -> bool:
-    """Whether pickle, or torch.load, would make something of these bytes."""
+    """Whether pickle or torch.load would read these bytes."""
     if data[:4] == b"PK\x03\x04":
         return True
     try:
@@ -567,7 +655,7 @@ def test_nothing_that_is_written_is_a_pickle(tmp_path: Path) -> None:
     assert sorted(path.name for path in files) == ["manifest.json", *FILES]
     assert [path.name for path in files if is_pickle(path.read_bytes())] == []
     held = io.BytesIO()
-    torch.save({"a": 1}, held)  # the controls
+    torch.save({"a": 1}, held)  # negative controls
     assert (
         is_pickle(held.getvalue())
         and is_pickle(pickle.dumps({"a": 1}))
@@ -584,7 +672,7 @@ def test_restoring_reads_no_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )  # what accelerate would run
 
     def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a pickle was to be read")
+        raise AssertionError("a pickle was read")
 
     for module, name in (
         (torch, "load"),
@@ -595,10 +683,10 @@ def test_restoring_reads_no_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(module, name, refuse)
     assert run.restore() == TrainState(step=1)
     with pytest.raises(AssertionError, match="a pickle"):
-        torch.load(tmp_path)  # the control: the guard stands
+        torch.load(tmp_path)  # negative control
 
 
-# ---- Whole or absent
+# ---- Complete or absent
 
 
 def fill_with(text: str) -> Callable[[Path], None]:
@@ -614,7 +702,7 @@ def fill_with(text: str) -> Callable[[Path], None]:
 def recorded(
     monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None, error: BaseException | None = None
 ) -> Iterator[list[Any]]:
-    """What is flushed, renamed and replaced, in order; raises before the `stop_at`-th of them."""
+    """Flushes and renames in order; raises `error` before number `stop_at`."""
     done: list[Any] = []
 
     def count(entry: Any) -> None:
@@ -637,7 +725,7 @@ def recorded(
         yield done
 
 
-def test_the_manifest_is_last_and_all_is_flushed_before_the_rename(
+def test_manifest_is_last_and_everything_is_flushed_before_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest_when_filled = []
@@ -669,7 +757,7 @@ def test_the_manifest_is_last_and_all_is_flushed_before_the_rename(
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")]
 )
-def test_a_fill_that_fails_leaves_the_old_folder(error: OSError, tmp_path: Path) -> None:
+def test_failed_write_leaves_the_old_folder(error: OSError, tmp_path: Path) -> None:
     final = tmp_path / "final"
     write_folder(final, fill_with("old"))
 
@@ -689,7 +777,7 @@ def test_a_fill_that_fails_leaves_the_old_folder(error: OSError, tmp_path: Path)
     assert names(tmp_path) == ["final"]
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_a_checkpoint_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(
         CheckpointError, match=r"^Cannot write .*file/final: Not a directory\. What was there"
@@ -698,17 +786,17 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 
 
 @contextmanager
-def small_disk(most_bytes: int) -> Iterator[None]:
-    """No file may grow beyond so many bytes: writing fails as on a full disk."""
+def small_disk(max_bytes: int) -> Iterator[None]:
+    """No file may grow beyond max_bytes: writing fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
+def test_full_disk_is_a_checkpoint_error_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
     run = Run(tmp_path, size=32)
     run.save(1)
     with small_disk(1000), pytest.raises(CheckpointError, match=r"^Cannot write .*step_000002: "):
@@ -735,10 +823,10 @@ def test_a_rename_that_fails_leaves_the_old_folder(
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nobody catches it, and nothing is cleaned up."""
+    """Stands for SIGKILL: not caught anywhere, nothing is cleaned up."""
 
 
-def test_a_run_that_is_killed_while_saving_goes_on_from_a_whole_checkpoint(
+def test_run_killed_while_saving_resumes_from_a_complete_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with recorded(monkeypatch) as done:
@@ -765,7 +853,7 @@ def test_a_run_that_is_killed_while_saving_goes_on_from_a_whole_checkpoint(
         assert all(find_damage(path) is None for path in folder.glob("step_*"))
         assert not list(folder.glob(".step_*"))
         steps.add((moment, found.step))
-    # Up to the rename the old one, from there on the new one.
+    # Before the rename the old checkpoint, after it the new one.
     assert steps == {(moment, 1 if moment <= 5 else 2) for moment in range(8)}
 
 

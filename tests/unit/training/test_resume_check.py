@@ -1,26 +1,29 @@
-"""What may change between two starts of a run, and what each change means. Whole runs: ranks/test_changed.py."""
+"""Which settings may change between two starts of a run. Complete runs: ranks/test_changed.py."""
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bertdist.core.args import read_config
+from bertdist.core.config import TrainConfig
 from bertdist.core.errors import CheckpointError
-from bertdist.data.records import records_of
+from bertdist.data.records import Records, records_of
 from bertdist.tasks.tasks import SingleLabel
 from bertdist.training.resume_check import (
-    ACCEPTED,
-    REFUSED,
+    MAY_CHANGE,
+    MUST_MATCH,
     Change,
     ResumeSignature,
-    compare,
-    reader_state_after_change,
+    check_changes,
+    format_changes,
     resume_signature,
-    table,
 )
 
-THEN = {
+BEFORE = {
     "seed": 1,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "linear",
@@ -31,68 +34,67 @@ THEN = {
 FOLDER = Path("out/checkpoints/step_000004")
 
 
-def state(**changes: Any) -> dict[str, Any]:
-    return {
-        "identity": {**THEN, **changes},
-        "progress": {"step": 4},
-        "besides": {"eval_every": "1 epoch"},
-    }
+def before(**changes: Any) -> ResumeSignature:
+    return ResumeSignature({**BEFORE, **changes}, {"eval_every": "1 epoch"})
 
 
 def now(accept: bool = False, **changes: Any) -> ResumeSignature:
-    return ResumeSignature({**THEN, **changes}, {"eval_every": "1 epoch"}, accept)
+    return ResumeSignature({**BEFORE, **changes}, {"eval_every": "1 epoch"}, accept)
 
 
-def names(found: list[Change]) -> list[str]:
-    return [change.name for change in found]
+def check(before: ResumeSignature, now: ResumeSignature) -> list[Change]:
+    return check_changes(FOLDER, before, now, step=4)
 
 
-def test_alike_is_alike() -> None:
-    assert compare(FOLDER, state(), now()) == []
-    assert compare(FOLDER, {"identity": THEN, "progress": {"step": 4}}, now()) == [], (
-        "of a checkpoint that knew of nothing besides"
-    )
+def names(changes: list[Change]) -> list[str]:
+    return [change.name for change in changes]
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_decides_is_refused_with_what_it_means(name: str) -> None:
+def test_equal_settings_have_no_changes() -> None:
+    assert check(before(), now()) == []
+
+
+@pytest.mark.parametrize("name", MUST_MATCH)
+def test_changes_that_must_match_are_refused_with_their_effect(name: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        compare(FOLDER, state(), now(**{name: 99}))
+        check(before(), now(**{name: 99}))
     first, header, row, last = str(caught.value).split("\n")
-    assert first == f"{FOLDER} belongs to another run. What differs:"
-    assert header.split() == ["setting", "then", "now", "what", "it", "means"]
-    assert row.split()[0] == name and " 99 " in row and row.endswith(REFUSED[name])
-    assert last == "Take the old settings, or another --output_dir."
-    assert header.index("now") == row.index("99"), "columns stand under each other"
+    assert first == f"{FOLDER} belongs to a run with other settings:"
+    assert header.split() == ["setting", "before", "now", "effect"]
+    assert row.split()[0] == name and " 99 " in row and row.endswith(MUST_MATCH[name])
+    assert last == "Use the old settings, or another --output_dir."
+    assert header.index("now") == row.index("99"), "columns are aligned"
 
 
-def test_a_setting_that_the_table_does_not_know_is_refused_too() -> None:
+def test_settings_without_an_own_effect_are_refused_too() -> None:
     with pytest.raises(
         CheckpointError,
-        match=r"adam_beta1 +0.9 +0.5 +the steps that are done learned in another way",
+        match=r"adam_beta1 +0.9 +0.5 +the steps done so far used another value",
     ):
-        compare(FOLDER, state(adam_beta1=0.9), now(adam_beta1=0.5))
+        check(before(adam_beta1=0.9), now(adam_beta1=0.5))
 
 
-def test_everything_that_differs_stands_in_one_table() -> None:
+def test_all_changes_are_in_one_table() -> None:
     with pytest.raises(CheckpointError) as caught:
-        compare(FOLDER, state(), now(seed=2, learning_rate=1.0, labels=["a"] * 50))
+        check(before(), now(seed=2, learning_rate=1.0, labels=["a"] * 50))
     assert [line.split()[0] for line in str(caught.value).split("\n")[2:-1]] == [
         "seed",
         "learning_rate",
         "labels",
     ]
-    assert all(len(line) < 200 for line in str(caught.value).split("\n")), "long values are cut"
+    assert all(len(line) < 200 for line in str(caught.value).split("\n")), (
+        "long values are shortened"
+    )
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
-def test_what_decides_nothing_is_accepted_and_said(name: str) -> None:
+@pytest.mark.parametrize("name", MAY_CHANGE)
+def test_harmless_changes_are_returned_with_their_effect(name: str) -> None:
     may_change = {"eval_every": "1 epoch", **({name: "x"} if name == "eval_every" else {name: 3})}
-    (change,) = compare(FOLDER, state(), ResumeSignature(THEN, may_change))
-    assert (change.name, change.meaning) == (name, ACCEPTED[name])
+    (change,) = check(before(), ResumeSignature(BEFORE, may_change))
+    assert (change.name, change.effect) == (name, MAY_CHANGE[name])
 
 
-def test_every_setting_of_the_tables_is_one_that_is_remembered() -> None:
+def test_every_setting_of_the_tables_is_in_the_signature() -> None:
     needed = [
         "--model_name_or_path=m",
         "--train_file=t.tsv",
@@ -101,9 +103,9 @@ def test_every_setting_of_the_tables_is_one_that_is_remembered() -> None:
     ]
     config = read_config(needed)
     rows = records_of(["a"])
-    found = resume_signature(config, rows, rows, SingleLabel(("a", "b")), 3)
-    assert found.may_change.keys() == ACCEPTED.keys()
-    assert set(REFUSED) - {"stream_window", "stream_sharding"} <= found.must_match.keys()
+    signature = resume_signature(config, rows, rows, SingleLabel(("a", "b")), 3)
+    assert signature.may_change.keys() == MAY_CHANGE.keys()
+    assert set(MUST_MATCH) - {"stream_window", "stream_sharding"} <= signature.must_match.keys()
 
 
 # ---- Data that changed
@@ -111,34 +113,32 @@ def test_every_setting_of_the_tables_is_one_that_is_remembered() -> None:
 OTHER = {"training_rows": "12 rows, b", "total_steps": 13}
 
 
-def test_changed_data_is_refused_and_the_flag_is_named() -> None:
+def test_changed_data_is_refused_with_a_hint_at_the_flag() -> None:
     with pytest.raises(
         CheckpointError, match=r"training_rows +9 rows, a +12 rows, b .*\(--accept_changed_data\)"
     ):
-        compare(FOLDER, state(), now(**OTHER))
+        check(before(), now(**OTHER))
 
 
-def test_changed_data_is_accepted_by_the_flag_and_nothing_else_is() -> None:
-    accepted = compare(FOLDER, state(), now(accept=True, **OTHER))
+def test_flag_accepts_changed_data_and_nothing_else() -> None:
+    accepted = check(before(), now(accept=True, **OTHER))
     assert names(accepted) == ["training_rows", "total_steps"]
-    assert "twice or not at all" in accepted[0].meaning
+    assert "may be repeated or missed" in accepted[0].effect
     with pytest.raises(CheckpointError) as caught:
-        compare(FOLDER, state(), now(accept=True, seed=3, **OTHER))
+        check(before(), now(accept=True, seed=3, **OTHER))
     assert "seed" in str(caught.value) and "training_rows" not in str(caught.value)
     with pytest.raises(CheckpointError, match="total_steps"):
-        compare(
-            FOLDER, state(), now(accept=True, total_steps=13)
-        )  # the flag alone, for rows that are the same
+        check(before(), now(accept=True, total_steps=13))  # the flag without changed rows
 
 
 @pytest.mark.parametrize("accept", [False, True])
-def test_fewer_steps_than_are_done_are_refused(accept: bool) -> None:
-    with pytest.raises(CheckpointError, match=r"total_steps +10 +4 +4 are done already"):
-        compare(FOLDER, state(), now(accept=accept, training_rows="2 rows, b", total_steps=4))
+def test_fewer_steps_than_done_are_refused(accept: bool) -> None:
+    with pytest.raises(CheckpointError, match=r"total_steps +10 +4 +4 steps are done already"):
+        check(before(), now(accept=accept, training_rows="2 rows, b", total_steps=4))
 
 
 @pytest.mark.parametrize(
-    ("then", "later", "accepted"),
+    ("schedule", "changed", "accepted"),
     [
         ({"lr_scheduler_type": "constant"}, {}, True),
         ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3}, {}, True),
@@ -148,33 +148,150 @@ def test_fewer_steps_than_are_done_are_refused(accept: bool) -> None:
     ],
 )
 def test_a_constant_learning_rate_allows_more_steps(
-    then: dict[str, Any], later: dict[str, Any], accepted: bool
+    schedule: dict[str, Any], changed: dict[str, Any], accepted: bool
 ) -> None:
     if accepted:
-        assert names(compare(FOLDER, state(**then), now(total_steps=20, **then))) == ["total_steps"]
+        assert names(check(before(**schedule), now(total_steps=20, **schedule))) == ["total_steps"]
     else:
         with pytest.raises(CheckpointError, match="total_steps"):
-            compare(FOLDER, state(**then), now(total_steps=20, **{**then, **later}))
+            check(before(**schedule), now(total_steps=20, **{**schedule, **changed}))
 
 
-def test_a_stream_whose_data_changed_begins_its_epoch_again() -> None:
-    within = {
-        "window": {"epoch": 2, "window": 5, "rows": 70, "cursors": [{"pass": 2, "file": 1}]},
-        "step": 3,
-    }
-    between = {"over": {"epoch": 3, "window": 0, "rows": 0, "cursors": []}}
-    changed = [Change("training_rows", "a", "b", "")]
-    begun = {"epoch": 2, "window": 0, "rows": 0, "cursors": []}
-    assert reader_state_after_change(within, changed) == {"window": begun, "step": 0}
-    assert reader_state_after_change(between, changed) == between
-    assert reader_state_after_change(within, []) is within
-    assert reader_state_after_change(None, changed) is None
-
-
-def test_a_table_is_aligned() -> None:
+def test_table_is_aligned() -> None:
     rows = [Change("a", 1, "x" * 60, "means"), Change("longer", [1, 2], None, "more")]
-    assert table(rows) == [
-        "  setting  then    now                                               what it means",
+    assert format_changes(rows) == [
+        "  setting  before  now                                               effect",
         f"  a        1       {'x' * 44} ...  means",
         "  longer   [1, 2]  None                                              more",
     ]
+
+
+# ---- resume_signature
+
+
+def labelled(
+    values: list[Any], codes: list[int], pairs: list[str] | None = None, **changes: Any
+) -> Records:
+    """Rows with labels, as a source gives them."""
+    plain = records_of([f"text {i}" for i in range(len(codes))], pairs)
+    given = {
+        "label_kind": "text",
+        "label_values": values,
+        "label_codes": np.array(codes, dtype=np.int32),
+        "label_column": "label",
+        **changes,
+    }
+    return dataclasses.replace(plain, **given)
+
+
+TASK = SingleLabel(("no", "yes"))
+NEEDED = [
+    "--model_name_or_path=m",
+    "--train_file=t.tsv",
+    "--validation_file=d.tsv",
+    "--output_dir=o",
+    "--early_stopping_patience=9",
+]
+MATTERS = {  # flag -> another value
+    "tokenizer_name": "other",
+    "max_length": "64",
+    "dropout": "0.3",
+    "problem_type": "regression",
+    "class_weights": "balanced",
+    "label_smoothing_factor": "0.1",
+    "train_batch_size": "16",
+    "learning_rate": "1e-3",
+    "weight_decay": "0.5",
+    "adam_beta1": "0.8",
+    "adam_beta2": "0.9",
+    "adam_epsilon": "1e-3",
+    "max_grad_norm": "0",
+    "lr_scheduler_type": "cosine",
+    "warmup_ratio": "0.5",
+    "warmup_steps": "3",
+    "layerwise_lr_decay": "0.5",
+    "seed": "3",
+    "mixed_precision": "bf16",
+}
+DOES_NOT_MATTER = {  # where it runs, micro-batches, when to write or log, when to stop
+    "gradient_checkpointing": "yes",
+    "metrics": "mcc",
+    "metric_for_best_model": "loss",
+    "tokens_per_micro_batch": "64",
+    "dataloader_num_workers": "3",
+    "output_dir": "elsewhere",
+    "dry_run": "yes",
+    "use_cpu": "yes",
+    "torch_compile": "yes",
+    "cuda_graphs": "yes",
+    "eval_every": "7 steps",
+    "save_every": "1 steps",
+    "log_every": "1 steps",
+    "save_total_limit": "5",
+    "resume_from_checkpoint": "c",
+    "early_stopping_patience": "3",
+    "early_stopping_threshold": "0.5",
+    "stop_before_time_limit": "3",
+    "rank_timeout": "3",
+    "report_to": "tensorboard",
+    "validation_file": "v.tsv",
+    "max_eval_samples": "3",
+    "accept_changed_data": "yes",
+    "on_nan": "skip",
+    "detect_anomaly": "yes",
+}
+# These matter through the rows and their fingerprint, the labels, the number of steps. The model's
+# name may change, as when a folder is moved: its weights are in the checkpoint.
+INDIRECT = """
+    model_name_or_path model_revision train_file train_weights streaming stream_window stream_sharding
+    dataset_name dataset_config_name task_name train_split validation_split text_column
+    text_pair_column label_column label_columns label_delimiter column_names delimiter quoting encoding
+    on_bad_row max_bad_rows max_train_samples label_names
+    num_train_epochs max_train_steps max_nan_steps
+""".split()
+
+
+def signature_of(
+    *flags: str, rows: Records | None = None, task: Any = TASK, steps: int = 10
+) -> dict[str, Any]:
+    rows = rows or labelled(["no", "yes"], [0, 1])
+    return json.loads(
+        json.dumps(
+            resume_signature(read_config([*NEEDED, *flags]), rows, None, task, steps).must_match
+        )
+    )  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", MATTERS)
+def test_settings_that_matter_are_in_the_signature(name: str) -> None:
+    assert signature_of(f"--{name}={MATTERS[name]}") != signature_of()
+
+
+@pytest.mark.parametrize("name", DOES_NOT_MATTER)
+def test_other_settings_are_not_in_the_signature(name: str) -> None:
+    assert signature_of(f"--{name}={DOES_NOT_MATTER[name]}") == signature_of()
+
+
+def test_every_setting_is_classified() -> None:
+    sections = [field.type for field in dataclasses.fields(TrainConfig)]
+    names = {field.name for section in sections for field in dataclasses.fields(section)}  # type: ignore[arg-type]
+    assert names == MATTERS.keys() | DOES_NOT_MATTER.keys() | set(INDIRECT)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"rows": labelled(["no", "yes"], [0, 1, 1])},
+        {"rows": dataclasses.replace(labelled(["no", "yes"], [0, 1]), fingerprint="other texts")},
+        {"task": SingleLabel(("yes", "no"))},
+        {"steps": 11},
+    ],
+)
+def test_rows_labels_and_steps_are_in_the_signature(other: dict[str, Any]) -> None:
+    assert signature_of(**other) != signature_of()
+
+
+def test_signature_survives_json() -> None:
+    config = read_config([*NEEDED, "--class_weights", "1", "2", "--warmup_ratio", "0.1"])
+    signature = resume_signature(config, labelled(["no", "yes"], [0, 1]), None, TASK, 10)
+    assert json.loads(json.dumps(signature.must_match)) == signature.must_match
