@@ -1,11 +1,18 @@
-"""Lines of csv and tsv become columns; the header and what is left out. tests/unit/test_records.py has the grammar."""
+"""csv and tsv lines become columns; the header and skipped rows. tests/unit/data/test_records.py has the grammar."""
 
 from typing import Any
 
 import pytest
 
 from bertdist.core.errors import DataError
-from bertdist.data.readers.csv_reader import parse_csv, read_header
+from bertdist.data.readers.csv_reader import (
+    find_row_end,
+    is_well_formed,
+    parse_csv,
+    read_header,
+    scan_rows,
+    well_formed_rows,
+)
 from bertdist.data.readers.text_lines import FileFormat, Lines, Parsed, hide_returns
 
 CSV = FileFormat(name="a.csv", kind="csv", quoted=True)
@@ -27,7 +34,7 @@ def values(found: Parsed) -> dict[str, Any]:
     return {name: column.to_pylist() for name, column in found.columns.items()}  # type: ignore[union-attr]
 
 
-def test_a_header_may_go_on_beyond_the_lines() -> None:
+def test_a_header_may_continue_beyond_the_lines() -> None:
     for text, is_all, expected in [
         ('\n\r\na,"b\nc"\nd,e\n', False, (["a", "b\nc"], 4)),
         ('a,"b\n', False, None),
@@ -43,7 +50,7 @@ def test_a_header_may_go_on_beyond_the_lines() -> None:
         read_header(CSV, lines_of("\na,b\n", l1="no utf-8"), True, 1 << 20)
 
 
-def test_a_first_row_that_is_none_is_no_reason_to_read_nothing() -> None:
+def test_a_bad_first_row_is_skipped() -> None:
     form = FileFormat(name="a.csv", kind="csv", quoted=True, column_names=("a", "b"))
     lines = lines_of('"x" y,1\nz,2\n')
     assert read_header(form, lines, True, 1 << 20) == (["a", "b"], 0)
@@ -52,7 +59,7 @@ def test_a_first_row_that_is_none_is_no_reason_to_read_nothing() -> None:
         parsed(lines, False, form)
 
 
-def test_rows_around_what_is_left_out_arrive_as_they_are() -> None:
+def test_rows_around_skipped_rows_are_unchanged() -> None:
     lines = lines_of('1,"x\ny"\nbad\n\n2,\ue000\r\r\nworse,,\n3,"z"', 10, l0="broken")
     found = parsed(lines, True)
     assert values(found) == {"b": ["\ue000\r", "z"], "a": ["2", "3"]} and found.num_rows == 2
@@ -72,3 +79,70 @@ def test_no_lines_are_no_rows_and_a_byte_order_mark_further_down_is_text() -> No
     assert values(parsed(lines_of(""))) == {"b": [], "a": []}
     assert values(parsed(lines_of("\n\n"))) == {"b": [], "a": []}
     assert values(parsed(lines_of("\ufeffx,y\n"))) == {"b": ["y"], "a": ["\ufeffx"]}
+
+
+# Where rows end is known without parsing them, by the same rules; test_file_reader.py has the random files.
+
+QUOTED = FileFormat(name="a.csv", kind="csv", quoted=True, column_names=("a", "b"))
+UNQUOTED = FileFormat(name="a.tsv", kind="tsv", delimiter="\t", column_names=("a", "b"))
+
+
+@pytest.mark.parametrize("form", [QUOTED, UNQUOTED])
+@pytest.mark.parametrize("text", ['a,b\n\n"c\n\n""d",e\r\n\r\nf,"g"', "a\tb\n\nc\td\r\n", ""])
+def test_well_formed_rows_equal_scanned_rows(form: FileFormat, text: str) -> None:
+    text = (
+        text.replace("\t", ",")
+        if form.quoted
+        else text.replace(",", "\t").replace('"c\n\n""d"', "cd").replace('"', "")
+    )
+    clean, judged = (
+        well_formed_rows(form, text.encode(), 2),
+        scan_rows(form, lines_of(text), 2, 1 << 20),
+    )
+    assert not judged.bad and [part.tolist() for part in clean] == [
+        part.tolist() for part in judged.rows
+    ]
+
+
+def test_the_last_row_end_within_the_soft_limit_else_the_first() -> None:
+    lines = lines_of('a,b\n"c\n",d\ne,f\n')
+    ends = [4, 11, 15]
+    for soft in range(1, 20):
+        expected = max([end for end in ends if end <= soft], default=4)
+        assert find_row_end(QUOTED, lines, 2, False, soft, 99) == (expected, None)
+    assert find_row_end(QUOTED, lines_of('"a\nb\n'), 2, False, 99, 1 << 20)[0] == 0  # it may go on
+    assert find_row_end(QUOTED, lines_of('"a\nb\n'), 2, True, 99, 1 << 20)[0] == 5  # it does not
+
+
+def test_bad_rows_have_their_lines_and_scanning_continues() -> None:
+    text = 'a,b\n"c\nx"y,d\ne\n"f\n","g\nh,i\n'
+    found = scan_rows(QUOTED, lines_of(text), 2, 1 << 20)
+    assert [(bad.line, bad.reason.split(";")[0]) for bad in found.bad] == [
+        (1, "text follows the quote closed on line 3"),
+        (3, "1 field, expected 2 as in --column_names"),
+        (5, "a quote opens here and never closes"),
+    ]
+    rows = [text[start:end] for start, end in zip(found.rows.starts, found.rows.ends, strict=True)]
+    assert rows == [
+        "a,b\n",
+        'x"y,d\n',
+        "h,i\n",
+    ]  # the second is what is left of the row that is none
+    assert found.rows.lines.tolist() == [0, 2, 6]
+
+
+def test_a_quote_within_a_field_is_text_and_makes_counting_wrong() -> None:
+    text = '5" pipe,a\n"b\n",c\n'
+    assert not is_well_formed(QUOTED, text.encode(), 99) and is_well_formed(
+        QUOTED, text.replace('5"', "5").encode(), 99
+    )
+    assert scan_rows(QUOTED, lines_of(text), 2, 99).rows.lines.tolist() == [0, 1]
+    assert find_row_end(QUOTED, lines_of(text), 2, False, 12, 99)[0] == 10
+
+
+def test_a_quote_may_be_open_for_so_many_bytes() -> None:
+    text = 'a,"' + "x\n" * 30 + '"\n'
+    assert scan_rows(QUOTED, lines_of(text), 2, 100).bad == []
+    found = scan_rows(QUOTED, lines_of(text), 2, 50).bad
+    assert found[0].reason.startswith("a quote opens here and does not close within 50 bytes")
+    assert not is_well_formed(QUOTED, text.encode(), 50)
