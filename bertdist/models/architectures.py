@@ -1,15 +1,23 @@
-"""What each architecture needs to run without padding: where its layers are, what its positions count from, and its last layer.
+"""Encoder architectures that run without padding: where each keeps its layers and its attention.
 
-In: a Hugging Face classifier. Out: the same module, prepared in place: its last layer gives one token a text, (N, 1, hidden), so
-that the model's own head works on it unchanged. Weights, their names and all other layers stay Hugging Face's.
+`ARCHITECTURES[model_type].prepare(model)` changes a Hugging Face classifier in place: its last
+layer computes the first token of each text only, (N, 1, hidden), so that the model's own head works
+on it unchanged. Weights, their names and all other layers stay Hugging Face's. Keys and values are
+computed for all tokens, everything else of the last layer for N: exact, and 13% less arithmetic for
+MiniLM-L6, 6% for BERT-base. Where the head reads the mean of a text (ModernBERT can), all tokens
+leave the last layer, and their mean takes the place of the first token.
 
-Only the first token of each text leaves the last layer, because that is all that the heads read: keys and values are computed for
-all tokens, everything else for N. Exact, and 13% of MiniLM-L6's arithmetic saved, 6% of BERT-base's. Where the head reads the mean
-of a text (ModernBERT can), all tokens leave the last layer, and their mean takes their place.
+A new model family touches three files:
+1. models/architectures.py: one entry in ARCHITECTURES, keyed by the `model_type` of its
+   config.json, and one layer written as two functions (attention, and what follows it) over its own
+   submodules.
+2. models/<family>.py, only where transformers offers no attention interface for it:
+   models/deberta.py.
+3. tests/unit/models/test_architectures.py: one entry in KINDS; the test fails for a family without
+   one.
 
-A family is one entry of FAMILIES. To add one: how its layers are found, and a layer in two parts in the terms of its own modules.
-
-Legend: T tokens, N texts.
+Legend: T tokens and N texts of a micro-batch; Q is T, or N where only first tokens are computed; D
+head size.
 """
 
 from collections.abc import Callable
@@ -22,124 +30,108 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from bertdist.models import deberta
 from bertdist.models.attention import Packing, packed_attention
 
-Attend = Callable[
-    ..., Tensor
-]  # layer, what asks (1, T or N, hidden), x (1, T, hidden), packing, ... -> context, like what asks
+# (layer, hidden states of queries (1, Q, hidden) and of all tokens (1, T, hidden), packing)
+# -> attention output (1, Q, hidden)
+Attention = Callable[..., Tensor]
 
-Rest = Callable[
-    [Any, Tensor, Tensor], Tensor
-]  # layer, context, what asked -> what leaves the layer; each token by itself
+# (layer, attention output, layer input) -> layer output, each (1, Q, hidden)
+AfterAttention = Callable[[Any, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """One architecture, in the terms of its own modules."""
+    """One family of models."""
 
     prepare: Callable[[Any], None]  # changes a classifier of this family in place
-    first_position: Callable[[Any], int] = lambda config: 0  # the position of a text's first token
-    layers: Callable[[Any], list[Any]] = lambda model: []  # those that run over all tokens
-    attend: Attend | None = None  # a layer in two parts: attention, up to its output,
-    rest: Rest | None = None  # and all that follows, which a compiler can be given
+    first_position: Callable[[Any], int] = lambda config: 0  # position id of a text's first token
+    # For --torch_compile: the layers that run over all T tokens, and a layer in two parts. The
+    # second part, of which each token is computed by itself, is compiled.
+    compilable_layers: Callable[[Any], list[Any]] = lambda model: []
+    attention: Attention | None = None
+    after_attention: AfterAttention | None = None
 
 
-def _bert_attend(layer: Any, asking: Tensor, x: Tensor, packing: Packing, **unused: Any) -> Tensor:
+def _bert_attention(
+    layer: Any, queries: Tensor, x: Tensor, packing: Packing, **unused: Any
+) -> Tensor:
     """BERT's layer, also RoBERTa's and ELECTRA's."""
-    attention = layer.attention.self
-    return _attend(
-        attention,
-        attention.query(asking),
-        attention.key(x),
-        attention.value(x),
-        attention.dropout.p,
-        packing,
-    )
+    module = layer.attention.self
+    q, k, v = module.query(queries), module.key(x), module.value(x)
+    return _attend(module, q, k, v, module.dropout.p, packing)
 
 
-def _bert_rest(layer: Any, context: Tensor, asking: Tensor) -> Tensor:
-    attended = layer.attention.output(context, asking)
+def _bert_after_attention(layer: Any, context: Tensor, residual: Tensor) -> Tensor:
+    attended = layer.attention.output(context, residual)
     out: Tensor = layer.output(layer.intermediate(attended), attended)
     return out
 
 
-def _distilbert_attend(
-    layer: Any, asking: Tensor, x: Tensor, packing: Packing, **unused: Any
+def _distilbert_attention(
+    layer: Any, queries: Tensor, x: Tensor, packing: Packing, **unused: Any
 ) -> Tensor:
-    attention = layer.attention
-    return _attend(
-        attention,
-        attention.q_lin(asking),
-        attention.k_lin(x),
-        attention.v_lin(x),
-        attention.dropout.p,
-        packing,
-    )
+    module = layer.attention
+    q, k, v = module.q_lin(queries), module.k_lin(x), module.v_lin(x)
+    return _attend(module, q, k, v, module.dropout.p, packing)
 
 
-def _distilbert_rest(layer: Any, context: Tensor, asking: Tensor) -> Tensor:
-    attended = layer.sa_layer_norm(layer.attention.out_lin(context) + asking)
+def _distilbert_after_attention(layer: Any, context: Tensor, residual: Tensor) -> Tensor:
+    attended = layer.sa_layer_norm(layer.attention.out_lin(context) + residual)
     out: Tensor = layer.output_layer_norm(layer.ffn(attended) + attended)
     return out
 
 
-def _albert_attend(
-    layer: Any, asking: Tensor, x: Tensor, packing: Packing, **unused: Any
+def _albert_attention(
+    layer: Any, queries: Tensor, x: Tensor, packing: Packing, **unused: Any
 ) -> Tensor:
-    attention = layer.attention
-    dropout = attention.attention_dropout.p
-    return _attend(
-        attention, attention.query(asking), attention.key(x), attention.value(x), dropout, packing
-    )
+    module = layer.attention
+    q, k, v = module.query(queries), module.key(x), module.value(x)
+    return _attend(module, q, k, v, module.attention_dropout.p, packing)
 
 
-def _albert_rest(layer: Any, context: Tensor, asking: Tensor) -> Tensor:
-    attention = layer.attention
-    attended = attention.LayerNorm(asking + attention.output_dropout(attention.dense(context)))
+def _albert_after_attention(layer: Any, context: Tensor, residual: Tensor) -> Tensor:
+    module = layer.attention
+    attended = module.LayerNorm(residual + module.output_dropout(module.dense(context)))
     out: Tensor = layer.full_layer_layer_norm(layer.ff_chunk(attended) + attended)
     return out
 
 
-def _modernbert_attend(
+def _modernbert_attention(
     layer: Any,
-    asking: Tensor,
+    queries: Tensor,
     x: Tensor,
     packing: Packing,
     position_embeddings: tuple[Tensor, Tensor],
     **unused: Any,
 ) -> Tensor:
     """position_embeddings: cosines and sines of the positions, each (1, T, D)."""
-    attention, normed = layer.attn, layer.attn_norm(x)
-    rows = packing.firsts if asking.shape[1] != x.shape[1] else slice(None)
-    sizes = [x.shape[-1], 2 * x.shape[-1]]  # of one matrix for queries, keys and values
-    weights, biases = (
-        attention.Wqkv.weight.split(sizes),
-        [None] * 2 if attention.Wqkv.bias is None else attention.Wqkv.bias.split(sizes),
-    )
+    module, normed = layer.attn, layer.attn_norm(x)
+    rows = packing.first_tokens if queries.shape[1] != x.shape[1] else slice(None)
+    sizes = [x.shape[-1], 2 * x.shape[-1]]  # Wqkv is one matrix for queries, keys and values
+    weights, bias = module.Wqkv.weight.split(sizes), module.Wqkv.bias
+    biases = [None, None] if bias is None else bias.split(sizes)
     query = F.linear(normed[:, rows], weights[0], biases[0])
     key, value = F.linear(normed, weights[1], biases[1]).chunk(2, -1)
     query = _rotated(query, packing, *(angle[:, rows] for angle in position_embeddings))
     key = _rotated(key, packing, *position_embeddings)
-    return _attend(
-        attention, query, key, value, attention.attention_dropout, packing, attention.sliding_window
-    )
+    p, window = module.attention_dropout, module.sliding_window
+    return _attend(module, query, key, value, p, packing, window)
 
 
-def _modernbert_rest(layer: Any, context: Tensor, asking: Tensor) -> Tensor:
-    attended = asking + layer.attn.out_drop(layer.attn.Wo(context))
+def _modernbert_after_attention(layer: Any, context: Tensor, residual: Tensor) -> Tensor:
+    attended = residual + layer.attn.out_drop(layer.attn.Wo(context))
     out: Tensor = attended + layer.mlp(layer.mlp_norm(attended))
     return out
 
 
 def _rotated(x: Tensor, packing: Packing, cos: Tensor, sin: Tensor) -> Tensor:
-    """ModernBERT's apply_rotary_pos_emb, with its roundings to float32, for x (1, T or N, hidden) alone."""
-    heads = x.unflatten(-1, (packing.heads, -1))
+    """ModernBERT's apply_rotary_pos_emb, with its roundings to float32, of x (1, Q, hidden)."""
+    heads = x.unflatten(-1, (packing.heads, -1))  # (1, Q, heads, D)
     left, right = heads.float().chunk(2, -1)
-    turned: Tensor = (
-        heads.float() * cos[:, :, None] + torch.cat((-right, left), -1) * sin[:, :, None]
-    )
-    return turned.to(x.dtype).flatten(-2)
+    turned = torch.cat((-right, left), -1)
+    rotated: Tensor = heads.float() * cos[:, :, None] + turned * sin[:, :, None]
+    return rotated.to(x.dtype).flatten(-2)
 
 
 def _attend(
@@ -151,7 +143,7 @@ def _attend(
     packing: Packing,
     window: int | None = None,
 ) -> Tensor:
-    """Queries (1, T or N, hidden), keys and values (1, T, hidden) -> context, like the queries."""
+    """Queries (1, Q, hidden), keys and values (1, T, hidden) -> (1, Q, hidden)."""
     q, k, v = (x.unflatten(-1, (packing.heads, -1)).transpose(1, 2) for x in (query, key, value))
     p = dropout if module.training else 0.0
     context, _ = packed_attention(
@@ -161,49 +153,53 @@ def _attend(
 
 
 def _last_layer(
-    attend: Attend, rest: Rest, layer: Any, x: Tensor, packing: Packing, **more: Any
+    attention: Attention,
+    after_attention: AfterAttention,
+    layer: Any,
+    x: Tensor,
+    packing: Packing,
+    **kwargs: Any,
 ) -> Tensor:
     """A layer for the first tokens. x (1, T, hidden) -> (N, 1, hidden): N texts of one token."""
-    first = x[:, packing.firsts]
-    return rest(layer, attend(layer, first, x, packing, **more), first).transpose(0, 1)
+    first = x[:, packing.first_tokens]  # (1, N, hidden)
+    context = attention(layer, first, x, packing, **kwargs)
+    return after_attention(layer, context, first).transpose(0, 1)
 
 
-def _replace_last(layer: Any, attend: Attend, rest: Rest) -> None:
+def _replace_last(layer: Any, attention: Attention, after_attention: AfterAttention) -> None:
     def forward(hidden_states: Tensor, *args: Any, packing: Packing, **kwargs: Any) -> Tensor:
-        return _last_layer(attend, rest, layer, hidden_states, packing, **kwargs)
+        return _last_layer(attention, after_attention, layer, hidden_states, packing, **kwargs)
 
     layer.forward = forward
 
 
 def _prepare_bert(model: Any) -> None:
-    _replace_last(model.base_model.encoder.layer[-1], _bert_attend, _bert_rest)
+    _replace_last(model.base_model.encoder.layer[-1], _bert_attention, _bert_after_attention)
 
 
 def _prepare_distilbert(model: Any) -> None:
-    _replace_last(model.base_model.transformer.layer[-1], _distilbert_attend, _distilbert_rest)
+    last = model.base_model.transformer.layer[-1]
+    _replace_last(last, _distilbert_attention, _distilbert_after_attention)
 
 
 def _prepare_albert(model: Any) -> None:
-    """ALBERT runs the same layers again and again, so it is the loop that knows the last one."""
+    """ALBERT runs the same layers repeatedly, so the loop is replaced and not the last layer."""
     encoder = model.base_model.encoder
     config = encoder.config
-    encoder.gradient_checkpointing, model.supports_gradient_checkpointing = (
-        False,
-        True,
-    )  # transformers 5.23 has none for ALBERT
+    # transformers 5.23 supports no gradient checkpointing for ALBERT; the loop below does.
+    encoder.gradient_checkpointing, model.supports_gradient_checkpointing = False, True
+    layers_per_group = config.num_hidden_layers / config.num_hidden_groups
 
     def forward(
         hidden_states: Tensor, *args: Any, packing: Packing, **kwargs: Any
     ) -> BaseModelOutput:
         x = encoder.embedding_hidden_mapping_in(hidden_states)
         for i in range(config.num_hidden_layers):
-            group = encoder.albert_layer_groups[
-                int(i / (config.num_hidden_layers / config.num_hidden_groups))
-            ]
+            group = encoder.albert_layer_groups[int(i / layers_per_group)]
             for j, layer in enumerate(group.albert_layers):
                 run = partial(layer, attention_mask=None, packing=packing)
                 if i == config.num_hidden_layers - 1 and j == config.inner_group_num - 1:
-                    x = _last_layer(_albert_attend, _albert_rest, layer, x, packing)
+                    x = _last_layer(_albert_attention, _albert_after_attention, layer, x, packing)
                 elif encoder.gradient_checkpointing and encoder.training:
                     x = encoder._gradient_checkpointing_func(run, x)
                 else:
@@ -216,37 +212,32 @@ def _prepare_albert(model: Any) -> None:
 def _prepare_modernbert(model: Any) -> None:
     body = model.base_model
 
-    def means(
+    def mean_of_texts(
         module: nn.Module, args: Any, kwargs: Any, output: BaseModelOutput
     ) -> BaseModelOutput:
-        x = output[0][0]
-        lengths = F.pad(kwargs["packing"].firsts, (0, 1), value=len(x)).diff()
-        mean = torch.segment_reduce(
-            x, "mean", lengths=lengths, axis=0, unsafe=True
-        )  # unsafe: without a look at the lengths
+        x = output[0][0]  # (T, hidden)
+        lengths = F.pad(kwargs["packing"].first_tokens, (0, 1), value=len(x)).diff()
+        # unsafe: without a check of the lengths, which would wait for the device
+        mean = torch.segment_reduce(x, "mean", lengths=lengths, axis=0, unsafe=True)  # (N, hidden)
         return BaseModelOutput(last_hidden_state=mean[:, None])
 
     if model.config.classifier_pooling == "mean":
-        body.register_forward_hook(means, with_kwargs=True)
+        body.register_forward_hook(mean_of_texts, with_kwargs=True)
     else:
-        _replace_last(body.layers[-1], _modernbert_attend, _modernbert_rest)
+        _replace_last(body.layers[-1], _modernbert_attention, _modernbert_after_attention)
 
 
-def _bert_layers(model: Any) -> list[Any]:
-    return list(model.base_model.encoder.layer)[:-1]
+def _prepare_deberta(model: Any) -> None:
+    # Imported when used: other families do not need it.
+    from bertdist.models.deberta import prepare
 
-
-def _distilbert_layers(model: Any) -> list[Any]:
-    return list(model.base_model.transformer.layer)[:-1]
+    prepare(model)
 
 
 def _albert_layers(model: Any) -> list[Any]:
-    """All: the last one is an earlier one too, and its last turn does not go through its forward."""
-    return [
-        layer
-        for group in model.base_model.encoder.albert_layer_groups
-        for layer in group.albert_layers
-    ]
+    """All: the last one runs earlier too, and its last run does not call its forward."""
+    groups = model.base_model.encoder.albert_layer_groups
+    return [layer for group in groups for layer in group.albert_layers]
 
 
 def _modernbert_layers(model: Any) -> list[Any]:
@@ -255,9 +246,11 @@ def _modernbert_layers(model: Any) -> list[Any]:
 
 
 BERT = Architecture(
-    prepare=_prepare_bert, layers=_bert_layers, attend=_bert_attend, rest=_bert_rest
+    prepare=_prepare_bert,
+    compilable_layers=lambda model: list(model.base_model.encoder.layer)[:-1],
+    attention=_bert_attention,
+    after_attention=_bert_after_attention,
 )
-
 ROBERTA = replace(BERT, first_position=lambda config: config.pad_token_id + 1)
 
 ARCHITECTURES = {  # by model_type
@@ -270,18 +263,21 @@ ARCHITECTURES = {  # by model_type
     "data2vec-text": ROBERTA,
     "distilbert": Architecture(
         prepare=_prepare_distilbert,
-        layers=_distilbert_layers,
-        attend=_distilbert_attend,
-        rest=_distilbert_rest,
+        compilable_layers=lambda model: list(model.base_model.transformer.layer)[:-1],
+        attention=_distilbert_attention,
+        after_attention=_distilbert_after_attention,
     ),
     "albert": Architecture(
-        prepare=_prepare_albert, layers=_albert_layers, attend=_albert_attend, rest=_albert_rest
+        prepare=_prepare_albert,
+        compilable_layers=_albert_layers,
+        attention=_albert_attention,
+        after_attention=_albert_after_attention,
     ),
     "modernbert": Architecture(
         prepare=_prepare_modernbert,
-        layers=_modernbert_layers,
-        attend=_modernbert_attend,
-        rest=_modernbert_rest,
+        compilable_layers=_modernbert_layers,
+        attention=_modernbert_attention,
+        after_attention=_modernbert_after_attention,
     ),
-    "deberta-v2": Architecture(prepare=deberta.prepare),  # and -v3
+    "deberta-v2": Architecture(prepare=_prepare_deberta),  # and -v3
 }

@@ -1,19 +1,21 @@
-"""A table of word embeddings that keeps its gradient: rows that occur are written, and cleared again after the step.
+"""Faster embeddings and linear layers on a CPU, with the arithmetic of nn.Embedding and nn.Linear.
 
-In: token ids. Out: their vectors, as nn.Embedding's. torch makes a new dense gradient for every step: MiniLM's 47 MB are zeroed for
-some 300 different tokens of 32 sentences, 5% of a step on two cores. The optimizer sees the same dense gradient as before.
+Both replace a module's class in place; weights and their names stay. Elsewhere than on a CPU they
+are torch's own layers.
 
-Only in one process on a CPU. Elsewhere it is nn.Embedding: several ranks exchange the whole gradient, and a GPU zeroes it in no time.
+`ReusedGradientEmbedding` keeps the gradient tensor of a word embedding from step to step: rows that
+occur are written, and `zero_grad(model)` clears only those. torch makes a new dense gradient in
+every step: MiniLM's 47 MB are zeroed for some 300 different tokens of 32 sentences, 5% of a step on
+two cores. The optimizer sees the same dense gradient as before. Used in one process only: several
+ranks exchange the whole gradient.
 
-Linear layers whose products run in oneDNN on a CPU: the same arithmetic as nn.Linear's, to rounding, in less time.
-
-torch gives float32 products to MKL. oneDNN, which comes with torch too, is faster on CPUs with AVX-512: 434 x 384 x 1536, forward
-209 against 190 GFLOP/s, to the inputs 228 against 163, to the weights of a narrowing layer 203 against 160. It prepares itself for
-each new number of rows, which square layers of few rows do not win back. Where no gradient is wanted, GELU comes with the product
-and saves a pass over the widest activations.
-
-It is used where torch has it, in float32, on a CPU; elsewhere nn.Linear's, and so under torch.compile, whose inductor takes the
-operator only with weights that never change (torch 2.13).
+`OneDnnLinear` computes float32 products in oneDNN, equal to rounding. torch gives them to MKL;
+oneDNN, which comes with torch too, is faster on CPUs with AVX-512: 434 x 384 x 1536, forward 209
+against 190 GFLOP/s, gradient of the inputs 228 against 163, of the weights of a narrowing layer 203
+against 160. It prepares itself for each new number of rows, which square layers of few rows do not
+win back. Without gradients GELU is computed with the product, which saves a pass over the widest
+activations. Under torch.compile it is nn.Linear: inductor takes the operator only with weights that
+never change (torch 2.13).
 """
 
 from typing import Any, cast
@@ -23,20 +25,22 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# rows below which a product is too small to gain: of any layer, of a square one
+MIN_ROWS, MIN_ROWS_SQUARE = 64, 1024
+
+MIN_WEIGHTS = 1 << 16  # of a layer
+
 
 class ReusedGradientEmbedding(nn.Embedding):
-    """Its gradient is cleared by `zero_grad`; zero_grad works too and costs what it did."""
+    """Its gradient is cleared by `zero_grad`; nn.Module.zero_grad works too, at torch's cost."""
 
     written: list[Tensor]  # rows of the gradient that may not be zero
 
     def forward(self, input: Tensor) -> Tensor:
-        """input: any shape of int64 ids; one dimension more out."""
-        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        if (
-            ranks > 1
-            or self.weight.device.type != "cpu"
-            or not (torch.is_grad_enabled() and self.weight.requires_grad)
-        ):
+        """input: int64 ids of any shape -> (*shape, embedding_dim)."""
+        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        needs_gradient = torch.is_grad_enabled() and self.weight.requires_grad
+        if several or self.weight.device.type != "cpu" or not needs_gradient:
             return super().forward(input)
         out: Tensor = _Lookup.apply(self.weight, input, self)  # type: ignore[no-untyped-call]
         return out
@@ -44,61 +48,53 @@ class ReusedGradientEmbedding(nn.Embedding):
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, table: ReusedGradientEmbedding) -> Tensor:
-        ctx.table = table
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, module: ReusedGradientEmbedding) -> Tensor:
+        ctx.module = module
         ctx.save_for_backward(ids)
         return F.embedding(ids, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
-        (ids,), table = ctx.saved_tensors, ctx.table
+        (ids,), module = ctx.saved_tensors, ctx.module
         rows, gradient = ids.flatten(), gradients[0].flatten(0, -2)
-        if table.padding_idx is not None:
-            gradient = gradient.masked_fill((rows == table.padding_idx)[:, None], 0)
-        if table.weight.grad is None:
-            table.weight.grad = torch.zeros_like(table.weight)
-            table.written.clear()
-        table.weight.grad.index_add_(0, rows, gradient)
-        table.written.append(rows)
+        if module.padding_idx is not None:
+            gradient = gradient.masked_fill((rows == module.padding_idx)[:, None], 0)
+        if module.weight.grad is None:
+            module.weight.grad = torch.zeros_like(module.weight)
+            module.written.clear()
+        module.weight.grad.index_add_(0, rows, gradient)
+        module.written.append(rows)
         return None, None, None
 
 
 def reuse_embedding_gradient(model: Any) -> None:
-    """Make the word embeddings of a Hugging Face model keep their gradient, in place, if they are plain and nothing else uses them."""
+    """Make the word embedding a ReusedGradientEmbedding, if it is plain and not shared."""
     try:
         table = model.get_input_embeddings()
     except NotImplementedError:  # Funnel, Canine
         return
-    uses = sum(
-        parameter is table.weight for _, parameter in model.named_parameters(remove_duplicate=False)
-    )
-    if (
-        type(table) is nn.Embedding
-        and uses == 1
-        and table.max_norm is None
-        and not table.sparse
-        and not table.scale_grad_by_freq
-    ):
+    parameters = model.named_parameters(remove_duplicate=False)
+    uses = sum(parameter is table.weight for _, parameter in parameters)
+    if type(table) is not nn.Embedding or uses != 1:
+        return
+    if table.max_norm is None and not table.sparse and not table.scale_grad_by_freq:
         table.__class__ = ReusedGradientEmbedding
         cast(ReusedGradientEmbedding, table).written = []
 
 
 def zero_grad(model: nn.Module) -> None:
-    """What zero_grad does; a gradient that is kept gets zeros where it was written."""
-    kept = {
+    """What model.zero_grad() does; a reused gradient is zeroed where it was written."""
+    written = {
         module.weight: module.written
         for module in model.modules()
         if isinstance(module, ReusedGradientEmbedding) and module.written
     }
     for parameter in model.parameters():
-        if parameter not in kept or parameter.grad is None:
+        if parameter not in written or parameter.grad is None:
             parameter.grad = None
         else:
-            parameter.grad.index_fill_(0, torch.cat(kept[parameter]), 0)
-            kept[parameter].clear()
-
-
-FEW_ROWS, FEW_ROWS_SQUARE = 64, 1024  # below them a product is too small to gain
+            parameter.grad.index_fill_(0, torch.cat(written[parameter]), 0)
+            written[parameter].clear()
 
 
 class OneDnnLinear(nn.Linear):
@@ -106,23 +102,21 @@ class OneDnnLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (..., in_features) -> (..., out_features)."""
-        if not self.gains(input):
+        if not self.is_faster(input):
             return super().forward(input)
         x = input.view(-1, self.in_features)
         out: Tensor = _Linear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return out.view(*input.shape[:-1], self.out_features)
 
-    def gains(self, input: Tensor) -> bool:
-        """Whether oneDNN can take this product, and is faster."""
-        here = (
-            input.device.type == "cpu"
-            and input.dtype == self.weight.dtype == torch.float32
-            and input.is_contiguous()
-        )
-        if not here or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    def is_faster(self, input: Tensor) -> bool:
+        """Whether oneDNN can compute this product, and is faster."""
+        float32 = input.dtype == self.weight.dtype == torch.float32
+        if not (input.device.type == "cpu" and float32 and input.is_contiguous()):
             return False
-        few = FEW_ROWS_SQUARE if self.in_features == self.out_features else FEW_ROWS
-        return input.numel() >= few * self.in_features
+        if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            return False
+        min_rows = MIN_ROWS_SQUARE if self.in_features == self.out_features else MIN_ROWS
+        return input.numel() >= min_rows * self.in_features
 
 
 class _Linear(torch.autograd.Function):
@@ -137,35 +131,31 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         d_x = _product(gradient, weight.t(), None) if ctx.needs_input_grad[0] else None
-        narrows = weight.shape[0] < weight.shape[1]
-        d_weight = (
-            _product(gradient.t(), x.t(), None) if narrows else gradient.t() @ x
-        )  # MKL is the faster one where it widens
+        if weight.shape[0] < weight.shape[1]:
+            d_weight = _product(gradient.t(), x.t(), None)
+        else:
+            d_weight = gradient.t() @ x  # MKL is the faster one where the layer widens
         return d_x, d_weight, gradient.sum(0) if ctx.has_bias else None
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    """x (rows, in), weight (out, in), bias (out,) or None -> (rows, out), with gelu the GELU of it."""
+    """x (rows, in), weight (out, in), bias (out,) or None -> (rows, out), or its GELU."""
+    activation, algorithm = ("gelu", "none") if gelu else ("none", "")
     try:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else ""
-        )
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
     except RuntimeError as error:
+        # Near the end of memory oneDNN cannot allocate its code, where MKL needs none.
         if "could not create a primitive" not in str(error):
             raise
-        out = F.linear(
-            x, weight, bias
-        )  # near the end of memory oneDNN finds no place for its code, where MKL needs none
+        out = F.linear(x, weight, bias)
         out = F.gelu(out) if gelu else out
     return out
 
 
-def available() -> bool:
-    """Whether this torch has the product, and a CPU that gains by it; the operator is private, so it is tried."""
-    if (
-        not torch.backends.mkldnn.is_available()
-        or torch.backends.cpu.get_cpu_capability() != "AVX512"
-    ):
+def onednn_available() -> bool:
+    """Whether torch has the operator, which is private, and the CPU gains by it."""
+    avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not (torch.backends.mkldnn.is_available() and avx512):
         return False
     x, weight, bias = torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)
     try:
@@ -176,33 +166,29 @@ def available() -> bool:
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Let the layers of a model, in place, take their products from oneDNN where it is available."""
-    if not available():
+    """Make the linear layers of a model OneDnnLinear, in place, where oneDNN is available."""
+    if not onednn_available():
         return
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.numel() >= 1 << 16:
+        if type(module) is nn.Linear and module.weight.numel() >= MIN_WEIGHTS:
             module.__class__ = OneDnnLinear
     for module in model.modules():
-        dense, activation = (
-            getattr(module, "dense", None),
-            getattr(module, "intermediate_act_fn", None),
-        )
-        if (
-            isinstance(dense, OneDnnLinear) and getattr(activation, "act", None) is F.gelu
-        ):  # BERT, RoBERTa, ELECTRA
-            _with_gelu(module, dense)
+        dense = getattr(module, "dense", None)
+        activation = getattr(module, "intermediate_act_fn", None)
+        # BERT, RoBERTa, ELECTRA
+        if isinstance(dense, OneDnnLinear) and getattr(activation, "act", None) is F.gelu:
+            _fuse_gelu(module, dense)
 
 
-def _with_gelu(module: nn.Module, dense: OneDnnLinear) -> None:
+def _fuse_gelu(module: nn.Module, dense: OneDnnLinear) -> None:
     plain = module.forward
 
     def forward(hidden_states: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not dense.gains(hidden_states):
+        if torch.is_grad_enabled() or not dense.is_faster(hidden_states):
             out: Tensor = plain(hidden_states)
             return out
-        product = _product(
-            hidden_states.view(-1, dense.in_features), dense.weight, dense.bias, gelu=True
-        )
-        return product.view(*hidden_states.shape[:-1], -1)
+        x = hidden_states.view(-1, dense.in_features)
+        out = _product(x, dense.weight, dense.bias, gelu=True)
+        return out.view(*hidden_states.shape[:-1], -1)
 
     module.forward = forward

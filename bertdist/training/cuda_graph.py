@@ -187,7 +187,7 @@ def _reads_starts(classifier: Classifier, accelerator: Accelerator) -> bool:
     with accelerator.autocast():
         return (
             family is not None
-            and family.attend is not None
+            and family.attention is not None
             and classifier.attention_kernel(accelerator.device) == "varlen"
         )
 

@@ -122,7 +122,7 @@ def test_the_loss_curve_is_the_eager_one(
     ).read_text()
 
     def other_masks(accelerator: Accelerator) -> None:
-        dropout._mask = lambda noise, shape, p: torch.rand(shape) >= p
+        dropout._keep_mask = lambda masks, shape, p: torch.rand(shape) >= p
 
     run_ranks(1, run_train, words(tmp_path / "out", torch_compile=None), other_masks)
     assert far(tmp_path / "out", eager) > 0.01  # the control

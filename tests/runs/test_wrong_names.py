@@ -134,7 +134,7 @@ def training(tmp_path: Path, *words: str | Path) -> list[str | Path]:
 
 
 WRONG = "google-bert/bert-base-uncasde"
-WAY = "Without a network, give a folder that holds config.json, model.safetensors and the tokenizer; `hf download "
+WAY = "Offline, give a folder that holds config.json, model.safetensors and the tokenizer; on a machine with a network, `hf download "
 SAID = {
     "gated": "It is gated: accept its terms at {hub}/google-bert/bert-base-uncasde, then set HF_TOKEN or run `hf auth login`.",
     "unknown": "There is no such model on the hub, or it is private (set HF_TOKEN or run `hf auth login`).",
@@ -153,7 +153,7 @@ def test_a_model_that_the_hub_does_not_give(tmp_path: Path, file: Path, kind: st
             endpoint=address,
         )
     assert told.startswith(
-        f"--model_name_or_path {WRONG} is neither a folder here nor a model that the hub gave. "
+        f"--model_name_or_path {WRONG} is neither a folder here nor a model on the Hub. "
     ), told
     assert SAID[kind].format(hub=address) in told and WAY in told, told
     assert len(asked) <= 6, "no rounds of retries"

@@ -22,7 +22,7 @@ from bertdist.data.batch import PackedBatch, collate
 from bertdist.data.tokenization import Example
 from bertdist.models import attention, classifier
 from bertdist.models.architectures import ARCHITECTURES
-from bertdist.models.attention import grid
+from bertdist.models.attention import padded_layout
 from bertdist.models.classifier import Classifier, load_classifier, load_model_config
 from bertdist.models.dropout import Dropout, DropoutMasks, seed_dropout
 from bertdist.tasks.tasks import SingleLabel
@@ -225,7 +225,7 @@ def batch_of(
 
 
 def padded(model: Classifier, batch: PackedBatch) -> dict[str, Tensor]:
-    places, real = (torch.from_numpy(array) for array in grid(batch.lengths))
+    places, real = (torch.from_numpy(array) for array in padded_layout(batch.lengths))
     pad = model.model.config.pad_token_id
     found = {"input_ids": batch.ids[places].masked_fill(~real, pad), "attention_mask": real.long()}
     return found | (
@@ -450,13 +450,13 @@ def whole_last_layer(model: Classifier) -> None:
             lambda module, args, kwargs: (args, kwargs | {"query_states": None}), with_kwargs=True
         )
         last.register_forward_hook(
-            lambda module, args, output: (output[0][:, args[1].packing.firsts], None)
+            lambda module, args, output: (output[0][:, args[1].packing.first_tokens], None)
         )
         return
     del last.forward  # the instance's; the class's is Hugging Face's own
 
     def pick(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        firsts = kwargs["packing"].firsts
+        firsts = kwargs["packing"].first_tokens
         if isinstance(output, Tensor):
             return output[:, firsts].transpose(0, 1)
         output.last_hidden_state = output.last_hidden_state[:, firsts].transpose(0, 1)
@@ -567,7 +567,9 @@ def test_gradient_checkpointing_changes_no_gradient(
         2 * calls[0],
     )  # again in the backward; the last one in transformers 5.17 only
     assert largest(kept, plain) == 0  # the same operations in the same order, and the same dropout
-    monkeypatch.setattr(DropoutMasks, "replayed", lambda self: (nullcontext(), nullcontext()))
+    monkeypatch.setattr(
+        DropoutMasks, "replay_contexts", lambda self: (nullcontext(), nullcontext())
+    )
     if dropout:
         assert (
             largest(found(gradient_checkpointing=True), plain) > 0.01

@@ -19,14 +19,14 @@ from transformers import AutoModelForSequenceClassification
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from bertdist.models import cpu_attention as attention_cpu
+from bertdist.models import cpu_attention
 from bertdist.models.attention import (
     NAME,
     Kernel,
     Packing,
     build_packing,
-    grid,
     packed_attention,
+    padded_layout,
     register,
     select_kernel,
 )
@@ -215,32 +215,39 @@ def test_dropout_is_nothing_in_the_mean(kernel: Kernel) -> None:
 
 
 def test_a_grid_is_the_padded_layout() -> None:
-    places, real = grid([2, 3, 1])
+    places, real = padded_layout([2, 3, 1])
     assert places.tolist() == [[0, 1, 0], [2, 3, 4], [5, 0, 0]]
     assert real.tolist() == [[True, True, False], [True, True, True], [True, False, False]]
 
 
 def test_a_packing_by_hand() -> None:
     padded = packing([1, 2], "padded")
-    assert padded.places is not None and padded.real is not None and padded.cells is not None
-    assert padded.places.tolist() == [[0, 0], [1, 2]]
-    assert padded.real.tolist() == [[[[True, False]]], [[[True, True]]]]
-    assert padded.cells.tolist() == [0, 2, 3]
+    assert (
+        padded.pad_index is not None
+        and padded.attention_mask is not None
+        and padded.unpad_index is not None
+    )
+    assert padded.pad_index.tolist() == [[0, 0], [1, 2]]
+    assert padded.attention_mask.tolist() == [[[[True, False]]], [[[True, True]]]]
+    assert padded.unpad_index.tolist() == [0, 2, 3]
     varlen = packing([3, 1], "varlen")
-    assert varlen.starts is not None and (varlen.starts.tolist(), varlen.starts.dtype) == (
+    assert varlen.cu_seqlens is not None and (
+        varlen.cu_seqlens.tolist(),
+        varlen.cu_seqlens.dtype,
+    ) == (
         [0, 3, 4],
         torch.int32,
     )
 
 
 def test_buckets_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_cpu, "LANES", 2)
-    layout = attention_cpu.Layout([4, 3, 2], heads=1)
+    monkeypatch.setattr(cpu_attention, "SIMD_WIDTH", 2)
+    layout = cpu_attention.BucketLayout([4, 3, 2], heads=1)
     assert [(bucket.first, bucket.lengths, bucket.longest) for bucket in layout.buckets] == [
         (0, (4, 3), 4),
         (2, (2,), 2),
     ]
-    assert layout.cells.tolist() == [
+    assert layout.pad_index.tolist() == [
         0,
         1,
         2,
@@ -252,10 +259,12 @@ def test_buckets_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         7,
         8,
     ]  # the place behind the second text's end holds its first token
-    assert layout.back.tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9]
-    assert layout.pads is not None and layout.pads.tolist() == [7]
-    monkeypatch.setattr(attention_cpu, "SCORES", 20)
-    assert [bucket.lengths for bucket in attention_cpu.Layout([4, 3, 2], heads=1).buckets] == [
+    assert layout.unpad_index.tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9]
+    assert layout.padding is not None and layout.padding.tolist() == [7]
+    monkeypatch.setattr(cpu_attention, "MAX_SCORES_PER_BUCKET", 20)
+    assert [
+        bucket.lengths for bucket in cpu_attention.BucketLayout([4, 3, 2], heads=1).buckets
+    ] == [
         (4,),
         (3,),
         (2,),
@@ -264,7 +273,7 @@ def test_buckets_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("scores", [1, 100, 1 << 20])
 def test_the_size_of_buckets_changes_nothing(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_cpu, "SCORES", scores)
+    monkeypatch.setattr(cpu_attention, "MAX_SCORES_PER_BUCKET", scores)
     rows = rows_of(sum(LENGTHS))
     torch.testing.assert_close(
         attend(rows, LENGTHS, "buckets"), written_out(rows, LENGTHS, None), rtol=0, atol=1e-12
@@ -358,7 +367,7 @@ def test_flash_is_asked_for_what_it_documents(
 
 def with_noise(rows: list[Tensor], lengths: list[int], numbers: list[int]) -> list[Tensor]:
     """(L, H, D) a text."""
-    here = replace(packing(lengths), noise=DropoutMasks(numbers, lengths))
+    here = replace(packing(lengths), dropout_masks=DropoutMasks(numbers, lengths))
     return list(
         packed_attention(nn.Identity(), *rows, None, packing=here, dropout=0.4)[0][0].split(lengths)
     )
@@ -403,7 +412,7 @@ def test_attention_without_a_packing_is_refused() -> None:
     ):
         with pytest.raises(
             AssertionError,
-            match=r"^bertdist's attention was called outside of bertdist\.classifier$",
+            match=r"^attention 'bertdist_packed' needs a packing and no mask: call the model through ",
         ):
             packed_attention(nn.Identity(), q, k, v, mask, packing=here)
 
@@ -420,5 +429,5 @@ def test_a_model_with_our_attention_cannot_be_called_padded_by_mistake(tiny_mode
         tiny_model, attn_implementation=NAME
     ).eval()
     ids, mask = torch.tensor([[2, 5, 3], [2, 3, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
-    with pytest.raises(AssertionError, match="outside of bertdist"):
+    with pytest.raises(AssertionError, match="needs a packing and no mask"):
         model(input_ids=ids, attention_mask=mask)

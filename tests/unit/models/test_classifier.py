@@ -30,7 +30,6 @@ from bertdist.data.records import records_of
 from bertdist.data.sharding import MapLoader
 from bertdist.data.tokenization import Example, encode, open_examples
 from bertdist.models import attention
-from bertdist.models import cpu_attention as attention_cpu
 from bertdist.models.classifier import (
     Classifier,
     load_classifier,
@@ -337,7 +336,7 @@ def test_other_architectures_give_the_answers_of_each_text_alone(kind: str, tmp_
     model, notes = other(kind, tmp_path)
     said = {
         False: f"Models of type {kind!r} run padded to the longest text of a micro-batch; the results are the same.",
-        True: f"Models of type {kind!r} give other answers when they are padded, so only texts of one length run together.",
+        True: f"Padding changes the predictions of models of type {kind!r}: only texts of equal length run together.",
     }
     assert notes == [said[kind in READERS]]
     has_segments = kind in ("roformer", "funnel", "fnet", "xlnet")
@@ -379,9 +378,9 @@ def test_padding_that_is_not_masked_is_seen(
 ) -> None:
     model, _ = other(kind, tmp_path)
     expected = model(batch_by_hand(False))
-    real = attention.grid
+    real = attention.padded_layout
     monkeypatch.setattr(
-        attention, "grid", lambda lengths: (real(lengths)[0], real(lengths)[1] | True)
+        attention, "padded_layout", lambda lengths: (real(lengths)[0], real(lengths)[1] | True)
     )
     assert (model(batch_by_hand(False)) - expected).abs().max() > 0.01  # the control
     assert load(tmp_path, max_length=32)[
@@ -434,7 +433,7 @@ def test_gradient_checkpointing_that_cannot_take_effect_is_an_error(tmp_path: Pa
     other("roformer", tmp_path / "roformer", gradient_checkpointing=True)
     with pytest.raises(
         ConfigError,
-        match=r"^--gradient_checkpointing cannot take effect: transformers has none for mpnet\.$",
+        match=r"^--gradient_checkpointing cannot take effect: transformers does not support it for mpnet\.$",
     ):
         other("mpnet", tmp_path / "mpnet", gradient_checkpointing=True)
 
@@ -469,8 +468,10 @@ def test_dropout_takes_effect_everywhere(
     assert not [module for module in model.modules() if isinstance(module, nn.Dropout)]
     assert model.model.config.attention_probs_dropout_prob == 0.25
     asked: list[float] = []
-    real = attention_cpu.attend
-    monkeypatch.setattr(attention_cpu, "attend", lambda *args: asked.append(args[6]) or real(*args))
+    real = attention.bucketed_attention
+    monkeypatch.setattr(
+        attention, "bucketed_attention", lambda *args: asked.append(args[6]) or real(*args)
+    )
     batch, found = packed(tokenizer, None), []
     for step in (0, 0, 1):
         seed_dropout(0, step, 0)
@@ -680,9 +681,9 @@ def test_a_folder_that_is_not_there_is_one_line_with_its_neighbour(copy: Path) -
 
 def test_a_name_that_the_hub_does_not_give_is_one_line() -> None:
     message = complaint("no-such-owner/model")
-    assert "neither a folder here nor a model that the hub gave" in message
+    assert "neither a folder here nor a model on the Hub" in message
     assert (
-        "Without a network, give a folder that holds config.json, model.safetensors and the tokenizer;"
+        "Offline, give a folder that holds config.json, model.safetensors and the tokenizer;"
         in message
     )
 

@@ -154,7 +154,7 @@ def test_a_mask_that_is_not_the_rows_is_seen(
     eager, model = load(dropout=0.3), load(dropout=0.3)
     expected = gradients(eager)
     compile_layers(model, HERE, "aot_eager")
-    monkeypatch.setattr(dropout, "_mask", lambda noise, shape, p: torch.rand(shape) >= p)
+    monkeypatch.setattr(dropout, "_keep_mask", lambda masks, shape, p: torch.rand(shape) >= p)
     assert far(gradients(model), expected) > 0.01
 
 
@@ -298,11 +298,11 @@ def test_what_does_not_compile_runs_eagerly(
 def test_a_family_that_is_not_told_apart_runs_eagerly(
     load: Callable[..., Classifier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(ARCHITECTURES, "bert", replace(ARCHITECTURES["bert"], rest=None))
+    monkeypatch.setitem(ARCHITECTURES, "bert", replace(ARCHITECTURES["bert"], after_attention=None))
     said = compile_layers(load(), HERE, counting := Counting())
     assert said == (
         "--torch_compile cannot take effect, the layers run eagerly: "
-        "families.py does not say what follows attention in models of type 'bert'."
+        "models of type 'bert' have no layers that can be compiled."
     )
     monkeypatch.delitem(ARCHITECTURES, "bert")
     assert compile_layers(load(), HERE, counting) == said

@@ -1,6 +1,6 @@
 """DeBERTa's own parts: rows of the table by distance, groups of texts, and that nothing is as large as all pairs of tokens.
 
-That its logits and gradients are those of the padded model: tests/unit/test_families.py.
+That its logits and gradients are those of the padded model: tests/unit/models/test_architectures.py.
 """
 
 from typing import Any
@@ -56,7 +56,7 @@ def logits_of(model: Any, lengths: list[int]) -> Tensor:
 
 def test_the_rows_of_a_short_table_by_hand() -> None:
     encoder = model_of(position_buckets=-1, max_relative_positions=3).deberta.encoder
-    rows, low, high = deberta._Distances(encoder).rows(5, CPU)
+    rows, low, high = deberta._RelativePositions(encoder).rows(5, CPU)
     assert (low, high) == (
         0,
         6,
@@ -75,7 +75,7 @@ def test_rows_are_those_of_hugging_face(buckets: int, longest_distance: int) -> 
     encoder = model_of(
         position_buckets=buckets, max_relative_positions=longest_distance
     ).deberta.encoder
-    distances = deberta._Distances(encoder)
+    distances = deberta._RelativePositions(encoder)
     table = encoder.rel_embeddings.num_embeddings
     for longest in (7, 3, 100, 1, 64, 65, 300):  # in any order
         rows, low, high = distances.rows(longest, CPU)
@@ -103,13 +103,13 @@ def test_only_the_rows_that_are_asked_for_are_projected() -> None:
 
 def test_groups_by_hand() -> None:
     for kernel, expected in (("buckets", [slice(0, 1), slice(1, 3)]), ("padded", [slice(None)])):
-        texts = deberta._Texts(packing_of([20, 3, 2], kernel), None, CPU)  # type: ignore[arg-type]
+        texts = deberta._Batch(packing_of([20, 3, 2], kernel), None, CPU)  # type: ignore[arg-type]
         assert [group.texts for group in texts.groups] == expected
-    last = deberta._Texts(packing_of([20, 3, 2]), None, CPU).groups[-1]
-    assert last.places.tolist() == [[20, 21, 22], [23, 24, 0]]
-    assert last.real.tolist() == [[True, True, True], [True, True, False]]
-    assert last.cells.tolist() == [0, 1, 2, 3, 4]
-    assert last.lay_out(torch.arange(25.0)[None, :, None])[1, :2, 0].tolist() == [23, 24]
+    last = deberta._Batch(packing_of([20, 3, 2]), None, CPU).groups[-1]
+    assert last.pad_index.tolist() == [[20, 21, 22], [23, 24, 0]]
+    assert last.mask.tolist() == [[True, True, True], [True, True, False]]
+    assert last.unpad_index.tolist() == [0, 1, 2, 3, 4]
+    assert last.pad(torch.arange(25.0)[None, :, None])[1, :2, 0].tolist() == [23, 24]
 
 
 class Largest(TorchDispatchMode):

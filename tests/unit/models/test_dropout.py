@@ -13,8 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bertdist.models import dropout
-from bertdist.models.cpu_attention import Layout
-from bertdist.models.dropout import Dropout, DropoutMasks, replace_dropouts, scale_of, seed_dropout
+from bertdist.models.cpu_attention import BucketLayout
+from bertdist.models.dropout import (
+    Dropout,
+    DropoutMasks,
+    keep_scale,
+    replace_dropouts,
+    seed_dropout,
+)
 
 LENGTHS, ROWS = [5, 3, 1], [7, 0, 2]
 WIDTH, HEADS = 24, 2
@@ -27,8 +33,8 @@ def seeded() -> None:
 
 def drawn(row: int, sizes: Sequence[int] = (512, 512), p: float = 0.5) -> list[Tensor]:
     """One text's masks at some sites."""
-    noise = DropoutMasks([row], [1])
-    return [noise.keep([size], p) for size in sizes]
+    masks = DropoutMasks([row], [1])
+    return [masks.draw([size], p) for size in sizes]
 
 
 # ---- Noise
@@ -36,16 +42,16 @@ def drawn(row: int, sizes: Sequence[int] = (512, 512), p: float = 0.5) -> list[T
 
 def test_a_texts_bits_do_not_depend_on_its_company() -> None:
     sizes = [[5, 8, 3], [16, 2, 40]]  # of three texts, at two sites
-    alone = [[DropoutMasks([row], [1]).keep([sizes[0][i]], 0.5) for i, row in enumerate(ROWS)]]
-    noise = DropoutMasks(ROWS, LENGTHS)
-    raise_on_all_ranks = [noise.keep(size, 0.5).split(size) for size in sizes]
+    alone = [[DropoutMasks([row], [1]).draw([sizes[0][i]], 0.5) for i, row in enumerate(ROWS)]]
+    masks = DropoutMasks(ROWS, LENGTHS)
+    raise_on_all_ranks = [masks.draw(size, 0.5).split(size) for size in sizes]
     assert all(torch.equal(a, b) for a, b in zip(raise_on_all_ranks[0], alone[0], strict=True))
     order = [2, 0, 1]
     other = DropoutMasks([ROWS[i] for i in order], [LENGTHS[i] for i in order])
     for site, size in enumerate(sizes):
         for i, part in zip(
             order,
-            other.keep([size[i] for i in order], 0.5).split([size[i] for i in order]),
+            other.draw([size[i] for i in order], 0.5).split([size[i] for i in order]),
             strict=True,
         ):
             assert torch.equal(part, raise_on_all_ranks[site][i])
@@ -82,7 +88,7 @@ def test_the_rate_is_met(p: float) -> None:
     error = math.sqrt(p * (1 - p) / size)
     assert abs(lost - p) < 5 * error
     assert abs(lost - 1.02 * p) > 5 * error  # the control: a fiftieth more would be seen
-    assert scale_of(p) == pytest.approx(1 / (1 - p), rel=1e-3 * (p / (1 - p)))
+    assert keep_scale(p) == pytest.approx(1 / (1 - p), rel=1e-3 * (p / (1 - p)))
 
 
 def test_neighbours_are_independent() -> None:
@@ -92,29 +98,29 @@ def test_neighbours_are_independent() -> None:
 
 
 def test_nothing_and_everything() -> None:
-    assert drawn(1, [1000], 0.0)[0].all() and scale_of(0.0) == 1
+    assert drawn(1, [1000], 0.0)[0].all() and keep_scale(0.0) == 1
     assert not drawn(1, [1000], 1.0)[0].any()
     x = torch.randn(1, sum(LENGTHS), WIDTH)
     for p, expected in ((0.0, x), (1.0, torch.zeros_like(x))):
         assert torch.equal(layer(p)(x), expected)
-    assert scale_of(0.5) == 2
+    assert keep_scale(0.5) == 2
 
 
 def test_what_is_of_no_text_is_the_same_for_all() -> None:
     tables = [
-        DropoutMasks(rows, lengths).keep_common(500, 0.5)
+        DropoutMasks(rows, lengths).draw_shared(500, 0.5)
         for rows, lengths in ((ROWS, LENGTHS), ([9], [4]), ([-1], [2]))
     ]
     assert torch.equal(tables[0], tables[1]) and torch.equal(tables[0], tables[2])
     assert not any(torch.equal(tables[0], drawn(row, [500])[0]) for row in (-1, 0, 1))
-    noise = DropoutMasks(ROWS, LENGTHS)
-    assert not torch.equal(noise.keep_common(500, 0.5), noise.keep_common(500, 0.5))  # another site
+    masks = DropoutMasks(ROWS, LENGTHS)
+    assert not torch.equal(masks.draw_shared(500, 0.5), masks.draw_shared(500, 0.5))  # another site
     seed_dropout(3, 5, 0)
-    assert not torch.equal(DropoutMasks(ROWS, LENGTHS).keep_common(500, 0.5), tables[0])
+    assert not torch.equal(DropoutMasks(ROWS, LENGTHS).draw_shared(500, 0.5), tables[0])
 
 
-def draws(noise: DropoutMasks) -> list[Tensor]:
-    return [noise.keep([100, 101, 102], 0.5), noise.keep_common(100, 0.5)]
+def draws(masks: DropoutMasks) -> list[Tensor]:
+    return [masks.draw([100, 101, 102], 0.5), masks.draw_shared(100, 0.5)]
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -122,27 +128,27 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def test_what_is_computed_again_loses_the_same() -> None:
-    noise, plain = DropoutMasks(ROWS, LENGTHS), DropoutMasks(ROWS, LENGTHS)
-    assert same(draws(noise), draws(plain))
-    first, again = noise.replayed()
+    masks, plain = DropoutMasks(ROWS, LENGTHS), DropoutMasks(ROWS, LENGTHS)
+    assert same(draws(masks), draws(plain))
+    first, again = masks.replay_contexts()
     with first:
-        inside = draws(noise)
+        inside = draws(masks)
     assert same(inside, draws(plain))
-    after = draws(noise)
+    after = draws(masks)
     with again:
-        assert same(draws(noise), inside)
-        draws(noise)  # however much is drawn there
+        assert same(draws(masks), inside)
+        draws(masks)  # however much is drawn there
     assert same(after, draws(plain))
-    assert same(draws(noise), draws(plain))  # and what comes next is as if nothing had been
-    assert not same(draws(noise), inside)  # the control: no second context, other masks
+    assert same(draws(masks), draws(plain))  # and what comes next is as if nothing had been
+    assert not same(draws(masks), inside)  # the control: no second context, other masks
 
 
 # ---- Dropout
 
 
 def layer(p: float = 0.4, rows: list[int] = ROWS, lengths: list[int] = LENGTHS) -> Dropout:
-    noise = DropoutMasks(rows, lengths)
-    return Dropout(p, lambda: noise).train()
+    masks = DropoutMasks(rows, lengths)
+    return Dropout(p, lambda: masks).train()
 
 
 def padded(x: Tensor, lengths: list[int]) -> Tensor:
@@ -162,20 +168,20 @@ def test_padded_texts_lose_what_packed_ones_lose(lengths: list[int], sites: int)
         x = torch.randn(1, sum(lengths), WIDTH, dtype=torch.float64)
         found = one(x)
         assert torch.equal(real(other(padded(x, lengths)), lengths), found)
-        assert torch.equal(found, torch.where(found == 0, 0.0, x * scale_of(0.4)))
+        assert torch.equal(found, torch.where(found == 0, 0.0, x * keep_scale(0.4)))
 
 
 def test_a_packed_mask_by_the_noise_itself() -> None:
     x = torch.randn(1, sum(LENGTHS), WIDTH)
-    keep = DropoutMasks(ROWS, LENGTHS).keep([length * WIDTH for length in LENGTHS], 0.4).view_as(x)
-    assert torch.equal(layer()(x), x * (keep * torch.tensor(scale_of(0.4))))
+    keep = DropoutMasks(ROWS, LENGTHS).draw([length * WIDTH for length in LENGTHS], 0.4).view_as(x)
+    assert torch.equal(layer()(x), x * (keep * torch.tensor(keep_scale(0.4))))
     assert not torch.equal(layer(rows=[7, 0, 3])(x), layer()(x))  # the control: another row
 
 
 @pytest.mark.parametrize("shape", [(3, WIDTH), (3, 1, WIDTH), (1, 3, WIDTH)])
 def test_first_tokens_lose_what_their_texts_draw(shape: tuple[int, ...]) -> None:
     x = torch.ones(shape)
-    expected = DropoutMasks(ROWS, LENGTHS).keep([WIDTH] * 3, 0.4)
+    expected = DropoutMasks(ROWS, LENGTHS).draw([WIDTH] * 3, 0.4)
     assert torch.equal(layer()(x).flatten() != 0, expected)
     alone = layer(rows=[0], lengths=[3])(torch.ones(1, WIDTH))
     assert torch.equal(layer()(x).flatten()[WIDTH : 2 * WIDTH], alone[0])  # the text of row 0
@@ -184,7 +190,9 @@ def test_first_tokens_lose_what_their_texts_draw(shape: tuple[int, ...]) -> None
 def test_attention_of_a_padded_model_loses_what_a_packed_one_loses() -> None:
     longest = max(LENGTHS)
     found = layer()(torch.ones(3, HEADS, longest, longest)) != 0
-    (keeps,) = Layout(LENGTHS, HEADS).keeps(DropoutMasks(ROWS, LENGTHS), 0.4, first_only=False)
+    (keeps,) = BucketLayout(LENGTHS, HEADS).draw_masks(
+        DropoutMasks(ROWS, LENGTHS), 0.4, first_only=False
+    )
     for text, packed, length in zip(found, keeps.unflatten(0, (3, HEADS)), LENGTHS, strict=True):
         assert torch.equal(text[:, :length, :length], packed[:, :length, :length])
     alone = layer(rows=[0], lengths=[3])(torch.ones(1, HEADS, 3, 3)) != 0
@@ -210,7 +218,7 @@ def test_the_gradient_goes_where_the_values_went() -> None:
     x = torch.randn(1, sum(LENGTHS), WIDTH, dtype=torch.float64, requires_grad=True)
     out = layer()(x)
     out.sum().backward()
-    assert x.grad is not None and torch.equal(x.grad, (out != 0).double() * scale_of(0.4))
+    assert x.grad is not None and torch.equal(x.grad, (out != 0).double() * keep_scale(0.4))
 
 
 def test_every_dropout_of_a_model_is_replaced_and_nothing_else() -> None:
@@ -221,15 +229,15 @@ def test_every_dropout_of_a_model_is_replaced_and_nothing_else() -> None:
         nn.Linear(4, 4), nn.Dropout(0.1), nn.Sequential(nn.Dropout(0.2), nn.LayerNorm(4)), Own(0.3)
     )
     names = list(model.state_dict())
-    noise = DropoutMasks(ROWS, LENGTHS)
-    replace_dropouts(model, lambda: noise)
+    masks = DropoutMasks(ROWS, LENGTHS)
+    replace_dropouts(model, lambda: masks)
     assert [module.p for module in model.modules() if isinstance(module, Dropout)] == [0.1, 0.2]
     assert [type(module) for module in model.modules() if isinstance(module, nn.Dropout)] == [Own]
     assert list(model.state_dict()) == names
     kept = model[1].train()(torch.ones(3, WIDTH))
-    assert torch.equal(kept != 0, DropoutMasks(ROWS, LENGTHS).keep([WIDTH] * 3, 0.1).view(3, WIDTH))
+    assert torch.equal(kept != 0, DropoutMasks(ROWS, LENGTHS).draw([WIDTH] * 3, 0.1).view(3, WIDTH))
 
 
 def test_sixteen_bits_are_enough_for_small_rates() -> None:
     for p in (1e-3, 0.01, 0.1, 0.3):
-        assert abs(dropout._dropped(p) / dropout._LEVELS - p) <= 1 / 131_072
+        assert abs(dropout._threshold(p) / dropout._LEVELS - p) <= 1 / 131_072

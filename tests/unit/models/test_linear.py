@@ -16,7 +16,8 @@ from bertdist.models import cpu_layers as linear
 from bertdist.models.cpu_layers import OneDnnLinear, use_onednn
 
 needs_onednn = pytest.mark.skipif(
-    not linear.available(), reason="this CPU or this torch has no faster product than nn.Linear's"
+    not linear.onednn_available(),
+    reason="this CPU or this torch has no faster product than nn.Linear's",
 )
 
 
@@ -126,7 +127,7 @@ def test_small_layers_and_other_machines_stay_as_they_are(monkeypatch: pytest.Mo
     small = nn.Sequential(nn.Linear(8, 16))
     use_onednn(small)
     assert type(small[0]) is nn.Linear
-    monkeypatch.setattr(linear, "available", lambda: False)
+    monkeypatch.setattr(linear, "onednn_available", lambda: False)
     assert type(layers()[0]) is nn.Linear
 
 
@@ -135,7 +136,7 @@ def test_a_torch_without_the_operator_is_seen(monkeypatch: pytest.MonkeyPatch) -
         raise AttributeError("_linear_pointwise")
 
     monkeypatch.setattr(linear, "_product", missing)
-    assert not linear.available()
+    assert not linear.onednn_available()
 
 
 @needs_onednn

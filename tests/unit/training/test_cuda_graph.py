@@ -372,7 +372,7 @@ def recorded(take: Callable[[], Taken], device: torch.device) -> tuple[Callable[
 def as_on_a_gpu(patch: Callable[[Any, str, Any], None]) -> None:
     patch(attention, "select_kernel", lambda *args: "varlen")
     patch(attention, "_varlen", attend_by_starts)
-    patch(Classifier, "_noise_of", lambda *args: None)  # dropout is torch's
+    patch(Classifier, "_make_masks", lambda *args: None)  # dropout is torch's
     patch(ReusedGradientEmbedding, "forward", nn.Embedding.forward)
     patch(nonfinite, "is_on_cpu", lambda tensor: False)
 
