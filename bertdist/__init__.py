@@ -3,15 +3,38 @@
 The public API. Names are loaded when they are first used, so `import bertdist` imports no torch and
 changes nothing in the process.
 
-    train(config)           fine-tune, or resume, in config.run.output_dir
-    read_config(arguments)  command-line arguments, and the file of --config -> TrainConfig
-    Predictor(folder)       a trained folder -> labels and probabilities of texts
-    load_classifier, create_train_loader, Evaluator      the parts, for a training loop of your own
-    BertdistError           base of all errors: ConfigError, DataError, ModelError, CheckpointError,
-                            RankLost, NonFiniteError
-    resource_folder(name)   where the accelerate configs and launch scripts are installed
+    train(config)             fine-tune, or resume, in config.run.output_dir
+    read_config(arguments)    command-line arguments, with the file of --config -> TrainConfig
+    Predictor(folder)         a trained folder -> labels and probabilities of texts
+    load_classifier, create_train_loader, Evaluator    the parts of a training loop, see below
+    BertdistError             base of all errors: ConfigError, DataError, ModelError,
+                              CheckpointError, RankLost, NonFiniteError
+    resource_folder(name)     where the accelerate configs and launch scripts are installed
 
 `bertdist.train` is the function; its module is `importlib.import_module("bertdist.train")`.
+
+A training loop of your own, exact on any number of devices (start it with `accelerate launch`):
+
+    config, accelerator = read_config(["--config", "run.yaml"]), Accelerator()
+    rows, eval_rows = load_splits(config)                           # bertdist.data.loading
+    stats = collect_stats(rows, config, accelerator, print)         # bertdist.data.stats
+    task = create_task(config.task, stats.labels, None)             # bertdist.data.stats
+    tokenizer = load_tokenizer(config.model)                        # bertdist.data.tokenization
+    loader = create_train_loader(rows, stats, tokenizer, task, config, accelerator)
+    classifier, notes = load_classifier(config.model, task)         # N texts -> logits (N, labels)
+    model, optimizer = accelerator.prepare(classifier, AdamW(classifier.parameters(), lr=1e-3))
+    for step in loader.steps(0, loader.steps_per_epoch):            # one epoch
+        for batch in step.share:                                    # this rank's micro-batches
+            last = batch is step.share[-1]
+            with nullcontext() if last else accelerator.no_sync(model):
+                batch = batch.to(accelerator.device)
+                loss = task.loss(model(batch), batch.targets, batch.weights)  # sum over rows
+                accelerator.backward(loss * accelerator.num_processes / step.rows)
+        optimizer.step()
+        optimizer.zero_grad()
+    eval_loader = create_eval_loader(eval_rows, tokenizer, task, config, accelerator)
+    evaluator = Evaluator(config.task, task, config.data.task_name)
+    scores = evaluate_split(classifier, eval_loader, evaluator, accelerator).scores
 """
 
 import importlib
