@@ -113,7 +113,7 @@ def test_resource_folders_are_those_of_the_clone() -> None:
 def test_the_loop_of_the_docstring_trains(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One epoch of it: the first step's gradient makes the loss fall, and all rows are scored."""
+    """One epoch learns the labels, with several micro-batches per step."""
     assert bertdist.__doc__ is not None
     text = bertdist.__doc__.partition("A training loop of your own")[2].partition(":\n")[2]
     names = {name: getattr(bertdist, name) for name in bertdist.__all__}
