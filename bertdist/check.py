@@ -4,8 +4,8 @@
         --model_name_or_path google-bert/bert-base-uncased
     python -m bertdist.check --train_file train.tsv --output check.json --fix clean.parquet
 
-With --folds or --model it finds label issues instead (`data_quality.label_issues`). The exit code is 0 if
-nothing is worse than a warning; 1 if there are errors in the data, or for a user's mistake (one line).
+With --folds or --model it finds label issues instead (`data_quality.label_issues`). The exit code
+is 0 if nothing is worse than a warning, 1 if there are errors in the data or in the arguments.
 """
 
 import os

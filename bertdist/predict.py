@@ -5,8 +5,8 @@
     accelerate launch -m bertdist.predict --model out/best --input reviews.csv \
         --output predictions.jsonl  # on several devices
 
-or, in Python, `Predictor("out/best")(["A film to remember."])`. Results are in the order of the texts
-and do not depend on how they are batched.
+or, in Python, `Predictor("out/best")(["A film to remember."])`. Results are in the order of the
+texts and do not depend on how they are batched.
 """
 
 import os
@@ -42,8 +42,8 @@ from bertdist.training.evaluation import describe_nonfinite_rows, no_number, pre
 from bertdist.training.memory import find_tokens
 from bertdist.training.nonfinite import nonfinite_error
 
-# Rows that are sorted by length together: enough for texts of one length to share a micro-batch, few
-# enough for one device.
+# Rows that are sorted by length together: enough for texts of one length to share a micro-batch,
+# few enough for one device.
 ROWS_PER_WINDOW = 2048
 
 
@@ -58,8 +58,8 @@ class Predictor:
         predictor(["A film to remember."])         # [{"label": "positive", "score": 0.98}]
         predictor(["A premise."], ["A hypothesis."])  # if trained on text pairs
 
-    The device and precision are those of `accelerator`, by default what `accelerate launch` set, else
-    the GPU if there is one. Creating a Predictor changes no settings of the process.
+    The device and precision are those of `accelerator`, by default what `accelerate launch` set,
+    else the GPU if there is one. Creating a Predictor changes no settings of the process.
     """
 
     def __init__(
@@ -96,8 +96,8 @@ class Predictor:
         """Predict texts. pairs: the second text of each, for models trained on pairs.
 
         Returns one dict per text, in their order, with the keys of `transformers.pipeline`:
-        {"label": "positive", "score": 0.98}; multi-label: {"labels": [{"label", "score"}, ...]} with
-        every label above 0.5; regression: the score is the number.
+        {"label": "positive", "score": 0.98}; multi-label: {"labels": [{"label", "score"}, ...]}
+        with every label above 0.5; regression: the score is the number.
         Raises DataError if a text is not a string, NonFiniteError if a logit is not finite.
         """
         return self.predict_records(records_of(texts, pairs)) if len(texts) else []

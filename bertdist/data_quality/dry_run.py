@@ -7,7 +7,7 @@ and the padding saved, and an estimate of memory. Everything is computed by trai
 The memory estimate, in bytes (https://arxiv.org/abs/2205.05198 section 4.1, without what attention
 over short texts need not keep):
 
-- per parameter: weight 4, gradient 4, AdamW 8; in bf16 and fp16 another 2 for a half-precision copy;
+- per parameter: weight 4, gradient 4, AdamW 8; in bf16 and fp16 2 more for a half-precision copy;
 - activations per token and layer: e (8 hidden + 2 intermediate) + 2 hidden, where e is 4 in float32
   and 2 in half precision (each layer's input and its copy after the norm, Q, K, V, the attention
   output, and the feed-forward layer before and after its activation; the last term is two dropout

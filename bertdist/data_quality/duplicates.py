@@ -2,9 +2,10 @@
 
 `group_texts` numbers the texts of all splits; rows with equal numbers have equal texts.
 `check_duplicates` turns that into findings: `duplicates` counts the rows beyond the first of their
-text, `conflicting_labels` counts texts, and leaks count rows of the later split (validation, test).
+text, `conflicting_labels` counts texts, leaks count rows of the later split (validation, test).
 
-Near duplicates (1,000,000 sentences of 94 bytes: 21 CPU seconds, 2.5 GB; all from one template: 80):
+Near duplicates (1,000,000 sentences of 94 bytes: 21 CPU seconds and 2.5 GB; 80 seconds if all are
+from one template):
 
 1. Every text, in lower case with single spaces, is a set of shingles: its runs of 5 bytes. Bytes,
    because short sentences have too few words for a change of one not to look like another text, and
@@ -34,7 +35,7 @@ import pyarrow.compute as pc
 from bertdist.core.terminal import excerpt
 from bertdist.core.types import BoolArray, IntArray
 from bertdist.data.records import Records
-from bertdist.data_quality.findings import Example, Finding
+from bertdist.data_quality.findings import Example, Finding, FindingBuilder, Severity
 from bertdist.data_quality.label_checks import SplitLabels
 
 SHINGLE_BYTES = 5  # with 24 bits for the number of a pair a shingle fills 64
@@ -181,7 +182,7 @@ def _find_near_pairs(texts: pa.Array, splits: Sequence[IntArray], threshold: flo
 
 
 class _NearSearch:
-    """The state of the search: what was compared, and with what result. Indices are into `marked`."""
+    """What was compared so far, and with what result. Indices are into `marked`."""
 
     def __init__(
         self,
@@ -350,17 +351,18 @@ def check_duplicates(
 ) -> list[Finding]:
     """All findings on texts that occur more than once. splits, labels: by name, train first."""
     findings: list[Finding] = []
-    for name, records in splits.items():
-        findings += _find_repeats(name, records, groups, num_examples)
-        if (own := labels[name]) is not None:
-            findings += _find_conflicts(name, records, groups.exact[name], own, num_examples)
     names = list(splits)
+    for name, records in splits.items():
+        build = FindingBuilder(name, records.texts, num_examples)
+        findings += _find_repeats(build, records, groups)
+        if (own := labels[name]) is not None:
+            findings += _find_conflicts(build, records, groups.exact[name], own)
     for index, first in enumerate(names):
-        for second in names[index + 1 :]:
-            findings += _find_leaks(first, second, splits, groups, num_examples)
-    if groups.near is not None:
-        for index, first in enumerate(names):
-            for second in names[index:]:
+        for second in names[index:]:
+            if first != second:
+                build = FindingBuilder(f"{first}/{second}", splits[second].texts, num_examples)
+                findings += _find_leaks(build, first, second, splits, groups)
+            if groups.near is not None:
                 findings += _find_near(first, second, splits, labels, groups, num_examples)
     return findings
 
@@ -374,80 +376,71 @@ def _example(
     return Example(split=split, row=int(row), text=excerpt(text), note=note, like=like)
 
 
-def _find_repeats(
-    split: str, records: Records, groups: TextGroups, num_examples: int
-) -> list[Finding]:
-    exact = is_repeat(groups.exact[split])
-    alike = is_repeat(groups.normalized[split]) & ~exact
+def _find_repeats(build: FindingBuilder, records: Records, groups: TextGroups) -> list[Finding]:
+    exact, normalized = groups.exact[build.split], groups.normalized[build.split]
     findings = []
-    for kind, numbers, rows, title, meaning, advice in (
-        (
-            "duplicates",
-            groups.exact[split],
-            exact,
-            "duplicate texts",
-            "Rows beyond the first with the same text: these texts count several times.",
-            "Keep one of each (--fix does) unless the data really repeat that often.",
-        ),
-        (
-            "alike_texts",
-            groups.normalized[split],
-            alike,
-            "duplicate texts up to case and white space",
-            "An uncased model reads them as the same text.",
-            "None needed for a cased model; for an uncased one normalize them before --fix.",
-        ),
-    ):
+
+    def add(
+        kind: str, numbers: IntArray, rows: BoolArray, title: str, meaning: str, advice: str
+    ) -> None:
         if not rows.any():
-            continue
+            return
         texts, repeats = np.unique(numbers[rows], return_counts=True)
         examples = []
-        for text in texts[np.argsort(-repeats, kind="stable")][:num_examples]:
+        for text in texts[np.argsort(-repeats, kind="stable")][: build.num_examples]:
             same = np.flatnonzero(numbers == text)
-            examples.append(_example(split, records, same[0], f"{len(same)} times"))
-        findings.append(
-            Finding(
-                kind=kind,
-                severity="warning" if kind == "duplicates" and rows.mean() >= 0.01 else "note",
-                split=split,
-                title=title,
-                count=int(rows.sum()),
-                total=len(records),
-                meaning=meaning,
-                advice=advice,
-                examples=tuple(examples),
-                details={"texts": len(texts), "most_times": int(repeats.max()) + 1},
-            )
+            examples.append(_example(build.split, records, same[0], f"{len(same)} times"))
+        severity: Severity = "warning" if kind == "duplicates" and rows.mean() >= 0.01 else "note"
+        finding = build(
+            kind,
+            severity,
+            title,
+            np.flatnonzero(rows),
+            meaning,
+            advice,
+            examples=tuple(examples),
+            details={"texts": len(texts), "most_times": int(repeats.max()) + 1},
         )
+        findings.append(finding)
+
+    title = "duplicate texts"
+    meaning = "Rows beyond the first with the same text: these texts count several times."
+    advice = "Keep one of each (--fix does) unless the data really repeat that often."
+    repeats = is_repeat(exact)
+    add("duplicates", exact, repeats, title, meaning, advice)
+    title = "duplicate texts up to case and white space"
+    meaning = "An uncased model reads them as the same text."
+    advice = "None needed for a cased model; for an uncased one normalize them before --fix."
+    add("alike_texts", normalized, is_repeat(normalized) & ~repeats, title, meaning, advice)
     return findings
 
 
 def _find_conflicts(
-    split: str, records: Records, numbers: IntArray, labels: SplitLabels, num_examples: int
+    build: FindingBuilder, records: Records, numbers: IntArray, labels: SplitLabels
 ) -> list[Finding]:
     texts = conflicting_texts(numbers, labels)
     if not len(texts):
         return []
     examples: list[Example] = []
-    for text in texts[:num_examples]:
+    for text in texts[: build.num_examples]:
         rows = np.flatnonzero(numbers == text)
         _, firsts = np.unique(labels.codes[rows], return_index=True)
         two = rows[np.sort(firsts)][:2]
-        examples += [_example(split, records, row, labels.name(row)) for row in two]
+        examples += [_example(build.split, records, row, labels.name(row)) for row in two]
     meaning = "The rows of such a text teach opposite answers, and no model can score on all."
     if labels.numbers is not None:
         meaning = "Numbers of one text that differ by more than a quarter of the full range."
     return [
-        Finding(
-            kind="conflicting_labels",
-            severity="warning",
-            split=split,
-            title="texts with contradicting labels",
+        build(
+            "conflicting_labels",
+            "warning",
+            "texts with contradicting labels",
+            [],
+            meaning,
+            "Correct them by hand; --fix drops all their rows.",
             count=len(texts),
             total=len(np.unique(numbers)),
             unit="texts",
-            meaning=meaning,
-            advice="Correct them by hand; --fix drops all their rows.",
             examples=tuple(examples),
             details={"rows": int(np.isin(numbers, texts).sum())},
         )
@@ -455,44 +448,39 @@ def _find_conflicts(
 
 
 def _find_leaks(
-    first: str, second: str, splits: Mapping[str, Records], groups: TextGroups, num_examples: int
+    build: FindingBuilder,
+    first: str,
+    second: str,
+    splits: Mapping[str, Records],
+    groups: TextGroups,
 ) -> list[Finding]:
+    meaning = f"The best weights are chosen on {first}, which has these rows of {second}."
+    advice = f"Remove them from {first}."
     if first == "train":
         meaning = (
             f"The model was trained on these {second} rows: the score of {second} is too good. An "
             f"error from {LEAK_ERROR_SHARE:.0%} of the rows on."
         )
         advice = "Remove them from train (--fix does)."
-    else:
-        meaning = f"The best weights are chosen on {first}, which has these rows of {second}."
-        advice = f"Remove them from {first}."
     exact = np.isin(groups.exact[second], groups.exact[first])
     alike = np.isin(groups.normalized[second], groups.normalized[first]) & ~exact
+    title = f"rows of {second} that are also in {first}"
     findings = []
-    for kind, numbers, rows, suffix in (
+    for kind, numbers, leaked, suffix in (
         ("leaks", groups.exact, exact, ""),
         ("alike_leaks", groups.normalized, alike, " up to case and white space"),
     ):
-        if not rows.any():
+        rows = np.flatnonzero(leaked)
+        if not len(rows):
             continue
         examples = []
-        for row in np.flatnonzero(rows)[:num_examples]:
+        for row in rows[: build.num_examples]:
             like = (first, int(np.argmax(numbers[first] == numbers[second][row])))
             examples.append(_example(second, splits[second], row, like=like))
-        error = first == "train" and rows.mean() >= LEAK_ERROR_SHARE
-        findings.append(
-            Finding(
-                kind=kind,
-                severity="error" if error else "warning",
-                split=f"{first}/{second}",
-                title=f"rows of {second} that are also in {first}{suffix}",
-                count=int(rows.sum()),
-                total=len(rows),
-                meaning=meaning,
-                advice=advice,
-                examples=tuple(examples),
-            )
-        )
+        error = first == "train" and leaked.mean() >= LEAK_ERROR_SHARE
+        severity: Severity = "error" if error else "warning"
+        shown: dict[str, Any] = {"examples": tuple(examples)}
+        findings.append(build(kind, severity, title + suffix, rows, meaning, advice, **shown))
     return findings
 
 
@@ -505,9 +493,8 @@ def _find_near(
     num_examples: int,
 ) -> list[Finding]:
     """Rows of `second` that are near duplicates of rows of `first`, which may be the same split."""
-    within = first == second
     partner = near_duplicate_rows(groups, second, first)
-    if not within:  # without rows that are reported as leaks
+    if first != second:  # without rows that are reported as leaks
         partner[np.isin(groups.normalized[second], groups.normalized[first])] = -1
     rows = np.flatnonzero(partner >= 0)
     if not len(rows):
@@ -523,31 +510,21 @@ def _find_near(
         meaning += (
             f"; {details['with_another_label']:,} have another label than their near duplicate"
         )
+    meaning += "."
+    examples = _near_examples(first, second, rows, partner, splits, num_examples)
+    shown: dict[str, Any] = {"examples": examples, "details": details}
+    if first == second:
+        build = FindingBuilder(first, splits[first].texts, num_examples)
+        advice = "Check for templates or copies; --fix_kinds near_duplicates keeps one of each."
+        kind, title = "near_duplicates", "near duplicates"
+        return [build(kind, "note", title, rows, meaning, advice, **shown)]
+    build = FindingBuilder(f"{first}/{second}", splits[second].texts, num_examples)
     title = f"rows of {second} that are near duplicates of rows of {first}"
     advice = (
         f"Check whether {second} still tests something new; --fix_kinds near_leaks drops such rows "
         f"of {first}."
     )
-    if within:
-        title = "near duplicates"
-        advice = (
-            "Check whether they are templates or copies; --fix_kinds near_duplicates keeps one of "
-            "each."
-        )
-    return [
-        Finding(
-            kind="near_duplicates" if within else "near_leaks",
-            severity="note" if within else "warning",
-            split=first if within else f"{first}/{second}",
-            title=title,
-            count=len(rows),
-            total=len(partner),
-            meaning=f"{meaning}.",
-            advice=advice,
-            examples=_near_examples(first, second, rows, partner, splits, num_examples),
-            details=details,
-        )
-    ]
+    return [build("near_leaks", "warning", title, rows, meaning, advice, **shown)]
 
 
 def _near_examples(

@@ -1,7 +1,7 @@
 """Findings: what the data checks report, one problem in one split each.
 
-A check calls a `FindingBuilder` with the rows that have a problem and gets a `Finding`, with the first of these rows as
-examples. `ranked` sorts findings by importance.
+A check calls a `FindingBuilder` with the rows that have a problem and gets a `Finding`, with the
+first of these rows as examples. `ranked` sorts findings by importance.
 """
 
 import re
@@ -93,8 +93,9 @@ class FindingBuilder:
         note: row -> the note of its example. pattern: excerpts start shortly before its first
         match. fields: further fields of Finding; count and total default to these and all rows.
         """
-        examples = self.examples(rows, note, pattern)
-        fields = {"count": len(rows), "total": len(self.texts), "examples": examples, **fields}
+        fields = {"count": len(rows), "total": len(self.texts), **fields}
+        if "examples" not in fields:
+            fields["examples"] = self.examples(rows, note, pattern)
         return Finding(
             kind=kind,
             severity=severity,

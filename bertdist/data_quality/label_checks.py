@@ -1,13 +1,14 @@
 """The labels of all splits in one numbering, and checks on them.
 
-As in training, a label is its name: 1, "1" and a class named 1 are the same label. Checked are label
-frequencies, labels that one split has and another lacks, rows without a label, and numbers.
+As in training, a label is its name: 1, "1" and a class named 1 are the same label. Checked are
+label frequencies, labels that only some splits have, rows without a label, and numbers.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from bertdist.core.errors import did_you_mean
 from bertdist.core.terminal import excerpt
 from bertdist.core.types import IntArray
 from bertdist.data.records import Records
-from bertdist.data_quality.findings import Finding, FindingBuilder
+from bertdist.data_quality.findings import Finding, FindingBuilder, Rows, Severity
 
 RARE_ROWS = 10  # a label with fewer training rows is reported
 IMBALANCE = 10.0  # rows of the most frequent label / rows of the rarest
@@ -105,17 +106,9 @@ def check_labels(
     for name, records in splits.items():
         build, own = FindingBuilder(name, records.texts, num_examples), labels[name]
         if own is None:
-            findings.append(
-                build(
-                    "no_labels",
-                    "note",
-                    "rows without labels",
-                    range(len(records)),
-                    "They were not compared with the labels of train.",
-                    "None needed for rows to predict.",
-                    examples=(),
-                )
-            )
+            title, advice = "rows without labels", "None needed for rows to predict."
+            meaning, rows = "They were not compared with the labels of train.", range(len(records))
+            findings.append(build("no_labels", "note", title, rows, meaning, advice, examples=()))
             continue
         if own.numbers is not None:
             findings += _check_numbers(build, own.numbers, train)
@@ -131,86 +124,61 @@ def check_labels(
 def _check_train_labels(build: FindingBuilder, labels: SplitLabels) -> list[Finding]:
     counts, num_rows = labels.counts(), len(labels.codes)
 
-    if not counts or (len(counts) < 2 and not labels.multi):
+    def finding(
+        kind: str,
+        severity: Severity,
+        title: str,
+        names: Sequence[str],
+        meaning: str,
+        advice: str,
+        **fields: Any,
+    ) -> Finding:
+        """With the first row of each of some labels as examples."""
+        rows = labels.first_rows(names[: build.num_examples])
+        return build(kind, severity, title, rows, meaning, advice, note=labels.name, **fields)
+
+    names = list(counts)
+    if not names or (len(names) < 2 and not labels.multi):
         title, advice = "no row has a label", "--label_column, --label_columns, --label_delimiter"
-        if counts:
+        if names:
             title = "all rows have one label"
             advice = "--label_column, and whether the file is sorted and was truncated"
-        return [
-            build(
-                "single_label",
-                "error",
-                title,
-                labels.first_rows(list(counts)[: build.num_examples]),
-                "There is nothing to learn.",
-                f"Check {advice}.",
-                note=labels.name,
-                count=num_rows,
-            )
-        ]
-    if not labels.multi and num_rows >= 20 and len(counts) > 0.5 * num_rows:
-        return [
-            build(
-                "labels_like_ids",
-                "error",
-                "nearly every row has its own label",
-                labels.first_rows(list(counts)[: build.num_examples]),
-                f"{len(counts):,} labels in {num_rows:,} rows: this is what a column of numbers, "
-                "names or texts looks like.",
-                "Check --label_column; numeric targets need --problem_type regression.",
-                note=labels.name,
-                count=len(counts),
-                unit="labels",
-            )
-        ]
+        meaning, advice = "There is nothing to learn.", f"Check {advice}."
+        return [finding("single_label", "error", title, names, meaning, advice, count=num_rows)]
+    if not labels.multi and num_rows >= 20 and len(names) > 0.5 * num_rows:
+        title = "nearly every row has its own label"
+        meaning = "This is what a column of numbers, names or texts looks like."
+        advice = "Check --label_column; numeric targets need --problem_type regression."
+        count = {"count": len(names), "unit": "labels"}
+        return [finding("labels_like_ids", "error", title, names, meaning, advice, **count)]
     findings = []
-    rare = [name for name in reversed(counts) if counts[name] < RARE_ROWS]
+    rare = [name for name in reversed(names) if counts[name] < RARE_ROWS]
     if rare:
-        findings.append(
-            build(
-                "rare_labels",
-                "warning",
-                f"labels with fewer than {RARE_ROWS} rows",
-                labels.first_rows(rare[: build.num_examples]),
-                "Too few to learn from or to score: "
-                f"{_list_labels([f'{excerpt(name, 30)!r} {counts[name]}' for name in rare])}.",
-                "Collect more, or merge labels.",
-                note=labels.name,
-                count=len(rare),
-                total=len(counts),
-                unit="labels",
-            )
-        )
+        title = f"labels with fewer than {RARE_ROWS} rows"
+        listed = _list_labels([f"{excerpt(name, 30)!r} {counts[name]}" for name in rare])
+        meaning = f"Too few to learn from or to score: {listed}."
+        advice = "Collect more, or merge labels."
+        count = {"count": len(rare), "total": len(names), "unit": "labels"}
+        findings.append(finding("rare_labels", "warning", title, rare, meaning, advice, **count))
     most, least = max(counts.values()), max(1, min(counts.values()))
     if most / least >= IMBALANCE:
-        findings.append(
-            build(
-                "imbalance",
-                "note",
-                f"the most frequent label has {most / least:,.0f} times the rows of the rarest",
-                [],
-                f"Always predicting {excerpt(next(iter(counts)), 30)!r} is right in "
-                f"{most / num_rows:.1%} of the rows: accuracy means little.",
-                "Use --metrics f1_macro, and try --class_weights balanced.",
-                count=most,
-            )
+        title = f"the most frequent label has {most / least:,.0f} times the rows of the rarest"
+        meaning = (
+            f"Always predicting {excerpt(names[0], 30)!r} is right in {most / num_rows:.1%} of the "
+            "rows: accuracy means little."
         )
+        advice = "Use --metrics f1_macro, and try --class_weights balanced."
+        findings.append(finding("imbalance", "note", title, [], meaning, advice, count=most))
     spellings: dict[str, list[str]] = {}
-    for name in counts:
+    for name in names:
         spellings.setdefault(" ".join(name.lower().split()), []).append(name)
-    for names in (names for names in spellings.values() if len(names) > 1):
-        listed = ", ".join(repr(excerpt(name, 30)) for name in names[:3])
+    for alike in (alike for alike in spellings.values() if len(alike) > 1):
+        listed = ", ".join(repr(excerpt(name, 30)) for name in alike[:3])
+        title = f"labels that differ only in case or white space: {listed}"
+        meaning, advice = "They are trained as different labels.", "Use one spelling."
+        rows = sum(counts[name] for name in alike[1:])
         findings.append(
-            build(
-                "labels_alike",
-                "warning",
-                f"labels that differ only in case or white space: {listed}",
-                labels.first_rows(names[: build.num_examples]),
-                "They are trained as different labels.",
-                "Use one spelling.",
-                note=labels.name,
-                count=sum(counts[name] for name in names[1:]),
-            )
+            finding("labels_alike", "warning", title, alike, meaning, advice, count=rows)
         )
     return findings
 
@@ -218,7 +186,7 @@ def _check_train_labels(build: FindingBuilder, labels: SplitLabels) -> list[Find
 def _compare_with_train(
     build: FindingBuilder, labels: SplitLabels, train: SplitLabels
 ) -> list[Finding]:
-    counts, known = labels.counts(), train.counts()
+    split, counts, known = build.split, labels.counts(), train.counts()
     numeric = train.numbers is not None
     findings = []
     unknown = [name for name in counts if (not _is_number(name) if numeric else name not in known)]
@@ -240,20 +208,14 @@ def _compare_with_train(
         )
     missing = [] if numeric else [name for name in known if name not in counts]
     if missing:
+        title = f"labels of train that {split} does not have"
         listed = _list_labels([repr(excerpt(name, 30)) for name in missing])
+        meaning = f"The score on {split} says nothing about {listed}."
+        advice = "Check whether the split was made at random."
+        fields: dict[str, Any] = {"count": len(missing), "total": len(known), "unit": "labels"}
+        details = {"labels": missing[:100]}
         findings.append(
-            build(
-                "missing_labels",
-                "note",
-                f"labels of train that {build.split} does not have",
-                [],
-                f"The score on {build.split} says nothing about {listed}.",
-                "Check whether the split was made at random.",
-                count=len(missing),
-                total=len(known),
-                unit="labels",
-                details={"labels": missing[:100]},
-            )
+            build("missing_labels", "note", title, [], meaning, advice, details=details, **fields)
         )
     return findings
 
@@ -263,40 +225,33 @@ def _check_unlabeled(build: FindingBuilder, labels: SplitLabels) -> list[Finding
     rows = np.flatnonzero(sizes == 0)
     if not len(rows):
         return []
-    return [
-        build(
-            "rows_without_a_label",
-            "warning" if len(rows) > len(sizes) / 2 else "note",
-            "rows that have none of the labels",
-            rows,
-            "A multi-label row may have none; labels per row: mean "
-            f"{sizes.mean():.2f}, maximum {sizes.max()}.",
-            "None needed if no label is a valid answer; else these rows were never labeled.",
-            details={"mean_labels": float(sizes.mean()), "most_labels": int(sizes.max())},
-        )
-    ]
+    severity: Severity = "warning" if len(rows) > len(sizes) / 2 else "note"
+    title, mean, most = "rows that have none of the labels", float(sizes.mean()), int(sizes.max())
+    meaning = f"A multi-label row may have none; labels per row: mean {mean:.2f}, maximum {most}."
+    advice = "None needed if no label is a valid answer; else these rows were never labeled."
+    details = {"mean_labels": mean, "most_labels": most}
+    kind = "rows_without_a_label"
+    return [build(kind, severity, title, rows, meaning, advice, details=details)]
 
 
 def _check_numbers(
     build: FindingBuilder, numbers: npt.NDArray[np.float64], train: SplitLabels
 ) -> list[Finding]:
-    def note(row: int) -> str:
-        return f"label {numbers[row]:g}"
+    findings = []
+
+    def add(
+        kind: str, severity: Severity, title: str, rows: Rows, meaning: str, advice: str
+    ) -> None:
+        def note(row: int) -> str:
+            return f"label {numbers[row]:g}"
+
+        findings.append(build(kind, severity, title, rows, meaning, advice, note=note))
 
     least, low, middle, high, most = np.quantile(numbers, [0, 0.25, 0.5, 0.75, 1])
     if build.split == "train" and least == most:
-        return [
-            build(
-                "single_label",
-                "error",
-                "all rows have one number",
-                range(len(numbers)),
-                "There is nothing to learn.",
-                "Check --label_column.",
-                note=note,
-            )
-        ]
-    findings = []
+        title, meaning = "all rows have one number", "There is nothing to learn."
+        add("single_label", "error", title, range(len(numbers)), meaning, "Check --label_column.")
+        return findings
     meaning = (
         f"Labels range from {least:g} to {most:g}, quartiles {low:g} and {high:g} (median "
         f"{middle:g})."
@@ -306,16 +261,15 @@ def _check_numbers(
     if len(outliers) and reach:
         outliers = outliers[np.argsort(-np.abs(numbers[outliers] - middle), kind="stable")]
         advice = "They dominate a squared error: correct or clip them."
-        title = "numbers far from all others"
-        findings.append(build("outliers", "warning", title, outliers, meaning, advice, note=note))
+        add("outliers", "warning", "numbers far from all others", outliers, meaning, advice)
     if build.split != "train" and train.numbers is not None:
         outside = np.flatnonzero((numbers < train.numbers.min()) | (numbers > train.numbers.max()))
         if len(outside):
-            advice = "Check whether both have the same scale."
-            title = "numbers outside the range of train"
-            findings.append(
-                build("outside_range", "warning", title, outside, meaning, advice, note=note)
+            title, advice = (
+                "numbers outside the range of train",
+                "Check whether both have the same scale.",
             )
+            add("outside_range", "warning", title, outside, meaning, advice)
     return findings
 
 

@@ -1,27 +1,28 @@
-"""Label issues: rows whose label is probably wrong, `python -m bertdist.check --folds` or `--model`.
+"""Label issues: rows whose label is probably wrong (`python -m bertdist.check --folds/--model`).
 
     python -m bertdist.check --folds 5 --model_name_or_path MODEL --train_file rows.tsv \
         --output_dir checked --output label_issues.jsonl
     python -m bertdist.check --model out/best --train_file rows.tsv --output label_issues.jsonl
 
-A model predicts every row; cleanlab's confident learning (https://jair.org/index.php/jair/article/view/12125)
-compares predictions and labels: a label is a likely error if the model is more confident in another
-label than it is, on average, in the rows that have that label. The measured precision of each ranking
-is in docs/decisions/0012-label-noise.md. A model learns wrong labels too, so predictions should come
-from a model that was not trained on the row. --folds does that by cross-validation:
+A model predicts every row, and cleanlab compares predictions and labels by confident learning
+(https://jair.org/index.php/jair/article/view/12125): a label is a likely error if the model is more
+confident in another label than it is, on average, in the rows that have that label. The measured
+precision of each ranking is in docs/decisions/0012-label-noise.md. A model learns wrong labels too,
+so the model should not have been trained on the row. --folds does that by cross-validation:
 
-1. Rows are assigned to folds stratified by label. Rows with the same text go to the same fold: a model
-   trained on one of them has seen all. The assignment is a pure function of texts, labels, seed and k.
-2. Run i trains on the rows outside fold i, written to folds/i/train.jsonl, with the task (kind, labels
-   in order) of all rows, so that all models have the same outputs. It is a run like any other, in
-   folds/i: it resumes after an interruption, and a finished run is not trained again.
-3. best/ of run i predicts the rows of fold i. No run has a validation split: choosing the best weights
-   would let labels of held-out rows in.
+1. Rows are assigned to folds stratified by label. Rows with the same text go to the same fold: a
+   model trained on one of them has seen all. The assignment is a pure function of texts, labels,
+   seed and k.
+2. Run i trains on the rows outside fold i, written to folds/i/train.jsonl, with the task (kind,
+   labels in order) of all rows, so that all models have the same outputs. It is a run like any
+   other, in folds/i: it resumes after an interruption, and a finished run is not trained again.
+3. best/ of run i predicts the rows of fold i. No run has a validation split: choosing the best
+   weights would let labels of held-out rows in.
 
 The result is a table of the rows of lowest label quality, and one JSON line per row, those first:
 
-    {"row": 7, "file": "rows.tsv", "line": 9, "label": "good", "suggested": "bad", "probability": 0.97,
-     "score": 0.03, "issue": true}
+    {"row": 7, "file": "rows.tsv", "line": 9, "label": "good", "suggested": "bad",
+     "probability": 0.97, "score": 0.03, "issue": true}
 
 label: as given; suggested: the prediction, and its probability; score: label quality from 0 to 1;
 issue: whether the label is a likely error. All ranks predict, rank 0 ranks and writes.
@@ -66,6 +67,8 @@ from bertdist.training.run_logger import RunLogger
 # Iglewicz and Hoaglin, "How to Detect and Handle Outliers", 1993
 OUTLIER = 3.5
 MAD_TO_STD = 1.4826  # median absolute deviation -> standard deviation of a normal distribution
+
+TRAIN_FILE = "train.jsonl"  # of a fold
 
 SHOWN_ROWS = 20
 SHOWN_PAIRS = 20
@@ -227,9 +230,9 @@ def _check_ranking(config: LabelIssueConfig, task: Task) -> None:
 def assign_folds(targets: Array, groups: Array, folds: int, seed: int) -> Array:
     """(N,) int64: the fold of each row.
 
-    targets: (N,) ids or numbers, or (N, O) 0/1; groups: (N,) int64, rows of one group stay together.
-    The folds have equally many groups of every label, to one; of multi-label rows the rarest labels
-    are balanced so; numbers are dealt from the smallest to the largest.
+    targets: (N,) ids or numbers, or (N, O) 0/1; groups: (N,) int64, rows of one group stay
+    together. The folds differ by at most one in the groups of a label; for multi-label rows that
+    holds for the rarest label; numbers are assigned in turn, from the smallest to the largest.
     """
     _, first, group_of_row = np.unique(groups, return_index=True, return_inverse=True)
     columns = targets[first].reshape(len(first), -1).T  # (1 or O, groups)
@@ -281,8 +284,9 @@ def predict_out_of_fold(
                 "expected at least one per fold."
             )
         if accelerator.is_main_process:
-            for fold, run in enumerate(runs):
-                _write_rows(_train_file(run), records, np.flatnonzero(fold_of_row != fold))
+            for fold in range(folds):
+                rows = np.flatnonzero(fold_of_row != fold)
+                _write_rows(root / str(fold) / TRAIN_FILE, records, rows)
     logits: Tensor | None = None
     with StopSignal(config.run.stop_before_time_limit) as stop:
         for fold, run in enumerate(runs):
@@ -344,7 +348,7 @@ def _fold_config(config: TrainConfig, folder: Path, task: Task, records: Records
     """The run that trains on folder/train.jsonl and evaluates nothing."""
     kind, defaults = cast(ProblemType, task.problem_type), RunConfig()
     data = DataConfig(
-        train_file=[str(folder / "train.jsonl")],
+        train_file=[str(folder / TRAIN_FILE)],
         text_column="text",
         text_pair_column=None if records.pairs is None else "text_pair",
         label_column="label",
@@ -364,11 +368,6 @@ def _fold_config(config: TrainConfig, folder: Path, task: Task, records: Records
         early_stopping_threshold=defaults.early_stopping_threshold,
     )
     return replace(config, data=data, task=task_config, run=run)
-
-
-def _train_file(run: TrainConfig) -> Path:
-    assert run.data.train_file is not None
-    return Path(run.data.train_file[0])
 
 
 def _write_rows(path: Path, records: Records, rows: Array) -> None:
@@ -527,7 +526,7 @@ def label_issue_entries(
 
 
 def _probability(target: Any, prediction: Any, probabilities: Array) -> dict[str, float]:
-    """Of the suggested label; multi-label: the highest that one label is wrong; regression: none."""
+    """Of the suggested label; multi-label: the highest that a label is wrong; regression: none."""
     if np.ndim(target):
         wrong = np.where(np.asarray(target) > 0.5, 1 - probabilities, probabilities)
         return {"probability": round(float(wrong.max()), 6)}
@@ -566,9 +565,8 @@ def show_label_issues(
     if changes:
         counted = [[*change, str(count)] for change, count in changes.most_common(SHOWN_PAIRS)]
         log.table("Likely label errors", ["label", "predicted", "rows"], counted)
-    log.say(
-        f"{len(issues):,} of {len(entries):,} labels ({len(issues) / len(entries):.1%}) are likely errors."
-    )
+    share = f"{len(issues) / len(entries):.1%}"
+    log.say(f"{len(issues):,} of {len(entries):,} labels ({share}) are likely errors.")
     log.say(
         f"All rows, lowest label quality first: {output}"
         if output

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertdist.core.types import IntArray
 from bertdist.data.records import Records
-from bertdist.data_quality.findings import Finding, FindingBuilder
+from bertdist.data_quality.findings import Finding, FindingBuilder, Severity
 
 SAMPLE_BYTES = 32 << 20  # of text per split that is tokenized
 LONGEST_ROWS = 20  # that are counted in any case
@@ -86,32 +86,23 @@ def measure_lengths(
                 f"Truncating only 1% needs {needed:,} tokens; the model's maximum is {limit:,}."
             )
         tokens = dict(zip(rows[cut].tolist(), lengths[cut].tolist(), strict=True))
+        severity: Severity = "warning" if summary.truncated >= MANY_TRUNCATED else "note"
+        title = f"texts longer than --max_length {max_length}"
+        meaning = f"The rest is never read; the longest has {summary.longest:,} tokens."
+        count = round(summary.truncated * len(records))
+
+        def note(row: int) -> str:
+            return f"{tokens[row]:,} tokens"
+
         findings.append(
-            build(
-                "truncated",
-                "warning" if summary.truncated >= MANY_TRUNCATED else "note",
-                f"texts longer than --max_length {max_length}",
-                rows[cut],
-                f"The rest is never read; the longest has {summary.longest:,} tokens.",
-                advice,
-                note=lambda row: f"{tokens[row]:,} tokens",
-                count=round(summary.truncated * len(records)),
-            )
+            build("truncated", severity, title, rows[cut], meaning, advice, note=note, count=count)
         )
     if unknown > MANY_UNKNOWN * lengths.sum():
-        findings.append(
-            build(
-                "unknown_tokens",
-                "warning",
-                "tokens that are not in the vocabulary",
-                [],
-                f"They all become {tokenizer.unk_token}: the model cannot tell them apart.",
-                "Use a model for this language and script; check the encoding.",
-                count=unknown,
-                total=int(lengths.sum()),
-                unit="tokens",
-            )
-        )
+        title = "tokens that are not in the vocabulary"
+        meaning = f"They all become {tokenizer.unk_token}: the model cannot tell them apart."
+        advice = "Use a model for this language and script; check the encoding."
+        fields: dict[str, Any] = {"count": unknown, "total": int(lengths.sum()), "unit": "tokens"}
+        findings.append(build("unknown_tokens", "warning", title, [], meaning, advice, **fields))
     return summary, findings
 
 

@@ -116,8 +116,8 @@ def check_data(
     paths = _table_paths(data, test_file)
     notes = []
     for name, records in splits.items():
-        findings += _skipped_rows(name, records, data.max_bad_rows, num_examples)
         build = FindingBuilder(name, records.texts, num_examples)
+        findings += _skipped_rows(build, records, data.max_bad_rows)
         findings += check_table(build, paths[name], records, labels[name], train_labels, data)
         findings += check_texts(build, records.text_column)
         if records.pairs is not None and records.pair_column is not None:
@@ -189,17 +189,11 @@ def load_all_splits(
             raise error from None
         if not _has_label_columns(test_file, data, train):
             return splits, []
-        build = FindingBuilder("test", test.texts, 0)
-        return splits, [
-            build(
-                "unreadable_labels",
-                "warning",
-                "the labels cannot be read",
-                range(len(test)),
-                str(error),
-                "None needed if these rows are to be predicted; else correct the file.",
-            )
-        ]
+        build, rows = FindingBuilder("test", test.texts, 0), range(len(test))
+        title = "the labels cannot be read"
+        advice = "None needed if these rows are to be predicted; else correct the file."
+        kind = "unreadable_labels"
+        return splits, [build(kind, "warning", title, rows, str(error), advice)]
 
 
 def _has_label_columns(path: str, data: DataConfig, train: Records) -> bool:
@@ -230,7 +224,7 @@ def _table_paths(data: DataConfig, test_file: str | None) -> dict[str, str | Non
     }
 
 
-def _skipped_rows(split: str, records: Records, limit: int, num_examples: int) -> list[Finding]:
+def _skipped_rows(build: FindingBuilder, records: Records, limit: int) -> list[Finding]:
     """Rows that were skipped (--on_bad_row skip): how many, and why."""
     bad = records.bad
     if not bad:
@@ -244,26 +238,21 @@ def _skipped_rows(split: str, records: Records, limit: int, num_examples: int) -
     too_many = len(bad) > limit
     if too_many:
         advice += f"; training fails at more than {limit:,} (--max_bad_rows)"
-    examples = tuple(
-        Example(
-            split=split,
-            row=-1,
-            text=excerpt(row.text),
-            note=f"{location_of(row)}: {row.reason}",
-        )
-        for row in bad[:num_examples]
-    )
+    examples = []
+    for row in bad[: build.num_examples]:
+        note = f"{location_of(row)}: {row.reason}"
+        examples.append(Example(split=build.split, row=-1, text=excerpt(row.text), note=note))
     return [
-        Finding(
-            kind="skipped_rows",
-            severity="error" if too_many else "warning",
-            split=split,
-            title="skipped rows that cannot be read",
+        build(
+            "skipped_rows",
+            "error" if too_many else "warning",
+            "skipped rows that cannot be read",
+            [],
+            f"{listed}.",
+            f"{advice}.",
+            examples=tuple(examples),
             count=len(bad),
             total=len(records) + len(bad),
-            meaning=f"{listed}.",
-            advice=f"{advice}.",
-            examples=examples,
         )
     ]
 

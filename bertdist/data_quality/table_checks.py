@@ -15,7 +15,7 @@ from bertdist.core.errors import DataError
 from bertdist.core.terminal import excerpt
 from bertdist.data.readers.file_reader import inspect_file, open_file
 from bertdist.data.records import LABEL_COLUMNS, PAIRS, TEXT_COLUMNS, Records
-from bertdist.data_quality.findings import Finding, FindingBuilder
+from bertdist.data_quality.findings import Finding, FindingBuilder, Rows
 from bertdist.data_quality.label_checks import SplitLabels
 
 HEADER_WORDS = {
@@ -62,17 +62,12 @@ def _check_quotes(build: FindingBuilder, records: Records, train: SplitLabels) -
         if like >= 2 and like >= len(lines) / 2:
             swallowed[row] = f"{like} of its {len(lines)} lines look like rows"
     if swallowed:
-        findings.append(
-            build(
-                "swallowed_rows",
-                "error",
-                "texts that contain rows of the table",
-                list(swallowed),
-                "A stray quote opened a field, and all rows up to the next quote became one text.",
-                "Read the file with --quoting none, or escape the quotes as the format requires.",
-                note=swallowed.__getitem__,
-            )
-        )
+        title = "texts that contain rows of the table"
+        meaning = "A stray quote opened a field: all rows up to the next quote became one text."
+        advice = "Read the file with --quoting none, or escape the quotes as the format requires."
+        rows: Rows = list(swallowed)
+        note = swallowed.__getitem__
+        findings.append(build("swallowed_rows", "error", title, rows, meaning, advice, note=note))
     opening = pc.starts_with(texts, '"').to_numpy(zero_copy_only=False)
     if opening.any() and not quoted:
         candidates = texts.filter(opening)
@@ -81,31 +76,23 @@ def _check_quotes(build: FindingBuilder, records: Records, train: SplitLabels) -
             for pattern in (r'(?s)^"(?:[^"]|"")*"$', r'(?s)^".*[^"]""[^"].*"$')
         )
         if enclosed == len(candidates) and (doubled or enclosed >= 0.2 * len(texts)):
-            finding = build(
-                "quotes_as_text",
-                "warning",
-                "texts enclosed in quotes",
-                np.flatnonzero(opening),
+            title, advice = "texts enclosed in quotes", "Pass --quoting double."
+            meaning = (
                 "Every text that begins with a quote ends with one: the file seems to be written "
-                "with quoting and read without.",
-                "Pass --quoting double.",
+                "with quoting and read without."
             )
-            return [*findings, finding]
+            rows = np.flatnonzero(opening)
+            return [*findings, build("quotes_as_text", "warning", title, rows, meaning, advice)]
     odd = np.flatnonzero(pc.count_substring(texts, '"').to_numpy(zero_copy_only=False) % 2)
     if len(odd):
-        how = "without quoting, so nothing is lost"
-        if quoted:
-            how = "with quoting, and these are inside fields"
-        findings.append(
-            build(
-                "odd_quotes",
-                "note",
-                "an odd number of quotes",
-                odd,
-                f"The file is read {how}. Other readers (pandas, datasets) may swallow rows here.",
-                "None needed if the number of rows is right.",
-            )
+        how = (
+            "with quoting, and these are inside fields"
+            if quoted
+            else "without quoting, so nothing is lost"
         )
+        meaning = f"The file is read {how}. Other readers (pandas, datasets) may swallow rows here."
+        title, advice = "an odd number of quotes", "None needed if the number of rows is right."
+        findings.append(build("odd_quotes", "note", title, odd, meaning, advice))
     return findings
 
 
@@ -158,18 +145,17 @@ def _check_unnamed_columns(
     rows = np.flatnonzero([any(value) for value in values])
     if not len(rows):
         return []
-    return [
-        build(
-            "overflow_columns",
-            "warning",
-            "unnamed columns with content",
-            rows,
-            f"The header ends with {len(unnamed)} unnamed column{'s' * (len(unnamed) > 1)} that are "
-            "not empty: parts of texts that a spreadsheet split at a delimiter.",
-            "Join them to the text in the source file, or drop these rows.",
-            note=lambda row: "unnamed: " + excerpt(file.delimiter.join(values[row]), 60),
-        )
-    ]
+    title, plural = "unnamed columns with content", "s" * (len(unnamed) > 1)
+    meaning = (
+        f"The header ends with {len(unnamed)} unnamed column{plural} that are not empty: parts of "
+        "texts that a spreadsheet split at a delimiter."
+    )
+    advice = "Join them to the text in the source file, or drop these rows."
+
+    def note(row: int) -> str:
+        return "unnamed: " + excerpt(file.delimiter.join(values[row]), 60)
+
+    return [build("overflow_columns", "warning", title, rows, meaning, advice, note=note)]
 
 
 def _check_swapped(
@@ -213,31 +199,19 @@ def _check_header(build: FindingBuilder, records: Records, labels: SplitLabels) 
         if not label_like and len(records.text_column.split()) < SENTENCE_WORDS:
             return []
         name = str(records.label_column) if label_like else records.text_column
-        return [
-            build(
-                "row_as_header",
-                "error",
-                "the header looks like a row",
-                [0],
-                f"A column is named {excerpt(name, 60)!r}, which is also a label or a complete "
-                "sentence: the file has no header, and its first row is lost.",
-                "Name the columns with --column_names.",
-            )
-        ]
+        title, advice = "the header looks like a row", "Name the columns with --column_names."
+        meaning = (
+            f"A column is named {excerpt(name, 60)!r}, which is also a label or a complete "
+            "sentence: the file has no header, and its first row is lost."
+        )
+        return [build("row_as_header", "error", title, [0], meaning, advice)]
     first = labels.names[labels.codes[0]]
     label = next(iter(first)) if len(first) == 1 else ""
     unique = int((labels.codes == labels.codes[0]).sum()) == 1
     cells = {records.texts[0].as_py().strip().lower(), label.strip().lower()}
     if not unique or len(records) < 2 or not cells & HEADER_WORDS:
         return []
-    return [
-        build(
-            "header_as_row",
-            "error",
-            "the first row looks like a header",
-            [0],
-            "It would be trained on or scored as a text, with its own label.",
-            "Remove --column_names for a file with a header.",
-            note=labels.name,
-        )
-    ]
+    title = "the first row looks like a header"
+    meaning = "It would be trained on or scored as a text, with its own label."
+    advice = "Remove --column_names for a file with a header."
+    return [build("header_as_row", "error", title, [0], meaning, advice, note=labels.name)]

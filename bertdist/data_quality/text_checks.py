@@ -10,7 +10,6 @@ patterns are used instead, and the finding says so.
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -24,29 +23,16 @@ LONG_CHARACTERS = 5_000
 LONG_FACTOR = 50
 
 NON_ASCII = "[^\\x00-\\x7f]"
-PUNCTUATION = (
-    r"\p{P}\p{Sm}\p{Sc}\p{Sk}"  # without symbols such as emoji (\p{So}): these do mean something
-)
+PUNCTUATION = r"\p{P}\p{Sm}\p{Sc}\p{Sk}"  # symbols such as emoji (\p{So}) do mean something
 URL = r"(?:https?://|www\.)\S+"
 
 # UTF-8 of Latin and Chinese letters read as latin-1 or cp1252; used where ftfy is missing.
 MOJIBAKE = "[ÂÃ][\u0080-\u00bf]|â€|ï»¿|å[\u0080-\u00bf]{2}"
 
 
-@dataclass(frozen=True)
-class PatternCheck:
-    """A finding on all texts that match a regular expression."""
-
-    kind: str
-    severity: Severity
-    title: str
-    pattern: str
-    meaning: str
-    advice: str
-
-
-PATTERN_CHECKS = (
-    PatternCheck(
+# (kind, severity, title, regular expression, meaning, advice)
+PATTERN_CHECKS: tuple[tuple[str, Severity, str, str, str, str], ...] = (
+    (
         "nul_bytes",
         "warning",
         "NUL bytes",
@@ -55,7 +41,7 @@ PATTERN_CHECKS = (
         "file.",
         "Check how the file was written; UTF-16 needs --encoding utf-16.",
     ),
-    PatternCheck(
+    (
         "control_characters",
         "warning",
         "control characters",
@@ -64,7 +50,7 @@ PATTERN_CHECKS = (
         "be joined.",
         "Replace them with spaces in the source file.",
     ),
-    PatternCheck(
+    (
         "c1_controls",
         "warning",
         "cp1252 read as latin-1",
@@ -73,7 +59,7 @@ PATTERN_CHECKS = (
         "sign, latin-1 has these.",
         "Read the source file with --encoding cp1252; --fix restores the intended characters.",
     ),
-    PatternCheck(
+    (
         "replacement_characters",
         "warning",
         "replacement characters U+FFFD",
@@ -82,7 +68,7 @@ PATTERN_CHECKS = (
         "characters are lost.",
         "Create the file again from its source with the right encoding.",
     ),
-    PatternCheck(
+    (
         "only_punctuation",
         "note",
         "only punctuation",
@@ -90,7 +76,7 @@ PATTERN_CHECKS = (
         "No letter, digit or emoji.",
         "Keep them only if such texts will occur in prediction.",
     ),
-    PatternCheck(
+    (
         "only_addresses",
         "note",
         "only web addresses",
@@ -126,42 +112,30 @@ def check_texts(build: FindingBuilder, column: str) -> list[Finding]:
             )
             findings.append(finding)
 
-    add(
-        "empty_texts",
-        "warning",
-        "empty texts",
-        empty_rows(texts),
-        "Empty or only white space: a model learns to predict the most frequent label for them.",
-        "Drop them (--fix does).",
-    )
-    for check in PATTERN_CHECKS:
-        pattern = None if check.pattern.startswith("^") else check.pattern
-        rows = _matching_rows(texts, check.pattern)
-        add(check.kind, check.severity, check.title, rows, check.meaning, check.advice, pattern)
+    meaning = "Empty or only white space: a model learns to predict the most frequent label."
+    advice = "Drop them (--fix does)."
+    add("empty_texts", "warning", "empty texts", empty_rows(texts), meaning, advice)
+    for kind, severity, title, pattern, meaning, advice in PATTERN_CHECKS:
+        shown = None if pattern.startswith("^") else pattern
+        add(kind, severity, title, _matching_rows(texts, pattern), meaning, advice, shown)
     method = (
         "ftfy" if has_ftfy() else "three patterns; install ftfy (extra check) for better results"
     )
-    add(
-        "mojibake",
-        "warning",
-        "text decoded with the wrong encoding",
-        mojibake_rows(texts),
-        f"UTF-8 that was read as another encoding, such as Ã© for é (detected by {method}).",
-        "Read the source with its own --encoding; --fix repairs the texts with a unique repair.",
-        f"{NON_ASCII}{{2}}|{NON_ASCII}",
-    )
+    title, rows = "text decoded with the wrong encoding", mojibake_rows(texts)
+    meaning = f"UTF-8 that was read as another encoding, such as Ã© for é (detected by {method})."
+    advice = "Read the source with its own --encoding; --fix makes all repairs that are unique."
+    add("mojibake", "warning", title, rows, meaning, advice, f"{NON_ASCII}{{2}}|{NON_ASCII}")
     lengths = pc.utf8_length(texts).to_numpy(zero_copy_only=False)
     limit = max(LONG_CHARACTERS, LONG_FACTOR * float(np.median(lengths)))
     rows = np.flatnonzero(lengths > limit)
-    add(
-        "very_long_texts",
-        "note",
-        f"more than {limit:,.0f} characters",
-        rows[np.argsort(-lengths[rows], kind="stable")],
+    rows = rows[np.argsort(-lengths[rows], kind="stable")]
+    meaning = (
         f"The median text has {np.median(lengths):,.0f} characters, the longest "
-        f"{lengths.max():,}; such texts may contain several rows.",
-        "Check whether quotes swallowed rows; otherwise nothing: --max_length truncates.",
+        f"{lengths.max():,}; such texts may contain several rows."
     )
+    advice = "Check whether quotes swallowed rows; otherwise nothing: --max_length truncates."
+    title = f"more than {limit:,.0f} characters"
+    add("very_long_texts", "note", title, rows, meaning, advice)
     return findings
 
 

@@ -149,7 +149,9 @@ def test_a_folds_rows_have_the_labels_of_the_source_and_make_its_task(
     records = load_records(config.data, "train")
     task = create_task(TaskConfig(), label_stats_of(records), None)
     run = label_issues._fold_config(config, tmp_path / "out" / "folds" / "0", task, records)
-    label_issues._write_rows(label_issues._train_file(run), records, np.array([0, 1, 2, 5]))
+    label_issues._write_rows(
+        tmp_path / "out" / "folds" / "0" / "train.jsonl", records, np.array([0, 1, 2, 5])
+    )
     again = load_records(run.data, "train")
     assert again[0].label == (tuple(first) if isinstance(first, list) else first)
     assert [again[at].label for at in range(4)] == [records[at].label for at in (0, 1, 2, 5)]
