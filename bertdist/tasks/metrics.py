@@ -1,26 +1,36 @@
-"""Scores: what the ranks gathered, as whole arrays on rank 0, goes in; named numbers come out.
+"""Metrics: arrays of all rows -> named scores, with scikit-learn and scipy inside.
 
-One module, because `import evaluate` costs more than all our other imports together: whoever needs a score imports this lazily.
-Each score is an `evaluate.Metric` built from one line of a table, with scikit-learn and scipy inside: no script is downloaded, no
-network, file or lock is used. `evaluate.load("accuracy")` is never called: it runs ./accuracy/accuracy.py of the current folder.
+    metrics = load_metrics(default_metrics(problem_type), problem_type, labels)
+    metrics.compute(predictions, probabilities, references)  # {"accuracy": 0.91, "f1_macro": 0.9}
+
+Import it on rank 0 only, and only when scores are needed: `evaluate` takes longer to import than
+all our other imports together. Each built-in metric is an `evaluate.Metric` made from one line of a
+table: no script is downloaded, no network, file or lock is used. `evaluate.load("accuracy")` is
+never called: it runs ./accuracy/accuracy.py of the current folder.
 
 What the names mean
-- macro is the mean over all labels of the model, weighted the mean weighted by rows, micro counts all decisions together. A label
-  that is absent from the rows counts, and 0 / 0 is 0 (scikit-learn's `labels=range(n), zero_division=0`).
-- f1, precision, recall are those of the second of two labels. accuracy of a multi-label row: all its labels are right.
-- f1_samples and jaccard_samples are means over rows; a row with neither truth nor prediction counts 0 in the first (0 / 0 is 0, as
-  above) and 1 in the second (nothing was to be found, and nothing was).
+- macro is the mean over all labels of the model, weighted the mean weighted by rows, micro counts
+  all decisions together. A label that is absent from the rows counts, and 0 / 0 is 0
+  (scikit-learn's `labels=range(k), zero_division=0`).
+- f1, precision, recall are those of the second of two labels. accuracy of a multi-label row: all
+  its labels are right.
+- f1_samples and jaccard_samples are means over rows; a row with neither true nor predicted labels
+  counts 0 in the first (0 / 0 is 0, as above) and 1 in the second (nothing was to be found, and
+  nothing was).
 - matthews_correlation is 0 where all predictions are one label, as in scikit-learn and GLUE.
-- roc_auc: two labels: of P(second label); more, or multi-label: mean over labels of label against rest. A label with no row, or
-  with all rows, has no curve, and then the mean is nan: a mean over fewer labels would be another score.
-- pearson and spearman of constant values are nan; so is everything that reads a probability or a number that is not finite.
+- roc_auc: of two labels, that of P(second label); of more, or multi-label, the mean over labels of
+  label against rest. A label with no row, or with all rows, has no curve, and then the mean is nan:
+  a mean over fewer labels would be another score.
+- pearson and spearman of constant values are nan; so is every score of a number that is not finite.
 
-Cost, one CPU core: accuracy and f1_macro of 1,000,000 rows x 2 labels 0.2 s, and roc_auc 0.4 s more; of 100,000 x 150 labels
-0.03 s and 3.3 s; multi-label 100,000 x 150 1.6 s for its four usual scores (twice that on a machine with other work). Through
-evaluate's Arrow table the same arrays cost 1.6 s a score, and 10 s and 1.2 GB a score for multi-label: see `Score.compute`.
+Cost, one CPU core: accuracy and f1_macro of 1,000,000 rows x 2 labels 0.2 s, and roc_auc 0.4 s
+more; of 100,000 x 150 labels 0.03 s and 3.3 s; multi-label 100,000 x 150 1.6 s for its four default
+scores (twice that on a busy machine). Through evaluate's Arrow table the same arrays cost 1.6 s per
+score, and 10 s and 1.2 GB per score for multi-label: see `BuiltinMetric.compute`.
 
-Shapes: n rows, k labels. Single-label: predictions (n,) and references (n,) are label numbers, probabilities (n, k).
-Multi-label: predictions and references (n, k) of 0 and 1, probabilities (n, k). Regression: predictions and references (n,) floats.
+Legend: n rows, k labels. Single-label: predictions (n,) and references (n,) are label ids,
+probabilities (n, k). Multi-label: predictions and references (n, k) of 0 and 1, probabilities (n,
+k). Regression: predictions and references (n,) floats.
 """
 
 import os
@@ -41,45 +51,38 @@ from bertdist.core.errors import ConfigError, DataError, did_you_mean
 from bertdist.core.types import Array
 
 NAN = float("nan")
-
-SINGLE, MULTI, REGRESSION = (
-    "single_label_classification",
-    "multi_label_classification",
-    "regression",
-)
-
-LOWER_IS_BETTER = frozenset(
-    {"loss", "mse", "mae"}
-)  # of all other scores, and of a user's own, more is better
+SINGLE, MULTI = "single_label_classification", "multi_label_classification"
+REGRESSION = "regression"
+LOWER_IS_BETTER = frozenset({"loss", "mse", "mae"})  # higher is better for all others, and a user's
 
 
-def _matthews(truth: Array, answers: Array) -> float:
-    # scikit-learn says 0.0 as well, with a warning where truth is that one label too
-    return (
-        0.0 if (answers == answers[0]).all() else float(metrics.matthews_corrcoef(truth, answers))
-    )
+def _matthews(references: Array, predictions: Array) -> float:
+    # scikit-learn gives 0.0 as well, with a warning where all references are that label too
+    if (predictions == predictions[0]).all():
+        return 0.0
+    return float(metrics.matthews_corrcoef(references, predictions))
 
 
-def _roc_auc(truth: Array, probabilities: Array) -> float:
-    # Label by label, because roc_auc_score(multi_class="ovr") refuses rows whose sum is not 1 to 1e-5: those of half precision.
-    labels = probabilities.shape[1]
-    columns = [truth == label for label in range(labels)] if truth.ndim == 1 else list(truth.T)
-    asked = [1] if truth.ndim == 1 and labels == 2 else range(labels)
-    if any((columns[label] == columns[label][0]).all() for label in asked):
+def _roc_auc(references: Array, probabilities: Array) -> float:
+    # Label by label: roc_auc_score(multi_class="ovr") refuses rows whose sum is not 1 to 1e-5,
+    # those of half precision.
+    single, k = references.ndim == 1, probabilities.shape[1]
+    columns = [references == label for label in range(k)] if single else list(references.T)
+    labels = [1] if single and k == 2 else range(k)
+    if any((columns[label] == columns[label][0]).all() for label in labels):
         return NAN
-    return float(
-        np.mean([metrics.roc_auc_score(columns[label], probabilities[:, label]) for label in asked])
-    )
+    areas = [metrics.roc_auc_score(columns[label], probabilities[:, label]) for label in labels]
+    return float(np.mean(areas))
 
 
 def _correlation(function: Callable[..., Any]) -> Callable[[Array, Array], float]:
-    def correlation(truth: Array, answers: Array) -> float:
+    def correlation(references: Array, predictions: Array) -> float:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "error", stats.DegenerateDataWarning
-            )  # constant, or so near to it that no digit is right
+            # constant, or so near to it that no digit is right
+            warnings.simplefilter("error", stats.DegenerateDataWarning)
             try:
-                return float(function(truth, answers).statistic) if len(truth) > 1 else NAN
+                enough = len(references) > 1
+                return float(function(references, predictions).statistic) if enough else NAN
             except stats.DegenerateDataWarning:
                 return NAN
 
@@ -87,50 +90,44 @@ def _correlation(function: Callable[..., Any]) -> Callable[[Array, Array], float
 
 
 @dataclass(frozen=True)
-class _Kind:
-    source: str
+class _Spec:
+    source: str  # the function that documents it
     function: Callable[..., Any]  # (references, what it reads) -> float
-    fits: tuple[str, ...]
+    problem_types: tuple[str, ...]
     average: str | None = None  # given to `function`, with `labels` and `zero_division`
-    zero: float = 0.0  # what 0 / 0 is
+    zero_division: float = 0.0
     binary: bool = False  # of the second of two labels
     reads: str = "predictions"
 
 
-_F1_LIKE = {
-    "f1": metrics.f1_score,
-    "precision": metrics.precision_score,
-    "recall": metrics.recall_score,
-}
+_F1_LIKE = ("f1", "precision", "recall")
 
-_SCORES: dict[str, _Kind] = {
-    "accuracy": _Kind("sklearn.metrics.accuracy_score", metrics.accuracy_score, (SINGLE, MULTI)),
+
+def _sklearn(function: str, *problem_types: str, **options: Any) -> _Spec:
+    return _Spec(
+        f"sklearn.metrics.{function}", getattr(metrics, function), problem_types, **options
+    )
+
+
+_METRICS: dict[str, _Spec] = {
+    "accuracy": _sklearn("accuracy_score", SINGLE, MULTI),
+    **{name: _sklearn(f"{name}_score", SINGLE, average="macro", binary=True) for name in _F1_LIKE},
     **{
-        name: _Kind(f"sklearn.metrics.{name}_score", function, (SINGLE,), "macro", binary=True)
-        for name, function in _F1_LIKE.items()
-    },
-    **{
-        f"{name}_{average}": _Kind(
-            f"sklearn.metrics.{name}_score", function, (SINGLE, MULTI), average
-        )
-        for name, function in _F1_LIKE.items()
+        f"{name}_{average}": _sklearn(f"{name}_score", SINGLE, MULTI, average=average)
+        for name in _F1_LIKE
         for average in ("macro", "micro", "weighted")
     },
-    "f1_samples": _Kind("sklearn.metrics.f1_score", metrics.f1_score, (MULTI,), "samples"),
-    "matthews_correlation": _Kind("sklearn.metrics.matthews_corrcoef", _matthews, (SINGLE,)),
-    "roc_auc": _Kind(
+    "f1_samples": _sklearn("f1_score", MULTI, average="samples"),
+    "matthews_correlation": _Spec("sklearn.metrics.matthews_corrcoef", _matthews, (SINGLE,)),
+    "roc_auc": _Spec(
         "sklearn.metrics.roc_auc_score", _roc_auc, (SINGLE, MULTI), reads="probabilities"
     ),
-    "jaccard_samples": _Kind(
-        "sklearn.metrics.jaccard_score", metrics.jaccard_score, (MULTI,), "samples", zero=1.0
-    ),
-    "jaccard_macro": _Kind(
-        "sklearn.metrics.jaccard_score", metrics.jaccard_score, (MULTI,), "macro"
-    ),
-    "pearson": _Kind("scipy.stats.pearsonr", _correlation(stats.pearsonr), (REGRESSION,)),
-    "spearman": _Kind("scipy.stats.spearmanr", _correlation(stats.spearmanr), (REGRESSION,)),
-    "mse": _Kind("sklearn.metrics.mean_squared_error", metrics.mean_squared_error, (REGRESSION,)),
-    "mae": _Kind("sklearn.metrics.mean_absolute_error", metrics.mean_absolute_error, (REGRESSION,)),
+    "jaccard_samples": _sklearn("jaccard_score", MULTI, average="samples", zero_division=1.0),
+    "jaccard_macro": _sklearn("jaccard_score", MULTI, average="macro"),
+    "pearson": _Spec("scipy.stats.pearsonr", _correlation(stats.pearsonr), (REGRESSION,)),
+    "spearman": _Spec("scipy.stats.spearmanr", _correlation(stats.spearmanr), (REGRESSION,)),
+    "mse": _sklearn("mean_squared_error", REGRESSION),
+    "mae": _sklearn("mean_absolute_error", REGRESSION),
 }
 
 _PAGES = {
@@ -143,23 +140,28 @@ _CITATION = (
 )
 
 
-class Score(evaluate.Metric):  # type: ignore[misc]
-    """One line of the table as an `evaluate.Metric`, in memory and in one process; `.info` has its features and its source."""
+class BuiltinMetric(evaluate.Metric):  # type: ignore[misc]
+    """A metric of the table as an `evaluate.Metric`, in memory and in one process.
 
-    def __init__(self, name: str, problem_type: str, labels: int) -> None:
-        self.kind, self.problem_type, self.labels = _SCORES[name], problem_type, labels
+    `.info` has its features and its source.
+    """
+
+    def __init__(self, name: str, problem_type: str, num_labels: int) -> None:
+        self.spec, self.problem_type, self.num_labels = _METRICS[name], problem_type, num_labels
         super().__init__(config_name=name, keep_in_memory=True)
 
     def _info(self) -> evaluate.MetricInfo:
-        answer = Value("float64" if self.problem_type == REGRESSION else "int64")
-        truth = List(answer) if self.problem_type == MULTI else answer
-        given = List(Value("float64")) if self.kind.reads == "probabilities" else truth
+        source, reads = self.spec.source, self.spec.reads
+        value = Value("float64" if self.problem_type == REGRESSION else "int64")
+        references = List(value) if self.problem_type == MULTI else value
+        inputs = List(Value("float64")) if reads == "probabilities" else references
         return evaluate.MetricInfo(
-            description=f"{self.config_name} of {self.problem_type}, by {self.kind.source}. What the names mean: bertdist.scores.",
+            description=f"{self.config_name} of {self.problem_type}, by {source}. "
+            "What the names mean: bertdist.tasks.metrics.",
             citation=_CITATION,
-            inputs_description=f"{self.kind.reads}, references: one entry a row.",
-            features=Features({self.kind.reads: given, "references": truth}),
-            reference_urls=[f"{_PAGES[self.kind.source.split('.')[0]]}/{self.kind.source}.html"],
+            inputs_description=f"{reads}, references: one entry per row.",
+            features=Features({reads: inputs, "references": references}),
+            reference_urls=[f"{_PAGES[source.split('.')[0]]}/{source}.html"],
         )
 
     def _build_data_dir(self) -> str:
@@ -169,85 +171,90 @@ class Score(evaluate.Metric):  # type: ignore[misc]
     def compute(
         self, *, predictions: Any = None, references: Any = None, **kwargs: Any
     ) -> dict[str, float]:
-        """Whole arrays go straight to `_compute`, with no copy; lists, and rows from `add` or `add_batch`, go evaluate's way.
+        """Arrays go straight to `_compute`; lists, and rows from `add` or `add_batch`, to evaluate.
 
-        evaluate writes every row into an Arrow table and reads it back: 1.6 s for 1,000,000 rows whose accuracy takes 0.05 s.
+        evaluate writes every row into an Arrow table and reads it back: 1.6 s for 1,000,000 rows
+        whose accuracy takes 0.05 s.
         """
-        given = {"predictions": predictions, "references": references, **kwargs}
-        arrays = {name: given.get(name) for name in self.features}
+        inputs = {"predictions": predictions, "references": references, **kwargs}
+        arrays = {name: inputs.get(name) for name in self.features}
         if self.writer is None and all(isinstance(array, np.ndarray) for array in arrays.values()):
             return self._compute(**arrays)
-        return dict(super().compute(**given))
+        return dict(super().compute(**inputs))
 
     def _compute(self, **inputs: Any) -> dict[str, float]:
-        kind, options = self.kind, {}
-        truth, answers = (np.asarray(inputs[name]) for name in ("references", kind.reads))
-        assert len(truth) == len(answers), (len(truth), len(answers))
-        if not np.isfinite(answers).all() or not np.isfinite(truth).all():
+        spec, options = self.spec, dict[str, Any]()
+        references, values = (np.asarray(inputs[name]) for name in ("references", spec.reads))
+        assert len(references) == len(values), (len(references), len(values))
+        if not np.isfinite(values).all() or not np.isfinite(references).all():
             return {self.config_name: NAN}
-        truth, answers = (
-            _shaped(truth),
-            _shaped(answers) if kind.reads == "predictions" else answers,
-        )
-        if kind.average:
+        if spec.average:
+            labels = [1] if spec.binary else range(self.num_labels)
             options = {
-                "labels": [1] if kind.binary else range(self.labels),
-                "average": kind.average,
-                "zero_division": kind.zero,
+                "labels": labels,
+                "average": spec.average,
+                "zero_division": spec.zero_division,
             }
-        return {self.config_name: float(kind.function(truth, answers, **options))}
+        values = _for_sklearn(values) if spec.reads == "predictions" else values
+        return {self.config_name: float(spec.function(_for_sklearn(references), values, **options))}
 
 
-def _shaped(answers: Array) -> Array:
-    """Numbers become float64. (n, k) becomes int8, a third of the time of int64; (n, 1) becomes (n, 2) with zeros that
-    `labels=range(1)` leaves out, because scikit-learn reads one column as two classes."""
-    if answers.ndim == 1:
-        return answers.astype(np.float64) if answers.dtype.kind == "f" else answers
-    return np.pad(answers.astype(np.int8), ((0, 0), (0, answers.shape[1] == 1)))
+def _for_sklearn(array: Array) -> Array:
+    """Numbers become float64; (n, k) becomes int8, a third of the time of int64.
+
+    (n, 1) becomes (n, 2) with zeros that `labels=range(1)` leaves out, because scikit-learn reads
+    one column as two classes.
+    """
+    if array.ndim == 1:
+        return array.astype(np.float64) if array.dtype.kind == "f" else array
+    return np.pad(array.astype(np.int8), ((0, 0), (0, array.shape[1] == 1)))
 
 
 class MetricSet:
-    """The scores of a run; `compute` may be called any number of times."""
+    """The metrics of a run; `compute` may be called any number of times."""
 
-    def __init__(self, opened: dict[str, Any], problem_type: str, labels: int) -> None:
-        self.names: tuple[str, ...] = tuple(opened)
-        self._opened, self._problem_type, self._labels = opened, problem_type, labels
+    def __init__(self, metrics: dict[str, Any], problem_type: str, num_labels: int) -> None:
+        self.names: tuple[str, ...] = tuple(metrics)
+        self._metrics, self._problem_type, self._num_labels = metrics, problem_type, num_labels
 
     def compute(
         self, predictions: Array, probabilities: Array, references: Array
     ) -> dict[str, float]:
-        """Arrays of all rows (shapes: top of the module; regression reads no probabilities) -> {name: float}, in the order of the names.
+        """Arrays of all rows (shapes: top of the module) -> {name: score}, in the order of the
+        names.
 
-        A user's metric gives its own keys; one that is taken, as loss is, gets the metric's name in front. The first key is that of
-        the main score. An undefined value is nan. Raises DataError without rows, ConfigError where a user's metric fails.
+        Regression reads no probabilities. A user's metric gives its own keys; one that exists
+        already, or is "loss", gets the metric's name in front. The first key is the main score's.
+        An undefined value is nan. Raises DataError without rows, ConfigError where a user's metric
+        fails.
         """
-        _check(predictions, references, None if self._problem_type == REGRESSION else self._labels)
-        given = {
+        labels = None if self._problem_type == REGRESSION else self._num_labels
+        _check_arrays(predictions, references, labels)
+        arrays = {
             "predictions": predictions,
             "probabilities": probabilities,
             "references": references,
         }
-        result: dict[str, float] = {}
-        for name, metric in self._opened.items():
-            inputs = {feature: given[feature] for feature in _inputs(metric)}
-            if isinstance(metric, Score):
-                result |= metric.compute(**inputs)
+        scores: dict[str, float] = {}
+        for name, metric in self._metrics.items():
+            inputs = {feature: arrays[feature] for feature in _features(metric)}
+            if isinstance(metric, BuiltinMetric):
+                scores |= metric.compute(**inputs)
                 continue
             try:
                 own = {str(key): float(value) for key, value in metric.compute(**inputs).items()}
             except Exception as error:
                 raise ConfigError(
-                    f"--metrics {name}: failed on {len(references)} rows: {_said(error)}"
+                    f"--metrics {name}: failed on {len(references)} rows: {_one_line(error)}"
                 ) from error
-            taken = {"loss", *self.names, *result}
-            result |= {
-                f"{metric.name}_{key}" if key in taken else key: value for key, value in own.items()
-            }
-        return result
+            used = {"loss", *self.names, *scores}
+            for key, value in own.items():
+                scores[f"{metric.name}_{key}" if key in used else key] = value
+        return scores
 
 
-def default_metrics(problem_type: str, labels: int) -> list[str]:
-    """The usual scores of a task, the main one first. They are the same for any number of labels, so far."""
+def default_metrics(problem_type: str) -> list[str]:
+    """Names of the usual metrics of a task, the main one first."""
     usual = {
         SINGLE: "accuracy f1_macro",
         MULTI: "f1_micro f1_macro accuracy jaccard_samples",
@@ -257,129 +264,129 @@ def default_metrics(problem_type: str, labels: int) -> list[str]:
 
 
 def load_metrics(names: Sequence[str], problem_type: str, labels: Sequence[str]) -> MetricSet:
-    """Names of the table, paths of a user's own evaluate metric (./mine.py, or ./mine/ with mine.py inside), or hub:NAME -> Scores.
+    """Metrics by name.
 
-    A metric of a user's own may read `predictions`, `probabilities` and `references`. It runs in this process, with seed 0.
-    Raises ConfigError, with one line for each name that is unknown, does not fit the task or cannot be loaded.
+    names: of the table above, paths of a user's own evaluate metric (./mine.py, or ./mine/ with
+    mine.py inside), or hub:NAME. A user's metric may read `predictions`, `probabilities` and
+    `references`; it runs in this process, with seed 0. Raises ConfigError, with one line for each
+    name that is unknown, does not fit the task or cannot be loaded.
     """
-    opened: dict[str, Any] = {}
+    loaded: dict[str, Any] = {}
     problems = [] if names else ["--metrics names no score."]
     for name in dict.fromkeys(names):
         try:
-            opened[name] = _open(name, problem_type, len(labels))
+            loaded[name] = _load_metric(name, problem_type, len(labels))
         except ConfigError as error:
             problems.append(f"--metrics {name}: {error}")
     if problems:
         raise ConfigError("\n".join(problems))
-    return MetricSet(opened, problem_type, len(labels))
+    return MetricSet(loaded, problem_type, len(labels))
 
 
 def classification_report(
     predictions: Array, references: Array, labels: Sequence[str]
 ) -> dict[str, Any]:
-    """Label by label, JSON-able: {"labels", "per_class": [{"label", "precision", "recall", "f1", "rows"}], "confusion"}.
+    """Scores per label, and the confusion matrix; JSON-able.
 
-    confusion[i][j] counts rows of label i that were answered j; multi-label tasks have none. rows is how many rows have the label;
-    0 / 0 is 0. Source: https://scikit-learn.org/stable/modules/generated/sklearn.metrics.precision_recall_fscore_support.html
+    {"labels", "per_class": [{"label", "precision", "recall", "f1", "rows"}], "confusion"}: rows
+    counts those that have the label, 0 / 0 is 0, confusion[i][j] counts rows of label i predicted
+    as j; multi-label tasks have none. Source:
+    https://scikit-learn.org/stable/modules/generated/sklearn.metrics.precision_recall_fscore_support.html
     """
-    _check(predictions, references, len(labels))
-    truth, answers, ids = _shaped(references), _shaped(predictions), range(len(labels))
-    numbers = metrics.precision_recall_fscore_support(
-        truth, answers, labels=ids, average=None, zero_division=0.0
+    _check_arrays(predictions, references, len(labels))
+    true, predicted, ids = _for_sklearn(references), _for_sklearn(predictions), range(len(labels))
+    columns = metrics.precision_recall_fscore_support(
+        true, predicted, labels=ids, average=None, zero_division=0.0
     )
     keys = ("label", "precision", "recall", "f1", "rows")
-    rows = zip(labels, *(number.tolist() for number in numbers), strict=True)
-    table: dict[str, Any] = {
-        "labels": list(labels),
-        "per_class": [dict(zip(keys, row, strict=True)) for row in rows],
-    }
+    rows = zip(labels, *(column.tolist() for column in columns), strict=True)
+    per_class = [dict(zip(keys, row, strict=True)) for row in rows]
+    report: dict[str, Any] = {"labels": list(labels), "per_class": per_class}
     if references.ndim == 1:
-        table["confusion"] = metrics.confusion_matrix(truth, answers, labels=ids).tolist()
-    return table
+        report["confusion"] = metrics.confusion_matrix(true, predicted, labels=ids).tolist()
+    return report
 
 
-def _check(predictions: Array, references: Array, labels: int | None) -> None:
+def _check_arrays(predictions: Array, references: Array, num_labels: int | None) -> None:
+    """num_labels: None for numbers."""
     if len(references) == 0:
         raise DataError("There are no rows to score: the split is empty.")
     assert predictions.shape == references.shape, (predictions.shape, references.shape)
-    if labels is not None:  # None for numbers
-        assert references.shape[1:] in ((), (labels,)), (references.shape, labels)
-        top = labels if references.ndim == 1 else 2
-        assert all(array.min() >= 0 and array.max() < top for array in (predictions, references)), (
-            f"an answer is not in 0..{top - 1}"
-        )
+    if num_labels is not None:
+        assert references.shape[1:] in ((), (num_labels,)), (references.shape, num_labels)
+        stop = num_labels if references.ndim == 1 else 2
+        for array in (predictions, references):
+            assert array.min() >= 0 and array.max() < stop, f"a label id is not in 0..{stop - 1}"
 
 
-def _inputs(metric: Any) -> list[str]:
-    """The names of what a metric reads; evaluate allows a list of alternative features, all of the same names."""
+def _features(metric: Any) -> list[str]:
+    """What a metric reads; evaluate allows a list of alternatives, all of the same names."""
     return list(metric.features[0] if isinstance(metric.features, list) else metric.features)
 
 
-def _open(name: str, problem_type: str, labels: int) -> Any:
+def _load_metric(name: str, problem_type: str, num_labels: int) -> Any:
     if name.startswith("hub:"):
-        return _load(_hub_path(name.removeprefix("hub:")))
+        return _load_evaluate_metric(_hub_path(name.removeprefix("hub:")))
     if "/" in name or name.endswith(".py"):
         path = Path(os.path.abspath(Path(name).expanduser()))
         script = path if path.suffix == ".py" else path / f"{path.name}.py"
         if not script.is_file():
             raise ConfigError(f"there is no file {script}.")
-        return _load(str(script))
+        return _load_evaluate_metric(str(script))
     fitting = [
         known
-        for known, kind in _SCORES.items()
-        if problem_type in kind.fits and (labels == 2 or not kind.binary)
+        for known, spec in _METRICS.items()
+        if problem_type in spec.problem_types and (num_labels == 2 or not spec.binary)
     ]
     if name in fitting:
-        return Score(name, problem_type, labels)
-    if name not in _SCORES:
-        own = f" Your own metric in this folder is written ./{name}." if Path(name).exists() else ""
+        return BuiltinMetric(name, problem_type, num_labels)
+    if name not in _METRICS:
+        own = f" For your own metric in this folder write ./{name}." if Path(name).exists() else ""
         raise ConfigError(f"unknown score.{did_you_mean(name, fitting)}{own}")
-    two = " with two labels" if _SCORES[name].binary else ""
-    wanted = [known for known in fitting if known.startswith(f"{name}_")] or fitting
-    here = (
-        f"{problem_type} with {labels} labels"
-        if two and problem_type != REGRESSION
-        else problem_type
-    )
+    spec, this = _METRICS[name], problem_type
+    two = " with two labels" if spec.binary else ""
+    if two and problem_type != REGRESSION:
+        this = f"{problem_type} with {num_labels} labels"
+    usable = [known for known in fitting if known.startswith(f"{name}_")] or fitting
     raise ConfigError(
-        f"is for {' and '.join(_SCORES[name].fits)}{two}; this task is {here}, which has {', '.join(wanted)}."
+        f"is for {' and '.join(spec.problem_types)}{two}; this task is {this}, "
+        f"which has {', '.join(usable)}."
     )
 
 
 def _hub_path(name: str) -> str:
-    """What makes evaluate ask the hub. It looks in the current folder first, so a file that stands there in the way is an error."""
+    """The path for `evaluate.load`; the current folder comes first, so a file there is an error."""
     path = name if "/" in name else f"evaluate-metric/{name}"
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.py)", path):
         raise ConfigError("expected hub:NAME or hub:OWNER/NAME.")
-    if (in_the_way := Path(path, Path(path).name + ".py")).exists():
-        raise ConfigError(f"./{in_the_way} stands in the way; for that file write ./{in_the_way}.")
+    if (local := Path(path, Path(path).name + ".py")).exists():
+        raise ConfigError(f"./{local} would be loaded instead; for that file write ./{local}.")
     return path
 
 
-def _load(path: str) -> Any:
-    """`path` is an absolute path of a script, or a hub path that names nothing here. Runs the script, copied into HF_MODULES_CACHE."""
+def _load_evaluate_metric(path: str) -> Any:
+    """Run the script at an absolute or a Hub path; evaluate copies it into HF_MODULES_CACHE."""
     try:
         metric = evaluate.load(path, module_type="metric", keep_in_memory=True, seed=0)
-        unknown = [
-            name
-            for name in _inputs(metric)
-            if name not in ("predictions", "probabilities", "references")
-        ]
+        known = ("predictions", "probabilities", "references")
+        unknown = [name for name in _features(metric) if name not in known]
     except Exception as error:
-        wrong_class = isinstance(
-            error, NotImplementedError | TypeError
-        )  # evaluate takes the file's first, an imported one too, or None
-        expected = " Expected `import evaluate`, not `from evaluate import Metric`, and one `class Name(evaluate.Metric)`."
-        raise ConfigError(
-            f"cannot be loaded: {_said(error)}.{expected if wrong_class else ''}"
-        ) from error
+        # evaluate takes the file's first class, an imported one too, or None
+        wrong_class = isinstance(error, NotImplementedError | TypeError)
+        expected = (
+            " Expected `import evaluate`, not `from evaluate import Metric`, and one "
+            "`class Name(evaluate.Metric)`."
+        )
+        hint = expected if wrong_class else ""
+        raise ConfigError(f"cannot be loaded: {_one_line(error)}.{hint}") from error
     if unknown:
         raise ConfigError(
-            f"reads {', '.join(unknown)}; a metric here may read predictions, probabilities and references."
+            f"reads {', '.join(unknown)}; a metric here may read predictions, probabilities and "
+            "references."
         )
     return metric
 
 
-def _said(error: Exception) -> str:
-    """One line of an error, 300 characters at most."""
+def _one_line(error: Exception) -> str:
+    """An error in one line of 300 characters at most."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300].rstrip(" .:")

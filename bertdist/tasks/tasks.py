@@ -1,7 +1,8 @@
-"""The only module that knows task kinds: how a label becomes a target, what the loss is, how logits are read.
+"""Task kinds: how a label becomes a target, what the loss is, how logits become predictions.
 
-In: the distinct raw labels of a training split. Out: a Task. Everywhere else a task is just a Task; no other module branches
-on the kind, and a new kind is a new class here.
+`infer_task` finds the task in the distinct labels of a training split, `task_of_model` in a trained
+model's config. Everything else works with a `Task`; a new kind is a new class here, and no other
+module branches on the kind.
 
 Legend: N texts, O outputs, V distinct labels.
 """
@@ -27,37 +28,46 @@ class Task(Protocol):
 
     @property
     def problem_type(self) -> str:
-        """The word of Hugging Face model configs."""
+        """As in Hugging Face model configs."""
 
     @property
     def labels(self) -> tuple[str, ...]:
         """Names of the outputs, in their order."""
 
     def target(self, label: Any) -> Any:
-        """A raw label -> int, list of O floats, or float. Raises DataError (without the place; the caller knows it)."""
+        """A raw label -> int, list of O floats, or float. Raises DataError, without the row."""
 
     def label(self, target: Any) -> Any:
-        """A target -> the label as a person knows it: a name, a list of names, or a number."""
+        """A target -> a label name, a list of names, or a number."""
 
     def weights(self, targets: Array) -> Array:
-        """(N,) float32: what each row counts in the training loss."""
+        """Weight of each row in the training loss: (N,) float32."""
 
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """() float32: sum over rows of weight x loss, never a mean: who adds up parts divides by all rows at the end."""
+        """Sum over rows of weight x loss, () float32.
+
+        Never a mean: whoever adds up micro-batches divides by all rows of the step at the end.
+        """
 
     def eval_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """() in the precision of the logits: the sum without label smoothing and class weights, so that it means the same in every run."""
+        """Sum over rows without label smoothing and class weights, () in the logits' precision.
+
+        So it means the same in every run.
+        """
 
     def predict(self, logits: Tensor) -> tuple[Array, Array]:
-        """Logits (N, O) -> (predictions, probabilities) in the form `scores` takes: ids, 0/1 rows, or numbers."""
+        """Logits (N, O) -> predictions and probabilities, as the metrics read them.
+
+        Predictions are label ids (N,), 0/1 rows (N, O), or numbers (N,); probabilities (N, O).
+        """
 
     def to_records(self, logits: Tensor) -> list[dict[str, Any]]:
-        """Logits (N, O) -> N dicts in the words of `pipeline("text-classification")`."""
+        """Logits (N, O) -> N dicts with the keys of `pipeline("text-classification")`."""
 
 
 @dataclass(frozen=True)
 class SingleLabel:
-    """One label a row: softmax and cross-entropy. targets: (N,) int64."""
+    """One label per row: softmax and cross-entropy. targets: (N,) int64."""
 
     labels: tuple[str, ...]
     class_weights: tuple[float, ...] = ()
@@ -69,126 +79,103 @@ class SingleLabel:
         self._ids.update({label: i for i, label in enumerate(self.labels)})
 
     def target(self, label: Any) -> int:
-        """See Task."""
         if str(label) not in self._ids:
+            hint = did_you_mean(str(label), self.labels)
             raise DataError(
-                f"unknown label {str(label)!r}; expected one of the training labels.{did_you_mean(str(label), self.labels)}"
+                f"unknown label {str(label)!r}; expected one of the training labels.{hint}"
             )
         return self._ids[str(label)]
 
     def label(self, target: Any) -> str:
-        """See Task."""
         return self.labels[int(target)]
 
     def weights(self, targets: Array) -> Array:
-        """See Task."""
         table = np.array(self.class_weights or [1.0] * len(self.labels), dtype=np.float32)
         return table[targets]
 
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """See Task."""
-        return (
-            F.cross_entropy(
-                logits.float(), targets, reduction="none", label_smoothing=self.smoothing
-            )
-            * weights
-        ).sum()
+        rows = F.cross_entropy(
+            logits.float(), targets, reduction="none", label_smoothing=self.smoothing
+        )
+        return (rows * weights).sum()
 
     def eval_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """See Task."""
         return F.cross_entropy(logits, targets, reduction="sum")
 
     def predict(self, logits: Tensor) -> tuple[Array, Array]:
-        """See Task."""
         return logits.argmax(-1).numpy(), logits.float().softmax(-1).numpy()
 
     def to_records(self, logits: Tensor) -> list[dict[str, Any]]:
-        """See Task."""
-        scores, ids = logits.float().softmax(-1).max(-1)
-        return [
-            {"label": self.labels[i], "score": score}
-            for i, score in zip(ids.tolist(), scores.tolist(), strict=True)
-        ]
+        scores, ids = (x.tolist() for x in logits.float().softmax(-1).max(-1))
+        pairs = zip(ids, scores, strict=True)
+        return [{"label": self.labels[i], "score": score} for i, score in pairs]
 
 
 @dataclass(frozen=True)
 class MultiLabel:
-    """Any number of labels a row: a sigmoid and binary cross-entropy for each, averaged over labels. targets: (N, O) float32."""
+    """Any number of labels per row: sigmoid and binary cross-entropy, averaged over labels.
+
+    targets: (N, O) float32.
+    """
 
     labels: tuple[str, ...]
     positive_weights: tuple[float, ...] = ()
     problem_type: str = "multi_label_classification"
 
     def target(self, label: Any) -> list[float]:
-        """See Task."""
         if not isinstance(label, tuple):
             raise DataError(
-                f"expected a list of labels, found {label!r}; --label_delimiter says what stands between them."
+                f"expected a list of labels, found {label!r}; set --label_delimiter to split it."
             )
         if unknown := [str(name) for name in label if str(name) not in self.labels]:
+            hint = did_you_mean(unknown[0], self.labels)
             raise DataError(
-                f"unknown label {unknown[0]!r}; expected some of the training labels.{did_you_mean(unknown[0], self.labels)}"
+                f"unknown label {unknown[0]!r}; expected some of the training labels.{hint}"
             )
         return [float(name in label) for name in self.labels]
 
     def label(self, target: Any) -> list[str]:
-        """See Task."""
         return [label for label, on in zip(self.labels, target, strict=True) if on]
 
     def weights(self, targets: Array) -> Array:
-        """See Task."""
         return np.ones(len(targets), dtype=np.float32)
 
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """See Task."""
-        positive = (
-            torch.tensor(self.positive_weights, device=logits.device)
-            if self.positive_weights
-            else None
-        )
-        rows = F.binary_cross_entropy_with_logits(
+        positive = None
+        if self.positive_weights:
+            positive = torch.tensor(self.positive_weights, device=logits.device)
+        losses = F.binary_cross_entropy_with_logits(
             logits.float(), targets, pos_weight=positive, reduction="none"
-        ).mean(-1)
-        return (rows * weights).sum()
+        )  # (N, O)
+        return (losses.mean(-1) * weights).sum()
 
     def eval_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """See Task."""
-        return (
-            F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
-            .mean(-1)
-            .sum()
-        )
+        targets = targets.to(logits.dtype)
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        return losses.mean(-1).sum()
 
     def predict(self, logits: Tensor) -> tuple[Array, Array]:
-        """See Task."""
         probabilities = logits.float().sigmoid()
         return (probabilities > 0.5).long().numpy(), probabilities.numpy()
 
     def to_records(self, logits: Tensor) -> list[dict[str, Any]]:
-        """See Task. Every label above one half, the most probable first."""
-        answers = []
+        """Every label above one half, the most probable first."""
+        records = []
         for row in logits.float().sigmoid().tolist():
-            found = sorted(
-                (
-                    (score, label)
-                    for score, label in zip(row, self.labels, strict=True)
-                    if score > 0.5
-                ),
-                reverse=True,
-            )
-            answers.append({"labels": [{"label": label, "score": score} for score, label in found]})
-        return answers
+            pairs = zip(row, self.labels, strict=True)
+            above = sorted(((score, label) for score, label in pairs if score > 0.5), reverse=True)
+            records.append({"labels": [{"label": label, "score": score} for score, label in above]})
+        return records
 
 
 @dataclass(frozen=True)
 class Regression:
-    """One number a row: squared error. targets: (N,) float32."""
+    """One number per row: squared error. targets: (N,) float32."""
 
     labels: tuple[str, ...]  # the name of the number
     problem_type: str = "regression"
 
     def target(self, label: Any) -> float:
-        """See Task."""
         try:
             number = float(label)
         except (TypeError, ValueError):
@@ -198,30 +185,28 @@ class Regression:
         return number
 
     def label(self, target: Any) -> float:
-        """See Task."""
         return float(target)
 
     def weights(self, targets: Array) -> Array:
-        """See Task."""
         return np.ones(len(targets), dtype=np.float32)
 
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """See Task."""
         return ((logits.float()[:, 0] - targets).square() * weights).sum()
 
     def eval_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """See Task."""
         return (logits[:, 0] - targets).square().sum()
 
     def predict(self, logits: Tensor) -> tuple[Array, Array]:
-        """See Task."""
         return logits.float()[:, 0].numpy(), logits.float().numpy()
 
     def to_records(self, logits: Tensor) -> list[dict[str, Any]]:
-        """See Task."""
-        return [
-            {"label": self.labels[0], "score": number} for number in logits.float()[:, 0].tolist()
-        ]
+        numbers = logits.float()[:, 0].tolist()
+        return [{"label": self.labels[0], "score": number} for number in numbers]
+
+
+_KINDS: dict[str, type[SingleLabel] | type[MultiLabel] | type[Regression]] = {
+    kind.problem_type: kind for kind in (SingleLabel, MultiLabel, Regression)
+}
 
 
 def infer_task(
@@ -233,130 +218,128 @@ def infer_task(
     column: str = "label",
     model_labels: tuple[str, ...] | None = None,
 ) -> Task:
-    """Find the task in the labels of the training split.
+    """Infer the task from the labels of the training split. Raises ConfigError and DataError.
 
-    kind: 'text', 'integer', 'number' or 'set'; values: the V distinct labels; counts: (V,) rows of each. The order of the
-    labels is --label_names, else the order the data set states (class_names), else the order of the model's own head where it
-    was trained on just these labels (model_labels), else sorted: whole numbers by value, other labels by code point.
-    Raises ConfigError and DataError.
+    kind: 'text', 'integer', 'number' or 'set'; values: the V distinct labels; counts: (V,) rows of
+    each; column: the label column, for messages. The order of the outputs is --label_names, else
+    that of the data set (class_names), else that of the model's own head if it was trained on just
+    these labels (model_labels), else sorted: whole numbers by value, other labels by code point.
     """
     problem_type = problem_type_of(config.problem_type, kind, values)
-    rows = int(counts.sum())
-    if config.label_smoothing_factor and problem_type != "single_label_classification":
+    if config.label_smoothing_factor and problem_type != SingleLabel.problem_type:
         raise ConfigError(
             f"--label_smoothing_factor is for single-label tasks; this is {problem_type}."
         )
-    if problem_type == "regression":
+    if problem_type == Regression.problem_type:
         if config.class_weights or config.label_names:
             raise ConfigError(
                 "--class_weights and --label_names are for classification; this is regression."
             )
         return Regression((column,))
-    names = {
-        str(name) for value in values for name in (value if isinstance(value, tuple) else (value,))
-    }
-    labels = _order(names, config.label_names, class_names, model_labels)
-    if problem_type == "multi_label_classification":
-        if not labels:
-            raise DataError(
-                f"No row of the training split has a label in {column!r}; expected at least one label."
-            )
-        task = MultiLabel(labels)
-        targets = np.array([task.target(value) for value in values])
-        positive = (targets * counts[:, None]).sum(0)
-        return MultiLabel(
-            labels,
-            _class_weights(
-                config.class_weights, labels, (rows - positive) / np.maximum(positive, 1)
-            ),
-        )
+    sets = [value if isinstance(value, tuple) else (value,) for value in values]
+    names = {str(name) for labels in sets for name in labels}
+    labels = _label_order(names, config.label_names, class_names, model_labels)
+    if problem_type == MultiLabel.problem_type:
+        return _multi_label_task(config, values, counts, labels, column)
+    num_rows = int(counts.sum())
     if len(labels) < 2:
         raise DataError(
-            f"The training split has only the label {labels[0]!r} in column {column!r}; expected at least two."
+            f"The training split has only the label {labels[0]!r} in column {column!r}; "
+            "expected at least two."
         )
-    if rows >= 50 and len(names) > rows / 2:
+    if num_rows >= 50 and len(names) > num_rows / 2:
         raise DataError(
-            f"Column {column!r} has {len(names):,} different labels in {rows:,} rows; is it the column of the labels?"
+            f"Column {column!r} has {len(names):,} different labels in {num_rows:,} rows; "
+            "is it the column of the labels?"
         )
-    of_label = np.zeros(len(labels))
+    rows_per_label = np.zeros(len(labels))
     for value, count in zip(values, counts, strict=True):
-        of_label[labels.index(str(value))] += count
-    weights = _class_weights(
-        config.class_weights, labels, rows / (len(labels) * np.maximum(of_label, 1))
-    )
+        rows_per_label[labels.index(str(value))] += count
+    balanced = num_rows / (len(labels) * np.maximum(rows_per_label, 1))
+    weights = _class_weights(config.class_weights, labels, balanced)
     return SingleLabel(labels, weights, config.label_smoothing_factor)
 
 
-def task_of_model(problem_type: str | None, labels: Sequence[str]) -> Task:
-    """The task a trained classifier was trained for, from the words of its config.json; raises ModelError."""
-    kinds: dict[str, type[SingleLabel] | type[MultiLabel] | type[Regression]]
-    kinds = {
-        "single_label_classification": SingleLabel,
-        "multi_label_classification": MultiLabel,
-        "regression": Regression,
-    }
-    if problem_type is None:  # a model from elsewhere: what `pipeline` assumes of it
-        problem_type = "regression" if len(labels) == 1 else "single_label_classification"
-    if problem_type not in kinds:
-        raise ModelError(
-            f"The model's problem_type is {problem_type!r}.{did_you_mean(problem_type, kinds)}"
+def _multi_label_task(
+    config: TaskConfig, values: Sequence[Any], counts: Array, labels: tuple[str, ...], column: str
+) -> MultiLabel:
+    if not labels:
+        raise DataError(
+            f"No row of the training split has a label in {column!r}; expected at least one label."
         )
-    return kinds[problem_type](tuple(labels))
+    targets = np.array([MultiLabel(labels).target(value) for value in values])  # (V, O)
+    positive = (targets * counts[:, None]).sum(0)  # (O,) rows that have the label
+    balanced = (int(counts.sum()) - positive) / np.maximum(positive, 1)
+    return MultiLabel(labels, _class_weights(config.class_weights, labels, balanced))
 
 
-def problem_type_of(asked: str, kind: str, values: Sequence[Any]) -> str:
-    """What --problem_type and the labels of the training rows make together; raises ConfigError where they contradict each other."""
-    if asked != "auto":
-        if (asked == "multi_label_classification") != (kind == "set"):
-            found = (
-                "lists of labels"
-                if kind == "set"
-                else "single values, which --label_delimiter or --label_columns make lists of"
-            )
-            raise ConfigError(f"--problem_type is {asked}, but the label column holds {found}.")
-        return asked
-    if kind == "set":
-        return "multi_label_classification"
-    fractions = (
-        kind == "text"
-        and all(_is_number(v) for v in values)
-        and not all(re.fullmatch(r"[+-]?\d+", v) for v in values)
-    )
-    return "regression" if kind == "number" or fractions else "single_label_classification"
+def task_of_model(problem_type: str | None, labels: Sequence[str]) -> Task:
+    """The task that a trained classifier's config.json states; raises ModelError."""
+    if problem_type is None:  # not trained by bertdist: what `pipeline` assumes of it
+        kind: type[SingleLabel | MultiLabel | Regression]
+        kind = Regression if len(labels) == 1 else SingleLabel
+        return kind(tuple(labels))
+    if problem_type not in _KINDS:
+        hint = did_you_mean(problem_type, _KINDS)
+        raise ModelError(f"The model's problem_type is {problem_type!r}.{hint}")
+    return _KINDS[problem_type](tuple(labels))
 
 
-def _order(
-    names: set[str], asked: list[str] | None, *stated: tuple[str, ...] | None
-) -> tuple[str, ...]:
-    if asked is not None:
-        if len(set(asked)) < len(asked):
-            raise ConfigError(f"--label_names repeats a name: {' '.join(asked)}.")
-        if missing := sorted(names - set(asked)):
+def problem_type_of(requested: str, kind: str, values: Sequence[Any]) -> str:
+    """The problem type, of --problem_type and the training labels; ConfigError if they differ."""
+    if requested != "auto":
+        if (requested == MultiLabel.problem_type) != (kind == "set"):
+            content = "lists of labels"
+            if kind != "set":
+                content = "single values; --label_delimiter or --label_columns make lists of labels"
             raise ConfigError(
-                f"--label_names lacks {missing[0]!r}, which the training split has.{did_you_mean(missing[0], asked)}"
+                f"--problem_type is {requested}, but the label column holds {content}."
             )
-        return tuple(asked)
-    class_names, model_labels = stated
+        return requested
+    if kind == "set":
+        return MultiLabel.problem_type
+    numbers = kind == "text" and all(_is_number(value) for value in values)
+    fractions = numbers and not all(re.fullmatch(r"[+-]?\d+", value) for value in values)
+    return Regression.problem_type if kind == "number" or fractions else SingleLabel.problem_type
+
+
+def _label_order(
+    names: set[str],
+    label_names: list[str] | None,
+    class_names: tuple[str, ...] | None,
+    model_labels: tuple[str, ...] | None,
+) -> tuple[str, ...]:
+    if label_names is not None:
+        if len(set(label_names)) < len(label_names):
+            raise ConfigError(f"--label_names repeats a name: {' '.join(label_names)}.")
+        if missing := sorted(names - set(label_names)):
+            raise ConfigError(
+                f"--label_names lacks {missing[0]!r}, which the training split has."
+                f"{did_you_mean(missing[0], label_names)}"
+            )
+        return tuple(label_names)
     if class_names is not None:
         return class_names
     if model_labels is not None and set(model_labels) == names:
         return model_labels
-    whole = all(_is_whole(name) for name in names)
-    return tuple(sorted(names, key=(lambda name: (int(name), name)) if whole else None))
+    by_value = all(_is_whole_number(name) for name in names)
+    return tuple(sorted(names, key=(lambda name: (int(name), name)) if by_value else None))
 
 
 def _class_weights(
-    asked: list[str] | None, labels: tuple[str, ...], balanced: Array
+    weights: list[str] | None, labels: tuple[str, ...], balanced: Array
 ) -> tuple[float, ...]:
-    if asked is None:
+    """--class_weights as numbers: none, "balanced" (O,), or one per label."""
+    if weights is None:
         return ()
-    if asked == ["balanced"]:
+    if weights == ["balanced"]:
         return tuple(float(weight) for weight in balanced)
-    if len(asked) != len(labels):
+    if len(weights) != len(labels):
         raise ConfigError(
-            f"--class_weights has {len(asked)} numbers for {len(labels)} labels; the order is: {', '.join(labels)}."
+            f"--class_weights has {len(weights)} numbers for {len(labels)} labels; "
+            f"the order is: {', '.join(labels)}."
         )
-    return tuple(float(word) for word in asked)
+    return tuple(float(weight) for weight in weights)
 
 
 def _is_number(value: Any) -> bool:
@@ -366,6 +349,6 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _is_whole(name: str) -> bool:
+def _is_whole_number(name: str) -> bool:
     digits = name.removeprefix("-")
     return digits.isascii() and digits.isdigit() and (digits == "0" or not digits.startswith("0"))

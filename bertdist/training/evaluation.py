@@ -154,18 +154,18 @@ class Evaluator:
 
     def __init__(self, config: TaskConfig, task: Task, glue: str | None) -> None:
         """Raises ConfigError for metrics that are unknown or do not fit the task."""
-        from bertdist.tasks import metrics as scores
+        from bertdist.tasks import metrics
 
         self.task = task
         names = (
             config.metrics
             or GLUE_METRICS.get(glue or "")
-            or scores.default_metrics(task.problem_type, len(task.labels))
+            or metrics.default_metrics(task.problem_type)
         )
-        self._scores = scores.load_metrics(names, task.problem_type, task.labels)
-        self._class_table = scores.classification_report
+        self._scores = metrics.load_metrics(names, task.problem_type, task.labels)
+        self._class_table = metrics.classification_report
         self.main = config.metric_for_best_model or self._scores.names[0]
-        self.sign = -1 if self.main in scores.LOWER_IS_BETTER else 1
+        self.sign = -1 if self.main in metrics.LOWER_IS_BETTER else 1
         own_keys = any("/" in name or ":" in name or name.endswith(".py") for name in names)
         if self.main not in ("loss", *self._scores.names) and not own_keys:
             hint = did_you_mean(self.main, ["loss", *self._scores.names])

@@ -1,4 +1,4 @@
-"""Scores mean what the head of bertdist/scores.py says: every expected value here was counted by hand from a small table.
+"""Scores mean what the head of bertdist/tasks/metrics.py says: every expected value here was counted by hand from a small table.
 
 Warnings are errors (setup.cfg), so each test also shows that nothing is said on the screen about 0 / 0 or an undefined score.
 """
@@ -16,8 +16,13 @@ import numpy as np
 import pytest
 
 from bertdist.core.errors import ConfigError, DataError
-from bertdist.tasks import metrics as scores
-from bertdist.tasks.metrics import Score, classification_report, default_metrics, load_metrics
+from bertdist.tasks import metrics
+from bertdist.tasks.metrics import (
+    BuiltinMetric,
+    classification_report,
+    default_metrics,
+    load_metrics,
+)
 
 SINGLE, MULTI, REGRESSION = (
     "single_label_classification",
@@ -252,9 +257,9 @@ def test_matthews_correlation_of_constant_predictions_is_0(truth: list[int]) -> 
 def test_no_rows_is_a_mistake_in_the_data(problem_type: str, labels: str) -> None:
     rows = np.zeros((0, len(labels)) if problem_type == MULTI else 0, dtype=int)
     with pytest.raises(DataError, match="no rows"):
-        load_metrics(
-            default_metrics(problem_type, len(labels)), problem_type, list(labels)
-        ).compute(rows, NONE, rows)
+        load_metrics(default_metrics(problem_type), problem_type, list(labels)).compute(
+            rows, NONE, rows
+        )
     with pytest.raises(DataError, match="no rows"):
         classification_report(rows, rows, list(labels))
 
@@ -264,8 +269,8 @@ def test_one_row_is_enough(problem_type: str, labels: str) -> None:
     row = [[1, *[0] * (len(labels) - 1)]] if problem_type == MULTI else [0]
     names = [
         name
-        for name, kind in scores._SCORES.items()
-        if problem_type in kind.fits and (len(labels) == 2 or not kind.binary)
+        for name, kind in metrics._METRICS.items()
+        if problem_type in kind.problem_types and (len(labels) == 2 or not kind.binary)
     ]
     found = score(
         " ".join(names), problem_type, labels, row, row, [[1.0 / len(labels)] * len(labels)]
@@ -344,14 +349,14 @@ def test_class_table_of_one_multi_label_column() -> None:
 
 @pytest.mark.parametrize(("problem_type", "labels"), KINDS)
 def test_default_scores_open(problem_type: str, labels: str) -> None:
-    names = default_metrics(problem_type, len(labels))
+    names = default_metrics(problem_type)
     assert load_metrics(names, problem_type, list(labels)).names == tuple(names)
 
 
 def test_default_scores_start_with_the_main_score() -> None:
-    assert default_metrics(SINGLE, 2) == ["accuracy", "f1_macro"]
-    assert default_metrics(MULTI, 3) == ["f1_micro", "f1_macro", "accuracy", "jaccard_samples"]
-    assert default_metrics(REGRESSION, 1) == ["pearson", "spearman"]
+    assert default_metrics(SINGLE) == ["accuracy", "f1_macro"]
+    assert default_metrics(MULTI) == ["f1_micro", "f1_macro", "accuracy", "jaccard_samples"]
+    assert default_metrics(REGRESSION) == ["pearson", "spearman"]
 
 
 def test_names_keep_their_order_and_stand_once() -> None:
@@ -365,7 +370,7 @@ def test_names_keep_their_order_and_stand_once() -> None:
 
 
 def test_lower_is_better_names_known_scores() -> None:
-    assert scores.LOWER_IS_BETTER - {"loss"} == {"mse", "mae"} <= set(scores._SCORES)
+    assert metrics.LOWER_IS_BETTER - {"loss"} == {"mse", "mae"} <= set(metrics._METRICS)
 
 
 @pytest.mark.parametrize(
@@ -449,10 +454,10 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", scores._SCORES)
+@pytest.mark.parametrize("name", metrics._METRICS)
 def test_each_score_is_an_evaluate_metric_with_its_source(name: str, home: Path) -> None:
-    kind = scores._SCORES[name]
-    metric = Score(name, kind.fits[0], 2)
+    kind = metrics._METRICS[name]
+    metric = BuiltinMetric(name, kind.problem_types[0], 2)
     assert isinstance(metric, evaluate.Metric)
     assert set(metric.features) == {kind.reads, "references"}
     assert name in metric.description
@@ -470,8 +475,8 @@ def test_whole_arrays_lists_and_single_rows_give_the_same_score(home: Path) -> N
         (name, REGRESSION, 1, NUMBERS_SAID, NUMBERS_TRUTH) for name in NUMBERS
     ]
     for name, problem_type, labels, answers, truth in cases:
-        metric = Score(name, problem_type, labels)
-        reads = metric.kind.reads
+        metric = BuiltinMetric(name, problem_type, labels)
+        reads = metric.spec.reads
         whole = metric.compute(**{reads: np.array(answers), "references": np.array(truth)})
         lists = metric.compute(**{reads: answers, "references": truth})
         metric.add_batch(**{reads: answers[:2], "references": truth[:2]})
@@ -482,7 +487,7 @@ def test_whole_arrays_lists_and_single_rows_give_the_same_score(home: Path) -> N
 
 
 def test_rows_that_were_added_are_not_forgotten_for_a_whole_array(home: Path) -> None:
-    metric = Score("accuracy", SINGLE, 2)
+    metric = BuiltinMetric("accuracy", SINGLE, 2)
     metric.add_batch(predictions=[0, 0, 0], references=[1, 1, 1])
     assert metric.compute(predictions=np.array([1]), references=np.array([1])) == {
         "accuracy": 1 / 4
@@ -494,7 +499,7 @@ def test_whole_arrays_do_not_pass_through_arrow(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It costs more than the score; the twin shows that lists do."""
-    metric, rows = Score("accuracy", SINGLE, 2), np.arange(1000) % 2
+    metric, rows = BuiltinMetric("accuracy", SINGLE, 2), np.arange(1000) % 2
     monkeypatch.setattr(metric, "add_batch", refuse)
     assert metric.compute(predictions=rows, references=rows) == {"accuracy": 1.0}
     with pytest.raises(AssertionError, match="must not be called"):
@@ -681,12 +686,12 @@ def test_a_metric_that_fails_is_told_in_one_line(body: str, home: Path) -> None:
 
 
 def test_no_name_runs_a_file_of_the_current_folder(home: Path) -> None:
-    flags = [plant(Path(f"{name}/{name}.py")) for name in scores._SCORES] + [
-        plant(Path(f"{name}.py")) for name in scores._SCORES
+    flags = [plant(Path(f"{name}/{name}.py")) for name in metrics._METRICS] + [
+        plant(Path(f"{name}.py")) for name in metrics._METRICS
     ]
     for problem_type, labels in KINDS:
-        for name, kind in scores._SCORES.items():
-            if problem_type in kind.fits and (len(labels) == 2 or not kind.binary):
+        for name, kind in metrics._METRICS.items():
+            if problem_type in kind.problem_types and (len(labels) == 2 or not kind.binary):
                 load_metrics([name], problem_type, list(labels))
     assert not any(flag.exists() for flag in flags)
 
@@ -701,7 +706,7 @@ def test_evaluate_load_of_a_bare_name_runs_it(home: Path) -> None:
 def test_an_unknown_name_of_a_folder_here_is_not_run_but_explained(home: Path) -> None:
     flag = plant(Path("mine/mine.py"))
     with pytest.raises(
-        ConfigError, match=r"unknown score\..* Your own metric in this folder is written ./mine\.$"
+        ConfigError, match=r"unknown score\..* For your own metric in this folder write ./mine\.$"
     ):
         load_metrics(["mine"], SINGLE, ["a", "b"])
     assert not flag.exists()
@@ -714,7 +719,9 @@ def test_a_hub_metric_is_asked_from_the_hub_alone(
     monkeypatch.setattr(
         evaluate,
         "load",
-        lambda path, **options: asked.append((path, options)) or Score("accuracy", SINGLE, 2),
+        lambda path, **options: (
+            asked.append((path, options)) or BuiltinMetric("accuracy", SINGLE, 2)
+        ),
     )
     flag = plant(Path("accuracy/accuracy.py"))
     load_metrics(["hub:accuracy", "hub:someone/their-metric"], SINGLE, ["a", "b"])
@@ -735,7 +742,8 @@ def test_a_file_in_the_way_of_a_hub_metric_is_not_run(
 ) -> None:
     flag = plant(Path(in_the_way))
     with pytest.raises(
-        ConfigError, match=f"./{in_the_way} stands in the way; for that file write ./{in_the_way}."
+        ConfigError,
+        match=f"./{in_the_way} would be loaded instead; for that file write ./{in_the_way}.",
     ):
         load_metrics([name], SINGLE, ["a", "b"])
     assert not flag.exists()

@@ -413,7 +413,7 @@ def test_a_kind_that_no_model_has_is_told() -> None:
         (
             MultiLabel(("red", "blue")),
             "red",
-            "expected a list of labels, found 'red'; --label_delimiter says what stands between them.",
+            "expected a list of labels, found 'red'; set --label_delimiter to split it.",
         ),
         (Regression(("score",)), "high", "expected a number, found 'high'."),
         (Regression(("score",)), "nan", "expected a finite number, found 'nan'."),
@@ -498,8 +498,8 @@ def test_a_label_that_is_not_of_the_task_is_told(task: Task, label: Any, message
             "text",
             {"problem_type": "multi_label_classification"},
             ConfigError,
-            "--problem_type is multi_label_classification, but the label column holds single values, which --label_delimiter or "
-            "--label_columns make lists of.",
+            "--problem_type is multi_label_classification, but the label column holds single values; --label_delimiter or "
+            "--label_columns make lists of labels.",
         ),
         (
             [("a",)],
