@@ -107,7 +107,7 @@ def test_dropout_of_a_replay_is_a_function_of_the_step(
     assert far(once, other) > ROUNDING  # the control
 
 
-def test_a_run_with_replays_goes_on(
+def test_a_run_with_replays_resumes(
     tiny_model: Path,
     files: Files,
     tmp_path: Path,
@@ -132,7 +132,7 @@ def test_a_run_with_replays_goes_on(
     assert len(replays) > before
 
 
-def test_a_capture_that_breaks_off_is_made_good(
+def test_a_failed_capture_falls_back_to_eager_steps(
     tiny_model: Path,
     files: Files,
     tmp_path: Path,

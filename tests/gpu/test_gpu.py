@@ -71,9 +71,7 @@ def test_attention_on_the_gpu_equals_attention_on_the_cpu(
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_a_run_on_the_gpu_learns_and_goes_on(
-    tiny_model: Path, tmp_path: Path, precision: str
-) -> None:
+def test_a_run_on_the_gpu_learns(tiny_model: Path, tmp_path: Path, precision: str) -> None:
     words_of = (("great", "good"), ("dull", "bad"))
     rows = [
         (f"{word} {'film ' * (i % 7)}movie", label) for i in range(64) for word, label in words_of
@@ -119,7 +117,7 @@ def test_the_size_of_micro_batches_is_found_on_the_gpu(little_memory: int) -> No
     assert found in (16_384, 32_768)
 
 
-def test_a_step_that_runs_out_of_memory_on_the_gpu_is_taken_again(
+def test_a_step_that_runs_out_of_memory_on_the_gpu_is_retried(
     tiny_model: Path, tmp_path: Path, little_memory: int
 ) -> None:
     """For real: with sizes that were asked for and do not fit, the run ends with the losses of one that had others from its start."""
@@ -140,7 +138,7 @@ def test_a_step_that_runs_out_of_memory_on_the_gpu_is_taken_again(
     assert ends[1_000_000][1] == pytest.approx(ends[4096][1], abs=1e-4)
 
 
-def test_a_stop_is_answered_one_call_late_on_the_gpu() -> None:
+def test_a_stop_takes_effect_one_call_later_on_the_gpu() -> None:
     stop, accelerator = StopSignal(), Accelerator()
     try:
         assert (

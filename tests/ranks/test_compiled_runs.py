@@ -151,7 +151,7 @@ def test_resume_equals_uninterrupted(
     assert_same_run(tmp_path / "out", compiled)
 
 
-def test_without_a_compiler_and_a_gpu_the_run_is_the_eager_one(
+def test_without_a_compiler_and_a_gpu_the_run_is_eager(
     words: Callable[..., list[str]], eager: Path, tmp_path: Path
 ) -> None:
     def no_compiler(accelerator: Accelerator) -> None:

@@ -165,7 +165,7 @@ def test_with_dropout_too(
 
 
 @pytest.mark.parametrize(("n", "tokens"), [(1, 30), (2, 8192)])
-def test_dropout_by_place_in_the_batch_is_seen(
+def test_dropout_by_position_in_the_batch_is_detected(
     tiny_model: Path, tmp_path: Path, dropped: Curve, n: int, tokens: int
 ) -> None:
     def by_place(accelerator: Accelerator) -> None:
@@ -196,7 +196,7 @@ def test_weights_are_the_same_to_1e_10_in_float64(
         (3, 8192, idle_rows_count),
     ],
 )
-def test_other_ways_to_average_are_seen(
+def test_other_ways_to_average_are_detected(
     tiny_model: Path,
     tmp_path: Path,
     float64: Curve,

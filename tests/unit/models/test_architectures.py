@@ -181,9 +181,7 @@ Loader = Callable[..., Classifier]
 def load(folder_of: Callable[[str], Path]) -> Loader:
     """kind -> what `load_classifier` makes of it, in float64 and without training."""
 
-    def iterate_loader(
-        kind: str, change: dict[str, float] | None = None, **settings: Any
-    ) -> Classifier:
+    def load_kind(kind: str, change: dict[str, float] | None = None, **settings: Any) -> Classifier:
         config = ModelConfig(
             model_name_or_path=str(folder_of(kind)), **{"max_length": POSITIONS, **settings}
         )
@@ -193,7 +191,7 @@ def load(folder_of: Callable[[str], Path]) -> Loader:
         assert notes == [] or not model.packed  # a trained head, and no word of padding
         return model.eval().double()
 
-    return iterate_loader
+    return load_kind
 
 
 def padded_twin(model: Classifier, folder: Path) -> Any:
@@ -373,7 +371,7 @@ BROKEN: list[tuple[Breaking, list[str]]] = [
 @pytest.mark.parametrize(
     ("broken", "kind"), [(broken, kind) for broken, kinds in BROKEN for kind in kinds]
 )
-def test_what_is_laid_out_wrongly_is_seen(
+def test_wrong_packing_is_detected(
     broken: Breaking,
     kind: str,
     load: Loader,
@@ -483,7 +481,7 @@ def feed_forward_rows(model: Classifier, batch: PackedBatch) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", FIRST_ONLY)
-def test_a_last_layer_of_first_tokens_is_the_whole_layer(kind: str, load: Loader) -> None:
+def test_a_last_layer_of_first_tokens_equals_the_full_layer(kind: str, load: Loader) -> None:
     model, whole, batch = load(kind), load(kind), batch_of(paired=kind in PAIRED)
     whole_last_layer(whole)
     torch.testing.assert_close(model(batch), whole(batch), rtol=0, atol=1e-12)
@@ -503,23 +501,19 @@ def test_a_mean_is_of_all_tokens(load: Loader) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_text_loses_does_not_depend_on_its_company(kind: str, load: Loader) -> None:
+def test_dropout_of_a_text_does_not_depend_on_the_other_texts(kind: str, load: Loader) -> None:
     model = load(kind, dropout=0.3).train()
     seed_dropout(1, 2, 0)
-    raise_on_all_ranks = model(batch_of())
+    batched = model(batch_of())
     for rows in ([3], [5, 4, 0], [7, 1]):
-        torch.testing.assert_close(
-            model(batch_of(rows=rows)), raise_on_all_ranks[rows], rtol=0, atol=1e-12
-        )
-    assert (raise_on_all_ranks - model.eval()(batch_of())).abs().max() > 0.05  # dropout there was
+        torch.testing.assert_close(model(batch_of(rows=rows)), batched[rows], rtol=0, atol=1e-12)
+    assert (batched - model.eval()(batch_of())).abs().max() > 0.05  # dropout there was
     seed_dropout(1, 3, 0)
-    assert (
-        (model.train()(batch_of()) - raise_on_all_ranks).abs().amax(1) > 1e-3
-    ).all()  # another step
+    assert ((model.train()(batch_of()) - batched).abs().amax(1) > 1e-3).all()  # another step
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_with_dropout_too_the_padded_model_gives_the_same(
+def test_with_dropout_too_packed_equals_padded(
     kind: str, load: Loader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Attention itself aside, but for DeBERTa's: SDPA draws for padded models, from torch's generator. The whole last layer draws for

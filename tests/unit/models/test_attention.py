@@ -103,7 +103,7 @@ def gradients(rows: list[Tensor], out: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("scaling", [None, 0.3])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_each_kernel_is_one_softmax_a_text_with_its_gradients(
+def test_each_kernel_equals_one_softmax_per_text_with_its_gradients(
     kernel: Kernel, scaling: float | None
 ) -> None:
     rows = rows_of(sum(LENGTHS))
@@ -136,7 +136,7 @@ def test_the_kernels_equal_one_masked_attention() -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("wrong", [[sum(LENGTHS)], [3, 5, 3, 1, 4, 3], [*LENGTHS[:-1], 2, 1]])
-def test_texts_that_see_each_other_are_seen(wrong: list[int], kernel: Kernel) -> None:
+def test_attention_across_texts_is_detected(wrong: list[int], kernel: Kernel) -> None:
     # The control: all in one text, two lengths exchanged, one text cut in two.
     rows = rows_of(sum(LENGTHS))
     out, expected = attend(rows, wrong, kernel), written_out(rows, LENGTHS, None)
@@ -174,7 +174,7 @@ def test_the_kernels_equal_in_float32_to_its_rounding(kernel: Kernel) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_no_text_reaches_another_not_even_by_dropout(kernel: Kernel, dropout: float) -> None:
+def test_no_text_attends_to_another_with_dropout_too(kernel: Kernel, dropout: float) -> None:
     rows, starts = rows_of(sum(LENGTHS)), np.cumsum([0, *LENGTHS])
     torch.manual_seed(0)
     out = attend(rows, LENGTHS, kernel, dropout=dropout)
@@ -194,7 +194,7 @@ def test_no_text_reaches_another_not_even_by_dropout(kernel: Kernel, dropout: fl
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_dropout_is_nothing_in_the_mean(kernel: Kernel) -> None:
+def test_the_mean_over_dropout_masks_is_attention_without_dropout(kernel: Kernel) -> None:
     heads, lengths = 20_000, [3, 2, 2, 1]  # each head draws for itself: as many samples
     one = [x[:, :1].detach() for x in rows_of(sum(lengths))]
     torch.manual_seed(0)
@@ -214,7 +214,7 @@ def test_dropout_is_nothing_in_the_mean(kernel: Kernel) -> None:
 # ---- What is said of a row
 
 
-def test_a_grid_is_the_padded_layout() -> None:
+def test_padded_layout_by_hand() -> None:
     places, real = padded_layout([2, 3, 1])
     assert places.tolist() == [[0, 1, 0], [2, 3, 4], [5, 0, 0]]
     assert real.tolist() == [[True, True, False], [True, True, True], [True, False, False]]
@@ -305,7 +305,7 @@ def seen(rows: list[Tensor], lengths: list[int], window: int) -> Tensor:
 @pytest.mark.parametrize("window", [1, 2, 3, 100])
 @pytest.mark.parametrize("first_only", [False, True])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_windows_and_first_tokens_are_those_of_the_whole(
+def test_windows_and_first_tokens_equal_masked_attention(
     kernel: Kernel, first_only: bool, window: int
 ) -> None:
     lengths = [40, 18, 17, 5, 1]
@@ -342,7 +342,7 @@ def documented_flash(
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("first_only", [False, True])
-def test_flash_is_asked_for_what_it_documents(
+def test_flash_attention_is_called_as_documented(
     first_only: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # It runs on CUDA only, tests/gpu: here are its words.
@@ -373,21 +373,19 @@ def with_noise(rows: list[Tensor], lengths: list[int], numbers: list[int]) -> li
     )
 
 
-def test_what_a_text_loses_does_not_depend_on_its_company() -> None:
+def test_dropout_of_a_text_does_not_depend_on_the_other_texts() -> None:
     lengths = [20, 17, 9, 3]
     rows = rows_of(sum(lengths))
     texts = list(zip(*(x.split(lengths, dim=2) for x in rows), strict=True))
     seed_dropout(1, 2, 3)
-    raise_on_all_ranks = with_noise(rows, lengths, [7, 5, 8, 6])
+    batched = with_noise(rows, lengths, [7, 5, 8, 6])
     for order in ([3], [2, 1], [1, 0, 3]):
         some = [torch.cat([texts[i][j] for i in order], dim=2) for j in range(3)]
         alone = with_noise(some, [lengths[i] for i in order], [[7, 5, 8, 6][i] for i in order])
         for found, i in zip(alone, order, strict=True):
-            torch.testing.assert_close(found, raise_on_all_ranks[i], rtol=0, atol=1e-14)
+            torch.testing.assert_close(found, batched[i], rtol=0, atol=1e-14)
     other = with_noise(rows, lengths, [7, 5, 8, 9])  # the control: another row
-    assert [
-        bool((a - b).abs().max() > 0.1) for a, b in zip(raise_on_all_ranks, other, strict=True)
-    ] == [
+    assert [bool((a - b).abs().max() > 0.1) for a, b in zip(batched, other, strict=True)] == [
         False,
         False,
         False,
@@ -396,7 +394,7 @@ def test_what_a_text_loses_does_not_depend_on_its_company() -> None:
     seed_dropout(1, 3, 3)
     assert all(
         (a - b).abs().max() > 0.1
-        for a, b in zip(raise_on_all_ranks, with_noise(rows, lengths, [7, 5, 8, 6]), strict=True)
+        for a, b in zip(batched, with_noise(rows, lengths, [7, 5, 8, 6]), strict=True)
     )
 
 

@@ -28,7 +28,7 @@ from bertdist.core.errors import BertdistError, ConfigError, ModelError
 from bertdist.data.batch import PackedBatch, collate
 from bertdist.data.records import records_of
 from bertdist.data.sharding import MapLoader
-from bertdist.data.tokenization import Example, encode, open_examples
+from bertdist.data.tokenization import Example, encode, load_tokenizer, open_examples
 from bertdist.models import attention
 from bertdist.models.classifier import (
     Classifier,
@@ -175,7 +175,7 @@ def last_tokens(batch: PackedBatch, monkeypatch: pytest.MonkeyPatch) -> PackedBa
 
 
 @pytest.mark.parametrize("broken", [wrong_ends, no_restart, no_segments, last_tokens])
-def test_what_is_packed_wrongly_is_seen(
+def test_wrong_packing_is_detected(
     broken: Callable[[PackedBatch, pytest.MonkeyPatch], PackedBatch],
     tiny_model: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -193,16 +193,16 @@ def test_what_is_packed_wrongly_is_seen(
     assert largest(gradients(model, loss), gradients(plain, wanted)) > 0.05
 
 
-def test_the_order_and_the_company_of_texts_change_nothing(
+def test_order_and_other_texts_do_not_change_logits(
     tiny_model: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model, _ = load(tiny_model)
     model.double()
     examples = open_examples(records_of(TEXTS), tokenizer, None, 64)
-    raise_on_all_ranks = model(collate(examples[list(range(6))]))
+    batched = model(collate(examples[list(range(6))]))
     for order in ([5, 4, 3, 2, 1, 0], [2], [3, 0]):
         torch.testing.assert_close(
-            model(collate(examples[order])), raise_on_all_ranks[order], rtol=0, atol=1e-12
+            model(collate(examples[order])), batched[order], rtol=0, atol=1e-12
         )
 
 
@@ -242,7 +242,7 @@ def step_gradients(
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])  # 8: two ranks have nothing to do
 @pytest.mark.parametrize("tokens", [1, 12, 1000])
-def test_a_steps_gradient_is_that_of_one_padded_batch(
+def test_gradient_of_a_step_equals_that_of_one_padded_batch(
     ranks: int, tokens: int, tiny_model: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model, _ = load(tiny_model)
@@ -258,7 +258,7 @@ def test_a_steps_gradient_is_that_of_one_padded_batch(
     assert largest(without, wanted) > 1
 
 
-def test_a_text_of_weight_zero_leaves_no_trace(
+def test_a_text_of_weight_zero_has_zero_gradients(
     tiny_model: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model, _ = load(tiny_model)
@@ -332,7 +332,7 @@ def batch_by_hand(segments: bool, texts: Sequence[int] = range(5)) -> PackedBatc
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_other_architectures_give_the_answers_of_each_text_alone(kind: str, tmp_path: Path) -> None:
+def test_other_architectures_equal_each_text_alone(kind: str, tmp_path: Path) -> None:
     model, notes = other(kind, tmp_path)
     said = {
         False: f"Models of type {kind!r} run padded to the longest text of a micro-batch; the results are the same.",
@@ -358,7 +358,7 @@ def test_other_architectures_give_the_answers_of_each_text_alone(kind: str, tmp_
 
 
 @pytest.mark.parametrize("kind", READERS)
-def test_texts_of_one_length_run_together(kind: str, tmp_path: Path) -> None:
+def test_texts_of_equal_length_run_together(kind: str, tmp_path: Path) -> None:
     model, _ = other(kind, tmp_path)
     shapes: list[tuple[int, ...]] = []
     model.model.register_forward_pre_hook(
@@ -373,7 +373,7 @@ def test_texts_of_one_length_run_together(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", PADDED)
-def test_padding_that_is_not_masked_is_seen(
+def test_unmasked_padding_is_detected(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _ = other(kind, tmp_path)
@@ -388,13 +388,13 @@ def test_padding_that_is_not_masked_is_seen(
     ].padding_changes_logits  # and loading would have found it
 
 
-def test_a_packed_family_says_nothing_of_padding(tiny_model: Path) -> None:
+def test_a_packed_family_has_no_note_on_padding(tiny_model: Path) -> None:
     model, notes = load(tiny_model)
     assert model.packed and not model.padding_changes_logits
     assert not any("padded" in note for note in notes)
 
 
-def test_trying_out_padding_leaves_no_trace(tmp_path: Path) -> None:
+def test_the_padding_check_changes_no_state(tmp_path: Path) -> None:
     state = torch.get_rng_state()
     config = AutoConfig.for_model("mpnet", **SIZES)
     model = AutoModelForSequenceClassification.from_config(config).train()
@@ -408,19 +408,17 @@ def test_trying_out_padding_leaves_no_trace(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "kind", ["mpnet", "roformer", "fnet"]
 )  # not Funnel, which pools tokens, nor XLNet, which lays them out (L, N)
-def test_what_a_text_loses_does_not_depend_on_its_company_there_either(
-    kind: str, tmp_path: Path
-) -> None:
+def test_dropout_of_a_text_does_not_depend_on_the_other_texts(kind: str, tmp_path: Path) -> None:
     model, _ = other(kind, tmp_path, dropout=0.3)
     model.train()
     seed_dropout(1, 2, 0)
-    raise_on_all_ranks = model(batch_by_hand(False))
+    batched = model(batch_by_hand(False))
     for rows in ([1], [3, 2], [4, 0, 1]):
         torch.testing.assert_close(
-            model(batch_by_hand(False, rows)), raise_on_all_ranks[rows], rtol=0, atol=1e-12
+            model(batch_by_hand(False, rows)), batched[rows], rtol=0, atol=1e-12
         )
     seed_dropout(1, 3, 0)
-    assert (model(batch_by_hand(False)) - raise_on_all_ranks).abs().max() > 0.01
+    assert (model(batch_by_hand(False)) - batched).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -438,7 +436,7 @@ def test_gradient_checkpointing_that_cannot_take_effect_is_an_error(tmp_path: Pa
         other("mpnet", tmp_path / "mpnet", gradient_checkpointing=True)
 
 
-def test_a_model_that_wants_more_than_texts_is_one_line(tmp_path: Path) -> None:
+def test_a_model_that_cannot_classify_texts_is_a_one_line_error(tmp_path: Path) -> None:
     config = AutoConfig.for_model(
         "t5",
         vocab_size=60,
@@ -529,7 +527,19 @@ def test_a_new_head_is_drawn_from_the_seed(tiny_model: Path) -> None:
     assert not torch.equal(heads[0], heads[2])
 
 
-# ---- Export and load
+def test_the_example_of_load_classifier_runs(tiny_model: Path) -> None:
+    """The lines of its docstring, with a folder in place of the Hub's name."""
+    lines = (load_classifier.__doc__ or "").splitlines()
+    code = "\n".join(line[8:] for line in lines if line.startswith(" " * 8))
+    assert code.count("\n") == 6 and "google-bert/bert-base-uncased" in code
+    names = dict(globals())
+    exec(code.replace("google-bert/bert-base-uncased", str(tiny_model)), names)
+    assert names["logits"].shape == (2, 2)
+    names["loss"].backward()
+    assert all(weight.grad is not None for weight in names["classifier"].parameters())
+
+
+# ---- Save and load
 
 
 @pytest.fixture
@@ -541,7 +551,7 @@ def exported(
     return model, tmp_path / "best"
 
 
-def test_an_exported_folder_is_loaded_by_hugging_face_as_it_is(
+def test_a_saved_folder_is_loaded_by_hugging_face(
     exported: tuple[Classifier, Path], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model, folder = exported
@@ -567,7 +577,7 @@ TASKS: list[Task] = [TASK, MultiLabel(("dull", "fun")), Regression(("stars",))]
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.problem_type)
-def test_the_pipeline_of_hugging_face_gives_the_same_answers(
+def test_the_hugging_face_pipeline_gives_the_same_predictions(
     task: Task, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     model, _ = load(tiny_model, task)
@@ -591,7 +601,7 @@ def test_the_pipeline_of_hugging_face_gives_the_same_answers(
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.problem_type)
-def test_a_trained_classifier_comes_back_with_its_task(
+def test_a_trained_classifier_is_loaded_with_its_task(
     task: Task, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     model, _ = load(tiny_model, task)
@@ -671,7 +681,7 @@ def copy(tiny_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "copy"))
 
 
-def test_a_folder_that_is_not_there_is_one_line_with_its_neighbour(copy: Path) -> None:
+def test_a_missing_folder_is_a_one_line_error_with_a_suggestion(copy: Path) -> None:
     wrong = copy.with_name("copi")
     assert (
         complaint(wrong)
@@ -679,7 +689,7 @@ def test_a_folder_that_is_not_there_is_one_line_with_its_neighbour(copy: Path) -
     )
 
 
-def test_a_name_that_the_hub_does_not_give_is_one_line() -> None:
+def test_an_unknown_hub_name_is_a_one_line_error() -> None:
     message = complaint("no-such-owner/model")
     assert "neither a folder here nor a model on the Hub" in message
     assert (
@@ -689,17 +699,17 @@ def test_a_name_that_the_hub_does_not_give_is_one_line() -> None:
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"model_type": "no such type"}'])
-def test_a_folder_without_a_config_is_one_line(text: str | None, copy: Path) -> None:
+def test_a_folder_without_a_config_is_a_one_line_error(text: str | None, copy: Path) -> None:
     (copy / "config.json").unlink() if text is None else (copy / "config.json").write_text(text)
     assert "the folder holds no config.json that can be read" in complaint(copy)
 
 
-def test_a_model_that_classifies_no_texts_is_one_line(copy: Path) -> None:
+def test_a_vision_model_is_a_one_line_error(copy: Path) -> None:
     AutoConfig.for_model("vit").save_pretrained(copy)
     complaint(copy)
 
 
-def test_a_folder_without_weights_is_one_line(copy: Path) -> None:
+def test_a_folder_without_weights_is_a_one_line_error(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
     complaint(copy)
 
@@ -722,13 +732,13 @@ def test_a_pickle_is_never_loaded(
 
 
 @pytest.mark.parametrize("size", [0, 7, 1000, -1])
-def test_torn_weights_are_one_line(size: int, copy: Path) -> None:
+def test_truncated_weights_are_a_one_line_error(size: int, copy: Path) -> None:
     data = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(data[:size])
     complaint(copy)
 
 
-def test_weights_of_another_shape_are_one_line(copy: Path) -> None:
+def test_weights_of_another_shape_are_a_one_line_error(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
     message = complaint(copy)
@@ -737,7 +747,7 @@ def test_weights_of_another_shape_are_one_line(copy: Path) -> None:
     )
 
 
-def test_missing_weights_are_one_line(copy: Path) -> None:
+def test_missing_weights_are_a_one_line_error(copy: Path) -> None:
     weights = load_file(copy / "model.safetensors")
     lost = [name for name in weights if "layer.1.attention" in name]
     save_file(

@@ -88,7 +88,7 @@ def forget() -> Iterator[None]:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., Classifier]:
-    def iterate_loader(
+    def load_kind(
         kind: str = "bert", config: PretrainedConfig | None = None, **settings: Any
     ) -> Classifier:
         """Always the same weights, in training mode."""
@@ -99,7 +99,7 @@ def load(tmp_path: Path) -> Callable[..., Classifier]:
         model = ModelConfig(model_name_or_path=str(tmp_path / kind), max_length=32, **settings)
         return load_classifier(model, TASK)[0].train()
 
-    return iterate_loader
+    return load_kind
 
 
 def batch_of(lengths: Sequence[int]) -> PackedBatch:
@@ -148,7 +148,7 @@ def test_gradients_are_the_eager_ones(kind: str, load: Callable[..., Classifier]
     assert far(gradients(model), gradients(eager, step=4)) > 0.01  # other masks would be seen
 
 
-def test_a_mask_that_is_not_the_rows_is_seen(
+def test_other_dropout_masks_are_detected(
     load: Callable[..., Classifier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     eager, model = load(dropout=0.3), load(dropout=0.3)
@@ -169,7 +169,7 @@ def test_in_bf16_too(load: Callable[..., Classifier]) -> None:
     assert counting.calls == calls + 2
 
 
-def test_kept_gradients_are_kept(load: Callable[..., Classifier]) -> None:
+def test_the_embedding_gradient_is_reused(load: Callable[..., Classifier]) -> None:
     model = load()
     compile_layers(model, HERE, Counting())
     table = model.model.get_input_embeddings()
@@ -228,7 +228,7 @@ def test_a_single_token_runs_eagerly(load: Callable[..., Classifier]) -> None:
     assert (counting.compiled, counting.calls) == (1, calls)
 
 
-def test_what_compiles_for_each_size_is_not_used(
+def test_a_compilation_per_size_is_not_used(
     load: Callable[..., Classifier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch._dynamo, "mark_dynamic", lambda *args: None)
@@ -279,7 +279,7 @@ def broken_backward(graph: Any, inputs: Any) -> Any:
         ("no_backend", "no_backend"),
     ],
 )
-def test_what_does_not_compile_runs_eagerly(
+def test_a_compiler_error_leaves_layers_eager(
     backend: Any, why: str, load: Callable[..., Classifier]
 ) -> None:
     eager, model = load(dropout=0.3), load(dropout=0.3)
@@ -295,7 +295,7 @@ def test_what_does_not_compile_runs_eagerly(
     )  # nobody else is told not to compile
 
 
-def test_a_family_that_is_not_told_apart_runs_eagerly(
+def test_a_family_without_compilable_layers_runs_eagerly(
     load: Callable[..., Classifier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(ARCHITECTURES, "bert", replace(ARCHITECTURES["bert"], after_attention=None))
@@ -326,7 +326,7 @@ def test_a_model_of_one_layer_runs_eagerly(load: Callable[..., Classifier]) -> N
     assert "the last layer is not compiled" in compile_layers(load(config=config), HERE, Counting())
 
 
-def test_what_another_rank_cannot_compile_runs_eagerly_here_too(
+def test_a_compiler_error_on_another_rank_leaves_layers_eager(
     load: Callable[..., Classifier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"))

@@ -1,5 +1,9 @@
-"""A table that keeps its gradient has nn.Embedding's gradient, and after a step none."""
+"""ReusedGradientEmbedding has nn.Embedding's gradient; OneDnnLinear has nn.Linear's output and gradients to rounding.
 
+Legend: R rows.
+"""
+
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +12,17 @@ import torch
 from accelerate import Accelerator
 from forked import run_ranks
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, BertConfig
+from transformers.models.bert.modeling_bert import BertIntermediate
 
-from bertdist.models.cpu_layers import ReusedGradientEmbedding, reuse_embedding_gradient, zero_grad
+from bertdist.models import cpu_layers
+from bertdist.models.cpu_layers import (
+    OneDnnLinear,
+    ReusedGradientEmbedding,
+    reuse_embedding_gradient,
+    use_onednn,
+    zero_grad,
+)
 
 ROWS, WIDTH = 20, 4
 BATCHES = [
@@ -82,7 +94,7 @@ def test_after_a_step_the_gradient_is_zero_and_the_same_tensor() -> None:
     assert torch.equal(gradient(kept), gradient(plain))
 
 
-def test_rows_that_are_not_noted_are_seen() -> None:
+def test_rows_that_are_not_recorded_are_detected() -> None:
     kept, _ = pair()
     backward(kept, BATCHES[0])
     kept.table.written.pop()  # type: ignore[operator, union-attr]
@@ -100,7 +112,7 @@ def forget(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("clear", [zero_grad, zero, forget])
-def test_gradients_may_be_cleared_by_hand(clear: Callable[[nn.Module], None]) -> None:
+def test_other_ways_to_zero_gradients_work(clear: Callable[[nn.Module], None]) -> None:
     kept, plain = pair(0)
     for ids in (*BATCHES, *BATCHES):
         for model in (kept, plain):
@@ -161,13 +173,13 @@ def test_several_ranks_have_a_plain_table(n: int) -> None:
 @pytest.mark.parametrize(
     "settings", [{"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}]
 )
-def test_a_table_of_another_kind_stays_as_it_is(settings: dict[str, Any]) -> None:
+def test_an_embedding_with_options_is_not_replaced(settings: dict[str, Any]) -> None:
     model = Model(**settings)
     reuse_embedding_gradient(model)
     assert type(model.table) is nn.Embedding
 
 
-def test_a_table_that_others_use_stays_as_it_is() -> None:
+def test_a_shared_embedding_is_not_replaced() -> None:
     model = Model()
     model.other = nn.Embedding(ROWS, WIDTH)
     model.other.weight = model.table.weight
@@ -175,7 +187,7 @@ def test_a_table_that_others_use_stays_as_it_is() -> None:
     assert type(model.table) is nn.Embedding
 
 
-def test_a_subclass_and_a_model_without_a_table_stay_as_they_are() -> None:
+def test_a_subclass_and_a_model_without_an_embedding_are_not_replaced() -> None:
     class Own(nn.Embedding):
         pass
 
@@ -190,6 +202,162 @@ def test_a_subclass_and_a_model_without_a_table_stay_as_they_are() -> None:
     assert not any(isinstance(module, ReusedGradientEmbedding) for module in canine.modules())
 
 
-def test_a_models_names_stay() -> None:
+def test_weights_of_embeddings_keep_their_names() -> None:
     kept, plain = pair()
     assert list(kept.state_dict()) == list(plain.state_dict())
+
+
+# ---- OneDnnLinear
+
+needs_onednn = pytest.mark.skipif(
+    not cpu_layers.onednn_available(),
+    reason="this CPU or this torch has no faster product than nn.Linear's",
+)
+
+
+def layers(bias: bool = True, sizes: tuple[int, int] = (256, 512)) -> tuple[nn.Linear, nn.Linear]:
+    """The same layer twice: prepared, and plain."""
+    torch.manual_seed(0)
+    plain = nn.Linear(*sizes, bias=bias)
+    ours = nn.Sequential(copy.deepcopy(plain))
+    use_onednn(ours)
+    return ours[0], plain  # type: ignore[return-value]
+
+
+def run(layer: nn.Linear, rows: int, **settings: Any) -> list[Tensor]:
+    """Output, and gradients of the input and of each parameter."""
+    torch.manual_seed(1)
+    x = torch.randn(1, rows, layer.in_features, requires_grad=True)
+    out = layer(x)
+    out.backward(torch.randn(out.shape))
+    return [out, *(p.grad for p in (x, *layer.parameters()))]
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("sizes", "rows"), [((256, 512), 64), ((256, 512), 434), ((512, 256), 77), ((256, 256), 1030)]
+)
+def test_output_and_gradients_are_those_of_nn_linear(
+    rows: int, sizes: tuple[int, int], bias: bool
+) -> None:
+    ours, plain = layers(bias, sizes)
+    assert type(ours) is OneDnnLinear
+    for found, wanted in zip(run(ours, rows), run(plain, rows), strict=True):
+        assert found.shape == wanted.shape
+        torch.testing.assert_close(
+            found, wanted, rtol=0, atol=2e-6 * wanted.abs().max().item() + 1e-6
+        )
+    with torch.no_grad():
+        plain.weight[0, 0] += 0.01  # the control: one weight of 131,072
+    assert (run(ours, rows)[0] - run(plain, rows)[0]).abs().max() > 1e-3
+
+
+@needs_onednn
+def test_the_product_is_computed_in_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    (ours, plain), (square, _) = layers(), layers(sizes=(256, 256))
+    monkeypatch.setattr(
+        cpu_layers, "_product", lambda x, weight, bias: torch.zeros(len(x), len(weight))
+    )
+    assert (run(ours, 64)[0] == 0).all() and (run(plain, 64)[0] != 0).any()
+    assert (run(ours, 63)[0] != 0).any()  # too few rows to gain
+    assert (run(square, 1023)[0] != 0).any() and (run(square, 1024)[0] == 0).all()
+
+
+@needs_onednn
+def test_other_types_run_in_nn_linear() -> None:
+    ours, plain = layers()
+    x = torch.randn(100, 256)
+    torch.testing.assert_close(
+        ours.double()(x.double()), plain.double()(x.double()), rtol=0, atol=0
+    )
+    ours, plain = layers()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ours(x).dtype == torch.bfloat16
+        torch.testing.assert_close(ours(x), plain(x), rtol=0, atol=0)
+    strided = torch.randn(256, 100).t()
+    torch.testing.assert_close(ours(strided), plain(strided), rtol=0, atol=0)
+
+
+@needs_onednn
+def test_gelu_is_fused_without_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    layer = BertIntermediate(BertConfig(hidden_size=128, intermediate_size=512))
+    x = torch.randn(1, 100, 128)
+    with torch.no_grad():
+        expected = layer(x)
+        use_onednn(layer)
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=2e-6)
+    product = cpu_layers._product
+    monkeypatch.setattr(
+        cpu_layers,
+        "_product",
+        lambda x, weight, bias, gelu=False: product(x, weight, bias, gelu) * 2,
+    )
+    with torch.no_grad():
+        assert torch.allclose(
+            layer(x), 2 * expected, atol=1e-5
+        )  # the control: it is this product that is used, with its GELU
+    assert layer(x).requires_grad and not torch.allclose(
+        layer(x), 2 * expected, atol=1e-5
+    )  # with gradients GELU comes after
+
+
+@needs_onednn
+@pytest.mark.parametrize("activation", ["relu", "gelu_new", "silu"])
+def test_other_activations_are_not_fused(activation: str) -> None:
+    torch.manual_seed(0)
+    layer = BertIntermediate(
+        BertConfig(hidden_size=128, intermediate_size=512, hidden_act=activation)
+    )
+    x = torch.randn(1, 100, 128)
+    with torch.no_grad():
+        expected = layer(x)
+        use_onednn(layer)
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=2e-6)
+
+
+def test_small_layers_and_other_machines_are_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = nn.Sequential(nn.Linear(8, 16))
+    use_onednn(small)
+    assert type(small[0]) is nn.Linear
+    monkeypatch.setattr(cpu_layers, "onednn_available", lambda: False)
+    assert type(layers()[0]) is nn.Linear
+
+
+def test_a_torch_without_the_operator_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*args: Any) -> Tensor:
+        raise AttributeError("_linear_pointwise")
+
+    monkeypatch.setattr(cpu_layers, "_product", missing)
+    assert not cpu_layers.onednn_available()
+
+
+@needs_onednn
+def test_weights_of_linear_layers_keep_their_names() -> None:
+    ours, plain = layers()
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+
+
+@needs_onednn
+@pytest.mark.parametrize("gelu", [False, True])
+def test_mkl_is_used_where_onednn_cannot_allocate(
+    gelu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(message: str) -> Any:
+        def product(*args: Any) -> Tensor:
+            raise RuntimeError(message)
+
+        return product
+
+    x, weight, bias = torch.randn(70, 256), torch.randn(512, 256), torch.randn(512)
+    expected = cpu_layers._product(x, weight, bias, gelu)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", full("could not create a primitive"))
+    torch.testing.assert_close(
+        cpu_layers._product(x, weight, bias, gelu), expected, rtol=1e-5, atol=1e-4
+    )
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", full("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        cpu_layers._product(x, weight, bias, gelu)

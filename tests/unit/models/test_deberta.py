@@ -54,7 +54,7 @@ def logits_of(model: Any, lengths: list[int]) -> Tensor:
 # ---- Distances
 
 
-def test_the_rows_of_a_short_table_by_hand() -> None:
+def test_rows_of_a_short_table_by_hand() -> None:
     encoder = model_of(position_buckets=-1, max_relative_positions=3).deberta.encoder
     rows, low, high = deberta._RelativePositions(encoder).rows(5, CPU)
     assert (low, high) == (
@@ -86,7 +86,7 @@ def test_rows_are_those_of_hugging_face(buckets: int, longest_distance: int) -> 
         assert (low, high) == (expected.min(), expected.max() + 1)
 
 
-def test_only_the_rows_that_are_asked_for_are_projected() -> None:
+def test_only_needed_rows_are_projected() -> None:
     model = model_of()
     deberta.prepare(model)
     seen: list[int] = []

@@ -40,12 +40,12 @@ def drawn(row: int, sizes: Sequence[int] = (512, 512), p: float = 0.5) -> list[T
 # ---- Noise
 
 
-def test_a_texts_bits_do_not_depend_on_its_company() -> None:
+def test_masks_of_a_text_do_not_depend_on_the_other_texts() -> None:
     sizes = [[5, 8, 3], [16, 2, 40]]  # of three texts, at two sites
     alone = [[DropoutMasks([row], [1]).draw([sizes[0][i]], 0.5) for i, row in enumerate(ROWS)]]
     masks = DropoutMasks(ROWS, LENGTHS)
-    raise_on_all_ranks = [masks.draw(size, 0.5).split(size) for size in sizes]
-    assert all(torch.equal(a, b) for a, b in zip(raise_on_all_ranks[0], alone[0], strict=True))
+    batched = [masks.draw(size, 0.5).split(size) for size in sizes]
+    assert all(torch.equal(a, b) for a, b in zip(batched[0], alone[0], strict=True))
     order = [2, 0, 1]
     other = DropoutMasks([ROWS[i] for i in order], [LENGTHS[i] for i in order])
     for site, size in enumerate(sizes):
@@ -54,10 +54,10 @@ def test_a_texts_bits_do_not_depend_on_its_company() -> None:
             other.draw([size[i] for i in order], 0.5).split([size[i] for i in order]),
             strict=True,
         ):
-            assert torch.equal(part, raise_on_all_ranks[site][i])
+            assert torch.equal(part, batched[site][i])
 
 
-def test_bits_differ_by_row_step_seed_and_site() -> None:
+def test_masks_differ_by_row_step_seed_and_layer() -> None:
     first = drawn(5)
     assert all(torch.equal(a, b) for a, b in zip(first, drawn(5), strict=True))
     found = [first[0], first[1], drawn(6)[0], drawn(-1)[0]]
@@ -71,7 +71,7 @@ def test_bits_differ_by_row_step_seed_and_site() -> None:
             )  # as far apart as coins
 
 
-def test_the_rank_decides_nothing_but_torchs_own_draws() -> None:
+def test_the_rank_changes_only_torchs_own_draws() -> None:
     found = []
     for rank in (0, 0, 1):
         seed_dropout(3, 4, rank)
@@ -106,7 +106,7 @@ def test_nothing_and_everything() -> None:
     assert keep_scale(0.5) == 2
 
 
-def test_what_is_of_no_text_is_the_same_for_all() -> None:
+def test_shared_masks_are_the_same_in_every_micro_batch() -> None:
     tables = [
         DropoutMasks(rows, lengths).draw_shared(500, 0.5)
         for rows, lengths in ((ROWS, LENGTHS), ([9], [4]), ([-1], [2]))
@@ -127,7 +127,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_what_is_computed_again_loses_the_same() -> None:
+def test_recomputation_draws_the_same_masks() -> None:
     masks, plain = DropoutMasks(ROWS, LENGTHS), DropoutMasks(ROWS, LENGTHS)
     assert same(draws(masks), draws(plain))
     first, again = masks.replay_contexts()
@@ -161,7 +161,7 @@ def real(x: Tensor, lengths: list[int]) -> Tensor:
 
 
 @given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5), sites=st.integers(1, 3))
-def test_padded_texts_lose_what_packed_ones_lose(lengths: list[int], sites: int) -> None:
+def test_padded_and_packed_texts_have_the_same_masks(lengths: list[int], sites: int) -> None:
     rows = list(range(3, 3 + len(lengths)))
     one, other = layer(0.4, rows, lengths), layer(0.4, rows, lengths)
     for _ in range(sites):
@@ -171,7 +171,7 @@ def test_padded_texts_lose_what_packed_ones_lose(lengths: list[int], sites: int)
         assert torch.equal(found, torch.where(found == 0, 0.0, x * keep_scale(0.4)))
 
 
-def test_a_packed_mask_by_the_noise_itself() -> None:
+def test_a_packed_mask_equals_drawn_masks() -> None:
     x = torch.randn(1, sum(LENGTHS), WIDTH)
     keep = DropoutMasks(ROWS, LENGTHS).draw([length * WIDTH for length in LENGTHS], 0.4).view_as(x)
     assert torch.equal(layer()(x), x * (keep * torch.tensor(keep_scale(0.4))))
@@ -179,7 +179,7 @@ def test_a_packed_mask_by_the_noise_itself() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, WIDTH), (3, 1, WIDTH), (1, 3, WIDTH)])
-def test_first_tokens_lose_what_their_texts_draw(shape: tuple[int, ...]) -> None:
+def test_masks_of_first_tokens_are_their_texts_draws(shape: tuple[int, ...]) -> None:
     x = torch.ones(shape)
     expected = DropoutMasks(ROWS, LENGTHS).draw([WIDTH] * 3, 0.4)
     assert torch.equal(layer()(x).flatten() != 0, expected)
@@ -187,7 +187,7 @@ def test_first_tokens_lose_what_their_texts_draw(shape: tuple[int, ...]) -> None
     assert torch.equal(layer()(x).flatten()[WIDTH : 2 * WIDTH], alone[0])  # the text of row 0
 
 
-def test_attention_of_a_padded_model_loses_what_a_packed_one_loses() -> None:
+def test_attention_masks_are_the_same_padded_and_packed() -> None:
     longest = max(LENGTHS)
     found = layer()(torch.ones(3, HEADS, longest, longest)) != 0
     (keeps,) = BucketLayout(LENGTHS, HEADS).draw_masks(
@@ -199,13 +199,13 @@ def test_attention_of_a_padded_model_loses_what_a_packed_one_loses() -> None:
     assert torch.equal(alone[0], found[1, :, :3, :3])
 
 
-def test_a_table_loses_the_same_in_every_micro_batch() -> None:
+def test_a_table_has_the_same_mask_in_every_micro_batch() -> None:
     table = torch.ones(64, WIDTH)
     assert torch.equal(layer()(table), layer(rows=[5, 6], lengths=[2, 2])(table))
     assert 0 < (layer()(table) == 0).float().mean() < 1
 
 
-def test_without_rows_it_is_torchs_own() -> None:
+def test_without_masks_dropout_is_torchs_own() -> None:
     module, own, x = Dropout(0.4, lambda: None), nn.Dropout(0.4), torch.randn(1, 9, WIDTH)
     torch.manual_seed(0)
     expected = own(x)
@@ -214,7 +214,7 @@ def test_without_rows_it_is_torchs_own() -> None:
     assert torch.equal(layer().eval()(x), x)
 
 
-def test_the_gradient_goes_where_the_values_went() -> None:
+def test_the_gradient_has_the_mask_of_the_values() -> None:
     x = torch.randn(1, sum(LENGTHS), WIDTH, dtype=torch.float64, requires_grad=True)
     out = layer()(x)
     out.sum().backward()

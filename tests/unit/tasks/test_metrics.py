@@ -231,7 +231,7 @@ def test_regression_is_counted_in_double_precision() -> None:
         ("pearson spearman mse mae", REGRESSION, "a", [math.inf, 1.0, 2.0], [1.0, 2.0, 3.0], NONE),
     ],
 )
-def test_an_undefined_score_is_nan_without_a_word(
+def test_an_undefined_score_is_nan_without_output(
     names: str,
     problem_type: str,
     labels: str,
@@ -254,7 +254,7 @@ def test_matthews_correlation_of_constant_predictions_is_0(truth: list[int]) -> 
 
 
 @pytest.mark.parametrize(("problem_type", "labels"), KINDS)
-def test_no_rows_is_a_mistake_in_the_data(problem_type: str, labels: str) -> None:
+def test_no_rows_is_a_data_error(problem_type: str, labels: str) -> None:
     rows = np.zeros((0, len(labels)) if problem_type == MULTI else 0, dtype=int)
     with pytest.raises(DataError, match="no rows"):
         load_metrics(default_metrics(problem_type), problem_type, list(labels)).compute(
@@ -279,7 +279,7 @@ def test_one_row_is_enough(problem_type: str, labels: str) -> None:
     assert all(type(value) is float for value in found.values())
 
 
-def test_arrays_that_contradict_each_other_are_our_own_mistake() -> None:
+def test_inconsistent_arrays_are_assertion_errors() -> None:
     for said, truth in [
         ([0, 1], [0]),
         ([0, 2], [0, 1]),
@@ -348,7 +348,7 @@ def test_class_table_of_one_multi_label_column() -> None:
 
 
 @pytest.mark.parametrize(("problem_type", "labels"), KINDS)
-def test_default_scores_open(problem_type: str, labels: str) -> None:
+def test_default_metrics_load(problem_type: str, labels: str) -> None:
     names = default_metrics(problem_type)
     assert load_metrics(names, problem_type, list(labels)).names == tuple(names)
 
@@ -359,7 +359,7 @@ def test_default_scores_start_with_the_main_score() -> None:
     assert default_metrics(REGRESSION) == ["pearson", "spearman"]
 
 
-def test_names_keep_their_order_and_stand_once() -> None:
+def test_names_keep_their_order_without_duplicates() -> None:
     opened = load_metrics(["recall", "accuracy", "recall", "f1"], SINGLE, ["a", "b"])
     assert opened.names == ("recall", "accuracy", "f1")
     assert list(opened.compute(np.array([0, 1]), NONE, np.array([0, 1]))) == [
@@ -423,7 +423,7 @@ def test_lower_is_better_names_known_scores() -> None:
         (["hub:/tmp/x.py"], SINGLE, "ab", ["expected hub:NAME or hub:OWNER/NAME."]),
     ],
 )
-def test_a_name_that_cannot_be_is_told_in_one_line(
+def test_a_wrong_name_is_a_one_line_error(
     names: list[str], problem_type: str, labels: str, lines: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -466,7 +466,7 @@ def test_each_score_is_an_evaluate_metric_with_its_source(name: str, home: Path)
     assert not (home / "cache").exists(), "no folder is made in the cache of the user"
 
 
-def test_whole_arrays_lists_and_single_rows_give_the_same_score(home: Path) -> None:
+def test_arrays_lists_and_single_rows_give_the_same_score(home: Path) -> None:
     """Whole arrays skip evaluate's Arrow table, lists and `add` fill it: the same numbers to the last bit."""
     cases = [(name, SINGLE, 4, FOUR_SAID, FOUR_TRUTH) for name in FOUR] + [
         (name, MULTI, 3, MANY_SAID, MANY_TRUTH) for name in MANY
@@ -486,7 +486,7 @@ def test_whole_arrays_lists_and_single_rows_give_the_same_score(home: Path) -> N
     assert not (home / "cache").exists()
 
 
-def test_rows_that_were_added_are_not_forgotten_for_a_whole_array(home: Path) -> None:
+def test_added_rows_count_with_arrays_too(home: Path) -> None:
     metric = BuiltinMetric("accuracy", SINGLE, 2)
     metric.add_batch(predictions=[0, 0, 0], references=[1, 1, 1])
     assert metric.compute(predictions=np.array([1]), references=np.array([1])) == {
@@ -495,9 +495,7 @@ def test_rows_that_were_added_are_not_forgotten_for_a_whole_array(home: Path) ->
     assert metric.compute(predictions=np.array([1]), references=np.array([1])) == {"accuracy": 1.0}
 
 
-def test_whole_arrays_do_not_pass_through_arrow(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_arrays_do_not_pass_through_arrow(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It costs more than the score; the twin shows that lists do."""
     metric, rows = BuiltinMetric("accuracy", SINGLE, 2), np.arange(1000) % 2
     monkeypatch.setattr(metric, "add_batch", refuse)
@@ -589,7 +587,7 @@ def test_a_metric_of_ones_own_is_read_again_when_it_has_changed(home: Path) -> N
     assert load_metrics(["./mine.py"], SINGLE, ["a", "b"]).compute(rows, NONE, rows) == {"x": 2.0}
 
 
-def test_a_key_that_is_taken_gets_the_name_of_the_metric_in_front(home: Path) -> None:
+def test_a_duplicate_key_is_prefixed_with_the_metrics_name(home: Path) -> None:
     plant(Path("mine.py"), 'return {"accuracy": 7, "loss": 8, "own": 9}')
     rows = np.array([0, 1])
     for names in (["./mine.py", "accuracy"], ["accuracy", "./mine.py"]):
@@ -649,7 +647,7 @@ def test_a_metric_of_ones_own_draws_the_same_random_numbers_in_every_run(home: P
         ),
     ],
 )
-def test_a_metric_that_cannot_be_loaded_is_told_in_one_line(
+def test_a_metric_that_cannot_be_loaded_is_a_one_line_error(
     text: str, said: str, home: Path
 ) -> None:
     Path("mine.py").write_text(text)
@@ -669,7 +667,7 @@ def test_a_metric_that_cannot_be_loaded_is_told_in_one_line(
         "return None",
     ],
 )
-def test_a_metric_that_fails_is_told_in_one_line(body: str, home: Path) -> None:
+def test_a_metric_that_fails_is_a_one_line_error(body: str, home: Path) -> None:
     plant(Path("mine.py"), body)
     opened = load_metrics(["./mine.py"], SINGLE, ["a", "b"])
     with pytest.raises(
@@ -712,7 +710,7 @@ def test_an_unknown_name_of_a_folder_here_is_not_run_but_explained(home: Path) -
     assert not flag.exists()
 
 
-def test_a_hub_metric_is_asked_from_the_hub_alone(
+def test_a_hub_metric_is_loaded_from_the_hub_only(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -737,7 +735,7 @@ def test_a_hub_metric_is_asked_from_the_hub_alone(
         ("hub:someone/theirs", "someone/theirs/theirs.py"),
     ],
 )
-def test_a_file_in_the_way_of_a_hub_metric_is_not_run(
+def test_a_local_file_named_like_a_hub_metric_is_not_run(
     name: str, in_the_way: str, home: Path
 ) -> None:
     flag = plant(Path(in_the_way))

@@ -97,7 +97,7 @@ def test_stated_orders_win_in_their_order(stated: dict[str, Any], labels: tuple[
     assert task_of(["b", "a", "c"], **stated).labels == labels
 
 
-def test_a_target_is_the_place_of_its_label() -> None:
+def test_a_target_is_the_index_of_its_label() -> None:
     task = task_of(["10", "9", "2"])
     assert [task.target(label) for label in ("2", "9", "10", 10)] == [0, 1, 2, 2]
     assert [task.label(target) for target in (0, 1, np.int64(2))] == ["2", "9", "10"]
@@ -121,7 +121,7 @@ def test_a_target_is_the_place_of_its_label() -> None:
         ([("a",), ("a", "b"), ()], "set", MultiLabel),
     ],
 )
-def test_the_labels_tell_the_kind_of_task(values: list[Any], kind: str, kind_of_task: type) -> None:
+def test_the_labels_determine_the_task(values: list[Any], kind: str, kind_of_task: type) -> None:
     assert type(task_of(values, kind)) is kind_of_task
 
 
@@ -135,7 +135,7 @@ def test_the_labels_tell_the_kind_of_task(values: list[Any], kind: str, kind_of_
         ("multi_label_classification", [("a",), ("b",)], "set", MultiLabel),
     ],
 )
-def test_the_kind_that_is_asked_for_is_taken(
+def test_problem_type_overrides_the_labels(
     asked: Any, values: list[Any], kind: str, kind_of_task: type
 ) -> None:
     assert type(task_of(values, kind, problem_type=asked)) is kind_of_task
@@ -228,7 +228,7 @@ def test_the_regression_loss_is_the_weighted_sum_of_squares() -> None:
         (Regression(("score",)), torch.tensor([1.0, 2.0, 3.0])),
     ],
 )
-def test_the_loss_is_a_sum_that_may_be_cut_anywhere(task: Task, targets: Tensor) -> None:
+def test_the_loss_of_a_batch_is_the_sum_over_its_parts(task: Task, targets: Tensor) -> None:
     weights = torch.tensor([1.0, 0.5, 2.0])
     whole = task.loss(LOGITS, targets, weights)
     parts = [task.loss(LOGITS[i : i + 1], targets[i : i + 1], weights[i : i + 1]) for i in range(3)]
@@ -250,7 +250,7 @@ def test_the_loss_is_a_sum_that_may_be_cut_anywhere(task: Task, targets: Tensor)
         (Regression(("score",)), Regression(("score",)), torch.tensor([1.0, 2.0, 3.0])),
     ],
 )
-def test_the_plain_loss_knows_no_weights_and_no_smoothing(
+def test_eval_loss_has_no_weights_and_no_smoothing(
     task: Task, plain: Task, targets: Tensor
 ) -> None:
     found = task.eval_loss(LOGITS.double(), targets)
@@ -314,7 +314,7 @@ def test_balanced_multi_label_weights_are_rows_off_over_rows_on() -> None:
 # ---- Reading logits
 
 
-def test_a_single_answer_is_the_most_probable_label() -> None:
+def test_a_single_label_record_is_the_most_probable_label() -> None:
     task = SingleLabel(("a", "b", "c"))
     predictions, probabilities = task.predict(LOGITS)
     assert predictions.tolist() == [0, 1, 0]
@@ -326,7 +326,7 @@ def test_a_single_answer_is_the_most_probable_label() -> None:
     )
 
 
-def test_multi_label_answers_are_all_above_one_half_the_most_probable_first() -> None:
+def test_multi_label_records_are_all_above_one_half_the_most_probable_first() -> None:
     task = MultiLabel(("a", "b", "c"))
     predictions, probabilities = task.predict(LOGITS)
     assert predictions.tolist() == [
@@ -346,7 +346,7 @@ def test_multi_label_answers_are_all_above_one_half_the_most_probable_first() ->
     assert task.label([1.0, 0.0, 1.0]) == ["a", "c"]
 
 
-def test_a_number_is_answered_as_it_is() -> None:
+def test_a_regression_record_is_the_number() -> None:
     task = Regression(("score",))
     predictions, _ = task.predict(torch.tensor([[1.5], [-2.0]]))
     assert predictions.tolist() == [1.5, -2.0]
@@ -371,13 +371,15 @@ def test_a_number_is_answered_as_it_is() -> None:
         (None, ["b", "a"], SingleLabel(("b", "a"))),
     ],
 )
-def test_a_model_says_its_task(problem_type: str | None, labels: list[str], task: Task) -> None:
+def test_the_task_of_a_trained_model(
+    problem_type: str | None, labels: list[str], task: Task
+) -> None:
     found = task_of_model(problem_type, labels)
     assert found == task
     assert found.problem_type == (problem_type or task.problem_type)
 
 
-def test_a_kind_that_no_model_has_is_told() -> None:
+def test_an_unknown_problem_type_is_an_error() -> None:
     with pytest.raises(
         ModelError, match=r"^The model's problem_type is 'regresion'\. Did you mean 'regression'\?$"
     ):
@@ -510,7 +512,7 @@ def test_a_label_that_is_not_of_the_task_is_told(task: Task, label: Any, message
         ),
     ],
 )
-def test_labels_that_make_no_task_are_told(
+def test_labels_that_make_no_task_are_an_error(
     values: list[Any], kind: str, settings: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error) as caught:
@@ -518,7 +520,7 @@ def test_labels_that_make_no_task_are_told(
     assert str(caught.value) == message
 
 
-def test_a_column_of_texts_is_not_taken_for_labels() -> None:
+def test_a_column_of_texts_is_not_a_label_column() -> None:
     texts = [f"text {i}" for i in range(26)]
     with pytest.raises(
         DataError,
