@@ -1,9 +1,9 @@
-"""Servers on loopback that behave as badly as real ones: a http server with faults on demand, and moto's S3.
+"""Loopback servers that fail like real ones: an http server with errors on demand, and moto's S3.
 
     with FaultyServer({"/a.csv": b"..."}, drops=3) as server:
         open_bytes(f"{server.url}/a.csv")
 
-They run in threads of the test. A body may be a function (begin, end) -> bytes: then nothing holds it whole.
+They run in threads of the test. A body may be a function (begin, end) -> bytes, for large files.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ CHUNK = 1 << 16
 
 
 class File:
-    """What stands behind a path: bytes, or a function of an interval and its size; an ETag where there is one."""
+    """The content of a path: bytes, or a function of an interval and a size; and an ETag."""
 
     def __init__(
         self,
@@ -39,8 +39,9 @@ class File:
 class FaultyServer:
     """files: path -> File. Settings may be changed while it runs.
 
-    statuses: answers to give to the next GETs instead (0: none). drops: after how many bytes of their bodies to cut the next GETs off
-    (0: not). ranges: answer to Range. told: tell sizes, and not send chunks of unknown number. gets: (path, first byte) of every GET.
+    statuses: responses to the next GETs instead (0: none). drops: after how many bytes to
+    cut off the next GETs (0: not). ranges: support Range. sends_size: send Content-Length, and not
+    chunks of unknown number. gets: (path, first byte) of every GET.
     """
 
     def __init__(
@@ -48,16 +49,16 @@ class FaultyServer:
         files: dict[str, File | bytes],
         *,
         ranges: bool = True,
-        told: bool = True,
+        sends_size: bool = True,
         heads: bool = True,
     ) -> None:
         self.files = {
             path: file if isinstance(file, File) else File(file) for path, file in files.items()
         }
-        self.ranges, self.told, self.heads = ranges, told, heads
+        self.ranges, self.sends_size, self.heads = ranges, sends_size, heads
         self.statuses: deque[int] = deque()
         self.drops: deque[int] = deque()
-        self.encoding = ""  # Content-Encoding that is told, of files that are packed already
+        self.encoding = ""  # Content-Encoding header of files that are compressed already
         self.gets: list[tuple[str, int]] = []
         self.sent = 0  # bytes of bodies
 
@@ -81,8 +82,8 @@ def handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
     """The request handler of one server."""
 
     class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"  # connections are kept: what a fork inherits
-        disable_nagle_algorithm = True  # else every answer waits 40 ms
+        protocol_version = "HTTP/1.1"  # keep-alive: connections that a fork inherits
+        disable_nagle_algorithm = True  # else every response takes 40 ms
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -114,15 +115,15 @@ def handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
             if file is None:
                 return self.plain(404)
             assert file.size is not None
-            asked = (
+            requested = (
                 re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
                 if server.ranges
                 else None
             )
-            begin = int(asked[1]) if asked else 0
-            end = min(int(asked[2]) + 1, file.size) if asked and asked[2] else file.size
-            self.send_response(206 if asked else 200)
-            if asked:
+            begin = int(requested[1]) if requested else 0
+            end = min(int(requested[2]) + 1, file.size) if requested and requested[2] else file.size
+            self.send_response(206 if requested else 200)
+            if requested:
                 self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{file.size}")
             if file.etag:
                 self.send_header("ETag", file.etag)
@@ -130,20 +131,20 @@ def handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
                 self.send_header("X-Repo-Commit", server.sha)
             if server.encoding:
                 self.send_header("Content-Encoding", server.encoding)
-            if server.told:
+            if server.sends_size:
                 self.send_header("Content-Length", str(end - begin))
             else:
                 self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
             if body:
                 server.gets.append((self.path, begin))
-                with contextlib.suppress(OSError):  # a client that has enough goes away
+                with contextlib.suppress(OSError):  # a client may stop reading
                     self.send_body(file, begin, end)
             return None
 
         def of_hub(self, hub: "FakeHub", body: bool) -> None:
-            found = hub.api(unquote(self.path.partition("?")[0]).rstrip("/"))
-            if found is None:
+            result = hub.api(unquote(self.path.partition("?")[0]).rstrip("/"))
+            if result is None:
                 gated, here = "gated/name" in self.path, "user/name" in self.path
                 self.send_response(403 if gated else 404)
                 self.send_header(
@@ -153,17 +154,17 @@ def handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
                 self.send_header("X-Repo-Commit", hub.sha)
             else:
                 self.send_response(200)
-            self.send_json(found, body)
+            self.send_json(result, body)
 
         def of_gcs(self, gcs: "FakeGcs", body: bool) -> None:
-            found = gcs.api(
+            result = gcs.api(
                 unquote(self.path.partition("?")[0]), dict(parse_qsl(self.path.partition("?")[2]))
             )
-            self.send_response(404 if found is None else 200)
-            self.send_json(found, body)
+            self.send_response(404 if result is None else 200)
+            self.send_json(result, body)
 
-        def send_json(self, found: Any, body: bool) -> None:
-            text = b"" if found is None else json.dumps(found).encode()
+        def send_json(self, result: Any, body: bool) -> None:
+            text = b"" if result is None else json.dumps(result).encode()
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
@@ -172,16 +173,16 @@ def handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
                     self.wfile.write(text)
 
         def send_body(self, file: File, begin: int, end: int) -> None:
-            most = server.drops.popleft() if server.drops else 0
-            stop = min(end, begin + most) if most else end
+            limit = server.drops.popleft() if server.drops else 0
+            stop = min(end, begin + limit) if limit else end
             while begin < stop:
                 part = file.part(begin, min(begin + CHUNK, stop))
-                self.wfile.write(part if server.told else b"%x\r\n%b\r\n" % (len(part), part))
+                self.wfile.write(part if server.sends_size else b"%x\r\n%b\r\n" % (len(part), part))
                 begin += len(part)
                 server.sent += len(part)
             if stop < end:
                 self.close_connection = True
-            elif not server.told:
+            elif not server.sends_size:
                 self.wfile.write(b"0\r\n\r\n")
 
     return Handler
@@ -189,7 +190,7 @@ def handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
 
 @contextlib.contextmanager
 def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A boto3 client of an S3 that the environment leads to; skips where moto or s3fs are not installed."""
+    """A boto3 client of an S3 server in the environment; skips without moto or s3fs."""
     s3fs = pytest.importorskip("s3fs", reason="needs s3fs (pip install -e '.[dev]')")
     moto_server = pytest.importorskip(
         "moto.server", reason="needs moto[server] (pip install -e '.[dev]')"
@@ -212,8 +213,10 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 class FakeHub(FaultyServer):
-    """A hub with one data set, user/name: its files by path. A process that has HF_ENDPOINT=url (and HF_HUB_OFFLINE=0) from its start
-    takes it for the hub. `gated/name` asks for terms to be accepted, all others are not there."""
+    """The Hub with one data set, user/name: its files by path; for processes with HF_ENDPOINT=url.
+
+    They need HF_HUB_OFFLINE=0 too. `gated/name` has terms to be accepted, others do not exist.
+    """
 
     sha = "0123456789abcdef0123456789abcdef01234567"
 
@@ -225,7 +228,7 @@ class FakeHub(FaultyServer):
                 self.files[f"/datasets/user/name/resolve/{revision}/{path}"] = File(body)
 
     def api(self, path: str) -> Any:
-        """What is at /api/...; None where there is nothing."""
+        """The JSON of /api/..., or None."""
         if path in (
             "/api/datasets/user/name",
             *(f"/api/datasets/user/name/revision/{name}" for name in ("main", self.sha)),
@@ -258,7 +261,10 @@ class FakeHub(FaultyServer):
 
 
 class FakeGcs(FaultyServer):
-    """Google's storage with one bucket, `bucket`, for a gcsfs that has STORAGE_EMULATOR_HOST=url and FSSPEC_GS='{"token": "anon"}'."""
+    """Google Cloud Storage with one bucket, `bucket`.
+
+    gcsfs needs STORAGE_EMULATOR_HOST=url and FSSPEC_GS='{"token": "anon"}'.
+    """
 
     def __init__(self, objects: dict[str, bytes]) -> None:
         super().__init__(
@@ -267,7 +273,7 @@ class FakeGcs(FaultyServer):
         self.objects = objects
 
     def api(self, path: str, query: dict[str, str]) -> Any:
-        """What is at /storage/v1/...; None where there is nothing."""
+        """The JSON of /storage/v1/..., or None."""
         if path == "/storage/v1/b/bucket/o":
             prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "\0")
             inside = {name: name[len(prefix) :] for name in self.objects if name.startswith(prefix)}
@@ -280,15 +286,15 @@ class FakeGcs(FaultyServer):
             )
             return {
                 "items": [
-                    self.told_of(name) for name, rest in inside.items() if delimiter not in rest
+                    self.resource_of(name) for name, rest in inside.items() if delimiter not in rest
                 ],
                 "prefixes": folders,
             }
         name = path.removeprefix("/storage/v1/b/bucket/o/")
-        return self.told_of(name) if name in self.objects else None
+        return self.resource_of(name) if name in self.objects else None
 
-    def told_of(self, name: str) -> dict[str, str]:
-        """An object's resource, https://cloud.google.com/storage/docs/json_api/v1/objects, as far as it is read."""
+    def resource_of(self, name: str) -> dict[str, str]:
+        """Fields of https://cloud.google.com/storage/docs/json_api/v1/objects that gcsfs reads."""
         version = f"{zlib.crc32(self.objects[name]):x}"
         return {
             "name": name,

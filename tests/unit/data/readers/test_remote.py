@@ -66,7 +66,7 @@ PACKED = {
 KINDS: list[dict[str, Any]] = [
     {},
     {"ranges": False},
-    {"ranges": False, "told": False},
+    {"ranges": False, "sends_size": False},
     {"heads": False},
 ]
 
@@ -545,7 +545,7 @@ def test_http_files_are_described() -> None:
             with pytest.raises(DataError, match=found) as raised:
                 list_files(server.url + wrong)
             assert "secret" not in str(raised.value)
-        server.told = False
+        server.sends_size = False
         assert file_size(address) is None
     with pytest.raises(DataError, match="given up after 4 tries; check the URL and the network"):
         file_size(address)  # nobody is there any more
