@@ -1,16 +1,16 @@
-"""How many labels that were made wrong on purpose stand at the head of `python -m bertdist.check`'s ranking.
+"""Recall and precision of label issues on labels that were made wrong on purpose.
 
-    python -m bench.label_noise --model_name_or_path demo/model                 # SST-2's training rows beside the repository
+    python -m bench.label_noise --model_name_or_path demo/model  # SST-2 beside the repository
     python -m bench.label_noise --train_file train.tsv --rows 5000 --share 0.1
 
-1. The first so many rows with different texts are taken, and a share of them, drawn by seed, gets another label (of several others one at
-   random). They are written with a column that tells which they are and that bertdist does not read.
-2. `--folds` ranks all rows, each judged by a model that has not learned it; then a model learns all rows, wrong labels included, and
-   `--model` ranks them with it. Both with every way of ranking; the folds are trained once.
-3. Printed is how many of the wrong labels are among the first 5, 10 and 20% of the ranking, and, of the rows marked as likely to be wrong,
-   how many are (precision) and how many of the wrong ones they hold (recall). Rows that were wrong before count as right.
+1. A share of the first rows with different texts, drawn by seed, gets another label at random. They
+   are written with the original label in a column that bertdist does not read.
+2. `--folds` ranks all rows by cross-validation. Then a model is trained on all rows, wrong labels
+   included, and `--model` ranks them with it. Both use every ranking; the folds are trained once.
+3. Printed is the share of the wrong labels in the first 5, 10 and 20% of each ranking, and the
+   precision and recall of the rows marked as issues. Rows that were wrong before count as right.
 
-Without an idle core it takes longer and finds the same.
+Without an idle core it takes longer; the results are the same.
 """
 
 import argparse
@@ -39,7 +39,9 @@ HEADS = (0.05, 0.1, 0.2)  # of the ranking
 def parser() -> argparse.ArgumentParser:
     """The flags; what comes behind `--` goes to bertdist."""
     found = argparse.ArgumentParser(
-        prog="python -m bench.label_noise", description="Wrong labels found.", allow_abbrev=False
+        prog="python -m bench.label_noise",
+        description="Recall of label issues.",
+        allow_abbrev=False,
     )
     add = found.add_argument
     add(
@@ -65,14 +67,17 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--output_dir",
         default="demo/label_noise",
-        help="Folder for rows, runs and rankings; what is there is not made again.",
+        help="Folder for rows, runs and rankings; existing files are reused.",
     )
-    add("--only", choices=["folds", "model"], help="Leave the other one out.")
+    add("--only", choices=["folds", "model"], help="Run only one of the two.")
     return found
 
 
 def write_noisy(args: argparse.Namespace, path: Path) -> None:
-    """Lines {"text", "label", "was"}: `was` is the label before. Raises BenchError and BertdistError."""
+    """Lines {"text", "label", "was"}: `was` is the original label.
+
+    Raises BenchError and BertdistError.
+    """
     if not Path(args.train_file).is_file():
         raise BenchError(f"--train_file {Path(args.train_file).name}: there is no such file.")
     data = DataConfig(
@@ -139,9 +144,8 @@ def main(words: Sequence[str] | None = None) -> None:
         if not noisy.exists():
             write_noisy(args, noisy)
         rows = [json.loads(line) for line in noisy.read_text(encoding="utf-8").splitlines()]
-        say(
-            f"{len(rows):,} rows, {sum(row['label'] != row['was'] for row in rows):,} labels made wrong."
-        )
+        wrong = sum(row["label"] != row["was"] for row in rows)
+        say(f"{len(rows):,} rows, {wrong:,} labels made wrong.")
         data = ["--train_file", noisy, "--text_column", "text", "--label_column", "label"]
         training = [
             "--model_name_or_path",
@@ -153,23 +157,23 @@ def main(words: Sequence[str] | None = None) -> None:
         ]
         training += ["--num_train_epochs", args.num_train_epochs]
         print(
-            "| judged by | ranked by | "
+            "| predicted by | ranked by | "
             + " | ".join(f"in the first {head:.0%}" for head in HEADS)
             + " | precision | recall | seconds |"
         )
         print("|---" * (5 + len(HEADS)) + "|", flush=True)
-        for judge in ("folds", "model"):
-            if args.only not in (None, judge):
+        for source in ("folds", "model"):
+            if args.only not in (None, source):
                 continue
-            if judge == "model":
+            if source == "model":
                 run("bertdist.train", *data, *training, "--output_dir", out / "whole")
             for ranking in RANKINGS:
                 how = ["--folds", args.folds, *training, "--output_dir", out / "folded"]
-                how = how if judge == "folds" else ["--model", out / "whole" / "best"]
-                file = out / f"{judge}_{ranking}.jsonl"
+                how = how if source == "folds" else ["--model", out / "whole" / "best"]
+                file = out / f"{source}_{ranking}.jsonl"
                 seconds = run("bertdist.check", *data, *how, "--rank_by", ranking, "--output", file)
                 shown = " | ".join(f"{figure:.3f}" for figure in figures(noisy, file))
-                print(f"| {judge} | {ranking} | {shown} | {seconds:.0f} |", flush=True)
+                print(f"| {source} | {ranking} | {shown} | {seconds:.0f} |", flush=True)
     except (BenchError, BertdistError) as error:
         say(f"bench: {error}")
         sys.exit(1)

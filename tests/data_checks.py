@@ -1,7 +1,7 @@
-"""Data sets with nothing wrong in them, made by rule, and a look at them.
+"""Data sets made by rule with nothing wrong in them, and a check of them.
 
-rows = clean_rows(60)                                   # text and label; no finding of any kind
-rows[3]["text"] = ""                                    # plant one
+rows = clean_rows(60)  # text and label; no finding of any kind
+rows[3]["text"] = ""  # plant a problem
 kinds(check_rows(tmp_path, rows, validation=clean_rows(20, seed=1)))
 """
 
@@ -19,7 +19,7 @@ LETTERS = np.array(list("aeioubdfgklmnprstvz"))
 
 
 def clean_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Sentences of 6 to 12 words that nobody else has, and two labels in equal parts."""
+    """Unique sentences of 6 to 12 words, and two labels in equal parts."""
     random = np.random.default_rng([7, seed])
     texts = [
         " ".join(
@@ -41,7 +41,7 @@ def check_rows(
     max_length: int = 128,
     **settings: Any,
 ) -> DataReport:
-    """Write the rows to files and look at them."""
+    """Write the rows to files and run all checks on them."""
     paths = {}
     for name, rows in (("train", train), ("validation", validation), ("test", test)):
         paths[name] = (
@@ -59,7 +59,7 @@ def kinds(found: DataReport) -> list[tuple[str, str, str, int]]:
 
 
 def get_finding(found: DataReport, kind: str, split: str = "train") -> Finding:
-    """The one finding of a kind in a split."""
+    """The only finding of a kind in a split."""
     (finding,) = [
         finding for finding in found.findings if (finding.kind, finding.split) == (kind, split)
     ]

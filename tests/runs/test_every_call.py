@@ -1,7 +1,9 @@
-"""Killed, or out of disk, at every system call of everything that a step writes: log lines, best/, predictions, a checkpoint, the status.
+"""A crash or a disk error at every system call of one step's writes leaves complete files.
 
-strace counts the calls of one such step, and then lets the K-th of a kind fail or kills the process before it, for every kind and K.
-That sees what safetensors does in Rust, too. Each trial is a forked child; without strace, or where it may not look, this is skipped.
+A step writes log lines, best/, predictions, a checkpoint and the status. strace counts its system
+calls, then lets the K-th call of a kind fail, or kills the process before it, for every kind and K.
+That includes what safetensors does in Rust. Each trial is a forked child; skipped where strace is
+missing or may not trace.
 """
 
 import ctypes
@@ -33,7 +35,10 @@ from bertdist.training.run_logger import RunLogger
 ONE: Any = SimpleNamespace(is_main_process=True, num_processes=1, process_index=0, scaler=None)
 SIGNATURE = ResumeSignature({"seed": 1})
 REFUSED, ODD = 3, 4
-CALLS = "openat,open,creat,write,pwrite64,writev,pwritev,mkdir,mkdirat,rename,renameat,renameat2,fsync,fdatasync,ftruncate,fallocate"
+CALLS = (
+    "openat,open,creat,write,pwrite64,writev,pwritev,mkdir,mkdirat,rename,renameat,renameat2,fsync,"
+    "fdatasync,ftruncate,fallocate"
+)
 CHANGING = [
     *CALLS.split(","),
     "unlink",
@@ -108,7 +113,7 @@ def may_be_traced() -> None:
 
 
 def traced(out: Path, run: Run, words: list[str]) -> int:
-    """The exit status (-9: killed) of a child that writes step 4, seen by strace with these words. The child ends by itself."""
+    """Exit status (-9: killed) of a child that writes step 4 under strace with these options."""
     ready, go = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -153,7 +158,7 @@ def traced(out: Path, run: Run, words: list[str]) -> int:
 def before(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, dict[int, dict[str, bytes]], Run]:
-    """A folder with steps 1, 2 and 3 written (two of them kept), the bits of each step, and a run that stands at step 4."""
+    """A folder with steps 1 to 3 written (two kept), the bits of each step, and a run at step 4."""
     if shutil.which("strace") is None:
         pytest.skip("needs strace")
     out = tmp_path_factory.mktemp("every_call") / "out"
@@ -248,7 +253,7 @@ def try_all(
 
 
 def order_of_calls(before: tuple[Path, Any, Run], tmp_path: Path) -> list[str]:
-    """What strace saw of one step: lines of the log that are written, what is flushed, and the checkpoint's rename."""
+    """The calls of one step: log lines written, files flushed, the rename of the checkpoint."""
     out, log = tmp_path / "ordered", tmp_path / "order.txt"
     shutil.copytree(before[0], out)
     # -y: the paths of file descriptors
@@ -269,10 +274,10 @@ def order_of_calls(before: tuple[Path, Any, Run], tmp_path: Path) -> list[str]:
     return found
 
 
-def test_the_log_is_on_the_disk_before_a_checkpoint_knows_of_it(
+def test_the_log_is_on_disk_before_its_checkpoint(
     before: tuple[Path, Any, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A power cut can undo what was written and not flushed; one flush a checkpoint, none a line."""
+    """A power cut can undo what was not flushed; one flush per checkpoint, none per line."""
     found = order_of_calls(before, tmp_path)
     assert found[-2:] == ["fsync metrics.jsonl", "rename step_000004"] and set(found[:-2]) == {
         "write metrics.jsonl"
@@ -287,7 +292,7 @@ def test_the_log_is_on_the_disk_before_a_checkpoint_knows_of_it(
 EVERY = 1 if os.environ.get("BERTDIST_EVERY_FAULT") else 7  # 1: all calls, about a minute
 
 
-def test_a_kill_at_any_call_leaves_everything_whole(
+def test_a_kill_at_any_call_leaves_complete_files(
     before: tuple[Path, Any, Run], tmp_path: Path
 ) -> None:
     found = try_all(before, tmp_path, dict(calls_of(before, tmp_path)), "signal=KILL", EVERY)
@@ -299,7 +304,7 @@ def test_a_kill_at_any_call_leaves_everything_whole(
 
 
 @pytest.mark.parametrize("error", ["ENOSPC", "EROFS", "EIO"])
-def test_a_disk_that_fails_at_any_call_is_one_line_and_leaves_everything_whole(
+def test_a_disk_error_at_any_call_is_one_line_and_leaves_complete_files(
     before: tuple[Path, Any, Run], tmp_path: Path, error: str
 ) -> None:
     calls = {
@@ -315,7 +320,7 @@ def test_a_disk_that_fails_at_any_call_is_one_line_and_leaves_everything_whole(
     print(f"{len(found)} failing calls, {sum(code == REFUSED for *_, code, _ in found)} told")
 
 
-def test_a_checkpoint_written_in_place_would_not_be(
+def test_a_checkpoint_written_in_place_would_be_damaged(
     before: tuple[Path, Any, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control: the same kills, with folders and files that are written where they stand."""

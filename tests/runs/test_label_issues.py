@@ -1,4 +1,4 @@
-"""check --folds and --model from flags to files: cross-validated, interrupted, on several ranks, and with mistakes."""
+"""check --folds and --model from flags to files: interrupted, on several ranks, with mistakes."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def folds_args(model: Path, out: Path, files: Files, **settings: Any) -> list[st
 def run_check(
     accelerator: Accelerator, words: list[str], stop_in_fold: int | None = None
 ) -> tuple[Any, str, list[str]]:
-    """The command on this rank: exit code, standard error, and the run folder of every training step."""
+    """Exit code and standard error on this rank, and the run folder of every training step."""
     steps: list[str] = []
     train_step, begin = train.train_step, train.open_log
 

@@ -1,4 +1,4 @@
-"""Three ways to ask a trained folder, one answer: `pipeline`, `Predictor`, and the command line."""
+"""`pipeline`, `Predictor` and the command line give the same predictions."""
 
 import json
 import os
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """best/ of a short run on one label a row."""
+    """best/ of a short run on one label per row."""
     folder = tmp_path_factory.mktemp("trained")
     run_ranks(
         1,
@@ -79,7 +79,7 @@ def trained_on_sets(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) 
 def ask(
     accelerator: Accelerator, folder: Path, texts: list[str], pairs: list[str] | None = None
 ) -> tuple[list[Any], list[Any]]:
-    """What `Predictor` and `pipeline` answer, in one child."""
+    """The predictions of `Predictor` and of `pipeline`, in one child."""
     mine = Predictor(folder, accelerator=accelerator)
     classify = pipeline("text-classification", model=str(folder), device="cpu")
     inputs: Any = (
@@ -106,7 +106,7 @@ TEXTS = [row["text"] for row in make_rows(15, seed=4)] + [
 ]
 
 
-def test_pipeline_gives_the_same_answers(trained: Path) -> None:
+def test_pipeline_gives_the_same_predictions(trained: Path) -> None:
     ((mine, theirs),) = run_ranks(1, ask, trained, TEXTS)
     assert as_one(mine) == as_one(theirs)
     assert {answer["label"] for answer in mine} <= {"negative", "positive"} and all(
@@ -114,8 +114,10 @@ def test_pipeline_gives_the_same_answers(trained: Path) -> None:
     )
 
 
-def test_another_head_is_seen(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """The same comparison with one row of the classifier's weights moved in the copy that pipeline reads."""
+def test_other_weights_give_other_predictions(
+    trained: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The same comparison; one weight of the copy that pipeline reads is changed."""
     shutil.copytree(trained, tmp_path / "other")
     weights = load_file(tmp_path / "other" / "model.safetensors")
     weights["classifier.bias"][0] += 0.01
@@ -127,14 +129,14 @@ def test_another_head_is_seen(trained: Path, tiny_model: Path, tmp_path: Path) -
     assert as_one(mine) != as_one(theirs)
 
 
-def test_pipeline_gives_the_same_answers_for_pairs(trained_on_pairs: Path) -> None:
+def test_pipeline_gives_the_same_predictions_for_pairs(trained_on_pairs: Path) -> None:
     pairs = [row["text"] for row in make_rows(len(TEXTS), seed=6)]
     ((mine, theirs),) = run_ranks(1, ask, trained_on_pairs, TEXTS, pairs)
     assert as_one(mine) == as_one(theirs)
     assert {answer["label"] for answer in mine} == {"score"}
 
 
-def test_pipeline_gives_the_same_answers_for_sets_of_labels(trained_on_sets: Path) -> None:
+def test_pipeline_gives_the_same_predictions_for_multi_label(trained_on_sets: Path) -> None:
     ((mine, theirs),) = run_ranks(1, ask, trained_on_sets, TEXTS)
     above = [
         [
@@ -154,10 +156,10 @@ def test_pipeline_gives_the_same_answers_for_sets_of_labels(trained_on_sets: Pat
     }
 
 
-def answer_with(
+def predict_with_memory(
     accelerator: Accelerator, folder: Path, fits: int
 ) -> tuple[list[Any], int | None, list[int]]:
-    """Answers where memory holds so many tokens of several texts; the size found, and the sizes that were tried."""
+    """Predictions if memory fits `fits` tokens; the chosen size, and the sizes that were tried."""
     mine = Predictor(folder, accelerator=accelerator)
     forward, tried = mine.model.forward, []
 
@@ -172,16 +174,16 @@ def answer_with(
     return mine(TEXTS), mine.tokens_per_micro_batch, tried
 
 
-def test_answers_are_the_same_where_memory_runs_out(trained: Path) -> None:
-    """The size is found at the first call; what is too much after all is computed in halves."""
-    ((plenty, found, tried),) = run_ranks(1, answer_with, trained, 10**9)
+def test_predictions_are_the_same_after_out_of_memory(trained: Path) -> None:
+    """The size is chosen at the first call; what is still too large is computed in halves."""
+    ((plenty, found, tried),) = run_ranks(1, predict_with_memory, trained, 10**9)
     assert found == 8192 and len(tried) == 1
-    ((little, found, tried),) = run_ranks(1, answer_with, trained, 70)
+    ((little, found, tried),) = run_ranks(1, predict_with_memory, trained, 70)
     assert found == 8192 and max(tried) > 70 and min(tried) <= 70
     assert as_one(little) == as_one(plenty)
 
 
-def test_the_command_line_gives_the_same_answers(trained: Path, tmp_path: Path) -> None:
+def test_the_command_line_gives_the_same_predictions(trained: Path, tmp_path: Path) -> None:
     """A real process; texts of a file, rows in its order, the column that the training read."""
     write_rows(tmp_path / "in.jsonl", [{"id": i, "text": text} for i, text in enumerate(TEXTS)])
     command = [
@@ -209,7 +211,7 @@ def test_the_command_line_gives_the_same_answers(trained: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["tsv", "csv", "parquet", "txt"])
-def test_every_kind_of_file_gives_the_same_answers(
+def test_every_file_format_gives_the_same_predictions(
     trained: Path, tmp_path: Path, kind: str
 ) -> None:
     texts = [text for text in TEXTS if text]
@@ -236,7 +238,7 @@ def test_every_kind_of_file_gives_the_same_answers(
     assert written == [{"row": row, **answer} for row, answer in enumerate(mine)]
 
 
-def test_texts_on_the_command_line_are_answered_in_words(trained: Path) -> None:
+def test_texts_on_the_command_line_are_printed_with_label_and_score(trained: Path) -> None:
     words = ["--model", str(trained), "--use_cpu", "--text", "fun and great", "so dull"]
     ((code, said, answered),) = run_ranks(1, run_main, words, None, predict)
     ((mine, _),) = run_ranks(1, ask, trained, ["fun and great", "so dull"])
@@ -245,8 +247,8 @@ def test_texts_on_the_command_line_are_answered_in_words(trained: Path) -> None:
     )
 
 
-def test_one_text_alone_or_among_others_is_answered_alike(trained: Path) -> None:
-    """Rows computed with others do not colour each other."""
+def test_a_text_alone_or_in_a_batch_has_the_same_prediction(trained: Path) -> None:
+    """Rows of one batch do not affect each other."""
 
     def alone(accelerator: Accelerator) -> list[Any]:
         predictor = Predictor(trained, accelerator=accelerator)
@@ -259,7 +261,7 @@ def test_one_text_alone_or_among_others_is_answered_alike(trained: Path) -> None
     assert as_one(together) == as_one(one_by_one)
 
 
-def test_no_texts_have_no_answers(trained: Path) -> None:
+def test_no_texts_have_no_predictions(trained: Path) -> None:
     assert run_ranks(1, lambda accelerator: Predictor(trained, accelerator=accelerator)([])) == [[]]
 
 
@@ -287,7 +289,7 @@ def test_no_texts_have_no_answers(trained: Path) -> None:
         ),
     ],
 )
-def test_mistakes_are_told_in_one_line(
+def test_mistakes_are_one_line(
     trained: Path, tiny_model: Path, tmp_path: Path, words: list[str], told: str
 ) -> None:
     path = write_rows(tmp_path / "in.tsv", make_rows(3))

@@ -1,6 +1,7 @@
-"""Hostile folders and files: whatever lies in a model folder, a checkpoint, beside the data, in a config or in a text, nothing of it runs.
+"""Nothing in a model folder, a checkpoint, a data folder, a config or a text is executed.
 
-Every payload here writes a file when it runs; and for each there is a control that makes it run, in a way that this project does not take.
+Every payload writes a file when it runs; each has a control that does run it, in a way that this
+project does not use.
 """
 
 import contextlib
@@ -66,7 +67,10 @@ def code_that_marks(mark: Path) -> str:
 
 # ---- Pickles
 
-PICKLES = "pytorch_model.bin training_args.bin optimizer.pt scheduler.pt rng_state.pth custom_checkpoint_0.pkl random_states_0.pkl".split()
+PICKLES = (
+    "pytorch_model.bin training_args.bin optimizer.pt scheduler.pt rng_state.pth "
+    "custom_checkpoint_0.pkl random_states_0.pkl"
+).split()
 
 
 def plant(folder: Path, mark: Path) -> None:
@@ -108,7 +112,7 @@ def test_no_pickle_of_a_checkpoint_is_loaded(
     assert start(words)[0] == 0
     plant(last_checkpoint(tmp_path / "out"), mark)
     code, said, _ = start([*words, "--max_train_steps", "3"])
-    assert code == 0 and "at step 2." in said and not mark.exists()
+    assert code == 0 and "(step 2)." in said and not mark.exists()
     for name in (
         "model.safetensors",
         "optimizer.safetensors",
@@ -133,7 +137,8 @@ def test_no_module_of_a_model_folder_is_imported(
 ) -> None:
     (model / "evil.py").write_text(
         code_that_marks(mark) + "from transformers import BertConfig, BertTokenizerFast\n"
-        "class Config(BertConfig):\n    model_type = 'of_its_own'\nclass Model: pass\nclass Tokenizer(BertTokenizerFast): pass\n"
+        "class Config(BertConfig):\n    model_type = 'of_its_own'\nclass Model: pass\n"
+        "class Tokenizer(BertTokenizerFast): pass\n"
     )
     settings = json.loads((model / file).read_text())
     if file == "config.json":
@@ -239,7 +244,7 @@ def test_no_metric_of_the_current_folder_is_run(
         "!!python/object/apply:os.system ['echo ran > {mark}']\n",
     ],
 )
-def test_no_object_of_a_config_is_made(
+def test_no_object_of_a_config_is_created(
     model: Path, files: Files, tmp_path: Path, mark: Path, text: str
 ) -> None:
     config = tmp_path / "run.yaml"
@@ -280,7 +285,7 @@ def hostile_files(folder: Path) -> Files:
     )
 
 
-def test_texts_and_labels_reach_the_terminal_as_they_are(model: Path, tmp_path: Path) -> None:
+def test_texts_and_labels_reach_the_terminal_as_text(model: Path, tmp_path: Path) -> None:
     files = hostile_files(tmp_path)
     words = words_of(model, tmp_path / "out", files, max_train_steps=1)
     code, said, _ = start(words)
@@ -294,7 +299,7 @@ def test_texts_and_labels_reach_the_terminal_as_they_are(model: Path, tmp_path: 
     assert commands_in("\x1b[31m") == ["\x1b"], "the control"
 
 
-def test_check_shows_texts_as_they_are(tmp_path: Path) -> None:
+def test_check_shows_texts_as_text(tmp_path: Path) -> None:
     files = hostile_files(tmp_path)
     code, said, shown = start(
         ["--train_file", str(files.train), "--validation_file", str(files.dev)], check

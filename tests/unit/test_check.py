@@ -1,4 +1,4 @@
-"""The command line of check: what it shows, what it writes, and how it leaves."""
+"""The command line of check: output, files and exit codes."""
 
 import json
 import re
@@ -57,7 +57,7 @@ def test_exit_codes_tell_errors_from_warnings(
     )
 
 
-def test_a_config_file_that_doubts_labels_is_no_look_at_data(
+def test_a_config_file_with_folds_or_model_finds_label_issues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "check.yaml"
@@ -93,7 +93,7 @@ def test_a_config_file_that_doubts_labels_is_no_look_at_data(
         ),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(
+def test_a_users_mistake_is_one_line(
     words: list[str],
     message: str,
     tmp_path: Path,
@@ -120,7 +120,7 @@ EVIL = [
 
 
 @pytest.mark.parametrize("columns", [80, 160])
-def test_texts_and_labels_of_the_data_are_shown_as_they_are(
+def test_texts_and_labels_cannot_control_the_terminal(
     columns: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -162,7 +162,7 @@ def test_texts_and_labels_of_the_data_are_shown_as_they_are(
     assert "\x1b[2J" in EVIL[1] and "\u202e" in EVIL[2]
 
 
-def test_fix_says_what_it_did(
+def test_fix_prints_the_rows_per_kind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = write_rows(tmp_path / "train.tsv", [*clean_rows(60), clean_rows(60)[3]])
@@ -181,7 +181,7 @@ def test_fix_says_what_it_did(
     assert f"{tmp_path / 'clean.parquet'}, 60 of 61 rows (duplicates 1), and" in plain(out)
 
 
-def test_numbers_and_sets_of_labels_are_told(
+def test_regression_and_multi_label_statistics_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows: list[dict[str, Any]] = [

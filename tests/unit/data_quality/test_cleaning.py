@@ -1,4 +1,4 @@
-"""--fix writes rows that can be trained on as they are, and says of every other row what became of it."""
+"""--fix writes rows that can be trained on, and lists every other row with the reason."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def dirty(folder: Path, ending: str = "tsv") -> tuple[list[dict[str, Any]], Data
 
 
 @pytest.mark.parametrize("ending", ["tsv", "jsonl", "parquet"])
-def test_every_row_has_its_fate(tmp_path: Path, ending: str) -> None:
+def test_every_problem_drops_its_rows(tmp_path: Path, ending: str) -> None:
     train, found = dirty(tmp_path, ending)
     rows, told, counted = fix(found, tmp_path)
     dropped = {
@@ -98,7 +98,7 @@ def test_every_row_has_its_fate(tmp_path: Path, ending: str) -> None:
     assert "cafÃ©" in told[-2]["text"] or "cafÃ©" in told[-3]["text"]
 
 
-def test_what_was_mended_is_not_found_again(tmp_path: Path) -> None:
+def test_cleaned_rows_have_no_finding(tmp_path: Path) -> None:
     _, found = dirty(tmp_path)
     assert len(found.findings) > 6
     fix(found, tmp_path, FIX_KINDS)
@@ -119,7 +119,7 @@ def test_what_was_mended_is_not_found_again(tmp_path: Path) -> None:
         ("near_leaks", [17]),
     ],
 )
-def test_only_the_kinds_that_are_asked_for_are_mended(
+def test_only_the_requested_kinds_are_corrected(
     tmp_path: Path, kind: str, dropped: list[int]
 ) -> None:
     _, found = dirty(tmp_path)

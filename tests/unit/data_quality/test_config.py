@@ -8,9 +8,10 @@ from bertdist.core.errors import ConfigError
 from bertdist.data_quality.config import FIX_KINDS, read_check_config, read_label_issue_config
 
 
-def test_words_become_settings() -> None:
+def test_flags_become_settings() -> None:
     check, data = read_check_config(
-        "--train_file a.tsv --test_file b.tsv --model_name_or_path m --max_length 64 --fix c.parquet".split()
+        "--train_file a.tsv --test_file b.tsv --model_name_or_path m --max_length 64 "
+        "--fix c.parquet".split()
     )
     assert (data.train_file, check.test_file, check.max_length, check.fix, check.fix_kinds) == (
         ["a.tsv"],
@@ -61,20 +62,20 @@ def test_words_become_settings() -> None:
         ("--train_fle a", "Unknown setting 'train_fle'. Did you mean 'train_file'?"),
     ],
 )
-def test_what_cannot_be_is_one_line(words: str, message: str) -> None:
+def test_an_invalid_setting_is_one_line(words: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read_check_config(words.split())
     assert message in str(caught.value)
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         read_check_config("--near_threshold 2 --examples -1 --fix a".split())
     assert len(str(caught.value).splitlines()) == 4
 
 
-JUDGED = ["--model", "out/best", "--train_file", "rows.tsv"]
-FOLDED = [
+MODEL = ["--model", "out/best", "--train_file", "rows.tsv"]
+FOLDS = [
     "--folds",
     "3",
     "--model_name_or_path",
@@ -86,9 +87,9 @@ FOLDED = [
 ]
 
 
-def test_the_words_of_both_ways_are_read(tmp_path: Path) -> None:
+def test_flags_of_model_and_folds_become_settings(tmp_path: Path) -> None:
     words = [
-        *JUDGED,
+        *MODEL,
         "--use_cpu",
         "--tokens_per_micro_batch",
         "64",
@@ -106,7 +107,7 @@ def test_the_words_of_both_ways_are_read(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(
         "folds: 4\nlearning_rate: 1e-4\nvalidation_file: dev.tsv\nrank_by: normalized_margin\n"
     )
-    issues, train = read_label_issue_config([*FOLDED[2:], "--config", str(tmp_path / "run.yaml")])
+    issues, train = read_label_issue_config([*FOLDS[2:], "--config", str(tmp_path / "run.yaml")])
     assert (issues.folds, train.optim.learning_rate, issues.rank_by) == (
         4,
         1e-4,
@@ -119,47 +120,47 @@ FOR_TRAINING = " is for training; --model trains nothing and checks the training
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--train_file", "rows.tsv"], ONE_OF_TWO),
-        ([*JUDGED, "--folds", "3"], ONE_OF_TWO),
-        (JUDGED[:2], "No rows to check: give --train_file, or --dataset_name, or --task_name."),
-        ([*JUDGED, "--learning_rate", "1"], f"--learning_rate{FOR_TRAINING}"),
-        ([*JUDGED, "--validation_file", "d"], f"--validation_file{FOR_TRAINING}"),
-        ([*JUDGED, "--max_length", "64"], f"--max_length{FOR_TRAINING}"),
-        ([*FOLDED, "--folds", "1"], "--folds is 1; expected at least 2."),
+        ([*MODEL, "--folds", "3"], ONE_OF_TWO),
+        (MODEL[:2], "No rows to check: give --train_file, or --dataset_name, or --task_name."),
+        ([*MODEL, "--learning_rate", "1"], f"--learning_rate{FOR_TRAINING}"),
+        ([*MODEL, "--validation_file", "d"], f"--validation_file{FOR_TRAINING}"),
+        ([*MODEL, "--max_length", "64"], f"--max_length{FOR_TRAINING}"),
+        ([*FOLDS, "--folds", "1"], "--folds is 1; expected at least 2."),
         (
-            [*FOLDED, "--streaming"],
+            [*FOLDS, "--streaming"],
             "--streaming has no effect: all rows are held in memory and used once; remove it.",
         ),
         (
-            [*JUDGED, "--stream_window", "9"],
+            [*MODEL, "--stream_window", "9"],
             "--stream_window has no effect: all rows are held in memory and used once; remove it.",
         ),
         (
-            [*FOLDED, "--dry_run"],
+            [*FOLDS, "--dry_run"],
             "--dry_run is for train.py; give it the same flags without --folds.",
         ),
         (
-            [*FOLDED, "--resume_from_checkpoint", "c"],
+            [*FOLDS, "--resume_from_checkpoint", "c"],
             "--resume_from_checkpoint is for one run; each fold resumes its own newest checkpoint.",
         ),
-        (FOLDED[:-2], "--output_dir is missing: the folder that the run writes to."),
-        ([*FOLDED, "--learning_rate", "-1"], "--learning_rate is -1.0; expected at least 0."),
-        ([*JUDGED, "--output", "gone/x.jsonl"], "--output gone/x.jsonl: there is no folder gone."),
+        (FOLDS[:-2], "--output_dir is missing: the folder that the run writes to."),
+        ([*FOLDS, "--learning_rate", "-1"], "--learning_rate is -1.0; expected at least 0."),
+        ([*MODEL, "--output", "gone/x.jsonl"], "--output gone/x.jsonl: there is no folder gone."),
     ],
 )
-def test_a_mistake_is_one_line(words: list[str], told: str) -> None:
+def test_an_invalid_label_issue_setting_is_one_line(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         read_label_issue_config(words)
-    assert str(error.value) == told
+    assert str(error.value) == message
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_label_issue_problems_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         read_label_issue_config(
             [
-                *JUDGED,
+                *MODEL,
                 "--learning_rate",
                 "1",
                 "--num_train_epochs",
@@ -173,6 +174,6 @@ def test_all_mistakes_are_told_at_once() -> None:
     assert len(str(error.value).splitlines()) == 4
 
 
-def test_a_way_of_ranking_that_is_not_known_is_told() -> None:
+def test_an_unknown_ranking_is_refused() -> None:
     with pytest.raises(ConfigError, match="--rank_by: invalid choice: 'margin'"):
-        read_label_issue_config([*JUDGED, "--rank_by", "margin"])
+        read_label_issue_config([*MODEL, "--rank_by", "margin"])

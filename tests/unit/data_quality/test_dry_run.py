@@ -1,4 +1,4 @@
-"""A dry run tells what training then does, and touches nothing."""
+"""A dry run describes what training does, and writes nothing."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ from bertdist.data_quality.dry_run import estimate_memory, load_balance, padding
 from bertdist.tasks.tasks import SingleLabel
 
 
-def told(
+def run_dry(
     config: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[int, str]:
     monkeypatch.setenv("COLUMNS", "400")
@@ -29,7 +29,7 @@ def told(
     return code, capsys.readouterr().out
 
 
-def test_the_plan_is_what_training_does(
+def test_steps_and_tokens_are_those_of_training(
     tiny_model: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -42,7 +42,7 @@ def test_the_plan_is_what_training_does(
         num_train_epochs=2,
         max_length=24,
     )
-    code, out = told(words, capsys, monkeypatch)
+    code, out = run_dry(words, capsys, monkeypatch)
     assert code == 0 and not (tmp_path / "out").exists()
     assert (
         "6 steps per epoch of 8 rows, 12 steps in total" in out
@@ -57,7 +57,7 @@ def test_the_plan_is_what_training_does(
     assert f"An epoch has {tokens // 2:,} real tokens" in out
 
 
-def test_a_launch_of_several_ranks_is_told_by_one(
+def test_only_rank_0_of_a_launch_prints(
     tiny_model: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -65,9 +65,9 @@ def test_a_launch_of_several_ranks_is_told_by_one(
 ) -> None:
     words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 43, 8))
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "3 (now)" in told(words, capsys, monkeypatch)[1]
+    assert "3 (now)" in run_dry(words, capsys, monkeypatch)[1]
     monkeypatch.setenv("RANK", "1")
-    assert told(words, capsys, monkeypatch) == (0, "")
+    assert run_dry(words, capsys, monkeypatch) == (0, "")
 
 
 def test_errors_in_the_data_are_exit_code_1(
@@ -83,18 +83,19 @@ def test_errors_in_the_data_are_exit_code_1(
         [{**row, "label": {"good": "positive", "bad": "negative"}[row["label"]]} for row in rows],
     )
     words = words_of(tiny_model, tmp_path / "out", files._replace(dev=dev))
-    assert told(words, capsys, monkeypatch)[0] == 0
+    assert run_dry(words, capsys, monkeypatch)[0] == 0
     write_rows(files.train, [{**row, "label": "positive"} for row in clean_rows(20)])
     with pytest.raises(DataError, match="only the label 'positive'"):
-        told(words, capsys, monkeypatch)
+        run_dry(words, capsys, monkeypatch)
     assert "error: train: all rows have one label: 20 rows (100%)" in capsys.readouterr().out
     leaked = clean_rows(20)
     write_rows(files.train, leaked)
     write_rows(dev, leaked[:5])
-    code, out = told(words, capsys, monkeypatch)
+    code, out = run_dry(words, capsys, monkeypatch)
     assert (
         code == 1
-        and "error: train/validation: rows of validation that are also in train: 5 rows (100%), dev.tsv line 2"
+        and "error: train/validation: rows of validation that are also in train: 5 rows (100%), "
+        "dev.tsv line 2"
         in out
     )
 
@@ -109,14 +110,14 @@ def test_skipped_rows_are_reported_with_the_plan(
     with files.train.open("a") as file:
         file.write("one field\n")
     words = words_of(tiny_model, tmp_path / "out", files, on_bad_row="skip")
-    code, out = told(words, capsys, monkeypatch)
+    code, out = run_dry(words, capsys, monkeypatch)
     assert (
         code == 0
         and "warning: train: skipped rows that cannot be read: 1 row (2.27%), train" in out
     )
 
 
-def test_main_leaves_without_training(
+def test_main_exits_without_training(
     tiny_model: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -130,7 +131,7 @@ def test_main_leaves_without_training(
     assert left.value.code == 0 and "Memory per rank" in capsys.readouterr().out
 
 
-def test_balance_and_padding_are_those_of_the_plan() -> None:
+def test_load_balance_and_padding_are_those_of_training() -> None:
     lengths = np.random.default_rng(0).integers(3, 40, size=100)
     order, worst, cells = epoch_order(100, 5, 0), [], 0
     for start in range(0, 100, 8):

@@ -1,4 +1,4 @@
-"""Near duplicates are exact, few are missed, and duplicates, conflicts and leaks are counted as documented."""
+"""Near duplicates are exact and few are missed; duplicates, conflicts and leaks are counted."""
 
 from itertools import combinations
 from pathlib import Path
@@ -121,7 +121,7 @@ def test_every_reported_pair_is_near_and_few_are_missed() -> None:
     assert stricter is not None and 0 < len(stricter.left) < len(found)
 
 
-def test_clean_rows_have_no_near_duplicates_and_a_threshold_of_0_does_not_look() -> None:
+def test_clean_rows_have_no_near_duplicates_and_threshold_0_disables_the_search() -> None:
     records = records_of([row["text"] for row in clean_rows(300)])
     pairs = group_texts({"train": records}, 0.8).near
     assert pairs is not None and len(pairs.left) == 0
@@ -149,7 +149,7 @@ def test_a_popular_bucket_costs_a_bounded_number_of_comparisons(
     assert compared < 13 * len(texts)  # all with all: 499,500
 
 
-def test_texts_are_numbered_over_all_splits_and_up_to_case_and_blanks() -> None:
+def test_texts_are_numbered_over_all_splits_and_up_to_case_and_white_space() -> None:
     train, dev = (
         records_of(["A  film", "a film", "other", "A  film"]),
         records_of([" a film\u00a0", "Other", "none"]),
@@ -203,7 +203,7 @@ def test_duplicates_are_rows_beyond_the_first_of_their_text(tmp_path: Path) -> N
     assert kinds(check_rows(tmp_path, clean_rows(400))) == []
 
 
-def test_the_same_up_to_case_and_blanks_is_told_apart(tmp_path: Path) -> None:
+def test_duplicates_up_to_case_and_white_space_are_a_finding_of_their_own(tmp_path: Path) -> None:
     rows = clean_rows(40)
     rows.append({**rows[0], "text": rows[0]["text"].upper().replace(" ", "  ")})
     assert kinds(check_rows(tmp_path, rows)) == [("alike_texts", "note", "train", 1)]
@@ -258,7 +258,7 @@ def test_numbers_of_one_text_contradict_where_they_are_far_apart(tmp_path: Path)
     ]
 
 
-def test_leaks_are_rows_of_the_split_that_is_scored(tmp_path: Path) -> None:
+def test_leaks_are_rows_of_the_later_split(tmp_path: Path) -> None:
     train, dev = clean_rows(40), clean_rows(200, 1)
     found = check_rows(tmp_path, train, [*dev, train[5]])
     assert kinds(found) == [("leaks", "warning", "train/validation", 1)]  # below 1%

@@ -1,4 +1,4 @@
-"""Findings come in the order in which they matter, and their rows with the lines that the file has."""
+"""Findings are ranked by importance; shares and excerpts are short."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def finding(kind: str, severity: Any, count: int = 1, total: int = 10, **more: A
     )
 
 
-def test_errors_come_first_then_what_costs_most_then_the_larger_share() -> None:
+def test_findings_are_ranked_by_severity_importance_and_share() -> None:
     found = [
         finding("odd", "note", 9),
         finding("truncated", "warning", 9),
@@ -47,11 +47,11 @@ def test_errors_come_first_then_what_costs_most_then_the_larger_share() -> None:
     assert len(IMPORTANCE) == len(set(IMPORTANCE))
 
 
-def test_a_share_is_none_where_it_says_nothing() -> None:
+def test_share_is_none_without_a_total() -> None:
     assert finding("a", "note", 1, 4).share == 0.25 and finding("a", "note", 1, 0).share is None
 
 
-def test_a_percentage_is_short_and_never_0_or_100_for_what_is_not() -> None:
+def test_percent_is_never_0_or_100_for_another_share() -> None:
     shares = (0, 0.00001, 0.0001, 0.0123, 0.0999, 0.123, 0.994, 0.999, 1)
     assert [percent(share) for share in shares] == [
         "0.00%",
@@ -66,7 +66,7 @@ def test_a_percentage_is_short_and_never_0_or_100_for_what_is_not() -> None:
     ]
 
 
-def test_an_excerpt_is_one_line_and_as_wide_as_asked() -> None:
+def test_an_excerpt_is_one_line_of_the_requested_width() -> None:
     assert excerpt("a\nb\tc\x1b[31m\0\u202e") == "a\\nb\\tc\\x1b[31m\\x00\\u202e"
     assert (
         excerpt("abcdef", 4) == "abcd..." and excerpt("abcd", 4) == "abcd" and excerpt("", 4) == ""

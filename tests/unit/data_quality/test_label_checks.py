@@ -1,4 +1,4 @@
-"""Each trouble with labels is found where it was planted, and nowhere else."""
+"""Every label problem is found where it was planted, and nowhere else."""
 
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def test_rare_labels_and_imbalance(tmp_path: Path) -> None:
     )  # the control: 9 times, and 10 rows
 
 
-def test_labels_that_differ_in_case_or_blanks_only(tmp_path: Path) -> None:
+def test_labels_that_differ_only_in_case_or_white_space(tmp_path: Path) -> None:
     found = check_rows(tmp_path, with_labels(["spam"] * 20 + ["Spam "] * 10 + ["ham"] * 20))
     assert kinds(found) == [("labels_alike", "warning", "train", 10)]
 
@@ -153,7 +153,7 @@ def test_a_test_file_without_labels_is_a_note_and_one_whose_labels_cannot_be_rea
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "tsv", "csv", "parquet"])
-def test_a_look_says_the_same_of_every_kind_of_file(tmp_path: Path, ending: str) -> None:
+def test_findings_are_the_same_for_every_file_format(tmp_path: Path, ending: str) -> None:
     rows = with_labels(["a"] * 20 + ["b"] * 20 + ["c"] * 2)
     assert kinds(check_rows(tmp_path, rows, ending=ending)) == [
         ("rare_labels", "warning", "train", 1),

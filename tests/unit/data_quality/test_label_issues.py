@@ -42,7 +42,7 @@ ALONE = np.arange(300)  # every row a text of its own
 
 
 def spread(labels: Any, fold_of_row: Any, k: int) -> int:
-    """Of a label's rows, the most that a fold has more than another, over all labels."""
+    """The largest difference between two folds in rows of one label."""
     counts = [np.bincount(fold_of_row[labels == label], minlength=k) for label in np.unique(labels)]
     return max(int(count.max() - count.min()) for count in counts)
 
@@ -93,7 +93,7 @@ def test_the_rarest_of_several_labels_is_in_every_fold() -> None:
     assert counts.max() - counts.min() <= 1
 
 
-def test_numbers_are_dealt_over_their_whole_range() -> None:
+def test_every_fold_has_numbers_of_the_full_range() -> None:
     numbers = np.random.default_rng(0).normal(size=300)
     found = assign_folds(numbers, ALONE, 3, 0)
     means = [numbers[found == fold].mean() for fold in range(3)]
@@ -112,7 +112,7 @@ def test_texts_that_differ_in_case_and_white_space_only_are_one_group() -> None:
     assert group_by_text(pairs).tolist() == [0, 1, 0]
 
 
-def test_some_rows_of_a_source_are_told_by_their_place_in_it(tmp_path: Path) -> None:
+def test_selected_rows_keep_their_location_in_the_source(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.tsv", make_rows(6))
     records = load_records(DataConfig(train_file=[str(path)]), "train")
     some = select_rows(records, np.array([4, 1]))
@@ -160,7 +160,7 @@ def test_a_folds_rows_have_the_labels_of_the_source_and_make_its_task(
     assert one.problem_type == task.problem_type and (kind == "number" or one.labels == task.labels)
 
 
-def test_a_fold_without_a_rare_label_has_all_outputs_all_the_same(tmp_path: Path) -> None:
+def test_a_fold_without_a_rare_label_still_has_all_outputs(tmp_path: Path) -> None:
     rows = [*make_rows(9), {"text": "rare", "label": "odd"}]
     config = read_config(
         words_of(
@@ -211,8 +211,8 @@ def predict_rows(
     )
 
 
-def own_rows_learned(records: Records, fold_of_row: Any, out: Path, k: int) -> int:
-    """How many texts of a fold stand in what its run learned from, over all folds."""
+def count_leaked_rows(records: Records, fold_of_row: Any, out: Path, k: int) -> int:
+    """How many texts of a fold its run was trained on, over all folds."""
     found = 0
     for fold in range(k):
         lines = (out / "folds" / str(fold) / "train.jsonl").read_text(encoding="utf-8").splitlines()
@@ -224,7 +224,7 @@ def own_rows_learned(records: Records, fold_of_row: Any, out: Path, k: int) -> i
     return found
 
 
-def test_no_row_is_judged_by_a_model_that_has_learned_it(tiny_model: Path, tmp_path: Path) -> None:
+def test_no_row_is_predicted_by_a_model_trained_on_it(tiny_model: Path, tmp_path: Path) -> None:
     rows = make_rows(26, seed=3)
     rows += [
         {**row, "text": row["text"].upper()} for row in rows[:4]
@@ -237,7 +237,7 @@ def test_no_row_is_judged_by_a_model_that_has_learned_it(tiny_model: Path, tmp_p
     ((logits, fold_of_row, said),) = run_ranks(1, predict_rows, words, 3, timeout=300)
     records = load_records(read_config(words).data, "train")
     assert logits.shape == (30, 2) and np.abs(logits).min() > 0
-    assert own_rows_learned(records, fold_of_row, tmp_path / "out", 3) == 0
+    assert count_leaked_rows(records, fold_of_row, tmp_path / "out", 3) == 0
     sizes = [int((fold_of_row == fold).sum()) for fold in range(3)]
     assert [line.split(":")[0] for line in said] == ["Fold 1 of 3", "Fold 2 of 3", "Fold 3 of 3"]
     assert [
@@ -252,10 +252,10 @@ def test_no_row_is_judged_by_a_model_that_has_learned_it(tiny_model: Path, tmp_p
     )
     run_ranks(1, predict_rows, words, 3, groupless, timeout=300)
     by_row = assign_folds((records.label_codes == 1).astype(int), np.arange(30), 3, 42)
-    assert own_rows_learned(records, by_row, tmp_path / "broken", 3) > 0
+    assert count_leaked_rows(records, by_row, tmp_path / "broken", 3) > 0
 
 
-def test_too_few_texts_for_the_folds_are_told(tiny_model: Path, tmp_path: Path) -> None:
+def test_too_few_texts_for_the_folds_are_an_error(tiny_model: Path, tmp_path: Path) -> None:
     path = write_rows(
         tmp_path / "rows.tsv",
         [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}, {"text": "A", "label": "y"}],
@@ -275,8 +275,8 @@ def test_too_few_texts_for_the_folds_are_told(tiny_model: Path, tmp_path: Path) 
 ROWS, WRONG = 400, 40
 
 
-def judged(outputs: int, seed: int = 0) -> tuple[Any, Any, Any]:
-    """Labels (ROWS,), probabilities (ROWS, outputs) of a model that is right, and which labels are wrong: a tenth."""
+def noisy_labels(outputs: int, seed: int = 0) -> tuple[Any, Any, Any]:
+    """Labels (ROWS,), of which a tenth is wrong, correct probabilities (ROWS, outputs), wrong."""
     random = np.random.default_rng(seed)
     truth = random.integers(outputs, size=ROWS)
     logits = random.normal(size=(ROWS, outputs)) + 4 * np.eye(outputs)[truth]
@@ -286,52 +286,52 @@ def judged(outputs: int, seed: int = 0) -> tuple[Any, Any, Any]:
     return np.where(wrong, (truth + 1) % outputs, truth), probabilities, wrong
 
 
-def share_at_the_head(order: Any, wrong: Any) -> float:
+def recall_at_top(order: Any, wrong: Any) -> float:
     """Of the wrong labels, how many are among the first WRONG."""
     return float(wrong[order[:WRONG]].sum() / wrong.sum())
 
 
 @pytest.mark.parametrize("rank_by", RANKINGS)
 @pytest.mark.parametrize("outputs", [2, 5])
-def test_wrong_labels_stand_at_the_head(rank_by: str, outputs: int) -> None:
-    labels, probabilities, wrong = judged(outputs)
-    doubts = rank_label_issues(
+def test_wrong_labels_rank_first(rank_by: str, outputs: int) -> None:
+    labels, probabilities, wrong = noisy_labels(outputs)
+    ranking = rank_label_issues(
         "single_label_classification", labels, probabilities.argmax(1), probabilities, rank_by
     )
-    assert sorted(doubts.order) == list(range(ROWS))
-    assert share_at_the_head(doubts.order, wrong) > 0.8
-    assert wrong[doubts.issues].mean() > 0.8 and doubts.issues[wrong].mean() > 0.6
+    assert sorted(ranking.order) == list(range(ROWS))
+    assert recall_at_top(ranking.order, wrong) > 0.8
+    assert wrong[ranking.issues].mean() > 0.8 and ranking.issues[wrong].mean() > 0.6
 
 
 @pytest.mark.parametrize("rank_by", RANKINGS)
-def test_probabilities_of_other_rows_find_nothing(rank_by: str) -> None:
-    labels, probabilities, wrong = judged(3)
+def test_shuffled_probabilities_do_not_rank_wrong_labels_first(rank_by: str) -> None:
+    labels, probabilities, wrong = noisy_labels(3)
     other = np.random.default_rng(1).permutation(probabilities)
-    doubts = rank_label_issues(
+    ranking = rank_label_issues(
         "single_label_classification", labels, other.argmax(1), other, rank_by
     )
-    assert share_at_the_head(doubts.order, wrong) < 0.25  # a tenth is chance
+    assert recall_at_top(ranking.order, wrong) < 0.25  # a tenth is chance
 
 
-def test_labels_that_the_model_agrees_with_are_not_marked() -> None:
-    _, probabilities, _ = judged(3)
-    doubts = rank_label_issues(
+def test_labels_that_the_model_predicts_are_not_issues() -> None:
+    _, probabilities, _ = noisy_labels(3)
+    ranking = rank_label_issues(
         "single_label_classification",
         probabilities.argmax(1),
         probabilities.argmax(1),
         probabilities,
     )
-    assert not doubts.issues.any()
+    assert not ranking.issues.any()
 
 
-def test_confident_learning_puts_what_is_marked_first_and_the_others_do_not() -> None:
-    labels, probabilities, _ = judged(5)
+def test_only_confident_learning_ranks_all_issues_first() -> None:
+    labels, probabilities, _ = noisy_labels(5)
     marked = {}
     for rank_by in RANKINGS:
-        doubts = rank_label_issues(
+        ranking = rank_label_issues(
             "single_label_classification", labels, probabilities.argmax(1), probabilities, rank_by
         )
-        marked[rank_by] = doubts.issues[doubts.order].astype(int)
+        marked[rank_by] = ranking.issues[ranking.order].astype(int)
     assert (np.diff(marked["confident_learning"]) <= 0).all()
     assert any(
         (np.diff(order) > 0).any()
@@ -340,35 +340,35 @@ def test_confident_learning_puts_what_is_marked_first_and_the_others_do_not() ->
     )
 
 
-def test_the_order_is_that_of_the_scores_and_equal_scores_keep_the_order_of_rows() -> None:
+def test_order_is_by_score_then_by_row() -> None:
     probabilities = np.array([[0.5, 0.5], [0.9, 0.1], [0.5, 0.5], [0.2, 0.8]])
-    doubts = rank_label_issues(
+    ranking = rank_label_issues(
         "single_label_classification",
         np.array([0, 1, 1, 1]),
         probabilities.argmax(1),
         probabilities,
     )
-    assert doubts.order.tolist() == [1, 0, 2, 3]
-    assert doubts.scores == pytest.approx([0.5, 0.1, 0.5, 0.8])
+    assert ranking.order.tolist() == [1, 0, 2, 3]
+    assert ranking.scores == pytest.approx([0.5, 0.1, 0.5, 0.8])
 
 
-def test_rows_of_one_label_are_judged_by_what_the_model_says() -> None:
+def test_a_single_label_is_compared_with_the_predictions() -> None:
     probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
-    doubts = rank_label_issues(
+    ranking = rank_label_issues(
         "single_label_classification", np.zeros(3, int), probabilities.argmax(1), probabilities
     )
-    assert doubts.order.tolist() == [1, 2, 0] and doubts.issues.tolist() == [False, True, False]
+    assert ranking.order.tolist() == [1, 2, 0] and ranking.issues.tolist() == [False, True, False]
 
 
-def test_labels_of_the_model_that_no_row_has_do_no_harm() -> None:
-    labels, probabilities, wrong = judged(3)
+def test_model_labels_without_rows_have_no_effect() -> None:
+    labels, probabilities, wrong = noisy_labels(3)
     wider = np.concatenate([probabilities, np.full((ROWS, 1), 1e-6)], axis=1)
-    doubts = rank_label_issues("single_label_classification", labels, wider.argmax(1), wider)
-    assert share_at_the_head(doubts.order, wrong) > 0.8
+    ranking = rank_label_issues("single_label_classification", labels, wider.argmax(1), wider)
+    assert recall_at_top(ranking.order, wrong) > 0.8
 
 
-def several(seed: int = 0) -> tuple[Any, Any, Any]:
-    """0/1 labels (ROWS, 4), the last given to all rows and the one before it to none, probabilities, and which rows are wrong."""
+def noisy_multi_labels(seed: int = 0) -> tuple[Any, Any, Any]:
+    """0/1 labels (ROWS, 4), the third always 0, the fourth always 1; probabilities; wrong rows."""
     random = np.random.default_rng(seed)
     truth = random.integers(2, size=(ROWS, 4))
     truth[:, 2:] = [0, 1]
@@ -381,43 +381,43 @@ def several(seed: int = 0) -> tuple[Any, Any, Any]:
 
 
 @pytest.mark.parametrize("rank_by", RANKINGS)
-def test_wrong_sets_of_labels_stand_at_the_head(rank_by: str) -> None:
-    labels, probabilities, wrong = several()
-    doubts = rank_label_issues(
+def test_wrong_multi_labels_rank_first(rank_by: str) -> None:
+    labels, probabilities, wrong = noisy_multi_labels()
+    ranking = rank_label_issues(
         "multi_label_classification",
         labels,
         (probabilities > 0.5).astype(int),
         probabilities,
         rank_by,
     )
-    assert sorted(doubts.order) == list(range(ROWS))
-    assert share_at_the_head(doubts.order, wrong) > 0.8
-    assert wrong[doubts.issues].mean() > 0.6
+    assert sorted(ranking.order) == list(range(ROWS))
+    assert recall_at_top(ranking.order, wrong) > 0.8
+    assert wrong[ranking.issues].mean() > 0.6
 
 
-def test_sets_of_labels_that_others_are_judged_by_find_nothing() -> None:
-    labels, probabilities, wrong = several()
+def test_shuffled_multi_label_probabilities_do_not_rank_wrong_labels_first() -> None:
+    labels, probabilities, wrong = noisy_multi_labels()
     other = np.random.default_rng(1).permutation(probabilities)
-    doubts = rank_label_issues(
+    ranking = rank_label_issues(
         "multi_label_classification", labels, (other > 0.5).astype(int), other
     )
-    assert share_at_the_head(doubts.order, wrong) < 0.25
+    assert recall_at_top(ranking.order, wrong) < 0.25
 
 
 def test_some_rows_may_have_no_label_but_not_all() -> None:
     probabilities = np.array([[0.9, 0.1], [0.2, 0.1], [0.3, 0.8]])
     predictions = (probabilities > 0.5).astype(int)
-    doubts = rank_label_issues(
+    ranking = rank_label_issues(
         "multi_label_classification", np.array([[0, 0], [0, 0], [0, 1]]), predictions, probabilities
     )
-    assert doubts.order.tolist() == [0, 2, 1] and doubts.issues.tolist() == [True, False, False]
+    assert ranking.order.tolist() == [0, 2, 1] and ranking.issues.tolist() == [True, False, False]
     with pytest.raises(DataError, match="No row has a label"):
         rank_label_issues(
             "multi_label_classification", np.zeros((3, 2)), predictions, probabilities
         )
 
 
-def test_numbers_are_ranked_by_how_far_off_they_are() -> None:
+def test_numbers_are_ranked_by_residual() -> None:
     random = np.random.default_rng(0)
     truth = random.uniform(0, 5, ROWS)
     said = (truth + random.normal(scale=0.2, size=ROWS) + 0.5).astype(
@@ -425,11 +425,11 @@ def test_numbers_are_ranked_by_how_far_off_they_are() -> None:
     )  # all a little too high: that is no doubt of any one
     given, wrong = truth.copy(), np.arange(ROWS) < WRONG
     given[wrong] += 2
-    doubts = rank_label_issues("regression", given, said, said[:, None])
-    assert share_at_the_head(doubts.order, wrong) == 1 and (doubts.issues == wrong).mean() > 0.98
-    assert ((doubts.scores >= 0) & (doubts.scores <= 1)).all()
+    ranking = rank_label_issues("regression", given, said, said[:, None])
+    assert recall_at_top(ranking.order, wrong) == 1 and (ranking.issues == wrong).mean() > 0.98
+    assert ((ranking.scores >= 0) & (ranking.scores <= 1)).all()
     assert (
-        share_at_the_head(
+        recall_at_top(
             rank_label_issues("regression", given, random.permutation(said), said[:, None]).order,
             wrong,
         )
@@ -437,14 +437,14 @@ def test_numbers_are_ranked_by_how_far_off_they_are() -> None:
     )
 
 
-def test_numbers_that_are_told_exactly_are_not_doubted() -> None:
+def test_exactly_predicted_numbers_are_not_issues() -> None:
     given = np.arange(10.0)
     assert (
         rank_label_issues("regression", given, given, given[:, None]).scores.tolist() == [1.0] * 10
     )
     one_off = np.where(np.arange(10) == 3, 7.0, given)
-    doubts = rank_label_issues("regression", one_off, given, given[:, None])
-    assert doubts.order[0] == 3 and doubts.issues.tolist() == (np.arange(10) == 3).tolist()
+    ranking = rank_label_issues("regression", one_off, given, given[:, None])
+    assert ranking.order[0] == 3 and ranking.issues.tolist() == (np.arange(10) == 3).tolist()
 
 
 def test_a_prediction_that_is_not_finite_is_named() -> None:
@@ -501,7 +501,7 @@ def entries(
     return [json.loads(line) for line in map(json.dumps, found)]
 
 
-def test_an_entry_for_each_row_the_most_doubted_first(tmp_path: Path) -> None:
+def test_one_entry_per_row_lowest_label_quality_first(tmp_path: Path) -> None:
     records = source(tmp_path / "rows.csv", text=["a\nb", "c", "d"], label=["bad", "good", "good"])
     found = entries(
         records,
@@ -556,7 +556,7 @@ def test_rows_of_a_file_without_lines_have_none(tmp_path: Path) -> None:
     assert [entry["line"] for entry in found] == [None] * 3
 
 
-def test_rows_of_several_files_are_told_by_file(
+def test_rows_of_several_files_have_their_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, two = (
@@ -564,11 +564,11 @@ def test_rows_of_several_files_are_told_by_file(
         for name in ("a.csv", "b.csv")
     )
     records = load_records(DataConfig(train_file=[str(one), str(two)]), "train")
-    doubts = LabelIssues(np.arange(4), np.full(4, 0.5), np.zeros(4, bool))
+    ranking = LabelIssues(np.arange(4), np.full(4, 0.5), np.zeros(4, bool))
     answers = np.array([0, 0, 1, 0]), np.full((4, 2), 0.5)
     found = list(
         label_issue_entries(
-            records, SingleLabel(("bad", "good")), np.array([0, 1, 0, 1]), *answers, doubts
+            records, SingleLabel(("bad", "good")), np.array([0, 1, 0, 1]), *answers, ranking
         )
     )
     assert [(entry["row"], entry["file"], entry["line"]) for entry in found] == [
@@ -580,7 +580,7 @@ def test_rows_of_several_files_are_told_by_file(
     assert "│ b.csv │ 3" in shown(found, records, capsys)
 
 
-def test_several_labels_a_row_and_the_surest_word_against_them(tmp_path: Path) -> None:
+def test_multi_label_probability_is_the_highest_against_a_label(tmp_path: Path) -> None:
     records = source(tmp_path / "rows.jsonl", text=["a", "b", "c"], label=[["x"], [], ["x", "y"]])
     probabilities = [[0.9, 0.2], [0.1, 0.3], [0.8, 0.05]]
     found = entries(
@@ -627,7 +627,7 @@ def test_numbers_have_no_probability(tmp_path: Path) -> None:
         (1.0, 2.0, []),
     ],
 )
-def test_what_is_taken_for_what(given: Any, suggested: Any, found: list[tuple[str, str]]) -> None:
+def test_label_changes(given: Any, suggested: Any, found: list[tuple[str, str]]) -> None:
     assert label_changes(given, suggested) == found
 
 
@@ -643,7 +643,7 @@ def shown(
     return capsys.readouterr().err
 
 
-def test_the_table_shows_texts_as_they_are_and_counts_pairs(
+def test_the_table_escapes_texts_and_counts_label_changes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = ["[red]a[/red] \x1b[31m", "b " * 100, "c\td"]

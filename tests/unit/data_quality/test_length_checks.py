@@ -1,4 +1,4 @@
-"""Lengths are those that training sees, and truncation is told with the way out."""
+"""Lengths are those of training, and truncation is reported with the length to use."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def test_lengths_are_those_of_training(tmp_path: Path, tokenizer: Any) -> None:
         assert rows == sum(low <= length <= high for length in ids)
 
 
-def test_truncation_is_told_with_the_length_that_would_cut_one_percent(
+def test_truncation_names_the_length_that_would_truncate_one_percent(
     tmp_path: Path, tokenizer: Any
 ) -> None:
     found = check_rows(tmp_path, short_rows(200), tokenizer=tokenizer, max_length=16)
@@ -60,7 +60,7 @@ def test_truncation_is_told_with_the_length_that_would_cut_one_percent(
     assert kinds(check_rows(tmp_path, short_rows(200), tokenizer=tokenizer, max_length=64)) == []
 
 
-def test_few_truncated_rows_are_a_note_and_the_models_own_limit_is_told(
+def test_few_truncated_rows_are_a_note_that_names_the_models_maximum(
     tmp_path: Path, tokenizer: Any
 ) -> None:
     rows = short_rows(300)
@@ -76,7 +76,7 @@ def test_few_truncated_rows_are_a_note_and_the_models_own_limit_is_told(
     assert "the model's maximum is 512" in get_finding(found, "truncated").advice
 
 
-def test_pieces_that_the_tokenizer_does_not_know(tmp_path: Path, tokenizer: Any) -> None:
+def test_unknown_tokens(tmp_path: Path, tokenizer: Any) -> None:
     rows = short_rows(200)
     for row in rows[:60]:
         row["text"] = f"好 {row['text']}"
@@ -101,7 +101,7 @@ def test_without_a_tokenizer_characters_and_words_are_counted(tmp_path: Path) ->
     )
 
 
-def test_a_large_split_is_counted_in_part_with_its_longest_rows(
+def test_a_large_split_is_sampled_and_its_longest_rows_counted(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = short_rows(200)

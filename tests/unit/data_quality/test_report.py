@@ -1,4 +1,4 @@
-"""What is known of real data sets comes out, by the counts that their sources state; and what cannot be looked for is said."""
+"""Known problems of real data sets are found, with the counts that their sources state."""
 
 import json
 import tarfile
@@ -60,7 +60,8 @@ def test_checks_without_their_package_are_noted(
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
-        match=r"train.jsonl line 1: the key 'text' is missing|there is no column 'text'|no column has a usual name",
+        match=r"train.jsonl line 1: the key 'text' is missing|there is no column 'text'"
+        r"|no column has a usual name",
     ):
         check_rows(tmp_path, [{"a": "b", "c": "d"}])
     train = write_rows(tmp_path / "train.tsv", clean_rows(40))
@@ -69,7 +70,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         check_data(DataConfig(train_file=[str(train)]), test_file=str(tmp_path / "test.tsv"))
 
 
-def test_rows_that_were_left_out_are_told_with_their_reasons(tmp_path: Path) -> None:
+def test_skipped_rows_are_reported_with_their_reasons(tmp_path: Path) -> None:
     lines = [
         "text\tlabel",
         *(f"{row['text']}\t{row['label']}" for row in clean_rows(40)),
@@ -191,7 +192,7 @@ def test_smsspamcollection_and_its_spreadsheet(shared_data: Path) -> None:
         )
 
 
-def test_quotes_of_smsspamcollection_that_other_readers_would_trip_over_are_told(
+def test_odd_quotes_of_smsspamcollection(
     shared_data: Path,
 ) -> None:
     found = real(

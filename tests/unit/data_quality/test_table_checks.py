@@ -1,4 +1,4 @@
-"""Tables that are read without an error and not as they were meant."""
+"""Tables that are read without an error, but not as intended."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ def tsv(rows: list[dict[str, str]]) -> Lines:
 
 @pytest.fixture
 def see(tmp_path: Path) -> Callable[..., DataReport]:
-    """see("a.tsv", lines, **settings): a look at a file of these lines."""
+    """see("a.tsv", lines, **settings): a report on a file of these lines."""
 
     def see(name: str, lines: Lines, other: Lines | None = None, **settings: Any) -> DataReport:
         path, beside = tmp_path / name, tmp_path / f"dev_{name}"
@@ -66,7 +66,7 @@ def test_texts_of_many_lines_are_no_swallowed_rows(see: Callable[..., DataReport
     assert kinds(see("a.csv", lines)) == []
 
 
-def test_a_file_with_quotes_that_is_read_without(see: Callable[..., DataReport]) -> None:
+def test_a_quoted_file_read_without_quoting(see: Callable[..., DataReport]) -> None:
     lines = ["text\tlabel", *(f'"{row["text"]}"\t{row["label"]}' for row in clean_rows(40))]
     assert kinds(see("a.tsv", lines)) == [("quotes_as_text", "warning", "train", 40)]
     assert kinds(see("a.tsv", lines, quoting="double")) == []
@@ -78,7 +78,7 @@ def test_a_file_with_quotes_that_is_read_without(see: Callable[..., DataReport])
     assert kinds(see("a.tsv", some)) == []
 
 
-def test_columns_without_a_name_that_hold_something(see: Callable[..., DataReport]) -> None:
+def test_unnamed_columns_with_content(see: Callable[..., DataReport]) -> None:
     lines = ["text,label,,", *(f"{row['text']},{row['label']},," for row in clean_rows(60))]
     assert kinds(see("a.csv", lines)) == []
     lines[7] = lines[7][:-2] + ', the rest of it,"and, more"'
@@ -108,7 +108,7 @@ def test_swapped_columns_within_a_split_and_between_splits(see: Callable[..., Da
     assert kinds(see("c.tsv", ["text\tlabel", *lines], ["label\ttext", *swapped])) == []
 
 
-def test_a_header_that_is_read_as_a_row(see: Callable[..., DataReport]) -> None:
+def test_a_header_read_as_a_row(see: Callable[..., DataReport]) -> None:
     lines = tsv(clean_rows(60))
     found = see("a.tsv", ["sentence\tgold", *lines], column_names=["text", "label"])
     assert kinds(found)[0] == ("header_as_row", "error", "train", 1)
@@ -116,14 +116,14 @@ def test_a_header_that_is_read_as_a_row(see: Callable[..., DataReport]) -> None:
     assert kinds(see("a.tsv", lines, column_names=["text", "label"])) == []
 
 
-def test_a_row_that_is_read_as_the_header(see: Callable[..., DataReport]) -> None:
+def test_a_row_read_as_the_header(see: Callable[..., DataReport]) -> None:
     lines = tsv(clean_rows(60))
     text, label = lines[0].split("\t")
     found = see("a.tsv", lines, text_column=text, label_column=label)
     assert kinds(found) == [("row_as_header", "error", "train", 1)]
 
 
-def test_jsonl_has_no_table_to_be_wrong(tmp_path: Path) -> None:
+def test_jsonl_has_no_table_findings(tmp_path: Path) -> None:
     rows = clean_rows(60)
     rows[3]["text"] = '"' + rows[3]["text"]
     assert kinds(check_rows(tmp_path, rows)) == []

@@ -1,4 +1,4 @@
-"""Broken and odd texts are found where they were planted; what ftfy is not sure of is told and left as it is."""
+"""Broken and odd texts are found where they were planted; only unique repairs are made."""
 
 from pathlib import Path
 
@@ -37,27 +37,27 @@ PLANTED = [
 ]
 
 
-def found_in(texts: list[str]) -> list[tuple[str, str, int]]:
+def findings_in(texts: list[str]) -> list[tuple[str, str, int]]:
     build = FindingBuilder("train", pa.array(texts, pa.large_string()), 3)
     found = check_texts(build, "text")
     return [(finding.kind, finding.severity, finding.count) for finding in found]
 
 
 @pytest.mark.parametrize(("kind", "severity", "texts"), PLANTED, ids=[kind for kind, *_ in PLANTED])
-def test_what_is_planted_is_found(kind: str, severity: str, texts: list[str]) -> None:
+def test_planted_problems_are_found(kind: str, severity: str, texts: list[str]) -> None:
     clean = [row["text"] for row in clean_rows(20)]
-    assert (kind, severity, len(texts)) in found_in([*clean, *texts, *clean])
-    assert [found for found, *_ in found_in(texts)] == [kind]  # and nothing else
+    assert (kind, severity, len(texts)) in findings_in([*clean, *texts, *clean])
+    assert [found for found, *_ in findings_in(texts)] == [kind]  # and nothing else
 
 
 def test_good_texts_have_no_finding() -> None:
-    assert found_in([*GOOD, *(row["text"] for row in clean_rows(20))]) == []
+    assert findings_in([*GOOD, *(row["text"] for row in clean_rows(20))]) == []
 
 
 def test_very_long_texts_are_longer_than_all_others() -> None:
     clean = [row["text"] for row in clean_rows(20)]
-    assert found_in([*clean, "word " * 1_100]) == [("very_long_texts", "note", 1)]
-    assert found_in([*clean, "word " * 900]) == []
+    assert findings_in([*clean, "word " * 1_100]) == [("very_long_texts", "note", 1)]
+    assert findings_in([*clean, "word " * 900]) == []
 
 
 @pytest.mark.parametrize(
@@ -73,15 +73,15 @@ def test_very_long_texts_are_longer_than_all_others() -> None:
         *((text, None) for text in GOOD),
     ],
 )
-def test_only_what_is_certain_is_repaired(text: str, meant: str | None) -> None:
+def test_only_unique_repairs_are_made(text: str, meant: str | None) -> None:
     assert repair(text) == meant
 
 
-def test_what_is_not_certain_is_told_all_the_same() -> None:
+def test_a_text_without_a_unique_repair_is_still_a_finding() -> None:
     assert mojibake_rows(pa.array(["cafÃ© olé", "fine"], pa.large_string())).tolist() == [0]
 
 
-def test_without_ftfy_patterns_stand_in_and_the_finding_says_so(
+def test_without_ftfy_patterns_are_used_and_the_finding_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(text_checks, "has_ftfy", lambda: False)
@@ -107,13 +107,13 @@ def test_bytes_that_are_not_utf8_in_a_parquet_file_are_one_line(tmp_path: Path) 
     assert [row.line for row in found.splits["train"].bad] == [40, 41]
 
 
-def test_an_excerpt_shows_what_was_found(tmp_path: Path) -> None:
+def test_an_excerpt_starts_at_the_match(tmp_path: Path) -> None:
     rows = clean_rows(40)
     rows[9]["text"] = "word " * 60 + "cafÃ© at the end"
     assert "cafÃ©" in get_finding(check_rows(tmp_path, rows), "mojibake").examples[0].text
 
 
-def test_both_columns_of_a_pair_are_looked_at(tmp_path: Path) -> None:
+def test_both_columns_of_a_pair_are_checked(tmp_path: Path) -> None:
     rows = [
         {"sentence1": row["text"], "sentence2": row["text"][::-1], "label": row["label"]}
         for row in clean_rows(40)
