@@ -1,4 +1,4 @@
-"""Every way to launch that the project names gives the ranks it promises, and a SLURM job is queued again only when it should be."""
+"""Accelerate configs and launch scripts start the right ranks; SLURM jobs are requeued."""
 
 import os
 import shlex
@@ -32,7 +32,7 @@ OURS = (
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment without traces of another launch, and with this Python first on the path."""
+    """This environment without variables of another launch, with this Python first on PATH."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
     path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")])
     return {
@@ -50,20 +50,17 @@ def environment(**more: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     "path", [*sorted(CONFIGS.glob("*.yaml")), *SCRIPTS], ids=lambda path: path.name
 )
-def test_each_file_begins_with_when_and_how_to_use_it(path: Path) -> None:
+def test_each_file_starts_with_its_usage(path: Path) -> None:
     lines = [
         line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#!")
     ]
     comment = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
-    how = (
-        "accelerate launch --config_file accelerate_configs/"
-        if path.suffix == ".yaml"
-        else "launch/"
-    )
-    assert any(f"{how}{path.name}" in line for line in comment)
+    is_config = path.suffix == ".yaml"
+    command = "accelerate launch --config_file accelerate_configs/" if is_config else "launch/"
+    assert any(f"{command}{path.name}" in line for line in comment)
 
 
-PROMISED = {
+EXPECTED = {
     "cpu": (1, 1, True),
     "cpu_x2": (2, 1, True),
     "gpu": (1, 1, False),
@@ -74,8 +71,8 @@ PROMISED = {
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_each_config(path: Path) -> None:
-    config = load_config_from_file(str(path))  # raises for a key that it does not know
-    assert (config.num_processes, config.num_machines, config.use_cpu) == PROMISED[path.stem]
+    config = load_config_from_file(str(path))  # raises for an unknown key
+    assert (config.num_processes, config.num_machines, config.use_cpu) == EXPECTED[path.stem]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -85,7 +82,7 @@ def test_bash_reads_each_script(path: Path) -> None:
 
 # --- real launches
 
-SAY_WORLD = """
+PRINT_WORLD = """
     import torch
     from accelerate import Accelerator
     from bertdist.core.errors import BertdistError
@@ -105,14 +102,14 @@ SAY_WORLD = """
 
 
 @pytest.fixture
-def say_world(tmp_path: Path) -> str:
-    path = tmp_path / "say_world.py"
-    path.write_text(textwrap.dedent(SAY_WORLD))
+def print_world(tmp_path: Path) -> str:
+    path = tmp_path / "print_world.py"
+    path.write_text(textwrap.dedent(PRINT_WORLD))
     return str(path)
 
 
 def launched(*words: str, **more: str) -> tuple[int, str, str]:
-    """Exit code, output and errors of `accelerate launch words...`; ended by SIGTERM, which torchrun passes on, if it hangs."""
+    """Exit code, output and errors of `accelerate launch`; SIGTERM ends one that hangs."""
     pipe, command = subprocess.PIPE, [*ACCELERATE, *words]
     with subprocess.Popen(
         command,
@@ -130,21 +127,21 @@ def launched(*words: str, **more: str) -> tuple[int, str, str]:
         return run.returncode, out, err
 
 
-def test_cpu_config_is_one_process(say_world: str) -> None:
-    code, out, err = launched("--config_file", f"{CONFIGS}/cpu.yaml", say_world)
+def test_cpu_config_is_one_process(print_world: str) -> None:
+    code, out, err = launched("--config_file", f"{CONFIGS}/cpu.yaml", print_world)
     assert (code, out) == (0, "ranks [0] over no group\n"), err
 
 
 @pytest.mark.parametrize(("words", "ranks"), [([], [0, 1]), (["--num_processes", "3"], [0, 1, 2])])
-def test_cpu_x2_config_is_two_processes_or_as_many_as_asked(
-    say_world: str, words: list[str], ranks: list[int]
+def test_cpu_x2_config_is_two_processes_or_num_processes(
+    print_world: str, words: list[str], ranks: list[int]
 ) -> None:
-    code, out, err = launched("--config_file", f"{CONFIGS}/cpu_x2.yaml", *words, say_world)
+    code, out, err = launched("--config_file", f"{CONFIGS}/cpu_x2.yaml", *words, print_world)
     assert (code, out) == (0, f"ranks {ranks} over gloo\n"), err
 
 
-def test_multi_node_config_joins_launchers(say_world: str) -> None:
-    """Two machines of one process, both of them this one."""
+def test_multi_node_config_joins_launchers(print_world: str) -> None:
+    """Two machines of one process, both simulated on this one."""
     words = [
         "--config_file",
         f"{CONFIGS}/multi_node.yaml",
@@ -155,21 +152,20 @@ def test_multi_node_config_joins_launchers(say_world: str) -> None:
     ]
     words += ["--main_process_port", str(20000 + os.getpid() % 10000)]
     with ThreadPoolExecutor() as pool:
-        ends = [
+        runs = [
             pool.submit(
-                launched, *words, "--machine_rank", rank, say_world, ACCELERATE_USE_CPU="true"
+                launched, *words, "--machine_rank", rank, print_world, ACCELERATE_USE_CPU="true"
             )
             for rank in "01"
         ]
-    said = [end.result() for end in ends]
-    assert [(code, out) for code, out, _ in said] == [(0, "ranks [0, 1] over gloo\n"), (0, "")], (
-        said
-    )
+    results = [run.result() for run in runs]
+    ends = [(code, out) for code, out, _ in results]
+    assert ends == [(0, "ranks [0, 1] over gloo\n"), (0, "")], results
 
 
 @pytest.mark.parametrize("how", ["flags", "config"])
 def test_a_launch_that_starts_one_process_of_two_is_refused(
-    say_world: str, tmp_path: Path, how: str
+    print_world: str, tmp_path: Path, how: str
 ) -> None:
     config = tmp_path / "lost.yaml"
     config.write_text(
@@ -178,43 +174,58 @@ def test_a_launch_that_starts_one_process_of_two_is_refused(
         .replace("_type: MULTI_GPU", "_type: MULTI_CPU")
     )
     words = ["--config_file", str(config)] if how == "config" else ["--cpu", "--num_processes", "2"]
-    code, out, err = launched(*words, say_world)
-    told = [line for line in err.splitlines() if line.startswith("bertdist:")]
-    assert (code, out, len(told)) == (1, "", 1), err
-    assert told[0].startswith(
-        "bertdist: `accelerate launch` was asked for 2 processes, but this run has 1: give it --multi_gpu"
+    code, out, err = launched(*words, print_world)
+    messages = [line for line in err.splitlines() if line.startswith("bertdist:")]
+    assert (code, out, len(messages)) == (1, "", 1), err
+    expected = (
+        "`accelerate launch` was asked for 2 processes, but this run has 1: give it --multi_gpu"
     )
+    assert messages[0].startswith(f"bertdist: {expected}")
 
 
-# --- the SLURM scripts, with SLURM and accelerate played by a few lines of bash
+# --- the SLURM scripts, with SLURM's commands and accelerate replaced by a few lines of bash
 
-PLAYED = {
-    # srun runs one task; after a failure the script runs `true` to see whether all nodes answer
-    "srun": 'while [[ $1 == --* ]]; do shift; done; [[ $1 == true ]] && exit ${PLAY_LOST:-0}; SLURM_PROCID=0 exec "$@"',
+COMMANDS = {
+    # srun runs one task; after a failure the script runs `true` to test all nodes
+    "srun": """
+        while [[ $1 == --* ]]; do shift; done
+        [[ $1 == true ]] && exit ${FAKE_LOST:-0}
+        SLURM_PROCID=0 exec "$@" """,
     "accelerate": """
-        echo "$*" >>"$PLAY/accelerate"; echo "${OMP_NUM_THREADS} ${ACCELERATE_USE_CPU:-}" >>"$PLAY/accelerate.env"
-        if [[ ${PLAY_WAITS:-} ]]; then touch "$PLAY/waits"; until [[ -e $PLAY/scancel ]]; do sleep 0.05; done; fi
-        if [[ ${PLAY_STATE:-} ]]; then echo '{"state": "'$PLAY_STATE'", "step": '${PLAY_STEP:-10}'}' >"$PLAY/out/status.json"; fi
-        exit ${PLAY_CODE:-0}""",
-    "scancel": 'echo "$*" >>"$PLAY/scancel"',
+        echo "$*" >>"$FAKE/accelerate"
+        echo "${OMP_NUM_THREADS} ${ACCELERATE_USE_CPU:-}" >>"$FAKE/accelerate.env"
+        if [[ ${FAKE_WAITS:-} ]]; then
+            touch "$FAKE/waits"
+            until [[ -e $FAKE/scancel ]]; do sleep 0.05; done
+        fi
+        if [[ ${FAKE_STATE:-} ]]; then
+            status='{"state": "'$FAKE_STATE'", "step": '${FAKE_STEP:-10}'}'
+            echo "$status" >"$FAKE/out/status.json"
+        fi
+        exit ${FAKE_CODE:-0}""",
+    "scancel": 'echo "$*" >>"$FAKE/scancel"',
     "scontrol": """
-        case $1 in show) printf 'node7\\nnode8\\n' ;; requeue) echo "$2" >>"$PLAY/requeue" ;; esac""",
+        case $1 in
+            show) printf 'node7\\nnode8\\n' ;;
+            requeue) echo "$2" >>"$FAKE/requeue" ;;
+        esac""",
     "squeue": "date -d '+1 hour' +%FT%T",
-    # reading the config costs seconds: one test does it for real
+    # reading the config takes seconds: one test does it
     "python": """
-        if [[ $2 == *read_config* && ! ${PLAY_READ:-} ]]; then echo "$PLAY/out"; else exec "$REAL_PYTHON" "$@"; fi""",
+        if [[ $2 == *read_config* && ! ${FAKE_READ:-} ]]; then echo "$FAKE/out"; exit; fi
+        exec "$REAL_PYTHON" "$@" """,
 }
 
 
-class Play:
-    """A folder of played commands, and what they wrote down."""
+class FakeSlurm:
+    """A folder of replaced commands, and what they recorded."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.jobs: list[subprocess.Popen[str]] = []
         (folder / "out").mkdir()
         (folder / "bin").mkdir()
-        for name, body in PLAYED.items():
+        for name, body in COMMANDS.items():
             (folder / "bin" / name).write_text(f"#!/bin/bash\n{textwrap.dedent(body)}\n")
             (folder / "bin" / name).chmod(0o755)
 
@@ -228,7 +239,7 @@ class Play:
         env = environment(
             **{
                 **job,
-                "PLAY": str(self.folder),
+                "FAKE": str(self.folder),
                 "REAL_PYTHON": sys.executable,
                 "OMP_NUM_THREADS": "",
                 **more,
@@ -249,22 +260,23 @@ class Play:
         self.jobs.append(run)
         return run
 
-    def said(self, name: str) -> str:
+    def record(self, name: str) -> str:
         path = self.folder / name
         return path.read_text() if path.exists() else ""
 
 
 @pytest.fixture
-def play(tmp_path: Path) -> Iterator[Play]:
-    played = Play(tmp_path)
-    yield played
-    for run in played.jobs:
-        if run.poll() is None:  # only where a test has failed
+def slurm(tmp_path: Path) -> Iterator[FakeSlurm]:
+    fake = FakeSlurm(tmp_path)
+    yield fake
+    for run in fake.jobs:
+        if run.poll() is None:  # only if a test failed
             os.killpg(run.pid, signal.SIGKILL)
             run.communicate()
 
 
-WORLDS = [  # script, nodes, the job's environment -> config, processes, OMP_NUM_THREADS and ACCELERATE_USE_CPU
+# script, nodes, the job's environment -> config, processes, OMP_NUM_THREADS and ACCELERATE_USE_CPU
+WORLDS = [
     ("train", 1, {}, "cpu", 1, "4 true"),
     ("train", 1, {"NPROC_PER_NODE": "2"}, "cpu_x2", 2, "2 true"),
     ("train", 1, {"SLURM_GPUS_ON_NODE": "1"}, "gpu", 1, "4"),
@@ -275,8 +287,8 @@ WORLDS = [  # script, nodes, the job's environment -> config, processes, OMP_NUM
 
 
 @pytest.mark.parametrize(("script", "nodes", "job", "config", "processes", "threads"), WORLDS)
-def test_a_job_launches_one_process_a_gpu(
-    play: Play,
+def test_a_job_launches_one_process_per_gpu(
+    slurm: FakeSlurm,
     script: str,
     nodes: int,
     job: dict[str, str],
@@ -284,29 +296,31 @@ def test_a_job_launches_one_process_a_gpu(
     processes: int,
     threads: str,
 ) -> None:
-    run = play.job(
+    run = slurm.job(
         f"{script}.slurm",
         "--output_dir",
         "a b",
-        PLAY_STATE="finished",
+        FAKE_STATE="finished",
         **{"SLURM_JOB_NUM_NODES": str(nodes), **job},
     )
     out, _ = run.communicate(timeout=SECONDS)
     assert run.returncode == 0, out
-    words = f"launch --machine_rank 0 --config_file accelerate_configs/{config}.yaml --num_machines {nodes}"
-    words += f" --num_processes {processes} --main_process_ip node7 --main_process_port 23456"
-    assert play.said("accelerate") == f"{words} bertdist/train.py --output_dir a b\n"
-    assert play.said("accelerate.env").strip() == threads
+    words = f"launch --machine_rank 0 --config_file accelerate_configs/{config}.yaml"
+    words += f" --num_machines {nodes} --num_processes {processes}"
+    words += " --main_process_ip node7 --main_process_port 23456"
+    assert slurm.record("accelerate") == f"{words} bertdist/train.py --output_dir a b\n"
+    assert slurm.record("accelerate.env").strip() == threads
 
 
-def test_every_attempt_has_a_port_of_its_own(play: Play) -> None:
-    play.job("train.slurm", PLAY_STATE="finished", SLURM_RESTART_COUNT="2").communicate(
+def test_every_attempt_has_another_port(slurm: FakeSlurm) -> None:
+    slurm.job("train.slurm", FAKE_STATE="finished", SLURM_RESTART_COUNT="2").communicate(
         timeout=SECONDS
     )
-    assert "--main_process_port 23718 " in play.said("accelerate")
+    assert "--main_process_port 23718 " in slurm.record("accelerate")
 
 
-ENDS = [  # what status.json says, the launcher's exit code -> the job's exit code, whether it is queued again
+# status.json, the launcher's exit code -> the job's exit code, whether it is requeued
+ENDS = [
     ("finished", 0, 0, False),
     ("finished", 1, 0, False),  # a signal that comes after the end changes nothing
     ("preempted", 1, 0, True),
@@ -318,16 +332,16 @@ ENDS = [  # what status.json says, the launcher's exit code -> the job's exit co
 
 
 @pytest.mark.parametrize(("state", "code", "ends", "requeued"), ENDS)
-def test_a_job_is_queued_again_only_when_training_was_preempted(
-    play: Play, state: str, code: int, ends: int, requeued: bool
+def test_a_job_is_requeued_only_if_training_was_preempted(
+    slurm: FakeSlurm, state: str, code: int, ends: int, requeued: bool
 ) -> None:
-    (play.folder / "out/status.json").write_text(
+    (slurm.folder / "out/status.json").write_text(
         '{"state": "preempted", "step": 5}'
-    )  # of an earlier attempt: it must not count
-    out, _ = (run := play.job("train.slurm", PLAY_STATE=state, PLAY_CODE=str(code))).communicate(
+    )  # of an earlier attempt: it must be ignored
+    out, _ = (run := slurm.job("train.slurm", FAKE_STATE=state, FAKE_CODE=str(code))).communicate(
         timeout=SECONDS
     )
-    assert (run.returncode, play.said("requeue")) == (ends, "123456\n" if requeued else ""), out
+    assert (run.returncode, slurm.record("requeue")) == (ends, "123456\n" if requeued else ""), out
 
 
 @pytest.mark.parametrize(
@@ -335,21 +349,21 @@ def test_a_job_is_queued_again_only_when_training_was_preempted(
     [(signal.SIGUSR1, 10, True), (signal.SIGUSR1, 5, False), (signal.SIGTERM, 10, False)],
     ids=str,
 )
-def test_a_signal_is_passed_on_and_the_job_waits(
-    play: Play, number: signal.Signals, step: int, requeued: bool
+def test_a_signal_is_forwarded_and_the_job_waits(
+    slurm: FakeSlurm, number: signal.Signals, step: int, requeued: bool
 ) -> None:
-    """USR1: the time limit is near, queue again if it came further. TERM: cancelled, never again."""
-    (play.folder / "out/status.json").write_text('{"state": "preempted", "step": 5}')
-    run = play.job(
-        "train.slurm", PLAY_STATE="preempted", PLAY_STEP=str(step), PLAY_WAITS="yes", PLAY_CODE="1"
+    """USR1: the time limit is near, requeue if there was progress. TERM: cancelled, no requeue."""
+    (slurm.folder / "out/status.json").write_text('{"state": "preempted", "step": 5}')
+    run = slurm.job(
+        "train.slurm", FAKE_STATE="preempted", FAKE_STEP=str(step), FAKE_WAITS="yes", FAKE_CODE="1"
     )
     deadline = time.monotonic() + SECONDS
-    while not (play.folder / "waits").exists() and time.monotonic() < deadline:
+    while not (slurm.folder / "waits").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     run.send_signal(number)
     out, _ = run.communicate(timeout=SECONDS)
-    assert play.said("scancel").splitlines()[0] == "--signal=USR1 123456", out
-    assert (run.returncode, play.said("requeue")) == (
+    assert slurm.record("scancel").splitlines()[0] == "--signal=USR1 123456", out
+    assert (run.returncode, slurm.record("requeue")) == (
         0 if requeued else 1,
         "123456\n" if requeued else "",
     ), out
@@ -358,47 +372,49 @@ def test_a_signal_is_passed_on_and_the_job_waits(
 @pytest.mark.parametrize(
     ("nodes", "lost", "requeued"), [(2, 1, True), (2, 0, False), (1, 1, False)]
 )
-def test_a_job_that_lost_a_node_is_queued_again(
-    play: Play, nodes: int, lost: int, requeued: bool
+def test_a_job_that_lost_a_node_is_requeued(
+    slurm: FakeSlurm, nodes: int, lost: int, requeued: bool
 ) -> None:
-    """The ranks that are left fail at once, long before SLURM knows."""
+    """The remaining ranks fail at once, long before SLURM notices."""
     job = {
         "SLURM_JOB_NUM_NODES": str(nodes),
-        "PLAY_STATE": "failed",
-        "PLAY_CODE": "1",
-        "PLAY_LOST": str(lost),
+        "FAKE_STATE": "failed",
+        "FAKE_CODE": "1",
+        "FAKE_LOST": str(lost),
     }
-    out, _ = (run := play.job("multi_node.slurm", **job)).communicate(timeout=SECONDS)
-    assert (run.returncode, play.said("requeue")) == (
+    out, _ = (run := slurm.job("multi_node.slurm", **job)).communicate(timeout=SECONDS)
+    assert (run.returncode, slurm.record("requeue")) == (
         0 if requeued else 1,
         "123456\n" if requeued else "",
     ), out
 
 
-def test_a_wrong_flag_ends_the_job_before_it_launches(play: Play) -> None:
-    out, _ = (run := play.job("train.slurm", "--learning_rat", "1", PLAY_READ="yes")).communicate(
+def test_a_wrong_flag_ends_the_job_before_it_launches(slurm: FakeSlurm) -> None:
+    out, _ = (run := slurm.job("train.slurm", "--learning_rat", "1", FAKE_READ="yes")).communicate(
         timeout=SECONDS
     )
-    assert (run.returncode, play.said("accelerate")) == (1, "")
+    assert (run.returncode, slurm.record("accelerate")) == (1, "")
     assert out == "bertdist: Unknown setting 'learning_rat'. Did you mean 'learning_rate'?\n"
 
 
-def test_a_job_in_another_folder_uses_the_installed_package(play: Play, tmp_path: Path) -> None:
+def test_a_job_in_another_folder_uses_the_installed_package(
+    slurm: FakeSlurm, tmp_path: Path
+) -> None:
     """PYTHONPATH stands for an installation here; tests/runs/test_wheel.py has a real one."""
-    job = {"SLURM_JOB_NUM_NODES": "2", "PLAY_STATE": "finished"}
-    run = play.job("multi_node.slurm", cwd=tmp_path, **job)
+    job = {"SLURM_JOB_NUM_NODES": "2", "FAKE_STATE": "finished"}
+    run = slurm.job("multi_node.slurm", cwd=tmp_path, **job)
     out, _ = run.communicate(timeout=SECONDS)
     assert run.returncode == 0, out
-    arguments = play.said("accelerate")
+    arguments = slurm.record("accelerate")
     assert f"--config_file {ROOT}/bertdist/accelerate_configs/cpu_x2.yaml" in arguments
     assert arguments.endswith("-m bertdist.train\n")
 
 
-def test_a_job_without_bertdist_ends_before_it_launches(play: Play, tmp_path: Path) -> None:
-    (play.folder / "bin" / "python").write_text("#!/bin/bash\nexit 1\n")
-    run = play.job("train.slurm", cwd=tmp_path)
+def test_a_job_without_bertdist_ends_before_it_launches(slurm: FakeSlurm, tmp_path: Path) -> None:
+    (slurm.folder / "bin" / "python").write_text("#!/bin/bash\nexit 1\n")
+    run = slurm.job("train.slurm", cwd=tmp_path)
     out, _ = run.communicate(timeout=SECONDS)
-    assert (run.returncode, play.said("accelerate")) == (1, "")
+    assert (run.returncode, slurm.record("accelerate")) == (1, "")
     assert f"bertdist is not installed, and {tmp_path} is not its repository." in out
 
 
@@ -408,7 +424,8 @@ def test_a_job_without_bertdist_ends_before_it_launches(play: Play, tmp_path: Pa
 def test_smoke_run_takes_five_steps(tiny_model: Path, tmp_path: Path) -> None:
     rows = [f"a {word} film\t{label}" for word, label in (("good", 1), ("bad", 0)) * 20]
     (tmp_path / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
-    words = f"--model_name_or_path {tiny_model} --train_file {tmp_path}/train.tsv --output_dir {tmp_path}/out --train_batch_size 4"
+    words = f"--model_name_or_path {tiny_model} --train_file {tmp_path}/train.tsv"
+    words += f" --output_dir {tmp_path}/out --train_batch_size 4"
     command = [SCRIPTS[2], *shlex.split(words)]
     run = subprocess.run(
         command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=SECONDS
