@@ -33,8 +33,8 @@ A training loop of your own, exact on any number of devices (start it with `acce
         optimizer.step()
         optimizer.zero_grad()
     eval_loader = create_eval_loader(eval_rows, tokenizer, task, config, accelerator)
-    evaluator = Evaluator(config.task, task, config.data.task_name)
-    scores = evaluate_split(classifier, eval_loader, evaluator, accelerator).scores
+    evaluator = Evaluator(eval_loader, task, config, accelerator)
+    scores = evaluator.evaluate(classifier).scores                  # the same on all ranks
 """
 
 import importlib

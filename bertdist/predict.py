@@ -38,7 +38,7 @@ from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import EXIT_STOPPED, check_world, create_accelerator, run_cli
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import load_model_config, load_trained_classifier, saved_metadata
-from bertdist.training.evaluation import describe_nonfinite_rows, no_number, predict_rows
+from bertdist.training.evaluation import describe_nonfinite_rows, nonfinite_rows, predict_rows
 from bertdist.training.memory import find_tokens
 from bertdist.training.nonfinite import nonfinite_error
 
@@ -129,7 +129,7 @@ class Predictor:
             logits = predict_rows(self.model, batches, self.accelerator, self.stop)
         if logits is None:
             raise Stopped
-        if rows := no_number(logits):
+        if rows := nonfinite_rows(logits):
             report = describe_nonfinite_rows(rows, len(logits), records.where)
             raise nonfinite_error(f"Prediction: {report}")
         return logits

@@ -3,10 +3,11 @@
     accelerate launch bertdist/train.py --model_name_or_path google-bert/bert-base-uncased \
         --train_file train.tsv --validation_file dev.tsv --output_dir out
 
-This file is the whole of training, top to bottom: open the data, build the model, begin or go on, and then repeat: take a step,
-now and then score, now and then save. Each noun is one module; read them in the order of the data's way:
+This file is all of training, top to bottom: load the data and the model, resume, then repeat: take a step, sometimes log,
+evaluate and save. Each part is one module; read them in the order in which a row passes them:
 
-    records -> encoding -> batching -> classifier -> tasks (loss) -> optim -> evaluation -> checkpoint
+    data/records -> data/tokenization -> data/loader -> models/classifier -> tasks/tasks (loss) -> training/optimizer
+    -> training/evaluation -> training/checkpoint
 """
 
 import os
@@ -17,372 +18,246 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import math
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from bertdist.core.args import read_config
-from bertdist.core.config import TrainConfig, config_to_yaml, duration_in_steps
-from bertdist.data.batch import PackedBatch, Step, single_token_batch
+from bertdist.core.config import OptimConfig, RunConfig, TrainConfig, duration_in_steps
+from bertdist.data.batch import PackedBatch, Step
 from bertdist.data.loader import create_eval_loader, create_train_loader
 from bertdist.data.loading import collect_skipped_rows, load_splits, record_skipped_rows
-from bertdist.data.sharding import prefetch_to_device
+from bertdist.data.records import Records
 from bertdist.data.stats import collect_stats, create_task, data_fingerprint
-from bertdist.data.streaming import AnyLoader
+from bertdist.data.streaming import Stream
 from bertdist.data.tokenization import load_tokenizer
-from bertdist.data_quality.dry_run import dry_run
 from bertdist.distributed.collectives import assert_same_on_all_ranks, raise_on_all_ranks
-from bertdist.distributed.launch import (
-    EXIT_STOPPED,
-    check_world,
-    create_accelerator,
-    launch_fingerprint,
-    run_cli,
-)
+from bertdist.distributed.launch import EXIT_STOPPED, launch, run_cli
 from bertdist.distributed.preemption import StopSignal
-from bertdist.distributed.watchdog import open_watchdog
 from bertdist.models.classifier import (
     Classifier,
     load_classifier,
     load_model_config,
     pretrained_labels,
 )
-from bertdist.models.compile import compile_layers
-from bertdist.models.cpu_layers import zero_grad
 from bertdist.models.dropout import seed_dropout
-from bertdist.tasks.tasks import Task
-from bertdist.training.account import keep_score, record_training, tell_end, tell_meter
-from bertdist.training.best_model import BestModel
+from bertdist.training.best_model import BestModel, EarlyStopping
 from bertdist.training.checkpoint import Checkpointer, TrainState
-from bertdist.training.cuda_graph import Take, graphed_step
-from bertdist.training.evaluation import Evaluator, evaluate_split
+from bertdist.training.evaluation import Evaluator
 from bertdist.training.nonfinite import NonFiniteGuard, nan_aware_scale, step_if_finite
 from bertdist.training.optimizer import create_lr_schedule, create_optimizer, set_learning_rate
 from bertdist.training.resume_check import resume_signature
-from bertdist.training.run_lock import check_disk_space, lock_run_folder
-from bertdist.training.run_logger import RunLogger, describe_data, environment, notes_of, open_log
+from bertdist.training.run_lock import check_disk_space
+from bertdist.training.run_logger import describe_data, open_run
 from bertdist.training.step import MicroBatcher
-from bertdist.training.throughput import ThroughputMeter, matmul_rate, model_flops
-
-if __name__ == "__main__" and not __package__:
-    # Run by path, Python looks for modules in bertdist/ itself; make it look in the folder that holds bertdist/.
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from bertdist.training.throughput import create_meter
 
 
 def train(config: TrainConfig) -> TrainState:
-    """Train as the config says, going on where an earlier run in the same folder stopped; returns how far it came."""
-    accelerator = create_accelerator(config.run)
-    check_world(accelerator.num_processes)
-    config = replace(
-        config, run=replace(config.run, mixed_precision=accelerator.mixed_precision)
-    )  # where the launcher decided it
-    assert_same_on_all_ranks(accelerator, launch_fingerprint(config))
-    run, out = config.run, Path(config.run.output_dir)
-    with (
-        StopSignal(run.stop_before_time_limit) as stop,
-        lock_run_folder(out, accelerator) as held,
-        open_log(out, accelerator) as log,
-        open_watchdog(out, accelerator, run) as watchdog,
-    ):
-        log.say(
-            *held,
-            f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {accelerator.mixed_precision}.",
-        )
-
-        # Data: two splits of rows, and the task that their labels make. Nothing is tokenized yet.
+    """Fine-tune as configured; rerunning with the same --output_dir resumes. Returns the last state."""
+    accelerator, config = launch(config)
+    run = config.run
+    with StopSignal(run.stop_before_time_limit) as stop, open_run(config, accelerator) as log:
+        # Data: rows and their labels; nothing is tokenized yet.
+        tokenizer, model_config, rows, eval_rows = load_inputs(config, accelerator)
+        stats = collect_stats(rows, config, accelerator, log.say, stop)
+        if stats is None:  # a stop was requested while a stream was read
+            log.log_summary(TrainState(), 0, stop.reason, report=None)
+            return TrainState()
         with raise_on_all_ranks(accelerator):
-            settings, tokenizer = load_model_config(config.model), load_tokenizer(config.model)
-            train_rows, dev_rows = load_splits(config)
-        assert_same_on_all_ranks(
-            accelerator, data_fingerprint(settings, tokenizer, train_rows, dev_rows)
-        )
-        if (known := collect_stats(train_rows, config, accelerator, log.say, stop)) is None:
-            return leave_early(log, stop, accelerator)
-        with raise_on_all_ranks(accelerator):
-            skipped_rows = collect_skipped_rows(known, dev_rows, config, accelerator)
-            task = create_task(config.task, known.labels, pretrained_labels(settings))
-            train_batches = create_train_loader(
-                train_rows, known, tokenizer, task, config, accelerator
-            )
-            dev_batches = create_eval_loader(dev_rows, tokenizer, task, config, accelerator)
-            judge = (
-                Evaluator(config.task, task, config.data.task_name)
-                if dev_rows and accelerator.is_main_process
-                else None
-            )
-        per_epoch = train_batches.steps_per_epoch
-        total_steps = run.max_train_steps or max(1, math.ceil(run.num_train_epochs * per_epoch))
-        log.say(*describe_data(train_rows, known, dev_rows, task, per_epoch, total_steps))
+            skipped_rows = collect_skipped_rows(stats, eval_rows, config, accelerator)
+            task = create_task(config.task, stats.labels, pretrained_labels(model_config))
+            loader = create_train_loader(rows, stats, tokenizer, task, config, accelerator)
+            eval_loader = create_eval_loader(eval_rows, tokenizer, task, config, accelerator)
+            best_model = BestModel(config, tokenizer, rows, accelerator)
+            evaluator = Evaluator(eval_loader, task, config, accelerator, best_model, log)
+        due = Cadence(run, loader.steps_per_epoch, has_eval=eval_loader is not None)
+        log.say(*describe_data(rows, stats, eval_rows, task), due.describe())
 
-        # Model: a Hugging Face classifier, its optimizer, and the learning rate as a function of the step.
+        # Model: a Hugging Face classifier, AdamW, the learning rate as a function of the step.
         with raise_on_all_ranks(accelerator):
             torch.manual_seed(run.seed)  # the new head's weights
-            classifier, notes = load_classifier(config.model, task, settings)
+            classifier, notes = load_classifier(config.model, task, model_config)
             adamw = create_optimizer(classifier, config.optim)
-            schedule = create_lr_schedule(config.optim, total_steps)
-        log.say(*notes, check_disk_space(out, classifier, accelerator))
+            lr_factor = create_lr_schedule(config.optim, due.total_steps)
+        log.say(*notes, check_disk_space(log.folder, classifier, accelerator))
         model, optimizer = accelerator.prepare(classifier, adamw)
 
-        # Begin, or go on where an interrupted run stopped.
-        signature = resume_signature(config, train_rows, dev_rows, task, total_steps)
-        checkpoints = Checkpointer(
-            out / "checkpoints", signature, accelerator, run.save_total_limit, log.say, log.to_disk
-        )
-        progress = watchdog.progress = (
-            checkpoints.restore(classifier, adamw, run.resume_from_checkpoint) or TrainState()
-        )
-        with raise_on_all_ranks(accelerator):
-            log.begin(
-                progress.step,
-                {
-                    "config.yaml": config_to_yaml(config),
-                    "environment.json": environment(accelerator),
-                },
-                progress.evaluation_pending,
-            )
-            log.status("finished" if progress.finished else "running", progress.step)
-        best = BestModel(run, tokenizer, task, accelerator, notes_of(config, train_rows))
-        due = {
-            name: duration_in_steps(getattr(run, f"{name}_every"), per_epoch, total_steps)
-            for name in ("log", "eval", "save")
-        }
-        room = MicroBatcher(
-            model,
-            train_batches,
-            config.batch.tokens_per_micro_batch,
-            progress,
+        # Resume: a step depends on weights, optimizer and `state`, nothing else.
+        signature = resume_signature(config, rows, eval_rows, task, due.total_steps)
+        checkpointer = Checkpointer(
+            log.folder / "checkpoints",
+            signature,
             accelerator,
+            run.save_total_limit,
             log.say,
+            log.flush,
         )
-        losses: list[
-            Tensor
-        ] = []  # this rank's loss sum () of each step since they were last brought together
-        if not progress.finished:
-            warm_up(model, train_batches, progress, task, accelerator)
-            room.find(
-                lambda batch: task.loss(classifier(batch), batch.targets, batch.weights),
-                classifier,
-                adamw,
-            )
-            stepper = choose_step(
-                config, classifier, room.rebatch(train_batches), accelerator, log.say
-            )
-            log.open_progress(progress.step, total_steps)
-        meter = open_meter(classifier, accelerator, progress)
-        nan = NonFiniteGuard(run, classifier, train_batches, task, accelerator, progress, log)
-        for step in owed_first(
-            progress,
-            meter.watch(
-                steps_left(room.rebatch(train_batches), progress, total_steps, accelerator.device)
-            ),
-        ):
-            if step is not None:
-                set_learning_rate(optimizer, schedule(step.number))
-                seed_dropout(run.seed, step.number, accelerator.process_index)
-                loss, grad_norm = stepper(
-                    model, optimizer, step, task, accelerator, config.optim.max_grad_norm, room
-                )
-                losses.append(loss)
-                progress.advance(step)
-                record_skipped_rows(skipped_rows, step, accelerator)
-                log.advance()
-            progress.finished = progress.step == total_steps
-            stopping = stop.requested(accelerator)
-            if step is not None:
-                at_once = (
-                    stopping
-                    or progress.finished
-                    or any(is_due(progress.step, every) for every in due.values())
-                )
-                nan.check(step, loss, grad_norm, at_once)
+        state = checkpointer.restore(classifier, adamw, run.resume_from_checkpoint) or TrainState()
+        log.start(state, config, accelerator)
+        early_stopping = EarlyStopping(run, state)
+        nan_guard = NonFiniteGuard(run, classifier, loader, task, accelerator, state, log)
+        micro_batcher = MicroBatcher(model, loader, task, state, config.batch, accelerator, log.say)
+        if not state.finished:
+            micro_batcher.warm_up(model)
+            micro_batcher.find_budget(classifier, adamw)
+            take_step = create_step_function(config, classifier, micro_batcher)
+        meter = create_meter(classifier, accelerator, measure=not state.finished)
 
-            if step is not None and (progress.finished or is_due(progress.step, due["log"])):
-                gather_losses(progress, losses, meter, accelerator)
-                rate = config.optim.learning_rate * schedule(step.number)
-                record_training(
-                    log,
-                    progress,
-                    per_epoch,
-                    learning_rate=rate,
-                    grad_norm=grad_norm.item(),
-                    **meter.lap(),
-                )
-
-            if dev_batches and (progress.finished or is_due(progress.step, due["eval"])):
+        # Train until all steps are done, evaluations stop improving, or a stop is requested.
+        ending, stopping = state.finished, False
+        with log.progress(
+            meter.watch(micro_batcher.steps(due.total_steps)), due.total_steps
+        ) as steps:
+            while not ending:
+                if not state.evaluation_pending:  # else a stop interrupted it, and it comes first
+                    step = next(steps)
+                    set_learning_rate(optimizer, lr_factor(step.number))
+                    seed_dropout(run.seed, step.number, accelerator.process_index)
+                    loss, grad_norm = take_step(model, optimizer, step, micro_batcher, config.optim)
+                    state.advance(step, loss)
+                    record_skipped_rows(skipped_rows, step, accelerator)
+                    stopping = stop.requested(accelerator)
+                    nan_guard.check(step, loss, grad_norm, stopping or due.any(state.step))
+                    if due.log(state.step):
+                        state.gather_losses(meter, accelerator)
+                        lr = config.optim.learning_rate * lr_factor(step.number)
+                        log.log_training(state, due.epoch(state), lr, grad_norm.item(), meter.lap())
+                    state.evaluation_pending = due.evaluate(state.step)
                 with meter.paused():
-                    evaluation = nan.check_evaluation(
-                        evaluate_split(
-                            classifier, room.rebatch(dev_batches), judge, accelerator, stop
-                        ),
-                        dev_batches,
-                    )
-                    keep_score(evaluation, classifier, log, best, progress, per_epoch)
-                    stopping = stopping or progress.evaluation_pending
-
-            if progress.finished or stopping or is_due(progress.step, due["save"]):
-                gather_losses(progress, losses, meter, accelerator)
-                tell_meter(log, progress, meter, stopping)
-                with meter.paused():
-                    if progress.finished and not dev_batches:
-                        best.keep(classifier, None, progress)
-                    checkpoints.save(classifier, adamw, progress)
-            if progress.finished or stopping:
-                break
-        tell_end(log, progress, best, total_steps, stop.reason)
-        # DDP goes before the process group: else it joins gloo's thread with the GIL held, which that thread may wait for (torch 2.13).
+                    if state.evaluation_pending:
+                        improvement = evaluator.evaluate_step(
+                            classifier, state, due.epoch(state), stop
+                        )
+                        state.evaluation_pending = improvement is None  # a stop was requested
+                        early_stopping.update(improvement)
+                    done = early_stopping.triggered or due.end(state.step)
+                    state.finished = done and not state.evaluation_pending
+                    ending = state.finished or stopping or state.evaluation_pending
+                    if ending or due.save(state.step):
+                        state.gather_losses(meter, accelerator)
+                        if ending:
+                            log.log_throughput(
+                                state.step, state.finished, meter.summary(), str(meter)
+                            )
+                        checkpointer.save(classifier, adamw, state)
+        log.log_summary(state, due.total_steps, stop.reason, best_model.report())
+        # DDP before the process group (open_run ends it): else it joins gloo's thread with the GIL
+        # held, which that thread may wait for (torch 2.13).
         model, optimizer = accelerator.free_memory(model, optimizer)
-        accelerator.end_training()
-    return progress
-
-
-def leave_early(log: RunLogger, stop: StopSignal, accelerator: Accelerator) -> TrainState:
-    """Asked to stop before the first step."""
-    reason = stop.reason or "another rank was asked to stop"
-    log.status("preempted", 0, reason)
-    log.say(f"Asked to stop ({reason}) before the first step; the same command begins again.")
-    accelerator.end_training()
-    return TrainState()
+    return state
 
 
 def train_step(
     model: nn.Module,
     optimizer: Optimizer,
     step: Step,
-    task: Task,
-    accelerator: Accelerator,
-    max_grad_norm: float,
-    room: MicroBatcher,
+    micro_batcher: MicroBatcher,
+    config: OptimConfig,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step over this rank's share; returns this rank's loss sum () and the gradient's norm ().
 
-    Row losses are summed and divided by the rows of the whole step, so the update is that of one big batch, however the step was
-    dealt and cut. DDP averages over ranks; nan_aware_scale undoes it. Where memory runs out on any rank, the step is begun again with
-    micro-batches of half the tokens (see room.py).
+    Row losses are summed and divided by the rows of the whole step, so the update is that of one big batch, however the step
+    was distributed and split. DDP averages over ranks; nan_aware_scale undoes it. If memory runs out on any rank, the step is
+    repeated with smaller micro-batches (training/step.py). If loss or gradient is not finite, the update is left out.
     """
+    task, accelerator = micro_batcher.task, micro_batcher.accelerator
 
     def backward(batch: PackedBatch, final: bool) -> Tensor:
         batch = batch.to(accelerator.device)
-        with nullcontext() if final else accelerator.no_sync(model):  # gradients travel once a step
+        # Gradients are exchanged once per step.
+        with nullcontext() if final else accelerator.no_sync(model):
             loss = task.loss(model(batch), batch.targets, batch.weights)
-            accelerator.backward(
-                loss * nan_aware_scale(loss, accelerator.num_processes / step.rows)
-            )
+            scale = nan_aware_scale(loss, accelerator.num_processes / step.rows)
+            accelerator.backward(loss * scale)
         return loss.detach()
 
-    total = room.accumulate(model, step, backward)
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    loss = micro_batcher.accumulate_gradients(model, step, backward)
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
     assert grad_norm is not None
-    step_if_finite(
-        model, optimizer, grad_norm, accelerator
-    )  # left out where loss or gradient is not finite
-    return total, grad_norm
+    step_if_finite(model, optimizer, grad_norm, accelerator)
+    return loss, grad_norm
 
 
-def choose_step(
-    config: TrainConfig,
-    classifier: Classifier,
-    batches: AnyLoader,
-    accelerator: Accelerator,
-    say: Callable[[str], None],
-) -> Take:
-    """What takes the steps of this run: train_step, or replays of it (--cuda_graphs); its layers compiled (--torch_compile), or not."""
+def create_step_function(
+    config: TrainConfig, classifier: Classifier, micro_batcher: MicroBatcher
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`train_step`, or replays of it (--cuda_graphs); with --torch_compile the layers are compiled."""
     if config.run.torch_compile:
-        say(compile_layers(classifier, accelerator))
+        from bertdist.models.compile import compile_layers
+
+        micro_batcher.say(compile_layers(classifier, micro_batcher.accelerator))
     if config.run.cuda_graphs:
-        return graphed_step(
-            train_step, classifier, batches, accelerator, config.model.max_length, say
-        )
+        from bertdist.training.cuda_graph import create_graphed_step
+
+        return create_graphed_step(train_step, classifier, micro_batcher, config.model.max_length)
     return train_step
 
 
-def steps_left(
-    batches: AnyLoader, progress: TrainState, total_steps: int, device: torch.device
-) -> Iterator[Step]:
-    """This rank's shares of the steps that are still to be taken, on the device."""
-    return prefetch_to_device(
-        batches.steps(
-            progress.step,
-            progress.step if progress.finished else total_steps,
-            progress.reader_state,
-        ),
-        device,
-    )
+def load_inputs(
+    config: TrainConfig, accelerator: Accelerator
+) -> tuple[PreTrainedTokenizerBase, PretrainedConfig, Records | Stream, Records | None]:
+    """Tokenizer, model config, training and validation rows; the same on all ranks, or an error on all."""
+    with raise_on_all_ranks(accelerator):
+        model_config, tokenizer = load_model_config(config.model), load_tokenizer(config.model)
+        rows, eval_rows = load_splits(config)
+    fingerprint = data_fingerprint(model_config, tokenizer, rows, eval_rows)
+    assert_same_on_all_ranks(accelerator, fingerprint)
+    return tokenizer, model_config, rows, eval_rows
 
 
-def owed_first(progress: TrainState, steps: Iterator[Step]) -> Iterator[Step | None]:
-    """The steps; before them None, where the last step was taken by a process that was stopped in the evaluation that follows it."""
-    if progress.evaluation_pending:
-        progress.evaluation_pending = False
-        yield None
-    yield from steps
+class Cadence:
+    """When to log, evaluate and save: every so many steps (--log_every, --eval_every, --save_every), and at the end."""
 
+    def __init__(self, run: RunConfig, steps_per_epoch: int, has_eval: bool) -> None:
+        """steps_per_epoch: 0 for a stream of unknown length."""
+        total_steps = run.max_train_steps or max(
+            1, math.ceil(run.num_train_epochs * steps_per_epoch)
+        )
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
 
-def warm_up(
-    model: nn.Module, batches: AnyLoader, progress: TrainState, task: Task, accelerator: Accelerator
-) -> None:
-    """One backward that is thrown away, before the first step of every start, fresh or resumed.
+        def interval(duration: str) -> int:  # 0: never
+            return duration_in_steps(duration, steps_per_epoch, total_steps)
 
-    DDP puts its gradient buckets in another order after its first backward, and sums are rounded in that order: without this a
-    resumed run of 3 ranks or more differs from one that never stopped. One token does: any text brings the order about.
-    """
-    model.train()
-    for first in replace(batches, workers=0).steps(
-        progress.step, progress.step + 1, progress.reader_state
-    ):
-        batch = single_token_batch(first.share[0]).to(accelerator.device)
-        accelerator.backward(task.loss(model(batch), batch.targets, batch.weights))
-    zero_grad(model)
+        self._log, self._save = interval(run.log_every), interval(run.save_every)
+        self._evaluate = interval(run.eval_every) if has_eval else 0
 
+    def end(self, step: int) -> bool:
+        """Whether all steps are done."""
+        return step == self.total_steps
 
-def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens after this one."""
-    return bool(every) and step % every == 0
+    def log(self, step: int) -> bool:
+        """Whether a log line follows this step."""
+        return self._is_due(step, self._log)
 
+    def evaluate(self, step: int) -> bool:
+        """Whether an evaluation follows this step. Without a validation split at the end only, to keep the last weights."""
+        return self._is_due(step, self._evaluate)
 
-def open_meter(
-    classifier: Classifier, accelerator: Accelerator, progress: TrainState
-) -> ThroughputMeter:
-    """A meter whose clock starts; before that all ranks measure at the same time what their devices can do."""
-    mine = (
-        0.0 if progress.finished else matmul_rate(accelerator.device, accelerator.mixed_precision)
-    )
-    rate = accelerator.reduce(
-        torch.tensor([mine], device=accelerator.device), reduction="sum"
-    ).item()
-    flops = model_flops(classifier.model, "first tokens" if classifier.first_tokens_only else "all")
-    return ThroughputMeter(flops, classifier.packed or classifier.padding_changes_logits, rate)
+    def save(self, step: int) -> bool:
+        """Whether a checkpoint follows this step."""
+        return self._is_due(step, self._save)
 
+    def any(self, step: int) -> bool:
+        """Whether any of them follows this step."""
+        return self.log(step) or self.evaluate(step) or self.save(step)
 
-def gather_losses(
-    progress: TrainState, losses: list[Tensor], meter: ThroughputMeter, accelerator: Accelerator
-) -> None:
-    """Add up the ranks' losses and the meters' figures of the steps since the last call; one collective, however many steps.
+    def _is_due(self, step: int, interval: int) -> bool:
+        return self.end(step) or (interval > 0 and step % interval == 0)
 
-    Step by step, not as one running sum: so what is logged does not depend on when a checkpoint was written.
-    """
-    if losses:
-        mine = torch.cat(
-            [torch.stack(losses)[:, None], meter.take().to(accelerator.device)], dim=1
-        )  # (steps, 1 + figures)
-        every = accelerator.gather(mine[None]).cpu().double()  # (ranks, steps, 1 + figures)
-        meter.add(every[:, :, 1:])
-        total = every[:, :, :2].sum(0).tolist()  # gloo's own sum of 3 ranks rounds by place
-        for entry, (loss, tokens) in zip(
-            progress.unlogged_steps[-len(losses) :], total, strict=True
-        ):
-            entry[:] = (
-                (loss, entry[1]) if math.isfinite(loss) else (0.0, 0.0)
-            )  # a step that was left out, see nonfinite.py
-            progress.tokens += int(tokens)
-        losses.clear()
+    def epoch(self, state: TrainState) -> float:
+        """Passes over the training rows so far."""
+        return state.epochs(self.steps_per_epoch)
+
+    def describe(self) -> str:
+        """The length of training, in a sentence."""
+        per_epoch = f", {self.steps_per_epoch:,} per epoch" if self.steps_per_epoch else ""
+        return f"{self.total_steps:,} steps{per_epoch}."
 
 
 def main() -> None:
@@ -393,6 +268,8 @@ def main() -> None:
 def _main(arguments: Sequence[str]) -> int:
     config = read_config(arguments)
     if config.run.dry_run:
+        from bertdist.data_quality.dry_run import dry_run
+
         return dry_run(config)
     return 0 if train(config).finished else EXIT_STOPPED
 

@@ -12,7 +12,7 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
@@ -27,6 +27,7 @@ from bertdist.core.config import RunConfig, TrainConfig
 from bertdist.core.errors import BertdistError, ConfigError, did_you_mean
 from bertdist.core.hub import enable_offline_fallback
 from bertdist.core.terminal import print_error, process_rank
+from bertdist.distributed.collectives import assert_same_on_all_ranks
 from bertdist.distributed.preemption import _asked_of_accelerate, _processes, ignore_stop_signals
 from bertdist.distributed.rendezvous import wait_for_all_ranks
 from bertdist.distributed.watchdog import end_soon, loader_worker_error, report_lost_connection
@@ -173,6 +174,16 @@ PACKAGES = (
     "numpy",
     "safetensors",
 )
+
+
+def launch(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
+    """The accelerator, and the config with the precision that the launcher chose; the same on all ranks, or an error."""
+    accelerator = create_accelerator(config.run)
+    check_world(accelerator.num_processes)
+    run = replace(config.run, mixed_precision=accelerator.mixed_precision)
+    config = replace(config, run=run)
+    assert_same_on_all_ranks(accelerator, launch_fingerprint(config))
+    return accelerator, config
 
 
 def launch_fingerprint(config: TrainConfig) -> dict[str, object]:

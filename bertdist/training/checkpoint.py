@@ -15,6 +15,7 @@ rank 0 writes, all ranks read. No pickle is written or read.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -50,6 +51,7 @@ from bertdist.training.resume_check import (
     check_changes,
     format_changes,
 )
+from bertdist.training.throughput import ThroughputMeter
 
 # Of state.json. 1: bertdist 0.1.0, which wrote no number. 2: TrainState's own field names as keys.
 FORMAT = 2
@@ -78,10 +80,36 @@ class TrainState:
     # Position in a stream; with --stream_sharding by_file, this rank's.
     reader_state: ReaderState | None = None
 
-    def advance(self, step: Step) -> None:
-        """Count one more step; its loss is filled in when the ranks' losses are gathered."""
+    def __post_init__(self) -> None:
+        # This rank's loss sum () of each step since the last `gather_losses`; not in a checkpoint.
+        self._losses: list[Tensor] = []
+
+    def advance(self, step: Step, loss: Tensor) -> None:
+        """Count one more optimizer step. loss: () this rank's loss sum, which stays on the device until `gather_losses`."""
         self.step, self.rows, self.reader_state = step.number + 1, self.rows + step.rows, step.after
         self.unlogged_steps.append([0.0, float(step.rows)])
+        self._losses.append(loss)
+
+    def gather_losses(self, meter: ThroughputMeter, accelerator: Accelerator) -> None:
+        """Fill in losses and tokens of all ranks, with the meter's figures in one collective, for any number of steps.
+
+        Step by step, not as one running sum: so what is logged does not depend on when a checkpoint was written.
+        """
+        if self._losses:
+            losses, self._losses = self._losses, []
+            totals = meter.gather(torch.stack(losses), accelerator)
+            for entry, (loss, tokens) in zip(
+                self.unlogged_steps[-len(totals) :], totals, strict=True
+            ):
+                # Not finite: the step was left out, see nonfinite.py.
+                entry[:] = (loss, entry[1]) if math.isfinite(loss) else (0.0, 0.0)
+                self.tokens += int(tokens)
+
+    def pop_mean_loss(self) -> float:
+        """Mean loss per row since the last log line: sums are divided, means never averaged. NaN if all steps were left out."""
+        loss, rows = (sum(entry[i] for entry in self.unlogged_steps) for i in (0, 1))
+        self.unlogged_steps.clear()
+        return loss / rows if rows else math.nan
 
     def epochs(self, steps_per_epoch: int) -> float:
         """Passes over the rows; complete ones only for a stream (steps_per_epoch 0)."""

@@ -1,22 +1,23 @@
-"""A whole training step as one CUDA graph (--cuda_graphs): captured once, then replayed with the rows of each step.
+"""A complete training step as one CUDA graph (--cuda_graphs): captured once, then replayed with the rows of each step.
 
-In: `train.train_step`, and the batches of a run on one GPU. Out: a function that takes the same steps, by replays where they fit. A
-step of a small model is a thousand kernels, each done before the host has launched the next one; a graph is launched at once. What
-it reads and writes lies at fixed addresses in fixed shapes, so
+    take_step = create_graphed_step(train_step, classifier, micro_batcher, max_length)
 
-1. T tokens and N texts are settled before the first step, from the lengths of the first steps of epoch 0: the same after a restart.
-2. A step's only micro-batch is filled up to them with texts of weight 0 (`with_pads`): loss and gradients stay what they were.
+A step of a small model is a thousand kernels, each finished before the host has launched the next one; a graph is launched at
+once. What it reads and writes lies at fixed addresses in fixed shapes:
+
+1. T tokens and N texts are fixed before the first step, from the lengths of the first steps of epoch 0: the same after a restart.
+2. A step's only micro-batch is padded to them with texts of weight 0 (`pad_batch`): loss and gradients do not change.
 3. It is copied into fixed tensors, and so are the learning rates; forward, backward, clipping and AdamW are the captured `train_step`.
-4. `train_step` itself takes what does not fit (more tokens, several micro-batches, the smaller last step of an epoch), and the first
-   step of a run, which makes AdamW's state.
+4. `train_step` itself runs what does not fit (more tokens, several micro-batches, the smaller last step of an epoch), and the first
+   step of a run, which creates AdamW's state.
 5. The graph is captured on a blank batch at learning rates of 0, and its first replay is a trial: loss, gradient norm and the change
-   of all weights must be those of the eager step. What was left as it was in the capture would be seen. If they differ, or if
-   anything raises on the way, weights and AdamW's state are put back, the run goes on eagerly, and says so.
+   of all weights must be those of the eager step. Anything that the capture left out would show. If they differ, or if anything
+   raises on the way, weights and AdamW's state are restored, the run continues eagerly, and a message says so.
 6. Dropout stays a function of (seed, step, rank): before a replay torch writes the generator's present seed and offset to where the
    graph's kernels read them (torch 2.11 to 2.13: CUDAGeneratorState::replay_prologue), so `seed_dropout` seeds a replay too. The masks
-   are those of the filled-up batch, so with dropout they are not the ones of a run without --cuda_graphs.
+   are those of the padded batch, so with dropout they are not the ones of a run without --cuda_graphs.
 
-Not run on a GPU yet. On the CPU a recording of torch's operators stands in for the graph (tests/unit/test_graphed.py).
+Not run on a GPU yet. On the CPU a recording of torch's operators replaces the graph (tests/unit/training/test_cuda_graph.py).
 
 Legend: T tokens, N texts.
 """
@@ -34,23 +35,24 @@ from torch import Tensor, nn
 from bertdist.core.types import Array
 from bertdist.data.batch import PackedBatch, Step, collate
 from bertdist.data.sharding import MapLoader
-from bertdist.data.streaming import AnyLoader
 from bertdist.data.tokenization import Example
 from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.classifier import Classifier
 from bertdist.models.cpu_layers import zero_grad
+from bertdist.training.step import MicroBatcher
 
 R = TypeVar("R")
 
-Taken = tuple[Tensor, Tensor]  # loss sum (), gradient norm ()
+StepResult = tuple[Tensor, Tensor]  # loss sum (), gradient norm ()
 
-Take = Callable[..., Taken]  # train.train_step: model, optimizer, step, ..., room
+TrainStep = Callable[
+    ..., StepResult
+]  # train.train_step: (model, optimizer, step, micro_batcher, ...)
 
-Capture = Callable[
-    [Callable[[], Taken], torch.device], tuple[Callable[[], None], Taken]
-]  # -> replay, and where it leaves its results
+# (run_step, device) -> replay, and the tensors in which it leaves its results
+Capture = Callable[[Callable[[], StepResult], torch.device], tuple[Callable[[], None], StepResult]]
 
-STEPS = 32  # whose lengths settle the budget: with 32 rows of SST-2 a step the longest has 1.3 times the mean tokens
+STEPS = 32  # whose lengths fix the budget: with 32 rows of SST-2 per step the longest has 1.3 times the mean tokens
 
 ROUND = 64  # tokens; products of odd sizes are slower
 
@@ -58,7 +60,7 @@ WARM_UPS = 3  # before the capture, as https://docs.pytorch.org/docs/stable/note
 
 # What a trial may differ by: the same kernels on the same numbers, added in any order. A change of weights more, because AdamW
 # takes a step of full size also where a gradient is zero but for rounding (the biases of keys).
-ROUNDING, ROUNDING_OF_CHANGE = 0.01, 0.1
+TOLERANCE, CHANGE_TOLERANCE = 0.01, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,20 +70,20 @@ class Budget:
     tokens: int
     texts: int
     rows: int  # of a step that is captured
-    longest: int  # most tokens of a text
+    max_length: int  # most tokens of a text
 
     def fill(self, step: Step) -> PackedBatch | None:
         """The step's micro-batch in this shape; None where it does not fit."""
         if len(step.share) != 1 or step.rows != self.rows:
             return None
-        return with_pads(step.share[0], self.tokens, self.texts, self.longest)
+        return pad_batch(step.share[0], self.tokens, self.texts, self.max_length)
 
     def blank(self, like: PackedBatch) -> PackedBatch:
         """A batch in this shape, of texts that count nothing, on the same device and with targets of the same kind.
 
-        Its lengths add up to T, with the longest that any text can have here: what the host may believe of every filled-up batch.
+        Its lengths add up to T, with one text of the greatest possible length: all that the host may assume of every padded batch.
         """
-        first = min(self.longest, self.tokens - self.texts + 1)
+        first = min(self.max_length, self.tokens - self.texts + 1)
         lengths = [first, *_evenly(self.tokens - first, self.texts - 1)]
         batch = collate(
             [Example(row=-1, ids=[0] * n, segments=[0] * n, target=0, weight=0.0) for n in lengths]
@@ -90,93 +92,91 @@ class Budget:
 
 
 def _evenly(tokens: int, texts: int) -> list[int]:
-    return [
-        tokens // texts + (i < tokens % texts) for i in range(texts)
-    ]  # attention costs the squares of lengths
+    # Attention costs the squares of lengths.
+    return [tokens // texts + (i < tokens % texts) for i in range(texts)]
 
 
-def budget_of(batches: MapLoader, longest: int) -> Budget | None:
-    """What nearly every step fits in, a function of rows and seed alone; None where steps are of several micro-batches."""
-    steps = list(
-        replace(batches, workers=0, pin=False).steps(0, min(STEPS, batches.steps_per_epoch))
-    )
+def choose_budget(loader: MapLoader, max_length: int) -> Budget | None:
+    """A shape that nearly every step fits in, a function of rows and seed alone; None if steps have several micro-batches."""
+    loader = replace(loader, workers=0, pin=False)
+    steps = list(loader.steps(0, min(STEPS, loader.steps_per_epoch)))
     if any(len(step.share) > 1 for step in steps):
         return None
     most = max(len(step.share[0].ids) for step in steps)
-    pads = most // longest + 2  # enough for a step of very few tokens, each of one token at least
+    # Enough for a step of very few tokens, each of one token at least.
+    pads = most // max_length + 2
     return Budget(
         tokens=-(-(most + pads) // ROUND) * ROUND,
         texts=steps[0].rows + pads,
         rows=steps[0].rows,
-        longest=longest,
+        max_length=max_length,
     )
 
 
-def with_pads(batch: PackedBatch, tokens: int, texts: int, longest: int) -> PackedBatch | None:
-    """The same batch with texts of weight 0 behind it, of exactly `tokens` tokens and `texts` texts; None where it cannot be that.
+def pad_batch(batch: PackedBatch, tokens: int, texts: int, max_length: int) -> PackedBatch | None:
+    """The same batch, followed by texts of weight 0 to exactly `tokens` tokens and `texts` texts; None if that is impossible.
 
-    longest: most tokens of a text. What the added ones say is no matter. No GPU is waited for.
+    max_length: most tokens of a text. The content of the added texts does not matter. No GPU is waited for.
     """
-    room, more = tokens - len(batch.ids), texts - len(batch.lengths)
-    if not 0 <= more <= room <= more * longest:
+    num_tokens, num_texts = tokens - len(batch.ids), texts - len(batch.lengths)
+    if not 0 <= num_texts <= num_tokens <= num_texts * max_length:
         return None
-    lengths = np.array(_evenly(room, more), dtype=np.int64)
-    places = np.arange(room) - np.repeat(lengths.cumsum() - lengths, lengths)
+    lengths = np.array(_evenly(num_tokens, num_texts), dtype=np.int64)
+    positions = np.arange(num_tokens) - np.repeat(lengths.cumsum() - lengths, lengths)
 
-    def behind(tensor: Tensor, added: Array | int, count: int = more) -> Tensor:
-        if isinstance(added, int):
-            return torch.cat([tensor, tensor.new_full((count, *tensor.shape[1:]), added)])
-        new = torch.from_numpy(added)
-        return torch.cat(
-            [
-                tensor,
-                new.pin_memory().to(tensor.device, non_blocking=True) if tensor.is_cuda else new,
-            ]
-        )
+    def fill(tensor: Tensor, value: int, count: int) -> Tensor:
+        return torch.cat([tensor, tensor.new_full((count, *tensor.shape[1:]), value)])
+
+    def append(tensor: Tensor, values: Array) -> Tensor:
+        new = torch.from_numpy(values)
+        if tensor.is_cuda:
+            new = new.pin_memory().to(tensor.device, non_blocking=True)
+        return torch.cat([tensor, new])
 
     return PackedBatch(
-        ids=behind(batch.ids, 0, room),
-        positions=behind(batch.positions, places),
-        segments=behind(batch.segments, 0, room),
-        starts=behind(batch.starts, len(batch.ids) + lengths.cumsum()),
-        targets=behind(batch.targets, 0),
-        weights=behind(batch.weights, 0),
-        rows=behind(batch.rows, -1),
+        ids=fill(batch.ids, 0, num_tokens),
+        positions=append(batch.positions, positions),
+        segments=fill(batch.segments, 0, num_tokens),
+        starts=append(batch.starts, len(batch.ids) + lengths.cumsum()),
+        targets=fill(batch.targets, 0, num_texts),
+        weights=fill(batch.weights, 0, num_texts),
+        rows=fill(batch.rows, -1, num_texts),
         lengths=(*batch.lengths, *lengths.tolist()),
     )
 
 
-def graphed_step(
-    train_step: Take,
-    classifier: Classifier,
-    batches: AnyLoader,
-    accelerator: Accelerator,
-    longest: int,
-    say: Callable[[str], None],
-) -> Take:
-    """train_step by replays, or itself where that cannot be, with the reason said. longest: --max_length."""
+def create_graphed_step(
+    train_step: TrainStep, classifier: Classifier, micro_batcher: MicroBatcher, max_length: int
+) -> TrainStep:
+    """train_step by replays; or itself, with a message, if that is not possible."""
+    accelerator, say = micro_batcher.accelerator, micro_batcher.say
+    loader = micro_batcher.rebatch()
     budget = None
     if accelerator.device.type != "cuda":
-        trouble = f"it needs a CUDA GPU, and this run is on {accelerator.device.type}."
+        reason = f"it needs a CUDA GPU, and this run is on {accelerator.device.type}."
     elif accelerator.num_processes > 1:
-        trouble = f"it is for one process, and there are {accelerator.num_processes}."
+        reason = f"it is for one process, and there are {accelerator.num_processes}."
     elif accelerator.mixed_precision != "bf16":
-        trouble = (
-            f"it needs --mixed_precision bf16, and this run has {accelerator.mixed_precision!r}."
-        )
+        precision = accelerator.mixed_precision
+        reason = f"it needs --mixed_precision bf16, and this run has {precision!r}."
     elif classifier.gradient_checkpointing:
-        trouble = "--gradient_checkpointing sets random states from the host."
-    elif not isinstance(batches, MapLoader):
-        trouble = "the lengths of a stream are not known before it is read."
+        reason = "--gradient_checkpointing sets random states from the host."
+    elif not isinstance(loader, MapLoader):
+        reason = "the lengths of a stream are unknown before it is read."
     elif not _reads_starts(classifier, accelerator):
-        trouble = "this model, GPU or torch has no flash attention for texts that lie end to end."
-    elif (budget := budget_of(batches, longest)) is None:
-        trouble = f"a graph has one micro-batch, and steps have more than --tokens_per_micro_batch {batches.tokens_per_micro_batch} tokens."
+        reason = "this model, GPU or torch has no flash attention for packed texts."
+    elif (budget := choose_budget(loader, max_length)) is None:
+        tokens = loader.tokens_per_micro_batch
+        reason = (
+            "a graph has one micro-batch, and steps have more than "
+            f"--tokens_per_micro_batch {tokens} tokens."
+        )
     if budget is None:
-        say(f"--cuda_graphs cannot take effect, steps are taken eagerly: {trouble}")
+        say(f"--cuda_graphs cannot take effect, steps run eagerly: {reason}")
         return train_step
     say(
-        f"--cuda_graphs: steps are filled up to {budget.tokens} tokens in {budget.texts} texts; what does not fit is taken eagerly."
+        f"--cuda_graphs: steps are padded to {budget.tokens} tokens in {budget.texts} texts; "
+        "steps that do not fit run eagerly."
     )
     return GraphedStep(train_step, budget, say)
 
@@ -192,10 +192,13 @@ def _reads_starts(classifier: Classifier, accelerator: Accelerator) -> bool:
         )
 
 
-class _Uncut:
-    """Stands in for a Room: the micro-batch as it is, and what runs out of memory raises."""
+class _OneMicroBatch:
+    """Replaces a MicroBatcher: the one micro-batch as it is; out of memory raises."""
 
-    def accumulate(
+    def __init__(self, micro_batcher: MicroBatcher) -> None:
+        self.task, self.accelerator = micro_batcher.task, micro_batcher.accelerator
+
+    def accumulate_gradients(
         self, model: nn.Module, step: Step, backward: Callable[[PackedBatch, bool], Tensor]
     ) -> Tensor:
         return backward(step.share[0], True)
@@ -206,7 +209,7 @@ class GraphedStep:
 
     def __init__(
         self,
-        train_step: Take,
+        train_step: TrainStep,
         budget: Budget,
         say: Callable[[str], None],
         capture: Capture | None = None,
@@ -215,18 +218,18 @@ class GraphedStep:
         self.train_step, self.budget, self.say = train_step, budget, say
         self._capture = capture or capture_on_cuda
         self._replay: Callable[[], None] | None = None
-        self._gave_up = False
+        self._failed = False
 
-    def __call__(self, model: nn.Module, optimizer: Any, step: Step, *rest: Any) -> Taken:
+    def __call__(self, model: nn.Module, optimizer: Any, step: Step, *rest: Any) -> StepResult:
         """See train.train_step."""
-        batch = self.budget.fill(step) if optimizer.state and not self._gave_up else None
+        batch = self.budget.fill(step) if optimizer.state and not self._failed else None
         if batch is not None and self._replay is None:
             self._prepare(model, optimizer, replace(step, share=[batch]), rest)
         if batch is None or self._replay is None:
             return self.train_step(model, optimizer, step, *rest)
-        return self._replayed(batch, optimizer)
+        return self._replay_step(batch, optimizer)
 
-    def _replayed(self, batch: PackedBatch, optimizer: Any) -> Taken:
+    def _replay_step(self, batch: PackedBatch, optimizer: Any) -> StepResult:
         assert self._replay is not None
         for name, tensor in vars(batch).items():
             if isinstance(tensor, Tensor):
@@ -242,11 +245,11 @@ class GraphedStep:
     def _prepare(self, model: nn.Module, optimizer: Any, step: Step, rest: tuple[Any, ...]) -> None:
         """Capture, and try a replay of the filled-up step; leaves weights, optimizer and random numbers as they were."""
         batch = step.share[0]
-        device, rest = batch.ids.device, (*rest[:-1], _Uncut())
+        device, rest = batch.ids.device, (_OneMicroBatch(rest[0]), *rest[1:])
         self._batch = self.budget.blank(batch)
         self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
 
-        def blank_step() -> Taken:
+        def blank_step() -> StepResult:
             for rate, group in zip(self._rates, optimizer.param_groups, strict=True):
                 # torch asks for capturable in a capture, and warns of it elsewhere
                 group.update(
@@ -256,35 +259,35 @@ class GraphedStep:
             return self.train_step(model, optimizer, replace(step, share=[self._batch]), *rest)
 
         try:
-            eager, change = _tried(
+            eager, change = _run_and_restore(
                 lambda: self.train_step(model, optimizer, step, *rest), model, optimizer
             )
-            (self._replay, self._results), _ = _tried(
+            (self._replay, self._results), _ = _run_and_restore(
                 lambda: self._capture(blank_step, device), model, optimizer
             )
-            replayed, same_change = _tried(
-                lambda: self._replayed(batch, optimizer), model, optimizer
+            replayed, same_change = _run_and_restore(
+                lambda: self._replay_step(batch, optimizer), model, optimizer
             )
             for name, one, other in zip(("loss", "gradient norm"), eager, replayed, strict=True):
-                if not torch.isclose(other, one, rtol=ROUNDING):
+                if not torch.isclose(other, one, rtol=TOLERANCE):
                     raise ArithmeticError(
                         f"the replayed step has a {name} of {other.item():.6g}, the eager one {one.item():.6g}"
                     )
-            if not (same_change - change).norm() <= ROUNDING_OF_CHANGE * change.norm():
+            if not (same_change - change).norm() <= CHANGE_TOLERANCE * change.norm():
                 raise ArithmeticError(
                     "the replayed step changes the weights in another way than the eager one"
                 )
         except Exception as error:
-            self._replay, self._gave_up = None, True
+            self._replay, self._failed = None, True
             vars(self).pop("_results", None)
             zero_grad(model)
             why = textwrap.shorten(
                 f"{type(error).__name__}: {str(error) or 'no message'}", 300, placeholder=" ..."
             )
-            self.say(f"--cuda_graphs cannot take effect, steps are taken eagerly: {why}")
+            self.say(f"--cuda_graphs cannot take effect, steps run eagerly: {why}")
 
 
-def _tried(run: Callable[[], R], model: nn.Module, optimizer: Any) -> tuple[R, Tensor]:
+def _run_and_restore(run: Callable[[], R], model: nn.Module, optimizer: Any) -> tuple[R, Tensor]:
     """What `run` returns, and (weights,) how it changed the weights. Afterwards they, optimizer and random numbers are as they were."""
     weights = [weight.detach() for weight in model.parameters() if weight.requires_grad]
     tensors = [
@@ -295,8 +298,8 @@ def _tried(run: Callable[[], R], model: nn.Module, optimizer: Any) -> tuple[R, T
     with torch.random.fork_rng([weights[0].device] if weights[0].is_cuda else []):
         before = [tensor.clone() for tensor in tensors]
         try:
-            found = run()
-            return found, torch.cat(
+            result = run()
+            return result, torch.cat(
                 [(now - old).flatten() for now, old in zip(weights, before, strict=False)]
             )
         finally:
@@ -306,11 +309,11 @@ def _tried(run: Callable[[], R], model: nn.Module, optimizer: Any) -> tuple[R, T
 
 
 def capture_on_cuda(
-    take: Callable[[], Taken], device: torch.device
-) -> tuple[Callable[[], None], Taken]:
-    """Run `take` a few times beside the main stream, then capture it; what waits for the device raises before the capture begins.
+    run_step: Callable[[], StepResult], device: torch.device
+) -> tuple[Callable[[], None], StepResult]:
+    """Run `run_step` a few times beside the main stream, then capture it; what waits for the device raises before the capture begins.
 
-    Raises whatever `take` or CUDA raises, and leaves stream and generator usable.
+    Raises whatever `run_step` or CUDA raises, and leaves stream and generator usable.
     """
     main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     side.wait_stream(main)
@@ -320,7 +323,7 @@ def capture_on_cuda(
             if i == WARM_UPS - 1:
                 torch.cuda.set_sync_debug_mode("error")
             try:
-                take()
+                run_step()
             finally:
                 torch.cuda.set_sync_debug_mode(sync_debug_mode)
     main.wait_stream(side)
@@ -328,7 +331,7 @@ def capture_on_cuda(
     try:
         # thread_local: the loader's pinning thread may ask CUDA for memory meanwhile
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            results = take()
+            results = run_step()
     except Exception:
         # a capture that broke off leaves the generator's state in the midst of it (torch 2.11 to 2.13): give it a new one
         generator = torch.cuda.default_generators[device.index or 0]

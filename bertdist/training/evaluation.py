@@ -1,8 +1,12 @@
-"""Exact scores and predictions on any number of ranks: every rank computes its share, each row exactly once.
+"""Evaluation and prediction, exact on any number of ranks.
 
-1. A split is dealt as in training, in row order. 2. (row, logits) of all ranks come together once. 3. That each row came exactly
-once is asserted, every time. 4. Rank 0 computes loss and scores from logits in row order, so they do not depend on ranks or
-batches; the others are told.
+    evaluator = Evaluator(loader, task, config, accelerator)
+    evaluation = evaluator.evaluate(model)           # scores, and predictions on rank 0
+
+1. The rows are distributed over the ranks as in training, in row order; each rank computes its share.
+2. (row, logits) of all ranks are gathered once; that each row came exactly once is asserted every time.
+3. Rank 0 computes loss and scores from logits in row order, so they depend on neither ranks nor batches, and
+   broadcasts them.
 """
 
 import math
@@ -15,11 +19,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from bertdist.core.config import TaskConfig
+from bertdist.core.config import TaskConfig, TrainConfig
 from bertdist.core.errors import BertdistError, ConfigError, did_you_mean
 from bertdist.core.types import Array
 from bertdist.data.batch import PackedBatch
 from bertdist.data.sharding import MapLoader
+from bertdist.data.tokenization import Examples
 from bertdist.distributed.collectives import (
     all_reduce_sum,
     broadcast_from_rank0,
@@ -27,8 +32,13 @@ from bertdist.distributed.collectives import (
     raise_on_all_ranks,
 )
 from bertdist.distributed.preemption import StopSignal
+from bertdist.models.classifier import Classifier
 from bertdist.tasks.tasks import Task
-from bertdist.training.memory import fitting
+from bertdist.training.best_model import BestModel, improvement
+from bertdist.training.checkpoint import TrainState
+from bertdist.training.memory import compute_in_micro_batches
+from bertdist.training.nonfinite import nonfinite_error
+from bertdist.training.run_logger import RunLogger
 
 GLUE_METRICS = {
     "cola": ["matthews_correlation"],
@@ -42,79 +52,199 @@ SHOWN_ROWS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One split, scored."""
+    """The scores of one split."""
 
     scores: dict[str, float]  # loss first
-    selection_score: float  # the score that picks the best weights; more is better, so it is negative where less is
-    answers: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # a row each; rank 0 only, like what follows
-    references: Array | None = None
-    classes: dict[str, Any] = field(default_factory=dict)  # per-class table and confusion matrix
-    no_number: tuple[
-        int, ...
-    ] = ()  # rows for which the model gave NaN or Inf; with any, all scores are NaN. On every rank
+    # The score that selects the best weights, negated where lower is better.
+    selection_score: float
+    # Rows for which the model gave NaN or Inf; with any, all scores are NaN. On every rank.
+    nonfinite_rows: tuple[int, ...] = ()
+    # One record per row. On rank 0 only, like what follows.
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    classes: dict[str, Any] = field(default_factory=dict)  # scores per label, confusion matrix
+
+
+class Evaluator:
+    """Evaluates a split; while training, logs the scores and keeps the best weights."""
+
+    def __init__(
+        self,
+        loader: MapLoader | None,
+        task: Task,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        best_model: BestModel | None = None,
+        log: RunLogger | None = None,
+    ) -> None:
+        """loader: None if there is no validation split. best_model, log: for `evaluate_step`.
+
+        Raises ConfigError on rank 0 for metrics that are unknown or do not fit the task.
+        """
+        self.loader, self.accelerator, self.on_nan = loader, accelerator, config.run.on_nan
+        self.best_model, self.log = best_model, log
+        self.scorer: Scorer | None = None
+        if loader is not None and accelerator.is_main_process:
+            self.scorer = Scorer(config.task, task, config.data.task_name)
+
+    def evaluate(self, model: nn.Module, stop: StopSignal | None = None) -> Evaluation | None:
+        """The scores of the split; None on all ranks if a stop was requested meanwhile. A collective."""
+        assert self.loader is not None, "there is no split to evaluate"
+        return evaluate_split(model, self.loader, self.scorer, self.accelerator, stop)
+
+    def evaluate_step(
+        self, model: Classifier, state: TrainState, epoch: float, stop: StopSignal
+    ) -> float | None:
+        """After a training step: evaluate, log the scores, save the weights if they are the best.
+
+        Returns the `improvement`, inf for the first; None on all ranks if a stop was requested meanwhile. Without a
+        validation split the present weights count as the best. Raises NonFiniteError on all ranks for logits that are
+        not finite, with --on_nan stop.
+        """
+        assert self.best_model is not None and self.log is not None, "only while training"
+        if self.loader is None:
+            state.best_step = state.step
+            self.best_model.save(model)
+            return math.inf
+        tokens = state.tokens_per_micro_batch
+        self.loader = replace(self.loader, tokens_per_micro_batch=tokens)
+        evaluation = self.evaluate(model, stop)
+        if evaluation is None:
+            return None
+        if evaluation.nonfinite_rows:
+            self._report_nonfinite(evaluation.nonfinite_rows, self.loader.examples, state.step)
+        self.log.log_eval(state.step, epoch, evaluation.scores)
+        gain = improvement(evaluation.selection_score, state.best_score)
+        if gain > 0:
+            state.best_score, state.best_step = evaluation.selection_score, state.step
+            report = {"step": state.step, "scores": evaluation.scores, **evaluation.classes}
+            self.best_model.save(model, report, evaluation.predictions)
+        return gain
+
+    def _report_nonfinite(self, rows: tuple[int, ...], examples: Examples, step: int) -> None:
+        assert self.log is not None
+        report = describe_nonfinite_rows(rows, len(examples), examples.records.where)
+        message = f"Evaluation after step {step}: {report}"
+        if self.on_nan == "stop":
+            raise nonfinite_error(f"{message} To continue without its scores: --on_nan skip.")
+        self.log.say(f"{message} Its scores count as undefined (--on_nan skip).")
+
+
+class Scorer:
+    """Metrics, and the one that selects the best weights. Made on rank 0 only: importing `evaluate` is slow."""
+
+    def __init__(self, config: TaskConfig, task: Task, glue_task: str | None) -> None:
+        """Raises ConfigError for metrics that are unknown or do not fit the task."""
+        from bertdist.tasks import metrics
+
+        self.task = task
+        names = (
+            config.metrics
+            or GLUE_METRICS.get(glue_task or "")
+            or metrics.default_metrics(task.problem_type)
+        )
+        self._metrics = metrics.load_metrics(names, task.problem_type, task.labels)
+        self._report = metrics.classification_report
+        self.selection_metric = config.metric_for_best_model or self._metrics.names[0]
+        self.sign = -1 if self.selection_metric in metrics.LOWER_IS_BETTER else 1
+        computed = ("loss", *self._metrics.names)
+        own_keys = any("/" in name or ":" in name or name.endswith(".py") for name in names)
+        if self.selection_metric not in computed and not own_keys:
+            hint = did_you_mean(self.selection_metric, computed)
+            raise ConfigError(
+                f"--metric_for_best_model {self.selection_metric}: "
+                f"not among the scores that are computed.{hint}"
+            )
+
+    def score(self, logits: Tensor, references: Array) -> Evaluation:
+        """logits: (rows, outputs). references: (rows, ...) targets as the task has them."""
+        task, rows = self.task, len(logits)
+        predictions, probabilities = task.predict(logits)
+        loss = task.eval_loss(logits.double(), torch.from_numpy(references)).item() / rows
+        computed = self._metrics.compute(predictions, probabilities, references)
+        scores = {"loss": loss, **computed}
+        if nonfinite_rows(logits):
+            # The largest of NaNs is some label, and might be right.
+            scores = dict.fromkeys(scores, math.nan)
+        first = next(key for key in scores if key != "loss")
+        selected = self.selection_metric if self.selection_metric in scores else first
+        classes = {}
+        if task.problem_type != "regression":
+            classes = self._report(predictions, references, task.labels)
+        truths = map(task.label, references)
+        records = zip(task.to_records(logits), truths, strict=True)
+        return Evaluation(
+            scores=scores,
+            selection_score=self.sign * scores[selected],
+            predictions=[
+                {"row": row, **record, "truth": truth}
+                for row, (record, truth) in enumerate(records)
+            ],
+            classes=classes,
+        )
 
 
 class EvaluationStopped(Exception):
-    """A rank was asked to stop, or has failed, before all rows were scored; all ranks know."""
+    """A stop was requested on a rank, or a rank has failed, before all rows were computed; raised on all ranks."""
 
 
 @torch.no_grad()
 def predict_rows(
-    model: nn.Module, batches: MapLoader, accelerator: Accelerator, stop: StopSignal | None = None
+    model: nn.Module, loader: MapLoader, accelerator: Accelerator, stop: StopSignal | None = None
 ) -> Tensor | None:
-    """Logits (rows, outputs) float32 on the CPU, in row order, the same on every rank; None on all, where `stop` was asked for meanwhile.
+    """Logits (rows, outputs) float32 on the CPU, in row order, the same on every rank.
 
-    A rank that was asked leaves out what is left of a step, and the ranks agree after each. Raises DataError on all ranks where one of
-    them cannot read or encode a row, or where a text does not fit into memory alone.
+    None on all ranks if a stop was requested meanwhile: that rank skips the rest of a step, and the ranks agree after
+    each. Raises DataError on all ranks if one of them cannot read or encode a row, or if a single text does not fit into
+    memory.
     """
     was_training = model.training
     model.eval()
     rows, logits, group = [], [], host_group(accelerator)
 
+    def stop_here() -> bool:
+        return stop is not None and stop.requested_here()
+
     def agree(failed: bool) -> None:
-        if any(
-            all_reduce_sum(
-                accelerator, [int(stop is not None and stop.requested_here()), int(failed)], group
-            )
-        ):
+        if any(all_reduce_sum(accelerator, [int(stop_here()), int(failed)], group)):
             raise EvaluationStopped
 
     def share() -> Iterator[PackedBatch]:
-        for step in batches.steps(0, batches.steps_per_epoch):
+        for step in loader.steps(0, loader.steps_per_epoch):
             for batch in step.share:
-                if batch.rows[0] >= 0 and not (
-                    stop is not None and stop.requested_here()
-                ):  # else it is idle
+                if batch.rows[0] >= 0 and not stop_here():  # -1: an idle rank's text
                     yield batch
             agree(False)
 
-    given_up = False
+    def compute(batch: PackedBatch) -> Tensor:
+        output: Tensor = model(batch.to(accelerator.device)).float()
+        return output
+
+    stopped = False
     with raise_on_all_ranks(accelerator):
         try:
-            for batch, found in fitting(
-                lambda batch: model(batch.to(accelerator.device)).float(), share(), batches
-            ):
+            for batch, output in compute_in_micro_batches(compute, share(), loader):
                 rows.append(batch.rows)
-                logits.append(found)
+                logits.append(output)
         except EvaluationStopped:
-            given_up = True
+            stopped = True
         except BertdistError:
             with suppress(EvaluationStopped):
                 agree(True)
             raise
     model.train(was_training)
-    return None if given_up else _in_row_order(rows, logits, len(batches.examples), accelerator)
+    return None if stopped else _in_row_order(rows, logits, len(loader.examples), accelerator)
 
 
 def _in_row_order(
     rows: list[Tensor], logits: list[Tensor], total: int, accelerator: Accelerator
 ) -> Tensor:
-    """Bring the ranks' rows together; asserts that each of the `total` rows came exactly once."""
-    width = _outputs(logits, accelerator)
-    mine = torch.cat([torch.zeros(0, dtype=torch.int64), *rows]).to(accelerator.device)
-    values = torch.cat([torch.zeros(0, width, device=accelerator.device), *logits])
+    """Gather the rows of all ranks; asserts that each of the `total` rows came exactly once."""
+    device = accelerator.device
+    width = logits[0].shape[1] if logits else 0
+    if accelerator.num_processes > 1:  # a rank may have had no row
+        width = int(accelerator.gather(torch.tensor([width], device=device)).max().item())
+    mine = torch.cat([torch.zeros(0, dtype=torch.int64), *rows]).to(device)
+    values = torch.cat([torch.zeros(0, width, device=device), *logits])
     if accelerator.num_processes > 1:
         padded = accelerator.pad_across_processes(mine, dim=0, pad_index=-1)
         missing = len(padded) - len(mine)
@@ -128,108 +258,41 @@ def _in_row_order(
     return ordered
 
 
-def _outputs(logits: list[Tensor], accelerator: Accelerator) -> int:
-    """Outputs of the model, also on a rank that had no row."""
-    width = torch.tensor([logits[0].shape[1] if logits else 0], device=accelerator.device)
-    return (
-        int(accelerator.gather(width).max().item())
-        if accelerator.num_processes > 1
-        else int(width.item())
-    )
-
-
 def assert_each_row_once(rows: Tensor, total: int) -> None:
-    """Our own promise, checked on every evaluation and prediction."""
+    """Checked in every evaluation and prediction."""
     times = torch.bincount(rows, minlength=total)
+    missing, repeated = int((times == 0).sum()), int((times > 1).sum())
     assert len(times) == total and bool((times == 1).all()), (
-        f"{total} rows were to be scored once each; {int((times == 0).sum())} came not at all, {int((times > 1).sum())} more than once"
+        f"each of {total} rows must be evaluated once; {missing} are missing, {repeated} repeated"
     )
-
-
-class Evaluator:
-    """What rank 0 needs to score a split: metrics, the one that picks the best weights, and the classes of the task.
-
-    Made on rank 0 only: `evaluate` takes longer to import than everything else together.
-    """
-
-    def __init__(self, config: TaskConfig, task: Task, glue: str | None) -> None:
-        """Raises ConfigError for metrics that are unknown or do not fit the task."""
-        from bertdist.tasks import metrics
-
-        self.task = task
-        names = (
-            config.metrics
-            or GLUE_METRICS.get(glue or "")
-            or metrics.default_metrics(task.problem_type)
-        )
-        self._scores = metrics.load_metrics(names, task.problem_type, task.labels)
-        self._class_table = metrics.classification_report
-        self.main = config.metric_for_best_model or self._scores.names[0]
-        self.sign = -1 if self.main in metrics.LOWER_IS_BETTER else 1
-        own_keys = any("/" in name or ":" in name or name.endswith(".py") for name in names)
-        if self.main not in ("loss", *self._scores.names) and not own_keys:
-            hint = did_you_mean(self.main, ["loss", *self._scores.names])
-            raise ConfigError(
-                f"--metric_for_best_model {self.main}: not among the scores that are computed.{hint}"
-            )
-
-    def judge(self, logits: Tensor, references: Array) -> Evaluation:
-        """logits (rows, outputs), references in the form of the task -> all that is to be said of a split."""
-        predictions, probabilities = self.task.predict(logits)
-        loss = self.task.eval_loss(logits.double(), torch.from_numpy(references)).item() / len(
-            logits
-        )
-        found = {"loss": loss, **self._scores.compute(predictions, probabilities, references)}
-        if no_number(logits):
-            found = dict.fromkeys(
-                found, math.nan
-            )  # the largest of NaNs is some label, and might be right
-        main = self.main if self.main in found else next(key for key in found if key != "loss")
-        classes = (
-            self._class_table(predictions, references, self.task.labels)
-            if self.task.problem_type != "regression"
-            else {}
-        )
-        selection_score = self.sign * found[main]
-        return Evaluation(
-            scores=found,
-            selection_score=selection_score,
-            answers=self.task.to_records(logits),
-            references=references,
-            classes=classes,
-        )
 
 
 def evaluate_split(
     model: nn.Module,
-    batches: MapLoader,
-    judge: Evaluator | None,
+    loader: MapLoader,
+    scorer: Scorer | None,
     accelerator: Accelerator,
     stop: StopSignal | None = None,
 ) -> Evaluation | None:
-    """Score a split; None where `stop` was asked for meanwhile. judge: on rank 0; None elsewhere, where only scores and merit come back."""
-    logits = predict_rows(model, batches, accelerator, stop)
+    """The scores of a split; None if a stop was requested meanwhile. scorer: on rank 0, None elsewhere."""
+    logits = predict_rows(model, loader, accelerator, stop)
     if logits is None:
         return None
-    found = judge.judge(logits, batches.examples.targets) if judge is not None else None
-    scores, selection_score = broadcast_from_rank0(
-        accelerator, (found.scores, found.selection_score) if found else None
-    )
-    return replace(
-        found or Evaluation(scores=scores, selection_score=selection_score),
-        no_number=no_number(logits),
-    )
+    mine = scorer.score(logits, loader.examples.targets) if scorer is not None else None
+    shared = (mine.scores, mine.selection_score) if mine is not None else None
+    scores, selection_score = broadcast_from_rank0(accelerator, shared)
+    evaluation = mine or Evaluation(scores=scores, selection_score=selection_score)
+    return replace(evaluation, nonfinite_rows=nonfinite_rows(logits))
 
 
-def no_number(logits: Tensor) -> tuple[int, ...]:
+def nonfinite_rows(logits: Tensor) -> tuple[int, ...]:
     """Rows of logits (rows, outputs) that hold NaN or Inf."""
     return tuple(torch.nonzero(~torch.isfinite(logits).all(-1))[:, 0].tolist())
 
 
 def describe_nonfinite_rows(rows: tuple[int, ...], total: int, where: Callable[[int], str]) -> str:
-    """That the model has no answer for some rows, and why that may be, in words."""
-    first = ", ".join(where(row) for row in rows[:SHOWN_ROWS]) + (
-        ", and more" if len(rows) > SHOWN_ROWS else ""
-    )
+    """A message: for which rows logits are not finite, and why that may be. where: row -> its file and line."""
+    more = ", and more" if len(rows) > SHOWN_ROWS else ""
+    first = ", ".join(map(where, rows[:SHOWN_ROWS])) + more
     why = "Its weights are broken, or the precision is too small for it (--mixed_precision no)."
     return f"the model gives NaN or Inf for {len(rows):,} of {total:,} rows: {first}. {why}"

@@ -5,7 +5,7 @@ where memory ran out (`fitting`, for forward passes; `Room` in room.py does the 
 because nothing else in the package may have to know what a device has, or what it says when it has no more.
 
 `find_tokens` on a GPU: micro-batches of texts of --max_length tokens are computed and thrown away, each twice as large as the one
-before, until free memory or MOST_TOKENS is reached. On a CPU, where that would take minutes, and where too much memory may end the
+before, until free memory or MAX_TOKENS is reached. On a CPU, where that would take minutes, and where too much memory may end the
 process instead of raising: the bytes that three small texts keep for a backward pass are counted. Counted, not measured: so two
 starts agree.
 """
@@ -30,9 +30,9 @@ from bertdist.data.sharding import DEFAULT_TOKEN_BUDGET
 from bertdist.data.source import ReaderState
 from bertdist.data.streaming import AnyLoader
 
-MOST_TOKENS = {"cuda": 65_536}  # where a larger micro-batch is no faster; other devices: PLENTY
+MAX_TOKENS = {"cuda": 65_536}  # where a larger micro-batch is no faster; other devices: PLENTY
 
-SHARE_OF_FREE = {
+FREE_SHARE = {
     "cuda": 0.9
 }  # of the free memory; other devices share theirs with the backward pass and with other programs: 0.5
 
@@ -47,7 +47,7 @@ _OUT_OF_MEMORY = (
 )
 
 
-def fitting(
+def compute_in_micro_batches(
     compute: Callable[[PackedBatch], Tensor],
     micro_batches: Iterable[PackedBatch],
     batches: AnyLoader,
@@ -69,9 +69,9 @@ def fitting(
             if isinstance(found, Tensor):
                 yield batch, found
             elif len(batch.lengths) == 1:
-                raise too_long(batch, found, batches, None)
+                raise text_too_long(batch, found, batches, None)
             else:
-                tokens = halved(tokens, batch)
+                tokens = halve_tokens(tokens, batch)
                 waiting = split_batch([batch, *waiting], tokens)
 
 
@@ -87,13 +87,13 @@ def find_tokens(
     the parameters.
     """
     most = min(
-        MOST_TOKENS.get(device.type, DEFAULT_TOKEN_BUDGET),
+        MAX_TOKENS.get(device.type, DEFAULT_TOKEN_BUDGET),
         max(
             DEFAULT_TOKEN_BUDGET,
             power_of_two(2 * batches.rows_per_step * batches.examples.max_length - 1),
         ),
     )
-    budget = int(SHARE_OF_FREE.get(device.type, 0.5) * (free_bytes(device) - needed))
+    budget = int(FREE_SHARE.get(device.type, 0.5) * (free_bytes(device) - needed))
     longest = batches.examples.max_length
     (example,) = batches.examples[[0]]
 
@@ -102,7 +102,7 @@ def find_tokens(
         return collate([example._replace(ids=ids, segments=[0] * length)] * texts).to(device)
 
     if device.type == "cuda":
-        return doubled(
+        return largest_fitting_tokens(
             lambda tokens: peak_bytes(compute, probe(max(1, tokens // longest), longest), device),
             longest,
             most,
@@ -110,14 +110,19 @@ def find_tokens(
         )
     unit = max(1, min(16, longest // 4))
     kept = attempt(
-        lambda: [kept_bytes(compute, probe(1, length)) for length in (unit, 2 * unit, 4 * unit)]
+        lambda: [
+            saved_activation_bytes(compute, probe(1, length))
+            for length in (unit, 2 * unit, 4 * unit)
+        ]
     )
     if isinstance(kept, str):
         return 1
     return min(most, power_of_two(int(budget / bytes_per_token(kept, unit, longest))))
 
 
-def doubled(peak: Callable[[int], int | None], first: int, most: int, budget: int) -> int:
+def largest_fitting_tokens(
+    peak: Callable[[int], int | None], first: int, most: int, budget: int
+) -> int:
     """The largest power of two up to `most` whose peak (bytes; None: out of memory) is within budget, trying from about `first` tokens on.
 
     What is sure not to fit, because half as much took more than half of the budget, is not tried.
@@ -141,7 +146,7 @@ def bytes_per_token(kept: list[int], unit: int, longest: int) -> float:
     return max(1.0, a + b * longest)
 
 
-def kept_bytes(compute: Callable[[PackedBatch], Tensor], batch: PackedBatch) -> int:
+def saved_activation_bytes(compute: Callable[[PackedBatch], Tensor], batch: PackedBatch) -> int:
     """Bytes of the tensors that compute(batch) keeps for a backward pass."""
     found: dict[int, int] = {}
 
@@ -225,13 +230,13 @@ def attempt(compute: Callable[..., T], *args: object) -> T | str:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
     gc.collect()  # here, behind the except clause: inside it the traceback holds every activation
-    give_back_freed_memory()
+    release_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return reason
 
 
-def give_back_freed_memory() -> None:
+def release_freed_memory() -> None:
     """Undo `begin.keep_freed_memory` from here on, where it can be: other programs, and oneDNN for its code, may need what is free."""
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
     with suppress(OSError, AttributeError):
@@ -248,7 +253,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def halved(tokens: int, batch: PackedBatch) -> int:
+def halve_tokens(tokens: int, batch: PackedBatch) -> int:
     """Half as many tokens, and again until the batch that did not fit is cut by it."""
     tokens //= 2
     while tokens >= sum(batch.lengths):
@@ -261,7 +266,7 @@ def power_of_two(number: int) -> int:
     return 1 << max(1, number).bit_length() - 1
 
 
-def too_long(
+def text_too_long(
     batch: PackedBatch, reason: str, batches: AnyLoader, place: ReaderState | None, cure: str = ""
 ) -> DataError:
     """What to say of a text that does not fit alone. place: that of its step."""

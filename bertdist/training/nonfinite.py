@@ -43,7 +43,6 @@ from bertdist.core.atomic_io import atomic_write
 from bertdist.core.config import RunConfig
 from bertdist.core.errors import NonFiniteError
 from bertdist.data.batch import PackedBatch, Step, split_batch
-from bertdist.data.sharding import MapLoader
 from bertdist.data.source import excerpt
 from bertdist.data.streaming import AnyLoader
 from bertdist.distributed.collectives import raise_on_all_ranks
@@ -51,7 +50,6 @@ from bertdist.models.cpu_layers import zero_grad
 from bertdist.models.dropout import seed_dropout
 from bertdist.tasks.tasks import Task
 from bertdist.training.checkpoint import TrainState
-from bertdist.training.evaluation import Evaluation, describe_nonfinite_rows
 from bertdist.training.run_logger import RunLogger
 
 MAX_UNCHECKED_STEPS = 64  # on a GPU
@@ -100,7 +98,7 @@ def fused_step_if_finite(optimizer: Any, grad_norm: Tensor) -> None:
 
 
 class NonFiniteGuard:
-    """Checks steps and evaluations, with the same result on all ranks; counts in `TrainState`."""
+    """Checks steps, with the same result on all ranks; counts in `TrainState`."""
 
     def __init__(
         self,
@@ -135,24 +133,6 @@ class NonFiniteGuard:
             if skipped:
                 state.nan_steps += 1
                 self._report(each)
-
-    def check_evaluation(
-        self, evaluation: Evaluation | None, batches: MapLoader
-    ) -> Evaluation | None:
-        """Returns its argument; logs rows whose logits are not finite.
-
-        Raises NonFiniteError on all ranks if there are any and --on_nan is stop.
-        """
-        if evaluation is not None and evaluation.no_number:
-            examples = batches.examples
-            rows = describe_nonfinite_rows(
-                evaluation.no_number, len(examples), examples.records.where
-            )
-            message = f"Evaluation after step {self.state.step}: {rows}"
-            if self.run.on_nan == "stop":
-                raise nonfinite_error(f"{message} To continue without its scores: --on_nan skip.")
-            self.log.say(f"{message} Its scores count as undefined (--on_nan skip).")
-        return evaluation
 
     def _is_skipped(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """() bool, the same on all ranks."""

@@ -1,14 +1,24 @@
-"""TODO."""
+"""What a run reports: metrics.jsonl, status.json, trackers, and sentences and a progress bar on standard error.
+
+    with open_run(config, accelerator) as log:     # lock, watchdog and logger of the run's folder
+        log.start(state, config, accelerator)      # config.yaml, environment.json, status "running"
+        log.log_training(state, ...)               # one line of metrics.jsonl each, which is also printed
+        log.log_eval(step, epoch, scores)
+        log.log_summary(state, ...)                # status.json and the last sentences
+
+Rank 0 writes and prints; on other ranks the methods do nothing, but they are called on all ranks: a line that cannot be
+written raises CheckpointError on all of them.
+"""
 
 import json
 import platform
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -30,7 +40,7 @@ from bertdist.core.atomic_io import (
     json_safe,
     to_json,
 )
-from bertdist.core.config import TrainConfig
+from bertdist.core.config import TrainConfig, config_to_yaml
 from bertdist.core.errors import CheckpointError
 from bertdist.core.terminal import plain_text
 from bertdist.data.records import Records
@@ -38,23 +48,33 @@ from bertdist.data.stats import DatasetStats
 from bertdist.data.streaming import Stream
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import PACKAGES, _version
+from bertdist.distributed.watchdog import open_watchdog
 from bertdist.tasks.tasks import Task
+from bertdist.training.checkpoint import TrainState
+from bertdist.training.run_lock import lock_run_folder
 
-GROWING = ("metrics.jsonl", "bad_rows.jsonl")
+S = TypeVar("S")
+
+GROWING = ("metrics.jsonl", "bad_rows.jsonl")  # files that grow line by line
+
+SHOWN_LABELS = 24  # more labels than a screen has lines are in evaluation.json only
 
 
 class RunLogger:
-    """The voice of a run. A context manager: the progress bar lives inside it."""
+    """The log of one run. A context manager: leaving it ends the progress bar; by an error, with status "failed"."""
 
     def __init__(
         self,
         folder: Path,
         enabled: bool,
-        also: Callable[[dict[str, Any], int], None] | None = None,
-        agree: Callable[[], AbstractContextManager[None]] = nullcontext,
+        track: Callable[[dict[str, Any], int], None] | None = None,
+        on_all_ranks: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """also: where numbers go besides, such as a tracker's log(values, step). agree: around every line, so that ranks fail together."""
-        self.folder, self.enabled, self.also, self.agree = folder, enabled, also, agree
+        """enabled: on rank 0. track: a tracker's log(values, step). on_all_ranks: entered around every line that is
+        written, so that all ranks raise if one does."""
+        self.folder, self.enabled = folder, enabled
+        self.track, self.on_all_ranks = track, on_all_ranks
+        self.state = TrainState()
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar: ProgressBar | None = None
         self._task: Any = None
@@ -75,9 +95,8 @@ class RunLogger:
     ) -> None:
         self.close_progress()
         if error is not None and self._running_since is not None:
-            with suppress(
-                CheckpointError
-            ):  # where the disk is full or gone, that is what ended the run, and it is being told
+            # A full or lost disk is what ended the run then, and that error is on its way.
+            with suppress(CheckpointError):
                 self.status("failed", self._running_since, str(error) or type(error).__name__)
 
     def say(self, *lines: str) -> None:
@@ -86,103 +105,165 @@ class RunLogger:
             for line in lines:
                 self.console.print(plain_text(line))
 
+    def log_training(
+        self,
+        state: TrainState,
+        epoch: float,
+        learning_rate: float,
+        grad_norm: float,
+        throughput: Mapping[str, float],
+    ) -> None:
+        """The steps since the last log line."""
+        values = {"loss": state.pop_mean_loss(), "learning_rate": learning_rate}
+        values |= {"grad_norm": grad_norm, **throughput, "tokens": state.tokens}
+        self.record("train", state.step, epoch=epoch, **values)
+
+    def log_eval(self, step: int, epoch: float, scores: Mapping[str, float]) -> None:
+        """The scores of an evaluation after `step`."""
+        self.record("eval", step, epoch=epoch, **scores)
+
+    def log_throughput(
+        self, step: int, finished: bool, summary: Mapping[str, float], sentence: str
+    ) -> None:
+        """How this process used its time; called before its last checkpoint, so that the line is on the disk with it."""
+        self.write("meter", step, finished=finished, **summary)
+        self.say(sentence)
+
+    def log_summary(
+        self, state: TrainState, total_steps: int, reason: str, report: Mapping[str, Any] | None
+    ) -> None:
+        """The end of training, or of this process. reason: of a requested stop. report: evaluation.json of the best weights."""
+        if state.finished:
+            self.status("finished", state.step)
+            self.show_report(report or {})
+            best = f"best weights (step {state.best_step}) in {self.folder / 'best'}"
+            self.say(f"Finished: {state.step} steps, {best}.")
+        elif state.step:
+            self.status("preempted", state.step, reason)
+            first = ", starting with the evaluation" if state.evaluation_pending else ""
+            saved = f"step {state.step} of {total_steps} is saved"
+            self.say(f"Stopped ({reason}): {saved}. Rerun the same command to resume{first}.")
+        else:
+            self.status("preempted", 0, reason)
+            self.say(f"Stopped ({reason}) before the first step. Rerun the same command to start.")
+
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
-        with self.agree():
+        with self.on_all_ranks():
             if self.enabled:
-                self._write(kind, step, values)
-
-    def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        told = json_safe(values)
-        line = to_json({"kind": kind, "step": step, **told})
-        with (
-            explain_write_errors(self.folder),
-            open(self.folder / "metrics.jsonl", "ab") as file,
-        ):
-            file.write(line)
-        if self.also is not None:
-            self.also({f"{kind}_{name}": value for name, value in told.items()}, step)
-
-    def to_disk(self) -> None:
-        """Have the files that grow line by line on the disk, and their names: a checkpoint that knows of a line must not outlive it."""
-        for path in (*(self.folder / name for name in GROWING), self.folder):
-            with explain_write_errors(path), suppress(FileNotFoundError):
-                flush_to_disk(path)
+                values = json_safe(values)
+                line = to_json({"kind": kind, "step": step, **values})
+                path = self.folder / "metrics.jsonl"
+                with explain_write_errors(self.folder), open(path, "ab") as file:
+                    file.write(line)
+                if self.track is not None:
+                    self.track({f"{kind}_{name}": value for name, value in values.items()}, step)
 
     def record(self, kind: str, step: int, **values: Any) -> None:
-        """Append one line to metrics.jsonl and show it."""
+        """Append one line to metrics.jsonl and print it."""
         self.write(kind, step, **values)
-        shown = "  ".join(
-            f"{name} {_short(value)}"
-            for name, value in values.items()
-            if not isinstance(value, list | dict)
-        )
+        numbers = ((n, v) for n, v in values.items() if not isinstance(v, list | dict))
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in numbers)
         if self._bar is not None and kind == "train":
-            self._note = f"loss {_short(values.get('loss'))}  {_short(values.get('tokens_per_second'))} tokens/s"
+            loss, rate = _short(values.get("loss")), _short(values.get("tokens_per_second"))
+            self._note = f"loss {loss}  {rate} tokens/s"
             self._bar.update(self._task, note=self._note)
         if self._bar is None or kind != "train" or not self.console.is_terminal:
             self.say(f"{kind:5} step {step:6d}  {shown}")
 
-    def begin(self, step: int, files: dict[str, str], owed: bool = False) -> None:
-        """Write down what the run is made of, and take back what metrics.jsonl says of steps that will be taken again.
+    def flush(self) -> None:
+        """Flush the line-by-line files and the folder to the disk: no checkpoint may survive the lines written before it."""
+        for path in (*(self.folder / name for name in GROWING), self.folder):
+            with explain_write_errors(path), suppress(FileNotFoundError):
+                flush_to_disk(path)
 
-        owed: the evaluation of `step` will be, too.
+    def start(self, state: TrainState, config: TrainConfig, accelerator: Accelerator) -> None:
+        """Training starts at `state`: write config.yaml, environment.json and status.json."""
+        self.state = state
+        files = {
+            "config.yaml": config_to_yaml(config),
+            "environment.json": environment(accelerator),
+        }
+        with self.on_all_ranks():
+            self.begin(state.step, files, state.evaluation_pending)
+            self.status("finished" if state.finished else "running", state.step)
+
+    def begin(self, step: int, files: Mapping[str, str], evaluation_pending: bool = False) -> None:
+        """Write files, and drop the lines of metrics.jsonl that will be repeated: after `step`.
+
+        evaluation_pending: the evaluation after `step` will be repeated too.
         """
         if self.enabled:
             for name, text in files.items():
                 atomic_write(self.folder / name, text.encode())
-            self._rewind(step, owed)
+            self._rewind(step, evaluation_pending)
 
-    def _rewind(self, step: int, owed: bool = False) -> None:
-        """Drop the lines behind `step`, a torn last line, and what a process that was stopped said of itself ("finished": false)."""
+    def _rewind(self, step: int, evaluation_pending: bool) -> None:
+        """Drop lines after `step`, incomplete lines, and the throughput of stopped processes ("finished": false)."""
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return
         kept = []
         for line in path.read_bytes().split(b"\n"):
             try:
-                found = json.loads(line)
-                again = found["step"] > step or (
-                    owed and found["step"] == step and found["kind"] in ("eval", "meter")
+                entry = json.loads(line)
+                repeated = entry["step"] > step or (
+                    evaluation_pending
+                    and entry["step"] == step
+                    and entry["kind"] in ("eval", "meter")
                 )
-                if not again and found.get("finished") is not False:
+                if not repeated and entry.get("finished") is not False:
                     kept.append(line + b"\n")
             except (ValueError, KeyError, TypeError):
                 continue
         atomic_write(path, b"".join(kept))
 
     def status(self, state: str, step: int, reason: str = "") -> None:
-        """status.json: what a script that started the run wants to know. state: running, finished, preempted or failed."""
+        """Write status.json for the script that started the run. state: running, finished, preempted or failed."""
         self._running_since = step if state == "running" else None
         if self.enabled:
-            atomic_write(
-                self.folder / "status.json",
-                json.dumps({"state": state, "step": step, "reason": reason}).encode() + b"\n",
-            )
+            status = {"state": state, "step": step, "reason": reason}
+            atomic_write(self.folder / "status.json", json.dumps(status).encode() + b"\n")
 
-    def open_progress(self, done: int, total: int) -> None:
-        """Begin the progress bar, on terminals only."""
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.step
+
+    @contextmanager
+    def progress(self, steps: Generator[S], total_steps: int) -> Iterator[Iterator[S]]:
+        """The same steps, with a progress bar on terminals. They are closed at the end, also by an error: workers end then."""
         if self.enabled and self.console.is_terminal:
-            times = (
+            columns = (
+                TextColumn("step"),
+                BarColumn(),
+                MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
             )
-            self._bar = ProgressBar(
-                TextColumn("step"), BarColumn(), MofNCompleteColumn(), *times, console=self.console
+            self._bar = ProgressBar(*columns, console=self.console)
+            self._task = self._bar.add_task(
+                "", total=total_steps, completed=self.step, note=self._note
             )
-            self._task = self._bar.add_task("", total=total, completed=done, note=self._note)
             self._bar.start()
+        try:
+            with closing(steps):
+                yield self._advance(steps)
+        finally:
+            self.close_progress()
 
-    def advance(self) -> None:
-        """One step further."""
-        if self._bar is not None:
-            self._bar.advance(self._task)
+    def _advance(self, steps: Iterator[S]) -> Iterator[S]:
+        for step in steps:
+            yield step
+            if self._bar is not None:
+                self._bar.update(self._task, completed=self.step)
 
     def close_progress(self) -> None:
         """End the progress bar."""
         if self._bar is not None:
+            self._bar.update(self._task, completed=self.step)
             self._bar.stop()
             self._bar = None
 
@@ -198,70 +279,78 @@ class RunLogger:
                 table.add_row(*(plain_text(_short(value)) for value in row))
             self.console.print(table)
 
+    def show_report(self, report: Mapping[str, Any]) -> None:
+        """The tables of an evaluation.json: scores per label, and the confusion matrix."""
+        classes, labels = report.get("per_class", []), report.get("labels", [])
+        if 0 < len(classes) <= SHOWN_LABELS:
+            rows = [list(entry.values()) for entry in classes]
+            self.table(f"Scores per label, step {report['step']}", list(classes[0]), rows)
+        if "confusion" in report and len(labels) <= SHOWN_LABELS // 2:
+            counts = zip(labels, report["confusion"], strict=True)
+            rows = [[label, *numbers] for label, numbers in counts]
+            self.table("Confusion matrix (rows: true, columns: predicted)", ["", *labels], rows)
+
+
+@contextmanager
+def open_run(config: TrainConfig, accelerator: Accelerator) -> Iterator[RunLogger]:
+    """Lock the run's folder, open its log and start the watchdog; at the end, end the process group. A collective."""
+    folder = Path(config.run.output_dir)
+    with (
+        lock_run_folder(folder, accelerator) as messages,
+        open_log(folder, accelerator) as log,
+        open_watchdog(folder, accelerator, config.run) as watchdog,
+    ):
+        watchdog.progress = log
+        number, device = accelerator.num_processes, accelerator.device.type
+        processes = f"{number} process{'es' if number > 1 else ''}"
+        precision = accelerator.mixed_precision.replace("no", "fp32")
+        log.say(*messages, f"{processes}, device {device}, {precision}.")
+        yield log
+        accelerator.end_training()
+
 
 def open_log(folder: Path, accelerator: Accelerator) -> RunLogger:
-    """The run's voice; a line that cannot be written ends all ranks."""
-    return RunLogger(
-        folder,
-        accelerator.is_main_process,
-        accelerator.log,
-        partial(raise_on_all_ranks, accelerator),
-    )
+    """The log of a run; a line that cannot be written raises on all ranks."""
+    on_all_ranks = partial(raise_on_all_ranks, accelerator)
+    return RunLogger(folder, accelerator.is_main_process, accelerator.log, on_all_ranks)
 
 
 def describe_data(
-    rows: Records | Stream,
-    known: DatasetStats,
-    dev_rows: Records | None,
-    task: Task,
-    per_epoch: int,
-    total_steps: int,
+    rows: Records | Stream, stats: DatasetStats, eval_rows: Records | None, task: Task
 ) -> list[str]:
-    """What a person should see before any time is spent."""
+    """The data and the task, in sentences."""
     pair = f" and {rows.pair_column!r}" if rows.pair_column else ""
-    names = ", ".join(task.labels[:10]) + (
-        f", ... ({len(task.labels)} in all)" if len(task.labels) > 10 else ""
-    )
-    dev = (
-        f"{len(dev_rows):,} of {dev_rows.name}"
-        if dev_rows
-        else "none: the last weights count as the best"
-    )
-    many = f"{sum(known.rows):,} of" if known.rows else "as many as there are in"
-    stream = ", read as they are needed" if isinstance(rows, Stream) else ""
+    number = f"{sum(stats.rows):,} of" if stats.rows else "an unknown number in"
+    stream = " (streamed)" if isinstance(rows, Stream) else ""
+    validation = "none, the last weights count as the best"
+    if eval_rows:
+        validation = f"{len(eval_rows):,} of {eval_rows.name}"
+    labels = ", ".join(task.labels[:10])
+    if len(task.labels) > 10:
+        labels += f", ... ({len(task.labels)} in total)"
     return [
-        *(f"{told}." for told in (*rows.guessed, *(dev_rows.guessed if dev_rows else ()))),
-        f"Training rows: {many} {rows.name}{stream}, text in {rows.text_column!r}{pair}; validation rows: {dev}.",
-        f"Task: {task.problem_type}; outputs in order: {names}.",
-        f"{total_steps:,} steps{f', {per_epoch:,} an epoch' if per_epoch else ''}.",
+        *(f"{guess}." for guess in (*rows.guessed, *(eval_rows.guessed if eval_rows else ()))),
+        f"Training rows: {number} {rows.name}{stream}, text in {rows.text_column!r}{pair}; "
+        f"validation rows: {validation}.",
+        f"Task: {task.problem_type}; outputs in order: {labels}.",
     ]
 
 
-def notes_of(config: TrainConfig, rows: Records | Stream) -> dict[str, Any]:
-    """What `Predictor` wants to know of the training."""
-    return {
-        "max_length": config.model.max_length,
-        "text_column": rows.text_column,
-        "text_pair_column": rows.pair_column,
-    }
-
-
 def environment(accelerator: Accelerator) -> str:
-    """What a run was made with, as JSON."""
-    cuda = accelerator.device.type == "cuda"
-    found = {
+    """The software, hardware and command of a run, as JSON."""
+    device = accelerator.device
+    on_gpu = device.type == "cuda"
+    facts = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "device": torch.cuda.get_device_name(accelerator.device)
-        if cuda
-        else accelerator.device.type,
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "mixed_precision": accelerator.mixed_precision,
         "command": sys.argv,
     }
-    return json.dumps(found, indent=1) + "\n"
+    return json.dumps(facts, indent=1) + "\n"
 
 
 def _short(value: Any) -> str:

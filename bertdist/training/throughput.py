@@ -1,24 +1,28 @@
-"""What a run's time went into: real tokens, padding, useful operations beside what the devices can do, waiting for data.
+"""Throughput: real tokens, padding, useful operations beside what the devices can do, waiting for data.
 
-In: the lengths of the texts of every step, a clock, and one measured rate of matrix products. Out: numbers for metrics.jsonl, and
-two sentences at the end. One module, because all of it tells of machines and of one process on them, never of what was learned:
-MEASURED names every such key, and whoever compares two runs leaves those out.
+    meter = create_meter(classifier, accelerator)
+    for step in meter.watch(steps): ...
+    meter.gather(losses, accelerator)             # when a log line is due
+    meter.lap(), meter.summary()                  # figures for metrics.jsonl; str(meter): in two sentences
 
-No number here makes the host wait for the device: each rank keeps its own figures on the host, and they travel with the losses
-when those are brought together for a log line.
+No figure makes the host wait for the device: each rank keeps its own on the host, and they travel with the losses in
+one collective per log line. MEASURED names the keys that differ from run to run; comparisons of runs leave them out.
 
 Legend: L tokens of one text. FLOP: one multiplication or one addition of floating point numbers.
 """
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+
+from bertdist.models.classifier import Classifier
 
 MEASURED = (  # keys of metrics.jsonl that differ from run to run, also on one machine
     "tokens_per_second",  # real tokens, all ranks together
@@ -124,7 +128,7 @@ def matmul_rate(device: torch.device, precision: str, seconds: float = 0.1) -> f
 
 
 @dataclass
-class _Tally:
+class _Sums:
     """Sums over ranks and steps since a moment of the meter's clock."""
 
     since: float
@@ -163,29 +167,30 @@ class _Tally:
 
 
 class ThroughputMeter:
-    """Counts what a process trains and how long it takes, without the pauses. Its clock starts when it is made."""
+    """Counts what this process trains and how long it takes, without pauses. Its clock starts when it is made."""
 
     def __init__(self, flops: ModelFlops, packed: bool, rate: float) -> None:
-        """packed: whether the model is given real tokens only. rate: FLOP/s of matrix products, of all ranks together."""
+        """packed: whether the model is given real tokens only. rate: FLOP/s of matrix products, all ranks together."""
         self.flops, self.packed, self.rate = flops, packed, rate
-        self._pauses = 0.0
-        self._mine: list[
-            list[float]
-        ] = []  # this rank's [tokens, cells, FLOPs, seconds waited] of each step, see `take`
-        self._lap, self._whole = _Tally(self._now()), _Tally(self._now())
+        self._pauses, self._paused_at = 0.0, math.nan
+        # This rank's [tokens, cells, FLOPs, seconds waited] of each step since the last `gather`.
+        self._figures: list[list[float]] = []
+        self._since_log, self._total = _Sums(self._now()), _Sums(self._now())
 
     def _now(self) -> float:
-        return time.perf_counter() - self._pauses
+        now = time.perf_counter() if math.isnan(self._paused_at) else self._paused_at
+        return now - self._pauses
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What runs in here is not training: evaluation, checkpoints."""
-        begin = time.perf_counter()
+        """Exclude what runs inside from the training time: evaluations, checkpoints."""
+        self._paused_at = time.perf_counter()
         yield
-        self._pauses += time.perf_counter() - begin
+        self._pauses += time.perf_counter() - self._paused_at
+        self._paused_at = math.nan
 
-    def watch(self, steps: Iterator[S]) -> Iterator[S]:
-        """The same steps; how long each was waited for is kept, with what is in it."""
+    def watch(self, steps: Iterator[S]) -> Generator[S]:
+        """The same steps; counts their tokens and how long each was waited for."""
         while True:
             begin = time.perf_counter()
             step = next(steps, None)
@@ -193,51 +198,73 @@ class ThroughputMeter:
                 return
             waited = time.perf_counter() - begin
             tokens = sum(map(sum, step.lengths))
-            cells = (
-                tokens
-                if self.packed
-                else sum(len(lengths) * max(lengths) for lengths in step.lengths)
-            )
-            self._mine.append([tokens, cells, sum(map(self.flops, step.lengths)), waited])
+            padded = sum(len(lengths) * max(lengths) for lengths in step.lengths)
+            cells = tokens if self.packed else padded
+            self._figures.append([tokens, cells, sum(map(self.flops, step.lengths)), waited])
             yield step
 
+    def gather(self, losses: Tensor, accelerator: Accelerator) -> list[tuple[float, float]]:
+        """(loss sum, tokens) over all ranks of each step since the last call. A collective.
+
+        losses: (steps,) this rank's loss sums.
+        """
+        figures = self.take().to(accelerator.device)
+        mine = torch.cat([losses[:, None], figures], dim=1)  # (steps, 1 + 4)
+        ranks = accelerator.gather(mine[None]).cpu().double()  # (ranks, steps, 1 + 4)
+        self.add(ranks[:, :, 1:])
+        # gloo's own sum over 3 ranks rounds by position
+        return [(loss, tokens) for loss, tokens in ranks[:, :, :2].sum(0).tolist()]
+
     def take(self) -> Tensor:
-        """(steps, 4) float32: this rank's figures of the steps since the last call, to be brought together with the other ranks'."""
-        mine, self._mine = self._mine, []
-        return torch.tensor(mine)
+        """(steps, 4) float32: this rank's figures of the steps since the last call."""
+        figures, self._figures = self._figures, []
+        return torch.tensor(figures)
 
     def add(self, figures: Tensor) -> None:
         """Count the figures of all ranks: (ranks, steps, 4) float64 on the host."""
-        self._lap.add(figures)
-        self._whole.add(figures)
+        self._since_log.add(figures)
+        self._total.add(figures)
 
     def lap(self) -> dict[str, float]:
-        """The numbers of a log line: of the steps since the last one."""
-        lap, self._lap = self._lap, _Tally(self._now())
-        return lap.values(self._lap.since, self.rate)
+        """The figures of a log line: of the steps since the last one."""
+        sums, self._since_log = self._since_log, _Sums(self._now())
+        return sums.values(self._since_log.since, self.rate)
 
     def summary(self) -> dict[str, float]:
-        """The numbers of all steps that this process took."""
+        """The figures of all steps of this process."""
         now = self._now()
-        of_run = {
-            "train_steps": self._whole.steps,
-            "train_seconds": now - self._whole.since,
+        process = {
+            "train_steps": self._total.steps,
+            "train_seconds": now - self._total.since,
             "matmul_tflops": self.rate / 1e12,
         }
-        return {**of_run, **self._whole.values(now, self.rate)}
+        return {**process, **self._total.values(now, self.rate)}
 
     def __str__(self) -> str:
-        """The summary, for a person."""
-        found, ranks = self.summary(), len(self._whole.waited)
-        seconds, wait = found["train_seconds"], found["data_wait_seconds"]
-        said = f"{found['train_steps']:,} steps in {seconds:,.1f} s: {found['tokens_per_second']:,.0f} real tokens a second,"
-        said += f" padding factor {found['padding_factor']:.2f}; {wait:.1f} s ({wait / seconds:.1%}) went into waiting for data."
-        if found["model_tflops"] > 0:  # not NaN
-            share = f"{found['flop_utilization']:.0%} of the {found['matmul_tflops']:.3g} that plain matrix products reach"
-            said += f" The model did {found['model_tflops']:.3g} TFLOP/s, {share}"
-            said += (
-                f"; the fullest of {ranks} ranks had {found['slowest_rank']:.3f} times the mean work."
-                if ranks > 1
-                else "."
+        """The summary in two sentences."""
+        values, ranks = self.summary(), len(self._total.waited)
+        seconds, wait = values["train_seconds"], values["data_wait_seconds"]
+        text = (
+            f"{values['train_steps']:,} steps in {seconds:,.1f} s: "
+            f"{values['tokens_per_second']:,.0f} real tokens per second, "
+            f"padding factor {values['padding_factor']:.2f}; "
+            f"{wait:.1f} s ({wait / seconds:.1%}) waiting for data."
+        )
+        if values["model_tflops"] > 0:  # not NaN
+            share = f"{values['flop_utilization']:.0%} of the {values['matmul_tflops']:.3g}"
+            text += f" The model did {values['model_tflops']:.3g} TFLOP/s, {share} of plain matrix products"
+            text += (
+                f"; load imbalance (max/mean) {values['slowest_rank']:.3f}." if ranks > 1 else "."
             )
-        return said
+        return text
+
+
+def create_meter(
+    classifier: Classifier, accelerator: Accelerator, measure: bool = True
+) -> ThroughputMeter:
+    """A meter whose clock starts. measure: what the devices can do, on all ranks at the same time. A collective."""
+    mine = matmul_rate(accelerator.device, accelerator.mixed_precision) if measure else 0.0
+    rates = torch.tensor([mine], device=accelerator.device)
+    rate = accelerator.reduce(rates, reduction="sum").item()
+    flops = model_flops(classifier.model, "first tokens" if classifier.first_tokens_only else "all")
+    return ThroughputMeter(flops, classifier.packed or classifier.padding_changes_logits, rate)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bertdist.core.args import read_config
 from bertdist.training import cuda_graph as graphed
-from bertdist.training.cuda_graph import GraphedStep, Taken
+from bertdist.training.cuda_graph import GraphedStep, StepResult
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 STEPS, REPLAYED = (
@@ -65,8 +65,8 @@ def far(a: Tensor, b: Tensor) -> float:
 
 
 def taken_again(
-    take: Callable[[], Taken], device: torch.device
-) -> tuple[Callable[[], None], Taken]:
+    take: Callable[[], StepResult], device: torch.device
+) -> tuple[Callable[[], None], StepResult]:
     """Instead of a capture: the same filled-up steps, launched one kernel at a time."""
     results = take()
 
@@ -118,7 +118,7 @@ def test_a_run_with_replays_resumes(
     straight = curve(tiny_model, tmp_path / "straight", files, **settings)
     step = GraphedStep.__call__
 
-    def dying(self: GraphedStep, model: Any, optimizer: Any, at: Any, *rest: Any) -> Taken:
+    def dying(self: GraphedStep, model: Any, optimizer: Any, at: Any, *rest: Any) -> StepResult:
         if at.number == 8:
             raise KeyboardInterrupt
         return step(self, model, optimizer, at, *rest)
@@ -153,7 +153,7 @@ def test_a_failed_capture_falls_back_to_eager_steps(
     monkeypatch.setattr(train, "train_step", breaking)
     broken = curve(tiny_model, tmp_path / "broken", files, dropout=0.3, cuda_graphs=True)
     assert (
-        "--cuda_graphs cannot take effect, steps are taken eagerly: ValueError: in the midst of it"
+        "--cuda_graphs cannot take effect, steps run eagerly: ValueError: in the midst of it"
         in capsys.readouterr().err
     )
     assert not replays and far(broken, eager) < ROUNDING

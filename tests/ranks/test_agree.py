@@ -245,7 +245,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 40), save_every="never")
     results = run_ranks(n, run_main, words, on_rank(rank, stop_at_step_2))
     assert [code for code, _, _ in results] == [75] * n
-    assert "step 3 of 15 is saved; the same command goes on." in results[0][1]
+    assert "step 3 of 15 is saved. Rerun the same command to resume." in results[0][1]
     assert checkpoints_of(tmp_path / "out") == ["step_000003"]
     assert json_of(tmp_path / "out" / "status.json")["state"] == "preempted"
 

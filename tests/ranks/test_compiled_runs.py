@@ -165,7 +165,7 @@ def test_without_a_compiler_and_a_gpu_the_run_is_eager(
     )
     assert (
         said.count(
-            "\n--cuda_graphs cannot take effect, steps are taken eagerly: it needs a CUDA GPU, and this run is on cpu.\n"
+            "\n--cuda_graphs cannot take effect, steps run eagerly: it needs a CUDA GPU, and this run is on cpu.\n"
         )
         == 1
     )

@@ -113,7 +113,7 @@ def test_a_stop_in_an_evaluation_is_answered_there_and_the_evaluation_is_made_up
     )
     assert [code for code, _, _ in results] == [75] * n
     assert (
-        f"step {step} of {STEPS} is saved; the same command goes on; its evaluation comes first then."
+        f"step {step} of {STEPS} is saved. Rerun the same command to resume, starting with the evaluation."
         in results[0][1]
     )
     assert json_of(out / "status.json")["state"] == "preempted"
@@ -134,7 +134,14 @@ def test_a_stop_in_an_evaluation_is_answered_there_and_the_evaluation_is_made_up
 
 def test_an_owed_evaluation_that_is_forgotten_is_seen(runs: Runs, tmp_path: Path) -> None:
     def forgetful(accelerator: Accelerator) -> None:
-        train.owed_first = lambda progress, steps: steps
+        restore = train.Checkpointer.restore
+
+        def forgetting(*args: Any) -> Any:
+            state = restore(*args)
+            state.evaluation_pending = False
+            return state
+
+        train.Checkpointer.restore = forgetting
 
     out = tmp_path / "out"
     run_ranks(1, run_main, runs.words(out), on_rank(0, in_evaluation(1, ask_to_stop)))
@@ -418,7 +425,7 @@ def test_another_file_content_is_named_before_the_model_is_built(
 
 def test_ranks_that_differ_and_do_not_compare_are_seen(runs: Runs, tmp_path: Path) -> None:
     def run(accelerator: Accelerator) -> Any:
-        train.assert_same_on_all_ranks = lambda *args: None
+        train.assert_same_on_all_ranks = launch.assert_same_on_all_ranks = lambda *args: None
         rate = 0.5 if accelerator.process_index == 1 else 1e-3
         return run_main(
             accelerator,

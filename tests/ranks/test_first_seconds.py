@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from forked import run_ranks
 from rows import make_rows, run_train, words_of, write_rows, write_split
-from rows import train_module as train
 
 from bench import rank as ranks_life
 from bench.attempts import Attempt, attempt, said_in
 from bertdist import predict
+from bertdist.distributed import launch
 from bertdist.distributed import rendezvous as arrival
 
 
@@ -51,7 +51,7 @@ def test_a_rank_killed_before_the_ranks_have_compared_is_named(
     tiny_model: Path, tmp_path: Path, n: int, victim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as broken:
-        broken.setattr(train, "check_world", killing(victim, train.check_world))
+        broken.setattr(launch, "check_world", killing(victim, launch.check_world))
         found = trained(tiny_model, tmp_path, n)
     assert found.codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(n)]
     told = lines(tmp_path / "out")
@@ -69,7 +69,7 @@ def test_a_rank_that_remembers_nobody_names_nobody(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control."""
-    monkeypatch.setattr(train, "check_world", killing(1, train.check_world))
+    monkeypatch.setattr(launch, "check_world", killing(1, launch.check_world))
     monkeypatch.setattr(
         arrival.json, "loads", lambda card: vars(arrival.this_rank(0))
     )  # everybody is me

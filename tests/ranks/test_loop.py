@@ -19,10 +19,10 @@ from rows import (
     write_rows,
     write_split,
 )
-from rows import train_module as train
 from safetensors.torch import load_file
 
-from bertdist.training import best_model as best
+from bertdist.training import evaluation
+from bertdist.training import step as micro_batches
 
 
 def steps_in(out: Path, kind: str) -> list[int]:
@@ -128,13 +128,22 @@ def test_the_throw_away_backward_runs_as_training_does(tiny_model: Path, tmp_pat
     """With checkpointed activations and with dropout: it is also the first to need memory."""
 
     def watch(accelerator: Accelerator) -> None:
-        warm_up = train.warm_up
+        single_token_batch = micro_batches.single_token_batch
 
-        def watched(model: Any, *rest: Any) -> None:
+        def watched(batch: Any) -> Any:
+            (model,) = models
             assert model.training, "the model is in evaluation mode"
-            warm_up(model, *rest)
+            return single_token_batch(batch)
 
-        train.warm_up = watched
+        warm_up, models = micro_batches.MicroBatcher.warm_up, []
+
+        def warmed_up(self: Any, model: Any) -> None:
+            model.eval()
+            models.append(model)
+            warm_up(self, model)
+
+        micro_batches.single_token_batch = watched
+        micro_batches.MicroBatcher.warm_up = warmed_up  # type: ignore[method-assign]
 
     run_ranks(
         1,
@@ -200,13 +209,8 @@ def test_best_by_a_metric_where_more_is_better(tiny_model: Path, tmp_path: Path)
 
 def test_last_weights_kept_as_best_are_seen(tiny_model: Path, tmp_path: Path) -> None:
     def keep_every_time(accelerator: Accelerator) -> None:
-        consider = best.BestModel.consider
-
-        def broken(self: Any, model: Any, evaluation: Any, progress: Any) -> None:
-            consider(self, model, evaluation, progress)
-            self.keep(model, evaluation, progress)
-
-        best.BestModel.consider = broken
+        improvement = evaluation.improvement
+        evaluation.improvement = lambda *scores: abs(improvement(*scores)) + 1
 
     out = overfit(tiny_model, tmp_path, 1, keep_every_time)
     with pytest.raises(AssertionError):

@@ -42,7 +42,7 @@ from bertdist.models.dropout import DropoutMasks
 from bertdist.training import evaluation
 from bertdist.training import step as room
 from bertdist.training.checkpoint import TrainState
-from bertdist.training.memory import give_back_freed_memory
+from bertdist.training.memory import release_freed_memory
 
 ROWS, STEP, EPOCHS = (
     38,
@@ -267,7 +267,9 @@ def test_out_of_memory_in_the_last_micro_batch_changes_no_bit(
     assert_same_bits(tmp_path / "out", runs.with_enough(n, tokens_per_micro_batch=fits))
     told = [line for line in said.splitlines() if "Out of memory" in line]
     assert 1 <= len(told) == progress.oom_retries, said
-    assert told[-1].endswith(f"taken again. Micro-batches of at most {fits} tokens from here on.")
+    assert told[-1].endswith(
+        f"the step is repeated. Micro-batch size from here on: up to {fits} tokens."
+    )
     assert all(other == "" for _, _, other, _ in results[1:]), "rank 0 talks"
 
 
@@ -348,7 +350,7 @@ def test_a_run_that_goes_on_has_the_size_that_was_found(runs: Runs, tmp_path: Pa
         run_ranks(n, run_short, runs.words(outs[1], **settings), both(breaking, stop_at_step_3))
     results = run_ranks(n, run_short, runs.words(outs[1], **settings), breaking)
     assert all(failed == [] for _, _, _, failed in results), "it began with the old size"
-    assert "found from free memory" not in results[0][2]
+    assert "chosen from free memory" not in results[0][2]
     assert_same_bits(*outs)
     assert (
         json_of(last_checkpoint(outs[0]) / "state.json")["train_state"]["tokens_per_micro_batch"]
@@ -364,7 +366,7 @@ def test_what_is_asked_for_wins_over_what_was_found(runs: Runs, tmp_path: Path) 
         ((progress, _, said),) = run_ranks(
             1, run_train, words, both(breaking or in_float32, stop_soon)
         )
-        return progress.tokens_per_micro_batch, "found from free memory" in said
+        return progress.tokens_per_micro_batch, "chosen from free memory" in said
 
     def stop_soon(accelerator: Accelerator) -> None:
         slurm.StopSignal.requested = lambda self, accelerator: True
@@ -388,7 +390,7 @@ def test_ranks_begin_with_the_least_that_one_of_them_found(runs: Runs, tmp_path:
         3, run_train, runs.words(tmp_path / "out", max_train_steps=2), little_on_rank_1
     )
     assert [progress.tokens_per_micro_batch for progress, _, _ in results] == [128] * 3
-    assert "Micro-batches of at most 128 tokens: found from free memory." in results[0][2]
+    assert "Micro-batch size: up to 128 tokens (chosen from free memory)." in results[0][2]
 
 
 # --- What each promise rests on
@@ -396,7 +398,7 @@ def test_ranks_begin_with_the_least_that_one_of_them_found(runs: Runs, tmp_path:
 
 def test_gradients_that_are_not_thrown_away_are_seen(runs: Runs, tmp_path: Path) -> None:
     def keep(accelerator: Accelerator) -> None:
-        room.throw_away = lambda model: None
+        room.discard_gradients = lambda model: None
 
     for place in ("middle", "embeddings"):
         out = tmp_path / place
@@ -549,12 +551,12 @@ def test_a_text_that_fits_in_no_evaluation_ends_all_ranks_with_one_line(
     runs: Runs, tmp_path: Path
 ) -> None:
     def no_memory(accelerator: Accelerator) -> None:
-        fitting = evaluation.fitting
+        compute_in_micro_batches = evaluation.compute_in_micro_batches
 
         def out(batch: Any) -> Any:
             raise MemoryError
 
-        evaluation.fitting = lambda compute, *rest: fitting(
+        evaluation.compute_in_micro_batches = lambda compute, *rest: compute_in_micro_batches(
             out if accelerator.process_index == 1 else compute, *rest
         )
 
@@ -595,7 +597,7 @@ def test_memory_that_is_really_gone(wide_model: Path, tmp_path: Path, n: int) ->
 
     def limit(accelerator: Accelerator) -> None:
         classifier.use_onednn = lambda model: None
-        give_back_freed_memory()
+        release_freed_memory()
         train_step = train.train_step
 
         def watched(*args: Any) -> Any:

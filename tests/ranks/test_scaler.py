@@ -32,6 +32,7 @@ from rows import train_module as train
 from torch import Tensor
 from torch.amp import GradScaler
 
+from bertdist.distributed import launch
 from bertdist.models.classifier import Classifier
 from bertdist.tasks.tasks import SingleLabel
 from bertdist.training import nonfinite
@@ -54,7 +55,7 @@ def scaled(scale: float, half: bool = False) -> Breaking:
     """Runs get a GradScaler that begins so. half: products in float16, as on a GPU; else in float32."""
 
     def breaking(accelerator: Accelerator) -> None:
-        create_accelerator = train.create_accelerator
+        create_accelerator = launch.create_accelerator
 
         def with_scaler(run: Any) -> Accelerator:
             made = create_accelerator(run)
@@ -65,7 +66,7 @@ def scaled(scale: float, half: bool = False) -> Breaking:
                 made.unscale_gradients = lambda: made.scaler.unscale_(made._optimizers[0].optimizer)
             return made
 
-        train.create_accelerator = with_scaler
+        launch.create_accelerator = with_scaler
 
     return breaking
 

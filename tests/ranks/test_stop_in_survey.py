@@ -72,7 +72,7 @@ def test_a_stop_in_the_survey_is_answered_there(
     reason = "SIGTERM" if n == 1 else "another rank was asked to stop"
     assert (
         ends[0][1].splitlines()[-1]
-        == f"Asked to stop ({reason}) before the first step; the same command begins again."
+        == f"Stopped ({reason}) before the first step. Rerun the same command to start."
     )
     assert json_of(out / "status.json") == {"state": "preempted", "step": 0, "reason": reason}
     assert (

@@ -14,6 +14,7 @@ from rows import Files, json_of, make_rows, run_main, run_train, words_of, write
 from rows import train_module as train
 
 from bertdist import check
+from bertdist.training import run_logger
 
 ROWS, K = 36, 3
 
@@ -39,7 +40,7 @@ def run_check(
 ) -> tuple[Any, str, list[str]]:
     """Exit code and standard error on this rank, and the run folder of every training step."""
     steps: list[str] = []
-    train_step, begin = train.train_step, train.open_log
+    train_step, begin = train.train_step, run_logger.open_log
 
     def watched(*args: Any) -> Any:
         steps.append(now[0])
@@ -53,7 +54,7 @@ def run_check(
         now[0] = folder.name
         return begin(folder, *rest)
 
-    train.train_step, train.open_log = watched, opened
+    train.train_step, run_logger.open_log = watched, opened
     code, said, _ = run_main(accelerator, words, None, check)
     return code, said, steps
 
@@ -97,7 +98,7 @@ def test_an_interrupted_run_resumes_and_finished_folds_are_not_trained_again(
     ((code, said, steps),) = run_ranks(1, run_check, words, 1, timeout=300)
     assert (
         code == 75
-        and "Asked to stop (SIGTERM)" in said
+        and "Stopped (SIGTERM)" in said
         and not (tmp_path / "out" / "issues.jsonl").exists()
     )
     assert steps.count("0") == 6 and 0 < (taken := steps.count("1")) < 6 and "2" not in steps

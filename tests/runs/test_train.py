@@ -162,12 +162,12 @@ def test_two_processes_stopped_by_sigterm_and_started_again_equal_undisturbed_on
     assert code != 0 and status["state"] == "preempted" and status["reason"] == "SIGTERM", said
     assert checkpoints_of(out)[-1] == f"step_{status['step']:06d}"
     assert (
-        f"Asked to stop (SIGTERM): step {status['step']} of {EPOCH * EPOCHS} is saved; the same command goes on"
+        f"Stopped (SIGTERM): step {status['step']} of {EPOCH * EPOCHS} is saved. Rerun the same command"
         in said
     )
     with launched("cpu_x2", words, tmp_path / "said.txt") as launch:
         assert launch.process.wait(200) == 0, launch.said.read_text()
-    assert (tmp_path / "said.txt").read_text().count("2 process(es) on cpu, precision no.") == 2
+    assert (tmp_path / "said.txt").read_text().count("2 processes, device cpu, fp32.") == 2
     run_ranks(2, run_train, words_of(tiny_model, tmp_path / "straight", files, **CADENCES))
     assert_same_run(out, tmp_path / "straight")
 

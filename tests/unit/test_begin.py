@@ -1,7 +1,6 @@
 """What a run is made of before its first step: what decides it is written down, and what it says of itself is true."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ from bertdist.data.sharding import MapLoader
 from bertdist.data.stats import DatasetStats, LabelStats, create_task
 from bertdist.data.tokenization import load_tokenizer
 from bertdist.tasks.tasks import SingleLabel
-from bertdist.training.run_logger import describe_data, environment, notes_of
+from bertdist.training.run_logger import describe_data
 
 TASK = SingleLabel(("no", "yes"))
 
@@ -129,33 +128,16 @@ def test_a_worker_has_a_core_of_its_own_unless_asked_for(
 def test_what_is_said_of_the_data_is_true() -> None:
     rows = labelled(["no", "yes"], [0, 1], pairs=["a", "b"])
     known = DatasetStats(LabelStats("text", ["no", "yes"], [1, 1], None, "label"), [2])
-    assert describe_data(rows, known, records_of(["x"] * 1234), TASK, 1000, 3000) == [
+    assert describe_data(rows, known, records_of(["x"] * 1234), TASK) == [
         "Training rows: 2 of texts, text in 'text' and 'pair'; validation rows: 1,234 of texts.",
         "Task: single_label_classification; outputs in order: no, yes.",
-        "3,000 steps, 1,000 an epoch.",
     ]
     many = SingleLabel(tuple(f"l{i}" for i in range(12)))
-    _, task, _ = describe_data(rows, known, None, many, 1, 1)
+    _, task = describe_data(rows, known, None, many)
     assert task.endswith(
-        "outputs in order: l0, l1, l2, l3, l4, l5, l6, l7, l8, l9, ... (12 in all)."
+        "outputs in order: l0, l1, l2, l3, l4, l5, l6, l7, l8, l9, ... (12 in total)."
     )
     assert (
-        "validation rows: none: the last weights count as the best."
-        in describe_data(rows, known, None, TASK, 1, 1)[0]
+        "validation rows: none, the last weights count as the best."
+        in describe_data(rows, known, None, TASK)[0]
     )
-
-
-def test_the_notes_are_what_a_predictor_needs() -> None:
-    config = read_config([*NEEDED, "--max_length=64"])
-    assert notes_of(config, records_of(["a"], ["b"])) == {
-        "max_length": 64,
-        "text_column": "text",
-        "text_pair_column": "pair",
-    }
-    assert notes_of(config, records_of(["a"]))["text_pair_column"] is None
-
-
-def test_the_environment_is_json_and_names_the_versions() -> None:
-    found = json.loads(environment(rank_of(2)))
-    assert found["packages"]["torch"] == torch.__version__
-    assert (found["processes"], found["device"], found["mixed_precision"]) == (2, "cpu", "no")

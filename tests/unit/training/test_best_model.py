@@ -2,64 +2,75 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from bertdist.core.config import ModelConfig, RunConfig
+from bertdist.core.config import ModelConfig, RunConfig, TaskConfig
 from bertdist.core.errors import CheckpointError
+from bertdist.data.records import records_of
+from bertdist.data.sharding import MapLoader
 from bertdist.models.classifier import (
     Classifier,
     load_classifier,
     load_trained_classifier,
 )
-from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
+from bertdist.tasks.tasks import SingleLabel
 from bertdist.training import best_model as best_module
-from bertdist.training.best_model import BestModel
+from bertdist.training import evaluation as evaluation_module
+from bertdist.training.best_model import BestModel, EarlyStopping
 from bertdist.training.checkpoint import TrainState
-from bertdist.training.evaluation import Evaluation
+from bertdist.training.evaluation import Evaluation, Evaluator
 
 ONE_RANK: Any = SimpleNamespace(num_processes=1, is_main_process=True)
 NAN = math.nan
 TASK = SingleLabel(("no", "yes"))
 
 
-class Considered:
-    """What `consider` makes of a row of merits: steps whose weights were kept, and the step after which it was enough."""
+class Evaluations:
+    """Scores of one evaluation after the other: which weights are saved, and after which training ends."""
 
     def __init__(
-        self, merits: list[float], progress: TrainState | None = None, **settings: Any
+        self, scores: list[float], state: TrainState | None = None, **settings: Any
     ) -> None:
-        self.kept: list[int] = []
-        self.progress = progress or TrainState()
-        self.waited: list[int] = []
+        self.state = state or TrainState()
+        self.saved: list[int] = []
+        self.counts: list[int] = []
         self.stopped: int | None = None
-        best = BestModel(RunConfig(**settings), None, TASK, ONE_RANK, {})  # type: ignore[arg-type]  # nothing is written here
-        best.keep = lambda model, evaluation, progress: self.kept.append(progress.step)  # type: ignore[method-assign, assignment]
-        for selection_score in merits:
-            self.progress.step += 1
-            best.consider(
-                None, Evaluation(scores={}, selection_score=selection_score), self.progress
-            )  # type: ignore[arg-type]
-            self.waited.append(self.progress.evaluations_since_best)
-            if self.progress.finished and self.stopped is None:
-                self.stopped = self.progress.step
+        best: Any = SimpleNamespace(save=lambda *args: self.saved.append(self.state.step))
+        loader: Any = MapLoader(examples=Any, rows_per_step=1, tokens_per_micro_batch=1)  # type: ignore[arg-type]
+        config: Any = SimpleNamespace(
+            run=RunConfig(**settings), task=TaskConfig(), data=SimpleNamespace(task_name=None)
+        )
+        log: Any = SimpleNamespace(log_eval=lambda *args: None)
+        evaluator = Evaluator(loader, TASK, config, ONE_RANK, best, log)
+        early_stopping = EarlyStopping(config.run, self.state)
+        for score in scores:
+            self.state.step += 1
+            evaluation = Evaluation(scores={}, selection_score=score)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(evaluation_module, "evaluate_split", lambda *_, e=evaluation: e)
+                improvement = evaluator.evaluate_step(None, self.state, 0.0, None)  # type: ignore[arg-type]
+            early_stopping.update(improvement)
+            self.counts.append(self.state.evaluations_since_best)
+            if early_stopping.triggered and self.stopped is None:
+                self.stopped = self.state.step
 
 
 # ---- What is kept
 
 
 @pytest.mark.parametrize(
-    ("merits", "kept", "best_score"),
+    ("scores", "saved", "best_score"),
     [
         ([0.5], [1], 0.5),
         ([0.0], [1], 0.0),
-        ([-2.0, -1.0, -3.0], [1, 2], -1.0),  # a loss: less is better, so merits are negative
+        ([-2.0, -1.0, -3.0], [1, 2], -1.0),  # a loss: less is better, so scores are negated
         ([0.5, 0.6, 0.4, 0.6, 0.7], [1, 2, 5], 0.7),
         ([0.5, 0.5, 0.5], [1], 0.5),  # as good is not better: the earlier weights stay
         ([0.5, NAN, 0.6], [1, 3], 0.6),
@@ -72,39 +83,39 @@ class Considered:
     ],
 )
 def test_the_best_weights_are_kept_when_they_are_better(
-    merits: list[float], kept: list[int], best_score: float
+    scores: list[float], saved: list[int], best_score: float
 ) -> None:
-    found = Considered(merits)
-    assert found.kept == kept
-    assert found.progress.best_score == best_score
-    assert found.progress.best_step == kept[-1]
+    found = Evaluations(scores)
+    assert found.saved == saved
+    assert found.state.best_score == best_score
+    assert found.state.best_step == saved[-1]
 
 
 def test_nothing_is_not_better_than_nothing() -> None:
-    found = Considered([NAN, NAN, NAN], early_stopping_patience=2)
-    assert found.waited == [0, 1, 2]
+    found = Evaluations([NAN, NAN, NAN], early_stopping_patience=2)
+    assert found.counts == [0, 1, 2]
     assert found.stopped == 3
-    assert found.kept == [1]
+    assert found.saved == [1]
 
 
 def test_a_run_that_goes_on_remembers_its_best() -> None:
-    merits = [0.3, 0.5, 0.4, 0.45, 0.6, 0.1]
-    whole = Considered(merits)
-    for cut in range(len(merits)):
-        first = Considered(merits[:cut])
+    scores = [0.3, 0.5, 0.4, 0.45, 0.6, 0.1]
+    whole = Evaluations(scores)
+    for cut in range(len(scores)):
+        first = Evaluations(scores[:cut])
         state = TrainState(
-            **json.loads(json.dumps(vars(first.progress)))
+            **json.loads(json.dumps(asdict(first.state)))
         )  # as a checkpoint keeps it
-        second = Considered(merits[cut:], progress=state)
-        assert first.kept + second.kept == whole.kept
-        assert second.progress == whole.progress
+        second = Evaluations(scores[cut:], state=state)
+        assert first.saved + second.saved == whole.saved
+        assert second.state == whole.state
 
 
 # ---- When it is enough
 
 
 @pytest.mark.parametrize(
-    ("merits", "patience", "threshold", "waited", "stopped"),
+    ("scores", "patience", "threshold", "counts", "stopped"),
     [
         ([0.5, 0.4, 0.4], None, 0.0, [0, 1, 2], None),
         ([0.5, 0.4, 0.4], 2, 0.0, [0, 1, 2], 3),
@@ -117,25 +128,40 @@ def test_a_run_that_goes_on_remembers_its_best() -> None:
     ],
 )
 def test_a_run_stops_after_so_many_evaluations_without_a_better_score(
-    merits: list[float],
+    scores: list[float],
     patience: int | None,
     threshold: float,
-    waited: list[int],
+    counts: list[int],
     stopped: int | None,
 ) -> None:
-    found = Considered(merits, early_stopping_patience=patience, early_stopping_threshold=threshold)
-    assert (found.waited, found.stopped) == (waited, stopped)
+    found = Evaluations(
+        scores, early_stopping_patience=patience, early_stopping_threshold=threshold
+    )
+    assert (found.counts, found.stopped) == (counts, stopped)
 
 
 def test_a_little_better_is_kept_though_it_does_not_count_against_the_patience() -> None:
-    found = Considered([0.5, 0.5625, 0.625], early_stopping_threshold=0.125)
-    assert found.kept == [1, 2, 3]
+    found = Evaluations([0.5, 0.5625, 0.625], early_stopping_threshold=0.125)
+    assert found.saved == [1, 2, 3]
 
 
-def test_a_finished_run_stays_finished() -> None:
-    assert Considered(
-        [0.5, 0.6], TrainState(finished=True), early_stopping_patience=5
-    ).progress.finished
+def test_an_interrupted_evaluation_does_not_count() -> None:
+    state = TrainState(evaluations_since_best=1)
+    early_stopping = EarlyStopping(RunConfig(early_stopping_patience=2), state)
+    early_stopping.update(None)
+    assert not early_stopping.triggered and state.evaluations_since_best == 1
+    early_stopping.update(-1.0)  # the control
+    assert early_stopping.triggered and state.evaluations_since_best == 2
+
+
+def test_without_a_validation_split_the_present_weights_are_saved() -> None:
+    saved: list[Any] = []
+    best: Any = SimpleNamespace(save=lambda *args: saved.append(args))
+    config: Any = SimpleNamespace(run=RunConfig())
+    state = TrainState(step=3)
+    evaluator = Evaluator(None, TASK, config, ONE_RANK, best, Any)  # type: ignore[arg-type]
+    assert evaluator.evaluate_step("weights", state, 0.0, None) == math.inf  # type: ignore[arg-type]
+    assert (state.best_step, state.best_score, saved) == (3, None, [("weights",)])
 
 
 # ---- What is written
@@ -148,95 +174,48 @@ def model(tiny_model: Path) -> Classifier:
     return load_classifier(config, TASK)[0]
 
 
-def best_in(folder: Path, tiny_model: Path, task: Task = TASK) -> BestModel:
-    return BestModel(
-        RunConfig(output_dir=str(folder)),
-        AutoTokenizer.from_pretrained(tiny_model),
-        task,
-        ONE_RANK,
-        {"max_length": 16},
-    )
+def config_of(folder: Path) -> Any:
+    model = SimpleNamespace(max_length=16)
+    return SimpleNamespace(run=RunConfig(output_dir=str(folder)), model=model)
+
+
+def best_in(folder: Path, tiny_model: Path) -> BestModel:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    return BestModel(config_of(folder), tokenizer, records_of(["a"], ["b"]), ONE_RANK)
 
 
 def lines_of(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_what_is_kept_can_be_used_and_read(
+def test_what_is_saved_can_be_used_and_read(
     model: Classifier, tiny_model: Path, tmp_path: Path
 ) -> None:
-    logits = torch.tensor([[0.0, 0.0], [-50.0, 50.0]])
-    classes = {"labels": ["no", "yes"]}
-    evaluation = Evaluation(
-        scores={"loss": 0.5},
-        selection_score=0.5,
-        answers=TASK.to_records(logits),
-        references=np.array([1, 0]),
-        classes=classes,
-    )
-    progress = TrainState(step=7)
-    best_in(tmp_path, tiny_model).consider(model, evaluation, progress)
+    report = {"step": 7, "scores": {"loss": 0.5}, "labels": ["no", "yes"]}
+    rows = [{"row": 0, "label": "ä", "score": 0.5, "truth": "yes"}, {"row": 1, "score": NAN}]
+    best = best_in(tmp_path, tiny_model)
+    assert best.report() is None
+    best.save(model, report, rows)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "best",
         "evaluation.json",
         "predictions.jsonl",
     ]
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == {
-        "step": 7,
-        "scores": {"loss": 0.5},
-        "labels": ["no", "yes"],
-    }
-    assert lines_of(tmp_path / "predictions.jsonl") == [
-        {"row": 0, "label": "no", "score": 0.5, "truth": "yes"},
-        {"row": 1, "label": "yes", "score": 1.0, "truth": "no"},
-    ]
-    again, task, notes = load_trained_classifier(str(tmp_path / "best"))
-    assert (task, notes) == (TASK, {"max_length": 16})
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == report == best.report()
+    assert lines_of(tmp_path / "predictions.jsonl") == [rows[0], {"row": 1, "score": None}]
+    assert "ä" in (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
+    again, task, settings = load_trained_classifier(str(tmp_path / "best"))
+    columns = {"text_column": "text", "text_pair_column": "pair"}
+    assert (task, settings) == (TASK, {"max_length": 16, **columns})
     for name, weight in model.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], weight)
 
 
-@pytest.mark.parametrize(
-    ("task", "logits", "references", "first"),
-    [
-        (
-            MultiLabel(("ä", "b")),
-            [[9.0, -9.0]],
-            [[0.0, 1.0]],
-            {"labels": [{"label": "ä", "score": pytest.approx(0.9999, abs=1e-4)}], "truth": ["b"]},
-        ),
-        (Regression(("stars",)), [[1.5]], [2.25], {"label": "stars", "score": 1.5, "truth": 2.25}),
-    ],
-)
-def test_every_kind_of_task_writes_its_truth(
-    task: Task,
-    logits: list[Any],
-    references: list[Any],
-    first: dict[str, Any],
-    model: Classifier,
-    tiny_model: Path,
-    tmp_path: Path,
-) -> None:
-    answers = task.to_records(torch.tensor(logits))
-    evaluation = Evaluation(
-        scores={"loss": 0.5},
-        selection_score=0.5,
-        answers=answers,
-        references=np.array(references, dtype=np.float32),
-    )
-    best_in(tmp_path, tiny_model, task).keep(model, evaluation, TrainState(step=1))
-    assert lines_of(tmp_path / "predictions.jsonl") == [{"row": 0, **first}]
-    if isinstance(task, MultiLabel):
-        assert "ä" in (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
-
-
-def test_weights_without_an_evaluation_are_kept_alone(
+def test_weights_without_an_evaluation_are_saved_alone(
     model: Classifier, tiny_model: Path, tmp_path: Path
 ) -> None:
-    progress = TrainState(step=3)
-    best_in(tmp_path, tiny_model).keep(model, None, progress)
+    best_in(tmp_path, tiny_model).save(model)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
-    assert progress.best_step == 3
 
 
 def test_a_run_without_a_place_to_write_ends_with_one_line(
@@ -244,7 +223,7 @@ def test_a_run_without_a_place_to_write_ends_with_one_line(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"^Cannot write .*file/best: Not a directory"):
-        best_in(tmp_path / "file", tiny_model).keep(model, None, TrainState(step=3))
+        best_in(tmp_path / "file", tiny_model).save(model)
 
 
 def test_only_the_main_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,30 +234,21 @@ def test_only_the_main_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(best_module, name, refuse)
     for main in (False, True):
         rank: Any = SimpleNamespace(num_processes=1, is_main_process=main)
-        best = BestModel(RunConfig(output_dir=str(tmp_path)), None, TASK, rank, {})  # type: ignore[arg-type]
-        progress = TrainState(step=4)
+        best = BestModel(config_of(tmp_path), None, records_of(["a"]), rank)  # type: ignore[arg-type]
         if main:  # the control
             with pytest.raises(AssertionError, match="written"):
-                best.keep(None, None, progress)  # type: ignore[arg-type]
+                best.save(None, {}, [{}])  # type: ignore[arg-type]
         else:
-            best.keep(None, None, progress)  # type: ignore[arg-type]
-        assert progress.best_step == 4  # all ranks know which it was
+            best.save(None, {}, [{}])  # type: ignore[arg-type]
 
 
-def test_no_number_is_written_as_json_has_it(
+def test_a_number_that_json_does_not_have_is_null(
     model: Classifier, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """null; json.dumps would write NaN, which other programs refuse."""
-    task = Regression(("stars",))
-    evaluation = Evaluation(
-        scores={"mse": NAN},
-        selection_score=NAN,
-        answers=task.to_records(torch.tensor([[NAN]])),
-        references=np.array([2.25]),
-    )
-    best_in(tmp_path, tiny_model, task).keep(model, evaluation, TrainState(step=1))
-    assert json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail)[
-        "scores"
-    ] == {"mse": None}
-    found = json.loads((tmp_path / "predictions.jsonl").read_text(), parse_constant=pytest.fail)
-    assert found == {"row": 0, "label": "stars", "score": None, "truth": 2.25}
+    """json.dumps would write NaN, which other programs refuse."""
+    best_in(tmp_path, tiny_model).save(model, {"scores": {"mse": NAN}}, [{"score": NAN}])
+    for name, expected in (
+        ("evaluation.json", {"scores": {"mse": None}}),
+        ("predictions.jsonl", {"score": None}),
+    ):
+        assert json.loads((tmp_path / name).read_text(), parse_constant=pytest.fail) == expected

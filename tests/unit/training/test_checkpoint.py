@@ -182,18 +182,35 @@ def test_restore_returns_none_without_checkpoints(tmp_path: Path) -> None:
     assert (run.bits(), run.messages) == (before, [])
 
 
-def test_counting_a_step_leaves_room_for_its_loss() -> None:
-    progress = TrainState()
-    progress.advance(Step(number=0, share=[], rows=8))
-    progress.advance(Step(number=1, share=[], rows=3, after={"window": {"epoch": 1}}))
-    assert asdict(progress) == {
+class Meter:
+    """Replaces ThroughputMeter: two ranks with the same loss, and one token per step."""
+
+    def gather(self, losses: Tensor, accelerator: Any) -> list[tuple[float, float]]:
+        return [(2 * loss, 1.0) for loss in losses.tolist()]
+
+
+def test_losses_are_filled_in_when_they_are_gathered() -> None:
+    state, meter = TrainState(), Meter()
+    state.advance(Step(number=0, share=[], rows=8), torch.tensor(4.0))
+    state.advance(Step(number=1, share=[], rows=3, after={"window": {"epoch": 1}}), torch.tensor(1))
+    expected = {
         **asdict(TrainState()),
         "step": 2,
         "rows": 11,
         "unlogged_steps": [[0.0, 8.0], [0.0, 3.0]],
         "reader_state": {"window": {"epoch": 1}},
     }
-    assert (progress.epochs(4), progress.epochs(0), TrainState().epochs(0)) == (0.5, 1.0, 0.0)
+    assert asdict(state) == expected
+    assert (state.epochs(4), state.epochs(0), TrainState().epochs(0)) == (0.5, 1.0, 0.0)
+    for _ in range(2):  # the second time there is nothing to gather
+        state.gather_losses(meter, Any)  # type: ignore[arg-type]
+        expected |= {"unlogged_steps": [[8.0, 8.0], [2.0, 3.0]], "tokens": 2}
+        assert asdict(state) == expected
+    state.advance(Step(number=2, share=[], rows=5), torch.tensor(math.nan))
+    state.gather_losses(meter, Any)  # type: ignore[arg-type]
+    assert state.unlogged_steps == [[8.0, 8.0], [2.0, 3.0], [0.0, 0.0]], "a step that was left out"
+    assert state.pop_mean_loss() == 10 / 11 and state.unlogged_steps == []
+    assert math.isnan(state.pop_mean_loss())
 
 
 def test_reader_state_is_restored(tmp_path: Path) -> None:

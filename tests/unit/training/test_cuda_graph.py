@@ -49,10 +49,10 @@ from bertdist.training import nonfinite
 from bertdist.training.cuda_graph import (
     Budget,
     GraphedStep,
-    Taken,
-    budget_of,
-    graphed_step,
-    with_pads,
+    StepResult,
+    choose_budget,
+    create_graphed_step,
+    pad_batch,
 )
 from bertdist.training.optimizer import create_optimizer
 
@@ -98,7 +98,7 @@ def test_pads_change_neither_loss_nor_gradients(kind: str, p: float, tiny_model:
     task, targets = TASKS[kind]
     model = load(tiny_model, task, dropout=p).double()
     batch = batch_of([9, 5, 3], targets)
-    padded = with_pads(batch, 40, 6, 16)
+    padded = pad_batch(batch, 40, 6, 16)
     assert padded is not None and padded.lengths == (9, 5, 3, 8, 8, 7)
     found = []
     for each in (batch, padded, replace(padded, weights=torch.ones(6))):
@@ -129,7 +129,7 @@ def test_pads_change_neither_loss_nor_gradients(kind: str, p: float, tiny_model:
 def test_pads_are_texts_of_their_own(tiny_model: Path) -> None:
     """Numbers by hand; logits of the real texts stay as they were, attention included."""
     batch = batch_of([3, 2])
-    padded = with_pads(batch, 10, 4, 3)
+    padded = pad_batch(batch, 10, 4, 3)
     assert padded is not None
     assert padded.ids.tolist() == [5, 6, 7, 12, 13, *[0] * 5]
     assert (
@@ -154,7 +154,7 @@ def test_pads_are_texts_of_their_own(tiny_model: Path) -> None:
 @pytest.mark.parametrize(("tokens", "texts", "longest"), [(5, 2, 3), (6, 3, 3), (8, 3, 3)])
 def test_the_ends_of_what_fits(tokens: int, texts: int, longest: int) -> None:
     """Nothing to add, one text of one token, one as long as can be."""
-    padded = with_pads(batch_of([3, 2]), tokens, texts, longest)
+    padded = pad_batch(batch_of([3, 2]), tokens, texts, longest)
     assert padded is not None and (len(padded.ids), len(padded.lengths)) == (tokens, texts)
 
 
@@ -163,12 +163,12 @@ def test_the_ends_of_what_fits(tokens: int, texts: int, longest: int) -> None:
     [(4, 2, 3), (6, 2, 3), (5, 1, 3), (5, 3, 3), (9, 3, 3), (7, 5, 3)],
 )
 def test_what_cannot_be_padded_is_none(tokens: int, texts: int, longest: int) -> None:
-    assert with_pads(batch_of([3, 2]), tokens, texts, longest) is None
+    assert pad_batch(batch_of([3, 2]), tokens, texts, longest) is None
 
 
 # ---- The budget
 
-BUDGET = Budget(tokens=20, texts=5, rows=3, longest=6)
+BUDGET = Budget(tokens=20, texts=5, rows=3, max_length=6)
 
 
 def test_a_budget_fills_a_step_up() -> None:
@@ -198,7 +198,7 @@ def test_the_host_believes_in_texts_as_long_as_any_can_be(
     tokens: int, texts: int, longest: int
 ) -> None:
     lengths = (
-        Budget(tokens=tokens, texts=texts, rows=1, longest=longest).blank(batch_of([3])).lengths
+        Budget(tokens=tokens, texts=texts, rows=1, max_length=longest).blank(batch_of([3])).lengths
     )
     assert (len(lengths), sum(lengths)) == (texts, tokens)
     assert max(lengths) == lengths[0] == min(longest, tokens - texts + 1)
@@ -238,16 +238,18 @@ def batches_of(lengths: Sequence[int], **settings: Any) -> MapLoader:
 
 def test_a_budget_holds_all_steps_that_it_was_made_of() -> None:
     batches = batches_of([1 + 3 * i % 17 for i in range(43)])
-    budget = budget_of(batches, 17)
-    assert budget == budget_of(replace(batches, workers=2, pin=True), 17)  # of rows and seed alone
+    budget = choose_budget(batches, 17)
+    assert budget == choose_budget(
+        replace(batches, workers=2, pin=True), 17
+    )  # of rows and seed alone
     assert budget is not None and budget.rows == 4 and budget.tokens % 64 == 0
     fitting = [budget.fill(step) is not None for step in batches.steps(0, 22)]
     assert fitting == ([True] * 10 + [False]) * 2  # all but the smaller last ones
 
 
 def test_steps_of_several_micro_batches_have_no_budget() -> None:
-    assert budget_of(batches_of([30] * 12), 30) is None
-    assert budget_of(batches_of([25] * 12), 30) is not None
+    assert choose_budget(batches_of([30] * 12), 30) is None
+    assert choose_budget(batches_of([25] * 12), 30) is not None
 
 
 # ---- Where it cannot be
@@ -273,7 +275,7 @@ def refusals() -> Iterator[Any]:
         yield pytest.param({**here, "mixed_precision": precision}, {}, said, id=precision)
     said = "--gradient_checkpointing sets random states from the host."
     yield pytest.param(here, {"gradient_checkpointing": True}, said, id="checkpointing")
-    said = "this model, GPU or torch has no flash attention for texts that lie end to end."
+    said = "this model, GPU or torch has no flash attention for packed texts."
     yield pytest.param(here, {"type": "deberta-v2"}, said, id="attention_of_its_own")
     yield pytest.param(here, {"type": "gpt2"}, said, id="unpacked")
     yield pytest.param(here, {"attention_kernel": lambda device: "padded"}, said, id="kernel")
@@ -285,7 +287,10 @@ def ask(about: dict[str, Any], model: dict[str, Any], batches: MapLoader) -> tup
     config = SimpleNamespace(model_type=model.pop("type", "bert"))
     classifier: Any = SimpleNamespace(**{**usual, **model}, model=SimpleNamespace(config=config))
     accelerator: Any = SimpleNamespace(**about, autocast=nullcontext)
-    return graphed_step(train.train_step, classifier, batches, accelerator, 30, said.append), said
+    micro_batcher: Any = SimpleNamespace(
+        accelerator=accelerator, say=said.append, rebatch=lambda: batches
+    )
+    return create_graphed_step(train.train_step, classifier, micro_batcher, 30), said
 
 
 @pytest.mark.parametrize(("about", "model", "why"), list(refusals()))
@@ -294,7 +299,7 @@ def test_where_it_cannot_be_steps_are_taken_eagerly(
 ) -> None:
     stepper, said = ask(about, model, batches_of([5] * 12))
     assert stepper is train.train_step and said == [
-        f"--cuda_graphs cannot take effect, steps are taken eagerly: {why}"
+        f"--cuda_graphs cannot take effect, steps run eagerly: {why}"
     ]
 
 
@@ -308,7 +313,7 @@ def test_steps_of_several_micro_batches_are_taken_eagerly() -> None:
     stepper, said = ask(fine, {}, batches_of([5] * 12))  # the control
     assert isinstance(stepper, GraphedStep)
     assert said == [
-        "--cuda_graphs: steps are filled up to 64 tokens in 6 texts; what does not fit is taken eagerly."
+        "--cuda_graphs: steps are padded to 64 tokens in 6 texts; steps that do not fit run eagerly."
     ]
 
 
@@ -338,7 +343,9 @@ def attend_by_starts(
     return torch.einsum("hqk,khd->qhd", F.dropout(weights, dropout), v)
 
 
-def recorded(take: Callable[[], Taken], device: torch.device) -> tuple[Callable[[], None], Taken]:
+def recorded(
+    take: Callable[[], StepResult], device: torch.device
+) -> tuple[Callable[[], None], StepResult]:
     """A capture: torch's operators with the tensors that they worked on; each result is written to where it was."""
     calls: list[tuple[Any, Any, Any, Any]] = []
 
@@ -410,12 +417,12 @@ def test_every_family_reads_a_step_from_the_device(
     config = KINDS[kind]()
     config.initializer_range = 0.2
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    task, budget = TASKS["single_label"][0], Budget(tokens=30, texts=6, rows=3, longest=12)
+    task, budget = TASKS["single_label"][0], Budget(tokens=30, texts=6, rows=3, max_length=12)
     model = load(tmp_path, task, dropout=0).double()
     weights = list(model.parameters())
     fixed = budget.blank(batch_of([3]))
 
-    def take(batch: PackedBatch) -> Taken:
+    def take(batch: PackedBatch) -> StepResult:
         loss = task.loss(model(batch), batch.targets, batch.weights)
         found = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
         return loss.detach(), torch.cat([gradient.flatten() for gradient in found])
@@ -442,8 +449,8 @@ def test_every_family_reads_a_step_from_the_device(
 
 
 def taken_again(
-    take: Callable[[], Taken], device: torch.device
-) -> tuple[Callable[[], None], Taken]:
+    take: Callable[[], StepResult], device: torch.device
+) -> tuple[Callable[[], None], StepResult]:
     """No capture: `take` itself, each time, on the tensors of the capture."""
     results = take()
 
@@ -467,13 +474,13 @@ class Rehearsal:
         as_on_a_gpu(setattr)
         train_step = train.train_step
 
-        def eager(model: Any, optimizer: Any, step: Step, *rest: Any) -> Taken:
+        def eager(model: Any, optimizer: Any, step: Step, *rest: Any) -> StepResult:
             self.eager += -1 not in step.share[0].rows.tolist()
             return train_step(model, optimizer, step, *rest)
 
         def capture(
-            take: Callable[[], Taken], device: torch.device
-        ) -> tuple[Callable[[], None], Taken]:
+            take: Callable[[], StepResult], device: torch.device
+        ) -> tuple[Callable[[], None], StepResult]:
             replay, results = self.capture(take, device)
 
             def counted() -> None:
@@ -484,14 +491,14 @@ class Rehearsal:
             return counted, results
 
         def graphed_here(
-            take: Any, classifier: Any, batches: MapLoader, accelerator: Any, longest: int, say: Any
+            train_step: Any, classifier: Any, micro_batcher: Any, max_length: int
         ) -> GraphedStep:
-            budget = budget_of(batches, longest)
+            budget = choose_budget(micro_batcher.rebatch(), max_length)
             assert budget is not None
-            self.stepper = GraphedStep(take, budget, say, capture)
+            self.stepper = GraphedStep(train_step, budget, micro_batcher.say, capture)
             return self.stepper
 
-        train.train_step, train.graphed_step = eager, graphed_here
+        train.train_step, graphed.create_graphed_step = eager, graphed_here
 
 
 Log = list[dict[str, Any]]
@@ -599,18 +606,21 @@ def test_a_step_that_is_taken_eagerly_can_run_out_of_memory(
         Classifier.forward = running_out  # type: ignore[method-assign]
 
     log, said, replays, _ = run(tmp_path / "out", None, too_small)
-    assert "Out of memory in step 5; taken again." in said and "cannot take effect" not in said
+    assert (
+        "Out of memory in step 5; the step is repeated." in said
+        and "cannot take effect" not in said
+    )
     assert replays == TRIAL + 7 and far(log, eager) < 1e-5
 
 
 def pads_count() -> None:
-    real = graphed.with_pads
+    real = graphed.pad_batch
 
     def counting(*args: Any) -> PackedBatch | None:
         batch = real(*args)
         return batch and replace(batch, weights=torch.ones_like(batch.weights))
 
-    graphed.with_pads = counting
+    graphed.pad_batch = counting
 
 
 def test_dropout_of_a_replay_is_a_function_of_seed_and_step(run: Run, tmp_path: Path) -> None:
@@ -647,15 +657,19 @@ def same_masks(stepper: GraphedStep) -> None:
     torch.manual_seed(0)
 
 
-def nothing(take: Callable[[], Taken], device: torch.device) -> tuple[Callable[[], None], Taken]:
+def nothing(
+    take: Callable[[], StepResult], device: torch.device
+) -> tuple[Callable[[], None], StepResult]:
     return lambda: None, take()
 
 
-def looks(take: Callable[[], Taken], device: torch.device) -> tuple[Callable[[], None], Taken]:
+def looks(
+    take: Callable[[], StepResult], device: torch.device
+) -> tuple[Callable[[], None], StepResult]:
     return recorded(lambda: (take()[0], torch.tensor(take()[1].item())), device)
 
 
-def raises(take: Callable[[], Taken], device: torch.device) -> Any:
+def raises(take: Callable[[], StepResult], device: torch.device) -> Any:
     """After steps were taken and numbers drawn."""
     take()
     torch.rand(3)
@@ -680,10 +694,7 @@ def test_a_trial_that_differs_or_fails_leaves_an_eager_run(
     """To the bit, dropout included, and said once."""
     log, said, replays, steps = run(tmp_path / "out", rehearsal, **SHORT)
     (line,) = (line for line in said.splitlines() if "--cuda_graphs" in line)
-    assert (
-        line.startswith("--cuda_graphs cannot take effect, steps are taken eagerly: ")
-        and why in line
-    )
+    assert line.startswith("--cuda_graphs cannot take effect, steps run eagerly: ") and why in line
     assert replays <= TRIAL and steps == 3
     assert log == short
 
@@ -692,7 +703,7 @@ def test_the_trial_is_what_finds_it(run: Run, eager: Log, tmp_path: Path) -> Non
     """The control: believed without a trial, rates of the capture make another curve."""
 
     def trusting() -> None:
-        graphed.ROUNDING_OF_CHANGE = torch.inf
+        graphed.CHANGE_TOLERANCE = torch.inf
 
     log, said, replays, _ = run(tmp_path / "out", Rehearsal(before=same_rates), trusting)
     assert "--cuda_graphs" not in said and replays == TRIAL + 7 and far(log, eager) > 1e-3
@@ -724,7 +735,7 @@ def test_what_was_tried_is_undone(tiny_model: Path) -> None:
     step()
     adamw.param_groups[0].update(lr=5e-5, capturable=False)
     before, weights = everything(), nn.utils.parameters_to_vector(model.parameters()).detach()
-    found, change = graphed._tried(step, model, adamw)
+    found, change = graphed._run_and_restore(step, model, adamw)
     assert (
         found == "taken"
         and everything() == before
@@ -732,7 +743,7 @@ def test_what_was_tried_is_undone(tiny_model: Path) -> None:
         and change.any()
     )
     with pytest.raises(ZeroDivisionError):
-        graphed._tried(lambda: (step(), 1 / 0), model, adamw)
+        graphed._run_and_restore(lambda: (step(), 1 / 0), model, adamw)
     assert everything() == before
     step()
     assert all(
@@ -748,7 +759,7 @@ def test_what_was_tried_is_undone(tiny_model: Path) -> None:
 def die_before_step_7() -> None:
     step = GraphedStep.__call__
 
-    def dying(self: GraphedStep, model: Any, optimizer: Any, at: Step, *rest: Any) -> Taken:
+    def dying(self: GraphedStep, model: Any, optimizer: Any, at: Step, *rest: Any) -> StepResult:
         return step(self, model, optimizer, at, *rest) if at.number < 7 else os._exit(9)
 
     GraphedStep.__call__ = dying  # type: ignore[method-assign]

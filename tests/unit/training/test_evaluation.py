@@ -22,11 +22,11 @@ from bertdist.data.tokenization import Example, open_examples
 from bertdist.models.classifier import Classifier, load_classifier
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
 from bertdist.training.evaluation import (
-    Evaluator,
+    Scorer,
     assert_each_row_once,
     describe_nonfinite_rows,
     evaluate_split,
-    no_number,
+    nonfinite_rows,
     predict_rows,
 )
 
@@ -129,7 +129,7 @@ def test_a_lost_or_repeated_row_is_seen(
         assert_each_row_once(torch.tensor(rows, dtype=torch.int64), total)
     assert (
         str(caught.value)
-        == f"{total} rows were to be scored once each; {lost} came not at all, {repeated} more than once"
+        == f"each of {total} rows must be evaluated once; {lost} are missing, {repeated} repeated"
     )
 
 
@@ -148,7 +148,7 @@ def test_a_deal_that_loses_or_repeats_a_row_cannot_be_scored(
     monkeypatch.setattr(
         batching, "balance_by_length", lambda *args: [change(share) for share in real(*args)]
     )
-    with pytest.raises(AssertionError, match="8 rows were to be scored once each"):
+    with pytest.raises(AssertionError, match="each of 8 rows must be evaluated once"):
         predict_rows(DatasetStats(), batches(), ONE_RANK)
 
 
@@ -167,7 +167,7 @@ def test_the_loss_is_the_mean_over_rows_taken_one_by_one(rows_per_step: int) -> 
         ("no", "yes"), class_weights=(3.0, 0.5), smoothing=0.1
     )  # which count in training only
     split = batches(rows_per_step=rows_per_step)
-    found = evaluate_split(DatasetStats(), split, Evaluator(TaskConfig(), task, None), ONE_RANK)
+    found = evaluate_split(DatasetStats(), split, Scorer(TaskConfig(), task, None), ONE_RANK)
     assert found.scores["loss"] == pytest.approx(math.fsum(map(by_hand, range(8))) / 8, rel=1e-15)
     assert list(found.scores) == ["loss", "accuracy", "f1_macro"]
     assert (
@@ -189,11 +189,11 @@ def test_the_loss_of_a_real_model_is_that_of_its_rows_alone(tiny_model: Path) ->
     torch.manual_seed(0)
     model: Classifier = load_classifier(config, task)[0].double().eval()
     examples = open_examples(records_of(texts), AutoTokenizer.from_pretrained(tiny_model), None, 64)
-    judge = Evaluator(TaskConfig(), task, None)
+    scorer = Scorer(TaskConfig(), task, None)
     found = evaluate_split(
         model,
         MapLoader(examples=examples, rows_per_step=4, tokens_per_micro_batch=16),
-        judge,
+        scorer,
         ONE_RANK,
     )
     with torch.no_grad():
@@ -208,7 +208,7 @@ def test_the_loss_of_a_real_model_is_that_of_its_rows_alone(tiny_model: Path) ->
     )  # logits travel as float32
 
 
-# ---- The judge
+# ---- The scorer
 
 
 @pytest.mark.parametrize(
@@ -237,17 +237,20 @@ def test_the_loss_of_a_real_model_is_that_of_its_rows_alone(tiny_model: Path) ->
         ),
     ],
 )
-def test_a_split_is_judged_by_hand(
+def test_scores_by_hand(
     task: Task, logits: list[Any], references: Any, loss: float, first: tuple[str, float]
 ) -> None:
-    found = Evaluator(TaskConfig(), task, None).judge(torch.tensor(logits), references)
+    found = Scorer(TaskConfig(), task, None).score(torch.tensor(logits), references)
     assert found.scores["loss"] == pytest.approx(loss, rel=1e-15)
     assert (next(name for name in found.scores if name != "loss"), found.selection_score) == (
         first[0],
         pytest.approx(first[1]),
     )
-    assert found.references is references
-    assert found.answers == task.to_records(torch.tensor(logits))
+    records = task.to_records(torch.tensor(logits))
+    assert found.predictions == [
+        {"row": row, **record, "truth": task.label(references[row])}
+        for row, record in enumerate(records)
+    ]
     assert (found.classes == {}) is isinstance(task, Regression)
 
 
@@ -255,9 +258,9 @@ def test_a_split_is_judged_by_hand(
     ("metric", "sign"), [("loss", -1), ("accuracy", 1), ("f1_macro", 1), (None, 1)]
 )
 def test_merit_is_more_where_the_weights_are_better(metric: str | None, sign: int) -> None:
-    judge = Evaluator(TaskConfig(metric_for_best_model=metric), SingleLabel(("no", "yes")), None)
+    scorer = Scorer(TaskConfig(metric_for_best_model=metric), SingleLabel(("no", "yes")), None)
     right, wrong = (
-        judge.judge(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), np.array(targets))
+        scorer.score(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), np.array(targets))
         for targets in ([0, 1], [1, 0])
     )
     assert right.selection_score == sign * right.scores[metric or "accuracy"]
@@ -265,9 +268,9 @@ def test_merit_is_more_where_the_weights_are_better(metric: str | None, sign: in
 
 
 def test_an_error_of_numbers_is_less_where_the_weights_are_better() -> None:
-    judge = Evaluator(TaskConfig(metrics=["mse", "pearson"]), Regression(("score",)), None)
+    scorer = Scorer(TaskConfig(metrics=["mse", "pearson"]), Regression(("score",)), None)
     near, far = (
-        judge.judge(torch.tensor([[1.0], [2.0]]), np.array(targets, dtype=np.float32))
+        scorer.score(torch.tensor([[1.0], [2.0]]), np.array(targets, dtype=np.float32))
         for targets in ([1.0, 2.5], [5.0, 7.0])
     )
     assert (near.scores["mse"], near.selection_score) == (0.125, -0.125)
@@ -288,7 +291,7 @@ def test_an_error_of_numbers_is_less_where_the_weights_are_better() -> None:
 def test_the_first_metric_picks_the_best_weights_unless_one_is_named(
     config: dict[str, Any], glue: str | None, main: str
 ) -> None:
-    assert Evaluator(TaskConfig(**config), SingleLabel(("no", "yes")), glue).main == main
+    assert Scorer(TaskConfig(**config), SingleLabel(("no", "yes")), glue).selection_metric == main
 
 
 @pytest.mark.parametrize(
@@ -310,7 +313,7 @@ def test_a_metric_that_is_not_computed_is_told_before_training(
     config: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        Evaluator(TaskConfig(**config), SingleLabel(("no", "yes")), None)
+        Scorer(TaskConfig(**config), SingleLabel(("no", "yes")), None)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
@@ -318,17 +321,17 @@ def test_a_metric_that_is_not_computed_is_told_before_training(
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_rows_without_a_number_have_no_scores(value: float) -> None:
     """The largest of NaNs is some label: without this a broken model has an accuracy."""
-    judge, logits = (
-        Evaluator(TaskConfig(), SingleLabel(("no", "yes")), None),
+    scorer, logits = (
+        Scorer(TaskConfig(), SingleLabel(("no", "yes")), None),
         torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 1.0]]),
     )
     assert (
-        no_number(logits) == ()
-        and judge.judge(logits, np.array([0, 1, 1])).scores["accuracy"] == 1.0
+        nonfinite_rows(logits) == ()
+        and scorer.score(logits, np.array([0, 1, 1])).scores["accuracy"] == 1.0
     )
     logits[2, 1] = value
-    found = judge.judge(logits, np.array([0, 1, 1]))
-    assert no_number(logits) == (2,) and all(
+    found = scorer.score(logits, np.array([0, 1, 1]))
+    assert nonfinite_rows(logits) == (2,) and all(
         math.isnan(score) for score in (*found.scores.values(), found.selection_score)
     )
     told = describe_nonfinite_rows((2, 5, 6, 9), 3_000, "row {}".format)

@@ -25,15 +25,15 @@ from bertdist.training import memory
 from bertdist.training.memory import (
     attempt,
     bytes_per_token,
+    compute_in_micro_batches,
     control_group_bytes,
-    doubled,
     find_tokens,
-    fitting,
     free_bytes,
-    halved,
+    halve_tokens,
     is_out_of_memory,
-    kept_bytes,
+    largest_fitting_tokens,
     power_of_two,
+    saved_activation_bytes,
 )
 
 CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ def test_a_power_of_two_is_the_largest_that_is_not_above(number: int) -> None:
 @given(tokens=st.integers(1, 10**6), lengths=st.lists(st.integers(1, 200), min_size=2, max_size=20))
 @example(tokens=150, lengths=[1, 74])
 def test_half_of_the_tokens_cut_the_batch_that_did_not_fit(tokens: int, lengths: list[int]) -> None:
-    found = halved(
+    found = halve_tokens(
         tokens, collate([Example(0, [1] * length, [0] * length, 0, 1.0) for length in lengths])
     )
     assert 1 <= found <= max(1, tokens // 2) and found < sum(lengths)
@@ -178,7 +178,7 @@ def test_doubling_ends_at_the_largest_that_fits(
         tried.append(tokens)
         return fixed + each * tokens
 
-    found = doubled(peak, first, most, budget)
+    found = largest_fitting_tokens(peak, first, most, budget)
     assert (
         tried == [tried[0] << i for i in range(len(tried))]
         and first <= tried[0] < 2 * first
@@ -196,7 +196,10 @@ def test_doubling_ends_at_the_largest_that_fits(
 )
 def test_doubling_ends_where_memory_does(fits: int, found: int) -> None:
     """Where free memory promised more than there is, as beside another program."""
-    assert doubled(lambda tokens: tokens if tokens <= fits else None, 32, 8192, 10**9) == found
+    assert (
+        largest_fitting_tokens(lambda tokens: tokens if tokens <= fits else None, 32, 8192, 10**9)
+        == found
+    )
 
 
 # --- Counting, on a CPU
@@ -226,9 +229,11 @@ def test_kept_bytes_are_counted_once_and_by_hand() -> None:
         return (y.exp() * y).sum()  # exp keeps its result; the product keeps both, y anew
 
     batch = collate(Rows([5])[[0]])
-    assert kept_bytes(compute, batch) == 3 * 5 * 16
+    assert saved_activation_bytes(compute, batch) == 3 * 5 * 16
     with torch.no_grad():
-        assert kept_bytes(compute, batch) == 3 * 5 * 16, "also where nobody wants gradients"
+        assert saved_activation_bytes(compute, batch) == 3 * 5 * 16, (
+            "also where nobody wants gradients"
+        )
 
 
 def linear(each: int) -> Callable[[PackedBatch], Tensor]:
@@ -304,7 +309,7 @@ def test_three_small_texts_tell_what_full_ones_keep(tiny_model: Path, dropout: f
 
     def kept(texts: int, length: int) -> int:
         batch = collate([example._replace(ids=[7] * length, segments=[0] * length)] * texts)
-        return kept_bytes(
+        return saved_activation_bytes(
             lambda batch: task.loss(model(batch), batch.targets, batch.weights), batch
         )
 
@@ -404,7 +409,7 @@ def test_what_does_not_fit_is_computed_in_pieces_each_text_once(
     split = batches(lengths, tokens_per_micro_batch=tokens, rows_per_step=rows_per_step)
     cut = [batch for step in split.steps(0, split.steps_per_epoch) for batch in step.share]
     model = Echo(room)
-    found = list(fitting(model, cut, split))
+    found = list(compute_in_micro_batches(model, cut, split))
     assert all(torch.equal(answer, batch.rows.float()) for batch, answer in found)
     assert [row for batch, _ in found for row in batch.rows.tolist()] == [
         row for batch in cut for row in batch.rows.tolist()
@@ -421,7 +426,7 @@ def test_a_text_that_does_not_fit_alone_is_named() -> None:
     split = batches([7, 3, 5, 2])
     (step,) = split.steps(0, 1)
     with pytest.raises(DataError) as caught:
-        list(fitting(Echo(100, stuck=2), step.share, split))
+        list(compute_in_micro_batches(Echo(100, stuck=2), step.share, split))
     assert str(caught.value) == (
         "x.tsv line 4: a text of 5 tokens (--max_length 64) does not fit into memory, not even alone (CUDA out of memory.). "
         "Take a smaller --max_length, or more memory."

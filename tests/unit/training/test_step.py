@@ -9,12 +9,13 @@ import torch
 from forked import run_ranks
 from torch import Tensor, nn
 
+from bertdist.core.config import BatchConfig
 from bertdist.core.errors import DataError
 from bertdist.data.batch import PackedBatch, Step
 from bertdist.data.sharding import MapLoader
 from bertdist.data.tokenization import Example
 from bertdist.distributed.collectives import all_reduce_min, host_group
-from bertdist.training import step as room
+from bertdist.training import step as step_module
 from bertdist.training.checkpoint import TrainState
 from bertdist.training.step import MicroBatcher
 
@@ -59,34 +60,41 @@ class Model(nn.Module):
         return loss.detach()
 
 
-def open_room(
-    tokens: int, model: nn.Module, progress: TrainState | None = None
+def open_with(
+    model: nn.Module, requested: int | None, state: TrainState, said: list[str], loader: Any = None
+) -> MicroBatcher:
+    config = BatchConfig(tokens_per_micro_batch=requested)
+    return MicroBatcher(model, loader, None, state, config, ONE_RANK, said.append)  # type: ignore[arg-type]
+
+
+def open_batcher(
+    tokens: int, model: nn.Module, state: TrainState | None = None
 ) -> tuple[MicroBatcher, Step, list[str]]:
     said: list[str] = []
     batches: Any = MapLoader(examples=Rows(), rows_per_step=5, tokens_per_micro_batch=tokens)  # type: ignore[arg-type]
-    found = MicroBatcher(model, batches, tokens, progress or TrainState(), ONE_RANK, said.append)
-    (step,) = found.rebatch(batches).steps(0, 1)
-    return found, step, said
+    batcher = open_with(model, tokens, state or TrainState(), said, batches)
+    (step,) = batcher.rebatch().steps(0, 1)
+    return batcher, step, said
 
 
 def gradient_and_loss(
     tokens: int, fits: int
 ) -> tuple[float, float, Model, MicroBatcher, list[str]]:
     model = Model(fits)
-    place, step, said = open_room(tokens, model)
+    batcher, step, said = open_batcher(tokens, model)
     torch.manual_seed(3)
-    loss = place.accumulate(model, step, model.backward).item()
+    loss = batcher.accumulate_gradients(model, step, model.backward).item()
     assert model.weight.grad is not None
-    return model.weight.grad.item(), loss, model, place, said
+    return model.weight.grad.item(), loss, model, batcher, said
 
 
 def test_a_step_with_room_is_taken_as_it_comes() -> None:
-    gradient, loss, model, place, said = gradient_and_loss(11, 100)
+    gradient, loss, model, batcher, said = gradient_and_loss(11, 100)
     assert model.asked == [([0, 1], False), ([2, 3, 4], True)] and said == []
     assert (
-        place.progress.tokens_per_micro_batch,
-        place.progress.tokens_requested,
-        place.progress.oom_retries,
+        batcher.state.tokens_per_micro_batch,
+        batcher.state.tokens_requested,
+        batcher.state.oom_retries,
     ) == (11, 11, 0)
     assert gradient == pytest.approx(loss)  # the weight is 1
 
@@ -99,41 +107,41 @@ def test_a_halved_step_is_the_step_that_was_cut_so_from_the_start(
     tokens: int, fits: int, least: int
 ) -> None:
     """Rows, gradient, loss and random numbers, to the bit."""
-    gradient, loss, model, place, said = gradient_and_loss(tokens, fits)
-    least = place.progress.tokens_per_micro_batch
+    gradient, loss, model, batcher, said = gradient_and_loss(tokens, fits)
+    least = batcher.state.tokens_per_micro_batch
     calm = gradient_and_loss(least, 10**9)
     assert (gradient, loss) == calm[:2]
     assert model.asked[-len(calm[2].asked) :] == calm[2].asked
-    assert place.progress.oom_retries == len(said) >= 1
+    assert batcher.state.oom_retries == len(said) >= 1
     assert (
         said[-1]
-        == f"Out of memory in step 1; taken again. Micro-batches of at most {least} tokens from here on."
+        == f"Out of memory in step 1; the step is repeated. Micro-batch size from here on: up to {least} tokens."
     )
 
 
-@pytest.mark.parametrize("forgotten", ["throw_away", "reseed"])
+@pytest.mark.parametrize("forgotten", ["discard_gradients", "restore_random_state"])
 def test_half_a_gradient_and_other_random_numbers_would_be_seen(
     forgotten: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, forgotten, lambda *args: None)
-    gradient, *_, place, _ = gradient_and_loss(20, 12)
-    assert gradient != gradient_and_loss(place.progress.tokens_per_micro_batch, 10**9)[0]
+    monkeypatch.setattr(step_module, forgotten, lambda *args: None)
+    gradient, *_, batcher, _ = gradient_and_loss(20, 12)
+    assert gradient != gradient_and_loss(batcher.state.tokens_per_micro_batch, 10**9)[0]
 
 
 def test_the_next_step_of_the_loader_is_cut_by_the_new_size() -> None:
     """Workers are ahead and cut by the old one."""
-    _, _, model, place, said = gradient_and_loss(20, 12)
+    _, _, model, batcher, said = gradient_and_loss(20, 12)
     (step,) = MapLoader(examples=Rows(), rows_per_step=5, tokens_per_micro_batch=20).steps(0, 1)  # type: ignore[arg-type]
     model.asked.clear()
-    place.accumulate(model, step, model.backward)
+    batcher.accumulate_gradients(model, step, model.backward)
     assert len(said) == 1 and model.asked == [([0], False), ([1, 2], False), ([3, 4], True)]
 
 
 def test_a_text_that_does_not_fit_alone_is_an_error() -> None:
     model = Model(4, texts=1)
-    place, step, _ = open_room(20, model)
+    batcher, step, _ = open_batcher(20, model)
     with pytest.raises(DataError) as caught:
-        place.accumulate(model, step, model.backward)
+        batcher.accumulate_gradients(model, step, model.backward)
     assert str(caught.value) == (
         "x.tsv line 2: a text of 6 tokens (--max_length 8) does not fit into memory, not even alone (CUDA out of memory.). "
         "Take a smaller --max_length, --gradient_checkpointing, or more memory."
@@ -144,9 +152,9 @@ def test_other_errors_stay_what_they_are() -> None:
     def broken(batch: PackedBatch, final: bool) -> Tensor:
         raise RuntimeError("shapes differ")
 
-    place, step, _ = open_room(20, Model(1))
+    batcher, step, _ = open_batcher(20, Model(1))
     with pytest.raises(RuntimeError, match=r"^shapes differ$"):
-        place.accumulate(Model(1), step, broken)
+        batcher.accumulate_gradients(Model(1), step, broken)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +175,7 @@ def test_other_errors_stay_what_they_are() -> None:
 def test_what_is_asked_for_wins_and_progress_remembers(
     asked: int | None, before: TrainState, tokens: int
 ) -> None:
-    MicroBatcher(Model(1), None, asked, before, ONE_RANK, print)  # type: ignore[arg-type]
+    open_with(Model(1), asked, before, [])
     assert before.tokens_per_micro_batch == tokens
 
 
@@ -179,18 +187,20 @@ def test_what_is_found_leaves_room_for_gradients_and_averages(
     adamw = torch.optim.AdamW(model.parameters())
     needs: list[int] = []
     monkeypatch.setattr(
-        room, "find_tokens", lambda loss, batches, device, needed: needs.append(needed) or 256
+        step_module,
+        "find_tokens",
+        lambda loss, batches, device, needed: needs.append(needed) or 256,
     )
     said: list[str] = []
     for _ in range(2):
-        place = MicroBatcher(model, None, None, TrainState(), ONE_RANK, said.append)  # type: ignore[arg-type]
+        batcher = open_with(model, None, TrainState(), said)
         model(torch.ones(1, 100)).sum().backward()
-        place.find(lambda batch: torch.zeros(()), model, adamw)
-        assert place.progress.tokens_per_micro_batch == 256 and model.weight.grad is None
+        batcher.find_budget(model, adamw)
+        assert batcher.state.tokens_per_micro_batch == 256 and model.weight.grad is None
         model(torch.ones(1, 100)).sum().backward()
         adamw.step()
     assert needs == [1200, 400]
-    assert said == ["Micro-batches of at most 256 tokens: found from free memory."] * 2
+    assert said == ["Micro-batch size: up to 256 tokens (chosen from free memory)."] * 2
 
 
 def test_the_smallest_of_all_ranks_is_known_to_all() -> None:

@@ -1,0 +1,478 @@
+"""metrics.jsonl and status.json can be read after any crash; messages are shown literally."""
+
+import contextlib
+import json
+import math
+import os
+import resource
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bertdist.core.args import read_config
+from bertdist.core.config import config_to_yaml
+from bertdist.core.errors import CheckpointError, DataError
+from bertdist.core.terminal import print_error
+from bertdist.training.checkpoint import TrainState
+from bertdist.training.run_logger import RunLogger
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+
+
+def status_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "status.json").read_text())
+    return found
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunLogger:
+    """A log that writes to a file or a pipe, whoever runs the tests."""
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    return RunLogger(tmp_path, enabled=True)
+
+
+@pytest.fixture
+def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunLogger:
+    """A log that believes that it writes to a terminal with colours."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    found = RunLogger(tmp_path, enabled=True)
+    assert found.console.is_terminal
+    return found
+
+
+def test_a_record_is_one_json_line(log: RunLogger, tmp_path: Path) -> None:
+    log.record("train", 1, loss=0.5, epoch=0.1)
+    log.record("eval", 1, accuracy=0.25, note="grün\nund")
+    assert lines_of(tmp_path) == [
+        {"kind": "train", "step": 1, "loss": 0.5, "epoch": 0.1},
+        {"kind": "eval", "step": 1, "accuracy": 0.25, "note": "grün\nund"},
+    ]
+    assert "grün" in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_json_does_not_have_is_null(
+    value: float, log: RunLogger, tmp_path: Path
+) -> None:
+    log.record("train", 1, loss=value, grad_norm=1.0)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=refuse) == {
+        "kind": "train",
+        "step": 1,
+        "loss": None,
+        "grad_norm": 1.0,
+    }
+    with pytest.raises(AssertionError):
+        json.loads(
+            json.dumps(value), parse_constant=refuse
+        )  # the control: plain json would have written a word
+
+
+def test_floats_are_written_exactly(log: RunLogger, tmp_path: Path) -> None:
+    values = {"a": 0.1 + 0.2, "b": 1e-300, "c": 5e-324, "d": 1 / 3}
+    log.record("train", 1, **values)
+    assert lines_of(tmp_path)[0] == {"kind": "train", "step": 1, **values}
+
+
+def test_trackers_get_the_same_numbers_with_their_kind(tmp_path: Path) -> None:
+    seen: list[Any] = []
+    log = RunLogger(tmp_path, enabled=True, track=lambda values, step: seen.append((values, step)))
+    log.record("eval", 7, loss=math.nan, accuracy=0.5)
+    assert seen == [({"eval_loss": None, "eval_accuracy": 0.5}, 7)]
+
+
+def test_a_silent_rank_writes_and_shows_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Any] = []
+    with RunLogger(
+        tmp_path / "run", enabled=False, track=lambda values, step: seen.append(values)
+    ) as log:
+        log.say("hello")
+        log.begin(0, {"config.yaml": "seed: 1\n"})
+        log.status("running", 0)
+        with log.progress((step for step in range(2)), 10) as steps:
+            assert list(steps) == [0, 1]
+        log.record("train", 1, loss=0.5)
+        log.log_summary(TrainState(step=1), 2, "SIGTERM", None)
+        log.table("title", ["a"], [[1]])
+    assert (list(tmp_path.iterdir()), seen, capfd.readouterr()) == ([], [], ("", ""))
+
+
+OLD = [{"kind": kind, "step": step} for step in (1, 2, 3) for kind in ("train", "eval")]
+
+
+def write_old(folder: Path, tail: bytes = b"") -> None:
+    (folder / "metrics.jsonl").write_bytes(
+        b"".join(json.dumps(line).encode() + b"\n" for line in OLD) + tail
+    )
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, 0), (1, 2), (2, 4), (3, 6), (99, 6)])
+def test_lines_of_steps_that_are_taken_again_are_dropped(
+    step: int, kept: int, log: RunLogger, tmp_path: Path
+) -> None:
+    write_old(tmp_path)
+    log.begin(step, {})
+    assert lines_of(tmp_path) == OLD[:kept]
+
+
+@pytest.mark.parametrize(
+    "torn",
+    [
+        b'{"kind": "train", "ste',
+        b'{"kind": "train", "step": 3',
+        b'{"kind": "tr\xc3',
+        b"\x00\x00\x00",
+        b"[1]\n",
+        b'"step"\n',
+        b"{}\n",
+        b'{"step": "3"}\n',
+    ],
+)
+def test_a_torn_line_is_dropped_and_the_next_one_stands_alone(
+    torn: bytes, log: RunLogger, tmp_path: Path
+) -> None:
+    write_old(tmp_path, torn)
+    log.begin(3, {})
+    log.record("train", 4, loss=1.0)
+    assert lines_of(tmp_path) == [*OLD, {"kind": "train", "step": 4, "loss": 1.0}]
+
+
+def test_what_a_stopped_process_said_of_itself_goes_and_what_the_last_one_said_stays(
+    log: RunLogger, tmp_path: Path
+) -> None:
+    write_old(tmp_path)
+    log.write("meter", 3, finished=False, tokens_per_second=1.0)
+    log.begin(3, {})
+    assert lines_of(tmp_path) == OLD
+    log.write("meter", 3, finished=True)
+    log.begin(3, {})
+    assert lines_of(tmp_path) == [*OLD, {"kind": "meter", "step": 3, "finished": True}]
+
+
+def test_a_whole_last_line_without_its_end_is_kept(log: RunLogger, tmp_path: Path) -> None:
+    write_old(tmp_path)
+    os.truncate(tmp_path / "metrics.jsonl", (tmp_path / "metrics.jsonl").stat().st_size - 1)
+    log.begin(3, {})
+    log.record("train", 4)
+    assert lines_of(tmp_path) == [*OLD, {"kind": "train", "step": 4}]
+
+
+def test_kept_lines_are_not_rewritten(log: RunLogger, tmp_path: Path) -> None:
+    odd = '{"step":1,   "note": "grün", "x": 1.10}\n'.encode()
+    (tmp_path / "metrics.jsonl").write_bytes(odd + b'{"step": 2}\n')
+    log.begin(1, {})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == odd
+
+
+def test_a_fresh_folder_gets_its_files_and_no_metrics(tmp_path: Path) -> None:
+    RunLogger(tmp_path / "deep" / "run", enabled=True).begin(
+        0, {"config.yaml": "text_column: grün\n"}
+    )
+    assert [path.name for path in (tmp_path / "deep" / "run").iterdir()] == ["config.yaml"]
+    assert (tmp_path / "deep" / "run" / "config.yaml").read_text(
+        encoding="utf-8"
+    ) == "text_column: grün\n"
+
+
+def test_the_status_is_what_was_said_last(log: RunLogger, tmp_path: Path) -> None:
+    log.status("running", 3)
+    assert status_of(tmp_path) == {"state": "running", "step": 3, "reason": ""}
+    log.status("preempted", 5, 'SIGTERM "now"')
+    assert status_of(tmp_path) == {"state": "preempted", "step": 5, "reason": 'SIGTERM "now"'}
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (DataError("bad row"), "bad row"),
+        (ValueError(), "ValueError"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+    ],
+)
+def test_a_run_that_breaks_says_why(error: BaseException, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(type(error)), RunLogger(tmp_path, enabled=True) as log:
+        log.status("running", 3)
+        raise error
+    assert status_of(tmp_path) == {"state": "failed", "step": 3, "reason": reason}
+
+
+def test_a_run_that_never_began_leaves_the_last_status_alone(tmp_path: Path) -> None:
+    before = {"state": "finished", "step": 9, "reason": ""}
+    (tmp_path / "status.json").write_text(json.dumps(before))
+    with pytest.raises(DataError), RunLogger(tmp_path, enabled=True):
+        raise DataError("a typing error in the command, the second time")
+    assert status_of(tmp_path) == before
+
+
+def test_a_run_that_ended_well_stays_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError), RunLogger(tmp_path, enabled=True) as log:
+        log.status("running", 3)
+        log.status("finished", 9)
+        raise ValueError("a tracker cannot say good-bye")
+    assert status_of(tmp_path) == {"state": "finished", "step": 9, "reason": ""}
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(CheckpointError) as caught:
+            RunLogger(folder, enabled=True)
+        assert str(caught.value).startswith(f"Cannot write {folder}: ")
+        assert len(str(caught.value).splitlines()) == 1
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_line_and_the_old_file_stays(log: RunLogger, tmp_path: Path) -> None:
+    log.status("running", 1)
+    calls = [
+        (lambda: log.record("train", 2, loss=1.0), tmp_path),
+        (lambda: log.status("running", 2), tmp_path / "status.json"),
+        (lambda: log.begin(0, {"config.yaml": "x"}), tmp_path / "config.yaml"),
+    ]
+    for call, place in calls:
+        with full_disk(), pytest.raises(CheckpointError) as caught:
+            call()
+        assert str(caught.value) == f"Cannot write {place}: File too large."
+    assert status_of(tmp_path)["step"] == 1
+
+
+def test_an_error_that_is_not_of_the_disk_keeps_its_name(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        RunLogger(tmp_path, enabled=True).record("train", 1, loss=object())
+
+
+MARKUP = "[bold]x[/bold] [/] [red]y :smile: [link=http://a]b[/link] \\[z]"
+
+
+def test_lines_are_shown_as_they_are(log: RunLogger, capfd: pytest.CaptureFixture[str]) -> None:
+    long = "word " * 100
+    log.say(MARKUP, long, "")
+    assert capfd.readouterr() == ("", f"{MARKUP}\n{long}\n\n")
+
+
+def test_markup_in_data_is_text_everywhere(
+    terminal: RunLogger, capfd: pytest.CaptureFixture[str]
+) -> None:
+    terminal.say(MARKUP)
+    terminal.record("eval", 1, note=MARKUP)
+    terminal.table(MARKUP, [MARKUP], [[MARKUP]])
+    print_error(DataError(MARKUP))
+    shown = capfd.readouterr().err
+    plain = shown
+    for code in (
+        "\x1b[0m",
+        "\x1b[1m",
+        "\x1b[3m",
+        "\x1b[1;35m",
+    ):  # what rich itself adds: bold heads, a slanted title
+        plain = plain.replace(code, "")
+    assert "\x1b" not in plain
+    assert plain.count("[bold]x[/bold]") == 6
+    assert ":smile:" in plain and "[link=" in plain
+
+
+ESCAPES = [
+    "\x1b[31mred",
+    "\x1b]0;title\x07",
+    "\x1b[2Jgone",
+    "\x9b31m",
+    "back\x08\x08",
+    "line\rover",
+]
+
+
+@pytest.mark.parametrize("text", ESCAPES)
+def test_escape_codes_in_data_do_not_reach_the_terminal(
+    text: str, log: RunLogger, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log.say(text)
+    log.record("eval", 1, note=text)
+    log.table("title", ["head"], [[text]])
+    print_error(DataError(text))
+    shown = capfd.readouterr().err
+    assert not set(shown) & set("\x1b\x9b\x08\x07\r"), repr(shown)
+
+
+def test_a_line_can_be_written_without_being_shown(
+    log: RunLogger, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log.write("meter", 3, train_seconds=1.5)
+    assert capfd.readouterr().err == ""
+    assert lines_of(tmp_path) == [{"kind": "meter", "step": 3, "train_seconds": 1.5}]
+    log.record("meter", 3, train_seconds=1.5)
+    assert "train_seconds" in capfd.readouterr().err  # the control
+
+
+def test_numbers_are_short_on_the_screen_only(
+    log: RunLogger, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log.record(
+        "train",
+        12,
+        loss=0.123456789,
+        tokens_per_second=123456.7,
+        tokens=7,
+        bad=math.nan,
+        table=[1, 2],
+    )
+    assert (
+        capfd.readouterr().err
+        == "train step     12  loss 0.1235  tokens_per_second 123,457  tokens 7  bad nan\n"
+    )
+    assert lines_of(tmp_path)[0]["loss"] == 0.123456789
+
+
+def take_a_step(log: RunLogger) -> None:
+    log.state = TrainState(step=1)
+    steps = (log.state for _ in range(1))
+    with log, log.progress(steps, 3) as tracked:
+        for state in tracked:
+            state.step += 1
+            log.record("train", 2, loss=1.0, tokens_per_second=5.0)
+
+
+def test_the_steps_are_closed_by_an_error_too(log: RunLogger) -> None:
+    closed: list[int] = []
+
+    def steps() -> Generator[int]:
+        try:
+            yield from range(9)
+        finally:
+            closed.append(1)
+
+    with pytest.raises(DataError), log.progress(steps(), 9) as tracked:
+        assert next(tracked) == 0 and not closed
+        raise DataError("a bad row")
+    assert closed == [1]
+
+
+def test_a_terminal_has_a_progress_bar(
+    terminal: RunLogger, capfd: pytest.CaptureFixture[str]
+) -> None:
+    take_a_step(terminal)
+    shown = capfd.readouterr().err
+    assert "2/3" in shown and "loss 1  5 tokens/s" in shown
+    assert "\x1b[?25h" in shown[-8:]  # the cursor is there again
+
+
+def test_a_file_has_lines_instead_of_a_progress_bar(
+    log: RunLogger, capfd: pytest.CaptureFixture[str]
+) -> None:
+    take_a_step(log)
+    assert capfd.readouterr().err == "train step      2  loss 1  tokens_per_second 5\n"
+
+
+# ---- Lines about training
+
+
+def test_an_evaluation_is_one_line(log: RunLogger, tmp_path: Path) -> None:
+    log.log_eval(8, 2.0, {"loss": 0.5, "accuracy": 1.0})
+    assert lines_of(tmp_path) == [
+        {"kind": "eval", "step": 8, "epoch": 2.0, "loss": 0.5, "accuracy": 1.0}
+    ]
+
+
+def test_a_training_line_is_the_mean_since_the_last_one(log: RunLogger, tmp_path: Path) -> None:
+    """Sums are divided; a mean of means would be 0.875."""
+    state = TrainState(step=2, tokens=9, unlogged_steps=[[3.0, 4.0], [1.0, 1.0]])
+    log.log_training(state, 0.5, 0.1, 2.0, {"padding_factor": 1.0})
+    assert lines_of(tmp_path) == [
+        {"kind": "train", "step": 2, "epoch": 0.5, "loss": 0.8, "learning_rate": 0.1}
+        | {"grad_norm": 2.0, "padding_factor": 1.0, "tokens": 9}
+    ]
+    assert state.unlogged_steps == []
+    log.log_training(state, 0.5, 0.1, 2.0, {})
+    assert lines_of(tmp_path)[1]["loss"] is None, "no step"
+
+
+@pytest.mark.parametrize(
+    ("state", "message", "status"),
+    [
+        (
+            TrainState(step=8, finished=True, best_step=4),
+            "Finished: 8 steps, best weights (step 4) in ",
+            "finished",
+        ),
+        (
+            TrainState(step=4),
+            "Stopped (SIGTERM): step 4 of 8 is saved. Rerun the same command to resume.",
+            "preempted",
+        ),
+        (
+            TrainState(step=4, evaluation_pending=True),
+            "step 4 of 8 is saved. Rerun the same command to resume, starting with the evaluation.",
+            "preempted",
+        ),
+        (
+            TrainState(),
+            "Stopped (SIGTERM) before the first step. Rerun the same command to start.",
+            "preempted",
+        ),
+    ],
+)
+def test_the_summary(
+    state: TrainState, message: str, status: str, log: RunLogger, tmp_path: Path, capfd: Any
+) -> None:
+    log.log_summary(state, 8, "SIGTERM", None)
+    assert message in capfd.readouterr().err
+    assert status_of(tmp_path)["state"] == status
+
+
+def test_a_finished_run_shows_its_best_evaluation(log: RunLogger, capfd: Any) -> None:
+    report = {
+        "step": 4,
+        "labels": ["no", "yes"],
+        "per_class": [{"label": "no", "f1": 0.5}, {"label": "yes", "f1": 0.25}],
+        "confusion": [[3, 1], [0, 7]],
+    }
+    log.log_summary(TrainState(step=8, finished=True, best_step=4), 8, "", report)
+    shown = capfd.readouterr().err
+    assert "Scores per label, step 4" in shown and "0.25" in shown
+    assert "Confusion matrix (rows: true, columns: predicted)" in shown and "7" in shown
+    report |= {"labels": ["a"] * 25, "per_class": [{"label": "a", "f1": 0.5}] * 25}
+    log.log_summary(TrainState(step=8, finished=True), 8, "", report)
+    assert "Scores per label" not in capfd.readouterr().err, "too large for a screen"
+
+
+def test_a_start_describes_the_run(log: RunLogger, tmp_path: Path) -> None:
+    write_old(tmp_path)
+    config = read_config(["--model_name_or_path=m", "--train_file=t.tsv", "--output_dir=o"])
+    accelerator: Any = SimpleNamespace(
+        num_processes=2, device=torch.device("cpu"), mixed_precision="no"
+    )
+    log.start(TrainState(step=2, evaluation_pending=True), config, accelerator)
+    assert (tmp_path / "config.yaml").read_text() == config_to_yaml(config)
+    facts = json.loads((tmp_path / "environment.json").read_text())
+    assert facts["packages"]["torch"] == torch.__version__
+    assert (facts["processes"], facts["device"], facts["mixed_precision"]) == (2, "cpu", "no")
+    assert status_of(tmp_path) == {"state": "running", "step": 2, "reason": ""}
+    assert lines_of(tmp_path) == OLD[:3], "the evaluation of step 2 will be repeated"
+    log.start(TrainState(step=1, finished=True), config, accelerator)
+    assert status_of(tmp_path)["state"] == "finished" and lines_of(tmp_path) == OLD[:2]
