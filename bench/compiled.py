@@ -1,10 +1,11 @@
-"""Whether --torch_compile makes a training step faster on this machine's CPU: eager and compiled steps, taking turns in one process.
+"""Whether --torch_compile makes a training step faster on a CPU: eager and compiled in turns.
 
-    python -m bench.compiled                                             # SST-2's training rows beside the repository, demo/model
+    python -m bench.compiled    # SST-2's training rows beside the repository, demo/model
     python -m bench.compiled --train_file demo/data/train.tsv --threads 2
 
-Of each step the fastest of all rounds counts. Timed are forward, backward, clipping and AdamW, in seconds of processor time: with one
-thread they say what a step costs however busy the machine is; with several, threads that wait for each other count too.
+The fastest of all rounds counts for each step. Timed are forward, backward, clipping and AdamW, in
+seconds of processor time: with one thread they are what a step costs however busy the machine is;
+with several, threads that wait for each other count too.
 """
 
 import argparse
@@ -38,25 +39,25 @@ from bertdist.training.optimizer import create_optimizer
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    found = argparse.ArgumentParser(
+    result = argparse.ArgumentParser(
         prog="python -m bench.compiled", description="Eager and compiled steps.", allow_abbrev=False
     )
-    add = found.add_argument
-    add(
-        "--train_file",
-        default=str(SST2),
-        help="Rows. Default: SST-2's training rows in ../shared/data, where they are.",
-    )
+    add = result.add_argument
+    rows = "Rows. Default: SST-2's training rows in ../shared/data, if they are there."
+    add("--train_file", default=str(SST2), help=rows)
     add("--model_name_or_path", default="demo/model", help="Folder of the model.")
-    add("--batch_size", type=positive, default=32, help="Rows of a step.")
-    add("--steps", type=positive, default=6, help="Steps, each with rows of its own.")
-    add("--rounds", type=positive, default=10, help="Times that each step is taken in each way.")
+    add("--batch_size", type=positive, default=32, help="Rows per step.")
+    add("--steps", type=positive, default=6, help="Steps, each with its own rows.")
+    add("--rounds", type=positive, default=10, help="Times that each step is timed in each way.")
     add("--threads", type=positive, default=1, help="Threads of torch.")
-    return found
+    return result
 
 
 def compare(args: argparse.Namespace, backend: Backend = "inductor") -> tuple[float, float, str]:
-    """Processor seconds of all steps, eager and compiled, and what was said; raises BenchError and BertdistError."""
+    """Processor seconds of all steps, eager and compiled, and a note.
+
+    Raises BenchError and BertdistError.
+    """
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     config = ModelConfig(model_name_or_path=args.model_name_or_path)
@@ -71,44 +72,37 @@ def compare(args: argparse.Namespace, backend: Backend = "inductor") -> tuple[fl
     )
     steps = [step.share[0] for step in batches.steps(0, min(args.steps, batches.steps_per_epoch))]
     classifier, _ = load_classifier(config, task)
-    adamw = create_optimizer(
-        classifier.train(), OptimConfig(learning_rate=0.0)
-    )  # every round takes the same steps
-    said = compile_layers(classifier, Accelerator(cpu=True), backend)
-    if "cannot" in said:
-        raise BenchError(said)
+    # learning rate 0: every round has the same steps
+    adamw = create_optimizer(classifier.train(), OptimConfig(learning_rate=0.0))
+    message = compile_layers(classifier, Accelerator(cpu=True), backend)
+    if "cannot" in message:
+        raise BenchError(message)
     compiled = {
-        module: module.forward for module in classifier.modules() if "forward" in vars(module)
-    }
-    layers = {
-        module: forward
-        for module, forward in compiled.items()
-        if forward.__module__ == "bertdist.models.compile"
+        layer: layer.forward
+        for layer in classifier.modules()
+        if "forward" in vars(layer) and layer.forward.__module__ == "bertdist.models.compile"
     }
     fastest: dict[tuple[int, bool], float] = {}
     for turn in range(args.rounds):
         for number, batch in enumerate(steps):
             for fast in (turn % 2 == 0, turn % 2 == 1):
-                for layer, forward in layers.items():
-                    vars(layer).update(forward=forward) if fast else vars(layer).pop(
-                        "forward", None
-                    )
-                took = seconds(classifier, adamw, batch, task, number)
-                fastest[number, fast] = min(took, fastest.get((number, fast), took))
+                for layer, forward in compiled.items():
+                    vars(layer).pop("forward", None)
+                    if fast:
+                        layer.forward = forward
+                time = seconds(classifier, adamw, batch, task, number)
+                fastest[number, fast] = min(time, fastest.get((number, fast), time))
     eager, quick = (
-        sum(took for (_, fast), took in fastest.items() if fast == which) for which in (False, True)
+        sum(time for (_, fast), time in fastest.items() if fast == which) for which in (False, True)
     )
-    return (
-        eager,
-        quick,
-        f"{said} {len(steps)} steps of {sum(len(batch.ids) for batch in steps) / len(steps):.0f} tokens.",
-    )
+    tokens = sum(len(batch.ids) for batch in steps) / len(steps)
+    return eager, quick, f"{message} {len(steps)} steps of {tokens:.0f} tokens."
 
 
 def seconds(
     classifier: Any, adamw: torch.optim.Optimizer, batch: PackedBatch, task: Task, number: int
 ) -> float:
-    """Processor time of a step."""
+    """Processor time of one step."""
     seed_dropout(1, number, 0)
     begin = process_time()
     (task.loss(classifier(batch), batch.targets, batch.weights) / len(batch.lengths)).backward()
@@ -118,16 +112,17 @@ def seconds(
     return process_time() - begin
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """The command line; exit code 0, or 1 with one line for what a user can mend."""
-    args = parser().parse_args(words)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; exit code 0, or 1 with one line for a user's mistake."""
+    args = parser().parse_args(arguments)
     try:
-        eager, quick, said = compare(args)
+        eager, quick, message = compare(args)
     except (BenchError, BertdistError) as error:
         say(str(error))
         return 1
     print(
-        f"{said}\nProcessor time with {args.threads} thread(s): eager {eager:.3f} s, compiled {quick:.3f} s, {quick / eager:.3f} times."
+        f"{message}\nProcessor time with {args.threads} thread(s): eager {eager:.3f} s, "
+        f"compiled {quick:.3f} s, {quick / eager:.3f} times."
     )
     return 0
 

@@ -8,16 +8,12 @@ MiniLM-L6, 6% for BERT-base. Where the head reads the mean of a text (ModernBERT
 leave the last layer, and their mean takes the place of the first token.
 
 A new model family touches three files:
-1. models/architectures.py: one entry in ARCHITECTURES, keyed by the `model_type` of its
-   config.json, and one layer written as two functions (attention, and what follows it) over its own
-   submodules.
-2. models/<family>.py, only where transformers offers no attention interface for it:
-   models/deberta.py.
-3. tests/unit/models/test_architectures.py: one entry in KINDS; the test fails for a family without
-   one.
+1. models/architectures.py: one entry in ARCHITECTURES, by the `model_type` of its config.json, with
+   one layer written as two functions over its own submodules: attention, and what follows it.
+2. models/<family>.py, only where transformers has no attention interface for it, as deberta.py.
+3. tests/unit/models/test_architectures.py: one entry in KINDS; a family without one fails there.
 
-Legend: T tokens and N texts of a micro-batch; Q is T, or N where only first tokens are computed; D
-head size.
+Legend: T tokens, N texts; Q is T, or N where only first tokens are computed; D head size.
 """
 
 from collections.abc import Callable
@@ -53,12 +49,10 @@ class Architecture:
     after_attention: AfterAttention | None = None
 
 
-def _bert_attention(
-    layer: Any, queries: Tensor, x: Tensor, packing: Packing, **unused: Any
-) -> Tensor:
+def _bert_attention(layer: Any, query: Tensor, x: Tensor, packing: Packing, **_: Any) -> Tensor:
     """BERT's layer, also RoBERTa's and ELECTRA's."""
     module = layer.attention.self
-    q, k, v = module.query(queries), module.key(x), module.value(x)
+    q, k, v = module.query(query), module.key(x), module.value(x)
     return _attend(module, q, k, v, module.dropout.p, packing)
 
 
@@ -69,10 +63,10 @@ def _bert_after_attention(layer: Any, context: Tensor, residual: Tensor) -> Tens
 
 
 def _distilbert_attention(
-    layer: Any, queries: Tensor, x: Tensor, packing: Packing, **unused: Any
+    layer: Any, query: Tensor, x: Tensor, packing: Packing, **_: Any
 ) -> Tensor:
     module = layer.attention
-    q, k, v = module.q_lin(queries), module.k_lin(x), module.v_lin(x)
+    q, k, v = module.q_lin(query), module.k_lin(x), module.v_lin(x)
     return _attend(module, q, k, v, module.dropout.p, packing)
 
 
@@ -82,11 +76,9 @@ def _distilbert_after_attention(layer: Any, context: Tensor, residual: Tensor) -
     return out
 
 
-def _albert_attention(
-    layer: Any, queries: Tensor, x: Tensor, packing: Packing, **unused: Any
-) -> Tensor:
+def _albert_attention(layer: Any, query: Tensor, x: Tensor, packing: Packing, **_: Any) -> Tensor:
     module = layer.attention
-    q, k, v = module.query(queries), module.key(x), module.value(x)
+    q, k, v = module.query(query), module.key(x), module.value(x)
     return _attend(module, q, k, v, module.attention_dropout.p, packing)
 
 
@@ -103,7 +95,7 @@ def _modernbert_attention(
     x: Tensor,
     packing: Packing,
     position_embeddings: tuple[Tensor, Tensor],
-    **unused: Any,
+    **_: Any,
 ) -> Tensor:
     """position_embeddings: cosines and sines of the positions, each (1, T, D)."""
     module, normed = layer.attn, layer.attn_norm(x)

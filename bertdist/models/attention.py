@@ -2,13 +2,12 @@
 
 Usage: load a model with `attn_implementation=NAME` after `register()`, and hand it
 `packing=build_packing(...)` of the micro-batch as a keyword argument; transformers carries it down
-to `packed_attention`. In a layer that computes the first token of each text only, there are N
-queries instead of T.
+to `packed_attention`. A layer that computes the first token of each text only has N queries, not T.
 
 Three kernels, equal to float32 rounding (tests/unit/models/test_attention.py):
-  buckets   batched products over texts of about one length (cpu_attention.py). For the CPU. varlen
-  flash attention over the packed row, dropout inside. For CUDA in half precision. padded
-  queries, keys and values only are padded to (N, longest): one SDPA with a mask. For all else.
+  buckets   batched products over texts of about one length (cpu_attention.py). For the CPU.
+  varlen    flash attention over the packed row, dropout inside. For CUDA in half precision.
+  padded    queries, keys and values are padded to (N, longest): one SDPA with a mask. For all else.
 
 Legend: T tokens, N texts, H heads, D head size; Q is T, or N where only first tokens are computed.
 """

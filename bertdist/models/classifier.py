@@ -11,8 +11,7 @@ saved folder stay plain Hugging Face.
 
 An architecture that architectures.py does not know is given texts padded to the longest of the
 micro-batch, if that changes no logits: this is tried when it is loaded. Where it does (FNet mixes
-all positions, XLNet's head reads the last), only texts of equal length run together, without
-padding.
+all positions, XLNet's head reads the last), only texts of equal length run together, unpadded.
 
 Legend: T tokens, N texts, O outputs of the task.
 """

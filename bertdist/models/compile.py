@@ -4,10 +4,9 @@
 leaves them eager and says why.
 
 1. Compiled is what follows attention in a layer (`after_attention` in architectures.py): there each
-   token is by itself, so one number differs from call to call, T, and it is dynamic. One
-   compilation serves all layers and all steps. Attention, which groups texts by length, the last
-   layer, of which only first tokens are computed, embeddings, head and all of evaluation run
-   eagerly.
+   token is by itself, so only T differs from call to call, and is dynamic. One compilation serves
+   all layers and steps. Attention, which groups texts by length, the last layer, of which only
+   first tokens are computed, embeddings, head and evaluation run eagerly.
 2. Dropout masks are drawn outside, from the rows' own bits (CPU) or by torch's own operator
    (elsewhere): they are the eager ones.
 3. Forward and backward are compiled before the first step, on synthetic texts of always the same
@@ -17,7 +16,7 @@ leaves them eager and says why.
 4. From then on nothing is compiled: a size that would need it (a single token) runs eagerly.
 5. Whatever raises in 3, on any rank, the layers of all ranks run eagerly, and the run continues.
 
-Legend: T tokens, Q queries (here Q is T).
+Legend: T tokens.
 """
 
 import textwrap
@@ -48,8 +47,7 @@ Backend = str | Callable[..., Any]
 def compile_layers(
     classifier: Classifier, accelerator: Accelerator, backend: Backend = "inductor"
 ) -> str:
-    """Compile the layers of a classifier, prepared and in training mode, in place. All ranks call
-    it.
+    """Compile the layers of a prepared classifier in training mode, in place. All ranks call it.
 
     backend: torch.compile's. Returns a one-line message; never raises: what cannot be compiled runs
     eagerly. What was compiled before in this process is discarded.

@@ -1,19 +1,16 @@
-"""Attention of many short texts on a CPU: few large batched products, and dropout from each row's
-own bits.
+"""Attention of many short texts on a CPU: few large products, and dropout masks of each row.
 
-Queries, keys and values of texts packed end to end, sorted by length -> each text's attention to
-itself.
+`bucketed_attention` takes queries, keys and values of texts packed end to end, sorted by length.
 
 1. Texts whose length rounds up to the same multiple of 16 share a bucket, (texts x heads, that
-   length). So queries, keys and values are padded, by 15 at most, and nothing else of the model
-   ever is.
+   length). So queries, keys and values are padded, by 15 at most, and nothing else of the model is.
 2. They are padded by one gather each for all buckets, and the output is unpadded by one.
 3. Products, softmax and masks are written out, the backward too: with dropout, one SDPA per length
    takes 4 times as long (torch 2.13: 8.4 ms against 1.9 for 385 tokens of 15 lengths, forward and
    backward). Where no gradient is needed, one SDPA per length is used.
 
-Legend: T tokens, N texts, H heads, D head size, C padded positions: of all buckets, texts x H x
-longest each; Q is T, or N where only first tokens are computed.
+Legend: T tokens, N texts, H heads, D head size, C padded positions of all buckets (texts x H x
+longest each); Q is T, or N where only first tokens are computed.
 """
 
 from collections.abc import Callable, Sequence

@@ -8,8 +8,7 @@ Face's; the classifier's forward, which hands no keyword on, and the attention's
    packed texts need nothing but their boundaries.
 2. Queries, keys and values only are padded to (texts, longest): one bucket of about one length at a
    time on the CPU, all texts together elsewhere. No mask over all pairs of tokens is ever built.
-3. Only those rows of the table that the longest text can need are projected: 39 of 512 for 20
-   tokens.
+3. Only those rows of the table that the longest text needs are projected: 39 of 512 for 20 tokens.
 4. Only first tokens leave the last layer (`query_states`, an argument of Hugging Face's layer).
 
 Legend: T tokens, N texts, H heads, D head size, R rows of the table, W width; Q is T, or N where
@@ -147,10 +146,9 @@ def _attention(
     first_only, types = query_states is not None, module.pos_att_type
     query = module.query_proj(query_states if first_only else hidden_states)
     key, value = module.key_proj(hidden_states), module.value_proj(hidden_states)
-    factor = 1 + ("c2p" in types) + ("p2c" in types)
-    scale = (
-        torch.tensor(float(query.shape[-1] // heads * factor)).sqrt().item()
-    )  # float32, as there
+    # the square root in float32, as Hugging Face computes it
+    size = query.shape[-1] // heads * (1 + ("c2p" in types) + ("p2c" in types))
+    scale = torch.tensor(float(size)).sqrt().item()
     query = query / scale
     row_keys, row_queries = _project_table(module, batch, rel_embeddings, scale)
     dropout = _weight_dropout(module, batch, first_only)

@@ -1,10 +1,8 @@
 """Dropout masks that belong to the rows, not to the devices: a function of (seed, step, row) alone.
 
-On a CPU a step with dropout is the same on any number of ranks, in any micro-batches, padded or
-not.
+On a CPU a step with dropout is the same on any number of ranks, in any micro-batches, padded too.
 
-1. Every text of a micro-batch has its own bit generator (numpy's SFC64), seeded by (seed, step,
-   row).
+1. Every text of a micro-batch has a bit generator (numpy's SFC64), seeded by (seed, step, row).
 2. Each dropout layer, and the attention of each layer, takes the next bits of each text: 16 per
    element, which is dropped where they are below p x 65,536. So p is met to 1 / 131,072, and the
    scale is exact for the p that is met.
