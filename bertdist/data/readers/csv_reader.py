@@ -56,7 +56,7 @@ class BadRow(NamedTuple):
 
 
 class ScanResult(NamedTuple):
-    """Rows, bad rows, and where scanning stopped: a row that begins at `stop` continues beyond the data."""
+    """Rows, bad rows, and the end of the scan: a row at `stop` continues beyond the data."""
 
     rows: Rows
     bad: list[BadRow]
@@ -83,9 +83,10 @@ def find_row_end(
     soft_limit: int,
     limit: int,
 ) -> tuple[int, ScanResult | None]:
-    """The end of the last row that ends within `soft_limit` bytes, else of the first row; 0: it ends beyond the lines.
+    """The last end of a row within `soft_limit` bytes, else the first; 0: it is beyond the lines.
 
-    is_all: nothing follows the lines. Where quotes are not well-formed, the rows are scanned; the result is returned too.
+    is_all: nothing follows the lines. Where quotes are not well-formed, the rows are scanned, and
+    the result is returned too.
     """
     data = lines.data
     if not fmt.quoted:
@@ -128,7 +129,7 @@ def _row_ends(data: bytes) -> tuple[Offsets, Offsets]:
 
 
 def is_well_formed(fmt: FileFormat, data: bytes, limit: int) -> bool:
-    """Whether newlines and quotes alone show where rows end, and no row has more than `limit` bytes."""
+    """Whether newlines and quotes alone show where rows end, all within `limit` bytes."""
     if not fmt.quoted:
         return True
     if not quotes_pair_up(data, fmt.delimiter):
@@ -138,7 +139,7 @@ def is_well_formed(fmt: FileFormat, data: bytes, limit: int) -> bool:
 
 
 def quotes_pair_up(data: bytes, delimiter: str) -> bool:
-    """Whether quotes 0, 2, 4, ... open a field or follow a quote, and quotes 1, 3, 5, ... close one or precede a quote."""
+    """Whether quotes 0, 2, ... open a field or follow a quote; 1, 3, ... close or precede one."""
     text = np.frombuffer(b"\n" + data + b"\n", np.uint8)
     quotes = np.flatnonzero(text == ord('"'))
     before, after = text[quotes[::2] - 1], text[quotes[1::2] + 1]
@@ -207,7 +208,7 @@ def _scan_unquoted(fmt: FileFormat, data: bytes, num_fields: int) -> ScanResult:
 def parse_row(
     fmt: FileFormat, data: bytes, start: int, line: int, limit: int, is_all: bool
 ) -> ParsedRow:
-    """The row that begins at `start`, on line `line` (from 1) of the file; data ends with a newline."""
+    """The row at `start`, on line `line` (from 1) of the file; data ends with a newline."""
     delimiter = fmt.delimiter.encode()
     unquoted_field = re.compile(rb"[^%b\n]*" % re.escape(delimiter))
     fields: list[bytes] = []
@@ -261,7 +262,7 @@ def _wrong_count(fmt: FileFormat, count: int, expected: int) -> str:
 def read_header(
     fmt: FileFormat, lines: Lines, is_all: bool, limit: int
 ) -> tuple[list[str], int] | None:
-    """Names of the columns ([]: the file has no rows), and the number of lines before the first row.
+    """Names of the columns ([]: the file has no rows), and number of lines before the first row.
 
     lines: the first of the file. None: the header continues beyond them. Raises DataError.
     """
@@ -377,7 +378,7 @@ def _read_csv(
 def _reject(
     fmt: FileFormat, lines: Lines, scan: ScanResult, skip: bool
 ) -> tuple[list[SkippedRow], Rows]:
-    """The skipped rows, in the order of the lines, and the other rows. Without skip, a DataError at the first bad one."""
+    """The skipped rows, in order; the others. Without skip, a DataError at the first bad one."""
     rows, bad = scan.rows, list(scan.bad)
     if lines.broken:
         ends = np.flatnonzero(np.frombuffer(lines.data, np.uint8) == ord("\n")) + 1

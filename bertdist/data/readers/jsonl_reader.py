@@ -26,7 +26,7 @@ from bertdist.data.source import SkippedRow, excerpt
 
 
 def read_keys(fmt: FileFormat, lines: Lines, is_all: bool, skip: bool) -> list[str] | None:
-    """Keys of the first object; [] in a file without one. lines: the first of the file; None: it is beyond them."""
+    """Keys of the first object ([]: none in the file; None: beyond these first lines)."""
     if lines.data.lstrip(b" \t\r\n").startswith(b"["):
         raise DataError(
             f"{fmt.name} starts with '[': it is one JSON array, expected one object per line "
@@ -41,7 +41,7 @@ def parse_json(
 ) -> Parsed:
     """The values of the keys `wanted`, of the first `num_rows` objects.
 
-    Raises DataError at what is not an object or lacks a key; with skip, it is skipped and returned as such.
+    Raises DataError at what is not an object or lacks a key; with skip, it is skipped and returned.
     """
     columns: dict[str, list[Any]] = {name: [] for name in wanted}
     numbers: list[int] = []
@@ -60,7 +60,7 @@ def parse_json(
 
 
 def parse_txt(fmt: FileFormat, lines: Lines, wanted: Sequence[str]) -> Parsed:
-    """Each line without its line end, blank lines too; with skip, lines that cannot be decoded are skipped."""
+    """Each line without its line end, blank lines too, but for lines that cannot be decoded."""
     data = lines.data.decode().replace("\r\n", "\n").removesuffix("\n")
     texts = data.split("\n") if lines.data else []
     rows = rows_of_lines(lines.data, blank=True)
@@ -80,7 +80,7 @@ def _objects(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line from 0, object) of every line that is not blank.
 
-    What is not an object with these keys is added to `skipped`; without such a list it is a DataError.
+    What is not an object with these keys is added to `skipped`; without that it is a DataError.
     """
     decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_object)
     # newline: a line ends at \n only

@@ -77,7 +77,7 @@ _inherited: list[Any] = []  # by a fork: never used, never freed
 
 
 def protocol_of(path: str) -> str | None:
-    """`s3` of s3://bucket/key; None of a local path, with file:// or without. Raises DataError for fsspec's chains."""
+    """`s3` of s3://bucket/key; None of a local path, file://. Raises DataError for chained URLs."""
     protocol, separator, rest = path.partition("://")
     # http://[::1]/ is a URL.
     if separator and "::" in (protocol if is_http(path) else protocol + rest):
@@ -116,7 +116,7 @@ def redacted(path: str) -> str:
 
 
 def list_files(pattern: str) -> list[str]:
-    """The files behind a path, a URL or a glob of either, sorted. Raises DataError where there is none, or a folder."""
+    """The files of a path, URL or glob, sorted. Raises DataError for none, or a folder."""
     if protocol_of(pattern) is None:
         return _list_local(pattern.removeprefix("file://"))
     if is_http(pattern) and "*" in pattern:
@@ -131,7 +131,7 @@ def list_files(pattern: str) -> list[str]:
 
     def match() -> list[str]:
         system, path = file_system(pattern)
-        # Sizes and versions of this listing serve file_size and file_fingerprint: one request for many files.
+        # file_size and file_fingerprint use this listing: one request for many files.
         system.invalidate_cache()
         infos = system.glob(path, detail=True)
         return sorted(
@@ -213,7 +213,8 @@ def file_size(path: str) -> int | None:
 def file_fingerprint(path: str) -> str:
     """Changes with the file: of a URL its size and version. Raises DataError.
 
-    Of a local file its size and xxh3 of its first and last MiB, but not its time, so that a copy is the same file.
+    Of a local file its size and xxh3 of its first and last MiB, but not its time, so that a copy is
+    the same file.
     """
     if protocol_of(path) is not None:
         return "-".join(file_version(retry(path, lambda: file_info(path))))
@@ -297,7 +298,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def file_info(url: str, refresh: bool = False) -> dict[str, Any]:
-    """What the server says of a file, in fsspec's terms. refresh: not from a cache. Raises what the library raises."""
+    """fsspec's info of a file. refresh: not from a cache. Raises what the library raises."""
     system, path = file_system(url)
     if refresh:
         system.invalidate_cache(path)
@@ -318,7 +319,8 @@ def retry(
 ) -> Result:
     """The result of `action`, called up to `tries` times, with pauses that double.
 
-    Raises DataError after the last try, and at once for an error that is not transient. `warn` gets a line per retry.
+    Raises DataError after the last try, and at once for an error that is not transient. `warn` gets
+    a line per retry.
     """
     for attempt in range(1, tries + 1):
         try:
@@ -351,7 +353,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _http_status(error: BaseException) -> int | None:
-    """The HTTP status behind an error of aiohttp, botocore, httpx or gcsfs; fsspec wraps them in OSErrors."""
+    """The HTTP status behind an error of aiohttp, botocore, httpx or gcsfs, as fsspec wraps it."""
     for cause in _causes(error):
         response = getattr(cause, "response", None)
         if isinstance(response, dict):
@@ -557,6 +559,7 @@ class _Decompressed(io.RawIOBase):
             return int(self._stream.readinto(buffer))
         except (OSError, pa.ArrowException) as error:
             problem = " ".join(str(error).split())
+            name = redacted(self._path)
             raise DataError(
-                f"{redacted(self._path)} is damaged, cut off, or not a {self._codec} file: {problem}."
+                f"{name} is damaged, cut off, or not a {self._codec} file: {problem}."
             ) from None

@@ -63,10 +63,10 @@ def _is_english_cp1252(data: bytes) -> bool:
 def detect_table(
     fmt: FileFormat, head: bytes, is_all: bool, *, delimiter: bool, quoting: bool
 ) -> FileFormat | None:
-    """`fmt` with the delimiter and quoting of a table that begins with `head` (UTF-8), as far as they are to be detected.
+    """`fmt` with the delimiter and quoting, if requested, of a table that begins with `head`.
 
-    `fmt` has the kind of the file name extension, with the usual delimiter and quoting of that kind, which stay where nothing
-    else is certain. With another kind the extension is unknown; then None says that this is not a table.
+    `fmt` has the kind of the file name extension, and the usual delimiter and quoting of that kind,
+    which stay where nothing else is certain. With an unknown extension, None: this is not a table.
     """
     data = head if is_all else head[: head.rfind(b"\n") + 1]
     lines = hide_returns(Lines(data, 1, {}))
@@ -97,7 +97,7 @@ def detect_table(
 
 
 def _has_even_rows(fmt: FileFormat, lines: Lines, is_all: bool) -> bool:
-    """Whether there are two rows or more, all with the same number of fields: at least 2, and as many as --column_names."""
+    """Whether two rows or more all have the same number of fields (2 or more, --column_names)."""
     data, at = with_line_end(lines.data), 0
     while at < len(lines.data) and (blank := blank_line_size(data, at)):
         at += blank
