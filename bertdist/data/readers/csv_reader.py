@@ -1,16 +1,19 @@
-"""csv and tsv: lines -> header and columns, strictly: what is not a row is a DataError that names the line, or is skipped.
+"""csv and tsv: lines -> header and columns, strictly: what is not a row is a DataError that names
+the line, or is skipped.
 
 How rows are read (pyarrow 26; 1,000,000 rows of 85 MB on one core):
 
-1. pyarrow ends a row at a lone carriage return too, which is text here: a character that the lines do not contain replaces
-   it while they are parsed (`hide_returns`).
-2. Quotes are well-formed where every other one opens a field; a newline then ends a row when an even number of quotes
-   precedes it (0.2 s). pyarrow reads such rows on one thread (0.15 s; two are slower; Python's csv module: 2.2 s).
-3. pyarrow accepts an open quote at the end of the file, and reads `"so" he said` as `so he said`, without an error. Where
-   quotes are not well-formed, or pyarrow refuses a row, `scan_rows` parses row by row (2 s with quotes, 0.5 s without).
+1. pyarrow ends a row at a lone carriage return too, which is text here: a character that the lines
+   do not contain replaces it while they are parsed (`hide_returns`).
+2. Quotes are well-formed where every other one opens a field; a newline then ends a row when an
+   even number of quotes precedes it (0.2 s). pyarrow reads such rows on one thread (0.15 s; two are
+   slower; Python's csv module: 2.2 s).
+3. pyarrow accepts an open quote at the end of the file, and reads `"so" he said` as `so he said`,
+   without an error. Where quotes are not well-formed, or pyarrow refuses a row, `scan_rows` parses
+   row by row (2 s with quotes, 0.5 s without).
 
-A quote within an unquoted field is text. A quote that never closes (within `limit` bytes), or is followed by text, is an error
-of the line on which it opens, and reading continues at the next line.
+A quote within an unquoted field is text. A quote that never closes (within `limit` bytes), or is
+followed by text, is an error of the line on which it opens, and reading continues at the next line.
 """
 
 import re

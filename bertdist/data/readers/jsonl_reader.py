@@ -1,4 +1,5 @@
-"""JSON lines and plain text, one row per line: lines -> columns, strictly, or a DataError that names the line.
+"""JSON lines and plain text, one row per line: lines -> columns, strictly, or a DataError that
+names the line.
 
 JSON lines become Python lists of the values, plain text becomes one Arrow column of large_string.
 """

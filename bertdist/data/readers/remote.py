@@ -1,21 +1,25 @@
-"""Local paths and URLs (hf://, s3://, gs://, http://, https://) -> bytes from any offset; .gz and .zst are decompressed.
+"""Bytes of a local path or URL (hf, s3, gs, http, https) from any offset, decompressed (gz, zst).
 
     for path in list_files("s3://bucket/train-*.csv.gz"):
         stream = open_bytes(path, at=1_000_000)
 
-`list_files` expands globs, `open_bytes` streams, `open_seekable` serves parquet; `file_size` and `file_fingerprint` describe a
-file. Errors are DataErrors of one line. How a URL is read (docs/decisions/0018-remote-files.md):
+`list_files` expands globs, `open_bytes` streams, `open_seekable` serves parquet; `file_size` and
+`file_fingerprint` describe a file. Errors are DataErrors of one line. How a URL is read
+(docs/decisions/0018-remote-files.md):
 
-1. Requests are for a range of at most 4 MiB, so memory stays flat and reading from the middle requests nothing before it.
-2. After a transient error (a dropped connection, a timeout, 429, 5xx) the same bytes are requested again, half as many, after
-   a pause that doubles; 8 tries without a new byte are an error. Before a retry, and at the end, size and ETag are compared:
-   a file that changed is an error.
-3. An http server without ranges is read as one long response; after an error that is read again from the start, and skipped.
+1. Requests are for a range of at most 4 MiB, so memory stays flat and reading from the middle
+   requests nothing before it.
+2. After a transient error (a dropped connection, a timeout, 429, 5xx) the same bytes are requested
+   again, half as many, after a pause that doubles; 8 tries without a new byte are an error. Before
+   a retry, and at the end, size and ETag are compared: a file that changed is an error.
+3. An http server without ranges is read as one long response; after an error that is read again
+   from the start, and skipped.
 
-fsspec is imported when the first URL is opened. Loader workers are forks: a child gets fsspec's file systems without the
-thread that runs them, and creates its own. It must not free the inherited ones: closing their connections removes them from
-the epoll that it shares with the parent, which then waits until its timeout for a response that has long arrived (fsspec
-2026.9 frees them in a fork hook of its own). So a child keeps what it inherited.
+fsspec is imported when the first URL is opened. Loader workers are forks: a child gets fsspec's
+file systems without the thread that runs them, and creates its own. It must not free the inherited
+ones: closing their connections removes them from the epoll that it shares with the parent, which
+then waits until its timeout for a response that has long arrived (fsspec 2026.9 frees them in a
+fork hook of its own). So a child keeps what it inherited.
 """
 
 import asyncio

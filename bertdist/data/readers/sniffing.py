@@ -1,14 +1,17 @@
-"""Detects how a text file is written from its first bytes (HEAD_BYTES): encoding, delimiter, quoting.
+"""Detects how a text file is written from its first bytes (HEAD_BYTES): encoding, delimiter,
+quoting.
 
-Each rule prefers to detect nothing: then the reader fails, and its message names the line, the byte and the flag.
+Each rule prefers to detect nothing: then the reader fails, and its message names the line, the byte
+and the flag.
 
 1. A byte order mark of UTF-16 or UTF-32 decides. What is valid UTF-8 is UTF-8.
-2. Else cp1252, if at least MIN_SPECIAL characters are not ASCII, and they are less than MAX_SHARE of the text: English with
-   some quotes, dashes and pound signs, from Windows. Text of other languages needs --encoding, as the same bytes are letters
-   in many code pages. What is detected is printed (`DataFile.describe`).
-3. The delimiter is the usual one for the file name extension, unless exactly one other gives all lines the same number of
-   fields. In tsv files quotes are text (else ChnSentiCorp would lose 454 rows), unless only reading them as quotes gives all
-   lines the same number of fields.
+2. Else cp1252, if at least MIN_SPECIAL characters are not ASCII, and they are less than MAX_SHARE
+   of the text: English with some quotes, dashes and pound signs, from Windows. Text of other
+   languages needs --encoding, as the same bytes are letters in many code pages. What is detected is
+   printed (`DataFile.describe`).
+3. The delimiter is the usual one for the file name extension, unless exactly one other gives all
+   lines the same number of fields. In tsv files quotes are text (else ChnSentiCorp would lose 454
+   rows), unless only reading them as quotes gives all lines the same number of fields.
 """
 
 import codecs
