@@ -1,1 +1,1 @@
-"""Knows what to look for in rows and labels: duplicates, leaks, lengths, label issues."""
+"""Checks of rows and labels: duplicates, leaks, lengths, texts, label issues; and cleaning."""

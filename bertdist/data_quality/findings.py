@@ -125,8 +125,8 @@ def ranked(findings: Iterable[Finding]) -> list[Finding]:
     """Sort by severity, then by IMPORTANCE of the kind, then the larger share first."""
 
     def key(finding: Finding) -> tuple[int, int, float]:
-        known = finding.kind in IMPORTANCE
-        rank = IMPORTANCE.index(finding.kind) if known else len(IMPORTANCE)
+        listed = finding.kind in IMPORTANCE
+        rank = IMPORTANCE.index(finding.kind) if listed else len(IMPORTANCE)
         return SEVERITIES.index(finding.severity), rank, -(finding.share or 0.0)
 
     return sorted(findings, key=key)

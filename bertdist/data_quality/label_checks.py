@@ -186,10 +186,12 @@ def _check_train_labels(build: FindingBuilder, labels: SplitLabels) -> list[Find
 def _compare_with_train(
     build: FindingBuilder, labels: SplitLabels, train: SplitLabels
 ) -> list[Finding]:
-    split, counts, known = build.split, labels.counts(), train.counts()
+    split, counts, train_counts = build.split, labels.counts(), train.counts()
     numeric = train.numbers is not None
     findings = []
-    unknown = [name for name in counts if (not _is_number(name) if numeric else name not in known)]
+    unknown = [
+        name for name in counts if (not _is_number(name) if numeric else name not in train_counts)
+    ]
     if unknown:
         listed = _list_labels([f"{excerpt(name, 30)!r} {counts[name]:,}" for name in unknown])
         findings.append(
@@ -200,19 +202,23 @@ def _compare_with_train(
                 labels.first_rows(unknown[: build.num_examples]),
                 "No model trained on these rows can predict them, and training refuses them: "
                 f"{listed}.",
-                f"Spell them as in train, or remove the rows.{did_you_mean(unknown[0], known)}",
+                f"Spell them as in train, or remove the rows.{did_you_mean(unknown[0], train_counts)}",
                 note=labels.name,
                 count=sum(counts[name] for name in unknown),
                 details={"labels": unknown[:100]},
             )
         )
-    missing = [] if numeric else [name for name in known if name not in counts]
+    missing = [] if numeric else [name for name in train_counts if name not in counts]
     if missing:
         title = f"labels of train that {split} does not have"
         listed = _list_labels([repr(excerpt(name, 30)) for name in missing])
         meaning = f"The score on {split} says nothing about {listed}."
         advice = "Check whether the split was made at random."
-        fields: dict[str, Any] = {"count": len(missing), "total": len(known), "unit": "labels"}
+        fields: dict[str, Any] = {
+            "count": len(missing),
+            "total": len(train_counts),
+            "unit": "labels",
+        }
         details = {"labels": missing[:100]}
         findings.append(
             build("missing_labels", "note", title, [], meaning, advice, details=details, **fields)

@@ -53,12 +53,14 @@ def _check_quotes(build: FindingBuilder, records: Records, train: SplitLabels) -
     texts, findings = records.texts, []
     form = getattr(records.source, "form", None)
     delimiter, quoted = str(getattr(form, "delimiter", ",")), bool(getattr(form, "quoted", False))
-    known = {name for names in train.names for name in names}
+    train_names = {name for names in train.names for name in names}
     swallowed: dict[int, str] = {}
     multiline = pc.match_substring(texts, "\n").to_numpy(zero_copy_only=False)
     for row in np.flatnonzero(multiline).tolist():
         lines = texts[row].as_py().rstrip("\n").split("\n")
-        like = sum(_like_a_row(line, delimiter, known, train.numbers is not None) for line in lines)
+        like = sum(
+            _like_a_row(line, delimiter, train_names, train.numbers is not None) for line in lines
+        )
         if like >= 2 and like >= len(lines) / 2:
             swallowed[row] = f"{like} of its {len(lines)} lines look like rows"
     if swallowed:
@@ -96,11 +98,11 @@ def _check_quotes(build: FindingBuilder, records: Records, train: SplitLabels) -
     return findings
 
 
-def _like_a_row(line: str, delimiter: str, known: set[str], numeric: bool) -> bool:
+def _like_a_row(line: str, delimiter: str, train_names: set[str], numeric: bool) -> bool:
     """Whether a line has several fields, and a label at either end."""
     fields = [field.strip().strip('"').strip() for field in line.split(delimiter)]
     return len(fields) > 1 and any(
-        field in known or (numeric and field.replace(".", "", 1).isdecimal())
+        field in train_names or (numeric and field.replace(".", "", 1).isdecimal())
         for field in (fields[0], fields[-1])
     )
 
@@ -167,9 +169,9 @@ def _check_swapped(
     meaning = ""
     names = [next(iter(names)) for names in labels.names]
     if build.split != "train":
-        known = {name for names in train.names for name in names}
-        label_texts = sum(text in known for text in records.texts.to_pylist())
-        unknown_codes = [code for code, name in enumerate(names) if name not in known]
+        train_names = {name for names in train.names for name in names}
+        label_texts = sum(text in train_names for text in records.texts.to_pylist())
+        unknown_codes = [code for code, name in enumerate(names) if name not in train_names]
         unknown = np.isin(labels.codes, unknown_codes)
         if label_texts > num_rows / 2 and unknown.mean() > 0.5:
             meaning = (
