@@ -194,6 +194,7 @@ def _compare_with_train(
     ]
     if unknown:
         listed = _list_labels([f"{excerpt(name, 30)!r} {counts[name]:,}" for name in unknown])
+        suggestion = did_you_mean(unknown[0], train_counts)
         findings.append(
             build(
                 "unknown_labels",
@@ -202,7 +203,7 @@ def _compare_with_train(
                 labels.first_rows(unknown[: build.num_examples]),
                 "No model trained on these rows can predict them, and training refuses them: "
                 f"{listed}.",
-                f"Spell them as in train, or remove the rows.{did_you_mean(unknown[0], train_counts)}",
+                f"Spell them as in train, or remove the rows.{suggestion}",
                 note=labels.name,
                 count=sum(counts[name] for name in unknown),
                 details={"labels": unknown[:100]},
