@@ -120,7 +120,7 @@ def test_the_loop_of_the_docstring_trains(
     names = {name: getattr(bertdist, name) for name in bertdist.__all__}
     for line in IMPORTS.splitlines():
         exec(line, names)
-    write_split(tmp_path, 400, 40)
+    write_split(tmp_path, 1200, 40)
     (tmp_path / "run.yaml").write_text(
         f"model_name_or_path: {tiny_model}\ntrain_file: train.tsv\nvalidation_file: dev.tsv\n"
         "output_dir: out\ntrain_batch_size: 8\ntokens_per_micro_batch: 64\nuse_cpu: true\n"
@@ -129,7 +129,7 @@ def test_the_loop_of_the_docstring_trains(
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)  # the head's weights
     exec(textwrap.dedent(text), names)
-    assert names["step"].number == 49 and len(names["step"].share) > 1
+    assert names["step"].number == 149 and len(names["step"].share) > 1
     assert names["scores"]["accuracy"] > 0.8
     assert not (tmp_path / "out").exists()
 
