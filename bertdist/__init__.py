@@ -34,7 +34,7 @@ A training loop of your own, exact on any number of devices (start it with `acce
         optimizer.zero_grad()
     eval_loader = create_eval_loader(eval_rows, tokenizer, task, config, accelerator)
     evaluator = Evaluator(eval_loader, task, config, accelerator)
-    scores = evaluator.evaluate(classifier).scores                  # the same on all ranks
+    scores = evaluator.evaluate(classifier).scores
 """
 
 import importlib
