@@ -1,7 +1,9 @@
-"""Benchmarks: bertdist side by side with its peers on one machine, and what many ranks would lose, computed.
+"""Benchmarks: bertdist compared with its peers on one machine, and its losses at scale, computed.
 
-    python -m bench.peers            training, prediction and accuracy against Trainer, a padded loop, pipeline, ONNX Runtime
-    python -m bench.scaling          stragglers and all-reduce on 8, 64 and 512 ranks, from real text lengths
+    python -m bench.peers      training, prediction and accuracy against Trainer, a padded loop,
+                               pipeline and ONNX Runtime
+    python -m bench.scaling    stragglers and all-reduce on 8, 64 and 512 ranks, from real lengths
 
-Run from the root of the repository, where `bertdist` is installed; `make bench` does both. Nothing of bertdist imports this.
+Run from the root of the repository, where `bertdist` is installed; `make bench` does both. Nothing
+in bertdist imports this package.
 """

@@ -1,4 +1,4 @@
-"""The child process: `python -m bench.child KIND job.json answer.json`. One job, one answer; started by `bench.jobs.run_child`."""
+"""Child process of `bench.jobs.run_child`: `python -m bench.child KIND job.json answer.json`."""
 
 import contextlib
 import json
@@ -12,13 +12,14 @@ from bench.flops import BERT_BASE
 from bench.jobs import PredictJob, TrainJob
 
 MATMUL_SIZE = 2048
-MATMUL_SECONDS = 2.0  # how long products are repeated; the fastest of them counts
+MATMUL_SECONDS = 2.0  # products are repeated for this time, the fastest counts
 
 
 def rows(job: dict[str, Any]) -> dict[str, Any]:
-    """A file of any kind bertdist reads -> JSON lines in a random order that depends on nothing but the number of rows.
+    """Convert a file that bertdist can read to JSON lines, in a fixed random order.
 
-    Labels become "0", "1", ... in bertdist's order. With "labels" (their names, from the training rows), the same numbers are used.
+    Labels become "0", "1", ... in bertdist's order, or that of "labels" (names of the training
+    rows' labels).
     """
     import numpy as np
 
@@ -62,7 +63,7 @@ def random_bert_base(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def matmul(job: dict[str, Any]) -> dict[str, Any]:
-    """Operations a second of a square matrix product in the run's own precision: what the machine can do at most."""
+    """FLOP/s of a square matrix product in the precision of the run: the machine's peak."""
     import torch
 
     from bench.clock import on_gpu
@@ -83,7 +84,7 @@ def matmul(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
-    """One contender."""
+    """Train one contender."""
     from bench.contenders import train
 
     return asdict(
@@ -92,7 +93,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def export(job: dict[str, Any]) -> dict[str, Any]:
-    """A trained folder as ONNX."""
+    """Export a trained folder to ONNX."""
     from bench.prediction import export_onnx
 
     export_onnx(job["model"], job["path"])
@@ -100,7 +101,7 @@ def export(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def predict(job: dict[str, Any]) -> dict[str, Any]:
-    """One contender's answers."""
+    """Predict with one contender."""
     from bench.prediction import predict
 
     return asdict(predict(PredictJob(**job)))
@@ -113,14 +114,13 @@ KINDS = {
 
 
 def main() -> None:
-    """Exit code 1 and one line for what a user can mend, or a traceback whose last line is told."""
-    kind, asked, answered = sys.argv[1:]
-    with contextlib.suppress(
-        OSError
-    ):  # where memory ends, this process is to be killed and no other (Linux)
+    """Run one job; a failure ends with a traceback, whose last line the parent shows."""
+    kind, job_file, answer_file = sys.argv[1:]
+    # If memory runs out, Linux should kill this process first.
+    with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
-    job = json.loads(Path(asked).read_text(encoding="utf-8"))
-    Path(answered).write_text(json.dumps(KINDS[kind](job)), encoding="utf-8")
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    Path(answer_file).write_text(json.dumps(KINDS[kind](job)), encoding="utf-8")
 
 
 if __name__ == "__main__":

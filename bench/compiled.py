@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from bench.jobs import BenchError
 from bench.peers import positive
 from bench.scaling import SST2
-from bench.stage import say
+from bench.stage import log
 from bertdist.core.config import DataConfig, ModelConfig, OptimConfig, TaskConfig
 from bertdist.core.errors import BertdistError
 from bertdist.data.batch import PackedBatch
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         eager, quick, message = compare(args)
     except (BenchError, BertdistError) as error:
-        say(str(error))
+        log(str(error))
         return 1
     print(
         f"{message}\nProcessor time with {args.threads} thread(s): eager {eager:.3f} s, "

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 
 from bench.clock import Clock, device_name, on_gpu, peak_mib
-from bench.jobs import Trained, TrainJob
+from bench.jobs import TrainJob, TrainResult
 
-SCORED_AT_ONCE = 64  # rows a batch when the final loss is computed; it decides nothing
+ROWS_PER_BATCH = 64  # rows a batch when the final loss is computed; it decides nothing
 
 
 def read_rows(path: str, rows: int) -> tuple[list[str], list[int]]:
@@ -36,7 +36,7 @@ def read_rows(path: str, rows: int) -> tuple[list[str], list[int]]:
     return [row["text"] for row in found], [int(row["label"]) for row in found]
 
 
-def train(job: TrainJob) -> Trained:
+def train(job: TrainJob) -> TrainResult:
     """Run one contender in this process, then score what it has learned."""
     clock = Clock(job.steps, job.untimed_steps, job.use_cpu)
     model = {"a": run_bertdist, "b": run_trainer, "c": run_trainer, "d": run_loop, "e": run_loop}[
@@ -46,7 +46,7 @@ def train(job: TrainJob) -> Trained:
     child_mib = peak_mib(resource.RUSAGE_CHILDREN)
     loss, _ = score(model, job, job.rows_file, job.loss_rows)
     accuracy = score(model, job, job.dev_file, 1 << 30)[1] if job.dev_file else None
-    return Trained(
+    return TrainResult(
         stamps=clock.stamps,
         seen=clock.seen,
         process_mib=clock.process_mib,
@@ -241,4 +241,4 @@ def score(model: Any, job: TrainJob, path: str, rows: int) -> tuple[float, float
 def in_batches(texts: Sequence[str]) -> list[list[int]]:
     """Places of texts of about one length, together."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    return [order[i : i + SCORED_AT_ONCE] for i in range(0, len(order), SCORED_AT_ONCE)]
+    return [order[i : i + ROWS_PER_BATCH] for i in range(0, len(order), ROWS_PER_BATCH)]

@@ -1,6 +1,7 @@
-"""Stamps and rows -> figures -> tables. Pure functions: nothing here runs, measures or reads a clock.
+"""Time stamps and rows -> figures -> tables. Pure functions: nothing is run or measured here.
 
-Rates are sums divided by sums over the timed steps of a run. Over repetitions: the median, with least and most behind it.
+Rates are sums divided by sums over the timed steps of a run. Over repetitions: the median, with
+minimum and maximum behind it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from statistics import median
 from typing import NamedTuple
 
 from bench.flops import Shape, training_flops
-from bench.jobs import BenchError, Predicted, Trained
+from bench.jobs import BenchError, PredictResult, TrainResult
 
 
 class Spread(NamedTuple):
@@ -21,30 +22,32 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median, least and most."""
+    """Median, minimum and maximum."""
     return Spread(median(values), min(values), max(values))
 
 
-def number(value: float, digits: int | None = None) -> str:
-    """Three or four figures: 12,345 or 123 or 12.3 or 1.23; `digits` behind the point where given."""
-    return f"{value:,.{(0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2) if digits is None else digits}f}"
+def format_number(value: float, digits: int | None = None) -> str:
+    """Three or more digits: 12,345 or 123 or 12.3 or 1.23; `digits`: decimals."""
+    if digits is None:
+        digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{digits}f}"
 
 
-def told(values: Sequence[float], digits: int | None = None) -> str:
-    """`123 (120-130)`; the number alone where there is only one, or all are told alike."""
-    shown = [number(value, digits) for value in spread(values)]
+def format_spread(values: Sequence[float], digits: int | None = None) -> str:
+    """`123 (120-130)`; the number alone if all are formatted alike."""
+    shown = [format_number(value, digits) for value in spread(values)]
     return shown[0] if shown[1] == shown[2] else f"{shown[0]} ({shown[1]}-{shown[2]})"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """One training run, in numbers; all but memory and loss are of its timed steps."""
+    """Figures of one training run; all but memory and loss are of its timed steps."""
 
     tokens_per_second: float  # real tokens
     rows_per_second: float
     ms_per_step: float
     tokens_per_row: float  # real tokens
-    cells_per_token: float  # what the model computed on / real tokens: 1 without padding
+    cells_per_token: float  # computed tokens / real tokens: 1 without padding
     flops_per_second: float  # useful ones: bench.flops
     memory_mib: float  # of the process and a child
     child_mib: float
@@ -52,8 +55,8 @@ class Figures:
     loss: float
 
 
-def figures_of(run: Trained, untimed_steps: int, shape: Shape) -> Figures:
-    """The timed steps are those behind the first `untimed_steps`; their time runs from the end of the last untimed step."""
+def timed_figures(run: TrainResult, untimed_steps: int, shape: Shape) -> Figures:
+    """Figures of the steps after the first `untimed_steps`, timed from the end of those."""
     seconds = run.stamps[-1] - run.stamps[untimed_steps - 1]
     timed = run.seen[untimed_steps:]
     assert len(timed) == len(run.stamps) - untimed_steps >= 1, (
@@ -77,8 +80,8 @@ def figures_of(run: Trained, untimed_steps: int, shape: Shape) -> Figures:
     )
 
 
-def assert_same_rows(runs: Mapping[str, Trained]) -> None:
-    """Contenders with as many steps have trained the same rows, each once, and the same real tokens; raises BenchError."""
+def assert_same_rows(runs: Mapping[str, TrainResult]) -> None:
+    """Raises BenchError unless contenders of as many steps trained the same rows and tokens."""
     held: dict[
         int, tuple[str, list[int], int]
     ] = {}  # steps -> (contender, rows, tokens) of the first that had so many
@@ -87,12 +90,11 @@ def assert_same_rows(runs: Mapping[str, Trained]) -> None:
         tokens = sum(length for step in run.seen for length in step.lengths)
         if rows != list(range(len(rows))):
             raise BenchError(f"Contender {name} did not train each of {len(rows)} rows once.")
-        first, first_rows_of_chunk, first_tokens = held.setdefault(
-            len(run.seen), (name, rows, tokens)
-        )
-        if (rows, tokens) != (first_rows_of_chunk, first_tokens):
+        first, first_rows, first_tokens = held.setdefault(len(run.seen), (name, rows, tokens))
+        if (rows, tokens) != (first_rows, first_tokens):
             raise BenchError(
-                f"Contender {name} trained {len(rows)} rows of {tokens} tokens, {first} trained {len(first_rows_of_chunk)} rows of {first_tokens} "
+                f"Contender {name} trained {len(rows)} rows of {tokens} tokens, "
+                f"{first} trained {len(first_rows)} rows of {first_tokens} "
                 "tokens; expected the same of contenders with as many steps."
             )
 
@@ -101,15 +103,15 @@ Column = tuple[str, Callable[[Figures], float | None], int | None]
 
 
 def columns_of(matmul: float) -> list[Column]:
-    """Heading, figure, digits behind the point; matmul: operations a second that count as 100 %."""
+    """Heading, figure, decimals. matmul: FLOP/s that count as 100 %."""
     return [
         ("real tokens/s", lambda f: f.tokens_per_second, None),
         ("rows/s", lambda f: f.rows_per_second, None),
-        ("ms a step", lambda f: f.ms_per_step, None),
-        ("real tokens a row", lambda f: f.tokens_per_row, 1),
-        ("cells a real token", lambda f: f.cells_per_token, 2),
+        ("ms per step", lambda f: f.ms_per_step, None),
+        ("real tokens per row", lambda f: f.tokens_per_row, 1),
+        ("computed per real token", lambda f: f.cells_per_token, 2),
         ("peak memory, MiB", lambda f: f.memory_mib, 0),
-        ("of it a child's", lambda f: f.child_mib, 0),
+        ("of which a child", lambda f: f.child_mib, 0),
         ("GPU peak, MiB", lambda f: f.device_mib, 0),
         ("useful GFLOP/s", lambda f: f.flops_per_second / 1e9, None),
         ("% of matmul", lambda f: 100 * f.flops_per_second / matmul, None),
@@ -123,7 +125,7 @@ def training_table(
     timed: Mapping[str, int],
     matmul: float,
 ) -> str:
-    """One line a contender. names: in words; timed: timed steps; a figure that no run has (GPU memory) has no column."""
+    """One line per contender. timed: steps. A figure that no run has (GPU memory) has no column."""
     everyone = [figures for found in runs.values() for figures in found]
     columns = [
         column
@@ -133,7 +135,9 @@ def training_table(
     table = [["", "timed steps", *(title for title, _, _ in columns)]]
     for key, found in runs.items():
         cells = [
-            told([value for figures in found if (value := of(figures)) is not None], digits)
+            format_spread(
+                [value for figures in found if (value := of(figures)) is not None], digits
+            )
             for _, of, digits in columns
         ]
         table.append([f"{key}  {names[key]}", str(timed[key]), *cells])
@@ -143,16 +147,16 @@ def training_table(
 def ratio_table(
     names: Mapping[str, str], runs: Mapping[str, Sequence[Figures]], ours: str = "a"
 ) -> str:
-    """Ours to each of the others, computed repetition by repetition; empty where ours or all others are missing."""
+    """Ratios of `ours` to each other contender, per repetition; "" if there is none."""
     if ours not in runs or len(runs) < 2:
         return ""
     table = [[f"{names[ours]} to", "real tokens/s", "rows/s", "peak memory"]]
     for key, found in runs.items():
         if key != ours:
             pairs = list(zip(runs[ours], found, strict=True))
-            speed = told([a.tokens_per_second / b.tokens_per_second for a, b in pairs], 2)
-            rows = told([a.rows_per_second / b.rows_per_second for a, b in pairs], 2)
-            memory = told(
+            speed = format_spread([a.tokens_per_second / b.tokens_per_second for a, b in pairs], 2)
+            rows = format_spread([a.rows_per_second / b.rows_per_second for a, b in pairs], 2)
+            memory = format_spread(
                 [(a.device_mib or a.memory_mib) / (b.device_mib or b.memory_mib) for a, b in pairs],
                 2,
             )
@@ -161,9 +165,9 @@ def ratio_table(
 
 
 def prediction_table(
-    names: Mapping[str, str], runs: Mapping[str, Sequence[Predicted]], ours: str = "bertdist"
+    names: Mapping[str, str], runs: Mapping[str, Sequence[PredictResult]], ours: str = "bertdist"
 ) -> str:
-    """One line a contender: rows/s, memory, and ours to it, repetition by repetition."""
+    """One line per contender: rows/s, memory, and the ratio of `ours` to it, per repetition."""
     table = [
         [
             "",
@@ -174,23 +178,25 @@ def prediction_table(
         ]
     ]
     for key, found in runs.items():
-        rows = told([len(run.answers) / run.seconds for run in found])
-        ratio = told(
+        rows = format_spread([len(run.answers) / run.seconds for run in found])
+        ratio = format_spread(
             [run.seconds / own.seconds for own, run in zip(runs[ours], found, strict=True)], 2
         )
         furthest = max(difference(own, run) for own, run in zip(runs[ours], found, strict=True))
         same = ["", ""] if key == ours else [f"{ratio} x", f"{furthest:.1e}"]
-        table.append([names[key], rows, told([run.process_mib for run in found], 0), *same])
+        table.append(
+            [names[key], rows, format_spread([run.process_mib for run in found], 0), *same]
+        )
     return markdown(table)
 
 
-def difference(one: Predicted, other: Predicted) -> float:
-    """The largest difference of a text's scores."""
+def difference(one: PredictResult, other: PredictResult) -> float:
+    """Largest difference between two scores of a text."""
     return max(abs(a[1] - b[1]) for a, b in zip(one.answers, other.answers, strict=True))
 
 
-def assert_same_answers(runs: Mapping[str, Predicted], tolerance: float = 1e-4) -> None:
-    """The same label for each text, and scores within the tolerance; raises BenchError with the first that is not so."""
+def assert_same_answers(runs: Mapping[str, PredictResult], tolerance: float = 1e-4) -> None:
+    """Raises BenchError for the first text with different labels or too different scores."""
     (first, ours), *others = runs.items()
     for name, run in others:
         for row, (a, b) in enumerate(zip(ours.answers, run.answers, strict=True)):
@@ -204,8 +210,8 @@ def assert_same_answers(runs: Mapping[str, Predicted], tolerance: float = 1e-4) 
 def accuracy_table(
     names: Mapping[str, str], seeds: Sequence[int], accuracies: Mapping[str, Sequence[float]]
 ) -> str:
-    """One line a contender, one column a seed, mean and spread; and the difference of the first to each other."""
-    table = [["", *(f"seed {seed}" for seed in seeds), "mean (least-most)"]]
+    """One line per contender, one column per seed; mean, spread, and differences to the first."""
+    table = [["", *(f"seed {seed}" for seed in seeds), "mean (min-max)"]]
     (first, ours), *others = accuracies.items()
     lines = [(names[key], values) for key, values in accuracies.items()]
     lines += [
@@ -225,7 +231,7 @@ def accuracy_table(
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
-    """The first line is the head; numbers stand to the right."""
+    """A table whose first line is the header; numbers are right-aligned."""
     head, *lines = table
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])

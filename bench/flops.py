@@ -1,8 +1,11 @@
-"""How many floating point operations the useful part of a training step has: that of real tokens, whoever computes them.
+"""Floating point operations of the useful part of a training step: real tokens, without padding.
 
-6 x (weights of the encoder's linear layers) x (real tokens) + 12 x (sum of the squares of the texts' lengths) x hidden x layers.
-A product with W weights is 2 W operations a token forward and 4 W backward (https://arxiv.org/abs/2001.08361, section 2.1); the
-two products of attention are 4 L^2 x hidden a layer forward and twice that backward. Embeddings, norms and the head are left out.
+6 x (weights of the encoder's linear layers) x (real tokens)
++ 12 x (sum of the squares of the texts' lengths) x hidden x layers
+
+A product with W weights is 2 W operations per token forward and 4 W backward
+(https://arxiv.org/abs/2001.08361, section 2.1); the two products of attention are 4 L^2 x hidden
+per layer forward and twice that backward. Embeddings, norms and the head are left out.
 """
 
 import json
@@ -23,12 +26,12 @@ class Shape:
 
     @property
     def linear_weights(self) -> int:
-        """Weights of the encoder's matrices: query, key, value, output, and the two of the feed-forward."""
+        """Of the encoder: query, key, value, output, and two matrices of the feed-forward."""
         return self.layers * (4 * self.hidden**2 + 2 * self.hidden * self.intermediate)
 
     @property
     def embedding_weights(self) -> int:
-        """Words, positions, the two segments."""
+        """Tokens, positions, two segments."""
         return (self.vocabulary + self.positions + 2) * self.hidden
 
     @property
@@ -53,7 +56,7 @@ BERT_BASE = Shape(layers=12, hidden=768, intermediate=3072, vocabulary=30522)
 
 
 def read_shape(folder: str | Path) -> Shape:
-    """From a BERT's config.json; raises OSError, ValueError or KeyError where it is none."""
+    """From a BERT's config.json. Raises OSError, ValueError or KeyError."""
     found = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     return Shape(
         layers=found["num_hidden_layers"],

@@ -1,8 +1,8 @@
-"""What the benchmark asks of a child process, and what the child answers; and how a child is started.
+"""Jobs and answers that the benchmark exchanges with its child processes, and how one is started.
 
-Each run has a process of its own, so that its peak memory, its thread pools and its allocator are its own. Jobs and answers are
-JSON, and only the standard library is imported here: Linux counts the memory of the process that starts a child in the child's
-ru_maxrss (the kernel's exec_mmap), so the one that starts them all must stay small.
+Each run has its own process, so that its peak memory, thread pools and allocator are its own. Jobs
+and answers are JSON, and only the standard library is imported here: Linux counts the memory of the
+process that starts a child in the child's ru_maxrss (exec_mmap in the kernel): keep it small.
 """
 
 import json
@@ -34,19 +34,19 @@ Child = Callable[[str, dict[str, Any]], dict[str, Any]]  # (kind of job, job) ->
 
 
 class BenchError(Exception):
-    """What a user can mend: one line, what was found, what was expected, what to do."""
+    """What a user can mend: one line, what was variables, what was expected, what to do."""
 
 
 class Killed(BenchError):
-    """A child was killed, most likely for want of memory; the others can go on."""
+    """A child was killed, probably because memory ran out; other contenders can continue."""
 
 
-class Seen(NamedTuple):
-    """One optimizer step's rows, as the model was given them."""
+class StepRows(NamedTuple):
+    """The rows of one optimizer step, as the model received them."""
 
     rows: list[int]  # row numbers of the file of rows
     lengths: list[int]  # real tokens of each
-    cells: int  # what the model computed on: real tokens and padding
+    cells: int  # tokens that the model computed: real ones and padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class TrainJob:
     max_length: int
     mixed_precision: str
     use_cpu: bool
-    loss_rows: int  # the final loss is that of the first so many rows of the file, for every contender, trained by it or not
+    loss_rows: int  # the final loss is over the first so many rows, trained on or not
     dev_file: str | None
     output_dir: str
 
@@ -76,11 +76,11 @@ class TrainJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
-    """What a training run saw and took."""
+class TrainResult:
+    """Result of a training run."""
 
     stamps: list[float]  # seconds of a monotonic clock, one after every optimizer step
-    seen: list[Seen]  # one a step
+    seen: list[StepRows]  # one per step
     process_mib: float  # peak memory until the last step
     child_mib: float  # peak memory of its largest child, a loader worker; 0 without one
     device_mib: float | None  # peak of torch's allocator on the GPU; None on the CPU
@@ -91,7 +91,7 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictJob:
-    """The answers of one contender to the first `rows` texts of a file."""
+    """Prediction by one contender for the first `rows` texts of a file."""
 
     contender: str
     model: str  # what training exported
@@ -105,8 +105,8 @@ class PredictJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predicted:
-    """What a prediction run answered and took."""
+class PredictResult:
+    """What a prediction run answer_file and took."""
 
     seconds: (
         float  # texts to answers, without loading the model and without a first call on 64 texts
@@ -116,40 +116,46 @@ class Predicted:
     device: str
 
 
-def trained(answer: dict[str, Any]) -> Trained:
-    """Out of a child's JSON."""
-    return Trained(**{**answer, "seen": [Seen(*step) for step in answer["seen"]]})
+def parse_train_result(answer: dict[str, Any]) -> TrainResult:
+    """From a child's JSON."""
+    return TrainResult(**{**answer, "seen": [StepRows(*step) for step in answer["seen"]]})
 
 
 def run_child(kind: str, job: dict[str, Any]) -> dict[str, Any]:
-    """Do the job in a process of its own (`bench.child`); raises BenchError with the last line of a child that failed, or Killed."""
+    """Run the job in a child process (`bench.child`).
+
+    Raises BenchError with the last line of a child that failed, or Killed.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder, "job.json"), Path(folder, "answer.json")
-        asked.write_text(json.dumps(job), encoding="utf-8")
-        words = [sys.executable, "-m", "bench.child", kind, str(asked), str(answered)]
+        job_file, answer_file = Path(folder, "job.json"), Path(folder, "answer.json")
+        job_file.write_text(json.dumps(job), encoding="utf-8")
+        command = [sys.executable, "-m", "bench.child", kind, str(job_file), str(answer_file)]
         done = subprocess.run(
-            words,
+            command,
             cwd=ROOT,
-            env=environment(job.get("threads")),
+            env=child_environment(job.get("threads")),
             capture_output=True,
             encoding="utf-8",
             errors="replace",
         )
         if done.returncode == -signal.SIGKILL:
-            raise Killed("killed, most likely for want of memory")
-        if done.returncode or not answered.exists():
+            raise Killed("killed, probably because memory ran out")
+        if done.returncode or not answer_file.exists():
             said = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
             raise BenchError(
                 f"{kind} {job.get('contender', '')} ended with code {done.returncode}: {said[-1]}"
             )
-        answer: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
+        answer: dict[str, Any] = json.loads(answer_file.read_text(encoding="utf-8"))
         return answer
 
 
-def environment(threads: int | None) -> dict[str, str]:
-    """What every child runs in: no network, the same number of threads, one GPU (with more, Trainer would take them all)."""
-    found = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    found.setdefault("CUDA_VISIBLE_DEVICES", "0")
+def child_environment(threads: int | None) -> dict[str, str]:
+    """Environment of every child: no network, the same number of threads, one GPU.
+
+    With more GPUs, Trainer would use them all.
+    """
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    variables.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if threads:
-        found |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    return found
+        variables |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return variables

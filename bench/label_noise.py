@@ -26,7 +26,7 @@ import numpy as np
 
 from bench.jobs import BenchError
 from bench.peers import positive
-from bench.stage import say
+from bench.stage import log
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import BertdistError
 from bertdist.data.loading import load_records
@@ -37,7 +37,7 @@ HEADS = (0.05, 0.1, 0.2)  # of the ranking
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags; what comes behind `--` goes to bertdist."""
+    """The flags."""
     found = argparse.ArgumentParser(
         prog="python -m bench.label_noise",
         description="Recall of label issues.",
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--train_file",
         default=str(SST2),
-        help="Labelled rows. Default: SST-2's training rows in ../shared/data, where they are.",
+        help="Labelled rows. Default: SST-2's training rows in ../shared/data.",
     )
     add("--text_column", help="Default: as in training (text, sentence, ...).")
     add("--label_column", help="Default: as in training (label, ...).")
@@ -106,7 +106,7 @@ def write_noisy(args: argparse.Namespace, path: Path) -> None:
 
 
 def figures(noisy: Path, ranking: Path) -> list[float]:
-    """Shares of the wrong labels in each of HEADS, then precision and recall of the marked rows."""
+    """Recall in each of HEADS, then precision and recall of the marked rows."""
     rows = [json.loads(line) for line in noisy.read_text(encoding="utf-8").splitlines()]
     entries = [json.loads(line) for line in ranking.read_text(encoding="utf-8").splitlines()]
     wrong = np.array([row["label"] != row["was"] for row in rows])
@@ -122,7 +122,7 @@ def figures(noisy: Path, ranking: Path) -> list[float]:
 
 
 def run(*words: Any) -> float:
-    """One command of bertdist; seconds. Raises BenchError."""
+    """Run a command of bertdist; returns seconds. Raises BenchError."""
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", *map(str, words)], stderr=subprocess.PIPE, text=True
@@ -145,7 +145,7 @@ def main(words: Sequence[str] | None = None) -> None:
             write_noisy(args, noisy)
         rows = [json.loads(line) for line in noisy.read_text(encoding="utf-8").splitlines()]
         wrong = sum(row["label"] != row["was"] for row in rows)
-        say(f"{len(rows):,} rows, {wrong:,} labels made wrong.")
+        log(f"{len(rows):,} rows, {wrong:,} labels made wrong.")
         data = ["--train_file", noisy, "--text_column", "text", "--label_column", "label"]
         training = [
             "--model_name_or_path",
@@ -175,7 +175,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 shown = " | ".join(f"{figure:.3f}" for figure in figures(noisy, file))
                 print(f"| {source} | {ranking} | {shown} | {seconds:.0f} |", flush=True)
     except (BenchError, BertdistError) as error:
-        say(f"bench: {error}")
+        log(f"bench: {error}")
         sys.exit(1)
 
 

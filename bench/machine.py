@@ -1,4 +1,4 @@
-"""The machine and the versions in words, without its name, its users or its paths."""
+"""A description of machine and versions, without host name, users or paths."""
 
 import os
 import platform
@@ -11,11 +11,11 @@ from pathlib import Path
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def described(device: str, threads: int, packages: Sequence[str]) -> str:
+def describe_machine(device: str, threads: int, packages: Sequence[str]) -> str:
     """One sentence. device: "cpu", or the GPU's name."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     found = [
@@ -24,7 +24,7 @@ def described(device: str, threads: int, packages: Sequence[str]) -> str:
     ]
     found += [
         f"Python {platform.python_version()}",
-        *(f"{name} {number}" for name in packages if (number := installed(name))),
+        *(f"{name} {number}" for name in packages if (number := package_version(name))),
     ]
     return (f"{device}; " if device != "cpu" else "CPU only, not run on a GPU; ") + ", ".join(found)
 
@@ -42,7 +42,7 @@ def cpu() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def installed(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     """Its version; None where it is not installed."""
     try:
         return version(package)
@@ -51,12 +51,14 @@ def installed(package: str) -> str | None:
 
 
 def command(module: str, words: Sequence[str] | None = None) -> str:
-    """The command line that was given, with what leads to a file outside of this folder cut to its last two names."""
+    """The command line, with paths outside of this folder shortened to their last two names."""
     words = sys.argv[1:] if words is None else words
-    return shlex.join(["python", "-m", module, *(shown(word) for word in words)])
+    return shlex.join(["python", "-m", module, *(shorten_path(word) for word in words)])
 
 
-def shown(word: str) -> str:
-    """`/home/me/data/sst2/train.tsv` -> `sst2/train.tsv`, also behind `--train_file=`; what is not such a path stays."""
+def shorten_path(word: str) -> str:
+    """`/home/me/data/sst2/train.tsv` -> `sst2/train.tsv`, also in `--train_file=...`."""
     flag, equals, value = word.rpartition("=")
-    return f"{flag}{equals}{'/'.join(Path(value).parts[-2:]).lstrip('/') if value.startswith(('/', '~', '..')) else value}"
+    if value.startswith(("/", "~", "..")):
+        value = "/".join(Path(value).parts[-2:]).lstrip("/")
+    return f"{flag}{equals}{value}"

@@ -1,12 +1,13 @@
-"""bertdist beside its peers on this machine: the same rows, weights, seed, learning rate and batch size.
+"""bertdist compared with its peers on this machine: same rows, weights, seed, learning rate, batch.
 
-    python -m bench.peers                    # training: MiniLM-L6 and the reviews of `launch/demo.py --prepare_only`
+    python -m bench.peers                # training: MiniLM-L6 and the reviews of launch/demo.py
     python -m bench.peers --random_bert_base --steps 20 --steps_padded 8
-    python -m bench.peers --prediction       # Predictor, pipeline, ONNX Runtime
-    python -m bench.peers --accuracy         # bertdist and Trainer, one epoch, several seeds; slow
+    python -m bench.peers --prediction   # Predictor, pipeline, ONNX Runtime
+    python -m bench.peers --accuracy     # bertdist and Trainer, one epoch, several seeds; slow
 
-Contenders take turns (a b c d e a b c d e ...), each run in a process of its own. Each invocation replaces its own section of --output.
-Who the contenders are: bench/contenders.py and bench/prediction.py. This process starts them and does sums; it stays small (bench/jobs.py).
+Contenders take turns (a b c d e a b c d e ...), each run in its own process. Each invocation
+replaces its own section of --output. The contenders are in bench/contenders.py and
+bench/prediction.py; this process only starts them, and stays small (bench/jobs.py).
 """
 
 import argparse
@@ -25,28 +26,30 @@ from bench.jobs import (
     BenchError,
     Child,
     Killed,
-    Predicted,
     PredictJob,
-    Trained,
+    PredictResult,
+    TrainResult,
     run_child,
 )
-from bench.stage import MAKE, Stage, say, stage
+from bench.stage import HINT, Stage, log, stage
 
 PADDED = "de"  # the contenders that run --steps_padded
 
 
 class Section(NamedTuple):
-    """What an invocation puts on the page."""
+    """One section of the page."""
 
     name: str
-    parts: list[str]  # of markdown; empty ones are left out
+    parts: list[str]  # Markdown; empty ones are dropped
     record: dict[str, Any]  # figures for page.json, and bars for the chart
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
     found = argparse.ArgumentParser(
-        prog="python -m bench.peers", description="bertdist beside its peers.", allow_abbrev=False
+        prog="python -m bench.peers",
+        description="bertdist compared with its peers.",
+        allow_abbrev=False,
     )
     add = found.add_argument
     mode = found.add_mutually_exclusive_group().add_argument
@@ -79,34 +82,44 @@ def parser() -> argparse.ArgumentParser:
         "--rows",
         type=positive,
         default=10_000,
-        help="Rows taken of --train_file, at random, always the same.",
+        help="Rows of --train_file to use: a fixed random choice.",
     )
     add(
         "--batch_size",
         type=positive,
         default=32,
-        help="Rows of an optimizer step, and of a batch of pipeline and ONNX Runtime.",
+        help="Rows per optimizer step, and per batch of pipeline and ONNX Runtime.",
     )
-    add("--learning_rate", type=float, default=5e-5, help="Highest learning rate; linear to 0.")
-    add("--max_length", type=positive, default=128, help="Longest text in tokens; what d pads to.")
+    add(
+        "--learning_rate",
+        type=float,
+        default=5e-5,
+        help="Peak learning rate; decays linearly to 0.",
+    )
+    add(
+        "--max_length",
+        type=positive,
+        default=128,
+        help="Maximum text length in tokens; d pads to it.",
+    )
     add(
         "--seed",
         type=int,
         default=42,
-        help="Of the first repetition; each repetition takes the next.",
+        help="Seed of the first repetition; each repetition uses the next.",
     )
     add(
         "--steps",
         type=positive,
         default=200,
-        help="Steps of a, b and c: an epoch of so many. Fewer than 200 shrink the groups of c.",
+        help="Steps of a, b and c: one epoch. Fewer than 200 shrink the groups of c.",
     )
     add("--steps_padded", type=positive, default=8, help="The same for d and e, which are slow.")
     add(
         "--untimed_steps",
         type=positive,
         default=3,
-        help="First steps of a run, which are not timed.",
+        help="Steps at the start of a run that are not timed.",
     )
     add("--repetitions", type=positive, default=3, help="Rounds over all contenders.")
     add(
@@ -114,19 +127,19 @@ def parser() -> argparse.ArgumentParser:
         default=",".join(CONTENDERS),
         help="Some of: " + "; ".join(f"{key} {name}" for key, name in CONTENDERS.items()),
     )
-    add("--prediction_rows", type=positive, default=2_000, help="Texts to answer.")
+    add("--prediction_rows", type=positive, default=2_000, help="Texts to predict.")
     add(
         "--predictor_steps",
         type=positive,
         default=30,
-        help="Steps that train the model whose answers are compared.",
+        help="Training steps of the model whose predictions are compared.",
     )
     add("--seeds", type=positive, default=3, help="Seeds of --accuracy.")
     add(
         "--loss_rows",
         type=positive,
         default=256,
-        help="The final loss is that of the first so many rows, for all.",
+        help="Rows that the final loss is computed on, for all.",
     )
     add(
         "--mixed_precision",
@@ -134,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
         default="no",
         help="Precision of matrix products in training.",
     )
-    add("--use_cpu", action="store_true", help="The CPU even where there is a GPU.")
+    add("--use_cpu", action="store_true", help="Use the CPU even if there is a GPU.")
     add(
         "--threads",
         type=positive,
@@ -150,36 +163,37 @@ def parser() -> argparse.ArgumentParser:
 
 
 def positive(word: str) -> int:
-    """A whole number of at least 1."""
+    """argparse type: an integer of at least 1."""
     if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{word!r} is not an integer of at least 1")
     return int(word)
 
 
 def training(at: Stage) -> Section:
-    """Train in turns."""
+    """Train all contenders in turns."""
     args, shape, on_cpu = at.args, read_shape(at.model), {"use_cpu": at.args.use_cpu}
     asked = args.contenders.split(",")
     if unknown := [key for key in asked if key not in CONTENDERS]:
         raise BenchError(
-            f"--contenders {args.contenders}: {unknown[0]!r} is none; expected some of {','.join(CONTENDERS)}."
+            f"--contenders {args.contenders}: unknown contender {unknown[0]!r}; "
+            f"expected some of {','.join(CONTENDERS)}."
         )
     dtype = "float32" if args.mixed_precision == "no" else "bfloat16"
-    matmul = [at.ask("matmul", dtype=dtype, **on_cpu)["flops_per_second"]]
+    matmul = [at.run_job("matmul", dtype=dtype, **on_cpu)["flops_per_second"]]
     runs, killed = take_turns(at, asked)
-    matmul.append(at.ask("matmul", dtype=dtype, **on_cpu)["flops_per_second"])
+    matmul.append(at.run_job("matmul", dtype=dtype, **on_cpu)["flops_per_second"])
     found = {
-        key: [figures.figures_of(run, args.untimed_steps, shape) for run in of]
+        key: [figures.timed_figures(run, args.untimed_steps, shape) for run in of]
         for key, of in runs.items()
     }
     timed = {key: len(of[0].stamps) - args.untimed_steps for key, of in runs.items()}
     device = next(iter(runs.values()))[0].device
     parts = [
-        at.heading(f"Training, {kind_of(device)}, {dtype}", device),
-        told_of_training(args),
+        at.heading(f"Training, {device_kind(device)}, {dtype}", device),
+        describe_training(args),
         figures.training_table(CONTENDERS, found, timed, sum(matmul) / 2),
-        f"A product of 2048 x 2048 matrices in {dtype}: {matmul[0] / 1e9:,.0f} GFLOP/s before all runs, {matmul[1] / 1e9:,.0f} after; "
-        "100 % in the last column is their mean.",
+        f"A product of 2048 x 2048 matrices in {dtype}: {matmul[0] / 1e9:,.0f} GFLOP/s before all "
+        f"runs, {matmul[1] / 1e9:,.0f} after; 100 % in the last column is their mean.",
         figures.ratio_table(CONTENDERS, found),
         *(f"{key}, {CONTENDERS[key]}: {why}." for key, why in killed.items()),
     ]
@@ -187,18 +201,25 @@ def training(at: Stage) -> Section:
         key: figures.spread([one.tokens_per_second for one in of]) for key, of in found.items()
     }
     record: dict[str, Any] = {
-        "title": f"{at.title}, {kind_of(device)}, {dtype}",
+        "title": f"{at.title}, {device_kind(device)}, {dtype}",
         "unit": "real tokens/s in training",
     }
     record |= {"bars": page.bars(CONTENDERS, spreads), "matmul": matmul}
     record["runs"] = {key: [asdict(one) for one in of] for key, of in found.items()}
-    return Section(f"training-{page.slug(f'{kind_of(device)} {dtype} {at.title}')}", parts, record)
+    return Section(
+        f"training-{page.slug(f'{device_kind(device)} {dtype} {at.title}')}", parts, record
+    )
 
 
-def take_turns(at: Stage, asked: Sequence[str]) -> tuple[dict[str, list[Trained]], dict[str, str]]:
-    """(runs of each contender, one a repetition; what became of those that were killed). Raises BenchError where rows differ."""
+def take_turns(
+    at: Stage, asked: Sequence[str]
+) -> tuple[dict[str, list[TrainResult]], dict[str, str]]:
+    """(runs of each contender, one per repetition; message for each that was killed).
+
+    Raises BenchError if contenders trained different rows.
+    """
     args = at.args
-    runs: dict[str, list[Trained]] = {key: [] for key in asked}
+    runs: dict[str, list[TrainResult]] = {key: [] for key in asked}
     killed: dict[str, str] = {}
     for repetition in range(args.repetitions):
         for key in list(runs):
@@ -211,39 +232,42 @@ def take_turns(at: Stage, asked: Sequence[str]) -> tuple[dict[str, list[Trained]
                     )
                 )
             except Killed as error:
-                say(f"{key} {CONTENDERS[key]}: {error}")
+                log(f"{key} {CONTENDERS[key]}: {error}")
                 killed[key] = str(error)
                 del runs[key]
         if not runs:
             raise BenchError(
-                "Every contender was killed, most likely for want of memory; give a smaller --batch_size."
+                "Every contender was killed, probably because memory ran out;"
+                " use a smaller --batch_size."
             )
         figures.assert_same_rows({key: found[-1] for key, found in runs.items()})
     return runs, killed
 
 
-def told_of_training(args: argparse.Namespace) -> str:
-    """How the table came about."""
+def describe_training(args: argparse.Namespace) -> str:
+    """How the figures were measured."""
     return (
-        f"{args.batch_size} rows a step, texts of at most {args.max_length} tokens. {args.repetitions} repetitions in turns, each run in "
-        f"its own process: median (least-most). {args.steps} steps, or {args.steps_padded} where rows are padded to a fixed length (d, e); "
-        f"the first {args.untimed_steps} are not timed. Contenders with as many steps train the same rows, each once; that is checked in "
-        "every repetition. Peak memory is that of the process and, added to it, of its largest child, a loader worker: pages that both "
-        f"share count twice. The final loss is without dropout, over the same rows for all, at most {args.loss_rows}; compare it at the "
-        "same number of steps."
+        f"{args.batch_size} rows per step, texts of at most {args.max_length} tokens. "
+        f"{args.repetitions} repetitions in turns, each run in its own process: median (min-max). "
+        f"{args.steps} steps, or {args.steps_padded} with padding to a fixed length (d, e); "
+        f"the first {args.untimed_steps} are not timed. Contenders of equally many steps train "
+        "the same rows, each once; that is checked in every repetition. Peak memory is that of the "
+        "process plus its largest child, a loader worker: shared pages count twice. The final loss "
+        f"is without dropout, over the same rows for all, at most {args.loss_rows}; compare it "
+        "at the same number of steps."
     )
 
 
 def prediction(at: Stage) -> Section:
-    """Train a classifier, then let it answer in turns."""
+    """Train a classifier, then predict with all contenders in turns."""
     args = at.args
-    say("training the model whose answers are compared")
+    log("training the model whose predictions are compared")
     at.train("a", max(args.predictor_steps, args.untimed_steps + 1), args.seed, keep="predictor")
     model, onnx = str(at.folder / "predictor" / "best"), None
     skipped = " ONNX Runtime was not run: onnx and onnxruntime are not installed."
     if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
         onnx, skipped = str(at.folder / "model.onnx"), ""
-        at.ask("export", model=model, path=onnx)
+        at.run_job("export", model=model, path=onnx)
     job = PredictJob(
         contender="",
         model=model,
@@ -255,25 +279,26 @@ def prediction(at: Stage) -> Section:
         threads=args.threads,
         use_cpu=args.use_cpu,
     )
-    runs: dict[str, list[Predicted]] = {key: [] for key in PREDICTORS if key != "onnx" or onnx}
+    runs: dict[str, list[PredictResult]] = {key: [] for key in PREDICTORS if key != "onnx" or onnx}
     for _ in range(args.repetitions):
         for key in runs:
-            found = Predicted(**at.ask("predict", **asdict(replace(job, contender=key))))
+            found = PredictResult(**at.run_job("predict", **asdict(replace(job, contender=key))))
             runs[key].append(found)
-            say(
-                f"{PREDICTORS[key]}: {len(found.answers) / found.seconds:,.0f} rows/s, {found.process_mib:,.0f} MiB"
-            )
+            rate, memory = len(found.answers) / found.seconds, found.process_mib
+            log(f"{PREDICTORS[key]}: {rate:,.0f} rows/s, {memory:,.0f} MiB")
         figures.assert_same_answers({key: of[-1] for key, of in runs.items()})
-    say(f"all {job.rows} answers agree: the same labels, scores within 1e-4")
+    log(f"all {job.rows} predictions agree: the same labels, scores within 1e-4")
     device = runs["bertdist"][0].device
     parts = [
         at.heading(
-            f"Prediction, {kind_of(device)}, float32", device, ["onnxruntime"] if onnx else []
+            f"Prediction, {device_kind(device)}, float32", device, ["onnxruntime"] if onnx else []
         ),
-        f"{job.rows:,} texts, from text to label and score; loading, and a first call on 64 texts, are not timed. {args.repetitions} "
-        f"repetitions in turns, each run in its own process: median (least-most). pipeline and ONNX Runtime: batches of {args.batch_size} "
-        "in the order of the texts, padded to the longest. All give the same labels, and scores within 1e-4; that is checked in every "
-        f"repetition.{skipped if device == 'cpu' else ' ONNX Runtime ran on the CPU.'}",
+        f"{job.rows:,} texts, from text to label and score; loading and a first call on 64 texts "
+        f"are not timed. {args.repetitions} repetitions in turns, each run in its own process: median "
+        f"(min-max). pipeline and ONNX Runtime: batches of {args.batch_size} in the order of the "
+        "texts, padded to the longest. All give the same labels, and scores within 1e-4; that is "
+        "checked in every repetition."
+        f"{skipped if device == 'cpu' else ' ONNX Runtime ran on the CPU.'}",
         figures.prediction_table(PREDICTORS, runs),
     ]
     spreads = {
@@ -281,7 +306,7 @@ def prediction(at: Stage) -> Section:
         for key, of in runs.items()
     }
     record: dict[str, Any] = {
-        "title": f"{at.title}, {kind_of(device)}, float32",
+        "title": f"{at.title}, {device_kind(device)}, float32",
         "unit": "rows/s in prediction",
     }
     record["bars"] = page.bars(PREDICTORS, spreads)
@@ -292,20 +317,20 @@ def prediction(at: Stage) -> Section:
         ]
         for key, of in runs.items()
     }
-    return Section(f"prediction-{page.slug(f'{kind_of(device)} {at.title}')}", parts, record)
+    return Section(f"prediction-{page.slug(f'{device_kind(device)} {at.title}')}", parts, record)
 
 
 def accuracy(at: Stage) -> Section:
-    """One epoch over all rows, for several seeds: what each contender has learned."""
+    """Accuracy of each contender after one epoch over all rows, for several seeds."""
     args, dev_file = at.args, str(at.folder / "dev.jsonl")
     if not Path(args.validation_file).is_file():
-        raise BenchError(f"--validation_file {args.validation_file}: there is no such file; {MAKE}")
+        raise BenchError(f"--validation_file {args.validation_file}: there is no such file; {HINT}")
     source = {
         "text_column": args.text_column,
         "label_column": args.label_column,
         "labels": at.labels,
     }
-    dev = at.ask(
+    dev = at.run_job(
         "rows",
         file=str(Path(args.validation_file).resolve()),
         rows=None,
@@ -313,36 +338,37 @@ def accuracy(at: Stage) -> Section:
         **source,
     )
     seeds = [args.seed + i for i in range(args.seeds)]
-    runs: dict[str, list[Trained]] = {"a": [], "b": []}
+    runs: dict[str, list[TrainResult]] = {"a": [], "b": []}
     for seed in seeds:
         for key, of in runs.items():
             of.append(at.train(key, -(-at.rows // args.batch_size), seed, dev_file))
-            say(f"accuracy {of[-1].accuracy:.4f}")
+            log(f"accuracy {of[-1].accuracy:.4f}")
         figures.assert_same_rows({key: of[-1] for key, of in runs.items()})
     device = runs["a"][0].device
     values = {
         key: [run.accuracy for run in of if run.accuracy is not None] for key, of in runs.items()
     }
     parts = [
-        at.heading(f"Accuracy after one epoch, {kind_of(device)}", device),
-        f"{at.rows:,} rows, each once, {args.batch_size} a step, learning rate {args.learning_rate:g}; accuracy of the last weights on "
-        f"{dev['rows']:,} other rows. The two draw other orders and other dropout from a seed, so they can only agree within the spread.",
+        at.heading(f"Accuracy after one epoch, {device_kind(device)}", device),
+        f"{at.rows:,} rows, each once, {args.batch_size} per step, learning rate "
+        f"{args.learning_rate:g}; accuracy of the last weights on {dev['rows']:,} other rows. The "
+        "two have different row orders and dropout per seed: they agree only within the spread.",
         figures.accuracy_table(CONTENDERS, seeds, values),
     ]
     return Section(
-        f"accuracy-{page.slug(f'{kind_of(device)} {at.title}')}",
+        f"accuracy-{page.slug(f'{device_kind(device)} {at.title}')}",
         parts,
         {"title": at.title, "seeds": seeds, "accuracy": values},
     )
 
 
-def kind_of(device: str) -> str:
+def device_kind(device: str) -> str:
     """ "CPU" or "GPU"."""
     return "CPU" if device == "cpu" else "GPU"
 
 
 def main(words: Sequence[str] | None = None, child: Child = run_child) -> int:
-    """The command line; exit code 0, or 1 with one line for what a user can mend."""
+    """Command line; returns exit code 0, or 1 after a user's mistake, with one line."""
     words = sys.argv[1:] if words is None else words
     args = parser().parse_args(words)
     run = prediction if args.prediction else accuracy if args.accuracy else training
@@ -351,9 +377,9 @@ def main(words: Sequence[str] | None = None, child: Child = run_child) -> int:
             name, parts, record = run(at)
         section = "\n\n".join(part for part in parts if part)
         print(section)
-        say(page.write(Path(args.output), name, section, record))
+        log(page.write(Path(args.output), name, section, record))
     except BenchError as error:
-        say(str(error))
+        log(str(error))
         return 1
     return 0
 

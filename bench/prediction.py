@@ -1,7 +1,7 @@
-"""Three ways to answer the same texts in the same order: bertdist's Predictor, transformers' pipeline, ONNX Runtime.
+"""Three ways to predict the same texts in order: bertdist's Predictor, pipeline and ONNX Runtime.
 
-All in float32 and from texts to (label, score), tokenizing included. pipeline and ONNX Runtime get batches of `batch_size` texts in their
-order, padded to the longest; Predictor sorts for itself.
+All in float32, from texts to (label, score), with tokenization. pipeline and ONNX Runtime get
+batches of `batch_size` texts in their order, padded to the longest; Predictor sorts by itself.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 
 from bench.clock import device_name, on_gpu, peak_mib
 from bench.contenders import read_rows
-from bench.jobs import Predicted, PredictJob
+from bench.jobs import PredictJob, PredictResult
 
 WARM_UP = 64  # texts of a first call, which is not timed
 
@@ -23,8 +23,8 @@ Answers = list[tuple[str, float]]
 Answering = Callable[[Sequence[str]], Answers]
 
 
-def predict(job: PredictJob) -> Predicted:
-    """Load, answer some texts, then answer all and take the time."""
+def predict(job: PredictJob) -> PredictResult:
+    """Load, predict some texts, then predict all and measure the time."""
     texts, _ = read_rows(job.rows_file, job.rows)
     answer = {"bertdist": with_bertdist, "pipeline": with_pipeline, "onnx": with_onnx}[
         job.contender
@@ -34,13 +34,13 @@ def predict(job: PredictJob) -> Predicted:
     answers = answer(texts)  # ends with numbers on the host, so a GPU has ended too
     seconds = time.perf_counter() - begin
     device = "cpu" if job.contender == "onnx" else device_name(job.use_cpu)
-    return Predicted(
+    return PredictResult(
         seconds=seconds, answers=answers, process_mib=peak_mib(), device=device
     )  # no contender starts a child
 
 
 def with_bertdist(job: PredictJob) -> Answering:
-    """Predictor at its defaults."""
+    """Predictor with its defaults."""
     from bertdist.core.config import RunConfig
     from bertdist.distributed.launch import create_accelerator
     from bertdist.predict import Predictor
@@ -70,7 +70,7 @@ def with_pipeline(job: PredictJob) -> Answering:
 
 
 def with_onnx(job: PredictJob) -> Answering:
-    """ONNX Runtime on the CPU with as many threads as torch has for the others."""
+    """ONNX Runtime on the CPU, with as many threads as torch has for the others."""
     import onnxruntime
     from transformers import AutoTokenizer
 
@@ -105,9 +105,10 @@ def with_onnx(job: PredictJob) -> Answering:
 
 
 def export_onnx(folder: str, path: str) -> None:
-    """Write the model as ONNX, with free numbers of texts and tokens.
+    """Export the model to ONNX, with dynamic numbers of texts and tokens.
 
-    torch's older exporter: the newer one needs onnxscript, and both give the same answers here (they are compared in every run).
+    By torch's older exporter: the newer one needs onnxscript, and both give the same results here
+    (they are compared in every run).
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -131,7 +132,7 @@ def export_onnx(folder: str, path: str) -> None:
 
 
 class _Logits(torch.nn.Module):
-    """A model whose arguments have places, not names, and whose answer is one tensor."""
+    """A model with positional arguments that returns one tensor."""
 
     def __init__(self, model: Any, names: list[str]) -> None:
         super().__init__()

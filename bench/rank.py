@@ -1,9 +1,9 @@
-"""One rank of bench.faults: bertdist.train with every step written down, and nothing printed but into a file.
+"""One rank of bench.faults: bertdist.train with a log of every step, and standard error in a file.
 
-    RANK=0 WORLD_SIZE=1 python -m bench.rank --output_dir OUT ...      # what torchrun and `accelerate launch` start
+    RANK=0 WORLD_SIZE=1 python -m bench.rank --output_dir OUT ...   # what launchers start
 
-In: the words of bertdist.train. Out: its exit code; OUT/said_N.txt, its standard error; OUT/steps_N.txt, a line a step with loss and
-gradient norm in hex. `attempts` forks a process and calls `be_a_rank`; a launcher starts this module.
+OUT/stderr_N.txt is its standard error, OUT/steps_N.txt has one line per step with loss and gradient
+norm in hex. bench.attempts calls `run_rank` in a forked process; a launcher starts this module.
 """
 
 import importlib
@@ -15,40 +15,40 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 
-def be_a_rank(words: Sequence[str], rank: int, out: Path) -> NoReturn:
-    """The whole life of a process."""
+def run_rank(arguments: Sequence[str], rank: int, out: Path) -> NoReturn:
+    """Train, and end the process with the exit code of bertdist.train."""
     code: Any = 1
     with (
-        open(out / f"said_{rank}.txt", "a", buffering=1, encoding="utf-8") as said,
+        open(out / f"stderr_{rank}.txt", "a", buffering=1, encoding="utf-8") as stderr,
         open(out / f"steps_{rank}.txt", "a") as steps,
     ):
-        os.dup2(said.fileno(), 2)
-        sys.stderr = said
+        os.dup2(stderr.fileno(), 2)
+        sys.stderr = stderr
         try:
-            code = _trained(words, steps)
+            code = _trained(arguments, steps)
         except BaseException:
             traceback.print_exc()
     os._exit(code if isinstance(code, int) else 1)
 
 
-def _trained(words: Sequence[str], steps: Any) -> Any:
+def _trained(arguments: Sequence[str], steps: Any) -> Any:
     import torch
 
-    # The module, watched and quickened in this process only; `bertdist.train` is the function.
+    # The module, patched in this process only; `bertdist.train` is the function.
     train: Any = importlib.import_module("bertdist.train")
     torch.set_num_threads(1)
     throughput: Any = importlib.import_module("bertdist.training.throughput")
     throughput.matmul_rate = lambda device, precision: 1e12
     train_step = train.train_step
 
-    def written(model: Any, optimizer: Any, step: Any, *rest: Any) -> Any:
+    def logged(model: Any, optimizer: Any, step: Any, *rest: Any) -> Any:
         loss, norm = train_step(model, optimizer, step, *rest)
         steps.write(f"{step.number} {float(loss).hex()} {float(norm).hex()}\n")
         steps.flush()
         return loss, norm
 
-    train.train_step = written
-    sys.argv = ["bertdist.train", *words]
+    train.train_step = logged
+    sys.argv = ["bertdist.train", *arguments]
     try:
         train.main()
     except SystemExit as end:
@@ -57,7 +57,7 @@ def _trained(words: Sequence[str], steps: Any) -> Any:
 
 
 if __name__ == "__main__":
-    be_a_rank(
+    run_rank(
         sys.argv[1:],
         int(os.environ.get("RANK", "0")),
         Path(sys.argv[sys.argv.index("--output_dir") + 1]),

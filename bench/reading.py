@@ -29,12 +29,12 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from bench import machine, page
-from bench.figures import markdown, number, spread, told
+from bench.figures import format_number, format_spread, markdown, spread
 from bench.flops import BERT_BASE, training_flops
 from bench.jobs import BenchError
 from bench.peers import positive
 from bench.scaling import SST2
-from bench.stage import MAKE, PACKAGES, say
+from bench.stage import HINT, PACKAGES, log
 from bertdist.core.config import DataConfig, ModelConfig, TaskConfig
 from bertdist.data.loading import load_records, open_stream
 from bertdist.data.records import Records
@@ -238,17 +238,19 @@ def rate_table(found: Sequence[Measured], text_bytes: float) -> str:
         read = [1 / seconds for seconds in kind.read]
         cells = [
             kind.kind,
-            number(kind.stored),
-            told(read),
-            told([rate * text_bytes / 1e6 for rate in read]),
+            format_number(kind.stored),
+            format_spread(read),
+            format_spread([rate * text_bytes / 1e6 for rate in read]),
         ]
-        lines.append([*cells, told([1 / seconds for seconds in kind.encoded])])
+        lines.append([*cells, format_spread([1 / seconds for seconds in kind.encoded])])
     return markdown(lines)
 
 
 def limit_table(found: Sequence[Measured], rates: dict[str, float], workers: int) -> str:
     """Up to how many ranks --stream_sharding by_row keeps up."""
-    lines = [["file", *(f"{name}: {number(rate)} rows/s a rank" for name, rate in rates.items())]]
+    lines = [
+        ["file", *(f"{name}: {format_number(rate)} rows/s a rank" for name, rate in rates.items())]
+    ]
     for kind in found:
         read, encoded = (1 / spread(seconds).median for seconds in (kind.read, kind.encoded))
         ranks = [most_ranks(read, encoded, rate, workers) for rate in rates.values()]
@@ -265,18 +267,18 @@ def compute(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, dict[s
     """(section, record)."""
     if not Path(args.train_file).is_file():
         raise BenchError(
-            f"--train_file {machine.shown(args.train_file)}: there is no such file. demo/data/train.tsv will do; {MAKE}"
+            f"--train_file {machine.shorten_path(args.train_file)}: there is no such file. demo/data/train.tsv will do; {HINT}"
         )
     if not Path(args.model_name_or_path, "config.json").is_file():
         raise BenchError(
-            f"--model_name_or_path {args.model_name_or_path}: no config.json there, expected a model folder; {MAKE}"
+            f"--model_name_or_path {args.model_name_or_path}: no config.json there, expected a model folder; {HINT}"
         )
     tokenizer = load_tokenizer(
         ModelConfig(model_name_or_path=args.model_name_or_path, max_length=args.max_length)
     )
     parts = [
         "## Reading",
-        f"{machine.described('cpu', 1, PACKAGES)}. Processor seconds of one process, a loader worker's work; {args.repetitions} "
+        f"{machine.describe_machine('cpu', 1, PACKAGES)}. Processor seconds of one process, a loader worker's work; {args.repetitions} "
         "repetitions in turns: median (least-most). None of the rates of training was measured with a GPU.",
         f"```bash\n{machine.command('bench.reading', words)}\n```",
     ]
@@ -293,18 +295,18 @@ def compute(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, dict[s
                 tflops * 1e12 * len(rows.tokens) / training_flops(BERT_BASE, rows.tokens)
             )
         found = measure(rows, tokenizer, args.max_length, args.repetitions)
-        say(f"{texts_a_row} texts a row: measured")
+        log(f"{texts_a_row} texts a row: measured")
         record[str(texts_a_row)] = {
             "tokens": tokens,
             "bytes": size,
             "rates": rates,
             "kinds": [vars(kind) for kind in found],
         }
-        name = machine.shown(str(Path(args.train_file).resolve()))
+        name = machine.shorten_path(str(Path(args.train_file).resolve()))
         many = "a text" if texts_a_row == 1 else f"{texts_a_row} texts, one behind the other,"
         parts += [
             f"### Rows of {tokens:.0f} tokens",
-            f"{len(rows.texts):,} rows, each {many} of {name}, {number(size)} bytes of text in the mean.",
+            f"{len(rows.texts):,} rows, each {many} of {name}, {format_number(size)} bytes of text in the mean.",
             rate_table(found, size),
             f"Up to so many ranks `--stream_sharding by_row` keeps up, with {args.workers} loader workers a rank that have cores of their own; "
             "beyond, reading is the limit, and `files` pays:",
@@ -315,7 +317,7 @@ def compute(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, dict[s
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command line; exit code 0, or 1 with one line for what a user can mend."""
-    return page.show("reading", parser(), compute, sys.argv[1:] if words is None else words)
+    return page.run_command("reading", parser(), compute, sys.argv[1:] if words is None else words)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""How long it takes until the first step when a run goes on at 1% and at 99% of an epoch: rows in memory, and a stream.
+"""Time to the first step when a run resumes at 1%, 50% and 99% of an epoch, in memory and streamed.
 
-    python -m bench.resume --rows 500000
+    python -m bench.resume --model M --rows 500000
 
-Order is a pure function of seed, epoch and step, so nothing is replayed: what is timed is opening the batches there and making the first
-one (planning the epoch or reading one window again, and tokenizing one step). The files are made by rule. The smallest of 5 takes.
+The row order is a pure function of seed, epoch and step, so nothing is replayed. Timed are opening
+the loader there and making the first step (planning the epoch or reading one window again, and
+tokenizing one step). The data are generated. The minimum of 5 trials.
 """
 
 import argparse
@@ -26,9 +27,9 @@ from bertdist.data.streaming import StreamLoader
 from bertdist.data.tokenization import load_tokenizer, open_examples
 from bertdist.tasks.tasks import SingleLabel
 
-ROWS_PER_STEP, WINDOW, TAKES = 32, 16_384, 5
+ROWS_PER_STEP, WINDOW, TRIALS = 32, 16_384, 5
 TASK = SingleLabel(("no", "yes"))
-PLACES = (0.01, 0.5, 0.99)
+POSITIONS = (0.01, 0.5, 0.99)
 
 
 def write(path: Path, rows: int) -> None:
@@ -41,18 +42,18 @@ def write(path: Path, rows: int) -> None:
             file.write(json.dumps({"text": text, "label": random_.choice(("no", "yes"))}) + "\n")
 
 
-def timed(first: Callable[[], Step]) -> float:
-    """Seconds until there is a step; the least of several."""
-    taken = []
-    for _ in range(TAKES):
+def seconds_to_first_step(first: Callable[[], Step]) -> float:
+    """Seconds until there is a step; the minimum of several trials."""
+    trials = []
+    for _ in range(TRIALS):
         began = time.perf_counter()
         first()
-        taken.append(time.perf_counter() - began)
-    return min(taken)
+        trials.append(time.perf_counter() - began)
+    return min(trials)
 
 
 def measure(model: str, rows: int, folder: Path) -> dict[str, list[float]]:
-    """Seconds to the first step at each of PLACES."""
+    """Seconds to the first step at each of POSITIONS."""
     path = folder / "rows.jsonl"
     write(path, rows)
     tokenizer = load_tokenizer(ModelConfig(model_name_or_path=model))
@@ -74,21 +75,21 @@ def measure(model: str, rows: int, folder: Path) -> dict[str, list[float]]:
     def step_of(some: Any, number: int, place: ReaderState | None) -> Callable[[], Step]:
         return lambda: next(iter(some.steps(number, number + 1, place)))
 
-    steps = [int(place * batches.steps_per_epoch) for place in PLACES]
+    steps = [int(place * batches.steps_per_epoch) for place in POSITIONS]
     windows: list[ReaderState] = [
-        {"window": states[int(place * len(states))], "step": 3} for place in PLACES
+        {"window": states[int(place * len(states))], "step": 3} for place in POSITIONS
     ]
     return {
-        "rows in memory": [timed(step_of(batches, step, None)) for step in steps],
+        "rows in memory": [seconds_to_first_step(step_of(batches, step, None)) for step in steps],
         "a stream": [
-            timed(step_of(streamed, step, place))
+            seconds_to_first_step(step_of(streamed, step, place))
             for step, place in zip(steps, windows, strict=True)
         ],
     }
 
 
 def main(words: list[str]) -> int:
-    """The command line."""
+    """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.resume")
     parser.add_argument(
         "--model", required=True, help="Folder or name of a model, for its tokenizer."
@@ -98,7 +99,8 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for kind, seconds in measure(asked.model, asked.rows, Path(folder)).items():
             told = ", ".join(
-                f"{place:.0%}: {taken:.3f} s" for place, taken in zip(PLACES, seconds, strict=True)
+                f"{place:.0%}: {taken:.3f} s"
+                for place, taken in zip(POSITIONS, seconds, strict=True)
             )
             print(f"{kind:15} {told}")
     return 0

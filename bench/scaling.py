@@ -1,14 +1,15 @@
-"""What many ranks would lose, computed from real text lengths: to stragglers, and to the all-reduce of gradients. Nothing is run on ranks.
+"""Losses at scale, computed from real text lengths: stragglers, and the all-reduce of gradients.
 
-    python -m bench.scaling                                              # SST-2's training rows beside the repository, BERT-base
+    python -m bench.scaling                                 # SST-2 in ../shared/data, BERT-base
     python -m bench.scaling --train_file demo/data/train.tsv --tflops 0.1 --bandwidth_between 1.25
 
-1. Stragglers. The rows of each step are dealt to the ranks by `bertdist.batching.deal`: by the length it is given there (bytes of text,
-   known without tokenizing), and by tokens; and at random. A step takes as long as its slowest rank. The one assumption: time goes with
-   the operations of bench.flops.
-2. All-reduce. A ring of n ranks moves 2 (n - 1) / n x bytes over its slowest link (https://arxiv.org/abs/1802.05799), 4 bytes a weight;
-   latency is left out. DDP sends gradients as they come, so they hide behind the backward pass, two thirds of a step's operations, as far
-   as it is long enough; all but the embeddings' gradient, which is the last to come (a fifth of BERT-base's).
+1. Stragglers. The rows of each step are split among the ranks by `balance_by_length`: by bytes of
+   text, as bertdist does (known without tokenizing), by tokens, and at random. A step takes as long
+   as its slowest rank. The one assumption: time is proportional to the operations of bench.flops.
+2. All-reduce. A ring of n ranks moves 2 (n - 1) / n x bytes over its slowest link
+   (https://arxiv.org/abs/1802.05799), 4 bytes per weight; latency is left out. DDP sends gradients
+   as they are computed, so they overlap with the backward pass, two thirds of a step's operations,
+   as far as it lasts; all but the embeddings' gradient, which comes last (a fifth of BERT-base's).
 """
 
 import argparse
@@ -22,11 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from bench import machine, page
-from bench.figures import markdown, number
+from bench.figures import format_number, markdown
 from bench.flops import BERT_BASE, Shape, training_flops
 from bench.jobs import BenchError
 from bench.peers import positive
-from bench.stage import MAKE
+from bench.stage import HINT
 from bertdist.core.config import ModelConfig
 from bertdist.data.loading import open_texts
 from bertdist.data.sharding import balance_by_length, epoch_order
@@ -34,10 +35,10 @@ from bertdist.data.tokenization import encode, load_tokenizer
 
 Array = npt.NDArray[Any]
 SST2 = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "sst2" / "train.tsv"
-ENCODED_AT_ONCE = 1000  # texts a tokenizer call
-GRADIENT_BYTES = 4  # a weight: DDP reduces float32 gradients of float32 weights
+TEXTS_PER_CALL = 1000  # of the tokenizer
+GRADIENT_BYTES = 4  # per weight: DDP reduces float32 gradients of float32 weights
 BACKWARD = 2 / 3  # of a step's operations
-ENOUGH = 0.9  # efficiency that the last column asks for
+TARGET_EFFICIENCY = 0.9  # of the last column
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--train_file",
         default=str(SST2),
-        help="Texts. Default: SST-2's training rows in ../shared/data, where they are.",
+        help="Texts. Default: SST-2's training rows in ../shared/data.",
     )
     add("--text_column", help="Default: as in training (text, sentence, ...).")
     add(
@@ -59,15 +60,15 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--max_length", type=positive, default=128, help="Longest text in tokens.")
     add("--ranks", type=positive, nargs="+", default=[8, 64, 512], help="Numbers of ranks.")
-    add("--rows_a_rank", type=positive, default=32, help="Rows of a step on each rank.")
+    add("--rows_a_rank", type=positive, default=32, help="Rows per step and rank.")
     add(
         "--global_batch",
         type=positive,
         default=1024,
-        help="Rows of a step in all, for the second half of the table.",
+        help="Rows per step in total, for the second half of the table.",
     )
-    add("--most_steps", type=positive, default=50, help="Steps of an epoch that are dealt.")
-    add("--seed", type=int, default=42, help="Of the order of rows, and of dealing at random.")
+    add("--most_steps", type=positive, default=50, help="Steps of an epoch to compute.")
+    add("--seed", type=int, default=42, help="Of the row order and the random split.")
     add(
         "--tflops",
         type=float,
@@ -90,11 +91,11 @@ def parser() -> argparse.ArgumentParser:
         "--ranks_a_node",
         type=positive,
         default=8,
-        help="Up to so many ranks the ring stays within a node.",
+        help="Ranks per node; a ring of at most so many stays within one.",
     )
     add(
         "--output",
-        help="Page whose section 'Scaling (computed)' is replaced; without it the table is only printed.",
+        help="Page whose section 'Scaling (computed)' is replaced. Default: only print.",
     )
     return found
 
@@ -103,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
 class Texts:
     """Lengths of all texts."""
 
-    size: Array  # (rows,) int64: what bertdist deals by, UTF-8 bytes
+    size: Array  # (rows,) int64, UTF-8 bytes: what bertdist balances by
     tokens: Array  # (rows,) int64, special tokens counted
 
 
@@ -111,11 +112,13 @@ def read_texts(args: argparse.Namespace) -> Texts:
     """Tokenize all texts; raises BenchError and BertdistError."""
     if not Path(args.train_file).is_file():
         raise BenchError(
-            f"--train_file {machine.shown(args.train_file)}: there is no such file. demo/data/train.tsv will do; {MAKE}"
+            f"--train_file {machine.shorten_path(args.train_file)}: there is no such file."
+            f" demo/data/train.tsv will do; {HINT}"
         )
     if not Path(args.model_name_or_path, "config.json").is_file():
         raise BenchError(
-            f"--model_name_or_path {args.model_name_or_path}: no config.json there, expected a model folder; {MAKE}"
+            f"--model_name_or_path {args.model_name_or_path}: no config.json there,"
+            f" expected a model folder; {HINT}"
         )
     records = open_texts(
         args.train_file,
@@ -130,29 +133,29 @@ def read_texts(args: argparse.Namespace) -> Texts:
         ModelConfig(model_name_or_path=args.model_name_or_path, max_length=args.max_length)
     )
     tokens: list[int] = []
-    for at in range(0, len(records), ENCODED_AT_ONCE):
-        chunk = [records[row] for row in range(at, min(at + ENCODED_AT_ONCE, len(records)))]
+    for at in range(0, len(records), TEXTS_PER_CALL):
+        chunk = [records[row] for row in range(at, min(at + TEXTS_PER_CALL, len(records)))]
         tokens += [len(ids) for ids, _ in encode(chunk, tokenizer, args.max_length)]
     return Texts(size=records.lengths(), tokens=np.array(tokens))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dealt:
-    """Steps of so many rows on so many ranks. What a way of dealing costs: operations of the slowest rank / mean, over all steps."""
+class BalancedSteps:
+    """Operations of the slowest rank / mean over all steps, for three ways to split the rows."""
 
     ranks: int
-    rows: int  # of a step, all ranks together
-    steps: int  # that were dealt
+    rows: int  # per step, all ranks together
+    steps: int
     at_random: float
     by_size: float  # as bertdist does
     by_tokens: float
     flops: float  # mean operations of a rank in a step
 
 
-def deal_steps(
+def balance_steps(
     texts: Texts, shape: Shape, ranks: int, rows: int, most_steps: int, seed: int
-) -> Dealt | None:
-    """Deal the whole steps of an epoch in bertdist's order; None where the texts do not fill one step."""
+) -> BalancedSteps | None:
+    """Split the complete steps of an epoch in bertdist's order; None if the texts fill no step."""
     steps = min(most_steps, len(texts.tokens) // rows)
     if not steps:
         return None
@@ -174,7 +177,7 @@ def deal_steps(
         total += float(cost[mine].sum())
     at_random, by_size, by_tokens = (slowest / (total / ranks)).tolist()
     flops = total / ranks / steps
-    return Dealt(
+    return BalancedSteps(
         ranks=ranks,
         rows=rows,
         steps=steps,
@@ -187,7 +190,7 @@ def deal_steps(
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """What a rank can do."""
+    """Speed of a rank and of its links."""
 
     flops_per_second: float
     bytes_within: float  # a second, on a rank's link within its node
@@ -195,21 +198,21 @@ class Cluster:
     ranks_a_node: int
 
     def all_reduce(self, weights: int, ranks: int) -> float:
-        """Seconds of a ring over the gradients of so many weights."""
+        """Seconds of a ring all-reduce of the gradients of so many weights."""
         bandwidth = self.bytes_within if ranks <= self.ranks_a_node else self.bytes_between
         return 2 * (ranks - 1) / ranks * weights * GRADIENT_BYTES / bandwidth
 
-    def waiting(self, shape: Shape, ranks: int, compute: float) -> float:
-        """Seconds of the all-reduce that the backward pass does not hide, in a step of `compute` seconds."""
+    def exposed_all_reduce(self, shape: Shape, ranks: int, compute: float) -> float:
+        """Seconds of all-reduce outside of the backward pass, in a step of `compute` seconds."""
         rest = self.all_reduce(shape.weights - shape.embedding_weights, ranks) - BACKWARD * compute
         return self.all_reduce(shape.embedding_weights, ranks) + max(0.0, rest)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lost:
-    """Where the seconds of a step go."""
+class StepTime:
+    """Seconds of a step, in parts."""
 
-    mean: float  # computing, of the mean rank: all that a step would take if nothing were lost
+    mean: float  # computing, of the average rank
     stragglers: float  # waiting for the slowest rank
     all_reduce: float  # waiting for gradients
 
@@ -219,39 +222,39 @@ class Lost:
         return self.mean + self.stragglers + self.all_reduce
 
 
-def lost(found: Dealt, slowest: float, shape: Shape, cluster: Cluster) -> Lost:
-    """slowest: operations of the slowest rank / mean, in the way of dealing that is asked about."""
+def step_time(found: BalancedSteps, slowest: float, shape: Shape, cluster: Cluster) -> StepTime:
+    """slowest: operations of the slowest rank / mean, for one way to split the rows."""
     mean = found.flops / cluster.flops_per_second
-    return Lost(
+    return StepTime(
         mean=mean,
         stragglers=mean * (slowest - 1),
-        all_reduce=cluster.waiting(shape, found.ranks, mean * slowest),
+        all_reduce=cluster.exposed_all_reduce(shape, found.ranks, mean * slowest),
     )
 
 
-def rows_for(efficiency: float, found: Dealt, shape: Shape, cluster: Cluster) -> int:
-    """Rows a rank, as a power of two, from which the all-reduce alone leaves this efficiency; texts as long as these."""
+def rows_for(efficiency: float, found: BalancedSteps, shape: Shape, cluster: Cluster) -> int:
+    """Rows per rank, a power of two, from which the all-reduce alone allows this efficiency."""
     a_row = found.flops * found.ranks / found.rows / cluster.flops_per_second
     rows = 1
     while (
-        rows * a_row / (rows * a_row + cluster.waiting(shape, found.ranks, rows * a_row))
+        rows * a_row / (rows * a_row + cluster.exposed_all_reduce(shape, found.ranks, rows * a_row))
         < efficiency
     ):
         rows *= 2
     return rows
 
 
-def straggler_table(steps: Sequence[Dealt]) -> str:
-    """Operations of the slowest rank / mean, one line a number of ranks and rows."""
+def straggler_table(steps: Sequence[BalancedSteps]) -> str:
+    """Operations of the slowest rank / mean, one line per number of ranks and rows."""
     lines = [
         [
             "ranks",
-            "rows a step",
-            "rows a rank",
+            "rows per step",
+            "rows per rank",
             "steps",
             "at random",
-            "dealt by bytes, as bertdist does",
-            "dealt by tokens",
+            "balanced by bytes, as bertdist does",
+            "balanced by tokens",
         ]
     ]
     for found in steps:
@@ -273,21 +276,24 @@ def straggler_table(steps: Sequence[Dealt]) -> str:
     return markdown(lines)
 
 
-def step_table(steps: Sequence[Dealt], shape: Shape, cluster: Cluster) -> str:
-    """Where the time of a step goes, the same lines."""
+def step_table(steps: Sequence[BalancedSteps], shape: Shape, cluster: Cluster) -> str:
+    """Parts of the time of a step, the same lines."""
     head = [
         "ranks",
-        "rows a step",
+        "rows per step",
         "computing, ms",
         "all-reduce, ms",
-        "not hidden, ms",
+        "not overlapped, ms",
         "lost to stragglers, at random",
-        "lost, dealt",
+        "lost, balanced",
     ]
-    lines = [[*head, "lost to all-reduce", "efficiency", f"rows a rank for {ENOUGH:.0%}"]]
+    lines = [
+        [*head, "lost to all-reduce", "efficiency", f"rows per rank for {TARGET_EFFICIENCY:.0%}"]
+    ]
     for found in steps:
         random, own = (
-            lost(found, slowest, shape, cluster) for slowest in (found.at_random, found.by_size)
+            step_time(found, slowest, shape, cluster)
+            for slowest in (found.at_random, found.by_size)
         )
         milliseconds = [
             1000 * seconds
@@ -306,10 +312,10 @@ def step_table(steps: Sequence[Dealt], shape: Shape, cluster: Cluster) -> str:
         cells = [
             str(found.ranks),
             f"{found.rows:,}",
-            *map(number, milliseconds),
+            *map(format_number, milliseconds),
             *(f"{share:.1%}" for share in shares),
         ]
-        lines.append([*cells, f"{rows_for(ENOUGH, found, shape, cluster):,}"])
+        lines.append([*cells, f"{rows_for(TARGET_EFFICIENCY, found, shape, cluster):,}"])
     return markdown(lines)
 
 
@@ -318,7 +324,7 @@ def compute(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, dict[s
     texts, shape, name = (
         read_texts(args),
         BERT_BASE,
-        machine.shown(str(Path(args.train_file).resolve())),
+        machine.shorten_path(str(Path(args.train_file).resolve())),
     )
     cluster = Cluster(
         flops_per_second=args.tflops * 1e12,
@@ -332,23 +338,27 @@ def compute(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, dict[s
             *((n, args.global_batch) for n in args.ranks),
         ]
     )
-    asked = {size: deal_steps(texts, shape, *size, args.most_steps, args.seed) for size in sizes}
+    asked = {size: balance_steps(texts, shape, *size, args.most_steps, args.seed) for size in sizes}
     found = [steps for steps in asked.values() if steps]
     short = "; ".join(
         f"{rows:,} rows on {n} ranks" for (n, rows), steps in asked.items() if steps is None
     )
     parts = [
         "## Scaling (computed)",
-        f"Computed, nothing was run on ranks. {len(texts.tokens):,} texts of {name}, {texts.tokens.mean():.1f} tokens in the mean, "
-        f"{texts.tokens.max()} at most, in the order in which bertdist trains them; at most {args.most_steps} steps of an epoch.",
+        f"Computed, nothing was run on ranks. {len(texts.tokens):,} texts of {name}, "
+        f"{texts.tokens.mean():.1f} tokens on average, {texts.tokens.max()} at most, in bertdist's "
+        f"training order; at most {args.most_steps} steps of an epoch.",
         f"```bash\n{machine.command('bench.scaling', words)}\n```",
         "Operations (bench/flops.py) of the slowest rank / mean:",
         straggler_table(found),
-        f"A step of BERT-base, {shape.weights / 1e6:.0f} million weights, if a rank does {args.tflops:g} useful TFLOP/s and its link "
-        f"carries {args.bandwidth_within:g} GB/s in a ring of at most {args.ranks_a_node} ranks and {args.bandwidth_between:g} GB/s in "
-        f"a larger one, without latency. The embeddings' gradient ({shape.embedding_weights / shape.weights:.0%} of the bytes) comes last "
-        "and hides behind nothing, the rest behind the backward pass. Last column: rows of this length a rank (a power of two) from which "
-        f"the all-reduce leaves {ENOUGH:.0%} of the time to computing.",
+        f"A step of BERT-base, {shape.weights / 1e6:.0f} million weights, if a rank does "
+        f"{args.tflops:g} useful TFLOP/s and its link carries {args.bandwidth_within:g} GB/s in a "
+        f"ring of at most {args.ranks_a_node} ranks and {args.bandwidth_between:g} GB/s in a "
+        "larger one, without latency. The embeddings' gradient "
+        f"({shape.embedding_weights / shape.weights:.0%} of the bytes) comes last and overlaps "
+        "with nothing, the rest overlaps with the backward pass. Last column: rows of this length "
+        "per rank (a power of two) from which the all-reduce leaves "
+        f"{TARGET_EFFICIENCY:.0%} of the time to computing.",
         step_table(found, shape, cluster),
         f"Not computed, as these texts do not fill one step: {short}." if short else "",
     ]
@@ -359,8 +369,8 @@ def compute(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, dict[s
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The command line; exit code 0, or 1 with one line for what a user can mend."""
-    return page.show("scaling", parser(), compute, sys.argv[1:] if words is None else words)
+    """Command line; returns exit code 0, or 1 after a user's mistake, with one line."""
+    return page.run_command("scaling", parser(), compute, sys.argv[1:] if words is None else words)
 
 
 if __name__ == "__main__":

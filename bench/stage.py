@@ -1,6 +1,7 @@
-"""What all runs of an invocation share: the model, the rows, and the child that does the work.
+"""What all runs of one benchmark invocation share: the model, the rows, and the child process.
 
-In: flags. Out: a `Stage` that trains one contender once and says how it went. Standard library only, like `bench.jobs`.
+`with stage(args, words, child) as at:` prepares them; `at.train(...)` trains one contender once.
+Standard library only, like bench.jobs.
 """
 
 import argparse
@@ -15,28 +16,28 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
-from bench.jobs import CONTENDERS, BenchError, Child, Trained, TrainJob, trained
+from bench.jobs import CONTENDERS, BenchError, Child, TrainJob, TrainResult, parse_train_result
 
-MAKE = "for the default, run: python launch/demo.py --prepare_only"
+HINT = "for the default, run: python launch/demo.py --prepare_only"
 PACKAGES = ("bertdist", "torch", "transformers", "accelerate", "datasets")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What all runs of an invocation share."""
+    """Model, rows and child process of one invocation."""
 
     args: argparse.Namespace  # bench.peers.parser
-    words: Sequence[str]  # the command line they were read from
+    words: Sequence[str]  # the command line
     child: Child
-    folder: Path  # of this invocation, removed at its end
+    folder: Path  # temporary
     model: str
     title: str
     rows_file: str
     rows: int
     labels: list[str]
 
-    def ask(self, kind: str, **job: Any) -> dict[str, Any]:
-        """A child's answer."""
+    def run_job(self, kind: str, **job: Any) -> dict[str, Any]:
+        """Run a job in a child process; returns its answer."""
         return self.child(kind, {**job, "threads": self.args.threads})
 
     def train(
@@ -46,8 +47,8 @@ class Stage:
         seed: int,
         dev_file: str | None = None,
         keep: str | None = None,
-    ) -> Trained:
-        """One training run; its folder goes, or is kept under a name."""
+    ) -> TrainResult:
+        """One training run; its folder is deleted unless `keep` names it."""
         args, output = self.args, self.folder / (keep or "run")
         job = TrainJob(
             contender=contender,
@@ -67,38 +68,42 @@ class Stage:
             output_dir=str(output),
         )
         if job.steps <= args.untimed_steps:
-            made = f"{job.rows} rows make {job.steps} steps of {args.batch_size}"
             raise BenchError(
-                f"{made}, and --untimed_steps {args.untimed_steps} leaves none to time; give more rows or steps."
+                f"{job.rows} rows make {job.steps} steps of {args.batch_size}, and --untimed_steps"
+                f" {args.untimed_steps} leaves none to time; use more rows or steps."
             )
         try:
-            found = trained(self.ask("train", **asdict(job)))
+            result = parse_train_result(self.run_job("train", **asdict(job)))
         finally:
             if not keep:
                 shutil.rmtree(output, ignore_errors=True)
-        seconds = found.stamps[-1] - found.stamps[args.untimed_steps - 1]
-        tokens = sum(sum(step.lengths) for step in found.seen[args.untimed_steps :])
-        told = f"{tokens / seconds:,.0f} real tokens/s, {found.process_mib + found.child_mib:,.0f} MiB, final loss {found.loss:.4f}"
-        say(f"seed {seed}, {contender} {CONTENDERS[contender]}: {told}")
-        return found
+        seconds = result.stamps[-1] - result.stamps[args.untimed_steps - 1]
+        tokens = sum(sum(step.lengths) for step in result.seen[args.untimed_steps :])
+        memory = result.process_mib + result.child_mib
+        log(
+            f"seed {seed}, {contender} {CONTENDERS[contender]}: {tokens / seconds:,.0f} real tokens/s,"
+            f" {memory:,.0f} MiB, final loss {result.loss:.4f}"
+        )
+        return result
 
     def heading(self, subject: str, device: str, extra: Sequence[str] = ()) -> str:
-        """What every section begins with: title, machine, command, date."""
-        words = machine.described(device, self.args.threads, [*PACKAGES, *extra])
+        """Start of a section: title, machine, date, command."""
+        about = machine.describe_machine(device, self.args.threads, [*PACKAGES, *extra])
         today = datetime.date.today().isoformat()
-        return f"## {subject}: {self.title}\n\n{words}. {today}.\n\n```bash\n{machine.command('bench.peers', self.words)}\n```"
+        command = machine.command("bench.peers", self.words)
+        return f"## {subject}: {self.title}\n\n{about}. {today}.\n\n```bash\n{command}\n```"
 
 
 @contextmanager
 def stage(args: argparse.Namespace, words: Sequence[str], child: Child) -> Iterator[Stage]:
-    """Open model and rows, in a folder of this invocation; raises BenchError where they are not there."""
+    """Open model and rows, in a temporary folder; raises BenchError if they do not exist."""
     given, file = Path(args.model_name_or_path), Path(args.train_file)
     if not (given / "config.json").is_file():
         raise BenchError(
-            f"--model_name_or_path {given}: no config.json there, expected a model folder; {MAKE}"
+            f"--model_name_or_path {given}: no config.json there, expected a model folder; {HINT}"
         )
     if not file.is_file():
-        raise BenchError(f"--train_file {file}: there is no such file; {MAKE}")
+        raise BenchError(f"--train_file {file}: there is no such file; {HINT}")
     with tempfile.TemporaryDirectory(prefix="bench_") as name:
         folder, rows_file, model = Path(name), str(Path(name, "rows.jsonl")), str(given.resolve())
         title = "MiniLM-L6" if str(given) == "demo/model" else given.resolve().name
@@ -114,17 +119,21 @@ def stage(args: argparse.Namespace, words: Sequence[str], child: Child) -> Itera
             labels=[],
         )
         source = {"text_column": args.text_column, "label_column": args.label_column}
-        found = at.ask(
+        source_rows = at.run_job(
             "rows", file=str(file.resolve()), rows=args.rows, rows_file=rows_file, **source
         )
         if args.random_bert_base:
             model, title = str(folder / "bert_base"), "BERT-base from random weights"
-            at.ask("random_bert_base", tokenizer=at.model, folder=model)
+            at.run_job("random_bert_base", tokenizer=at.model, folder=model)
         yield replace(
-            at, model=model, title=args.title or title, rows=found["rows"], labels=found["labels"]
+            at,
+            model=model,
+            title=args.title or title,
+            rows=source_rows["rows"],
+            labels=source_rows["labels"],
         )
 
 
-def say(message: str) -> None:
-    """Progress; the tables go to standard output."""
+def log(message: str) -> None:
+    """Print progress to standard error; the tables go to standard output."""
     print(f"bench: {message}", file=sys.stderr, flush=True)

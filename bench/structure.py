@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.faults import WORDS, write_model
+from bench.faults import VOCABULARY, write_model
 
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE = ("core/", "distributed/", "training/", "train.py")  # a row is not handed to these
@@ -54,7 +54,7 @@ def trace(folder: Path) -> Any:
     write_model(folder / "model")
     chance = random.Random(1)
     rows = [
-        f"{' '.join(chance.choices(WORDS, k=chance.randint(2, 20)))},{label}"
+        f"{' '.join(chance.choices(VOCABULARY, k=chance.randint(2, 20)))},{label}"
         for label in ["no", "yes"] * 48
     ]
     (folder / "train.csv").write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")

@@ -62,8 +62,8 @@ def test_grown_data_are_refused_and_accepted_with_the_flag(
     ((progress, seen, said), *_) = run_ranks(n, run_train, [*words, "--accept_changed_data"])
     assert "Settings changed since then:" in said
     assert (
-        "accepted: rows of the epoch in progress may be repeated or missed, later epochs have each row once"
-        in said
+        "accepted: rows of the epoch in progress may be repeated or missed, "
+        "later epochs have each row once" in said
     )
     assert progress.finished and progress.step == 12, "two epochs of 48 rows"
     assert seen[0][0] == 6, "the steps done so far are kept"
@@ -140,8 +140,8 @@ def test_another_metric_resets_the_best_score(
         1, run_train, [*words, "--metric_for_best_model", "f1_macro"]
     )
     assert (
-        "metric_for_best_model  accuracy  f1_macro  scores do not compare: the next evaluation counts as the best so far"
-        in said
+        "metric_for_best_model  accuracy  f1_macro  scores do not compare: "
+        "the next evaluation counts as the best so far" in said
     )
     best = json_of(tmp_path / "out" / "evaluation.json")
     later = [

@@ -15,8 +15,8 @@ import pytest
 from forked import run_ranks
 from rows import make_rows, run_train, words_of, write_rows, write_split
 
-from bench import rank as ranks_life
-from bench.attempts import Attempt, attempt, said_in
+from bench import rank as bench_rank
+from bench.attempts import Attempt, attempt, output_of_ranks
 from bertdist import predict
 from bertdist.distributed import launch
 from bertdist.distributed import rendezvous as arrival
@@ -34,7 +34,7 @@ def killing(rank: int, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def lines(out: Path) -> list[str]:
-    said = said_in(out)
+    said = output_of_ranks(out)
     assert "Traceback" not in said, said
     return [line for line in said.splitlines() if line.startswith("bertdist: ")]
 
@@ -53,7 +53,7 @@ def test_a_rank_killed_before_the_ranks_have_compared_is_named(
     with monkeypatch.context() as broken:
         broken.setattr(launch, "check_world", killing(victim, launch.check_world))
         found = trained(tiny_model, tmp_path, n)
-    assert found.codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(n)]
+    assert found.exit_codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(n)]
     told = lines(tmp_path / "out")
     named = re.compile(
         rf"bertdist: .*rank {victim} \(process \d+ on .*\) is gone \(killed\?.*Start the same command again\."
@@ -62,7 +62,7 @@ def test_a_rank_killed_before_the_ranks_have_compared_is_named(
     assert len(told) <= n - 1, (
         "once, unless a survivor is so slow that the one who told it has left"
     )
-    assert trained(tiny_model, tmp_path, n).done
+    assert trained(tiny_model, tmp_path, n).succeeded
 
 
 def test_a_rank_that_remembers_nobody_names_nobody(
@@ -103,11 +103,14 @@ def test_a_rank_killed_in_prediction_is_named(
         predict.main()
         return 0
 
-    monkeypatch.setattr(ranks_life, "_trained", predicted)
+    monkeypatch.setattr(bench_rank, "_trained", predicted)
     with monkeypatch.context() as broken:
         broken.setattr(predict, "predict_rows", killing(1, predict.predict_rows))
         found = attempt(words, 2, tmp_path / "out")
-    assert found.codes == [1, -signal.SIGKILL] and not answers.exists()
+    assert found.exit_codes == [1, -signal.SIGKILL] and not answers.exists()
     (told,) = lines(tmp_path / "out")
     assert re.match(r"bertdist: rank 1 \(process \d+ on .*\) is gone \(killed\?", told), told
-    assert attempt(words, 2, tmp_path / "out").done and len(answers.read_text().splitlines()) == 20
+    assert (
+        attempt(words, 2, tmp_path / "out").succeeded
+        and len(answers.read_text().splitlines()) == 20
+    )

@@ -105,7 +105,7 @@ def test_stop_between_two_log_lines_changes_neither(runs: Runs, tmp_path: Path) 
 def test_meter_line_of_a_stopped_process_is_replaced_by_the_next_one(
     runs: Runs, tmp_path: Path
 ) -> None:
-    """A stopped process leaves a line of kind "meter"; the one that goes on leaves its own in its place, however often it is asked."""
+    """A stopped process leaves a line of kind "meter"; the next process replaces it by its own."""
     out, words = tmp_path / "out", runs.words(tmp_path / "out")
 
     def meter_lines() -> list[tuple[Any, ...]]:
@@ -145,7 +145,7 @@ def keep_all_lines(accelerator: Accelerator) -> None:
 def test_one_meter_line_remains_after_stops_and_kills(
     runs: Runs, tmp_path: Path, breaking: Breaking | None
 ) -> None:
-    """Stopped, killed, killed while it writes its line, and gone on each time: one whole line, of the process that finished."""
+    """Stopped, killed, killed while writing the line, and resumed each time: one complete line."""
     out, words = tmp_path / "out", runs.words(tmp_path / "out", log_every="1 steps")
     path, broken = out / "metrics.jsonl", [breaking] if breaking else []
     run_ranks(1, run_train, words, at_step(3, ask_the_last_rank_to_stop))
@@ -210,8 +210,7 @@ def test_killed_between_last_log_line_and_last_checkpoint(runs: Runs, tmp_path: 
 
 @pytest.mark.parametrize("step", [4, 5, 12])
 def test_killed_between_checkpoints(runs: Runs, tmp_path: Path, step: int) -> None:
-    """After a log line and best weights newer than any checkpoint; at the start of an epoch; after a
-    checkpoint."""
+    """After a log line newer than any checkpoint; at the start of an epoch; after a checkpoint."""
     words = runs.words(tmp_path / "out")
     with pytest.raises(RankError, match="ended with status 9"):
         run_ranks(1, run_train, words, at_step(step, die))
@@ -437,7 +436,7 @@ def test_damaged_checkpoint_is_named_and_skipped(
         in ended[0][2]
     )
     assert "Renamed to step_000006.damaged." in ended[0][2]
-    assert all(said == "" for _, _, said in ended[1:]), "only rank 0 prints"
+    assert [said for _, _, said in ended[1:]] == [""] * (n - 1), "only rank 0 prints"
     assert_same_run(out, runs.undisturbed(n))
 
 

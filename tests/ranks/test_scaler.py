@@ -1,6 +1,7 @@
-"""fp16's loss scale beside NaN: an overflow is left out and not counted, a real NaN is. A real torch.amp.GradScaler in whole runs on CPUs.
+"""fp16's loss scale and NaN: a step that overflows is skipped and not counted, a NaN is counted.
 
-Accelerate makes one on a GPU only, so the runs are given theirs. A scale is a power of two: in float32 all is exact but for overflow.
+A real torch.amp.GradScaler in complete runs on CPUs, patched in because Accelerate creates one on
+GPUs only. A scale is a power of two: in float32 everything is exact except for overflow.
 """
 
 import math
@@ -52,7 +53,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def scaled(scale: float, half: bool = False) -> Breaking:
-    """Runs get a GradScaler that begins so. half: products in float16, as on a GPU; else in float32."""
+    """Runs get a GradScaler of this initial scale. half: products in float16, else in float32."""
 
     def breaking(accelerator: Accelerator) -> None:
         create_accelerator = launch.create_accelerator
@@ -71,8 +72,8 @@ def scaled(scale: float, half: bool = False) -> Breaking:
     return breaking
 
 
-def louder(accelerator: Accelerator) -> None:
-    """A loss 32 times as large, so that OVERFLOWS does so in float32, until it is halved a few times."""
+def scale_loss_up(accelerator: Accelerator) -> None:
+    """A loss 32 times as large: OVERFLOWS does so in float32 until it is halved a few times."""
     loss = SingleLabel.loss
     SingleLabel.loss = lambda self, *rest: loss(self, *rest) * 32  # type: ignore[method-assign]
 
@@ -85,7 +86,7 @@ def all_of(*breakings: Breaking) -> Breaking:
     return breaking
 
 
-def spoil(rows: set[int] | None, how: str) -> Breaking:
+def make_nonfinite(rows: set[int] | None, how: str) -> Breaking:
     """Logits of these rows (None: of all) are NaN, or have an infinite gradient."""
 
     class Infinite(torch.autograd.Function):
@@ -100,7 +101,7 @@ def spoil(rows: set[int] | None, how: str) -> Breaking:
     def breaking(accelerator: Accelerator) -> None:
         forward = Classifier.forward
 
-        def spoiled(self: Classifier, batch: Any) -> Tensor:
+        def changed(self: Classifier, batch: Any) -> Tensor:
             logits = forward(self, batch)
             chosen = [
                 self.training and row >= 0 and (rows is None or row in rows)
@@ -114,22 +115,22 @@ def spoil(rows: set[int] | None, how: str) -> Breaking:
                 ]
             )
 
-        Classifier.forward = spoiled  # type: ignore[method-assign]
+        Classifier.forward = changed  # type: ignore[method-assign]
 
     return breaking
 
 
-def skipped_rows(steps: int) -> Breaking:
-    """No scaler; the first steps are taken, and nothing comes of them."""
+def skip_first_steps(steps: int) -> Breaking:
+    """No scaler; the first steps run without their optimizer step."""
 
     def breaking(accelerator: Accelerator) -> None:
-        update, count = train.step_if_finite, iter(range(1, 99))
+        step_if_finite, count = train.step_if_finite, iter(range(1, 99))
 
         def some(model: Any, optimizer: Any, *rest: Any) -> None:
             if next(count) <= steps:
                 model.zero_grad(set_to_none=True)
             else:
-                update(model, optimizer, *rest)
+                step_if_finite(model, optimizer, *rest)
 
         train.step_if_finite = some
 
@@ -137,14 +138,14 @@ def skipped_rows(steps: int) -> Breaking:
 
 
 def overflows(out: Path) -> int:
-    """How often the scale was halved."""
+    """Number of times the scale was halved."""
     return int(
         math.log2(OVERFLOWS / json_of(last_checkpoint(out) / "state.json")["scaler"]["scale"])
     )
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_overflowing_steps_are_left_out_and_nothing_else_changes(
+def test_overflowing_steps_are_skipped_and_nothing_else_changes(
     tiny_model: Path, files: Files, tmp_path: Path, n: int
 ) -> None:
     out, by_hand = tmp_path / "out", tmp_path / "by_hand"
@@ -152,26 +153,28 @@ def test_overflowing_steps_are_left_out_and_nothing_else_changes(
         n,
         run_train,
         words_of(tiny_model, out, files, **SETTINGS),
-        all_of(louder, scaled(OVERFLOWS)),
+        all_of(scale_loss_up, scaled(OVERFLOWS)),
     )
     assert (
         ranks[0][0].finished and ranks[0][0].nan_steps == ranks[0][0].consecutive_nan_steps == 0
     ), "not counted"
     assert not (out / "nan_rows.jsonl").exists() and "NaN" not in ranks[0][2]
-    many = overflows(out)
-    assert 2 <= many < 8
+    halved = overflows(out)
+    assert 2 <= halved < 8
     plain = run_ranks(
         n,
         run_train,
         words_of(tiny_model, by_hand, files, **SETTINGS),
-        all_of(louder, skipped_rows(many)),
+        all_of(scale_loss_up, skip_first_steps(halved)),
     )
     assert rows_by_step([seen for _, seen, _ in ranks]) == rows_by_step(
         [seen for _, seen, _ in plain]
     )
     assert_same_tensors(tensors_of(last_checkpoint(out)), tensors_of(last_checkpoint(by_hand)))
     log = step_log(out, "train")
-    assert [line["grad_norm"] is None for line in log] == [step < many for step in range(len(log))]
+    assert [line["grad_norm"] is None for line in log] == [
+        step < halved for step in range(len(log))
+    ]
     for mine, other in zip(log, step_log(by_hand, "train"), strict=True):
         assert {**mine, "grad_norm": 0} == {**other, "grad_norm": 0}, (
             "same rows, same loss, same learning rate"
@@ -180,7 +183,7 @@ def test_overflowing_steps_are_left_out_and_nothing_else_changes(
         n,
         run_train,
         words_of(tiny_model, tmp_path / "control", files, **SETTINGS),
-        all_of(louder, skipped_rows(many - 1)),
+        all_of(scale_loss_up, skip_first_steps(halved - 1)),
     )
     with pytest.raises(AssertionError, match="tensors differ"):
         assert_same_tensors(
@@ -196,10 +199,12 @@ def test_a_restart_goes_on_with_its_scale(
         name: words_of(tiny_model, tmp_path / name, files, **SETTINGS)
         for name in ("straight", "killed", "forgotten")
     }
-    run_ranks(n, run_train, words["straight"], all_of(louder, scaled(OVERFLOWS)))
+    run_ranks(n, run_train, words["straight"], all_of(scale_loss_up, scaled(OVERFLOWS)))
     with pytest.raises(RankError, match="ended with status 9"):
-        run_ranks(n, run_train, words["killed"], all_of(louder, scaled(OVERFLOWS), at_step(5, die)))
-    run_ranks(n, run_train, words["killed"], all_of(louder, scaled(OVERFLOWS)))
+        run_ranks(
+            n, run_train, words["killed"], all_of(scale_loss_up, scaled(OVERFLOWS), at_step(5, die))
+        )
+    run_ranks(n, run_train, words["killed"], all_of(scale_loss_up, scaled(OVERFLOWS)))
     assert_same_run(tmp_path / "killed", tmp_path / "straight")
 
     def forget(accelerator: Accelerator) -> None:
@@ -207,7 +212,7 @@ def test_a_restart_goes_on_with_its_scale(
 
     shutil.copytree(tmp_path / "straight", tmp_path / "forgotten")
     shutil.rmtree(last_checkpoint(tmp_path / "forgotten"))
-    run_ranks(n, run_train, words["forgotten"], all_of(louder, scaled(OVERFLOWS), forget))
+    run_ranks(n, run_train, words["forgotten"], all_of(scale_loss_up, scaled(OVERFLOWS), forget))
     with pytest.raises(AssertionError):  # the control
         assert_same_run(tmp_path / "forgotten", tmp_path / "straight")
 
@@ -222,13 +227,13 @@ def test_counted_overflows_would_end_the_run(
 ) -> None:
     with pytest.raises(
         RankError,
-        match=r"Step 1: the loss or the gradient is NaN or infinite, of none of its 8 rows alone",
+        match=r"Step 1: the loss or gradient is NaN or infinite, of none of its 8 rows alone",
     ):
         run_ranks(
             2,
             run_train,
             words_of(tiny_model, tmp_path / "out", files, **SETTINGS),
-            all_of(louder, scaled(OVERFLOWS), count_overflows),
+            all_of(scale_loss_up, scaled(OVERFLOWS), count_overflows),
         )
 
 
@@ -237,14 +242,14 @@ def test_counted_overflows_would_end_the_run(
 def test_a_real_nan_is_noticed(
     tiny_model: Path, files: Files, tmp_path: Path, n: int, how: str
 ) -> None:
-    """NaN in the loss at any scale; in the gradient alone, at a scale of 1, which no overflow explains."""
+    """NaN in the loss at any scale; in the gradient at a scale of 1, where it is no overflow."""
     out = tmp_path / "out"
     with pytest.raises(RankError, match=r"train\.tsv line 19") as caught:
         run_ranks(
             n,
             run_train,
             words_of(tiny_model, out, files, **SETTINGS),
-            all_of(scaled(1.0), spoil({17}, how)),
+            all_of(scaled(1.0), make_nonfinite({17}, how)),
         )
     assert str(caught.value).count("errors.NonFiniteError") == n
     assert [line["row"] for line in json_of(out / "nan_rows.jsonl")] == [17]
@@ -254,16 +259,16 @@ def test_a_real_nan_is_noticed(
 def test_an_overflow_that_no_scale_helps_is_noticed(
     tiny_model: Path, files: Files, tmp_path: Path, n: int
 ) -> None:
-    """Every gradient is infinite: the scale falls from 4 to 1 in two steps, which are not counted; the third is."""
+    """Every gradient is infinite: the scale falls from 4 to 1 in two uncounted steps."""
     out = tmp_path / "out"
     with pytest.raises(
-        RankError, match="Step 3: the loss or the gradient is NaN or infinite"
+        RankError, match="Step 3: the loss or gradient is NaN or infinite"
     ) as caught:
         run_ranks(
             n,
             run_train,
             words_of(tiny_model, out, files, **SETTINGS),
-            all_of(scaled(4.0), spoil(None, "gradient")),
+            all_of(scaled(4.0), make_nonfinite(None, "gradient")),
         )
     assert str(caught.value).count("errors.NonFiniteError") == n
     assert len(json_of(out / "nan_rows.jsonl")) == 8
@@ -271,12 +276,14 @@ def test_an_overflow_that_no_scale_helps_is_noticed(
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_float16_itself(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
-    """Products in float16, whose gradients overflow at 65504: a few steps are left out, a NaN is skipped and counted, and it learns."""
+    """float16 gradients overflow at 65504: such steps are skipped uncounted, a NaN is counted."""
     out = tmp_path / "out"
     words = words_of(
         tiny_model, out, files, **{**SETTINGS, "num_train_epochs": 4, "on_nan": "skip"}
     )
-    ranks = run_ranks(n, run_train, words, all_of(scaled(2.0**20, half=True), spoil({17}, "nan")))
+    ranks = run_ranks(
+        n, run_train, words, all_of(scaled(2.0**20, half=True), make_nonfinite({17}, "nan"))
+    )
     progress = ranks[0][0]
     assert progress.finished and progress.nan_steps == 4, "row 17, once an epoch"
     log = step_log(out, "train")

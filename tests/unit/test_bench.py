@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import compiled, figures, jobs, machine, page, peers, scaling
 from bench.child import KINDS
 from bench.flops import BERT_BASE, Shape, read_shape, training_flops
-from bench.jobs import BenchError, Killed, Predicted, Seen, Trained
+from bench.jobs import BenchError, Killed, PredictResult, StepRows, TrainResult
 
 ROWS, BATCH, STEPS, LONGEST = 22, 8, 3, 40  # the last step is smaller
 Answers = list[
@@ -104,9 +104,11 @@ def compared(
     return seen, output
 
 
-def runs_of(answers: Answers) -> dict[str, Trained]:
+def runs_of(answers: Answers) -> dict[str, TrainResult]:
     return {
-        job["contender"]: jobs.trained(answer) for kind, job, answer in answers if kind == "train"
+        job["contender"]: jobs.parse_train_result(answer)
+        for kind, job, answer in answers
+        if kind == "train"
     }
 
 
@@ -225,7 +227,7 @@ def test_predictions_of_all_contenders_agree(
     )
     assert peers.main(words, forked_child(seen)) == 0
     runs = {
-        job["contender"]: Predicted(**answer) for kind, job, answer in seen if kind == "predict"
+        job["contender"]: PredictResult(**answer) for kind, job, answer in seen if kind == "predict"
     }
     assert {"bertdist", "pipeline"} <= set(runs)
     assert all(len(run.answers) == ROWS for run in runs.values())
@@ -258,11 +260,11 @@ def test_accuracy_is_that_of_the_rows_of_validation(
 # Sums, from stamps written by hand.
 
 SHAPE = Shape(layers=1, hidden=2, intermediate=3, vocabulary=10)  # 28 linear weights
-STEPS_SEEN = [Seen([0, 1], [5, 3], 10), Seen([2, 3], [4, 6], 12), Seen([4], [10], 10)]
+STEPS_SEEN = [StepRows([0, 1], [5, 3], 10), StepRows([2, 3], [4, 6], 12), StepRows([4], [10], 10)]
 
 
-def run_by_hand(stamps: list[float], loss: float = 0.5) -> Trained:
-    return Trained(
+def run_with_stamps(stamps: list[float], loss: float = 0.5) -> TrainResult:
+    return TrainResult(
         stamps=stamps,
         seen=STEPS_SEEN,
         process_mib=100.0,
@@ -275,8 +277,8 @@ def run_by_hand(stamps: list[float], loss: float = 0.5) -> Trained:
 
 
 def test_figures_are_those_of_the_timed_steps() -> None:
-    found = figures.figures_of(
-        run_by_hand([50.0, 51.0, 54.0]), 1, SHAPE
+    found = figures.timed_figures(
+        run_with_stamps([50.0, 51.0, 54.0]), 1, SHAPE
     )  # 4 s for rows of 4, 6 and 10 tokens
     assert (found.tokens_per_second, found.rows_per_second, found.ms_per_step) == (
         5.0,
@@ -291,13 +293,17 @@ def test_figures_are_those_of_the_timed_steps() -> None:
         None,
         0.5,
     )
-    assert figures.figures_of(run_by_hand([50.0, 51.0, 54.0]), 2, SHAPE).tokens_per_second == 10 / 3
+    assert (
+        figures.timed_figures(run_with_stamps([50.0, 51.0, 54.0]), 2, SHAPE).tokens_per_second
+        == 10 / 3
+    )
 
 
 def test_tables_say_median_and_spread_and_ratios_go_by_repetition() -> None:
     def repeated(*seconds: float) -> list[figures.Figures]:
         return [
-            figures.figures_of(run_by_hand([1.0, 1.5, 1.0 + time]), 1, SHAPE) for time in seconds
+            figures.timed_figures(run_with_stamps([1.0, 1.5, 1.0 + time]), 1, SHAPE)
+            for time in seconds
         ]
 
     runs = {
@@ -308,7 +314,7 @@ def test_tables_say_median_and_spread_and_ratios_go_by_repetition() -> None:
         {"a": "ours", "b": "theirs"}, runs, {"a": 2, "b": 2}, matmul=70_080.0
     ).splitlines()
     assert (
-        table[0].startswith("|  | timed steps | real tokens/s | rows/s | ms a step |")
+        table[0].startswith("|  | timed steps | real tokens/s | rows/s | ms per step |")
         and "GPU" not in table[0]
     )
     assert table[2] == (
@@ -326,7 +332,7 @@ def test_tables_say_median_and_spread_and_ratios_go_by_repetition() -> None:
 
 def test_memory_on_a_gpu_has_a_column_where_there_was_one() -> None:
     on_gpu = [
-        replace(figures.figures_of(run_by_hand([1.0, 2.0, 3.0]), 1, SHAPE), device_mib=mib)
+        replace(figures.timed_figures(run_with_stamps([1.0, 2.0, 3.0]), 1, SHAPE), device_mib=mib)
         for mib in (64.0, 16.0)
     ]
     runs = {"a": on_gpu[:1], "b": on_gpu[1:]}
@@ -344,21 +350,21 @@ def test_accuracies_are_compared_seed_by_seed() -> None:
     assert table[4] == "| ours minus theirs | 0.2500 | -0.2500 | 0.0000 (-0.2500 to 0.2500) |"
 
 
-WRONG: list[tuple[list[Seen], str]] = [
+WRONG: list[tuple[list[StepRows], str]] = [
     (
-        [Seen([0, 1], [5, 3], 10), Seen([2, 3], [4, 6], 12), Seen([3], [6], 6)],
+        [StepRows([0, 1], [5, 3], 10), StepRows([2, 3], [4, 6], 12), StepRows([3], [6], 6)],
         "Contender b did not train each of 5 rows once",
     ),
     (
-        [Seen([0, 1], [5, 3], 10), Seen([2, 3], [4, 6], 12), Seen([4], [9], 9)],
+        [StepRows([0, 1], [5, 3], 10), StepRows([2, 3], [4, 6], 12), StepRows([4], [9], 9)],
         "b trained 5 rows of 27 tokens, a trained 5 rows of 28",
     ),
 ]
 
 
 @pytest.mark.parametrize(("seen", "message"), WRONG)
-def test_contenders_that_trained_other_rows_are_refused(seen: list[Seen], message: str) -> None:
-    right = run_by_hand([1.0, 2.0, 3.0])
+def test_contenders_that_trained_other_rows_are_refused(seen: list[StepRows], message: str) -> None:
+    right = run_with_stamps([1.0, 2.0, 3.0])
     figures.assert_same_rows({"a": right, "b": right})
     with pytest.raises(BenchError, match=message):
         figures.assert_same_rows({"a": right, "b": replace(right, seen=seen)})
@@ -368,8 +374,8 @@ def test_contenders_that_trained_other_rows_are_refused(seen: list[Seen], messag
 
 
 def test_another_label_is_refused() -> None:
-    def said(label: str) -> Predicted:
-        return Predicted(
+    def said(label: str) -> PredictResult:
+        return PredictResult(
             seconds=1.0, answers=[("0", 0.6), (label, 0.5)], process_mib=1.0, device="cpu"
         )
 
@@ -418,15 +424,15 @@ Memory.
 
 
 def test_a_section_replaces_itself_and_nothing_else() -> None:
-    changed = page.replaced(PAGE, "one", "new\n")
+    changed = page.replace_section(PAGE, "one", "new\n")
     assert changed == PAGE.replace("old", "new")
-    added = page.replaced(changed, "two", "more")
+    added = page.replace_section(changed, "two", "more")
     assert added == changed.replace(
         "## What", "<!-- bench: two -->\nmore\n<!-- end of bench: two -->\n\n## What"
     )
-    assert page.replaced(added, "two", "more") == added
+    assert page.replace_section(added, "two", "more") == added
     assert (
-        page.replaced("# Only\n", "two", "more")
+        page.replace_section("# Only\n", "two", "more")
         == "# Only\n\n<!-- bench: two -->\nmore\n<!-- end of bench: two -->\n"
     )
 
@@ -521,7 +527,10 @@ MISTAKES: list[tuple[list[str], str]] = [
         ["--train_file", "gone.tsv"],
         "--train_file gone.tsv: there is no such file; for the default, run: python launch/demo.py",
     ),
-    (["--contenders", "a,f"], "--contenders a,f: 'f' is none; expected some of a,b,c,d,e."),
+    (
+        ["--contenders", "a,f"],
+        "--contenders a,f: unknown contender 'f'; expected some of a,b,c,d,e.",
+    ),
     (
         ["--untimed_steps", "3"],
         "22 rows make 3 steps of 8, and --untimed_steps 3 leaves none to time",
@@ -558,8 +567,8 @@ def test_a_contender_that_is_killed_is_told_and_the_others_go_on(
         if kind != "train":
             return unused_child(kind, job)
         if job["contender"] == "e":
-            raise Killed("killed, most likely for want of memory")
-        return json.loads(json.dumps({**vars(run_by_hand([1.0, 2.0, 3.0]))}))  # type: ignore[no-any-return]
+            raise Killed("killed, probably because memory ran out")
+        return json.loads(json.dumps({**vars(run_with_stamps([1.0, 2.0, 3.0]))}))  # type: ignore[no-any-return]
 
     assert (
         peers.main(
@@ -569,7 +578,7 @@ def test_a_contender_that_is_killed_is_told_and_the_others_go_on(
     )
     text = (tmp_path / "page.md").read_text()
     assert (
-        "e, Accelerate loop, padded to the model's longest: killed, most likely for want of memory."
+        "e, Accelerate loop, padded to the model's longest: killed, probably because memory ran out."
         in text
     )
     assert "| b  Trainer, defaults | 2 |" in text and "| e  " not in text
@@ -604,16 +613,16 @@ def test_dealing_by_hand() -> None:
     """Rows of 1 to 4 tokens on two ranks: longest first, 4 + 1 and 3 + 2. Attention aside, operations go with tokens."""
     flat = Shape(layers=1, hidden=1000, intermediate=1, vocabulary=1)
     texts = scaling.Texts(size=np.array([10, 10, 10, 10]), tokens=np.array([1, 2, 3, 4]))
-    found = scaling.deal_steps(texts, flat, 2, 4, most_steps=5, seed=1)
+    found = scaling.balance_steps(texts, flat, 2, 4, most_steps=5, seed=1)
     assert found is not None and found.steps == 1
     assert found.by_tokens == pytest.approx(1.0, abs=1e-3)
     assert found.flops == training_flops(flat, [1, 2, 3, 4]) / 2
     at_random = {
-        round(scaling.deal_steps(texts, flat, 2, 4, most_steps=5, seed=seed).at_random, 1)
+        round(scaling.balance_steps(texts, flat, 2, 4, most_steps=5, seed=seed).at_random, 1)
         for seed in range(30)
     }  # type: ignore[union-attr]
     assert at_random == {1.0, 1.2, 1.4}  # 5 + 5, 6 + 4, 7 + 3
-    assert scaling.deal_steps(texts, flat, 2, 6, most_steps=5, seed=1) is None
+    assert scaling.balance_steps(texts, flat, 2, 6, most_steps=5, seed=1) is None
 
 
 def test_the_ring_and_what_the_backward_pass_hides() -> None:
@@ -625,17 +634,19 @@ def test_the_ring_and_what_the_backward_pass_hides() -> None:
     assert CLUSTER.all_reduce(100, 4) == 2 * 3 / 4 * 400 / 40
     embeddings = 32 * 4 / 400
     assert shape.embedding_weights == 32
-    assert CLUSTER.waiting(shape, 2, compute=1000.0) == embeddings  # all else is hidden
+    assert CLUSTER.exposed_all_reduce(shape, 2, compute=1000.0) == embeddings  # all else is hidden
     rest = (shape.weights - 32) * 4 / 400
-    assert CLUSTER.waiting(shape, 2, compute=0.3) == pytest.approx(embeddings + rest - 0.2)
+    assert CLUSTER.exposed_all_reduce(shape, 2, compute=0.3) == pytest.approx(
+        embeddings + rest - 0.2
+    )
 
 
 def test_what_is_lost_adds_up() -> None:
-    found = scaling.Dealt(
+    found = scaling.BalancedSteps(
         ranks=2, rows=8, steps=1, at_random=1.5, by_size=1.25, by_tokens=1.0, flops=2000.0
     )
-    lost = scaling.lost(found, 1.25, BERT_BASE, replace(CLUSTER, bytes_within=float("inf")))
-    assert (lost.mean, lost.stragglers, lost.all_reduce, lost.step) == (2.0, 0.5, 0.0, 2.5)
+    time = scaling.step_time(found, 1.25, BERT_BASE, replace(CLUSTER, bytes_within=float("inf")))
+    assert (time.mean, time.stragglers, time.all_reduce, time.step) == (2.0, 0.5, 0.0, 2.5)
     assert scaling.rows_for(0.9, found, BERT_BASE, replace(CLUSTER, bytes_within=float("inf"))) == 1
     assert (
         scaling.rows_for(0.9, found, BERT_BASE, CLUSTER)

@@ -1,4 +1,4 @@
-"""bench.resume measures the step it says: the same rows as a run would have there, with nothing replayed."""
+"""bench.resume reads one window of a stream, wherever the run resumes."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ def test_the_page_has_a_line_for_each_way(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(resume, "WINDOW", 128)
-    monkeypatch.setattr(resume, "TAKES", 1)
+    monkeypatch.setattr(resume, "TRIALS", 1)
     assert resume.main(["--model", str(tiny_model), "--rows", str(ROWS)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("1%:")[0].strip() for line in lines] == ["rows in memory", "a stream"]
@@ -25,12 +25,12 @@ def test_the_page_has_a_line_for_each_way(
     ), lines
 
 
-def test_a_stream_reads_one_window_wherever_it_goes_on(
+def test_stream_reads_one_window_wherever_it_resumes(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The figure's reason: rows that are read again are those of one window, at 1% as at 99%."""
+    """Rows read again are those of one window, at 1% as at 99%."""
     monkeypatch.setattr(resume, "WINDOW", 128)
-    monkeypatch.setattr(resume, "TAKES", 1)
+    monkeypatch.setattr(resume, "TRIALS", 1)
     windows, read = Stream.windows, list[int]()
 
     def counted(self: Stream, state: dict | None = None) -> object:
@@ -43,7 +43,7 @@ def test_a_stream_reads_one_window_wherever_it_goes_on(
         first()  # type: ignore[operator]
         return 0.0
 
-    monkeypatch.setattr(resume, "timed", timed)
+    monkeypatch.setattr(resume, "seconds_to_first_step", timed)
     monkeypatch.setattr(Stream, "windows", counted)
     read.append(0)
     resume.measure(str(tiny_model), ROWS, tmp_path)
@@ -60,14 +60,14 @@ def test_a_stream_reads_one_window_wherever_it_goes_on(
     read.clear()
     read.append(0)
     resume.measure(str(tiny_model), ROWS, tmp_path)
-    assert read[4:] == [ROWS] * 3, "the control: a stream that is replayed"
+    assert read[4:] == [ROWS] * 3, "negative control: a stream that is replayed"
 
 
-def test_the_least_of_several_takes_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_minimum_of_several_trials_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 3.0, 10.0, 11.0, 20.0, 25.0, 30.0, 32.0, 40.0, 49.0])
     monkeypatch.setattr(resume.time, "perf_counter", lambda: next(clock))
-    assert resume.timed(lambda: None) == 1.0  # type: ignore[arg-type, return-value]
-    assert next(clock, None) is None, "and all were taken"
+    assert resume.seconds_to_first_step(lambda: None) == 1.0  # type: ignore[arg-type, return-value]
+    assert next(clock, None) is None, "and all trials ran"
 
 
 def test_rows_are_the_same_in_every_run(tmp_path: Path) -> None:

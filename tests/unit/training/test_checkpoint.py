@@ -1,4 +1,4 @@
-"""A checkpoint is bit for bit what was saved, complete or absent, of a known format, never a pickle."""
+"""A checkpoint is bit for bit what was saved, complete or absent, and never a pickle."""
 
 import io
 import json
@@ -524,7 +524,8 @@ def test_other_settings_are_refused_in_a_table(tmp_path: Path) -> None:
         "  setting        before      now         effect\n"
         "  learning_rate  5e-05       1e-05       the steps done so far used another value\n"
         "  labels         ['a', 'b']  ['b', 'a']  the model's outputs stand for other labels\n"
-        "  seed           None        3           another row order and dropout: rows of this epoch are repeated or missed\n"
+        "  seed           None        3           another row order and dropout: "
+        "rows of this epoch are repeated or missed\n"
         "Use the old settings, or another --output_dir."
     )
     assert run.bits() == learned != before  # nothing was loaded
