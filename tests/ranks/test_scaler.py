@@ -213,12 +213,12 @@ def test_a_restart_goes_on_with_its_scale(
     shutil.copytree(tmp_path / "straight", tmp_path / "forgotten")
     shutil.rmtree(last_checkpoint(tmp_path / "forgotten"))
     run_ranks(n, run_train, words["forgotten"], all_of(scale_loss_up, scaled(OVERFLOWS), forget))
-    with pytest.raises(AssertionError):  # the control
+    with pytest.raises(AssertionError):  # negative control
         assert_same_run(tmp_path / "forgotten", tmp_path / "straight")
 
 
 def count_overflows(accelerator: Accelerator) -> None:
-    """The control: as if every gradient that is not finite were a fault."""
+    """Negative control: as if every gradient that is not finite were a fault."""
     nonfinite.NonFiniteGuard._is_skipped = lambda self, loss, grad_norm: ~torch.isfinite(grad_norm)  # type: ignore[method-assign]
 
 
@@ -227,7 +227,7 @@ def test_counted_overflows_would_end_the_run(
 ) -> None:
     with pytest.raises(
         RankError,
-        match=r"Step 1: the loss or gradient is NaN or infinite, of none of its 8 rows alone",
+        match=r"Step 1: the loss or gradient is NaN or infinite, in none of its 8 rows alone",
     ):
         run_ranks(
             2,
