@@ -28,7 +28,7 @@ from bertdist.core.errors import BertdistError, ConfigError, ModelError
 from bertdist.data.batch import PackedBatch, collate
 from bertdist.data.records import records_of
 from bertdist.data.sharding import MapLoader
-from bertdist.data.tokenization import Example, encode, load_tokenizer, open_examples
+from bertdist.data.tokenization import Example, encode, open_examples
 from bertdist.models import attention
 from bertdist.models.classifier import (
     Classifier,
