@@ -1,4 +1,9 @@
-"""Ranks agree before they act: an error on one rank ends the block on all, with one message."""
+"""Collectives by which ranks agree before they act; on one rank they cost nothing.
+
+with raise_on_all_ranks(accelerator): ...    # an error on one rank is raised on all
+assert_same_on_all_ranks(accelerator, {"--seed": 42})
+broadcast_from_rank0(accelerator, value); all_reduce_min(accelerator, [3]); all_reduce_sum(...)
+"""
 
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,49 +19,49 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from bertdist.core.errors import BertdistError, ConfigError
 
-NO_TIMEOUT = timedelta(
-    days=7
-)  # a group's own limit where a Watchdog judges: a group cannot tell a rank that works from one that is gone
+# A process group's own timeout once the watchdog runs: the group cannot tell a rank that works for
+# long from one that has died.
+NO_TIMEOUT = timedelta(days=7)
 
 T = TypeVar("T")
 
 
 @contextmanager
 def raise_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
-    """Every rank runs the block; where it raises a BertdistError on any rank, it raises the same one on all.
+    """If the block raises a BertdistError on any rank, raise the same one on all ranks.
 
-    Inside the block there must be no collective: a rank that has failed does not join it.
+    All ranks must run the block. It must contain no collective, which a failed rank would not join.
     """
     error: BertdistError | None = None
     try:
         yield
     except BertdistError as caught:
         error = caught
-    errors: list[BertdistError | None] = (
-        [error] if accelerator.num_processes == 1 else gather_object([error])
-    )
-    failed = {rank: found for rank, found in enumerate(errors) if found is not None}
+    errors = [error] if accelerator.num_processes == 1 else gather_object([error])
+    failed = {rank: error for rank, error in enumerate(errors) if error is not None}
     if not failed:
         return
     first = next(iter(failed.values()))
-    texts = {str(found) for found in failed.values()}
-    if len(failed) < len(errors) or len(texts) > 1:
-        first = type(first)("\n".join(f"rank {rank}: {found}" for rank, found in failed.items()))
+    if len(failed) < len(errors) or len(set(map(str, failed.values()))) > 1:
+        lines = (f"rank {rank}: {error}" for rank, error in failed.items())
+        first = type(first)("\n".join(lines))
     first.on_all_ranks = True
     raise first from None
 
 
 def broadcast_from_rank0(accelerator: Accelerator, value: T | None) -> T:
-    """What rank 0 holds, on every rank."""
-    held = [value]
+    """Rank 0's value, on every rank; the others pass anything."""
+    values = [value]
     if accelerator.num_processes > 1:
-        broadcast_object_list(held, from_process=0)
-    (got,) = held
-    return got  # type: ignore[return-value]  # rank 0 passes a T
+        broadcast_object_list(values, from_process=0)
+    return values[0]  # type: ignore[return-value]  # rank 0 passes a T
 
 
 def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
-    """Ranks that talk from host memory, so that no GPU is waited for; None: they do already. The first call is a collective."""
+    """A gloo group for collectives in host memory, which wait for no GPU. The first call is a collective.
+
+    None stands for the default group, where that is gloo already.
+    """
     if accelerator.num_processes == 1 or accelerator.device.type == "cpu":
         return None
     return _gloo_group(dist.group.WORLD)
@@ -68,55 +73,54 @@ def _gloo_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
     return group
 
 
-def assert_same_on_all_ranks(accelerator: Accelerator, facts: Mapping[str, object]) -> None:
-    """Every rank holds the same facts (name -> what prints alike), or a ConfigError on all names those that differ from rank 0."""
+def assert_same_on_all_ranks(accelerator: Accelerator, values: Mapping[str, object]) -> None:
+    """Raise a ConfigError on all ranks that names every value whose text differs from rank 0's."""
     if accelerator.num_processes == 1:
         return
-    mine = {name: str(value) for name, value in facts.items()}
-    first, *others = gather_object([(socket.gethostname(), mine)])
+    texts = {name: str(value) for name, value in values.items()}
+    (host_0, expected), *others = gather_object([(socket.gethostname(), texts)])
     problems = []
     for rank, (host, found) in enumerate(others, start=1):
-        names = [name for name in {**first[1], **found} if first[1].get(name) != found.get(name)]
-        if names:
-            told = "; ".join(
-                f"{name} is {_short(found.get(name))} instead of {_short(first[1].get(name))}"
-                for name in names
+        differing = [x for x in {**expected, **found} if expected.get(x) != found.get(x)]
+        if differing:
+            listed = "; ".join(
+                f"{name} is {_short(found.get(name))} instead of {_short(expected.get(name))}"
+                for name in differing
             )
-            problems.append(f"rank {rank} (on {host}) is not like rank 0 (on {first[0]}): {told}.")
+            problems.append(f"rank {rank} (on {host}) differs from rank 0 (on {host_0}): {listed}.")
     if problems:
-        raise ConfigError(
-            "\n".join(
-                [*problems, "Every rank must be started with the same command, data and packages."]
-            )
-        )
+        problems.append("Every rank must be started with the same command, data and packages.")
+        raise ConfigError("\n".join(problems))
 
 
-def _short(value: str | None, most: int = 80) -> str:
-    return "missing" if value is None else value if len(value) <= most else f"{value[:most]}..."
+def _short(value: str | None, limit: int = 80) -> str:
+    if value is None:
+        return "missing"
+    return value if len(value) <= limit else f"{value[:limit]}..."
 
 
 def all_reduce_min(
     accelerator: Accelerator, values: Sequence[int], group: dist.ProcessGroup | None = None
 ) -> list[int]:
-    """The smallest of all ranks, value by value. group: that of `host_group`. Costs nothing on one rank, about 1 ms on gloo."""
-    return _reduced(accelerator, values, dist.ReduceOp.MIN, group)
+    """The element-wise minimum over all ranks. group: that of `host_group`. About 1 ms on gloo."""
+    return _all_reduce(accelerator, values, dist.ReduceOp.MIN, group)
 
 
 def all_reduce_sum(
     accelerator: Accelerator, values: Sequence[int], group: dist.ProcessGroup | None = None
 ) -> list[int]:
-    """The sum over all ranks, value by value; otherwise like `smallest`."""
-    return _reduced(accelerator, values, dist.ReduceOp.SUM, group)
+    """The element-wise sum over all ranks. group: that of `host_group`."""
+    return _all_reduce(accelerator, values, dist.ReduceOp.SUM, group)
 
 
-def _reduced(
+def _all_reduce(
     accelerator: Accelerator,
     values: Sequence[int],
-    how: dist.ReduceOp.RedOpType,
+    op: dist.ReduceOp.RedOpType,
     group: dist.ProcessGroup | None,
 ) -> list[int]:
     if accelerator.num_processes == 1:
         return list(values)
-    told = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(told, op=how, group=group)
-    return [int(value) for value in told.tolist()]
+    reduced = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(reduced, op=op, group=group)
+    return [int(value) for value in reduced.tolist()]

@@ -1,7 +1,8 @@
-"""What the ranks of a run say of themselves, in a folder that all see: a beat each, and, once, why the run ends.
+"""Heartbeats of the ranks of a run, in files that all ranks see: who is alive, and why a run ends.
 
-In: what a rank does. Out: files in `.ranks/` of --output_dir, and what another rank reads from them: who is gone. It is one module because
-all of it is about those files; when they are written, and what follows from them, is the watchdog's.
+Each rank writes `.ranks/rank_N.json` in --output_dir, 1 KB in place, and reads those of the others.
+The first rank that knows why the run fails writes `.ranks/failure.json`, which exists at most once.
+When they are written, and what follows from them, is decided in watchdog.py.
 """
 
 import json
@@ -15,23 +16,23 @@ from typing import Any
 
 import psutil
 
-BEAT_BYTES = 1024  # a beat is one write of so many bytes in place: on a full disk too
+HEARTBEAT_BYTES = 1024  # one write of constant size in place, which works on a full disk too
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heartbeat:
-    """What a rank says of itself."""
+    """A rank's process, and what it does."""
 
     rank: int
     pid: int
-    born: float  # when the process was made: a number may be given again
+    process_start: float  # tells the process from a later one with the same pid
     host: str
     step: int = 0
-    doing: str = "starting"  # the innermost function of ours
-    idle: float = 0.0  # seconds in which the main thread has not moved
+    location: str = "starting"  # innermost function of this package in the main thread
+    idle_seconds: float = 0.0  # for which the main thread has not moved
     count: int = 0
-    time: float = 0.0  # of this machine's clock; for people
-    last_words: str = ""
+    time: float = 0.0  # this machine's clock; for people
+    final_error: str = ""
 
     @property
     def name(self) -> str:
@@ -40,145 +41,135 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class FailureReport:
-    """Why a run ends: "left" or "hang", in words; and whether this rank is the one to say them."""
+    """Why the run ends: a rank is "lost", or all "hang"; and whether this rank prints it."""
 
     kind: str
     text: str
-    mine: bool = field(compare=False)
+    is_printer: bool = field(compare=False)
 
 
 class HeartbeatFiles:
-    """The files of one run, as one rank sees them. What cannot be written is left out: it must never end a run."""
+    """The files of one run, seen from one rank. A write that fails is skipped: it must not end a run."""
 
-    def __init__(self, folder: Path, rank: int, ranks: int) -> None:
-        """folder: of the run."""
-        self.run, self.folder, self.ranks = folder, folder / ".ranks", ranks
-        self.me = this_rank(rank)
-        self._silent: dict[
-            int, tuple[int, float]
-        ] = {}  # rank -> its last count, seconds for which it has been that
+    def __init__(self, run_folder: Path, rank: int, num_ranks: int) -> None:
+        self.run_folder, self.folder, self.num_ranks = run_folder, run_folder / ".ranks", num_ranks
+        self.own = own_heartbeat(rank)
+        self._unchanged: dict[int, tuple[int, float]] = {}  # rank -> (count, seconds since then)
 
     def clear(self) -> None:
-        """Take away what an earlier run has left; before any rank writes."""
+        """Remove the files of an earlier run, before any rank writes."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def write(self, **changed: Any) -> None:
-        """This rank's beat, with what has changed of it."""
-        self.me = replace(self.me, count=self.me.count + 1, **changed)
+    def write(self, **changes: Any) -> None:
+        """Write this rank's heartbeat. changes: fields of Heartbeat."""
+        self.own = replace(self.own, count=self.own.count + 1, **changes)
+        path = self.folder / f"rank_{self.own.rank}.json"
+        content = json.dumps(asdict(self.own)).encode().ljust(HEARTBEAT_BYTES)
         with suppress(OSError):
             self.folder.mkdir(exist_ok=True)
-            handle = os.open(
-                self.folder / f"rank_{self.me.rank}.json", os.O_WRONLY | os.O_CREAT, 0o644
-            )
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
             try:
-                os.pwrite(handle, json.dumps(asdict(self.me)).encode().ljust(BEAT_BYTES), 0)
+                os.pwrite(descriptor, content, 0)
             finally:
-                os.close(handle)
+                os.close(descriptor)
 
     def remove(self) -> None:
-        """This rank leaves in agreement with all; the last one takes the folder away."""
+        """Remove this rank's heartbeat when the run ends on all ranks; the last rank removes the folder."""
         with suppress(OSError):
-            (self.folder / f"rank_{self.me.rank}.json").unlink()
+            (self.folder / f"rank_{self.own.rank}.json").unlink()
             self.folder.rmdir()
 
     def others(self) -> list[Heartbeat]:
-        """The beats of the other ranks that are there."""
-        found = []
-        for rank in range(self.ranks):
-            if rank != self.me.rank:
-                with suppress(
-                    OSError, ValueError, TypeError
-                ):  # half a beat: the next look reads a whole one
-                    found.append(
-                        Heartbeat(**json.loads((self.folder / f"rank_{rank}.json").read_bytes()))
-                    )
-        return found
+        """The heartbeats of the other ranks, without those that are missing or half written."""
+        heartbeats = []
+        for rank in range(self.num_ranks):
+            path = self.folder / f"rank_{rank}.json"
+            if rank != self.own.rank:
+                with suppress(OSError, ValueError, TypeError):
+                    heartbeats.append(Heartbeat(**json.loads(path.read_bytes())))
+        return heartbeats
 
-    def listen(self, others: list[Heartbeat], seconds: float) -> None:
-        """So many seconds have passed since the last look: whose beat has not changed? Clocks of two machines are never compared."""
-        for beat in others:
-            count, silent = self._silent.get(beat.rank, (-1, 0.0))
-            self._silent[beat.rank] = beat.count, silent + seconds if count == beat.count else 0.0
+    def observe(self, others: list[Heartbeat], seconds: float) -> None:
+        """Note which heartbeats have not changed in the `seconds` since the last call.
 
-    def silent(self, beat: Heartbeat) -> float:
-        """Seconds for which a rank has not been heard of."""
-        return self._silent.get(beat.rank, (0, 0.0))[1]
+        Clocks of two machines are never compared.
+        """
+        for x in others:
+            count, silence = self._unchanged.get(x.rank, (-1, 0.0))
+            self._unchanged[x.rank] = x.count, silence + seconds if count == x.count else 0.0
 
-    def gone(self, others: list[Heartbeat], most_silent: float) -> list[Heartbeat]:
-        """Those that have ended: by their last words, by their process, or, on another machine, by their silence of so many seconds."""
+    def silence(self, heartbeat: Heartbeat) -> float:
+        """Seconds for which a rank's heartbeat has not changed."""
+        return self._unchanged.get(heartbeat.rank, (0, 0.0))[1]
 
-        def is_gone(beat: Heartbeat) -> bool:
-            if beat.last_words or beat.host != self.me.host:
-                return bool(beat.last_words) or self.silent(beat) > most_silent
-            return not is_alive(beat.pid, beat.born)
+    def dead(self, others: list[Heartbeat], max_silence: float) -> list[Heartbeat]:
+        """Ranks that have ended: with an error, without their process, or silent on another machine."""
 
-        return [beat for beat in others if is_gone(beat)]
+        def is_dead(x: Heartbeat) -> bool:
+            if x.final_error or x.host != self.own.host:
+                return bool(x.final_error) or self.silence(x) > max_silence
+            return not is_alive(x.pid, x.process_start)
 
-    def words_about(self, gone: list[Heartbeat]) -> str:
+        return [x for x in others if is_dead(x)]
+
+    def describe_dead(self, dead: list[Heartbeat]) -> str:
         """Who has ended, how and where, and what to do."""
-        said = []
-        for beat in gone:
-            how = (
-                f"has ended: {beat.last_words}"
-                if beat.last_words
-                else "is gone without a word (killed? out of memory?)"
-            )
-            if not beat.last_words and beat.host != self.me.host:
-                how = f"has not been heard of for {self.silent(beat):.0f} s"
-            last = f"It was last heard of in {beat.doing}, step {beat.step}; the others are at step {self.me.step}."
-            said.append(f"{beat.name} {how}. {last}")
-        return " ".join([*said, self.cure()])
+        sentences = []
+        for x in dead:
+            how = "is gone without a message (killed? out of memory?)"
+            if x.final_error:
+                how = f"has ended: {x.final_error}"
+            elif x.host != self.own.host:
+                how = f"has sent no heartbeat for {self.silence(x):.0f} s"
+            last = f"Its last heartbeat was in {x.location}, step {x.step}"
+            sentences.append(f"{x.name} {how}. {last}; the others are at step {self.own.step}.")
+        return " ".join([*sentences, self.resume_hint()])
 
-    def cure(self) -> str:
-        """What to do, and from where the run will go on."""
-        steps = sorted(
-            int(path.name[5:])
-            for path in (self.run / "checkpoints").glob("step_*")
-            if path.name[5:].isdigit()
-        )
-        return f"The same command goes on from {f'step {steps[-1]}' if steps else 'the beginning'}."
+    def resume_hint(self) -> str:
+        """What to do, and from where the run will resume."""
+        folders = (self.run_folder / "checkpoints").glob("step_*")
+        steps = sorted(int(path.name[5:]) for path in folders if path.name[5:].isdigit())
+        where = f"step {steps[-1]}" if steps else "the beginning"
+        return f"The same command resumes from {where}."
 
-    def told(self) -> FailureReport | None:
-        """Why the run ends, where a rank has told it."""
+    def failure_report(self) -> FailureReport | None:
+        """Why the run ends, if a rank has reported it."""
         with suppress(OSError, ValueError, KeyError, TypeError):
-            found = json.loads((self.folder / "told.json").read_text(encoding="utf-8"))
-            return FailureReport(found["kind"], found["text"], False)
+            report = json.loads((self.folder / "failure.json").read_text(encoding="utf-8"))
+            return FailureReport(report["kind"], report["text"], False)
         return None
 
     def report_once(self, kind: str, text: str) -> FailureReport:
-        """Be the one that tells it, unless another rank has told: then what that has said."""
-        mine = self.folder / f".told_{self.me.rank}"
+        """Report why the run ends, or return what another rank has reported before."""
+        draft = self.folder / f".failure_{self.own.rank}"
         try:
-            mine.write_text(json.dumps({"kind": kind, "text": text}), encoding="utf-8")
-            os.link(mine, self.folder / "told.json")  # whole, and only once
+            draft.write_text(json.dumps({"kind": kind, "text": text}), encoding="utf-8")
+            os.link(draft, self.folder / "failure.json")  # complete, and by one rank only
         except FileExistsError:
-            return self.told() or FailureReport(kind, text, False)
+            return self.failure_report() or FailureReport(kind, text, False)
         except OSError:
-            pass  # no place to agree: everyone tells
+            pass  # the ranks cannot agree, so each of them prints
         return FailureReport(kind, text, True)
 
 
-def this_rank(rank: int) -> Heartbeat:
-    """The first beat of this process."""
-    return Heartbeat(
-        rank=rank, pid=os.getpid(), born=psutil.Process().create_time(), host=this_host()
-    )
+def own_heartbeat(rank: int) -> Heartbeat:
+    """The first heartbeat of this process."""
+    start = psutil.Process().create_time()
+    return Heartbeat(rank=rank, pid=os.getpid(), process_start=start, host=this_host())
 
 
-def is_alive(pid: int, born: float) -> bool:
-    """Whether that very process of this machine still runs; one that is dead and not yet buried does not."""
+def is_alive(pid: int, process_start: float) -> bool:
+    """Whether that process of this machine still runs; a zombie does not."""
     try:
         process = psutil.Process(pid)
-        return abs(process.create_time() - born) < 1 and process.status() not in (
-            psutil.STATUS_ZOMBIE,
-            psutil.STATUS_DEAD,
-        )
+        ended = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return abs(process.create_time() - process_start) < 1 and not ended
     except psutil.Error:
         return False
 
 
 def this_host() -> str:
-    """The machine, and the space in which its process numbers count (a container has its own)."""
+    """The machine and its pid namespace: a container numbers its processes itself."""
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:

@@ -1,39 +1,72 @@
-"""Start and end of a process: the command line's frame, the Accelerator, checks of the launch.
+"""How a process of a run starts and ends.
 
-run_cli(command)             a script's main(): settings of the process, errors, exit codes
-create_accelerator(run)      device, precision and ranks
-check_world(world_size)      an error if the launch promised more ranks
-launch_fingerprint(config)   what must be the same on all ranks
+    run_cli(command)             a script's main(): settings of the process, errors, exit codes
+    create_accelerator(run)      waits for all ranks; device, precision and ranks
+    check_world(world_size)      an error if the launch promised more ranks
+    launch_fingerprint(config)   what must be the same on all ranks
+
+Before torch forms a process group, the ranks meet at its store, so that a rank that does not start
+and a port that is in use are named within --rank_timeout; torch itself names only their number, or a
+host and a port. Each process remembers whom it has met: where a connection breaks and no watchdog
+runs (in the first seconds of a run, in prediction), the dead rank is named from that.
 """
 
 import ctypes
+import faulthandler
+import io
+import json
 import os
 import platform
+import re
+import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
+import psutil
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch._C._distributed_c10d import TCPStore
 from transformers.utils import logging as transformers_logging
 
 from bertdist.core.config import RunConfig, TrainConfig
-from bertdist.core.errors import BertdistError, ConfigError, did_you_mean
+from bertdist.core.errors import BertdistError, ConfigError, RankLost, did_you_mean
 from bertdist.core.hub import enable_offline_fallback
 from bertdist.core.terminal import print_error, process_rank
 from bertdist.distributed.collectives import assert_same_on_all_ranks
-from bertdist.distributed.preemption import _asked_of_accelerate, _processes, ignore_stop_signals
-from bertdist.distributed.rendezvous import wait_for_all_ranks
-from bertdist.distributed.watchdog import end_soon, loader_worker_error, report_lost_connection
+from bertdist.distributed.heartbeat import Heartbeat, is_alive, own_heartbeat, this_host
+from bertdist.distributed.preemption import ignore_stop_signals
+from bertdist.distributed.watchdog import STDERR, connection_error, loader_worker_error
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped before the end; the same command resumes
 EXIT_INTERRUPTED = 130  # a second Ctrl-C, as a shell has it for SIGINT
+
+# For a process that broke a connection to be seen as dead, and for others to see who prints it.
+LOOK_SECONDS = 2.0
+# For rank 0 to come as far as the others and print; then torchrun ends them anyway.
+PRINT_SECONDS = 15.0
+# For a process that has lost another rank to exit: gloo's threads may prevent it.
+EXIT_SECONDS = 30
+
+PACKAGES = [
+    *("bertdist", "torch", "transformers", "accelerate"),
+    *("datasets", "evaluate", "numpy", "safetensors"),
+]
+
+_ranks_met: list[Heartbeat] = []  # all ranks of the last meeting, by rank
+
+
+# ---- The process
 
 
 def run_cli(command: Callable[[Sequence[str]], int]) -> NoReturn:
@@ -47,11 +80,10 @@ def run_cli(command: Callable[[Sequence[str]], int]) -> NoReturn:
         code = command(sys.argv[1:])
     except KeyboardInterrupt:
         if process_rank() == 0:
-            print_error(
-                BertdistError(
-                    "Interrupted; the same command resumes from the last checkpoint, if there is one."
-                )
+            text = (
+                "Interrupted; the same command resumes from the last checkpoint, if there is one."
             )
+            print_error(BertdistError(text))
         os._exit(EXIT_INTERRUPTED)  # without clean-up, which could wait for another rank
     except (BertdistError, RuntimeError) as caught:
         # A launcher's SIGTERM, sent because another rank has ended, comes after the message.
@@ -63,7 +95,7 @@ def run_cli(command: Callable[[Sequence[str]], int]) -> NoReturn:
             os._exit(1)
         if not error.already_printed and (process_rank() == 0 or not error.on_all_ranks):
             print_error(error)
-        end_soon(error)
+        wait_for_rank_0_to_print(error)
         sys.exit(1)
     ignore_stop_signals()  # a late signal does not change the exit code
     sys.exit(code)
@@ -80,82 +112,11 @@ def configure_process() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def check_world(world_size: int, environ: Mapping[str, str] = os.environ) -> None:
-    """Raise ConfigError if this run has fewer ranks than its launch promised.
-
-    Launches lose ranks without a word: each task of a plain `srun python train.py` trains alone, all in one folder, and
-    `accelerate launch --cpu --num_processes 2` starts one process (accelerate 1.15). Both end with exit code 0.
-    """
-    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
-    cures = {
-        tasks: "start one `accelerate launch` a node, as launch/multi_node.slurm does, or ask for one task: --ntasks 1 --cpus-per-task N",
-        "OMPI_COMM_WORLD_SIZE": "start it with `accelerate launch` instead of mpirun",
-        "PMI_SIZE": "start it with `accelerate launch` instead of mpirun",
-        "WORLD_SIZE": "start it with `accelerate launch --multi_gpu`, or unset RANK and WORLD_SIZE for a run of one process",
-    }
-    for name, cure in cures.items():
-        promised = environ.get(name, "")
-        if promised.isdecimal() and world_size < int(promised):
-            raise ConfigError(
-                f"{name} is {promised}, but this run has {_processes(world_size)}: {cure}."
-            )
-    asked = _asked_of_accelerate()
-    if asked is not None and world_size < asked:
-        raise ConfigError(
-            f"`accelerate launch` was asked for {_processes(asked)}, but this run has {world_size}: give it --multi_gpu, and on CPUs"
-            f" `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked} ...` (not --cpu, which starts one),"
-            " or take --config_file accelerate_configs/cpu_x2.yaml."
-        )
-
-
-def create_accelerator(run: RunConfig) -> Accelerator:
-    """Device, precision and ranks are what `accelerate launch` said; without a GPU, or with --use_cpu, the CPU."""
-    trackers = run.report_to or []
-    known = [str(tracker) for tracker in get_available_trackers()]
-    for name in trackers:
-        if name not in known:
-            raise ConfigError(
-                f"--report_to {name}: not a tracker that is installed here.{did_you_mean(name, known)}"
-            )
-    limit = timedelta(seconds=run.rank_timeout)
-    meeting = wait_for_all_ranks(limit)
-    try:
-        accelerator = Accelerator(
-            cpu=run.use_cpu or not torch.accelerator.is_available(),
-            mixed_precision=run.mixed_precision,
-            log_with=trackers or None,
-            project_dir=run.output_dir or None,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=limit),
-            ],
-        )
-    except ValueError as error:
-        raise ConfigError(
-            f"{str(error).splitlines()[0]} (--mixed_precision {run.mixed_precision})"
-        ) from None
-    del meeting
-    if accelerator.gradient_accumulation_steps != 1:
-        raise ConfigError(
-            f"accelerate was told gradient_accumulation_steps {accelerator.gradient_accumulation_steps}; leave it at 1: "
-            "--train_batch_size is the whole step, and --tokens_per_micro_batch cuts it."
-        )
-    if (
-        accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu"
-    ):  # accelerate 1.15 would compute in float32
-        raise ConfigError(
-            "--mixed_precision fp16 needs a GPU, and this run is on the CPU; take bf16 or no."
-        )
-    if trackers:
-        accelerator.init_trackers("bertdist")
-    return accelerator
-
-
 def keep_freed_memory() -> None:
-    """Let the C library keep what a step frees for the next step, where it can (glibc).
+    """Let the C library (glibc) keep what a step frees for the next step.
 
-    By default it hands large blocks back to the system and takes them again, page by page zeroed: 12,000 page faults in a step of
-    MiniLM-L6 on a CPU, 6% of its time.
+    By default it returns large blocks to the system and gets them again, zeroed page by page: 12,000
+    page faults in a step of MiniLM-L6 on a CPU, 6% of its time.
     """
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
     with suppress(OSError, AttributeError):
@@ -164,20 +125,171 @@ def keep_freed_memory() -> None:
         library.mallopt(trim_threshold, (1 << 31) - 1)
 
 
-PACKAGES = (
-    "bertdist",
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "evaluate",
-    "numpy",
-    "safetensors",
-)
+def wait_for_rank_0_to_print(error: BaseException) -> None:
+    """Before a rank exits with this error: neither too early, nor never.
+
+    torchrun ends rank 0 as soon as it sees another rank exit, and an error of all ranks is rank 0's to
+    print. Once rank 0 has exited, torchrun ends this one.
+    """
+    if isinstance(error, RankLost):
+        faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True, file=STDERR)
+    on_all_ranks = getattr(error, "on_all_ranks", False)
+    if on_all_ranks and process_rank() != 0 and "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PRINT_SECONDS)
+
+
+def report_lost_connection(error: BaseException) -> bool:
+    """Print, from one rank, that a connection broke and which rank of this machine is dead.
+
+    Where no watchdog runs. False, and nothing printed, for other errors.
+    """
+    lost = connection_error(error)
+    if lost is None:
+        return False
+    dead, is_printer = find_dead_ranks(LOOK_SECONDS)
+    if dead:
+        names = ", ".join(x.name for x in dead[:8])
+        lost = RankLost(
+            f"{names} is gone (killed? out of memory? else its own message says why). "
+            "Start the same command again."
+        )
+    if is_printer:
+        print_error(lost)
+    time.sleep(LOOK_SECONDS)
+    return True
+
+
+def find_dead_ranks(seconds: float) -> tuple[list[Heartbeat], bool]:
+    """Ranks of this machine that were met and have ended, found within `seconds`; and whether this
+    rank, the lowest that is alive, prints it."""
+    here = [x for x in _ranks_met if x.host == this_host()]
+    deadline = time.monotonic() + seconds
+    while True:
+        dead = [x for x in here if not is_alive(x.pid, x.process_start)]
+        if dead or time.monotonic() >= deadline:
+            break
+        time.sleep(0.05)
+    first_alive = next((x.pid for x in here if x not in dead), os.getpid())
+    return dead, not dead or first_alive == os.getpid()
+
+
+# ---- The launch
+
+
+def check_world(world_size: int, environ: Mapping[str, str] = os.environ) -> None:
+    """Raise ConfigError if this run has fewer ranks than its launch promised.
+
+    Launches lose ranks silently: each task of a plain `srun python train.py` trains alone, all in one
+    folder, and `accelerate launch --cpu --num_processes 2` starts one process (accelerate 1.15). Both
+    end with exit code 0.
+    """
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+    mpi = "start it with `accelerate launch` instead of mpirun"
+    fixes = {
+        tasks: "start one `accelerate launch` per node, as launch/multi_node.slurm does, or request "
+        "one task: --ntasks 1 --cpus-per-task N",
+        "OMPI_COMM_WORLD_SIZE": mpi,
+        "PMI_SIZE": mpi,
+        "WORLD_SIZE": "start it with `accelerate launch --multi_gpu`, or unset RANK and WORLD_SIZE "
+        "for a run of one process",
+    }
+    for name, fix in fixes.items():
+        promised = environ.get(name, "")
+        if promised.isdecimal() and world_size < int(promised):
+            have = _processes(world_size)
+            raise ConfigError(f"{name} is {promised}, but this run has {have}: {fix}.")
+    requested = _requested_from_accelerate()
+    if requested is not None and world_size < requested:
+        raise ConfigError(
+            f"`accelerate launch` was to start {_processes(requested)}, but this run has "
+            f"{world_size}: give it --multi_gpu, and on CPUs `ACCELERATE_USE_CPU=true accelerate "
+            f"launch --multi_gpu --num_processes {requested} ...` (not --cpu, which starts one), or "
+            "--config_file accelerate_configs/cpu_x2.yaml."
+        )
+
+
+def _processes(count: int) -> str:
+    return f"{count} process{'' if count == 1 else 'es'}"
+
+
+def _requested_from_accelerate() -> int | None:
+    """Processes that the `accelerate launch` above this one was to start, by flag or config file.
+
+    None without such a parent, where it does not say, or where anything fails: this must never end a
+    run.
+    """
+    # accelerate launch, accelerate-launch, python -m accelerate.commands.launch
+    launch = (
+        r"(?:accelerate(?:_cli)?(?:\.py)?\0|accelerate-|accelerate[./]commands[./])"
+        r"launch(?:\.py)?\0(.*)"
+    )
+    try:
+        parent = psutil.Process().parent()
+        match = re.search(launch, "\0".join(parent.cmdline()), re.DOTALL)
+        if not match:
+            return None
+        from accelerate.commands.config import config_args
+        from accelerate.commands.launch import launch_command_parser
+
+        with redirect_stderr(io.StringIO()):  # argparse prints its usage where we are wrong
+            args = launch_command_parser().parse_args(match[1].split("\0"))
+        default = config_args.default_config_file
+        has_default = os.path.isfile(default) and not args.cpu
+        if args.num_processes is None and (args.config_file or has_default):
+            file = os.path.join(parent.cwd(), args.config_file or default)
+            return int(config_args.load_config_from_file(file).num_processes)
+        return None if args.num_processes is None else int(args.num_processes)
+    except (Exception, SystemExit):  # argparse exits
+        return None
+
+
+def create_accelerator(run: RunConfig) -> Accelerator:
+    """Device, precision and ranks from `accelerate launch`; the CPU without a GPU or with --use_cpu.
+
+    Raises ConfigError for what cannot take effect, and where ranks do not start.
+    """
+    trackers = run.report_to or []
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    for name in trackers:
+        if name not in installed:
+            hint = did_you_mean(name, installed)
+            raise ConfigError(f"--report_to {name}: not an installed tracker.{hint}")
+    timeout = timedelta(seconds=run.rank_timeout)
+    store = wait_for_all_ranks(timeout)
+    try:
+        accelerator = Accelerator(
+            cpu=run.use_cpu or not torch.accelerator.is_available(),
+            mixed_precision=run.mixed_precision,
+            log_with=trackers or None,
+            project_dir=run.output_dir or None,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=timeout),
+            ],
+        )
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{reason} (--mixed_precision {run.mixed_precision})") from None
+    del store  # rank 0 keeps it until the group exists
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ConfigError(
+            "accelerate was configured with gradient_accumulation_steps "
+            f"{accelerator.gradient_accumulation_steps}; leave it at 1: --train_batch_size is the "
+            "whole step, and --tokens_per_micro_batch splits it."
+        )
+    # accelerate 1.15 would compute in float32.
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError(
+            "--mixed_precision fp16 needs a GPU, and this run is on the CPU; use bf16 or no."
+        )
+    if trackers:
+        accelerator.init_trackers("bertdist")
+    return accelerator
 
 
 def launch(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
-    """The accelerator, and the config with the precision that the launcher chose; the same on all ranks, or an error."""
+    """The accelerator, and the config with the launcher's precision; the same on all ranks."""
     accelerator = create_accelerator(config.run)
     check_world(accelerator.num_processes)
     run = replace(config.run, mixed_precision=accelerator.mixed_precision)
@@ -186,16 +298,19 @@ def launch(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
     return accelerator, config
 
 
+def describe_launch(accelerator: Accelerator) -> str:
+    """One line for people: `2 processes, device cuda, bf16.`"""
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    processes = _processes(accelerator.num_processes)
+    return f"{processes}, device {accelerator.device.type}, {precision}."
+
+
 def launch_fingerprint(config: TrainConfig) -> dict[str, object]:
     """What must be the same on all ranks before they do anything together: settings and versions."""
-    settings = {
-        f"--{name}": value for section in asdict(config).values() for name, value in section.items()
-    }
-    return {
-        **settings,
-        "Python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
-    }
+    sections = asdict(config).values()
+    settings = {f"--{name}": value for section in sections for name, value in section.items()}
+    versions = {name: _version(name) for name in PACKAGES}
+    return {**settings, "Python": platform.python_version(), **versions}
 
 
 def _version(package: str) -> str | None:
@@ -203,3 +318,122 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+# ---- Rendezvous
+
+
+def wait_for_all_ranks(timeout: timedelta) -> TCPStore | None:
+    """Register this rank, and wait until all have; keep the store until the process group exists.
+
+    None for one rank, or if there is a process group. Raises ConfigError, which names the missing.
+    """
+    numbers = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
+    host = os.environ.get("MASTER_ADDR", "")
+    if not host or not all(text.isdecimal() for text in numbers) or dist.is_initialized():
+        return None
+    rank, num_ranks, port = map(int, numbers)
+    if num_ranks == 1:
+        return None
+    seconds, address = timeout.total_seconds(), f"{host}:{port}"
+    within = f"{address} within {seconds:g} s (--rank_timeout)"
+    # torchrun's agent may keep the store, instead of rank 0.
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_server = rank == 0 and not by_agent
+    if not is_server and not _is_open(host, port, seconds):
+        who = "torchrun's agent is not" if by_agent else "rank 0 has not arrived"
+        raise _printed_by_one(
+            f"rank {rank} of {num_ranks} (on {socket.gethostname()}): {who} at {within}. Its own "
+            "message, or the launcher's, says more.",
+            rank == (0 if by_agent else 1),
+        )
+    store = _open_store(host, port, is_server, timeout)
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    keys = [f"bertdist/{restart}/{other}" for other in range(num_ranks)]
+    store.set(keys[rank], json.dumps(asdict(own_heartbeat(rank))))
+    try:
+        store.wait(keys, timeout)
+        _ranks_met[:] = [Heartbeat(**json.loads(text)) for text in store.multi_get(keys)]
+    except (dist.DistError, RuntimeError):
+        raise _missing_ranks(store, keys, address, within, rank) from None
+    return store
+
+
+def _is_open(host: str, port: int, seconds: float) -> bool:
+    """Whether anything listens there within `seconds`.
+
+    torch tries too, for twice as long and with a page of C++ frames.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            left = max(0.1, deadline - time.monotonic())
+            socket.create_connection((host, port), timeout=left).close()
+            return True
+        except OSError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+
+
+def _open_store(host: str, port: int, is_server: bool, timeout: timedelta) -> TCPStore:
+    """The store, or a ConfigError within the timeout.
+
+    torch waits for ever for a program that accepts the connection and says nothing.
+    """
+    outcome: list[TCPStore | Exception] = []
+
+    def connect() -> None:
+        try:
+            store = TCPStore(
+                host, port, None, is_server, timeout, wait_for_workers=False, multi_tenant=True
+            )
+            outcome.append(store)
+        except (dist.DistError, RuntimeError) as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout.total_seconds())
+    store = outcome[0] if outcome else TimeoutError("what listens there does not answer")
+    if not isinstance(store, Exception):
+        return store
+    raise ConfigError(
+        f"Ranks cannot meet at {host}:{port}: {str(store).splitlines()[0]}. The port may be in use, "
+        "perhaps by another run: give another one (--main_process_port to `accelerate launch`, "
+        "--master_port to torchrun, or MASTER_PORT)."
+    )
+
+
+def _missing_ranks(
+    store: TCPStore, keys: list[str], address: str, within: str, rank: int
+) -> ConfigError:
+    """Names the ranks that have not registered; printed by the lowest rank that has."""
+    try:
+        missing = [other for other, key in enumerate(keys) if not store.check([key])]
+        present = [
+            Heartbeat(**json.loads(store.get(key)))
+            for other, key in enumerate(keys)
+            if other not in missing
+        ]
+    except (dist.DistError, RuntimeError):
+        # Rank 0, which keeps the store, was killed, or has printed it and exited.
+        return _printed_by_one(
+            f"rank {rank} of {len(keys)}: rank 0 has left before all had met at {address}; its own "
+            "message says more.",
+            rank == 1,
+        )
+    numbers = ", ".join(map(str, missing[:20]))
+    numbers += f", ... ({len(missing)} in all)" if len(missing) > 20 else ""
+    here = ", ".join(f"rank {x.rank} (on {x.host.split(' ')[0]})" for x in present[:20])
+    lowest = next((other for other in range(len(keys)) if other not in missing), None)
+    return _printed_by_one(
+        f"Rank {numbers} of {len(keys)} did not arrive at {within}. Present: {here}.",
+        rank == lowest,
+    )
+
+
+def _printed_by_one(message: str, is_printer: bool) -> ConfigError:
+    error = ConfigError(message)
+    error.on_all_ranks, error.already_printed = False, not is_printer
+    return error

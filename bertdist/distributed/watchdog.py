@@ -1,20 +1,24 @@
-"""A rank that dies, and ranks that wait for each other for ever: the run ends soon on all ranks, with one message that names who and where.
+"""Ends a run soon when a rank dies or all wait for ever, with one message that names rank and location.
 
-In: what each rank says of itself (beats.py). Out: nothing while all goes well; else a RankLost on every rank, one of which is printed.
+    with Watchdog(folder, accelerator, rank_timeout) as watchdog: ...
 
-1. A thread of each rank writes its beat every few seconds: process, machine, step, where its main thread stands, and for how long that has
-   not moved: the same stack, while neither it nor one of its loader workers computed. A rank that works, however long, moves.
-2. A rank that does not move looks at the others' beats. One whose process is gone (same machine), or whose beat has stopped (another
-   machine), is lost. Where nobody moves for --rank_timeout, a collective hangs: every rank writes its stacks down, and leaves.
-3. A rank that leaves by an error of its own leaves its last words, so that the others can say why their connections broke.
-4. Who first knows why claims the right to tell it (a file that can be made once); the others are silent.
-On one rank there is no thread and no beat.
+1. A thread of each rank writes a heartbeat every 5 seconds: process, machine, step, location of the
+   main thread, and for how long that has not moved: its stack is the same, and neither it nor a loader
+   worker has computed. A rank that computes, however long, moves.
+2. A rank that does not move reads the heartbeats of the others. A rank is dead if its process is gone
+   (same machine) or its heartbeat has stopped (another machine). If no rank moves for --rank_timeout,
+   a collective hangs: every rank writes its stacks and exits.
+3. A rank that ends with an error writes it into its last heartbeat, so that the others can say why
+   their connections broke.
+4. The first rank that knows the reason reports it (`HeartbeatFiles.report_once`) and prints it.
+
+On one rank there is no thread and no heartbeat. Why torch's own timeouts do not replace this:
+docs/decisions/0017.
 """
 
 import faulthandler
 import os
 import re
-import signal
 import sys
 import threading
 import time
@@ -31,55 +35,48 @@ from accelerate import Accelerator
 from bertdist.core.atomic_io import atomic_write, to_json
 from bertdist.core.config import RunConfig
 from bertdist.core.errors import BertdistError, DataError, RankLost
-from bertdist.core.terminal import print_error, process_rank
+from bertdist.core.terminal import print_error
 from bertdist.distributed.collectives import NO_TIMEOUT, raise_on_all_ranks
 from bertdist.distributed.heartbeat import FailureReport, Heartbeat, HeartbeatFiles
-from bertdist.distributed.rendezvous import left
 
-BEAT_SECONDS = 5.0  # between two beats, or a tenth of --rank_timeout
+HEARTBEAT_SECONDS = 5.0  # or a tenth of --rank_timeout
+MOVING_SHARE = 0.02  # a thread that computes for this share of the time is not waiting
+STDERR = 2  # faulthandler needs the file descriptor
 
-MOVES = 0.02  # a thread that computes for so much of the time is not waiting
-
-SECONDS_TO_LOOK = 2.0  # for a process that broke a connection to be seen as gone, and for others to see who tells it
-
-SECONDS_TO_TELL = (
-    15.0  # for rank 0 to come as far as the others and print; then torchrun ends them anyway
-)
-
-PACKAGE = f"{Path(__file__).resolve().parents[1]}{os.sep}"
-
-STDERR = 2  # by its number: faulthandler needs it
-
-WORKER = re.compile(
+_PACKAGE = f"{Path(__file__).resolve().parents[1]}{os.sep}"
+_WORKER_DIED = re.compile(
     r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)(?: is killed by signal: ([^.]*))?"
 )
 
 
 class Watchdog:
-    """Watches one rank and, while it waits, the others. A context manager around all that a run does."""
+    """Watches one rank and, while that waits, the other ranks."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, seconds: float) -> None:
-        """seconds: --rank_timeout. Rank 0 clears away what an earlier run has left: make it before the ranks next meet."""
-        self.folder, self.seconds = folder, seconds
-        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+    def __init__(self, folder: Path, accelerator: Accelerator, timeout: float) -> None:
+        """folder: of the run; rank 0 removes the heartbeats of an earlier run from it.
+
+        timeout: --rank_timeout, seconds. The ranks must meet between this and `__enter__`.
+        """
+        self.folder, self.timeout = folder, timeout
+        self.rank, self.num_ranks = accelerator.process_index, accelerator.num_processes
         self.cuda = accelerator.device.type == "cuda"
-        self.beats = HeartbeatFiles(folder, self.rank, self.ranks)
-        self.progress: Any = None  # the run's Progress, as soon as there is one
-        self.beat_seconds = min(BEAT_SECONDS, seconds / 10)
-        self._ended, self._dumped = threading.Event(), False
+        self.files = HeartbeatFiles(folder, self.rank, self.num_ranks)
+        self.progress: Any = None  # the run's TrainState, as soon as there is one
+        self.interval = min(HEARTBEAT_SECONDS, timeout / 10)
+        self._ended, self._stacks_written = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._main = threading.get_ident()
         self._stack: tuple[Any, ...] = ()
-        self._computed, self._moved = 0.0, time.monotonic()
-        self._gone_for = 0.0
+        self._cpu_seconds, self._moved_at = 0.0, time.monotonic()
+        self._dead_seconds = 0.0
         if self.rank == 0:
-            self.beats.clear()
+            self.files.clear()
 
     def __enter__(self) -> "Watchdog":
-        if self.ranks > 1:
+        if self.num_ranks > 1:
             if dist.is_initialized():
                 torch.distributed.distributed_c10d._set_pg_timeout(NO_TIMEOUT)
-            self._write(doing="train.train, starting")
+            self._write(location="train.train, starting")
             self._thread.start()
         return self
 
@@ -89,231 +86,200 @@ class Watchdog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.ranks > 1:
+        if self.num_ranks > 1:
             self._ended.set()
             self._thread.join()
             faulthandler.cancel_dump_traceback_later()
             self._write()
-        if (
-            error is None
-            or isinstance(error, SystemExit)
-            or (isinstance(error, BertdistError) and error.on_all_ranks)
-        ):
-            if self.ranks > 1:
-                self.beats.remove()
+        on_all_ranks = isinstance(error, BertdistError) and error.on_all_ranks
+        if error is None or isinstance(error, SystemExit) or on_all_ranks:
+            if self.num_ranks > 1:
+                self.files.remove()
             return
-        found: BaseException = loader_worker_error(error) or error
-        if self.ranks > 1 and connection_lost(error):
-            found = self._who_left(str(error).splitlines()[0])
-        elif self.ranks > 1:
-            if isinstance(found, BertdistError):
-                found = type(found)(f"rank {self.rank}: {found}")
-            self._write(last_words=_words(found)[:400])
-            self.beats.report_once("left", f"{self.beats.me.name} has ended: {_words(found)}")
-        if found is not error:
-            raise found from None
+        explained: BaseException = loader_worker_error(error) or error
+        if self.num_ranks > 1 and connection_error(error):
+            explained = self._explain_lost_connection(str(error).splitlines()[0])
+        elif self.num_ranks > 1:
+            if isinstance(explained, BertdistError):
+                explained = type(explained)(f"rank {self.rank}: {explained}")
+            self._write(final_error=_summary(explained)[:400])
+            name = self.files.own.name
+            self.files.report_once("lost", f"{name} has ended: {_summary(explained)}")
+        if explained is not error:
+            raise explained from None
 
     # --- this rank
 
     def _watch(self) -> None:
-        before = time.monotonic()
-        while not self._ended.wait(self.beat_seconds):
+        previous = time.monotonic()
+        while not self._ended.wait(self.interval):
             now = time.monotonic()
-            self._notice(now, now - before)
+            self._check_movement(now, now - previous)
             self._write()
-            # Its timer needs no interpreter: it says where a rank stands that holds the interpreter's lock for ever.
+            # Its timer needs no interpreter: it shows the stack of a rank that holds the GIL for ever.
             with suppress(OSError, ValueError, RuntimeError):
-                faulthandler.dump_traceback_later(max(self.seconds, 1.0), file=STDERR)
-            if now - self._moved > 2 * self.beat_seconds:
-                # A process that was held itself holds the time against nobody.
-                self._look(now - self._moved, min(now - before, 2 * self.beat_seconds))
-            before = now
+                faulthandler.dump_traceback_later(max(self.timeout, 1.0), file=STDERR)
+            if now - self._moved_at > 2 * self.interval:
+                # If this process was suspended itself, that time does not count.
+                elapsed = min(now - previous, 2 * self.interval)
+                self._check_others(now - self._moved_at, elapsed)
+            previous = now
 
-    def _notice(self, now: float, elapsed: float) -> None:
-        """Whether the main thread has moved since the last beat."""
-        places, frame = [], sys._current_frames().get(self._main)
+    def _check_movement(self, now: float, elapsed: float) -> None:
+        """Note whether the main thread has moved since the last heartbeat."""
+        stack, frame = [], sys._current_frames().get(self._main)
         while frame is not None:
-            places.append((id(frame.f_code), frame.f_lasti))
+            stack.append((id(frame.f_code), frame.f_lasti))
             frame = frame.f_back
-        computed = _workers_seconds()
-        if not self.cuda:  # there a thread that waits for the device computes
+        cpu_seconds = _child_cpu_seconds()
+        if not self.cuda:  # a thread that waits for a GPU computes
             with suppress(AttributeError, OSError):
-                computed += time.clock_gettime(time.pthread_getcpuclockid(self._main))
-        if tuple(places) != self._stack or abs(computed - self._computed) > MOVES * elapsed:
-            self._moved = now
-        self._stack, self._computed = tuple(places), computed
+                cpu_seconds += time.clock_gettime(time.pthread_getcpuclockid(self._main))
+        computed = abs(cpu_seconds - self._cpu_seconds) > MOVING_SHARE * elapsed
+        if tuple(stack) != self._stack or computed:
+            self._moved_at = now
+        self._stack, self._cpu_seconds = tuple(stack), cpu_seconds
 
-    def _write(self, **changed: Any) -> None:
-        step = self.progress.step if self.progress is not None else 0
-        doing = doing_of(sys._current_frames().get(self._main))
-        idle = round(time.monotonic() - self._moved, 1)
-        self.beats.write(step=step, idle=idle, time=time.time(), **{"doing": doing, **changed})
+    def _write(self, **changes: Any) -> None:
+        location = location_of(sys._current_frames().get(self._main))
+        idle = round(time.monotonic() - self._moved_at, 1)
+        fields = {"step": self._step(), "location": location, "idle_seconds": idle}
+        self.files.write(**{**fields, "time": time.time(), **changes})
 
-    # --- the others
+    def _step(self) -> int:
+        return self.progress.step if self.progress is not None else 0
 
-    def _look(self, idle: float, elapsed: float) -> None:
-        """This rank does not move: is there one that it waits for in vain?"""
-        told = self.beats.told()
-        if told is not None:
-            self._leave(told)
-        others = self.beats.others()
-        self.beats.listen(others, elapsed)
-        gone = self._gone(others)
-        # The main thread hears of it from its connections, as a rule; NCCL's does not always.
-        self._gone_for = self._gone_for + elapsed if gone else 0.0
-        if self._gone_for > 2 * self.beat_seconds:
-            self._leave(self.beats.report_once("left", self.beats.words_about(gone)))
-        still = {
-            beat.rank: max(beat.idle, self.beats.silent(beat))
-            for beat in others
-            if beat not in gone
-        }
-        if idle >= self.seconds and all(seconds >= self.seconds / 2 for seconds in still.values()):
-            everyone = sorted([self.beats.me, *others], key=lambda beat: beat.rank)
-            silent = {
-                beat.rank: " (it is held: it says nothing)"
-                for beat in others
-                if self.beats.silent(beat) >= self.seconds / 2
-            }
+    # --- the other ranks
+
+    def _check_others(self, idle: float, elapsed: float) -> None:
+        """This rank does not move: does it wait for a rank that will not come?"""
+        report = self.files.failure_report()
+        if report is not None:
+            self._exit_process(report)
+        others = self.files.others()
+        self.files.observe(others, elapsed)
+        dead = self._dead(others)
+        # Usually the main thread learns of it from its connections; NCCL's does not always.
+        self._dead_seconds = self._dead_seconds + elapsed if dead else 0.0
+        if self._dead_seconds > 2 * self.interval:
+            self._exit_process(self.files.report_once("lost", self.files.describe_dead(dead)))
+        silence = {x.rank: self.files.silence(x) for x in others}
+        half = self.timeout / 2
+        alive = [x for x in others if x not in dead]
+        if idle >= self.timeout and all(
+            max(x.idle_seconds, silence[x.rank]) >= half for x in alive
+        ):
+            ranks = sorted([self.files.own, *others], key=lambda x: x.rank)
+            frozen = {rank for rank, seconds in silence.items() if seconds >= half}
             where = "; ".join(
-                f"rank {beat.rank} in {beat.doing}{silent.get(beat.rank, '')}"
-                for beat in everyone[:8]
+                f"rank {x.rank} in {x.location}{' (no heartbeat)' * (x.rank in frozen)}"
+                for x in ranks[:8]
             )
-            text = f"No rank has moved for {self.seconds:g} s (--rank_timeout), so a collective hangs: {where}."
-            stacks = f"What each rank did stands in {self.folder / 'stacks'}."
-            self._leave(self.beats.report_once("hang", f"{text} {stacks} {self.beats.cure()}"))
+            text = (
+                f"No rank has moved for {self.timeout:g} s (--rank_timeout), so a collective hangs: "
+                f"{where}. Stacks of all ranks: {self.folder / 'stacks'}. {self.files.resume_hint()}"
+            )
+            self._exit_process(self.files.report_once("hang", text))
 
-    def _gone(self, others: list[Heartbeat]) -> list[Heartbeat]:
-        return self.beats.gone(others, self.seconds / 2)
+    def _dead(self, others: list[Heartbeat]) -> list[Heartbeat]:
+        return self.files.dead(others, self.timeout / 2)
 
-    def _leave(self, told: FailureReport) -> None:
-        """End this process from here: its main thread may never come back."""
-        if told.kind == "hang":
-            self._dump()
-            time.sleep(3 * self.beat_seconds)  # until all have looked
-        if told.mine:
-            print_error(RankLost(told.text))
-        self._status(told)
+    def _exit_process(self, report: FailureReport) -> None:
+        """End this process from the watchdog's thread: its main thread may never return."""
+        if report.kind == "hang":
+            self._write_stacks()
+            time.sleep(3 * self.interval)  # until all ranks have read the report
+        if report.is_printer:
+            print_error(RankLost(report.text))
+        self._write_status(report)
         os._exit(1)
 
-    def _dump(self) -> None:
-        """Where every thread of this rank stands: into a file of the run's folder, and to standard error."""
-        if self._dumped:
+    def _write_stacks(self) -> None:
+        """Write the stack of every thread of this rank to stacks/ and to standard error."""
+        if self._stacks_written:
             return
-        self._dumped, folder = True, self.folder / "stacks"
+        self._stacks_written, folder = True, self.folder / "stacks"
         with suppress(OSError, ValueError):
             folder.mkdir(exist_ok=True)
             with open(folder / f"rank_{self.rank}.txt", "w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file)
         with suppress(OSError, ValueError):
-            os.write(STDERR, f"rank {self.rank} of {self.ranks} stood at:\n".encode())
+            os.write(STDERR, f"stacks of rank {self.rank} of {self.num_ranks}:\n".encode())
             faulthandler.dump_traceback(STDERR)
 
-    def _who_left(self, error: str) -> RankLost:
-        """Why a connection broke: who is gone is looked for until it is known, for a few beats at most."""
-        deadline = time.monotonic() + 3 * self.beat_seconds + 2
-        while (told := self.beats.told()) is None:
-            others = self.beats.others()
-            if gone := self._gone(others):
-                told = self.beats.report_once("left", self.beats.words_about(gone))
+    def _explain_lost_connection(self, message: str) -> RankLost:
+        """Find out, within a few heartbeats, which rank's end broke a connection."""
+        deadline = time.monotonic() + 3 * self.interval + 2
+        while (report := self.files.failure_report()) is None:
+            others = self.files.others()
+            if dead := self._dead(others):
+                report = self.files.report_once("lost", self.files.describe_dead(dead))
                 break
             if time.monotonic() > deadline:
-                far = ", ".join(
-                    f"{beat.name}, after step {beat.step}"
-                    for beat in others
-                    if beat.host != self.beats.me.host
+                remote = [x for x in others if x.host != self.files.own.host]
+                names = ", ".join(f"{x.name}, after step {x.step}" for x in remote)
+                text = (
+                    f"The connection to another rank is broken ({message}). The ranks on this machine "
+                    f"are alive; on other machines: {names or 'none'}. {self.files.resume_hint()}"
                 )
-                text = f"The connection to another rank has broken ({error}); those of this machine are there, elsewhere: {far or 'none'}."
-                told = self.beats.report_once("left", f"{text} {self.beats.cure()}")
+                report = self.files.report_once("lost", text)
                 break
             time.sleep(0.05)
-        if told.kind == "hang":
-            self._dump()
-        self._status(told)
-        found = RankLost(told.text)
-        found.already_printed = not told.mine
-        return found
+        if report.kind == "hang":
+            self._write_stacks()
+        self._write_status(report)
+        error = RankLost(report.text)
+        error.already_printed = not report.is_printer
+        return error
 
-    def _status(self, told: FailureReport) -> None:
-        """status.json is rank 0's; where that is gone, it is for who tells."""
-        others = self.beats.others()
-        if self.rank == 0 or (told.mine and any(beat.rank == 0 for beat in self._gone(others))):
-            text = {
-                "state": "failed",
-                "step": self.progress.step if self.progress is not None else 0,
-                "reason": told.text,
-            }
+    def _write_status(self, report: FailureReport) -> None:
+        """Write status.json: rank 0 does, or, if rank 0 is dead, the rank that prints the report."""
+        rank_0_is_dead = any(x.rank == 0 for x in self._dead(self.files.others()))
+        if self.rank == 0 or (report.is_printer and rank_0_is_dead):
+            status = {"state": "failed", "step": self._step(), "reason": report.text}
             with suppress(BertdistError):
-                atomic_write(self.folder / "status.json", to_json(text))
+                atomic_write(self.folder / "status.json", to_json(status))
+
+
+def open_watchdog(folder: Path, accelerator: Accelerator, run: RunConfig) -> Watchdog:
+    """A Watchdog, made before the ranks meet here: rank 0 has cleared the folder when others write."""
+    with raise_on_all_ranks(accelerator):
+        return Watchdog(folder, accelerator, run.rank_timeout)
 
 
 def loader_worker_error(error: BaseException) -> DataError | None:
-    """What torch says of a loader worker that was killed, as a user should read it; None for other errors."""
-    found = WORKER.search(str(error)) if isinstance(error, RuntimeError) else None
-    if not found:
+    """The death of a loader worker, as torch reports it, as a DataError; None for other errors."""
+    match = _WORKER_DIED.search(str(error)) if isinstance(error, RuntimeError) else None
+    if not match:
         return None
-    how = f"was killed ({found[2].strip()})" if found[2] else "ended without a word"
+    how = f"was killed ({match[2].strip()})" if match[2] else "ended without a message"
     return DataError(
-        f"Loader worker (process {found[1]}) {how}: most often the system had run out of memory. --dataloader_num_workers 0 does without; "
-        "the same command goes on from the last checkpoint."
+        f"Loader worker (process {match[1]}) {how}: usually the system was out of memory. "
+        "--dataloader_num_workers 0 needs less; the same command resumes from the last checkpoint."
     )
 
 
-def connection_lost(error: BaseException) -> RankLost | None:
-    """What gloo and NCCL say when another rank is gone (torch 2.13), in words; None for other errors."""
+def connection_error(error: BaseException) -> RankLost | None:
+    """What gloo and NCCL raise when another rank is gone (torch 2.13); None for other errors."""
     if isinstance(error, RuntimeError) and (
         isinstance(error, dist.DistError) or "gloo" in str(error)
     ):
-        return RankLost(f"The connection to another rank has broken: {str(error).splitlines()[0]}")
+        return RankLost(f"The connection to another rank is broken: {str(error).splitlines()[0]}")
     return None
 
 
-def report_lost_connection(error: BaseException) -> bool:
-    """Where no Watchdog looks, in the first seconds of a run and in prediction: tells of a broken connection. False for other errors.
-
-    Once, and by name, where the rank that is gone ran on this machine.
-    """
-    lost = connection_lost(error)
-    if lost is None:
-        return False
-    gone, mine = left(SECONDS_TO_LOOK)
-    if gone:
-        names = ", ".join(beat.name for beat in gone[:8])
-        lost = RankLost(
-            f"{names} is gone (killed? out of memory? else its own message says why). Start the same command again."
-        )
-    if mine:
-        print_error(lost)
-    time.sleep(SECONDS_TO_LOOK)
-    return True
-
-
-def end_soon(error: BaseException) -> None:
-    """For a command line that leaves by this error: neither before it is told, nor never.
-
-    torchrun ends rank 0 as soon as it sees another rank leave, and what all have to say is rank 0's to print. Once that has left, torchrun
-    ends this one. gloo's threads may keep a process that has lost another from ending.
-    """
-    if isinstance(error, RankLost):
-        faulthandler.dump_traceback_later(30, exit=True, file=STDERR)
-    on_all_ranks = getattr(error, "on_all_ranks", False)
-    if on_all_ranks and process_rank() != 0 and "TORCHELASTIC_RUN_ID" in os.environ:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(SECONDS_TO_TELL)
-
-
-def doing_of(frame: FrameType | None) -> str:
+def location_of(frame: FrameType | None) -> str:
     """The innermost function of this package that a thread is in."""
     while frame is not None:
-        folder, name = os.path.split(frame.f_code.co_filename)
-        if f"{folder}{os.sep}".startswith(PACKAGE):
-            return f"{name.removesuffix('.py')}.{frame.f_code.co_name}, line {frame.f_lineno}"
+        path = frame.f_code.co_filename
+        if path.startswith(_PACKAGE):
+            return f"{Path(path).stem}.{frame.f_code.co_name}, line {frame.f_lineno}"
         frame = frame.f_back
     return "other code"
 
 
-def _workers_seconds() -> float:
-    """What this process's children have computed, seconds."""
+def _child_cpu_seconds() -> float:
+    """CPU seconds of this process's children, the loader workers."""
     total = 0.0
     with suppress(psutil.Error):
         for child in psutil.Process().children():
@@ -323,18 +289,9 @@ def _workers_seconds() -> float:
     return total
 
 
-def _words(error: BaseException) -> str:
+def _summary(error: BaseException) -> str:
     text = str(error).strip()
-    return (
-        text
-        if isinstance(error, BertdistError)
-        else f"{type(error).__name__}: {text.splitlines()[0]}"
-        if text
-        else type(error).__name__
-    )
-
-
-def open_watchdog(folder: Path, accelerator: Accelerator, run: RunConfig) -> Watchdog:
-    """Made before the ranks meet here: rank 0 clears away the beats of an earlier run, and only then anyone writes."""
-    with raise_on_all_ranks(accelerator):
-        return Watchdog(folder, accelerator, run.rank_timeout)
+    if isinstance(error, BertdistError):
+        return text
+    name = type(error).__name__
+    return f"{name}: {text.splitlines()[0]}" if text else name

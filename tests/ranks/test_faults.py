@@ -273,9 +273,9 @@ def test_a_killed_rank_is_named_once_and_nothing_is_lost(
     }
     (line,) = (line for _, lines in found.values() for line in lines)
     assert re.match(
-        rf"bertdist: rank {victim} \(process \d+ on .*\) is gone without a word", line
+        rf"bertdist: rank {victim} \(process \d+ on .*\) is gone without a message", line
     ), line
-    assert line.endswith("the others are at step 7. The same command goes on from step 6."), line
+    assert line.endswith("the others are at step 7. The same command resumes from step 6."), line
     assert (
         json_of(out / "status.json")["state"] == "failed"
         and f"rank {victim} " in json_of(out / "status.json")["reason"]
@@ -348,7 +348,7 @@ def test_a_collective_that_hangs_ends_with_the_stacks_of_all(runs: Runs, tmp_pat
     reason = json_of(out / "status.json")["reason"]
     assert (
         "No rank has moved for 5 s (--rank_timeout), so a collective hangs: rank 0 in " in reason
-        and "goes on from step 3" in reason
+        and "resumes from step 3" in reason
     )
 
 
@@ -379,7 +379,7 @@ def test_another_command_line_is_named_before_anything_is_written(
     first, second, third = run_ranks(3, run)
     assert first[0] == 1 and second == third == (1, "", "") and not (tmp_path / "out").exists()
     assert re.fullmatch(
-        r"bertdist: rank 1 \(on .*\) is not like rank 0 \(on .*\): --learning_rate is 0\.5 instead of 0\.001\.\n"
+        r"bertdist: rank 1 \(on .*\) differs from rank 0 \(on .*\): --learning_rate is 0\.5 instead of 0\.001\.\n"
         r"bertdist: Every rank must be started with the same command, data and packages\.\n",
         first[1],
     ), first[1]
@@ -419,7 +419,7 @@ def test_another_file_content_is_named_before_the_model_is_built(
     first, second = run_ranks(2, run)
     assert first[0] == 1 and second == (1, "", "")
     assert (
-        "is not like rank 0 (on " in first[1] and "train.tsv (digest of the rows) is " in first[1]
+        "differs from rank 0 (on " in first[1] and "train.tsv (digest of the rows) is " in first[1]
     )
 
 
@@ -457,7 +457,7 @@ def test_a_killed_loader_worker_is_named_soon(runs: Runs, tmp_path: Path, n: int
         if line.startswith("bertdist: ")
     )
     assert re.search(
-        r"Loader worker \(process \d+\) was killed \(Killed\): most often the system had run out of memory",
+        r"Loader worker \(process \d+\) was killed \(Killed\): usually the system was out of memory",
         line,
     ), line
     run_ranks(n, run_train, words)

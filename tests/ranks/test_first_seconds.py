@@ -19,7 +19,6 @@ from bench import rank as bench_rank
 from bench.attempts import Attempt, attempt, output_of_ranks
 from bertdist import predict
 from bertdist.distributed import launch
-from bertdist.distributed import rendezvous as arrival
 
 
 def killing(rank: int, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,11 +70,11 @@ def test_a_rank_that_remembers_nobody_names_nobody(
     """The control."""
     monkeypatch.setattr(launch, "check_world", killing(1, launch.check_world))
     monkeypatch.setattr(
-        arrival.json, "loads", lambda card: vars(arrival.this_rank(0))
+        launch.json, "loads", lambda card: vars(launch.own_heartbeat(0))
     )  # everybody is me
     trained(tiny_model, tmp_path, 2)
     (told,) = lines(tmp_path / "out")
-    assert told.startswith("bertdist: The connection to another rank has broken: ")
+    assert told.startswith("bertdist: The connection to another rank is broken: ")
 
 
 def test_a_rank_killed_in_prediction_is_named(

@@ -178,7 +178,7 @@ def test_a_launch_that_starts_one_process_of_two_is_refused(
     messages = [line for line in err.splitlines() if line.startswith("bertdist:")]
     assert (code, out, len(messages)) == (1, "", 1), err
     expected = (
-        "`accelerate launch` was asked for 2 processes, but this run has 1: give it --multi_gpu"
+        "`accelerate launch` was to start 2 processes, but this run has 1: give it --multi_gpu"
     )
     assert messages[0].startswith(f"bertdist: {expected}")
 

@@ -124,7 +124,7 @@ def test_a_rank_that_was_started_with_something_else_is_named(
         assert launch.wait() == 1
         first, *rest = launch.complaints()
     assert re.fullmatch(
-        rf"bertdist: rank 1 \(on .*\) is not like rank 0 \(on .*\): {differs}", first
+        rf"bertdist: rank 1 \(on .*\) differs from rank 0 \(on .*\): {differs}", first
     ), first
     assert rest == [
         "bertdist: Every rank must be started with the same command, data and packages."

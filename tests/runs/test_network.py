@@ -229,7 +229,7 @@ def test_a_machine_that_is_lost_is_named_and_nothing_is_lost(
     ranks.processes[1].kill()
     assert ranks.ended() == [1, -signal.SIGKILL]
     assert len(ranks.told()) == 1 and "rank 1 (process " in ranks.told()[0], ranks.said()
-    assert "on machine1) has not been heard of for " in ranks.told()[0]
+    assert "on machine1) has sent no heartbeat for " in ranks.told()[0]
 
     machines.plug()
     again = start(20)

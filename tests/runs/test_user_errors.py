@@ -213,7 +213,7 @@ CANNOT = [
         {"metric_for_best_model": "f2"},
         "--metric_for_best_model f2: not among the scores that are computed.",
     ),
-    ({"report_to": ["wandbb"]}, "--report_to wandbb: not a tracker that is installed here."),
+    ({"report_to": ["wandbb"]}, "--report_to wandbb: not an installed tracker."),
     ({"mixed_precision": "fp16"}, "--mixed_precision fp16"),
     (
         {"resume_from_checkpoint": "nowhere"},
@@ -346,6 +346,6 @@ def test_a_world_that_the_launch_lost(tiny_model: Path, tmp_path: Path, files: F
     complaints = [line for line in said.splitlines() if line.startswith("bertdist: ")]
     assert code == 1 and "Traceback" not in said and len(complaints) == 1, said
     assert complaints[0].startswith(
-        "bertdist: `accelerate launch` was asked for 2 processes, but this run has 1: give it --multi_gpu"
+        "bertdist: `accelerate launch` was to start 2 processes, but this run has 1: give it --multi_gpu"
     )
     assert not (tmp_path / "out").exists()

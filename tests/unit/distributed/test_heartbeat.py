@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bertdist.distributed.heartbeat import BEAT_BYTES, HeartbeatFiles, is_alive, this_host
+from bertdist.distributed.heartbeat import HEARTBEAT_BYTES, HeartbeatFiles, is_alive, this_host
 
 
 @pytest.fixture
@@ -20,9 +20,9 @@ def two(tmp_path: Path) -> tuple[HeartbeatFiles, HeartbeatFiles]:
 def test_a_beat_is_read_by_the_others(two: tuple[HeartbeatFiles, HeartbeatFiles]) -> None:
     first, second = two
     assert first.others() == []
-    second.write(step=7, doing="train.train, line 1")
+    second.write(step=7, location="train.train, line 1")
     (beat,) = first.others()
-    assert (beat.rank, beat.step, beat.doing, beat.pid, beat.count) == (
+    assert (beat.rank, beat.step, beat.location, beat.pid, beat.count) == (
         1,
         7,
         "train.train, line 1",
@@ -31,14 +31,14 @@ def test_a_beat_is_read_by_the_others(two: tuple[HeartbeatFiles, HeartbeatFiles]
     )
     assert beat.name == f"rank 1 (process {os.getpid()} on {this_host().split(' ')[0]})"
     second.write(step=8)
-    assert first.others()[0].step == 8 and first.others()[0].doing == "train.train, line 1"
+    assert first.others()[0].step == 8 and first.others()[0].location == "train.train, line 1"
 
 
 def test_a_beat_keeps_its_size(two: tuple[HeartbeatFiles, HeartbeatFiles]) -> None:
     """So that it needs no new block on a full disk."""
     for words in ("x" * 300, ""):
-        two[0].write(last_words=words)
-        assert (two[0].folder / "rank_0.json").stat().st_size == BEAT_BYTES
+        two[0].write(final_error=words)
+        assert (two[0].folder / "rank_0.json").stat().st_size == HEARTBEAT_BYTES
 
 
 def test_half_a_beat_is_none(two: tuple[HeartbeatFiles, HeartbeatFiles]) -> None:
@@ -68,17 +68,17 @@ def test_a_dead_process_is_gone_and_a_number_that_was_given_again_too() -> None:
 
 def test_who_is_gone(two: tuple[HeartbeatFiles, HeartbeatFiles]) -> None:
     first, second = two
-    second.write(step=3, doing="somewhere")
+    second.write(step=3, location="somewhere")
     (beat,) = first.others()
-    assert first.gone([beat], 10) == []
-    dead = replace(beat, born=beat.born - 100)
-    assert first.gone([dead], 10) == [dead]
+    assert first.dead([beat], 10) == []
+    dead = replace(beat, process_start=beat.process_start - 100)
+    assert first.dead([dead], 10) == [dead]
     assert (
-        "is gone without a word (killed? out of memory?). It was last heard of in somewhere, step 3"
-        in first.words_about([dead])
+        "is gone without a message (killed? out of memory?). Its last heartbeat was in somewhere, step 3"
+        in first.describe_dead([dead])
     )
-    ended = replace(beat, last_words="KeyError: 'x'")
-    assert first.gone([ended], 10) == [ended] and "has ended: KeyError: 'x'" in first.words_about(
+    ended = replace(beat, final_error="KeyError: 'x'")
+    assert first.dead([ended], 10) == [ended] and "has ended: KeyError: 'x'" in first.describe_dead(
         [ended]
     )
 
@@ -91,25 +91,27 @@ def test_silence_counts_for_ranks_of_other_machines_only(
     near = first.others()[0]
     far = replace(near, host="elsewhere", pid=1)
     for beat in (near, far):
-        first._silent.clear()
-        first.listen([beat], 5)
+        first._unchanged.clear()
+        first.observe([beat], 5)
         for _ in range(3):
-            first.listen([beat], 5)
-        assert first.silent(beat) == 15 and first.gone([beat], 10) == ([far] if beat is far else [])
-        first.listen([replace(beat, count=beat.count + 1)], 5)
-        assert first.silent(beat) == 0 and first.gone([beat], 10) == []
+            first.observe([beat], 5)
+        assert first.silence(beat) == 15 and first.dead([beat], 10) == (
+            [far] if beat is far else []
+        )
+        first.observe([replace(beat, count=beat.count + 1)], 5)
+        assert first.silence(beat) == 0 and first.dead([beat], 10) == []
 
 
 def test_one_of_all_may_tell(two: tuple[HeartbeatFiles, HeartbeatFiles]) -> None:
     first, second = two
     first.write()
-    assert first.told() is None
-    assert second.report_once("left", "rank 0 is gone").mine
-    late = first.report_once("left", "rank 1 is gone")
-    assert (late.text, late.mine) == ("rank 0 is gone", False)
-    told = first.told()
-    assert told is not None and (told.kind, told.text, told.mine) == (
-        "left",
+    assert first.failure_report() is None
+    assert second.report_once("lost", "rank 0 is gone").is_printer
+    late = first.report_once("lost", "rank 1 is gone")
+    assert (late.text, late.is_printer) == ("rank 0 is gone", False)
+    told = first.failure_report()
+    assert told is not None and (told.kind, told.text, told.is_printer) == (
+        "lost",
         "rank 0 is gone",
         False,
     )
@@ -126,7 +128,7 @@ def test_the_last_one_takes_the_folder_away(two: tuple[HeartbeatFiles, Heartbeat
 
 def test_where_the_run_will_go_on(tmp_path: Path) -> None:
     beats = HeartbeatFiles(tmp_path, 0, 2)
-    assert beats.cure() == "The same command goes on from the beginning."
+    assert beats.resume_hint() == "The same command resumes from the beginning."
     for name in ("step_000400", "step_1000000", ".step_9999999.partial", "step_000600.damaged"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert beats.cure() == "The same command goes on from step 1000000."
+    assert beats.resume_hint() == "The same command resumes from step 1000000."

@@ -1,24 +1,43 @@
-"""How a process starts and ends: what a script sets and a library leaves alone, exit codes, the Accelerator."""
+"""How a process starts and ends: exit codes, settings of the process, lost ranks of a launch, the Accelerator, rendezvous."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from forked import run_ranks
 from rows import words_of, write_split
+from torch.distributed import TCPStore
 
 from bertdist.core.args import read_config
 from bertdist.core.config import RunConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError
-from bertdist.distributed.launch import EXIT_INTERRUPTED, create_accelerator, run_cli
+from bertdist.distributed import launch
+from bertdist.distributed.heartbeat import own_heartbeat
+from bertdist.distributed.launch import (
+    EXIT_INTERRUPTED,
+    check_world,
+    create_accelerator,
+    describe_launch,
+    find_dead_ranks,
+    report_lost_connection,
+    run_cli,
+    wait_for_all_ranks,
+    wait_for_rank_0_to_print,
+)
 from bertdist.train import train
 
 # ---- run_cli
@@ -205,16 +224,354 @@ def test_a_precision_that_cannot_take_effect_is_one_line() -> None:
 def test_accumulation_by_accelerate_is_refused() -> None:
     assert opened(RunConfig(use_cpu=True), {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}) == (
         "ConfigError",
-        "accelerate was told gradient_accumulation_steps 4; leave it at 1: --train_batch_size is the whole step, and "
-        "--tokens_per_micro_batch cuts it.",
+        "accelerate was configured with gradient_accumulation_steps 4; leave it at 1: --train_batch_size is the whole step, "
+        "and --tokens_per_micro_batch splits it.",
     )
 
 
 def test_a_tracker_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"^--report_to tensorbord: not a tracker that is installed here\."
-    ):
+    with pytest.raises(ConfigError, match=r"^--report_to tensorbord: not an installed tracker\."):
         create_accelerator(
             RunConfig(use_cpu=True, output_dir=str(tmp_path), report_to=["tensorbord"])
         )
     assert PartialState._shared_state == {}  # nothing was opened
+
+
+# --- the launch
+
+LOST = [
+    (
+        {"SLURM_NTASKS": "2"},
+        1,
+        "SLURM_NTASKS is 2, but this run has 1 process: start one `accelerate launch` per node",
+    ),
+    (
+        {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"},
+        2,
+        "SLURM_STEP_NUM_TASKS is 4, but this run has 2 processes",
+    ),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, 1, "OMPI_COMM_WORLD_SIZE is 2, but this run has 1 process"),
+    ({"PMI_SIZE": "3"}, 1, "PMI_SIZE is 3"),
+    ({"WORLD_SIZE": "2"}, 1, "WORLD_SIZE is 2"),
+]
+KEPT: list[tuple[dict[str, str], int]] = [
+    ({}, 1),
+    ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, 1),
+    (
+        {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "1"},
+        1,
+    ),  # srun --ntasks 1 in a job of two tasks
+    ({"SLURM_NTASKS": "2"}, 2),
+    (
+        {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "16"},
+        16,
+    ),  # one launcher a node, eight ranks each
+    ({"SLURM_NTASKS": "", "PMI_SIZE": "many", "OMPI_COMM_WORLD_SIZE": "-1"}, 1),
+]
+
+
+@pytest.mark.parametrize(("environ", "world_size", "message"), LOST)
+def test_lost_ranks_are_an_error(environ: dict[str, str], world_size: int, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_world(world_size, environ)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("environ", "world_size"), KEPT)
+def test_a_whole_world_is_no_error(environ: dict[str, str], world_size: int) -> None:
+    check_world(world_size, environ)
+
+
+def test_the_environment_of_the_process_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(ConfigError, match="SLURM_NTASKS is 2"):
+        check_world(1)
+
+
+def below(monkeypatch: pytest.MonkeyPatch, command: str, folder: Path = Path("/")) -> None:
+    """Make `command`, run in `folder`, the parent of this process."""
+    parent = SimpleNamespace(cmdline=command.split, cwd=lambda: str(folder))
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
+
+
+@pytest.fixture
+def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """two.yaml asks for two processes, and so does the user's default config; sub/three.yaml asks for three."""
+    (tmp_path / "sub").mkdir()
+    for path, count in ((tmp_path / "two.yaml", 2), (tmp_path / "sub/three.yaml", 3)):
+        path.write_text(
+            f"compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: {count}\nuse_cpu: true\n"
+        )
+    monkeypatch.setattr(
+        "accelerate.commands.config.config_args.default_config_file", str(tmp_path / "two.yaml")
+    )
+    return tmp_path
+
+
+PYTHON = "/usr/bin/python3 /env/bin/"
+ASKED = [
+    (PYTHON + "accelerate launch --cpu --num_processes 2 train.py", 2),
+    (PYTHON + "accelerate launch --cpu --num_processes=2 train.py --num_processes 9", 2),
+    (PYTHON + "accelerate-launch --cpu --num_processes 2 -m bertdist.train", 2),
+    ("python -m accelerate.commands.launch --num_processes 2 train.py", 2),
+    ("python /env/accelerate/commands/launch.py --num_processes 2 train.py", 2),
+    ("python /env/accelerate/commands/accelerate_cli.py launch --num_processes 2 train.py", 2),
+    (PYTHON + "accelerate launch --config_file sub/three.yaml train.py", 3),
+    (PYTHON + "accelerate launch --config_file sub/three.yaml --num_processes 1 train.py", 1),
+    (PYTHON + "accelerate launch train.py", 2),  # the default config
+    (PYTHON + "accelerate launch --cpu train.py", None),  # with --cpu accelerate does not read it
+    (PYTHON + "accelerate launch --config_file missing.yaml train.py", None),
+    (PYTHON + "accelerate launch --no_such_flag train.py", None),
+    (PYTHON + "accelerate launch", None),
+    (PYTHON + "accelerate env --num_processes 2", None),
+    (PYTHON + "pytest launch --num_processes 2 train.py", None),
+    ("bash", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("command", "count"), ASKED)
+def test_what_accelerate_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+    configs: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    count: int | None,
+) -> None:
+    below(monkeypatch, command, configs)
+    assert launch._requested_from_accelerate() == count
+    if count is not None and count > 1:
+        check_world(count, {})
+        with pytest.raises(
+            ConfigError,
+            match=rf"^`accelerate launch` was to start {count} processes, but this run has 1: .*--multi_gpu",
+        ):
+            check_world(1, {})
+    else:
+        check_world(1, {})
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [psutil.AccessDenied(), psutil.NoSuchProcess(1), PermissionError(), FileNotFoundError("/proc")],
+)
+def test_a_look_that_fails_ends_no_run(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refuse() -> None:
+        raise error
+
+    monkeypatch.setattr(psutil, "Process", refuse)
+    check_world(1, {})
+
+
+def test_a_process_without_a_parent_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: None))
+    check_world(1, {})
+
+
+# ---- Rendezvous
+
+ROOT = Path(__file__).resolve().parents[3]
+# In a process of its own: torch's stores leave threads behind.
+MEET = """
+import os, sys
+from datetime import timedelta
+from bertdist.distributed.launch import wait_for_all_ranks
+from bertdist.core.errors import BertdistError
+try:
+    store = wait_for_all_ranks(timedelta(seconds=float(sys.argv[1])))
+    print("met" if store else "alone")
+    sys.stdin.read()  # the store goes with this process
+except BertdistError as error:
+    print(error if not error.already_printed else "silent")
+    sys.stdin.read()
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def placed(rank: int, of: int, port: int) -> dict[str, str]:
+    """The environment of a rank."""
+    plain = {
+        name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")
+    }
+    place = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(of),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return {**plain, "PYTHONPATH": str(ROOT), **place}
+
+
+def said(ranks: list[int], of: int, port: int, seconds: float = 3) -> list[str]:
+    """What these ranks have to say of their meeting."""
+    pipe, words = subprocess.PIPE, [sys.executable, "-c", MEET, str(seconds)]
+    running = []
+    for rank in ranks:
+        env = placed(rank, of, port)
+        running.append(
+            subprocess.Popen(
+                words, env=env, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+            )
+        )
+    found = []
+    for run in running:
+        assert run.stdout is not None
+        found.append(run.stdout.readline().strip())
+    for run in running:
+        run.communicate(timeout=60)
+    return found
+
+
+def test_ranks_that_all_come_meet() -> None:
+    assert said([0, 1, 2], 3, free_port(), 60) == ["met"] * 3
+
+
+def test_who_does_not_arrive_is_named_once() -> None:
+    port, host = free_port(), socket.gethostname()
+    first, third = said([0, 2], 4, port, 15)
+    assert first == (
+        f"Rank 1, 3 of 4 did not arrive at 127.0.0.1:{port} within 15 s (--rank_timeout). Present: rank 0 (on {host}), rank 2 (on {host})."
+    )
+    assert third == "silent"
+
+
+def test_a_missing_first_rank_is_named() -> None:
+    port = free_port()
+    (found,) = said([1], 2, port, 2)
+    assert found.startswith(
+        f"rank 1 of 2 (on {socket.gethostname()}): rank 0 has not arrived at 127.0.0.1:{port} within 2 s"
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_port_that_is_taken_is_named(rank: int) -> None:
+    """By a program that takes connections and says nothing."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        (found,) = said([rank], 2, port := other.getsockname()[1], 2)
+    assert (
+        found.startswith(f"Ranks cannot meet at 127.0.0.1:{port}: ")
+        and "give another one (--main_process_port to" in found
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {},
+        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+        {"RANK": "zero"},
+    ],
+)
+def test_one_rank_meets_nobody(words: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in words.items():
+        monkeypatch.setenv(name, value)
+    assert wait_for_all_ranks(timedelta(seconds=1)) is None
+
+
+def test_a_first_rank_that_is_killed_before_all_have_met_is_told() -> None:
+    port, pipe, words = free_port(), subprocess.PIPE, [sys.executable, "-c", MEET, "60"]
+    first, second = (
+        subprocess.Popen(
+            words,
+            env=placed(rank, 3, port),
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in (0, 1)
+    )
+    TCPStore("127.0.0.1", port, None, False, timedelta(seconds=60)).wait(["bertdist/0/1"])
+    first.kill()
+    told, _ = second.communicate(timeout=60)
+    first.communicate(timeout=60)
+    assert (
+        told
+        == f"rank 1 of 3: rank 0 has left before all had met at 127.0.0.1:{port}; its own message says more.\n"
+    )
+
+
+def test_who_is_gone_is_told_by_the_lowest_rank_that_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    me, parent = own_heartbeat(1), psutil.Process().parent()
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        dead = replace(me, rank=2, pid=child.pid)
+    alive = replace(me, rank=0, pid=parent.pid, process_start=parent.create_time())
+    elsewhere = replace(dead, rank=3, host="elsewhere")
+    for met, found in (
+        ([dead, me], ([dead], True)),
+        ([alive, me, dead], ([dead], False)),
+        ([me, elsewhere], ([], True)),
+        ([], ([], True)),
+    ):
+        monkeypatch.setattr(launch, "_ranks_met", met)
+        assert find_dead_ranks(0.2) == found
+
+
+@pytest.mark.parametrize(
+    ("gone", "mine", "said"),
+    [
+        ([own_heartbeat(3)], True, "rank 3 (process "),
+        ([own_heartbeat(3)], False, ""),
+        ([], True, "The connection to another rank is broken: [gloo]"),
+    ],
+    ids=["mine", "another's", "nobody"],
+)
+def test_where_no_watchdog_looks_one_rank_tells_who_is_gone(
+    gone: list[Any],
+    mine: bool,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(launch, "find_dead_ranks", lambda seconds: (gone, mine))
+    monkeypatch.setattr(launch, "LOOK_SECONDS", 0.0)
+    assert (
+        not report_lost_connection(RuntimeError("out of memory")) and capsys.readouterr().err == ""
+    )
+    assert report_lost_connection(RuntimeError("[gloo] Connection closed by peer"))
+    told = capsys.readouterr().err
+    assert told.startswith(f"bertdist: {said}") if said else told == ""
+
+
+@pytest.mark.parametrize(
+    ("rank", "shared", "waited"),
+    [("1", True, [launch.PRINT_SECONDS]), ("0", True, []), ("1", False, [])],
+)
+def test_under_torchrun_rank_0_may_tell_what_all_have_found(
+    rank: str, shared: bool, waited: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(launch.time, "sleep", slept.append)
+    handled = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    monkeypatch.setenv("RANK", rank)
+    error = DataError("x")
+    error.on_all_ranks = shared
+    wait_for_rank_0_to_print(error)
+    assert slept == [], "no torchrun"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    wait_for_rank_0_to_print(error)
+    heeded = signal.signal(signal.SIGTERM, handled) is signal.SIG_DFL
+    assert slept == waited and heeded is bool(waited), "torchrun may end it once rank 0 has told"
+
+
+@pytest.mark.parametrize(
+    ("precision", "line"),
+    [("no", "1 process, device cpu, fp32."), ("bf16", "1 process, device cpu, bf16.")],
+)
+def test_the_launch_is_described_in_one_line(precision: str, line: str) -> None:
+    alone: Any = SimpleNamespace(
+        num_processes=1, device=torch.device("cpu"), mixed_precision=precision
+    )
+    assert describe_launch(alone) == line

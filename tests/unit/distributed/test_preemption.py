@@ -1,23 +1,19 @@
-"""A run stops when it is asked to, on all ranks at once, and does not start with fewer ranks than its launch promised."""
+"""A run stops when it is asked to, on all ranks at once."""
 
 import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from accelerate import Accelerator
 from forked import run_ranks
 from torch.utils.data import DataLoader
 
-from bertdist.core.errors import ConfigError
-from bertdist.distributed import preemption as slurm
-from bertdist.distributed.launch import check_world
+from bertdist.distributed import preemption
 from bertdist.distributed.preemption import StopSignal, ignore_stop_signals, slurm_seconds_left
 
 ALONE: Any = SimpleNamespace(num_processes=1)  # an accelerator of one rank; it has no collectives
@@ -209,138 +205,6 @@ def test_without_it_the_rank_dies_before_it_can_save() -> None:
     assert "exited unexpectedly" in run_ranks(1, rows_read_when_all_are_told_to_end, None)[0]
 
 
-# --- the launch
-
-LOST = [
-    (
-        {"SLURM_NTASKS": "2"},
-        1,
-        "SLURM_NTASKS is 2, but this run has 1 process: start one `accelerate launch` a node",
-    ),
-    (
-        {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"},
-        2,
-        "SLURM_STEP_NUM_TASKS is 4, but this run has 2 processes",
-    ),
-    ({"OMPI_COMM_WORLD_SIZE": "2"}, 1, "OMPI_COMM_WORLD_SIZE is 2, but this run has 1 process"),
-    ({"PMI_SIZE": "3"}, 1, "PMI_SIZE is 3"),
-    ({"WORLD_SIZE": "2"}, 1, "WORLD_SIZE is 2"),
-]
-KEPT: list[tuple[dict[str, str], int]] = [
-    ({}, 1),
-    ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, 1),
-    (
-        {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "1"},
-        1,
-    ),  # srun --ntasks 1 in a job of two tasks
-    ({"SLURM_NTASKS": "2"}, 2),
-    (
-        {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "16"},
-        16,
-    ),  # one launcher a node, eight ranks each
-    ({"SLURM_NTASKS": "", "PMI_SIZE": "many", "OMPI_COMM_WORLD_SIZE": "-1"}, 1),
-]
-
-
-@pytest.mark.parametrize(("environ", "world_size", "message"), LOST)
-def test_lost_ranks_are_an_error(environ: dict[str, str], world_size: int, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        check_world(world_size, environ)
-    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(("environ", "world_size"), KEPT)
-def test_a_whole_world_is_no_error(environ: dict[str, str], world_size: int) -> None:
-    check_world(world_size, environ)
-
-
-def test_the_environment_of_the_process_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    with pytest.raises(ConfigError, match="SLURM_NTASKS is 2"):
-        check_world(1)
-
-
-def below(monkeypatch: pytest.MonkeyPatch, command: str, folder: Path = Path("/")) -> None:
-    """Make `command`, run in `folder`, the parent of this process."""
-    parent = SimpleNamespace(cmdline=command.split, cwd=lambda: str(folder))
-    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
-
-
-@pytest.fixture
-def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """two.yaml asks for two processes, and so does the user's default config; sub/three.yaml asks for three."""
-    (tmp_path / "sub").mkdir()
-    for path, count in ((tmp_path / "two.yaml", 2), (tmp_path / "sub/three.yaml", 3)):
-        path.write_text(
-            f"compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: {count}\nuse_cpu: true\n"
-        )
-    monkeypatch.setattr(
-        "accelerate.commands.config.config_args.default_config_file", str(tmp_path / "two.yaml")
-    )
-    return tmp_path
-
-
-PYTHON = "/usr/bin/python3 /env/bin/"
-ASKED = [
-    (PYTHON + "accelerate launch --cpu --num_processes 2 train.py", 2),
-    (PYTHON + "accelerate launch --cpu --num_processes=2 train.py --num_processes 9", 2),
-    (PYTHON + "accelerate-launch --cpu --num_processes 2 -m bertdist.train", 2),
-    ("python -m accelerate.commands.launch --num_processes 2 train.py", 2),
-    ("python /env/accelerate/commands/launch.py --num_processes 2 train.py", 2),
-    ("python /env/accelerate/commands/accelerate_cli.py launch --num_processes 2 train.py", 2),
-    (PYTHON + "accelerate launch --config_file sub/three.yaml train.py", 3),
-    (PYTHON + "accelerate launch --config_file sub/three.yaml --num_processes 1 train.py", 1),
-    (PYTHON + "accelerate launch train.py", 2),  # the default config
-    (PYTHON + "accelerate launch --cpu train.py", None),  # with --cpu accelerate does not read it
-    (PYTHON + "accelerate launch --config_file missing.yaml train.py", None),
-    (PYTHON + "accelerate launch --no_such_flag train.py", None),
-    (PYTHON + "accelerate launch", None),
-    (PYTHON + "accelerate env --num_processes 2", None),
-    (PYTHON + "pytest launch --num_processes 2 train.py", None),
-    ("bash", None),
-    ("", None),
-]
-
-
-@pytest.mark.parametrize(("command", "count"), ASKED)
-def test_what_accelerate_was_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
-    configs: Path,
-    capsys: pytest.CaptureFixture[str],
-    command: str,
-    count: int | None,
-) -> None:
-    below(monkeypatch, command, configs)
-    assert slurm._asked_of_accelerate() == count
-    if count is not None and count > 1:
-        check_world(count, {})
-        with pytest.raises(
-            ConfigError,
-            match=rf"^`accelerate launch` was asked for {count} processes, but this run has 1: .*--multi_gpu",
-        ):
-            check_world(1, {})
-    else:
-        check_world(1, {})
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(
-    "error",
-    [psutil.AccessDenied(), psutil.NoSuchProcess(1), PermissionError(), FileNotFoundError("/proc")],
-)
-def test_a_look_that_fails_ends_no_run(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def refuse() -> None:
-        raise error
-
-    monkeypatch.setattr(psutil, "Process", refuse)
-    check_world(1, {})
-
-
-def test_a_process_without_a_parent_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: None))
-    check_world(1, {})
-
-
 # --- the launcher
 
 
@@ -368,7 +232,7 @@ def test_a_launcher_that_went_before_there_was_a_request_is_seen(
     """While torch was imported and ranks met. A process that was forked later has a parent of its own."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     for process, reason in ((os.getpid(), "the launcher is gone"), (os.getpid() + 1, "")):
-        monkeypatch.setattr(slurm, "_BORN", (process, os.getppid() + 1))
+        monkeypatch.setattr(preemption, "_AT_IMPORT", (process, os.getppid() + 1))
         request = StopSignal()
         assert request.requested(ALONE) is bool(reason) and request.reason == reason
         request.close()
