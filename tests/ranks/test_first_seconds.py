@@ -99,8 +99,9 @@ def test_a_rank_killed_in_prediction_is_named(
 
     def predicted(words: Any, steps: Any) -> int:
         sys.argv = ["bertdist.predict", *words]
-        predict.main()
-        return 0
+        with pytest.raises(SystemExit) as ended:
+            predict.main()
+        return int(ended.value.code or 0)
 
     monkeypatch.setattr(bench_rank, "_trained", predicted)
     with monkeypatch.context() as broken:
