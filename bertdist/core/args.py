@@ -2,9 +2,9 @@
 
     config = read_config(["--config", "run.yaml", "--learning_rate", "1e-5"])   # flags win
 
-transformers' HfArgumentParser reads the flags; this module adds the YAML file (same names), "did you
-mean" for unknown names, what to write instead of flags of other programs, and the checks of values
-that depend on each other.
+transformers' HfArgumentParser reads the flags; this module adds the YAML file (same names), "did
+you mean" for unknown names, what to write instead of flags of other programs, and the checks of
+values that depend on each other.
 """
 
 import dataclasses
@@ -206,7 +206,7 @@ def _read_yaml(
 
 
 def read_config(arguments: Sequence[str]) -> TrainConfig:
-    """`--config run.yaml --learning_rate 1e-5 ...` -> a checked TrainConfig; flags win over the file.
+    """`--config run.yaml --learning_rate 1e-5 ...` -> a checked TrainConfig; flags win.
 
     Raises ConfigError with one line per problem.
     """

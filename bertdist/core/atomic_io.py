@@ -74,7 +74,7 @@ def recover(final: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, which is hidden first, so that half of it is never taken for a checkpoint."""
+    """Remove a folder. It is hidden first, so half of it is never taken for a checkpoint."""
     hidden = _hidden(folder, "old")
     with explain_write_errors(folder, "remove or rename"):
         os.rename(folder, hidden)

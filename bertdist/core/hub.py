@@ -4,9 +4,10 @@
     explain_hub_error(error, name)     # what the loader's error means, as a sentence
     warn_if_offline(name)              # after it was loaded
 
-The probe is one HEAD request per process. Without it a loader requests every file six times: 28 s for
-a wrong name on a machine without network, and 20 lines of output. Where the hub is not reachable, a
-script (not a program that imports bertdist) continues as with HF_HUB_OFFLINE=1, from the cache.
+The probe is one HEAD request per process. Without it a loader requests every file six times: 28 s
+for a wrong name on a machine without network, and 20 lines of output. Where the hub is not
+reachable, a script (not a program that imports bertdist) continues as with HF_HUB_OFFLINE=1, from
+the cache.
 """
 
 import os
@@ -81,7 +82,8 @@ def warn_if_offline(name: str) -> None:
     problem = _problems.get(constants.ENDPOINT, "")
     if problem and not Path(name).expanduser().exists() and process_rank() == 0:
         print_to_stderr(
-            f"The hub ({constants.ENDPOINT}) cannot be reached ({problem}): {name} is loaded from the cache."
+            f"The hub ({constants.ENDPOINT}) cannot be reached ({problem}): {name} is loaded from "
+            "the cache."
         )
         _problems[constants.ENDPOINT] = ""
 
@@ -99,7 +101,8 @@ def explain_hub_error(error: BaseException, name: str, kind: str = "model") -> s
         return "It is on the hub, but has no such branch, tag or commit."
     if types & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
         noun = {"model": "model", "dataset": "data set"}[kind]
-        return f"There is no such {noun} on the hub, or it is private (set HF_TOKEN or run `hf auth login`)."
+        login = "set HF_TOKEN or run `hf auth login`"
+        return f"There is no such {noun} on the hub, or it is private ({login})."
     if types & {"HFValidationError", "HfUriError"}:
         return "Not a valid Hub id; expected owner/name."
     if types & _CONNECTION_ERRORS or "connect to" in str(error):

@@ -55,7 +55,10 @@ def show_table(
     right: Collection[int] = (),
     lines: bool = False,
 ) -> None:
-    """Print a table to standard output. right: indices of right-aligned columns; lines: a rule between rows."""
+    """Print a table to standard output.
+
+    right: indices of right-aligned columns; lines: a rule between rows.
+    """
     columns = [
         Column(plain_text(name), justify="right" if i in right else "left", overflow="fold")
         for i, name in enumerate(header)

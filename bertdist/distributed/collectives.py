@@ -58,9 +58,9 @@ def broadcast_from_rank0(accelerator: Accelerator, value: T | None) -> T:
 
 
 def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
-    """A gloo group for collectives in host memory, which wait for no GPU. The first call is a collective.
+    """A gloo group for collectives in host memory, which wait for no GPU.
 
-    None stands for the default group, where that is gloo already.
+    None stands for the default group, where that is gloo already. The first call is a collective.
     """
     if accelerator.num_processes == 1 or accelerator.device.type == "cpu":
         return None

@@ -49,7 +49,7 @@ class FailureReport:
 
 
 class HeartbeatFiles:
-    """The files of one run, seen from one rank. A write that fails is skipped: it must not end a run."""
+    """The files of one run, seen from one rank. A failed write is skipped: it ends no run."""
 
     def __init__(self, run_folder: Path, rank: int, num_ranks: int) -> None:
         self.run_folder, self.folder, self.num_ranks = run_folder, run_folder / ".ranks", num_ranks
@@ -74,7 +74,7 @@ class HeartbeatFiles:
                 os.close(descriptor)
 
     def remove(self) -> None:
-        """Remove this rank's heartbeat when the run ends on all ranks; the last rank removes the folder."""
+        """Remove this rank's heartbeat at the common end; the last rank removes the folder."""
         with suppress(OSError):
             (self.folder / f"rank_{self.own.rank}.json").unlink()
             self.folder.rmdir()
@@ -103,7 +103,7 @@ class HeartbeatFiles:
         return self._unchanged.get(heartbeat.rank, (0, 0.0))[1]
 
     def dead(self, others: list[Heartbeat], max_silence: float) -> list[Heartbeat]:
-        """Ranks that have ended: with an error, without their process, or silent on another machine."""
+        """Ranks that ended with an error, whose process is gone, or silent on another machine."""
 
         def is_dead(x: Heartbeat) -> bool:
             if x.final_error or x.host != self.own.host:

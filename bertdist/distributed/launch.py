@@ -6,8 +6,8 @@
     launch_fingerprint(config)   what must be the same on all ranks
 
 Before torch forms a process group, the ranks meet at its store, so that a rank that does not start
-and a port that is in use are named within --rank_timeout; torch itself names only their number, or a
-host and a port. Each process remembers whom it has met: where a connection breaks and no watchdog
+and a port that is in use are named within --rank_timeout; torch itself names only their number, or
+a host and a port. Each process remembers whom it has met: where a connection breaks and no watchdog
 runs (in the first seconds of a run, in prediction), the dead rank is named from that.
 """
 
@@ -102,7 +102,7 @@ def run_cli(command: Callable[[Sequence[str]], int]) -> NoReturn:
 
 
 def configure_process() -> None:
-    """Settings of the whole process. Scripts call this; a program that imports bertdist does not."""
+    """Settings of the whole process, for scripts; programs that import bertdist have their own."""
     keep_freed_memory()
     enable_offline_fallback()
     # Loader workers are forked: a tokenizer's thread pool that began in the parent does not work in
@@ -115,8 +115,8 @@ def configure_process() -> None:
 def keep_freed_memory() -> None:
     """Let the C library (glibc) keep what a step frees for the next step.
 
-    By default it returns large blocks to the system and gets them again, zeroed page by page: 12,000
-    page faults in a step of MiniLM-L6 on a CPU, 6% of its time.
+    By default it returns large blocks to the system and gets them again, zeroed page by page:
+    12,000 page faults in a step of MiniLM-L6 on a CPU, 6% of its time.
     """
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
     with suppress(OSError, AttributeError):
@@ -128,8 +128,8 @@ def keep_freed_memory() -> None:
 def wait_for_rank_0_to_print(error: BaseException) -> None:
     """Before a rank exits with this error: neither too early, nor never.
 
-    torchrun ends rank 0 as soon as it sees another rank exit, and an error of all ranks is rank 0's to
-    print. Once rank 0 has exited, torchrun ends this one.
+    torchrun ends rank 0 as soon as it sees another rank exit, and an error of all ranks is rank 0's
+    to print. Once rank 0 has exited, torchrun ends this one.
     """
     if isinstance(error, RankLost):
         faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True, file=STDERR)
@@ -161,8 +161,10 @@ def report_lost_connection(error: BaseException) -> bool:
 
 
 def find_dead_ranks(seconds: float) -> tuple[list[Heartbeat], bool]:
-    """Ranks of this machine that were met and have ended, found within `seconds`; and whether this
-    rank, the lowest that is alive, prints it."""
+    """Ranks of this machine that were met and end within `seconds`; and whether to print it here.
+
+    The lowest rank that is alive prints it.
+    """
     here = [x for x in _ranks_met if x.host == this_host()]
     deadline = time.monotonic() + seconds
     while True:
@@ -180,15 +182,15 @@ def find_dead_ranks(seconds: float) -> tuple[list[Heartbeat], bool]:
 def check_world(world_size: int, environ: Mapping[str, str] = os.environ) -> None:
     """Raise ConfigError if this run has fewer ranks than its launch promised.
 
-    Launches lose ranks silently: each task of a plain `srun python train.py` trains alone, all in one
-    folder, and `accelerate launch --cpu --num_processes 2` starts one process (accelerate 1.15). Both
-    end with exit code 0.
+    Launches lose ranks silently: each task of a plain `srun python train.py` trains alone, all in
+    one folder, and `accelerate launch --cpu --num_processes 2` starts one process (accelerate
+    1.15). Both end with exit code 0.
     """
     tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
     mpi = "start it with `accelerate launch` instead of mpirun"
     fixes = {
-        tasks: "start one `accelerate launch` per node, as launch/multi_node.slurm does, or request "
-        "one task: --ntasks 1 --cpus-per-task N",
+        tasks: "start one `accelerate launch` per node, as launch/multi_node.slurm does, or "
+        "request one task: --ntasks 1 --cpus-per-task N",
         "OMPI_COMM_WORLD_SIZE": mpi,
         "PMI_SIZE": mpi,
         "WORLD_SIZE": "start it with `accelerate launch --multi_gpu`, or unset RANK and WORLD_SIZE "
@@ -204,8 +206,8 @@ def check_world(world_size: int, environ: Mapping[str, str] = os.environ) -> Non
         raise ConfigError(
             f"`accelerate launch` was to start {_processes(requested)}, but this run has "
             f"{world_size}: give it --multi_gpu, and on CPUs `ACCELERATE_USE_CPU=true accelerate "
-            f"launch --multi_gpu --num_processes {requested} ...` (not --cpu, which starts one), or "
-            "--config_file accelerate_configs/cpu_x2.yaml."
+            f"launch --multi_gpu --num_processes {requested} ...` (not --cpu, which starts one), "
+            "or --config_file accelerate_configs/cpu_x2.yaml."
         )
 
 
@@ -216,8 +218,8 @@ def _processes(count: int) -> str:
 def _requested_from_accelerate() -> int | None:
     """Processes that the `accelerate launch` above this one was to start, by flag or config file.
 
-    None without such a parent, where it does not say, or where anything fails: this must never end a
-    run.
+    None without such a parent, where it does not say, or where anything fails: this must never end
+    a run.
     """
     # accelerate launch, accelerate-launch, python -m accelerate.commands.launch
     launch = (
@@ -245,7 +247,7 @@ def _requested_from_accelerate() -> int | None:
 
 
 def create_accelerator(run: RunConfig) -> Accelerator:
-    """Device, precision and ranks from `accelerate launch`; the CPU without a GPU or with --use_cpu.
+    """Device, precision and ranks from `accelerate launch`; the CPU if no GPU, or with --use_cpu.
 
     Raises ConfigError for what cannot take effect, and where ranks do not start.
     """
@@ -306,7 +308,7 @@ def describe_launch(accelerator: Accelerator) -> str:
 
 
 def launch_fingerprint(config: TrainConfig) -> dict[str, object]:
-    """What must be the same on all ranks before they do anything together: settings and versions."""
+    """What must be the same on all ranks before they do anything else: settings and versions."""
     sections = asdict(config).values()
     settings = {f"--{name}": value for section in sections for name, value in section.items()}
     versions = {name: _version(name) for name in PACKAGES}
@@ -399,8 +401,8 @@ def _open_store(host: str, port: int, is_server: bool, timeout: timedelta) -> TC
     if not isinstance(store, Exception):
         return store
     raise ConfigError(
-        f"Ranks cannot meet at {host}:{port}: {str(store).splitlines()[0]}. The port may be in use, "
-        "perhaps by another run: give another one (--main_process_port to `accelerate launch`, "
+        f"Ranks cannot meet at {host}:{port}: {str(store).splitlines()[0]}. The port may be in "
+        "use, perhaps by another run: give another one (--main_process_port to `accelerate launch`, "
         "--master_port to torchrun, or MASTER_PORT)."
     )
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-# In the environment of a process whose parent is torchrun or `accelerate launch`. Killed, these leave
-# their ranks behind, which nobody would end or restart. Any other parent may end: a shell, nohup.
+# In the environment of a process whose parent is torchrun or `accelerate launch`. Killed, these
+# leave their ranks behind, which nobody would end or restart. Any other parent may end: a shell,
+# nohup.
 LAUNCHER_VARIABLES = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
 
 # (this process, its parent) at import: a launcher may be killed before there is a StopSignal, while
@@ -32,9 +33,9 @@ _AT_IMPORT = os.getpid(), os.getppid()
 class StopSignal:
     """Requested by a signal, by the end of the launcher, or `margin_seconds` before a time limit.
 
-    margin_seconds 0: no time limit. The handlers only set a flag, so no step is interrupted; a second
-    SIGINT (Ctrl-C) raises KeyboardInterrupt at once. Handlers are installed in the main thread only,
-    and `close`, or the end of the `with` block, restores the previous ones.
+    margin_seconds 0: no time limit. The handlers only set a flag, so no step is interrupted; a
+    second SIGINT (Ctrl-C) raises KeyboardInterrupt at once. Handlers are installed in the main
+    thread only, and `close`, or the end of the `with` block, restores the previous ones.
     """
 
     def __init__(self, margin_seconds: float = 0.0) -> None:
@@ -80,8 +81,8 @@ class StopSignal:
         """Whether any rank should stop: the same answer on every rank at the same call.
 
         A signal may reach only some ranks, and clocks differ: a rank that decided alone would leave
-        the others waiting in a collective. Every rank must call this equally often. Costs nothing on
-        one rank, 0.7 ms on gloo.
+        the others waiting in a collective. Every rank must call this equally often. Costs nothing
+        on one rank, 0.7 ms on gloo.
         """
         here = self.requested_here()
         if accelerator.num_processes == 1:
@@ -98,10 +99,10 @@ class StopSignal:
     def _total_of_previous_call(self, total: Tensor) -> bool:
         """Read the previous call's sum, and start copying this one to the host.
 
-        Reading this call's sum would wait for the step just queued, and the GPU would then idle while
-        the host prepares the next one. The previous sum was queued behind the step before, so while
-        the host waits for it the GPU has a whole step to do. All ranks read the sum of the same call,
-        so they still agree; they stop one step later.
+        Reading this call's sum would wait for the step just queued, and the GPU would then idle
+        while the host prepares the next one. The previous sum was queued behind the step before, so
+        while the host waits for it the GPU has a whole step to do. All ranks read the sum of the
+        same call, so they still agree; they stop one step later.
         """
         answer = False
         if self._sent is not None:
@@ -125,8 +126,8 @@ class StopSignal:
 def ignore_stop_signals(worker: int = 0) -> None:
     """Ignore SIGTERM, SIGUSR1 and SIGINT from here on. A `worker_init_fn` of DataLoaders.
 
-    SLURM and torchrun send SIGTERM to every process below them. A loader worker that dies of it makes
-    its rank raise "DataLoader worker exited unexpectedly" before it can save (torch 2.13).
+    SLURM and torchrun send SIGTERM to every process below them. A loader worker that dies of it
+    makes its rank raise "DataLoader worker exited unexpectedly" before it can save (torch 2.13).
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

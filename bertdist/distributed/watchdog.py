@@ -1,13 +1,13 @@
-"""Ends a run soon when a rank dies or all wait for ever, with one message that names rank and location.
+"""Ends a run soon when a rank dies or all wait for ever, with one message that names the rank.
 
     with Watchdog(folder, accelerator, rank_timeout) as watchdog: ...
 
 1. A thread of each rank writes a heartbeat every 5 seconds: process, machine, step, location of the
-   main thread, and for how long that has not moved: its stack is the same, and neither it nor a loader
-   worker has computed. A rank that computes, however long, moves.
-2. A rank that does not move reads the heartbeats of the others. A rank is dead if its process is gone
-   (same machine) or its heartbeat has stopped (another machine). If no rank moves for --rank_timeout,
-   a collective hangs: every rank writes its stacks and exits.
+   main thread, and for how long that has not moved: its stack is the same, and neither it nor a
+   loader worker has computed. A rank that computes, however long, moves.
+2. A rank that does not move reads the heartbeats of the others. A rank is dead if its process is
+   gone (same machine) or its heartbeat has stopped (another machine). If no rank moves for
+   --rank_timeout, a collective hangs: every rank writes its stacks and exits.
 3. A rank that ends with an error writes it into its last heartbeat, so that the others can say why
    their connections broke.
 4. The first rank that knows the reason reports it (`HeartbeatFiles.report_once`) and prints it.
@@ -116,7 +116,7 @@ class Watchdog:
             now = time.monotonic()
             self._check_movement(now, now - previous)
             self._write()
-            # Its timer needs no interpreter: it shows the stack of a rank that holds the GIL for ever.
+            # Its timer needs no interpreter: it shows the stack of a rank that never frees the GIL.
             with suppress(OSError, ValueError, RuntimeError):
                 faulthandler.dump_traceback_later(max(self.timeout, 1.0), file=STDERR)
             if now - self._moved_at > 2 * self.interval:
@@ -176,8 +176,9 @@ class Watchdog:
                 for x in ranks[:8]
             )
             text = (
-                f"No rank has moved for {self.timeout:g} s (--rank_timeout), so a collective hangs: "
-                f"{where}. Stacks of all ranks: {self.folder / 'stacks'}. {self.files.resume_hint()}"
+                f"No rank has moved for {self.timeout:g} s (--rank_timeout), so a collective "
+                f"hangs: {where}. Stacks of all ranks: {self.folder / 'stacks'}. "
+                f"{self.files.resume_hint()}"
             )
             self._exit_process(self.files.report_once("hang", text))
 
@@ -219,8 +220,9 @@ class Watchdog:
                 remote = [x for x in others if x.host != self.files.own.host]
                 names = ", ".join(f"{x.name}, after step {x.step}" for x in remote)
                 text = (
-                    f"The connection to another rank is broken ({message}). The ranks on this machine "
-                    f"are alive; on other machines: {names or 'none'}. {self.files.resume_hint()}"
+                    f"The connection to another rank is broken ({message}). The ranks on this "
+                    f"machine are alive; on other machines: {names or 'none'}. "
+                    f"{self.files.resume_hint()}"
                 )
                 report = self.files.report_once("lost", text)
                 break
@@ -233,7 +235,7 @@ class Watchdog:
         return error
 
     def _write_status(self, report: FailureReport) -> None:
-        """Write status.json: rank 0 does, or, if rank 0 is dead, the rank that prints the report."""
+        """Write status.json, on rank 0 or, if that is dead, on the rank that prints the report."""
         rank_0_is_dead = any(x.rank == 0 for x in self._dead(self.files.others()))
         if self.rank == 0 or (report.is_printer and rank_0_is_dead):
             status = {"state": "failed", "step": self._step(), "reason": report.text}
@@ -242,7 +244,7 @@ class Watchdog:
 
 
 def open_watchdog(folder: Path, accelerator: Accelerator, run: RunConfig) -> Watchdog:
-    """A Watchdog, made before the ranks meet here: rank 0 has cleared the folder when others write."""
+    """A Watchdog; the ranks meet after it is made, so rank 0 has cleared the folder."""
     with raise_on_all_ranks(accelerator):
         return Watchdog(folder, accelerator, run.rank_timeout)
 
