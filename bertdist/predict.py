@@ -191,7 +191,9 @@ def _main(arguments: Sequence[str]) -> int:
         predictions = predict(config)
     except Stopped:
         if process_rank() == 0:
-            print_error(BertdistError("Stopped: nothing was written; run the same command again."))
+            print_error(
+                BertdistError("Stopped on request: nothing was written; rerun the same command.")
+            )
         return EXIT_STOPPED
     if process_rank() != 0:
         return 0

@@ -402,7 +402,7 @@ def _open_store(host: str, port: int, is_server: bool, timeout: timedelta) -> TC
         return store
     raise ConfigError(
         f"Ranks cannot meet at {host}:{port}: {str(store).splitlines()[0]}. The port may be in "
-        "use, perhaps by another run: give another one (--main_process_port to `accelerate launch`, "
+        "use, perhaps by another run: give another (--main_process_port to `accelerate launch`, "
         "--master_port to torchrun, or MASTER_PORT)."
     )
 

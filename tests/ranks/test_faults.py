@@ -29,6 +29,7 @@ from rows import train_module as train
 from undisturbed import STEPS, Runs
 
 from bertdist import predict
+from bertdist.core.errors import BertdistError
 from bertdist.data import loader as begin
 from bertdist.data import tokenization as encoding
 from bertdist.distributed import launch, watchdog
@@ -287,7 +288,7 @@ def test_a_killed_rank_is_named_once_and_nothing_is_lost(
 
 def test_a_rank_s_own_error_is_the_one_message(runs: Runs, tmp_path: Path) -> None:
     def broken() -> None:
-        raise train.BertdistError("a text from hell")
+        raise BertdistError("a text from hell")
 
     results = run_ranks(
         3, run_main, runs.words(tmp_path / "out"), on_rank(1, before_step(2, broken))

@@ -458,7 +458,7 @@ def test_a_port_that_is_taken_is_named(rank: int) -> None:
         (found,) = said([rank], 2, port := other.getsockname()[1], 2)
     assert (
         found.startswith(f"Ranks cannot meet at 127.0.0.1:{port}: ")
-        and "give another one (--main_process_port to" in found
+        and "give another (--main_process_port to" in found
     )
 
 
