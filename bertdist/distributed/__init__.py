@@ -1,1 +1,1 @@
-"""Knows processes: launch, collectives, rendezvous, heartbeat, watchdog, preemption."""
+"""Knows processes: launch, collectives, heartbeat, watchdog, preemption."""

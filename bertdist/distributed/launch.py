@@ -300,13 +300,6 @@ def launch(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
     return accelerator, config
 
 
-def describe_launch(accelerator: Accelerator) -> str:
-    """One line for people: `2 processes, device cuda, bf16.`"""
-    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    processes = _processes(accelerator.num_processes)
-    return f"{processes}, device {accelerator.device.type}, {precision}."
-
-
 def launch_fingerprint(config: TrainConfig) -> dict[str, object]:
     """What must be the same on all ranks before they do anything else: settings and versions."""
     sections = asdict(config).values()

@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from forked import run_ranks
@@ -31,7 +30,6 @@ from bertdist.distributed.launch import (
     EXIT_INTERRUPTED,
     check_world,
     create_accelerator,
-    describe_launch,
     find_dead_ranks,
     report_lost_connection,
     run_cli,
@@ -564,14 +562,3 @@ def test_under_torchrun_rank_0_may_tell_what_all_have_found(
     wait_for_rank_0_to_print(error)
     heeded = signal.signal(signal.SIGTERM, handled) is signal.SIG_DFL
     assert slept == waited and heeded is bool(waited), "torchrun may end it once rank 0 has told"
-
-
-@pytest.mark.parametrize(
-    ("precision", "line"),
-    [("no", "1 process, device cpu, fp32."), ("bf16", "1 process, device cpu, bf16.")],
-)
-def test_the_launch_is_described_in_one_line(precision: str, line: str) -> None:
-    alone: Any = SimpleNamespace(
-        num_processes=1, device=torch.device("cpu"), mixed_precision=precision
-    )
-    assert describe_launch(alone) == line
