@@ -232,7 +232,7 @@ def most_ranks(read: float, encoded: float, trained: float, workers: int) -> flo
 def rate_table(found: Sequence[Measured], text_bytes: float) -> str:
     """Rows a second of one process."""
     lines = [
-        ["file", "bytes a row, stored", "read, rows/s", "read, MB of text/s", "encoded, rows/s"]
+        ["file", "stored bytes per row", "read, rows/s", "read, MB of text/s", "encoded, rows/s"]
     ]
     for kind in found:
         read = [1 / seconds for seconds in kind.read]
@@ -249,7 +249,10 @@ def rate_table(found: Sequence[Measured], text_bytes: float) -> str:
 def limit_table(found: Sequence[Measured], rates: dict[str, float], workers: int) -> str:
     """Up to how many ranks --stream_sharding by_row keeps up."""
     lines = [
-        ["file", *(f"{name}: {format_number(rate)} rows/s a rank" for name, rate in rates.items())]
+        [
+            "file",
+            *(f"{name}: {format_number(rate)} rows/s per rank" for name, rate in rates.items()),
+        ]
     ]
     for kind in found:
         read, encoded = (1 / spread(seconds).median for seconds in (kind.read, kind.encoded))
@@ -279,7 +282,7 @@ def compute(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, dict[s
     parts = [
         "## Reading",
         f"{machine.describe_machine('cpu', 1, PACKAGES)}. Processor seconds of one process, a loader worker's work; {args.repetitions} "
-        "repetitions in turns: median (least-most). None of the rates of training was measured with a GPU.",
+        "repetitions in turns: median (min-max). None of the rates of training was measured with a GPU.",
         f"```bash\n{machine.command('bench.reading', words)}\n```",
     ]
     record: dict[str, Any] = {}
@@ -303,13 +306,13 @@ def compute(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, dict[s
             "kinds": [vars(kind) for kind in found],
         }
         name = machine.shorten_path(str(Path(args.train_file).resolve()))
-        many = "a text" if texts_a_row == 1 else f"{texts_a_row} texts, one behind the other,"
+        many = "a text" if texts_a_row == 1 else f"{texts_a_row} texts, concatenated,"
         parts += [
             f"### Rows of {tokens:.0f} tokens",
-            f"{len(rows.texts):,} rows, each {many} of {name}, {format_number(size)} bytes of text in the mean.",
+            f"{len(rows.texts):,} rows, each {many} of {name}, {format_number(size)} bytes of text on average.",
             rate_table(found, size),
-            f"Up to so many ranks `--stream_sharding by_row` keeps up, with {args.workers} loader workers a rank that have cores of their own; "
-            "beyond, reading is the limit, and `files` pays:",
+            f"Number of ranks up to which `--stream_sharding by_row` keeps up, with {args.workers} loader workers per rank on separate cores; "
+            "beyond, reading is the limit and `by_file` is faster:",
             limit_table(found, rates, args.workers),
         ]
     return "\n\n".join(parts), record
