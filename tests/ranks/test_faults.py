@@ -64,14 +64,14 @@ def in_evaluation(number: int, act: Callable[[], object]) -> Callable[[], None]:
     """Act in the so-manieth evaluation, before its first micro-batch is computed."""
 
     def patch() -> None:
-        fitting, left = evaluation.fitting, iter(range(1, 99))
+        compute, left = evaluation.compute_in_micro_batches, iter(range(1, 99))
 
         def watched(*args: Any) -> Any:
             if next(left) == number:
                 act()
-            return fitting(*args)
+            return compute(*args)
 
-        evaluation.fitting = watched
+        evaluation.compute_in_micro_batches = watched
 
     return patch
 
@@ -167,14 +167,14 @@ def test_another_rank_finishes_its_step_and_no_more(runs: Runs, tmp_path: Path) 
     def small_steps(accelerator: Accelerator) -> None:
         begin.EVALUATION_ROWS = 2
         on_rank(1, in_evaluation(1, ask_to_stop))(accelerator)
-        fitting = evaluation.fitting
+        compute = evaluation.compute_in_micro_batches
 
         def counted(*args: Any) -> Any:
-            for batch, found in fitting(*args):
+            for batch, found in compute(*args):
                 computed.append(batch.rows.tolist())
                 yield batch, found
 
-        evaluation.fitting = counted
+        evaluation.compute_in_micro_batches = counted
 
     def run(accelerator: Accelerator, words: list[str]) -> Any:
         return run_main(accelerator, words, small_steps)[0], computed
