@@ -20,6 +20,7 @@ if __name__ == "__main__" and not __package__:
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -33,8 +34,10 @@ from bertdist.data.batch import PackedBatch, Step
 from bertdist.data.loader import create_eval_loader, create_train_loader
 from bertdist.data.loading import collect_skipped_rows, load_splits, record_skipped_rows
 from bertdist.data.records import Records
-from bertdist.data.stats import collect_stats, create_task, data_fingerprint
-from bertdist.data.streaming import Stream
+from bertdist.data.sharding import MapLoader
+from bertdist.data.source import SkippedRows
+from bertdist.data.stats import DatasetStats, collect_stats, create_task, data_fingerprint
+from bertdist.data.streaming import AnyLoader, Stream
 from bertdist.data.tokenization import load_tokenizer
 from bertdist.distributed.collectives import assert_same_on_all_ranks, raise_on_all_ranks
 from bertdist.distributed.launch import EXIT_STOPPED, launch, run_cli
@@ -46,6 +49,7 @@ from bertdist.models.classifier import (
     pretrained_labels,
 )
 from bertdist.models.dropout import seed_dropout
+from bertdist.tasks.tasks import Task
 from bertdist.training.best_model import BestModel, EarlyStopping
 from bertdist.training.checkpoint import Checkpointer, TrainState
 from bertdist.training.evaluation import Evaluator
@@ -53,7 +57,7 @@ from bertdist.training.nonfinite import NonFiniteGuard, nan_aware_scale, step_if
 from bertdist.training.optimizer import create_lr_schedule, create_optimizer, set_learning_rate
 from bertdist.training.resume_check import resume_signature
 from bertdist.training.run_lock import check_disk_space
-from bertdist.training.run_logger import describe_data, open_run
+from bertdist.training.run_logger import RunLogger, describe_data, open_run
 from bertdist.training.step import MicroBatcher
 from bertdist.training.throughput import create_meter
 
@@ -61,47 +65,35 @@ from bertdist.training.throughput import create_meter
 def train(config: TrainConfig) -> TrainState:
     """Fine-tune as configured; rerunning with the same --output_dir resumes. Returns the last state."""
     accelerator, config = launch(config)
-    run = config.run
-    with StopSignal(run.stop_before_time_limit) as stop, open_run(config, accelerator) as log:
+    stop = StopSignal(config.run.stop_before_time_limit)
+    with stop, open_run(config, accelerator) as log:
         # Data: rows and their labels; nothing is tokenized yet.
-        tokenizer, model_config, rows, eval_rows = load_inputs(config, accelerator)
-        stats = collect_stats(rows, config, accelerator, log.say, stop)
+        inputs = load_inputs(config, accelerator)
+        stats = collect_stats(inputs.rows, config, accelerator, log.say, stop)
         if stats is None:  # a stop was requested while a stream was read
-            log.log_summary(TrainState(), 0, stop.reason, report=None)
+            log.log_summary(TrainState(), stop.reason)
             return TrainState()
-        with raise_on_all_ranks(accelerator):
-            skipped_rows = collect_skipped_rows(stats, eval_rows, config, accelerator)
-            task = create_task(config.task, stats.labels, pretrained_labels(model_config))
-            loader = create_train_loader(rows, stats, tokenizer, task, config, accelerator)
-            eval_loader = create_eval_loader(eval_rows, tokenizer, task, config, accelerator)
-            best_model = BestModel(config, tokenizer, rows, accelerator)
-            evaluator = Evaluator(eval_loader, task, config, accelerator, best_model, log)
-        due = Cadence(run, loader.steps_per_epoch, has_eval=eval_loader is not None)
-        log.say(*describe_data(rows, stats, eval_rows, task), due.describe())
+        task, loader, eval_loader, skipped_rows = create_loaders(inputs, stats, config, accelerator)
+        evaluator = create_evaluator(inputs, eval_loader, task, config, accelerator, log)
+        due = Cadence(config.run, loader.steps_per_epoch, has_eval=eval_loader is not None)
+        log.say(*describe_data(inputs.rows, stats, inputs.eval_rows, task), due.describe())
 
         # Model: a Hugging Face classifier, AdamW, the learning rate as a function of the step.
         with raise_on_all_ranks(accelerator):
-            torch.manual_seed(run.seed)  # the new head's weights
-            classifier, notes = load_classifier(config.model, task, model_config)
+            torch.manual_seed(config.run.seed)  # the new head's weights
+            classifier, notes = load_classifier(config.model, task, inputs.model_config)
             adamw = create_optimizer(classifier, config.optim)
             lr_factor = create_lr_schedule(config.optim, due.total_steps)
         log.say(*notes, check_disk_space(log.folder, classifier, accelerator))
         model, optimizer = accelerator.prepare(classifier, adamw)
 
         # Resume: a step depends on weights, optimizer and `state`, nothing else.
-        signature = resume_signature(config, rows, eval_rows, task, due.total_steps)
-        checkpointer = Checkpointer(
-            log.folder / "checkpoints",
-            signature,
-            accelerator,
-            run.save_total_limit,
-            log.say,
-            log.flush,
-        )
-        state = checkpointer.restore(classifier, adamw, run.resume_from_checkpoint) or TrainState()
-        log.start(state, config, accelerator)
-        early_stopping = EarlyStopping(run, state)
-        nan_guard = NonFiniteGuard(run, classifier, loader, task, accelerator, state, log)
+        checkpointer = create_checkpointer(inputs, task, due.total_steps, config, accelerator, log)
+        resumed = checkpointer.restore(classifier, adamw, config.run.resume_from_checkpoint)
+        state = resumed or TrainState()
+        log.start(state, due.total_steps, config, accelerator)
+        early_stopping = EarlyStopping(config.run, state)
+        nan_guard = NonFiniteGuard(config.run, classifier, loader, task, accelerator, state, log)
         micro_batcher = MicroBatcher(model, loader, task, state, config.batch, accelerator, log.say)
         if not state.finished:
             micro_batcher.warm_up(model)
@@ -111,14 +103,12 @@ def train(config: TrainConfig) -> TrainState:
 
         # Train until all steps are done, evaluations stop improving, or a stop is requested.
         ending, stopping = state.finished, False
-        with log.progress(
-            meter.watch(micro_batcher.steps(due.total_steps)), due.total_steps
-        ) as steps:
+        with log.progress(meter.watch(micro_batcher.steps(due.total_steps))) as steps:
             while not ending:
                 if not state.evaluation_pending:  # else a stop interrupted it, and it comes first
                     step = next(steps)
                     set_learning_rate(optimizer, lr_factor(step.number))
-                    seed_dropout(run.seed, step.number, accelerator.process_index)
+                    seed_dropout(config.run.seed, step.number, accelerator.process_index)
                     loss, grad_norm = take_step(model, optimizer, step, micro_batcher, config.optim)
                     state.advance(step, loss)
                     record_skipped_rows(skipped_rows, step, accelerator)
@@ -131,22 +121,18 @@ def train(config: TrainConfig) -> TrainState:
                     state.evaluation_pending = due.evaluate(state.step)
                 with meter.paused():
                     if state.evaluation_pending:
-                        improvement = evaluator.evaluate_step(
-                            classifier, state, due.epoch(state), stop
-                        )
-                        state.evaluation_pending = improvement is None  # a stop was requested
-                        early_stopping.update(improvement)
+                        gain = evaluator.evaluate_step(classifier, state, due.epoch(state), stop)
+                        early_stopping.update(gain)
+                        state.evaluation_pending = gain is None  # a stop was requested meanwhile
                     done = early_stopping.triggered or due.end(state.step)
                     state.finished = done and not state.evaluation_pending
                     ending = state.finished or stopping or state.evaluation_pending
                     if ending or due.save(state.step):
                         state.gather_losses(meter, accelerator)
                         if ending:
-                            log.log_throughput(
-                                state.step, state.finished, meter.summary(), str(meter)
-                            )
+                            log.log_throughput(state, meter)
                         checkpointer.save(classifier, adamw, state)
-        log.log_summary(state, due.total_steps, stop.reason, best_model.report())
+        log.log_summary(state, stop.reason, evaluator.best_report())
         # DDP before the process group (open_run ends it): else it joins gloo's thread with the GIL
         # held, which that thread may wait for (torch 2.13).
         model, optimizer = accelerator.free_memory(model, optimizer)
@@ -199,16 +185,64 @@ def create_step_function(
     return train_step
 
 
-def load_inputs(
-    config: TrainConfig, accelerator: Accelerator
-) -> tuple[PreTrainedTokenizerBase, PretrainedConfig, Records | Stream, Records | None]:
-    """Tokenizer, model config, training and validation rows; the same on all ranks, or an error on all."""
+class Inputs(NamedTuple):
+    """What training reads."""
+
+    tokenizer: PreTrainedTokenizerBase
+    model_config: PretrainedConfig
+    rows: Records | Stream
+    eval_rows: Records | None
+
+
+def load_inputs(config: TrainConfig, accelerator: Accelerator) -> Inputs:
+    """The same on all ranks, or an error on all."""
     with raise_on_all_ranks(accelerator):
         model_config, tokenizer = load_model_config(config.model), load_tokenizer(config.model)
         rows, eval_rows = load_splits(config)
     fingerprint = data_fingerprint(model_config, tokenizer, rows, eval_rows)
     assert_same_on_all_ranks(accelerator, fingerprint)
-    return tokenizer, model_config, rows, eval_rows
+    return Inputs(tokenizer, model_config, rows, eval_rows)
+
+
+def create_loaders(
+    inputs: Inputs, stats: DatasetStats, config: TrainConfig, accelerator: Accelerator
+) -> tuple[Task, AnyLoader, MapLoader | None, SkippedRows]:
+    """The task that the labels make, both splits in steps for this rank, and the rows skipped so far."""
+    tokenizer, model_config, rows, eval_rows = inputs
+    with raise_on_all_ranks(accelerator):
+        skipped_rows = collect_skipped_rows(stats, eval_rows, config, accelerator)
+        task = create_task(config.task, stats.labels, pretrained_labels(model_config))
+        loader = create_train_loader(rows, stats, tokenizer, task, config, accelerator)
+        eval_loader = create_eval_loader(eval_rows, tokenizer, task, config, accelerator)
+    return task, loader, eval_loader, skipped_rows
+
+
+def create_evaluator(
+    inputs: Inputs,
+    eval_loader: MapLoader | None,
+    task: Task,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    log: RunLogger,
+) -> Evaluator:
+    """Raises ConfigError on all ranks for metrics that are unknown or do not fit the task."""
+    with raise_on_all_ranks(accelerator):
+        best_model = BestModel(config, inputs.tokenizer, inputs.rows, accelerator)
+        return Evaluator(eval_loader, task, config, accelerator, best_model, log)
+
+
+def create_checkpointer(
+    inputs: Inputs,
+    task: Task,
+    total_steps: int,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    log: RunLogger,
+) -> Checkpointer:
+    """Checkpoints that resume only a run of the same settings and data."""
+    signature = resume_signature(config, inputs.rows, inputs.eval_rows, task, total_steps)
+    folder, keep = log.folder / "checkpoints", config.run.save_total_limit
+    return Checkpointer(folder, signature, accelerator, keep, log.say, log.flush)
 
 
 class Cadence:

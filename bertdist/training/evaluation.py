@@ -120,6 +120,10 @@ class Evaluator:
             self.best_model.save(model, report, evaluation.predictions)
         return gain
 
+    def best_report(self) -> dict[str, Any] | None:
+        """The saved evaluation of the best weights (evaluation.json); None if there is none, and on other ranks."""
+        return self.best_model.report() if self.best_model is not None else None
+
     def _report_nonfinite(self, rows: tuple[int, ...], examples: Examples, step: int) -> None:
         assert self.log is not None
         report = describe_nonfinite_rows(rows, len(examples), examples.records.where)

@@ -1,7 +1,7 @@
 """What a run reports: metrics.jsonl, status.json, trackers, and sentences and a progress bar on standard error.
 
     with open_run(config, accelerator) as log:     # lock, watchdog and logger of the run's folder
-        log.start(state, config, accelerator)      # config.yaml, environment.json, status "running"
+        log.start(state, total_steps, config, accelerator)  # config.yaml, environment.json, status "running"
         log.log_training(state, ...)               # one line of metrics.jsonl each, which is also printed
         log.log_eval(step, epoch, scores)
         log.log_summary(state, ...)                # status.json and the last sentences
@@ -52,6 +52,7 @@ from bertdist.distributed.watchdog import open_watchdog
 from bertdist.tasks.tasks import Task
 from bertdist.training.checkpoint import TrainState
 from bertdist.training.run_lock import lock_run_folder
+from bertdist.training.throughput import ThroughputMeter
 
 S = TypeVar("S")
 
@@ -74,7 +75,7 @@ class RunLogger:
         written, so that all ranks raise if one does."""
         self.folder, self.enabled = folder, enabled
         self.track, self.on_all_ranks = track, on_all_ranks
-        self.state = TrainState()
+        self.state, self.total_steps = TrainState(), 0
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar: ProgressBar | None = None
         self._task: Any = None
@@ -122,15 +123,13 @@ class RunLogger:
         """The scores of an evaluation after `step`."""
         self.record("eval", step, epoch=epoch, **scores)
 
-    def log_throughput(
-        self, step: int, finished: bool, summary: Mapping[str, float], sentence: str
-    ) -> None:
-        """How this process used its time; called before its last checkpoint, so that the line is on the disk with it."""
-        self.write("meter", step, finished=finished, **summary)
-        self.say(sentence)
+    def log_throughput(self, state: TrainState, meter: ThroughputMeter) -> None:
+        """How this process used its time. Before its last checkpoint, so that the line is on the disk with it."""
+        self.write("meter", state.step, finished=state.finished, **meter.summary())
+        self.say(str(meter))
 
     def log_summary(
-        self, state: TrainState, total_steps: int, reason: str, report: Mapping[str, Any] | None
+        self, state: TrainState, reason: str, report: Mapping[str, Any] | None = None
     ) -> None:
         """The end of training, or of this process. reason: of a requested stop. report: evaluation.json of the best weights."""
         if state.finished:
@@ -141,7 +140,7 @@ class RunLogger:
         elif state.step:
             self.status("preempted", state.step, reason)
             first = ", starting with the evaluation" if state.evaluation_pending else ""
-            saved = f"step {state.step} of {total_steps} is saved"
+            saved = f"step {state.step} of {self.total_steps} is saved"
             self.say(f"Stopped ({reason}): {saved}. Rerun the same command to resume{first}.")
         else:
             self.status("preempted", 0, reason)
@@ -177,9 +176,11 @@ class RunLogger:
             with explain_write_errors(path), suppress(FileNotFoundError):
                 flush_to_disk(path)
 
-    def start(self, state: TrainState, config: TrainConfig, accelerator: Accelerator) -> None:
+    def start(
+        self, state: TrainState, total_steps: int, config: TrainConfig, accelerator: Accelerator
+    ) -> None:
         """Training starts at `state`: write config.yaml, environment.json and status.json."""
-        self.state = state
+        self.state, self.total_steps = state, total_steps
         files = {
             "config.yaml": config_to_yaml(config),
             "environment.json": environment(accelerator),
@@ -231,7 +232,7 @@ class RunLogger:
         return self.state.step
 
     @contextmanager
-    def progress(self, steps: Generator[S], total_steps: int) -> Iterator[Iterator[S]]:
+    def progress(self, steps: Generator[S]) -> Iterator[Iterator[S]]:
         """The same steps, with a progress bar on terminals. They are closed at the end, also by an error: workers end then."""
         if self.enabled and self.console.is_terminal:
             columns = (
@@ -245,7 +246,7 @@ class RunLogger:
             )
             self._bar = ProgressBar(*columns, console=self.console)
             self._task = self._bar.add_task(
-                "", total=total_steps, completed=self.step, note=self._note
+                "", total=self.total_steps, completed=self.step, note=self._note
             )
             self._bar.start()
         try:

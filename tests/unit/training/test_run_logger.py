@@ -107,10 +107,10 @@ def test_a_silent_rank_writes_and_shows_nothing(
         log.say("hello")
         log.begin(0, {"config.yaml": "seed: 1\n"})
         log.status("running", 0)
-        with log.progress((step for step in range(2)), 10) as steps:
+        with log.progress(step for step in range(2)) as steps:
             assert list(steps) == [0, 1]
         log.record("train", 1, loss=0.5)
-        log.log_summary(TrainState(step=1), 2, "SIGTERM", None)
+        log.log_summary(TrainState(step=1), "SIGTERM")
         log.table("title", ["a"], [[1]])
     assert (list(tmp_path.iterdir()), seen, capfd.readouterr()) == ([], [], ("", ""))
 
@@ -350,9 +350,9 @@ def test_numbers_are_short_on_the_screen_only(
 
 
 def take_a_step(log: RunLogger) -> None:
-    log.state = TrainState(step=1)
+    log.state, log.total_steps = TrainState(step=1), 3
     steps = (log.state for _ in range(1))
-    with log, log.progress(steps, 3) as tracked:
+    with log, log.progress(steps) as tracked:
         for state in tracked:
             state.step += 1
             log.record("train", 2, loss=1.0, tokens_per_second=5.0)
@@ -367,7 +367,7 @@ def test_the_steps_are_closed_by_an_error_too(log: RunLogger) -> None:
         finally:
             closed.append(1)
 
-    with pytest.raises(DataError), log.progress(steps(), 9) as tracked:
+    with pytest.raises(DataError), log.progress(steps()) as tracked:
         assert next(tracked) == 0 and not closed
         raise DataError("a bad row")
     assert closed == [1]
@@ -440,7 +440,8 @@ def test_a_training_line_is_the_mean_since_the_last_one(log: RunLogger, tmp_path
 def test_the_summary(
     state: TrainState, message: str, status: str, log: RunLogger, tmp_path: Path, capfd: Any
 ) -> None:
-    log.log_summary(state, 8, "SIGTERM", None)
+    log.total_steps = 8
+    log.log_summary(state, "SIGTERM")
     assert message in capfd.readouterr().err
     assert status_of(tmp_path)["state"] == status
 
@@ -452,12 +453,12 @@ def test_a_finished_run_shows_its_best_evaluation(log: RunLogger, capfd: Any) ->
         "per_class": [{"label": "no", "f1": 0.5}, {"label": "yes", "f1": 0.25}],
         "confusion": [[3, 1], [0, 7]],
     }
-    log.log_summary(TrainState(step=8, finished=True, best_step=4), 8, "", report)
+    log.log_summary(TrainState(step=8, finished=True, best_step=4), "", report)
     shown = capfd.readouterr().err
     assert "Scores per label, step 4" in shown and "0.25" in shown
     assert "Confusion matrix (rows: true, columns: predicted)" in shown and "7" in shown
     report |= {"labels": ["a"] * 25, "per_class": [{"label": "a", "f1": 0.5}] * 25}
-    log.log_summary(TrainState(step=8, finished=True), 8, "", report)
+    log.log_summary(TrainState(step=8, finished=True), "", report)
     assert "Scores per label" not in capfd.readouterr().err, "too large for a screen"
 
 
@@ -467,12 +468,12 @@ def test_a_start_describes_the_run(log: RunLogger, tmp_path: Path) -> None:
     accelerator: Any = SimpleNamespace(
         num_processes=2, device=torch.device("cpu"), mixed_precision="no"
     )
-    log.start(TrainState(step=2, evaluation_pending=True), config, accelerator)
+    log.start(TrainState(step=2, evaluation_pending=True), 9, config, accelerator)
     assert (tmp_path / "config.yaml").read_text() == config_to_yaml(config)
     facts = json.loads((tmp_path / "environment.json").read_text())
     assert facts["packages"]["torch"] == torch.__version__
     assert (facts["processes"], facts["device"], facts["mixed_precision"]) == (2, "cpu", "no")
     assert status_of(tmp_path) == {"state": "running", "step": 2, "reason": ""}
     assert lines_of(tmp_path) == OLD[:3], "the evaluation of step 2 will be repeated"
-    log.start(TrainState(step=1, finished=True), config, accelerator)
+    log.start(TrainState(step=1, finished=True), 9, config, accelerator)
     assert status_of(tmp_path)["state"] == "finished" and lines_of(tmp_path) == OLD[:2]
