@@ -132,6 +132,7 @@ class RunLogger:
         self, state: TrainState, reason: str, report: Mapping[str, Any] | None = None
     ) -> None:
         """The end of training, or of this process. reason: of a requested stop. report: evaluation.json of the best weights."""
+        reason = reason or "another rank was asked to stop"
         if state.finished:
             self.status("finished", state.step)
             self.show_report(report or {})
