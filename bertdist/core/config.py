@@ -21,6 +21,8 @@ def setting(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """The model, its tokenizer and dropout."""
+
     _argument_group_name = "model"
 
     model_name_or_path: str = setting(
@@ -45,6 +47,8 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """Training and validation rows, and their columns."""
+
     _argument_group_name = "data"
 
     train_file: list[str] | None = setting(
@@ -135,6 +139,8 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
+    """Labels, loss and metrics."""
+
     _argument_group_name = "task"
 
     problem_type: Literal[
@@ -165,6 +171,8 @@ class TaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
+    """Sizes of steps and micro-batches."""
+
     _argument_group_name = "batches"
 
     train_batch_size: int = setting(
@@ -184,6 +192,8 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
+    """AdamW and the learning rate schedule."""
+
     _argument_group_name = "optimizer"
 
     learning_rate: float = setting(5e-5, "Peak learning rate of AdamW.")
@@ -210,6 +220,8 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
+    """Length, output, precision and interruptions of a run."""
+
     _argument_group_name = "run"
 
     output_dir: str = setting(
@@ -310,6 +322,8 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:
+    """The settings of `python -m bertdist.predict`."""
+
     _argument_group_name = "prediction"
 
     model: str = setting("", "Folder of a trained classifier, such as out/best. Required.")

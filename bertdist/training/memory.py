@@ -237,7 +237,7 @@ def attempt(compute: Callable[..., T], *args: object) -> T | str:
 
 
 def release_freed_memory() -> None:
-    """Undo `begin.keep_freed_memory` from here on, where it can be: other programs, and oneDNN for its code, may need what is free."""
+    """Undo `launch.keep_freed_memory` from here on, where it can be: other programs, and oneDNN for its code, may need what is free."""
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
