@@ -24,10 +24,10 @@ from bench.stage import log
 from bertdist.core.config import DataConfig, ModelConfig, OptimConfig, TaskConfig
 from bertdist.core.errors import BertdistError
 from bertdist.data.batch import PackedBatch
+from bertdist.data.loader import MapLoader
 from bertdist.data.loading import load_records
-from bertdist.data.sharding import MapLoader
 from bertdist.data.stats import create_task, label_stats_of
-from bertdist.data.tokenization import load_tokenizer, open_examples
+from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.distributed.launch import keep_freed_memory
 from bertdist.models.classifier import load_classifier
 from bertdist.models.compile import Backend, compile_layers
@@ -63,14 +63,16 @@ def compare(args: argparse.Namespace, backend: Backend = "inductor") -> tuple[fl
     config = ModelConfig(model_name_or_path=args.model_name_or_path)
     rows = load_records(DataConfig(train_file=[args.train_file]), "train")
     task = create_task(TaskConfig(), label_stats_of(rows), None)
-    examples = open_examples(rows, load_tokenizer(config), task, config.max_length)
+    examples = create_dataset(rows, load_tokenizer(config), task, config.max_length)
     batches = MapLoader(
-        examples=examples,
+        dataset=examples,
         rows_per_step=args.batch_size,
         tokens_per_micro_batch=1 << 20,
         shuffle=True,
     )
-    steps = [step.share[0] for step in batches.steps(0, min(args.steps, batches.steps_per_epoch))]
+    steps = [
+        step.micro_batches[0] for step in batches.steps(0, min(args.steps, batches.steps_per_epoch))
+    ]
     classifier, _ = load_classifier(config, task)
     # learning rate 0: every round has the same steps
     adamw = create_optimizer(classifier.train(), OptimConfig(learning_rate=0.0))

@@ -72,8 +72,8 @@ def run_bertdist(job: TrainJob, clock: Clock) -> Any:
         (step,) = [value for value in (*args, *kwargs.values()) if isinstance(value, Step)]
         result = train_step(*args, **kwargs)
         clock.stamp()
-        rows = [row for batch in step.share for row in batch.rows.tolist()]
-        lengths = [length for batch in step.share for length in batch.lengths]
+        rows = [row for batch in step.micro_batches for row in batch.rows.tolist()]
+        lengths = [length for batch in step.micro_batches for length in batch.lengths]
         clock.see(rows, lengths, sum(lengths))
         return result
 

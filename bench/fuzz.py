@@ -37,7 +37,7 @@ from bertdist.core.config import DataConfig, OptimConfig
 from bertdist.core.errors import BertdistError
 from bertdist.data.loading import load_records, open_stream
 from bertdist.data.source import read_skipped_rows
-from bertdist.data.stats import _read as read_survey
+from bertdist.data.stream_scan import _read_scan as read_scan
 from bertdist.training.checkpoint import Checkpointer, TrainState
 from bertdist.training.optimizer import create_optimizer
 from bertdist.training.resume_check import ResumeSignature
@@ -197,7 +197,7 @@ def table_reader(kind: str, folder: Path, stream: bool) -> Callable[[bytes], obj
         if not stream:
             rows = load_records(data, "train")
             return (
-                [rows.where(row) for row in range(len(rows))],
+                [str(rows.location(row)) for row in range(len(rows))],
                 rows.lengths(),
                 list(map(rows.__getitem__, range(len(rows)))),
             )
@@ -279,7 +279,7 @@ def readers(folder: Path) -> list[Reader]:
     saved = Saved(folder / "checkpoints")
     state = json.loads(saved.whole["state.json"])
     manifest = json.loads(saved.whole["manifest.json"])
-    survey = {
+    scan_stream = {
         "fingerprint": "f",
         "rows": {"0": 3},
         "kind": "text",
@@ -344,8 +344,8 @@ def readers(folder: Path) -> list[Reader]:
         ),
         Reader(
             "survey.json",
-            like(survey),
-            kept_reader(folder, "survey.json", lambda path: read_survey(path, "f")),
+            like(scan_stream),
+            kept_reader(folder, "survey.json", lambda path: read_scan(path, "f")),
             0.06,
         ),
         Reader(

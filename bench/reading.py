@@ -39,7 +39,7 @@ from bertdist.core.config import DataConfig, ModelConfig, TaskConfig
 from bertdist.data.loading import load_records, open_stream
 from bertdist.data.records import Records
 from bertdist.data.streaming import StreamLoader
-from bertdist.data.tokenization import encode, load_tokenizer, open_examples
+from bertdist.data.tokenization import create_dataset, encode, load_tokenizer
 from bertdist.tasks.tasks import Task, infer_task
 
 KINDS = ("tsv", "csv", "jsonl", "jsonl.gz", "parquet")
@@ -174,7 +174,7 @@ def seconds_a_row(path: Path, rows: Rows, tokenizer: Any, max_length: int, ranks
     batches = StreamLoader(
         stream=stream,
         task=rows.task,
-        examples=open_examples(stream.head(), tokenizer, rows.task, max_length),
+        dataset=create_dataset(stream.head(), tokenizer, rows.task, max_length),
         rows_per_step=size,
         tokens_per_micro_batch=TOKENS,
         ranks=ranks,

@@ -20,11 +20,11 @@ from typing import Any
 
 from bertdist.core.config import DataConfig, ModelConfig
 from bertdist.data.batch import Step
+from bertdist.data.loader import MapLoader
 from bertdist.data.loading import load_records, open_stream
-from bertdist.data.sharding import MapLoader
 from bertdist.data.source import ReaderState
 from bertdist.data.streaming import StreamLoader
-from bertdist.data.tokenization import load_tokenizer, open_examples
+from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.tasks.tasks import SingleLabel
 
 ROWS_PER_STEP, WINDOW, TRIALS = 32, 16_384, 5
@@ -63,14 +63,14 @@ def measure(model: str, rows: int, folder: Path) -> dict[str, list[float]]:
     )
     records = load_records(data, "train")
     batches = MapLoader(
-        examples=open_examples(records, tokenizer, TASK, 128),
+        dataset=create_dataset(records, tokenizer, TASK, 128),
         shuffle=True,
         **common,  # type: ignore[arg-type]
     )
     stream = open_stream(replace(data, streaming=True, stream_window=WINDOW), 1)
     states = [window.state for window in stream.windows()]
-    head = open_examples(stream.head(), tokenizer, TASK, 128)
-    streamed = StreamLoader(stream=stream, task=TASK, examples=head, **common)  # type: ignore[arg-type]
+    head = create_dataset(stream.head(), tokenizer, TASK, 128)
+    streamed = StreamLoader(stream=stream, task=TASK, dataset=head, **common)  # type: ignore[arg-type]
 
     def step_of(some: Any, number: int, place: ReaderState | None) -> Callable[[], Step]:
         return lambda: next(iter(some.steps(number, number + 1, place)))

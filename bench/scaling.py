@@ -29,7 +29,7 @@ from bench.jobs import BenchError
 from bench.peers import positive
 from bench.stage import HINT
 from bertdist.core.config import ModelConfig
-from bertdist.data.loading import open_texts
+from bertdist.data.loading import load_texts
 from bertdist.data.sharding import balance_by_length, epoch_order
 from bertdist.data.tokenization import encode, load_tokenizer
 
@@ -120,7 +120,7 @@ def read_texts(args: argparse.Namespace) -> Texts:
             f"--model_name_or_path {args.model_name_or_path}: no config.json there,"
             f" expected a model folder; {HINT}"
         )
-    records = open_texts(
+    records = load_texts(
         args.train_file,
         text_column=args.text_column,
         text_pair_column=None,

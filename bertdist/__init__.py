@@ -24,8 +24,8 @@ A training loop of your own, exact on any number of devices (start it with `acce
     classifier, notes = load_classifier(config.model, task)         # N texts -> logits (N, labels)
     model, optimizer = accelerator.prepare(classifier, AdamW(classifier.parameters(), lr=1e-3))
     for step in loader.steps(0, loader.steps_per_epoch):            # one epoch
-        for batch in step.share:                                    # this rank's micro-batches
-            last = batch is step.share[-1]
+        for batch in step.micro_batches:                            # this rank's micro-batches
+            last = batch is step.micro_batches[-1]
             with nullcontext() if last else accelerator.no_sync(model):
                 batch = batch.to(accelerator.device)
                 loss = task.loss(model(batch), batch.targets, batch.weights)  # sum over rows

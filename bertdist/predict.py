@@ -30,10 +30,10 @@ from bertdist.core.atomic_io import atomic_write, to_json
 from bertdist.core.config import ModelConfig, PredictConfig, RunConfig
 from bertdist.core.errors import BertdistError, DataError
 from bertdist.core.terminal import print_error, process_rank, strip_control_characters
-from bertdist.data.loading import open_texts
-from bertdist.data.records import Records, records_of
-from bertdist.data.sharding import DEFAULT_TOKEN_BUDGET, MapLoader
-from bertdist.data.tokenization import load_tokenizer, open_examples
+from bertdist.data.loader import DEFAULT_TOKEN_BUDGET, MapLoader
+from bertdist.data.loading import load_texts
+from bertdist.data.records import Records, records_from_texts
+from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import EXIT_STOPPED, check_world, create_accelerator, run_cli
 from bertdist.distributed.preemption import StopSignal
@@ -100,7 +100,7 @@ class Predictor:
         with every label above 0.5; regression: the score is the number.
         Raises DataError if a text is not a string, NonFiniteError if a logit is not finite.
         """
-        return self.predict_records(records_of(texts, pairs)) if len(texts) else []
+        return self.predict_records(records_from_texts(texts, pairs)) if len(texts) else []
 
     def predict_records(self, records: Records) -> list[dict[str, Any]]:
         """As __call__. Every rank computes its share of the rows and returns all results."""
@@ -113,7 +113,7 @@ class Predictor:
         """
         world_size = self.accelerator.num_processes
         batches = MapLoader(
-            examples=open_examples(records, self.tokenizer, None, self.max_length),
+            dataset=create_dataset(records, self.tokenizer, None, self.max_length),
             rows_per_step=ROWS_PER_WINDOW * world_size,
             tokens_per_micro_batch=self.tokens_per_micro_batch or DEFAULT_TOKEN_BUDGET,
             rank=self.accelerator.process_index,
@@ -130,7 +130,7 @@ class Predictor:
         if logits is None:
             raise Stopped
         if rows := nonfinite_rows(logits):
-            report = describe_nonfinite_rows(rows, len(logits), records.where)
+            report = describe_nonfinite_rows(rows, len(logits), records.location)
             raise nonfinite_error(f"Prediction: {report}")
         return logits
 
@@ -157,9 +157,9 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
 def _load_rows(config: PredictConfig) -> Records:
     model_config = load_model_config(ModelConfig(model_name_or_path=config.model), "--model")
     if config.input is None:
-        return records_of(config.text or [], config.text_pair)
+        return records_from_texts(config.text or [], config.text_pair)
     metadata = saved_metadata(model_config)
-    return open_texts(
+    return load_texts(
         config.input,
         text_column=config.text_column or metadata.get("text_column"),
         text_pair_column=config.text_pair_column or metadata.get("text_pair_column"),

@@ -20,7 +20,7 @@ if __name__ == "__main__" and not __package__:
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -31,13 +31,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from bertdist.core.args import read_config
 from bertdist.core.config import OptimConfig, RunConfig, TrainConfig, duration_in_steps
 from bertdist.data.batch import PackedBatch, Step
-from bertdist.data.loader import create_eval_loader, create_train_loader
+from bertdist.data.loader import Loader, MapLoader, create_eval_loader, create_train_loader
 from bertdist.data.loading import collect_skipped_rows, load_splits, record_skipped_rows
 from bertdist.data.records import Records
-from bertdist.data.sharding import MapLoader
 from bertdist.data.source import SkippedRows
 from bertdist.data.stats import DatasetStats, collect_stats, create_task, data_fingerprint
-from bertdist.data.streaming import AnyLoader, Stream
 from bertdist.data.tokenization import load_tokenizer
 from bertdist.distributed.collectives import assert_same_on_all_ranks, raise_on_all_ranks
 from bertdist.distributed.launch import EXIT_STOPPED, launch, run_cli
@@ -60,6 +58,9 @@ from bertdist.training.run_lock import check_disk_space
 from bertdist.training.run_logger import RunLogger, describe_data, open_run
 from bertdist.training.step import MicroBatcher
 from bertdist.training.throughput import create_meter
+
+if TYPE_CHECKING:  # --streaming only
+    from bertdist.data.streaming import Stream
 
 
 def train(config: TrainConfig) -> TrainState:
@@ -190,7 +191,7 @@ class Inputs(NamedTuple):
 
     tokenizer: PreTrainedTokenizerBase
     model_config: PretrainedConfig
-    rows: Records | Stream
+    rows: "Records | Stream"
     eval_rows: Records | None
 
 
@@ -206,7 +207,7 @@ def load_inputs(config: TrainConfig, accelerator: Accelerator) -> Inputs:
 
 def create_loaders(
     inputs: Inputs, stats: DatasetStats, config: TrainConfig, accelerator: Accelerator
-) -> tuple[Task, AnyLoader, MapLoader | None, SkippedRows]:
+) -> tuple[Task, Loader, MapLoader | None, SkippedRows]:
     """The task that the labels make, both splits in steps for this rank, and the rows skipped so far."""
     tokenizer, model_config, rows, eval_rows = inputs
     with raise_on_all_ranks(accelerator):

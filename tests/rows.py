@@ -16,7 +16,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +30,7 @@ import bertdist.tasks.metrics  # noqa: F401  imported before the ranks are forke
 from bertdist.core.args import read_config
 from bertdist.core.errors import DataError
 from bertdist.data.batch import Step
-from bertdist.data.source import Chunk, ReaderState, SkippedRow
+from bertdist.data.source import Chunk, ReaderState, SkippedRow, locate_rows
 from bertdist.training import throughput
 from bertdist.training.throughput import MEASURED
 
@@ -52,7 +51,7 @@ Breaking = Callable[
 
 @dataclass(frozen=True)
 class MemoryRows:
-    """A RowSource of rows in memory, in pieces of the given sizes, which come again and again; in each piece one row was left out.
+    """A DataSource of rows in memory, in pieces of the given sizes, which come again and again; in each piece one row was left out.
 
     Reading fails before row `broken`.
     """
@@ -80,21 +79,15 @@ class MemoryRows:
             if self.broken is not None and self.broken < at + len(some):
                 raise DataError(f"{self.name} row {self.broken}: no more can be read.")
             columns = {name: [row[name] for row in some] for name in wanted}
-            bad = SkippedRow(self.name, number, "no row", "")
-            yield Chunk(
-                columns, len(some), {"row": at, "piece": number}, partial(self._where, at), (bad,)
-            )
+            yield self._chunk(columns, at, number, SkippedRow(self.name, number, "no row", ""))
             at, number = at + len(some), number + 1
-        yield Chunk(
-            {name: [] for name in wanted},
-            0,
-            {"row": at, "piece": number},
-            partial(self._where, at),
-            (SkippedRow(self.name, -1, "end", ""),),
-        )
+        end = SkippedRow(self.name, -1, "end", "")
+        yield self._chunk({name: [] for name in wanted}, at, number, end)
 
-    def _where(self, first: int, row: int) -> str:
-        return f"{self.name} row {first + row}"
+    def _chunk(self, columns: dict[str, Any], at: int, number: int, skipped: SkippedRow) -> Chunk:
+        state, rows = {"row": at, "piece": number}, len(next(iter(columns.values())))
+        location = locate_rows(self.name, at)
+        return Chunk(columns, rows, state, location, lambda rows: [""] * len(rows), (skipped,))
 
 
 def not_utf8(texts: Sequence[str], wrong: Sequence[int]) -> pa.Array:
@@ -188,7 +181,10 @@ def run_train(
 
     def watched(model: Any, optimizer: Any, step: Step, *rest: Any) -> Any:
         seen.append(
-            (step.number, [row for batch in step.share for row in batch.rows.tolist() if row >= 0])
+            (
+                step.number,
+                [row for batch in step.micro_batches for row in batch.rows.tolist() if row >= 0],
+            )
         )
         return train_step(model, optimizer, step, *rest)
 

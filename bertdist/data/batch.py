@@ -1,6 +1,6 @@
-"""Micro-batches: texts laid end to end, and how a rank's share of a step is cut into them.
+"""Micro-batches without padding: `PackedBatch`, one rank's `Step` of them, and how texts are split by tokens.
 
-Legend: T tokens, N texts of a micro-batch.
+Shapes: T tokens, N texts of a micro-batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,16 +18,16 @@ from bertdist.data.tokenization import Example
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """Several texts laid end to end, without padding."""
+    """Several texts, concatenated without padding."""
 
     ids: Tensor  # (T,) int64
-    positions: Tensor  # (T,) int64, counts from 0 again at each text
+    positions: Tensor  # (T,) int64, from 0 in each text
     segments: Tensor  # (T,) int64, 1 in the second text of a pair
     starts: Tensor  # (N + 1,) int64: text i is ids[starts[i]:starts[i + 1]]
     targets: Tensor  # (N,) int64 or float32, or (N, outputs) float32
-    weights: Tensor  # (N,) float32, 0 for a text that only keeps an idle rank busy
+    weights: Tensor  # (N,) float32, 0 for the text of an idle rank
     rows: Tensor  # (N,) int64, row numbers of the source; -1 for the text of an idle rank
-    lengths: tuple[int, ...]  # tokens of each text, known to the host without asking the device
+    lengths: tuple[int, ...]  # (N,) tokens, on the host
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
         fields: dict[str, Any] = {
@@ -36,11 +36,11 @@ class PackedBatch:
         return replace(self, **fields)
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """The same batch on a device; the copy runs beside the host where the memory is pinned."""
+        """The same batch on a device; an asynchronous copy where the memory is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Tell the allocator that another stream reads the batch than the one that it was made on."""
+        """Tell the allocator that `stream` reads the batch, not only the stream it was copied on."""
         for value in vars(self).values():
             if isinstance(value, Tensor):
                 value.record_stream(stream)
@@ -50,13 +50,9 @@ class PackedBatch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel from a loader worker as bytes: as shared tensors every field of every batch ahead would hold an open file."""
-        return _unpack, (
-            {
-                name: value.numpy() if isinstance(value, Tensor) else value
-                for name, value in vars(self).items()
-            },
-        )
+        """Pickle as arrays for loader workers: as shared tensors, every field of every prefetched batch would hold an open file."""
+        fields = vars(self).items()
+        return _unpack, ({n: v.numpy() if isinstance(v, Tensor) else v for n, v in fields},)
 
 
 def _unpack(fields: dict[str, Any]) -> PackedBatch:
@@ -72,56 +68,53 @@ class Step:
     """One rank's part of one optimizer step."""
 
     number: int  # counts from 0 over the whole run
-    share: list[PackedBatch]  # this rank's micro-batches, never empty
+    micro_batches: list[PackedBatch]  # of this rank, never empty
     rows: int  # rows of the step, all ranks together
-    idle: bool = (
-        False  # the share is one text that counts nothing: this rank has no row in this step
-    )
-    place: ReaderState | None = None  # of a stream: reading from here gives the window of its rows
-    after: ReaderState | None = None  # of a stream: where the reading goes on behind this step
-    bad: tuple[SkippedRow, ...] = ()  # of a stream: rows that were left out on the way here
+    idle: bool = False  # this rank has no row in this step, and one text of weight 0
+    # Of a stream:
+    window_state: ReaderState | None = None  # reading from here gives the window of its rows
+    next_reader_state: ReaderState | None = None  # where reading continues after this step
+    skipped_rows: tuple[SkippedRow, ...] = ()  # found while reading this step's rows
 
     @property
     def lengths(self) -> list[tuple[int, ...]]:
-        """Tokens of each text of each micro-batch; of an idle rank none."""
-        return [] if self.idle else [batch.lengths for batch in self.share]
+        """Tokens of each text of each micro-batch; none for an idle rank."""
+        return [] if self.idle else [batch.lengths for batch in self.micro_batches]
 
     def to(self, device: torch.device) -> "Step":
         """The same step on a device."""
-        return replace(self, share=[batch.to(device) for batch in self.share])
+        return replace(self, micro_batches=[batch.to(device) for batch in self.micro_batches])
 
     def pin_memory(self) -> "Step":
         """Called by the DataLoader's pinning thread."""
-        return replace(self, share=[batch.pin_memory() for batch in self.share])
+        return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
 
 
-def cut(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Places of the texts of each micro-batch: longest first, at most `tokens` tokens each (a longer text goes alone)."""
+def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of the texts of each micro-batch: longest first, at most `max_tokens` tokens each (a longer text goes alone)."""
     parts: list[list[int]] = []
-    room = 0
-    for place in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not parts or lengths[place] > room:
+    tokens_left = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not parts or lengths[index] > tokens_left:
             parts.append([])
-            room = tokens
-        parts[-1].append(place)
-        room -= lengths[place]
+            tokens_left = max_tokens
+        parts[-1].append(index)
+        tokens_left -= lengths[index]
     return parts
 
 
 def collate(examples: Sequence[Example]) -> PackedBatch:
-    """Lay examples end to end. Vectorised: 32 sentences cost 0.1 ms."""
+    """Concatenate examples. Vectorised: 32 sentences cost 0.1 ms."""
     lengths = np.array([len(example.ids) for example in examples])
     ends = lengths.cumsum()
     starts = np.concatenate([[0], ends])
     positions = np.arange(ends[-1]) - np.repeat(starts[:-1], lengths)
+    ids = np.concatenate([example.ids for example in examples]).astype(np.int64)
+    segments = np.concatenate([example.segments for example in examples]).astype(np.int64)
     return PackedBatch(
-        ids=torch.from_numpy(
-            np.concatenate([example.ids for example in examples]).astype(np.int64)
-        ),
+        ids=torch.from_numpy(ids),
         positions=torch.from_numpy(positions),
-        segments=torch.from_numpy(
-            np.concatenate([example.segments for example in examples]).astype(np.int64)
-        ),
+        segments=torch.from_numpy(segments),
         starts=torch.from_numpy(starts),
         targets=torch.from_numpy(np.array([example.target for example in examples])),
         weights=torch.tensor([example.weight for example in examples]),
@@ -130,36 +123,34 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
     )
 
 
-def split_batch(share: Sequence[PackedBatch], tokens: int) -> list[PackedBatch]:
-    """A share in other micro-batches: those, to the bit, that it would have come in with that many tokens_per_micro_batch.
+def split_batch(batches: Sequence[PackedBatch], max_tokens: int) -> list[PackedBatch]:
+    """A rank's micro-batches of a step, split again: bit for bit what `split_by_tokens` gives with `max_tokens`.
 
-    share: as it was cut, longest text first. So a rank that halves its micro-batches while it runs computes what a
-    run does that begins with the halves.
+    batches: as split before, longest text first. So a rank that halves its micro-batches during a run computes the same as a
+    run that begins with the halves.
     """
-    lengths = [length for batch in share for length in batch.lengths]
+    lengths = [length for batch in batches for length in batch.lengths]
     ends = list(accumulate(lengths, initial=0))
-    a_token, a_text = ("ids", "positions", "segments"), ("targets", "weights", "rows")
-    whole = {
-        name: torch.cat([getattr(batch, name) for batch in share]) for name in (*a_token, *a_text)
+    per_token, per_text = ("ids", "positions", "segments"), ("targets", "weights", "rows")
+    joined = {
+        name: torch.cat([getattr(batch, name) for batch in batches])
+        for name in (*per_token, *per_text)
     }
-    batches = []
-    for part in cut(lengths, tokens):
+    split = []
+    for part in split_by_tokens(lengths, max_tokens):
         first, last = part[0], part[-1] + 1
-        assert part == list(range(first, last)), "the texts of a share come longest first"
-        fields = {name: whole[name][ends[first] : ends[last]] for name in a_token} | {
-            name: whole[name][first:last] for name in a_text
-        }
-        starts = (torch.tensor(ends[first : last + 1]) - ends[first]).to(whole["ids"].device)
-        batches.append(PackedBatch(**fields, starts=starts, lengths=tuple(lengths[first:last])))
-    return batches
+        assert part == list(range(first, last)), f"texts {part} are not in order of length"
+        fields = {name: joined[name][ends[first] : ends[last]] for name in per_token}
+        fields |= {name: joined[name][first:last] for name in per_text}
+        starts = (torch.tensor(ends[first : last + 1]) - ends[first]).to(joined["ids"].device)
+        split.append(PackedBatch(**fields, starts=starts, lengths=tuple(lengths[first:last])))
+    return split
 
 
 def single_token_batch(batch: PackedBatch) -> PackedBatch:
-    """The first token of a micro-batch as a text that counts nothing."""
-    fields = {
-        name: getattr(batch, name)[:1]
-        for name in ("ids", "positions", "segments", "targets", "weights", "rows")
-    }
+    """The first token of a micro-batch, as a text of weight 0."""
+    names = ("ids", "positions", "segments", "targets", "weights", "rows")
+    fields = {name: getattr(batch, name)[:1] for name in names}
     device = batch.ids.device
     fields |= {"weights": torch.zeros(1, device=device), "rows": torch.tensor([-1], device=device)}
     return PackedBatch(**fields, starts=torch.tensor([0, 1], device=device), lengths=(1,))

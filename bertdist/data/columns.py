@@ -1,16 +1,15 @@
-"""Columns as their source has them -> texts, and labels: what kind they are, the distinct ones, and which of them every row has.
+"""Raw columns -> checked texts and labels: texts as Arrow large_string, labels as distinct values and one code per row.
 
-In: Arrow arrays or Python lists, and a function that says where a row stands. Out: texts as Arrow large_string without nulls; labels
-as kind, distinct values in the order in which rows first show them, and (rows,) int32 codes into them.
-One module, because what counts as a text, as a label, as missing and as a mixture must be the same for every kind of source.
+Columns are Arrow arrays or Python lists; `location` says where a row is, for messages. What counts as a text, as a label and
+as missing is decided here, for every kind of source.
 
-Labels are dictionary-encoded first, so that every check runs over the distinct values and not over the rows: 1,000,000 rows of two
-labels cost 0.05 s from Arrow and 0.2 s from a list (1,000,000 different numbers: 1.3 s), and the first row that holds the first wrong
-value is the first wrong row.
+Labels are dictionary-encoded first, so that every check runs over the distinct values and not over the rows: 1,000,000 rows of
+two labels cost 0.05 s from Arrow and 0.2 s from a list (1,000,000 different numbers: 1.3 s). The first row that holds the first
+wrong value is the first wrong row.
 
-Where wrong rows are to be left out rather than refused, `problems` is given: {row: what is wrong with it}. Rows that are in it already
-are not looked at; what is found wrong is added; the arrays keep all rows (what stands in a wrong one means nothing), so that the caller
-takes one `kept_rows` of texts, pairs and labels together, and then `without` and `without_labels` of each.
+To skip wrong rows instead of failing, pass `problems`, {row: reason}. Rows that are in it already are not checked; wrong ones
+are added. The arrays keep all rows (the values of a wrong one mean nothing), so take one `valid_rows` for texts, pairs and labels
+together, then `filter_rows` and `filter_labels` of each.
 """
 
 import math
@@ -23,25 +22,19 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from bertdist.core.errors import DataError
-from bertdist.core.types import LocateRow
+from bertdist.data.source import LocateRow
 
 LabelValue = str | int | float | tuple[str, ...]
-
 LabelKind = Literal["text", "integer", "number", "set"]
-
 Codes = npt.NDArray[np.int32]
-
 Raw: TypeAlias = "pa.Array | list[Any]"
+Problems = dict[int, str]  # rows to skip -> reason
 
-
-Problems = dict[int, str]  # rows to leave out -> what is wrong with them
-
-_WHOLE = re.compile("0|-?[1-9][0-9]*")
-
+_INTEGER = re.compile("0|-?[1-9][0-9]*")
 _BITS = {0: 0, 1: 1, "0": 0, "1": 1, "false": 0, "true": 1}  # True and 1.0 equal 1
 
 
-def whole(column: Any) -> Raw:
+def as_array(column: Any) -> Raw:
     """A column as one array, for random access; strings as large_string, whose offsets do not end at 2 GiB. Lists stay lists."""
     if isinstance(column, list):
         return column
@@ -51,156 +44,149 @@ def whole(column: Any) -> Raw:
     return column.cast(kind).combine_chunks()
 
 
-def kept_rows(problems: Problems, rows: int) -> npt.NDArray[np.bool_] | None:
+def valid_rows(problems: Problems, rows: int) -> npt.NDArray[np.bool_] | None:
     """(rows,) bool: those without a problem; None where that is all of them."""
     if not problems:
         return None
-    kept = np.ones(rows, bool)
-    kept[np.fromiter(problems, np.int64, len(problems))] = False
-    return kept
+    valid = np.ones(rows, bool)
+    valid[np.fromiter(problems, np.int64, len(problems))] = False
+    return valid
 
 
-def without(column: pa.Array, kept: npt.NDArray[np.bool_] | None) -> pa.Array:
-    """The kept rows of an Arrow array."""
-    return column if kept is None else column.filter(pa.array(kept))
+def filter_rows(column: pa.Array, valid: npt.NDArray[np.bool_] | None) -> pa.Array:
+    """The valid rows of an Arrow array."""
+    return column if valid is None else column.filter(pa.array(valid))
 
 
-def without_labels(
-    values: list[LabelValue], codes: Codes, kept: npt.NDArray[np.bool_] | None
+def filter_labels(
+    values: list[LabelValue], codes: Codes, valid: npt.NDArray[np.bool_] | None
 ) -> tuple[list[LabelValue], Codes]:
-    """The kept rows of codes, and the distinct values that are left, in the order in which those rows first show them."""
-    if kept is None:
+    """The codes of the valid rows, and their distinct values in order of first appearance."""
+    if valid is None:
         return values, codes
-    codes = codes[kept]
-    used, first = np.unique(codes, return_index=True)
-    order = used[np.argsort(first)]
-    places = np.full(len(values), -1, np.int32)
-    places[order] = np.arange(len(order), dtype=np.int32)
-    return [values[at] for at in order], places[codes]
+    codes = codes[valid]
+    order = _first_appearance(codes)
+    new_codes = np.full(len(values), -1, np.int32)
+    new_codes[order] = np.arange(len(order), dtype=np.int32)
+    return [values[code] for code in order], new_codes[codes]
 
 
 def read_texts(
-    column: Raw, name: str, where: LocateRow, problems: Problems | None = None
+    column: Raw, name: str, location: LocateRow, problems: Problems | None = None
 ) -> pa.Array:
-    """(rows,) large_string; DataError at the first row whose text is missing or is no text."""
+    """(rows,) large_string. Raises DataError at the first row whose text is missing or not a text."""
     if isinstance(column, list):
-        try:
-            if set(map(type, column)) <= {str}:
-                return pa.array(column, pa.large_string())
-        except UnicodeEncodeError:
-            pass
-        texts = []
-        for row, value in enumerate(column):
-            good = type(value) is str and not _broken(value)
-            if not good and (problems is None or row not in problems):
-                found = (
-                    "has a lone surrogate"
-                    if type(value) is str
-                    else "is null"
-                    if value is None
-                    else f"holds {repr(value)[:40]}"
-                )
-                _refuse(problems, [row], f"column {name!r} {found}; expected a text", where)
-            texts.append(value if good else "")
-        return pa.array(texts, pa.large_string())
+        return _read_text_list(column, name, location, problems)
     if column.null_count:
-        _refuse(
-            problems,
-            np.flatnonzero(column.is_null()).tolist(),
-            f"column {name!r} is null; expected a text",
-            where,
-        )
-        column = (
-            column
-            if pa.types.is_null(column.type)
-            else column.fill_null("")
-            if pa.types.is_large_string(column.type)
-            else column
-        )
+        rows = np.flatnonzero(column.is_null()).tolist()
+        _reject(problems, rows, f"column {name!r} is null; expected a text", location)
+        if pa.types.is_large_string(column.type):
+            column = column.fill_null("")
     if not pa.types.is_large_string(column.type):
-        raise DataError(f"{where(0)}: column {name!r} is of type {column.type}; expected text.")
+        raise DataError(f"{location(0)}: column {name!r} is of type {column.type}; expected text.")
     return column
+
+
+def _read_text_list(
+    column: list[Any], name: str, location: LocateRow, problems: Problems | None
+) -> pa.Array:
+    try:
+        if set(map(type, column)) <= {str}:
+            return pa.array(column, pa.large_string())
+    except UnicodeEncodeError:
+        pass
+    texts = []
+    for row, value in enumerate(column):
+        is_text = type(value) is str and not _has_surrogate(value)
+        if not is_text and (problems is None or row not in problems):
+            content = "is null" if value is None else f"holds {repr(value)[:40]}"
+            content = "has a lone surrogate" if type(value) is str else content
+            _reject(problems, [row], f"column {name!r} {content}; expected a text", location)
+        texts.append(value if is_text else "")
+    return pa.array(texts, pa.large_string())
 
 
 def read_labels(
     column: Raw,
     name: str,
-    where: LocateRow,
+    location: LocateRow,
     delimiter: str | None = None,
     class_names: tuple[str, ...] | None = None,
     problems: Problems | None = None,
-    above: LabelValue | None = None,
+    first_label: LabelValue | None = None,
 ) -> tuple[LabelKind, list[LabelValue], Codes]:
     """The labels of one column. "set": every label is a tuple of names, from lists or by splitting at `delimiter`.
 
-    class_names: names of labels that the source keeps as numbers; -1 means missing. above: where these rows are not the first, the first
-    label of those before them: all must be of its kind. Raises DataError at the first row whose label is missing, of another kind than
-    those above it, or no label at all.
+    class_names: names of labels that the source stores as numbers; -1 means missing. first_label: where these rows follow
+    others, the first label of those: all must be of its kind. Raises DataError at the first row whose label is missing, of
+    another kind than those above it, or not a label.
     """
     distinct, codes = _encode(column)
-    alive = _alive(codes, len(distinct), problems)
+    used = _used_codes(codes, len(distinct), problems)
     values: list[Any] = [None] * len(distinct)
     wrong: dict[int, str] = {}
-    first: Any = (
-        None if above is None else (list(above) if isinstance(above, tuple) else above, above)
-    )
-    for index in alive:
-        raw = distinct[index]
+    first: tuple[Any, Any] | None = None  # as in the column, and as a label
+    if first_label is not None:
+        first = (list(first_label) if isinstance(first_label, tuple) else first_label, first_label)
+    for code in used:
+        raw = distinct[code]
         try:
             value = _label(raw, delimiter, class_names)
-            value = value if above is None else _like(_text_of(value), above)
+            value = value if first_label is None else _as_kind_of(first_label, _lower_bool(value))
             first = first or (raw, value)
             if _family(value) != _family(first[1]):
-                found = f"label {repr(raw)[:60]} is of type {type(raw).__name__}"
                 raise ValueError(
-                    f"{found}, the labels above it are of type {type(first[0]).__name__}"
+                    f"label {repr(raw)[:60]} is of type {type(raw).__name__}, "
+                    f"the labels above it are of type {type(first[0]).__name__}"
                 )
         except ValueError as error:
-            _refuse_values(problems, wrong, codes, index, f"{error} (column {name!r})", where)
+            _reject_value(problems, wrong, codes, code, f"{error} (column {name!r})", location)
         else:
-            values[index] = value
-    good = [index for index in alive if index not in wrong]
-    kind = _kind_of([values[index] for index in good])
+            values[code] = value
+    good = [code for code in used if code not in wrong]
+    kind = _kind_of([values[code] for code in good])
     if kind == "number":
-        for index in good:
-            if isinstance(values[index], int) and abs(values[index]) > 2**53:
-                found = f"label {values[index]} stands among fractions and would be rounded (column {name!r})"
-                _refuse_values(problems, wrong, codes, index, found, where)
+        for code in good:
+            if isinstance(values[code], int) and abs(values[code]) > 2**53:
+                reason = f"label {values[code]} stands among fractions and would be rounded"
+                reason += f" (column {name!r})"
+                _reject_value(problems, wrong, codes, code, reason, location)
         values = [float(value) if type(value) in (int, float) else value for value in values]
-    places: dict[LabelValue, int] = {}  # "a|b" and "a | b" are one
+    code_of: dict[LabelValue, int] = {}  # "a|b" and "a | b" are one
     merged = np.full(len(distinct), -1, np.int32)
-    for index in good:
-        if index not in wrong:
-            merged[index] = places.setdefault(_text_of(values[index]), len(places))
-    return kind, list(places), _mark(merged[codes], codes, wrong, problems)
+    for code in good:
+        if code not in wrong:
+            merged[code] = code_of.setdefault(_lower_bool(values[code]), len(code_of))
+    return kind, list(code_of), _mark_wrong(merged[codes], codes, wrong, problems)
 
 
 def read_label_columns(
-    columns: dict[str, Raw], where: LocateRow, problems: Problems | None = None
+    columns: dict[str, Raw], location: LocateRow, problems: Problems | None = None
 ) -> tuple[list[LabelValue], Codes]:
     """The labels of several 0/1 columns: every label is the tuple of the names whose column has a 1."""
     names = list(columns)
     bits = np.zeros((len(columns[names[0]]), len(names)), np.uint8)  # (rows, labels)
-    for at, (name, column) in enumerate(columns.items()):
+    for index, (name, column) in enumerate(columns.items()):
         distinct, codes = _encode(column)
         wrong: dict[int, str] = {}
-        found = [
-            _BITS.get(value.strip().lower() if isinstance(value, str) else _number(value))
-            for value in distinct
-        ]
-        for index in _alive(codes, len(distinct), problems):
-            if found[index] is None:
-                reason = f"column {name!r} holds {repr(distinct[index])[:60]}; expected 0 or 1"
-                _refuse_values(problems, wrong, codes, index, reason, where)
-        bits[:, at] = np.array([bit or 0 for bit in found], np.uint8)[codes]
-        _mark(codes, codes, wrong, problems)
-    _, first, inverse = np.unique(
-        np.packbits(bits, axis=1), axis=0, return_index=True, return_inverse=True
-    )
+        bit_of = [_bit(value) for value in distinct]
+        for code in _used_codes(codes, len(distinct), problems):
+            if bit_of[code] is None:
+                reason = f"column {name!r} holds {repr(distinct[code])[:60]}; expected 0 or 1"
+                _reject_value(problems, wrong, codes, code, reason, location)
+        bits[:, index] = np.array([bit or 0 for bit in bit_of], np.uint8)[codes]
+        _mark_wrong(codes, codes, wrong, problems)
+    packed = np.packbits(bits, axis=1)
+    _, first, inverse = np.unique(packed, axis=0, return_index=True, return_inverse=True)
     order = np.argsort(first)
-    return [tuple(compress(names, bits[first[at]])) for at in order], np.argsort(order).astype(
-        np.int32
-    )[inverse.reshape(-1)]
+    values: list[LabelValue] = [tuple(compress(names, bits[first[index]])) for index in order]
+    return values, np.argsort(order).astype(np.int32)[inverse.reshape(-1)]
+
+
+def _bit(value: Any) -> int | None:
+    if isinstance(value, str):
+        return _BITS.get(value.strip().lower())
+    return _BITS.get(value) if isinstance(value, bool | int | float) else None
 
 
 def _kind_of(values: list[Any]) -> LabelKind:
@@ -211,52 +197,58 @@ def _kind_of(values: list[Any]) -> LabelKind:
     return "text"
 
 
-def _refuse(problems: Problems | None, rows: list[int], reason: str, where: LocateRow) -> None:
-    """A problem of each of these rows that has none yet; without `problems`, a DataError at the first of them."""
+def _reject(problems: Problems | None, rows: list[int], reason: str, location: LocateRow) -> None:
+    """Give each of these rows a problem if it has none; without `problems`, raise a DataError at the first of them."""
     if problems is None:
-        raise DataError(f"{where(rows[0])}: {reason}.")
+        raise DataError(f"{location(rows[0])}: {reason}.")
     for row in rows:
         problems.setdefault(row, reason)
 
 
-def _refuse_values(
+def _reject_value(
     problems: Problems | None,
     wrong: dict[int, str],
     codes: Codes,
-    index: int,
+    code: int,
     reason: str,
-    where: LocateRow,
+    location: LocateRow,
 ) -> None:
-    """The same for all rows with distinct value `index`, once `_mark` is called."""
+    """The same for all rows with distinct value `code`, once `_mark_wrong` is called."""
     if problems is None:
-        raise DataError(f"{where(int(np.argmax(codes == index)))}: {reason}.") from None
-    wrong[index] = reason
+        raise DataError(f"{location(int(np.argmax(codes == code)))}: {reason}.") from None
+    wrong[code] = reason
 
 
-def _mark(found: Codes, codes: Codes, wrong: dict[int, str], problems: Problems | None) -> Codes:
-    """`found`, -1 in rows with a problem, those with a wrong value among them."""
+def _mark_wrong(
+    marked: Codes, codes: Codes, wrong: dict[int, str], problems: Problems | None
+) -> Codes:
+    """`marked`, with -1 in rows that have a problem, those with a wrong value included."""
     if problems is None:
-        return found
+        return marked
     for row in np.flatnonzero(np.isin(codes, list(wrong))).tolist() if wrong else ():
         problems.setdefault(row, wrong[int(codes[row])])
     if problems:
-        found = found.copy()
-        found[np.fromiter(problems, np.int64, len(problems))] = -1
-    return found
+        marked = marked.copy()
+        marked[np.fromiter(problems, np.int64, len(problems))] = -1
+    return marked
 
 
-def _alive(codes: Codes, num_values: int, problems: Problems | None) -> list[int]:
-    """The distinct values that some row without a problem has, in the order in which those rows first show them."""
+def _used_codes(codes: Codes, num_values: int, problems: Problems | None) -> list[int]:
+    """Codes of the distinct values in rows without a problem, in order of first appearance."""
     if not problems:
         return list(range(num_values))
-    kept = codes[kept_rows(problems, len(codes))]
-    used, first = np.unique(kept, return_index=True)
+    return _first_appearance(codes[valid_rows(problems, len(codes))])
+
+
+def _first_appearance(codes: Codes) -> list[int]:
+    """The distinct codes in the order in which rows first have them."""
+    used, first = np.unique(codes, return_index=True)
     order: list[int] = used[np.argsort(first)].tolist()
     return order
 
 
 def _encode(column: Raw) -> tuple[list[Any], Codes]:
-    """Distinct values in first-seen order, None among them, and (rows,) codes."""
+    """Distinct values in order of first appearance, None included, and (rows,) codes."""
     if (
         isinstance(column, pa.Array)
         and not pa.types.is_nested(column.type)
@@ -269,46 +261,38 @@ def _encode(column: Raw) -> tuple[list[Any], Codes]:
     seen: dict[str, Any] = {}
     for key, value in zip(keys, rows, strict=True):
         seen.setdefault(key, value)
-    places = {key: index for index, key in enumerate(seen)}
-    return list(seen.values()), np.fromiter(map(places.__getitem__, keys), np.int32, len(keys))
+    code_of = {key: code for code, key in enumerate(seen)}
+    return list(seen.values()), np.fromiter(map(code_of.__getitem__, keys), np.int32, len(keys))
 
 
 def _family(value: Any) -> str:
     return "number" if type(value) in (int, float) else type(value).__name__
 
 
-def _like(value: LabelValue, above: LabelValue) -> LabelValue:
-    """Whole numbers and texts that are some are one kind, as in `joined`: as the labels above have them, as far as nothing is lost."""
-    if type(value) is int and isinstance(above, str) and _WHOLE.fullmatch(above):
+def _as_kind_of(first_label: LabelValue, value: LabelValue) -> LabelValue:
+    """Integers and texts that are integers are one kind, as in `common_kind`: of the first label's type, where nothing is lost."""
+    if type(value) is int and isinstance(first_label, str) and _INTEGER.fullmatch(first_label):
         return str(value)
-    return (
-        int(value)
-        if isinstance(value, str) and type(above) is int and _WHOLE.fullmatch(value)
-        else value
-    )
+    if isinstance(value, str) and type(first_label) is int and _INTEGER.fullmatch(value):
+        return int(value)
+    return value
 
 
-def _number(value: Any) -> Any:
-    return value if isinstance(value, bool | int | float) else None
-
-
-def _text_of(value: Any) -> LabelValue:
-    found: LabelValue = str(value).lower() if isinstance(value, bool) else value
-    return found
+def _lower_bool(value: Any) -> LabelValue:
+    label: LabelValue = str(value).lower() if isinstance(value, bool) else value
+    return label
 
 
 def _label(
     raw: Any, delimiter: str | None, class_names: tuple[str, ...] | None
 ) -> str | int | float | bool | tuple[str, ...]:
-    """One raw value as a label; ValueError says what is wrong with it."""
+    """One raw value as a label. Raises ValueError with the reason where it is none."""
     if raw is None or (isinstance(raw, str) and delimiter is None and not raw.strip()):
         raise ValueError("label is missing, expected one in every row")
     if class_names is not None:
-        raw = (
-            [_class_name(item, class_names) for item in raw]
-            if isinstance(raw, list)
-            else _class_name(raw, class_names)
-        )
+        is_list = isinstance(raw, list)
+        names = [_class_name(item, class_names) for item in (raw if is_list else [raw])]
+        raw = names if is_list else names[0]
     if delimiter is not None:
         if not isinstance(raw, str):
             raise ValueError(
@@ -319,7 +303,7 @@ def _label(
         return _label_set(raw)
     if isinstance(raw, float) and not math.isfinite(raw):
         raise ValueError(f"label {raw} is not a finite number")
-    if isinstance(raw, str) and _broken(raw):
+    if isinstance(raw, str) and _has_surrogate(raw):
         raise ValueError(f"label {raw!a} has a lone surrogate")
     if not isinstance(raw, bool | int | float | str):
         raise ValueError(
@@ -331,7 +315,7 @@ def _label(
 def _label_set(parts: list[Any]) -> tuple[str, ...]:
     names = [str(part) for part in parts]
     for part, name in zip(parts, names, strict=True):
-        if type(part) not in (str, int) or not name.strip() or _broken(name):
+        if type(part) not in (str, int) or not name.strip() or _has_surrogate(name):
             raise ValueError(f"{part!a} in the list of labels; expected the name of a label")
         if names.count(name) > 1:
             raise ValueError(f"label {name!r} stands twice in one row")
@@ -346,5 +330,5 @@ def _class_name(number: Any, class_names: tuple[str, ...]) -> str:
     return class_names[number]
 
 
-def _broken(text: str) -> bool:
+def _has_surrogate(text: str) -> bool:
     return any("\ud800" <= char <= "\udfff" for char in text)

@@ -1,34 +1,153 @@
-"""Examples -> steps -> this rank's micro-batches: which rows make a step, who computes them, in which pieces.
+"""Training and evaluation loaders: records -> this rank's micro-batches of every optimizer step.
 
-1. plan: the rows of every step, a pure function of (rows, seed, epoch), the same on all ranks. So ranks need not talk, and
-   resuming is nothing but starting at a later step.
-2. deal: one step's rows over the ranks by length of text, longest first, to the least loaded.
-3. this rank encodes its share only, in loader workers, while the steps before it run. Small steps travel several in a message.
-4. cut: the share in micro-batches of at most `tokens_per_micro_batch` tokens, longest first, so that texts of one length lie
-   side by side.
-5. prefetch_to_device: on a GPU, a step's batches travel to the device while the step before it runs.
-None of it changes what a step learns: its gradient is a sum over its rows, and the rows are the plan's.
+    loader = create_train_loader(splits.train, stats, tokenizer, task, config, accelerator)
+    for step in loader.steps(start, loader.total_steps(config.run), reader_state):
+        step.micro_batches
+
+Rows in memory give a `MapLoader`, a stream (--streaming) a `streaming.StreamLoader`. How steps are made: data/sharding.py.
 """
 
 import os
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+import numpy as np
 from accelerate import Accelerator
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from bertdist.core.config import BatchConfig, TrainConfig
-from bertdist.core.errors import ConfigError
+from bertdist.core.config import BatchConfig, RunConfig, TrainConfig
+from bertdist.core.errors import BertdistError
+from bertdist.core.types import Array
+from bertdist.data.batch import Step
 from bertdist.data.records import Records
-from bertdist.data.sharding import DEFAULT_TOKEN_BUDGET, MapLoader
-from bertdist.data.stats import DatasetStats, agreement, assign_files_to_ranks
-from bertdist.data.streaming import AnyLoader, Stream, StreamLoader
-from bertdist.data.tokenization import Examples, open_examples
+from bertdist.data.sharding import (
+    Message,
+    RankShard,
+    count_steps,
+    epoch_order,
+    iterate_loader,
+    mixed_epoch_order,
+    steps_per_message,
+)
+from bertdist.data.source import ReaderState
+from bertdist.data.stats import DatasetStats
+from bertdist.data.tokenization import TokenizedDataset, create_dataset
 from bertdist.tasks.tasks import Task
 
-EVALUATION_ROWS = (
-    256  # rows dealt at once in evaluation; it decides nothing but how even the ranks' loads are
-)
+if TYPE_CHECKING:  # --streaming only
+    from bertdist.data.streaming import Stream, StreamLoader
+
+Loader: TypeAlias = "MapLoader | StreamLoader"
+LoaderT = TypeVar("LoaderT", "MapLoader", "StreamLoader", "Loader")
+
+# Tokens of a micro-batch that keep any CPU busy; more would only take memory.
+DEFAULT_TOKEN_BUDGET = 8_192
+
+# Rows per step of an evaluation; affects nothing but how balanced the ranks' loads are.
+EVALUATION_ROWS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapLoader:
+    """A split in steps, as one of `ranks` ranks sees it. Stateless: `steps(k, ...)` begins at step k.
+
+    shuffle: training, in the order of `epoch_order`, epoch after epoch; else one pass in row order.
+    """
+
+    dataset: TokenizedDataset
+    rows_per_step: int
+    tokens_per_micro_batch: int
+    rank: int = 0
+    ranks: int = 1
+    shuffle: bool = False
+    seed: int = 0
+    workers: int = 0  # processes that tokenize ahead; 0: this process does
+    pin: bool = False  # page-locked memory, for asynchronous copies to a GPU
+    weights: tuple[float, ...] = ()  # of each --train_file; none: every row once per epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last step of an epoch may have fewer rows; it is a step like any other."""
+        return -(-len(self.dataset) // self.rows_per_step)
+
+    def total_steps(self, run: RunConfig) -> int:
+        """Optimizer steps of the whole run."""
+        return count_steps(run, self.steps_per_epoch)
+
+    def steps(
+        self, start: int, stop: int, reader_state: ReaderState | None = None
+    ) -> Iterator[Step]:
+        """This rank's part of steps start, ..., stop - 1, counted over the whole run. reader_state: unused, see StreamLoader."""
+        messages = _Messages(self, stop)
+        sampler = range(start, stop, messages.steps_per_message)
+        return iterate_loader(messages, self.workers, self.pin, sampler)
+
+    def order(self, epoch: int) -> Array:
+        """(rows,) int64: the rows of an epoch in their order."""
+        if not self.shuffle:
+            return np.arange(len(self.dataset))
+        if self.weights:
+            sizes = self.dataset.records.rows_per_file
+            return mixed_epoch_order(sizes, self.weights, self.seed, epoch)
+        return epoch_order(len(self.dataset), self.seed, epoch)
+
+    def locations(self, rows: Sequence[int], window_state: ReaderState | None) -> list[str]:
+        """The file and line of each row. window_state: unused, see StreamLoader."""
+        return [str(self.dataset.records.location(row)) for row in rows]
+
+
+class _Messages(Dataset[Message]):
+    """Step number -> this rank's part of this step and of some after it."""
+
+    def __init__(self, loader: MapLoader, stop: int) -> None:
+        self.loader, self.stop = loader, stop
+        lengths = loader.dataset.records.lengths()
+        self.steps_per_message = 1
+        if loader.workers:
+            self.steps_per_message = steps_per_message(lengths, loader.rows_per_step, loader.ranks)
+        self.shard = RankShard(
+            loader.dataset, loader.tokens_per_micro_batch, loader.rank, loader.ranks, lengths
+        )
+        self.epoch, self.order = -1, np.zeros(0, np.int64)
+
+    def __getitem__(self, first: int) -> Message:
+        last = min(first + self.steps_per_message, self.stop)
+        return [self._step(number) for number in range(first, last)]
+
+    def _step(self, number: int) -> Step | BertdistError:
+        size = self.loader.rows_per_step
+        epoch, step = divmod(number, self.loader.steps_per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, self.loader.order(epoch)
+        return self.shard.step(self.order[step * size : (step + 1) * size], number)
+
+
+def create_train_loader(
+    rows: "Records | Stream",
+    stats: DatasetStats,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    config: TrainConfig,
+    accelerator: Accelerator,
+) -> "Loader":
+    """The training rows in steps for this rank, in training order. Raises DataError and ConfigError."""
+    settings = loader_settings(config.batch, accelerator)
+    if not isinstance(rows, Records):
+        from bertdist.data.streaming import create_stream_loader
+
+        return create_stream_loader(
+            rows, stats.rows, tokenizer, task, config, settings, accelerator
+        )
+    return MapLoader(
+        dataset=create_dataset(rows, tokenizer, task, config.model.max_length),
+        rows_per_step=config.batch.train_batch_size,
+        shuffle=True,
+        seed=config.run.seed,
+        weights=tuple(config.data.train_weights or ()),
+        **settings,
+    )
 
 
 def create_eval_loader(
@@ -38,96 +157,23 @@ def create_eval_loader(
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> MapLoader | None:
-    """The rows to score in steps for this rank, in row order; None where there are none. Raises DataError."""
-    return (
-        batches_of(
-            open_examples(rows, tokenizer, task, config.model.max_length), config.batch, accelerator
-        )
-        if rows
-        else None
-    )
+    """The rows to evaluate in steps for this rank, in row order; None where there are none. Raises DataError."""
+    if not rows:
+        return None
+    dataset = create_dataset(rows, tokenizer, task, config.model.max_length)
+    settings = loader_settings(config.batch, accelerator)
+    return MapLoader(dataset=dataset, rows_per_step=EVALUATION_ROWS, **settings)
 
 
-def batches_of(examples: Examples, config: BatchConfig, accelerator: Accelerator) -> MapLoader:
-    """A split in steps for this rank, in row order."""
-    return MapLoader(
-        examples=examples, rows_per_step=EVALUATION_ROWS, **_share_of(config, accelerator)
-    )
-
-
-def create_train_loader(
-    rows: Records | Stream,
-    known: DatasetStats,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    config: TrainConfig,
-    accelerator: Accelerator,
-) -> AnyLoader:
-    """The training rows in steps for this rank, in training order. Raises DataError and ConfigError."""
-    size, seed, max_length = config.batch.train_batch_size, config.run.seed, config.model.max_length
-    fields = _share_of(config.batch, accelerator)
-    if isinstance(rows, Records):
-        examples = open_examples(rows, tokenizer, task, max_length)
-        weights = tuple(config.data.train_weights or ())
-        return MapLoader(
-            examples=examples,
-            rows_per_step=size,
-            shuffle=True,
-            seed=seed,
-            weights=weights,
-            **fields,
-        )
-    first = open_examples(rows.head(), tokenizer, task, max_length)
-    agree, steps = None, -(-sum(known.rows) // size)
-    if config.data.stream_sharding == "by_file":
-        rank, ranks = accelerator.process_index, accelerator.num_processes
-        if size < ranks:
-            raise ConfigError(
-                f"--train_batch_size is {size}, and there are {ranks} processes, each of which reads files of its own "
-                "(--stream_sharding by_file); expected at least one row each. --stream_sharding by_row takes any number."
-            )
-        sources, files = rows.sources, assign_files_to_ranks(rows, ranks)
-        if len(sources) < ranks:
-            raise ConfigError(
-                f"{rows.name}: {len(sources)} source(s) for {ranks} processes, each of which reads its own (--stream_sharding by_file); "
-                "expected at least one each, or steps lack the rows of those without. --stream_sharding by_row takes any number."
-            )
-        sizes = [size // ranks + (other < size % ranks) for other in range(ranks)]
-        agree, size = agreement(accelerator), sizes[rank]
-        if known.rows:
-            steps = max(
-                -(-sum(known.rows[file] for file in files[other]) // sizes[other])
-                for other in range(ranks)
-            )
-        rows = replace(
-            rows, parts=(tuple(sources[file] for file in files[rank]),), first_row=rank << 40
-        )
-        fields |= {"rank": 0, "ranks": 1}
-    rows = replace(rows, window_rows=-(-rows.window_rows // size) * size)
-    return StreamLoader(
-        stream=rows,
-        task=task,
-        examples=first,
-        rows_per_step=size,
-        seed=seed,
-        steps_per_epoch=steps,
-        agree=agree,
-        **fields,
-    )
-
-
-def _share_of(config: BatchConfig, accelerator: Accelerator) -> dict[str, Any]:
+def loader_settings(config: BatchConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """The fields of a loader that follow from the launch: rank, ranks, workers, pin, and a first tokens_per_micro_batch."""
     workers = config.dataloader_num_workers
     if workers is None:
-        cores = (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
+        has_affinity = hasattr(os, "sched_getaffinity")
+        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
         workers = 1 if cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) >= 2 else 0
     return {
-        "tokens_per_micro_batch": config.tokens_per_micro_batch
-        or DEFAULT_TOKEN_BUDGET,  # until it is found
+        "tokens_per_micro_batch": config.tokens_per_micro_batch or DEFAULT_TOKEN_BUDGET,
         "rank": accelerator.process_index,
         "ranks": accelerator.num_processes,
         "workers": workers,

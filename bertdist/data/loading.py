@@ -1,14 +1,14 @@
-"""What a config names -> `Records` or a `Stream`: local files, addresses of any kind, data sets of the hub, tasks of GLUE.
+"""A data config -> `Records` or a `Stream`: local files, URLs, Hub data sets, GLUE tasks; and the rows that were skipped.
 
-In: a DataConfig (training and scoring) or a path (prediction). Out: rows in memory, or rows that are read as they are needed. Which
-columns are read, what counts as a label and what as missing is decided in `records` and `columns`, the same for all of them.
+`load_splits` for training and scoring, `load_texts` for prediction. Which columns are read, what counts as a label and what as
+missing is decided in `records` and `columns`, the same for all of them.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from accelerate import Accelerator
 
@@ -17,8 +17,7 @@ from bertdist.core.errors import DataError, did_you_mean
 from bertdist.core.terminal import print_to_stderr
 from bertdist.data.batch import Step
 from bertdist.data.columns import LabelValue
-from bertdist.data.readers.file_reader import DataFile, FileReader, inspect_file, open_file
-from bertdist.data.readers.hub_reader import HubReader, load_hub_splits
+from bertdist.data.readers.file_reader import DataFile, FileReader, inspect_file
 from bertdist.data.readers.remote import (
     compression_of,
     file_fingerprint,
@@ -28,13 +27,22 @@ from bertdist.data.readers.remote import (
     open_seekable,
     protocol_of,
 )
-from bertdist.data.records import Columns, Records, choose, join, read_records, records_of_piece
-from bertdist.data.source import Column, Placed, RowSource, SkippedRows, Split, read_skipped_rows
+from bertdist.data.records import (
+    ColumnNames,
+    Records,
+    choose_columns,
+    concat_records,
+    records_from_chunk,
+)
+from bertdist.data.source import DataSource, SkippedRows, chunk_of_columns, read_skipped_rows
 from bertdist.data.stats import DatasetStats
-from bertdist.data.streaming import Stream
 from bertdist.distributed.collectives import raise_on_all_ranks
 
-GLUE: dict[str, tuple[str, str | None]] = {  # https://huggingface.co/datasets/nyu-mll/glue
+if TYPE_CHECKING:  # --streaming only
+    from bertdist.data.streaming import Stream
+
+# Columns of the texts, https://huggingface.co/datasets/nyu-mll/glue
+GLUE: dict[str, tuple[str, str | None]] = {
     "cola": ("sentence", None),
     "mnli": ("premise", "hypothesis"),
     "mrpc": ("sentence1", "sentence2"),
@@ -47,6 +55,23 @@ GLUE: dict[str, tuple[str, str | None]] = {  # https://huggingface.co/datasets/n
 }
 
 
+class Splits(NamedTuple):
+    """The rows to learn from and those to score, if any."""
+
+    train: "Records | Stream"
+    validation: Records | None
+
+
+def load_splits(config: TrainConfig) -> Splits:
+    """The rows of a run. Raises DataError."""
+    train: Records | Stream
+    if config.data.streaming:
+        train = open_stream(config.data, config.run.seed)
+    else:
+        train = load_records(config.data, "train")
+    return Splits(train, load_records(config.data, "validation"))
+
+
 @overload
 def load_records(data: DataConfig, split: Literal["train"]) -> Records: ...
 
@@ -56,72 +81,144 @@ def load_records(data: DataConfig, split: Literal["validation"]) -> Records | No
 
 
 def load_records(data: DataConfig, split: Literal["train", "validation"]) -> Records | None:
-    """The rows to learn from or to score, in memory and with labels; None where there is nothing to score. Raises DataError."""
-    patterns = (
-        data.train_file
-        if split == "train"
-        else [data.validation_file]
-        if data.validation_file
-        else None
-    )
-    limit = data.max_train_samples if split == "train" else data.max_eval_samples
+    """A split in memory, with labels; None where there is no validation split. Raises DataError."""
+    if split == "train":
+        patterns, limit = data.train_file or [], data.max_train_samples
+    else:
+        patterns = [data.validation_file] if data.validation_file else []
+        limit = data.max_eval_samples
     if patterns:
-        files: list[list[Records]] = []
-        above: LabelValue | None = (
-            None  # with "skip": the first label of all; rows whose label is of another kind are left out
-        )
-        for pattern in patterns:
-            files.append([])
-            for address in list_files(pattern):
-                files[-1].append(_read_file(address, data, limit, above))
-                above = files[0][0].label_values[0] if data.on_bad_row == "skip" else None
-        whole = join([records for of in files for records in of], _name(patterns))
-        parts = tuple(sum(map(len, of)) for of in files)
-        if limit and len(whole) > limit:  # of the files only: each was read up to its own limit
-            return replace(whole.some(0, limit), fingerprint=f"{whole.fingerprint}, {limit}")
-        return replace(whole, parts=parts)
+        return _load_files(patterns, data, limit)
     if data.train_file and split == "validation":
         return None
-    asked, found = _asked(data), _load_split(data, split)
-    if found is None:
+    return _load_hub_split(data, split, limit)
+
+
+def _load_files(patterns: Sequence[str], data: DataConfig, limit: int | None) -> Records:
+    by_pattern: list[list[Records]] = []
+    # With "skip": the first label of all; rows whose label is of another kind are skipped.
+    first_label: LabelValue | None = None
+    for pattern in patterns:
+        by_pattern.append([])
+        for address in list_files(pattern):
+            reader = FileReader(_labelled_file(address, data), on_bad_row=data.on_bad_row)
+            delimiter = data.label_delimiter
+            records = _read_file(reader, _requested(data), delimiter, limit, first_label)
+            by_pattern[-1].append(records)
+            if data.on_bad_row == "skip":
+                first_label = by_pattern[0][0].label_values[0]
+    files = [records for of_pattern in by_pattern for records in of_pattern]
+    records = concat_records(files, _short_name(patterns))
+    if limit and len(records) > limit:  # of several files, each was read up to the limit
+        return replace(records.slice(0, limit), fingerprint=f"{records.fingerprint}, {limit}")
+    rows_per_file = tuple(sum(map(len, of_pattern)) for of_pattern in by_pattern)
+    return replace(records, rows_per_file=rows_per_file)
+
+
+def _read_file(
+    reader: FileReader,
+    requested: ColumnNames,
+    label_delimiter: str | None = None,
+    limit: int | None = None,
+    first_label: LabelValue | None = None,
+) -> Records:
+    columns = choose_columns(reader.name, reader.column_names(), requested, reader.has_header)
+    records = records_from_chunk(
+        reader.name,
+        reader.read(columns.names(), limit),
+        columns,
+        has_header=reader.has_header,
+        label_delimiter=label_delimiter,
+        on_bad_row="skip" if reader.skip else "fail",
+        first_label=first_label,
+    )
+    note = reader.file.describe()
+    return replace(_not_empty(records), file=reader.file, format_notes=(note,) if note else ())
+
+
+def _not_empty(records: Records) -> Records:
+    if not len(records):
+        skipped = " except skipped ones" if records.skipped_rows else ""
+        raise DataError(f"{records.name} has no rows{skipped}.")
+    return records
+
+
+def _load_hub_split(data: DataConfig, split: str, limit: int | None) -> Records | None:
+    requested = _requested(data)
+    dataset, name = _find_hub_split(data, split)
+    if dataset is None:
         return None
-    name, dataset = found
-    dataset = dataset.select(range(min(limit or len(dataset), len(dataset))))
-
-    def read_split(wanted: Sequence[str]) -> dict[str, Column]:
-        table = dataset.with_format("arrow")[:]
-        return {column: table.column(column) for column in wanted}
-
-    return read_records(
-        Split(name),
-        dataset.column_names,
-        read_split,
-        asked,
-        data.label_delimiter,
-        dataset.features,
-        data.on_bad_row,
+    rows = min(limit or len(dataset), len(dataset))
+    if not rows:
+        raise DataError(f"{name} has no rows.")
+    columns = choose_columns(name, dataset.column_names, requested)
+    table = dataset.select(range(rows)).with_format("arrow")[:]
+    arrays = {column: table.column(column) for column in columns.names()}
+    return _not_empty(
+        records_from_chunk(
+            name,
+            chunk_of_columns(name, arrays, rows, {"row": 0}),
+            columns,
+            label_delimiter=data.label_delimiter,
+            features=dataset.features,
+            on_bad_row=data.on_bad_row,
+        )
     )
 
 
-def open_stream(data: DataConfig, seed: int) -> Stream:
-    """The rows to learn from, read as they are needed; with --on_bad_row skip the first ones are read here. Raises DataError."""
+def _find_hub_split(data: DataConfig, split: str) -> tuple[Any, str]:
+    """A datasets.Dataset and its name; None where no validation split is named and there is no 'validation'."""
+    from bertdist.data.readers.hub_reader import load_hub_splits
+
+    path, config = _hub_path(data)
+    name = "/".join(filter(None, (path, config)))
+    splits = load_hub_splits(name, path, config)
+    import datasets  # 0.7 s, not needed for local files
+
+    requested = data.train_split if split == "train" else data.validation_split
+    if requested is None:
+        usual = "validation_matched" if data.task_name == "mnli" else "validation"
+        return splits.get(usual), f"{name} split {usual!r}"
+    name_of_split = f"{name} split {requested!r}"
+    try:
+        if requested in splits:
+            return splits[requested], name_of_split
+        # Such as 'train[:90%]'.
+        return datasets.load_dataset(path, config, split=requested), name_of_split
+    except ValueError:
+        advice = did_you_mean(requested, splits)
+        raise DataError(f"{name} has no split {requested!r}.{advice}") from None
+
+
+def _hub_path(data: DataConfig) -> tuple[str, str | None]:
+    """Path and configuration. --task_name together with --dataset_name: another copy of GLUE, with the task's columns."""
+    path = data.dataset_name or "nyu-mll/glue"
+    return path, data.dataset_config_name or (None if data.dataset_name else data.task_name)
+
+
+def open_stream(data: DataConfig, seed: int) -> "Stream":
+    """The training rows, to be read as they are needed; with --on_bad_row skip, reads the first ones. Raises DataError."""
+    from bertdist.data.streaming import Stream
+
+    groups: list[list[DataSource]]
+    notes: list[str | None] = []
     if data.train_file:
-        parts: list[list[RowSource]] = [
-            [_rows(address, data) for address in list_files(pattern)] for pattern in data.train_file
-        ]
-        name = _name(data.train_file)
+        readers = [[_streamed(url, data) for url in list_files(file)] for file in data.train_file]
+        groups = [[*group] for group in readers]
+        notes = [reader.file.describe() for group in readers for reader in group]
+        name = _short_name(data.train_file)
     else:
-        name = data.dataset_name or "nyu-mll/glue"
-        config = data.dataset_config_name or (None if data.dataset_name else data.task_name)
-        parts, name = (
-            [[HubReader(name, config, data.train_split)]],
-            str(data.dataset_name or data.task_name),
-        )
-    first = parts[0][0]
+        from bertdist.data.readers.hub_reader import HubReader
+
+        groups = [[HubReader(*_hub_path(data), data.train_split)]]
+        name = str(data.dataset_name or data.task_name)
+    first = groups[0][0]
     return Stream(
         name=name,
-        parts=parts,
-        asked=choose(first, first.column_names(), _asked(data)),
+        source_groups=groups,
+        columns=choose_columns(
+            first.name, first.column_names(), _requested(data), first.has_header
+        ),
         label_delimiter=data.label_delimiter,
         window_rows=data.stream_window,
         seed=seed,
@@ -129,52 +226,11 @@ def open_stream(data: DataConfig, seed: int) -> Stream:
         limit=data.max_train_samples,
         on_bad_row=data.on_bad_row,
         max_bad_rows=data.max_bad_rows,
-        guessed=tuple(
-            told
-            for part in parts
-            for source in part
-            if isinstance(source, FileReader) and (told := source.file.describe())
-        ),
-    ).settled()
+        format_notes=tuple(filter(None, notes)),
+    ).with_first_label()
 
 
-def _file(
-    address: str,
-    *,
-    delimiter: str | None,
-    quoting: str,
-    encoding: str | None,
-    column_names: list[str] | None,
-) -> DataFile:
-    """The file at an address, and how it is written. Raises DataError."""
-    here = protocol_of(address) is None and compression_of(address) is None
-    return inspect_file(
-        address,
-        delimiter=delimiter,
-        quoting=quoting,
-        encoding=encoding,
-        column_names=column_names,
-        open_bytes=None if here else partial(open_bytes, address, warn=print_to_stderr),
-        open_seekable=None if here else partial(open_seekable, address, warn=print_to_stderr),
-    )
-
-
-def _labelled_file(address: str, data: DataConfig) -> DataFile:
-    file = _file(
-        address,
-        delimiter=data.delimiter,
-        quoting=data.quoting,
-        encoding=data.encoding,
-        column_names=data.column_names,
-    )
-    if file.kind == "txt":
-        raise DataError(
-            f"{address}: a .txt file has no labels; expected .csv, .tsv, .jsonl or .parquet."
-        )
-    return file
-
-
-def _rows(address: str, data: DataConfig) -> FileReader:
+def _streamed(address: str, data: DataConfig) -> FileReader:
     return FileReader(
         _labelled_file(address, data),
         fingerprint=file_fingerprint(address),
@@ -183,44 +239,36 @@ def _rows(address: str, data: DataConfig) -> FileReader:
     )
 
 
-def _read_file(
-    address: str, data: DataConfig, limit: int | None, above: LabelValue | None
-) -> Records:
-    source = FileReader(_labelled_file(address, data), on_bad_row=data.on_bad_row)
-    taken = choose(source, source.column_names(), _asked(data))
-    piece = source.read(taken.names(), limit)
-    records, bad = records_of_piece(
-        source, piece, taken, data.label_delimiter, data.on_bad_row, above
-    )
-    if not len(records):
+def _labelled_file(address: str, data: DataConfig) -> DataFile:
+    file = _inspect(address, data.delimiter, data.quoting, data.encoding, data.column_names)
+    if file.kind == "txt":
         raise DataError(
-            f"{source.name} has no rows{', but for those that were left out' if bad else ''}."
+            f"{address}: a .txt file has no labels; expected .csv, .tsv, .jsonl or .parquet."
         )
-    place = Placed(source.name, source.has_header, ((0, records.where, 0),), form=source.file)
-    return replace(
-        records, source=place, bad=tuple(bad), guessed=tuple(filter(None, [source.file.describe()]))
+    return file
+
+
+def _inspect(
+    address: str,
+    delimiter: str | None,
+    quoting: str,
+    encoding: str | None,
+    column_names: list[str] | None,
+) -> DataFile:
+    """The file at an address, and its format. Raises DataError."""
+    is_local = protocol_of(address) is None and compression_of(address) is None
+    return inspect_file(
+        address,
+        delimiter=delimiter,
+        quoting=quoting,
+        encoding=encoding,
+        column_names=column_names,
+        open_bytes=None if is_local else partial(open_bytes, address, warn=print_to_stderr),
+        open_seekable=None if is_local else partial(open_seekable, address, warn=print_to_stderr),
     )
 
 
-def _name(patterns: Sequence[str]) -> str:
-    """Short, for messages."""
-    return patterns[0].rsplit("/", 1)[-1] if len(patterns) == 1 else f"{len(patterns)} files"
-
-
-def _asked(data: DataConfig) -> Columns:
-    """The columns that flags name, or that a task of GLUE has. Raises DataError for an unknown task."""
-    asked = Columns(data.text_column, data.text_pair_column, data.label_column, data.label_columns)
-    if data.task_name is None or data.text_column is not None or data.train_file:
-        return asked
-    if data.task_name not in GLUE:
-        raise DataError(
-            f"--task_name {data.task_name!r} is no task of GLUE.{did_you_mean(data.task_name, GLUE)}"
-        )
-    text, pair = GLUE[data.task_name]
-    return asked._replace(text=text, pair=asked.pair or pair)
-
-
-def open_texts(
+def load_texts(
     path: str,
     *,
     text_column: str | None,
@@ -230,85 +278,55 @@ def open_texts(
     quoting: str,
     encoding: str | None,
 ) -> Records:
-    """The rows of a file without labels, for prediction; a .txt file has one text a line, blank lines too. Raises DataError."""
-    found = []
+    """The rows of a file without labels, for prediction; a .txt file has one text per line, blank lines too. Raises DataError."""
+    files = []
     for address in list_files(path):
-        file = _file(
-            address,
-            delimiter=delimiter,
-            quoting=quoting,
-            encoding=encoding,
-            column_names=column_names,
-        )
-        if file.kind == "txt" and text_pair_column is not None:
+        file = _inspect(address, delimiter, quoting, encoding, column_names)
+        is_txt = file.kind == "txt"
+        if is_txt and text_pair_column is not None:
             raise DataError(
-                f"{address}: a .txt file has one text a line, no pairs; expected .csv, .tsv, .jsonl or .parquet."
+                f"{address}: a .txt file has one text per line, no pairs; "
+                "expected .csv, .tsv, .jsonl or .parquet."
             )
-        names, read = open_file(file)
-        found.append(
-            read_records(
-                file,
-                names,
-                read,
-                Columns("text" if file.kind == "txt" else text_column, text_pair_column, None, []),
-            )
-        )
-    return join(found, _name([path]))
+        requested = ColumnNames("text" if is_txt else text_column, text_pair_column, None, [])
+        files.append(_read_file(FileReader(file), requested))
+    return concat_records(files, _short_name([path]))
 
 
-def _load_split(data: DataConfig, split: str) -> tuple[str, Any] | None:
-    """(name in words, datasets.Dataset), or None where nothing names a split to score and there is no 'validation'."""
-    path = (
-        data.dataset_name or "nyu-mll/glue"
-    )  # --task_name beside --dataset_name: another copy of GLUE, with the task's columns
-    config = data.dataset_config_name or (None if data.dataset_name else data.task_name)
-    name = "/".join(filter(None, (path, config)))
-    splits = load_hub_splits(name, path, config)
-    import datasets  # 0.7 s that local files need not pay
-
-    wanted = data.train_split if split == "train" else data.validation_split
-    if wanted is None:
-        usual = "validation_matched" if data.task_name == "mnli" else "validation"
-        return (f"{name} split {usual!r}", splits[usual]) if usual in splits else None
-    try:
-        found = (
-            splits[wanted]
-            if wanted in splits
-            else datasets.load_dataset(path, config, split=wanted)
-        )  # such as 'train[:90%]'
-    except ValueError:
-        raise DataError(f"{name} has no split {wanted!r}.{did_you_mean(wanted, splits)}") from None
-    return f"{name} split {wanted!r}", found
+def _short_name(patterns: Sequence[str]) -> str:
+    return patterns[0].rsplit("/", 1)[-1] if len(patterns) == 1 else f"{len(patterns)} files"
 
 
-def load_splits(config: TrainConfig) -> tuple[Records | Stream, Records | None]:
-    """The rows to learn from and those to score, if any. Raises DataError."""
-    rows = (
-        open_stream(config.data, config.run.seed)
-        if config.data.streaming
-        else load_records(config.data, "train")
-    )
-    return rows, load_records(config.data, "validation")
+def _requested(data: DataConfig) -> ColumnNames:
+    """The columns that flags name, or that a GLUE task has. Raises DataError for an unknown task."""
+    labels = data.label_column, data.label_columns
+    requested = ColumnNames(data.text_column, data.text_pair_column, *labels)
+    if data.task_name is None or data.text_column is not None or data.train_file:
+        return requested
+    if data.task_name not in GLUE:
+        advice = did_you_mean(data.task_name, GLUE)
+        raise DataError(f"--task_name {data.task_name!r} is not a GLUE task.{advice}")
+    text, pair = GLUE[data.task_name]
+    return requested._replace(text=text, pair=requested.pair or pair)
 
 
 def collect_skipped_rows(
-    known: DatasetStats, dev_rows: Records | None, config: TrainConfig, accelerator: Accelerator
+    stats: DatasetStats, eval_rows: Records | None, config: TrainConfig, accelerator: Accelerator
 ) -> SkippedRows:
-    """The rows that were left out, by an earlier start too; rank 0 writes them down. Raises DataError where they are too many."""
+    """The rows skipped so far, also by an earlier start; rank 0 writes them. Raises DataError where they are too many."""
     path = Path(config.run.output_dir) / "bad_rows.jsonl"
-    found = SkippedRows(
-        config.data.on_bad_row,
-        config.data.max_bad_rows,
-        path if accelerator.is_main_process else None,
-    )
+    own_path = path if accelerator.is_main_process else None
+    skipped_rows = SkippedRows(config.data.on_bad_row, config.data.max_bad_rows, own_path)
     if config.data.on_bad_row == "skip":
-        found.add(read_skipped_rows(path))
-    found.take([*known.bad, *(dev_rows.bad if dev_rows else ())])
-    return found
+        skipped_rows.add(read_skipped_rows(path))
+    skipped_rows.add_and_write(
+        [*stats.skipped_rows, *(eval_rows.skipped_rows if eval_rows else ())]
+    )
+    return skipped_rows
 
 
-def record_skipped_rows(found: SkippedRows, step: Step, accelerator: Accelerator) -> None:
-    """Rows that a stream left out on the way to a step; all ranks know them, rank 0 writes. Raises DataError on all ranks."""
-    if step.bad:
+def record_skipped_rows(skipped_rows: SkippedRows, step: Step, accelerator: Accelerator) -> None:
+    """Add rows of a stream skipped before a step, the same on all ranks; rank 0 writes. Raises DataError on all ranks."""
+    if step.skipped_rows:
         with raise_on_all_ranks(accelerator):
-            found.take(step.bad)
+            skipped_rows.add_and_write(step.skipped_rows)

@@ -1,23 +1,16 @@
-"""Columns of any source -> `Records`: texts, pairs and labels in Arrow memory, with random access by row.
+"""One split in memory: `Records`, with texts, pairs and labels in Arrow memory and random access by row.
 
-In: the columns of a file, of a piece of a file, of a data set. Out: Records, whose texts are exactly those of the source, whose labels
-are raw values (`bertdist.tasks` decides what they mean), and whose every complaint names a file and a line.
-One module, because which columns are read, what counts as a label and what counts as missing must be the same for every kind of source.
+Texts are exactly those of the source, labels are raw values (`bertdist.tasks` decides what they mean), and every error names a
+file and a line. `concat_records` makes one split of several files, and of the chunks of a stream's window.
 
-1,000,000 labelled rows (85 MB of text), processor seconds: tsv 0.5, csv with quotes 0.8, parquet 0.2, jsonl 3.5; `records[row]` costs
-3 microseconds, `lengths()` 2 milliseconds.
-Each rank holds the columns it reads once (text bytes + 12 bytes a row); forked loader workers share that memory.
-
-Several `Records` as one: files that are learned from together, and pieces of a stream that make a window.
-
-One module, because what labels of different sources have in common must be the same however the rows came.
+1,000,000 labelled rows (85 MB of text), processor seconds: tsv 0.5, csv with quotes 0.8, parquet 0.2, jsonl 3.5; `records[row]`
+costs 3 microseconds, `lengths()` 2 milliseconds. Each rank holds the columns it reads once (text bytes + 12 bytes per row);
+forked loader workers share that memory.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,51 +19,37 @@ import pyarrow as pa
 import xxhash
 
 from bertdist.core.errors import DataError, did_you_mean
-from bertdist.core.types import LocateRow
 from bertdist.data.columns import (
     Codes,
     LabelKind,
     LabelValue,
     Problems,
     Raw,
-    kept_rows,
+    as_array,
+    filter_labels,
+    filter_rows,
     read_label_columns,
     read_labels,
     read_texts,
-    whole,
-    without,
-    without_labels,
+    valid_rows,
 )
-from bertdist.data.readers.file_reader import Reader
-from bertdist.data.readers.parquet_reader import spots_in
 from bertdist.data.source import (
     Chunk,
     Column,
-    Kept,
-    Named,
+    LocateRow,
     OnBadRow,
-    Placed,
-    RowSource,
     SkippedRow,
-    Source,
-    Split,
-    skipped_rows,
+    chunk_of_columns,
+    concat_locations,
+    select_locations,
+    skipped_rows_of,
+    slice_locations,
 )
 
-TEXT_COLUMNS = (
-    "text",
-    "sentence",
-    "sentence1",
-    "question",
-    "premise",
-    "review",
-    "tweet",
-    "content",
-)
-
-LABEL_COLUMNS = ("label", "labels", "score", "target", "class")
-
-PAIRS = (
+# Usual names of columns, the first one present is taken.
+TEXT_COLUMNS = "text sentence sentence1 question premise review tweet content".split()
+LABEL_COLUMNS = "label labels score target class".split()
+TEXT_PAIR_COLUMNS = (
     ("sentence1", "sentence2"),
     ("question1", "question2"),
     ("question", "sentence"),
@@ -80,7 +59,7 @@ PAIRS = (
 
 
 class Record(NamedTuple):
-    """One row: its number in the source (from 0), its text or texts, and its label as the source has it."""
+    """One row: its number in the source (from 0), its text or texts, and its label as in the source."""
 
     row: int
     text: str
@@ -90,29 +69,26 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Records:
-    """One split. Nothing in it changes after it is made, and reading a row starts no thread: forked workers may share it."""
+    """One split. Immutable, and reading a row starts no thread: forked workers may share it."""
 
-    source: Source
+    name: str  # short, for messages
+    location: LocateRow  # row -> `dev.tsv line 12`
+    has_header: bool = False
+    file: Any = None  # of one file: how it is written (readers.file_reader.File)
     text_column: str
     pair_column: str | None
     label_column: str | None  # None also where label_columns were read: class_names are their names
     label_kind: LabelKind | None  # None: opened without labels. "set": a label is a tuple of names
-    label_values: list[LabelValue]  # distinct, in the order in which rows first show them
+    label_values: list[LabelValue]  # distinct, in order of first appearance
     label_codes: Codes | None  # (rows,) int32, index into label_values
-    class_names: tuple[str, ...] | None  # names that the source fixes, in its order
-    fingerprint: str  # xxh3 of texts, pairs and labels; the path and the kind of file do not enter
+    class_names: tuple[str, ...] | None  # label names that the source defines, in its order
+    fingerprint: str  # xxh3 of texts, pairs and labels; independent of path and file format
     texts: pa.Array  # (rows,) large_string without nulls
     pairs: pa.Array | None  # (rows,) the same
     first_row: int = 0  # number of the first row, where these are some rows of a stream
-    parts: tuple[int, ...] = ()  # rows of each --train_file, where there are several
-    bad: tuple[SkippedRow, ...] = ()  # rows of the source that were left out
-    guessed: tuple[
-        str, ...
-    ] = ()  # how its files are read, where that is not the usual, in sentences
-
-    @property
-    def name(self) -> str:
-        return self.source.name
+    rows_per_file: tuple[int, ...] = ()  # of each --train_file, where there are several
+    skipped_rows: tuple[SkippedRow, ...] = ()
+    format_notes: tuple[str, ...] = ()  # how files are read, where that was detected and is unusual
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -129,17 +105,11 @@ class Records:
         lengths = np.diff(_offsets(self.texts))
         return lengths if self.pairs is None else lengths + np.diff(_offsets(self.pairs))
 
-    def where(self, row: int) -> str:
-        """`dev.tsv line 12`: where the row starts. `x.parquet row 7` where there are no lines, from 0 as in `Record.row`."""
-        return self.source.where(row)
-
-    def some(self, start: int, stop: int) -> "Records":
+    def slice(self, start: int, stop: int) -> "Records":
         """Rows start, ..., stop - 1, without copying them."""
         return replace(
             self,
-            source=Placed(
-                self.source.name, self.source.has_header, ((0, self.source.where, start),)
-            ),
+            location=slice_locations(self.location, start),
             label_codes=None if self.label_codes is None else self.label_codes[start:stop],
             texts=self.texts[start:stop],
             pairs=None if self.pairs is None else self.pairs[start:stop],
@@ -147,8 +117,8 @@ class Records:
         )
 
 
-class Columns(NamedTuple):
-    """Which columns to read: as asked for, and then as found."""
+class ColumnNames(NamedTuple):
+    """Which columns to read: as requested (None: by their usual names), or as chosen from a source's columns."""
 
     text: str | None
     pair: str | None
@@ -157,180 +127,126 @@ class Columns(NamedTuple):
 
     def names(self) -> list[str]:
         """Each once."""
-        return [
-            name
-            for name in dict.fromkeys((self.text, self.pair, self.label, *(self.labels or ())))
-            if name is not None
-        ]
+        names = dict.fromkeys((self.text, self.pair, self.label, *(self.labels or ())))
+        return [name for name in names if name is not None]
 
 
-def records_of(texts: Sequence[str], pairs: Sequence[str] | None = None) -> Records:
-    """Texts that are in memory already, without labels; raises DataError for what is not text."""
+def records_from_texts(texts: Sequence[str], pairs: Sequence[str] | None = None) -> Records:
+    """Texts in memory, without labels. Raises DataError where one is not a text."""
     if pairs is not None and len(pairs) != len(texts):
         raise DataError(
             f"There are {len(texts)} texts and {len(pairs)} second texts; they go together."
         )
-    names = ["text"] if pairs is None else ["text", "pair"]
-    given: dict[str, Column] = {"text": list(texts), "pair": list(pairs or ())}
-    return read_records(
-        Split("texts"),
-        names,
-        lambda wanted: {name: given[name] for name in wanted},
-        Columns("text", None if pairs is None else "pair", None, []),
-    )
+    columns: dict[str, Column] = {"text": list(texts)}
+    if pairs is not None:
+        columns["pair"] = list(pairs)
+    chunk = chunk_of_columns("texts", columns, len(texts), {"row": 0})
+    chosen = ColumnNames("text", None if pairs is None else "pair", None, [])
+    return records_from_chunk("texts", chunk, chosen)
 
 
-def choose(source: Named, names: Sequence[str], asked: Columns) -> Columns:
-    """The columns to read: those asked for, else the usual names, else DataError."""
-    for name in asked.names():
+def choose_columns(
+    source: str, names: Sequence[str], requested: ColumnNames, has_header: bool = False
+) -> ColumnNames:
+    """The columns to read: those requested, else the usual names. Raises DataError where there are none such.
+
+    source: its name, for messages; names: of all its columns.
+    """
+    for name in requested.names():
         if name not in names:
-            raise _no_column(
-                source, names, f"there is no column {name!r}", did_you_mean(name, names)
-            )
-    plain = {name.lower(): name for name in reversed(names)} | {name: name for name in names}
-    text, pair, label, labels = asked
-    if text is None and pair is None and "text" not in plain:
-        text, pair = next(
-            ((plain[a], plain[b]) for a, b in PAIRS if a in plain and b in plain), (None, None)
-        )
-    text = text or next(
-        (plain[name] for name in TEXT_COLUMNS if name in plain and plain[name] != pair), None
-    )
+            problem, advice = f"there is no column {name!r}", did_you_mean(name, names)
+            raise _no_column(source, names, problem, advice, has_header)
+    present = {name.lower(): name for name in reversed(names)} | {name: name for name in names}
+    text, pair, label, labels = requested
+    if text is None and pair is None and "text" not in present:
+        found = [pair for pair in TEXT_PAIR_COLUMNS if present.keys() >= {*pair}]
+        text, pair = [present[name] for name in found[0]] if found else (None, None)
+    text = text or _first_present(TEXT_COLUMNS, present, (pair,))
     if text is None:
-        raise _no_column(
-            source, names, "no column has a usual name for the text", " Pass --text_column."
-        )
+        problem, advice = "no column has a usual name for the text", " Pass --text_column."
+        raise _no_column(source, names, problem, advice, has_header)
     if labels is None:
-        label = label or next(
-            (
-                plain[name]
-                for name in LABEL_COLUMNS
-                if name in plain and plain[name] not in (text, pair)
-            ),
-            None,
-        )
+        label = label or _first_present(LABEL_COLUMNS, present, (text, pair))
         if label is None:
-            raise _no_column(
-                source, names, "no column has a usual name for the label", " Pass --label_column."
-            )
-    return Columns(text, pair, label, labels)
+            problem, advice = "no column has a usual name for the label", " Pass --label_column."
+            raise _no_column(source, names, problem, advice, has_header)
+    return ColumnNames(text, pair, label, labels)
 
 
-def _no_column(source: Named, names: Sequence[str], problem: str, advice: str) -> DataError:
-    found = ", ".join(repr(name if len(name) <= 30 else f"{name[:30]}...") for name in names[:20])
-    advice = "" if advice.startswith(" Known") else advice  # the columns are told already
-    if source.has_header and any(
-        len(name) > 30 or name.replace(".", "", 1).isdecimal() for name in names
-    ):
+def _first_present(
+    usual: Sequence[str], present: dict[str, str], used: Sequence[str | None]
+) -> str | None:
+    return next((present[n] for n in usual if n in present and present[n] not in used), None)
+
+
+def _no_column(
+    source: str, names: Sequence[str], problem: str, advice: str, has_header: bool
+) -> DataError:
+    shown = ", ".join(repr(name if len(name) <= 30 else f"{name[:30]}...") for name in names[:20])
+    advice = "" if advice.startswith(" Known") else advice  # the message names the columns already
+    looks_like_data = any(len(n) > 30 or n.replace(".", "", 1).isdecimal() for n in names)
+    if has_header and looks_like_data:
         advice += " This looks like a row of data: if the file has no header, name its columns with --column_names."
-    return DataError(
-        f"{source.name}{' line 1' * source.has_header}: {problem}; the columns are {found}.{advice}"
-    )
+    line = " line 1" if has_header else ""
+    return DataError(f"{source}{line}: {problem}; the columns are {shown}.{advice}")
 
 
-def read_records(
-    source: Source,
-    names: Sequence[str],
-    read: Reader,
-    asked: Columns,
+def records_from_chunk(
+    name: str,
+    chunk: Chunk,
+    columns: ColumnNames,
+    *,
+    has_header: bool = False,
     label_delimiter: str | None = None,
     features: Any = None,
     on_bad_row: OnBadRow = "fail",
+    first_label: LabelValue | None = None,
 ) -> Records:
-    """All rows of a source. names: all its columns; read: gives some of them. Raises DataError, with "skip" where no row is left."""
-    taken = choose(source, names, asked)
-    columns = read(taken.names())
-    if not len(columns[taken.names()[0]]):
-        raise DataError(f"{source.name} has no rows.")
-    problems: Problems | None = {} if on_bad_row == "skip" else None
-    records = records_from(
-        source, columns, taken, label_delimiter, class_names_of(features, taken), problems
-    )
-    if not len(records):
-        raise DataError(f"{source.name} has no rows, but for those that were left out.")
-    return replace(
-        records,
-        bad=tuple(
-            skipped_rows(problems or {}, source.where, partial(spots_in, source.where, columns))
-        ),
-    )
+    """The rows of a chunk, checked. Raises DataError: with "fail" at a wrong row, with "skip" for a wrong column only.
 
-
-def records_of_piece(
-    source: RowSource,
-    piece: Chunk,
-    taken: Columns,
-    label_delimiter: str | None,
-    on_bad_row: OnBadRow,
-    above: LabelValue | None = None,
-) -> tuple[Records, list[SkippedRow]]:
-    """The rows of a piece, and those that were left out, in it or here. Raises DataError, with "skip" for a wrong column only."""
-    problems: Problems | None = {} if on_bad_row == "skip" else None
-    place = Placed(source.name, source.has_header, ((0, piece.where, 0),))
-    records = records_from(
-        place,
-        piece.columns,
-        taken,
-        label_delimiter,
-        class_names_of(source.features, taken),
-        problems,
-        above,
-    )
-    return records, [*piece.bad, *skipped_rows(problems or {}, piece.where, piece.spots)]
-
-
-def records_from(
-    source: Source,
-    columns: dict[str, Column],
-    taken: Columns,
-    label_delimiter: str | None = None,
-    class_names: tuple[str, ...] | None = None,
-    problems: Problems | None = None,
-    above: LabelValue | None = None,
-) -> Records:
-    """Rows of the columns that are taken, checked. A row that is wrong is a DataError, or, where `problems` is given, left out.
-
-    class_names, above: see `read_labels`.
+    name: of the source. columns: as chosen. features: datasets.Features, if any. first_label: see `read_labels`.
     """
-    assert taken.text is not None
-    held = {
-        name: _readable(column, name, source.where, problems) for name, column in columns.items()
+    assert columns.text is not None
+    location, class_names = chunk.location, _class_names(features, columns)
+    problems: Problems | None = {} if on_bad_row == "skip" else None
+    arrays = {
+        column: _validated(values, column, location, problems)
+        for column, values in chunk.columns.items()
     }
-    texts = read_texts(held[taken.text], taken.text, source.where, problems)
-    pairs = (
-        None
-        if taken.pair is None
-        else read_texts(held[taken.pair], taken.pair, source.where, problems)
-    )
+    texts = read_texts(arrays[columns.text], columns.text, location, problems)
+    pairs = None
+    if columns.pair is not None:
+        pairs = read_texts(arrays[columns.pair], columns.pair, location, problems)
     kind: LabelKind | None = None
     values: list[LabelValue] = []
     codes = None
-    if taken.labels:
-        kind, class_names = "set", tuple(taken.labels)
-        values, codes = read_label_columns(
-            {name: held[name] for name in taken.labels}, source.where, problems
-        )
-    elif taken.label is not None:
+    if columns.labels:
+        kind, class_names = "set", tuple(columns.labels)
+        label_arrays = {column: arrays[column] for column in columns.labels}
+        values, codes = read_label_columns(label_arrays, location, problems)
+    elif columns.label is not None:
         kind, values, codes = read_labels(
-            held[taken.label],
-            taken.label,
-            source.where,
+            arrays[columns.label],
+            columns.label,
+            location,
             label_delimiter,
             class_names,
             problems,
-            above,
+            first_label,
         )
-    if (kept := kept_rows(problems or {}, len(texts))) is not None:
-        source = Placed(
-            source.name, source.has_header, ((0, Kept(source.where, np.flatnonzero(kept)), 0),)
-        )
-        texts, pairs = without(texts, kept), None if pairs is None else without(pairs, kept)
-        values, codes = (values, None) if codes is None else without_labels(values, codes, kept)
+    if (valid := valid_rows(problems or {}, len(texts))) is not None:
+        location = select_locations(location, np.flatnonzero(valid))
+        texts = filter_rows(texts, valid)
+        pairs = None if pairs is None else filter_rows(pairs, valid)
+        if codes is not None:
+            values, codes = filter_labels(values, codes, valid)
     return Records(
-        source=source,
-        text_column=taken.text,
-        pair_column=taken.pair,
-        label_column=taken.label,
+        name=name,
+        location=location,
+        has_header=has_header,
+        text_column=columns.text,
+        pair_column=columns.pair,
+        label_column=columns.label,
         label_kind=kind,
         label_values=values,
         label_codes=codes,
@@ -338,16 +254,17 @@ def records_from(
         fingerprint=_fingerprint(texts, pairs, values, codes),
         texts=texts,
         pairs=pairs,
+        skipped_rows=(*chunk.skipped_rows, *skipped_rows_of(chunk, problems or {})),
     )
 
 
-def _readable(column: Column, name: str, where: LocateRow, problems: Problems | None) -> Raw:
-    """The column as `whole` gives it, null where bytes are not UTF-8: parquet does not look, and Python would, much later."""
+def _validated(column: Column, name: str, location: LocateRow, problems: Problems | None) -> Raw:
+    """The column `as_array`, null where bytes are not UTF-8: parquet does not check them, and Python would fail much later."""
     if isinstance(column, list):
         return column
     try:
         column.validate(full=True)
-        return whole(column)
+        return as_array(column)
     except pa.ArrowInvalid as error:
         damage = str(error)
     wrong = np.zeros(len(column), bool)
@@ -357,21 +274,20 @@ def _readable(column: Column, name: str, where: LocateRow, problems: Problems | 
         except UnicodeDecodeError as error:
             wrong[row], reason = True, f"column {name!r} is not UTF-8 ({error})"
             if problems is None:
-                raise DataError(f"{where(row)}: {reason}.") from None
+                raise DataError(f"{location(row)}: {reason}.") from None
             problems.setdefault(row, reason)
-    if not wrong.any() and not pa.types.is_dictionary(
-        column.type
-    ):  # whose wrong word no row may have
-        raise DataError(f"{where(0)}: column {name!r} is damaged ({damage}).")
-    held: pa.Array = whole(column)
-    return held.take(pa.array(np.arange(len(wrong)), mask=wrong))
+    # Of a dictionary, no row needs to have the wrong value.
+    if not wrong.any() and not pa.types.is_dictionary(column.type):
+        raise DataError(f"{location(0)}: column {name!r} is damaged ({damage}).")
+    array: pa.Array = as_array(column)
+    return array.take(pa.array(np.arange(len(wrong)), mask=wrong))
 
 
-def class_names_of(features: Any, taken: Columns) -> tuple[str, ...] | None:
-    """The names that a data set of the hub keeps for labels that are numbers: ClassLabel, List(ClassLabel)."""
-    feature = (features or {}).get(taken.label)
-    fixed = getattr(getattr(feature, "feature", feature), "names", None)
-    return None if fixed is None else tuple(fixed)
+def _class_names(features: Any, columns: ColumnNames) -> tuple[str, ...] | None:
+    """The names that a Hub data set has for labels that are numbers: ClassLabel, List(ClassLabel)."""
+    feature = (features or {}).get(columns.label)
+    names = getattr(getattr(feature, "feature", feature), "names", None)
+    return None if names is None else tuple(names)
 
 
 def _offsets(texts: pa.Array) -> npt.NDArray[np.int64]:
@@ -396,61 +312,56 @@ def _fingerprint(
     return digest.hexdigest()
 
 
-def join(found: Sequence[Records], name: str) -> Records:
-    """Several records as one, in their order. Raises DataError where their labels are of different kinds, or only some are pairs."""
-    first = found[0]
-    if len(found) == 1:
+def concat_records(parts: Sequence[Records], name: str) -> Records:
+    """Several records as one, in their order. Raises DataError where their labels differ in kind, or only some are pairs."""
+    first = parts[0]
+    if len(parts) == 1:
         return first
-    for other in found:
+    for other in parts:
+        differ = f"{other.name} and {first.name} differ"
         if (other.pairs is None) != (first.pairs is None):
             raise DataError(
-                f"{other.name} and {first.name} differ: one has pairs of texts. Name --text_column, and --text_pair_column."
+                f"{differ}: one has pairs of texts. Name --text_column, and --text_pair_column."
             )
         if other.class_names != first.class_names:
             names = f"{other.class_names} and {first.class_names}"
-            raise DataError(
-                f"{other.name} and {first.name} differ in the names of their labels: {names}."
-            )
-    starts = [0, *accumulate(map(len, found))]
-    kind, values, codes = _joined_labels(found)
+            raise DataError(f"{differ} in the names of their labels: {names}.")
+    kind, values, codes = _concat_labels(parts)
+    fingerprints = " ".join(part.fingerprint for part in parts)
     return replace(
         first,
-        source=Placed(
-            name,
-            first.source.has_header,
-            tuple((at, one.source.where, 0) for at, one in zip(starts, found, strict=False)),
-        ),
+        name=name,
+        location=concat_locations([(len(part), part.location) for part in parts]),
+        file=None,
         label_kind=kind,
         label_values=values,
         label_codes=codes,
-        texts=pa.concat_arrays([one.texts for one in found]),
-        pairs=None if first.pairs is None else pa.concat_arrays([one.pairs for one in found]),
-        fingerprint=xxhash.xxh3_128_hexdigest(" ".join(one.fingerprint for one in found).encode()),
-        bad=tuple(row for one in found for row in one.bad),
-        guessed=tuple(told for one in found for told in one.guessed),
+        texts=pa.concat_arrays([part.texts for part in parts]),
+        pairs=None if first.pairs is None else pa.concat_arrays([part.pairs for part in parts]),
+        fingerprint=xxhash.xxh3_128_hexdigest(fingerprints.encode()),
+        skipped_rows=tuple(row for part in parts for row in part.skipped_rows),
+        format_notes=tuple(note for part in parts for note in part.format_notes),
     )
 
 
-def _joined_labels(
-    found: Sequence[Records],
+def _concat_labels(
+    parts: Sequence[Records],
 ) -> tuple[LabelKind | None, list[LabelValue], Codes | None]:
-    first = found[0]
-    if first.label_codes is None:
+    if parts[0].label_codes is None:
         return None, [], None
-    kind = first.label_kind
+    kind = parts[0].label_kind
     seen: list[LabelValue] = []
-    for one in found:
-        kind = common_kind(kind, seen, one.label_kind, one.label_values, one.where(0))
-        seen += one.label_values
-    places: dict[LabelValue, int] = {}
+    for part in parts:
+        kind = common_kind(kind, seen, part.label_kind, part.label_values, str(part.location(0)))
+        seen += part.label_values
+    code_of: dict[LabelValue, int] = {}
     codes = []
-    for one in found:
-        assert one.label_codes is not None
-        of_value = [
-            places.setdefault(as_kind(kind, value), len(places)) for value in one.label_values
-        ]
-        codes.append(np.array(of_value, np.int32)[one.label_codes])
-    return kind, list(places), np.concatenate(codes)
+    for part in parts:
+        assert part.label_codes is not None
+        values = [as_kind(kind, value) for value in part.label_values]
+        new_codes = [code_of.setdefault(value, len(code_of)) for value in values]
+        codes.append(np.array(new_codes, np.int32)[part.label_codes])
+    return kind, list(code_of), np.concatenate(codes)
 
 
 def common_kind(
@@ -458,11 +369,11 @@ def common_kind(
     values: Iterable[LabelValue],
     other: LabelKind | None,
     others: Iterable[LabelValue],
-    where: str,
+    location: str,
 ) -> LabelKind | None:
-    """The kind of label that rows share with others, which begin at `where`: numbers take in whole numbers, and so do texts that are some.
+    """The kind of label that rows share with other rows, which begin at `location`.
 
-    Raises DataError where they share none.
+    Integers are also numbers, and texts where all texts are integers. Raises DataError where they share none.
     """
     kinds = {kind, other}
     if len(kinds) == 1:
@@ -474,7 +385,8 @@ def common_kind(
     ):
         return "text"
     raise DataError(
-        f"{where}: the labels are of kind {other!r}, those before of kind {kind!r}; expected one kind in all rows."
+        f"{location}: the labels are of kind {other!r}, those before of kind {kind!r}; "
+        "expected one kind in all rows."
     )
 
 

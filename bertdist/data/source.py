@@ -1,18 +1,17 @@
-"""Rows in pieces: what a source of rows gives, and what becomes of rows that cannot be read.
+"""What a data source gives: chunks of rows, the location of each row, and the rows that were skipped.
 
-In: nothing; these are the words that readers (files, addresses, the hub) and those who take rows have in common. Out: `Piece`, some whole
-rows with the place at which reading can begin again; `RowSource`, what gives them; `SkippedRow` and `SkippedRows`, rows that were left out.
-One module, because a reader, a stream over several of them and the report of what was left out must mean the same row.
-
-Where rows stand, in words: `dev.tsv line 12`, through all that joins, cuts and leaves out rows.
+A reader (of files, URLs or the Hub) is a `DataSource`. It yields `Chunk`s, each with the reader state from which reading can
+begin again. Every error message names a row by its `RowLocation`, `dev.tsv line 12`; `RowLocations` keeps track of it when
+rows are concatenated, sliced or selected. `SkippedRows` collects what --on_bad_row skip leaves out.
 """
 
 import contextlib
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -20,56 +19,121 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from bertdist.core.atomic_io import atomic_write
 from bertdist.core.errors import DataError
 
 EXCERPT_CHARACTERS = 200
 
 Column: TypeAlias = "pa.ChunkedArray | list[Any]"
-
-ReaderState: TypeAlias = dict[str, Any]  # JSON-able; where a reading can begin again
-
+ReaderState: TypeAlias = dict[str, Any]  # JSON; where reading can begin again
 OnBadRow = Literal["fail", "skip"]
 
-
-class SkippedRow(NamedTuple):
-    """A row that was left out. `line` is where it starts in the file, from 1; in parquet its row, from 0."""
-
-    file: str
-    line: int | None
-    reason: str  # without the place: "3 fields, expected 2 as in the header; ..."
-    text: str  # the row as it stood, at most EXCERPT_CHARACTERS of it; what is no text is written as \\x81 or \\ud800
+# Of a stream of which nothing was read yet, see data/streaming.py.
+STREAM_START: ReaderState = {"epoch": 0, "window": 0, "rows": 0, "cursors": []}
 
 
 class RowLocation(NamedTuple):
-    """Where a row stands, and how it looks there: a SkippedRow without a reason."""
+    """A row's file and line. As a string: `dev.tsv line 12`, or `x.parquet row 7` where there are no lines."""
 
     file: str
-    line: int | None
-    text: str
+    line: int | None = None  # where the row starts, from 1
+    row: int | None = None  # from 0, where there are no lines
+
+    def __str__(self) -> str:
+        return (
+            f"{self.file} row {self.row}" if self.line is None else f"{self.file} line {self.line}"
+        )
 
 
-Spots: TypeAlias = Callable[
-    [Sequence[int]], list[RowLocation]
-]  # rows -> where each of them stands, in one look at the bytes
+LocateRow: TypeAlias = Callable[[int], RowLocation]  # row number from 0 -> its location
 
 
-class Chunk(NamedTuple):
-    """Some whole rows of a source, in its order."""
+@dataclass(frozen=True)
+class RowLocations:
+    """Row number -> RowLocation, for rows of a file, and for rows concatenated, sliced or selected from other rows.
 
-    columns: dict[str, Column]  # the columns that were asked for, each `rows` long
-    rows: int
-    place: ReaderState  # reading again from here begins with exactly this piece, bit for bit
-    where: Callable[[int], str]  # row of this piece, from 0 -> "dev.tsv line 12"
-    bad: tuple[
-        SkippedRow, ...
-    ] = ()  # rows that stood among these and were left out (--on_bad_row skip)
-    spots: Spots | None = (
-        None  # for `skipped_rows`; None where a source knows no more than `where` says
+    Each part is (its first row here, what locates a row there, row numbers there): the numbers are those from an int on, or
+    an array's, one per row.
+    """
+
+    parts: tuple[tuple[int, LocateRow, int | npt.NDArray[np.int64]], ...]
+
+    def __call__(self, row: int) -> RowLocation:
+        index = bisect_right(self.parts, row, key=lambda part: part[0]) - 1
+        start, locate, numbers = self.parts[index]
+        at = row - start
+        return locate(numbers + at if isinstance(numbers, int) else int(numbers[at]))
+
+
+def locate_rows(file: str, first: int = 0) -> RowLocations:
+    """Rows without lines; `first`: number of the first one."""
+    return RowLocations(((0, lambda row: RowLocation(file, row=row), first),))
+
+
+def locate_lines(file: str, first: int, lines: npt.NDArray[np.int64] | None = None) -> RowLocations:
+    """Rows of a text file. lines: (rows,) the line of each row, counted from line `first`; None: one line per row."""
+
+    def locate(line: int) -> RowLocation:
+        return RowLocation(file, first + line)
+
+    return RowLocations(((0, locate, 0 if lines is None else lines),))
+
+
+def slice_locations(locate: LocateRow, first: int) -> RowLocations:
+    """The rows from row `first` on."""
+    return RowLocations(((0, locate, first),))
+
+
+def select_locations(locate: LocateRow, rows: npt.NDArray[np.int64]) -> RowLocations:
+    """The rows with these numbers."""
+    return RowLocations(((0, locate, rows),))
+
+
+def concat_locations(parts: Sequence[tuple[int, LocateRow]]) -> RowLocations:
+    """Parts of (number of rows, their locations), one after the other."""
+    starts = accumulate((rows for rows, _ in parts), initial=0)
+    return RowLocations(
+        tuple((at, locate, 0) for at, (_, locate) in zip(starts, parts, strict=False))
     )
 
 
-class RowSource(Protocol):
-    """Rows in one fixed order, read from front to back, and again from any place a piece gave. Picklable; opens nothing until read."""
+class SkippedRow(NamedTuple):
+    """A row that was skipped: a line of bad_rows.jsonl."""
+
+    file: str  # without a file: its location in full
+    line: int | None  # where it starts, from 1; in parquet its row, from 0
+    reason: str  # without the location: "3 fields, expected 2 as in the header; ..."
+    text: str  # its first EXCERPT_CHARACTERS; what is not text is written as \\x81 or \\ud800
+
+    @property
+    def location(self) -> str:
+        """`dev.tsv line 12`; `x.parquet row 7`."""
+        if self.line is None:
+            return self.file
+        is_row = self.file.endswith(".parquet")
+        return str(
+            RowLocation(self.file, row=self.line) if is_row else RowLocation(self.file, self.line)
+        )
+
+    @property
+    def message(self) -> str:
+        """The location and the reason, as a sentence."""
+        return f"{self.location}: {self.reason}{'' if self.reason.endswith(('.', '?')) else '.'}"
+
+
+class Chunk(NamedTuple):
+    """Some rows of a source, in its order."""
+
+    columns: dict[str, Column]  # the requested columns, each `num_rows` long
+    num_rows: int
+    state: ReaderState  # reading from here begins with exactly this chunk, bit for bit
+    location: LocateRow  # row of this chunk, from 0 -> its location
+    excerpts: Callable[[Sequence[int]], list[str]]  # rows -> the text of each, for `SkippedRow`
+    skipped_rows: tuple[SkippedRow, ...] = ()  # rows among these that were skipped
+
+
+class DataSource(Protocol):
+    """Rows in a fixed order, read front to back, also from the state of any chunk. Picklable; opens nothing until read."""
 
     @property
     def name(self) -> str:
@@ -81,36 +145,68 @@ class RowSource(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the data change (size, ETag, digest of head and tail ...): cheap, no reading of the whole."""
+        """Changes with the data (size, ETag, digest of head and tail ...): cheap, without reading all of it."""
 
     @property
     def bytes(self) -> int | None:
-        """Size as stored, for dealing files to ranks."""
+        """Size as stored, for assigning files to ranks."""
 
     @property
     def features(self) -> Any:
-        """datasets.Features of a hub data set, else None."""
+        """datasets.Features of a Hub data set, else None."""
 
     def column_names(self) -> list[str]:
-        """Names of the columns, in their order. Raises DataError."""
+        """In their order. Raises DataError."""
 
-    def chunks(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
-        """The rows from `place` (None: from the first) to the last, as columns `wanted`. Raises DataError."""
+    def chunks(self, columns: Sequence[str], state: ReaderState | None = None) -> Iterator[Chunk]:
+        """The rows from `state` (None: the first row) to the last, as these columns. Raises DataError."""
 
 
-def first_rows_of_chunk(piece: Chunk, rows: int) -> Chunk:
-    """The first `rows` rows of a piece, and what was left out before the first row that is not among them."""
-    if rows >= piece.rows:
-        return piece
-    bad = piece.bad
-    if bad and piece.spots is not None:
-        end = piece.spots([rows])[0].line
-        bad = tuple(row for row in bad if row.line is None or end is None or row.line < end)
+def chunk_of_columns(
+    name: str, columns: dict[str, Column], num_rows: int, state: ReaderState
+) -> Chunk:
+    """A chunk of rows without lines, the first of which is row state["row"] of `name`."""
+    location = locate_rows(name, state["row"])
+    return Chunk(columns, num_rows, state, location, partial(_excerpts, columns))
+
+
+def _excerpts(columns: dict[str, Column], rows: Sequence[int]) -> list[str]:
+    """Each row as JSON; bytes that are not UTF-8 as \\x81."""
+    excerpts = []
+    for row in rows:
+        values = {name: _plain(column[row]) for name, column in columns.items()}
+        text = json.dumps(values, ensure_ascii=False, default=str).encode(
+            "utf-8", "surrogateescape"
+        )
+        excerpts.append(excerpt(text.decode("utf-8", "backslashreplace")))
+    return excerpts
+
+
+def _plain(value: Any) -> Any:
+    """An Arrow scalar as Python's, with bytes that are not UTF-8 as lone surrogates."""
+    try:
+        return value.as_py() if isinstance(value, pa.Scalar) else value
+    except UnicodeDecodeError:
+        if isinstance(value, pa.DictionaryScalar):
+            return _plain(value.value)
+        if isinstance(value, pa.ListScalar):  # and those of its kind
+            return [_plain(item) for item in value.values]
+        return value.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
+
+
+def first_rows_of_chunk(chunk: Chunk, rows: int) -> Chunk:
+    """The first `rows` rows of a chunk, and the rows that were skipped among them."""
+    if rows >= chunk.num_rows:
+        return chunk
+    end = chunk.location(rows).line
+    skipped = tuple(
+        row for row in chunk.skipped_rows if row.line is None or end is None or row.line < end
+    )
     columns = {
         name: column[:rows] if isinstance(column, list) else column.slice(0, rows)
-        for name, column in piece.columns.items()
+        for name, column in chunk.columns.items()
     }
-    return piece._replace(columns=columns, rows=rows, bad=bad)
+    return chunk._replace(columns=columns, num_rows=rows, skipped_rows=skipped)
 
 
 def excerpt(text: str) -> str:
@@ -121,159 +217,85 @@ def excerpt(text: str) -> str:
     )
 
 
-def skipped_rows(
-    problems: dict[int, str], where: Callable[[int], str], spots: Spots | None = None
-) -> list[SkippedRow]:
-    """Rows that `bertdist.columns` found wrong ({row: reason}) as SkippedRows, in the order of the rows."""
+def skipped_rows_of(chunk: Chunk, problems: dict[int, str]) -> list[SkippedRow]:
+    """The rows of a chunk that `bertdist.data.columns` rejected ({row: reason}), in the order of the rows."""
     rows = sorted(problems)
-    found = [RowLocation(where(row), None, "") for row in rows] if spots is None else spots(rows)
-    return [
-        SkippedRow(spot.file, spot.line, problems[row], spot.text)
-        for row, spot in zip(rows, found, strict=True)
-    ]
+    skipped = []
+    for row, text in zip(rows, chunk.excerpts(rows) if rows else (), strict=True):
+        location = chunk.location(row)
+        line = location.row if location.file.endswith(".parquet") else location.line
+        file = str(location) if line is None else location.file
+        skipped.append(SkippedRow(file, line, problems[row], text))
+    return skipped
 
 
 class SkippedRows:
-    """Gathers the rows that are left out, each once however often it is read, and gives up when they are too many.
+    """Collects skipped rows, each once however often it is read, and fails when there are too many.
 
-    on_bad_row "fail" raises a DataError at the first one; "skip" raises one beyond `max_bad_rows`, after writing `path` where it is given.
+    on_bad_row "fail" raises a DataError at the first one; "skip" raises one beyond `max_bad_rows`, after writing `path`, if
+    given.
     """
 
     def __init__(
         self, on_bad_row: OnBadRow = "fail", max_bad_rows: int = 100, path: Path | None = None
     ) -> None:
         self.on_bad_row, self.max_bad_rows, self.path = on_bad_row, max_bad_rows, path
-        self._rows: dict[
-            tuple[str, int | None, str], SkippedRow
-        ] = {}  # files of several folders may share a name
+        # The text too: files of several folders may share a name.
+        self._rows: dict[tuple[str, int | None, str], SkippedRow] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @property
     def rows(self) -> list[SkippedRow]:
-        """In the order in which they were found."""
+        """In the order in which they were added."""
         return list(self._rows.values())
 
     def add(self, rows: Iterable[SkippedRow]) -> None:
         """Raises DataError: at the first row ("fail"), or as soon as there are more than `max_bad_rows` ("skip")."""
         for row in rows:
             if self.on_bad_row == "fail":
-                raise DataError(f"{location_of(row)}: {_sentence(row.reason)}")
+                raise DataError(row.message)
             self._rows.setdefault((row.file, row.line, row.text), row)
         if len(self._rows) > self.max_bad_rows:
-            last = self.rows[self.max_bad_rows]
-            told = f"The last of them: {location_of(last)}: {_sentence(last.reason)}"
+            details = f"The last of them: {self.rows[self.max_bad_rows].message}"
             if self.path is not None:
-                self.write(self.path)
-                told = f"Their reasons are in {self.path}."
+                self.write()
+                details = f"Their reasons are in {self.path}."
             raise DataError(
-                f"More than {self.max_bad_rows} rows cannot be read (--max_bad_rows). {told}"
+                f"More than {self.max_bad_rows} rows cannot be read (--max_bad_rows). {details}"
             )
 
-    def take(self, rows: Sequence[SkippedRow]) -> None:
-        """`add` and `write`, where there are any."""
+    def add_and_write(self, rows: Sequence[SkippedRow]) -> None:
+        """`add`, and `write` if there are any. Raises DataError, CheckpointError."""
         if rows:
             self.add(rows)
             self.write()
 
-    def write(self, path: Path | None = None) -> None:
-        """Write one JSON line a row, the file's own and the new ones, atomically. Without bad rows nothing. Raises DataError."""
-        path = path or self.path
-        if path is None or not self._rows:
+    def write(self) -> None:
+        """Write one JSON line per row to `path`, those already in the file first, atomically. Raises CheckpointError."""
+        if self.path is None or not self._rows:
             return
-        known = {(row.file, row.line, row.text): row for row in read_skipped_rows(path)}
-        known = {**known, **self._rows}
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with open(beside, "w", encoding="utf-8") as file:
-                file.writelines(
-                    json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in known.values()
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        except OSError as error:
-            raise DataError(f"Cannot write {path}: {error.strerror or error}.") from None
+        rows = {(row.file, row.line, row.text): row for row in read_skipped_rows(self.path)}
+        lines = [
+            json.dumps(row._asdict(), ensure_ascii=False) for row in (rows | self._rows).values()
+        ]
+        atomic_write(self.path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def read_skipped_rows(path: Path) -> list[SkippedRow]:
-    """The rows of a bad_rows.jsonl; none where there is no such file, and without lines that are not ours."""
-    found: list[SkippedRow] = []
+    """The rows of a bad_rows.jsonl, without lines that are not ours; none where there is no such file."""
+    rows: list[SkippedRow] = []
     if path.exists():
         for line in path.read_bytes().split(b"\n"):
             with contextlib.suppress(ValueError, TypeError, RecursionError):
-                found.append(checked(SkippedRow(**json.loads(line))))
-    return found
+                rows.append(validated(SkippedRow(**json.loads(line))))
+    return rows
 
 
-def checked(row: SkippedRow) -> SkippedRow:
-    """The row, as a file had it; raises TypeError where a field is something else."""
+def validated(row: SkippedRow) -> SkippedRow:
+    """The row, as read from a file; raises TypeError where a field has another type."""
     texts = all(isinstance(value, str) for value in (row.file, row.reason, row.text))
     if not texts or not (row.line is None or type(row.line) is int):
-        raise TypeError(f"no row: {row!r}")
+        raise TypeError(f"not a skipped row: {row!r}")
     return row
-
-
-def location_of(row: SkippedRow) -> str:
-    """`dev.tsv line 12`; `x.parquet row 7`."""
-    if row.line is None:
-        return row.file
-    return f"{row.file} {'row' if row.file.endswith('.parquet') else 'line'} {row.line}"
-
-
-def _sentence(reason: str) -> str:
-    return reason if reason.endswith((".", "?")) else f"{reason}."
-
-
-class Named(Protocol):
-    """What rows come from."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def has_header(self) -> bool: ...
-
-
-class Source(Named, Protocol):
-    """Where rows come from, in words."""
-
-    def where(self, row: int) -> str: ...
-
-
-@dataclass(frozen=True)
-class Split:
-    """A split of a data set of the hub."""
-
-    name: str
-    has_header: bool = False
-
-    def where(self, row: int) -> str:
-        return f"{self.name} row {row}"
-
-
-@dataclass(frozen=True)
-class Placed:
-    """Rows of one source or of several, one behind the other, each where it stood."""
-
-    name: str
-    has_header: bool
-    runs: tuple[
-        tuple[int, Callable[[int], str], int], ...
-    ]  # (its first row here, where, its first row there), in order
-    form: Any = None  # of one whole file: how it is written (text_files.Form)
-
-    def where(self, row: int) -> str:
-        first, where, there = self.runs[bisect_right(self.runs, row, key=lambda run: run[0]) - 1]
-        return where(row - first + there)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Where rows stand from which some were left out."""
-
-    before: Callable[[int], str]
-    rows: npt.NDArray[np.int64]  # (rows that are left,) their numbers before
-
-    def __call__(self, row: int) -> str:
-        return self.before(int(self.rows[row]))

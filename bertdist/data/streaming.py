@@ -1,70 +1,81 @@
-"""Rows that are never held together: sources that are read from front to back, in windows of rows.
+"""Training data that is never in memory at once (--streaming): `Stream`, its windows of rows, and `StreamLoader`.
 
-In: row sources in parts (one a --train_file, each with its files). Out: windows of `window_rows` rows as `Records`, and with each the
-state from which reading it can begin again: what a checkpoint keeps of a stream. An epoch is one pass over all rows, its files in an
-order of their own; with weights it has no end: each part gives its share of every window, pass after pass.
+1. Data sources are read front to back. An epoch is one pass over all rows, its files in an order drawn per epoch; with
+   --train_weights it has no end: each --train_file gives its part of every window, pass after pass.
+2. A window of `window_rows` rows is a `Records`, shuffled as an epoch is, and split into steps as in data/sharding.py.
+3. Each window comes with the reader state from which it can be read again. A step knows its window and where reading continues
+   after it (`Step.next_reader_state`): whatever workers prefetch, a checkpoint continues after its last step.
 
-A stream -> steps -> this rank's micro-batches: what `batching` does for rows in memory, window by window.
+--stream_sharding by_row: every rank reads every row and tokenizes only its part of each step. Steps are those of any other number
+of ranks. by_file: every rank reads other files and takes its part of each step from them. Ranks whose files end first continue
+with texts of weight 0 until the last is done; before each step the ranks agree on how many rows it has.
 
-Two ways to share the work (--stream_sharding):
-by_row   every rank reads every row and encodes only its share of each step. Steps are those of any other number of ranks.
-by_file  every rank reads files of its own and takes its part of each step from them. Ranks that run out first go on with texts that count
-         nothing until the last is done; before each step the ranks agree on how many rows it has.
-
-Where a step's reading stands is in the step (`Step.after`), so that whatever workers read ahead, a checkpoint goes on behind its last step.
+A reader state is {"epoch", "window": its number in the epoch, "rows": of the epoch before it, "cursors": one per source group}; a
+loader's is {"window": that state, "step": in the window}, or {"over": state of the next epoch} at the end of a rank's files.
 """
 
+import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from functools import cache
+from typing import Any, NamedTuple
 
-import numpy as np
 import xxhash
+from accelerate import Accelerator
 from torch.utils.data import IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
 
-from bertdist.core.errors import BertdistError, DataError
+from bertdist.core.config import RunConfig, TrainConfig
+from bertdist.core.errors import BertdistError, ConfigError, DataError
 from bertdist.core.types import Array
 from bertdist.data.batch import Step
 from bertdist.data.columns import LabelValue
-from bertdist.data.records import Columns, Records, choose, join, records_of_piece
+from bertdist.data.records import (
+    ColumnNames,
+    Records,
+    choose_columns,
+    concat_records,
+    records_from_chunk,
+)
 from bertdist.data.sharding import (
-    MapLoader,
     Message,
     RankShard,
+    count_steps,
     epoch_order,
-    idle,
+    generator,
+    idle_batch,
     iterate_loader,
-    shares,
+    rows_per_source,
     steps_per_message,
 )
 from bertdist.data.source import (
+    STREAM_START,
+    DataSource,
     OnBadRow,
     ReaderState,
-    RowSource,
     SkippedRow,
     SkippedRows,
-    location_of,
 )
-from bertdist.data.tokenization import Examples, open_examples
+from bertdist.data.tokenization import TokenizedDataset, create_dataset
+from bertdist.distributed.collectives import (
+    all_reduce_sum,
+    gather_from_all_ranks,
+    host_group,
+    raise_on_all_ranks,
+)
 from bertdist.tasks.tasks import Task
-
-State = dict[
-    str, Any
-]  # {"epoch", "window": number in the epoch, "rows": of the epoch before it, "cursors": of the parts}
 
 HEAD_ROWS = 1_000
 
-EMPTY: State = {"epoch": 0, "window": 0, "rows": 0, "cursors": []}  # nothing was read yet
-
 
 class Window(NamedTuple):
-    """Some rows of a stream, in the order of reading; none where all of an epoch were left out."""
+    """Some rows of a stream, in the order of reading; none where all of an epoch were skipped."""
 
     records: Records
-    state: State  # reading again from here begins with exactly this window
-    after: State | None  # that of the next window; None: the epoch is over
-    next_epoch: State
-    bad: list[SkippedRow]  # rows that were left out
+    state: ReaderState  # reading from here begins with exactly this window
+    next_state: ReaderState | None  # that of the next window; None: the epoch is over
+    next_epoch_state: ReaderState
+    skipped_rows: list[SkippedRow]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,439 +83,515 @@ class Stream:
     """One split. It holds no rows and no open file: forked workers may share it."""
 
     name: str
-    parts: Sequence[Sequence[RowSource]]
-    asked: Columns  # the columns, found in the first source
+    source_groups: Sequence[Sequence[DataSource]]  # one per --train_file, each with its files
+    columns: ColumnNames  # chosen from the first source
     label_delimiter: str | None
     window_rows: (
-        int  # a multiple of the rows of a step, so that only an epoch's last step can be smaller
+        int  # a multiple of a step's rows, so that only an epoch's last step can be smaller
     )
     seed: int
-    weights: tuple[float, ...] = ()  # of the parts; none: every row once an epoch
+    weights: tuple[float, ...] = ()  # of the groups; none: every row once per epoch
     limit: int | None = None  # rows of an epoch at most
     on_bad_row: OnBadRow = "fail"
     max_bad_rows: int = 0
-    above: LabelValue | None = (
-        None  # with "skip": the first label of all; rows whose label is of another kind are left out
+    first_label: LabelValue | None = (
+        None  # with "skip": rows with a label of another kind are skipped
     )
-    guessed: tuple[str, ...] = ()  # see Records
+    format_notes: tuple[str, ...] = ()  # see Records
     first_row: int = 0  # number of the first row of an epoch
 
     @property
-    def sources(self) -> list[RowSource]:
-        """All of them, part by part."""
-        return [source for part in self.parts for source in part]
+    def sources(self) -> list[DataSource]:
+        """All of them, group by group."""
+        return [source for group in self.source_groups for source in group]
 
     @property
     def text_column(self) -> str:
         """Column of the text."""
-        assert self.asked.text is not None
-        return self.asked.text
+        assert self.columns.text is not None
+        return self.columns.text
 
     @property
     def pair_column(self) -> str | None:
         """Column of the second text."""
-        return self.asked.pair
+        return self.columns.pair
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the data change, or which of it is read."""
-        parts = [len(part) for part in self.parts] if self.weights else []
-        how = (self.asked, self.label_delimiter, self.limit, parts)
-        read = [*(source.fingerprint for source in self.sources), *map(repr, how)]
-        return xxhash.xxh3_128_hexdigest("\n".join(read).encode())
+        """Changes with the data, and with the settings that decide which of it is read."""
+        group_sizes = [len(group) for group in self.source_groups] if self.weights else []
+        settings = (self.columns, self.label_delimiter, self.limit, group_sizes)
+        parts = [*(source.fingerprint for source in self.sources), *map(repr, settings)]
+        return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
 
-    def records(
-        self, source: RowSource, place: ReaderState | None = None
-    ) -> Iterator[tuple[ReaderState, Records, list[SkippedRow]]]:
-        """The pieces of one source from a place on, checked: where each begins, its rows, those left out. Raises DataError."""
-        taken = choose(source, source.column_names(), self.asked)
-        for piece in source.chunks(taken.names(), place):
-            records, bad = records_of_piece(
-                source, piece, taken, self.label_delimiter, self.on_bad_row, self.above
+    def chunks(
+        self, source: DataSource, state: ReaderState | None = None
+    ) -> Iterator[tuple[ReaderState, Records]]:
+        """The rows of one source from a reader state on, checked: each chunk's state and its records. Raises DataError."""
+        names, header = source.column_names(), source.has_header
+        columns = choose_columns(source.name, names, self.columns, header)
+        for chunk in source.chunks(columns.names(), state):
+            yield (
+                chunk.state,
+                records_from_chunk(
+                    source.name,
+                    chunk,
+                    columns,
+                    has_header=header,
+                    label_delimiter=self.label_delimiter,
+                    features=source.features,
+                    on_bad_row=self.on_bad_row,
+                    first_label=self.first_label,
+                ),
             )
-            yield piece.place, records, bad
 
     def head(self) -> Records:
-        """The first rows, for what can be seen of a few. Raises DataError where there are none."""
+        """The first rows, at most HEAD_ROWS. Raises DataError where there are none."""
         skipped_rows = SkippedRows(self.on_bad_row, self.max_bad_rows)
         for source in self.sources:
-            for _, records, bad in self.records(source):
+            for _, records in self.chunks(source):
                 if len(records):
-                    return records.some(0, min(len(records), HEAD_ROWS))
-                skipped_rows.add(bad)
+                    return records.slice(0, min(len(records), HEAD_ROWS))
+                skipped_rows.add(records.skipped_rows)
         if first := skipped_rows.rows[:1]:
-            told = f"{location_of(first[0])}: {first[0].reason}"
             raise DataError(
-                f"{self.name} has no rows but {len(skipped_rows)} that cannot be read, the first of them {told}"
+                f"{self.name} has no rows but {len(skipped_rows)} that cannot be read, "
+                f"the first of them {first[0].location}: {first[0].reason}"
             )
         raise DataError(f"{self.name} has no rows.")
 
-    def settled(self) -> "Stream":
-        """The same, which also leaves out labels of another kind than the first one, wherever reading begins. Raises DataError."""
-        return (
-            self if self.on_bad_row == "fail" else replace(self, above=self.head().label_values[0])
-        )
+    def with_first_label(self) -> "Stream":
+        """With on_bad_row "skip": the same, with the first label of all, wherever reading begins. Raises DataError."""
+        if self.on_bad_row == "fail":
+            return self
+        return replace(self, first_label=self.head().label_values[0])
 
-    def windows(self, state: State | None = None) -> Iterator[Window]:
+    def windows(self, state: ReaderState | None = None) -> Iterator[Window]:
         """From a state to the end of its epoch. Raises DataError."""
-        state = state or EMPTY
+        state = state or STREAM_START
         epoch, number, rows = state["epoch"], state["window"], state["rows"]
-        parts = self.parts if self.weights else [self.sources]
-        cursors = state["cursors"] or [{"pass": 0 if self.weights else epoch}] * len(parts)
+        groups = self.source_groups if self.weights else [self.sources]
+        cursors = state["cursors"] or [{"pass": 0 if self.weights else epoch}] * len(groups)
         readers = [
-            _Reader(self, part, index, cursor)
-            for index, (part, cursor) in enumerate(zip(parts, cursors, strict=True))
+            _GroupReader(self, group, index, cursor)
+            for index, (group, cursor) in enumerate(zip(groups, cursors, strict=True))
         ]
         while True:
-            room = (
-                self.window_rows if self.limit is None else min(self.window_rows, self.limit - rows)
-            )
-            counts = (
-                shares(self.weights, room, self.seed, epoch, number) if self.weights else [room]
-            )
-            found = [
-                records
-                for reader, count in zip(readers, counts, strict=True)
-                for records in reader.take(count)
-            ]
-            bad = [row for reader in readers for row in reader.bad]
-            for reader in readers:
-                reader.bad.clear()
-            if not found:
+            size = self.window_rows
+            size = size if self.limit is None else min(size, self.limit - rows)
+            counts = [size]
+            if self.weights:
+                counts = rows_per_source(self.weights, size, self.seed, epoch, number)
+            reads = zip(readers, counts, strict=True)
+            parts = [records for reader, count in reads for records in reader.read(count)]
+            skipped = [row for reader in readers for row in reader.pop_skipped_rows()]
+            if not parts:
                 empty = [reader.empty for reader in readers if reader.empty is not None]
-                if bad and empty:
-                    yield Window(empty[0], state, None, {**EMPTY, "epoch": epoch + 1}, bad)
+                if skipped and empty:
+                    yield Window(
+                        empty[0], state, None, {**STREAM_START, "epoch": epoch + 1}, skipped
+                    )
                 return
-            records = replace(join(found, self.name), first_row=self.first_row + rows)
+            records = replace(concat_records(parts, self.name), first_row=self.first_row + rows)
             rows, number = rows + len(records), number + 1
             cursors = [reader.cursor for reader in readers]
-            following: State = {"epoch": epoch, "window": number, "rows": rows, "cursors": cursors}
-            next_epoch: State = {
-                "epoch": epoch + 1,
-                "window": 0,
-                "rows": 0,
-                "cursors": cursors if self.weights else [],
-            }
+            following = {"epoch": epoch, "window": number, "rows": rows, "cursors": cursors}
+            kept_cursors = cursors if self.weights else []
+            next_epoch = {**STREAM_START, "epoch": epoch + 1, "cursors": kept_cursors}
             ended = rows == self.limit or (not self.weights and readers[0].ended)
-            yield Window(records, state, None if ended else following, next_epoch, bad)
+            yield Window(records, state, None if ended else following, next_epoch, skipped)
             if ended:
                 return
             state = following
 
 
-class _Reader:
-    """The rows of one part, from a cursor on: {"pass": ..., "file": in the order of that pass, "place": of its piece, "skip": rows}."""
+class _GroupReader:
+    """The rows of one source group from a cursor on.
+
+    A cursor is {"pass", "file": in the order of that pass, "place": reader state of a chunk, "skip": rows of the chunk}.
+    """
 
     def __init__(
-        self, stream: Stream, sources: Sequence[RowSource], part: int, cursor: ReaderState
+        self, stream: Stream, sources: Sequence[DataSource], group: int, cursor: ReaderState
     ) -> None:
-        self.stream, self.sources, self.part = stream, sources, part
+        self.stream, self.sources, self.group = stream, sources, group
         self.number, self.file = cursor["pass"], cursor.get("file", 0)
         self.ended = False  # the pass is over
-        self.bad: list[SkippedRow] = []
-        self.empty: Records | None = None  # a piece of which all rows were left out
-        self._order = self._order_of_pass()
-        self._untouched: ReaderState | None = cursor
-        self._begin(cursor.get("place"))
+        self.empty: Records | None = None  # a chunk of which all rows were skipped
+        self._skipped_rows: list[SkippedRow] = []
+        self._order = self._file_order()
+        self._initial_cursor: ReaderState | None = cursor
+        self._open(cursor.get("place"))
         self._skip = cursor.get("skip", 0)
-        self._fill()
+        self._load_chunk()
 
     @property
     def cursor(self) -> ReaderState:
-        if (
-            self._untouched is not None
-        ):  # as it was given: a state must not depend on whether reading was interrupted there
-            return self._untouched
+        # Until a row is read, the initial one: a state must not depend on whether reading was interrupted there.
+        if self._initial_cursor is not None:
+            return self._initial_cursor
         if self.ended:
             return {"pass": self.number + 1}
-        return {"pass": self.number, "file": self.file, "place": self._place, "skip": self._skip}
+        return {"pass": self.number, "file": self.file, "place": self._state, "skip": self._skip}
 
-    def take(self, rows: int) -> list[Records]:
-        """The next rows; fewer at the end of the pass, unless parts have weights: then the next pass follows."""
-        taken: list[Records] = []
+    def read(self, rows: int) -> list[Records]:
+        """The next rows; fewer at the end of the pass, unless groups have weights: then the next pass follows."""
+        parts: list[Records] = []
         while rows:
             if self.ended:
                 if not self.stream.weights:
                     break
                 self._next_pass()
-            assert self._piece is not None
-            some = self._piece.some(self._skip, min(len(self._piece), self._skip + rows))
-            taken.append(some)
-            self._untouched = None
-            rows -= len(some)
-            self._skip += len(some)
-            self._fill()
-        return taken
+            assert self._chunk is not None
+            stop = min(len(self._chunk), self._skip + rows)
+            parts.append(self._chunk.slice(self._skip, stop))
+            self._initial_cursor = None
+            rows -= stop - self._skip
+            self._skip = stop
+            self._load_chunk()
+        return parts
+
+    def pop_skipped_rows(self) -> list[SkippedRow]:
+        """The rows skipped since the last call."""
+        rows, self._skipped_rows = self._skipped_rows, []
+        return rows
 
     def _next_pass(self) -> None:
         self.number, self.file, self.ended = self.number + 1, 0, False
-        self._order = self._order_of_pass()
-        self._begin(None)
-        self._fill()
+        self._order = self._file_order()
+        self._open(None)
+        self._load_chunk()
         if self.ended:
             raise DataError(f"{self.sources[0].name} has no rows.")
 
-    def _order_of_pass(self) -> list[int]:
-        if (
-            self.stream.limit is not None and not self.stream.weights
-        ):  # the first so many rows are the same in each pass
-            return list(range(len(self.sources)))
-        key = [self.stream.seed, self.number, 3, self.part]
-        order: list[int] = (
-            np.random.Generator(np.random.PCG64(key)).permutation(len(self.sources)).tolist()
-        )
-        return order
+    def _file_order(self) -> list[int]:
+        files = len(self.sources)
+        # With a limit, each pass has the same first rows.
+        if self.stream.limit is not None and not self.stream.weights:
+            return list(range(files))
+        order = generator(self.stream.seed, self.number, 3, self.group).permutation(files)
+        return [int(file) for file in order]
 
-    def _begin(self, place: ReaderState | None) -> None:
-        """Open the file whose turn it is, at a place."""
-        self._piece: Records | None = None
-        self._place, self._skip = place, 0
-        self._pieces = (
-            self.stream.records(self.sources[self._order[self.file]], place)
-            if self.file < len(self._order)
-            else iter(())
-        )
+    def _open(self, state: ReaderState | None) -> None:
+        """Open the current file at a reader state."""
+        self._chunk: Records | None = None
+        self._state, self._skip = state, 0
+        self._chunks: Iterator[tuple[ReaderState, Records]] = iter(())
+        if self.file < len(self._order):
+            self._chunks = self.stream.chunks(self.sources[self._order[self.file]], state)
 
-    def _fill(self) -> None:
-        """Have a row at hand, or know that the pass is over."""
-        while self._piece is None or self._skip >= len(self._piece):
-            found = next(self._pieces, None)
-            if found is not None:
-                place, records, bad = found
-                self.bad += bad
+    def _load_chunk(self) -> None:
+        """Have a row to read, or set `ended`."""
+        while self._chunk is None or self._skip >= len(self._chunk):
+            if (following := next(self._chunks, None)) is not None:
+                state, records = following
+                self._skipped_rows += records.skipped_rows
                 if not len(records):
                     self.empty = records
-                else:
-                    self._skip = (
-                        self._skip if self._piece is None else 0
-                    )  # of the first piece, what the cursor says
-                    self._piece, self._place = records, place
+                    continue
+                # In the first chunk, skip as many as the cursor says.
+                self._skip = self._skip if self._chunk is None else 0
+                self._chunk, self._state = replace(records, skipped_rows=()), state
             elif self.file + 1 < len(self.sources):
                 self.file += 1
-                self._begin(None)
+                self._open(None)
             else:
                 self.ended = True
                 return
 
 
-# This rank's step -> its rows over all ranks, and the rows that any of them left out; raises the error of any rank.
-Agree = Callable[[Step | BertdistError | None], tuple[int, tuple[SkippedRow, ...]]]
+# This rank's step -> its rows over all ranks, and the rows that any of them skipped. Raises the error of any rank.
+AgreeOnStep = Callable[[Step | BertdistError | None], tuple[int, tuple[SkippedRow, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamLoader:
-    """A stream in steps, as one rank sees it. It has no state: `steps` goes on from the place that a step gave."""
+    """A stream in steps, as one rank sees it. Stateless: `steps` continues from the reader state of a step."""
 
     stream: Stream  # with --stream_sharding by_file, of this rank's files
     task: Task
-    examples: Examples  # its first rows: what memory is measured with
+    dataset: TokenizedDataset  # the stream's first rows: memory is measured with them
     rows_per_step: int  # of all ranks; with --stream_sharding by_file, of this one
     tokens_per_micro_batch: int
     rank: int = 0
-    ranks: int = 1  # among which a step is dealt
+    ranks: int = 1  # over which a step's rows are balanced
     seed: int = 0
     workers: int = 0
     pin: bool = False
-    steps_per_epoch: int = 0  # 0: not known
-    agree: Agree | None = None  # with --stream_sharding by_file
+    steps_per_epoch: int = 0  # 0: unknown
+    agree: AgreeOnStep | None = None  # with --stream_sharding by_file
 
-    def steps(self, start: int, stop: int, place: ReaderState | None = None) -> Iterator[Step]:
-        """This rank's share of steps start, ..., stop - 1, counted over the whole run, from the place behind step start - 1.
+    def total_steps(self, run: RunConfig) -> int:
+        """Optimizer steps of the whole run."""
+        return count_steps(run, self.steps_per_epoch)
 
-        place: `after` of that step; None: the stream's begin. Raises DataError.
+    def steps(
+        self, start: int, stop: int, reader_state: ReaderState | None = None
+    ) -> Iterator[Step]:
+        """This rank's part of steps start, ..., stop - 1, counted over the whole run. Raises DataError.
+
+        reader_state: `next_reader_state` of step start - 1; None: the beginning of the stream.
         """
         if self.agree is None:
-            yield from iterate_loader(
-                _Shares(self, start, stop, place, one_epoch=False), self.workers, self.pin
-            )
+            messages = _Messages(self, start, stop, reader_state, one_epoch=False)
+            yield from iterate_loader(messages, self.workers, self.pin)
             return
-        place = place or {"window": EMPTY, "step": 0}
-        taken, passes = start, 0
+        state = reader_state or {"window": STREAM_START, "step": 0}
+        first, passes = start, 0
         while start < stop:
-            own = self._own(start, stop, place)
+            own_steps = self._steps_of_epoch(start, stop, state)
             while start < stop:
-                step = next(own, None)
-                if step is None and "window" in place:
-                    place = {
-                        "over": {**EMPTY, "epoch": place["window"]["epoch"] + 1}
-                    }  # this rank has no file at all
-                rows, bad = self.agree(step)
+                step = next(own_steps, None)
+                if step is None and "window" in state:  # this rank has no file at all
+                    state = {"over": {**STREAM_START, "epoch": state["window"]["epoch"] + 1}}
+                rows, skipped = self.agree(step)
                 if not rows:
                     break
                 assert not isinstance(step, BertdistError)
                 if step is None or not step.rows:
-                    after = place if step is None else step.after
                     step = Step(
-                        number=start, share=[idle(self.examples, 0)], rows=0, idle=True, after=after
+                        number=start,
+                        micro_batches=[idle_batch(self.dataset, 0)],
+                        rows=0,
+                        idle=True,
+                        next_reader_state=state if step is None else step.next_reader_state,
                     )
-                place = step.after
-                assert place is not None
-                yield replace(step, number=start, rows=rows, bad=bad)
+                assert step.next_reader_state is not None
+                state = step.next_reader_state
+                yield replace(step, number=start, rows=rows, skipped_rows=skipped)
                 start += 1
-            place = {"window": place["over"], "step": 0} if "over" in place else place
+            state = {"window": state["over"], "step": 0} if "over" in state else state
             passes += 1
-            if passes == 2 and start == taken:  # the same on all ranks
+            if passes == 2 and start == first:  # the same on all ranks
                 raise DataError(f"{self.stream.name} has no rows.")
 
-    def _own(self, start: int, stop: int, place: ReaderState) -> Iterator[Step | BertdistError]:
-        """The steps of this rank's files, to the end of the epoch, or to the error that ends them."""
+    def _steps_of_epoch(
+        self, start: int, stop: int, state: ReaderState
+    ) -> Iterator[Step | BertdistError]:
+        """The steps of this rank's files to the end of the epoch, or to an error, which is the last element."""
         try:
-            if "window" in place:
-                yield from iterate_loader(
-                    _Shares(self, start, stop, place, one_epoch=True), self.workers, self.pin
-                )
+            if "window" in state:
+                messages = _Messages(self, start, stop, state, one_epoch=True)
+                yield from iterate_loader(messages, self.workers, self.pin)
         except BertdistError as error:
             yield error
 
-    def where(self, rows: Sequence[int], place: ReaderState | None) -> list[str]:
-        """The file and line of each row of a step with this `place`: its window is read again. Else its number in the stream."""
-        told = [f"{self.stream.name} row {row - self.stream.first_row}" for row in rows]
+    def locations(self, rows: Sequence[int], window_state: ReaderState | None) -> list[str]:
+        """The file and line of each row of a step with this `window_state`: reads its window again. Else its number in the stream."""
         try:
-            window = next(self.stream.windows(place)).records if place and rows else None
-        except (
-            BertdistError,
-            OSError,
-            MemoryError,
-            StopIteration,
-        ):  # the data have changed since; the message that asks matters more
+            read_again = window_state is not None and len(rows) > 0
+            window = next(self.stream.windows(window_state)).records if read_again else None
+        except (BertdistError, OSError, MemoryError, StopIteration):
+            # The data have changed since; the message that needs the location matters more.
             window = None
         if window is None or not all(0 <= row - window.first_row < len(window) for row in rows):
-            return told
-        return [window.where(row - window.first_row) for row in rows]
+            return [f"{self.stream.name} row {row - self.stream.first_row}" for row in rows]
+        return [str(window.location(row - window.first_row)) for row in rows]
 
 
-AnyLoader: TypeAlias = MapLoader | StreamLoader
+class _PlannedStep(NamedTuple):
+    """A step's rows, before they are tokenized."""
 
-LoaderT = TypeVar("LoaderT", MapLoader, StreamLoader, AnyLoader)
+    number: int
+    shard: RankShard | None  # None: a rank whose files have skipped rows only
+    rows: Array  # of the window
+    window_state: ReaderState
+    next_reader_state: ReaderState
+    skipped_rows: tuple[SkippedRow, ...]
 
 
-class _Shares(IterableDataset[Message]):
-    """A pass over windows. With several workers each reads all of it, and encodes every so-manieth message."""
+class _Messages(IterableDataset[Message]):
+    """A pass over windows. With several workers each reads all of it, and tokenizes every n-th message."""
 
     def __init__(
         self,
-        batches: StreamLoader,
+        loader: StreamLoader,
         start: int,
         stop: int,
-        place: ReaderState | None,
+        state: ReaderState | None,
         *,
         one_epoch: bool,
     ) -> None:
-        self.batches, self.start, self.stop, self.place, self.one_epoch = (
-            batches,
-            start,
-            stop,
-            place,
-            one_epoch,
-        )
-        self.steps_per_message = (
-            steps_per_message(
-                batches.examples.records.lengths(), batches.rows_per_step, batches.ranks
-            )
-            if batches.workers
-            else 1
-        )
+        self.loader, self.start, self.stop = loader, start, stop
+        self.state, self.one_epoch = state or {"window": STREAM_START, "step": 0}, one_epoch
+        self.steps_per_message = 1
+        if loader.workers:
+            lengths = loader.dataset.records.lengths()
+            self.steps_per_message = steps_per_message(lengths, loader.rows_per_step, loader.ranks)
 
     def __iter__(self) -> Iterator[Message]:
         worker = get_worker_info()
-        mine, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         message: Message = []
         try:
-            for number, share, rows, place, after, bad in self._planned():
-                turn, last = divmod(number - self.start, self.steps_per_message)
-                if turn % workers == mine:
-                    step = (
-                        share.of(rows, number)
-                        if share
-                        else Step(number=number, share=[], rows=0, idle=True)
-                    )
-                    message.append(
-                        step
-                        if isinstance(step, BertdistError)
-                        else replace(step, place=place, after=after, bad=bad)
-                    )
-                    if last == self.steps_per_message - 1:
-                        yield message
-                        message = []
+            for planned in self._planned_steps():
+                turn, position = divmod(planned.number - self.start, self.steps_per_message)
+                if turn % workers != own:
+                    continue
+                message.append(self._step(planned))
+                if position == self.steps_per_message - 1:
+                    yield message
+                    message = []
         except BertdistError as error:
             message.append(error)
         if message:
             yield message
 
-    def _planned(
-        self,
-    ) -> Iterator[
-        tuple[int, RankShard | None, Array, ReaderState, ReaderState, tuple[SkippedRow, ...]]
-    ]:
-        """(number, examples of the window, its rows in the step, place of the window, of the next step, rows left out) of each step.
+    def _step(self, planned: _PlannedStep) -> Step | BertdistError:
+        number, shard, rows, window_state, next_reader_state, skipped_rows = planned
+        step: Step | BertdistError = Step(number=number, micro_batches=[], rows=0, idle=True)
+        if shard is not None:
+            step = shard.step(rows, number)
+        if isinstance(step, BertdistError):
+            return step
+        return replace(
+            step,
+            window_state=window_state,
+            next_reader_state=next_reader_state,
+            skipped_rows=skipped_rows,
+        )
 
-        Without examples: a rank whose files have no rows but those left out.
-        """
-        batches, number = self.batches, self.start
-        place = self.place or {"window": EMPTY, "step": 0}
-        size = batches.rows_per_step
+    def _planned_steps(self) -> Iterator[_PlannedStep]:
+        state, number, stream = self.state, self.start, self.loader.stream
         while number < self.stop:
-            first_step, next_epoch = place["step"], place["window"]
-            for window in batches.stream.windows(place["window"]):
-                if not len(
-                    window.records
-                ):  # all were left out, which this rank has yet to tell the others
-                    if self.one_epoch:
-                        yield (
-                            number,
-                            None,
-                            epoch_order(0, 0, 0),
-                            window.state,
-                            {"over": window.next_epoch},
-                            tuple(window.bad),
-                        )
-                    continue
-                share = self._share_of(window)
-                epoch, which, rows = (
-                    window.state["epoch"],
-                    window.state["window"],
-                    len(window.records),
-                )
-                order = epoch_order(rows, batches.seed, epoch, which)
-                bad, last_step, next_epoch = (
-                    tuple(window.bad),
-                    -(-rows // size) - 1,
-                    window.next_epoch,
-                )
-                for step in range(first_step, last_step + 1):
-                    after: ReaderState = {"window": window.state, "step": step + 1}
-                    if step == last_step:
-                        over = (
-                            {"over": next_epoch}
-                            if self.one_epoch
-                            else {"window": next_epoch, "step": 0}
-                        )
-                        after = (
-                            over if window.after is None else {"window": window.after, "step": 0}
-                        )
-                    yield (
-                        number,
-                        share,
-                        order[step * size : (step + 1) * size],
-                        window.state,
-                        after,
-                        bad,
-                    )
-                    number, bad = number + 1, ()
+            next_epoch = state["window"]
+            first_step = state["step"]
+            for window in stream.windows(state["window"]):
+                for planned in self._steps_of_window(window, number, first_step):
+                    yield planned
+                    number += planned.shard is not None
                     if number == self.stop:
                         return
-                first_step = 0
+                if len(window.records):
+                    first_step, next_epoch = 0, window.next_epoch_state
             if self.one_epoch:
                 return
-            if next_epoch is place["window"]:
-                raise DataError(f"{batches.stream.name} has no rows.")
-            place = {"window": next_epoch, "step": 0}
+            if next_epoch is state["window"]:
+                raise DataError(f"{stream.name} has no rows.")
+            state = {"window": next_epoch, "step": 0}
 
-    def _share_of(self, window: Window) -> RankShard:
-        b = self.batches
-        examples = open_examples(
-            window.records, b.examples.tokenizer, b.task, b.examples.max_length
+    def _steps_of_window(self, window: Window, number: int, first: int) -> Iterator[_PlannedStep]:
+        """The steps of a window from its step `first` on, which is step `number` of the run."""
+        next_epoch, skipped_rows = window.next_epoch_state, tuple(window.skipped_rows)
+        if not len(window.records):
+            if self.one_epoch:  # the other ranks have yet to learn of the skipped rows
+                over: ReaderState = {"over": next_epoch}
+                no_rows = epoch_order(0, 0, 0)
+                yield _PlannedStep(number, None, no_rows, window.state, over, skipped_rows)
+            return
+        loader, rows, size = self.loader, len(window.records), self.loader.rows_per_step
+        order = epoch_order(rows, loader.seed, window.state["epoch"], window.state["window"])
+        shard = self._shard(window)
+        last = -(-rows // size) - 1
+        for step in range(first, last + 1):
+            following: ReaderState = {"window": window.state, "step": step + 1}
+            if step == last and window.next_state is not None:
+                following = {"window": window.next_state, "step": 0}
+            elif step == last:
+                following = (
+                    {"over": next_epoch} if self.one_epoch else {"window": next_epoch, "step": 0}
+                )
+            rows_of_step = order[step * size : (step + 1) * size]
+            yield _PlannedStep(
+                number + step - first, shard, rows_of_step, window.state, following, skipped_rows
+            )
+            skipped_rows = ()
+
+    def _shard(self, window: Window) -> RankShard:
+        loader, records = self.loader, window.records
+        tokenizer, max_length = loader.dataset.tokenizer, loader.dataset.max_length
+        dataset = create_dataset(records, tokenizer, loader.task, max_length)
+        budget = loader.tokens_per_micro_batch
+        return RankShard(dataset, budget, loader.rank, loader.ranks, records.lengths())
+
+
+def create_stream_loader(
+    stream: Stream,
+    source_rows: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    config: TrainConfig,
+    settings: dict[str, Any],
+    accelerator: Accelerator,
+) -> StreamLoader:
+    """A stream in steps for this rank. Raises DataError and ConfigError.
+
+    source_rows: rows of each source, none where they were not counted. settings: of `loader_settings`.
+    """
+    size, seed = config.batch.train_batch_size, config.run.seed
+    dataset = create_dataset(stream.head(), tokenizer, task, config.model.max_length)
+    agree, steps = None, -(-sum(source_rows) // size)
+    if config.data.stream_sharding == "by_file":
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        _check_by_file(stream, size, ranks)
+        files = assign_files_to_ranks(stream, ranks)
+        sizes = [size // ranks + (other < size % ranks) for other in range(ranks)]
+        if source_rows:
+            rows = [sum(source_rows[file] for file in of_rank) for of_rank in files]
+            steps = max(-(-rows[other] // sizes[other]) for other in range(ranks))
+        own = tuple(stream.sources[file] for file in files[rank])
+        stream = replace(stream, source_groups=(own,), first_row=rank << 40)
+        agree, size = agree_on_steps(accelerator), sizes[rank]
+        settings = {**settings, "rank": 0, "ranks": 1}
+    stream = replace(stream, window_rows=-(-stream.window_rows // size) * size)
+    return StreamLoader(
+        stream=stream,
+        task=task,
+        dataset=dataset,
+        rows_per_step=size,
+        seed=seed,
+        steps_per_epoch=steps,
+        agree=agree,
+        **settings,
+    )
+
+
+def _check_by_file(stream: Stream, rows_per_step: int, ranks: int) -> None:
+    """Raises ConfigError where a rank would have no rows in a step."""
+    by_row = "--stream_sharding by_row takes any number."
+    if rows_per_step < ranks:
+        raise ConfigError(
+            f"--train_batch_size is {rows_per_step}, and there are {ranks} processes, each of which "
+            f"reads other files (--stream_sharding by_file); expected at least one row each. {by_row}"
         )
-        return RankShard(
-            examples, b.tokens_per_micro_batch, b.rank, b.ranks, window.records.lengths()
+    if (sources := len(stream.sources)) < ranks:
+        raise ConfigError(
+            f"{stream.name}: {sources} source(s) for {ranks} processes, each of which reads other files "
+            f"(--stream_sharding by_file); expected at least one each, or steps lack the rows of those "
+            f"without. {by_row}"
         )
+
+
+def assign_files_to_ranks(stream: Stream, ranks: int) -> list[list[int]]:
+    """Which sources each rank reads (--stream_sharding by_file): largest first, to the rank with the fewest bytes."""
+    sizes = [source.bytes for source in stream.sources]
+    known = [size for size in sizes if size is not None]
+    mean = sum(known) // max(1, len(known))
+    loads = [mean if size is None else size for size in sizes]
+    files: list[list[int]] = [[] for _ in range(ranks)]
+    heap = [(0, 0, rank) for rank in range(ranks)]  # (bytes, files, rank)
+    for source in sorted(range(len(loads)), key=lambda number: (-loads[number], number)):
+        load, count, rank = heap[0]
+        files[rank].append(source)
+        heapq.heapreplace(heap, (load + loads[source], count + 1, rank))
+    return [sorted(of_rank) for of_rank in files]
+
+
+def agree_on_steps(accelerator: Accelerator) -> AgreeOnStep:
+    """How ranks that read other files agree on a step: its rows over all ranks, and the rows any of them skipped.
+
+    A collective at every call.
+    """
+    group = cache(lambda: host_group(accelerator))
+
+    def agree(step: Step | BertdistError | None) -> tuple[int, tuple[SkippedRow, ...]]:
+        own_rows, skipped = (step.rows, step.skipped_rows) if isinstance(step, Step) else (0, ())
+        counts = [own_rows, int(isinstance(step, BertdistError)), len(skipped)]
+        rows, failures, num_skipped = all_reduce_sum(accelerator, counts, group())
+        if failures:
+            with raise_on_all_ranks(accelerator):
+                if isinstance(step, BertdistError):
+                    raise step
+        return rows, tuple(gather_from_all_ranks(accelerator, skipped) if num_skipped else ())
+
+    return agree

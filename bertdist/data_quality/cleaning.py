@@ -147,7 +147,7 @@ def _changes_as_jsonl(
     """One JSON line per row that was dropped or changed, in row order."""
     rows = sorted({*np.flatnonzero(reason != "").tolist(), *before})
     lines = []
-    for row, location in row_locations(records.where, rows, len(records)).items():
+    for row, location in row_locations(records.location, rows, len(records)).items():
         line = int(location.rsplit(" line ", 1)[1]) if " line " in location else None
         entry: dict[str, Any] = {"file": records.name, "line": line, "row": row}
         if row in before:

@@ -2,7 +2,7 @@
 
 `dry_run` shows the findings on the data, one line each, the steps, what each rank gets, real tokens
 and the padding saved, and an estimate of memory. Everything is computed by training's own functions
-(`epoch_order`, `balance_by_length`, `open_examples`, the task).
+(`epoch_order`, `balance_by_length`, `create_dataset`, the task).
 
 The memory estimate, in bytes (https://arxiv.org/abs/2205.05198 section 4.1, without what attention
 over short texts need not keep):
@@ -28,7 +28,7 @@ from bertdist.core.terminal import process_rank, show, show_table
 from bertdist.core.types import Array
 from bertdist.data.sharding import balance_by_length, epoch_order
 from bertdist.data.stats import create_task, label_stats_of
-from bertdist.data.tokenization import load_tokenizer, open_examples
+from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.data_quality.findings import counts, percent, summary
 from bertdist.data_quality.length_checks import Lengths
 from bertdist.data_quality.report import DataReport, check_data
@@ -81,7 +81,7 @@ def dry_run(config: TrainConfig) -> int:
     train = report.splits["train"]
     task = create_task(config.task, label_stats_of(train), pretrained_labels(settings))
     for records in report.splits.values():
-        open_examples(records, tokenizer, task, config.model.max_length)
+        create_dataset(records, tokenizer, task, config.model.max_length)
     _show_steps(config, report, task)
     _show_ranks(config, report, world_size)
     memory = estimate_memory(settings, task, config)

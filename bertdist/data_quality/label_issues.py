@@ -29,7 +29,6 @@ issue: whether the label is a likely error. All ranks predict, rank 0 ranks and 
 """
 
 import os
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -52,9 +51,9 @@ from bertdist.core.terminal import excerpt
 from bertdist.core.types import Array
 from bertdist.data.loading import load_records
 from bertdist.data.records import Records
-from bertdist.data.source import Kept, Placed, SkippedRows
+from bertdist.data.source import SkippedRows, select_locations
 from bertdist.data.stats import create_task, label_stats_of
-from bertdist.data.tokenization import open_examples
+from bertdist.data.tokenization import create_dataset
 from bertdist.data_quality.config import DEFAULT_RANKING, RANKINGS, LabelIssueConfig
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import check_world, create_accelerator
@@ -170,7 +169,7 @@ def _predict_with_model(
             text, pair = map(predictor.metadata.get, ("text_column", "text_pair_column"))
             data = replace(data, text_column=text, text_pair_column=pair)
         records = _load_rows(data, "", log)  # --output_dir is refused with --model
-        examples = open_examples(records, predictor.tokenizer, task, predictor.max_length)
+        examples = create_dataset(records, predictor.tokenizer, task, predictor.max_length)
     log.say(f"{config.model} checks the labels of {len(records):,} rows of {records.name}.")
     log.say("It misses label errors in rows that it was trained on; for those use --folds.")
     logits = predictor.predict_logits(select_rows(records, np.arange(len(records))))
@@ -207,11 +206,11 @@ def _predict_by_folds(
 
 def _load_rows(data: DataConfig, output_dir: str, log: RunLogger) -> Records:
     records = load_records(data, "train")
-    if records.bad:  # --on_bad_row skip
+    if records.skipped_rows:  # --on_bad_row skip
         path = Path(output_dir) / "bad_rows.jsonl" if output_dir and log.enabled else None
-        SkippedRows(data.on_bad_row, data.max_bad_rows, path).take(records.bad)
+        SkippedRows(data.on_bad_row, data.max_bad_rows, path).add_and_write(records.skipped_rows)
         see = f", see {path}" if path else ""
-        rows = f"{len(records.bad):,} row{'s' * (len(records.bad) != 1)}"
+        rows = f"{len(records.skipped_rows):,} row{'s' * (len(records.skipped_rows) != 1)}"
         log.say(f"Skipped {rows} that cannot be read{see}.")
     return records
 
@@ -337,11 +336,16 @@ def select_rows(records: Records, rows: Array) -> Records:
     texts, pairs = (
         None if column is None else column.take(rows) for column in (records.texts, records.pairs)
     )
-    source = Placed(records.name, False, ((0, Kept(records.where, rows), 0),))
+    location = select_locations(records.location, rows)
     unlabeled = replace(
-        records, label_kind=None, label_values=[], label_codes=None, parts=(), bad=()
+        records,
+        label_kind=None,
+        label_values=[],
+        label_codes=None,
+        rows_per_file=(),
+        skipped_rows=(),
     )
-    return replace(unlabeled, source=source, texts=texts, pairs=pairs, fingerprint="")
+    return replace(unlabeled, location=location, texts=texts, pairs=pairs, fingerprint="")
 
 
 def _fold_config(config: TrainConfig, folder: Path, task: Task, records: Records) -> TrainConfig:
@@ -510,13 +514,11 @@ def label_issue_entries(
 ) -> Iterator[dict[str, Any]]:
     """One dict per row, lowest label quality first; arrays in the form of the task."""
     for row in map(int, ranking.order):
-        location = records.where(row)
-        match = re.fullmatch(r"(.*) (?:line (\d+)|row \d+)", location, flags=re.DOTALL)
-        assert match is not None, location
+        location = records.location(row)
         yield {
             "row": row,
-            "file": match[1],
-            "line": int(match[2]) if match[2] else None,
+            "file": location.file,
+            "line": location.line,
             "label": task.label(targets[row]),
             "suggested": task.label(predictions[row]),
             **_probability(targets[row], predictions[row], probabilities[row]),

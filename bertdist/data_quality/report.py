@@ -18,11 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import BertdistError, DataError
 from bertdist.core.terminal import excerpt
-from bertdist.core.types import LocateRow
-from bertdist.data.loading import load_records, open_texts
+from bertdist.data.loading import load_records, load_texts
 from bertdist.data.readers.file_reader import inspect_file, open_file
 from bertdist.data.records import Records
-from bertdist.data.source import location_of
+from bertdist.data.source import LocateRow, RowLocation
 from bertdist.data_quality.duplicates import (
     TextGroups,
     check_duplicates,
@@ -176,7 +175,7 @@ def load_all_splits(
     except BertdistError as error:
         train = splits["train"]
         try:
-            splits["test"] = test = open_texts(
+            splits["test"] = test = load_texts(
                 test_file,
                 text_column=train.text_column,
                 text_pair_column=train.pair_column,
@@ -226,7 +225,7 @@ def _table_paths(data: DataConfig, test_file: str | None) -> dict[str, str | Non
 
 def _skipped_rows(build: FindingBuilder, records: Records, limit: int) -> list[Finding]:
     """Rows that were skipped (--on_bad_row skip): how many, and why."""
-    bad = records.bad
+    bad = records.skipped_rows
     if not bad:
         return []
     # Without the part of a reason that differs from row to row.
@@ -240,7 +239,7 @@ def _skipped_rows(build: FindingBuilder, records: Records, limit: int) -> list[F
         advice += f"; training fails at more than {limit:,} (--max_bad_rows)"
     examples = []
     for row in bad[: build.num_examples]:
-        note = f"{location_of(row)}: {row.reason}"
+        note = f"{row.location}: {row.reason}"
         examples.append(Example(split=build.split, row=-1, text=excerpt(row.text), note=note))
     return [
         build(
@@ -267,6 +266,7 @@ def row_locations(where: LocateRow, rows: Iterable[int], num_rows: int) -> dict[
     """
     wanted = sorted(set(rows))
     locations: dict[int, str] = {}
+    found: dict[int, RowLocation] = {}
     calls_left = max(8, MAX_ROWS_READ // max(1, num_rows))
 
     def find(row: int) -> tuple[str, int] | None:
@@ -274,9 +274,10 @@ def row_locations(where: LocateRow, rows: Iterable[int], num_rows: int) -> dict[
         nonlocal calls_left
         if row not in locations:
             calls_left -= 1
-            locations[row] = where(row)
-        match = re.fullmatch(r"(.*) line (\d+)", locations[row], flags=re.DOTALL)
-        return (match[1], int(match[2])) if match else None
+            found[row] = where(row)
+            locations[row] = str(found[row])
+        file, line, _ = found[row]
+        return None if line is None else (file, line)
 
     def fill(low: int, high: int) -> None:
         between = [row for row in wanted if low < row < high]
@@ -313,7 +314,7 @@ def locate_examples(
     locations: dict[tuple[str, int], str] = {}
     for name, records in splits.items():
         rows = [row for split, row in shown if split == name and row >= 0]
-        for row, location in row_locations(records.where, rows, len(records)).items():
+        for row, location in row_locations(records.location, rows, len(records)).items():
             locations[name, row] = location
     return locations
 

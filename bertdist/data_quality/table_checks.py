@@ -14,14 +14,14 @@ from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
 from bertdist.core.terminal import excerpt
 from bertdist.data.readers.file_reader import inspect_file, open_file
-from bertdist.data.records import LABEL_COLUMNS, PAIRS, TEXT_COLUMNS, Records
+from bertdist.data.records import LABEL_COLUMNS, TEXT_COLUMNS, TEXT_PAIR_COLUMNS, Records
 from bertdist.data_quality.findings import Finding, FindingBuilder, Rows
 from bertdist.data_quality.label_checks import SplitLabels
 
 HEADER_WORDS = {
     *TEXT_COLUMNS,
     *LABEL_COLUMNS,
-    *(name for pair in PAIRS for name in pair),
+    *(name for pair in TEXT_PAIR_COLUMNS for name in pair),
     *("text_a", "text_b", "id", "idx", "index", "qid"),
 }
 MIN_ROWS = 20  # of a table whose columns may be called swapped
@@ -38,7 +38,7 @@ def check_table(
 ) -> list[Finding]:
     """All findings on the table of one split. path: its file, None unless it is one local file."""
     findings: list[Finding] = []
-    kind = getattr(getattr(records.source, "form", None), "kind", "")
+    kind = getattr(records.file, "kind", "")
     if kind in ("csv", "tsv"):
         findings += _check_quotes(build, records, train)
         if path is not None and not data.column_names:
@@ -51,7 +51,7 @@ def check_table(
 
 def _check_quotes(build: FindingBuilder, records: Records, train: SplitLabels) -> list[Finding]:
     texts, findings = records.texts, []
-    form = getattr(records.source, "form", None)
+    form = records.file
     delimiter, quoted = str(getattr(form, "delimiter", ",")), bool(getattr(form, "quoted", False))
     train_names = {name for names in train.names for name in names}
     swallowed: dict[int, str] = {}
@@ -195,7 +195,7 @@ def _check_swapped(
 
 
 def _check_header(build: FindingBuilder, records: Records, labels: SplitLabels) -> list[Finding]:
-    if records.source.has_header:
+    if records.has_header:
         names = {name for names in labels.names for name in names}
         label_like = records.label_column is not None and records.label_column in names
         if not label_like and len(records.text_column.split()) < SENTENCE_WORDS:

@@ -57,6 +57,12 @@ def broadcast_from_rank0(accelerator: Accelerator, value: T | None) -> T:
     return values[0]  # type: ignore[return-value]  # rank 0 passes a T
 
 
+def gather_from_all_ranks(accelerator: Accelerator, values: Sequence[T]) -> list[T]:
+    """The values of all ranks, rank by rank. A collective."""
+    own = list(values)
+    return own if accelerator.num_processes == 1 else gather_object(own)
+
+
 def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
     """A gloo group for collectives in host memory, which wait for no GPU.
 

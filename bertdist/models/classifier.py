@@ -227,9 +227,10 @@ def load_classifier(
         config = ModelConfig(model_name_or_path="google-bert/bert-base-uncased")
         task = SingleLabel(("negative", "positive"))
         classifier, notes = load_classifier(config, task)
-        examples = open_examples(records_of(["good", "bad"]), load_tokenizer(config), None, 128)
+        rows, tokenizer = records_from_texts(["good", "bad"]), load_tokenizer(config)
+        dataset = create_dataset(rows, tokenizer, None, 128)
         seed_dropout(seed=42, step=0, rank=0)  # before every step: masks are a function of these
-        logits = classifier.train()(collate(examples[[0, 1]]))  # (2, 2)
+        logits = classifier.train()(collate(dataset[[0, 1]]))  # (2, 2)
         loss = task.loss(logits, torch.tensor([1, 0]), torch.ones(2)) / 2
 
     config: name or folder, revision, dropout, gradient_checkpointing; max_length in tokens is

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
@@ -16,10 +16,12 @@ from transformers import PreTrainedTokenizerBase
 from bertdist.core.atomic_io import atomic_write, recover, to_json, write_folder
 from bertdist.core.config import RunConfig, TrainConfig
 from bertdist.data.records import Records
-from bertdist.data.streaming import Stream
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.models.classifier import Classifier, save_classifier
 from bertdist.training.checkpoint import TrainState
+
+if TYPE_CHECKING:  # --streaming only
+    from bertdist.data.streaming import Stream
 
 
 def improvement(score: float, best: float | None) -> float:
@@ -53,7 +55,7 @@ class BestModel:
         self,
         config: TrainConfig,
         tokenizer: PreTrainedTokenizerBase,
-        rows: Records | Stream,
+        rows: "Records | Stream",
         accelerator: Accelerator,
     ) -> None:
         """rows: the training rows. Their column names and --max_length are saved too, for `Predictor`."""

@@ -41,8 +41,7 @@ from bertdist.core.atomic_io import (
 )
 from bertdist.core.errors import CheckpointError
 from bertdist.data.batch import Step
-from bertdist.data.source import ReaderState
-from bertdist.data.streaming import EMPTY
+from bertdist.data.source import STREAM_START, ReaderState
 from bertdist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from bertdist.training.resume_check import (
     RESETS_BEST,
@@ -86,7 +85,11 @@ class TrainState:
 
     def advance(self, step: Step, loss: Tensor) -> None:
         """Count one more optimizer step. loss: () this rank's loss sum, which stays on the device until `gather_losses`."""
-        self.step, self.rows, self.reader_state = step.number + 1, self.rows + step.rows, step.after
+        self.step, self.rows, self.reader_state = (
+            step.number + 1,
+            self.rows + step.rows,
+            step.next_reader_state,
+        )
         self.unlogged_steps.append([0.0, float(step.rows)])
         self._losses.append(loss)
 
@@ -324,9 +327,9 @@ def apply_changes(state: TrainState, changes: list[Change]) -> TrainState:
     if "training_rows" in before and (reader := state.reader_state):
         # A position within other bytes means nothing: start the epoch again.
         if "over" in reader:
-            reader = {"over": {**EMPTY, "epoch": reader["over"]["epoch"]}}
+            reader = {"over": {**STREAM_START, "epoch": reader["over"]["epoch"]}}
         else:
-            reader = {"window": {**EMPTY, "epoch": reader["window"]["epoch"]}, "step": 0}
+            reader = {"window": {**STREAM_START, "epoch": reader["window"]["epoch"]}, "step": 0}
         state = replace(state, reader_state=reader)
     if before.get("total_steps") == state.step:  # it had finished, and has more steps now
         state = replace(state, finished=False)

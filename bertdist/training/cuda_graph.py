@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from bertdist.core.types import Array
 from bertdist.data.batch import PackedBatch, Step, collate
-from bertdist.data.sharding import MapLoader
+from bertdist.data.loader import MapLoader
 from bertdist.data.tokenization import Example
 from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.classifier import Classifier
@@ -74,9 +74,9 @@ class Budget:
 
     def fill(self, step: Step) -> PackedBatch | None:
         """The step's micro-batch in this shape; None where it does not fit."""
-        if len(step.share) != 1 or step.rows != self.rows:
+        if len(step.micro_batches) != 1 or step.rows != self.rows:
             return None
-        return pad_batch(step.share[0], self.tokens, self.texts, self.max_length)
+        return pad_batch(step.micro_batches[0], self.tokens, self.texts, self.max_length)
 
     def blank(self, like: PackedBatch) -> PackedBatch:
         """A batch in this shape, of texts that count nothing, on the same device and with targets of the same kind.
@@ -100,9 +100,9 @@ def choose_budget(loader: MapLoader, max_length: int) -> Budget | None:
     """A shape that nearly every step fits in, a function of rows and seed alone; None if steps have several micro-batches."""
     loader = replace(loader, workers=0, pin=False)
     steps = list(loader.steps(0, min(STEPS, loader.steps_per_epoch)))
-    if any(len(step.share) > 1 for step in steps):
+    if any(len(step.micro_batches) > 1 for step in steps):
         return None
-    most = max(len(step.share[0].ids) for step in steps)
+    most = max(len(step.micro_batches[0].ids) for step in steps)
     # Enough for a step of very few tokens, each of one token at least.
     pads = most // max_length + 2
     return Budget(
@@ -201,7 +201,7 @@ class _OneMicroBatch:
     def accumulate_gradients(
         self, model: nn.Module, step: Step, backward: Callable[[PackedBatch, bool], Tensor]
     ) -> Tensor:
-        return backward(step.share[0], True)
+        return backward(step.micro_batches[0], True)
 
 
 class GraphedStep:
@@ -224,7 +224,7 @@ class GraphedStep:
         """See train.train_step."""
         batch = self.budget.fill(step) if optimizer.state and not self._failed else None
         if batch is not None and self._replay is None:
-            self._prepare(model, optimizer, replace(step, share=[batch]), rest)
+            self._prepare(model, optimizer, replace(step, micro_batches=[batch]), rest)
         if batch is None or self._replay is None:
             return self.train_step(model, optimizer, step, *rest)
         return self._replay_step(batch, optimizer)
@@ -244,7 +244,7 @@ class GraphedStep:
 
     def _prepare(self, model: nn.Module, optimizer: Any, step: Step, rest: tuple[Any, ...]) -> None:
         """Capture, and try a replay of the filled-up step; leaves weights, optimizer and random numbers as they were."""
-        batch = step.share[0]
+        batch = step.micro_batches[0]
         device, rest = batch.ids.device, (_OneMicroBatch(rest[0]), *rest[1:])
         self._batch = self.budget.blank(batch)
         self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
@@ -256,7 +256,9 @@ class GraphedStep:
                     lr=rate,
                     capturable=device.type == "cuda" and torch.cuda.is_current_stream_capturing(),
                 )
-            return self.train_step(model, optimizer, replace(step, share=[self._batch]), *rest)
+            return self.train_step(
+                model, optimizer, replace(step, micro_batches=[self._batch]), *rest
+            )
 
         try:
             eager, change = _run_and_restore(

@@ -10,7 +10,7 @@
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,8 +23,9 @@ from bertdist.core.config import TaskConfig, TrainConfig
 from bertdist.core.errors import BertdistError, ConfigError, did_you_mean
 from bertdist.core.types import Array
 from bertdist.data.batch import PackedBatch
-from bertdist.data.sharding import MapLoader
-from bertdist.data.tokenization import Examples
+from bertdist.data.loader import MapLoader
+from bertdist.data.source import LocateRow
+from bertdist.data.tokenization import TokenizedDataset
 from bertdist.distributed.collectives import (
     all_reduce_sum,
     broadcast_from_rank0,
@@ -111,7 +112,7 @@ class Evaluator:
         if evaluation is None:
             return None
         if evaluation.nonfinite_rows:
-            self._report_nonfinite(evaluation.nonfinite_rows, self.loader.examples, state.step)
+            self._report_nonfinite(evaluation.nonfinite_rows, self.loader.dataset, state.step)
         self.log.log_eval(state.step, epoch, evaluation.scores)
         gain = improvement(evaluation.selection_score, state.best_score)
         if gain > 0:
@@ -124,9 +125,11 @@ class Evaluator:
         """The saved evaluation of the best weights (evaluation.json); None if there is none, and on other ranks."""
         return self.best_model.report() if self.best_model is not None else None
 
-    def _report_nonfinite(self, rows: tuple[int, ...], examples: Examples, step: int) -> None:
+    def _report_nonfinite(
+        self, rows: tuple[int, ...], examples: TokenizedDataset, step: int
+    ) -> None:
         assert self.log is not None
-        report = describe_nonfinite_rows(rows, len(examples), examples.records.where)
+        report = describe_nonfinite_rows(rows, len(examples), examples.records.location)
         message = f"Evaluation after step {step}: {report}"
         if self.on_nan == "stop":
             raise nonfinite_error(f"{message} To continue without its scores: --on_nan skip.")
@@ -214,7 +217,7 @@ def predict_rows(
 
     def share() -> Iterator[PackedBatch]:
         for step in loader.steps(0, loader.steps_per_epoch):
-            for batch in step.share:
+            for batch in step.micro_batches:
                 if batch.rows[0] >= 0 and not stop_here():  # -1: an idle rank's text
                     yield batch
             agree(False)
@@ -236,7 +239,7 @@ def predict_rows(
                 agree(True)
             raise
     model.train(was_training)
-    return None if stopped else _in_row_order(rows, logits, len(loader.examples), accelerator)
+    return None if stopped else _in_row_order(rows, logits, len(loader.dataset), accelerator)
 
 
 def _in_row_order(
@@ -282,7 +285,7 @@ def evaluate_split(
     logits = predict_rows(model, loader, accelerator, stop)
     if logits is None:
         return None
-    mine = scorer.score(logits, loader.examples.targets) if scorer is not None else None
+    mine = scorer.score(logits, loader.dataset.targets) if scorer is not None else None
     shared = (mine.scores, mine.selection_score) if mine is not None else None
     scores, selection_score = broadcast_from_rank0(accelerator, shared)
     evaluation = mine or Evaluation(scores=scores, selection_score=selection_score)
@@ -294,9 +297,9 @@ def nonfinite_rows(logits: Tensor) -> tuple[int, ...]:
     return tuple(torch.nonzero(~torch.isfinite(logits).all(-1))[:, 0].tolist())
 
 
-def describe_nonfinite_rows(rows: tuple[int, ...], total: int, where: Callable[[int], str]) -> str:
+def describe_nonfinite_rows(rows: tuple[int, ...], total: int, where: LocateRow) -> str:
     """A message: for which rows logits are not finite, and why that may be. where: row -> its file and line."""
     more = ", and more" if len(rows) > SHOWN_ROWS else ""
-    first = ", ".join(map(where, rows[:SHOWN_ROWS])) + more
+    first = ", ".join(str(where(row)) for row in rows[:SHOWN_ROWS]) + more
     why = "Its weights are broken, or the precision is too small for it (--mixed_precision no)."
     return f"the model gives NaN or Inf for {len(rows):,} of {total:,} rows: {first}. {why}"

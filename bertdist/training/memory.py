@@ -26,9 +26,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from bertdist.core.errors import DataError
 from bertdist.data.batch import PackedBatch, collate, split_batch
-from bertdist.data.sharding import DEFAULT_TOKEN_BUDGET
+from bertdist.data.loader import DEFAULT_TOKEN_BUDGET, Loader
 from bertdist.data.source import ReaderState
-from bertdist.data.streaming import AnyLoader
 
 MAX_TOKENS = {"cuda": 65_536}  # where a larger micro-batch is no faster; other devices: PLENTY
 
@@ -50,7 +49,7 @@ _OUT_OF_MEMORY = (
 def compute_in_micro_batches(
     compute: Callable[[PackedBatch], Tensor],
     micro_batches: Iterable[PackedBatch],
-    batches: AnyLoader,
+    batches: Loader,
 ) -> Iterator[tuple[PackedBatch, Tensor]]:
     """(micro-batch, compute(micro-batch)) of each; those that do not fit, and all that come after, in halves.
 
@@ -77,7 +76,7 @@ def compute_in_micro_batches(
 
 def find_tokens(
     compute: Callable[[PackedBatch], Tensor],
-    batches: AnyLoader,
+    batches: Loader,
     device: torch.device,
     needed: int = 0,
 ) -> int:
@@ -90,12 +89,12 @@ def find_tokens(
         MAX_TOKENS.get(device.type, DEFAULT_TOKEN_BUDGET),
         max(
             DEFAULT_TOKEN_BUDGET,
-            power_of_two(2 * batches.rows_per_step * batches.examples.max_length - 1),
+            power_of_two(2 * batches.rows_per_step * batches.dataset.max_length - 1),
         ),
     )
     budget = int(FREE_SHARE.get(device.type, 0.5) * (free_bytes(device) - needed))
-    longest = batches.examples.max_length
-    (example,) = batches.examples[[0]]
+    longest = batches.dataset.max_length
+    (example,) = batches.dataset[[0]]
 
     def probe(texts: int, length: int) -> PackedBatch:
         ids = (example.ids * length)[:length]
@@ -267,11 +266,11 @@ def power_of_two(number: int) -> int:
 
 
 def text_too_long(
-    batch: PackedBatch, reason: str, batches: AnyLoader, place: ReaderState | None, cure: str = ""
+    batch: PackedBatch, reason: str, batches: Loader, place: ReaderState | None, cure: str = ""
 ) -> DataError:
     """What to say of a text that does not fit alone. place: that of its step."""
-    row, limit = int(batch.rows[0]), batches.examples.max_length
-    where = batches.where([row], place)[0] if row >= 0 else "A rank without rows"
+    row, limit = int(batch.rows[0]), batches.dataset.max_length
+    where = batches.locations([row], place)[0] if row >= 0 else "A rank without rows"
     return DataError(
         f"{where}: a text of {batch.lengths[0]} tokens (--max_length {limit}) does not fit into memory, not even alone ({reason}). "
         f"Take a smaller --max_length, {cure}or more memory."

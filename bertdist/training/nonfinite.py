@@ -43,8 +43,8 @@ from bertdist.core.atomic_io import atomic_write
 from bertdist.core.config import RunConfig
 from bertdist.core.errors import NonFiniteError
 from bertdist.data.batch import PackedBatch, Step, split_batch
+from bertdist.data.loader import Loader
 from bertdist.data.source import excerpt
-from bertdist.data.streaming import AnyLoader
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.models.cpu_layers import zero_grad
 from bertdist.models.dropout import seed_dropout
@@ -104,7 +104,7 @@ class NonFiniteGuard:
         self,
         run: RunConfig,
         model: nn.Module,
-        batches: AnyLoader,
+        batches: Loader,
         task: Task,
         accelerator: Accelerator,
         state: TrainState,
@@ -181,7 +181,7 @@ class NonFiniteGuard:
         """Rows of all ranks whose loss or gradient is not finite, in row order. A collective."""
         seed_dropout(self.run.seed, step.number, self.accelerator.process_index)
         rows: list[dict[str, Any]] = []
-        for batch in () if step.idle else split_batch(step.share, 1):  # one text each
+        for batch in () if step.idle else split_batch(step.micro_batches, 1):  # one text each
             batch = batch.to(self.accelerator.device)
             loss = self._loss(batch)
             loss.backward()
@@ -189,9 +189,9 @@ class NonFiniteGuard:
             numbers = {"loss": loss.item(), "grad_norm": nn.utils.get_total_norm(grads).item()}
             self._clear_gradients()
             if not all(map(math.isfinite, numbers.values())):
-                text = excerpt(str(self.batches.examples.tokenizer.decode(batch.ids)))
+                text = excerpt(str(self.batches.dataset.tokenizer.decode(batch.ids)))
                 rows.append({"row": int(batch.rows[0]), "where": "", "text": text, **numbers})
-        locations = self.batches.where([row["row"] for row in rows], step.place)
+        locations = self.batches.locations([row["row"] for row in rows], step.window_state)
         for row, location in zip(rows, locations, strict=True):
             row["where"] = location
         gathered = gather_object(rows) if self.accelerator.num_processes > 1 else rows
@@ -204,7 +204,7 @@ class NonFiniteGuard:
         """
         seed_dropout(self.run.seed, step.number, self.accelerator.process_index)
         anomaly: Anomaly | None = None
-        for batch in () if step.idle else step.share:
+        for batch in () if step.idle else step.micro_batches:
             batch = batch.to(self.accelerator.device)
             anomaly = anomaly or find_anomaly(partial(self._loss, batch))
             self._clear_gradients()

@@ -10,13 +10,15 @@
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bertdist.core.config import TrainConfig
 from bertdist.core.errors import CheckpointError
 from bertdist.data.records import Records
-from bertdist.data.streaming import Stream
 from bertdist.tasks.tasks import Task
+
+if TYPE_CHECKING:  # --streaming only
+    from bertdist.data.streaming import Stream
 
 _DEFAULT_EFFECT = "the steps done so far used another value"
 _ROWS = "rows of this epoch are repeated or missed"
@@ -69,7 +71,7 @@ class Change:
 
 def resume_signature(
     config: TrainConfig,
-    train_rows: Records | Stream,
+    train_rows: "Records | Stream",
     validation_rows: Records | None,
     task: Task,
     total_steps: int,
@@ -91,7 +93,7 @@ def resume_signature(
         "training_rows": f"{size}, {train_rows.fingerprint}",
         "train_weights": config.data.train_weights,
     }
-    if isinstance(train_rows, Stream):
+    if not isinstance(train_rows, Records):
         for name in ("stream_window", "stream_sharding"):
             must_match[name] = getattr(config.data, name)
     may_change = {

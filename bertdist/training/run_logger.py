@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -45,7 +45,6 @@ from bertdist.core.errors import CheckpointError
 from bertdist.core.terminal import plain_text
 from bertdist.data.records import Records
 from bertdist.data.stats import DatasetStats
-from bertdist.data.streaming import Stream
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import PACKAGES, _version
 from bertdist.distributed.watchdog import open_watchdog
@@ -53,6 +52,9 @@ from bertdist.tasks.tasks import Task
 from bertdist.training.checkpoint import TrainState
 from bertdist.training.run_lock import lock_run_folder
 from bertdist.training.throughput import ThroughputMeter
+
+if TYPE_CHECKING:  # --streaming only
+    from bertdist.data.streaming import Stream
 
 S = TypeVar("S")
 
@@ -318,12 +320,12 @@ def open_log(folder: Path, accelerator: Accelerator) -> RunLogger:
 
 
 def describe_data(
-    rows: Records | Stream, stats: DatasetStats, eval_rows: Records | None, task: Task
+    rows: "Records | Stream", stats: DatasetStats, eval_rows: Records | None, task: Task
 ) -> list[str]:
     """The data and the task, in sentences."""
     pair = f" and {rows.pair_column!r}" if rows.pair_column else ""
     number = f"{sum(stats.rows):,} of" if stats.rows else "an unknown number in"
-    stream = " (streamed)" if isinstance(rows, Stream) else ""
+    stream = " (streamed)" if not isinstance(rows, Records) else ""
     validation = "none, the last weights count as the best"
     if eval_rows:
         validation = f"{len(eval_rows):,} of {eval_rows.name}"
@@ -331,7 +333,10 @@ def describe_data(
     if len(task.labels) > 10:
         labels += f", ... ({len(task.labels)} in total)"
     return [
-        *(f"{guess}." for guess in (*rows.guessed, *(eval_rows.guessed if eval_rows else ()))),
+        *(
+            f"{guess}."
+            for guess in (*rows.format_notes, *(eval_rows.format_notes if eval_rows else ()))
+        ),
         f"Training rows: {number} {rows.name}{stream}, text in {rows.text_column!r}{pair}; "
         f"validation rows: {validation}.",
         f"Task: {task.problem_type}; outputs in order: {labels}.",

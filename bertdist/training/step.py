@@ -34,8 +34,8 @@ from torch.optim import Optimizer
 from bertdist.core.config import BatchConfig
 from bertdist.core.errors import DataError
 from bertdist.data.batch import PackedBatch, Step, single_token_batch, split_batch
+from bertdist.data.loader import Loader
 from bertdist.data.sharding import prefetch_to_device
-from bertdist.data.streaming import AnyLoader
 from bertdist.distributed.collectives import all_reduce_min, host_group, raise_on_all_ranks
 from bertdist.models.cpu_layers import zero_grad
 from bertdist.tasks.tasks import Task
@@ -67,7 +67,7 @@ class MicroBatcher:
     def __init__(
         self,
         model: nn.Module,
-        loader: AnyLoader,
+        loader: Loader,
         task: Task,
         state: TrainState,
         config: BatchConfig,
@@ -101,7 +101,7 @@ class MicroBatcher:
         model.train()
         loader, state = replace(self.loader, workers=0), self.state
         for first in loader.steps(state.step, state.step + 1, state.reader_state):
-            batch = single_token_batch(first.share[0]).to(self.accelerator.device)
+            batch = single_token_batch(first.micro_batches[0]).to(self.accelerator.device)
             self.accelerator.backward(self.task.loss(model(batch), batch.targets, batch.weights))
         zero_grad(model)
 
@@ -123,7 +123,7 @@ class MicroBatcher:
         self.state.tokens_per_micro_batch = tokens
         self.say(f"Micro-batch size: up to {tokens:,} tokens (chosen from free memory).")
 
-    def rebatch(self) -> AnyLoader:
+    def rebatch(self) -> Loader:
         """The training rows in micro-batches of the present budget."""
         self._loader_tokens = self.state.tokens_per_micro_batch
         return replace(self.loader, tokens_per_micro_batch=self._loader_tokens)
@@ -143,7 +143,7 @@ class MicroBatcher:
         tokens = self.state.tokens_per_micro_batch
         while True:
             loader_fits = tokens >= self._loader_tokens
-            share = step.share if loader_fits else split_batch(step.share, tokens)
+            share = step.micro_batches if loader_fits else split_batch(step.micro_batches, tokens)
             result = self._try_share(model, share, backward)
             failure = result if isinstance(result, Failure) else None
             if failure is not None:
@@ -212,7 +212,7 @@ class MicroBatcher:
 
     def _too_long(self, batch: PackedBatch, reason: str, step: Step) -> DataError:
         cure = "--gradient_checkpointing, "
-        return text_too_long(batch, reason, self.loader, step.place, cure)
+        return text_too_long(batch, reason, self.loader, step.window_state, cure)
 
 
 def discard_gradients(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from bertdist.core.args import read_config
-from bertdist.data.sharding import MapLoader
+from bertdist.data.loader import MapLoader
 from bertdist.data.tokenization import Example
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.attention import Kernel, build_packing, packed_attention, select_kernel
@@ -112,7 +112,7 @@ def test_the_size_of_micro_batches_is_found_on_the_gpu(little_memory: int) -> No
             return [Example(row, [1] * 9, [0] * 9, 0, 1.0) for row in rows]
 
     examples: Any = Rows()
-    batches = MapLoader(examples=examples, rows_per_step=10_000, tokens_per_micro_batch=8192)
+    batches = MapLoader(dataset=examples, rows_per_step=10_000, tokens_per_micro_batch=8192)
     found = find_tokens(lambda batch: (batch.ids[:, None] * weight).sum(), batches, GPU)
     assert found in (16_384, 32_768)
 

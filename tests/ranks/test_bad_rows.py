@@ -188,15 +188,15 @@ def test_a_row_that_is_lost_beside_a_bad_one_is_seen(
     tiny_model: Path, tmp_path: Path, files: Files
 ) -> None:
     def careless(accelerator: Any) -> None:
-        kept_rows = records.kept_rows
+        valid_rows = records.valid_rows
 
         def fewer(problems: Any, rows: int) -> Any:
-            kept = kept_rows(problems, rows)
+            kept = valid_rows(problems, rows)
             if kept is not None:
                 kept[0] = False
             return kept
 
-        records.kept_rows = fewer
+        records.valid_rows = fewer
 
     found = run_ranks(1, run_train, words(tiny_model, tmp_path / "out", files), careless)
     steps = rows_by_step([seen for _, seen, _ in found])

@@ -470,14 +470,14 @@ def test_a_loader_worker_that_raises_names_the_row(
     runs: Runs, tmp_path: Path, workers: int
 ) -> None:
     def stumble() -> None:
-        encode = encoding.Examples.__getitem__
+        encode = encoding.TokenizedDataset.__getitem__
 
         def broken(self: Any, rows: Any) -> Any:
             if 17 in list(rows):
                 raise KeyError("a bug")
             return encode(self, rows)
 
-        encoding.Examples.__getitem__ = broken
+        encoding.TokenizedDataset.__getitem__ = broken
 
     words = runs.words(
         tmp_path / "out", dataloader_num_workers=workers, validation_file=None, eval_every=None

@@ -65,18 +65,18 @@ def with_steps(change: Callable[[Step, Accelerator], Step]) -> Breaking:
 
 def mean_over_ranks(step: Step, accelerator: Accelerator) -> Step:
     """Each rank divides by its own rows, and DDP averages: what happens when nobody thinks of it."""
-    own = sum(len(batch.rows) for batch in step.share if batch.rows[0] >= 0)
+    own = sum(len(batch.rows) for batch in step.micro_batches if batch.rows[0] >= 0)
     return replace(step, rows=max(own, 1) * accelerator.num_processes)
 
 
 def mean_over_micro_batches(step: Step, accelerator: Accelerator) -> Step:
     """The mean of the micro-batches' means: gradient accumulation as it is usually written."""
-    parts = len(step.share) * accelerator.num_processes
+    parts = len(step.micro_batches) * accelerator.num_processes
     return replace(
         step,
-        share=[
+        micro_batches=[
             replace(batch, weights=batch.weights * step.rows / (parts * len(batch.rows)))
-            for batch in step.share
+            for batch in step.micro_batches
         ],
     )
 
@@ -84,7 +84,10 @@ def mean_over_micro_batches(step: Step, accelerator: Accelerator) -> Step:
 def idle_rows_count(step: Step, accelerator: Accelerator) -> Step:
     """The text that keeps a rank without rows busy is learned from."""
     return replace(
-        step, share=[replace(batch, weights=torch.ones_like(batch.weights)) for batch in step.share]
+        step,
+        micro_batches=[
+            replace(batch, weights=torch.ones_like(batch.weights)) for batch in step.micro_batches
+        ],
     )
 
 

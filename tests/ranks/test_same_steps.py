@@ -72,7 +72,7 @@ def test_an_epoch_without_its_last_step_is_seen(
 ) -> None:
     def drop_the_ragged_step(accelerator: Accelerator) -> None:
         batching.MapLoader.steps_per_epoch = property(
-            lambda self: len(self.examples) // self.rows_per_step
+            lambda self: len(self.dataset) // self.rows_per_step
         )
 
     assert (

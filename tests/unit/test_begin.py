@@ -12,9 +12,14 @@ import torch
 
 from bertdist.core.args import read_config
 from bertdist.core.config import BatchConfig, ModelConfig, TaskConfig
-from bertdist.data.loader import EVALUATION_ROWS, batches_of, create_train_loader
-from bertdist.data.records import Records, records_of
-from bertdist.data.sharding import MapLoader
+from bertdist.data.loader import (
+    EVALUATION_ROWS,
+    MapLoader,
+    create_eval_loader,
+    create_train_loader,
+    loader_settings,
+)
+from bertdist.data.records import Records, records_from_texts
 from bertdist.data.stats import DatasetStats, LabelStats, create_task
 from bertdist.data.tokenization import load_tokenizer
 from bertdist.tasks.tasks import SingleLabel
@@ -24,7 +29,7 @@ TASK = SingleLabel(("no", "yes"))
 
 
 def rank_of(ranks: int = 1, rank: int = 0, device: str = "cpu") -> Any:
-    """What `batches_of` asks of an Accelerator."""
+    """What `loader_settings` reads of an Accelerator."""
     return SimpleNamespace(
         num_processes=ranks, process_index=rank, device=torch.device(device), mixed_precision="no"
     )
@@ -34,7 +39,7 @@ def labelled(
     values: list[Any], codes: list[int], pairs: list[str] | None = None, **changes: Any
 ) -> Records:
     """Rows with labels, as a source gives them."""
-    plain = records_of([f"text {i}" for i in range(len(codes))], pairs)
+    plain = records_from_texts([f"text {i}" for i in range(len(codes))], pairs)
     given = {
         "label_kind": "text",
         "label_values": values,
@@ -84,8 +89,8 @@ def test_training_batches_are_shuffled_and_others_are_in_row_order(tiny_model: P
         config,
         rank_of(3, 2),
     )
-    dev = batches_of(train.examples, config.batch, rank_of(3, 2))
-    assert isinstance(train, MapLoader)
+    dev = create_eval_loader(rows, tokenizer, TASK, config, rank_of(3, 2))
+    assert isinstance(train, MapLoader) and dev is not None
     assert (train.shuffle, train.seed, train.rows_per_step) == (True, 3, 5)
     assert (dev.shuffle, dev.rows_per_step) == (False, EVALUATION_ROWS)
     for batches in (train, dev):
@@ -96,7 +101,7 @@ def test_training_batches_are_shuffled_and_others_are_in_row_order(tiny_model: P
             0,
         )
         assert not batches.pin
-    assert batches_of(train.examples, config.batch, rank_of(device="cuda")).pin
+    assert loader_settings(config.batch, rank_of(device="cuda"))["pin"]
 
 
 @pytest.mark.parametrize(
@@ -116,10 +121,8 @@ def test_a_worker_has_a_core_of_its_own_unless_asked_for(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    assert (
-        batches_of(range(3), BatchConfig(dataloader_num_workers=asked), rank_of(ranks)).workers
-        == workers
-    )  # type: ignore[arg-type]
+    config = BatchConfig(dataloader_num_workers=asked)
+    assert loader_settings(config, rank_of(ranks))["workers"] == workers
 
 
 # ---- What it says
@@ -128,7 +131,7 @@ def test_a_worker_has_a_core_of_its_own_unless_asked_for(
 def test_what_is_said_of_the_data_is_true() -> None:
     rows = labelled(["no", "yes"], [0, 1], pairs=["a", "b"])
     known = DatasetStats(LabelStats("text", ["no", "yes"], [1, 1], None, "label"), [2])
-    assert describe_data(rows, known, records_of(["x"] * 1234), TASK) == [
+    assert describe_data(rows, known, records_from_texts(["x"] * 1234), TASK) == [
         "Training rows: 2 of texts, text in 'text' and 'pair'; validation rows: 1,234 of texts.",
         "Task: single_label_classification; outputs in order: no, yes.",
     ]

@@ -129,7 +129,7 @@ def test_the_loop_of_the_docstring_trains(
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)  # the head's weights
     exec(textwrap.dedent(text), names)
-    assert names["step"].number == 149 and len(names["step"].share) > 1
+    assert names["step"].number == 149 and len(names["step"].micro_batches) > 1
     assert names["scores"]["accuracy"] > 0.8
     assert not (tmp_path / "out").exists()
 

@@ -41,11 +41,12 @@ from bertdist.data.readers.text_lines import (
     Buffer,
     FileFormat,
     Lines,
-    Offsets,
     OpenBytes,
     OpenSeekable,
     Parsed,
+    Rows,
     codec_of,
+    excerpts_of,
     first_bytes,
     hide_returns,
     is_stateful,
@@ -55,7 +56,6 @@ from bertdist.data.readers.text_lines import (
     read_all,
     reading,
     refuse_old_mac,
-    spots_of,
     twice_in,
     utf8_lines,
 )
@@ -65,7 +65,9 @@ from bertdist.data.source import (
     OnBadRow,
     ReaderState,
     RowLocation,
+    RowLocations,
     first_rows_of_chunk,
+    locate_lines,
 )
 
 CHUNK_BYTES = 4 << 20
@@ -86,15 +88,6 @@ class DataFile(FileFormat):
     open_seekable: OpenSeekable
     guessed: bool = False  # not as its ending says, and no flag said so
 
-    def where(self, row: int) -> str:
-        """`dev.tsv line 12`, the line on which row `row` (from 0) starts; `x.parquet row 7`. Reads the file again: 1 s a million rows."""
-        if self.kind == "parquet":
-            return f"{self.name} row {row}"
-        try:
-            return FileReader(self).read([]).where(row)
-        except DataError:  # the file has changed since; the message that asks matters more
-            return f"{self.name} row {row}"
-
     def describe(self) -> str | None:
         """How the file is read, in one sentence, where that was guessed and is not the usual."""
         if not self.guessed:
@@ -111,25 +104,8 @@ class _Head(NamedTuple):
     place: ReaderState  # of the first row
 
 
-@dataclass(frozen=True)
-class _Where:
-    """Row -> where it starts."""
-
-    name: str
-    first: int
-    lines: Offsets | None  # (rows,) lines from the first; None: row r stands on line r
-
-    def __call__(self, row: int) -> str:
-        known = self.lines is None or row < len(self.lines)
-        return (
-            f"{self.name} line {self.first + int(row if self.lines is None else self.lines[row])}"
-            if known
-            else f"{self.name} row {row}"
-        )
-
-
 class FileReader:
-    """The rows of one file, as a `RowSource`; on_bad_row "skip" leaves out what is no row and tells it."""
+    """The rows of one file, as a `DataSource`; on_bad_row "skip" leaves out what is no row and tells it."""
 
     def __init__(
         self,
@@ -179,18 +155,20 @@ class FileReader:
             if self.file.kind == "parquet":
                 return read_whole(self.name, self.file.open_seekable, wanted, rows)
             parsed, lines = self._parse_all(wanted, rows)
-            where, spots = _WhereAgain(self, tuple(wanted)), partial(self._spots_again, wanted)
-            piece = Chunk(
-                parsed.columns, parsed.num_rows, self._head().place, where, tuple(parsed.bad)
+            again = _ReadAgain(self, wanted)
+            chunk = Chunk(
+                parsed.columns,
+                parsed.num_rows,
+                self._head().place,
+                again.location,
+                again.excerpts,
+                tuple(parsed.bad),
             )
-            if rows is not None:
-                piece = first_rows_of_chunk(
-                    piece._replace(
-                        spots=lambda few: spots_of(self.file, lines, parsed.rows())(few)
-                    ),
-                    rows,
-                )
-        return piece._replace(spots=spots)
+            if rows is None or rows >= parsed.num_rows:
+                return chunk
+            location = locate_lines(self.name, lines.first, parsed.rows().lines)
+            chunk = first_rows_of_chunk(chunk._replace(location=location), rows)
+        return chunk._replace(location=again.location)
 
     def chunks(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
         """The rows from `place` (None: from the first) to the last, about `chunk_bytes` at a time. Raises DataError.
@@ -223,13 +201,14 @@ class FileReader:
                     assert len(rows.lines) == parsed.num_rows, (
                         f"{len(rows.lines)} lines, {parsed.num_rows} rows"
                     )
-                    where, spots = (
-                        _Where(self.name, lines.first, numbers),
-                        spots_of(self.file, lines, rows),
-                    )
                     if parsed.num_rows or parsed.bad:
                         yield Chunk(
-                            parsed.columns, parsed.num_rows, place, where, tuple(parsed.bad), spots
+                            parsed.columns,
+                            parsed.num_rows,
+                            place,
+                            locate_lines(self.name, lines.first, numbers),
+                            partial(excerpts_of, lines, rows),
+                            tuple(parsed.bad),
                         )
                     num_lines = lines.data.count(b"\n")
                     place = {
@@ -356,33 +335,33 @@ class FileReader:
             lines = self._lines(read_all(stream), head.codec, head.place["line"])
         return self._parse(head, lines, wanted, rows=rows), lines
 
-    def lines_again(self, wanted: Sequence[str]) -> tuple[int, Offsets]:
-        """The number of the first line behind the header, and (rows,) the line of each row from there. Raises DataError."""
+    def read_rows_again(self, wanted: Sequence[str]) -> tuple[Lines, Rows]:
+        """The lines behind the header, and the rows in them. Takes as long as `read`. Raises DataError."""
         parsed, lines = self._parse_all(wanted)
-        return lines.first, parsed.rows().lines
-
-    def _spots_again(self, wanted: Sequence[str], rows: Sequence[int]) -> list[RowLocation]:
-        parsed, lines = self._parse_all(wanted)
-        return spots_of(self.file, lines, parsed.rows())(rows)
+        return lines, parsed.rows()
 
 
-class _WhereAgain:
-    """Row -> where it starts; the first time that it is asked the file is read again, which takes as long as the first reading."""
+class _ReadAgain:
+    """Locations and texts of rows of a file that was read: reads it once more, at the first call."""
 
-    def __init__(self, source: FileReader, wanted: Sequence[str]) -> None:
-        self.source, self.wanted = source, wanted
-        self._lines: tuple[int, Offsets] | None = None
+    def __init__(self, reader: FileReader, wanted: Sequence[str]) -> None:
+        self._reader, self._wanted = reader, tuple(wanted)
+        self._locate: RowLocations | None = None
 
-    def __call__(self, row: int) -> str:
+    def location(self, row: int) -> RowLocation:
         try:
-            first, lines = self._lines = self._lines or self.source.lines_again(self.wanted)
-            return f"{self.source.name} line {first + int(lines[row])}"
-        except (
-            DataError,
-            IndexError,
-            OSError,
-        ):  # the file has changed since; the message that asks matters more
-            return f"{self.source.name} row {row}"
+            if self._locate is None:
+                self.excerpts(())
+            assert self._locate is not None
+            return self._locate(row)
+        except (DataError, IndexError, OSError):
+            # The file has changed since; the message that needs the location matters more.
+            return RowLocation(self._reader.name, row=row)
+
+    def excerpts(self, rows: Sequence[int]) -> list[str]:
+        lines, parts = self._reader.read_rows_again(self._wanted)
+        self._locate = locate_lines(self._reader.name, lines.first, parts.lines)
+        return excerpts_of(lines, parts, rows)
 
 
 KINDS = ("csv", "tsv", "jsonl", "json", "parquet", "txt")

@@ -1,6 +1,6 @@
 """A data set of the hub, or a folder that `datasets` reads -> its rows as a stream, without fetching it first.
 
-In: name (or folder), configuration, split. Out: a RowSource, whose pieces are Arrow columns of at most 1,000 rows with a place to begin
+In: name (or folder), configuration, split. Out: a DataSource, whose pieces are Arrow columns of at most 1,000 rows with a place to begin
 again, or a DataError of one line. One module, because it is the only one that knows how `datasets` finds, streams, and complains.
 
 A place is (shard, row in it): a reading that begins there opens that file only. Parquet, which is what the hub holds or converts to, is
@@ -22,9 +22,8 @@ import xxhash
 
 from bertdist.core.errors import DataError, did_you_mean
 from bertdist.core.hub import explain_hub_error, probe_hub
-from bertdist.data.readers.parquet_reader import spots_in
 from bertdist.data.readers.remote import file_fingerprint, open_seekable
-from bertdist.data.source import Chunk, ReaderState
+from bertdist.data.source import Chunk, ReaderState, chunk_of_columns
 
 ROWS = 1000  # of a piece
 
@@ -83,15 +82,8 @@ class HubReader:
             following = partial(next, _cut(read(at)), None)
             while (table := _told(self.name, following)) is not None:
                 columns = {name: table.column(name) for name in wanted}
-                where = _where(self.name, row)
-                yield Chunk(
-                    columns,
-                    len(table),
-                    {"shard": shard, "at": at, "row": row},
-                    where,
-                    (),
-                    partial(spots_in, where, columns),
-                )
+                state = {"shard": shard, "at": at, "row": row}
+                yield chunk_of_columns(self.name, columns, len(table), state)
                 at, row = at + len(table), row + len(table)
             at = 0
 
@@ -179,10 +171,6 @@ def _cut(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
             held = [whole.slice(ROWS)]
     if any(map(len, held)):
         yield pa.concat_tables(held, promote_options="default").combine_chunks()
-
-
-def _where(name: str, first: int) -> Callable[[int], str]:
-    return lambda row: f"{name} row {first + row}"
 
 
 @lru_cache(maxsize=16)

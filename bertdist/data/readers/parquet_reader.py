@@ -4,18 +4,15 @@ In: what opens the file for random access. Out: pieces, whose places are {"group
 One module: parquet has no lines, no encoding and no rows that are none, so nothing here is shared with text files.
 """
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import partial
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 
 from bertdist.core.errors import DataError
 from bertdist.data.readers.text_lines import OpenSeekable, twice_in
-from bertdist.data.source import Chunk, Column, ReaderState, RowLocation, excerpt
+from bertdist.data.source import Chunk, ReaderState, chunk_of_columns
 
 PIECE_ROWS = 8192  # at most
 
@@ -32,7 +29,7 @@ def read_whole(
     """The columns `wanted` of the first `rows` rows."""
     with _opened(name, open_seekable) as parquet:
         table = parquet.read(columns=list(wanted), use_threads=False).slice(0, rows)
-    return _piece(
+    return chunk_of_columns(
         name,
         {column: table.column(column) for column in wanted},
         table.num_rows,
@@ -63,7 +60,9 @@ def read_slices(
                     columns = {
                         column: pa.chunked_array([batch.column(column)]) for column in wanted
                     }
-                    yield _piece(name, columns, batch.num_rows, {"group": group, "row": begin})
+                    yield chunk_of_columns(
+                        name, columns, batch.num_rows, {"group": group, "row": begin}
+                    )
                 begin += batch.num_rows
 
 
@@ -78,43 +77,3 @@ def _opened(name: str, open_seekable: OpenSeekable) -> Iterator[pa.parquet.Parqu
         if twice := twice_in(names):
             raise DataError(f"{name} has two columns {twice!r}; rename one.")
         yield parquet
-
-
-def _piece(name: str, columns: dict[str, Column], rows: int, place: ReaderState) -> Chunk:
-    def spots(wanted: Sequence[int]) -> list[RowLocation]:
-        return [RowLocation(name, place["row"] + row, _text_of(columns, row)) for row in wanted]
-
-    return Chunk(columns, rows, place, partial(_where, name, place["row"]), (), spots)
-
-
-def _where(name: str, first: int, row: int) -> str:
-    return f"{name} row {first + row}"
-
-
-def spots_in(
-    where: Callable[[int], str], columns: dict[str, Column], rows: Sequence[int]
-) -> list[RowLocation]:
-    """Where rows of a data set stand, which has no one file, and how they look there."""
-    return [RowLocation(where(row), None, _text_of(columns, row)) for row in rows]
-
-
-def _text_of(columns: dict[str, Column], row: int) -> str:
-    """A row as JSON; bytes that are not UTF-8 as \\x81."""
-    told = json.dumps(
-        {name: _plain(column[row]) for name, column in columns.items()},
-        ensure_ascii=False,
-        default=str,
-    )
-    return excerpt(told.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
-
-
-def _plain(value: Any) -> Any:
-    """An Arrow scalar as Python's, with bytes that are not UTF-8 as lone surrogates."""
-    try:
-        return value.as_py() if isinstance(value, pa.Scalar) else value
-    except UnicodeDecodeError:
-        if isinstance(value, pa.DictionaryScalar):
-            return _plain(value.value)
-        if isinstance(value, pa.ListScalar):  # and those of its kind
-            return [_plain(item) for item in value.values]
-        return value.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")

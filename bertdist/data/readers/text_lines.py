@@ -25,7 +25,7 @@ import pyarrow as pa
 import xxhash
 
 from bertdist.core.errors import DataError
-from bertdist.data.source import Column, RowLocation, SkippedRow, Spots, excerpt
+from bertdist.data.source import Column, SkippedRow, excerpt
 
 STAMP_BYTES = 1 << 16
 
@@ -282,17 +282,9 @@ def text_at(lines: Lines, start: int, end: int) -> str:
     return excerpt(text.replace(lines.stand_in, "\r") if lines.stand_in else text)
 
 
-def spots_of(form: FileFormat, lines: Lines, rows: Rows) -> Spots:
-    """Where rows stand, and how they look there."""
-
-    def spots(wanted: Sequence[int]) -> list[RowLocation]:
-        texts = [text_at(lines, int(rows.starts[row]), int(rows.ends[row])) for row in wanted]
-        return [
-            RowLocation(form.name, lines.first + int(rows.lines[row]), text)
-            for row, text in zip(wanted, texts, strict=True)
-        ]
-
-    return spots
+def excerpts_of(lines: Lines, rows: Rows, wanted: Sequence[int]) -> list[str]:
+    """The text of each of the `wanted` rows, for a SkippedRow."""
+    return [text_at(lines, int(rows.starts[row]), int(rows.ends[row])) for row in wanted]
 
 
 def twice_in(names: Sequence[str]) -> str | None:

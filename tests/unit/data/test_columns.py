@@ -13,16 +13,16 @@ import pytest
 from bertdist.core.errors import DataError
 from bertdist.data.columns import (
     Problems,
-    kept_rows,
+    as_array,
+    filter_labels,
+    filter_rows,
     read_label_columns,
     read_labels,
     read_texts,
-    whole,
-    without,
-    without_labels,
+    valid_rows,
 )
 from bertdist.data.readers.file_reader import FileReader, inspect_file
-from bertdist.data.source import Chunk, SkippedRow, skipped_rows
+from bertdist.data.source import Chunk, SkippedRow, skipped_rows_of
 
 where = "a.csv line {}".format
 
@@ -36,7 +36,7 @@ def test_texts_that_are_none_are_told_and_the_others_stay() -> None:
         2: "column 'text' has a lone surrogate; expected a text",
         3: "known already",
     }
-    assert without(texts, kept_rows(problems, 5)).to_pylist() == ["a", "b"]
+    assert filter_rows(texts, valid_rows(problems, 5)).to_pylist() == ["a", "b"]
     with pytest.raises(
         DataError, match=r"^a\.csv line 1: column 'text' is null; expected a text\.$"
     ):  # the twin: without problems
@@ -45,15 +45,19 @@ def test_texts_that_are_none_are_told_and_the_others_stay() -> None:
 
 def test_null_texts_of_arrow_are_told() -> None:
     problems: Problems = {}
-    texts = read_texts(whole(pa.chunked_array([["a", None], ["b", None]])), "text", where, problems)
-    assert sorted(problems) == [1, 3] and without(texts, kept_rows(problems, 4)).to_pylist() == [
+    texts = read_texts(
+        as_array(pa.chunked_array([["a", None], ["b", None]])), "text", where, problems
+    )
+    assert sorted(problems) == [1, 3] and filter_rows(
+        texts, valid_rows(problems, 4)
+    ).to_pylist() == [
         "a",
         "b",
     ]
     with pytest.raises(
         DataError, match="is of type int64; expected text"
     ):  # no row can be left out of that
-        read_texts(whole(pa.chunked_array([[1, 2]])), "text", where, {})
+        read_texts(as_array(pa.chunked_array([[1, 2]])), "text", where, {})
 
 
 @pytest.mark.parametrize(
@@ -85,19 +89,19 @@ def test_labels_that_are_none_are_told(
     ):
         problems = dict(before)
         found, values, codes = read_labels(given, "label", where, problems=problems)
-        values, codes = without_labels(values, codes, kept_rows(problems, len(column)))
+        values, codes = filter_labels(values, codes, valid_rows(problems, len(column)))
         assert (found, [values[code] for code in codes], sorted(problems)) == (kind, labels, wrong)
         assert values == list(dict.fromkeys(labels))  # in the order of the rows that stay
 
 
 def test_a_label_above_says_what_kind_it_must_be() -> None:
     problems: Problems = {}
-    read_labels(["x", 2], "label", where, problems=problems, above=7)
+    read_labels(["x", 2], "label", where, problems=problems, first_label=7)
     assert list(problems) == [0]
     with pytest.raises(
         DataError, match="label 'x' is of type str, the labels above it are of type list"
     ):
-        read_labels(["x"], "label", where, above=("x",))
+        read_labels(["x"], "label", where, first_label=("x",))
 
 
 @pytest.mark.parametrize(
@@ -127,14 +131,14 @@ def test_what_stays_below_a_label_is_of_its_kind(
     labels: list[Any], above: Any, expected: list[Any]
 ) -> None:
     problems: Problems = {}
-    _, values, codes = read_labels(labels, "label", where, problems=problems, above=above)
-    kept = kept_rows(problems, len(labels))
-    values, codes = without_labels(values, codes, kept)
+    _, values, codes = read_labels(labels, "label", where, problems=problems, first_label=above)
+    kept = valid_rows(problems, len(labels))
+    values, codes = filter_labels(values, codes, kept)
     assert [values[code] for code in codes] == expected
     assert len(problems) == len(labels) - len(expected)
     if problems:  # the control
         with pytest.raises(DataError):
-            read_labels(labels, "label", where, above=above)
+            read_labels(labels, "label", where, first_label=above)
 
 
 def test_label_columns_tell_their_rows() -> None:
@@ -142,7 +146,7 @@ def test_label_columns_tell_their_rows() -> None:
     values, codes = read_label_columns(
         {"x": ["?", "1", "2", "0"], "y": ["1", "1", "1", ""]}, where, problems
     )
-    values, codes = without_labels(values, codes, kept_rows(problems, 4))
+    values, codes = filter_labels(values, codes, valid_rows(problems, 4))
     assert (sorted(problems), [values[code] for code in codes]) == ([0, 2, 3], [("x", "y")])
     assert problems[2] == "column 'x' holds '2'; expected 0 or 1"
     with pytest.raises(DataError, match=r"line 0: column 'x' holds '\?'"):
@@ -154,23 +158,23 @@ def test_without_problems_nothing_changes() -> None:
     plain = read_labels(column, "label", where)
     asked = read_labels(column, "label", where, problems={})
     assert plain[:2] == asked[:2] and np.array_equal(plain[2], asked[2])
-    assert kept_rows({}, 3) is None and without_labels(plain[1], plain[2], None) == plain[1:]
+    assert valid_rows({}, 3) is None and filter_labels(plain[1], plain[2], None) == plain[1:]
 
 
 def read(piece: Chunk, above: Any) -> tuple[list[tuple[str, Any]], list[SkippedRow], Any]:
     """What a reader that leaves rows out does with a piece: (text, label) of the rows that stay, and all that were left out."""
     problems: Problems = {}
-    columns = {name: whole(column) for name, column in piece.columns.items()}
-    texts = read_texts(columns["text"], "text", piece.where, problems)
+    columns = {name: as_array(column) for name, column in piece.columns.items()}
+    texts = read_texts(columns["text"], "text", piece.location, problems)
     _, values, codes = read_labels(
-        columns["label"], "label", piece.where, problems=problems, above=above
+        columns["label"], "label", piece.location, problems=problems, first_label=above
     )
-    kept = kept_rows(problems, piece.rows)
-    texts, (values, codes) = without(texts, kept), without_labels(values, codes, kept)
+    kept = valid_rows(problems, piece.num_rows)
+    texts, (values, codes) = filter_rows(texts, kept), filter_labels(values, codes, kept)
     labels = [values[code] for code in codes]
     return (
         list(zip(texts.to_pylist(), labels, strict=True)),
-        [*piece.bad, *skipped_rows(problems, piece.where, piece.spots)],
+        [*piece.skipped_rows, *skipped_rows_of(piece, problems)],
         labels[:1],
     )
 

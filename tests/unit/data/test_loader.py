@@ -20,8 +20,16 @@ from torch.utils.data import DataLoader
 
 from bertdist.core.errors import DataError
 from bertdist.data import sharding as batching
-from bertdist.data.batch import PackedBatch, Step, collate, cut, single_token_batch, split_batch
-from bertdist.data.sharding import MapLoader, balance_by_length, epoch_order, prefetch_to_device
+from bertdist.data.batch import (
+    PackedBatch,
+    Step,
+    collate,
+    single_token_batch,
+    split_batch,
+    split_by_tokens,
+)
+from bertdist.data.loader import MapLoader
+from bertdist.data.sharding import balance_by_length, epoch_order, prefetch_to_device
 from bertdist.data.tokenization import Example
 
 pytestmark = [
@@ -69,16 +77,18 @@ LENGTHS = [
 
 def batches(lengths: Sequence[int] = LENGTHS, **changes: Any) -> MapLoader:
     given = {"rows_per_step": 4, "tokens_per_micro_batch": 9, "shuffle": True, "seed": 7, **changes}
-    return MapLoader(examples=given.pop("examples", None) or Rows(lengths), **given)
+    return MapLoader(dataset=given.pop("dataset", None) or Rows(lengths), **given)
 
 
 def rows_of(step: Step) -> list[int]:
-    return [row for batch in step.share for row in batch.rows.tolist()]
+    return [row for batch in step.micro_batches for row in batch.rows.tolist()]
 
 
 def content(step: Step) -> Any:
     """All of a step, as plain values: number and kind of every tensor."""
-    values = [[(f.name, getattr(batch, f.name)) for f in fields(batch)] for batch in step.share]
+    values = [
+        [(f.name, getattr(batch, f.name)) for f in fields(batch)] for batch in step.micro_batches
+    ]
     plain = [
         [(name, v if isinstance(v, tuple) else (v.dtype, v.tolist())) for name, v in batch]
         for batch in values
@@ -174,16 +184,16 @@ def test_a_deal_in_turn_breaks_that_promise() -> None:
 
 
 def test_a_cut_by_hand() -> None:
-    assert cut([3, 5, 2, 5, 1], 8) == [[1], [3, 0], [2, 4]]
-    assert cut([3, 9, 3], 6) == [[1], [0, 2]]  # longer than a micro-batch: alone
-    assert cut([2], 1) == [[0]]
-    assert cut([2, 2, 2], 100) == [[0, 1, 2]]
+    assert split_by_tokens([3, 5, 2, 5, 1], 8) == [[1], [3, 0], [2, 4]]
+    assert split_by_tokens([3, 9, 3], 6) == [[1], [0, 2]]  # longer than a micro-batch: alone
+    assert split_by_tokens([2], 1) == [[0]]
+    assert split_by_tokens([2, 2, 2], 100) == [[0, 1, 2]]
 
 
 @QUICK
 @given(lengths=SIZES, tokens=st.integers(1, 120))
 def test_a_cut_has_each_place_once_within_the_budget(lengths: list[int], tokens: int) -> None:
-    parts = cut(lengths, tokens)
+    parts = split_by_tokens(lengths, tokens)
     assert sorted(place for part in parts for place in part) == list(range(len(lengths)))
     assert all(sum(lengths[place] for place in part) <= tokens or len(part) == 1 for part in parts)
     longest_first = [lengths[place] for part in parts for place in part]
@@ -266,10 +276,12 @@ def test_a_share_cut_again_is_the_share_cut_so_at_once(
         next(batches(lengths, rows_per_step=99, tokens_per_micro_batch=tokens).steps(0, 1))
         for tokens in (before, after)
     )
-    assert content(replace(one, share=split_batch(one.share, after))) == content(other)
-    assert sorted(rows_of(replace(one, share=split_batch(one.share, after)))) == list(
-        range(len(lengths))
+    assert content(replace(one, micro_batches=split_batch(one.micro_batches, after))) == content(
+        other
     )
+    assert sorted(
+        rows_of(replace(one, micro_batches=split_batch(one.micro_batches, after)))
+    ) == list(range(len(lengths)))
 
 
 @pytest.mark.parametrize("target", [np.float32(0.5), np.array([1, 0], dtype=np.float32)])
@@ -286,11 +298,11 @@ def test_targets_keep_their_kind_when_they_are_cut_again(target: Any) -> None:
 
 def test_the_text_of_an_idle_rank_stays_alone_and_counts_nothing() -> None:
     step = next(batches([5, 2], rank=2, ranks=4, shuffle=False).steps(0, 1))
-    assert content(replace(step, share=split_batch(step.share, 1))) == content(step)
+    assert content(replace(step, micro_batches=split_batch(step.micro_batches, 1))) == content(step)
 
 
 def test_a_share_that_is_not_longest_first_cannot_be_cut_again() -> None:
-    with pytest.raises(AssertionError, match="longest first"):
+    with pytest.raises(AssertionError, match="not in order of length"):
         split_batch([collate(Rows([2, 5, 3])[[0, 1, 2]])], 5)
 
 
@@ -319,8 +331,8 @@ def batch() -> PackedBatch:
 @pytest.mark.parametrize("dumps", [pickle.dumps, lambda batch: bytes(ForkingPickler.dumps(batch))])
 def test_a_batch_survives_its_journey(dumps: Any, batch: PackedBatch) -> None:
     found = pickle.loads(dumps(batch))
-    assert content(Step(number=0, share=[found], rows=3)) == content(
-        Step(number=0, share=[batch], rows=3)
+    assert content(Step(number=0, micro_batches=[found], rows=3)) == content(
+        Step(number=0, micro_batches=[batch], rows=3)
     )
     found.weights.zero_()  # and it may be written to
     assert batch.weights.tolist() == [1.0, 1.0, 1.0]
@@ -353,11 +365,11 @@ def test_an_epoch_by_hand() -> None:
         (0, 3),
         (1, 2),
     ]  # the last one is smaller, and is a step
-    assert [[batch.rows.tolist() for batch in step.share] for step in steps] == [
+    assert [[batch.rows.tolist() for batch in step.micro_batches] for step in steps] == [
         [[2], [0, 1]],
         [[4, 3]],
     ]
-    assert [batch.lengths for batch in steps[0].share] == [(5,), (3, 2)]
+    assert [batch.lengths for batch in steps[0].micro_batches] == [(5,), (3, 2)]
     assert batches([3, 2, 5, 2, 4], rows_per_step=3).steps_per_epoch == 2
     assert batches([3] * 6, rows_per_step=3).steps_per_epoch == 2
     assert batches([3], rows_per_step=3).steps_per_epoch == 1
@@ -414,7 +426,7 @@ def halves(total: int) -> tuple[slice, slice]:
 def test_a_row_keeps_its_tokens_target_and_weight_wherever_it_is_dealt() -> None:
     for rank in range(3):
         for step in batches(rank=rank, ranks=3).steps(0, 3):
-            for batch in step.share:
+            for batch in step.micro_batches:
                 for i, row in enumerate(batch.rows.tolist()):
                     assert (
                         batch.ids[batch.starts[i] : batch.starts[i + 1]].tolist()
@@ -452,10 +464,15 @@ def test_an_idle_rank_gets_one_text_that_counts_nothing() -> None:
         next(batches([5, 2], rank=rank, ranks=4, shuffle=False).steps(0, 1)) for rank in range(4)
     ]
     assert [rows_of(step) for step in shares] == [[0], [1], [-1], [-1]]
-    assert [step.share[0].weights.tolist() for step in shares] == [[1.0], [1.0], [0.0], [0.0]]
+    assert [step.micro_batches[0].weights.tolist() for step in shares] == [
+        [1.0],
+        [1.0],
+        [0.0],
+        [0.0],
+    ]
     assert [step.rows for step in shares] == [2, 2, 2, 2]
     for step in shares[2:]:
-        assert step.share[0].ids.tolist() == [1, 1]  # the shortest text of the step
+        assert step.micro_batches[0].ids.tolist() == [1, 1]  # the shortest text of the step
 
 
 def test_a_step_knows_the_lengths_of_its_real_texts() -> None:
@@ -500,7 +517,7 @@ def test_small_steps_share_a_message(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_is_wrong_with_a_row_arrives_as_it_was_said(workers: int) -> None:
-    steps = batches(examples=Rows(LENGTHS, bad=6), shuffle=False, workers=workers).steps(0, 3)
+    steps = batches(dataset=Rows(LENGTHS, bad=6), shuffle=False, workers=workers).steps(0, 3)
     assert rows_of(next(steps)) == [2, 0, 1, 3]
     with pytest.raises(DataError) as caught:
         next(steps)
@@ -576,7 +593,7 @@ def test_on_a_gpu_the_next_step_is_sent_before_this_one_is_handed_out(
     class Sent:
         def __init__(self, number: int) -> None:
             self.number = number
-            self.share = [
+            self.micro_batches = [
                 SimpleNamespace(
                     record_stream=lambda stream: events.append(f"{stream.name} reads {number}")
                 )

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,10 @@ from hypothesis import strategies as st
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
-from bertdist.data.loading import load_records, open_texts
-from bertdist.data.readers import file_reader as arrow_files
-from bertdist.data.records import Record, Records, records_of
+from bertdist.data import loading
+from bertdist.data.loading import load_records, load_texts
+from bertdist.data.readers.file_reader import FileReader
+from bertdist.data.records import Record, Records, concat_records, records_from_texts
 
 Write = Callable[[str, str | bytes], str]
 
@@ -56,7 +59,7 @@ def texts_of(path: str, **settings: Any) -> Records:
         "column_names": None,
         "delimiter": None,
     }
-    return open_texts(path, **{**plain, "quoting": "auto", "encoding": "utf-8", **settings})
+    return load_texts(path, **{**plain, "quoting": "auto", "encoding": "utf-8", **settings})
 
 
 def rows_of(records: Records) -> list[Record]:
@@ -296,7 +299,7 @@ def agree(folder: Path, content: str, ending: str, quoted: bool, num_fields: int
         str(path), text_column="c0", text_pair_column=pair, column_names=names, quoting=quoting
     )
     found = [
-        (records.where(row), [record.text, record.pair][: len(names)])
+        (str(records.location(row)), [record.text, record.pair][: len(names)])
         for row, record in enumerate(rows_of(records))
     ]
     assert found == [(f"a.{ending} line {line}", fields[:2]) for line, fields in expected], content
@@ -365,7 +368,7 @@ def test_rows_longer_than_a_block_and_blocks_of_many_rows_are_the_same_rows(
         return [[record.text, record.pair] for record in rows_of(records)]
 
     assert read() == rows
-    monkeypatch.setattr(arrow_files, "READ_BYTES", 1024)
+    monkeypatch.setattr(loading, "FileReader", partial(FileReader, block_bytes=1024))
     assert read() == rows
     with pytest.raises(
         DataError,
@@ -380,18 +383,18 @@ def test_rows_longer_than_a_block_and_blocks_of_many_rows_are_the_same_rows(
 
 def test_a_blank_line_is_a_row_only_where_there_is_one_column(write: Write) -> None:
     two = train(write("a.tsv", "text\tlabel\n\na\t1\n\n\nb\t2\n"))
-    assert [(record.text, two.where(record.row)) for record in rows_of(two)] == [
+    assert [(record.text, str(two.location(record.row))) for record in rows_of(two)] == [
         ("a", "a.tsv line 3"),
         ("b", "a.tsv line 6"),
     ]
     one = texts_of(write("b.tsv", "text\na\n\nb\n"))
-    assert [(record.text, one.where(record.row)) for record in rows_of(one)] == [
+    assert [(record.text, str(one.location(record.row))) for record in rows_of(one)] == [
         ("a", "b.tsv line 2"),
         ("", "b.tsv line 3"),
         ("b", "b.tsv line 4"),
     ]
     lines = texts_of(write("c.txt", "\ufeffa\r\n\r\nb\rc\u2028d"))
-    assert [(record.text, lines.where(record.row)) for record in rows_of(lines)] == [
+    assert [(record.text, str(lines.location(record.row))) for record in rows_of(lines)] == [
         ("a", "c.txt line 1"),
         ("", "c.txt line 2"),
         ("b\rc\u2028d", "c.txt line 3"),
@@ -400,16 +403,16 @@ def test_a_blank_line_is_a_row_only_where_there_is_one_column(write: Write) -> N
 
 def test_where_is_the_line_on_which_a_row_starts(write: Write, tmp_path: Path) -> None:
     quoted = train(write("a.csv", 'text,label\n"one\ntwo\n\nthree",1\n\nb,2\n'))
-    assert [quoted.where(row) for row in range(2)] == ["a.csv line 2", "a.csv line 7"]
+    assert [str(quoted.location(row)) for row in range(2)] == ["a.csv line 2", "a.csv line 7"]
     objects = train(
         write("a.jsonl", '\n{"text": "a", "label": 1}\n \t\n{"text": "b", "label": 2}\n')
     )
-    assert [objects.where(row) for row in range(2)] == ["a.jsonl line 2", "a.jsonl line 4"]
+    assert [str(objects.location(row)) for row in range(2)] == ["a.jsonl line 2", "a.jsonl line 4"]
     pq.write_table(pa.table({"text": ["a", "b"], "label": [1, 2]}), tmp_path / "a.parquet")
-    assert train(str(tmp_path / "a.parquet")).where(1) == "a.parquet row 1"
+    assert str(train(str(tmp_path / "a.parquet")).location(1)) == "a.parquet row 1"
     again = train(write("b.csv", "text,label\na,1\nb,2\n"))
     (tmp_path / "b.csv").unlink()
-    assert again.where(1) == "b.csv row 1"  # a message is not lost because the file is
+    assert str(again.location(1)) == "b.csv row 1"  # a message is not lost because the file is
 
 
 # --- Real data
@@ -505,7 +508,7 @@ def test_where_finds_what_grep_finds(shared_data: Path) -> None:
             subprocess.run(command, capture_output=True, check=True).stdout.decode().split(":")[0]
         )
         same = [other for other in range(row + 1) if records[row].text in records[other].text]
-        assert records.where(same[0]) == f"train.tsv line {found}"
+        assert str(records.location(same[0])) == f"train.tsv line {found}"
 
 
 def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
@@ -940,7 +943,7 @@ def test_what_is_refused_is_refused_for_its_reason(write: Write) -> None:
     )  # labels are not read at all
 
 
-# --- Columns
+# --- ColumnNames
 
 
 @pytest.mark.parametrize(
@@ -1135,16 +1138,16 @@ def test_a_row_that_is_not_there_is_an_index_error(write: Write) -> None:
 
 
 def test_texts_in_memory_are_records_too() -> None:
-    assert rows_of(records_of(["a", "b"], ["c", "d"])) == [
+    assert rows_of(records_from_texts(["a", "b"], ["c", "d"])) == [
         Record(0, "a", "c", None),
         Record(1, "b", "d", None),
     ]
     assert (
-        refusal(lambda: records_of(["a"], ["b", "c"]))
+        refusal(lambda: records_from_texts(["a"], ["b", "c"]))
         == "There are 1 texts and 2 second texts; they go together."
     )
     assert (
-        refusal(lambda: records_of(["a", None]))
+        refusal(lambda: records_from_texts(["a", None]))
         == "texts row 1: column 'text' is null; expected a text."
     )  # type: ignore[list-item]
 
@@ -1156,7 +1159,7 @@ def test_txt_is_for_prediction_and_has_no_pairs(write: Write) -> None:
     )  # what the model was trained with; a .txt has but one column
     assert rows_of(records) == [Record(0, "a", None, None), Record(1, "b", None, None)]
     assert (records.label_kind, records.label_values, records.label_codes) == (None, [], None)
-    assert "one text a line, no pairs" in refusal(lambda: texts_of(path, text_pair_column="b"))
+    assert "one text per line, no pairs" in refusal(lambda: texts_of(path, text_pair_column="b"))
 
 
 def _read(records: Records, queue: Any) -> None:
@@ -1249,7 +1252,7 @@ def test_class_labels_are_their_names_in_their_order(hub: Callable[..., str]) ->
     )
     assert (
         records.name == f"{folder} split 'train'"
-        and records.where(1) == f"{folder} split 'train' row 1"
+        and str(records.location(1)) == f"{folder} split 'train' row 1"
     )
     scored = load_records(DataConfig(dataset_name=folder), "validation")
     assert scored is not None and rows_of(scored) == [Record(0, "d", None, "neg")]
@@ -1310,7 +1313,7 @@ def test_a_glue_task_knows_its_columns(hub: Callable[..., str]) -> None:
         load_records(DataConfig(dataset_name=folder), "train")[0].text == "no"
     )  # the twin: without the task
     message = refusal(lambda: load_records(DataConfig(task_name="sst3"), "train"))
-    assert message == "--task_name 'sst3' is no task of GLUE. Did you mean 'sst2'?"
+    assert message == "--task_name 'sst3' is not a GLUE task. Did you mean 'sst2'?"
 
 
 def test_nulls_and_numbers_in_place_of_texts_are_refused(hub: Callable[..., str]) -> None:
@@ -1332,3 +1335,86 @@ def test_an_unknown_data_set_is_one_line(hub: Callable[..., str]) -> None:
         lambda: load_records(DataConfig(dataset_name=folder, dataset_config_name="none"), "train")
     )
     assert message.startswith(f"{folder}/none cannot be read: BuilderConfig 'none' not found.")
+
+
+# ---- concat_records
+
+
+def labelled(name: str, labels: list[Any], kind: str, pairs: list[str] | None = None) -> Records:
+    values = list(dict.fromkeys(labels))
+    plain = records_from_texts([f"{name} {i}" for i in range(len(labels))], pairs)
+    codes = np.array([values.index(label) for label in labels], np.int32)
+    return replace(
+        plain, label_kind=kind, label_values=values, label_codes=codes, label_column="label"
+    )
+
+
+def test_rows_places_and_labels_stay_what_they_were() -> None:
+    one, other = labelled("a", ["x", "y", "x"], "text"), labelled("b", ["y", "z"], "text")
+    whole = concat_records([one, other.slice(1, 2), one.slice(1, 3)], "both")
+    assert [
+        (record.text, record.label) for record in map(whole.__getitem__, range(len(whole)))
+    ] == [
+        ("a 0", "x"),
+        ("a 1", "y"),
+        ("a 2", "x"),
+        ("b 1", "z"),
+        ("a 1", "y"),
+        ("a 2", "x"),
+    ]
+    assert [str(whole.location(row)) for row in range(6)] == [
+        f"texts row {row}" for row in (0, 1, 2, 1, 1, 2)
+    ]
+    assert (
+        whole.name == "both"
+        and whole.lengths().tolist() == [3] * 6
+        and concat_records([one], "one") is one
+    )
+    assert (
+        whole.slice(3, 5)[0].text == "b 1" and str(whole.slice(3, 5).location(1)) == "texts row 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kinds", "labels", "expected"),
+    [
+        (("integer", "number"), ([1, 2], [0.5, 1.0]), ("number", [1.0, 2.0, 0.5, 1.0])),
+        (("text", "integer"), (["1", "0"], [0, 1]), ("text", ["1", "0", "0", "1"])),
+        (("integer", "integer"), ([3, 4], [4, 5]), ("integer", [3, 4, 4, 5])),
+        (("set", "set"), ([("a",), ()], [("a", "b"), ()]), ("set", [("a",), (), ("a", "b"), ()])),
+    ],
+)
+def test_kinds_that_have_one_in_common(kinds: Any, labels: Any, expected: Any) -> None:
+    whole = concat_records(
+        [labelled("a", labels[0], kinds[0]), labelled("b", labels[1], kinds[1])], "both"
+    )
+    found = [whole[row].label for row in range(4)]
+    assert (whole.label_kind, found) == expected and [type(label) for label in found] == [
+        type(label) for label in expected[1]
+    ]
+
+
+def test_kinds_that_have_none_in_common() -> None:
+    told = "texts row 0: the labels are of kind 'integer', those before of kind 'text'; expected one kind in all rows."
+    with pytest.raises(DataError, match=told):
+        concat_records([labelled("a", ["x"], "text"), labelled("b", [1], "integer")], "both")
+    with pytest.raises(DataError, match="one has pairs"):
+        concat_records(
+            [labelled("a", ["x"], "text"), labelled("b", ["x"], "text", ["pair"])], "both"
+        )
+
+
+def test_the_fingerprint_is_that_of_all() -> None:
+    one, other = (
+        labelled("a", ["x"], "text"),
+        replace(labelled("b", ["x"], "text"), fingerprint="b"),
+    )
+    assert (
+        len(
+            {
+                concat_records(parts, "n").fingerprint
+                for parts in ([one, other], [other, one], [one, one])
+            }
+        )
+        == 3
+    )

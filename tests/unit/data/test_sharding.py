@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bertdist.data.sharding import mixed_epoch_order, shares
+from bertdist.data.sharding import mixed_epoch_order, rows_per_source
 
 WEIGHTS = st.lists(st.floats(0.001, 1000), min_size=1, max_size=5)
 
@@ -15,8 +15,8 @@ WEIGHTS = st.lists(st.floats(0.001, 1000), min_size=1, max_size=5)
 def test_shares_add_up_and_are_as_near_as_whole_rows_can_be(
     weights: list[float], rows: int, seed: int
 ) -> None:
-    found = shares(weights, rows, seed)
-    assert sum(found) == rows and found == shares(weights, rows, seed)
+    found = rows_per_source(weights, rows, seed)
+    assert sum(found) == rows and found == rows_per_source(weights, rows, seed)
     assert all(
         abs(count - weight / sum(weights) * rows) < 1 + 1e-6
         for count, weight in zip(found, weights, strict=True)
@@ -24,7 +24,7 @@ def test_shares_add_up_and_are_as_near_as_whole_rows_can_be(
 
 
 def test_the_smallest_weight_has_its_share_in_the_long_run() -> None:
-    drawn = [shares([999, 1], 10, 0, window)[1] for window in range(20_000)]
+    drawn = [rows_per_source([999, 1], 10, 0, window)[1] for window in range(20_000)]
     assert set(drawn) == {0, 1} and sum(drawn) == pytest.approx(200, rel=0.25)
 
 

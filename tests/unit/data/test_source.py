@@ -3,17 +3,23 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bertdist.core.errors import DataError
 from bertdist.data.source import (
-    RowLocation,
+    Chunk,
+    LocateRow,
     SkippedRow,
     SkippedRows,
+    concat_locations,
     excerpt,
-    location_of,
+    locate_lines,
+    locate_rows,
     read_skipped_rows,
-    skipped_rows,
+    select_locations,
+    skipped_rows_of,
+    slice_locations,
 )
 
 ROWS = [
@@ -83,15 +89,39 @@ def test_an_excerpt_is_printable_and_short() -> None:
     json.dumps(excerpt("\ud800")).encode()
 
 
-def test_rows_found_wrong_by_their_columns_know_where_they_stand() -> None:
-    spots = [RowLocation("a.csv", 4, "one"), RowLocation("a.csv", 9, "two")]
-    found = skipped_rows(
-        {8: "b", 2: "a"},
-        lambda row: f"a.csv row {row}",
-        lambda rows: [spots[rows.index(row)] for row in rows],
-    )
-    assert found == [SkippedRow("a.csv", 4, "a", "one"), SkippedRow("a.csv", 9, "b", "two")]
-    plain = skipped_rows({8: "b"}, lambda row: f"hub row {row}")
-    assert (
-        plain == [SkippedRow("hub row 8", None, "b", "")] and location_of(plain[0]) == "hub row 8"
-    )
+def test_rejected_rows_are_skipped_rows_with_their_location_and_text() -> None:
+    def chunk(location: LocateRow) -> Chunk:
+        texts = [f"text {row}" for row in range(9)]
+        return Chunk({}, 9, {}, location, lambda rows: [texts[row] for row in rows])
+
+    lines = chunk(locate_lines("a.csv", 2, np.array([0, 1, 2, 3, 4, 6, 7, 8, 9])))
+    problems = {8: "b", 2: "a"}
+    assert skipped_rows_of(lines, problems) == [
+        SkippedRow("a.csv", 4, "a", "text 2"),
+        SkippedRow("a.csv", 11, "b", "text 8"),
+    ]
+    (row,) = skipped_rows_of(chunk(locate_rows("x.parquet", 5)), {2: "a"})
+    assert row[:2] == ("x.parquet", 7) and row.location == "x.parquet row 7"
+    (row,) = skipped_rows_of(chunk(locate_rows("hub")), {2: "a"})
+    assert row[:2] == ("hub row 2", None) and row.location == "hub row 2"
+    assert skipped_rows_of(lines, {}) == []
+
+
+def test_locations_follow_rows_through_concatenation_slices_and_selections() -> None:
+    lines = locate_lines("a.csv", 2, np.array([0, 3, 4]))
+    rows = locate_rows("x.parquet", 10)
+    both = concat_locations([(3, lines), (0, rows), (2, rows)])
+    expected = [
+        "a.csv line 2",
+        "a.csv line 5",
+        "a.csv line 6",
+        "x.parquet row 10",
+        "x.parquet row 11",
+    ]
+    assert [str(both(row)) for row in range(5)] == expected
+    later = slice_locations(both, 2)
+    assert [str(later(row)) for row in range(3)] == expected[2:]
+    some = select_locations(later, np.array([2, 0]))
+    assert [str(some(row)) for row in range(2)] == [expected[4], expected[2]]
+    again = concat_locations([(2, some), (1, locate_lines("b.txt", 1))])
+    assert [str(again(row)) for row in range(3)] == [expected[4], expected[2], "b.txt line 1"]

@@ -20,14 +20,14 @@ from bertdist.core.errors import DataError
 from bertdist.data import records as records_module
 from bertdist.data import streaming as stream
 from bertdist.data.loading import load_records, open_stream
-from bertdist.data.readers import parquet_reader as parquet_files
+from bertdist.data.readers import parquet_reader
 from bertdist.data.readers.file_reader import FileReader, inspect_file
-from bertdist.data.records import Columns
-from bertdist.data.source import Chunk, OnBadRow, ReaderState
-from bertdist.data.streaming import EMPTY, HEAD_ROWS, State, Stream, Window
+from bertdist.data.records import ColumnNames
+from bertdist.data.source import STREAM_START, Chunk, OnBadRow, ReaderState
+from bertdist.data.streaming import HEAD_ROWS, Stream, Window
 
 QUICK = settings(max_examples=25)
-COLUMNS = Columns("text", None, "label", None)
+COLUMNS = ColumnNames("text", None, "label", None)
 PIECES = st.lists(st.integers(0, 5), min_size=1, max_size=3).filter(any).map(tuple)
 FILES = st.lists(st.tuples(st.integers(0, 12), PIECES), min_size=1, max_size=4)
 ENOUGH = 12  # windows: two epochs of most streams here; with weights there is no end
@@ -46,7 +46,9 @@ def files_of(found: Sequence[tuple[int, tuple[int, ...]]]) -> list[MemoryRows]:
 
 def stream_of(parts: Sequence[Sequence[Any]], **changes: Any) -> Stream:
     settings = {"window_rows": 4, "seed": 3, "on_bad_row": "skip", "max_bad_rows": 99, **changes}
-    return Stream(name="rows", parts=parts, asked=COLUMNS, label_delimiter=None, **settings)
+    return Stream(
+        name="rows", source_groups=parts, columns=COLUMNS, label_delimiter=None, **settings
+    )
 
 
 def texts(window: Window) -> list[str]:
@@ -57,15 +59,15 @@ def content(window: Window) -> Any:
     """All of a window but the rows left out, which come again with the piece in which reading begins."""
     records = window.records
     labels = [record.label for record in map(records.__getitem__, range(len(records)))]
-    places = [records.where(row) for row in range(len(records))]
+    places = [str(records.location(row)) for row in range(len(records))]
     return (
         texts(window),
         labels,
         places,
         records.first_row,
         window.state,
-        window.after,
-        window.next_epoch,
+        window.next_state,
+        window.next_epoch_state,
     )
 
 
@@ -74,11 +76,11 @@ def epochs(read: Stream, count: int) -> list[list[Window]]:
     state = None
     for _ in range(count):
         found.append(list(read.windows(state)))
-        state = found[-1][-1].next_epoch
+        state = found[-1][-1].next_epoch_state
     return found
 
 
-def follow(read: Stream, state: State | None, count: int) -> list[Window]:
+def follow(read: Stream, state: ReaderState | None, count: int) -> list[Window]:
     """So many windows from a state on, from one epoch to the next."""
     found: list[Window] = []
     while True:
@@ -86,7 +88,7 @@ def follow(read: Stream, state: State | None, count: int) -> list[Window]:
             found.append(window)
             if len(found) == count:
                 return found
-        state = found[-1].next_epoch
+        state = found[-1].next_epoch_state
 
 
 def assert_goes_on(read: Stream) -> None:
@@ -111,7 +113,7 @@ def test_every_row_once_an_epoch_in_the_order_of_the_files(
     total = sum(len(file.rows) for file in files)
     if not total:
         (window,) = read.windows()
-        assert len(window.records) == 0 and len(window.bad) == len(files), (
+        assert len(window.records) == 0 and len(window.skipped_rows) == len(files), (
             "what was left out is told"
         )
         return
@@ -136,7 +138,7 @@ def test_every_row_once_an_epoch_in_the_order_of_the_files(
             for row in rows_named(name, Counter(text[0] for text in came)[name])
         ]
         assert sorted(came) == sorted(row["text"] for file in files for row in file.rows)
-        assert (windows[-1].after, windows[-1].next_epoch["epoch"]) == (None, epoch + 1)
+        assert (windows[-1].next_state, windows[-1].next_epoch_state["epoch"]) == (None, epoch + 1)
 
 
 def test_files_come_in_another_order_in_each_epoch_and_for_each_seed() -> None:
@@ -199,7 +201,7 @@ def test_reading_a_mixture_from_a_state_is_reading_on(
 
 
 def test_a_state_that_forgets_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = stream._Reader.cursor.fget
+    whole = stream._GroupReader.cursor.fget
     assert whole is not None
     for lost, changes in (("skip", {}), ("place", {}), ("file", {}), ("pass", {"weights": (1.0,)})):
         read = stream_of([files_of([(7, (3, 0)), (9, (2,))])], window_rows=5, **changes)
@@ -211,7 +213,7 @@ def test_a_state_that_forgets_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
             }
         )
         with monkeypatch.context() as patch:
-            patch.setattr(stream._Reader, "cursor", forget)
+            patch.setattr(stream._GroupReader, "cursor", forget)
             with pytest.raises((AssertionError, IndexError)):
                 assert_goes_on(read)
 
@@ -233,10 +235,10 @@ def test_a_source_that_goes_on_elsewhere_is_seen() -> None:
 def test_the_state_is_a_few_integers() -> None:
     read = stream_of([files_of([(9, (4,)), (9, (4,))])])
     first, second, *_ = read.windows()
-    assert first.state == EMPTY == next(read.windows(EMPTY)).state
+    assert first.state == STREAM_START == next(read.windows(STREAM_START)).state
     assert (
         second.state
-        == first.after
+        == first.next_state
         == {
             "epoch": 0,
             "window": 1,
@@ -253,26 +255,28 @@ def test_where_a_row_stands_is_told_of_its_file() -> None:
     files = files_of([(5, (2, 0)), (0, (1,)), (4, (3,))])
     for windows in epochs(stream_of([files]), 2):
         for window in windows:
-            told = [window.records.where(row) for row in range(len(window.records))]
+            told = [str(window.records.location(row)) for row in range(len(window.records))]
             assert told == [text.replace(" ", " row ") for text in texts(window)]
 
 
 def test_rows_that_were_left_out_arrive_once_also_of_pieces_without_rows() -> None:
     files = files_of([(5, (2, 0)), (0, (1,)), (9, (0, 0, 3)), (2, (5,))])
-    expected = sorted(bad for file in files for piece in file.chunks(["text"]) for bad in piece.bad)
+    expected = sorted(
+        bad for file in files for piece in file.chunks(["text"]) for bad in piece.skipped_rows
+    )
     for window_rows in (1, 2, 4, 100):
         read = stream_of([files], window_rows=window_rows)
         windows = list(read.windows())
-        assert sorted(bad for window in windows for bad in window.bad) == expected
+        assert sorted(bad for window in windows for bad in window.skipped_rows) == expected
         for at, window in enumerate(
             windows
         ):  # none is lost by going on, and those before come again at most once
-            again = [bad for later in read.windows(window.state) for bad in later.bad]
+            again = [bad for later in read.windows(window.state) for bad in later.skipped_rows]
             assert len(again) == len(set(again)) and {
-                bad for later in windows[at:] for bad in later.bad
+                bad for later in windows[at:] for bad in later.skipped_rows
             } <= set(again)
     with pytest.raises(AssertionError):
-        assert sorted(bad for window in windows for bad in window.bad[1:]) == expected
+        assert sorted(bad for window in windows for bad in window.skipped_rows[1:]) == expected
 
 
 # ---- Sources that are empty, or wrong
@@ -289,7 +293,7 @@ def parquet_rows(path: Path, wrong: Sequence[int], on_bad_row: OnBadRow = "skip"
 def test_texts_of_a_parquet_file_that_are_not_utf8_are_left_out_from_any_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet_files, "PIECE_ROWS", 4)
+    monkeypatch.setattr(parquet_reader, "PIECE_ROWS", 4)
     wrong = {
         "a": [0, 9, 10, 11, 12, 13],
         "b": [39],
@@ -304,10 +308,10 @@ def test_texts_of_a_parquet_file_that_are_not_utf8_are_left_out_from_any_state(
             f"{name} {row}" for name, rows in wrong.items() for row in range(40) if row not in rows
         ]
         assert sorted(came) == sorted(expected)
-        assert [records.where(0) for records, *_ in windows[:1]] == [
+        assert [str(records.location(0)) for records, *_ in windows[:1]] == [
             f"{came[0].split()[0]}.parquet row {came[0].split()[1]}"
         ]
-        bad = [row for window in windows for row in window.bad]
+        bad = [row for window in windows for row in window.skipped_rows]
         assert sorted((row.file, row.line) for row in bad) == [
             (f"{name}.parquet", row) for name, rows in wrong.items() for row in rows
         ]
@@ -325,7 +329,7 @@ def test_texts_of_a_parquet_file_that_are_not_utf8_are_left_out_from_any_state(
         )
 
     with monkeypatch.context() as patch:
-        patch.setattr(records_module, "_readable", careless)
+        patch.setattr(records_module, "_validated", careless)
         assert sum(len(window.records) for window in read.windows()) == 120
     with pytest.raises(
         DataError,
@@ -341,7 +345,11 @@ def test_texts_of_a_parquet_file_that_are_not_utf8_are_left_out_from_any_state(
 def test_sources_without_rows() -> None:
     empty = MemoryRows("empty", [])
     (window,) = stream_of([[empty, empty]]).windows()
-    assert (len(window.records), [row.reason for row in window.bad], window.after) == (
+    assert (
+        len(window.records),
+        [row.reason for row in window.skipped_rows],
+        window.next_state,
+    ) == (
         0,
         ["end", "end"],
         None,
@@ -408,7 +416,7 @@ def test_labels_of_other_kinds_are_left_out_wherever_reading_begins(limit: int |
     ]
     files.append(MemoryRows("c", [{"text": f"c {row}", "label": row} for row in range(5)]))
     plain = stream_of([files], limit=limit)
-    read = plain.settled()
+    read = plain.with_first_label()
     good = [
         f"{name} {row}"
         for name in "ab"
@@ -421,7 +429,7 @@ def test_labels_of_other_kinds_are_left_out_wherever_reading_begins(limit: int |
         bad = [
             (row.file, row.reason)
             for window in windows
-            for row in window.bad
+            for row in window.skipped_rows
             if row.reason not in ("no row", "end")
         ]
         assert limit or len(bad) == 2 * (len(MIXED) - 4) + 5
@@ -435,7 +443,7 @@ def test_labels_of_other_kinds_are_left_out_wherever_reading_begins(limit: int |
     ):  # the control
         list(replace(plain, window_rows=99, limit=None).windows())
     failing = stream_of([[MemoryRows("a", [{"text": "a", "label": "b"}])]], on_bad_row="fail")
-    assert failing.settled() is failing
+    assert failing.with_first_label() is failing
 
 
 @pytest.mark.parametrize(
@@ -464,7 +472,9 @@ def test_whole_numbers_and_texts_that_are_some_stay_one_kind(
             "d",
         ]
         assert [records[row].label for row in range(4)] == [expected[row % 2] for row in range(4)]
-    assert [(row.file, row.line) for row in (*window.bad, *held.bad)] == [("a.jsonl", 3)] * 2
+    assert [(row.file, row.line) for row in (*window.skipped_rows, *held.skipped_rows)] == [
+        ("a.jsonl", 3)
+    ] * 2
 
 
 # ---- head, fingerprint
@@ -472,7 +482,10 @@ def test_whole_numbers_and_texts_that_are_some_stay_one_kind(
 
 def test_the_head_is_some_of_the_first_rows() -> None:
     head = stream_of([files_of([(0, (1,)), (9, (0, 4)), (5, (2,))])], seed=8).head()
-    assert head.texts.to_pylist() == ["b 0", "b 1", "b 2", "b 3"] and head.where(3) == "b row 3"
+    assert (
+        head.texts.to_pylist() == ["b 0", "b 1", "b 2", "b 3"]
+        and str(head.location(3)) == "b row 3"
+    )
     assert len(stream_of([files_of([(2 * HEAD_ROWS, (2 * HEAD_ROWS,))])]).head()) == HEAD_ROWS
 
 
@@ -496,8 +509,8 @@ def test_the_fingerprint_tells_what_is_read() -> None:
         stream_of([files[::-1]]),
         stream_of([files[:1]]),
         stream_of([[files[0], MemoryRows("b", rows_named("b", 6))]]),
-        replace(read, asked=Columns("label", None, "text", None)),
-        replace(read, asked=Columns("text", None, None, ["label"])),
+        replace(read, columns=ColumnNames("label", None, "text", None)),
+        replace(read, columns=ColumnNames("text", None, None, ["label"])),
         replace(read, label_delimiter=","),
         replace(read, limit=3),
         stream_of([files[:1], files[1:]], weights=(1.0, 1.0)),

@@ -11,20 +11,28 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from accelerate import Accelerator
+from forked import RankError, run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import MemoryRows
 
 from bertdist.core.config import DataConfig
-from bertdist.core.errors import BertdistError, ConfigError, DataError
-from bertdist.data import streaming as stream_batches
+from bertdist.core.errors import BertdistError, CheckpointError, ConfigError, DataError
+from bertdist.data import streaming
 from bertdist.data.batch import Step
 from bertdist.data.loader import create_train_loader
-from bertdist.data.records import Columns
+from bertdist.data.records import ColumnNames
 from bertdist.data.sharding import Message
 from bertdist.data.source import ReaderState, SkippedRow
 from bertdist.data.stats import DatasetStats, LabelStats
-from bertdist.data.streaming import Agree, Stream, StreamLoader
+from bertdist.data.streaming import (
+    AgreeOnStep,
+    Stream,
+    StreamLoader,
+    agree_on_steps,
+    assign_files_to_ranks,
+)
 from bertdist.tasks.tasks import SingleLabel
 
 pytestmark = [
@@ -91,9 +99,11 @@ def batches_of(
     accelerator: Any = SimpleNamespace(
         process_index=rank, num_processes=ranks, device=SimpleNamespace(type="cpu")
     )
-    asked = Columns("text", None, "label", None)
+    asked = ColumnNames("text", None, "label", None)
     told: dict[str, Any] = {"label_delimiter": None, "on_bad_row": "skip", "max_bad_rows": 99}
-    read = Stream(name="rows", parts=[files], asked=asked, window_rows=window, seed=5, **told)
+    read = Stream(
+        name="rows", source_groups=[files], columns=asked, window_rows=window, seed=5, **told
+    )
     known = DatasetStats(
         LabelStats("text", ["no", "yes"], [1, 1], None, "label"), [len(file.rows) for file in files]
     )
@@ -106,10 +116,12 @@ def batches_of(
 
 def rows_of(step: Step) -> list[list[int]]:
     """The rows of each micro-batch by their numbers in the data; of an idle rank none."""
-    batches = [[int(batch.ids[start]) for start in batch.starts[:-1]] for batch in step.share]
-    counted = [[weight > 0 for weight in batch.weights] for batch in step.share]
+    batches = [
+        [int(batch.ids[start]) for start in batch.starts[:-1]] for batch in step.micro_batches
+    ]
+    counted = [[weight > 0 for weight in batch.weights] for batch in step.micro_batches]
     assert all(all(of) != step.idle for of in counted) and all(
-        (batch.rows < 0).all() == step.idle for batch in step.share
+        (batch.rows < 0).all() == step.idle for batch in step.micro_batches
     )
     return [] if step.idle else batches
 
@@ -120,8 +132,11 @@ def content(step: Step) -> Any:
         step.number,
         step.rows,
         step.idle,
-        [(batch.ids.tolist(), batch.targets.tolist(), batch.rows.tolist()) for batch in step.share],
-        step.after,
+        [
+            (batch.ids.tolist(), batch.targets.tolist(), batch.rows.tolist())
+            for batch in step.micro_batches
+        ],
+        step.next_reader_state,
     )
 
 
@@ -139,7 +154,7 @@ _here = threading.local()
 def as_the_loader_does(
     shares: Any, workers: int, pin: bool, *, lose: int | None = None
 ) -> Iterator[Step]:
-    """`batching.loaded` with workers in this thread: torch's loader takes a message of each in turn, and passes over those that ended.
+    """`iterate_loader` with workers in this thread: torch's loader takes a message of each in turn, and passes over those that ended.
 
     lose: a message that does not arrive.
     """
@@ -171,12 +186,10 @@ def emulated(per_message: int = 1, lose: int | None = None) -> Iterator[None]:
     """Workers that are none, which send so many steps at once."""
     with (
         mock.patch.object(
-            stream_batches, "iterate_loader", lambda *args: as_the_loader_does(*args, lose=lose)
+            streaming, "iterate_loader", lambda *args: as_the_loader_does(*args, lose=lose)
         ),
-        mock.patch.object(
-            stream_batches, "get_worker_info", lambda: getattr(_here, "worker", None)
-        ),
-        mock.patch.object(stream_batches, "steps_per_message", lambda *args: per_message),
+        mock.patch.object(streaming, "get_worker_info", lambda: getattr(_here, "worker", None)),
+        mock.patch.object(streaming, "steps_per_message", lambda *args: per_message),
     ):
         yield
 
@@ -185,13 +198,13 @@ def emulated(per_message: int = 1, lose: int | None = None) -> Iterator[None]:
 
 
 class Agreement:
-    """`known.agreement` among threads."""
+    """`agree_on_steps` among threads."""
 
     def __init__(self, ranks: int) -> None:
         self.told: list[Step | BertdistError | None] = [None] * ranks
         self.barrier = threading.Barrier(ranks, timeout=20)
 
-    def of(self, rank: int) -> Agree:
+    def of(self, rank: int) -> AgreeOnStep:
         def agree(step: Step | BertdistError | None) -> tuple[int, tuple[SkippedRow, ...]]:
             self.told[rank] = step
             self.barrier.wait()
@@ -202,7 +215,7 @@ class Agreement:
                     raise found
             steps = [found for found in told if isinstance(found, Step)]
             return sum(found.rows for found in steps), tuple(
-                row for found in steps for row in found.bad
+                row for found in steps for row in found.skipped_rows
             )
 
         return agree
@@ -263,7 +276,7 @@ def assert_within(steps: Sequence[Step], tokens: int) -> None:
     assert all(
         sum(batch.lengths) <= tokens or len(batch.lengths) == 1
         for step in steps
-        for batch in step.share
+        for batch in step.micro_batches
     )
 
 
@@ -327,14 +340,16 @@ def test_every_row_once_in_steps_that_know_neither_ranks_nor_workers(
             )
             by_rank.append(list(of_rank.steps(0, EPOCHS * per_epoch)))
             assert_within(by_rank[-1], tokens)
-            place = by_rank[-1][start - 1].after if start else None
+            place = by_rank[-1][start - 1].next_reader_state if start else None
             again = replace(of_rank, workers=other_workers).steps(
                 start, EPOCHS * per_epoch, by_json(place)
             )
             assert list(map(content, again)) == list(map(content, by_rank[-1][start:]))
     assert steps_of(by_rank) == expected
     assert all(
-        [step.after for step in steps] == [step.after for step in by_rank[0]] for steps in by_rank
+        [step.next_reader_state for step in steps]
+        == [step.next_reader_state for step in by_rank[0]]
+        for steps in by_rank
     ), "any rank's place is that of all"
 
 
@@ -342,10 +357,12 @@ def test_going_on_from_every_step_and_to_every_step() -> None:
     read = batches_of(files_of([7, 0, 11, 5]), size=4, window=8)
     steps = list(read.steps(0, 13))  # 6 an epoch
     for start in range(13):
-        again = read.steps(start, 13, by_json(steps[start - 1].after) if start else None)
+        again = read.steps(
+            start, 13, by_json(steps[start - 1].next_reader_state) if start else None
+        )
         assert list(map(content, again)) == list(map(content, steps[start:]))
         assert list(map(content, read.steps(0, start))) == list(map(content, steps[:start]))
-    assert list(read.steps(4, 4, steps[3].after)) == []
+    assert list(read.steps(4, 4, steps[3].next_reader_state)) == []
 
 
 def test_each_window_of_each_epoch_has_its_own_order() -> None:
@@ -360,7 +377,7 @@ def test_going_on_with_other_ranks_takes_the_same_rows() -> None:
     files = files_of([7, 11, 5])
     first = [list(batches_of(files, rank, 3).steps(0, 4)) for rank in range(3)]
     second = [
-        list(batches_of(files, rank, 2).steps(4, 12, by_json(first[0][3].after)))
+        list(batches_of(files, rank, 2).steps(4, 12, by_json(first[0][3].next_reader_state)))
         for rank in range(2)
     ]
     assert steps_of(first) + steps_of(second) == steps_of([list(batches_of(files).steps(0, 12))])
@@ -369,10 +386,10 @@ def test_going_on_with_other_ranks_takes_the_same_rows() -> None:
 def test_a_place_that_skips_a_window_is_seen() -> None:
     read = batches_of(files_of([23]), size=4, window=8)
     steps = list(read.steps(0, 12))
-    place = by_json(steps[1].after)
+    place = by_json(steps[1].next_reader_state)
     assert place is not None and place["window"]["window"] == 1 and place["step"] == 0
     assert steps_of([[*steps[:2], *read.steps(2, 12, place)]]) == steps_of([steps])
-    skipped = {"window": next(iter(read.stream.windows(place["window"]))).after, "step": 0}
+    skipped = {"window": next(iter(read.stream.windows(place["window"]))).next_state, "step": 0}
     with pytest.raises(AssertionError):
         assert_every_row_once(steps_of([[*steps[:2], *read.steps(2, 12, skipped)]]), 6, 23)
     repeated = {"window": place["window"], "step": 1}
@@ -396,7 +413,7 @@ def test_a_worker_that_takes_the_turn_of_another_is_seen() -> None:
     read = batches_of(files_of([23]), size=4, workers=2)
     with (
         emulated(),
-        mock.patch.object(stream_batches, "get_worker_info", lambda: None),
+        mock.patch.object(streaming, "get_worker_info", lambda: None),
         pytest.raises(AssertionError),
     ):
         assert_every_row_once(steps_of([list(read.steps(0, 12))]), 6, 23)
@@ -406,14 +423,14 @@ def test_a_worker_that_takes_the_turn_of_another_is_seen() -> None:
 def test_a_mixture_goes_on_from_every_step_on_any_ranks(workers: int) -> None:
     small, large = files_of([5]), files_of([9, 21])
     plain = batches_of(small, tokens_per_micro_batch=20)
-    mixed = replace(plain.stream, parts=[small, large], weights=(1.0, 2.0))
+    mixed = replace(plain.stream, source_groups=[small, large], weights=(1.0, 2.0))
     of_ranks = [
         replace(plain, stream=mixed, rank=rank, ranks=3, workers=workers) for rank in range(3)
     ]
     with emulated(2):
         by_rank = [list(batches.steps(0, 20)) for batches in of_ranks]
         for start in range(1, 20):
-            again = of_ranks[1].steps(start, 20, by_json(by_rank[0][start - 1].after))
+            again = of_ranks[1].steps(start, 20, by_json(by_rank[0][start - 1].next_reader_state))
             assert list(map(content, again)) == list(map(content, by_rank[1][start:]))
     assert steps_of(by_rank) == steps_of([list(replace(plain, stream=mixed).steps(0, 20))])
     assert all(len(step) == 4 for step in steps_of(by_rank)), (
@@ -424,9 +441,9 @@ def test_a_mixture_goes_on_from_every_step_on_any_ranks(workers: int) -> None:
 @pytest.mark.parametrize(("workers", "per_message"), [(1, 1), (1, 3), (2, 1), (2, 2), (2, 50)])
 def test_real_workers_send_what_emulated_ones_do(workers: int, per_message: int) -> None:
     read = batches_of(files_of([7, 0, 11, 5]), 1, 2, tokens_per_micro_batch=9)
-    expected = list(map(content, read.steps(3, 12, list(read.steps(0, 3))[-1].after)))
-    place = by_json(list(read.steps(0, 3))[-1].after)
-    with mock.patch.object(stream_batches, "steps_per_message", lambda *args: per_message):
+    expected = list(map(content, read.steps(3, 12, list(read.steps(0, 3))[-1].next_reader_state)))
+    place = by_json(list(read.steps(0, 3))[-1].next_reader_state)
+    with mock.patch.object(streaming, "steps_per_message", lambda *args: per_message):
         assert list(map(content, replace(read, workers=workers).steps(3, 12, place))) == expected
     with emulated(per_message):
         assert list(map(content, replace(read, workers=workers).steps(3, 12, place))) == expected
@@ -460,22 +477,24 @@ def test_a_label_that_the_task_does_not_know_is_told_with_its_place(workers: int
 def test_rows_that_were_left_out_come_with_the_first_step_behind_them() -> None:
     files = files_of([7, 0, 11, 5])
     expected = Counter(
-        bad for file in files for piece in file.chunks(["text"]) for bad in piece.bad
+        bad for file in files for piece in file.chunks(["text"]) for bad in piece.skipped_rows
     )
     for workers in range(3):
         with emulated(2):
             steps = list(batches_of(files, workers=workers).steps(0, 6))
-        assert Counter(bad for step in steps for bad in step.bad) == expected
-        assert all(not step.bad for step in steps[1::2]), "with the window that they were found in"
-        again = list(batches_of(files).steps(3, 6, steps[2].after))
-        assert set(again[0].bad) >= set(steps[2].bad), (
+        assert Counter(bad for step in steps for bad in step.skipped_rows) == expected
+        assert all(not step.skipped_rows for step in steps[1::2]), (
+            "with the window that they were found in"
+        )
+        again = list(batches_of(files).steps(3, 6, steps[2].next_reader_state))
+        assert set(again[0].skipped_rows) >= set(steps[2].skipped_rows), (
             "also where a run goes on in the middle of a window"
         )
 
 
 def test_a_stream_without_rows_is_not_read_for_ever() -> None:
     read = batches_of(files_of([5]))
-    empty = replace(read, stream=replace(read.stream, parts=[files_of([0, 0])]))
+    empty = replace(read, stream=replace(read.stream, source_groups=[files_of([0, 0])]))
     with pytest.raises(DataError, match=r"^rows has no rows\.$"):
         list(empty.steps(0, 3))
     with pytest.raises(DataError, match=r"^rows has no rows\.$"):
@@ -495,19 +514,24 @@ def test_where_a_row_stands_is_told_by_the_place_of_its_step(split: str) -> None
     for batches, steps in zip(of_ranks, by_rank, strict=True):
         wrong = 0
         for step in steps if split == "by_row" else [step for step in steps if not step.idle]:
-            rows = [row for batch in step.share for row in batch.rows.tolist() if row >= 0]
+            rows = [row for batch in step.micro_batches for row in batch.rows.tolist() if row >= 0]
             ids = [row for of in rows_of(step) for row in of]
-            names = [place.rsplit(" row ", 1) for place in batches.where(rows, by_json(step.place))]
+            names = [
+                place.rsplit(" row ", 1)
+                for place in batches.locations(rows, by_json(step.window_state))
+            ]
             assert [starts[name] + int(row) for name, row in names] == ids
-            wrong += batches.where(rows, steps[0].place) != batches.where(
-                rows, step.place
+            wrong += batches.locations(rows, steps[0].window_state) != batches.locations(
+                rows, step.window_state
             )  # the control: the place of another step
         assert wrong
-        assert batches.where([batches.stream.first_row + 3], None) == ["rows row 3"]
-        gone = replace(batches, stream=replace(batches.stream, parts=[files_of([9], broken=0)]))
-        assert gone.where([batches.stream.first_row], steps[0].place) == ["rows row 0"], (
-            "the data are no longer there"
+        assert batches.locations([batches.stream.first_row + 3], None) == ["rows row 3"]
+        gone = replace(
+            batches, stream=replace(batches.stream, source_groups=[files_of([9], broken=0)])
         )
+        assert gone.locations([batches.stream.first_row], steps[0].window_state) == [
+            "rows row 0"
+        ], "the data are no longer there"
 
 
 # ---- --stream_sharding by_file
@@ -551,7 +575,9 @@ def test_ranks_with_files_of_their_own_take_every_row_once_and_the_same_number_o
     with emulated(per_message):
         by_rank, errors = on_ranks(of_ranks, 0, EPOCHS * per_epoch)
         assert errors == [""] * ranks
-        places = [by_json(steps[start - 1].after) if start else None for steps in by_rank]
+        places = [
+            by_json(steps[start - 1].next_reader_state) if start else None for steps in by_rank
+        ]
         again, _ = on_ranks(
             [replace(batches, workers=0) for batches in of_ranks], start, EPOCHS * per_epoch, places
         )
@@ -559,7 +585,7 @@ def test_ranks_with_files_of_their_own_take_every_row_once_and_the_same_number_o
     assert [list(map(content, steps)) for steps in again] == [
         list(map(content, steps[start:])) for steps in by_rank
     ]
-    bad = [[row for step in steps[:per_epoch] for row in step.bad] for steps in by_rank]
+    bad = [[row for step in steps[:per_epoch] for row in step.skipped_rows] for steps in by_rank]
     assert all(sorted(of_rank) == sorted(set(bad[0])) for of_rank in bad), (
         "each rank knows what all have left out, once"
     )
@@ -567,7 +593,7 @@ def test_ranks_with_files_of_their_own_take_every_row_once_and_the_same_number_o
         row
         for steps in by_rank
         for step in steps[:per_epoch]
-        for batch in step.share
+        for batch in step.micro_batches
         for row in batch.rows.tolist()
         if row >= 0
     ]
@@ -588,22 +614,24 @@ def test_own_files_go_on_from_every_step_and_between_epochs_on_any_ranks() -> No
             of_ranks,
             start,
             2 * per_epoch + 1,
-            [by_json(steps[start - 1].after) for steps in by_rank],
+            [by_json(steps[start - 1].next_reader_state) for steps in by_rank],
         )
         assert [list(map(content, steps)) for steps in again] == [
             list(map(content, steps[start:])) for steps in by_rank
         ]
-    places = {json.dumps(steps[per_epoch - 1].after) for steps in by_rank}
+    places = {json.dumps(steps[per_epoch - 1].next_reader_state) for steps in by_rank}
     assert len(places) == 1 and "over" in places.pop()
-    assert any("over" in step.after for step in by_rank[1][: per_epoch - 1] if step.after), (
-        "one that has read its files waits there"
-    )
+    assert any(
+        "over" in step.next_reader_state
+        for step in by_rank[1][: per_epoch - 1]
+        if step.next_reader_state
+    ), "one that has read its files waits there"
     fewer = [batches_of(files, rank, 2, size=7, window=5, split="by_file") for rank in range(2)]
     rest, errors = on_ranks(
         fewer,
         per_epoch,
         per_epoch + fewer[0].steps_per_epoch,
-        [by_json(by_rank[0][per_epoch - 1].after)] * 2,
+        [by_json(by_rank[0][per_epoch - 1].next_reader_state)] * 2,
     )
     assert errors == ["", ""] and sorted(row for step in steps_of(rest) for row in step) == list(
         range(40)
@@ -621,9 +649,9 @@ def test_ranks_whose_files_are_empty_wait() -> None:
         [True] * 10,
     ]
     assert_every_row_once(steps_of(by_rank), 5, 9)
-    assert [steps[4].after for steps in by_rank] == [by_rank[0][4].after] * 3, (
-        "they end the epoch in the same place"
-    )
+    assert [steps[4].next_reader_state for steps in by_rank] == [
+        by_rank[0][4].next_reader_state
+    ] * 3, "they end the epoch in the same place"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -638,7 +666,7 @@ def test_a_rank_whose_rows_are_all_left_out_tells_them(
 
     def told(steps: Sequence[Step]) -> list[str]:
         reasons = "label is missing, expected one in every row (column 'label')"
-        return [row.file for step in steps for row in step.bad if row.reason == reasons]
+        return [row.file for step in steps for row in step.skipped_rows if row.reason == reasons]
 
     with emulated(per_message=2):
         by_rank, errors = on_ranks(of_ranks, 0, 10)
@@ -650,7 +678,7 @@ def test_a_rank_whose_rows_are_all_left_out_tells_them(
         assert all(
             len(batch.rows) and (batch.rows < 0).all()
             for step in by_rank[1]
-            for batch in step.share
+            for batch in step.micro_batches
         )
         for steps in by_rank:
             assert (
@@ -659,14 +687,17 @@ def test_a_rank_whose_rows_are_all_left_out_tells_them(
             assert told(steps[5:]) == told(steps[:5])
         for start in range(1, 5):
             rest, _ = on_ranks(
-                of_ranks, start, 10, [by_json(steps[start - 1].after) for steps in by_rank]
+                of_ranks,
+                start,
+                10,
+                [by_json(steps[start - 1].next_reader_state) for steps in by_rank],
             )
             assert [list(map(content, steps)) for steps in rest] == [
                 list(map(content, steps[start:])) for steps in by_rank
             ]
         with monkeypatch.context() as patch:  # the control
             patch.setattr(
-                stream_batches._Shares,
+                streaming._Messages,
                 "one_epoch",
                 property(lambda self: False, lambda self, value: None),
                 raising=False,
@@ -717,3 +748,139 @@ def test_each_rank_that_reads_own_files_has_one_and_a_row_of_each_step() -> None
         match=r"^rows: 2 source\(s\) for 3 processes, .* --stream_sharding by_row takes any number\.$",
     ):
         batches_of(files_of([9, 9]), 2, 3, split="by_file")
+
+
+# ---- Which files each rank reads
+
+
+def unread(sources: Sequence[Any]) -> Stream:
+    columns = ColumnNames("text", None, "label", None)
+    return Stream(
+        name="rows",
+        source_groups=[sources],
+        columns=columns,
+        label_delimiter=None,
+        window_rows=4,
+        seed=1,
+    )
+
+
+@given(st.lists(st.none() | st.integers(0, 1000), max_size=40), st.integers(1, 9))
+def test_files_are_dealt_evenly_and_each_once(sizes: list[int | None], ranks: int) -> None:
+    read = unread([MemoryRows(f"file {at}", [], bytes=size) for at, size in enumerate(sizes)])
+    dealt = assign_files_to_ranks(read, ranks)
+    assert len(dealt) == ranks and sorted(file for files in dealt for file in files) == list(
+        range(len(sizes))
+    )
+    assert all(files == sorted(files) for files in dealt) and dealt == assign_files_to_ranks(
+        read, ranks
+    )
+    told = [size for size in sizes if size is not None]
+    usual = sum(told) // max(1, len(told))
+    loads = [
+        sum(usual if sizes[file] is None else sizes[file] or 0 for file in files) for files in dealt
+    ]
+    assert max(loads) - min(loads) <= max([usual, *told], default=0)
+    if not any(loads):  # nothing is known of their sizes
+        assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+
+
+def test_files_dealt_by_hand() -> None:
+    read = unread(
+        [MemoryRows(f"file {at}", [], bytes=size) for at, size in enumerate([3, 9, 4, None, 8])]
+    )
+    assert assign_files_to_ranks(read, 2) == [
+        [0, 1, 2],
+        [3, 4],
+    ]  # 9, 4 and 3; 8 and, unknown, the mean of 6
+    in_turn = [[file for file in range(5) if file % 2 == rank] for rank in range(2)]
+    assert in_turn != assign_files_to_ranks(read, 2)  # the control: sizes count
+
+
+def test_ten_thousand_files_are_each_looked_at_once() -> None:
+    class Counted:
+        asked = 0
+
+        @property
+        def bytes(self) -> int:
+            Counted.asked += 1
+            return 7
+
+    files: Any = [Counted() for _ in range(10_000)]
+    assert (
+        sorted(set(map(len, assign_files_to_ranks(unread(files), 512)))) == [19, 20]
+        and Counted.asked == 10_000
+    )
+
+
+# ---- Agreeing on a step
+
+
+def agree_on_ranks(accelerator: Accelerator, told: Sequence[Sequence[Any]]) -> list[Any]:
+    """What each call gave; steps are told by their rows."""
+    agree, found = agree_on_steps(accelerator), list[Any]()
+    for of_rank in told:
+        one = of_rank[accelerator.process_index]
+        try:
+            found.append(
+                agree(Step(number=0, micro_batches=[], rows=one) if isinstance(one, int) else one)
+            )
+        except BertdistError as error:
+            found.append((type(error).__name__, str(error), error.on_all_ranks))
+    return found
+
+
+def test_ranks_agree_on_the_rows_of_a_step() -> None:
+    assert run_ranks(1, agree_on_ranks, [[3], [None]]) == [[(3, ()), (0, ())]]
+    assert (
+        run_ranks(2, agree_on_ranks, [[3, 4], [3, None], [None, None]])
+        == [[(7, ()), (3, ()), (0, ())]] * 2
+    )
+
+
+def test_ranks_know_what_any_of_them_left_out() -> None:
+    first, second = SkippedRow("a", 1, "no row", ""), SkippedRow("b", 2, "no row", "")
+    steps = [
+        Step(number=0, micro_batches=[], rows=2, skipped_rows=bad)
+        for bad in ((first,), (second, first), ())
+    ]
+    told = [[steps[0], steps[1]], [steps[2], steps[0]], [None, steps[1]], [steps[2], steps[2]]]
+    assert (
+        run_ranks(2, agree_on_ranks, told)
+        == [[(4, (first, second, first)), (4, (first,)), (2, (second, first)), (4, ())]] * 2
+    )
+
+
+def test_an_error_on_one_rank_is_raised_on_all_and_the_next_call_is_in_step() -> None:
+    lost = DataError("file row 3: lost.")
+    told = ("DataError", "rank 1: file row 3: lost.", True)
+    assert (
+        run_ranks(2, agree_on_ranks, [[3, 4], [3, lost], [1, 1]]) == [[(7, ()), told, (2, ())]] * 2
+    )
+    both = run_ranks(2, agree_on_ranks, [[CheckpointError("a"), DataError("b")]])
+    assert both == [[("CheckpointError", "rank 0: a\nrank 1: b", True)]] * 2
+
+
+def test_an_error_that_is_not_agreed_on_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "all_reduce_sum", lambda accelerator, values, group: values)
+    found = run_ranks(
+        2,
+        lambda accelerator: accelerator.process_index == 0 or agree_on_ranks(accelerator, [[3, 4]]),
+    )
+    assert found == [True, [(4, ())]], "the control: without an exchange each has its own rows"
+
+
+def test_agreeing_begins_with_the_first_step() -> None:
+    """A rank that fails while a run is set up leaves nobody waiting: opening an agreement exchanges nothing."""
+
+    def only_one(accelerator: Accelerator) -> bool:
+        return accelerator.process_index == 0 or bool(agree_on_steps(accelerator))
+
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(streaming, "host_group", lambda accelerator: accelerator.wait_for_everyone())
+        assert run_ranks(2, only_one) == [True, True]
+        assert run_ranks(2, agree_on_ranks, [[3, 4]]) == [[(7, ())]] * 2
+        patch.setattr(streaming, "cache", lambda group: (group(), group)[1])  # the control: at once
+        with pytest.raises(RankError):
+            run_ranks(2, only_one, timeout=5)

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from bertdist.core.config import DataConfig, ModelConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError, ModelError
-from bertdist.data import tokenization as encoding
+from bertdist.data import tokenization
 from bertdist.data.loading import load_records
-from bertdist.data.records import Record, Records, records_of
-from bertdist.data.tokenization import CUT_ABOVE, Example, encode, load_tokenizer, open_examples
+from bertdist.data.records import Record, Records, records_from_texts
+from bertdist.data.tokenization import LONG_TEXT, Example, create_dataset, encode, load_tokenizer
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
 
 EACH_TIME = settings(
@@ -227,7 +227,7 @@ LONG = {  # longer than 2,000 characters
 def test_a_long_text_has_the_ids_of_the_whole_text(
     name: str, kind: str, kinds: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding, "CUT_ABOVE", 2000)
+    monkeypatch.setattr(tokenization, "LONG_TEXT", 2000)
     each, text = kinds[kind], LONG[name]
     assert len(text) >= 2000
     for max_length in (3, 20, 128, 512):
@@ -242,7 +242,7 @@ def test_a_long_text_has_the_ids_of_the_whole_text(
 def test_a_text_above_the_real_limit_has_the_ids_of_the_whole_text(
     text: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    assert len(text) > CUT_ABOVE
+    assert len(text) > LONG_TEXT
     for max_length in (3, 128, 512):
         assert encode([record(text)], tokenizer, max_length) == [
             whole(text, None, tokenizer, max_length)
@@ -288,7 +288,7 @@ def test_a_cut_anywhere_is_not_to_be_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        encoding, "CUT_ABOVE", 10
+        tokenization, "LONG_TEXT", 10
     )  # the first cut falls after ten characters, the next after twenty, ...
     text = "".join(pieces)
     assert encode([record(text)], kinds[kind], max_length) == [
@@ -305,8 +305,8 @@ def test_a_careless_cut_would_be_seen(
         (lambda text, *rest: text[:25], "good good good good good good"),
         (lambda text, *rest: text[:9], "good good good"),
     ):
-        monkeypatch.setattr(encoding, "CUT_ABOVE", 10)
-        monkeypatch.setattr(encoding, "_head", careless)
+        monkeypatch.setattr(tokenization, "LONG_TEXT", 10)
+        monkeypatch.setattr(tokenization, "_beginning", careless)
         assert encode([record(text)], kinds[kind], 64) != [whole(text, None, kinds[kind], 64)]
 
 
@@ -321,7 +321,7 @@ def test_a_tokenizer_that_keeps_the_end_of_a_text_gets_its_end(tiny_model: Path)
 def test_real_texts_are_cut_without_a_trace(
     shared_data: Path, kinds: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding, "CUT_ABOVE", 200)
+    monkeypatch.setattr(tokenization, "LONG_TEXT", 200)
     texts = [
         (shared_data / name / "dev.tsv").read_text(encoding="utf-8")[:20_000]
         for name in ("sst2", "chnsenticorp")
@@ -345,9 +345,9 @@ def test_a_long_text_costs_what_its_head_costs(
 
     read.truncation_side = tokenizer.truncation_side  # type: ignore[attr-defined]
     ((ids, _),) = encode([record("good movie " * 30_000)], read, 128)  # type: ignore[arg-type]  # a tokenizer, to encode
-    assert (len(ids), sum(seen) <= 2 * CUT_ABOVE) == (128, True)
+    assert (len(ids), sum(seen) <= 2 * LONG_TEXT) == (128, True)
     seen.clear()
-    monkeypatch.setattr(encoding, "CUT_ABOVE", 10**9)
+    monkeypatch.setattr(tokenization, "LONG_TEXT", 10**9)
     encode([record("good movie " * 30_000)], read, 128)  # type: ignore[arg-type]
     assert sum(seen) == 330_000  # the control
 
@@ -357,7 +357,7 @@ def test_a_long_text_costs_what_its_head_costs(
 
 def labelled(values: list[Any], codes: Sequence[int]) -> Records:
     """Rows 'good a', 'good aa', ... with labels."""
-    plain = records_of([f"good {'a' * i}" for i in range(1, len(codes) + 1)])
+    plain = records_from_texts([f"good {'a' * i}" for i in range(1, len(codes) + 1)])
     return dataclasses.replace(
         plain, label_kind="text", label_values=values, label_codes=np.array(codes, dtype=np.int32)
     )
@@ -386,7 +386,7 @@ def test_labels_become_targets(
     kind: type,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    examples = open_examples(labelled(values, codes), tokenizer, task, 16)
+    examples = create_dataset(labelled(values, codes), tokenizer, task, 16)
     assert examples.targets.dtype == kind
     assert examples.targets.tolist() == targets
     assert (len(examples), examples.weights.tolist(), examples.weights.dtype) == (
@@ -400,7 +400,7 @@ def test_examples_are_made_of_the_rows_asked_for_in_their_order(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     task = SingleLabel(("neg", "pos"), class_weights=(0.5, 2.0))
-    examples = open_examples(labelled(["pos", "neg"], [0, 1, 0]), tokenizer, task, 16)
+    examples = create_dataset(labelled(["pos", "neg"], [0, 1, 0]), tokenizer, task, 16)
     ids = [ids_of(f"[CLS] good a{' ##a' * i} [SEP]", tokenizer) for i in range(3)]
     expected = [
         Example(2, ids[2], [0] * 6, 1, 2.0),
@@ -415,9 +415,9 @@ def test_examples_are_made_of_the_rows_asked_for_in_their_order(
 def test_rows_without_labels_are_examples_too(tokenizer: PreTrainedTokenizerBase) -> None:
     for task, records in (
         (None, labelled(["x"], [0, 0])),
-        (SingleLabel(("a", "b")), records_of(["good", "bad"])),
+        (SingleLabel(("a", "b")), records_from_texts(["good", "bad"])),
     ):
-        examples = open_examples(records, tokenizer, task, 16)
+        examples = create_dataset(records, tokenizer, task, 16)
         assert (examples.targets.tolist(), examples.weights.tolist()) == ([0, 0], [1.0, 1.0])
 
 
@@ -443,19 +443,19 @@ def test_an_unknown_label_names_file_and_line(
     task = SingleLabel(("negative", "positive"))
     records = dev("text\tlabel\ngood\tpositive\nbad\tnegativ\nbad\tpositiv\nbad\tnegativ\n")
     with pytest.raises(DataError) as caught:
-        open_examples(records, tokenizer, task, 16)
+        create_dataset(records, tokenizer, task, 16)
     assert (
         str(caught.value)
         == "dev.tsv line 3: unknown label 'negativ'; expected one of the training labels. Did you mean 'negative'?"
     )
-    open_examples(dev("text\tlabel\ngood\tpositive\nbad\tnegative\n"), tokenizer, task, 16)
+    create_dataset(dev("text\tlabel\ngood\tpositive\nbad\tnegative\n"), tokenizer, task, 16)
 
 
 def test_a_number_that_is_none_names_file_and_line(
     dev: Callable[[str], Records], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     with pytest.raises(DataError) as caught:
-        open_examples(
+        create_dataset(
             dev("text\tlabel\ngood\t1.5\nbad\thigh\n"), tokenizer, Regression(("label",)), 16
         )
     assert str(caught.value) == "dev.tsv line 3: expected a number, found 'high'."

@@ -13,7 +13,7 @@ from rows import write_rows
 from bertdist.core.config import DataConfig
 from bertdist.core.types import IntArray
 from bertdist.data.loading import load_records
-from bertdist.data.records import Records, records_of
+from bertdist.data.records import Records, records_from_texts
 from bertdist.data_quality import duplicates
 from bertdist.data_quality.duplicates import (
     group_texts,
@@ -99,7 +99,7 @@ def test_every_reported_pair_is_near_and_few_are_missed() -> None:
     random = np.random.default_rng(0)
     base = [row["text"] for row in clean_rows(150)]
     texts = base + [changed(text, random, int(random.integers(1, 4))) for text in base]
-    same = group_texts({"train": records_of(texts)}, 0.8)
+    same = group_texts({"train": records_from_texts(texts)}, 0.8)
     assert same.near is not None
     sets = sets_of(same.normalized_texts.to_pylist())
     near = {
@@ -117,12 +117,12 @@ def test_every_reported_pair_is_near_and_few_are_missed() -> None:
     assert found.items() <= near.items() and len(near) > 30
     assert len(found) >= 0.98 * len(near)
     # The control: with another threshold other pairs would have been near.
-    stricter = group_texts({"train": records_of(texts)}, 0.9).near
+    stricter = group_texts({"train": records_from_texts(texts)}, 0.9).near
     assert stricter is not None and 0 < len(stricter.left) < len(found)
 
 
 def test_clean_rows_have_no_near_duplicates_and_threshold_0_disables_the_search() -> None:
-    records = records_of([row["text"] for row in clean_rows(300)])
+    records = records_from_texts([row["text"] for row in clean_rows(300)])
     pairs = group_texts({"train": records}, 0.8).near
     assert pairs is not None and len(pairs.left) == 0
     assert group_texts({"train": records}, 0.0).near is None
@@ -144,15 +144,15 @@ def test_a_popular_bucket_costs_a_bounded_number_of_comparisons(
         f"Your code for the bank is {number:09d}, do not share it with anybody."
         for number in range(0, 10**9, 10**6)
     ]
-    pairs = group_texts({"train": records_of(texts)}, 0.8).near
+    pairs = group_texts({"train": records_from_texts(texts)}, 0.8).near
     assert pairs is not None and len(np.unique([pairs.left, pairs.right])) > 900
     assert compared < 13 * len(texts)  # all with all: 499,500
 
 
 def test_texts_are_numbered_over_all_splits_and_up_to_case_and_white_space() -> None:
     train, dev = (
-        records_of(["A  film", "a film", "other", "A  film"]),
-        records_of([" a film\u00a0", "Other", "none"]),
+        records_from_texts(["A  film", "a film", "other", "A  film"]),
+        records_from_texts([" a film\u00a0", "Other", "none"]),
     )
     same = group_texts({"train": train, "validation": dev}, 0)
     assert is_repeat(same.exact["train"]).tolist() == [False, False, False, True]

@@ -19,7 +19,7 @@ from bertdist.core.args import read_config
 from bertdist.core.config import DataConfig, TaskConfig
 from bertdist.core.errors import ConfigError, DataError
 from bertdist.data.loading import load_records
-from bertdist.data.records import Records, records_of
+from bertdist.data.records import Records, records_from_texts
 from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data_quality import label_issues
 from bertdist.data_quality.config import RANKINGS
@@ -106,9 +106,9 @@ def test_every_fold_has_numbers_of_the_full_range() -> None:
 
 
 def test_texts_that_differ_in_case_and_white_space_only_are_one_group() -> None:
-    records = records_of(["A film.", "another", "a  FILM. ", "A film"])
+    records = records_from_texts(["A film.", "another", "a  FILM. ", "A film"])
     assert group_by_text(records).tolist() == [0, 1, 0, 2]
-    pairs = records_of(["a", "a", "A"], ["b", "c", "b "])
+    pairs = records_from_texts(["a", "a", "A"], ["b", "c", "b "])
     assert group_by_text(pairs).tolist() == [0, 1, 0]
 
 
@@ -117,7 +117,7 @@ def test_selected_rows_keep_their_location_in_the_source(tmp_path: Path) -> None
     records = load_records(DataConfig(train_file=[str(path)]), "train")
     some = select_rows(records, np.array([4, 1]))
     assert [some[0].text, some[1].text] == [records[4].text, records[1].text] and len(some) == 2
-    assert some.where(0) == "rows.tsv line 6" and some.lengths().tolist() == [
+    assert str(some.location(0)) == "rows.tsv line 6" and some.lengths().tolist() == [
         len(records[4].text),
         len(records[1].text),
     ]

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
+from bertdist.data.source import RowLocation, locate_rows
 from bertdist.data_quality import report
 from bertdist.data_quality.findings import Example, Finding
 from bertdist.data_quality.report import (
@@ -254,9 +255,9 @@ class File:
     def __init__(self, lines: list[int]) -> None:
         self.lines, self.calls = lines, 0
 
-    def __call__(self, row: int) -> str:
+    def __call__(self, row: int) -> RowLocation:
         self.calls += 1
-        return f"a line 2.tsv line {self.lines[row]}"
+        return RowLocation("a line 2.tsv", self.lines[row])
 
 
 def test_row_locations_take_two_calls_for_a_file_of_one_line_per_row() -> None:
@@ -282,7 +283,7 @@ def test_row_locations_are_right_in_a_file_of_rows_with_several_lines(seed: int)
 
 
 def test_row_locations_of_a_source_without_lines_and_of_a_huge_file() -> None:
-    assert row_locations(lambda row: f"x.parquet row {row}", [3, 5, 9], 10) == {
+    assert row_locations(locate_rows("x.parquet"), [3, 5, 9], 10) == {
         row: f"x.parquet row {row}" for row in (3, 5, 9)
     }
     lines = (2 + np.cumsum(np.arange(200) % 2 + 1)).tolist()
@@ -297,8 +298,8 @@ class Split:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def where(self, row: int) -> str:
-        return f"{self.name} row {row}"
+    def location(self, row: int) -> RowLocation:
+        return RowLocation(self.name, row=row)
 
     def __len__(self) -> int:
         return 9

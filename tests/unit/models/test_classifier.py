@@ -26,9 +26,9 @@ from transformers import (
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import BertdistError, ConfigError, ModelError
 from bertdist.data.batch import PackedBatch, collate
-from bertdist.data.records import records_of
-from bertdist.data.sharding import MapLoader
-from bertdist.data.tokenization import Example, encode, open_examples
+from bertdist.data.loader import MapLoader
+from bertdist.data.records import records_from_texts
+from bertdist.data.tokenization import Example, create_dataset, encode, load_tokenizer  # noqa: F401
 from bertdist.models import attention
 from bertdist.models.classifier import (
     Classifier,
@@ -84,7 +84,7 @@ def padded_twin(model: Classifier, folder: Path) -> Any:
 
 
 def packed(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[str] | None) -> PackedBatch:
-    records = records_of(TEXTS, pairs)
+    records = records_from_texts(TEXTS, pairs)
     encoded = encode([records[row] for row in range(len(TEXTS))], tokenizer, 64)
     return collate(
         [
@@ -198,7 +198,7 @@ def test_order_and_other_texts_do_not_change_logits(
 ) -> None:
     model, _ = load(tiny_model)
     model.double()
-    examples = open_examples(records_of(TEXTS), tokenizer, None, 64)
+    examples = create_dataset(records_from_texts(TEXTS), tokenizer, None, 64)
     batched = model(collate(examples[list(range(6))]))
     for order in ([5, 4, 3, 2, 1, 0], [2], [3, 0]):
         torch.testing.assert_close(
@@ -214,22 +214,22 @@ def step_gradients(
 ) -> dict[str, Tensor]:
     """Gradients of one step of six rows: summed losses of all ranks' micro-batches, over its rows."""
     records = replace(
-        records_of(TEXTS),
+        records_from_texts(TEXTS),
         label_kind="text",
         label_values=["bad", "fine", "good"],
         label_codes=torch.tensor(TARGETS).numpy(),
     )
-    examples = open_examples(records, tokenizer, TASK, 64)
+    examples = create_dataset(records, tokenizer, TASK, 64)
     model.zero_grad()
     for rank in range(ranks):
         (step,) = MapLoader(
-            examples=examples,
+            dataset=examples,
             rows_per_step=6,
             tokens_per_micro_batch=tokens,
             rank=rank,
             ranks=ranks,
         ).steps(0, 1)
-        for batch in step.share:
+        for batch in step.micro_batches:
             (
                 F.cross_entropy(model(batch), batch.targets, reduction="none") * batch.weights
             ).sum().div(step.rows).backward()
@@ -531,7 +531,7 @@ def test_the_example_of_load_classifier_runs(tiny_model: Path) -> None:
     """The lines of its docstring, with a folder in place of the Hub's name."""
     lines = (load_classifier.__doc__ or "").splitlines()
     code = "\n".join(line[8:] for line in lines if line.startswith(" " * 8))
-    assert code.count("\n") == 6 and "google-bert/bert-base-uncased" in code
+    assert code.count("\n") == 7 and "google-bert/bert-base-uncased" in code
     names = dict(globals())
     exec(code.replace("google-bert/bert-base-uncased", str(tiny_model)), names)
     assert names["logits"].shape == (2, 2)

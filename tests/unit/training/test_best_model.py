@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from bertdist.core.config import ModelConfig, RunConfig, TaskConfig
 from bertdist.core.errors import CheckpointError
-from bertdist.data.records import records_of
-from bertdist.data.sharding import MapLoader
+from bertdist.data.loader import MapLoader
+from bertdist.data.records import records_from_texts
 from bertdist.models.classifier import (
     Classifier,
     load_classifier,
@@ -43,7 +43,7 @@ class Evaluations:
         self.counts: list[int] = []
         self.stopped: int | None = None
         best: Any = SimpleNamespace(save=lambda *args: self.saved.append(self.state.step))
-        loader: Any = MapLoader(examples=Any, rows_per_step=1, tokens_per_micro_batch=1)  # type: ignore[arg-type]
+        loader: Any = MapLoader(dataset=Any, rows_per_step=1, tokens_per_micro_batch=1)  # type: ignore[arg-type]
         config: Any = SimpleNamespace(
             run=RunConfig(**settings), task=TaskConfig(), data=SimpleNamespace(task_name=None)
         )
@@ -181,7 +181,7 @@ def config_of(folder: Path) -> Any:
 
 def best_in(folder: Path, tiny_model: Path) -> BestModel:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    return BestModel(config_of(folder), tokenizer, records_of(["a"], ["b"]), ONE_RANK)
+    return BestModel(config_of(folder), tokenizer, records_from_texts(["a"], ["b"]), ONE_RANK)
 
 
 def lines_of(path: Path) -> list[Any]:
@@ -234,7 +234,7 @@ def test_only_the_main_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(best_module, name, refuse)
     for main in (False, True):
         rank: Any = SimpleNamespace(num_processes=1, is_main_process=main)
-        best = BestModel(config_of(tmp_path), None, records_of(["a"]), rank)  # type: ignore[arg-type]
+        best = BestModel(config_of(tmp_path), None, records_from_texts(["a"]), rank)  # type: ignore[arg-type]
         if main:  # the control
             with pytest.raises(AssertionError, match="written"):
                 best.save(None, {}, [{}])  # type: ignore[arg-type]

@@ -191,8 +191,10 @@ class Meter:
 
 def test_losses_are_filled_in_when_they_are_gathered() -> None:
     state, meter = TrainState(), Meter()
-    state.advance(Step(number=0, share=[], rows=8), torch.tensor(4.0))
-    state.advance(Step(number=1, share=[], rows=3, after={"window": {"epoch": 1}}), torch.tensor(1))
+    state.advance(Step(number=0, micro_batches=[], rows=8), torch.tensor(4.0))
+    state.advance(
+        Step(number=1, micro_batches=[], rows=3, after={"window": {"epoch": 1}}), torch.tensor(1)
+    )
     expected = {
         **asdict(TrainState()),
         "step": 2,
@@ -206,7 +208,7 @@ def test_losses_are_filled_in_when_they_are_gathered() -> None:
         state.gather_losses(meter, Any)  # type: ignore[arg-type]
         expected |= {"unlogged_steps": [[8.0, 8.0], [2.0, 3.0]], "tokens": 2}
         assert asdict(state) == expected
-    state.advance(Step(number=2, share=[], rows=5), torch.tensor(math.nan))
+    state.advance(Step(number=2, micro_batches=[], rows=5), torch.tensor(math.nan))
     state.gather_losses(meter, Any)  # type: ignore[arg-type]
     assert state.unlogged_steps == [[8.0, 8.0], [2.0, 3.0], [0.0, 0.0]], "a step that was left out"
     assert state.pop_mean_loss() == 10 / 11 and state.unlogged_steps == []

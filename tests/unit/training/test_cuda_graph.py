@@ -36,7 +36,7 @@ from transformers import (
 
 from bertdist.core.config import ModelConfig, OptimConfig
 from bertdist.data.batch import PackedBatch, Step, collate
-from bertdist.data.sharding import MapLoader
+from bertdist.data.loader import MapLoader
 from bertdist.data.tokenization import Example
 from bertdist.models import attention
 from bertdist.models.attention import Packing
@@ -80,7 +80,7 @@ def batch_of(lengths: Sequence[int], targets: Sequence[Any] = (2, 0, 1, 0)) -> P
 
 
 def step_of(*lengths: int) -> Step:
-    return Step(number=0, share=[batch_of(lengths)], rows=len(lengths))
+    return Step(number=0, micro_batches=[batch_of(lengths)], rows=len(lengths))
 
 
 def load(folder: Path, task: Task, **settings: Any) -> Classifier:
@@ -184,7 +184,7 @@ def test_a_budget_fills_a_step_up() -> None:
         step_of(7, 6, 6),  # one token for two texts
         step_of(2, 2, 2),  # 14 tokens, more than two texts of 6
         step_of(5, 4),  # the smaller last step of an epoch: its gradient has another divisor
-        Step(number=0, share=[batch_of([5]), batch_of([4, 2])], rows=3),
+        Step(number=0, micro_batches=[batch_of([5]), batch_of([4, 2])], rows=3),
     ],
 )
 def test_what_does_not_fit_is_not_filled_up(step: Step) -> None:
@@ -207,7 +207,7 @@ def test_the_host_believes_in_texts_as_long_as_any_can_be(
 @pytest.mark.parametrize("kind", TASKS)
 def test_a_blank_batch_has_the_shapes_of_a_filled_up_one(kind: str) -> None:
     batch = batch_of([5, 4, 2], TASKS[kind][1])
-    filled, blank = BUDGET.fill(Step(number=0, share=[batch], rows=3)), BUDGET.blank(batch)
+    filled, blank = BUDGET.fill(Step(number=0, micro_batches=[batch], rows=3)), BUDGET.blank(batch)
     assert filled is not None and not blank.weights.any()
     for name, tensor in vars(filled).items():
         if isinstance(tensor, Tensor):
@@ -233,7 +233,7 @@ def batches_of(lengths: Sequence[int], **settings: Any) -> MapLoader:
         "shuffle": True,
         "seed": 7,
     }
-    return MapLoader(examples=Rows(), **{**usual, **settings})  # type: ignore[arg-type]
+    return MapLoader(dataset=Rows(), **{**usual, **settings})  # type: ignore[arg-type]
 
 
 def test_a_budget_holds_all_steps_that_it_was_made_of() -> None:
@@ -475,7 +475,7 @@ class Rehearsal:
         train_step = train.train_step
 
         def eager(model: Any, optimizer: Any, step: Step, *rest: Any) -> StepResult:
-            self.eager += -1 not in step.share[0].rows.tolist()
+            self.eager += -1 not in step.micro_batches[0].rows.tolist()
             return train_step(model, optimizer, step, *rest)
 
         def capture(

@@ -16,9 +16,9 @@ from bertdist.core.config import ModelConfig, TaskConfig
 from bertdist.core.errors import ConfigError
 from bertdist.data import sharding as batching
 from bertdist.data.batch import PackedBatch
-from bertdist.data.records import records_of
-from bertdist.data.sharding import MapLoader
-from bertdist.data.tokenization import Example, open_examples
+from bertdist.data.loader import MapLoader
+from bertdist.data.records import records_from_texts
+from bertdist.data.tokenization import Example, create_dataset
 from bertdist.models.classifier import Classifier, load_classifier
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
 from bertdist.training.evaluation import (
@@ -188,11 +188,13 @@ def test_the_loss_of_a_real_model_is_that_of_its_rows_alone(tiny_model: Path) ->
     task = SingleLabel(("no", "yes"))
     torch.manual_seed(0)
     model: Classifier = load_classifier(config, task)[0].double().eval()
-    examples = open_examples(records_of(texts), AutoTokenizer.from_pretrained(tiny_model), None, 64)
+    examples = create_dataset(
+        records_from_texts(texts), AutoTokenizer.from_pretrained(tiny_model), None, 64
+    )
     scorer = Scorer(TaskConfig(), task, None)
     found = evaluate_split(
         model,
-        MapLoader(examples=examples, rows_per_step=4, tokens_per_micro_batch=16),
+        MapLoader(dataset=examples, rows_per_step=4, tokens_per_micro_batch=16),
         scorer,
         ONE_RANK,
     )

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import DataError
 from bertdist.data.batch import PackedBatch, collate
-from bertdist.data.records import records_of
-from bertdist.data.sharding import DEFAULT_TOKEN_BUDGET, MapLoader
-from bertdist.data.tokenization import Example, load_tokenizer, open_examples
+from bertdist.data.loader import DEFAULT_TOKEN_BUDGET, MapLoader
+from bertdist.data.records import records_from_texts
+from bertdist.data.tokenization import Example, create_dataset, load_tokenizer
 from bertdist.models.classifier import load_classifier
 from bertdist.tasks.tasks import SingleLabel
 from bertdist.training import memory
@@ -46,7 +46,7 @@ class Rows:
     def __init__(self, lengths: Sequence[int], max_length: int = 64) -> None:
         self.sizes, self.max_length = lengths, max_length
         self.records = SimpleNamespace(
-            lengths=lambda: np.array(lengths), where=lambda row: f"x.tsv line {row + 2}"
+            lengths=lambda: np.array(lengths), location=lambda row: f"x.tsv line {row + 2}"
         )
 
     def __len__(self) -> int:
@@ -273,7 +273,7 @@ def test_any_max_length_can_be_probed(max_length: int, monkeypatch: pytest.Monke
         seen.append(batch.lengths)
         return linear(400)(batch)
 
-    assert find_tokens(compute, batches(examples=Rows([2, 4], max_length)), CPU) == 512
+    assert find_tokens(compute, batches(dataset=Rows([2, 4], max_length)), CPU) == 512
     assert [lengths[0] for lengths in seen] == [seen[0][0] << i for i in range(3)], (
         "three texts, each twice as long"
     )
@@ -304,7 +304,9 @@ def test_three_small_texts_tell_what_full_ones_keep(tiny_model: Path, dropout: f
     config = ModelConfig(model_name_or_path=str(tiny_model), dropout=dropout)
     task = SingleLabel(("no", "yes"))
     model = load_classifier(config, task)[0].train()
-    examples = open_examples(records_of(["a good film"]), load_tokenizer(config), None, 256)
+    examples = create_dataset(
+        records_from_texts(["a good film"]), load_tokenizer(config), None, 256
+    )
     (example,) = examples[[0]]
 
     def kept(texts: int, length: int) -> int:
@@ -407,7 +409,7 @@ def test_what_does_not_fit_is_computed_in_pieces_each_text_once(
     lengths: list[int], tokens: int, room: int, rows_per_step: int
 ) -> None:
     split = batches(lengths, tokens_per_micro_batch=tokens, rows_per_step=rows_per_step)
-    cut = [batch for step in split.steps(0, split.steps_per_epoch) for batch in step.share]
+    cut = [batch for step in split.steps(0, split.steps_per_epoch) for batch in step.micro_batches]
     model = Echo(room)
     found = list(compute_in_micro_batches(model, cut, split))
     assert all(torch.equal(answer, batch.rows.float()) for batch, answer in found)
@@ -426,7 +428,7 @@ def test_a_text_that_does_not_fit_alone_is_named() -> None:
     split = batches([7, 3, 5, 2])
     (step,) = split.steps(0, 1)
     with pytest.raises(DataError) as caught:
-        list(compute_in_micro_batches(Echo(100, stuck=2), step.share, split))
+        list(compute_in_micro_batches(Echo(100, stuck=2), step.micro_batches, split))
     assert str(caught.value) == (
         "x.tsv line 4: a text of 5 tokens (--max_length 64) does not fit into memory, not even alone (CUDA out of memory.). "
         "Take a smaller --max_length, or more memory."

@@ -11,7 +11,7 @@ import pytest
 from bertdist.core.args import read_config
 from bertdist.core.config import TrainConfig
 from bertdist.core.errors import CheckpointError
-from bertdist.data.records import Records, records_of
+from bertdist.data.records import Records, records_from_texts
 from bertdist.tasks.tasks import SingleLabel
 from bertdist.training.resume_check import (
     MAY_CHANGE,
@@ -102,7 +102,7 @@ def test_every_setting_of_the_tables_is_in_the_signature() -> None:
         "--output_dir=o",
     ]
     config = read_config(needed)
-    rows = records_of(["a"])
+    rows = records_from_texts(["a"])
     signature = resume_signature(config, rows, rows, SingleLabel(("a", "b")), 3)
     assert signature.may_change.keys() == MAY_CHANGE.keys()
     assert set(MUST_MATCH) - {"stream_window", "stream_sharding"} <= signature.must_match.keys()
@@ -173,7 +173,7 @@ def labelled(
     values: list[Any], codes: list[int], pairs: list[str] | None = None, **changes: Any
 ) -> Records:
     """Rows with labels, as a source gives them."""
-    plain = records_of([f"text {i}" for i in range(len(codes))], pairs)
+    plain = records_from_texts([f"text {i}" for i in range(len(codes))], pairs)
     given = {
         "label_kind": "text",
         "label_values": values,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bertdist.core.config import BatchConfig
 from bertdist.core.errors import DataError
 from bertdist.data.batch import PackedBatch, Step
-from bertdist.data.sharding import MapLoader
+from bertdist.data.loader import MapLoader
 from bertdist.data.tokenization import Example
 from bertdist.distributed.collectives import all_reduce_min, host_group
 from bertdist.training import step as step_module
@@ -30,7 +30,7 @@ class Rows:
 
     max_length = 8
     records = SimpleNamespace(
-        lengths=lambda: np.array(LENGTHS), where=lambda row: f"x.tsv line {row + 2}"
+        lengths=lambda: np.array(LENGTHS), location=lambda row: f"x.tsv line {row + 2}"
     )
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ def open_batcher(
     tokens: int, model: nn.Module, state: TrainState | None = None
 ) -> tuple[MicroBatcher, Step, list[str]]:
     said: list[str] = []
-    batches: Any = MapLoader(examples=Rows(), rows_per_step=5, tokens_per_micro_batch=tokens)  # type: ignore[arg-type]
+    batches: Any = MapLoader(dataset=Rows(), rows_per_step=5, tokens_per_micro_batch=tokens)  # type: ignore[arg-type]
     batcher = open_with(model, tokens, state or TrainState(), said, batches)
     (step,) = batcher.rebatch().steps(0, 1)
     return batcher, step, said
@@ -131,7 +131,7 @@ def test_half_a_gradient_and_other_random_numbers_would_be_seen(
 def test_the_next_step_of_the_loader_is_cut_by_the_new_size() -> None:
     """Workers are ahead and cut by the old one."""
     _, _, model, batcher, said = gradient_and_loss(20, 12)
-    (step,) = MapLoader(examples=Rows(), rows_per_step=5, tokens_per_micro_batch=20).steps(0, 1)  # type: ignore[arg-type]
+    (step,) = MapLoader(dataset=Rows(), rows_per_step=5, tokens_per_micro_batch=20).steps(0, 1)  # type: ignore[arg-type]
     model.asked.clear()
     batcher.accumulate_gradients(model, step, model.backward)
     assert len(said) == 1 and model.asked == [([0], False), ([1, 2], False), ([3, 4], True)]

@@ -49,7 +49,10 @@ def test_a_file_elsewhere_has_the_kind_before_its_packing(address: str) -> None:
     assert names == ["text", "label"] and read(["text"])["text"].to_pylist() == ["a,b"]  # type: ignore[union-attr]
     pieces = list(FileReader(file, fingerprint="etag", chunk_bytes=6).chunks(["label"]))
     assert [piece.columns["label"].to_pylist() for piece in pieces] == [["1"], ["2"]]  # type: ignore[union-attr]
-    assert [piece.where(0) for piece in pieces] == [f"{file.name} line 2", f"{file.name} line 3"]
+    assert [str(piece.location(0)) for piece in pieces] == [
+        f"{file.name} line 2",
+        f"{file.name} line 3",
+    ]
 
 
 def test_a_file_travels_to_another_process_and_opens_there(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from bertdist.data.readers import csv_reader as row_ends
 from bertdist.data.readers import file_reader as file_rows
 from bertdist.data.readers.file_reader import DataFile, FileReader
 from bertdist.data.readers.text_lines import Lines
-from bertdist.data.source import Chunk, RowSource, SkippedRow, first_rows_of_chunk
+from bertdist.data.source import Chunk, DataSource, SkippedRow, first_rows_of_chunk
 
 Rows = list[tuple[Any, ...]]
 
@@ -61,8 +61,11 @@ def values(column: Any) -> list[Any]:
 def rows_of(piece: Chunk, wanted: list[str]) -> Rows:
     """(place in words, value, value, ...) of every row."""
     columns = [values(piece.columns[name]) for name in wanted]
-    assert all(len(column) == piece.rows for column in columns)
-    return [(piece.where(row), *(column[row] for column in columns)) for row in range(piece.rows)]
+    assert all(len(column) == piece.num_rows for column in columns)
+    return [
+        (str(piece.location(row)), *(column[row] for column in columns))
+        for row in range(piece.num_rows)
+    ]
 
 
 Outcome = tuple[Rows, list[SkippedRow]]
@@ -74,13 +77,7 @@ def whole(file: DataFile, wanted: list[str] | None = None, **settings: Any) -> O
         source = FileReader(file, **settings)
         wanted = wanted or source.column_names()
         piece = source.read(wanted)
-        columns = [values(piece.columns[name]) for name in wanted]
-        assert piece.spots is not None
-        spots = piece.spots(range(piece.rows))
-        return [
-            (f"{s.file} line {s.line}", *(column[row] for column in columns))
-            for row, s in enumerate(spots)
-        ], list(piece.bad)
+        return rows_of(piece, wanted), list(piece.skipped_rows)
     except DataError as error:
         return str(error)
 
@@ -96,20 +93,22 @@ def in_pieces(file: DataFile, wanted: list[str] | None = None, **settings: Any) 
     except DataError as error:
         return str(error)
     for at, piece in enumerate(pieces):
-        assert piece.place["row"] == len(rows)
-        assert piece.rows or piece.bad
+        assert piece.state["row"] == len(rows)
+        assert piece.num_rows or piece.skipped_rows
         rows += rows_of(piece, wanted)
-        bad += piece.bad
+        bad += piece.skipped_rows
         if (
             at % max(1, len(pieces) // 5) == 0
         ):  # from its place the same pieces come again, also to another process
             again = list(
                 pickle.loads(pickle.dumps(source)).chunks(
-                    wanted, json.loads(json.dumps(piece.place))
+                    wanted, json.loads(json.dumps(piece.state))
                 )
             )
-            assert [(other.place, other.bad, rows_of(other, wanted)) for other in again] == [
-                (other.place, other.bad, rows_of(other, wanted)) for other in pieces[at:]
+            assert [
+                (other.state, other.skipped_rows, rows_of(other, wanted)) for other in again
+            ] == [
+                (other.state, other.skipped_rows, rows_of(other, wanted)) for other in pieces[at:]
             ]
     return rows, bad
 
@@ -355,13 +354,13 @@ def test_a_row_that_goes_on_too_long_is_refused_where_it_begins() -> None:
 def test_pieces_are_small_and_memory_is_a_few_of_them() -> None:
     line = b'"' + b"x" * 200 + b'",1\n'
     pieces = list(FileReader(file_of(b"c0,c1\n" + line * 500), chunk_bytes=4096).chunks(["c0"]))
-    assert {piece.rows for piece in pieces[:-1]} == {4096 // len(line)}
-    assert [piece.place["at"] for piece in pieces] == [
-        6 + len(line) * sum(p.rows for p in pieces[:at]) for at in range(len(pieces))
+    assert {piece.num_rows for piece in pieces[:-1]} == {4096 // len(line)}
+    assert [piece.state["at"] for piece in pieces] == [
+        6 + len(line) * sum(p.num_rows for p in pieces[:at]) for at in range(len(pieces))
     ]
     stray = b'5" pipe,1\n'  # every row is judged: the pieces are as small
     assert {
-        piece.rows
+        piece.num_rows
         for piece in list(
             FileReader(file_of(b"c0,c1\n" + stray * 500), chunk_bytes=100).chunks(["c0"])
         )[:-1]
@@ -379,7 +378,7 @@ def test_a_file_of_this_machine_knows_its_size_and_changes_its_fingerprint(tmp_p
     path = tmp_path / "a.tsv"
     path.write_bytes(b"c0\tc1\na\t1\n")
 
-    def source(**form: Any) -> RowSource:
+    def source(**form: Any) -> DataSource:
         return FileReader(DataFile(**{**vars(file_of(b"", "tsv", **form)), "path": str(path)}))
 
     one = source()
@@ -402,8 +401,8 @@ def test_the_first_rows_come_with_what_was_left_out_before_the_next() -> None:
             next(FileReader(file_of(content), on_bad_row="skip").chunks(["c0"])), count
         )
         for found in (piece, again):
-            assert (found.rows, values(found.columns["c0"])) == (count, list("abc")[:count])
-            assert [row.line for row in found.bad] == lines
+            assert (found.num_rows, values(found.columns["c0"])) == (count, list("abc")[:count])
+            assert [row.line for row in found.skipped_rows] == lines
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from bertdist.core.errors import DataError
 from bertdist.data.loading import load_records
 from bertdist.data.readers import hub_reader as hub
 from bertdist.data.readers.hub_reader import HubReader
-from bertdist.data.records import Columns
-from bertdist.data.source import Chunk, RowSource
+from bertdist.data.records import ColumnNames
+from bertdist.data.source import Chunk, DataSource
 from bertdist.data.streaming import Stream
 
 ROWS = [{"text": f"text {row}", "label": row % 3, "number": row / 2} for row in range(100)]
@@ -74,8 +74,8 @@ def write(folder: Path, kind: str) -> Path:
 def as_lists(pieces: list[Chunk]) -> list[tuple[Any, ...]]:
     return [
         (
-            piece.rows,
-            piece.place,
+            piece.num_rows,
+            piece.state,
             {name: column.to_pylist() for name, column in piece.columns.items()},
         )
         for piece in pieces
@@ -84,7 +84,7 @@ def as_lists(pieces: list[Chunk]) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_row_from_every_place(kind: str, tmp_path: Path) -> None:
-    source: RowSource = HubReader(str(write(tmp_path / "data", kind)))
+    source: DataSource = HubReader(str(write(tmp_path / "data", kind)))
     assert pickle.loads(pickle.dumps(source)) == source
     assert source.column_names() == ["text", "label", "number"]
     pieces = list(source.chunks(["label", "text"]))
@@ -95,13 +95,13 @@ def test_every_row_from_every_place(kind: str, tmp_path: Path) -> None:
         row["label"] for row in ROWS
     ]
     assert (
-        max(piece.rows for piece in pieces) == 7
-        and pieces[3].where(1) == f"{tmp_path}/data split 'train' row 22"
+        max(piece.num_rows for piece in pieces) == 7
+        and str(pieces[3].location(1)) == f"{tmp_path}/data split 'train' row 22"
     )
     for number, piece in enumerate(pieces):
-        again = list(source.chunks(["label", "text"], json.loads(json.dumps(piece.place))))
+        again = list(source.chunks(["label", "text"], json.loads(json.dumps(piece.state))))
         assert as_lists(again) == as_lists(pieces[number:])
-        assert again[0].where(0) == piece.where(0)
+        assert str(again[0].location(0)) == str(piece.location(0))
         assert all(
             one.columns["text"].equals(other.columns["text"])
             for one, other in zip(again, pieces[number:], strict=True)
@@ -120,7 +120,7 @@ def test_a_reading_that_forgets_its_place_is_seen(
 
     for name in ("_of_parquet", "_of_stream", "_of_memory"):
         monkeypatch.setattr(hub, name, forgetful(getattr(hub, name)))
-    assert as_lists(list(source.chunks(["text"], pieces[1].place))) != as_lists(pieces[1:])
+    assert as_lists(list(source.chunks(["text"], pieces[1].state))) != as_lists(pieces[1:])
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
@@ -140,15 +140,17 @@ def test_texts_that_are_not_utf8_are_left_out_or_named(kind: str, tmp_path: Path
     source = HubReader(str(tmp_path / "data"))
     told: dict[str, Any] = {
         "name": "data",
-        "asked": Columns("text", None, "label", None),
+        "columns": ColumnNames("text", None, "label", None),
         "label_delimiter": None,
         "seed": 0,
     }
-    read = Stream(parts=[[source]], window_rows=16, on_bad_row="skip", max_bad_rows=99, **told)
+    read = Stream(
+        source_groups=[[source]], window_rows=16, on_bad_row="skip", max_bad_rows=99, **told
+    )
     windows = list(read.windows())
     came = [text for window in windows for text in window.records.texts.to_pylist()]
     assert came == [f"text {row}" for row in range(100) if row not in wrong]
-    bad = [row for window in windows for row in window.bad]
+    bad = [row for window in windows for row in window.skipped_rows]
     assert [row.file for row in bad] == [f"{source.name} row {row}" for row in wrong]
     assert bad[8].text == r'{"text": "text 22 \xd9", "label": 1}'
     for number, window in enumerate(windows):
@@ -157,7 +159,7 @@ def test_texts_that_are_not_utf8_are_left_out_or_named(kind: str, tmp_path: Path
             (one.state, one.records.texts.to_pylist()) for one in windows[number:]
         ]
     with pytest.raises(DataError, match=r"split 'train' row 0: column 'text' is not UTF-8 \("):
-        list(Stream(parts=[[source]], window_rows=16, **told).windows())
+        list(Stream(source_groups=[[source]], window_rows=16, **told).windows())
 
 
 def test_texts_of_a_split_in_memory_that_are_not_utf8_are_left_out_or_named(tmp_path: Path) -> None:
@@ -170,11 +172,12 @@ def test_texts_of_a_split_in_memory_that_are_not_utf8_are_left_out_or_named(tmp_
     pa.parquet.write_table(table, tmp_path / "train.parquet")
     found = load_records(DataConfig(dataset_name=str(tmp_path), on_bad_row="skip"), "train")
     assert found.texts.to_pylist() == [f"text {row}" for row in range(99) if row != 3]
-    assert [row.file for row in found.bad] == [
+    assert [row.file for row in found.skipped_rows] == [
         f"{tmp_path} split 'train' row {row}" for row in (3, 99)
     ]
     assert (
-        found.where(3) == f"{tmp_path} split 'train' row 4" and r"text 3 \xd9" in found.bad[0].text
+        str(found.location(3)) == f"{tmp_path} split 'train' row 4"
+        and r"text 3 \xd9" in found.skipped_rows[0].text
     )
     with pytest.raises(DataError, match=r"split 'train' row 3: column 'text' is not UTF-8 \("):
         load_records(DataConfig(dataset_name=str(tmp_path)), "train")
@@ -278,7 +281,7 @@ elif len(sys.argv) > 1:
     texts = [text for piece in source.chunks(["text"], json.loads(sys.argv[1])) for text in piece.columns["text"].to_pylist()]
     print(json.dumps([texts[0], len(texts)]))
 else:
-    texts = [(text, piece.place) for piece in source.chunks(["text"]) for text in piece.columns["text"].to_pylist()]
+    texts = [(text, piece.state) for piece in source.chunks(["text"]) for text in piece.columns["text"].to_pylist()]
     print(json.dumps({
         "right": [text for text, _ in texts] == [f"{row:08}" * 20 for row in range(20_000)],
         "names": source.features["label"].names,

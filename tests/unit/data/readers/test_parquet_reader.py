@@ -11,7 +11,7 @@ import pytest
 
 from bertdist.core.errors import DataError
 from bertdist.data.readers.parquet_reader import parquet_columns, read_slices, read_whole
-from bertdist.data.source import Chunk
+from bertdist.data.source import Chunk, RowLocation
 
 
 def parquet_of(rows: int = 100, **settings: Any) -> Any:
@@ -39,39 +39,38 @@ def test_slices_laid_together_are_the_whole(row_group_size: int) -> None:
     whole = read_whole("a.parquet", opener, ["a", "c"], None)
     pieces = list(read_slices("a.parquet", opener, ["a", "c"], None, 200))
     assert (
-        len(pieces) > 8 and whole.rows == 100 and list(whole.columns) == ["a", "c"]
+        len(pieces) > 8 and whole.num_rows == 100 and list(whole.columns) == ["a", "c"]
     )  # only what was asked for
     assert values(pieces, "a") == values([whole], "a") and values(pieces, "c") == values(
         [whole], "c"
     )
     for at, piece in enumerate(pieces):
-        assert [piece.where(row) for row in range(piece.rows)] == [
-            f"a.parquet row {piece.place['row'] + row}" for row in range(piece.rows)
+        assert [str(piece.location(row)) for row in range(piece.num_rows)] == [
+            f"a.parquet row {piece.state['row'] + row}" for row in range(piece.num_rows)
         ]
         again = list(
-            read_slices("a.parquet", opener, ["a", "c"], json.loads(json.dumps(piece.place)), 200)
+            read_slices("a.parquet", opener, ["a", "c"], json.loads(json.dumps(piece.state)), 200)
         )
-        assert [(other.place, other.columns) for other in again] == [
-            (other.place, other.columns) for other in pieces[at:]
+        assert [(other.state, other.columns) for other in again] == [
+            (other.state, other.columns) for other in pieces[at:]
         ]
     # A place is a row, not the number of a slice: whoever takes the first slice's rows away gets the others.
     assert values(
-        list(read_slices("a.parquet", opener, ["a"], {"group": 0, "row": pieces[0].rows}, 200)), "a"
+        list(read_slices("a.parquet", opener, ["a"], {"group": 0, "row": pieces[0].num_rows}, 200)),
+        "a",
     ) == values(pieces[1:], "a")
 
 
 def test_a_slice_has_a_bounded_number_of_rows() -> None:
     pieces = list(read_slices("a.parquet", parquet_of(20_000), ["b"], None, 1 << 30))
-    assert [piece.rows for piece in pieces] == [8192, 8192, 3616]
+    assert [piece.num_rows for piece in pieces] == [8192, 8192, 3616]
 
 
 def test_the_first_rows_and_where_they_stand() -> None:
     piece = read_whole("a.parquet", parquet_of(), ["c", "a"], 7)
-    assert piece.rows == 7 and piece.spots is not None
-    assert piece.spots([6, 0]) == [
-        ("a.parquet", 6, '{"c": [6], "a": "t6"}'),
-        ("a.parquet", 0, '{"c": [0], "a": "t0"}'),
-    ]
+    assert piece.num_rows == 7
+    assert piece.location(6) == RowLocation("a.parquet", row=6)
+    assert piece.excerpts([6, 0]) == ['{"c": [6], "a": "t6"}', '{"c": [0], "a": "t0"}']
 
 
 def test_two_columns_of_one_name_are_refused() -> None:
@@ -101,8 +100,8 @@ def test_bytes_that_are_no_text_are_shown_as_escapes() -> None:
         piece,
         read_whole("a.parquet", partial(io.BytesIO, sink.getvalue()), names, None),
     ):
-        assert found.rows == 3 and found.spots is not None
-        assert [(spot.line, spot.text) for spot in found.spots([0, 1])] == [
-            (0, '{"text": "good", "names": ["good"], "word": "good"}'),
-            (1, r'{"text": "ba\xd9d \\", "names": ["ba\xd9d \\", "fine"], "word": "ba\xd9d \\"}'),
+        assert found.num_rows == 3
+        assert found.excerpts([0, 1]) == [
+            '{"text": "good", "names": ["good"], "word": "good"}',
+            r'{"text": "ba\xd9d \\", "names": ["ba\xd9d \\", "fine"], "word": "ba\xd9d \\"}',
         ]

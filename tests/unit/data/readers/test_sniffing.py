@@ -239,4 +239,4 @@ def test_real_files_need_no_flags(
     )
     assert file.describe() == told
     source = FileReader(file)
-    assert source.read(source.column_names()).rows == rows
+    assert source.read(source.column_names()).num_rows == rows

@@ -7,10 +7,10 @@ from bertdist.data.readers.text_lines import (
     FileFormat,
     Lines,
     codec_of,
+    excerpts_of,
     hide_returns,
     line_ends,
     rows_of_lines,
-    spots_of,
     utf8_lines,
 )
 
@@ -98,7 +98,7 @@ def test_a_stand_in_is_a_character_that_is_not_there() -> None:
     lines = hide_returns(Lines("a\rb\r\n\ue000\r".encode(), 1, {}))
     assert lines.stand_in == "\ue001" and lines.data == "a\ue001b\r\n\ue000\ue001".encode()
     rows = rows_of_lines(lines.data, blank=True)
-    assert [spot.text for spot in spots_of(form_of("utf-8"), lines, rows)([0, 1])] == [
+    assert excerpts_of(lines, rows, [0, 1]) == [
         r"a\rb",
         r"\ue000\r".replace(r"\r", ""),
     ]

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from rows import MemoryRows
 
 from bertdist.core.errors import DataError
-from bertdist.data import stats as survey_module
-from bertdist.data.records import Columns
+from bertdist.data import stream_scan as survey_module
+from bertdist.data.records import ColumnNames
 from bertdist.data.source import Chunk, ReaderState
-from bertdist.data.stats import StreamScan, survey
+from bertdist.data.stream_scan import StreamScan, scan_stream
 from bertdist.data.streaming import Stream
 
 ALONE: Any = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1)
@@ -39,13 +39,13 @@ def file_of(
 
 
 def stream_of(files: Sequence[MemoryRows], **changes: Any) -> Stream:
-    asked = Columns("text", None, "label", None)
+    asked = ColumnNames("text", None, "label", None)
     settings = {"on_bad_row": "skip", "max_bad_rows": 99, **changes}
     return Stream(
         **{
             "name": "rows",
-            "parts": [files],
-            "asked": asked,
+            "source_groups": [files],
+            "columns": asked,
             "label_delimiter": None,
             "window_rows": 4,
             "seed": 0,
@@ -71,18 +71,18 @@ def test_labels_and_rows_are_those_of_the_files(
     counts = Counter(label for labels, _ in given for label in labels)
     if not counts:
         with pytest.raises(DataError, match=r"^rows has no rows\.$"):
-            survey(stream_of(files), ALONE, kept)
+            scan_stream(stream_of(files), ALONE, kept)
         assert not kept.exists()
         return
-    found = survey(stream_of(files), ALONE, kept)
+    found = scan_stream(stream_of(files), ALONE, kept)
     assert (found.kind, found.labels) == ("text", counts)
     assert found.rows == {at: len(labels) for at, (labels, _) in enumerate(given)}, (
         "also of files that have none"
     )
     assert found.bad == [
-        bad for file in files for piece in file.chunks(["text"]) for bad in piece.bad
+        bad for file in files for piece in file.chunks(["text"]) for bad in piece.skipped_rows
     ]
-    assert plain(survey(stream_of(files), ALONE, kept)) == plain(found), "as it was kept"
+    assert plain(scan_stream(stream_of(files), ALONE, kept)) == plain(found), "as it was kept"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_labels_of_every_kind(
     """A piece a row, so that kinds meet between pieces."""
     read = stream_of([file_of(labels, (1,))], label_delimiter=delimiter)
     for _ in ("read", "kept"):
-        found = survey(read, ALONE, tmp_path / "survey.json")
+        found = scan_stream(read, ALONE, tmp_path / "survey.json")
         assert (found.kind, found.labels) == (kind, expected)
         assert {type(label) for label in found.labels} == {type(label) for label in expected}
 
@@ -110,25 +110,27 @@ def test_labels_of_every_kind(
 def test_labels_of_kinds_that_have_nothing_in_common(tmp_path: Path) -> None:
     told = r"^file row 2: the labels are of kind 'integer', those before of kind 'text'; expected one kind in all rows\.$"
     with pytest.raises(DataError, match=told):
-        survey(stream_of([file_of(["no", "yes", 1], (1,))]), ALONE, tmp_path / "survey.json")
+        scan_stream(stream_of([file_of(["no", "yes", 1], (1,))]), ALONE, tmp_path / "survey.json")
 
 
 def test_a_limit_counts_what_is_learned_from(tmp_path: Path) -> None:
     files = [file_of(["no"] * 5), file_of(["yes"] * 5)]
-    found = survey(stream_of(files, limit=7), ALONE, tmp_path / "survey.json")
+    found = scan_stream(stream_of(files, limit=7), ALONE, tmp_path / "survey.json")
     assert (found.rows, found.labels) == ({0: 7}, {"no": 5, "yes": 2})
 
 
 def test_rows_that_are_left_out_end_it_as_they_end_a_run(tmp_path: Path) -> None:
     files = [file_of(["no", "yes"] * 4, (2,))]  # in four pieces and at the end one row was left out
     with pytest.raises(DataError, match=r"^file line 0: no row\.$"):
-        survey(stream_of(files, on_bad_row="fail"), ALONE, tmp_path / "survey.json")
+        scan_stream(stream_of(files, on_bad_row="fail"), ALONE, tmp_path / "survey.json")
     for limit in (None, 99):
         with pytest.raises(DataError, match=r"^More than 4 rows cannot be read \(--max_bad_rows\)"):
-            survey(stream_of(files, max_bad_rows=4, limit=limit), ALONE, tmp_path / "survey.json")
+            scan_stream(
+                stream_of(files, max_bad_rows=4, limit=limit), ALONE, tmp_path / "survey.json"
+            )
         assert (
             len(
-                survey(
+                scan_stream(
                     stream_of(files, max_bad_rows=5, limit=limit), ALONE, tmp_path / "survey.json"
                 ).bad
             )
@@ -141,7 +143,7 @@ def test_counting_does_not_copy_what_is_counted() -> None:
     found = StreamScan()
     read = stream_of([file_of(range(20), (5,))])
     held = []
-    for _, records, _ in read.records(read.sources[0]):
+    for _, records in read.chunks(read.sources[0]):
         if len(records):
             found.add(0, records)
             held.append(found.labels)
@@ -153,29 +155,29 @@ def test_counting_does_not_copy_what_is_counted() -> None:
 
 def test_what_is_kept_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, read = tmp_path / "survey.json", stream_of([file_of(["no", "yes", "no"])])
-    found = survey(read, ALONE, kept)
+    found = scan_stream(read, ALONE, kept)
     assert sorted(json.loads(kept.read_text())) == ["bad", "fingerprint", "kind", "labels", "rows"]
 
     def refuse(*args: Any) -> Any:
         raise AssertionError("read again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Stream, "records", refuse)
-        assert plain(survey(read, ALONE, kept)) == plain(found)
+        patch.setattr(Stream, "chunks", refuse)
+        assert plain(scan_stream(read, ALONE, kept)) == plain(found)
         for other in (replace(read, limit=2), stream_of([file_of(["no", "yes", "yes"])])):
             with pytest.raises(AssertionError, match="read again"):
-                survey(other, ALONE, kept)
+                scan_stream(other, ALONE, kept)
     changed = stream_of([file_of(["no", "yes", "yes"])])
     assert (
-        survey(changed, ALONE, kept).labels
+        scan_stream(changed, ALONE, kept).labels
         == {"no": 1, "yes": 2}
-        == survey(changed, ALONE, kept).labels
+        == scan_stream(changed, ALONE, kept).labels
     )
 
 
 def test_a_file_that_is_torn_or_not_ours_is_read_anew(tmp_path: Path) -> None:
     kept, read = tmp_path / "survey.json", stream_of([file_of(["no", "yes", "no"])])
-    found = survey(read, ALONE, kept)
+    found = scan_stream(read, ALONE, kept)
     whole = kept.read_bytes()
     fingerprint = json.dumps({"fingerprint": read.fingerprint}).encode()
     for torn in [whole[:at] for at in range(0, len(whole) - 1, 7)] + [
@@ -186,7 +188,7 @@ def test_a_file_that_is_torn_or_not_ours_is_read_anew(tmp_path: Path) -> None:
         fingerprint,
     ]:
         kept.write_bytes(torn)
-        assert plain(survey(read, ALONE, kept)) == plain(found) and kept.read_bytes() == whole
+        assert plain(scan_stream(read, ALONE, kept)) == plain(found) and kept.read_bytes() == whole
 
 
 # ---- Ranks
@@ -207,7 +209,7 @@ def on_rank(accelerator: Accelerator, read: Stream, kept: Path) -> Any:
     """What a rank has counted and which files it has opened for it, or what it was told."""
     opened.clear()
     try:
-        return plain(survey(read, accelerator, kept)), list(opened)
+        return plain(scan_stream(read, accelerator, kept)), list(opened)
     except DataError as error:
         return str(error)
 
@@ -222,7 +224,7 @@ def watched(counts: Sequence[int], **changes: Any) -> list[MemoryRows]:
 
 def test_ranks_share_the_files_and_know_the_same(tmp_path: Path) -> None:
     files = watched([5, 0, 7, 3, 9])
-    alone = plain(survey(stream_of(files), ALONE, tmp_path / "alone.json"))
+    alone = plain(scan_stream(stream_of(files), ALONE, tmp_path / "alone.json"))
     (one, its), (other, others) = run_ranks(2, on_rank, stream_of(files), tmp_path / "survey.json")
     assert one == other == alone
     assert (its, others) == (["file 0", "file 2", "file 4"], ["file 1", "file 3"])
@@ -234,7 +236,7 @@ def test_a_rank_whose_files_are_not_counted_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = watched([5, 4])
-    monkeypatch.setattr(survey_module, "gather_object", lambda mine: mine)
+    monkeypatch.setattr(survey_module, "gather_from_all_ranks", lambda accelerator, own: own)
     (one, _), (other, _) = run_ranks(2, on_rank, stream_of(files), tmp_path / "survey.json")
     assert one != other
 

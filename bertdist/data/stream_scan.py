@@ -1,0 +1,172 @@
+"""A first pass over a stream, for its labels and its number of rows.
+
+Each rank reads some of the files; the result is the same on all ranks, and kept in the run folder (survey.json), so that a
+resumed run need not read again. A stop request takes effect within half a second, and leaves no file.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from accelerate import Accelerator
+
+from bertdist.core.atomic_io import atomic_write
+from bertdist.core.errors import BertdistError, DataError
+from bertdist.data.columns import LabelKind, LabelValue
+from bertdist.data.records import Records, as_kind, common_kind
+from bertdist.data.source import SkippedRow, SkippedRows, validated
+from bertdist.data.streaming import Stream
+from bertdist.distributed.collectives import (
+    all_reduce_sum,
+    broadcast_from_rank0,
+    gather_from_all_ranks,
+    host_group,
+    raise_on_all_ranks,
+)
+from bertdist.distributed.preemption import StopSignal
+
+# Of reading, until the ranks agree whether to continue; a chunk takes some 10 ms.
+SECONDS_BETWEEN_CHECKS = 0.5
+
+
+@dataclass
+class StreamScan:
+    """The result of a pass over some rows. The fields are the keys of survey.json."""
+
+    rows: dict[int, int] = field(default_factory=dict)  # number of the source -> its rows
+    kind: LabelKind | None = None
+    labels: dict[LabelValue, int] = field(default_factory=dict)  # label -> rows
+    bad: list[SkippedRow] = field(default_factory=list)
+
+    def add(self, source: int, records: Records) -> None:
+        """Count some rows of a source. Raises DataError where their labels are of another kind than those before."""
+        assert records.label_codes is not None
+        counts = np.bincount(records.label_codes, minlength=len(records.label_values)).tolist()
+        labels = dict(zip(records.label_values, counts, strict=True))
+        self._add_labels(records.label_kind, labels, str(records.location(0)))
+        self.rows[source] = self.rows.get(source, 0) + len(records)
+
+    def merge(self, other: "StreamScan") -> None:
+        """Add the result of another rank."""
+        if other.kind is not None:
+            self._add_labels(other.kind, other.labels, "another file")
+        self.rows |= other.rows
+        self.bad += other.bad
+
+    def _add_labels(
+        self, kind: LabelKind | None, labels: dict[LabelValue, int], location: str
+    ) -> None:
+        if self.kind is not None:
+            kind = common_kind(self.kind, self.labels, kind, labels, location)
+        counts: dict[LabelValue, int] = {}
+        if kind == self.kind:
+            counts, self.labels = self.labels, {}
+        for value, count in [*self.labels.items(), *labels.items()]:
+            value = as_kind(kind, value)
+            counts[value] = counts.get(value, 0) + count
+        self.kind, self.labels = kind, counts
+
+
+def scan_stream(
+    stream: Stream, accelerator: Accelerator, path: Path, stop: StopSignal | None = None
+) -> StreamScan | None:
+    """The scan of a whole stream: from `path` if there, else by reading; None on all ranks where `stop` was requested.
+
+    A collective. Raises DataError on all ranks.
+    """
+    stored, fingerprint = None, ""
+    with raise_on_all_ranks(accelerator):
+        if accelerator.is_main_process:
+            fingerprint = stream.fingerprint
+            stored = _read_scan(path, fingerprint)
+    stored = broadcast_from_rank0(accelerator, stored)
+    if stored is not None:
+        return stored
+    own = StreamScan()
+    with raise_on_all_ranks(accelerator):
+        chunks = _scan_chunks(stream, own, accelerator.process_index, accelerator.num_processes)
+        if not _run_on_all_ranks(chunks, accelerator, stop):
+            return None
+    total = StreamScan()
+    scans = gather_from_all_ranks(accelerator, [own])
+    with raise_on_all_ranks(accelerator):
+        for scan in scans:
+            total.merge(scan)
+        if not sum(total.rows.values()):
+            raise DataError(f"{stream.name} has no rows.")
+        if accelerator.is_main_process:
+            content = {"fingerprint": fingerprint, **asdict(total)}
+            content["labels"] = list(total.labels.items())
+            atomic_write(path, json.dumps(content, indent=1).encode())
+    return total
+
+
+def _scan_chunks(stream: Stream, scan: StreamScan, rank: int, ranks: int) -> Iterator[None]:
+    """Read this rank's files into `scan`, one chunk per iteration."""
+    skipped_rows = SkippedRows(stream.on_bad_row, stream.max_bad_rows)
+    if stream.limit is not None:
+        for window in stream.windows() if rank == 0 else ():
+            skipped_rows.add(window.skipped_rows)
+            if len(window.records):
+                scan.add(0, window.records)
+            yield
+    else:
+        for number, source in list(enumerate(stream.sources))[rank::ranks]:
+            scan.rows[number] = 0
+            for _, records in stream.chunks(source):
+                skipped_rows.add(records.skipped_rows)
+                if len(records):
+                    scan.add(number, records)
+                yield
+    scan.bad = skipped_rows.rows
+
+
+def _run_on_all_ranks(
+    chunks: Iterator[None], accelerator: Accelerator, stop: StopSignal | None
+) -> bool:
+    """Whether all ranks read their chunks to the end; they agree every half second. Raises this rank's error, if any."""
+    group, reading = host_group(accelerator), True
+    end = object()
+    error: BertdistError | None = None
+
+    def stop_requested() -> bool:
+        return stop is not None and stop.requested_here()
+
+    while True:
+        until = time.monotonic() + SECONDS_BETWEEN_CHECKS
+        try:
+            while reading and not stop_requested() and time.monotonic() < until:
+                reading = next(chunks, end) is None
+        except BertdistError as raised:
+            error = raised
+        flags = [int(stop_requested()), int(error is not None), int(reading)]
+        stops, errors, still_reading = all_reduce_sum(accelerator, flags, group)
+        if error is not None:
+            raise error
+        if stops or errors or not still_reading:
+            return not stops
+
+
+def _read_scan(path: Path, fingerprint: str) -> StreamScan | None:
+    """The scan of the same data by an earlier start, if there is one."""
+    try:
+        content = json.loads(path.read_text())
+        if content["fingerprint"] != fingerprint or content["kind"] not in get_args(LabelKind):
+            return None
+        return StreamScan(
+            rows={int(source): int(count) for source, count in content["rows"].items()},
+            kind=content["kind"],
+            labels={
+                tuple(value) if isinstance(value, list) else value: int(count)
+                for value, count in content["labels"]
+            },
+            bad=[validated(SkippedRow(*row)) for row in content["bad"]],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    except (RecursionError, OverflowError):
+        return None
