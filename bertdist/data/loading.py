@@ -6,7 +6,6 @@ missing is decided in `records` and `columns`, the same for all of them.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
@@ -14,19 +13,10 @@ from accelerate import Accelerator
 
 from bertdist.core.config import DataConfig, TrainConfig
 from bertdist.core.errors import DataError, did_you_mean
-from bertdist.core.terminal import print_to_stderr
 from bertdist.data.batch import Step
 from bertdist.data.columns import LabelValue
 from bertdist.data.readers.file_reader import DataFile, FileReader, inspect_file
-from bertdist.data.readers.remote import (
-    compression_of,
-    file_fingerprint,
-    file_size,
-    list_files,
-    open_bytes,
-    open_seekable,
-    protocol_of,
-)
+from bertdist.data.readers.remote import file_fingerprint, file_size, list_files
 from bertdist.data.records import (
     ColumnNames,
     Records,
@@ -240,32 +230,18 @@ def _streamed(address: str, data: DataConfig) -> FileReader:
 
 
 def _labelled_file(address: str, data: DataConfig) -> DataFile:
-    file = _inspect(address, data.delimiter, data.quoting, data.encoding, data.column_names)
+    file = inspect_file(
+        address,
+        delimiter=data.delimiter,
+        quoting=data.quoting,
+        encoding=data.encoding,
+        column_names=data.column_names,
+    )
     if file.kind == "txt":
         raise DataError(
             f"{address}: a .txt file has no labels; expected .csv, .tsv, .jsonl or .parquet."
         )
     return file
-
-
-def _inspect(
-    address: str,
-    delimiter: str | None,
-    quoting: str,
-    encoding: str | None,
-    column_names: list[str] | None,
-) -> DataFile:
-    """The file at an address, and its format. Raises DataError."""
-    is_local = protocol_of(address) is None and compression_of(address) is None
-    return inspect_file(
-        address,
-        delimiter=delimiter,
-        quoting=quoting,
-        encoding=encoding,
-        column_names=column_names,
-        open_bytes=None if is_local else partial(open_bytes, address, warn=print_to_stderr),
-        open_seekable=None if is_local else partial(open_seekable, address, warn=print_to_stderr),
-    )
 
 
 def load_texts(
@@ -281,7 +257,13 @@ def load_texts(
     """The rows of a file without labels, for prediction; a .txt file has one text per line, blank lines too. Raises DataError."""
     files = []
     for address in list_files(path):
-        file = _inspect(address, delimiter, quoting, encoding, column_names)
+        file = inspect_file(
+            address,
+            delimiter=delimiter,
+            quoting=quoting,
+            encoding=encoding,
+            column_names=column_names,
+        )
         is_txt = file.kind == "txt"
         if is_txt and text_pair_column is not None:
             raise DataError(

@@ -19,7 +19,7 @@ from bertdist.core.config import DataConfig
 from bertdist.core.errors import BertdistError, DataError
 from bertdist.core.terminal import excerpt
 from bertdist.data.loading import load_records, load_texts
-from bertdist.data.readers.file_reader import inspect_file, open_file
+from bertdist.data.readers.file_reader import FileReader, inspect_file
 from bertdist.data.records import Records
 from bertdist.data.source import LocateRow, RowLocation
 from bertdist.data_quality.duplicates import (
@@ -204,7 +204,7 @@ def _has_label_columns(path: str, data: DataConfig, train: Records) -> bool:
         encoding=data.encoding,
         column_names=data.column_names,
     )
-    names = ["text"] if file.kind == "txt" else open_file(file)[0]
+    names = ["text"] if file.kind == "txt" else FileReader(file).column_names()
     if data.label_columns is None:
         return train.label_column in names
     return set(data.label_columns) <= set(names)

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
 from bertdist.core.terminal import excerpt
-from bertdist.data.readers.file_reader import inspect_file, open_file
+from bertdist.data.readers.file_reader import FileReader, inspect_file
 from bertdist.data.records import LABEL_COLUMNS, TEXT_COLUMNS, TEXT_PAIR_COLUMNS, Records
 from bertdist.data_quality.findings import Finding, FindingBuilder, Rows
 from bertdist.data_quality.label_checks import SplitLabels
@@ -139,7 +139,7 @@ def _check_unnamed_columns(
             encoding=file.encoding,
             column_names=names,
         )
-        columns = open_file(file)[1](unnamed)
+        columns = FileReader(file).read(unnamed).columns
     except (DataError, OSError, UnicodeError, csv.Error):  # reported when the split was loaded
         return []
     stripped = [pc.utf8_trim_whitespace(columns[name]).to_pylist() for name in unnamed]

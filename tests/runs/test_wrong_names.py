@@ -181,9 +181,7 @@ def test_a_data_set_that_the_hub_does_not_give(tiny_model: Path, tmp_path: Path,
             ),
             endpoint=address,
         )
-    assert told.startswith(
-        "stanfordnlp/imbd is neither a folder here nor a data set that the hub gave. "
-    )
+    assert told.startswith("stanfordnlp/imbd is neither a local folder nor a data set on the Hub. ")
     reason = "There is no such data set on the hub" if kind == "unknown" else "refused"
     assert reason in told and told.endswith(" --train_file takes files.")
 

@@ -31,13 +31,14 @@ from bertdist.data.readers.text_lines import (
     Offsets,
     Parsed,
     Rows,
+    first_duplicate,
+    row_excerpt,
     rows_between,
     rows_of_lines,
-    text_at,
-    twice_in,
 )
 from bertdist.data.source import Column, SkippedRow
 
+BLOCK_BYTES = 1 << 30  # what pyarrow reads at once, and its longest row; its limit is 2 GiB
 _BOM = b"\xef\xbb\xbf"
 _QUOTED_FIELD = re.compile(rb'"[^"]*(?:""[^"]*)*"(?!")')
 _QUOTE_ADVICE = (
@@ -290,7 +291,7 @@ def read_header(
     fields = [field.decode().replace(lines.stand_in or "\r", "\r") for field in row.fields]
     location = f"{fmt.name} line {1 + line}"
     if fmt.has_header:
-        if twice := twice_in([name for name in fields if name]):
+        if twice := first_duplicate([name for name in fields if name]):
             advice = "rename one, or give --column_names"
             raise DataError(f"{location}: the header has two columns {twice!r}; {advice}.")
         return fields, num_lines
@@ -312,7 +313,6 @@ def parse_csv(
     *,
     skip: bool,
     limit: int,
-    block_bytes: int,
     scan: ScanResult | None = None,
 ) -> Parsed:
     """The columns `wanted` of complete rows. scan: the result of `find_row_end` for these lines.
@@ -326,7 +326,7 @@ def parse_csv(
     table = None
     if scan is None:
         try:
-            table = _read_csv(fmt, data, num_fields, indices, block_bytes)
+            table = _read_csv(fmt, data, num_fields, indices)
         except pa.ArrowInvalid:
             scan = scan_rows(fmt, lines, num_fields, limit)
             if not scan.bad:
@@ -336,7 +336,7 @@ def parse_csv(
     if scan is not None:
         skipped, rows = _reject(fmt, lines, scan, skip)
         good = b"".join(_adjacent_rows(data, rows)) if skipped else data
-        table = _read_csv(fmt, good, num_fields, indices, block_bytes)
+        table = _read_csv(fmt, good, num_fields, indices)
     assert table is not None
     columns: dict[str, Column] = dict(zip(wanted, table.columns, strict=False))
     if lines.stand_in:
@@ -349,9 +349,7 @@ def parse_csv(
     return Parsed(columns, table.num_rows, skipped, find_rows)
 
 
-def _read_csv(
-    fmt: FileFormat, data: bytes, num_fields: int, indices: list[int], block_bytes: int
-) -> pa.Table:
+def _read_csv(fmt: FileFormat, data: bytes, num_fields: int, indices: list[int]) -> pa.Table:
     """The columns at `indices` as large_string; raises ArrowInvalid."""
 
     from pyarrow import csv  # not paid for by other kinds of files
@@ -367,7 +365,7 @@ def _read_csv(
     )
     read_options = csv.ReadOptions(
         use_threads=False,
-        block_size=block_bytes,
+        block_size=BLOCK_BYTES,
         column_names=[str(index) for index in range(num_fields)],
     )
     convert_options = csv.ConvertOptions(
@@ -398,7 +396,7 @@ def _reject(
     if bad and not skip:
         raise DataError(f"{fmt.name} line {lines.first + bad[0].line}: {bad[0].reason}.")
     skipped = [
-        SkippedRow(fmt.name, lines.first + line, reason, text_at(lines, start, end))
+        SkippedRow(fmt.name, lines.first + line, reason, row_excerpt(lines, start, end))
         for start, end, line, reason in bad
     ]
     return skipped, rows

@@ -1,67 +1,78 @@
-"""One file -> its columns, strictly: every row and every byte of a text arrives as it stands, or a DataError names the line.
+"""One file -> its columns, strictly: every row and every byte of a text arrives unchanged, or a
+DataError names the line.
 
-In: a file, how it is written, and what opens it. Out: the names of its columns, and some of them, whole or in pieces of whole rows: Arrow
-large_string (csv, tsv, txt), Arrow of the file's own types (parquet), Python lists (JSON lines).
-One module, because the whole of a file and its pieces must be the same rows.
+    file = inspect_file(path, delimiter=None, quoting="auto", encoding=None, column_names=None)
+    reader = FileReader(file)
+    reader.read(["text", "label"])  # or: for chunk in reader.chunks(["text", "label"], state)
 
-A text file in pieces: some bytes are read, cut at the last newline, decoded (`text_files`), cut at the last end of a row (`row_ends`), and
-parsed by what parses the whole (`separated`, `json_lines`). Where no row ends in them, twice as many are taken. So a piece depends on the
-bytes of the file and on where it begins, and on nothing else: the same pieces come from the start and from the place of any piece.
+`inspect_file` takes a local path or URL and what the flags say of its format, and detects the rest.
+Columns are Arrow large_string (csv, tsv, txt), Arrow of the file's own types (parquet), or Python
+lists (JSON lines).
 
-Which file, and how it is written: an address and the user's words about it -> DataFile, whose columns are then read strictly.
+How a text file is read in chunks:
 
-In: an address, and the flags that describe the file (delimiter, quoting, encoding, names of the columns). Out: a `DataFile`; what the flags do
-not say is guessed from the file's beginning. `open_file` reads a file of this machine whole, `file_rows.FileReader` any file in pieces too.
-One module, because what a flag means, and that it cannot take effect, must be the same for every file.
+1. `chunk_bytes` are read, split at the last newline, decoded (`text_lines`), and split at the last
+   end of a row.
+2. Where no row ends in them, twice as many bytes are read.
+3. What parses a complete file parses the rows (`csv_reader`, `jsonl_reader`).
+
+So a chunk depends on the bytes of the file and on where it begins, and on nothing else: the same
+chunks come from the start and from the state of any chunk.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import xxhash
 
-from bertdist.core.errors import DataError, did_you_mean
+from bertdist.core.errors import DataError
+from bertdist.core.terminal import print_to_stderr
 from bertdist.data.readers.csv_reader import (
+    BLOCK_BYTES,
     ScanResult,
     find_row_end,
     last_line_end,
     parse_csv,
     read_header,
 )
-from bertdist.data.readers.jsonl_reader import parse_json, parse_txt, read_keys
-from bertdist.data.readers.parquet_reader import parquet_columns, read_slices, read_whole
+from bertdist.data.readers.remote import (
+    OpenBytes,
+    OpenSeekable,
+    Warn,
+    check_local_file,
+    compression_of,
+    file_fingerprint,
+    file_name,
+    open_bytes,
+    open_seekable,
+    protocol_of,
+)
 from bertdist.data.readers.sniffing import HEAD_BYTES, detect_encoding, detect_table, head_as_utf8
 from bertdist.data.readers.text_lines import (
     Buffer,
     FileFormat,
     Lines,
-    OpenBytes,
-    OpenSeekable,
     Parsed,
     Rows,
-    codec_of,
-    excerpts_of,
-    first_bytes,
+    decode_lines,
+    first_duplicate,
     hide_returns,
     is_stateful,
     line_ends,
-    local_stamp,
-    open_local,
     read_all,
     reading,
-    refuse_old_mac,
-    twice_in,
-    utf8_lines,
+    reject_old_mac,
+    resolve_codec,
+    row_excerpts,
 )
 from bertdist.data.source import (
     Chunk,
-    Column,
     OnBadRow,
     ReaderState,
     RowLocation,
@@ -71,41 +82,45 @@ from bertdist.data.source import (
 )
 
 CHUNK_BYTES = 4 << 20
-
-ROW_BYTES = (
-    64 << 20
-)  # longest row in pieces; where rows are skipped, how far the end of a quote is looked for
-
-BLOCK_BYTES = 1 << 30  # what pyarrow reads at once; its limit is 2 GiB
+# Longest row in chunks; with --on_bad_row skip, how far the end of a quote is searched.
+ROW_BYTES = 64 << 20
+KINDS = ("csv", "tsv", "jsonl", "json", "parquet", "txt")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataFile(FileFormat):
-    """A file, how it is written, and what opens it."""
+    """A file, its format, and what opens it."""
 
     path: str
     open_bytes: OpenBytes
     open_seekable: OpenSeekable
-    guessed: bool = False  # not as its ending says, and no flag said so
+    is_detected: bool = False  # the format is neither the usual one nor set by flags
 
     def describe(self) -> str | None:
-        """How the file is read, in one sentence, where that was guessed and is not the usual."""
-        if not self.guessed:
+        """How the file is read, in one sentence, where that was detected."""
+        if not self.is_detected:
             return None
-        table = f", delimiter {'tab' if self.delimiter == chr(9) else repr(self.delimiter)}, {'' if self.quoted else 'un'}quoted"
-        return f"{self.name}: read as {self.encoding}{table if self.kind in ('csv', 'tsv') else ''}"
+        sentence = f"{self.name}: read as {self.encoding}"
+        if not self.is_table:
+            return sentence
+        delimiter = "tab" if self.delimiter == "\t" else repr(self.delimiter)
+        return f"{sentence}, delimiter {delimiter}, {'' if self.quoted else 'un'}quoted"
 
 
-class _Head(NamedTuple):
+class _Header(NamedTuple):
     """What the beginning of a text file says of the rest."""
 
     names: list[str]  # of all columns, also of those without a name
     codec: str
-    place: ReaderState  # of the first row
+    state: ReaderState  # of the first row
 
 
 class FileReader:
-    """The rows of one file, as a `DataSource`; on_bad_row "skip" leaves out what is no row and tells it."""
+    """The rows of one file, a `DataSource`; on_bad_row "skip" skips and returns what is not a row.
+
+    A state is {"at": byte of the decompressed file, "line": from 1, "row": rows before it}, or
+    that of `parquet_reader`.
+    """
 
     def __init__(
         self,
@@ -116,162 +131,152 @@ class FileReader:
         on_bad_row: OnBadRow = "fail",
         chunk_bytes: int = CHUNK_BYTES,
         row_bytes: int = ROW_BYTES,
-        block_bytes: int = BLOCK_BYTES,
     ) -> None:
-        """fingerprint and size: of the bytes as stored, where the file is not of this machine."""
-        self.file, self.name, self.has_header, self.skip = (
-            file,
-            file.name,
-            file.has_header,
-            on_bad_row == "skip",
-        )
-        self.chunk_bytes, self.row_bytes, self.block_bytes = chunk_bytes, row_bytes, block_bytes
+        """fingerprint and size: of the bytes as stored, unless the file is local."""
+        self.file, self.name, self.has_header = file, file.name, file.has_header
+        self.skip = on_bad_row == "skip"
+        self.chunk_bytes, self.row_bytes = chunk_bytes, row_bytes
         self.features: Any = None
-        here = fingerprint is None and os.path.isfile(file.path)
-        stamp = local_stamp(file.path) if here else fingerprint
-        how = (
-            file.kind,
-            file.delimiter,
-            file.quoted,
-            file.encoding.lower(),
-            file.column_names,
-            self.skip,
-        )
-        self.fingerprint = xxhash.xxh3_128_hexdigest(f"{stamp} {how}".encode())
-        self.bytes: int | None = os.path.getsize(file.path) if here and size is None else size
-        self._known: _Head | None = None
+        self._stored = fingerprint
+        is_local = fingerprint is None and os.path.isfile(file.path)
+        self.bytes: int | None = os.path.getsize(file.path) if is_local and size is None else size
+        self._header: _Header | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with the file, and with how it is read."""
+        stored, file = self._stored, self.file
+        if stored is None and os.path.isfile(file.path):
+            stored = file_fingerprint(file.path)
+        encoding = file.encoding.lower()
+        how = (file.kind, file.delimiter, file.quoted, encoding, file.column_names, self.skip)
+        return xxhash.xxh3_128_hexdigest(f"{stored} {how}".encode())
 
     def column_names(self) -> list[str]:
-        """Names of the columns that have one, in their order. Raises DataError, also where there is no row."""
+        """Of the columns that have a name, in order. Raises DataError, also without a row."""
         with reading(self.file.path):
             if self.file.kind == "parquet":
+                from bertdist.data.readers.parquet_reader import parquet_columns
+
                 return parquet_columns(self.name, self.file.open_seekable)
-            names = self._head().names
+            names = self._read_header().names
         return [name for name in names if name and not (name == "_" and self.file.column_names)]
 
-    def read(self, wanted: Sequence[str], rows: int | None = None) -> Chunk:
-        """The first `rows` rows in one piece, whose `where` and `spots` read the file again. Raises DataError."""
+    def read(self, columns: Sequence[str], num_rows: int | None = None) -> Chunk:
+        """The first rows as one chunk. Its locations read the file again. Raises DataError."""
         with reading(self.file.path):
             if self.file.kind == "parquet":
-                return read_whole(self.name, self.file.open_seekable, wanted, rows)
-            parsed, lines = self._parse_all(wanted, rows)
-            again = _ReadAgain(self, wanted)
+                from bertdist.data.readers.parquet_reader import read_parquet
+
+                return read_parquet(self.name, self.file.open_seekable, columns, num_rows)
+            parsed, lines = self._parse_all(columns, num_rows)
+            again = _ReadAgain(self, columns)
             chunk = Chunk(
                 parsed.columns,
                 parsed.num_rows,
-                self._head().place,
+                self._read_header().state,
                 again.location,
                 again.excerpts,
-                tuple(parsed.bad),
+                tuple(parsed.skipped),
             )
-            if rows is None or rows >= parsed.num_rows:
+            if num_rows is None or num_rows >= parsed.num_rows:
                 return chunk
             location = locate_lines(self.name, lines.first, parsed.rows().lines)
-            chunk = first_rows_of_chunk(chunk._replace(location=location), rows)
+            chunk = first_rows_of_chunk(chunk._replace(location=location), num_rows)
         return chunk._replace(location=again.location)
 
-    def chunks(self, wanted: Sequence[str], place: ReaderState | None = None) -> Iterator[Chunk]:
-        """The rows from `place` (None: from the first) to the last, about `chunk_bytes` at a time. Raises DataError.
+    def chunks(self, columns: Sequence[str], state: ReaderState | None = None) -> Iterator[Chunk]:
+        """The rows from `state` on (None: all), about `chunk_bytes` at a time. Raises DataError."""
+        file = self.file
+        with reading(file.path):
+            if file.kind == "parquet":
+                from bertdist.data.readers.parquet_reader import read_slices
 
-        A place is {"at": byte of the unpacked file, "line": from 1, "row": rows before it}, or {"group", "row"} of a parquet file.
-        """
-        with reading(self.file.path):
-            if self.file.kind == "parquet":
-                yield from read_slices(
-                    self.name, self.file.open_seekable, wanted, place, self.chunk_bytes
-                )
+                slices = (file.open_seekable, columns, state, self.chunk_bytes)
+                yield from read_slices(self.name, *slices)
                 return
-            head = self._head()
-            if is_stateful(head.codec):
-                raise DataError(
-                    f"{self.name}: {head.codec} can only be read whole; convert the file to UTF-8."
-                )
-            place = place or head.place
-            with closing(self.file.open_bytes(place["at"])) as stream:
+            header = self._read_header()
+            if is_stateful(header.codec):
+                advice = "convert the file to UTF-8"
+                raise DataError(f"{self.name}: {header.codec} cannot be read in chunks; {advice}.")
+            state = state or header.state
+            with closing(file.open_bytes(state["at"])) as stream:
                 buffer = Buffer(stream)
-                while (taken := self._take(buffer, head, place)) is not None:
-                    lines, found, size = taken
-                    parsed = self._parse(head, lines, wanted, found)
+                while (block := self._next_lines(buffer, header, state)) is not None:
+                    lines, scan, size = block
+                    parsed = self._parse(header, lines, columns, scan)
                     rows = parsed.rows()
-                    numbers = (
-                        None
-                        if len(rows.lines) == 0 or rows.lines[-1] == len(rows.lines) - 1
-                        else rows.lines
-                    )
-                    assert len(rows.lines) == parsed.num_rows, (
-                        f"{len(rows.lines)} lines, {parsed.num_rows} rows"
-                    )
-                    if parsed.num_rows or parsed.bad:
+                    assert len(rows.lines) == parsed.num_rows, (len(rows.lines), parsed.num_rows)
+                    if parsed.num_rows or parsed.skipped:
                         yield Chunk(
                             parsed.columns,
                             parsed.num_rows,
-                            place,
-                            locate_lines(self.name, lines.first, numbers),
-                            partial(excerpts_of, lines, rows),
-                            tuple(parsed.bad),
+                            state,
+                            locate_lines(self.name, lines.first, rows.lines),
+                            partial(row_excerpts, lines, rows),
+                            tuple(parsed.skipped),
                         )
-                    num_lines = lines.data.count(b"\n")
-                    place = {
-                        "at": place["at"] + size,
-                        "line": place["line"] + num_lines,
-                        "row": place["row"] + parsed.num_rows,
+                    state = {
+                        "at": state["at"] + size,
+                        "line": state["line"] + lines.data.count(b"\n"),
+                        "row": state["row"] + parsed.num_rows,
                     }
                     buffer.drop(size)
 
-    def _take(
-        self, buffer: Buffer, head: _Head, place: ReaderState
+    def _next_lines(
+        self, buffer: Buffer, header: _Header, state: ReaderState
     ) -> tuple[Lines, ScanResult | None, int] | None:
-        """The next lines that hold whole rows, what was seen of them, and their bytes in the file; None at its end."""
+        """The next lines of complete rows, their scan, their size in the file; None at the end."""
         size = self.chunk_bytes
         while True:
             raw, is_all = buffer.first(size)
             if not raw:
                 return None
-            ends = line_ends(raw, head.codec)
+            ends = line_ends(raw, header.codec)
             num_bytes = len(raw) if is_all else int(ends[-1]) if len(ends) else 0
             if num_bytes:
-                lines = self._lines(raw[:num_bytes], head.codec, place["line"])
-                if self._is_table():
-                    stop, found = find_row_end(
-                        self.file, lines, len(head.names), is_all, self.chunk_bytes, self.row_bytes
-                    )
-                else:
-                    stop, found = last_line_end(lines.data, is_all, self.chunk_bytes), None
+                lines = self._decode(raw[:num_bytes], header.codec, state["line"])
+                stop, scan = self._find_row_end(header, lines, is_all)
                 if stop == len(lines.data):
-                    return lines, found, num_bytes
+                    return lines, scan, num_bytes
                 if stop:
                     data = lines.data[:stop]
                     num_lines = data.count(b"\n")
-                    broken = {
-                        line: reason for line, reason in lines.broken.items() if line < num_lines
-                    }
-                    return lines._replace(data=data, broken=broken), found, int(ends[num_lines - 1])
+                    broken = {line: why for line, why in lines.broken.items() if line < num_lines}
+                    lines = lines._replace(data=data, broken=broken)
+                    return lines, scan, int(ends[num_lines - 1])
             if size > (8 if num_bytes else 1) * self.row_bytes:
                 raise DataError(
-                    f"{self.name} line {place['line']}: a row begins here that does not end within {self.row_bytes:,} bytes."
+                    f"{self.name} line {state['line']}: a row begins here that does not end "
+                    f"within {self.row_bytes:,} bytes."
                 )
             size *= 2
 
-    def _head(self) -> _Head:
-        if self._known is None:
-            with closing(self.file.open_bytes(0)) as stream:
-                self._known = self._read_head(Buffer(stream))
-        return self._known
+    def _find_row_end(
+        self, header: _Header, lines: Lines, is_all: bool
+    ) -> tuple[int, ScanResult | None]:
+        if not self.file.is_table:
+            return last_line_end(lines.data, is_all, self.chunk_bytes), None
+        limits = (self.chunk_bytes, self.row_bytes)
+        return find_row_end(self.file, lines, len(header.names), is_all, *limits)
 
-    def _read_head(self, buffer: Buffer) -> _Head:
+    def _read_header(self) -> _Header:
+        if self._header is None:
+            with closing(self.file.open_bytes(0)) as stream:
+                self._header = self._header_of(Buffer(stream))
+        return self._header
+
+    def _header_of(self, buffer: Buffer) -> _Header:
         size = max(4, self.chunk_bytes)
         while True:
             raw, is_all = buffer.first(size)
-            codec, mark = codec_of(self.file, raw)
+            codec, mark = resolve_codec(self.file, raw)
             ends = line_ends(raw[mark:], codec)
-            lines = self._lines(
-                raw[mark:] if is_all else raw[mark : mark + int(ends[-1]) if len(ends) else mark],
-                codec,
-                1,
-            )
+            stop = len(raw) if is_all else mark + int(ends[-1]) if len(ends) else mark
+            lines = self._decode(raw[mark:stop], codec, 1)
             if is_all:
-                refuse_old_mac(self.file, lines)
-            names, num_lines = self._names(lines, is_all)
+                reject_old_mac(self.file, lines)
+            names, num_lines = self._column_names(lines, is_all)
             if names is not None:
                 break
             if size > self.row_bytes:
@@ -279,73 +284,65 @@ class FileReader:
             size *= 2
         if not names:
             raise DataError(f"{self.name} has no rows.")
-        at = (
-            0
-            if not num_lines
-            else int(ends[num_lines - 1])
-            if num_lines <= len(ends)
-            else len(raw) - mark
-        )
-        return _Head(names, codec, {"at": mark + at, "line": 1 + num_lines, "row": 0})
+        at = mark
+        if num_lines:
+            at = mark + int(ends[num_lines - 1]) if num_lines <= len(ends) else len(raw)
+        return _Header(names, codec, {"at": at, "line": 1 + num_lines, "row": 0})
 
-    def _names(self, lines: Lines, is_all: bool) -> tuple[list[str] | None, int]:
-        """Names of all columns, None where they stand further down; and lines before the first row."""
-        if self._is_table():
-            return read_header(
-                self.file, lines, is_all, self.row_bytes if self.skip else BLOCK_BYTES
-            ) or (None, 0)
+    def _column_names(self, lines: Lines, is_all: bool) -> tuple[list[str] | None, int]:
+        """Names of all columns (None: beyond the lines); number of lines before the first row."""
+        if self.file.is_table:
+            limit = self.row_bytes if self.skip else BLOCK_BYTES
+            return read_header(self.file, lines, is_all, limit) or (None, 0)
         if self.file.kind == "txt":
             return ["text"] if lines.data else [] if is_all else None, 0
+        from bertdist.data.readers.jsonl_reader import read_keys
+
         return read_keys(self.file, lines, is_all, self.skip), 0
 
-    def _is_table(self) -> bool:
-        return self.file.kind in ("csv", "tsv")
-
-    def _lines(self, raw: Any, codec: str, first: int) -> Lines:
-        lines = utf8_lines(self.file, raw, codec, first, self.skip)
-        return hide_returns(lines) if self._is_table() else lines
+    def _decode(self, raw: Any, codec: str, first: int) -> Lines:
+        lines = decode_lines(self.file, raw, codec, first, self.skip)
+        return hide_returns(lines) if self.file.is_table else lines
 
     def _parse(
         self,
-        head: _Head,
+        header: _Header,
         lines: Lines,
-        wanted: Sequence[str],
-        found: ScanResult | None = None,
-        rows: int | None = None,
+        columns: Sequence[str],
+        scan: ScanResult | None = None,
+        num_rows: int | None = None,
     ) -> Parsed:
+        if self.file.is_table:
+            limit = self.row_bytes if self.skip or scan else 1 << 40
+            names = header.names
+            return parse_csv(
+                self.file, lines, names, columns, skip=self.skip, limit=limit, scan=scan
+            )
+        from bertdist.data.readers.jsonl_reader import parse_json, parse_txt
+
         if self.file.kind == "txt":
-            return parse_txt(self.file, lines, wanted)
-        if not self._is_table():
-            return parse_json(self.file, lines, wanted, skip=self.skip, num_rows=rows)
-        limit = self.row_bytes if self.skip or found else 1 << 40
-        return parse_csv(
-            self.file,
-            lines,
-            head.names,
-            wanted,
-            skip=self.skip,
-            limit=limit,
-            block_bytes=self.block_bytes,
-            scan=found,
-        )
+            return parse_txt(self.file, lines, columns)
+        return parse_json(self.file, lines, columns, skip=self.skip, num_rows=num_rows)
 
-    def _parse_all(self, wanted: Sequence[str], rows: int | None = None) -> tuple[Parsed, Lines]:
-        head = self._head()
-        with closing(self.file.open_bytes(head.place["at"])) as stream:
-            lines = self._lines(read_all(stream), head.codec, head.place["line"])
-        return self._parse(head, lines, wanted, rows=rows), lines
+    def _parse_all(
+        self, columns: Sequence[str], num_rows: int | None = None
+    ) -> tuple[Parsed, Lines]:
+        header = self._read_header()
+        with closing(self.file.open_bytes(header.state["at"])) as stream:
+            lines = self._decode(read_all(stream), header.codec, header.state["line"])
+        return self._parse(header, lines, columns, num_rows=num_rows), lines
 
-    def read_rows_again(self, wanted: Sequence[str]) -> tuple[Lines, Rows]:
-        """The lines behind the header, and the rows in them. Takes as long as `read`. Raises DataError."""
-        parsed, lines = self._parse_all(wanted)
+    def read_rows_again(self, columns: Sequence[str]) -> tuple[Lines, Rows]:
+        """The lines after the header, and the rows in them. As slow as `read`. Raises DataError."""
+        parsed, lines = self._parse_all(columns)
         return lines, parsed.rows()
 
 
 class _ReadAgain:
-    """Locations and texts of rows of a file that was read: reads it once more, at the first call."""
+    """Locations and excerpts of rows that were read: reads the file again, at the first call."""
 
-    def __init__(self, reader: FileReader, wanted: Sequence[str]) -> None:
-        self._reader, self._wanted = reader, tuple(wanted)
+    def __init__(self, reader: FileReader, columns: Sequence[str]) -> None:
+        self._reader, self._columns = reader, tuple(columns)
         self._locate: RowLocations | None = None
 
     def location(self, row: int) -> RowLocation:
@@ -359,28 +356,9 @@ class _ReadAgain:
             return RowLocation(self._reader.name, row=row)
 
     def excerpts(self, rows: Sequence[int]) -> list[str]:
-        lines, parts = self._reader.read_rows_again(self._wanted)
-        self._locate = locate_lines(self._reader.name, lines.first, parts.lines)
-        return excerpts_of(lines, parts, rows)
-
-
-KINDS = ("csv", "tsv", "jsonl", "json", "parquet", "txt")
-
-PACKED = (".gz", ".zst")  # endings of what an opener unpacks; the ending before it is the file's
-
-READ_BYTES = (
-    1 << 30
-)  # of a file that is read whole; a row longer than a block is refused; pyarrow's limit is 2 GiB
-
-Reader: TypeAlias = Callable[
-    [Sequence[str]], dict[str, Column]
-]  # names of columns -> those columns
-
-
-def open_file(file: DataFile, rows: int | None = None) -> tuple[list[str], Reader]:
-    """The names of the file's columns, and a function that reads the first `rows` rows of some of them. Raises DataError."""
-    source = FileReader(file, block_bytes=READ_BYTES)
-    return source.column_names(), lambda wanted: source.read(wanted, rows).columns
+        lines, positions = self._reader.read_rows_again(self._columns)
+        self._locate = locate_lines(self._reader.name, lines.first, positions.lines)
+        return row_excerpts(lines, positions, rows)
 
 
 def inspect_file(
@@ -390,96 +368,98 @@ def inspect_file(
     quoting: str,
     encoding: str | None,
     column_names: list[str] | None,
-    open_bytes: OpenBytes | None = None,
-    open_seekable: OpenSeekable | None = None,
+    warn: Warn = print_to_stderr,
 ) -> DataFile:
-    """The file behind `path`; what is not said of how it is written is guessed from its first bytes.
+    """The file at a local path or URL, and its format: as the arguments say, else detected.
 
-    Without openers it is a file of this machine. Raises DataError when it is not there, of no known kind, or described by settings that
-    cannot take effect.
+    `warn` gets one line about the first transient error of a remote file. Raises DataError where
+    there is no such file, its kind is unknown, or an argument cannot take effect.
     """
-    name = path.split("?")[0].rstrip("/").rsplit("/", 1)[-1] if open_bytes else _existing(path).name
-    plain = (
-        name[: -len(Path(name).suffix)] if open_bytes and name.lower().endswith(PACKED) else name
+    is_local = protocol_of(path) is None
+    if is_local:
+        check_local_file(path)
+    name = file_name(path)
+    extension = Path(Path(name).stem if compression_of(path) else name).suffix
+    kind = extension.lower().removeprefix(".")
+    if delimiter is not None and (kind == "txt" or kind not in KINDS):
+        # Many data sets call their tables train.txt, or have no extension.
+        kind = "tsv" if delimiter in ("tab", "\\t", "\t") else "csv"
+    _check_unused(name, kind, delimiter, quoting, encoding, column_names)
+    if twice := first_duplicate([column for column in column_names or () if column != "_"]):
+        raise DataError(
+            f"--column_names has {twice!r} twice; a column that is not to be read is named '_'."
+        )
+    fmt = FileFormat(
+        name=name,
+        kind=kind,
+        delimiter=_delimiter_of(kind, delimiter),
+        quoted=kind == "csv" if quoting == "auto" else quoting == "double",
+        encoding=encoding or "utf-8",
+        column_names=tuple(column_names or ()),
     )
-    kind = Path(plain).suffix.lower().removeprefix(".")
-    tab = delimiter in ("tab", "\\t", "\t")
-    if delimiter is not None and (
-        kind == "txt" or kind not in KINDS
-    ):  # many data sets call their tables train.txt, or nothing at all
-        kind = "tsv" if tab else "csv"
+    opener = partial(open_bytes, path, warn=warn)
+    detected: FileFormat | None = fmt
+    if kind != "parquet":
+        detected = _detect(fmt, opener, encoding is None, delimiter is None, quoting == "auto")
+    if detected is None:
+        raise DataError(
+            f"{path}: the extension {extension!r} is not known; expected .{', .'.join(KINDS)}, "
+            "or a table and its --delimiter."
+        )
+    return DataFile(
+        **{each.name: getattr(detected, each.name) for each in fields(FileFormat)},
+        path=path,
+        open_bytes=opener,
+        open_seekable=partial(pa.OSFile, path) if is_local else partial(open_seekable, path, warn),
+        is_detected=detected != fmt,
+    )
+
+
+def _check_unused(
+    name: str,
+    kind: str,
+    delimiter: str | None,
+    quoting: str,
+    encoding: str | None,
+    column_names: list[str] | None,
+) -> None:
+    """Raises DataError where an argument cannot take effect."""
     given = {
         "--delimiter": delimiter is not None,
         "--column_names": bool(column_names),
         "--quoting": quoting != "auto",
     }
-    given = given if kind in KINDS and kind not in ("csv", "tsv") else {}
-    given["--encoding"] = kind == "parquet" and (encoding or "utf-8").lower() not in (
-        "utf-8",
-        "utf8",
-    )
-    if idle := [flag for flag, is_given in given.items() if is_given]:
-        raise DataError(f"{name}: {idle[0]} cannot take effect on a .{kind} file; remove it.")
-    sign = "\t" if tab else delimiter or ("," if kind == "csv" else "\t")
-    if len(sign) != 1 or not sign.isascii() or sign in '"\r\n\0':
-        raise DataError(
-            f"--delimiter is {sign!r}; expected one ASCII character that is no quote and no line end, or 'tab'."
-        )
-    if twice := twice_in([column for column in column_names or () if column != "_"]):
-        raise DataError(
-            f"--column_names has {twice!r} twice; a column that is not to be read is named '_'."
-        )
-    quoted = kind == "csv" if quoting == "auto" else quoting == "double"
-    form = FileFormat(
-        name=name,
-        kind=kind,
-        delimiter=sign,
-        quoted=quoted,
-        encoding=encoding or "utf-8",
-        column_names=tuple(column_names or ()),
-    )
-    opener = open_bytes or partial(open_local, path)
-    settled = (
-        form
-        if kind == "parquet"
-        else _guess(form, opener, encoding is None, delimiter is None, quoting == "auto")
-    )
-    if settled is None:
-        suffix = Path(plain).suffix
-        raise DataError(
-            f"{path}: the ending {suffix!r} is not known; expected .{', .'.join(KINDS)}, or a table and its --delimiter."
-        )
-    described = {each.name: getattr(settled, each.name) for each in fields(FileFormat)}
-    random = open_seekable or partial(pa.OSFile, path)
-    return DataFile(
-        **described, path=path, open_bytes=opener, open_seekable=random, guessed=settled != form
-    )
+    unused = [flag for flag, is_given in given.items() if is_given]
+    if kind not in KINDS or kind in ("csv", "tsv"):
+        unused = []
+    if kind == "parquet" and (encoding or "utf-8").lower() not in ("utf-8", "utf8"):
+        unused.append("--encoding")
+    if unused:
+        raise DataError(f"{name}: {unused[0]} cannot take effect on a .{kind} file; remove it.")
 
 
-def _existing(path: str) -> Path:
-    place = Path(path)
-    if place.is_dir():
-        raise DataError(f"{path} is a folder; expected a file.")
-    if not place.exists():
-        near = (
-            sorted(file.name for file in place.parent.iterdir()) if place.parent.is_dir() else None
-        )
+def _delimiter_of(kind: str, delimiter: str | None) -> str:
+    if delimiter in (None, "tab", "\\t"):
+        return "," if kind == "csv" and delimiter is None else "\t"
+    assert delimiter is not None
+    if len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\r\n\0':
         raise DataError(
-            f"{path}: no such {'folder' if near is None else 'file'}.{did_you_mean(place.name, near or ())}"
+            f"--delimiter is {delimiter!r}; expected one ASCII character that is not a quote "
+            "or a line end, or 'tab'."
         )
-    return place
+    return delimiter
 
 
-def _guess(
-    form: FileFormat, open_bytes: OpenBytes, encoding: bool, delimiter: bool, quoting: bool
+def _detect(
+    fmt: FileFormat, opener: OpenBytes, encoding: bool, delimiter: bool, quoting: bool
 ) -> FileFormat | None:
-    """`form` as far as it is to be guessed, guessed; None where the file is of no known kind."""
-    head, is_all = first_bytes(form.name, open_bytes, HEAD_BYTES)
+    """`fmt` with those of the three that are True detected; None: the kind of file is unknown."""
+    with reading(fmt.name), closing(opener(0)) as stream:
+        head, is_all = Buffer(stream).first(HEAD_BYTES)
     if encoding:
-        form = replace(form, encoding=detect_encoding(head, is_all) or "utf-8")
-    if form.kind in ("jsonl", "json", "txt") or not (delimiter or quoting):
-        return form
-    codec, mark = codec_of(form, head)
-    return detect_table(
-        form, head_as_utf8(head[mark:], codec, is_all), is_all, delimiter=delimiter, quoting=quoting
-    )
+        fmt = replace(fmt, encoding=detect_encoding(head, is_all) or "utf-8")
+    if fmt.kind in ("jsonl", "json", "txt") or not (delimiter or quoting):
+        return fmt
+    codec, mark = resolve_codec(fmt, head)
+    text = head_as_utf8(head[mark:], codec, is_all)
+    return detect_table(fmt, text, is_all, delimiter=delimiter, quoting=quoting)

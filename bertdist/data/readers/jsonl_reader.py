@@ -19,9 +19,9 @@ from bertdist.data.readers.text_lines import (
     Lines,
     Parsed,
     Rows,
+    first_duplicate,
+    row_excerpt,
     rows_of_lines,
-    text_at,
-    twice_in,
 )
 from bertdist.data.source import SkippedRow, excerpt
 
@@ -68,7 +68,7 @@ def parse_txt(fmt: FileFormat, lines: Lines, wanted: Sequence[str]) -> Parsed:
     skipped = []
     if lines.broken:
         for line, reason in sorted(lines.broken.items()):
-            text = text_at(lines, int(rows.starts[line]), int(rows.ends[line]))
+            text = row_excerpt(lines, int(rows.starts[line]), int(rows.ends[line]))
             skipped.append(SkippedRow(fmt.name, lines.first + line, reason, text))
         kept = np.array([line for line in range(len(texts)) if line not in lines.broken], np.int64)
         texts, rows = [texts[line] for line in kept], Rows(*(part[kept] for part in rows))
@@ -122,5 +122,5 @@ def _object(pairs: list[tuple[str, Any]] | str) -> dict[str, Any]:
         raise ValueError(f"{pairs} is not a JSON number")
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError(f"the key {twice_in([key for key, _ in pairs])!r} occurs twice")
+        raise ValueError(f"the key {first_duplicate([key for key, _ in pairs])!r} occurs twice")
     return result

@@ -1,7 +1,6 @@
-"""Rows of parquet files: columns of the file's own types, whole, or slices of row groups.
+"""Parquet files: columns in the file's own types, complete or in slices of row groups.
 
-In: what opens the file for random access. Out: pieces, whose places are {"group": row group, "row": rows of the file before it}.
-One module: parquet has no lines, no encoding and no rows that are none, so nothing here is shared with text files.
+A reader state is {"group": row group, "row": rows of the file before it}.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from bertdist.core.errors import DataError
-from bertdist.data.readers.text_lines import OpenSeekable, twice_in
+from bertdist.data.readers.remote import OpenSeekable
+from bertdist.data.readers.text_lines import first_duplicate
 from bertdist.data.source import Chunk, ReaderState, chunk_of_columns
 
-PIECE_ROWS = 8192  # at most
+MAX_SLICE_ROWS = 8192
 
 
 def parquet_columns(name: str, open_seekable: OpenSeekable) -> list[str]:
@@ -23,47 +23,42 @@ def parquet_columns(name: str, open_seekable: OpenSeekable) -> list[str]:
         return list(parquet.schema_arrow.names)
 
 
-def read_whole(
-    name: str, open_seekable: OpenSeekable, wanted: Sequence[str], rows: int | None
+def read_parquet(
+    name: str, open_seekable: OpenSeekable, wanted: Sequence[str], num_rows: int | None
 ) -> Chunk:
-    """The columns `wanted` of the first `rows` rows."""
+    """The columns `wanted` of the first `num_rows` rows."""
     with _opened(name, open_seekable) as parquet:
-        table = parquet.read(columns=list(wanted), use_threads=False).slice(0, rows)
-    return chunk_of_columns(
-        name,
-        {column: table.column(column) for column in wanted},
-        table.num_rows,
-        {"group": 0, "row": 0},
-    )
+        table = parquet.read(columns=list(wanted), use_threads=False).slice(0, num_rows)
+    columns = {column: table.column(column) for column in wanted}
+    return chunk_of_columns(name, columns, table.num_rows, {"group": 0, "row": 0})
 
 
 def read_slices(
     name: str,
     open_seekable: OpenSeekable,
     wanted: Sequence[str],
-    place: ReaderState | None,
-    chunk_bytes: int,
+    state: ReaderState | None,
+    slice_bytes: int,
 ) -> Iterator[Chunk]:
-    """The same in slices of about `chunk_bytes`; one within a row group is found again by reading the group from its beginning."""
-    place = place or {"group": 0, "row": 0}
+    """In slices of about `slice_bytes`. A state within a row group reads all of the group."""
+    state = state or {"group": 0, "row": 0}
     with _opened(name, open_seekable) as parquet:
-        begin = sum(parquet.metadata.row_group(group).num_rows for group in range(place["group"]))
-        for group in range(place["group"], parquet.metadata.num_row_groups):
-            told = parquet.metadata.row_group(group)
-            size = max(
-                1, min(PIECE_ROWS, chunk_bytes * told.num_rows // max(1, told.total_byte_size))
-            )
+        groups = [parquet.metadata.row_group(group) for group in range(parquet.num_row_groups)]
+        row = sum(group.num_rows for group in groups[: state["group"]])
+        for index in range(state["group"], len(groups)):
+            group = groups[index]
+            size = slice_bytes * group.num_rows // max(1, group.total_byte_size)
             for batch in parquet.iter_batches(
-                size, row_groups=[group], columns=list(wanted), use_threads=False
+                max(1, min(MAX_SLICE_ROWS, size)),
+                row_groups=[index],
+                columns=list(wanted),
+                use_threads=False,
             ):
-                if batch.num_rows and begin >= place["row"]:
-                    columns = {
-                        column: pa.chunked_array([batch.column(column)]) for column in wanted
-                    }
-                    yield chunk_of_columns(
-                        name, columns, batch.num_rows, {"group": group, "row": begin}
-                    )
-                begin += batch.num_rows
+                if batch.num_rows and row >= state["row"]:
+                    columns = {name: pa.chunked_array([batch.column(name)]) for name in wanted}
+                    start = {"group": index, "row": row}
+                    yield chunk_of_columns(name, columns, batch.num_rows, start)
+                row += batch.num_rows
 
 
 @contextmanager
@@ -74,6 +69,6 @@ def _opened(name: str, open_seekable: OpenSeekable) -> Iterator[pa.parquet.Parqu
             names = list(parquet.schema_arrow.names)
         except UnicodeDecodeError as error:
             raise DataError(f"{name}: the name of a column is not UTF-8 ({error}).") from None
-        if twice := twice_in(names):
+        if twice := first_duplicate(names):
             raise DataError(f"{name} has two columns {twice!r}; rename one.")
         yield parquet

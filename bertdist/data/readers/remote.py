@@ -75,6 +75,8 @@ _VERSION_KEYS = (
 )
 
 Warn = Callable[[str], None]
+OpenBytes = Callable[[int], BinaryIO]  # from this byte of the decompressed file on
+OpenSeekable = Callable[[], Any]  # for parquet
 Result = TypeVar("Result")
 
 _inherited: list[Any] = []  # by a fork: never used, never freed

@@ -1,47 +1,96 @@
-"""The bytes of a file, from something that opens it: as many as were asked for, however few a read gives.
+"""Text files: how one is written, and its bytes as lines of UTF-8.
 
-In: a function that opens the unpacked file at a byte. Out: blocks of bytes that do not depend on how they were delivered, and a stamp that
-changes when a file of this machine does. One module: what is known of a file before anything is known of what it holds.
-
-How a text file is written, and its bytes as UTF-8 lines.
-
-In: raw bytes (of a whole file, or some whole lines of it) and an encoding. Out: the same lines as UTF-8, and which of them hold bytes that
-are not of the encoding. One module, because a line must mean the same whether a file is read whole or in pieces: it ends at a newline of
-its encoding, so that raw bytes can be cut there before they are decoded, and lines counted there afterwards.
+A line ends at a newline of the file's encoding, so raw bytes are split there before they are
+decoded, and line numbers mean the same whether a file is read at once or in chunks. Bytes that are
+not of the encoding are a DataError that names the line, or, with --on_bad_row skip, a reason per
+line.
 """
 
 import codecs
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import xxhash
 
 from bertdist.core.errors import DataError
 from bertdist.data.source import Column, SkippedRow, excerpt
 
-STAMP_BYTES = 1 << 16
+Offsets: TypeAlias = npt.NDArray[np.int64]
 
-OpenBytes: TypeAlias = Callable[[int], BinaryIO]  # from this byte of the unpacked file on
+# Encodings in which a line depends on the lines before it.
+_STATEFUL = ("iso2022", "hz", "utf-7", "utf_7")
+_WIDE = {
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+}
+_UTF8_ADVICE = (
+    "--encoding (such as cp1252 for Western European, cp1251 for Cyrillic, gb18030 for Chinese, "
+    "cp932 for Japanese text),"
+)
 
-OpenSeekable: TypeAlias = Callable[[], Any]  # seekable, for parquet
+
+@dataclass(frozen=True, kw_only=True)
+class FileFormat:
+    """How a file is written: csv, tsv, jsonl, json, txt or parquet. Tables have a delimiter."""
+
+    name: str  # for messages
+    kind: str
+    delimiter: str = ","
+    quoted: bool = False
+    encoding: str = "utf-8"
+    column_names: tuple[str, ...] = ()  # (): the file has a header
+
+    @property
+    def is_table(self) -> bool:
+        return self.kind in ("csv", "tsv")
+
+    @property
+    def has_header(self) -> bool:
+        return self.is_table and not self.column_names
+
+
+class Lines(NamedTuple):
+    """Some complete lines of a file."""
+
+    data: bytes  # UTF-8 without a byte order mark
+    first: int  # number of the first line, from 1
+    broken: dict[
+        int, str
+    ]  # line (from 0) that cannot be decoded -> reason; data has such bytes as \\x81
+    stand_in: str | None = None  # replaces lone carriage returns, see `hide_returns`
+
+
+class Rows(NamedTuple):
+    """Positions of rows in some lines: first byte, end (with the line end), and line, from 0."""
+
+    starts: Offsets  # (rows,)
+    ends: Offsets  # (rows,)
+    lines: Offsets  # (rows,)
+
+
+class Parsed(NamedTuple):
+    """The requested columns of some lines, `num_rows` long; skipped rows; the others' positions."""
+
+    columns: dict[str, Column]
+    num_rows: int
+    skipped: list[SkippedRow]
+    rows: Callable[[], Rows]
 
 
 class Buffer:
-    """The bytes of a stream that were asked for and not dropped; however few a read gives, as many as were asked for."""
+    """A stream whose first bytes can be read repeatedly, until they are dropped."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._data, self._ended = stream, b"", False
 
     def first(self, size: int) -> tuple[bytes, bool]:
-        """The first `size` bytes, fewer where the stream ends before; and whether it ends with them."""
+        """The first `size` bytes (fewer at the end), and whether the stream ends with them."""
         parts, missing = [self._data], size + 1 - len(self._data)
         while missing > 0 and not self._ended:
             part = self._stream.read(missing)
@@ -51,116 +100,40 @@ class Buffer:
         return self._data[:size], len(self._data) <= size
 
     def drop(self, size: int) -> None:
-        """Forget the first `size` bytes."""
+        """Remove the first `size` bytes."""
         self._data = self._data[size:]
 
 
 def read_all(stream: BinaryIO) -> bytes:
-    """To the end, also where a read gives less; without a copy where it gives all."""
+    """To the end, also where a read returns less; without a copy where it returns all."""
     parts = []
     while part := stream.read():
         parts.append(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def open_local(path: str, at: int = 0) -> BinaryIO:
-    """A file of this machine, from byte `at` on."""
-    file = open(path, "rb")  # noqa: SIM115  whoever asked for it closes it
-    file.seek(at)
-    return file
-
-
-def local_stamp(path: str) -> str:
-    """Changes when a file of this machine does: size, and digest of its head and tail."""
-    with open(path, "rb") as file:
-        digest = xxhash.xxh3_128(file.read(STAMP_BYTES))
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - STAMP_BYTES))
-        digest.update(file.read())
-    return f"{size} {digest.hexdigest()}"
-
-
-def first_bytes(path: str, open_bytes: OpenBytes, size: int) -> tuple[bytes, bool]:
-    """The first `size` bytes, and whether they are all. Raises DataError."""
-    with reading(path), closing(open_bytes(0)) as stream:
-        return Buffer(stream).first(size)
-
-
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """What goes wrong inside is a DataError that names the file."""
+    """Errors inside become a DataError that names the file."""
     try:
         yield
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}.") from None
 
 
-Offsets = npt.NDArray[np.int64]
-
-_STATEFUL = ("iso2022", "hz", "utf-7", "utf_7")  # a line means what the lines before it say
-
-_WIDE = {
-    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
-    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileFormat:
-    """How a file is written: `kind` is csv, tsv, jsonl, json, txt or parquet; delimiter and quoting are settled for csv and tsv."""
-
-    name: str  # for messages
-    kind: str
-    delimiter: str = ","
-    quoted: bool = False
-    encoding: str = "utf-8"
-    column_names: tuple[str, ...] = ()  # none: the file has a header
-
-    @property
-    def has_header(self) -> bool:
-        return self.kind in ("csv", "tsv") and not self.column_names
-
-
-class Lines(NamedTuple):
-    """Some whole lines of a file."""
-
-    data: bytes  # UTF-8 without a byte order mark
-    first: int  # number of the first line, from 1
-    broken: dict[
-        int, str
-    ]  # lines (from 0) with bytes that are not of the encoding -> what is wrong; the bytes stand there as \\x81
-    stand_in: str | None = None  # stands for lone carriage returns, see `hide_returns`
-
-
-class Rows(NamedTuple):
-    """Where rows stand in some lines: bytes from, bytes to (with the line end), and line, from 0."""
-
-    starts: Offsets  # (rows,)
-    ends: Offsets  # (rows,)
-    lines: Offsets  # (rows,)
-
-
-class Parsed(NamedTuple):
-    """Rows of some lines: the columns asked for, each `num_rows` long; rows that were left out; and where the others stand."""
-
-    columns: dict[str, Column]
-    num_rows: int
-    bad: list[SkippedRow]
-    rows: Callable[[], Rows]
-
-
-def codec_of(form: FileFormat, head: bytes) -> tuple[str, int]:
-    """Python's name of the encoding, byte order settled, and how many bytes of `head` (at least 4) are a byte order mark."""
+def resolve_codec(fmt: FileFormat, head: bytes) -> tuple[str, int]:
+    """Python's name of encoding and byte order; size of the mark in `head` (4 bytes or more)."""
     try:
-        codec = codecs.lookup(form.encoding).name.removesuffix("-sig")
-        "a".encode(codec)  # hex and its like are no encodings of text
+        codec = codecs.lookup(fmt.encoding).name.removesuffix("-sig")
+        "a".encode(codec)  # hex and the like are not encodings of text
     except LookupError:
         raise DataError(
-            f"--encoding {form.encoding} is not a text encoding that Python knows, such as utf-8, cp1252 or gb18030."
+            f"--encoding {fmt.encoding} is not a text encoding that Python knows, "
+            "such as utf-8, cp1252 or gb18030."
         ) from None
     if codec == "utf-8" and head.startswith(_WIDE["utf-16"]):
         raise DataError(
-            f"{form.name} is UTF-16, expected UTF-8; convert it, or pass --encoding utf-16."
+            f"{fmt.name} is UTF-16, expected UTF-8; convert it, or pass --encoding utf-16."
         )
     if codec in _WIDE:
         codec += "-be" if head.startswith(_WIDE[codec][1]) else "-le"
@@ -172,87 +145,78 @@ def codec_of(form: FileFormat, head: bytes) -> tuple[str, int]:
 
 
 def is_stateful(codec: str) -> bool:
-    """Whether reading cannot begin at some line of the file."""
+    """Whether decoding can only begin at the start of the file."""
     return codec.startswith(_STATEFUL)
 
 
 def line_ends(raw: bytes, codec: str) -> Offsets:
-    """Bytes up to the end of each line, its newline counted; what follows the last newline is not in it."""
+    """The end of each line, after its newline; what follows the last newline does not count."""
     unit = b"\n" if codec == "utf-8" else "\n".encode(codec)
     width = len(unit)
     cells = np.frombuffer(raw, f"u{width}", len(raw) // width)
-    found: Offsets = (np.flatnonzero(cells == np.frombuffer(unit, f"u{width}")[0]) + 1) * width
-    return found
+    ends: Offsets = (np.flatnonzero(cells == np.frombuffer(unit, f"u{width}")[0]) + 1) * width
+    return ends
 
 
-def utf8_lines(form: FileFormat, raw: bytes, codec: str, first: int, skip: bool) -> Lines:
-    """Whole lines as UTF-8. Bytes that are not of the encoding are a DataError; with skip, their lines are told."""
+def decode_lines(fmt: FileFormat, raw: bytes, codec: str, first: int, skip: bool) -> Lines:
+    """Complete lines as UTF-8. Raises DataError at wrong bytes; with skip, lines are `broken`."""
     try:
-        if (
-            codec == "utf-8"
-        ):  # no copy; bytes.decode() would cost up to four times the file in memory
-            pa.LargeStringArray.from_buffers(
-                1, pa.array([0, len(raw)]).buffers()[1], pa.py_buffer(raw)
-            ).validate(full=True)
-            return Lines(raw, first, {})
-        return Lines(raw.decode(codec).encode(), first, {})
+        if codec != "utf-8":
+            return Lines(raw.decode(codec).encode(), first, {})
+        # Without a copy: bytes.decode() would need up to four times the file in memory.
+        offsets = pa.array([0, len(raw)]).buffers()[1]
+        pa.LargeStringArray.from_buffers(1, offsets, pa.py_buffer(raw)).validate(full=True)
+        return Lines(raw, first, {})
     except (pa.ArrowInvalid, UnicodeError):
-        pass
-    advice = (
-        "--encoding (such as cp1252 for Western European, cp1251 for Cyrillic, gb18030 for Chinese, "
-        "cp932 for Japanese text),"
-        if codec == "utf-8"
-        else "the --encoding it was written in"
-    )
+        return _decode_each_line(fmt, raw, codec, first, skip)
+
+
+def _decode_each_line(fmt: FileFormat, raw: bytes, codec: str, first: int, skip: bool) -> Lines:
+    encoding = _UTF8_ADVICE if codec == "utf-8" else "the --encoding it was written in"
+    newline = "\n".encode(codec)
     ends = [0, *line_ends(raw, codec).tolist()]
     ends += [len(raw)] * (ends[-1] < len(raw))
-    found, broken = [], {}
+    texts, broken = [], {}
     for at, (start, end) in enumerate(pairwise(ends)):
         line = raw[start:end]
         try:
-            found.append(line.decode(codec).encode())
+            texts.append(line.decode(codec).encode())
         except UnicodeError as error:
-            what = (
-                f"byte 0x{line[error.start]:02X}"
-                if isinstance(error, UnicodeDecodeError)
-                else "a lone surrogate"
-            )
+            what = "a lone surrogate"
+            if isinstance(error, UnicodeDecodeError):
+                what = f"byte 0x{line[error.start]:02X}"
             broken[at] = (
-                f"{what} is not {form.encoding}; pass {advice} or convert the file to UTF-8"
+                f"{what} is not {fmt.encoding}; pass {encoding} or convert the file to UTF-8"
             )
             if not skip:
-                raise DataError(f"{form.name} line {first + at}: {broken[at]}.") from None
-            text = (
-                line.decode(codec, "backslashreplace")
-                .replace("\n", "")
-                .encode(errors="backslashreplace")
-            )
-            found.append(text + b"\n" * (at < len(ends) - 2 or raw.endswith("\n".encode(codec))))
-    return Lines(b"".join(found), first, broken)
+                raise DataError(f"{fmt.name} line {first + at}: {broken[at]}.") from None
+            text = line.decode(codec, "backslashreplace").replace("\n", "")
+            has_newline = at < len(ends) - 2 or raw.endswith(newline)
+            texts.append(text.encode(errors="backslashreplace") + b"\n" * has_newline)
+    return Lines(b"".join(texts), first, broken)
 
 
 def hide_returns(lines: Lines) -> Lines:
-    """The lines without lone carriage returns, and the character that stands in for them."""
+    """The lines with lone carriage returns replaced by a character that they do not contain."""
     if not re.search(rb"\r(?!\n)", lines.data):
         return lines
-    stand_in = next(
-        char for char in map(chr, range(0xE000, 0xF900)) if char.encode() not in lines.data
-    )
-    return lines._replace(
-        data=re.sub(rb"\r(?!\n)", stand_in.encode(), lines.data), stand_in=stand_in
-    )
+    private_use = map(chr, range(0xE000, 0xF900))
+    stand_in = next(char for char in private_use if char.encode() not in lines.data)
+    data = re.sub(rb"\r(?!\n)", stand_in.encode(), lines.data)
+    return lines._replace(data=data, stand_in=stand_in)
 
 
-def refuse_old_mac(form: FileFormat, lines: Lines) -> None:
-    """DataError where the whole of a file has carriage returns and no newline."""
+def reject_old_mac(fmt: FileFormat, lines: Lines) -> None:
+    """Raises DataError where a complete file has carriage returns and no newline."""
     if (lines.stand_in or b"\r" in lines.data) and b"\n" not in lines.data:
         raise DataError(
-            f"{form.name}: its lines end with a lone carriage return (old Mac); convert them to newlines."
+            f"{fmt.name}: its lines end with a lone carriage return (old Mac); "
+            "convert them to newlines."
         )
 
 
 def rows_of_lines(data: bytes, *, blank: bool) -> Rows:
-    """Every line as a row; with blank False, without those that are empty."""
+    """Every line as a row; with blank False, without empty lines."""
     ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n")) + 1
     if not data.endswith(b"\n") and data:
         ends = np.append(ends, len(data))
@@ -260,33 +224,30 @@ def rows_of_lines(data: bytes, *, blank: bool) -> Rows:
 
 
 def rows_between(data: bytes, ends: Offsets, lines: Offsets, blank: bool) -> Rows:
-    """Rows that end at `ends` and begin on `lines`, one after the other; with blank False, without those that are empty lines."""
+    """Adjacent rows that end at `ends` and begin on `lines`; without empty ones, unless blank."""
     starts = np.concatenate([np.zeros(min(1, len(ends)), np.int64), ends[:-1]])
     if blank or not len(ends):
         return Rows(starts, ends, lines)
     text = np.frombuffer(data, np.uint8)
-    sizes, opens = ends - starts, text[starts]
-    empty = (opens == ord("\n")) | (
-        (sizes == 2) & (opens == ord("\r")) & (text[ends - 1] == ord("\n"))
-    )
-    return (
-        Rows(starts[~empty], ends[~empty], lines[~empty])
-        if empty.any()
-        else Rows(starts, ends, lines)
-    )
+    sizes, first_bytes = ends - starts, text[starts]
+    is_crlf = (sizes == 2) & (first_bytes == ord("\r")) & (text[ends - 1] == ord("\n"))
+    empty = (first_bytes == ord("\n")) | is_crlf
+    if not empty.any():
+        return Rows(starts, ends, lines)
+    return Rows(starts[~empty], ends[~empty], lines[~empty])
 
 
-def text_at(lines: Lines, start: int, end: int) -> str:
+def row_excerpt(lines: Lines, start: int, end: int) -> str:
     """The row lines.data[start:end] for a SkippedRow."""
     text = lines.data[start : min(end, start + 1000)].decode("utf-8", "ignore")
     return excerpt(text.replace(lines.stand_in, "\r") if lines.stand_in else text)
 
 
-def excerpts_of(lines: Lines, rows: Rows, wanted: Sequence[int]) -> list[str]:
-    """The text of each of the `wanted` rows, for a SkippedRow."""
-    return [text_at(lines, int(rows.starts[row]), int(rows.ends[row])) for row in wanted]
+def row_excerpts(lines: Lines, rows: Rows, wanted: Sequence[int]) -> list[str]:
+    """The text of each of the `wanted` rows for a SkippedRow."""
+    return [row_excerpt(lines, int(rows.starts[row]), int(rows.ends[row])) for row in wanted]
 
 
-def twice_in(names: Sequence[str]) -> str | None:
-    """The first name that stands there twice."""
+def first_duplicate(names: Sequence[str]) -> str | None:
+    """The first name that occurs twice."""
     return next((name for at, name in enumerate(names) if name in names[:at]), None)

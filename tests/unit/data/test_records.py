@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,8 @@ from hypothesis import strategies as st
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
-from bertdist.data import loading
 from bertdist.data.loading import load_records, load_texts
-from bertdist.data.readers.file_reader import FileReader
+from bertdist.data.readers import csv_reader
 from bertdist.data.records import Record, Records, concat_records, records_from_texts
 
 Write = Callable[[str, str | bytes], str]
@@ -368,7 +366,7 @@ def test_rows_longer_than_a_block_and_blocks_of_many_rows_are_the_same_rows(
         return [[record.text, record.pair] for record in rows_of(records)]
 
     assert read() == rows
-    monkeypatch.setattr(loading, "FileReader", partial(FileReader, block_bytes=1024))
+    monkeypatch.setattr(csv_reader, "BLOCK_BYTES", 1024)
     assert read() == rows
     with pytest.raises(
         DataError,
@@ -639,7 +637,7 @@ def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
             "a.xlsx",
             "",
             {},
-            "the ending '.xlsx' is not known; expected .csv, .tsv, .jsonl, .json, .parquet, .txt, or a table and its --delimiter.",
+            "the extension '.xlsx' is not known; expected .csv, .tsv, .jsonl, .json, .parquet, .txt, or a table and its --delimiter.",
         ),
         ("a.parquet", "no parquet", {}, "a.parquet cannot be read: "),
         (
@@ -1328,7 +1326,7 @@ def test_nulls_and_numbers_in_place_of_texts_are_refused(hub: Callable[..., str]
 
 def test_an_unknown_data_set_is_one_line(hub: Callable[..., str]) -> None:
     message = refusal(lambda: load_records(DataConfig(dataset_name="nobody/nothing"), "train"))
-    told = "nobody/nothing is neither a folder here nor a data set that the hub gave. HF_HUB_OFFLINE is set, and it is not in the cache "
+    told = "nobody/nothing is neither a local folder nor a data set on the Hub. HF_HUB_OFFLINE is set, and it is not in the cache "
     assert message.startswith(told) and message.endswith(" --train_file takes files.")
     folder = hub(train={"text": ["a"], "label": [0]})
     message = refusal(

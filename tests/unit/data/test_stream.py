@@ -293,7 +293,7 @@ def parquet_rows(path: Path, wrong: Sequence[int], on_bad_row: OnBadRow = "skip"
 def test_texts_of_a_parquet_file_that_are_not_utf8_are_left_out_from_any_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet_reader, "PIECE_ROWS", 4)
+    monkeypatch.setattr(parquet_reader, "MAX_SLICE_ROWS", 4)
     wrong = {
         "a": [0, 9, 10, 11, 12, 13],
         "b": [39],

@@ -1,4 +1,7 @@
-"""csv and tsv lines become columns; the header and skipped rows. tests/unit/data/test_records.py has the grammar."""
+"""csv and tsv lines become columns; the header and skipped rows.
+
+tests/unit/data/test_records.py has the grammar.
+"""
 
 from typing import Any
 
@@ -25,9 +28,7 @@ def lines_of(text: str, first: int = 1, **broken: str) -> Lines:
 
 
 def parsed(lines: Lines, skip: bool = False, form: FileFormat = CSV) -> Parsed:
-    return parse_csv(
-        form, lines, ["a", "b"], ["b", "a"], skip=skip, limit=1 << 20, block_bytes=1 << 20
-    )
+    return parse_csv(form, lines, ["a", "b"], ["b", "a"], skip=skip, limit=1 << 20)
 
 
 def values(found: Parsed) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def test_rows_around_skipped_rows_are_unchanged() -> None:
     lines = lines_of('1,"x\ny"\nbad\n\n2,\ue000\r\r\nworse,,\n3,"z"', 10, l0="broken")
     found = parsed(lines, True)
     assert values(found) == {"b": ["\ue000\r", "z"], "a": ["2", "3"]} and found.num_rows == 2
-    assert [(row.line, row.text) for row in found.bad] == [
+    assert [(row.line, row.text) for row in found.skipped] == [
         (10, r'1,"x\ny"'),
         (12, "bad"),
         (15, "worse,,"),
@@ -81,7 +82,7 @@ def test_no_lines_are_no_rows_and_a_byte_order_mark_further_down_is_text() -> No
     assert values(parsed(lines_of("\ufeffx,y\n"))) == {"b": ["y"], "a": ["\ufeffx"]}
 
 
-# Where rows end is known without parsing them, by the same rules; test_file_reader.py has the random files.
+# Where rows end, by the same rules but without parsing them; random files: test_file_reader.py
 
 QUOTED = FileFormat(name="a.csv", kind="csv", quoted=True, column_names=("a", "b"))
 UNQUOTED = FileFormat(name="a.tsv", kind="tsv", delimiter="\t", column_names=("a", "b"))

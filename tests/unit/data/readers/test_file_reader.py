@@ -1,8 +1,10 @@
-"""The pieces of a file, laid together, are the whole of it, from the start and from the place of any piece; bad rows are the same rows.
+"""The chunks of a file, from the start and from the state of any chunk, are the complete file.
 
-Files are made at random, tiny blocks cut them at every byte, and openers give a few bytes a read. The twins break what a boundary rests on.
+Files are random, tiny chunks split them at every byte, and streams return a few bytes per read. The
+negative controls break what a chunk boundary rests on.
 """
 
+import gzip
 import io
 import json
 import pickle
@@ -11,14 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bertdist.core.errors import DataError
-from bertdist.data.readers import csv_reader as row_ends
-from bertdist.data.readers import file_reader as file_rows
-from bertdist.data.readers.file_reader import DataFile, FileReader
+from bertdist.data.readers import csv_reader, file_reader
+from bertdist.data.readers.file_reader import DataFile, FileReader, inspect_file
 from bertdist.data.readers.text_lines import Lines
 from bertdist.data.source import Chunk, DataSource, SkippedRow, first_rows_of_chunk
 
@@ -170,7 +173,9 @@ def tables(draw: st.DrawFn) -> tuple[str, DataFile]:
 
 @settings(max_examples=80)
 @given(table=tables(), chunk_bytes=st.integers(7, 200))
-def test_pieces_laid_together_are_the_whole(table: tuple[str, DataFile], chunk_bytes: int) -> None:
+def test_chunks_concatenated_are_the_complete_file(
+    table: tuple[str, DataFile], chunk_bytes: int
+) -> None:
     _, file = table
     for skip in ("fail", "skip"):
         expected = whole(file, on_bad_row=skip)
@@ -227,7 +232,7 @@ def broken_tables(chance: random.Random) -> DataFile:
     return file_of(content, kind, **names)
 
 
-def test_bad_rows_are_the_same_rows_in_pieces_and_in_the_whole() -> None:
+def test_bad_rows_are_the_same_in_chunks_and_in_the_complete_file() -> None:
     # 12,000 of these ran without a difference; 300 stay.
     chance, num_bad, num_rows, refused = random.Random(5), 0, 0, 0
     for _ in range(300):
@@ -264,7 +269,7 @@ def test_bad_rows_are_the_same_rows_in_pieces_and_in_the_whole() -> None:
 QUOTED = b'c0,c1\n"a\nb,""c",1\n5" pipe,2\n"d\n\n",3\n'
 
 
-def test_a_boundary_that_does_not_look_at_quotes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_boundary_that_ignores_quotes_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     file = file_of(QUOTED)
     expected = whole(file)
     assert isinstance(expected, tuple) and [row[0] for row in expected[0]] == [
@@ -277,17 +282,17 @@ def test_a_boundary_that_does_not_look_at_quotes_is_seen(monkeypatch: pytest.Mon
     def at_a_newline(
         form: Any, lines: Lines, num_fields: int, is_all: bool, soft: int, limit: int
     ) -> tuple[int, None]:
-        return row_ends.last_line_end(lines.data, is_all, soft), None
+        return csv_reader.last_line_end(lines.data, is_all, soft), None
 
-    monkeypatch.setattr(file_rows, "find_row_end", at_a_newline)
+    monkeypatch.setattr(file_reader, "find_row_end", at_a_newline)
     assert any(in_pieces(file, chunk_bytes=size) != expected for size in range(1, 60))
 
 
-def test_a_boundary_that_only_counts_quotes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_boundary_that_only_counts_quotes_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     # 5" pipe has a quote that opens nothing: from there on every count is odd.
     file = file_of(QUOTED)
     expected = whole(file)
-    monkeypatch.setattr(row_ends, "quotes_pair_up", lambda data, delimiter: True)
+    monkeypatch.setattr(csv_reader, "quotes_pair_up", lambda data, delimiter: True)
     assert any(in_pieces(file, chunk_bytes=size) != expected for size in range(1, 60))
 
 
@@ -313,7 +318,7 @@ def test_a_quote_that_never_closes_costs_one_line() -> None:
     assert [row.text for row in found[1]] == ['b,"2', 'e,"5']
 
 
-def test_only_rows_with_bytes_of_another_encoding_are_left_out() -> None:
+def test_only_rows_with_bytes_of_another_encoding_are_skipped() -> None:
     content = b'c0,c1\na,1\n\xa35,"2\n\n"\nb,"3\nx\xe4\n"\nc,4\n'
     for size in (1, 12, 1000):
         for read in (whole, in_pieces):
@@ -329,7 +334,7 @@ def test_only_rows_with_bytes_of_another_encoding_are_left_out() -> None:
             assert found[1][0].reason.startswith("byte 0xA3 is not utf-8")
 
 
-def test_an_error_in_a_piece_names_the_line_of_the_file() -> None:
+def test_an_error_in_a_chunk_names_the_line_of_the_file() -> None:
     lines = [f'"row\n{at}",{at}\n' for at in range(50)]
     lines[30] = "ragged\n"
     file = file_of(("c0,c1\n" + "".join(lines)).encode())
@@ -338,7 +343,7 @@ def test_an_error_in_a_piece_names_the_line_of_the_file() -> None:
         assert isinstance(found, str) and found.startswith(message)
 
 
-def test_a_row_that_goes_on_too_long_is_refused_where_it_begins() -> None:
+def test_a_row_that_is_too_long_is_refused_where_it_begins() -> None:
     file = file_of(b'c0,c1\na,1\n"' + b"x\n" * 400 + b'",2\nb,3\n')
     assert isinstance(whole(file), tuple)
     found = in_pieces(file, chunk_bytes=16, row_bytes=200)
@@ -351,7 +356,7 @@ def test_a_row_that_goes_on_too_long_is_refused_where_it_begins() -> None:
     assert found == "a.tsv line 3: a row begins here that does not end within 200 bytes."
 
 
-def test_pieces_are_small_and_memory_is_a_few_of_them() -> None:
+def test_chunks_are_small_and_memory_is_a_few_of_them() -> None:
     line = b'"' + b"x" * 200 + b'",1\n'
     pieces = list(FileReader(file_of(b"c0,c1\n" + line * 500), chunk_bytes=4096).chunks(["c0"]))
     assert {piece.num_rows for piece in pieces[:-1]} == {4096 // len(line)}
@@ -367,14 +372,15 @@ def test_pieces_are_small_and_memory_is_a_few_of_them() -> None:
     } == {10}
 
 
-def test_an_encoding_whose_lines_depend_on_each_other_is_read_whole_only() -> None:
+def test_a_stateful_encoding_is_not_read_in_chunks() -> None:
     file = file_of("c0,c1\nあ,1\n".encode("iso2022_jp"), encoding="iso2022_jp")
     found = whole(file)
     assert isinstance(found, tuple) and found[0] == [("a.csv line 2", "あ", "1")]
-    assert in_pieces(file) == "a.csv: iso2022_jp can only be read whole; convert the file to UTF-8."
+    advice = "convert the file to UTF-8"
+    assert in_pieces(file) == f"a.csv: iso2022_jp cannot be read in chunks; {advice}."
 
 
-def test_a_file_of_this_machine_knows_its_size_and_changes_its_fingerprint(tmp_path: Path) -> None:
+def test_a_local_file_has_a_size_and_a_fingerprint(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     path.write_bytes(b"c0\tc1\na\t1\n")
 
@@ -393,7 +399,7 @@ def test_a_file_of_this_machine_knows_its_size_and_changes_its_fingerprint(tmp_p
     )
 
 
-def test_the_first_rows_come_with_what_was_left_out_before_the_next() -> None:
+def test_the_first_rows_come_with_the_rows_skipped_among_them() -> None:
     content = b"c0,c1\na,1\nbad\nb,2\nbad\nc,3\nbad\n"
     for count, lines in ((1, [3]), (2, [3, 5]), (3, [3, 5, 7])):
         piece = FileReader(file_of(content), on_bad_row="skip").read(["c0"], count)
@@ -408,7 +414,7 @@ def test_the_first_rows_come_with_what_was_left_out_before_the_next() -> None:
 @pytest.mark.parametrize(
     "path", ["chnsenticorp/train.tsv", "sms_spam/spam.csv", "clinc150/data_full.json"]
 )
-def test_real_files_in_pieces_are_the_real_files(shared_data: Path, path: str) -> None:
+def test_real_files_in_chunks_are_the_real_files(shared_data: Path, path: str) -> None:
     content = (shared_data / path).read_bytes()
     kind = {"tsv": "tsv", "csv": "csv", "json": "txt"}[path.rsplit(".", 1)[1]]
     form: dict[str, Any] = {
@@ -429,3 +435,63 @@ def test_real_files_in_pieces_are_the_real_files(shared_data: Path, path: str) -
 
 def _plain(content: bytes, at: int) -> BinaryIO:
     return io.BytesIO(content[at:])
+
+
+# What `inspect_file` makes of a path and the flags; test_sniffing.py has what it detects
+
+
+def inspect(path: str | Path) -> DataFile:
+    return inspect_file(str(path), delimiter=None, quoting="auto", encoding=None, column_names=None)
+
+
+def unpacked(content: bytes, at: int) -> BinaryIO:
+    stream = gzip.GzipFile(fileobj=io.BytesIO(content))
+    stream.seek(at)
+    return stream  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/a/train.csv.gz", "https://host/train.csv.gz?version=1", "hf://x/train.csv"]
+)
+def test_the_kind_of_a_remote_file_is_before_its_compression(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = gzip.compress(b"text;label\na,b;1\nc;2\n")
+    monkeypatch.setattr(
+        file_reader, "open_bytes", lambda path, at=0, warn=None: unpacked(content, at)
+    )
+    file = inspect(url)
+    assert (file.kind, file.delimiter, file.describe()) == (
+        "csv",
+        ";",
+        f"{file.name}: read as utf-8, delimiter ';', quoted",
+    )
+    assert file.name.startswith("train.csv") and "?" not in file.name
+    reader = FileReader(file, fingerprint="etag", chunk_bytes=6)
+    assert reader.column_names() == ["text", "label"]
+    assert values(reader.read(["text"], 1).columns["text"]) == ["a,b"]
+    chunks = list(reader.chunks(["label"]))
+    assert [values(chunk.columns["label"]) for chunk in chunks] == [["1"], ["2"]]
+    assert [str(chunk.location(0)) for chunk in chunks] == [
+        f"{file.name} line 2",
+        f"{file.name} line 3",
+    ]
+
+
+def test_a_file_is_opened_in_another_process(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\na,1\n")
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(b"text,label\na,1\n"))
+    for name in ("a.csv", "a.parquet", "b.csv.gz"):
+        reader = pickle.loads(pickle.dumps(FileReader(inspect(tmp_path / name))))
+        (chunk,) = reader.chunks(["text"])
+        assert values(chunk.columns["text"]) == ["a"]
+        assert reader.bytes == (tmp_path / name).stat().st_size
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\na,1\n")
+    with pytest.raises(DataError, match=r"b\.csv: no such file\. Did you mean 'a\.csv'\?"):
+        inspect(tmp_path / "b.csv")
+    with pytest.raises(DataError, match="is a folder; expected a file"):
+        inspect(tmp_path)

@@ -1,4 +1,4 @@
-"""Splits as streams: every row, in its order, from any place; a small hub on loopback stands in for the real one."""
+"""Splits as streams: every row, in order, from any state; a small Hub on loopback is the real one."""
 
 import functools
 import io
@@ -83,7 +83,7 @@ def as_lists(pieces: list[Chunk]) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_row_from_every_place(kind: str, tmp_path: Path) -> None:
+def test_every_row_from_every_state(kind: str, tmp_path: Path) -> None:
     source: DataSource = HubReader(str(write(tmp_path / "data", kind)))
     assert pickle.loads(pickle.dumps(source)) == source
     assert source.column_names() == ["text", "label", "number"]
@@ -109,7 +109,7 @@ def test_every_row_from_every_place(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_reading_that_forgets_its_place_is_seen(
+def test_a_reader_that_forgets_its_state_is_detected(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = HubReader(str(write(tmp_path / "data", kind)))
@@ -118,13 +118,13 @@ def test_a_reading_that_forgets_its_place_is_seen(
     def forgetful(read: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args: read(*args[:-1], 0)
 
-    for name in ("_of_parquet", "_of_stream", "_of_memory"):
+    for name in ("_read_parquet", "_read_stream", "_read_memory"):
         monkeypatch.setattr(hub, name, forgetful(getattr(hub, name)))
     assert as_lists(list(source.chunks(["text"], pieces[1].state))) != as_lists(pieces[1:])
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
-def test_texts_that_are_not_utf8_are_left_out_or_named(kind: str, tmp_path: Path) -> None:
+def test_texts_that_are_not_utf8_are_skipped_or_named(kind: str, tmp_path: Path) -> None:
     wrong = [0, 7, 8, 9, 10, 11, 12, 13, 22, 99]
     table = pa.table(
         {
@@ -162,7 +162,7 @@ def test_texts_that_are_not_utf8_are_left_out_or_named(kind: str, tmp_path: Path
         list(Stream(source_groups=[[source]], window_rows=16, **told).windows())
 
 
-def test_texts_of_a_split_in_memory_that_are_not_utf8_are_left_out_or_named(tmp_path: Path) -> None:
+def test_texts_of_a_split_in_memory_that_are_not_utf8_are_skipped_or_named(tmp_path: Path) -> None:
     table = pa.table(
         {
             "text": not_utf8([row["text"] for row in ROWS], [3, 99]),
@@ -204,7 +204,7 @@ def test_the_fingerprint_is_of_the_data(kind: str, tmp_path: Path) -> None:
     assert fingerprint("one") != before
 
 
-def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
+def test_errors_are_one_line(tmp_path: Path) -> None:
     folder, saved = (
         str(write(tmp_path / "data", "parquet")),
         str(write(tmp_path / "saved", "saved")),
@@ -224,11 +224,11 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
         ),
         (
             HubReader(f"{folder}/none"),
-            f"{folder}/none is neither a folder here nor a data set that the hub gave. ",
+            f"{folder}/none is neither a local folder nor a data set on the Hub. ",
         ),
         (
             HubReader("user/name"),
-            "user/name is neither a folder here nor a data set that the hub gave. HF_HUB_OFFLINE is set, ",
+            "user/name is neither a local folder nor a data set on the Hub. HF_HUB_OFFLINE is set, ",
         ),
         (
             HubReader(str(tmp_path / "script")),
@@ -351,7 +351,7 @@ def test_a_hub_from_end_to_end(tmp_path: Path) -> None:
             in gated
         )
         assert missing.startswith(
-            "no/name is neither a folder here nor a data set that the hub gave. There is no such data set on the hub"
+            "no/name is neither a local folder nor a data set on the Hub. There is no such data set on the hub"
         )
         assert no_file.startswith("hf://datasets/user/name/no.csv: there is no such file")
         assert (

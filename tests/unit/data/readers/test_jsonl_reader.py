@@ -14,10 +14,12 @@ LINES = Lines(
 )
 
 
-def test_lines_that_are_no_rows_are_left_out_and_told() -> None:
+def test_lines_that_are_not_rows_are_skipped_and_reported() -> None:
     found = parse_json(JSON, LINES, ["a", "b"], skip=True)
     assert found.columns == {"a": [1, None], "b": ["\u2028", 3]} and found.num_rows == 2
-    assert [(row.line, row.reason.split(":")[0].split(".")[0], row.text) for row in found.bad] == [
+    assert [
+        (row.line, row.reason.split(":")[0].split(".")[0], row.text) for row in found.skipped
+    ] == [
         (7, "not JSON", "no"),
         (8, "the key 'b' is missing", '{"a": 2}'),
         (10, "byte 0xFF is not utf-8", '{"a": 4, "b": 4}'),
@@ -31,9 +33,9 @@ def test_lines_that_are_no_rows_are_left_out_and_told() -> None:
         parse_json(JSON, LINES, ["a"], skip=False)
 
 
-def test_no_more_rows_are_read_than_asked_for() -> None:
+def test_no_more_rows_are_read_than_requested() -> None:
     found = parse_json(JSON, LINES, ["a"], skip=False, num_rows=1)
-    assert found.columns == {"a": [1]} and found.bad == []
+    assert found.columns == {"a": [1]} and found.skipped == []
 
 
 def test_keys_are_those_of_the_first_object() -> None:
@@ -61,6 +63,6 @@ def test_every_line_of_a_txt_is_a_row() -> None:
         )  # type: ignore[union-attr]
     found = parse_txt(JSON, Lines(b"a\nb\nc\n", 3, {1: "broken"}), ["text"])
     assert found.columns["text"].to_pylist() == ["a", "c"] and [
-        (row.line, row.text) for row in found.bad
+        (row.line, row.text) for row in found.skipped
     ] == [(4, "b")]  # type: ignore[union-attr]
     assert found.rows().lines.tolist() == [0, 2]

@@ -1,4 +1,4 @@
-"""Slices of a parquet file, laid together, are the file, from the start and from the place of any slice."""
+"""Slices of a parquet file, from the start and from any state, are the complete file."""
 
 import io
 import json
@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bertdist.core.errors import DataError
-from bertdist.data.readers.parquet_reader import parquet_columns, read_slices, read_whole
+from bertdist.data.readers.parquet_reader import parquet_columns, read_parquet, read_slices
 from bertdist.data.source import Chunk, RowLocation
 
 
@@ -33,10 +33,10 @@ def values(pieces: list[Chunk], name: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("row_group_size", [30, 1000])
-def test_slices_laid_together_are_the_whole(row_group_size: int) -> None:
+def test_slices_concatenated_are_the_complete_file(row_group_size: int) -> None:
     opener = parquet_of(row_group_size=row_group_size)
     assert parquet_columns("a.parquet", opener) == ["a", "b", "c"]
-    whole = read_whole("a.parquet", opener, ["a", "c"], None)
+    whole = read_parquet("a.parquet", opener, ["a", "c"], None)
     pieces = list(read_slices("a.parquet", opener, ["a", "c"], None, 200))
     assert (
         len(pieces) > 8 and whole.num_rows == 100 and list(whole.columns) == ["a", "c"]
@@ -54,7 +54,7 @@ def test_slices_laid_together_are_the_whole(row_group_size: int) -> None:
         assert [(other.state, other.columns) for other in again] == [
             (other.state, other.columns) for other in pieces[at:]
         ]
-    # A place is a row, not the number of a slice: whoever takes the first slice's rows away gets the others.
+    # A state is a row, not the number of a slice.
     assert values(
         list(read_slices("a.parquet", opener, ["a"], {"group": 0, "row": pieces[0].num_rows}, 200)),
         "a",
@@ -66,8 +66,8 @@ def test_a_slice_has_a_bounded_number_of_rows() -> None:
     assert [piece.num_rows for piece in pieces] == [8192, 8192, 3616]
 
 
-def test_the_first_rows_and_where_they_stand() -> None:
-    piece = read_whole("a.parquet", parquet_of(), ["c", "a"], 7)
+def test_the_first_rows_and_their_locations() -> None:
+    piece = read_parquet("a.parquet", parquet_of(), ["c", "a"], 7)
     assert piece.num_rows == 7
     assert piece.location(6) == RowLocation("a.parquet", row=6)
     assert piece.excerpts([6, 0]) == ['{"c": [6], "a": "t6"}', '{"c": [0], "a": "t0"}']
@@ -80,8 +80,8 @@ def test_two_columns_of_one_name_are_refused() -> None:
         parquet_columns("x.parquet", partial(io.BytesIO, sink.getvalue()))
 
 
-def test_bytes_that_are_no_text_are_shown_as_escapes() -> None:
-    """Parquet believes what a column says of itself. What becomes of such rows is decided in `records`."""
+def test_bytes_that_are_not_utf8_are_shown_as_escapes() -> None:
+    """Parquet does not check them; `records` decides what happens to such rows."""
     texts = pa.Array.from_buffers(
         pa.string(), 3, pa.array([b"good", b"ba\xd9d \\", b"fine"], pa.binary()).buffers()
     )
@@ -98,7 +98,7 @@ def test_bytes_that_are_no_text_are_shown_as_escapes() -> None:
     (piece,) = read_slices("a.parquet", partial(io.BytesIO, sink.getvalue()), names, None, 1 << 20)
     for found in (
         piece,
-        read_whole("a.parquet", partial(io.BytesIO, sink.getvalue()), names, None),
+        read_parquet("a.parquet", partial(io.BytesIO, sink.getvalue()), names, None),
     ):
         assert found.num_rows == 3
         assert found.excerpts([0, 1]) == [

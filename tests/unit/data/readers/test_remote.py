@@ -1,4 +1,7 @@
-"""Bytes arrive exactly, whatever a server does (loopback servers that drop connections, answer 503, lack ranges; S3 by moto), and errors are one line."""
+"""Bytes arrive exactly, whatever a server does, and errors are one line.
+
+Loopback servers drop connections, answer 503, and lack ranges; S3 is moto's.
+"""
 
 import asyncio
 import gzip
@@ -643,7 +646,7 @@ def test_s3_without_credentials_says_which(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_gs_by_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     if (
         importlib.util.find_spec("gcsfs") is None
-    ):  # not imported here: bertdist.addresses has a word to say before
+    ):  # not imported here: remote sets an environment variable before
         pytest.skip("needs gcsfs (pip install -e '.[gs]')")
     with FakeGcs({"x/1.csv": DATA, "x/2.csv.gz": PACKED["a.csv.gz"], "x/y/3.csv": b"c"}) as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
@@ -764,5 +767,5 @@ def test_a_fork_that_frees_what_it_inherited_is_seen() -> None:
                 process.kill()
             else:
                 pytest.skip(
-                    "this fsspec does not harm the parent: bertdist.addresses need not hold anything over a fork"
+                    "this fsspec does not harm the parent: remote need not hold anything over a fork"
                 )

@@ -1,6 +1,6 @@
-"""What is guessed is safe: texts in their own code pages are not taken for another, and GLUE's tsv files keep their quotes.
+"""What is detected is certain: no code page is taken for another, GLUE's tsv files keep their quotes.
 
-The samples are sentences written for these tests. Each guess has a twin that is near it and must not be made.
+The samples are sentences written for these tests. Each case has a near one that is not detected.
 """
 
 from pathlib import Path
@@ -155,7 +155,7 @@ def found(path: Path, content: str | bytes, **flags: Any) -> DataFile:
         ("a.data", "text;label\na,b;1\n", {}, ";", True),
     ],
 )
-def test_a_delimiter_is_guessed_where_only_one_fits(
+def test_a_delimiter_is_detected_where_only_one_fits(
     tmp_path: Path, name: str, content: str, flags: dict[str, Any], delimiter: str, quoted: bool
 ) -> None:
     file = found(tmp_path / name, content, **flags)
@@ -165,7 +165,7 @@ def test_a_delimiter_is_guessed_where_only_one_fits(
     assert (file.describe() is None) == (given or usual == (delimiter, quoted))
 
 
-def test_what_is_guessed_is_told_in_one_sentence(tmp_path: Path) -> None:
+def test_what_is_detected_is_described_in_one_sentence(tmp_path: Path) -> None:
     assert (
         found(tmp_path / "a.csv", "text;label\na;1\n").describe()
         == "a.csv: read as utf-8, delimiter ';', quoted"
@@ -194,13 +194,13 @@ def test_what_is_guessed_is_told_in_one_sentence(tmp_path: Path) -> None:
     )
 
 
-def test_what_is_no_table_is_refused_as_before(tmp_path: Path) -> None:
+def test_what_is_not_a_table_is_refused(tmp_path: Path) -> None:
     for name, content in (
         ("a.md", "# Title\n\nSome text, and more.\n"),
         ("a.bin", b"\0,\0\n\0,\0\n"),
         ("LICENSE", "Apache\n2.0\n"),
     ):
-        with pytest.raises(DataError, match=r"the ending '.*' is not known; expected \.csv"):
+        with pytest.raises(DataError, match=r"the extension '.*' is not known; expected \.csv"):
             found(tmp_path / name, content)
 
 

@@ -1,17 +1,22 @@
-"""Raw bytes become UTF-8 lines, and a line that holds bytes of another encoding is the only one that is told."""
+"""Raw bytes become lines of UTF-8, and only the lines that cannot be decoded are reported."""
+
+import io
 
 import pytest
 
 from bertdist.core.errors import DataError
 from bertdist.data.readers.text_lines import (
+    Buffer,
     FileFormat,
     Lines,
-    codec_of,
-    excerpts_of,
+    decode_lines,
     hide_returns,
     line_ends,
+    read_all,
+    reading,
+    resolve_codec,
+    row_excerpts,
     rows_of_lines,
-    utf8_lines,
 )
 
 ENCODINGS = [
@@ -31,7 +36,7 @@ def form_of(encoding: str) -> FileFormat:
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_lines_are_cut_before_they_are_decoded(encoding: str) -> None:
+def test_lines_are_split_before_they_are_decoded(encoding: str) -> None:
     text = "one\r\n\ntwo a\nthree"
     raw = text.encode(encoding)
     ends = line_ends(raw, encoding).tolist()
@@ -39,7 +44,7 @@ def test_lines_are_cut_before_they_are_decoded(encoding: str) -> None:
         raw[start:end].decode(encoding)
         for start, end in zip([0, *ends], [*ends, len(raw)], strict=True)
     ] == text.splitlines(True)
-    assert utf8_lines(form_of(encoding), raw, encoding, 1, False) == Lines(text.encode(), 1, {})
+    assert decode_lines(form_of(encoding), raw, encoding, 1, False) == Lines(text.encode(), 1, {})
 
 
 def test_half_of_a_wide_character_is_no_newline() -> None:
@@ -62,14 +67,14 @@ def test_half_of_a_wide_character_is_no_newline() -> None:
         ("gb18030", "\ufeffa".encode("gb18030"), "gb18030", 4),
     ],
 )
-def test_a_byte_order_mark_is_no_text(encoding: str, raw: bytes, codec: str, mark: int) -> None:
-    assert codec_of(form_of(encoding), raw) == (codec, mark)
+def test_a_byte_order_mark_is_not_text(encoding: str, raw: bytes, codec: str, mark: int) -> None:
+    assert resolve_codec(form_of(encoding), raw) == (codec, mark)
 
 
-def test_what_is_no_encoding_is_refused() -> None:
+def test_unknown_encodings_are_refused() -> None:
     for name in ("utf-9", "hex", "rot13"):
         with pytest.raises(DataError, match=f"--encoding {name} is not a text encoding"):
-            codec_of(form_of(name), b"abcd")
+            resolve_codec(form_of(name), b"abcd")
 
 
 @pytest.mark.parametrize(
@@ -81,24 +86,49 @@ def test_what_is_no_encoding_is_refused() -> None:
         ("gb18030", b"\x81\n", "81"),
     ],
 )
-def test_only_lines_with_wrong_bytes_are_told(codec: str, bad: bytes, byte: str) -> None:
+def test_only_lines_with_wrong_bytes_are_reported(codec: str, bad: bytes, byte: str) -> None:
     line = "good\n".encode(codec)
     raw = line * 2 + bad + line + line + bad
-    found = utf8_lines(form_of(codec), raw, codec, 11, True)
+    found = decode_lines(form_of(codec), raw, codec, 11, True)
     lines = found.data.split(b"\n")
     broken = [at for at, text in enumerate(lines) if b"\\x" in text]
     assert sorted(found.broken) == broken and len(broken) == 2
     assert found.broken[2].startswith(f"byte 0x{byte} is not {codec}; pass ")
     assert {text for at, text in enumerate(lines) if at not in broken} <= {b"good", b""}
     with pytest.raises(DataError, match=rf"^a\.csv line 13: byte 0x{byte} is not {codec}"):
-        utf8_lines(form_of(codec), raw, codec, 11, False)
+        decode_lines(form_of(codec), raw, codec, 11, False)
 
 
-def test_a_stand_in_is_a_character_that_is_not_there() -> None:
+def test_a_stand_in_is_a_character_that_the_lines_do_not_contain() -> None:
     lines = hide_returns(Lines("a\rb\r\n\ue000\r".encode(), 1, {}))
     assert lines.stand_in == "\ue001" and lines.data == "a\ue001b\r\n\ue000\ue001".encode()
     rows = rows_of_lines(lines.data, blank=True)
-    assert excerpts_of(lines, rows, [0, 1]) == [
+    assert row_excerpts(lines, rows, [0, 1]) == [
         r"a\rb",
         r"\ue000\r".replace(r"\r", ""),
     ]
+
+
+class OneByOne(io.BytesIO):
+    """One byte per read."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(1 if size else 0)
+
+
+@pytest.mark.parametrize("stream", [io.BytesIO, OneByOne])
+def test_a_buffer_returns_as_many_bytes_as_requested(stream: type[io.BytesIO]) -> None:
+    buffer = Buffer(stream(b"abcdef"))
+    assert buffer.first(2) == (b"ab", False)
+    assert buffer.first(4) == (b"abcd", False)
+    buffer.drop(3)
+    assert buffer.first(2) == (b"de", False)
+    assert buffer.first(3) == (b"def", True)  # it says so before a read that returns nothing
+    buffer.drop(3)
+    assert buffer.first(1) == (b"", True)
+    assert read_all(stream(b"abc")) == b"abc" and read_all(stream(b"")) == b""
+
+
+def test_what_cannot_be_read_is_one_line() -> None:
+    with pytest.raises(DataError, match=r"^there cannot be read: gone\.$"), reading("there"):
+        raise OSError("gone")
