@@ -82,7 +82,7 @@ class DatasetStats(nn.Module):
 
 def batches(**changes: Any) -> MapLoader:
     return MapLoader(
-        **{"examples": Rows(), "rows_per_step": 3, "tokens_per_micro_batch": 7, **changes}
+        **{"dataset": Rows(), "rows_per_step": 3, "tokens_per_micro_batch": 7, **changes}
     )
 
 

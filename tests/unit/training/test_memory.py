@@ -61,7 +61,7 @@ class Rows:
 
 def batches(lengths: Sequence[int] = (7, 3, 5, 2), **changes: Any) -> MapLoader:
     given: dict[str, Any] = {
-        "examples": Rows(lengths),
+        "dataset": Rows(lengths),
         "rows_per_step": 4,
         "tokens_per_micro_batch": 100,
         **changes,
