@@ -1,15 +1,17 @@
-"""The five ways to train that are compared; each one epoch over the same rows, with a stamp after every optimizer step.
+"""The five ways to train that are compared; each one epoch over the same rows, with a stamp after
+every optimizer step.
 
-  a  bertdist, as its command line runs it
-  b  transformers.Trainer at its defaults: random order, a batch padded to its longest text
-  c  the same with train_sampling_strategy="group_by_length"
-  d  an Accelerate loop over rows padded to --max_length, as examples/pytorch/text-classification/run_glue_no_trainer.py of
-     transformers is with --pad_to_max_length
-  e  the same padded to what the tokenizer can take, 512: padding="max_length" where nobody named a length
+  a  bertdist, as its command line runs it b  transformers.Trainer at its defaults: random order, a
+  batch padded to its longest text c  the same with train_sampling_strategy="group_by_length" d  an
+  Accelerate loop over rows padded to --max_length, as
+  examples/pytorch/text-classification/run_glue_no_trainer.py of transformers is with
+  --pad_to_max_length e  the same padded to what the tokenizer can take, 512: padding="max_length"
+  where nobody named a length
 
-Same for all: weights, head (drawn after the same seed), batch size, AdamW without weight decay, learning rate, linear to 0. Left as
-each has it: clipping (a, b and c clip at 1, the loop does not), fused AdamW (not in the loop), when to tokenize (b to e before the
-first step, which is not timed; a while it trains, which is).
+Same for all: weights, head (drawn after the same seed), batch size, AdamW without weight decay,
+learning rate, linear to 0. Left as each has it: clipping (a, b and c clip at 1, the loop does not),
+fused AdamW (not in the loop), when to tokenize (b to e before the first step, which is not timed; a
+while it trains, which is).
 """
 
 import gc
@@ -59,7 +61,9 @@ def train(job: TrainJob) -> TrainResult:
 
 
 def run_bertdist(job: TrainJob, clock: Clock) -> Any:
-    """All that this benchmark knows of the inside of bertdist: `train_step` is called once a step and is given a Step."""
+    """All that this benchmark knows of the inside of bertdist: `train_step` is called once a step
+    and is given a Step.
+    """
     from transformers import AutoModelForSequenceClassification
 
     from bertdist.core.args import read_config
@@ -78,8 +82,10 @@ def run_bertdist(job: TrainJob, clock: Clock) -> Any:
         return result
 
     loop.train_step = stamped
-    words = f"""--text_column text --label_column label --problem_type single_label_classification --max_train_samples {job.rows}
-        --num_train_epochs 1 --train_batch_size {job.batch_size} --learning_rate {job.learning_rate} --weight_decay 0 --seed {job.seed}
+    words = f"""--text_column text --label_column label --problem_type single_label_classification
+        --max_train_samples {job.rows}
+        --num_train_epochs 1 --train_batch_size {job.batch_size} --learning_rate {job.learning_rate}
+        --weight_decay 0 --seed {job.seed}
         --max_length {job.max_length} --save_every never --mixed_precision {job.mixed_precision}"""
     paths = [
         "--model_name_or_path",
@@ -111,8 +117,8 @@ def run_trainer(job: TrainJob, clock: Clock) -> Any:
 
     model, tokenizer = load(job)
     # transformers 5.23 scales the loss of BERT classifiers by accumulation steps x world size
-    # (https://github.com/huggingface/transformers/issues/47688) as long as it believes that the model takes loss arguments: the
-    # learning rates of the contenders would not mean the same.
+    # (https://github.com/huggingface/transformers/issues/47688) as long as it believes that the
+    # model takes loss arguments: the learning rates of the contenders would not mean the same.
     model.accepts_loss_kwargs = False
     arguments = TrainingArguments(
         job.output_dir,
@@ -188,7 +194,9 @@ def load(job: TrainJob) -> tuple[Any, Any]:
 
 
 def tokenized(job: TrainJob, tokenizer: Any, width: int | None = None) -> Any:
-    """The rows as a `datasets.Dataset`, as the examples of transformers hold them: ids, mask, labels, row; padded to width if given."""
+    """The rows as a `datasets.Dataset`, as the examples of transformers hold them: ids, mask,
+    labels, row; padded to width if given.
+    """
     from datasets import Dataset
 
     texts, labels = read_rows(job.rows_file, job.rows)
@@ -199,7 +207,10 @@ def tokenized(job: TrainJob, tokenizer: Any, width: int | None = None) -> Any:
 
 
 def watched(collate: Callable[[Any], Any], clock: Clock) -> Callable[[list[dict[str, Any]]], Any]:
-    """The collator, counting rows and real tokens of each batch from its attention mask. Loaders here collate in this process."""
+    """The collator, counting rows and real tokens of each batch from its attention mask.
+
+    Loaders here collate in this process.
+    """
 
     def collate_and_see(features: list[dict[str, Any]]) -> Any:
         rows = [feature["row"] for feature in features]
@@ -218,7 +229,9 @@ def watched(collate: Callable[[Any], Any], clock: Clock) -> Callable[[list[dict[
 
 @torch.no_grad()
 def score(model: Any, job: TrainJob, path: str, rows: int) -> tuple[float, float]:
-    """(cross-entropy a row, accuracy) of a Hugging Face classifier on the first rows of a file; float32, no dropout."""
+    """(cross-entropy a row, accuracy) of a Hugging Face classifier on the first rows of a file;
+    float32, no dropout.
+    """
     from transformers import AutoTokenizer
 
     texts, labels = read_rows(path, rows)

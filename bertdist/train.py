@@ -3,18 +3,20 @@
     accelerate launch bertdist/train.py --model_name_or_path google-bert/bert-base-uncased \
         --train_file train.tsv --validation_file dev.tsv --output_dir out
 
-This file is all of training, top to bottom: load the data and the model, resume, then repeat: take a step, sometimes log,
-evaluate and save. Each part is one module; read them in the order in which a row passes them:
+This file is all of training, top to bottom: load the data and the model, resume, then repeat: take
+a step, sometimes log, evaluate and save. Each part is one module; read them in the order in which a
+row passes them:
 
-    data/records -> data/tokenization -> data/loader -> models/classifier -> tasks/tasks (loss) -> training/optimizer
-    -> training/evaluation -> training/checkpoint
+    data/records -> data/tokenization -> data/loader -> models/classifier -> tasks/tasks (loss) ->
+    training/optimizer -> training/evaluation -> training/checkpoint
 """
 
 import os
 import sys
 
 if __name__ == "__main__" and not __package__:
-    # Run by path, Python looks for modules in bertdist/ itself; make it look in the folder that holds bertdist/.
+    # Run by path, Python looks for modules in bertdist/ itself; make it look in the folder that
+    # holds bertdist/.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import math
@@ -64,7 +66,10 @@ if TYPE_CHECKING:  # --streaming only
 
 
 def train(config: TrainConfig) -> TrainState:
-    """Fine-tune as configured; rerunning with the same --output_dir resumes. Returns the last state."""
+    """Fine-tune as configured; rerunning with the same --output_dir resumes.
+
+    Returns the last state.
+    """
     accelerator, config = launch(config)
     stop = StopSignal(config.run.stop_before_time_limit)
     with stop, open_run(config, accelerator) as log:
@@ -147,11 +152,13 @@ def train_step(
     micro_batcher: MicroBatcher,
     config: OptimConfig,
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step over this rank's share; returns this rank's loss sum () and the gradient's norm ().
+    """One optimizer step over this rank's share; returns this rank's loss sum () and the gradient's
+    norm ().
 
-    Row losses are summed and divided by the rows of the whole step, so the update is that of one big batch, however the step
-    was distributed and split. DDP averages over ranks; nan_aware_scale undoes it. If memory runs out on any rank, the step is
-    repeated with smaller micro-batches (training/step.py). If loss or gradient is not finite, the update is left out.
+    Row losses are summed and divided by the rows of the whole step, so the update is that of one
+    big batch, however the step was distributed and split. DDP averages over ranks; nan_aware_scale
+    undoes it. If memory runs out on any rank, the step is repeated with smaller micro-batches
+    (training/step.py). If loss or gradient is not finite, the update is left out.
     """
     task, accelerator = micro_batcher.task, micro_batcher.accelerator
 
@@ -174,7 +181,7 @@ def train_step(
 def create_step_function(
     config: TrainConfig, classifier: Classifier, micro_batcher: MicroBatcher
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`train_step`, or replays of it (--cuda_graphs); with --torch_compile the layers are compiled."""
+    """`train_step`, or replays of it (--cuda_graphs); --torch_compile compiles the layers."""
     if config.run.torch_compile:
         from bertdist.models.compile import compile_layers
 
@@ -208,7 +215,9 @@ def load_inputs(config: TrainConfig, accelerator: Accelerator) -> Inputs:
 def create_loaders(
     inputs: Inputs, stats: DatasetStats, config: TrainConfig, accelerator: Accelerator
 ) -> tuple[Task, Loader, MapLoader | None, SkippedRows]:
-    """The task that the labels make, both splits in steps for this rank, and the rows skipped so far."""
+    """The task that the labels make, both splits in steps for this rank, and the rows skipped so
+    far.
+    """
     tokenizer, model_config, rows, eval_rows = inputs
     with raise_on_all_ranks(accelerator):
         skipped_rows = collect_skipped_rows(stats, eval_rows, config, accelerator)
@@ -247,7 +256,9 @@ def create_checkpointer(
 
 
 class Cadence:
-    """When to log, evaluate and save: every so many steps (--log_every, --eval_every, --save_every), and at the end."""
+    """When to log, evaluate and save: every so many steps (--log_every, --eval_every,
+    --save_every), and at the end.
+    """
 
     def __init__(self, run: RunConfig, steps_per_epoch: int, has_eval: bool) -> None:
         """steps_per_epoch: 0 for a stream of unknown length."""
@@ -271,7 +282,10 @@ class Cadence:
         return self._is_due(step, self._log)
 
     def evaluate(self, step: int) -> bool:
-        """Whether an evaluation follows this step. Without a validation split at the end only, to keep the last weights."""
+        """Whether an evaluation follows this step.
+
+        Without a validation split at the end only, to keep the last weights.
+        """
         return self._is_due(step, self._evaluate)
 
     def save(self, step: int) -> bool:

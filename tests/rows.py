@@ -1,9 +1,10 @@
 """Small data sets made by rule, runs over them, and what a run left behind.
 
-files = write_split(folder, train=23, dev=9)                       # train.tsv and dev.tsv, the same rows in every process
-words = words_of(tiny_model, folder / "out", files, seed=7)        # a command line
-run_ranks(3, run_train, words)                                     # bertdist.train.train, on three forked ranks
-step_log(folder / "out"), tensors_of(folder / "out" / "best")      # what is to be compared
+files = write_split(folder, train=23, dev=9)                       # train.tsv and dev.tsv, the same
+rows in every process words = words_of(tiny_model, folder / "out", files, seed=7)        # a command
+line run_ranks(3, run_train, words)                                     # bertdist.train.train, on
+three forked ranks step_log(folder / "out"), tensors_of(folder / "out" / "best")      # what is to
+be compared
 """
 
 import contextlib
@@ -51,7 +52,8 @@ Breaking = Callable[
 
 @dataclass(frozen=True)
 class MemoryRows:
-    """A DataSource of rows in memory, in pieces of the given sizes, which come again and again; in each piece one row was left out.
+    """A DataSource of rows in memory, in pieces of the given sizes, which come again and again; in
+    each piece one row was left out.
 
     Reading fails before row `broken`.
     """
@@ -91,7 +93,9 @@ class MemoryRows:
 
 
 def not_utf8(texts: Sequence[str], wrong: Sequence[int]) -> pa.Array:
-    """(texts,) string, of which the `wrong` ones have a byte that is not UTF-8: what a parquet or Arrow file may hold."""
+    """(texts,) string, of which the `wrong` ones have a byte that is not UTF-8: what a parquet or
+    Arrow file may hold.
+    """
     raw = [text.encode() + b" \xd9" * (row in wrong) for row, text in enumerate(texts)]
     return pa.array(raw, pa.large_binary()).view(pa.large_string())
 
@@ -104,7 +108,9 @@ class Files(NamedTuple):
 
 
 def make_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Rows of `text` and `label`, of 2 to 40 words: some of the label's mood, few of the other, the rest neither."""
+    """Rows of `text` and `label`, of 2 to 40 words: some of the label's mood, few of the other, the
+    rest neither.
+    """
     random = np.random.default_rng(seed)
     rows = []
     for _ in range(count):
@@ -145,7 +151,9 @@ def write_split(folder: Path, train: int, dev: int = 0, kind: str = "tsv") -> Fi
 
 
 def words_of(model: Path, out: Path, files: Files, **settings: Any) -> list[str]:
-    """The words of a command line, without the program; lists become several words, None leaves a setting out."""
+    """The words of a command line, without the program; lists become several words, None leaves a
+    setting out.
+    """
     usual = {
         "use_cpu": True,
         "learning_rate": 1e-3,
@@ -236,8 +244,11 @@ def die() -> None:
 
 
 def _be_quick() -> None:
-    """Leave out what a run spends on itself. tests/unit/test_meter.py and the launched runs measure the rate in earnest."""
-    gc.freeze()  # what the test has imported: the collection at the end of a run would walk it for half a second
+    """Leave out what a run spends on itself. tests/unit/test_meter.py and the launched runs measure
+    the rate in earnest.
+    """
+    # what the test has imported: the collection at the end of a run would walk it for half a second
+    gc.freeze()
     throughput.matmul_rate = lambda device, precision: 1e12  # type: ignore[assignment]
 
 
@@ -247,7 +258,9 @@ def run_main(
     breaking: Breaking | None = None,
     program: Any = train_module,
 ) -> tuple[Any, str, str]:
-    """The command line on this rank, with all that follows from it: (exit code, standard error, standard output)."""
+    """The command line on this rank, with all that follows from it: (exit code, standard error,
+    standard output).
+    """
     _be_quick()
     if breaking is not None:
         breaking(accelerator)
@@ -265,7 +278,9 @@ def run_main(
 
 
 def rows_by_step(seen_by_rank: Sequence[Seen]) -> dict[int, list[int]]:
-    """What each rank trained -> step: its rows on all ranks, sorted; a row that came twice stands there twice."""
+    """What each rank trained -> step: its rows on all ranks, sorted; a row that came twice stands
+    there twice.
+    """
     steps: dict[int, list[int]] = {}
     for seen in seen_by_rank:
         for number, rows in seen:
@@ -274,7 +289,9 @@ def rows_by_step(seen_by_rank: Sequence[Seen]) -> dict[int, list[int]]:
 
 
 def step_log(out: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """metrics.jsonl without what tells of the machine. kind None: the lines about steps, without the one about the process."""
+    """metrics.jsonl without what tells of the machine. kind None: the lines about steps, without
+    the one about the process.
+    """
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     wanted = ("train", "eval") if kind is None else (kind,)
     return [
@@ -327,7 +344,9 @@ def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Two run folders hold the same to the last bit: step log, last checkpoint, best weights, predictions and scores."""
+    """Two run folders hold the same to the last bit: step log, last checkpoint, best weights,
+    predictions and scores.
+    """
     assert step_log(one) == step_log(other)
     assert step_log(one, "meter") == step_log(other, "meter")
     assert last_checkpoint(one).name == last_checkpoint(other).name

@@ -1,6 +1,8 @@
-"""bertdist.train as a launcher starts it, at a pace that a test sets while it runs: `python tests/slowed.py PACE OTHER -- WORDS`.
+"""bertdist.train as a launcher starts it, at a pace that a test sets while it runs: `python
+tests/slowed.py PACE OTHER -- WORDS`.
 
-PACE is a file that says how many seconds a step takes more. OTHER is "" or what rank 1 does differently: "config" or "data".
+PACE is a file that says how many seconds a step takes more. OTHER is "" or what rank 1 does
+differently: "config" or "data".
 """
 
 import importlib

@@ -1,7 +1,8 @@
-"""The best weights of a run and their predictions (best/, evaluation.json, predictions.jsonl), and early stopping.
+"""The best weights of a run and their predictions (best/, evaluation.json, predictions.jsonl), and
+early stopping.
 
-Both decide by `improvement`, a function of the scores alone, and remember what they need in TrainState: a run that is
-resumed from an earlier checkpoint writes the same files again.
+Both decide by `improvement`, a function of the scores alone, and remember what they need in
+TrainState: a run that is resumed from an earlier checkpoint writes the same files again.
 """
 
 import json
@@ -25,7 +26,10 @@ if TYPE_CHECKING:  # --streaming only
 
 
 def improvement(score: float, best: float | None) -> float:
-    """How much better a selection score is than the best so far; inf for the first. NaN is worse than any other score."""
+    """How much better a selection score is than the best so far; inf for the first.
+
+    NaN is worse than any other score.
+    """
     gain = math.inf if best is None else score - best
     if math.isnan(gain):
         return -math.inf if math.isnan(score) else math.inf
@@ -33,7 +37,9 @@ def improvement(score: float, best: float | None) -> float:
 
 
 class EarlyStopping:
-    """`triggered` after --early_stopping_patience evaluations in a row that improve by at most the threshold."""
+    """`triggered` after --early_stopping_patience evaluations in a row that improve by at most the
+    threshold.
+    """
 
     def __init__(self, run: RunConfig, state: TrainState) -> None:
         self.run, self.state, self.triggered = run, state, False
@@ -58,7 +64,10 @@ class BestModel:
         rows: "Records | Stream",
         accelerator: Accelerator,
     ) -> None:
-        """rows: the training rows. Their column names and --max_length are saved too, for `Predictor`."""
+        """rows: the training rows.
+
+        Their column names and --max_length are saved too, for `Predictor`.
+        """
         self.folder, self.tokenizer = Path(config.run.output_dir), tokenizer
         self.accelerator = accelerator
         self.settings = {
@@ -75,7 +84,8 @@ class BestModel:
         report: dict[str, Any] | None = None,
         predictions: Sequence[dict[str, Any]] = (),
     ) -> None:
-        """Write these weights as the best, with the scores and predictions of their evaluation, if there was one.
+        """Write these weights as the best, with the scores and predictions of their evaluation, if
+        there was one.
 
         A collective; rank 0 writes. Raises CheckpointError on all ranks if it cannot.
         """
@@ -91,7 +101,9 @@ class BestModel:
                     atomic_write(self.folder / "predictions.jsonl", lines)
 
     def report(self) -> dict[str, Any] | None:
-        """The saved evaluation of the best weights (evaluation.json); None if there is none, and on other ranks."""
+        """The saved evaluation of the best weights (evaluation.json); None if there is none, and on
+        other ranks.
+        """
         path = self.folder / "evaluation.json"
         if not self.accelerator.is_main_process or not path.exists():
             return None

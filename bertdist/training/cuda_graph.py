@@ -1,23 +1,30 @@
-"""A complete training step as one CUDA graph (--cuda_graphs): captured once, then replayed with the rows of each step.
+"""A complete training step as one CUDA graph (--cuda_graphs): captured once, then replayed with the
+rows of each step.
 
     take_step = create_graphed_step(train_step, classifier, micro_batcher, max_length)
 
-A step of a small model is a thousand kernels, each finished before the host has launched the next one; a graph is launched at
-once. What it reads and writes lies at fixed addresses in fixed shapes:
+A step of a small model is a thousand kernels, each finished before the host has launched the next
+one; a graph is launched at once. What it reads and writes lies at fixed addresses in fixed shapes:
 
-1. T tokens and N texts are fixed before the first step, from the lengths of the first steps of epoch 0: the same after a restart.
-2. A step's only micro-batch is padded to them with texts of weight 0 (`pad_batch`): loss and gradients do not change.
-3. It is copied into fixed tensors, and so are the learning rates; forward, backward, clipping and AdamW are the captured `train_step`.
-4. `train_step` itself runs what does not fit (more tokens, several micro-batches, the smaller last step of an epoch), and the first
-   step of a run, which creates AdamW's state.
-5. The graph is captured on a blank batch at learning rates of 0, and its first replay is a trial: loss, gradient norm and the change
-   of all weights must be those of the eager step. Anything that the capture left out would show. If they differ, or if anything
-   raises on the way, weights and AdamW's state are restored, the run continues eagerly, and a message says so.
-6. Dropout stays a function of (seed, step, rank): before a replay torch writes the generator's present seed and offset to where the
-   graph's kernels read them (torch 2.11 to 2.13: CUDAGeneratorState::replay_prologue), so `seed_dropout` seeds a replay too. The masks
-   are those of the padded batch, so with dropout they are not the ones of a run without --cuda_graphs.
+1. T tokens and N texts are fixed before the first step, from the lengths of the first steps of
+   epoch 0: the same after a restart.
+2. A step's only micro-batch is padded to them with texts of weight 0 (`pad_batch`): loss and
+   gradients do not change.
+3. It is copied into fixed tensors, and so are the learning rates; forward, backward, clipping and
+   AdamW are the captured `train_step`.
+4. `train_step` itself runs what does not fit (more tokens, several micro-batches, the smaller last
+   step of an epoch), and the first step of a run, which creates AdamW's state.
+5. The graph is captured on a blank batch at learning rates of 0, and its first replay is a trial:
+   loss, gradient norm and the change of all weights must be those of the eager step. Anything that
+   the capture left out would show. If they differ, or if anything raises on the way, weights and
+   AdamW's state are restored, the run continues eagerly, and a message says so.
+6. Dropout stays a function of (seed, step, rank): before a replay torch writes the generator's
+   present seed and offset to where the graph's kernels read them (torch 2.11 to 2.13:
+   CUDAGeneratorState::replay_prologue), so `seed_dropout` seeds a replay too. The masks are those
+   of the padded batch, so with dropout they are not the ones of a run without --cuda_graphs.
 
-Not run on a GPU yet. On the CPU a recording of torch's operators replaces the graph (tests/unit/training/test_cuda_graph.py).
+Not run on a GPU yet. On the CPU a recording of torch's operators replaces the graph
+(tests/unit/training/test_cuda_graph.py).
 
 Legend: T tokens, N texts.
 """
@@ -52,14 +59,17 @@ TrainStep = Callable[
 # (run_step, device) -> replay, and the tensors in which it leaves its results
 Capture = Callable[[Callable[[], StepResult], torch.device], tuple[Callable[[], None], StepResult]]
 
-STEPS = 32  # whose lengths fix the budget: with 32 rows of SST-2 per step the longest has 1.3 times the mean tokens
+# whose lengths fix the budget: with 32 rows of SST-2 per step the longest has 1.3 times the mean
+# tokens
+STEPS = 32
 
 ROUND = 64  # tokens; products of odd sizes are slower
 
 WARM_UPS = 3  # before the capture, as https://docs.pytorch.org/docs/stable/notes/cuda.html has it
 
-# What a trial may differ by: the same kernels on the same numbers, added in any order. A change of weights more, because AdamW
-# takes a step of full size also where a gradient is zero but for rounding (the biases of keys).
+# What a trial may differ by: the same kernels on the same numbers, added in any order. A change of
+# weights more, because AdamW takes a step of full size also where a gradient is zero but for
+# rounding (the biases of keys).
 TOLERANCE, CHANGE_TOLERANCE = 0.01, 0.1
 
 
@@ -79,9 +89,11 @@ class Budget:
         return pad_batch(step.micro_batches[0], self.tokens, self.texts, self.max_length)
 
     def blank(self, like: PackedBatch) -> PackedBatch:
-        """A batch in this shape, of texts that count nothing, on the same device and with targets of the same kind.
+        """A batch in this shape, of texts that count nothing, on the same device and with targets
+        of the same kind.
 
-        Its lengths add up to T, with one text of the greatest possible length: all that the host may assume of every padded batch.
+        Its lengths add up to T, with one text of the greatest possible length: all that the host
+        may assume of every padded batch.
         """
         first = min(self.max_length, self.tokens - self.texts + 1)
         lengths = [first, *_evenly(self.tokens - first, self.texts - 1)]
@@ -97,7 +109,9 @@ def _evenly(tokens: int, texts: int) -> list[int]:
 
 
 def choose_budget(loader: MapLoader, max_length: int) -> Budget | None:
-    """A shape that nearly every step fits in, a function of rows and seed alone; None if steps have several micro-batches."""
+    """A shape that nearly every step fits in, a function of rows and seed alone; None if steps have
+    several micro-batches.
+    """
     loader = replace(loader, workers=0, pin=False)
     steps = list(loader.steps(0, min(STEPS, loader.steps_per_epoch)))
     if any(len(step.micro_batches) > 1 for step in steps):
@@ -114,9 +128,11 @@ def choose_budget(loader: MapLoader, max_length: int) -> Budget | None:
 
 
 def pad_batch(batch: PackedBatch, tokens: int, texts: int, max_length: int) -> PackedBatch | None:
-    """The same batch, followed by texts of weight 0 to exactly `tokens` tokens and `texts` texts; None if that is impossible.
+    """The same batch, followed by texts of weight 0 to exactly `tokens` tokens and `texts` texts;
+    None if that is impossible.
 
-    max_length: most tokens of a text. The content of the added texts does not matter. No GPU is waited for.
+    max_length: most tokens of a text. The content of the added texts does not matter. No GPU is
+    waited for.
     """
     num_tokens, num_texts = tokens - len(batch.ids), texts - len(batch.lengths)
     if not 0 <= num_texts <= num_tokens <= num_texts * max_length:
@@ -182,7 +198,7 @@ def create_graphed_step(
 
 
 def _reads_starts(classifier: Classifier, accelerator: Accelerator) -> bool:
-    """Whether attention takes the lengths from the device, where a replay finds those of its step."""
+    """Whether attention reads the lengths on the device, where a replay has those of its step."""
     family = ARCHITECTURES.get(classifier.model.config.model_type)
     with accelerator.autocast():
         return (
@@ -243,7 +259,9 @@ class GraphedStep:
         return loss, grad_norm
 
     def _prepare(self, model: nn.Module, optimizer: Any, step: Step, rest: tuple[Any, ...]) -> None:
-        """Capture, and try a replay of the filled-up step; leaves weights, optimizer and random numbers as they were."""
+        """Capture, and try a replay of the filled-up step; leaves weights, optimizer and random
+        numbers as they were.
+        """
         batch = step.micro_batches[0]
         device, rest = batch.ids.device, (_OneMicroBatch(rest[0]), *rest[1:])
         self._batch = self.budget.blank(batch)
@@ -273,7 +291,8 @@ class GraphedStep:
             for name, one, other in zip(("loss", "gradient norm"), eager, replayed, strict=True):
                 if not torch.isclose(other, one, rtol=TOLERANCE):
                     raise ArithmeticError(
-                        f"the replayed step has a {name} of {other.item():.6g}, the eager one {one.item():.6g}"
+                        f"the replayed step has a {name} of {other.item():.6g}, "
+                        f"the eager one {one.item():.6g}"
                     )
             if not (same_change - change).norm() <= CHANGE_TOLERANCE * change.norm():
                 raise ArithmeticError(
@@ -290,7 +309,10 @@ class GraphedStep:
 
 
 def _run_and_restore(run: Callable[[], R], model: nn.Module, optimizer: Any) -> tuple[R, Tensor]:
-    """What `run` returns, and (weights,) how it changed the weights. Afterwards they, optimizer and random numbers are as they were."""
+    """What `run` returns, and (weights,) how it changed the weights.
+
+    Afterwards they, optimizer and random numbers are as they were.
+    """
     weights = [weight.detach() for weight in model.parameters() if weight.requires_grad]
     tensors = [
         *weights,
@@ -313,7 +335,8 @@ def _run_and_restore(run: Callable[[], R], model: nn.Module, optimizer: Any) -> 
 def capture_on_cuda(
     run_step: Callable[[], StepResult], device: torch.device
 ) -> tuple[Callable[[], None], StepResult]:
-    """Run `run_step` a few times beside the main stream, then capture it; what waits for the device raises before the capture begins.
+    """Run `run_step` a few times beside the main stream, then capture it; what waits for the device
+    raises before the capture begins.
 
     Raises whatever `run_step` or CUDA raises, and leaves stream and generator usable.
     """
@@ -335,7 +358,8 @@ def capture_on_cuda(
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = run_step()
     except Exception:
-        # a capture that broke off leaves the generator's state in the midst of it (torch 2.11 to 2.13): give it a new one
+        # a capture that broke off leaves the generator's state in the midst of it (torch 2.11 to
+        # 2.13): give it a new one
         generator = torch.cuda.default_generators[device.index or 0]
         generator.graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
         raise

@@ -3,10 +3,12 @@
     evaluator = Evaluator(loader, task, config, accelerator)
     evaluation = evaluator.evaluate(model)           # scores, and predictions on rank 0
 
-1. The rows are distributed over the ranks as in training, in row order; each rank computes its share.
-2. (row, logits) of all ranks are gathered once; that each row came exactly once is asserted every time.
-3. Rank 0 computes loss and scores from logits in row order, so they depend on neither ranks nor batches, and
-   broadcasts them.
+1. The rows are distributed over the ranks as in training, in row order; each rank computes its
+   share.
+2. (row, logits) of all ranks are gathered once; that each row came exactly once is asserted every
+   time.
+3. Rank 0 computes loss and scores from logits in row order, so they depend on neither ranks nor
+   batches, and broadcasts them.
 """
 
 import math
@@ -88,7 +90,10 @@ class Evaluator:
             self.scorer = Scorer(config.task, task, config.data.task_name)
 
     def evaluate(self, model: nn.Module, stop: StopSignal | None = None) -> Evaluation | None:
-        """The scores of the split; None on all ranks if a stop was requested meanwhile. A collective."""
+        """The scores of the split; None on all ranks if a stop was requested meanwhile.
+
+        A collective.
+        """
         assert self.loader is not None, "there is no split to evaluate"
         return evaluate_split(model, self.loader, self.scorer, self.accelerator, stop)
 
@@ -97,9 +102,9 @@ class Evaluator:
     ) -> float | None:
         """After a training step: evaluate, log the scores, save the weights if they are the best.
 
-        Returns the `improvement`, inf for the first; None on all ranks if a stop was requested meanwhile. Without a
-        validation split the present weights count as the best. Raises NonFiniteError on all ranks for logits that are
-        not finite, with --on_nan stop.
+        Returns the `improvement`, inf for the first; None on all ranks if a stop was requested
+        meanwhile. Without a validation split the present weights count as the best. Raises
+        NonFiniteError on all ranks for logits that are not finite, with --on_nan stop.
         """
         assert self.best_model is not None and self.log is not None, "only while training"
         if self.loader is None:
@@ -122,7 +127,9 @@ class Evaluator:
         return gain
 
     def best_report(self) -> dict[str, Any] | None:
-        """The saved evaluation of the best weights (evaluation.json); None if there is none, and on other ranks."""
+        """The saved evaluation of the best weights (evaluation.json); None if there is none, and on
+        other ranks.
+        """
         return self.best_model.report() if self.best_model is not None else None
 
     def _report_nonfinite(
@@ -137,7 +144,10 @@ class Evaluator:
 
 
 class Scorer:
-    """Metrics, and the one that selects the best weights. Made on rank 0 only: importing `evaluate` is slow."""
+    """Metrics, and the one that selects the best weights.
+
+    Made on rank 0 only: importing `evaluate` is slow.
+    """
 
     def __init__(self, config: TaskConfig, task: Task, glue_task: str | None) -> None:
         """Raises ConfigError for metrics that are unknown or do not fit the task."""
@@ -191,7 +201,9 @@ class Scorer:
 
 
 class EvaluationStopped(Exception):
-    """A stop was requested on a rank, or a rank has failed, before all rows were computed; raised on all ranks."""
+    """A stop was requested on a rank, or a rank has failed, before all rows were computed; raised
+    on all ranks.
+    """
 
 
 @torch.no_grad()
@@ -200,9 +212,9 @@ def predict_rows(
 ) -> Tensor | None:
     """Logits (rows, outputs) float32 on the CPU, in row order, the same on every rank.
 
-    None on all ranks if a stop was requested meanwhile: that rank skips the rest of a step, and the ranks agree after
-    each. Raises DataError on all ranks if one of them cannot read or encode a row, or if a single text does not fit into
-    memory.
+    None on all ranks if a stop was requested meanwhile: that rank skips the rest of a step, and the
+    ranks agree after each. Raises DataError on all ranks if one of them cannot read or encode a
+    row, or if a single text does not fit into memory.
     """
     was_training = model.training
     model.eval()
@@ -281,7 +293,9 @@ def evaluate_split(
     accelerator: Accelerator,
     stop: StopSignal | None = None,
 ) -> Evaluation | None:
-    """The scores of a split; None if a stop was requested meanwhile. scorer: on rank 0, None elsewhere."""
+    """The scores of a split; None if a stop was requested meanwhile. scorer: on rank 0, None
+    elsewhere.
+    """
     logits = predict_rows(model, loader, accelerator, stop)
     if logits is None:
         return None
@@ -298,7 +312,9 @@ def nonfinite_rows(logits: Tensor) -> tuple[int, ...]:
 
 
 def describe_nonfinite_rows(rows: tuple[int, ...], total: int, where: LocateRow) -> str:
-    """A message: for which rows logits are not finite, and why that may be. where: row -> its file and line."""
+    """A message: for which rows logits are not finite, and why that may be. where: row -> its file
+    and line.
+    """
     more = ", and more" if len(rows) > SHOWN_ROWS else ""
     first = ", ".join(str(where(row)) for row in rows[:SHOWN_ROWS]) + more
     why = "Its weights are broken, or the precision is too small for it (--mixed_precision no)."

@@ -1,13 +1,14 @@
-"""How many tokens fit into memory: found from what is free, halved where that was too much.
+"""How many tokens fit into memory: chosen from free memory, halved where that was too many.
 
-In: a device and a way to compute a micro-batch. Out: a number of tokens (`find_tokens`), or what was computed, in smaller pieces
-where memory ran out (`fitting`, for forward passes; `Room` in room.py does the same for the steps of several ranks). It is one module
-because nothing else in the package may have to know what a device has, or what it says when it has no more.
-
-`find_tokens` on a GPU: micro-batches of texts of --max_length tokens are computed and thrown away, each twice as large as the one
-before, until free memory or MAX_TOKENS is reached. On a CPU, where that would take minutes, and where too much memory may end the
-process instead of raising: the bytes that three small texts keep for a backward pass are counted. Counted, not measured: so two
+`find_tokens` chooses a budget. On a GPU micro-batches of texts of --max_length tokens are computed
+and discarded, each twice as large as the one before, until free memory or MAX_TOKENS is reached. On
+a CPU that would take minutes, and too much memory may end the process instead of raising: there the
+bytes that three small texts keep for a backward pass are counted. Counted, not measured: so two
 starts agree.
+
+`compute_in_micro_batches` splits what does not fit, for forward passes of one rank; the training
+steps of several ranks are in step.py. Only this module knows how much memory a device has, and how
+its out-of-memory errors read.
 """
 
 import ctypes
@@ -29,15 +30,16 @@ from bertdist.data.batch import PackedBatch, collate, split_batch
 from bertdist.data.loader import DEFAULT_TOKEN_BUDGET, Loader
 from bertdist.data.source import ReaderState
 
-MAX_TOKENS = {"cuda": 65_536}  # where a larger micro-batch is no faster; other devices: PLENTY
+# A larger micro-batch is no faster. Other devices: DEFAULT_TOKEN_BUDGET.
+MAX_TOKENS = {"cuda": 65_536}
 
-FREE_SHARE = {
-    "cuda": 0.9
-}  # of the free memory; other devices share theirs with the backward pass and with other programs: 0.5
+# Of the free memory. Other devices share theirs with the backward pass and other programs: 0.5.
+FREE_SHARE = {"cuda": 0.9}
 
 T = TypeVar("T")
 
-# What a device says that has no memory left, besides torch.OutOfMemoryError and MemoryError (torch 2.13; oneDNN's on a CPU too).
+# Messages of out-of-memory errors, besides torch.OutOfMemoryError and MemoryError (torch 2.13; some
+# are oneDNN's on a CPU).
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "could not create a primitive",
@@ -49,26 +51,25 @@ _OUT_OF_MEMORY = (
 def compute_in_micro_batches(
     compute: Callable[[PackedBatch], Tensor],
     micro_batches: Iterable[PackedBatch],
-    batches: Loader,
+    loader: Loader,
 ) -> Iterator[tuple[PackedBatch, Tensor]]:
-    """(micro-batch, compute(micro-batch)) of each; those that do not fit, and all that come after, in halves.
+    """(micro-batch, compute(micro-batch)) of each micro-batch of a loader.
 
-    Without gradients a rank can do this by itself: nobody is told. Raises DataError for a text that does not fit alone.
+    One that does not fit, and all that follow, are split in halves. Without gradients a rank does
+    this alone. Raises DataError if a single text does not fit.
     """
-    tokens = batches.tokens_per_micro_batch
+    tokens = loader.tokens_per_micro_batch
     for micro_batch in micro_batches:
-        waiting = (
-            [micro_batch]
-            if tokens == batches.tokens_per_micro_batch
-            else split_batch([micro_batch], tokens)
-        )
+        waiting = [micro_batch]
+        if tokens != loader.tokens_per_micro_batch:
+            waiting = split_batch(waiting, tokens)
         while waiting:
             batch = waiting.pop(0)
-            found = attempt(compute, batch)
-            if isinstance(found, Tensor):
-                yield batch, found
+            result = attempt(compute, batch)
+            if isinstance(result, Tensor):
+                yield batch, result
             elif len(batch.lengths) == 1:
-                raise text_too_long(batch, found, batches, None)
+                raise text_too_long(batch, result, loader, None)
             else:
                 tokens = halve_tokens(tokens, batch)
                 waiting = split_batch([batch, *waiting], tokens)
@@ -76,55 +77,48 @@ def compute_in_micro_batches(
 
 def find_tokens(
     compute: Callable[[PackedBatch], Tensor],
-    batches: Loader,
+    loader: Loader,
     device: torch.device,
-    needed: int = 0,
+    reserved: int = 0,
 ) -> int:
-    """The most tokens, a power of two, that fit into what `needed` bytes leave of the free memory, in texts of --max_length tokens.
+    """The most tokens per micro-batch that fit, a power of two, in texts of --max_length tokens.
 
-    compute: what is to be done with a micro-batch on the device; where its result has a gradient, that is computed too, and left in
-    the parameters.
+    compute: what to do with a micro-batch on the device; if its result needs a gradient, that is
+    computed too, and left in the parameters. reserved: bytes of the free memory to leave free.
     """
-    most = min(
-        MAX_TOKENS.get(device.type, DEFAULT_TOKEN_BUDGET),
-        max(
-            DEFAULT_TOKEN_BUDGET,
-            power_of_two(2 * batches.rows_per_step * batches.dataset.max_length - 1),
-        ),
-    )
-    budget = int(FREE_SHARE.get(device.type, 0.5) * (free_bytes(device) - needed))
-    longest = batches.dataset.max_length
-    (example,) = batches.dataset[[0]]
+    max_length = loader.dataset.max_length
+    step_tokens = power_of_two(2 * loader.rows_per_step * max_length - 1)
+    most = MAX_TOKENS.get(device.type, DEFAULT_TOKEN_BUDGET)
+    most = min(most, max(DEFAULT_TOKEN_BUDGET, step_tokens))
+    budget = int(FREE_SHARE.get(device.type, 0.5) * (free_bytes(device) - reserved))
+    (example,) = loader.dataset[[0]]
 
     def probe(texts: int, length: int) -> PackedBatch:
         ids = (example.ids * length)[:length]
         return collate([example._replace(ids=ids, segments=[0] * length)] * texts).to(device)
 
+    def peak(tokens: int) -> int | None:
+        return peak_bytes(compute, probe(max(1, tokens // max_length), max_length), device)
+
     if device.type == "cuda":
-        return largest_fitting_tokens(
-            lambda tokens: peak_bytes(compute, probe(max(1, tokens // longest), longest), device),
-            longest,
-            most,
-            budget,
-        )
-    unit = max(1, min(16, longest // 4))
+        return largest_fitting_tokens(peak, max_length, most, budget)
+    unit = max(1, min(16, max_length // 4))
+    lengths = (unit, 2 * unit, 4 * unit)
     kept = attempt(
-        lambda: [
-            saved_activation_bytes(compute, probe(1, length))
-            for length in (unit, 2 * unit, 4 * unit)
-        ]
+        lambda: [saved_activation_bytes(compute, probe(1, length)) for length in lengths]
     )
     if isinstance(kept, str):
         return 1
-    return min(most, power_of_two(int(budget / bytes_per_token(kept, unit, longest))))
+    return min(most, power_of_two(int(budget / bytes_per_token(kept, unit, max_length))))
 
 
 def largest_fitting_tokens(
     peak: Callable[[int], int | None], first: int, most: int, budget: int
 ) -> int:
-    """The largest power of two up to `most` whose peak (bytes; None: out of memory) is within budget, trying from about `first` tokens on.
+    """The largest power of two up to `most` whose peak (bytes; None: out of memory) is in budget.
 
-    What is sure not to fit, because half as much took more than half of the budget, is not tried.
+    Starts with about `first` tokens. What cannot fit, because half of it took more than half of the
+    budget, is not tried.
     """
     tokens = min(most, power_of_two(2 * first - 1))
     while (bytes_ := peak(tokens)) is not None and bytes_ <= budget:
@@ -134,36 +128,40 @@ def largest_fitting_tokens(
     return max(1, tokens // 2)
 
 
-def bytes_per_token(kept: list[int], unit: int, longest: int) -> float:
-    """Bytes that a token of a text of `longest` tokens keeps, from those of whole texts of unit, 2 x unit and 4 x unit tokens.
+def bytes_per_token(kept: list[int], unit: int, max_length: int) -> float:
+    """Bytes kept per token of a text of `max_length` tokens.
 
-    A text keeps c + a L + b L^2: weights that are kept once, activations, and attention scores where the kernel keeps them.
+    kept: bytes kept for texts of unit, 2 x unit and 4 x unit tokens. A text keeps c + a L + b L^2:
+    weights that are kept once, activations, and attention scores where the kernel keeps them.
     """
     first, second = kept[1] - kept[0], kept[2] - kept[1]
     b = max(0.0, (second - 2 * first) / (6 * unit**2))
     a = first / unit - 3 * b * unit
-    return max(1.0, a + b * longest)
+    return max(1.0, a + b * max_length)
 
 
 def saved_activation_bytes(compute: Callable[[PackedBatch], Tensor], batch: PackedBatch) -> int:
     """Bytes of the tensors that compute(batch) keeps for a backward pass."""
-    found: dict[int, int] = {}
+    storages: dict[int, int] = {}  # address -> bytes
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
+        storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
         kept = compute(batch)
     del kept
-    return sum(found.values())
+    return sum(storages.values())
 
 
 def peak_bytes(
     compute: Callable[[PackedBatch], Tensor], batch: PackedBatch, device: torch.device
 ) -> int | None:
-    """Most bytes that compute(batch), and the backward pass where there is one, take at once on a GPU; None: more than there are."""
+    """Peak bytes of compute(batch), and its backward pass if there is one, on a GPU.
+
+    None: out of memory.
+    """
 
     def run() -> Tensor:
         out = compute(batch)
@@ -178,7 +176,10 @@ def peak_bytes(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that this rank may still take. On a CPU the ranks of a machine share what it, or its control group, has left."""
+    """Bytes that this rank may still use.
+
+    On a CPU the ranks of a machine share the free memory of it or of its control group.
+    """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + cached)
@@ -189,29 +190,28 @@ def free_bytes(device: torch.device) -> int:
 def control_group_bytes(
     process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> float:
-    """Bytes left under the tightest memory limit of this process's control groups (SLURM, containers); infinity where there is none.
+    """Free bytes under the tightest memory limit of this process's control groups.
 
-    https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html: a group is bound by all groups above it, and
-    `inactive_file` is memory that the kernel gives back when asked.
+    SLURM and containers set such limits. Infinity if there is none.
+    https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html: a group is bound
+    by all groups above it, and `inactive_file` is memory that the kernel gives back when asked.
     """
     free = math.inf
+    version_1 = ("limit_in_bytes", "usage_in_bytes", "stat")
     for line in process.read_text().splitlines() if process.exists() else []:
         _, kinds, group = line.split(":", 2)
         if kinds and "memory" not in kinds.split(","):
             continue
-        top, names = (
-            (root / "memory", ("limit_in_bytes", "usage_in_bytes", "stat"))
-            if kinds
-            else (root, ("max", "current", "stat"))
-        )
-        folder = top / group.lstrip("/")
-        for place in (folder, *folder.parents):
-            limit, used, stat = (_words(place / f"memory.{name}") for name in names)
+        top = root / "memory" if kinds else root
+        names = version_1 if kinds else ("max", "current", "stat")
+        lowest = top / group.lstrip("/")
+        for folder in (lowest, *lowest.parents):
+            limit, used, stat = (_words(folder / f"memory.{name}") for name in names)
             if limit and used and limit != ["max"]:
                 counts = dict(zip(stat[::2], stat[1::2], strict=False))
-                given_back = int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
-                free = min(free, int(limit[0]) - int(used[0]) + given_back)
-            if place == top:
+                inactive = counts.get("total_inactive_file", counts.get("inactive_file", 0))
+                free = min(free, int(limit[0]) - int(used[0]) + int(inactive))
+            if folder == top:
                 break
     return max(0.0, free)
 
@@ -221,7 +221,7 @@ def _words(file: Path) -> list[str]:
 
 
 def attempt(compute: Callable[..., T], *args: object) -> T | str:
-    """compute(*args); or, where memory ran out, what was said of it, when all that the attempt held is free again."""
+    """compute(*args); if memory ran out, the error's first line, after freeing all memory of it."""
     try:
         return compute(*args)
     except (RuntimeError, MemoryError) as error:
@@ -236,7 +236,10 @@ def attempt(compute: Callable[..., T], *args: object) -> T | str:
 
 
 def release_freed_memory() -> None:
-    """Undo `launch.keep_freed_memory` from here on, where it can be: other programs, and oneDNN for its code, may need what is free."""
+    """Undo `launch.keep_freed_memory` from here on, with glibc.
+
+    Other programs, and oneDNN for its code, may need the free memory.
+    """
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
@@ -246,14 +249,14 @@ def release_freed_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left, on whatever device."""
+    """Whether an error is an out-of-memory error of any device."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in str(error) for words in _OUT_OF_MEMORY
+        message in str(error) for message in _OUT_OF_MEMORY
     )
 
 
 def halve_tokens(tokens: int, batch: PackedBatch) -> int:
-    """Half as many tokens, and again until the batch that did not fit is cut by it."""
+    """Half as many tokens, and again until that splits the batch that did not fit."""
     tokens //= 2
     while tokens >= sum(batch.lengths):
         tokens //= 2
@@ -261,17 +264,17 @@ def halve_tokens(tokens: int, batch: PackedBatch) -> int:
 
 
 def power_of_two(number: int) -> int:
-    """The largest that is not above number; at least 1."""
+    """The largest power of two up to number; at least 1."""
     return 1 << max(1, number).bit_length() - 1
 
 
 def text_too_long(
-    batch: PackedBatch, reason: str, batches: Loader, place: ReaderState | None, cure: str = ""
+    batch: PackedBatch, reason: str, loader: Loader, place: ReaderState | None, cure: str = ""
 ) -> DataError:
-    """What to say of a text that does not fit alone. place: that of its step."""
-    row, limit = int(batch.rows[0]), batches.dataset.max_length
-    where = batches.locations([row], place)[0] if row >= 0 else "A rank without rows"
+    """The error of a single text that does not fit. place: of its step. cure: more advice."""
+    row, limit = int(batch.rows[0]), loader.dataset.max_length
+    where = loader.locations([row], place)[0] if row >= 0 else "A rank without rows"
     return DataError(
-        f"{where}: a text of {batch.lengths[0]} tokens (--max_length {limit}) does not fit into memory, not even alone ({reason}). "
-        f"Take a smaller --max_length, {cure}or more memory."
+        f"{where}: a text of {batch.lengths[0]} tokens (--max_length {limit}) does not fit into "
+        f"memory, not even alone ({reason}). Use a smaller --max_length, {cure}or more memory."
     )

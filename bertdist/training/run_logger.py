@@ -1,13 +1,14 @@
-"""What a run reports: metrics.jsonl, status.json, trackers, and sentences and a progress bar on standard error.
+"""What a run reports: metrics.jsonl, status.json, trackers, and sentences and a progress bar on
+standard error.
 
     with open_run(config, accelerator) as log:     # lock, watchdog and logger of the run's folder
-        log.start(state, total_steps, config, accelerator)  # config.yaml, environment.json, status "running"
-        log.log_training(state, ...)               # one line of metrics.jsonl each, which is also printed
-        log.log_eval(step, epoch, scores)
-        log.log_summary(state, ...)                # status.json and the last sentences
+    log.start(state, total_steps, config, accelerator)  # config.yaml, environment.json, status
+    "running" log.log_training(state, ...)               # one line of metrics.jsonl each, which is
+    also printed log.log_eval(step, epoch, scores) log.log_summary(state, ...)                #
+    status.json and the last sentences
 
-Rank 0 writes and prints; on other ranks the methods do nothing, but they are called on all ranks: a line that cannot be
-written raises CheckpointError on all of them.
+Rank 0 writes and prints; on other ranks the methods do nothing, but they are called on all ranks: a
+line that cannot be written raises CheckpointError on all of them.
 """
 
 import json
@@ -64,7 +65,10 @@ SHOWN_LABELS = 24  # more labels than a screen has lines are in evaluation.json 
 
 
 class RunLogger:
-    """The log of one run. A context manager: leaving it ends the progress bar; by an error, with status "failed"."""
+    """The log of one run.
+
+    A context manager: leaving it ends the progress bar; by an error, with status "failed".
+    """
 
     def __init__(
         self,
@@ -73,8 +77,9 @@ class RunLogger:
         track: Callable[[dict[str, Any], int], None] | None = None,
         on_all_ranks: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """enabled: on rank 0. track: a tracker's log(values, step). on_all_ranks: entered around every line that is
-        written, so that all ranks raise if one does."""
+        """enabled: on rank 0. track: a tracker's log(values, step). on_all_ranks: entered around
+        every line that is written, so that all ranks raise if one does.
+        """
         self.folder, self.enabled = folder, enabled
         self.track, self.on_all_ranks = track, on_all_ranks
         self.state, self.total_steps = TrainState(), 0
@@ -126,14 +131,19 @@ class RunLogger:
         self.record("eval", step, epoch=epoch, **scores)
 
     def log_throughput(self, state: TrainState, meter: ThroughputMeter) -> None:
-        """How this process used its time. Before its last checkpoint, so that the line is on the disk with it."""
+        """How this process used its time.
+
+        Before its last checkpoint, so that the line is on the disk with it.
+        """
         self.write("meter", state.step, finished=state.finished, **meter.summary())
         self.say(str(meter))
 
     def log_summary(
         self, state: TrainState, reason: str, report: Mapping[str, Any] | None = None
     ) -> None:
-        """The end of training, or of this process. reason: of a requested stop. report: evaluation.json of the best weights."""
+        """The end of training, or of this process. reason: of a requested stop. report:
+        evaluation.json of the best weights.
+        """
         reason = reason or "another rank was asked to stop"
         if state.finished:
             self.status("finished", state.step)
@@ -174,7 +184,9 @@ class RunLogger:
             self.say(f"{kind:5} step {step:6d}  {shown}")
 
     def flush(self) -> None:
-        """Flush the line-by-line files and the folder to the disk: no checkpoint may survive the lines written before it."""
+        """Flush the line-by-line files and the folder to the disk: no checkpoint may survive the
+        lines written before it.
+        """
         for path in (*(self.folder / name for name in GROWING), self.folder):
             with explain_write_errors(path), suppress(FileNotFoundError):
                 flush_to_disk(path)
@@ -203,7 +215,9 @@ class RunLogger:
             self._rewind(step, evaluation_pending)
 
     def _rewind(self, step: int, evaluation_pending: bool) -> None:
-        """Drop lines after `step`, incomplete lines, and the throughput of stopped processes ("finished": false)."""
+        """Drop lines after `step`, incomplete lines, and the throughput of stopped processes
+        ("finished": false).
+        """
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return
@@ -223,7 +237,9 @@ class RunLogger:
         atomic_write(path, b"".join(kept))
 
     def status(self, state: str, step: int, reason: str = "") -> None:
-        """Write status.json for the script that started the run. state: running, finished, preempted or failed."""
+        """Write status.json for the script that started the run. state: running, finished,
+        preempted or failed.
+        """
         self._running_since = step if state == "running" else None
         if self.enabled:
             status = {"state": state, "step": step, "reason": reason}
@@ -236,7 +252,10 @@ class RunLogger:
 
     @contextmanager
     def progress(self, steps: Generator[S]) -> Iterator[Iterator[S]]:
-        """The same steps, with a progress bar on terminals. They are closed at the end, also by an error: workers end then."""
+        """The same steps, with a progress bar on terminals.
+
+        They are closed at the end, also by an error: workers end then.
+        """
         if self.enabled and self.console.is_terminal:
             columns = (
                 TextColumn("step"),
@@ -297,7 +316,9 @@ class RunLogger:
 
 @contextmanager
 def open_run(config: TrainConfig, accelerator: Accelerator) -> Iterator[RunLogger]:
-    """Lock the run's folder, open its log and start the watchdog; at the end, end the process group. A collective."""
+    """Lock the run's folder, open its log and start the watchdog; at the end, end the process
+    group. A collective.
+    """
     folder = Path(config.run.output_dir)
     with (
         lock_run_folder(folder, accelerator) as messages,

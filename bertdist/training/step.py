@@ -1,24 +1,30 @@
-"""Micro-batches: how many tokens a rank computes at once while training, and automatic recovery when that was too many.
+"""Micro-batches: how many tokens a rank computes at once while training, and automatic recovery
+when that was too many.
 
     micro_batcher = MicroBatcher(model, loader, task, state, config.batch, accelerator, say)
-    micro_batcher.warm_up(model); micro_batcher.find_budget(classifier, optimizer)    # once per start
-    loss = micro_batcher.accumulate_gradients(model, step, backward)                  # in every step
+    micro_batcher.warm_up(model); micro_batcher.find_budget(classifier, optimizer)    # once per
+    start loss = micro_batcher.accumulate_gradients(model, step, backward)                  # in
+    every step
 
-A `MicroBatcher` owns the token budget (--tokens_per_micro_batch). It comes from the flag, from the checkpoint, or from
-free memory (memory.py), and is halved when memory runs out. `accumulate_gradients`, on each rank:
+A `MicroBatcher` owns the token budget (--tokens_per_micro_batch). It comes from the flag, from the
+checkpoint, or from free memory (memory.py), and is halved when memory runs out.
+`accumulate_gradients`, on each rank:
 
-1. A micro-batch that runs out of memory ends the attempt. Its memory is freed, and the rank halves its budget.
-2. If it was not the last of the rank's share, the ranks have exchanged nothing yet. The rank discards its gradients,
-   splits its share again and repeats it with the same dropout; the others wait in their all-reduce without noticing.
-3. If it was the last, DDP was exchanging gradients during its backward pass. The rank sends zeros for all gradients
-   that it has not sent, so that no rank waits for it.
-4. After the exchange, before any weight is updated, the ranks take the smallest budget of any rank, and agree on
-   whether the exchange was complete. If not, all discard it and repeat the step.
+1. A micro-batch that runs out of memory ends the attempt. Its memory is freed, and the rank halves
+   its budget.
+2. If it was not the last of the rank's share, the ranks have exchanged nothing yet. The rank
+   discards its gradients, splits its share again and repeats it with the same dropout; the others
+   wait in their all-reduce without noticing.
+3. If it was the last, DDP was exchanging gradients during its backward pass. The rank sends zeros
+   for all gradients that it has not sent, so that no rank waits for it.
+4. After the exchange, before any weight is updated, the ranks take the smallest budget of any rank,
+   and agree on whether the exchange was complete. If not, all discard it and repeat the step.
 5. A single text that does not fit ends all ranks with one message.
 
-So a repeated step has the rows, gradient and learning rate of a step that was split that way from the start; on CPUs, its
-bits. Without out-of-memory errors it costs one exchange of two numbers per step, in host memory, and saves DDP's broadcast
-of the buffers. DDP's gradient exchange is unchanged.
+So a repeated step has the rows, gradient and learning rate of a step that was split that way from
+the start; on CPUs, its bits. Without out-of-memory errors it costs one exchange of two numbers per
+step, in host memory, and saves DDP's broadcast of the buffers. DDP's gradient exchange is
+unchanged.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,7 +58,8 @@ class Failure(NamedTuple):
     batch: PackedBatch
     reason: str  # the device's message
     final: bool  # the last of the share
-    # `gradient_addresses` before it, where it is the last; empty where it is also the first: no gradients yet
+    # `gradient_addresses` before it, where it is the last; empty where it is also the first: no
+    # gradients yet
     addresses: list[int]
 
     @property
@@ -62,7 +69,10 @@ class Failure(NamedTuple):
 
 
 class MicroBatcher:
-    """The token budget of this rank's micro-batches, kept in `state`. It never grows; between steps all ranks agree."""
+    """The token budget of this rank's micro-batches, kept in `state`.
+
+    It never grows; between steps all ranks agree.
+    """
 
     def __init__(
         self,
@@ -76,11 +86,13 @@ class MicroBatcher:
     ) -> None:
         """model: as accelerate has prepared it; it is not kept here. A collective.
 
-        If the checkpoint comes from the same --tokens_per_micro_batch, `state` holds what became of it, and that is used.
+        If the checkpoint comes from the same --tokens_per_micro_batch, `state` holds what became of
+        it, and that is used.
         """
         if isinstance(model, DistributedDataParallel):
-            # Buffers are constants here. Their broadcast makes the first forward pass of a step a collective, which a
-            # rank could not repeat alone. By attribute: torch 2.13 has renamed the argument.
+            # Buffers are constants here. Their broadcast makes the first forward pass of a step a
+            # collective, which a rank could not repeat alone. By attribute: torch 2.13 has renamed
+            # the argument.
             model.broadcast_buffers = False
         else:
             assert accelerator.num_processes == 1, f"several ranks, and no DDP: {type(model)}"
@@ -93,10 +105,12 @@ class MicroBatcher:
             state.tokens_per_micro_batch = state.tokens_requested = requested
 
     def warm_up(self, model: nn.Module) -> None:
-        """One backward pass that is discarded, before the first step of every start, fresh or resumed.
+        """One backward pass that is discarded, before the first step of every start, fresh or
+        resumed.
 
-        DDP reorders its gradient buckets after its first backward pass, and sums are rounded in that order: without this a
-        resumed run of 3 ranks or more differs from an uninterrupted one. One token is enough: any text causes the reordering.
+        DDP reorders its gradient buckets after its first backward pass, and sums are rounded in
+        that order: without this a resumed run of 3 ranks or more differs from an uninterrupted one.
+        One token is enough: any text causes the reordering.
         """
         model.train()
         loader, state = replace(self.loader, workers=0), self.state
@@ -106,14 +120,17 @@ class MicroBatcher:
         zero_grad(model)
 
     def find_budget(self, classifier: nn.Module, optimizer: Optimizer) -> None:
-        """Measure the budget, unless the flag or the checkpoint gives it. classifier: without DDP, so no collective in it."""
+        """Measure the budget, unless the flag or the checkpoint gives it. classifier: without DDP,
+        so no collective in it.
+        """
         if self.state.tokens_per_micro_batch:
             return
 
         def loss(batch: PackedBatch) -> Tensor:
             return self.task.loss(classifier(batch), batch.targets, batch.weights)
 
-        # A gradient and AdamW's two averages per weight; averages that a checkpoint brought are in memory already.
+        # A gradient and AdamW's two averages per weight; averages that a checkpoint brought are in
+        # memory already.
         weights = [p for p in classifier.parameters() if p.requires_grad]
         needed = sum(p.nbytes * (1 if optimizer.state.get(p) else 3) for p in weights)
         with raise_on_all_ranks(self.accelerator):
@@ -135,10 +152,11 @@ class MicroBatcher:
         yield from prefetch_to_device(steps, device)
 
     def accumulate_gradients(self, model: nn.Module, step: Step, backward: Backward) -> Tensor:
-        """The gradient of a step, summed over ranks, in the parameters; returns the loss sum () of this rank's share.
+        """The gradient of a step, summed over ranks, in the parameters; returns the loss sum () of
+        this rank's share.
 
-        backward: with several ranks, DDP exchanges gradients in the last micro-batch only. Raises DataError on all ranks if
-        a single text does not fit on one of them.
+        backward: with several ranks, DDP exchanges gradients in the last micro-batch only. Raises
+        DataError on all ranks if a single text does not fit on one of them.
         """
         tokens = self.state.tokens_per_micro_batch
         while True:
@@ -173,7 +191,10 @@ class MicroBatcher:
         return total
 
     def _agree(self, tokens: int, failure: Failure | None, step: Step) -> bool:
-        """Whether the gradients of all ranks are complete. All ranks take the smallest budget; 0: training cannot continue."""
+        """Whether the gradients of all ranks are complete.
+
+        All ranks take the smallest budget; 0: training cannot continue.
+        """
         values = [tokens, int(failure is None)]
         smallest, complete = all_reduce_min(self.accelerator, values, self._group)
         if smallest == 0:
@@ -207,7 +228,8 @@ class MicroBatcher:
             if isinstance(reason, str):  # not even that: the other ranks will see this one end
                 raise self._too_long(failure.batch, reason, step)
         elif unsent:
-            # DDP's hooks on these weights have not run: gradients of zeros run them, and they send the rest.
+            # DDP's hooks on these weights have not run: gradients of zeros run them, and they send
+            # the rest.
             torch.autograd.backward(unsent, [p.new_zeros(()).expand_as(p) for p in unsent])
 
     def _too_long(self, batch: PackedBatch, reason: str, step: Step) -> DataError:
@@ -221,7 +243,8 @@ def discard_gradients(model: nn.Module) -> None:
 
 
 def restore_random_state() -> None:
-    """Make a repeated step draw the same dropout: torch's generators get the seed that they got last, for this step.
+    """Make a repeated step draw the same dropout: torch's generators get the seed that they got
+    last, for this step.
 
     The CPU's masks need nothing: they are a function of (seed, step, row), see models/dropout.py.
     """
@@ -229,7 +252,10 @@ def restore_random_state() -> None:
 
 
 def gradient_addresses(model: nn.Module) -> list[int]:
-    """The address of each weight's gradient, 0 for none. DDP moves it (gradient_as_bucket_view) when it takes it."""
+    """The address of each weight's gradient, 0 for none.
+
+    DDP moves it (gradient_as_bucket_view) when it takes it.
+    """
     return [_gradient_address(p) for p in model.parameters() if p.requires_grad]
 
 

@@ -1,12 +1,13 @@
-"""Throughput: real tokens, padding, useful operations beside what the devices can do, waiting for data.
+"""Throughput: real tokens, padding, useful operations beside what the devices can do, waiting for
+data.
 
-    meter = create_meter(classifier, accelerator)
-    for step in meter.watch(steps): ...
-    meter.gather(losses, accelerator)             # when a log line is due
-    meter.lap(), meter.summary()                  # figures for metrics.jsonl; str(meter): in two sentences
+    meter = create_meter(classifier, accelerator) for step in meter.watch(steps): ...
+    meter.gather(losses, accelerator)             # when a log line is due meter.lap(),
+    meter.summary()                  # figures for metrics.jsonl; str(meter): in two sentences
 
-No figure makes the host wait for the device: each rank keeps its own on the host, and they travel with the losses in
-one collective per log line. MEASURED names the keys that differ from run to run; comparisons of runs leave them out.
+No figure makes the host wait for the device: each rank keeps its own on the host, and they travel
+with the losses in one collective per log line. MEASURED names the keys that differ from run to run;
+comparisons of runs leave them out.
 
 Legend: L tokens of one text. FLOP: one multiplication or one addition of floating point numbers.
 """
@@ -38,7 +39,9 @@ MEASURED = (  # keys of metrics.jsonl that differ from run to run, also on one m
 
 
 class Texts(Protocol):
-    """What the meter reads of a step: tokens of each text of each micro-batch of this rank; none where the rank is idle."""
+    """What the meter reads of a step: tokens of each text of each micro-batch of this rank; none
+    where the rank is idle.
+    """
 
     @property
     def lengths(self) -> Sequence[Sequence[int]]: ...
@@ -49,7 +52,9 @@ S = TypeVar("S", bound=Texts)
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """FLOPs that forward and backward need for texts of given lengths; NaN for a model whose layers are not understood."""
+    """FLOPs that forward and backward need for texts of given lengths; NaN for a model whose layers
+    are not understood.
+    """
 
     per_token: float
     per_pair: float  # a text of L tokens has L x L pairs that attend to each other
@@ -62,14 +67,18 @@ class ModelFlops:
 
 
 def model_flops(model: Any, last_layer: Literal["all", "first tokens"] = "all") -> ModelFlops:
-    """The useful FLOPs of a Hugging Face classifier: none for padding, embeddings, or what is computed twice to save memory.
+    """The useful FLOPs of a Hugging Face classifier: none for padding, embeddings, or what is
+    computed twice to save memory.
 
-    A weight of a linear layer costs 6 a token: a multiplication and an addition in forward, twice that in backward. Attention costs
-    12 x L x L x hidden a layer. Linear layers outside the encoder and in its pooler see one vector a text. ALBERT's shared layers
-    count as often as they run. Norms, activations and the optimizer are left out, as is usual (https://arxiv.org/abs/2204.02311,
-    appendix B), and so are DeBERTa's products with relative positions; a sliding window counts as the whole text.
+    A weight of a linear layer costs 6 a token: a multiplication and an addition in forward, twice
+    that in backward. Attention costs 12 x L x L x hidden a layer. Linear layers outside the encoder
+    and in its pooler see one vector a text. ALBERT's shared layers count as often as they run.
+    Norms, activations and the optimizer are left out, as is usual
+    (https://arxiv.org/abs/2204.02311, appendix B), and so are DeBERTa's products with relative
+    positions; a sliding window counts as the whole text.
 
-    last_layer "first tokens": K and V are computed for all tokens there, everything else for the first token of each text.
+    last_layer "first tokens": K and V are computed for all tokens there, everything else for the
+    first token of each text.
     """
     config, base = model.config, model.base_model
     stack = next((module for module in base.modules() if isinstance(module, nn.ModuleList)), None)
@@ -101,13 +110,16 @@ def _weights(module: nn.Module) -> int:
 
 
 def matmul_rate(device: torch.device, precision: str, seconds: float = 0.1) -> float:
-    """FLOP/s of the fastest of the large matrix products that fit into so many seconds, at least three.
+    """FLOP/s of the fastest of the large matrix products that fit into so many seconds, at least
+    three.
 
-    precision: "no" (float32), "bf16" or "fp16". All ranks call it at the same time, since those of one machine share it.
+    precision: "no" (float32), "bf16" or "fp16". All ranks call it at the same time, since those of
+    one machine share it.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    # On a GPU several in a row, so that starting them and waiting for the last do not count. Random numbers, because a GPU that
-    # multiplies constants needs less power and clocks higher; and not from the generator that dropout draws from.
+    # On a GPU several in a row, so that starting them and waiting for the last do not count. Random
+    # numbers, because a GPU that multiplies constants needs less power and clocks higher; and not
+    # from the generator that dropout draws from.
     size, in_a_row = (1024, 1) if device.type == "cpu" else (8192, 4)
     random = torch.Generator(device).manual_seed(0)
     left, right = (
@@ -167,10 +179,15 @@ class _Sums:
 
 
 class ThroughputMeter:
-    """Counts what this process trains and how long it takes, without pauses. Its clock starts when it is made."""
+    """Counts what this process trains and how long it takes, without pauses.
+
+    Its clock starts when it is made.
+    """
 
     def __init__(self, flops: ModelFlops, packed: bool, rate: float) -> None:
-        """packed: whether the model is given real tokens only. rate: FLOP/s of matrix products, all ranks together."""
+        """packed: whether the model is given real tokens only. rate: FLOP/s of matrix products, all
+        ranks together.
+        """
         self.flops, self.packed, self.rate = flops, packed, rate
         self._pauses, self._paused_at = 0.0, math.nan
         # This rank's [tokens, cells, FLOPs, seconds waited] of each step since the last `gather`.
@@ -251,8 +268,9 @@ class ThroughputMeter:
             f"{wait:.1f} s ({wait / seconds:.1%}) waiting for data."
         )
         if values["model_tflops"] > 0:  # not NaN
-            share = f"{values['flop_utilization']:.0%} of the {values['matmul_tflops']:.3g}"
-            text += f" The model did {values['model_tflops']:.3g} TFLOP/s, {share} of plain matrix products"
+            peak = f"{values['matmul_tflops']:.3g} of plain matrix products"
+            share = f"{values['flop_utilization']:.0%} of the {peak}"
+            text += f" The model did {values['model_tflops']:.3g} TFLOP/s, {share}"
             text += (
                 f"; load imbalance (max/mean) {values['slowest_rank']:.3f}." if ranks > 1 else "."
             )
@@ -262,7 +280,10 @@ class ThroughputMeter:
 def create_meter(
     classifier: Classifier, accelerator: Accelerator, measure: bool = True
 ) -> ThroughputMeter:
-    """A meter whose clock starts. measure: what the devices can do, on all ranks at the same time. A collective."""
+    """A meter whose clock starts. measure: what the devices can do, on all ranks at the same time.
+
+    A collective.
+    """
     mine = matmul_rate(accelerator.device, accelerator.mixed_precision) if measure else 0.0
     rates = torch.tensor([mine], device=accelerator.device)
     rate = accelerator.reduce(rates, reduction="sum").item()

@@ -117,7 +117,9 @@ def test_the_same_error_on_all_ranks_is_told_once_and_names_no_rank(
 
 
 def test_without_agreement_the_others_are_left_alone(tiny_model: Path, tmp_path: Path) -> None:
-    """What is left when nobody brings them together: the watchdog, and a message of the rank that failed."""
+    """What is left when nobody brings them together: the watchdog, and a message of the rank that
+    failed.
+    """
 
     def alone(accelerator: Accelerator) -> None:
         from contextlib import nullcontext
@@ -212,8 +214,12 @@ def models_left_at_the_end(accelerator: Accelerator, words: list[str], keep: boo
 
 
 def test_ranks_end_without_waiting_for_each_other(tiny_model: Path, tmp_path: Path) -> None:
-    """DDP must go before the process group. What holds the group last joins gloo's thread, DDP with the GIL held, and that thread
-    may be waiting for the GIL (torch 2.13): on a busy machine about one run in six hung after its last step."""
+    """DDP must go before the process group.
+
+    What holds the group last joins gloo's thread, DDP with the GIL held, and that thread may be
+    waiting for the GIL (torch 2.13): on a busy machine about one run in six hung after its last
+    step.
+    """
     words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 20), max_train_steps=2)
     assert run_ranks(2, models_left_at_the_end, words, False) == [0, 0]
 

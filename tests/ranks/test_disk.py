@@ -1,4 +1,6 @@
-"""A disk that is full, or gone, while a run goes on: one clear error on all ranks at once, and what was written before stays whole."""
+"""A disk that is full, or gone, while a run goes on: one clear error on all ranks at once, and what
+was written before stays whole.
+"""
 
 import os
 import resource
@@ -181,7 +183,10 @@ def test_without_agreement_the_others_would_wait_or_see_a_closed_connection(
 def test_lines_of_the_log_are_on_the_disk_before_a_checkpoint_is_there(
     tiny_model: Path, files: Files, tmp_path: Path, n: int
 ) -> None:
-    """A power cut can undo what was not flushed. Whole runs; single calls are in runs/test_every_call.py."""
+    """A power cut can undo what was not flushed.
+
+    Whole runs; single calls are in runs/test_every_call.py.
+    """
     out, calls = tmp_path / "out", tmp_path / "calls"
 
     def recording(accelerator: Accelerator) -> None:

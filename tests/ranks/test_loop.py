@@ -1,4 +1,6 @@
-"""The loop's own promises: when it scores, saves, logs and stops, and that best/ holds the best step's weights."""
+"""The loop's own promises: when it scores, saves, logs and stops, and that best/ holds the best
+step's weights.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,9 @@ def test_things_happen_when_they_are_due(
 
 
 def test_a_line_speaks_of_all_steps_since_the_last_one(tiny_model: Path, tmp_path: Path) -> None:
-    """Its loss is the sum over rows by the rows, also where the steps have different sizes; its tokens are counted from the beginning."""
+    """Its loss is the sum over rows by the rows, also where the steps have different sizes; its
+    tokens are counted from the beginning.
+    """
     files = write_split(tmp_path, 38)
     for name, every in (("each", "1 steps"), ("two", "1 epoch")):
         words = words_of(
@@ -106,7 +110,9 @@ def test_a_line_speaks_of_all_steps_since_the_last_one(tiny_model: Path, tmp_pat
 
 
 def test_max_train_steps_ends_the_run_and_the_schedule(tiny_model: Path, tmp_path: Path) -> None:
-    """4 steps, rates falling to zero over them; more steps than the epochs hold go on into further epochs."""
+    """4 steps, rates falling to zero over them; more steps than the epochs hold go on into further
+    epochs.
+    """
     words = words_of(
         tiny_model, tmp_path / "out", write_split(tmp_path, 16), max_train_steps=4, warmup_steps=2
     )
@@ -157,7 +163,7 @@ def test_the_throw_away_backward_runs_as_training_does(tiny_model: Path, tmp_pat
 
 
 def assert_best_is_the_best(out: Path, key: str, sign: int) -> None:
-    """best/ holds what the checkpoint of the best scored step holds, which is the first of equals."""
+    """best/ holds what the checkpoint of the best scored step holds, the first of equals."""
     lines = step_log(out, "eval")
     merits = [sign * line[key] for line in lines]
     step = lines[merits.index(max(merits))]["step"]
@@ -172,7 +178,9 @@ def assert_best_is_the_best(out: Path, key: str, sign: int) -> None:
 def overfit(
     model: Path, folder: Path, n: int, breaking: Breaking | None = None, **settings: Any
 ) -> Path:
-    """A run whose dev labels are the wrong ones: its dev loss only grows once the training is learned."""
+    """A run whose dev labels are the wrong ones: its dev loss only grows once the training is
+    learned.
+    """
     files = write_split(folder, 32, 12)
     rows = make_rows(12, seed=2)
     for row in rows[:8]:
@@ -241,7 +249,9 @@ def test_without_validation_rows_the_last_weights_are_the_best(
 def test_early_stopping_ends_a_run_that_gets_no_better(
     tiny_model: Path, tmp_path: Path, n: int
 ) -> None:
-    """With a learning rate of 0 the first score is the best for ever: 1 + 2 evaluations, and the end."""
+    """With a learning rate of 0 the first score is the best for ever: 1 + 2 evaluations, and the
+    end.
+    """
     settings = {
         "learning_rate": 0,
         "eval_every": "2 steps",

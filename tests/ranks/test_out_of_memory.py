@@ -1,8 +1,10 @@
-"""A step that runs out of memory on one rank is taken again with smaller micro-batches, on as many ranks as have to; nobody else notices.
+"""A step that runs out of memory on one rank is taken again with smaller micro-batches, on as many
+ranks as have to; nobody else notices.
 
-Memory is played: a micro-batch of two texts or more and more than ROOM tokens "does not fit", on one rank, at a place of its way that
-the test names. The last test takes the memory away for real. "The same" is what a run ends with that was given the smaller
---tokens_per_micro_batch from its start: bit by bit where all steps were cut alike, else to 1e-10 in float64.
+Memory is played: a micro-batch of two texts or more and more than ROOM tokens "does not fit", on
+one rank, at a place of its way that the test names. The last test takes the memory away for real.
+"The same" is what a run ends with that was given the smaller --tokens_per_micro_batch from its
+start: bit by bit where all steps were cut alike, else to 1e-10 in float64.
 """
 
 import resource
@@ -110,8 +112,9 @@ def short_of_memory(
     times: int = 999,
     buckets: float | None = 0.02,
 ) -> Breaking:
-    """One rank has little memory. final: only the share's last micro-batch runs out (True), or only others (False).
-    buckets: MB of a bucket of DDP; the tiny model would fit into one."""
+    """One rank has little memory. final: only the share's last micro-batch runs out (True), or only
+    others (False). buckets: MB of a bucket of DDP; the tiny model would fit into one.
+    """
 
     def breaking(accelerator: Accelerator) -> None:
         if buckets is not None:
@@ -233,7 +236,10 @@ def assert_same_bits(one: Path, other: Path) -> None:
 
 
 def far_apart(one: Path, other: Path) -> float:
-    """The largest difference of weights. In the step logs nothing differs but loss and norm, by less than 1e-5 where the weights agree."""
+    """The largest difference of weights.
+
+    In the step logs nothing differs but loss and norm, by less than 1e-5 where the weights agree.
+    """
     logs = [[{**line, "loss": 0, "grad_norm": 0} for line in step_log(out)] for out in (one, other)]
     assert logs[0] == logs[1], "schedule, rows, tokens or scores differ"
     weights, others = (tensors_of(last_checkpoint(out)) for out in (one, other))
@@ -255,7 +261,9 @@ def far_apart(one: Path, other: Path) -> float:
 def test_out_of_memory_in_the_last_micro_batch_changes_no_bit(
     runs: Runs, tmp_path: Path, n: int, fits: int, place: str
 ) -> None:
-    """Shares come in one micro-batch each, so that it is the last; it fails in the first step, on the last rank, and all begin anew."""
+    """Shares come in one micro-batch each, so that it is the last; it fails in the first step, on
+    the last rank, and all begin anew.
+    """
     results = run_ranks(
         n, run_short, runs.words(tmp_path / "out"), short_of_memory(n - 1, place, tokens=fits)
     )
@@ -279,7 +287,10 @@ def test_out_of_memory_in_the_last_micro_batch_changes_no_bit(
 def test_an_exchange_is_joined_where_it_stands(
     runs: Runs, tmp_path: Path, place: str, joins: int
 ) -> None:
-    """Before DDP has sent anything: from its begin, with a token that counts nothing. Behind: with zeros for what is left."""
+    """Before DDP has sent anything: from its begin, with a token that counts nothing.
+
+    Behind: with zeros for what is left.
+    """
     words = runs.words(tmp_path / "out", max_train_steps=2)
     assert run_ranks(2, joined_with_one_token, words, short_of_memory(1, place, tokens=64)) == [
         0,
@@ -292,7 +303,9 @@ def test_an_exchange_is_joined_where_it_stands(
 def test_out_of_memory_in_another_micro_batch_stays_on_its_rank(
     runs: Runs, tmp_path: Path, n: int, rank: int, place: str
 ) -> None:
-    """That rank begins its share again while the others wait; from the next step on all have its size."""
+    """That rank begins its share again while the others wait; from the next step on all have its
+    size.
+    """
     breaking = both(in_float64, short_of_memory(rank, place, final=False))
     results = run_ranks(
         n, run_short, runs.words(tmp_path / "out", tokens_per_micro_batch=60), breaking
@@ -322,7 +335,9 @@ def test_every_row_is_counted_once_on_its_schedule(runs: Runs, tmp_path: Path, n
 
 @pytest.mark.parametrize("place", ["loss", "embeddings"])
 def test_dropout_is_drawn_again_as_it_was(runs: Runs, tmp_path: Path, place: str) -> None:
-    """On one rank, from the first step on: the bits are those of a run that was cut so from its start, dropout and all."""
+    """On one rank, from the first step on: the bits are those of a run that was cut so from its
+    start, dropout and all.
+    """
     run_ranks(1, run_short, runs.words(tmp_path / "out", dropout=0.3), short_of_memory(0, place))
     assert_same_bits(
         tmp_path / "out", runs.with_enough(1, tokens_per_micro_batch=ROOM, dropout=0.3)
@@ -331,7 +346,9 @@ def test_dropout_is_drawn_again_as_it_was(runs: Runs, tmp_path: Path, place: str
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_run_that_goes_on_has_the_size_that_was_found(runs: Runs, tmp_path: Path, n: int) -> None:
-    """Interrupted behind a step that ran out of memory, and gone on from with enough of it: the bits of the run that went on at once."""
+    """Interrupted behind a step that ran out of memory, and gone on from with enough of it: the
+    bits of the run that went on at once.
+    """
     outs, breaking = [tmp_path / "straight", tmp_path / "resumed"], short_of_memory(0, "middle")
     settings = {"save_every": "3 steps", "dropout": 0.1, "dataloader_num_workers": 1}
     run_ranks(n, run_short, runs.words(outs[0], **settings), breaking)
@@ -413,7 +430,9 @@ def test_gradients_that_are_not_thrown_away_are_seen(runs: Runs, tmp_path: Path)
 
 
 def test_dropout_that_goes_on_instead_is_seen(runs: Runs, tmp_path: Path) -> None:
-    """On a CPU a row's dropout is the row's; drawn in the order of the micro-batches it would not be the same the second time."""
+    """On a CPU a row's dropout is the row's; drawn in the order of the micro-batches it would not
+    be the same the second time.
+    """
 
     def go_on(accelerator: Accelerator) -> None:
         begin_noise, drawn = DropoutMasks.__init__, count()
@@ -463,7 +482,9 @@ def send_buffers_around(accelerator: Accelerator) -> None:
 def test_ranks_that_part_are_seen(
     runs: Runs, tmp_path: Path, tokens: int | None, broken: Breaking, short: Breaking
 ) -> None:
-    """Who leaves an exchange, decides alone, or repeats a collective alone leaves the others waiting, or talking of different things."""
+    """Who leaves an exchange, decides alone, or repeats a collective alone leaves the others
+    waiting, or talking of different things.
+    """
     with pytest.raises(RankError):
         run_ranks(
             2,
@@ -499,8 +520,9 @@ def test_a_text_that_does_not_fit_alone_ends_all_ranks_with_one_line(
     text = runs.files.train.read_text().splitlines()[line - 1].split("\t")[0]
     assert 24 < tokens <= 48 and tokens >= len(text.split()) + 2, "the line is that of the text"
     assert told[0].endswith(
-        f" a text of {tokens} tokens (--max_length 48) does not fit into memory, not even alone (CUDA out of memory. Tried to allocate "
-        "2.00 GiB.). Take a smaller --max_length, --gradient_checkpointing, or more memory."
+        f" a text of {tokens} tokens (--max_length 48) does not fit into memory, "
+        "not even alone (CUDA out of memory. Tried to allocate "
+        "2.00 GiB.). Use a smaller --max_length, --gradient_checkpointing, or more memory."
     )
     assert json_of(tmp_path / "out" / "status.json")["state"] == "failed"
 
@@ -576,7 +598,9 @@ def test_a_text_that_fits_in_no_evaluation_ends_all_ranks_with_one_line(
 
 @pytest.fixture(scope="module")
 def wide_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with 2,048 in its middle: 40 kB of activations a token, so that what a test lacks is more than what a heap keeps."""
+    """The tiny model with 2,048 in its middle: 40 kB of activations a token, so that what a test
+    lacks is more than what a heap keeps.
+    """
     folder = tmp_path_factory.mktemp("wide") / "model"
     shutil.copytree(tiny_model, folder)
     config = BertConfig.from_pretrained(folder)
@@ -589,10 +613,11 @@ def wide_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_memory_that_is_really_gone(wide_model: Path, tmp_path: Path, n: int) -> None:
-    """While it takes steps, the last rank's address space may grow by 60 MB; its share of 4,500 tokens, in one piece, takes 180.
+    """While it takes steps, the last rank's address space may grow by 60 MB; its share of 4,500
+    tokens, in one piece, takes 180.
 
-    Without oneDNN's products and with freed memory given back, from the start: under a limit of address space both keep what they took for
-    what did not fit (docs/log.md, Open).
+    Without oneDNN's products and with freed memory given back, from the start: under a limit of
+    address space both keep what they took for what did not fit (docs/log.md, Open).
     """
 
     def limit(accelerator: Accelerator) -> None:

@@ -33,7 +33,9 @@ TASK = SingleLabel(("no", "yes"))
 
 
 class Evaluations:
-    """Scores of one evaluation after the other: which weights are saved, and after which training ends."""
+    """Scores of one evaluation after the other: which weights are saved, and after which training
+    ends.
+    """
 
     def __init__(
         self, scores: list[float], state: TrainState | None = None, **settings: Any

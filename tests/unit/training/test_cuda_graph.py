@@ -1,8 +1,10 @@
-"""Steps that are filled up to a fixed shape learn what they learned before; so do replays, as far as a CPU can show it.
+"""Steps that are filled up to a fixed shape learn what they learned before; so do replays, as far
+as a CPU can show it.
 
-A recording of torch's operators stands in for the graph here. Like a graph it runs no Python when it is replayed, works on the
-tensors of the capture, knows only what the host knew then, and refuses a look at a tensor's value. What it cannot show is CUDA's
-own part: streams, memory pools and the state of the generator; that is for tests/gpu.
+A recording of torch's operators stands in for the graph here. Like a graph it runs no Python when
+it is replayed, works on the tensors of the capture, knows only what the host knew then, and refuses
+a look at a tensor's value. What it cannot show is CUDA's own part: streams, memory pools and the
+state of the generator; that is for tests/gpu.
 """
 
 import os
@@ -313,7 +315,8 @@ def test_steps_of_several_micro_batches_are_taken_eagerly() -> None:
     stepper, said = ask(fine, {}, batches_of([5] * 12))  # the control
     assert isinstance(stepper, GraphedStep)
     assert said == [
-        "--cuda_graphs: steps are padded to 64 tokens in 6 texts; steps that do not fit run eagerly."
+        "--cuda_graphs: steps are padded to 64 tokens in 6 texts; "
+        "steps that do not fit run eagerly."
     ]
 
 
@@ -329,7 +332,9 @@ def attend_by_starts(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """What flash attention does: it looks at `starts` on the device, and not at what the host believes of the lengths."""
+    """What flash attention does: it looks at `starts` on the device, and not at what the host
+    believes of the lengths.
+    """
     assert packing.starts is not None
     place = torch.arange(len(k))
     text = torch.searchsorted(packing.starts, place, right=True) - 1
@@ -346,7 +351,9 @@ def attend_by_starts(
 def recorded(
     take: Callable[[], StepResult], device: torch.device
 ) -> tuple[Callable[[], None], StepResult]:
-    """A capture: torch's operators with the tensors that they worked on; each result is written to where it was."""
+    """A capture: torch's operators with the tensors that they worked on; each result is written to
+    where it was.
+    """
     calls: list[tuple[Any, Any, Any, Any]] = []
 
     class Recording(TorchDispatchMode):
@@ -411,7 +418,9 @@ KINDS: dict[str, Callable[[], PretrainedConfig]] = {
 def test_every_family_reads_a_step_from_the_device(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Recorded on a blank batch, the gradients of other lengths are found; nothing on the way looks at a tensor's value."""
+    """Recorded on a blank batch, the gradients of other lengths are found; nothing on the way looks
+    at a tensor's value.
+    """
     as_on_a_gpu(monkeypatch.setattr)
     torch.manual_seed(1)
     config = KINDS[kind]()
@@ -507,7 +516,9 @@ Run = Callable[..., tuple[Log, str, int, int]]
 
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of 2 epochs of 5 steps, the last of an epoch smaller; its log, what was said, replays, eager steps."""
+    """A run of 2 epochs of 5 steps, the last of an epoch smaller; its log, what was said, replays,
+    eager steps.
+    """
     many, few = (
         write_split(tmp_path_factory.mktemp("rows"), 38, 6),
         write_split(tmp_path_factory.mktemp("few"), 8, 6),
@@ -710,7 +721,9 @@ def test_the_trial_is_what_finds_it(run: Run, eager: Log, tmp_path: Path) -> Non
 
 
 def test_what_was_tried_is_undone(tiny_model: Path) -> None:
-    """Weights, AdamW's state, learning rates and random numbers, to the bit; and the change is told."""
+    """Weights, AdamW's state, learning rates and random numbers, to the bit; and the change is
+    told.
+    """
     task = TASKS["single_label"][0]
     model = load(tiny_model, task)
     adamw = create_optimizer(model, OptimConfig())
@@ -766,7 +779,9 @@ def die_before_step_7() -> None:
 
 
 def test_a_run_with_replays_goes_on_to_the_bit(run: Run, tmp_path: Path) -> None:
-    """The first run captures at its second step, the resumed one at its first: a restart is invisible all the same."""
+    """The first run captures at its second step, the resumed one at its first: a restart is
+    invisible all the same.
+    """
     settings = {"save_every": "3 steps", "dropout": 0.3}
     run(tmp_path / "straight", **settings)
     with pytest.raises(RankError, match="ended with status 9"):

@@ -1,4 +1,6 @@
-"""Scores are of each row once, in float64, whatever the batches; and the one that picks the best weights knows its direction."""
+"""Scores are of each row once, in float64, whatever the batches; and the one that picks the best
+weights knows its direction.
+"""
 
 import math
 from collections.abc import Sequence
@@ -301,11 +303,13 @@ def test_the_first_metric_picks_the_best_weights_unless_one_is_named(
     [
         (
             {"metric_for_best_model": "acuracy"},
-            "--metric_for_best_model acuracy: not among the scores that are computed. Did you mean 'accuracy'?",
+            "--metric_for_best_model acuracy: not among the scores that are computed. "
+            "Did you mean 'accuracy'?",
         ),
         (
             {"metric_for_best_model": "f1"},
-            "--metric_for_best_model f1: not among the scores that are computed. Known: 'loss', 'accuracy', 'f1_macro'.",
+            "--metric_for_best_model f1: not among the scores that are computed. "
+            "Known: 'loss', 'accuracy', 'f1_macro'.",
         ),
         ({"metrics": ["acuracy"]}, "--metrics acuracy: "),
         ({"metrics": ["pearson"]}, "--metrics pearson: "),

@@ -1,4 +1,6 @@
-"""How many tokens fit: chosen from what is free, halved where it was too much, the same on every start."""
+"""How many tokens fit: chosen from what is free, halved where it was too much, the same on every
+start.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -103,7 +105,8 @@ def test_half_of_the_tokens_cut_the_batch_that_did_not_fit(tokens: int, lengths:
         (MemoryError(), True),
         (
             RuntimeError(
-                "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
+                "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+                "memory: you tried to ..."
             ),
             True,
         ),
@@ -139,7 +142,9 @@ def test_the_allocator_of_this_machine_says_it_so() -> None:
 
 
 def test_an_attempt_lets_go_of_what_it_held() -> None:
-    """Before it returns; an exception that is still in hand would hold its frames, and these the activations."""
+    """Before it returns; an exception that is still in hand would hold its frames, and these the
+    activations.
+    """
     held: list[Callable[[], Any]] = []
 
     def fail(x: Tensor) -> Tensor:
@@ -300,7 +305,9 @@ def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_three_small_texts_tell_what_full_ones_keep(tiny_model: Path, dropout: float) -> None:
-    """Also with dropout, where attention on a CPU keeps its scores: bytes that grow with the square of the length."""
+    """Also with dropout, where attention on a CPU keeps its scores: bytes that grow with the square
+    of the length.
+    """
     config = ModelConfig(model_name_or_path=str(tiny_model), dropout=dropout)
     task = SingleLabel(("no", "yes"))
     model = load_classifier(config, task)[0].train()
@@ -332,7 +339,9 @@ def group(folder: Path, **files: Any) -> None:
 
 
 def test_the_tightest_control_group_counts(tmp_path: Path) -> None:
-    """Version 2: the group itself has no limit, the job above it has; the kernel can give back 30 of the 700 in use."""
+    """Version 2: the group itself has no limit, the job above it has; the kernel can give back 30
+    of the 700 in use.
+    """
     process, root = tmp_path / "cgroup", tmp_path / "sys"
     process.write_text("0::/slurm/job_7/step_0\n")
     group(root, memory__stat="inactive_file 5")  # the root has no limit
@@ -382,7 +391,9 @@ def test_without_control_groups_there_is_no_limit(tmp_path: Path) -> None:
 
 
 class Echo(nn.Module):
-    """Answers each text with its row; does not fit above `room` tokens, or where a text of the row `stuck` is in it."""
+    """Answers each text with its row; does not fit above `room` tokens, or where a text of the row
+    `stuck` is in it.
+    """
 
     def __init__(self, room: int, stuck: int = -1) -> None:
         super().__init__()
@@ -430,6 +441,7 @@ def test_a_text_that_does_not_fit_alone_is_named() -> None:
     with pytest.raises(DataError) as caught:
         list(compute_in_micro_batches(Echo(100, stuck=2), step.micro_batches, split))
     assert str(caught.value) == (
-        "x.tsv line 4: a text of 5 tokens (--max_length 64) does not fit into memory, not even alone (CUDA out of memory.). "
-        "Take a smaller --max_length, or more memory."
+        "x.tsv line 4: a text of 5 tokens (--max_length 64) does not fit into memory, "
+        "not even alone (CUDA out of memory.). "
+        "Use a smaller --max_length, or more memory."
     )

@@ -1,4 +1,7 @@
-"""One rank by itself: what a step is after memory ran out in it. Several ranks: tests/ranks/test_out_of_memory.py."""
+"""One rank by itself: what a step is after memory ran out in it.
+
+Several ranks: tests/ranks/test_out_of_memory.py.
+"""
 
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +46,9 @@ class Rows:
 
 
 class Model(nn.Module):
-    """Its loss is weight x the sum of ids, times a random number a text; it has room for so many tokens."""
+    """Its loss is weight x the sum of ids, times a random number a text; it has room for so many
+    tokens.
+    """
 
     def __init__(self, fits: int, texts: int = 2) -> None:
         super().__init__()
@@ -114,8 +119,8 @@ def test_a_halved_step_is_the_step_that_was_cut_so_from_the_start(
     assert model.asked[-len(calm[2].asked) :] == calm[2].asked
     assert batcher.state.oom_retries == len(said) >= 1
     assert (
-        said[-1]
-        == f"Out of memory in step 1; the step is repeated. Micro-batch size from here on: up to {least} tokens."
+        said[-1] == f"Out of memory in step 1; the step is repeated. "
+        f"Micro-batch size from here on: up to {least} tokens."
     )
 
 
@@ -143,8 +148,9 @@ def test_a_text_that_does_not_fit_alone_is_an_error() -> None:
     with pytest.raises(DataError) as caught:
         batcher.accumulate_gradients(model, step, model.backward)
     assert str(caught.value) == (
-        "x.tsv line 2: a text of 6 tokens (--max_length 8) does not fit into memory, not even alone (CUDA out of memory.). "
-        "Take a smaller --max_length, --gradient_checkpointing, or more memory."
+        "x.tsv line 2: a text of 6 tokens (--max_length 8) does not fit into memory, "
+        "not even alone (CUDA out of memory.). "
+        "Use a smaller --max_length, --gradient_checkpointing, or more memory."
     )
 
 
@@ -182,7 +188,9 @@ def test_what_is_asked_for_wins_and_progress_remembers(
 def test_what_is_found_leaves_room_for_gradients_and_averages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Weights of 400 bytes: a gradient and AdamW's two averages; with averages in memory, the gradient."""
+    """Weights of 400 bytes: a gradient and AdamW's two averages; with averages in memory, the
+    gradient.
+    """
     model = nn.Linear(100, 1, bias=False)
     adamw = torch.optim.AdamW(model.parameters())
     needs: list[int] = []

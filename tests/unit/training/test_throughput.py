@@ -1,4 +1,7 @@
-"""The meter's numbers: worked out by hand, and beside what torch itself counts. No rate and no second is compared with a wish."""
+"""The meter's numbers: worked out by hand, and beside what torch itself counts.
+
+No rate and no second is compared with a wish.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -134,7 +137,9 @@ def test_flops_of_a_packed_batch_are_what_torch_counts() -> None:
 
 
 def first_tokens_only(model: Any, ids: Tensor) -> Tensor:
-    """BERT with a last layer that computes K and V for all tokens, and everything else for the first one: logits (N, outputs)."""
+    """BERT with a last layer that computes K and V for all tokens, and everything else for the
+    first one: logits (N, outputs).
+    """
     hidden = model.bert.embeddings(input_ids=ids)
     for layer in model.bert.encoder.layer[:-1]:
         output = layer(hidden)
@@ -325,7 +330,8 @@ def test_the_summary_in_words(clock: Clock) -> None:
     meter = ThroughputMeter(ModelFlops(per_token=1e12, per_pair=0, per_text=0), True, rate=1e13)
     run(meter, [[[3000]], [[1000]]], clock, wait=0.5, work=999.5)
     assert str(meter) == (
-        "2 steps in 2,000.0 s: 2 real tokens per second, padding factor 1.00; 1.0 s (0.1%) waiting for data."
+        "2 steps in 2,000.0 s: 2 real tokens per second, padding factor 1.00; "
+        "1.0 s (0.1%) waiting for data."
         " The model did 2 TFLOP/s, 20% of the 10 of plain matrix products."
     )
     both = ThroughputMeter(meter.flops, True, rate=1e13)
