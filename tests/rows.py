@@ -32,6 +32,7 @@ from bertdist.core.args import read_config
 from bertdist.core.errors import DataError
 from bertdist.data.batch import Step
 from bertdist.data.source import Chunk, ReaderState, SkippedRow, locate_rows
+from bertdist.distributed.launch import configure_process
 from bertdist.training import throughput
 from bertdist.training.throughput import MEASURED
 
@@ -249,6 +250,7 @@ def _be_quick() -> None:
     """
     # what the test has imported: the collection at the end of a run would walk it for half a second
     gc.freeze()
+    configure_process()  # as the scripts do
     throughput.matmul_rate = lambda device, precision: 1e12  # type: ignore[assignment]
 
 
