@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from bertdist.core.args import read_config
 from bertdist.core.config import OptimConfig, RunConfig, TrainConfig, duration_in_steps
 from bertdist.data.batch import PackedBatch, Step
 from bertdist.data.loader import Loader, MapLoader, create_eval_loader, create_train_loader
@@ -315,6 +314,8 @@ def main() -> None:
 
 
 def _main(arguments: Sequence[str]) -> int:
+    from bertdist.core.args import read_config
+
     config = read_config(arguments)
     if config.run.dry_run:
         from bertdist.data_quality.dry_run import dry_run

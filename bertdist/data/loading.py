@@ -4,7 +4,7 @@
 missing is decided in `records` and `columns`, the same for all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
@@ -15,8 +15,6 @@ from bertdist.core.config import DataConfig, TrainConfig
 from bertdist.core.errors import DataError, did_you_mean
 from bertdist.data.batch import Step
 from bertdist.data.columns import LabelValue
-from bertdist.data.readers.file_reader import DataFile, FileReader, inspect_file
-from bertdist.data.readers.remote import file_fingerprint, file_size, list_files
 from bertdist.data.records import (
     ColumnNames,
     Records,
@@ -28,7 +26,9 @@ from bertdist.data.source import DataSource, SkippedRows, chunk_of_columns, read
 from bertdist.data.stats import DatasetStats
 from bertdist.distributed.collectives import raise_on_all_ranks
 
-if TYPE_CHECKING:  # --streaming only
+# Readers are imported by the functions that read: a run loads only those of its sources.
+if TYPE_CHECKING:
+    from bertdist.data.readers.file_reader import FileReader
     from bertdist.data.streaming import Stream
 
 # Columns of the texts, https://huggingface.co/datasets/nyu-mll/glue
@@ -90,8 +90,7 @@ def _load_files(patterns: Sequence[str], data: DataConfig, limit: int | None) ->
     first_label: LabelValue | None = None
     for pattern in patterns:
         by_pattern.append([])
-        for address in list_files(pattern):
-            reader = FileReader(_labelled_file(address, data), on_bad_row=data.on_bad_row)
+        for reader in _open_files(pattern, data):
             delimiter = data.label_delimiter
             records = _read_file(reader, _requested(data), delimiter, limit, first_label)
             by_pattern[-1].append(records)
@@ -106,7 +105,7 @@ def _load_files(patterns: Sequence[str], data: DataConfig, limit: int | None) ->
 
 
 def _read_file(
-    reader: FileReader,
+    reader: "FileReader",
     requested: ColumnNames,
     label_delimiter: str | None = None,
     limit: int | None = None,
@@ -193,7 +192,7 @@ def open_stream(data: DataConfig, seed: int) -> "Stream":
     groups: list[list[DataSource]]
     notes: list[str | None] = []
     if data.train_file:
-        readers = [[_streamed(url, data) for url in list_files(file)] for file in data.train_file]
+        readers = [[*_open_files(file, data, streamed=True)] for file in data.train_file]
         groups = [[*group] for group in readers]
         notes = [reader.file.describe() for group in readers for reader in group]
         name = _short_name(data.train_file)
@@ -220,28 +219,26 @@ def open_stream(data: DataConfig, seed: int) -> "Stream":
     ).with_first_label()
 
 
-def _streamed(address: str, data: DataConfig) -> FileReader:
-    return FileReader(
-        _labelled_file(address, data),
-        fingerprint=file_fingerprint(address),
-        size=file_size(address),
-        on_bad_row=data.on_bad_row,
-    )
+def _open_files(pattern: str, data: DataConfig, streamed: bool = False) -> "Iterator[FileReader]":
+    """A reader for each file that a path, glob or URL names. Raises DataError."""
+    from bertdist.data.readers.file_reader import FileReader, inspect_file
+    from bertdist.data.readers.remote import file_fingerprint, file_size, list_files
 
-
-def _labelled_file(address: str, data: DataConfig) -> DataFile:
-    file = inspect_file(
-        address,
-        delimiter=data.delimiter,
-        quoting=data.quoting,
-        encoding=data.encoding,
-        column_names=data.column_names,
-    )
-    if file.kind == "txt":
-        raise DataError(
-            f"{address}: a .txt file has no labels; expected .csv, .tsv, .jsonl or .parquet."
+    for address in list_files(pattern):
+        file = inspect_file(
+            address,
+            delimiter=data.delimiter,
+            quoting=data.quoting,
+            encoding=data.encoding,
+            column_names=data.column_names,
         )
-    return file
+        if file.kind == "txt":
+            raise DataError(
+                f"{address}: a .txt file has no labels; expected .csv, .tsv, .jsonl or .parquet."
+            )
+        fingerprint = file_fingerprint(address) if streamed else None
+        size = file_size(address) if streamed else None
+        yield FileReader(file, fingerprint=fingerprint, size=size, on_bad_row=data.on_bad_row)
 
 
 def load_texts(
@@ -255,6 +252,9 @@ def load_texts(
     encoding: str | None,
 ) -> Records:
     """The rows of a file without labels, for prediction; a .txt file has one text per line, blank lines too. Raises DataError."""
+    from bertdist.data.readers.file_reader import FileReader, inspect_file
+    from bertdist.data.readers.remote import list_files
+
     files = []
     for address in list_files(path):
         file = inspect_file(

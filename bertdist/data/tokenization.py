@@ -13,7 +13,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import ConfigError, DataError, ModelError
-from bertdist.core.hub import explain_hub_error, probe_hub
 from bertdist.core.types import Array
 from bertdist.data.records import Record, Records
 from bertdist.tasks.tasks import Task
@@ -131,6 +130,8 @@ def _beginning(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or --tokenizer_name; raises ModelError, and ConfigError where --max_length is more than it can do."""
+    from bertdist.core.hub import explain_hub_error, probe_hub
+
     name = config.tokenizer_name or config.model_name_or_path
     probe_hub(name)
     try:

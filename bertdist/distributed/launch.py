@@ -41,7 +41,6 @@ from transformers.utils import logging as transformers_logging
 
 from bertdist.core.config import RunConfig, TrainConfig
 from bertdist.core.errors import BertdistError, ConfigError, RankLost, did_you_mean
-from bertdist.core.hub import enable_offline_fallback
 from bertdist.core.terminal import print_error, process_rank
 from bertdist.distributed.collectives import assert_same_on_all_ranks
 from bertdist.distributed.heartbeat import Heartbeat, is_alive, own_heartbeat, this_host
@@ -103,6 +102,8 @@ def run_cli(command: Callable[[Sequence[str]], int]) -> NoReturn:
 
 def configure_process() -> None:
     """Settings of the whole process, for scripts; programs that import bertdist have their own."""
+    from bertdist.core.hub import enable_offline_fallback
+
     keep_freed_memory()
     enable_offline_fallback()
     # Loader workers are forked: a tokenizer's thread pool that began in the parent does not work in

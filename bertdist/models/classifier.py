@@ -35,7 +35,6 @@ from transformers import (
 
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import ConfigError, ModelError, did_you_mean
-from bertdist.core.hub import explain_hub_error, probe_hub, warn_if_offline
 from bertdist.data.batch import PackedBatch, collate
 from bertdist.data.tokenization import Example
 from bertdist.models import attention
@@ -181,6 +180,8 @@ class Classifier(nn.Module):
 
 def load_model_config(config: ModelConfig, flag: str = "--model_name_or_path") -> PretrainedConfig:
     """The model's config.json, without its weights. flag: for error messages. Raises ModelError."""
+    from bertdist.core.hub import explain_hub_error, probe_hub, warn_if_offline
+
     name = config.model_name_or_path
     folder, where = Path(name).expanduser(), f"{flag} {name}"
     is_path = name.startswith((".", "~", "/")) or name.count("/") > 1
