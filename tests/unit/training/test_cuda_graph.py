@@ -335,10 +335,10 @@ def attend_by_starts(
     """What flash attention does: it looks at `starts` on the device, and not at what the host
     believes of the lengths.
     """
-    assert packing.starts is not None
+    assert packing.cu_seqlens is not None
     place = torch.arange(len(k))
-    text = torch.searchsorted(packing.starts, place, right=True) - 1
-    asking = place if len(q) == len(k) else packing.starts[:-1]
+    text = torch.searchsorted(packing.cu_seqlens, place, right=True) - 1
+    asking = place if len(q) == len(k) else packing.cu_seqlens[:-1]
     hidden = text[asking][:, None] != text
     if window is not None:
         hidden = hidden | ((asking[:, None] - place).abs() >= window)
