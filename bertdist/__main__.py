@@ -2,7 +2,9 @@ r"""`python -m bertdist`: the version, the commands, and where the files that co
 
     accelerate launch --config_file "$(python -m bertdist accelerate_configs)/gpu_x8.yaml" \
         -m bertdist.train --config run.yaml
-    sbatch "$(python -m bertdist launch)/train.slurm" --config run.yaml
+    sbatch "$(python -m bertdist launch)/train.slurm" --config run.yaml    # one node
+
+launch/multi_node.slurm does the same on several nodes.
 """
 
 import sys

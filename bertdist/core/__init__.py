@@ -1,1 +1,1 @@
-"""Knows nothing of text or models: errors, config, arguments, atomic files, terminal, hub."""
+"""Errors, config, arguments, atomic files, terminal and hub; nothing about text or models."""

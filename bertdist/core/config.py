@@ -1,8 +1,8 @@
 """Every setting: its flag and YAML name, type, default and one sentence of help.
 
 Names are those of `run_glue_no_trainer.py` and `TrainingArguments` where they mean the same. One
-dataclass per concern; a module receives its section, never the whole. core/args.py fills them from
-the command line and a YAML file, and checks their values together.
+dataclass per concern; a module receives its section, never the full TrainConfig. core/args.py fills
+them from the command line and a YAML file, and checks their values together.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class ModelConfig:
         "Shorter texts cost nothing: there is no padding.",
     )
     dropout: float | None = setting(
-        None, "Hidden, attention and classifier dropout; None keeps the model's own."
+        None, "Hidden, attention and classifier dropout. Default: the model's configuration."
     )
     gradient_checkpointing: bool = setting(
         False,
@@ -59,7 +59,7 @@ class DataConfig:
     train_weights: list[float] | None = setting(
         None,
         "Share of each --train_file in the training rows, such as 0.7 0.3; small files are "
-        "repeated. None trains on every row once per epoch.",
+        "repeated. Default: every row once per epoch.",
     )
     validation_file: str | None = setting(
         None, "Rows to evaluate on after training and every --eval_every."
@@ -71,7 +71,7 @@ class DataConfig:
     )
     stream_window: int = setting(
         16_384,
-        "With --streaming: rows that are held and shuffled together; rounded up to whole steps.",
+        "With --streaming: shuffle buffer size in rows; rounded up to full steps.",
     )
     stream_sharding: Literal["by_row", "by_file"] = setting(
         "by_row",
@@ -88,18 +88,18 @@ class DataConfig:
     )
     train_split: str = setting("train", "Split of the hub data set to train on.")
     validation_split: str | None = setting(
-        None, "Split of the hub data set to evaluate on; None takes 'validation' if it exists."
+        None, "Split of the hub data set to evaluate on. Default: 'validation' if it exists."
     )
     text_column: str | None = setting(
         None,
-        "Column of the text; None takes text, else a known pair (sentence1 and sentence2, ...), "
+        "Column of the text. Default: text, else a known pair (sentence1 and sentence2, ...), "
         "else the first of: sentence, question, premise, review, tweet, content.",
     )
     text_pair_column: str | None = setting(
         None, "Column of the second text, for tasks on text pairs."
     )
     label_column: str | None = setting(
-        None, "Column of the label; None takes the first of: label, labels, score, target, class."
+        None, "Column of the label. Default: the first of: label, labels, score, target, class."
     )
     label_columns: list[str] | None = setting(
         None, "Several 0/1 columns, one per label: a multi-label task."
@@ -114,7 +114,7 @@ class DataConfig:
     )
     delimiter: str | None = setting(
         None,
-        "Field delimiter; None is a comma for .csv and a tab for .tsv, unless the start of the "
+        "Field delimiter. Default: a comma for .csv and a tab for .tsv, unless the start of the "
         "file shows another one. 'tab' means a tab.",
     )
     quoting: Literal["auto", "none", "double"] = setting(
@@ -124,7 +124,7 @@ class DataConfig:
     )
     encoding: str | None = setting(
         None,
-        "Encoding of csv, tsv, jsonl and txt files; None is utf-8, unless the start of the file "
+        "Encoding of csv, tsv, jsonl and txt files. Default: utf-8, unless the start of the file "
         "proves another one. An invalid byte is an error, never replaced.",
     )
     on_bad_row: Literal["fail", "skip"] = setting(
@@ -148,8 +148,8 @@ class TaskConfig:
     ] = setting("auto", "Kind of task; auto infers it from the labels and prints it.")
     label_names: list[str] | None = setting(
         None,
-        "Label names in output order; None sorts them (whole numbers by value, other labels by "
-        "code point).",
+        "Label names in output order. Default: sorted (integers by value, other labels by code "
+        "point).",
     )
     class_weights: list[str] | None = setting(
         None,
@@ -161,11 +161,11 @@ class TaskConfig:
     )
     metrics: list[str] | None = setting(
         None,
-        "Metrics to compute: names in bertdist.tasks.metrics, the path of an evaluate metric, or "
-        "hub:NAME; None takes the task's usual ones.",
+        "Metrics to compute: names in bertdist.tasks.metrics, path to a Hugging Face `evaluate` "
+        "metric script, or hub:NAME. Default: the usual metrics of the task.",
     )
     metric_for_best_model: str | None = setting(
-        None, "Metric that selects the best weights, or 'loss'; None takes the first of --metrics."
+        None, "Metric that selects the best weights, or 'loss'. Default: the first of --metrics."
     )
 
 
@@ -176,17 +176,17 @@ class BatchConfig:
     _argument_group_name = "batches"
 
     train_batch_size: int = setting(
-        32, "Rows per optimizer step over all devices; independent of the hardware."
+        32, "Global batch size: rows per optimizer step over all devices; independent of hardware."
     )
     tokens_per_micro_batch: int | None = setting(
         None,
-        "Maximum number of tokens a device computes at once; a step is split accordingly. None "
-        "finds it from free memory; it is halved when memory runs out. It affects memory and "
+        "Maximum number of tokens a device computes at once; a step is split accordingly. "
+        "Default: measured from free memory; halved when memory runs out. It affects memory and "
         "speed, not the gradient of a step.",
     )
     dataloader_num_workers: int | None = setting(
         None,
-        "Processes per rank that tokenize ahead; None is 1, or 0 if a rank has less than 2 cores.",
+        "Processes per rank that tokenize ahead. Default: 1, or 0 if a rank has less than 2 cores.",
     )
 
 
@@ -239,19 +239,19 @@ class RunConfig:
     max_train_steps: int | None = setting(None, "Optimizer steps, instead of --num_train_epochs.")
     mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
         None,
-        "Precision of matrix products; None takes that of `accelerate launch`, else 'no'. Weights "
-        "stay float32.",
+        "Precision of matrix products. Default: accelerate's setting, else no. Weights stay "
+        "float32.",
     )
     use_cpu: bool = setting(False, "Train on the CPU even if there is a GPU.")
     torch_compile: bool = setting(
         False,
-        "Compile the layers with torch.compile: same losses to rounding; if it fails, the run says "
-        "so and continues without.",
+        "Compile the layers with torch.compile: same losses to rounding; if it fails, the run "
+        "logs a warning and falls back to eager.",
     )
     cuda_graphs: bool = setting(
         False,
-        "Replay steps as a CUDA graph, filled up to a fixed size: for small models on one GPU in "
-        "bf16; if it fails, the run says so and continues without.",
+        "Replay steps as a CUDA graph, padded to a fixed size: for small models on one GPU in "
+        "bf16; if it fails, the run logs a warning and falls back to eager.",
     )
     eval_every: str = setting(
         "1 epoch",
@@ -270,7 +270,7 @@ class RunConfig:
         None, "Checkpoint folder to resume from, instead of the newest one in --output_dir."
     )
     early_stopping_patience: int | None = setting(
-        None, "Stop after this number of evaluations in a row without improvement."
+        None, "Stop after this number of consecutive evaluations without improvement."
     )
     early_stopping_threshold: float = setting(
         0.0, "Minimum improvement of the metric that counts for early stopping."
@@ -280,8 +280,8 @@ class RunConfig:
     )
     rank_timeout: float = setting(
         600.0,
-        "Seconds after which ranks that all wait for each other end the run, with the stack of "
-        "every rank; also the time for all ranks to start.",
+        "Abort when no rank has made progress for this many seconds, with the stack of every "
+        "rank; also the time for all ranks to start.",
     )
     accept_changed_data: bool = setting(
         False,
@@ -294,7 +294,7 @@ class RunConfig:
         "the step. Its rows are written to nan_rows.jsonl, and no weight changes.",
     )
     max_nan_steps: int = setting(
-        10, "With --on_nan skip: maximum number of such steps in a row; one more ends the run."
+        10, "With --on_nan skip: maximum number of consecutive such steps; one more ends the run."
     )
     detect_anomaly: bool = setting(
         False,
@@ -335,32 +335,32 @@ class PredictConfig:
         None, "File of texts: .csv, .tsv, .jsonl, .parquet, or .txt with one text per line."
     )
     output: str | None = setting(
-        None, "File to write, one JSON line per row, in row order; None prints them."
+        None, "File to write, one JSON line per row, in row order. Default: printed."
     )
     max_length: int | None = setting(
-        None, "Maximum length of a text in tokens; None takes that of the training."
+        None, "Maximum length of a text in tokens. Default: that of the training."
     )
     tokens_per_micro_batch: int | None = setting(
         None,
-        "Maximum number of tokens a device computes at once. None finds it from free memory; it is "
+        "Maximum number of tokens a device computes at once. Default: measured from free memory; "
         "halved when memory runs out.",
     )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
-        None, "Precision of matrix products; None takes that of `accelerate launch`, else 'no'."
+        None, "Precision of matrix products. Default: accelerate's setting, else no."
     )
     use_cpu: bool = setting(False, "Use the CPU even if there is a GPU.")
     text_column: str | None = setting(
-        None, "Column of the text; None takes the column name of the training."
+        None, "Column of the text. Default: the column name of the training."
     )
     text_pair_column: str | None = setting(
-        None, "Column of the second text; None takes the column name of the training."
+        None, "Column of the second text. Default: the column name of the training."
     )
     column_names: list[str] | None = setting(
         None, "Names of the columns, for csv and tsv files without a header."
     )
     delimiter: str | None = setting(
         None,
-        "Field delimiter; None is a comma for .csv and a tab for .tsv, unless the start of the "
+        "Field delimiter. Default: a comma for .csv and a tab for .tsv, unless the start of the "
         "file shows another one.",
     )
     quoting: Literal["auto", "none", "double"] = setting(
@@ -370,7 +370,7 @@ class PredictConfig:
     )
     encoding: str | None = setting(
         None,
-        "Encoding of csv, tsv, jsonl and txt files; None is utf-8, unless the start of the file "
+        "Encoding of csv, tsv, jsonl and txt files. Default: utf-8, unless the start of the file "
         "proves another one.",
     )
 

@@ -1,1 +1,1 @@
-"""Knows rows: any source -> records -> tokens -> each rank's micro-batches of each step."""
+"""Rows: any source -> records -> tokens -> each rank's micro-batches of each step."""

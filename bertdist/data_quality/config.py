@@ -51,6 +51,8 @@ STREAMING_FLAGS = ("streaming", "stream_window", "stream_sharding", "train_weigh
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
+    """The settings of a data report, besides those of the rows."""
+
     _argument_group_name = "check"
 
     test_file: str | None = HfArg(
@@ -92,6 +94,8 @@ class CheckConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelIssueConfig:
+    """The settings of --model and --folds, besides those of training."""
+
     _argument_group_name = "label issues"
 
     model: str | None = HfArg(

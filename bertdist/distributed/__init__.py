@@ -1,1 +1,1 @@
-"""Knows processes: launch, collectives, heartbeat, watchdog, preemption."""
+"""Processes of a run: launch and rendezvous, collectives, heartbeat, watchdog, preemption."""

@@ -5,6 +5,7 @@
         if stop.requested(accelerator): ...    # the same answer on every rank
 
 Requeueing is done by launch/train.slurm, after this process has written `preempted` to status.json.
+That script is for one node; launch/multi_node.slurm, for several, runs it too.
 """
 
 import os

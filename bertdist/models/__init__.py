@@ -1,1 +1,1 @@
-"""Knows Hugging Face encoders, and runs them without padding."""
+"""Hugging Face encoders, run without padding: architectures, attention, dropout, compilation."""

@@ -1,1 +1,1 @@
-"""Knows labels and scores: single-label, multi-label and regression tasks, metrics."""
+"""Labels, losses and scores: single-label, multi-label and regression tasks, metrics."""

@@ -1,1 +1,1 @@
-"""Knows file formats: csv, tsv, jsonl, parquet, hub data sets and remote files."""
+"""Readers of file formats: csv, tsv, jsonl, parquet, hub data sets and remote files."""
