@@ -4,11 +4,11 @@
         --train_file train.tsv --validation_file dev.tsv --output_dir out
 
 This file is all of training, top to bottom: load the data and the model, resume, then repeat: take
-a step, sometimes log, evaluate and save. Each part is one module; read them in the order in which a
-row passes them:
+a step, sometimes log, evaluate and save. The modules that a row passes, in their order:
 
-    data/records -> data/tokenization -> data/loader -> models/classifier -> tasks/tasks (loss) ->
-    training/optimizer -> training/evaluation -> training/checkpoint
+    data/loading -> data/readers -> data/columns -> data/records -> data/tokenization ->
+    data/sharding -> data/batch -> models/classifier -> tasks/tasks (loss) -> training/step ->
+    training/nonfinite (the update) -> training/evaluation -> training/checkpoint
 """
 
 import os
@@ -94,15 +94,13 @@ def train(config: TrainConfig) -> TrainState:
 
         # Resume: a step depends on weights, optimizer and `state`, nothing else.
         checkpointer = create_checkpointer(inputs, task, due.total_steps, config, accelerator, log)
-        resumed = checkpointer.restore(classifier, adamw, config.run.resume_from_checkpoint)
-        state = resumed or TrainState()
+        state = checkpointer.restore(classifier, adamw, config.run.resume_from_checkpoint)
         log.start(state, due.total_steps, config, accelerator)
         early_stopping = EarlyStopping(config.run, state)
         nan_guard = NonFiniteGuard(config.run, classifier, loader, task, accelerator, state, log)
         micro_batcher = MicroBatcher(model, loader, task, state, config.batch, accelerator, log.say)
         if not state.finished:
-            micro_batcher.warm_up(model)
-            micro_batcher.find_budget(classifier, adamw)
+            micro_batcher.prepare(model, classifier, adamw)
             take_step = create_step_function(config, classifier, micro_batcher)
         meter = create_meter(classifier, accelerator, measure=not state.finished)
 
@@ -129,8 +127,8 @@ def train(config: TrainConfig) -> TrainState:
                         gain = evaluator.evaluate_step(classifier, state, due.epoch(state), stop)
                         early_stopping.update(gain)
                         state.evaluation_pending = gain is None  # a stop was requested meanwhile
-                    done = early_stopping.triggered or due.end(state.step)
-                    state.finished = done and not state.evaluation_pending
+                    if early_stopping.triggered or due.end(state.step):
+                        state.finished = not state.evaluation_pending
                     ending = state.finished or stopping or state.evaluation_pending
                     if ending or due.save(state.step):
                         state.gather_losses(meter, accelerator)
@@ -157,7 +155,7 @@ def train_step(
     Row losses are summed and divided by the rows of the whole step, so the update is that of one
     big batch, however the step was distributed and split. DDP averages over ranks; nan_aware_scale
     undoes it. If memory runs out on any rank, the step is repeated with smaller micro-batches
-    (training/step.py). If loss or gradient is not finite, the update is left out.
+    (training/step.py). If loss or gradient is not finite, the update is skipped.
     """
     task, accelerator = micro_batcher.task, micro_batcher.accelerator
 
@@ -193,16 +191,19 @@ def create_step_function(
 
 
 class Inputs(NamedTuple):
-    """What training reads."""
+    """What training reads; nothing is tokenized yet."""
 
     tokenizer: PreTrainedTokenizerBase
-    model_config: PretrainedConfig
-    rows: "Records | Stream"
-    eval_rows: Records | None
+    model_config: PretrainedConfig  # of the pretrained model
+    rows: "Records | Stream"  # to train on
+    eval_rows: Records | None  # the validation split
 
 
 def load_inputs(config: TrainConfig, accelerator: Accelerator) -> Inputs:
-    """The same on all ranks, or an error on all."""
+    """Model config, tokenizer and both splits.
+
+    Raises ConfigError, DataError or ModelError on all ranks, also if the ranks' inputs differ.
+    """
     with raise_on_all_ranks(accelerator):
         model_config, tokenizer = load_model_config(config.model), load_tokenizer(config.model)
         rows, eval_rows = load_splits(config)

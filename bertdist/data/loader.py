@@ -1,7 +1,7 @@
 """Training and evaluation loaders: records -> this rank's micro-batches of every optimizer step.
 
-    loader = create_train_loader(splits.train, stats, tokenizer, task, config, accelerator)
-    for step in loader.steps(start, loader.total_steps(config.run), reader_state):
+    loader = create_train_loader(rows, stats, tokenizer, task, config, accelerator)
+    for step in loader.steps(start, stop, reader_state):
         step.micro_batches
 
 Rows in memory give a `MapLoader`, a stream (--streaming) a `streaming.StreamLoader`. How steps are made: data/sharding.py.

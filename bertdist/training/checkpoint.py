@@ -177,8 +177,8 @@ class Checkpointer:
 
     def restore(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, named: str | None = None
-    ) -> TrainState | None:
-        """Load the checkpoint `named`, or the newest complete one; None if there is none.
+    ) -> TrainState:
+        """Load the checkpoint `named`, or the newest complete one; without one, a new `TrainState`.
 
         A collective; raises CheckpointError on all ranks if the checkpoint does not fit this run.
         """
@@ -186,7 +186,7 @@ class Checkpointer:
             chosen = self._choose(named) if self.accelerator.is_main_process else None
         chosen = broadcast_from_rank0(self.accelerator, chosen)
         if not chosen:
-            return None
+            return TrainState()
         folder, ranks = Path(chosen), self.accelerator.num_processes
         with raise_on_all_ranks(self.accelerator):
             state, train_state = read_state(folder)

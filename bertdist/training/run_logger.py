@@ -2,10 +2,10 @@
 standard error.
 
     with open_run(config, accelerator) as log:     # lock, watchdog and logger of the run's folder
-    log.start(state, total_steps, config, accelerator)  # config.yaml, environment.json, status
-    "running" log.log_training(state, ...)               # one line of metrics.jsonl each, which is
-    also printed log.log_eval(step, epoch, scores) log.log_summary(state, ...)                #
-    status.json and the last sentences
+        log.start(state, total_steps, config, accelerator)   # config.yaml, environment.json
+        log.log_training(state, ...)                # a line of metrics.jsonl, which is also printed
+        log.log_eval(step, epoch, scores)           # the same
+        log.log_summary(state, ...)                 # status.json and the last sentences
 
 Rank 0 writes and prints; on other ranks the methods do nothing, but they are called on all ranks: a
 line that cannot be written raises CheckpointError on all of them.

@@ -2,9 +2,8 @@
 when that was too many.
 
     micro_batcher = MicroBatcher(model, loader, task, state, config.batch, accelerator, say)
-    micro_batcher.warm_up(model); micro_batcher.find_budget(classifier, optimizer)    # once per
-    start loss = micro_batcher.accumulate_gradients(model, step, backward)                  # in
-    every step
+    micro_batcher.prepare(model, classifier, optimizer)                # once, before the first step
+    loss = micro_batcher.accumulate_gradients(model, step, backward)   # in every step
 
 A `MicroBatcher` owns the token budget (--tokens_per_micro_batch). It comes from the flag, from the
 checkpoint, or from free memory (memory.py), and is halved when memory runs out.
@@ -103,6 +102,11 @@ class MicroBatcher:
         requested = config.tokens_per_micro_batch
         if requested and requested != state.tokens_requested:
             state.tokens_per_micro_batch = state.tokens_requested = requested
+
+    def prepare(self, model: nn.Module, classifier: nn.Module, optimizer: Optimizer) -> None:
+        """Before the first step of every start. A collective. classifier: the model without DDP."""
+        self.warm_up(model)
+        self.find_budget(classifier, optimizer)
 
     def warm_up(self, model: nn.Module) -> None:
         """One backward pass that is discarded, before the first step of every start, fresh or

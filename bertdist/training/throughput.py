@@ -1,9 +1,10 @@
 """Throughput: real tokens, padding, useful operations beside what the devices can do, waiting for
 data.
 
-    meter = create_meter(classifier, accelerator) for step in meter.watch(steps): ...
-    meter.gather(losses, accelerator)             # when a log line is due meter.lap(),
-    meter.summary()                  # figures for metrics.jsonl; str(meter): in two sentences
+    meter = create_meter(classifier, accelerator)
+    for step in meter.watch(steps): ...
+    meter.gather(losses, accelerator)   # when a log line is due
+    meter.lap(), meter.summary()        # figures for metrics.jsonl; str(meter): in two sentences
 
 No figure makes the host wait for the device: each rank keeps its own on the host, and they travel
 with the losses in one collective per log line. MEASURED names the keys that differ from run to run;

@@ -178,7 +178,7 @@ def test_tied_weights_are_written_once(tmp_path: Path) -> None:
 def test_restore_returns_none_without_checkpoints(tmp_path: Path) -> None:
     run = Run(tmp_path / "not there")
     before = run.bits()
-    assert run.restore() is None
+    assert run.restore() == TrainState()
     assert (run.bits(), run.messages) == (before, [])
 
 
@@ -193,7 +193,8 @@ def test_losses_are_filled_in_when_they_are_gathered() -> None:
     state, meter = TrainState(), Meter()
     state.advance(Step(number=0, micro_batches=[], rows=8), torch.tensor(4.0))
     state.advance(
-        Step(number=1, micro_batches=[], rows=3, after={"window": {"epoch": 1}}), torch.tensor(1)
+        Step(number=1, micro_batches=[], rows=3, next_reader_state={"window": {"epoch": 1}}),
+        torch.tensor(1),
     )
     expected = {
         **asdict(TrainState()),
@@ -490,7 +491,7 @@ def test_repeated_damage_gets_numbered_names(tmp_path: Path) -> None:
     for _ in range(3):
         run.save(1)
         flip(tmp_path / "step_000001" / "model.safetensors")
-        assert run.restore() is None
+        assert run.restore() == TrainState()
     assert names(tmp_path) == [
         "step_000001.damaged",
         "step_000001.damaged-2",
