@@ -147,7 +147,7 @@ def test_predictions_are_the_same_in_the_same_order(trained: Path, n: int, rows:
 
 @pytest.mark.parametrize("breaking", [lose_a_row, double_a_row])
 def test_the_product_itself_notices_in_prediction(trained: Path, breaking: Breaking) -> None:
-    with pytest.raises(RankError, match="AssertionError: 20 rows were to be scored once each; "):
+    with pytest.raises(RankError, match="AssertionError: each of 20 rows must be evaluated once; "):
         answers_of(trained, [row["text"] for row in make_rows(20, seed=3)], 2, breaking=breaking)
 
 
@@ -156,7 +156,7 @@ def test_the_product_itself_notices_in_prediction(trained: Path, breaking: Break
 )
 def test_the_assertion_by_hand(rows: list[int], total: int) -> None:
     assert_each_row_once(torch.arange(3), 3)
-    with pytest.raises(AssertionError, match=f"{total} rows were to be scored once each"):
+    with pytest.raises(AssertionError, match=f"each of {total} rows must be evaluated once"):
         assert_each_row_once(torch.tensor(rows, dtype=torch.int64), total)
 
 
@@ -192,7 +192,7 @@ def test_the_product_itself_notices_in_evaluation(
     trained: Path, tmp_path: Path, breaking: Breaking
 ) -> None:
     words = words_of(trained, tmp_path / "out", write_split(tmp_path, 8, 20), max_train_steps=1)
-    with pytest.raises(RankError, match="AssertionError: 20 rows were to be scored once each; "):
+    with pytest.raises(RankError, match="AssertionError: each of 20 rows must be evaluated once; "):
         run_ranks(2, run_train, words, breaking)
 
 

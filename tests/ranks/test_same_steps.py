@@ -7,7 +7,8 @@ from accelerate import Accelerator
 from forked import run_ranks
 from rows import Breaking, rows_by_step, run_train, words_of, write_split
 
-from bertdist.data import sharding as batching
+from bertdist.data import loader as loader_module
+from bertdist.data.sharding import epoch_order
 
 ROWS, STEP, EPOCHS = 23, 8, 2  # steps of 8, 8 and 7 rows
 
@@ -51,7 +52,7 @@ def test_the_rows_are_those_of_the_plan(rows_of_one_rank: dict[int, list[int]]) 
     first, second = list(rows_of_one_rank.values())[:3], list(rows_of_one_rank.values())[3:]
     assert first != second, "each epoch has its own order"
     for epoch, steps in enumerate((first, second)):
-        order = batching.epoch_order(ROWS, 42, epoch).tolist()
+        order = epoch_order(ROWS, 42, epoch).tolist()
         assert steps == [sorted(order[at : at + STEP]) for at in range(0, ROWS, STEP)]
 
 
@@ -59,8 +60,7 @@ def test_an_order_that_depends_on_the_rank_is_seen(
     tiny_model: Path, tmp_path: Path, rows_of_one_rank: dict[int, list[int]]
 ) -> None:
     def order_by_rank(accelerator: Accelerator) -> None:
-        epoch_order = batching.epoch_order
-        batching.epoch_order = lambda rows, seed, epoch: epoch_order(
+        loader_module.epoch_order = lambda rows, seed, epoch: epoch_order(
             rows, seed + accelerator.process_index, epoch
         )
 
@@ -71,7 +71,7 @@ def test_an_epoch_without_its_last_step_is_seen(
     tiny_model: Path, tmp_path: Path, rows_of_one_rank: dict[int, list[int]]
 ) -> None:
     def drop_the_ragged_step(accelerator: Accelerator) -> None:
-        batching.MapLoader.steps_per_epoch = property(
+        loader_module.MapLoader.steps_per_epoch = property(
             lambda self: len(self.dataset) // self.rows_per_step
         )
 

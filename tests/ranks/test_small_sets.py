@@ -119,18 +119,18 @@ def test_a_small_set_is_predicted(tiny_model: Path, tmp_path: Path, n: int) -> N
 
 def forget_the_first_row_of_small_steps(accelerator: Accelerator) -> None:
     """A broken deal: with fewer rows than ranks, one row is nobody's."""
-    of = RankShard.of
+    step = RankShard.step
 
     def broken(self: RankShard, rows: Any, number: int) -> Any:
-        return of(self, rows[1:] if 1 < len(rows) < self.ranks else rows, number)
+        return step(self, rows[1:] if 1 < len(rows) < self.ranks else rows, number)
 
-    RankShard.of = broken  # type: ignore[method-assign]
+    RankShard.step = broken  # type: ignore[method-assign]
 
 
 def test_a_row_that_is_nobody_s_is_seen(tiny_model: Path, tmp_path: Path) -> None:
     """The control: the evaluation counts, and so does this file's own test."""
     files = files_of(tmp_path, TEXTS[:2])
-    with pytest.raises(RankError, match="rows were to be scored once each; 1 came not at all"):
+    with pytest.raises(RankError, match="rows must be evaluated once; 1 are missing"):
         run_ranks(
             3,
             run_train,
