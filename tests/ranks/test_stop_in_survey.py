@@ -43,10 +43,10 @@ def told_to_stop(read: Path, at: int | None) -> Breaking:
     """A piece takes 50 ms, and is noted. The last rank gets SIGTERM at its piece `at`."""
 
     def breaking(accelerator: Accelerator) -> None:
-        records, mine = Stream.records, iter(range(1, 999))
+        chunks, mine = Stream.chunks, iter(range(1, 999))
 
         def slow(self: Stream, *rest: Any) -> Any:
-            for piece in records(self, *rest):
+            for piece in chunks(self, *rest):
                 if next(mine) == at and accelerator.process_index == accelerator.num_processes - 1:
                     os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(0.05)
@@ -54,7 +54,7 @@ def told_to_stop(read: Path, at: int | None) -> Breaking:
                     file.write("x")
                 yield piece
 
-        Stream.records = slow  # type: ignore[method-assign]
+        Stream.chunks = slow  # type: ignore[method-assign]
 
     return breaking
 
