@@ -2,11 +2,15 @@
 
     python -m bench.fuzz --inputs 100000
 
-hypothesis makes the inputs: bytes, and bytes made of the reader's own words (quotes, delimiters, braces, marks of encodings); files that
-were good, with some bytes changed; JSON of the right shape with values of the wrong kind. One line a reader: inputs, how many were
-read and how many refused, seconds. The first input that brings out anything else is printed, shrunk, and ends the program with code 1.
+hypothesis makes the inputs: bytes, and bytes made of the reader's own words (quotes, delimiters,
+braces, marks of encodings); files that
+were good, with some bytes changed; JSON of the right shape with values of the wrong kind. One line
+a reader: inputs, how many were
+read and how many refused, seconds. The first input that brings out anything else is printed,
+shrunk, and ends the program with code 1.
 
-The files lie in memory where there is a place for that: a checkpoint is flushed to the disk 7 times, which took 4 to 40 ms an input.
+The files lie in memory where there is a place for that: a checkpoint is flushed to the disk 7
+times, which took 4 to 40 ms an input.
 """
 
 import argparse
@@ -378,7 +382,9 @@ def readers(folder: Path) -> list[Reader]:
 
 
 def fuzz(reader: Reader, inputs: int) -> tuple[int, int]:
-    """Inputs that were read, and that were refused. Raises what else comes out, for the smallest input that brings it out."""
+    """Inputs that were read, and that were refused. Raises what else comes out, for the smallest
+    input that brings it out.
+    """
     counts = [0, 0]
 
     @settings(
@@ -413,16 +419,12 @@ def main(words: list[str]) -> int:
                     good, refused = fuzz(reader, max(1, round(asked.inputs * reader.share)))
             except Exception as error:
                 failed += 1
-                print(
-                    f"{reader.name:20} {type(error).__name__}: {error}\n  {' '.join(getattr(error, '__notes__', []))}",
-                    flush=True,
-                )
+                notes = " ".join(getattr(error, "__notes__", []))
+                print(f"{reader.name:20} {type(error).__name__}: {error}\n  {notes}", flush=True)
                 continue
             total += good + refused
-            print(
-                f"{reader.name:20} {good + refused:8,} inputs  {good:7,} read  {refused:7,} refused  {time.monotonic() - began:6.1f} s",
-                flush=True,
-            )
+            counts = f"{good + refused:8,} inputs  {good:7,} read  {refused:7,} refused"
+            print(f"{reader.name:20} {counts}  {time.monotonic() - began:6.1f} s", flush=True)
     print(f"{total:,} inputs, {failed} readers with anything but a BertdistError")
     return int(failed > 0)
 

@@ -1,15 +1,23 @@
-"""How fast rows are read and tokenized, and from how many ranks on `--stream_sharding by_file` pays.
+"""How fast rows are read and tokenized, and from how many ranks on `--stream_sharding by_file`
+pays.
 
-    python -m bench.reading                                    # SST-2's training rows beside the repository
+    python -m bench.reading                                    # SST-2's training rows beside the
+    repository
     python -m bench.reading --train_file demo/data/train.tsv --output docs/streaming.md
 
-1. Read. The rows are written as tsv, csv, jsonl, jsonl.gz and parquet and go through `bertdist.stream_batches` as in a loader worker of
-   one rank of many (--stream_sharding by_row): pieces, columns, windows, plan, dealing; of the encoding only this rank's share. Processor
+1. Read. The rows are written as tsv, csv, jsonl, jsonl.gz and parquet and go through
+`bertdist.stream_batches` as in a loader worker of
+   one rank of many (--stream_sharding by_row): pieces, columns, windows, plan, dealing; of the
+   encoding only this rank's share. Processor
    seconds of one process, in turns: what else the machine does counts little.
-2. Encoded. The same as the only rank, which encodes all: what it takes longer is the tokenizer, and cutting into micro-batches.
-3. The limit. With rows, each of w loader workers of each of W ranks reads all rows and encodes one of W w. They keep up with ranks that
-   train t rows/s each as long as W t (1 / read + 1 / (W w encoded)) <= 1, so up to W = read / t (1 - t / (w encoded)) ranks. With files
-   a rank reads only what it trains. t is computed: tokens/s that were measured, or operations (bench/flops.py) at an assumed rate.
+2. Encoded. The same as the only rank, which encodes all: what it takes longer is the tokenizer, and
+cutting into micro-batches.
+3. The limit. With rows, each of w loader workers of each of W ranks reads all rows and encodes one
+of W w. They keep up with ranks that
+   train t rows/s each as long as W t (1 / read + 1 / (W w encoded)) <= 1, so up to W = read / t (1
+   - t / (w encoded)) ranks. With files
+   a rank reads only what it trains. t is computed: tokens/s that were measured, or operations
+   (bench/flops.py) at an assumed rate.
 """
 
 import argparse
@@ -113,7 +121,9 @@ class Measured:
 
 
 def read_rows(args: argparse.Namespace, tokenizer: Any, texts_a_row: int) -> Rows:
-    """The file's texts, several joined to a row, repeated until there are enough; raises BenchError and BertdistError."""
+    """The file's texts, several joined to a row, repeated until there are enough; raises BenchError
+    and BertdistError.
+    """
     records = load_records(
         DataConfig(train_file=[args.train_file], text_column=args.text_column), "train"
     )
@@ -215,7 +225,9 @@ def measure(rows: Rows, tokenizer: Any, max_length: int, repetitions: int) -> li
 def split(
     alone: Sequence[float], of_many: Sequence[float], many: int
 ) -> tuple[list[float], list[float]]:
-    """Seconds a row of the only rank (read + encode) and of one of many (read + encode / many) -> (read, encode), each repetition."""
+    """Seconds a row of the only rank (read + encode) and of one of many (read + encode / many) ->
+    (read, encode), each repetition.
+    """
     encode_seconds = [
         (one - other) * many / (many - 1) for one, other in zip(alone, of_many, strict=True)
     ]
@@ -270,28 +282,29 @@ def compute(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, dict[s
     """(section, record)."""
     if not Path(args.train_file).is_file():
         raise BenchError(
-            f"--train_file {machine.shorten_path(args.train_file)}: there is no such file. demo/data/train.tsv will do; {HINT}"
+            f"--train_file {machine.shorten_path(args.train_file)}: there is no such file. "
+            f"demo/data/train.tsv will do; {HINT}"
         )
     if not Path(args.model_name_or_path, "config.json").is_file():
         raise BenchError(
-            f"--model_name_or_path {args.model_name_or_path}: no config.json there, expected a model folder; {HINT}"
+            f"--model_name_or_path {args.model_name_or_path}: no config.json there, "
+            f"expected a model folder; {HINT}"
         )
     tokenizer = load_tokenizer(
         ModelConfig(model_name_or_path=args.model_name_or_path, max_length=args.max_length)
     )
     parts = [
         "## Reading",
-        f"{machine.describe_machine('cpu', 1, PACKAGES)}. Processor seconds of one process, a loader worker's work; {args.repetitions} "
-        "repetitions in turns: median (min-max). None of the rates of training was measured with a GPU.",
+        f"{machine.describe_machine('cpu', 1, PACKAGES)}. Processor seconds of one process, a "
+        f"loader worker's work; {args.repetitions} repetitions in turns: median (min-max). None of "
+        "the rates of training was measured with a GPU.",
         f"```bash\n{machine.command('bench.reading', words)}\n```",
     ]
     record: dict[str, Any] = {}
     for texts_a_row in args.texts_a_row:
         rows = read_rows(args, tokenizer, texts_a_row)
-        size, tokens = (
-            float(np.mean([len(text.encode()) for text in rows.texts])),
-            float(np.mean(rows.tokens)),
-        )
+        size = float(np.mean([len(text.encode()) for text in rows.texts]))
+        tokens = float(np.mean(rows.tokens))
         rates = {"measured, MiniLM-L6 on 2 cores": args.tokens_per_second / tokens}
         for tflops in args.tflops:
             rates[f"assumed, BERT-base at {tflops:g} TFLOP/s"] = (
@@ -309,10 +322,12 @@ def compute(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, dict[s
         many = "a text" if texts_a_row == 1 else f"{texts_a_row} texts, concatenated,"
         parts += [
             f"### Rows of {tokens:.0f} tokens",
-            f"{len(rows.texts):,} rows, each {many} of {name}, {format_number(size)} bytes of text on average.",
+            f"{len(rows.texts):,} rows, each {many} of {name}, {format_number(size)} bytes of text "
+            "on average.",
             rate_table(found, size),
-            f"Number of ranks up to which `--stream_sharding by_row` keeps up, with {args.workers} loader workers per rank on separate cores; "
-            "beyond, reading is the limit and `by_file` is faster:",
+            f"Number of ranks up to which `--stream_sharding by_row` keeps up, with {args.workers} "
+            "loader workers per rank on separate cores; beyond, reading is the limit and "
+            "`by_file` is faster:",
             limit_table(found, rates, args.workers),
         ]
     return "\n\n".join(parts), record

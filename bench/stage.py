@@ -81,8 +81,9 @@ class Stage:
         tokens = sum(sum(step.lengths) for step in result.seen[args.untimed_steps :])
         memory = result.process_mib + result.child_mib
         log(
-            f"seed {seed}, {contender} {CONTENDERS[contender]}: {tokens / seconds:,.0f} real tokens/s,"
-            f" {memory:,.0f} MiB, final loss {result.loss:.4f}"
+            f"seed {seed}, {contender} {CONTENDERS[contender]}: "
+            f"{tokens / seconds:,.0f} real tokens/s, {memory:,.0f} MiB, "
+            f"final loss {result.loss:.4f}"
         )
         return result
 

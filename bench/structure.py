@@ -1,11 +1,11 @@
-"""How much of the code one csv row passes: modules and functions that run, and modules that an import loads.
+"""How many modules and functions one csv row passes, and how many modules an import loads.
 
     python -m bench.structure
 
 1. `import bertdist.train` in a fresh process: modules of bertdist in sys.modules, packages counted.
-2. A run of 3 steps on a csv of 96 rows under sys.setprofile, on the CPU, without loader workers: every module and function of bertdist that
-   is called in the whole run; and those on the way of the rows alone: from the call that opens the file to the loss of the last step,
-   without what watches, logs and saves beside it.
+2. A run of 3 steps on a csv of 96 rows under sys.setprofile, on the CPU, without loader workers:
+   every module and function of bertdist that is called in the run; and those that handle rows,
+   from the file to the loss, without settings, processes, logging and saving.
 """
 
 import json
@@ -20,8 +20,8 @@ from typing import Any
 from bench.faults import VOCABULARY, write_model
 
 ROOT = Path(__file__).resolve().parents[1]
-BESIDE = ("core/", "distributed/", "training/", "train.py")  # a row is not handed to these
-ON_THE_WAY = ("training/step.py", "train.py")  # but to these of them
+NO_ROWS = ("core/", "distributed/", "training/")  # rows are not handed to these ...
+ROWS = ("training/step.py",)  # ... except this
 
 PROGRAM = """
 import json, sys, threading
@@ -80,9 +80,9 @@ def trace(folder: Path) -> Any:
     return json.loads(output.read_text())
 
 
-def on_the_way(path: str) -> bool:
+def handles_rows(path: str) -> bool:
     """Whether rows pass this file, by its path below bertdist/."""
-    return path in ON_THE_WAY or not path.startswith(BESIDE)
+    return path in ROWS or not path.startswith(NO_ROWS)
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ def main() -> None:
     print(f"import bertdist.train: {len(loaded)} modules: {' '.join(map(str, loaded))}")
     for title, calls in (
         ("whole run", called),
-        ("from csv row to loss", [call for call in called if on_the_way(call[0])]),
+        ("from csv row to loss", [call for call in called if handles_rows(call[0])]),
     ):
         files = sorted({path for path, _ in calls})
         print(f"{title}: {len(files)} modules, {len(calls)} functions: {' '.join(files)}")

@@ -84,19 +84,20 @@ class TrainState:
         self._losses: list[Tensor] = []
 
     def advance(self, step: Step, loss: Tensor) -> None:
-        """Count one more optimizer step. loss: () this rank's loss sum, which stays on the device until `gather_losses`."""
-        self.step, self.rows, self.reader_state = (
-            step.number + 1,
-            self.rows + step.rows,
-            step.next_reader_state,
-        )
+        """Count one more optimizer step.
+
+        loss: this rank's loss sum (), which stays on the device until `gather_losses`.
+        """
+        self.step, self.rows = step.number + 1, self.rows + step.rows
+        self.reader_state = step.next_reader_state
         self.unlogged_steps.append([0.0, float(step.rows)])
         self._losses.append(loss)
 
     def gather_losses(self, meter: ThroughputMeter, accelerator: Accelerator) -> None:
-        """Fill in losses and tokens of all ranks, with the meter's figures in one collective, for any number of steps.
+        """Fill in losses and tokens of all ranks, with the meter's figures, in one collective.
 
-        Step by step, not as one running sum: so what is logged does not depend on when a checkpoint was written.
+        Step by step, not as one running sum: so the log does not depend on when a checkpoint was
+        written.
         """
         if self._losses:
             losses, self._losses = self._losses, []
@@ -104,12 +105,15 @@ class TrainState:
             for entry, (loss, tokens) in zip(
                 self.unlogged_steps[-len(totals) :], totals, strict=True
             ):
-                # Not finite: the step was left out, see nonfinite.py.
+                # Not finite: the step was skipped, see nonfinite.py.
                 entry[:] = (loss, entry[1]) if math.isfinite(loss) else (0.0, 0.0)
                 self.tokens += int(tokens)
 
     def pop_mean_loss(self) -> float:
-        """Mean loss per row since the last log line: sums are divided, means never averaged. NaN if all steps were left out."""
+        """Mean loss per row since the last log line: sums are divided, means never averaged.
+
+        NaN if all steps were skipped.
+        """
         loss, rows = (sum(entry[i] for entry in self.unlogged_steps) for i in (0, 1))
         self.unlogged_steps.clear()
         return loss / rows if rows else math.nan
