@@ -296,8 +296,8 @@ def prediction(at: Stage) -> Section:
         f"{job.rows:,} texts, from text to label and score; loading and a first call on 64 texts "
         f"are not timed. {args.repetitions} repetitions in turns, each run in its own process: "
         f"median (min-max). pipeline and ONNX Runtime: batches of {args.batch_size} in the order "
-        "of the texts, padded to the longest. All give the same labels, and scores within 1e-4; that is "
-        "checked in every repetition."
+        "of the texts, padded to the longest. All give the same labels, and scores within 1e-4; "
+        "that is checked in every repetition."
         f"{skipped if device == 'cpu' else ' ONNX Runtime ran on the CPU.'}",
         figures.prediction_table(PREDICTORS, runs),
     ]

@@ -150,7 +150,7 @@ def undocumented(package: Path) -> list[str]:
             public = isinstance(
                 node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
             ) and not node.name.startswith("_")
-            if public and not (ast.get_docstring(node) or _has_helps(node) or _is_overload(node)):
+            if public and not (ast.get_docstring(node) or _is_overload(node)):
                 found.append(f"{module}.{node.name}")
     return found
 
@@ -158,14 +158,6 @@ def undocumented(package: Path) -> list[str]:
 def _is_overload(node: ast.AST) -> bool:
     decorators = getattr(node, "decorator_list", [])
     return any(ast.unparse(decorator).endswith("overload") for decorator in decorators)
-
-
-def _has_helps(node: ast.AST) -> bool:
-    """A section of settings needs no docstring where every field has its sentence: `name: type = HfArg(..., help="...")`."""
-    fields = [item for item in getattr(node, "body", []) if isinstance(item, ast.AnnAssign)]
-    calls = [field.value for field in fields if isinstance(field.value, ast.Call)]
-    helps = [call for call in calls if any(word.arg == "help" for word in call.keywords)]
-    return bool(fields) and len(helps) == len(fields)
 
 
 RULES: list[Callable[[Path], list[str]]] = [
@@ -260,11 +252,6 @@ BROKEN = [
     (misplaced_libraries, {"train": GOOD + "from rich.table import Table"}, "train -> rich"),
     (undocumented, {"tasks.tasks": "import json"}, "tasks.tasks"),
     (undocumented, {"tasks.tasks": GOOD + "class Task:\n    outputs: int"}, "tasks.tasks.Task"),
-    (
-        undocumented,
-        {"tasks.tasks": GOOD + "class T:\n    a: int = HfArg(help='Outputs.')\n    b: int"},
-        "tasks.tasks.T",
-    ),
     (undocumented, {"tasks.tasks": GOOD + "def predict():\n    pass"}, "tasks.tasks.predict"),
 ]
 
@@ -296,6 +283,6 @@ def test_a_broken_rule_is_seen(
 def test_a_good_module_breaks_no_rule(
     rule: Callable[[Path], list[str]], small_package: Path
 ) -> None:
-    section = "class Section:\n    seed: int = HfArg(default=1, help='Decides the order.')\n"
+    section = 'class Section:\n    """Settings."""\n'
     write(small_package, "data.batch", GOOD + "import pyarrow\n" + section)
     assert rule(small_package) == []

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from transformers.hf_argparser import HfArg
 
 from bertdist.core.args import config_problems, data_problems, parse_arguments
 from bertdist.core.config import (
@@ -21,6 +20,7 @@ from bertdist.core.config import (
     RunConfig,
     TaskConfig,
     TrainConfig,
+    setting,
 )
 from bertdist.core.errors import ConfigError, did_you_mean
 
@@ -55,40 +55,38 @@ class CheckConfig:
 
     _argument_group_name = "check"
 
-    test_file: str | None = HfArg(
-        default=None,
-        help="Rows to predict or score later, with or without labels; read like --train_file.",
+    test_file: str | None = setting(
+        None, "Rows to predict or score later, with or without labels; read like --train_file."
     )
-    model_name_or_path: str | None = HfArg(
-        default=None,
-        help="Model whose tokenizer counts tokens: a folder or a Hub id; without one, characters and words are counted.",
+    model_name_or_path: str | None = setting(
+        None,
+        "Model whose tokenizer counts tokens: a folder or a Hub id; without one, characters and "
+        "words are counted.",
     )
-    model_revision: str = HfArg(default="main", help="Branch, tag or commit of a Hub model.")
-    tokenizer_name: str | None = HfArg(
-        default=None, help="Tokenizer, if it is not the model's own."
-    )
-    max_length: int = HfArg(
-        default=128,
-        help="Maximum length in tokens for training; longer texts are counted as truncated.",
+    model_revision: str = setting("main", "Branch, tag or commit of a Hub model.")
+    tokenizer_name: str | None = setting(None, "Tokenizer, if it is not the model's own.")
+    max_length: int = setting(
+        128, "Maximum length in tokens for training; longer texts are counted as truncated."
     )
     problem_type: Literal[
         "auto", "single_label_classification", "multi_label_classification", "regression"
-    ] = HfArg(default="auto", help="Kind of task; auto derives it from the labels.")
-    near_threshold: float = HfArg(
-        default=0.8,
-        help="Minimum Jaccard similarity (of 5-byte shingles) of near duplicates, from 0.7 to 1; 0 disables the search.",
+    ] = setting("auto", "Kind of task; auto derives it from the labels.")
+    near_threshold: float = setting(
+        0.8,
+        "Minimum Jaccard similarity (of 5-byte shingles) of near duplicates, from 0.7 to 1; 0 "
+        "disables the search.",
     )
-    examples: int = HfArg(default=3, help="Examples to show per finding.")
-    output: str | None = HfArg(
-        default=None, help="Output file for the report as JSON, such as check.json."
+    examples: int = setting(3, "Examples to show per finding.")
+    output: str | None = setting(None, "Output file for the report as JSON, such as check.json.")
+    fix: str | None = setting(
+        None,
+        "Output file (.parquet) for the cleaned training rows; the .dropped.jsonl beside it lists "
+        "every dropped or changed row and the reason.",
     )
-    fix: str | None = HfArg(
-        default=None,
-        help="Output file (.parquet) for the cleaned training rows; the .dropped.jsonl beside it lists every dropped or changed row and the reason.",
-    )
-    fix_kinds: list[str] | None = HfArg(
-        default=None,
-        help=f"Problems that --fix corrects, of: {', '.join(FIX_KINDS)}. Default: {', '.join(DEFAULT_FIX_KINDS)}.",
+    fix_kinds: list[str] | None = setting(
+        None,
+        f"Problems that --fix corrects, of: {', '.join(FIX_KINDS)}. "
+        f"Default: {', '.join(DEFAULT_FIX_KINDS)}.",
     )
 
 
@@ -98,21 +96,25 @@ class LabelIssueConfig:
 
     _argument_group_name = "label issues"
 
-    model: str | None = HfArg(
-        default=None,
-        help="Folder of a trained classifier, such as out/best, to check the labels with. It should not have been trained on these rows; for training rows use --folds.",
+    model: str | None = setting(
+        None,
+        "Folder of a trained classifier, such as out/best, to check the labels with. It should "
+        "not have been trained on these rows; for training rows use --folds.",
     )
-    folds: int | None = HfArg(
-        default=None,
-        help="Number of cross-validation folds: each is checked with a model trained on the others, with the training flags. Runs are in --output_dir/folds.",
+    folds: int | None = setting(
+        None,
+        "Number of cross-validation folds: each is checked with a model trained on the others, "
+        "with the training flags. Runs are in --output_dir/folds.",
     )
-    rank_by: Ranking | None = HfArg(
-        default=None,
-        help="How to sort the rows: a label quality score of cleanlab, or confident_learning: all likely label errors first. Default: self_confidence.",
+    rank_by: Ranking | None = setting(
+        None,
+        "How to sort the rows: a label quality score of cleanlab, or confident_learning: all "
+        "likely label errors first. Default: self_confidence.",
     )
-    output: str | None = HfArg(
-        default=None,
-        help="Output file with one JSON line per row, lowest label quality first; without it only the table is shown.",
+    output: str | None = setting(
+        None,
+        "Output file with one JSON line per row, lowest label quality first; without it only the "
+        "table is shown.",
     )
 
 
@@ -174,7 +176,10 @@ def _label_issue_problems(issues: LabelIssueConfig, train: TrainConfig) -> Itera
         if issues.folds < 2:
             yield f"--folds is {issues.folds}; expected at least 2."
         if train.run.resume_from_checkpoint:
-            yield "--resume_from_checkpoint is for one run; each fold resumes its own newest checkpoint."
+            yield (
+                "--resume_from_checkpoint is for one run; "
+                "each fold resumes its own newest checkpoint."
+            )
         yield from config_problems(train)
     else:
         if not (train.data.train_file or train.data.dataset_name or train.data.task_name):
@@ -187,7 +192,8 @@ def _label_issue_problems(issues: LabelIssueConfig, train: TrainConfig) -> Itera
             }
             data = section is train.data
             for name in sorted(changed & EVAL_FLAGS if data else changed - INFERENCE_FLAGS):
-                yield f"--{name} is for training; --model trains nothing and checks the training rows."
+                use = "--model trains nothing and checks the training rows"
+                yield f"--{name} is for training; {use}."
     for name in STREAMING_FLAGS:
         if getattr(train.data, name) != getattr(DataConfig, name):
             yield f"--{name} has no effect: all rows are held in memory and used once; remove it."
