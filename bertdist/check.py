@@ -18,7 +18,7 @@ if __name__ == "__main__" and not __package__:
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bertdist.core.args import names_given
+from bertdist.core.args import given_setting_names
 from bertdist.core.atomic_io import atomic_write, to_json
 from bertdist.core.config import DataConfig, ModelConfig, TrainConfig
 from bertdist.core.errors import DataError
@@ -89,7 +89,7 @@ def show_report(report: DataReport) -> None:
 
 def _show_labels(report: DataReport) -> None:
     labels = {name: own for name, own in report.labels.items() if own is not None}
-    ranges = {name: own.range() for name, own in labels.items() if own.numbers is not None}
+    ranges = {name: own.summary() for name, own in labels.items() if own.numbers is not None}
     if ranges:
         header = ["split", *next(iter(ranges.values()))]
         rows = [[name, *(f"{n:.4g}" for n in of.values())] for name, of in ranges.items()]
@@ -200,7 +200,7 @@ def main() -> None:
 
 
 def _main(arguments: Sequence[str]) -> int:
-    label_issues = {"model", "folds"} & names_given(arguments)
+    label_issues = {"model", "folds"} & given_setting_names(arguments)
     return check_labels(arguments) if label_issues else check_rows(arguments)
 
 

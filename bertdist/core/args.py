@@ -28,11 +28,11 @@ from bertdist.core.config import (
     TaskConfig,
     TrainConfig,
 )
-from bertdist.core.errors import ConfigError, did_you_mean
+from bertdist.core.errors import ConfigError, nearest_name
 
 _INTERVAL = "takes '200 steps', '0.5 epochs', '10%' or 'never'"
 _PREDICT = "python -m bertdist.predict --model out/best --input test.tsv reads rows without labels"
-_INSTEAD = {  # flags of other programs and of earlier versions -> what to write here
+RENAMED_FLAGS = {  # flags of other programs and of earlier versions -> what to write here
     "per_device_train_batch_size": "--train_batch_size is rows per step over all devices",
     "per_device_eval_batch_size": "metrics do not depend on a batch size; "
     "--tokens_per_micro_batch bounds the memory",
@@ -128,7 +128,7 @@ def parse_arguments(program: str, sections: list[Any], arguments: Sequence[str])
     return tuple(values)
 
 
-def names_given(arguments: Sequence[str]) -> set[str]:
+def given_setting_names(arguments: Sequence[str]) -> set[str]:
     """Names of the settings in the arguments and in the file of --config, before they are parsed.
 
     A file that cannot be read gives none; `parse_arguments` says why.
@@ -157,11 +157,12 @@ def _is_null(node: Any) -> bool:
     return is_plain and node.value in ("", "null", "~")
 
 
-def _unknown_setting(name: str, names: Iterable[str], where: str = "") -> str:
-    if name in _INSTEAD:
-        return f"{where}Unknown setting {name!r}: {_INSTEAD[name]}."
-    hint = did_you_mean(name, names)
-    return f"{where}Unknown setting {name!r}.{hint if 'Did' in hint else ' --help lists them.'}"
+def _unknown_setting(name: str, names: list[str], where: str = "") -> str:
+    if name in RENAMED_FLAGS:
+        return f"{where}Unknown setting {name!r}: {RENAMED_FLAGS[name]}."
+    near = nearest_name(name, names)
+    hint = f"Did you mean {near!r}?" if near else "--help lists them."
+    return f"{where}Unknown setting {name!r}. {hint}"
 
 
 def _read_yaml(

@@ -48,11 +48,17 @@ class NonFiniteError(BertdistError):
     """A step's loss or gradient is NaN or infinite, and --on_nan does not allow it."""
 
 
+def nearest_name(name: str, candidates: list[str]) -> str | None:
+    """The candidate that an unknown name most resembles, None if it resembles none."""
+    near = get_close_matches(name, candidates, n=1)
+    near = near or get_close_matches(name.lower(), candidates, n=1)
+    return near[0] if near else None
+
+
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest candidate, else the first 20."""
     names = list(dict.fromkeys(candidates))
-    near = get_close_matches(name, names, n=1) or get_close_matches(name.lower(), names, n=1)
-    if near:
-        return f" Did you mean {near[0]!r}?"
+    if near := nearest_name(name, names):
+        return f" Did you mean {near!r}?"
     listed = ", ".join(map(repr, names[:20]))
     return f" Known: {listed}{', ...' if len(names) > 20 else ''}." if names else ""

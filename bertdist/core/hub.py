@@ -53,7 +53,7 @@ def probe_hub(name: str, kind: str = "model") -> None:
         if attempt:
             time.sleep(1.0)
         problem = _request_problem(url)
-        # A server that does not answer at all is not asked again.
+        # A server that does not answer at all is not retried.
         if not problem or time.monotonic() - start > TIMEOUT_SECONDS / 2:
             break
     _problems[constants.ENDPOINT] = problem

@@ -134,7 +134,7 @@ def _run_on_all_ranks(
     error: BertdistError | None = None
 
     def stop_requested() -> bool:
-        return stop is not None and stop.requested_here()
+        return stop is not None and stop.requested_locally()
 
     while True:
         until = time.monotonic() + SECONDS_BETWEEN_CHECKS

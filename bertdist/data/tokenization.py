@@ -67,14 +67,14 @@ def create_dataset(
         target_of_value = []
         for code, value in enumerate(records.label_values):
             try:
-                target_of_value.append(task.target(value))
+                target_of_value.append(task.encode_label(value))
             except DataError as error:
                 row = int((records.label_codes == code).argmax())
                 raise DataError(f"{records.location(row)}: {error}") from None
         table = np.array(target_of_value)
         table = table.astype(np.int64 if table.dtype.kind == "i" else np.float32)
         targets = table[records.label_codes]
-        weights = task.weights(targets)
+        weights = task.row_weights(targets)
     return TokenizedDataset(
         records=records,
         tokenizer=tokenizer,

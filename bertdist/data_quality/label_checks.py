@@ -55,7 +55,7 @@ class SplitLabels:
         """(rows,): the number of labels of each row."""
         return np.array([len(names) for names in self.names], np.int64)[self.codes]
 
-    def range(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float]:
         """Minimum, quartiles, maximum and mean of regression targets."""
         assert self.numbers is not None
         quantiles = np.quantile(self.numbers, [0, 0.25, 0.5, 0.75, 1]).tolist()

@@ -78,7 +78,7 @@ ProblemType: TypeAlias = Literal[
 ]
 
 
-class Predicts(Protocol):
+class LogitPredictor(Protocol):
     """What is needed of `bertdist.Predictor`, which is above this package."""
 
     task: Task
@@ -90,7 +90,7 @@ class Predicts(Protocol):
         """(rows, outputs) float32, the same on every rank."""
 
 
-LoadPredictor: TypeAlias = Callable[[str | Path], Predicts]  # from the folder of a model
+PredictorLoader: TypeAlias = Callable[[str | Path], LogitPredictor]  # from the folder of a model
 Train: TypeAlias = Callable[[TrainConfig], bool]  # whether the run finished; else it was stopped
 
 
@@ -115,7 +115,7 @@ def find_label_issues(
     config: LabelIssueConfig,
     train_config: TrainConfig,
     train: Train,
-    predictor: Callable[..., Predicts],
+    predictor: Callable[..., LogitPredictor],
 ) -> bool:
     """Find, show and write label issues; False if --folds was stopped before the end.
 
@@ -155,7 +155,7 @@ def find_label_issues(
 def _predict_with_model(
     config: LabelIssueConfig,
     data: DataConfig,
-    load: LoadPredictor,
+    load: PredictorLoader,
     accelerator: Accelerator,
     log: RunLogger,
 ) -> Predictions:
@@ -180,7 +180,7 @@ def _predict_by_folds(
     config: LabelIssueConfig,
     train_config: TrainConfig,
     train: Train,
-    load: LoadPredictor,
+    load: PredictorLoader,
     accelerator: Accelerator,
     log: RunLogger,
 ) -> Predictions | None:
@@ -193,7 +193,7 @@ def _predict_by_folds(
         task = create_task(train_config.task, label_stats_of(records), model_labels)
         _check_ranking(config, task)
         assert records.label_codes is not None
-        values = np.array([task.target(value) for value in records.label_values])
+        values = np.array([task.encode_label(value) for value in records.label_values])
         targets = values[records.label_codes]
     if data.validation_file or data.validation_split:
         log.say("The validation split is not used: each fold keeps its last weights.")
@@ -264,7 +264,7 @@ def predict_out_of_fold(
     targets: Array,
     task: Task,
     train: Train,
-    load: LoadPredictor,
+    load: PredictorLoader,
     accelerator: Accelerator,
     say: Callable[[str], None],
 ) -> Tensor | None:
@@ -519,8 +519,8 @@ def label_issue_entries(
             "row": row,
             "file": location.file,
             "line": location.line,
-            "label": task.label(targets[row]),
-            "suggested": task.label(predictions[row]),
+            "label": task.decode_target(targets[row]),
+            "suggested": task.decode_target(predictions[row]),
             **_probability(targets[row], predictions[row], probabilities[row]),
             "score": round(float(ranking.scores[row]), 6),
             "issue": bool(ranking.issues[row]),

@@ -84,7 +84,7 @@ class DataReport:
             "label_column": records.label_column,
             "fingerprint": records.fingerprint,
             "label_counts": labels.counts() if labels is not None and not numeric else None,
-            "label_range": labels.range() if labels is not None and numeric else None,
+            "label_range": labels.summary() if labels is not None and numeric else None,
             "labels_a_row": float(labels.sizes().mean()) if labels is not None and multi else None,
             "lengths": self.lengths[name].as_dict(),
         }

@@ -86,11 +86,11 @@ def assert_same_on_all_ranks(accelerator: Accelerator, values: Mapping[str, obje
     texts = {name: str(value) for name, value in values.items()}
     (host_0, expected), *others = gather_object([(socket.gethostname(), texts)])
     problems = []
-    for rank, (host, found) in enumerate(others, start=1):
-        differing = [x for x in {**expected, **found} if expected.get(x) != found.get(x)]
+    for rank, (host, received) in enumerate(others, start=1):
+        differing = [x for x in {**expected, **received} if expected.get(x) != received.get(x)]
         if differing:
             listed = "; ".join(
-                f"{name} is {_short(found.get(name))} instead of {_short(expected.get(name))}"
+                f"{name} is {_short(received.get(name))} instead of {_short(expected.get(name))}"
                 for name in differing
             )
             problems.append(f"rank {rank} (on {host}) differs from rank 0 (on {host_0}): {listed}.")

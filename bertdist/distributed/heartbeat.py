@@ -29,7 +29,7 @@ class Heartbeat:
     host: str
     step: int = 0
     location: str = "starting"  # innermost function of this package in the main thread
-    idle_seconds: float = 0.0  # for which the main thread has not moved
+    idle_seconds: float = 0.0  # for which the main thread has made no progress
     count: int = 0
     time: float = 0.0  # this machine's clock; for people
     final_error: str = ""
@@ -45,7 +45,7 @@ class FailureReport:
 
     kind: str
     text: str
-    is_printer: bool = field(compare=False)
+    should_print: bool = field(compare=False)
 
 
 class HeartbeatFiles:
@@ -95,10 +95,10 @@ class HeartbeatFiles:
         Clocks of two machines are never compared.
         """
         for x in others:
-            count, silence = self._unchanged.get(x.rank, (-1, 0.0))
-            self._unchanged[x.rank] = x.count, silence + seconds if count == x.count else 0.0
+            count, unchanged = self._unchanged.get(x.rank, (-1, 0.0))
+            self._unchanged[x.rank] = x.count, unchanged + seconds if count == x.count else 0.0
 
-    def silence(self, heartbeat: Heartbeat) -> float:
+    def seconds_since_heartbeat(self, heartbeat: Heartbeat) -> float:
         """Seconds for which a rank's heartbeat has not changed."""
         return self._unchanged.get(heartbeat.rank, (0, 0.0))[1]
 
@@ -107,7 +107,7 @@ class HeartbeatFiles:
 
         def is_dead(x: Heartbeat) -> bool:
             if x.final_error or x.host != self.own.host:
-                return bool(x.final_error) or self.silence(x) > max_silence
+                return bool(x.final_error) or self.seconds_since_heartbeat(x) > max_silence
             return not is_alive(x.pid, x.process_start)
 
         return [x for x in others if is_dead(x)]
@@ -120,7 +120,7 @@ class HeartbeatFiles:
             if x.final_error:
                 how = f"has ended: {x.final_error}"
             elif x.host != self.own.host:
-                how = f"has sent no heartbeat for {self.silence(x):.0f} s"
+                how = f"has sent no heartbeat for {self.seconds_since_heartbeat(x):.0f} s"
             last = f"Its last heartbeat was in {x.location}, step {x.step}"
             sentences.append(f"{x.name} {how}. {last}; the others are at step {self.own.step}.")
         return " ".join([*sentences, self.resume_hint()])

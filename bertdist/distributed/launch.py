@@ -1,14 +1,17 @@
 """How a process of a run starts and ends.
 
-    run_cli(command)             a script's main(): settings of the process, errors, exit codes
-    create_accelerator(run)      waits for all ranks; device, precision and ranks
-    check_world(world_size)      an error if the launch promised more ranks
-    launch_fingerprint(config)   what must be the same on all ranks
+    run_cli(command)               a script's main(): settings of the process, errors, exit codes
+    launch(config)                 the three below, in this order
+      create_accelerator(run)        rendezvous; device, precision and ranks
+      check_world(world_size)        an error if the launch promised more ranks
+      launch_fingerprint(config)     what must be the same on all ranks
+    wait_for_all_ranks(timeout)    the rendezvous
 
-Before torch forms a process group, the ranks meet at its store, so that a rank that does not start
-and a port that is in use are named within --rank_timeout; torch itself names only their number, or
-a host and a port. Each process remembers whom it has met: where a connection breaks and no watchdog
-runs (in the first seconds of a run, in prediction), the dead rank is named from that.
+The rendezvous uses the store of torch's process group, before the group is formed. An error names
+the ranks that do not start, or a port that is in use, within --rank_timeout; torch itself names
+only the number of ranks, or a host and a port. Each process keeps the list of all ranks: if a
+connection breaks while no watchdog runs (in the first seconds of a run, in prediction), the dead
+rank is named from it.
 """
 
 import ctypes
@@ -51,7 +54,7 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped before the end; the same command resum
 EXIT_INTERRUPTED = 130  # a second Ctrl-C, as a shell has it for SIGINT
 
 # For a process that broke a connection to be seen as dead, and for others to see who prints it.
-LOOK_SECONDS = 2.0
+DEAD_RANK_WAIT_SECONDS = 2.0
 # For rank 0 to come as far as the others and print; then torchrun ends them anyway.
 PRINT_SECONDS = 15.0
 # For a process that has lost another rank to exit: gloo's threads may prevent it.
@@ -62,7 +65,7 @@ PACKAGES = [
     *("datasets", "evaluate", "numpy", "safetensors"),
 ]
 
-_ranks_met: list[Heartbeat] = []  # all ranks of the last meeting, by rank
+_rendezvous_ranks: list[Heartbeat] = []  # all ranks of the last rendezvous, by rank
 
 
 # ---- The process
@@ -148,25 +151,25 @@ def report_lost_connection(error: BaseException) -> bool:
     lost = connection_error(error)
     if lost is None:
         return False
-    dead, is_printer = find_dead_ranks(LOOK_SECONDS)
+    dead, should_print = find_dead_ranks(DEAD_RANK_WAIT_SECONDS)
     if dead:
         names = ", ".join(x.name for x in dead[:8])
         lost = RankLost(
             f"{names} is gone (killed? out of memory? else its own message says why). "
             "Start the same command again."
         )
-    if is_printer:
+    if should_print:
         print_error(lost)
-    time.sleep(LOOK_SECONDS)
+    time.sleep(DEAD_RANK_WAIT_SECONDS)
     return True
 
 
 def find_dead_ranks(seconds: float) -> tuple[list[Heartbeat], bool]:
-    """Ranks of this machine that were met and end within `seconds`; and whether to print it here.
+    """Ranks of this machine that end within `seconds`; and whether to print it here.
 
     The lowest rank that is alive prints it.
     """
-    here = [x for x in _ranks_met if x.host == this_host()]
+    here = [x for x in _rendezvous_ranks if x.host == this_host()]
     deadline = time.monotonic() + seconds
     while True:
         dead = [x for x in here if not is_alive(x.pid, x.process_start)]
@@ -349,7 +352,7 @@ def wait_for_all_ranks(timeout: timedelta) -> TCPStore | None:
     store.set(keys[rank], json.dumps(asdict(own_heartbeat(rank))))
     try:
         store.wait(keys, timeout)
-        _ranks_met[:] = [Heartbeat(**json.loads(text)) for text in store.multi_get(keys)]
+        _rendezvous_ranks[:] = [Heartbeat(**json.loads(text)) for text in store.multi_get(keys)]
     except (dist.DistError, RuntimeError):
         raise _missing_ranks(store, keys, address, within, rank) from None
     return store
@@ -363,8 +366,8 @@ def _is_open(host: str, port: int, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            left = max(0.1, deadline - time.monotonic())
-            socket.create_connection((host, port), timeout=left).close()
+            seconds_left = max(0.1, deadline - time.monotonic())
+            socket.create_connection((host, port), timeout=seconds_left).close()
             return True
         except OSError:
             if time.monotonic() > deadline:
@@ -395,7 +398,7 @@ def _open_store(host: str, port: int, is_server: bool, timeout: timedelta) -> TC
     if not isinstance(store, Exception):
         return store
     raise ConfigError(
-        f"Ranks cannot meet at {host}:{port}: {str(store).splitlines()[0]}. The port may be in "
+        f"Rendezvous failed at {host}:{port}: {str(store).splitlines()[0]}. The port may be in "
         "use, perhaps by another run: give another (--main_process_port to `accelerate launch`, "
         "--master_port to torchrun, or MASTER_PORT)."
     )
@@ -415,8 +418,8 @@ def _missing_ranks(
     except (dist.DistError, RuntimeError):
         # Rank 0, which keeps the store, was killed, or has printed it and exited.
         return _printed_by_one(
-            f"rank {rank} of {len(keys)}: rank 0 has left before all had met at {address}; its own "
-            "message says more.",
+            f"rank {rank} of {len(keys)}: rank 0 exited before the rendezvous completed at {address}; "
+            "its own message says more.",
             rank == 1,
         )
     numbers = ", ".join(map(str, missing[:20]))
@@ -429,7 +432,7 @@ def _missing_ranks(
     )
 
 
-def _printed_by_one(message: str, is_printer: bool) -> ConfigError:
+def _printed_by_one(message: str, should_print: bool) -> ConfigError:
     error = ConfigError(message)
-    error.on_all_ranks, error.already_printed = False, not is_printer
+    error.on_all_ranks, error.already_printed = False, not should_print
     return error

@@ -44,11 +44,15 @@ class StopSignal:
         self._launcher = parent if LAUNCHER_VARIABLES & os.environ.keys() else 0
         # A job shorter than twice the margin keeps half of its time, or it would be requeued for
         # ever without a step.
-        left = slurm_seconds_left()
-        self._margin_seconds = margin_seconds if left is None else min(margin_seconds, left / 2)
+        seconds_left = slurm_seconds_left()
+        if seconds_left is not None:
+            margin_seconds = min(margin_seconds, seconds_left / 2)
+        self._margin_seconds = margin_seconds
         self._interrupts = 0
         self._sent: tuple[Tensor, torch.cuda.Event] | None = None
-        self.reason = ""  # or "SIGTERM", "time limit in 95 s", "another rank was asked to stop"
+        self.reason = (
+            ""  # or "SIGTERM", "time limit in 95 s", "a stop was requested on another rank"
+        )
         self._old_handlers: dict[signal.Signals, Any] = {}
         # Python allows handlers in the main thread only; in another thread none are installed.
         if threading.current_thread() is threading.main_thread():
@@ -69,11 +73,12 @@ class StopSignal:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 raise KeyboardInterrupt
 
-    def requested_here(self) -> bool:
+    def requested_locally(self) -> bool:
         """Whether this rank should stop; the other ranks may not know."""
-        left = slurm_seconds_left()
-        if not self.reason and left is not None and left < self._margin_seconds:
-            self.reason = f"time limit in {left:.0f} s"
+        seconds_left = slurm_seconds_left()
+        near = seconds_left is not None and seconds_left < self._margin_seconds
+        if not self.reason and near:
+            self.reason = f"time limit in {seconds_left:.0f} s"
         if not self.reason and self._launcher and os.getppid() != self._launcher:
             self.reason = "the launcher is gone"
         return bool(self.reason)
@@ -85,7 +90,7 @@ class StopSignal:
         the others waiting in a collective. Every rank must call this equally often. Costs nothing
         on one rank, 0.7 ms on gloo.
         """
-        here = self.requested_here()
+        here = self.requested_locally()
         if accelerator.num_processes == 1:
             return here
         flag = torch.full((1,), int(here), dtype=torch.int32, device=accelerator.device)
@@ -93,8 +98,8 @@ class StopSignal:
         on_cpu = total.device.type == "cpu"
         anywhere = bool(total.item()) if on_cpu else self._total_of_previous_call(total)
         # What the other rank saw may be visible here by now.
-        if anywhere and not self.requested_here():
-            self.reason = "another rank was asked to stop"
+        if anywhere and not self.requested_locally():
+            self.reason = "a stop was requested on another rank"
         return anywhere
 
     def _total_of_previous_call(self, total: Tensor) -> bool:

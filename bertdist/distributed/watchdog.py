@@ -3,10 +3,10 @@
     with Watchdog(folder, accelerator, rank_timeout) as watchdog: ...
 
 1. A thread of each rank writes a heartbeat every 5 seconds: process, machine, step, location of the
-   main thread, and for how long that has not moved: its stack is the same, and neither it nor a
-   loader worker has computed. A rank that computes, however long, moves.
-2. A rank that does not move reads the heartbeats of the others. A rank is dead if its process is
-   gone (same machine) or its heartbeat has stopped (another machine). If no rank moves for
+   main thread, and for how long it has made no progress: its stack is the same, and neither it nor
+   a loader worker has computed. A rank that computes, however long, makes progress.
+2. A rank without progress reads the heartbeats of the others. A rank is dead if its process is gone
+   (same machine) or its heartbeat has stopped (another machine). If no rank makes progress for
    --rank_timeout, a collective hangs: every rank writes its stacks and exits.
 3. A rank that ends with an error writes it into its last heartbeat, so that the others can say why
    their connections broke.
@@ -25,7 +25,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -40,7 +40,7 @@ from bertdist.distributed.collectives import NO_TIMEOUT, raise_on_all_ranks
 from bertdist.distributed.heartbeat import FailureReport, Heartbeat, HeartbeatFiles
 
 HEARTBEAT_SECONDS = 5.0  # or a tenth of --rank_timeout
-MOVING_SHARE = 0.02  # a thread that computes for this share of the time is not waiting
+PROGRESS_CPU_SHARE = 0.02  # a thread that computes for this share of the time is not waiting
 STDERR = 2  # faulthandler needs the file descriptor
 
 _PACKAGE = f"{Path(__file__).resolve().parents[1]}{os.sep}"
@@ -49,25 +49,33 @@ _WORKER_DIED = re.compile(
 )
 
 
+class Progress(Protocol):
+    """What a heartbeat reports of the run."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+
+
 class Watchdog:
     """Watches one rank and, while that waits, the other ranks."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, timeout: float) -> None:
         """folder: of the run; rank 0 removes the heartbeats of an earlier run from it.
 
-        timeout: --rank_timeout, seconds. The ranks must meet between this and `__enter__`.
+        timeout: --rank_timeout, seconds. The ranks must synchronize between this and `__enter__`.
         """
         self.folder, self.timeout = folder, timeout
         self.rank, self.num_ranks = accelerator.process_index, accelerator.num_processes
         self.cuda = accelerator.device.type == "cuda"
         self.files = HeartbeatFiles(folder, self.rank, self.num_ranks)
-        self.progress: Any = None  # the run's TrainState, as soon as there is one
+        self.progress: Progress | None = None  # the run's RunLogger, as soon as there is one
         self.interval = min(HEARTBEAT_SECONDS, timeout / 10)
         self._ended, self._stacks_written = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._main = threading.get_ident()
         self._stack: tuple[Any, ...] = ()
-        self._cpu_seconds, self._moved_at = 0.0, time.monotonic()
+        self._cpu_seconds, self._progress_at = 0.0, time.monotonic()
         self._dead_seconds = 0.0
         if self.rank == 0:
             self.files.clear()
@@ -114,19 +122,19 @@ class Watchdog:
         previous = time.monotonic()
         while not self._ended.wait(self.interval):
             now = time.monotonic()
-            self._check_movement(now, now - previous)
+            self._check_progress(now, now - previous)
             self._write()
             # Its timer needs no interpreter: it shows the stack of a rank that never frees the GIL.
             with suppress(OSError, ValueError, RuntimeError):
                 faulthandler.dump_traceback_later(max(self.timeout, 1.0), file=STDERR)
-            if now - self._moved_at > 2 * self.interval:
+            if now - self._progress_at > 2 * self.interval:
                 # If this process was suspended itself, that time does not count.
                 elapsed = min(now - previous, 2 * self.interval)
-                self._check_others(now - self._moved_at, elapsed)
+                self._check_others(now - self._progress_at, elapsed)
             previous = now
 
-    def _check_movement(self, now: float, elapsed: float) -> None:
-        """Note whether the main thread has moved since the last heartbeat."""
+    def _check_progress(self, now: float, elapsed: float) -> None:
+        """Note whether the main thread has made progress since the last heartbeat."""
         stack, frame = [], sys._current_frames().get(self._main)
         while frame is not None:
             stack.append((id(frame.f_code), frame.f_lasti))
@@ -135,14 +143,14 @@ class Watchdog:
         if not self.cuda:  # a thread that waits for a GPU computes
             with suppress(AttributeError, OSError):
                 cpu_seconds += time.clock_gettime(time.pthread_getcpuclockid(self._main))
-        computed = abs(cpu_seconds - self._cpu_seconds) > MOVING_SHARE * elapsed
+        computed = abs(cpu_seconds - self._cpu_seconds) > PROGRESS_CPU_SHARE * elapsed
         if tuple(stack) != self._stack or computed:
-            self._moved_at = now
+            self._progress_at = now
         self._stack, self._cpu_seconds = tuple(stack), cpu_seconds
 
     def _write(self, **changes: Any) -> None:
         location = location_of(sys._current_frames().get(self._main))
-        idle = round(time.monotonic() - self._moved_at, 1)
+        idle = round(time.monotonic() - self._progress_at, 1)
         fields = {"step": self._step(), "location": location, "idle_seconds": idle}
         self.files.write(**{**fields, "time": time.time(), **changes})
 
@@ -152,7 +160,7 @@ class Watchdog:
     # --- the other ranks
 
     def _check_others(self, idle: float, elapsed: float) -> None:
-        """This rank does not move: does it wait for a rank that will not come?"""
+        """This rank makes no progress: does it wait for a rank that is dead or hangs?"""
         report = self.files.failure_report()
         if report is not None:
             self._exit_process(report)
@@ -163,7 +171,7 @@ class Watchdog:
         self._dead_seconds = self._dead_seconds + elapsed if dead else 0.0
         if self._dead_seconds > 2 * self.interval:
             self._exit_process(self.files.report_once("lost", self.files.describe_dead(dead)))
-        silence = {x.rank: self.files.silence(x) for x in others}
+        silence = {x.rank: self.files.seconds_since_heartbeat(x) for x in others}
         half = self.timeout / 2
         alive = [x for x in others if x not in dead]
         if idle >= self.timeout and all(
@@ -176,7 +184,7 @@ class Watchdog:
                 for x in ranks[:8]
             )
             text = (
-                f"No rank has moved for {self.timeout:g} s (--rank_timeout), so a collective "
+                f"No rank has made progress for {self.timeout:g} s (--rank_timeout), so a collective "
                 f"hangs: {where}. Stacks of all ranks: {self.folder / 'stacks'}. "
                 f"{self.files.resume_hint()}"
             )
@@ -190,7 +198,7 @@ class Watchdog:
         if report.kind == "hang":
             self._write_stacks()
             time.sleep(3 * self.interval)  # until all ranks have read the report
-        if report.is_printer:
+        if report.should_print:
             print_error(RankLost(report.text))
         self._write_status(report)
         os._exit(1)
@@ -231,20 +239,20 @@ class Watchdog:
             self._write_stacks()
         self._write_status(report)
         error = RankLost(report.text)
-        error.already_printed = not report.is_printer
+        error.already_printed = not report.should_print
         return error
 
     def _write_status(self, report: FailureReport) -> None:
         """Write status.json, on rank 0 or, if that is dead, on the rank that prints the report."""
         rank_0_is_dead = any(x.rank == 0 for x in self._dead(self.files.others()))
-        if self.rank == 0 or (report.is_printer and rank_0_is_dead):
+        if self.rank == 0 or (report.should_print and rank_0_is_dead):
             status = {"state": "failed", "step": self._step(), "reason": report.text}
             with suppress(BertdistError):
                 atomic_write(self.folder / "status.json", to_json(status))
 
 
 def open_watchdog(folder: Path, accelerator: Accelerator, run: RunConfig) -> Watchdog:
-    """A Watchdog; the ranks meet after it is made, so rank 0 has cleared the folder."""
+    """A Watchdog; the ranks synchronize after it is made, so rank 0 has cleared the folder."""
     with raise_on_all_ranks(accelerator):
         return Watchdog(folder, accelerator, run.rank_timeout)
 

@@ -39,7 +39,10 @@ def prepare(model: Any) -> None:
 
     def forward(input_ids: Tensor, packing: Packing, **inputs: Tensor) -> SequenceClassifierOutput:
         embedded = x = body.embeddings(input_ids=input_ids, **inputs)  # (1, T, hidden)
-        batch, table = _Batch(packing, positions, input_ids.device), encoder.get_rel_embedding()
+        batch, table = (
+            _PaddedGroups(packing, positions, input_ids.device),
+            encoder.get_rel_embedding(),
+        )
         for i, layer in enumerate(encoder.layer):
             last = i == len(encoder.layer) - 1
             # the convolution reads all tokens that leave the first layer
@@ -102,7 +105,7 @@ def _group(packing: Packing, texts: slice, rows: Tensor | None, device: torch.de
     return _Group(texts, index, real, unpad, None if rows is None else rows[:longest, :longest])
 
 
-class _Batch:
+class _PaddedGroups:
     """The groups of a micro-batch; handed to Hugging Face's layers as the attention mask."""
 
     def __init__(
@@ -131,7 +134,7 @@ def _convolution(conv: Any, embedded: Tensor, x: Tensor, packing: Packing) -> Te
 def _attention(
     module: Any,
     hidden_states: Tensor,
-    attention_mask: _Batch,
+    attention_mask: _PaddedGroups,
     output_attentions: bool = False,
     query_states: Tensor | None = None,
     relative_pos: None = None,
@@ -172,7 +175,7 @@ def _attention(
 
 
 def _project_table(
-    module: Any, batch: _Batch, rel_embeddings: Tensor | None, scale: float
+    module: Any, batch: _PaddedGroups, rel_embeddings: Tensor | None, scale: float
 ) -> tuple[Tensor | None, Tensor | None]:
     """Keys and queries of the needed rows of the table, each (H, R, D); None if not used."""
     if rel_embeddings is None:
@@ -215,7 +218,7 @@ def _table_dropout(table: Tensor, module: Any, masks: DropoutMasks | None) -> Te
 
 
 def _weight_dropout(
-    module: Any, batch: _Batch, first_only: bool
+    module: Any, batch: _PaddedGroups, first_only: bool
 ) -> Callable[[int, Tensor], Tensor]:
     """The function (index of a group, weights (texts, H, queries, longest)) -> after dropout."""
     p, packing = module.dropout.p, batch.packing

@@ -34,13 +34,13 @@ class Task(Protocol):
     def labels(self) -> tuple[str, ...]:
         """Names of the outputs, in their order."""
 
-    def target(self, label: Any) -> Any:
+    def encode_label(self, label: Any) -> Any:
         """A raw label -> int, list of O floats, or float. Raises DataError, without the row."""
 
-    def label(self, target: Any) -> Any:
+    def decode_target(self, target: Any) -> Any:
         """A target -> a label name, a list of names, or a number."""
 
-    def weights(self, targets: Array) -> Array:
+    def row_weights(self, targets: Array) -> Array:
         """Weight of each row in the training loss: (N,) float32."""
 
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class SingleLabel:
     def __post_init__(self) -> None:
         self._ids.update({label: i for i, label in enumerate(self.labels)})
 
-    def target(self, label: Any) -> int:
+    def encode_label(self, label: Any) -> int:
         if str(label) not in self._ids:
             hint = did_you_mean(str(label), self.labels)
             raise DataError(
@@ -86,10 +86,10 @@ class SingleLabel:
             )
         return self._ids[str(label)]
 
-    def label(self, target: Any) -> str:
+    def decode_target(self, target: Any) -> str:
         return self.labels[int(target)]
 
-    def weights(self, targets: Array) -> Array:
+    def row_weights(self, targets: Array) -> Array:
         table = np.array(self.class_weights or [1.0] * len(self.labels), dtype=np.float32)
         return table[targets]
 
@@ -122,7 +122,7 @@ class MultiLabel:
     positive_weights: tuple[float, ...] = ()
     problem_type: str = "multi_label_classification"
 
-    def target(self, label: Any) -> list[float]:
+    def encode_label(self, label: Any) -> list[float]:
         if not isinstance(label, tuple):
             raise DataError(
                 f"expected a list of labels, found {label!r}; set --label_delimiter to split it."
@@ -134,10 +134,10 @@ class MultiLabel:
             )
         return [float(name in label) for name in self.labels]
 
-    def label(self, target: Any) -> list[str]:
+    def decode_target(self, target: Any) -> list[str]:
         return [label for label, on in zip(self.labels, target, strict=True) if on]
 
-    def weights(self, targets: Array) -> Array:
+    def row_weights(self, targets: Array) -> Array:
         return np.ones(len(targets), dtype=np.float32)
 
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class Regression:
     labels: tuple[str, ...]  # the name of the number
     problem_type: str = "regression"
 
-    def target(self, label: Any) -> float:
+    def encode_label(self, label: Any) -> float:
         try:
             number = float(label)
         except (TypeError, ValueError):
@@ -184,10 +184,10 @@ class Regression:
             raise DataError(f"expected a finite number, found {label!r}.")
         return number
 
-    def label(self, target: Any) -> float:
+    def decode_target(self, target: Any) -> float:
         return float(target)
 
-    def weights(self, targets: Array) -> Array:
+    def row_weights(self, targets: Array) -> Array:
         return np.ones(len(targets), dtype=np.float32)
 
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -204,8 +204,8 @@ class Regression:
         return [{"label": self.labels[0], "score": number} for number in numbers]
 
 
-_KINDS: dict[str, type[SingleLabel] | type[MultiLabel] | type[Regression]] = {
-    kind.problem_type: kind for kind in (SingleLabel, MultiLabel, Regression)
+TASK_CLASSES: dict[str, type[SingleLabel] | type[MultiLabel] | type[Regression]] = {
+    task.problem_type: task for task in (SingleLabel, MultiLabel, Regression)
 }
 
 
@@ -267,7 +267,7 @@ def _multi_label_task(
         raise DataError(
             f"No row of the training split has a label in {column!r}; expected at least one label."
         )
-    targets = np.array([MultiLabel(labels).target(value) for value in values])  # (V, O)
+    targets = np.array([MultiLabel(labels).encode_label(value) for value in values])  # (V, O)
     positive = (targets * counts[:, None]).sum(0)  # (O,) rows that have the label
     balanced = (int(counts.sum()) - positive) / np.maximum(positive, 1)
     return MultiLabel(labels, _class_weights(config.class_weights, labels, balanced))
@@ -279,10 +279,10 @@ def task_of_model(problem_type: str | None, labels: Sequence[str]) -> Task:
         kind: type[SingleLabel | MultiLabel | Regression]
         kind = Regression if len(labels) == 1 else SingleLabel
         return kind(tuple(labels))
-    if problem_type not in _KINDS:
-        hint = did_you_mean(problem_type, _KINDS)
+    if problem_type not in TASK_CLASSES:
+        hint = did_you_mean(problem_type, TASK_CLASSES)
         raise ModelError(f"The model's problem_type is {problem_type!r}.{hint}")
-    return _KINDS[problem_type](tuple(labels))
+    return TASK_CLASSES[problem_type](tuple(labels))
 
 
 def problem_type_of(requested: str, kind: str, values: Sequence[Any]) -> str:

@@ -187,7 +187,7 @@ class Scorer:
         classes = {}
         if task.problem_type != "regression":
             classes = self._report(predictions, references, task.labels)
-        truths = map(task.label, references)
+        truths = map(task.decode_target, references)
         records = zip(task.to_records(logits), truths, strict=True)
         return Evaluation(
             scores=scores,
@@ -221,7 +221,7 @@ def predict_rows(
     rows, logits, group = [], [], host_group(accelerator)
 
     def stop_here() -> bool:
-        return stop is not None and stop.requested_here()
+        return stop is not None and stop.requested_locally()
 
     def agree(failed: bool) -> None:
         if any(all_reduce_sum(accelerator, [int(stop_here()), int(failed)], group)):

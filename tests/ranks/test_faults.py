@@ -348,7 +348,8 @@ def test_a_collective_that_hangs_ends_with_the_stacks_of_all(runs: Runs, tmp_pat
     )
     reason = json_of(out / "status.json")["reason"]
     assert (
-        "No rank has moved for 5 s (--rank_timeout), so a collective hangs: rank 0 in " in reason
+        "No rank has made progress for 5 s (--rank_timeout), so a collective hangs: rank 0 in "
+        in reason
         and "resumes from step 3" in reason
     )
 

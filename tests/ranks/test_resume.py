@@ -87,7 +87,7 @@ def test_resume_equals_uninterrupted(runs: Runs, tmp_path: Path, n: int) -> None
     assert status == {
         "state": "preempted",
         "step": second + 1,
-        "reason": "SIGTERM" if n == 1 else "another rank was asked to stop",
+        "reason": "SIGTERM" if n == 1 else "a stop was requested on another rank",
     }
     (progress, *_), *_ = run_ranks(n, run_train, words)
     assert (progress.step, progress.finished) == (STEPS, True)

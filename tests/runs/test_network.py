@@ -246,7 +246,8 @@ def test_a_wire_that_is_cut_ends_both_ranks(
     machines.cut()
     assert ranks.ended() == [1, 1]
     assert (
-        len(ranks.told()) == 1 and "No rank has moved for 8 s (--rank_timeout)" in ranks.told()[0]
+        len(ranks.told()) == 1
+        and "No rank has made progress for 8 s (--rank_timeout)" in ranks.told()[0]
     ), ranks.said()
     assert {path.name for path in (tmp_path / "out" / "stacks").iterdir()} == {
         "rank_0.txt",

@@ -4,7 +4,7 @@ the line, or is skipped.
 How rows are read (pyarrow 26; 1,000,000 rows of 85 MB on one core):
 
 1. pyarrow ends a row at a lone carriage return too, which is text here: a character that the lines
-   do not contain replaces it while they are parsed (`hide_returns`).
+   do not contain replaces it while they are parsed (`escape_carriage_returns`).
 2. Quotes are well-formed where every other one opens a field; a newline then ends a row when an
    even number of quotes precedes it (0.2 s). pyarrow reads such rows on one thread (0.15 s; two are
    slower; Python's csv module: 2.2 s).
@@ -288,7 +288,7 @@ def read_header(
     broken = [number for number in lines.broken if number < num_lines]
     if broken and fmt.has_header:
         raise DataError(f"{fmt.name} line {1 + broken[0]}: {lines.broken[broken[0]]}.")
-    fields = [field.decode().replace(lines.stand_in or "\r", "\r") for field in row.fields]
+    fields = [field.decode().replace(lines.cr_placeholder or "\r", "\r") for field in row.fields]
     location = f"{fmt.name} line {1 + line}"
     if fmt.has_header:
         if twice := first_duplicate([name for name in fields if name]):
@@ -339,9 +339,9 @@ def parse_csv(
         table = _read_csv(fmt, good, num_fields, indices)
     assert table is not None
     columns: dict[str, Column] = dict(zip(wanted, table.columns, strict=False))
-    if lines.stand_in:
+    if lines.cr_placeholder:
         for name, column in columns.items():
-            columns[name] = pc.replace_substring(column, lines.stand_in, "\r")
+            columns[name] = pc.replace_substring(column, lines.cr_placeholder, "\r")
 
     def find_rows() -> Rows:
         return well_formed_rows(fmt, data, num_fields) if rows is None else rows

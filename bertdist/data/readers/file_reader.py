@@ -61,8 +61,8 @@ from bertdist.data.readers.text_lines import (
     Parsed,
     Rows,
     decode_lines,
+    escape_carriage_returns,
     first_duplicate,
-    hide_returns,
     is_stateful,
     line_ends,
     read_all,
@@ -302,7 +302,7 @@ class FileReader:
 
     def _decode(self, raw: Any, codec: str, first: int) -> Lines:
         lines = decode_lines(self.file, raw, codec, first, self.skip)
-        return hide_returns(lines) if self.file.is_table else lines
+        return escape_carriage_returns(lines) if self.file.is_table else lines
 
     def _parse(
         self,

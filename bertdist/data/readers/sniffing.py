@@ -25,7 +25,7 @@ from bertdist.data.readers.csv_reader import (
     scan_rows,
     with_line_end,
 )
-from bertdist.data.readers.text_lines import FileFormat, Lines, hide_returns, line_ends
+from bertdist.data.readers.text_lines import FileFormat, Lines, escape_carriage_returns, line_ends
 
 HEAD_BYTES = 1 << 20
 MIN_SPECIAL = 8  # fewer characters above ASCII prove nothing
@@ -72,7 +72,7 @@ def detect_table(
     which stay where nothing else is certain. With an unknown extension, None: this is not a table.
     """
     data = head if is_all else head[: head.rfind(b"\n") + 1]
-    lines = hide_returns(Lines(data, 1, {}))
+    lines = escape_carriage_returns(Lines(data, 1, {}))
     is_table = fmt.kind in ("csv", "tsv")
     unchanged = fmt if is_table else None
     if b"\0" in data:

@@ -63,7 +63,9 @@ class Lines(NamedTuple):
     broken: dict[
         int, str
     ]  # line (from 0) that cannot be decoded -> reason; data has such bytes as \\x81
-    stand_in: str | None = None  # replaces lone carriage returns, see `hide_returns`
+    cr_placeholder: str | None = (
+        None  # replaces lone carriage returns, see `escape_carriage_returns`
+    )
 
 
 class Rows(NamedTuple):
@@ -196,19 +198,19 @@ def _decode_each_line(fmt: FileFormat, raw: bytes, codec: str, first: int, skip:
     return Lines(b"".join(texts), first, broken)
 
 
-def hide_returns(lines: Lines) -> Lines:
+def escape_carriage_returns(lines: Lines) -> Lines:
     """The lines with lone carriage returns replaced by a character that they do not contain."""
     if not re.search(rb"\r(?!\n)", lines.data):
         return lines
     private_use = map(chr, range(0xE000, 0xF900))
-    stand_in = next(char for char in private_use if char.encode() not in lines.data)
-    data = re.sub(rb"\r(?!\n)", stand_in.encode(), lines.data)
-    return lines._replace(data=data, stand_in=stand_in)
+    cr_placeholder = next(char for char in private_use if char.encode() not in lines.data)
+    data = re.sub(rb"\r(?!\n)", cr_placeholder.encode(), lines.data)
+    return lines._replace(data=data, cr_placeholder=cr_placeholder)
 
 
 def reject_old_mac(fmt: FileFormat, lines: Lines) -> None:
     """Raises DataError where a complete file has carriage returns and no newline."""
-    if (lines.stand_in or b"\r" in lines.data) and b"\n" not in lines.data:
+    if (lines.cr_placeholder or b"\r" in lines.data) and b"\n" not in lines.data:
         raise DataError(
             f"{fmt.name}: its lines end with a lone carriage return (old Mac); "
             "convert them to newlines."
@@ -240,7 +242,7 @@ def rows_between(data: bytes, ends: Offsets, lines: Offsets, blank: bool) -> Row
 def row_excerpt(lines: Lines, start: int, end: int) -> str:
     """The row lines.data[start:end] for a SkippedRow."""
     text = lines.data[start : min(end, start + 1000)].decode("utf-8", "ignore")
-    return excerpt(text.replace(lines.stand_in, "\r") if lines.stand_in else text)
+    return excerpt(text.replace(lines.cr_placeholder, "\r") if lines.cr_placeholder else text)
 
 
 def row_excerpts(lines: Lines, rows: Rows, wanted: Sequence[int]) -> list[str]:

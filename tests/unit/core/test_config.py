@@ -186,7 +186,7 @@ def test_names_are_available_before_parsing(
     (tmp_path / "run.yaml").write_text(text or "")
     for config in ([f"--config={tmp_path / 'run.yaml'}"], ["--config", str(tmp_path / "run.yaml")]):
         given = [part for word in words for part in (config if word == "CONFIG" else [word])]
-        assert args.names_given(given) - {"config"} == expected
+        assert args.given_setting_names(given) - {"config"} == expected
 
 
 def test_yaml_of_any_depth_is_one_line(file: Callable[[str], list[str]]) -> None:
@@ -195,11 +195,11 @@ def test_yaml_of_any_depth_is_one_line(file: Callable[[str], list[str]]) -> None
     ]
 
 
-@pytest.mark.parametrize("word", sorted(args._INSTEAD))
+@pytest.mark.parametrize("word", sorted(args.RENAMED_FLAGS))
 def test_flags_of_other_programs_are_answered_with_ours(
     word: str, file: Callable[[str], list[str]]
 ) -> None:
-    answer = args._INSTEAD[word]
+    answer = args.RENAMED_FLAGS[word]
     assert problems([*NEEDED, f"--{word}=1"]) == [f"Unknown setting '{word}': {answer}."]
     words = file(f"seed: 1\n{word}: 1\n")
     assert problems([*words, *NEEDED]) == [
@@ -209,8 +209,10 @@ def test_flags_of_other_programs_are_answered_with_ours(
 
 def test_flags_of_other_programs_are_not_ours_and_their_answers_name_real_flags() -> None:
     known = {field.name for section in SECTIONS for field in dataclasses.fields(section)}
-    assert not known & args._INSTEAD.keys()
-    named = {flag for answer in args._INSTEAD.values() for flag in re.findall(r"--(\w+)", answer)}
+    assert not known & args.RENAMED_FLAGS.keys()
+    named = {
+        flag for answer in args.RENAMED_FLAGS.values() for flag in re.findall(r"--(\w+)", answer)
+    }
     assert named <= known | {field.name for field in dataclasses.fields(PredictConfig)}
 
 

@@ -191,7 +191,9 @@ def predict_rows(
     records = load_records(config.data, "train")
     task = create_task(config.task, label_stats_of(records), None)
     assert records.label_codes is not None
-    targets = np.array([task.target(value) for value in records.label_values])[records.label_codes]
+    targets = np.array([task.encode_label(value) for value in records.label_values])[
+        records.label_codes
+    ]
     lines: list[str] = []
     logits = label_issues.predict_out_of_fold(
         config,

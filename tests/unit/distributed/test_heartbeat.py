@@ -95,22 +95,22 @@ def test_silence_counts_for_ranks_of_other_machines_only(
         first.observe([beat], 5)
         for _ in range(3):
             first.observe([beat], 5)
-        assert first.silence(beat) == 15 and first.dead([beat], 10) == (
+        assert first.seconds_since_heartbeat(beat) == 15 and first.dead([beat], 10) == (
             [far] if beat is far else []
         )
         first.observe([replace(beat, count=beat.count + 1)], 5)
-        assert first.silence(beat) == 0 and first.dead([beat], 10) == []
+        assert first.seconds_since_heartbeat(beat) == 0 and first.dead([beat], 10) == []
 
 
 def test_one_of_all_may_tell(two: tuple[HeartbeatFiles, HeartbeatFiles]) -> None:
     first, second = two
     first.write()
     assert first.failure_report() is None
-    assert second.report_once("lost", "rank 0 is gone").is_printer
+    assert second.report_once("lost", "rank 0 is gone").should_print
     late = first.report_once("lost", "rank 1 is gone")
-    assert (late.text, late.is_printer) == ("rank 0 is gone", False)
+    assert (late.text, late.should_print) == ("rank 0 is gone", False)
     told = first.failure_report()
-    assert told is not None and (told.kind, told.text, told.is_printer) == (
+    assert told is not None and (told.kind, told.text, told.should_print) == (
         "lost",
         "rank 0 is gone",
         False,

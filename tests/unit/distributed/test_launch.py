@@ -455,7 +455,7 @@ def test_a_port_that_is_taken_is_named(rank: int) -> None:
         other.listen()
         (found,) = said([rank], 2, port := other.getsockname()[1], 2)
     assert (
-        found.startswith(f"Ranks cannot meet at 127.0.0.1:{port}: ")
+        found.startswith(f"Rendezvous failed at 127.0.0.1:{port}: ")
         and "give another (--main_process_port to" in found
     )
 
@@ -495,7 +495,7 @@ def test_a_first_rank_that_is_killed_before_all_have_met_is_told() -> None:
     first.communicate(timeout=60)
     assert (
         told
-        == f"rank 1 of 3: rank 0 has left before all had met at 127.0.0.1:{port}; its own message says more.\n"
+        == f"rank 1 of 3: rank 0 exited before the rendezvous completed at 127.0.0.1:{port}; its own message says more.\n"
     )
 
 
@@ -513,7 +513,7 @@ def test_who_is_gone_is_told_by_the_lowest_rank_that_is_left(
         ([me, elsewhere], ([], True)),
         ([], ([], True)),
     ):
-        monkeypatch.setattr(launch, "_ranks_met", met)
+        monkeypatch.setattr(launch, "_rendezvous_ranks", met)
         assert find_dead_ranks(0.2) == found
 
 
@@ -534,7 +534,7 @@ def test_where_no_watchdog_looks_one_rank_tells_who_is_gone(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(launch, "find_dead_ranks", lambda seconds: (gone, mine))
-    monkeypatch.setattr(launch, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(launch, "DEAD_RANK_WAIT_SECONDS", 0.0)
     assert (
         not report_lost_connection(RuntimeError("out of memory")) and capsys.readouterr().err == ""
     )

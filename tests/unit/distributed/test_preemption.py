@@ -146,9 +146,9 @@ def answers(accelerator: Accelerator, told: int) -> tuple[list[bool], list[bool]
 def test_all_ranks_stop_at_the_same_call(n: int) -> None:
     results = run_ranks(n, answers, n - 1)
     assert [said for said, _, _ in results] == [[False, False, True, True]] * n
-    assert [reason for _, _, reason in results] == ["another rank was asked to stop"] * (n - 1) + [
-        "SIGUSR1"
-    ]
+    assert [reason for _, _, reason in results] == ["a stop was requested on another rank"] * (
+        n - 1
+    ) + ["SIGUSR1"]
 
 
 def test_a_rank_by_itself_would_not_have_known() -> None:
@@ -240,7 +240,7 @@ def test_a_launcher_that_went_before_there_was_a_request_is_seen(
 
 @pytest.mark.parametrize(
     ("seen_here_since", "reason"),
-    [(True, "the launcher is gone"), (False, "another rank was asked to stop")],
+    [(True, "the launcher is gone"), (False, "a stop was requested on another rank")],
 )
 def test_a_rank_gives_the_reason_it_can_see_itself(
     seen_here_since: bool, reason: str, monkeypatch: pytest.MonkeyPatch

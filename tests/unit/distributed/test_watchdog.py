@@ -81,8 +81,8 @@ def test_standing_still_working_and_moving_are_told_apart(
     stack = place
 
     def moved(now: float) -> bool:
-        dog._check_movement(now, 1.0)
-        return dog._moved_at == now
+        dog._check_progress(now, 1.0)
+        return dog._progress_at == now
 
     assert moved(1.0), "it was somewhere else"
     assert not moved(2.0)

@@ -103,9 +103,9 @@ def test_only_needed_rows_are_projected() -> None:
 
 def test_groups_by_hand() -> None:
     for kernel, expected in (("buckets", [slice(0, 1), slice(1, 3)]), ("padded", [slice(None)])):
-        texts = deberta._Batch(packing_of([20, 3, 2], kernel), None, CPU)  # type: ignore[arg-type]
+        texts = deberta._PaddedGroups(packing_of([20, 3, 2], kernel), None, CPU)  # type: ignore[arg-type]
         assert [group.texts for group in texts.groups] == expected
-    last = deberta._Batch(packing_of([20, 3, 2]), None, CPU).groups[-1]
+    last = deberta._PaddedGroups(packing_of([20, 3, 2]), None, CPU).groups[-1]
     assert last.pad_index.tolist() == [[20, 21, 22], [23, 24, 0]]
     assert last.mask.tolist() == [[True, True, True], [True, True, False]]
     assert last.unpad_index.tolist() == [0, 1, 2, 3, 4]

@@ -99,8 +99,8 @@ def test_stated_orders_win_in_their_order(stated: dict[str, Any], labels: tuple[
 
 def test_a_target_is_the_index_of_its_label() -> None:
     task = task_of(["10", "9", "2"])
-    assert [task.target(label) for label in ("2", "9", "10", 10)] == [0, 1, 2, 2]
-    assert [task.label(target) for target in (0, 1, np.int64(2))] == ["2", "9", "10"]
+    assert [task.encode_label(label) for label in ("2", "9", "10", 10)] == [0, 1, 2, 2]
+    assert [task.decode_target(target) for target in (0, 1, np.int64(2))] == ["2", "9", "10"]
 
 
 # ---- The kind
@@ -273,7 +273,7 @@ def test_balanced_weights_are_rows_over_labels_times_rows_of_the_label() -> None
     assert isinstance(task, SingleLabel)
     assert task.class_weights == pytest.approx((10 / 9, 10 / 18, 10 / 3))
     targets = np.repeat([1, 0, 2], [6, 3, 1])
-    weights = task.weights(targets)
+    weights = task.row_weights(targets)
     assert weights.dtype == np.float32
     assert weights.sum() == pytest.approx(
         10
@@ -287,13 +287,13 @@ def test_balanced_weights_are_rows_over_labels_times_rows_of_the_label() -> None
 def test_numbers_are_weights_in_the_order_of_the_outputs() -> None:
     task = task_of(["10", "9"], class_weights=["2", "0.5"])
     assert task.labels == ("9", "10")
-    assert task.weights(np.array([0, 1, 1])).tolist() == [2.0, 0.5, 0.5]
+    assert task.row_weights(np.array([0, 1, 1])).tolist() == [2.0, 0.5, 0.5]
 
 
 def test_without_weights_every_row_counts_one() -> None:
-    assert task_of(["a", "b"]).weights(np.array([0, 1, 1])).tolist() == [1.0, 1.0, 1.0]
-    assert MultiLabel(("a",)).weights(np.zeros((2, 1))).tolist() == [1.0, 1.0]
-    assert Regression(("a",)).weights(np.zeros(2)).tolist() == [1.0, 1.0]
+    assert task_of(["a", "b"]).row_weights(np.array([0, 1, 1])).tolist() == [1.0, 1.0, 1.0]
+    assert MultiLabel(("a",)).row_weights(np.zeros((2, 1))).tolist() == [1.0, 1.0]
+    assert Regression(("a",)).row_weights(np.zeros(2)).tolist() == [1.0, 1.0]
 
 
 def test_a_label_without_rows_has_a_finite_balanced_weight() -> None:
@@ -341,9 +341,9 @@ def test_multi_label_records_are_all_above_one_half_the_most_probable_first() ->
     assert [entry["label"] for entry in first["labels"]] == ["a", "c"]
     assert [entry["label"] for entry in second["labels"]] == ["b"]
     assert task.to_records(torch.tensor([[-1.0, -1.0, -1.0]])) == [{"labels": []}]
-    assert task.target(("c", "a")) == [1.0, 0.0, 1.0]
-    assert task.target(()) == [0.0, 0.0, 0.0]
-    assert task.label([1.0, 0.0, 1.0]) == ["a", "c"]
+    assert task.encode_label(("c", "a")) == [1.0, 0.0, 1.0]
+    assert task.encode_label(()) == [0.0, 0.0, 0.0]
+    assert task.decode_target([1.0, 0.0, 1.0]) == ["a", "c"]
 
 
 def test_a_regression_record_is_the_number() -> None:
@@ -354,8 +354,8 @@ def test_a_regression_record_is_the_number() -> None:
         {"label": "score", "score": 1.5},
         {"label": "score", "score": -2.0},
     ]
-    assert task.target("1e-1") == 0.1
-    assert task.label(np.float32(0.5)) == 0.5
+    assert task.encode_label("1e-1") == 0.1
+    assert task.decode_target(np.float32(0.5)) == 0.5
 
 
 # ---- A trained model's task
@@ -425,7 +425,7 @@ def test_an_unknown_problem_type_is_an_error() -> None:
 )
 def test_a_label_that_is_not_of_the_task_is_told(task: Task, label: Any, message: str) -> None:
     with pytest.raises(DataError) as caught:
-        task.target(label)
+        task.encode_label(label)
     assert str(caught.value) == message
 
 

@@ -252,7 +252,7 @@ def test_scores_by_hand(
     )
     records = task.to_records(torch.tensor(logits))
     assert found.predictions == [
-        {"row": row, **record, "truth": task.label(references[row])}
+        {"row": row, **record, "truth": task.decode_target(references[row])}
         for row, record in enumerate(records)
     ]
     assert (found.classes == {}) is isinstance(task, Regression)

@@ -16,13 +16,13 @@ from bertdist.data.readers.csv_reader import (
     scan_rows,
     well_formed_rows,
 )
-from bertdist.data.readers.text_lines import FileFormat, Lines, Parsed, hide_returns
+from bertdist.data.readers.text_lines import FileFormat, Lines, Parsed, escape_carriage_returns
 
 CSV = FileFormat(name="a.csv", kind="csv", quoted=True)
 
 
 def lines_of(text: str, first: int = 1, **broken: str) -> Lines:
-    return hide_returns(
+    return escape_carriage_returns(
         Lines(text.encode(), first, {int(line[1:]): reason for line, reason in broken.items()})
     )
 

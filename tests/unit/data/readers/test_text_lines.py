@@ -10,7 +10,7 @@ from bertdist.data.readers.text_lines import (
     FileFormat,
     Lines,
     decode_lines,
-    hide_returns,
+    escape_carriage_returns,
     line_ends,
     read_all,
     reading,
@@ -100,8 +100,8 @@ def test_only_lines_with_wrong_bytes_are_reported(codec: str, bad: bytes, byte: 
 
 
 def test_a_stand_in_is_a_character_that_the_lines_do_not_contain() -> None:
-    lines = hide_returns(Lines("a\rb\r\n\ue000\r".encode(), 1, {}))
-    assert lines.stand_in == "\ue001" and lines.data == "a\ue001b\r\n\ue000\ue001".encode()
+    lines = escape_carriage_returns(Lines("a\rb\r\n\ue000\r".encode(), 1, {}))
+    assert lines.cr_placeholder == "\ue001" and lines.data == "a\ue001b\r\n\ue000\ue001".encode()
     rows = rows_of_lines(lines.data, blank=True)
     assert row_excerpts(lines, rows, [0, 1]) == [
         r"a\rb",
