@@ -16,7 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ import bertdist.tasks.metrics  # noqa: F401  imported before the ranks are forke
 from bertdist.core.args import read_config
 from bertdist.core.errors import DataError
 from bertdist.data.batch import Step
+from bertdist.data.records import Records, records_from_texts
 from bertdist.data.source import Chunk, ReaderState, SkippedRow, locate_rows
 from bertdist.distributed.launch import configure_process
 from bertdist.training import throughput
@@ -125,6 +126,19 @@ def make_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
         words = [str(random.choice((*moods, OTHER)[kind])) for kind in kinds]
         rows.append({"text": " ".join(words), "label": label})
     return rows
+
+
+def labelled_records(
+    values: Sequence[Any], codes: Sequence[int], pairs: Sequence[str] | None = None
+) -> Records:
+    """Records with labels, as a source gives them: row i has values[codes[i]]."""
+    return replace(
+        records_from_texts([f"text {i}" for i in range(len(codes))], pairs),
+        label_kind="text",
+        label_values=list(values),
+        label_codes=np.array(codes, dtype=np.int32),
+        label_column="label",
+    )
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

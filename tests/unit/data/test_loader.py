@@ -3,11 +3,13 @@
 import contextlib
 import itertools
 import multiprocessing
+import os
 import pickle
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +18,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows import labelled_records
 from torch.utils.data import DataLoader
 
+from bertdist.core.args import read_config
+from bertdist.core.config import BatchConfig, ModelConfig
 from bertdist.core.errors import DataError
 from bertdist.data import sharding as batching
 from bertdist.data.batch import (
@@ -28,9 +33,17 @@ from bertdist.data.batch import (
     split_batch,
     split_by_tokens,
 )
-from bertdist.data.loader import MapLoader
+from bertdist.data.loader import (
+    EVALUATION_ROWS,
+    MapLoader,
+    create_eval_loader,
+    create_train_loader,
+    loader_settings,
+)
 from bertdist.data.sharding import balance_by_length, epoch_order, prefetch_to_device
-from bertdist.data.tokenization import Example
+from bertdist.data.stats import DatasetStats, LabelStats
+from bertdist.data.tokenization import Example, load_tokenizer
+from bertdist.tasks.tasks import SingleLabel
 
 pytestmark = [
     # Loader workers are forked, also where a test before this one has started threads (Python 3.12 warns of it).
@@ -621,3 +634,72 @@ def test_on_a_gpu_the_next_step_is_sent_before_this_one_is_handed_out(
         "sent 2 copies", "running waits for event 1", "running reads 1", "step 1 on running",
         "running waits for event 2", "running reads 2", "step 2 on running",
     ]  # fmt: skip
+
+
+# --- Loaders of a configuration
+
+
+def rank_of(ranks: int = 1, rank: int = 0, device: str = "cpu") -> Any:
+    """What `loader_settings` reads of an Accelerator."""
+    return SimpleNamespace(
+        num_processes=ranks, process_index=rank, device=torch.device(device), mixed_precision="no"
+    )
+
+
+def test_training_batches_are_shuffled_and_others_are_in_row_order(tiny_model: Path) -> None:
+    words = [
+        "--model_name_or_path=m",
+        "--train_file=t.tsv",
+        "--validation_file=d.tsv",
+        "--output_dir=o",
+        "--early_stopping_patience=9",
+        "--train_batch_size=5",
+        "--tokens_per_micro_batch=64",
+        "--dataloader_num_workers=0",
+        "--seed=3",
+    ]
+    config, rows = read_config(words), labelled_records(["no", "yes"], [0, 1])
+    task = SingleLabel(("no", "yes"))
+    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(tiny_model)))
+    train = create_train_loader(
+        rows,
+        DatasetStats(LabelStats("text", ["no", "yes"], [1, 1], None, "label"), [2]),
+        tokenizer,
+        task,
+        config,
+        rank_of(3, 2),
+    )
+    dev = create_eval_loader(rows, tokenizer, task, config, rank_of(3, 2))
+    assert isinstance(train, MapLoader) and dev is not None
+    assert (train.shuffle, train.seed, train.rows_per_step) == (True, 3, 5)
+    assert (dev.shuffle, dev.rows_per_step) == (False, EVALUATION_ROWS)
+    for batches in (train, dev):
+        assert (batches.rank, batches.ranks, batches.tokens_per_micro_batch, batches.workers) == (
+            2,
+            3,
+            64,
+            0,
+        )
+        assert not batches.pin
+    assert loader_settings(config.batch, rank_of(device="cuda"))["pin"]
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "asked", "workers"),
+    [
+        (8, 1, None, 1),
+        (2, 1, None, 1),
+        (1, 1, None, 0),
+        (2, 2, None, 0),
+        (4, 2, None, 1),
+        (1, 1, 3, 3),
+        (8, 1, 0, 0),
+    ],
+)
+def test_a_worker_has_a_core_of_its_own_unless_asked_for(
+    cores: int, ranks: int, asked: int | None, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    config = BatchConfig(dataloader_num_workers=asked)
+    assert loader_settings(config, rank_of(ranks))["workers"] == workers

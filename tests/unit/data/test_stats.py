@@ -13,15 +13,17 @@ from forked import run_ranks
 from rows import MemoryRows
 
 from bertdist.core.args import read_config
-from bertdist.core.config import TrainConfig
+from bertdist.core.config import TaskConfig, TrainConfig
 from bertdist.core.errors import DataError
 from bertdist.data.records import ColumnNames, records_from_texts
 from bertdist.data.stats import (
     DatasetStats,
     LabelStats,
     collect_stats,
+    create_task,
 )
 from bertdist.data.streaming import Stream
+from bertdist.tasks.tasks import SingleLabel
 
 ALONE: Any = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1)
 STEPS = ["--max_train_steps=9", "--eval_every=3 steps", "--save_every=50%"]
@@ -172,3 +174,14 @@ def test_a_rank_that_cannot_see_the_first_rows_does_not_fail_alone(
         == ["rank 1: file row 0: no more can be read."] * 2
     )
     assert run_ranks(2, first_look, [good, good], tmp_path) == ["known"] * 2
+
+
+def test_the_task_is_that_of_the_training_rows() -> None:
+    labels = LabelStats("text", ["yes", "no"], [3, 1], None, "label")
+    assert create_task(TaskConfig(class_weights=["balanced"]), labels, None) == SingleLabel(
+        ("no", "yes"), class_weights=(2.0, 2 / 3)
+    )
+    assert create_task(TaskConfig(), labels, ("yes", "no")).labels == ("yes", "no")
+    assert create_task(
+        TaskConfig(), LabelStats("number", [0.5, 1.5], [1, 1], None, "stars"), None
+    ).labels == ("stars",)

@@ -12,13 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from rows import labelled_records
 
 from bertdist.core.args import read_config
 from bertdist.core.config import config_to_yaml
 from bertdist.core.errors import CheckpointError, DataError
 from bertdist.core.terminal import print_error
+from bertdist.data.records import records_from_texts
+from bertdist.data.stats import DatasetStats, LabelStats
+from bertdist.tasks.tasks import SingleLabel
 from bertdist.training.checkpoint import TrainState
-from bertdist.training.run_logger import RunLogger
+from bertdist.training.run_logger import RunLogger, describe_data
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -477,3 +481,22 @@ def test_a_start_describes_the_run(log: RunLogger, tmp_path: Path) -> None:
     assert lines_of(tmp_path) == OLD[:3], "the evaluation of step 2 will be repeated"
     log.start(TrainState(step=1, finished=True), 9, config, accelerator)
     assert status_of(tmp_path)["state"] == "finished" and lines_of(tmp_path) == OLD[:2]
+
+
+def test_what_is_said_of_the_data_is_true() -> None:
+    task = SingleLabel(("no", "yes"))
+    rows = labelled_records(["no", "yes"], [0, 1], pairs=["a", "b"])
+    known = DatasetStats(LabelStats("text", ["no", "yes"], [1, 1], None, "label"), [2])
+    assert describe_data(rows, known, records_from_texts(["x"] * 1234), task) == [
+        "Training rows: 2 of texts, text in 'text' and 'pair'; validation rows: 1,234 of texts.",
+        "Task: single_label_classification; outputs in order: no, yes.",
+    ]
+    many = SingleLabel(tuple(f"l{i}" for i in range(12)))
+    _, line = describe_data(rows, known, None, many)
+    assert line.endswith(
+        "outputs in order: l0, l1, l2, l3, l4, l5, l6, l7, l8, l9, ... (12 in total)."
+    )
+    assert (
+        "validation rows: none, the last weights count as the best."
+        in describe_data(rows, known, None, task)[0]
+    )
