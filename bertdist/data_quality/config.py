@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-
 from bertdist.core.args import config_problems, data_problems, parse_arguments
 from bertdist.core.config import (
     BatchConfig,
