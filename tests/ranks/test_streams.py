@@ -149,7 +149,9 @@ def test_a_place_that_is_not_kept_is_seen(
 
     def forget(accelerator: Accelerator) -> None:
         advance = TrainState.advance
-        TrainState.advance = lambda self, step: advance(self, replace(step, after=None))  # type: ignore[method-assign]
+        TrainState.advance = lambda self, step, loss: advance(  # type: ignore[method-assign]
+            self, replace(step, next_reader_state=None), loss
+        )
 
     given = words(tiny_model, tmp_path / "out", files)
     with pytest.raises(RankError, match="ended with status 9"):
