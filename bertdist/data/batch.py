@@ -1,4 +1,4 @@
-"""Micro-batches without padding: `PackedBatch`, one rank's `Step` of them, and how texts are split by tokens.
+"""Micro-batches without padding (`PackedBatch`), and one rank's `Step` of them.
 
 Shapes: T tokens, N texts of a micro-batch.
 """
@@ -40,7 +40,7 @@ class PackedBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Tell the allocator that `stream` reads the batch, not only the stream it was copied on."""
+        """`Tensor.record_stream` for every tensor: `stream` uses memory allocated on another."""
         for value in vars(self).values():
             if isinstance(value, Tensor):
                 value.record_stream(stream)
@@ -50,7 +50,7 @@ class PackedBatch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as arrays for loader workers: as shared tensors, every field of every prefetched batch would hold an open file."""
+        """Pickle as NumPy arrays: each tensor that a worker shares would hold a file open."""
         fields = vars(self).items()
         return _unpack, ({n: v.numpy() if isinstance(v, Tensor) else v for n, v in fields},)
 
@@ -67,14 +67,14 @@ def _unpack(fields: dict[str, Any]) -> PackedBatch:
 class Step:
     """One rank's part of one optimizer step."""
 
-    number: int  # counts from 0 over the whole run
+    number: int  # from 0, over the entire run
     micro_batches: list[PackedBatch]  # of this rank, never empty
     rows: int  # rows of the step, all ranks together
     idle: bool = False  # this rank has no row in this step, and one text of weight 0
     # Of a stream:
     window_state: ReaderState | None = None  # reading from here gives the window of its rows
     next_reader_state: ReaderState | None = None  # where reading continues after this step
-    skipped_rows: tuple[SkippedRow, ...] = ()  # found while reading this step's rows
+    skipped_rows: tuple[SkippedRow, ...] = ()  # while reading this step's rows
 
     @property
     def lengths(self) -> list[tuple[int, ...]]:
@@ -91,15 +91,18 @@ class Step:
 
 
 def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of the texts of each micro-batch: longest first, at most `max_tokens` tokens each (a longer text goes alone)."""
+    """Indices of the texts of each micro-batch: longest first, at most `max_tokens` tokens each.
+
+    A text longer than that is a micro-batch by itself.
+    """
     parts: list[list[int]] = []
-    tokens_left = 0
+    remaining = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not parts or lengths[index] > tokens_left:
+        if not parts or lengths[index] > remaining:
             parts.append([])
-            tokens_left = max_tokens
+            remaining = max_tokens
         parts[-1].append(index)
-        tokens_left -= lengths[index]
+        remaining -= lengths[index]
     return parts
 
 
@@ -124,10 +127,10 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
 
 
 def split_batch(batches: Sequence[PackedBatch], max_tokens: int) -> list[PackedBatch]:
-    """A rank's micro-batches of a step, split again: bit for bit what `split_by_tokens` gives with `max_tokens`.
+    """A rank's micro-batches of a step, split again: bit-identical to splitting the step at once.
 
-    batches: as split before, longest text first. So a rank that halves its micro-batches during a run computes the same as a
-    run that begins with the halves.
+    batches: as split before, longest text first. So a rank that halves its micro-batches during a
+    run computes the same as a run that begins with the halves.
     """
     lengths = [length for batch in batches for length in batch.lengths]
     ends = list(accumulate(lengths, initial=0))

@@ -4,7 +4,8 @@
     for step in loader.steps(start, stop, reader_state):
         step.micro_batches
 
-Rows in memory give a `MapLoader`, a stream (--streaming) a `streaming.StreamLoader`. How steps are made: data/sharding.py.
+For rows in memory this is a `MapLoader`, for a stream (--streaming) a `streaming.StreamLoader`.
+How rows become steps: data/sharding.py.
 """
 
 import os
@@ -51,7 +52,7 @@ EVALUATION_ROWS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class MapLoader:
-    """A split in steps, as one of `ranks` ranks sees it. Stateless: `steps(k, ...)` begins at step k.
+    """One rank's part of the steps of a split. Stateless: `steps(k, ...)` begins at step k.
 
     shuffle: training, in the order of `epoch_order`, epoch after epoch; else one pass in row order.
     """
@@ -73,13 +74,16 @@ class MapLoader:
         return -(-len(self.dataset) // self.rows_per_step)
 
     def total_steps(self, run: RunConfig) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the entire run."""
         return count_steps(run, self.steps_per_epoch)
 
     def steps(
         self, start: int, stop: int, reader_state: ReaderState | None = None
     ) -> Iterator[Step]:
-        """This rank's part of steps start, ..., stop - 1, counted over the whole run. reader_state: unused, see StreamLoader."""
+        """This rank's part of steps start, ..., stop - 1 of the run.
+
+        reader_state: unused, see StreamLoader.
+        """
         messages = _Messages(self, stop)
         sampler = range(start, stop, messages.steps_per_message)
         return iterate_loader(messages, self.workers, self.pin, sampler)
@@ -131,15 +135,14 @@ def create_train_loader(
     task: Task,
     config: TrainConfig,
     accelerator: Accelerator,
-) -> "Loader":
-    """The training rows in steps for this rank, in training order. Raises DataError and ConfigError."""
+) -> Loader:
+    """This rank's loader of the training rows. Raises DataError and ConfigError."""
     settings = loader_settings(config.batch, accelerator)
     if not isinstance(rows, Records):
         from bertdist.data.streaming import create_stream_loader
 
-        return create_stream_loader(
-            rows, stats.rows, tokenizer, task, config, settings, accelerator
-        )
+        counts = stats.rows
+        return create_stream_loader(rows, counts, tokenizer, task, config, settings, accelerator)
     return MapLoader(
         dataset=create_dataset(rows, tokenizer, task, config.model.max_length),
         rows_per_step=config.batch.train_batch_size,
@@ -157,7 +160,7 @@ def create_eval_loader(
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> MapLoader | None:
-    """The rows to evaluate in steps for this rank, in row order; None where there are none. Raises DataError."""
+    """This rank's loader of the validation rows, if there are any. Raises DataError."""
     if not rows:
         return None
     dataset = create_dataset(rows, tokenizer, task, config.model.max_length)
@@ -166,7 +169,7 @@ def create_eval_loader(
 
 
 def loader_settings(config: BatchConfig, accelerator: Accelerator) -> dict[str, Any]:
-    """The fields of a loader that follow from the launch: rank, ranks, workers, pin, and a first tokens_per_micro_batch."""
+    """The fields of a loader that follow from the launch, and a first tokens_per_micro_batch."""
     workers = config.dataloader_num_workers
     if workers is None:
         has_affinity = hasattr(os, "sched_getaffinity")

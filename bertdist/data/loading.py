@@ -1,7 +1,7 @@
-"""A data config -> `Records` or a `Stream`: local files, URLs, Hub data sets, GLUE tasks; and the rows that were skipped.
+"""Load data as configured: files, URLs, Hub data sets and GLUE tasks -> `Records` or a `Stream`.
 
-`load_splits` for training and scoring, `load_texts` for prediction. Which columns are read, what counts as a label and what as
-missing is decided in `records` and `columns`, the same for all of them.
+`load_splits` is for training and evaluation, `load_texts` for prediction. Which columns are read,
+and which labels are valid or missing, is decided in data/records.py and data/columns.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,7 +46,7 @@ GLUE: dict[str, tuple[str, str | None]] = {
 
 
 class Splits(NamedTuple):
-    """The rows to learn from and those to score, if any."""
+    """The training rows and the validation rows, if any."""
 
     train: "Records | Stream"
     validation: Records | None
@@ -86,7 +86,7 @@ def load_records(data: DataConfig, split: Literal["train", "validation"]) -> Rec
 
 def _load_files(patterns: Sequence[str], data: DataConfig, limit: int | None) -> Records:
     by_pattern: list[list[Records]] = []
-    # With "skip": the first label of all; rows whose label is of another kind are skipped.
+    # With "skip": the first label of the split; rows whose label is of another kind are skipped.
     first_label: LabelValue | None = None
     for pattern in patterns:
         by_pattern.append([])
@@ -156,7 +156,7 @@ def _load_hub_split(data: DataConfig, split: str, limit: int | None) -> Records 
 
 
 def _find_hub_split(data: DataConfig, split: str) -> tuple[Any, str]:
-    """A datasets.Dataset and its name; None where no validation split is named and there is no 'validation'."""
+    """A datasets.Dataset and its name; None without --validation_split and a 'validation' split."""
     from bertdist.data.readers.hub_reader import load_hub_splits
 
     path, config = _hub_path(data)
@@ -168,25 +168,28 @@ def _find_hub_split(data: DataConfig, split: str) -> tuple[Any, str]:
     if requested is None:
         usual = "validation_matched" if data.task_name == "mnli" else "validation"
         return splits.get(usual), f"{name} split {usual!r}"
-    name_of_split = f"{name} split {requested!r}"
+    split_name = f"{name} split {requested!r}"
     try:
         if requested in splits:
-            return splits[requested], name_of_split
+            return splits[requested], split_name
         # Such as 'train[:90%]'.
-        return datasets.load_dataset(path, config, split=requested), name_of_split
+        return datasets.load_dataset(path, config, split=requested), split_name
     except ValueError:
         advice = did_you_mean(requested, splits)
         raise DataError(f"{name} has no split {requested!r}.{advice}") from None
 
 
 def _hub_path(data: DataConfig) -> tuple[str, str | None]:
-    """Path and configuration. --task_name together with --dataset_name: another copy of GLUE, with the task's columns."""
+    """Path and configuration. --task_name with --dataset_name: another copy of GLUE."""
     path = data.dataset_name or "nyu-mll/glue"
     return path, data.dataset_config_name or (None if data.dataset_name else data.task_name)
 
 
 def open_stream(data: DataConfig, seed: int) -> "Stream":
-    """The training rows, to be read as they are needed; with --on_bad_row skip, reads the first ones. Raises DataError."""
+    """The training rows, read as they are needed. Raises DataError.
+
+    With --on_bad_row skip, reads the first rows.
+    """
     from bertdist.data.streaming import Stream
 
     groups: list[list[DataSource]]
@@ -201,13 +204,12 @@ def open_stream(data: DataConfig, seed: int) -> "Stream":
 
         groups = [[HubReader(*_hub_path(data), data.train_split)]]
         name = str(data.dataset_name or data.task_name)
-    first = groups[0][0]
+    first, requested = groups[0][0], _requested(data)
+    columns = choose_columns(first.name, first.column_names(), requested, first.has_header)
     return Stream(
         name=name,
         source_groups=groups,
-        columns=choose_columns(
-            first.name, first.column_names(), _requested(data), first.has_header
-        ),
+        columns=columns,
         label_delimiter=data.label_delimiter,
         window_rows=data.stream_window,
         seed=seed,
@@ -251,7 +253,10 @@ def load_texts(
     quoting: str,
     encoding: str | None,
 ) -> Records:
-    """The rows of a file without labels, for prediction; a .txt file has one text per line, blank lines too. Raises DataError."""
+    """The rows of a file without labels, for prediction. Raises DataError.
+
+    A .txt file has one text per line, blank lines included.
+    """
     from bertdist.data.readers.file_reader import FileReader, inspect_file
     from bertdist.data.readers.remote import list_files
 
@@ -280,7 +285,7 @@ def _short_name(patterns: Sequence[str]) -> str:
 
 
 def _requested(data: DataConfig) -> ColumnNames:
-    """The columns that flags name, or that a GLUE task has. Raises DataError for an unknown task."""
+    """The columns that flags name, or those of a GLUE task. Raises DataError for an unknown task."""
     labels = data.label_column, data.label_columns
     requested = ColumnNames(data.text_column, data.text_pair_column, *labels)
     if data.task_name is None or data.text_column is not None or data.train_file:
@@ -295,20 +300,22 @@ def _requested(data: DataConfig) -> ColumnNames:
 def collect_skipped_rows(
     stats: DatasetStats, eval_rows: Records | None, config: TrainConfig, accelerator: Accelerator
 ) -> SkippedRows:
-    """The rows skipped so far, also by an earlier start; rank 0 writes them. Raises DataError where they are too many."""
+    """The rows skipped so far, also by an earlier start; rank 0 writes them to bad_rows.jsonl.
+
+    Raises DataError if there are more than --max_bad_rows.
+    """
     path = Path(config.run.output_dir) / "bad_rows.jsonl"
     own_path = path if accelerator.is_main_process else None
     skipped_rows = SkippedRows(config.data.on_bad_row, config.data.max_bad_rows, own_path)
     if config.data.on_bad_row == "skip":
         skipped_rows.add(read_skipped_rows(path))
-    skipped_rows.add_and_write(
-        [*stats.skipped_rows, *(eval_rows.skipped_rows if eval_rows else ())]
-    )
+    of_validation = eval_rows.skipped_rows if eval_rows else ()
+    skipped_rows.add_and_write([*stats.skipped_rows, *of_validation])
     return skipped_rows
 
 
 def record_skipped_rows(skipped_rows: SkippedRows, step: Step, accelerator: Accelerator) -> None:
-    """Add rows of a stream skipped before a step, the same on all ranks; rank 0 writes. Raises DataError on all ranks."""
+    """Add a stream's rows skipped before a step. Raises DataError on all ranks."""
     if step.skipped_rows:
         with raise_on_all_ranks(accelerator):
             skipped_rows.add_and_write(step.skipped_rows)

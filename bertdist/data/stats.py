@@ -1,6 +1,7 @@
-"""What must be known of the training rows before the first step: their labels, and how many there are (`DatasetStats`).
+"""Statistics of the training rows, needed before the first step: labels and number of rows.
 
-For rows in memory both are at hand. A stream is read once for them (data/stream_scan.py), unless flags give them.
+Rows in memory are counted. A stream is read once (data/stream_scan.py), unless flags make this
+unnecessary.
 """
 
 import hashlib
@@ -31,15 +32,15 @@ class LabelStats(NamedTuple):
     kind: LabelKind
     values: list[LabelValue]  # distinct
     counts: list[int]  # rows of each
-    class_names: tuple[str, ...] | None  # that the source defines, in its order
+    class_names: tuple[str, ...] | None  # label names that the source defines, in its order
     column: str
 
 
 class DatasetStats(NamedTuple):
-    """The training rows in numbers."""
+    """Statistics of the training rows."""
 
     labels: LabelStats
-    rows: list[int]  # of each source; none: not counted
+    rows: list[int]  # number of rows of each source; empty: not counted
     skipped_rows: Sequence[SkippedRow] = ()
 
 
@@ -58,7 +59,10 @@ def collect_stats(
     say: Callable[[str], None],
     stop: StopSignal | None = None,
 ) -> DatasetStats | None:
-    """A collective: of a stream, each rank reads some files. None where `stop` was requested meanwhile. Raises DataError."""
+    """A collective: of a stream, each rank reads some files. Raises DataError.
+
+    Returns None if `stop` was requested meanwhile.
+    """
     if isinstance(rows, Records):
         return DatasetStats(label_stats_of(rows), [len(rows)], rows.skipped_rows)
     with raise_on_all_ranks(accelerator):
@@ -84,7 +88,7 @@ def collect_stats(
 
 
 def _reasons_to_scan(config: TrainConfig, labels: LabelStats) -> list[str]:
-    """Why a stream must be read before its first step; none: flags give everything."""
+    """Why a stream must be read before its first step; empty: it need not be."""
     task, run = config.task, config.run
     reasons = []
     is_number = labels.kind == "number" or task.problem_type == "regression"
@@ -114,7 +118,7 @@ def data_fingerprint(
     train_rows: "Records | Stream",
     eval_rows: Records | None,
 ) -> dict[str, object]:
-    """What must be the same on all ranks before the model is built: rows (as digests), tokenizer, model config."""
+    """Digests of what must be the same on all ranks: rows, tokenizer, model config."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     rows = [train_rows, *([eval_rows] if eval_rows else [])]
     return {

@@ -1,6 +1,7 @@
-"""Records -> token ids and targets. `TokenizedDataset` tokenizes the rows it is indexed with, when it is indexed.
+"""Records -> token ids and targets. `TokenizedDataset` tokenizes rows when they are accessed.
 
-Truncation is decided here and nowhere else. One tokenizer call per list of rows: 32 sentences of SST-2 cost about 1.5 ms.
+All truncation happens here. One tokenizer call per list of rows: 32 sentences of SST-2 cost about
+1.5 ms.
 """
 
 from collections.abc import Sequence
@@ -57,9 +58,9 @@ class TokenizedDataset:
 def create_dataset(
     records: Records, tokenizer: PreTrainedTokenizerBase, task: Task | None, max_length: int
 ) -> TokenizedDataset:
-    """Checks every label of the split. Raises DataError with the location of the first row whose label is not of the task.
+    """Checks every label of the split. task None: rows without labels, for prediction.
 
-    task None: rows without labels, for prediction.
+    Raises DataError with the location of the first row whose label is not of the task.
     """
     targets: Array = np.zeros(len(records), dtype=np.int64)
     weights: Array = np.ones(len(records), dtype=np.float32)
@@ -89,15 +90,14 @@ def encode(
 ) -> list[tuple[list[int], list[int]]]:
     """(ids, segments) of each record, at most max_length ids, special tokens included.
 
-    Of a pair the longer text is truncated first. A single text of millions of characters is cut before it is tokenized, where
-    that cannot change the ids (`_beginning`).
+    Of a pair the longer text is truncated first. A single text of more than LONG_TEXT characters
+    is cut before it is tokenized, where that cannot change the ids (`_cut`).
     """
     pairs = None if records[0].pair is None else [record.pair for record in records]
     texts = [record.text for record in records]
     if pairs is None and tokenizer.truncation_side == "right":
         texts = [
-            text if len(text) <= LONG_TEXT else _beginning(text, tokenizer, max_length)
-            for text in texts
+            text if len(text) <= LONG_TEXT else _cut(text, tokenizer, max_length) for text in texts
         ]
     encoded = tokenizer(
         texts,
@@ -112,11 +112,11 @@ def encode(
     return list(zip(ids, segments, strict=True))
 
 
-def _beginning(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
-    """The shortest of text[:20k], text[:40k], ... that, up to its last word before a blank, has max_length tokens or more.
+def _cut(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    """The shortest of text[:20k], text[:40k], ... that still has max_length tokens or more.
 
-    No tokenizer here merges a word with the blank after it, so the text after that cannot change those ids.
-    1,000,000 characters: 1.6 s without the cut, 3 ms with it.
+    It ends before a blank: no supported tokenizer merges a word with the blank after it, so the
+    text after that cannot change those ids. 1,000,000 characters: 1.6 s without the cut, 3 ms with.
     """
     size = LONG_TEXT
     while size < len(text):
@@ -129,7 +129,10 @@ def _beginning(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, or --tokenizer_name; raises ModelError, and ConfigError where --max_length is more than it can do."""
+    """The model's tokenizer, or --tokenizer_name.
+
+    Raises ModelError, and ConfigError if --max_length is more than the tokenizer's limit.
+    """
     from bertdist.core.hub import explain_hub_error, probe_hub
 
     name = config.tokenizer_name or config.model_name_or_path
@@ -139,20 +142,21 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             name, revision=config.model_revision, trust_remote_code=False
         )
         # transformers 5.23 makes an empty one where there are no files.
-        has_words = len(tokenizer) > len(tokenizer.all_special_tokens)
+        is_usable = len(tokenizer) > len(tokenizer.all_special_tokens)
     except Exception as error:  # damaged files raise a dozen kinds, some of them plain Exception
         if not Path(name).is_dir():
+            reason = explain_hub_error(error, name)
             raise ModelError(
-                f"No tokenizer {name!r}, neither a folder here nor of the hub. {explain_hub_error(error, name)}"
+                f"No tokenizer {name!r}, neither a folder here nor on the Hub. {reason}"
             ) from None
-        has_words = False
-    if not has_words:
+        is_usable = False
+    if not is_usable:
         raise ModelError(
-            f"{name} holds no tokenizer that can be read; expected tokenizer.json or vocab.txt."
+            f"{name} has no tokenizer that can be read; expected tokenizer.json or vocab.txt."
         )
     if config.max_length > tokenizer.model_max_length:
-        limit = tokenizer.model_max_length
         raise ConfigError(
-            f"--max_length is {config.max_length}; the tokenizer of {name} takes at most {limit} tokens."
+            f"--max_length is {config.max_length}; the tokenizer of {name} supports at most "
+            f"{tokenizer.model_max_length} tokens."
         )
     return tokenizer

@@ -37,7 +37,7 @@ def raise_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
         yield
     except BertdistError as caught:
         error = caught
-    errors = [error] if accelerator.num_processes == 1 else gather_object([error])
+    errors = gather_from_all_ranks(accelerator, [error])
     failed = {rank: error for rank, error in enumerate(errors) if error is not None}
     if not failed:
         return

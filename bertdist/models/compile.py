@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from bertdist.data.batch import collate
 from bertdist.data.tokenization import Example
+from bertdist.distributed.collectives import gather_from_all_ranks
 from bertdist.models.architectures import ARCHITECTURES, AfterAttention, Attention
 from bertdist.models.attention import Packing
 from bertdist.models.classifier import Classifier
@@ -75,7 +75,7 @@ def compile_layers(
             message = str(error).partition("\n\nSet TORCH")[0] or "no message"
             line = f"{type(error).__name__}: {message}"
             reason = textwrap.shorten(line, 300, placeholder=" ...")
-    reasons = [reason] if accelerator.num_processes == 1 else gather_object([reason])
+    reasons = gather_from_all_ranks(accelerator, [reason])
     failed = [(rank, each) for rank, each in enumerate(reasons) if each is not None]
     if not failed:
         return f"--torch_compile: the layers are compiled ({perf_counter() - start:.0f} s)."

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -42,7 +41,11 @@ from bertdist.core.atomic_io import (
 from bertdist.core.errors import CheckpointError
 from bertdist.data.batch import Step
 from bertdist.data.source import STREAM_START, ReaderState
-from bertdist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
+from bertdist.distributed.collectives import (
+    broadcast_from_rank0,
+    gather_from_all_ranks,
+    raise_on_all_ranks,
+)
 from bertdist.training.resume_check import (
     RESETS_BEST,
     Change,
@@ -147,8 +150,8 @@ class Checkpointer:
     ) -> None:
         """Write step_N, delete the oldest. A collective; raises CheckpointError on all ranks."""
         ranks, scaler = self.accelerator.num_processes, self.accelerator.scaler
-        readers = [train_state.reader_state]
-        readers = gather_object(readers) if ranks > 1 else readers
+        readers = gather_from_all_ranks(self.accelerator, [train_state.reader_state])
+        one_for_all = all(each == readers[0] for each in readers)
         state = {
             "format": FORMAT,
             "version": bertdist.__version__,
@@ -157,10 +160,7 @@ class Checkpointer:
             "may_change": self.signature.may_change,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "ranks": ranks,
-            # one for all ranks if they are equal
-            "reader_states": readers
-            if any(each != readers[0] for each in readers)
-            else readers[:1],
+            "reader_states": readers[:1] if one_for_all else readers,
         }
 
         def fill(folder: Path) -> None:

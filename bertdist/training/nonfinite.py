@@ -34,7 +34,6 @@ from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -45,7 +44,7 @@ from bertdist.core.errors import NonFiniteError
 from bertdist.data.batch import PackedBatch, Step, split_batch
 from bertdist.data.loader import Loader
 from bertdist.data.source import excerpt
-from bertdist.distributed.collectives import raise_on_all_ranks
+from bertdist.distributed.collectives import gather_from_all_ranks, raise_on_all_ranks
 from bertdist.models.cpu_layers import zero_grad
 from bertdist.models.dropout import seed_dropout
 from bertdist.tasks.tasks import Task
@@ -194,7 +193,7 @@ class NonFiniteGuard:
         locations = self.batches.locations([row["row"] for row in rows], step.window_state)
         for row, location in zip(rows, locations, strict=True):
             row["where"] = location
-        gathered = gather_object(rows) if self.accelerator.num_processes > 1 else rows
+        gathered = gather_from_all_ranks(self.accelerator, rows)
         return sorted(gathered, key=lambda row: int(row["row"]))
 
     def _name_operation(self, step: Step) -> str:
@@ -208,7 +207,7 @@ class NonFiniteGuard:
             batch = batch.to(self.accelerator.device)
             anomaly = anomaly or find_anomaly(partial(self._loss, batch))
             self._clear_gradients()
-        gathered = gather_object([anomaly]) if self.accelerator.num_processes > 1 else [anomaly]
+        gathered = gather_from_all_ranks(self.accelerator, [anomaly])
         anomalies = {rank: each for rank, each in enumerate(gathered) if each is not None}
         if not anomalies:
             return (

@@ -196,7 +196,7 @@ def test_a_data_set_that_the_hub_does_not_give(tiny_model: Path, tmp_path: Path,
         ),
         (
             ["--train_file", "{file}", "--tokenizer_name", "bert-base-uncasde"],
-            "No tokenizer 'bert-base-uncasde', neither a folder here nor of the hub. ",
+            "No tokenizer 'bert-base-uncasde', neither a folder here nor on the Hub. ",
         ),
     ],
     ids=["task", "metric", "tokenizer"],

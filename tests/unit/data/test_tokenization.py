@@ -306,7 +306,7 @@ def test_a_careless_cut_would_be_seen(
         (lambda text, *rest: text[:9], "good good good"),
     ):
         monkeypatch.setattr(tokenization, "LONG_TEXT", 10)
-        monkeypatch.setattr(tokenization, "_beginning", careless)
+        monkeypatch.setattr(tokenization, "_cut", careless)
         assert encode([record(text)], kinds[kind], 64) != [whole(text, None, kinds[kind], 64)]
 
 
@@ -479,7 +479,7 @@ def test_more_tokens_than_the_tokenizer_can_are_an_error(tiny_model: Path) -> No
         load_tokenizer(ModelConfig(model_name_or_path=str(tiny_model), max_length=513))
     assert (
         str(caught.value)
-        == f"--max_length is 513; the tokenizer of {tiny_model} takes at most 512 tokens."
+        == f"--max_length is 513; the tokenizer of {tiny_model} supports at most 512 tokens."
     )
 
 
@@ -502,7 +502,7 @@ def test_a_folder_without_a_tokenizer_is_one_line(name: str, tmp_path: Path) -> 
     assert isinstance(caught.value, ModelError)
     assert (
         str(caught.value)
-        == f"{tmp_path} holds no tokenizer that can be read; expected tokenizer.json or vocab.txt."
+        == f"{tmp_path} has no tokenizer that can be read; expected tokenizer.json or vocab.txt."
     )
 
 
@@ -510,6 +510,6 @@ def test_a_name_that_is_no_folder_is_one_line() -> None:
     with pytest.raises(ModelError) as caught:
         load_tokenizer(ModelConfig(model_name_or_path="no-such/model"))
     assert str(caught.value).startswith(
-        "No tokenizer 'no-such/model', neither a folder here nor of the hub. HF_HUB_OFFLINE is set, "
+        "No tokenizer 'no-such/model', neither a folder here nor on the Hub. HF_HUB_OFFLINE is set, "
     )
     assert "\n" not in str(caught.value)

@@ -330,7 +330,9 @@ def test_a_compiler_error_on_another_rank_leaves_layers_eager(
     load: Callable[..., Classifier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
-    monkeypatch.setattr(compiled, "gather_object", lambda mine: [*mine, "OSError: no disk"])
+    monkeypatch.setattr(
+        compiled, "gather_from_all_ranks", lambda _, mine: [*mine, "OSError: no disk"]
+    )
     eager, model = load(dropout=0.3), load(dropout=0.3)
     said = compile_layers(model, two, counting := Counting())
     assert (
