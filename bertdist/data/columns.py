@@ -1,15 +1,16 @@
-"""Raw columns -> checked texts and labels: texts as Arrow large_string, labels as distinct values and one code per row.
+"""Raw columns -> checked texts (Arrow large_string) and labels (distinct values, one code per row).
 
-Columns are Arrow arrays or Python lists; `location` says where a row is, for messages. What counts as a text, as a label and
-as missing is decided here, for every kind of source.
+Columns are Arrow arrays or Python lists; `location` maps a row to its file and line, for messages.
+Which texts and labels are valid or missing is decided here, for every kind of source.
 
-Labels are dictionary-encoded first, so that every check runs over the distinct values and not over the rows: 1,000,000 rows of
-two labels cost 0.05 s from Arrow and 0.2 s from a list (1,000,000 different numbers: 1.3 s). The first row that holds the first
-wrong value is the first wrong row.
+Labels are dictionary-encoded first, so that every check runs over the distinct values and not over
+the rows: 1,000,000 rows of two labels cost 0.05 s from Arrow and 0.2 s from a list (1,000,000
+different numbers: 1.3 s). The first row with the first invalid value is the first invalid row.
 
-To skip wrong rows instead of failing, pass `problems`, {row: reason}. Rows that are in it already are not checked; wrong ones
-are added. The arrays keep all rows (the values of a wrong one mean nothing), so take one `valid_rows` for texts, pairs and labels
-together, then `filter_rows` and `filter_labels` of each.
+To skip invalid rows instead of failing, pass `problems`, {row: reason}. Rows that are in it already
+are not checked; invalid ones are added. The arrays still have all rows (an invalid one with any
+value): compute `valid_rows` once for texts, pairs and labels, then `filter_rows` and
+`filter_labels`.
 """
 
 import math
@@ -35,7 +36,10 @@ _BITS = {0: 0, 1: 1, "0": 0, "1": 1, "false": 0, "true": 1}  # True and 1.0 equa
 
 
 def as_array(column: Any) -> Raw:
-    """A column as one array, for random access; strings as large_string, whose offsets do not end at 2 GiB. Lists stay lists."""
+    """A column as one array, for random access. Lists stay lists.
+
+    Strings become large_string, whose offsets are not limited to 2 GiB.
+    """
     if isinstance(column, list):
         return column
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
@@ -45,7 +49,7 @@ def as_array(column: Any) -> Raw:
 
 
 def valid_rows(problems: Problems, rows: int) -> npt.NDArray[np.bool_] | None:
-    """(rows,) bool: those without a problem; None where that is all of them."""
+    """(rows,) bool: True without a problem; None if no row has one."""
     if not problems:
         return None
     valid = np.ones(rows, bool)
@@ -74,7 +78,7 @@ def filter_labels(
 def read_texts(
     column: Raw, name: str, location: LocateRow, problems: Problems | None = None
 ) -> pa.Array:
-    """(rows,) large_string. Raises DataError at the first row whose text is missing or not a text."""
+    """(rows,) large_string. Raises DataError at the first row whose text is missing or not text."""
     if isinstance(column, list):
         return _read_text_list(column, name, location, problems)
     if column.null_count:
@@ -115,11 +119,12 @@ def read_labels(
     problems: Problems | None = None,
     first_label: LabelValue | None = None,
 ) -> tuple[LabelKind, list[LabelValue], Codes]:
-    """The labels of one column. "set": every label is a tuple of names, from lists or by splitting at `delimiter`.
+    """The labels of one column: their kind, the distinct values, and (rows,) codes.
 
-    class_names: names of labels that the source stores as numbers; -1 means missing. first_label: where these rows follow
-    others, the first label of those: all must be of its kind. Raises DataError at the first row whose label is missing, of
-    another kind than those above it, or not a label.
+    Kind "set": every label is a tuple of names, from lists or by splitting at `delimiter`.
+    class_names: names of labels that the source stores as numbers; -1 means missing. first_label:
+    if these rows follow others, the first label of those: all must be of its kind. Raises DataError
+    at the first row whose label is missing, of another kind than those above it, or not a label.
     """
     distinct, codes = _encode(column)
     used = _used_codes(codes, len(distinct), problems)
@@ -148,7 +153,7 @@ def read_labels(
     if kind == "number":
         for code in good:
             if isinstance(values[code], int) and abs(values[code]) > 2**53:
-                reason = f"label {values[code]} stands among fractions and would be rounded"
+                reason = f"label {values[code]} would be rounded, as other labels are fractions"
                 reason += f" (column {name!r})"
                 _reject_value(problems, wrong, codes, code, reason, location)
         values = [float(value) if type(value) in (int, float) else value for value in values]
@@ -163,7 +168,7 @@ def read_labels(
 def read_label_columns(
     columns: dict[str, Raw], location: LocateRow, problems: Problems | None = None
 ) -> tuple[list[LabelValue], Codes]:
-    """The labels of several 0/1 columns: every label is the tuple of the names whose column has a 1."""
+    """The labels of several 0/1 columns: each is a tuple of the names of the columns with a 1."""
     names = list(columns)
     bits = np.zeros((len(columns[names[0]]), len(names)), np.uint8)  # (rows, labels)
     for index, (name, column) in enumerate(columns.items()):
@@ -198,7 +203,7 @@ def _kind_of(values: list[Any]) -> LabelKind:
 
 
 def _reject(problems: Problems | None, rows: list[int], reason: str, location: LocateRow) -> None:
-    """Give each of these rows a problem if it has none; without `problems`, raise a DataError at the first of them."""
+    """Add a problem for each of these rows that has none; raise DataError if `problems` is None."""
     if problems is None:
         raise DataError(f"{location(rows[0])}: {reason}.")
     for row in rows:
@@ -213,7 +218,7 @@ def _reject_value(
     reason: str,
     location: LocateRow,
 ) -> None:
-    """The same for all rows with distinct value `code`, once `_mark_wrong` is called."""
+    """The same for all rows with distinct value `code`; `_mark_wrong` adds the problems."""
     if problems is None:
         raise DataError(f"{location(int(np.argmax(codes == code)))}: {reason}.") from None
     wrong[code] = reason
@@ -257,7 +262,7 @@ def _encode(column: Raw) -> tuple[list[Any], Codes]:
         encoded = column.dictionary_encode("encode")
         return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int32)
     rows = column if isinstance(column, list) else column.to_pylist()
-    keys = list(map(repr, rows))  # 1, 1.0, True and [1] stay apart, lists can be looked up
+    keys = list(map(repr, rows))  # 1, 1.0, True and [1] differ, and lists are hashable
     seen: dict[str, Any] = {}
     for key, value in zip(keys, rows, strict=True):
         seen.setdefault(key, value)
@@ -270,7 +275,10 @@ def _family(value: Any) -> str:
 
 
 def _as_kind_of(first_label: LabelValue, value: LabelValue) -> LabelValue:
-    """Integers and texts that are integers are one kind, as in `common_kind`: of the first label's type, where nothing is lost."""
+    """The value as the type of the first label, if one is an integer and the other its text.
+
+    As in `records.common_kind`.
+    """
     if type(value) is int and isinstance(first_label, str) and _INTEGER.fullmatch(first_label):
         return str(value)
     if isinstance(value, str) and type(first_label) is int and _INTEGER.fullmatch(value):
@@ -286,7 +294,7 @@ def _lower_bool(value: Any) -> LabelValue:
 def _label(
     raw: Any, delimiter: str | None, class_names: tuple[str, ...] | None
 ) -> str | int | float | bool | tuple[str, ...]:
-    """One raw value as a label. Raises ValueError with the reason where it is none."""
+    """One raw value as a label. Raises ValueError with the reason if it is not one."""
     if raw is None or (isinstance(raw, str) and delimiter is None and not raw.strip()):
         raise ValueError("label is missing, expected one in every row")
     if class_names is not None:
@@ -318,13 +326,13 @@ def _label_set(parts: list[Any]) -> tuple[str, ...]:
         if type(part) not in (str, int) or not name.strip() or _has_surrogate(name):
             raise ValueError(f"{part!a} in the list of labels; expected the name of a label")
         if names.count(name) > 1:
-            raise ValueError(f"label {name!r} stands twice in one row")
+            raise ValueError(f"label {name!r} occurs twice in one row")
     return tuple(names)
 
 
 def _class_name(number: Any, class_names: tuple[str, ...]) -> str:
     if number is None or number == -1:
-        raise ValueError("label is missing; the hub publishes some test splits without labels")
+        raise ValueError("label is missing; some test splits on the Hub have no labels")
     if type(number) is not int or not 0 <= number < len(class_names):
         raise ValueError(f"label {number!r}; expected a number from 0 to {len(class_names) - 1}")
     return class_names[number]

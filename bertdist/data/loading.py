@@ -285,7 +285,7 @@ def _short_name(patterns: Sequence[str]) -> str:
 
 
 def _requested(data: DataConfig) -> ColumnNames:
-    """The columns that flags name, or those of a GLUE task. Raises DataError for an unknown task."""
+    """The columns named by flags, or those of a GLUE task. Raises DataError for an unknown task."""
     labels = data.label_column, data.label_columns
     requested = ColumnNames(data.text_column, data.text_pair_column, *labels)
     if data.task_name is None or data.text_column is not None or data.train_file:

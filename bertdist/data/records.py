@@ -1,11 +1,12 @@
-"""One split in memory: `Records`, with texts, pairs and labels in Arrow memory and random access by row.
+"""One split in memory: `Records`, texts, pairs and labels in Arrow arrays with access by row.
 
-Texts are exactly those of the source, labels are raw values (`bertdist.tasks` decides what they mean), and every error names a
-file and a line. `concat_records` makes one split of several files, and of the chunks of a stream's window.
+Texts are exactly those of the source, labels are raw values (`bertdist.tasks` interprets them), and
+every error names a file and a line. `concat_records` joins several files, and the chunks of a
+stream's window.
 
-1,000,000 labelled rows (85 MB of text), processor seconds: tsv 0.5, csv with quotes 0.8, parquet 0.2, jsonl 3.5; `records[row]`
-costs 3 microseconds, `lengths()` 2 milliseconds. Each rank holds the columns it reads once (text bytes + 12 bytes per row);
-forked loader workers share that memory.
+1,000,000 labelled rows (85 MB of text), CPU seconds: tsv 0.5, csv with quotes 0.8, parquet 0.2,
+jsonl 3.5; `records[row]` costs 3 microseconds, `lengths()` 2 milliseconds. Each rank stores the
+columns it reads once (text bytes + 12 bytes per row); forked loader workers share that memory.
 """
 
 import re
@@ -46,7 +47,7 @@ from bertdist.data.source import (
     slice_locations,
 )
 
-# Usual names of columns, the first one present is taken.
+# Usual names of columns; the first one present is used.
 TEXT_COLUMNS = "text sentence sentence1 question premise review tweet content".split()
 LABEL_COLUMNS = "label labels score target class".split()
 TEXT_PAIR_COLUMNS = (
@@ -74,7 +75,7 @@ class Records:
     name: str  # short, for messages
     location: LocateRow  # row -> `dev.tsv line 12`
     has_header: bool = False
-    file: Any = None  # of one file: how it is written (readers.file_reader.File)
+    file: Any = None  # of one file: its format (readers.file_reader.File)
     text_column: str
     pair_column: str | None
     label_column: str | None  # None also where label_columns were read: class_names are their names
@@ -88,7 +89,7 @@ class Records:
     first_row: int = 0  # number of the first row, where these are some rows of a stream
     rows_per_file: tuple[int, ...] = ()  # of each --train_file, where there are several
     skipped_rows: tuple[SkippedRow, ...] = ()
-    format_notes: tuple[str, ...] = ()  # how files are read, where that was detected and is unusual
+    format_notes: tuple[str, ...] = ()  # detected file formats that are unusual
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -118,7 +119,7 @@ class Records:
 
 
 class ColumnNames(NamedTuple):
-    """Which columns to read: as requested (None: by their usual names), or as chosen from a source's columns."""
+    """The columns to read: as requested (None: by usual names), or as chosen from a source's."""
 
     text: str | None
     pair: str | None
@@ -126,13 +127,13 @@ class ColumnNames(NamedTuple):
     labels: list[str] | None
 
     def names(self) -> list[str]:
-        """Each once."""
+        """The distinct names."""
         names = dict.fromkeys((self.text, self.pair, self.label, *(self.labels or ())))
         return [name for name in names if name is not None]
 
 
 def records_from_texts(texts: Sequence[str], pairs: Sequence[str] | None = None) -> Records:
-    """Texts in memory, without labels. Raises DataError where one is not a text."""
+    """Texts in memory, without labels. Raises DataError if one is not a text."""
     if pairs is not None and len(pairs) != len(texts):
         raise DataError(
             f"There are {len(texts)} texts and {len(pairs)} second texts; they go together."
@@ -148,7 +149,7 @@ def records_from_texts(texts: Sequence[str], pairs: Sequence[str] | None = None)
 def choose_columns(
     source: str, names: Sequence[str], requested: ColumnNames, has_header: bool = False
 ) -> ColumnNames:
-    """The columns to read: those requested, else the usual names. Raises DataError where there are none such.
+    """The columns to read: those requested, else the usual names. Raises DataError if missing.
 
     source: its name, for messages; names: of all its columns.
     """
@@ -159,8 +160,10 @@ def choose_columns(
     present = {name.lower(): name for name in reversed(names)} | {name: name for name in names}
     text, pair, label, labels = requested
     if text is None and pair is None and "text" not in present:
-        found = [pair for pair in TEXT_PAIR_COLUMNS if present.keys() >= {*pair}]
-        text, pair = [present[name] for name in found[0]] if found else (None, None)
+        for usual in TEXT_PAIR_COLUMNS:
+            if present.keys() >= {*usual}:
+                text, pair = (present[name] for name in usual)
+                break
     text = text or _first_present(TEXT_COLUMNS, present, (pair,))
     if text is None:
         problem, advice = "no column has a usual name for the text", " Pass --text_column."
@@ -186,7 +189,8 @@ def _no_column(
     advice = "" if advice.startswith(" Known") else advice  # the message names the columns already
     looks_like_data = any(len(n) > 30 or n.replace(".", "", 1).isdecimal() for n in names)
     if has_header and looks_like_data:
-        advice += " This looks like a row of data: if the file has no header, name its columns with --column_names."
+        advice += " This looks like a row of data: if the file has no header, "
+        advice += "name its columns with --column_names."
     line = " line 1" if has_header else ""
     return DataError(f"{source}{line}: {problem}; the columns are {shown}.{advice}")
 
@@ -202,9 +206,9 @@ def records_from_chunk(
     on_bad_row: OnBadRow = "fail",
     first_label: LabelValue | None = None,
 ) -> Records:
-    """The rows of a chunk, checked. Raises DataError: with "fail" at a wrong row, with "skip" for a wrong column only.
+    """The rows of a chunk, checked. Raises DataError at an invalid row, or column with "skip".
 
-    name: of the source. columns: as chosen. features: datasets.Features, if any. first_label: see `read_labels`.
+    name: of the source. features: datasets.Features, if any. first_label: see `read_labels`.
     """
     assert columns.text is not None
     location, class_names = chunk.location, _class_names(features, columns)
@@ -225,15 +229,8 @@ def records_from_chunk(
         label_arrays = {column: arrays[column] for column in columns.labels}
         values, codes = read_label_columns(label_arrays, location, problems)
     elif columns.label is not None:
-        kind, values, codes = read_labels(
-            arrays[columns.label],
-            columns.label,
-            location,
-            label_delimiter,
-            class_names,
-            problems,
-            first_label,
-        )
+        options = label_delimiter, class_names, problems, first_label
+        kind, values, codes = read_labels(arrays[columns.label], columns.label, location, *options)
     if (valid := valid_rows(problems or {}, len(texts))) is not None:
         location = select_locations(location, np.flatnonzero(valid))
         texts = filter_rows(texts, valid)
@@ -259,7 +256,7 @@ def records_from_chunk(
 
 
 def _validated(column: Column, name: str, location: LocateRow, problems: Problems | None) -> Raw:
-    """The column `as_array`, null where bytes are not UTF-8: parquet does not check them, and Python would fail much later."""
+    """The column `as_array`, null where bytes are not UTF-8, which parquet does not check."""
     if isinstance(column, list):
         return column
     try:
@@ -276,7 +273,7 @@ def _validated(column: Column, name: str, location: LocateRow, problems: Problem
             if problems is None:
                 raise DataError(f"{location(row)}: {reason}.") from None
             problems.setdefault(row, reason)
-    # Of a dictionary, no row needs to have the wrong value.
+    # The invalid value of a dictionary may not occur in any row.
     if not wrong.any() and not pa.types.is_dictionary(column.type):
         raise DataError(f"{location(0)}: column {name!r} is damaged ({damage}).")
     array: pa.Array = as_array(column)
@@ -284,7 +281,7 @@ def _validated(column: Column, name: str, location: LocateRow, problems: Problem
 
 
 def _class_names(features: Any, columns: ColumnNames) -> tuple[str, ...] | None:
-    """The names that a Hub data set has for labels that are numbers: ClassLabel, List(ClassLabel)."""
+    """The label names of a Hub data set's ClassLabel or List(ClassLabel)."""
     feature = (features or {}).get(columns.label)
     names = getattr(getattr(feature, "feature", feature), "names", None)
     return None if names is None else tuple(names)
@@ -313,7 +310,10 @@ def _fingerprint(
 
 
 def concat_records(parts: Sequence[Records], name: str) -> Records:
-    """Several records as one, in their order. Raises DataError where their labels differ in kind, or only some are pairs."""
+    """Several records as one, in their order.
+
+    Raises DataError if their labels differ in kind, or only some are pairs.
+    """
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -371,9 +371,10 @@ def common_kind(
     others: Iterable[LabelValue],
     location: str,
 ) -> LabelKind | None:
-    """The kind of label that rows share with other rows, which begin at `location`.
+    """The common kind of the labels of some rows and of other rows, which begin at `location`.
 
-    Integers are also numbers, and texts where all texts are integers. Raises DataError where they share none.
+    Integers are also numbers, and text if all texts are integers. Raises DataError if there is
+    no common kind.
     """
     kinds = {kind, other}
     if len(kinds) == 1:

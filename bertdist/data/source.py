@@ -1,8 +1,9 @@
-"""What a data source gives: chunks of rows, the location of each row, and the rows that were skipped.
+"""The interface of data sources: chunks of rows, the location of each row, and skipped rows.
 
-A reader (of files, URLs or the Hub) is a `DataSource`. It yields `Chunk`s, each with the reader state from which reading can
-begin again. Every error message names a row by its `RowLocation`, `dev.tsv line 12`; `RowLocations` keeps track of it when
-rows are concatenated, sliced or selected. `SkippedRows` collects what --on_bad_row skip leaves out.
+A reader (of files, URLs or the Hub) is a `DataSource`. It yields `Chunk`s, each with the reader
+state from which reading can resume. Every error message names a row by its `RowLocation`, such as
+`dev.tsv line 12`; `RowLocations` tracks it when rows are concatenated, sliced or selected.
+`SkippedRows` collects the rows that --on_bad_row skip drops.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from bertdist.core.errors import DataError
 EXCERPT_CHARACTERS = 200
 
 Column: TypeAlias = "pa.ChunkedArray | list[Any]"
-ReaderState: TypeAlias = dict[str, Any]  # JSON; where reading can begin again
+ReaderState: TypeAlias = dict[str, Any]  # JSON; where reading can resume
 OnBadRow = Literal["fail", "skip"]
 
 # Of a stream of which nothing was read yet, see data/streaming.py.
@@ -33,16 +34,16 @@ STREAM_START: ReaderState = {"epoch": 0, "window": 0, "rows": 0, "cursors": []}
 
 
 class RowLocation(NamedTuple):
-    """A row's file and line. As a string: `dev.tsv line 12`, or `x.parquet row 7` where there are no lines."""
+    """A row's file and line. str: `dev.tsv line 12`, or `x.parquet row 7` without lines."""
 
     file: str
     line: int | None = None  # where the row starts, from 1
     row: int | None = None  # from 0, where there are no lines
 
     def __str__(self) -> str:
-        return (
-            f"{self.file} row {self.row}" if self.line is None else f"{self.file} line {self.line}"
-        )
+        if self.line is None:
+            return f"{self.file} row {self.row}"
+        return f"{self.file} line {self.line}"
 
 
 LocateRow: TypeAlias = Callable[[int], RowLocation]  # row number from 0 -> its location
@@ -50,10 +51,10 @@ LocateRow: TypeAlias = Callable[[int], RowLocation]  # row number from 0 -> its 
 
 @dataclass(frozen=True)
 class RowLocations:
-    """Row number -> RowLocation, for rows of a file, and for rows concatenated, sliced or selected from other rows.
+    """Row number -> RowLocation, for rows of a file, and for rows concatenated or selected.
 
-    Each part is (its first row here, what locates a row there, row numbers there): the numbers are those from an int on, or
-    an array's, one per row.
+    Each part is (its first row, the `LocateRow` of the original rows, their numbers): consecutive
+    numbers from an int, or an array of one number per row.
     """
 
     parts: tuple[tuple[int, LocateRow, int | npt.NDArray[np.int64]], ...]
@@ -61,8 +62,8 @@ class RowLocations:
     def __call__(self, row: int) -> RowLocation:
         index = bisect_right(self.parts, row, key=lambda part: part[0]) - 1
         start, locate, numbers = self.parts[index]
-        at = row - start
-        return locate(numbers + at if isinstance(numbers, int) else int(numbers[at]))
+        offset = row - start
+        return locate(numbers + offset if isinstance(numbers, int) else int(numbers[offset]))
 
 
 def locate_rows(file: str, first: int = 0) -> RowLocations:
@@ -71,7 +72,10 @@ def locate_rows(file: str, first: int = 0) -> RowLocations:
 
 
 def locate_lines(file: str, first: int, lines: npt.NDArray[np.int64] | None = None) -> RowLocations:
-    """Rows of a text file. lines: (rows,) the line of each row, counted from line `first`; None: one line per row."""
+    """Rows of a text file, which begin at line `first`.
+
+    lines: (rows,) the line of each row, relative to `first`; None: one line per row.
+    """
 
     def locate(line: int) -> RowLocation:
         return RowLocation(file, first + line)
@@ -92,15 +96,14 @@ def select_locations(locate: LocateRow, rows: npt.NDArray[np.int64]) -> RowLocat
 def concat_locations(parts: Sequence[tuple[int, LocateRow]]) -> RowLocations:
     """Parts of (number of rows, their locations), one after the other."""
     starts = accumulate((rows for rows, _ in parts), initial=0)
-    return RowLocations(
-        tuple((at, locate, 0) for at, (_, locate) in zip(starts, parts, strict=False))
-    )
+    located = zip(starts, parts, strict=False)
+    return RowLocations(tuple((start, locate, 0) for start, (_, locate) in located))
 
 
 class SkippedRow(NamedTuple):
     """A row that was skipped: a line of bad_rows.jsonl."""
 
-    file: str  # without a file: its location in full
+    file: str  # or its location, for a row without line
     line: int | None  # where it starts, from 1; in parquet its row, from 0
     reason: str  # without the location: "3 fields, expected 2 as in the header; ..."
     text: str  # its first EXCERPT_CHARACTERS; what is not text is written as \\x81 or \\ud800
@@ -110,15 +113,15 @@ class SkippedRow(NamedTuple):
         """`dev.tsv line 12`; `x.parquet row 7`."""
         if self.line is None:
             return self.file
-        is_row = self.file.endswith(".parquet")
-        return str(
-            RowLocation(self.file, row=self.line) if is_row else RowLocation(self.file, self.line)
-        )
+        if self.file.endswith(".parquet"):
+            return str(RowLocation(self.file, row=self.line))
+        return str(RowLocation(self.file, self.line))
 
     @property
     def message(self) -> str:
         """The location and the reason, as a sentence."""
-        return f"{self.location}: {self.reason}{'' if self.reason.endswith(('.', '?')) else '.'}"
+        end = "" if self.reason.endswith((".", "?")) else "."
+        return f"{self.location}: {self.reason}{end}"
 
 
 class Chunk(NamedTuple):
@@ -133,7 +136,10 @@ class Chunk(NamedTuple):
 
 
 class DataSource(Protocol):
-    """Rows in a fixed order, read front to back, also from the state of any chunk. Picklable; opens nothing until read."""
+    """Rows in a fixed order, read from the start or from any chunk's state.
+
+    Picklable; opens nothing until read.
+    """
 
     @property
     def name(self) -> str:
@@ -141,11 +147,11 @@ class DataSource(Protocol):
 
     @property
     def has_header(self) -> bool:
-        """Whether the first line holds the names of the columns."""
+        """Whether the first line has the names of the columns."""
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the data (size, ETag, digest of head and tail ...): cheap, without reading all of it."""
+        """Changes with the data: size, ETag, digest of head and tail ...; reads only a part."""
 
     @property
     def bytes(self) -> int | None:
@@ -159,7 +165,7 @@ class DataSource(Protocol):
         """In their order. Raises DataError."""
 
     def chunks(self, columns: Sequence[str], state: ReaderState | None = None) -> Iterator[Chunk]:
-        """The rows from `state` (None: the first row) to the last, as these columns. Raises DataError."""
+        """These columns of the rows from `state` (None: the start) to the end. Raises DataError."""
 
 
 def chunk_of_columns(
@@ -175,10 +181,9 @@ def _excerpts(columns: dict[str, Column], rows: Sequence[int]) -> list[str]:
     excerpts = []
     for row in rows:
         values = {name: _plain(column[row]) for name, column in columns.items()}
-        text = json.dumps(values, ensure_ascii=False, default=str).encode(
-            "utf-8", "surrogateescape"
-        )
-        excerpts.append(excerpt(text.decode("utf-8", "backslashreplace")))
+        row_json = json.dumps(values, ensure_ascii=False, default=str)
+        encoded = row_json.encode("utf-8", "surrogateescape")
+        excerpts.append(excerpt(encoded.decode("utf-8", "backslashreplace")))
     return excerpts
 
 
@@ -189,13 +194,13 @@ def _plain(value: Any) -> Any:
     except UnicodeDecodeError:
         if isinstance(value, pa.DictionaryScalar):
             return _plain(value.value)
-        if isinstance(value, pa.ListScalar):  # and those of its kind
+        if isinstance(value, pa.ListScalar):  # and its subclasses
             return [_plain(item) for item in value.values]
         return value.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
 
 
 def first_rows_of_chunk(chunk: Chunk, rows: int) -> Chunk:
-    """The first `rows` rows of a chunk, and the rows that were skipped among them."""
+    """The first `rows` rows of a chunk, and the rows skipped among them."""
     if rows >= chunk.num_rows:
         return chunk
     end = chunk.location(rows).line
@@ -210,7 +215,7 @@ def first_rows_of_chunk(chunk: Chunk, rows: int) -> Chunk:
 
 
 def excerpt(text: str) -> str:
-    """The beginning of a row as printable text: line ends, control characters and lone surrogates as escapes."""
+    """The beginning of a row, with control characters and lone surrogates as escapes."""
     shown = text[:EXCERPT_CHARACTERS].rstrip("\r\n")
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown
@@ -218,7 +223,7 @@ def excerpt(text: str) -> str:
 
 
 def skipped_rows_of(chunk: Chunk, problems: dict[int, str]) -> list[SkippedRow]:
-    """The rows of a chunk that `bertdist.data.columns` rejected ({row: reason}), in the order of the rows."""
+    """The rows of a chunk that data/columns.py rejected ({row: reason}), in order."""
     rows = sorted(problems)
     skipped = []
     for row, text in zip(rows, chunk.excerpts(rows) if rows else (), strict=True):
@@ -230,10 +235,10 @@ def skipped_rows_of(chunk: Chunk, problems: dict[int, str]) -> list[SkippedRow]:
 
 
 class SkippedRows:
-    """Collects skipped rows, each once however often it is read, and fails when there are too many.
+    """Collects skipped rows, each once even if read again, and fails when there are too many.
 
-    on_bad_row "fail" raises a DataError at the first one; "skip" raises one beyond `max_bad_rows`, after writing `path`, if
-    given.
+    on_bad_row "fail": a DataError at the first row; "skip": when there are more than
+    `max_bad_rows`, after writing `path`, if given.
     """
 
     def __init__(
@@ -252,7 +257,7 @@ class SkippedRows:
         return list(self._rows.values())
 
     def add(self, rows: Iterable[SkippedRow]) -> None:
-        """Raises DataError: at the first row ("fail"), or as soon as there are more than `max_bad_rows` ("skip")."""
+        """Raises DataError as described above."""
         for row in rows:
             if self.on_bad_row == "fail":
                 raise DataError(row.message)
@@ -273,7 +278,7 @@ class SkippedRows:
             self.write()
 
     def write(self) -> None:
-        """Write one JSON line per row to `path`, those already in the file first, atomically. Raises CheckpointError."""
+        """Add the rows to `path` as JSON lines, atomically. Raises CheckpointError."""
         if self.path is None or not self._rows:
             return
         rows = {(row.file, row.line, row.text): row for row in read_skipped_rows(self.path)}
@@ -284,7 +289,7 @@ class SkippedRows:
 
 
 def read_skipped_rows(path: Path) -> list[SkippedRow]:
-    """The rows of a bad_rows.jsonl, without lines that are not ours; none where there is no such file."""
+    """The rows of a bad_rows.jsonl, other lines ignored; empty if there is no such file."""
     rows: list[SkippedRow] = []
     if path.exists():
         for line in path.read_bytes().split(b"\n"):
@@ -294,8 +299,8 @@ def read_skipped_rows(path: Path) -> list[SkippedRow]:
 
 
 def validated(row: SkippedRow) -> SkippedRow:
-    """The row, as read from a file; raises TypeError where a field has another type."""
-    texts = all(isinstance(value, str) for value in (row.file, row.reason, row.text))
-    if not texts or not (row.line is None or type(row.line) is int):
+    """The row, as read from a file. Raises TypeError if a field has another type."""
+    are_texts = all(isinstance(value, str) for value in (row.file, row.reason, row.text))
+    if not are_texts or not (row.line is None or type(row.line) is int):
         raise TypeError(f"not a skipped row: {row!r}")
     return row

@@ -767,7 +767,7 @@ def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
             "a.jsonl",
             '{"text": "a", "label": ["x", "x"]}\n',
             {},
-            "a.jsonl line 1: label 'x' stands twice in one row",
+            "a.jsonl line 1: label 'x' occurs twice in one row",
         ),
         (
             "a.jsonl",
@@ -785,7 +785,7 @@ def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
             "a.csv",
             "text,label\na,x|y|x\n",
             {"label_delimiter": "|"},
-            "a.csv line 2: label 'x' stands twice in one row",
+            "a.csv line 2: label 'x' occurs twice in one row",
         ),
         (
             "a.jsonl",
@@ -1262,7 +1262,7 @@ def test_class_labels_are_their_names_in_their_order(hub: Callable[..., str]) ->
         lambda: load_records(DataConfig(dataset_name=folder, validation_split="test"), "validation")
     )
     assert message.endswith(
-        "split 'test' row 0: label is missing; the hub publishes some test splits without labels (column 'label')."
+        "split 'test' row 0: label is missing; some test splits on the Hub have no labels (column 'label')."
     )
     message = refusal(
         lambda: load_records(DataConfig(dataset_name=folder, train_split="trian"), "train")
