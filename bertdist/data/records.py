@@ -60,7 +60,7 @@ TEXT_PAIR_COLUMNS = (
 
 
 class Record(NamedTuple):
-    """One row: its number in the source (from 0), its text or texts, and its label as in the source."""
+    """One row: its number in the source (from 0), its text or pair of texts, and its raw label."""
 
     row: int
     text: str

@@ -1,14 +1,15 @@
 """The rows of each optimizer step, and each rank's part of them.
 
-1. `epoch_order`, `mixed_epoch_order`: the rows of an epoch in training order, a pure function of (rows, seed, epoch), the same
-   on all ranks. So ranks need not communicate, and resuming only means starting at a later step.
-2. `balance_by_length`: one step's rows over the ranks by length of text, longest first, to the least loaded.
-3. `RankShard`: this rank tokenizes only its own rows, and packs them into micro-batches of at most `tokens_per_micro_batch`
-   tokens, longest first, so that a micro-batch has texts of similar length.
-4. `iterate_loader`: loader workers do 3 ahead of time. Small steps travel several in a message.
-5. `prefetch_to_device`: on a GPU, a step's batches are copied while the step before runs.
+1. `epoch_order`, `mixed_epoch_order`: the rows of an epoch in training order, a pure function of
+   (rows, seed, epoch). So ranks need not communicate, and resuming is starting at a later step.
+2. `balance_by_length` assigns a step's rows to ranks: longest first, to the least loaded rank.
+3. `RankShard`: this rank tokenizes only its own rows, and packs them into micro-batches of at most
+   `tokens_per_micro_batch` tokens, longest first, so that texts of a micro-batch have similar
+   lengths.
+4. `iterate_loader`: loader workers prefetch 3. Several small steps share a message.
+5. `prefetch_to_device`: on a GPU, a step's batches are copied while the previous step runs.
 
-None of it changes what a step learns: its gradient is a sum over its rows.
+The gradient does not depend on any of this: it is a sum over the step's rows.
 """
 
 import heapq
@@ -33,11 +34,11 @@ from bertdist.distributed.preemption import ignore_stop_signals
 
 BYTES_PER_MESSAGE = 1 << 16  # of text, from a loader worker: 1,000 sentences of SST-2
 
-Message = list[Step | BertdistError]  # what a loader worker sends at once
+Message = list[Step | BertdistError]  # of a loader worker
 
 
 def count_steps(run: RunConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the entire run."""
     return run.max_train_steps or max(1, math.ceil(run.num_train_epochs * steps_per_epoch))
 
 
@@ -47,23 +48,23 @@ def generator(*key: int) -> np.random.Generator:
 
 
 def epoch_order(rows: int, seed: int, epoch: int, window: int = 0) -> Array:
-    """(rows,) int64: the rows of an epoch, or of a stream's window, each once. Step k takes the k-th train_batch_size of them."""
+    """(rows,) int64: a permutation of the rows of an epoch, or of a stream's window."""
     return generator(seed, epoch, window).permutation(rows)
 
 
 def rows_per_source(weights: Sequence[float], rows: int, *key: int) -> list[int]:
-    """How many of `rows` rows each source gives (--train_weights).
+    """Number of rows of each source among `rows` rows (--train_weights).
 
-    What remains after rounding down is drawn at random, so that a source of small weight gets its fraction in the long run. key:
-    of the random generator.
+    Counts are rounded down, and the remaining rows assigned at random, so that a source of small
+    weight has its fraction in the long run. key: of the random generator.
     """
     exact = np.asarray(weights, np.float64) / sum(weights) * rows
     counts = np.floor(exact + 1e-9).astype(np.int64)
     remaining = rows - int(counts.sum())
     if remaining:
         fractions = np.maximum(exact - counts, 0.0)
-        odds = fractions / fractions.sum()
-        drawn = generator(*key, 1).choice(len(counts), remaining, replace=False, p=odds)
+        p = fractions / fractions.sum()
+        drawn = generator(*key, 1).choice(len(counts), remaining, replace=False, p=p)
         counts[drawn] += 1
     return [int(count) for count in counts]
 
@@ -71,10 +72,11 @@ def rows_per_source(weights: Sequence[float], rows: int, *key: int) -> list[int]
 def mixed_epoch_order(
     source_sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int
 ) -> Array:
-    """(sum of source_sizes,) int64: the rows of an epoch of several concatenated sources with weights.
+    """(sum of source_sizes,) int64: the rows of an epoch of concatenated sources with weights.
 
-    Each source is an endless sequence of passes, each a permutation of its rows; an epoch takes the next rows of each, as many
-    as its weight gives. So no row comes a second time before all rows of its source have come once.
+    Each source is an endless sequence of passes, each a permutation of its rows; an epoch has the
+    next rows of each, in proportion to its weight. So no row is repeated before all rows of its
+    source were used once.
     """
     total = sum(source_sizes)
     counts = [rows_per_source(weights, total, seed, before) for before in range(epoch + 1)]
@@ -93,14 +95,15 @@ def mixed_epoch_order(
 
 
 def balance_by_length(rows: Array, lengths: Array, ranks: int) -> list[Array]:
-    """The rows of a step over the ranks, each about as many tokens: longest first, to the least loaded.
+    """A step's rows split over the ranks with similar loads: longest first, to the least loaded.
 
-    rows, lengths: (rows of the step,). Returns one array of row numbers per rank; with fewer rows than ranks some are empty.
-    On SST-2 with 32 rows per rank the slowest of 64 ranks has 1.07 times the mean load in tokens when balanced by bytes of text;
-    by tokens, which are not known before tokenizing, 1.003 times; at random, 1.31 times (python -m bench.scaling).
+    rows, lengths: (rows of the step,). Returns one array of row numbers per rank; with fewer rows
+    than ranks some are empty. On SST-2 with 32 rows per rank the slowest of 64 ranks has 1.07 times
+    the mean number of tokens if balanced by bytes of text; by tokens, which would require
+    tokenizing first, 1.003 times; at random, 1.31 times (python -m bench.scaling).
     """
     by_rank: list[list[int]] = [[] for _ in range(ranks)]
-    heap = [(0, rank) for rank in range(ranks)]  # the least loaded on top, of equals the lowest
+    heap = [(0, rank) for rank in range(ranks)]  # (load, rank)
     for index in np.argsort(-lengths, kind="stable"):
         load, rank = heapq.heappop(heap)
         by_rank[rank].append(int(rows[index]))
@@ -110,7 +113,7 @@ def balance_by_length(rows: Array, lengths: Array, ranks: int) -> list[Array]:
 
 @dataclass(frozen=True)
 class RankShard:
-    """One rank's part of the steps of a dataset."""
+    """Tokenizes and packs one rank's part of each step of a dataset."""
 
     dataset: TokenizedDataset
     tokens_per_micro_batch: int
@@ -121,12 +124,12 @@ class RankShard:
     def step(self, rows: Array, number: int) -> Step | BertdistError:
         """This rank's part of step `number`, which has these rows.
 
-        An error is returned: raised in a loader worker, it would arrive wrapped in the worker's traceback.
+        An error is returned, as DataLoader wraps those raised in a worker in its traceback.
         """
         own = balance_by_length(rows, self.lengths[rows], self.ranks)[self.rank].tolist()
         shortest = int(rows[self.lengths[rows].argmin()])
         try:
-            if not own:  # An idle rank still has to take part in the gradient exchange.
+            if not own:  # an idle rank still takes part in the all-reduce of gradients
                 idle = idle_batch(self.dataset, shortest)
                 return Step(number=number, micro_batches=[idle], rows=len(rows), idle=True)
             examples = self.dataset[own]
@@ -161,10 +164,10 @@ def idle_batch(dataset: TokenizedDataset, row: int) -> PackedBatch:
 
 
 def steps_per_message(lengths: Array, rows_per_step: int, ranks: int) -> int:
-    """How many steps a loader worker sends at once. lengths: (rows,) bytes of text.
+    """Number of steps that a loader worker sends in a message. lengths: (rows,) bytes of text.
 
-    A message from a worker costs this process 1 to 3 ms while it computes on all cores, whatever its size: the process is woken,
-    and so is the thread that requests the next one, when a core is free. So small steps share a message.
+    A message of any size costs this process 1 to 3 ms while it computes on all cores: it is woken,
+    and so is the thread that requests the next one, when a core is free.
     """
     bytes_per_step = lengths.sum() / max(1, len(lengths)) * rows_per_step / ranks
     return max(1, int(BYTES_PER_MESSAGE / max(1.0, bytes_per_step)))
@@ -173,7 +176,7 @@ def steps_per_message(lengths: Array, rows_per_step: int, ranks: int) -> int:
 def iterate_loader(
     messages: Dataset[Message], workers: int, pin: bool, sampler: range | None = None
 ) -> Iterator[Step]:
-    """The steps of a dataset of messages, prefetched by workers, in order. Raises the error that a message ends with."""
+    """The steps of a dataset of messages in order, prefetched by workers. Raises their errors."""
     loader = DataLoader(
         messages,
         batch_size=None,
@@ -185,7 +188,7 @@ def iterate_loader(
         collate_fn=_identity,
         worker_init_fn=ignore_stop_signals,
         pin_memory=pin,
-        # Without one, the loader draws from the generator that dropout uses.
+        # The default is the global generator, which dropout uses.
         generator=torch.Generator(),
     )
     for step in chain.from_iterable(loader):
@@ -199,10 +202,11 @@ def _identity(message: Any) -> Any:
 
 
 def prefetch_to_device(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
-    """The same steps with their batches on the device; on a GPU each is copied while the step before runs.
+    """The same steps with their batches on the device, copied while the previous step runs.
 
-    The copies have their own CUDA stream, so they need not queue behind the kernels of the running step, and a step is requested
-    one step early, so that its copy begins before anything in the running step makes the host wait. On a CPU, a pass-through.
+    The copies have their own CUDA stream, so they do not queue behind the kernels of the running
+    step. A step is requested one step early, so that its copy begins before anything in the running
+    step makes the host wait. On a CPU, a pass-through.
     """
     if device.type != "cuda":
         yield from steps

@@ -1,7 +1,8 @@
-"""A first pass over a stream, for its labels and its number of rows.
+"""A first pass over a stream that counts its labels and rows.
 
-Each rank reads some of the files; the result is the same on all ranks, and kept in the run folder (survey.json), so that a
-resumed run need not read again. A stop request takes effect within half a second, and leaves no file.
+Each rank reads some of the files. The result is the same on all ranks, and stored in the run folder
+(survey.json), so that a resumed run need not read again. A stop request takes effect within half a
+second, and writes no file.
 """
 
 import json
@@ -29,7 +30,7 @@ from bertdist.distributed.collectives import (
 )
 from bertdist.distributed.preemption import StopSignal
 
-# Of reading, until the ranks agree whether to continue; a chunk takes some 10 ms.
+# Reading time between two collectives about stopping; a chunk takes some 10 ms.
 SECONDS_BETWEEN_CHECKS = 0.5
 
 
@@ -37,13 +38,13 @@ SECONDS_BETWEEN_CHECKS = 0.5
 class StreamScan:
     """The result of a pass over some rows. The fields are the keys of survey.json."""
 
-    rows: dict[int, int] = field(default_factory=dict)  # number of the source -> its rows
+    rows: dict[int, int] = field(default_factory=dict)  # index of a source -> number of rows
     kind: LabelKind | None = None
     labels: dict[LabelValue, int] = field(default_factory=dict)  # label -> rows
     bad: list[SkippedRow] = field(default_factory=list)
 
     def add(self, source: int, records: Records) -> None:
-        """Count some rows of a source. Raises DataError where their labels are of another kind than those before."""
+        """Count some rows of a source. Raises DataError if kinds of labels are mixed."""
         assert records.label_codes is not None
         counts = np.bincount(records.label_codes, minlength=len(records.label_values)).tolist()
         labels = dict(zip(records.label_values, counts, strict=True))
@@ -74,9 +75,9 @@ class StreamScan:
 def scan_stream(
     stream: Stream, accelerator: Accelerator, path: Path, stop: StopSignal | None = None
 ) -> StreamScan | None:
-    """The scan of a whole stream: from `path` if there, else by reading; None on all ranks where `stop` was requested.
+    """The scan of a stream: from `path` if it is there, else by reading.
 
-    A collective. Raises DataError on all ranks.
+    A collective. Returns None on all ranks if `stop` was requested. Raises DataError on all ranks.
     """
     stored, fingerprint = None, ""
     with raise_on_all_ranks(accelerator):
@@ -128,7 +129,7 @@ def _scan_chunks(stream: Stream, scan: StreamScan, rank: int, ranks: int) -> Ite
 def _run_on_all_ranks(
     chunks: Iterator[None], accelerator: Accelerator, stop: StopSignal | None
 ) -> bool:
-    """Whether all ranks read their chunks to the end; they agree every half second. Raises this rank's error, if any."""
+    """Whether all ranks read their chunks to the end, not stopped. Raises this rank's error."""
     group, reading = host_group(accelerator), True
     end = object()
     error: BertdistError | None = None
@@ -152,7 +153,7 @@ def _run_on_all_ranks(
 
 
 def _read_scan(path: Path, fingerprint: str) -> StreamScan | None:
-    """The scan of the same data by an earlier start, if there is one."""
+    """The stored scan of the same data, if there is one."""
     try:
         content = json.loads(path.read_text())
         if content["fingerprint"] != fingerprint or content["kind"] not in get_args(LabelKind):
@@ -166,7 +167,13 @@ def _read_scan(path: Path, fingerprint: str) -> StreamScan | None:
             },
             bad=[validated(SkippedRow(*row)) for row in content["bad"]],
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    except (RecursionError, OverflowError):
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ):
         return None

@@ -1,17 +1,22 @@
-"""Training data that is never in memory at once (--streaming): `Stream`, its windows of rows, and `StreamLoader`.
+"""Training data larger than memory (--streaming): `Stream`, its windows of rows, `StreamLoader`.
 
-1. Data sources are read front to back. An epoch is one pass over all rows, its files in an order drawn per epoch; with
-   --train_weights it has no end: each --train_file gives its part of every window, pass after pass.
-2. A window of `window_rows` rows is a `Records`, shuffled as an epoch is, and split into steps as in data/sharding.py.
-3. Each window comes with the reader state from which it can be read again. A step knows its window and where reading continues
-   after it (`Step.next_reader_state`): whatever workers prefetch, a checkpoint continues after its last step.
+1. Data sources are read front to back. An epoch is one pass over all rows, its files in random
+   order; with --train_weights it has no end: each --train_file contributes its fraction of every
+   window, pass after pass.
+2. A window of `window_rows` rows is a `Records`. It is shuffled as an epoch is, and split into
+   steps as in data/sharding.py.
+3. Each window has the reader state from which it can be read again. A step has that of its window
+   and that after itself (`Step.next_reader_state`): whatever workers prefetch, a checkpoint resumes
+   after its last step.
 
---stream_sharding by_row: every rank reads every row and tokenizes only its part of each step. Steps are those of any other number
-of ranks. by_file: every rank reads other files and takes its part of each step from them. Ranks whose files end first continue
-with texts of weight 0 until the last is done; before each step the ranks agree on how many rows it has.
+--stream_sharding by_row: every rank reads every row and tokenizes only its part of each step. The
+steps do not depend on the number of ranks. by_file: every rank reads other files, and its part of
+each step has rows of these. Ranks whose files end first continue with texts of weight 0 until the
+last is done; before each step the ranks sum up its rows.
 
-A reader state is {"epoch", "window": its number in the epoch, "rows": of the epoch before it, "cursors": one per source group}; a
-loader's is {"window": that state, "step": in the window}, or {"over": state of the next epoch} at the end of a rank's files.
+A reader state is {"epoch", "window": its number in the epoch, "rows": of the epoch before it,
+"cursors": one per source group}; a loader's is {"window": that state, "step": in the window}, or
+{"over": state of the next epoch} at the end of a rank's files.
 """
 
 import heapq
@@ -69,7 +74,7 @@ HEAD_ROWS = 1_000
 
 
 class Window(NamedTuple):
-    """Some rows of a stream, in the order of reading; none where all of an epoch were skipped."""
+    """Some rows of a stream, in the order of reading; none if all of an epoch were skipped."""
 
     records: Records
     state: ReaderState  # reading from here begins with exactly this window
@@ -80,29 +85,27 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """One split. It holds no rows and no open file: forked workers may share it."""
+    """One split, without rows or open files: forked workers may share it."""
 
     name: str
     source_groups: Sequence[Sequence[DataSource]]  # one per --train_file, each with its files
     columns: ColumnNames  # chosen from the first source
     label_delimiter: str | None
-    window_rows: (
-        int  # a multiple of a step's rows, so that only an epoch's last step can be smaller
-    )
+    # A multiple of a step's rows, so that only an epoch's last step can be smaller.
+    window_rows: int
     seed: int
-    weights: tuple[float, ...] = ()  # of the groups; none: every row once per epoch
-    limit: int | None = None  # rows of an epoch at most
+    weights: tuple[float, ...] = ()  # of the groups; empty: every row once per epoch
+    limit: int | None = None  # maximum number of rows of an epoch
     on_bad_row: OnBadRow = "fail"
     max_bad_rows: int = 0
-    first_label: LabelValue | None = (
-        None  # with "skip": rows with a label of another kind are skipped
-    )
+    # With "skip": rows with a label of another kind are skipped.
+    first_label: LabelValue | None = None
     format_notes: tuple[str, ...] = ()  # see Records
     first_row: int = 0  # number of the first row of an epoch
 
     @property
     def sources(self) -> list[DataSource]:
-        """All of them, group by group."""
+        """The sources of all groups."""
         return [source for group in self.source_groups for source in group]
 
     @property
@@ -118,7 +121,7 @@ class Stream:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the data, and with the settings that decide which of it is read."""
+        """Changes with the data, and with the settings that select rows and columns."""
         group_sizes = [len(group) for group in self.source_groups] if self.weights else []
         settings = (self.columns, self.label_delimiter, self.limit, group_sizes)
         parts = [*(source.fingerprint for source in self.sources), *map(repr, settings)]
@@ -127,26 +130,24 @@ class Stream:
     def chunks(
         self, source: DataSource, state: ReaderState | None = None
     ) -> Iterator[tuple[ReaderState, Records]]:
-        """The rows of one source from a reader state on, checked: each chunk's state and its records. Raises DataError."""
+        """State and checked records of each chunk of a source. Raises DataError."""
         names, header = source.column_names(), source.has_header
         columns = choose_columns(source.name, names, self.columns, header)
         for chunk in source.chunks(columns.names(), state):
-            yield (
-                chunk.state,
-                records_from_chunk(
-                    source.name,
-                    chunk,
-                    columns,
-                    has_header=header,
-                    label_delimiter=self.label_delimiter,
-                    features=source.features,
-                    on_bad_row=self.on_bad_row,
-                    first_label=self.first_label,
-                ),
+            records = records_from_chunk(
+                source.name,
+                chunk,
+                columns,
+                has_header=header,
+                label_delimiter=self.label_delimiter,
+                features=source.features,
+                on_bad_row=self.on_bad_row,
+                first_label=self.first_label,
             )
+            yield chunk.state, records
 
     def head(self) -> Records:
-        """The first rows, at most HEAD_ROWS. Raises DataError where there are none."""
+        """The first rows, at most HEAD_ROWS. Raises DataError if there are none."""
         skipped_rows = SkippedRows(self.on_bad_row, self.max_bad_rows)
         for source in self.sources:
             for _, records in self.chunks(source):
@@ -161,7 +162,7 @@ class Stream:
         raise DataError(f"{self.name} has no rows.")
 
     def with_first_label(self) -> "Stream":
-        """With on_bad_row "skip": the same, with the first label of all, wherever reading begins. Raises DataError."""
+        """The same stream; with on_bad_row "skip", its `first_label` is set. Raises DataError."""
         if self.on_bad_row == "fail":
             return self
         return replace(self, first_label=self.head().label_values[0])
@@ -185,30 +186,30 @@ class Stream:
             reads = zip(readers, counts, strict=True)
             parts = [records for reader, count in reads for records in reader.read(count)]
             skipped = [row for reader in readers for row in reader.pop_skipped_rows()]
+            next_epoch: ReaderState = {**STREAM_START, "epoch": epoch + 1}
             if not parts:
                 empty = [reader.empty for reader in readers if reader.empty is not None]
                 if skipped and empty:
-                    yield Window(
-                        empty[0], state, None, {**STREAM_START, "epoch": epoch + 1}, skipped
-                    )
+                    yield Window(empty[0], state, None, next_epoch, skipped)
                 return
             records = replace(concat_records(parts, self.name), first_row=self.first_row + rows)
             rows, number = rows + len(records), number + 1
             cursors = [reader.cursor for reader in readers]
-            following = {"epoch": epoch, "window": number, "rows": rows, "cursors": cursors}
-            kept_cursors = cursors if self.weights else []
-            next_epoch = {**STREAM_START, "epoch": epoch + 1, "cursors": kept_cursors}
+            next_state = {"epoch": epoch, "window": number, "rows": rows, "cursors": cursors}
+            if self.weights:
+                next_epoch["cursors"] = cursors
             ended = rows == self.limit or (not self.weights and readers[0].ended)
-            yield Window(records, state, None if ended else following, next_epoch, skipped)
+            yield Window(records, state, None if ended else next_state, next_epoch, skipped)
             if ended:
                 return
-            state = following
+            state = next_state
 
 
 class _GroupReader:
     """The rows of one source group from a cursor on.
 
-    A cursor is {"pass", "file": in the order of that pass, "place": reader state of a chunk, "skip": rows of the chunk}.
+    A cursor is {"pass", "file": in the order of that pass, "place": reader state of a chunk,
+    "skip": rows of the chunk}.
     """
 
     def __init__(
@@ -227,7 +228,7 @@ class _GroupReader:
 
     @property
     def cursor(self) -> ReaderState:
-        # Until a row is read, the initial one: a state must not depend on whether reading was interrupted there.
+        # Until a row is read, the initial one: states must not depend on interruptions.
         if self._initial_cursor is not None:
             return self._initial_cursor
         if self.ended:
@@ -235,7 +236,7 @@ class _GroupReader:
         return {"pass": self.number, "file": self.file, "place": self._state, "skip": self._skip}
 
     def read(self, rows: int) -> list[Records]:
-        """The next rows; fewer at the end of the pass, unless groups have weights: then the next pass follows."""
+        """The next rows; fewer at the end of a pass, if groups have no weights."""
         parts: list[Records] = []
         while rows:
             if self.ended:
@@ -281,15 +282,15 @@ class _GroupReader:
             self._chunks = self.stream.chunks(self.sources[self._order[self.file]], state)
 
     def _load_chunk(self) -> None:
-        """Have a row to read, or set `ended`."""
+        """Load chunks until there is a row to read, or set `ended`."""
         while self._chunk is None or self._skip >= len(self._chunk):
-            if (following := next(self._chunks, None)) is not None:
-                state, records = following
+            if (chunk := next(self._chunks, None)) is not None:
+                state, records = chunk
                 self._skipped_rows += records.skipped_rows
                 if not len(records):
                     self.empty = records
                     continue
-                # In the first chunk, skip as many as the cursor says.
+                # In the first chunk, skip the rows before the cursor.
                 self._skip = self._skip if self._chunk is None else 0
                 self._chunk, self._state = replace(records, skipped_rows=()), state
             elif self.file + 1 < len(self.sources):
@@ -300,13 +301,13 @@ class _GroupReader:
                 return
 
 
-# This rank's step -> its rows over all ranks, and the rows that any of them skipped. Raises the error of any rank.
+# This rank's step -> number of rows and skipped rows of all ranks. Raises the error of any rank.
 AgreeOnStep = Callable[[Step | BertdistError | None], tuple[int, tuple[SkippedRow, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamLoader:
-    """A stream in steps, as one rank sees it. Stateless: `steps` continues from the reader state of a step."""
+    """One rank's part of the steps of a stream. Stateless: `steps` resumes from a reader state."""
 
     stream: Stream  # with --stream_sharding by_file, of this rank's files
     task: Task
@@ -322,13 +323,13 @@ class StreamLoader:
     agree: AgreeOnStep | None = None  # with --stream_sharding by_file
 
     def total_steps(self, run: RunConfig) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the entire run."""
         return count_steps(run, self.steps_per_epoch)
 
     def steps(
         self, start: int, stop: int, reader_state: ReaderState | None = None
     ) -> Iterator[Step]:
-        """This rank's part of steps start, ..., stop - 1, counted over the whole run. Raises DataError.
+        """This rank's part of steps start, ..., stop - 1 of the run. Raises DataError.
 
         reader_state: `next_reader_state` of step start - 1; None: the beginning of the stream.
         """
@@ -368,7 +369,7 @@ class StreamLoader:
     def _steps_of_epoch(
         self, start: int, stop: int, state: ReaderState
     ) -> Iterator[Step | BertdistError]:
-        """The steps of this rank's files to the end of the epoch, or to an error, which is the last element."""
+        """The steps of this rank's files to the end of the epoch, or to an error, the last item."""
         try:
             if "window" in state:
                 messages = _Messages(self, start, stop, state, one_epoch=True)
@@ -377,12 +378,15 @@ class StreamLoader:
             yield error
 
     def locations(self, rows: Sequence[int], window_state: ReaderState | None) -> list[str]:
-        """The file and line of each row of a step with this `window_state`: reads its window again. Else its number in the stream."""
+        """The file and line of each row of a step: reads its window again.
+
+        Without `window_state`, or if the window has changed: the row's number in the stream.
+        """
         try:
             read_again = window_state is not None and len(rows) > 0
             window = next(self.stream.windows(window_state)).records if read_again else None
         except (BertdistError, OSError, MemoryError, StopIteration):
-            # The data have changed since; the message that needs the location matters more.
+            # The data have changed; do not mask the error whose message needs the location.
             window = None
         if window is None or not all(0 <= row - window.first_row < len(window) for row in rows):
             return [f"{self.stream.name} row {row - self.stream.first_row}" for row in rows]
@@ -393,7 +397,7 @@ class _PlannedStep(NamedTuple):
     """A step's rows, before they are tokenized."""
 
     number: int
-    shard: RankShard | None  # None: a rank whose files have skipped rows only
+    shard: RankShard | None  # None: all rows of the rank's files were skipped
     rows: Array  # of the window
     window_state: ReaderState
     next_reader_state: ReaderState
@@ -401,7 +405,7 @@ class _PlannedStep(NamedTuple):
 
 
 class _Messages(IterableDataset[Message]):
-    """A pass over windows. With several workers each reads all of it, and tokenizes every n-th message."""
+    """A pass over windows. Each of n workers reads all rows, and tokenizes every n-th message."""
 
     def __init__(
         self,
@@ -438,17 +442,17 @@ class _Messages(IterableDataset[Message]):
             yield message
 
     def _step(self, planned: _PlannedStep) -> Step | BertdistError:
-        number, shard, rows, window_state, next_reader_state, skipped_rows = planned
+        number, shard = planned.number, planned.shard
         step: Step | BertdistError = Step(number=number, micro_batches=[], rows=0, idle=True)
         if shard is not None:
-            step = shard.step(rows, number)
+            step = shard.step(planned.rows, number)
         if isinstance(step, BertdistError):
             return step
         return replace(
             step,
-            window_state=window_state,
-            next_reader_state=next_reader_state,
-            skipped_rows=skipped_rows,
+            window_state=planned.window_state,
+            next_reader_state=planned.next_reader_state,
+            skipped_rows=planned.skipped_rows,
         )
 
     def _planned_steps(self) -> Iterator[_PlannedStep]:
@@ -474,7 +478,7 @@ class _Messages(IterableDataset[Message]):
         """The steps of a window from its step `first` on, which is step `number` of the run."""
         next_epoch, skipped_rows = window.next_epoch_state, tuple(window.skipped_rows)
         if not len(window.records):
-            if self.one_epoch:  # the other ranks have yet to learn of the skipped rows
+            if self.one_epoch:  # report the skipped rows to the other ranks
                 over: ReaderState = {"over": next_epoch}
                 no_rows = epoch_order(0, 0, 0)
                 yield _PlannedStep(number, None, no_rows, window.state, over, skipped_rows)
@@ -484,18 +488,14 @@ class _Messages(IterableDataset[Message]):
         shard = self._shard(window)
         last = -(-rows // size) - 1
         for step in range(first, last + 1):
-            following: ReaderState = {"window": window.state, "step": step + 1}
-            if step == last and window.next_state is not None:
-                following = {"window": window.next_state, "step": 0}
+            state: ReaderState = {"window": window.state, "step": step + 1}
+            if step == last and window.next_state is None and self.one_epoch:
+                state = {"over": next_epoch}
             elif step == last:
-                following = (
-                    {"over": next_epoch} if self.one_epoch else {"window": next_epoch, "step": 0}
-                )
-            rows_of_step = order[step * size : (step + 1) * size]
-            yield _PlannedStep(
-                number + step - first, shard, rows_of_step, window.state, following, skipped_rows
-            )
-            skipped_rows = ()
+                state = {"window": window.next_state or next_epoch, "step": 0}
+            step_rows = order[step * size : (step + 1) * size]
+            yield _PlannedStep(number, shard, step_rows, window.state, state, skipped_rows)
+            number, skipped_rows = number + 1, ()
 
     def _shard(self, window: Window) -> RankShard:
         loader, records = self.loader, window.records
@@ -514,9 +514,9 @@ def create_stream_loader(
     settings: dict[str, Any],
     accelerator: Accelerator,
 ) -> StreamLoader:
-    """A stream in steps for this rank. Raises DataError and ConfigError.
+    """This rank's loader of a stream. Raises DataError and ConfigError.
 
-    source_rows: rows of each source, none where they were not counted. settings: of `loader_settings`.
+    source_rows: rows of each source; empty if not counted. settings: of `loader_settings`.
     """
     size, seed = config.batch.train_batch_size, config.run.seed
     dataset = create_dataset(stream.head(), tokenizer, task, config.model.max_length)
@@ -547,26 +547,25 @@ def create_stream_loader(
 
 
 def _check_by_file(stream: Stream, rows_per_step: int, ranks: int) -> None:
-    """Raises ConfigError where a rank would have no rows in a step."""
-    by_row = "--stream_sharding by_row takes any number."
+    """Raises ConfigError if a rank would have no rows in a step."""
+    by_row = "With --stream_sharding by_row any number will do."
     if rows_per_step < ranks:
         raise ConfigError(
-            f"--train_batch_size is {rows_per_step}, and there are {ranks} processes, each of which "
-            f"reads other files (--stream_sharding by_file); expected at least one row each. {by_row}"
+            f"--stream_sharding by_file needs at least one row per process and step: "
+            f"--train_batch_size is {rows_per_step}, for {ranks} processes. {by_row}"
         )
     if (sources := len(stream.sources)) < ranks:
         raise ConfigError(
-            f"{stream.name}: {sources} source(s) for {ranks} processes, each of which reads other files "
-            f"(--stream_sharding by_file); expected at least one each, or steps lack the rows of those "
-            f"without. {by_row}"
+            f"--stream_sharding by_file needs at least one file per process: "
+            f"{stream.name} has {sources}, for {ranks} processes. {by_row}"
         )
 
 
 def assign_files_to_ranks(stream: Stream, ranks: int) -> list[list[int]]:
-    """Which sources each rank reads (--stream_sharding by_file): largest first, to the rank with the fewest bytes."""
+    """Indices of the sources of each rank: largest first, to the rank with the fewest bytes."""
     sizes = [source.bytes for source in stream.sources]
-    known = [size for size in sizes if size is not None]
-    mean = sum(known) // max(1, len(known))
+    sizes_given = [size for size in sizes if size is not None]
+    mean = sum(sizes_given) // max(1, len(sizes_given))
     loads = [mean if size is None else size for size in sizes]
     files: list[list[int]] = [[] for _ in range(ranks)]
     heap = [(0, 0, rank) for rank in range(ranks)]  # (bytes, files, rank)
@@ -578,9 +577,9 @@ def assign_files_to_ranks(stream: Stream, ranks: int) -> list[list[int]]:
 
 
 def agree_on_steps(accelerator: Accelerator) -> AgreeOnStep:
-    """How ranks that read other files agree on a step: its rows over all ranks, and the rows any of them skipped.
+    """A function that sums a step's rows over all ranks, and gathers their skipped rows.
 
-    A collective at every call.
+    Every call is a collective.
     """
     group = cache(lambda: host_group(accelerator))
 

@@ -740,12 +740,12 @@ def test_real_workers_read_own_files() -> None:
 def test_each_rank_that_reads_own_files_has_one_and_a_row_of_each_step() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"^--train_batch_size is 2, and there are 3 processes, .* expected at least one row each",
+        match=r"^--stream_sharding by_file .* --train_batch_size is 2, for 3 processes\. .* any number will do\.$",
     ):
         batches_of(files_of([9, 9, 9]), 2, 3, size=2, split="by_file")
     with pytest.raises(
         ConfigError,
-        match=r"^rows: 2 source\(s\) for 3 processes, .* --stream_sharding by_row takes any number\.$",
+        match=r"^--stream_sharding by_file needs at least one file per process: rows has 2, for 3 processes\..* any number will do\.$",
     ):
         batches_of(files_of([9, 9]), 2, 3, split="by_file")
 
