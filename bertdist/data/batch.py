@@ -72,7 +72,7 @@ class Step:
     rows: int  # rows of the step, all ranks together
     idle: bool = False  # this rank has no row in this step, and one text of weight 0
     # Of a stream:
-    window_state: ReaderState | None = None  # reading from here gives the window of its rows
+    window_state: ReaderState | None = None  # where its window of rows begins
     next_reader_state: ReaderState | None = None  # where reading continues after this step
     skipped_rows: tuple[SkippedRow, ...] = ()  # while reading this step's rows
 

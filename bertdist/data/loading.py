@@ -71,7 +71,7 @@ def load_records(data: DataConfig, split: Literal["validation"]) -> Records | No
 
 
 def load_records(data: DataConfig, split: Literal["train", "validation"]) -> Records | None:
-    """A split in memory, with labels; None where there is no validation split. Raises DataError."""
+    """A split in memory, with labels; None without a validation split. Raises DataError."""
     if split == "train":
         patterns, limit = data.train_file or [], data.max_train_samples
     else:

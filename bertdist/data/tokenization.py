@@ -28,7 +28,7 @@ class Example(NamedTuple):
     row: int
     ids: list[int]
     segments: list[int]  # 0 for the first text, 1 for the second
-    target: Any  # int, (outputs,) float32, or float; 0 where there are no labels
+    target: Any  # int, (outputs,) float32, or float; 0 without labels
     weight: float  # of the row's loss
 
 
@@ -141,7 +141,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=config.model_revision, trust_remote_code=False
         )
-        # transformers 5.23 makes an empty one where there are no files.
+        # transformers 5.23 makes an empty one if there are no files.
         is_usable = len(tokenizer) > len(tokenizer.all_special_tokens)
     except Exception as error:  # damaged files raise a dozen kinds, some of them plain Exception
         if not Path(name).is_dir():

@@ -761,7 +761,7 @@ def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
             "a.jsonl",
             '{"text": "a", "label": 0.5}\n{"text": "b", "label": 9007199254740993}\n',
             {},
-            "a.jsonl line 2: label 9007199254740993 stands",
+            "a.jsonl line 2: label 9007199254740993 would be rounded",
         ),
         (
             "a.jsonl",
