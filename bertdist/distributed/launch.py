@@ -418,8 +418,8 @@ def _missing_ranks(
     except (dist.DistError, RuntimeError):
         # Rank 0, which keeps the store, was killed, or has printed it and exited.
         return _printed_by_one(
-            f"rank {rank} of {len(keys)}: rank 0 exited before the rendezvous completed at {address}; "
-            "its own message says more.",
+            f"rank {rank} of {len(keys)}: rank 0 exited before the rendezvous completed at "
+            f"{address}; its own message says more.",
             rank == 1,
         )
     numbers = ", ".join(map(str, missing[:20]))

@@ -184,8 +184,8 @@ class Watchdog:
                 for x in ranks[:8]
             )
             text = (
-                f"No rank has made progress for {self.timeout:g} s (--rank_timeout), so a collective "
-                f"hangs: {where}. Stacks of all ranks: {self.folder / 'stacks'}. "
+                f"No rank has made progress for {self.timeout:g} s (--rank_timeout), so a "
+                f"collective hangs: {where}. Stacks of all ranks: {self.folder / 'stacks'}. "
                 f"{self.files.resume_hint()}"
             )
             self._exit_process(self.files.report_once("hang", text))

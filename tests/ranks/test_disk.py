@@ -156,7 +156,7 @@ def test_bad_rows_that_cannot_be_written_end_all_ranks(
     )
     with pytest.raises(RankError) as caught:
         run_ranks(n, run_train, words, on_rank_0_before(2, full))
-    assert str(caught.value).count("errors.DataError: ") == n
+    assert str(caught.value).count("errors.CheckpointError: ") == n
     assert f"Cannot write {out / 'bad_rows.jsonl'}: File too large." in str(caught.value)
 
 
