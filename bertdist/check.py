@@ -188,9 +188,9 @@ def check_rows(arguments: Sequence[str]) -> int:
     if config.fix is not None:
         path, kinds = Path(config.fix), config.fix_kinds or list(DEFAULT_FIX_KINDS)
         numbers = write_cleaned(report, kinds, path, data.label_delimiter, config.near_threshold)
-        kept, total = numbers.pop("rows"), len(report.splits["train"])
+        rows, total = numbers.pop("rows"), len(report.splits["train"])
         listed = ", ".join(f"{kind} {count:,}" for kind, count in numbers.items())
-        show(f"Written: {path}, {kept:,} of {total:,} rows ({listed}), and {dropped_path(path)}.")
+        show(f"Written: {path}, {rows:,} of {total:,} rows ({listed}), and {dropped_path(path)}.")
     return 1 if counts(report.findings)["error"] else 0
 
 

@@ -59,18 +59,18 @@ def write_cleaned(
     for kind in DROP_ORDER:
         if kind in kinds:
             reason[_rows_to_drop(kind, records, labels, groups) & (reason == "")] = kind
-    kept = np.flatnonzero(reason == "")
-    if not len(kept):
+    remaining_rows = np.flatnonzero(reason == "")
+    if not len(remaining_rows):
         raise DataError(
             f"--fix would leave none of the {len(records):,} rows; choose fewer --fix_kinds."
         )
     sink = pa.BufferOutputStream()
-    pa.parquet.write_table(_to_table(records, kept, label_delimiter), sink)
+    pa.parquet.write_table(_to_table(records, remaining_rows, label_delimiter), sink)
     atomic_write(path, sink.getvalue().to_pybytes())
     atomic_write(dropped_path(path), _changes_as_jsonl(original, records, reason, before))
     changed = {"encoding": len(before)} if "encoding" in kinds else {}
     dropped = {kind: int((reason == kind).sum()) for kind in kinds if kind != "encoding"}
-    return {**changed, **dropped, "rows": len(kept)}
+    return {**changed, **dropped, "rows": len(remaining_rows)}
 
 
 def dropped_path(path: Path) -> Path:

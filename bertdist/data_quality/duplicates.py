@@ -377,6 +377,7 @@ def _example(
 
 
 def _find_repeats(build: FindingBuilder, records: Records, groups: TextGroups) -> list[Finding]:
+    """Texts that occur more than once in one split."""
     exact, normalized = groups.exact[build.split], groups.normalized[build.split]
     findings = []
 
@@ -463,12 +464,12 @@ def _find_leaks(
         )
         advice = "Remove them from train (--fix does)."
     exact = np.isin(groups.exact[second], groups.exact[first])
-    alike = np.isin(groups.normalized[second], groups.normalized[first]) & ~exact
+    same_normalized = np.isin(groups.normalized[second], groups.normalized[first]) & ~exact
     title = f"rows of {second} that are also in {first}"
     findings = []
     for kind, numbers, leaked, suffix in (
         ("leaks", groups.exact, exact, ""),
-        ("alike_leaks", groups.normalized, alike, " up to case and white space"),
+        ("alike_leaks", groups.normalized, same_normalized, " up to case and white space"),
     ):
         rows = np.flatnonzero(leaked)
         if not len(rows):

@@ -122,7 +122,10 @@ class FindingBuilder:
 
 
 def ranked(findings: Iterable[Finding]) -> list[Finding]:
-    """Sort by severity, then by IMPORTANCE of the kind, then the larger share first."""
+    """Sort by severity, then by IMPORTANCE of the kind, then the larger share first.
+
+    Kinds that IMPORTANCE does not list are last among those of their severity.
+    """
 
     def key(finding: Finding) -> tuple[int, int, float]:
         listed = finding.kind in IMPORTANCE

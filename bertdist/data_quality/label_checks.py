@@ -122,6 +122,7 @@ def check_labels(
 
 
 def _check_train_labels(build: FindingBuilder, labels: SplitLabels) -> list[Finding]:
+    """Findings on the labels of the training rows alone."""
     counts, num_rows = labels.counts(), len(labels.codes)
 
     def finding(
@@ -172,13 +173,13 @@ def _check_train_labels(build: FindingBuilder, labels: SplitLabels) -> list[Find
     spellings: dict[str, list[str]] = {}
     for name in names:
         spellings.setdefault(" ".join(name.lower().split()), []).append(name)
-    for alike in (alike for alike in spellings.values() if len(alike) > 1):
-        listed = ", ".join(repr(excerpt(name, 30)) for name in alike[:3])
+    for variants in (names for names in spellings.values() if len(names) > 1):
+        listed = ", ".join(repr(excerpt(name, 30)) for name in variants[:3])
         title = f"labels that differ only in case or white space: {listed}"
         meaning, advice = "They are trained as different labels.", "Use one spelling."
-        rows = sum(counts[name] for name in alike[1:])
+        rows = sum(counts[name] for name in variants[1:])
         findings.append(
-            finding("labels_alike", "warning", title, alike, meaning, advice, count=rows)
+            finding("labels_alike", "warning", title, variants, meaning, advice, count=rows)
         )
     return findings
 
@@ -186,6 +187,7 @@ def _check_train_labels(build: FindingBuilder, labels: SplitLabels) -> list[Find
 def _compare_with_train(
     build: FindingBuilder, labels: SplitLabels, train: SplitLabels
 ) -> list[Finding]:
+    """Findings on the labels of another split against those of train."""
     split, counts, train_counts = build.split, labels.counts(), train.counts()
     numeric = train.numbers is not None
     findings = []

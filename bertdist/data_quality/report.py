@@ -113,7 +113,6 @@ def check_data(
     train_labels = labels["train"]
     assert train_labels is not None
     paths = _table_paths(data, test_file)
-    notes = []
     for name, records in splits.items():
         build = FindingBuilder(name, records.texts, num_examples)
         findings += _skipped_rows(build, records, data.max_bad_rows)
@@ -123,16 +122,8 @@ def check_data(
             build = replace(build, texts=records.pairs)
             findings += check_texts(build, records.pair_column)
     findings += check_labels(splits, labels, num_examples)
-    if near_threshold and not has_rensa():
-        near_threshold = 0.0
-        notes.append(
-            "Near duplicates were not checked: rensa is not installed (pip install 'rensa<0.6')."
-        )
-    if not has_ftfy():
-        notes.append(
-            "Wrong encodings were checked with three patterns only: ftfy is not installed "
-            "(pip install ftfy)."
-        )
+    notes = _missing_packages(near_threshold)
+    near_threshold = near_threshold if has_rensa() else 0.0
     groups = group_texts(splits, near_threshold)
     findings += check_duplicates(splits, labels, groups, num_examples)
     lengths = {}
@@ -156,6 +147,21 @@ def check_data(
         locations=locate_examples(findings, splits),
         notes=notes,
     )
+
+
+def _missing_packages(near_threshold: float) -> list[str]:
+    """Notes on the checks that need a package which is not installed."""
+    notes = []
+    if near_threshold and not has_rensa():
+        notes.append(
+            "Near duplicates were not checked: rensa is not installed (pip install 'rensa<0.6')."
+        )
+    if not has_ftfy():
+        notes.append(
+            "Wrong encodings were checked with three patterns only: ftfy is not installed "
+            "(pip install ftfy)."
+        )
+    return notes
 
 
 def load_all_splits(
@@ -266,7 +272,7 @@ def row_locations(where: LocateRow, rows: Iterable[int], num_rows: int) -> dict[
     """
     wanted = sorted(set(rows))
     locations: dict[int, str] = {}
-    found: dict[int, RowLocation] = {}
+    row_location: dict[int, RowLocation] = {}
     calls_left = max(8, MAX_ROWS_READ // max(1, num_rows))
 
     def find(row: int) -> tuple[str, int] | None:
@@ -274,9 +280,9 @@ def row_locations(where: LocateRow, rows: Iterable[int], num_rows: int) -> dict[
         nonlocal calls_left
         if row not in locations:
             calls_left -= 1
-            found[row] = where(row)
-            locations[row] = str(found[row])
-        file, line, _ = found[row]
+            row_location[row] = where(row)
+            locations[row] = str(row_location[row])
+        file, line, _ = row_location[row]
         return None if line is None else (file, line)
 
     def fill(low: int, high: int) -> None:

@@ -50,6 +50,7 @@ def check_table(
 
 
 def _check_quotes(build: FindingBuilder, records: Records, train: SplitLabels) -> list[Finding]:
+    """Quotes that were read as text, or opened a field by mistake."""
     texts, findings = records.texts, []
     form = records.file
     delimiter, quoted = str(getattr(form, "delimiter", ",")), bool(getattr(form, "quoted", False))

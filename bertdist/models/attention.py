@@ -153,14 +153,18 @@ def _varlen(
                 "the host computes the keys of a window: not inside a CUDA graph"
             )
             lengths = np.asarray(packing.lengths)
-            kept = np.minimum(lengths, window)
-            offsets = lengths.cumsum() - lengths - (kept.cumsum() - kept)
-            index = torch.from_numpy(np.repeat(offsets, kept) + np.arange(kept.sum()))
+            keys_in_window = np.minimum(lengths, window)
+            offsets = lengths.cumsum() - lengths - (keys_in_window.cumsum() - keys_in_window)
+            index = torch.from_numpy(
+                np.repeat(offsets, keys_in_window) + np.arange(keys_in_window.sum())
+            )
             index = index.to(k.device, non_blocking=True)
             k, v = k.index_select(0, index), v.index_select(0, index)
-            cumulative = torch.from_numpy(np.concatenate([[0], kept.cumsum()]).astype(np.int32))
+            cumulative = torch.from_numpy(
+                np.concatenate([[0], keys_in_window.cumsum()]).astype(np.int32)
+            )
             cu_seqlens = cumulative.to(cu_seqlens.device, non_blocking=True)
-            longest, window = int(kept.max()), None
+            longest, window = int(keys_in_window.max()), None
     sides = ("window_size_left", "window_size_right")
     windows = {} if window is None else dict.fromkeys(sides, window - 1)
     sizes = (cu_queries, cu_seqlens, longest_query, longest)

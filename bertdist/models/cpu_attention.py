@@ -86,7 +86,7 @@ class BucketLayout:
         return lambda x: x[start:stop].view(texts, longest, x.shape[-1])
 
     def draw_masks(self, masks: DropoutMasks | None, p: float, first_only: bool) -> list[Tensor]:
-        """Attention weights that dropout keeps: (texts x H, queries, longest) bool per bucket."""
+        """Dropout masks of attention weights: (texts x H, queries, longest) bool per bucket."""
         lengths = [length for bucket in self.buckets for length in bucket.lengths]
         sizes = [self.heads * (1 if first_only else length) * length for length in lengths]
         # without row numbers torch's own draws
@@ -141,7 +141,7 @@ def bucketed_attention(
 def _sdpa_per_length(
     query: Tensor, key: Tensor, value: Tensor, layout: BucketLayout, scale: float
 ) -> Tensor:
-    """Without gradients: 1.02 times as fast as the buckets, on views, and no scores are kept."""
+    """Without gradients: 1.02 times as fast as the buckets, on views, and no scores are stored."""
     parts, first_query, first = [], 0, 0
     for length, run in groupby(length for bucket in layout.buckets for length in bucket.lengths):
         texts, queries = len(list(run)), 1 if len(query) != len(key) else length
@@ -168,7 +168,7 @@ class _Attention(torch.autograd.Function):
         scale: float,
         window: int | None,
         keep: list[Tensor] | None,
-        keep_scale: float,
+        mask_scale: float,
     ) -> Tensor:
         ctx.first_only = len(query) != len(key)
         q = _rows(query) if ctx.first_only else _rows(query).index_select(0, layout.pad_index)
@@ -181,7 +181,7 @@ class _Attention(torch.autograd.Function):
             scores = torch.baddbmm(empty, queries(q), keys(k).mT, beta=0, alpha=scale)
             _mask_scores(scores, bucket, window)
             weights = scores.softmax(-1)
-            mask = None if keep is None else torch.mul(keep[i], q.new_tensor(keep_scale))
+            mask = None if keep is None else torch.mul(keep[i], q.new_tensor(mask_scale))
             torch.bmm(weights if mask is None else weights * mask, keys(v), out=queries(out))
             saved += [weights, weights if mask is None else mask]
         ctx.save_for_backward(q, k, v, *saved)
@@ -204,8 +204,8 @@ class _Attention(torch.autograd.Function):
         for i in range(len(layout.buckets)):
             weights, mask = saved[2 * i : 2 * i + 2]
             queries, keys = layout.view_of(i, ctx.first_only), layout.view_of(i)
-            kept = weights * mask if ctx.dropped else weights
-            torch.bmm(kept.mT, queries(d_out), out=keys(d_v))
+            dropped_out = weights * mask if ctx.dropped else weights
+            torch.bmm(dropped_out.mT, queries(d_out), out=keys(d_v))
             d_weights = torch.bmm(queries(d_out), keys(v).mT)
             if ctx.dropped:
                 d_weights *= mask

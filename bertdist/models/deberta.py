@@ -39,7 +39,7 @@ def prepare(model: Any) -> None:
 
     def forward(input_ids: Tensor, packing: Packing, **inputs: Tensor) -> SequenceClassifierOutput:
         embedded = x = body.embeddings(input_ids=input_ids, **inputs)  # (1, T, hidden)
-        batch, table = (
+        padded, table = (
             _PaddedGroups(packing, positions, input_ids.device),
             encoder.get_rel_embedding(),
         )
@@ -48,7 +48,7 @@ def prepare(model: Any) -> None:
             # the convolution reads all tokens that leave the first layer
             convolve = encoder.conv is not None and i == 0
             queries = x[:, packing.first_tokens] if last and not convolve else None
-            x, _ = layer(x, batch, query_states=queries, rel_embeddings=table)
+            x, _ = layer(x, padded, query_states=queries, rel_embeddings=table)
             if convolve:
                 x = _convolution(encoder.conv, embedded, x, packing)
                 x = x[:, packing.first_tokens] if last else x
@@ -145,7 +145,7 @@ def _attention(
     hidden_states (1, T, hidden), query_states (1, N, hidden) where only first tokens are computed,
     rel_embeddings (rows of the table, hidden) -> (1, Q, hidden).
     """
-    batch, heads = attention_mask, module.num_attention_heads
+    padded, heads = attention_mask, module.num_attention_heads
     first_only, types = query_states is not None, module.pos_att_type
     query = module.query_proj(query_states if first_only else hidden_states)
     key, value = module.key_proj(hidden_states), module.value_proj(hidden_states)
@@ -153,10 +153,10 @@ def _attention(
     size = query.shape[-1] // heads * (1 + ("c2p" in types) + ("p2c" in types))
     scale = torch.tensor(float(size)).sqrt().item()
     query = query / scale
-    row_keys, row_queries = _project_table(module, batch, rel_embeddings, scale)
-    dropout = _weight_dropout(module, batch, first_only)
+    row_keys, row_queries = _project_table(module, padded, rel_embeddings, scale)
+    dropout = _weight_dropout(module, padded, first_only)
     parts = []
-    for i, group in enumerate(batch.groups):
+    for i, group in enumerate(padded.groups):
         # (texts, H, longest, D)
         k, v = (_split_heads(group.pad(x), heads) for x in (key, value))
         q = _split_heads(query[0, group.texts, None] if first_only else group.pad(query), heads)
@@ -175,13 +175,13 @@ def _attention(
 
 
 def _project_table(
-    module: Any, batch: _PaddedGroups, rel_embeddings: Tensor | None, scale: float
+    module: Any, padded: _PaddedGroups, rel_embeddings: Tensor | None, scale: float
 ) -> tuple[Tensor | None, Tensor | None]:
     """Keys and queries of the needed rows of the table, each (H, R, D); None if not used."""
     if rel_embeddings is None:
         return None, None
-    table = _table_dropout(rel_embeddings, module, batch.packing.dropout_masks)
-    table = table[batch.low : batch.high][None]  # (1, R, hidden)
+    table = _table_dropout(rel_embeddings, module, padded.packing.dropout_masks)
+    table = table[padded.low : padded.high][None]  # (1, R, hidden)
     heads, shared, row_keys, row_queries = (
         module.num_attention_heads,
         module.share_att_key,
@@ -218,10 +218,10 @@ def _table_dropout(table: Tensor, module: Any, masks: DropoutMasks | None) -> Te
 
 
 def _weight_dropout(
-    module: Any, batch: _PaddedGroups, first_only: bool
+    module: Any, padded: _PaddedGroups, first_only: bool
 ) -> Callable[[int, Tensor], Tensor]:
     """The function (index of a group, weights (texts, H, queries, longest)) -> after dropout."""
-    p, packing = module.dropout.p, batch.packing
+    p, packing = module.dropout.p, padded.packing
     if packing.buckets is None or not module.training or not p:
         return lambda i, weights: F.dropout(weights, p, module.training)
     keeps = packing.buckets.draw_masks(packing.dropout_masks, p, first_only)

@@ -114,7 +114,7 @@ def _(x: Tensor, p: float) -> Tensor:
 
 
 def keep_scale(p: float) -> float:
-    """The factor of the elements that are kept: 1 / (1 - the p that 16 bits can meet)."""
+    """The factor of the kept elements: 1 / (1 - p), with p rounded to a multiple of 2^-16."""
     return _LEVELS / max(1, _LEVELS - _threshold(p))
 
 

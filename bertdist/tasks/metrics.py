@@ -11,7 +11,7 @@ never called: it runs ./accuracy/accuracy.py of the current folder.
 What the names mean
 - macro is the mean over all labels of the model, weighted the mean weighted by rows, micro counts
   all decisions together. A label that is absent from the rows counts, and 0 / 0 is 0
-  (scikit-learn's `labels=range(k), zero_division=0`).
+  (scikit-learn's `labels=range(O), zero_division=0`).
 - f1, precision, recall are those of the second of two labels. accuracy of a multi-label row: all
   its labels are right.
 - f1_samples and jaccard_samples are means over rows; a row with neither true nor predicted labels
@@ -28,9 +28,9 @@ more; of 100,000 x 150 labels 0.03 s and 3.3 s; multi-label 100,000 x 150 1.6 s 
 scores (twice that on a busy machine). Through evaluate's Arrow table the same arrays cost 1.6 s per
 score, and 10 s and 1.2 GB per score for multi-label: see `BuiltinMetric.compute`.
 
-Legend: n rows, k labels. Single-label: predictions (n,) and references (n,) are label ids,
-probabilities (n, k). Multi-label: predictions and references (n, k) of 0 and 1, probabilities (n,
-k). Regression: predictions and references (n,) floats.
+Legend: N rows, O outputs. Single-label: predictions (N,) and references (N,) are label ids,
+probabilities (N, O). Multi-label: predictions and references (N, O) of 0 and 1, probabilities (N,
+O). Regression: predictions and references (N,) floats.
 """
 
 import os
@@ -200,9 +200,9 @@ class BuiltinMetric(evaluate.Metric):  # type: ignore[misc]
 
 
 def _for_sklearn(array: Array) -> Array:
-    """Numbers become float64; (n, k) becomes int8, a third of the time of int64.
+    """Numbers become float64; (N, O) becomes int8, a third of the time of int64.
 
-    (n, 1) becomes (n, 2) with zeros that `labels=range(1)` leaves out, because scikit-learn reads
+    (N, 1) becomes (N, 2) with zeros that `labels=range(1)` leaves out, because scikit-learn reads
     one column as two classes.
     """
     if array.ndim == 1:
@@ -334,8 +334,8 @@ def _load_metric(name: str, problem_type: str, num_labels: int) -> Any:
             raise ConfigError(f"there is no file {script}.")
         return _load_evaluate_metric(str(script))
     fitting = [
-        known
-        for known, spec in _METRICS.items()
+        candidate
+        for candidate, spec in _METRICS.items()
         if problem_type in spec.problem_types and (num_labels == 2 or not spec.binary)
     ]
     if name in fitting:
@@ -347,7 +347,7 @@ def _load_metric(name: str, problem_type: str, num_labels: int) -> Any:
     two = " with two labels" if spec.binary else ""
     if two and problem_type != REGRESSION:
         this = f"{problem_type} with {num_labels} labels"
-    usable = [known for known in fitting if known.startswith(f"{name}_")] or fitting
+    usable = [x for x in fitting if x.startswith(f"{name}_")] or fitting
     raise ConfigError(
         f"is for {' and '.join(spec.problem_types)}{two}; this task is {this}, "
         f"which has {', '.join(usable)}."
@@ -368,8 +368,8 @@ def _load_evaluate_metric(path: str) -> Any:
     """Run the script at an absolute or a Hub path; evaluate copies it into HF_MODULES_CACHE."""
     try:
         metric = evaluate.load(path, module_type="metric", keep_in_memory=True, seed=0)
-        known = ("predictions", "probabilities", "references")
-        unknown = [name for name in _features(metric) if name not in known]
+        supported = ("predictions", "probabilities", "references")
+        unsupported = [name for name in _features(metric) if name not in supported]
     except Exception as error:
         # evaluate takes the file's first class, an imported one too, or None
         wrong_class = isinstance(error, NotImplementedError | TypeError)
@@ -379,10 +379,10 @@ def _load_evaluate_metric(path: str) -> Any:
         )
         hint = expected if wrong_class else ""
         raise ConfigError(f"cannot be loaded: {_one_line(error)}.{hint}") from error
-    if unknown:
+    if unsupported:
         raise ConfigError(
-            f"reads {', '.join(unknown)}; a metric here may read predictions, probabilities and "
-            "references."
+            f"reads {', '.join(unsupported)}; a metric here may read predictions, probabilities "
+            "and references."
         )
     return metric
 

@@ -351,8 +351,7 @@ def parse_csv(
 
 def _read_csv(fmt: FileFormat, data: bytes, num_fields: int, indices: list[int]) -> pa.Table:
     """The columns at `indices` as large_string; raises ArrowInvalid."""
-
-    from pyarrow import csv  # not paid for by other kinds of files
+    from pyarrow import csv  # lazy: only csv and tsv need it
 
     types = {str(index): pa.large_string() for index in indices}
     if not data:  # pyarrow would call it an invalid file

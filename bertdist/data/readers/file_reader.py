@@ -156,6 +156,7 @@ class FileReader:
         """Of the columns that have a name, in order. Raises DataError, also without a row."""
         with reading(self.file.path):
             if self.file.kind == "parquet":
+                # lazy, here and below: only parquet needs it
                 from bertdist.data.readers.parquet_reader import parquet_columns
 
                 return parquet_columns(self.name, self.file.open_seekable)
@@ -296,6 +297,7 @@ class FileReader:
             return read_header(self.file, lines, is_all, limit) or (None, 0)
         if self.file.kind == "txt":
             return ["text"] if lines.data else [] if is_all else None, 0
+        # lazy, here and below: only jsonl and txt need it
         from bertdist.data.readers.jsonl_reader import read_keys
 
         return read_keys(self.file, lines, is_all, self.skip), 0

@@ -54,8 +54,8 @@ def parse_json(
             column.append(value[name])
 
     def find_rows() -> Rows:
-        rows, kept = rows_of_lines(lines.data, blank=True), np.array(numbers, np.int64)
-        return Rows(*(part[kept] for part in rows))
+        rows, valid_lines = rows_of_lines(lines.data, blank=True), np.array(numbers, np.int64)
+        return Rows(*(part[valid_lines] for part in rows))
 
     return Parsed({**columns}, len(numbers), skipped or [], find_rows)
 
@@ -70,8 +70,9 @@ def parse_txt(fmt: FileFormat, lines: Lines, wanted: Sequence[str]) -> Parsed:
         for line, reason in sorted(lines.broken.items()):
             text = row_excerpt(lines, int(rows.starts[line]), int(rows.ends[line]))
             skipped.append(SkippedRow(fmt.name, lines.first + line, reason, text))
-        kept = np.array([line for line in range(len(texts)) if line not in lines.broken], np.int64)
-        texts, rows = [texts[line] for line in kept], Rows(*(part[kept] for part in rows))
+        valid = [line for line in range(len(texts)) if line not in lines.broken]
+        valid_lines = np.array(valid, np.int64)
+        texts, rows = [texts[line] for line in valid], Rows(*(part[valid_lines] for part in rows))
     column = pa.chunked_array([texts], pa.large_string())
     return Parsed(dict.fromkeys(wanted, column), len(texts), skipped, lambda: rows)
 

@@ -19,7 +19,7 @@ fsspec is imported when the first URL is opened. Loader workers are forks: a chi
 file systems without the thread that runs them, and creates its own. It must not free the inherited
 ones: closing their connections removes them from the epoll that it shares with the parent, which
 then waits until its timeout for a response that has long arrived (fsspec 2026.9 frees them in a
-fork hook of its own). So a child keeps what it inherited.
+fork hook of its own). So a forked worker never frees inherited file systems.
 """
 
 import asyncio
@@ -247,12 +247,11 @@ def _open(path: str, buffer_bytes: int, warn: Warn | None) -> BinaryIO:
 @cache
 def import_fsspec() -> Any:
     """fsspec, with fork hooks that keep its file systems alive in a child."""
-    import fsspec
+    import fsspec  # lazy: only URLs need it
     import fsspec.asyn
 
-    def hold() -> (
-        None
-    ):  # right before a fork: fsspec's own hook in the child is the first one there
+    # Right before a fork: fsspec's own hook in the child is the first one there.
+    def hold() -> None:
         kinds: list[Any] = [fsspec.AbstractFileSystem]
         held: list[Any] = []
         for kind in kinds:
@@ -274,7 +273,7 @@ def file_system(url: str) -> tuple[Any, str]:
     options: dict[str, Any] = {}
     protocol = str(protocol_of(url))
     if is_http(url):
-        import aiohttp
+        import aiohttp  # lazy: only http needs it
 
         # The defaults: 5 minutes for a complete response; decompress what the server compressed;
         # no proxies from the environment, no ~/.netrc.

@@ -60,12 +60,10 @@ class Lines(NamedTuple):
 
     data: bytes  # UTF-8 without a byte order mark
     first: int  # number of the first line, from 1
-    broken: dict[
-        int, str
-    ]  # line (from 0) that cannot be decoded -> reason; data has such bytes as \\x81
-    cr_placeholder: str | None = (
-        None  # replaces lone carriage returns, see `escape_carriage_returns`
-    )
+    # Line (from 0) that cannot be decoded -> reason; data has such bytes as \\x81.
+    broken: dict[int, str]
+    # Replaces lone carriage returns, see `escape_carriage_returns`.
+    cr_placeholder: str | None = None
 
 
 class Rows(NamedTuple):

@@ -99,7 +99,7 @@ def test_only_lines_with_wrong_bytes_are_reported(codec: str, bad: bytes, byte: 
         decode_lines(form_of(codec), raw, codec, 11, False)
 
 
-def test_a_stand_in_is_a_character_that_the_lines_do_not_contain() -> None:
+def test_the_placeholder_is_a_character_that_the_lines_do_not_contain() -> None:
     lines = escape_carriage_returns(Lines("a\rb\r\n\ue000\r".encode(), 1, {}))
     assert lines.cr_placeholder == "\ue001" and lines.data == "a\ue001b\r\n\ue000\ue001".encode()
     rows = rows_of_lines(lines.data, blank=True)
