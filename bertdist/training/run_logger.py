@@ -144,7 +144,7 @@ class RunLogger:
         """The end of training, or of this process. reason: of a requested stop. report:
         evaluation.json of the best weights.
         """
-        reason = reason or "another rank was asked to stop"
+        reason = reason or "a stop was requested on another rank"
         if state.finished:
             self.status("finished", state.step)
             self.show_report(report or {})

@@ -69,7 +69,7 @@ def test_a_stop_in_the_survey_is_answered_there(
     assert [code for code, *_ in ends] == [STOPPED] * n and [said for _, said, _ in ends[1:]] == [
         ""
     ] * (n - 1), ends
-    reason = "SIGTERM" if n == 1 else "another rank was asked to stop"
+    reason = "SIGTERM" if n == 1 else "a stop was requested on another rank"
     assert (
         ends[0][1].splitlines()[-1]
         == f"Stopped ({reason}) before the first step. Rerun the same command to start."
