@@ -35,6 +35,7 @@ from bertdist.data.batch import PackedBatch, Step
 from bertdist.data.loader import Loader, MapLoader, create_eval_loader, create_train_loader
 from bertdist.data.loading import collect_skipped_rows, load_splits, record_skipped_rows
 from bertdist.data.records import Records
+from bertdist.data.sharding import count_steps
 from bertdist.data.source import SkippedRows
 from bertdist.data.stats import DatasetStats, collect_stats, create_task, data_fingerprint
 from bertdist.data.tokenization import load_tokenizer
@@ -262,9 +263,7 @@ class Cadence:
 
     def __init__(self, run: RunConfig, steps_per_epoch: int, has_eval: bool) -> None:
         """steps_per_epoch: 0 for a stream of unknown length."""
-        total_steps = run.max_train_steps or max(
-            1, math.ceil(run.num_train_epochs * steps_per_epoch)
-        )
+        total_steps = count_steps(run, steps_per_epoch)
         self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
 
         def interval(duration: str) -> int:  # 0: never

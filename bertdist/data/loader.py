@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from bertdist.core.config import BatchConfig, RunConfig, TrainConfig
+from bertdist.core.config import BatchConfig, TrainConfig
 from bertdist.core.errors import BertdistError
 from bertdist.core.types import Array
 from bertdist.data.batch import Step
@@ -26,7 +26,6 @@ from bertdist.data.records import Records
 from bertdist.data.sharding import (
     Message,
     RankShard,
-    count_steps,
     epoch_order,
     iterate_loader,
     mixed_epoch_order,
@@ -72,10 +71,6 @@ class MapLoader:
     def steps_per_epoch(self) -> int:
         """The last step of an epoch may have fewer rows; it is a step like any other."""
         return -(-len(self.dataset) // self.rows_per_step)
-
-    def total_steps(self, run: RunConfig) -> int:
-        """Optimizer steps of the entire run."""
-        return count_steps(run, self.steps_per_epoch)
 
     def steps(
         self, start: int, stop: int, reader_state: ReaderState | None = None

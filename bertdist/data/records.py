@@ -75,7 +75,7 @@ class Records:
     name: str  # short, for messages
     location: LocateRow  # row -> `dev.tsv line 12`
     has_header: bool = False
-    file: Any = None  # of one file: its format (readers.file_reader.File)
+    file: Any = None  # of one file: its format (readers.file_reader.DataFile)
     text_column: str
     pair_column: str | None
     label_column: str | None  # None also where label_columns were read: class_names are their names

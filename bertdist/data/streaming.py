@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from bertdist.core.config import RunConfig, TrainConfig
+from bertdist.core.config import TrainConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError
 from bertdist.core.types import Array
 from bertdist.data.batch import Step
@@ -45,7 +45,6 @@ from bertdist.data.records import (
 from bertdist.data.sharding import (
     Message,
     RankShard,
-    count_steps,
     epoch_order,
     generator,
     idle_batch,
@@ -321,10 +320,6 @@ class StreamLoader:
     pin: bool = False
     steps_per_epoch: int = 0  # 0: unknown
     agree: AgreeOnStep | None = None  # with --stream_sharding by_file
-
-    def total_steps(self, run: RunConfig) -> int:
-        """Optimizer steps of the entire run."""
-        return count_steps(run, self.steps_per_epoch)
 
     def steps(
         self, start: int, stop: int, reader_state: ReaderState | None = None

@@ -14,7 +14,6 @@ over short texts need not keep):
   masks). With --gradient_checkpointing each layer keeps only its input, e hidden.
 """
 
-import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 from bertdist.core.config import TrainConfig
 from bertdist.core.terminal import process_rank, show, show_table
 from bertdist.core.types import Array
-from bertdist.data.sharding import balance_by_length, epoch_order
+from bertdist.data.sharding import balance_by_length, count_steps, epoch_order
 from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.data_quality.findings import counts, percent, summary
@@ -93,7 +92,7 @@ def _show_steps(config: TrainConfig, report: DataReport, task: Task) -> None:
     num_rows, lengths = len(report.splits["train"]), report.lengths["train"]
     batch_size, max_length = config.batch.train_batch_size, config.model.max_length
     per_epoch = -(-num_rows // batch_size)
-    total = config.run.max_train_steps or max(1, math.ceil(config.run.num_train_epochs * per_epoch))
+    total = count_steps(config.run, per_epoch)
     per_row = lengths.kept / num_rows
     batched = padding_ratio(np.minimum(lengths.counted, max_length), batch_size, config.run.seed)
     outputs = f"{len(task.labels)} output{'s' * (len(task.labels) != 1)}"
