@@ -81,7 +81,7 @@ class Run:
             ONE,
             2,
             lambda *lines: self.said.extend(lines),
-            lambda: self.log.to_disk(),
+            lambda: self.log.flush(),
         )
 
     def write(self, step: int) -> None:
@@ -282,7 +282,7 @@ def test_the_log_is_on_disk_before_its_checkpoint(
     assert found[-2:] == ["fsync metrics.jsonl", "rename step_000004"] and set(found[:-2]) == {
         "write metrics.jsonl"
     }, found
-    monkeypatch.setattr(before[2].checkpoints, "first", lambda: None)
+    monkeypatch.setattr(before[2].checkpoints, "before_save", lambda: None)
     found = order_of_calls(before, tmp_path / "control")
     assert found[-1] == "rename step_000004" and set(found[:-1]) == {"write metrics.jsonl"}, (
         "the control"
