@@ -225,7 +225,7 @@ CANNOT = [
     ),
     (
         {"per_device_train_batch_size": 8},
-        "--train_batch_size counts the rows of a step over all devices",
+        "--train_batch_size is rows per step over all devices",
     ),
     # without rows to score, nothing can stop early and nothing is scored
     ({"validation_file": None, "early_stopping_patience": 2}, "--early_stopping_patience"),
