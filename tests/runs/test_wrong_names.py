@@ -189,7 +189,7 @@ def test_a_data_set_that_the_hub_does_not_give(tiny_model: Path, tmp_path: Path,
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--task_name", "sst3"], "--task_name 'sst3' is no task of GLUE. Did you mean 'sst2'?"),
+        (["--task_name", "sst3"], "--task_name 'sst3' is not a GLUE task. Did you mean 'sst2'?"),
         (
             ["--train_file", "{file}", "--validation_file", "{file}", "--metrics", "acuracy"],
             "--metrics acuracy: unknown score. Did you mean 'accuracy'?",
