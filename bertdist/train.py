@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from bertdist.core.config import OptimConfig, RunConfig, TrainConfig, duration_in_steps
@@ -85,11 +85,9 @@ def train(config: TrainConfig) -> TrainState:
         log.say(*describe_data(inputs.rows, stats, inputs.eval_rows, task), due.describe())
 
         # Model: a Hugging Face classifier, AdamW, the learning rate as a function of the step.
-        with raise_on_all_ranks(accelerator):
-            torch.manual_seed(config.run.seed)  # the new head's weights
-            classifier, notes = load_classifier(config.model, task, inputs.model_config)
-            adamw = create_optimizer(classifier, config.optim)
-            lr_factor = create_lr_schedule(config.optim, due.total_steps)
+        classifier, adamw, lr_factor, notes = create_model(
+            inputs.model_config, task, due.total_steps, config, accelerator
+        )
         log.say(*notes, check_disk_space(log.folder, classifier, accelerator))
         model, optimizer = accelerator.prepare(classifier, adamw)
 
@@ -111,7 +109,7 @@ def train(config: TrainConfig) -> TrainState:
             while not ending:
                 if not state.evaluation_pending:  # else a stop interrupted it, and it comes first
                     step = next(steps)
-                    set_learning_rate(optimizer, lr_factor(step.number))
+                    lr = set_learning_rate(optimizer, lr_factor(step.number))
                     seed_dropout(config.run.seed, step.number, accelerator.process_index)
                     loss, grad_norm = take_step(model, optimizer, step, micro_batcher, config.optim)
                     state.advance(step, loss)
@@ -120,7 +118,6 @@ def train(config: TrainConfig) -> TrainState:
                     nan_guard.check(step, loss, grad_norm, stopping or due.any(state.step))
                     if due.log(state.step):
                         state.gather_losses(meter, accelerator)
-                        lr = config.optim.learning_rate * lr_factor(step.number)
                         log.log_training(state, due.epoch(state), lr, grad_norm.item(), meter.lap())
                     state.evaluation_pending = due.evaluate(state.step)
                 with meter.paused():
@@ -226,6 +223,26 @@ def create_loaders(
         loader = create_train_loader(rows, stats, tokenizer, task, config, accelerator)
         eval_loader = create_eval_loader(eval_rows, tokenizer, task, config, accelerator)
     return task, loader, eval_loader, skipped_rows
+
+
+def create_model(
+    model_config: PretrainedConfig,
+    task: Task,
+    total_steps: int,
+    config: TrainConfig,
+    accelerator: Accelerator,
+) -> tuple[Classifier, AdamW, Callable[[int], float], list[str]]:
+    """The pretrained model with a head for the task, its optimizer, the learning rate factor of a
+    step, and notes on how the model was loaded.
+
+    Raises ConfigError or ModelError on all ranks.
+    """
+    with raise_on_all_ranks(accelerator):
+        torch.manual_seed(config.run.seed)  # the new head's weights
+        classifier, notes = load_classifier(config.model, task, model_config)
+        adamw = create_optimizer(classifier, config.optim)
+        lr_factor = create_lr_schedule(config.optim, total_steps)
+    return classifier, adamw, lr_factor, notes
 
 
 def create_evaluator(

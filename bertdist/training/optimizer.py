@@ -65,10 +65,11 @@ def create_lr_schedule(config: OptimConfig, total_steps: int) -> Callable[[int],
     return lr_factor
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's learning rate to factor x its peak_lr."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Set every group's learning rate to factor x its peak_lr; returns the highest."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
+    return float(max(group["lr"] for group in optimizer.param_groups))
 
 
 def _layer_index(name: str) -> int | None:
