@@ -29,7 +29,7 @@ from bertdist.core.args import read_predict_config
 from bertdist.core.atomic_io import atomic_write, to_json
 from bertdist.core.config import ModelConfig, PredictConfig, RunConfig
 from bertdist.core.errors import BertdistError, DataError
-from bertdist.core.terminal import print_error, process_rank, strip_control_characters
+from bertdist.core.terminal import print_error, printable, printable_json, process_rank
 from bertdist.data.loader import DEFAULT_TOKEN_BUDGET, MapLoader
 from bertdist.data.loading import load_texts
 from bertdist.data.records import Records, records_from_texts
@@ -200,7 +200,7 @@ def _main(arguments: Sequence[str]) -> int:
     if config.output is not None:
         atomic_write(Path(config.output), to_jsonl(predictions))
     elif config.input is not None:
-        sys.stdout.write(to_jsonl(predictions).decode())
+        sys.stdout.write(printable_json(to_jsonl(predictions).decode()))
     else:
         print("\n".join(map(_as_text, predictions)))
     return 0
@@ -209,7 +209,7 @@ def _main(arguments: Sequence[str]) -> int:
 def _as_text(prediction: dict[str, Any]) -> str:
     """One line per label with its score."""
     labels = prediction.get("labels", [prediction])
-    lines = (f"{strip_control_characters(x['label'])}\t{x['score']:.4f}" for x in labels)
+    lines = (f"{printable(x['label'])}\t{x['score']:.4f}" for x in labels)
     return "\n".join(lines) or "(no label)"
 
 

@@ -1,10 +1,11 @@
 """Lines, errors and tables on the terminal, printed with rich as plain text.
 
-Text from data or files is never read as markup, and control characters are replaced, so that no
-data file can send escape codes to a terminal. By convention only rank 0 prints: `process_rank()`.
+Text from data or files is never read as markup, and what could control a terminal, end a line or
+reorder it is shown as an escape. By convention only rank 0 prints: `process_rank()`.
 """
 
 import os
+import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import TypeAlias
 from unicodedata import east_asian_width
@@ -20,7 +21,11 @@ Cell: TypeAlias = "str | Sequence[tuple[str, str]]"  # text, or (text, rich styl
 
 EXCERPT_COLUMNS = 100
 
-_CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+# Control characters, marks of bidirectional text, ends of lines and paragraphs; lone surrogates,
+# which cannot be encoded.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def process_rank() -> int:
@@ -31,7 +36,7 @@ def process_rank() -> int:
 
 def print_error(error: BertdistError) -> None:
     """Print an error to standard error, each line as `bertdist: <line>`."""
-    print_to_stderr(*(f"bertdist: {line}" for line in str(error).splitlines()))
+    print_to_stderr(*(f"bertdist: {line}" for line in str(error).split("\n")))
 
 
 def print_to_stderr(*lines: str) -> None:
@@ -77,18 +82,28 @@ def show_table(
 
 
 def _styled(cell: Cell) -> Text:
-    parts = [(cell, "")] if isinstance(cell, str) else cell
-    return Text.assemble(*((strip_control_characters(text), style) for text, style in parts))
+    """A cell of one text is one line; parts are joined as they are and may begin new lines."""
+    if isinstance(cell, str):
+        return plain_text(cell)
+    lines = (("\n".join(map(printable, text.split("\n"))), style) for text, style in cell)
+    return Text.assemble(*lines)
 
 
-def strip_control_characters(text: str) -> str:
-    """The text with U+FFFD for each control character except newline and tab."""
-    return text.translate(_CONTROL)
+def printable(text: str) -> str:
+    """The text as one line that cannot control the terminal: escapes such as `\\n`, `\\u202e`."""
+    return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def printable_json(lines: str) -> str:
+    """JSON lines of the same values, with what `printable` escapes as JSON escapes."""
+    return _UNPRINTABLE.sub(
+        lambda match: "\n" if match[0] == "\n" else f"\\u{ord(match[0]):04x}", lines
+    )
 
 
 def plain_text(text: str) -> Text:
-    """Text for rich without markup and without control characters."""
-    return Text(strip_control_characters(text))
+    """A `printable` line for rich, without markup."""
+    return Text(printable(text))
 
 
 def excerpt(text: str, columns: int = EXCERPT_COLUMNS) -> str:

@@ -56,12 +56,12 @@ def measure_lengths(
     max_length: int,
 ) -> tuple[Lengths, list[Finding]]:
     """The lengths of one split, and findings on truncation and unknown tokens."""
-    words = pc.count_substring_regex(records.texts, r"\S+").to_numpy(zero_copy_only=False)
-    mean_words = float(words.mean())
+    columns = [column for column in (records.texts, records.pairs) if column is not None]
+    words = [pc.mean(pc.count_substring_regex(column, r"\S+")).as_py() for column in columns]
+    mean_words = float(sum(words))
     if tokenizer is None:
-        lengths = pc.utf8_length(records.texts).to_numpy(zero_copy_only=False).astype(np.int64)
-        if records.pairs is not None:
-            lengths = lengths + pc.utf8_length(records.pairs).to_numpy(zero_copy_only=False)
+        characters = [pc.utf8_length(column).to_numpy() for column in columns]
+        lengths = np.stack(characters).sum(0, np.int64)
         summary = _summarize(build.split, len(records), lengths, lengths.max(), mean_words, None)
         return summary, []
     num_bytes = records.lengths()

@@ -209,7 +209,9 @@ COMMANDS = {
             show) printf 'node7\\nnode8\\n' ;;
             requeue) echo "$2" >>"$FAKE/requeue" ;;
         esac""",
-    "squeue": "date -d '+1 hour' +%FT%T",
+    "squeue": """
+        echo "$*" >>"$FAKE/squeue"
+        date -d '+1 hour' +%FT%T""",
     # reading the config takes seconds: one test does it
     "python": """
         if [[ $2 == *read_config* && ! ${FAKE_READ:-} ]]; then echo "$FAKE/out"; exit; fi
@@ -342,6 +344,29 @@ def test_a_job_is_requeued_only_if_training_was_preempted(
         timeout=SECONDS
     )
     assert (run.returncode, slurm.record("requeue")) == (ends, "123456\n" if requeued else ""), out
+
+
+# the job's environment -> what SLURM's commands are given: this task, never the whole array
+ARRAY_TASKS = [
+    ({"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "3"}, "123456_3"),
+    ({"SLURM_ARRAY_JOB_ID": "123453", "SLURM_ARRAY_TASK_ID": "1"}, "123456"),
+    ({}, "123456"),
+]
+
+
+@pytest.mark.parametrize(("task", "job"), ARRAY_TASKS)
+def test_a_task_of_an_array_is_requeued_and_cancelled_alone(
+    slurm: FakeSlurm, task: dict[str, str], job: str
+) -> None:
+    run = slurm.job("train.slurm", FAKE_STATE="preempted", FAKE_WAITS="yes", FAKE_CODE="1", **task)
+    deadline = time.monotonic() + SECONDS
+    while not (slurm.folder / "waits").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGUSR1)
+    out, _ = run.communicate(timeout=SECONDS)
+    assert slurm.record("scancel").splitlines()[0] == f"--signal=USR1 {job}", out
+    assert slurm.record("squeue") == f"--noheader --jobs {job} --format %e\n", out
+    assert slurm.record("requeue") == f"{job}\n", out
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,17 @@ def test_without_a_tokenizer_characters_and_words_are_counted(tmp_path: Path) ->
     )
 
 
+def test_both_texts_of_a_pair_are_counted(tmp_path: Path, tokenizer: Any) -> None:
+    pair = {"sentence1": "ein Über fünf", "sentence2": "zwei  drei", "label": "a"}
+    rows = [pair, {**pair, "sentence2": "sechs", "label": "b"}] * 20
+    found = check_rows(tmp_path, rows).lengths["train"]
+    assert (found.mean_words, found.mean, found.longest) == (4.5, 20.5, 23)
+    counted = check_rows(tmp_path, rows, tokenizer=tokenizer, max_length=64).lengths["train"]
+    assert counted.mean_words == 4.5
+    one = [{"text": row["sentence1"], "label": row["label"]} for row in rows]
+    assert check_rows(tmp_path, one).lengths["train"].mean_words == 3.0  # the control
+
+
 def test_a_large_split_is_sampled_and_its_longest_rows_counted(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -309,6 +309,8 @@ ESCAPES = [
     "\x9b31m",
     "back\x08\x08",
     "line\rover",
+    "\u202egnp.exe",
+    "\u2028another line",
 ]
 
 
@@ -321,7 +323,18 @@ def test_escape_codes_in_data_do_not_reach_the_terminal(
     log.table("title", ["head"], [[text]])
     print_error(DataError(text))
     shown = capfd.readouterr().err
-    assert not set(shown) & set("\x1b\x9b\x08\x07\r"), repr(shown)
+    assert not set(shown) & set("\x1b\x9b\x08\x07\r\u202e\u2028"), repr(shown)
+
+
+def test_a_label_with_a_line_end_stays_on_its_line(
+    log: RunLogger, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = labelled_records(["one\ntwo", "b"], [0, 1])
+    stats = DatasetStats(LabelStats("text", ["one\ntwo", "b"], [1, 1], None, "label"), [2])
+    log.say(*describe_data(rows, stats, None, SingleLabel(("one\ntwo", "b"))))
+    log.table("title", ["one\ntwo"], [["one\ntwo"]])
+    shown = capfd.readouterr().err
+    assert shown.count("one\\ntwo") == 3 and "two" not in shown.replace("\\ntwo", "")
 
 
 def test_a_line_can_be_written_without_being_shown(
