@@ -33,10 +33,11 @@ probabilities (N, O). Multi-label: predictions and references (N, O) of 0 and 1,
 O). Regression: predictions and references (N,) floats.
 """
 
+import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,12 @@ from bertdist.core.types import Array
 NAN = float("nan")
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"
 REGRESSION = "regression"
+# When a score of the table is not a number
+UNDEFINED = {
+    "roc_auc": "a label has no row, or has all rows",
+    "pearson": "all labels, or all predictions, are the same number",
+    "spearman": "all labels, or all predictions, are the same number",
+}
 LOWER_IS_BETTER = frozenset({"loss", "mse", "mae"})  # higher is better for all others, and a user's
 
 
@@ -216,6 +223,7 @@ class MetricSet:
     def __init__(self, metrics: dict[str, Any], problem_type: str, num_labels: int) -> None:
         self.names: tuple[str, ...] = tuple(metrics)
         self._metrics, self._problem_type, self._num_labels = metrics, problem_type, num_labels
+        self.not_numbers: dict[str, str] = {}  # of the last `compute`: score -> what it was instead
 
     def compute(
         self, predictions: Array, probabilities: Array, references: Array
@@ -225,8 +233,8 @@ class MetricSet:
 
         Regression reads no probabilities. A user's metric gives its own keys; one that exists
         already, or is "loss", gets the metric's name in front. The first key is the main score's.
-        An undefined value is nan. Raises DataError without rows, ConfigError where a user's metric
-        fails.
+        An undefined value is nan, and so is one of a user's metric that is not a number. Raises
+        DataError without rows, ConfigError where a user's metric fails.
         """
         labels = None if self._problem_type == REGRESSION else self._num_labels
         _check_arrays(predictions, references, labels)
@@ -235,6 +243,7 @@ class MetricSet:
             "probabilities": probabilities,
             "references": references,
         }
+        self.not_numbers = {}
         scores: dict[str, float] = {}
         for name, metric in self._metrics.items():
             inputs = {feature: arrays[feature] for feature in _features(metric)}
@@ -242,14 +251,19 @@ class MetricSet:
                 scores |= metric.compute(**inputs)
                 continue
             try:
-                own = {str(key): float(value) for key, value in metric.compute(**inputs).items()}
+                own = metric.compute(**inputs)
+                if not isinstance(own, Mapping):
+                    raise TypeError(f"expected a dict of scores, found {_excerpt(own)}")
             except Exception as error:
                 raise ConfigError(
                     f"--metrics {name}: failed on {len(references)} rows: {_one_line(error)}"
                 ) from error
             used = {"loss", *self.names, *scores}
             for key, value in own.items():
-                scores[f"{metric.name}_{key}" if key in used else key] = value
+                score = f"{metric.name}_{key}" if key in used else str(key)
+                scores[score] = _as_number(value)
+                if math.isnan(scores[score]):
+                    self.not_numbers[score] = _excerpt(value)
         return scores
 
 
@@ -385,6 +399,18 @@ def _load_evaluate_metric(path: str) -> Any:
             "and references."
         )
     return metric
+
+
+def _as_number(value: Any) -> float:
+    """A score of a user's metric; nan where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return NAN
+
+
+def _excerpt(value: Any) -> str:
+    return f"{' '.join(repr(value).split())[:60]} ({type(value).__name__})"
 
 
 def _one_line(error: Exception) -> str:

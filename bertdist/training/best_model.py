@@ -28,12 +28,19 @@ if TYPE_CHECKING:  # --streaming only
 def improvement(score: float, best: float | None) -> float:
     """How much better a selection score is than the best so far; inf for the first.
 
-    NaN is worse than any other score.
+    NaN for a score that is not a finite number: it compares with no other.
     """
-    gain = math.inf if best is None else score - best
-    if math.isnan(gain):
-        return -math.inf if math.isnan(score) else math.inf
-    return gain
+    if not math.isfinite(score):
+        return math.nan
+    return math.inf if best is None or not math.isfinite(best) else score - best
+
+
+def improves_loss(loss: float, best: float | None) -> bool:
+    """Whether weights without a score become the best of those without: by a lower loss.
+
+    best: None as long as no loss was a finite number; then the last weights are the best.
+    """
+    return best is None or loss < best
 
 
 class EarlyStopping:
@@ -45,8 +52,10 @@ class EarlyStopping:
         self.run, self.state, self.triggered = run, state, False
 
     def update(self, improvement: float | None) -> None:
-        """improvement: of an evaluation; None if it was interrupted, which does not count."""
-        if improvement is not None:
+        """improvement: of an evaluation. None if it was interrupted, and NaN if its score is no
+        number: these do not count.
+        """
+        if improvement is not None and not math.isnan(improvement):
             improved = improvement > self.run.early_stopping_threshold
             count = 0 if improved else self.state.evaluations_since_best + 1
             self.state.evaluations_since_best = count

@@ -67,6 +67,7 @@ class TrainState:
     rows: int = 0  # rows seen, all ranks together
     tokens: int = 0  # real tokens seen up to the last log line, all ranks together
     best_score: float | None = None
+    best_loss: float | None = None  # as long as best_score was never a number: then it selects
     best_step: int = 0
     evaluations_since_best: int = 0
     tokens_per_micro_batch: int = 0  # requested or measured, halved where memory ran out; 0: unset
@@ -290,7 +291,7 @@ def read_state(folder: Path) -> tuple[dict[str, Any], TrainState]:
 
 def _is_valid(value: Any, default: Any) -> bool:
     """Whether a field of TrainState with this default may have this value."""
-    if default is None:  # best_score, reader_state
+    if default is None:  # best_score, best_loss, reader_state
         return value is None or isinstance(value, int | float | dict)
     if isinstance(default, list):
         return isinstance(value, list) and all(
@@ -327,7 +328,7 @@ def apply_changes(state: TrainState, changes: list[Change]) -> TrainState:
     """The state that training resumes with after accepted changes of settings or data."""
     before = {change.name: change.before for change in changes}
     if before.keys() & RESETS_BEST:
-        state = replace(state, best_score=None, evaluations_since_best=0)
+        state = replace(state, best_score=None, best_loss=None, evaluations_since_best=0)
     if "training_rows" in before and (reader := state.reader_state):
         # A position within other bytes means nothing: start the epoch again.
         if "over" in reader:

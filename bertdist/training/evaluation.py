@@ -37,7 +37,7 @@ from bertdist.distributed.collectives import (
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import Classifier
 from bertdist.tasks.tasks import Task
-from bertdist.training.best_model import BestModel, improvement
+from bertdist.training.best_model import BestModel, improvement, improves_loss
 from bertdist.training.checkpoint import TrainState
 from bertdist.training.memory import compute_in_micro_batches
 from bertdist.training.nonfinite import nonfinite_error
@@ -58,11 +58,12 @@ class Evaluation:
     """The scores of one split."""
 
     scores: dict[str, float]  # loss first
-    # The score that selects the best weights, negated where lower is better.
+    # The score that selects the best weights, negated where lower is better; may be NaN.
     selection_score: float
     # Rows for which the model gave NaN or Inf; with any, all scores are NaN. On every rank.
     nonfinite_rows: tuple[int, ...] = ()
-    # One record per row. On rank 0 only, like what follows.
+    notes: tuple[str, ...] = ()  # on undefined scores, each once. On rank 0 only, as what follows
+    # One record per row.
     predictions: list[dict[str, Any]] = field(default_factory=list)
     classes: dict[str, Any] = field(default_factory=dict)  # scores per label, confusion matrix
 
@@ -102,8 +103,9 @@ class Evaluator:
     ) -> float | None:
         """After a training step: evaluate, log the scores, save the weights if they are the best.
 
-        Returns the `improvement`, inf for the first; None on all ranks if a stop was requested
-        meanwhile. Without a validation split the present weights count as the best. Raises
+        Returns the `improvement`: inf for the first, NaN if the score is not a number; None on all
+        ranks if a stop was requested meanwhile. As long as no score was a number, the lowest loss
+        selects. Without a validation split the present weights count as the best. Raises
         NonFiniteError on all ranks for logits that are not finite, with --on_nan stop.
         """
         assert self.best_model is not None and self.log is not None, "only while training"
@@ -120,8 +122,14 @@ class Evaluator:
             self._report_nonfinite(evaluation.nonfinite_rows, self.loader.dataset, state.step)
         self.log.log_eval(state.step, epoch, evaluation.scores)
         gain = improvement(evaluation.selection_score, state.best_score)
-        if gain > 0:
-            state.best_score, state.best_step = evaluation.selection_score, state.step
+        loss, undefined = evaluation.scores["loss"], math.isnan(gain)
+        self.log.say(*evaluation.notes)
+        if gain > 0 or (
+            undefined and state.best_score is None and improves_loss(loss, state.best_loss)
+        ):
+            state.best_score = None if undefined else evaluation.selection_score
+            state.best_loss = loss if undefined and math.isfinite(loss) else None
+            state.best_step = state.step
             report = {"step": state.step, "scores": evaluation.scores, **evaluation.classes}
             self.best_model.save(model, report, evaluation.predictions)
         return gain
@@ -153,14 +161,14 @@ class Scorer:
         """Raises ConfigError for metrics that are unknown or do not fit the task."""
         from bertdist.tasks import metrics
 
-        self.task = task
+        self.task, self._noted = task, set[str]()
         names = (
             config.metrics
             or GLUE_METRICS.get(glue_task or "")
             or metrics.default_metrics(task.problem_type)
         )
         self._metrics = metrics.load_metrics(names, task.problem_type, task.labels)
-        self._report = metrics.classification_report
+        self._report, self._undefined = metrics.classification_report, metrics.UNDEFINED
         self.selection_metric = config.metric_for_best_model or self._metrics.names[0]
         self.sign = -1 if self.selection_metric in metrics.LOWER_IS_BETTER else 1
         computed = ("loss", *self._metrics.names)
@@ -182,8 +190,9 @@ class Scorer:
         if nonfinite_rows(logits):
             # The largest of NaNs is some label, and might be right.
             scores = dict.fromkeys(scores, math.nan)
-        first = next(key for key in scores if key != "loss")
+        first = next((key for key in scores if key != "loss"), "loss")
         selected = self.selection_metric if self.selection_metric in scores else first
+        sign = -1 if selected == "loss" else self.sign
         classes = {}
         if task.problem_type != "regression":
             classes = self._report(predictions, references, task.labels)
@@ -191,13 +200,30 @@ class Scorer:
         records = zip(task.to_records(logits), truths, strict=True)
         return Evaluation(
             scores=scores,
-            selection_score=self.sign * scores[selected],
+            selection_score=sign * scores[selected],
+            notes=self._notes(scores, selected) if math.isfinite(loss) else (),
             predictions=[
                 {"row": row, **record, "truth": truth}
                 for row, (record, truth) in enumerate(records)
             ],
             classes=classes,
         )
+
+    def _notes(self, scores: dict[str, float], selected: str) -> tuple[str, ...]:
+        """What is to be said of scores that are not numbers."""
+        """Sentences about scores that are not numbers, the first time that they are none."""
+        found = self._metrics.not_numbers
+        notes = {name: f"{name} is {found[name]}; expected a number." for name in found}
+        if not math.isfinite(scores[selected]):
+            reason = self._undefined.get(selected) or found.get(selected, str(scores[selected]))
+            notes[selected] = (
+                f"{selected} is undefined ({reason}): such an evaluation neither selects the best "
+                "weights nor counts for --early_stopping_patience. As long as it was never a "
+                "number, the lowest loss selects."
+            )
+        new = notes.keys() - self._noted
+        self._noted |= new
+        return tuple(note for name, note in notes.items() if name in new)
 
 
 class EvaluationStopped(Exception):

@@ -148,7 +148,8 @@ class RunLogger:
         if state.finished:
             self.status("finished", state.step)
             self.show_report(report or {})
-            best = f"best weights (step {state.best_step}) in {self.folder / 'best'}"
+            by_loss = ", of the lowest loss" if state.best_loss is not None else ""
+            best = f"best weights (step {state.best_step}{by_loss}) in {self.folder / 'best'}"
             self.say(f"Finished: {state.step} steps, {best}.")
         elif state.step:
             self.status("preempted", state.step, reason)

@@ -2,6 +2,7 @@
 step's weights.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,30 @@ def test_best_by_a_metric_where_more_is_better(tiny_model: Path, tmp_path: Path)
         tiny_model, tmp_path, 1, metric_for_best_model="accuracy", metrics=["f1", "accuracy"]
     )
     assert_best_is_the_best(out, "accuracy", 1)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_score_that_is_never_a_number_leaves_the_choice_to_the_loss(
+    tiny_model: Path, tmp_path: Path, n: int
+) -> None:
+    """The dev rows have one label, so there is no roc_auc: no early stop, and best by the loss."""
+    files, out = write_split(tmp_path, 32), tmp_path / "out"
+    rows = [{**row, "label": "negative"} for row in make_rows(12, seed=2)]
+    files = files._replace(dev=write_rows(tmp_path / "dev.tsv", rows))
+    each_step = {"eval_every": "1 steps", "save_every": "1 steps", "save_total_limit": 99}
+    settings = {"metrics": ["roc_auc", "accuracy"], "early_stopping_patience": 1}
+    settings |= {"num_train_epochs": 2, "learning_rate": 3e-3, "lr_scheduler_type": "constant"}
+    results = run_ranks(n, run_train, words_of(tiny_model, out, files, **each_step, **settings))
+    assert steps_in(out, "eval") == list(range(1, 9))
+    assert {line["roc_auc"] for line in step_log(out, "eval")} == {None}
+    assert_best_is_the_best(out, "loss", -1)
+    said = results[0][2]
+    assert said.count("roc_auc is undefined (a label has no row, or has all rows)") == 1
+    step = json_of(out / "evaluation.json")["step"]
+    assert {progress.best_step for progress, _, _ in results} == {step} and step > 1
+    assert f"best weights (step {step}, of the lowest loss) in" in said
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # NaN is not JSON
 
 
 def test_last_weights_kept_as_best_are_seen(tiny_model: Path, tmp_path: Path) -> None:

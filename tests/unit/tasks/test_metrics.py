@@ -662,9 +662,8 @@ def test_a_metric_that_cannot_be_loaded_is_a_one_line_error(
     "body",
     [
         'raise KeyError("gone\\n wrong")',
-        'return {"x": [1, 2]}',
-        'return {"x": "much"}',
         "return None",
+        "return 0.5",
     ],
 )
 def test_a_metric_that_fails_is_a_one_line_error(body: str, home: Path) -> None:
@@ -678,6 +677,26 @@ def test_a_metric_that_fails_is_a_one_line_error(body: str, home: Path) -> None:
     assert caught.value.__cause__ is not None, (
         "with --debug or in a notebook the traceback into the user's file is there"
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ("None", "None (NoneType)"),
+        ("'much'", "'much' (str)"),
+        ("[1, 2]", "[1, 2] (list)"),
+        ("float('nan')", "nan (float)"),
+        ("10 ** 400", f"1{'0' * 59} (int)"),
+        ("1j", "1j (complex)"),
+    ],
+)
+def test_a_value_that_is_not_a_number_is_nan(value: str, what: str, home: Path) -> None:
+    plant(Path("mine.py"), f'return {{"x": {value}, "y": "0.5", "z": True}}')
+    opened = load_metrics(["./mine.py"], SINGLE, ["a", "b"])
+    rows = np.array([0, 1])
+    found = opened.compute(rows, NONE, rows)
+    assert math.isnan(found.pop("x")) and found == {"y": 0.5, "z": 1.0}
+    assert opened.not_numbers == {"x": what}
 
 
 # ---- Never a script that happens to stand in the current folder ------------------------------------------------------------------

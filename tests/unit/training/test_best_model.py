@@ -38,7 +38,11 @@ class Evaluations:
     """
 
     def __init__(
-        self, scores: list[float], state: TrainState | None = None, **settings: Any
+        self,
+        scores: list[float],
+        state: TrainState | None = None,
+        losses: list[float] | None = None,
+        **settings: Any,
     ) -> None:
         self.state = state or TrainState()
         self.saved: list[int] = []
@@ -49,12 +53,12 @@ class Evaluations:
         config: Any = SimpleNamespace(
             run=RunConfig(**settings), task=TaskConfig(), data=SimpleNamespace(task_name=None)
         )
-        log: Any = SimpleNamespace(log_eval=lambda *args: None)
+        log: Any = SimpleNamespace(log_eval=lambda *args: None, say=lambda *lines: None)
         evaluator = Evaluator(loader, TASK, config, ONE_RANK, best, log)
         early_stopping = EarlyStopping(config.run, self.state)
-        for score in scores:
+        for score, loss in zip(scores, losses or [0.5] * len(scores), strict=True):
             self.state.step += 1
-            evaluation = Evaluation(scores={}, selection_score=score)
+            evaluation = Evaluation(scores={"loss": loss}, selection_score=score)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(evaluation_module, "evaluate_split", lambda *_, e=evaluation: e)
                 improvement = evaluator.evaluate_step(None, self.state, 0.0, None)  # type: ignore[arg-type]
@@ -81,7 +85,7 @@ class Evaluations:
             [1, 2],
             0.1,
         ),  # the first are kept whatever they are, and any number is better than none
-        ([0.5, -math.inf, math.inf], [1, 3], math.inf),
+        ([0.5, -math.inf, math.inf, 0.6], [1, 4], 0.6),  # infinite is no number either
     ],
 )
 def test_the_best_weights_are_kept_when_they_are_better(
@@ -93,22 +97,53 @@ def test_the_best_weights_are_kept_when_they_are_better(
     assert found.state.best_step == saved[-1]
 
 
-def test_nothing_is_not_better_than_nothing() -> None:
-    found = Evaluations([NAN, NAN, NAN], early_stopping_patience=2)
-    assert found.counts == [0, 1, 2]
-    assert found.stopped == 3
-    assert found.saved == [1]
+@pytest.mark.parametrize("undefined", [NAN, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("scores", "losses", "saved", "best_score", "best_loss"),
+    [
+        ([None] * 4, [0.9, 0.7, 0.8, 0.7], [1, 2], None, 0.7),  # as low is not lower
+        ([None, None, 0.1, None], [0.5, 0.4, 0.9, 0.1], [1, 2, 3], 0.1, None),
+        ([0.1, None, None], [0.9, 0.1, 0.05], [1], 0.1, None),
+        ([None, 0.1, None, 0.05, 0.2], [0.5, 0.6, 0.1, 0.1, 0.9], [1, 2, 5], 0.2, None),
+        ([None] * 3, [NAN, 0.9, NAN], [1, 2], None, 0.9),
+        ([None] * 3, [NAN, NAN, math.inf], [1, 2, 3], None, None),  # nothing to compare: the last
+    ],
+)
+def test_the_loss_selects_as_long_as_no_score_is_a_number(
+    undefined: float,
+    scores: list[float | None],
+    losses: list[float],
+    saved: list[int],
+    best_score: float | None,
+    best_loss: float | None,
+) -> None:
+    numbers = [undefined if score is None else score for score in scores]
+    found = Evaluations(numbers, losses=losses)
+    assert found.saved == saved and found.state.best_step == saved[-1]
+    assert (found.state.best_score, found.state.best_loss) == (best_score, best_loss)
 
 
-def test_a_run_that_goes_on_remembers_its_best() -> None:
-    scores = [0.3, 0.5, 0.4, 0.45, 0.6, 0.1]
-    whole = Evaluations(scores)
+def test_an_undefined_score_does_not_count_for_early_stopping() -> None:
+    found = Evaluations([NAN] * 5, early_stopping_patience=2)
+    assert (found.counts, found.stopped) == ([0] * 5, None)
+    found = Evaluations([0.5, NAN, 0.4, NAN, 0.4], early_stopping_patience=2)
+    assert (found.counts, found.stopped) == ([0, 0, 1, 1, 2], 5)
+    # the control: numbers that are as bad count
+    assert Evaluations([0.5, 0.4, 0.4], early_stopping_patience=2).stopped == 3
+
+
+@pytest.mark.parametrize(
+    "scores", [[0.3, 0.5, 0.4, 0.45, 0.6, 0.1], [NAN, NAN, 0.2, NAN, 0.1, 0.3], [NAN] * 6]
+)
+def test_a_run_that_goes_on_remembers_its_best(scores: list[float]) -> None:
+    losses = [0.5, 0.4, 0.6, 0.3, 0.35, 0.2]
+    whole = Evaluations(scores, losses=losses)
     for cut in range(len(scores)):
-        first = Evaluations(scores[:cut])
+        first = Evaluations(scores[:cut], losses=losses[:cut])
         state = TrainState(
             **json.loads(json.dumps(asdict(first.state)))
         )  # as a checkpoint keeps it
-        second = Evaluations(scores[cut:], state=state)
+        second = Evaluations(scores[cut:], state=state, losses=losses[cut:])
         assert first.saved + second.saved == whole.saved
         assert second.state == whole.state
 
@@ -123,7 +158,6 @@ def test_a_run_that_goes_on_remembers_its_best() -> None:
         ([0.5, 0.4, 0.4], 2, 0.0, [0, 1, 2], 3),
         ([0.5, 0.4, 0.6, 0.5, 0.5], 2, 0.0, [0, 1, 0, 1, 2], 5),
         ([0.5, 0.5], 1, 0.0, [0, 1], 2),  # as good is not better
-        ([0.5, NAN, NAN], 2, 0.0, [0, 1, 2], 3),
         ([0.5, 0.5625, 0.625], 1, 0.125, [0, 1, 2], 2),  # better, but by too little
         ([0.5, 0.75, 0.875], 1, 0.125, [0, 0, 1], 3),  # by exactly the threshold: too little
         ([-4.0, -3.0, -2.9375], 1, 0.5, [0, 0, 1], 3),

@@ -324,6 +324,30 @@ def test_a_metric_that_is_not_computed_is_told_before_training(
     assert "\n" not in str(caught.value)
 
 
+def test_an_undefined_score_is_told_once_with_its_reason() -> None:
+    scorer, logits = (
+        Scorer(TaskConfig(), Regression(("score",)), None),
+        torch.tensor([[1.0], [2.0]]),
+    )
+    constant, other = np.array([3.0, 3.0], np.float32), np.array([1.0, 2.0], np.float32)
+    assert scorer.score(logits, other).notes == ()  # the control
+    found = scorer.score(logits, constant)
+    assert math.isnan(found.selection_score) and found.scores["loss"] == 2.5
+    assert found.notes == (
+        "pearson is undefined (all labels, or all predictions, are the same number): such an "
+        "evaluation neither selects the best weights nor counts for --early_stopping_patience. "
+        "As long as it was never a number, the lowest loss selects.",
+    )
+    assert scorer.score(logits, constant).notes == ()
+
+
+def test_a_metric_that_gives_no_scores_selects_by_the_loss() -> None:
+    scorer = Scorer(TaskConfig(), SingleLabel(("no", "yes")), None)
+    scorer._metrics = SimpleNamespace(compute=lambda *arrays: {}, not_numbers={})  # type: ignore[assignment]
+    found = scorer.score(torch.tensor([[0.0, 0.0]]), np.array([0]))
+    assert found.selection_score == -found.scores["loss"] == pytest.approx(-math.log(2))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_rows_without_a_number_have_no_scores(value: float) -> None:
     """The largest of NaNs is some label: without this a broken model has an accuracy."""
