@@ -6,14 +6,18 @@
 
 A folder is written beside its final name, gets a manifest of sizes and digests, is flushed and
 renamed. xxh3 runs at 9 GB/s (sha256 at 0.2); it detects damage, not forgery.
+
+A folder that is replaced or removed loses the files in its manifest only. Files that a user has
+added to it are kept, in `best.kept`.
 """
 
+import errno
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +27,19 @@ from safetensors import SafetensorError
 from bertdist.core.errors import CheckpointError
 
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+MANIFEST = "manifest.json"
+HIDDEN_SUFFIXES = (".partial", ".replaced", ".old")
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
-def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(final: Path, fill: Callable[[Path], None]) -> Path | None:
     """Call `fill` with an empty hidden folder beside `final`, add the manifest, flush and rename.
 
-    Replaces `final`, or leaves it untouched and raises CheckpointError.
+    Replaces `final`, or leaves it untouched and raises CheckpointError. Returns the folder that
+    keeps what was in `final` and not in its manifest, if there was anything.
     """
     partial, replaced = _hidden(final, "partial"), _hidden(final, "replaced")
+    refuse_link(final)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -43,11 +52,15 @@ def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
             }
             for path in files
         }
-        manifest = partial / "manifest.json"
+        manifest = partial / MANIFEST
         manifest.write_text(json.dumps({"format": 1, "files": entries}, indent=1))
+        mode = manifest.stat().st_mode & 0o777
+        for path in files:  # safetensors makes files of mode 0600 whatever the umask
+            with suppress(OSError):  # a disk without modes
+                path.chmod(mode)
         for path in [*files, manifest, partial]:
             flush_to_disk(path)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove_written(replaced)
         if final.exists():
             os.rename(final, replaced)
         try:
@@ -57,12 +70,14 @@ def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
                 os.rename(replaced, final)
             raise
         flush_to_disk(final.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
             f"Cannot write {final}: {reason}. What was there before is untouched."
         ) from None
+    with suppress(OSError):  # the next call removes it
+        return _remove_written(replaced)
+    return None
 
 
 def recover(final: Path) -> None:
@@ -73,13 +88,58 @@ def recover(final: Path) -> None:
             os.rename(replaced, final)
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a folder. It is hidden first, so half of it is never taken for a checkpoint."""
+def remove_folder(folder: Path) -> Path | None:
+    """Remove a folder of `write_folder`; returns the folder that keeps its other files, if any.
+
+    It is hidden first, so half of it is never taken for a checkpoint.
+    """
     hidden = _hidden(folder, "old")
     with explain_write_errors(folder, "remove or rename"):
         os.rename(folder, hidden)
+    return remove_leftover(hidden)
+
+
+def remove_leftover(hidden: Path) -> Path | None:
+    """Complete a `write_folder` or `remove_folder` that was killed; returns as `remove_folder`.
+
+    hidden: its .partial, .replaced or .old.
+    """
     with explain_write_errors(hidden, "remove or rename"):
+        if hidden.suffix != ".partial":
+            return _remove_written(hidden)
         shutil.rmtree(hidden)
+    return None
+
+
+def refuse_link(path: Path) -> None:
+    """Raise CheckpointError for a symbolic link: neither it nor its target may be replaced."""
+    if path.is_symlink():
+        raise CheckpointError(
+            f"{path} is a symbolic link to {os.readlink(path)}, and a run replaces {path.name} as"
+            " a whole: remove the link, or use another --output_dir."
+        )
+
+
+def _remove_written(folder: Path) -> Path | None:
+    """Remove the files that a hidden folder's manifest names; where others remain, rename it."""
+    if folder.is_dir() and not folder.is_symlink():
+        try:
+            written = set(_read_manifest(folder))
+        except _UNREADABLE:
+            written = set(CHECKPOINT_FILES)
+        for path in sorted(folder.rglob("*"), reverse=True):  # a folder after its files
+            if path.is_dir() and not path.is_symlink():
+                _remove_if_empty(path)
+            elif str(path.relative_to(folder)) in written:
+                path.unlink()
+        # Last: after an interruption the names of the others are still known.
+        (folder / MANIFEST).unlink(missing_ok=True)
+        _remove_if_empty(folder)
+    if not os.path.lexists(folder):
+        return None
+    kept = unused_path(folder.with_name(f"{folder.stem[1:]}.kept"))
+    os.rename(folder, kept)
+    return kept
 
 
 def find_damage(folder: Path) -> str | None:
@@ -87,11 +147,10 @@ def find_damage(folder: Path) -> str | None:
     if not folder.is_dir():
         return "there is no such folder"
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-        expected = {name: (int(x["bytes"]), str(x["xxh3_128"])) for name, x in files.items()}
+        expected = _read_manifest(folder)
     except FileNotFoundError:
         return "manifest.json is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except _UNREADABLE:
         return "manifest.json cannot be read"
     for name in CHECKPOINT_FILES:
         if name not in expected:
@@ -110,10 +169,24 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Name -> size and digest. Raises one of _UNREADABLE."""
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    return {name: (int(x["bytes"]), str(x["xxh3_128"])) for name, x in files.items()}
+
+
 def unused_path(path: Path) -> Path:
     """The path itself, or the first of `path-2`, `path-3`, ... that does not exist."""
     number, unused = 1, path
-    while unused.exists():
+    while os.path.lexists(unused):
         number += 1
         unused = path.with_name(f"{path.name}-{number}")
     return unused

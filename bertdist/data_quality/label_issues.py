@@ -60,6 +60,7 @@ from bertdist.distributed.launch import check_world, create_accelerator
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import load_model_config, pretrained_labels
 from bertdist.tasks.tasks import Task
+from bertdist.training.run_lock import claim_run_folder
 from bertdist.training.run_logger import RunLogger
 
 # A residual of this many robust standard deviations is an outlier.
@@ -283,6 +284,8 @@ def predict_out_of_fold(
                 "expected at least one per fold."
             )
         if accelerator.is_main_process:
+            for fold in range(folds):
+                claim_run_folder(root / str(fold))
             for fold in range(folds):
                 rows = np.flatnonzero(fold_of_row != fold)
                 _write_rows(root / str(fold) / TRAIN_FILE, records, rows)

@@ -7,7 +7,6 @@ When they are written, and what follows from them, is decided in watchdog.py.
 
 import json
 import os
-import shutil
 import socket
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -58,7 +57,10 @@ class HeartbeatFiles:
 
     def clear(self) -> None:
         """Remove the files of an earlier run, before any rank writes."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for pattern in ("rank_*.json", "failure.json", ".failure_*"):
+            for path in self.folder.glob(pattern):
+                with suppress(OSError):
+                    path.unlink()
 
     def write(self, **changes: Any) -> None:
         """Write this rank's heartbeat. changes: fields of Heartbeat."""

@@ -289,8 +289,6 @@ def create_accelerator(run: RunConfig) -> Accelerator:
         raise ConfigError(
             "--mixed_precision fp16 needs a GPU, and this run is on the CPU; use bf16 or no."
         )
-    if trackers:
-        accelerator.init_trackers("bertdist")
     return accelerator
 
 

@@ -17,7 +17,7 @@ rank 0 writes, all ranks read. No pickle is written or read.
 import json
 import math
 import os
-import shutil
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from bertdist.core.atomic_io import (
     find_damage,
     recover,
     remove_folder,
+    remove_leftover,
     unused_path,
     write_folder,
 )
@@ -57,6 +58,7 @@ from bertdist.training.throughput import ThroughputMeter
 
 # Of state.json. 1: bertdist 0.1.0, which wrote no number. 2: TrainState's own field names as keys.
 FORMAT = 2
+LEFTOVER = re.compile(r"\.step_\d{6,}\.(partial|replaced|old)")  # of a save that was killed
 
 
 @dataclass
@@ -174,11 +176,16 @@ class Checkpointer:
             if self.accelerator.is_main_process:
                 self.before_save()
                 new = self.folder / f"step_{train_state.step:06d}"
-                write_folder(new, fill)
+                self._say_kept(write_folder(new, fill))
                 # After --resume_from_checkpoint of an older one, the new one need not be the last.
-                others = [folder for folder in self._checkpoints() if folder != new]
+                # A symbolic link is a user's.
+                others = [x for x in self._checkpoints() if x != new and not x.is_symlink()]
                 for old in others[: max(0, len(others) - self.keep + 1)]:
-                    remove_folder(old)
+                    self._say_kept(remove_folder(old))
+
+    def _say_kept(self, kept: Path | None) -> None:
+        if kept is not None:
+            self.log(f"{kept} keeps files that no run wrote.")
 
     def restore(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, named: str | None = None
@@ -221,13 +228,16 @@ class Checkpointer:
 
     def _choose(self, named: str | None) -> str:
         """The folder to load, "" for none; cleans up what a killed process left."""
-        for replaced in self.folder.glob(".step_*.replaced"):
-            recover(self.folder / replaced.name[1:].removesuffix(".replaced"))
         for leftover in self.folder.glob(".step_*"):
+            if not LEFTOVER.fullmatch(leftover.name):
+                continue
+            if leftover.suffix == ".replaced":
+                recover(self.folder / leftover.stem[1:])
+                if not os.path.lexists(leftover):
+                    continue
             action = "deleting" if leftover.suffix == ".old" else "writing"
             self.log(f"Removing {leftover.name}: {action} this checkpoint was interrupted.")
-            with explain_write_errors(leftover, "remove or rename"):
-                shutil.rmtree(leftover)
+            self._say_kept(remove_leftover(leftover))
         if named is not None:
             if damage := find_damage(Path(named)):
                 raise CheckpointError(f"--resume_from_checkpoint {named}: {damage}.")
@@ -245,7 +255,7 @@ class Checkpointer:
     def _checkpoints(self) -> list[Path]:
         """Folders step_N by number, damaged or not."""
         try:
-            paths = [path for path in self.folder.glob("step_*") if path.name[5:].isdigit()]
+            paths = [x for x in self.folder.glob("step_*") if re.fullmatch(r"\d{6,}", x.name[5:])]
         except OSError as error:
             reason = error.strerror or error
             raise CheckpointError(f"Cannot read {self.folder}: {reason}.") from None

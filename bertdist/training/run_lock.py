@@ -1,5 +1,5 @@
-"""One run at a time per output folder, which must be writable and have enough free space: checked
-before any time is spent on data or weights.
+"""One run at a time per output folder, which must be new or a run's, writable and have enough free
+space: checked before any time is spent on data or weights.
 
 Use: `with lock_run_folder(folder, accelerator) as messages:` around a run, and `check_disk_space`
 once the model is known.
@@ -9,14 +9,18 @@ once the model is known.
    files of the same name (filelock's own advice).
 2. running.json beside it names the owner: host, pid and start time. The message of a second run
    shows it, and a run that finds it after taking the lock knows that the previous one was killed.
-3. On a disk without flock (some network disks) filelock uses the existence of the file as the lock,
+3. A folder with files that no run wrote is refused, and so is a symbolic link in place of a file
+   that a run writes: nothing of a user's is overwritten.
+4. On a disk without flock (some network disks) filelock uses the existence of the file as the lock,
    with host and pid inside; where that fails too, a message says that nothing is locked.
 """
 
+import fnmatch
 import json
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,11 +31,19 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from torch import nn
 
-from bertdist.core.atomic_io import atomic_write
+from bertdist.core.atomic_io import HIDDEN_SUFFIXES, atomic_write, explain_write_errors, to_json
 from bertdist.core.errors import CheckpointError, ConfigError
 from bertdist.distributed.collectives import raise_on_all_ranks
 
 LOCK, OWNER = "run.lock", "running.json"
+STATUS, ENVIRONMENT = "status.json", "environment.json"
+# What runs write at the top of their folder, besides checkpoints/ and best/.
+WRITTEN = (
+    *(LOCK, OWNER, STATUS, ENVIRONMENT, "config.yaml", "metrics.jsonl", "evaluation.json"),
+    *("predictions.jsonl", "bad_rows.jsonl", "nan_rows.jsonl", "survey.json", "stacks", ".ranks"),
+)
+# What may be in a new folder: logs of the command, and files of systems.
+IGNORED = ("*.log", "*.out", "*.err", ".*", "lost+found")
 # A dead rank's loader workers notice within 5 s that it is gone (torch 2.13); until then they may
 # hold its lock.
 WAIT_SECONDS = 15.0
@@ -43,13 +55,15 @@ CHECKPOINTS = 2
 def lock_run_folder(folder: Path, accelerator: Accelerator) -> Iterator[list[str]]:
     """Hold the lock of an output folder; yields messages for the log (rank 0). A collective.
 
-    Raises ConfigError on all ranks if another run holds it, CheckpointError if it is not writable.
+    Raises ConfigError on all ranks if another run holds it, or if it holds files that no run wrote,
+    CheckpointError if it is not writable.
     """
     messages: list[str] = []
     lock: FileLock | None = None
     try:
         with raise_on_all_ranks(accelerator):
             if accelerator.is_main_process:
+                check_run_folder(folder)
                 _check_writable(folder)
                 lock = _acquire(folder, messages)
         yield messages
@@ -84,13 +98,77 @@ def check_disk_space(folder: Path, model: nn.Module, accelerator: Accelerator) -
     return message
 
 
+def check_run_folder(folder: Path) -> None:
+    """Raise ConfigError for a folder that holds files, and is not of a run; nothing is written."""
+    if not folder.is_dir():
+        return  # new, or `_check_writable` says what it is
+    with explain_write_errors(folder, "read"):
+        names = sorted(os.listdir(folder))
+    if not _is_run_folder(folder):
+        ignored = {name for pattern in IGNORED for name in fnmatch.filter(names, pattern)}
+        if _is_unused(folder / "checkpoints"):  # of a run that was killed in its first second
+            ignored.add("checkpoints")
+        ignored -= {*WRITTEN, *(name for name in names if name.endswith(HIDDEN_SUFFIXES))}
+        if foreign := [name for name in names if name not in ignored]:
+            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+            raise ConfigError(
+                f"--output_dir {folder} holds {foreign[0]!r}{more}, which no run wrote: give a "
+                "folder that is new, empty or of an earlier run."
+            )
+    for name in WRITTEN:
+        if (folder / name).is_symlink():
+            raise ConfigError(
+                f"{folder / name} is a symbolic link, and a run replaces this file: remove the "
+                "link, or use another --output_dir."
+            )
+
+
+def claim_run_folder(folder: Path) -> None:
+    """Make a new folder a run's, so that files may be put there before the run takes the lock.
+
+    Raises as `check_run_folder`, and CheckpointError.
+    """
+    check_run_folder(folder)
+    if not _is_run_folder(folder):
+        with explain_write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / STATUS, to_json({"state": "running", "step": 0, "reason": ""}))
+
+
+def _is_run_folder(folder: Path) -> bool:
+    """Whether a run, also one that was killed early, or of an older version, has made the folder.
+
+    All take the lock first; where it is a file that is removed at the end, others remain.
+    """
+    if (folder / LOCK).is_file() or _read_owner(folder) is not None:
+        return True
+    status, environment = _read_json(folder / STATUS), _read_json(folder / ENVIRONMENT)
+    packages = environment.get("packages")
+    return status.keys() == {"state", "step", "reason"} or (
+        isinstance(packages, dict) and "bertdist" in packages
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is none."""
+    with suppress(OSError, ValueError, RecursionError):
+        value = json.loads(path.read_bytes())
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+def _is_unused(checkpoints: Path) -> bool:
+    with suppress(OSError):
+        return all(x.name.startswith(".probe.") and x.is_file() for x in checkpoints.iterdir())
+    return False
+
+
 def _check_writable(folder: Path) -> None:
     for path in (folder, folder / "checkpoints"):
-        probe = path / f".probe.{os.getpid()}"
         try:
             path.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"x")
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=path, prefix=".probe.") as probe:
+                probe.write(b"x")
         except OSError as error:
             raise CheckpointError(
                 f"Cannot write to {path}: {error.strerror or error}. "

@@ -327,6 +327,8 @@ def open_run(config: TrainConfig, accelerator: Accelerator) -> Iterator[RunLogge
         open_watchdog(folder, accelerator, config.run) as watchdog,
     ):
         watchdog.progress = log
+        if config.run.report_to:
+            accelerator.init_trackers("bertdist")  # may write into the folder
         number, device = accelerator.num_processes, accelerator.device.type
         processes = f"{number} process{'es' if number > 1 else ''}"
         precision = accelerator.mixed_precision.replace("no", "fp32")

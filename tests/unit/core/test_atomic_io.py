@@ -12,6 +12,7 @@ from bertdist.core.atomic_io import (
     find_damage,
     recover,
     remove_folder,
+    remove_leftover,
     write_folder,
 )
 from bertdist.core.errors import CheckpointError
@@ -40,14 +41,95 @@ def test_a_folder_is_never_half_removed_under_its_name(
     final = tmp_path / "step_000001"
     write_folder(final, fill)
 
-    def killed(path: Path) -> None:
-        (path / "manifest.json").unlink()
+    unlink, calls = Path.unlink, list[Path]()
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        calls.append(path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(whole_folder.shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        remove_folder(final)
-    assert os.listdir(tmp_path) == [".step_000001.old"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_folder(final)
+    assert os.listdir(tmp_path) == [".step_000001.old"] and len(calls) == 1
+    assert remove_leftover(tmp_path / ".step_000001.old") is None and os.listdir(tmp_path) == []
+
+
+# ---- What a user has added
+
+
+def test_a_user_s_files_in_a_folder_survive_its_replacement_and_its_removal(tmp_path: Path) -> None:
+    final = tmp_path / "best"
+    assert write_folder(final, fill) is None
+    (final / "onnx").mkdir()
+    (final / "onnx" / "model.onnx").write_bytes(b"exported")
+    (final / "thesis.txt").write_text("years")
+    kept = write_folder(final, fill)
+    assert kept == tmp_path / "best.kept" and find_damage(final) is None
+    assert sorted(str(x.relative_to(kept)) for x in kept.rglob("*")) == [
+        "onnx",
+        "onnx/model.onnx",
+        "thesis.txt",
+    ]
+    assert (kept / "thesis.txt").read_text() == "years"
+    (final / "more.txt").symlink_to(kept / "thesis.txt")
+    assert remove_folder(final) == tmp_path / "best.kept-2"
+    assert (tmp_path / "best.kept-2" / "more.txt").read_text() == "years"
+    assert sorted(os.listdir(tmp_path)) == ["best.kept", "best.kept-2"]
+
+
+def test_a_folder_of_a_user_is_kept_as_it_is(tmp_path: Path) -> None:
+    """One without a manifest: no run wrote it."""
+    final = tmp_path / "best"
+    final.mkdir()
+    (final / "model.txt").write_text("mine")
+    kept = write_folder(final, fill)
+    assert kept is not None and (kept / "model.txt").read_text() == "mine"
+
+
+def test_names_in_a_manifest_remove_nothing_outside_the_folder(tmp_path: Path) -> None:
+    final = tmp_path / "best"
+    write_folder(final, fill)
+    (tmp_path / "thesis.txt").write_text("years")
+    manifest = json.loads((final / "manifest.json").read_text())
+    entry = {"bytes": 5, "xxh3_128": ""}
+    manifest["files"] |= {"../thesis.txt": entry, str(tmp_path / "thesis.txt"): entry}
+    (final / "manifest.json").write_text(json.dumps(manifest))
+    assert remove_folder(final) is None
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+def test_a_link_is_neither_replaced_nor_followed(tmp_path: Path) -> None:
+    elsewhere, final = tmp_path / "elsewhere", tmp_path / "best"
+    elsewhere.mkdir()
+    (elsewhere / "thesis.txt").write_text("years")
+    final.symlink_to(elsewhere)
+    with pytest.raises(CheckpointError) as caught:
+        write_folder(final, fill)
+    assert str(caught.value) == (
+        f"{final} is a symbolic link to {elsewhere}, and a run replaces best as a whole: "
+        "remove the link, or use another --output_dir."
+    )
+    assert final.is_symlink() and os.listdir(elsewhere) == ["thesis.txt"]
+    # Version 0.1.0 renamed the link before it failed.
+    final.rename(tmp_path / ".best.replaced")
+    assert write_folder(final, fill) is None and find_damage(final) is None
+    assert (tmp_path / "best.kept").is_symlink() and os.listdir(elsewhere) == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_mode_of_the_umask(umask: int, mode: int, tmp_path: Path) -> None:
+    def private(folder: Path) -> None:  # as safetensors does
+        fill(folder)
+        (folder / CHECKPOINT_FILES[0]).chmod(0o600)
+
+    before = os.umask(umask)
+    try:
+        write_folder(tmp_path / "best", private)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "best").iterdir()} == {mode}
 
 
 @pytest.mark.parametrize("file", [*CHECKPOINT_FILES, "manifest.json"])

@@ -7,7 +7,6 @@ import os
 import pickle
 import pickletools
 import resource
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -336,14 +335,14 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_one_line(
     # An OSError would end rank 0 alone, and the other ranks would wait for it.
     run = Run(tmp_path)
     run.save(1), run.save(2)
-    real = shutil.rmtree
+    real = Path.unlink
 
     def refuse(path: Path, *rest: Any, **settings: Any) -> None:
-        if path.name == ".step_000001.old":
+        if path.parent.name == ".step_000001.old":
             raise PermissionError(13, "Permission denied", str(path))
         real(path, *rest, **settings)
 
-    monkeypatch.setattr(shutil, "rmtree", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(CheckpointError, match="step_000001"):
         run.save(3)
     assert find_damage(tmp_path / "step_000003") is None  # the new one is complete

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,14 @@ from torch import nn
 
 from bertdist.core.errors import BertdistError, CheckpointError, ConfigError
 from bertdist.training import run_lock
-from bertdist.training.run_lock import LOCK, OWNER, check_disk_space, lock_run_folder
+from bertdist.training.run_lock import (
+    LOCK,
+    OWNER,
+    check_disk_space,
+    check_run_folder,
+    claim_run_folder,
+    lock_run_folder,
+)
 
 ONE: Any = SimpleNamespace(is_main_process=True, num_processes=1, process_index=0)
 
@@ -126,6 +134,7 @@ def test_run_on_another_host_counts_as_alive(tmp_path: Path) -> None:
     "content", ["", "{", "[]", '{"host": "a"}', '{"host": "a", "pid": "x", "since": ""}', "\0"]
 )
 def test_damaged_owner_file_is_ignored(content: str, tmp_path: Path) -> None:
+    (tmp_path / LOCK).touch()
     (tmp_path / OWNER).write_text(content)
     with lock_run_folder(tmp_path, ONE) as messages:
         assert messages == []
@@ -168,6 +177,170 @@ def test_all_ranks_raise(ranks: int, tmp_path: Path) -> None:
     ), "only rank 0 has messages"
 
 
+# ---- A folder with files that no run wrote
+
+
+def snapshot(folder: Path) -> dict[str, tuple[Any, bytes]]:
+    """Everything in it: inode and mode, content of files, targets of links."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        stat = path.lstat()
+        content = (
+            os.readlink(path).encode()
+            if path.is_symlink()
+            else path.read_bytes()
+            if path.is_file()
+            else b""
+        )
+        found[str(path.relative_to(folder))] = (
+            (stat.st_ino, stat.st_mode, stat.st_mtime_ns),
+            content,
+        )
+    return found
+
+
+def put(folder: Path, *names: str) -> Path:
+    """Files of one line; a name that ends with / is a folder."""
+    for name in names:
+        path = folder / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            path.write_text("years of work")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "best/thesis.txt",
+        "checkpoints/.step_notes/a.txt",
+        "checkpoints/.probe.1/a.txt",
+        "config.yaml",
+        "environment.json",
+        "status.json",
+        "running.json",
+        "run.lock/a",
+        "predictions.jsonl",
+        "train.jsonl",
+        "sub/",
+        ".ranks/rank_0.json",
+        ".best.partial/thesis.txt",
+        ".best.replaced/thesis.txt",
+        ".config.yaml.partial",
+    ],
+)
+def test_a_folder_of_a_user_is_refused_before_anything_is_written(
+    name: str, tmp_path: Path
+) -> None:
+    folder = put(tmp_path / "out", name)
+    before, shown = snapshot(folder), name.split("/")[0]
+    with pytest.raises(ConfigError) as caught, lock_run_folder(folder, ONE):
+        pass
+    assert str(caught.value) == (
+        f"--output_dir {folder} holds {shown!r}, which no run wrote: give a folder that is new, "
+        "empty or of an earlier run."
+    )
+    with pytest.raises(ConfigError, match="which no run wrote"):
+        claim_run_folder(folder)
+    assert snapshot(folder) == before
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(ConfigError, match="which no run wrote"):
+        check_run_folder(tmp_path / "link")
+
+
+def test_the_number_of_other_files_is_told(tmp_path: Path) -> None:
+    put(tmp_path, "b.txt", "a.txt", "run.log")
+    with pytest.raises(ConfigError, match=r"holds 'a\.txt' and 1 more, which no run wrote"):
+        check_run_folder(tmp_path)
+
+
+def refused(accelerator: Accelerator, folder: Path) -> str:
+    with pytest.raises(ConfigError) as caught, lock_run_folder(folder, accelerator):
+        pass
+    return str(caught.value)
+
+
+def test_a_folder_of_a_user_is_refused_on_all_ranks(tmp_path: Path) -> None:
+    before = snapshot(put(tmp_path / "out", "thesis.txt"))
+    answers = run_ranks(3, refused, tmp_path / "out")
+    assert len(set(answers)) == 1 and "holds 'thesis.txt', which no run wrote" in answers[0]
+    assert snapshot(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("files", "contents"),
+    [
+        ([], {}),
+        (["train.log", "slurm-1.out", "slurm-1.err", "lost+found/", ".gitignore"], {}),
+        # a run that was killed in its first second
+        (["checkpoints/"], {}),
+        (["checkpoints/.probe.77", ".probe.77"], {}),
+        (["checkpoints/", "run.lock", ".running.json.partial"], {}),
+        # runs of any version, with what users put beside their files
+        (["run.lock", "best/model.safetensors", "notes.txt", "checkpoints/step_000001/a"], {}),
+        (["config.yaml", "notes.txt"], {"environment.json": {"packages": {"bertdist": "0.1.0"}}}),
+        (["best/a"], {"status.json": {"state": "finished", "step": 2, "reason": ""}}),
+        (["checkpoints/"], {"running.json": {"host": "a", "pid": 2**22, "since": "then"}}),
+    ],
+)
+def test_a_new_folder_and_that_of_a_run_are_taken(
+    files: list[str], contents: dict[str, Any], tmp_path: Path
+) -> None:
+    put(tmp_path, *files)
+    for name, value in contents.items():
+        (tmp_path / name).write_text(json.dumps(value))
+    check_run_folder(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"packages": []}', '{"packages": {"torch": "2"}}', "{"])
+def test_a_file_of_the_same_name_does_not_make_a_folder_a_run_s(
+    content: str, tmp_path: Path
+) -> None:
+    for name in ("environment.json", "status.json", "running.json"):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=r"holds 'environment\.json' and 2 more"):
+        check_run_folder(tmp_path)
+
+
+def test_a_folder_is_claimed_once(tmp_path: Path) -> None:
+    folder = tmp_path / "folds" / "0"
+    claim_run_folder(folder)
+    put(folder, "train.jsonl")
+    (folder / "status.json").write_text('{"state": "finished", "step": 9, "reason": ""}')
+    before = snapshot(folder)
+    claim_run_folder(folder)
+    assert snapshot(folder) == before
+    with lock_run_folder(folder, ONE) as messages:
+        assert messages == []
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "run.lock", "stacks", ".ranks"])
+@pytest.mark.parametrize("target", ["thesis.txt", "missing"])
+def test_a_link_in_place_of_a_file_of_the_run_is_refused(
+    name: str, target: str, tmp_path: Path
+) -> None:
+    folder = put(tmp_path / "out", "environment.json", "best/model")
+    (folder / "environment.json").write_text('{"packages": {"bertdist": "1"}}')
+    put(tmp_path, "thesis.txt")
+    (folder / name).symlink_to(tmp_path / target)
+    before = snapshot(tmp_path)
+    with pytest.raises(ConfigError) as caught, lock_run_folder(folder, ONE):
+        pass
+    assert str(caught.value) == (
+        f"{folder / name} is a symbolic link, and a run replaces this file: remove the link, or "
+        "use another --output_dir."
+    )
+    assert snapshot(tmp_path) == before
+
+
+def test_the_folder_and_its_checkpoints_may_be_links(tmp_path: Path) -> None:
+    put(tmp_path, "disk/", "large_disk/")
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "checkpoints").symlink_to(tmp_path / "large_disk")
+    with lock_run_folder(tmp_path / "out", ONE):
+        assert (tmp_path / "disk" / LOCK).is_file()
+
+
 # ---- A folder that cannot be written to
 
 
@@ -176,14 +349,14 @@ def test_all_ranks_raise(ranks: int, tmp_path: Path) -> None:
 def test_unwritable_folder_is_a_checkpoint_error(
     code: int, below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = Path.write_bytes
+    temporary_file = tempfile.TemporaryFile
 
-    def refuse(self: Path, data: bytes) -> int:
-        if self.parent == tmp_path / below:
-            raise OSError(code, os.strerror(code), str(self))
-        return write(self, data)
+    def refuse(dir: Path, **settings: Any) -> Any:
+        if dir == tmp_path / below:
+            raise OSError(code, os.strerror(code), str(dir))
+        return temporary_file(dir=dir, **settings)
 
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with pytest.raises(CheckpointError) as caught, lock_run_folder(tmp_path, ONE):
         pass
     assert str(caught.value) == (
