@@ -64,7 +64,7 @@ def attempt(
 ) -> Attempt:
     """Run bertdist.train with these arguments on so many ranks, and wait for all of them."""
     out.mkdir(parents=True, exist_ok=True)
-    for old in (*out.glob("stderr_*.txt"), out / "launcher.txt"):
+    for old in (*out.glob("stderr_*.log"), out / "launcher.log"):
         old.unlink(missing_ok=True)
     start = _fork if launcher == "forked" else _launch
     return _watch(start(arguments, ranks, out, launcher), out, launcher, kill)
@@ -192,7 +192,7 @@ def _watch(running: _Forked | _Launched, out: Path, launcher: str, kill: Kill | 
 
 def _bytes_of_steps(out: Path) -> int:
     """Size of the step logs of all ranks."""
-    return sum(path.stat().st_size for path in out.glob("steps_*.txt"))
+    return sum(path.stat().st_size for path in out.glob("steps_*.log"))
 
 
 def _fork(arguments: Sequence[str], ranks: int, out: Path, launcher: str) -> _Forked:
@@ -233,7 +233,7 @@ def _launch(arguments: Sequence[str], ranks: int, out: Path, launcher: str) -> _
     path = os.pathsep.join([str(ROOT), *filter(None, [inherited.get("PYTHONPATH")])])
     added = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     added |= {"ACCELERATE_USE_CPU": "true"} if launcher == "torchrun" else {}
-    with open(out / "launcher.txt", "w") as stdout:
+    with open(out / "launcher.log", "w") as stdout:
         process = subprocess.Popen(
             [sys.executable, *command, "-m", "bench.rank", *arguments],
             cwd=ROOT,
@@ -259,10 +259,10 @@ def unused_port() -> int:
 
 def output_of_ranks(out: Path) -> str:
     """Standard error of all ranks in the last attempt."""
-    return "".join(path.read_text(encoding="utf-8") for path in sorted(out.glob("stderr_*.txt")))
+    return "".join(path.read_text(encoding="utf-8") for path in sorted(out.glob("stderr_*.log")))
 
 
 def output_of_launcher(out: Path) -> str:
     """Output of the launcher in the last attempt, and of ranks before they had a file."""
-    path = out / "launcher.txt"
+    path = out / "launcher.log"
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""

@@ -148,7 +148,7 @@ class FaultTest:
             )
             left, expected = results_of(out, scenario.ranks), self.uninterrupted(scenario)
             assert left == expected, difference(left, expected)
-            last = max(path.stat().st_mtime for path in out.glob("steps_*.txt"))
+            last = max(path.stat().st_mtime for path in out.glob("steps_*.log"))
             self.seconds[plain] = (
                 time.monotonic() - begin,
                 max(0.1, last - time.time() + time.monotonic() - result.first_step_at),
@@ -246,7 +246,7 @@ def results_of(out: Path, ranks: int) -> dict[str, Any]:
         result[name] = (out / name).read_bytes()
     for rank in range(ranks):
         steps = defaultdict(set)
-        for line in (out / f"steps_{rank}.txt").read_text().splitlines():
+        for line in (out / f"steps_{rank}.log").read_text().splitlines():
             if len(parts := line.split(" ")) == 3:  # a killed rank's last line may be truncated
                 steps[int(parts[0])].add(tuple(parts[1:]))
         result[f"steps of rank {rank}"] = dict(sorted(steps.items()))

@@ -2,7 +2,7 @@
 
     RANK=0 WORLD_SIZE=1 python -m bench.rank --output_dir OUT ...   # what launchers start
 
-OUT/stderr_N.txt is its standard error, OUT/steps_N.txt has one line per step with loss and gradient
+OUT/stderr_N.log is its standard error, OUT/steps_N.log has one line per step with loss and gradient
 norm in hex. bench.attempts calls `run_rank` in a forked process; a launcher starts this module.
 """
 
@@ -19,8 +19,8 @@ def run_rank(arguments: Sequence[str], rank: int, out: Path) -> NoReturn:
     """Train, and end the process with the exit code of bertdist.train."""
     code: Any = 1
     with (
-        open(out / f"stderr_{rank}.txt", "a", buffering=1, encoding="utf-8") as stderr,
-        open(out / f"steps_{rank}.txt", "a") as steps,
+        open(out / f"stderr_{rank}.log", "a", buffering=1, encoding="utf-8") as stderr,
+        open(out / f"steps_{rank}.log", "a") as steps,
     ):
         os.dup2(stderr.fileno(), 2)
         sys.stderr = stderr

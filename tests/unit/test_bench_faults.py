@@ -106,8 +106,8 @@ def test_rank_ends_after_its_launcher_is_killed_in_training(
 def test_only_one_line_that_names_the_rank_counts(
     faults: FaultTest, tmp_path: Path, lines: str, launcher: str, counted: int
 ) -> None:
-    (tmp_path / "stderr_0.txt").write_text(lines)
-    (tmp_path / "launcher.txt").write_text(launcher)
+    (tmp_path / "stderr_0.log").write_text(lines)
+    (tmp_path / "launcher.log").write_text(launcher)
     tally = Tally()
     faults.check_messages(
         Scenario("map", 2, "one", "one rank"),
