@@ -56,6 +56,7 @@ class Predictor:
 
         predictor = Predictor("out/best")
         predictor(["A film to remember."])         # [{"label": "positive", "score": 0.98}]
+        predictor("A film to remember.")           # the same
         predictor(["A premise."], ["A hypothesis."])  # if trained on text pairs
 
     The device and precision are those of `accelerator`, by default what `accelerate launch` set,
@@ -91,16 +92,20 @@ class Predictor:
         self.model.to(self.accelerator.device).eval()
 
     def __call__(
-        self, texts: Sequence[str], pairs: Sequence[str] | None = None
+        self, texts: str | Iterable[str], pairs: str | Iterable[str] | None = None
     ) -> list[dict[str, Any]]:
         """Predict texts. pairs: the second text of each, for models trained on pairs.
 
+        texts and pairs: any ordered iterable of str, such as a list, a generator or a column of a
+        table; one str is one text, and its answer is a list of one dict, as of `pipeline`.
         Returns one dict per text, in their order, with the keys of `transformers.pipeline`:
         {"label": "positive", "score": 0.98}; multi-label: {"labels": [{"label", "score"}, ...]}
         with every label above 0.5; regression: the score is the number.
-        Raises DataError if a text is not a string, NonFiniteError if a logit is not finite.
+        Raises DataError if a text is not a string, or if second texts are missing or not expected;
+        NonFiniteError if a logit is not finite.
         """
-        return self.predict_records(records_from_texts(texts, pairs)) if len(texts) else []
+        records = records_from_texts(texts, pairs)
+        return self.predict_records(records) if len(records) else []
 
     def predict_records(self, records: Records) -> list[dict[str, Any]]:
         """As __call__. Every rank computes its share of the rows and returns all results."""
@@ -111,6 +116,7 @@ class Predictor:
 
         Raises, on all ranks, Stopped, and NonFiniteError if a logit is not finite.
         """
+        check_pairs(self.metadata, records)
         world_size = self.accelerator.num_processes
         batches = MapLoader(
             dataset=create_dataset(records, self.tokenizer, None, self.max_length),
@@ -156,9 +162,37 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
 
 def _load_rows(config: PredictConfig) -> Records:
     model_config = load_model_config(ModelConfig(model_name_or_path=config.model), "--model")
-    if config.input is None:
-        return records_from_texts(config.text or [], config.text_pair)
     metadata = saved_metadata(model_config)
+    if config.input is None:
+        records = records_from_texts(config.text or [], config.text_pair)
+    else:
+        records = _load_file(config, metadata)
+    check_pairs(metadata, records)
+    return records
+
+
+def check_pairs(metadata: dict[str, Any], records: Records) -> None:
+    """Raise DataError if the model was trained on pairs of texts and these are single ones, or vice
+    versa. metadata: of the model; a folder of another program does not say, and takes both.
+    """
+    if "text_pair_column" not in metadata:
+        return
+    second = metadata["text_pair_column"]
+    if second is not None and records.pairs is None:
+        raise DataError(
+            f"The model was trained on pairs of texts (columns {metadata.get('text_column')!r} and "
+            f"{second!r}), and the second texts are missing: give pairs=, --text_pair or "
+            "--text_pair_column."
+        )
+    if second is None and records.pairs is not None:
+        raise DataError(
+            "The model was trained on single texts, not on pairs: remove pairs=, --text_pair or "
+            "--text_pair_column."
+        )
+
+
+def _load_file(config: PredictConfig, metadata: dict[str, Any]) -> Records:
+    assert config.input is not None
     return load_texts(
         config.input,
         text_column=config.text_column or metadata.get("text_column"),

@@ -10,7 +10,7 @@ columns it reads once (text bytes + 12 bytes per row); forked loader workers sha
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -132,18 +132,54 @@ class ColumnNames(NamedTuple):
         return [name for name in names if name is not None]
 
 
-def records_from_texts(texts: Sequence[str], pairs: Sequence[str] | None = None) -> Records:
+def records_from_texts(
+    texts: str | Iterable[str], pairs: str | Iterable[str] | None = None
+) -> Records:
     """Texts in memory, without labels. Raises DataError if one is not a text."""
-    if pairs is not None and len(pairs) != len(texts):
-        raise DataError(
-            f"There are {len(texts)} texts and {len(pairs)} second texts; they go together."
-        )
-    columns: dict[str, Column] = {"text": list(texts)}
+    columns: dict[str, Column] = {"text": as_texts(texts, "texts")}
+    rows = len(columns["text"])
     if pairs is not None:
-        columns["pair"] = list(pairs)
-    chunk = chunk_of_columns("texts", columns, len(texts), {"row": 0})
+        columns["pair"] = as_texts(pairs, "pairs")
+        if len(columns["pair"]) != rows:
+            raise DataError(
+                f"There are {rows} texts and {len(columns['pair'])} second texts; they go together."
+            )
+    chunk = chunk_of_columns("texts", columns, rows, {"row": 0})
     chosen = ColumnNames("text", None if pairs is None else "pair", None, [])
     return records_from_chunk("texts", chunk, chosen)
+
+
+def as_texts(texts: Any, name: str) -> list[Any]:
+    """A text, or any ordered iterable of texts, as a list of str. name: for messages.
+
+    Lists, tuples, generators, arrays, columns of pandas, Arrow and datasets. Raises DataError for
+    bytes, sets, dicts and tables, and at the first item that is not a str.
+    """
+    if isinstance(texts, str):
+        texts = [texts]
+    columns = getattr(texts, "column_names", None)  # datasets and Arrow
+    columns = getattr(texts, "columns", None) if columns is None else columns  # pandas and polars
+    reason = "expected a text or a list of texts"
+    if isinstance(texts, Mapping):
+        reason += ", and second texts as pairs"
+    elif columns is not None:
+        reason += "; pass one of its columns"
+    elif isinstance(texts, set | frozenset):
+        reason += "; a set has no order"
+    elif isinstance(texts, bytes | bytearray | memoryview):
+        reason += "; decode it first"
+    else:
+        try:
+            items = list(texts.to_pylist() if hasattr(texts, "to_pylist") else texts)
+        except TypeError:  # not iterable
+            pass
+        else:
+            for row, item in enumerate(items):
+                if not isinstance(item, str):
+                    found = f"{' '.join(repr(item).split())[:40]} ({type(item).__name__})"
+                    raise DataError(f"{name}[{row}] is {found}; expected a text.")
+            return list(map(str.__str__, items))  # subclasses of str too
+    raise DataError(f"{name} is of type {type(texts).__name__}: {reason}.")
 
 
 def choose_columns(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from bertdist import predict
+from bertdist.core.errors import DataError
 from bertdist.predict import Predictor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -259,6 +260,46 @@ def test_a_text_alone_or_in_a_batch_has_the_same_prediction(trained: Path) -> No
         run_ranks(1, alone),
     )
     assert as_one(together) == as_one(one_by_one)
+
+
+def test_a_model_of_pairs_needs_pairs_and_one_of_single_texts_refuses_them(
+    trained: Path, trained_on_pairs: Path, tmp_path: Path
+) -> None:
+    def ask_each(accelerator: Accelerator, folder: Path) -> list[Any]:
+        predictor, answers = Predictor(folder, accelerator=accelerator), []
+        for arguments in ((["it is"],), ("it is", "so"), (iter(["it is"]), ("so",)), ("it is",)):
+            try:
+                answers.append(as_one(predictor(*arguments)))
+            except DataError as error:
+                answers.append(str(error))
+        return answers
+
+    (single,), (pairs,) = (run_ranks(1, ask_each, folder) for folder in (trained, trained_on_pairs))
+    unexpected = (
+        "The model was trained on single texts, not on pairs: remove pairs=, --text_pair or "
+        "--text_pair_column."
+    )
+    missing = (
+        "The model was trained on pairs of texts (columns 'sentence1' and 'sentence2'), and the "
+        "second texts are missing: give pairs=, --text_pair or --text_pair_column."
+    )
+    assert single[1:3] == [unexpected] * 2 and single[0] == single[3] and len(single[0]) == 1
+    assert pairs[0] == pairs[3] == missing and pairs[1] == pairs[2] and len(pairs[1]) == 1
+    rows = [{"text": "it is", "sentence1": "it is", "sentence2": "so"}]
+    table = str(write_rows(tmp_path / "in.tsv", rows))
+    lines = str(write_rows(tmp_path / "in.jsonl", [{"sentence1": "it is"}]))
+    for folder, words, told in (
+        (trained, ["--text", "a", "--text_pair", "b"], unexpected),
+        (trained, ["--input", table, "--text_pair_column", "sentence2"], unexpected),
+        (trained_on_pairs, ["--text", "a"], missing),
+        (trained_on_pairs, ["--input", lines], "there is no column 'sentence2'"),
+        (trained_on_pairs, ["--input", table], None),  # the controls
+        (trained, ["--input", table], None),
+    ):
+        words = ["--model", str(folder), "--use_cpu", *words]
+        ((code, said, _),) = run_ranks(1, run_main, words, None, predict)
+        assert (code, said.count("\n")) == ((1, 1) if told else (0, 0)), said
+        assert (told or "") in said
 
 
 def test_no_texts_have_no_predictions(trained: Path) -> None:

@@ -17,7 +17,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -1144,10 +1146,112 @@ def test_texts_in_memory_are_records_too() -> None:
         refusal(lambda: records_from_texts(["a"], ["b", "c"]))
         == "There are 1 texts and 2 second texts; they go together."
     )
-    assert (
-        refusal(lambda: records_from_texts(["a", None]))
-        == "texts row 1: column 'text' is null; expected a text."
-    )  # type: ignore[list-item]
+    assert "lone surrogate" in refusal(lambda: records_from_texts(["a\ud800"]))
+
+
+class Name(str):
+    """A subclass of str whose str() is another text."""
+
+    def __str__(self) -> str:
+        return "another"
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["a", "b"],
+        ("a", "b"),
+        (x for x in "ab"),
+        map(str, "ab"),
+        {"a": 1, "b": 2}.keys(),
+        np.array(["a", "b"]),
+        np.array(["a", "b"], object),
+        [Name("a"), np.str_("b")],
+        pd.Series(["a", "b"], index=[7, 3]),
+        pd.Series(["a", "b"], dtype="category"),
+        pd.DataFrame({"x": ["a", "b"], "y": ["c", "d"]})["x"],
+        pa.array(["a", "b"]),
+        pa.chunked_array([["a"], ["b"]]),
+        pa.array(["a", "b"]).dictionary_encode(),
+        datasets.Dataset.from_dict({"x": ["a", "b"]})["x"],
+        io.StringIO("a\nb").read().splitlines(),
+    ],
+    ids=lambda texts: type(texts).__name__,
+)
+def test_any_iterable_of_texts_is_read_in_its_order(texts: Any) -> None:
+    found = records_from_texts(texts)
+    assert [type(record.text) for record in rows_of(found)] == [str, str]
+    assert rows_of(found) == [Record(0, "a", None, None), Record(1, "b", None, None)]
+
+
+@pytest.mark.parametrize("text", ["ab", "", Name("ab"), np.str_("ab")])
+def test_one_text_is_one_row(text: str) -> None:
+    expected = str.__str__(text)
+    assert rows_of(records_from_texts(text)) == [Record(0, expected, None, None)]
+    assert rows_of(records_from_texts(text, "b")) == [Record(0, expected, "b", None)]
+    assert len(records_from_texts([*text])) == len(text)  # the control: letters are texts, too
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["a", None], "texts[1] is None (NoneType); expected a text."),
+        (["a", b"b"], "texts[1] is b'b' (bytes); expected a text."),
+        (["a", "b", 3], "texts[2] is 3 (int); expected a text."),
+        ([float("nan")], "texts[0] is nan (float); expected a text."),
+        (pd.Series(["a", None], index=[5, 5]), "texts[1] is "),
+        ([("a", "b")], "texts[0] is ('a', 'b') (tuple); expected a text."),
+        ([["a"]], "texts[0] is ['a'] (list); expected a text."),
+        ([{"text": "a"}], "texts[0] is {'text': 'a'} (dict); expected a text."),
+        (
+            np.array([["a", "b"]]),
+            "texts[0] is array(['a', 'b'], dtype='<U1') (ndarray); expected a",
+        ),
+        (np.array([1.5]), "texts[0] is np.float64(1.5) (float64); expected a text."),
+        (pa.array([1]), "texts[0] is 1 (int); expected a text."),
+        (b"ab", "texts is of type bytes: expected a text or a list of texts; decode it first."),
+        (
+            bytearray(b"a"),
+            "texts is of type bytearray: expected a text or a list of texts; decode it fir",
+        ),
+        (
+            {"a", "b"},
+            "texts is of type set: expected a text or a list of texts; a set has no order.",
+        ),
+        (
+            {"text": "a", "text_pair": "b"},
+            "texts is of type dict: expected a text or a list of texts, and second texts as pairs.",
+        ),
+        (
+            pd.DataFrame({"x": ["a"]}),
+            "texts is of type DataFrame: expected a text or a list of texts; pa",
+        ),
+        (
+            datasets.Dataset.from_dict({"x": ["a"]}),
+            "texts is of type Dataset: expected a text or a list",
+        ),
+        (
+            pa.table({"x": ["a"]}),
+            "texts is of type Table: expected a text or a list of texts; pass one ",
+        ),
+        (None, "texts is of type NoneType: expected a text or a list of texts."),
+        (7, "texts is of type int: expected a text or a list of texts."),
+        (np.array("a"), "texts is of type ndarray: expected a text or a list of texts."),
+        (Path("a.txt"), "texts is of type PosixPath: expected a text or a list of texts."),
+    ],
+)
+def test_what_is_no_text_is_refused_with_its_position_and_type(texts: Any, message: str) -> None:
+    told = refusal(lambda: records_from_texts(texts))
+    assert told.startswith(message) and "\n" not in told
+    if texts is not None:  # second texts likewise
+        told = refusal(lambda: records_from_texts("a", texts))
+        assert told.startswith(message.replace("texts", "pairs", 1))
+
+
+def test_texts_and_second_texts_are_as_many() -> None:
+    for texts, pairs in ((["a", "b"], "ab"), ("a", ["b", "c"]), ([], ["a"]), (iter("ab"), [])):
+        assert "they go together" in refusal(lambda t=texts, p=pairs: records_from_texts(t, p))
+    assert len(records_from_texts([])) == len(records_from_texts(iter(()), [])) == 0
 
 
 def test_txt_is_for_prediction_and_has_no_pairs(write: Write) -> None:
