@@ -22,7 +22,7 @@ from bertdist.core.args import given_setting_names
 from bertdist.core.atomic_io import atomic_write, to_json
 from bertdist.core.config import DataConfig, ModelConfig, TrainConfig
 from bertdist.core.errors import DataError
-from bertdist.core.terminal import Cell, excerpt, show, show_table
+from bertdist.core.terminal import Cell, excerpt, process_rank, show, show_table
 from bertdist.data.tokenization import load_tokenizer
 from bertdist.data_quality.cleaning import dropped_path, write_cleaned
 from bertdist.data_quality.config import (
@@ -178,8 +178,13 @@ def check_labels(arguments: Sequence[str]) -> int:
 
 
 def check_rows(arguments: Sequence[str]) -> int:
-    """Show and write the data report, and with --fix the cleaned rows; returns the exit code."""
+    """Show and write the data report, and with --fix the cleaned rows; returns the exit code.
+
+    Under a launcher only rank 0 does anything.
+    """
     config, data = read_check_config(arguments)
+    if process_rank() != 0:
+        return 0
     report = check(config, data)
     show_report(report)
     if config.output is not None:

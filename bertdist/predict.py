@@ -35,7 +35,8 @@ from bertdist.data.loading import load_texts
 from bertdist.data.records import Records, records_from_texts
 from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.distributed.collectives import raise_on_all_ranks
-from bertdist.distributed.launch import EXIT_STOPPED, check_world, create_accelerator, run_cli
+from bertdist.distributed.launch import EXIT_STOPPED, create_accelerator, run_cli
+from bertdist.distributed.launcher import check_world
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import load_model_config, load_trained_classifier, saved_metadata
 from bertdist.training.evaluation import describe_nonfinite_rows, nonfinite_rows, predict_rows

@@ -31,7 +31,7 @@ from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.data_quality.findings import counts, percent, summary
 from bertdist.data_quality.length_checks import Lengths
 from bertdist.data_quality.report import DataReport, check_data
-from bertdist.distributed.launch import check_world
+from bertdist.distributed.launcher import check_launcher, check_world
 from bertdist.models.classifier import load_model_config, pretrained_labels
 from bertdist.tasks.tasks import Task
 
@@ -59,6 +59,7 @@ def dry_run(config: TrainConfig) -> int:
     Under a launcher only rank 0 does anything. Raises BertdistError where training would.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_launcher(config.run.mixed_precision)
     check_world(world_size)
     if process_rank() != 0:
         return 0

@@ -56,7 +56,8 @@ from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data.tokenization import create_dataset
 from bertdist.data_quality.config import DEFAULT_RANKING, RANKINGS, LabelIssueConfig
 from bertdist.distributed.collectives import raise_on_all_ranks
-from bertdist.distributed.launch import check_world, create_accelerator
+from bertdist.distributed.launch import create_accelerator
+from bertdist.distributed.launcher import check_world
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import load_model_config, pretrained_labels
 from bertdist.tasks.tasks import Task

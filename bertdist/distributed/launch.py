@@ -3,7 +3,7 @@
     run_cli(command)               a script's main(): settings of the process, errors, exit codes
     launch(config)                 the three below, in this order
       create_accelerator(run)        rendezvous; device, precision and ranks
-      check_world(world_size)        an error if the launch promised more ranks
+      check_world(world_size)        an error if the launch promised more ranks (launcher.py)
       launch_fingerprint(config)     what must be the same on all ranks
     wait_for_all_ranks(timeout)    the rendezvous
 
@@ -16,37 +16,35 @@ rank is named from it.
 
 import ctypes
 import faulthandler
-import io
 import json
 import os
 import platform
-import re
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType
 from torch._C._distributed_c10d import TCPStore
 from transformers.utils import logging as transformers_logging
 
 from bertdist.core.config import RunConfig, TrainConfig
 from bertdist.core.errors import BertdistError, ConfigError, RankLost, did_you_mean
-from bertdist.core.terminal import print_error, process_rank
+from bertdist.core.terminal import print_error, print_to_stderr, process_rank
 from bertdist.distributed.collectives import assert_same_on_all_ranks
 from bertdist.distributed.heartbeat import Heartbeat, is_alive, own_heartbeat, this_host
+from bertdist.distributed.launcher import ACCEPTED_TYPES, check_launcher, check_world
 from bertdist.distributed.preemption import ignore_stop_signals
 from bertdist.distributed.watchdog import STDERR, connection_error, loader_worker_error
 
@@ -183,89 +181,22 @@ def find_dead_ranks(seconds: float) -> tuple[list[Heartbeat], bool]:
 # ---- The launch
 
 
-def check_world(world_size: int, environ: Mapping[str, str] = os.environ) -> None:
-    """Raise ConfigError if this run has fewer ranks than its launch promised.
-
-    Launches lose ranks silently: each task of a plain `srun python train.py` trains alone, all in
-    one folder, and `accelerate launch --cpu --num_processes 2` starts one process (accelerate
-    1.15). Both end with exit code 0.
-    """
-    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
-    mpi = "start it with `accelerate launch` instead of mpirun"
-    fixes = {
-        tasks: "start one `accelerate launch` per node, as launch/multi_node.slurm does, or "
-        "request one task: --ntasks 1 --cpus-per-task N",
-        "OMPI_COMM_WORLD_SIZE": mpi,
-        "PMI_SIZE": mpi,
-        "WORLD_SIZE": "start it with `accelerate launch --multi_gpu`, or unset RANK and WORLD_SIZE "
-        "for a run of one process",
-    }
-    for name, fix in fixes.items():
-        promised = environ.get(name, "")
-        if promised.isdecimal() and world_size < int(promised):
-            have = _processes(world_size)
-            raise ConfigError(f"{name} is {promised}, but this run has {have}: {fix}.")
-    requested = _requested_from_accelerate()
-    if requested is not None and world_size < requested:
-        raise ConfigError(
-            f"`accelerate launch` was to start {_processes(requested)}, but this run has "
-            f"{world_size}: give it --multi_gpu, and on CPUs `ACCELERATE_USE_CPU=true accelerate "
-            f"launch --multi_gpu --num_processes {requested} ...` (not --cpu, which starts one), "
-            "or --config_file accelerate_configs/cpu_x2.yaml."
-        )
-
-
-def _processes(count: int) -> str:
-    return f"{count} process{'' if count == 1 else 'es'}"
-
-
-def _requested_from_accelerate() -> int | None:
-    """Processes that the `accelerate launch` above this one was to start, by flag or config file.
-
-    None without such a parent, where it does not say, or where anything fails: this must never end
-    a run.
-    """
-    # accelerate launch, accelerate-launch, python -m accelerate.commands.launch
-    launch = (
-        r"(?:accelerate(?:_cli)?(?:\.py)?\0|accelerate-|accelerate[./]commands[./])"
-        r"launch(?:\.py)?\0(.*)"
-    )
-    try:
-        parent = psutil.Process().parent()
-        match = re.search(launch, "\0".join(parent.cmdline()), re.DOTALL)
-        if not match:
-            return None
-        from accelerate.commands.config import config_args
-        from accelerate.commands.launch import launch_command_parser
-
-        with redirect_stderr(io.StringIO()):  # argparse prints its usage where we are wrong
-            args = launch_command_parser().parse_args(match[1].split("\0"))
-        default = config_args.default_config_file
-        has_default = os.path.isfile(default) and not args.cpu
-        if args.num_processes is None and (args.config_file or has_default):
-            file = os.path.join(parent.cwd(), args.config_file or default)
-            return int(config_args.load_config_from_file(file).num_processes)
-        return None if args.num_processes is None else int(args.num_processes)
-    except (Exception, SystemExit):  # argparse exits
-        return None
-
-
 def create_accelerator(run: RunConfig) -> Accelerator:
     """Device, precision and ranks from `accelerate launch`; the CPU if no GPU, or with --use_cpu.
 
     Raises ConfigError for what cannot take effect, and where ranks do not start.
     """
-    trackers = run.report_to or []
-    installed = [str(tracker) for tracker in get_available_trackers()]
-    for name in trackers:
-        if name not in installed:
-            hint = did_you_mean(name, installed)
-            raise ConfigError(f"--report_to {name}: not an installed tracker.{hint}")
+    check_launcher(run.mixed_precision)
+    on_cpu = run.use_cpu or not torch.cuda.is_available()
+    other = torch.accelerator.current_accelerator(check_available=True)  # also mps, xpu, ...
+    if other is not None and on_cpu and not run.use_cpu and process_rank() == 0:
+        print_to_stderr(f"bertdist: device {other.type} is not supported; using the CPU.")
+    trackers = _installed_trackers(run.report_to or [])
     timeout = timedelta(seconds=run.rank_timeout)
     store = wait_for_all_ranks(timeout)
     try:
         accelerator = Accelerator(
-            cpu=run.use_cpu or not torch.accelerator.is_available(),
+            cpu=on_cpu,
             mixed_precision=run.mixed_precision,
             log_with=trackers or None,
             project_dir=run.output_dir or None,
@@ -274,15 +205,15 @@ def create_accelerator(run: RunConfig) -> Accelerator:
                 InitProcessGroupKwargs(timeout=timeout),
             ],
         )
-    except ValueError as error:
+    except (ValueError, ImportError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{reason} (--mixed_precision {run.mixed_precision})") from None
+        flag = f" (--mixed_precision {run.mixed_precision})" if run.mixed_precision else ""
+        raise ConfigError(f"accelerate: {reason}{flag}") from None
     del store  # rank 0 keeps it until the group exists
-    if accelerator.gradient_accumulation_steps != 1:
+    if accelerator.distributed_type not in ACCEPTED_TYPES:
         raise ConfigError(
-            "accelerate was configured with gradient_accumulation_steps "
-            f"{accelerator.gradient_accumulation_steps}; leave it at 1: --train_batch_size is the "
-            "whole step, and --tokens_per_micro_batch splits it."
+            f"accelerate chose {accelerator.distributed_type.value}; bertdist runs on CPUs and on "
+            "CUDA or ROCm GPUs. Use an environment without torch_xla and the like."
         )
     # accelerate 1.15 would compute in float32.
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
@@ -290,6 +221,27 @@ def create_accelerator(run: RunConfig) -> Accelerator:
             "--mixed_precision fp16 needs a GPU, and this run is on the CPU; use bf16 or no."
         )
     return accelerator
+
+
+def _installed_trackers(names: list[str]) -> list[str]:
+    """The trackers of --report_to; `all` is every installed one, `none` is none."""
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    if names == ["none"]:
+        return []
+    if names == ["all"] and installed:
+        return installed
+    for name in names:
+        if name in installed:
+            continue
+        if name == "all" or name == "none":
+            reason = "no tracker is installed." if names == [name] else "give it alone."
+        elif name in LoggerType.list():
+            package = "'bertdist[tensorboard]'" if name == "tensorboard" else name
+            reason = f"not an installed tracker; pip install {package}."
+        else:
+            reason = f"not a tracker of accelerate.{did_you_mean(name, LoggerType.list())}"
+        raise ConfigError(f"--report_to {name}: {reason}")
+    return names
 
 
 def launch(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:

@@ -86,7 +86,7 @@ PRINT_WORLD = """
     import torch
     from accelerate import Accelerator
     from bertdist.core.errors import BertdistError
-    from bertdist.distributed.launch import check_world
+    from bertdist.distributed.launcher import check_world
 
     accelerator = Accelerator(cpu=True)
     try:
@@ -125,6 +125,31 @@ def launched(*words: str, **more: str) -> tuple[int, str, str]:
             os.killpg(run.pid, signal.SIGTERM)
             raise
         return run.returncode, out, err
+
+
+@pytest.mark.parametrize("kind", ["default", "file"])
+def test_a_users_config_that_asks_for_more_is_one_line(kind: str, tmp_path: Path) -> None:
+    """For prediction too; dynamo would compile the whole model, and FSDP shard it."""
+    setting = {
+        "default": "dynamo_config: {dynamo_backend: INDUCTOR}\ndistributed_type: 'NO'\n",
+        "file": "distributed_type: FSDP\nmain_process_port: 0\nfsdp_config: {fsdp_version: 2}\n",
+    }
+    file = tmp_path / "accelerate" / "default_config.yaml"
+    file.parent.mkdir()
+    file.write_text(
+        f"compute_environment: LOCAL_MACHINE\nuse_cpu: true\nnum_processes: 1\n{setting[kind]}"
+    )
+    words = [] if kind == "default" else ["--config_file", str(file)]
+    home = tmp_path if kind == "default" else Path("/nonexistent")
+    script = [["-m", "bertdist.predict"], ["-m", "bertdist.train"]][kind == "file"]
+    flags = ["--model_name_or_path", "m", "--output_dir", str(tmp_path / "out")]
+    flags = [*flags, "--train_file", "t.csv"] if kind == "file" else ["--model", "m", "--text", "a"]
+    code, _, err = launched("--quiet", *words, *script, *flags, HF_HOME=str(home))
+    name = {"default": "ACCELERATE_DYNAMO_BACKEND is 'INDUCTOR'", "file": "ACCELERATE_USE_FSDP is"}
+    lines = [line for line in err.splitlines() if line.startswith("bertdist: ")]
+    assert code == 1 and len(lines) == 1, err
+    assert lines[0].startswith(f"bertdist: {name[kind]}") and f", set by {file}; " in lines[0]
+    assert not (tmp_path / "out").exists()
 
 
 def test_cpu_config_is_one_process(print_world: str) -> None:

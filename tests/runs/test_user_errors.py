@@ -213,7 +213,7 @@ CANNOT = [
         {"metric_for_best_model": "f2"},
         "--metric_for_best_model f2: not among the scores that are computed.",
     ),
-    ({"report_to": ["wandbb"]}, "--report_to wandbb: not an installed tracker."),
+    ({"report_to": ["wandbb"]}, "--report_to wandbb: not a tracker of accelerate."),
     ({"mixed_precision": "fp16"}, "--mixed_precision fp16"),
     (
         {"resume_from_checkpoint": "nowhere"},

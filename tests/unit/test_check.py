@@ -224,3 +224,13 @@ def test_lengths_and_labels_have_their_tables(
     assert "Lengths in characters" in plain(
         out
     ) and "No tokenizer: pass --model_name_or_path to count tokens." in plain(out)
+
+
+def test_under_a_launcher_only_rank_0_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, report = write_rows(tmp_path / "train.tsv", clean_rows(30)), tmp_path / "check.json"
+    for rank, written in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        code, out, _ = run(monkeypatch, capsys, "--train_file", train, "--output", report)
+        assert (code, bool(out), report.exists()) == (0, written, written)

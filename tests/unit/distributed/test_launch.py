@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from forked import run_ranks
@@ -28,7 +29,6 @@ from bertdist.distributed import launch
 from bertdist.distributed.heartbeat import own_heartbeat
 from bertdist.distributed.launch import (
     EXIT_INTERRUPTED,
-    check_world,
     create_accelerator,
     find_dead_ranks,
     report_lost_connection,
@@ -219,152 +219,62 @@ def test_a_precision_that_cannot_take_effect_is_one_line() -> None:
     assert "fp16" in found[1] and "\n" not in found[1]
 
 
-def test_accumulation_by_accelerate_is_refused() -> None:
-    assert opened(RunConfig(use_cpu=True), {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}) == (
-        "ConfigError",
-        "accelerate was configured with gradient_accumulation_steps 4; leave it at 1: --train_batch_size is the whole step, "
-        "and --tokens_per_micro_batch splits it.",
-    )
-
-
-def test_a_tracker_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^--report_to tensorbord: not an installed tracker\."):
-        create_accelerator(
-            RunConfig(use_cpu=True, output_dir=str(tmp_path), report_to=["tensorbord"])
-        )
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["tensorbord"], "tensorbord: not a tracker of accelerate. Did you mean 'tensorboard'?"),
+        (["neptune"], "neptune: not a tracker of accelerate. Known: "),
+        (["wandb"], "wandb: not an installed tracker; pip install wandb."),
+        (["tensorboard"], "tensorboard: not an installed tracker; pip install 'bertdist[tensorbo"),
+        (["all"], "all: no tracker is installed."),
+        (["mlflow", "none"], "none: give it alone."),
+    ],
+)
+def test_a_tracker_that_is_not_there_is_one_line(
+    given: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = ["mlflow"] if "mlflow" in given else []
+    monkeypatch.setattr(launch, "get_available_trackers", lambda: installed)
+    with pytest.raises(ConfigError) as caught:
+        create_accelerator(RunConfig(use_cpu=True, output_dir=str(tmp_path), report_to=given))
+    assert str(caught.value).startswith(f"--report_to {line}")
     assert PartialState._shared_state == {}  # nothing was opened
 
 
-# --- the launch
-
-LOST = [
-    (
-        {"SLURM_NTASKS": "2"},
-        1,
-        "SLURM_NTASKS is 2, but this run has 1 process: start one `accelerate launch` per node",
-    ),
-    (
-        {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"},
-        2,
-        "SLURM_STEP_NUM_TASKS is 4, but this run has 2 processes",
-    ),
-    ({"OMPI_COMM_WORLD_SIZE": "2"}, 1, "OMPI_COMM_WORLD_SIZE is 2, but this run has 1 process"),
-    ({"PMI_SIZE": "3"}, 1, "PMI_SIZE is 3"),
-    ({"WORLD_SIZE": "2"}, 1, "WORLD_SIZE is 2"),
-]
-KEPT: list[tuple[dict[str, str], int]] = [
-    ({}, 1),
-    ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, 1),
-    (
-        {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "1"},
-        1,
-    ),  # srun --ntasks 1 in a job of two tasks
-    ({"SLURM_NTASKS": "2"}, 2),
-    (
-        {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "16"},
-        16,
-    ),  # one launcher a node, eight ranks each
-    ({"SLURM_NTASKS": "", "PMI_SIZE": "many", "OMPI_COMM_WORLD_SIZE": "-1"}, 1),
-]
-
-
-@pytest.mark.parametrize(("environ", "world_size", "message"), LOST)
-def test_lost_ranks_are_an_error(environ: dict[str, str], world_size: int, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        check_world(world_size, environ)
-    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(("environ", "world_size"), KEPT)
-def test_a_whole_world_is_no_error(environ: dict[str, str], world_size: int) -> None:
-    check_world(world_size, environ)
-
-
-def test_the_environment_of_the_process_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    with pytest.raises(ConfigError, match="SLURM_NTASKS is 2"):
-        check_world(1)
-
-
-def below(monkeypatch: pytest.MonkeyPatch, command: str, folder: Path = Path("/")) -> None:
-    """Make `command`, run in `folder`, the parent of this process."""
-    parent = SimpleNamespace(cmdline=command.split, cwd=lambda: str(folder))
-    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
-
-
-@pytest.fixture
-def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """two.yaml asks for two processes, and so does the user's default config; sub/three.yaml asks for three."""
-    (tmp_path / "sub").mkdir()
-    for path, count in ((tmp_path / "two.yaml", 2), (tmp_path / "sub/three.yaml", 3)):
-        path.write_text(
-            f"compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: {count}\nuse_cpu: true\n"
-        )
-    monkeypatch.setattr(
-        "accelerate.commands.config.config_args.default_config_file", str(tmp_path / "two.yaml")
-    )
-    return tmp_path
-
-
-PYTHON = "/usr/bin/python3 /env/bin/"
-ASKED = [
-    (PYTHON + "accelerate launch --cpu --num_processes 2 train.py", 2),
-    (PYTHON + "accelerate launch --cpu --num_processes=2 train.py --num_processes 9", 2),
-    (PYTHON + "accelerate-launch --cpu --num_processes 2 -m bertdist.train", 2),
-    ("python -m accelerate.commands.launch --num_processes 2 train.py", 2),
-    ("python /env/accelerate/commands/launch.py --num_processes 2 train.py", 2),
-    ("python /env/accelerate/commands/accelerate_cli.py launch --num_processes 2 train.py", 2),
-    (PYTHON + "accelerate launch --config_file sub/three.yaml train.py", 3),
-    (PYTHON + "accelerate launch --config_file sub/three.yaml --num_processes 1 train.py", 1),
-    (PYTHON + "accelerate launch train.py", 2),  # the default config
-    (PYTHON + "accelerate launch --cpu train.py", None),  # with --cpu accelerate does not read it
-    (PYTHON + "accelerate launch --config_file missing.yaml train.py", None),
-    (PYTHON + "accelerate launch --no_such_flag train.py", None),
-    (PYTHON + "accelerate launch", None),
-    (PYTHON + "accelerate env --num_processes 2", None),
-    (PYTHON + "pytest launch --num_processes 2 train.py", None),
-    ("bash", None),
-    ("", None),
-]
-
-
-@pytest.mark.parametrize(("command", "count"), ASKED)
-def test_what_accelerate_was_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
-    configs: Path,
-    capsys: pytest.CaptureFixture[str],
-    command: str,
-    count: int | None,
-) -> None:
-    below(monkeypatch, command, configs)
-    assert launch._requested_from_accelerate() == count
-    if count is not None and count > 1:
-        check_world(count, {})
-        with pytest.raises(
-            ConfigError,
-            match=rf"^`accelerate launch` was to start {count} processes, but this run has 1: .*--multi_gpu",
-        ):
-            check_world(1, {})
-    else:
-        check_world(1, {})
-    assert capsys.readouterr().err == ""
-
-
 @pytest.mark.parametrize(
-    "error",
-    [psutil.AccessDenied(), psutil.NoSuchProcess(1), PermissionError(), FileNotFoundError("/proc")],
+    ("given", "expected"),
+    [([], []), (["none"], []), (["all"], ["aim", "mlflow"]), (["mlflow"], ["mlflow"])],
 )
-def test_a_look_that_fails_ends_no_run(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def refuse() -> None:
-        raise error
+def test_trackers_by_name_all_or_none(
+    given: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "get_available_trackers", lambda: ["aim", "mlflow"])
+    assert launch._installed_trackers(given) == expected
 
-    monkeypatch.setattr(psutil, "Process", refuse)
-    check_world(1, {})
+
+def test_what_accelerate_cannot_do_is_one_line() -> None:
+    found = opened(RunConfig(use_cpu=True), {"ACCELERATE_DEBUG_MODE": "maybe"})
+    assert found == ("ConfigError", "accelerate: invalid truth value maybe")
+    found = opened(RunConfig(use_cpu=True), {"ACCELERATE_USE_FSDP": "true"})
+    assert found[0] == "ConfigError" and found[1].startswith("ACCELERATE_USE_FSDP is 'true'")
 
 
-def test_a_process_without_a_parent_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: None))
-    check_world(1, {})
+@pytest.mark.parametrize(("use_cpu", "lines"), [(False, 1), (True, 0)])
+def test_a_device_that_is_not_supported_is_named(
+    use_cpu: bool, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("mps"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(
+        launch,
+        "Accelerator",
+        lambda cpu, **_: SimpleNamespace(
+            distributed_type="NO", mixed_precision="no", device=torch.device("cpu"), cpu=cpu
+        ),
+    )
+    assert create_accelerator(RunConfig(use_cpu=use_cpu)).cpu
+    line = "bertdist: device mps is not supported; using the CPU.\n"
+    assert capsys.readouterr().err == line * lines
 
 
 # ---- Rendezvous
