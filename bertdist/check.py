@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bertdist.core.args import given_setting_names
 from bertdist.core.atomic_io import atomic_write, to_json
-from bertdist.core.config import DataConfig, ModelConfig, TrainConfig
+from bertdist.core.config import DataConfig, ModelConfig, TaskConfig, TrainConfig
 from bertdist.core.errors import DataError
 from bertdist.core.terminal import Cell, excerpt, process_rank, show, show_table
 from bertdist.data.tokenization import load_tokenizer
@@ -60,7 +60,7 @@ def check(config: CheckConfig, data: DataConfig) -> DataReport:
         test_file=config.test_file,
         tokenizer=tokenizer,
         max_length=config.max_length,
-        problem_type=config.problem_type,
+        task=TaskConfig(problem_type=config.problem_type),
         near_threshold=config.near_threshold,
         num_examples=config.examples,
     )
@@ -81,7 +81,7 @@ def show_report(report: DataReport) -> None:
     _show_labels(report)
     _show_lengths(list(report.lengths.values()))
     if report.findings:
-        cells = [_finding_cells(finding, report) for finding in report.findings]
+        cells = list(map(_finding_cells, report.findings))
         show_table("Findings", ["count", "finding"], cells, lines=True)
     show(*report.notes)
     show(f"{summary(report.findings)}.")
@@ -139,25 +139,22 @@ def _show_lengths(lengths: Sequence[Lengths]) -> None:
     show_table(title, [train.unit, "rows", ""], bars, right=[0, 1])
 
 
-def _finding_cells(finding: Finding, report: DataReport) -> list[Cell]:
+def _finding_cells(finding: Finding) -> list[Cell]:
     share = "" if finding.share is None else f"\n{percent(finding.share)}"
     severity = (finding.severity, STYLES[finding.severity])
-    return [
-        [severity, (f"\n{finding.quantity}{share}", "")],
-        list(_finding_text(finding, report)),
-    ]
+    return [[severity, (f"\n{finding.quantity}{share}", "")], list(_finding_text(finding))]
 
 
-def _finding_text(finding: Finding, report: DataReport) -> Iterator[tuple[str, str]]:
+def _finding_text(finding: Finding) -> Iterator[tuple[str, str]]:
     """(text, style) parts."""
     yield f"{finding.split}: {finding.title}", "bold"
     yield f"\n{finding.meaning}", ""
     yield f"\n→ {finding.advice}", "green"
     for example in finding.examples:
-        yield f"\n{report.location(example)}", "cyan"
+        yield f"\n{example.where}", "cyan"
         notes = [example.note] if example.note else []
-        if example.like is not None:
-            notes.append(f"like {report.locations[example.like]}")
+        if example.like:
+            notes.append(f"like {example.like}")
         if notes:
             yield f"  {', '.join(notes)}", ""
         yield f"\n  {example.text or '(empty)'}", "dim"

@@ -39,6 +39,7 @@ def check_rows(
     ending: str = "jsonl",
     tokenizer: Any = None,
     max_length: int = 128,
+    near_threshold: float = 0.8,
     **settings: Any,
 ) -> DataReport:
     """Write the rows to files and run all checks on them."""
@@ -48,7 +49,13 @@ def check_rows(
             str(write_rows(folder / f"{name}.{ending}", rows)) if rows is not None else None
         )
     data = DataConfig(train_file=[paths["train"]], validation_file=paths["validation"], **settings)
-    return check_data(data, test_file=paths["test"], tokenizer=tokenizer, max_length=max_length)
+    return check_data(
+        data,
+        test_file=paths["test"],
+        tokenizer=tokenizer,
+        max_length=max_length,
+        near_threshold=near_threshold,
+    )
 
 
 def kinds(found: DataReport) -> list[tuple[str, str, str, int]]:

@@ -27,7 +27,7 @@ from bertdist.data_quality.duplicates import (
     near_duplicates_to_drop,
 )
 from bertdist.data_quality.label_checks import SplitLabels
-from bertdist.data_quality.report import DataReport, row_locations
+from bertdist.data_quality.report import DataReport
 from bertdist.data_quality.text_checks import empty_rows, non_ascii_rows, repair_rows
 
 DROP_ORDER = ("empty", "conflicts", "duplicates", "leaks", "near_leaks", "near_duplicates")
@@ -145,10 +145,9 @@ def _changes_as_jsonl(
     original: Records, records: Records, reason: Array, before: dict[int, str]
 ) -> bytes:
     """One JSON line per row that was dropped or changed, in row order."""
-    rows = sorted({*np.flatnonzero(reason != "").tolist(), *before})
     lines = []
-    for row, location in row_locations(records.location, rows, len(records)).items():
-        line = int(location.rsplit(" line ", 1)[1]) if " line " in location else None
+    for row in sorted({*np.flatnonzero(reason != "").tolist(), *before}):
+        line = records.location(row).line
         entry: dict[str, Any] = {"file": records.name, "line": line, "row": row}
         if row in before:
             change = {"action": "changed", "kind": "encoding", "text": excerpt(before[row])}

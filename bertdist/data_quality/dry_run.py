@@ -69,13 +69,13 @@ def dry_run(config: TrainConfig) -> int:
         config.data,
         tokenizer=tokenizer,
         max_length=config.model.max_length,
-        problem_type=config.task.problem_type,
+        task=config.task,
         num_examples=1,
     )
     for finding in report.findings:
         share = f" ({percent(finding.share)})" if finding.share is not None else ""
         line = f"{finding.severity}: {finding.split}: {finding.title}: {finding.quantity}{share}"
-        show(", ".join([line, *map(report.location, finding.examples[:1])]))
+        show(", ".join([line, *(example.where for example in finding.examples[:1])]))
     show(*report.notes)
     show(f"{summary(report.findings)}; details: python -m bertdist.check.")
     train = report.splits["train"]

@@ -24,7 +24,7 @@ from one template):
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,10 +32,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bertdist.core.terminal import excerpt
 from bertdist.core.types import BoolArray, IntArray
 from bertdist.data.records import Records
-from bertdist.data_quality.findings import Example, Finding, FindingBuilder, Severity
+from bertdist.data_quality.findings import Example, FindingBuilder, Severity
 from bertdist.data_quality.label_checks import SplitLabels
 
 SHINGLE_BYTES = 5  # with 24 bits for the number of a pair a shingle fills 64
@@ -47,7 +46,6 @@ ESTIMATE_MARGIN = 0.2  # an estimate from 64 values has a standard deviation of 
 BYTES_PER_CHUNK = 1 << 17  # 1 MB of shingles: in a core's cache a comparison takes a fifth the time
 SEED = 42
 
-LEAK_ERROR_SHARE = 0.01  # share of a split from which its score is meaningless
 CONFLICT_SPREAD = 0.25  # of the range of regression targets: a larger difference contradicts
 
 Shingles = npt.NDArray[np.uint64]
@@ -344,42 +342,33 @@ def _slices(length: int, size: int) -> Iterator[slice]:
 
 
 def check_duplicates(
-    splits: Mapping[str, Records],
+    builders: Mapping[str, FindingBuilder],
     labels: Mapping[str, SplitLabels | None],
     groups: TextGroups,
-    num_examples: int,
-) -> list[Finding]:
-    """All findings on texts that occur more than once. splits, labels: by name, train first."""
-    findings: list[Finding] = []
-    names = list(splits)
-    for name, records in splits.items():
-        build = FindingBuilder(name, records.texts, num_examples)
-        findings += _find_repeats(build, records, groups)
-        if (own := labels[name]) is not None:
-            findings += _find_conflicts(build, records, groups.exact[name], own)
+) -> None:
+    """Add all findings on texts that occur more than once. Splits are by name, train first."""
+    names = list(builders)
     for index, first in enumerate(names):
+        build, own = builders[first], labels[first]
+        _find_repeats(build, groups)
+        if own is not None:
+            _find_conflicts(build, groups.exact[first], own)
         for second in names[index:]:
             if first != second:
-                build = FindingBuilder(f"{first}/{second}", splits[second].texts, num_examples)
-                findings += _find_leaks(build, first, second, splits, groups)
+                _find_leaks(builders, first, second, groups)
             if groups.near is not None:
-                findings += _find_near(first, second, splits, labels, groups, num_examples)
-    return findings
+                _find_near(builders, first, second, labels, groups)
 
 
-def _example(
-    split: str, records: Records, row: int, note: str = "", like: tuple[str, int] | None = None
-) -> Example:
-    text = records.texts[row].as_py()
-    if records.pairs is not None:
-        text = f"{text} | {records.pairs[row].as_py()}"
-    return Example(split=split, row=int(row), text=excerpt(text), note=note, like=like)
+def _example(build: FindingBuilder, row: int, note: str = "", like: str = "") -> Example:
+    """A row with both of its texts."""
+    record = build.records[int(row)]
+    text = record.text if record.pair is None else f"{record.text} | {record.pair}"
+    return build.example(record.row, note, text, like)
 
 
-def _find_repeats(build: FindingBuilder, records: Records, groups: TextGroups) -> list[Finding]:
+def _find_repeats(build: FindingBuilder, groups: TextGroups) -> None:
     """Texts that occur more than once in one split."""
-    exact, normalized = groups.exact[build.split], groups.normalized[build.split]
-    findings = []
 
     def add(
         kind: str, numbers: IntArray, rows: BoolArray, title: str, meaning: str, advice: str
@@ -390,116 +379,88 @@ def _find_repeats(build: FindingBuilder, records: Records, groups: TextGroups) -
         examples = []
         for text in texts[np.argsort(-repeats, kind="stable")][: build.num_examples]:
             same = np.flatnonzero(numbers == text)
-            examples.append(_example(build.split, records, same[0], f"{len(same)} times"))
+            examples.append(_example(build, same[0], f"{len(same)} times"))
         severity: Severity = "warning" if kind == "duplicates" and rows.mean() >= 0.01 else "note"
-        finding = build(
-            kind,
-            severity,
-            title,
-            np.flatnonzero(rows),
-            meaning,
-            advice,
-            examples=tuple(examples),
-            details={"texts": len(texts), "most_times": int(repeats.max()) + 1},
-        )
-        findings.append(finding)
+        details = {"texts": len(texts), "most_times": int(repeats.max()) + 1}
+        shown: dict[str, Any] = {"examples": examples, "details": details}
+        build.add(kind, severity, title, np.flatnonzero(rows), meaning, advice, **shown)
 
-    title = "duplicate texts"
+    exact, normalized = groups.exact[build.split], groups.normalized[build.split]
+    title, repeats = "duplicate texts", is_repeat(exact)
     meaning = "Rows beyond the first with the same text: these texts count several times."
     advice = "Keep one of each (--fix does) unless the data really repeat that often."
-    repeats = is_repeat(exact)
     add("duplicates", exact, repeats, title, meaning, advice)
     title = "duplicate texts up to case and white space"
     meaning = "An uncased model reads them as the same text."
     advice = "None needed for a cased model; for an uncased one normalize them before --fix."
     add("alike_texts", normalized, is_repeat(normalized) & ~repeats, title, meaning, advice)
-    return findings
 
 
-def _find_conflicts(
-    build: FindingBuilder, records: Records, numbers: IntArray, labels: SplitLabels
-) -> list[Finding]:
+def _find_conflicts(build: FindingBuilder, numbers: IntArray, labels: SplitLabels) -> None:
     texts = conflicting_texts(numbers, labels)
-    if not len(texts):
-        return []
     examples: list[Example] = []
     for text in texts[: build.num_examples]:
         rows = np.flatnonzero(numbers == text)
         _, firsts = np.unique(labels.codes[rows], return_index=True)
         two = rows[np.sort(firsts)][:2]
-        examples += [_example(build.split, records, row, labels.name(row)) for row in two]
+        examples += [_example(build, row, labels.name(row)) for row in two]
     meaning = "The rows of such a text teach opposite answers, and no model can score on all."
     if labels.numbers is not None:
         meaning = "Numbers of one text that differ by more than a quarter of the full range."
-    return [
-        build(
-            "conflicting_labels",
-            "warning",
-            "texts with contradicting labels",
-            [],
-            meaning,
-            "Correct them by hand; --fix drops all their rows.",
-            count=len(texts),
-            total=len(np.unique(numbers)),
-            unit="texts",
-            examples=tuple(examples),
-            details={"rows": int(np.isin(numbers, texts).sum())},
-        )
-    ]
+    build.add(
+        "conflicting_labels",
+        "warning",
+        "texts with contradicting labels",
+        [],
+        meaning,
+        "Correct them by hand; --fix drops all their rows.",
+        count=len(texts),
+        total=len(np.unique(numbers)),
+        unit="texts",
+        examples=examples,
+        details={"rows": int(np.isin(numbers, texts).sum())},
+    )
 
 
 def _find_leaks(
-    build: FindingBuilder,
-    first: str,
-    second: str,
-    splits: Mapping[str, Records],
-    groups: TextGroups,
-) -> list[Finding]:
+    builders: Mapping[str, FindingBuilder], first: str, second: str, groups: TextGroups
+) -> None:
+    """Rows of `second` whose text is also in `first`."""
+    build = replace(builders[second], split=f"{first}/{second}")
     meaning = f"The best weights are chosen on {first}, which has these rows of {second}."
     advice = f"Remove them from {first}."
     if first == "train":
-        meaning = (
-            f"The model was trained on these {second} rows: the score of {second} is too good. An "
-            f"error from {LEAK_ERROR_SHARE:.0%} of the rows on."
-        )
+        meaning = f"The model is trained on these {second} rows: the score of {second} is too good."
         advice = "Remove them from train (--fix does)."
     exact = np.isin(groups.exact[second], groups.exact[first])
     same_normalized = np.isin(groups.normalized[second], groups.normalized[first]) & ~exact
     title = f"rows of {second} that are also in {first}"
-    findings = []
     for kind, numbers, leaked, suffix in (
         ("leaks", groups.exact, exact, ""),
         ("alike_leaks", groups.normalized, same_normalized, " up to case and white space"),
     ):
         rows = np.flatnonzero(leaked)
-        if not len(rows):
-            continue
         examples = []
         for row in rows[: build.num_examples]:
-            like = (first, int(np.argmax(numbers[first] == numbers[second][row])))
-            examples.append(_example(second, splits[second], row, like=like))
-        error = first == "train" and leaked.mean() >= LEAK_ERROR_SHARE
-        severity: Severity = "error" if error else "warning"
-        shown: dict[str, Any] = {"examples": tuple(examples)}
-        findings.append(build(kind, severity, title + suffix, rows, meaning, advice, **shown))
-    return findings
+            like = int(np.argmax(numbers[first] == numbers[second][row]))
+            where = str(builders[first].records.location(like))
+            examples.append(_example(build, row, like=where))
+        build.add(kind, "warning", title + suffix, rows, meaning, advice, examples=examples)
 
 
 def _find_near(
+    builders: Mapping[str, FindingBuilder],
     first: str,
     second: str,
-    splits: Mapping[str, Records],
     labels: Mapping[str, SplitLabels | None],
     groups: TextGroups,
-    num_examples: int,
-) -> list[Finding]:
+) -> None:
     """Rows of `second` that are near duplicates of rows of `first`, which may be the same split."""
+    build, same = builders[second], first == second
     partner = near_duplicate_rows(groups, second, first)
-    if first != second:  # without rows that are reported as leaks
+    if not same:  # without rows that are reported as leaks
         partner[np.isin(groups.normalized[second], groups.normalized[first])] = -1
     rows = np.flatnonzero(partner >= 0)
-    if not len(rows):
-        return []
     meaning = (
         "Their sets of lower-case 5-byte runs have at least the threshold's Jaccard similarity"
     )
@@ -511,41 +472,25 @@ def _find_near(
         meaning += (
             f"; {details['with_another_label']:,} have another label than their near duplicate"
         )
-    meaning += "."
-    examples = _near_examples(first, second, rows, partner, splits, num_examples)
-    shown: dict[str, Any] = {"examples": examples, "details": details}
-    if first == second:
-        build = FindingBuilder(first, splits[first].texts, num_examples)
+    examples: list[Example] = []  # two per pair, each row of a split once
+    shown: set[int] = set()
+    for row, like in zip(rows.tolist(), partner[rows].tolist(), strict=True):
+        if len(examples) >= 2 * build.num_examples:
+            break
+        if not (same and {row, like} & shown):
+            shown |= {row, like}
+            partner_example = _example(builders[first], like)
+            examples += [_example(build, row, like=partner_example.where), partner_example]
+    fields: dict[str, Any] = {"examples": examples, "details": details}
+    if same:
         advice = "Check for templates or copies; --fix_kinds near_duplicates keeps one of each."
-        kind, title = "near_duplicates", "near duplicates"
-        return [build(kind, "note", title, rows, meaning, advice, **shown)]
-    build = FindingBuilder(f"{first}/{second}", splits[second].texts, num_examples)
+        title = "near duplicates"
+        build.add("near_duplicates", "note", title, rows, f"{meaning}.", advice, **fields)
+        return
+    build = replace(build, split=f"{first}/{second}")
     title = f"rows of {second} that are near duplicates of rows of {first}"
     advice = (
         f"Check whether {second} still tests something new; --fix_kinds near_leaks drops such rows "
         f"of {first}."
     )
-    return [build("near_leaks", "warning", title, rows, meaning, advice, **shown)]
-
-
-def _near_examples(
-    first: str,
-    second: str,
-    rows: IntArray,
-    partner: IntArray,
-    splits: Mapping[str, Records],
-    num_examples: int,
-) -> tuple[Example, ...]:
-    """Two examples per pair, each row of a split once."""
-    examples: list[Example] = []
-    shown: set[int] = set()
-    for row in rows.tolist():
-        other = int(partner[row])
-        if len(examples) >= 2 * num_examples:
-            break
-        if first == second and {row, other} & shown:
-            continue
-        shown |= {row, other}
-        examples.append(_example(second, splits[second], row, like=(first, other)))
-        examples.append(_example(first, splits[first], other))
-    return tuple(examples)
+    build.add("near_leaks", "warning", title, rows, f"{meaning}.", advice, **fields)

@@ -1,7 +1,9 @@
 """Findings: what the data checks report, one problem in one split each.
 
-A check calls a `FindingBuilder` with the rows that have a problem and gets a `Finding`, with the
-first of these rows as examples. `ranked` sorts findings by importance.
+A check calls `FindingBuilder.add` with the rows that have a problem; the first of these rows are
+the examples of the finding. `ranked` sorts findings by importance.
+
+An error is what training refuses, in the same words; all else is a warning or a note.
 """
 
 import re
@@ -13,17 +15,18 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from bertdist.core.terminal import excerpt
+from bertdist.data.records import Records
 
 Rows: TypeAlias = Sequence[int] | npt.NDArray[Any]
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
-# Errors make scores or training meaningless, then come biased scores, then rows that teach nothing.
+# What makes training or scores meaningless, then biased scores, then rows that teach nothing.
 IMPORTANCE = (
-    "swallowed_rows row_as_header header_as_row columns_swapped labels_like_ids single_label "
-    "skipped_rows unknown_labels leaks alike_leaks near_leaks conflicting_labels quotes_as_text "
-    "overflow_columns mojibake c1_controls replacement_characters unknown_tokens truncated "
-    "duplicates rare_labels labels_alike empty_texts outliers outside_range"
+    "swallowed_rows row_as_header header_as_row columns_swapped refused_labels labels_like_ids "
+    "single_label skipped_rows unknown_labels leaks alike_leaks near_leaks conflicting_labels "
+    "quotes_as_text overflow_columns mojibake c1_controls replacement_characters unknown_tokens "
+    "truncated duplicates rare_labels labels_alike empty_texts outliers outside_range"
 ).split()
 
 CONTEXT_CHARACTERS = 40  # shown before the match that an excerpt is about
@@ -33,11 +36,11 @@ CONTEXT_CHARACTERS = 40  # shown before the match that an excerpt is about
 class Example:
     """One row that shows a finding."""
 
-    split: str
-    row: int  # of its split, from 0; -1: not a row, `note` says where it is
+    where: str  # `dev.tsv line 12`
+    row: int  # of its split, from 0; -1: a row that was skipped
     text: str  # an excerpt
     note: str = ""  # what to look at: a label, a number, ...
-    like: tuple[str, int] | None = None  # (split, row) of a row to compare it with
+    like: str = ""  # where a row is to compare it with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,7 @@ class Finding:
     unit: str = "rows"
     meaning: str
     advice: str
-    examples: tuple[Example, ...] = ()
+    examples: Sequence[Example] = ()
     details: Mapping[str, Any] = field(default_factory=dict)  # further numbers, for check.json
 
     @property
@@ -66,16 +69,25 @@ class Finding:
         """Count and unit: `1 row`, `1,200 rows`."""
         return f"{self.count:,} {self.unit.removesuffix('s') if self.count == 1 else self.unit}"
 
+    def as_dict(self) -> dict[str, Any]:
+        """The entry in check.json."""
+        examples = [vars(example).copy() for example in self.examples]
+        for example in examples:
+            if not example["like"]:
+                del example["like"]
+        return {**vars(self), "share": self.share, "examples": examples}
+
 
 @dataclass(frozen=True)
 class FindingBuilder:
-    """Builds the findings of one split."""
+    """Adds the findings of one split to `found`."""
 
     split: str
-    texts: pa.Array  # (rows,) large_string: examples are excerpts of these
+    records: Records
     num_examples: int
+    found: list[Finding]
 
-    def __call__(
+    def add(
         self,
         kind: str,
         severity: Severity,
@@ -84,53 +96,56 @@ class FindingBuilder:
         meaning: str,
         advice: str,
         *,
-        note: Callable[[int], str] | None = None,
-        pattern: str | None = None,
+        note: Callable[[int], str] = lambda row: "",
         **fields: Any,
-    ) -> Finding:
-        """A finding on `rows`, with the first of them as examples.
+    ) -> None:
+        """Add a finding on `rows`, if there are any.
 
-        note: row -> the note of its example. pattern: excerpts start shortly before its first
-        match. fields: further fields of Finding; count and total default to these and all rows.
+        note: row -> the note of its example. fields: further fields of Finding; count and total
+        default to the number of `rows` and of all rows, examples to the first of `rows`.
         """
-        fields = {"count": len(rows), "total": len(self.texts), **fields}
+        fields = {"count": len(rows), "total": len(self.records), **fields}
+        if not fields["count"]:
+            return
         if "examples" not in fields:
-            fields["examples"] = self.examples(rows, note, pattern)
-        return Finding(
-            kind=kind,
-            severity=severity,
-            split=self.split,
-            title=title,
-            meaning=meaning,
-            advice=advice,
-            **fields,
+            shown = map(int, rows[: self.num_examples])
+            fields["examples"] = [self.example(row, note(row)) for row in shown]
+        self.found.append(
+            Finding(
+                kind=kind,
+                severity=severity,
+                split=self.split,
+                title=title,
+                meaning=meaning,
+                advice=advice,
+                **fields,
+            )
         )
 
-    def examples(
-        self,
-        rows: Rows,
-        note: Callable[[int], str] | None = None,
-        pattern: str | None = None,
-    ) -> tuple[Example, ...]:
-        """The first `num_examples` of `rows`."""
+    def example(self, row: int, note: str = "", text: str | None = None, like: str = "") -> Example:
+        """A row as an example. text: that of the row if None."""
+        text = self.records.texts[row].as_py() if text is None else text
+        where = str(self.records.location(row))
+        return Example(where=where, row=int(row), text=excerpt(text), note=note, like=like)
+
+    def examples_of_match(self, column: pa.Array, rows: Rows, pattern: str) -> list[Example]:
+        """The first rows, with their text from shortly before the first match of `pattern`."""
         examples = []
         for row in map(int, rows[: self.num_examples]):
-            text = excerpt(_context(self.texts[row].as_py(), pattern))
-            note_text = note(row) if note else ""
-            examples.append(Example(split=self.split, row=row, text=text, note=note_text))
-        return tuple(examples)
+            text = column[row].as_py()
+            match = re.search(pattern, text)
+            if match is not None and match.start() >= CONTEXT_CHARACTERS:
+                text = "..." + text[match.start() - CONTEXT_CHARACTERS // 2 :]
+            examples.append(self.example(row, text=text))
+        return examples
 
 
 def ranked(findings: Iterable[Finding]) -> list[Finding]:
-    """Sort by severity, then by IMPORTANCE of the kind, then the larger share first.
-
-    Kinds that IMPORTANCE does not list are last among those of their severity.
-    """
+    """Sort by severity, then by IMPORTANCE of the kind (others last), then the larger share."""
 
     def key(finding: Finding) -> tuple[int, int, float]:
-        listed = finding.kind in IMPORTANCE
-        rank = IMPORTANCE.index(finding.kind) if listed else len(IMPORTANCE)
-        return SEVERITIES.index(finding.severity), rank, -(finding.share or 0.0)
+        importance = [*IMPORTANCE, finding.kind].index(finding.kind)
+        return SEVERITIES.index(finding.severity), importance, -(finding.share or 0.0)
 
     return sorted(findings, key=key)
 
@@ -155,11 +170,3 @@ def percent(share: float) -> str:
     if share < 0.1:
         return f"{share:.2%}"
     return "> 99%" if 0.995 <= share < 1 else f"{share:.0%}"
-
-
-def _context(text: str, pattern: str | None) -> str:
-    """The text from shortly before the first match of `pattern`."""
-    match = re.search(pattern, text) if pattern else None
-    if match is None or match.start() < CONTEXT_CHARACTERS:
-        return text
-    return "..." + text[match.start() - CONTEXT_CHARACTERS // 2 :]

@@ -1,24 +1,24 @@
-"""The labels of all splits in one numbering, and checks on them.
+"""The labels of all splits as the task of training names them, and checks on them.
 
-As in training, a label is its name: 1, "1" and a class named 1 are the same label. Checked are
-label frequencies, labels that only some splits have, rows without a label, and numbers.
+Checked are labels that training refuses, label frequencies, labels that only some splits have, rows
+without a label, and numbers.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from bertdist.core.errors import did_you_mean
+from bertdist.core.errors import DataError
 from bertdist.core.terminal import excerpt
 from bertdist.core.types import IntArray
 from bertdist.data.records import Records
-from bertdist.data_quality.findings import Finding, FindingBuilder, Rows, Severity
+from bertdist.data_quality.findings import FindingBuilder, Severity
+from bertdist.tasks.tasks import Task
 
+MIN_ROWS = 20  # from which labels can look like ids
 RARE_ROWS = 10  # a label with fewer training rows is reported
 IMBALANCE = 10.0  # rows of the most frequent label / rows of the rarest
 OUTLIER = 5.0  # interquartile ranges outside the quartiles
@@ -30,6 +30,7 @@ class SplitLabels:
     """The labels of one split. A label is a set of names: one, or any number if multi-label."""
 
     names: Sequence[frozenset[str]]  # distinct
+    refusals: Sequence[str]  # of each: why training refuses it, or ""
     codes: IntArray  # (rows,) index into names
     numbers: npt.NDArray[np.float64] | None  # (rows,) regression targets
     multi: bool  # a multi-label task
@@ -72,222 +73,206 @@ class SplitLabels:
         return dict(sorted(rows_of_name.items(), key=lambda item: (-item[1], item[0])))
 
 
-def split_labels(records: Records, problem_type: str) -> SplitLabels | None:
-    """The labels of one split, None if it has none. problem_type: that of the training rows."""
+def split_labels(records: Records, task: Task | None) -> SplitLabels | None:
+    """The labels of one split, None if it has none.
+
+    task: of the training rows, None if training refuses them: then labels are named as they are.
+    """
     if records.label_codes is None:
         return None
-    names = [
-        frozenset(map(str, value)) if isinstance(value, tuple) else frozenset((str(value),))
-        for value in records.label_values
-    ]
-    index: dict[frozenset[str], int] = {}
-    merged = np.array([index.setdefault(name, len(index)) for name in names], np.int64)
+    decoded: list[Any] = list(records.label_values)
+    refusals = [""] * len(decoded)
+    if task is not None:
+        for code, value in enumerate(records.label_values):
+            try:
+                decoded[code] = task.decode_target(task.encode_label(value))
+            except DataError as error:
+                refusals[code] = str(error)
+    index: dict[tuple[frozenset[str], str], int] = {}
+    codes = []
+    for value, refusal in zip(decoded, refusals, strict=True):
+        names = frozenset(map(str, value if isinstance(value, list | tuple) else [value]))
+        codes.append(index.setdefault((names, refusal), len(index)))
     numbers = None
-    if problem_type == "regression":
-        # Labels of another kind than those of train are reported by `check_labels`.
-        with suppress(TypeError, ValueError):
-            values = [float(value) for value in records.label_values]  # type: ignore[arg-type]
-            numbers = np.array(values)[records.label_codes]
+    if task is not None and task.problem_type == "regression" and not any(refusals):
+        numbers = np.array(decoded, np.float64)[records.label_codes]
     return SplitLabels(
-        names=list(index),
-        codes=merged[records.label_codes],
+        names=[names for names, _ in index],
+        refusals=[refusal for _, refusal in index],
+        codes=np.array(codes, np.int64)[records.label_codes],
         numbers=numbers,
         multi=records.label_kind == "set",
     )
 
 
 def check_labels(
-    splits: Mapping[str, Records], labels: Mapping[str, SplitLabels | None], num_examples: int
-) -> list[Finding]:
-    """All findings on labels. Splits are by name, train first."""
+    builders: Mapping[str, FindingBuilder],
+    labels: Mapping[str, SplitLabels | None],
+    refusal: str,
+) -> None:
+    """Add all findings on labels. Splits are by name, train first.
+
+    refusal: why training refuses the training labels, or "".
+    """
     train = labels["train"]
     assert train is not None
-    findings: list[Finding] = []
-    for name, records in splits.items():
-        build, own = FindingBuilder(name, records.texts, num_examples), labels[name]
+    for name, build in builders.items():
+        own = labels[name]
         if own is None:
             title, advice = "rows without labels", "None needed for rows to predict."
-            meaning, rows = "They were not compared with the labels of train.", range(len(records))
-            findings.append(build("no_labels", "note", title, rows, meaning, advice, examples=()))
+            meaning, rows = "They were not compared with the labels of train.", len(build.records)
+            build.add("no_labels", "note", title, [], meaning, advice, count=rows)
             continue
         if own.numbers is not None:
-            findings += _check_numbers(build, own.numbers, train)
+            _check_numbers(build, own.numbers, train)
         elif name == "train":
-            findings += _check_train_labels(build, own)
+            _check_train_labels(build, own, refusal)
         else:
-            findings += _compare_with_train(build, own, train)
+            _compare_with_train(build, own, train)
         if own.multi:
-            findings += _check_unlabeled(build, own)
-    return findings
+            _check_unlabeled(build, own)
 
 
-def _check_train_labels(build: FindingBuilder, labels: SplitLabels) -> list[Finding]:
+def _check_train_labels(build: FindingBuilder, labels: SplitLabels, refusal: str) -> None:
     """Findings on the labels of the training rows alone."""
     counts, num_rows = labels.counts(), len(labels.codes)
-
-    def finding(
-        kind: str,
-        severity: Severity,
-        title: str,
-        names: Sequence[str],
-        meaning: str,
-        advice: str,
-        **fields: Any,
-    ) -> Finding:
-        """With the first row of each of some labels as examples."""
-        rows = labels.first_rows(names[: build.num_examples])
-        return build(kind, severity, title, rows, meaning, advice, note=labels.name, **fields)
-
     names = list(counts)
-    if not names or (len(names) < 2 and not labels.multi):
-        title, advice = "no row has a label", "--label_column, --label_columns, --label_delimiter"
-        if names:
-            title = "all rows have one label"
-            advice = "--label_column, and whether the file is sorted and was truncated"
-        meaning, advice = "There is nothing to learn.", f"Check {advice}."
-        return [finding("single_label", "error", title, names, meaning, advice, count=num_rows)]
-    if not labels.multi and num_rows >= 20 and len(names) > 0.5 * num_rows:
-        title = "nearly every row has its own label"
-        meaning = "This is what a column of numbers, names or texts looks like."
-        advice = "Check --label_column; numeric targets need --problem_type regression."
-        count = {"count": len(names), "unit": "labels"}
-        return [finding("labels_like_ids", "error", title, names, meaning, advice, **count)]
-    findings = []
+    total: dict[str, Any] = {"note": labels.name}
+    like_ids = not labels.multi and num_rows >= MIN_ROWS and len(names) > num_rows / 2
+    if refusal or like_ids:
+        kind, title = "refused_labels", "labels that training refuses"
+        advice = "Correct the labels, or the flags that say how they are read."
+        if len(names) < 2:
+            kind, title = (
+                "single_label",
+                f"{'all rows have one' if names else 'no row has a'} label",
+            )
+            advice = "Check --label_column, and whether the file is sorted and was truncated."
+        elif like_ids:
+            kind, title = "labels_like_ids", "nearly every row has its own label"
+            advice = "Check --label_column; numeric targets need --problem_type regression."
+        severity: Severity = "error" if refusal else "warning"
+        meaning = refusal or "This is what a column of numbers, names or texts looks like."
+        rows = labels.first_rows(names[: build.num_examples])
+        build.add(kind, severity, title, rows, meaning, advice, count=num_rows, **total)
+        return
+    total |= {"total": len(names), "unit": "labels"}
     rare = [name for name in reversed(names) if counts[name] < RARE_ROWS]
-    if rare:
-        title = f"labels with fewer than {RARE_ROWS} rows"
-        listed = _list_labels([f"{excerpt(name, 30)!r} {counts[name]}" for name in rare])
-        meaning = f"Too few to learn from or to score: {listed}."
-        advice = "Collect more, or merge labels."
-        count = {"count": len(rare), "total": len(names), "unit": "labels"}
-        findings.append(finding("rare_labels", "warning", title, rare, meaning, advice, **count))
+    listed = _list_labels([f"{excerpt(name, 30)!r} {counts[name]}" for name in rare])
+    build.add(
+        "rare_labels",
+        "warning",
+        f"labels with fewer than {RARE_ROWS} rows",
+        labels.first_rows(rare[: build.num_examples]),
+        f"Too few to learn from or to score: {listed}.",
+        "Collect more, or merge labels.",
+        count=len(rare),
+        **total,
+    )
     most, least = max(counts.values()), max(1, min(counts.values()))
     if most / least >= IMBALANCE:
-        title = f"the most frequent label has {most / least:,.0f} times the rows of the rarest"
-        meaning = (
+        build.add(
+            "imbalance",
+            "note",
+            f"the most frequent label has {most / least:,.0f} times the rows of the rarest",
+            [],
             f"Always predicting {excerpt(names[0], 30)!r} is right in {most / num_rows:.1%} of the "
-            "rows: accuracy means little."
+            "rows: accuracy means little.",
+            "Use --metrics f1_macro, and try --class_weights balanced.",
+            count=most,
         )
-        advice = "Use --metrics f1_macro, and try --class_weights balanced."
-        findings.append(finding("imbalance", "note", title, [], meaning, advice, count=most))
     spellings: dict[str, list[str]] = {}
     for name in names:
-        spellings.setdefault(" ".join(name.lower().split()), []).append(name)
+        spellings.setdefault(" ".join(name.casefold().split()), []).append(name)
     for variants in (names for names in spellings.values() if len(names) > 1):
         listed = ", ".join(repr(excerpt(name, 30)) for name in variants[:3])
-        title = f"labels that differ only in case or white space: {listed}"
-        meaning, advice = "They are trained as different labels.", "Use one spelling."
-        rows = sum(counts[name] for name in variants[1:])
-        findings.append(
-            finding("labels_alike", "warning", title, variants, meaning, advice, count=rows)
+        build.add(
+            "labels_alike",
+            "warning",
+            f"labels that differ only in case or white space: {listed}",
+            labels.first_rows(variants[: build.num_examples]),
+            "They are trained as different labels.",
+            "Use one spelling.",
+            count=sum(counts[name] for name in variants[1:]),
+            note=labels.name,
         )
-    return findings
 
 
-def _compare_with_train(
-    build: FindingBuilder, labels: SplitLabels, train: SplitLabels
-) -> list[Finding]:
+def _compare_with_train(build: FindingBuilder, labels: SplitLabels, train: SplitLabels) -> None:
     """Findings on the labels of another split against those of train."""
-    split, counts, train_counts = build.split, labels.counts(), train.counts()
-    numeric = train.numbers is not None
-    findings = []
-    unknown = [
-        name for name in counts if (not _is_number(name) if numeric else name not in train_counts)
-    ]
-    if unknown:
-        listed = _list_labels([f"{excerpt(name, 30)!r} {counts[name]:,}" for name in unknown])
-        suggestion = did_you_mean(unknown[0], train_counts)
-        findings.append(
-            build(
-                "unknown_labels",
-                "error",
-                "labels that train does not have",
-                labels.first_rows(unknown[: build.num_examples]),
-                "No model trained on these rows can predict them, and training refuses them: "
-                f"{listed}.",
-                f"Spell them as in train, or remove the rows.{suggestion}",
-                note=labels.name,
-                count=sum(counts[name] for name in unknown),
-                details={"labels": unknown[:100]},
-            )
+    counts, train_counts = labels.counts(), train.counts()
+    refused = [code for code, refusal in enumerate(labels.refusals) if refusal]
+    if refused:
+        rows = np.flatnonzero(np.isin(labels.codes, refused))  # in file order, as training reads
+        _, firsts = np.unique(labels.codes[rows], return_index=True)
+        unknown = {name for code in refused for name in labels.names[code]} - train_counts.keys()
+        listed = _list_labels([f"{excerpt(n, 30)!r} {counts[n]:,}" for n in counts if n in unknown])
+        of_first = labels.refusals[labels.codes[rows[0]]]
+        build.add(
+            "unknown_labels",
+            "error" if build.split == "validation" else "warning",  # training reads no test file
+            "labels that train does not have",
+            rows[np.sort(firsts)],
+            f"Training stops at the first: {of_first}{listed and f' All: {listed}.'}",
+            "Spell them as in train, or remove the rows.",
+            note=labels.name,
+            count=len(rows),
+            details={"labels": [name for name in counts if name in unknown][:100]},
         )
-    missing = [] if numeric else [name for name in train_counts if name not in counts]
-    if missing:
-        title = f"labels of train that {split} does not have"
-        listed = _list_labels([repr(excerpt(name, 30)) for name in missing])
-        meaning = f"The score on {split} says nothing about {listed}."
-        advice = "Check whether the split was made at random."
-        fields: dict[str, Any] = {
-            "count": len(missing),
-            "total": len(train_counts),
-            "unit": "labels",
-        }
-        details = {"labels": missing[:100]}
-        findings.append(
-            build("missing_labels", "note", title, [], meaning, advice, details=details, **fields)
-        )
-    return findings
+    missing = [] if train.numbers is not None else [n for n in train_counts if n not in counts]
+    listed = _list_labels([repr(excerpt(name, 30)) for name in missing])
+    build.add(
+        "missing_labels",
+        "note",
+        f"labels of train that {build.split} does not have",
+        [],
+        f"The score on {build.split} says nothing about {listed}.",
+        "Check whether the split was made at random.",
+        count=len(missing),
+        total=len(train_counts),
+        unit="labels",
+        details={"labels": missing[:100]},
+    )
 
 
-def _check_unlabeled(build: FindingBuilder, labels: SplitLabels) -> list[Finding]:
+def _check_unlabeled(build: FindingBuilder, labels: SplitLabels) -> None:
     sizes = labels.sizes()
-    rows = np.flatnonzero(sizes == 0)
-    if not len(rows):
-        return []
+    rows, mean, most = np.flatnonzero(sizes == 0), float(sizes.mean()), int(sizes.max())
     severity: Severity = "warning" if len(rows) > len(sizes) / 2 else "note"
-    title, mean, most = "rows that have none of the labels", float(sizes.mean()), int(sizes.max())
+    title = "rows that have none of the labels"
     meaning = f"A multi-label row may have none; labels per row: mean {mean:.2f}, maximum {most}."
     advice = "None needed if no label is a valid answer; else these rows were never labeled."
     details = {"mean_labels": mean, "most_labels": most}
-    kind = "rows_without_a_label"
-    return [build(kind, severity, title, rows, meaning, advice, details=details)]
+    build.add("rows_without_a_label", severity, title, rows, meaning, advice, details=details)
 
 
 def _check_numbers(
     build: FindingBuilder, numbers: npt.NDArray[np.float64], train: SplitLabels
-) -> list[Finding]:
-    findings = []
-
-    def add(
-        kind: str, severity: Severity, title: str, rows: Rows, meaning: str, advice: str
-    ) -> None:
-        def note(row: int) -> str:
-            return f"label {numbers[row]:g}"
-
-        findings.append(build(kind, severity, title, rows, meaning, advice, note=note))
+) -> None:
+    def note(row: int) -> str:
+        return f"label {numbers[row]:g}"
 
     least, low, middle, high, most = np.quantile(numbers, [0, 0.25, 0.5, 0.75, 1])
     if build.split == "train" and least == most:
         title, meaning = "all rows have one number", "There is nothing to learn."
-        add("single_label", "error", title, range(len(numbers)), meaning, "Check --label_column.")
-        return findings
+        rows, advice = range(len(numbers)), "Check --label_column."
+        build.add("single_label", "warning", title, rows, meaning, advice, note=note)
     meaning = (
         f"Labels range from {least:g} to {most:g}, quartiles {low:g} and {high:g} (median "
         f"{middle:g})."
     )
     reach = OUTLIER * (high - low)
     outliers = np.flatnonzero((numbers < low - reach) | (numbers > high + reach))
-    if len(outliers) and reach:
+    if reach:
         outliers = outliers[np.argsort(-np.abs(numbers[outliers] - middle), kind="stable")]
-        advice = "They dominate a squared error: correct or clip them."
-        add("outliers", "warning", "numbers far from all others", outliers, meaning, advice)
-    if build.split != "train" and train.numbers is not None:
+        title, advice = "numbers far from all others", "They dominate a squared error: clip them."
+        build.add("outliers", "warning", title, outliers, meaning, advice, note=note)
+    if train.numbers is not None:  # of train itself none is outside
         outside = np.flatnonzero((numbers < train.numbers.min()) | (numbers > train.numbers.max()))
-        if len(outside):
-            title, advice = (
-                "numbers outside the range of train",
-                "Check whether both have the same scale.",
-            )
-            add("outside_range", "warning", title, outside, meaning, advice)
-    return findings
+        title = "numbers outside the range of train"
+        advice = "Check whether both have the same scale."
+        build.add("outside_range", "warning", title, outside, meaning, advice, note=note)
 
 
 def _list_labels(labels: Sequence[str]) -> str:
     return ", ".join(labels[:LISTED_LABELS]) + (", ..." if len(labels) > LISTED_LABELS else "")
-
-
-def _is_number(name: str) -> bool:
-    try:
-        return math.isfinite(float(name))
-    except ValueError:
-        return False

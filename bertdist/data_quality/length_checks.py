@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertdist.core.types import IntArray
 from bertdist.data.records import Records
-from bertdist.data_quality.findings import Finding, FindingBuilder, Severity
+from bertdist.data_quality.findings import FindingBuilder
 
 SAMPLE_BYTES = 32 << 20  # of text per split that is tokenized
 LONGEST_ROWS = 20  # that are counted in any case
@@ -50,60 +50,52 @@ class Lengths:
 
 
 def measure_lengths(
-    build: FindingBuilder,
-    records: Records,
-    tokenizer: PreTrainedTokenizerBase | None,
-    max_length: int,
-) -> tuple[Lengths, list[Finding]]:
-    """The lengths of one split, and findings on truncation and unknown tokens."""
+    build: FindingBuilder, tokenizer: PreTrainedTokenizerBase | None, max_length: int
+) -> Lengths:
+    """The lengths of one split; adds findings on truncation and unknown tokens."""
+    records = build.records
     columns = [column for column in (records.texts, records.pairs) if column is not None]
     words = [pc.mean(pc.count_substring_regex(column, r"\S+")).as_py() for column in columns]
-    mean_words = float(sum(words))
+    mean_words, num_rows = float(sum(words)), len(records)
     if tokenizer is None:
         characters = [pc.utf8_length(column).to_numpy() for column in columns]
         lengths = np.stack(characters).sum(0, np.int64)
-        summary = _summarize(build.split, len(records), lengths, lengths.max(), mean_words, None)
-        return summary, []
+        return _summarize(build.split, num_rows, lengths, lengths.max(), mean_words, None)
     num_bytes = records.lengths()
     every = max(1, -(-int(num_bytes.sum()) // SAMPLE_BYTES))
-    rows = np.arange(0, len(records), every)
+    rows = np.arange(0, num_rows, every)
     lengths, unknown = count_tokens(records, rows, tokenizer)
     longest = lengths.max()
     if every > 1:
         by_bytes = np.argsort(-num_bytes, kind="stable")[:LONGEST_ROWS]
         longest = max(longest, count_tokens(records, by_bytes, tokenizer)[0].max())
-    summary = _summarize(build.split, len(records), lengths, longest, mean_words, max_length)
-    findings = []
-    if summary.truncated:
-        cut = np.flatnonzero(lengths > max_length)
-        cut = cut[np.argsort(-lengths[cut], kind="stable")]
-        needed, limit = summary.for_one_percent or 0, tokenizer.model_max_length
-        advice = f"--max_length {needed} would truncate 1%."
-        if needed <= max_length:
-            advice = "None needed: less than 1% is truncated."
-        elif needed > limit:
-            advice = (
-                f"Truncating only 1% needs {needed:,} tokens; the model's maximum is {limit:,}."
-            )
-        tokens = dict(zip(rows[cut].tolist(), lengths[cut].tolist(), strict=True))
-        severity: Severity = "warning" if summary.truncated >= MANY_TRUNCATED else "note"
-        title = f"texts longer than --max_length {max_length}"
-        meaning = f"The rest is never read; the longest has {summary.longest:,} tokens."
-        count = round(summary.truncated * len(records))
-
-        def note(row: int) -> str:
-            return f"{tokens[row]:,} tokens"
-
-        findings.append(
-            build("truncated", severity, title, rows[cut], meaning, advice, note=note, count=count)
-        )
+    summary = _summarize(build.split, num_rows, lengths, longest, mean_words, max_length)
+    cut = np.flatnonzero(lengths > max_length)
+    cut = cut[np.argsort(-lengths[cut], kind="stable")]
+    tokens = dict(zip(rows[cut].tolist(), lengths[cut].tolist(), strict=True))
+    needed, limit = summary.for_one_percent or 0, tokenizer.model_max_length
+    advice = f"--max_length {needed} would truncate 1%."
+    if needed <= max_length:
+        advice = "None needed: less than 1% is truncated."
+    elif needed > limit:
+        advice = f"Truncating only 1% needs {needed:,} tokens; the model's maximum is {limit:,}."
+    build.add(
+        "truncated",
+        "warning" if summary.truncated >= MANY_TRUNCATED else "note",
+        f"texts longer than --max_length {max_length}",
+        rows[cut],
+        f"The rest is never read; the longest has {summary.longest:,} tokens.",
+        advice,
+        note=lambda row: f"{tokens[row]:,} tokens",
+        count=round(summary.truncated * num_rows),
+    )
     if unknown > MANY_UNKNOWN * lengths.sum():
         title = "tokens that are not in the vocabulary"
         meaning = f"They all become {tokenizer.unk_token}: the model cannot tell them apart."
         advice = "Use a model for this language and script; check the encoding."
         fields: dict[str, Any] = {"count": unknown, "total": int(lengths.sum()), "unit": "tokens"}
-        findings.append(build("unknown_tokens", "warning", title, [], meaning, advice, **fields))
-    return summary, findings
+        build.add("unknown_tokens", "warning", title, [], meaning, advice, **fields)
+    return summary
 
 
 def count_tokens(

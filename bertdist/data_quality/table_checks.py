@@ -14,8 +14,8 @@ from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
 from bertdist.core.terminal import excerpt
 from bertdist.data.readers.file_reader import FileReader, inspect_file
-from bertdist.data.records import LABEL_COLUMNS, TEXT_COLUMNS, TEXT_PAIR_COLUMNS, Records
-from bertdist.data_quality.findings import Finding, FindingBuilder, Rows
+from bertdist.data.records import LABEL_COLUMNS, TEXT_COLUMNS, TEXT_PAIR_COLUMNS
+from bertdist.data_quality.findings import FindingBuilder
 from bertdist.data_quality.label_checks import SplitLabels
 
 HEADER_WORDS = {
@@ -31,48 +31,42 @@ SENTENCE_WORDS = 5  # a column name with this many words is a sentence
 def check_table(
     build: FindingBuilder,
     path: str | None,
-    records: Records,
     labels: SplitLabels | None,
     train: SplitLabels,
     data: DataConfig,
-) -> list[Finding]:
-    """All findings on the table of one split. path: its file, None unless it is one local file."""
-    findings: list[Finding] = []
-    kind = getattr(records.file, "kind", "")
-    if kind in ("csv", "tsv"):
-        findings += _check_quotes(build, records, train)
+) -> None:
+    """Add all findings on the table of one split.
+
+    path: its file, None unless it is one local file.
+    """
+    if getattr(build.records.file, "kind", "") in ("csv", "tsv"):
+        _check_quotes(build, train)
         if path is not None and not data.column_names:
-            findings += _check_unnamed_columns(build, path, data, len(records))
+            _check_unnamed_columns(build, path, data, len(build.records))
     if labels is not None and labels.numbers is None:
-        findings += _check_swapped(build, records, labels, train)
-        findings += _check_header(build, records, labels)
-    return findings
+        _check_swapped(build, labels, train)
+        _check_header(build, labels)
 
 
-def _check_quotes(build: FindingBuilder, records: Records, train: SplitLabels) -> list[Finding]:
+def _check_quotes(build: FindingBuilder, train: SplitLabels) -> None:
     """Quotes that were read as text, or opened a field by mistake."""
-    texts, findings = records.texts, []
-    form = records.file
-    delimiter, quoted = str(getattr(form, "delimiter", ",")), bool(getattr(form, "quoted", False))
+    texts, form = build.records.texts, build.records.file
     train_names = {name for names in train.names for name in names}
     swallowed: dict[int, str] = {}
     multiline = pc.match_substring(texts, "\n").to_numpy(zero_copy_only=False)
     for row in np.flatnonzero(multiline).tolist():
         lines = texts[row].as_py().rstrip("\n").split("\n")
-        like = sum(
-            _like_a_row(line, delimiter, train_names, train.numbers is not None) for line in lines
-        )
+        numeric = train.numbers is not None
+        like = sum(_like_a_row(line, form.delimiter, train_names, numeric) for line in lines)
         if like >= 2 and like >= len(lines) / 2:
             swallowed[row] = f"{like} of its {len(lines)} lines look like rows"
-    if swallowed:
-        title = "texts that contain rows of the table"
-        meaning = "A stray quote opened a field: all rows up to the next quote became one text."
-        advice = "Read the file with --quoting none, or escape the quotes as the format requires."
-        rows: Rows = list(swallowed)
-        note = swallowed.__getitem__
-        findings.append(build("swallowed_rows", "error", title, rows, meaning, advice, note=note))
+    title = "texts that contain rows of the table"
+    meaning = "A stray quote opened a field: all rows up to the next quote became one text."
+    advice = "Read the file with --quoting none, or escape the quotes as the format requires."
+    note = swallowed.__getitem__
+    build.add("swallowed_rows", "error", title, list(swallowed), meaning, advice, note=note)
     opening = pc.starts_with(texts, '"').to_numpy(zero_copy_only=False)
-    if opening.any() and not quoted:
+    if opening.any() and not form.quoted:
         candidates = texts.filter(opening)
         enclosed, doubled = (
             int(pc.sum(pc.match_substring_regex(candidates, pattern)).as_py())
@@ -85,18 +79,15 @@ def _check_quotes(build: FindingBuilder, records: Records, train: SplitLabels) -
                 "with quoting and read without."
             )
             rows = np.flatnonzero(opening)
-            return [*findings, build("quotes_as_text", "warning", title, rows, meaning, advice)]
+            build.add("quotes_as_text", "warning", title, rows, meaning, advice)
+            return
     odd = np.flatnonzero(pc.count_substring(texts, '"').to_numpy(zero_copy_only=False) % 2)
-    if len(odd):
-        how = (
-            "with quoting, and these are inside fields"
-            if quoted
-            else "without quoting, so nothing is lost"
-        )
-        meaning = f"The file is read {how}. Other readers (pandas, datasets) may swallow rows here."
-        title, advice = "an odd number of quotes", "None needed if the number of rows is right."
-        findings.append(build("odd_quotes", "note", title, odd, meaning, advice))
-    return findings
+    how = "without quoting, so nothing is lost"
+    if form.quoted:
+        how = "with quoting, and these are inside fields"
+    meaning = f"The file is read {how}. Other readers (pandas, datasets) may swallow rows here."
+    title, advice = "an odd number of quotes", "None needed if the number of rows is right."
+    build.add("odd_quotes", "note", title, odd, meaning, advice)
 
 
 def _like_a_row(line: str, delimiter: str, train_names: set[str], numeric: bool) -> bool:
@@ -110,7 +101,7 @@ def _like_a_row(line: str, delimiter: str, train_names: set[str], numeric: bool)
 
 def _check_unnamed_columns(
     build: FindingBuilder, path: str, data: DataConfig, num_rows: int
-) -> list[Finding]:
+) -> None:
     """Columns after the last named one. They are read by naming all, with the header as a row."""
     try:
         file = inspect_file(
@@ -132,7 +123,7 @@ def _check_unnamed_columns(
         names = [f"column {index}" for index in range(len(header))]
         unnamed = names[named[-1] + 1 :] if named else []
         if not unnamed:
-            return []
+            return
         file = inspect_file(
             path,
             delimiter=file.delimiter,
@@ -142,12 +133,10 @@ def _check_unnamed_columns(
         )
         columns = FileReader(file).read(unnamed).columns
     except (DataError, OSError, UnicodeError, csv.Error):  # reported when the split was loaded
-        return []
+        return
     stripped = [pc.utf8_trim_whitespace(columns[name]).to_pylist() for name in unnamed]
     values = list(zip(*(column[1 : num_rows + 1] for column in stripped), strict=True))
     rows = np.flatnonzero([any(value) for value in values])
-    if not len(rows):
-        return []
     title, plural = "unnamed columns with content", "s" * (len(unnamed) > 1)
     meaning = (
         f"The header ends with {len(unnamed)} unnamed column{plural} that are not empty: parts of "
@@ -158,20 +147,18 @@ def _check_unnamed_columns(
     def note(row: int) -> str:
         return "unnamed: " + excerpt(file.delimiter.join(values[row]), 60)
 
-    return [build("overflow_columns", "warning", title, rows, meaning, advice, note=note)]
+    build.add("overflow_columns", "warning", title, rows, meaning, advice, note=note)
 
 
-def _check_swapped(
-    build: FindingBuilder, records: Records, labels: SplitLabels, train: SplitLabels
-) -> list[Finding]:
-    num_rows = len(records)
+def _check_swapped(build: FindingBuilder, labels: SplitLabels, train: SplitLabels) -> None:
+    texts, num_rows = build.records.texts, len(build.records)
     if num_rows < MIN_ROWS or labels.multi:
-        return []
+        return
     meaning = ""
     names = [next(iter(names)) for names in labels.names]
     if build.split != "train":
         train_names = {name for names in train.names for name in names}
-        label_texts = sum(text in train_names for text in records.texts.to_pylist())
+        label_texts = sum(text in train_names for text in texts.to_pylist())
         unknown_codes = [code for code, name in enumerate(names) if name not in train_names]
         unknown = np.isin(labels.codes, unknown_codes)
         if label_texts > num_rows / 2 and unknown.mean() > 0.5:
@@ -180,8 +167,8 @@ def _check_swapped(
                 "are not."
             )
     else:
-        distinct = len(records.texts.dictionary_encode().dictionary)
-        text_bytes = float(pc.mean(pc.binary_length(records.texts)).as_py())
+        distinct = len(texts.dictionary_encode().dictionary)
+        text_bytes = float(pc.mean(pc.binary_length(texts)).as_py())
         label_bytes = float(np.array([len(name.encode()) for name in names])[labels.codes].mean())
         many_labels = len(names) > num_rows / 2 and distinct <= max(2, num_rows / 10)
         if many_labels and label_bytes > text_bytes:
@@ -189,32 +176,35 @@ def _check_swapped(
                 f"{distinct:,} distinct texts of {text_bytes:.0f} bytes, {len(names):,} distinct "
                 f"labels of {label_bytes:.0f}."
             )
-    if not meaning:
-        return []
-    title, advice = "text and label look swapped", "Set --text_column and --label_column."
-    return [build("columns_swapped", "error", title, range(num_rows), meaning, advice)]
+    if meaning:
+        title, advice = "text and label look swapped", "Set --text_column and --label_column."
+        build.add("columns_swapped", "warning", title, range(num_rows), meaning, advice)
 
 
-def _check_header(build: FindingBuilder, records: Records, labels: SplitLabels) -> list[Finding]:
+def _check_header(build: FindingBuilder, labels: SplitLabels) -> None:
+    """A header that may be a row, and a row that may be a header but is not surely one.
+
+    Training refuses what surely is one (`csv_reader.read_header`).
+    """
+    records = build.records
     if records.has_header:
         names = {name for names in labels.names for name in names}
         label_like = records.label_column is not None and records.label_column in names
-        if not label_like and len(records.text_column.split()) < SENTENCE_WORDS:
-            return []
-        name = str(records.label_column) if label_like else records.text_column
-        title, advice = "the header looks like a row", "Name the columns with --column_names."
-        meaning = (
-            f"A column is named {excerpt(name, 60)!r}, which is also a label or a complete "
-            "sentence: the file has no header, and its first row is lost."
-        )
-        return [build("row_as_header", "error", title, [0], meaning, advice)]
+        if label_like or len(records.text_column.split()) >= SENTENCE_WORDS:
+            name = str(records.label_column) if label_like else records.text_column
+            title, advice = "the header looks like a row", "Name the columns with --column_names."
+            meaning = (
+                f"A column is named {excerpt(name, 60)!r}, which is also a label or a complete "
+                "sentence: if the file has no header, its first row is lost."
+            )
+            build.add("row_as_header", "warning", title, [0], meaning, advice)
+        return
     first = labels.names[labels.codes[0]]
     label = next(iter(first)) if len(first) == 1 else ""
     unique = int((labels.codes == labels.codes[0]).sum()) == 1
     cells = {records.texts[0].as_py().strip().lower(), label.strip().lower()}
-    if not unique or len(records) < 2 or not cells & HEADER_WORDS:
-        return []
-    title = "the first row looks like a header"
-    meaning = "It would be trained on or scored as a text, with its own label."
-    advice = "Remove --column_names for a file with a header."
-    return [build("header_as_row", "error", title, [0], meaning, advice, note=labels.name)]
+    if unique and len(records) >= 2 and cells & HEADER_WORDS:
+        title = "the first row looks like a header"
+        meaning = "It would be trained on or scored as a text, with its own label."
+        advice = "Remove --column_names for a file with a header."
+        build.add("header_as_row", "warning", title, [0], meaning, advice, note=labels.name)

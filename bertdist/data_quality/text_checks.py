@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bertdist.core.types import IntArray
-from bertdist.data_quality.findings import Finding, FindingBuilder, Severity
+from bertdist.data_quality.findings import FindingBuilder, Severity
 
 # A very long text has more characters than both: 5,000, and 50 times the median.
 LONG_CHARACTERS = 5_000
@@ -92,10 +92,8 @@ def has_ftfy() -> bool:
     return importlib.util.find_spec("ftfy") is not None
 
 
-def check_texts(build: FindingBuilder, column: str) -> list[Finding]:
-    """All findings on one text column, `build.texts`; column: its name."""
-    texts, findings = build.texts, []
-    details = {"column": column}
+def check_texts(build: FindingBuilder, texts: pa.Array, column: str) -> None:
+    """Add all findings on one text column; column: its name."""
 
     def add(
         kind: str,
@@ -104,19 +102,17 @@ def check_texts(build: FindingBuilder, column: str) -> list[Finding]:
         rows: IntArray,
         meaning: str,
         advice: str,
-        pattern: str | None = None,
+        pattern: str = "",
     ) -> None:
-        if len(rows):
-            finding = build(
-                kind, severity, title, rows, meaning, advice, pattern=pattern, details=details
-            )
-            findings.append(finding)
+        examples = build.examples_of_match(texts, rows, pattern)
+        details = {"column": column}
+        build.add(kind, severity, title, rows, meaning, advice, examples=examples, details=details)
 
     meaning = "Empty or only white space: a model learns to predict the most frequent label."
     advice = "Drop them (--fix does)."
     add("empty_texts", "warning", "empty texts", empty_rows(texts), meaning, advice)
     for kind, severity, title, pattern, meaning, advice in PATTERN_CHECKS:
-        shown = None if pattern.startswith("^") else pattern
+        shown = "" if pattern.startswith("^") else pattern
         add(kind, severity, title, _matching_rows(texts, pattern), meaning, advice, shown)
     method = (
         "ftfy" if has_ftfy() else "three patterns; install ftfy (extra check) for better results"
@@ -134,9 +130,7 @@ def check_texts(build: FindingBuilder, column: str) -> list[Finding]:
         f"{lengths.max():,}; such texts may contain several rows."
     )
     advice = "Check whether quotes swallowed rows; otherwise nothing: --max_length truncates."
-    title = f"more than {limit:,.0f} characters"
-    add("very_long_texts", "note", title, rows, meaning, advice)
-    return findings
+    add("very_long_texts", "note", f"more than {limit:,.0f} characters", rows, meaning, advice)
 
 
 def empty_rows(texts: pa.Array) -> IntArray:

@@ -93,8 +93,8 @@ def test_errors_in_the_data_are_exit_code_1(
     write_rows(dev, leaked[:5])
     code, out = run_dry(words, capsys, monkeypatch)
     assert (
-        code == 1
-        and "error: train/validation: rows of validation that are also in train: 5 rows (100%), "
+        code == 0
+        and "warning: train/validation: rows of validation that are also in train: 5 rows (100%), "
         "dev.tsv line 2"
         in out
     )
@@ -115,6 +115,8 @@ def test_skipped_rows_are_reported_with_the_plan(
         code == 0
         and "warning: train: skipped rows that cannot be read: 1 row (2.27%), train" in out
     )
+    code, out = run_dry([*words, "--max_bad_rows", "0"], capsys, monkeypatch)
+    assert code == 1 and "error: train: skipped rows that cannot be read: 1 row" in out
 
 
 def test_main_exits_without_training(

@@ -6,6 +6,14 @@ from typing import Any
 import pytest
 from data_checks import check_rows, clean_rows, get_finding, kinds
 
+from bertdist.core.args import read_config
+from bertdist.core.config import TrainConfig
+from bertdist.core.errors import DataError
+from bertdist.data.loading import load_splits
+from bertdist.data.records import Records
+from bertdist.data.stats import create_task, label_stats_of
+from bertdist.data.tokenization import create_dataset
+
 
 def with_labels(labels: list[Any], seed: int = 0) -> list[dict[str, Any]]:
     return [
@@ -41,7 +49,7 @@ def test_a_label_that_train_lacks_is_an_error_and_one_that_validation_lacks_a_no
         ("missing_labels", "note", "validation", 1),
     ]
     error = get_finding(found, "unknown_labels", "validation")
-    assert "'a ' 1" in error.meaning and "Did you mean 'a'?" in error.advice
+    assert "'a ' 1" in error.meaning and "Did you mean 'a'?" in error.meaning
     assert (error.examples[0].row, error.examples[0].note) == (
         2,
         "label 'a '",
@@ -53,9 +61,64 @@ def test_a_single_label_and_labels_that_are_ids_are_errors(tmp_path: Path) -> No
         ("single_label", "error", "train", 20)
     ]
     assert kinds(check_rows(tmp_path, with_labels([f"id{row}" for row in range(40)]))) == [
-        ("labels_like_ids", "error", "train", 40)
+        ("labels_like_ids", "warning", "train", 40)  # as in training, which refuses it from 50 on
     ]
+    found = check_rows(tmp_path, with_labels([f"id{row}" for row in range(60)]))
+    assert kinds(found) == [("labels_like_ids", "error", "train", 60)]
+    assert "has 60 different labels in 60 rows" in get_finding(found, "labels_like_ids").meaning
     assert kinds(check_rows(tmp_path, with_labels([f"id{row // 20}" for row in range(40)]))) == []
+
+
+REFUSED = {  # training rows, validation rows (None: no such split)
+    "one label": (["a"] * 20, None),
+    "ids": ([f"id{row}" for row in range(60)], None),
+    "no label": ([[]] * 20, None),
+    "unknown": (["a", "b"] * 10, ["a", "b", "c", "d", "d"]),
+    "unknown in a list": ([["a"], ["b"]] * 10, [["a"], ["a", "c"]]),
+    "not a list": ([["a"], ["b"]] * 10, ["a", "b"]),
+    "not a number": ([row / 4 for row in range(20)], ["1.5", "good"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_error_is_what_training_refuses_in_the_same_words(name: str, tmp_path: Path) -> None:
+    train, validation = REFUSED[name]
+    splits = [with_labels(train), with_labels(validation, 1) if validation else None]
+    found = check_rows(tmp_path, *splits, near_threshold=0)
+    (error,) = [finding for finding in found.findings if finding.severity == "error"]
+    words = "--model_name_or_path m --output_dir o --train_file"
+    words = f"{words} {tmp_path / 'train.jsonl'}"
+    if validation:
+        words += f" --validation_file {tmp_path / 'validation.jsonl'}"
+    with pytest.raises(DataError) as refused:
+        refuse_labels(read_config(words.split()))
+    location, _, message = str(refused.value).rpartition(".jsonl line ")
+    if location:  # of a row: the first example
+        line, _, message = message.partition(": ")
+        assert error.examples[0].where == f"validation.jsonl line {line}"
+    assert message in error.meaning and message
+
+
+def refuse_labels(config: TrainConfig) -> None:
+    """What training does with labels before its first step."""
+    train, validation = load_splits(config)
+    assert isinstance(train, Records)
+    task = create_task(config.task, label_stats_of(train), None)
+    for records in (train, validation):
+        if records is not None:
+            create_dataset(records, None, task, 128)  # type: ignore[arg-type]
+
+
+def test_good_labels_are_not_refused(tmp_path: Path) -> None:
+    check_rows(tmp_path, clean_rows(40), clean_rows(20, 1))
+    words = f"--model_name_or_path m --output_dir o --train_file {tmp_path / 'train.jsonl'}"
+    refuse_labels(read_config(words.split()))
+
+
+def test_labels_of_a_test_file_are_no_error_as_training_does_not_read_them(tmp_path: Path) -> None:
+    rows = with_labels(["a", "b"] * 20)
+    found = check_rows(tmp_path, rows, test=with_labels(["a", "?"], 1), near_threshold=0)
+    assert kinds(found)[0] == ("unknown_labels", "warning", "test", 1)
 
 
 def test_rare_labels_and_imbalance(tmp_path: Path) -> None:
@@ -115,7 +178,7 @@ def test_regression_outliers_and_range(tmp_path: Path) -> None:
         and kinds(check_rows(tmp_path, with_labels(numbers), with_labels([1.25, 2.5], 1))) == []
     )
     assert kinds(check_rows(tmp_path, with_labels([2.5] * 30))) == [
-        ("single_label", "error", "train", 30)
+        ("single_label", "warning", "train", 30)
     ]
 
 

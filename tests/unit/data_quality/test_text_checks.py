@@ -9,8 +9,9 @@ from data_checks import check_rows, clean_rows, get_finding, kinds
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
+from bertdist.data.records import records_from_texts
 from bertdist.data_quality import text_checks
-from bertdist.data_quality.findings import FindingBuilder
+from bertdist.data_quality.findings import Finding, FindingBuilder
 from bertdist.data_quality.report import check_data
 from bertdist.data_quality.text_checks import check_texts, mojibake_rows, repair
 
@@ -37,9 +38,14 @@ PLANTED = [
 ]
 
 
+def findings_of(texts: list[str]) -> list[Finding]:
+    records, found = records_from_texts(texts), list[Finding]()
+    check_texts(FindingBuilder("train", records, 3, found), records.texts, "text")
+    return found
+
+
 def findings_in(texts: list[str]) -> list[tuple[str, str, int]]:
-    build = FindingBuilder("train", pa.array(texts, pa.large_string()), 3)
-    found = check_texts(build, "text")
+    found = findings_of(texts)
     return [(finding.kind, finding.severity, finding.count) for finding in found]
 
 
@@ -85,8 +91,7 @@ def test_without_ftfy_patterns_are_used_and_the_finding_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(text_checks, "has_ftfy", lambda: False)
-    texts = pa.array(["cafÃ©", "donâ€™t", "å¥½å¥½", *GOOD[:-2]], pa.large_string())
-    (finding,) = check_texts(FindingBuilder("train", texts, 1), "text")
+    (finding,) = findings_of(["cafÃ©", "donâ€™t", "å¥½å¥½", *GOOD[:-2]])
     assert (finding.kind, finding.count) == ("mojibake", 3) and "install ftfy" in finding.meaning
     assert repair("cafÃ©") is None
 
