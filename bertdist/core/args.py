@@ -3,8 +3,8 @@
     config = read_config(["--config", "run.yaml", "--learning_rate", "1e-5"])   # flags win
 
 transformers' HfArgumentParser reads the flags; this module adds the YAML file (same names), "did
-you mean" for unknown names, what to write instead of flags of other programs, and the checks of
-values that depend on each other.
+you mean" for unknown names, what to write instead of flags of other programs (other_flags.py), and
+the checks of values that depend on each other.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
+from bertdist.core import other_flags
 from bertdist.core.config import (
     DURATION,
     BatchConfig,
@@ -31,43 +32,15 @@ from bertdist.core.config import (
 from bertdist.core.errors import ConfigError, nearest_name
 
 _INTERVAL = "takes '200 steps', '0.5 epochs', '10%' or 'never'"
-_PREDICT = "python -m bertdist.predict --model out/best --input test.tsv reads rows without labels"
-RENAMED_FLAGS = {  # flags of other programs and of earlier versions -> what to write here
-    "per_device_train_batch_size": "--train_batch_size is rows per step over all devices",
-    "per_device_eval_batch_size": "metrics do not depend on a batch size; "
-    "--tokens_per_micro_batch bounds the memory",
-    "gradient_accumulation_steps": "--train_batch_size is the whole step; "
-    "--tokens_per_micro_batch splits it to fit into memory",
-    "pad_to_max_length": "nothing is padded; --max_length truncates",
-    "max_seq_length": "the name is --max_length",
-    "max_steps": "the name is --max_train_steps",
-    "num_warmup_steps": "the name is --warmup_steps",
-    "evaluation_strategy": f"--eval_every {_INTERVAL}",
-    "eval_strategy": f"--eval_every {_INTERVAL}",
-    "eval_steps": "--eval_every takes '200 steps'",
-    "save_strategy": f"--save_every {_INTERVAL}",
-    "save_steps": "--save_every takes '200 steps'",
-    "checkpointing_steps": "--save_every takes '200 steps'",
-    "logging_steps": "--log_every takes '50 steps'",
-    "load_best_model_at_end": "the best weights are always in best/",
-    "group_by_length": "nothing is padded, so there is nothing to group",
-    "fp16": "--mixed_precision fp16",
-    "bf16": "--mixed_precision bf16",
-    "no_cuda": "the name is --use_cpu",
-    "with_tracking": "--report_to names the trackers",
-    "do_train": "train.py trains; python -m bertdist.predict predicts",
-    "do_eval": "--validation_file is always evaluated",
-    "overwrite_output_dir": "choose another --output_dir, or remove the folder",
-    "label_column_name": "the name is --label_column",
-    "text_column_names": "the names are --text_column and --text_pair_column",
-    "metric_name": "the name is --metrics",
-    "lr": "the name is --learning_rate",
-    "epochs": "the name is --num_train_epochs",
-    "batch_size": "the name is --train_batch_size",
-    "model": "the name is --model_name_or_path",
-    "stream_split": "the name is --stream_sharding, by_row (was rows) or by_file (was files)",
-    "test_file": _PREDICT,
-    "do_predict": _PREDICT,
+_TRAIN_SECTIONS = [ModelConfig, DataConfig, TaskConfig, BatchConfig, OptimConfig, RunConfig]
+_TRAIN_NAMES = {x.name for section in _TRAIN_SECTIONS for x in dataclasses.fields(section)}
+_SURE = 0.7  # similarity of a flag that is suggested: below it, deepspeed resembles seed
+
+_NOT_A_FOLDER = ("latest", "last", "newest", "auto", "best", "true", "false", "yes", "no", "none")
+_VALUE_HINTS = {  # for a value of another type
+    "--warmup_steps": "--warmup_ratio 0.1 is the warmup as a share of all steps.",
+    "--train_batch_size": "It is rows per step over all devices.",
+    "--mixed_precision": "It takes no, bf16 or fp16.",
 }
 
 _Bounds = Mapping[str, tuple[float, float | None]]  # setting -> (lowest, highest)
@@ -80,7 +53,7 @@ _BOUNDS: list[tuple[str, _Bounds]] = [  # by section of TrainConfig
     ("optim", {"adam_beta1": (0, 1), "adam_beta2": (0, 1), "adam_epsilon": (0, None)}),
     ("optim", {"max_grad_norm": (0, None), "warmup_ratio": (0, 1), "warmup_steps": (0, None)}),
     ("optim", {"layerwise_lr_decay": (0, 1)}),
-    ("run", {"seed": (0, 2**32 - 1), "num_train_epochs": (0, None), "max_train_steps": (1, None)}),
+    ("run", {"seed": (0, 2**32 - 1), "max_train_steps": (1, None)}),
     ("run", {"save_total_limit": (2, None), "early_stopping_patience": (1, None)}),
     ("run", {"early_stopping_threshold": (0, None), "stop_before_time_limit": (0, None)}),
     ("run", {"rank_timeout": (1, None), "max_nan_steps": (0, None)}),
@@ -91,7 +64,8 @@ class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         # "argument --max_length/--max-length: ..." -> "--max_length: ..."
         message = re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message)
-        raise ConfigError(f"{message}. --help says what each flag takes.")
+        help = _VALUE_HINTS.get(message.split(":")[0], "--help says what each flag takes.")
+        raise ConfigError(f"{message}. {help}")
 
 
 def parse_arguments(program: str, sections: list[Any], arguments: Sequence[str]) -> tuple[Any, ...]:
@@ -158,9 +132,9 @@ def _is_null(node: Any) -> bool:
 
 
 def _unknown_setting(name: str, names: list[str], where: str = "") -> str:
-    if name in RENAMED_FLAGS:
-        return f"{where}Unknown setting {name!r}: {RENAMED_FLAGS[name]}."
-    near = nearest_name(name, names)
+    if found := other_flags.answer(name, names, _TRAIN_NAMES):
+        return f"{where}Unknown setting {name!r}: {found}."
+    near = nearest_name(name, names, _SURE)
     hint = f"Did you mean {near!r}?" if near else "--help lists them."
     return f"{where}Unknown setting {name!r}. {hint}"
 
@@ -211,8 +185,7 @@ def read_config(arguments: Sequence[str]) -> TrainConfig:
 
     Raises ConfigError with one line per problem.
     """
-    sections = [ModelConfig, DataConfig, TaskConfig, BatchConfig, OptimConfig, RunConfig]
-    values = parse_arguments("train.py", sections, arguments)
+    values = parse_arguments("train.py", _TRAIN_SECTIONS, arguments)
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     config = TrainConfig(**dict(zip(names, values, strict=True)))
     if problems := list(config_problems(config)):
@@ -250,7 +223,10 @@ def _out_of_bounds(section: Any, bounds: _Bounds) -> Iterable[str]:
         # Not a number, and infinity, are out of bounds too.
         if value is not None and not low <= value <= (high or sys.float_info.max):
             expected = f"at least {low}" if high is None else f"from {low} to {high}"
-            yield f"--{name} is {value}; expected {expected}."
+            # 0 and -1 mean "no limit" elsewhere.
+            is_unset = value <= 0 and getattr(type(section), name) is None
+            hint = " Leave the flag out for its default." if is_unset and low == 1 else ""
+            yield f"--{name} is {value}; expected {expected}.{hint}"
 
 
 def _changed(section: Any, *names: str) -> list[str]:
@@ -327,8 +303,17 @@ def config_problems(config: TrainConfig) -> Iterable[str]:
         yield "--max_nan_steps needs --on_nan skip."
     if run.detect_anomaly and run.cuda_graphs:
         yield "--detect_anomaly cannot see operations that --cuda_graphs replays: remove one."
-    if run.num_train_epochs == 0:
-        yield "--num_train_epochs is 0; expected more than 0."
+    if not 0 < run.num_train_epochs <= sys.float_info.max:
+        yield (
+            f"--num_train_epochs is {run.num_train_epochs:g}; expected more than 0. "
+            "--max_train_steps sets the length in steps."
+        )
+    resume = run.resume_from_checkpoint
+    if resume is not None and resume.lower() in _NOT_A_FOLDER and not Path(resume).exists():
+        yield (
+            f"--resume_from_checkpoint is {resume!r}; it takes a folder. Without the flag the "
+            "newest checkpoint of --output_dir is resumed, if there is one."
+        )
     if optim.warmup_steps is not None and optim.warmup_ratio:
         yield "--warmup_steps and --warmup_ratio both name the warmup; give one."
     if optim.lr_scheduler_type == "constant" and (optim.warmup_ratio or optim.warmup_steps):
@@ -336,7 +321,7 @@ def config_problems(config: TrainConfig) -> Iterable[str]:
     for name in ("eval_every", "save_every", "log_every"):
         value = getattr(run, name).strip()
         if value != "never" and not DURATION.fullmatch(value):
-            hint = f" Did you mean '{value} steps'?" if value.isdigit() else ""
+            hint = _duration_hint(value)
             yield f"--{name} is {value!r}; it {_INTERVAL}.{hint}"
     for name in ("adam_beta1", "adam_beta2"):
         if getattr(optim, name) == 1:
@@ -350,6 +335,15 @@ def config_problems(config: TrainConfig) -> Iterable[str]:
             f"--class_weights is {' '.join(weights)!r}; expected 'balanced' or one number of at "
             "least 0 per label."
         )
+
+
+def _duration_hint(value: str) -> str:
+    """For `epoch`, `no` and `500`, as other programs have them."""
+    meant = f"{value} steps" if value.isdigit() else f"1 {value}"
+    if value.lower() in ("no", "none", "false", "off"):
+        meant = "never"
+    is_meant = meant == "never" or DURATION.fullmatch(meant)
+    return f" Did you mean {meant!r}?" if is_meant else ""
 
 
 def _without_effect(config: TrainConfig) -> Iterable[str]:

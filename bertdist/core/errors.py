@@ -48,10 +48,13 @@ class NonFiniteError(BertdistError):
     """A step's loss or gradient is NaN or infinite, and --on_nan does not allow it."""
 
 
-def nearest_name(name: str, candidates: list[str]) -> str | None:
-    """The candidate that an unknown name most resembles, None if it resembles none."""
-    near = get_close_matches(name, candidates, n=1)
-    near = near or get_close_matches(name.lower(), candidates, n=1)
+def nearest_name(name: str, candidates: list[str], cutoff: float = 0.6) -> str | None:
+    """The candidate that an unknown name most resembles, None if it resembles none.
+
+    cutoff: least similarity, of 1 for equal names.
+    """
+    near = get_close_matches(name, candidates, n=1, cutoff=cutoff)
+    near = near or get_close_matches(name.lower(), candidates, n=1, cutoff=cutoff)
     return near[0] if near else None
 
 
