@@ -28,8 +28,9 @@ from bench.flops import BERT_BASE, Shape, training_flops
 from bench.jobs import BenchError
 from bench.peers import positive
 from bench.stage import HINT
-from bertdist.core.config import ModelConfig
+from bertdist.core.config import FileConfig, ModelConfig
 from bertdist.data.loading import load_texts
+from bertdist.data.records import ColumnNames
 from bertdist.data.sharding import balance_by_length, epoch_order
 from bertdist.data.tokenization import encode, load_tokenizer
 
@@ -122,12 +123,8 @@ def read_texts(args: argparse.Namespace) -> Texts:
         )
     records = load_texts(
         args.train_file,
-        text_column=args.text_column,
-        text_pair_column=None,
-        column_names=None,
-        delimiter=None,
-        quoting="auto",
-        encoding="utf-8",
+        FileConfig(text_column=args.text_column, encoding="utf-8"),
+        ColumnNames(None, None, None, []),
     )
     tokenizer = load_tokenizer(
         ModelConfig(model_name_or_path=args.model_name_or_path, max_length=args.max_length)

@@ -29,10 +29,16 @@ from bertdist.core.args import read_predict_config
 from bertdist.core.atomic_io import atomic_write, to_json
 from bertdist.core.config import ModelConfig, PredictConfig, RunConfig
 from bertdist.core.errors import BertdistError, DataError
-from bertdist.core.terminal import print_error, printable, printable_json, process_rank
+from bertdist.core.terminal import (
+    print_error,
+    print_to_stderr,
+    printable,
+    printable_json,
+    process_rank,
+)
 from bertdist.data.loader import DEFAULT_TOKEN_BUDGET, MapLoader
 from bertdist.data.loading import load_texts
-from bertdist.data.records import Records, records_from_texts
+from bertdist.data.records import ColumnNames, Records, records_from_texts
 from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import EXIT_STOPPED, create_accelerator, run_cli
@@ -194,15 +200,13 @@ def check_pairs(metadata: dict[str, Any], records: Records) -> None:
 
 def _load_file(config: PredictConfig, metadata: dict[str, Any]) -> Records:
     assert config.input is not None
-    return load_texts(
-        config.input,
-        text_column=config.text_column or metadata.get("text_column"),
-        text_pair_column=config.text_pair_column or metadata.get("text_pair_column"),
-        column_names=config.column_names,
-        delimiter=config.delimiter,
-        quoting=config.quoting,
-        encoding=config.encoding,
-    )
+    text = metadata.get("text_column")
+    text = tuple(text) if isinstance(text, list) else text
+    trained = ColumnNames(text, metadata.get("text_pair_column"), None, [])
+    records = load_texts(config.input, config, trained)
+    if process_rank() == 0:
+        print_to_stderr(*(f"{note}." for note in records.format_notes))
+    return records
 
 
 def to_jsonl(predictions: Iterable[dict[str, Any]]) -> bytes:

@@ -46,15 +46,64 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class FileConfig:
+    """How files of rows are written, and the columns of their texts: the same in all commands."""
+
+    text_column: list[str] | None = setting(
+        None,
+        "Column of the text; several are joined with a space. Default: text, else a known pair "
+        "(sentence1 and sentence2, ...), else the first of: sentence, question, premise, review, "
+        "tweet, content; in prediction that of the training.",
+    )
+    text_pair_column: str | None = setting(
+        None,
+        "Column of the second text, for tasks on text pairs. Default in prediction: that of the "
+        "training.",
+    )
+    file_format: Literal["auto", "csv", "tsv", "jsonl", "json", "parquet", "txt"] = setting(
+        "auto",
+        "Format of the files; txt is one text per line. Default: by the name and the start of each "
+        "file; a message says where they differ.",
+    )
+    json_field: str | None = setting(
+        None, "Key of the list of rows in a .json file that has several lists."
+    )
+    column_names: list[str] | None = setting(
+        None,
+        "Names of the columns, for tables without a header; a column named _ is not read.",
+    )
+    delimiter: str | None = setting(
+        None,
+        "Field delimiter. Default: a comma for .csv and a tab for .tsv, unless the start of the "
+        "file shows another one. 'tab' means a tab.",
+    )
+    quoting: Literal["auto", "none", "double"] = setting(
+        "auto",
+        "Whether fields may be in double quotes: auto is 'double' for .csv and 'none' for .tsv, "
+        "unless the start of the file makes sense only with quotes.",
+    )
+    encoding: str | None = setting(
+        None,
+        "Encoding of text files. Default: utf-8, unless the start of the file proves another one. "
+        "An invalid byte is an error, never replaced.",
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.text_column, str):  # in Python, one name may come without its list
+            object.__setattr__(self, "text_column", [self.text_column])
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(FileConfig):
     """Training and validation rows, and their columns."""
 
     _argument_group_name = "data"
 
     train_file: list[str] | None = setting(
         None,
-        "Training rows: files, globs or URLs (https://, s3://, gs://, hf://) of .csv, .tsv, .jsonl "
-        "or .parquet, also as .gz or .zst; any other file name is read as csv with --delimiter.",
+        "Training rows: files, globs or URLs (https://, s3://, gs://, hf://) of .csv, .tsv, "
+        ".jsonl, .json or .parquet, also as .gz or .zst, or a folder with one folder of .txt files "
+        "per label.",
     )
     train_weights: list[float] | None = setting(
         None,
@@ -90,14 +139,6 @@ class DataConfig:
     validation_split: str | None = setting(
         None, "Split of the hub data set to evaluate on. Default: 'validation' if it exists."
     )
-    text_column: str | None = setting(
-        None,
-        "Column of the text. Default: text, else a known pair (sentence1 and sentence2, ...), "
-        "else the first of: sentence, question, premise, review, tweet, content.",
-    )
-    text_pair_column: str | None = setting(
-        None, "Column of the second text, for tasks on text pairs."
-    )
     label_column: str | None = setting(
         None, "Column of the label. Default: the first of: label, labels, score, target, class."
     )
@@ -106,26 +147,6 @@ class DataConfig:
     )
     label_delimiter: str | None = setting(
         None, "Delimiter between the labels of a row in the label column: a multi-label task."
-    )
-    column_names: list[str] | None = setting(
-        None,
-        "Names of the columns, for csv and tsv files without a header; a column named _ is not "
-        "read.",
-    )
-    delimiter: str | None = setting(
-        None,
-        "Field delimiter. Default: a comma for .csv and a tab for .tsv, unless the start of the "
-        "file shows another one. 'tab' means a tab.",
-    )
-    quoting: Literal["auto", "none", "double"] = setting(
-        "auto",
-        "Whether fields may be in double quotes: auto is 'double' for .csv and 'none' for .tsv, "
-        "unless the start of the file makes sense only with quotes.",
-    )
-    encoding: str | None = setting(
-        None,
-        "Encoding of csv, tsv, jsonl and txt files. Default: utf-8, unless the start of the file "
-        "proves another one. An invalid byte is an error, never replaced.",
     )
     on_bad_row: Literal["fail", "skip"] = setting(
         "fail",
@@ -321,7 +342,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig:
+class PredictConfig(FileConfig):
     """The settings of `python -m bertdist.predict`."""
 
     _argument_group_name = "prediction"
@@ -332,7 +353,8 @@ class PredictConfig:
         None, "Second texts, one per --text, for models trained on text pairs."
     )
     input: str | None = setting(
-        None, "File of texts: .csv, .tsv, .jsonl, .parquet, or .txt with one text per line."
+        None,
+        "Texts: a file as in training, a .txt with one text per line, or a folder of .txt files.",
     )
     output: str | None = setting(
         None, "File to write, one JSON line per row, in row order. Default: printed."
@@ -349,30 +371,6 @@ class PredictConfig:
         None, "Precision of matrix products. Default: accelerate's setting, else no."
     )
     use_cpu: bool = setting(False, "Use the CPU even if there is a GPU.")
-    text_column: str | None = setting(
-        None, "Column of the text. Default: the column name of the training."
-    )
-    text_pair_column: str | None = setting(
-        None, "Column of the second text. Default: the column name of the training."
-    )
-    column_names: list[str] | None = setting(
-        None, "Names of the columns, for csv and tsv files without a header."
-    )
-    delimiter: str | None = setting(
-        None,
-        "Field delimiter. Default: a comma for .csv and a tab for .tsv, unless the start of the "
-        "file shows another one.",
-    )
-    quoting: Literal["auto", "none", "double"] = setting(
-        "auto",
-        "Whether fields may be in double quotes: auto is 'double' for .csv and 'none' for .tsv, "
-        "unless the start of the file makes sense only with quotes.",
-    )
-    encoding: str | None = setting(
-        None,
-        "Encoding of csv, tsv, jsonl and txt files. Default: utf-8, unless the start of the file "
-        "proves another one.",
-    )
 
 
 DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from accelerate import Accelerator
 
-from bertdist.core.config import DataConfig, TrainConfig
+from bertdist.core.config import DataConfig, FileConfig, TrainConfig
 from bertdist.core.errors import DataError, did_you_mean
 from bertdist.data.batch import Step
 from bertdist.data.columns import LabelValue
@@ -21,8 +21,18 @@ from bertdist.data.records import (
     choose_columns,
     concat_records,
     records_from_chunk,
+    reject_header,
 )
-from bertdist.data.source import DataSource, SkippedRows, chunk_of_columns, read_skipped_rows
+from bertdist.data.source import (
+    Column,
+    DataSource,
+    OnBadRow,
+    SkippedRows,
+    chunk_of_columns,
+    column_of,
+    nested_names,
+    read_skipped_rows,
+)
 from bertdist.data.stats import DatasetStats
 from bertdist.distributed.collectives import raise_on_all_ranks
 
@@ -90,7 +100,8 @@ def _load_files(patterns: Sequence[str], data: DataConfig, limit: int | None) ->
     first_label: LabelValue | None = None
     for pattern in patterns:
         by_pattern.append([])
-        for reader in _open_files(pattern, data):
+        for reader in open_files(pattern, data, data.on_bad_row):
+            _check_has_labels(reader)
             delimiter = data.label_delimiter
             records = _read_file(reader, _requested(data), delimiter, limit, first_label)
             by_pattern[-1].append(records)
@@ -121,7 +132,8 @@ def _read_file(
         on_bad_row="skip" if reader.skip else "fail",
         first_label=first_label,
     )
-    note = reader.file.describe()
+    reject_header(records)
+    note = reader.note
     return replace(_not_empty(records), file=reader.file, format_notes=(note,) if note else ())
 
 
@@ -140,9 +152,9 @@ def _load_hub_split(data: DataConfig, split: str, limit: int | None) -> Records 
     rows = min(limit or len(dataset), len(dataset))
     if not rows:
         raise DataError(f"{name} has no rows.")
-    columns = choose_columns(name, dataset.column_names, requested)
+    columns = choose_columns(name, nested_names(dataset.features.arrow_schema), requested)
     table = dataset.select(range(rows)).with_format("arrow")[:]
-    arrays = {column: table.column(column) for column in columns.names()}
+    arrays: dict[str, Column] = {name: column_of(table, name) for name in columns.names()}
     return _not_empty(
         records_from_chunk(
             name,
@@ -195,9 +207,13 @@ def open_stream(data: DataConfig, seed: int) -> "Stream":
     groups: list[list[DataSource]]
     notes: list[str | None] = []
     if data.train_file:
-        readers = [[*_open_files(file, data, streamed=True)] for file in data.train_file]
+        readers = [
+            [*open_files(file, data, data.on_bad_row, streamed=True)] for file in data.train_file
+        ]
+        for reader in (reader for group in readers for reader in group):
+            _check_has_labels(reader)
+            notes.append(reader.note)
         groups = [[*group] for group in readers]
-        notes = [reader.file.describe() for group in readers for reader in group]
         name = _short_name(data.train_file)
     else:
         from bertdist.data.readers.hub_reader import HubReader
@@ -221,63 +237,59 @@ def open_stream(data: DataConfig, seed: int) -> "Stream":
     ).with_first_label()
 
 
-def _open_files(pattern: str, data: DataConfig, streamed: bool = False) -> "Iterator[FileReader]":
+def open_files(
+    pattern: str, flags: FileConfig, on_bad_row: OnBadRow = "fail", streamed: bool = False
+) -> "Iterator[FileReader]":
     """A reader for each file that a path, glob or URL names. Raises DataError."""
     from bertdist.data.readers.file_reader import FileReader, inspect_file
     from bertdist.data.readers.remote import file_fingerprint, file_size, list_files
 
     for address in list_files(pattern):
-        file = inspect_file(
-            address,
-            delimiter=data.delimiter,
-            quoting=data.quoting,
-            encoding=data.encoding,
-            column_names=data.column_names,
-        )
-        if file.kind == "txt":
-            raise DataError(
-                f"{address}: a .txt file has no labels; expected .csv, .tsv, .jsonl or .parquet."
-            )
+        file = inspect_file(address, flags)
         fingerprint = file_fingerprint(address) if streamed else None
         size = file_size(address) if streamed else None
-        yield FileReader(file, fingerprint=fingerprint, size=size, on_bad_row=data.on_bad_row)
+        yield FileReader(file, fingerprint=fingerprint, size=size, on_bad_row=on_bad_row)
 
 
-def load_texts(
-    path: str,
-    *,
-    text_column: str | None,
-    text_pair_column: str | None,
-    column_names: list[str] | None,
-    delimiter: str | None,
-    quoting: str,
-    encoding: str | None,
-) -> Records:
+def _check_has_labels(reader: "FileReader") -> None:
+    if reader.file.kind == "txt":
+        raise DataError(
+            f"{reader.name} is read as one text per line, without labels; for a table pass "
+            "--delimiter or --column_names, for a folder per label the path of the folder."
+        )
+
+
+def load_texts(path: str, flags: FileConfig, trained: ColumnNames) -> Records:
     """The rows of a file without labels, for prediction. Raises DataError.
 
-    A .txt file has one text per line, blank lines included.
+    trained: the columns of the training, for those that no flag names. A .txt file has one text
+    per line, blank lines included.
     """
-    from bertdist.data.readers.file_reader import FileReader, inspect_file
-    from bertdist.data.readers.remote import list_files
-
+    text, pair = _as_name(flags.text_column), flags.text_pair_column
+    requested = ColumnNames(text or trained.text, pair or trained.pair, None, [])
+    named = replace(flags, text_column=list(requested.texts) or None)
     files = []
-    for address in list_files(path):
-        file = inspect_file(
-            address,
-            delimiter=delimiter,
-            quoting=quoting,
-            encoding=encoding,
-            column_names=column_names,
-        )
-        is_txt = file.kind == "txt"
-        if is_txt and text_pair_column is not None:
-            raise DataError(
-                f"{address}: a .txt file has one text per line, no pairs; "
-                "expected .csv, .tsv, .jsonl or .parquet."
-            )
-        requested = ColumnNames("text" if is_txt else text_column, text_pair_column, None, [])
-        files.append(_read_file(FileReader(file), requested))
+    for reader in open_files(path, named):
+        of_file = requested
+        if reader.file.kind == "txt":
+            if requested.pair is not None:
+                raise DataError(
+                    f"{reader.name} is read as one text per line, no pairs; for a table pass "
+                    "--delimiter or --column_names."
+                )
+            if text not in (None, "text"):
+                raise DataError(
+                    f"{reader.name} is read as one text per line, so --text_column cannot take "
+                    "effect; remove it, or for a table pass --delimiter or --column_names."
+                )
+            of_file = requested._replace(text="text")
+        files.append(_read_file(reader, of_file))
     return concat_records(files, _short_name([path]))
+
+
+def _as_name(names: list[str] | None) -> str | tuple[str, ...] | None:
+    """The text column of `ColumnNames`."""
+    return names[0] if names and len(names) == 1 else tuple(names) if names else None
 
 
 def _short_name(patterns: Sequence[str]) -> str:
@@ -287,7 +299,7 @@ def _short_name(patterns: Sequence[str]) -> str:
 def _requested(data: DataConfig) -> ColumnNames:
     """The columns named by flags, or those of a GLUE task. Raises DataError for an unknown task."""
     labels = data.label_column, data.label_columns
-    requested = ColumnNames(data.text_column, data.text_pair_column, *labels)
+    requested = ColumnNames(_as_name(data.text_column), data.text_pair_column, *labels)
     if data.task_name is None or data.text_column is not None or data.train_file:
         return requested
     if data.task_name not in GLUE:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from bertdist.core.errors import DataError, did_you_mean
@@ -57,6 +58,13 @@ TEXT_PAIR_COLUMNS = (
     ("question", "question2"),
     ("premise", "hypothesis"),
 )
+# Cells of a header, where the names of its columns are not known.
+HEADER_WORDS = {
+    *TEXT_COLUMNS,
+    *LABEL_COLUMNS,
+    *(name for pair in TEXT_PAIR_COLUMNS for name in pair),
+    *("text_a", "text_b", "id", "idx", "index", "qid"),
+}
 
 
 class Record(NamedTuple):
@@ -76,7 +84,7 @@ class Records:
     location: LocateRow  # row -> `dev.tsv line 12`
     has_header: bool = False
     file: Any = None  # of one file: its format (readers.file_reader.DataFile)
-    text_column: str
+    text_columns: tuple[str, ...]  # several are joined with a space
     pair_column: str | None
     label_column: str | None  # None also where label_columns were read: class_names are their names
     label_kind: LabelKind | None  # None: opened without labels. "set": a label is a tuple of names
@@ -93,6 +101,11 @@ class Records:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def text_column(self) -> str:
+        """The name of the text column, or names with spaces between them."""
+        return " ".join(self.text_columns)
 
     def __getitem__(self, row: int) -> Record:
         if not 0 <= row < len(self.texts):
@@ -121,14 +134,19 @@ class Records:
 class ColumnNames(NamedTuple):
     """The columns to read: as requested (None: by usual names), or as chosen from a source's."""
 
-    text: str | None
+    text: str | tuple[str, ...] | None  # several are joined
     pair: str | None
     label: str | None
     labels: list[str] | None
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The columns of the text."""
+        return (self.text,) if isinstance(self.text, str) else self.text or ()
+
     def names(self) -> list[str]:
         """The distinct names."""
-        names = dict.fromkeys((self.text, self.pair, self.label, *(self.labels or ())))
+        names = dict.fromkeys((*self.texts, self.pair, self.label, *(self.labels or ())))
         return [name for name in names if name is not None]
 
 
@@ -195,6 +213,7 @@ def choose_columns(
             raise _no_column(source, names, problem, advice, has_header)
     present = {name.lower(): name for name in reversed(names)} | {name: name for name in names}
     text, pair, label, labels = requested
+    texts = requested.texts
     if text is None and pair is None and "text" not in present:
         for usual in TEXT_PAIR_COLUMNS:
             if present.keys() >= {*usual}:
@@ -205,7 +224,7 @@ def choose_columns(
         problem, advice = "no column has a usual name for the text", " Pass --text_column."
         raise _no_column(source, names, problem, advice, has_header)
     if labels is None:
-        label = label or _first_present(LABEL_COLUMNS, present, (text, pair))
+        label = label or _first_present(LABEL_COLUMNS, present, (*(texts or (text,)), pair))
         if label is None:
             problem, advice = "no column has a usual name for the label", " Pass --label_column."
             raise _no_column(source, names, problem, advice, has_header)
@@ -246,14 +265,17 @@ def records_from_chunk(
 
     name: of the source. features: datasets.Features, if any. first_label: see `read_labels`.
     """
-    assert columns.text is not None
+    assert columns.texts
     location, class_names = chunk.location, _class_names(features, columns)
     problems: Problems | None = {} if on_bad_row == "skip" else None
     arrays = {
         column: _validated(values, column, location, problems)
         for column, values in chunk.columns.items()
     }
-    texts = read_texts(arrays[columns.text], columns.text, location, problems)
+    parts = [read_texts(arrays[name], name, location, problems) for name in columns.texts]
+    texts = parts[0]
+    if len(parts) > 1:
+        texts = pc.binary_join_element_wise(*parts, pa.scalar(" ", pa.large_string()))
     pairs = None
     if columns.pair is not None:
         pairs = read_texts(arrays[columns.pair], columns.pair, location, problems)
@@ -277,7 +299,7 @@ def records_from_chunk(
         name=name,
         location=location,
         has_header=has_header,
-        text_column=columns.text,
+        text_columns=columns.texts,
         pair_column=columns.pair,
         label_column=columns.label,
         label_kind=kind,
@@ -343,6 +365,20 @@ def _fingerprint(
         digest.update(codes.tobytes())
         digest.update(repr(values).encode())
     return digest.hexdigest()
+
+
+def reject_header(records: Records) -> None:
+    """Raises DataError where the first of all rows is a header: the only one with its label."""
+    codes = records.label_codes
+    if records.has_header or codes is None or len(records) < 2 or (codes == codes[0]).sum() > 1:
+        return
+    label, text = records.label_values[codes[0]], records.texts[0].as_py()
+    if isinstance(label, str) and label.strip().lower() in HEADER_WORDS:
+        raise DataError(
+            f"{records.location(0)} looks like a header (text {text[:30]!r}, label "
+            f"{label[:30]!r}); remove that row, or --column_names, which is for files without a "
+            "header."
+        )
 
 
 def concat_records(parts: Sequence[Records], name: str) -> Records:

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bertdist.core.atomic_io import atomic_write
 from bertdist.core.errors import DataError
@@ -212,6 +213,45 @@ def first_rows_of_chunk(chunk: Chunk, rows: int) -> Chunk:
         for name, column in chunk.columns.items()
     }
     return chunk._replace(columns=columns, num_rows=rows, skipped_rows=skipped)
+
+
+def slice_chunk(chunk: Chunk, start: int, stop: int) -> Chunk:
+    """Rows start, ..., stop - 1 of a chunk that is a complete source, for a state {"row": start}.
+
+    The skipped rows go with the first ones.
+    """
+    columns = {
+        name: column[start:stop] if isinstance(column, list) else column.slice(start, stop - start)
+        for name, column in chunk.columns.items()
+    }
+    return Chunk(
+        columns,
+        max(0, min(stop, chunk.num_rows) - start),
+        {"row": start},
+        slice_locations(chunk.location, start),
+        lambda rows: chunk.excerpts([start + row for row in rows]),
+        chunk.skipped_rows if start == 0 else (),
+    )
+
+
+def nested_names(schema: pa.Schema) -> list[str]:
+    """The names of all columns, and of the fields in them: review, review.text, ..."""
+
+    def names_of(fields: Iterable[pa.Field], prefix: str) -> Iterator[str]:
+        for field in fields:
+            yield prefix + field.name
+            if pa.types.is_struct(field.type):
+                yield from names_of(field.type, f"{prefix}{field.name}.")
+
+    return list(names_of(schema, ""))
+
+
+def column_of(table: pa.Table, name: str) -> pa.ChunkedArray:
+    """A column, or a field in one: review.text."""
+    if name in table.column_names or "." not in name:
+        return table.column(name)
+    first, *fields = name.split(".")
+    return pc.struct_field(table.column(first), fields)
 
 
 def excerpt(text: str) -> str:

@@ -41,6 +41,7 @@ from bertdist.data.records import (
     choose_columns,
     concat_records,
     records_from_chunk,
+    reject_header,
 )
 from bertdist.data.sharding import (
     Message,
@@ -109,9 +110,13 @@ class Stream:
 
     @property
     def text_column(self) -> str:
-        """Column of the text."""
-        assert self.columns.text is not None
-        return self.columns.text
+        """The name of the text column, or names with spaces between them."""
+        return " ".join(self.text_columns)
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The columns of the text."""
+        return self.columns.texts
 
     @property
     def pair_column(self) -> str | None:
@@ -151,6 +156,7 @@ class Stream:
         for source in self.sources:
             for _, records in self.chunks(source):
                 if len(records):
+                    reject_header(records)
                     return records.slice(0, min(len(records), HEAD_ROWS))
                 skipped_rows.add(records.skipped_rows)
         if first := skipped_rows.rows[:1]:

@@ -357,7 +357,7 @@ def _fold_config(config: TrainConfig, folder: Path, task: Task, records: Records
     kind, defaults = cast(ProblemType, task.problem_type), RunConfig()
     data = DataConfig(
         train_file=[str(folder / TRAIN_FILE)],
-        text_column="text",
+        text_column=["text"],
         text_pair_column=None if records.pairs is None else "text_pair",
         label_column="label",
     )

@@ -18,9 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from bertdist.core.config import DataConfig, TaskConfig
 from bertdist.core.errors import BertdistError, DataError
 from bertdist.core.terminal import excerpt
-from bertdist.data.loading import load_records, load_texts
-from bertdist.data.readers.file_reader import FileReader, inspect_file
-from bertdist.data.records import Records
+from bertdist.data.loading import load_records, load_texts, open_files
+from bertdist.data.records import ColumnNames, Records
 from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data_quality.duplicates import TextGroups, check_duplicates, group_texts, has_rensa
 from bertdist.data_quality.findings import Example, Finding, FindingBuilder, counts, ranked
@@ -109,7 +108,8 @@ def check_data(
         if records.pairs is not None and records.pair_column is not None:
             check_texts(build, records.pairs, records.pair_column)
     check_labels(builders, labels, refusal)
-    notes = _missing_packages(near_threshold)
+    notes = [f"{note}." for records in splits.values() for note in records.format_notes]
+    notes += _missing_packages(near_threshold)
     groups = group_texts(splits, near_threshold if has_rensa() else 0.0)
     check_duplicates(builders, labels, groups)
     lengths = {}
@@ -171,12 +171,8 @@ def load_all_splits(
         try:
             splits["test"] = test = load_texts(
                 test_file,
-                text_column=train.text_column,
-                text_pair_column=train.pair_column,
-                column_names=data.column_names,
-                delimiter=data.delimiter,
-                quoting=data.quoting,
-                encoding=data.encoding,
+                replace(data, text_column=None, text_pair_column=None),
+                ColumnNames(train.text_columns, train.pair_column, None, []),
             )
         except DataError:
             raise error from None
@@ -190,14 +186,7 @@ def load_all_splits(
 
 def _has_label_columns(path: str, data: DataConfig, train: Records) -> bool:
     """Whether a file has the label columns of the training rows."""
-    file = inspect_file(
-        path,
-        delimiter=data.delimiter,
-        quoting=data.quoting,
-        encoding=data.encoding,
-        column_names=data.column_names,
-    )
-    names = ["text"] if file.kind == "txt" else FileReader(file).column_names()
+    names = next(open_files(path, data)).column_names()
     if data.label_columns is None:
         return train.label_column in names
     return set(data.label_columns) <= set(names)

@@ -4,9 +4,6 @@ Rows swallowed by a stray quote, quotes read as text, unnamed columns with conte
 columns that look swapped, and headers read as rows or rows read as headers.
 """
 
-import csv
-from pathlib import Path
-
 import numpy as np
 import pyarrow.compute as pc
 
@@ -14,16 +11,10 @@ from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
 from bertdist.core.terminal import excerpt
 from bertdist.data.readers.file_reader import FileReader, inspect_file
-from bertdist.data.records import LABEL_COLUMNS, TEXT_COLUMNS, TEXT_PAIR_COLUMNS
+from bertdist.data.records import HEADER_WORDS
 from bertdist.data_quality.findings import FindingBuilder
 from bertdist.data_quality.label_checks import SplitLabels
 
-HEADER_WORDS = {
-    *TEXT_COLUMNS,
-    *LABEL_COLUMNS,
-    *(name for pair in TEXT_PAIR_COLUMNS for name in pair),
-    *("text_a", "text_b", "id", "idx", "index", "qid"),
-}
 MIN_ROWS = 20  # of a table whose columns may be called swapped
 SENTENCE_WORDS = 5  # a column name with this many words is a sentence
 
@@ -104,38 +95,19 @@ def _check_unnamed_columns(
 ) -> None:
     """Columns after the last named one. They are read by naming all, with the header as a row."""
     try:
-        file = inspect_file(
-            path,
-            delimiter=data.delimiter,
-            quoting=data.quoting,
-            encoding=data.encoding,
-            column_names=None,
-        )
-        utf8 = file.encoding.lower() in ("utf-8", "utf8")
-        with Path(path).open(encoding="utf-8-sig" if utf8 else file.encoding, newline="") as lines:
-            reader = csv.reader(
-                lines,
-                delimiter=file.delimiter,
-                quoting=csv.QUOTE_MINIMAL if file.quoted else csv.QUOTE_NONE,
-            )
-            header = next((row for row in reader if row), [])
+        reader = FileReader(inspect_file(path, data))
+        header = reader.header()
         named = [index for index, name in enumerate(header) if name.strip()]
         names = [f"column {index}" for index in range(len(header))]
         unnamed = names[named[-1] + 1 :] if named else []
         if not unnamed:
             return
-        file = inspect_file(
-            path,
-            delimiter=file.delimiter,
-            quoting="double" if file.quoted else "none",
-            encoding=file.encoding,
-            column_names=names,
-        )
-        columns = FileReader(file).read(unnamed).columns
-    except (DataError, OSError, UnicodeError, csv.Error):  # reported when the split was loaded
+        reader.rename_columns(names)
+        columns = reader.read(unnamed).columns
+    except DataError:  # reported when the split was loaded
         return
     stripped = [pc.utf8_trim_whitespace(columns[name]).to_pylist() for name in unnamed]
-    values = list(zip(*(column[1 : num_rows + 1] for column in stripped), strict=True))
+    values = list(zip(*(column[:num_rows] for column in stripped), strict=True))
     rows = np.flatnonzero([any(value) for value in values])
     title, plural = "unnamed columns with content", "s" * (len(unnamed) > 1)
     meaning = (
@@ -145,7 +117,7 @@ def _check_unnamed_columns(
     advice = "Join them to the text in the source file, or drop these rows."
 
     def note(row: int) -> str:
-        return "unnamed: " + excerpt(file.delimiter.join(values[row]), 60)
+        return "unnamed: " + excerpt(reader.file.delimiter.join(values[row]), 60)
 
     build.add("overflow_columns", "warning", title, rows, meaning, advice, note=note)
 

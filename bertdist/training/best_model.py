@@ -79,9 +79,10 @@ class BestModel:
         """
         self.folder, self.tokenizer = Path(config.run.output_dir), tokenizer
         self.accelerator = accelerator
+        columns = rows.text_columns
         self.settings = {
             "max_length": config.model.max_length,
-            "text_column": rows.text_column,
+            "text_column": columns[0] if len(columns) == 1 else list(columns),
             "text_pair_column": rows.pair_column,
         }
         if accelerator.is_main_process:

@@ -31,14 +31,16 @@ from bertdist.data.readers.text_lines import (
     Offsets,
     Parsed,
     Rows,
-    first_duplicate,
     row_excerpt,
     rows_between,
     rows_of_lines,
 )
+from bertdist.data.records import HEADER_WORDS, LABEL_COLUMNS
 from bertdist.data.source import Column, SkippedRow
 
 BLOCK_BYTES = 1 << 30  # what pyarrow reads at once, and its longest row; its limit is 2 GiB
+# The first line of a file for Excel; not a row.
+SEP_LINE = re.compile(rb'"?sep=([^\r\n"])"?\r?\n', re.IGNORECASE)
 _BOM = b"\xef\xbb\xbf"
 _QUOTED_FIELD = re.compile(rb'"[^"]*(?:""[^"]*)*"(?!")')
 _QUOTE_ADVICE = (
@@ -271,7 +273,9 @@ def read_header(
     lines: the first of the file. None: the header continues beyond them. Raises DataError.
     """
     data = with_line_end(lines.data)
-    at = line = 0
+    sep = SEP_LINE.match(data)
+    at, line = (sep.end(), 1) if sep else (0, 0)
+    num_before = line
     if len(fmt.column_names) != 1:  # else a blank line is a row
         while at < len(lines.data) and (blank := blank_line_size(data, at)):
             at, line = at + blank, line + 1
@@ -281,7 +285,7 @@ def read_header(
     if not row.end:
         return None
     if row.error and not fmt.has_header:
-        return list(fmt.column_names), 0  # a row of data: `parse_csv` rejects it
+        return list(fmt.column_names), num_before  # a row of data: `parse_csv` rejects it
     if row.error:
         raise DataError(f"{fmt.name} line {1 + line + row.error_line}: {row.error}.")
     num_lines = line + data.count(b"\n", at, row.end)
@@ -291,18 +295,23 @@ def read_header(
     fields = [field.decode().replace(lines.cr_placeholder or "\r", "\r") for field in row.fields]
     location = f"{fmt.name} line {1 + line}"
     if fmt.has_header:
-        if twice := first_duplicate([name for name in fields if name]):
-            advice = "rename one, or give --column_names"
-            raise DataError(f"{location}: the header has two columns {twice!r}; {advice}.")
         return fields, num_lines
-    pairs = zip(fields, fmt.column_names, strict=False)
-    named = [field == name for field, name in pairs if name != "_"]
-    if len(named) > 1 and all(named):
+    if _is_header(fields, fmt.column_names):
         raise DataError(
-            f"{location} holds the names of --column_names: the file has a header; "
-            "remove --column_names."
+            f"{location} is a header ({', '.join(map(repr, fields[:5]))}), and --column_names is "
+            "for files without one; remove --column_names, or that line."
         )
-    return list(fmt.column_names), 0
+    return list(fmt.column_names), num_before
+
+
+def _is_header(fields: Sequence[str], column_names: Sequence[str]) -> bool:
+    """Whether the first row has the names of the columns, their own or usual ones."""
+    pairs = list(zip(fields, column_names, strict=False))
+    cells = [(field.strip().casefold(), name.casefold()) for field, name in pairs if name != "_"]
+    own = sum(field == name for field, name in cells)
+    usual = sum(field == name or field in HEADER_WORDS for field, name in cells)
+    is_label = any(field == name and name in LABEL_COLUMNS for field, name in cells)
+    return bool(cells) and (usual > 1 or own == len(cells) or is_label)
 
 
 def parse_csv(
@@ -320,6 +329,10 @@ def parse_csv(
     Raises DataError at what is not a row; with skip, it is skipped and returned as such.
     """
     data, num_fields = lines.data, len(names)
+    for name in wanted:
+        if names.count(name) > 1:
+            advice = "rename one; or remove the header, and name the columns with --column_names"
+            raise DataError(f"{fmt.name} line 1: the header has two columns {name!r}; {advice}.")
     indices = [names.index(name) for name in wanted] or [0]
     if scan is None and (lines.broken or not is_well_formed(fmt, data, limit)):
         scan = scan_rows(fmt, lines, num_fields, limit)

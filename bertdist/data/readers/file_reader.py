@@ -1,13 +1,13 @@
 """One file -> its columns, strictly: every row and every byte of a text arrives unchanged, or a
 DataError names the line.
 
-    file = inspect_file(path, delimiter=None, quoting="auto", encoding=None, column_names=None)
+    file = inspect_file(path, FileConfig())
     reader = FileReader(file)
     reader.read(["text", "label"])  # or: for chunk in reader.chunks(["text", "label"], state)
 
 `inspect_file` takes a local path or URL and what the flags say of its format, and detects the rest.
 Columns are Arrow large_string (csv, tsv, txt), Arrow of the file's own types (parquet), or Python
-lists (JSON lines).
+lists (JSON).
 
 How a text file is read in chunks:
 
@@ -17,24 +17,27 @@ How a text file is read in chunks:
 3. What parses a complete file parses the rows (`csv_reader`, `jsonl_reader`).
 
 So a chunk depends on the bytes of the file and on where it begins, and on nothing else: the same
-chunks come from the start and from the state of any chunk.
+chunks come from the start and from the state of any chunk. A JSON document is read at once, and
+sliced.
 """
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import xxhash
 
+from bertdist.core.config import FileConfig
 from bertdist.core.errors import DataError
 from bertdist.core.terminal import print_to_stderr
 from bertdist.data.readers.csv_reader import (
     BLOCK_BYTES,
+    SEP_LINE,
     ScanResult,
     find_row_end,
     last_line_end,
@@ -46,14 +49,24 @@ from bertdist.data.readers.remote import (
     OpenSeekable,
     Warn,
     check_local_file,
+    compression_in,
     compression_of,
+    decompressed,
     file_fingerprint,
     file_name,
     open_bytes,
     open_seekable,
+    open_stored,
     protocol_of,
 )
-from bertdist.data.readers.sniffing import HEAD_BYTES, detect_encoding, detect_table, head_as_utf8
+from bertdist.data.readers.sniffing import (
+    HEAD_BYTES,
+    detect_encoding,
+    detect_kind,
+    detect_table,
+    head_as_utf8,
+    reject_foreign,
+)
 from bertdist.data.readers.text_lines import (
     Buffer,
     FileFormat,
@@ -79,12 +92,17 @@ from bertdist.data.source import (
     RowLocations,
     first_rows_of_chunk,
     locate_lines,
+    locate_rows,
+    select_locations,
+    slice_chunk,
 )
 
 CHUNK_BYTES = 4 << 20
 # Longest row in chunks; with --on_bad_row skip, how far the end of a quote is searched.
 ROW_BYTES = 64 << 20
 KINDS = ("csv", "tsv", "jsonl", "json", "parquet", "txt")
+ALIASES = {"ndjson": "jsonl", "jsonlines": "jsonl", "tab": "tsv", "text": "txt"}
+SLICE_ROWS = 8192  # of a JSON document, per chunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,17 +112,7 @@ class DataFile(FileFormat):
     path: str
     open_bytes: OpenBytes
     open_seekable: OpenSeekable
-    is_detected: bool = False  # the format is neither the usual one nor set by flags
-
-    def describe(self) -> str | None:
-        """How the file is read, in one sentence, where that was detected."""
-        if not self.is_detected:
-            return None
-        sentence = f"{self.name}: read as {self.encoding}"
-        if not self.is_table:
-            return sentence
-        delimiter = "tab" if self.delimiter == "\t" else repr(self.delimiter)
-        return f"{sentence}, delimiter {delimiter}, {'' if self.quoted else 'un'}quoted"
+    note: str | None = None  # how it is read, where that is not what its name and the flags say
 
 
 class _Header(NamedTuple):
@@ -134,6 +142,7 @@ class FileReader:
     ) -> None:
         """fingerprint and size: of the bytes as stored, unless the file is local."""
         self.file, self.name, self.has_header = file, file.name, file.has_header
+        self.note = file.note
         self.skip = on_bad_row == "skip"
         self.chunk_bytes, self.row_bytes = chunk_bytes, row_bytes
         self.features: Any = None
@@ -149,7 +158,8 @@ class FileReader:
         if stored is None and os.path.isfile(file.path):
             stored = file_fingerprint(file.path)
         encoding = file.encoding.lower()
-        how = (file.kind, file.delimiter, file.quoted, encoding, file.column_names, self.skip)
+        kind = file.kind + (file.json_field or "")
+        how = (kind, file.delimiter, file.quoted, encoding, file.column_names, self.skip)
         return xxhash.xxh3_128_hexdigest(f"{stored} {how}".encode())
 
     def column_names(self) -> list[str]:
@@ -162,6 +172,16 @@ class FileReader:
                 return parquet_columns(self.name, self.file.open_seekable)
             names = self._read_header().names
         return [name for name in names if name and not (name == "_" and self.file.column_names)]
+
+    def header(self) -> list[str]:
+        """The names of all columns of a table, "" of those without one. Raises DataError."""
+        with reading(self.file.path):
+            return self._read_header().names
+
+    def rename_columns(self, names: list[str]) -> None:
+        """Read all columns of a table under other names. Raises DataError."""
+        with reading(self.file.path):
+            self._header = self._read_header()._replace(names=names)
 
     def read(self, columns: Sequence[str], num_rows: int | None = None) -> Chunk:
         """The first rows as one chunk. Its locations read the file again. Raises DataError."""
@@ -182,7 +202,7 @@ class FileReader:
             )
             if num_rows is None or num_rows >= parsed.num_rows:
                 return chunk
-            location = locate_lines(self.name, lines.first, parsed.rows().lines)
+            location = self._locations(lines, parsed.rows())
             chunk = first_rows_of_chunk(chunk._replace(location=location), num_rows)
         return chunk._replace(location=again.location)
 
@@ -195,6 +215,12 @@ class FileReader:
 
                 slices = (file.open_seekable, columns, state, self.chunk_bytes)
                 yield from read_slices(self.name, *slices)
+                return
+            if file.kind == "json":
+                chunk, start = self.read(columns), (state or {"row": 0})["row"]
+                # The skipped rows are in the first chunk.
+                for row in range(start, max(start + 1, chunk.num_rows), SLICE_ROWS):
+                    yield slice_chunk(chunk, row, row + SLICE_ROWS)
                 return
             header = self._read_header()
             if is_stateful(header.codec):
@@ -264,13 +290,16 @@ class FileReader:
     def _read_header(self) -> _Header:
         if self._header is None:
             with closing(self.file.open_bytes(0)) as stream:
-                self._header = self._header_of(Buffer(stream))
+                self._header = self._header_of(stream)
         return self._header
 
-    def _header_of(self, buffer: Buffer) -> _Header:
-        size = max(4, self.chunk_bytes)
+    def _header_of(self, stream: BinaryIO) -> _Header:
+        buffer, size = Buffer(stream), max(4, self.chunk_bytes)
         while True:
-            raw, is_all = buffer.first(size)
+            if self.file.kind == "json":
+                raw, is_all = read_all(stream), True
+            else:
+                raw, is_all = buffer.first(size)
             codec, mark = resolve_codec(self.file, raw)
             ends = line_ends(raw[mark:], codec)
             stop = len(raw) if is_all else mark + int(ends[-1]) if len(ends) else mark
@@ -320,8 +349,10 @@ class FileReader:
             return parse_csv(
                 self.file, lines, names, columns, skip=self.skip, limit=limit, scan=scan
             )
-        from bertdist.data.readers.jsonl_reader import parse_json, parse_txt
+        from bertdist.data.readers.jsonl_reader import parse_document, parse_json, parse_txt
 
+        if self.file.kind == "json":
+            return parse_document(self.file, lines, columns, skip=self.skip)
         if self.file.kind == "txt":
             return parse_txt(self.file, lines, columns)
         return parse_json(self.file, lines, columns, skip=self.skip, num_rows=num_rows)
@@ -334,10 +365,16 @@ class FileReader:
             lines = self._decode(read_all(stream), header.codec, header.state["line"])
         return self._parse(header, lines, columns, num_rows=num_rows), lines
 
-    def read_rows_again(self, columns: Sequence[str]) -> tuple[Lines, Rows]:
+    def read_rows_again(self, columns: Sequence[str]) -> tuple[Lines, Rows, RowLocations]:
         """The lines after the header, and the rows in them. As slow as `read`. Raises DataError."""
         parsed, lines = self._parse_all(columns)
-        return lines, parsed.rows()
+        rows = parsed.rows()
+        return lines, rows, self._locations(lines, rows)
+
+    def _locations(self, lines: Lines, rows: Rows) -> RowLocations:
+        if self.file.kind == "json":  # where `lines` are numbers in the list
+            return select_locations(locate_rows(self.name), rows.lines)
+        return locate_lines(self.name, lines.first, rows.lines)
 
 
 class _ReadAgain:
@@ -358,86 +395,139 @@ class _ReadAgain:
             return RowLocation(self._reader.name, row=row)
 
     def excerpts(self, rows: Sequence[int]) -> list[str]:
-        lines, positions = self._reader.read_rows_again(self._columns)
-        self._locate = locate_lines(self._reader.name, lines.first, positions.lines)
+        lines, positions, self._locate = self._reader.read_rows_again(self._columns)
         return row_excerpts(lines, positions, rows)
 
 
-def inspect_file(
-    path: str,
-    *,
-    delimiter: str | None,
-    quoting: str,
-    encoding: str | None,
-    column_names: list[str] | None,
-    warn: Warn = print_to_stderr,
-) -> DataFile:
-    """The file at a local path or URL, and its format: as the arguments say, else detected.
+def inspect_file(path: str, flags: FileConfig, warn: Warn = print_to_stderr) -> DataFile:
+    """The file at a local path or URL, and its format: as the flags say, else detected.
 
     `warn` gets one line about the first transient error of a remote file. Raises DataError where
-    there is no such file, its kind is unknown, or an argument cannot take effect.
+    there is no such file, its kind is unknown, or a flag cannot take effect.
     """
     is_local = protocol_of(path) is None
     if is_local:
         check_local_file(path)
     name = file_name(path)
-    extension = Path(Path(name).stem if compression_of(path) else name).suffix
-    kind = extension.lower().removeprefix(".")
-    if delimiter is not None and (kind == "txt" or kind not in KINDS):
-        # Many data sets call their tables train.txt, or have no extension.
-        kind = "tsv" if delimiter in ("tab", "\\t", "\t") else "csv"
-    _check_unused(name, kind, delimiter, quoting, encoding, column_names)
-    if twice := first_duplicate([column for column in column_names or () if column != "_"]):
+    extension = Path(Path(name).stem if compression_of(path) else name).suffix.lower()
+    by_name = extension.removeprefix(".")
+    by_name = ALIASES.get(by_name, by_name)
+    opener = partial(open_bytes, path, warn=warn)
+    seekable = partial(pa.OSFile, path) if is_local else partial(open_seekable, path, warn)
+    if by_name == "parquet" and flags.file_format in ("auto", "parquet"):
+        fmt = _format_by_flags(name, by_name, flags)
+        return DataFile(**asdict(fmt), path=path, open_bytes=opener, open_seekable=seekable)
+    with reading(name), closing(open_stored(path, warn)) as stored:
+        start = stored.read(4096)
+        stored.seek(0)
+        reject_foreign(path, start)
+        codec = compression_in(start, path)
+        head, is_all = Buffer(decompressed(path, stored, codec)).first(HEAD_BYTES)
+    reject_foreign(path, head)
+    fmt, note = _detect(name, by_name, head, is_all, flags)
+    if codec and fmt.kind == "parquet":
+        raise DataError(f"{path} is a compressed parquet file; decompress it.")
+    opener = partial(open_bytes, path, warn=warn, codec=codec)
+    return DataFile(**asdict(fmt), path=path, open_bytes=opener, open_seekable=seekable, note=note)
+
+
+def _format_by_flags(name: str, kind: str, flags: FileConfig) -> FileFormat:
+    """The usual format of a kind, with what the flags say. Raises DataError."""
+    _check_unused(name, kind, flags)
+    if twice := first_duplicate([column for column in flags.column_names or () if column != "_"]):
         raise DataError(
             f"--column_names has {twice!r} twice; a column that is not to be read is named '_'."
         )
-    fmt = FileFormat(
+    return FileFormat(
         name=name,
         kind=kind,
-        delimiter=_delimiter_of(kind, delimiter),
-        quoted=kind == "csv" if quoting == "auto" else quoting == "double",
-        encoding=encoding or "utf-8",
-        column_names=tuple(column_names or ()),
+        delimiter=_delimiter_of(kind, flags.delimiter),
+        quoted=kind == "csv" if flags.quoting == "auto" else flags.quoting == "double",
+        encoding=flags.encoding or "utf-8",
+        column_names=tuple(flags.column_names or ()),
+        json_field=flags.json_field,
     )
-    opener = partial(open_bytes, path, warn=warn)
-    detected: FileFormat | None = fmt
-    if kind != "parquet":
-        detected = _detect(fmt, opener, encoding is None, delimiter is None, quoting == "auto")
-    if detected is None:
-        raise DataError(
-            f"{path}: the extension {extension!r} is not known; expected .{', .'.join(KINDS)}, "
-            "or a table and its --delimiter."
+
+
+def _detect(
+    name: str, by_name: str, head: bytes, is_all: bool, flags: FileConfig
+) -> tuple[FileFormat, str | None]:
+    """The format of a file that begins with `head`, and a sentence if it is not the usual one.
+
+    Raises DataError where its kind is unknown, or a flag cannot take effect.
+    """
+    is_auto = flags.file_format == "auto"
+    kind = by_name if is_auto else flags.file_format
+    if is_auto and head.startswith(b"PAR1"):
+        fmt = _format_by_flags(name, "parquet", flags)
+        return fmt, f"{name}: read as parquet"
+    encoding = flags.encoding or detect_encoding(head, is_all) or "utf-8"
+    codec, mark = resolve_codec(FileFormat(name=name, kind=kind, encoding=encoding), head)
+    text = head_as_utf8(head[mark:], codec, is_all)
+    sep = SEP_LINE.match(text)
+    delimiter = flags.delimiter or (sep[1].decode() if sep else None)
+    if is_auto and delimiter is None:
+        kind = detect_kind(kind, text, is_all, flags.text_column or ())
+    if is_auto and (kind not in KINDS or kind == "txt") and (delimiter or flags.column_names):
+        # Many data sets call their tables train.txt, or have no extension.
+        is_tab = delimiter in ("tab", "\\t", "\t") or (delimiter is None and kind == "txt")
+        kind = "tsv" if is_tab else "csv" if delimiter else kind
+    usual = _format_by_flags(name, kind, replace(flags, delimiter=delimiter))
+    fmt, table = replace(usual, encoding=encoding), None
+    if kind not in ("jsonl", "json"):
+        text = text[sep.end() :] if sep else text
+        auto = {"delimiter": delimiter is None, "quoting": flags.quoting == "auto"}
+        table = detect_table(fmt, text, is_all, **auto) if any(auto.values()) else fmt
+    if kind == "txt":
+        return fmt, _describe(fmt, usual, by_name, flags, table is not None)
+    if kind not in ("jsonl", "json"):
+        if table is None:
+            raise DataError(
+                f"{name}: the kind of file is not known by its name, and its lines are not a "
+                "table; pass --file_format, such as csv, jsonl or txt, or --delimiter."
+            )
+        fmt = table
+    return fmt, _describe(fmt, usual, by_name, flags)
+
+
+def _describe(
+    fmt: FileFormat, usual: FileFormat, by_name: str, flags: FileConfig, ambiguous: bool = False
+) -> str | None:
+    """How the file is read, in one sentence; None where the name or the flags say it."""
+    is_flag = flags.file_format != "auto" or flags.delimiter is not None
+    other_kind = fmt.kind != by_name and by_name in KINDS and not is_flag
+    if fmt == usual and not other_kind and not ambiguous and fmt.kind != "json":
+        return None
+    if ambiguous:
+        return (
+            f"{fmt.name}: read as one text per line; --file_format csv or tsv reads it as a table"
         )
-    return DataFile(
-        **{each.name: getattr(detected, each.name) for each in fields(FileFormat)},
-        path=path,
-        open_bytes=opener,
-        open_seekable=partial(pa.OSFile, path) if is_local else partial(open_seekable, path, warn),
-        is_detected=detected != fmt,
-    )
+    parts = [fmt.encoding]
+    if fmt.is_table:
+        delimiter = "tab" if fmt.delimiter == "\t" else repr(fmt.delimiter)
+        parts += [f"delimiter {delimiter}", f"{'' if fmt.quoted else 'un'}quoted"]
+    elif fmt.kind == "json":
+        parts = ["one JSON document, held in memory"]
+    elif other_kind:
+        parts.insert(0, fmt.kind)
+    overrule = f"; --file_format {by_name} overrules" if other_kind else ""
+    return f"{fmt.name}: read as {', '.join(parts)}{overrule}"
 
 
-def _check_unused(
-    name: str,
-    kind: str,
-    delimiter: str | None,
-    quoting: str,
-    encoding: str | None,
-    column_names: list[str] | None,
-) -> None:
-    """Raises DataError where an argument cannot take effect."""
+def _check_unused(name: str, kind: str, flags: FileConfig) -> None:
+    """Raises DataError where a flag cannot take effect."""
+    is_table = kind in ("csv", "tsv") or kind not in KINDS
     given = {
-        "--delimiter": delimiter is not None,
-        "--column_names": bool(column_names),
-        "--quoting": quoting != "auto",
+        "--delimiter": flags.delimiter is not None and not is_table,
+        "--column_names": bool(flags.column_names) and not is_table,
+        "--quoting": flags.quoting != "auto" and not is_table,
+        "--json_field": flags.json_field is not None and kind != "json",
+        "--encoding": kind == "parquet"
+        and (flags.encoding or "utf-8").lower() not in ("utf-8", "utf8"),
     }
-    unused = [flag for flag, is_given in given.items() if is_given]
-    if kind not in KINDS or kind in ("csv", "tsv"):
-        unused = []
-    if kind == "parquet" and (encoding or "utf-8").lower() not in ("utf-8", "utf8"):
-        unused.append("--encoding")
-    if unused:
-        raise DataError(f"{name}: {unused[0]} cannot take effect on a .{kind} file; remove it.")
+    for flag, is_unused in given.items():
+        if is_unused:
+            raise DataError(f"{name}: {flag} cannot take effect on a .{kind} file; remove it.")
 
 
 def _delimiter_of(kind: str, delimiter: str | None) -> str:
@@ -450,18 +540,3 @@ def _delimiter_of(kind: str, delimiter: str | None) -> str:
             "or a line end, or 'tab'."
         )
     return delimiter
-
-
-def _detect(
-    fmt: FileFormat, opener: OpenBytes, encoding: bool, delimiter: bool, quoting: bool
-) -> FileFormat | None:
-    """`fmt` with those of the three that are True detected; None: the kind of file is unknown."""
-    with reading(fmt.name), closing(opener(0)) as stream:
-        head, is_all = Buffer(stream).first(HEAD_BYTES)
-    if encoding:
-        fmt = replace(fmt, encoding=detect_encoding(head, is_all) or "utf-8")
-    if fmt.kind in ("jsonl", "json", "txt") or not (delimiter or quoting):
-        return fmt
-    codec, mark = resolve_codec(fmt, head)
-    text = head_as_utf8(head[mark:], codec, is_all)
-    return detect_table(fmt, text, is_all, delimiter=delimiter, quoting=quoting)

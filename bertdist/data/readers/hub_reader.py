@@ -24,7 +24,14 @@ import xxhash
 from bertdist.core.errors import DataError, did_you_mean
 from bertdist.core.hub import explain_hub_error, probe_hub
 from bertdist.data.readers.remote import file_fingerprint, import_fsspec, open_seekable
-from bertdist.data.source import Chunk, ReaderState, chunk_of_columns
+from bertdist.data.source import (
+    Chunk,
+    Column,
+    ReaderState,
+    chunk_of_columns,
+    column_of,
+    nested_names,
+)
 
 ROWS = 1000  # per chunk
 _SAVED = ("dataset_dict.json", "state.json")  # in a folder of `save_to_disk`
@@ -69,7 +76,7 @@ class HubReader:
 
     def column_names(self) -> list[str]:
         """In their order. Raises DataError."""
-        return list(self.features)
+        return nested_names(self.features.arrow_schema)
 
     def chunks(self, columns: Sequence[str], state: ReaderState | None = None) -> Iterator[Chunk]:
         """The rows from `state` (None: the first row) to the last. Raises DataError."""
@@ -80,7 +87,7 @@ class HubReader:
                 continue
             next_table = partial(next, _tables_of_equal_size(read(at)), None)
             while (table := _as_data_error(self.name, next_table)) is not None:
-                arrays = {name: table.column(name) for name in columns}
+                arrays: dict[str, Column] = {name: column_of(table, name) for name in columns}
                 start = {"shard": shard, "at": at, "row": row}
                 yield chunk_of_columns(self.name, arrays, len(table), start)
                 at, row = at + len(table), row + len(table)
@@ -118,13 +125,13 @@ class HubReader:
 
     def _shards(self, columns: list[str]) -> list[Callable[[int], Iterator[pa.Table]]]:
         """Per shard what reads it from a row on; tables of any length."""
-        opened = self._open()
+        opened, roots = self._open(), [*dict.fromkeys(x.split(".")[0] for x in columns)]
         if isinstance(opened, dict):
-            dataset = opened[self.split].select_columns(columns).with_format("arrow")
+            dataset = opened[self.split].select_columns(roots).with_format("arrow")
             return [partial(_read_memory, dataset)]
         if opened.name == "parquet" and (files := self._files()):
             return [partial(_read_parquet, file, columns) for file in files]
-        stream = self._stream().select_columns(columns).with_format("arrow")
+        stream = self._stream().select_columns(roots).with_format("arrow")
         shards = (stream.shard(stream.num_shards, shard) for shard in range(stream.num_shards))
         return [partial(_read_stream, shard) for shard in shards]
 

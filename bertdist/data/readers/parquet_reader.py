@@ -11,8 +11,14 @@ import pyarrow.parquet
 
 from bertdist.core.errors import DataError
 from bertdist.data.readers.remote import OpenSeekable
-from bertdist.data.readers.text_lines import first_duplicate
-from bertdist.data.source import Chunk, ReaderState, chunk_of_columns
+from bertdist.data.source import (
+    Chunk,
+    Column,
+    ReaderState,
+    chunk_of_columns,
+    column_of,
+    nested_names,
+)
 
 MAX_SLICE_ROWS = 8192
 
@@ -20,16 +26,16 @@ MAX_SLICE_ROWS = 8192
 def parquet_columns(name: str, open_seekable: OpenSeekable) -> list[str]:
     """Names of the columns, in their order."""
     with _opened(name, open_seekable) as parquet:
-        return list(parquet.schema_arrow.names)
+        return nested_names(parquet.schema_arrow)
 
 
 def read_parquet(
     name: str, open_seekable: OpenSeekable, wanted: Sequence[str], num_rows: int | None
 ) -> Chunk:
     """The columns `wanted` of the first `num_rows` rows."""
-    with _opened(name, open_seekable) as parquet:
+    with _opened(name, open_seekable, wanted) as parquet:
         table = parquet.read(columns=list(wanted), use_threads=False).slice(0, num_rows)
-    columns = {column: table.column(column) for column in wanted}
+    columns: dict[str, Column] = {column: column_of(table, column) for column in wanted}
     return chunk_of_columns(name, columns, table.num_rows, {"group": 0, "row": 0})
 
 
@@ -42,7 +48,7 @@ def read_slices(
 ) -> Iterator[Chunk]:
     """In slices of about `slice_bytes`. A state within a row group reads all of the group."""
     state = state or {"group": 0, "row": 0}
-    with _opened(name, open_seekable) as parquet:
+    with _opened(name, open_seekable, wanted) as parquet:
         groups = [parquet.metadata.row_group(group) for group in range(parquet.num_row_groups)]
         row = sum(group.num_rows for group in groups[: state["group"]])
         for index in range(state["group"], len(groups)):
@@ -55,20 +61,24 @@ def read_slices(
                 use_threads=False,
             ):
                 if batch.num_rows and row >= state["row"]:
-                    columns = {name: pa.chunked_array([batch.column(name)]) for name in wanted}
+                    table = pa.Table.from_batches([batch])
+                    columns: dict[str, Column] = {name: column_of(table, name) for name in wanted}
                     start = {"group": index, "row": row}
                     yield chunk_of_columns(name, columns, batch.num_rows, start)
                 row += batch.num_rows
 
 
 @contextmanager
-def _opened(name: str, open_seekable: OpenSeekable) -> Iterator[pa.parquet.ParquetFile]:
+def _opened(
+    name: str, open_seekable: OpenSeekable, wanted: Sequence[str] = ()
+) -> Iterator[pa.parquet.ParquetFile]:
     with closing(open_seekable()) as source:
         try:
             parquet = pa.parquet.ParquetFile(source, pre_buffer=False)
             names = list(parquet.schema_arrow.names)
         except UnicodeDecodeError as error:
             raise DataError(f"{name}: the name of a column is not UTF-8 ({error}).") from None
-        if twice := first_duplicate(names):
-            raise DataError(f"{name} has two columns {twice!r}; rename one.")
+        for column in wanted:
+            if names.count(column) > 1:
+                raise DataError(f"{name} has two columns {column!r}; rename one.")
         yield parquet

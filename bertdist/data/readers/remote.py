@@ -52,6 +52,7 @@ SEEK_BUFFER_BYTES = 1 << 18  # what a random read may read too much
 EDGE_BYTES = 1 << 20  # at either end of a local file, for its fingerprint
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # file name extension -> pyarrow's codec
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # their first bytes
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # protocol -> extra of this package
 CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, must allow it; "
@@ -106,8 +107,16 @@ def file_name(path: str) -> str:
 
 
 def compression_of(path: str) -> str | None:
-    """`gzip`, `zstd`, or None."""
+    """`gzip` and `zstd` of .gz and .zst, else None."""
     return COMPRESSIONS.get(os.path.splitext(file_name(path))[1].lower())
+
+
+def compression_in(first: bytes, path: str) -> str | None:
+    """That of a file that begins with `first`; by its name where that is not text either."""
+    for magic, codec in _MAGIC.items():
+        if first.startswith(magic):
+            return codec
+    return compression_of(path) if first and min(first) < ord("\t") else None
 
 
 def redacted(path: str) -> str:
@@ -178,6 +187,8 @@ def check_local_file(path: str) -> None:
     if not os.path.exists(path):
         names = sorted(os.listdir(folder))
         raise DataError(f"{path}: no such file.{did_you_mean(Path(path).name, names)}")
+    if not os.path.isfile(path):  # a pipe or a device: every reader starts at the first byte
+        raise DataError(f"{path} is not a regular file; write its rows to a file first.")
 
 
 def _folder_error(path: str, extension: str) -> DataError:
@@ -185,21 +196,36 @@ def _folder_error(path: str, extension: str) -> DataError:
     return DataError(f"{path} is a folder; expected a file, or a pattern such as {example}.")
 
 
-def open_bytes(path: str, at: int = 0, warn: Warn | None = None) -> BinaryIO:
-    """The decompressed bytes from byte `at` on; those before it are decompressed and dropped.
+def open_stored(path: str, warn: Warn | None = None) -> BinaryIO:
+    """The bytes as stored, to be read in order.
 
     `warn` gets one line about the first transient error. Raises DataError, now or while it is read.
     """
-    codec = compression_of(path)
+    return _open(path, REQUEST_BYTES, warn)
+
+
+def open_bytes(
+    path: str, at: int = 0, warn: Warn | None = None, codec: str | None = None
+) -> BinaryIO:
+    """The bytes from byte `at` on, decompressed; those before it are decompressed and dropped.
+
+    codec: of `compression_in`. Otherwise as `open_stored`.
+    """
+    stream = open_stored(path, warn)
     if codec is None:
-        stream = _open(path, REQUEST_BYTES, warn)
         stream.seek(at)
         return stream
-    raw = _Decompressed(path, _open(path, REQUEST_BYTES, warn), codec)
-    stream = io.BufferedReader(raw, EDGE_BYTES)
+    stream = decompressed(path, stream, codec)
     while at > 0 and (skipped := stream.read(min(at, EDGE_BYTES))):
         at -= len(skipped)
     return stream
+
+
+def decompressed(path: str, stored: BinaryIO, codec: str | None) -> BinaryIO:
+    """What the stored bytes of a file are, decompressed. path: for messages."""
+    if codec is None:
+        return stored
+    return io.BufferedReader(_Decompressed(path, stored, codec), EDGE_BYTES)
 
 
 def open_seekable(path: str, warn: Warn | None = None) -> BinaryIO:

@@ -1,23 +1,28 @@
-"""Detects how a text file is written from its first bytes (HEAD_BYTES): encoding, delimiter,
-quoting.
+"""Detects what a file is from its name and first bytes (HEAD_BYTES): its kind, encoding, delimiter
+and quoting. All commands use the same rule.
 
 Each rule prefers to detect nothing: then the reader fails, and its message names the line, the byte
-and the flag.
+and the flag. What is detected is printed (`DataFile.note`).
 
 1. A byte order mark of UTF-16 or UTF-32 decides. What is valid UTF-8 is UTF-8.
 2. Else cp1252, if at least MIN_SPECIAL characters are not ASCII, and they are less than MAX_SHARE
    of the text: English with some quotes, dashes and pound signs, from Windows. Text of other
-   languages needs --encoding, as the same bytes are letters in many code pages. What is detected is
-   printed (`DataFile.describe`).
-3. The delimiter is the usual one for the file name extension, unless exactly one other gives all
-   lines the same number of fields. In tsv files quotes are text (else ChnSentiCorp would lose 454
+   languages needs --encoding, as the same bytes are letters in many code pages.
+3. The kind is that of the file name extension, unless the content is JSON, parquet, or, in a .txt,
+   a table: its first line has the names of columns, or most lines have as many tabs as the first.
+4. The delimiter is that of Excel's line `sep=;`, if the file begins with one. Else it is the usual
+   one for the file name extension, unless exactly one other gives all lines the same number of
+   fields. In tsv files quotes are text (else ChnSentiCorp would lose 454
    rows), unless only reading them as quotes gives all lines the same number of fields.
 """
 
 import codecs
+import json
 import re
+from collections.abc import Collection
 from dataclasses import replace
 
+from bertdist.core.errors import DataError
 from bertdist.data.readers.csv_reader import (
     blank_line_size,
     is_well_formed,
@@ -26,15 +31,95 @@ from bertdist.data.readers.csv_reader import (
     with_line_end,
 )
 from bertdist.data.readers.text_lines import FileFormat, Lines, escape_carriage_returns, line_ends
+from bertdist.data.records import HEADER_WORDS, TEXT_COLUMNS
 
 HEAD_BYTES = 1 << 20
 MIN_SPECIAL = 8  # fewer characters above ASCII prove nothing
 MAX_SHARE = 1 / 200  # of characters above ASCII, in English text
 DELIMITERS = {",": "csv", "\t": "tsv", ";": "csv", "|": "csv"}  # delimiter -> whose quoting it has
 
+MIN_SHARE = 0.9  # of lines with as many tabs as the first, in a table
+
+_FOREIGN = {  # first bytes -> what the file is, and what to do
+    b"BZh": "a bzip2 file; decompress it with bunzip2",
+    b"\xfd7zXZ": "an xz file; decompress it with unxz",
+    b"7z\xbc\xaf": "a 7z archive; unpack it first",
+    b"Rar!": "a rar archive; unpack it first",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook (.xls); save it as CSV UTF-8",
+    b"ARROW1": "an Arrow file; write it as parquet",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; run git lfs pull",
+    b"<!doctype html": "a web page, not data; check the URL (it must be the link to the file)",
+    b"<html": "a web page, not data; check the URL (it must be the link to the file)",
+}
+_JSON_ROWS = re.compile(rb'\s*\[\s*\{\s*"')
+
 _UTF8_SEQUENCE = re.compile(
     rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}"
 )
+
+
+def reject_foreign(path: str, head: bytes) -> None:
+    """Raises DataError where the first bytes are those of a format that is not read."""
+    start, problem = head[:24].lower(), None
+    for magic, meaning in _FOREIGN.items():
+        if start.startswith(magic.lower()):
+            problem = meaning
+    if head.startswith(b"PK\x03\x04"):
+        is_sheet = re.search(rb"\[Content_Types\]|xl/|opendocument", head)
+        problem = "a zip archive; unpack it with unzip"
+        problem = "an Excel workbook (.xlsx); save it as CSV UTF-8" if is_sheet else problem
+    if head[257:262] == b"ustar":
+        problem = "a tar archive; unpack it with tar xf"
+    if problem:
+        raise DataError(f"{path} is {problem}.")
+
+
+def detect_kind(kind: str, head: bytes, is_all: bool, text_columns: Collection[str]) -> str:
+    """The kind of a file whose name says `kind`, and which begins with `head`, in UTF-8.
+
+    text_columns: names that were requested.
+    """
+    if (json_kind := _json_kind(kind, head, is_all)) is not None:
+        return json_kind
+    if kind != "txt":
+        return kind
+    lines = [line for line in head.split(b"\n")[: None if is_all else -1] if line.strip()]
+    first = lines[0].decode(errors="replace") if lines else ""
+    for sign in DELIMITERS:
+        fields = [field.strip().strip('"') for field in first.split(sign)]
+        usual = bool(text_columns) or len(HEADER_WORDS.intersection(fields)) > 1
+        if len(fields) > 1 and usual and {*fields} & {*(text_columns or TEXT_COLUMNS)}:
+            return "tsv" if sign == "\t" else "csv"
+    tabs = lines[0].count(b"\t") if lines else 0
+    share = sum(line.count(b"\t") == tabs for line in lines) / max(1, len(lines))
+    return "tsv" if tabs and len(lines) > 1 and share >= MIN_SHARE else kind
+
+
+def _json_kind(kind: str, head: bytes, is_all: bool) -> str | None:
+    """`jsonl`, or `json` where the file is one document; None: neither, or not certain."""
+    text, is_json = head.lstrip(), kind in ("json", "jsonl")
+    first, _, rest = text.partition(b"\n")
+    if text.startswith(b"["):
+        return "json" if is_json or _JSON_ROWS.match(text) else None
+    value = _json_object(first)
+    if value:
+        has_list = any(
+            isinstance(item, list) and item[:1] and isinstance(item[0], dict)
+            for item in value.values()
+        )
+        return "json" if kind == "json" and is_all and not rest.strip() and has_list else "jsonl"
+    if not is_json or not text.startswith(b"{"):
+        return None
+    second = rest.lstrip().partition(b"\n")[0]
+    return kind if (kind == "jsonl" and first.strip() != b"{") or _json_object(second) else "json"
+
+
+def _json_object(line: bytes) -> dict[str, object] | None:
+    try:
+        value = json.loads(line) if line.startswith(b"{") else None
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def detect_encoding(head: bytes, is_all: bool) -> str | None:
@@ -43,6 +128,11 @@ def detect_encoding(head: bytes, is_all: bool) -> str | None:
         return "utf-32"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
+    for first, codec in ((0, "utf-16-be"), (1, "utf-16-le")):
+        # ASCII in UTF-16, without a mark: every other byte is 0.
+        zeros = head[first::2].count(0), head[1 - first :: 2].count(0)
+        if zeros[0] > len(head) / 4 and not zeros[1]:
+            return codec
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head, final=is_all)
         return "utf-8"

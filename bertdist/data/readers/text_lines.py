@@ -45,6 +45,7 @@ class FileFormat:
     quoted: bool = False
     encoding: str = "utf-8"
     column_names: tuple[str, ...] = ()  # (): the file has a header
+    json_field: str | None = None  # of a JSON document: the key of the list of rows
 
     @property
     def is_table(self) -> bool:

@@ -128,8 +128,8 @@ def test_a_config_cannot_be_changed() -> None:
         (["--use_cpu", "no"], "use_cpu", False),
         (["--metrics", "accuracy", "f1"], "metrics", ["accuracy", "f1"]),
         (["--label_names", "-1", "0", "1"], "label_names", ["-1", "0", "1"]),
-        (["--text_column=-x"], "text_column", "-x"),
-        (["--text_column="], "text_column", ""),
+        (["--text_pair_column=-x"], "text_pair_column", "-x"),
+        (["--text_pair_column="], "text_pair_column", ""),
         (["--seed", "1", "--seed", "2"], "seed", 2),
         ([], "max_length", 128),
         ([], "dropout", None),
@@ -360,16 +360,16 @@ def test_all_problems_are_reported_at_once() -> None:
     ("text", "name", "value"),
     [
         ("mixed_precision: no", "mixed_precision", "no"),  # YAML 1.1 would say False
-        ("text_column: no", "text_column", "no"),
-        ("text_column: 12", "text_column", "12"),
-        ("text_column: 1_000", "text_column", "1_000"),
-        ("text_column: 2001-01-01", "text_column", "2001-01-01"),
-        ("text_column: 'null'", "text_column", "null"),
-        ('text_column: "~"', "text_column", "~"),
-        ('text_column: "a\\tb"', "text_column", "a\tb"),
-        ("text_column: 'a: b # c'", "text_column", "a: b # c"),
-        ("text_column: -x", "text_column", "-x"),
-        ("text_column: über", "text_column", "über"),
+        ("text_pair_column: no", "text_pair_column", "no"),
+        ("text_pair_column: 12", "text_pair_column", "12"),
+        ("text_pair_column: 1_000", "text_pair_column", "1_000"),
+        ("text_pair_column: 2001-01-01", "text_pair_column", "2001-01-01"),
+        ("text_pair_column: 'null'", "text_pair_column", "null"),
+        ('text_pair_column: "~"', "text_pair_column", "~"),
+        ('text_pair_column: "a\\tb"', "text_pair_column", "a\tb"),
+        ("text_pair_column: 'a: b # c'", "text_pair_column", "a: b # c"),
+        ("text_pair_column: -x", "text_pair_column", "-x"),
+        ("text_pair_column: über", "text_pair_column", "über"),
         ("learning_rate: 1e-4", "learning_rate", 0.0001),  # YAML 1.1 would say the string '1e-4'
         ("learning_rate: 0.0001", "learning_rate", 0.0001),
         ("learning-rate: 1e-4", "learning_rate", 0.0001),
@@ -488,7 +488,7 @@ FULL = [  # every setting has a value here in one of them
     "--label_columns a b --max_train_samples 5 --max_eval_samples 6 --validation_file=v.tsv --encoding=latin-1 --dropout=0.1",
     "--accept_changed_data --on_nan skip --max_nan_steps 3 --detect_anomaly",
     "--on_bad_row skip --max_bad_rows 7 --streaming --stream_window 64 --stream_sharding by_file",
-    "--train_weights 0.5",
+    "--train_weights 0.5 --file_format json --json_field data",
     "--problem_type=regression --label_names 1 01 no --class_weights 1 2 --metrics mse --metric_for_best_model=loss --use_cpu",
     "--label_smoothing_factor 0.1 --train_batch_size 8 --tokens_per_micro_batch 64 --dataloader_num_workers 0 --gradient_checkpointing",
     "--learning_rate 1e-5 --weight_decay 1e-8 --adam_beta1 0.8 --adam_beta2 0.95 --adam_epsilon 1e-6 --max_grad_norm 0 --warmup_steps 3",
@@ -550,7 +550,7 @@ ODD = ["no", "null", "~", "", "1e-4", "0x1", "=", "- a", "a: b", "{", "&x", "!t"
 def test_any_text_survives_the_written_file(
     text: str, names: list[str], file: Callable[[str], list[str]]
 ) -> None:
-    config = read_config([*NEEDED, f"--text_column={text}"])
+    config = read_config([*NEEDED, f"--text_pair_column={text}"])
     config = dataclasses.replace(config, task=dataclasses.replace(config.task, label_names=names))
     assert read_config(file(config_to_yaml(config))) == config
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bertdist.core.config import FileConfig
 from bertdist.core.errors import DataError
 from bertdist.data.columns import (
     Problems,
@@ -222,7 +223,7 @@ def test_the_same_rows_are_left_out_of_pieces_and_of_the_whole(tmp_path: Path, k
             for name, c in (("text", texts), ("label", labels))
         }
         pq.write_table(pa.table(columns), path, row_group_size=70)
-    file = inspect_file(str(path), delimiter=None, quoting="auto", encoding=None, column_names=None)
+    file = inspect_file(str(path), FileConfig())
     rows, bad, _ = read(FileReader(file, on_bad_row="skip").read(["text", "label"]), None)
     if (
         kind == "csv"

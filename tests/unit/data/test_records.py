@@ -27,11 +27,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertdist.core.config import DataConfig
+from bertdist.core.config import DataConfig, FileConfig
 from bertdist.core.errors import DataError
 from bertdist.data.loading import load_records, load_texts
 from bertdist.data.readers import csv_reader
-from bertdist.data.records import Record, Records, concat_records, records_from_texts
+from bertdist.data.records import ColumnNames, Record, Records, concat_records, records_from_texts
 
 Write = Callable[[str, str | bytes], str]
 
@@ -53,13 +53,8 @@ def train(path: str, **settings: Any) -> Records:
 
 
 def texts_of(path: str, **settings: Any) -> Records:
-    plain: dict[str, Any] = {
-        "text_column": None,
-        "text_pair_column": None,
-        "column_names": None,
-        "delimiter": None,
-    }
-    return load_texts(path, **{**plain, "quoting": "auto", "encoding": "utf-8", **settings})
+    trained = ColumnNames(None, None, None, None)
+    return load_texts(path, FileConfig(**{"encoding": "utf-8", **settings}), trained)
 
 
 def rows_of(records: Records) -> list[Record]:
@@ -608,7 +603,7 @@ def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
             "a.tsv",
             "text\tlabel\na\t1\n",
             {"column_names": ["text", "label"]},
-            "a.tsv line 1 holds the names of --column_names",
+            "a.tsv line 1 is a header ('text', 'label'), and --column_names is for files without one",
         ),
         (
             "a.csv",
@@ -634,21 +629,26 @@ def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
             {"quoting": "none"},
             "a.jsonl: --quoting cannot take effect",
         ),
-        ("a.txt", "a\n", {}, "a .txt file has no labels; expected .csv, .tsv, .jsonl or .parquet."),
+        (
+            "a.txt",
+            "a\n",
+            {},
+            "a.txt is read as one text per line, without labels; for a table pass --delimiter",
+        ),
         (
             "a.xlsx",
             "",
             {},
-            "the extension '.xlsx' is not known; expected .csv, .tsv, .jsonl, .json, .parquet, .txt, or a table and its --delimiter.",
+            "a.xlsx: the kind of file is not known by its name, and its lines are not a table; pass --file_format",
         ),
         ("a.parquet", "no parquet", {}, "a.parquet cannot be read: "),
         (
             "a.json",
-            '[{"text": "a", "label": 1}]',
+            '[{"text": "a", "label": 1}, 7]',
             {},
-            "a.json starts with '[': it is one JSON array, expected one object per line",
+            "a.json row 1: expected a JSON object with keys, found 7",
         ),
-        ("a.json", '{\n "text": "a"\n}', {}, "a.json line 1: not JSON: "),
+        ("a.json", '{\n "text": "a"\n}', {}, "a.json: expected a list of objects"),
         (
             "a.jsonl",
             '{"text": "a", "label": 1}\n\n{"text": "b" "label": 1}\n',
@@ -671,9 +671,14 @@ def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
             "a.jsonl",
             '{"text": "a", "label": 1, "text": "b"}\n',
             {},
-            "a.jsonl line 1: not JSON: the key 'text' occurs twice",
+            "a.jsonl line 1: the key 'text' occurs twice",
         ),
-        ("a.jsonl", "[" * 100_000 + "\n", {}, "a.jsonl starts with '['"),
+        (
+            "a.jsonl",
+            "[" * 100_000 + "\n",
+            {},
+            "a.jsonl: not JSON: maximum recursion depth exceeded",
+        ),
         ("a.jsonl", '{"a":' * 100_000 + "\n", {}, "a.jsonl line 1: not JSON: "),
         (
             "a.jsonl",
@@ -907,8 +912,9 @@ def test_a_delimiter_makes_a_table_of_a_file_with_another_ending(write: Write) -
     assert train(write("Collection", 'label;text\n1;"a;b"\n'), delimiter=";")[0] == Record(
         0, "a;b", None, "1"
     )
-    assert "a .txt file has no labels" in refusal(
-        lambda: train(write("a.txt", "text\tlabel\na\t1\n"))
+    records = train(write("a.txt", "text\tlabel\na\t1\n"))
+    assert records[0] == Record(0, "a", None, "1") and records.format_notes == (
+        "a.txt: read as utf-8, delimiter tab, unquoted; --file_format txt overrules",
     )
 
 
@@ -1256,12 +1262,12 @@ def test_texts_and_second_texts_are_as_many() -> None:
 
 def test_txt_is_for_prediction_and_has_no_pairs(write: Write) -> None:
     path = write("a.txt", "a\nb\n")
-    records = texts_of(
-        path, text_column="sentence"
-    )  # what the model was trained with; a .txt has but one column
+    trained = ColumnNames("sentence", None, None, None)  # a .txt has but one column
+    records = load_texts(path, FileConfig(), trained)
     assert rows_of(records) == [Record(0, "a", None, None), Record(1, "b", None, None)]
     assert (records.label_kind, records.label_values, records.label_codes) == (None, [], None)
     assert "one text per line, no pairs" in refusal(lambda: texts_of(path, text_pair_column="b"))
+    assert "--text_column cannot take effect" in refusal(lambda: texts_of(path, text_column="b"))
 
 
 def _read(records: Records, queue: Any) -> None:
@@ -1291,7 +1297,7 @@ def test_local_files_do_not_pay_for_datasets(write: Write) -> None:
         == "False\n"
     )
     program = (
-        "import sys; from bertdist.core.config import DataConfig; before = 'datasets' in sys.modules; from bertdist.data.loading import load_records;"
+        "import sys; from bertdist.core.config import DataConfig, FileConfig; before = 'datasets' in sys.modules; from bertdist.data.loading import load_records;"
         f"load_records(DataConfig(train_file=[{path!r}]), 'train'); print(('datasets' in sys.modules) == before)"
     )
     assert (

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import MemoryRows, not_utf8
 
-from bertdist.core.config import DataConfig
+from bertdist.core.config import DataConfig, FileConfig
 from bertdist.core.errors import DataError
 from bertdist.data import records as records_module
 from bertdist.data import streaming as stream
@@ -286,7 +286,7 @@ def parquet_rows(path: Path, wrong: Sequence[int], on_bad_row: OnBadRow = "skip"
     """40 rows in 4 groups, some of them with a text that is not UTF-8."""
     texts = not_utf8([f"{path.stem} {row}" for row in range(40)], wrong)
     pq.write_table(pa.table({"text": texts, "label": ["no", "yes"] * 20}), path, row_group_size=10)
-    told = inspect_file(str(path), delimiter=None, quoting="auto", encoding=None, column_names=None)
+    told = inspect_file(str(path), FileConfig())
     return FileReader(told, on_bad_row=on_bad_row)
 
 

@@ -102,7 +102,7 @@ def test_flags_of_model_and_folds_become_settings(tmp_path: Path) -> None:
     assert (issues.model, issues.folds, train.data.text_column) == (
         "out/best",
         None,
-        "t",
+        ["t"],
     )
     (tmp_path / "run.yaml").write_text(
         "folds: 4\nlearning_rate: 1e-4\nvalidation_file: dev.tsv\nrank_by: normalized_margin\n"

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bertdist.core.config import FileConfig
 from bertdist.core.errors import DataError
 from bertdist.data.readers import csv_reader, file_reader
 from bertdist.data.readers.file_reader import DataFile, FileReader, inspect_file
@@ -441,7 +442,7 @@ def _plain(content: bytes, at: int) -> BinaryIO:
 
 
 def inspect(path: str | Path) -> DataFile:
-    return inspect_file(str(path), delimiter=None, quoting="auto", encoding=None, column_names=None)
+    return inspect_file(str(path), FileConfig())
 
 
 def unpacked(content: bytes, at: int) -> BinaryIO:
@@ -457,11 +458,12 @@ def test_the_kind_of_a_remote_file_is_before_its_compression(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = gzip.compress(b"text;label\na,b;1\nc;2\n")
+    monkeypatch.setattr(file_reader, "open_stored", lambda path, warn: io.BytesIO(content))
     monkeypatch.setattr(
-        file_reader, "open_bytes", lambda path, at=0, warn=None: unpacked(content, at)
+        file_reader, "open_bytes", lambda path, at=0, warn=None, codec=None: unpacked(content, at)
     )
     file = inspect(url)
-    assert (file.kind, file.delimiter, file.describe()) == (
+    assert (file.kind, file.delimiter, file.note) == (
         "csv",
         ";",
         f"{file.name}: read as utf-8, delimiter ';', quoted",

@@ -1,9 +1,16 @@
 """One row a line, whatever stands in it: objects, and lines of text."""
 
+from dataclasses import replace
+
 import pytest
 
 from bertdist.core.errors import DataError
-from bertdist.data.readers.jsonl_reader import parse_json, parse_txt, read_keys
+from bertdist.data.readers.jsonl_reader import (
+    parse_document,
+    parse_json,
+    parse_txt,
+    read_keys,
+)
 from bertdist.data.readers.text_lines import FileFormat, Lines
 
 JSON = FileFormat(name="a.jsonl", kind="jsonl")
@@ -44,8 +51,87 @@ def test_keys_are_those_of_the_first_object() -> None:
         read_keys(JSON, Lines(b"no\n{'a'\n", 1, {}), False, True) is None
     )  # it may stand further down
     assert read_keys(JSON, Lines(b"\n", 1, {}), True, False) == []
-    with pytest.raises(DataError, match="starts with"):
-        read_keys(JSON, Lines(b" \n[1]\n", 1, {}), True, True)
+    with pytest.raises(DataError, match="expected a JSON object with keys, found"):
+        read_keys(JSON, Lines(b" \n[1]\n", 1, {}), True, False)
+
+
+def test_keys_that_most_of_the_first_objects_have_are_columns_too() -> None:
+    """A key that the first row lacks is a column, and that row is wrong; a rare key is not."""
+    rows = b'{"t": 1}\n{"t": 1, "l": {"x": 2}}\n{"t": 1, "l": {"x": 3}, "rare": 0}\n{"t": 1}\n'
+    names = read_keys(JSON, Lines(rows + b'{"l": {"x": 4}}\nno\n', 1, {}), True, False)
+    assert names == ["t", "l", "l.x"]
+    found = parse_json(JSON, Lines(rows, 1, {}), ["t", "l.x"], skip=True)
+    assert found.columns == {"t": [1, 1], "l.x": [2, 3]}
+    assert [row.line for row in found.skipped] == [1, 4]
+
+
+def test_a_key_that_occurs_twice_matters_where_it_is_read() -> None:
+    lines = Lines(b'{"t": "a", "id": 1, "id": 2, "m": {"x": 1, "x": 1}}\n', 1, {})
+    assert parse_json(JSON, lines, ["t"], skip=False).columns == {"t": ["a"]}
+    for name in ("id", "m.x"):
+        with pytest.raises(DataError, match=rf"^a\.jsonl line 1: the key '{name}' occurs twice"):
+            parse_json(JSON, lines, [name], skip=False)
+
+
+DOCUMENT = FileFormat(name="a.json", kind="json")
+OBJECTS = '{"t": "é", "m": {"x": [1]}}, {"t": "]}", "m": {"x": []}}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"[{OBJECTS}]",
+        f"[\n{OBJECTS.replace('}, ', '},' + chr(10))}\n]\n",
+        f'{{"version": "1", "data": [{OBJECTS}], "tags": ["a"], "empty": []}}',
+        f'{{"a": {{"n": 1, "rows": [{OBJECTS}]}}}}',
+        OBJECTS.replace("}, ", "}\n\n "),
+    ],
+)
+def test_a_json_document_has_one_list_of_rows(text: str) -> None:
+    lines = Lines(text.encode(), 1, {})
+    assert read_keys(DOCUMENT, lines, True, False) == ["t", "m", "m.x"]
+    found = parse_document(DOCUMENT, lines, ["t", "m.x"], skip=False)
+    assert found.columns == {"t": ["é", "]}"], "m.x": [[1], []]}
+    rows = found.rows()
+    assert rows.lines.tolist() == [0, 1]
+    for row, start in enumerate(('{"t": "é"', '{"t": "]}"')):
+        content = lines.data[rows.starts[row] : rows.ends[row]].decode()
+        assert content.startswith(start) and content.endswith("}}")
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "message"),
+    [
+        ('{"train": [{"t": 1}], "dev": [{"t": 2}, {"t": 3}]}', None, "has several lists of rows"),
+        ('{"train": [{"t": 1}]}', "trian", "is no list. Did you mean 'train'"),
+        ('{"t": {"0": "a"}}', None, "expected a list of objects, or one object per line"),
+        ('[{"t": 1}', None, "a.json line 1: not JSON: expected ',' or ']'"),
+        ('[{"t": 1},\n{"t" 1}]', None, "a.json line 2: not JSON: "),
+        ('[{"t": 1},', None, "a.json line 1: not JSON: "),
+        ('{"data": [{"t": 1}', None, "a.json line 1: not JSON: "),
+        ('{"data"', None, "a.json line 1: not JSON: expected a key and ':'"),
+        ("[" * 100_000, None, "a.json: not JSON: "),
+        ('{"a":' * 100_000, None, "a.json: not JSON: "),
+        ('[{"t": NaN}]', None, "a.json: not JSON: NaN is not a JSON number"),
+        ('[{"t": 1}, 7]', None, "a.json row 1: expected a JSON object with keys, found 7"),
+        ('[{"t": 1}, {"u": 1}]', None, "a.json row 1: the key 't' is missing"),
+    ],
+)
+def test_a_json_document_that_is_not_rows_is_refused(
+    text: str, field: str | None, message: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        fmt = replace(DOCUMENT, json_field=field)
+        parse_document(fmt, Lines(text.encode(), 1, {}), ["t"], skip=False)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_list_is_chosen_and_its_bad_items_are_skipped() -> None:
+    text = '{"train": [{"t": 1}], "dev": [{"t": 2}, 7, {"t": 3}]}'
+    fmt = replace(DOCUMENT, json_field="dev")
+    found = parse_document(fmt, Lines(text.encode(), 1, {}), ["t"], skip=True)
+    assert found.columns == {"t": [2, 3]} and found.rows().lines.tolist() == [0, 2]
+    assert [row.location for row in found.skipped] == ["a.json row 1"]
 
 
 def test_every_line_of_a_txt_is_a_row() -> None:

@@ -73,11 +73,34 @@ def test_the_first_rows_and_their_locations() -> None:
     assert piece.excerpts([6, 0]) == ['{"c": [6], "a": "t6"}', '{"c": [0], "a": "t0"}']
 
 
-def test_two_columns_of_one_name_are_refused() -> None:
+def test_two_columns_of_one_name_are_refused_where_they_are_read() -> None:
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), sink)
-    with pytest.raises(DataError, match=r"x\.parquet has two columns 'a'; rename one"):
-        parquet_columns("x.parquet", partial(io.BytesIO, sink.getvalue()))
+    columns = [pa.array([1]), pa.array([2]), pa.array([3])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["a", "a", "b"]), sink)
+    opened = partial(io.BytesIO, sink.getvalue())
+    assert parquet_columns("x.parquet", opened) == ["a", "a", "b"]
+    assert read_parquet("x.parquet", opened, ["b"], None).columns["b"].to_pylist() == [3]  # type: ignore[union-attr]
+    for read in (
+        lambda: read_parquet("x.parquet", opened, ["a"], None),
+        lambda: next(read_slices("x.parquet", opened, ["a"], None, 1)),
+    ):
+        with pytest.raises(DataError, match=r"x\.parquet has two columns 'a'; rename one"):
+            read()
+
+
+def test_a_field_of_a_struct_is_a_column() -> None:
+    sink = io.BytesIO()
+    rows = [{"m": {"t": "a", "n": {"l": 1}}}, {"m": None}, {"m": {"t": "b", "n": None}}]
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    opened = partial(io.BytesIO, sink.getvalue())
+    assert parquet_columns("x.parquet", opened) == ["m", "m.t", "m.n", "m.n.l"]
+    wanted = ["m.t", "m.n.l"]
+    for piece in (
+        read_parquet("x.parquet", opened, wanted, None),
+        next(read_slices("x.parquet", opened, wanted, None, 1 << 20)),
+    ):
+        found = [piece.columns[name].to_pylist() for name in wanted]  # type: ignore[union-attr]
+        assert found == [["a", None, "b"], [1, None, None]]
 
 
 def test_bytes_that_are_not_utf8_are_shown_as_escapes() -> None:

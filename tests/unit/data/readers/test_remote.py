@@ -27,6 +27,7 @@ from bertdist.core.errors import DataError
 from bertdist.data.readers import remote
 from bertdist.data.readers.remote import (
     FIRST_TRIES,
+    compression_of,
     file_fingerprint,
     file_info,
     file_name,
@@ -56,7 +57,7 @@ def zstd(data: bytes) -> bytes:
 
 
 def read(address: str, at: int = 0) -> bytes:
-    with open_bytes(address, at) as stream:
+    with open_bytes(address, at, codec=compression_of(address)) as stream:
         return stream.read()
 
 

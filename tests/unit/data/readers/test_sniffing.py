@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bertdist.core.config import FileConfig
 from bertdist.core.errors import DataError
 from bertdist.data.readers.file_reader import DataFile, FileReader, inspect_file
 from bertdist.data.readers.sniffing import detect_encoding
@@ -114,8 +115,7 @@ def test_utf8_with_a_few_wrong_bytes_is_no_cp1252() -> None:
 
 def found(path: Path, content: str | bytes, **flags: Any) -> DataFile:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    given = {"delimiter": None, "quoting": "auto", "encoding": None, "column_names": None, **flags}
-    return inspect_file(str(path), **given)
+    return inspect_file(str(path), FileConfig(**flags))
 
 
 @pytest.mark.parametrize(
@@ -162,25 +162,24 @@ def test_a_delimiter_is_detected_where_only_one_fits(
     assert (file.delimiter, file.quoted) == (delimiter, quoted)
     usual = {"csv": (",", True), "tsv": ("\t", False)}.get(name.rsplit(".", 1)[-1])
     given = "delimiter" in flags or "quoting" in flags
-    assert (file.describe() is None) == (given or usual == (delimiter, quoted))
+    assert (file.note is None) == (given or usual == (delimiter, quoted))
 
 
 def test_what_is_detected_is_described_in_one_sentence(tmp_path: Path) -> None:
     assert (
-        found(tmp_path / "a.csv", "text;label\na;1\n").describe()
+        found(tmp_path / "a.csv", "text;label\na;1\n").note
         == "a.csv: read as utf-8, delimiter ';', quoted"
     )
     assert (
-        found(tmp_path / "b.tsv", (SENTENCES["en"] * 9).encode("cp1252")).describe()
+        found(tmp_path / "b.tsv", (SENTENCES["en"] * 9).encode("cp1252")).note
         == "b.tsv: read as cp1252, delimiter tab, unquoted"
     )
     line = '{"text": "It’s fine", "label": 1}\n' + '{"text": "plain", "label": 0}\n' * 20
     assert (
-        found(tmp_path / "c.jsonl", (line * 9).encode("cp1252")).describe()
-        == "c.jsonl: read as cp1252"
+        found(tmp_path / "c.jsonl", (line * 9).encode("cp1252")).note == "c.jsonl: read as cp1252"
     )
     assert (
-        found(tmp_path / "d.csv", "text,label\na,1\n".encode("utf-16")).describe()
+        found(tmp_path / "d.csv", "text,label\na,1\n".encode("utf-16")).note
         == "d.csv: read as utf-16, delimiter ',', quoted"
     )
     assert (
@@ -189,7 +188,7 @@ def test_what_is_detected_is_described_in_one_sentence(tmp_path: Path) -> None:
             (SENTENCES["en"] * 9).encode("cp1252"),
             encoding="cp1252",
             delimiter="tab",
-        ).describe()
+        ).note
         is None
     )
 
@@ -197,10 +196,10 @@ def test_what_is_detected_is_described_in_one_sentence(tmp_path: Path) -> None:
 def test_what_is_not_a_table_is_refused(tmp_path: Path) -> None:
     for name, content in (
         ("a.md", "# Title\n\nSome text, and more.\n"),
-        ("a.bin", b"\0,\0\n\0,\0\n"),
+        ("a.bin", b"\0,\0\0\n\0,\0\0\n"),
         ("LICENSE", "Apache\n2.0\n"),
     ):
-        with pytest.raises(DataError, match=r"the extension '.*' is not known; expected \.csv"):
+        with pytest.raises(DataError, match=r"is not known by its name, .*pass --file_format"):
             found(tmp_path / name, content)
 
 
@@ -234,9 +233,7 @@ def test_a_byte_further_down_is_an_error_with_its_line(tmp_path: Path) -> None:
 def test_real_files_need_no_flags(
     shared_data: Path, path: str, names: list[str] | None, told: str | None, rows: int
 ) -> None:
-    file = inspect_file(
-        str(shared_data / path), delimiter=None, quoting="auto", encoding=None, column_names=names
-    )
-    assert file.describe() == told
+    file = inspect_file(str(shared_data / path), FileConfig(column_names=names))
+    assert file.note == told
     source = FileReader(file)
     assert source.read(source.column_names()).num_rows == rows
