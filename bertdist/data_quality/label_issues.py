@@ -7,17 +7,13 @@
 A model predicts every row, and cleanlab compares predictions and labels by confident learning
 (https://jair.org/index.php/jair/article/view/12125): a label is a likely error if the model is more
 confident in another label than it is, on average, in the rows that have that label. The measured
-precision of each ranking is in docs/decisions/0012-label-noise.md. A model learns wrong labels too,
-so the model should not have been trained on the row. --folds does that by cross-validation:
+precision of each ranking is in docs/decisions/0012-label-noise.md.
 
-1. Rows are assigned to folds stratified by label. Rows with the same text go to the same fold: a
-   model trained on one of them has seen all. The assignment is a pure function of texts, labels,
-   seed and k.
-2. Run i trains on the rows outside fold i, written to folds/i/train.jsonl, with the task (kind,
-   labels in order) of all rows, so that all models have the same outputs. It is a run like any
-   other, in folds/i: it resumes after an interruption, and a finished run is not trained again.
-3. best/ of run i predicts the rows of fold i. No run has a validation split: choosing the best
-   weights would let labels of held-out rows in.
+A model learns wrong labels too, so it should not have been trained on the row. --folds does that by
+cross-validation: run i trains on the rows outside fold i, in folds/i, with the task of all rows, so
+that all models have the same outputs; its best/ predicts the rows of fold i. It is a run like any
+other: it resumes after an interruption, and a finished run is not trained again. No run has a
+validation split: choosing the best weights would let labels of held-out rows in.
 
 The result is a table of the rows of lowest label quality, and one JSON line per row, those first:
 
@@ -46,7 +42,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertdist.core.atomic_io import atomic_write, to_json
 from bertdist.core.config import DataConfig, RunConfig, TrainConfig
-from bertdist.core.errors import CheckpointError, ConfigError, DataError
+from bertdist.core.errors import ConfigError, DataError
 from bertdist.core.terminal import excerpt
 from bertdist.core.types import Array
 from bertdist.data.loading import load_records
@@ -55,6 +51,7 @@ from bertdist.data.source import SkippedRows, select_locations
 from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data.tokenization import create_dataset
 from bertdist.data_quality.config import DEFAULT_RANKING, RANKINGS, LabelIssueConfig
+from bertdist.data_quality.duplicates import group_texts
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import create_accelerator
 from bertdist.distributed.launcher import check_world
@@ -113,6 +110,15 @@ class Predictions(NamedTuple):
     logits: Tensor  # (rows, outputs)
 
 
+class Commands(NamedTuple):
+    """What of the scripts, which are above this package, is needed, and where to compute."""
+
+    train: Train
+    load: PredictorLoader
+    accelerator: Accelerator
+    log: RunLogger
+
+
 def find_label_issues(
     config: LabelIssueConfig,
     train_config: TrainConfig,
@@ -121,8 +127,7 @@ def find_label_issues(
 ) -> bool:
     """Find, show and write label issues; False if --folds was stopped before the end.
 
-    train, predictor: `train` and `Predictor` of the scripts, which are above this package.
-    Raises BertdistError.
+    train, predictor: `train` and `Predictor` of the scripts. Raises BertdistError.
     """
     run = train_config.run
     # The runs of the folds report to trackers themselves.
@@ -133,13 +138,10 @@ def find_label_issues(
         import_cleanlab()  # fail now, not after an hour of training
     tokens = train_config.batch.tokens_per_micro_batch
     load = partial(predictor, tokens_per_micro_batch=tokens, accelerator=accelerator)
-    if config.model is not None:
-        predicted = _predict_with_model(config, train_config.data, load, accelerator, log)
-    else:
-        result = _predict_by_folds(config, train_config, train, load, accelerator, log)
-        if result is None:
-            return False
-        predicted = result
+    predict = _predict_by_folds if config.model is None else _predict_with_model
+    predicted = predict(config, train_config, Commands(train, load, accelerator, log))
+    if predicted is None:
+        return False
     records, task, targets, logits = predicted
     with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
@@ -155,16 +157,13 @@ def find_label_issues(
 
 
 def _predict_with_model(
-    config: LabelIssueConfig,
-    data: DataConfig,
-    load: PredictorLoader,
-    accelerator: Accelerator,
-    log: RunLogger,
+    config: LabelIssueConfig, train_config: TrainConfig, commands: Commands
 ) -> Predictions:
     """The predictions of the model of --model."""
-    with raise_on_all_ranks(accelerator):
+    log, data = commands.log, train_config.data
+    with raise_on_all_ranks(commands.accelerator):
         assert config.model is not None
-        predictor = load(config.model)
+        predictor = commands.load(config.model)
         task = predictor.task
         _check_ranking(config, task)
         if data.text_column is None and data.text_pair_column is None:
@@ -179,17 +178,12 @@ def _predict_with_model(
 
 
 def _predict_by_folds(
-    config: LabelIssueConfig,
-    train_config: TrainConfig,
-    train: Train,
-    load: PredictorLoader,
-    accelerator: Accelerator,
-    log: RunLogger,
+    config: LabelIssueConfig, train_config: TrainConfig, commands: Commands
 ) -> Predictions | None:
     """The cross-validated predictions of --folds; None if stopped."""
     assert config.folds is not None
-    data = train_config.data
-    with raise_on_all_ranks(accelerator):
+    data, log = train_config.data, commands.log
+    with raise_on_all_ranks(commands.accelerator):
         records = _load_rows(data, train_config.run.output_dir, log)
         model_labels = pretrained_labels(load_model_config(train_config.model))
         task = create_task(train_config.task, label_stats_of(records), model_labels)
@@ -199,21 +193,17 @@ def _predict_by_folds(
         targets = values[records.label_codes]
     if data.validation_file or data.validation_split:
         log.say("The validation split is not used: each fold keeps its last weights.")
-    rows = (records, targets, task)
-    logits = predict_out_of_fold(
-        train_config, config.folds, *rows, train, load, accelerator, log.say
-    )
+    logits = predict_out_of_fold(train_config, config.folds, records, targets, task, commands)
     return None if logits is None else Predictions(records, task, targets, logits)
 
 
 def _load_rows(data: DataConfig, output_dir: str, log: RunLogger) -> Records:
     records = load_records(data, "train")
-    if records.skipped_rows:  # --on_bad_row skip
+    if number := len(records.skipped_rows):  # --on_bad_row skip
         path = Path(output_dir) / "bad_rows.jsonl" if output_dir and log.enabled else None
         SkippedRows(data.on_bad_row, data.max_bad_rows, path).add_and_write(records.skipped_rows)
         see = f", see {path}" if path else ""
-        rows = f"{len(records.skipped_rows):,} row{'s' * (len(records.skipped_rows) != 1)}"
-        log.say(f"Skipped {rows} that cannot be read{see}.")
+        log.say(f"Skipped {number:,} row{'s' * (number != 1)} that cannot be read{see}.")
     return records
 
 
@@ -245,37 +235,24 @@ def assign_folds(targets: Array, groups: Array, folds: int, seed: int) -> Array:
     return fold_of_group[group_of_row.reshape(-1)]
 
 
-def group_by_text(records: Records) -> Array:
-    """(rows,) int64: rows whose texts are equal up to case and white space have the same number."""
-    texts = records.texts.to_pylist()
-    pairs = [""] * len(texts) if records.pairs is None else records.pairs.to_pylist()
-    numbers: dict[tuple[str, ...], int] = {}
-    keys = (
-        tuple(" ".join(text.lower().split()) for text in row)
-        for row in zip(texts, pairs, strict=True)
-    )
-    return np.fromiter(
-        (numbers.setdefault(key, len(numbers)) for key in keys), np.int64, len(texts)
-    )
-
-
 def predict_out_of_fold(
     config: TrainConfig,
     folds: int,
     records: Records,
     targets: Array,
     task: Task,
-    train: Train,
-    load: PredictorLoader,
-    accelerator: Accelerator,
-    say: Callable[[str], None],
+    commands: Commands,
 ) -> Tensor | None:
     """(rows, outputs) float32 logits on every rank; None if stopped: the same call then resumes.
 
-    targets: the labels of all rows in the form of the task. Raises DataError if there are too few
-    rows, and what `train` raises, such as CheckpointError if the folders hold other runs.
+    targets: the labels of all rows in the form of the task. Rows with the same text up to case and
+    white space are in one fold: a model trained on one of them has seen all. Raises DataError if
+    there are too few rows, and what `train` raises, such as CheckpointError if the folders hold
+    other runs.
     """
-    fold_of_row = assign_folds(targets, group_by_text(records), folds, config.run.seed)
+    accelerator, say = commands.accelerator, commands.log.say
+    texts = group_texts({"train": records}, 0).normalized["train"]
+    fold_of_row = assign_folds(targets, texts, folds, config.run.seed)
     root = Path(config.run.output_dir) / "folds"
     runs = [_fold_config(config, root / str(fold), task, records) for fold in range(folds)]
     with raise_on_all_ranks(accelerator):
@@ -299,10 +276,10 @@ def predict_out_of_fold(
                 f"{len(records) - len(held_out):,} rows, in {run.run.output_dir}."
             )
             with _keep_process_group():
-                if not train(run):
+                if not commands.train(run):
                     return None
             with raise_on_all_ranks(accelerator):
-                predictor = load(Path(run.run.output_dir) / "best")
+                predictor = commands.load(Path(run.run.output_dir) / "best")
             fold_logits = predictor.predict_logits(select_rows(records, held_out))
             if logits is None:
                 logits = torch.zeros(len(records), fold_logits.shape[1])
@@ -337,19 +314,18 @@ def _keep_process_group() -> Iterator[None]:
 
 def select_rows(records: Records, rows: Array) -> Records:
     """Some rows, without labels; messages about them name their location in the source."""
-    texts, pairs = (
-        None if column is None else column.take(rows) for column in (records.texts, records.pairs)
-    )
-    location = select_locations(records.location, rows)
-    unlabeled = replace(
+    return replace(
         records,
+        location=select_locations(records.location, rows),
+        texts=records.texts.take(rows),
+        pairs=None if records.pairs is None else records.pairs.take(rows),
         label_kind=None,
         label_values=[],
         label_codes=None,
+        fingerprint="",
         rows_per_file=(),
         skipped_rows=(),
     )
-    return replace(unlabeled, location=location, texts=texts, pairs=pairs, fingerprint="")
 
 
 def _fold_config(config: TrainConfig, folder: Path, task: Task, records: Records) -> TrainConfig:
@@ -387,10 +363,6 @@ def _write_rows(path: Path, records: Records, rows: Array) -> None:
     columns["label"] = [records.label_values[code] for code in records.label_codes[rows]]
     entries = zip(*columns.values(), strict=True)
     lines = [to_json(dict(zip(columns, values, strict=True))) for values in entries]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"Cannot write {path}: {error.strerror or error}.") from None
     atomic_write(path, b"".join(lines))
 
 

@@ -174,6 +174,10 @@ def test_a_pair_of_texts_is_one_text(tmp_path: Path) -> None:
     records: Records = load_records(
         DataConfig(train_file=[str(write_rows(tmp_path / "a.jsonl", rows))]), "train"
     )
+    pairs = records_from_texts(["a", "a", "A"], ["b", "c", "b "])
+    assert is_repeat(group_texts({"train": pairs}, 0).normalized["train"]).tolist() == [
+        *(False, False, True)
+    ]
     assert is_repeat(group_texts({"train": records}, 0).exact["train"]).tolist() == [
         False,
         False,

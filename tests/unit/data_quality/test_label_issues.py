@@ -4,6 +4,7 @@ import builtins
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,15 @@ from bertdist.core.args import read_config
 from bertdist.core.config import DataConfig, TaskConfig
 from bertdist.core.errors import ConfigError, DataError
 from bertdist.data.loading import load_records
-from bertdist.data.records import Records, records_from_texts
+from bertdist.data.records import Records
 from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data_quality import label_issues
 from bertdist.data_quality.config import RANKINGS
+from bertdist.data_quality.duplicates import group_texts
 from bertdist.data_quality.label_issues import (
     SHOWN_ROWS,
     LabelIssues,
     assign_folds,
-    group_by_text,
     import_cleanlab,
     label_changes,
     label_issue_entries,
@@ -105,13 +106,6 @@ def test_every_fold_has_numbers_of_the_full_range() -> None:
     assert max(by_chance) - min(by_chance) > max(means) - min(means)
 
 
-def test_texts_that_differ_in_case_and_white_space_only_are_one_group() -> None:
-    records = records_from_texts(["A film.", "another", "a  FILM. ", "A film"])
-    assert group_by_text(records).tolist() == [0, 1, 0, 2]
-    pairs = records_from_texts(["a", "a", "A"], ["b", "c", "b "])
-    assert group_by_text(pairs).tolist() == [0, 1, 0]
-
-
 def test_selected_rows_keep_their_location_in_the_source(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.tsv", make_rows(6))
     records = load_records(DataConfig(train_file=[str(path)]), "train")
@@ -149,9 +143,9 @@ def test_a_folds_rows_have_the_labels_of_the_source_and_make_its_task(
     records = load_records(config.data, "train")
     task = create_task(TaskConfig(), label_stats_of(records), None)
     run = label_issues._fold_config(config, tmp_path / "out" / "folds" / "0", task, records)
-    label_issues._write_rows(
-        tmp_path / "out" / "folds" / "0" / "train.jsonl", records, np.array([0, 1, 2, 5])
-    )
+    folder = tmp_path / "out" / "folds" / "0"
+    folder.mkdir(parents=True)
+    label_issues._write_rows(folder / "train.jsonl", records, np.array([0, 1, 2, 5]))
     again = load_records(run.data, "train")
     assert again[0].label == (tuple(first) if isinstance(first, list) else first)
     assert [again[at].label for at in range(4)] == [records[at].label for at in (0, 1, 2, 5)]
@@ -173,6 +167,7 @@ def test_a_fold_without_a_rare_label_still_has_all_outputs(tmp_path: Path) -> No
     records = load_records(config.data, "train")
     task = create_task(TaskConfig(), label_stats_of(records), None)
     run = label_issues._fold_config(config, tmp_path / "out", task, records)
+    (tmp_path / "out").mkdir()
     label_issues._write_rows(tmp_path / "out" / "train.jsonl", records, np.arange(9))
     assert (
         create_task(run.task, label_stats_of(load_records(run.data, "train")), None).labels
@@ -195,20 +190,18 @@ def predict_rows(
         records.label_codes
     ]
     lines: list[str] = []
-    logits = label_issues.predict_out_of_fold(
-        config,
-        k,
-        records,
-        targets,
-        task,
+    log: Any = SimpleNamespace(say=lines.append)
+    commands = label_issues.Commands(
         lambda run: train(run).finished,
         lambda folder: Predictor(folder, accelerator=accelerator),
         accelerator,
-        lines.append,
+        log,
     )
+    logits = label_issues.predict_out_of_fold(config, k, records, targets, task, commands)
+    texts = group_texts({"train": records}, 0).normalized["train"]
     return (
         None if logits is None else logits.numpy(),
-        assign_folds(targets, group_by_text(records), k, config.run.seed),
+        assign_folds(targets, texts, k, config.run.seed),
         lines,
     )
 
@@ -247,7 +240,8 @@ def test_no_row_is_predicted_by_a_model_trained_on_it(tiny_model: Path, tmp_path
     ] == [True] * 3
 
     def groupless() -> None:
-        label_issues.group_by_text = lambda records: np.arange(len(records))
+        alone: Any = SimpleNamespace(normalized={"train": np.arange(30)})
+        label_issues.group_texts = lambda splits, near_threshold: alone
 
     words = words_of(
         tiny_model, tmp_path / "broken", files, train_file=path, num_train_epochs=1, max_length=24
