@@ -29,6 +29,7 @@ from bertdist.core.args import read_predict_config
 from bertdist.core.atomic_io import atomic_write, to_json
 from bertdist.core.config import ModelConfig, PredictConfig, RunConfig
 from bertdist.core.errors import BertdistError, DataError
+from bertdist.core.hub import model_folder
 from bertdist.core.terminal import (
     print_error,
     print_to_stderr,
@@ -81,17 +82,19 @@ class Predictor:
     ) -> None:
         """Load a trained folder (best/), or any Hugging Face folder of a sequence classifier.
 
+        The folder of a run means its best/.
         max_length: longer texts are truncated to it; None: the maximum of the training, else of the
         model. tokens_per_micro_batch: None: chosen from free memory at the first call. stop: ends a
         call with `Stopped` once it is set.
         Raises ModelError if the folder holds no trained classifier.
         """
+        folder = model_folder(str(folder))
         self.stop = stop
         self.accelerator = accelerator or create_accelerator(RunConfig())
         # metadata: max_length, text_column and text_pair_column of the training.
-        self.model, self.task, self.metadata = load_trained_classifier(str(folder))
+        self.model, self.task, self.metadata = load_trained_classifier(folder)
         limit = max_length or self.metadata.get("max_length")
-        tokenizer_config = ModelConfig(model_name_or_path=str(folder), max_length=limit or 3)
+        tokenizer_config = ModelConfig(model_name_or_path=folder, max_length=limit or 3)
         self.tokenizer = load_tokenizer(tokenizer_config)
         longest = min(self.tokenizer.model_max_length, self.model.max_positions)
         self.max_length: int = limit or longest

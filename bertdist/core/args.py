@@ -30,6 +30,8 @@ from bertdist.core.config import (
     TrainConfig,
 )
 from bertdist.core.errors import ConfigError, nearest_name
+from bertdist.core.hub import model_folder
+from bertdist.core.terminal import print_to_stderr, process_rank
 
 _INTERVAL = "takes '200 steps', '0.5 epochs', '10%' or 'never'"
 _TRAIN_SECTIONS = [ModelConfig, DataConfig, TaskConfig, BatchConfig, OptimConfig, RunConfig]
@@ -99,7 +101,19 @@ def parse_arguments(program: str, sections: list[Any], arguments: Sequence[str])
         unknown = [f"Unexpected argument {rest[0]!r}: every value follows its flag."]
     if unknown:
         raise ConfigError("\n".join(unknown))
-    return tuple(values)
+    return tuple(map(_with_model_folders, values))
+
+
+def _with_model_folders(section: Any) -> Any:
+    """The section with best/ for the folder of a run, which is said."""
+    found = {}
+    for name in ("model_name_or_path", "model", "tokenizer_name"):
+        given = getattr(section, name, None)
+        if given and (folder := model_folder(given)) != given:
+            found[name] = folder
+            if process_rank() == 0:
+                print_to_stderr(f"--{name} {given} is the folder of a run: using {folder}.")
+    return dataclasses.replace(section, **found)
 
 
 def given_setting_names(arguments: Sequence[str]) -> set[str]:

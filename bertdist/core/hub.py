@@ -114,3 +114,21 @@ def explain_hub_error(error: BaseException, name: str, kind: str = "model") -> s
             reason = f"The hub ({constants.ENDPOINT}) cannot be reached"
         return f"{reason}, and it is not in the cache {constants.HF_HUB_CACHE}."
     return " ".join(str(error).split())[:300]
+
+
+def model_folder(name: str) -> str:
+    """The folder of a run means its best/; every other name is returned as it is."""
+    folder = Path(name).expanduser()
+    if (folder / "best" / "config.json").is_file() and not (folder / "config.json").exists():
+        return str(folder / "best")
+    return name
+
+
+def run_folder_hint(folder: Path) -> str:
+    """The end of a message about a folder without a model."""
+    run = next((x for x in (folder, *folder.parents[:2]) if (x / "checkpoints").is_dir()), None)
+    if run is None:
+        return ""
+    if (run / "best" / "config.json").is_file():
+        return f". The trained model is {run / 'best'}."
+    return f". {run} is the folder of a run that has written no best/ yet."

@@ -284,6 +284,12 @@ def wait_for_all_ranks(timeout: timedelta) -> TCPStore | None:
     rank, num_ranks, port = map(int, numbers)
     if num_ranks == 1:
         return None
+    if port == 0:
+        raise ConfigError(
+            "MASTER_PORT is 0, which no rank can reach: `torchrun --standalone` and `accelerate "
+            "launch --main_process_port 0` find a free port, `torchrun --master_port 29501` sets "
+            "one."
+        )
     seconds, address = timeout.total_seconds(), f"{host}:{port}"
     within = f"{address} within {seconds:g} s (--rank_timeout)"
     # torchrun's agent may keep the store, instead of rank 0.

@@ -180,7 +180,12 @@ class Classifier(nn.Module):
 
 def load_model_config(config: ModelConfig, flag: str = "--model_name_or_path") -> PretrainedConfig:
     """The model's config.json, without its weights. flag: for error messages. Raises ModelError."""
-    from bertdist.core.hub import explain_hub_error, probe_hub, warn_if_offline
+    from bertdist.core.hub import (
+        explain_hub_error,
+        probe_hub,
+        run_folder_hint,
+        warn_if_offline,
+    )
 
     name = config.model_name_or_path
     folder, where = Path(name).expanduser(), f"{flag} {name}"
@@ -200,6 +205,7 @@ def load_model_config(config: ModelConfig, flag: str = "--model_name_or_path") -
         if folder.is_dir():
             raise ModelError(
                 f"{where}: the folder holds no config.json that can be read ({_first_line(error)})"
+                f"{run_folder_hint(folder)}"
             ) from None
         raise ModelError(
             f"{where} is neither a folder here nor a model on the Hub. "

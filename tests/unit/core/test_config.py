@@ -673,3 +673,30 @@ def test_a_list_for_a_setting_of_one_value_is_refused_with_its_line(
         "accuracy",
         "f1_macro",
     ]
+
+
+@pytest.mark.parametrize(
+    ("read", "flag"),
+    [(read_predict_config, "model"), (read_config, "model_name_or_path")],
+)
+def test_the_folder_of_a_run_means_its_best_model(
+    read: Callable[[Sequence[str]], Any],
+    flag: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def value(folder: Path) -> Any:
+        rest = ["--text=a"] if flag == "model" else NEEDED[1:]
+        config = read([f"--{flag}={folder}", *rest])
+        return getattr(getattr(config, "model", config), flag, None) or config.model
+
+    out = tmp_path / "out"
+    (out / "best").mkdir(parents=True)
+    assert value(out) == str(out) and capsys.readouterr().err == ""  # there is no model yet
+    (out / "best" / "config.json").write_text("{}")
+    assert value(out) == str(out / "best")
+    line = f"--{flag} {out} is the folder of a run: using {out / 'best'}.\n"
+    assert capsys.readouterr().err == line
+    assert value(out / "best") == str(out / "best")
+    (out / "config.json").write_text("{}")  # a model of its own
+    assert value(out) == str(out) and capsys.readouterr().err == ""

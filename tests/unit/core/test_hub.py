@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, O
 from servers import FaultyServer
 
 from bertdist.core import hub as hub_names
-from bertdist.core.hub import explain_hub_error, probe_hub, warn_if_offline
+from bertdist.core.hub import explain_hub_error, probe_hub, run_folder_hint, warn_if_offline
 
 
 @pytest.fixture
@@ -124,3 +124,18 @@ def test_other_errors_keep_their_words_in_one_line(hub: FaultyServer) -> None:
     loop = ValueError("a")
     loop.__context__ = chained(ValueError("b"), loop)
     assert explain_hub_error(loop, "q/z") == "a"
+
+
+def test_a_folder_without_a_model_says_where_the_model_is(tmp_path: Path) -> None:
+    step = tmp_path / "out" / "checkpoints" / "step_000004"
+    step.mkdir(parents=True)
+    assert run_folder_hint(tmp_path) == ""
+    for folder in (step, step.parent, tmp_path / "out"):
+        found = run_folder_hint(folder)
+        assert (
+            found == f". {tmp_path / 'out'} is the folder of a run that has written no best/ yet."
+        )
+    best = tmp_path / "out" / "best"
+    best.mkdir()
+    (best / "config.json").write_text("{}")
+    assert run_folder_hint(step) == f". The trained model is {best}."

@@ -386,6 +386,13 @@ def test_one_rank_meets_nobody(words: dict[str, str], monkeypatch: pytest.Monkey
     assert wait_for_all_ranks(timedelta(seconds=1)) is None
 
 
+def test_port_0_is_refused_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in placed(1, of=2, port=0).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"^MASTER_PORT is 0, .*torchrun --standalone"):
+        wait_for_all_ranks(timedelta(seconds=1))
+
+
 def test_a_first_rank_that_is_killed_before_all_have_met_is_told() -> None:
     port, pipe, words = free_port(), subprocess.PIPE, [sys.executable, "-c", MEET, "60"]
     first, second = (
