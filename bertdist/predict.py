@@ -119,7 +119,7 @@ class Predictor:
 
     def predict_records(self, records: Records) -> list[dict[str, Any]]:
         """As __call__. Every rank computes its share of the rows and returns all results."""
-        return self.task.to_records(self.predict_logits(records))
+        return list(self.task.to_records(self.predict_logits(records)))
 
     def predict_logits(self, records: Records) -> Tensor:
         """(rows, outputs) float32 on the CPU, the same on every rank.

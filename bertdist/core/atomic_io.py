@@ -16,7 +16,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -192,12 +192,15 @@ def unused_path(path: Path) -> Path:
     return unused
 
 
-def atomic_write(path: Path, content: bytes) -> None:
-    """Replace a file: a reader, or a crash, finds the old content or the new one, complete."""
+def atomic_write(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Replace a file: a reader, or a crash, finds the old content or the new one, complete.
+
+    content: the bytes, or parts of them in their order.
+    """
     partial = _hidden(path, "partial")
     with explain_write_errors(path):
         with open(partial, "wb") as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -45,7 +45,7 @@ from typing import Any
 import evaluate
 import numpy as np
 from datasets import Features, List, Value
-from scipy import stats
+from scipy import sparse, stats
 from sklearn import metrics
 
 from bertdist.core.errors import ConfigError, DataError, did_you_mean
@@ -60,6 +60,7 @@ UNDEFINED = {
     "pearson": "all labels, or all predictions, are the same number",
     "spearman": "all labels, or all predictions, are the same number",
 }
+MATRIX_LABELS, CONFUSIONS = 200, 1000  # of `classification_report`
 LOWER_IS_BETTER = frozenset({"loss", "mse", "mae"})  # higher is better for all others, and a user's
 
 
@@ -74,11 +75,12 @@ def _roc_auc(references: Array, probabilities: Array) -> float:
     # Label by label: roc_auc_score(multi_class="ovr") refuses rows whose sum is not 1 to 1e-5,
     # those of half precision.
     single, k = references.ndim == 1, probabilities.shape[1]
-    columns = [references == label for label in range(k)] if single else list(references.T)
     labels = [1] if single and k == 2 else range(k)
-    if any((columns[label] == columns[label][0]).all() for label in labels):
+    rows = np.bincount(references, minlength=k) if single else references.sum(0)
+    if any(rows[label] in (0, len(references)) for label in labels):
         return NAN
-    areas = [metrics.roc_auc_score(columns[label], probabilities[:, label]) for label in labels]
+    columns = ((references == i if single else references[:, i], i) for i in labels)
+    areas = [metrics.roc_auc_score(column, probabilities[:, i]) for column, i in columns]
     return float(np.mean(areas))
 
 
@@ -202,19 +204,21 @@ class BuiltinMetric(evaluate.Metric):  # type: ignore[misc]
                 "average": spec.average,
                 "zero_division": spec.zero_division,
             }
-        values = _for_sklearn(values) if spec.reads == "predictions" else values
-        return {self.config_name: float(spec.function(_for_sklearn(references), values, **options))}
+        if spec.reads == "predictions":
+            references, values = _for_sklearn(references), _for_sklearn(values)
+        return {self.config_name: float(spec.function(references, values, **options))}
 
 
-def _for_sklearn(array: Array) -> Array:
-    """Numbers become float64; (N, O) becomes int8, a third of the time of int64.
+def _for_sklearn(array: Array) -> Any:
+    """Numbers become float64; (N, O) becomes sparse, as inside scikit-learn: its checks of an
+    array cost several times the scores.
 
     (N, 1) becomes (N, 2) with zeros that `labels=range(1)` leaves out, because scikit-learn reads
     one column as two classes.
     """
     if array.ndim == 1:
         return array.astype(np.float64) if array.dtype.kind == "f" else array
-    return np.pad(array.astype(np.int8), ((0, 0), (0, array.shape[1] == 1)))
+    return sparse.csr_matrix(np.pad(array.astype(np.int8), ((0, 0), (0, array.shape[1] == 1))))
 
 
 class MetricSet:
@@ -304,7 +308,8 @@ def classification_report(
 
     {"labels", "per_class": [{"label", "precision", "recall", "f1", "rows"}], "confusion"}: rows
     counts those that have the label, 0 / 0 is 0, confusion[i][j] counts rows of label i predicted
-    as j; multi-label tasks have none. Source:
+    as j. With more than MATRIX_LABELS labels, instead of "confusion": "confusions", the most
+    frequent ones as [{"label", "predicted", "rows"}]. Multi-label tasks have neither. Source:
     https://scikit-learn.org/stable/modules/generated/sklearn.metrics.precision_recall_fscore_support.html
     """
     _check_arrays(predictions, references, len(labels))
@@ -316,9 +321,21 @@ def classification_report(
     rows = zip(labels, *(column.tolist() for column in columns), strict=True)
     per_class = [dict(zip(keys, row, strict=True)) for row in rows]
     report: dict[str, Any] = {"labels": list(labels), "per_class": per_class}
-    if references.ndim == 1:
+    if references.ndim == 1 and len(labels) <= MATRIX_LABELS:
         report["confusion"] = metrics.confusion_matrix(true, predicted, labels=ids).tolist()
+    elif references.ndim == 1:
+        report["confusions"] = _confusions(true, predicted, labels)
     return report
+
+
+def _confusions(true: Array, predicted: Array, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """The most frequent pairs of a label and another that was predicted, of CONFUSIONS at most."""
+    wrong = true != predicted
+    pairs = true[wrong].astype(np.int64) * len(labels) + predicted[wrong]
+    distinct, counts = np.unique(pairs, return_counts=True)
+    most = np.argsort(-counts, kind="stable")[:CONFUSIONS]  # of equals the first labels
+    rows = zip(*np.divmod(distinct[most], len(labels)), counts[most].tolist(), strict=True)
+    return [{"label": labels[i], "predicted": labels[j], "rows": n} for i, j, n in rows]
 
 
 def _check_arrays(predictions: Array, references: Array, num_labels: int | None) -> None:

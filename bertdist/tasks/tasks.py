@@ -9,7 +9,7 @@ Legend: N texts, O outputs, V distinct labels.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -61,8 +61,10 @@ class Task(Protocol):
         Predictions are label ids (N,), 0/1 rows (N, O), or numbers (N,); probabilities (N, O).
         """
 
-    def to_records(self, logits: Tensor) -> list[dict[str, Any]]:
-        """Logits (N, O) -> N dicts with the keys of `pipeline("text-classification")`."""
+    def to_records(self, logits: Tensor) -> Iterator[dict[str, Any]]:
+        """Logits (N, O) -> N dicts with the keys of `pipeline("text-classification")`, one by one:
+        a record may have many labels.
+        """
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,10 @@ class SingleLabel:
     def predict(self, logits: Tensor) -> tuple[Array, Array]:
         return logits.argmax(-1).numpy(), logits.float().softmax(-1).numpy()
 
-    def to_records(self, logits: Tensor) -> list[dict[str, Any]]:
+    def to_records(self, logits: Tensor) -> Iterator[dict[str, Any]]:
         scores, ids = (x.tolist() for x in logits.float().softmax(-1).max(-1))
-        pairs = zip(ids, scores, strict=True)
-        return [{"label": self.labels[i], "score": score} for i, score in pairs]
+        for i, score in zip(ids, scores, strict=True):
+            yield {"label": self.labels[i], "score": score}
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class MultiLabel:
         return [float(name in label) for name in self.labels]
 
     def decode_target(self, target: Any) -> list[str]:
-        return [label for label, on in zip(self.labels, target, strict=True) if on]
+        return [self.labels[i] for i in np.flatnonzero(target)]
 
     def row_weights(self, targets: Array) -> Array:
         return np.ones(len(targets), dtype=np.float32)
@@ -158,14 +160,13 @@ class MultiLabel:
         probabilities = logits.float().sigmoid()
         return (probabilities > 0.5).long().numpy(), probabilities.numpy()
 
-    def to_records(self, logits: Tensor) -> list[dict[str, Any]]:
+    def to_records(self, logits: Tensor) -> Iterator[dict[str, Any]]:
         """Every label above one half, the most probable first."""
-        records = []
-        for row in logits.float().sigmoid().tolist():
-            pairs = zip(row, self.labels, strict=True)
-            above = sorted(((score, label) for score, label in pairs if score > 0.5), reverse=True)
-            records.append({"labels": [{"label": label, "score": score} for score, label in above]})
-        return records
+        for row in logits.float().sigmoid().numpy():
+            ids = np.flatnonzero(row > 0.5)
+            scores = zip(row[ids].tolist(), (self.labels[i] for i in ids), strict=True)
+            above = sorted(scores, reverse=True)
+            yield {"labels": [{"label": label, "score": score} for score, label in above]}
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,9 @@ class Regression:
     def predict(self, logits: Tensor) -> tuple[Array, Array]:
         return logits.float()[:, 0].numpy(), logits.float().numpy()
 
-    def to_records(self, logits: Tensor) -> list[dict[str, Any]]:
-        numbers = logits.float()[:, 0].tolist()
-        return [{"label": self.labels[0], "score": number} for number in numbers]
+    def to_records(self, logits: Tensor) -> Iterator[dict[str, Any]]:
+        for number in logits.float()[:, 0].tolist():
+            yield {"label": self.labels[0], "score": number}
 
 
 TASK_CLASSES: dict[str, type[SingleLabel] | type[MultiLabel] | type[Regression]] = {

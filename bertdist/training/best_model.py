@@ -7,7 +7,7 @@ TrainState: a run that is resumed from an earlier checkpoint writes the same fil
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,7 @@ class BestModel:
         self,
         model: Classifier,
         report: dict[str, Any] | None = None,
-        predictions: Sequence[dict[str, Any]] = (),
+        predictions: Iterable[dict[str, Any]] = (),
     ) -> None:
         """Write these weights as the best, with the scores and predictions of their evaluation, if
         there was one.
@@ -107,8 +107,7 @@ class BestModel:
                 )
                 if report is not None:
                     atomic_write(self.folder / "evaluation.json", to_json(report, indent=1))
-                    lines = b"".join(map(to_json, predictions))
-                    atomic_write(self.folder / "predictions.jsonl", lines)
+                    atomic_write(self.folder / "predictions.jsonl", map(to_json, predictions))
 
     def report(self) -> dict[str, Any] | None:
         """The saved evaluation of the best weights (evaluation.json); None if there is none, and on

@@ -12,7 +12,7 @@
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -51,6 +51,7 @@ GLUE_METRICS = {
 }
 
 SHOWN_ROWS = 3
+LOSS_CHUNK = 1 << 26  # logits that are float64 at the same time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +64,8 @@ class Evaluation:
     # Rows for which the model gave NaN or Inf; with any, all scores are NaN. On every rank.
     nonfinite_rows: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()  # on undefined scores, each once. On rank 0 only, as what follows
-    # One record per row.
-    predictions: list[dict[str, Any]] = field(default_factory=list)
+    # One record per row, made as they are read, once: a row may have many labels.
+    predictions: Iterable[dict[str, Any]] = ()
     classes: dict[str, Any] = field(default_factory=dict)  # scores per label, confusion matrix
 
 
@@ -184,7 +185,9 @@ class Scorer:
         """logits: (rows, outputs). references: (rows, ...) targets as the task has them."""
         task, rows = self.task, len(logits)
         predictions, probabilities = task.predict(logits)
-        loss = task.eval_loss(logits.double(), torch.from_numpy(references)).item() / rows
+        targets, chunk = torch.from_numpy(references), max(1, LOSS_CHUNK // logits.shape[1])
+        parts = zip(logits.split(chunk), targets.split(chunk), strict=True)
+        loss = sum(task.eval_loss(part.double(), target).item() for part, target in parts) / rows
         computed = self._metrics.compute(predictions, probabilities, references)
         scores = {"loss": loss, **computed}
         if nonfinite_rows(logits):
@@ -202,10 +205,10 @@ class Scorer:
             scores=scores,
             selection_score=sign * scores[selected],
             notes=self._notes(scores, selected) if math.isfinite(loss) else (),
-            predictions=[
+            predictions=(
                 {"row": row, **record, "truth": truth}
                 for row, (record, truth) in enumerate(records)
-            ],
+            ),
             classes=classes,
         )
 

@@ -61,7 +61,8 @@ S = TypeVar("S")
 
 GROWING = ("metrics.jsonl", "bad_rows.jsonl")  # files that grow line by line
 
-SHOWN_LABELS = 24  # more labels than a screen has lines are in evaluation.json only
+SHOWN_LABELS = 24  # lines of a table; of more labels a part is shown
+SHOWN_MATRIX = 12  # labels of a confusion matrix
 
 
 class RunLogger:
@@ -304,15 +305,25 @@ class RunLogger:
             self.console.print(table)
 
     def show_report(self, report: Mapping[str, Any]) -> None:
-        """The tables of an evaluation.json: scores per label, and the confusion matrix."""
+        """The tables of an evaluation.json: scores per label, and the confusion matrix.
+
+        Of many labels the lowest scores, and the most frequent confusions.
+        """
         classes, labels = report.get("per_class", []), report.get("labels", [])
-        if 0 < len(classes) <= SHOWN_LABELS:
-            rows = [list(entry.values()) for entry in classes]
-            self.table(f"Scores per label, step {report['step']}", list(classes[0]), rows)
-        if "confusion" in report and len(labels) <= SHOWN_LABELS // 2:
+        if classes:
+            shown, title = classes, f"Scores per label, step {report['step']}"
+            if len(classes) > SHOWN_LABELS:
+                with_rows = [entry for entry in classes if entry["rows"]]
+                shown = sorted(with_rows, key=lambda entry: entry["f1"])[:SHOWN_LABELS]
+                title += f" (the lowest f1 of {len(classes):,}; all are in evaluation.json)"
+            self.table(title, list(classes[0]), [list(entry.values()) for entry in shown])
+        if "confusion" in report and len(labels) <= SHOWN_MATRIX:
             counts = zip(labels, report["confusion"], strict=True)
             rows = [[label, *numbers] for label, numbers in counts]
             self.table("Confusion matrix (rows: true, columns: predicted)", ["", *labels], rows)
+        elif confusions := _confusions(report)[:SHOWN_MATRIX]:
+            rows = [list(entry.values()) for entry in confusions]
+            self.table("Most frequent confusions", list(confusions[0]), rows)
 
 
 @contextmanager
@@ -382,6 +393,20 @@ def environment(accelerator: Accelerator) -> str:
         "command": sys.argv,
     }
     return json.dumps(facts, indent=1) + "\n"
+
+
+def _confusions(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The wrong predictions of an evaluation.json, the most frequent ones first."""
+    if "confusion" not in report:
+        return list(report.get("confusions", []))
+    labels = report["labels"]
+    wrong = [
+        {"label": labels[i], "predicted": labels[j], "rows": rows}
+        for i, row in enumerate(report["confusion"])
+        for j, rows in enumerate(row)
+        if rows and i != j
+    ]
+    return sorted(wrong, key=lambda entry: -entry["rows"])
 
 
 def _short(value: Any) -> str:

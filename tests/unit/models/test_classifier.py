@@ -582,7 +582,7 @@ def test_the_hugging_face_pipeline_gives_the_same_predictions(
 ) -> None:
     model, _ = load(tiny_model, task)
     save_classifier(model, tokenizer, tmp_path, {})
-    answers = task.to_records(model(packed(tokenizer, None)).detach())
+    answers = list(task.to_records(model(packed(tokenizer, None)).detach()))
     found = pipeline("text-classification", model=str(tmp_path), device="cpu")(TEXTS, top_k=None)
     for answer, entries in zip(answers, found, strict=True):
         wanted = {entry["label"]: entry["score"] for entry in answer.get("labels", [answer])}

@@ -315,6 +315,38 @@ def test_class_table_of_single_label() -> None:
     }
 
 
+def test_confusions_of_many_labels_are_the_most_frequent_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    truth, said = np.random.default_rng(0).integers(0, 6, (2, 400))
+    labels = list("abcdef")
+    matrix = classification_report(said, truth, labels)["confusion"]
+    pairs = [(i, j) for i in range(6) for j in range(6) if i != j and matrix[i][j]]
+    pairs.sort(key=lambda pair: -matrix[pair[0]][pair[1]])
+    expected = [
+        {"label": labels[i], "predicted": labels[j], "rows": matrix[i][j]} for i, j in pairs
+    ]
+    monkeypatch.setattr(metrics, "MATRIX_LABELS", 5)
+    table = classification_report(said, truth, labels)
+    assert "confusion" not in table and len(table["per_class"]) == 6
+    assert json.loads(json.dumps(table["confusions"])) == expected
+    monkeypatch.setattr(metrics, "CONFUSIONS", 7)
+    assert classification_report(said, truth, labels)["confusions"] == expected[:7]
+    assert classification_report(truth, truth, labels)["confusions"] == []
+
+
+def test_a_report_of_thousands_of_labels_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    def size(labels: int) -> int:
+        truth = np.arange(labels)
+        report = classification_report(truth[::-1].copy(), truth, [f"l{i}" for i in truth])
+        assert len(report["per_class"]) == labels
+        return len(json.dumps(report))
+
+    assert size(4000) < 4000 * 100 + metrics.CONFUSIONS * 60
+    monkeypatch.setattr(metrics, "MATRIX_LABELS", 1000)  # the control
+    assert size(1000) > 1000 * 1000
+
+
 def test_class_table_of_multi_label_has_no_confusion() -> None:
     table = classification_report(
         np.array(MANY_SAID), np.array(MANY_TRUTH, dtype=np.float32), list("abc")

@@ -319,7 +319,7 @@ def test_a_single_label_record_is_the_most_probable_label() -> None:
     predictions, probabilities = task.predict(LOGITS)
     assert predictions.tolist() == [0, 1, 0]
     assert probabilities[2] == pytest.approx([1 / 3] * 3)
-    answers = task.to_records(LOGITS)
+    answers = list(task.to_records(LOGITS))
     assert [answer["label"] for answer in answers] == ["a", "b", "a"]
     assert [answer["score"] for answer in answers] == pytest.approx(
         [math.exp(log_share(row, i)) for row, i in zip(LOGITS.tolist(), [0, 1, 0], strict=True)]
@@ -340,17 +340,31 @@ def test_multi_label_records_are_all_above_one_half_the_most_probable_first() ->
     first, second, _ = task.to_records(LOGITS)
     assert [entry["label"] for entry in first["labels"]] == ["a", "c"]
     assert [entry["label"] for entry in second["labels"]] == ["b"]
-    assert task.to_records(torch.tensor([[-1.0, -1.0, -1.0]])) == [{"labels": []}]
+    assert list(task.to_records(torch.tensor([[-1.0, -1.0, -1.0]]))) == [{"labels": []}]
     assert task.encode_label(("c", "a")) == [1.0, 0.0, 1.0]
     assert task.encode_label(()) == [0.0, 0.0, 0.0]
     assert task.decode_target([1.0, 0.0, 1.0]) == ["a", "c"]
+
+
+def test_records_of_many_labels_are_those_above_one_half_by_score_then_name() -> None:
+    task = MultiLabel(tuple(f"l{i:03}" for i in range(300)))
+    logits = torch.randn(40, 300, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    found = list(task.to_records(logits))
+    for row, record in zip(logits.sigmoid().tolist(), found, strict=True):
+        pairs = zip(row, task.labels, strict=True)
+        above = sorted(((score, label) for score, label in pairs if score > 0.5), reverse=True)
+        assert record == {"labels": [{"label": label, "score": score} for score, label in above]}
+        assert len({score for score, _ in above}) < len(above) < 300, "ties, and labels left out"
+    target = np.zeros(300, np.float32)
+    target[[7, 299]] = 1
+    assert task.decode_target(target) == ["l007", "l299"]
 
 
 def test_a_regression_record_is_the_number() -> None:
     task = Regression(("score",))
     predictions, _ = task.predict(torch.tensor([[1.5], [-2.0]]))
     assert predictions.tolist() == [1.5, -2.0]
-    assert task.to_records(torch.tensor([[1.5], [-2.0]])) == [
+    assert list(task.to_records(torch.tensor([[1.5], [-2.0]]))) == [
         {"label": "score", "score": 1.5},
         {"label": "score", "score": -2.0},
     ]

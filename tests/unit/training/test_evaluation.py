@@ -23,6 +23,7 @@ from bertdist.data.records import records_from_texts
 from bertdist.data.tokenization import Example, create_dataset
 from bertdist.models.classifier import Classifier, load_classifier
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
+from bertdist.training import evaluation as evaluation_module
 from bertdist.training.evaluation import (
     Scorer,
     assert_each_row_once,
@@ -251,7 +252,7 @@ def test_scores_by_hand(
         pytest.approx(first[1]),
     )
     records = task.to_records(torch.tensor(logits))
-    assert found.predictions == [
+    assert list(found.predictions) == [
         {"row": row, **record, "truth": task.decode_target(references[row])}
         for row, record in enumerate(records)
     ]
@@ -322,6 +323,26 @@ def test_a_metric_that_is_not_computed_is_told_before_training(
         Scorer(TaskConfig(**config), SingleLabel(("no", "yes")), None)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("task", [SingleLabel(("a", "b", "c")), MultiLabel(("a", "b", "c"))])
+def test_the_loss_of_many_logits_is_summed_in_parts(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.randn(11, 3, generator=torch.Generator().manual_seed(0))
+    single = isinstance(task, SingleLabel)
+    targets = np.arange(11) % 3 if single else np.eye(3, dtype=np.float32)[np.arange(11) % 3]
+    scorer, sizes, whole = Scorer(TaskConfig(), task, None), list[int](), type(task).eval_loss
+
+    def watched(self: Any, part: Tensor, target: Tensor) -> Tensor:
+        sizes.append(len(part))
+        return whole(self, part, target)
+
+    monkeypatch.setattr(type(task), "eval_loss", watched)
+    expected = scorer.score(logits, targets).scores
+    monkeypatch.setattr(evaluation_module, "LOSS_CHUNK", 13)
+    assert scorer.score(logits, targets).scores == pytest.approx(expected, rel=1e-14)
+    assert sizes == [11, 4, 4, 3]
 
 
 def test_an_undefined_score_is_told_once_with_its_reason() -> None:

@@ -474,9 +474,29 @@ def test_a_finished_run_shows_its_best_evaluation(log: RunLogger, capfd: Any) ->
     shown = capfd.readouterr().err
     assert "Scores per label, step 4" in shown and "0.25" in shown
     assert "Confusion matrix (rows: true, columns: predicted)" in shown and "7" in shown
-    report |= {"labels": ["a"] * 25, "per_class": [{"label": "a", "f1": 0.5}] * 25}
-    log.log_summary(TrainState(step=8, finished=True), "", report)
-    assert "Scores per label" not in capfd.readouterr().err, "too large for a screen"
+
+
+@pytest.mark.parametrize("matrix", [True, False])
+def test_of_many_labels_the_worst_are_shown(matrix: bool, log: RunLogger, capfd: Any) -> None:
+    names = [f"label{i}" for i in range(1000)]
+    scores = [{"label": name, "f1": i / 1000, "rows": i % 2} for i, name in enumerate(names)]
+    report: dict[str, Any] = {"step": 4, "labels": names, "per_class": scores}
+    wrong = [{"label": names[i], "predicted": "label7", "rows": 50 - i} for i in range(30)]
+    if matrix:
+        report["confusion"] = [[0] * 1000 for _ in names]
+        for i, entry in enumerate(wrong):
+            report["confusion"][i][7] = entry["rows"]
+        report["confusion"][7][7] = 999  # right
+    else:
+        report["confusions"] = [entry for entry in wrong if entry["label"] != "label7"]
+    log.log_summary(TrainState(step=8, finished=True, best_step=4), "", report)
+    lines = capfd.readouterr().err.splitlines()
+    assert "Scores per label, step 4 (the lowest f1 of 1,000; all are in evaluation.json)" in lines
+    cells = [line.replace("│", "").split() for line in lines if line.startswith("│")]
+    assert cells[:24] == [[f"label{i}", f"{i / 1000:.4g}", "1"] for i in range(1, 48, 2)]
+    assert "Most frequent confusions" in lines
+    expected = [i for i in range(13) if i != 7]
+    assert cells[24:] == [[f"label{i}", "label7", str(50 - i)] for i in expected]
 
 
 def test_a_start_describes_the_run(log: RunLogger, tmp_path: Path) -> None:
