@@ -39,6 +39,7 @@ from bertdist.distributed.collectives import raise_on_all_ranks
 # Readers are imported by the functions that read: a run loads only those of its sources.
 if TYPE_CHECKING:
     from bertdist.data.readers.file_reader import FileReader
+    from bertdist.data.readers.folder_reader import FolderReader
     from bertdist.data.streaming import Stream
 
 # Columns of the texts, https://huggingface.co/datasets/nyu-mll/glue
@@ -116,13 +117,17 @@ def _load_files(patterns: Sequence[str], data: DataConfig, limit: int | None) ->
 
 
 def _read_file(
-    reader: "FileReader",
+    reader: "FileReader | FolderReader",
     requested: ColumnNames,
     label_delimiter: str | None = None,
     limit: int | None = None,
     first_label: LabelValue | None = None,
 ) -> Records:
-    columns = choose_columns(reader.name, reader.column_names(), requested, reader.has_header)
+    try:
+        columns = choose_columns(reader.name, reader.column_names(), requested, reader.has_header)
+    except DataError as error:
+        how = f" {reader.note}." if reader.note else ""
+        raise DataError(f"{error}{how}") from None
     records = records_from_chunk(
         reader.name,
         reader.read(columns.names(), limit),
@@ -239,11 +244,15 @@ def open_stream(data: DataConfig, seed: int) -> "Stream":
 
 def open_files(
     pattern: str, flags: FileConfig, on_bad_row: OnBadRow = "fail", streamed: bool = False
-) -> "Iterator[FileReader]":
-    """A reader for each file that a path, glob or URL names. Raises DataError."""
+) -> "Iterator[FileReader | FolderReader]":
+    """A reader for each file that a path, glob or URL names, or of a folder. Raises DataError."""
     from bertdist.data.readers.file_reader import FileReader, inspect_file
+    from bertdist.data.readers.folder_reader import FolderReader
     from bertdist.data.readers.remote import file_fingerprint, file_size, list_files
 
+    if Path(pattern).is_dir():
+        yield FolderReader(pattern, flags, on_bad_row)
+        return
     for address in list_files(pattern):
         file = inspect_file(address, flags)
         fingerprint = file_fingerprint(address) if streamed else None
@@ -251,8 +260,8 @@ def open_files(
         yield FileReader(file, fingerprint=fingerprint, size=size, on_bad_row=on_bad_row)
 
 
-def _check_has_labels(reader: "FileReader") -> None:
-    if reader.file.kind == "txt":
+def _check_has_labels(reader: "FileReader | FolderReader") -> None:
+    if reader.kind == "txt":
         raise DataError(
             f"{reader.name} is read as one text per line, without labels; for a table pass "
             "--delimiter or --column_names, for a folder per label the path of the folder."
@@ -271,17 +280,13 @@ def load_texts(path: str, flags: FileConfig, trained: ColumnNames) -> Records:
     files = []
     for reader in open_files(path, named):
         of_file = requested
-        if reader.file.kind == "txt":
+        if reader.kind in ("txt", "folder"):
+            how = f"{reader.name} is read as one text per {'line' if reader.file else 'file'}"
+            table = "for a table pass its path, and --delimiter or --column_names"
             if requested.pair is not None:
-                raise DataError(
-                    f"{reader.name} is read as one text per line, no pairs; for a table pass "
-                    "--delimiter or --column_names."
-                )
+                raise DataError(f"{how}, no pairs; {table}.")
             if text not in (None, "text"):
-                raise DataError(
-                    f"{reader.name} is read as one text per line, so --text_column cannot take "
-                    "effect; remove it, or for a table pass --delimiter or --column_names."
-                )
+                raise DataError(f"{how}, so --text_column cannot take effect; remove it; {table}.")
             of_file = requested._replace(text="text")
         files.append(_read_file(reader, of_file))
     return concat_records(files, _short_name([path]))

@@ -142,7 +142,7 @@ class FileReader:
     ) -> None:
         """fingerprint and size: of the bytes as stored, unless the file is local."""
         self.file, self.name, self.has_header = file, file.name, file.has_header
-        self.note = file.note
+        self.kind, self.note = file.kind, file.note
         self.skip = on_bad_row == "skip"
         self.chunk_bytes, self.row_bytes = chunk_bytes, row_bytes
         self.features: Any = None
@@ -297,7 +297,7 @@ class FileReader:
         buffer, size = Buffer(stream), max(4, self.chunk_bytes)
         while True:
             if self.file.kind == "json":
-                raw, is_all = read_all(stream), True
+                raw, is_all = self._read_all(stream), True
             else:
                 raw, is_all = buffer.first(size)
             codec, mark = resolve_codec(self.file, raw)
@@ -362,8 +362,11 @@ class FileReader:
     ) -> tuple[Parsed, Lines]:
         header = self._read_header()
         with closing(self.file.open_bytes(header.state["at"])) as stream:
-            lines = self._decode(read_all(stream), header.codec, header.state["line"])
+            lines = self._decode(self._read_all(stream), header.codec, header.state["line"])
         return self._parse(header, lines, columns, num_rows=num_rows), lines
+
+    def _read_all(self, stream: BinaryIO) -> bytes:
+        return read_all(stream, self.name, None if self.kind == "json" else BLOCK_BYTES)
 
     def read_rows_again(self, columns: Sequence[str]) -> tuple[Lines, Rows, RowLocations]:
         """The lines after the header, and the rows in them. As slow as `read`. Raises DataError."""
@@ -460,7 +463,7 @@ def _detect(
     kind = by_name if is_auto else flags.file_format
     if is_auto and head.startswith(b"PAR1"):
         fmt = _format_by_flags(name, "parquet", flags)
-        return fmt, f"{name}: read as parquet"
+        return fmt, f"{name}: read as parquet" if by_name != "parquet" else None
     encoding = flags.encoding or detect_encoding(head, is_all) or "utf-8"
     codec, mark = resolve_codec(FileFormat(name=name, kind=kind, encoding=encoding), head)
     text = head_as_utf8(head[mark:], codec, is_all)
@@ -479,7 +482,7 @@ def _detect(
         auto = {"delimiter": delimiter is None, "quoting": flags.quoting == "auto"}
         table = detect_table(fmt, text, is_all, **auto) if any(auto.values()) else fmt
     if kind == "txt":
-        return fmt, _describe(fmt, usual, by_name, flags, table is not None)
+        return fmt, _describe(fmt, usual, by_name, flags, is_auto and table is not None)
     if kind not in ("jsonl", "json"):
         if table is None:
             raise DataError(
@@ -496,6 +499,8 @@ def _describe(
     """How the file is read, in one sentence; None where the name or the flags say it."""
     is_flag = flags.file_format != "auto" or flags.delimiter is not None
     other_kind = fmt.kind != by_name and by_name in KINDS and not is_flag
+    if fmt.kind == "jsonl" and by_name == "json":
+        other_kind = False
     if fmt == usual and not other_kind and not ambiguous and fmt.kind != "json":
         return None
     if ambiguous:

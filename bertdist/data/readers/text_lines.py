@@ -16,10 +16,13 @@ from typing import BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import pyarrow as pa
 
 from bertdist.core.errors import DataError
 from bertdist.data.source import Column, SkippedRow, excerpt
+
+PART_BYTES = 64 << 20  # of a file, read at once
 
 Offsets: TypeAlias = npt.NDArray[np.int64]
 
@@ -105,11 +108,24 @@ class Buffer:
         self._data = self._data[size:]
 
 
-def read_all(stream: BinaryIO) -> bytes:
-    """To the end, also where a read returns less; without a copy where it returns all."""
-    parts = []
-    while part := stream.read():
+def read_all(stream: BinaryIO, name: str, line_bytes: int | None) -> bytes:
+    """To the end. Raises DataError where that is more than half of the free memory, or a line is
+    longer than `line_bytes`.
+    """
+    limit = psutil.virtual_memory().available // 2
+    parts, size, line_start = [], 0, 0
+    while part := stream.read(PART_BYTES):
+        if (newline := part.rfind(b"\n")) >= 0:
+            line_start = size + newline
         parts.append(part)
+        size += len(part)
+        if line_bytes is not None and size - line_start > line_bytes:
+            raise DataError(f"{name}: a line is longer than {line_bytes:,} bytes.")
+        if size > limit:
+            raise DataError(
+                f"{name} has more than {limit:,} bytes, half of the free memory; "
+                "--streaming reads training rows in parts."
+            )
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
@@ -118,6 +134,10 @@ def reading(path: str) -> Iterator[None]:
     """Errors inside become a DataError that names the file."""
     try:
         yield
+    except MemoryError:
+        raise DataError(
+            f"{path} does not fit into memory; --streaming reads training rows in parts."
+        ) from None
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}.") from None
 
