@@ -25,7 +25,7 @@ THIRD_PARTY = {  # package -> the other libraries that it may import
     "tasks": {"datasets", "evaluate", "scipy", "sklearn"},
     "data": {"aiohttp", "datasets", "fsspec", "pyarrow", "xxhash"},
     "models": {"safetensors"},
-    "training": {"filelock", "psutil", "rich", "safetensors"},
+    "training": {"filelock", "rich", "safetensors"},
     "data_quality": {"cleanlab", "ftfy", "pyarrow", "rensa"},
     "scripts": set(),
 }

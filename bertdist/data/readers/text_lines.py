@@ -16,11 +16,11 @@ from typing import BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import pyarrow as pa
 
 from bertdist.core.errors import DataError
 from bertdist.data.source import Column, SkippedRow, excerpt
+from bertdist.distributed.host_memory import free_host_bytes
 
 PART_BYTES = 64 << 20  # of a file, read at once
 
@@ -112,7 +112,7 @@ def read_all(stream: BinaryIO, name: str, line_bytes: int | None) -> bytes:
     """To the end. Raises DataError where that is more than half of the free memory, or a line is
     longer than `line_bytes`.
     """
-    limit = psutil.virtual_memory().available // 2
+    limit = free_host_bytes() // 2
     parts, size, line_start = [], 0, 0
     while part := stream.read(PART_BYTES):
         if (newline := part.rfind(b"\n")) >= 0:

@@ -5,6 +5,7 @@ import io
 import pytest
 
 from bertdist.core.errors import DataError
+from bertdist.data.readers import text_lines
 from bertdist.data.readers.text_lines import (
     Buffer,
     FileFormat,
@@ -126,9 +127,22 @@ def test_a_buffer_returns_as_many_bytes_as_requested(stream: type[io.BytesIO]) -
     assert buffer.first(3) == (b"def", True)  # it says so before a read that returns nothing
     buffer.drop(3)
     assert buffer.first(1) == (b"", True)
-    assert read_all(stream(b"abc")) == b"abc" and read_all(stream(b"")) == b""
+    assert read_all(stream(b"abc"), "a", None) == b"abc" == read_all(stream(b"abc"), "a", 3)
+    assert read_all(stream(b""), "a", None) == b""
 
 
 def test_what_cannot_be_read_is_one_line() -> None:
     with pytest.raises(DataError, match=r"^there cannot be read: gone\.$"), reading("there"):
         raise OSError("gone")
+
+
+def test_a_file_and_a_line_that_do_not_fit_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_lines, "PART_BYTES", 4)
+    monkeypatch.setattr(text_lines, "free_host_bytes", lambda: 40)
+    assert read_all(io.BytesIO(b"abc\n" * 5), "a.csv.gz", 4) == b"abc\n" * 5
+    with pytest.raises(
+        DataError, match=r"^a\.csv\.gz has more than 20 bytes, half of the free mem"
+    ):
+        read_all(io.BytesIO(b"abc\n" * 6), "a.csv.gz", 4)
+    with pytest.raises(DataError, match=r"^a\.csv\.gz: a line is longer than 8 bytes"):
+        read_all(io.BytesIO(b"abc\n" + b"x" * 9), "a.csv.gz", 8)

@@ -1,0 +1,46 @@
+"""How much memory of this machine a process may still use."""
+
+import math
+import os
+from pathlib import Path
+
+import psutil
+
+
+def free_host_bytes() -> int:
+    """The free memory of the machine, or of its control group; the ranks of a machine share it."""
+    free = min(psutil.virtual_memory().available, control_group_bytes())
+    return int(free / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def control_group_bytes(
+    process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> float:
+    """Free bytes under the tightest memory limit of this process's control groups.
+
+    SLURM and containers set such limits. Infinity if there is none.
+    https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html: a group is bound
+    by all groups above it, and `inactive_file` is memory that the kernel gives back when asked.
+    """
+    free = math.inf
+    version_1 = ("limit_in_bytes", "usage_in_bytes", "stat")
+    for line in process.read_text().splitlines() if process.exists() else []:
+        _, kinds, group = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        top = root / "memory" if kinds else root
+        names = version_1 if kinds else ("max", "current", "stat")
+        lowest = top / group.lstrip("/")
+        for folder in (lowest, *lowest.parents):
+            limit, used, stat = (_words(folder / f"memory.{name}") for name in names)
+            if limit and used and limit != ["max"]:
+                counts = dict(zip(stat[::2], stat[1::2], strict=False))
+                inactive = counts.get("total_inactive_file", counts.get("inactive_file", 0))
+                free = min(free, int(limit[0]) - int(used[0]) + int(inactive))
+            if folder == top:
+                break
+    return max(0.0, free)
+
+
+def _words(file: Path) -> list[str]:
+    return file.read_text().split() if file.exists() else []
