@@ -21,7 +21,7 @@ A training loop of your own, exact on any number of devices (start it with `acce
     task = create_task(config.task, stats.labels, None)             # bertdist.data.stats
     tokenizer = load_tokenizer(config.model)                        # bertdist.data.tokenization
     loader = create_train_loader(rows, stats, tokenizer, task, config, accelerator)
-    classifier, notes = load_classifier(config.model, task)         # N texts -> logits (N, labels)
+    classifier, notes = load_classifier(config.model, task, tokenizer=tokenizer)
     model, optimizer = accelerator.prepare(classifier, AdamW(classifier.parameters(), lr=1e-3))
     for step in loader.steps(0, loader.steps_per_epoch):            # one epoch
         for batch in step.micro_batches:                            # this rank's micro-batches

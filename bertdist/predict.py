@@ -46,6 +46,7 @@ from bertdist.distributed.launch import EXIT_STOPPED, create_accelerator, run_cl
 from bertdist.distributed.launcher import check_world
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import load_model_config, load_trained_classifier, saved_metadata
+from bertdist.models.vocabulary import missing_tokens
 from bertdist.training.evaluation import describe_nonfinite_rows, nonfinite_rows, predict_rows
 from bertdist.training.memory import find_tokens
 from bertdist.training.nonfinite import nonfinite_error
@@ -96,6 +97,10 @@ class Predictor:
         limit = max_length or self.metadata.get("max_length")
         tokenizer_config = ModelConfig(model_name_or_path=folder, max_length=limit or 3)
         self.tokenizer = load_tokenizer(tokenizer_config)
+        model_config = self.model.model.config
+        # Added after the training: only texts that hold them cannot be predicted.
+        missing = missing_tokens(model_config, self.tokenizer, f"--model {folder}")
+        self._vocab_size: int | None = model_config.vocab_size if missing else None
         longest = min(self.tokenizer.model_max_length, self.model.max_positions)
         self.max_length: int = limit or longest
         self.tokens_per_micro_batch = tokens_per_micro_batch
@@ -129,7 +134,9 @@ class Predictor:
         check_pairs(self.metadata, records)
         world_size = self.accelerator.num_processes
         batches = MapLoader(
-            dataset=create_dataset(records, self.tokenizer, None, self.max_length),
+            dataset=create_dataset(
+                records, self.tokenizer, None, self.max_length, self._vocab_size
+            ),
             rows_per_step=ROWS_PER_WINDOW * world_size,
             tokens_per_micro_batch=self.tokens_per_micro_batch or DEFAULT_TOKEN_BUDGET,
             rank=self.accelerator.process_index,

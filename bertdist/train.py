@@ -49,6 +49,7 @@ from bertdist.models.classifier import (
     pretrained_labels,
 )
 from bertdist.models.dropout import seed_dropout
+from bertdist.models.vocabulary import missing_tokens
 from bertdist.tasks.tasks import Task
 from bertdist.training.best_model import BestModel, EarlyStopping
 from bertdist.training.checkpoint import Checkpointer, TrainState
@@ -86,7 +87,7 @@ def train(config: TrainConfig) -> TrainState:
 
         # Model: a Hugging Face classifier, AdamW, the learning rate as a function of the step.
         classifier, adamw, lr_factor, notes = create_model(
-            inputs.model_config, task, due.total_steps, config, accelerator
+            inputs, task, due.total_steps, config, accelerator
         )
         log.say(*notes, check_disk_space(log.folder, classifier, accelerator))
         model, optimizer = accelerator.prepare(classifier, adamw)
@@ -204,6 +205,7 @@ def load_inputs(config: TrainConfig, accelerator: Accelerator) -> Inputs:
     """
     with raise_on_all_ranks(accelerator):
         model_config, tokenizer = load_model_config(config.model), load_tokenizer(config.model)
+        missing_tokens(model_config, tokenizer, config.model.model_name_or_path)
         rows, eval_rows = load_splits(config)
     fingerprint = data_fingerprint(model_config, tokenizer, rows, eval_rows)
     assert_same_on_all_ranks(accelerator, fingerprint)
@@ -226,7 +228,7 @@ def create_loaders(
 
 
 def create_model(
-    model_config: PretrainedConfig,
+    inputs: Inputs,
     task: Task,
     total_steps: int,
     config: TrainConfig,
@@ -239,7 +241,9 @@ def create_model(
     """
     with raise_on_all_ranks(accelerator):
         torch.manual_seed(config.run.seed)  # the new head's weights
-        classifier, notes = load_classifier(config.model, task, model_config)
+        classifier, notes = load_classifier(
+            config.model, task, inputs.model_config, tokenizer=inputs.tokenizer
+        )
         adamw = create_optimizer(classifier, config.optim)
         lr_factor = create_lr_schedule(config.optim, total_steps)
     return classifier, adamw, lr_factor, notes

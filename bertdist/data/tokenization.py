@@ -5,7 +5,7 @@ All truncation happens here. One tokenizer call per list of rows: 32 sentences o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ class TokenizedDataset:
     max_length: int
     targets: Array  # (rows,) or (rows, outputs)
     weights: Array  # (rows,) float32
+    vocab_size: int | None = None  # of a trained model whose tokenizer has more ids; None: no check
 
     def __len__(self) -> int:
         return len(self.records)
@@ -48,15 +49,32 @@ class TokenizedDataset:
     def __getitem__(self, rows: Sequence[int]) -> list[Example]:
         records = [self.records[int(row)] for row in rows]
         encoded = encode(records, self.tokenizer, self.max_length)
+        if self.vocab_size is not None:
+            self._check_ids(rows, encoded, self.vocab_size)
         first, targets, weights = self.records.first_row, self.targets, self.weights
         return [
             Example(first + int(row), ids, segments, targets[row], float(weights[row]))
             for row, (ids, segments) in zip(rows, encoded, strict=True)
         ]
 
+    def _check_ids(
+        self, rows: Sequence[int], encoded: list[tuple[list[int], list[int]]], size: int
+    ) -> None:
+        for row, (ids, _) in zip(rows, encoded, strict=True):
+            if (largest := max(ids, default=0)) >= size:
+                token = self.tokenizer.convert_ids_to_tokens(largest)
+                raise DataError(
+                    f"{self.records.location(int(row))}: the tokenizer gives {token!r} the id "
+                    f"{largest:,}; the model was trained with {size:,} ids, without it."
+                )
+
 
 def create_dataset(
-    records: Records, tokenizer: PreTrainedTokenizerBase, task: Task | None, max_length: int
+    records: Records,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task | None,
+    max_length: int,
+    vocab_size: int | None = None,
 ) -> TokenizedDataset:
     """Checks every label of the split. task None: rows without labels, for prediction.
 
@@ -82,6 +100,7 @@ def create_dataset(
         max_length=max_length,
         targets=targets,
         weights=weights,
+        vocab_size=vocab_size,
     )
 
 
@@ -131,7 +150,8 @@ def _cut(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or --tokenizer_name.
 
-    Raises ModelError, and ConfigError if --max_length is more than the tokenizer's limit.
+    Raises ModelError, also where --tokenizer_name has other ids than the model's own tokenizer, and
+    ConfigError if --max_length is more than the tokenizer's limit.
     """
     from bertdist.core.hub import explain_hub_error, probe_hub
 
@@ -159,4 +179,23 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             f"--max_length is {config.max_length}; the tokenizer of {name} supports at most "
             f"{tokenizer.model_max_length} tokens."
         )
+    if config.tokenizer_name and config.model_name_or_path:
+        _compare_with_own(tokenizer, config)
     return tokenizer
+
+
+def _compare_with_own(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
+    """Raise ModelError if --tokenizer_name has other ids than the model's own tokenizer."""
+    try:
+        own = load_tokenizer(replace(config, tokenizer_name=None, max_length=0)).get_vocab()
+    except ModelError:
+        return  # the model has none
+    ids = tokenizer.get_vocab()
+    moved = [token for token, id in own.items() if ids.get(token, id) != id]
+    if moved:
+        first = min(moved, key=own.__getitem__)
+        raise ModelError(
+            f"--tokenizer_name {config.tokenizer_name} ({len(ids):,} tokens) is not a tokenizer of "
+            f"{config.model_name_or_path} ({len(own):,} tokens): {len(moved):,} tokens that both "
+            f"have differ in their ids, {first!r} is {ids[first]} and {own[first]}."
+        )

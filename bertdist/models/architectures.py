@@ -41,7 +41,9 @@ class Architecture:
     """One family of models."""
 
     prepare: Callable[[Any], None]  # changes a classifier of this family in place
-    first_position: Callable[[Any], int] = lambda config: 0  # position id of a text's first token
+    # Positions are counted from pad_token_id + 1, and a pad token in a text has the position
+    # pad_token_id and is not counted; else from 0.
+    counts_from_pad: bool = False
     # For --torch_compile: the layers that run over all T tokens, and a layer in two parts. The
     # second part, of which each token is computed by itself, is compiled.
     compilable_layers: Callable[[Any], list[Any]] = lambda model: []
@@ -243,7 +245,7 @@ BERT = Architecture(
     attention=_bert_attention,
     after_attention=_bert_after_attention,
 )
-ROBERTA = replace(BERT, first_position=lambda config: config.pad_token_id + 1)
+ROBERTA = replace(BERT, counts_from_pad=True)
 
 ARCHITECTURES = {  # by model_type
     "bert": BERT,

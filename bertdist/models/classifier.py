@@ -18,13 +18,14 @@ Legend: T tokens, N texts, O outputs of the task.
 
 import inspect
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -41,6 +42,15 @@ from bertdist.models import attention
 from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.cpu_layers import reuse_embedding_gradient, use_onednn
 from bertdist.models.dropout import DropoutMasks, replace_dropouts, set_current_masks
+from bertdist.models.model_config import (
+    check_arithmetic,
+    check_file,
+    check_size,
+    check_values,
+    reset_outputs,
+    type_notes,
+)
+from bertdist.models.vocabulary import resize_embedding, segment_notes
 from bertdist.tasks.tasks import Task, task_of_model
 
 _NEW_WEIGHTS = "New weights, to be trained"
@@ -61,20 +71,27 @@ class Classifier(nn.Module):
         self.gradient_checkpointing = False
         self._dropout_masks: DropoutMasks | None = None  # of the current micro-batch
         self._takes_segments = "token_type_ids" in inspect.signature(model.forward).parameters
+        self._num_segments = getattr(model.config, "type_vocab_size", None) or sys.maxsize
         architecture = ARCHITECTURES.get(model.config.model_type)
         self.packed = architecture is not None
-        self._first_position = architecture.first_position(model.config) if architecture else 0
+        counts_from_pad = architecture is not None and architecture.counts_from_pad
+        self._pad: int | None = model.config.pad_token_id if counts_from_pad else None
+        self._first_position = 0 if self._pad is None else self._pad + 1
         positions = int(getattr(model.config, "max_position_embeddings", 512))
         # XLNet's -1: it has no table of positions
         self.max_positions = positions - self._first_position if positions > 0 else sys.maxsize
         replace_dropouts(model, lambda: self._dropout_masks)
+        self.train(model.training)  # the new dropouts too
         reuse_embedding_gradient(model)
         use_onednn(model)
         if architecture is not None:
+            expected = self._logits_of_transformers()
             architecture.prepare(model)
         pooling = getattr(model.config, "classifier_pooling", "cls")  # ModernBERT's
         self.first_tokens_only = self.packed and pooling == "cls"  # what leaves the last layer
         self.padding_changes_logits = not self.packed and self._padding_changes_logits()
+        if architecture is not None:
+            self._compare(expected)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits (N, O) of the texts of a micro-batch, on its device."""
@@ -82,10 +99,9 @@ class Classifier(nn.Module):
             return self._forward_padded(batch)
         masks = self._dropout_masks = self._make_masks(batch, slice(None))
         set_current_masks(masks)
-        positions = batch.positions[None] + self._first_position
-        inputs = {"input_ids": batch.ids[None], "position_ids": positions}  # (1, T)
+        inputs = {"input_ids": batch.ids[None], "position_ids": self._positions(batch)[None]}
         if self._takes_segments:
-            inputs["token_type_ids"] = batch.segments[None]
+            inputs["token_type_ids"] = self._segments(batch)[None]
         heads = self.model.config.num_attention_heads
         kernel = self.attention_kernel(batch.ids.device)
         packing = attention.build_packing(batch.lengths, batch.starts[:-1], heads, kernel, masks)
@@ -127,6 +143,20 @@ class Classifier(nn.Module):
             return None
         return DropoutMasks(batch.rows[texts].tolist(), np.asarray(batch.lengths)[texts].tolist())
 
+    def _positions(self, batch: PackedBatch) -> Tensor:
+        """(T,) int64: the position ids that transformers gives each text."""
+        positions = batch.positions + self._first_position
+        if self._pad is None:
+            return positions
+        is_pad = batch.ids == self._pad
+        seen = F.pad(is_pad.cumsum(0), (1, 0))  # pads before each token
+        starts = torch.arange(len(batch.ids), device=seen.device) - batch.positions
+        return (positions - seen[:-1] + seen[starts]).masked_fill(is_pad, self._pad)
+
+    def _segments(self, batch: PackedBatch) -> Tensor:
+        """(T,) int64: 0 for segment ids that the model has no embedding for."""
+        return batch.segments.masked_fill(batch.segments >= self._num_segments, 0)
+
     def _forward_padded(self, batch: PackedBatch) -> Tensor:
         lengths = np.asarray(batch.lengths)
         groups = [np.arange(len(lengths))]
@@ -148,9 +178,24 @@ class Classifier(nn.Module):
         ids = batch.ids[index].masked_fill(~mask, pad)
         inputs = {"input_ids": ids, "attention_mask": mask.long()}
         if self._takes_segments:
-            inputs["token_type_ids"] = batch.segments[index].masked_fill(~mask, 0)
+            inputs["token_type_ids"] = self._segments(batch)[index].masked_fill(~mask, 0)
         logits: Tensor = self.model(**inputs).logits
         return logits
+
+    def _probes(self) -> list[Example]:
+        """Five short texts of the first ids of the vocabulary."""
+        config = self.model.config
+        names = ("pad_token_id", "bos_token_id", "eos_token_id")
+        pad, begin, end = (getattr(config, name, None) for name in names)
+        size = min(20, getattr(config, "vocab_size", None) or 20)
+        ids = [id for id in range(size) if id not in (pad, begin, end)] or [0]
+        end = [end] if isinstance(end, int) and end < config.vocab_size else []  # BART looks for it
+        longest = self.max_positions - len(end)
+        parts = [
+            [*(ids[i % len(ids)] for i in range(min(length, longest))), *end]
+            for length in (12, 5, 4, 3, 7)
+        ]
+        return [Example(0, part, [0] * len(part), 0, 1.0) for part in parts]
 
     @torch.no_grad()
     def _padding_changes_logits(self) -> bool:
@@ -158,24 +203,54 @@ class Classifier(nn.Module):
 
         Raises ModelError.
         """
-        config, was_training, self.padding_changes_logits = self.model.config, self.training, False
-        names = ("pad_token_id", "bos_token_id", "eos_token_id")
-        pad, begin, end = (getattr(config, name, None) for name in names)
-        ids = [id for id in range(20) if id not in (pad, begin, end)]
-        end = [end] if isinstance(end, int) and end < config.vocab_size else []  # BART looks for it
-        parts = [[*ids[:length], *end] for length in (12, 5, 4, 3, 7)]
-        texts = [Example(0, part, [0] * len(part), 0, 1.0) for part in parts]
+        was_training, texts, self.padding_changes_logits = self.training, self._probes(), False
         self.eval()
-        try:
+        with self._explained():
             alone = torch.cat([self(collate([text])) for text in texts])
             batched = self(collate(texts))
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise ModelError(
-                f"A model of type {config.model_type!r} does not classify plain texts: "
-                f"{_first_line(error)}"
-            ) from error
         self.train(was_training)
         return not bool((batched - alone).abs().max() <= 1e-3 * alone.abs().max())
+
+    @torch.no_grad()
+    def _logits_of_transformers(self) -> Tensor:
+        """Of two of the probes, before anything is changed, each alone. Raises ModelError."""
+        config, was_training = self.model.config, self.training
+        kernel = config._attn_implementation
+        self.eval()
+        config._attn_implementation = "eager"
+        with self._explained():
+            probes = [torch.tensor([text.ids]) for text in self._probes()[:2]]
+            logits = torch.cat([self.model(input_ids=ids).logits for ids in probes])
+        config._attn_implementation = kernel
+        self.train(was_training)
+        return logits
+
+    @torch.no_grad()
+    def _compare(self, expected: Tensor) -> None:
+        """Raise ModelError if the logits are not those of transformers: by a setting of config.json
+        that this version does not know.
+        """
+        was_training = self.training
+        with self._explained():
+            found = self.eval()(collate(self._probes()[:2]))
+        self.train(was_training)
+        difference, size = (found - expected).abs().max(), expected.abs().max()
+        if difference > 1e-3 * size:  # not for NaN: broken weights are reported with their rows
+            raise ModelError(
+                f"A setting in the config.json of this {self.model.config.model_type!r} model is "
+                f"not supported: its logits differ from those of transformers by {difference:.2g}."
+            )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """An error of a model that cannot run, as a ModelError."""
+        try:
+            yield
+        except Exception as error:
+            raise ModelError(
+                f"A model of type {self.model.config.model_type!r} does not classify plain texts: "
+                f"{_first_line(error)}"
+            ) from error
 
 
 def load_model_config(config: ModelConfig, flag: str = "--model_name_or_path") -> PretrainedConfig:
@@ -194,6 +269,7 @@ def load_model_config(config: ModelConfig, flag: str = "--model_name_or_path") -
         siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
         folders = [str(path) for path in siblings if path.is_dir() and path.name[0] != "."]
         raise ModelError(f"{where}: there is no such folder.{did_you_mean(name, folders)}")
+    check_file(folder, where)
     probe_hub(name)
     try:
         # False, not None: None asks at the terminal whether to run code of the folder, and takes a
@@ -201,17 +277,23 @@ def load_model_config(config: ModelConfig, flag: str = "--model_name_or_path") -
         model_config: PretrainedConfig = AutoConfig.from_pretrained(
             name, revision=config.model_revision, trust_remote_code=False
         )
-    except (OSError, TypeError, ValueError) as error:  # TypeError: a list, in transformers 5.17
+    except Exception as error:  # wrong values raise a dozen kinds
         if folder.is_dir():
             raise ModelError(
-                f"{where}: the folder holds no config.json that can be read ({_first_line(error)})"
+                f"{where}: the folder holds no config.json that can be read ({_reason(error)})"
                 f"{run_folder_hint(folder)}"
             ) from None
+        if not isinstance(error, OSError | ValueError):
+            raise ModelError(f"{where}: config.json: {_reason(error)}") from None
         raise ModelError(
             f"{where} is neither a folder here nor a model on the Hub. "
             f"{explain_hub_error(error, name)} {OFFLINE_HELP}"
         ) from None
     warn_if_offline(name)
+    architecture = ARCHITECTURES.get(model_config.model_type)
+    if architecture is not None:
+        check_arithmetic(model_config, architecture.counts_from_pad, where)
+    check_values(model_config, architecture is not None, where)
     return model_config
 
 
@@ -226,6 +308,7 @@ def load_classifier(
     task: Task,
     model_config: PretrainedConfig | None = None,
     flag: str = "--model_name_or_path",
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Classifier, list[str]]:
     """A pretrained model in float32 with a head for the task, and notes on how it was loaded.
 
@@ -233,8 +316,8 @@ def load_classifier(
 
         config = ModelConfig(model_name_or_path="google-bert/bert-base-uncased")
         task = SingleLabel(("negative", "positive"))
-        classifier, notes = load_classifier(config, task)
-        rows, tokenizer = records_from_texts(["good", "bad"]), load_tokenizer(config)
+        tokenizer, rows = load_tokenizer(config), records_from_texts(["good", "bad"])
+        classifier, notes = load_classifier(config, task, tokenizer=tokenizer)
         dataset = create_dataset(rows, tokenizer, None, 128)
         seed_dropout(seed=42, step=0, rank=0)  # before every step: masks are a function of these
         logits = classifier.train()(collate(dataset[[0, 1]]))  # (2, 2)
@@ -243,14 +326,15 @@ def load_classifier(
     config: name or folder, revision, dropout, gradient_checkpointing; max_length in tokens is
     checked against the model's positions. task: its labels are the outputs. model_config: from
     `load_model_config` if it is loaded already; changed in place. flag: for error messages.
+    tokenizer: its added tokens get rows in the embedding if they have none.
 
     The classifier is on the CPU and in evaluation mode, as from_pretrained returns it. Its `model`
     is the Hugging Face model, with its own names of weights. New weights are drawn from torch's
     generator: seed it before. Only safetensors are read, never a pickle, and no code of the Hub is
     run.
 
-    Raises ModelError where the model is not found or weights other than the head's do not fit, and
-    ConfigError for a setting that cannot take effect.
+    Raises ModelError where the model is not found, weights other than the head's do not fit, or the
+    tokenizer is another model's, and ConfigError for a setting that cannot take effect.
     """
     attention.register()
     model_config = model_config or load_model_config(config, flag)
@@ -262,7 +346,9 @@ def load_classifier(
         _set_dropout(model_config, config.dropout)
     model_type, where = model_config.model_type, f"{flag} {config.model_name_or_path}"
     packed = model_type in ARCHITECTURES
+    settings = [*reset_outputs(model_config), *type_notes(model_config)]
     try:
+        check_size(model_config, Path(config.model_name_or_path).expanduser(), where)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             config.model_name_or_path,
             config=model_config,
@@ -274,10 +360,18 @@ def load_classifier(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{where}: {_first_line(error)}") from None
+    except ModelError:
+        raise
+    except Exception as error:  # wrong values raise a dozen kinds
+        raise ModelError(f"{where}: {_reason(error)}") from None
     missing = _new_weights(model, info, where)
     notes = [f"{_NEW_WEIGHTS}: {', '.join(missing)}."] if missing else []
+    notes += settings
+    if tokenizer is not None:
+        notes += [
+            *resize_embedding(model, tokenizer, where),
+            *segment_notes(model_config, tokenizer),
+        ]
     classifier = Classifier(model)
     if classifier.padding_changes_logits:
         notes.append(
@@ -357,8 +451,18 @@ def save_classifier(
 
 
 def _label_names(model_config: Any) -> tuple[str, ...]:
-    return tuple(model_config.id2label[i] for i in sorted(model_config.id2label))
+    names = model_config.id2label
+    return tuple(str(names[i]) for i in sorted(names))
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip()
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line. Of a StrictDataclassError the first line names only the field."""
+    lines = str(error).strip().splitlines() or [""]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return lines[1].strip().removeprefix("TypeError: ").partition(". Errors: ")[0]
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return f"{kind}{lines[0].rstrip()}"

@@ -466,9 +466,12 @@ def test_a_number_that_is_none_names_file_and_line(
 
 def test_a_tokenizer_is_the_models_own_or_the_one_named(tiny_model: Path, tmp_path: Path) -> None:
     byte_level().save_pretrained(tmp_path / "other")
+    (tmp_path / "model").mkdir()  # without a tokenizer
     assert load_tokenizer(ModelConfig(model_name_or_path=str(tiny_model))).cls_token == "[CLS]"
     named = load_tokenizer(
-        ModelConfig(model_name_or_path=str(tiny_model), tokenizer_name=str(tmp_path / "other"))
+        ModelConfig(
+            model_name_or_path=str(tmp_path / "model"), tokenizer_name=str(tmp_path / "other")
+        )
     )
     assert named.mask_token == "<mask>"
 

@@ -20,7 +20,7 @@ from bertdist.core.config import ModelConfig
 from bertdist.core.errors import ConfigError
 from bertdist.data.batch import PackedBatch, collate
 from bertdist.data.tokenization import Example
-from bertdist.models import attention, classifier
+from bertdist.models import attention, classifier, deberta
 from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.attention import padded_layout
 from bertdist.models.classifier import Classifier, load_classifier, load_model_config
@@ -348,9 +348,13 @@ def no_windows(
 def other_distances(
     model: Classifier, batch: PackedBatch, monkeypatch: pytest.MonkeyPatch
 ) -> PackedBatch:
-    encoder = model.model.deberta.encoder
-    real = encoder.get_rel_pos
-    monkeypatch.setattr(encoder, "get_rel_pos", lambda states: real(states) // 2)
+    real = deberta._RelativePositions.rows
+
+    def halved(*args: Any) -> tuple[Tensor, int, int]:
+        rows, low, high = real(*args)
+        return rows // 2, low, high
+
+    monkeypatch.setattr(deberta._RelativePositions, "rows", halved)
     return batch
 
 

@@ -1,0 +1,189 @@
+"""What a config.json may say. Its values are checked before a model is built.
+
+Settings that change the arithmetic and that bertdist does not compute are refused in one line;
+settings that only change what a model returns are reset (`reset_outputs`).
+"""
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForSequenceClassification, PretrainedConfig
+from transformers.activations import ACT2FN
+
+from bertdist.core.errors import ModelError, did_you_mean
+
+MAX_CONFIG_BYTES = 64 << 20
+MAX_LABELS = 1_000_000
+MAX_LAYERS = 1_000
+
+# Sizes that every encoder has, under the names that PreTrainedConfig gives them.
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
+# Settings of what a model returns or how it computes, none of which changes a logit.
+NEUTRAL = {
+    "chunk_size_feed_forward": 0,  # chunks must divide the number of tokens
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+}
+
+
+def check_file(folder: Path, where: str) -> None:
+    """Check what transformers would take for granted in a config.json: its size and labels.
+
+    Raises ModelError. A file that is missing or no JSON is left to transformers.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+        raise ModelError(f"{where}: config.json has {size:,} bytes, more than any model's.")
+    with suppress(ValueError, RecursionError):
+        raw = json.loads(path.read_bytes())
+        if isinstance(raw, dict):
+            for problem in _label_problems(raw):
+                raise ModelError(f"{where}: config.json: {problem}.")
+
+
+def _label_problems(raw: dict[str, Any]) -> Iterator[str]:
+    number, names = raw.get("num_labels"), raw.get("id2label")
+    if number is not None and not (_is_int(number) and 1 <= number <= MAX_LABELS):
+        yield f"num_labels is {_short(number)}; expected 1 to {MAX_LABELS:,}"
+    if names is None:
+        return
+    if not isinstance(names, dict) or not names or len(names) > MAX_LABELS:
+        yield f'id2label is {_short(names)}; expected {{"0": "name", "1": "name", ...}}'
+    elif missing := [i for i in range(len(names)) if str(i) not in names]:
+        yield f"id2label has {len(names):,} names, and none for {missing[0]}"
+    elif wrong := [v for v in names.values() if not isinstance(v, str | int | float)]:
+        yield f"id2label has the name {_short(wrong[0])}; expected a string"
+
+
+def check_values(config: PretrainedConfig, packed: bool, where: str) -> None:
+    """Raise ModelError for a value that no model can have. transformers has checked the types.
+
+    packed: the model runs without padding, and all its fields are checked; else `SIZES`.
+    """
+    defaults = {field.name: field.default for field in fields(type(config))}
+    sizes = {config.attribute_map.get(name, name) for name in SIZES}
+    for name, value in vars(config).items():
+        default = defaults.get(name) if packed or name in sizes else None
+        if problem := _problem(name, value, default):
+            raise ModelError(f"{where}: config.json: {name} is {_short(value)}; {problem}")
+    pad, size = (getattr(config, name, None) for name in ("pad_token_id", "vocab_size"))
+    if isinstance(pad, int) and isinstance(size, int) and pad >= size:
+        raise ModelError(f"{where}: config.json: pad_token_id is {pad}, vocab_size {size}.")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{where}: config.json: quantized weights cannot be trained.")
+
+
+def _problem(name: str, value: Any, default: Any) -> str | None:
+    if isinstance(value, str) and name.endswith(("_act", "activation")) and value not in ACT2FN:
+        return f"unknown activation function.{did_you_mean(value, list(ACT2FN))}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if not math.isfinite(value):
+        return "expected a finite number."
+    if ("dropout" in name or "pdrop" in name) and not 0 <= value <= 1:
+        return "expected 0 to 1."
+    if isinstance(default, bool) or not isinstance(default, int | float) or name.endswith("_id"):
+        return None
+    lowest = 1 if isinstance(default, int) and default > 0 and name != "type_vocab_size" else 0
+    is_count = isinstance(default, int) and ("layer" in name or "group" in name)
+    if default >= 0 and value < lowest:
+        return f"expected {lowest} or more."
+    return f"expected {MAX_LAYERS:,} at most." if is_count and value > MAX_LAYERS else None
+
+
+def check_size(config: PretrainedConfig, folder: Path, where: str) -> None:
+    """Raise ModelError if the model would have more weights than its files have bytes.
+
+    Weights that do not fit are made anew by transformers, whatever their size.
+    """
+    files = list(folder.glob("*.safetensors"))
+    num_bytes = sum(path.stat().st_size for path in files)
+    if not files:
+        return
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model = AutoModelForSequenceClassification.from_config(
+            copy.deepcopy(config), attn_implementation="eager"
+        )
+    weights = sum(weight.numel() for weight in model.base_model.parameters())
+    if weights > num_bytes + (1 << 24):  # the pooler may be new
+        raise ModelError(
+            f"{where}: config.json describes a model of {weights:,} weights, and "
+            f"{', '.join(path.name for path in files[:3])} can hold {num_bytes:,} at most."
+        )
+
+
+def check_arithmetic(config: PretrainedConfig, counts_from_pad: bool, where: str) -> None:
+    """Raise ModelError for a setting that changes the logits of a model that runs without padding,
+    and that is not computed here.
+
+    counts_from_pad: the model's positions begin after pad_token_id.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {each.get("rope_type") for each in rope.values() if isinstance(each, dict)}
+    position = getattr(config, "position_embedding_type", None) or "absolute"
+    cures = {
+        "is_decoder: the first token, which the classifier reads, would see no other token; set it "
+        "to false": getattr(config, "is_decoder", False),
+        "add_cross_attention: a classifier has no second input; set it to false": getattr(
+            config, "add_cross_attention", False
+        ),
+        f"position_embedding_type {position!r} is not supported": position != "absolute",
+        "pruned_heads is not supported": bool(getattr(config, "pruned_heads", None)),
+        "per_layer_config is not supported": getattr(config, "is_heterogeneous", False),
+        "rope_type 'longrope' makes a text depend on the others of its batch": "longrope" in kinds,
+        "pad_token_id is null; positions are counted from it": counts_from_pad
+        and config.pad_token_id is None,
+    }
+    for problem, applies in cures.items():
+        if applies:
+            raise ModelError(f"{where}: config.json: {problem}.")
+
+
+def reset_outputs(config: PretrainedConfig) -> list[str]:
+    """Reset settings that change no logit; a note that names them."""
+    changed = {
+        name: value
+        for name, neutral in NEUTRAL.items()
+        if (value := getattr(config, name, neutral)) not in (neutral, None)
+    }
+    for name in changed:
+        setattr(config, name, NEUTRAL[name])
+    if not changed:
+        return []
+    names = ", ".join(f"{name} {value}" for name, value in changed.items())
+    return [f"Settings of config.json that change no logit are reset: {names}."]
+
+
+def type_notes(config: PretrainedConfig) -> list[str]:
+    """A note where the weights are those of another type of model."""
+    names = config.architectures if isinstance(config.architectures, list) else []
+    for name in names[:1]:
+        architecture = getattr(transformers, str(name), None)
+        model_type = getattr(architecture, "config_class", config).model_type
+        if model_type != config.model_type:
+            return [
+                f"config.json names the architecture {name}, a model of type {model_type!r}, and "
+                f"model_type {config.model_type!r}: the weights are read as the latter."
+            ]
+    return []
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
