@@ -38,7 +38,7 @@ def rows(job: dict[str, Any]) -> dict[str, Any]:
     assert source is not None and source.label_codes is not None and source.label_kind is not None
     counts = np.bincount(source.label_codes, minlength=len(source.label_values))
     asked = TaskConfig(problem_type="single_label_classification", label_names=job.get("labels"))
-    task = infer_task(asked, source.label_kind, source.label_values, counts, source.class_names)
+    task = infer_task(asked, source.label_values, counts, source.class_names)
     number = {value: str(task.labels.index(str(value))) for value in source.label_values}
     order = np.random.default_rng(0).permutation(len(source))[: job["rows"]]
     with open(job["rows_file"], "w", encoding="utf-8") as file:

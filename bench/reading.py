@@ -139,7 +139,7 @@ def read_rows(args: argparse.Namespace, tokenizer: Any, texts_a_row: int) -> Row
     some = [record._replace(text=text) for record, text in zip(found, texts[:2000], strict=False)]
     tokens = [len(ids) for ids, _ in encode(some, tokenizer, args.max_length)]
     names = sorted(set(labels))
-    task = infer_task(TaskConfig(label_names=names), "text", names, np.ones(len(names)))
+    task = infer_task(TaskConfig(label_names=names), names, np.ones(len(names)))
     return Rows(texts=texts * times, labels=labels * times, tokens=tokens, task=task)
 
 

@@ -13,8 +13,11 @@ value): compute `valid_rows` once for texts, pairs and labels, then `filter_rows
 `filter_labels`.
 """
 
+import json
 import math
 import re
+from collections import Counter
+from decimal import Decimal
 from itertools import compress
 from typing import Any, Literal, TypeAlias
 
@@ -24,15 +27,22 @@ import pyarrow as pa
 
 from bertdist.core.errors import DataError
 from bertdist.data.source import LocateRow
+from bertdist.tasks.labels import canonical, odd_labels
 
-LabelValue = str | int | float | tuple[str, ...]
-LabelKind = Literal["text", "integer", "number", "set"]
+LabelValue = str | tuple[str, ...]  # numbers as text: 1 and "1" are one label in every file format
+LabelKind = Literal["text", "set"]
 Codes = npt.NDArray[np.int32]
 Raw: TypeAlias = "pa.Array | list[Any]"
 Problems = dict[int, str]  # rows to skip -> reason
 
-_INTEGER = re.compile("0|-?[1-9][0-9]*")
-_BITS = {0: 0, 1: 1, "0": 0, "1": 1, "false": 0, "true": 1}  # True and 1.0 equal 1
+_BITS = {"0": 0, "0.0": 0, "false": 0, "no": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1, "x": 1}
+
+# A list written into a cell by Python, JSON or numpy: ['a', 'b'], ["a"], [0, 1], [0. 1.], ('a',).
+_QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+_ITEM = rf"(?:{_QUOTED}|[+-]?[0-9]+(?:\.[0-9]*)?|[Tt]rue|[Ff]alse)"
+_LIST = re.compile(rf"\[\s*(?:{_ITEM}(?:(?:\s*,\s*|\s+){_ITEM})*)?\s*,?\s*\]")
+_TUPLE = re.compile(rf"[({{]\s*(?:{_QUOTED})(?:\s*,\s*(?:{_QUOTED}))*\s*,?\s*[)}}]")
+_ITEMS = re.compile(_ITEM)
 
 
 def as_array(column: Any) -> Raw:
@@ -118,13 +128,16 @@ def read_labels(
     class_names: tuple[str, ...] | None = None,
     problems: Problems | None = None,
     first_label: LabelValue | None = None,
+    any_label: bool = False,
 ) -> tuple[LabelKind, list[LabelValue], Codes]:
     """The labels of one column: their kind, the distinct values, and (rows,) codes.
 
-    Kind "set": every label is a tuple of names, from lists or by splitting at `delimiter`.
-    class_names: names of labels that the source stores as numbers; -1 means missing. first_label:
-    if these rows follow others, the first label of those: all must be of its kind. Raises DataError
-    at the first row whose label is missing, of another kind than those above it, or not a label.
+    Kind "set": every label is a tuple of names, from lists (also written into a cell of text) or by
+    splitting at `delimiter`. class_names: names of labels that the source stores as numbers; -1
+    means missing. first_label: if these rows follow others, the first label of those: all must be
+    of its kind. any_label: with `problems`, keep also the few labels that are no numbers where
+    nearly all others are. Raises DataError at the first row whose label is missing, of another kind
+    than those above it, or not a label.
     """
     distinct, codes = _encode(column)
     used = _used_codes(codes, len(distinct), problems)
@@ -137,47 +150,55 @@ def read_labels(
         raw = distinct[code]
         try:
             value = _label(raw, delimiter, class_names)
-            value = value if first_label is None else _as_kind_of(first_label, _lower_bool(value))
             first = first or (raw, value)
-            if _family(value) != _family(first[1]):
+            if isinstance(value, tuple) != isinstance(first[1], tuple):
                 raise ValueError(
-                    f"label {repr(raw)[:60]} is of type {type(raw).__name__}, "
-                    f"the labels above it are of type {type(first[0]).__name__}"
+                    f"label {repr(raw)[:60]} is {_content(value)}, "
+                    f"each of the labels above it is {_content(first[1])}"
                 )
         except ValueError as error:
             _reject_value(problems, wrong, codes, code, f"{error} (column {name!r})", location)
         else:
             values[code] = value
     good = [code for code in used if code not in wrong]
-    kind = _kind_of([values[code] for code in good])
-    if kind == "number":
+    if problems is not None and class_names is None and not any_label:
+        valid = valid_rows(problems, len(codes))
+        rows = np.bincount(codes if valid is None else codes[valid], minlength=len(distinct))
+        rows_of: Counter[str] = Counter()
         for code in good:
-            if isinstance(values[code], int) and abs(values[code]) > 2**53:
-                reason = f"label {values[code]} would be rounded, as other labels are fractions"
-                reason += f" (column {name!r})"
-                _reject_value(problems, wrong, codes, code, reason, location)
-        values = [float(value) if type(value) in (int, float) else value for value in values]
+            if isinstance(values[code], str):
+                rows_of[values[code]] += int(rows[code])
+        odd = set(odd_labels(rows_of))
+        for code in [code for code in good if values[code] in odd]:
+            wrong[code] = f"label {values[code]!r} is not a number, as most are (column {name!r})"
     code_of: dict[LabelValue, int] = {}  # "a|b" and "a | b" are one
     merged = np.full(len(distinct), -1, np.int32)
     for code in good:
         if code not in wrong:
-            merged[code] = code_of.setdefault(_lower_bool(values[code]), len(code_of))
+            merged[code] = code_of.setdefault(values[code], len(code_of))
+    kind: LabelKind = "set" if any(isinstance(value, tuple) for value in code_of) else "text"
     return kind, list(code_of), _mark_wrong(merged[codes], codes, wrong, problems)
 
 
 def read_label_columns(
     columns: dict[str, Raw], location: LocateRow, problems: Problems | None = None
 ) -> tuple[list[LabelValue], Codes]:
-    """The labels of several 0/1 columns: each is a tuple of the names of the columns with a 1."""
+    """The labels of several 0/1 columns: each is a tuple of the names of the columns with a 1.
+
+    Also true and false, yes and no, or x; then an empty cell is 0, where no column has a 0, false
+    or no.
+    """
     names = list(columns)
     bits = np.zeros((len(columns[names[0]]), len(names)), np.uint8)  # (rows, labels)
-    for index, (name, column) in enumerate(columns.items()):
-        distinct, codes = _encode(column)
+    encoded = {name: _encode(column) for name, column in columns.items()}
+    blank = None if any(_bit(v) == 0 for values, _ in encoded.values() for v in values) else 0
+    for index, (name, (distinct, codes)) in enumerate(encoded.items()):
         wrong: dict[int, str] = {}
-        bit_of = [_bit(value) for value in distinct]
+        bit_of = [_bit(value, blank) for value in distinct]
         for code in _used_codes(codes, len(distinct), problems):
             if bit_of[code] is None:
-                reason = f"column {name!r} holds {repr(distinct[code])[:60]}; expected 0 or 1"
+                shown = repr(distinct[code])[:60] if distinct[code] is not None else "no value"
+                reason = f"column {name!r} holds {shown}; expected 0 or 1"
                 _reject_value(problems, wrong, codes, code, reason, location)
         bits[:, index] = np.array([bit or 0 for bit in bit_of], np.uint8)[codes]
         _mark_wrong(codes, codes, wrong, problems)
@@ -188,18 +209,16 @@ def read_label_columns(
     return values, np.argsort(order).astype(np.int32)[inverse.reshape(-1)]
 
 
-def _bit(value: Any) -> int | None:
-    if isinstance(value, str):
-        return _BITS.get(value.strip().lower())
-    return _BITS.get(value) if isinstance(value, bool | int | float) else None
+def _bit(value: Any, blank: int | None = None) -> int | None:
+    """0, 1, or None for anything else; of an empty cell `blank`."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return blank
+    spelled = str(value).strip().lower()
+    return _BITS.get(spelled) if spelled else blank
 
 
-def _kind_of(values: list[Any]) -> LabelKind:
-    if values and isinstance(values[0], tuple):
-        return "set"
-    if values and _family(values[0]) == "number":
-        return "number" if any(isinstance(value, float) for value in values) else "integer"
-    return "text"
+def _content(label: LabelValue) -> str:
+    return "a list of labels" if isinstance(label, tuple) else "a single label"
 
 
 def _reject(problems: Problems | None, rows: list[int], reason: str, location: LocateRow) -> None:
@@ -270,30 +289,7 @@ def _encode(column: Raw) -> tuple[list[Any], Codes]:
     return list(seen.values()), np.fromiter(map(code_of.__getitem__, keys), np.int32, len(keys))
 
 
-def _family(value: Any) -> str:
-    return "number" if type(value) in (int, float) else type(value).__name__
-
-
-def _as_kind_of(first_label: LabelValue, value: LabelValue) -> LabelValue:
-    """The value as the type of the first label, if one is an integer and the other its text.
-
-    As in `records.common_kind`.
-    """
-    if type(value) is int and isinstance(first_label, str) and _INTEGER.fullmatch(first_label):
-        return str(value)
-    if isinstance(value, str) and type(first_label) is int and _INTEGER.fullmatch(value):
-        return int(value)
-    return value
-
-
-def _lower_bool(value: Any) -> LabelValue:
-    label: LabelValue = str(value).lower() if isinstance(value, bool) else value
-    return label
-
-
-def _label(
-    raw: Any, delimiter: str | None, class_names: tuple[str, ...] | None
-) -> str | int | float | bool | tuple[str, ...]:
+def _label(raw: Any, delimiter: str | None, class_names: tuple[str, ...] | None) -> LabelValue:
     """One raw value as a label. Raises ValueError with the reason if it is not one."""
     if raw is None or (isinstance(raw, str) and delimiter is None and not raw.strip()):
         raise ValueError("label is missing, expected one in every row")
@@ -301,32 +297,66 @@ def _label(
         is_list = isinstance(raw, list)
         names = [_class_name(item, class_names) for item in (raw if is_list else [raw])]
         raw = names if is_list else names[0]
-    if delimiter is not None:
+    elif isinstance(raw, str) and (found := _list_in_cell(raw.strip())) is not None:
+        raw = found
+    elif delimiter is not None:
         if not isinstance(raw, str):
             raise ValueError(
                 f"label {repr(raw)[:60]} is not text, and --label_delimiter splits text"
             )
         raw = [part.strip() for part in raw.split(delimiter)] if raw.strip() else []
-    if isinstance(raw, list):
-        return _label_set(raw)
+    return _label_set(raw) if isinstance(raw, list) else _name(raw)
+
+
+def _name(raw: Any) -> str:
+    """A label as text without blanks around it; numbers as Python writes them."""
+    if isinstance(raw, bool):
+        return str(raw).lower()
     if isinstance(raw, float) and not math.isfinite(raw):
         raise ValueError(f"label {raw} is not a finite number")
-    if isinstance(raw, str) and _has_surrogate(raw):
-        raise ValueError(f"label {raw!a} has a lone surrogate")
-    if not isinstance(raw, bool | int | float | str):
+    if not isinstance(raw, int | float | str | Decimal):
         raise ValueError(
             f"label is a {type(raw).__name__}; expected text, a number or a list of labels"
         )
-    return raw
+    if isinstance(raw, str) and _has_surrogate(raw):
+        raise ValueError(f"label {raw!a} has a lone surrogate")
+    return str(raw).strip()
+
+
+def _list_in_cell(cell: str) -> list[Any] | None:
+    """The list that Python, JSON or numpy wrote into a cell of text; None: it is not one."""
+    if cell[:1] not in ("[", "(", "{") or not (_LIST.fullmatch(cell) or _TUPLE.fullmatch(cell)):
+        return None
+    items = _ITEMS.findall(cell)
+    try:
+        return [_item(item) for item in items]
+    except ValueError:  # an escape that JSON lacks
+        return None
+
+
+def _item(item: str) -> Any:
+    if item[0] == '"':
+        return json.loads(item, strict=False)
+    if item[0] == "'":
+        return re.sub(r"\\(['\"\\])", r"\1", item[1:-1])
+    return item.lower() == "true" if item[0] in "tTfF" else canonical(item)
 
 
 def _label_set(parts: list[Any]) -> tuple[str, ...]:
-    names = [str(part) for part in parts]
-    for part, name in zip(parts, names, strict=True):
-        if type(part) not in (str, int) or not name.strip() or _has_surrogate(name):
+    names = []
+    for part in parts:
+        try:
+            name = str(int(part)) if isinstance(part, bool) else _name(part)
+        except ValueError:
+            name = ""
+        if not name:
             raise ValueError(f"{part!a} in the list of labels; expected the name of a label")
-        if names.count(name) > 1:
-            raise ValueError(f"label {name!r} occurs twice in one row")
+        names.append(name if isinstance(part, str) else canonical(name))
+    bits = [canonical(name) for name in names]
+    if len(bits) > 1 and set(bits) <= {"0", "1"}:  # maybe one zero or one for each label
+        return tuple(bits)
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"label {repeated[0]!r} occurs twice in one row")
     return tuple(names)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from accelerate import Accelerator
 
-from bertdist.core.config import DataConfig, FileConfig, TrainConfig
+from bertdist.core.config import DataConfig, FileConfig, TaskConfig, TrainConfig
 from bertdist.core.errors import DataError, did_you_mean
 from bertdist.data.batch import Step
 from bertdist.data.columns import LabelValue
@@ -66,36 +66,51 @@ class Splits(NamedTuple):
 def load_splits(config: TrainConfig) -> Splits:
     """The rows of a run. Raises DataError."""
     train: Records | Stream
+    any_label = keeps_any_label(config.task)
     if config.data.streaming:
-        train = open_stream(config.data, config.run.seed)
+        train = open_stream(config.data, config.run.seed, any_label)
     else:
-        train = load_records(config.data, "train")
-    return Splits(train, load_records(config.data, "validation"))
+        train = load_records(config.data, "train", any_label)
+    return Splits(train, load_records(config.data, "validation", any_label))
+
+
+def keeps_any_label(task: TaskConfig) -> bool:
+    """Whether flags say what the labels are, so that --on_bad_row skip need not guess."""
+    return task.label_names is not None or task.problem_type == "single_label_classification"
 
 
 @overload
-def load_records(data: DataConfig, split: Literal["train"]) -> Records: ...
+def load_records(data: DataConfig, split: Literal["train"], any_label: bool = False) -> Records: ...
 
 
 @overload
-def load_records(data: DataConfig, split: Literal["validation"]) -> Records | None: ...
+def load_records(
+    data: DataConfig, split: Literal["validation"], any_label: bool = False
+) -> Records | None: ...
 
 
-def load_records(data: DataConfig, split: Literal["train", "validation"]) -> Records | None:
-    """A split in memory, with labels; None without a validation split. Raises DataError."""
+def load_records(
+    data: DataConfig, split: Literal["train", "validation"], any_label: bool = False
+) -> Records | None:
+    """A split in memory, with labels; None without a validation split. Raises DataError.
+
+    any_label: see `columns.read_labels`.
+    """
     if split == "train":
         patterns, limit = data.train_file or [], data.max_train_samples
     else:
         patterns = [data.validation_file] if data.validation_file else []
         limit = data.max_eval_samples
     if patterns:
-        return _load_files(patterns, data, limit)
+        return _load_files(patterns, data, limit, any_label)
     if data.train_file and split == "validation":
         return None
-    return _load_hub_split(data, split, limit)
+    return _load_hub_split(data, split, limit, any_label)
 
 
-def _load_files(patterns: Sequence[str], data: DataConfig, limit: int | None) -> Records:
+def _load_files(
+    patterns: Sequence[str], data: DataConfig, limit: int | None, any_label: bool
+) -> Records:
     by_pattern: list[list[Records]] = []
     # With "skip": the first label of the split; rows whose label is of another kind are skipped.
     first_label: LabelValue | None = None
@@ -103,15 +118,18 @@ def _load_files(patterns: Sequence[str], data: DataConfig, limit: int | None) ->
         by_pattern.append([])
         for reader in open_files(pattern, data, data.on_bad_row):
             _check_has_labels(reader)
-            delimiter = data.label_delimiter
-            records = _read_file(reader, _requested(data), delimiter, limit, first_label)
+            options = data.label_delimiter, limit, first_label, any_label
+            records = _read_file(reader, _requested(data), *options)
             by_pattern[-1].append(records)
             if data.on_bad_row == "skip":
                 first_label = by_pattern[0][0].label_values[0]
     files = [records for of_pattern in by_pattern for records in of_pattern]
     records = concat_records(files, _short_name(patterns))
     if limit and len(records) > limit:  # of several files, each was read up to the limit
-        return replace(records.slice(0, limit), fingerprint=f"{records.fingerprint}, {limit}")
+        fingerprint = f"{records.fingerprint}, {limit}"
+        return replace(records.slice(0, limit), fingerprint=fingerprint, limit=limit)
+    if limit == len(records):  # the file may have more
+        records = replace(records, limit=limit)
     rows_per_file = tuple(sum(map(len, of_pattern)) for of_pattern in by_pattern)
     return replace(records, rows_per_file=rows_per_file)
 
@@ -122,6 +140,7 @@ def _read_file(
     label_delimiter: str | None = None,
     limit: int | None = None,
     first_label: LabelValue | None = None,
+    any_label: bool = False,
 ) -> Records:
     try:
         columns = choose_columns(reader.name, reader.column_names(), requested, reader.has_header)
@@ -136,6 +155,7 @@ def _read_file(
         label_delimiter=label_delimiter,
         on_bad_row="skip" if reader.skip else "fail",
         first_label=first_label,
+        any_label=any_label,
     )
     reject_header(records)
     note = reader.note
@@ -149,7 +169,9 @@ def _not_empty(records: Records) -> Records:
     return records
 
 
-def _load_hub_split(data: DataConfig, split: str, limit: int | None) -> Records | None:
+def _load_hub_split(
+    data: DataConfig, split: str, limit: int | None, any_label: bool
+) -> Records | None:
     requested = _requested(data)
     dataset, name = _find_hub_split(data, split)
     if dataset is None:
@@ -160,16 +182,16 @@ def _load_hub_split(data: DataConfig, split: str, limit: int | None) -> Records 
     columns = choose_columns(name, nested_names(dataset.features.arrow_schema), requested)
     table = dataset.select(range(rows)).with_format("arrow")[:]
     arrays: dict[str, Column] = {name: column_of(table, name) for name in columns.names()}
-    return _not_empty(
-        records_from_chunk(
-            name,
-            chunk_of_columns(name, arrays, rows, {"row": 0}),
-            columns,
-            label_delimiter=data.label_delimiter,
-            features=dataset.features,
-            on_bad_row=data.on_bad_row,
-        )
+    records = records_from_chunk(
+        name,
+        chunk_of_columns(name, arrays, rows, {"row": 0}),
+        columns,
+        label_delimiter=data.label_delimiter,
+        features=dataset.features,
+        on_bad_row=data.on_bad_row,
+        any_label=any_label,
     )
+    return replace(_not_empty(records), limit=rows if rows < len(dataset) else None)
 
 
 def _find_hub_split(data: DataConfig, split: str) -> tuple[Any, str]:
@@ -202,7 +224,7 @@ def _hub_path(data: DataConfig) -> tuple[str, str | None]:
     return path, data.dataset_config_name or (None if data.dataset_name else data.task_name)
 
 
-def open_stream(data: DataConfig, seed: int) -> "Stream":
+def open_stream(data: DataConfig, seed: int, any_label: bool = False) -> "Stream":
     """The training rows, read as they are needed. Raises DataError.
 
     With --on_bad_row skip, reads the first rows.
@@ -238,6 +260,7 @@ def open_stream(data: DataConfig, seed: int) -> "Stream":
         limit=data.max_train_samples,
         on_bad_row=data.on_bad_row,
         max_bad_rows=data.max_bad_rows,
+        any_label=any_label,
         format_notes=tuple(filter(None, notes)),
     ).with_first_label()
 

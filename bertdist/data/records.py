@@ -9,7 +9,6 @@ jsonl 3.5; `records[row]` costs 3 microseconds, `lengths()` 2 milliseconds. Each
 columns it reads once (text bytes + 12 bytes per row); forked loader workers share that memory.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -95,6 +94,7 @@ class Records:
     texts: pa.Array  # (rows,) large_string without nulls
     pairs: pa.Array | None  # (rows,) the same
     first_row: int = 0  # number of the first row, where these are some rows of a stream
+    limit: int | None = None  # --max_train_samples or --max_eval_samples, where it left rows out
     rows_per_file: tuple[int, ...] = ()  # of each --train_file, where there are several
     skipped_rows: tuple[SkippedRow, ...] = ()
     format_notes: tuple[str, ...] = ()  # detected file formats that are unusual
@@ -113,6 +113,11 @@ class Records:
         pair = None if self.pairs is None else self.pairs[row].as_py()
         label = None if self.label_codes is None else self.label_values[self.label_codes[row]]
         return Record(int(row), self.texts[row].as_py(), pair, label)
+
+    def locate_label(self, label: LabelValue) -> str:
+        """File and line of the first row with a label."""
+        code = self.label_values.index(label)
+        return str(self.location(int(np.argmax(self.label_codes == code))))
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """(rows,) int64: UTF-8 bytes of text and pair, from Arrow's offsets."""
@@ -260,10 +265,12 @@ def records_from_chunk(
     features: Any = None,
     on_bad_row: OnBadRow = "fail",
     first_label: LabelValue | None = None,
+    any_label: bool = False,
 ) -> Records:
     """The rows of a chunk, checked. Raises DataError at an invalid row, or column with "skip".
 
-    name: of the source. features: datasets.Features, if any. first_label: see `read_labels`.
+    name: of the source. features: datasets.Features, if any. first_label, any_label: see
+    `read_labels`.
     """
     assert columns.texts
     location, class_names = chunk.location, _class_names(features, columns)
@@ -287,7 +294,7 @@ def records_from_chunk(
         label_arrays = {column: arrays[column] for column in columns.labels}
         values, codes = read_label_columns(label_arrays, location, problems)
     elif columns.label is not None:
-        options = label_delimiter, class_names, problems, first_label
+        options = label_delimiter, class_names, problems, first_label, any_label
         kind, values, codes = read_labels(arrays[columns.label], columns.label, location, *options)
     if (valid := valid_rows(problems or {}, len(texts))) is not None:
         location = select_locations(location, np.flatnonzero(valid))
@@ -422,49 +429,22 @@ def _concat_labels(
     if parts[0].label_codes is None:
         return None, [], None
     kind = parts[0].label_kind
-    seen: list[LabelValue] = []
     for part in parts:
-        kind = common_kind(kind, seen, part.label_kind, part.label_values, str(part.location(0)))
-        seen += part.label_values
+        check_same_kind(kind, part.label_kind, str(part.location(0)))
     code_of: dict[LabelValue, int] = {}
     codes = []
     for part in parts:
         assert part.label_codes is not None
-        values = [as_kind(kind, value) for value in part.label_values]
-        new_codes = [code_of.setdefault(value, len(code_of)) for value in values]
+        new_codes = [code_of.setdefault(value, len(code_of)) for value in part.label_values]
         codes.append(np.array(new_codes, np.int32)[part.label_codes])
     return kind, list(code_of), np.concatenate(codes)
 
 
-def common_kind(
-    kind: LabelKind | None,
-    values: Iterable[LabelValue],
-    other: LabelKind | None,
-    others: Iterable[LabelValue],
-    location: str,
-) -> LabelKind | None:
-    """The common kind of the labels of some rows and of other rows, which begin at `location`.
-
-    Integers are also numbers, and text if all texts are integers. Raises DataError if there is
-    no common kind.
-    """
-    kinds = {kind, other}
-    if len(kinds) == 1:
-        return kind
-    if kinds == {"integer", "number"}:
-        return "number"
-    if kinds == {"text", "integer"} and all(
-        re.fullmatch(r"-?\d+", str(value)) for value in [*values, *others]
-    ):
-        return "text"
-    raise DataError(
-        f"{location}: the labels are of kind {other!r}, those before of kind {kind!r}; "
-        "expected one kind in all rows."
-    )
-
-
-def as_kind(kind: LabelKind | None, value: LabelValue) -> LabelValue:
-    """A label as one of a common kind."""
-    if kind == "text":
-        return str(value)
-    return float(value) if kind == "number" and isinstance(value, int) else value
+def check_same_kind(kind: LabelKind | None, other: LabelKind | None, location: str) -> None:
+    """Raises DataError if some rows have lists of labels, and others, from `location`, do not."""
+    if kind != other:
+        words = {"set": "lists of labels", "text": "single labels", None: "none"}
+        raise DataError(
+            f"{location}: the labels are {words[other]}, those before are {words[kind]}; "
+            "expected one kind in all rows."
+        )

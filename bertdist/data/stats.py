@@ -20,6 +20,7 @@ from bertdist.data.records import Records
 from bertdist.data.source import SkippedRow
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.preemption import StopSignal
+from bertdist.tasks.labels import REGRESSION, has_fractions, is_multi_hot, is_number
 from bertdist.tasks.tasks import Task, infer_task
 
 if TYPE_CHECKING:  # --streaming only
@@ -34,6 +35,8 @@ class LabelStats(NamedTuple):
     counts: list[int]  # rows of each
     class_names: tuple[str, ...] | None  # label names that the source defines, in its order
     column: str
+    first: Callable[[LabelValue], str] = repr  # file and line of a label's first row
+    limit: int | None = None  # --max_train_samples, where it left rows out
 
 
 class DatasetStats(NamedTuple):
@@ -48,8 +51,17 @@ def label_stats_of(rows: Records) -> LabelStats:
     """The labels of rows in memory."""
     assert rows.label_codes is not None and rows.label_kind is not None
     counts = np.bincount(rows.label_codes, minlength=len(rows.label_values)).tolist()
-    column = rows.label_column or "labels"
-    return LabelStats(rows.label_kind, rows.label_values, counts, rows.class_names, column)
+    # Without the labels of rows that --max_train_samples leaves out.
+    used = {value: n for value, n in zip(rows.label_values, counts, strict=True) if n}
+    return LabelStats(
+        rows.label_kind,
+        list(used),
+        list(used.values()),
+        rows.class_names,
+        rows.label_column or "labels",
+        rows.locate_label,
+        rows.limit,
+    )
 
 
 def collect_stats(
@@ -78,11 +90,17 @@ def collect_stats(
             return None
         assert scan.kind is not None
         values, counts = list(scan.labels), list(scan.labels.values())
-        labels = labels._replace(kind=scan.kind, values=values, counts=counts)
+        labels = labels._replace(
+            kind=scan.kind,
+            values=values,
+            counts=counts,
+            first=lambda label: scan.first.get(label, rows.name),
+            limit=rows.limit,
+        )
         return DatasetStats(labels, [scan.rows[source] for source in sorted(scan.rows)], scan.bad)
     names = config.task.label_names or labels.class_names
     values = labels.values
-    if names:
+    if names and not is_multi_hot(values):
         values = [(name,) if labels.kind == "set" else name for name in names]
     return DatasetStats(labels._replace(values=values, counts=[len(head)] * len(values)), [])
 
@@ -91,8 +109,7 @@ def _reasons_to_scan(config: TrainConfig, labels: LabelStats) -> list[str]:
     """Why a stream must be read before its first step; empty: it need not be."""
     task, run = config.task, config.run
     reasons = []
-    is_number = labels.kind == "number" or task.problem_type == "regression"
-    if not (task.label_names or labels.class_names or is_number):
+    if not (task.label_names or labels.class_names or _are_numbers(task, labels)):
         reasons.append("its labels (or pass --label_names)")
     if task.class_weights == ["balanced"]:
         reasons.append("the rows of each label (--class_weights balanced)")
@@ -104,12 +121,28 @@ def _reasons_to_scan(config: TrainConfig, labels: LabelStats) -> list[str]:
     return reasons
 
 
+def _are_numbers(task: TaskConfig, labels: LabelStats) -> bool:
+    """Whether the first labels say already that the task is regression."""
+    if task.problem_type != "auto":
+        return task.problem_type == REGRESSION
+    names = [value for value in labels.values if isinstance(value, str)]
+    return labels.kind == "text" and has_fractions(names) and all(map(is_number, names))
+
+
 def create_task(
     config: TaskConfig, labels: LabelStats, model_labels: tuple[str, ...] | None
 ) -> Task:
     """The task that the labels of the training rows define."""
-    kind, values, counts, class_names, column = labels
-    return infer_task(config, kind, values, np.array(counts), class_names, column, model_labels)
+    return infer_task(
+        config,
+        labels.values,
+        np.array(labels.counts),
+        labels.class_names,
+        labels.column,
+        model_labels,
+        labels.first,
+        labels.limit,
+    )
 
 
 def data_fingerprint(

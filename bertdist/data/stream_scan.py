@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from accelerate import Accelerator
@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from bertdist.core.atomic_io import atomic_write
 from bertdist.core.errors import BertdistError, DataError
 from bertdist.data.columns import LabelKind, LabelValue
-from bertdist.data.records import Records, as_kind, common_kind
+from bertdist.data.records import Records, check_same_kind
 from bertdist.data.source import SkippedRow, SkippedRows, validated
 from bertdist.data.streaming import Stream
 from bertdist.distributed.collectives import (
@@ -29,9 +29,11 @@ from bertdist.distributed.collectives import (
     raise_on_all_ranks,
 )
 from bertdist.distributed.preemption import StopSignal
+from bertdist.tasks.labels import is_number
 
 # Reading time between two collectives about stopping; a chunk takes some 10 ms.
 SECONDS_BETWEEN_CHECKS = 0.5
+MOST_LOCATIONS = 1_000  # labels whose first row is remembered
 
 
 @dataclass
@@ -41,35 +43,37 @@ class StreamScan:
     rows: dict[int, int] = field(default_factory=dict)  # index of a source -> number of rows
     kind: LabelKind | None = None
     labels: dict[LabelValue, int] = field(default_factory=dict)  # label -> rows
+    # Labels that are no numbers -> file and line of the first row, for messages.
+    first: dict[LabelValue, str] = field(default_factory=dict)
     bad: list[SkippedRow] = field(default_factory=list)
 
     def add(self, source: int, records: Records) -> None:
         """Count some rows of a source. Raises DataError if kinds of labels are mixed."""
         assert records.label_codes is not None
+        if self.kind is not None:
+            check_same_kind(self.kind, records.label_kind, str(records.location(0)))
+        self.kind = records.label_kind
         counts = np.bincount(records.label_codes, minlength=len(records.label_values)).tolist()
-        labels = dict(zip(records.label_values, counts, strict=True))
-        self._add_labels(records.label_kind, labels, str(records.location(0)))
+        for code, (value, count) in enumerate(zip(records.label_values, counts, strict=True)):
+            if not count:  # of a row that --max_train_samples leaves out
+                continue
+            is_name = isinstance(value, tuple) or not is_number(value)
+            if is_name and value not in self.labels and len(self.first) < MOST_LOCATIONS:
+                row = int(np.argmax(records.label_codes == code))
+                self.first[value] = str(records.location(row))
+            self.labels[value] = self.labels.get(value, 0) + count
         self.rows[source] = self.rows.get(source, 0) + len(records)
 
     def merge(self, other: "StreamScan") -> None:
         """Add the result of another rank."""
-        if other.kind is not None:
-            self._add_labels(other.kind, other.labels, "another file")
+        if other.kind is not None and self.kind is not None:
+            check_same_kind(self.kind, other.kind, "another file")
+        self.kind = self.kind or other.kind
+        for value, count in other.labels.items():
+            self.labels[value] = self.labels.get(value, 0) + count
+        self.first = {**other.first, **self.first}
         self.rows |= other.rows
         self.bad += other.bad
-
-    def _add_labels(
-        self, kind: LabelKind | None, labels: dict[LabelValue, int], location: str
-    ) -> None:
-        if self.kind is not None:
-            kind = common_kind(self.kind, self.labels, kind, labels, location)
-        counts: dict[LabelValue, int] = {}
-        if kind == self.kind:
-            counts, self.labels = self.labels, {}
-        for value, count in [*self.labels.items(), *labels.items()]:
-            value = as_kind(kind, value)
-            counts[value] = counts.get(value, 0) + count
-        self.kind, self.labels = kind, counts
 
 
 def scan_stream(
@@ -102,6 +106,7 @@ def scan_stream(
         if accelerator.is_main_process:
             content = {"fingerprint": fingerprint, **asdict(total)}
             content["labels"] = list(total.labels.items())
+            content["first"] = list(total.first.items())
             atomic_write(path, json.dumps(content, indent=1).encode())
     return total
 
@@ -161,10 +166,8 @@ def _read_scan(path: Path, fingerprint: str) -> StreamScan | None:
         return StreamScan(
             rows={int(source): int(count) for source, count in content["rows"].items()},
             kind=content["kind"],
-            labels={
-                tuple(value) if isinstance(value, list) else value: int(count)
-                for value, count in content["labels"]
-            },
+            labels={_as_label(value): int(count) for value, count in content["labels"]},
+            first={_as_label(value): str(location) for value, location in content["first"]},
             bad=[validated(SkippedRow(*row)) for row in content["bad"]],
         )
     except (
@@ -177,3 +180,10 @@ def _read_scan(path: Path, fingerprint: str) -> StreamScan | None:
         OverflowError,
     ):
         return None
+
+
+def _as_label(value: Any) -> LabelValue:
+    """A label, as read from JSON. Raises TypeError if it is none, as in an older file."""
+    if isinstance(value, str):
+        return value
+    return tuple(map(str, value))

@@ -100,6 +100,7 @@ class Stream:
     max_bad_rows: int = 0
     # With "skip": rows with a label of another kind are skipped.
     first_label: LabelValue | None = None
+    any_label: bool = False  # see columns.read_labels
     format_notes: tuple[str, ...] = ()  # see Records
     first_row: int = 0  # number of the first row of an epoch
 
@@ -147,6 +148,7 @@ class Stream:
                 features=source.features,
                 on_bad_row=self.on_bad_row,
                 first_label=self.first_label,
+                any_label=self.any_label,
             )
             yield chunk.state, records
 

@@ -29,6 +29,7 @@ from bertdist.data_quality.duplicates import (
 from bertdist.data_quality.label_checks import SplitLabels
 from bertdist.data_quality.report import DataReport
 from bertdist.data_quality.text_checks import empty_rows, non_ascii_rows, repair_rows
+from bertdist.tasks.labels import is_integer, is_number
 
 DROP_ORDER = ("empty", "conflicts", "duplicates", "leaks", "near_leaks", "near_duplicates")
 
@@ -137,8 +138,19 @@ def _to_table(records: Records, rows: IntArray, label_delimiter: str | None) -> 
         return pa.table(columns)
     if records.label_kind == "set":
         values = [label_delimiter.join(names) if label_delimiter else list(names) for names in sets]
+    else:
+        values = _as_numbers(values)
     columns[records.label_column] = pa.array(values).take(codes)
     return pa.table(columns)
+
+
+def _as_numbers(labels: list[str]) -> list[Any]:
+    """Labels as integers or floats, where these are spelled like them."""
+    if all(is_integer(label) and len(label) < 19 for label in labels):
+        return [int(label) for label in labels]
+    if all(is_number(label) and repr(float(label)) == label for label in labels):
+        return [float(label) for label in labels]
+    return labels
 
 
 def _changes_as_jsonl(

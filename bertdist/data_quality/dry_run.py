@@ -103,6 +103,7 @@ def _show_steps(config: TrainConfig, report: DataReport, task: Task) -> None:
     about = "" if lengths.rows == num_rows else "about "
     show(
         f"Task: {task.problem_type}, {outputs}: {', '.join(task.labels[:10])}.",
+        *filter(None, [task.reason]),
         f"{per_epoch:,} steps per epoch of {batch_size} rows, {total:,} steps in total "
         f"({total * batch_size / num_rows:.4g} epochs).",
         f"An epoch has {about}{lengths.kept:,} real tokens, {per_row:.1f} per row; "

@@ -45,7 +45,7 @@ from bertdist.core.config import DataConfig, RunConfig, TrainConfig
 from bertdist.core.errors import ConfigError, DataError
 from bertdist.core.terminal import excerpt
 from bertdist.core.types import Array
-from bertdist.data.loading import load_records
+from bertdist.data.loading import keeps_any_label, load_records
 from bertdist.data.records import Records
 from bertdist.data.source import SkippedRows, select_locations
 from bertdist.data.stats import create_task, label_stats_of
@@ -184,7 +184,9 @@ def _predict_by_folds(
     assert config.folds is not None
     data, log = train_config.data, commands.log
     with raise_on_all_ranks(commands.accelerator):
-        records = _load_rows(data, train_config.run.output_dir, log)
+        records = _load_rows(
+            data, train_config.run.output_dir, log, keeps_any_label(train_config.task)
+        )
         model_labels = pretrained_labels(load_model_config(train_config.model))
         task = create_task(train_config.task, label_stats_of(records), model_labels)
         _check_ranking(config, task)
@@ -197,8 +199,10 @@ def _predict_by_folds(
     return None if logits is None else Predictions(records, task, targets, logits)
 
 
-def _load_rows(data: DataConfig, output_dir: str, log: RunLogger) -> Records:
-    records = load_records(data, "train")
+def _load_rows(
+    data: DataConfig, output_dir: str, log: RunLogger, any_label: bool = False
+) -> Records:
+    records = load_records(data, "train", any_label)
     if number := len(records.skipped_rows):  # --on_bad_row skip
         path = Path(output_dir) / "bad_rows.jsonl" if output_dir and log.enabled else None
         SkippedRows(data.on_bad_row, data.max_bad_rows, path).add_and_write(records.skipped_rows)

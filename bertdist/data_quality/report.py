@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from bertdist.core.config import DataConfig, TaskConfig
 from bertdist.core.errors import BertdistError, DataError
 from bertdist.core.terminal import excerpt
-from bertdist.data.loading import load_records, load_texts, open_files
+from bertdist.data.loading import keeps_any_label, load_records, load_texts, open_files
 from bertdist.data.records import ColumnNames, Records
 from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data_quality.duplicates import TextGroups, check_duplicates, group_texts, has_rensa
@@ -89,7 +89,7 @@ def check_data(
     Raises DataError if train or validation cannot be read, ConfigError as training would.
     """
     findings: list[Finding] = []
-    splits = load_all_splits(data, test_file, findings)
+    splits = load_all_splits(data, test_file, findings, keeps_any_label(task))
     builders = {
         name: FindingBuilder(name, records, num_examples, findings)
         for name, records in splits.items()
@@ -153,17 +153,17 @@ def _missing_packages(near_threshold: float) -> list[str]:
 
 
 def load_all_splits(
-    data: DataConfig, test_file: str | None, findings: list[Finding]
+    data: DataConfig, test_file: str | None, findings: list[Finding], any_label: bool = False
 ) -> dict[str, Records]:
     """Splits by name, train first. Adds a finding if the labels of the test file are unreadable."""
-    splits = {"train": load_records(data, "train")}
-    if (validation := load_records(data, "validation")) is not None:
+    splits = {"train": load_records(data, "train", any_label)}
+    if (validation := load_records(data, "validation", any_label)) is not None:
         splits["validation"] = validation
     if test_file is None:
         return splits
     as_validation = replace(data, validation_file=test_file, max_eval_samples=None)
     try:
-        test = load_records(as_validation, "validation")
+        test = load_records(as_validation, "validation", any_label)
         assert test is not None
         splits["test"] = test
     except BertdistError as error:

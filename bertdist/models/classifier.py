@@ -51,6 +51,7 @@ from bertdist.models.model_config import (
     type_notes,
 )
 from bertdist.models.vocabulary import resize_embedding, segment_notes
+from bertdist.tasks.labels import REGRESSION, match_labels
 from bertdist.tasks.tasks import Task, task_of_model
 
 _NEW_WEIGHTS = "New weights, to be trained"
@@ -338,6 +339,7 @@ def load_classifier(
     """
     attention.register()
     model_config = model_config or load_model_config(config, flag)
+    old_names, was_regression = _label_names(model_config), _is_regression(model_config)
     model_config.num_labels = len(task.labels)
     model_config.id2label = dict(enumerate(task.labels))
     model_config.label2id = {label: i for i, label in enumerate(task.labels)}
@@ -366,6 +368,8 @@ def load_classifier(
         raise ModelError(f"{where}: {_reason(error)}") from None
     missing = _new_weights(model, info, where)
     notes = [f"{_NEW_WEIGHTS}: {', '.join(missing)}."] if missing else []
+    if not (task.problem_type == REGRESSION and was_regression):
+        notes += _assign_outputs(model, task.labels, old_names, missing)
     notes += settings
     if tokenizer is not None:
         notes += [
@@ -422,6 +426,48 @@ def _new_weights(model: Any, info: dict[str, Any], where: str) -> list[str]:
     return missing
 
 
+@torch.no_grad()
+def _assign_outputs(
+    model: Any, labels: tuple[str, ...], loaded: tuple[str, ...], missing: list[str]
+) -> list[str]:
+    """Make row i of the output layer that of label i; draw it anew if its labels are others.
+
+    loaded: the labels of the loaded rows; LABEL_2, which is no name, is the label 2. missing: names
+    of weights that were not loaded. Returns notes. Raises ModelError where the layer is unknown.
+    """
+    order = match_labels(labels, loaded) or match_labels(  # the label of each loaded row
+        labels, [name.removeprefix("LABEL_") for name in loaded]
+    )
+    if labels in (order, loaded):
+        return []
+    body = f"{model.base_model_prefix}."
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(body)
+    }
+    name = next(reversed(layers), "")  # the logits are computed last
+    if f"{name}.weight" in missing or (not layers and missing):
+        return []  # drawn already
+    if name == "" or layers[name].out_features != len(labels):
+        raise ModelError(
+            f"The labels of the model are {', '.join(loaded[:5])}; its type "
+            f"{model.config.model_type!r} has no output layer that could be made anew."
+        )
+    layer = layers[name]
+    weights = dict(layer.named_parameters())
+    if order is None:
+        for key, weight in weights.items():  # new ones: transformers draws no loaded weight
+            setattr(layer, key, nn.Parameter(torch.empty_like(weight)))
+        model._init_weights(layer)
+        shown = ", ".join(loaded[:5]) + (", ..." if len(loaded) > 5 else "")
+        return [f"{_NEW_WEIGHTS}: {name}, as the labels of the model are others: {shown}."]
+    rows = torch.tensor([order.index(label) for label in labels])
+    for weight in weights.values():
+        weight.copy_(weight[rows])
+    return [f"The model's labels are in another order: the rows of {name} were put in that above."]
+
+
 def load_trained_classifier(folder: str) -> tuple[Classifier, Task, dict[str, Any]]:
     """A trained classifier, its task, and the metadata of `save_classifier`; raises ModelError."""
     config = ModelConfig(model_name_or_path=folder, max_length=0)
@@ -448,6 +494,13 @@ def save_classifier(
     model.model.config.bertdist = metadata
     model.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _is_regression(model_config: Any) -> bool:
+    """As `task_of_model` says."""
+    names = _label_names(model_config)
+    problem_type = getattr(model_config, "problem_type", None)
+    return problem_type == REGRESSION or (problem_type is None and len(names) == 1)
 
 
 def _label_names(model_config: Any) -> tuple[str, ...]:

@@ -1,16 +1,15 @@
 """Task kinds: how a label becomes a target, what the loss is, how logits become predictions.
 
-`infer_task` finds the task in the distinct labels of a training split, `task_of_model` in a trained
-model's config. Everything else works with a `Task`; a new kind is a new class here, and no other
-module branches on the kind.
+`infer_task` finds the task in the distinct labels of a training split, by the rules of
+tasks/labels.py, `task_of_model` in a trained model's config. Everything else works with a `Task`; a
+new kind is a new class here, and no other module branches on the kind.
 
 Legend: N texts, O outputs, V distinct labels.
 """
 
-import math
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +20,19 @@ from torch import Tensor
 from bertdist.core.config import TaskConfig
 from bertdist.core.errors import ConfigError, DataError, ModelError, did_you_mean
 from bertdist.core.types import Array
+from bertdist.tasks.labels import (
+    MULTI_LABEL,
+    REGRESSION,
+    SINGLE_LABEL,
+    LabelIndex,
+    describe_near_miss,
+    infer_problem_type,
+    is_integer,
+    is_multi_hot,
+    is_number,
+    label_names,
+    match_labels,
+)
 
 
 class Task(Protocol):
@@ -33,6 +45,10 @@ class Task(Protocol):
     @property
     def labels(self) -> tuple[str, ...]:
         """Names of the outputs, in their order."""
+
+    @property
+    def reason(self) -> str:
+        """Why it is this task, in a sentence; "" where it was asked for, or is plain."""
 
     def encode_label(self, label: Any) -> Any:
         """A raw label -> int, list of O floats, or float. Raises DataError, without the row."""
@@ -74,19 +90,19 @@ class SingleLabel:
     labels: tuple[str, ...]
     class_weights: tuple[float, ...] = ()
     smoothing: float = 0.0
-    problem_type: str = "single_label_classification"
-    _ids: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    problem_type: str = SINGLE_LABEL
+    reason: str = field(default="", compare=False)
 
-    def __post_init__(self) -> None:
-        self._ids.update({label: i for i, label in enumerate(self.labels)})
+    @cached_property
+    def _index(self) -> LabelIndex:
+        return LabelIndex(self.labels)
 
     def encode_label(self, label: Any) -> int:
-        if str(label) not in self._ids:
-            hint = did_you_mean(str(label), self.labels)
-            raise DataError(
-                f"unknown label {str(label)!r}; expected one of the training labels.{hint}"
-            )
-        return self._ids[str(label)]
+        if isinstance(label, tuple) and len(label) == 1:
+            (label,) = label
+        if (found := self._index.find(str(label))) is None:
+            raise _unknown_label(str(label), self.labels, "one")
+        return found
 
     def decode_target(self, target: Any) -> str:
         return self.labels[int(target)]
@@ -122,19 +138,33 @@ class MultiLabel:
 
     labels: tuple[str, ...]
     positive_weights: tuple[float, ...] = ()
-    problem_type: str = "multi_label_classification"
+    problem_type: str = MULTI_LABEL
+    reason: str = field(default="", compare=False)
+    # Whether lists of O zeros and ones are targets; else all lists hold names.
+    multi_hot: bool = field(default=False, compare=False)
+
+    @cached_property
+    def _index(self) -> LabelIndex:
+        return LabelIndex(self.labels)
 
     def encode_label(self, label: Any) -> list[float]:
         if not isinstance(label, tuple):
             raise DataError(
                 f"expected a list of labels, found {label!r}; set --label_delimiter to split it."
             )
-        if unknown := [str(name) for name in label if str(name) not in self.labels]:
-            hint = did_you_mean(unknown[0], self.labels)
+        if self.multi_hot and is_multi_hot([label], len(self.labels)):
+            return [float(bit) for bit in label]
+        if len(set(label)) < len(label):
             raise DataError(
-                f"unknown label {unknown[0]!r}; expected some of the training labels.{hint}"
+                f"a list of {len(label)} zeros and ones; expected {len(self.labels)}, one for each "
+                "training label."
             )
-        return [float(name in label) for name in self.labels]
+        targets = [0.0] * len(self.labels)
+        for name in map(str, label):
+            if (found := self._index.find(name)) is None:
+                raise _unknown_label(name, self.labels, "some")
+            targets[found] = 1.0
+        return targets
 
     def decode_target(self, target: Any) -> list[str]:
         return [self.labels[i] for i in np.flatnonzero(target)]
@@ -174,16 +204,13 @@ class Regression:
     """One number per row: squared error. targets: (N,) float32."""
 
     labels: tuple[str, ...]  # the name of the number
-    problem_type: str = "regression"
+    problem_type: str = REGRESSION
+    reason: str = field(default="", compare=False)
 
     def encode_label(self, label: Any) -> float:
-        try:
-            number = float(label)
-        except (TypeError, ValueError):
-            raise DataError(f"expected a number, found {label!r}.") from None
-        if not math.isfinite(number):
-            raise DataError(f"expected a finite number, found {label!r}.")
-        return number
+        if not is_number(str(label)):
+            raise DataError(f"expected a number, found {label!r}.")
+        return float(label)
 
     def decode_target(self, target: Any) -> float:
         return float(target)
@@ -212,66 +239,99 @@ TASK_CLASSES: dict[str, type[SingleLabel] | type[MultiLabel] | type[Regression]]
 
 def infer_task(
     config: TaskConfig,
-    kind: str,
     values: Sequence[Any],
     counts: Array,
     class_names: tuple[str, ...] | None = None,
     column: str = "label",
     model_labels: tuple[str, ...] | None = None,
+    locate: Callable[[Any], str] = repr,
+    limit: int | None = None,
 ) -> Task:
     """Infer the task from the labels of the training split. Raises ConfigError and DataError.
 
-    kind: 'text', 'integer', 'number' or 'set'; values: the V distinct labels; counts: (V,) rows of
-    each; column: the label column, for messages. The order of the outputs is --label_names, else
-    that of the data set (class_names), else that of the model's own head if it was trained on just
-    these labels (model_labels), else sorted: whole numbers by value, other labels by code point.
+    values: the V distinct labels, names or tuples of names; counts: (V,) rows of each; column: the
+    label column, locate: label -> file and line of its first row, limit: --max_train_samples where
+    it left rows out, for messages. The order of the outputs is --label_names, else that of the data
+    set (class_names), else that of the model's own head if it was trained on just these labels
+    (model_labels), else sorted: whole numbers by value, other labels by code point.
     """
-    problem_type = problem_type_of(config.problem_type, kind, values)
-    if config.label_smoothing_factor and problem_type != SingleLabel.problem_type:
+    rows_of = dict(zip(values, counts.tolist(), strict=True))
+    given = class_names if config.label_names is None else config.label_names
+    names = given or _if_same(model_labels, values)
+    problem_type, reason = infer_problem_type(config.problem_type, rows_of, names, locate)
+    reason = "" if class_names else reason
+    if config.label_smoothing_factor and problem_type != SINGLE_LABEL:
         raise ConfigError(
             f"--label_smoothing_factor is for single-label tasks; this is {problem_type}."
         )
-    if problem_type == Regression.problem_type:
+    if problem_type == REGRESSION:
         if config.class_weights or config.label_names:
             raise ConfigError(
                 "--class_weights and --label_names are for classification; this is regression."
             )
-        return Regression((column,))
-    sets = [value if isinstance(value, tuple) else (value,) for value in values]
-    names = {str(name) for labels in sets for name in labels}
-    labels = _label_order(names, config.label_names, class_names, model_labels)
-    if problem_type == MultiLabel.problem_type:
-        return _multi_label_task(config, values, counts, labels, column)
-    num_rows = int(counts.sum())
+        return Regression((column,), reason=reason)
+    multi_hot = problem_type == MULTI_LABEL and class_names is None and is_multi_hot(values)
+    if multi_hot:
+        labels = _multi_hot_names(len(values[0]), config.label_names)
+    else:
+        distinct = [name for value in values for name in _as_tuple(value)]
+        labels = _label_order(distinct, config.label_names, class_names, model_labels)
+    if problem_type == MULTI_LABEL:
+        unweighted = MultiLabel(labels, reason=reason, multi_hot=multi_hot)
+        return _with_positive_weights(unweighted, config, values, counts, column)
+    _check_classes(labels, values, int(counts.sum()), column, limit)
+    task = SingleLabel(labels, (), config.label_smoothing_factor, reason=reason)
+    rows_per_label = np.zeros(len(labels))
+    for value, count in rows_of.items():
+        rows_per_label[task.encode_label(value)] += count
+    balanced = counts.sum() / (len(labels) * np.maximum(rows_per_label, 1))
+    return replace(task, class_weights=_class_weights(config.class_weights, labels, balanced))
+
+
+def _check_classes(
+    labels: tuple[str, ...], values: Sequence[Any], num_rows: int, column: str, limit: int | None
+) -> None:
+    """Raises DataError where there is nothing to learn."""
     if len(labels) < 2:
+        first = ""
+        if limit is not None:
+            first = f" --max_train_samples takes the first {limit:,} rows: is the file sorted by "
+            first += "label? Shuffle it."
         raise DataError(
             f"The training split has only the label {labels[0]!r} in column {column!r}; "
-            "expected at least two."
+            f"expected at least two.{first}"
         )
-    if num_rows >= 50 and len(names) > num_rows / 2:
+    if num_rows >= 50 and len(values) > num_rows / 2:
         raise DataError(
-            f"Column {column!r} has {len(names):,} different labels in {num_rows:,} rows; "
+            f"Column {column!r} has {len(values):,} different labels in {num_rows:,} rows; "
             "is it the column of the labels?"
         )
-    rows_per_label = np.zeros(len(labels))
-    for value, count in zip(values, counts, strict=True):
-        rows_per_label[labels.index(str(value))] += count
-    balanced = num_rows / (len(labels) * np.maximum(rows_per_label, 1))
-    weights = _class_weights(config.class_weights, labels, balanced)
-    return SingleLabel(labels, weights, config.label_smoothing_factor)
 
 
-def _multi_label_task(
-    config: TaskConfig, values: Sequence[Any], counts: Array, labels: tuple[str, ...], column: str
+def _with_positive_weights(
+    task: MultiLabel, config: TaskConfig, values: Sequence[Any], counts: Array, column: str
 ) -> MultiLabel:
-    if not labels:
+    if not task.labels:
         raise DataError(
             f"No row of the training split has a label in {column!r}; expected at least one label."
         )
-    targets = np.array([MultiLabel(labels).encode_label(value) for value in values])  # (V, O)
+    targets = np.array([task.encode_label(value) for value in values])  # (V, O)
     positive = (targets * counts[:, None]).sum(0)  # (O,) rows that have the label
     balanced = (int(counts.sum()) - positive) / np.maximum(positive, 1)
-    return MultiLabel(labels, _class_weights(config.class_weights, labels, balanced))
+    weights = _class_weights(config.class_weights, task.labels, balanced)
+    return replace(task, positive_weights=weights)
+
+
+def _multi_hot_names(outputs: int, label_names: list[str] | None) -> tuple[str, ...]:
+    """The names of the positions in lists of zeros and ones."""
+    if label_names is None:
+        return tuple(map(str, range(outputs)))
+    if len(label_names) != outputs:
+        raise ConfigError(
+            f"--label_names has {len(label_names)} names; the lists of zeros and ones have "
+            f"{outputs} entries."
+        )
+    return _label_order([], label_names, None, None)
 
 
 def task_of_model(problem_type: str | None, labels: Sequence[str]) -> Task:
@@ -283,47 +343,48 @@ def task_of_model(problem_type: str | None, labels: Sequence[str]) -> Task:
     if problem_type not in TASK_CLASSES:
         hint = did_you_mean(problem_type, TASK_CLASSES)
         raise ModelError(f"The model's problem_type is {problem_type!r}.{hint}")
+    if problem_type == MULTI_LABEL:
+        return MultiLabel(tuple(labels), multi_hot=True)
     return TASK_CLASSES[problem_type](tuple(labels))
 
 
-def problem_type_of(requested: str, kind: str, values: Sequence[Any]) -> str:
-    """The problem type, of --problem_type and the training labels; ConfigError if they differ."""
-    if requested != "auto":
-        if (requested == MultiLabel.problem_type) != (kind == "set"):
-            content = "lists of labels"
-            if kind != "set":
-                content = "single values; --label_delimiter or --label_columns make lists of labels"
-            raise ConfigError(
-                f"--problem_type is {requested}, but the label column holds {content}."
-            )
-        return requested
-    if kind == "set":
-        return MultiLabel.problem_type
-    numbers = kind == "text" and all(_is_number(value) for value in values)
-    fractions = numbers and not all(re.fullmatch(r"[+-]?\d+", value) for value in values)
-    return Regression.problem_type if kind == "number" or fractions else SingleLabel.problem_type
+def _as_tuple(value: Any) -> tuple[str, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _if_same(model_labels: tuple[str, ...] | None, values: Sequence[Any]) -> tuple[str, ...] | None:
+    """The model's labels, if they are those of the training split."""
+    if model_labels is None or any(isinstance(value, tuple) for value in values):
+        return None
+    index = LabelIndex(model_labels)
+    return (
+        model_labels if {index.find(v) for v in values} == set(range(len(model_labels))) else None
+    )
 
 
 def _label_order(
-    names: set[str],
-    label_names: list[str] | None,
+    distinct: Sequence[str],
+    given: list[str] | None,
     class_names: tuple[str, ...] | None,
     model_labels: tuple[str, ...] | None,
 ) -> tuple[str, ...]:
-    if label_names is not None:
-        if len(set(label_names)) < len(label_names):
-            raise ConfigError(f"--label_names repeats a name: {' '.join(label_names)}.")
-        if missing := sorted(names - set(label_names)):
+    """Names of the outputs. given: --label_names."""
+    if given is not None:
+        if len(set(given)) < len(given):
+            raise ConfigError(f"--label_names repeats a name: {' '.join(given)}.")
+        index = LabelIndex(given)
+        if missing := sorted(name for name in distinct if index.find(name) is None):
             raise ConfigError(
                 f"--label_names lacks {missing[0]!r}, which the training split has."
-                f"{did_you_mean(missing[0], label_names)}"
+                f"{did_you_mean(missing[0], given)}"
             )
-        return tuple(label_names)
+        return tuple(given)
     if class_names is not None:
         return class_names
-    if model_labels is not None and set(model_labels) == names:
-        return model_labels
-    by_value = all(_is_whole_number(name) for name in names)
+    names = set(label_names(distinct).values())
+    if model_labels is not None and (order := match_labels(names, model_labels)) is not None:
+        return order
+    by_value = all(map(is_integer, names))
     return tuple(sorted(names, key=(lambda name: (int(name), name)) if by_value else None))
 
 
@@ -343,13 +404,6 @@ def _class_weights(
     return tuple(float(weight) for weight in weights)
 
 
-def _is_number(value: Any) -> bool:
-    try:
-        return math.isfinite(float(value))
-    except ValueError:
-        return False
-
-
-def _is_whole_number(name: str) -> bool:
-    digits = name.removeprefix("-")
-    return digits.isascii() and digits.isdigit() and (digits == "0" or not digits.startswith("0"))
+def _unknown_label(label: str, labels: Sequence[str], some: str) -> DataError:
+    hint = describe_near_miss(label, labels) or did_you_mean(label, labels)
+    return DataError(f"unknown label {label!r}; expected {some} of the training labels.{hint}")

@@ -49,6 +49,7 @@ from bertdist.data.stats import DatasetStats
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import PACKAGES, _version
 from bertdist.distributed.watchdog import open_watchdog
+from bertdist.tasks.labels import describe_alike
 from bertdist.tasks.tasks import Task
 from bertdist.training.checkpoint import TrainState
 from bertdist.training.run_lock import lock_run_folder
@@ -375,6 +376,7 @@ def describe_data(
         f"Training rows: {number} {rows.name}{stream}, text in {rows.text_column!r}{pair}; "
         f"validation rows: {validation}.",
         f"Task: {task.problem_type}; outputs in order: {labels}.",
+        *filter(None, (task.reason, describe_alike(task.labels))),
     ]
 
 

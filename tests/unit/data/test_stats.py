@@ -79,7 +79,9 @@ def test_rows_in_memory_know_it_all(tmp_path: Path) -> None:
         label_column="l",
     )
     found = collect_stats(rows, config_of(tmp_path), ALONE, pytest.fail)
-    assert found == DatasetStats(LabelStats("text", ["no", "yes"], [2, 1], None, "l"), [3])
+    assert found == DatasetStats(found.labels, [3])
+    assert found.labels[:5] == ("text", ["no", "yes"], [2, 1], None, "l")
+    assert found.labels.first("yes") == "texts row 1"
 
 
 def test_a_stream_is_read_once_and_it_is_said_what_for(tmp_path: Path) -> None:
@@ -183,5 +185,5 @@ def test_the_task_is_that_of_the_training_rows() -> None:
     )
     assert create_task(TaskConfig(), labels, ("yes", "no")).labels == ("yes", "no")
     assert create_task(
-        TaskConfig(), LabelStats("number", [0.5, 1.5], [1, 1], None, "stars"), None
+        TaskConfig(), LabelStats("text", ["0.5", "1.5"], [1, 1], None, "stars"), None
     ).labels == ("stars",)

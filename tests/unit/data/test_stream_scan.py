@@ -88,11 +88,11 @@ def test_labels_and_rows_are_those_of_the_files(
 @pytest.mark.parametrize(
     ("labels", "delimiter", "kind", "expected"),
     [
-        ([1, 2, 1, 0.5, 1], None, "number", {1.0: 3, 2.0: 1, 0.5: 1}),
-        ([0.5, 0.5, 1], None, "number", {0.5: 2, 1.0: 1}),
+        ([1, 2, 1, 0.5, 1], None, "text", {"1": 3, "2": 1, "0.5": 1}),
+        ([0.5, 0.5, 1], None, "text", {"0.5": 2, "1": 1}),
         (["1", "0", 1, 1], None, "text", {"1": 3, "0": 1}),
         ([1, 0, "1", "1", 0], None, "text", {"1": 3, "0": 2}),
-        ([3, 4, 3], None, "integer", {3: 2, 4: 1}),
+        ([3, 4, 3], None, "text", {"3": 2, "4": 1}),
         (["a", "a,b", "", "a , b"], ",", "set", {("a",): 1, ("a", "b"): 2, (): 1}),
     ],
 )
@@ -108,9 +108,11 @@ def test_labels_of_every_kind(
 
 
 def test_labels_of_kinds_that_have_nothing_in_common(tmp_path: Path) -> None:
-    told = r"^file row 2: the labels are of kind 'integer', those before of kind 'text'; expected one kind in all rows\.$"
+    told = r"^file row 2: the labels are lists of labels, those before are single labels; expected one kind in all rows\.$"
     with pytest.raises(DataError, match=told):
-        scan_stream(stream_of([file_of(["no", "yes", 1], (1,))]), ALONE, tmp_path / "survey.json")
+        scan_stream(
+            stream_of([file_of(["no", "yes", ["no"]], (1,))]), ALONE, tmp_path / "survey.json"
+        )
 
 
 def test_a_limit_counts_what_is_learned_from(tmp_path: Path) -> None:
@@ -147,7 +149,9 @@ def test_counting_does_not_copy_what_is_counted() -> None:
         if len(records):
             found.add(0, records)
             held.append(found.labels)
-    assert all(one is held[0] for one in held) and found.labels == dict.fromkeys(range(20), 1)
+    assert all(one is held[0] for one in held) and found.labels == dict.fromkeys(
+        map(str, range(20)), 1
+    )
 
 
 # ---- What is kept
@@ -156,7 +160,14 @@ def test_counting_does_not_copy_what_is_counted() -> None:
 def test_what_is_kept_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, read = tmp_path / "survey.json", stream_of([file_of(["no", "yes", "no"])])
     found = scan_stream(read, ALONE, kept)
-    assert sorted(json.loads(kept.read_text())) == ["bad", "fingerprint", "kind", "labels", "rows"]
+    assert sorted(json.loads(kept.read_text())) == [
+        "bad",
+        "fingerprint",
+        "first",
+        "kind",
+        "labels",
+        "rows",
+    ]
 
     def refuse(*args: Any) -> Any:
         raise AssertionError("read again")

@@ -379,29 +379,29 @@ def test_sources_that_fail_give_what_stands_before() -> None:
 
 
 def test_labels_of_other_kinds_are_told_with_their_place() -> None:
-    numbers = MemoryRows("n", [{"text": "x", "label": 0.5}])
+    numbers = MemoryRows("n", [{"text": "x", "label": ["x"]}])
     with pytest.raises(
-        DataError, match=r"^n row 0: the labels are of kind 'number', those before of kind 'text'"
+        DataError, match=r"^n row 0: the labels are lists of labels, those before are single labels"
     ):
         list(stream_of([[*files_of([(3, (2,))]), numbers]], limit=9).windows())
 
 
 MIXED = [
     "no",
-    1,
-    2,
-    3,
+    ["1"],
+    ["2"],
+    ["3"],
     "yes",
-    0.5,
+    ["0.5"],
     "yes",
     ["no"],
     None,
-    4,
-    5,
-    6,
-    7,
+    ["4"],
+    ["5"],
+    ["6"],
+    ["7"],
     "no",
-]  # in pieces of 3 two begin with a number
+]  # in pieces of 3 two begin with a list
 
 
 @pytest.mark.parametrize("limit", [None, 5])
@@ -414,7 +414,7 @@ def test_labels_of_other_kinds_are_left_out_wherever_reading_begins(limit: int |
         )
         for name in "ab"
     ]
-    files.append(MemoryRows("c", [{"text": f"c {row}", "label": row} for row in range(5)]))
+    files.append(MemoryRows("c", [{"text": f"c {row}", "label": [row]} for row in range(5)]))
     plain = stream_of([files], limit=limit)
     read = plain.with_first_label()
     good = [
@@ -435,11 +435,11 @@ def test_labels_of_other_kinds_are_left_out_wherever_reading_begins(limit: int |
         assert limit or len(bad) == 2 * (len(MIXED) - 4) + 5
         assert (
             "a row 1",
-            "label 1 is of type int, the labels above it are of type str (column 'label')",
+            "label ['1'] is a list of labels, each of the labels above it is a single label (column 'label')",
         ) in bad
     assert_goes_on(read)
     with pytest.raises(
-        DataError, match="the labels are of kind 'integer', those before of kind 'text'"
+        DataError, match="the labels are lists of labels, those before are single labels"
     ):  # the control
         list(replace(plain, window_rows=99, limit=None).windows())
     failing = stream_of([[MemoryRows("a", [{"text": "a", "label": "b"}])]], on_bad_row="fail")
@@ -448,7 +448,7 @@ def test_labels_of_other_kinds_are_left_out_wherever_reading_begins(limit: int |
 
 @pytest.mark.parametrize(
     ("kinds", "expected"),
-    [(("csv", "jsonl"), ["0", "1"]), (("jsonl", "csv"), [0, 1])],
+    [(("csv", "jsonl"), ["0", "1"]), (("jsonl", "csv"), ["0", "1"])],
     ids=["text first", "numbers first"],
 )
 def test_whole_numbers_and_texts_that_are_some_stay_one_kind(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from data_checks import check_rows, clean_rows, kinds
 
@@ -146,8 +147,11 @@ def test_labels_of_every_kind_keep_their_column(tmp_path: Path) -> None:
     for label in (3, 2.5):
         numbers = [{"text": text, "score": label + row % 2} for row, text in enumerate(texts)]
         assert [row[2] for row in fix(check_rows(tmp_path, numbers), tmp_path)[0]] == [
-            row["score"] for row in numbers
+            str(row["score"]) for row in numbers
         ]
+        write_cleaned(check_rows(tmp_path, numbers), ["empty"], tmp_path / "n.parquet", None, 0.8)
+        scores = pq.read_table(tmp_path / "n.parquet")["score"].to_pylist()
+        assert scores == [row["score"] for row in numbers]  # numbers, as in the source
     columns = [{"text": text, "a": row % 2, "b": 1} for row, text in enumerate(texts)]
     found = check_rows(tmp_path, columns, label_columns=["a", "b"])
     write_cleaned(found, ["empty"], tmp_path / "c.parquet", None, 0.8)

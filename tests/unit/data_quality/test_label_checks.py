@@ -42,17 +42,17 @@ def test_a_label_that_train_lacks_is_an_error_and_one_that_validation_lacks_a_no
     found = check_rows(
         tmp_path,
         with_labels(["a"] * 20 + ["b"] * 20 + ["c"] * 20),
-        with_labels(["a", "a", "a ", "b"], 1),
+        with_labels(["a", "a", "a.", "b"], 1),
     )
     assert kinds(found) == [
         ("unknown_labels", "error", "validation", 1),
         ("missing_labels", "note", "validation", 1),
     ]
     error = get_finding(found, "unknown_labels", "validation")
-    assert "'a ' 1" in error.meaning and "Did you mean 'a'?" in error.meaning
+    assert "'a.' 1" in error.meaning and "Did you mean 'a'?" in error.meaning
     assert (error.examples[0].row, error.examples[0].note) == (
         2,
-        "label 'a '",
+        "label 'a.'",
     ) and "'c'" in get_finding(found, "missing_labels", "validation").meaning
 
 
@@ -222,3 +222,14 @@ def test_findings_are_the_same_for_every_file_format(tmp_path: Path, ending: str
         ("rare_labels", "warning", "train", 1),
         ("imbalance", "note", "train", 20),
     ]
+
+
+def test_labels_are_compared_as_training_does(tmp_path: Path) -> None:
+    found = check_rows(
+        tmp_path, with_labels([1.0] * 30 + [0.0] * 20), with_labels(["0 "] * 10 + [1] * 10, 1)
+    )
+    assert found.problem_type == "single_label_classification" and kinds(found) == []
+    assert found.labels["train"].counts() == {"1": 30, "0": 20}  # type: ignore[union-attr]
+    hot = check_rows(tmp_path, with_labels([[0, 1], [1, 1]] * 20), with_labels([[1, 0]] * 9, 1))
+    assert hot.labels["train"].counts() == {"1": 40, "0": 20}  # type: ignore[union-attr]
+    assert hot.labels["validation"].counts() == {"0": 9}  # type: ignore[union-attr]

@@ -168,6 +168,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         config = AutoConfig.for_model(kind_of(kind), **(SIZES | KINDS[kind]), num_labels=3)
         with torch.random.fork_rng():
             torch.manual_seed(1)
+            config.id2label = dict(enumerate(TASK.labels))
             AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
         return folder
 

@@ -311,7 +311,7 @@ def other(kind: str, folder: Path, **settings: Any) -> tuple[Classifier, list[st
     """A random model with a head of an architecture that is no family, in float64."""
     torch.manual_seed(1)
     AutoModelForSequenceClassification.from_config(
-        AutoConfig.for_model(kind, num_labels=3, **OTHERS[kind])
+        AutoConfig.for_model(kind, id2label=dict(enumerate(TASK.labels)), **OTHERS[kind])
     ).save_pretrained(folder)
     model, notes = load(folder, max_length=32, **settings)
     assert not model.packed

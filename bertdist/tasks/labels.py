@@ -1,0 +1,304 @@
+"""What labels are: numbers or names, and what a column of them means.
+
+A label is text as it stands in the source, without blanks around it, or a tuple of such names.
+`infer_problem_type` decides from the distinct labels of a training split; its rules are in
+docs/guide.md ("Numbers or classes?").
+"""
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from bertdist.core.errors import ConfigError, DataError
+
+SINGLE_LABEL = "single_label_classification"
+MULTI_LABEL = "multi_label_classification"
+REGRESSION = "regression"
+
+# Different whole numbers written with a point (1.0, as pandas writes a column of integers with a
+# gap) that are taken as classes; more of them are numbers to predict.
+MOST_CLASSES_WITH_POINT = 20
+
+# Separators of joined labels. The first ones are hardly used inside one label.
+_SEPARATORS = (",", ";", "|", "\t", "/", "+", "&", " ")
+
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_WHOLE = re.compile(r"[+-]?[0-9]+(?:\.0*)?")
+_CANONICAL = re.compile(r"(-?(?:0|[1-9][0-9]{0,99}))(?:\.0*)?")
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,99}")
+
+Label = str | tuple[str, ...]
+
+
+def is_number(label: str) -> bool:
+    """Whether a label is spelled as a finite number: digits, a point, an exponent.
+
+    Neither Python's other spellings (1_000, inf, nan) nor digits of other scripts.
+    """
+    return _NUMBER.fullmatch(label) is not None and math.isfinite(float(label))
+
+
+def is_integer(label: str) -> bool:
+    """Whether a label is the usual spelling of an integer: not 007, +1 or 1.0."""
+    return _INTEGER.fullmatch(label) is not None
+
+
+def has_fractions(labels: Iterable[str]) -> bool:
+    """Whether a label is a number that is not spelled as a whole one: 0.5, 1e3, but not 2.0."""
+    return any(is_number(label) and not _WHOLE.fullmatch(label) for label in labels)
+
+
+def canonical(label: str) -> str:
+    """One spelling for labels that mean the same: 1 for 1.0, true for True; others as they are."""
+    if match := _CANONICAL.fullmatch(label):
+        return "0" if match[1] == "-0" else match[1]
+    return label.lower() if label.lower() in ("true", "false") else label
+
+
+def label_names(labels: Iterable[str]) -> dict[str, str]:
+    """The name of each distinct label as a class.
+
+    As spelled, but canonical where all are numbers, or where the same label has two spellings.
+    """
+    distinct = list(dict.fromkeys(labels))
+    numbers = all(map(is_number, distinct))
+    spellings = Counter(map(canonical, distinct))
+    return {
+        label: canonical(label) if numbers or spellings[canonical(label)] > 1 else label
+        for label in distinct
+    }
+
+
+class LabelIndex:
+    """The position of each label among some names: by its spelling, else by its canonical one."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self._exact = {name: i for i, name in reversed(list(enumerate(names)))}
+        self._canonical = {canonical(name): i for name, i in self._exact.items()}
+
+    def find(self, label: str) -> int | None:
+        """None: there is no such name."""
+        if (exact := self._exact.get(label)) is not None:
+            return exact
+        return self._canonical.get(canonical(label))
+
+
+def match_labels(names: Collection[str], others: Sequence[str]) -> tuple[str, ...] | None:
+    """`names` in the order of `others`; None if they are not the same labels up to case."""
+    keys: tuple[Callable[[str], str], ...] = (str, canonical, _folded)
+    for key in keys:
+        by_key = {key(name): name for name in names}
+        if len(by_key) == len(names) == len(others) and by_key.keys() == set(map(key, others)):
+            return tuple(by_key[key(other)] for other in others)
+    return None
+
+
+def is_multi_hot(labels: Iterable[Any], outputs: int | None = None) -> bool:
+    """Whether labels are lists of one length that hold only 0 and 1.
+
+    outputs: their length; None: any from 2 on. As lists of names, two names "0" and "1" in every
+    row would teach nothing, and three such names in a row must repeat one.
+    """
+    lengths = set()
+    for label in labels:
+        if not isinstance(label, tuple) or not set(label) <= {"0", "1"}:
+            return False
+        lengths.add(len(label))
+    return len(lengths) == 1 and max(lengths) >= 2 and outputs in (None, *lengths)
+
+
+class Inferred(NamedTuple):
+    """A problem type, and a sentence that says why, and how to get another; "" if asked for."""
+
+    problem_type: str
+    reason: str = ""
+
+
+def infer_problem_type(
+    requested: str,
+    labels: Mapping[Any, int],
+    names: Sequence[str] | None = None,
+    locate: Callable[[Any], str] = str,
+) -> Inferred:
+    """The problem type of a training split.
+
+    requested: --problem_type. labels: the distinct labels, and the rows of each. names: class names
+    that are given; labels that are all among them are classes. locate: label -> file and line of
+    its first row, for messages.
+    Raises DataError for labels that are no answer, ConfigError if `requested` does not fit them.
+    """
+    is_set = any(isinstance(label, tuple) for label in labels)
+    if requested != "auto":
+        one_each = is_set and all(len(label) == 1 for label in labels)
+        if (requested == MULTI_LABEL) != is_set and not (requested == SINGLE_LABEL and one_each):
+            content = "lists of labels"
+            if not is_set:
+                content = "single values; --label_delimiter or --label_columns make lists of labels"
+            raise ConfigError(
+                f"--problem_type is {requested}, but the label column holds {content}."
+            )
+        return Inferred(requested)
+    if is_set:
+        return _infer_set(labels, locate)
+    if names is not None:
+        index = LabelIndex(names)
+        if all(index.find(label) is not None for label in labels):
+            return Inferred(SINGLE_LABEL)
+    numbers = [label for label in labels if is_number(label)]
+    if not numbers or len(numbers) < len(labels):
+        if (joined := find_joined(labels)) is not None:
+            raise DataError(_describe_joined(*joined, locate))
+        if odd := odd_labels(labels):
+            raise DataError(_describe_odd(odd, labels, locate))
+        return Inferred(SINGLE_LABEL)
+    overrule = "--problem_type {} overrules this"
+    if has_fractions(numbers):
+        reason = f"Labels: numbers with fractions, to be predicted as numbers ({overrule})."
+        return Inferred(REGRESSION, reason.format(SINGLE_LABEL))
+    different = len(set(map(canonical, numbers)))
+    if different > MOST_CLASSES_WITH_POINT and any("." in label for label in numbers):
+        reason = f"Labels: {different:,} different numbers with a point, to be predicted as numbers"
+        return Inferred(REGRESSION, f"{reason} ({overrule}).".format(SINGLE_LABEL))
+    reason = f"Labels: whole numbers, each a class ({overrule})."
+    return Inferred(SINGLE_LABEL, reason.format(REGRESSION))
+
+
+def _infer_set(labels: Mapping[Any, int], locate: Callable[[Any], str]) -> Inferred:
+    if is_multi_hot(labels):
+        outputs = len(next(iter(labels)))
+        return Inferred(
+            MULTI_LABEL,
+            f"Labels: lists of {outputs} zeros and ones, one for each label "
+            "(--label_names names them).",
+        )
+    for label in labels:
+        if len(set(label)) < len(label):
+            raise DataError(
+                f"{locate(label)}: a list of {len(label)} zeros and ones "
+                f"({', '.join(label[:20])}); "
+                "expected lists of zeros and ones of one length in all rows, or lists of label "
+                "names."
+            )
+    overrule = ""
+    if all(len(label) == 1 for label in labels):
+        overrule = f" with one label in each row (--problem_type {SINGLE_LABEL} overrules this)"
+    return Inferred(MULTI_LABEL, f"Labels: lists of labels{overrule}.")
+
+
+def odd_labels(labels: Mapping[Any, int]) -> list[str]:
+    """The labels that are no numbers, where nearly all others are.
+
+    With fractions among the numbers: where fewer than half of the rows have such a label. With
+    whole numbers, which may be names: where at most one row in 20 has one, and each of them is
+    rarer than half of the rows of a number on average.
+    """
+    numbers = {label: count for label, count in labels.items() if is_number(label)}
+    others = {label: count for label, count in labels.items() if label not in numbers}
+    if not numbers or not others:
+        return []
+    number_rows, other_rows = sum(numbers.values()), sum(others.values())
+    if has_fractions(numbers):
+        return list(others) if other_rows < number_rows else []
+    is_rare = max(others.values()) * 2 < number_rows / len(numbers)
+    return list(others) if is_rare and other_rows * 20 <= number_rows + other_rows else []
+
+
+def _describe_odd(odd: list[str], labels: Mapping[Any, int], locate: Callable[[Any], str]) -> str:
+    rows, total = sum(labels[label] for label in odd), sum(labels.values())
+    also = ", ".join(f"{label!r} ({locate(label)})" for label in odd[1:4])
+    also = f"; also {also}{', ...' if len(odd) > 4 else ''}" if also else ""
+    return (
+        f"{locate(odd[0])}: label {odd[0]!r} is not a number, as those of {total - rows:,} of "
+        f"{total:,} rows are{also}. Correct these labels, or leave their rows out with "
+        f"--on_bad_row skip, or keep all labels as classes with --problem_type {SINGLE_LABEL}."
+    )
+
+
+def find_joined(labels: Iterable[str]) -> tuple[str, str] | None:
+    """The separator and the first of labels that look like several labels joined by it.
+
+    They do where nearly all labels with the separator consist of parts that are labels by
+    themselves, or (with , ; | or tab) parts of other such labels. So 'Paris, France' does not.
+    """
+    labels = set(labels) if not isinstance(labels, Mapping) else labels
+    for separator in _SEPARATORS:
+        joined = {
+            label: [part.strip() for part in label.split(separator)]
+            for label in labels
+            if separator in label
+        }
+        if not joined:
+            continue
+        parts_of = Counter(part for parts in joined.values() for part in set(parts))
+        known = {part for part in parts_of if part in labels and part not in joined}
+        if separator in ",;|\t":
+            known |= {part for part, count in parts_of.items() if count > 1}
+        elif separator == " ":  # words are joined by blanks too
+            known = set(filter(is_integer, known))
+        good = [
+            label
+            for label, parts in joined.items()
+            if len(set(parts)) == len(parts) and known.issuperset(parts) and all(parts)
+        ]
+        if good and len(good) * 10 >= len(joined) * 9:
+            return separator, good[0]
+    return None
+
+
+def _describe_joined(separator: str, label: str, locate: Callable[[Any], str]) -> str:
+    shown = {" ": "space", "\t": "tab"}.get(separator, separator)
+    decimal = " Numbers must have a decimal point." if re.fullmatch("[0-9]+,[0-9]+", label) else ""
+    return (
+        f"{locate(label)}: label {label!r} looks like several labels joined by {shown!r}, as its "
+        f"parts are labels of other rows. Pass --label_delimiter {shown!r} to split them, or "
+        f"--problem_type {SINGLE_LABEL} to keep each as one class.{decimal}"
+    )
+
+
+def describe_alike(names: Iterable[str]) -> str:
+    """One line on labels that differ only in case, blanks or Unicode form; "" if none do."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_folded(name), []).append(name)
+    alike = [group for group in groups.values() if len(group) > 1]
+    if not alike:
+        return ""
+    differ = " or ".join(dict.fromkeys(_difference(*group[:2]) for group in alike))
+    shown = "; ".join(" and ".join(map(ascii, group[:3])) for group in alike[:3])
+    more = f"; and {len(alike) - 3:,} more" if len(alike) > 3 else ""
+    return f"Labels that differ only in {differ} are trained as different labels: {shown}{more}."
+
+
+def describe_near_miss(label: str, names: Iterable[str]) -> str:
+    """The end of a message about an unknown label that is alike one of the names, else ""."""
+    for name in names:
+        if _folded(name) == _folded(label):
+            difference = _difference(name, label)
+            return f" Did you mean {name!a}? It differs from {label!a} only in {difference}."
+    return ""
+
+
+def _folded(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def _difference(one: str, other: str) -> str:
+    """In what two names differ that are alike."""
+    forms: tuple[Literal["NFC", "NFKC"], ...] = ("NFC", "NFKC")
+    for form in forms:
+        if unicodedata.normalize(form, one) == unicodedata.normalize(form, other):
+            return f"Unicode form ({_form(one, form)} and {_form(other, form)})"
+    if one.split() == other.split():
+        return "blanks"
+    return "case" if one.casefold() == other.casefold() else "case, blanks or Unicode form"
+
+
+def _form(name: str, composed: Literal["NFC", "NFKC"]) -> str:
+    decomposed: Literal["NFD", "NFKD"] = "NFD" if composed == "NFC" else "NFKD"
+    if unicodedata.normalize(composed, name) == name:
+        return composed
+    return decomposed if unicodedata.normalize(decomposed, name) == name else f"not {composed}"
