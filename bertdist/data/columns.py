@@ -93,7 +93,7 @@ def read_texts(
         return _read_text_list(column, name, location, problems)
     if column.null_count:
         rows = np.flatnonzero(column.is_null()).tolist()
-        _reject(problems, rows, f"column {name!r} is null; expected a text", location)
+        reject(problems, rows, f"column {name!r} is null; expected a text", location)
         if pa.types.is_large_string(column.type):
             column = column.fill_null("")
     if not pa.types.is_large_string(column.type):
@@ -115,7 +115,7 @@ def _read_text_list(
         if not is_text and (problems is None or row not in problems):
             content = "is null" if value is None else f"holds {repr(value)[:40]}"
             content = "has a lone surrogate" if type(value) is str else content
-            _reject(problems, [row], f"column {name!r} {content}; expected a text", location)
+            reject(problems, [row], f"column {name!r} {content}; expected a text", location)
         texts.append(value if is_text else "")
     return pa.array(texts, pa.large_string())
 
@@ -221,7 +221,7 @@ def _content(label: LabelValue) -> str:
     return "a list of labels" if isinstance(label, tuple) else "a single label"
 
 
-def _reject(problems: Problems | None, rows: list[int], reason: str, location: LocateRow) -> None:
+def reject(problems: Problems | None, rows: list[int], reason: str, location: LocateRow) -> None:
     """Add a problem for each of these rows that has none; raise DataError if `problems` is None."""
     if problems is None:
         raise DataError(f"{location(rows[0])}: {reason}.")

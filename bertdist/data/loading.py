@@ -156,6 +156,7 @@ def _read_file(
         on_bad_row="skip" if reader.skip else "fail",
         first_label=first_label,
         any_label=any_label,
+        table=reader.quoted_table,
     )
     reject_header(records)
     note = reader.note

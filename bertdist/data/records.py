@@ -9,7 +9,7 @@ jsonl 3.5; `records[row]` costs 3 microseconds, `lengths()` 2 milliseconds. Each
 columns it reads once (text bytes + 12 bytes per row); forked loader workers share that memory.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from bertdist.data.columns import (
     read_label_columns,
     read_labels,
     read_texts,
+    reject,
     valid_rows,
 )
 from bertdist.data.source import (
@@ -46,6 +47,7 @@ from bertdist.data.source import (
     skipped_rows_of,
     slice_locations,
 )
+from bertdist.tasks.labels import is_number
 
 # Usual names of columns; the first one present is used.
 TEXT_COLUMNS = "text sentence sentence1 question premise review tweet content".split()
@@ -134,6 +136,13 @@ class Records:
             pairs=None if self.pairs is None else self.pairs[start:stop],
             fingerprint="",
         )
+
+
+class QuotedTable(NamedTuple):
+    """A table that is read with quotes, though no flag says that it has any."""
+
+    delimiter: str
+    header: list[str]  # names of all columns
 
 
 class ColumnNames(NamedTuple):
@@ -266,11 +275,12 @@ def records_from_chunk(
     on_bad_row: OnBadRow = "fail",
     first_label: LabelValue | None = None,
     any_label: bool = False,
+    table: QuotedTable | None = None,
 ) -> Records:
     """The rows of a chunk, checked. Raises DataError at an invalid row, or column with "skip".
 
     name: of the source. features: datasets.Features, if any. first_label, any_label: see
-    `read_labels`.
+    `read_labels`. table: reject texts in which a quote has swallowed rows.
     """
     assert columns.texts
     location, class_names = chunk.location, _class_names(features, columns)
@@ -296,6 +306,11 @@ def records_from_chunk(
     elif columns.label is not None:
         options = label_delimiter, class_names, problems, first_label, any_label
         kind, values, codes = read_labels(arrays[columns.label], columns.label, location, *options)
+    if table is not None and codes is not None:
+        for column, array in zip((*columns.texts, columns.pair), (*parts, pairs), strict=True):
+            if column is not None:
+                for row, reason in swallowed_rows(array, column, columns, table, values):
+                    reject(problems, [row], reason, location)
     if (valid := valid_rows(problems or {}, len(texts))) is not None:
         location = select_locations(location, np.flatnonzero(valid))
         texts = filter_rows(texts, valid)
@@ -372,6 +387,50 @@ def _fingerprint(
         digest.update(codes.tobytes())
         digest.update(repr(values).encode())
     return digest.hexdigest()
+
+
+def swallowed_rows(
+    texts: pa.Array,
+    column: str,
+    columns: ColumnNames,
+    table: QuotedTable,
+    labels: Iterable[LabelValue],
+) -> Iterator[tuple[int, str]]:
+    """(row, reason) of texts that hold rows of the table, as a stray quote opened the field.
+
+    All lines but the first and the last are complete rows, with a label in its place. texts: of
+    `column`; labels: the known ones.
+    """
+    width, own = len(table.header), table.header.index(column)
+    label_columns = columns.labels or [str(columns.label)]
+    places = [table.header.index(name) for name in label_columns]
+    names = {"0", "1", "0.0", "1.0", "true", "false"} if columns.labels else set()
+    if not columns.labels:
+        for label in labels:
+            names |= {str(name) for name in (label if isinstance(label, tuple) else (label,))}
+    numbers = all(map(is_number, names))
+
+    def is_row(fields: list[str]) -> bool:
+        cells = [fields[place].strip() for place in places] if len(fields) == width else []
+        return bool(cells) and all(
+            cell in names or (numbers and is_number(cell)) for cell in cells
+        )
+
+    for row in np.flatnonzero(pc.match_substring(texts, "\n")).tolist():
+        lines = [line for line in texts[row].as_py().split("\n") if line.strip()]
+        fields = [line.split(table.delimiter) for line in lines]
+        if (
+            len(fields) > 2
+            and len(fields[0]) == width - own
+            and len(fields[-1]) == own + 1
+            and all(map(is_row, fields[1:-1]))
+        ):
+            yield (
+                row,
+                f"column {column!r} holds {len(fields) - 1} other rows of the table, from a quote "
+                "that opened by mistake to the next one; pass --quoting none to read every line "
+                "as a row, or --quoting double to keep such texts",
+            )
 
 
 def reject_header(records: Records) -> None:

@@ -149,6 +149,7 @@ class Stream:
                 on_bad_row=self.on_bad_row,
                 first_label=self.first_label,
                 any_label=self.any_label,
+                table=getattr(source, "quoted_table", None),
             )
             yield chunk.state, records
 

@@ -8,10 +8,9 @@ import numpy as np
 import pyarrow.compute as pc
 
 from bertdist.core.config import DataConfig
-from bertdist.core.errors import DataError
 from bertdist.core.terminal import excerpt
 from bertdist.data.readers.file_reader import FileReader, inspect_file
-from bertdist.data.records import HEADER_WORDS
+from bertdist.data.records import HEADER_WORDS, ColumnNames, QuotedTable, swallowed_rows
 from bertdist.data_quality.findings import FindingBuilder
 from bertdist.data_quality.label_checks import SplitLabels
 
@@ -31,31 +30,36 @@ def check_table(
     path: its file, None unless it is one local file.
     """
     if getattr(build.records.file, "kind", "") in ("csv", "tsv"):
-        _check_quotes(build, train)
-        if path is not None and not data.column_names:
-            _check_unnamed_columns(build, path, data, len(build.records))
+        if path is not None:
+            reader = FileReader(inspect_file(path, data))
+            _check_swallowed(build, reader, data)
+            if not data.column_names:
+                _check_unnamed_columns(build, reader, len(build.records))
+        _check_quotes(build)
     if labels is not None and labels.numbers is None:
         _check_swapped(build, labels, train)
         _check_header(build, labels)
 
 
-def _check_quotes(build: FindingBuilder, train: SplitLabels) -> None:
-    """Quotes that were read as text, or opened a field by mistake."""
+def _check_swallowed(build: FindingBuilder, reader: FileReader, data: DataConfig) -> None:
+    """Texts that hold rows, kept because of --quoting double; else the reader refuses them."""
+    records = build.records
+    if reader.file.quoted and reader.quoted_table is None and records.label_codes is not None:
+        columns = ColumnNames(
+            records.text_columns, records.pair_column, records.label_column, data.label_columns
+        )
+        table = QuotedTable(reader.file.delimiter, reader.header())
+        args = records.text_columns[0], columns, table, records.label_values
+        rows = [row for row, _ in swallowed_rows(records.texts, *args)]
+        title = "texts that contain rows of the table"
+        meaning = "A stray quote opened a field: all rows up to the next quote became one text."
+        advice = "Read the file with --quoting none, or escape the quotes as the format requires."
+        build.add("swallowed_rows", "warning", title, rows, meaning, advice)
+
+
+def _check_quotes(build: FindingBuilder) -> None:
+    """Quotes that were read as text, or are odd."""
     texts, form = build.records.texts, build.records.file
-    train_names = {name for names in train.names for name in names}
-    swallowed: dict[int, str] = {}
-    multiline = pc.match_substring(texts, "\n").to_numpy(zero_copy_only=False)
-    for row in np.flatnonzero(multiline).tolist():
-        lines = texts[row].as_py().rstrip("\n").split("\n")
-        numeric = train.numbers is not None
-        like = sum(_like_a_row(line, form.delimiter, train_names, numeric) for line in lines)
-        if like >= 2 and like >= len(lines) / 2:
-            swallowed[row] = f"{like} of its {len(lines)} lines look like rows"
-    title = "texts that contain rows of the table"
-    meaning = "A stray quote opened a field: all rows up to the next quote became one text."
-    advice = "Read the file with --quoting none, or escape the quotes as the format requires."
-    note = swallowed.__getitem__
-    build.add("swallowed_rows", "error", title, list(swallowed), meaning, advice, note=note)
     opening = pc.starts_with(texts, '"').to_numpy(zero_copy_only=False)
     if opening.any() and not form.quoted:
         candidates = texts.filter(opening)
@@ -81,31 +85,16 @@ def _check_quotes(build: FindingBuilder, train: SplitLabels) -> None:
     build.add("odd_quotes", "note", title, odd, meaning, advice)
 
 
-def _like_a_row(line: str, delimiter: str, train_names: set[str], numeric: bool) -> bool:
-    """Whether a line has several fields, and a label at either end."""
-    fields = [field.strip().strip('"').strip() for field in line.split(delimiter)]
-    return len(fields) > 1 and any(
-        field in train_names or (numeric and field.replace(".", "", 1).isdecimal())
-        for field in (fields[0], fields[-1])
-    )
-
-
-def _check_unnamed_columns(
-    build: FindingBuilder, path: str, data: DataConfig, num_rows: int
-) -> None:
-    """Columns after the last named one. They are read by naming all, with the header as a row."""
-    try:
-        reader = FileReader(inspect_file(path, data))
-        header = reader.header()
-        named = [index for index, name in enumerate(header) if name.strip()]
-        names = [f"column {index}" for index in range(len(header))]
-        unnamed = names[named[-1] + 1 :] if named else []
-        if not unnamed:
-            return
-        reader.rename_columns(names)
-        columns = reader.read(unnamed).columns
-    except DataError:  # reported when the split was loaded
+def _check_unnamed_columns(build: FindingBuilder, reader: FileReader, num_rows: int) -> None:
+    """Columns after the last named one. They are read by naming all."""
+    header = reader.header()
+    named = [index for index, name in enumerate(header) if name.strip()]
+    names = [f"column {index}" for index in range(len(header))]
+    unnamed = names[named[-1] + 1 :] if named else []
+    if not unnamed:
         return
+    reader.rename_columns(names)
+    columns = reader.read(unnamed).columns
     stripped = [pc.utf8_trim_whitespace(columns[name]).to_pylist() for name in unnamed]
     values = list(zip(*(column[:num_rows] for column in stripped), strict=True))
     rows = np.flatnonzero([any(value) for value in values])

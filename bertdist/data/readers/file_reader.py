@@ -84,6 +84,7 @@ from bertdist.data.readers.text_lines import (
     resolve_codec,
     row_excerpts,
 )
+from bertdist.data.records import QuotedTable
 from bertdist.data.source import (
     Chunk,
     OnBadRow,
@@ -113,6 +114,7 @@ class DataFile(FileFormat):
     open_bytes: OpenBytes
     open_seekable: OpenSeekable
     note: str | None = None  # how it is read, where that is not what its name and the flags say
+    is_quoting_given: bool = False  # --quoting says whether there are quotes
 
 
 class _Header(NamedTuple):
@@ -177,6 +179,14 @@ class FileReader:
         """The names of all columns of a table, "" of those without one. Raises DataError."""
         with reading(self.file.path):
             return self._read_header().names
+
+    @property
+    def quoted_table(self) -> QuotedTable | None:
+        """The delimiter and header, where quotes are assumed. Raises DataError."""
+        file = self.file
+        if not file.is_table or not file.quoted or file.is_quoting_given:
+            return None
+        return QuotedTable(file.delimiter, self.header())
 
     def rename_columns(self, names: list[str]) -> None:
         """Read all columns of a table under other names. Raises DataError."""
@@ -431,7 +441,14 @@ def inspect_file(path: str, flags: FileConfig, warn: Warn = print_to_stderr) -> 
     if codec and fmt.kind == "parquet":
         raise DataError(f"{path} is a compressed parquet file; decompress it.")
     opener = partial(open_bytes, path, warn=warn, codec=codec)
-    return DataFile(**asdict(fmt), path=path, open_bytes=opener, open_seekable=seekable, note=note)
+    return DataFile(
+        **asdict(fmt),
+        path=path,
+        open_bytes=opener,
+        open_seekable=seekable,
+        note=note,
+        is_quoting_given=flags.quoting != "auto",
+    )
 
 
 def _format_by_flags(name: str, kind: str, flags: FileConfig) -> FileFormat:

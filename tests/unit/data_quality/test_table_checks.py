@@ -8,6 +8,7 @@ import pytest
 from data_checks import check_rows, clean_rows, get_finding, kinds
 
 from bertdist.core.config import DataConfig
+from bertdist.core.errors import DataError
 from bertdist.data_quality.report import DataReport, check_data
 
 Lines = list[str]
@@ -37,22 +38,39 @@ def see(tmp_path: Path) -> Callable[..., DataReport]:
     return see
 
 
-def test_rows_that_a_quote_swallowed_are_an_error(see: Callable[..., DataReport]) -> None:
-    lines = ["label\ttext", *(f"{row['label']}\t{row['text']}" for row in clean_rows(60))]
-    lines[10] = lines[10].replace("\t", '\t"', 1)
+def swallowing(ending: str) -> Lines:
+    """A quote opens on line 11 and the next one ends line 15: four rows become part of a text."""
+    delimiter = {"tsv": "\t", "csv": ","}[ending]
+    rows = clean_rows(60)
+    lines = [f"label{delimiter}text", *(f"{row['label']}{delimiter}{row['text']}" for row in rows)]
+    lines[10] = lines[10].replace(delimiter, f'{delimiter}"', 1)
     lines[14] += '"'
+    return lines
+
+
+def test_rows_that_a_quote_swallowed_are_refused_unless_quoting_is_given(
+    see: Callable[..., DataReport],
+) -> None:
+    lines = swallowing("tsv")
     assert kinds(see("a.tsv", lines)) == [
         ("odd_quotes", "note", "train", 2)
     ]  # read without quotes: nothing is lost
     found = see("a.tsv", lines, quoting="double")
     assert (
-        kinds(found) == [("swallowed_rows", "error", "train", 1)]
+        kinds(found) == [("swallowed_rows", "warning", "train", 1)]
         and len(found.splits["train"]) == 56
     )
-    assert (
-        get_finding(found, "swallowed_rows").examples[0].note == "4 of its 5 lines look like rows"
-    )
     assert get_finding(found, "swallowed_rows").examples[0].where == "a.tsv line 11"
+    with pytest.raises(DataError) as refused:
+        see("a.csv", swallowing("csv"))
+    assert str(refused.value) == (
+        "a.csv line 11: column 'text' holds 4 other rows of the table, from a quote that opened by "
+        "mistake to the next one; pass --quoting none to read every line as a row, or --quoting "
+        "double to keep such texts."
+    )
+    skipped = see("a.csv", swallowing("csv"), on_bad_row="skip")
+    assert kinds(skipped) == [("skipped_rows", "warning", "train", 1)]
+    assert len(see("a.csv", swallowing("csv"), quoting="none").splits["train"]) == 60
 
 
 def test_texts_of_many_lines_are_no_swallowed_rows(see: Callable[..., DataReport]) -> None:
