@@ -412,9 +412,7 @@ def swallowed_rows(
 
     def is_row(fields: list[str]) -> bool:
         cells = [fields[place].strip() for place in places] if len(fields) == width else []
-        return bool(cells) and all(
-            cell in names or (numbers and is_number(cell)) for cell in cells
-        )
+        return bool(cells) and all(cell in names or (numbers and is_number(cell)) for cell in cells)
 
     for row in np.flatnonzero(pc.match_substring(texts, "\n")).tolist():
         lines = [line for line in texts[row].as_py().split("\n") if line.strip()]
