@@ -10,6 +10,7 @@ import contextlib
 import json
 import re
 import threading
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -61,6 +62,7 @@ class FaultyServer:
         self.encoding = ""  # Content-Encoding header of files that are compressed already
         self.gets: list[tuple[str, int]] = []
         self.sent = 0  # bytes of bodies
+        self.trickle = 0.0  # seconds before each byte of a body
 
     def __enter__(self) -> "FaultyServer":
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler(self))
@@ -176,7 +178,8 @@ def handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
             limit = server.drops.popleft() if server.drops else 0
             stop = min(end, begin + limit) if limit else end
             while begin < stop:
-                part = file.part(begin, min(begin + CHUNK, stop))
+                time.sleep(server.trickle)
+                part = file.part(begin, min(begin + (1 if server.trickle else CHUNK), stop))
                 self.wfile.write(part if server.sends_size else b"%x\r\n%b\r\n" % (len(part), part))
                 begin += len(part)
                 server.sent += len(part)

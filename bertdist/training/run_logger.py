@@ -371,7 +371,9 @@ def describe_data(
     return [
         *(
             f"{guess}."
-            for guess in (*rows.format_notes, *(eval_rows.format_notes if eval_rows else ()))
+            for guess in dict.fromkeys(
+                (*rows.format_notes, *(eval_rows.format_notes if eval_rows else ()))
+            )
         ),
         f"Training rows: {number} {rows.name}{stream}, text in {rows.text_column!r}{pair}; "
         f"validation rows: {validation}.",

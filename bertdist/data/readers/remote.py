@@ -43,7 +43,8 @@ MAX_TRIES = 8  # without a new byte: up to 90 s
 # Before anything has worked, a wrong name is likelier than a transient error: up to 4 s.
 FIRST_TRIES = 4
 FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS = 0.5, 30.0
-READ_TIMEOUT_SECONDS = 60.0  # without a byte on an http connection
+READ_TIMEOUT_SECONDS = 60.0  # without a byte on an http connection, and for one range
+MIN_BYTES_PER_SECOND = 1000  # of one long response, over READ_TIMEOUT_SECONDS of waiting
 
 # Of one request: 45 MB/s at 50 ms a request, more than one tokenizing process needs.
 REQUEST_BYTES = 4 << 20
@@ -294,8 +295,11 @@ def import_fsspec() -> Any:
     return fsspec
 
 
-def file_system(url: str) -> tuple[Any, str]:
-    """(fsspec's file system, which it caches per process; the path in it). Raises DataError."""
+def file_system(url: str, long_response: bool = False) -> tuple[Any, str]:
+    """(fsspec's file system, which it caches per process; the path in it). Raises DataError.
+
+    long_response: an http response may take any time.
+    """
     options: dict[str, Any] = {}
     protocol = str(protocol_of(url))
     if is_http(url):
@@ -305,7 +309,9 @@ def file_system(url: str) -> tuple[Any, str]:
         # no proxies from the environment, no ~/.netrc.
         options["client_kwargs"] = {
             "timeout": aiohttp.ClientTimeout(
-                total=None, sock_connect=30, sock_read=READ_TIMEOUT_SECONDS
+                total=None if long_response else READ_TIMEOUT_SECONDS,
+                sock_connect=30,
+                sock_read=READ_TIMEOUT_SECONDS,
             ),
             "headers": {"Accept-Encoding": "identity"},
             "auto_decompress": False,
@@ -381,6 +387,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while cause is not None:
         yield cause
         cause = cause.__cause__
+        if isinstance(cause, asyncio.CancelledError):  # how aiohttp ends what timed out
+            return
 
 
 def _http_status(error: BaseException) -> int | None:
@@ -453,6 +461,8 @@ class _RemoteFile(io.RawIOBase):
         self._at, self._pid = 0, os.getpid()
         self._file: Any = None  # fsspec's
         self._failed = False  # since the version was last compared
+        self._request_bytes = REQUEST_BYTES  # fewer after errors
+        self._waited, self._arrived = 0.0, 0  # seconds for how many bytes of a long response
 
     def readable(self) -> bool:
         return True
@@ -482,18 +492,18 @@ class _RemoteFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        count = min(len(view), REQUEST_BYTES)
 
         def request() -> bytes:
-            nonlocal count
             try:
-                return self._request(count)
+                return self._request(min(len(view), self._request_bytes))
             except BaseException:
                 self._disconnect()
-                count, self._failed = min(count, max(count // 2, MIN_REQUEST_BYTES)), True
+                self._request_bytes = max(self._request_bytes // 2, MIN_REQUEST_BYTES)
+                self._failed = True
                 raise
 
         data = retry(self._url, request, self._warn_once, MAX_TRIES)
+        self._request_bytes = min(2 * self._request_bytes, REQUEST_BYTES)
         view[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -531,18 +541,33 @@ class _RemoteFile(io.RawIOBase):
             self._disconnect()
         self._file = self._file or self._connect(0)
         while self._file.loc < self._at:
-            if not self._file.read(min(REQUEST_BYTES, self._at - self._file.loc)):
+            if not self._read_timed(min(REQUEST_BYTES, self._at - self._file.loc)):
                 break
-        data: bytes = self._file.read(count) if self._file.loc == self._at else b""
+        data = self._read_timed(count) if self._file.loc == self._at else b""
         if not data and self._size is not None:
             raise EOFError(f"the response ended at byte {self._file.loc} of {self._size}")
         if not data:
             self._check_version()
         return data
 
+    def _read_timed(self, count: int) -> bytes:
+        """Bytes of a long response. Raises DataError where they arrive too slowly."""
+        start = time.monotonic()
+        data: bytes = self._file.read(count)
+        self._waited += time.monotonic() - start
+        self._arrived += len(data)
+        if self._waited > READ_TIMEOUT_SECONDS:
+            if self._arrived < MIN_BYTES_PER_SECOND * self._waited:
+                raise DataError(
+                    f"{redacted(self._url)} arrives too slowly: {self._arrived:,} bytes in "
+                    f"{self._waited:.0f} seconds; download it, and pass its path."
+                )
+            self._waited, self._arrived = 0.0, 0
+        return data
+
     def _connect(self, block_bytes: int) -> Any:
         """fsspec's file; block_bytes 0: one long response."""
-        system, path = file_system(self._url)
+        system, path = file_system(self._url, long_response=not block_bytes)
         options: dict[str, Any] = {"cache_type": "none"} if block_bytes else {}
         if is_http(self._url):  # which would ask for it once more
             options["size"] = self._size

@@ -184,6 +184,23 @@ def test_without_progress_it_ends(ranges: bool) -> None:
             read(f"{server.url}/a.csv")
 
 
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_source_that_trickles_for_ever_is_one_line(
+    ranges: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes arrive all the time, so no read of the connection times out."""
+    monkeypatch.setattr(remote, "READ_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(remote, "MAX_TRIES", 2)
+    with FaultyServer({"/a.csv": DATA}, ranges=ranges) as server:
+        assert read(f"{server.url}/a.csv") == DATA  # the control
+        slow = "Timeout.*given up after 2 tries" if ranges else r"arrives too slowly: \d+ bytes in"
+        with open_bytes(f"{server.url}/a.csv") as stream:
+            assert stream.read(10) == DATA[:10]
+            server.trickle = 0.02
+            with pytest.raises(DataError, match=slow):
+                stream.read()
+
+
 @pytest.mark.parametrize("etag", ['"2"', '"1"'])
 @pytest.mark.parametrize("break_at", [0, 5])
 def test_a_file_that_changed_meanwhile_is_an_error(etag: str, break_at: int) -> None:
