@@ -541,7 +541,7 @@ def _check_unused(name: str, kind: str, flags: FileConfig) -> None:
     is_table = kind in ("csv", "tsv") or kind not in KINDS
     given = {
         "--delimiter": flags.delimiter is not None and not is_table,
-        "--column_names": bool(flags.column_names) and not is_table,
+        "--column_names": bool(flags.column_names) and not is_table and kind != "json",
         "--quoting": flags.quoting != "auto" and not is_table,
         "--json_field": flags.json_field is not None and kind != "json",
         "--encoding": kind == "parquet"

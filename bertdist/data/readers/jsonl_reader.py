@@ -2,7 +2,7 @@
 
 JSON lines and plain text have one row per line. A JSON document has a list of objects: it is the
 list, or has it under a key, or is objects one after the other; their rows are named by their number
-in the list. JSON becomes Python lists of the values, plain text one Arrow column of large_string.
+in the list. With --column_names a row may be a list of values. JSON becomes Python lists of the values, plain text one Arrow column of large_string.
 A field of a nested object is named `review.text`.
 """
 
@@ -163,6 +163,8 @@ def _document(
     for number, (start, end, value) in enumerate(_rows_of_document(fmt, text)):
         first_byte += len(text[at:start].encode())
         size, at = len(text[start:end].encode()), end
+        if type(value) is list and len(value) == len(fmt.column_names):
+            value = dict(zip(fmt.column_names, value, strict=True))
         if reason := _problem(value, names):
             location = str(RowLocation(fmt.name, row=number))
             _skip(SkippedRow(location, None, reason, excerpt(text[start:end])), skipped)
@@ -187,7 +189,12 @@ def _rows_of_document(fmt: FileFormat, text: str) -> list[_Item]:
             advice = did_you_mean(fmt.json_field, filter(None, lists))
             raise DataError(f"{fmt.name}: --json_field {fmt.json_field!r} is no list.{advice}")
         return lists[fmt.json_field]
-    rows = {name: items for name, items in lists.items() if not name or _has_object(items)}
+    kinds = (dict, list) if fmt.column_names else dict
+    rows = {
+        name: items
+        for name, items in lists.items()
+        if not name or any(isinstance(item.value, kinds) for item in items)
+    }
     if len(rows) == 1:
         return next(iter(rows.values()))
     if rows:
@@ -197,10 +204,6 @@ def _rows_of_document(fmt: FileFormat, text: str) -> list[_Item]:
         f"{fmt.name}: expected a list of objects, or one object per line; with pandas, write "
         "df.to_json(path, orient='records', lines=True)."
     )
-
-
-def _has_object(items: list[_Item]) -> bool:
-    return any(isinstance(value, dict) for *_, value in items)
 
 
 def _find_lists(text: str, at: int, name: str, lists: dict[str, list[_Item]]) -> int:
@@ -274,7 +277,10 @@ def _field(value: dict[str, Any], name: str) -> Any:
 def _problem(value: Any, names: Sequence[str]) -> str:
     """Why the value is not an object with these fields; "" if it is."""
     if type(value) is not dict or not value:
-        return f"expected a JSON object with keys, found {json.dumps(value, default=str)[:40]}"
+        advice = "; --column_names names the items of lists" if type(value) is list else ""
+        return (
+            f"expected a JSON object with keys, found {json.dumps(value, default=str)[:40]}{advice}"
+        )
     for name in names:
         try:
             if _field(value, name) is _TWICE:

@@ -152,3 +152,15 @@ def test_every_line_of_a_txt_is_a_row() -> None:
         (row.line, row.text) for row in found.skipped
     ] == [(4, "b")]  # type: ignore[union-attr]
     assert found.rows().lines.tolist() == [0, 2]
+
+
+def test_rows_of_a_document_may_be_lists_whose_items_are_named() -> None:
+    """As CLINC150 and pandas (orient='split') write them."""
+    text = '{"columns": ["t", "l"], "data": [["a", 1], ["b"], ["c", 2]]}'
+    fmt = replace(DOCUMENT, column_names=("t", "_", "l"))
+    lines = Lines(text.replace("[[", "[[7, 8, 9], [").encode(), 1, {})
+    found = parse_document(replace(fmt, column_names=("t", "l")), lines, ["t", "l"], skip=True)
+    assert found.columns == {"t": ["a", "c"], "l": [1, 2]}
+    assert [row.location for row in found.skipped] == ["a.json row 0", "a.json row 2"]
+    with pytest.raises(DataError, match=r"row 1: expected a JSON object .*--column_names names"):
+        parse_document(fmt, lines, ["t", "l"], skip=False)

@@ -3,6 +3,8 @@
 The samples are sentences written for these tests. Each case has a near one that is not detected.
 """
 
+import gzip
+import os
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +203,114 @@ def test_what_is_not_a_table_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=r"is not known by its name, .*pass --file_format"):
             found(tmp_path / name, content)
+
+
+TABLE = "text\tlabel\n" + "a, b\t1\nc\t0\n" * 5
+JSONL = '{"text": "a", "label": 1}\n' * 3
+TXT = "; --file_format txt overrules"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "flags", "kind", "note"),
+    [
+        ("a.txt", TABLE, {}, "tsv", f"utf-8, delimiter tab, unquoted{TXT}"),
+        ("a.txt", TABLE[11:] + "a\tb\tc\n", {}, "tsv", f"utf-8, delimiter tab, unquoted{TXT}"),
+        ("a.txt", TABLE, {"file_format": "txt"}, "txt", None),
+        ("a.txt", TABLE, {"file_format": "tsv"}, "tsv", None),
+        ("a.txt", "a\tb\n" + "plain\n" * 5, {}, "txt", None),  # the first line alone has a tab
+        ("a.txt", "a\tb\n", {}, "txt", None),
+        ("a.txt", "text,label\na,1\nb, c,1\n", {}, "csv", f"utf-8, delimiter ',', quoted{TXT}"),
+        ("a.txt", "Text, label\nA, b\n", {}, "txt", "one text per line; --file_format csv or tsv"),
+        (
+            "a.txt",
+            "Hello, you\nBye, all\n",
+            {},
+            "txt",
+            "one text per line; --file_format csv or tsv",
+        ),
+        ("a.txt", "nr;review\n1;b\n", {}, "txt", "one text per line; --file_format csv or tsv"),
+        (
+            "a.txt",
+            "id;review\n1;b\n",
+            {"text_column": ["review"]},
+            "csv",
+            f"utf-8, delimiter ';', quoted{TXT}",
+        ),
+        ("a.txt", "A plain text.\n\nAnother.\n", {}, "txt", None),
+        ("a.txt", JSONL, {}, "jsonl", f"jsonl, utf-8{TXT}"),
+        ("a.csv", JSONL, {}, "jsonl", "jsonl, utf-8; --file_format csv overrules"),
+        ("a.json", JSONL, {}, "jsonl", None),
+        ("a.ndjson", JSONL, {}, "jsonl", None),
+        ("a.jsonl", '{"rows": [{"text": "a"}]}\n', {}, "jsonl", None),
+        ("a.json", '{"rows": [{"text": "a"}]}\n', {}, "json", "one JSON document, held in memory"),
+        ("a.json", '{"text": "a", "label": ["x"]}\n', {}, "jsonl", None),
+        ("a.jsonl", "[\n" + JSONL, {}, "json", "one JSON document, held in memory"),
+        (
+            "a.json",
+            '{\n"data": [\n{"text": "a"},\n',
+            {},
+            "json",
+            "one JSON document, held in memory",
+        ),
+        ("a.jsonl", '{"text" "a"}\n' + JSONL, {}, "jsonl", None),  # a damaged first line
+        ("a.csv", b"PAR1\0", {}, "parquet", "parquet"),
+        ("a.csv", TABLE.encode("utf-16-le"), {}, "csv", "utf-16-le, delimiter tab, unquoted"),
+        ("a.csv", gzip.compress(b"text,label\na,1\n"), {}, "csv", None),
+        ("a.csv.gz", b"text,label\na,1\n", {}, "csv", None),
+        ("a.csv", "sep=;\r\ntext;label\r\na,b;1\r\n", {}, "csv", None),
+        ("a.txt", '"sep=|"\ntext|label\na|1\n', {}, "csv", TXT),
+    ],
+)
+def test_the_kind_of_a_file_is_that_of_its_content(
+    tmp_path: Path,
+    name: str,
+    content: str | bytes,
+    flags: dict[str, Any],
+    kind: str,
+    note: str | None,
+) -> None:
+    file = found(tmp_path / name, content, **flags)
+    assert file.kind == kind
+    assert file.note is None if note is None else note in str(file.note), file.note
+    assert file.note is None or file.note.startswith(f"{name}: read as ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04......[Content_Types].xml", "an Excel workbook (.xlsx); save it as CSV UTF-8"),
+        (b"PK\x03\x04......a.csv", "a zip archive; unpack it with unzip"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1", "an Excel workbook (.xls)"),
+        (b"BZh91AY", "a bzip2 file"),
+        (gzip.compress(b"\0" * 257 + b"ustar"), "a tar archive"),
+        (b"<!DOCTYPE html>", "a web page, not data"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_whatever_its_name(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    for name in ("a.csv", "a.txt", "a.xlsx", "a.jsonl"):
+        with pytest.raises(DataError) as caught:
+            found(tmp_path / name, content)
+        assert f"{name} is {message}" in str(caught.value)
+
+
+def test_the_line_of_excel_is_no_row(tmp_path: Path) -> None:
+    for flags, first in (({}, 3), ({"column_names": ["text", "n"]}, 2)):
+        header = "" if flags else "text;n\r\n"
+        file = found(tmp_path / "a.csv", f"sep=;\r\n{header}a,b;1\r\nc;2\r\n", **flags)
+        reader = FileReader(file)
+        for chunk in (reader.read(["text"]), *reader.chunks(["text"])):
+            assert chunk.columns["text"].to_pylist() == ["a,b", "c"]  # type: ignore[union-attr]
+            assert chunk.location(0).line == first
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    """Every reader opens the file again, and a pipe gives its first bytes once."""
+    os.mkfifo(tmp_path / "a.csv")
+    with pytest.raises(DataError, match=r"a\.csv is not a regular file; write its rows to a file"):
+        inspect_file(str(tmp_path / "a.csv"), FileConfig())
 
 
 def test_a_byte_further_down_is_an_error_with_its_line(tmp_path: Path) -> None:
