@@ -2,8 +2,8 @@
 
 JSON lines and plain text have one row per line. A JSON document has a list of objects: it is the
 list, or has it under a key, or is objects one after the other; their rows are named by their number
-in the list. With --column_names a row may be a list of values. JSON becomes Python lists of the values, plain text one Arrow column of large_string.
-A field of a nested object is named `review.text`.
+in the list. With --column_names a row may be a list of values. JSON becomes Python lists of the
+values, plain text one Arrow column of large_string. A field of a nested object is `review.text`.
 """
 
 import io
