@@ -49,7 +49,6 @@ SEED = 42
 CONFLICT_SPREAD = 0.25  # of the range of regression targets: a larger difference contradicts
 
 Shingles = npt.NDArray[np.uint64]
-Bits = npt.NDArray[np.uint8]
 
 
 class NearPairs(NamedTuple):
@@ -165,65 +164,43 @@ def _normalize(texts: pa.Array) -> pa.Array:
 
 def _find_near_pairs(texts: pa.Array, splits: Sequence[IntArray], threshold: float) -> NearPairs:
     """splits: the numbers of the texts in each split."""
-    in_splits = np.zeros(len(texts), np.uint8)  # one bit per split that has the text
+    marked, digests = _marked_texts(texts)  # below, indices are into `marked`
+    bits = np.zeros(len(texts), np.uint8)  # one bit per split that has the text
     for bit, numbers in enumerate(splits):
-        in_splits[numbers] |= np.uint8(1 << bit)
-    marked, digests = _marked_texts(texts)
-    search = _NearSearch(texts, in_splits, marked, digests, threshold)
+        bits[numbers] |= np.uint8(1 << bit)
+    in_splits = bits[marked]
+    matched = np.zeros_like(in_splits)  # one bit per split with a near duplicate
+    misses = np.zeros_like(in_splits)  # comparisons without a result
+    results = [NearPairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
+
+    def compare(left: IntArray, right: IntArray) -> None:
+        """Compare exactly the pairs that may add a result and look near; (pairs,) each."""
+        new = (in_splits[right] & ~matched[left]) | (in_splits[left] & ~matched[right])
+        wanted = (new != 0) & (np.minimum(misses[left], misses[right]) < MAX_MISSES)
+        left, right = left[wanted], right[wanted]
+        likely = np.zeros(len(left), bool)
+        for part in _slices(len(left), 1 << 18):
+            estimate = (digests[left[part]] == digests[right[part]]).mean(1)
+            likely[part] = estimate >= threshold - ESTIMATE_MARGIN
+        left, right = left[likely], right[likely]
+        similarity = jaccard(texts, marked[left], marked[right])
+        near = similarity >= threshold
+        for one, other in ((left, right), (right, left)):
+            np.bitwise_or.at(matched, one[near], in_splits[other[near]])
+            missed = misses + np.bincount(one[~near], minlength=len(misses))
+            misses[:] = np.minimum(missed, MAX_MISSES)
+        results.append(NearPairs(marked[left[near]], marked[right[near]], similarity[near]))
+
     by_length = np.argsort(_byte_lengths(texts)[marked], kind="stable")
     for band in _bands(digests).T:
         order = by_length[np.argsort(band[by_length], kind="stable")]
         for step in range(1, NEIGHBOURS + 1):
             same = band[order[:-step]] == band[order[step:]]
-            search.compare(order[:-step][same], order[step:][same])
-    return search.pairs()
-
-
-class _NearSearch:
-    """What was compared so far, and with what result. Indices are into `marked`."""
-
-    def __init__(
-        self,
-        texts: pa.Array,
-        in_splits: Bits,
-        marked: IntArray,
-        digests: npt.NDArray[np.uint32],
-        threshold: float,
-    ) -> None:
-        self.texts, self.marked, self.digests, self.threshold = texts, marked, digests, threshold
-        self.in_splits = in_splits[marked]  # one bit per split that has the text
-        self.matched = np.zeros_like(self.in_splits)  # one bit per split with a near duplicate
-        self.misses = np.zeros_like(self.in_splits)  # comparisons without a result
-        self.results: list[NearPairs] = []
-
-    def compare(self, left: IntArray, right: IntArray) -> None:
-        """left, right: (pairs,). Compares exactly the pairs that may add a result and look near."""
-        new = (self.in_splits[right] & ~self.matched[left]) | (
-            self.in_splits[left] & ~self.matched[right]
-        )
-        wanted = (new != 0) & (np.minimum(self.misses[left], self.misses[right]) < MAX_MISSES)
-        left, right = left[wanted], right[wanted]
-        likely = np.zeros(len(left), bool)
-        for part in _slices(len(left), 1 << 18):
-            estimate = (self.digests[left[part]] == self.digests[right[part]]).mean(1)
-            likely[part] = estimate >= self.threshold - ESTIMATE_MARGIN
-        left, right = left[likely], right[likely]
-        similarity = jaccard(self.texts, self.marked[left], self.marked[right])
-        near = similarity >= self.threshold
-        for one, other in ((left, right), (right, left)):
-            np.bitwise_or.at(self.matched, one[near], self.in_splits[other[near]])
-            misses = self.misses + np.bincount(one[~near], minlength=len(self.misses))
-            self.misses = np.minimum(misses, MAX_MISSES).astype(np.uint8)
-        left, right = self.marked[left[near]], self.marked[right[near]]
-        self.results.append(NearPairs(left, right, similarity[near]))
-
-    def pairs(self) -> NearPairs:
-        """Every pair once, the text with the smaller number on the left."""
-        empty = NearPairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
-        left, right, similarity = map(np.concatenate, zip(empty, *self.results, strict=True))
-        low, high = np.minimum(left, right), np.maximum(left, right)
-        _, once = np.unique(low * len(self.texts) + high, return_index=True)
-        return NearPairs(low[once], high[once], similarity[once])
+            compare(order[:-step][same], order[step:][same])
+    left, right, similarity = map(np.concatenate, zip(*results, strict=True))
+    low, high = np.minimum(left, right), np.maximum(left, right)
+    _, once = np.unique(low * len(texts) + high, return_index=True)
+    return NearPairs(low[once], high[once], similarity[once])
 
 
 def _marked_texts(texts: pa.Array) -> tuple[IntArray, npt.NDArray[np.uint32]]:

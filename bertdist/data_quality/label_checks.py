@@ -16,6 +16,7 @@ from bertdist.core.terminal import excerpt
 from bertdist.core.types import IntArray
 from bertdist.data.records import Records
 from bertdist.data_quality.findings import FindingBuilder, Severity
+from bertdist.tasks.labels import alike_labels, describe_alike
 from bertdist.tasks.tasks import Task
 
 MIN_ROWS = 20  # from which labels can look like ids
@@ -181,17 +182,13 @@ def _check_train_labels(build: FindingBuilder, labels: SplitLabels, refusal: str
             "Use --metrics f1_macro, and try --class_weights balanced.",
             count=most,
         )
-    spellings: dict[str, list[str]] = {}
-    for name in names:
-        spellings.setdefault(" ".join(name.casefold().split()), []).append(name)
-    for variants in (names for names in spellings.values() if len(names) > 1):
-        listed = ", ".join(repr(excerpt(name, 30)) for name in variants[:3])
+    for variants in alike_labels(names):
         build.add(
             "labels_alike",
             "warning",
-            f"labels that differ only in case or white space: {listed}",
+            "labels that differ only in case, white space or Unicode form",
             labels.first_rows(variants[: build.num_examples]),
-            "They are trained as different labels.",
+            describe_alike(variants),
             "Use one spelling.",
             count=sum(counts[name] for name in variants[1:]),
             note=labels.name,

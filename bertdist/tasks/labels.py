@@ -259,12 +259,17 @@ def _describe_joined(separator: str, label: str, locate: Callable[[Any], str]) -
     )
 
 
-def describe_alike(names: Iterable[str]) -> str:
-    """One line on labels that differ only in case, blanks or Unicode form; "" if none do."""
+def alike_labels(names: Iterable[str]) -> list[list[str]]:
+    """The groups of labels that differ only in case, blanks or Unicode form."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(_folded(name), []).append(name)
-    alike = [group for group in groups.values() if len(group) > 1]
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def describe_alike(names: Iterable[str]) -> str:
+    """One line on labels that differ only in case, blanks or Unicode form; "" if none do."""
+    alike = alike_labels(names)
     if not alike:
         return ""
     differ = " or ".join(dict.fromkeys(_difference(*group[:2]) for group in alike))

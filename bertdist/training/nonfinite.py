@@ -118,7 +118,7 @@ class NonFiniteGuard:
         """After each step. now: check here even if that waits for the device.
 
         A collective if a step was skipped. Raises NonFiniteError on all ranks with --on_nan stop,
-        or after more than --max_nan_steps skipped steps in a row.
+        or after more than --max_nan_steps consecutive skipped steps.
         """
         self._unchecked.append((step, self._is_skipped(loss, grad_norm)))
         full = len(self._unchecked) == MAX_UNCHECKED_STEPS
@@ -162,13 +162,14 @@ class NonFiniteGuard:
         if rows:
             cause = f"in these of its {step.rows} rows: {'; '.join(shown)}; see {path}"
         message = f"Step {number}: the loss or gradient is NaN or infinite, {cause}.{operation}"
-        in_row, limit = self.state.consecutive_nan_steps, self.run.max_nan_steps
-        if self.run.on_nan == "skip" and in_row <= limit:
+        consecutive, limit = self.state.consecutive_nan_steps, self.run.max_nan_steps
+        if self.run.on_nan == "skip" and consecutive <= limit:
             self.log.say(f"{message} The step is skipped (--on_nan skip).")
-            self.log.write("nan", number, rows=[row["row"] for row in rows], in_row=in_row)
+            numbers = [row["row"] for row in rows]
+            self.log.write("nan", number, rows=numbers, in_row=consecutive)
             return
         if self.run.on_nan == "skip":
-            message += f" It is number {in_row} in a row (--max_nan_steps {limit})."
+            message += f" Consecutive skipped steps: {consecutive} (--max_nan_steps {limit})."
         message += (
             " No weight was changed by it, and the last checkpoint is intact. Inspect the rows, use"
             " a smaller --learning_rate, or skip such steps with --on_nan skip."

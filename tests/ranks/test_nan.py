@@ -314,7 +314,7 @@ def test_too_many_nonfinite_steps_in_a_row_end_the_run(
     skipped: Skipped, tmp_path: Path, n: int
 ) -> None:
     everything = set(range(38))
-    with pytest.raises(RankError, match=r"It is number 3 in a row \(--max_nan_steps 2\)\."):
+    with pytest.raises(RankError, match=r"Consecutive skipped steps: 3 \(--max_nan_steps 2\)\."):
         run_ranks(
             n,
             run_train,
@@ -324,7 +324,7 @@ def test_too_many_nonfinite_steps_in_a_row_end_the_run(
     lines = json_of(tmp_path / "out" / "nan_rows.jsonl")
     assert [line["step"] for line in lines] == [1] * 8 + [2] * 8 + [3] * 8
     with pytest.raises(
-        RankError, match=r"It is number 3 in a row"
+        RankError, match=r"Consecutive skipped steps: 3"
     ):  # the same command: the same error, no repeated line
         run_ranks(
             n,

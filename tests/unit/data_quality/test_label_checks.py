@@ -142,6 +142,17 @@ def test_labels_that_differ_only_in_case_or_white_space(tmp_path: Path) -> None:
     assert kinds(found) == [("labels_alike", "warning", "train", 10)]
 
 
+def test_joined_labels_are_one_error_that_names_the_flag(tmp_path: Path) -> None:
+    labels = [["27", "2,5", "5", "2", "27,5", "2"][row % 6] for row in range(60)]
+    found = check_rows(tmp_path, with_labels(labels), ending="tsv", near_threshold=0)
+    assert kinds(found) == [("refused_labels", "error", "train", 60)]  # and no rare labels
+    assert "--label_delimiter ','" in get_finding(found, "refused_labels").meaning
+    split = check_rows(
+        tmp_path, with_labels(labels), ending="tsv", near_threshold=0, label_delimiter=","
+    )
+    assert kinds(split) == [] and split.problem_type == "multi_label_classification"
+
+
 def test_multi_label_rows_without_a_label(tmp_path: Path) -> None:
     sets = [["a", "b"], ["a"], ["b"], []] * 10
     found = check_rows(tmp_path, with_labels(sets), with_labels([["b", "a"], ["a"]], 1))
