@@ -95,6 +95,7 @@ def train(config: TrainConfig) -> TrainState:
         # Resume: a step depends on weights, optimizer and `state`, nothing else.
         checkpointer = create_checkpointer(inputs, task, due.total_steps, config, accelerator, log)
         state = checkpointer.restore(classifier, adamw, config.run.resume_from_checkpoint)
+        evaluator.verify_best(classifier, state, checkpointer)
         log.start(state, due.total_steps, config, accelerator)
         early_stopping = EarlyStopping(config.run, state)
         nan_guard = NonFiniteGuard(config.run, classifier, loader, task, accelerator, state, log)
@@ -134,7 +135,8 @@ def train(config: TrainConfig) -> TrainState:
                         if ending:
                             log.log_throughput(state, meter)
                         checkpointer.save(classifier, adamw, state)
-        log.log_summary(state, stop.reason, evaluator.best_report())
+        report = evaluator.verify_best(classifier, state, checkpointer)
+        log.log_summary(state, stop.reason, report)
         # DDP before the process group (open_run ends it): else it joins gloo's thread with the GIL
         # held, which that thread may wait for (torch 2.13).
         model, optimizer = accelerator.free_memory(model, optimizer)
@@ -259,7 +261,7 @@ def create_evaluator(
 ) -> Evaluator:
     """Raises ConfigError on all ranks for metrics that are unknown or do not fit the task."""
     with raise_on_all_ranks(accelerator):
-        best_model = BestModel(config, inputs.tokenizer, inputs.rows, accelerator)
+        best_model = BestModel(config, inputs.tokenizer, inputs.rows, accelerator, log.say)
         return Evaluator(eval_loader, task, config, accelerator, best_model, log)
 
 

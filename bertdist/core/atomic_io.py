@@ -142,8 +142,8 @@ def _remove_written(folder: Path) -> Path | None:
     return kept
 
 
-def find_damage(folder: Path) -> str | None:
-    """Why a checkpoint folder is not as its manifest says, or None."""
+def find_damage(folder: Path, required: Iterable[str] = CHECKPOINT_FILES) -> str | None:
+    """Why a folder is not as its manifest says, or None. required: names that must be in it."""
     if not folder.is_dir():
         return "there is no such folder"
     try:
@@ -152,7 +152,7 @@ def find_damage(folder: Path) -> str | None:
         return "manifest.json is missing"
     except _UNREADABLE:
         return "manifest.json cannot be read"
-    for name in CHECKPOINT_FILES:
+    for name in required:
         if name not in expected:
             return f"manifest.json does not name {name}"
     for name, (size, digest) in expected.items():
@@ -183,6 +183,14 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     return {name: (int(x["bytes"]), str(x["xxh3_128"])) for name, x in files.items()}
 
 
+def move_aside(path: Path, suffix: str) -> Path:
+    """Rename it to `path.suffix`, or `path.suffix-2`, ...; returns the new name."""
+    aside = unused_path(path.with_name(f"{path.name}.{suffix}"))
+    with explain_write_errors(path, "remove or rename"):
+        os.rename(path, aside)
+    return aside
+
+
 def unused_path(path: Path) -> Path:
     """The path itself, or the first of `path-2`, `path-3`, ... that does not exist."""
     number, unused = 1, path
@@ -209,6 +217,14 @@ def atomic_write(path: Path, content: bytes | Iterable[bytes]) -> None:
 def to_json(value: Any, indent: int | None = None) -> bytes:
     """UTF-8 JSON and a line end; null for NaN and infinite numbers, which JSON does not have."""
     return json.dumps(json_safe(value), indent=indent, ensure_ascii=False).encode() + b"\n"
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; empty if there is none, or it is damaged."""
+    with suppress(OSError, ValueError, RecursionError):
+        value = json.loads(path.read_bytes())
+        return value if isinstance(value, dict) else {}
+    return {}
 
 
 def json_safe(value: Any) -> Any:

@@ -19,7 +19,7 @@ Legend: T tokens, N texts, O outputs of the task.
 import inspect
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from bertdist.core.atomic_io import MANIFEST, find_damage
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import ConfigError, ModelError, did_you_mean
 from bertdist.data.batch import PackedBatch, collate
@@ -349,6 +350,7 @@ def load_classifier(
     model_type, where = model_config.model_type, f"{flag} {config.model_name_or_path}"
     packed = model_type in ARCHITECTURES
     settings = [*reset_outputs(model_config), *type_notes(model_config)]
+    _check_manifest(Path(config.model_name_or_path), model_config, where)
     try:
         check_size(model_config, Path(config.model_name_or_path).expanduser(), where)
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -395,6 +397,19 @@ def load_classifier(
             "positions."
         )
     return classifier, notes
+
+
+def _check_manifest(folder: Path, model_config: PretrainedConfig, where: str) -> None:
+    """Raise ModelError for a folder that `save_classifier` wrote, if a file has changed since."""
+    manifest = folder / MANIFEST
+    with suppress(OSError):
+        if saved_metadata(model_config) or b"xxh3_128" in manifest.read_bytes():
+            damage = find_damage(folder, required=()) if manifest.exists() else None
+            if damage is not None:
+                raise ModelError(
+                    f"{where}: {damage}. Use an intact copy; if the file was changed on purpose, "
+                    f"remove {manifest}."
+                )
 
 
 def _set_dropout(model_config: PretrainedConfig, p: float) -> None:

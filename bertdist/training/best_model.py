@@ -5,24 +5,45 @@ Both decide by `improvement`, a function of the scores alone, and remember what 
 TrainState: a run that is resumed from an earlier checkpoint writes the same files again.
 """
 
-import json
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from bertdist.core.atomic_io import atomic_write, recover, to_json, write_folder
+from bertdist.core.atomic_io import (
+    atomic_write,
+    explain_write_errors,
+    find_damage,
+    move_aside,
+    read_json_object,
+    recover,
+    refuse_link,
+    to_json,
+    write_folder,
+)
 from bertdist.core.config import RunConfig, TrainConfig
+from bertdist.core.errors import CheckpointError
 from bertdist.data.records import Records
-from bertdist.distributed.collectives import raise_on_all_ranks
+from bertdist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from bertdist.models.classifier import Classifier, save_classifier
-from bertdist.training.checkpoint import TrainState
+from bertdist.training.checkpoint import (
+    Checkpointer,
+    TrainState,
+    load_tensors,
+    model_tensors,
+    read_tensors,
+)
+from bertdist.training.run_lock import STATUS
 
 if TYPE_CHECKING:  # --streaming only
     from bertdist.data.streaming import Stream
+
+# Results of a run that a new one in the same folder must not show as its own.
+RESULTS = ("evaluation.json", "predictions.jsonl", "nan_rows.jsonl")
 
 
 def improvement(score: float, best: float | None) -> float:
@@ -64,7 +85,7 @@ class EarlyStopping:
 
 
 class BestModel:
-    """Where the best weights of a run are saved."""
+    """Where the best weights of a run are saved, and whether they are there."""
 
     def __init__(
         self,
@@ -72,13 +93,17 @@ class BestModel:
         tokenizer: PreTrainedTokenizerBase,
         rows: "Records | Stream",
         accelerator: Accelerator,
+        say: Callable[..., None] = lambda *lines: None,
     ) -> None:
-        """rows: the training rows.
+        """rows: the training rows. say: takes lines of text.
 
         Their column names and --max_length are saved too, for `Predictor`.
         """
         self.folder, self.tokenizer = Path(config.run.output_dir), tokenizer
-        self.accelerator = accelerator
+        self.accelerator, self.say = accelerator, say
+        # Of the weights in best/; None if there are none, or none of this run. On every rank.
+        self.step: int | None = None
+        self._checked = False
         columns = rows.text_columns
         self.settings = {
             "max_length": config.model.max_length,
@@ -91,30 +116,154 @@ class BestModel:
     def save(
         self,
         model: Classifier,
+        step: int,
         report: dict[str, Any] | None = None,
         predictions: Iterable[dict[str, Any]] = (),
     ) -> None:
-        """Write these weights as the best, with the scores and predictions of their evaluation, if
-        there was one.
+        """Write the weights after `step` as the best, with the scores and predictions of their
+        evaluation, if there was one.
 
         A collective; rank 0 writes. Raises CheckpointError on all ranks if it cannot.
         """
         with raise_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
-                write_folder(
-                    self.folder / "best",
-                    lambda folder: save_classifier(model, self.tokenizer, folder, self.settings),
-                )
+                self._write(model, step)
                 if report is not None:
                     atomic_write(self.folder / "evaluation.json", to_json(report, indent=1))
                     atomic_write(self.folder / "predictions.jsonl", map(to_json, predictions))
+        self.step = step
 
-    def report(self) -> dict[str, Any] | None:
-        """The saved evaluation of the best weights (evaluation.json); None if there is none, and on
-        other ranks.
+    def _write(self, model: Classifier, step: int) -> None:
+        settings = {**self.settings, "step": step}
+        kept = write_folder(
+            self.folder / "best",
+            lambda folder: save_classifier(model, self.tokenizer, folder, settings),
+        )
+        if kept is not None:
+            self.say(f"{kept} keeps files that no run wrote.")
+
+    def verify(
+        self, model: Classifier, state: TrainState, checkpointer: Checkpointer
+    ) -> dict[str, Any] | None:
+        """Make sure that best/ is whole and of `state.best_step`. A collective.
+
+        At the start of a run and at its end; in between nothing is done. Weights that are not there
+        are written again from the checkpoint of their step; without one the next evaluation counts
+        as the best so far, and CheckpointError is raised on all ranks if there will be none.
+
+        Returns their evaluation (evaluation.json) at the end of the run, on rank 0 if there is one.
         """
-        path = self.folder / "evaluation.json"
-        if not self.accelerator.is_main_process or not path.exists():
+        if self._checked and not state.finished:
             return None
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return report
+        starts, self._checked = not self._checked, True
+        is_main = self.accelerator.is_main_process
+        with raise_on_all_ranks(self.accelerator):
+            if starts and is_main:
+                self._check_start(state, checkpointer)
+            step = self._read_step(state, checkpointer) if is_main else None
+        self.step = step = broadcast_from_rank0(self.accelerator, step)
+        # A later one than the checkpoint: its evaluation is about to be repeated.
+        repeats = step is not None and step > state.step and not state.finished
+        if state.best_step and step != state.best_step and not repeats:
+            with raise_on_all_ranks(self.accelerator):
+                written = is_main and self._write_again(model, state, checkpointer)
+            if broadcast_from_rank0(self.accelerator, written):
+                self.step = state.best_step
+            else:
+                state.best_score = state.best_loss = None
+                state.best_step = state.evaluations_since_best = 0
+        return self._report(state) if is_main and state.finished else None
+
+    def lacks(self, state: TrainState) -> bool:
+        """Whether the best weights so far are not in best/, and are not about to be.
+
+        A run that was killed after an evaluation leaves later weights there. It repeats that
+        evaluation when it resumes, unless --eval_every has changed.
+        """
+        return self.step != state.best_step and (self.step is None or self.step <= state.step)
+
+    def _check_start(self, state: TrainState, checkpointer: Checkpointer) -> None:
+        """Say what becomes of an earlier run's files. Raises CheckpointError for best weights."""
+        best, source = self.folder / "best", checkpointer.source
+        if not state.finished:
+            refuse_link(best)
+        if source is None and (self.folder / "metrics.jsonl").exists():
+            if os.path.lexists(best) and read_json_object(self.folder / STATUS).get("state") == (
+                "finished"
+            ):
+                raise CheckpointError(
+                    f"{self.folder} holds the best weights of a finished run and no checkpoint: "
+                    "the run would start again and replace them. Use another --output_dir, or "
+                    f"remove {best}."
+                )
+            self.say(f"No checkpoint in {checkpointer.folder}: training starts at the first step.")
+        if source is None or not self._is_own(checkpointer):
+            names = [name for name in RESULTS if (self.folder / name).exists()]
+            for name in names:
+                with explain_write_errors(self.folder / name, "remove"):
+                    (self.folder / name).unlink()
+            if names:
+                self.say(f"Removed {', '.join(names)} of an earlier run.")
+
+    def _is_own(self, checkpointer: Checkpointer) -> bool:
+        """Whether the run resumed from a checkpoint of its own folder, or from none."""
+        source, own = checkpointer.source, checkpointer.folder
+        return source is None or source.resolve().parent == own.resolve()
+
+    def _read_step(self, state: TrainState, checkpointer: Checkpointer) -> int | None:
+        """The step of the weights in best/ if it is this run's; a damaged one is renamed."""
+        best = self.folder / "best"
+        if not os.path.lexists(best) or (self.step is None and not self._is_own(checkpointer)):
+            return None
+        if damage := find_damage(best, required=()):
+            aside = move_aside(best, "damaged")
+            self.say(f"{best} is damaged: {damage}. Renamed to {aside.name}.")
+            return None
+        metadata = read_json_object(best / "config.json").get("bertdist")
+        step = metadata.get("step") if isinstance(metadata, dict) else None
+        if step is None:  # 0.1.0 did not write it
+            step = read_json_object(self.folder / "evaluation.json").get("step", state.best_step)
+        return step if isinstance(step, int) else None
+
+    def _write_again(
+        self, model: Classifier, state: TrainState, checkpointer: Checkpointer
+    ) -> bool:
+        """Write best/ from the checkpoint of its step, on rank 0; False if there is none.
+
+        Raises CheckpointError if there is none and the run has finished.
+        """
+        best, step = self.folder / "best", state.best_step
+        present = step == state.step
+        source = None if present else checkpointer.find(step)
+        if not present and source is None:
+            missing = f"The best weights, of step {step}, are not in {best}"
+            if state.finished:
+                raise CheckpointError(
+                    f"{missing}, and there is no checkpoint of that step to write them again. "
+                    "Copy them back, or train in another --output_dir."
+                )
+            self.say(f"{missing}: the next evaluation counts as the best so far.")
+            return False
+        if os.path.lexists(best):  # of another step
+            self.say(f"Renamed {best} to {move_aside(best, 'kept').name}: it is of another step.")
+        if source is None:
+            self._write(model, step)
+        else:
+            tensors = model_tensors(model)
+            before = {name: tensor.clone() for name, tensor in tensors.items()}
+            load_tensors(tensors, read_tensors(source / "model.safetensors"), source)
+            try:
+                self._write(model, step)
+            finally:
+                load_tensors(tensors, before, source)
+        self.say(f"{best} was not there: written again from the checkpoint of step {step}.")
+        return True
+
+    def _report(self, state: TrainState) -> dict[str, Any] | None:
+        path = self.folder / "evaluation.json"
+        report = read_json_object(path)
+        if report.get("step") == state.best_step:
+            return report
+        if path.exists():
+            self.say(f"{path} is not of the best weights, step {state.best_step}: not shown.")
+        return None

@@ -31,12 +31,11 @@ from torch import Tensor, nn
 
 import bertdist
 from bertdist.core.atomic_io import (
-    explain_write_errors,
     find_damage,
+    move_aside,
     recover,
     remove_folder,
     remove_leftover,
-    unused_path,
     write_folder,
 )
 from bertdist.core.errors import CheckpointError
@@ -147,6 +146,7 @@ class Checkpointer:
         """keep: maximum number. log: takes lines of text. before_save: flushes the log (rank 0)."""
         self.folder, self.signature, self.accelerator = folder, signature, accelerator
         self.keep, self.log, self.before_save = keep, log, before_save
+        self.source: Path | None = None  # the checkpoint that `restore` loaded
 
     def save(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, train_state: TrainState
@@ -199,6 +199,7 @@ class Checkpointer:
         chosen = broadcast_from_rank0(self.accelerator, chosen)
         if not chosen:
             return TrainState()
+        self.source = Path(chosen)
         folder, ranks = Path(chosen), self.accelerator.num_processes
         with raise_on_all_ranks(self.accelerator):
             state, train_state = read_state(folder)
@@ -208,8 +209,8 @@ class Checkpointer:
             )
             before = ResumeSignature(state["must_match"], state["may_change"])
             changes = check_changes(folder, before, self.signature, train_state.step)
-            load_tensors(model_tensors(model), _load(folder / "model.safetensors"), folder)
-            load_optimizer(model, optimizer, _load(folder / "optimizer.safetensors"), folder)
+            load_tensors(model_tensors(model), read_tensors(folder / "model.safetensors"), folder)
+            load_optimizer(model, optimizer, read_tensors(folder / "optimizer.safetensors"), folder)
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         self.log(f"Resuming from {folder} (step {train_state.step}).")
@@ -225,6 +226,12 @@ class Checkpointer:
                 " another order, and on GPUs dropout masks differ."
             )
         return apply_changes(train_state, changes)
+
+    def find(self, step: int) -> Path | None:
+        """The checkpoint of a step, here or beside the one that was loaded, if it is complete."""
+        folders = [self.folder] + ([self.source.parent] if self.source else [])
+        candidates = [folder / f"step_{step:06d}" for folder in folders]
+        return next((folder for folder in candidates if find_damage(folder) is None), None)
 
     def _choose(self, named: str | None) -> str:
         """The folder to load, "" for none; cleans up what a killed process left."""
@@ -246,9 +253,7 @@ class Checkpointer:
             damage = find_damage(folder)
             if damage is None:
                 return str(folder)
-            renamed = unused_path(folder.with_name(f"{folder.name}.damaged"))
-            with explain_write_errors(folder, "remove or rename"):
-                os.rename(folder, renamed)
+            renamed = move_aside(folder, "damaged")
             self.log(f"Skipping damaged checkpoint {folder}: {damage}. Renamed to {renamed.name}.")
         return ""
 
@@ -405,7 +410,7 @@ def load_optimizer(
         optimizer.state[weights[name]][entry] = value.to(weights[name].device)
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -38,7 +38,7 @@ from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import Classifier
 from bertdist.tasks.tasks import Task
 from bertdist.training.best_model import BestModel, improvement, improves_loss
-from bertdist.training.checkpoint import TrainState
+from bertdist.training.checkpoint import Checkpointer, TrainState
 from bertdist.training.memory import compute_in_micro_batches
 from bertdist.training.nonfinite import nonfinite_error
 from bertdist.training.run_logger import RunLogger
@@ -112,7 +112,7 @@ class Evaluator:
         assert self.best_model is not None and self.log is not None, "only while training"
         if self.loader is None:
             state.best_step = state.step
-            self.best_model.save(model)
+            self.best_model.save(model, state.step)
             return math.inf
         tokens = state.tokens_per_micro_batch
         self.loader = replace(self.loader, tokens_per_micro_batch=tokens)
@@ -123,6 +123,12 @@ class Evaluator:
             self._report_nonfinite(evaluation.nonfinite_rows, self.loader.dataset, state.step)
         self.log.log_eval(state.step, epoch, evaluation.scores)
         gain = improvement(evaluation.selection_score, state.best_score)
+        if gain <= 0 and self.best_model.lacks(state):
+            self.log.say(
+                f"The best weights so far, of step {state.best_step}, are not in best/: those of "
+                f"step {state.step} count as the best."
+            )
+            gain = math.inf
         loss, undefined = evaluation.scores["loss"], math.isnan(gain)
         self.log.say(*evaluation.notes)
         if gain > 0 or (
@@ -132,14 +138,15 @@ class Evaluator:
             state.best_loss = loss if undefined and math.isfinite(loss) else None
             state.best_step = state.step
             report = {"step": state.step, "scores": evaluation.scores, **evaluation.classes}
-            self.best_model.save(model, report, evaluation.predictions)
+            self.best_model.save(model, state.step, report, evaluation.predictions)
         return gain
 
-    def best_report(self) -> dict[str, Any] | None:
-        """The saved evaluation of the best weights (evaluation.json); None if there is none, and on
-        other ranks.
-        """
-        return self.best_model.report() if self.best_model is not None else None
+    def verify_best(
+        self, model: Classifier, state: TrainState, checkpointer: Checkpointer
+    ) -> dict[str, Any] | None:
+        """See `BestModel.verify`."""
+        assert self.best_model is not None, "only while training"
+        return self.best_model.verify(model, state, checkpointer)
 
     def _report_nonfinite(
         self, rows: tuple[int, ...], examples: TokenizedDataset, step: int

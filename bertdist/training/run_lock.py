@@ -31,7 +31,13 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from torch import nn
 
-from bertdist.core.atomic_io import HIDDEN_SUFFIXES, atomic_write, explain_write_errors, to_json
+from bertdist.core.atomic_io import (
+    HIDDEN_SUFFIXES,
+    atomic_write,
+    explain_write_errors,
+    read_json_object,
+    to_json,
+)
 from bertdist.core.errors import CheckpointError, ConfigError
 from bertdist.distributed.collectives import raise_on_all_ranks
 
@@ -142,19 +148,11 @@ def _is_run_folder(folder: Path) -> bool:
     """
     if (folder / LOCK).is_file() or _read_owner(folder) is not None:
         return True
-    status, environment = _read_json(folder / STATUS), _read_json(folder / ENVIRONMENT)
-    packages = environment.get("packages")
+    status = read_json_object(folder / STATUS)
+    packages = read_json_object(folder / ENVIRONMENT).get("packages")
     return status.keys() == {"state", "step", "reason"} or (
         isinstance(packages, dict) and "bertdist" in packages
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is none."""
-    with suppress(OSError, ValueError, RecursionError):
-        value = json.loads(path.read_bytes())
-        return value if isinstance(value, dict) else {}
-    return {}
 
 
 def _is_unused(checkpoints: Path) -> bool:

@@ -48,7 +48,9 @@ class Evaluations:
         self.saved: list[int] = []
         self.counts: list[int] = []
         self.stopped: int | None = None
-        best: Any = SimpleNamespace(save=lambda *args: self.saved.append(self.state.step))
+        best: Any = SimpleNamespace(
+            save=lambda *args: self.saved.append(self.state.step), lacks=lambda state: False
+        )
         loader: Any = MapLoader(dataset=Any, rows_per_step=1, tokens_per_micro_batch=1)  # type: ignore[arg-type]
         config: Any = SimpleNamespace(
             run=RunConfig(**settings), task=TaskConfig(), data=SimpleNamespace(task_name=None)
@@ -197,7 +199,7 @@ def test_without_a_validation_split_the_present_weights_are_saved() -> None:
     state = TrainState(step=3)
     evaluator = Evaluator(None, TASK, config, ONE_RANK, best, Any)  # type: ignore[arg-type]
     assert evaluator.evaluate_step("weights", state, 0.0, None) == math.inf  # type: ignore[arg-type]
-    assert (state.best_step, state.best_score, saved) == (3, None, [("weights",)])
+    assert (state.best_step, state.best_score, saved) == (3, None, [("weights", 3)])
 
 
 # ---- What is written
@@ -230,19 +232,18 @@ def test_what_is_saved_can_be_used_and_read(
     report = {"step": 7, "scores": {"loss": 0.5}, "labels": ["no", "yes"]}
     rows = [{"row": 0, "label": "ä", "score": 0.5, "truth": "yes"}, {"row": 1, "score": NAN}]
     best = best_in(tmp_path, tiny_model)
-    assert best.report() is None
-    best.save(model, report, rows)
+    best.save(model, 7, report, rows)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "best",
         "evaluation.json",
         "predictions.jsonl",
     ]
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == report == best.report()
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == report
     assert lines_of(tmp_path / "predictions.jsonl") == [rows[0], {"row": 1, "score": None}]
     assert "ä" in (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
     again, task, settings = load_trained_classifier(str(tmp_path / "best"))
     columns = {"text_column": "text", "text_pair_column": "pair"}
-    assert (task, settings) == (TASK, {"max_length": 16, **columns})
+    assert (task, settings) == (TASK, {"max_length": 16, "step": 7, **columns})
     for name, weight in model.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], weight)
 
@@ -250,7 +251,7 @@ def test_what_is_saved_can_be_used_and_read(
 def test_weights_without_an_evaluation_are_saved_alone(
     model: Classifier, tiny_model: Path, tmp_path: Path
 ) -> None:
-    best_in(tmp_path, tiny_model).save(model)
+    best_in(tmp_path, tiny_model).save(model, 7)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
@@ -259,7 +260,7 @@ def test_a_run_without_a_place_to_write_ends_with_one_line(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"^Cannot write .*file/best: Not a directory"):
-        best_in(tmp_path / "file", tiny_model).save(model)
+        best_in(tmp_path / "file", tiny_model).save(model, 7)
 
 
 def test_only_the_main_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,16 +274,16 @@ def test_only_the_main_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         best = BestModel(config_of(tmp_path), None, records_from_texts(["a"]), rank)  # type: ignore[arg-type]
         if main:  # the control
             with pytest.raises(AssertionError, match="written"):
-                best.save(None, {}, [{}])  # type: ignore[arg-type]
+                best.save(None, 7, {}, [{}])  # type: ignore[arg-type]
         else:
-            best.save(None, {}, [{}])  # type: ignore[arg-type]
+            best.save(None, 7, {}, [{}])  # type: ignore[arg-type]
 
 
 def test_a_number_that_json_does_not_have_is_null(
     model: Classifier, tiny_model: Path, tmp_path: Path
 ) -> None:
     """json.dumps would write NaN, which other programs refuse."""
-    best_in(tmp_path, tiny_model).save(model, {"scores": {"mse": NAN}}, [{"score": NAN}])
+    best_in(tmp_path, tiny_model).save(model, 7, {"scores": {"mse": NAN}}, [{"score": NAN}])
     for name, expected in (
         ("evaluation.json", {"scores": {"mse": None}}),
         ("predictions.jsonl", {"score": None}),

@@ -1,0 +1,340 @@
+"""best/ holds what a run says it holds: removed, damaged, swapped, a link, of another run."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from forked import run_ranks
+from rows import (
+    Breaking,
+    Files,
+    assert_same_tensors,
+    at_step,
+    both,
+    die,
+    json_of,
+    last_checkpoint,
+    run_main,
+    tensors_of,
+    words_of,
+    write_split,
+)
+
+from bertdist.core import atomic_io
+from bertdist.core.atomic_io import find_damage
+from bertdist.predict import Predictor
+from bertdist.training import evaluation
+
+STEPS, BEST = 6, 4
+
+
+class Run(NamedTuple):
+    """A finished run of 6 steps, whose best step is 4, and its arguments."""
+
+    out: Path
+    words: list[str]
+
+
+def command(model: Path, out: Path, files: Files, **settings: Any) -> list[str]:
+    usual = {
+        "max_train_steps": STEPS,
+        "eval_every": "2 steps",
+        "save_every": "1 steps",
+        "save_total_limit": 99,
+    }
+    return words_of(model, out, files, **{**usual, **settings})
+
+
+def best_at(*steps: int) -> Breaking:
+    """Scores by step: each of `steps` is better than all before it, no other one is."""
+
+    def breaking(accelerator: Any) -> None:
+        evaluate_split, evaluate_step = (
+            evaluation.evaluate_split,
+            evaluation.Evaluator.evaluate_step,
+        )
+        now = [0]
+
+        def with_step(self: Any, model: Any, state: Any, *rest: Any) -> Any:
+            now[0] = state.step
+            return evaluate_step(self, model, state, *rest)
+
+        def with_score(*args: Any) -> Any:
+            found = evaluate_split(*args)
+            score = float(now[0] if now[0] in steps else -now[0])
+            return found and replace(found, selection_score=score)
+
+        evaluation.Evaluator.evaluate_step = with_step  # type: ignore[method-assign]
+        evaluation.evaluate_split = with_score
+
+    return breaking
+
+
+def said_by(words: list[str], code: int = 0, n: int = 1, breaking: Any = None) -> str:
+    """What a run says; its exit code is `code` on all ranks."""
+    results = run_ranks(n, run_main, words, breaking)
+    said = "".join(said for _, said, _ in results)
+    assert {result[0] for result in results} == {code}, said
+    return str(said)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("finished")
+    words = command(tiny_model, folder / "out", write_split(folder, 24, 8))
+    said = said_by(words, breaking=best_at(2, BEST))
+    assert f"best weights (step {BEST}) in" in said
+    return Run(folder / "out", words)
+
+
+@pytest.fixture
+def run(finished: Run, tmp_path: Path) -> Run:
+    """A copy, to be broken."""
+    out = tmp_path / "out"
+    shutil.copytree(finished.out, out)
+    return Run(out, [*finished.words, "--output_dir", str(out)])
+
+
+def assert_all_agree(out: Path, step: int, said: str) -> None:
+    """The last sentence, best/, evaluation.json and the checkpoint are of one step."""
+    assert f"best weights (step {step}) in {out / 'best'}." in said
+    assert find_damage(out / "best", required=["model.safetensors"]) is None
+    assert json_of(out / "best" / "config.json")["bertdist"]["step"] == step
+    assert json_of(last_checkpoint(out) / "state.json")["train_state"]["best_step"] == step
+    weights = tensors_of(out / "checkpoints" / f"step_{step:06d}")
+    best = tensors_of(out / "best")
+    assert best
+    for name, tensor in best.items():
+        assert (weights[name.replace(": ", ": model.")] == tensor).all(), name
+
+
+# ---- The same command, after a finished run
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_intact_one_is_left_alone(run: Run, n: int) -> None:
+    before = (run.out / "best" / "model.safetensors").stat().st_mtime_ns
+    assert_all_agree(run.out, BEST, said_by(run.words, n=n))
+    assert (run.out / "best" / "model.safetensors").stat().st_mtime_ns == before
+    assert json_of(run.out / "evaluation.json")["step"] == BEST
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_removed_one_is_written_again(run: Run, n: int) -> None:
+    before = tensors_of(run.out / "best")
+    shutil.rmtree(run.out / "best")
+    said = said_by(run.words, n=n)
+    assert f"{run.out / 'best'} was not there: written again from the checkpoint of step 4" in said
+    assert_all_agree(run.out, BEST, said)
+    assert_same_tensors(before, tensors_of(run.out / "best"))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_without_its_checkpoint_nothing_is_claimed(run: Run, n: int) -> None:
+    shutil.rmtree(run.out / "best")
+    shutil.rmtree(run.out / "checkpoints" / "step_000004")
+    said = said_by(run.words, code=1, n=n)
+    (line,) = [line for line in said.splitlines() if line.startswith("bertdist: ")]
+    rank = "rank 0: " if n > 1 else ""
+    assert line == (
+        f"bertdist: {rank}The best weights, of step 4, are not in {run.out / 'best'}, and there is no "
+        "checkpoint of that step to write them again. Copy them back, or train in another "
+        "--output_dir."
+    )
+    assert "Finished" not in said
+
+
+def test_a_flipped_bit_is_named_and_the_folder_is_kept(run: Run) -> None:
+    before, path = tensors_of(run.out / "best"), run.out / "best" / "model.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-5] ^= 1
+    path.unlink()  # `before` is mapped from it
+    path.write_bytes(damaged)
+    said = said_by(run.words)
+    assert (
+        f"{run.out / 'best'} is damaged: model.safetensors is not what was written (its digest "
+        "differs). Renamed to best.damaged." in said
+    )
+    assert_all_agree(run.out, BEST, said)
+    assert_same_tensors(before, tensors_of(run.out / "best"))
+    assert (run.out / "best.damaged" / "model.safetensors").read_bytes() == damaged
+
+
+def change_config(best: Path, **metadata: Any) -> None:
+    """Other metadata in config.json, as if it had been written so."""
+    config = json_of(best / "config.json")
+    config["bertdist"] |= metadata
+    config["bertdist"] = {name: x for name, x in config["bertdist"].items() if x is not None}
+    (best / "config.json").write_text(json.dumps(config))
+    manifest = json_of(best / "manifest.json")
+    size, digest = (best / "config.json").stat().st_size, atomic_io._digest(best / "config.json")
+    manifest["files"]["config.json"] = {"bytes": size, "xxh3_128": digest}
+    (best / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_one_of_another_step_is_kept_beside(run: Run) -> None:
+    change_config(run.out / "best", step=3)
+    said = said_by(run.words)
+    assert f"Renamed {run.out / 'best'} to best.kept: it is of another step." in said
+    assert_all_agree(run.out, BEST, said)
+    assert json_of(run.out / "best.kept" / "config.json")["bertdist"]["step"] == 3
+
+
+def test_one_of_an_older_version_is_taken(run: Run) -> None:
+    """It has no step."""
+    change_config(run.out / "best", step=None)
+    before = (run.out / "best" / "model.safetensors").stat().st_mtime_ns
+    assert "best weights (step 4) in" in said_by(run.words)
+    assert (run.out / "best" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_removed_checkpoints_do_not_cost_the_best_weights(run: Run) -> None:
+    shutil.rmtree(run.out / "checkpoints")
+    before = tensors_of(run.out / "best")
+    said = said_by(run.words, code=1)
+    (line,) = [line for line in said.splitlines() if line.startswith("bertdist: ")]
+    assert line == (
+        f"bertdist: {run.out} holds the best weights of a finished run and no checkpoint: the run "
+        "would start again and replace them. Use another --output_dir, or remove "
+        f"{run.out / 'best'}."
+    )
+    assert_same_tensors(before, tensors_of(run.out / "best"))
+    shutil.rmtree(run.out / "best")
+    # Without validation rows nothing would replace what the earlier run left.
+    at = run.words.index("--validation_file")
+    words = [*run.words[:at], *run.words[at + 2 :]]
+    at = words.index("--eval_every")
+    said = said_by([*words[:at], *words[at + 2 :]])
+    assert f"No checkpoint in {run.out / 'checkpoints'}: training starts at the first step." in said
+    assert "Removed evaluation.json, predictions.jsonl of an earlier run." in said
+    assert "Scores per label" not in said and not (run.out / "evaluation.json").exists()
+    assert_all_agree(run.out, STEPS, said)
+
+
+# ---- Resuming
+
+
+def test_a_finished_run_in_another_folder_brings_its_best_weights(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "other"
+    resumed = [*run.words, "--output_dir", str(out), "--resume_from_checkpoint"]
+    said = said_by([*resumed, str(run.out / "checkpoints" / "step_000006")])
+    assert f"best weights (step 4) in {out / 'best'}." in said and "Scores per label" not in said
+    assert_same_tensors(tensors_of(run.out / "best"), tensors_of(out / "best"))
+    assert find_damage(out / "best", required=["model.safetensors"]) is None
+
+
+def test_a_run_in_another_folder_selects_anew_without_the_checkpoint(
+    run: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "other"
+    shutil.rmtree(run.out / "checkpoints" / "step_000004")
+    words = [*run.words, "--output_dir", str(out), "--resume_from_checkpoint"]
+    said = said_by([*words, str(run.out / "checkpoints" / "step_000005")])
+    assert (
+        f"The best weights, of step 4, are not in {out / 'best'}: the next evaluation counts as "
+        "the best so far." in said
+    )
+    assert_all_agree(out, 6, said)
+    assert json_of(out / "evaluation.json")["step"] == 6
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("eval_every", ["2 steps", "5 steps"])
+def test_best_weights_of_a_later_step_than_the_checkpoint(
+    tiny_model: Path, tmp_path: Path, n: int, eval_every: str
+) -> None:
+    """Killed after the evaluation of step 4, before its checkpoint: that of step 3 is the last."""
+    out, files = tmp_path / "out", write_split(tmp_path, 24, 8)
+    words = command(tiny_model, out, files, save_every="3 steps", eval_every="2 steps")
+    with pytest.raises(Exception, match="ended with status 9"):
+        run_ranks(n, run_main, words, both(best_at(2, 4), at_step(4, die)))
+    assert json_of(out / "best" / "config.json")["bertdist"]["step"] == 4
+    assert last_checkpoint(out).name == "step_000003"
+    words = [*words, "--eval_every", eval_every, "--save_every", "1 steps"]
+    said = said_by(words, n=n, breaking=best_at(2, 4))
+    step = 4 if eval_every == "2 steps" else 5
+    assert ("The best weights so far, of step 2, are not in best/: those of step 5" in said) == (
+        step == 5
+    )
+    assert_all_agree(out, step, said)
+    assert json_of(out / "evaluation.json")["step"] == step
+    assert f"Scores per label, step {step}" in said
+
+
+# ---- Links
+
+
+def test_a_link_in_place_of_best_is_refused_before_training(run: Run, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(run.out / "best", elsewhere)
+    (run.out / "best").symlink_to(elsewhere)
+    assert_all_agree(run.out, BEST, said_by(run.words))  # read, where nothing is to be written
+    for step in (5, 6):
+        shutil.rmtree(run.out / "checkpoints" / f"step_00000{step}")
+    before = tensors_of(elsewhere)
+    said = said_by(run.words, code=1)
+    (line,) = [line for line in said.splitlines() if line.startswith("bertdist: ")]
+    assert line == (
+        f"bertdist: {run.out / 'best'} is a symbolic link to {elsewhere}, and a run replaces best "
+        "as a whole: remove the link, or use another --output_dir."
+    )
+    assert (run.out / "best").is_symlink()
+    assert_same_tensors(before, tensors_of(elsewhere))
+
+
+def test_an_old_checkpoint_that_is_a_link_stays(run: Run, tmp_path: Path) -> None:
+    checkpoints, elsewhere = run.out / "checkpoints", tmp_path / "elsewhere"
+    for step in (5, 6):
+        shutil.rmtree(checkpoints / f"step_00000{step}")
+    shutil.move(checkpoints / "step_000001", elsewhere)
+    (checkpoints / "step_000001").symlink_to(elsewhere)
+    (checkpoints / "step_000002" / "thesis.txt").write_text("years")
+    (checkpoints / ".step_notes").mkdir()
+    (checkpoints / ".step_notes" / "a.txt").write_text("years")
+    said = said_by([*run.words, "--save_total_limit", "2"], breaking=best_at(2, 4))
+    assert f"{checkpoints / 'step_000002.kept'} keeps files that no run wrote." in said
+    assert sorted(os.listdir(checkpoints)) == [
+        ".step_notes",
+        "step_000001",
+        "step_000002.kept",
+        "step_000005",
+        "step_000006",
+    ]
+    assert find_damage(elsewhere) is None and (checkpoints / "step_000001").is_symlink()
+    assert (checkpoints / ".step_notes" / "a.txt").read_text() == "years"
+    assert os.listdir(checkpoints / "step_000002.kept") == ["thesis.txt"]
+
+
+# ---- Prediction
+
+
+def test_prediction_names_a_changed_file(run: Run) -> None:
+    best = run.out / "best"
+    answers = Predictor(best)(["a good film"])
+    for name in ("model.safetensors", "config.json", "tokenizer_config.json"):
+        path = best / name
+        whole = path.read_bytes()
+        # a byte that leaves the file readable
+        changed = whole.replace(b"negative", b"nagative") if name == "config.json" else whole
+        if name == "model.safetensors":
+            changed = whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]
+        if name == "tokenizer_config.json":
+            changed = whole + b"\n"
+        assert changed != whole
+        path.write_bytes(changed)
+        with pytest.raises(Exception, match=name) as caught:
+            Predictor(best)
+        assert str(caught.value).startswith(f"--model {best}: {name} ")
+        assert str(caught.value).endswith(
+            "Use an intact copy; if the file was changed on purpose, remove "
+            f"{best / 'manifest.json'}."
+        )
+        path.write_bytes(whole)
+    assert Predictor(best)(["a good film"]) == answers
+    (best / "manifest.json").unlink()  # a folder of another program, or changed on purpose
+    (best / "thesis.txt").write_text("years")
+    assert Predictor(best)(["a good film"]) == answers
