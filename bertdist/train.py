@@ -106,7 +106,7 @@ def train(config: TrainConfig) -> TrainState:
         meter = create_meter(classifier, accelerator, measure=not state.finished)
 
         # Train until all steps are done, evaluations stop improving, or a stop is requested.
-        ending, stopping = state.finished, False
+        ending, stopping, lr, grad_norm = state.finished, False, math.nan, torch.tensor(math.nan)
         with log.progress(meter.watch(micro_batcher.steps(due.total_steps))) as steps:
             while not ending:
                 if not state.evaluation_pending:  # else a stop interrupted it, and it comes first
@@ -133,10 +133,9 @@ def train(config: TrainConfig) -> TrainState:
                     if ending or due.save(state.step):
                         state.gather_losses(meter, accelerator)
                         if ending:
-                            log.log_throughput(state, meter)
+                            log.log_end(state, due.epoch(state), lr, grad_norm.item(), meter)
                         checkpointer.save(classifier, adamw, state)
-        report = evaluator.verify_best(classifier, state, checkpointer)
-        log.log_summary(state, stop.reason, report)
+        log.log_summary(state, stop.reason, evaluator.verify_best(classifier, state, checkpointer))
         # DDP before the process group (open_run ends it): else it joins gloo's thread with the GIL
         # held, which that thread may wait for (torch 2.13).
         model, optimizer = accelerator.free_memory(model, optimizer)

@@ -34,7 +34,7 @@ from bertdist.data.batch import Step
 from bertdist.data.records import Records, records_from_texts
 from bertdist.data.source import Chunk, ReaderState, SkippedRow, locate_rows
 from bertdist.distributed.launch import configure_process
-from bertdist.training import throughput
+from bertdist.training import evaluation, throughput
 from bertdist.training.throughput import MEASURED
 
 # The module: `from bertdist import train` is the function.
@@ -239,6 +239,31 @@ def on_rank(rank: int, act: Callable[[], None]) -> Breaking:
     def breaking(accelerator: Accelerator) -> None:
         if accelerator.process_index == rank:
             act()
+
+    return breaking
+
+
+def best_at(*steps: int) -> Breaking:
+    """Scores by step: each of `steps` is better than all before it, no other one is."""
+
+    def breaking(accelerator: Any) -> None:
+        evaluate_split, evaluate_step = (
+            evaluation.evaluate_split,
+            evaluation.Evaluator.evaluate_step,
+        )
+        now = [0]
+
+        def with_step(self: Any, model: Any, state: Any, *rest: Any) -> Any:
+            now[0] = state.step
+            return evaluate_step(self, model, state, *rest)
+
+        def with_score(*args: Any) -> Any:
+            found = evaluate_split(*args)
+            score = float(now[0] if now[0] in steps else -now[0])
+            return found and replace(found, selection_score=score)
+
+        evaluation.Evaluator.evaluate_step = with_step  # type: ignore[method-assign]
+        evaluation.evaluate_split = with_score
 
     return breaking
 

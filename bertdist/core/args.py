@@ -334,9 +334,8 @@ def config_problems(config: TrainConfig) -> Iterable[str]:
         yield "--lr_scheduler_type constant has no warmup; use constant_with_warmup."
     for name in ("eval_every", "save_every", "log_every"):
         value = getattr(run, name).strip()
-        if value != "never" and not DURATION.fullmatch(value):
-            hint = _duration_hint(value)
-            yield f"--{name} is {value!r}; it {_INTERVAL}.{hint}"
+        if problem := _duration_problem(value):
+            yield f"--{name} is {value!r}; {problem}"
     for name in ("adam_beta1", "adam_beta2"):
         if getattr(optim, name) == 1:
             yield f"--{name} is 1; expected less than 1."
@@ -349,6 +348,19 @@ def config_problems(config: TrainConfig) -> Iterable[str]:
             f"--class_weights is {' '.join(weights)!r}; expected 'balanced' or one number of at "
             "least 0 per label."
         )
+
+
+def _duration_problem(value: str) -> str:
+    """What is wrong with a duration; "" if nothing is."""
+    found = DURATION.fullmatch(value)
+    if value == "never":
+        return ""
+    if found is None:
+        return f"it {_INTERVAL}.{_duration_hint(value)}"
+    number, unit = float(found[1]), found[2]
+    if number == 0:
+        return "expected more than 0, or 'never'."
+    return "expected whole steps." if unit.startswith("step") and number % 1 else ""
 
 
 def _duration_hint(value: str) -> str:

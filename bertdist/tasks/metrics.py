@@ -227,6 +227,9 @@ class MetricSet:
     def __init__(self, metrics: dict[str, Any], problem_type: str, num_labels: int) -> None:
         self.names: tuple[str, ...] = tuple(metrics)
         self._metrics, self._problem_type, self._num_labels = metrics, problem_type, num_labels
+        self.main_scores: dict[
+            str, str
+        ] = {}  # metric -> the first of its scores; of the last `compute`
         self.not_numbers: dict[str, str] = {}  # of the last `compute`: score -> what it was instead
 
     def compute(
@@ -266,6 +269,7 @@ class MetricSet:
             for key, value in own.items():
                 score = f"{metric.name}_{key}" if key in used else str(key)
                 scores[score] = _as_number(value)
+                self.main_scores.setdefault(name, score)
                 if math.isnan(scores[score]):
                     self.not_numbers[score] = _excerpt(value)
         return scores

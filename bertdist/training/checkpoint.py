@@ -214,8 +214,12 @@ class Checkpointer:
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         self.log(f"Resuming from {folder} (step {train_state.step}).")
+        total_steps = self.signature.must_match.get("total_steps", train_state.step)
+        train_state = apply_changes(train_state, changes, total_steps)
         if changes:
             self.log("Settings changed since then:", *format_changes(changes))
+            if train_state.finished:
+                self.log("They have no effect: the run has finished.")
         if state["ranks"] != ranks:
             by_file = self.signature.must_match.get("stream_sharding") == "by_file"
             rows = (
@@ -225,7 +229,7 @@ class Checkpointer:
                 f"Written by {state['ranks']} processes, resumed by {ranks}: {rows}; sums round in"
                 " another order, and on GPUs dropout masks differ."
             )
-        return apply_changes(train_state, changes)
+        return train_state
 
     def find(self, step: int) -> Path | None:
         """The checkpoint of a step, here or beside the one that was loaded, if it is complete."""
@@ -339,10 +343,21 @@ def reader_state_of_rank(
     return readers[rank % len(readers)]
 
 
-def apply_changes(state: TrainState, changes: list[Change]) -> TrainState:
-    """The state that training resumes with after accepted changes of settings or data."""
+def apply_changes(state: TrainState, changes: list[Change], total_steps: int) -> TrainState:
+    """The state that training resumes with after accepted changes of settings or data.
+
+    A finished run goes on if it has more steps now (total_steps), or if early stopping ended it and
+    would not with these settings.
+    """
     before = {change.name: change.before for change in changes}
-    if before.keys() & RESETS_BEST:
+    resets = before.keys() & RESETS_BEST
+    if state.finished and state.step < total_steps:
+        patience = {change.name: change.now for change in changes}.get("early_stopping_patience", 0)
+        count = 0 if resets else state.evaluations_since_best
+        lasts = "early_stopping_patience" in before and (patience is None or count < patience)
+        more_steps = before.get("total_steps") == state.step
+        state = replace(state, finished=not (resets or lasts or more_steps))
+    if resets and not state.finished:
         state = replace(state, best_score=None, best_loss=None, evaluations_since_best=0)
     if "training_rows" in before and (reader := state.reader_state):
         # A position within other bytes means nothing: start the epoch again.
@@ -351,8 +366,6 @@ def apply_changes(state: TrainState, changes: list[Change]) -> TrainState:
         else:
             reader = {"window": {**STREAM_START, "epoch": reader["window"]["epoch"]}, "step": 0}
         state = replace(state, reader_state=reader)
-    if before.get("total_steps") == state.step:  # it had finished, and has more steps now
-        state = replace(state, finished=False)
     return state
 
 
@@ -411,6 +424,7 @@ def load_optimizer(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file, on the CPU. Raises CheckpointError."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -52,6 +53,7 @@ GLUE_METRICS = {
 
 SHOWN_ROWS = 3
 LOSS_CHUNK = 1 << 26  # logits that are float64 at the same time
+PROBED_OUTPUTS = 64  # a metric of a user's may name a score after each label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +181,36 @@ class Scorer:
         self._report, self._undefined = metrics.classification_report, metrics.UNDEFINED
         self.selection_metric = config.metric_for_best_model or self._metrics.names[0]
         self.sign = -1 if self.selection_metric in metrics.LOWER_IS_BETTER else 1
-        computed = ("loss", *self._metrics.names)
-        own_keys = any("/" in name or ":" in name or name.endswith(".py") for name in names)
-        if self.selection_metric not in computed and not own_keys:
+        self._named = config.metric_for_best_model is not None
+        computed = ["loss", *self._metrics.names]
+        if self._named and self.selection_metric not in computed:
+            own = [name for name in names if "/" in name or ":" in name or name.endswith(".py")]
+            scores = self._own_scores() if own else []
+            if scores is not None:
+                computed = [name for name in computed if name not in own]
+                self._check_selection([*computed, *scores])
+
+    def _own_scores(self) -> list[str] | None:
+        """The names of all scores, by computing those of one row per label, all of them right.
+
+        None if this does not show them: the first evaluation does.
+        """
+        outputs = len(self.task.labels)
+        references: Array = np.eye(max(outputs, 2), outputs, dtype=np.float32)
+        probabilities = references
+        if self.task.problem_type == "single_label_classification":
+            references = np.arange(outputs)
+        elif self.task.problem_type == "regression":
+            references = references[:, 0]
+        if outputs > PROBED_OUTPUTS:
+            return None
+        try:
+            return list(self._metrics.compute(references, probabilities, references))
+        except ConfigError:  # it needs more than that
+            return None
+
+    def _check_selection(self, computed: Iterable[str]) -> None:
+        if self._named and self.selection_metric not in computed:
             hint = did_you_mean(self.selection_metric, computed)
             raise ConfigError(
                 f"--metric_for_best_model {self.selection_metric}: "
@@ -201,7 +230,10 @@ class Scorer:
             # The largest of NaNs is some label, and might be right.
             scores = dict.fromkeys(scores, math.nan)
         first = next((key for key in scores if key != "loss"), "loss")
-        selected = self.selection_metric if self.selection_metric in scores else first
+        selected = self._metrics.main_scores.get(self.selection_metric, self.selection_metric)
+        if selected not in scores:
+            self._check_selection(scores)
+            selected = first
         sign = -1 if selected == "loss" else self.sign
         classes = {}
         if task.problem_type != "regression":

@@ -43,13 +43,16 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
         lr = config.learning_rate * scale
         settings.append({"params": parameters, "weight_decay": decay, "lr": lr, "peak_lr": lr})
     betas = (config.adam_beta1, config.adam_beta2)
-    return AdamW(settings, betas=betas, eps=config.adam_epsilon, fused=True)
+    return AdamW(
+        settings, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True
+    )
 
 
 def create_lr_schedule(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
     """step (from 0) -> factor on every group's peak_lr, from transformers' schedules.
 
-    Raises ConfigError if the warmup is longer than the run.
+    Raises ConfigError if the warmup is longer than the run, or a schedule's last learning rate
+    (polynomial: 1e-7) is not below --learning_rate.
     """
     warmup = config.warmup_steps
     if warmup is None:
@@ -57,10 +60,13 @@ def create_lr_schedule(config: OptimConfig, total_steps: int) -> Callable[[int],
     if warmup > total_steps:
         raise ConfigError(f"--warmup_steps is {warmup}, but the run has {total_steps} steps.")
     # get_scheduler wants an optimizer; only the function of its schedule is kept.
-    dummy = SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule = get_scheduler(
-        config.lr_scheduler_type, dummy, num_warmup_steps=warmup, num_training_steps=total_steps
-    )
+    dummy = SGD([torch.zeros(1, requires_grad=True)], lr=config.learning_rate)
+    try:
+        schedule = get_scheduler(
+            config.lr_scheduler_type, dummy, num_warmup_steps=warmup, num_training_steps=total_steps
+        )
+    except ValueError as error:
+        raise ConfigError(f"--lr_scheduler_type {config.lr_scheduler_type}: {error}.") from None
     lr_factor: Callable[[int], float] = schedule.lr_lambdas[0]
     return lr_factor
 

@@ -132,11 +132,21 @@ class RunLogger:
         """The scores of an evaluation after `step`."""
         self.record("eval", step, epoch=epoch, **scores)
 
-    def log_throughput(self, state: TrainState, meter: ThroughputMeter) -> None:
-        """How this process used its time.
+    def log_end(
+        self,
+        state: TrainState,
+        epoch: float,
+        learning_rate: float,
+        grad_norm: float,
+        meter: ThroughputMeter,
+    ) -> None:
+        """The end of this process: the steps that have no line yet because early stopping ended the
+        run, and how the time was used.
 
-        Before its last checkpoint, so that the line is on the disk with it.
+        Before the last checkpoint, so that the lines are on the disk with it.
         """
+        if state.finished and state.unlogged_steps:
+            self.log_training(state, epoch, learning_rate, grad_norm, meter.lap())
         self.write("meter", state.step, finished=state.finished, **meter.summary())
         self.say(str(meter))
 
@@ -148,11 +158,17 @@ class RunLogger:
         """
         reason = reason or "a stop was requested on another rank"
         if state.finished:
-            self.status("finished", state.step)
+            stopped_early = state.step < self.total_steps
+            since_best = state.evaluations_since_best
+            reason = f"early stopping after {since_best} evaluations without improvement"
+            self.status("finished", state.step, reason if stopped_early else "")
             self.show_report(report or {})
             by_loss = ", of the lowest loss" if state.best_loss is not None else ""
             best = f"best weights (step {state.best_step}{by_loss}) in {self.folder / 'best'}"
-            self.say(f"Finished: {state.step} steps, {best}.")
+            steps = f"{state.step} steps"
+            if stopped_early:
+                steps = f"{state.step} of {self.total_steps} steps ({reason})"
+            self.say(f"Finished: {steps}, {best}.")
         elif state.step:
             self.status("preempted", state.step, reason)
             first = ", starting with the evaluation" if state.evaluation_pending else ""

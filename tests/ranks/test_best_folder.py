@@ -3,17 +3,16 @@
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from forked import run_ranks
 from rows import (
-    Breaking,
     Files,
     assert_same_tensors,
     at_step,
+    best_at,
     both,
     die,
     json_of,
@@ -27,7 +26,6 @@ from rows import (
 from bertdist.core import atomic_io
 from bertdist.core.atomic_io import find_damage
 from bertdist.predict import Predictor
-from bertdist.training import evaluation
 
 STEPS, BEST = 6, 4
 
@@ -47,31 +45,6 @@ def command(model: Path, out: Path, files: Files, **settings: Any) -> list[str]:
         "save_total_limit": 99,
     }
     return words_of(model, out, files, **{**usual, **settings})
-
-
-def best_at(*steps: int) -> Breaking:
-    """Scores by step: each of `steps` is better than all before it, no other one is."""
-
-    def breaking(accelerator: Any) -> None:
-        evaluate_split, evaluate_step = (
-            evaluation.evaluate_split,
-            evaluation.Evaluator.evaluate_step,
-        )
-        now = [0]
-
-        def with_step(self: Any, model: Any, state: Any, *rest: Any) -> Any:
-            now[0] = state.step
-            return evaluate_step(self, model, state, *rest)
-
-        def with_score(*args: Any) -> Any:
-            found = evaluate_split(*args)
-            score = float(now[0] if now[0] in steps else -now[0])
-            return found and replace(found, selection_score=score)
-
-        evaluation.Evaluator.evaluate_step = with_step  # type: ignore[method-assign]
-        evaluation.evaluate_split = with_score
-
-    return breaking
 
 
 def said_by(words: list[str], code: int = 0, n: int = 1, breaking: Any = None) -> str:

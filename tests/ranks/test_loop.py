@@ -12,8 +12,11 @@ from accelerate import Accelerator
 from forked import run_ranks
 from rows import (
     Breaking,
+    assert_same_tensors,
+    best_at,
     checkpoints_of,
     json_of,
+    last_checkpoint,
     make_rows,
     run_train,
     step_log,
@@ -292,10 +295,82 @@ def test_early_stopping_ends_a_run_that_gets_no_better(
     assert json_of(tmp_path / "out" / "status.json") == {
         "state": "finished",
         "step": 6,
-        "reason": "",
+        "reason": "early stopping after 2 evaluations without improvement",
     }
+    finished = (
+        "Finished: 6 of 18 steps (early stopping after 2 evaluations without improvement), best "
+        "weights (step 2) in "
+    )
+    assert finished in results[0][2]
     again = run_ranks(n, run_train, words)
-    assert [seen for _, seen, _ in again] == [[]] * n and "Finished: 6 steps" in again[0][2]
+    assert [seen for _, seen, _ in again] == [[]] * n and finished in again[0][2]
+
+
+STOPPED = {"eval_every": "2 steps", "num_train_epochs": 6, "log_every": "4 steps"}
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_steps_before_an_early_stop_have_their_line(
+    tiny_model: Path, tmp_path: Path, n: int
+) -> None:
+    files = write_split(tmp_path, 16, 6)
+    words = words_of(tiny_model, tmp_path / "out", files, **STOPPED, early_stopping_patience=2)
+    run_ranks(n, run_train, words, best_at(2))
+    assert steps_in(tmp_path / "out", "eval") == [2, 4, 6]
+    run_ranks(n, run_train, words_of(tiny_model, tmp_path / "whole", files, **STOPPED))
+    lines, whole = (step_log(tmp_path / name, "train") for name in ("out", "whole"))
+    assert [line["step"] for line in lines] == [4, 6] and lines[0] == whole[0]
+    # The line of a longer run speaks of two more steps.
+    assert [line["step"] for line in whole] == [4, 8, 12]
+    assert lines[1]["loss"] != whole[1]["loss"] and lines[1]["grad_norm"] > 0
+    each = words_of(tiny_model, tmp_path / "each", files, **{**STOPPED, "log_every": "2 steps"})
+    run_ranks(n, run_train, each)
+    assert lines[1] == step_log(tmp_path / "each", "train")[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "steps", "reason"),
+    [
+        ({"early_stopping_patience": 3}, 8, "early stopping after 3 evaluations without "),
+        ({"early_stopping_patience": None}, 12, ""),
+        ({"metric_for_best_model": "f1_macro"}, 12, ""),
+    ],
+)
+def test_a_run_that_stopped_early_goes_on_when_it_may(
+    tiny_model: Path, tmp_path: Path, change: dict[str, Any], steps: int, reason: str
+) -> None:
+    """With every step as in a run that had these settings from the start."""
+    files = write_split(tmp_path, 16, 6)
+    settings = {**STOPPED, "early_stopping_patience": 2}
+    first = words_of(tiny_model, tmp_path / "out", files, **settings)
+    ((stopped, _, _),) = run_ranks(1, run_train, first, best_at(2))
+    assert (stopped.step, stopped.finished) == (6, True)
+    breaking = best_at(2) if "early_stopping_patience" in change else best_at(2, 8, 10, 12)
+    second, whole = (
+        words_of(tiny_model, tmp_path / out, files, **{**settings, **change})
+        for out in ("out", "whole")
+    )
+    ((state, seen, said),) = run_ranks(1, run_train, second, breaking)
+    assert (state.step, state.finished, seen[0][0]) == (steps, True, 6)
+    assert json_of(tmp_path / "out" / "status.json")["reason"].startswith(reason)
+    assert "Settings changed since then:" in said and "no effect" not in said
+    if "early_stopping_patience" in change:
+        run_ranks(1, run_train, whole, breaking)
+        one, other = (tensors_of(last_checkpoint(tmp_path / out)) for out in ("out", "whole"))
+        assert_same_tensors(one, other)
+        assert json_of(tmp_path / "out" / "evaluation.json") == json_of(
+            tmp_path / "whole" / "evaluation.json"
+        )
+
+
+def test_changes_after_the_last_step_have_no_effect_and_it_is_told(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    files = write_split(tmp_path, 16, 6)
+    words = words_of(tiny_model, tmp_path / "out", files, num_train_epochs=1)
+    run_ranks(1, run_train, words)
+    ((_, seen, said),) = run_ranks(1, run_train, [*words, "--metric_for_best_model", "loss"])
+    assert seen == [] and "They have no effect: the run has finished." in said
 
 
 def test_early_stopping_waits_while_it_gets_better(tiny_model: Path, tmp_path: Path) -> None:

@@ -255,6 +255,13 @@ def test_all_unknown_flags_are_named_at_once() -> None:
         (["--resume_from_checkpoint", "True"], "'True'; it takes a folder. Without the flag"),
         (["--log_every", "-5 steps"], "--log_every is '-5 steps'; it takes '200 steps'"),
         (
+            ["--eval_every", "0 steps"],
+            "--eval_every is '0 steps'; expected more than 0, or 'never'.",
+        ),
+        (["--save_every", "0%"], "--save_every is '0%'; expected more than 0, or 'never'."),
+        (["--log_every", "0.00 epochs"], "--log_every is '0.00 epochs'; expected more than 0"),
+        (["--log_every", "0.5 steps"], "--log_every is '0.5 steps'; expected whole steps."),
+        (
             ["--class_weights", "heavy", "light"],
             "--class_weights is 'heavy light'; expected 'balanced' or one number of at least 0 per label.",
         ),

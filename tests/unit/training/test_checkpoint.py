@@ -556,12 +556,42 @@ def test_stream_with_changed_data_restarts_its_epoch() -> None:
     start = {"epoch": 2, "window": 0, "rows": 0, "cursors": []}
 
     def after(reader: Any, changes: list[Change]) -> Any:
-        return apply_changes(TrainState(step=9, reader_state=reader), changes).reader_state
+        return apply_changes(TrainState(step=9, reader_state=reader), changes, 99).reader_state
 
     assert after(within, changed) == {"window": start, "step": 0}
     assert after(between, changed) == between
     assert after(within, []) is within
     assert after(None, changed) is None
+
+
+PATIENCE, METRIC = "early_stopping_patience", "metric_for_best_model"
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "finished", "count"),
+    [
+        (6, {}, True, 2),
+        (6, {PATIENCE: (2, 3)}, False, 2),  # stopped by a patience of 2, of 9 steps
+        (6, {PATIENCE: (2, None)}, False, 2),
+        (6, {PATIENCE: (2, 1)}, True, 2),
+        (6, {PATIENCE: (3, 2)}, True, 2),
+        (6, {METRIC: ("f1", "loss")}, False, 0),
+        (6, {METRIC: ("f1", "loss"), PATIENCE: (2, 1)}, False, 0),
+        (6, {"validation_rows": ("a", "b")}, False, 0),
+        (6, {"eval_every": ("1 epoch", "2 steps")}, True, 2),
+        (6, {"total_steps": (6, 9)}, False, 2),
+        (6, {"total_steps": (8, 9)}, True, 2),
+        (9, {PATIENCE: (2, 3), METRIC: ("f1", "loss")}, True, 2),  # all steps are done
+    ],
+)
+def test_a_finished_run_goes_on_where_a_change_gives_it_something_to_do(
+    step: int, changes: dict[str, Any], finished: bool, count: int
+) -> None:
+    state = TrainState(step=step, finished=True, best_score=0.5, evaluations_since_best=2)
+    accepted = [Change(name, *values, "") for name, values in changes.items()]
+    after = apply_changes(state, accepted, 9)
+    assert (after.finished, after.evaluations_since_best) == (finished, count)
+    assert after.best_score == (None if count == 0 else 0.5)
 
 
 # ---- Format

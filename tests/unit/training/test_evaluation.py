@@ -345,6 +345,91 @@ def test_the_loss_of_many_logits_is_summed_in_parts(
     assert sizes == [11, 4, 4, 3]
 
 
+OWN_METRIC = """
+import datasets
+import evaluate
+
+class Mine(evaluate.Metric):
+    def _info(self):
+        kind = datasets.Value("int64")
+        return evaluate.MetricInfo(description="", citation="", inputs_description="",
+            features=datasets.Features({"predictions": kind, "references": kind}))
+
+    def _compute(self, predictions, references):
+        if len(predictions) < ROWS:
+            raise ValueError("too few")
+        right = sum(a == b for a, b in zip(predictions, references))
+        return {"wrong": -right, "right_rows": right, "label_" + str(max(references)): 1.0}
+"""
+
+
+@pytest.fixture
+def own_metric(tmp_path: Path) -> str:
+    path = tmp_path / "mine.py"
+    path.write_text(OWN_METRIC.replace("ROWS", "1"))
+    return str(path)
+
+
+def scorer_by(metric: str, *names: str, outputs: int = 2) -> Scorer:
+    labels = tuple(f"label {i}" for i in range(outputs))
+    config = TaskConfig(metrics=list(names), metric_for_best_model=metric)
+    return Scorer(config, SingleLabel(labels), None)
+
+
+OWN_LOGITS, OWN_TARGETS = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0]]), np.array([0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("metric", "score"), [("right_rows", 2.0), ("wrong", -2.0), ("accuracy", 2 / 3)]
+)
+def test_a_score_of_a_metric_of_one_s_own_selects(
+    metric: str, score: float, own_metric: str
+) -> None:
+    found = scorer_by(metric, "accuracy", own_metric).score(OWN_LOGITS, OWN_TARGETS)
+    assert found.selection_score == score
+
+
+def test_the_name_of_a_metric_of_one_s_own_is_its_first_score(own_metric: str) -> None:
+    """Not the first score of all, which is the accuracy."""
+    scorer = scorer_by(own_metric, "accuracy", own_metric)
+    assert scorer.score(OWN_LOGITS, OWN_TARGETS).selection_score == -2.0
+
+
+@pytest.mark.parametrize(
+    ("metric", "hint"),
+    [
+        ("right_row", "Did you mean 'right_rows'?"),
+        ("acuracy", "Did you mean 'accuracy'?"),
+        ("label_1", None),
+        ("f1_macro", "Known: 'loss', 'accuracy', 'wrong', 'right_rows', 'label_1'."),
+    ],
+)
+def test_a_misspelt_score_beside_a_metric_of_one_s_own_is_told_before_training(
+    metric: str, hint: str | None, own_metric: str
+) -> None:
+    if hint is None:  # the control
+        scorer_by(metric, "accuracy", own_metric)
+        return
+    with pytest.raises(ConfigError) as caught:
+        scorer_by(metric, "accuracy", own_metric)
+    assert str(caught.value) == (
+        f"--metric_for_best_model {metric}: not among the scores that are computed. {hint}"
+    )
+
+
+@pytest.mark.parametrize("why", ["it needs more rows", "too many labels"])
+def test_a_misspelt_score_is_told_by_the_first_evaluation_at_the_latest(
+    why: str, tmp_path: Path, own_metric: str
+) -> None:
+    if why == "it needs more rows":
+        Path(own_metric).write_text(OWN_METRIC.replace("ROWS", "3"))
+    outputs = 2 if why == "it needs more rows" else 65
+    scorer = scorer_by("right_row", own_metric, outputs=outputs)
+    logits = torch.zeros(3, outputs)
+    with pytest.raises(ConfigError, match=r"computed\. Did you mean 'right_rows'\?$"):
+        scorer.score(logits, OWN_TARGETS)
+
+
 def test_an_undefined_score_is_told_once_with_its_reason() -> None:
     scorer, logits = (
         Scorer(TaskConfig(), Regression(("score",)), None),
@@ -364,7 +449,7 @@ def test_an_undefined_score_is_told_once_with_its_reason() -> None:
 
 def test_a_metric_that_gives_no_scores_selects_by_the_loss() -> None:
     scorer = Scorer(TaskConfig(), SingleLabel(("no", "yes")), None)
-    scorer._metrics = SimpleNamespace(compute=lambda *arrays: {}, not_numbers={})  # type: ignore[assignment]
+    scorer._metrics = SimpleNamespace(compute=lambda *arrays: {}, not_numbers={}, main_scores={})  # type: ignore[assignment]
     found = scorer.score(torch.tensor([[0.0, 0.0]]), np.array([0]))
     assert found.selection_score == -found.scores["loss"] == pytest.approx(-math.log(2))
 

@@ -1,12 +1,13 @@
 """Weight decay and learning rate of each parameter; the learning rate as a function of the step."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import AdamW
 from transformers import BertConfig, BertForSequenceClassification, get_scheduler
 
 from bertdist.core.config import OptimConfig
@@ -178,23 +179,63 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("warmup", [0, 3])
-def test_schedule_equals_transformers_scheduler_stepped(name: Any, warmup: int) -> None:
-    optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+def rates_of_transformers(name: Any, learning_rate: float, warmup: int) -> list[float]:
+    """Of its scheduler on an AdamW of two groups, stepped 10 times as in run_glue_no_trainer.py."""
+    weights = [torch.zeros(1, requires_grad=True) for _ in range(2)]
+    groups = [
+        {"params": [weight], "weight_decay": x} for weight, x in zip(weights, (0, 0.1), strict=True)
+    ]
+    optimizer = AdamW(groups, lr=learning_rate)
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=10)
     rates = []
-    for _ in range(10):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    schedule = create_lr_schedule(OptimConfig(lr_scheduler_type=name, warmup_steps=warmup), 10)
-    assert [schedule(step) for step in range(10)] == pytest.approx(rates, rel=1e-15, abs=1e-15)
-    if name not in ("constant", "constant_with_warmup") or (warmup and name != "constant"):
+    for step in range(10):
+        if step:
+            optimizer.step()
+            scheduler.step()
+        (rate,) = {group["lr"] for group in optimizer.param_groups}
+        rates.append(rate)
+    return rates
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("warmup", [0, 3, 10])
+@pytest.mark.parametrize("learning_rate", [5e-5, 2e-7, 1.0])
+def test_learning_rates_equal_those_of_transformers(
+    name: Any, warmup: int, learning_rate: float
+) -> None:
+    rates = rates_of_transformers(name, learning_rate, warmup)
+    config = OptimConfig(lr_scheduler_type=name, warmup_steps=warmup, learning_rate=learning_rate)
+    optimizer = create_optimizer(nn.Linear(1, 1), config)
+    schedule = create_lr_schedule(config, 10)
+    ours = [set_learning_rate(optimizer, schedule(step)) for step in range(10)]
+    assert ours == pytest.approx(rates, rel=1e-15, abs=0)
+    if warmup < 10 and (name not in ("constant", "constant_with_warmup") or warmup == 3):
+        if name == "constant":
+            return
         # Negative control: an offset of one step is seen.
-        assert [schedule(step + 1) for step in range(10)] != pytest.approx(
-            rates, rel=1e-15, abs=1e-15
-        )
+        shifted = [set_learning_rate(optimizer, schedule(step + 1)) for step in range(10)]
+        assert shifted != pytest.approx(rates, rel=1e-15, abs=0)
+
+
+def test_polynomial_ends_at_an_absolute_rate() -> None:
+    """transformers' lr_end is 1e-7 whatever the peak is: negative control for a relative one."""
+    for learning_rate in (5e-5, 2e-7):
+        config = OptimConfig(lr_scheduler_type="polynomial", learning_rate=learning_rate)
+        end = learning_rate * create_lr_schedule(config, 10)(10)
+        assert end == pytest.approx(1e-7, rel=1e-12)
+        relative = create_lr_schedule(replace(config, learning_rate=1.0), 10)
+        assert learning_rate * relative(10) != pytest.approx(1e-7, rel=0.1)
+
+
+@pytest.mark.parametrize("learning_rate", [0.0, 1e-7])
+def test_a_rate_below_the_last_one_of_polynomial_is_one_line(learning_rate: float) -> None:
+    config = OptimConfig(lr_scheduler_type="polynomial", learning_rate=learning_rate)
+    with pytest.raises(ConfigError) as caught:
+        create_lr_schedule(config, 10)
+    assert str(caught.value) == (
+        "--lr_scheduler_type polynomial: lr_end (1e-07) must be smaller than initial lr "
+        f"({learning_rate})."
+    )
 
 
 def test_linear_by_hand() -> None:

@@ -438,6 +438,12 @@ def test_a_training_line_is_the_mean_since_the_last_one(log: RunLogger, tmp_path
             "finished",
         ),
         (
+            TrainState(step=6, finished=True, best_step=4, evaluations_since_best=2),
+            "Finished: 6 of 8 steps (early stopping after 2 evaluations without improvement), best "
+            "weights (step 4) in ",
+            "finished",
+        ),
+        (
             TrainState(step=4),
             "Stopped (SIGTERM): step 4 of 8 is saved. Rerun the same command to resume.",
             "preempted",
