@@ -293,6 +293,8 @@ class Cadence:
 
         self._log, self._save = interval(run.log_every), interval(run.save_every)
         self._evaluate = interval(run.eval_every) if has_eval else 0
+        names = ["--eval_every"] * (has_eval and run.eval_every.strip() == "auto")
+        self._auto = names + ["--save_every"] * (run.save_every.strip() == "auto")
 
     def end(self, step: int) -> bool:
         """Whether all steps are done."""
@@ -327,6 +329,9 @@ class Cadence:
     def describe(self) -> str:
         """The length of training, in a sentence."""
         per_epoch = f", {self.steps_per_epoch:,} per epoch" if self.steps_per_epoch else ""
+        if self._auto and not self.steps_per_epoch:
+            names = " and ".join(self._auto)
+            per_epoch = f"; the length of an epoch is not known: {names} 10% of the run"
         return f"{self.total_steps:,} steps{per_epoch}."
 
 

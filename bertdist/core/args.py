@@ -353,7 +353,7 @@ def config_problems(config: TrainConfig) -> Iterable[str]:
 def _duration_problem(value: str) -> str:
     """What is wrong with a duration; "" if nothing is."""
     found = DURATION.fullmatch(value)
-    if value == "never":
+    if value in ("never", "auto"):
         return ""
     if found is None:
         return f"it {_INTERVAL}.{_duration_hint(value)}"

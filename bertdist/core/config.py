@@ -275,12 +275,13 @@ class RunConfig:
         "bf16; if it fails, the run logs a warning and falls back to eager.",
     )
     eval_every: str = setting(
-        "1 epoch",
+        "auto",
         "Evaluation interval: '200 steps', '0.5 epochs', '10%%' of the run, or 'never'; always "
-        "after the last step.",
+        "after the last step. auto: 1 epoch, or 10%% of the run for a stream whose length is not "
+        "known.",
     )
     save_every: str = setting(
-        "1 epoch",
+        "auto",
         "Checkpoint interval, same format as --eval_every; always after the last step.",
     )
     log_every: str = setting(
@@ -377,9 +378,15 @@ DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*")
 
 
 def duration_in_steps(duration: str, steps_per_epoch: int, total_steps: int) -> int:
-    """`'200 steps'`, `'0.5 epochs'`, `'10%'` of the run -> steps, at least 1; `'never'` -> 0."""
+    """`'200 steps'`, `'0.5 epochs'`, `'10%'` of the run -> steps, at least 1; `'never'` -> 0.
+
+    `'auto'` is one epoch, or 10% of the run where steps_per_epoch is 0, for a stream that was not
+    counted.
+    """
     if duration.strip() == "never":
         return 0
+    if duration.strip() == "auto":
+        duration = "1 epoch" if steps_per_epoch else "10%"
     match = DURATION.fullmatch(duration)
     assert match, duration  # read_config has checked it
     number, unit = float(match[1]), match[2]

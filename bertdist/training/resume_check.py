@@ -99,6 +99,8 @@ def resume_signature(
     may_change = {
         name: getattr(config.run, name) for name in MAY_CHANGE if hasattr(config.run, name)
     }
+    if may_change["eval_every"] == "auto":
+        may_change["eval_every"] = "1 epoch"  # as earlier versions wrote it
     rows, metrics = validation_rows, config.task.metrics or []
     may_change |= {
         "metric_for_best_model": config.task.metric_for_best_model or next(iter(metrics), None),

@@ -15,6 +15,7 @@ from rows import (
     assert_same_run,
     assert_same_tensors,
     at_step,
+    checkpoints_of,
     die,
     last_checkpoint,
     make_rows,
@@ -318,3 +319,38 @@ def test_a_window_that_is_lost_is_seen(
         rows_by_step([seen for _, seen, _ in run_ranks(1, run_train, given, lose)])[2]
         != straight[1][1][2]
     )
+
+
+# --- A run in steps
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_run_in_steps_reads_nothing_beforehand(tiny_model: Path, tmp_path: Path, n: int) -> None:
+    """Evaluation and checkpoint intervals are in epochs by default, which nobody has asked for."""
+    settings = {
+        "streaming": True,
+        "max_train_steps": 20,
+        "label_names": ["negative", "positive"],
+        "save_total_limit": 99,
+    }
+    files = write_split(tmp_path, 45, 6)
+
+    def evaluated(out: str, **more: Any) -> tuple[list[int], str]:
+        words = words_of(tiny_model, tmp_path / out, files, **{**settings, **more})
+        said = run_ranks(n, run_train, words)[0][2]
+        return [line["step"] for line in step_log(tmp_path / out, "eval")], said
+
+    steps, said = evaluated("out")
+    assert (
+        "20 steps; the length of an epoch is not known: --eval_every and --save_every 10% of the "
+        "run." in said
+    )
+    assert "once, for" not in said and not (tmp_path / "out" / "survey.json").exists()
+    assert steps == list(range(2, 21, 2))
+    assert [int(name[5:]) for name in checkpoints_of(tmp_path / "out")] == steps
+    # Controls: an epoch that was asked for, and one that is known.
+    controls: list[dict[str, Any]] = [{"eval_every": "1 epoch"}, {"label_names": None}]
+    for number, more in enumerate(controls):
+        steps, said = evaluated(f"control {number}", **more)
+        assert "once, for" in said and "is not known" not in said
+        assert steps == [6, 12, 18, 20]

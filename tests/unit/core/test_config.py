@@ -133,7 +133,7 @@ def test_a_config_cannot_be_changed() -> None:
         (["--seed", "1", "--seed", "2"], "seed", 2),
         ([], "max_length", 128),
         ([], "dropout", None),
-        ([], "eval_every", "1 epoch"),
+        ([], "eval_every", "auto"),
     ],
 )
 def test_a_flag_sets_its_value(words: list[str], name: str, value: Any) -> None:
@@ -581,12 +581,17 @@ def test_any_text_survives_the_written_file(
         ("0.1%", 1),  # never less than one
         ("0 steps", 1),
         ("0.01 epochs", 1),
+        ("auto", 40),
         ("never", 0),
         (" never ", 0),
     ],
 )
 def test_durations_are_steps(duration: str, steps: int) -> None:
     assert duration_in_steps(duration, steps_per_epoch=40, total_steps=120) == steps
+
+
+def test_without_the_length_of_an_epoch_the_default_is_a_share_of_the_run() -> None:
+    assert duration_in_steps("auto", steps_per_epoch=0, total_steps=120) == 12
 
 
 def test_a_duration_that_was_not_checked_is_an_assertion() -> None:

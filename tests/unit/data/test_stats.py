@@ -93,8 +93,7 @@ def test_a_stream_is_read_once_and_it_is_said_what_for(tmp_path: Path) -> None:
         [3, 0, 1],
     )
     assert said == [
-        "Reading t.tsv once, for its labels (or pass --label_names), its length (--max_train_steps instead of --num_train_epochs), "
-        "--eval_every '1 epoch' (in steps it needs no length), --save_every '1 epoch' (in steps it needs no length)."
+        "Reading t.tsv once, for its labels (or pass --label_names), its length (--max_train_steps instead of --num_train_epochs)."
     ]
     assert (tmp_path / "survey.json").exists()
 
@@ -104,6 +103,12 @@ def test_a_stream_is_read_once_and_it_is_said_what_for(tmp_path: Path) -> None:
     [
         ([*STEPS], ["no", "yes"], "its labels (or pass --label_names)"),
         ([*STEPS, "--label_names", "no", "yes", "maybe"], ["no", "yes"], None),
+        (["--max_train_steps=9", "--label_names", "no", "yes"], ["no", "yes"], None),
+        (
+            ["--max_train_steps=9", "--label_names", "no", "yes", "--eval_every=1 epoch"],
+            ["no", "yes"],
+            "--eval_every '1 epoch' (in steps it needs no length)",
+        ),
         (
             [*STEPS, "--label_names", "no", "yes", "--class_weights=balanced"],
             ["no"],
