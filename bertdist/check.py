@@ -19,9 +19,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bertdist.core.args import given_setting_names
-from bertdist.core.atomic_io import atomic_write, to_json
+from bertdist.core.atomic_io import to_json
 from bertdist.core.config import DataConfig, ModelConfig, TaskConfig, TrainConfig
-from bertdist.core.errors import DataError
+from bertdist.core.output_files import write_output
 from bertdist.core.terminal import Cell, excerpt, process_rank, show, show_table
 from bertdist.data.tokenization import load_tokenizer
 from bertdist.data_quality.cleaning import dropped_path, write_cleaned
@@ -45,9 +45,6 @@ BAR_WIDTH = 30  # characters of the longest bar
 
 def check(config: CheckConfig, data: DataConfig) -> DataReport:
     """Check all splits as the flags say. Raises BertdistError."""
-    for flag, path in (("output", config.output), ("fix", config.fix)):
-        if path is not None and not Path(path).parent.is_dir():
-            raise DataError(f"--{flag} {path}: there is no folder {Path(path).parent}.")
     tokenizer = None
     if config.model_name_or_path is not None or config.tokenizer_name is not None:
         model = ModelConfig(
@@ -191,7 +188,7 @@ def check_rows(arguments: Sequence[str]) -> int:
     report = check(config, data)
     show_report(report)
     if config.output is not None:
-        atomic_write(Path(config.output), to_json(report.as_dict(), indent=1))
+        write_output(config.output, to_json(report.as_dict(), indent=1))
         show(f"Written: {config.output}.")
     if config.fix is not None:
         path, kinds = Path(config.fix), config.fix_kinds or list(DEFAULT_FIX_KINDS)

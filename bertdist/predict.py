@@ -26,10 +26,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from bertdist.core.args import read_predict_config
-from bertdist.core.atomic_io import atomic_write, to_json
+from bertdist.core.atomic_io import to_json
 from bertdist.core.config import ModelConfig, PredictConfig, RunConfig
 from bertdist.core.errors import BertdistError, DataError
 from bertdist.core.hub import model_folder
+from bertdist.core.output_files import write_output
 from bertdist.core.terminal import (
     print_error,
     print_to_stderr,
@@ -232,10 +233,6 @@ def main() -> None:
 
 def _main(arguments: Sequence[str]) -> int:
     config = read_predict_config(arguments)
-    if config.output is not None and not Path(config.output).parent.is_dir():
-        raise DataError(
-            f"--output {config.output}: there is no folder {Path(config.output).parent}."
-        )
     try:
         predictions = predict(config)
     except Stopped:
@@ -247,7 +244,7 @@ def _main(arguments: Sequence[str]) -> int:
     if process_rank() != 0:
         return 0
     if config.output is not None:
-        atomic_write(Path(config.output), to_jsonl(predictions))
+        write_output(config.output, to_jsonl(predictions))
     elif config.input is not None:
         sys.stdout.write(printable_json(to_jsonl(predictions).decode()))
     else:

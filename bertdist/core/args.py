@@ -31,13 +31,17 @@ from bertdist.core.config import (
 )
 from bertdist.core.errors import ConfigError, nearest_name
 from bertdist.core.hub import model_folder
+from bertdist.core.output_files import check_outputs
 from bertdist.core.terminal import print_to_stderr, process_rank
 
 _INTERVAL = "takes '200 steps', '0.5 epochs', '10%' or 'never'"
+_MODELS = ("model_name_or_path", "model", "tokenizer_name")
 _TRAIN_SECTIONS = [ModelConfig, DataConfig, TaskConfig, BatchConfig, OptimConfig, RunConfig]
 _TRAIN_NAMES = {x.name for section in _TRAIN_SECTIONS for x in dataclasses.fields(section)}
 _SURE = 0.7  # similarity of a flag that is suggested: below it, deepspeed resembles seed
 
+_INPUTS = ("train_file", "validation_file", "test_file", "input", "config", *_MODELS)
+DROPPED = ".dropped.jsonl"  # beside the file of check's --fix
 _NOT_A_FOLDER = ("latest", "last", "newest", "auto", "best", "true", "false", "yes", "no", "none")
 _VALUE_HINTS = {  # for a value of another type
     "--warmup_steps": "--warmup_ratio 0.1 is the warmup as a share of all steps.",
@@ -101,13 +105,29 @@ def parse_arguments(program: str, sections: list[Any], arguments: Sequence[str])
         unknown = [f"Unexpected argument {rest[0]!r}: every value follows its flag."]
     if unknown:
         raise ConfigError("\n".join(unknown))
-    return tuple(map(_with_model_folders, values))
+    values = list(map(_with_model_folders, values))
+    _check_paths(values, file)
+    return tuple(values)
+
+
+def _check_paths(sections: list[Any], config_file: str | None) -> None:
+    """Raise ConfigError for outputs that cannot be written or would replace an input."""
+    given = {name: value for section in sections for name, value in vars(section).items() if value}
+    given["config"] = config_file
+    outputs = {f"--{name}": given[name] for name in ("output", "fix") if given.get(name)}
+    if "fix" in given:
+        outputs["the .dropped.jsonl of --fix"] = str(Path(given["fix"]).with_suffix(DROPPED))
+    inputs = []
+    for name in _INPUTS:
+        files = given.get(name) or []
+        inputs += [(f"--{name}", x) for x in ([files] if isinstance(files, str) else files)]
+    check_outputs(outputs, inputs, given.get("output_dir"))
 
 
 def _with_model_folders(section: Any) -> Any:
     """The section with best/ for the folder of a run, which is said."""
     found = {}
-    for name in ("model_name_or_path", "model", "tokenizer_name"):
+    for name in _MODELS:
         given = getattr(section, name, None)
         if given and (folder := model_folder(given)) != given:
             found[name] = folder

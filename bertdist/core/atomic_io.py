@@ -204,10 +204,14 @@ def atomic_write(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Replace a file: a reader, or a crash, finds the old content or the new one, complete.
 
     content: the bytes, or parts of them in their order.
+    The mode of a file that is there is kept.
     """
     partial = _hidden(path, "partial")
     with explain_write_errors(path):
         with open(partial, "wb") as file:
+            if path.is_file():
+                with suppress(OSError):  # a disk without modes
+                    os.fchmod(file.fileno(), path.stat().st_mode & 0o7777)
             file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())

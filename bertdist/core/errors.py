@@ -3,6 +3,7 @@
 BertdistError
   ConfigError       an unknown flag, an impossible value, contradicting settings, a wrong launch
   DataError         a missing file or column, an unknown label, invalid bytes, an empty split
+    RowError          one row, which --on_bad_row skip would leave out
   ModelError        a model folder or name that cannot be loaded, or does not fit the task
   CheckpointError   nothing complete to resume from, or a checkpoint of another run
   RankLost          another rank has died, or all ranks wait for each other
@@ -30,6 +31,10 @@ class ConfigError(BertdistError):
 
 class DataError(BertdistError):
     """Rows cannot be read as described."""
+
+
+class RowError(DataError):
+    """One row cannot be read as described; --on_bad_row skip would leave it out."""
 
 
 class ModelError(BertdistError):

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from bertdist.core.errors import DataError
+from bertdist.core.errors import DataError, RowError
 from bertdist.data.source import LocateRow
 from bertdist.tasks.labels import canonical, odd_labels
 
@@ -224,7 +224,7 @@ def _content(label: LabelValue) -> str:
 def reject(problems: Problems | None, rows: list[int], reason: str, location: LocateRow) -> None:
     """Add a problem for each of these rows that has none; raise DataError if `problems` is None."""
     if problems is None:
-        raise DataError(f"{location(rows[0])}: {reason}.")
+        raise RowError(f"{location(rows[0])}: {reason}.")
     for row in rows:
         problems.setdefault(row, reason)
 
@@ -239,7 +239,7 @@ def _reject_value(
 ) -> None:
     """The same for all rows with distinct value `code`; `_mark_wrong` adds the problems."""
     if problems is None:
-        raise DataError(f"{location(int(np.argmax(codes == code)))}: {reason}.") from None
+        raise RowError(f"{location(int(np.argmax(codes == code)))}: {reason}.") from None
     wrong[code] = reason
 
 

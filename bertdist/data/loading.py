@@ -32,6 +32,7 @@ from bertdist.data.source import (
     column_of,
     nested_names,
     read_skipped_rows,
+    suggest_skipping,
 )
 from bertdist.data.stats import DatasetStats
 from bertdist.distributed.collectives import raise_on_all_ranks
@@ -101,11 +102,12 @@ def load_records(
     else:
         patterns = [data.validation_file] if data.validation_file else []
         limit = data.max_eval_samples
-    if patterns:
-        return _load_files(patterns, data, limit, any_label)
-    if data.train_file and split == "validation":
+    if not patterns and data.train_file and split == "validation":
         return None
-    return _load_hub_split(data, split, limit, any_label)
+    with suggest_skipping():
+        if patterns:
+            return _load_files(patterns, data, limit, any_label)
+        return _load_hub_split(data, split, limit, any_label)
 
 
 def _load_files(

@@ -10,6 +10,7 @@ import contextlib
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bertdist.core.atomic_io import atomic_write
-from bertdist.core.errors import DataError
+from bertdist.core.errors import DataError, RowError
 
 EXCERPT_CHARACTERS = 200
 
@@ -99,6 +100,15 @@ def concat_locations(parts: Sequence[tuple[int, LocateRow]]) -> RowLocations:
     starts = accumulate((rows for rows, _ in parts), initial=0)
     located = zip(starts, parts, strict=False)
     return RowLocations(tuple((start, locate, 0) for start, (_, locate) in located))
+
+
+@contextmanager
+def suggest_skipping() -> Iterator[None]:
+    """Add --on_bad_row skip to the message about a row; for training and checks."""
+    try:
+        yield
+    except RowError as error:
+        raise DataError(f"{error} --on_bad_row skip leaves such rows out.") from None
 
 
 class SkippedRow(NamedTuple):

@@ -60,6 +60,7 @@ from bertdist.data.source import (
     ReaderState,
     SkippedRow,
     SkippedRows,
+    suggest_skipping,
 )
 from bertdist.data.tokenization import TokenizedDataset, create_dataset
 from bertdist.distributed.collectives import (
@@ -138,19 +139,23 @@ class Stream:
         """State and checked records of each chunk of a source. Raises DataError."""
         names, header = source.column_names(), source.has_header
         columns = choose_columns(source.name, names, self.columns, header)
-        for chunk in source.chunks(columns.names(), state):
-            records = records_from_chunk(
-                source.name,
-                chunk,
-                columns,
-                has_header=header,
-                label_delimiter=self.label_delimiter,
-                features=source.features,
-                on_bad_row=self.on_bad_row,
-                first_label=self.first_label,
-                any_label=self.any_label,
-                table=getattr(source, "quoted_table", None),
-            )
+        chunks = source.chunks(columns.names(), state)
+        while True:
+            with suggest_skipping():
+                if (chunk := next(chunks, None)) is None:
+                    return
+                records = records_from_chunk(
+                    source.name,
+                    chunk,
+                    columns,
+                    has_header=header,
+                    label_delimiter=self.label_delimiter,
+                    features=source.features,
+                    on_bad_row=self.on_bad_row,
+                    first_label=self.first_label,
+                    any_label=self.any_label,
+                    table=getattr(source, "quoted_table", None),
+                )
             yield chunk.state, records
 
     def head(self) -> Records:

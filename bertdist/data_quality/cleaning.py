@@ -13,8 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from bertdist.core.atomic_io import atomic_write, to_json
+from bertdist.core.args import DROPPED
+from bertdist.core.atomic_io import to_json
 from bertdist.core.errors import DataError
+from bertdist.core.output_files import write_output
 from bertdist.core.terminal import excerpt
 from bertdist.core.types import Array, BoolArray, IntArray
 from bertdist.data.records import Records
@@ -67,8 +69,8 @@ def write_cleaned(
         )
     sink = pa.BufferOutputStream()
     pa.parquet.write_table(_to_table(records, remaining_rows, label_delimiter), sink)
-    atomic_write(path, sink.getvalue().to_pybytes())
-    atomic_write(dropped_path(path), _changes_as_jsonl(original, records, reason, before))
+    write_output(path, sink.getvalue().to_pybytes())
+    write_output(dropped_path(path), _changes_as_jsonl(original, records, reason, before))
     changed = {"encoding": len(before)} if "encoding" in kinds else {}
     dropped = {kind: int((reason == kind).sum()) for kind in kinds if kind != "encoding"}
     return {**changed, **dropped, "rows": len(remaining_rows)}
@@ -76,7 +78,7 @@ def write_cleaned(
 
 def dropped_path(path: Path) -> Path:
     """out.parquet -> out.dropped.jsonl."""
-    return path.with_suffix(".dropped.jsonl")
+    return path.with_suffix(DROPPED)
 
 
 def _repair_encoding(records: Records) -> tuple[Records, dict[int, str]]:
@@ -113,7 +115,7 @@ def _rows_to_drop(
             drop |= np.isin(groups.normalized["train"], groups.normalized[name])
     elif groups.near is None:
         raise DataError(
-            f"--fix_kinds {kind}: near duplicates were not searched; pip install 'rensa<0.6'."
+            f"--fix_kinds {kind}: near duplicates were not searched; pip install 'bertdist[check]'."
         )
     elif kind == "near_leaks":
         for name in others:

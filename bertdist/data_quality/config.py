@@ -7,7 +7,6 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
 from bertdist.core.args import config_problems, data_problems, parse_arguments
@@ -198,5 +197,3 @@ def _label_issue_problems(issues: LabelIssueConfig, train: TrainConfig) -> Itera
             yield f"--{name} has no effect: all rows are held in memory and used once; remove it."
     if train.run.dry_run and issues.folds is not None:
         yield "--dry_run is for train.py; give it the same flags without --folds."
-    if issues.output is not None and not Path(issues.output).parent.is_dir():
-        yield f"--output {issues.output}: there is no folder {Path(issues.output).parent}."

@@ -43,6 +43,7 @@ from transformers import PreTrainedTokenizerBase
 from bertdist.core.atomic_io import atomic_write, to_json
 from bertdist.core.config import DataConfig, RunConfig, TrainConfig
 from bertdist.core.errors import ConfigError, DataError
+from bertdist.core.output_files import write_output
 from bertdist.core.terminal import excerpt
 from bertdist.core.types import Array
 from bertdist.data.loading import keeps_any_label, load_records
@@ -150,7 +151,7 @@ def find_label_issues(
             ranking = rank_label_issues(task.problem_type, *arrays, rank_by)
             entries = list(label_issue_entries(records, task, *arrays, ranking))
             if config.output is not None:
-                atomic_write(Path(config.output), b"".join(map(to_json, entries)))
+                write_output(config.output, b"".join(map(to_json, entries)))
             show_label_issues(entries, records, config.output, log)
     accelerator.end_training()
     return True
@@ -418,7 +419,7 @@ def import_cleanlab() -> Any:
     except ImportError:
         raise ConfigError(
             "Finding label issues needs cleanlab, which is not installed: "
-            "pip install bertdist[noise]."
+            "pip install 'bertdist[noise]'."
         ) from None
     return cleanlab
 

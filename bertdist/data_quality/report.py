@@ -142,12 +142,13 @@ def _missing_packages(near_threshold: float) -> list[str]:
     notes = []
     if near_threshold and not has_rensa():
         notes.append(
-            "Near duplicates were not checked: rensa is not installed (pip install 'rensa<0.6')."
+            "Near duplicates were not checked: rensa is not installed "
+            "(pip install 'bertdist[check]')."
         )
     if not has_ftfy():
         notes.append(
             "Wrong encodings were checked with three patterns only: ftfy is not installed "
-            "(pip install ftfy)."
+            "(pip install 'bertdist[check]')."
         )
     return notes
 

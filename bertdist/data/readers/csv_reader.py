@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bertdist.core.errors import DataError
+from bertdist.core.errors import DataError, RowError
 from bertdist.data.readers.text_lines import (
     FileFormat,
     Lines,
@@ -406,7 +406,7 @@ def _reject(
         rows = Rows(*(part[keep] for part in rows))
     bad.sort()
     if bad and not skip:
-        raise DataError(f"{fmt.name} line {lines.first + bad[0].line}: {bad[0].reason}.")
+        raise RowError(f"{fmt.name} line {lines.first + bad[0].line}: {bad[0].reason}.")
     skipped = [
         SkippedRow(fmt.name, lines.first + line, reason, row_excerpt(lines, start, end))
         for start, end, line, reason in bad

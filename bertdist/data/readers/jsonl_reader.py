@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from bertdist.core.errors import DataError, did_you_mean
+from bertdist.core.errors import DataError, RowError, did_you_mean
 from bertdist.data.readers.text_lines import (
     FileFormat,
     Lines,
@@ -260,7 +260,7 @@ def _skip_blank(text: str, at: int) -> int:
 
 def _skip(row: SkippedRow, skipped: list[SkippedRow] | None) -> None:
     if skipped is None:
-        raise DataError(row.message)
+        raise RowError(row.message)
     skipped.append(row)
 
 

@@ -522,6 +522,7 @@ def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
     assert (
         refusal(lambda: train(write("t.tsv", test), label_columns=names))
         == "t.tsv line 2: column 'anger' holds 'NONE'; expected 0 or 1."
+        " --on_bad_row skip leaves such rows out."
     )
 
 
@@ -867,6 +868,7 @@ def test_parquet_with_anything_but_text_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array(["a", None]), "label": [1, 2]}), path)
     assert (
         refusal(lambda: train(path)) == "a.parquet row 1: column 'text' is null; expected a text."
+        " --on_bad_row skip leaves such rows out."
     )
     pq.write_table(pa.table({"text": [1, 2], "label": [1, 2]}), path)
     assert "column 'text' is of type int64; expected text." in refusal(lambda: train(path))
@@ -874,16 +876,19 @@ def test_parquet_with_anything_but_text_is_refused(tmp_path: Path) -> None:
     assert (
         refusal(lambda: train(path))
         == "a.parquet row 1: label nan is not a finite number (column 'label')."
+        " --on_bad_row skip leaves such rows out."
     )
     pq.write_table(pa.table({"text": ["a", "b"], "label": pa.array([1, None])}), path)
     assert (
         refusal(lambda: train(path))
         == "a.parquet row 1: label is missing, expected one in every row (column 'label')."
+        " --on_bad_row skip leaves such rows out."
     )
     pq.write_table(pa.table({"text": ["a", "b"], "label": pa.nulls(2)}), path)
     assert (
         refusal(lambda: train(path))
         == "a.parquet row 0: label is missing, expected one in every row (column 'label')."
+        " --on_bad_row skip leaves such rows out."
     )
     assert refusal(lambda: train(path, encoding="cp1252")).startswith(
         "a.parquet: --encoding cannot take effect"
@@ -1364,6 +1369,7 @@ def test_class_labels_are_their_names_in_their_order(hub: Callable[..., str]) ->
     )
     assert message.endswith(
         "split 'test' row 0: label is missing; some test splits on the Hub have no labels (column 'label')."
+        " --on_bad_row skip leaves such rows out."
     )
     message = refusal(
         lambda: load_records(DataConfig(dataset_name=folder, train_split="trian"), "train")
@@ -1420,7 +1426,7 @@ def test_nulls_and_numbers_in_place_of_texts_are_refused(hub: Callable[..., str]
         train={"text": ["a", None], "label": [0, 1]}, other={"text": ["a", "b"], "label": [0, 1]}
     )
     assert refusal(lambda: load_records(DataConfig(dataset_name=folder), "train")).endswith(
-        "row 1: column 'text' is null; expected a text."
+        "row 1: column 'text' is null; expected a text. --on_bad_row skip leaves such rows out."
     )
     assert len(load_records(DataConfig(dataset_name=folder, train_split="other"), "train")) == 2
 

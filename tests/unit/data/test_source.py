@@ -1,12 +1,16 @@
 """Rows that are left out are told once, written once, and too many of them end the run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bertdist.core.config import DataConfig, PredictConfig
 from bertdist.core.errors import DataError
+from bertdist.data.loading import load_records, load_texts, open_stream
+from bertdist.data.records import ColumnNames
 from bertdist.data.source import (
     Chunk,
     LocateRow,
@@ -125,3 +129,40 @@ def test_locations_follow_rows_through_concatenation_slices_and_selections() -> 
     assert [str(some(row)) for row in range(2)] == [expected[4], expected[2]]
     again = concat_locations([(2, some), (1, locate_lines("b.txt", 1))])
     assert [str(again(row)) for row in range(3)] == [expected[4], expected[2], "b.txt line 1"]
+
+
+BAD = {  # a file whose third row is no row, and what of the message names it
+    "rows.csv": (b"text,label\na,x\nb,y\nc,x,z\n", "rows.csv line 4: "),
+    "empty.csv": (b"text,label\na,x\nb,y\nc,\n", "empty.csv line 4: "),
+    "rows.jsonl": (b'{"text":"a","label":"x"}\n{"text":"b","label":"y"}\n[1]\n', "line 3: "),
+}
+HINT = " --on_bad_row skip leaves such rows out."
+
+
+@pytest.mark.parametrize("name", sorted(BAD))
+@pytest.mark.parametrize("streaming", [False, True], ids=["memory", "stream"])
+def test_an_error_about_a_row_names_the_flag_that_skips_it(
+    name: str, streaming: bool, tmp_path: Path
+) -> None:
+    content, place = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    data = DataConfig(train_file=[str(tmp_path / name)], encoding="utf-8", streaming=streaming)
+
+    def read(data: DataConfig) -> int:
+        if not streaming:
+            return len(load_records(data, "train"))
+        stream = open_stream(data, seed=0)
+        return sum(len(x) for source in stream.sources for _, x in stream.chunks(source))
+
+    with pytest.raises(DataError) as caught:
+        read(data)
+    assert place in str(caught.value) and str(caught.value).endswith(f".{HINT}")
+    assert read(replace(data, on_bad_row="skip")) == 2  # the way out is one
+
+
+def test_a_prediction_has_no_such_flag(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(BAD["rows.csv"][0])
+    config = PredictConfig(input=str(tmp_path / "rows.csv"), column_names=["text", "label"])
+    with pytest.raises(DataError) as caught:
+        load_texts(str(tmp_path / "rows.csv"), config, ColumnNames("text", None, None, []))
+    assert "--on_bad_row" not in str(caught.value)

@@ -167,11 +167,9 @@ def test_all_label_issue_problems_are_reported_at_once() -> None:
                 "2",
                 "--output_dir",
                 "out",
-                "--output",
-                "gone/x",
             ]
         )
-    assert len(str(error.value).splitlines()) == 4
+    assert len(str(error.value).splitlines()) == 3
 
 
 def test_an_unknown_ranking_is_refused() -> None:

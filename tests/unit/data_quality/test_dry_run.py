@@ -162,7 +162,9 @@ def test_memory_counts_every_parameter_and_builds_none(
     tiny_model: Path, settings: dict[str, Any], a_parameter: int, tmp_path: Path
 ) -> None:
     task = SingleLabel(("a", "b", "c"))
-    config = read_config(words_of(tiny_model, tmp_path, write_split(tmp_path, 3), **settings))
+    config = read_config(
+        words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 3), **settings)
+    )
     found = estimate_memory(AutoConfig.from_pretrained(tiny_model), task, config)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=3)
     assert found.num_parameters == sum(weight.numel() for weight in model.parameters())

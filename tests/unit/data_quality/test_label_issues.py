@@ -462,7 +462,8 @@ def test_a_missing_cleanlab_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     import_cleanlab()
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(
-        ConfigError, match=r"^Finding label issues needs cleanlab.*pip install bertdist\[noise\]\.$"
+        ConfigError,
+        match=r"^Finding label issues needs cleanlab.*pip install 'bertdist\[noise\]'\.$",
     ):
         import_cleanlab()
 

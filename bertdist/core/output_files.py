@@ -1,0 +1,134 @@
+"""Files that a user names with --output and the like: checked before the work, written after it.
+
+    check_outputs(outputs, inputs)     # ConfigError, before anything is read
+    write_output(path, content)        # at the end
+
+A regular file is replaced as a whole and keeps its mode; a symbolic link keeps its place, and its
+target is written. What is no regular file (/dev/stdout, /dev/null, a FIFO) is written in place.
+"""
+
+import glob
+import os
+import re
+import stat
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from bertdist.core.atomic_io import atomic_write, explain_write_errors
+from bertdist.core.errors import ConfigError
+
+LINKS = 40  # as Linux
+
+
+def check_outputs(
+    outputs: Mapping[str, str], inputs: Iterable[tuple[str, str]], folder: str | None = None
+) -> None:
+    """Raise ConfigError for an output that cannot be written, or that is an input or another one.
+
+    outputs: flag -> file. inputs: (flag, file, folder or glob). folder: --output_dir, in which no
+    input may be.
+    """
+    files = [(flag, Path(file)) for flag, given in inputs for file in _paths_of(given)]
+    targets: dict[str, str] = {}  # real path -> flag
+    for flag, path in outputs.items():
+        if problem := _problem(path):
+            raise ConfigError(f"{flag} {path}: {problem}.")
+        target = _target(Path(path))
+        for given, file in files:
+            if _replaces(target, file):
+                part = "a file of " if file.is_dir() else ""
+                raise ConfigError(
+                    f"{flag} {path} would replace {part}{given} {file}: name another file."
+                )
+        other = targets.setdefault(os.path.realpath(target), flag)
+        if other != flag and not _is_special(target):
+            raise ConfigError(f"{flag} {path} is {other} as well: name another file.")
+    for given, file in files if folder else ():
+        if Path(os.path.realpath(str(folder))) in Path(os.path.realpath(file)).parents:
+            raise ConfigError(
+                f"{given} {file} is inside --output_dir {folder}, whose files a run replaces: "
+                "move one of them."
+            )
+
+
+def write_output(path: str | Path, content: bytes) -> None:
+    """Write a file that `check_outputs` has accepted. Raises CheckpointError."""
+    target = _target(Path(path))
+    if not _is_special(target):
+        atomic_write(target, content)
+        return
+    with explain_write_errors(Path(path)):
+        number = _descriptor(target)
+        if number is not None:  # opened again, a file behind it would be written from its start
+            sys.stdout.flush()
+            sys.stderr.flush()
+            with open(number, "wb", closefd=False) as file:
+                file.write(content)
+            return
+        with open(target, "ab") as file:
+            file.write(content)
+
+
+def _paths_of(given: str) -> Iterator[str]:
+    """The local files or folders that a path or a glob names, as far as they exist."""
+    if "://" not in given:
+        paths = (os.path.expanduser(path) for path in {given, *glob.glob(given, recursive=True)})
+        yield from filter(os.path.exists, paths)
+
+
+def _replaces(target: Path, given: Path) -> bool:
+    """Whether writing the target changes an input file, or a file in an input folder."""
+    if not target.is_file():
+        return False
+    if given.is_dir():  # predictions beside a model are not of the model
+        inside = Path(os.path.realpath(given)) in Path(os.path.realpath(target)).parents
+        return inside and target.suffix != ".jsonl"
+    return os.path.samefile(given, target)
+
+
+def _target(path: Path) -> Path:
+    """The file that is written: links followed, except those of /dev and /proc."""
+    for _ in range(LINKS):
+        if not path.is_symlink() or _is_system(path):
+            return path
+        path = path.parent / os.readlink(path)
+    return path
+
+
+def _is_system(path: Path) -> bool:
+    return path.is_absolute() and path.parts[1:2] in (("dev",), ("proc",))
+
+
+def _is_special(target: Path) -> bool:
+    return _is_system(target) or (target.exists() and not target.is_file())
+
+
+def _descriptor(target: Path) -> int | None:
+    """1 for /dev/stdout, 5 for /dev/fd/5 and /proc/self/fd/5."""
+    match = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", str(target))
+    named = {"/dev/stdout": 1, "/dev/stderr": 2}
+    return int(match[1]) if match else named.get(str(target))
+
+
+def _problem(path: str) -> str | None:
+    """Why a file cannot be written, None if it can."""
+    try:
+        target = _target(Path(path))
+        folder = target.parent
+        if target.is_dir() or path.endswith("/"):
+            return "it is a folder; name a file"
+        if not folder.is_dir():
+            return f"there is no folder {folder}"
+        if target.is_symlink() and not _is_system(target):
+            return "too many symbolic links"
+        exists = target.exists()
+        if exists and stat.S_ISSOCK(target.stat().st_mode):
+            return "it is a socket; name a file"
+        if exists and not os.access(target, os.W_OK):
+            return "it is not writable"
+        if not _is_special(target) and not os.access(folder, os.W_OK | os.X_OK):
+            return f"the folder {folder} is not writable"
+    except (OSError, ValueError) as error:  # a name that is too long, a NUL in a YAML file
+        return str(getattr(error, "strerror", None) or error)
+    return None
