@@ -25,6 +25,9 @@ IMBALANCE = 10.0  # rows of the most frequent label / rows of the rarest
 OUTLIER = 5.0  # interquartile ranges outside the quartiles
 LISTED_LABELS = 12  # in one sentence
 
+REFUSED_TITLE = "labels that training refuses"
+REFUSED_ADVICE = "Correct the labels, or the flags that say how they are read."
+
 
 @dataclass(frozen=True, kw_only=True)
 class SplitLabels:
@@ -124,10 +127,12 @@ def check_labels(
             meaning, rows = "They were not compared with the labels of train.", len(build.records)
             build.add("no_labels", "note", title, [], meaning, advice, count=rows)
             continue
+        _add_refused(build, own, train)
         if own.numbers is not None:
             _check_numbers(build, own.numbers, train)
         elif name == "train":
-            _check_train_labels(build, own, refusal)
+            if not any(own.refusals):
+                _check_train_labels(build, own, refusal)
         else:
             _compare_with_train(build, own, train)
         if own.multi:
@@ -141,8 +146,7 @@ def _check_train_labels(build: FindingBuilder, labels: SplitLabels, refusal: str
     total: dict[str, Any] = {"note": labels.name}
     like_ids = not labels.multi and num_rows >= MIN_ROWS and len(names) > num_rows / 2
     if refusal or like_ids:
-        kind, title = "refused_labels", "labels that training refuses"
-        advice = "Correct the labels, or the flags that say how they are read."
+        kind, title, advice = "refused_labels", REFUSED_TITLE, REFUSED_ADVICE
         if len(names) < 2:
             kind, title = (
                 "single_label",
@@ -195,27 +199,39 @@ def _check_train_labels(build: FindingBuilder, labels: SplitLabels, refusal: str
         )
 
 
+def _add_refused(build: FindingBuilder, labels: SplitLabels, train: SplitLabels) -> None:
+    """Labels that the task of training does not have, or cannot read."""
+    refused = [code for code, refusal in enumerate(labels.refusals) if refusal]
+    if not refused:
+        return
+    rows = np.flatnonzero(np.isin(labels.codes, refused))  # in file order, as training reads
+    _, firsts = np.unique(labels.codes[rows], return_index=True)
+    known = {} if labels is train else train.counts()
+    names = {name for code in refused for name in labels.names[code]} - known.keys()
+    unknown = [name for name in labels.counts() if name in names]
+    counts = labels.counts()
+    listed = _list_labels([f"{excerpt(name, 30)!r} {counts[name]:,}" for name in unknown])
+    of_first = labels.refusals[labels.codes[rows[0]]]
+    kind, title = "unknown_labels", "labels that train does not have"
+    advice = "Spell them as in train, or remove the rows."
+    if labels is train:
+        kind, title, advice = "refused_labels", REFUSED_TITLE, REFUSED_ADVICE
+    build.add(
+        kind,
+        "warning" if build.split == "test" else "error",  # training reads no test file
+        title,
+        rows[np.sort(firsts)],
+        f"Training stops at the first: {of_first}{listed and f' All: {listed}.'}",
+        advice,
+        note=labels.name,
+        count=len(rows),
+        details={"labels": unknown[:100]},
+    )
+
+
 def _compare_with_train(build: FindingBuilder, labels: SplitLabels, train: SplitLabels) -> None:
     """Findings on the labels of another split against those of train."""
     counts, train_counts = labels.counts(), train.counts()
-    refused = [code for code, refusal in enumerate(labels.refusals) if refusal]
-    if refused:
-        rows = np.flatnonzero(np.isin(labels.codes, refused))  # in file order, as training reads
-        _, firsts = np.unique(labels.codes[rows], return_index=True)
-        unknown = {name for code in refused for name in labels.names[code]} - train_counts.keys()
-        listed = _list_labels([f"{excerpt(n, 30)!r} {counts[n]:,}" for n in counts if n in unknown])
-        of_first = labels.refusals[labels.codes[rows[0]]]
-        build.add(
-            "unknown_labels",
-            "error" if build.split == "validation" else "warning",  # training reads no test file
-            "labels that train does not have",
-            rows[np.sort(firsts)],
-            f"Training stops at the first: {of_first}{listed and f' All: {listed}.'}",
-            "Spell them as in train, or remove the rows.",
-            note=labels.name,
-            count=len(rows),
-            details={"labels": [name for name in counts if name in unknown][:100]},
-        )
     missing = [] if train.numbers is not None else [n for n in train_counts if n not in counts]
     listed = _list_labels([repr(excerpt(name, 30)) for name in missing])
     build.add(

@@ -5,14 +5,16 @@ from typing import Any
 
 import pytest
 from data_checks import check_rows, clean_rows, get_finding, kinds
+from rows import write_rows
 
 from bertdist.core.args import read_config
-from bertdist.core.config import TrainConfig
+from bertdist.core.config import DataConfig, TaskConfig, TrainConfig
 from bertdist.core.errors import DataError
 from bertdist.data.loading import load_splits
 from bertdist.data.records import Records
 from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data.tokenization import create_dataset
+from bertdist.data_quality.report import check_data
 
 
 def with_labels(labels: list[Any], seed: int = 0) -> list[dict[str, Any]]:
@@ -97,6 +99,19 @@ def test_an_error_is_what_training_refuses_in_the_same_words(name: str, tmp_path
         line, _, message = message.partition(": ")
         assert error.examples[0].where == f"validation.jsonl line {line}"
     assert message in error.meaning and message
+
+
+def test_words_where_regression_is_asked_for_are_an_error_as_in_training(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "train.jsonl", clean_rows(20))
+    data = DataConfig(train_file=[str(path)])
+    found = check_data(data, task=TaskConfig(problem_type="regression"), near_threshold=0)
+    assert kinds(found) == [("refused_labels", "error", "train", 20)]
+    error = get_finding(found, "refused_labels")
+    words = f"--model_name_or_path m --output_dir o --problem_type regression --train_file {path}"
+    with pytest.raises(DataError) as refused:
+        refuse_labels(read_config(words.split()))
+    location, message = str(refused.value).split(": ", 1)
+    assert error.examples[0].where == location and message in error.meaning
 
 
 def refuse_labels(config: TrainConfig) -> None:
