@@ -16,6 +16,7 @@ if __name__ == "__main__" and not __package__:
     # Run by path, Python looks for modules in bertdist/ itself; make it look in the folder above.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import Tensor
 from bertdist.core.args import read_predict_config
 from bertdist.core.atomic_io import to_json
 from bertdist.core.config import ModelConfig, PredictConfig, RunConfig
-from bertdist.core.errors import BertdistError, DataError
+from bertdist.core.errors import BertdistError, ConfigError, DataError
 from bertdist.core.hub import model_folder
 from bertdist.core.output_files import write_output
 from bertdist.core.terminal import (
@@ -41,7 +42,7 @@ from bertdist.core.terminal import (
 from bertdist.data.loader import DEFAULT_TOKEN_BUDGET, MapLoader
 from bertdist.data.loading import load_texts
 from bertdist.data.records import ColumnNames, Records, records_from_texts
-from bertdist.data.tokenization import create_dataset, load_tokenizer
+from bertdist.data.tokenization import create_dataset, load_tokenizer, truncation_notes
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import EXIT_STOPPED, create_accelerator, run_cli
 from bertdist.distributed.launcher import check_world
@@ -104,6 +105,12 @@ class Predictor:
         self._vocab_size: int | None = model_config.vocab_size if missing else None
         longest = min(self.tokenizer.model_max_length, self.model.max_positions)
         self.max_length: int = limit or longest
+        if self.max_length > self.model.max_positions:
+            raise ConfigError(
+                f"--max_length is {self.max_length}; this model has {self.model.max_positions} "
+                "positions."
+            )
+        self._warned = False  # of truncated texts
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.model.to(self.accelerator.device).eval()
 
@@ -121,7 +128,16 @@ class Predictor:
         NonFiniteError if a logit is not finite.
         """
         records = records_from_texts(texts, pairs)
+        for note in () if self._warned else self.truncation_notes(records):
+            warnings.warn(note, stacklevel=2)
+            self._warned = True
         return self.predict_records(records) if len(records) else []
+
+    def truncation_notes(self, records: Records) -> list[str]:
+        """A line if more than 1% of the texts are truncated; called with a Predictor, it is a
+        warning, once.
+        """
+        return truncation_notes({"texts": records}, self.tokenizer, self.max_length)
 
     def predict_records(self, records: Records) -> list[dict[str, Any]]:
         """As __call__. Every rank computes its share of the rows and returns all results."""
@@ -175,6 +191,8 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
                 accelerator=accelerator,
                 stop=stop,
             )
+        if accelerator.is_main_process:
+            print_to_stderr(*predictor.truncation_notes(records))
         return predictor.predict_records(records)
 
 

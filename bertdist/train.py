@@ -38,7 +38,7 @@ from bertdist.data.records import Records
 from bertdist.data.sharding import count_steps
 from bertdist.data.source import SkippedRows
 from bertdist.data.stats import DatasetStats, collect_stats, create_task, data_fingerprint
-from bertdist.data.tokenization import load_tokenizer
+from bertdist.data.tokenization import load_tokenizer, truncation_notes
 from bertdist.distributed.collectives import assert_same_on_all_ranks, raise_on_all_ranks
 from bertdist.distributed.launch import EXIT_STOPPED, launch, run_cli
 from bertdist.distributed.preemption import StopSignal
@@ -198,6 +198,16 @@ class Inputs(NamedTuple):
     rows: "Records | Stream"  # to train on
     eval_rows: Records | None  # the validation split
 
+    @property
+    def first_rows(self) -> dict[str, Records]:
+        """Both splits; of a stream the first rows."""
+        if isinstance(self.rows, Records):
+            splits = {"training rows": self.rows}
+        else:
+            head = self.rows.head()
+            splits = {f"first {len(head):,} training rows": head}
+        return splits | ({"validation rows": self.eval_rows} if self.eval_rows else {})
+
 
 def load_inputs(config: TrainConfig, accelerator: Accelerator) -> Inputs:
     """Model config, tokenizer and both splits.
@@ -245,6 +255,8 @@ def create_model(
         classifier, notes = load_classifier(
             config.model, task, inputs.model_config, tokenizer=inputs.tokenizer
         )
+        if accelerator.is_main_process:
+            notes += truncation_notes(inputs.first_rows, inputs.tokenizer, config.model.max_length)
         adamw = create_optimizer(classifier, config.optim)
         lr_factor = create_lr_schedule(config.optim, total_steps)
     return classifier, adamw, lr_factor, notes

@@ -4,7 +4,7 @@ All truncation happens here. One tokenizer call per list of rows: 32 sentences o
 1.5 ms.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,13 @@ from bertdist.tasks.tasks import Task
 
 # Characters; longer texts are cut before they are tokenized.
 LONG_TEXT = 20_000
+
+# `truncation_notes` tokenizes at most so many rows and bytes of a split.
+COUNTED_ROWS, COUNTED_BYTES = 1_000, 1 << 19
+TRUNCATED_SHARE = 0.01  # of the rows; up to it nothing is said
+
+# In tokenizer_config.json of a saved model: the limit of the pretrained tokenizer.
+PRETRAINED_MAX_LENGTH = "pretrained_max_length"
 
 
 class Example(NamedTuple):
@@ -147,6 +154,47 @@ def _cut(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
     return text
 
 
+def truncation_notes(
+    splits: Mapping[str, Records], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[str]:
+    """One line per split of which more than 1% of the rows are truncated to max_length.
+
+    A row with fewer bytes than max_length has fewer tokens, so mostly nothing is tokenized. Of
+    many longer rows a random sample is, always the same, and the line says "about".
+    """
+    notes = []
+    for name, records in splits.items():
+        num_bytes = records.lengths()
+        special = tokenizer.num_special_tokens_to_add(records.pairs is not None)
+        # 2: SentencePiece begins each text with a token of its own
+        long = np.flatnonzero(num_bytes + special + 2 > max_length)
+        if len(long) <= TRUNCATED_SHARE * len(records):
+            continue
+        every = max(len(long) / COUNTED_ROWS, num_bytes[long].sum() / COUNTED_BYTES, 1)
+        size = max(1, int(len(long) / every))
+        some = np.sort(np.random.default_rng(0).choice(long, size, replace=False, shuffle=False))
+        longest = int(num_bytes.argmax())
+        lengths = _count_tokens([records[int(row)] for row in (*some, longest)], tokenizer)
+        share = sum(n > max_length for n in lengths[:-1]) / len(some) * len(long) / len(records)
+        if share > TRUNCATED_SHARE:
+            about = "about " if every > 1 else ""
+            more = "more than " if num_bytes[longest] > LONG_TEXT else ""
+            notes.append(
+                f"--max_length {max_length} truncates {about}{share:.1%} of the {name}; the "
+                f"longest has {more}{max(lengths):,} tokens."
+            )
+    return notes
+
+
+def _count_tokens(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of each row, untruncated, but of LONG_TEXT characters at most."""
+    pairs = None if records[0].pair is None else [(row.pair or "")[:LONG_TEXT] for row in records]
+    encoded = tokenizer(
+        [row.text[:LONG_TEXT] for row in records], pairs, truncation=False, verbose=False
+    )
+    return [len(ids) for ids in encoded["input_ids"]]
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or --tokenizer_name.
 
@@ -174,6 +222,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         raise ModelError(
             f"{name} has no tokenizer that can be read; expected tokenizer.json or vocab.txt."
         )
+    # what `save_tokenizer` replaced
+    limit = tokenizer.init_kwargs.get(PRETRAINED_MAX_LENGTH)
+    if isinstance(limit, int):
+        tokenizer.model_max_length = limit
     if config.max_length > tokenizer.model_max_length:
         raise ConfigError(
             f"--max_length is {config.max_length}; the tokenizer of {name} supports at most "
@@ -182,6 +234,27 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if config.tokenizer_name and config.model_name_or_path:
         _compare_with_own(tokenizer, config)
     return tokenizer
+
+
+def save_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int | None, segments: bool = True
+) -> None:
+    """Save a tokenizer that truncates to max_length by itself, as `pipeline(..., truncation=True)`
+    asks of it. segments False: it gives no token_type_ids.
+    """
+    limit, names = tokenizer.model_max_length, tokenizer.model_input_names
+    settings = dict(tokenizer.init_kwargs)
+    if max_length is not None:
+        tokenizer.init_kwargs[PRETRAINED_MAX_LENGTH] = limit
+        tokenizer.model_max_length = max_length
+    if not segments:
+        kept = [name for name in names if name != "token_type_ids"]
+        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names = kept
+    try:
+        tokenizer.save_pretrained(folder)
+    finally:
+        tokenizer.model_max_length, tokenizer.model_input_names = limit, names
+        tokenizer.init_kwargs = settings
 
 
 def _compare_with_own(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:

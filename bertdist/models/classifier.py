@@ -38,7 +38,7 @@ from bertdist.core.atomic_io import MANIFEST, find_damage
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import ConfigError, ModelError, did_you_mean
 from bertdist.data.batch import PackedBatch, collate
-from bertdist.data.tokenization import Example
+from bertdist.data.tokenization import Example, save_tokenizer
 from bertdist.models import attention
 from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.cpu_layers import reuse_embedding_gradient, use_onednn
@@ -504,11 +504,13 @@ def save_classifier(
 ) -> None:
     """Write a Hugging Face folder that `pipeline("text-classification")` loads.
 
-    metadata: JSON-able, saved in config.json under "bertdist".
+    metadata: JSON-able, saved in config.json under "bertdist"; its max_length becomes the
+    tokenizer's model_max_length, so that the pipeline truncates as training did.
     """
     model.model.config.bertdist = metadata
     model.model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    segments = not segment_notes(model.model.config, tokenizer)
+    save_tokenizer(tokenizer, folder, metadata.get("max_length"), segments)
 
 
 def _is_regression(model_config: Any) -> bool:
