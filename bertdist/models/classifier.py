@@ -471,16 +471,18 @@ def _assign_outputs(
         )
     layer = layers[name]
     weights = dict(layer.named_parameters())
+    shown = ", ".join(loaded[:5]) + (", ..." if len(loaded) > 5 else "")
     if order is None:
         for key, weight in weights.items():  # new ones: transformers draws no loaded weight
             setattr(layer, key, nn.Parameter(torch.empty_like(weight)))
         model._init_weights(layer)
-        shown = ", ".join(loaded[:5]) + (", ..." if len(loaded) > 5 else "")
         return [f"{_NEW_WEIGHTS}: {name}, as the labels of the model are others: {shown}."]
     rows = torch.tensor([order.index(label) for label in labels])
     for weight in weights.values():
         weight.copy_(weight[rows])
-    return [f"The model's labels are in another order: the rows of {name} were put in that above."]
+    return [
+        f"The model has its labels in another order ({shown}): the rows of {name} are reordered."
+    ]
 
 
 def load_trained_classifier(folder: str) -> tuple[Classifier, Task, dict[str, Any]]:

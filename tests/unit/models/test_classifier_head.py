@@ -90,7 +90,7 @@ def test_the_rows_follow_the_names(folder_of: Callable[..., Path], model_type: s
     before = by_name(same, NAMES)
     names = ("entailment", "contradiction", "neutral")
     moved, notes = load(folder, SingleLabel(names))
-    assert len(notes) == 1 and "were put in" in notes[0]
+    assert len(notes) == 1 and "CONTRADICTION, NEUTRAL, ENTAILMENT" in notes[0]
     after = by_name(moved, names)
     for name in NAMES:
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-5)
