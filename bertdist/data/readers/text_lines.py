@@ -7,9 +7,11 @@ line.
 """
 
 import codecs
+import io
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import BinaryIO, NamedTuple, TypeAlias
@@ -109,22 +111,27 @@ class Buffer:
 
 
 def read_all(stream: BinaryIO, name: str, line_bytes: int | None) -> bytes:
-    """To the end. Raises DataError where that is more than half of the free memory, or a line is
-    longer than `line_bytes`.
+    """To the end. Raises DataError where that is more than half of the free memory, or a line of
+    a compressed or remote file is longer than `line_bytes`.
     """
     limit = free_host_bytes() // 2
     parts, size, line_start = [], 0, 0
-    while part := stream.read(PART_BYTES):
+    part_bytes = PART_BYTES
+    with suppress(io.UnsupportedOperation):  # a local file as it is: at once, without a copy
+        size_on_disk = os.fstat(stream.fileno()).st_size
+        part_bytes = size_on_disk + 1 if size_on_disk <= limit else part_bytes
+    while part := stream.read(part_bytes):
         if (newline := part.rfind(b"\n")) >= 0:
             line_start = size + newline
         parts.append(part)
         size += len(part)
-        if line_bytes is not None and size - line_start > line_bytes:
+        if line_bytes is not None and len(parts) > 1 and size - line_start > line_bytes:
             raise DataError(f"{name}: a line is longer than {line_bytes:,} bytes.")
         if size > limit:
+            advice = "" if line_bytes is not None else "written as JSON lines, "
             raise DataError(
                 f"{name} has more than {limit:,} bytes, half of the free memory; "
-                "--streaming reads training rows in parts."
+                f"{advice}--streaming reads training rows in parts."
             )
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
