@@ -52,11 +52,10 @@ Shingles = npt.NDArray[np.uint64]
 
 
 class NearPairs(NamedTuple):
-    """Near duplicates: the numbers of two different normalized texts, and their similarity."""
+    """Near duplicates: the numbers of two different normalized texts."""
 
     left: IntArray  # (pairs,)
     right: IntArray  # (pairs,)
-    similarity: npt.NDArray[np.float64]  # (pairs,) Jaccard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +119,7 @@ def near_duplicate_rows(groups: TextGroups, split: str, other: str) -> IntArray:
     numbers = groups.normalized[other]
     first_row[numbers[::-1]] = np.arange(len(numbers))[::-1]
     partner = np.full(len(groups.normalized_texts), -1, np.int64)
-    left, right, _ = groups.near
+    left, right = groups.near
     for one, two in ((left, right), (right, left)):
         occurs = first_row[two] >= 0
         partner[one[occurs]] = first_row[two[occurs]]
@@ -171,7 +170,7 @@ def _find_near_pairs(texts: pa.Array, splits: Sequence[IntArray], threshold: flo
     in_splits = bits[marked]
     matched = np.zeros_like(in_splits)  # one bit per split with a near duplicate
     misses = np.zeros_like(in_splits)  # comparisons without a result
-    results = [NearPairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
+    results = [NearPairs(np.zeros(0, np.int64), np.zeros(0, np.int64))]
 
     def compare(left: IntArray, right: IntArray) -> None:
         """Compare exactly the pairs that may add a result and look near; (pairs,) each."""
@@ -183,13 +182,12 @@ def _find_near_pairs(texts: pa.Array, splits: Sequence[IntArray], threshold: flo
             estimate = (digests[left[part]] == digests[right[part]]).mean(1)
             likely[part] = estimate >= threshold - ESTIMATE_MARGIN
         left, right = left[likely], right[likely]
-        similarity = jaccard(texts, marked[left], marked[right])
-        near = similarity >= threshold
+        near = jaccard(texts, marked[left], marked[right]) >= threshold
         for one, other in ((left, right), (right, left)):
             np.bitwise_or.at(matched, one[near], in_splits[other[near]])
             missed = misses + np.bincount(one[~near], minlength=len(misses))
             misses[:] = np.minimum(missed, MAX_MISSES)
-        results.append(NearPairs(marked[left[near]], marked[right[near]], similarity[near]))
+        results.append(NearPairs(marked[left[near]], marked[right[near]]))
 
     by_length = np.argsort(_byte_lengths(texts)[marked], kind="stable")
     for band in _bands(digests).T:
@@ -197,10 +195,10 @@ def _find_near_pairs(texts: pa.Array, splits: Sequence[IntArray], threshold: flo
         for step in range(1, NEIGHBOURS + 1):
             same = band[order[:-step]] == band[order[step:]]
             compare(order[:-step][same], order[step:][same])
-    left, right, similarity = map(np.concatenate, zip(*results, strict=True))
+    left, right = map(np.concatenate, zip(*results, strict=True))
     low, high = np.minimum(left, right), np.maximum(left, right)
     _, once = np.unique(low * len(texts) + high, return_index=True)
-    return NearPairs(low[once], high[once], similarity[once])
+    return NearPairs(low[once], high[once])
 
 
 def _marked_texts(texts: pa.Array) -> tuple[IntArray, npt.NDArray[np.uint32]]:

@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -98,12 +97,11 @@ def check_data(
     labels = {name: split_labels(records, trained) for name, records in splits.items()}
     train_labels = labels["train"]
     assert train_labels is not None
-    paths = _table_paths(data, test_file)
     skipped = sum(len(records.skipped_rows) for name, records in splits.items() if name != "test")
     for name, build in builders.items():
         records = build.records
         _add_skipped_rows(build, skipped > data.max_bad_rows, data.max_bad_rows)
-        check_table(build, paths[name], labels[name], train_labels, data)
+        check_table(build, labels[name], train_labels)
         check_texts(build, records.texts, records.text_column)
         if records.pairs is not None and records.pair_column is not None:
             check_texts(build, records.pairs, records.pair_column)
@@ -191,19 +189,6 @@ def _has_label_columns(path: str, data: DataConfig, train: Records) -> bool:
     if data.label_columns is None:
         return train.label_column in names
     return set(data.label_columns) <= set(names)
-
-
-def _table_paths(data: DataConfig, test_file: str | None) -> dict[str, str | None]:
-    """The file of each split that consists of one local file."""
-    files: dict[str, list[str | None]] = {
-        "train": [*(data.train_file or ())],
-        "validation": [data.validation_file],
-        "test": [test_file],
-    }
-    return {
-        name: paths[0] if len(paths) == 1 and paths[0] and Path(paths[0]).is_file() else None
-        for name, paths in files.items()
-    }
 
 
 def _add_skipped_rows(build: FindingBuilder, too_many: bool, limit: int) -> None:

@@ -4,12 +4,13 @@ Rows swallowed by a stray quote, quotes read as text, unnamed columns with conte
 columns that look swapped, and headers read as rows or rows read as headers.
 """
 
+import os
+
 import numpy as np
 import pyarrow.compute as pc
 
-from bertdist.core.config import DataConfig
 from bertdist.core.terminal import excerpt
-from bertdist.data.readers.file_reader import FileReader, inspect_file
+from bertdist.data.readers.file_reader import DataFile, FileReader
 from bertdist.data.records import HEADER_WORDS, ColumnNames, QuotedTable, swallowed_rows
 from bertdist.data_quality.findings import FindingBuilder
 from bertdist.data_quality.label_checks import SplitLabels
@@ -18,35 +19,28 @@ MIN_ROWS = 20  # of a table whose columns may be called swapped
 SENTENCE_WORDS = 5  # a column name with this many words is a sentence
 
 
-def check_table(
-    build: FindingBuilder,
-    path: str | None,
-    labels: SplitLabels | None,
-    train: SplitLabels,
-    data: DataConfig,
-) -> None:
-    """Add all findings on the table of one split.
-
-    path: its file, None unless it is one local file.
-    """
-    if getattr(build.records.file, "kind", "") in ("csv", "tsv"):
-        if path is not None:
-            reader = FileReader(inspect_file(path, data))
-            _check_swallowed(build, reader, data)
-            if not data.column_names:
-                _check_unnamed_columns(build, reader, len(build.records))
-        _check_quotes(build)
+def check_table(build: FindingBuilder, labels: SplitLabels | None, train: SplitLabels) -> None:
+    """Add all findings on the table of one split."""
+    file = build.records.file  # None of several files
+    if isinstance(file, DataFile) and file.is_table:
+        if os.path.isfile(file.path):
+            reader = FileReader(file)
+            _check_swallowed(build, reader)
+            if file.has_header:
+                _check_unnamed_columns(build, reader)
+        _check_quotes(build, file)
     if labels is not None and labels.numbers is None:
         _check_swapped(build, labels, train)
         _check_header(build, labels)
 
 
-def _check_swallowed(build: FindingBuilder, reader: FileReader, data: DataConfig) -> None:
+def _check_swallowed(build: FindingBuilder, reader: FileReader) -> None:
     """Texts that hold rows, kept because of --quoting double; else the reader refuses them."""
     records = build.records
     if reader.file.quoted and reader.quoted_table is None and records.label_codes is not None:
+        names = None if records.label_column else list(records.class_names or ())
         columns = ColumnNames(
-            records.text_columns, records.pair_column, records.label_column, data.label_columns
+            records.text_columns, records.pair_column, records.label_column, names
         )
         table = QuotedTable(reader.file.delimiter, reader.header())
         args = records.text_columns[0], columns, table, records.label_values
@@ -57,11 +51,11 @@ def _check_swallowed(build: FindingBuilder, reader: FileReader, data: DataConfig
         build.add("swallowed_rows", "warning", title, rows, meaning, advice)
 
 
-def _check_quotes(build: FindingBuilder) -> None:
+def _check_quotes(build: FindingBuilder, file: DataFile) -> None:
     """Quotes that were read as text, or are odd."""
-    texts, form = build.records.texts, build.records.file
+    texts = build.records.texts
     opening = pc.starts_with(texts, '"').to_numpy(zero_copy_only=False)
-    if opening.any() and not form.quoted:
+    if opening.any() and not file.quoted:
         candidates = texts.filter(opening)
         enclosed, doubled = (
             int(pc.sum(pc.match_substring_regex(candidates, pattern)).as_py())
@@ -78,14 +72,14 @@ def _check_quotes(build: FindingBuilder) -> None:
             return
     odd = np.flatnonzero(pc.count_substring(texts, '"').to_numpy(zero_copy_only=False) % 2)
     how = "without quoting, so nothing is lost"
-    if form.quoted:
+    if file.quoted:
         how = "with quoting, and these are inside fields"
     meaning = f"The file is read {how}. Other readers (pandas, datasets) may swallow rows here."
     title, advice = "an odd number of quotes", "None needed if the number of rows is right."
     build.add("odd_quotes", "note", title, odd, meaning, advice)
 
 
-def _check_unnamed_columns(build: FindingBuilder, reader: FileReader, num_rows: int) -> None:
+def _check_unnamed_columns(build: FindingBuilder, reader: FileReader) -> None:
     """Columns after the last named one. They are read by naming all."""
     header = reader.header()
     named = [index for index, name in enumerate(header) if name.strip()]
@@ -96,7 +90,7 @@ def _check_unnamed_columns(build: FindingBuilder, reader: FileReader, num_rows: 
     reader.rename_columns(names)
     columns = reader.read(unnamed).columns
     stripped = [pc.utf8_trim_whitespace(columns[name]).to_pylist() for name in unnamed]
-    values = list(zip(*(column[:num_rows] for column in stripped), strict=True))
+    values = list(zip(*(column[: len(build.records)] for column in stripped), strict=True))
     rows = np.flatnonzero([any(value) for value in values])
     title, plural = "unnamed columns with content", "s" * (len(unnamed) > 1)
     meaning = (

@@ -66,7 +66,7 @@ def test_rows_that_a_quote_swallowed_are_refused_unless_quoting_is_given(
     assert str(refused.value) == (
         "a.csv line 11: column 'text' holds 4 other rows of the table, from a quote that opened by "
         "mistake to the next one; pass --quoting none to read every line as a row, or --quoting "
-        "double to keep such texts."
+        "double to keep such texts. --on_bad_row skip leaves such rows out."
     )
     skipped = see("a.csv", swallowing("csv"), on_bad_row="skip")
     assert kinds(skipped) == [("skipped_rows", "warning", "train", 1)]
