@@ -151,7 +151,9 @@ def make_folder(folder: Path, kind: str, **change: Any) -> Path:
     written = {"attn_implementation", "output_attentions", "return_dict"} & set(change)
     settings = COMMON | FAMILY.get(kind, {}) | change
     config = AutoConfig.for_model(
-        kind, **{k: v for k, v in settings.items() if k not in written}, num_labels=3
+        kind,
+        **{k: v for k, v in settings.items() if k not in written},
+        id2label=dict(enumerate(TASK.labels)),
     )
     with torch.random.fork_rng():
         torch.manual_seed(1)

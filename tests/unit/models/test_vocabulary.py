@@ -47,7 +47,7 @@ def make_model(
     sizes = SIZES | special | {"vocab_size": 133} | change
     if kind in ("electra", "albert"):
         sizes["embedding_size"] = 8
-    config = AutoConfig.for_model(kind, **sizes)
+    config = AutoConfig.for_model(kind, id2label=dict(enumerate(TASK.labels)), **sizes)
     torch.manual_seed(1)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
