@@ -269,7 +269,8 @@ def test_the_best_predictions_and_scores_are_kept(killed_run: tuple[Path, list[s
         best["id2label"] == {"0": "negative", "1": "positive"}
         and best["problem_type"] == "single_label_classification"
     )
-    assert best["bertdist"] == {"max_length": 128, "text_column": "text", "text_pair_column": None}
+    columns = {"text_column": "text", "text_pair_column": None}
+    assert best["bertdist"] == {"max_length": 128, "step": scored["step"], **columns}
 
 
 # --- Kinds of files and of tasks
