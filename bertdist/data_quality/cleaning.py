@@ -30,7 +30,7 @@ from bertdist.data_quality.duplicates import (
 )
 from bertdist.data_quality.label_checks import SplitLabels
 from bertdist.data_quality.report import DataReport
-from bertdist.data_quality.text_checks import empty_rows, non_ascii_rows, repair_rows
+from bertdist.data_quality.text_checks import empty_rows, repair_rows
 from bertdist.tasks.labels import is_integer, is_number
 
 DROP_ORDER = ("empty", "conflicts", "duplicates", "leaks", "near_leaks", "near_duplicates")
@@ -88,13 +88,11 @@ def _repair_encoding(records: Records) -> tuple[Records, dict[int, str]]:
     for name, column in (("texts", records.texts), ("pairs", records.pairs)):
         if column is None:
             continue
-        repaired = repair_rows(column, non_ascii_rows(column).tolist())
-        if repaired:
-            texts = column.to_pylist()
-            for row, text in repaired.items():
-                before.setdefault(row, texts[row])
-                texts[row] = text
-            columns[name] = pa.array(texts, pa.large_string())
+        texts = column.to_pylist()
+        for row, text in repair_rows(column).items():
+            before.setdefault(row, texts[row])
+            texts[row] = text
+        columns[name] = pa.array(texts, pa.large_string())
     return replace(records, **columns), before
 
 

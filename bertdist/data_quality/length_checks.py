@@ -128,8 +128,7 @@ def _summarize(
     max_length: int | None,
 ) -> Lengths:
     """lengths: (counted rows,) tokens, or characters if max_length is None."""
-    scale = num_rows / len(lengths)
-    kept = lengths if max_length is None else np.minimum(lengths, max_length)
+    scale, limit = num_rows / len(lengths), max_length or lengths.max()
     percentiles = {
         share: int(np.percentile(lengths, share, method="higher")) for share in (50, 90, 95, 99)
     }
@@ -145,8 +144,8 @@ def _summarize(
         histogram=list(_histogram(lengths)),
         mean_words=mean_words,
         max_length=max_length,
-        truncated=0.0 if max_length is None else float((lengths > max_length).mean()),
-        kept=round(float(kept.sum()) * scale),
+        truncated=float((lengths > limit).mean()),
+        kept=round(float(np.minimum(lengths, limit).sum()) * scale),
         counted=lengths,
         for_one_percent=None if max_length is None else percentiles[99],
     )

@@ -9,7 +9,6 @@ patterns are used instead, and the finding says so.
 """
 
 import importlib.util
-from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -138,14 +137,9 @@ def empty_rows(texts: pa.Array) -> IntArray:
     return _true_rows(pc.or_(pc.equal(pc.binary_length(texts), 0), pc.utf8_is_space(texts)))
 
 
-def non_ascii_rows(texts: pa.Array) -> IntArray:
-    """Rows with any character beyond ASCII."""
-    return _matching_rows(texts, NON_ASCII)
-
-
 def mojibake_rows(texts: pa.Array) -> IntArray:
     """Rows that ftfy calls bad for more than C1 controls and U+FFFD, which have own findings."""
-    candidates = non_ascii_rows(texts)
+    candidates = _matching_rows(texts, NON_ASCII)
     if not has_ftfy():
         return candidates[_matching_rows(texts.take(pa.array(candidates)), MOJIBAKE)]
     from ftfy.badness import is_bad
@@ -177,9 +171,11 @@ def repair(text: str) -> str | None:
     return fixed if fixed != text and "\ufffd" not in fixed and not is_bad(fixed) else None
 
 
-def repair_rows(texts: pa.Array, rows: Sequence[int]) -> dict[int, str]:
-    """Row -> repaired text, of those `rows` that can be repaired."""
-    repaired = {row: repair(texts[row].as_py()) for row in rows}
+def repair_rows(texts: pa.Array) -> dict[int, str]:
+    """Row -> repaired text, of the rows that can be repaired."""
+    repaired = {
+        row: repair(texts[row].as_py()) for row in _matching_rows(texts, NON_ASCII).tolist()
+    }
     return {row: text for row, text in repaired.items() if text is not None}
 
 
