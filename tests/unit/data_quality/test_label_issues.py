@@ -251,6 +251,24 @@ def test_no_row_is_predicted_by_a_model_trained_on_it(tiny_model: Path, tmp_path
     assert count_leaked_rows(records, by_row, tmp_path / "broken", 3) > 0
 
 
+def test_a_fold_s_folder_of_somebody_else_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.tsv", make_rows(12, seed=3))
+    theirs = tmp_path / "out" / "folds" / "1" / "train.jsonl"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("their own folds")
+    words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 2), train_file=path)
+
+    def tell(accelerator: Accelerator) -> str:
+        with pytest.raises(ConfigError) as error:
+            predict_rows(accelerator, words, 3)
+        return str(error.value)
+
+    (told, again) = run_ranks(2, tell)
+    assert told == again and f"{theirs.parent} holds 'train.jsonl', which no run wrote" in told
+    assert theirs.read_text() == "their own folds"
+    assert not (tmp_path / "out" / "folds" / "0" / "train.jsonl").exists()
+
+
 def test_too_few_texts_for_the_folds_are_an_error(tiny_model: Path, tmp_path: Path) -> None:
     path = write_rows(
         tmp_path / "rows.tsv",
