@@ -57,6 +57,8 @@ def _label_problems(raw: dict[str, Any]) -> Iterator[str]:
     number, names = raw.get("num_labels"), raw.get("id2label")
     if number is not None and not (_is_int(number) and 1 <= number <= MAX_LABELS):
         yield f"num_labels is {_short(number)}; expected 1 to {MAX_LABELS:,}"
+    if not isinstance(kind := raw.get("problem_type"), str | None):
+        yield f"problem_type is {_short(kind)}; expected a string"
     if names is None:
         return
     if not isinstance(names, dict) or not names or len(names) > MAX_LABELS:

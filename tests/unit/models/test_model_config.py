@@ -341,6 +341,8 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"id2label": None, "num_labels": -3}, "num_labels is -3; expected 1 to 1,000,000."),
     ({"id2label": None, "num_labels": "2"}, "num_labels is '2'; expected 1 to 1,000,000."),
     ({"id2label": None, "num_labels": 10**8}, "num_labels is 100000000; expected 1 to 1,000,000."),
+    ({"problem_type": 3}, "problem_type is 3; expected a string."),
+    ({"problem_type": ["regression"]}, "problem_type is ['regression']; expected a string."),
     ({"model_type": "gpt7"}, "model type `gpt7`"),
     ({"model_type": ["bert"]}, "unhashable type: 'list'"),
     ({"dtype": "float7"}, "has no attribute 'float7'"),
