@@ -297,7 +297,7 @@ def _label(raw: Any, delimiter: str | None, class_names: tuple[str, ...] | None)
         is_list = isinstance(raw, list)
         names = [_class_name(item, class_names) for item in (raw if is_list else [raw])]
         raw = names if is_list else names[0]
-    elif isinstance(raw, str) and (found := _list_in_cell(raw.strip())) is not None:
+    if isinstance(raw, str) and (found := _list_in_cell(raw.strip())) is not None:
         raw = found
     elif delimiter is not None:
         if not isinstance(raw, str):

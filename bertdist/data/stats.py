@@ -100,7 +100,7 @@ def collect_stats(
         return DatasetStats(labels, [scan.rows[source] for source in sorted(scan.rows)], scan.bad)
     names = config.task.label_names or labels.class_names
     values = labels.values
-    if names and not is_multi_hot(values):
+    if names and not is_multi_hot(values, len(names)):
         values = [(name,) if labels.kind == "set" else name for name in names]
     return DatasetStats(labels._replace(values=values, counts=[len(head)] * len(values)), [])
 

@@ -21,6 +21,7 @@ from bertdist.data.stats import (
     LabelStats,
     collect_stats,
     create_task,
+    label_stats_of,
 )
 from bertdist.data.streaming import Stream
 from bertdist.tasks.tasks import SingleLabel
@@ -192,3 +193,53 @@ def test_the_task_is_that_of_the_training_rows() -> None:
     assert create_task(
         TaskConfig(), LabelStats("text", ["0.5", "1.5"], [1, 1], None, "stars"), None
     ).labels == ("stars",)
+
+
+COLUMNS: list[list[Any]] = [
+    ["1", "0", 1, 0.0],
+    [f"{i % 25}.0" for i in range(50)],
+    [i % 25 for i in range(50)],
+    [i / 2 for i in range(9)],
+    [*([0, 1] * 30), "n/a"],
+    ["a,b", "a", "b"],
+    [[0, 1, 1], [1, 0, 0]],
+    [[0, 1, 1], [1, 0]],
+    [["a"], ["a", "b"], []],
+    [True, "True", False],
+    ["no", "yes"],
+]
+
+
+def task_or_error(stats: LabelStats) -> Any:
+    try:
+        task = create_task(TaskConfig(), stats, None)
+        return task, task.reason
+    except DataError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("column", COLUMNS, ids=lambda column: str(column[-2:]))
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_a_stream_means_what_the_same_rows_in_memory_mean(
+    column: list[Any], chunk: int, tmp_path: Path
+) -> None:
+    stream = stream_of([file_of(column, sizes=(chunk,))], any_label=True, window_rows=999)
+    (window,) = stream.windows()
+    in_memory = task_or_error(label_stats_of(window.records))
+    found = collect_stats(stream, config_of(tmp_path, *STEPS), ALONE, lambda text: None)
+    assert task_or_error(found.labels) == in_memory
+    other = stream_of([file_of(["x", "y"])])  # the control: other labels mean something else
+    found = collect_stats(other, config_of(tmp_path, *STEPS), ALONE, lambda text: None)
+    assert task_or_error(found.labels) != in_memory
+
+
+def test_a_stream_that_begins_with_fractions_is_not_read_first(tmp_path: Path) -> None:
+    column = [*(i / 2 for i in range(60)), "n/a"]
+    stream = stream_of([file_of(column, sizes=(7,))], any_label=True, window_rows=999)
+    found = collect_stats(stream, config_of(tmp_path, *STEPS), ALONE, pytest.fail)
+    task = create_task(TaskConfig(), found.labels, None)
+    (window,) = stream.windows()
+    with pytest.raises(DataError, match="expected a number, found 'n/a'"):  # where it is met
+        [task.encode_label(label) for label in window.records.label_values]
+    with pytest.raises(DataError, match="row 60: label 'n/a' is not a number"):  # in memory
+        create_task(TaskConfig(), label_stats_of(window.records), None)
