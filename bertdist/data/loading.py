@@ -147,7 +147,7 @@ def _read_file(
     try:
         columns = choose_columns(reader.name, reader.column_names(), requested, reader.has_header)
     except DataError as error:
-        how = f" {reader.note}." if reader.note else ""
+        how = f" {reader.note}." if reader.note and reader.kind != "json" else ""
         raise DataError(f"{error}{how}") from None
     records = records_from_chunk(
         reader.name,

@@ -64,7 +64,8 @@ HEADER_WORDS = {
     *TEXT_COLUMNS,
     *LABEL_COLUMNS,
     *(name for pair in TEXT_PAIR_COLUMNS for name in pair),
-    *("text_a", "text_b", "id", "idx", "index", "qid"),
+    *"text_a text_b id idx index qid title body comment message".split(),
+    *"sentiment category polarity rating stars emotion intent topic gold label_text".split(),
 }
 
 
@@ -260,6 +261,8 @@ def _no_column(
     if has_header and looks_like_data:
         advice += " This looks like a row of data: if the file has no header, "
         advice += "name its columns with --column_names."
+    if has_header and any(name.startswith('"') for name in names):
+        advice += " Without the quotes: --quoting double."
     line = " line 1" if has_header else ""
     return DataError(f"{source}{line}: {problem}; the columns are {shown}.{advice}")
 

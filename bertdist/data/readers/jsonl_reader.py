@@ -176,6 +176,8 @@ def _document(
 def _rows_of_document(fmt: FileFormat, text: str) -> list[_Item]:
     """Begin, end and value of each item of the list of rows. Raises DataError without one."""
     lists: dict[str, list[_Item]] = {}
+    if not text.strip():
+        return []
     try:
         end = _skip_blank(text, _find_lists(text, _skip_blank(text, 0), "", lists))
         if end < len(text):  # objects one after the other
@@ -244,7 +246,10 @@ def _after_item(text: str, at: int, end: str) -> int:
         return at
     if not text.startswith(",", at):
         raise json.JSONDecodeError(f"expected ',' or {end!r}", text, at)
-    return _skip_blank(text, at + 1)
+    at = _skip_blank(text, at + 1)
+    if text.startswith(end, at):
+        raise json.JSONDecodeError("a comma before the end", text, at)
+    return at
 
 
 def _decode(text: str, at: int) -> _Item:

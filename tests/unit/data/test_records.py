@@ -860,7 +860,7 @@ def test_a_path_that_is_no_file_is_refused_with_the_nearest_name(
         "trian.tsv: no such file. Did you mean 'train.tsv'?"
     )
     assert refusal(lambda: train(str(tmp_path / "no" / "train.tsv"))).endswith("no such folder.")
-    assert "is a folder; expected a file" in refusal(lambda: train(str(tmp_path)))
+    assert "is a folder without .txt files; expected a file" in refusal(lambda: train(str(tmp_path)))
 
 
 def test_parquet_with_anything_but_text_is_refused(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_swapped_columns_within_a_split_and_between_splits(see: Callable[..., Da
 
 def test_a_header_read_as_a_row(see: Callable[..., DataReport]) -> None:
     lines = tsv(clean_rows(60))
-    found = see("a.tsv", ["sentence\tgold", *lines], column_names=["text", "label"])
+    found = see("a.tsv", ["sentence\tmood", *lines], column_names=["text", "label"])
     assert kinds(found)[0] == ("header_as_row", "warning", "train", 1)
     assert get_finding(found, "header_as_row").examples[0].row == 0
     assert kinds(see("a.tsv", lines, column_names=["text", "label"])) == []

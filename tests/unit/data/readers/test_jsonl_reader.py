@@ -107,6 +107,7 @@ def test_a_json_document_has_one_list_of_rows(text: str) -> None:
         ('{"t": {"0": "a"}}', None, "expected a list of objects, or one object per line"),
         ('[{"t": 1}', None, "a.json line 1: not JSON: expected ',' or ']'"),
         ('[{"t": 1},\n{"t" 1}]', None, "a.json line 2: not JSON: "),
+        ('[{"t": 1},]', None, "a.json line 1: not JSON: a comma before the end"),
         ('[{"t": 1},', None, "a.json line 1: not JSON: "),
         ('{"data": [{"t": 1}', None, "a.json line 1: not JSON: "),
         ('{"data"', None, "a.json line 1: not JSON: expected a key and ':'"),

@@ -189,7 +189,7 @@ def test_a_source_that_trickles_for_ever_is_one_line(
     ranges: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bytes arrive all the time, so no read of the connection times out."""
-    monkeypatch.setattr(remote, "READ_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(remote, "READ_TIMEOUT_SECONDS", 1.0)
     monkeypatch.setattr(remote, "MAX_TRIES", 2)
     with FaultyServer({"/a.csv": DATA}, ranges=ranges) as server:
         assert read(f"{server.url}/a.csv") == DATA  # the control
