@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 from bertdist.core.config import DataConfig, FileConfig
 from bertdist.core.errors import DataError
-from bertdist.data.loading import load_records, load_texts
+from bertdist.data.loading import load_records, load_texts, open_stream
 from bertdist.data.readers import csv_reader
 from bertdist.data.records import ColumnNames, Record, Records, concat_records, records_from_texts
 
@@ -860,7 +860,9 @@ def test_a_path_that_is_no_file_is_refused_with_the_nearest_name(
         "trian.tsv: no such file. Did you mean 'train.tsv'?"
     )
     assert refusal(lambda: train(str(tmp_path / "no" / "train.tsv"))).endswith("no such folder.")
-    assert "is a folder without .txt files; expected a file" in refusal(lambda: train(str(tmp_path)))
+    assert "is a folder without .txt files; expected a file" in refusal(
+        lambda: train(str(tmp_path))
+    )
 
 
 def test_parquet_with_anything_but_text_is_refused(tmp_path: Path) -> None:
@@ -1521,3 +1523,80 @@ def test_the_fingerprint_is_that_of_all() -> None:
         )
         == 3
     )
+
+
+def test_several_text_columns_are_joined_with_a_space(write: Write) -> None:
+    """In memory, as a stream, and for prediction."""
+    rows = [("A", "b c"), ("", "d"), ("e ", "")]
+    table = "title,body,label\n" + "".join(f"{title},{body},x\n" for title, body in rows)
+    lines = "".join(json.dumps({"title": t, "body": b, "label": "x"}) + "\n" for t, b in rows)
+    expected = ["A b c", " d", "e  "]
+    for path in (write("a.csv", table), write("a.jsonl", lines)):
+        settings: dict[str, Any] = {"text_column": ["title", "body"]}
+        records = train(path, **settings)
+        assert [records[row].text for row in range(3)] == expected
+        assert (records.text_columns, records.text_column) == (("title", "body"), "title body")
+        stream = open_stream(DataConfig(train_file=[path], streaming=True, **settings), 1)
+        (window,) = stream.windows()
+        assert [window.records[row].text for row in range(3)] == expected
+        trained = ColumnNames(("title", "body"), None, None, [])
+        texts = load_texts(path, FileConfig(), trained)
+        assert [texts[row].text for row in range(3)] == expected
+        assert train(path, text_column=["body", "title"])[0].text == "b c A"  # the control
+    assert "a.jsonl line 1: column 'title' is null" in refusal(
+        lambda: train(write("a.jsonl", lines.replace('"A"', "null")), **settings)
+    )
+
+
+def test_two_columns_of_one_name_matter_where_they_are_read(write: Write) -> None:
+    path = write("a.csv", "text,x,label,x\na,1,b,2\n")
+    assert train(path)[0] == Record(0, "a", None, "b")
+    assert "a.csv line 1: the header has two columns 'x'; rename one" in refusal(
+        lambda: train(path, label_column="x")
+    )
+    named = write("b.csv", "a,1,b,2\n")  # the remedy: without the header, and with names
+    columns = ["text", "_", "_", "label"]
+    assert train(named, column_names=columns)[0] == Record(0, "a", None, "2")
+
+
+@pytest.mark.parametrize(
+    ("header", "is_refused"),
+    [
+        ("text,label", True),
+        ("Text , LABEL", True),
+        ("sentence,sentiment", True),  # usual names, not those given
+        ("Kommentar,label", True),
+        ("Kommentar,class", True),  # the only row with its label, which is a usual name
+        ("Kommentar,b", False),
+        ("text,b", False),  # check warns
+    ],
+)
+def test_a_header_is_no_row(write: Write, header: str, is_refused: bool) -> None:
+    path = write("a.csv", f"{header}\n" + "x,a\ny,b\n" * 3)
+    columns = ["text", "label"]
+    if is_refused:
+        assert "a.csv line 1 " in refusal(lambda: train(path, column_names=columns))
+    else:
+        assert train(path, column_names=columns)[0].text == header.split(",")[0]
+
+
+def test_a_field_of_an_object_is_a_column(write: Write) -> None:
+    rows = [{"review": {"text": t, "meta": {"stars": n}}} for t, n in (("a", "x"), ("b", "y"))]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    columns = {"text_column": "review.text", "label_column": "review.meta.stars"}
+    expected = [Record(0, "a", None, "x"), Record(1, "b", None, "y")]
+    for path in (
+        write("a.jsonl", lines),
+        write("a.json", json.dumps(rows)),
+        write("b.json", json.dumps({"data": {"rows": rows}}, indent=1)),
+    ):
+        records = train(path, **columns)
+        assert rows_of(records) == expected
+        stream = open_stream(
+            DataConfig(train_file=[path], streaming=True, stream_window=1, **columns), 1
+        )
+        windows = list(stream.windows())
+        assert [window.records[0].text for window in windows] == ["a", "b"]
+        (again,) = stream.windows(json.loads(json.dumps(windows[1].state)))  # exact resume
+        assert again.records[0].text == "b"
+    assert "no column 'review.txt'" in refusal(lambda: train(path, text_column="review.txt"))
