@@ -22,6 +22,7 @@ from bertdist.data.records import (
     concat_records,
     records_from_chunk,
     reject_header,
+    short_notes,
 )
 from bertdist.data.source import (
     Column,
@@ -264,7 +265,7 @@ def open_stream(data: DataConfig, seed: int, any_label: bool = False) -> "Stream
         on_bad_row=data.on_bad_row,
         max_bad_rows=data.max_bad_rows,
         any_label=any_label,
-        format_notes=tuple(filter(None, notes)),
+        format_notes=short_notes([note for note in notes if note]),
     ).with_first_label()
 
 

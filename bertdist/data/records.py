@@ -59,6 +59,8 @@ TEXT_PAIR_COLUMNS = (
     ("question", "question2"),
     ("premise", "hypothesis"),
 )
+MAX_NOTES = 3  # on the formats of files
+
 # Cells of a header, where the names of its columns are not known.
 HEADER_WORDS = {
     *TEXT_COLUMNS,
@@ -448,6 +450,14 @@ def reject_header(records: Records) -> None:
         )
 
 
+def short_notes(notes: Sequence[str]) -> tuple[str, ...]:
+    """Notes on the formats of files: of many files, the first one and how many others there are."""
+    distinct = tuple(dict.fromkeys(notes))
+    if len(distinct) <= MAX_NOTES:
+        return distinct
+    return distinct[0], f"{len(distinct) - 1:,} other files are not read as their names say either"
+
+
 def concat_records(parts: Sequence[Records], name: str) -> Records:
     """Several records as one, in their order.
 
@@ -479,7 +489,7 @@ def concat_records(parts: Sequence[Records], name: str) -> Records:
         pairs=None if first.pairs is None else pa.concat_arrays([part.pairs for part in parts]),
         fingerprint=xxhash.xxh3_128_hexdigest(fingerprints.encode()),
         skipped_rows=tuple(row for part in parts for row in part.skipped_rows),
-        format_notes=tuple(note for part in parts for note in part.format_notes),
+        format_notes=short_notes([note for part in parts for note in part.format_notes]),
     )
 
 

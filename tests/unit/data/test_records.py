@@ -1600,3 +1600,15 @@ def test_a_field_of_an_object_is_a_column(write: Write) -> None:
         (again,) = stream.windows(json.loads(json.dumps(windows[1].state)))  # exact resume
         assert again.records[0].text == "b"
     assert "no column 'review.txt'" in refusal(lambda: train(path, text_column="review.txt"))
+
+
+def test_notes_on_many_files_are_two_lines(write: Write, tmp_path: Path) -> None:
+    for number in range(5):
+        write(f"{number}.txt", f"text\tlabel\na\t{number}\nb\tx\n")
+    data = DataConfig(train_file=[str(tmp_path / "*.txt")])
+    first = "0.txt: read as utf-8, delimiter tab, unquoted; --file_format txt overrules"
+    notes = (first, "4 other files are not read as their names say either")
+    assert load_records(data, "train").format_notes == notes
+    assert open_stream(data, 1).format_notes == notes
+    few = DataConfig(train_file=[str(tmp_path / "[0-2].txt")])
+    assert len(load_records(few, "train").format_notes) == 3
