@@ -34,9 +34,9 @@ from bertdist.core.hub import model_folder
 from bertdist.core.output_files import write_output
 from bertdist.core.terminal import (
     print_error,
+    print_json,
     print_to_stderr,
     printable,
-    printable_json,
     process_rank,
 )
 from bertdist.data.loader import DEFAULT_TOKEN_BUDGET, MapLoader
@@ -264,7 +264,7 @@ def _main(arguments: Sequence[str]) -> int:
     if config.output is not None:
         write_output(config.output, to_jsonl(predictions))
     elif config.input is not None:
-        sys.stdout.write(printable_json(to_jsonl(predictions).decode()))
+        print_json(to_jsonl(predictions).decode())
     else:
         print("\n".join(map(_as_text, predictions)))
     return 0

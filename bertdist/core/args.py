@@ -103,8 +103,8 @@ def parse_arguments(program: str, sections: list[Any], arguments: Sequence[str])
     unknown = [_unknown_setting(flag.replace("-", "_"), names) for flag in flags]
     if rest and not unknown:
         unknown = [f"Unexpected argument {rest[0]!r}: every value follows its flag."]
-    if unknown:
-        raise ConfigError("\n".join(unknown))
+    if problems := [*unknown, *_not_utf8(values)]:
+        raise ConfigError("\n".join(problems))
     values = list(map(_with_model_folders, values))
     _check_paths(values, file)
     return tuple(values)
@@ -134,6 +134,17 @@ def _with_model_folders(section: Any) -> Any:
             if process_rank() == 0:
                 print_to_stderr(f"--{name} {given} is the folder of a run: using {folder}.")
     return dataclasses.replace(section, **found)
+
+
+def _not_utf8(sections: Sequence[Any]) -> Iterable[str]:
+    """Bytes of the command line that are not UTF-8 are lone surrogates in Python, which Arrow,
+    safetensors and tokenizers refuse, each in its own way.
+    """
+    for section in sections:
+        for name, value in vars(section).items():
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, str) and re.search("[\ud800-\udfff]", item):
+                    yield f"--{name} {item!a} is not UTF-8: rename it, or use a UTF-8 locale."
 
 
 def given_setting_names(arguments: Sequence[str]) -> set[str]:

@@ -4,8 +4,11 @@ Text from data or files is never read as markup, and what could control a termin
 reorder it is shown as an escape. By convention only rank 0 prints: `process_rank()`.
 """
 
+import io
+import json
 import os
 import re
+import sys
 from collections.abc import Collection, Iterable, Sequence
 from typing import TypeAlias
 from unicodedata import east_asian_width
@@ -20,6 +23,7 @@ from bertdist.core.errors import BertdistError
 Cell: TypeAlias = "str | Sequence[tuple[str, str]]"  # text, or (text, rich style) pairs
 
 EXCERPT_COLUMNS = 100
+_NOT_ASCII = re.compile("[^\x20-\x7e]")
 
 # Control characters, marks of bidirectional text, ends of lines and paragraphs; lone surrogates,
 # which cannot be encoded.
@@ -94,11 +98,26 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
 
 
-def printable_json(lines: str) -> str:
-    """JSON lines of the same values, with what `printable` escapes as JSON escapes."""
-    return _UNPRINTABLE.sub(
-        lambda match: "\n" if match[0] == "\n" else f"\\u{ord(match[0]):04x}", lines
-    )
+def print_json(lines: str) -> None:
+    """Print JSON lines to standard output, with what `printable` escapes as JSON escapes.
+
+    Where standard output is not UTF-8, every character that is not ASCII is one: still JSON, and
+    the same values.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    escaped = _UNPRINTABLE if encoding.lower().startswith("utf") else _NOT_ASCII
+    print(escaped.sub(_json_escape, lines), end="")
+
+
+def _json_escape(match: re.Match[str]) -> str:
+    return "\n" if match[0] == "\n" else json.dumps(match[0])[1:-1]
+
+
+def escape_unencodable() -> None:
+    """Let standard output and error show what their encoding lacks as `\\xe9`, not raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def plain_text(text: str) -> Text:

@@ -41,7 +41,12 @@ from transformers.utils import logging as transformers_logging
 
 from bertdist.core.config import RunConfig, TrainConfig
 from bertdist.core.errors import BertdistError, ConfigError, RankLost, did_you_mean
-from bertdist.core.terminal import print_error, print_to_stderr, process_rank
+from bertdist.core.terminal import (
+    escape_unencodable,
+    print_error,
+    print_to_stderr,
+    process_rank,
+)
 from bertdist.distributed.collectives import assert_same_on_all_ranks
 from bertdist.distributed.heartbeat import Heartbeat, is_alive, own_heartbeat, this_host
 from bertdist.distributed.launcher import ACCEPTED_TYPES, check_launcher, check_world
@@ -107,6 +112,7 @@ def configure_process() -> None:
 
     keep_freed_memory()
     enable_offline_fallback()
+    escape_unencodable()
     # Loader workers are forked: a tokenizer's thread pool that began in the parent does not work in
     # them, and tokenizers prints a long warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

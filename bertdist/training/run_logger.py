@@ -162,7 +162,11 @@ class RunLogger:
             since_best = state.evaluations_since_best
             reason = f"early stopping after {since_best} evaluations without improvement"
             self.status("finished", state.step, reason if stopped_early else "")
-            self.show_report(report or {})
+            try:
+                self.show_report(report or {})
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+                path = self.folder / "evaluation.json"
+                self.say(f"{path} is damaged: its tables are not shown.")
             by_loss = ", of the lowest loss" if state.best_loss is not None else ""
             best = f"best weights (step {state.best_step}{by_loss}) in {self.folder / 'best'}"
             steps = f"{state.step} steps"
@@ -241,7 +245,9 @@ class RunLogger:
         if not path.exists():
             return
         kept = []
-        for line in path.read_bytes().split(b"\n"):
+        with explain_write_errors(path, "read"):
+            lines = path.read_bytes().split(b"\n")
+        for line in lines:
             try:
                 entry = json.loads(line)
                 repeated = entry["step"] > step or (
@@ -251,7 +257,7 @@ class RunLogger:
                 )
                 if not repeated and entry.get("finished") is not False:
                     kept.append(line + b"\n")
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         atomic_write(path, b"".join(kept))
 

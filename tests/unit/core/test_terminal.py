@@ -1,7 +1,9 @@
 """What is printed to a terminal is shown literally."""
 
+import io
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import pytest
 from bertdist.core.atomic_io import atomic_write
 from bertdist.core.errors import BertdistError
 from bertdist.core.terminal import (
+    escape_unencodable,
     print_error,
+    print_json,
     print_to_stderr,
     printable,
-    printable_json,
     show,
     show_table,
 )
@@ -115,15 +118,45 @@ def test_every_line_escapes_what_could_reorder_or_break_it(
     assert printable(label) == escaped != label
 
 
-def test_letters_of_any_script_are_shown_as_they_are() -> None:
+def test_letters_of_any_script_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     words = "naïve 中文\u3000好 שלום \u06cc\u200c\u0646 👩\u200d💻 a\u00a0b"
-    assert printable(words) == words == printable_json(words)
+    print_json(words)
+    assert printable(words) == words == capsys.readouterr().out
 
 
-def test_json_lines_keep_their_values() -> None:
+def test_json_lines_keep_their_values(capsys: pytest.CaptureFixture[str]) -> None:
     values = [{"label": label} for label in HARMFUL]
     lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-    shown = printable_json(lines)
+    print_json(lines)
+    shown = capsys.readouterr().out
     assert [json.loads(line) for line in shown.split("\n")[:-1]] == values
     assert printable(shown.replace("\n", "")) == shown.replace("\n", "")
     assert printable(lines.replace("\n", "")) != lines.replace("\n", "")  # the control
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_another_encoding_shows_escapes_and_json_keeps_its_values(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    label = "schön 北京 🙂 \ud800"
+    out, error = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", error)
+    if encoding != "ascii":
+        out.write("é")
+    with pytest.raises(UnicodeEncodeError):  # the control
+        out.write(label)
+    escape_unencodable()
+    print(label)
+    show_table("t", ["h"], [[label]])
+    print_error(BertdistError(label))
+    expected = label.encode(encoding, "backslashreplace").decode(encoding)
+    for stream, lines in ((out, 2), (error, 1)):
+        stream.flush()
+        assert stream.buffer.getvalue().decode(encoding).count(expected) == lines  # type: ignore[attr-defined]
+    out.buffer.seek(0)
+    out.buffer.truncate()
+    print_json(json.dumps({"label": label}, ensure_ascii=False) + "\n")
+    out.flush()
+    written = out.buffer.getvalue()  # type: ignore[attr-defined]
+    assert written.isascii() and json.loads(written) == {"label": label}

@@ -482,6 +482,54 @@ def test_a_finished_run_shows_its_best_evaluation(log: RunLogger, capfd: Any) ->
     assert "Confusion matrix (rows: true, columns: predicted)" in shown and "7" in shown
 
 
+GOOD_REPORT = {
+    "step": 4,
+    "labels": ["no", "yes"],
+    "per_class": [{"label": "no", "f1": 0.5}, {"label": "yes", "f1": 0.25}],
+    "confusion": [[3, 1], [0, 7]],
+}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"per_class": "x"},
+        {"per_class": [1, 2]},
+        {"per_class": [{}] * 30},
+        {"per_class": 7},
+        {"labels": 7},
+        {"labels": ["no"]},
+        {"confusion": [[3, 1]]},
+        {"confusion": None},
+        {"labels": ["no"] * 20, "confusion": [["a"] * 20] * 20},
+        {"per_class": [{"label": 1, "f1": None, "rows": 1}, {"f1": 0, "rows": 2}] * 30},
+    ],
+    ids=lambda damage: str(damage)[:30],
+)
+def test_a_damaged_evaluation_does_not_end_a_finished_run(
+    damage: dict[str, Any], log: RunLogger, capfd: Any, tmp_path: Path
+) -> None:
+    state = TrainState(step=8, finished=True, best_step=4)
+    log.log_summary(state, "", {**GOOD_REPORT, **damage})
+    said = capfd.readouterr().err
+    assert "evaluation.json is damaged: its tables are not shown." in said
+    assert "Finished: 8" in said
+    log.log_summary(state, "", GOOD_REPORT)  # the control
+    assert "is damaged" not in capfd.readouterr().err
+
+
+def test_a_damaged_line_of_the_log_is_dropped(log: RunLogger, tmp_path: Path) -> None:
+    good = b'{"kind": "train", "step": 1}\n'
+    for bad in (b"", b"\xff", b"[" * 100_000, b"[1]", b'"x"', b"null", b'{"step": "a"}', b"{"):
+        (tmp_path / "metrics.jsonl").write_bytes(good + bad + b"\n" + good)
+        log.begin(2, {})
+        assert (tmp_path / "metrics.jsonl").read_bytes() == good * 2
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(CheckpointError, match=r"^Cannot read .*metrics.jsonl: Is a directory\.$"):
+        log.begin(2, {})
+
+
 @pytest.mark.parametrize("matrix", [True, False])
 def test_of_many_labels_the_worst_are_shown(matrix: bool, log: RunLogger, capfd: Any) -> None:
     names = [f"label{i}" for i in range(1000)]
