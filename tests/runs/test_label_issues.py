@@ -109,9 +109,8 @@ def test_an_interrupted_run_resumes_and_finished_folds_are_not_trained_again(
     assert (tmp_path / "out" / "issues.jsonl").read_bytes() == (
         uninterrupted / "issues.jsonl"
     ).read_bytes()
-    shutil.rmtree(
-        tmp_path / "out" / "folds" / "0" / "checkpoints"
-    )  # the control: what is not there is trained
+    for name in ("checkpoints", "best"):  # the control: what is not there is trained
+        shutil.rmtree(tmp_path / "out" / "folds" / "0" / name)
     ((code, _, steps),) = run_ranks(1, run_check, words, timeout=300)
     assert code == 0 and {name: steps.count(name) for name in steps} == {"0": 6}
 
