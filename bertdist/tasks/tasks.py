@@ -315,8 +315,9 @@ def _with_positive_weights(
         raise DataError(
             f"No row of the training split has a label in {column!r}; expected at least one label."
         )
-    targets = np.array([task.encode_label(value) for value in values])  # (V, O)
-    positive = (targets * counts[:, None]).sum(0)  # (O,) rows that have the label
+    positive = np.zeros(len(task.labels))  # rows that have the label
+    for value, count in zip(values, counts, strict=True):
+        positive += count * np.array(task.encode_label(value))
     balanced = (int(counts.sum()) - positive) / np.maximum(positive, 1)
     weights = _class_weights(config.class_weights, task.labels, balanced)
     return replace(task, positive_weights=weights)
