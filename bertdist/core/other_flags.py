@@ -105,10 +105,14 @@ _ANSWERS = [
         "do_predict test_file predict_file test_split_name max_predict_samples "
         "limit_test_batches limit_predict_batches input text text_pair",
     ),
-    ("the names are --text_column and --text_pair_column", "text_column_names"),
+    (
+        "--text_column takes several columns, joined with a space; --text_pair_column is the second "
+        "text",
+        "text_column_names text_column_delimiter",
+    ),
     (
         "only the columns of text and label are read: --text_column, --label_column",
-        "remove_columns remove_unused_columns text_column_delimiter",
+        "remove_columns remove_unused_columns",
     ),
     ("only --train_split and --validation_split are read", "remove_splits"),
     ("--problem_type regression", "do_regression"),
