@@ -37,6 +37,7 @@ from bertdist.data.records import Records
 from bertdist.data_quality.findings import Example, FindingBuilder, Severity
 from bertdist.data_quality.label_checks import SplitLabels
 
+LEAK_ERROR_SHARE = 0.01  # share of a split from which its score is meaningless
 SHINGLE_BYTES = 5  # with 24 bits for the number of a pair a shingle fills 64
 BANDS, BAND_VALUES = 16, 4
 NUM_VALUES = BANDS * BAND_VALUES
@@ -405,7 +406,10 @@ def _find_leaks(
     meaning = f"The best weights are chosen on {first}, which has these rows of {second}."
     advice = f"Remove them from {first}."
     if first == "train":
-        meaning = f"The model is trained on these {second} rows: the score of {second} is too good."
+        meaning = (
+            f"The model is trained on these {second} rows: the score of {second} is too good. An "
+            f"error from {LEAK_ERROR_SHARE:.0%} of the rows on."
+        )
         advice = "Remove them from train (--fix does)."
     exact = np.isin(groups.exact[second], groups.exact[first])
     same_normalized = np.isin(groups.normalized[second], groups.normalized[first]) & ~exact
@@ -420,7 +424,9 @@ def _find_leaks(
             like = int(np.argmax(numbers[first] == numbers[second][row]))
             where = str(builders[first].records.location(like))
             examples.append(_example(build, row, like=where))
-        build.add(kind, "warning", title + suffix, rows, meaning, advice, examples=examples)
+        is_error = first == "train" and leaked.mean() >= LEAK_ERROR_SHARE
+        severity: Severity = "error" if is_error else "warning"
+        build.add(kind, severity, title + suffix, rows, meaning, advice, examples=examples)
 
 
 def _find_near(

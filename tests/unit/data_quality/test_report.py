@@ -140,7 +140,7 @@ def test_chnsenticorp(shared_data: Path) -> None:
     assert get_finding(found, "conflicting_labels").count == 24  # texts
     assert (
         get_finding(found, "leaks", "train/validation").count == 338
-        and get_finding(found, "leaks", "train/validation").severity == "warning"
+        and get_finding(found, "leaks", "train/validation").severity == "error"
     )
     with pytest.raises(DataError, match=r"^test\.tsv line 1 is a header \('qid', 'text_a'\)"):
         real(
