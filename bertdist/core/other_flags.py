@@ -106,8 +106,8 @@ _ANSWERS = [
         "limit_test_batches limit_predict_batches input text text_pair",
     ),
     (
-        "--text_column takes several columns, joined with a space; --text_pair_column is the second "
-        "text",
+        "--text_column takes several columns, joined with a space; "
+        "--text_pair_column is the second text",
         "text_column_names text_column_delimiter",
     ),
     (
