@@ -255,7 +255,7 @@ TXT = "; --file_format txt overrules"
         ("a.jsonl", '{"text" "a"}\n' + JSONL, {}, "jsonl", None),  # a damaged first line
         ("a.csv", b"PAR1\0", {}, "parquet", "parquet"),
         ("a.csv", TABLE.encode("utf-16-le"), {}, "csv", "utf-16-le, delimiter tab, unquoted"),
-        ("a.csv", gzip.compress(b"text,label\na,1\n"), {}, "csv", None),
+        ("a.csv", gzip.compress(b"text,label\na,1\n", mtime=0), {}, "csv", None),
         ("a.csv.gz", b"text,label\na,1\n", {}, "csv", None),
         ("a.csv", "sep=;\r\ntext;label\r\na,b;1\r\n", {}, "csv", None),
         ("a.txt", '"sep=|"\ntext|label\na|1\n', {}, "csv", TXT),
@@ -282,7 +282,7 @@ def test_the_kind_of_a_file_is_that_of_its_content(
         (b"PK\x03\x04......a.csv", "a zip archive; unpack it with unzip"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1", "an Excel workbook (.xls)"),
         (b"BZh91AY", "a bzip2 file"),
-        (gzip.compress(b"\0" * 257 + b"ustar"), "a tar archive"),
+        (gzip.compress(b"\0" * 257 + b"ustar", mtime=0), "a tar archive"),
         (b"<!DOCTYPE html>", "a web page, not data"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
     ],
