@@ -32,13 +32,7 @@ from bertdist.core.config import ModelConfig, PredictConfig, RunConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError
 from bertdist.core.hub import model_folder
 from bertdist.core.output_files import write_output
-from bertdist.core.terminal import (
-    print_error,
-    print_json,
-    print_to_stderr,
-    printable,
-    process_rank,
-)
+from bertdist.core.terminal import print_error, print_json, print_to_stderr, printable, process_rank
 from bertdist.data.loader import DEFAULT_TOKEN_BUDGET, MapLoader
 from bertdist.data.loading import load_texts
 from bertdist.data.records import ColumnNames, Records, records_from_texts
@@ -85,7 +79,7 @@ class Predictor:
     ) -> None:
         """Load a trained folder (best/), or any Hugging Face folder of a sequence classifier.
 
-        The folder of a run means its best/.
+        folder: that of a run means its best/.
         max_length: longer texts are truncated to it; None: the maximum of the training, else of the
         model. tokens_per_micro_batch: None: chosen from free memory at the first call. stop: ends a
         call with `Stopped` once it is set.
@@ -110,7 +104,7 @@ class Predictor:
                 f"--max_length is {self.max_length}; this model has {self.model.max_positions} "
                 "positions."
             )
-        self._warned = False  # of truncated texts
+        self._warns_of_truncation = self.accelerator.is_main_process  # once
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.model.to(self.accelerator.device).eval()
 
@@ -128,15 +122,13 @@ class Predictor:
         NonFiniteError if a logit is not finite.
         """
         records = records_from_texts(texts, pairs)
-        for note in () if self._warned else self.truncation_notes(records):
+        for note in self.truncation_notes(records) if self._warns_of_truncation else ():
             warnings.warn(note, stacklevel=2)
-            self._warned = True
+            self._warns_of_truncation = False
         return self.predict_records(records) if len(records) else []
 
     def truncation_notes(self, records: Records) -> list[str]:
-        """A line if more than 1% of the texts are truncated; called with a Predictor, it is a
-        warning, once.
-        """
+        """A line if more than 1% of the texts are truncated; a call warns of it, once."""
         return truncation_notes({"texts": records}, self.tokenizer, self.max_length)
 
     def predict_records(self, records: Records) -> list[dict[str, Any]]:
@@ -146,14 +138,15 @@ class Predictor:
     def predict_logits(self, records: Records) -> Tensor:
         """(rows, outputs) float32 on the CPU, the same on every rank.
 
-        Raises, on all ranks, Stopped, and NonFiniteError if a logit is not finite.
+        Raises, on all ranks, Stopped, DataError as `check_pairs` does, and NonFiniteError if a
+        logit is not finite.
         """
-        check_pairs(self.metadata, records)
+        with raise_on_all_ranks(self.accelerator):
+            check_pairs(self.metadata, records)
         world_size = self.accelerator.num_processes
+        dataset = create_dataset(records, self.tokenizer, None, self.max_length, self._vocab_size)
         batches = MapLoader(
-            dataset=create_dataset(
-                records, self.tokenizer, None, self.max_length, self._vocab_size
-            ),
+            dataset=dataset,
             rows_per_step=ROWS_PER_WINDOW * world_size,
             tokens_per_micro_batch=self.tokens_per_micro_batch or DEFAULT_TOKEN_BUDGET,
             rank=self.accelerator.process_index,
@@ -207,6 +200,17 @@ def _load_rows(config: PredictConfig) -> Records:
     return records
 
 
+def _load_file(config: PredictConfig, metadata: dict[str, Any]) -> Records:
+    assert config.input is not None
+    text = metadata.get("text_column")
+    text = tuple(text) if isinstance(text, list) else text
+    trained = ColumnNames(text, metadata.get("text_pair_column"), None, [])
+    records = load_texts(config.input, config, trained)
+    if process_rank() == 0:
+        print_to_stderr(*(f"{note}." for note in records.format_notes))
+    return records
+
+
 def check_pairs(metadata: dict[str, Any], records: Records) -> None:
     """Raise DataError if the model was trained on pairs of texts and these are single ones, or vice
     versa. metadata: of the model; a folder of another program does not say, and takes both.
@@ -225,17 +229,6 @@ def check_pairs(metadata: dict[str, Any], records: Records) -> None:
             "The model was trained on single texts, not on pairs: remove pairs=, --text_pair or "
             "--text_pair_column."
         )
-
-
-def _load_file(config: PredictConfig, metadata: dict[str, Any]) -> Records:
-    assert config.input is not None
-    text = metadata.get("text_column")
-    text = tuple(text) if isinstance(text, list) else text
-    trained = ColumnNames(text, metadata.get("text_pair_column"), None, [])
-    records = load_texts(config.input, config, trained)
-    if process_rank() == 0:
-        print_to_stderr(*(f"{note}." for note in records.format_notes))
-    return records
 
 
 def to_jsonl(predictions: Iterable[dict[str, Any]]) -> bytes:

@@ -34,12 +34,10 @@ from bertdist.core.hub import model_folder
 from bertdist.core.output_files import check_outputs
 from bertdist.core.terminal import print_to_stderr, process_rank
 
-_INTERVAL = "takes '200 steps', '0.5 epochs', '10%' or 'never'"
 _MODELS = ("model_name_or_path", "model", "tokenizer_name")
 _TRAIN_SECTIONS = [ModelConfig, DataConfig, TaskConfig, BatchConfig, OptimConfig, RunConfig]
 _TRAIN_NAMES = {x.name for section in _TRAIN_SECTIONS for x in dataclasses.fields(section)}
 _SURE = 0.7  # similarity of a flag that is suggested: below it, deepspeed resembles seed
-
 _INPUTS = ("train_file", "validation_file", "test_file", "input", "config", *_MODELS)
 DROPPED = ".dropped.jsonl"  # beside the file of check's --fix
 _NOT_A_FOLDER = ("latest", "last", "newest", "auto", "best", "true", "false", "yes", "no", "none")
@@ -70,8 +68,8 @@ class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         # "argument --max_length/--max-length: ..." -> "--max_length: ..."
         message = re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message)
-        help = _VALUE_HINTS.get(message.split(":")[0], "--help says what each flag takes.")
-        raise ConfigError(f"{message}. {help}")
+        hint = _VALUE_HINTS.get(message.split(":")[0], "--help says what each flag takes.")
+        raise ConfigError(f"{message}. {hint}")
 
 
 def parse_arguments(program: str, sections: list[Any], arguments: Sequence[str]) -> tuple[Any, ...]:
@@ -114,7 +112,7 @@ def _check_paths(sections: list[Any], config_file: str | None) -> None:
     """Raise ConfigError for outputs that cannot be written or would replace an input."""
     given = {name: value for section in sections for name, value in vars(section).items() if value}
     given["config"] = config_file
-    outputs = {f"--{name}": given[name] for name in ("output", "fix") if given.get(name)}
+    outputs = {f"--{name}": given[name] for name in ("output", "fix") if name in given}
     if "fix" in given:
         outputs["the .dropped.jsonl of --fix"] = str(Path(given["fix"]).with_suffix(DROPPED))
     inputs = []
@@ -383,11 +381,11 @@ def config_problems(config: TrainConfig) -> Iterable[str]:
 
 def _duration_problem(value: str) -> str:
     """What is wrong with a duration; "" if nothing is."""
-    found = DURATION.fullmatch(value)
     if value in ("never", "auto"):
         return ""
+    found = DURATION.fullmatch(value)
     if found is None:
-        return f"it {_INTERVAL}.{_duration_hint(value)}"
+        return f"it {other_flags.INTERVAL}.{_duration_hint(value)}"
     number, unit = float(found[1]), found[2]
     if number == 0:
         return "expected more than 0, or 'never'."
@@ -396,11 +394,10 @@ def _duration_problem(value: str) -> str:
 
 def _duration_hint(value: str) -> str:
     """For `epoch`, `no` and `500`, as other programs have them."""
-    meant = f"{value} steps" if value.isdigit() else f"1 {value}"
     if value.lower() in ("no", "none", "false", "off"):
-        meant = "never"
-    is_meant = meant == "never" or DURATION.fullmatch(meant)
-    return f" Did you mean {meant!r}?" if is_meant else ""
+        return " Did you mean 'never'?"
+    meant = f"{value} steps" if value.isdigit() else f"1 {value}"
+    return f" Did you mean {meant!r}?" if DURATION.fullmatch(meant) else ""
 
 
 def _without_effect(config: TrainConfig) -> Iterable[str]:

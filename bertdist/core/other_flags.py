@@ -8,8 +8,9 @@ command: a flag in an answer is one of its own, or the whole answer is left out.
 import re
 from collections.abc import Collection
 
-_INTERVAL = "takes '200 steps', '0.5 epochs', '10%' or 'never'"
+INTERVAL = "takes '200 steps', '0.5 epochs', '10%' or 'never'"
 _PREDICT = "python -m bertdist.predict --model out/best --input test.tsv reads rows without labels"
+_SETTING = "it is a setting of training"
 
 # Our name -> names that mean the same elsewhere.
 _NAMES = {
@@ -65,14 +66,14 @@ _ANSWERS = [
         "group_by_length train_sampling_strategy length_column_name",
     ),
     (
-        f"--eval_every {_INTERVAL}",
+        f"--eval_every {INTERVAL}",
         "evaluation_strategy eval_strategy evaluate_during_training val_check_interval "
         "check_val_every_n_epoch eval_delay eval_on_start num_sanity_val_steps",
     ),
     ("--eval_every takes '200 steps'", "eval_steps"),
-    (f"--save_every {_INTERVAL}", "save_strategy"),
+    (f"--save_every {INTERVAL}", "save_strategy"),
     ("--save_every takes '200 steps'", "save_steps checkpointing_steps"),
-    (f"--log_every {_INTERVAL}", "logging_strategy logging_first_step"),
+    (f"--log_every {INTERVAL}", "logging_strategy logging_first_step"),
     ("--log_every takes '50 steps'", "logging_steps log_every_n_steps"),
     ("the best weights are always in best/", "load_best_model_at_end"),
     ("it follows from --metric_for_best_model", "greater_is_better"),
@@ -147,8 +148,10 @@ _ANSWERS = [
         "the loss is the mean over the rows of the step, on any number of devices",
         "average_tokens_across_devices",
     ),
-    ("--gradient_checkpointing takes no further settings", "gradient_checkpointing_kwargs"),
-    ("--gradient_checkpointing takes no further settings", "activation_checkpointing_kwargs"),
+    (
+        "--gradient_checkpointing takes no further settings",
+        "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
+    ),
     (
         "--torch_compile compiles the layers, with inductor",
         "torch_compile_backend torch_compile_mode torchdynamo use_liger_kernel "
@@ -259,12 +262,11 @@ def answer(name: str, names: Collection[str], train_names: Collection[str]) -> s
     name = name.rpartition(".")[2]
     if "input" in names and name in PREDICT_ANSWERS:
         return PREDICT_ANSWERS[name]
+    if name in names:
+        return f"the name is --{name}"
     found = TRAIN_ANSWERS.get(name)
-    if found is not None and "python -m" not in found and "accelerate launch" not in found:
-        flags = re.findall(r"--(\w+)", found)
-        found = found if all(flag in names for flag in flags) else "it is a setting of training"
-    elif found is None and name in train_names and name not in names:
-        found = "it is a setting of training"
-    elif found is None and name in names:
-        found = f"the name is --{name}"
-    return found
+    if found is None:
+        return _SETTING if name in train_names else None
+    if "python -m" in found or "accelerate launch" in found:  # the flags are of that command
+        return found
+    return found if {*re.findall(r"--(\w+)", found)} <= {*names} else _SETTING

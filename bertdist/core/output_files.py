@@ -45,7 +45,7 @@ def check_outputs(
         if other != flag and not _is_special(target):
             raise ConfigError(f"{flag} {path} is {other} as well: name another file.")
     for given, file in files if folder else ():
-        if Path(os.path.realpath(str(folder))) in Path(os.path.realpath(file)).parents:
+        if _is_inside(file, Path(str(folder))):
             raise ConfigError(
                 f"{given} {file} is inside --output_dir {folder}, whose files a run replaces: "
                 "move one of them."
@@ -82,9 +82,12 @@ def _replaces(target: Path, given: Path) -> bool:
     if not target.is_file():
         return False
     if given.is_dir():  # predictions beside a model are not of the model
-        inside = Path(os.path.realpath(given)) in Path(os.path.realpath(target)).parents
-        return inside and target.suffix != ".jsonl"
+        return target.suffix != ".jsonl" and _is_inside(target, given)
     return os.path.samefile(given, target)
+
+
+def _is_inside(file: Path, folder: Path) -> bool:
+    return Path(os.path.realpath(folder)) in Path(os.path.realpath(file)).parents
 
 
 def _target(path: Path) -> Path:

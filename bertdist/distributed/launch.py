@@ -41,12 +41,7 @@ from transformers.utils import logging as transformers_logging
 
 from bertdist.core.config import RunConfig, TrainConfig
 from bertdist.core.errors import BertdistError, ConfigError, RankLost, did_you_mean
-from bertdist.core.terminal import (
-    escape_unencodable,
-    print_error,
-    print_to_stderr,
-    process_rank,
-)
+from bertdist.core.terminal import escape_unencodable, print_error, print_to_stderr, process_rank
 from bertdist.distributed.collectives import assert_same_on_all_ranks
 from bertdist.distributed.heartbeat import Heartbeat, is_alive, own_heartbeat, this_host
 from bertdist.distributed.launcher import ACCEPTED_TYPES, check_launcher, check_world
@@ -239,7 +234,7 @@ def _installed_trackers(names: list[str]) -> list[str]:
     for name in names:
         if name in installed:
             continue
-        if name == "all" or name == "none":
+        if name in ("all", "none"):
             reason = "no tracker is installed." if names == [name] else "give it alone."
         elif name in LoggerType.list():
             package = "'bertdist[tensorboard]'" if name == "tensorboard" else name

@@ -65,17 +65,15 @@ def check_launcher(
     mixed_precision: of a flag, which wins over accelerate's.
     """
     launch = accelerate_launch()
-    by_launch = "" if launch is None else " by `accelerate launch`"
-    if launch is not None and launch.file:
-        by_launch = f" by {launch.file}"
+    source = f"set by {launch.file or '`accelerate launch`'}" if launch else "set"
     problems = {}  # one line per answer: a config file sets variables too
     for name, (harmless, answer) in VARIABLES.items():
         value = environ.get(name, "").strip()
         ours = name == "ACCELERATE_MIXED_PRECISION" and mixed_precision is not None
         if value and not ours and not re.fullmatch(harmless, value, re.IGNORECASE):
-            problems[answer] = f"{name} is {value!r}{', set' * bool(by_launch)}{by_launch}"
-    for setting, answer in [] if launch is None else _without_effect(launch):
-        problems.setdefault(answer, f"{setting} is set{by_launch}")
+            problems[answer] = f"{name} is {value!r}" + (f", {source}" if launch else "")
+    for setting, answer in _without_effect(launch) if launch else ():
+        problems.setdefault(answer, f"{setting} is {source}")
     if problems:
         raise ConfigError("\n".join(f"{found}; {what}." for what, found in problems.items()))
 
@@ -125,7 +123,7 @@ def check_world(world_size: int, environ: Mapping[str, str] = os.environ) -> Non
             have = _processes(world_size)
             raise ConfigError(f"{name} is {promised}, but this run has {have}: {fix}.")
     requested = _requested_processes()
-    if requested is not None and world_size < requested:
+    if world_size < requested:
         raise ConfigError(
             f"`accelerate launch` was to start {_processes(requested)}, but this run has "
             f"{world_size}: give it --multi_gpu, and on CPUs `ACCELERATE_USE_CPU=true accelerate "
@@ -138,15 +136,12 @@ def _processes(count: int) -> str:
     return f"{count} process{'' if count == 1 else 'es'}"
 
 
-def _requested_processes() -> int | None:
-    """Processes that the `accelerate launch` above was to start; None if it does not say."""
+def _requested_processes() -> int:
+    """Processes that the `accelerate launch` above was to start; 0 if it does not say."""
     launch = accelerate_launch()
     if launch is None:
-        return None
-    count = launch.flags.num_processes
-    if count is None and launch.config is not None:
-        count = launch.config.num_processes
-    return None if count is None else int(count)
+        return 0
+    return int(launch.flags.num_processes or getattr(launch.config, "num_processes", 0))
 
 
 def accelerate_launch() -> AccelerateLaunch | None:
