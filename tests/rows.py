@@ -68,6 +68,7 @@ class MemoryRows:
     columns: tuple[str, ...] = ("text", "label")
     features: Any = None
     has_header: bool = False
+    quoted_table: None = None
 
     @property
     def fingerprint(self) -> str:

@@ -12,7 +12,7 @@ BertdistError
 A message is one line per problem: what is wrong, where (file, line), what was expected, what to do.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -63,10 +63,14 @@ def nearest_name(name: str, candidates: list[str], cutoff: float = 0.6) -> str |
     return near[0] if near else None
 
 
+def listed(items: Sequence[str], most: int = 10) -> str:
+    """The first items with commas between them, and "..." where there are more."""
+    return ", ".join([*items[:most], *(["..."] if len(items) > most else [])])
+
+
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest candidate, else the first 20."""
     names = list(dict.fromkeys(candidates))
     if near := nearest_name(name, names):
         return f" Did you mean {near!r}?"
-    listed = ", ".join(map(repr, names[:20]))
-    return f" Known: {listed}{', ...' if len(names) > 20 else ''}." if names else ""
+    return f" Known: {listed(list(map(repr, names)), 20)}." if names else ""

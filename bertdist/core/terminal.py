@@ -138,3 +138,8 @@ def excerpt(text: str, columns: int = EXCERPT_COLUMNS) -> str:
             return "".join(shown) + "..."
         shown.append(character if character.isprintable() else repr(character)[1:-1])
     return "".join(shown)
+
+
+def excerpt_of(value: object, columns: int = 60) -> str:
+    """The beginning of a value's repr, as `excerpt`, with its line ends as blanks."""
+    return excerpt(" ".join(repr(value).split()), columns)

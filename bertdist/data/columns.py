@@ -26,6 +26,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from bertdist.core.errors import DataError, RowError
+from bertdist.core.terminal import excerpt_of
 from bertdist.data.source import LocateRow
 from bertdist.tasks.labels import canonical, odd_labels
 
@@ -113,7 +114,7 @@ def _read_text_list(
     for row, value in enumerate(column):
         is_text = type(value) is str and not _has_surrogate(value)
         if not is_text and (problems is None or row not in problems):
-            content = "is null" if value is None else f"holds {repr(value)[:40]}"
+            content = "is null" if value is None else f"holds {excerpt_of(value, 40)}"
             content = "has a lone surrogate" if type(value) is str else content
             reject(problems, [row], f"column {name!r} {content}; expected a text", location)
         texts.append(value if is_text else "")
@@ -153,7 +154,7 @@ def read_labels(
             first = first or (raw, value)
             if isinstance(value, tuple) != isinstance(first[1], tuple):
                 raise ValueError(
-                    f"label {repr(raw)[:60]} is {_content(value)}, "
+                    f"label {excerpt_of(raw)} is {_content(value)}, "
                     f"each of the labels above it is {_content(first[1])}"
                 )
         except ValueError as error:
@@ -197,7 +198,7 @@ def read_label_columns(
         bit_of = [_bit(value, blank) for value in distinct]
         for code in _used_codes(codes, len(distinct), problems):
             if bit_of[code] is None:
-                shown = repr(distinct[code])[:60] if distinct[code] is not None else "no value"
+                shown = excerpt_of(distinct[code]) if distinct[code] is not None else "no value"
                 reason = f"column {name!r} holds {shown}; expected 0 or 1"
                 _reject_value(problems, wrong, codes, code, reason, location)
         bits[:, index] = np.array([bit or 0 for bit in bit_of], np.uint8)[codes]
@@ -302,7 +303,7 @@ def _label(raw: Any, delimiter: str | None, class_names: tuple[str, ...] | None)
     elif delimiter is not None:
         if not isinstance(raw, str):
             raise ValueError(
-                f"label {repr(raw)[:60]} is not text, and --label_delimiter splits text"
+                f"label {excerpt_of(raw)} is not text, and --label_delimiter splits text"
             )
         raw = [part.strip() for part in raw.split(delimiter)] if raw.strip() else []
     return _label_set(raw) if isinstance(raw, list) else _name(raw)

@@ -159,7 +159,7 @@ def _read_file(
         on_bad_row="skip" if reader.skip else "fail",
         first_label=first_label,
         any_label=any_label,
-        table=getattr(reader, "quoted_table", None),  # a folder has none
+        table=reader.quoted_table,
     )
     reject_header(records)
     note = reader.note

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from bertdist.core.errors import DataError, did_you_mean
+from bertdist.core.errors import DataError, did_you_mean, listed
+from bertdist.core.terminal import excerpt_of
 from bertdist.data.columns import (
     Codes,
     LabelKind,
@@ -40,6 +41,7 @@ from bertdist.data.source import (
     Column,
     LocateRow,
     OnBadRow,
+    QuotedTable,
     SkippedRow,
     chunk_of_columns,
     concat_locations,
@@ -141,13 +143,6 @@ class Records:
         )
 
 
-class QuotedTable(NamedTuple):
-    """A table that is read with quotes, though no flag says that it has any."""
-
-    delimiter: str
-    header: list[str]  # names of all columns
-
-
 class ColumnNames(NamedTuple):
     """The columns to read: as requested (None: by usual names), or as chosen from a source's."""
 
@@ -211,7 +206,7 @@ def as_texts(texts: Any, name: str) -> list[Any]:
         else:
             for row, item in enumerate(items):
                 if not isinstance(item, str):
-                    found = f"{' '.join(repr(item).split())[:40]} ({type(item).__name__})"
+                    found = f"{excerpt_of(item, 40)} ({type(item).__name__})"
                     raise DataError(f"{name}[{row}] is {found}; expected a text.")
             return list(map(str.__str__, items))  # subclasses of str too
     raise DataError(f"{name} is of type {type(texts).__name__}: {reason}.")
@@ -257,7 +252,7 @@ def _first_present(
 def _no_column(
     source: str, names: Sequence[str], problem: str, advice: str, has_header: bool
 ) -> DataError:
-    shown = ", ".join(repr(name if len(name) <= 30 else f"{name[:30]}...") for name in names[:20])
+    shown = listed([repr(n if len(n) <= 30 else f"{n[:30]}...") for n in names], 20)
     advice = "" if advice.startswith(" Known") else advice  # the message names the columns already
     looks_like_data = any(len(n) > 30 or n.replace(".", "", 1).isdecimal() for n in names)
     if has_header and looks_like_data:
@@ -444,9 +439,8 @@ def reject_header(records: Records) -> None:
     label, text = records.label_values[codes[0]], records.texts[0].as_py()
     if isinstance(label, str) and label.strip().lower() in HEADER_WORDS:
         raise DataError(
-            f"{records.location(0)} looks like a header (text {text[:30]!r}, label "
-            f"{label[:30]!r}); remove that row, or --column_names, which is for files without a "
-            "header."
+            f"{records.location(0)} looks like a header (text {excerpt_of(text, 30)}, label "
+            f"{label!r}); remove that row, or --column_names, which is for files without a header."
         )
 
 

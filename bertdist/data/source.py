@@ -135,6 +135,13 @@ class SkippedRow(NamedTuple):
         return f"{self.location}: {self.reason}{end}"
 
 
+class QuotedTable(NamedTuple):
+    """A table that is read with quotes, though no flag says that it has any."""
+
+    delimiter: str
+    header: list[str]  # names of all columns
+
+
 class Chunk(NamedTuple):
     """Some rows of a source, in its order."""
 
@@ -171,6 +178,10 @@ class DataSource(Protocol):
     @property
     def features(self) -> Any:
         """datasets.Features of a Hub data set, else None."""
+
+    @property
+    def quoted_table(self) -> QuotedTable | None:
+        """Of a table that is read with quotes, though no flag says that it has any."""
 
     def column_names(self) -> list[str]:
         """In their order. Raises DataError."""

@@ -154,7 +154,7 @@ class Stream:
                     on_bad_row=self.on_bad_row,
                     first_label=self.first_label,
                     any_label=self.any_label,
-                    table=getattr(source, "quoted_table", None),
+                    table=source.quoted_table,
                 )
             yield chunk.state, records
 

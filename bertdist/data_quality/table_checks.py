@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 
 from bertdist.core.terminal import excerpt
 from bertdist.data.readers.file_reader import DataFile, FileReader
-from bertdist.data.records import HEADER_WORDS, ColumnNames, QuotedTable, swallowed_rows
+from bertdist.data.records import HEADER_WORDS, ColumnNames, swallowed_rows
+from bertdist.data.source import QuotedTable
 from bertdist.data_quality.findings import FindingBuilder
 from bertdist.data_quality.label_checks import SplitLabels
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from bertdist.core.errors import ConfigError, DataError
+from bertdist.core.errors import ConfigError, DataError, listed
 
 SINGLE_LABEL = "single_label_classification"
 MULTI_LABEL = "multi_label_classification"
@@ -179,9 +179,8 @@ def _infer_set(labels: Mapping[Any, int], locate: Callable[[Any], str]) -> Infer
         if len(set(label)) < len(label):
             raise DataError(
                 f"{locate(label)}: a list of {len(label)} zeros and ones "
-                f"({', '.join(label[:20])}); "
-                "expected lists of zeros and ones of one length in all rows, or lists of label "
-                "names."
+                f"({listed(label, 20)}); expected lists of zeros and ones of one length in all "
+                "rows, or lists of label names."
             )
     overrule = ""
     if all(len(label) == 1 for label in labels):
@@ -209,8 +208,8 @@ def odd_labels(labels: Mapping[Any, int]) -> list[str]:
 
 def _describe_odd(odd: list[str], labels: Mapping[Any, int], locate: Callable[[Any], str]) -> str:
     rows, total = sum(labels[label] for label in odd), sum(labels.values())
-    also = ", ".join(f"{label!r} ({locate(label)})" for label in odd[1:4])
-    also = f"; also {also}{', ...' if len(odd) > 4 else ''}" if also else ""
+    also = listed([f"{label!r} ({locate(label)})" for label in odd[1:5]], 3)
+    also = f"; also {also}" if also else ""
     return (
         f"{locate(odd[0])}: label {odd[0]!r} is not a number, as those of {total - rows:,} of "
         f"{total:,} rows are{also}. Correct these labels, or leave their rows out with "

@@ -49,11 +49,11 @@ from scipy import sparse, stats
 from sklearn import metrics
 
 from bertdist.core.errors import ConfigError, DataError, did_you_mean
+from bertdist.core.terminal import excerpt_of
 from bertdist.core.types import Array
+from bertdist.tasks.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 NAN = float("nan")
-SINGLE, MULTI = "single_label_classification", "multi_label_classification"
-REGRESSION = "regression"
 # When a score of the table is not a number
 UNDEFINED = {
     "roc_auc": "a label has no row, or has all rows",
@@ -119,20 +119,26 @@ def _sklearn(function: str, *problem_types: str, **options: Any) -> _Spec:
 
 
 _METRICS: dict[str, _Spec] = {
-    "accuracy": _sklearn("accuracy_score", SINGLE, MULTI),
-    **{name: _sklearn(f"{name}_score", SINGLE, average="macro", binary=True) for name in _F1_LIKE},
+    "accuracy": _sklearn("accuracy_score", SINGLE_LABEL, MULTI_LABEL),
     **{
-        f"{name}_{average}": _sklearn(f"{name}_score", SINGLE, MULTI, average=average)
+        name: _sklearn(f"{name}_score", SINGLE_LABEL, average="macro", binary=True)
+        for name in _F1_LIKE
+    },
+    **{
+        f"{name}_{average}": _sklearn(f"{name}_score", SINGLE_LABEL, MULTI_LABEL, average=average)
         for name in _F1_LIKE
         for average in ("macro", "micro", "weighted")
     },
-    "f1_samples": _sklearn("f1_score", MULTI, average="samples"),
-    "matthews_correlation": _Spec("sklearn.metrics.matthews_corrcoef", _matthews, (SINGLE,)),
+    "f1_samples": _sklearn("f1_score", MULTI_LABEL, average="samples"),
+    "matthews_correlation": _Spec("sklearn.metrics.matthews_corrcoef", _matthews, (SINGLE_LABEL,)),
     "roc_auc": _Spec(
-        "sklearn.metrics.roc_auc_score", _roc_auc, (SINGLE, MULTI), reads="probabilities"
+        "sklearn.metrics.roc_auc_score",
+        _roc_auc,
+        (SINGLE_LABEL, MULTI_LABEL),
+        reads="probabilities",
     ),
-    "jaccard_samples": _sklearn("jaccard_score", MULTI, average="samples", zero_division=1.0),
-    "jaccard_macro": _sklearn("jaccard_score", MULTI, average="macro"),
+    "jaccard_samples": _sklearn("jaccard_score", MULTI_LABEL, average="samples", zero_division=1.0),
+    "jaccard_macro": _sklearn("jaccard_score", MULTI_LABEL, average="macro"),
     "pearson": _Spec("scipy.stats.pearsonr", _correlation(stats.pearsonr), (REGRESSION,)),
     "spearman": _Spec("scipy.stats.spearmanr", _correlation(stats.spearmanr), (REGRESSION,)),
     "mse": _sklearn("mean_squared_error", REGRESSION),
@@ -162,7 +168,7 @@ class BuiltinMetric(evaluate.Metric):  # type: ignore[misc]
     def _info(self) -> evaluate.MetricInfo:
         source, reads = self.spec.source, self.spec.reads
         value = Value("float64" if self.problem_type == REGRESSION else "int64")
-        references = List(value) if self.problem_type == MULTI else value
+        references = List(value) if self.problem_type == MULTI_LABEL else value
         inputs = List(Value("float64")) if reads == "probabilities" else references
         return evaluate.MetricInfo(
             description=f"{self.config_name} of {self.problem_type}, by {source}. "
@@ -227,10 +233,9 @@ class MetricSet:
     def __init__(self, metrics: dict[str, Any], problem_type: str, num_labels: int) -> None:
         self.names: tuple[str, ...] = tuple(metrics)
         self._metrics, self._problem_type, self._num_labels = metrics, problem_type, num_labels
-        self.main_scores: dict[
-            str, str
-        ] = {}  # metric -> the first of its scores; of the last `compute`
-        self.not_numbers: dict[str, str] = {}  # of the last `compute`: score -> what it was instead
+        # Of the last `compute`: a user's metric -> its first score; score -> what it was instead.
+        self.main_scores: dict[str, str] = {}
+        self.not_numbers: dict[str, str] = {}
 
     def compute(
         self, predictions: Array, probabilities: Array, references: Array
@@ -250,7 +255,7 @@ class MetricSet:
             "probabilities": probabilities,
             "references": references,
         }
-        self.not_numbers = {}
+        self.main_scores, self.not_numbers = {}, {}
         scores: dict[str, float] = {}
         for name, metric in self._metrics.items():
             inputs = {feature: arrays[feature] for feature in _features(metric)}
@@ -260,7 +265,7 @@ class MetricSet:
             try:
                 own = metric.compute(**inputs)
                 if not isinstance(own, Mapping):
-                    raise TypeError(f"expected a dict of scores, found {_excerpt(own)}")
+                    raise TypeError(f"expected a dict of scores, found {_describe(own)}")
             except Exception as error:
                 raise ConfigError(
                     f"--metrics {name}: failed on {len(references)} rows: {_one_line(error)}"
@@ -271,15 +276,15 @@ class MetricSet:
                 scores[score] = _as_number(value)
                 self.main_scores.setdefault(name, score)
                 if math.isnan(scores[score]):
-                    self.not_numbers[score] = _excerpt(value)
+                    self.not_numbers[score] = _describe(value)
         return scores
 
 
 def default_metrics(problem_type: str) -> list[str]:
     """Names of the usual metrics of a task, the main one first."""
     usual = {
-        SINGLE: "accuracy f1_macro",
-        MULTI: "f1_micro f1_macro accuracy jaccard_samples",
+        SINGLE_LABEL: "accuracy f1_macro",
+        MULTI_LABEL: "f1_micro f1_macro accuracy jaccard_samples",
         REGRESSION: "pearson spearman",
     }
     return usual[problem_type].split()
@@ -430,8 +435,8 @@ def _as_number(value: Any) -> float:
         return NAN
 
 
-def _excerpt(value: Any) -> str:
-    return f"{' '.join(repr(value).split())[:60]} ({type(value).__name__})"
+def _describe(value: Any) -> str:
+    return f"{excerpt_of(value)} ({type(value).__name__})"
 
 
 def _one_line(error: Exception) -> str:

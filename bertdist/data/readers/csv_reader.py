@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bertdist.core.errors import DataError, RowError
+from bertdist.core.errors import DataError, RowError, listed
 from bertdist.data.readers.text_lines import (
     FileFormat,
     Lines,
@@ -298,7 +298,7 @@ def read_header(
         return fields, num_lines
     if _is_header(fields, fmt.column_names):
         raise DataError(
-            f"{location} is a header ({', '.join(map(repr, fields[:5]))}), and --column_names is "
+            f"{location} is a header ({listed(list(map(repr, fields)), 5)}), and --column_names is "
             "for files without one; remove --column_names, or that line."
         )
     return list(fmt.column_names), num_before

@@ -84,10 +84,10 @@ from bertdist.data.readers.text_lines import (
     resolve_codec,
     row_excerpts,
 )
-from bertdist.data.records import QuotedTable
 from bertdist.data.source import (
     Chunk,
     OnBadRow,
+    QuotedTable,
     ReaderState,
     RowLocation,
     RowLocations,
@@ -425,26 +425,25 @@ def inspect_file(path: str, flags: FileConfig, warn: Warn = print_to_stderr) -> 
     extension = Path(Path(name).stem if compression_of(path) else name).suffix.lower()
     by_name = extension.removeprefix(".")
     by_name = ALIASES.get(by_name, by_name)
-    opener = partial(open_bytes, path, warn=warn)
     seekable = partial(pa.OSFile, path) if is_local else partial(open_seekable, path, warn)
-    if by_name == "parquet" and flags.file_format in ("auto", "parquet"):
-        fmt = _format_by_flags(name, by_name, flags)
-        return DataFile(**asdict(fmt), path=path, open_bytes=opener, open_seekable=seekable)
-    with reading(name), closing(open_stored(path, warn)) as stored:
-        start = stored.read(4096)
-        stored.seek(0)
-        reject_foreign(path, start)
-        codec = compression_in(start, path)
-        head, is_all = Buffer(decompressed(path, stored, codec)).first(HEAD_BYTES)
-    reject_foreign(path, head)
-    fmt, note = _detect(name, by_name, head, is_all, flags)
-    if codec and fmt.kind == "parquet":
-        raise DataError(f"{path} is a compressed parquet file; decompress it.")
-    opener = partial(open_bytes, path, warn=warn, codec=codec)
+    codec = note = None
+    if "parquet" in (flags.file_format, by_name) and flags.file_format in ("auto", "parquet"):
+        fmt = _format_by_flags(name, "parquet", flags)
+    else:
+        with reading(name), closing(open_stored(path, warn)) as stored:
+            start = stored.read(4096)
+            stored.seek(0)
+            reject_foreign(path, start)
+            codec = compression_in(start, path)
+            head, is_all = Buffer(decompressed(path, stored, codec)).first(HEAD_BYTES)
+        reject_foreign(path, head)
+        fmt, note = _detect(name, by_name, head, is_all, flags)
+        if codec and fmt.kind == "parquet":
+            raise DataError(f"{path} is a compressed parquet file; decompress it.")
     return DataFile(
         **asdict(fmt),
         path=path,
-        open_bytes=opener,
+        open_bytes=partial(open_bytes, path, warn=warn, codec=codec),
         open_seekable=seekable,
         note=note,
         is_quoting_given=flags.quoting != "auto",
@@ -453,7 +452,7 @@ def inspect_file(path: str, flags: FileConfig, warn: Warn = print_to_stderr) -> 
 
 def _format_by_flags(name: str, kind: str, flags: FileConfig) -> FileFormat:
     """The usual format of a kind, with what the flags say. Raises DataError."""
-    _check_unused(name, kind, flags)
+    reject_unused_flags(name, kind, flags)
     if twice := first_duplicate([column for column in flags.column_names or () if column != "_"]):
         raise DataError(
             f"--column_names has {twice!r} twice; a column that is not to be read is named '_'."
@@ -493,37 +492,32 @@ def _detect(
         is_tab = delimiter in ("tab", "\\t", "\t") or (delimiter is None and kind == "txt")
         kind = "tsv" if is_tab else "csv" if delimiter else kind
     usual = _format_by_flags(name, kind, replace(flags, delimiter=delimiter))
-    fmt, table = replace(usual, encoding=encoding), None
-    if kind not in ("jsonl", "json"):
-        text = text[sep.end() :] if sep else text
-        auto = {"delimiter": delimiter is None, "quoting": flags.quoting == "auto"}
-        table = detect_table(fmt, text, is_all, **auto) if any(auto.values()) else fmt
+    fmt = replace(usual, encoding=encoding)
+    table: FileFormat | None = fmt
+    auto = {"delimiter": delimiter is None, "quoting": flags.quoting == "auto"}
+    if kind not in ("jsonl", "json") and any(auto.values()):
+        table = detect_table(fmt, text[sep.end() :] if sep else text, is_all, **auto)
     if kind == "txt":
-        return fmt, _describe(fmt, usual, by_name, flags, is_auto and table is not None)
-    if kind not in ("jsonl", "json"):
-        if table is None:
-            raise DataError(
-                f"{name}: the kind of file is not known by its name, and its lines are not a "
-                "table; pass --file_format, such as csv, jsonl or txt, or --delimiter."
-            )
-        fmt = table
-    return fmt, _describe(fmt, usual, by_name, flags)
+        if table is None or not is_auto:
+            return fmt, _describe(fmt, usual, by_name, flags)
+        other = "--file_format csv or tsv reads it as a table"
+        return fmt, f"{name}: read as one text per line; {other}"
+    if table is None:
+        raise DataError(
+            f"{name}: the kind of file is not known by its name, and its lines are not a "
+            "table; pass --file_format, such as csv, jsonl or txt, or --delimiter."
+        )
+    return table, _describe(table, usual, by_name, flags)
 
 
-def _describe(
-    fmt: FileFormat, usual: FileFormat, by_name: str, flags: FileConfig, ambiguous: bool = False
-) -> str | None:
+def _describe(fmt: FileFormat, usual: FileFormat, by_name: str, flags: FileConfig) -> str | None:
     """How the file is read, in one sentence; None where the name or the flags say it."""
     is_flag = flags.file_format != "auto" or flags.delimiter is not None
     other_kind = fmt.kind != by_name and by_name in KINDS and not is_flag
     if fmt.kind == "jsonl" and by_name == "json":
         other_kind = False
-    if fmt == usual and not other_kind and not ambiguous and fmt.kind != "json":
+    if fmt == usual and not other_kind and fmt.kind != "json":
         return None
-    if ambiguous:
-        return (
-            f"{fmt.name}: read as one text per line; --file_format csv or tsv reads it as a table"
-        )
     parts = [fmt.encoding]
     if fmt.is_table:
         delimiter = "tab" if fmt.delimiter == "\t" else repr(fmt.delimiter)
@@ -536,9 +530,9 @@ def _describe(
     return f"{fmt.name}: read as {', '.join(parts)}{overrule}"
 
 
-def _check_unused(name: str, kind: str, flags: FileConfig) -> None:
-    """Raises DataError where a flag cannot take effect."""
-    is_table = kind in ("csv", "tsv") or kind not in KINDS
+def reject_unused_flags(name: str, kind: str, flags: FileConfig) -> None:
+    """Raises DataError where a flag cannot take effect on a kind of file, or on a "folder"."""
+    is_table = kind in ("csv", "tsv") or kind not in (*KINDS, "folder")
     given = {
         "--delimiter": flags.delimiter is not None and not is_table,
         "--column_names": bool(flags.column_names) and not is_table and kind != "json",
@@ -546,10 +540,12 @@ def _check_unused(name: str, kind: str, flags: FileConfig) -> None:
         "--json_field": flags.json_field is not None and kind != "json",
         "--encoding": kind == "parquet"
         and (flags.encoding or "utf-8").lower() not in ("utf-8", "utf8"),
+        "--file_format": kind == "folder" and flags.file_format not in ("auto", "txt"),
     }
+    what = "a folder" if kind == "folder" else f"a .{kind} file"
     for flag, is_unused in given.items():
         if is_unused:
-            raise DataError(f"{name}: {flag} cannot take effect on a .{kind} file; remove it.")
+            raise DataError(f"{name}: {flag} cannot take effect on {what}; remove it.")
 
 
 def _delimiter_of(kind: str, delimiter: str | None) -> str:

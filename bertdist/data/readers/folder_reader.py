@@ -17,7 +17,8 @@ import pyarrow as pa
 import xxhash
 
 from bertdist.core.config import FileConfig
-from bertdist.core.errors import DataError
+from bertdist.core.errors import DataError, listed
+from bertdist.data.readers.file_reader import reject_unused_flags
 from bertdist.data.readers.sniffing import detect_encoding
 from bertdist.data.readers.text_lines import FileFormat, decode_lines, reading, resolve_codec
 from bertdist.data.source import (
@@ -41,6 +42,7 @@ class FolderReader:
     kind = "folder"
     file = None
     has_header = False
+    quoted_table = None
     features: Any = None
 
     def __init__(self, path: str, flags: FileConfig, on_bad_row: OnBadRow = "fail") -> None:
@@ -48,23 +50,13 @@ class FolderReader:
         self.path, self.skip = Path(path), on_bad_row == "skip"
         self.name = self.path.resolve().name
         self.encoding = flags.encoding
-        given = {
-            "--delimiter": flags.delimiter,
-            "--column_names": flags.column_names,
-            "--json_field": flags.json_field,
-            "--quoting": flags.quoting != "auto",
-            "--file_format": flags.file_format not in ("auto", "txt"),
-        }
-        for flag, is_given in given.items():
-            if is_given:
-                raise DataError(f"{path}: {flag} cannot take effect on a folder; remove it.")
+        reject_unused_flags(path, self.kind, flags)
         with reading(path):
             self._files = _list_texts(self.path)
             self.bytes = sum(file.stat().st_size for file in self._files)
         counts = Counter(file.parent.name for file in self._files)
-        listed = ", ".join(f"{label} ({count:,})" for label, count in [*counts.items()][:10])
-        listed += ", ..." if len(counts) > 10 else ""
-        self.note = f"{self.name}: one row per file, labels by folder: {listed}"
+        labels = listed([f"{label} ({count:,})" for label, count in counts.items()])
+        self.note = f"{self.name}: one row per file, labels by folder: {labels}"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -137,14 +129,14 @@ class FolderReader:
 def _list_texts(folder: Path) -> list[Path]:
     """The text files of a folder, or of the folders in it, sorted. Raises DataError for none."""
     folders, files = _scan(folder)
-    for inner in folders:
-        inner_folders, inner_files = _scan(inner)
-        if inner_folders:
-            raise DataError(
-                f"{folder} has folders in its folders, such as {inner_folders[0]}; pass the folder "
-                "whose folders are the labels."
-            )
-        files = [*(files if inner != folders[0] else ()), *inner_files]
+    inner = [_scan(label) for label in folders]
+    if deeper := [path for paths, _ in inner for path in paths]:
+        raise DataError(
+            f"{folder} has folders in its folders, such as {deeper[0]}; pass the folder whose "
+            "folders are the labels."
+        )
+    if inner:
+        files = [file for _, of_label in inner for file in of_label]
     texts = [file for file in files if file.suffix.lower() == ".txt"]
     texts = texts or [file for file in files if not file.suffix]
     if not texts:
@@ -158,7 +150,5 @@ def _list_texts(folder: Path) -> list[Path]:
 def _scan(folder: Path) -> tuple[list[Path], list[Path]]:
     """The folders and the files in a folder, sorted by name, without hidden ones."""
     entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
-    is_folder = [entry.is_dir() for entry in entries]
-    folders = [entry for entry, own in zip(entries, is_folder, strict=True) if own]
-    files = [entry for entry, own in zip(entries, is_folder, strict=True) if not own]
-    return folders, [file for file in files if file.is_file()]
+    folders = [entry for entry in entries if entry.is_dir()]
+    return folders, [entry for entry in entries if entry.is_file()]

@@ -49,6 +49,7 @@ class HubReader:
     revision: str | None = None  # branch, tag or commit
     name: str = field(init=False)  # `nyu-mll/glue/sst2 split 'train'`
     has_header: bool = field(default=False, init=False)
+    quoted_table: None = field(default=None, init=False)
     bytes: int | None = field(default=None, init=False)  # a split is one source for one rank
 
     def __post_init__(self) -> None:
@@ -125,7 +126,8 @@ class HubReader:
 
     def _shards(self, columns: list[str]) -> list[Callable[[int], Iterator[pa.Table]]]:
         """Per shard what reads it from a row on; tables of any length."""
-        opened, roots = self._open(), [*dict.fromkeys(x.split(".")[0] for x in columns)]
+        opened, names = self._open(), self.features
+        roots = [*dict.fromkeys(x if x in names else x.split(".")[0] for x in columns)]
         if isinstance(opened, dict):
             dataset = opened[self.split].select_columns(roots).with_format("arrow")
             return [partial(_read_memory, dataset)]

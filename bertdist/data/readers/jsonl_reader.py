@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from bertdist.core.errors import DataError, RowError, did_you_mean
+from bertdist.core.terminal import excerpt as shorten
 from bertdist.data.readers.text_lines import (
     FileFormat,
     Lines,
@@ -163,9 +164,13 @@ def _document(
     for number, (start, end, value) in enumerate(_rows_of_document(fmt, text)):
         first_byte += len(text[at:start].encode())
         size, at = len(text[start:end].encode()), end
-        if type(value) is list and len(value) == len(fmt.column_names):
-            value = dict(zip(fmt.column_names, value, strict=True))
-        if reason := _problem(value, names):
+        reason = ""
+        if type(value) is list and fmt.column_names:
+            if len(value) != len(fmt.column_names):
+                expected = f"expected {len(fmt.column_names)} as in --column_names"
+                reason = f"a list of {len(value)} items, {expected}"
+            value = dict(zip(fmt.column_names, value, strict=False))
+        if reason := reason or _problem(value, names):
             location = str(RowLocation(fmt.name, row=number))
             _skip(SkippedRow(location, None, reason, excerpt(text[start:end])), skipped)
         else:
@@ -211,8 +216,9 @@ def _rows_of_document(fmt: FileFormat, text: str) -> list[_Item]:
 def _find_lists(text: str, at: int, name: str, lists: dict[str, list[_Item]]) -> int:
     """The end of the value at `at`; adds the lists in it by name, but those within lists."""
     if text.startswith("[", at):
-        items = _items(text, at + 1, "]")
-        lists[name] = list(items)
+        if name in lists:
+            raise json.JSONDecodeError(f"the key {name!r} occurs twice", text, at)
+        lists[name] = list(_items(text, at + 1, "]"))
         at = lists[name][-1].end if lists[name] else at + 1
         return text.index("]", at) + 1
     if not text.startswith("{", at):
@@ -283,9 +289,8 @@ def _problem(value: Any, names: Sequence[str]) -> str:
     """Why the value is not an object with these fields; "" if it is."""
     if type(value) is not dict or not value:
         advice = "; --column_names names the items of lists" if type(value) is list else ""
-        return (
-            f"expected a JSON object with keys, found {json.dumps(value, default=str)[:40]}{advice}"
-        )
+        found = shorten(json.dumps(value, default=str), 40)
+        return f"expected a JSON object with keys, found {found}{advice}"
     for name in names:
         try:
             if _field(value, name) is _TWICE:

@@ -37,7 +37,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import xxhash
 
-from bertdist.core.errors import DataError, did_you_mean
+from bertdist.core.errors import DataError, did_you_mean, listed
 
 MAX_TRIES = 8  # without a new byte: up to 90 s
 # Before anything has worked, a wrong name is likelier than a transient error: up to 4 s.
@@ -173,8 +173,7 @@ def _list_local(pattern: str) -> list[str]:
     if not folder.is_dir():
         raise DataError(f"{pattern} matches no file; there is no folder {folder}.")
     names = sorted(os.listdir(folder))
-    more = ", ..." if len(names) > 10 else ""
-    content = f"contains {', '.join(map(repr, names[:10]))}{more}" if names else "is empty"
+    content = f"contains {listed(list(map(repr, names)))}" if names else "is empty"
     raise DataError(f"{pattern} matches no file; {folder} {content}.")
 
 

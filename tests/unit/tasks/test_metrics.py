@@ -718,7 +718,7 @@ def test_a_metric_that_fails_is_a_one_line_error(body: str, home: Path) -> None:
         ("'much'", "'much' (str)"),
         ("[1, 2]", "[1, 2] (list)"),
         ("float('nan')", "nan (float)"),
-        ("10 ** 400", f"1{'0' * 59} (int)"),
+        ("10 ** 400", f"1{'0' * 59}... (int)"),
         ("1j", "1j (complex)"),
     ],
 )

@@ -441,8 +441,8 @@ def _plain(content: bytes, at: int) -> BinaryIO:
 # What `inspect_file` makes of a path and the flags; test_sniffing.py has what it detects
 
 
-def inspect(path: str | Path) -> DataFile:
-    return inspect_file(str(path), FileConfig())
+def inspect(path: str | Path, **flags: Any) -> DataFile:
+    return inspect_file(str(path), FileConfig(**flags))
 
 
 def unpacked(content: bytes, at: int) -> BinaryIO:
@@ -489,6 +489,15 @@ def test_a_file_is_opened_in_another_process(tmp_path: Path) -> None:
         (chunk,) = reader.chunks(["text"])
         assert values(chunk.columns["text"]) == ["a"]
         assert reader.bytes == (tmp_path / name).stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("file_format", "note"), [("auto", "data.bin: read as parquet"), ("parquet", None)]
+)
+def test_parquet_under_another_name(file_format: Any, note: str | None, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "data.bin")
+    reader = FileReader(inspect(tmp_path / "data.bin", file_format=file_format))
+    assert values(reader.read(["text"]).columns["text"]) == ["a"] and reader.note == note
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:

@@ -108,6 +108,13 @@ def test_every_row_from_every_state(kind: str, tmp_path: Path) -> None:
         )
 
 
+def test_names_with_dots_are_columns_and_fields(tmp_path: Path) -> None:
+    rows = {"a.b": ["x"], "review": [{"text": "y"}]}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "data"))
+    (piece,) = HubReader(str(tmp_path / "data")).chunks(["a.b", "review.text"])
+    assert [column.to_pylist() for column in piece.columns.values()] == [["x"], ["y"]]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reader_that_forgets_its_state_is_detected(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -163,5 +163,13 @@ def test_rows_of_a_document_may_be_lists_whose_items_are_named() -> None:
     found = parse_document(replace(fmt, column_names=("t", "l")), lines, ["t", "l"], skip=True)
     assert found.columns == {"t": ["a", "c"], "l": [1, 2]}
     assert [row.location for row in found.skipped] == ["a.json row 0", "a.json row 2"]
-    with pytest.raises(DataError, match=r"row 1: expected a JSON object .*--column_names names"):
+    with pytest.raises(DataError, match=r"row 1: a list of 2 items, expected 3 as in --column_n"):
         parse_document(fmt, lines, ["t", "l"], skip=False)
+    with pytest.raises(DataError, match=r"found \[7, 8, 9\]; --column_names names the items of"):
+        parse_document(replace(DOCUMENT, json_field="data"), lines, ["t"], skip=False)
+
+
+def test_two_lists_under_one_key_are_refused() -> None:
+    for text in ('{"a": [{"t": 1}], "a": [{"t": 2}]}', '{"a.b": [], "a": {"b": [{"t": 2}]}}'):
+        with pytest.raises(DataError, match=r"a\.json line 1: not JSON: the key '.*' occurs twice"):
+            parse_document(DOCUMENT, Lines(text.encode(), 1, {}), ["t"], skip=False)
