@@ -93,8 +93,6 @@ from bertdist.data.source import (
     RowLocations,
     first_rows_of_chunk,
     locate_lines,
-    locate_rows,
-    select_locations,
     slice_chunk,
 )
 
@@ -152,6 +150,7 @@ class FileReader:
         is_local = fingerprint is None and os.path.isfile(file.path)
         self.bytes: int | None = os.path.getsize(file.path) if is_local and size is None else size
         self._header: _Header | None = None
+        self._items: list[Any] | None = None  # of a JSON document, from its header to `read`
 
     @cached_property
     def fingerprint(self) -> str:
@@ -200,6 +199,12 @@ class FileReader:
                 from bertdist.data.readers.parquet_reader import read_parquet
 
                 return read_parquet(self.name, self.file.open_seekable, columns, num_rows)
+            if self.file.kind == "json":
+                from bertdist.data.readers.jsonl_reader import parse_document
+
+                items, self._items = self._items or self._document_items(), None
+                chunk = parse_document(self.file, items, columns, skip=self.skip)
+                return chunk if num_rows is None else first_rows_of_chunk(chunk, num_rows)
             parsed, lines = self._parse_all(columns, num_rows)
             again = _ReadAgain(self, columns)
             chunk = Chunk(
@@ -212,7 +217,7 @@ class FileReader:
             )
             if num_rows is None or num_rows >= parsed.num_rows:
                 return chunk
-            location = self._locations(lines, parsed.rows())
+            location = locate_lines(self.name, lines.first, parsed.rows().lines)
             chunk = first_rows_of_chunk(chunk._replace(location=location), num_rows)
         return chunk._replace(location=again.location)
 
@@ -299,17 +304,32 @@ class FileReader:
 
     def _read_header(self) -> _Header:
         if self._header is None:
+            if self.file.kind == "json":
+                from bertdist.data.readers.jsonl_reader import document_keys
+
+                self._items = self._document_items()
+                names = document_keys(self.file, self._items, self.skip)
+                if not names:
+                    raise DataError(f"{self.name} has no rows.")
+                self._header = _Header(names, "", {"row": 0})
+                return self._header
             with closing(self.file.open_bytes(0)) as stream:
                 self._header = self._header_of(stream)
         return self._header
 
+    def _document_items(self) -> list[Any]:
+        from bertdist.data.readers.jsonl_reader import document_items
+
+        with closing(self.file.open_bytes(0)) as stream:
+            raw = read_all(stream, self.name, None)
+        codec, mark = resolve_codec(self.file, raw)
+        lines = decode_lines(self.file, raw[mark:], codec, 1, skip=False)
+        return document_items(self.file, lines.data.decode())
+
     def _header_of(self, stream: BinaryIO) -> _Header:
         buffer, size = Buffer(stream), max(4, self.chunk_bytes)
         while True:
-            if self.file.kind == "json":
-                raw, is_all = self._read_all(stream), True
-            else:
-                raw, is_all = buffer.first(size)
+            raw, is_all = buffer.first(size)
             codec, mark = resolve_codec(self.file, raw)
             ends = line_ends(raw[mark:], codec)
             stop = len(raw) if is_all else mark + int(ends[-1]) if len(ends) else mark
@@ -359,10 +379,8 @@ class FileReader:
             return parse_csv(
                 self.file, lines, names, columns, skip=self.skip, limit=limit, scan=scan
             )
-        from bertdist.data.readers.jsonl_reader import parse_document, parse_json, parse_txt
+        from bertdist.data.readers.jsonl_reader import parse_json, parse_txt
 
-        if self.file.kind == "json":
-            return parse_document(self.file, lines, columns, skip=self.skip)
         if self.file.kind == "txt":
             return parse_txt(self.file, lines, columns)
         return parse_json(self.file, lines, columns, skip=self.skip, num_rows=num_rows)
@@ -372,22 +390,15 @@ class FileReader:
     ) -> tuple[Parsed, Lines]:
         header = self._read_header()
         with closing(self.file.open_bytes(header.state["at"])) as stream:
-            lines = self._decode(self._read_all(stream), header.codec, header.state["line"])
+            raw = read_all(stream, self.name, BLOCK_BYTES)
+        lines = self._decode(raw, header.codec, header.state["line"])
         return self._parse(header, lines, columns, num_rows=num_rows), lines
-
-    def _read_all(self, stream: BinaryIO) -> bytes:
-        return read_all(stream, self.name, None if self.kind == "json" else BLOCK_BYTES)
 
     def read_rows_again(self, columns: Sequence[str]) -> tuple[Lines, Rows, RowLocations]:
         """The lines after the header, and the rows in them. As slow as `read`. Raises DataError."""
         parsed, lines = self._parse_all(columns)
         rows = parsed.rows()
-        return lines, rows, self._locations(lines, rows)
-
-    def _locations(self, lines: Lines, rows: Rows) -> RowLocations:
-        if self.file.kind == "json":  # where `lines` are numbers in the list
-            return select_locations(locate_rows(self.name), rows.lines)
-        return locate_lines(self.name, lines.first, rows.lines)
+        return lines, rows, locate_lines(self.name, lines.first, rows.lines)
 
 
 class _ReadAgain:

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,19 +27,19 @@ from bertdist.data.readers.text_lines import (
     row_excerpt,
     rows_of_lines,
 )
-from bertdist.data.source import RowLocation, SkippedRow, excerpt
+from bertdist.data.source import (
+    Chunk,
+    Column,
+    RowLocation,
+    SkippedRow,
+    chunk_of_columns,
+    excerpt,
+    select_locations,
+)
 
 FIRST_OBJECTS = 100  # that are read to find the columns
 _BLANK = re.compile(r"[ \t\r\n]*")
 _TWICE: Any = object()  # the value of a key that an object has twice
-
-
-class _Item(NamedTuple):
-    """A value in a JSON text, and its position."""
-
-    start: int
-    end: int
-    value: Any
 
 
 def read_keys(fmt: FileFormat, lines: Lines, is_all: bool, skip: bool) -> list[str] | None:
@@ -47,19 +47,25 @@ def read_keys(fmt: FileFormat, lines: Lines, is_all: bool, skip: bool) -> list[s
 
     [] : there is no object in the file; None: none in these first lines.
     """
-    skipped: list[SkippedRow] | None = [] if skip else None
-    objects: Any = _document if fmt.kind == "json" else _objects
+    keys = _keys_of(_objects(fmt, lines, [] if skip else None))
+    return keys or ([] if is_all else None)
+
+
+def document_keys(fmt: FileFormat, items: list[Any], skip: bool) -> list[str]:
+    """The same of the `items` of a JSON document."""
+    return _keys_of(_document(fmt, items, [] if skip else None))
+
+
+def _keys_of(objects: Iterator[tuple[int, dict[str, Any]]]) -> list[str]:
     first: list[dict[str, Any]] = []
     try:
-        for *_, value in islice(objects(fmt, lines, skipped), FIRST_OBJECTS):
+        for _, value in islice(objects, FIRST_OBJECTS):
             first.append(value)
     except DataError:  # of a row that comes later is an error of reading it
         if not first:
             raise
-    if not first:
-        return [] if is_all else None
     names = Counter(name for value in first for name in _names_in(value))
-    keys = [*_names_in(first[0])]
+    keys = [*_names_in(first[0])] if first else []
     return keys + [name for name, n in names.items() if 2 * n > len(first) and name not in keys]
 
 
@@ -93,17 +99,20 @@ def parse_json(
     return Parsed({**columns}, len(numbers), skipped or [], find_rows)
 
 
-def parse_document(fmt: FileFormat, lines: Lines, wanted: Sequence[str], *, skip: bool) -> Parsed:
-    """The same of a JSON document; the lines of its rows are their numbers in the list."""
-    columns: dict[str, list[Any]] = {name: [] for name in wanted}
-    rows: list[tuple[int, int, int]] = []
+def parse_document(
+    fmt: FileFormat, items: list[Any], wanted: Sequence[str], *, skip: bool
+) -> Chunk:
+    """The same of the `items` of a JSON document, as one chunk."""
+    columns: dict[str, Column] = {name: [] for name in wanted}
+    numbers: list[int] = []
     skipped: list[SkippedRow] | None = [] if skip else None
-    for number, start, end, value in _document(fmt, lines, skipped, wanted):
-        rows.append((start, end, number))
+    for number, value in _document(fmt, items, skipped, wanted):
+        numbers.append(number)
         for name, column in columns.items():
             column.append(_field(value, name))
-    positions = Rows(*np.array(rows, np.int64).reshape(-1, 3).T)
-    return Parsed({**columns}, len(rows), skipped or [], lambda: positions)
+    chunk = chunk_of_columns(fmt.name, columns, len(numbers), {"row": 0})
+    location = select_locations(chunk.location, np.array(numbers, np.int64))
+    return chunk._replace(location=location, skipped_rows=tuple(skipped or ()))
 
 
 def parse_txt(fmt: FileFormat, lines: Lines, wanted: Sequence[str]) -> Parsed:
@@ -153,44 +162,40 @@ def _objects(
 
 
 def _document(
-    fmt: FileFormat, lines: Lines, skipped: list[SkippedRow] | None, names: Sequence[str] = ()
-) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
-    """(number, first byte, end, object) of every item of the list of rows; else as `_objects`."""
-    if lines.broken:
-        line, reason = min(lines.broken.items())
-        raise DataError(f"{fmt.name} line {lines.first + line}: {reason}.")
-    text, names = lines.data.decode(), sorted(names)
-    at = first_byte = 0
-    for number, (start, end, value) in enumerate(_rows_of_document(fmt, text)):
-        first_byte += len(text[at:start].encode())
-        size, at = len(text[start:end].encode()), end
-        reason = ""
+    fmt: FileFormat,
+    items: list[Any],
+    skipped: list[SkippedRow] | None,
+    names: Sequence[str] = (),
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, object) of every item of the list of rows; else as `_objects`."""
+    names = sorted(names)
+    for number, value in enumerate(items):
+        reason, row = "", value
         if type(value) is list and fmt.column_names:
             if len(value) != len(fmt.column_names):
                 expected = f"expected {len(fmt.column_names)} as in --column_names"
                 reason = f"a list of {len(value)} items, {expected}"
-            value = dict(zip(fmt.column_names, value, strict=False))
-        if reason := reason or _problem(value, names):
+            row = dict(zip(fmt.column_names, value, strict=False))
+        if reason := reason or _problem(row, names):
             location = str(RowLocation(fmt.name, row=number))
-            _skip(SkippedRow(location, None, reason, excerpt(text[start:end])), skipped)
+            _skip(SkippedRow(location, None, reason, excerpt(_written(value))), skipped)
         else:
-            yield number, first_byte, first_byte + size, value
-        first_byte += size
+            yield number, row
 
 
-def _rows_of_document(fmt: FileFormat, text: str) -> list[_Item]:
-    """Begin, end and value of each item of the list of rows. Raises DataError without one."""
-    lists: dict[str, list[_Item]] = {}
-    if not text.strip():
-        return []
+def document_items(fmt: FileFormat, text: str) -> list[Any]:
+    """The items of the list of rows in a JSON document. Raises DataError without one."""
+    lists: dict[str, list[Any]] = {}
     try:
-        end = _skip_blank(text, _find_lists(text, _skip_blank(text, 0), "", lists))
-        if end < len(text):  # objects one after the other
-            lists = {"": list(_items(text, 0, ""))}
+        values = _values(text)
+        if len(values) == 1:
+            _find_lists(values[0], "", lists)
     except (ValueError, RecursionError) as error:
         line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         problem = getattr(error, "msg", error)
         raise DataError(f"{fmt.name}{line}: not JSON: {problem}.") from None
+    if len(values) != 1:  # none, or objects one after the other
+        return values
     if fmt.json_field is not None:
         if fmt.json_field not in lists:
             advice = did_you_mean(fmt.json_field, filter(None, lists))
@@ -200,7 +205,7 @@ def _rows_of_document(fmt: FileFormat, text: str) -> list[_Item]:
     rows = {
         name: items
         for name, items in lists.items()
-        if not name or any(isinstance(item.value, kinds) for item in items)
+        if not name or any(isinstance(item, kinds) for item in items)
     }
     if len(rows) == 1:
         return next(iter(rows.values()))
@@ -213,60 +218,40 @@ def _rows_of_document(fmt: FileFormat, text: str) -> list[_Item]:
     )
 
 
-def _find_lists(text: str, at: int, name: str, lists: dict[str, list[_Item]]) -> int:
-    """The end of the value at `at`; adds the lists in it by name, but those within lists."""
-    if text.startswith("[", at):
-        if name in lists:
-            raise json.JSONDecodeError(f"the key {name!r} occurs twice", text, at)
-        lists[name] = list(_items(text, at + 1, "]"))
-        at = lists[name][-1].end if lists[name] else at + 1
-        return text.index("]", at) + 1
-    if not text.startswith("{", at):
-        return _decode(text, at).end
-    at = _skip_blank(text, at + 1)
-    while not text.startswith("}", at):
-        key = _decode(text, at)
-        at = _skip_blank(text, key.end)
-        if type(key.value) is not str or not text.startswith(":", at):
-            raise json.JSONDecodeError("expected a key and ':'", text, at)
-        child = f"{name}.{key.value}" if name else key.value
-        at = _skip_blank(text, _find_lists(text, _skip_blank(text, at + 1), child, lists))
-        at = _after_item(text, at, "}")
-    return at + 1
+def _values(text: str) -> list[Any]:
+    """The values in a text, one after the other; mostly it is one. Raises ValueError."""
+    values: list[Any] = []
+    at = _skip_blank(text, 0)
+    while at < len(text):
+        value, end = _DECODER.raw_decode(text, at)
+        values.append(value)
+        at = _skip_blank(text, end)
+    return values
 
 
-def _items(text: str, at: int, end: str) -> Iterator[_Item]:
-    """The values up to the character `end`, with commas between them; "": to the end of the text,
-    without."""
-    at = _skip_blank(text, at)
-    while not text.startswith(end, at) if end else at < len(text):
-        item = _decode(text, at)
-        yield item
-        at = _skip_blank(text, item.end)
-        at = _after_item(text, at, end) if end else at
-
-
-def _after_item(text: str, at: int, end: str) -> int:
-    """Where the next item begins, or the `end`."""
-    if text.startswith(end, at):
-        return at
-    if not text.startswith(",", at):
-        raise json.JSONDecodeError(f"expected ',' or {end!r}", text, at)
-    at = _skip_blank(text, at + 1)
-    if text.startswith(end, at):
-        raise json.JSONDecodeError("a comma before the end", text, at)
-    return at
-
-
-def _decode(text: str, at: int) -> _Item:
-    value, end = _DECODER.raw_decode(text, at)
-    return _Item(at, end, value)
+def _find_lists(value: Any, name: str, lists: dict[str, list[Any]]) -> None:
+    """Add the lists in a value by their name, but those within lists. Raises ValueError."""
+    if value is _TWICE or (type(value) is list and name in lists):
+        raise ValueError(f"the key {name!r} occurs twice")
+    if type(value) is list:
+        lists[name] = value
+    elif type(value) is dict:
+        for key, item in value.items():
+            _find_lists(item, f"{name}.{key}" if name else key, lists)
 
 
 def _skip_blank(text: str, at: int) -> int:
     match = _BLANK.match(text, at)
     assert match is not None
     return match.end()
+
+
+def _written(value: Any) -> str:
+    """A value as JSON, for messages."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=lambda twice: "...")
+    except RecursionError:
+        return "a nested value"
 
 
 def _skip(row: SkippedRow, skipped: list[SkippedRow] | None) -> None:
@@ -289,8 +274,7 @@ def _problem(value: Any, names: Sequence[str]) -> str:
     """Why the value is not an object with these fields; "" if it is."""
     if type(value) is not dict or not value:
         advice = "; --column_names names the items of lists" if type(value) is list else ""
-        found = shorten(json.dumps(value, default=str), 40)
-        return f"expected a JSON object with keys, found {found}{advice}"
+        return f"expected a JSON object with keys, found {shorten(_written(value), 40)}{advice}"
     for name in names:
         try:
             if _field(value, name) is _TWICE:

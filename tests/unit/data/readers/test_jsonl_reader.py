@@ -1,11 +1,14 @@
 """One row a line, whatever stands in it: objects, and lines of text."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from bertdist.core.errors import DataError
 from bertdist.data.readers.jsonl_reader import (
+    document_items,
+    document_keys,
     parse_document,
     parse_json,
     parse_txt,
@@ -88,15 +91,12 @@ OBJECTS = '{"t": "é", "m": {"x": [1]}}, {"t": "]}", "m": {"x": []}}'
     ],
 )
 def test_a_json_document_has_one_list_of_rows(text: str) -> None:
-    lines = Lines(text.encode(), 1, {})
-    assert read_keys(DOCUMENT, lines, True, False) == ["t", "m", "m.x"]
-    found = parse_document(DOCUMENT, lines, ["t", "m.x"], skip=False)
+    items = document_items(DOCUMENT, text)
+    assert document_keys(DOCUMENT, items, False) == ["t", "m", "m.x"]
+    found = parse_document(DOCUMENT, items, ["t", "m.x"], skip=False)
     assert found.columns == {"t": ["é", "]}"], "m.x": [[1], []]}
-    rows = found.rows()
-    assert rows.lines.tolist() == [0, 1]
-    for row, start in enumerate(('{"t": "é"', '{"t": "]}"')):
-        content = lines.data[rows.starts[row] : rows.ends[row]].decode()
-        assert content.startswith(start) and content.endswith("}}")
+    assert [str(found.location(row)) for row in (0, 1)] == ["a.json row 0", "a.json row 1"]
+    assert found.excerpts([1, 0]) == ['{"t": "]}", "m.x": []}', '{"t": "é", "m.x": [1]}']
 
 
 @pytest.mark.parametrize(
@@ -105,12 +105,12 @@ def test_a_json_document_has_one_list_of_rows(text: str) -> None:
         ('{"train": [{"t": 1}], "dev": [{"t": 2}, {"t": 3}]}', None, "has several lists of rows"),
         ('{"train": [{"t": 1}]}', "trian", "is no list. Did you mean 'train'"),
         ('{"t": {"0": "a"}}', None, "expected a list of objects, or one object per line"),
-        ('[{"t": 1}', None, "a.json line 1: not JSON: expected ',' or ']'"),
+        ('[{"t": 1}', None, "a.json line 1: not JSON: Expecting ',' delimiter"),
         ('[{"t": 1},\n{"t" 1}]', None, "a.json line 2: not JSON: "),
-        ('[{"t": 1},]', None, "a.json line 1: not JSON: a comma before the end"),
+        ('[{"t": 1},]', None, "a.json line 1: not JSON: "),
         ('[{"t": 1},', None, "a.json line 1: not JSON: "),
         ('{"data": [{"t": 1}', None, "a.json line 1: not JSON: "),
-        ('{"data"', None, "a.json line 1: not JSON: expected a key and ':'"),
+        ('{"data"', None, "a.json line 1: not JSON: Expecting ':' delimiter"),
         ("[" * 100_000, None, "a.json: not JSON: "),
         ('{"a":' * 100_000, None, "a.json: not JSON: "),
         ('[{"t": NaN}]', None, "a.json: not JSON: NaN is not a JSON number"),
@@ -123,16 +123,16 @@ def test_a_json_document_that_is_not_rows_is_refused(
 ) -> None:
     with pytest.raises(DataError) as caught:
         fmt = replace(DOCUMENT, json_field=field)
-        parse_document(fmt, Lines(text.encode(), 1, {}), ["t"], skip=False)
+        parse_document(fmt, document_items(fmt, text), ["t"], skip=False)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_list_is_chosen_and_its_bad_items_are_skipped() -> None:
     text = '{"train": [{"t": 1}], "dev": [{"t": 2}, 7, {"t": 3}]}'
     fmt = replace(DOCUMENT, json_field="dev")
-    found = parse_document(fmt, Lines(text.encode(), 1, {}), ["t"], skip=True)
-    assert found.columns == {"t": [2, 3]} and found.rows().lines.tolist() == [0, 2]
-    assert [row.location for row in found.skipped] == ["a.json row 1"]
+    found = parse_document(fmt, document_items(fmt, text), ["t"], skip=True)
+    assert found.columns == {"t": [2, 3]} and str(found.location(1)) == "a.json row 2"
+    assert [(row.location, row.text) for row in found.skipped_rows] == [("a.json row 1", "7")]
 
 
 def test_every_line_of_a_txt_is_a_row() -> None:
@@ -159,17 +159,28 @@ def test_rows_of_a_document_may_be_lists_whose_items_are_named() -> None:
     """As CLINC150 and pandas (orient='split') write them."""
     text = '{"columns": ["t", "l"], "data": [["a", 1], ["b"], ["c", 2]]}'
     fmt = replace(DOCUMENT, column_names=("t", "_", "l"))
-    lines = Lines(text.replace("[[", "[[7, 8, 9], [").encode(), 1, {})
-    found = parse_document(replace(fmt, column_names=("t", "l")), lines, ["t", "l"], skip=True)
+    items = document_items(fmt, text.replace("[[", "[[7, 8, 9], ["))
+    found = parse_document(replace(fmt, column_names=("t", "l")), items, ["t", "l"], skip=True)
     assert found.columns == {"t": ["a", "c"], "l": [1, 2]}
-    assert [row.location for row in found.skipped] == ["a.json row 0", "a.json row 2"]
-    with pytest.raises(DataError, match=r"row 1: a list of 2 items, expected 3 as in --column_n"):
-        parse_document(fmt, lines, ["t", "l"], skip=False)
+    assert [(row.location, row.text) for row in found.skipped_rows] == [
+        ("a.json row 0", "[7, 8, 9]"),
+        ("a.json row 2", '["b"]'),
+    ]
+    with pytest.raises(DataError, match=r"row 0: a list of 2 items, expected 3 as in --column_n"):
+        parse_document(fmt, items[1:], ["t", "l"], skip=False)
     with pytest.raises(DataError, match=r"found \[7, 8, 9\]; --column_names names the items of"):
-        parse_document(replace(DOCUMENT, json_field="data"), lines, ["t"], skip=False)
+        parse_document(DOCUMENT, items, ["t"], skip=False)
 
 
 def test_two_lists_under_one_key_are_refused() -> None:
     for text in ('{"a": [{"t": 1}], "a": [{"t": 2}]}', '{"a.b": [], "a": {"b": [{"t": 2}]}}'):
-        with pytest.raises(DataError, match=r"a\.json line 1: not JSON: the key '.*' occurs twice"):
-            parse_document(DOCUMENT, Lines(text.encode(), 1, {}), ["t"], skip=False)
+        with pytest.raises(DataError, match=r"^a\.json: not JSON: the key '.*' occurs twice"):
+            document_items(DOCUMENT, text)
+
+
+def test_a_deeply_nested_item_is_one_line() -> None:
+    nested: Any = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(DataError, match="row 0: expected a JSON object with keys, found a nested"):
+        parse_document(DOCUMENT, [nested], ["t"], skip=False)
