@@ -18,7 +18,7 @@ Legend: T tokens, N texts, O outputs of the task.
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -184,8 +184,8 @@ class Classifier(nn.Module):
         logits: Tensor = self.model(**inputs).logits
         return logits
 
-    def _probes(self) -> list[Example]:
-        """Five short texts of the first ids of the vocabulary."""
+    def _probes(self, lengths: Sequence[int]) -> list[Example]:
+        """Texts of about these lengths of the first ids of the vocabulary."""
         config = self.model.config
         names = ("pad_token_id", "bos_token_id", "eos_token_id")
         pad, begin, end = (getattr(config, name, None) for name in names)
@@ -193,66 +193,60 @@ class Classifier(nn.Module):
         ids = [id for id in range(size) if id not in (pad, begin, end)] or [0]
         end = [end] if isinstance(end, int) and end < config.vocab_size else []  # BART looks for it
         longest = self.max_positions - len(end)
-        parts = [
-            [*(ids[i % len(ids)] for i in range(min(length, longest))), *end]
-            for length in (12, 5, 4, 3, 7)
+        texts = [
+            [*(ids[(i + start) % len(ids)] for i in range(min(length, longest))), *end]
+            for start, length in enumerate(lengths)
         ]
-        return [Example(0, part, [0] * len(part), 0, 1.0) for part in parts]
+        return [Example(0, ids, [0] * len(ids), 0, 1.0) for ids in texts]
 
-    @torch.no_grad()
+    @contextmanager
+    def _probing(self) -> Iterator[None]:
+        """In evaluation mode, without gradients; an error of the model becomes a ModelError."""
+        was_training = self.training
+        try:
+            with torch.no_grad():
+                self.eval()
+                yield
+        except Exception as error:
+            raise ModelError(
+                f"A model of type {self.model.config.model_type!r} does not classify plain texts: "
+                f"{_first_line(error)}"
+            ) from error
+        self.train(was_training)
+
     def _padding_changes_logits(self) -> bool:
         """Whether logits change by more than rounding, a thousandth, in a padded batch.
 
         Raises ModelError.
         """
-        was_training, texts, self.padding_changes_logits = self.training, self._probes(), False
-        self.eval()
-        with self._explained():
+        texts, self.padding_changes_logits = self._probes((12, 5, 4, 3, 7)), False
+        with self._probing():
             alone = torch.cat([self(collate([text])) for text in texts])
             batched = self(collate(texts))
-        self.train(was_training)
         return not bool((batched - alone).abs().max() <= 1e-3 * alone.abs().max())
 
-    @torch.no_grad()
     def _logits_of_transformers(self) -> Tensor:
-        """Of two of the probes, before anything is changed, each alone. Raises ModelError."""
-        config, was_training = self.model.config, self.training
-        kernel = config._attn_implementation
-        self.eval()
-        config._attn_implementation = "eager"
-        with self._explained():
-            probes = [torch.tensor([text.ids]) for text in self._probes()[:2]]
-            logits = torch.cat([self.model(input_ids=ids).logits for ids in probes])
+        """Of two probes of one length, before anything is changed. Raises ModelError."""
+        config = self.model.config
+        kernel, config._attn_implementation = config._attn_implementation, "eager"
+        with self._probing():
+            ids = torch.tensor([text.ids for text in self._probes((12, 12))])
+            logits: Tensor = self.model(input_ids=ids).logits
         config._attn_implementation = kernel
-        self.train(was_training)
         return logits
 
-    @torch.no_grad()
     def _compare(self, expected: Tensor) -> None:
         """Raise ModelError if the logits are not those of transformers: by a setting of config.json
         that this version does not know.
         """
-        was_training = self.training
-        with self._explained():
-            found = self.eval()(collate(self._probes()[:2]))
-        self.train(was_training)
+        with self._probing():
+            found = self(collate(self._probes((12, 12))))
         difference, size = (found - expected).abs().max(), expected.abs().max()
         if difference > 1e-3 * size:  # not for NaN: broken weights are reported with their rows
             raise ModelError(
                 f"A setting in the config.json of this {self.model.config.model_type!r} model is "
                 f"not supported: its logits differ from those of transformers by {difference:.2g}."
             )
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """An error of a model that cannot run, as a ModelError."""
-        try:
-            yield
-        except Exception as error:
-            raise ModelError(
-                f"A model of type {self.model.config.model_type!r} does not classify plain texts: "
-                f"{_first_line(error)}"
-            ) from error
 
 
 def load_model_config(config: ModelConfig, flag: str = "--model_name_or_path") -> PretrainedConfig:

@@ -252,7 +252,6 @@ class Scorer:
         )
 
     def _notes(self, scores: dict[str, float], selected: str) -> tuple[str, ...]:
-        """What is to be said of scores that are not numbers."""
         """Sentences about scores that are not numbers, the first time that they are none."""
         found = self._metrics.not_numbers
         notes = {name: f"{name} is {found[name]}; expected a number." for name in found}
@@ -361,13 +360,15 @@ def evaluate_split(
     accelerator: Accelerator,
     stop: StopSignal | None = None,
 ) -> Evaluation | None:
-    """The scores of a split; None if a stop was requested meanwhile. scorer: on rank 0, None
-    elsewhere.
+    """The scores of a split; None if a stop was requested meanwhile.
+
+    scorer: on rank 0, None elsewhere. Raises ConfigError on all ranks where a user's metric fails.
     """
     logits = predict_rows(model, loader, accelerator, stop)
     if logits is None:
         return None
-    mine = scorer.score(logits, loader.dataset.targets) if scorer is not None else None
+    with raise_on_all_ranks(accelerator):  # a metric of a user's may fail
+        mine = scorer.score(logits, loader.dataset.targets) if scorer is not None else None
     shared = (mine.scores, mine.selection_score) if mine is not None else None
     scores, selection_score = broadcast_from_rank0(accelerator, shared)
     evaluation = mine or Evaluation(scores=scores, selection_score=selection_score)

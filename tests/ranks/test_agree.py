@@ -14,10 +14,10 @@ from forked import TO_TELL, RankError, run_ranks
 from rows import checkpoints_of, json_of, on_rank, run_main, run_train, words_of, write_split
 from rows import train_module as train
 
-from bertdist.core.errors import CheckpointError, DataError
+from bertdist.core.errors import CheckpointError, ConfigError, DataError
 from bertdist.distributed import preemption as slurm
 from bertdist.training import best_model as best
-from bertdist.training import checkpoint
+from bertdist.training import checkpoint, evaluation
 
 
 def no_file() -> None:
@@ -47,6 +47,15 @@ def full_disk_for_best() -> None:
     best.save_classifier = broken
 
 
+def broken_metric() -> None:
+    """Scores are computed on rank 0 only."""
+
+    def broken(*args: Any) -> Any:
+        raise ConfigError("--metrics ./mine.py: failed on 6 rows: KeyError: 'x'")
+
+    evaluation.Scorer.score = broken
+
+
 def no_state() -> None:
     def broken(*args: Any) -> Any:
         raise CheckpointError("step_000002 is not visible here.")
@@ -60,6 +69,7 @@ def no_state() -> None:
         (2, 1, no_file, "bertdist: rank 1: train.tsv: no such file."),
         (3, 1, no_file, "bertdist: rank 1: train.tsv: no such file."),
         (2, 1, no_model, "bertdist: rank 1: weights.bin: gone."),
+        (2, 0, broken_metric, "bertdist: rank 0: --metrics ./mine.py: failed on 6 rows: KeyError"),
         (2, 0, full_disk, "step_000002: "),
         (
             2,
