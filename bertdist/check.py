@@ -35,8 +35,6 @@ from bertdist.data_quality.findings import Finding, counts, percent, summary
 from bertdist.data_quality.length_checks import Lengths
 from bertdist.data_quality.report import DataReport, check_data
 from bertdist.distributed.launch import EXIT_STOPPED, run_cli
-from bertdist.models.classifier import load_model_config
-from bertdist.models.vocabulary import describe_missing, missing_tokens
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 SHOWN_LABELS = 24  # more than a screen has lines for are in check.json only
@@ -55,9 +53,11 @@ def check(config: CheckConfig, data: DataConfig) -> DataReport:
         )
         tokenizer = load_tokenizer(model)
         if model.model_name_or_path:
-            settings = load_model_config(model)
-            if missing := missing_tokens(settings, tokenizer, model.model_name_or_path):
-                show(f"{describe_missing(missing, settings)}: training resizes it.")
+            from bertdist.models.classifier import load_model_config
+            from bertdist.models.vocabulary import check_vocabulary
+
+            model_config = load_model_config(model)
+            show(*check_vocabulary(model_config, tokenizer, model.model_name_or_path))
     return check_data(
         data,
         test_file=config.test_file,

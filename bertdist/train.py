@@ -49,7 +49,7 @@ from bertdist.models.classifier import (
     pretrained_labels,
 )
 from bertdist.models.dropout import seed_dropout
-from bertdist.models.vocabulary import missing_tokens
+from bertdist.models.vocabulary import check_vocabulary
 from bertdist.tasks.tasks import Task
 from bertdist.training.best_model import BestModel, EarlyStopping
 from bertdist.training.checkpoint import Checkpointer, TrainState
@@ -86,10 +86,10 @@ def train(config: TrainConfig) -> TrainState:
         log.say(*describe_data(inputs.rows, stats, inputs.eval_rows, task), due.describe())
 
         # Model: a Hugging Face classifier, AdamW, the learning rate as a function of the step.
-        classifier, adamw, lr_factor, notes = create_model(
-            inputs, task, due.total_steps, config, accelerator
+        classifier, adamw, lr_factor = create_model(
+            inputs, task, due.total_steps, config, accelerator, log
         )
-        log.say(*notes, check_disk_space(log.folder, classifier, accelerator))
+        log.say(check_disk_space(log.folder, classifier, accelerator))
         model, optimizer = accelerator.prepare(classifier, adamw)
 
         # Resume: a step depends on weights, optimizer and `state`, nothing else.
@@ -199,8 +199,8 @@ class Inputs(NamedTuple):
     eval_rows: Records | None  # the validation split
 
     @property
-    def first_rows(self) -> dict[str, Records]:
-        """Both splits; of a stream the first rows."""
+    def splits(self) -> dict[str, Records]:
+        """Both splits, by their names in messages; of a stream the first rows."""
         if isinstance(self.rows, Records):
             splits = {"training rows": self.rows}
         else:
@@ -216,7 +216,7 @@ def load_inputs(config: TrainConfig, accelerator: Accelerator) -> Inputs:
     """
     with raise_on_all_ranks(accelerator):
         model_config, tokenizer = load_model_config(config.model), load_tokenizer(config.model)
-        missing_tokens(model_config, tokenizer, config.model.model_name_or_path)
+        check_vocabulary(model_config, tokenizer, config.model.model_name_or_path)
         rows, eval_rows = load_splits(config)
     fingerprint = data_fingerprint(model_config, tokenizer, rows, eval_rows)
     assert_same_on_all_ranks(accelerator, fingerprint)
@@ -244,9 +244,10 @@ def create_model(
     total_steps: int,
     config: TrainConfig,
     accelerator: Accelerator,
-) -> tuple[Classifier, AdamW, Callable[[int], float], list[str]]:
-    """The pretrained model with a head for the task, its optimizer, the learning rate factor of a
-    step, and notes on how the model was loaded.
+    log: RunLogger,
+) -> tuple[Classifier, AdamW, Callable[[int], float]]:
+    """The pretrained model with a head for the task, its optimizer, and the learning rate factor
+    of a step.
 
     Raises ConfigError or ModelError on all ranks.
     """
@@ -256,10 +257,11 @@ def create_model(
             config.model, task, inputs.model_config, tokenizer=inputs.tokenizer
         )
         if accelerator.is_main_process:
-            notes += truncation_notes(inputs.first_rows, inputs.tokenizer, config.model.max_length)
+            notes += truncation_notes(inputs.splits, inputs.tokenizer, config.model.max_length)
         adamw = create_optimizer(classifier, config.optim)
         lr_factor = create_lr_schedule(config.optim, total_steps)
-    return classifier, adamw, lr_factor, notes
+    log.say(*notes)
+    return classifier, adamw, lr_factor
 
 
 def create_evaluator(
@@ -305,8 +307,8 @@ class Cadence:
 
         self._log, self._save = interval(run.log_every), interval(run.save_every)
         self._evaluate = interval(run.eval_every) if has_eval else 0
-        names = ["--eval_every"] * (has_eval and run.eval_every.strip() == "auto")
-        self._auto = names + ["--save_every"] * (run.save_every.strip() == "auto")
+        every = {"--eval_every": run.eval_every * has_eval, "--save_every": run.save_every}
+        self._auto = [name for name, duration in every.items() if duration.strip() == "auto"]
 
     def end(self, step: int) -> bool:
         """Whether all steps are done."""

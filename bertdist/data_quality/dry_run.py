@@ -33,7 +33,7 @@ from bertdist.data_quality.length_checks import Lengths
 from bertdist.data_quality.report import DataReport, check_data
 from bertdist.distributed.launcher import check_launcher, check_world
 from bertdist.models.classifier import load_model_config, pretrained_labels
-from bertdist.models.vocabulary import describe_missing, missing_tokens
+from bertdist.models.vocabulary import check_vocabulary
 from bertdist.tasks.tasks import Task
 
 OTHER_WORLD_SIZE = 8  # shown beside the current one
@@ -66,8 +66,7 @@ def dry_run(config: TrainConfig) -> int:
         return 0
     settings = load_model_config(config.model)
     tokenizer = load_tokenizer(config.model)
-    if missing := missing_tokens(settings, tokenizer, config.model.model_name_or_path):
-        show(f"{describe_missing(missing, settings)}: training resizes it.")
+    show(*check_vocabulary(settings, tokenizer, config.model.model_name_or_path))
     report = check_data(
         config.data,
         tokenizer=tokenizer,

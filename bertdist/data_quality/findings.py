@@ -3,7 +3,8 @@
 A check calls `FindingBuilder.add` with the rows that have a problem; the first of these rows are
 the examples of the finding. `ranked` sorts findings by importance.
 
-An error is what training refuses, in the same words; all else is a warning or a note.
+An error is what training refuses, in the same words, or a leak of training rows that makes a score
+meaningless (LEAK_ERROR_SHARE in duplicates.py); all else is a warning or a note.
 """
 
 import re
@@ -29,6 +30,7 @@ IMPORTANCE = (
     "truncated duplicates rare_labels labels_alike empty_texts outliers outside_range"
 ).split()
 
+MIN_ROWS = 20  # fewer do not show what a column holds
 CONTEXT_CHARACTERS = 40  # shown before the match that an excerpt is about
 
 

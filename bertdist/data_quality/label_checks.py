@@ -15,11 +15,10 @@ from bertdist.core.errors import DataError
 from bertdist.core.terminal import excerpt
 from bertdist.core.types import IntArray
 from bertdist.data.records import Records
-from bertdist.data_quality.findings import FindingBuilder, Severity
+from bertdist.data_quality.findings import MIN_ROWS, FindingBuilder, Severity
 from bertdist.tasks.labels import alike_labels, describe_alike
 from bertdist.tasks.tasks import Task
 
-MIN_ROWS = 20  # from which labels can look like ids
 RARE_ROWS = 10  # a label with fewer training rows is reported
 IMBALANCE = 10.0  # rows of the most frequent label / rows of the rarest
 OUTLIER = 5.0  # interquartile ranges outside the quartiles
@@ -143,15 +142,13 @@ def _check_train_labels(build: FindingBuilder, labels: SplitLabels, refusal: str
     """Findings on the labels of the training rows alone."""
     counts, num_rows = labels.counts(), len(labels.codes)
     names = list(counts)
-    total: dict[str, Any] = {"note": labels.name}
     like_ids = not labels.multi and num_rows >= MIN_ROWS and len(names) > num_rows / 2
     if refusal or like_ids:
         kind, title, advice = "refused_labels", REFUSED_TITLE, REFUSED_ADVICE
         if len(names) < 2:
-            kind, title = (
-                "single_label",
-                f"{'all rows have one' if names else 'no row has a'} label",
-            )
+            kind, title = "single_label", "all rows have one label"
+            if not names:
+                title = "no row has a label"
             advice = "Check --label_column, and whether the file is sorted and was truncated."
         elif like_ids:
             kind, title = "labels_like_ids", "nearly every row has its own label"
@@ -159,9 +156,9 @@ def _check_train_labels(build: FindingBuilder, labels: SplitLabels, refusal: str
         severity: Severity = "error" if refusal else "warning"
         meaning = refusal or "This is what a column of numbers, names or texts looks like."
         rows = labels.first_rows(names[: build.num_examples])
-        build.add(kind, severity, title, rows, meaning, advice, count=num_rows, **total)
+        shown: dict[str, Any] = {"note": labels.name, "count": num_rows}
+        build.add(kind, severity, title, rows, meaning, advice, **shown)
         return
-    total |= {"total": len(names), "unit": "labels"}
     rare = [name for name in reversed(names) if counts[name] < RARE_ROWS]
     listed = _list_labels([f"{excerpt(name, 30)!r} {counts[name]}" for name in rare])
     build.add(
@@ -171,8 +168,10 @@ def _check_train_labels(build: FindingBuilder, labels: SplitLabels, refusal: str
         labels.first_rows(rare[: build.num_examples]),
         f"Too few to learn from or to score: {listed}.",
         "Collect more, or merge labels.",
+        note=labels.name,
         count=len(rare),
-        **total,
+        total=len(names),
+        unit="labels",
     )
     most, least = max(counts.values()), max(1, min(counts.values()))
     if most / least >= IMBALANCE:

@@ -13,10 +13,9 @@ from bertdist.core.terminal import excerpt
 from bertdist.data.readers.file_reader import DataFile, FileReader
 from bertdist.data.records import HEADER_WORDS, ColumnNames, swallowed_rows
 from bertdist.data.source import QuotedTable
-from bertdist.data_quality.findings import FindingBuilder
+from bertdist.data_quality.findings import MIN_ROWS, FindingBuilder
 from bertdist.data_quality.label_checks import SplitLabels
 
-MIN_ROWS = 20  # of a table whose columns may be called swapped
 SENTENCE_WORDS = 5  # a column name with this many words is a sentence
 
 

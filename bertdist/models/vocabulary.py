@@ -35,8 +35,16 @@ def missing_tokens(
     return missing
 
 
-def describe_missing(missing: list[str], model_config: PretrainedConfig) -> str:
-    """The tokens that `missing_tokens` found, in words: the beginning of a sentence."""
+def check_vocabulary(
+    model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, model: str
+) -> list[str]:
+    """A note if training will resize the embedding. Raises ModelError as `missing_tokens` does."""
+    missing = missing_tokens(model_config, tokenizer, model)
+    return [f"{_describe(missing, model_config)}: training resizes it."] if missing else []
+
+
+def _describe(missing: list[str], model_config: PretrainedConfig) -> str:
+    """The missing tokens in words: the beginning of a sentence."""
     shown = ", ".join(missing[:SHOWN_TOKENS]) + ", ..." * (len(missing) > SHOWN_TOKENS)
     count = "1 added token" if len(missing) == 1 else f"{len(missing):,} added tokens"
     rows = f"{model_config.vocab_size:,} rows"
@@ -51,7 +59,7 @@ def resize_embedding(model: Any, tokenizer: PreTrainedTokenizerBase, where: str)
     missing = missing_tokens(model.config, tokenizer, where)
     if not missing:
         return []
-    found, rows = describe_missing(missing, model.config), max(tokenizer.get_vocab().values()) + 1
+    found, rows = _describe(missing, model.config), max(tokenizer.get_vocab().values()) + 1
     try:
         model.resize_token_embeddings(rows)
     except (RuntimeError, TypeError, ValueError):  # NotImplementedError is a RuntimeError

@@ -93,8 +93,8 @@ def test_errors_in_the_data_are_exit_code_1(
     write_rows(dev, leaked[:5])
     code, out = run_dry(words, capsys, monkeypatch)
     assert (
-        code == 0
-        and "warning: train/validation: rows of validation that are also in train: 5 rows (100%), "
+        code == 1
+        and "error: train/validation: rows of validation that are also in train: 5 rows (100%), "
         "dev.tsv line 2"
         in out
     )
