@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bertdist.core.errors import DataError
+from bertdist.core.errors import DataError, listed
 from bertdist.core.terminal import excerpt
 from bertdist.core.types import IntArray
 from bertdist.data.records import Records
@@ -160,13 +160,13 @@ def _check_train_labels(build: FindingBuilder, labels: SplitLabels, refusal: str
         build.add(kind, severity, title, rows, meaning, advice, **shown)
         return
     rare = [name for name in reversed(names) if counts[name] < RARE_ROWS]
-    listed = _list_labels([f"{excerpt(name, 30)!r} {counts[name]}" for name in rare])
+    counted = [f"{excerpt(name, 30)!r} {counts[name]}" for name in rare]
     build.add(
         "rare_labels",
         "warning",
         f"labels with fewer than {RARE_ROWS} rows",
         labels.first_rows(rare[: build.num_examples]),
-        f"Too few to learn from or to score: {listed}.",
+        f"Too few to learn from or to score: {listed(counted, LISTED_LABELS)}.",
         "Collect more, or merge labels.",
         note=labels.name,
         count=len(rare),
@@ -209,7 +209,8 @@ def _add_refused(build: FindingBuilder, labels: SplitLabels, train: SplitLabels)
     names = {name for code in refused for name in labels.names[code]} - known.keys()
     unknown = [name for name in labels.counts() if name in names]
     counts = labels.counts()
-    listed = _list_labels([f"{excerpt(name, 30)!r} {counts[name]:,}" for name in unknown])
+    counted = [f"{excerpt(name, 30)!r} {counts[name]:,}" for name in unknown]
+    all_unknown = f" All: {listed(counted, LISTED_LABELS)}." if unknown else ""
     of_first = labels.refusals[labels.codes[rows[0]]]
     kind, title = "unknown_labels", "labels that train does not have"
     advice = "Spell them as in train, or remove the rows."
@@ -220,7 +221,7 @@ def _add_refused(build: FindingBuilder, labels: SplitLabels, train: SplitLabels)
         "warning" if build.split == "test" else "error",  # training reads no test file
         title,
         rows[np.sort(firsts)],
-        f"Training stops at the first: {of_first}{listed and f' All: {listed}.'}",
+        f"Training stops at the first: {of_first}{all_unknown}",
         advice,
         note=labels.name,
         count=len(rows),
@@ -232,13 +233,13 @@ def _compare_with_train(build: FindingBuilder, labels: SplitLabels, train: Split
     """Findings on the labels of another split against those of train."""
     counts, train_counts = labels.counts(), train.counts()
     missing = [] if train.numbers is not None else [n for n in train_counts if n not in counts]
-    listed = _list_labels([repr(excerpt(name, 30)) for name in missing])
+    named = listed([repr(excerpt(name, 30)) for name in missing], LISTED_LABELS)
     build.add(
         "missing_labels",
         "note",
         f"labels of train that {build.split} does not have",
         [],
-        f"The score on {build.split} says nothing about {listed}.",
+        f"The score on {build.split} says nothing about {named}.",
         "Check whether the split was made at random.",
         count=len(missing),
         total=len(train_counts),
@@ -284,7 +285,3 @@ def _check_numbers(
         title = "numbers outside the range of train"
         advice = "Check whether both have the same scale."
         build.add("outside_range", "warning", title, outside, meaning, advice, note=note)
-
-
-def _list_labels(labels: Sequence[str]) -> str:
-    return ", ".join(labels[:LISTED_LABELS]) + (", ..." if len(labels) > LISTED_LABELS else "")

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from bertdist.core.errors import ModelError
+from bertdist.core.errors import ModelError, listed
 
 SHOWN_TOKENS = 3
 
@@ -45,10 +45,11 @@ def check_vocabulary(
 
 def _describe(missing: list[str], model_config: PretrainedConfig) -> str:
     """The missing tokens in words: the beginning of a sentence."""
-    shown = ", ".join(missing[:SHOWN_TOKENS]) + ", ..." * (len(missing) > SHOWN_TOKENS)
     count = "1 added token" if len(missing) == 1 else f"{len(missing):,} added tokens"
-    rows = f"{model_config.vocab_size:,} rows"
-    return f"The tokenizer has {count} ({shown}) that the model's embedding of {rows} lacks"
+    return (
+        f"The tokenizer has {count} ({listed(missing, SHOWN_TOKENS)}) that the model's embedding "
+        f"of {model_config.vocab_size:,} rows lacks"
+    )
 
 
 def resize_embedding(model: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> list[str]:
