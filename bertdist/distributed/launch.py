@@ -44,7 +44,6 @@ from bertdist.core.errors import BertdistError, ConfigError, RankLost, did_you_m
 from bertdist.core.terminal import escape_unencodable, print_error, print_to_stderr, process_rank
 from bertdist.distributed.collectives import assert_same_on_all_ranks
 from bertdist.distributed.heartbeat import Heartbeat, is_alive, own_heartbeat, this_host
-from bertdist.distributed.launcher import ACCEPTED_TYPES, check_launcher, check_world
 from bertdist.distributed.preemption import ignore_stop_signals
 from bertdist.distributed.watchdog import STDERR, connection_error, loader_worker_error
 
@@ -187,6 +186,8 @@ def create_accelerator(run: RunConfig) -> Accelerator:
 
     Raises ConfigError for what cannot take effect, and where ranks do not start.
     """
+    from bertdist.distributed.launcher import ACCEPTED_TYPES, check_launcher
+
     check_launcher(run.mixed_precision)
     on_cpu = run.use_cpu or not torch.cuda.is_available()
     other = torch.accelerator.current_accelerator(check_available=True)  # also mps, xpu, ...
@@ -247,6 +248,8 @@ def _installed_trackers(names: list[str]) -> list[str]:
 
 def launch(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
     """The accelerator, and the config with the launcher's precision; the same on all ranks."""
+    from bertdist.distributed.launcher import check_world
+
     accelerator = create_accelerator(config.run)
     check_world(accelerator.num_processes)
     run = replace(config.run, mixed_precision=accelerator.mixed_precision)

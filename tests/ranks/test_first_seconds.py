@@ -18,7 +18,7 @@ from rows import make_rows, run_train, words_of, write_rows, write_split
 from bench import rank as bench_rank
 from bench.attempts import Attempt, attempt, output_of_ranks
 from bertdist import predict
-from bertdist.distributed import launch
+from bertdist.distributed import launch, launcher
 
 
 def killing(rank: int, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,7 +50,7 @@ def test_a_rank_killed_before_the_ranks_have_compared_is_named(
     tiny_model: Path, tmp_path: Path, n: int, victim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as broken:
-        broken.setattr(launch, "check_world", killing(victim, launch.check_world))
+        broken.setattr(launcher, "check_world", killing(victim, launcher.check_world))
         found = trained(tiny_model, tmp_path, n)
     assert found.exit_codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(n)]
     told = lines(tmp_path / "out")
@@ -68,7 +68,7 @@ def test_a_rank_that_remembers_nobody_names_nobody(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control."""
-    monkeypatch.setattr(launch, "check_world", killing(1, launch.check_world))
+    monkeypatch.setattr(launcher, "check_world", killing(1, launcher.check_world))
     monkeypatch.setattr(
         launch.json, "loads", lambda card: vars(launch.own_heartbeat(0))
     )  # everybody is me
