@@ -291,6 +291,8 @@ def data_problems(data: DataConfig) -> Iterable[str]:
         yield f"--label_columns repeats a name: {' '.join(data.label_columns)}."
     if data.label_columns and (data.label_column or data.label_delimiter):
         yield "--label_columns replaces --label_column and --label_delimiter; give one of them."
+    if data.label_delimiter == "":
+        yield "--label_delimiter is empty; expected one such as ';' (in YAML, in quotes)."
     yield from _out_of_bounds(
         data,
         {"max_train_samples": (1, None), "max_eval_samples": (1, None), "max_bad_rows": (0, None)},

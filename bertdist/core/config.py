@@ -146,7 +146,9 @@ class DataConfig(FileConfig):
         None, "Several 0/1 columns, one per label: a multi-label task."
     )
     label_delimiter: str | None = setting(
-        None, "Delimiter between the labels of a row in the label column: a multi-label task."
+        None,
+        "Delimiter between the labels of a row in the label column: a multi-label task. 'tab' "
+        "means a tab, 'space' a space.",
     )
     on_bad_row: Literal["fail", "skip"] = setting(
         "fail",
@@ -156,6 +158,12 @@ class DataConfig(FileConfig):
     max_bad_rows: int = setting(100, "Maximum number of rows to skip; more end the run.")
     max_train_samples: int | None = setting(None, "Train on the first N rows only.")
     max_eval_samples: int | None = setting(None, "Evaluate on the first N rows only.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        named = {"tab": "\t", "\\t": "\t", "space": " "}
+        delimiter = named.get(self.label_delimiter or "", self.label_delimiter)
+        object.__setattr__(self, "label_delimiter", delimiter)
 
 
 @dataclass(frozen=True, kw_only=True)

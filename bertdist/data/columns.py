@@ -38,12 +38,21 @@ Problems = dict[int, str]  # rows to skip -> reason
 
 _BITS = {"0": 0, "0.0": 0, "false": 0, "no": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1, "x": 1}
 
-# A list written into a cell by Python, JSON or numpy: ['a', 'b'], ["a"], [0, 1], [0. 1.], ('a',).
+# A list written into a cell by Python, JSON or numpy: ['a', 'b'], ["a"], [0, 1], [0. 1.], ('a',),
+# {0, 1}, (), set(), array(['a'], dtype=object). Neither (1) nor {a}.
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
-_ITEM = rf"(?:{_QUOTED}|[+-]?[0-9]+(?:\.[0-9]*)?|[Tt]rue|[Ff]alse)"
-_LIST = re.compile(rf"\[\s*(?:{_ITEM}(?:(?:\s*,\s*|\s+){_ITEM})*)?\s*,?\s*\]")
-_TUPLE = re.compile(rf"[({{]\s*(?:{_QUOTED})(?:\s*,\s*(?:{_QUOTED}))*\s*,?\s*[)}}]")
+_NUMERIC = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+_ITEM = rf"(?:{_QUOTED}|{_NUMERIC}|[Tt]rue|[Ff]alse)"
+_COMMAS = rf"{_ITEM}(?:\s*,\s*{_ITEM})*"
+_SQUARE = rf"\[\s*(?:{_ITEM}(?:(?:\s*,\s*|\s+){_ITEM})*)?\s*,?\s*\]"
+_TUPLE = rf"\(\s*(?:{_COMMAS}\s*,|{_ITEM}\s*,\s*{_COMMAS}|{_QUOTED}|)\s*\)"
+_LIST = re.compile(rf"{_SQUARE}|{_TUPLE}|\{{\s*{_COMMAS}\s*,?\s*\}}")
+_CALL = re.compile(r"(?:array|list|set|frozenset)\((.*?)(?:,\s*dtype=[^)]*)?\)", re.DOTALL)
+_NESTED = re.compile(rf"\[\s*(?:{_SQUARE}|{_TUPLE}).*\]|\{{\s*{_ITEM}\s*:.*\}}", re.DOTALL)
 _ITEMS = re.compile(_ITEM)
+_ESCAPE = re.compile(
+    r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U00(?:0[0-9a-fA-F]|10)[0-9a-fA-F]{4}|['\"\\abfnrtv])"
+)
 
 
 def as_array(column: Any) -> Raw:
@@ -300,7 +309,7 @@ def _label(raw: Any, delimiter: str | None, class_names: tuple[str, ...] | None)
         raw = names if is_list else names[0]
     if isinstance(raw, str) and (found := _list_in_cell(raw.strip())) is not None:
         raw = found
-    elif delimiter is not None:
+    elif delimiter is not None and not isinstance(raw, list):
         if not isinstance(raw, str):
             raise ValueError(
                 f"label {excerpt_of(raw)} is not text, and --label_delimiter splits text"
@@ -321,25 +330,36 @@ def _name(raw: Any) -> str:
         )
     if isinstance(raw, str) and _has_surrogate(raw):
         raise ValueError(f"label {raw!a} has a lone surrogate")
-    return str(raw).strip()
+    return f"{raw:f}" if isinstance(raw, Decimal) else str(raw).strip()  # not 0E-8
 
 
 def _list_in_cell(cell: str) -> list[Any] | None:
-    """The list that Python, JSON or numpy wrote into a cell of text; None: it is not one."""
-    if cell[:1] not in ("[", "(", "{") or not (_LIST.fullmatch(cell) or _TUPLE.fullmatch(cell)):
+    """The list that Python, JSON or numpy wrote into a cell of text; None: it is not one.
+
+    Raises ValueError for a dict and a list of lists.
+    """
+    if call := _CALL.fullmatch(cell):
+        cell = call[1] or "[]"
+    if cell[:1] not in ("[", "(", "{"):
         return None
-    items = _ITEMS.findall(cell)
-    try:
-        return [_item(item) for item in items]
-    except ValueError:  # an escape that JSON lacks
-        return None
+    if _LIST.fullmatch(cell):
+        return [_item(item) for item in _ITEMS.findall(cell)]
+    if _NESTED.fullmatch(cell):
+        kind = "dict" if cell[0] == "{" else "list of lists"
+        raise ValueError(
+            f"label {excerpt_of(cell)} is a {kind}; expected text, a number or a list of labels"
+        )
+    return None
 
 
 def _item(item: str) -> Any:
     if item[0] == '"':
-        return json.loads(item, strict=False)
-    if item[0] == "'":
-        return re.sub(r"\\(['\"\\])", r"\1", item[1:-1])
+        try:
+            return json.loads(item, strict=False)
+        except ValueError:  # as Python writes it: "it's\xa0x"
+            pass
+    if item[0] in "'\"":
+        return _ESCAPE.sub(lambda x: x[0].encode().decode("unicode_escape"), item[1:-1])
     return item.lower() == "true" if item[0] in "tTfF" else canonical(item)
 
 

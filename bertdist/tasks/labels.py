@@ -175,6 +175,14 @@ def _infer_set(labels: Mapping[Any, int], locate: Callable[[Any], str]) -> Infer
             f"Labels: lists of {outputs} zeros and ones, one for each label "
             "(--label_names names them).",
         )
+    names = {name for label in labels for name in label}
+    if has_fractions(names) and all(map(is_number, names)):
+        first = next(label for label in labels if has_fractions(label))
+        raise DataError(
+            f"{locate(first)}: a list of numbers with fractions ({listed(first, 20)}); expected "
+            "names of labels, or a 0 or 1 for each label. Probabilities are no labels here; if "
+            f"these numbers are names, pass --problem_type {MULTI_LABEL}."
+        )
     for label in labels:
         if len(set(label)) < len(label):
             raise DataError(
@@ -222,6 +230,7 @@ def find_joined(labels: Iterable[str]) -> tuple[str, str] | None:
 
     They do where nearly all labels with the separator consist of parts that are labels by
     themselves, or (with , ; | or tab) parts of other such labels. So 'Paris, France' does not.
+    Also where all labels are as many zeros and ones ('1 0 0'), or numbers with a comma ('0,5').
     """
     labels = set(labels) if not isinstance(labels, Mapping) else labels
     for separator in _SEPARATORS:
@@ -232,6 +241,10 @@ def find_joined(labels: Iterable[str]) -> tuple[str, str] | None:
         }
         if not joined:
             continue
+        if len(joined) == len(labels) and is_multi_hot(map(tuple, joined.values())):
+            return separator, next(iter(joined))
+        if separator == "," and all(is_number(label.replace(",", ".", 1)) for label in labels):
+            return separator, next(iter(joined))
         parts_of = Counter(part for parts in joined.values() for part in set(parts))
         known = {part for part in parts_of if part in labels and part not in joined}
         if separator in ",;|\t":
@@ -250,11 +263,12 @@ def find_joined(labels: Iterable[str]) -> tuple[str, str] | None:
 
 def _describe_joined(separator: str, label: str, locate: Callable[[Any], str]) -> str:
     shown = {" ": "space", "\t": "tab"}.get(separator, separator)
-    decimal = " Numbers must have a decimal point." if re.fullmatch("[0-9]+,[0-9]+", label) else ""
+    is_number_too = separator == "," and is_number(label.replace(",", ".", 1))
+    decimal = " Numbers must have a decimal point." if is_number_too else ""
     return (
-        f"{locate(label)}: label {label!r} looks like several labels joined by {shown!r}, as its "
-        f"parts are labels of other rows. Pass --label_delimiter {shown!r} to split them, or "
-        f"--problem_type {SINGLE_LABEL} to keep each as one class.{decimal}"
+        f"{locate(label)}: label {label!r} looks like several labels joined by {shown!r}. Pass "
+        f"--label_delimiter {shown!r} to split them, or --problem_type {SINGLE_LABEL} to keep each "
+        f"as one class.{decimal}"
     )
 
 

@@ -150,7 +150,7 @@ class MultiLabel:
     def encode_label(self, label: Any) -> list[float]:
         if not isinstance(label, tuple):
             raise DataError(
-                f"expected a list of labels, found {label!r}; set --label_delimiter to split it."
+                f"expected a list of labels, found {label!r}; --label_delimiter splits text."
             )
         if self.multi_hot and is_multi_hot([label], len(self.labels)):
             return [float(bit) for bit in label]

@@ -290,6 +290,10 @@ def test_all_unknown_flags_are_named_at_once() -> None:
             "--train_file and --dataset_name both name training rows; give one.",
         ),
         (
+            ["--label_delimiter", ""],
+            "--label_delimiter is empty; expected one such as ';' (in YAML, in quotes).",
+        ),
+        (
             ["--label_columns", "a", "b", "--label_delimiter", ","],
             "--label_columns replaces --label_column and --label_delimiter; give one of them.",
         ),

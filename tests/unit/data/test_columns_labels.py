@@ -40,6 +40,7 @@ def write(folder: Path, kind: str, labels: list[Any]) -> Records:
         ("jsonl", ["1", 0, "1.0 "]),
         ("parquet", [1.0, 0.0, 1.0]),
         ("parquet", [Decimal("1.00"), Decimal("0.00"), Decimal("1.00")]),
+        ("parquet", [Decimal("1.00000000"), Decimal("0E-8"), Decimal("1.00000000")]),
         ("csv", ["TRUE", "false", "True"]),
         ("jsonl", [True, False, "true"]),
         ("parquet", [True, False, True]),
@@ -63,6 +64,19 @@ def test_a_label_is_the_same_in_every_format(tmp_path: Path, kind: str, labels: 
     [
         ("['joy', 'love']", ("joy", "love")),
         ('["joy", "caf\\u00e9"]', ("joy", "caf\u00e9")),
+        ("(0, 1)", ("0", "1")),
+        ("(1,)", ("1",)),
+        ("{0, 2}", ("0", "2")),
+        ("()", ()),
+        ("set()", ()),
+        ("frozenset({'joy'})", ("joy",)),
+        ("array(['joy', 'a)'], dtype=object)", ("joy", "a)")),
+        ("list(['joy'])", ("joy",)),
+        ("[1e-05, .5]", ("1e-05", ".5")),
+        ("list(joy)", "list(joy)"),
+        ("(joy, love)", "(joy, love)"),
+        ("[[joy]]", "[[joy]]"),
+        ("{joy: 1}", "{joy: 1}"),
         ("['joy' 'love']", ("joy", "love")),  # as numpy prints it: two labels, not 'joylove'
         ("[\"it's\", 'a \\'b\\'']", ("it's", "a 'b'")),
         ("('joy',)", ("joy",)),
@@ -84,6 +98,45 @@ def test_a_list_written_into_a_cell_is_read(cell: str, expected: Any) -> None:
     assert read_labels([cell], "label", where)[1] == [expected]
     if isinstance(expected, tuple):  # a delimiter does not split the brackets
         assert read_labels([cell], "label", where, ",")[1] == [expected]
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["a\nb", "\U0001f468\u200d\U0001f469", "x\xa0y", "it's\xa0x", "'\"\x00\\", "a\\d", "a\\\\nb"],
+)
+def test_escapes_are_read_as_python_writes_them(label: str) -> None:
+    assert read_labels([repr([label])], "label", where)[1] == [(label,)]
+    assert read_labels([json.dumps([label])], "label", where)[1] == [(label,)]
+
+
+@pytest.mark.parametrize(
+    ("cell", "kind"),
+    [
+        ("{'joy': 1, 'sad': 0}", "dict"),
+        ('{"joy": 1}', "dict"),
+        ("[[1, 0]]", "list of lists"),
+        ("[('a', 'b'), ('c',)]", "list of lists"),
+    ],
+)
+def test_what_is_no_list_of_labels_is_an_error(cell: str, kind: str) -> None:
+    with pytest.raises(DataError, match=rf"^a\.csv line 1: label .* is a {kind}; expected text, a"):
+        read_labels(["['a']", cell], "label", where)
+
+
+def test_a_list_stays_a_list_beside_a_delimiter() -> None:
+    labels = [["joy", "a|b"], "joy|sad", "", ["sad"]]
+    expected = [("joy", "a|b"), ("joy", "sad"), (), ("sad",)]
+    assert read_labels(labels, "label", where, "|")[1] == expected
+    with pytest.raises(DataError, match=r"label 'joy\|sad' is a single label"):  # the control
+        read_labels(labels, "label", where)
+
+
+@pytest.mark.parametrize(
+    ("flag", "label"), [("tab", "a\tb"), ("\\t", "a\tb"), ("space", "a b"), ("ab", "aabb")]
+)
+def test_names_of_delimiters(flag: str, label: str) -> None:
+    delimiter = DataConfig(label_delimiter=flag).label_delimiter
+    assert read_labels([label], "label", where, delimiter)[1] == [("a", "b")]
 
 
 def test_the_label_that_a_list_repeats_is_told() -> None:

@@ -194,6 +194,13 @@ def test_odd_labels(rows: dict[str, int], odd: list[str]) -> None:
         (["yes, really", "yes", "no"], None),
         (["a,b", "c"], None),
         (["a,a", "a"], None),
+        (["1 0 0", "0 1 0", "0 0 0"], " "),
+        (["1,0", "1,1"], ","),
+        (["1 0 0", "0 1 0", "0 0"], None),  # not all of one length
+        (["1 0 0", "0 2 0"], None),
+        (["3,14", "2,71", "-1,4", "2"], ","),  # a decimal comma
+        (["0,0", "1,1"], ","),
+        (["3,14", "2,71", "1,4b"], None),
     ],
 )
 def test_joined_labels_are_told_by_their_parts(labels: list[str], separator: str | None) -> None:
@@ -205,6 +212,13 @@ def test_joined_labels_are_told_by_their_parts(labels: list[str], separator: str
         shown = {" ": "space"}.get(separator, separator)
         assert f"--label_delimiter {shown!r} to split them" in str(caught.value)
         assert infer_problem_type(SINGLE, Counter(labels)).problem_type == SINGLE
+
+
+def test_a_decimal_comma_is_told() -> None:
+    for labels, told in ((["0,5", "1,25"], True), (["a,b", "a", "b"], False)):
+        with pytest.raises(DataError) as caught:
+            inferred(labels)
+        assert ("Numbers must have a decimal point." in str(caught.value)) is told
 
 
 # ---- Zeros and ones
@@ -246,6 +260,17 @@ def test_zeros_and_ones_get_their_names_from_a_flag() -> None:
     assert infer_task(TaskConfig(label_names=["b", "a"]), values, counts).labels == ("b", "a")
     with pytest.raises(ConfigError, match="has 3 names; the lists of zeros and ones have 2"):
         infer_task(TaskConfig(label_names=["a", "b", "c"]), values, counts)
+
+
+def test_a_list_of_fractions_is_no_list_of_names() -> None:
+    labels = [("1", "0"), ("0.1", "0.9")]
+    with pytest.raises(
+        DataError, match=r"^b line 2: a list of numbers with fractions \(0\.1, 0\.9"
+    ):
+        inferred(labels, locate=lambda label: f"b line {labels.index(label) + 1}")
+    assert infer_problem_type(MULTI, Counter(labels)).problem_type == MULTI
+    # the controls: names beside the numbers, and whole numbers
+    assert inferred([("0.1", "0.9"), ("a",)]) == inferred([("1", "2"), ("10",)]) == MULTI
 
 
 def test_zeros_and_ones_of_two_lengths_are_an_error() -> None:

@@ -428,7 +428,7 @@ def test_an_unknown_problem_type_is_an_error() -> None:
         (
             MultiLabel(("red", "blue")),
             "red",
-            "expected a list of labels, found 'red'; set --label_delimiter to split it.",
+            "expected a list of labels, found 'red'; --label_delimiter splits text.",
         ),
         (Regression(("score",)), "high", "expected a number, found 'high'."),
         (Regression(("score",)), "nan", "expected a number, found 'nan'."),
