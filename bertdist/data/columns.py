@@ -17,6 +17,7 @@ import json
 import math
 import re
 from collections import Counter
+from contextlib import suppress
 from decimal import Decimal
 from itertools import compress
 from typing import Any, Literal, TypeAlias
@@ -149,6 +150,8 @@ def read_labels(
     nearly all others are. Raises DataError at the first row whose label is missing, of another kind
     than those above it, or not a label.
     """
+    if isinstance(column, pa.Array) and str(column.type) == "extension<arrow.json>":
+        raise DataError(f"{location(0)}: column {name!r} is of type {column.type}; expected text.")
     distinct, codes = _encode(column)
     used = _used_codes(codes, len(distinct), problems)
     values: list[Any] = [None] * len(distinct)
@@ -288,8 +291,9 @@ def _encode(column: Raw) -> tuple[list[Any], Codes]:
         and not pa.types.is_nested(column.type)
         and not pa.types.is_null(column.type)
     ):
-        encoded = column.dictionary_encode("encode")
-        return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int32)
+        with suppress(pa.ArrowNotImplementedError):  # of extension types and short decimals
+            encoded = column.dictionary_encode("encode")
+            return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int32)
     rows = column if isinstance(column, list) else column.to_pylist()
     keys = list(map(repr, rows))  # 1, 1.0, True and [1] differ, and lists are hashable
     seen: dict[str, Any] = {}

@@ -296,6 +296,9 @@ def records_from_chunk(
     pairs = None
     if columns.pair is not None:
         pairs = read_texts(arrays[columns.pair], columns.pair, location, problems)
+    if headers := _repeated_headers(parts[0], arrays, columns):
+        reason = "every column holds its own name: a header, as of joined files; remove that row"
+        reject(problems, headers, reason, location)
     kind: LabelKind | None = None
     values: list[LabelValue] = []
     codes = None
@@ -333,6 +336,13 @@ def records_from_chunk(
         pairs=pairs,
         skipped_rows=(*chunk.skipped_rows, *skipped_rows_of(chunk, problems or {})),
     )
+
+
+def _repeated_headers(texts: pa.Array, arrays: dict[str, Raw], columns: ColumnNames) -> list[int]:
+    """Rows in which each of several columns holds its own name. texts: of the first column."""
+    others = [name for name in columns.names() if name != columns.texts[0]]
+    rows: list[int] = np.flatnonzero(pc.equal(texts, columns.texts[0])).tolist() if others else []
+    return [row for row in rows if all(str(arrays[name][row]) == name for name in others)]
 
 
 def _validated(column: Column, name: str, location: LocateRow, problems: Problems | None) -> Raw:

@@ -210,3 +210,18 @@ def test_the_first_rows_of_a_sorted_file_are_told(tmp_path: Path) -> None:
             label_stats_of(load_records(DataConfig(train_file=[str(path)]), "train")),
             None,
         )
+
+
+def test_arrow_types_without_a_dictionary_are_labels(tmp_path: Path) -> None:
+    bits = pa.array([1, 0], pa.int8())
+    bool8 = pa.ExtensionArray.from_storage(pa.bool8(), bits)
+    pq.write_table(pa.table({"text": ["a", "b"], "label": bool8}), tmp_path / "a.parquet")
+    data = DataConfig(train_file=[str(tmp_path / "a.parquet")])
+    for records in (load_records(data, "train"), open_stream(data, 0).head()):
+        assert records.label_values == ["true", "false"]  # as of a column of bool
+    assert read_labels(bits, "label", where)[1] == ["1", "0"]
+    short = pa.array([Decimal("1.50"), Decimal("0.25")], pa.decimal32(5, 2))
+    assert read_labels(short, "label", where)[1] == ["1.50", "0.25"]
+    json_texts = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['"a"']))
+    with pytest.raises(DataError, match=r"column 'label' is of type extension<arrow\.json>"):
+        read_labels(json_texts, "label", where)
