@@ -201,6 +201,14 @@ def document_items(fmt: FileFormat, text: str) -> list[Any]:
             advice = did_you_mean(fmt.json_field, filter(None, lists))
             raise DataError(f"{fmt.name}: --json_field {fmt.json_field!r} is no list.{advice}")
         return lists[fmt.json_field]
+    names = lists.get("columns", [])  # pandas, orient="split"
+    if names and not fmt.column_names and "data" in lists and {*map(type, names)} == {str}:
+        return [
+            _object(list(zip(names, row, strict=True)))
+            if type(row) is list and len(row) == len(names)
+            else row
+            for row in lists["data"]
+        ]
     kinds = (dict, list) if fmt.column_names else dict
     rows = {
         name: items

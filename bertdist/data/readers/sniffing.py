@@ -103,15 +103,23 @@ def _json_kind(kind: str, head: bytes, is_all: bool) -> str | None:
         return "json" if is_json or _JSON_ROWS.match(text) else None
     value = _json_object(first)
     if value:
-        has_list = any(
-            isinstance(item, list) and item[:1] and isinstance(item[0], dict)
-            for item in value.values()
-        )
-        return "json" if kind == "json" and is_all and not rest.strip() and has_list else "jsonl"
+        is_document = kind == "json" and is_all and not rest.strip() and _has_rows(value)
+        return "json" if is_document else "jsonl"
     if not is_json or not text.startswith(b"{"):
         return None
     second = rest.lstrip().partition(b"\n")[0]
     return kind if (kind == "jsonl" and first.strip() != b"{") or _json_object(second) else "json"
+
+
+def _has_rows(value: dict[str, object]) -> bool:
+    """Whether there is a list of objects in it, or pandas wrote it with orient="split"."""
+    if isinstance(value.get("columns"), list) and isinstance(value.get("data"), list):
+        return True
+    return any(
+        (isinstance(item, list) and item[:1] and isinstance(item[0], dict))
+        or (isinstance(item, dict) and "text" not in value and _has_rows(item))
+        for item in value.values()
+    )
 
 
 def _json_object(line: bytes) -> dict[str, object] | None:

@@ -172,6 +172,19 @@ def test_rows_of_a_document_may_be_lists_whose_items_are_named() -> None:
         parse_document(DOCUMENT, items, ["t"], skip=False)
 
 
+def test_columns_and_data_of_pandas_are_rows() -> None:
+    """df.to_json(orient="split")"""
+    text = '{"columns": ["t", "l"], "index": [0, 1, 2], "data": [["a", 1], ["b"], ["c", 2]]}'
+    items = document_items(DOCUMENT, text)
+    assert document_keys(DOCUMENT, items, False) == ["t", "l"]
+    found = parse_document(DOCUMENT, items, ["l", "t"], skip=True)
+    assert found.columns == {"l": [1, 2], "t": ["a", "c"]}
+    assert [row.location for row in found.skipped_rows] == ["a.json row 1"]
+    for other in (text.replace("columns", "names"), text.replace('"l"', "3")):
+        with pytest.raises(DataError, match="expected a list of objects"):
+            document_items(DOCUMENT, other)
+
+
 def test_two_lists_under_one_key_are_refused() -> None:
     for text in ('{"a": [{"t": 1}], "a": [{"t": 2}]}', '{"a.b": [], "a": {"b": [{"t": 2}]}}'):
         with pytest.raises(DataError, match=r"^a\.json: not JSON: the key '.*' occurs twice"):

@@ -244,6 +244,9 @@ TXT = "; --file_format txt overrules"
         ("a.jsonl", '{"rows": [{"text": "a"}]}\n', {}, "jsonl", None),
         ("a.json", '{"rows": [{"text": "a"}]}\n', {}, "json", "one JSON document, held in memory"),
         ("a.json", '{"text": "a", "label": ["x"]}\n', {}, "jsonl", None),
+        ("a.json", '{"a": {"rows": [{"text": "a"}]}}\n', {}, "json", "one JSON document"),
+        ("a.json", '{"columns": ["text"], "data": [["a"]]}', {}, "json", "one JSON document"),
+        ("a.json", '{"text": "a", "x": {"y": [{"z": "a"}]}}\n', {}, "jsonl", None),
         ("a.jsonl", "[\n" + JSONL, {}, "json", "one JSON document, held in memory"),
         (
             "a.json",
