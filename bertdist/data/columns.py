@@ -156,40 +156,39 @@ def read_labels(
     used = _used_codes(codes, len(distinct), problems)
     values: list[Any] = [None] * len(distinct)
     wrong: dict[int, str] = {}
-    first: tuple[Any, Any] | None = None  # as in the column, and as a label
-    if first_label is not None:
-        first = (list(first_label) if isinstance(first_label, tuple) else first_label, first_label)
+    first = first_label
     for code in used:
         raw = distinct[code]
         try:
             value = _label(raw, delimiter, class_names)
-            first = first or (raw, value)
-            if isinstance(value, tuple) != isinstance(first[1], tuple):
+            first = value if first is None else first
+            if isinstance(value, tuple) != isinstance(first, tuple):
                 raise ValueError(
                     f"label {excerpt_of(raw)} is {_content(value)}, "
-                    f"each of the labels above it is {_content(first[1])}"
+                    f"each of the labels above it is {_content(first)}"
                 )
         except ValueError as error:
             _reject_value(problems, wrong, codes, code, f"{error} (column {name!r})", location)
         else:
             values[code] = value
     good = [code for code in used if code not in wrong]
-    if problems is not None and class_names is None and not any_label:
+    kind: LabelKind = "set" if isinstance(first, tuple) else "text"
+    if kind == "text" and problems is not None and class_names is None and not any_label:
         valid = valid_rows(problems, len(codes))
         rows = np.bincount(codes if valid is None else codes[valid], minlength=len(distinct))
         rows_of: Counter[str] = Counter()
         for code in good:
-            if isinstance(values[code], str):
-                rows_of[values[code]] += int(rows[code])
+            rows_of[values[code]] += int(rows[code])
         odd = set(odd_labels(rows_of))
-        for code in [code for code in good if values[code] in odd]:
-            wrong[code] = f"label {values[code]!r} is not a number, as most are (column {name!r})"
+        for code in good:
+            if values[code] in odd:
+                reason = f"label {values[code]!r} is not a number, as most are (column {name!r})"
+                wrong[code] = reason
     code_of: dict[LabelValue, int] = {}  # "a|b" and "a | b" are one
     merged = np.full(len(distinct), -1, np.int32)
     for code in good:
         if code not in wrong:
             merged[code] = code_of.setdefault(values[code], len(code_of))
-    kind: LabelKind = "set" if any(isinstance(value, tuple) for value in code_of) else "text"
     return kind, list(code_of), _mark_wrong(merged[codes], codes, wrong, problems)
 
 

@@ -359,10 +359,8 @@ def _validated(column: Column, name: str, location: LocateRow, problems: Problem
         try:
             value.as_py()
         except UnicodeDecodeError as error:
-            wrong[row], reason = True, f"column {name!r} is not UTF-8 ({error})"
-            if problems is None:
-                raise DataError(f"{location(row)}: {reason}.") from None
-            problems.setdefault(row, reason)
+            wrong[row] = True
+            reject(problems, [row], f"column {name!r} is not UTF-8 ({error})", location)
     # The invalid value of a dictionary may not occur in any row.
     if not wrong.any() and not pa.types.is_dictionary(column.type):
         raise DataError(f"{location(0)}: column {name!r} is damaged ({damage}).")

@@ -236,25 +236,6 @@ def first_rows_of_chunk(chunk: Chunk, rows: int) -> Chunk:
     return chunk._replace(columns=columns, num_rows=rows, skipped_rows=skipped)
 
 
-def slice_chunk(chunk: Chunk, start: int, stop: int) -> Chunk:
-    """Rows start, ..., stop - 1 of a chunk that is a complete source, for a state {"row": start}.
-
-    The skipped rows go with the first ones.
-    """
-    columns = {
-        name: column[start:stop] if isinstance(column, list) else column.slice(start, stop - start)
-        for name, column in chunk.columns.items()
-    }
-    return Chunk(
-        columns,
-        max(0, min(stop, chunk.num_rows) - start),
-        {"row": start},
-        slice_locations(chunk.location, start),
-        lambda rows: chunk.excerpts([start + row for row in rows]),
-        chunk.skipped_rows if start == 0 else (),
-    )
-
-
 def nested_names(schema: pa.Schema) -> list[str]:
     """The names of all columns, and of the fields in them: review, review.text, ..."""
 

@@ -30,8 +30,6 @@ _WHOLE = re.compile(r"[+-]?[0-9]+(?:\.0*)?")
 _CANONICAL = re.compile(r"(-?(?:0|[1-9][0-9]{0,99}))(?:\.0*)?")
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,99}")
 
-Label = str | tuple[str, ...]
-
 
 def is_number(label: str) -> bool:
     """Whether a label is spelled as a finite number: digits, a point, an exponent.
@@ -155,16 +153,15 @@ def infer_problem_type(
         if odd := odd_labels(labels):
             raise DataError(_describe_odd(odd, labels, locate))
         return Inferred(SINGLE_LABEL)
-    overrule = "--problem_type {} overrules this"
-    if has_fractions(numbers):
-        reason = f"Labels: numbers with fractions, to be predicted as numbers ({overrule})."
-        return Inferred(REGRESSION, reason.format(SINGLE_LABEL))
+    found, other = REGRESSION, SINGLE_LABEL
     different = len(set(map(canonical, numbers)))
-    if different > MOST_CLASSES_WITH_POINT and any("." in label for label in numbers):
-        reason = f"Labels: {different:,} different numbers with a point, to be predicted as numbers"
-        return Inferred(REGRESSION, f"{reason} ({overrule}).".format(SINGLE_LABEL))
-    reason = f"Labels: whole numbers, each a class ({overrule})."
-    return Inferred(SINGLE_LABEL, reason.format(REGRESSION))
+    if has_fractions(numbers):
+        what = "numbers with fractions, to be predicted as numbers"
+    elif different > MOST_CLASSES_WITH_POINT and any("." in label for label in numbers):
+        what = f"{different:,} different numbers with a point, to be predicted as numbers"
+    else:
+        found, other, what = SINGLE_LABEL, REGRESSION, "whole numbers, each a class"
+    return Inferred(found, f"Labels: {what} (--problem_type {other} overrules this).")
 
 
 def _infer_set(labels: Mapping[Any, int], locate: Callable[[Any], str]) -> Inferred:

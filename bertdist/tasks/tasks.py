@@ -279,7 +279,14 @@ def infer_task(
     if problem_type == MULTI_LABEL:
         unweighted = MultiLabel(labels, reason=reason, multi_hot=multi_hot)
         return _with_positive_weights(unweighted, config, values, counts, column)
-    _check_classes(labels, values, int(counts.sum()), column, limit)
+    if len(labels) < 2:
+        raise DataError(_describe_one_label(labels[0], column, limit))
+    num_rows = int(counts.sum())
+    if given is None and num_rows >= 50 and len(values) > num_rows / 2:
+        raise DataError(
+            f"Column {column!r} has {len(values):,} different labels in {num_rows:,} rows; is it "
+            "the column of the labels? If it is, list them: --label_names."
+        )
     task = SingleLabel(labels, (), config.label_smoothing_factor, reason=reason)
     rows_per_label = np.zeros(len(labels))
     for value, count in rows_of.items():
@@ -288,24 +295,14 @@ def infer_task(
     return replace(task, class_weights=_class_weights(config.class_weights, labels, balanced))
 
 
-def _check_classes(
-    labels: tuple[str, ...], values: Sequence[Any], num_rows: int, column: str, limit: int | None
-) -> None:
-    """Raises DataError where there is nothing to learn."""
-    if len(labels) < 2:
-        first = ""
-        if limit is not None:
-            first = f" --max_train_samples takes the first {limit:,} rows: is the file sorted by "
-            first += "label? Shuffle it."
-        raise DataError(
-            f"The training split has only the label {labels[0]!r} in column {column!r}; "
-            f"expected at least two.{first}"
-        )
-    if num_rows >= 50 and len(values) > num_rows / 2:
-        raise DataError(
-            f"Column {column!r} has {len(values):,} different labels in {num_rows:,} rows; "
-            "is it the column of the labels?"
-        )
+def _describe_one_label(label: str, column: str, limit: int | None) -> str:
+    problem = f"The training split has only the label {label!r} in column {column!r}; expected at"
+    if limit is None:
+        return f"{problem} least two."
+    return (
+        f"{problem} least two. --max_train_samples takes the first {limit:,} rows: if rows are "
+        "sorted by label, as those of a folder are, shuffle the file or take more."
+    )
 
 
 def _with_positive_weights(

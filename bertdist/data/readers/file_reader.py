@@ -93,7 +93,6 @@ from bertdist.data.source import (
     RowLocations,
     first_rows_of_chunk,
     locate_lines,
-    slice_chunk,
 )
 
 CHUNK_BYTES = 4 << 20
@@ -126,8 +125,8 @@ class _Header(NamedTuple):
 class FileReader:
     """The rows of one file, a `DataSource`; on_bad_row "skip" skips and returns what is not a row.
 
-    A state is {"at": byte of the decompressed file, "line": from 1, "row": rows before it}, or
-    that of `parquet_reader`.
+    A state is {"at": byte of the decompressed file, "line": from 1, "row": rows before it}, of a
+    JSON document {"row": items before it}, or that of `parquet_reader`.
     """
 
     def __init__(
@@ -202,8 +201,7 @@ class FileReader:
             if self.file.kind == "json":
                 from bertdist.data.readers.jsonl_reader import parse_document
 
-                items, self._items = self._items or self._document_items(), None
-                chunk = parse_document(self.file, items, columns, skip=self.skip)
+                chunk = parse_document(self.file, self._take_items(), columns, skip=self.skip)
                 return chunk if num_rows is None else first_rows_of_chunk(chunk, num_rows)
             parsed, lines = self._parse_all(columns, num_rows)
             again = _ReadAgain(self, columns)
@@ -232,10 +230,12 @@ class FileReader:
                 yield from read_slices(self.name, *slices)
                 return
             if file.kind == "json":
-                chunk, start = self.read(columns), (state or {"row": 0})["row"]
-                # The skipped rows are in the first chunk.
-                for row in range(start, max(start + 1, chunk.num_rows), SLICE_ROWS):
-                    yield slice_chunk(chunk, row, row + SLICE_ROWS)
+                from bertdist.data.readers.jsonl_reader import parse_document
+
+                items = self._take_items()
+                for row in range((state or {"row": 0})["row"], len(items), SLICE_ROWS):
+                    some = items[row : row + SLICE_ROWS]
+                    yield parse_document(file, some, columns, skip=self.skip, first=row)
                 return
             header = self._read_header()
             if is_stateful(header.codec):
@@ -307,19 +307,23 @@ class FileReader:
             if self.file.kind == "json":
                 from bertdist.data.readers.jsonl_reader import document_keys
 
-                self._items = self._document_items()
-                names = document_keys(self.file, self._items, self.skip)
+                items = self._take_items()
+                names = document_keys(self.file, items, self.skip)
                 if not names:
                     raise DataError(f"{self.name} has no rows.")
-                self._header = _Header(names, "", {"row": 0})
+                self._header, self._items = _Header(names, "", {"row": 0}), items
                 return self._header
             with closing(self.file.open_bytes(0)) as stream:
                 self._header = self._header_of(stream)
         return self._header
 
-    def _document_items(self) -> list[Any]:
+    def _take_items(self) -> list[Any]:
+        """The rows of a JSON document: those read with the header, which are then let go."""
         from bertdist.data.readers.jsonl_reader import document_items
 
+        items, self._items = self._items, None
+        if items is not None:
+            return items
         with closing(self.file.open_bytes(0)) as stream:
             raw = read_all(stream, self.name, None)
         codec, mark = resolve_codec(self.file, raw)

@@ -34,6 +34,7 @@ from bertdist.data.source import (
     SkippedRow,
     chunk_of_columns,
     excerpt,
+    locate_rows,
     select_locations,
 )
 
@@ -100,18 +101,18 @@ def parse_json(
 
 
 def parse_document(
-    fmt: FileFormat, items: list[Any], wanted: Sequence[str], *, skip: bool
+    fmt: FileFormat, items: list[Any], wanted: Sequence[str], *, skip: bool, first: int = 0
 ) -> Chunk:
-    """The same of the `items` of a JSON document, as one chunk."""
+    """The same of some `items` of a JSON document, the first of which is number `first`."""
     columns: dict[str, Column] = {name: [] for name in wanted}
     numbers: list[int] = []
     skipped: list[SkippedRow] | None = [] if skip else None
-    for number, value in _document(fmt, items, skipped, wanted):
+    for number, value in _document(fmt, items, skipped, wanted, first):
         numbers.append(number)
         for name, column in columns.items():
             column.append(_field(value, name))
-    chunk = chunk_of_columns(fmt.name, columns, len(numbers), {"row": 0})
-    location = select_locations(chunk.location, np.array(numbers, np.int64))
+    chunk = chunk_of_columns(fmt.name, columns, len(numbers), {"row": first})
+    location = select_locations(locate_rows(fmt.name), np.array(numbers, np.int64))
     return chunk._replace(location=location, skipped_rows=tuple(skipped or ()))
 
 
@@ -166,10 +167,11 @@ def _document(
     items: list[Any],
     skipped: list[SkippedRow] | None,
     names: Sequence[str] = (),
+    first: int = 0,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, object) of every item of the list of rows; else as `_objects`."""
     names = sorted(names)
-    for number, value in enumerate(items):
+    for number, value in enumerate(items, first):
         reason, row = "", value
         if type(value) is list and fmt.column_names:
             if len(value) != len(fmt.column_names):

@@ -526,10 +526,12 @@ def test_a_column_of_texts_is_not_a_label_column() -> None:
     texts = [f"text {i}" for i in range(26)]
     with pytest.raises(
         DataError,
-        match=r"^Column 'id' has 26 different labels in 50 rows; is it the column of the labels\?$",
+        match=r"^Column 'id' has 26 different labels in 50 rows; is it the column of the labels\? If it is, .*--label_names",
     ):
         task_of(texts, counts=[25, *[1] * 25], column="id")
     assert (
         len(task_of(texts[:25], counts=[26, *[1] * 24]).labels) == 25
     )  # half of the rows may differ
     assert len(task_of(texts, counts=[24, *[1] * 25]).labels) == 26  # too few rows to tell
+    listed = task_of(texts, counts=[25, *[1] * 25], label_names=texts)
+    assert listed.labels == tuple(texts)  # one row of each, as in few-shot learning

@@ -491,6 +491,27 @@ def test_a_file_is_opened_in_another_process(tmp_path: Path) -> None:
         assert reader.bytes == (tmp_path / name).stat().st_size
 
 
+def test_a_json_document_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its chunks have the rows of the whole, each bad row once, and resume; it is parsed once."""
+    monkeypatch.setattr(file_reader, "SLICE_ROWS", 2)
+    items = [{"text": "a"}, 7, {"text": "b"}, {"text": "c"}, 8, 9, {"text": "d"}]
+    (tmp_path / "a.json").write_text(json.dumps(items))
+    reader = FileReader(inspect(tmp_path / "a.json"), on_bad_row="skip")
+    assert reader.column_names() == ["text"]
+    (tmp_path / "a.json").write_text("[]")
+    chunks = list(reader.chunks(["text"]))
+    (tmp_path / "a.json").write_text(json.dumps(items))
+    whole = reader.read(["text"])
+    assert [chunk.columns["text"] for chunk in chunks] == [["a"], ["b", "c"], [], ["d"]]
+    assert whole.columns["text"] == ["a", "b", "c", "d"]
+    assert [row for chunk in chunks for row in chunk.skipped_rows] == [*whole.skipped_rows]
+    assert [row.location for row in whole.skipped_rows] == [f"a.json row {n}" for n in (1, 4, 5)]
+    for location in (whole.location(2), chunks[1].location(1)):
+        assert str(location) == "a.json row 3"
+    again = list(reader.chunks(["text"], chunks[1].state))
+    assert [chunk.columns for chunk in again] == [chunk.columns for chunk in chunks[1:]]
+
+
 @pytest.mark.parametrize(
     ("file_format", "note"), [("auto", "data.bin: read as parquet"), ("parquet", None)]
 )
