@@ -218,7 +218,7 @@ def load_inputs(config: TrainConfig, accelerator: Accelerator) -> Inputs:
         model_config, tokenizer = load_model_config(config.model), load_tokenizer(config.model)
         check_vocabulary(model_config, tokenizer, config.model.model_name_or_path)
         rows, eval_rows = load_splits(config)
-    fingerprint = data_fingerprint(model_config, tokenizer, rows, eval_rows)
+        fingerprint = data_fingerprint(model_config, tokenizer, rows, eval_rows)
     assert_same_on_all_ranks(accelerator, fingerprint)
     return Inputs(tokenizer, model_config, rows, eval_rows)
 

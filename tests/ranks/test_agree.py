@@ -27,6 +27,15 @@ def no_file() -> None:
     train.load_splits = broken
 
 
+def gone_since() -> None:
+    """A file that is there when it is listed, and not when its digest is taken."""
+
+    def broken(*args: Any) -> Any:
+        raise DataError("train/neg/1.txt cannot be read.")
+
+    train.data_fingerprint = broken
+
+
 def no_model() -> None:
     def broken(*args: Any) -> Any:
         raise DataError("weights.bin: gone.")
@@ -68,6 +77,7 @@ def no_state() -> None:
     [
         (2, 1, no_file, "bertdist: rank 1: train.tsv: no such file."),
         (3, 1, no_file, "bertdist: rank 1: train.tsv: no such file."),
+        (2, 1, gone_since, "bertdist: rank 1: train/neg/1.txt cannot be read."),
         (2, 1, no_model, "bertdist: rank 1: weights.bin: gone."),
         (2, 0, broken_metric, "bertdist: rank 0: --metrics ./mine.py: failed on 6 rows: KeyError"),
         (2, 0, full_disk, "step_000002: "),

@@ -12,8 +12,8 @@ and the flag. What is detected is printed (`DataFile.note`).
    a table: its first line has the names of columns, or most lines have as many tabs as the first.
 4. The delimiter is that of Excel's line `sep=;`, if the file begins with one. Else it is the usual
    one for the file name extension, unless exactly one other gives all lines the same number of
-   fields. In tsv files quotes are text (else ChnSentiCorp would lose 454
-   rows), unless only reading them as quotes gives all lines the same number of fields.
+   fields. In tsv files quotes are text (else ChnSentiCorp would lose 454 rows), unless only reading
+   them as quotes gives all lines the same number of fields.
 """
 
 import codecs
@@ -37,7 +37,6 @@ HEAD_BYTES = 1 << 20
 MIN_SPECIAL = 8  # fewer characters above ASCII prove nothing
 MAX_SHARE = 1 / 200  # of characters above ASCII, in English text
 DELIMITERS = {",": "csv", "\t": "tsv", ";": "csv", "|": "csv"}  # delimiter -> whose quoting it has
-
 MIN_SHARE = 0.9  # of lines with as many tabs as the first, in a table
 
 _FOREIGN = {  # first bytes -> what the file is, and what to do

@@ -64,7 +64,10 @@ def test_a_stream_of_a_folder_resumes_at_every_file(
     assert str(again.location(0)) == "train/pos/0.txt line 1"
     assert copy.fingerprint == reader.fingerprint
     (folder / "neg" / "1.txt").write_bytes(b"fine\n")
-    assert FolderReader(str(folder), FileConfig()).fingerprint != reader.fingerprint
+    changed = FolderReader(str(folder), FileConfig()).fingerprint
+    (folder / "neg" / "10.txt").write_bytes(b"longer than it was\n")
+    grown = FolderReader(str(folder), FileConfig()).fingerprint
+    assert len({changed, grown, reader.fingerprint}) == 3
     config = DataConfig(train_file=[str(folder)], streaming=True, stream_window=1)
     windows = list(open_stream(config, 1).windows())
     assert [window.records[0].label for window in windows] == ["neg", "neg", "pos"]
