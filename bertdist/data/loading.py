@@ -4,7 +4,7 @@
 and which labels are valid or missing, is decided in data/records.py and data/columns.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
@@ -121,7 +121,8 @@ def _load_files(
         by_pattern.append([])
         for reader in open_files(pattern, data, data.on_bad_row):
             _check_has_labels(reader)
-            options = data.label_delimiter, limit, first_label, any_label
+            limits = limit, data.max_bad_rows
+            options = data.label_delimiter, *limits, first_label, any_label
             records = _read_file(reader, _requested(data), *options)
             by_pattern[-1].append(records)
             if data.on_bad_row == "skip":
@@ -142,6 +143,7 @@ def _read_file(
     requested: ColumnNames,
     label_delimiter: str | None = None,
     limit: int | None = None,
+    max_bad_rows: int = 0,
     first_label: LabelValue | None = None,
     any_label: bool = False,
 ) -> Records:
@@ -150,20 +152,39 @@ def _read_file(
     except DataError as error:
         how = f" {reader.note}." if reader.note and reader.kind != "json" else ""
         raise DataError(f"{error}{how}") from None
-    records = records_from_chunk(
-        reader.name,
-        reader.read(columns.names(), limit),
-        columns,
-        has_header=reader.has_header,
-        label_delimiter=label_delimiter,
-        on_bad_row="skip" if reader.skip else "fail",
-        first_label=first_label,
-        any_label=any_label,
-        table=reader.quoted_table,
-    )
+
+    def read(num_rows: int | None) -> Records:
+        return records_from_chunk(
+            reader.name,
+            reader.read(columns.names(), num_rows),
+            columns,
+            has_header=reader.has_header,
+            label_delimiter=label_delimiter,
+            on_bad_row="skip" if reader.skip else "fail",
+            first_label=first_label,
+            any_label=any_label,
+            table=reader.quoted_table,
+        )
+
+    records = _read_valid(read, limit, max_bad_rows)
     reject_header(records)
     note = reader.note
     return replace(_not_empty(records), file=reader.file, format_notes=(note,) if note else ())
+
+
+def _read_valid(
+    read: Callable[[int | None], Records], limit: int | None, max_bad_rows: int
+) -> Records:
+    """The first `limit` valid rows: read(number of rows) with more rows for those skipped."""
+    records, num_rows, before = read(limit), limit, -1
+    while num_rows is not None and limit is not None:
+        missing, skipped = limit - len(records), len(records.skipped_rows)
+        is_all = before == len(records) + skipped
+        if not missing or not skipped or skipped > max_bad_rows or is_all:
+            break
+        num_rows, before = num_rows + missing, len(records) + skipped
+        records = read(num_rows)
+    return records
 
 
 def _not_empty(records: Records) -> Records:
@@ -180,22 +201,27 @@ def _load_hub_split(
     dataset, name = _find_hub_split(data, split)
     if dataset is None:
         return None
-    rows = min(limit or len(dataset), len(dataset))
-    if not rows:
+    if not len(dataset):
         raise DataError(f"{name} has no rows.")
     columns = choose_columns(name, nested_names(dataset.features.arrow_schema), requested)
-    table = dataset.select(range(rows)).with_format("arrow")[:]
-    arrays: dict[str, Column] = {name: column_of(table, name) for name in columns.names()}
-    records = records_from_chunk(
-        name,
-        chunk_of_columns(name, arrays, rows, {"row": 0}),
-        columns,
-        label_delimiter=data.label_delimiter,
-        features=dataset.features,
-        on_bad_row=data.on_bad_row,
-        any_label=any_label,
-    )
-    return replace(_not_empty(records), limit=rows if rows < len(dataset) else None)
+
+    def read(num_rows: int | None) -> Records:
+        rows = min(num_rows or len(dataset), len(dataset))
+        table = dataset.select(range(rows)).with_format("arrow")[:]
+        arrays: dict[str, Column] = {name: column_of(table, name) for name in columns.names()}
+        return records_from_chunk(
+            name,
+            chunk_of_columns(name, arrays, rows, {"row": 0}),
+            columns,
+            label_delimiter=data.label_delimiter,
+            features=dataset.features,
+            on_bad_row=data.on_bad_row,
+            any_label=any_label,
+        )
+
+    records = _read_valid(read, limit, data.max_bad_rows)
+    is_limited = len(records) + len(records.skipped_rows) < len(dataset)
+    return replace(_not_empty(records), limit=limit if is_limited else None)
 
 
 def _find_hub_split(data: DataConfig, split: str) -> tuple[Any, str]:

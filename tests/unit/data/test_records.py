@@ -1100,6 +1100,36 @@ def test_only_the_first_rows_are_read_where_so_asked(write: Write, tmp_path: Pat
         assert "label is missing" in refusal(lambda path=path: train(path, max_train_samples=9))  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("a.csv", ["text,label", "a,1", "b", "c,0", ",", "d,", "e,1", "f,0"]),
+        (
+            "a.jsonl",
+            [
+                '{"text": "a", "label": 1}',
+                '{"text": "b"}',
+                '{"text": "c", "label": 0}',
+                '{"text": null, "label": 1}',
+                '{"text": "d", "label": null}',
+                '{"text": "e", "label": 1}',
+                '{"text": "f", "label": 0}',
+            ],
+        ),
+    ],
+)
+def test_a_limit_counts_the_rows_that_are_kept(write: Write, name: str, lines: list[str]) -> None:
+    path = write(name, "\n".join(lines) + "\n")
+    for limit, expected, skipped in ((3, "ace", 3), (2, "ac", 1), (4, "acef", 3), (9, "acef", 3)):
+        records = train(path, on_bad_row="skip", max_train_samples=limit)
+        assert ("".join(records.texts.to_pylist()), len(records.skipped_rows)) == (
+            expected,
+            skipped,
+        )
+    few = train(path, on_bad_row="skip", max_train_samples=3, max_bad_rows=1)
+    assert len(few.skipped_rows) > 1  # which ends the run
+
+
 def test_without_rows_to_score_there_is_none(write: Write) -> None:
     data = DataConfig(train_file=[write("a.csv", "text,label\na,1\n")])
     assert load_records(data, "validation") is None
