@@ -226,7 +226,8 @@ def find_joined(labels: Iterable[str]) -> tuple[str, str] | None:
     """The separator and the first of labels that look like several labels joined by it.
 
     They do where nearly all labels with the separator consist of parts that are labels by
-    themselves, or (with , ; | or tab) parts of other such labels. So 'Paris, France' does not.
+    themselves, or (with , ; | or tab) parts of other such labels, or more than half of which are
+    labels by themselves. So 'Paris, France' does not.
     Also where all labels are as many zeros and ones ('1 0 0'), or numbers with a comma ('0,5').
     """
     labels = set(labels) if not isinstance(labels, Mapping) else labels
@@ -243,15 +244,17 @@ def find_joined(labels: Iterable[str]) -> tuple[str, str] | None:
         if separator == "," and all(is_number(label.replace(",", ".", 1)) for label in labels):
             return separator, next(iter(joined))
         parts_of = Counter(part for parts in joined.values() for part in set(parts))
-        known = {part for part in parts_of if part in labels and part not in joined}
+        known = alone = {part for part in parts_of if part in labels and part not in joined}
         if separator in ",;|\t":
-            known |= {part for part, count in parts_of.items() if count > 1}
+            known = alone | {part for part, count in parts_of.items() if count > 1}
         elif separator == " ":  # words are joined by blanks too
-            known = set(filter(is_integer, known))
+            known = alone = set(filter(is_integer, alone))
         good = [
             label
             for label, parts in joined.items()
-            if len(set(parts)) == len(parts) and known.issuperset(parts) and all(parts)
+            if len(set(parts)) == len(parts)
+            and all(parts)
+            and (known.issuperset(parts) or len(alone.intersection(parts)) * 2 > len(parts))
         ]
         if good and len(good) * 10 >= len(joined) * 9:
             return separator, good[0]

@@ -210,6 +210,8 @@ class Regression:
     def encode_label(self, label: Any) -> float:
         if not is_number(str(label)):
             raise DataError(f"expected a number, found {label!r}.")
+        if abs(float(label)) > 1e19:
+            raise DataError(f"the square of {label!r} overflows float32; expected up to 1e19.")
         return float(label)
 
     def decode_target(self, target: Any) -> float:

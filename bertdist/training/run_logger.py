@@ -382,6 +382,8 @@ def describe_data(
 ) -> list[str]:
     """The data and the task, in sentences."""
     pair = f" and {rows.pair_column!r}" if rows.pair_column else ""
+    column = rows.label_column if isinstance(rows, Records) else rows.columns.label
+    label = f", label in {column!r}" if column else ""
     number = f"{sum(stats.rows):,} of" if stats.rows else "an unknown number in"
     stream = " (streamed)" if not isinstance(rows, Records) else ""
     validation = "none, the last weights count as the best"
@@ -397,7 +399,7 @@ def describe_data(
                 (*rows.format_notes, *(eval_rows.format_notes if eval_rows else ()))
             )
         ),
-        f"Training rows: {number} {rows.name}{stream}, text in {rows.text_column!r}{pair}; "
+        f"Training rows: {number} {rows.name}{stream}, text in {rows.text_column!r}{pair}{label}; "
         f"validation rows: {validation}.",
         f"Task: {task.problem_type}; outputs in order: {labels}.",
         *filter(None, (task.reason, describe_alike(task.labels))),

@@ -194,6 +194,8 @@ def test_odd_labels(rows: dict[str, int], odd: list[str]) -> None:
         (["yes, really", "yes", "no"], None),
         (["a,b", "c"], None),
         (["a,a", "a"], None),
+        (["a, b", "a", "b", "a, b, c"], ","),  # c is in one label only
+        (["Austin, Texas, USA", "Dallas, Texas, USA", "USA"], None),
         (["1 0 0", "0 1 0", "0 0 0"], " "),
         (["1,0", "1,1"], ","),
         (["1 0 0", "0 1 0", "0 0"], None),  # not all of one length

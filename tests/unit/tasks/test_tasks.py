@@ -430,6 +430,11 @@ def test_an_unknown_problem_type_is_an_error() -> None:
             "red",
             "expected a list of labels, found 'red'; --label_delimiter splits text.",
         ),
+        (
+            Regression(("score",)),
+            "-1e20",
+            "the square of '-1e20' overflows float32; expected up to 1e19.",
+        ),
         (Regression(("score",)), "high", "expected a number, found 'high'."),
         (Regression(("score",)), "nan", "expected a number, found 'nan'."),
         (Regression(("score",)), float("inf"), "expected a number, found inf."),

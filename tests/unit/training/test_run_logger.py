@@ -575,7 +575,8 @@ def test_what_is_said_of_the_data_is_true() -> None:
     rows = labelled_records(["no", "yes"], [0, 1], pairs=["a", "b"])
     known = DatasetStats(LabelStats("text", ["no", "yes"], [1, 1], None, "label"), [2])
     assert describe_data(rows, known, records_from_texts(["x"] * 1234), task) == [
-        "Training rows: 2 of texts, text in 'text' and 'pair'; validation rows: 1,234 of texts.",
+        "Training rows: 2 of texts, text in 'text' and 'pair', label in 'label'; "
+        "validation rows: 1,234 of texts.",
         "Task: single_label_classification; outputs in order: no, yes.",
     ]
     many = SingleLabel(tuple(f"l{i}" for i in range(12)))
