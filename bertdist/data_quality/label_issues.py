@@ -167,10 +167,13 @@ def _predict_with_model(
         predictor = commands.load(config.model)
         task = predictor.task
         _check_ranking(config, task)
-        if data.text_column is None and data.text_pair_column is None:
-            text, pair = map(predictor.metadata.get, ("text_column", "text_pair_column"))
-            data = replace(data, text_column=text, text_pair_column=pair)
-        records = _load_rows(data, "", log)  # --output_dir is refused with --model
+        data = replace(
+            data,
+            text_column=data.text_column or predictor.metadata.get("text_column"),
+            text_pair_column=data.text_pair_column or predictor.metadata.get("text_pair_column"),
+        )
+        any_label = task.problem_type == "single_label_classification"
+        records = _load_rows(data, "", log, any_label)  # --output_dir is refused with --model
         examples = create_dataset(records, predictor.tokenizer, task, predictor.max_length)
     log.say(f"{config.model} checks the labels of {len(records):,} rows of {records.name}.")
     log.say("It misses label errors in rows that it was trained on; for those use --folds.")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 from forked import run_ranks
 from hypothesis import given
@@ -23,7 +24,7 @@ from bertdist.data.loading import load_records
 from bertdist.data.records import Records
 from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data_quality import label_issues
-from bertdist.data_quality.config import RANKINGS
+from bertdist.data_quality.config import RANKINGS, read_label_issue_config
 from bertdist.data_quality.duplicates import group_texts
 from bertdist.data_quality.label_issues import (
     SHOWN_ROWS,
@@ -284,6 +285,29 @@ def test_too_few_texts_for_the_folds_are_an_error(tiny_model: Path, tmp_path: Pa
     assert run_ranks(1, tell) == [
         "rows.tsv has 2 different texts, too few for --folds 3; expected at least one per fold."
     ]
+
+
+def test_with_a_trained_model_columns_and_labels_are_those_of_its_training(tmp_path: Path) -> None:
+    labels = [*["1", "2"] * 15, "other"]
+    rows = [{"a": "a", "b": f"b{i}", "c": "c", "label": x} for i, x in enumerate(labels)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    asked: list[Records] = []
+    predictor = SimpleNamespace(
+        task=SingleLabel(("1", "2", "other")),
+        tokenizer=None,
+        max_length=8,
+        metadata={"text_column": "a", "text_pair_column": "b"},
+        predict_logits=lambda records: asked.append(records) or torch.zeros(len(records), 3),
+    )
+    log: Any = SimpleNamespace(say=lambda *lines: None, enabled=False)
+    alone: Any = SimpleNamespace(num_processes=1)
+    commands = label_issues.Commands(lambda run: True, lambda folder: predictor, alone, log)
+    for words, text in (([], "a"), (["--text_column", "c"], "c")):
+        arguments = ["--model", "m", "--train_file", str(path), "--on_bad_row", "skip", *words]
+        found = label_issues._predict_with_model(*read_label_issue_config(arguments), commands)
+        assert asked[-1].texts.to_pylist() == [text] * 31
+        assert asked[-1].pairs.to_pylist() == [f"b{i}" for i in range(31)]
+        assert found.targets.tolist() == [*[0, 1] * 15, 2]
 
 
 ROWS, WRONG = 400, 40
