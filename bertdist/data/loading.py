@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 from accelerate import Accelerator
 
 from bertdist.core.config import DataConfig, FileConfig, TaskConfig, TrainConfig
-from bertdist.core.errors import DataError, did_you_mean
+from bertdist.core.errors import DataError, did_you_mean, listed
 from bertdist.data.batch import Step
 from bertdist.data.columns import LabelValue
 from bertdist.data.records import (
@@ -37,6 +37,7 @@ from bertdist.data.source import (
 )
 from bertdist.data.stats import DatasetStats
 from bertdist.distributed.collectives import raise_on_all_ranks
+from bertdist.tasks.labels import canonical, is_number
 
 # Readers are imported by the functions that read: a run loads only those of its sources.
 if TYPE_CHECKING:
@@ -135,7 +136,30 @@ def _load_files(
     if limit == len(records):  # the file may have more
         records = replace(records, limit=limit)
     rows_per_file = tuple(sum(map(len, of_pattern)) for of_pattern in by_pattern)
-    return replace(records, rows_per_file=rows_per_file)
+    notes = (*records.format_notes, *_differing_labels(files))
+    return replace(records, rows_per_file=rows_per_file, format_notes=notes)
+
+
+def _differing_labels(files: Sequence[Records]) -> Iterator[str]:
+    """A line on the first file of which no label is one of another file.
+
+    Not where each file has one label, or all labels are numbers.
+    """
+    names = [
+        {canonical(name) for label in records.label_values for name in _names_of(label)}
+        for records in files
+    ]
+    for index, (records, own) in enumerate(zip(files, names, strict=True)):
+        others = set().union(*names[:index], *names[index + 1 :])
+        is_named = not all(map(is_number, own | others))
+        if min(len(own), len(others)) > 1 and is_named and own.isdisjoint(others):
+            shown, theirs = (listed(sorted(map(repr, labels)), 3) for labels in (own, others))
+            yield f"{records.name} has no label in common with the other files: {shown}; {theirs}"
+            return
+
+
+def _names_of(label: LabelValue) -> tuple[str, ...]:
+    return label if isinstance(label, tuple) else (label,)
 
 
 def _read_file(

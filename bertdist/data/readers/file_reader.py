@@ -65,6 +65,7 @@ from bertdist.data.readers.sniffing import (
     detect_kind,
     detect_table,
     head_as_utf8,
+    quotes_are_ambiguous,
     reject_foreign,
 )
 from bertdist.data.readers.text_lines import (
@@ -522,7 +523,12 @@ def _detect(
             f"{name}: the kind of file is not known by its name, and its lines are not a "
             "table; pass --file_format, such as csv, jsonl or txt, or --delimiter."
         )
-    return table, _describe(table, usual, by_name, flags)
+    note = _describe(table, usual, by_name, flags)
+    is_unquoted = table.is_table and not table.quoted and auto["quoting"]
+    if is_unquoted and quotes_are_ambiguous(table, text, is_all):
+        note = note or f"{name}: read as unquoted"
+        note += "; quotes around fields are text (--quoting double overrules)"
+    return table, note
 
 
 def _describe(fmt: FileFormat, usual: FileFormat, by_name: str, flags: FileConfig) -> str | None:

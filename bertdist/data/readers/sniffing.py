@@ -196,6 +196,15 @@ def detect_table(
     return matches[0] if len(matches) == 1 else unchanged
 
 
+def quotes_are_ambiguous(fmt: FileFormat, head: bytes, is_all: bool) -> bool:
+    """Whether a table without quoting has quoted fields, and the same rows if read with it."""
+    data = head if is_all else head[: head.rfind(b"\n") + 1]
+    sign = re.escape(fmt.delimiter.encode())
+    fields = re.findall(rb'(?m)(?:^|(?<=%b))"[^\r\n]*?"(?=%b|\r?$)' % (sign, sign), data)
+    lines = escape_carriage_returns(Lines(data, 1, {}))
+    return bool(fields) and _has_even_rows(replace(fmt, quoted=True), lines, is_all)
+
+
 def _has_even_rows(fmt: FileFormat, lines: Lines, is_all: bool) -> bool:
     """Whether two rows or more all have the same number of fields (2 or more, --column_names)."""
     data, at = with_line_end(lines.data), 0

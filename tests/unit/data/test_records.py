@@ -11,7 +11,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from multiprocessing import get_context
@@ -1098,6 +1098,28 @@ def test_only_the_first_rows_are_read_where_so_asked(write: Write, tmp_path: Pat
         )
         assert scored is not None and [record.text for record in rows_of(scored)] == ["a"]
         assert "label is missing" in refusal(lambda path=path: train(path, max_train_samples=9))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_noted"),
+    [
+        ("01", ["neg", "pos"], True),
+        ("01", ["1", "pos"], False),
+        ("01", ["1.0", "2.0"], False),
+        ("01", "23", False),  # numbers
+        (["neg", "neg"], ["pos", "pos"], False),  # a file per label
+    ],
+)
+def test_files_without_a_common_label_are_noted(
+    write: Write, first: Sequence[str], second: Sequence[str], is_noted: bool
+) -> None:
+    files = [
+        write(name, "text,label\n" + "".join(f"t,{label}\n" for label in labels))
+        for name, labels in (("a.csv", first), ("b.csv", second))
+    ]
+    notes = load_records(DataConfig(train_file=files), "train").format_notes
+    note = "a.csv has no label in common with the other files: '0', '1'; 'neg', 'pos'"
+    assert notes == ((note,) if is_noted else ())
 
 
 @pytest.mark.parametrize(

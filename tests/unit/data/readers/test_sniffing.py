@@ -206,6 +206,7 @@ def test_what_is_not_a_table_is_refused(tmp_path: Path) -> None:
 
 
 TABLE = "text\tlabel\n" + "a, b\t1\nc\t0\n" * 5
+QUOTED = 'text\tlabel\n"say ""a"""\t1\n'
 JSONL = '{"text": "a", "label": 1}\n' * 3
 TXT = "; --file_format txt overrules"
 
@@ -245,6 +246,10 @@ TXT = "; --file_format txt overrules"
         ("a.json", '{"rows": [{"text": "a"}]}\n', {}, "json", "one JSON document, held in memory"),
         ("a.json", '{"text": "a", "label": ["x"]}\n', {}, "jsonl", None),
         ("a.json", '{"a": {"rows": [{"text": "a"}]}}\n', {}, "json", "one JSON document"),
+        ("a.tsv", f"{QUOTED}b\t0\n", {}, "tsv", "unquoted; quotes around fields are text"),
+        ("a.tsv", f"{QUOTED}b\t0\n", {"quoting": "none"}, "tsv", None),
+        ("a.tsv", f'{QUOTED}"b\t0\n', {}, "tsv", None),  # no table if read with quotes
+        ("a.tsv", 'text\tlabel\nan "a" b\t1\n', {}, "tsv", None),  # quotes within a text
         ("a.json", '{"columns": ["text"], "data": [["a"]]}', {}, "json", "one JSON document"),
         ("a.json", '{"text": "a", "x": {"y": [{"z": "a"}]}}\n', {}, "jsonl", None),
         ("a.jsonl", "[\n" + JSONL, {}, "json", "one JSON document, held in memory"),
