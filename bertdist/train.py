@@ -49,7 +49,6 @@ from bertdist.models.classifier import (
     pretrained_labels,
 )
 from bertdist.models.dropout import seed_dropout
-from bertdist.models.vocabulary import check_vocabulary
 from bertdist.tasks.tasks import Task
 from bertdist.training.best_model import BestModel, EarlyStopping
 from bertdist.training.checkpoint import Checkpointer, TrainState
@@ -214,6 +213,8 @@ def load_inputs(config: TrainConfig, accelerator: Accelerator) -> Inputs:
 
     Raises ConfigError, DataError or ModelError on all ranks, also if the ranks' inputs differ.
     """
+    from bertdist.models.vocabulary import check_vocabulary
+
     with raise_on_all_ranks(accelerator):
         model_config, tokenizer = load_model_config(config.model), load_tokenizer(config.model)
         check_vocabulary(model_config, tokenizer, config.model.model_name_or_path)

@@ -36,22 +36,13 @@ from transformers import (
 
 from bertdist.core.atomic_io import MANIFEST, find_damage
 from bertdist.core.config import ModelConfig
-from bertdist.core.errors import ConfigError, ModelError, did_you_mean
+from bertdist.core.errors import ConfigError, ModelError, did_you_mean, listed
 from bertdist.data.batch import PackedBatch, collate
 from bertdist.data.tokenization import Example, save_tokenizer
 from bertdist.models import attention
 from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.cpu_layers import reuse_embedding_gradient, use_onednn
 from bertdist.models.dropout import DropoutMasks, replace_dropouts, set_current_masks
-from bertdist.models.model_config import (
-    check_arithmetic,
-    check_file,
-    check_size,
-    check_values,
-    reset_outputs,
-    type_notes,
-)
-from bertdist.models.vocabulary import resize_embedding, segment_notes
 from bertdist.tasks.labels import REGRESSION, match_labels
 from bertdist.tasks.tasks import Task, task_of_model
 
@@ -210,7 +201,7 @@ class Classifier(nn.Module):
         except Exception as error:
             raise ModelError(
                 f"A model of type {self.model.config.model_type!r} does not classify plain texts: "
-                f"{_first_line(error)}"
+                f"{_reason(error)}"
             ) from error
         self.train(was_training)
 
@@ -257,6 +248,7 @@ def load_model_config(config: ModelConfig, flag: str = "--model_name_or_path") -
         run_folder_hint,
         warn_if_offline,
     )
+    from bertdist.models.model_config import check_arithmetic, check_file, check_values
 
     name = config.model_name_or_path
     folder, where = Path(name).expanduser(), f"{flag} {name}"
@@ -332,9 +324,14 @@ def load_classifier(
     Raises ModelError where the model is not found, weights other than the head's do not fit, or the
     tokenizer is another model's, and ConfigError for a setting that cannot take effect.
     """
+    from bertdist.models.model_config import check_size, reset_outputs, type_notes
+    from bertdist.models.vocabulary import resize_embedding, segment_notes
+
     attention.register()
     model_config = model_config or load_model_config(config, flag)
-    old_names, was_regression = _label_names(model_config), _is_regression(model_config)
+    old_names, old_type = _label_names(model_config), model_config.problem_type
+    # As `task_of_model` says
+    was_regression = old_type == REGRESSION or (old_type is None and len(old_names) == 1)
     model_config.num_labels = len(task.labels)
     model_config.id2label = dict(enumerate(task.labels))
     model_config.label2id = {label: i for i, label in enumerate(task.labels)}
@@ -460,12 +457,12 @@ def _assign_outputs(
         return []  # drawn already
     if name == "" or layers[name].out_features != len(labels):
         raise ModelError(
-            f"The labels of the model are {', '.join(loaded[:5])}; its type "
+            f"The labels of the model are {listed(loaded, 5)}; its type "
             f"{model.config.model_type!r} has no output layer that could be made anew."
         )
     layer = layers[name]
     weights = dict(layer.named_parameters())
-    shown = ", ".join(loaded[:5]) + (", ..." if len(loaded) > 5 else "")
+    shown = listed(loaded, 5)
     if order is None:
         for key, weight in weights.items():  # new ones: transformers draws no loaded weight
             setattr(layer, key, nn.Parameter(torch.empty_like(weight)))
@@ -503,26 +500,17 @@ def save_classifier(
     metadata: JSON-able, saved in config.json under "bertdist"; its max_length becomes the
     tokenizer's model_max_length, so that the pipeline truncates as training did.
     """
+    from bertdist.models.vocabulary import segment_notes
+
     model.model.config.bertdist = metadata
     model.model.save_pretrained(folder)
     segments = not segment_notes(model.model.config, tokenizer)
     save_tokenizer(tokenizer, folder, metadata.get("max_length"), segments)
 
 
-def _is_regression(model_config: Any) -> bool:
-    """As `task_of_model` says."""
-    names = _label_names(model_config)
-    problem_type = getattr(model_config, "problem_type", None)
-    return problem_type == REGRESSION or (problem_type is None and len(names) == 1)
-
-
 def _label_names(model_config: Any) -> tuple[str, ...]:
     names = model_config.id2label
     return tuple(str(names[i]) for i in sorted(names))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip()
 
 
 def _reason(error: Exception) -> str:

@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 from transformers.activations import ACT2FN
 
 from bertdist.core.errors import ModelError, did_you_mean
+from bertdist.core.terminal import excerpt_of
 
 MAX_CONFIG_BYTES = 64 << 20
 MAX_LABELS = 1_000_000
@@ -48,25 +49,25 @@ def check_file(folder: Path, where: str) -> None:
         raise ModelError(f"{where}: config.json has {size:,} bytes, more than any model's.")
     with suppress(ValueError, RecursionError):
         raw = json.loads(path.read_bytes())
-        if isinstance(raw, dict):
-            for problem in _label_problems(raw):
-                raise ModelError(f"{where}: config.json: {problem}.")
+        problem = next(_label_problems(raw), None) if isinstance(raw, dict) else None
+        if problem is not None:
+            raise ModelError(f"{where}: config.json: {problem}.")
 
 
 def _label_problems(raw: dict[str, Any]) -> Iterator[str]:
     number, names = raw.get("num_labels"), raw.get("id2label")
-    if number is not None and not (_is_int(number) and 1 <= number <= MAX_LABELS):
-        yield f"num_labels is {_short(number)}; expected 1 to {MAX_LABELS:,}"
+    if number is not None and not (type(number) is int and 1 <= number <= MAX_LABELS):
+        yield f"num_labels is {excerpt_of(number)}; expected 1 to {MAX_LABELS:,}"
     if not isinstance(kind := raw.get("problem_type"), str | None):
-        yield f"problem_type is {_short(kind)}; expected a string"
+        yield f"problem_type is {excerpt_of(kind)}; expected a string"
     if names is None:
         return
     if not isinstance(names, dict) or not names or len(names) > MAX_LABELS:
-        yield f'id2label is {_short(names)}; expected {{"0": "name", "1": "name", ...}}'
+        yield f'id2label is {excerpt_of(names)}; expected {{"0": "name", "1": "name", ...}}'
     elif missing := [i for i in range(len(names)) if str(i) not in names]:
         yield f"id2label has {len(names):,} names, and none for {missing[0]}"
     elif wrong := [v for v in names.values() if not isinstance(v, str | int | float)]:
-        yield f"id2label has the name {_short(wrong[0])}; expected a string"
+        yield f"id2label has the name {excerpt_of(wrong[0])}; expected a string"
 
 
 def check_values(config: PretrainedConfig, packed: bool, where: str) -> None:
@@ -79,7 +80,7 @@ def check_values(config: PretrainedConfig, packed: bool, where: str) -> None:
     for name, value in vars(config).items():
         default = defaults.get(name) if packed or name in sizes else None
         if problem := _problem(name, value, default):
-            raise ModelError(f"{where}: config.json: {name} is {_short(value)}; {problem}")
+            raise ModelError(f"{where}: config.json: {name} is {excerpt_of(value)}; {problem}")
     pad, size = (getattr(config, name, None) for name in ("pad_token_id", "vocab_size"))
     if isinstance(pad, int) and isinstance(size, int) and pad >= size:
         raise ModelError(f"{where}: config.json: pad_token_id is {pad}, vocab_size {size}.")
@@ -135,22 +136,24 @@ def check_arithmetic(config: PretrainedConfig, counts_from_pad: bool, where: str
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {each.get("rope_type") for each in rope.values() if isinstance(each, dict)}
     position = getattr(config, "position_embedding_type", None) or "absolute"
-    cures = {
-        "is_decoder: the first token, which the classifier reads, would see no other token; set it "
-        "to false": getattr(config, "is_decoder", False),
-        "add_cross_attention: a classifier has no second input; set it to false": getattr(
-            config, "add_cross_attention", False
-        ),
-        f"position_embedding_type {position!r} is not supported": position != "absolute",
-        "pruned_heads is not supported": bool(getattr(config, "pruned_heads", None)),
-        "per_layer_config is not supported": getattr(config, "is_heterogeneous", False),
-        "rope_type 'longrope' makes a text depend on the others of its batch": "longrope" in kinds,
-        "pad_token_id is null; positions are counted from it": counts_from_pad
-        and config.pad_token_id is None,
-    }
-    for problem, applies in cures.items():
-        if applies:
-            raise ModelError(f"{where}: config.json: {problem}.")
+    problem = None
+    if getattr(config, "is_decoder", False):
+        problem = "is_decoder: the first token, which the classifier reads, would see no other"
+        problem += " token; set it to false"
+    elif getattr(config, "add_cross_attention", False):
+        problem = "add_cross_attention: a classifier has no second input; set it to false"
+    elif position != "absolute":
+        problem = f"position_embedding_type {position!r} is not supported"
+    elif getattr(config, "pruned_heads", None):
+        problem = "pruned_heads is not supported"
+    elif getattr(config, "is_heterogeneous", False):
+        problem = "per_layer_config is not supported"
+    elif "longrope" in kinds:
+        problem = "rope_type 'longrope' makes a text depend on the others of its batch"
+    elif counts_from_pad and config.pad_token_id is None:
+        problem = "pad_token_id is null; positions are counted from it"
+    if problem is not None:
+        raise ModelError(f"{where}: config.json: {problem}.")
 
 
 def reset_outputs(config: PretrainedConfig) -> list[str]:
@@ -180,12 +183,3 @@ def type_notes(config: PretrainedConfig) -> list[str]:
                 f"model_type {config.model_type!r}: the weights are read as the latter."
             ]
     return []
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -188,9 +188,8 @@ class BestModel:
         if not state.finished:
             refuse_link(best)
         if source is None and (self.folder / "metrics.jsonl").exists():
-            if os.path.lexists(best) and read_json_object(self.folder / STATUS).get("state") == (
-                "finished"
-            ):
+            status = read_json_object(self.folder / STATUS)
+            if os.path.lexists(best) and status.get("state") == "finished":
                 raise CheckpointError(
                     f"{self.folder} holds the best weights of a finished run and no checkpoint: "
                     "the run would start again and replace them. Use another --output_dir, or "

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import bertdist
 from bertdist.core.atomic_io import (
+    explain_write_errors,
     find_damage,
     move_aside,
     recover,
@@ -263,11 +264,8 @@ class Checkpointer:
 
     def _checkpoints(self) -> list[Path]:
         """Folders step_N by number, damaged or not."""
-        try:
+        with explain_write_errors(self.folder, "read"):
             paths = [x for x in self.folder.glob("step_*") if re.fullmatch(r"\d{6,}", x.name[5:])]
-        except OSError as error:
-            reason = error.strerror or error
-            raise CheckpointError(f"Cannot read {self.folder}: {reason}.") from None
         return sorted(paths, key=lambda path: int(path.name[5:]))
 
 

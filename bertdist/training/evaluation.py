@@ -37,6 +37,7 @@ from bertdist.distributed.collectives import (
 )
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import Classifier
+from bertdist.tasks.labels import REGRESSION, SINGLE_LABEL
 from bertdist.tasks.tasks import Task
 from bertdist.training.best_model import BestModel, improvement, improves_loss
 from bertdist.training.checkpoint import Checkpointer, TrainState
@@ -185,10 +186,8 @@ class Scorer:
         computed = ["loss", *self._metrics.names]
         if self._named and self.selection_metric not in computed:
             own = [name for name in names if "/" in name or ":" in name or name.endswith(".py")]
-            scores = self._own_scores() if own else []
-            if scores is not None:
-                computed = [name for name in computed if name not in own]
-                self._check_selection([*computed, *scores])
+            if (scores := self._own_scores() if own else []) is not None:
+                self._check_selection([*(name for name in computed if name not in own), *scores])
 
     def _own_scores(self) -> list[str] | None:
         """The names of all scores, by computing those of one row per label, all of them right.
@@ -196,14 +195,14 @@ class Scorer:
         None if this does not show them: the first evaluation does.
         """
         outputs = len(self.task.labels)
-        references: Array = np.eye(max(outputs, 2), outputs, dtype=np.float32)
-        probabilities = references
-        if self.task.problem_type == "single_label_classification":
-            references = np.arange(outputs)
-        elif self.task.problem_type == "regression":
-            references = references[:, 0]
         if outputs > PROBED_OUTPUTS:
             return None
+        references: Array = np.eye(max(outputs, 2), outputs, dtype=np.float32)
+        probabilities = references
+        if self.task.problem_type == SINGLE_LABEL:
+            references = np.arange(outputs)
+        elif self.task.problem_type == REGRESSION:
+            references = references[:, 0]
         try:
             return list(self._metrics.compute(references, probabilities, references))
         except ConfigError:  # it needs more than that
@@ -236,7 +235,7 @@ class Scorer:
             selected = first
         sign = -1 if selected == "loss" else self.sign
         classes = {}
-        if task.problem_type != "regression":
+        if task.problem_type != REGRESSION:
             classes = self._report(predictions, references, task.labels)
         truths = map(task.decode_target, references)
         records = zip(task.to_records(logits), truths, strict=True)

@@ -25,7 +25,6 @@ from bertdist.core.errors import DataError
 from bertdist.data.batch import PackedBatch, collate, split_batch
 from bertdist.data.loader import DEFAULT_TOKEN_BUDGET, Loader
 from bertdist.data.source import ReaderState
-from bertdist.distributed.host_memory import free_host_bytes
 
 # A larger micro-batch is no faster. Other devices: DEFAULT_TOKEN_BUDGET.
 MAX_TOKENS = {"cuda": 65_536}
@@ -180,6 +179,8 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + cached)
+    from bertdist.distributed.host_memory import free_host_bytes
+
     return free_host_bytes()
 
 

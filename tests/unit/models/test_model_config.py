@@ -280,7 +280,7 @@ def test_a_field_that_is_not_computed_is_refused(
 
 def test_a_decoder_would_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The control of the refusals: a setting that nobody has listed is found by its logits.
-    monkeypatch.setattr("bertdist.models.classifier.check_arithmetic", lambda *unused: None)
+    monkeypatch.setattr("bertdist.models.model_config.check_arithmetic", lambda *unused: None)
     folder = edit(make_folder(tmp_path, "bert"), is_decoder=True)
     with pytest.raises(ModelError) as caught:
         load(folder)
