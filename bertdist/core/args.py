@@ -8,6 +8,7 @@ the checks of values that depend on each other.
 """
 
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -110,11 +111,18 @@ def parse_arguments(program: str, sections: list[Any], arguments: Sequence[str])
 
 def _check_paths(sections: list[Any], config_file: str | None) -> None:
     """Raise ConfigError for outputs that cannot be written or would replace an input."""
-    given = {name: value for section in sections for name, value in vars(section).items() if value}
+    given = {name: value for section in sections for name, value in vars(section).items()}
     given["config"] = config_file
-    outputs = {f"--{name}": given[name] for name in ("output", "fix") if name in given}
-    if "fix" in given:
-        outputs["the .dropped.jsonl of --fix"] = str(Path(given["fix"]).with_suffix(DROPPED))
+    outputs = {
+        f"--{name}": given[name] for name in ("output", "fix") if given.get(name) is not None
+    }
+    if fix := given.get("fix"):
+        dropped = Path(fix).with_suffix(DROPPED)
+        if os.path.exists(dropped) and not os.path.exists(fix):  # a new --fix replaces both
+            raise ConfigError(
+                f"--fix {fix} would replace {dropped}, which it did not write: name another file."
+            )
+        outputs["the .dropped.jsonl of --fix"] = str(dropped)
     inputs = []
     for name in _INPUTS:
         files = given.get(name) or []

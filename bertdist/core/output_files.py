@@ -17,6 +17,7 @@ from pathlib import Path
 
 from bertdist.core.atomic_io import atomic_write, explain_write_errors
 from bertdist.core.errors import ConfigError
+from bertdist.core.run_folder import run_that_wrote
 
 LINKS = 40  # as Linux
 
@@ -24,7 +25,8 @@ LINKS = 40  # as Linux
 def check_outputs(
     outputs: Mapping[str, str], inputs: Iterable[tuple[str, str]], folder: str | None = None
 ) -> None:
-    """Raise ConfigError for an output that cannot be written, or that is an input or another one.
+    """Raise ConfigError for an output that cannot be written, or that is an input, a file of a run
+    or another output.
 
     outputs: flag -> file. inputs: (flag, file, folder or glob). folder: --output_dir, in which no
     input may be.
@@ -33,7 +35,7 @@ def check_outputs(
     targets: dict[str, str] = {}  # real path -> flag
     for flag, path in outputs.items():
         if problem := _problem(path):
-            raise ConfigError(f"{flag} {path}: {problem}.")
+            raise ConfigError(f"{flag} {path or repr(path)}: {problem}.")
         target = _target(Path(path))
         for given, file in files:
             if _replaces(target, file):
@@ -41,6 +43,10 @@ def check_outputs(
                 raise ConfigError(
                     f"{flag} {path} would replace {part}{given} {file}: name another file."
                 )
+        if not _is_special(target) and (run := run_that_wrote(target)):
+            raise ConfigError(
+                f"{flag} {path} would replace a file of the run in {run}: name another file."
+            )
         other = targets.setdefault(os.path.realpath(target), flag)
         if other != flag and not _is_special(target):
             raise ConfigError(f"{flag} {path} is {other} as well: name another file.")

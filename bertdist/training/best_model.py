@@ -27,6 +27,7 @@ from bertdist.core.atomic_io import (
 )
 from bertdist.core.config import RunConfig, TrainConfig
 from bertdist.core.errors import CheckpointError
+from bertdist.core.run_folder import STATUS
 from bertdist.data.records import Records
 from bertdist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from bertdist.models.classifier import Classifier, save_classifier
@@ -37,7 +38,6 @@ from bertdist.training.checkpoint import (
     model_tensors,
     read_tensors,
 )
-from bertdist.training.run_lock import STATUS
 
 if TYPE_CHECKING:  # --streaming only
     from bertdist.data.streaming import Stream

@@ -35,19 +35,12 @@ from bertdist.core.atomic_io import (
     HIDDEN_SUFFIXES,
     atomic_write,
     explain_write_errors,
-    read_json_object,
     to_json,
 )
 from bertdist.core.errors import CheckpointError, ConfigError
+from bertdist.core.run_folder import LOCK, OWNER, STATUS, WRITTEN, is_run_folder, read_owner
 from bertdist.distributed.collectives import raise_on_all_ranks
 
-LOCK, OWNER = "run.lock", "running.json"
-STATUS, ENVIRONMENT = "status.json", "environment.json"
-# What runs write at the top of their folder, besides checkpoints/ and best/.
-WRITTEN = (
-    *(LOCK, OWNER, STATUS, ENVIRONMENT, "config.yaml", "metrics.jsonl", "evaluation.json"),
-    *("predictions.jsonl", "bad_rows.jsonl", "nan_rows.jsonl", "survey.json", "stacks", ".ranks"),
-)
 # What may be in a new folder: logs of the command, and files of systems.
 IGNORED = ("*.log", "*.out", "*.err", ".*", "lost+found")
 # A dead rank's loader workers notice within 5 s that it is gone (torch 2.13); until then they may
@@ -110,7 +103,7 @@ def check_run_folder(folder: Path) -> None:
         return  # new, or `_check_writable` says what it is
     with explain_write_errors(folder, "read"):
         names = sorted(os.listdir(folder))
-    if not _is_run_folder(folder):
+    if not is_run_folder(folder):
         ignored = {name for pattern in IGNORED for name in fnmatch.filter(names, pattern)}
         if _is_unused(folder / "checkpoints"):  # of a run that was killed in its first second
             ignored.add("checkpoints")
@@ -135,24 +128,10 @@ def claim_run_folder(folder: Path) -> None:
     Raises as `check_run_folder`, and CheckpointError.
     """
     check_run_folder(folder)
-    if not _is_run_folder(folder):
+    if not is_run_folder(folder):
         with explain_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / STATUS, to_json({"state": "running", "step": 0, "reason": ""}))
-
-
-def _is_run_folder(folder: Path) -> bool:
-    """Whether a run, also one that was killed early, or of an older version, has made the folder.
-
-    All take the lock first; where it is a file that is removed at the end, others remain.
-    """
-    if (folder / LOCK).is_file() or _read_owner(folder) is not None:
-        return True
-    status = read_json_object(folder / STATUS)
-    packages = read_json_object(folder / ENVIRONMENT).get("packages")
-    return status.keys() == {"state", "step", "reason"} or (
-        isinstance(packages, dict) and "bertdist" in packages
-    )
 
 
 def _is_unused(checkpoints: Path) -> bool:
@@ -183,7 +162,7 @@ def _acquire(folder: Path, messages: list[str]) -> FileLock | None:
             lock.acquire(timeout=0)
             break
         except Timeout:
-            owner = _read_owner(folder)
+            owner = read_owner(folder)
             if (owner is not None and _may_be_alive(owner)) or time.monotonic() > deadline:
                 who = _describe(owner) if owner else f"it holds {LOCK} but left no {OWNER}"
                 raise ConfigError(
@@ -195,7 +174,7 @@ def _acquire(folder: Path, messages: list[str]) -> FileLock | None:
             reason = getattr(error, "strerror", None) or error
             messages.append(f"{folder} cannot be locked ({reason}): start no second run in it.")
             return None
-    if (owner := _read_owner(folder)) is not None:
+    if (owner := read_owner(folder)) is not None:
         messages.append(f"Previous run ({_describe(owner)}) did not end cleanly; lock taken over.")
     now = time.strftime("%Y-%m-%d %H:%M:%S %z")
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
@@ -205,15 +184,6 @@ def _acquire(folder: Path, messages: list[str]) -> FileLock | None:
         lock.release()
         raise
     return lock
-
-
-def _read_owner(folder: Path) -> dict[str, Any] | None:
-    """Contents of running.json; None if there is none, or it is damaged."""
-    try:
-        owner = json.loads((folder / OWNER).read_text())
-        return {"host": str(owner["host"]), "pid": int(owner["pid"]), "since": str(owner["since"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _describe(owner: dict[str, Any]) -> str:

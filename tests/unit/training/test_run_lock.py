@@ -21,10 +21,9 @@ from forked import RankError, run_ranks
 from torch import nn
 
 from bertdist.core.errors import BertdistError, CheckpointError, ConfigError
+from bertdist.core.run_folder import LOCK, OWNER
 from bertdist.training import run_lock
 from bertdist.training.run_lock import (
-    LOCK,
-    OWNER,
     check_disk_space,
     check_run_folder,
     claim_run_folder,
