@@ -85,9 +85,7 @@ def train(config: TrainConfig) -> TrainState:
         log.say(*describe_data(inputs.rows, stats, inputs.eval_rows, task), due.describe())
 
         # Model: a Hugging Face classifier, AdamW, the learning rate as a function of the step.
-        classifier, adamw, lr_factor = create_model(
-            inputs, task, due.total_steps, config, accelerator, log
-        )
+        classifier, adamw, lr_factor = create_model(inputs, task, due, config, accelerator, log)
         log.say(check_disk_space(log.folder, classifier, accelerator))
         model, optimizer = accelerator.prepare(classifier, adamw)
 
@@ -242,7 +240,7 @@ def create_loaders(
 def create_model(
     inputs: Inputs,
     task: Task,
-    total_steps: int,
+    due: "Cadence",
     config: TrainConfig,
     accelerator: Accelerator,
     log: RunLogger,
@@ -260,7 +258,7 @@ def create_model(
         if accelerator.is_main_process:
             notes += truncation_notes(inputs.splits, inputs.tokenizer, config.model.max_length)
         adamw = create_optimizer(classifier, config.optim)
-        lr_factor = create_lr_schedule(config.optim, total_steps)
+        lr_factor = create_lr_schedule(config.optim, due.total_steps)
     log.say(*notes)
     return classifier, adamw, lr_factor
 
