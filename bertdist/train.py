@@ -37,7 +37,13 @@ from bertdist.data.loading import collect_skipped_rows, load_splits, record_skip
 from bertdist.data.records import Records
 from bertdist.data.sharding import count_steps
 from bertdist.data.source import SkippedRows
-from bertdist.data.stats import DatasetStats, collect_stats, create_task, data_fingerprint
+from bertdist.data.stats import (
+    DatasetStats,
+    collect_stats,
+    create_task,
+    data_fingerprint,
+    pretrained_digests,
+)
 from bertdist.data.tokenization import load_tokenizer, truncation_notes
 from bertdist.distributed.collectives import assert_same_on_all_ranks, raise_on_all_ranks
 from bertdist.distributed.launch import EXIT_STOPPED, launch, run_cli
@@ -194,6 +200,7 @@ class Inputs(NamedTuple):
     model_config: PretrainedConfig  # of the pretrained model
     rows: "Records | Stream"  # to train on
     eval_rows: Records | None  # the validation split
+    digests: dict[str, str]  # of tokenizer and model_config
 
     @property
     def splits(self) -> dict[str, Records]:
@@ -217,9 +224,10 @@ def load_inputs(config: TrainConfig, accelerator: Accelerator) -> Inputs:
         model_config, tokenizer = load_model_config(config.model), load_tokenizer(config.model)
         check_vocabulary(model_config, tokenizer, config.model.model_name_or_path)
         rows, eval_rows = load_splits(config)
-        fingerprint = data_fingerprint(model_config, tokenizer, rows, eval_rows)
+        digests = pretrained_digests(model_config, tokenizer)
+        fingerprint = data_fingerprint(digests, rows, eval_rows)
     assert_same_on_all_ranks(accelerator, fingerprint)
-    return Inputs(tokenizer, model_config, rows, eval_rows)
+    return Inputs(tokenizer, model_config, rows, eval_rows, digests)
 
 
 def create_loaders(
@@ -228,7 +236,7 @@ def create_loaders(
     """The task that the labels make, both splits in steps for this rank, and the rows skipped so
     far.
     """
-    tokenizer, model_config, rows, eval_rows = inputs
+    tokenizer, model_config, rows, eval_rows, _ = inputs
     with raise_on_all_ranks(accelerator):
         skipped_rows = collect_skipped_rows(stats, eval_rows, config, accelerator)
         task = create_task(config.task, stats.labels, pretrained_labels(model_config))
@@ -286,7 +294,8 @@ def create_checkpointer(
     log: RunLogger,
 ) -> Checkpointer:
     """Checkpoints that resume only a run of the same settings and data."""
-    signature = resume_signature(config, inputs.rows, inputs.eval_rows, task, total_steps)
+    rows, digests = (inputs.rows, inputs.eval_rows), inputs.digests
+    signature = resume_signature(config, *rows, task, total_steps, digests)
     folder, keep = log.folder / "checkpoints", config.run.save_total_limit
     return Checkpointer(folder, signature, accelerator, keep, log.say, log.flush)
 

@@ -145,21 +145,35 @@ def create_task(
     )
 
 
-def data_fingerprint(
-    model_config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    train_rows: "Records | Stream",
-    eval_rows: Records | None,
-) -> dict[str, object]:
-    """Digests of what must be the same on all ranks: rows, tokenizer, model config."""
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-    rows = [train_rows, *([eval_rows] if eval_rows else [])]
+def pretrained_digests(
+    model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, str]:
+    """Digests of a pretrained model's config and of its tokenizer: vocabulary, ids and rules, but
+    not truncation and padding, which a text before may have set. Names and versions do not count.
+    """
+    settings = json.loads(model_config.to_json_string())
+    rules: object = sorted(tokenizer.get_vocab().items())
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
     return {
-        **{f"{split.name} (digest of the rows)": split.fingerprint for split in rows},
-        "the tokenizer (digest of its vocabulary)": _sha256(vocabulary),
-        "the model's config": _sha256(model_config.to_json_string()),
+        "tokenizer": _digest(rules, "truncation", "padding"),
+        "model_config": _digest(settings, "transformers_version"),
     }
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def data_fingerprint(
+    digests: dict[str, str], train_rows: "Records | Stream", eval_rows: Records | None
+) -> dict[str, object]:
+    """What must be the same on all ranks: rows, and `pretrained_digests`."""
+    rows = [train_rows, *([eval_rows] if eval_rows else [])]
+    return {
+        **{f"{split.name} (digest of the rows)": split.fingerprint for split in rows},
+        "the tokenizer": digests["tokenizer"],
+        "the model's config": digests["model_config"],
+    }
+
+
+def _digest(value: object, *ignored: str) -> str:
+    if isinstance(value, dict):
+        value = {name: entry for name, entry in value.items() if name not in ignored}
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

@@ -32,12 +32,15 @@ MUST_MATCH = {
     "training_rows": f"other training rows: {_ROWS} (--accept_changed_data)",
     "total_steps": "the steps done so far used the learning rates of another run length",
     "tokenizer_name": "the model was trained on other token ids",
+    "tokenizer": "another tokenizer: the model was trained on other token ids",
+    "model_config": "another config.json: the same weights compute something else",
     "train_weights": "other shares of the files, and another row order",
     "stream_window": f"another row order: {_ROWS}",
     "stream_sharding": f"another row order: {_ROWS}",
 }
 # setting that does not decide what is learned -> effect of changing it
 MAY_CHANGE = {
+    "model_name_or_path": "its weights are not used: those of the checkpoint are",
     "metric_for_best_model": _SCORES,
     "validation_rows": _SCORES,
     "eval_every": "best/ is chosen among other steps",
@@ -48,6 +51,8 @@ MAY_CHANGE = {
     "cuda_graphs": "same result up to rounding",
 }
 RESETS_BEST = {"metric_for_best_model", "validation_rows"}
+# Not compared where an older checkpoint of the same format does not have them.
+ADDED = {"tokenizer", "model_config", "model_name_or_path"}
 
 
 @dataclass(frozen=True)
@@ -75,13 +80,18 @@ def resume_signature(
     validation_rows: Records | None,
     task: Task,
     total_steps: int,
+    digests: dict[str, str],
 ) -> ResumeSignature:
-    """The signature of this run; without devices, micro-batches, workers and intervals."""
+    """The signature of this run; without devices, micro-batches, workers and intervals.
+
+    digests: see `pretrained_digests`.
+    """
     size = f"{len(train_rows)} rows" if isinstance(train_rows, Records) else "a stream"
     must_match = {**asdict(config.optim), **asdict(config.task)}
     for name in ("metrics", "metric_for_best_model", "label_names"):
         must_match.pop(name)
     must_match |= {
+        **digests,
         "labels": list(task.labels),
         "max_length": config.model.max_length,
         "dropout": config.model.dropout,
@@ -103,6 +113,7 @@ def resume_signature(
         may_change["eval_every"] = "1 epoch"  # as earlier versions wrote it
     rows, metrics = validation_rows, config.task.metrics or []
     may_change |= {
+        "model_name_or_path": config.model.model_name_or_path,
         "metric_for_best_model": config.task.metric_for_best_model or next(iter(metrics), None),
         "validation_rows": f"{len(rows)} rows, {rows.fingerprint}" if rows else None,
         "gradient_checkpointing": config.model.gradient_checkpointing,
@@ -150,7 +161,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any], effects: dict[str, str
     return [
         Change(name, before.get(name), now.get(name), effects.get(name, _DEFAULT_EFFECT))
         for name in {**before, **now}
-        if before.get(name) != now.get(name)
+        if before.get(name) != now.get(name) and (name in before or name not in ADDED)
     ]
 
 

@@ -1,5 +1,7 @@
 """Resuming with other settings or other data: refused, or accepted with a message."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,26 @@ def test_changes_that_must_match_are_refused_on_all_ranks(
     assert str(caught.value).count(
         f"\n  {name} "
     ) == 2 and "belongs to a run with other settings:" in str(caught.value)
+
+
+def test_another_pretrained_model_is_refused_and_a_moved_one_is_not(
+    tiny_model: Path, files: Files, tmp_path: Path
+) -> None:
+    interrupted(tiny_model, files, tmp_path / "out")
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    config = json_of(copy / "config.json")
+    (copy / "config.json").write_text(json.dumps({**config, "num_attention_heads": 4}))
+    words = words_of(copy, tmp_path / "out", files, **STEPS)
+    with pytest.raises(RankError, match=r"\n  model_config .* compute something else"):
+        run_ranks(2, run_train, words)
+    (copy / "config.json").write_text(json.dumps(config))
+    ((progress, seen, said),) = run_ranks(1, run_train, words)
+    assert progress.finished and seen[0][0] == 6
+    assert "its weights are not used: those of the checkpoint are" in said
+    (copy / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    with pytest.raises(RankError, match=r"\n  model_config "):  # finished
+        run_ranks(1, run_train, words)
 
 
 def test_extended_run_at_a_constant_rate_equals_the_longer_run(

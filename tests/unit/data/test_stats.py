@@ -1,6 +1,8 @@
 """What must be known before the first step: from flags where they say it, else by reading; and who reads which files."""
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ import pytest
 from accelerate import Accelerator
 from forked import run_ranks
 from rows import MemoryRows
+from transformers import AutoConfig, AutoTokenizer
 
 from bertdist.core.args import read_config
 from bertdist.core.config import TaskConfig, TrainConfig
@@ -22,6 +25,7 @@ from bertdist.data.stats import (
     collect_stats,
     create_task,
     label_stats_of,
+    pretrained_digests,
 )
 from bertdist.data.streaming import Stream
 from bertdist.tasks.tasks import SingleLabel
@@ -243,3 +247,51 @@ def test_a_stream_that_begins_with_fractions_is_not_read_first(tmp_path: Path) -
         [task.encode_label(label) for label in window.records.label_values]
     with pytest.raises(DataError, match="row 60: label 'n/a' is not a number"):  # in memory
         create_task(TaskConfig(), label_stats_of(window.records), None)
+
+
+# ---- Digests of the pretrained model
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    return pretrained_digests(
+        AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    )
+
+
+def test_a_copied_model_has_the_same_digests(tiny_model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(tiny_model, copy)
+    change(copy / "config.json", transformers_version="4.40.0")
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    tokenizer(["a text"], truncation=True, padding="max_length", max_length=9)
+    assert pretrained_digests(AutoConfig.from_pretrained(copy), tokenizer) == digests_of(tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("model_config", {"hidden_act": "relu"}),
+        ("model_config", {"num_attention_heads": 4}),
+        ("model_config", {"layer_norm_eps": 1e-3}),
+        ("tokenizer", {"normalizer": None}),
+        ("tokenizer", "ids"),
+    ],
+)
+def test_what_changes_a_logit_changes_a_digest(
+    tiny_model: Path, tmp_path: Path, name: str, setting: Any
+) -> None:
+    copy = tmp_path / "other"
+    shutil.copytree(tiny_model, copy)
+    file = copy / {"model_config": "config.json", "tokenizer": "tokenizer.json"}[name]
+    if setting == "ids":
+        model = json.loads(file.read_text())["model"]
+        ids = model["vocab"]
+        ids["good"], ids["bad"] = ids["bad"], ids["good"]
+        setting = {"model": model}
+    change(file, **setting)
+    before, now = digests_of(tiny_model), digests_of(copy)
+    assert [each for each in before if before[each] != now[each]] == [name]
+
+
+def change(file: Path, **settings: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))

@@ -14,6 +14,7 @@ from bertdist.core.errors import CheckpointError
 from bertdist.data.records import Records, records_from_texts
 from bertdist.tasks.tasks import SingleLabel
 from bertdist.training.resume_check import (
+    ADDED,
     MAY_CHANGE,
     MUST_MATCH,
     Change,
@@ -31,15 +32,17 @@ BEFORE = {
     "training_rows": "9 rows, a",
     "total_steps": 10,
 }
+NEW = dict.fromkeys(ADDED, "x")
 FOLDER = Path("out/checkpoints/step_000004")
 
 
 def before(**changes: Any) -> ResumeSignature:
-    return ResumeSignature({**BEFORE, **changes}, {"eval_every": "1 epoch"})
+    return ResumeSignature({**BEFORE, **NEW, **changes}, {**NEW, "eval_every": "1 epoch"})
 
 
 def now(accept: bool = False, **changes: Any) -> ResumeSignature:
-    return ResumeSignature({**BEFORE, **changes}, {"eval_every": "1 epoch"}, accept)
+    may_change = {**NEW, "eval_every": "1 epoch"}
+    return ResumeSignature({**BEFORE, **NEW, **changes}, may_change, accept)
 
 
 def check(before: ResumeSignature, now: ResumeSignature) -> list[Change]:
@@ -89,9 +92,17 @@ def test_all_changes_are_in_one_table() -> None:
 
 @pytest.mark.parametrize("name", MAY_CHANGE)
 def test_harmless_changes_are_returned_with_their_effect(name: str) -> None:
-    may_change = {"eval_every": "1 epoch", **({name: "x"} if name == "eval_every" else {name: 3})}
-    (change,) = check(before(), ResumeSignature(BEFORE, may_change))
+    may_change = {**now().may_change, name: 3}
+    (change,) = check(before(), ResumeSignature(now().must_match, may_change))
     assert (change.name, change.effect) == (name, MAY_CHANGE[name])
+
+
+@pytest.mark.parametrize("name", sorted(ADDED))
+def test_checkpoints_of_before_a_setting_was_compared_resume(name: str) -> None:
+    older = ResumeSignature(BEFORE, {"eval_every": "1 epoch"})
+    assert check(older, now(**{name: "another"})) == []
+    with pytest.raises(CheckpointError, match="seed"):  # all else is compared
+        check(older, now(seed=2))
 
 
 def test_every_setting_of_the_tables_is_in_the_signature() -> None:
@@ -103,7 +114,7 @@ def test_every_setting_of_the_tables_is_in_the_signature() -> None:
     ]
     config = read_config(needed)
     rows = records_from_texts(["a"])
-    signature = resume_signature(config, rows, rows, SingleLabel(("a", "b")), 3)
+    signature = resume_signature(config, rows, rows, SingleLabel(("a", "b")), 3, DIGESTS)
     assert signature.may_change.keys() == MAY_CHANGE.keys()
     assert set(MUST_MATCH) - {"stream_window", "stream_sharding"} <= signature.must_match.keys()
 
@@ -185,6 +196,7 @@ def labelled(
 
 
 TASK = SingleLabel(("no", "yes"))
+DIGESTS = {"tokenizer": "a", "model_config": "b"}
 NEEDED = [
     "--model_name_or_path=m",
     "--train_file=t.tsv",
@@ -241,25 +253,28 @@ DOES_NOT_MATTER = {  # where it runs, micro-batches, when to write or log, when 
     "detect_anomaly": "yes",
 }
 # These matter through the rows and their fingerprint, the labels, the number of steps. The model's
-# name may change, as when a folder is moved: its weights are in the checkpoint.
+# name may change, as when a folder is moved, if its config and tokenizer are the same: its weights
+# are in the checkpoint.
 INDIRECT = """
     model_name_or_path model_revision train_file train_weights streaming stream_window stream_sharding
     dataset_name dataset_config_name task_name train_split validation_split text_column
     text_pair_column label_column label_columns label_delimiter column_names delimiter quoting encoding
-    on_bad_row max_bad_rows max_train_samples label_names
+    on_bad_row max_bad_rows max_train_samples label_names file_format json_field
     num_train_epochs max_train_steps max_nan_steps
 """.split()
 
 
 def signature_of(
-    *flags: str, rows: Records | None = None, task: Any = TASK, steps: int = 10
+    *flags: str,
+    rows: Records | None = None,
+    task: Any = TASK,
+    steps: int = 10,
+    digests: dict[str, str] = DIGESTS,
 ) -> dict[str, Any]:
     rows = rows or labelled(["no", "yes"], [0, 1])
-    return json.loads(
-        json.dumps(
-            resume_signature(read_config([*NEEDED, *flags]), rows, None, task, steps).must_match
-        )
-    )  # type: ignore[no-any-return]
+    config = read_config([*NEEDED, *flags])
+    signature = resume_signature(config, rows, None, task, steps, digests)
+    return json.loads(json.dumps(signature.must_match))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("name", MATTERS)
@@ -285,13 +300,17 @@ def test_every_setting_is_classified() -> None:
         {"rows": dataclasses.replace(labelled(["no", "yes"], [0, 1]), fingerprint="other texts")},
         {"task": SingleLabel(("yes", "no"))},
         {"steps": 11},
+        {"digests": {**DIGESTS, "tokenizer": "c"}},
+        {"digests": {**DIGESTS, "model_config": "c"}},
     ],
 )
-def test_rows_labels_and_steps_are_in_the_signature(other: dict[str, Any]) -> None:
+def test_rows_labels_steps_and_the_pretrained_model_are_in_the_signature(
+    other: dict[str, Any],
+) -> None:
     assert signature_of(**other) != signature_of()
 
 
 def test_signature_survives_json() -> None:
     config = read_config([*NEEDED, "--class_weights", "1", "2", "--warmup_ratio", "0.1"])
-    signature = resume_signature(config, labelled(["no", "yes"], [0, 1]), None, TASK, 10)
+    signature = resume_signature(config, labelled(["no", "yes"], [0, 1]), None, TASK, 10, DIGESTS)
     assert json.loads(json.dumps(signature.must_match)) == signature.must_match
