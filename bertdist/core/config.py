@@ -401,6 +401,16 @@ def duration_in_steps(duration: str, steps_per_epoch: int, total_steps: int) -> 
     return max(1, round(number * {"s": 1, "e": steps_per_epoch, "%": total_steps / 100}[unit[0]]))
 
 
+def plain_duration(duration: Any) -> Any:
+    """One form of the durations that mean the same: `'3steps'` and `'3.0 steps'` -> `'3 steps'`."""
+    match = DURATION.fullmatch(duration) if isinstance(duration, str) else None
+    if match is None:
+        return duration.strip() if isinstance(duration, str) else duration
+    number = f"{float(match[1]):.15g}"
+    unit = match[2].rstrip("s") + "s" * (number != "1")
+    return f"{number}%" if match[2] == "%" else f"{number} {unit}"
+
+
 def config_to_yaml(config: TrainConfig) -> str:
     """All values that are not None, as YAML that `--config` reads back."""
     sections = dataclasses.asdict(config).values()

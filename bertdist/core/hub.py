@@ -131,4 +131,6 @@ def run_folder_hint(folder: Path) -> str:
         return ""
     if (run / "best" / "config.json").is_file():
         return f". The trained model is {run / 'best'}."
+    if aside := sorted(path.name for path in run.glob("best.*")):
+        return f". {run} is the folder of a run without best/; it has {', '.join(aside)}."
     return f". {run} is the folder of a run that has written no best/ yet."

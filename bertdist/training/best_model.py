@@ -8,13 +8,16 @@ TrainState: a run that is resumed from an earlier checkpoint writes the same fil
 import math
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
 from bertdist.core.atomic_io import (
+    MANIFEST,
     atomic_write,
     explain_write_errors,
     find_damage,
@@ -25,7 +28,7 @@ from bertdist.core.atomic_io import (
     to_json,
     write_folder,
 )
-from bertdist.core.config import RunConfig, TrainConfig
+from bertdist.core.config import RunConfig, TrainConfig, config_to_yaml
 from bertdist.core.errors import CheckpointError
 from bertdist.core.run_folder import STATUS
 from bertdist.data.records import Records
@@ -44,6 +47,20 @@ if TYPE_CHECKING:  # --streaming only
 
 # Results of a run that a new one in the same folder must not show as its own.
 RESULTS = ("evaluation.json", "predictions.jsonl", "nan_rows.jsonl")
+
+
+def _lacks_only_manifest(best: Path) -> bool:
+    """Whether manifest.json was removed, as after a change on purpose, and the rest can be read."""
+    if os.path.lexists(best / MANIFEST) or not read_json_object(best / "config.json"):
+        return False
+    weights = list(best.glob("*.safetensors"))
+    try:
+        for path in weights:
+            with safe_open(path, "pt"):  # compares the header with the size of the file
+                pass
+    except (OSError, SafetensorError):
+        return False
+    return bool(weights)
 
 
 def improvement(score: float, best: float | None) -> float:
@@ -100,6 +117,7 @@ class BestModel:
         Their column names and --max_length are saved too, for `Predictor`.
         """
         self.folder, self.tokenizer = Path(config.run.output_dir), tokenizer
+        self.config = config
         self.accelerator, self.say = accelerator, say
         # Of the weights in best/; None if there are none, or none of this run. On every rank.
         self.step: int | None = None
@@ -160,6 +178,8 @@ class BestModel:
         with raise_on_all_ranks(self.accelerator):
             if starts and is_main:
                 self._check_start(state, checkpointer)
+                if state.finished:
+                    self._say_missing(state)
             step = self._read_step(state, checkpointer) if is_main else None
         self.step = step = broadcast_from_rank0(self.accelerator, step)
         # A later one than the checkpoint: its evaluation is about to be repeated.
@@ -182,19 +202,33 @@ class BestModel:
         """
         return self.step != state.best_step and (self.step is None or self.step <= state.step)
 
+    def _say_missing(self, state: TrainState) -> None:
+        """Name results of a finished run that are gone."""
+        scored = state.best_score is not None or state.best_loss is not None
+        names = ("metrics.jsonl", *RESULTS[:2]) if scored else ("metrics.jsonl",)
+        if missing := [name for name in names if not (self.folder / name).exists()]:
+            self.say(
+                f"{', '.join(missing)}: not in {self.folder}, and a finished run does not write "
+                f"them again. `python -m bertdist.predict --model {self.folder / 'best'} --input "
+                "FILE` computes predictions."
+            )
+
     def _check_start(self, state: TrainState, checkpointer: Checkpointer) -> None:
         """Say what becomes of an earlier run's files. Raises CheckpointError for best weights."""
         best, source = self.folder / "best", checkpointer.source
         if not state.finished:
             refuse_link(best)
-        if source is None and (self.folder / "metrics.jsonl").exists():
+        if source is None and os.path.lexists(best):
             status = read_json_object(self.folder / STATUS)
-            if os.path.lexists(best) and status.get("state") == "finished":
+            is_finished = status.get("state") == "finished"
+            if is_finished or status.get("step") != 0 or not self._has_same_settings():
+                kind = "a finished" if is_finished else "an earlier"
                 raise CheckpointError(
-                    f"{self.folder} holds the best weights of a finished run and no checkpoint: "
+                    f"{self.folder} holds the best weights of {kind} run and no checkpoint: "
                     "the run would start again and replace them. Use another --output_dir, or "
                     f"remove {best}."
                 )
+        if source is None and (self.folder / "metrics.jsonl").exists():
             self.say(f"No checkpoint in {checkpointer.folder}: training starts at the first step.")
         if source is None or not self._is_own(checkpointer):
             names = [name for name in RESULTS if (self.folder / name).exists()]
@@ -203,6 +237,14 @@ class BestModel:
                     (self.folder / name).unlink()
             if names:
                 self.say(f"Removed {', '.join(names)} of an earlier run.")
+
+    def _has_same_settings(self) -> bool:
+        """Whether the last process had all settings of this one: if it ended before its first
+        checkpoint, this one writes the same weights again.
+        """
+        with suppress(OSError, UnicodeDecodeError):
+            return (self.folder / "config.yaml").read_text() == config_to_yaml(self.config)
+        return False
 
     def _is_own(self, checkpointer: Checkpointer) -> bool:
         """Whether the run resumed from a checkpoint of its own folder, or from none."""
@@ -214,9 +256,15 @@ class BestModel:
         best = self.folder / "best"
         if not os.path.lexists(best) or (self.step is None and not self._is_own(checkpointer)):
             return None
-        if damage := find_damage(best, required=()):
+        if _lacks_only_manifest(best):
+            self.say(f"{best} has no {MANIFEST}: taken as changed on purpose.")
+        elif damage := find_damage(best, required=()):
             aside = move_aside(best, "damaged")
             self.say(f"{best} is damaged: {damage}. Renamed to {aside.name}.")
+            if (aside / MANIFEST).exists():
+                self.say(
+                    f"If it was changed on purpose: remove {MANIFEST} there and rename it back."
+                )
             return None
         metadata = read_json_object(best / "config.json").get("bertdist")
         step = metadata.get("step") if isinstance(metadata, dict) else None

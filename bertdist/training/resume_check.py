@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bertdist.core.config import TrainConfig
+from bertdist.core.config import TrainConfig, plain_duration
 from bertdist.core.errors import CheckpointError
 from bertdist.data.records import Records
 from bertdist.tasks.tasks import Task
@@ -43,6 +43,7 @@ MAY_CHANGE = {
     "model_name_or_path": "its weights are not used: those of the checkpoint are",
     "metric_for_best_model": _SCORES,
     "validation_rows": _SCORES,
+    "metrics": "from the next evaluation on; the scores so far are without it",
     "eval_every": "best/ is chosen among other steps",
     "early_stopping_patience": "counts on from the evaluations done so far",
     "early_stopping_threshold": "counts on from the evaluations done so far",
@@ -52,7 +53,7 @@ MAY_CHANGE = {
 }
 RESETS_BEST = {"metric_for_best_model", "validation_rows"}
 # Not compared where an older checkpoint of the same format does not have them.
-ADDED = {"tokenizer", "model_config", "model_name_or_path"}
+ADDED = {"tokenizer", "model_config", "model_name_or_path", "metrics"}
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,12 @@ def resume_signature(
     may_change = {
         name: getattr(config.run, name) for name in MAY_CHANGE if hasattr(config.run, name)
     }
-    if may_change["eval_every"] == "auto":
+    if may_change["eval_every"].strip() == "auto":
         may_change["eval_every"] = "1 epoch"  # as earlier versions wrote it
     rows, metrics = validation_rows, config.task.metrics or []
     may_change |= {
         "model_name_or_path": config.model.model_name_or_path,
+        "metrics": config.task.metrics,
         "metric_for_best_model": config.task.metric_for_best_model or next(iter(metrics), None),
         "validation_rows": f"{len(rows)} rows, {rows.fingerprint}" if rows else None,
         "gradient_checkpointing": config.model.gradient_checkpointing,
@@ -145,7 +147,11 @@ def check_changes(
             f"{folder} belongs to a run with other settings:\n{table}\n"
             "Use the old settings, or another --output_dir."
         )
-    return accepted + _changes(before.may_change, now.may_change, MAY_CHANGE)
+    earlier, later = (
+        settings | {"eval_every": plain_duration(settings.get("eval_every"))}
+        for settings in (before.may_change, now.may_change)
+    )
+    return accepted + _changes(earlier, later, MAY_CHANGE)
 
 
 def format_changes(changes: Iterable[Change]) -> list[str]:

@@ -188,6 +188,93 @@ def test_removed_checkpoints_do_not_cost_the_best_weights(run: Run) -> None:
     assert_all_agree(run.out, STEPS, said)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_one_that_was_changed_on_purpose_is_left_as_it_is(run: Run, n: int) -> None:
+    """Other label names and no manifest.json, as the guide says."""
+    config = run.out / "best" / "config.json"
+    changed = config.read_text().replace('"negative"', '"bad"')
+    config.write_text(changed)
+    (run.out / "best" / "manifest.json").unlink()
+    said = said_by(run.words, n=n)
+    assert f"{run.out / 'best'} has no manifest.json: taken as changed on purpose." in said
+    assert config.read_text() == changed and "written again" not in said
+    shutil.rmtree(run.out / "checkpoints" / "step_000004")
+    assert f"best weights (step {BEST}) in" in said_by(run.words, n=n)
+    assert config.read_text() == changed
+    # Negative controls: half a copy lacks the manifest too; with one the change is damage.
+    weights = run.out / "best" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-8])
+    assert f"{run.out / 'best'} is damaged: manifest.json is missing." in said_by(run.words, 1, n)
+
+
+def test_a_change_beside_the_manifest_is_damage_with_the_remedy(run: Run) -> None:
+    config = run.out / "best" / "config.json"
+    changed = config.read_text().replace('"negative"', '"bad"')
+    config.write_text(changed)
+    said = said_by(run.words)
+    assert "If it was changed on purpose: remove manifest.json there and rename it back." in said
+    shutil.rmtree(run.out / "best")
+    (run.out / "best.damaged" / "manifest.json").unlink()
+    (run.out / "best.damaged").rename(run.out / "best")
+    assert "taken as changed on purpose" in said_by(run.words)
+    assert config.read_text() == changed
+
+
+@pytest.mark.parametrize(
+    ("status", "settings"),
+    [
+        ({"state": "preempted", "step": 4, "reason": ""}, []),
+        ({"state": "failed", "step": 4, "reason": "x"}, []),
+        ({"state": "failed", "step": 0, "reason": "x"}, ["--learning_rate", "0.5"]),
+        (None, []),  # half a copy
+    ],
+)
+def test_an_interrupted_run_without_checkpoints_does_not_replace_its_best_weights(
+    run: Run, status: dict[str, Any] | None, settings: list[str]
+) -> None:
+    shutil.rmtree(run.out / "checkpoints")
+    (run.out / "status.json").unlink()
+    if status is not None:
+        (run.out / "status.json").write_text(json.dumps(status))
+    before = {path: path.read_bytes() for path in run.out.rglob("*.json*") if path.is_file()}
+    weights = tensors_of(run.out / "best")
+    said = said_by([*run.words, *settings], code=1)
+    assert f"{run.out} holds the best weights of an earlier run and no checkpoint: " in said
+    assert_same_tensors(weights, tensors_of(run.out / "best"))
+    kept = ("best", "evaluation.json", "predictions.jsonl", "metrics.jsonl")
+    assert {path.name for path in before} >= set(kept[1:])
+    for path, content in before.items():
+        if path.parent.name in kept or path.name in kept:
+            assert path.read_bytes() == content, path
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(run: Run) -> None:
+    shutil.rmtree(run.out / "checkpoints")
+    (run.out / "status.json").write_text('{"state": "running", "step": 0, "reason": ""}')
+    # As this process has them: copied, the folder has another name than the run.
+    config = (run.out / "config.yaml").read_text()
+    old = next(line for line in config.splitlines() if line.startswith("output_dir:"))
+    (run.out / "config.yaml").write_text(config.replace(old, f"output_dir: {run.out}"))
+    before = tensors_of(run.out / "best")
+    said = said_by(run.words, breaking=best_at(2, BEST))
+    assert f"No checkpoint in {run.out / 'checkpoints'}: training starts at the first step." in said
+    assert_same_tensors(before, tensors_of(run.out / "best"))
+
+
+def test_missing_results_of_a_finished_run_are_named(run: Run) -> None:
+    assert "does not write them again" not in said_by(run.words)
+    for name in ("evaluation.json", "predictions.jsonl", "metrics.jsonl", "config.yaml"):
+        (run.out / name).unlink()
+    said = said_by(run.words)
+    assert (
+        f"metrics.jsonl, evaluation.json, predictions.jsonl: not in {run.out}, and a finished run "
+        "does not write them again. `python -m bertdist.predict --model "
+        f"{run.out / 'best'} --input FILE` computes predictions." in said
+    )
+    assert (run.out / "config.yaml").exists()
+
+
 # ---- Resuming
 
 

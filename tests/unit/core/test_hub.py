@@ -135,6 +135,10 @@ def test_a_folder_without_a_model_says_where_the_model_is(tmp_path: Path) -> Non
         assert (
             found == f". {tmp_path / 'out'} is the folder of a run that has written no best/ yet."
         )
+    (tmp_path / "out" / "best.damaged").mkdir()
+    assert run_folder_hint(step) == (
+        f". {tmp_path / 'out'} is the folder of a run without best/; it has best.damaged."
+    )
     best = tmp_path / "out" / "best"
     best.mkdir()
     (best / "config.json").write_text("{}")

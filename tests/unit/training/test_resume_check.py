@@ -97,6 +97,34 @@ def test_harmless_changes_are_returned_with_their_effect(name: str) -> None:
     assert (change.name, change.effect) == (name, MAY_CHANGE[name])
 
 
+@pytest.mark.parametrize(
+    ("earlier", "later", "changes"),
+    [
+        ("3 steps", "3steps", []),
+        ("3steps", " 3.0 step ", []),
+        ("1 epoch", "1.0 epochs", []),
+        ("10%", "10 %", []),
+        ("never", " never", []),
+        ("3 steps", "4steps", ["eval_every"]),
+        ("1 epoch", "1 step", ["eval_every"]),
+        ("10%", "10 steps", ["eval_every"]),
+        ("3 steps", "never", ["eval_every"]),
+    ],
+)
+def test_the_same_interval_in_other_words_is_no_change(
+    earlier: str, later: str, changes: list[str]
+) -> None:
+    one, other = (ResumeSignature(BEFORE, {"eval_every": text}) for text in (earlier, later))
+    assert names(check(one, other)) == changes
+
+
+def test_other_metrics_are_said() -> None:
+    one, other = (
+        ResumeSignature(BEFORE, {"metrics": metrics}) for metrics in (None, ["accuracy", "mcc"])
+    )
+    assert names(check(one, other)) == ["metrics"] and check(other, other) == []
+
+
 @pytest.mark.parametrize("name", sorted(ADDED))
 def test_checkpoints_of_before_a_setting_was_compared_resume(name: str) -> None:
     older = ResumeSignature(BEFORE, {"eval_every": "1 epoch"})
