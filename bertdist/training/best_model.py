@@ -221,13 +221,17 @@ class BestModel:
         if source is None and os.path.lexists(best):
             status = read_json_object(self.folder / STATUS)
             is_finished = status.get("state") == "finished"
-            if is_finished or status.get("step") != 0 or not self._has_same_settings():
+            if is_finished or status.get("step") != 0:
                 kind = "a finished" if is_finished else "an earlier"
                 raise CheckpointError(
                     f"{self.folder} holds the best weights of {kind} run and no checkpoint: "
                     "the run would start again and replace them. Use another --output_dir, or "
                     f"remove {best}."
                 )
+            # It ended before its first checkpoint: with the same settings the same weights follow.
+            if not self._has_same_settings():
+                kept = move_aside(best, "kept")
+                self.say(f"Renamed {best} to {kept.name}: the run before had other settings.")
         if source is None and (self.folder / "metrics.jsonl").exists():
             self.say(f"No checkpoint in {checkpointer.folder}: training starts at the first step.")
         if source is None or not self._is_own(checkpointer):
@@ -239,9 +243,7 @@ class BestModel:
                 self.say(f"Removed {', '.join(names)} of an earlier run.")
 
     def _has_same_settings(self) -> bool:
-        """Whether the last process had all settings of this one: if it ended before its first
-        checkpoint, this one writes the same weights again.
-        """
+        """Whether the last process in this folder had all settings of this one."""
         with suppress(OSError, UnicodeDecodeError):
             return (self.folder / "config.yaml").read_text() == config_to_yaml(self.config)
         return False
