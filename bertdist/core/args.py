@@ -40,6 +40,7 @@ _TRAIN_SECTIONS = [ModelConfig, DataConfig, TaskConfig, BatchConfig, OptimConfig
 _TRAIN_NAMES = {x.name for section in _TRAIN_SECTIONS for x in dataclasses.fields(section)}
 _SURE = 0.7  # similarity of a flag that is suggested: below it, deepspeed resembles seed
 _INPUTS = ("train_file", "validation_file", "test_file", "input", "config", *_MODELS)
+_PATHS = (*_INPUTS, "output", "fix", "output_dir", "resume_from_checkpoint", "dataset_name")
 DROPPED = ".dropped.jsonl"  # beside the file of check's --fix
 _NOT_A_FOLDER = ("latest", "last", "newest", "auto", "best", "true", "false", "yes", "no", "none")
 _VALUE_HINTS = {  # for a value of another type
@@ -84,6 +85,7 @@ def parse_arguments(program: str, sections: list[Any], arguments: Sequence[str])
     )
     names = [field.name for section in sections for field in dataclasses.fields(section)]
     file = parser.parse_known_args(list(arguments))[0].config
+    file = file and os.path.expanduser(file)
     if file:
         types: dict[str, Any] = {x.dest: x.type or str for x in parser._actions if x.nargs == "+"}
         scalars, lists = _read_yaml(Path(file), names, set(types))
@@ -104,7 +106,7 @@ def parse_arguments(program: str, sections: list[Any], arguments: Sequence[str])
         unknown = [f"Unexpected argument {rest[0]!r}: every value follows its flag."]
     if problems := [*unknown, *_not_utf8(values)]:
         raise ConfigError("\n".join(problems))
-    values = list(map(_with_model_folders, values))
+    values = [_with_model_folders(_with_home(section)) for section in values]
     _check_paths(values, file)
     return tuple(values)
 
@@ -128,6 +130,20 @@ def _check_paths(sections: list[Any], config_file: str | None) -> None:
         files = given.get(name) or []
         inputs += [(f"--{name}", x) for x in ([files] if isinstance(files, str) else files)]
     check_outputs(outputs, inputs, given.get("output_dir"))
+
+
+def _with_home(section: Any) -> Any:
+    """The section with the home folder for a leading ~ of its paths, which YAML does not expand,
+    nor some shells.
+    """
+    found: dict[str, Any] = {}
+    for name in _PATHS:
+        given = getattr(section, name, None)
+        if isinstance(given, list):
+            found[name] = list(map(os.path.expanduser, given))
+        elif given:
+            found[name] = os.path.expanduser(given)
+    return dataclasses.replace(section, **found)
 
 
 def _with_model_folders(section: Any) -> Any:
@@ -165,7 +181,7 @@ def given_setting_names(arguments: Sequence[str]) -> set[str]:
             names.add(flag.replace("-", "_"))
             file = (value or following) if flag == "config" else file
     try:
-        text = Path(file).read_text(encoding="utf-8") if file is not None else ""
+        text = Path(file).expanduser().read_text(encoding="utf-8") if file is not None else ""
         node = yaml.compose(text, Loader=yaml.BaseLoader)
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return names

@@ -19,11 +19,13 @@ import math
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -34,6 +36,7 @@ from bertdist.core.atomic_io import (
     explain_write_errors,
     find_damage,
     move_aside,
+    read_json_object,
     recover,
     remove_folder,
     remove_leftover,
@@ -253,6 +256,7 @@ class Checkpointer:
         if named is not None:
             if damage := find_damage(Path(named)):
                 raise CheckpointError(f"--resume_from_checkpoint {named}: {damage}.")
+            self._check_same_run(Path(named))
             return named
         for folder in reversed(self._checkpoints()):
             damage = find_damage(folder)
@@ -261,6 +265,30 @@ class Checkpointer:
             renamed = move_aside(folder, "damaged")
             self.log(f"Skipping damaged checkpoint {folder}: {damage}. Renamed to {renamed.name}.")
         return ""
+
+    def _check_same_run(self, named: Path) -> None:
+        """Raise CheckpointError where a checkpoint of another folder would go on in the folder of
+        another run, whose log and best weights it would replace.
+
+        The same run: this folder resumed from it before, or has a checkpoint of the same settings.
+        """
+        run = self.folder.parent
+        if named.resolve().parent == self.folder.resolve():
+            return
+        own = self._checkpoints()
+        if not own and not any(os.path.lexists(run / x) for x in ("best", "metrics.jsonl")):
+            return
+        with suppress(OSError, ValueError, yaml.YAMLError):
+            text = (run / "config.yaml").read_text(encoding="utf-8")
+            before = (yaml.safe_load(text) or {}).get("resume_from_checkpoint")
+            if before and Path(before).resolve() == named.resolve():
+                return
+        settings = read_state(named)[0]["must_match"]
+        if not own or read_json_object(own[-1] / "state.json").get("must_match") != settings:
+            raise CheckpointError(
+                f"--resume_from_checkpoint {named} is of another run than that of {run}, whose log "
+                "and best weights would be replaced: give a new --output_dir."
+            )
 
     def _checkpoints(self) -> list[Path]:
         """Folders step_N by number, damaged or not."""

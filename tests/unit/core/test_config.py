@@ -716,3 +716,17 @@ def test_the_folder_of_a_run_means_its_best_model(
     assert value(out / "best") == str(out / "best")
     (out / "config.json").write_text("{}")  # a model of its own
     assert value(out) == str(out) and capsys.readouterr().err == ""
+
+
+def test_a_leading_tilde_is_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("output_dir: ~/out\ntrain_file: [~/a.csv, '~b/c~.csv']\n")
+    config = read_config(["--config=~/run.yaml", "--model_name_or_path", "~/m"])
+    assert config.run.output_dir == str(tmp_path / "out")
+    assert config.model.model_name_or_path == str(tmp_path / "m")
+    # The control: ~b is no user here, and names a file.
+    assert config.data.train_file == [str(tmp_path / "a.csv"), "~b/c~.csv"]
+    words = ["--model=m", "--text", "~/x"]
+    assert read_predict_config(words).text == ["~/x"]

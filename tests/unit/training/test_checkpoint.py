@@ -7,6 +7,7 @@ import os
 import pickle
 import pickletools
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -372,6 +373,31 @@ def test_named_checkpoint_is_loaded_instead_of_a_newer_one(tmp_path: Path) -> No
     run.save(1), run.save(2)
     assert run.restore(str(tmp_path / "step_000001")) == TrainState(step=1)
     assert run.restore() == TrainState(step=2)
+
+
+def test_a_checkpoint_of_another_run_does_not_go_on_in_the_folder_of_a_run(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    run, other = Run(a / "checkpoints"), Run(b / "checkpoints")
+    run.save(1), run.save(2)
+    settings = {**MUST_MATCH, "seed": 2}
+    other.checkpoints.signature = ResumeSignature(settings)
+    other.save(1)
+    named = str(b / "checkpoints" / "step_000001")
+    error = f"{named} is of another run than that of {a}, whose log and best weights would be repl"
+    with pytest.raises(CheckpointError, match=error):
+        run.restore(named, settings)
+    assert names(a / "checkpoints") == ["step_000001", "step_000002"]
+    assert Run(tmp_path / "new" / "checkpoints").restore(named, settings) == TrainState(step=1)
+    # A copy of the run is the same run.
+    copy = shutil.copytree(a, tmp_path / "copy") / "checkpoints" / "step_000001"
+    assert run.restore(str(copy)) == TrainState(step=1)
+    # The same command again, after its run was killed before its first checkpoint.
+    shutil.rmtree(a / "checkpoints")
+    (a / "metrics.jsonl").touch()
+    with pytest.raises(CheckpointError, match=error):
+        run.restore(named, settings)
+    (a / "config.yaml").write_text(f"resume_from_checkpoint: {named}\n")
+    assert run.restore(named, settings) == TrainState(step=1)
 
 
 def test_a_named_checkpoint_that_is_damaged_or_absent_is_an_error(tmp_path: Path) -> None:
