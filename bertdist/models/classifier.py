@@ -266,6 +266,11 @@ def load_model_config(config: ModelConfig, flag: str = "--model_name_or_path") -
             name, revision=config.model_revision, trust_remote_code=False
         )
     except Exception as error:  # wrong values raise a dozen kinds
+        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+            raise ModelError(
+                f"{where}: the folder holds an adapter (adapter_config.json) and no model: merge "
+                "it into its base model (merge_and_unload of peft) and save that."
+            ) from None
         if folder.is_dir():
             raise ModelError(
                 f"{where}: the folder holds no config.json that can be read ({_reason(error)})"
@@ -342,6 +347,7 @@ def load_classifier(
     packed = model_type in ARCHITECTURES
     settings = [*reset_outputs(model_config), *type_notes(model_config)]
     _check_manifest(Path(config.model_name_or_path), model_config, where)
+    _check_weight_files(Path(config.model_name_or_path).expanduser(), where)
     try:
         check_size(model_config, Path(config.model_name_or_path).expanduser(), where)
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -388,6 +394,23 @@ def load_classifier(
             "positions."
         )
     return classifier, notes
+
+
+def _check_weight_files(folder: Path, where: str) -> None:
+    """Raise ModelError for weights that only other programs can read, with what to do."""
+    files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        with suppress(OSError), path.open("rb") as file:
+            if file.read(23) == b"version https://git-lfs":
+                raise ModelError(
+                    f"{where}: {path.name} is a Git LFS pointer, not the weights: run `git lfs "
+                    "pull` in that folder."
+                )
+    if not files and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
+        raise ModelError(
+            f"{where}: {pickles[0].name} is a pickle, which is not read: load it in transformers "
+            "and save it with save_pretrained, which writes model.safetensors."
+        )
 
 
 def _check_manifest(folder: Path, model_config: PretrainedConfig, where: str) -> None:

@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
     PreTrainedTokenizerBase,
     pipeline,
 )
@@ -773,3 +774,23 @@ def test_a_missing_pooler_is_a_new_weight(copy: Path) -> None:
     assert notes == [
         "New weights, to be trained: bert.pooler.dense.bias, bert.pooler.dense.weight, classifier.bias, classifier.weight."
     ]
+
+
+def test_weights_that_only_other_programs_read_have_a_remedy(tmp_path: Path) -> None:
+    BertConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2
+    ).save_pretrained(tmp_path)
+    config, task = ModelConfig(model_name_or_path=str(tmp_path)), SingleLabel(("a", "b"))
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(
+        ModelError, match=r"pytorch_model\.bin is a pickle, which is not read: load"
+    ):
+        load_classifier(config, task)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(
+        ModelError, match="is a Git LFS pointer, not the weights: run `git lfs pull`"
+    ):
+        load_classifier(config, task)
+    (tmp_path / "config.json").rename(tmp_path / "adapter_config.json")
+    with pytest.raises(ModelError, match=r"holds an adapter .* and no model: merge it"):
+        load_classifier(config, task)
