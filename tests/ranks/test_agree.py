@@ -21,7 +21,7 @@ from bertdist.training import checkpoint, evaluation
 
 
 def no_file() -> None:
-    def broken(*args: Any) -> Any:
+    def broken(*args: Any, **more: Any) -> Any:
         raise DataError("train.tsv: no such file.")
 
     train.load_splits = broken
@@ -30,14 +30,14 @@ def no_file() -> None:
 def gone_since() -> None:
     """A file that is there when it is listed, and not when its digest is taken."""
 
-    def broken(*args: Any) -> Any:
+    def broken(*args: Any, **more: Any) -> Any:
         raise DataError("train/neg/1.txt cannot be read.")
 
     train.data_fingerprint = broken
 
 
 def no_model() -> None:
-    def broken(*args: Any) -> Any:
+    def broken(*args: Any, **more: Any) -> Any:
         raise DataError("weights.bin: gone.")
 
     train.load_classifier = broken
@@ -59,14 +59,14 @@ def full_disk_for_best() -> None:
 def broken_metric() -> None:
     """Scores are computed on rank 0 only."""
 
-    def broken(*args: Any) -> Any:
+    def broken(*args: Any, **more: Any) -> Any:
         raise ConfigError("--metrics ./mine.py: failed on 6 rows: KeyError: 'x'")
 
     evaluation.Scorer.score = broken
 
 
 def no_state() -> None:
-    def broken(*args: Any) -> Any:
+    def broken(*args: Any, **more: Any) -> Any:
         raise CheckpointError("step_000002 is not visible here.")
 
     checkpoint.load_optimizer = broken

@@ -100,9 +100,9 @@ def make_operation_nonfinite(rows: set[int], how: str) -> Breaking:
 
         def changed(self: Classifier, batch: Any) -> Tensor:
             logits = forward(self, batch)
-            here = torch.tensor(
-                [[float(self.training and row in rows)] for row in batch.rows.tolist()]
-            )
+            if not self.training:  # also the comparison with transformers when it is loaded
+                return logits
+            here = torch.tensor([[float(row in rows)] for row in batch.rows.tolist()])
             if how == "nan":
                 sign = 1 - 2 * here + 0 * logits
                 return logits + sign.log()  # HERE_NAN: log(-1), of the others log(1)

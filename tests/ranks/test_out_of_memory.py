@@ -133,8 +133,8 @@ def short_of_memory(
             memory.single_token_batch += args[0].rows.tolist() == [-1] and args[0].lengths == (1,)
             return attempt(compute, *args)
 
-        def load_and_use(*args: Any) -> Any:
-            classifier, notes = load(*args)
+        def load_and_use(*args: Any, **more: Any) -> Any:
+            classifier, notes = load(*args, **more)
             bert, forward = classifier.model.bert, classifier.forward
             sizes = (0, 0)
 
@@ -169,8 +169,8 @@ def short_of_memory(
 def in_float64(accelerator: Accelerator) -> None:
     load = train.load_classifier
 
-    def load_in_float64(*args: Any) -> Any:
-        classifier, notes = load(*args)
+    def load_in_float64(*args: Any, **more: Any) -> Any:
+        classifier, notes = load(*args, **more)
         return classifier.double(), notes
 
     train.load_classifier = load_in_float64

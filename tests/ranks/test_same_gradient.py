@@ -43,8 +43,8 @@ def in_float64(accelerator: Accelerator) -> None:
     """The same run in double precision: weights, and what `task.loss` makes float32."""
     load = train.load_classifier
 
-    def load_in_float64(*args: Any) -> Any:
-        classifier, notes = load(*args)
+    def load_in_float64(*args: Any, **more: Any) -> Any:
+        classifier, notes = load(*args, **more)
         return classifier.double(), notes
 
     train.load_classifier = load_in_float64

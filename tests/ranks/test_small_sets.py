@@ -150,7 +150,7 @@ def test_a_row_that_is_nobody_s_is_seen(tiny_model: Path, tmp_path: Path) -> Non
 
 
 def no_model(accelerator: Accelerator) -> None:
-    def iterate_loader(*_: Any) -> Any:
+    def iterate_loader(*_: Any, **__: Any) -> Any:
         raise AssertionError("a model was loaded")
 
     train.load_classifier = iterate_loader
