@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import ConfigError, DataError, ModelError
+from bertdist.core.terminal import excerpt
 from bertdist.core.types import Array
 from bertdist.data.records import Record, Records
 from bertdist.tasks.tasks import Task
@@ -222,6 +223,14 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         raise ModelError(
             f"{name} has no tokenizer that can be read; expected tokenizer.json or vocab.txt."
         )
+    try:
+        tokenizer("\U0002ebe0")  # the last of its block, in hardly any vocabulary
+    except Exception as error:
+        raise ModelError(
+            f"The tokenizer of {name} fails on a character that it does not know "
+            f"({excerpt(str(error), 100)}); name its unknown token in tokenizer_config.json "
+            "(unk_token)."
+        ) from None
     # what `save_tokenizer` replaced
     limit = tokenizer.init_kwargs.get(PRETRAINED_MAX_LENGTH)
     if isinstance(limit, int):

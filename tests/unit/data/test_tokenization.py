@@ -509,6 +509,21 @@ def test_a_folder_without_a_tokenizer_is_one_line(name: str, tmp_path: Path) -> 
     )
 
 
+@pytest.mark.parametrize("unknown", ["<unk>", "[UNK]"])
+def test_a_vocabulary_without_the_unknown_token_is_one_line(unknown: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    words = ["[PAD]", unknown, "[CLS]", "[SEP]", "[MASK]", "a", "good", "film"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    config = ModelConfig(model_name_or_path=str(tmp_path), max_length=16)
+    if unknown == "[UNK]":
+        assert load_tokenizer(config)("a bad film").input_ids == [2, 5, 1, 7, 3]
+        return
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(config)
+    assert str(caught.value).startswith(f"The tokenizer of {tmp_path} fails on a character that")
+    assert "Missing [UNK] token" in str(caught.value) and "unk_token" in str(caught.value)
+
+
 def test_a_name_that_is_no_folder_is_one_line() -> None:
     with pytest.raises(ModelError) as caught:
         load_tokenizer(ModelConfig(model_name_or_path="no-such/model"))
