@@ -156,6 +156,14 @@ class ColumnNames(NamedTuple):
         """The columns of the text."""
         return (self.text,) if isinstance(self.text, str) else self.text or ()
 
+    def flag(self, name: str) -> str:
+        """The flag that names a column."""
+        if name in self.texts:
+            return "--text_column"
+        if name == self.pair:
+            return "--text_pair_column"
+        return "--label_column" if name == self.label else "--label_columns"
+
     def names(self) -> list[str]:
         """The distinct names."""
         names = dict.fromkeys((*self.texts, self.pair, self.label, *(self.labels or ())))
@@ -222,6 +230,8 @@ def choose_columns(
     for name in requested.names():
         if name not in names:
             problem, advice = f"there is no column {name!r}", did_you_mean(name, names)
+            if not advice.startswith(" Did"):  # else the flag has a typing error
+                advice = f" Name another one with {requested.flag(name)}."
             raise _no_column(source, names, problem, advice, has_header)
     present = {name.lower(): name for name in reversed(names)} | {name: name for name in names}
     text, pair, label, labels = requested
@@ -253,7 +263,6 @@ def _no_column(
     source: str, names: Sequence[str], problem: str, advice: str, has_header: bool
 ) -> DataError:
     shown = listed([repr(n if len(n) <= 30 else f"{n[:30]}...") for n in names], 20)
-    advice = "" if advice.startswith(" Known") else advice  # the message names the columns already
     looks_like_data = any(len(n) > 30 or n.replace(".", "", 1).isdecimal() for n in names)
     if has_header and looks_like_data:
         advice += " This looks like a row of data: if the file has no header, "

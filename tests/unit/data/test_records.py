@@ -836,13 +836,13 @@ def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
             "a.jsonl",
             '{"b": "a", "label": 1}\n',
             {"text_column": "text"},
-            "a.jsonl: there is no column 'text'; the columns are 'b', 'label'.",
+            "a.jsonl: there is no column 'text'; the columns are 'b', 'label'. Name another one with --text_column.",
         ),
         (
             "a.csv",
             "a,1\n",
             {"column_names": ["_", "label"], "text_column": "_"},
-            "a.csv: there is no column '_'; the columns are 'label'.",
+            "a.csv: there is no column '_'; the columns are 'label'. Name another one with --text_column.",
         ),
     ],
 )
