@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from bench.rank import run_rank
 
@@ -204,6 +205,8 @@ def _fork(arguments: Sequence[str], ranks: int, out: Path, launcher: str) -> _Fo
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if pid == 0:
+            for state in (AcceleratorState, GradientState, PartialState):  # of the forking process
+                state._reset_state()
             if ranks > 1:
                 group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
                 group |= {"LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}

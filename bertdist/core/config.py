@@ -8,6 +8,7 @@ them from the command line and a YAML file, and checks their values together.
 import dataclasses
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -416,3 +417,12 @@ def config_to_yaml(config: TrainConfig) -> str:
     sections = dataclasses.asdict(config).values()
     values = {k: v for section in sections for k, v in section.items() if v is not None}
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def saved_setting(file: Path, name: str) -> Any:
+    """A setting of a config.yaml that a run wrote; None where it has none or cannot be read."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return values.get(name) if isinstance(values, dict) else None

@@ -51,6 +51,9 @@ def check_outputs(
         if other != flag and not _is_special(target):
             raise ConfigError(f"{flag} {path} is {other} as well: name another file.")
     for given, file in files if folder else ():
+        settings = Path(str(folder), "config.yaml")
+        if given == "--config" and file.resolve() == settings.resolve():
+            continue  # the run's own settings, which it writes again
         if _is_inside(file, Path(str(folder))):
             raise ConfigError(
                 f"{given} {file} is inside --output_dir {folder}, whose files a run replaces: "

@@ -61,6 +61,8 @@ class HeartbeatFiles:
             for path in self.folder.glob(pattern):
                 with suppress(OSError):
                     path.unlink()
+        with suppress(OSError):  # not empty: it holds files of others
+            self.folder.rmdir()
 
     def write(self, **changes: Any) -> None:
         """Write this rank's heartbeat. changes: fields of Heartbeat."""

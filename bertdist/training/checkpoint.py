@@ -19,13 +19,11 @@ import math
 import os
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -42,6 +40,7 @@ from bertdist.core.atomic_io import (
     remove_leftover,
     write_folder,
 )
+from bertdist.core.config import saved_setting
 from bertdist.core.errors import CheckpointError
 from bertdist.data.batch import Step
 from bertdist.data.source import STREAM_START, ReaderState
@@ -278,11 +277,9 @@ class Checkpointer:
         own = self._checkpoints()
         if not own and not any(os.path.lexists(run / x) for x in ("best", "metrics.jsonl")):
             return
-        with suppress(OSError, ValueError, yaml.YAMLError):
-            text = (run / "config.yaml").read_text(encoding="utf-8")
-            before = (yaml.safe_load(text) or {}).get("resume_from_checkpoint")
-            if before and Path(before).resolve() == named.resolve():
-                return
+        before = saved_setting(run / "config.yaml", "resume_from_checkpoint")
+        if before and Path(str(before)).resolve() == named.resolve():
+            return
         settings = read_state(named)[0]["must_match"]
         if not own or read_json_object(own[-1] / "state.json").get("must_match") != settings:
             raise CheckpointError(

@@ -71,12 +71,12 @@ def test_check_then_train_on_what_it_cleaned(tiny_model: Path, tmp_path: Path) -
         clean,
     ]
     looked = python("-m", "bertdist.check", *words)
-    assert looked.returncode == 0 and looked.stderr == "", looked.stderr
+    assert looked.returncode == 1 and looked.stderr == "", looked.stderr
     assert (
         "train/validation: rows of validation that are also in train" in looked.stdout
         and "\x1b" not in looked.stdout
     )
-    assert json.loads(report.read_text(encoding="utf-8"))["counts"]["error"] == 0
+    assert json.loads(report.read_text(encoding="utf-8"))["counts"]["error"] == 1
     again = python("-m", "bertdist.check", *words[:1], clean, *words[2:6])
     assert again.returncode == 0, again.stdout
     files = write_split(tmp_path / "unused", 1)._replace(train=clean, dev=held)
