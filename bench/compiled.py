@@ -25,7 +25,7 @@ from bertdist.core.config import DataConfig, ModelConfig, OptimConfig, TaskConfi
 from bertdist.core.errors import BertdistError
 from bertdist.data.batch import PackedBatch
 from bertdist.data.loader import MapLoader
-from bertdist.data.loading import load_records
+from bertdist.data.splits import load_records
 from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.distributed.launch import keep_freed_memory

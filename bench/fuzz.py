@@ -39,8 +39,8 @@ from bertdist.core.args import read_config
 from bertdist.core.atomic_io import write_folder
 from bertdist.core.config import DataConfig, OptimConfig
 from bertdist.core.errors import BertdistError
-from bertdist.data.loading import load_records, open_stream
-from bertdist.data.source import read_skipped_rows
+from bertdist.data.bad_rows import read_bad_rows
+from bertdist.data.splits import load_records, open_stream
 from bertdist.data.stream_scan import _read_scan as read_scan
 from bertdist.training.checkpoint import Checkpointer, TrainState
 from bertdist.training.optimizer import create_optimizer
@@ -355,7 +355,7 @@ def readers(folder: Path) -> list[Reader]:
         Reader(
             "bad_rows.jsonl",
             like(row) | of_words(WORDS),
-            kept_reader(folder, "bad_rows.jsonl", read_skipped_rows),
+            kept_reader(folder, "bad_rows.jsonl", read_bad_rows),
             0.06,
         ),
         Reader(

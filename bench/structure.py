@@ -21,7 +21,7 @@ from bench.faults import VOCABULARY, write_model
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_ROWS = ("core/", "distributed/", "training/")  # rows are not handed to these ...
-ROWS = ("training/step.py",)  # ... except this
+ROWS = ("training/micro_batches.py",)  # ... except this
 
 PROGRAM = """
 import json, sys, threading

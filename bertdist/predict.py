@@ -34,8 +34,8 @@ from bertdist.core.hub import model_folder
 from bertdist.core.output_files import write_output
 from bertdist.core.terminal import print_error, print_json, print_to_stderr, printable, process_rank
 from bertdist.data.loader import DEFAULT_TOKEN_BUDGET, MapLoader
-from bertdist.data.loading import load_texts
 from bertdist.data.records import ColumnNames, Records, records_from_texts
+from bertdist.data.splits import load_texts
 from bertdist.data.tokenization import create_dataset, load_tokenizer, truncation_notes
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import EXIT_STOPPED, create_accelerator, run_cli

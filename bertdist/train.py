@@ -6,9 +6,9 @@
 This file is all of training, top to bottom: load the data and the model, resume, then repeat: take
 a step, sometimes log, evaluate and save. The modules that a row passes, in their order:
 
-    data/loading -> data/readers -> data/columns -> data/records -> data/tokenization ->
-    data/sharding -> data/batch -> models/classifier -> tasks/tasks (loss) -> training/step ->
-    training/nonfinite (the update) -> training/evaluation -> training/checkpoint
+    data/splits -> data/readers -> data/columns -> data/records -> data/tokenization ->
+    data/sharding -> data/batch -> training/micro_batches -> models/classifier -> tasks/tasks (loss)
+    -> training/nonfinite (the update) -> training/evaluation -> training/checkpoint
 """
 
 import os
@@ -31,12 +31,12 @@ from torch.optim import AdamW, Optimizer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from bertdist.core.config import OptimConfig, RunConfig, TrainConfig, duration_in_steps
+from bertdist.data.bad_rows import BadRows, collect_bad_rows, record_bad_rows
 from bertdist.data.batch import PackedBatch, Step
 from bertdist.data.loader import Loader, MapLoader, create_eval_loader, create_train_loader
-from bertdist.data.loading import collect_skipped_rows, load_splits, record_skipped_rows
 from bertdist.data.records import Records
 from bertdist.data.sharding import count_steps
-from bertdist.data.source import SkippedRows
+from bertdist.data.splits import load_splits
 from bertdist.data.stats import (
     DatasetStats,
     collect_stats,
@@ -59,12 +59,12 @@ from bertdist.tasks.tasks import Task
 from bertdist.training.best_model import BestModel, EarlyStopping
 from bertdist.training.checkpoint import Checkpointer, TrainState
 from bertdist.training.evaluation import Evaluator
+from bertdist.training.micro_batches import MicroBatcher
 from bertdist.training.nonfinite import NonFiniteGuard, nan_aware_scale, step_if_finite
 from bertdist.training.optimizer import create_lr_schedule, create_optimizer, set_learning_rate
 from bertdist.training.resume_check import resume_signature
 from bertdist.training.run_lock import check_disk_space
 from bertdist.training.run_logger import RunLogger, describe_data, open_run
-from bertdist.training.step import MicroBatcher
 from bertdist.training.throughput import create_meter
 
 if TYPE_CHECKING:  # --streaming only
@@ -85,9 +85,9 @@ def train(config: TrainConfig) -> TrainState:
         if stats is None:  # a stop was requested while a stream was read
             log.log_summary(TrainState(), stop.reason)
             return TrainState()
-        task, loader, eval_loader, skipped_rows = create_loaders(inputs, stats, config, accelerator)
+        task, loader, eval_loader, bad_rows = create_loaders(inputs, stats, config, accelerator)
         evaluator = create_evaluator(inputs, eval_loader, task, config, accelerator, log)
-        due = Cadence(config.run, loader.steps_per_epoch, has_eval=eval_loader is not None)
+        due = Intervals(config.run, loader.steps_per_epoch, has_eval=eval_loader is not None)
         log.say(*describe_data(inputs.rows, stats, inputs.eval_rows, task), due.describe())
 
         # Model: a Hugging Face classifier, AdamW, the learning rate as a function of the step.
@@ -118,7 +118,7 @@ def train(config: TrainConfig) -> TrainState:
                     seed_dropout(config.run.seed, step.number, accelerator.process_index)
                     loss, grad_norm = take_step(model, optimizer, step, micro_batcher, config.optim)
                     state.advance(step, loss)
-                    record_skipped_rows(skipped_rows, step, accelerator)
+                    record_bad_rows(bad_rows, step.bad_rows, accelerator)
                     stopping = stop.requested(accelerator)
                     nan_guard.check(step, loss, grad_norm, stopping or due.any(state.step))
                     if due.log(state.step):
@@ -158,7 +158,7 @@ def train_step(
     Row losses are summed and divided by the rows of the whole step, so the update is that of one
     big batch, however the step was distributed and split. DDP averages over ranks; nan_aware_scale
     undoes it. If memory runs out on any rank, the step is repeated with smaller micro-batches
-    (training/step.py). If loss or gradient is not finite, the update is skipped.
+    (training/micro_batches.py). If loss or gradient is not finite, the update is skipped.
     """
     task, accelerator = micro_batcher.task, micro_batcher.accelerator
 
@@ -232,23 +232,22 @@ def load_inputs(config: TrainConfig, accelerator: Accelerator) -> Inputs:
 
 def create_loaders(
     inputs: Inputs, stats: DatasetStats, config: TrainConfig, accelerator: Accelerator
-) -> tuple[Task, Loader, MapLoader | None, SkippedRows]:
-    """The task that the labels make, both splits in steps for this rank, and the rows skipped so
-    far.
-    """
+) -> tuple[Task, Loader, MapLoader | None, BadRows]:
+    """The task that the labels make, both splits in steps for this rank, the bad rows so far."""
     tokenizer, model_config, rows, eval_rows, _ = inputs
     with raise_on_all_ranks(accelerator):
-        skipped_rows = collect_skipped_rows(stats, eval_rows, config, accelerator)
+        found = [*stats.bad_rows, *(eval_rows.bad_rows if eval_rows else ())]
+        bad_rows = collect_bad_rows(found, config, accelerator)
         task = create_task(config.task, stats.labels, pretrained_labels(model_config))
         loader = create_train_loader(rows, stats, tokenizer, task, config, accelerator)
         eval_loader = create_eval_loader(eval_rows, tokenizer, task, config, accelerator)
-    return task, loader, eval_loader, skipped_rows
+    return task, loader, eval_loader, bad_rows
 
 
 def create_model(
     inputs: Inputs,
     task: Task,
-    due: "Cadence",
+    due: "Intervals",
     config: TrainConfig,
     accelerator: Accelerator,
     log: RunLogger,
@@ -300,7 +299,7 @@ def create_checkpointer(
     return Checkpointer(folder, signature, accelerator, keep, log.say, log.flush)
 
 
-class Cadence:
+class Intervals:
     """When to log, evaluate and save: every so many steps (--log_every, --eval_every,
     --save_every), and at the end.
     """

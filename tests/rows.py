@@ -30,9 +30,10 @@ from safetensors.torch import load_file
 import bertdist.tasks.metrics  # noqa: F401  imported before the ranks are forked: evaluate and scikit-learn take longer than a whole run
 from bertdist.core.args import read_config
 from bertdist.core.errors import DataError
+from bertdist.data.bad_rows import BadRow
 from bertdist.data.batch import Step
 from bertdist.data.records import Records, records_from_texts
-from bertdist.data.source import Chunk, ReaderState, SkippedRow, locate_rows
+from bertdist.data.source import Chunk, ReaderState, locate_rows
 from bertdist.distributed.launch import configure_process
 from bertdist.training import evaluation, throughput
 from bertdist.training.throughput import MEASURED
@@ -84,12 +85,12 @@ class MemoryRows:
             if self.broken is not None and self.broken < at + len(some):
                 raise DataError(f"{self.name} row {self.broken}: no more can be read.")
             columns = {name: [row[name] for row in some] for name in wanted}
-            yield self._chunk(columns, at, number, SkippedRow(self.name, number, "no row", ""))
+            yield self._chunk(columns, at, number, BadRow(self.name, number, "no row", ""))
             at, number = at + len(some), number + 1
-        end = SkippedRow(self.name, -1, "end", "")
+        end = BadRow(self.name, -1, "end", "")
         yield self._chunk({name: [] for name in wanted}, at, number, end)
 
-    def _chunk(self, columns: dict[str, Any], at: int, number: int, skipped: SkippedRow) -> Chunk:
+    def _chunk(self, columns: dict[str, Any], at: int, number: int, skipped: BadRow) -> Chunk:
         state, rows = {"row": at, "piece": number}, len(next(iter(columns.values())))
         location = locate_rows(self.name, at)
         return Chunk(columns, rows, state, location, lambda rows: [""] * len(rows), (skipped,))

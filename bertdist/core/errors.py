@@ -14,6 +14,7 @@ A message is one line per problem: what is wrong, where (file, line), what was e
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from typing import NamedTuple
 
 
 class BertdistError(Exception):
@@ -35,6 +36,19 @@ class DataError(BertdistError):
 
 class RowError(DataError):
     """One row cannot be read as described; --on_bad_row skip would leave it out."""
+
+
+class RowLocation(NamedTuple):
+    """A row's file and line. str: `dev.tsv line 12`, or `x.parquet row 7` without lines."""
+
+    file: str
+    line: int | None = None  # where the row starts, from 1
+    row: int | None = None  # from 0, where there are no lines
+
+    def __str__(self) -> str:
+        if self.line is None:
+            return f"{self.file} row {self.row}"
+        return f"{self.file} line {self.line}"
 
 
 class ModelError(BertdistError):

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bertdist.data.source import ReaderState, SkippedRow
+from bertdist.data.bad_rows import BadRow
+from bertdist.data.source import ReaderState
 from bertdist.data.tokenization import Example
 
 
@@ -74,7 +75,7 @@ class Step:
     # Of a stream:
     window_state: ReaderState | None = None  # where its window of rows begins
     next_reader_state: ReaderState | None = None  # where reading continues after this step
-    skipped_rows: tuple[SkippedRow, ...] = ()  # while reading this step's rows
+    bad_rows: tuple[BadRow, ...] = ()  # while reading this step's rows
 
     @property
     def lengths(self) -> list[tuple[int, ...]]:

@@ -5,9 +5,9 @@ Which texts and labels are valid or missing is decided here, for every kind of s
 
 Labels are dictionary-encoded first, so that every check runs over the distinct values and not over
 the rows: 1,000,000 rows of two labels cost 0.05 s from Arrow and 0.2 s from a list (1,000,000
-different numbers: 1.3 s). The first row with the first invalid value is the first invalid row.
+different numbers: 1.3 s). The first row with the first invalid value is the first bad row.
 
-To skip invalid rows instead of failing, pass `problems`, {row: reason}. Rows that are in it already
+To skip bad rows instead of failing, pass `problems`, {row: reason}. Rows that are in it already
 are not checked; invalid ones are added. The arrays still have all rows (an invalid one with any
 value): compute `valid_rows` once for texts, pairs and labels, then `filter_rows` and
 `filter_labels`.

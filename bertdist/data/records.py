@@ -21,6 +21,7 @@ import xxhash
 
 from bertdist.core.errors import DataError, did_you_mean, listed
 from bertdist.core.terminal import excerpt_of
+from bertdist.data.bad_rows import BadRow, OnBadRow
 from bertdist.data.columns import (
     Codes,
     LabelKind,
@@ -40,13 +41,11 @@ from bertdist.data.source import (
     Chunk,
     Column,
     LocateRow,
-    OnBadRow,
     QuotedTable,
-    SkippedRow,
+    bad_rows_of,
     chunk_of_columns,
     concat_locations,
     select_locations,
-    skipped_rows_of,
     slice_locations,
 )
 from bertdist.tasks.labels import is_number
@@ -103,7 +102,7 @@ class Records:
     first_row: int = 0  # number of the first row, where these are some rows of a stream
     limit: int | None = None  # --max_train_samples or --max_eval_samples, where it left rows out
     rows_per_file: tuple[int, ...] = ()  # of each --train_file, where there are several
-    skipped_rows: tuple[SkippedRow, ...] = ()
+    bad_rows: tuple[BadRow, ...] = ()
     format_notes: tuple[str, ...] = ()  # detected file formats that are unusual
 
     def __len__(self) -> int:
@@ -286,7 +285,7 @@ def records_from_chunk(
     any_label: bool = False,
     table: QuotedTable | None = None,
 ) -> Records:
-    """The rows of a chunk, checked. Raises DataError at an invalid row, or column with "skip".
+    """The rows of a chunk, checked. Raises DataError at a bad row, or column with "skip".
 
     name: of the source. features: datasets.Features, if any. first_label, any_label: see
     `read_labels`. table: reject texts in which a quote has swallowed rows.
@@ -343,7 +342,7 @@ def records_from_chunk(
         fingerprint=_fingerprint(texts, pairs, values, codes),
         texts=texts,
         pairs=pairs,
-        skipped_rows=(*chunk.skipped_rows, *skipped_rows_of(chunk, problems or {})),
+        bad_rows=(*chunk.bad_rows, *bad_rows_of(chunk, problems or {})),
     )
 
 
@@ -499,7 +498,7 @@ def concat_records(parts: Sequence[Records], name: str) -> Records:
         texts=pa.concat_arrays([part.texts for part in parts]),
         pairs=None if first.pairs is None else pa.concat_arrays([part.pairs for part in parts]),
         fingerprint=xxhash.xxh3_128_hexdigest(fingerprints.encode()),
-        skipped_rows=tuple(row for part in parts for row in part.skipped_rows),
+        bad_rows=tuple(row for part in parts for row in part.bad_rows),
         format_notes=short_notes([note for part in parts for note in part.format_notes]),
     )
 

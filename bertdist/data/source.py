@@ -1,51 +1,31 @@
-"""The interface of data sources: chunks of rows, the location of each row, and skipped rows.
+"""The interface of data sources: chunks of rows, and where each row stands in its file.
 
 A reader (of files, URLs or the Hub) is a `DataSource`. It yields `Chunk`s, each with the reader
 state from which reading can resume. Every error message names a row by its `RowLocation`, such as
 `dev.tsv line 12`; `RowLocations` tracks it when rows are concatenated, sliced or selected.
-`SkippedRows` collects the rows that --on_bad_row skip drops.
 """
 
-import contextlib
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bertdist.core.atomic_io import atomic_write
-from bertdist.core.errors import DataError, RowError
-
-EXCERPT_CHARACTERS = 200
+from bertdist.core.errors import RowLocation
+from bertdist.data.bad_rows import BadRow, excerpt
 
 Column: TypeAlias = "pa.ChunkedArray | list[Any]"
 ReaderState: TypeAlias = dict[str, Any]  # JSON; where reading can resume
-OnBadRow = Literal["fail", "skip"]
 
 # Of a stream of which nothing was read yet, see data/streaming.py.
 STREAM_START: ReaderState = {"epoch": 0, "window": 0, "rows": 0, "cursors": []}
-
-
-class RowLocation(NamedTuple):
-    """A row's file and line. str: `dev.tsv line 12`, or `x.parquet row 7` without lines."""
-
-    file: str
-    line: int | None = None  # where the row starts, from 1
-    row: int | None = None  # from 0, where there are no lines
-
-    def __str__(self) -> str:
-        if self.line is None:
-            return f"{self.file} row {self.row}"
-        return f"{self.file} line {self.line}"
 
 
 LocateRow: TypeAlias = Callable[[int], RowLocation]  # row number from 0 -> its location
@@ -102,39 +82,6 @@ def concat_locations(parts: Sequence[tuple[int, LocateRow]]) -> RowLocations:
     return RowLocations(tuple((start, locate, 0) for start, (_, locate) in located))
 
 
-@contextmanager
-def suggest_skipping() -> Iterator[None]:
-    """Add --on_bad_row skip to the message about a row; for training and checks."""
-    try:
-        yield
-    except RowError as error:
-        raise DataError(f"{error} --on_bad_row skip leaves such rows out.") from None
-
-
-class SkippedRow(NamedTuple):
-    """A row that was skipped: a line of bad_rows.jsonl."""
-
-    file: str  # or its location, for a row without line
-    line: int | None  # where it starts, from 1; in parquet its row, from 0
-    reason: str  # without the location: "3 fields, expected 2 as in the header; ..."
-    text: str  # its first EXCERPT_CHARACTERS; what is not text is written as \\x81 or \\ud800
-
-    @property
-    def location(self) -> str:
-        """`dev.tsv line 12`; `x.parquet row 7`."""
-        if self.line is None:
-            return self.file
-        if self.file.endswith(".parquet"):
-            return str(RowLocation(self.file, row=self.line))
-        return str(RowLocation(self.file, self.line))
-
-    @property
-    def message(self) -> str:
-        """The location and the reason, as a sentence."""
-        end = "" if self.reason.endswith((".", "?")) else "."
-        return f"{self.location}: {self.reason}{end}"
-
-
 class QuotedTable(NamedTuple):
     """A table that is read with quotes, though no flag says that it has any."""
 
@@ -149,8 +96,8 @@ class Chunk(NamedTuple):
     num_rows: int
     state: ReaderState  # reading from here begins with exactly this chunk, bit for bit
     location: LocateRow  # row of this chunk, from 0 -> its location
-    excerpts: Callable[[Sequence[int]], list[str]]  # rows -> the text of each, for `SkippedRow`
-    skipped_rows: tuple[SkippedRow, ...] = ()  # rows among these that were skipped
+    excerpts: Callable[[Sequence[int]], list[str]]  # rows -> the text of each, for `BadRow`
+    bad_rows: tuple[BadRow, ...] = ()  # rows among these that were skipped
 
 
 class DataSource(Protocol):
@@ -226,14 +173,14 @@ def first_rows_of_chunk(chunk: Chunk, rows: int) -> Chunk:
     if rows >= chunk.num_rows:
         return chunk
     end = chunk.location(rows).line
-    skipped = tuple(
-        row for row in chunk.skipped_rows if row.line is None or end is None or row.line < end
+    bad_rows = tuple(
+        row for row in chunk.bad_rows if row.line is None or end is None or row.line < end
     )
     columns = {
         name: column[:rows] if isinstance(column, list) else column.slice(0, rows)
         for name, column in chunk.columns.items()
     }
-    return chunk._replace(columns=columns, num_rows=rows, skipped_rows=skipped)
+    return chunk._replace(columns=columns, num_rows=rows, bad_rows=bad_rows)
 
 
 def nested_names(schema: pa.Schema) -> list[str]:
@@ -256,93 +203,13 @@ def column_of(table: pa.Table, name: str) -> pa.ChunkedArray:
     return pc.struct_field(table.column(first), fields)
 
 
-def excerpt(text: str) -> str:
-    """The beginning of a row, with control characters and lone surrogates as escapes."""
-    shown = text[:EXCERPT_CHARACTERS].rstrip("\r\n")
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown
-    )
-
-
-def skipped_rows_of(chunk: Chunk, problems: dict[int, str]) -> list[SkippedRow]:
+def bad_rows_of(chunk: Chunk, problems: dict[int, str]) -> list[BadRow]:
     """The rows of a chunk that data/columns.py rejected ({row: reason}), in order."""
     rows = sorted(problems)
-    skipped = []
+    bad_rows = []
     for row, text in zip(rows, chunk.excerpts(rows) if rows else (), strict=True):
         location = chunk.location(row)
         line = location.row if location.file.endswith(".parquet") else location.line
         file = str(location) if line is None else location.file
-        skipped.append(SkippedRow(file, line, problems[row], text))
-    return skipped
-
-
-class SkippedRows:
-    """Collects skipped rows, each once even if read again, and fails when there are too many.
-
-    on_bad_row "fail": a DataError at the first row; "skip": when there are more than
-    `max_bad_rows`, after writing `path`, if given.
-    """
-
-    def __init__(
-        self, on_bad_row: OnBadRow = "fail", max_bad_rows: int = 100, path: Path | None = None
-    ) -> None:
-        self.on_bad_row, self.max_bad_rows, self.path = on_bad_row, max_bad_rows, path
-        # The text too: files of several folders may share a name.
-        self._rows: dict[tuple[str, int | None, str], SkippedRow] = {}
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @property
-    def rows(self) -> list[SkippedRow]:
-        """In the order in which they were added."""
-        return list(self._rows.values())
-
-    def add(self, rows: Iterable[SkippedRow]) -> None:
-        """Raises DataError as described above."""
-        for row in rows:
-            if self.on_bad_row == "fail":
-                raise DataError(row.message)
-            self._rows.setdefault((row.file, row.line, row.text), row)
-        if len(self._rows) > self.max_bad_rows:
-            details = f"The last of them: {self.rows[self.max_bad_rows].message}"
-            if self.path is not None:
-                self.write()
-                details = f"Their reasons are in {self.path}."
-            raise DataError(
-                f"More than {self.max_bad_rows} rows cannot be read (--max_bad_rows). {details}"
-            )
-
-    def add_and_write(self, rows: Sequence[SkippedRow]) -> None:
-        """`add`, and `write` if there are any. Raises DataError, CheckpointError."""
-        if rows:
-            self.add(rows)
-            self.write()
-
-    def write(self) -> None:
-        """Add the rows to `path` as JSON lines, atomically. Raises CheckpointError."""
-        if self.path is None or not self._rows:
-            return
-        rows = {(row.file, row.line, row.text): row for row in read_skipped_rows(self.path)}
-        lines = [
-            json.dumps(row._asdict(), ensure_ascii=False) for row in (rows | self._rows).values()
-        ]
-        atomic_write(self.path, "".join(f"{line}\n" for line in lines).encode())
-
-
-def read_skipped_rows(path: Path) -> list[SkippedRow]:
-    """The rows of a bad_rows.jsonl, other lines ignored; empty if there is no such file."""
-    rows: list[SkippedRow] = []
-    if path.exists():
-        for line in path.read_bytes().split(b"\n"):
-            with contextlib.suppress(ValueError, TypeError, RecursionError):
-                rows.append(validated(SkippedRow(**json.loads(line))))
-    return rows
-
-
-def validated(row: SkippedRow) -> SkippedRow:
-    """The row, as read from a file. Raises TypeError if a field has another type."""
-    are_texts = all(isinstance(value, str) for value in (row.file, row.reason, row.text))
-    if not are_texts or not (row.line is None or type(row.line) is int):
-        raise TypeError(f"not a skipped row: {row!r}")
-    return row
+        bad_rows.append(BadRow(file, line, problems[row], text))
+    return bad_rows

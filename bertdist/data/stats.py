@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from bertdist.core.config import TaskConfig, TrainConfig
+from bertdist.data.bad_rows import BadRow
 from bertdist.data.columns import LabelKind, LabelValue
 from bertdist.data.records import Records
-from bertdist.data.source import SkippedRow
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.preemption import StopSignal
 from bertdist.tasks.labels import REGRESSION, has_fractions, is_multi_hot, is_number
@@ -44,7 +44,7 @@ class DatasetStats(NamedTuple):
 
     labels: LabelStats
     rows: list[int]  # number of rows of each source; empty: not counted
-    skipped_rows: Sequence[SkippedRow] = ()
+    bad_rows: Sequence[BadRow] = ()
 
 
 def label_stats_of(rows: Records) -> LabelStats:
@@ -76,7 +76,7 @@ def collect_stats(
     Returns None if `stop` was requested meanwhile.
     """
     if isinstance(rows, Records):
-        return DatasetStats(label_stats_of(rows), [len(rows)], rows.skipped_rows)
+        return DatasetStats(label_stats_of(rows), [len(rows)], rows.bad_rows)
     with raise_on_all_ranks(accelerator):
         head = rows.head()
     labels = label_stats_of(head)

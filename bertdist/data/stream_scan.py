@@ -17,9 +17,9 @@ from accelerate import Accelerator
 
 from bertdist.core.atomic_io import atomic_write
 from bertdist.core.errors import BertdistError, DataError
+from bertdist.data.bad_rows import BadRow, BadRows, validated
 from bertdist.data.columns import LabelKind, LabelValue
 from bertdist.data.records import Records, check_same_kind
-from bertdist.data.source import SkippedRow, SkippedRows, validated
 from bertdist.data.streaming import Stream
 from bertdist.distributed.collectives import (
     all_reduce_sum,
@@ -45,7 +45,7 @@ class StreamScan:
     labels: dict[LabelValue, int] = field(default_factory=dict)  # label -> rows
     # Labels that are no numbers -> file and line of the first row, for messages.
     first: dict[LabelValue, str] = field(default_factory=dict)
-    bad: list[SkippedRow] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
 
     def add(self, source: int, records: Records) -> None:
         """Count some rows of a source. Raises DataError if kinds of labels are mixed."""
@@ -113,10 +113,10 @@ def scan_stream(
 
 def _scan_chunks(stream: Stream, scan: StreamScan, rank: int, ranks: int) -> Iterator[None]:
     """Read this rank's files into `scan`, one chunk per iteration."""
-    skipped_rows = SkippedRows(stream.on_bad_row, stream.max_bad_rows)
+    bad_rows = BadRows(stream.on_bad_row, stream.max_bad_rows)
     if stream.limit is not None:
         for window in stream.windows() if rank == 0 else ():
-            skipped_rows.add(window.skipped_rows)
+            bad_rows.add(window.bad_rows)
             if len(window.records):
                 scan.add(0, window.records)
             yield
@@ -124,11 +124,11 @@ def _scan_chunks(stream: Stream, scan: StreamScan, rank: int, ranks: int) -> Ite
         for number, source in list(enumerate(stream.sources))[rank::ranks]:
             scan.rows[number] = 0
             for _, records in stream.chunks(source):
-                skipped_rows.add(records.skipped_rows)
+                bad_rows.add(records.bad_rows)
                 if len(records):
                     scan.add(number, records)
                 yield
-    scan.bad = skipped_rows.rows
+    scan.bad = bad_rows.rows
 
 
 def _run_on_all_ranks(
@@ -168,7 +168,7 @@ def _read_scan(path: Path, fingerprint: str) -> StreamScan | None:
             kind=content["kind"],
             labels={_as_label(value): int(count) for value, count in content["labels"]},
             first={_as_label(value): str(location) for value, location in content["first"]},
-            bad=[validated(SkippedRow(*row)) for row in content["bad"]],
+            bad=[validated(BadRow(*row)) for row in content["bad"]],
         )
     except (
         OSError,

@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from bertdist.core.config import TrainConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError
 from bertdist.core.types import Array
+from bertdist.data.bad_rows import BadRow, BadRows, OnBadRow, suggest_skipping
 from bertdist.data.batch import Step
 from bertdist.data.columns import LabelValue
 from bertdist.data.records import (
@@ -53,15 +54,7 @@ from bertdist.data.sharding import (
     rows_per_source,
     steps_per_message,
 )
-from bertdist.data.source import (
-    STREAM_START,
-    DataSource,
-    OnBadRow,
-    ReaderState,
-    SkippedRow,
-    SkippedRows,
-    suggest_skipping,
-)
+from bertdist.data.source import STREAM_START, DataSource, ReaderState
 from bertdist.data.tokenization import TokenizedDataset, create_dataset
 from bertdist.distributed.collectives import (
     all_reduce_sum,
@@ -81,7 +74,7 @@ class Window(NamedTuple):
     state: ReaderState  # reading from here begins with exactly this window
     next_state: ReaderState | None  # that of the next window; None: the epoch is over
     next_epoch_state: ReaderState
-    skipped_rows: list[SkippedRow]
+    bad_rows: list[BadRow]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,16 +153,16 @@ class Stream:
 
     def head(self) -> Records:
         """The first rows, at most HEAD_ROWS. Raises DataError if there are none."""
-        skipped_rows = SkippedRows(self.on_bad_row, self.max_bad_rows)
+        bad_rows = BadRows(self.on_bad_row, self.max_bad_rows)
         for source in self.sources:
             for _, records in self.chunks(source):
                 if len(records):
                     reject_header(records)
                     return records.slice(0, min(len(records), HEAD_ROWS))
-                skipped_rows.add(records.skipped_rows)
-        if first := skipped_rows.rows[:1]:
+                bad_rows.add(records.bad_rows)
+        if first := bad_rows.rows[:1]:
             raise DataError(
-                f"{self.name} has no rows but {len(skipped_rows)} that cannot be read, "
+                f"{self.name} has no rows but {len(bad_rows)} that cannot be read, "
                 f"the first of them {first[0].location}: {first[0].reason}"
             )
         raise DataError(f"{self.name} has no rows.")
@@ -198,12 +191,12 @@ class Stream:
                 counts = rows_per_source(self.weights, size, self.seed, epoch, number)
             reads = zip(readers, counts, strict=True)
             parts = [records for reader, count in reads for records in reader.read(count)]
-            skipped = [row for reader in readers for row in reader.pop_skipped_rows()]
+            bad_rows = [row for reader in readers for row in reader.pop_bad_rows()]
             next_epoch: ReaderState = {**STREAM_START, "epoch": epoch + 1}
             if not parts:
                 empty = [reader.empty for reader in readers if reader.empty is not None]
-                if skipped and empty:
-                    yield Window(empty[0], state, None, next_epoch, skipped)
+                if bad_rows and empty:
+                    yield Window(empty[0], state, None, next_epoch, bad_rows)
                 return
             records = replace(concat_records(parts, self.name), first_row=self.first_row + rows)
             rows, number = rows + len(records), number + 1
@@ -212,7 +205,7 @@ class Stream:
             if self.weights:
                 next_epoch["cursors"] = cursors
             ended = rows == self.limit or (not self.weights and readers[0].ended)
-            yield Window(records, state, None if ended else next_state, next_epoch, skipped)
+            yield Window(records, state, None if ended else next_state, next_epoch, bad_rows)
             if ended:
                 return
             state = next_state
@@ -232,7 +225,7 @@ class _GroupReader:
         self.number, self.file = cursor["pass"], cursor.get("file", 0)
         self.ended = False  # the pass is over
         self.empty: Records | None = None  # a chunk of which all rows were skipped
-        self._skipped_rows: list[SkippedRow] = []
+        self._bad_rows: list[BadRow] = []
         self._order = self._file_order()
         self._initial_cursor: ReaderState | None = cursor
         self._open(cursor.get("place"))
@@ -265,9 +258,9 @@ class _GroupReader:
             self._load_chunk()
         return parts
 
-    def pop_skipped_rows(self) -> list[SkippedRow]:
+    def pop_bad_rows(self) -> list[BadRow]:
         """The rows skipped since the last call."""
-        rows, self._skipped_rows = self._skipped_rows, []
+        rows, self._bad_rows = self._bad_rows, []
         return rows
 
     def _next_pass(self) -> None:
@@ -299,13 +292,13 @@ class _GroupReader:
         while self._chunk is None or self._skip >= len(self._chunk):
             if (chunk := next(self._chunks, None)) is not None:
                 state, records = chunk
-                self._skipped_rows += records.skipped_rows
+                self._bad_rows += records.bad_rows
                 if not len(records):
                     self.empty = records
                     continue
                 # In the first chunk, skip the rows before the cursor.
                 self._skip = self._skip if self._chunk is None else 0
-                self._chunk, self._state = replace(records, skipped_rows=()), state
+                self._chunk, self._state = replace(records, bad_rows=()), state
             elif self.file + 1 < len(self.sources):
                 self.file += 1
                 self._open(None)
@@ -314,8 +307,8 @@ class _GroupReader:
                 return
 
 
-# This rank's step -> number of rows and skipped rows of all ranks. Raises the error of any rank.
-AgreeOnStep = Callable[[Step | BertdistError | None], tuple[int, tuple[SkippedRow, ...]]]
+# This rank's step -> number of rows and bad rows of all ranks. Raises the error of any rank.
+AgreeOnStep = Callable[[Step | BertdistError | None], tuple[int, tuple[BadRow, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,7 +347,7 @@ class StreamLoader:
                 step = next(own_steps, None)
                 if step is None and "window" in state:  # this rank has no file at all
                     state = {"over": {**STREAM_START, "epoch": state["window"]["epoch"] + 1}}
-                rows, skipped = self.agree(step)
+                rows, bad_rows = self.agree(step)
                 if not rows:
                     break
                 assert not isinstance(step, BertdistError)
@@ -368,7 +361,7 @@ class StreamLoader:
                     )
                 assert step.next_reader_state is not None
                 state = step.next_reader_state
-                yield replace(step, number=start, rows=rows, skipped_rows=skipped)
+                yield replace(step, number=start, rows=rows, bad_rows=bad_rows)
                 start += 1
             state = {"window": state["over"], "step": 0} if "over" in state else state
             passes += 1
@@ -410,7 +403,7 @@ class _PlannedStep(NamedTuple):
     rows: Array  # of the window
     window_state: ReaderState
     next_reader_state: ReaderState
-    skipped_rows: tuple[SkippedRow, ...]
+    bad_rows: tuple[BadRow, ...]
 
 
 class _Messages(IterableDataset[Message]):
@@ -461,7 +454,7 @@ class _Messages(IterableDataset[Message]):
             step,
             window_state=planned.window_state,
             next_reader_state=planned.next_reader_state,
-            skipped_rows=planned.skipped_rows,
+            bad_rows=planned.bad_rows,
         )
 
     def _planned_steps(self) -> Iterator[_PlannedStep]:
@@ -485,12 +478,12 @@ class _Messages(IterableDataset[Message]):
 
     def _steps_of_window(self, window: Window, number: int, first: int) -> Iterator[_PlannedStep]:
         """The steps of a window from its step `first` on, which is step `number` of the run."""
-        next_epoch, skipped_rows = window.next_epoch_state, tuple(window.skipped_rows)
+        next_epoch, bad_rows = window.next_epoch_state, tuple(window.bad_rows)
         if not len(window.records):
-            if self.one_epoch:  # report the skipped rows to the other ranks
+            if self.one_epoch:  # report the bad rows to the other ranks
                 over: ReaderState = {"over": next_epoch}
                 no_rows = epoch_order(0, 0, 0)
-                yield _PlannedStep(number, None, no_rows, window.state, over, skipped_rows)
+                yield _PlannedStep(number, None, no_rows, window.state, over, bad_rows)
             return
         loader, rows, size = self.loader, len(window.records), self.loader.rows_per_step
         order = epoch_order(rows, loader.seed, window.state["epoch"], window.state["window"])
@@ -503,8 +496,8 @@ class _Messages(IterableDataset[Message]):
             elif step == last:
                 state = {"window": window.next_state or next_epoch, "step": 0}
             step_rows = order[step * size : (step + 1) * size]
-            yield _PlannedStep(number, shard, step_rows, window.state, state, skipped_rows)
-            number, skipped_rows = number + 1, ()
+            yield _PlannedStep(number, shard, step_rows, window.state, state, bad_rows)
+            number, bad_rows = number + 1, ()
 
     def _shard(self, window: Window) -> RankShard:
         loader, records = self.loader, window.records
@@ -586,20 +579,20 @@ def assign_files_to_ranks(stream: Stream, ranks: int) -> list[list[int]]:
 
 
 def agree_on_steps(accelerator: Accelerator) -> AgreeOnStep:
-    """A function that sums a step's rows over all ranks, and gathers their skipped rows.
+    """A function that sums a step's rows over all ranks, and gathers their bad rows.
 
     Every call is a collective.
     """
     group = cache(lambda: host_group(accelerator))
 
-    def agree(step: Step | BertdistError | None) -> tuple[int, tuple[SkippedRow, ...]]:
-        own_rows, skipped = (step.rows, step.skipped_rows) if isinstance(step, Step) else (0, ())
-        counts = [own_rows, int(isinstance(step, BertdistError)), len(skipped)]
-        rows, failures, num_skipped = all_reduce_sum(accelerator, counts, group())
+    def agree(step: Step | BertdistError | None) -> tuple[int, tuple[BadRow, ...]]:
+        own_rows, bad_rows = (step.rows, step.bad_rows) if isinstance(step, Step) else (0, ())
+        counts = [own_rows, int(isinstance(step, BertdistError)), len(bad_rows)]
+        rows, failures, num_bad = all_reduce_sum(accelerator, counts, group())
         if failures:
             with raise_on_all_ranks(accelerator):
                 if isinstance(step, BertdistError):
                     raise step
-        return rows, tuple(gather_from_all_ranks(accelerator, skipped) if num_skipped else ())
+        return rows, tuple(gather_from_all_ranks(accelerator, bad_rows) if num_bad else ())
 
     return agree

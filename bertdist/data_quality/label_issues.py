@@ -46,9 +46,10 @@ from bertdist.core.errors import ConfigError, DataError
 from bertdist.core.output_files import write_output
 from bertdist.core.terminal import excerpt
 from bertdist.core.types import Array
-from bertdist.data.loading import keeps_any_label, load_records
+from bertdist.data.bad_rows import BadRows
 from bertdist.data.records import Records
-from bertdist.data.source import SkippedRows, select_locations
+from bertdist.data.source import select_locations
+from bertdist.data.splits import keeps_any_label, load_records
 from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data.tokenization import create_dataset
 from bertdist.data_quality.config import DEFAULT_RANKING, RANKINGS, LabelIssueConfig
@@ -207,9 +208,9 @@ def _load_rows(
     data: DataConfig, output_dir: str, log: RunLogger, any_label: bool = False
 ) -> Records:
     records = load_records(data, "train", any_label)
-    if number := len(records.skipped_rows):  # --on_bad_row skip
+    if number := len(records.bad_rows):  # --on_bad_row skip
         path = Path(output_dir) / "bad_rows.jsonl" if output_dir and log.enabled else None
-        SkippedRows(data.on_bad_row, data.max_bad_rows, path).add_and_write(records.skipped_rows)
+        BadRows(data.on_bad_row, data.max_bad_rows, path).add_and_write(records.bad_rows)
         see = f", see {path}" if path else ""
         log.say(f"Skipped {number:,} row{'s' * (number != 1)} that cannot be read{see}.")
     return records
@@ -332,7 +333,7 @@ def select_rows(records: Records, rows: Array) -> Records:
         label_codes=None,
         fingerprint="",
         rows_per_file=(),
-        skipped_rows=(),
+        bad_rows=(),
     )
 
 

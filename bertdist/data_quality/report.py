@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from bertdist.core.config import DataConfig, TaskConfig
 from bertdist.core.errors import BertdistError, DataError
 from bertdist.core.terminal import excerpt
-from bertdist.data.loading import keeps_any_label, load_records, load_texts, open_files
 from bertdist.data.records import ColumnNames, Records
+from bertdist.data.splits import keeps_any_label, load_records, load_texts, open_files
 from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data_quality.duplicates import TextGroups, check_duplicates, group_texts, has_rensa
 from bertdist.data_quality.findings import Example, Finding, FindingBuilder, counts, ranked
@@ -97,10 +97,10 @@ def check_data(
     labels = {name: split_labels(records, trained) for name, records in splits.items()}
     train_labels = labels["train"]
     assert train_labels is not None
-    skipped = sum(len(records.skipped_rows) for name, records in splits.items() if name != "test")
+    skipped = sum(len(records.bad_rows) for name, records in splits.items() if name != "test")
     for name, build in builders.items():
         records = build.records
-        _add_skipped_rows(build, skipped > data.max_bad_rows, data.max_bad_rows)
+        _add_bad_rows(build, skipped > data.max_bad_rows, data.max_bad_rows)
         check_table(build, labels[name], train_labels)
         check_texts(build, records.texts, records.text_column)
         if records.pairs is not None and records.pair_column is not None:
@@ -191,12 +191,12 @@ def _has_label_columns(path: str, data: DataConfig, train: Records) -> bool:
     return set(data.label_columns) <= set(names)
 
 
-def _add_skipped_rows(build: FindingBuilder, too_many: bool, limit: int) -> None:
+def _add_bad_rows(build: FindingBuilder, too_many: bool, limit: int) -> None:
     """Rows that were skipped (--on_bad_row skip): how many, and why.
 
     too_many: of train and validation together, as training counts them.
     """
-    bad = build.records.skipped_rows
+    bad = build.records.bad_rows
     # Without the part of a reason that differs from row to row.
     reasons = Counter(re.split(r" ?[;(]", row.reason)[0] for row in bad).most_common()
     listed = "; ".join(f"{reason} ({count:,})" for reason, count in reasons[:SHOWN_REASONS])
@@ -209,7 +209,7 @@ def _add_skipped_rows(build: FindingBuilder, too_many: bool, limit: int) -> None
     build.add(
         "skipped_rows",
         "error" if too_many else "warning",
-        "skipped rows that cannot be read",
+        "bad rows, which are skipped",
         [],
         f"{listed}.",
         f"{advice}.",

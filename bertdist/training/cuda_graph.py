@@ -46,7 +46,7 @@ from bertdist.data.tokenization import Example
 from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.classifier import Classifier
 from bertdist.models.cpu_layers import zero_grad
-from bertdist.training.step import MicroBatcher
+from bertdist.training.micro_batches import MicroBatcher
 
 R = TypeVar("R")
 

@@ -41,9 +41,9 @@ from torch.utils._pytree import tree_leaves
 from bertdist.core.atomic_io import atomic_write
 from bertdist.core.config import RunConfig
 from bertdist.core.errors import NonFiniteError
+from bertdist.data.bad_rows import excerpt
 from bertdist.data.batch import PackedBatch, Step, split_batch
 from bertdist.data.loader import Loader
-from bertdist.data.source import excerpt
 from bertdist.distributed.collectives import gather_from_all_ranks, raise_on_all_ranks
 from bertdist.models.cpu_layers import zero_grad
 from bertdist.models.dropout import seed_dropout

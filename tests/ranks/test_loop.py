@@ -35,11 +35,11 @@ def steps_in(out: Path, kind: str) -> list[int]:
     return [line["step"] for line in step_log(out, kind)]
 
 
-# --- Cadences
+# --- Intervals
 
 
 @pytest.mark.parametrize(
-    ("cadences", "logged", "scored", "saved"),
+    ("intervals", "logged", "scored", "saved"),
     [
         (
             {"log_every": "3 steps", "eval_every": "0.5 epochs", "save_every": "50%"},
@@ -59,7 +59,7 @@ def steps_in(out: Path, kind: str) -> list[int]:
 def test_things_happen_when_they_are_due(
     tiny_model: Path,
     tmp_path: Path,
-    cadences: dict[str, str],
+    intervals: dict[str, str],
     logged: list[int],
     scored: list[int],
     saved: list[int],
@@ -71,7 +71,7 @@ def test_things_happen_when_they_are_due(
         write_split(tmp_path, 38, 6),
         num_train_epochs=2,
         save_total_limit=9,
-        **cadences,
+        **intervals,
     )
     run_ranks(1, run_train, words)
     assert (steps_in(tmp_path / "out", "train"), steps_in(tmp_path / "out", "eval")) == (
@@ -191,14 +191,14 @@ def overfit(
         row["label"] = {"positive": "negative", "negative": "positive"}[row["label"]]
     assert files.dev is not None
     write_rows(files.dev, rows)
-    cadences = {
+    intervals = {
         "eval_every": "1 steps",
         "save_every": "1 steps",
         "save_total_limit": 99,
         "num_train_epochs": 4,
     }
     rates = {"lr_scheduler_type": "constant", "learning_rate": 3e-3}
-    settings = {**cadences, **rates, "metric_for_best_model": "loss", **settings}
+    settings = {**intervals, **rates, "metric_for_best_model": "loss", **settings}
     run_ranks(n, run_train, words_of(model, folder / "out", files, **settings), breaking)
     return folder / "out"
 

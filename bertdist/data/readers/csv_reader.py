@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bertdist.core.errors import DataError, RowError, listed
+from bertdist.data.bad_rows import BadRow
 from bertdist.data.readers.text_lines import (
     FileFormat,
     Lines,
@@ -36,7 +37,7 @@ from bertdist.data.readers.text_lines import (
     rows_of_lines,
 )
 from bertdist.data.records import HEADER_WORDS, LABEL_COLUMNS
-from bertdist.data.source import Column, SkippedRow
+from bertdist.data.source import Column
 
 BLOCK_BYTES = 1 << 30  # what pyarrow reads at once, and its longest row; its limit is 2 GiB
 # The first line of a file for Excel; not a row.
@@ -52,7 +53,7 @@ _DELIMITER_ADVICE = (
 )
 
 
-class BadRow(NamedTuple):
+class BadRowSpan(NamedTuple):
     """data[start:end] is not a row; `line` (from 0) is the one to report."""
 
     start: int
@@ -65,7 +66,7 @@ class ScanResult(NamedTuple):
     """Rows, bad rows, and the end of the scan: a row at `stop` continues beyond the data."""
 
     rows: Rows
-    bad: list[BadRow]
+    bad: list[BadRowSpan]
     stop: int
 
 
@@ -174,7 +175,7 @@ def scan_rows(
     # A row of the right number of fields; the last one may include the \r of the line end.
     good = re.compile(rb"%b(?:%b%b){%d}\r?\n" % (field, delimiter, field, num_fields - 1))
     rows: list[tuple[int, int, int]] = []
-    bad: list[BadRow] = []
+    bad: list[BadRowSpan] = []
     at = line = 0
     while at < len(data):
         error, error_line, blank = "", 0, 0
@@ -189,7 +190,7 @@ def scan_rows(
         if not end or (soft_limit is not None and at and end > soft_limit):
             break
         if error:
-            bad.append(BadRow(at, min(end, size), line + error_line, error))
+            bad.append(BadRowSpan(at, min(end, size), line + error_line, error))
         elif not blank:
             rows.append((at, min(end, size), line))
         line, at = line + data.count(b"\n", at, end), end
@@ -203,7 +204,7 @@ def _scan_unquoted(fmt: FileFormat, data: bytes, num_fields: int) -> ScanResult:
     counts = np.searchsorted(delimiters, rows.ends) - np.searchsorted(delimiters, rows.starts) + 1
     wrong = counts != num_fields
     bad = [
-        BadRow(start, end, line, _wrong_count(fmt, count, num_fields))
+        BadRowSpan(start, end, line, _wrong_count(fmt, count, num_fields))
         for start, end, line, count in zip(
             *(part[wrong].tolist() for part in (*rows, counts)), strict=True
         )
@@ -326,7 +327,7 @@ def parse_csv(
 ) -> Parsed:
     """The columns `wanted` of complete rows. scan: the result of `find_row_end` for these lines.
 
-    Raises DataError at what is not a row; with skip, it is skipped and returned as such.
+    Raises DataError at a bad row; with skip, returns it as such.
     """
     data, num_fields = lines.data, len(names)
     for name in wanted:
@@ -344,11 +345,11 @@ def parse_csv(
             scan = scan_rows(fmt, lines, num_fields, limit)
             if not scan.bad:
                 raise
-    skipped: list[SkippedRow] = []
+    bad_rows: list[BadRow] = []
     rows = None
     if scan is not None:
-        skipped, rows = _reject(fmt, lines, scan, skip)
-        good = b"".join(_adjacent_rows(data, rows)) if skipped else data
+        bad_rows, rows = _reject(fmt, lines, scan, skip)
+        good = b"".join(_adjacent_rows(data, rows)) if bad_rows else data
         table = _read_csv(fmt, good, num_fields, indices)
     assert table is not None
     columns: dict[str, Column] = dict(zip(wanted, table.columns, strict=False))
@@ -359,7 +360,7 @@ def parse_csv(
     def find_rows() -> Rows:
         return well_formed_rows(fmt, data, num_fields) if rows is None else rows
 
-    return Parsed(columns, table.num_rows, skipped, find_rows)
+    return Parsed(columns, table.num_rows, bad_rows, find_rows)
 
 
 def _read_csv(fmt: FileFormat, data: bytes, num_fields: int, indices: list[int]) -> pa.Table:
@@ -390,8 +391,8 @@ def _read_csv(fmt: FileFormat, data: bytes, num_fields: int, indices: list[int])
 
 def _reject(
     fmt: FileFormat, lines: Lines, scan: ScanResult, skip: bool
-) -> tuple[list[SkippedRow], Rows]:
-    """The skipped rows, in order; the others. Without skip, a DataError at the first bad one."""
+) -> tuple[list[BadRow], Rows]:
+    """The bad rows, in order; the others. Without skip, a DataError at the first."""
     rows, bad = scan.rows, list(scan.bad)
     if lines.broken:
         ends = np.flatnonzero(np.frombuffer(lines.data, np.uint8) == ord("\n")) + 1
@@ -402,16 +403,16 @@ def _reject(
             if row >= 0 and start < rows.ends[row] and keep[row]:
                 keep[row] = False
                 start, end, first_line = (int(part[row]) for part in rows)
-                bad.append(BadRow(start, end, first_line, reason))
+                bad.append(BadRowSpan(start, end, first_line, reason))
         rows = Rows(*(part[keep] for part in rows))
     bad.sort()
     if bad and not skip:
         raise RowError(f"{fmt.name} line {lines.first + bad[0].line}: {bad[0].reason}.")
-    skipped = [
-        SkippedRow(fmt.name, lines.first + line, reason, row_excerpt(lines, start, end))
+    bad_rows = [
+        BadRow(fmt.name, lines.first + line, reason, row_excerpt(lines, start, end))
         for start, end, line, reason in bad
     ]
-    return skipped, rows
+    return bad_rows, rows
 
 
 def _adjacent_rows(data: bytes, rows: Rows) -> Iterator[bytes]:

@@ -33,8 +33,9 @@ import pyarrow as pa
 import xxhash
 
 from bertdist.core.config import FileConfig
-from bertdist.core.errors import DataError
+from bertdist.core.errors import DataError, RowLocation
 from bertdist.core.terminal import print_to_stderr
+from bertdist.data.bad_rows import OnBadRow
 from bertdist.data.readers.csv_reader import (
     BLOCK_BYTES,
     SEP_LINE,
@@ -87,10 +88,8 @@ from bertdist.data.readers.text_lines import (
 )
 from bertdist.data.source import (
     Chunk,
-    OnBadRow,
     QuotedTable,
     ReaderState,
-    RowLocation,
     RowLocations,
     first_rows_of_chunk,
     locate_lines,
@@ -212,7 +211,7 @@ class FileReader:
                 self._read_header().state,
                 again.location,
                 again.excerpts,
-                tuple(parsed.skipped),
+                tuple(parsed.bad_rows),
             )
             if num_rows is None or num_rows >= parsed.num_rows:
                 return chunk
@@ -250,14 +249,14 @@ class FileReader:
                     parsed = self._parse(header, lines, columns, scan)
                     rows = parsed.rows()
                     assert len(rows.lines) == parsed.num_rows, (len(rows.lines), parsed.num_rows)
-                    if parsed.num_rows or parsed.skipped:
+                    if parsed.num_rows or parsed.bad_rows:
                         yield Chunk(
                             parsed.columns,
                             parsed.num_rows,
                             state,
                             locate_lines(self.name, lines.first, rows.lines),
                             partial(row_excerpts, lines, rows),
-                            tuple(parsed.skipped),
+                            tuple(parsed.bad_rows),
                         )
                     state = {
                         "at": state["at"] + size,

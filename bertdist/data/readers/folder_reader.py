@@ -17,20 +17,12 @@ import pyarrow as pa
 import xxhash
 
 from bertdist.core.config import FileConfig
-from bertdist.core.errors import DataError, listed
+from bertdist.core.errors import DataError, RowLocation, listed
+from bertdist.data.bad_rows import BadRow, OnBadRow, excerpt
 from bertdist.data.readers.file_reader import reject_unused_flags
 from bertdist.data.readers.sniffing import detect_encoding
 from bertdist.data.readers.text_lines import FileFormat, decode_lines, reading, resolve_codec
-from bertdist.data.source import (
-    Chunk,
-    Column,
-    OnBadRow,
-    ReaderState,
-    RowLocation,
-    RowLocations,
-    SkippedRow,
-    excerpt,
-)
+from bertdist.data.source import Chunk, Column, ReaderState, RowLocations
 
 COLUMNS = ("text", "label")
 ROWS = 1000  # per chunk
@@ -87,11 +79,11 @@ class FolderReader:
     def _read(self, columns: Sequence[str], first: int, count: int | None) -> Chunk:
         texts: list[str] = []
         files: list[Path] = []
-        skipped: list[SkippedRow] = []
+        bad_rows: list[BadRow] = []
         stop = len(self._files) if count is None else first + count
         with reading(str(self.path)):
             for file in self._files[first:stop]:
-                text = self._text(file, skipped)
+                text = self._text(file, bad_rows)
                 if text is not None:
                     texts.append(text)
                     files.append(file)
@@ -107,10 +99,10 @@ class FolderReader:
             {"row": first},
             locations,
             lambda rows: [excerpt(texts[row]) for row in rows],
-            tuple(skipped),
+            tuple(bad_rows),
         )
 
-    def _text(self, file: Path, skipped: list[SkippedRow]) -> str | None:
+    def _text(self, file: Path, bad_rows: list[BadRow]) -> str | None:
         """None where it cannot be decoded, and is skipped."""
         raw = file.read_bytes()
         detected = detect_encoding(raw, True)
@@ -121,7 +113,7 @@ class FolderReader:
         if not lines.broken:
             return lines.data.decode()
         line, reason = min(lines.broken.items())
-        skipped.append(SkippedRow(fmt.name, 1 + line, reason, excerpt(lines.data.decode())))
+        bad_rows.append(BadRow(fmt.name, 1 + line, reason, excerpt(lines.data.decode())))
         return None
 
     def _name_of(self, file: Path) -> str:

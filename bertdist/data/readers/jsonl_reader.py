@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from bertdist.core.errors import DataError, RowError, did_you_mean
+from bertdist.core.errors import DataError, RowError, RowLocation, did_you_mean
 from bertdist.core.terminal import excerpt as shorten
+from bertdist.data.bad_rows import BadRow, excerpt
 from bertdist.data.readers.text_lines import (
     FileFormat,
     Lines,
@@ -27,16 +28,7 @@ from bertdist.data.readers.text_lines import (
     row_excerpt,
     rows_of_lines,
 )
-from bertdist.data.source import (
-    Chunk,
-    Column,
-    RowLocation,
-    SkippedRow,
-    chunk_of_columns,
-    excerpt,
-    locate_rows,
-    select_locations,
-)
+from bertdist.data.source import Chunk, Column, chunk_of_columns, locate_rows, select_locations
 
 FIRST_OBJECTS = 100  # that are read to find the columns
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -86,8 +78,8 @@ def parse_json(
     """
     columns: dict[str, list[Any]] = {name: [] for name in wanted}
     numbers: list[int] = []
-    skipped: list[SkippedRow] | None = [] if skip else None
-    objects = _objects(fmt, lines, skipped, wanted)
+    bad_rows: list[BadRow] | None = [] if skip else None
+    objects = _objects(fmt, lines, bad_rows, wanted)
     for line, value in islice(objects, num_rows):
         numbers.append(line)
         for name, column in columns.items():
@@ -97,7 +89,7 @@ def parse_json(
         rows, valid_lines = rows_of_lines(lines.data, blank=True), np.array(numbers, np.int64)
         return Rows(*(part[valid_lines] for part in rows))
 
-    return Parsed({**columns}, len(numbers), skipped or [], find_rows)
+    return Parsed({**columns}, len(numbers), bad_rows or [], find_rows)
 
 
 def parse_document(
@@ -106,14 +98,14 @@ def parse_document(
     """The same of some `items` of a JSON document, the first of which is number `first`."""
     columns: dict[str, Column] = {name: [] for name in wanted}
     numbers: list[int] = []
-    skipped: list[SkippedRow] | None = [] if skip else None
-    for number, value in _document(fmt, items, skipped, wanted, first):
+    bad_rows: list[BadRow] | None = [] if skip else None
+    for number, value in _document(fmt, items, bad_rows, wanted, first):
         numbers.append(number)
         for name, column in columns.items():
             column.append(_field(value, name))
     chunk = chunk_of_columns(fmt.name, columns, len(numbers), {"row": first})
     location = select_locations(locate_rows(fmt.name), np.array(numbers, np.int64))
-    return chunk._replace(location=location, skipped_rows=tuple(skipped or ()))
+    return chunk._replace(location=location, bad_rows=tuple(bad_rows or ()))
 
 
 def parse_txt(fmt: FileFormat, lines: Lines, wanted: Sequence[str]) -> Parsed:
@@ -121,24 +113,24 @@ def parse_txt(fmt: FileFormat, lines: Lines, wanted: Sequence[str]) -> Parsed:
     data = lines.data.decode().replace("\r\n", "\n").removesuffix("\n")
     texts = data.split("\n") if lines.data else []
     rows = rows_of_lines(lines.data, blank=True)
-    skipped = []
+    bad_rows = []
     if lines.broken:
         for line, reason in sorted(lines.broken.items()):
             text = row_excerpt(lines, int(rows.starts[line]), int(rows.ends[line]))
-            skipped.append(SkippedRow(fmt.name, lines.first + line, reason, text))
+            bad_rows.append(BadRow(fmt.name, lines.first + line, reason, text))
         valid = [line for line in range(len(texts)) if line not in lines.broken]
         valid_lines = np.array(valid, np.int64)
         texts, rows = [texts[line] for line in valid], Rows(*(part[valid_lines] for part in rows))
     column = pa.chunked_array([texts], pa.large_string())
-    return Parsed(dict.fromkeys(wanted, column), len(texts), skipped, lambda: rows)
+    return Parsed(dict.fromkeys(wanted, column), len(texts), bad_rows, lambda: rows)
 
 
 def _objects(
-    fmt: FileFormat, lines: Lines, skipped: list[SkippedRow] | None, names: Sequence[str] = ()
+    fmt: FileFormat, lines: Lines, bad_rows: list[BadRow] | None, names: Sequence[str] = ()
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line from 0, object) of every line that is not blank.
 
-    What is not an object with these fields is added to `skipped`; without that it is a DataError.
+    What is not an object with these fields is added to `bad_rows`; without that it is a DataError.
     """
     names = sorted(names)
     # newline: a line ends at \n only
@@ -158,14 +150,14 @@ def _objects(
         if not reason:
             yield line, value
         else:
-            row = SkippedRow(fmt.name, lines.first + line, reason, excerpt(text))
-            _skip(row, skipped)
+            row = BadRow(fmt.name, lines.first + line, reason, excerpt(text))
+            _skip(row, bad_rows)
 
 
 def _document(
     fmt: FileFormat,
     items: list[Any],
-    skipped: list[SkippedRow] | None,
+    bad_rows: list[BadRow] | None,
     names: Sequence[str] = (),
     first: int = 0,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -180,7 +172,7 @@ def _document(
             row = dict(zip(fmt.column_names, value, strict=False))
         if reason := reason or _problem(row, names):
             location = str(RowLocation(fmt.name, row=number))
-            _skip(SkippedRow(location, None, reason, excerpt(_written(value))), skipped)
+            _skip(BadRow(location, None, reason, excerpt(_written(value))), bad_rows)
         else:
             yield number, row
 
@@ -264,10 +256,10 @@ def _written(value: Any) -> str:
         return "a nested value"
 
 
-def _skip(row: SkippedRow, skipped: list[SkippedRow] | None) -> None:
-    if skipped is None:
+def _skip(row: BadRow, bad_rows: list[BadRow] | None) -> None:
+    if bad_rows is None:
         raise RowError(row.message)
-    skipped.append(row)
+    bad_rows.append(row)
 
 
 def _field(value: dict[str, Any], name: str) -> Any:

@@ -21,7 +21,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from bertdist.core.errors import DataError
-from bertdist.data.source import Column, SkippedRow, excerpt
+from bertdist.data.bad_rows import BadRow, excerpt
+from bertdist.data.source import Column
 from bertdist.distributed.host_memory import free_host_bytes
 
 PART_BYTES = 64 << 20  # of a file, read at once
@@ -81,11 +82,11 @@ class Rows(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """The requested columns of some lines, `num_rows` long; skipped rows; the others' positions."""
+    """The requested columns of some lines, `num_rows` long; bad rows; the others' positions."""
 
     columns: dict[str, Column]
     num_rows: int
-    skipped: list[SkippedRow]
+    bad_rows: list[BadRow]
     rows: Callable[[], Rows]
 
 
@@ -266,13 +267,13 @@ def rows_between(data: bytes, ends: Offsets, lines: Offsets, blank: bool) -> Row
 
 
 def row_excerpt(lines: Lines, start: int, end: int) -> str:
-    """The row lines.data[start:end] for a SkippedRow."""
+    """The row lines.data[start:end] for a BadRow."""
     text = lines.data[start : min(end, start + 1000)].decode("utf-8", "ignore")
     return excerpt(text.replace(lines.cr_placeholder, "\r") if lines.cr_placeholder else text)
 
 
 def row_excerpts(lines: Lines, rows: Rows, wanted: Sequence[int]) -> list[str]:
-    """The text of each of the `wanted` rows for a SkippedRow."""
+    """The text of each of the `wanted` rows for a BadRow."""
     return [row_excerpt(lines, int(rows.starts[row]), int(rows.ends[row])) for row in wanted]
 
 

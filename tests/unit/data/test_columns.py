@@ -12,6 +12,7 @@ import pytest
 
 from bertdist.core.config import FileConfig
 from bertdist.core.errors import DataError
+from bertdist.data.bad_rows import BadRow
 from bertdist.data.columns import (
     Problems,
     as_array,
@@ -23,7 +24,7 @@ from bertdist.data.columns import (
     valid_rows,
 )
 from bertdist.data.readers.file_reader import FileReader, inspect_file
-from bertdist.data.source import Chunk, SkippedRow, skipped_rows_of
+from bertdist.data.source import Chunk, bad_rows_of
 
 where = "a.csv line {}".format
 
@@ -149,7 +150,7 @@ def test_without_problems_nothing_changes() -> None:
     assert valid_rows({}, 3) is None and filter_labels(plain[1], plain[2], None) == plain[1:]
 
 
-def read(piece: Chunk, above: Any) -> tuple[list[tuple[str, Any]], list[SkippedRow], Any]:
+def read(piece: Chunk, above: Any) -> tuple[list[tuple[str, Any]], list[BadRow], Any]:
     """What a reader that leaves rows out does with a piece: (text, label) of the rows that stay, and all that were left out."""
     problems: Problems = {}
     columns = {name: as_array(column) for name, column in piece.columns.items()}
@@ -162,7 +163,7 @@ def read(piece: Chunk, above: Any) -> tuple[list[tuple[str, Any]], list[SkippedR
     labels = [values[code] for code in codes]
     return (
         list(zip(texts.to_pylist(), labels, strict=True)),
-        [*piece.skipped_rows, *skipped_rows_of(piece, problems)],
+        [*piece.bad_rows, *bad_rows_of(piece, problems)],
         labels[:1],
     )
 
@@ -228,7 +229,7 @@ def test_the_same_rows_are_left_out_of_pieces_and_of_the_whole(tmp_path: Path, k
     assert len(bad) >= good.count(False) > 20 and len({row[:2] for row in bad}) == len(bad)
     for size in (64, 1000):
         found: list[Any] = []
-        left: list[SkippedRow] = []
+        left: list[BadRow] = []
         first: Any = []
         for piece in FileReader(file, on_bad_row="skip", chunk_bytes=size).chunks(
             ["text", "label"]

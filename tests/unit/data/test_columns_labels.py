@@ -12,8 +12,8 @@ import pytest
 from bertdist.core.config import DataConfig, TaskConfig
 from bertdist.core.errors import DataError
 from bertdist.data.columns import Problems, read_label_columns, read_labels
-from bertdist.data.loading import load_records, open_stream
 from bertdist.data.records import Records
+from bertdist.data.splits import load_records, open_stream
 from bertdist.data.stats import create_task, label_stats_of
 
 where = "a.csv line {}".format
@@ -186,7 +186,7 @@ def test_a_few_labels_among_numbers_can_be_skipped(tmp_path: Path) -> None:
     (window,) = open_stream(data, 0).windows()
     for rows in (load_records(data, "train"), window.records):
         assert len(rows) == 30
-    assert [row.line for row in window.skipped_rows] == [32]
+    assert [row.line for row in window.bad_rows] == [32]
     with pytest.raises(DataError, match="line 32: label 'n/a' is not a number"):  # the control
         whole = load_records(DataConfig(train_file=[str(path)]), "train")
         create_task(TaskConfig(), label_stats_of(whole), None)

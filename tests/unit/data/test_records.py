@@ -30,9 +30,9 @@ from hypothesis import strategies as st
 
 from bertdist.core.config import DataConfig, FileConfig
 from bertdist.core.errors import DataError
-from bertdist.data.loading import load_records, load_texts, open_stream
 from bertdist.data.readers import csv_reader
 from bertdist.data.records import ColumnNames, Record, Records, concat_records, records_from_texts
+from bertdist.data.splits import load_records, load_texts, open_stream
 
 Write = Callable[[str, str | bytes], str]
 
@@ -1144,12 +1144,12 @@ def test_a_limit_counts_the_rows_that_are_kept(write: Write, name: str, lines: l
     path = write(name, "\n".join(lines) + "\n")
     for limit, expected, skipped in ((3, "ace", 3), (2, "ac", 1), (4, "acef", 3), (9, "acef", 3)):
         records = train(path, on_bad_row="skip", max_train_samples=limit)
-        assert ("".join(records.texts.to_pylist()), len(records.skipped_rows)) == (
+        assert ("".join(records.texts.to_pylist()), len(records.bad_rows)) == (
             expected,
             skipped,
         )
     few = train(path, on_bad_row="skip", max_train_samples=3, max_bad_rows=1)
-    assert len(few.skipped_rows) > 1  # which ends the run
+    assert len(few.bad_rows) > 1  # which ends the run
 
 
 def test_without_rows_to_score_there_is_none(write: Write) -> None:
@@ -1347,7 +1347,7 @@ def test_local_files_do_not_pay_for_datasets(write: Write) -> None:
         == "False\n"
     )
     program = (
-        "import sys; from bertdist.core.config import DataConfig, FileConfig; before = 'datasets' in sys.modules; from bertdist.data.loading import load_records;"
+        "import sys; from bertdist.core.config import DataConfig, FileConfig; before = 'datasets' in sys.modules; from bertdist.data.splits import load_records;"
         f"load_records(DataConfig(train_file=[{path!r}]), 'train'); print(('datasets' in sys.modules) == before)"
     )
     assert (

@@ -8,7 +8,7 @@ import pytest
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
-from bertdist.data.loading import load_records, open_stream
+from bertdist.data.splits import load_records, open_stream
 
 MESSAGE = "every column holds its own name: a header, as of joined files; remove that row"
 
@@ -42,7 +42,7 @@ def test_it_can_be_skipped(name: str, tmp_path: Path) -> None:
     data = config(tmp_path / "a.csv", content, on_bad_row="skip", **flags)
     for records in (load_records(data, "train"), open_stream(data, 0).head()):
         assert records.texts.to_pylist()[-3:] == ["a", "b", "c"]
-        assert [(row.line, row.reason) for row in load_records(data, "train").skipped_rows] == [
+        assert [(row.line, row.reason) for row in load_records(data, "train").bad_rows] == [
             (4, MESSAGE)
         ]
 

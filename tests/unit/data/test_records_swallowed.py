@@ -7,7 +7,7 @@ import pytest
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
-from bertdist.data.loading import load_records, open_stream
+from bertdist.data.splits import load_records, open_stream
 
 MESSAGE = "other rows of the table, from a quote that opened by mistake to the next one"
 
@@ -53,7 +53,7 @@ def test_flags_overrule_it(name: str, tmp_path: Path) -> None:
     every = load_records(config(tmp_path / "b.csv", lines, quoting="none"), "train")
     assert len(every) == 4
     skipped = load_records(config(tmp_path / "c.csv", lines, on_bad_row="skip"), "train")
-    assert len(skipped) == 1 and MESSAGE in skipped.skipped_rows[0].reason
+    assert len(skipped) == 1 and MESSAGE in skipped.bad_rows[0].reason
 
 
 @pytest.mark.parametrize("name", KEPT)

@@ -80,7 +80,7 @@ def test_labels_and_rows_are_those_of_the_files(
         "also of files that have none"
     )
     assert found.bad == [
-        bad for file in files for piece in file.chunks(["text"]) for bad in piece.skipped_rows
+        bad for file in files for piece in file.chunks(["text"]) for bad in piece.bad_rows
     ]
     assert plain(scan_stream(stream_of(files), ALONE, kept)) == plain(found), "as it was kept"
 

@@ -20,11 +20,12 @@ from rows import MemoryRows
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import BertdistError, CheckpointError, ConfigError, DataError
 from bertdist.data import streaming
+from bertdist.data.bad_rows import BadRow
 from bertdist.data.batch import Step
 from bertdist.data.loader import create_train_loader
 from bertdist.data.records import ColumnNames
 from bertdist.data.sharding import Message
-from bertdist.data.source import ReaderState, SkippedRow
+from bertdist.data.source import ReaderState
 from bertdist.data.stats import DatasetStats, LabelStats
 from bertdist.data.streaming import (
     AgreeOnStep,
@@ -205,7 +206,7 @@ class Agreement:
         self.barrier = threading.Barrier(ranks, timeout=20)
 
     def of(self, rank: int) -> AgreeOnStep:
-        def agree(step: Step | BertdistError | None) -> tuple[int, tuple[SkippedRow, ...]]:
+        def agree(step: Step | BertdistError | None) -> tuple[int, tuple[BadRow, ...]]:
             self.told[rank] = step
             self.barrier.wait()
             told = list(self.told)
@@ -215,7 +216,7 @@ class Agreement:
                     raise found
             steps = [found for found in told if isinstance(found, Step)]
             return sum(found.rows for found in steps), tuple(
-                row for found in steps for row in found.skipped_rows
+                row for found in steps for row in found.bad_rows
             )
 
         return agree
@@ -477,17 +478,17 @@ def test_a_label_that_the_task_does_not_know_is_told_with_its_place(workers: int
 def test_rows_that_were_left_out_come_with_the_first_step_behind_them() -> None:
     files = files_of([7, 0, 11, 5])
     expected = Counter(
-        bad for file in files for piece in file.chunks(["text"]) for bad in piece.skipped_rows
+        bad for file in files for piece in file.chunks(["text"]) for bad in piece.bad_rows
     )
     for workers in range(3):
         with emulated(2):
             steps = list(batches_of(files, workers=workers).steps(0, 6))
-        assert Counter(bad for step in steps for bad in step.skipped_rows) == expected
-        assert all(not step.skipped_rows for step in steps[1::2]), (
+        assert Counter(bad for step in steps for bad in step.bad_rows) == expected
+        assert all(not step.bad_rows for step in steps[1::2]), (
             "with the window that they were found in"
         )
         again = list(batches_of(files).steps(3, 6, steps[2].next_reader_state))
-        assert set(again[0].skipped_rows) >= set(steps[2].skipped_rows), (
+        assert set(again[0].bad_rows) >= set(steps[2].bad_rows), (
             "also where a run goes on in the middle of a window"
         )
 
@@ -585,7 +586,7 @@ def test_ranks_with_files_of_their_own_take_every_row_once_and_the_same_number_o
     assert [list(map(content, steps)) for steps in again] == [
         list(map(content, steps[start:])) for steps in by_rank
     ]
-    bad = [[row for step in steps[:per_epoch] for row in step.skipped_rows] for steps in by_rank]
+    bad = [[row for step in steps[:per_epoch] for row in step.bad_rows] for steps in by_rank]
     assert all(sorted(of_rank) == sorted(set(bad[0])) for of_rank in bad), (
         "each rank knows what all have left out, once"
     )
@@ -666,7 +667,7 @@ def test_a_rank_whose_rows_are_all_left_out_tells_them(
 
     def told(steps: Sequence[Step]) -> list[str]:
         reasons = "label is missing, expected one in every row (column 'label')"
-        return [row.file for step in steps for row in step.skipped_rows if row.reason == reasons]
+        return [row.file for step in steps for row in step.bad_rows if row.reason == reasons]
 
     with emulated(per_message=2):
         by_rank, errors = on_ranks(of_ranks, 0, 10)
@@ -839,9 +840,9 @@ def test_ranks_agree_on_the_rows_of_a_step() -> None:
 
 
 def test_ranks_know_what_any_of_them_left_out() -> None:
-    first, second = SkippedRow("a", 1, "no row", ""), SkippedRow("b", 2, "no row", "")
+    first, second = BadRow("a", 1, "no row", ""), BadRow("b", 2, "no row", "")
     steps = [
-        Step(number=0, micro_batches=[], rows=2, skipped_rows=bad)
+        Step(number=0, micro_batches=[], rows=2, bad_rows=bad)
         for bad in ((first,), (second, first), ())
     ]
     told = [[steps[0], steps[1]], [steps[2], steps[0]], [None, steps[1]], [steps[2], steps[2]]]

@@ -19,11 +19,12 @@ from bertdist.core.config import DataConfig, FileConfig
 from bertdist.core.errors import DataError
 from bertdist.data import records as records_module
 from bertdist.data import streaming as stream
-from bertdist.data.loading import load_records, open_stream
+from bertdist.data.bad_rows import OnBadRow
 from bertdist.data.readers import parquet_reader
 from bertdist.data.readers.file_reader import FileReader, inspect_file
 from bertdist.data.records import ColumnNames
-from bertdist.data.source import STREAM_START, Chunk, OnBadRow, ReaderState
+from bertdist.data.source import STREAM_START, Chunk, ReaderState
+from bertdist.data.splits import load_records, open_stream
 from bertdist.data.streaming import HEAD_ROWS, Stream, Window
 
 QUICK = settings(max_examples=25)
@@ -113,7 +114,7 @@ def test_every_row_once_an_epoch_in_the_order_of_the_files(
     total = sum(len(file.rows) for file in files)
     if not total:
         (window,) = read.windows()
-        assert len(window.records) == 0 and len(window.skipped_rows) == len(files), (
+        assert len(window.records) == 0 and len(window.bad_rows) == len(files), (
             "what was left out is told"
         )
         return
@@ -262,21 +263,21 @@ def test_where_a_row_stands_is_told_of_its_file() -> None:
 def test_rows_that_were_left_out_arrive_once_also_of_pieces_without_rows() -> None:
     files = files_of([(5, (2, 0)), (0, (1,)), (9, (0, 0, 3)), (2, (5,))])
     expected = sorted(
-        bad for file in files for piece in file.chunks(["text"]) for bad in piece.skipped_rows
+        bad for file in files for piece in file.chunks(["text"]) for bad in piece.bad_rows
     )
     for window_rows in (1, 2, 4, 100):
         read = stream_of([files], window_rows=window_rows)
         windows = list(read.windows())
-        assert sorted(bad for window in windows for bad in window.skipped_rows) == expected
+        assert sorted(bad for window in windows for bad in window.bad_rows) == expected
         for at, window in enumerate(
             windows
         ):  # none is lost by going on, and those before come again at most once
-            again = [bad for later in read.windows(window.state) for bad in later.skipped_rows]
+            again = [bad for later in read.windows(window.state) for bad in later.bad_rows]
             assert len(again) == len(set(again)) and {
-                bad for later in windows[at:] for bad in later.skipped_rows
+                bad for later in windows[at:] for bad in later.bad_rows
             } <= set(again)
     with pytest.raises(AssertionError):
-        assert sorted(bad for window in windows for bad in window.skipped_rows[1:]) == expected
+        assert sorted(bad for window in windows for bad in window.bad_rows[1:]) == expected
 
 
 # ---- Sources that are empty, or wrong
@@ -311,7 +312,7 @@ def test_texts_of_a_parquet_file_that_are_not_utf8_are_left_out_from_any_state(
         assert [str(records.location(0)) for records, *_ in windows[:1]] == [
             f"{came[0].split()[0]}.parquet row {came[0].split()[1]}"
         ]
-        bad = [row for window in windows for row in window.skipped_rows]
+        bad = [row for window in windows for row in window.bad_rows]
         assert sorted((row.file, row.line) for row in bad) == [
             (f"{name}.parquet", row) for name, rows in wrong.items() for row in rows
         ]
@@ -347,7 +348,7 @@ def test_sources_without_rows() -> None:
     (window,) = stream_of([[empty, empty]]).windows()
     assert (
         len(window.records),
-        [row.reason for row in window.skipped_rows],
+        [row.reason for row in window.bad_rows],
         window.next_state,
     ) == (
         0,
@@ -429,7 +430,7 @@ def test_labels_of_other_kinds_are_left_out_wherever_reading_begins(limit: int |
         bad = [
             (row.file, row.reason)
             for window in windows
-            for row in window.skipped_rows
+            for row in window.bad_rows
             if row.reason not in ("no row", "end")
         ]
         assert limit or len(bad) == 2 * (len(MIXED) - 4) + 5
@@ -472,7 +473,7 @@ def test_whole_numbers_and_texts_that_are_some_stay_one_kind(
             "d",
         ]
         assert [records[row].label for row in range(4)] == [expected[row % 2] for row in range(4)]
-    assert [(row.file, row.line) for row in (*window.skipped_rows, *held.skipped_rows)] == [
+    assert [(row.file, row.line) for row in (*window.bad_rows, *held.bad_rows)] == [
         ("a.jsonl", 3)
     ] * 2
 

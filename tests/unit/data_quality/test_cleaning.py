@@ -10,7 +10,7 @@ from data_checks import check_rows, clean_rows, kinds
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
-from bertdist.data.loading import load_records
+from bertdist.data.splits import load_records
 from bertdist.data_quality.cleaning import dropped_path, write_cleaned
 from bertdist.data_quality.config import DEFAULT_FIX_KINDS, FIX_KINDS
 from bertdist.data_quality.report import DataReport, check_data

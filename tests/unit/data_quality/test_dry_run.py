@@ -113,10 +113,10 @@ def test_skipped_rows_are_reported_with_the_plan(
     code, out = run_dry(words, capsys, monkeypatch)
     assert (
         code == 0
-        and "warning: train: skipped rows that cannot be read: 1 row (2.27%), train" in out
+        and "warning: train: bad rows, which are skipped: 1 row (2.27%), train" in out
     )
     code, out = run_dry([*words, "--max_bad_rows", "0"], capsys, monkeypatch)
-    assert code == 1 and "error: train: skipped rows that cannot be read: 1 row" in out
+    assert code == 1 and "error: train: bad rows, which are skipped: 1 row" in out
 
 
 def test_main_exits_without_training(

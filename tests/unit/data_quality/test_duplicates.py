@@ -12,8 +12,8 @@ from rows import write_rows
 
 from bertdist.core.config import DataConfig
 from bertdist.core.types import IntArray
-from bertdist.data.loading import load_records
 from bertdist.data.records import Records, records_from_texts
+from bertdist.data.splits import load_records
 from bertdist.data_quality import duplicates
 from bertdist.data_quality.duplicates import (
     group_texts,

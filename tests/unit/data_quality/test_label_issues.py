@@ -20,8 +20,8 @@ from bertdist import Predictor, train
 from bertdist.core.args import read_config
 from bertdist.core.config import DataConfig, TaskConfig
 from bertdist.core.errors import ConfigError, DataError
-from bertdist.data.loading import load_records
 from bertdist.data.records import Records
+from bertdist.data.splits import load_records
 from bertdist.data.stats import create_task, label_stats_of
 from bertdist.data_quality import label_issues
 from bertdist.data_quality.config import RANKINGS, read_label_issue_config

@@ -109,7 +109,7 @@ def test_bytes_that_are_not_utf8_in_a_parquet_file_are_one_line(tmp_path: Path) 
     found = check_data(DataConfig(train_file=[str(tmp_path / "a.parquet")], on_bad_row="skip"))
     assert kinds(found) == [("skipped_rows", "warning", "train", 2)]  # and nothing of the others
     assert found.splits["train"].texts.to_pylist() == [row["text"] for row in rows]
-    assert [row.line for row in found.splits["train"].skipped_rows] == [40, 41]
+    assert [row.line for row in found.splits["train"].bad_rows] == [40, 41]
 
 
 def test_an_excerpt_starts_at_the_match(tmp_path: Path) -> None:

@@ -437,7 +437,7 @@ def test_every_family_reads_a_step_from_the_device(
         return loss.detach(), torch.cat([gradient.flatten() for gradient in found])
 
     replay, (loss, gradients) = recorded(lambda: take(fixed), torch.device("cpu"))
-    for lengths, skipped_rows in (
+    for lengths, bad_rows in (
         ((12, 9, 5), ""),
         ((3, 6, 4), ""),
         ((7, 2, 1), "starts"),
@@ -446,12 +446,12 @@ def test_every_family_reads_a_step_from_the_device(
         batch = budget.fill(step_of(*lengths))
         assert batch is not None
         for name, tensor in vars(batch).items():
-            if isinstance(tensor, Tensor) and name != skipped_rows:
+            if isinstance(tensor, Tensor) and name != bad_rows:
                 getattr(fixed, name).copy_(tensor)
         replay()
         expected_loss, expected = take(batch)
         far = ((gradients - expected).norm() / expected.norm()).item()
-        if skipped_rows:  # the controls
+        if bad_rows:  # the controls
             assert far > 1e-3
         else:
             assert far < 1e-6 and torch.isclose(loss, expected_loss)  # the loss is float32

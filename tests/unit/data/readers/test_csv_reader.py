@@ -64,7 +64,7 @@ def test_rows_around_skipped_rows_are_unchanged() -> None:
     lines = lines_of('1,"x\ny"\nbad\n\n2,\ue000\r\r\nworse,,\n3,"z"', 10, l0="broken")
     found = parsed(lines, True)
     assert values(found) == {"b": ["\ue000\r", "z"], "a": ["2", "3"]} and found.num_rows == 2
-    assert [(row.line, row.text) for row in found.skipped] == [
+    assert [(row.line, row.text) for row in found.bad_rows] == [
         (10, r'1,"x\ny"'),
         (12, "bad"),
         (15, "worse,,"),

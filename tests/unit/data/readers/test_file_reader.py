@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 
 from bertdist.core.config import FileConfig
 from bertdist.core.errors import DataError
+from bertdist.data.bad_rows import BadRow
 from bertdist.data.readers import csv_reader, file_reader
 from bertdist.data.readers.file_reader import DataFile, FileReader, inspect_file
 from bertdist.data.readers.text_lines import Lines
-from bertdist.data.source import Chunk, DataSource, SkippedRow, first_rows_of_chunk
+from bertdist.data.source import Chunk, DataSource, first_rows_of_chunk
 
 Rows = list[tuple[Any, ...]]
 
@@ -72,7 +73,7 @@ def rows_of(piece: Chunk, wanted: list[str]) -> Rows:
     ]
 
 
-Outcome = tuple[Rows, list[SkippedRow]]
+Outcome = tuple[Rows, list[BadRow]]
 
 
 def whole(file: DataFile, wanted: list[str] | None = None, **settings: Any) -> Outcome | str:
@@ -81,7 +82,7 @@ def whole(file: DataFile, wanted: list[str] | None = None, **settings: Any) -> O
         source = FileReader(file, **settings)
         wanted = wanted or source.column_names()
         piece = source.read(wanted)
-        return rows_of(piece, wanted), list(piece.skipped_rows)
+        return rows_of(piece, wanted), list(piece.bad_rows)
     except DataError as error:
         return str(error)
 
@@ -89,7 +90,7 @@ def whole(file: DataFile, wanted: list[str] | None = None, **settings: Any) -> O
 def in_pieces(file: DataFile, wanted: list[str] | None = None, **settings: Any) -> Outcome | str:
     """The same from pieces; every place is tried."""
     rows: Rows = []
-    bad: list[SkippedRow] = []
+    bad: list[BadRow] = []
     try:
         source = FileReader(file, **settings)
         wanted = wanted or source.column_names()
@@ -98,9 +99,9 @@ def in_pieces(file: DataFile, wanted: list[str] | None = None, **settings: Any) 
         return str(error)
     for at, piece in enumerate(pieces):
         assert piece.state["row"] == len(rows)
-        assert piece.num_rows or piece.skipped_rows
+        assert piece.num_rows or piece.bad_rows
         rows += rows_of(piece, wanted)
-        bad += piece.skipped_rows
+        bad += piece.bad_rows
         if (
             at % max(1, len(pieces) // 5) == 0
         ):  # from its place the same pieces come again, also to another process
@@ -109,10 +110,8 @@ def in_pieces(file: DataFile, wanted: list[str] | None = None, **settings: Any) 
                     wanted, json.loads(json.dumps(piece.state))
                 )
             )
-            assert [
-                (other.state, other.skipped_rows, rows_of(other, wanted)) for other in again
-            ] == [
-                (other.state, other.skipped_rows, rows_of(other, wanted)) for other in pieces[at:]
+            assert [(other.state, other.bad_rows, rows_of(other, wanted)) for other in again] == [
+                (other.state, other.bad_rows, rows_of(other, wanted)) for other in pieces[at:]
             ]
     return rows, bad
 
@@ -409,7 +408,7 @@ def test_the_first_rows_come_with_the_rows_skipped_among_them() -> None:
         )
         for found in (piece, again):
             assert (found.num_rows, values(found.columns["c0"])) == (count, list("abc")[:count])
-            assert [row.line for row in found.skipped_rows] == lines
+            assert [row.line for row in found.bad_rows] == lines
 
 
 @pytest.mark.parametrize(
@@ -504,8 +503,8 @@ def test_a_json_document_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     whole = reader.read(["text"])
     assert [chunk.columns["text"] for chunk in chunks] == [["a"], ["b", "c"], [], ["d"]]
     assert whole.columns["text"] == ["a", "b", "c", "d"]
-    assert [row for chunk in chunks for row in chunk.skipped_rows] == [*whole.skipped_rows]
-    assert [row.location for row in whole.skipped_rows] == [f"a.json row {n}" for n in (1, 4, 5)]
+    assert [row for chunk in chunks for row in chunk.bad_rows] == [*whole.bad_rows]
+    assert [row.location for row in whole.bad_rows] == [f"a.json row {n}" for n in (1, 4, 5)]
     for location in (whole.location(2), chunks[1].location(1)):
         assert str(location) == "a.json row 3"
     again = list(reader.chunks(["text"], chunks[1].state))

@@ -9,10 +9,10 @@ import pytest
 
 from bertdist.core.config import DataConfig, FileConfig
 from bertdist.core.errors import DataError
-from bertdist.data.loading import load_records, load_texts, open_stream
 from bertdist.data.readers import folder_reader
 from bertdist.data.readers.folder_reader import FolderReader
 from bertdist.data.records import ColumnNames, Record
+from bertdist.data.splits import load_records, load_texts, open_stream
 
 TEXTS = {"neg/1.txt": "dull\n", "neg/10.txt": "poor\r\nfilm", "pos/0.txt": "best é"}
 
@@ -80,7 +80,7 @@ def test_bytes_of_another_encoding_name_the_file(folder: Path) -> None:
         records_of(folder)
     config = DataConfig(train_file=[str(folder)], on_bad_row="skip")
     records = load_records(config, "train")
-    assert [row.location for row in records.skipped_rows] == ["train/neg/2.txt line 2"]
+    assert [row.location for row in records.bad_rows] == ["train/neg/2.txt line 2"]
     assert records[3].text == "wide é" and len(records) == 4
 
 

@@ -20,11 +20,11 @@ from servers import FakeHub
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
-from bertdist.data.loading import load_records
 from bertdist.data.readers import hub_reader as hub
 from bertdist.data.readers.hub_reader import HubReader
 from bertdist.data.records import ColumnNames
 from bertdist.data.source import Chunk, DataSource
+from bertdist.data.splits import load_records
 from bertdist.data.streaming import Stream
 
 ROWS = [{"text": f"text {row}", "label": row % 3, "number": row / 2} for row in range(100)]
@@ -157,7 +157,7 @@ def test_texts_that_are_not_utf8_are_skipped_or_named(kind: str, tmp_path: Path)
     windows = list(read.windows())
     came = [text for window in windows for text in window.records.texts.to_pylist()]
     assert came == [f"text {row}" for row in range(100) if row not in wrong]
-    bad = [row for window in windows for row in window.skipped_rows]
+    bad = [row for window in windows for row in window.bad_rows]
     assert [row.file for row in bad] == [f"{source.name} row {row}" for row in wrong]
     assert bad[8].text == r'{"text": "text 22 \xd9", "label": 1}'
     for number, window in enumerate(windows):
@@ -179,12 +179,12 @@ def test_texts_of_a_split_in_memory_that_are_not_utf8_are_skipped_or_named(tmp_p
     pa.parquet.write_table(table, tmp_path / "train.parquet")
     found = load_records(DataConfig(dataset_name=str(tmp_path), on_bad_row="skip"), "train")
     assert found.texts.to_pylist() == [f"text {row}" for row in range(99) if row != 3]
-    assert [row.file for row in found.skipped_rows] == [
+    assert [row.file for row in found.bad_rows] == [
         f"{tmp_path} split 'train' row {row}" for row in (3, 99)
     ]
     assert (
         str(found.location(3)) == f"{tmp_path} split 'train' row 4"
-        and r"text 3 \xd9" in found.skipped_rows[0].text
+        and r"text 3 \xd9" in found.bad_rows[0].text
     )
     with pytest.raises(DataError, match=r"split 'train' row 3: column 'text' is not UTF-8 \("):
         load_records(DataConfig(dataset_name=str(tmp_path)), "train")

@@ -28,7 +28,7 @@ def test_lines_that_are_not_rows_are_skipped_and_reported() -> None:
     found = parse_json(JSON, LINES, ["a", "b"], skip=True)
     assert found.columns == {"a": [1, None], "b": ["\u2028", 3]} and found.num_rows == 2
     assert [
-        (row.line, row.reason.split(":")[0].split(".")[0], row.text) for row in found.skipped
+        (row.line, row.reason.split(":")[0].split(".")[0], row.text) for row in found.bad_rows
     ] == [
         (7, "not JSON", "no"),
         (8, "the key 'b' is missing", '{"a": 2}'),
@@ -45,7 +45,7 @@ def test_lines_that_are_not_rows_are_skipped_and_reported() -> None:
 
 def test_no_more_rows_are_read_than_requested() -> None:
     found = parse_json(JSON, LINES, ["a"], skip=False, num_rows=1)
-    assert found.columns == {"a": [1]} and found.skipped == []
+    assert found.columns == {"a": [1]} and found.bad_rows == []
 
 
 def test_keys_are_those_of_the_first_object() -> None:
@@ -65,7 +65,7 @@ def test_keys_that_most_of_the_first_objects_have_are_columns_too() -> None:
     assert names == ["t", "l", "l.x"]
     found = parse_json(JSON, Lines(rows, 1, {}), ["t", "l.x"], skip=True)
     assert found.columns == {"t": [1, 1], "l.x": [2, 3]}
-    assert [row.line for row in found.skipped] == [1, 4]
+    assert [row.line for row in found.bad_rows] == [1, 4]
 
 
 def test_a_key_that_occurs_twice_matters_where_it_is_read() -> None:
@@ -132,7 +132,7 @@ def test_a_list_is_chosen_and_its_bad_items_are_skipped() -> None:
     fmt = replace(DOCUMENT, json_field="dev")
     found = parse_document(fmt, document_items(fmt, text), ["t"], skip=True)
     assert found.columns == {"t": [2, 3]} and str(found.location(1)) == "a.json row 2"
-    assert [(row.location, row.text) for row in found.skipped_rows] == [("a.json row 1", "7")]
+    assert [(row.location, row.text) for row in found.bad_rows] == [("a.json row 1", "7")]
 
 
 def test_every_line_of_a_txt_is_a_row() -> None:
@@ -150,7 +150,7 @@ def test_every_line_of_a_txt_is_a_row() -> None:
         )  # type: ignore[union-attr]
     found = parse_txt(JSON, Lines(b"a\nb\nc\n", 3, {1: "broken"}), ["text"])
     assert found.columns["text"].to_pylist() == ["a", "c"] and [
-        (row.line, row.text) for row in found.skipped
+        (row.line, row.text) for row in found.bad_rows
     ] == [(4, "b")]  # type: ignore[union-attr]
     assert found.rows().lines.tolist() == [0, 2]
 
@@ -162,7 +162,7 @@ def test_rows_of_a_document_may_be_lists_whose_items_are_named() -> None:
     items = document_items(fmt, text.replace("[[", "[[7, 8, 9], ["))
     found = parse_document(replace(fmt, column_names=("t", "l")), items, ["t", "l"], skip=True)
     assert found.columns == {"t": ["a", "c"], "l": [1, 2]}
-    assert [(row.location, row.text) for row in found.skipped_rows] == [
+    assert [(row.location, row.text) for row in found.bad_rows] == [
         ("a.json row 0", "[7, 8, 9]"),
         ("a.json row 2", '["b"]'),
     ]
@@ -179,7 +179,7 @@ def test_columns_and_data_of_pandas_are_rows() -> None:
     assert document_keys(DOCUMENT, items, False) == ["t", "l"]
     found = parse_document(DOCUMENT, items, ["l", "t"], skip=True)
     assert found.columns == {"l": [1, 2], "t": ["a", "c"]}
-    assert [row.location for row in found.skipped_rows] == ["a.json row 1"]
+    assert [row.location for row in found.bad_rows] == ["a.json row 1"]
     for other in (text.replace("columns", "names"), text.replace('"l"', "3")):
         with pytest.raises(DataError, match="expected a list of objects"):
             document_items(DOCUMENT, other)

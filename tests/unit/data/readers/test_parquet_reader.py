@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bertdist.core.errors import DataError
+from bertdist.core.errors import DataError, RowLocation
 from bertdist.data.readers.parquet_reader import parquet_columns, read_parquet, read_slices
-from bertdist.data.source import Chunk, RowLocation
+from bertdist.data.source import Chunk
 
 
 def parquet_of(rows: int = 100, **settings: Any) -> Any:

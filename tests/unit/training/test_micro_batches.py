@@ -18,9 +18,9 @@ from bertdist.data.batch import PackedBatch, Step
 from bertdist.data.loader import MapLoader
 from bertdist.data.tokenization import Example
 from bertdist.distributed.collectives import all_reduce_min, host_group
-from bertdist.training import step as step_module
+from bertdist.training import micro_batches as step_module
 from bertdist.training.checkpoint import TrainState
-from bertdist.training.step import MicroBatcher
+from bertdist.training.micro_batches import MicroBatcher
 
 ONE_RANK: Any = SimpleNamespace(
     num_processes=1, process_index=0, is_main_process=True, device=torch.device("cpu")

@@ -9,11 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
-from accelerate import Accelerator
-
 from bertdist.core.config import DataConfig, FileConfig, TaskConfig, TrainConfig
 from bertdist.core.errors import DataError, did_you_mean, listed
-from bertdist.data.batch import Step
+from bertdist.data.bad_rows import OnBadRow, suggest_skipping
 from bertdist.data.columns import LabelValue
 from bertdist.data.records import (
     ColumnNames,
@@ -24,19 +22,7 @@ from bertdist.data.records import (
     reject_header,
     short_notes,
 )
-from bertdist.data.source import (
-    Column,
-    DataSource,
-    OnBadRow,
-    SkippedRows,
-    chunk_of_columns,
-    column_of,
-    nested_names,
-    read_skipped_rows,
-    suggest_skipping,
-)
-from bertdist.data.stats import DatasetStats
-from bertdist.distributed.collectives import raise_on_all_ranks
+from bertdist.data.source import Column, DataSource, chunk_of_columns, column_of, nested_names
 from bertdist.tasks.labels import canonical, is_number
 
 # Readers are imported by the functions that read: a run loads only those of its sources.
@@ -202,7 +188,7 @@ def _read_valid(
     """The first `limit` valid rows: read(number of rows) with more rows for those skipped."""
     records, num_rows, before = read(limit), limit, -1
     while num_rows is not None and limit is not None:
-        missing, skipped = limit - len(records), len(records.skipped_rows)
+        missing, skipped = limit - len(records), len(records.bad_rows)
         is_all = before == len(records) + skipped
         if not missing or not skipped or skipped > max_bad_rows or is_all:
             break
@@ -213,7 +199,7 @@ def _read_valid(
 
 def _not_empty(records: Records) -> Records:
     if not len(records):
-        skipped = " except skipped ones" if records.skipped_rows else ""
+        skipped = " except skipped ones" if records.bad_rows else ""
         raise DataError(f"{records.name} has no rows{skipped}.")
     return records
 
@@ -244,7 +230,7 @@ def _load_hub_split(
         )
 
     records = _read_valid(read, limit, data.max_bad_rows)
-    is_limited = len(records) + len(records.skipped_rows) < len(dataset)
+    is_limited = len(records) + len(records.bad_rows) < len(dataset)
     return replace(_not_empty(records), limit=limit if is_limited else None)
 
 
@@ -389,27 +375,3 @@ def _requested(data: DataConfig) -> ColumnNames:
         raise DataError(f"--task_name {data.task_name!r} is not a GLUE task.{advice}")
     text, pair = GLUE[data.task_name]
     return requested._replace(text=text, pair=requested.pair or pair)
-
-
-def collect_skipped_rows(
-    stats: DatasetStats, eval_rows: Records | None, config: TrainConfig, accelerator: Accelerator
-) -> SkippedRows:
-    """The rows skipped so far, also by an earlier start; rank 0 writes them to bad_rows.jsonl.
-
-    Raises DataError if there are more than --max_bad_rows.
-    """
-    path = Path(config.run.output_dir) / "bad_rows.jsonl"
-    own_path = path if accelerator.is_main_process else None
-    skipped_rows = SkippedRows(config.data.on_bad_row, config.data.max_bad_rows, own_path)
-    if config.data.on_bad_row == "skip":
-        skipped_rows.add(read_skipped_rows(path))
-    of_validation = eval_rows.skipped_rows if eval_rows else ()
-    skipped_rows.add_and_write([*stats.skipped_rows, *of_validation])
-    return skipped_rows
-
-
-def record_skipped_rows(skipped_rows: SkippedRows, step: Step, accelerator: Accelerator) -> None:
-    """Add a stream's rows skipped before a step. Raises DataError on all ranks."""
-    if step.skipped_rows:
-        with raise_on_all_ranks(accelerator):
-            skipped_rows.add_and_write(step.skipped_rows)
