@@ -41,6 +41,7 @@ from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import EXIT_STOPPED, create_accelerator, run_cli
 from bertdist.distributed.launcher import check_world
 from bertdist.distributed.preemption import StopSignal
+from bertdist.distributed.torch_modes import with_default_modes
 from bertdist.models.classifier import load_model_config, load_trained_classifier, saved_metadata
 from bertdist.models.vocabulary import missing_tokens
 from bertdist.training.evaluation import describe_nonfinite_rows, nonfinite_rows, predict_rows
@@ -65,7 +66,8 @@ class Predictor:
         predictor(["A premise."], ["A hypothesis."])  # if trained on text pairs
 
     The device and precision are those of `accelerator`, by default what `accelerate launch` set,
-    else the GPU if there is one. Creating a Predictor changes no settings of the process.
+    else the GPU if there is one; a caller's torch.autocast changes nothing. Creating a Predictor
+    changes no settings of the process.
     """
 
     def __init__(
@@ -131,10 +133,12 @@ class Predictor:
         """A line if more than 1% of the texts are truncated; a call warns of it, once."""
         return truncation_notes({"texts": records}, self.tokenizer, self.max_length)
 
+    @with_default_modes()
     def predict_records(self, records: Records) -> list[dict[str, Any]]:
         """As __call__. Every rank computes its share of the rows and returns all results."""
         return list(self.task.to_records(self.predict_logits(records)))
 
+    @with_default_modes()
     def predict_logits(self, records: Records) -> Tensor:
         """(rows, outputs) float32 on the CPU, the same on every rank.
 

@@ -48,6 +48,7 @@ from bertdist.data.tokenization import load_tokenizer, truncation_notes
 from bertdist.distributed.collectives import assert_same_on_all_ranks, raise_on_all_ranks
 from bertdist.distributed.launch import EXIT_STOPPED, launch, run_cli
 from bertdist.distributed.preemption import StopSignal
+from bertdist.distributed.torch_modes import with_default_modes
 from bertdist.models.classifier import (
     Classifier,
     load_classifier,
@@ -71,10 +72,12 @@ if TYPE_CHECKING:  # --streaming only
     from bertdist.data.streaming import Stream
 
 
+@with_default_modes()
 def train(config: TrainConfig) -> TrainState:
     """Fine-tune as configured; rerunning with the same --output_dir resumes.
 
-    Returns the last state.
+    Returns the last state. The caller's autocast, grad mode, default device and default dtype
+    change nothing.
     """
     accelerator, config = launch(config)
     stop = StopSignal(config.run.stop_before_time_limit)
@@ -136,6 +139,7 @@ def train(config: TrainConfig) -> TrainState:
                     if ending or due.save(state.step):
                         state.gather_losses(meter, accelerator)
                         if ending:
+                            nan_guard.check_end(adamw)
                             log.log_end(state, due.epoch(state), lr, grad_norm.item(), meter)
                         checkpointer.save(classifier, adamw, state)
         log.log_summary(state, stop.reason, evaluator.verify_best(classifier, state, checkpointer))

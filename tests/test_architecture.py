@@ -24,7 +24,7 @@ THIRD_PARTY = {  # package -> the other libraries that it may import
     "distributed": {"psutil"},
     "tasks": {"datasets", "evaluate", "scipy", "sklearn"},
     "data": {"aiohttp", "datasets", "fsspec", "pyarrow", "xxhash"},
-    "models": set(),
+    "models": {"safetensors"},
     "training": {"filelock", "rich", "safetensors"},
     "data_quality": {"cleanlab", "ftfy", "pyarrow", "rensa"},
     "scripts": set(),

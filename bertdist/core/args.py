@@ -40,7 +40,6 @@ _TRAIN_SECTIONS = [ModelConfig, DataConfig, TaskConfig, BatchConfig, OptimConfig
 _TRAIN_NAMES = {x.name for section in _TRAIN_SECTIONS for x in dataclasses.fields(section)}
 _SURE = 0.7  # similarity of a flag that is suggested: below it, deepspeed resembles seed
 _INPUTS = ("train_file", "validation_file", "test_file", "input", "config", *_MODELS)
-_PATHS = (*_INPUTS, "output", "fix", "output_dir", "resume_from_checkpoint", "dataset_name")
 DROPPED = ".dropped.jsonl"  # beside the file of check's --fix
 _NOT_A_FOLDER = ("latest", "last", "newest", "auto", "best", "true", "false", "yes", "no", "none")
 _VALUE_HINTS = {  # for a value of another type
@@ -106,7 +105,7 @@ def parse_arguments(program: str, sections: list[Any], arguments: Sequence[str])
         unknown = [f"Unexpected argument {rest[0]!r}: every value follows its flag."]
     if problems := [*unknown, *_not_utf8(values)]:
         raise ConfigError("\n".join(problems))
-    values = [_with_model_folders(_with_home(section)) for section in values]
+    values = [_with_model_folders(section) for section in values]
     _check_paths(values, file)
     return tuple(values)
 
@@ -130,20 +129,6 @@ def _check_paths(sections: list[Any], config_file: str | None) -> None:
         files = given.get(name) or []
         inputs += [(f"--{name}", x) for x in ([files] if isinstance(files, str) else files)]
     check_outputs(outputs, inputs, given.get("output_dir"))
-
-
-def _with_home(section: Any) -> Any:
-    """The section with the home folder for a leading ~ of its paths, which YAML does not expand,
-    nor some shells.
-    """
-    found: dict[str, Any] = {}
-    for name in _PATHS:
-        given = getattr(section, name, None)
-        if isinstance(given, list):
-            found[name] = list(map(os.path.expanduser, given))
-        elif given:
-            found[name] = os.path.expanduser(given)
-    return dataclasses.replace(section, **found)
 
 
 def _with_model_folders(section: Any) -> Any:

@@ -6,6 +6,7 @@ them from the command line and a YAML file, and checks their values together.
 """
 
 import dataclasses
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,26 @@ def setting(default: Any, help: str) -> Any:
     return HfArg(default=default, help=help)
 
 
+PATHS = (
+    *("model_name_or_path", "model", "tokenizer_name", "dataset_name", "resume_from_checkpoint"),
+    *("train_file", "validation_file", "test_file", "input", "output", "fix", "output_dir"),
+)
+
+
+class Section:
+    """Settings whose paths may begin with ~, which YAML does not expand, nor some shells."""
+
+    def __post_init__(self) -> None:
+        for name in PATHS:
+            given = getattr(self, name, None)
+            if isinstance(given, list | tuple):
+                object.__setattr__(self, name, list(map(os.path.expanduser, given)))
+            elif given:
+                object.__setattr__(self, name, os.path.expanduser(given))
+
+
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section):
     """The model, its tokenizer and dropout."""
 
     _argument_group_name = "model"
@@ -47,7 +66,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileConfig:
+class FileConfig(Section):
     """How files of rows are written, and the columns of their texts: the same in all commands."""
 
     text_column: list[str] | None = setting(
@@ -90,6 +109,7 @@ class FileConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.text_column, str):  # in Python, one name may come without its list
             object.__setattr__(self, "text_column", [self.text_column])
 
@@ -249,7 +269,7 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Section):
     """Length, output, precision and interruptions of a run."""
 
     _argument_group_name = "run"

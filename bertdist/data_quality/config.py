@@ -16,6 +16,7 @@ from bertdist.core.config import (
     ModelConfig,
     OptimConfig,
     RunConfig,
+    Section,
     TaskConfig,
     TrainConfig,
     setting,
@@ -48,7 +49,7 @@ STREAMING_FLAGS = ("streaming", "stream_window", "stream_sharding", "train_weigh
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckConfig:
+class CheckConfig(Section):
     """The settings of a data report, besides those of the rows."""
 
     _argument_group_name = "check"
@@ -89,7 +90,7 @@ class CheckConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelIssueConfig:
+class LabelIssueConfig(Section):
     """The settings of --model and --folds, besides those of training."""
 
     _argument_group_name = "label issues"

@@ -17,6 +17,7 @@ Legend: T tokens, N texts, O outputs of the task.
 """
 
 import inspect
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -33,12 +35,14 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from bertdist.core.atomic_io import MANIFEST, find_damage
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import ConfigError, ModelError, did_you_mean, listed
 from bertdist.data.batch import PackedBatch, collate
 from bertdist.data.tokenization import Example, save_tokenizer
+from bertdist.distributed.torch_modes import with_default_modes
 from bertdist.models import attention
 from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.cpu_layers import reuse_embedding_gradient, use_onednn
@@ -259,6 +263,12 @@ def load_model_config(config: ModelConfig, flag: str = "--model_name_or_path") -
         raise ModelError(f"{where}: there is no such folder.{did_you_mean(name, folders)}")
     check_file(folder, where)
     probe_hub(name)
+    if find_adapter_config_file(name, revision=config.model_revision) is not None:
+        raise ModelError(
+            f"{where} holds an adapter (adapter_config.json), which is not loaded: merge it into "
+            "its base model (merge_and_unload of peft), save that, and give its folder. To use a "
+            "model that is beside it without it, remove adapter_config.json."
+        )
     try:
         # False, not None: None asks at the terminal whether to run code of the folder, and takes a
         # "y" from a pipe (transformers 5.23)
@@ -266,11 +276,6 @@ def load_model_config(config: ModelConfig, flag: str = "--model_name_or_path") -
             name, revision=config.model_revision, trust_remote_code=False
         )
     except Exception as error:  # wrong values raise a dozen kinds
-        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-            raise ModelError(
-                f"{where}: the folder holds an adapter (adapter_config.json) and no model: merge "
-                "it into its base model (merge_and_unload of peft) and save that."
-            ) from None
         if folder.is_dir():
             raise ModelError(
                 f"{where}: the folder holds no config.json that can be read ({_reason(error)})"
@@ -296,6 +301,7 @@ def pretrained_labels(model_config: PretrainedConfig) -> tuple[str, ...] | None:
     return None if all(name.startswith("LABEL_") for name in names) else names
 
 
+@with_default_modes()
 def load_classifier(
     config: ModelConfig,
     task: Task,
@@ -365,6 +371,7 @@ def load_classifier(
         raise
     except Exception as error:  # wrong values raise a dozen kinds
         raise ModelError(f"{where}: {_reason(error)}") from None
+    _check_weights(model, info, where)
     missing = _new_weights(model, info, where)
     notes = [f"{_NEW_WEIGHTS}: {', '.join(missing)}."] if missing else []
     if not (task.problem_type == REGRESSION and was_regression):
@@ -406,6 +413,14 @@ def _check_weight_files(folder: Path, where: str) -> None:
                     f"{where}: {path.name} is a Git LFS pointer, not the weights: run `git lfs "
                     "pull` in that folder."
                 )
+        with suppress(OSError, SafetensorError), safe_open(path, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  # not a dict
+                dtype = weights.get_slice(name).get_dtype()
+                if name.endswith(".weight") and dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise ModelError(
+                        f"{where}: {name} in {path.name} is {dtype}: quantized weights cannot be "
+                        "used. Give the folder of the model before it was quantized."
+                    )
     if not files and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
         raise ModelError(
             f"{where}: {pickles[0].name} is a pickle, which is not read: load it in transformers "
@@ -439,6 +454,36 @@ def _set_dropout(model_config: PretrainedConfig, p: float) -> None:
             f"{model_config.model_type} names no dropout."
         )
     model_config.update(dict.fromkeys(names, p))
+
+
+def _check_weights(model: Any, info: dict[str, Any], where: str) -> None:
+    """Raise ModelError for weights that are not finite, and for layers that are in the file and not
+    in the model.
+    """
+    if broken := first_nonfinite(model):
+        raise ModelError(
+            f"{where}: {broken} holds NaN or infinite numbers: the file is broken. Use an intact "
+            "copy."
+        )
+
+    def any_layer(name: str) -> str:
+        return re.sub(r"\.\d+\.", ".N.", name.removeprefix(f"{model.base_model_prefix}."))
+
+    kinds = {any_layer(name) for name in model.base_model.state_dict()}
+    if left := sorted(name for name in info["unexpected_keys"] if any_layer(name) in kinds):
+        raise ModelError(
+            f"{where}: the weights have more layers than config.json says, the first that would be "
+            f"left out is {left[0]}: correct num_hidden_layers in config.json. For a model of "
+            "fewer layers, save one with save_pretrained."
+        )
+
+
+def first_nonfinite(model: nn.Module) -> str | None:
+    """The name of the first weight that holds NaN or an infinite number."""
+    for name, weight in model.named_parameters():
+        if weight.numel() and not torch.stack(weight.detach().aminmax()).isfinite().all():
+            return name
+    return None
 
 
 def _new_weights(model: Any, info: dict[str, Any], where: str) -> list[str]:
@@ -521,10 +566,13 @@ def save_classifier(
     """Write a Hugging Face folder that `pipeline("text-classification")` loads.
 
     metadata: JSON-able, saved in config.json under "bertdist"; its max_length becomes the
-    tokenizer's model_max_length, so that the pipeline truncates as training did.
+    tokenizer's model_max_length, so that the pipeline truncates as training did. Raises ModelError
+    for weights that are not finite.
     """
     from bertdist.models.vocabulary import segment_notes
 
+    if broken := first_nonfinite(model.model):
+        raise ModelError(f"{broken} has become NaN or infinite: the weights are not saved.")
     model.model.config.bertdist = metadata
     model.model.save_pretrained(folder)
     segments = not segment_notes(model.model.config, tokenizer)

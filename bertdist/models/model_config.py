@@ -23,6 +23,9 @@ from bertdist.core.terminal import excerpt_of
 
 MAX_CONFIG_BYTES = 64 << 20
 MAX_LABELS = 1_000_000
+MAX_NUM_LABELS = (
+    100_000  # without names: transformers makes and prints a name for each, 14 s per million
+)
 MAX_LAYERS = 1_000
 
 # Sizes that every encoder has, under the names that PreTrainedConfig gives them.
@@ -56,8 +59,8 @@ def check_file(folder: Path, where: str) -> None:
 
 def _label_problems(raw: dict[str, Any]) -> Iterator[str]:
     number, names = raw.get("num_labels"), raw.get("id2label")
-    if number is not None and not (type(number) is int and 1 <= number <= MAX_LABELS):
-        yield f"num_labels is {excerpt_of(number)}; expected 1 to {MAX_LABELS:,}"
+    if number is not None and not (type(number) is int and 1 <= number <= MAX_NUM_LABELS):
+        yield f"num_labels is {excerpt_of(number)}; expected 1 to {MAX_NUM_LABELS:,}"
     if not isinstance(kind := raw.get("problem_type"), str | None):
         yield f"problem_type is {excerpt_of(kind)}; expected a string"
     if names is None:
@@ -85,7 +88,7 @@ def check_values(config: PretrainedConfig, packed: bool, where: str) -> None:
     if isinstance(pad, int) and isinstance(size, int) and pad >= size:
         raise ModelError(f"{where}: config.json: pad_token_id is {pad}, vocab_size {size}.")
     if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"{where}: config.json: quantized weights cannot be trained.")
+        raise ModelError(f"{where}: config.json: quantized weights cannot be used.")
 
 
 def _problem(name: str, value: Any, default: Any) -> str | None:

@@ -133,6 +133,20 @@ class NonFiniteGuard:
                 state.nan_steps += 1
                 self._report(each)
 
+    def check_end(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise NonFiniteError on all ranks if the run ends and no step has changed a weight.
+
+        AdamW counts its updates, also where a GPU or fp16's GradScaler has left some out.
+        """
+        entries = list(optimizer.state.values())
+        if self.state.finished and not (entries and float(entries[0]["step"]) > 0):
+            raise nonfinite_error(
+                f"Nothing was trained: each of the {self.state.step} steps was skipped, as its "
+                "loss or gradient was NaN or infinite. Inspect nan_rows.jsonl, or use a smaller "
+                "--learning_rate; fp16 needs more steps than these (--mixed_precision bf16 does "
+                "not)."
+            )
+
     def _is_skipped(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """() bool, the same on all ranks."""
         infinite, scaler = ~torch.isfinite(grad_norm), self.accelerator.scaler

@@ -30,6 +30,7 @@ from rows import (
     write_split,
 )
 from rows import train_module as train
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bertdist import predict
@@ -279,12 +280,10 @@ def unguarded(accelerator: Accelerator) -> None:
 
 def test_without_the_check_one_row_makes_all_weights_nan(skipped: Skipped, tmp_path: Path) -> None:
     words = skipped.words(tmp_path / "out", max_nan_steps=99, eval_every="never")
-    run_ranks(1, run_train, words, both(unguarded, make_nonfinite({17}, "nan")))
-    assert all(
-        tensor.isnan().any()
-        for name, tensor in tensors_of(tmp_path / "out" / "best").items()
-        if "weight" in name
-    )
+    with pytest.raises(RankError, match="has become NaN or infinite: the weights are not saved"):
+        run_ranks(1, run_train, words, both(unguarded, make_nonfinite({17}, "nan")))
+    weights = load_file(last_checkpoint(tmp_path / "out") / "model.safetensors")
+    assert all(tensor.isnan().any() for name, tensor in weights.items() if "weight" in name)
 
 
 def test_without_the_scale_an_infinite_loss_is_not_seen(skipped: Skipped, tmp_path: Path) -> None:
@@ -333,6 +332,21 @@ def test_too_many_nonfinite_steps_in_a_row_end_the_run(
             make_nonfinite(everything, "nan"),
         )
     assert json_of(tmp_path / "out" / "nan_rows.jsonl") == lines
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_run_that_skipped_every_step_has_not_finished(
+    skipped: Skipped, tmp_path: Path, n: int
+) -> None:
+    words, breaking = skipped.words(tmp_path / "out"), make_nonfinite(set(range(38)), "nan")
+    words += ["--max_train_steps", "2"]
+    with pytest.raises(RankError) as caught:
+        run_ranks(n, run_train, words, breaking)
+    assert str(caught.value).count("Nothing was trained: each of the 2 steps was skipped") >= n
+    assert json_of(tmp_path / "out" / "status.json")["state"] == "failed"
+    assert not [*(tmp_path / "out").glob("checkpoints/step_*")]
+    (progress, _, _), *_ = run_ranks(n, run_train, words)  # the control: the same without NaN
+    assert progress.finished and not progress.nan_steps
 
 
 # ---- --detect_anomaly

@@ -730,3 +730,20 @@ def test_a_leading_tilde_is_the_home_folder(
     assert config.data.train_file == [str(tmp_path / "a.csv"), "~b/c~.csv"]
     words = ["--model=m", "--text", "~/x"]
     assert read_predict_config(words).text == ["~/x"]
+
+
+def test_a_leading_tilde_is_the_home_folder_in_python_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home = str(tmp_path)
+    data = DataConfig(train_file=["~/a.csv", "~b/c.csv"], validation_file="~/b", text_column="~/t")  # type: ignore[arg-type]
+    assert (data.train_file, data.validation_file) == ([f"{home}/a.csv", "~b/c.csv"], f"{home}/b")
+    assert data.text_column == ["~/t"]  # no path
+    run = RunConfig(output_dir="~/out", resume_from_checkpoint=Path("~/x"))  # type: ignore[arg-type]
+    assert (run.output_dir, run.resume_from_checkpoint) == (f"{home}/out", f"{home}/x")
+    assert ModelConfig(model_name_or_path="~/m").model_name_or_path == f"{home}/m"
+    assert PredictConfig(model="~/m", output="~/o", text=["~/x"]) == PredictConfig(
+        model=f"{home}/m", output=f"{home}/o", text=["~/x"]
+    )
+    assert dataclasses.replace(run, output_dir="~").output_dir == home

@@ -792,5 +792,5 @@ def test_weights_that_only_other_programs_read_have_a_remedy(tmp_path: Path) -> 
     ):
         load_classifier(config, task)
     (tmp_path / "config.json").rename(tmp_path / "adapter_config.json")
-    with pytest.raises(ModelError, match=r"holds an adapter .* and no model: merge it"):
+    with pytest.raises(ModelError, match=r"holds an adapter .*: merge it into its base"):
         load_classifier(config, task)

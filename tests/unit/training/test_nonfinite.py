@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from bertdist.core.args import read_config
 from bertdist.core.config import OptimConfig
-from bertdist.core.errors import ConfigError
+from bertdist.core.errors import ConfigError, NonFiniteError
 from bertdist.training.nonfinite import (
+    NonFiniteGuard,
     find_anomaly,
     fused_step_if_finite,
     nan_aware_scale,
@@ -113,6 +114,24 @@ def test_grad_scaler_decides_by_itself() -> None:
 
 
 # ---- nan_rows.jsonl
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_run_that_ends_without_an_update_is_an_error(fused: bool) -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], fused=fused)
+    guard: Any = SimpleNamespace(state=SimpleNamespace(finished=True, step=2))
+    weight.grad = torch.ones(2)
+    if fused:  # as on a GPU: the kernel skips the update
+        fused_step_if_finite(optimizer, torch.tensor(math.nan))
+        assert optimizer.state
+    with pytest.raises(NonFiniteError, match="Nothing was trained: each of the 2 steps"):
+        NonFiniteGuard.check_end(guard, optimizer)
+    guard.state.finished = False  # a stop: the run goes on
+    NonFiniteGuard.check_end(guard, optimizer)
+    guard.state.finished = True
+    fused_step_if_finite(optimizer, torch.tensor(1.0)) if fused else optimizer.step()
+    NonFiniteGuard.check_end(guard, optimizer)
 
 
 def row(number: int, loss: float = math.nan) -> dict[str, Any]:
