@@ -54,7 +54,7 @@ def check(config: CheckConfig, data: DataConfig) -> DataReport:
         tokenizer = load_tokenizer(model)
         if model.model_name_or_path:
             from bertdist.models.classifier import load_model_config
-            from bertdist.models.vocabulary import check_vocabulary
+            from bertdist.models.model_config import check_vocabulary
 
             model_config = load_model_config(model)
             show(*check_vocabulary(model_config, tokenizer, model.model_name_or_path))

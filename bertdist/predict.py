@@ -43,9 +43,9 @@ from bertdist.distributed.launcher import check_world
 from bertdist.distributed.preemption import StopSignal
 from bertdist.distributed.torch_modes import with_default_modes
 from bertdist.models.classifier import load_model_config, load_trained_classifier, saved_metadata
-from bertdist.models.vocabulary import missing_tokens
+from bertdist.models.model_config import missing_tokens
 from bertdist.training.evaluation import describe_nonfinite_rows, nonfinite_rows, predict_rows
-from bertdist.training.memory import find_tokens
+from bertdist.training.micro_batches import find_tokens
 from bertdist.training.nonfinite import nonfinite_error
 
 # Rows that are sorted by length together: enough for texts of one length to share a micro-batch,

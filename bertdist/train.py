@@ -222,7 +222,7 @@ def load_inputs(config: TrainConfig, accelerator: Accelerator) -> Inputs:
 
     Raises ConfigError, DataError or ModelError on all ranks, also if the ranks' inputs differ.
     """
-    from bertdist.models.vocabulary import check_vocabulary
+    from bertdist.models.model_config import check_vocabulary
 
     with raise_on_all_ranks(accelerator):
         model_config, tokenizer = load_model_config(config.model), load_tokenizer(config.model)

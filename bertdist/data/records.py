@@ -419,7 +419,7 @@ def swallowed_rows(
     """
     width, own = len(table.header), table.header.index(column)
     label_columns = columns.labels or [str(columns.label)]
-    places = [table.header.index(name) for name in label_columns]
+    indices = [table.header.index(name) for name in label_columns]
     names = {"0", "1", "0.0", "1.0", "true", "false"} if columns.labels else set()
     if not columns.labels:
         for label in labels:
@@ -427,7 +427,7 @@ def swallowed_rows(
     numbers = all(map(is_number, names))
 
     def is_row(fields: list[str]) -> bool:
-        cells = [fields[place].strip() for place in places] if len(fields) == width else []
+        cells = [fields[index].strip() for index in indices] if len(fields) == width else []
         return bool(cells) and all(cell in names or (numbers and is_number(cell)) for cell in cells)
 
     for row in np.flatnonzero(pc.match_substring(texts, "\n")).tolist():

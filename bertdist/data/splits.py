@@ -309,13 +309,14 @@ def open_files(
     pattern: str, flags: FileConfig, on_bad_row: OnBadRow = "fail", streamed: bool = False
 ) -> "Iterator[FileReader | FolderReader]":
     """A reader for each file that a path, glob or URL names, or of a folder. Raises DataError."""
-    from bertdist.data.readers.file_reader import FileReader, inspect_file
-    from bertdist.data.readers.folder_reader import FolderReader
-    from bertdist.data.readers.remote import file_fingerprint, file_size, list_files
-
     if Path(pattern).is_dir():
+        from bertdist.data.readers.folder_reader import FolderReader
+
         yield FolderReader(pattern, flags, on_bad_row)
         return
+    from bertdist.data.readers.file_reader import FileReader, inspect_file
+    from bertdist.data.readers.remote import file_fingerprint, file_size, list_files
+
     for address in list_files(pattern):
         file = inspect_file(address, flags)
         fingerprint = file_fingerprint(address) if streamed else None

@@ -33,7 +33,7 @@ from bertdist.data_quality.length_checks import Lengths
 from bertdist.data_quality.report import DataReport, check_data
 from bertdist.distributed.launcher import check_launcher, check_world
 from bertdist.models.classifier import load_model_config, pretrained_labels
-from bertdist.models.vocabulary import check_vocabulary
+from bertdist.models.model_config import check_vocabulary
 from bertdist.tasks.tasks import Task
 
 OTHER_WORLD_SIZE = 8  # shown beside the current one

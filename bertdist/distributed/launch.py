@@ -43,9 +43,16 @@ from bertdist.core.config import RunConfig, TrainConfig
 from bertdist.core.errors import BertdistError, ConfigError, RankLost, did_you_mean
 from bertdist.core.terminal import escape_unencodable, print_error, print_to_stderr, process_rank
 from bertdist.distributed.collectives import assert_same_on_all_ranks
-from bertdist.distributed.heartbeat import Heartbeat, is_alive, own_heartbeat, this_host
 from bertdist.distributed.preemption import ignore_stop_signals
-from bertdist.distributed.watchdog import STDERR, connection_error, loader_worker_error
+from bertdist.distributed.watchdog import (
+    STDERR,
+    Heartbeat,
+    connection_error,
+    is_alive,
+    loader_worker_error,
+    own_heartbeat,
+    this_host,
+)
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped before the end; the same command resumes
 EXIT_INTERRUPTED = 130  # a second Ctrl-C, as a shell has it for SIGINT

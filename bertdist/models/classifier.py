@@ -335,8 +335,13 @@ def load_classifier(
     Raises ModelError where the model is not found, weights other than the head's do not fit, or the
     tokenizer is another model's, and ConfigError for a setting that cannot take effect.
     """
-    from bertdist.models.model_config import check_size, reset_outputs, type_notes
-    from bertdist.models.vocabulary import resize_embedding, segment_notes
+    from bertdist.models.model_config import (
+        check_size,
+        reset_outputs,
+        resize_embedding,
+        segment_notes,
+        type_notes,
+    )
 
     attention.register()
     model_config = model_config or load_model_config(config, flag)
@@ -526,7 +531,7 @@ def _assign_outputs(
     if name == "" or layers[name].out_features != len(labels):
         raise ModelError(
             f"The labels of the model are {listed(loaded, 5)}; its type "
-            f"{model.config.model_type!r} has no output layer that could be made anew."
+            f"{model.config.model_type!r} has no output layer that could be replaced."
         )
     layer = layers[name]
     weights = dict(layer.named_parameters())
@@ -569,7 +574,7 @@ def save_classifier(
     tokenizer's model_max_length, so that the pipeline truncates as training did. Raises ModelError
     for weights that are not finite.
     """
-    from bertdist.models.vocabulary import segment_notes
+    from bertdist.models.model_config import segment_notes
 
     if broken := first_nonfinite(model.model):
         raise ModelError(f"{broken} has become NaN or infinite: the weights are not saved.")

@@ -1,6 +1,6 @@
 """What labels are: numbers or names, and what a column of them means.
 
-A label is text as it stands in the source, without blanks around it, or a tuple of such names.
+A label is text as it is in the source, without blanks around it, or a tuple of such names.
 `infer_problem_type` decides from the distinct labels of a training split; its rules are in
 docs/guide.md ("Numbers or classes?").
 """
@@ -19,7 +19,7 @@ MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
 
 # Different whole numbers written with a point (1.0, as pandas writes a column of integers with a
-# gap) that are taken as classes; more of them are numbers to predict.
+# gap) that are read as classes; more of them are numbers to predict.
 MOST_CLASSES_WITH_POINT = 20
 
 # Separators of joined labels. The first ones are hardly used inside one label.

@@ -30,7 +30,7 @@ from bertdist.core.atomic_io import (
 )
 from bertdist.core.config import RunConfig, TrainConfig, config_to_yaml
 from bertdist.core.errors import CheckpointError
-from bertdist.core.run_folder import STATUS
+from bertdist.core.output_files import STATUS
 from bertdist.data.records import Records
 from bertdist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from bertdist.models.classifier import Classifier, save_classifier
@@ -163,7 +163,7 @@ class BestModel:
     def verify(
         self, model: Classifier, state: TrainState, checkpointer: Checkpointer
     ) -> dict[str, Any] | None:
-        """Make sure that best/ is whole and of `state.best_step`. A collective.
+        """Make sure that best/ is complete and of `state.best_step`. A collective.
 
         At the start of a run and at its end; in between nothing is done. Weights that are not there
         are written again from the checkpoint of their step; without one the next evaluation counts

@@ -369,8 +369,8 @@ def reader_state_of_rank(
 def apply_changes(state: TrainState, changes: list[Change], total_steps: int) -> TrainState:
     """The state that training resumes with after accepted changes of settings or data.
 
-    A finished run goes on if it has more steps now (total_steps), or if early stopping ended it and
-    would not with these settings.
+    A finished run continues if it has more steps now (total_steps), or if early stopping ended it
+    and would not with these settings.
     """
     before = {change.name: change.before for change in changes}
     resets = before.keys() & RESETS_BEST

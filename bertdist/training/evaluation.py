@@ -41,7 +41,7 @@ from bertdist.tasks.labels import REGRESSION, SINGLE_LABEL
 from bertdist.tasks.tasks import Task
 from bertdist.training.best_model import BestModel, improvement, improves_loss
 from bertdist.training.checkpoint import Checkpointer, TrainState
-from bertdist.training.memory import compute_in_micro_batches
+from bertdist.training.micro_batches import compute_in_micro_batches
 from bertdist.training.nonfinite import nonfinite_error
 from bertdist.training.run_logger import RunLogger
 

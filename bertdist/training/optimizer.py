@@ -59,7 +59,7 @@ def create_lr_schedule(config: OptimConfig, total_steps: int) -> Callable[[int],
         warmup = round(config.warmup_ratio * total_steps)
     if warmup > total_steps:
         raise ConfigError(f"--warmup_steps is {warmup}, but the run has {total_steps} steps.")
-    # get_scheduler wants an optimizer; only the function of its schedule is kept.
+    # get_scheduler requires an optimizer; only the function of its schedule is kept.
     dummy = SGD([torch.zeros(1, requires_grad=True)], lr=config.learning_rate)
     try:
         schedule = get_scheduler(

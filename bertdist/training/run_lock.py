@@ -38,7 +38,7 @@ from bertdist.core.atomic_io import (
     to_json,
 )
 from bertdist.core.errors import CheckpointError, ConfigError
-from bertdist.core.run_folder import LOCK, OWNER, STATUS, WRITTEN, is_run_folder, read_owner
+from bertdist.core.output_files import LOCK, OWNER, STATUS, WRITTEN, is_run_folder, read_owner
 from bertdist.distributed.collectives import raise_on_all_ranks
 
 # What may be in a new folder: logs of the command, and files of systems.

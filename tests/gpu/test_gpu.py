@@ -16,7 +16,7 @@ from bertdist.data.tokenization import Example
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.attention import Kernel, build_packing, packed_attention, select_kernel
 from bertdist.train import train
-from bertdist.training.memory import find_tokens
+from bertdist.training.micro_batches import find_tokens
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 GPU = torch.device("cuda")

@@ -27,8 +27,7 @@ from rows import (
 )
 from safetensors.torch import load_file
 
-from bertdist.training import evaluation
-from bertdist.training import step as micro_batches
+from bertdist.training import evaluation, micro_batches
 
 
 def steps_in(out: Path, kind: str) -> list[int]:

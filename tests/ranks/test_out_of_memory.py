@@ -42,9 +42,9 @@ from bertdist.distributed import preemption as slurm
 from bertdist.models import classifier
 from bertdist.models.dropout import DropoutMasks
 from bertdist.training import evaluation
-from bertdist.training import step as room
+from bertdist.training import micro_batches as room
 from bertdist.training.checkpoint import TrainState
-from bertdist.training.memory import release_freed_memory
+from bertdist.training.micro_batches import release_freed_memory
 
 ROWS, STEP, EPOCHS = (
     38,

@@ -111,10 +111,7 @@ def test_skipped_rows_are_reported_with_the_plan(
         file.write("one field\n")
     words = words_of(tiny_model, tmp_path / "out", files, on_bad_row="skip")
     code, out = run_dry(words, capsys, monkeypatch)
-    assert (
-        code == 0
-        and "warning: train: bad rows, which are skipped: 1 row (2.27%), train" in out
-    )
+    assert code == 0 and "warning: train: bad rows, which are skipped: 1 row (2.27%), train" in out
     code, out = run_dry([*words, "--max_bad_rows", "0"], capsys, monkeypatch)
     assert code == 1 and "error: train: bad rows, which are skipped: 1 row" in out
 

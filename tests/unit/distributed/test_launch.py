@@ -26,7 +26,6 @@ from bertdist.core.args import read_config
 from bertdist.core.config import RunConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError
 from bertdist.distributed import launch
-from bertdist.distributed.heartbeat import own_heartbeat
 from bertdist.distributed.launch import (
     EXIT_INTERRUPTED,
     create_accelerator,
@@ -36,6 +35,7 @@ from bertdist.distributed.launch import (
     wait_for_all_ranks,
     wait_for_rank_0_to_print,
 )
+from bertdist.distributed.watchdog import own_heartbeat
 from bertdist.train import train
 
 # ---- run_cli

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from bertdist.models import cpu_attention
+from bertdist.models import attention
 from bertdist.models.attention import (
     NAME,
     Kernel,
@@ -241,8 +241,8 @@ def test_a_packing_by_hand() -> None:
 
 
 def test_buckets_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_attention, "SIMD_WIDTH", 2)
-    layout = cpu_attention.BucketLayout([4, 3, 2], heads=1)
+    monkeypatch.setattr(attention, "SIMD_WIDTH", 2)
+    layout = attention.BucketLayout([4, 3, 2], heads=1)
     assert [(bucket.first, bucket.lengths, bucket.longest) for bucket in layout.buckets] == [
         (0, (4, 3), 4),
         (2, (2,), 2),
@@ -261,10 +261,8 @@ def test_buckets_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # the place behind the second text's end holds its first token
     assert layout.unpad_index.tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9]
     assert layout.padding is not None and layout.padding.tolist() == [7]
-    monkeypatch.setattr(cpu_attention, "MAX_SCORES_PER_BUCKET", 20)
-    assert [
-        bucket.lengths for bucket in cpu_attention.BucketLayout([4, 3, 2], heads=1).buckets
-    ] == [
+    monkeypatch.setattr(attention, "MAX_SCORES_PER_BUCKET", 20)
+    assert [bucket.lengths for bucket in attention.BucketLayout([4, 3, 2], heads=1).buckets] == [
         (4,),
         (3,),
         (2,),
@@ -273,7 +271,7 @@ def test_buckets_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("scores", [1, 100, 1 << 20])
 def test_the_size_of_buckets_changes_nothing(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_attention, "MAX_SCORES_PER_BUCKET", scores)
+    monkeypatch.setattr(attention, "MAX_SCORES_PER_BUCKET", scores)
     rows = rows_of(sum(LENGTHS))
     torch.testing.assert_close(
         attend(rows, LENGTHS, "buckets"), written_out(rows, LENGTHS, None), rtol=0, atol=1e-12

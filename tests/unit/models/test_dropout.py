@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bertdist.models import dropout
-from bertdist.models.cpu_attention import BucketLayout
+from bertdist.models.attention import BucketLayout
 from bertdist.models.dropout import (
     Dropout,
     DropoutMasks,

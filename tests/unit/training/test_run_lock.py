@@ -21,7 +21,7 @@ from forked import RankError, run_ranks
 from torch import nn
 
 from bertdist.core.errors import BertdistError, CheckpointError, ConfigError
-from bertdist.core.run_folder import LOCK, OWNER
+from bertdist.core.output_files import LOCK, OWNER
 from bertdist.training import run_lock
 from bertdist.training.run_lock import (
     check_disk_space,

@@ -19,7 +19,7 @@ from bertdist.data.records import records_from_texts
 from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.classifier import Classifier, load_classifier, save_classifier
-from bertdist.models.vocabulary import missing_tokens
+from bertdist.models.model_config import missing_tokens
 from bertdist.predict import Predictor
 from bertdist.tasks.tasks import SingleLabel
 

@@ -23,8 +23,8 @@ from bertdist.data.records import records_from_texts
 from bertdist.data.tokenization import Example, create_dataset, load_tokenizer
 from bertdist.models.classifier import load_classifier
 from bertdist.tasks.tasks import SingleLabel
-from bertdist.training import memory
-from bertdist.training.memory import (
+from bertdist.training import micro_batches
+from bertdist.training.micro_batches import (
     attempt,
     bytes_per_token,
     compute_in_micro_batches,
@@ -263,13 +263,13 @@ def test_half_of_what_is_free_decides_on_a_cpu(
     free: int, needed: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """400 bytes a token, by a power of two."""
-    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    monkeypatch.setattr(micro_batches, "free_bytes", lambda device: free)
     assert find_tokens(linear(400), batches(), CPU, needed) == tokens
 
 
 @pytest.mark.parametrize("max_length", [3, 16, 100, 512])
 def test_any_max_length_can_be_probed(max_length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * 400 * 600)
+    monkeypatch.setattr(micro_batches, "free_bytes", lambda device: 2 * 400 * 600)
     seen: list[tuple[int, ...]] = []
 
     def compute(batch: PackedBatch) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 
 from bertdist.core.args import read_predict_config
 from bertdist.core.errors import ConfigError
-from bertdist.core.run_folder import WRITTEN, run_that_wrote
+from bertdist.core.output_files import WRITTEN, run_that_wrote
 from bertdist.data_quality.config import read_check_config
 
 STEP = "checkpoints/step_000008/model.safetensors"

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bertdist.distributed.heartbeat import HEARTBEAT_BYTES, HeartbeatFiles, is_alive, this_host
+from bertdist.distributed.watchdog import HEARTBEAT_BYTES, HeartbeatFiles, is_alive, this_host
 
 
 @pytest.fixture
