@@ -417,7 +417,7 @@ def _without_effect(config: TrainConfig) -> Iterable[str]:
     if data.train_file:
         if not data.validation_file:
             names = _changed(run, "early_stopping_patience")
-            names += _changed(config.task, "metrics", "metric_for_best_model")
+            names += _changed(config.task, "metrics", "metric_for_best_model", "positive_label")
             names += _changed(data, "max_eval_samples") + _changed(run, "eval_every")
             for name in names:
                 yield f"--{name} needs rows to evaluate on: give --validation_file."

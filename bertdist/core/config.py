@@ -214,6 +214,11 @@ class TaskConfig:
         "Metrics to compute: names in bertdist.tasks.metrics, path to a Hugging Face `evaluate` "
         "metric script, or hub:NAME. Default: the usual metrics of the task.",
     )
+    positive_label: str | None = setting(
+        None,
+        "Of two labels, the positive one: that of f1, precision, recall and average_precision. "
+        "Default: the second.",
+    )
     metric_for_best_model: str | None = setting(
         None, "Metric that selects the best weights, or 'loss'. Default: the first of --metrics."
     )

@@ -3,6 +3,8 @@
     metrics = load_metrics(default_metrics(problem_type), problem_type, labels)
     metrics.compute(predictions, probabilities, references)  # {"accuracy": 0.91, "f1_macro": 0.9}
 
+Intervals of the same scores: tasks/intervals.py.
+
 Import it on rank 0 only, and only when scores are needed: `evaluate` takes longer to import than
 all our other imports together. Each built-in metric is an `evaluate.Metric` made from one line of a
 table: no script is downloaded, no network, file or lock is used. `evaluate.load("accuracy")` is
@@ -12,16 +14,28 @@ What the names mean
 - macro is the mean over all labels of the model, weighted the mean weighted by rows, micro counts
   all decisions together. A label that is absent from the rows counts, and 0 / 0 is 0
   (scikit-learn's `labels=range(O), zero_division=0`).
-- f1, precision, recall are those of the second of two labels. accuracy of a multi-label row: all
-  its labels are right.
+- f1, precision, recall are those of the positive one of two labels: the second, unless
+  --positive_label names the first. accuracy of a multi-label row: all its labels are right.
+- balanced_accuracy is the mean recall of the labels that have rows (scikit-learn's rule).
+- top_3_accuracy, with any number below that of the labels: the true label is among the three most
+  probable ones.
 - f1_samples and jaccard_samples are means over rows; a row with neither true nor predicted labels
   counts 0 in the first (0 / 0 is 0, as above) and 1 in the second (nothing was to be found, and
   nothing was).
 - matthews_correlation is 0 where all predictions are one label, as in scikit-learn and GLUE.
-- roc_auc: of two labels, that of P(second label); of more, or multi-label, the mean over labels of
-  label against rest. A label with no row, or with all rows, has no curve, and then the mean is nan:
-  a mean over fewer labels would be another score.
-- pearson and spearman of constant values are nan; so is every score of a number that is not finite.
+- roc_auc and average_precision: of two labels, those of P(positive label), where roc_auc is the
+  same for either; of more, or multi-label, the mean over labels of label against rest. A label with
+  no row, or with all rows, has no curve, and then roc_auc is nan: a mean over fewer labels would be
+  another score. average_precision of a label without rows is 0, as in scikit-learn.
+- log_loss is the mean of -ln P(true label), P at least the smallest step of its number type (1.2e-7
+  for float32); of a multi-label row the mean over labels of the binary log loss. `loss` is the same
+  from logits, without that bound.
+- ece, the expected calibration error: rows in 15 bins of equal width by the probability of the
+  predicted label; the sum over bins of (rows of the bin / rows) x |accuracy - mean probability|.
+  Naeini et al. 2015; Guo et al. 2017, https://arxiv.org/abs/1706.04599, equation 3.
+- cohen_kappa is nan where all rows have, and are given, one label; pearson and spearman of constant
+  values are nan, and so are r2 of one row and every score of a number that is not finite. r2 of
+  equal labels is 1 if all are right, else 0.
 
 Cost, one CPU core: accuracy and f1_macro of 1,000,000 rows x 2 labels 0.2 s, and roc_auc 0.4 s
 more; of 100,000 x 150 labels 0.03 s and 3.3 s; multi-label 100,000 x 150 1.6 s for its four default
@@ -38,7 +52,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +62,25 @@ from datasets import Features, List, Value
 from scipy import sparse, stats
 from sklearn import metrics
 
-from bertdist.core.errors import ConfigError, DataError, did_you_mean
+from bertdist.core.errors import ConfigError, DataError, did_you_mean, listed
 from bertdist.core.terminal import excerpt_of
 from bertdist.core.types import Array
-from bertdist.tasks.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from bertdist.tasks.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL, LabelIndex
+from bertdist.tasks.row_scores import calibration_gaps, log_losses, one_vs_rest, top_hits
 
 NAN = float("nan")
 # When a score of the table is not a number
 UNDEFINED = {
     "roc_auc": "a label has no row, or has all rows",
+    "cohen_kappa": "all labels and all predictions are one label",
+    "r2": "there is one row",
     "pearson": "all labels, or all predictions, are the same number",
     "spearman": "all labels, or all predictions, are the same number",
 }
 MATRIX_LABELS, CONFUSIONS = 200, 1000  # of `classification_report`
-LOWER_IS_BETTER = frozenset({"loss", "mse", "mae"})  # higher is better for all others, and a user's
+# Higher is better for all others, and a user's.
+LOWER_IS_BETTER = frozenset({"loss", "log_loss", "ece", "mse", "rmse", "mae"})
+TOP_K = re.compile(r"top_([1-9][0-9]*)_accuracy")
 
 
 def _matthews(references: Array, predictions: Array) -> float:
@@ -72,16 +91,46 @@ def _matthews(references: Array, predictions: Array) -> float:
 
 
 def _roc_auc(references: Array, probabilities: Array) -> float:
-    # Label by label: roc_auc_score(multi_class="ovr") refuses rows whose sum is not 1 to 1e-5,
-    # those of half precision.
-    single, k = references.ndim == 1, probabilities.shape[1]
-    labels = [1] if single and k == 2 else range(k)
-    rows = np.bincount(references, minlength=k) if single else references.sum(0)
-    if any(rows[label] in (0, len(references)) for label in labels):
+    columns = list(one_vs_rest(references, probabilities))  # of two labels both have the same
+    if any(truth.all() or not truth.any() for truth, _ in columns):
         return NAN
-    columns = ((references == i if single else references[:, i], i) for i in labels)
-    areas = [metrics.roc_auc_score(column, probabilities[:, i]) for column, i in columns]
-    return float(np.mean(areas))
+    return float(np.mean([metrics.roc_auc_score(*column) for column in columns]))
+
+
+def _average_precision(references: Array, probabilities: Array, positive: int) -> float:
+    columns = one_vs_rest(references, probabilities, positive)
+    scores = [  # scikit-learn gives 0.0 without true rows as well, with a warning
+        metrics.average_precision_score(*column) if column[0].any() else 0.0 for column in columns
+    ]
+    return float(np.mean(scores))
+
+
+def _balanced_accuracy(references: Array, predictions: Array) -> float:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a predicted label has no row
+        return float(metrics.balanced_accuracy_score(references, predictions))
+
+
+def _cohen_kappa(references: Array, predictions: Array) -> float:
+    if (references == references[0]).all() and (predictions == references[0]).all():
+        return NAN
+    return float(metrics.cohen_kappa_score(references, predictions))
+
+
+def _r2(references: Array, predictions: Array) -> float:
+    return float(metrics.r2_score(references, predictions)) if len(references) > 1 else NAN
+
+
+def _ece(references: Array, probabilities: Array) -> float:
+    bins, gaps = calibration_gaps(references, probabilities)
+    return float(np.abs(np.bincount(bins, gaps)).sum() / len(gaps))
+
+
+def _mean_of(rows: Callable[..., Array]) -> Callable[..., float]:
+    def mean(*arrays: Any, **options: Any) -> float:
+        return float(rows(*arrays, **options).mean())
+
+    return mean
 
 
 def _correlation(function: Callable[..., Any]) -> Callable[[Array, Array], float]:
@@ -105,16 +154,26 @@ class _Spec:
     problem_types: tuple[str, ...]
     average: str | None = None  # given to `function`, with `labels` and `zero_division`
     zero_division: float = 0.0
-    binary: bool = False  # of the second of two labels
+    binary: bool = False  # of the positive one of two labels
     reads: str = "predictions"
+    options: Mapping[str, Any] = field(default_factory=dict)  # given to `function`
 
 
 _F1_LIKE = ("f1", "precision", "recall")
+_OF_POSITIVE = (*_F1_LIKE, "average_precision")  # of two labels, those of the positive one
 
 
 def _sklearn(function: str, *problem_types: str, **options: Any) -> _Spec:
     return _Spec(
         f"sklearn.metrics.{function}", getattr(metrics, function), problem_types, **options
+    )
+
+
+def _of_probabilities(
+    function: str, own: Callable[..., float], *problem_types: str, **options: Any
+) -> _Spec:
+    return _Spec(
+        f"sklearn.metrics.{function}", own, problem_types, reads="probabilities", options=options
     )
 
 
@@ -131,24 +190,44 @@ _METRICS: dict[str, _Spec] = {
     },
     "f1_samples": _sklearn("f1_score", MULTI_LABEL, average="samples"),
     "matthews_correlation": _Spec("sklearn.metrics.matthews_corrcoef", _matthews, (SINGLE_LABEL,)),
-    "roc_auc": _Spec(
-        "sklearn.metrics.roc_auc_score",
-        _roc_auc,
-        (SINGLE_LABEL, MULTI_LABEL),
-        reads="probabilities",
+    "balanced_accuracy": _Spec(
+        "sklearn.metrics.balanced_accuracy_score", _balanced_accuracy, (SINGLE_LABEL,)
     ),
+    "cohen_kappa": _Spec("sklearn.metrics.cohen_kappa_score", _cohen_kappa, (SINGLE_LABEL,)),
+    "roc_auc": _of_probabilities("roc_auc_score", _roc_auc, SINGLE_LABEL, MULTI_LABEL),
+    "average_precision": _of_probabilities(
+        "average_precision_score", _average_precision, SINGLE_LABEL, MULTI_LABEL
+    ),
+    "log_loss": _of_probabilities("log_loss", _mean_of(log_losses), SINGLE_LABEL, MULTI_LABEL),
+    "ece": _Spec("arxiv.1706.04599", _ece, (SINGLE_LABEL,), reads="probabilities"),
     "jaccard_samples": _sklearn("jaccard_score", MULTI_LABEL, average="samples", zero_division=1.0),
     "jaccard_macro": _sklearn("jaccard_score", MULTI_LABEL, average="macro"),
     "pearson": _Spec("scipy.stats.pearsonr", _correlation(stats.pearsonr), (REGRESSION,)),
     "spearman": _Spec("scipy.stats.spearmanr", _correlation(stats.spearmanr), (REGRESSION,)),
     "mse": _sklearn("mean_squared_error", REGRESSION),
+    "rmse": _sklearn("root_mean_squared_error", REGRESSION),
     "mae": _sklearn("mean_absolute_error", REGRESSION),
+    "r2": _Spec("sklearn.metrics.r2_score", _r2, (REGRESSION,)),
 }
 
 _PAGES = {
     "sklearn": "https://scikit-learn.org/stable/modules/generated",
     "scipy": "https://docs.scipy.org/doc/scipy/reference/generated",
 }
+
+
+def _spec_of(name: str) -> _Spec | None:
+    """What computes a built-in metric; None for an unknown name."""
+    if top := TOP_K.fullmatch(name):
+        hits, k = _mean_of(top_hits), int(top[1])
+        return _of_probabilities("top_k_accuracy_score", hits, SINGLE_LABEL, k=k)
+    return _METRICS.get(name)
+
+
+def is_builtin(name: str) -> bool:
+    """Whether a score is one of this module's, or the loss."""
+    return name == "loss" or _spec_of(name) is not None
+
 
 _CITATION = (
     "Pedregosa et al., Scikit-learn: Machine Learning in Python, JMLR 12, pp. 2825-2830, 2011."
@@ -161,8 +240,14 @@ class BuiltinMetric(evaluate.Metric):  # type: ignore[misc]
     `.info` has its features and its source.
     """
 
-    def __init__(self, name: str, problem_type: str, num_labels: int) -> None:
-        self.spec, self.problem_type, self.num_labels = _METRICS[name], problem_type, num_labels
+    def __init__(
+        self, name: str, problem_type: str, num_labels: int, positive: int | None = None
+    ) -> None:
+        """positive: the positive one of two labels; None: the second."""
+        spec = _spec_of(name)
+        assert spec is not None, name
+        self.spec, self.problem_type, self.num_labels = spec, problem_type, num_labels
+        self.positive = 1 if positive is None else positive
         super().__init__(config_name=name, keep_in_memory=True)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -176,7 +261,7 @@ class BuiltinMetric(evaluate.Metric):  # type: ignore[misc]
             citation=_CITATION,
             inputs_description=f"{reads}, references: one entry per row.",
             features=Features({reads: inputs, "references": references}),
-            reference_urls=[f"{_PAGES[source.split('.')[0]]}/{source}.html"],
+            reference_urls=[_page_of(source)],
         )
 
     def _build_data_dir(self) -> str:
@@ -198,21 +283,32 @@ class BuiltinMetric(evaluate.Metric):  # type: ignore[misc]
         return dict(super().compute(**inputs))
 
     def _compute(self, **inputs: Any) -> dict[str, float]:
-        spec, options = self.spec, dict[str, Any]()
+        spec, options = self.spec, dict(self.spec.options)
         references, values = (np.asarray(inputs[name]) for name in ("references", spec.reads))
         assert len(references) == len(values), (len(references), len(values))
         if not np.isfinite(values).all() or not np.isfinite(references).all():
             return {self.config_name: NAN}
         if spec.average:
-            labels = [1] if spec.binary else range(self.num_labels)
+            labels = [self.positive] if spec.binary else range(self.num_labels)
             options = {
                 "labels": labels,
                 "average": spec.average,
                 "zero_division": spec.zero_division,
             }
+        if self.config_name == "average_precision":
+            options["positive"] = self.positive
         if spec.reads == "predictions":
             references, values = _for_sklearn(references), _for_sklearn(values)
         return {self.config_name: float(spec.function(references, values, **options))}
+
+
+def _page_of(source: str) -> str:
+    library, _, name = source.partition(".")
+    return (
+        f"https://arxiv.org/abs/{name}"
+        if library == "arxiv"
+        else f"{_PAGES[library]}/{source}.html"
+    )
 
 
 def _for_sklearn(array: Array) -> Any:
@@ -230,9 +326,19 @@ def _for_sklearn(array: Array) -> Any:
 class MetricSet:
     """The metrics of a run; `compute` may be called any number of times."""
 
-    def __init__(self, metrics: dict[str, Any], problem_type: str, num_labels: int) -> None:
+    def __init__(
+        self, metrics: dict[str, Any], problem_type: str, labels: Sequence[str], positive: int
+    ) -> None:
+        """positive: the positive one of two labels."""
         self.names: tuple[str, ...] = tuple(metrics)
-        self._metrics, self._problem_type, self._num_labels = metrics, problem_type, num_labels
+        self._metrics, self._problem_type, self._num_labels = metrics, problem_type, len(labels)
+        self.positive, self.positive_note = positive, ""  # which label it is, in a sentence
+        affected = [name for name in metrics if name in _OF_POSITIVE]
+        if affected and problem_type == SINGLE_LABEL and len(labels) == 2:
+            self.positive_note = (
+                f"The positive label of {listed(affected, 5)} is {labels[positive]!r} "
+                f"(--positive_label {labels[1 - positive]} changes it)."
+            )
         # Of the last `compute`: a user's metric -> its first score; score -> what it was instead.
         self.main_scores: dict[str, str] = {}
         self.not_numbers: dict[str, str] = {}
@@ -290,8 +396,13 @@ def default_metrics(problem_type: str) -> list[str]:
     return usual[problem_type].split()
 
 
-def load_metrics(names: Sequence[str], problem_type: str, labels: Sequence[str]) -> MetricSet:
-    """Metrics by name.
+def load_metrics(
+    names: Sequence[str],
+    problem_type: str,
+    labels: Sequence[str],
+    positive_label: str | None = None,
+) -> MetricSet:
+    """Metrics by name. positive_label: the positive one of two labels; None: the second.
 
     names: of the table above, paths of a user's own evaluate metric (./mine.py, or ./mine/ with
     mine.py inside), or hub:NAME. A user's metric may read `predictions`, `probabilities` and
@@ -300,14 +411,38 @@ def load_metrics(names: Sequence[str], problem_type: str, labels: Sequence[str])
     """
     loaded: dict[str, Any] = {}
     problems = [] if names else ["--metrics names no score."]
+    positive = 1
+    try:
+        positive = _find_positive(positive_label, names, problem_type, labels)
+    except ConfigError as error:
+        problems.append(f"--positive_label {positive_label}: {error}")
     for name in dict.fromkeys(names):
         try:
-            loaded[name] = _load_metric(name, problem_type, len(labels))
+            loaded[name] = _load_metric(name, problem_type, len(labels), positive)
         except ConfigError as error:
             problems.append(f"--metrics {name}: {error}")
     if problems:
         raise ConfigError("\n".join(problems))
-    return MetricSet(loaded, problem_type, len(labels))
+    return MetricSet(loaded, problem_type, labels, positive)
+
+
+def _find_positive(
+    label: str | None, names: Sequence[str], problem_type: str, labels: Sequence[str]
+) -> int:
+    """The output of --positive_label. Raises ConfigError where it cannot take effect."""
+    if label is None:
+        return 1
+    if problem_type != SINGLE_LABEL or len(labels) != 2:
+        how = f" with {len(labels)} labels" if problem_type != REGRESSION else ""
+        raise ConfigError(f"it is for tasks with two labels; this one is {problem_type}{how}.")
+    if (found := LabelIndex(labels).find(label)) is None:
+        raise ConfigError(f"no such label.{did_you_mean(label, labels)}")
+    if not set(names) & set(_OF_POSITIVE):
+        raise ConfigError(
+            f"no score depends on it; --metrics has {', '.join(names)}, and "
+            f"{', '.join(_OF_POSITIVE)} do."
+        )
+    return found
 
 
 def classification_report(
@@ -364,7 +499,7 @@ def _features(metric: Any) -> list[str]:
     return list(metric.features[0] if isinstance(metric.features, list) else metric.features)
 
 
-def _load_metric(name: str, problem_type: str, num_labels: int) -> Any:
+def _load_metric(name: str, problem_type: str, num_labels: int, positive: int) -> Any:
     if name.startswith("hub:"):
         return _load_evaluate_metric(_hub_path(name.removeprefix("hub:")))
     if "/" in name or name.endswith(".py"):
@@ -378,12 +513,18 @@ def _load_metric(name: str, problem_type: str, num_labels: int) -> Any:
         for candidate, spec in _METRICS.items()
         if problem_type in spec.problem_types and (num_labels == 2 or not spec.binary)
     ]
-    if name in fitting:
-        return BuiltinMetric(name, problem_type, num_labels)
-    if name not in _METRICS:
+    if problem_type == SINGLE_LABEL:
+        fitting.append("top_3_accuracy")
+    top = TOP_K.fullmatch(name) if problem_type == SINGLE_LABEL else None
+    if top and int(top[1]) >= num_labels:
+        raise ConfigError(f"is 1 for any predictions of {num_labels} labels; expected fewer.")
+    if name in fitting or top:
+        return BuiltinMetric(name, problem_type, num_labels, positive)
+    spec = _spec_of(name)
+    if spec is None:
         own = f" For your own metric in this folder write ./{name}." if Path(name).exists() else ""
         raise ConfigError(f"unknown score.{did_you_mean(name, fitting)}{own}")
-    spec, this = _METRICS[name], problem_type
+    this = problem_type
     two = " with two labels" if spec.binary else ""
     if two and problem_type != REGRESSION:
         this = f"{problem_type} with {num_labels} labels"

@@ -93,6 +93,8 @@ class Evaluator:
         self.scorer: Scorer | None = None
         if loader is not None and accelerator.is_main_process:
             self.scorer = Scorer(config.task, task, config.data.task_name)
+            if log is not None and self.scorer.positive_note:
+                log.say(self.scorer.positive_note)
 
     def evaluate(self, model: nn.Module, stop: StopSignal | None = None) -> Evaluation | None:
         """The scores of the split; None on all ranks if a stop was requested meanwhile.
@@ -178,7 +180,10 @@ class Scorer:
             or GLUE_METRICS.get(glue_task or "")
             or metrics.default_metrics(task.problem_type)
         )
-        self._metrics = metrics.load_metrics(names, task.problem_type, task.labels)
+        self._metrics = metrics.load_metrics(
+            names, task.problem_type, task.labels, config.positive_label
+        )
+        self.positive_note = self._metrics.positive_note  # which label is positive, or ""
         self._report, self._undefined = metrics.classification_report, metrics.UNDEFINED
         self.selection_metric = config.metric_for_best_model or self._metrics.names[0]
         self.sign = -1 if self.selection_metric in metrics.LOWER_IS_BETTER else 1

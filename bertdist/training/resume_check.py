@@ -44,6 +44,7 @@ MAY_CHANGE = {
     "metric_for_best_model": _SCORES,
     "validation_rows": _SCORES,
     "metrics": "from the next evaluation on; the scores so far are without it",
+    "positive_label": _SCORES,
     "eval_every": "best/ is chosen among other steps",
     "early_stopping_patience": "counts on from the evaluations done so far",
     "early_stopping_threshold": "counts on from the evaluations done so far",
@@ -51,9 +52,9 @@ MAY_CHANGE = {
     "torch_compile": "same result up to rounding",
     "cuda_graphs": "same result up to rounding",
 }
-RESETS_BEST = {"metric_for_best_model", "validation_rows"}
+RESETS_BEST = {"metric_for_best_model", "validation_rows", "positive_label"}
 # Not compared where an older checkpoint of the same format does not have them.
-ADDED = {"tokenizer", "model_config", "model_name_or_path", "metrics"}
+ADDED = {"tokenizer", "model_config", "model_name_or_path", "metrics", "positive_label"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def resume_signature(
     """
     size = f"{len(train_rows)} rows" if isinstance(train_rows, Records) else "a stream"
     must_match = {**asdict(config.optim), **asdict(config.task)}
-    for name in ("metrics", "metric_for_best_model", "label_names"):
+    for name in ("metrics", "metric_for_best_model", "label_names", "positive_label"):
         must_match.pop(name)
     must_match |= {
         **digests,
@@ -116,6 +117,7 @@ def resume_signature(
     may_change |= {
         "model_name_or_path": config.model.model_name_or_path,
         "metrics": config.task.metrics,
+        "positive_label": config.task.positive_label,
         "metric_for_best_model": config.task.metric_for_best_model or next(iter(metrics), None),
         "validation_rows": f"{len(rows)} rows, {rows.fingerprint}" if rows else None,
         "gradient_checkpointing": config.model.gradient_checkpointing,

@@ -71,6 +71,7 @@ TWO = {
     "matthews_correlation": (1 * 4 - 0) / math.sqrt(1 * 3 * 4 * 6),
     "roc_auc": 9.5 / 12,
 }
+TWO_OTHER = {"f1": 8 / 10, "precision": 4 / 6, "recall": 1.0}  # of the a
 # Three labels at once; a: 2 found, 1 too many. b: 1 found, 1 missed. c: nowhere. The third row has nothing, and nothing is said.
 MANY_TRUTH = [[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0]]
 MANY_SAID = [[1, 0, 0], [1, 0, 0], [0, 0, 0], [1, 1, 0]]
@@ -402,7 +403,8 @@ def test_names_keep_their_order_without_duplicates() -> None:
 
 
 def test_lower_is_better_names_known_scores() -> None:
-    assert metrics.LOWER_IS_BETTER - {"loss"} == {"mse", "mae"} <= set(metrics._METRICS)
+    assert metrics.LOWER_IS_BETTER - {"loss"} == {"log_loss", "ece", "mse", "rmse", "mae"}
+    assert metrics.LOWER_IS_BETTER - {"loss"} <= set(metrics._METRICS)
 
 
 @pytest.mark.parametrize(
@@ -413,7 +415,9 @@ def test_lower_is_better_names_known_scores() -> None:
             ["qqq"],
             REGRESSION,
             "a",
-            ["--metrics qqq: unknown score. Known: 'pearson', 'spearman', 'mse', 'mae'."],
+            [
+                "--metrics qqq: unknown score. Known: 'pearson', 'spearman', 'mse', 'rmse', 'mae', 'r2'."
+            ],
         ),
         (
             ["f1"],
@@ -445,7 +449,7 @@ def test_lower_is_better_names_known_scores() -> None:
             ["f1"],
             REGRESSION,
             "a",
-            ["this task is regression, which has pearson, spearman, mse, mae."],
+            ["this task is regression, which has pearson, spearman, mse, rmse, mae, r2."],
         ),
         ([], SINGLE, "ab", ["--metrics names no score."]),
         (["./not/there.py"], SINGLE, "ab", ["--metrics ./not/there.py: there is no file /"]),
@@ -494,7 +498,8 @@ def test_each_score_is_an_evaluate_metric_with_its_source(name: str, home: Path)
     assert set(metric.features) == {kind.reads, "references"}
     assert name in metric.description
     assert metric.citation
-    assert metric.info.reference_urls[0].endswith(f"/{kind.source}.html")
+    page = "https://arxiv.org/abs/1706.04599" if name == "ece" else f"/{kind.source}.html"
+    assert metric.info.reference_urls[0].endswith(page)
     assert not (home / "cache").exists(), "no folder is made in the cache of the user"
 
 

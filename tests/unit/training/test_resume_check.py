@@ -256,6 +256,7 @@ MATTERS = {  # flag -> another value
 DOES_NOT_MATTER = {  # where it runs, micro-batches, when to write or log, when to stop
     "gradient_checkpointing": "yes",
     "metrics": "mcc",
+    "positive_label": "no",
     "metric_for_best_model": "loss",
     "tokens_per_micro_batch": "64",
     "dataloader_num_workers": "3",
