@@ -36,8 +36,8 @@ def log_losses(references: Array, probabilities: Array) -> Array:
     else:
         right = np.where(references > 0, probabilities, 1 - probabilities)
     smallest = np.finfo(right.dtype).eps
-    losses: Array = -np.log(right.clip(smallest, 1 - smallest).astype(np.float64))
-    return losses.mean(1)
+    losses: Array = -np.log(right.clip(smallest, 1 - smallest).astype(np.float64)).mean(1)
+    return losses
 
 
 def top_hits(references: Array, probabilities: Array, k: int) -> Array:

@@ -500,7 +500,7 @@ FULL = [  # every setting has a value here in one of them
     "--accept_changed_data --on_nan skip --max_nan_steps 3 --detect_anomaly",
     "--on_bad_row skip --max_bad_rows 7 --streaming --stream_window 64 --stream_sharding by_file",
     "--train_weights 0.5 --file_format json --json_field data",
-    "--problem_type=regression --label_names 1 01 no --class_weights 1 2 --metrics mse --metric_for_best_model=loss --use_cpu",
+    "--problem_type=regression --label_names 1 01 no --class_weights 1 2 --metrics mse --metric_for_best_model=loss --positive_label no --use_cpu",
     "--label_smoothing_factor 0.1 --train_batch_size 8 --tokens_per_micro_batch 64 --dataloader_num_workers 0 --gradient_checkpointing",
     "--learning_rate 1e-5 --weight_decay 1e-8 --adam_beta1 0.8 --adam_beta2 0.95 --adam_epsilon 1e-6 --max_grad_norm 0 --warmup_steps 3",
     "--warmup_ratio 0.1 --lr_scheduler_type cosine --layerwise_lr_decay 0.9 --seed 3 --num_train_epochs 0.5 --mixed_precision no",
