@@ -11,14 +11,19 @@ is 0 if nothing is worse than a warning, 1 if there are errors in the data or in
 import os
 import sys
 
-if __name__ == "__main__" and not __package__:
-    # Run by path, Python looks for modules in bertdist/ itself; make it look in the folder above.
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if __name__ == "__main__":
+    if not __package__:
+        # Run by path, Python looks for modules in bertdist/ itself; make it look in the folder
+        # above.
+        sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    from bertdist.core.args import parse_or_exit
+    from bertdist.data_quality.config import read_check_arguments
+
+    flags = parse_or_exit(read_check_arguments)  # before torch is imported, which takes seconds
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bertdist.core.args import given_setting_names
 from bertdist.core.atomic_io import to_json
 from bertdist.core.config import DataConfig, ModelConfig, TaskConfig, TrainConfig
 from bertdist.core.output_files import write_output
@@ -28,8 +33,7 @@ from bertdist.data_quality.cleaning import dropped_path, write_cleaned
 from bertdist.data_quality.config import (
     DEFAULT_FIX_KINDS,
     CheckConfig,
-    read_check_config,
-    read_label_issue_config,
+    LabelIssueConfig,
 )
 from bertdist.data_quality.findings import Finding, counts, percent, summary
 from bertdist.data_quality.length_checks import Lengths
@@ -163,7 +167,7 @@ def _finding_text(finding: Finding) -> Iterator[tuple[str, str]]:
         yield f"\n  {example.text or '(empty)'}", "dim"
 
 
-def check_labels(arguments: Sequence[str]) -> int:
+def check_labels(config: LabelIssueConfig, train_config: TrainConfig) -> int:
     """Find label issues (--model, --folds); returns the exit code."""
     # Imported here: a data report needs nothing of what training loads.
     from bertdist.data_quality.label_issues import find_label_issues
@@ -173,16 +177,14 @@ def check_labels(arguments: Sequence[str]) -> int:
     def train_fold(config: TrainConfig) -> bool:
         return train(config).finished
 
-    config, train_config = read_label_issue_config(arguments)
     return 0 if find_label_issues(config, train_config, train_fold, Predictor) else EXIT_STOPPED
 
 
-def check_rows(arguments: Sequence[str]) -> int:
+def check_rows(config: CheckConfig, data: DataConfig) -> int:
     """Show and write the data report, and with --fix the cleaned rows; returns the exit code.
 
     Under a launcher only rank 0 does anything.
     """
-    config, data = read_check_config(arguments)
     if process_rank() != 0:
         return 0
     report = check(config, data)
@@ -199,15 +201,15 @@ def check_rows(arguments: Sequence[str]) -> int:
     return 1 if counts(report.findings)["error"] else 0
 
 
-def main() -> None:
-    """The command line. Exit codes: see `run_cli`; also 1 if there are errors in the data."""
-    run_cli(_main)
-
-
-def _main(arguments: Sequence[str]) -> int:
-    label_issues = {"model", "folds"} & given_setting_names(arguments)
-    return check_labels(arguments) if label_issues else check_rows(arguments)
+def run(config: tuple[CheckConfig, DataConfig] | tuple[LabelIssueConfig, TrainConfig]) -> int:
+    """Check rows, or labels; returns the exit code: 1 if there are errors in the data."""
+    first, second = config
+    if isinstance(first, LabelIssueConfig):
+        assert isinstance(second, TrainConfig)
+        return check_labels(first, second)
+    assert isinstance(second, DataConfig)
+    return check_rows(first, second)
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(run, flags)

@@ -12,12 +12,17 @@ texts and do not depend on how they are batched.
 import os
 import sys
 
-if __name__ == "__main__" and not __package__:
-    # Run by path, Python looks for modules in bertdist/ itself; make it look in the folder above.
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if __name__ == "__main__":
+    if not __package__:
+        # Run by path, Python looks for modules in bertdist/ itself; make it look in the folder
+        # above.
+        sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    from bertdist.core.args import parse_or_exit, read_predict_config
+
+    flags = parse_or_exit(read_predict_config)  # before torch is imported, which takes seconds
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +31,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from bertdist.core.args import read_predict_config
 from bertdist.core.atomic_io import to_json
 from bertdist.core.config import ModelConfig, PredictConfig, RunConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError
@@ -241,13 +245,8 @@ def to_jsonl(predictions: Iterable[dict[str, Any]]) -> bytes:
     return b"".join(map(to_json, lines))
 
 
-def main() -> None:
-    """The command line. Exit codes: see `run_cli`."""
-    run_cli(_main)
-
-
-def _main(arguments: Sequence[str]) -> int:
-    config = read_predict_config(arguments)
+def run(config: PredictConfig) -> int:
+    """Predict, and print or write the predictions; returns the exit code."""
     try:
         predictions = predict(config)
     except Stopped:
@@ -275,4 +274,4 @@ def _as_text(prediction: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(run, flags)

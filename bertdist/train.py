@@ -14,13 +14,17 @@ a step, sometimes log, evaluate and save. The modules that a row passes, in thei
 import os
 import sys
 
-if __name__ == "__main__" and not __package__:
-    # Run by path, Python looks for modules in bertdist/ itself; make it look in the folder that
-    # holds bertdist/.
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if __name__ == "__main__":
+    if not __package__:
+        # Run by path, Python looks for modules in bertdist/ itself; make it look in the folder
+        # that holds bertdist/.
+        sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    from bertdist.core.args import parse_or_exit, read_config
+
+    flags = parse_or_exit(read_config)  # before torch is imported, which takes seconds
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -360,15 +364,8 @@ class Intervals:
         return f"{self.total_steps:,} steps{per_epoch}."
 
 
-def main() -> None:
-    """The command line. Exit codes: see `run_cli`."""
-    run_cli(_main)
-
-
-def _main(arguments: Sequence[str]) -> int:
-    from bertdist.core.args import read_config
-
-    config = read_config(arguments)
+def run(config: TrainConfig) -> int:
+    """Train, or with --dry_run show the plan; returns the exit code."""
     if config.run.dry_run:
         from bertdist.data_quality.dry_run import dry_run
 
@@ -377,4 +374,4 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(run, flags)

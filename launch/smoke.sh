@@ -3,7 +3,7 @@
 #
 #   launch/smoke.sh --model_name_or_path MODEL --train_file train.tsv --output_dir /tmp/smoke
 #   RANKS=2 launch/smoke.sh ...                    # the same on two processes; another --output_dir
-#   "$(python -m bertdist launch)/smoke.sh" ...    # with an installed bertdist
+#   "$(python -m bertdist info launch)/smoke.sh" ...    # with an installed bertdist
 #
 # Takes the flags of bertdist.train, which override those below. Exit code 0 only if the run finished.
 set -euo pipefail

@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import bertdist.tasks.metrics  # noqa: F401  imported before the ranks are forked: evaluate and scikit-learn take longer than a whole run
+from bertdist import cli
 from bertdist.core.args import read_config
 from bertdist.core.errors import DataError
 from bertdist.data.bad_rows import BadRow
@@ -314,7 +315,7 @@ def run_main(
         contextlib.redirect_stdout(io.StringIO()) as answered,
     ):
         try:
-            program.main()
+            cli.main([program.__name__.rpartition(".")[2], *words])
         except SystemExit as end:
             code = end.code
     return code, said.getvalue(), answered.getvalue()

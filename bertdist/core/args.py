@@ -2,21 +2,20 @@
 
     config = read_config(["--config", "run.yaml", "--learning_rate", "1e-5"])   # flags win
 
-transformers' HfArgumentParser reads the flags; this module adds the YAML file (same names), "did
+flags.py makes an argparse parser of the config; this module adds the YAML file (same names), "did
 you mean" for unknown names, what to write instead of flags of other programs (other_flags.py), and
-the checks of values that depend on each other.
+the checks of values that depend on each other. Nothing here imports torch or transformers.
 """
 
 import dataclasses
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
 import yaml
-from transformers.hf_argparser import HfArgumentParser
 
 from bertdist.core import other_flags
 from bertdist.core.config import (
@@ -31,13 +30,29 @@ from bertdist.core.config import (
     TrainConfig,
 )
 from bertdist.core.errors import ConfigError, nearest_name
+from bertdist.core.flags import create_parser, help_request, help_text
 from bertdist.core.hub import model_folder
 from bertdist.core.output_files import check_outputs
-from bertdist.core.terminal import print_to_stderr, process_rank
+from bertdist.core.terminal import (
+    escape_unencodable,
+    exit_with_error,
+    print_to_stderr,
+    process_rank,
+)
+
+C = TypeVar("C")
 
 _MODELS = ("model_name_or_path", "model", "tokenizer_name")
-_TRAIN_SECTIONS = [ModelConfig, DataConfig, TaskConfig, BatchConfig, OptimConfig, RunConfig]
-_TRAIN_NAMES = {x.name for section in _TRAIN_SECTIONS for x in dataclasses.fields(section)}
+TRAIN_SECTIONS = [ModelConfig, DataConfig, TaskConfig, BatchConfig, OptimConfig, RunConfig]
+_TRAIN_NAMES = {x.name for section in TRAIN_SECTIONS for x in dataclasses.fields(section)}
+_TRAIN_ABOUT = """Fine-tune a BERT-family classifier; the same command resumes it after a stop.
+
+  bertdist train --model_name_or_path google-bert/bert-base-uncased \\
+      --train_file train.tsv --validation_file dev.tsv --output_dir out"""
+_PREDICT_ABOUT = """Predict labels and probabilities with a trained model.
+
+  bertdist predict --model out --text "A film to remember."
+  bertdist predict --model out --input reviews.csv --output predictions.jsonl"""
 _SURE = 0.7  # similarity of a flag that is suggested: below it, deepspeed resembles seed
 _INPUTS = ("train_file", "validation_file", "test_file", "input", "config", *_MODELS)
 DROPPED = ".dropped.jsonl"  # beside the file of check's --fix
@@ -65,23 +80,18 @@ _BOUNDS: list[tuple[str, _Bounds]] = [  # by section of TrainConfig
 ]
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        # "argument --max_length/--max-length: ..." -> "--max_length: ..."
-        message = re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message)
-        hint = _VALUE_HINTS.get(message.split(":")[0], "--help says what each flag takes.")
-        raise ConfigError(f"{message}. {hint}")
-
-
-def parse_arguments(program: str, sections: list[Any], arguments: Sequence[str]) -> tuple[Any, ...]:
+def parse_arguments(
+    program: str, sections: list[Any], arguments: Sequence[str], about: str = ""
+) -> tuple[Any, ...]:
     """Arguments, and the YAML file of --config among them -> one instance of each section.
 
-    sections: dataclasses with HfArg fields. Raises ConfigError.
+    sections: dataclasses of `setting` fields. program, about: for --help, which prints and exits.
+    Raises ConfigError.
     """
-    parser = _Parser(sections, prog=program, allow_abbrev=False)
-    parser.add_argument(
-        "--config", help="YAML file with the same names as the flags; flags win over it."
-    )
+    if request := help_request(arguments):
+        print(help_text(program, about, sections, request == "all"))
+        sys.exit(0)
+    parser = create_parser(sections, _VALUE_HINTS)
     names = [field.name for section in sections for field in dataclasses.fields(section)]
     file = parser.parse_known_args(list(arguments))[0].config
     file = file and os.path.expanduser(file)
@@ -96,9 +106,11 @@ def parse_arguments(program: str, sections: list[Any], arguments: Sequence[str])
             except ValueError:
                 problem = f"--{name} is {' '.join(items)!r}; expected numbers"
                 raise ConfigError(f"--config {file}: {problem}.") from None
-    *values, _, rest = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
-    )
+    found, rest = parser.parse_known_args(list(arguments))
+    values = []
+    for section in sections:
+        fields = dataclasses.fields(section)
+        values.append(section(**{field.name: getattr(found, field.name) for field in fields}))
     flags = [word.split("=")[0].lstrip("-") for word in rest if word.startswith("--")]
     unknown = [_unknown_setting(flag.replace("-", "_"), names) for flag in flags]
     if rest and not unknown:
@@ -108,6 +120,18 @@ def parse_arguments(program: str, sections: list[Any], arguments: Sequence[str])
     values = [_with_model_folders(section) for section in values]
     _check_paths(values, file)
     return tuple(values)
+
+
+def parse_or_exit(read: Callable[[Sequence[str]], C], arguments: Sequence[str] | None = None) -> C:
+    """The config of a command, or its mistakes on the terminal and exit code 1.
+
+    read: `read_config` and the like; arguments: by default those of the command line.
+    """
+    escape_unencodable()
+    try:
+        return read(sys.argv[1:] if arguments is None else arguments)
+    except ConfigError as error:
+        exit_with_error(error)
 
 
 def _check_paths(sections: list[Any], config_file: str | None) -> None:
@@ -237,7 +261,7 @@ def read_config(arguments: Sequence[str]) -> TrainConfig:
 
     Raises ConfigError with one line per problem.
     """
-    values = parse_arguments("train.py", _TRAIN_SECTIONS, arguments)
+    values = parse_arguments("bertdist train", TRAIN_SECTIONS, arguments, _TRAIN_ABOUT)
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     config = TrainConfig(**dict(zip(names, values, strict=True)))
     if problems := list(config_problems(config)):
@@ -246,8 +270,8 @@ def read_config(arguments: Sequence[str]) -> TrainConfig:
 
 
 def read_predict_config(arguments: Sequence[str]) -> PredictConfig:
-    """The arguments of `python -m bertdist.predict`. Raises ConfigError."""
-    (config,) = parse_arguments("python -m bertdist.predict", [PredictConfig], arguments)
+    """The arguments of `bertdist predict`. Raises ConfigError."""
+    (config,) = parse_arguments("bertdist predict", [PredictConfig], arguments, _PREDICT_ABOUT)
     assert isinstance(config, PredictConfig)
     problems, num_texts = [], len(config.text or [])
     if not config.model:

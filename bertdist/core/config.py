@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from transformers.hf_argparser import HfArg
 
 
-def setting(default: Any, help: str) -> Any:
-    """A field of a config: its default and its sentence in --help."""
-    return HfArg(default=default, help=help)
+def setting(default: Any, help: str, brief: str = "") -> Any:
+    """A field of a config: its default, and its sentences in `--help all`.
+
+    brief: its line in the short --help, of 46 characters at most; "" for a flag that is not there.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "brief": brief})
 
 
 PATHS = (
@@ -46,7 +48,9 @@ class ModelConfig(Section):
     _argument_group_name = "model"
 
     model_name_or_path: str = setting(
-        "", "Model to start from: a folder, or a name on the Hugging Face Hub. Required."
+        "",
+        "Model to start from: a folder, or a name on the Hugging Face Hub. Required.",
+        brief="Model to start from: a folder or a hub name",
     )
     model_revision: str = setting("main", "Branch, tag or commit of a model on the hub.")
     tokenizer_name: str | None = setting(None, "Tokenizer, if it is not the model's own.")
@@ -54,6 +58,7 @@ class ModelConfig(Section):
         128,
         "Maximum length of a text in tokens, special tokens included; longer texts are truncated. "
         "Shorter texts cost nothing: there is no padding.",
+        brief="Longer texts are truncated, default 128 tokens",
     )
     dropout: float | None = setting(
         None, "Hidden, attention and classifier dropout. Default: the model's configuration."
@@ -74,6 +79,7 @@ class FileConfig(Section):
         "Column of the text; several are joined with a space. Default: text, else a known pair "
         "(sentence1 and sentence2, ...), else the first of: sentence, question, premise, review, "
         "tweet, content; in prediction that of the training.",
+        brief="Column of the text, if not a usual name",
     )
     text_pair_column: str | None = setting(
         None,
@@ -125,6 +131,7 @@ class DataConfig(FileConfig):
         "Training rows: files, globs or URLs (https://, s3://, gs://, hf://) of .csv, .tsv, "
         ".jsonl, .json or .parquet, also as .gz or .zst, or a folder with one folder of .txt files "
         "per label.",
+        brief="Training rows: csv, tsv, jsonl, parquet",
     )
     train_weights: list[float] | None = setting(
         None,
@@ -132,7 +139,9 @@ class DataConfig(FileConfig):
         "repeated. Default: every row once per epoch.",
     )
     validation_file: str | None = setting(
-        None, "Rows to evaluate on after training and every --eval_every."
+        None,
+        "Rows to evaluate on after training and every --eval_every.",
+        brief="Rows to evaluate on",
     )
     streaming: bool = setting(
         False,
@@ -161,7 +170,9 @@ class DataConfig(FileConfig):
         None, "Split of the hub data set to evaluate on. Default: 'validation' if it exists."
     )
     label_column: str | None = setting(
-        None, "Column of the label. Default: the first of: label, labels, score, target, class."
+        None,
+        "Column of the label. Default: the first of: label, labels, score, target, class.",
+        brief="Column of the label, if not a usual name",
     )
     label_columns: list[str] | None = setting(
         None, "Several 0/1 columns, one per label: a multi-label task."
@@ -213,6 +224,7 @@ class TaskConfig:
         None,
         "Metrics to compute: names in bertdist.tasks.metrics, path to a Hugging Face `evaluate` "
         "metric script, or hub:NAME. Default: the usual metrics of the task.",
+        brief="Scores to compute, such as accuracy f1_macro",
     )
     positive_label: str | None = setting(
         None,
@@ -231,7 +243,9 @@ class BatchConfig:
     _argument_group_name = "batches"
 
     train_batch_size: int = setting(
-        32, "Global batch size: rows per optimizer step over all devices; independent of hardware."
+        32,
+        "Global batch size: rows per optimizer step over all devices; independent of hardware.",
+        brief="Rows per step over all devices, default 32",
     )
     tokens_per_micro_batch: int | None = setting(
         None,
@@ -251,7 +265,9 @@ class OptimConfig:
 
     _argument_group_name = "optimizer"
 
-    learning_rate: float = setting(5e-5, "Peak learning rate of AdamW.")
+    learning_rate: float = setting(
+        5e-5, "Peak learning rate of AdamW.", brief="Peak learning rate of AdamW, default 5e-5"
+    )
     weight_decay: float = setting(0.01, "Weight decay; not applied to biases and norm weights.")
     adam_beta1: float = setting(0.9, "AdamW's beta1.")
     adam_beta2: float = setting(0.999, "AdamW's beta2.")
@@ -283,21 +299,30 @@ class RunConfig(Section):
         "",
         "Folder of the run; the same command with the same folder resumes an interrupted run. "
         "Required.",
+        brief="Folder of the run; the same one resumes it",
     )
     seed: int = setting(42, "Seed of the row order, the new head's weights and dropout.")
     dry_run: bool = setting(
         False,
         "Check the data, print the plan (steps, tokens, work per rank, memory) and exit, without "
         "loading weights.",
+        brief="Check data and settings, print the plan, exit",
     )
-    num_train_epochs: float = setting(3.0, "Passes over the training rows.")
+    num_train_epochs: float = setting(
+        3.0, "Passes over the training rows.", brief="Passes over the training rows, default 3"
+    )
     max_train_steps: int | None = setting(None, "Optimizer steps, instead of --num_train_epochs.")
     mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
         None,
         "Precision of matrix products. Default: accelerate's setting, else no. Weights stay "
         "float32.",
+        brief="Precision of matrix products, default no",
     )
-    use_cpu: bool = setting(False, "Train on the CPU even if there is a GPU.")
+    use_cpu: bool = setting(
+        False,
+        "Train on the CPU even if there is a GPU.",
+        brief="Train on the CPU even if there is a GPU",
+    )
     torch_compile: bool = setting(
         False,
         "Compile the layers with torch.compile: same losses to rounding; if it fails, the run "
@@ -310,9 +335,10 @@ class RunConfig(Section):
     )
     eval_every: str = setting(
         "auto",
-        "Evaluation interval: '200 steps', '0.5 epochs', '10%%' of the run, or 'never'; always "
-        "after the last step. auto: 1 epoch, or 10%% of the run for a stream whose length is not "
+        "Evaluation interval: '200 steps', '0.5 epochs', '10%' of the run, or 'never'; always "
+        "after the last step. auto: 1 epoch, or 10% of the run for a stream whose length is not "
         "known.",
+        brief="Such as '200 steps', default '1 epoch'",
     )
     save_every: str = setting(
         "auto",
@@ -326,7 +352,9 @@ class RunConfig(Section):
         None, "Checkpoint folder to resume from, instead of the newest one in --output_dir."
     )
     early_stopping_patience: int | None = setting(
-        None, "Stop after this number of consecutive evaluations without improvement."
+        None,
+        "Stop after this number of consecutive evaluations without improvement.",
+        brief="Stop after N evaluations without improvement",
     )
     early_stopping_threshold: float = setting(
         0.0, "Minimum improvement of the metric that counts for early stopping."
@@ -378,21 +406,34 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(FileConfig):
-    """The settings of `python -m bertdist.predict`."""
+    """The settings of `bertdist predict`."""
 
     _argument_group_name = "prediction"
 
-    model: str = setting("", "Folder of a trained classifier, such as out/best. Required.")
-    text: list[str] | None = setting(None, "Texts to classify, each quoted for the shell.")
+    model: str = setting(
+        "",
+        "Folder of a trained classifier, such as out/best. Required.",
+        brief="Trained classifier, such as out",
+    )
+    text: list[str] | None = setting(
+        None,
+        "Texts to classify, each quoted for the shell.",
+        brief="Texts to classify, each quoted",
+    )
     text_pair: list[str] | None = setting(
-        None, "Second texts, one per --text, for models trained on text pairs."
+        None,
+        "Second texts, one per --text, for models trained on text pairs.",
+        brief="Second texts, for models of text pairs",
     )
     input: str | None = setting(
         None,
         "Texts: a file as in training, a .txt with one text per line, or a folder of .txt files.",
+        brief="File of texts: csv, tsv, jsonl, parquet, txt",
     )
     output: str | None = setting(
-        None, "File to write, one JSON line per row, in row order. Default: printed."
+        None,
+        "File to write, one JSON line per row, in row order. Default: printed.",
+        brief="File to write, default: printed",
     )
     max_length: int | None = setting(
         None, "Maximum length of a text in tokens. Default: that of the training."
@@ -405,7 +446,9 @@ class PredictConfig(FileConfig):
     mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
         None, "Precision of matrix products. Default: accelerate's setting, else no."
     )
-    use_cpu: bool = setting(False, "Use the CPU even if there is a GPU.")
+    use_cpu: bool = setting(
+        False, "Use the CPU even if there is a GPU.", brief="Use the CPU even if there is a GPU"
+    )
 
 
 DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*")

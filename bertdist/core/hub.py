@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants
 
 from bertdist.core.terminal import print_to_stderr, process_rank
 
@@ -66,6 +66,8 @@ def probe_hub(name: str, kind: str = "model") -> None:
 
 def _request_problem(url: str) -> str:
     """Why a HEAD request fails; "" for any answer but a server error."""
+    from huggingface_hub import get_session  # 0.1 s, which --help does not need
+
     # Without keep-alive: some servers answer HEAD with a body, which the next request would read.
     headers = {"Connection": "close"}
     try:

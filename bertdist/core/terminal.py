@@ -8,9 +8,11 @@ import io
 import json
 import os
 import re
+import signal
 import sys
+import time
 from collections.abc import Collection, Iterable, Sequence
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 from unicodedata import east_asian_width
 
 from rich.box import HORIZONTALS
@@ -23,6 +25,8 @@ from bertdist.core.errors import BertdistError
 Cell: TypeAlias = "str | Sequence[tuple[str, str]]"  # text, or (text, rich style) pairs
 
 EXCERPT_COLUMNS = 100
+# For rank 0 to come as far as the others and print; then torchrun ends them anyway.
+PRINT_SECONDS = 15.0
 _NOT_ASCII = re.compile("[^\x20-\x7e]")
 
 # Control characters, marks of bidirectional text, ends of lines and paragraphs; lone surrogates,
@@ -41,6 +45,20 @@ def process_rank() -> int:
 def print_error(error: BertdistError) -> None:
     """Print an error to standard error, each line as `bertdist: <line>`."""
     print_to_stderr(*(f"bertdist: {line}" for line in str(error).split("\n")))
+
+
+def exit_with_error(error: BertdistError) -> NoReturn:
+    """Print an error, from rank 0 where it is that of all ranks, and exit with code 1.
+
+    torchrun ends rank 0 as soon as it sees another rank exit, so the others wait until it has
+    printed; once rank 0 has exited, torchrun ends them.
+    """
+    if not error.already_printed and (process_rank() == 0 or not error.on_all_ranks):
+        print_error(error)
+    if error.on_all_ranks and process_rank() != 0 and "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PRINT_SECONDS)
+    sys.exit(1)
 
 
 def print_to_stderr(*lines: str) -> None:

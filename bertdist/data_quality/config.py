@@ -1,4 +1,4 @@
-"""Settings of `python -m bertdist.check`: flags and YAML -> checked dataclasses.
+"""Settings of `bertdist check`: flags and YAML -> checked dataclasses.
 
 `read_check_config` reads those of a data report (CheckConfig, and DataConfig for the rows),
 `read_label_issue_config` those of --model and --folds, which need all settings of training besides.
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from bertdist.core.args import config_problems, data_problems, parse_arguments
+from bertdist.core.args import config_problems, data_problems, given_setting_names, parse_arguments
 from bertdist.core.config import (
     BatchConfig,
     DataConfig,
@@ -23,7 +23,12 @@ from bertdist.core.config import (
 )
 from bertdist.core.errors import ConfigError, did_you_mean
 
-PROGRAM = "python -m bertdist.check"
+PROGRAM = "bertdist check"
+ABOUT = """Check rows before training: labels, tables, texts, duplicates, leaks and lengths.
+With --folds or --model, find label errors: see `bertdist check --folds 5 --help`.
+
+  bertdist check --train_file train.tsv --validation_file dev.tsv
+  bertdist check --train_file train.tsv --folds 5 --model_name_or_path bert --output_dir out"""
 
 FIX_KINDS = (
     *("encoding", "empty", "conflicts", "duplicates", "leaks"),
@@ -117,9 +122,18 @@ class LabelIssueConfig(Section):
     )
 
 
+def read_check_arguments(
+    args: Sequence[str],
+) -> tuple[CheckConfig, DataConfig] | tuple[LabelIssueConfig, TrainConfig]:
+    """`read_label_issue_config` with --model or --folds, else `read_check_config`."""
+    if {"model", "folds"} & given_setting_names(args):
+        return read_label_issue_config(args)
+    return read_check_config(args)
+
+
 def read_check_config(args: Sequence[str]) -> tuple[CheckConfig, DataConfig]:
     """Raises ConfigError with one line per problem."""
-    check, data = parse_arguments(PROGRAM, [CheckConfig, DataConfig], args)
+    check, data = parse_arguments(PROGRAM, [CheckConfig, DataConfig], args, ABOUT)
     assert isinstance(check, CheckConfig) and isinstance(data, DataConfig)
     problems = [*data_problems(data), *_check_problems(check)]
     if problems:
@@ -160,7 +174,7 @@ def read_label_issue_config(args: Sequence[str]) -> tuple[LabelIssueConfig, Trai
     """
     names = ("model", "data", "task", "batch", "optim", "run")
     sections = [ModelConfig, DataConfig, TaskConfig, BatchConfig, OptimConfig, RunConfig]
-    issues, *rest = parse_arguments(PROGRAM, [LabelIssueConfig, *sections], args)
+    issues, *rest = parse_arguments(PROGRAM, [LabelIssueConfig, *sections], args, ABOUT)
     assert isinstance(issues, LabelIssueConfig)
     train = TrainConfig(**dict(zip(names, rest, strict=True)))
     if problems := list(_label_issue_problems(issues, train)):

@@ -1,6 +1,6 @@
 """How a process of a run starts and ends.
 
-    run_cli(command)               a script's main(): settings of the process, errors, exit codes
+    run_cli(command, config)       a script's main(): settings of the process, errors, exit codes
     launch(config)                 the three below, in this order
       create_accelerator(run)        rendezvous; device, precision and ranks
       check_world(world_size)        an error if the launch promised more ranks (launcher.py)
@@ -19,17 +19,16 @@ import faulthandler
 import json
 import os
 import platform
-import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,7 +40,13 @@ from transformers.utils import logging as transformers_logging
 
 from bertdist.core.config import RunConfig, TrainConfig
 from bertdist.core.errors import BertdistError, ConfigError, RankLost, did_you_mean
-from bertdist.core.terminal import escape_unencodable, print_error, print_to_stderr, process_rank
+from bertdist.core.terminal import (
+    escape_unencodable,
+    exit_with_error,
+    print_error,
+    print_to_stderr,
+    process_rank,
+)
 from bertdist.distributed.collectives import assert_same_on_all_ranks
 from bertdist.distributed.preemption import ignore_stop_signals
 from bertdist.distributed.watchdog import (
@@ -59,8 +64,6 @@ EXIT_INTERRUPTED = 130  # a second Ctrl-C, as a shell has it for SIGINT
 
 # For a process that broke a connection to be seen as dead, and for others to see who prints it.
 DEAD_RANK_WAIT_SECONDS = 2.0
-# For rank 0 to come as far as the others and print; then torchrun ends them anyway.
-PRINT_SECONDS = 15.0
 # For a process that has lost another rank to exit: gloo's threads may prevent it.
 EXIT_SECONDS = 30
 
@@ -69,21 +72,23 @@ PACKAGES = [
     *("datasets", "evaluate", "numpy", "safetensors"),
 ]
 
+C = TypeVar("C")
+
 _rendezvous_ranks: list[Heartbeat] = []  # all ranks of the last rendezvous, by rank
 
 
 # ---- The process
 
 
-def run_cli(command: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Run a script: call `command` with the command-line arguments, then exit with its code.
+def run_cli(command: Callable[[C], int], config: C) -> NoReturn:
+    """Run a script: call `command` with its config, then exit with its code.
 
     0: finished. 75: stopped by a signal or a time limit; the same command resumes. 130: a second
     Ctrl-C. 1: a BertdistError, printed as `bertdist: <message>`, or any other exception.
     """
     configure_process()
     try:
-        code = command(sys.argv[1:])
+        code = command(config)
     except KeyboardInterrupt:
         if process_rank() == 0:
             text = (
@@ -99,10 +104,9 @@ def run_cli(command: Callable[[Sequence[str]], int]) -> NoReturn:
             if not report_lost_connection(caught):  # where no watchdog runs
                 raise
             os._exit(1)
-        if not error.already_printed and (process_rank() == 0 or not error.on_all_ranks):
-            print_error(error)
-        wait_for_rank_0_to_print(error)
-        sys.exit(1)
+        if isinstance(error, RankLost):
+            faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True, file=STDERR)
+        exit_with_error(error)
     ignore_stop_signals()  # a late signal does not change the exit code
     sys.exit(code)
 
@@ -132,20 +136,6 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(mmap_threshold, 1 << 30)
         library.mallopt(trim_threshold, (1 << 31) - 1)
-
-
-def wait_for_rank_0_to_print(error: BaseException) -> None:
-    """Before a rank exits with this error: neither too early, nor never.
-
-    torchrun ends rank 0 as soon as it sees another rank exit, and an error of all ranks is rank 0's
-    to print. Once rank 0 has exited, torchrun ends this one.
-    """
-    if isinstance(error, RankLost):
-        faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True, file=STDERR)
-    on_all_ranks = getattr(error, "on_all_ranks", False)
-    if on_all_ranks and process_rank() != 0 and "TORCHELASTIC_RUN_ID" in os.environ:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(PRINT_SECONDS)
 
 
 def report_lost_connection(error: BaseException) -> bool:

@@ -78,6 +78,26 @@ def check_launcher(
         raise ConfigError("\n".join(f"{found}; {what}." for what, found in problems.items()))
 
 
+def check_accelerate_flags(flags: Namespace) -> None:
+    """Raise ConfigError for settings of `accelerate launch` that it does not pass on.
+
+    flags: of accelerate's parser, with a config_file.
+    """
+    launch = AccelerateLaunch(flags, _load_config(flags.config_file), flags.config_file)
+    if problems := [f"{setting}: {answer}." for setting, answer in _without_effect(launch)]:
+        raise ConfigError("\n".join(f"{launch.file}: {problem}" for problem in problems))
+
+
+def _load_config(file: str) -> Any:
+    from accelerate.commands.config import config_args
+
+    try:
+        return config_args.load_config_from_file(file)
+    except Exception as error:  # of yaml and of accelerate
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{file}: accelerate cannot read it: {reason}.") from None
+
+
 def _without_effect(launch: AccelerateLaunch) -> Iterator[tuple[str, str]]:
     """Settings that accelerate does not pass on, and the answers."""
     flags, config, _ = launch

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from data_checks import clean_rows
 from rows import write_rows
 
-from bertdist import check
+from bertdist import cli
 
 
 def run(
@@ -20,7 +19,6 @@ def run(
     columns: int = 100,
 ) -> tuple[int, str, str]:
     """(exit code, standard output, standard error)."""
-    monkeypatch.setattr(sys, "argv", ["check", *map(str, words)])
     for name, value in (
         ("COLUMNS", str(columns)),
         ("TERM", "xterm-256color"),
@@ -29,7 +27,7 @@ def run(
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("NO_COLOR", raising=False)
     with pytest.raises(SystemExit) as left:
-        check.main()
+        cli.main(["check", *map(str, words)])
     out, error = capsys.readouterr()
     assert isinstance(left.value.code, int)
     return left.value.code, out, error

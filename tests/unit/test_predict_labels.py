@@ -1,13 +1,12 @@
 """Labels that could break or reorder lines of the terminal are escaped in predictions."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bertdist import predict
+from bertdist import cli, predict
 
 LABELS = ["a\u202eb", "two\nlines", "tab\there", "plain"]
 SHOWN = ["a\\u202eb", "two\\nlines", "tab\\there", "plain"]
@@ -16,9 +15,8 @@ SHOWN = ["a\\u202eb", "two\\nlines", "tab\\there", "plain"]
 def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[dict[str, Any]] = [{"label": label, "score": 0.5} for label in LABELS]
     monkeypatch.setattr(predict, "predict", lambda config: answers)
-    monkeypatch.setattr(sys, "argv", ["predict", "--model", "m", *words])
     with pytest.raises(SystemExit) as left:
-        predict.main()
+        cli.main(["predict", "--model", "m", *words])
     assert left.value.code == 0
 
 

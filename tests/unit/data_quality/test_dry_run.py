@@ -1,7 +1,6 @@
 """A dry run describes what training does, and writes nothing."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from rows import run_train, words_of, write_rows, write_split
 from rows import train_module as train
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from bertdist import cli
 from bertdist.core.args import read_config
 from bertdist.core.errors import DataError
 from bertdist.data.sharding import balance_by_length, epoch_order
@@ -123,10 +123,9 @@ def test_main_exits_without_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 43, 8))
-    monkeypatch.setattr(sys, "argv", ["train.py", *words, "--dry_run"])
     monkeypatch.setattr(train, "train", lambda config: pytest.fail("it trains"))
     with pytest.raises(SystemExit) as left:
-        train.main()
+        cli.main(["train", *words, "--dry_run"])
     assert left.value.code == 0 and "Memory per rank" in capsys.readouterr().out
 
 

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,9 +21,11 @@ from forked import run_ranks
 from rows import words_of, write_split
 from torch.distributed import TCPStore
 
+from bertdist.core import terminal
 from bertdist.core.args import read_config
 from bertdist.core.config import RunConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError
+from bertdist.core.terminal import exit_with_error
 from bertdist.distributed import launch
 from bertdist.distributed.launch import (
     EXIT_INTERRUPTED,
@@ -33,7 +34,6 @@ from bertdist.distributed.launch import (
     report_lost_connection,
     run_cli,
     wait_for_all_ranks,
-    wait_for_rank_0_to_print,
 )
 from bertdist.distributed.watchdog import own_heartbeat
 from bertdist.train import train
@@ -43,16 +43,15 @@ from bertdist.train import train
 
 def exit_code(command: Any) -> Any:
     with pytest.raises(SystemExit) as ended:
-        run_cli(command)
+        run_cli(command, None)
     return ended.value.code
 
 
 @pytest.mark.parametrize("code", [0, 1, 75])
 def test_the_exit_code_is_that_of_the_command(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Sequence[str]] = []
-    monkeypatch.setattr(sys, "argv", ["x", "--seed", "3"])
-    assert exit_code(lambda arguments: seen.append(arguments) or code) == code
-    assert seen == [["--seed", "3"]]
+    seen: list[Any] = []
+    assert exit_code(lambda config: seen.append(config) or code) == code
+    assert seen == [None]
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -65,7 +64,7 @@ def test_an_error_of_all_ranks_is_printed_by_rank_0(
 ) -> None:
     monkeypatch.setenv("RANK", rank)
 
-    def command(arguments: Sequence[str]) -> int:
+    def command(config: None) -> int:
         error = DataError("bad row")
         error.on_all_ranks = on_all_ranks
         raise error
@@ -78,7 +77,7 @@ def test_an_error_of_all_ranks_is_printed_by_rank_0(
 def test_an_error_that_another_rank_has_printed_is_not_printed_again(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    def command(arguments: Sequence[str]) -> int:
+    def command(config: None) -> int:
         error = DataError("bad row")
         error.already_printed = True
         raise error
@@ -87,15 +86,15 @@ def test_an_error_that_another_rank_has_printed_is_not_printed_again(
 
 
 def test_other_errors_keep_their_traceback() -> None:
-    def command(arguments: Sequence[str]) -> int:
+    def command(config: None) -> int:
         raise RuntimeError("a defect")
 
     with pytest.raises(RuntimeError, match="a defect"):
-        run_cli(command)
+        run_cli(command, None)
 
 
 def test_a_second_interrupt_ends_without_clean_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    def command(arguments: Sequence[str]) -> int:
+    def command(config: None) -> int:
         raise KeyboardInterrupt
 
     def leave(code: int) -> None:
@@ -462,20 +461,22 @@ def test_where_no_watchdog_looks_one_rank_tells_who_is_gone(
 
 @pytest.mark.parametrize(
     ("rank", "shared", "waited"),
-    [("1", True, [launch.PRINT_SECONDS]), ("0", True, []), ("1", False, [])],
+    [("1", True, [terminal.PRINT_SECONDS]), ("0", True, []), ("1", False, [])],
 )
 def test_under_torchrun_rank_0_may_tell_what_all_have_found(
     rank: str, shared: bool, waited: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(launch.time, "sleep", slept.append)
+    monkeypatch.setattr(terminal.time, "sleep", slept.append)
     handled = signal.signal(signal.SIGTERM, lambda number, frame: None)
     monkeypatch.setenv("RANK", rank)
     error = DataError("x")
     error.on_all_ranks = shared
-    wait_for_rank_0_to_print(error)
+    with pytest.raises(SystemExit):
+        exit_with_error(error)
     assert slept == [], "no torchrun"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    wait_for_rank_0_to_print(error)
+    with pytest.raises(SystemExit):
+        exit_with_error(error)
     heeded = signal.signal(signal.SIGTERM, handled) is signal.SIG_DFL
     assert slept == waited and heeded is bool(waited), "torchrun may end it once rank 0 has told"
