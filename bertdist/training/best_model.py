@@ -147,9 +147,13 @@ class BestModel:
             if self.accelerator.is_main_process:
                 self._write(model, step)
                 if report is not None:
-                    atomic_write(self.folder / "evaluation.json", to_json(report, indent=1))
-                    atomic_write(self.folder / "predictions.jsonl", map(to_json, predictions))
+                    self.write_results(report, predictions)
         self.step = step
+
+    def write_results(self, report: dict[str, Any], predictions: Iterable[dict[str, Any]]) -> None:
+        """Write evaluation.json and predictions.jsonl, on rank 0. Raises CheckpointError."""
+        atomic_write(self.folder / "evaluation.json", to_json(report, indent=1))
+        atomic_write(self.folder / "predictions.jsonl", map(to_json, predictions))
 
     def _write(self, model: Classifier, step: int) -> None:
         settings = {**self.settings, "step": step}
@@ -178,8 +182,8 @@ class BestModel:
         with raise_on_all_ranks(self.accelerator):
             if starts and is_main:
                 self._check_start(state, checkpointer)
-                if state.finished:
-                    self._say_missing(state)
+                if state.finished and not (self.folder / "metrics.jsonl").exists():
+                    self.say(f"metrics.jsonl is not in {self.folder}; nothing can write it again.")
             step = self._read_step(state, checkpointer) if is_main else None
         self.step = step = broadcast_from_rank0(self.accelerator, step)
         # A later one than the checkpoint: its evaluation is about to be repeated.
@@ -201,17 +205,6 @@ class BestModel:
         evaluation when it resumes, unless --eval_every has changed.
         """
         return self.step != state.best_step and (self.step is None or self.step <= state.step)
-
-    def _say_missing(self, state: TrainState) -> None:
-        """Name results of a finished run that are gone."""
-        scored = state.best_score is not None or state.best_loss is not None
-        names = ("metrics.jsonl", *RESULTS[:2]) if scored else ("metrics.jsonl",)
-        if missing := [name for name in names if not (self.folder / name).exists()]:
-            self.say(
-                f"{', '.join(missing)}: not in {self.folder}, and a finished run does not write "
-                f"them again. `python -m bertdist.predict --model {self.folder / 'best'} --input "
-                "FILE` computes predictions."
-            )
 
     def _check_start(self, state: TrainState, checkpointer: Checkpointer) -> None:
         """Say what becomes of an earlier run's files. Raises CheckpointError for best weights."""

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import bertdist
 from bertdist.core.atomic_io import (
+    MANIFEST,
     explain_write_errors,
     find_damage,
     move_aside,
@@ -256,7 +257,7 @@ class Checkpointer:
             if damage := find_damage(Path(named)):
                 raise CheckpointError(f"--resume_from_checkpoint {named}: {damage}.")
             self._check_same_run(Path(named))
-            return named
+            return str(self._same_here(Path(named)) or named)
         for folder in reversed(self._checkpoints()):
             damage = find_damage(folder)
             if damage is None:
@@ -264,6 +265,13 @@ class Checkpointer:
             renamed = move_aside(folder, "damaged")
             self.log(f"Skipping damaged checkpoint {folder}: {damage}. Renamed to {renamed.name}.")
         return ""
+
+    def _same_here(self, named: Path) -> Path | None:
+        """The checkpoint of this folder that has the same bytes: best/ is of its run then."""
+        manifest = (named / MANIFEST).read_bytes()
+        same = (x for x in self._checkpoints() if (x / MANIFEST).is_file())
+        own = (x for x in same if (x / MANIFEST).read_bytes() == manifest)
+        return next((folder for folder in own if find_damage(folder) is None), None)
 
     def _check_same_run(self, named: Path) -> None:
         """Raise CheckpointError where a checkpoint of another folder would go on in the folder of

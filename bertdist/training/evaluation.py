@@ -36,7 +36,7 @@ from bertdist.distributed.collectives import (
     raise_on_all_ranks,
 )
 from bertdist.distributed.preemption import StopSignal
-from bertdist.models.classifier import Classifier
+from bertdist.models.classifier import Classifier, load_trained_classifier
 from bertdist.tasks.labels import REGRESSION, SINGLE_LABEL
 from bertdist.tasks.tasks import Task
 from bertdist.training.best_model import BestModel, improvement, improves_loss
@@ -149,9 +149,38 @@ class Evaluator:
     def verify_best(
         self, model: Classifier, state: TrainState, checkpointer: Checkpointer
     ) -> dict[str, Any] | None:
-        """See `BestModel.verify`."""
+        """See `BestModel.verify`. Where a finished run lacks evaluation.json or predictions.jsonl
+        of its best weights, they are evaluated again.
+        """
         assert self.best_model is not None, "only while training"
-        return self.best_model.verify(model, state, checkpointer)
+        report = self.best_model.verify(model, state, checkpointer)
+        predictions = self.best_model.folder / "predictions.jsonl"
+        lacks = state.finished and (report is None or not predictions.exists())
+        if self.loader is None or not broadcast_from_rank0(self.accelerator, lacks):
+            return report
+        return self._evaluate_again(state)
+
+    def _evaluate_again(self, state: TrainState) -> dict[str, Any] | None:
+        """Write evaluation.json and predictions.jsonl of best/; returns the former on rank 0."""
+        assert self.best_model is not None and self.log is not None and self.loader is not None
+        folder = self.best_model.folder
+        with raise_on_all_ranks(self.accelerator):
+            classifier, _, _ = load_trained_classifier(str(folder / "best"))
+        tokens = state.tokens_per_micro_batch or self.loader.tokens_per_micro_batch
+        self.loader = replace(self.loader, tokens_per_micro_batch=tokens)
+        with self.accelerator.autocast():
+            evaluation = self.evaluate(classifier.to(self.accelerator.device))
+        assert evaluation is not None, "nothing could stop it"
+        report = {"step": state.best_step, "scores": evaluation.scores, **evaluation.classes}
+        with raise_on_all_ranks(self.accelerator):
+            if self.accelerator.is_main_process:
+                self.best_model.write_results(report, evaluation.predictions)
+        self.log.say(
+            f"evaluation.json and predictions.jsonl of the best weights (step {state.best_step}) "
+            f"were not in {folder}: written again.",
+            *evaluation.notes,
+        )
+        return report if self.accelerator.is_main_process else None
 
     def _report_nonfinite(
         self, rows: tuple[int, ...], examples: TokenizedDataset, step: int

@@ -22,6 +22,7 @@ from rows import (
     words_of,
     write_split,
 )
+from safetensors.torch import load_file, save_file
 
 from bertdist.core import atomic_io
 from bertdist.core.atomic_io import find_damage
@@ -274,17 +275,42 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
         assert os.listdir(kept) == ["thesis.txt"]
 
 
-def test_missing_results_of_a_finished_run_are_named(run: Run) -> None:
-    assert "does not write them again" not in said_by(run.words)
-    for name in ("evaluation.json", "predictions.jsonl", "metrics.jsonl", "config.yaml"):
-        (run.out / name).unlink()
-    said = said_by(run.words)
+@pytest.mark.parametrize(("n", "name"), [(1, "evaluation.json"), (2, "predictions.jsonl")])
+def test_removed_results_of_a_finished_run_are_written_again(run: Run, n: int, name: str) -> None:
+    results = ("evaluation.json", "predictions.jsonl")
+    before = {result: (run.out / result).read_bytes() for result in results}
+    scores = json_of(run.out / "evaluation.json")["scores"]
+    assert "written again" not in said_by(run.words, n=n)
+    for removed in (name, "metrics.jsonl", "config.yaml"):
+        (run.out / removed).unlink()
+    said = said_by(run.words, n=n)
     assert (
-        f"metrics.jsonl, evaluation.json, predictions.jsonl: not in {run.out}, and a finished run "
-        "does not write them again. `python -m bertdist.predict --model "
-        f"{run.out / 'best'} --input FILE` computes predictions." in said
+        f"evaluation.json and predictions.jsonl of the best weights (step {BEST}) were not in "
+        f"{run.out}: written again." in said
     )
-    assert (run.out / "config.yaml").exists()
+    assert f"metrics.jsonl is not in {run.out}; nothing can write it again." in said
+    after = {result: (run.out / result).read_bytes() for result in results}
+    assert n > 1 or after == before  # on one process the same bytes
+    assert json_of(run.out / "evaluation.json")["scores"] == pytest.approx(scores, abs=1e-6)
+    assert len(after["predictions.jsonl"].splitlines()) == 8
+    assert f"Scores per label, step {BEST}" in said and (run.out / "config.yaml").exists()
+
+
+def test_results_of_other_weights_are_not_those_of_the_best(run: Run) -> None:
+    """The control: the last weights have other predictions, and their evaluation is not shown."""
+    before = (run.out / "predictions.jsonl").read_bytes()
+    report = json_of(run.out / "evaluation.json")
+    (run.out / "evaluation.json").write_text(json.dumps(report | {"step": STEPS}))
+    assert f"Scores per label, step {BEST}" in said_by(run.words)
+    assert json_of(run.out / "evaluation.json") == report
+    assert (run.out / "predictions.jsonl").read_bytes() == before
+    (run.out / "predictions.jsonl").unlink()
+    last = last_checkpoint(run.out) / "model.safetensors"
+    weights = {name.removeprefix("model."): value for name, value in load_file(last).items()}
+    save_file(weights, run.out / "best" / "model.safetensors", {"format": "pt"})
+    (run.out / "best" / "manifest.json").unlink()  # a change on purpose
+    said_by(run.words)
+    assert (run.out / "predictions.jsonl").read_bytes() != before
 
 
 # ---- Resuming
@@ -294,7 +320,9 @@ def test_a_finished_run_in_another_folder_brings_its_best_weights(run: Run, tmp_
     out = tmp_path / "other"
     resumed = [*run.words, "--output_dir", str(out), "--resume_from_checkpoint"]
     said = said_by([*resumed, str(run.out / "checkpoints" / "step_000006")])
-    assert f"best weights (step 4) in {out / 'best'}." in said and "Scores per label" not in said
+    assert (
+        f"best weights (step 4) in {out / 'best'}." in said and "Scores per label, step 4" in said
+    )
     assert_same_tensors(tensors_of(run.out / "best"), tensors_of(out / "best"))
     assert find_damage(out / "best", required=["model.safetensors"]) is None
 

@@ -6,6 +6,7 @@ Every run here has dropout. Runs are compared bit for bit: weights, optimizer, s
 
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -297,6 +298,11 @@ def test_resume_from_a_named_checkpoint(runs: Runs, tmp_path: Path) -> None:
     named = tmp_path / "out" / "checkpoints" / "step_000006"
     ((_, seen, said),) = run_ranks(1, run_train, [*words, "--resume_from_checkpoint", str(named)])
     assert f"Resuming from {named} (step 6)." in said and seen[0][0] == 6
+    assert_same_run(tmp_path / "out", runs.undisturbed(1))
+    copy = shutil.copytree(named, tmp_path / "backup")
+    ((_, seen, said),) = run_ranks(1, run_train, [*words, "--resume_from_checkpoint", str(copy)])
+    assert f"Resuming from {named} (step 6)." in said and seen[0][0] == 6
+    assert "Removed" not in said and "are not in" not in said
     assert_same_run(tmp_path / "out", runs.undisturbed(1))
 
 

@@ -391,6 +391,23 @@ def test_a_checkpoint_of_another_run_does_not_go_on_in_the_folder_of_a_run(tmp_p
     # A copy of the run is the same run.
     copy = shutil.copytree(a, tmp_path / "copy") / "checkpoints" / "step_000001"
     assert run.restore(str(copy)) == TrainState(step=1)
+    assert run.checkpoints.source == a / "checkpoints" / "step_000001"
+    moved = copy.rename(tmp_path / "backup")  # whatever its name
+    run.restore(str(moved))
+    assert run.checkpoints.source == a / "checkpoints" / "step_000001"
+    # The controls: a damaged one, or one of the same step and other bytes, is not taken for it.
+    weights = a / "checkpoints" / "step_000001" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    run.restore(str(moved))
+    assert run.checkpoints.source == moved
+    weights.write_bytes(whole)
+    third = Run(tmp_path / "third" / "checkpoints")
+    third.save(1)
+    manifest = third.checkpoints.folder / "step_000001" / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    run.restore(str(manifest.parent))
+    assert run.checkpoints.source == manifest.parent
     # The same command again, after its run was killed before its first checkpoint.
     shutil.rmtree(a / "checkpoints")
     (a / "metrics.jsonl").touch()
