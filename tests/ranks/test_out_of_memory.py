@@ -1,7 +1,7 @@
 """A step that runs out of memory on one rank is taken again with smaller micro-batches, on as many
 ranks as have to; nobody else notices.
 
-Memory is played: a micro-batch of two texts or more and more than ROOM tokens "does not fit", on
+Memory is played: a micro-batch of two texts or more and more than TOKENS tokens "does not fit", on
 one rank, at a place of its way that the test names. The last test takes the memory away for real.
 "The same" is what a run ends with that was given the smaller --tokens_per_micro_batch from its
 start: bit by bit where all steps were cut alike, else to 1e-10 in float64.
@@ -41,8 +41,7 @@ from bertdist.distributed import launch as begin
 from bertdist.distributed import preemption as slurm
 from bertdist.models import classifier
 from bertdist.models.dropout import DropoutMasks
-from bertdist.training import evaluation
-from bertdist.training import micro_batches as room
+from bertdist.training import evaluation, micro_batches
 from bertdist.training.checkpoint import TrainState
 from bertdist.training.micro_batches import release_freed_memory
 
@@ -51,7 +50,7 @@ ROWS, STEP, EPOCHS = (
     12,
     2,
 )  # steps of 12, 12, 12 and 2 rows: in the last one a rank of three has none
-ROOM = 32  # tokens that fit; what has one text always fits
+TOKENS = 32  # tokens that fit; what has one text always fits
 PLACES = (
     "forward",
     "loss",
@@ -108,7 +107,7 @@ def short_of_memory(
     place: str,
     final: bool | None = None,
     texts: int = 2,
-    tokens: int = ROOM,
+    tokens: int = TOKENS,
     times: int = 999,
     buckets: float | None = 0.02,
 ) -> Breaking:
@@ -126,11 +125,12 @@ def short_of_memory(
             place, final, texts, tokens, times if accelerator.process_index == rank else 0
         )
         accelerator.played = memory
-        attempt, load = room.attempt, train.load_classifier
+        attempt, load = micro_batches.attempt, train.load_classifier
 
         def watched(compute: Callable[..., Any], *args: Any) -> Any:
-            memory.final = args[1]
-            memory.single_token_batch += args[0].rows.tolist() == [-1] and args[0].lengths == (1,)
+            if len(args) == 2:  # of a training step
+                batch, memory.final = args
+                memory.single_token_batch += batch.rows.tolist() == [-1] and batch.lengths == (1,)
             return attempt(compute, *args)
 
         def load_and_use(*args: Any, **more: Any) -> Any:
@@ -161,7 +161,7 @@ def short_of_memory(
             bert.encoder.layer[0].register_forward_hook(hook("middle"))
             return classifier, notes
 
-        room.attempt, train.load_classifier = watched, load_and_use
+        micro_batches.attempt, train.load_classifier = watched, load_and_use
 
     return breaking
 
@@ -340,7 +340,7 @@ def test_dropout_is_drawn_again_as_it_was(runs: Runs, tmp_path: Path, place: str
     """
     run_ranks(1, run_short, runs.words(tmp_path / "out", dropout=0.3), short_of_memory(0, place))
     assert_same_bits(
-        tmp_path / "out", runs.with_enough(1, tokens_per_micro_batch=ROOM, dropout=0.3)
+        tmp_path / "out", runs.with_enough(1, tokens_per_micro_batch=TOKENS, dropout=0.3)
     )
 
 
@@ -371,7 +371,7 @@ def test_a_run_that_goes_on_has_the_size_that_was_found(runs: Runs, tmp_path: Pa
     assert_same_bits(*outs)
     assert (
         json_of(last_checkpoint(outs[0]) / "state.json")["train_state"]["tokens_per_micro_batch"]
-        == ROOM
+        == TOKENS
     )
 
 
@@ -401,7 +401,7 @@ def test_what_is_asked_for_wins_over_what_was_found(runs: Runs, tmp_path: Path) 
 
 def test_ranks_begin_with_the_least_that_one_of_them_found(runs: Runs, tmp_path: Path) -> None:
     def little_on_rank_1(accelerator: Accelerator) -> None:
-        room.find_tokens = lambda *args: 128 if accelerator.process_index == 1 else 512
+        micro_batches.find_tokens = lambda *args: 128 if accelerator.process_index == 1 else 512
 
     results = run_ranks(
         3, run_train, runs.words(tmp_path / "out", max_train_steps=2), little_on_rank_1
@@ -415,7 +415,7 @@ def test_ranks_begin_with_the_least_that_one_of_them_found(runs: Runs, tmp_path:
 
 def test_gradients_that_are_not_thrown_away_are_seen(runs: Runs, tmp_path: Path) -> None:
     def keep(accelerator: Accelerator) -> None:
-        room.discard_gradients = lambda model: None
+        micro_batches.discard_gradients = lambda model: None
 
     for place in ("middle", "embeddings"):
         out = tmp_path / place
@@ -448,26 +448,26 @@ def test_dropout_that_goes_on_instead_is_seen(runs: Runs, tmp_path: Path) -> Non
     )
     with pytest.raises(AssertionError):
         assert_same_bits(
-            tmp_path / "out", runs.with_enough(1, tokens_per_micro_batch=ROOM, dropout=0.3)
+            tmp_path / "out", runs.with_enough(1, tokens_per_micro_batch=TOKENS, dropout=0.3)
         )
 
 
 def leave_the_exchange(accelerator: Accelerator) -> None:
-    room.MicroBatcher._finish_exchange = lambda self, *args: None
+    micro_batches.MicroBatcher._finish_exchange = lambda self, *args: None
 
 
 def decide_alone(accelerator: Accelerator) -> None:
-    room.all_reduce_min = lambda accelerator, values, group: values
+    micro_batches.all_reduce_min = lambda accelerator, values, group: values
 
 
 def send_buffers_around(accelerator: Accelerator) -> None:
-    made = room.MicroBatcher.__init__
+    made = micro_batches.MicroBatcher.__init__
 
     def make(self: Any, model: Any, *rest: Any) -> None:
         made(self, model, *rest)
         model.broadcast_buffers = True
 
-    room.MicroBatcher.__init__ = make
+    micro_batches.MicroBatcher.__init__ = make
 
 
 @pytest.mark.parametrize(
@@ -546,7 +546,7 @@ def test_an_evaluation_out_of_memory_on_one_rank_scores_the_same(
                 if (
                     accelerator.process_index == n - 1
                     and len(batch.lengths) > 1
-                    and sum(batch.lengths) > ROOM
+                    and sum(batch.lengths) > TOKENS
                 ):
                     failed.append(sum(batch.lengths))
                     raise MemoryError

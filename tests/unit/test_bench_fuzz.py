@@ -7,7 +7,7 @@ import pytest
 
 from bench import fuzz
 from bertdist.core.errors import DataError
-from bertdist.data import source
+from bertdist.data import bad_rows
 
 INPUTS = 25  # of each reader; 100,000 in all by `python -m bench.fuzz`
 
@@ -27,7 +27,7 @@ def test_what_else_comes_out_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The control: a reader that does not look at the types of what it reads."""
-    monkeypatch.setattr(source, "validated", lambda row: row.file.lower() and row)
+    monkeypatch.setattr(bad_rows, "validated", lambda row: row.file.lower() and row)
     assert fuzz.main(["--reader", "bad_rows.jsonl", "--inputs", "5000"]) == 1
     assert "AttributeError" in capsys.readouterr().out
 
