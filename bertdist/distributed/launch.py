@@ -21,7 +21,6 @@ import os
 import platform
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -47,6 +46,7 @@ from bertdist.core.terminal import (
     print_to_stderr,
     process_rank,
 )
+from bertdist.core.time_limit import call_within
 from bertdist.distributed.collectives import assert_same_on_all_ranks
 from bertdist.distributed.preemption import ignore_stop_signals
 from bertdist.distributed.watchdog import (
@@ -337,27 +337,22 @@ def _open_store(host: str, port: int, is_server: bool, timeout: timedelta) -> TC
 
     torch waits for ever for a program that accepts the connection and says nothing.
     """
-    outcome: list[TCPStore | Exception] = []
 
-    def connect() -> None:
-        try:
-            store = TCPStore(
-                host, port, None, is_server, timeout, wait_for_workers=False, multi_tenant=True
-            )
-            outcome.append(store)
-        except (dist.DistError, RuntimeError) as error:
-            outcome.append(error)
+    def connect() -> TCPStore:
+        return TCPStore(
+            host, port, None, is_server, timeout, wait_for_workers=False, multi_tenant=True
+        )
 
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(timeout.total_seconds())
-    store = outcome[0] if outcome else TimeoutError("what listens there does not answer")
-    if not isinstance(store, Exception):
-        return store
+    try:
+        return call_within(timeout.total_seconds(), connect)
+    except TimeoutError:
+        problem = "what listens there does not answer"
+    except (dist.DistError, RuntimeError) as error:
+        problem = str(error).splitlines()[0]
     raise ConfigError(
-        f"Rendezvous failed at {host}:{port}: {str(store).splitlines()[0]}. The port may be in "
-        "use, perhaps by another run: give another (--main_process_port to `accelerate launch`, "
-        "--master_port to torchrun, or MASTER_PORT)."
+        f"Rendezvous failed at {host}:{port}: {problem}. The port may be in use, perhaps by "
+        "another run: give another (--main_process_port to `accelerate launch`, --master_port to "
+        "torchrun, or MASTER_PORT)."
     )
 
 

@@ -38,12 +38,13 @@ import pyarrow as pa
 import xxhash
 
 from bertdist.core.errors import DataError, did_you_mean, listed
+from bertdist.core.time_limit import call_within
 
 MAX_TRIES = 8  # without a new byte: up to 90 s
 # Before anything has worked, a wrong name is likelier than a transient error: up to 4 s.
 FIRST_TRIES = 4
 FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS = 0.5, 30.0
-READ_TIMEOUT_SECONDS = 60.0  # without a byte on an http connection, and for one range
+READ_TIMEOUT_SECONDS = 60.0  # for one range or one question, and without a byte of a long response
 MIN_BYTES_PER_SECOND = 1000  # of one long response, over READ_TIMEOUT_SECONDS of waiting
 
 # Of one request: 45 MB/s at 50 ms a request, more than one tokenizing process needs.
@@ -338,7 +339,14 @@ def file_info(url: str, refresh: bool = False) -> dict[str, Any]:
     system, path = file_system(url)
     if refresh:
         system.invalidate_cache(path)
-    return dict(system.info(path))
+    return dict(_in_time(url, lambda: system.info(path)))
+
+
+def _in_time(url: str, action: Callable[[], Result]) -> Result:
+    """The answer to one request. aiohttp has a limit of its own; boto's and httpx's are for the
+    time between two bytes.
+    """
+    return action() if is_http(url) else call_within(READ_TIMEOUT_SECONDS, action)
 
 
 def file_version(info: dict[str, Any]) -> tuple[str, str]:
@@ -522,8 +530,9 @@ class _RemoteFile(io.RawIOBase):
             return self._continue(count)
         self._file = self._file or self._connect(REQUEST_BYTES)
         try:
-            self._file.seek(self._at)
-            data: bytes = self._file.read(count)
+            file = self._file
+            file.seek(self._at)
+            data: bytes = _in_time(self._url, lambda: file.read(count))
         except ValueError as error:
             if "range" not in str(error):
                 raise

@@ -201,6 +201,24 @@ def test_a_source_that_trickles_for_ever_is_one_line(
                 stream.read()
 
 
+def test_a_bucket_that_trickles_for_ever_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """boto's own limit is for the time between two bytes."""
+    s3fs = pytest.importorskip("s3fs", reason="needs s3fs (pip install -e '.[dev]')")
+    monkeypatch.setattr(remote, "READ_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(remote, "MAX_TRIES", 2)
+    with FaultyServer({"/bucket/a.csv": DATA}) as server:  # of S3 this is all that is needed
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "testing")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        s3fs.S3FileSystem.clear_instance_cache()
+        assert read("s3://bucket/a.csv") == DATA  # the control
+        server.trickle = 0.02
+        with pytest.raises(DataError, match=r"no answer within 1 s; given up after 2 tries"):
+            read("s3://bucket/a.csv")
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
 @pytest.mark.parametrize("etag", ['"2"', '"1"'])
 @pytest.mark.parametrize("break_at", [0, 5])
 def test_a_file_that_changed_meanwhile_is_an_error(etag: str, break_at: int) -> None:
