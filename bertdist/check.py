@@ -194,7 +194,7 @@ def check_rows(config: CheckConfig, data: DataConfig) -> int:
         show(f"Written: {config.output}.")
     if config.fix is not None:
         path, kinds = Path(config.fix), config.fix_kinds or list(DEFAULT_FIX_KINDS)
-        numbers = write_cleaned(report, kinds, path, data.label_delimiter, config.near_threshold)
+        numbers = write_cleaned(report, kinds, path, config.near_threshold)
         rows, total = numbers.pop("rows"), len(report.splits["train"])
         listed = ", ".join(f"{kind} {count:,}" for kind, count in numbers.items())
         show(f"Written: {path}, {rows:,} of {total:,} rows ({listed}), and {dropped_path(path)}.")

@@ -203,17 +203,18 @@ def _load_rows(config: PredictConfig) -> Records:
     if config.input is None:
         records = records_from_texts(config.text or [], config.text_pair)
     else:
-        records = _load_file(config, metadata)
+        labels = list((model_config.id2label or {}).values())
+        records = _load_file(config, metadata, labels)
     check_pairs(metadata, records)
     return records
 
 
-def _load_file(config: PredictConfig, metadata: dict[str, Any]) -> Records:
+def _load_file(config: PredictConfig, metadata: dict[str, Any], labels: list[str]) -> Records:
     assert config.input is not None
     text = metadata.get("text_column")
     text = tuple(text) if isinstance(text, list) else text
     trained = ColumnNames(text, metadata.get("text_pair_column"), None, [])
-    records = load_texts(config.input, config, trained)
+    records = load_texts(config.input, config, trained, labels)
     if process_rank() == 0:
         print_to_stderr(*(f"{note}." for note in records.format_notes))
     return records

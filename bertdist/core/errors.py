@@ -84,7 +84,8 @@ def listed(items: Sequence[str], most: int = 10) -> str:
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest candidate, else the first 20."""
-    names = list(dict.fromkeys(candidates))
-    if near := nearest_name(name, names):
+    shown = (name if len(name) <= 60 else f"{name[:60]}..." for name in candidates)
+    names = list(dict.fromkeys(shown))
+    if near := nearest_name(name[:60], names):
         return f" Did you mean {near!r}?"
     return f" Known: {listed(list(map(repr, names)), 20)}." if names else ""

@@ -142,12 +142,16 @@ def collect_bad_rows(
     """These rows of both splits and those of an earlier start; rank 0 writes them to
     bad_rows.jsonl.
 
-    Raises DataError if there are more than --max_bad_rows.
+    A file of a run without a checkpoint is removed: its rows are read again. Raises DataError if
+    there are more than --max_bad_rows.
     """
     path = Path(config.run.output_dir) / "bad_rows.jsonl"
     own_path = path if accelerator.is_main_process else None
     bad_rows = BadRows(config.data.on_bad_row, config.data.max_bad_rows, own_path)
-    if config.data.on_bad_row == "skip":
+    resumes = any(path.parent.glob("checkpoints/step_*"))
+    if own_path is not None and not resumes:
+        path.unlink(missing_ok=True)
+    if config.data.on_bad_row == "skip" and resumes:
         bad_rows.add(read_bad_rows(path))
     bad_rows.add_and_write(rows)
     return bad_rows

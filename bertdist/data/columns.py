@@ -16,26 +16,34 @@ value): compute `valid_rows` once for texts, pairs and labels, then `filter_rows
 import json
 import math
 import re
-from collections import Counter
 from contextlib import suppress
 from decimal import Decimal
 from itertools import compress
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from bertdist.core.errors import DataError, RowError
-from bertdist.core.terminal import excerpt_of
+from bertdist.core.terminal import excerpt, excerpt_of
 from bertdist.data.source import LocateRow
-from bertdist.tasks.labels import canonical, odd_labels
+from bertdist.tasks.labels import canonical, is_number
 
 LabelValue = str | tuple[str, ...]  # numbers as text: 1 and "1" are one label in every file format
 LabelKind = Literal["text", "set"]
 Codes = npt.NDArray[np.int32]
 Raw: TypeAlias = "pa.Array | list[Any]"
 Problems = dict[int, str]  # rows to skip -> reason
+
+
+class LabelRules(NamedTuple):
+    """What is decided over all rows of a split: which labels and cells are not valid."""
+
+    numbers_only: bool = False  # with --on_bad_row skip: skip labels that are no numbers
+    # --label_columns: an empty cell means 0 ("zero": and no cell may hold a 0), or is an error.
+    empty: Literal["undecided", "zero", "error"] = "undecided"
+
 
 _BITS = {"0": 0, "0.0": 0, "false": 0, "no": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1, "x": 1}
 
@@ -139,16 +147,15 @@ def read_labels(
     class_names: tuple[str, ...] | None = None,
     problems: Problems | None = None,
     first_label: LabelValue | None = None,
-    any_label: bool = False,
+    numbers_only: bool = False,
 ) -> tuple[LabelKind, list[LabelValue], Codes]:
     """The labels of one column: their kind, the distinct values, and (rows,) codes.
 
     Kind "set": every label is a tuple of names, from lists (also written into a cell of text) or by
     splitting at `delimiter`. class_names: names of labels that the source stores as numbers; -1
     means missing. first_label: if these rows follow others, the first label of those: all must be
-    of its kind. any_label: with `problems`, keep also the few labels that are no numbers where
-    nearly all others are. Raises DataError at the first row whose label is missing, of another kind
-    than those above it, or not a label.
+    of its kind. numbers_only: with `problems`, a label that is no number is one. Raises DataError
+    at the first row whose label is missing, of another kind than those above it, or not a label.
     """
     if isinstance(column, pa.Array) and str(column.type) == "extension<arrow.json>":
         raise DataError(f"{location(0)}: column {name!r} is of type {column.type}; expected text.")
@@ -167,66 +174,68 @@ def read_labels(
                     f"label {excerpt_of(raw)} is {_content(value)}, "
                     f"each of the labels above it is {_content(first)}"
                 )
+            is_name = isinstance(value, str) and not is_number(value)
+            if numbers_only and problems is not None and is_name:
+                raise ValueError(f"label {excerpt_of(value)} is not a number, as most are")
         except ValueError as error:
             _reject_value(problems, wrong, codes, code, f"{error} (column {name!r})", location)
         else:
             values[code] = value
     good = [code for code in used if code not in wrong]
     kind: LabelKind = "set" if isinstance(first, tuple) else "text"
-    if kind == "text" and problems is not None and class_names is None and not any_label:
-        valid = valid_rows(problems, len(codes))
-        rows = np.bincount(codes if valid is None else codes[valid], minlength=len(distinct))
-        rows_of: Counter[str] = Counter()
-        for code in good:
-            rows_of[values[code]] += int(rows[code])
-        odd = set(odd_labels(rows_of))
-        for code in good:
-            if values[code] in odd:
-                reason = f"label {values[code]!r} is not a number, as most are (column {name!r})"
-                wrong[code] = reason
     code_of: dict[LabelValue, int] = {}  # "a|b" and "a | b" are one
     merged = np.full(len(distinct), -1, np.int32)
     for code in good:
-        if code not in wrong:
-            merged[code] = code_of.setdefault(values[code], len(code_of))
+        merged[code] = code_of.setdefault(values[code], len(code_of))
     return kind, list(code_of), _mark_wrong(merged[codes], codes, wrong, problems)
 
 
 def read_label_columns(
-    columns: dict[str, Raw], location: LocateRow, problems: Problems | None = None
-) -> tuple[list[LabelValue], Codes]:
+    columns: dict[str, Raw],
+    location: LocateRow,
+    problems: Problems | None = None,
+    empty: Literal["undecided", "zero", "error"] = "undecided",
+) -> tuple[list[LabelValue], Codes, frozenset[int | None]]:
     """The labels of several 0/1 columns: each is a tuple of the names of the columns with a 1.
 
-    Also true and false, yes and no, or x; then an empty cell is 0, where no column has a 0, false
-    or no.
+    Also true and false, yes and no, or x and empty cells. empty: see `LabelRules`; undecided: as 0.
+    Also returns which of 0, 1 and None (an empty cell) occur.
     """
     names = list(columns)
     bits = np.zeros((len(columns[names[0]]), len(names)), np.uint8)  # (rows, labels)
     encoded = {name: _encode(column) for name, column in columns.items()}
-    blank = None if any(_bit(v) == 0 for values, _ in encoded.values() for v in values) else 0
+    found: set[int | None] = set()
     for index, (name, (distinct, codes)) in enumerate(encoded.items()):
         wrong: dict[int, str] = {}
-        bit_of = [_bit(value, blank) for value in distinct]
+        bit_of = [_bit(value) for value in distinct]
         for code in _used_codes(codes, len(distinct), problems):
-            if bit_of[code] is None:
+            is_empty = bit_of[code] is None and _is_empty(distinct[code])
+            expected = "1 or no value, as above" if empty == "zero" else "0 or 1"
+            if (empty, bit_of[code]) == ("zero", 0) or (
+                bit_of[code] is None and not (is_empty and empty != "error")
+            ):
                 shown = excerpt_of(distinct[code]) if distinct[code] is not None else "no value"
-                reason = f"column {name!r} holds {shown}; expected 0 or 1"
+                reason = f"column {name!r} holds {shown}; expected {expected}"
                 _reject_value(problems, wrong, codes, code, reason, location)
+            else:
+                found.add(bit_of[code])
         bits[:, index] = np.array([bit or 0 for bit in bit_of], np.uint8)[codes]
         _mark_wrong(codes, codes, wrong, problems)
     packed = np.packbits(bits, axis=1)
     _, first, inverse = np.unique(packed, axis=0, return_index=True, return_inverse=True)
     order = np.argsort(first)
     values: list[LabelValue] = [tuple(compress(names, bits[first[index]])) for index in order]
-    return values, np.argsort(order).astype(np.int32)[inverse.reshape(-1)]
+    return values, np.argsort(order).astype(np.int32)[inverse.reshape(-1)], frozenset(found)
 
 
-def _bit(value: Any, blank: int | None = None) -> int | None:
-    """0, 1, or None for anything else; of an empty cell `blank`."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return blank
-    spelled = str(value).strip().lower()
-    return _BITS.get(spelled) if spelled else blank
+def _bit(value: Any) -> int | None:
+    """0, 1, or None for anything else."""
+    return _BITS.get(str(value).strip().lower())
+
+
+def _is_empty(cell: Any) -> bool:
+    is_nan = isinstance(cell, float) and math.isnan(cell)
+    return cell is None or is_nan or (isinstance(cell, str) and not cell.strip())
 
 
 def _content(label: LabelValue) -> str:
@@ -332,7 +341,7 @@ def _name(raw: Any) -> str:
             f"label is a {type(raw).__name__}; expected text, a number or a list of labels"
         )
     if isinstance(raw, str) and _has_surrogate(raw):
-        raise ValueError(f"label {raw!a} has a lone surrogate")
+        raise ValueError(f"label {excerpt(ascii(raw), 60)} has a lone surrogate")
     return f"{raw:f}" if isinstance(raw, Decimal) else str(raw).strip()  # not 0E-8
 
 
@@ -374,13 +383,15 @@ def _label_set(parts: list[Any]) -> tuple[str, ...]:
         except ValueError:
             name = ""
         if not name:
-            raise ValueError(f"{part!a} in the list of labels; expected the name of a label")
+            raise ValueError(
+                f"{excerpt(ascii(part), 60)} in the list of labels; expected the name of a label"
+            )
         names.append(name if isinstance(part, str) else canonical(name))
     bits = [canonical(name) for name in names]
     if len(bits) > 1 and set(bits) <= {"0", "1"}:  # maybe one zero or one for each label
         return tuple(bits)
     if repeated := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"label {repeated[0]!r} occurs twice in one row")
+        raise ValueError(f"label {excerpt_of(repeated[0])} occurs twice in one row")
     return tuple(names)
 
 

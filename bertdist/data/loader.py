@@ -10,7 +10,7 @@ How rows become steps: data/sharding.py.
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -137,6 +137,8 @@ def create_train_loader(
         from bertdist.data.streaming import create_stream_loader
 
         counts = stats.rows
+        if stats.numbers_only:
+            rows = replace(rows, rules=rows.rules._replace(numbers_only=True))
         return create_stream_loader(rows, counts, tokenizer, task, config, settings, accelerator)
     return MapLoader(
         dataset=create_dataset(rows, tokenizer, task, config.model.max_length),

@@ -9,6 +9,7 @@ jsonl 3.5; `records[row]` costs 3 microseconds, `lengths()` 2 milliseconds. Each
 columns it reads once (text bytes + 12 bytes per row); forked loader workers share that memory.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from bertdist.data.bad_rows import BadRow, OnBadRow
 from bertdist.data.columns import (
     Codes,
     LabelKind,
+    LabelRules,
     LabelValue,
     Problems,
     Raw,
@@ -60,6 +62,7 @@ TEXT_PAIR_COLUMNS = (
     ("question", "question2"),
     ("premise", "hypothesis"),
 )
+_ID = re.compile(r"\S*[0-9]\S*")
 MAX_NOTES = 3  # on the formats of files
 
 # Cells of a header, where the names of its columns are not known.
@@ -96,6 +99,7 @@ class Records:
     label_values: list[LabelValue]  # distinct, in order of first appearance
     label_codes: Codes | None  # (rows,) int32, index into label_values
     class_names: tuple[str, ...] | None  # label names that the source defines, in its order
+    cells: frozenset[int | None] = frozenset()  # of --label_columns: which of 0, 1, None there are
     fingerprint: str  # xxh3 of texts, pairs and labels; independent of path and file format
     texts: pa.Array  # (rows,) large_string without nulls
     pairs: pa.Array | None  # (rows,) the same
@@ -252,6 +256,22 @@ def choose_columns(
     return ColumnNames(text, pair, label, labels)
 
 
+def describe_choice(names: Sequence[str], requested: ColumnNames, chosen: ColumnNames) -> str:
+    """A sentence on columns with a usual name that were not taken, where no flag says so; or ""."""
+    is_label = requested.label is None and requested.labels is None
+    choices = (
+        ("text", requested.text is None, [*chosen.texts, chosen.pair], TEXT_COLUMNS),
+        ("label", is_label, [chosen.label], LABEL_COLUMNS),
+    )
+    parts = []
+    for what, is_open, taken, usual in choices:
+        others = [repr(n) for n in names if n.lower() in usual and n not in chosen.names()]
+        if is_open and others:
+            shown = " and ".join(repr(name) for name in taken if name is not None)
+            parts.append(f"{what} in {shown}, not {listed(others)} (--{what}_column)")
+    return f"Columns by their usual names: {'; '.join(parts)}" if parts else ""
+
+
 def _first_present(
     usual: Sequence[str], present: dict[str, str], used: Sequence[str | None]
 ) -> str | None:
@@ -282,13 +302,14 @@ def records_from_chunk(
     features: Any = None,
     on_bad_row: OnBadRow = "fail",
     first_label: LabelValue | None = None,
-    any_label: bool = False,
+    rules: LabelRules = LabelRules(),  # noqa: B008  immutable
     table: QuotedTable | None = None,
+    known_labels: Sequence[str] = (),
 ) -> Records:
     """The rows of a chunk, checked. Raises DataError at a bad row, or column with "skip".
 
-    name: of the source. features: datasets.Features, if any. first_label, any_label: see
-    `read_labels`. table: reject texts in which a quote has swallowed rows.
+    name: of the source. features: datasets.Features, if any. first_label: see `read_labels`.
+    table: reject texts in which a quote has swallowed rows. known_labels: of a prediction.
     """
     assert columns.texts
     location, class_names = chunk.location, _class_names(features, columns)
@@ -310,17 +331,21 @@ def records_from_chunk(
     kind: LabelKind | None = None
     values: list[LabelValue] = []
     codes = None
+    cells: frozenset[int | None] = frozenset()
     if columns.labels:
         kind, class_names = "set", tuple(columns.labels)
         label_arrays = {column: arrays[column] for column in columns.labels}
-        values, codes = read_label_columns(label_arrays, location, problems)
+        values, codes, cells = read_label_columns(label_arrays, location, problems, rules.empty)
     elif columns.label is not None:
-        options = label_delimiter, class_names, problems, first_label, any_label
+        numbers_only = rules.numbers_only and class_names is None
+        options = label_delimiter, class_names, problems, first_label, numbers_only
         kind, values, codes = read_labels(arrays[columns.label], columns.label, location, *options)
-    if table is not None and codes is not None:
+    if table is not None:
         for column, array in zip((*columns.texts, columns.pair), (*parts, pairs), strict=True):
             if column is not None:
-                for row, reason in swallowed_rows(array, column, columns, table, values):
+                for row, reason in swallowed_rows(
+                    array, column, columns, table, values or known_labels
+                ):
                     reject(problems, [row], reason, location)
     if (valid := valid_rows(problems or {}, len(texts))) is not None:
         location = select_locations(location, np.flatnonzero(valid))
@@ -339,6 +364,7 @@ def records_from_chunk(
         label_values=values,
         label_codes=codes,
         class_names=class_names,
+        cells=cells,
         fingerprint=_fingerprint(texts, pairs, values, codes),
         texts=texts,
         pairs=pairs,
@@ -414,12 +440,14 @@ def swallowed_rows(
 ) -> Iterator[tuple[int, str]]:
     """(row, reason) of texts that hold rows of the table, as a stray quote opened the field.
 
-    All lines but the first and the last are complete rows, with a label in its place. texts: of
+    All lines but the first and the last are complete rows, with a label in its place. Where rows
+    are read without labels, with one or an id (a word with a digit) beside the text. texts: of
     `column`; labels: the known ones.
     """
     width, own = len(table.header), table.header.index(column)
-    label_columns = columns.labels or [str(columns.label)]
-    indices = [table.header.index(name) for name in label_columns]
+    label_columns = columns.labels or ([columns.label] if columns.label else [])
+    places = [table.header.index(name) for name in label_columns]
+    texts_at = {table.header.index(name) for name in columns.names()}
     names = {"0", "1", "0.0", "1.0", "true", "false"} if columns.labels else set()
     if not columns.labels:
         for label in labels:
@@ -427,7 +455,10 @@ def swallowed_rows(
     numbers = all(map(is_number, names))
 
     def is_row(fields: list[str]) -> bool:
-        cells = [fields[index].strip() for index in indices] if len(fields) == width else []
+        if len(fields) == width and not places:
+            cells = [field.strip() for at, field in enumerate(fields) if at not in texts_at]
+            return any(cell in names or _ID.fullmatch(cell) for cell in cells)
+        cells = [fields[place].strip() for place in places] if len(fields) == width else []
         return bool(cells) and all(cell in names or (numbers and is_number(cell)) for cell in cells)
 
     for row in np.flatnonzero(pc.match_substring(texts, "\n")).tolist():
@@ -456,7 +487,8 @@ def reject_header(records: Records) -> None:
     if isinstance(label, str) and label.strip().lower() in HEADER_WORDS:
         raise DataError(
             f"{records.location(0)} looks like a header (text {excerpt_of(text, 30)}, label "
-            f"{label!r}); remove that row, or --column_names, which is for files without a header."
+            f"{excerpt_of(label, 30)}); remove that row, or --column_names, which is for files "
+            "without a header."
         )
 
 
@@ -495,6 +527,7 @@ def concat_records(parts: Sequence[Records], name: str) -> Records:
         label_kind=kind,
         label_values=values,
         label_codes=codes,
+        cells=frozenset().union(*(part.cells for part in parts)),
         texts=pa.concat_arrays([part.texts for part in parts]),
         pairs=None if first.pairs is None else pa.concat_arrays([part.pairs for part in parts]),
         fingerprint=xxhash.xxh3_128_hexdigest(fingerprints.encode()),

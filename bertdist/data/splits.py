@@ -9,21 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
-from bertdist.core.config import DataConfig, FileConfig, TaskConfig, TrainConfig
-from bertdist.core.errors import DataError, did_you_mean, listed
+from bertdist.core.config import DataConfig, FileConfig, TrainConfig
+from bertdist.core.errors import DataError, did_you_mean
 from bertdist.data.bad_rows import OnBadRow, suggest_skipping
-from bertdist.data.columns import LabelValue
+from bertdist.data.columns import LabelRules, LabelValue
 from bertdist.data.records import (
     ColumnNames,
     Records,
     choose_columns,
     concat_records,
+    describe_choice,
     records_from_chunk,
     reject_header,
     short_notes,
 )
 from bertdist.data.source import Column, DataSource, chunk_of_columns, column_of, nested_names
-from bertdist.tasks.labels import canonical, is_number
+from bertdist.data.stats import has_odd_labels, needs_numbers
+from bertdist.tasks.labels import describe_differing
 
 # Readers are imported by the functions that read: a run loads only those of its sources.
 if TYPE_CHECKING:
@@ -55,35 +57,35 @@ class Splits(NamedTuple):
 def load_splits(config: TrainConfig) -> Splits:
     """The rows of a run. Raises DataError."""
     train: Records | Stream
-    any_label = keeps_any_label(config.task)
+    numbers_only = needs_numbers(config.task)
     if config.data.streaming:
-        train = open_stream(config.data, config.run.seed, any_label)
+        train = open_stream(config.data, config.run.seed, numbers_only)
     else:
-        train = load_records(config.data, "train", any_label)
-    return Splits(train, load_records(config.data, "validation", any_label))
-
-
-def keeps_any_label(task: TaskConfig) -> bool:
-    """Whether flags say what the labels are, so that --on_bad_row skip need not guess."""
-    return task.label_names is not None or task.problem_type == "single_label_classification"
-
-
-@overload
-def load_records(data: DataConfig, split: Literal["train"], any_label: bool = False) -> Records: ...
+        train = load_records(config.data, "train", numbers_only)
+    if config.data.on_bad_row == "skip":
+        first_rows = train if isinstance(train, Records) else train.head()
+        numbers_only = needs_numbers(config.task, first_rows)
+    return Splits(train, load_records(config.data, "validation", numbers_only))
 
 
 @overload
 def load_records(
-    data: DataConfig, split: Literal["validation"], any_label: bool = False
+    data: DataConfig, split: Literal["train"], numbers_only: bool | None = None
+) -> Records: ...
+
+
+@overload
+def load_records(
+    data: DataConfig, split: Literal["validation"], numbers_only: bool | None = None
 ) -> Records | None: ...
 
 
 def load_records(
-    data: DataConfig, split: Literal["train", "validation"], any_label: bool = False
+    data: DataConfig, split: Literal["train", "validation"], numbers_only: bool | None = None
 ) -> Records | None:
     """A split in memory, with labels; None without a validation split. Raises DataError.
 
-    any_label: see `columns.read_labels`.
+    numbers_only: see `LabelRules`; None: decided by the labels of the split.
     """
     if split == "train":
         patterns, limit = data.train_file or [], data.max_train_samples
@@ -92,14 +94,25 @@ def load_records(
         limit = data.max_eval_samples
     if not patterns and data.train_file and split == "validation":
         return None
-    with suggest_skipping():
-        if patterns:
-            return _load_files(patterns, data, limit, any_label)
-        return _load_hub_split(data, split, limit, any_label)
+
+    def read(rules: LabelRules) -> Records | None:
+        with suggest_skipping():
+            if patterns:
+                return _load_files(patterns, data, limit, rules)
+            return _load_hub_split(data, split, limit, rules)
+
+    rules = LabelRules(numbers_only=numbers_only is True)
+    if (records := read(rules)) is None:
+        return None
+    if data.on_bad_row == "skip" and numbers_only is None and has_odd_labels(records):
+        return read(rules._replace(numbers_only=True))
+    if {0, None} <= records.cells:
+        return read(rules._replace(empty="error"))
+    return records
 
 
 def _load_files(
-    patterns: Sequence[str], data: DataConfig, limit: int | None, any_label: bool
+    patterns: Sequence[str], data: DataConfig, limit: int | None, rules: LabelRules
 ) -> Records:
     by_pattern: list[list[Records]] = []
     # With "skip": the first label of the split; rows whose label is of another kind are skipped.
@@ -109,7 +122,7 @@ def _load_files(
         for reader in open_files(pattern, data, data.on_bad_row):
             _check_has_labels(reader)
             limits = limit, data.max_bad_rows
-            options = data.label_delimiter, *limits, first_label, any_label
+            options = data.label_delimiter, *limits, first_label, rules
             records = _read_file(reader, _requested(data), *options)
             by_pattern[-1].append(records)
             if data.on_bad_row == "skip":
@@ -122,30 +135,9 @@ def _load_files(
     if limit == len(records):  # the file may have more
         records = replace(records, limit=limit)
     rows_per_file = tuple(sum(map(len, of_pattern)) for of_pattern in by_pattern)
-    notes = (*records.format_notes, *_differing_labels(files))
+    differing = describe_differing([(file.name, file.label_values) for file in files])
+    notes = (*records.format_notes, *filter(None, [differing]))
     return replace(records, rows_per_file=rows_per_file, format_notes=notes)
-
-
-def _differing_labels(files: Sequence[Records]) -> Iterator[str]:
-    """A line on the first file of which no label is one of another file.
-
-    Not where each file has one label, or all labels are numbers.
-    """
-    names = [
-        {canonical(name) for label in records.label_values for name in _names_of(label)}
-        for records in files
-    ]
-    for index, (records, own) in enumerate(zip(files, names, strict=True)):
-        others = set().union(*names[:index], *names[index + 1 :])
-        is_named = not all(map(is_number, own | others))
-        if min(len(own), len(others)) > 1 and is_named and own.isdisjoint(others):
-            shown, theirs = (listed(sorted(map(repr, labels)), 3) for labels in (own, others))
-            yield f"{records.name} has no label in common with the other files: {shown}; {theirs}"
-            return
-
-
-def _names_of(label: LabelValue) -> tuple[str, ...]:
-    return label if isinstance(label, tuple) else (label,)
 
 
 def _read_file(
@@ -155,7 +147,8 @@ def _read_file(
     limit: int | None = None,
     max_bad_rows: int = 0,
     first_label: LabelValue | None = None,
-    any_label: bool = False,
+    rules: LabelRules = LabelRules(),  # noqa: B008  immutable
+    known_labels: Sequence[str] = (),
 ) -> Records:
     try:
         columns = choose_columns(reader.name, reader.column_names(), requested, reader.has_header)
@@ -172,14 +165,16 @@ def _read_file(
             label_delimiter=label_delimiter,
             on_bad_row="skip" if reader.skip else "fail",
             first_label=first_label,
-            any_label=any_label,
+            rules=rules,
             table=reader.quoted_table,
+            known_labels=known_labels,
         )
 
     records = _read_valid(read, limit, max_bad_rows)
     reject_header(records)
-    note = reader.note
-    return replace(_not_empty(records), file=reader.file, format_notes=(note,) if note else ())
+    choice = describe_choice(reader.column_names(), requested, columns)
+    notes = tuple(filter(None, [reader.note, choice]))
+    return replace(_not_empty(records), file=reader.file, format_notes=notes)
 
 
 def _read_valid(
@@ -205,7 +200,7 @@ def _not_empty(records: Records) -> Records:
 
 
 def _load_hub_split(
-    data: DataConfig, split: str, limit: int | None, any_label: bool
+    data: DataConfig, split: str, limit: int | None, rules: LabelRules
 ) -> Records | None:
     requested = _requested(data)
     dataset, name = _find_hub_split(data, split)
@@ -213,7 +208,8 @@ def _load_hub_split(
         return None
     if not len(dataset):
         raise DataError(f"{name} has no rows.")
-    columns = choose_columns(name, nested_names(dataset.features.arrow_schema), requested)
+    column_names = nested_names(dataset.features.arrow_schema)
+    columns = choose_columns(name, column_names, requested)
 
     def read(num_rows: int | None) -> Records:
         rows = min(num_rows or len(dataset), len(dataset))
@@ -226,12 +222,15 @@ def _load_hub_split(
             label_delimiter=data.label_delimiter,
             features=dataset.features,
             on_bad_row=data.on_bad_row,
-            any_label=any_label,
+            rules=rules,
         )
 
     records = _read_valid(read, limit, data.max_bad_rows)
     is_limited = len(records) + len(records.bad_rows) < len(dataset)
-    return replace(_not_empty(records), limit=limit if is_limited else None)
+    choice = describe_choice(column_names, requested, columns)
+    notes = tuple(filter(None, [choice]))
+    limit = limit if is_limited else None
+    return replace(_not_empty(records), limit=limit, format_notes=notes)
 
 
 def _find_hub_split(data: DataConfig, split: str) -> tuple[Any, str]:
@@ -264,10 +263,11 @@ def _hub_path(data: DataConfig) -> tuple[str, str | None]:
     return path, data.dataset_config_name or (None if data.dataset_name else data.task_name)
 
 
-def open_stream(data: DataConfig, seed: int, any_label: bool = False) -> "Stream":
+def open_stream(data: DataConfig, seed: int, numbers_only: bool | None = None) -> "Stream":
     """The training rows, read as they are needed. Raises DataError.
 
-    With --on_bad_row skip, reads the first rows.
+    With --on_bad_row skip or --label_columns, reads the first rows. numbers_only: see `LabelRules`;
+    None: `collect_stats` decides.
     """
     from bertdist.data.streaming import Stream
 
@@ -289,6 +289,7 @@ def open_stream(data: DataConfig, seed: int, any_label: bool = False) -> "Stream
         name = str(data.dataset_name or data.task_name)
     first, requested = groups[0][0], _requested(data)
     columns = choose_columns(first.name, first.column_names(), requested, first.has_header)
+    notes.append(describe_choice(first.column_names(), requested, columns))
     return Stream(
         name=name,
         source_groups=groups,
@@ -300,15 +301,22 @@ def open_stream(data: DataConfig, seed: int, any_label: bool = False) -> "Stream
         limit=data.max_train_samples,
         on_bad_row=data.on_bad_row,
         max_bad_rows=data.max_bad_rows,
-        any_label=any_label,
+        rules=LabelRules(numbers_only=numbers_only is True),
         format_notes=short_notes([note for note in notes if note]),
-    ).with_first_label()
+    ).with_first_rows()
 
 
 def open_files(
-    pattern: str, flags: FileConfig, on_bad_row: OnBadRow = "fail", streamed: bool = False
+    pattern: str,
+    flags: FileConfig,
+    on_bad_row: OnBadRow = "fail",
+    streamed: bool = False,
+    trained: Sequence[str] = (),
 ) -> "Iterator[FileReader | FolderReader]":
-    """A reader for each file that a path, glob or URL names, or of a folder. Raises DataError."""
+    """A reader for each file that a path, glob or URL names, or of a folder. Raises DataError.
+
+    trained: the text columns of a training, which a header may have.
+    """
     if Path(pattern).is_dir():
         from bertdist.data.readers.folder_reader import FolderReader
 
@@ -318,7 +326,7 @@ def open_files(
     from bertdist.data.readers.remote import file_fingerprint, file_size, list_files
 
     for address in list_files(pattern):
-        file = inspect_file(address, flags)
+        file = inspect_file(address, flags, trained=trained)
         fingerprint = file_fingerprint(address) if streamed else None
         size = file_size(address) if streamed else None
         yield FileReader(file, fingerprint=fingerprint, size=size, on_bad_row=on_bad_row)
@@ -332,17 +340,18 @@ def _check_has_labels(reader: "FileReader | FolderReader") -> None:
         )
 
 
-def load_texts(path: str, flags: FileConfig, trained: ColumnNames) -> Records:
+def load_texts(
+    path: str, flags: FileConfig, trained: ColumnNames, labels: Sequence[str] = ()
+) -> Records:
     """The rows of a file without labels, for prediction. Raises DataError.
 
-    trained: the columns of the training, for those that no flag names. A .txt file has one text
-    per line, blank lines included.
+    trained: the columns of the training, for those that no flag names; labels: its labels. A .txt
+    file has one text per line, blank lines included.
     """
     text, pair = _as_name(flags.text_column), flags.text_pair_column
     requested = ColumnNames(text or trained.text, pair or trained.pair, None, [])
-    named = replace(flags, text_column=list(requested.texts) or None)
     files = []
-    for reader in open_files(path, named):
+    for reader in open_files(path, flags, trained=requested.texts):
         of_file = requested
         if reader.kind in ("txt", "folder"):
             how = f"{reader.name} is read as one text per {'line' if reader.file else 'file'}"
@@ -352,7 +361,7 @@ def load_texts(path: str, flags: FileConfig, trained: ColumnNames) -> Records:
             if text not in (None, "text"):
                 raise DataError(f"{how}, so --text_column cannot take effect; remove it; {table}.")
             of_file = requested._replace(text="text")
-        files.append(_read_file(reader, of_file))
+        files.append(_read_file(reader, of_file, known_labels=labels))
     return concat_records(files, _short_name([path]))
 
 

@@ -7,6 +7,7 @@ unnecessary.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +21,15 @@ from bertdist.data.columns import LabelKind, LabelValue
 from bertdist.data.records import Records
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.preemption import StopSignal
-from bertdist.tasks.labels import REGRESSION, has_fractions, is_multi_hot, is_number
+from bertdist.tasks.labels import (
+    REGRESSION,
+    SINGLE_LABEL,
+    describe_differing,
+    has_fractions,
+    is_multi_hot,
+    is_number,
+    odd_labels,
+)
 from bertdist.tasks.tasks import Task, infer_task
 
 if TYPE_CHECKING:  # --streaming only
@@ -45,6 +54,8 @@ class DatasetStats(NamedTuple):
     labels: LabelStats
     rows: list[int]  # number of rows of each source; empty: not counted
     bad_rows: Sequence[BadRow] = ()
+    numbers_only: bool = False  # of a stream, see columns.LabelRules
+    notes: Sequence[str] = ()
 
 
 def label_stats_of(rows: Records) -> LabelStats:
@@ -64,6 +75,26 @@ def label_stats_of(rows: Records) -> LabelStats:
     )
 
 
+def has_odd_labels(rows: Records) -> bool:
+    """Whether nearly all labels are numbers, and some are not."""
+    if rows.label_kind != "text" or rows.class_names is not None:
+        return False
+    stats = label_stats_of(rows)
+    return bool(odd_labels(dict(zip(stats.values, stats.counts, strict=True))))
+
+
+def needs_numbers(task: TaskConfig, train_rows: Records | None = None) -> bool | None:
+    """Whether labels must be numbers: as flags or training rows say. None: to be decided."""
+    if task.label_names is not None or task.problem_type == SINGLE_LABEL:
+        return False
+    if task.problem_type == REGRESSION:
+        return True
+    if train_rows is None or train_rows.label_kind != "text" or has_odd_labels(train_rows):
+        return None
+    values = label_stats_of(train_rows).values
+    return None if all(is_number(str(value)) for value in values) else False
+
+
 def collect_stats(
     rows: "Records | Stream",
     config: TrainConfig,
@@ -79,13 +110,15 @@ def collect_stats(
         return DatasetStats(label_stats_of(rows), [len(rows)], rows.bad_rows)
     with raise_on_all_ranks(accelerator):
         head = rows.head()
+    undecided = rows.on_bad_row == "skip" and needs_numbers(config.task) is None
+    is_odd = undecided and has_odd_labels(head)
     labels = label_stats_of(head)
-    if reasons := _reasons_to_scan(config, labels):
-        from bertdist.data.stream_scan import scan_stream
+    if reasons := _reasons_to_scan(config, labels, is_odd):
+        from bertdist.data.stream_scan import MOST_LOCATIONS, scan_stream
 
         say(f"Reading {rows.name} once, for {', '.join(reasons)}.")
         path = Path(config.run.output_dir) / "survey.json"
-        scan = scan_stream(rows, accelerator, path, stop)
+        scan = scan_stream(rows, accelerator, path, stop, undecided)
         if scan is None:
             return None
         assert scan.kind is not None
@@ -97,19 +130,29 @@ def collect_stats(
             first=lambda label: scan.first.get(label, rows.name),
             limit=rows.limit,
         )
-        return DatasetStats(labels, [scan.rows[source] for source in sorted(scan.rows)], scan.bad)
+        counts = [scan.rows[source] for source in sorted(scan.rows)]
+        of_file = [(rows.sources[at].name, scan.of_file[at]) for at in sorted(scan.of_file)]
+        is_all = all(len(of) < MOST_LOCATIONS for _, of in of_file)
+        notes = list(filter(None, [describe_differing(of_file) if is_all else ""]))
+        return DatasetStats(labels, counts, scan.bad, scan.numbers_only, notes)
+    numbers_only = _are_numbers(config.task, labels, is_odd)
+    if is_odd:
+        with raise_on_all_ranks(accelerator):
+            rules = rows.rules._replace(numbers_only=True)
+            labels = label_stats_of(replace(rows, rules=rules).head())
     names = config.task.label_names or labels.class_names
     values = labels.values
     if names and not is_multi_hot(values, len(names)):
         values = [(name,) if labels.kind == "set" else name for name in names]
-    return DatasetStats(labels._replace(values=values, counts=[len(head)] * len(values)), [])
+    labels = labels._replace(values=values, counts=[len(head)] * len(values))
+    return DatasetStats(labels, [], (), numbers_only)
 
 
-def _reasons_to_scan(config: TrainConfig, labels: LabelStats) -> list[str]:
+def _reasons_to_scan(config: TrainConfig, labels: LabelStats, is_odd: bool) -> list[str]:
     """Why a stream must be read before its first step; empty: it need not be."""
     task, run = config.task, config.run
     reasons = []
-    if not (task.label_names or labels.class_names or _are_numbers(task, labels)):
+    if not (task.label_names or labels.class_names or _are_numbers(task, labels, is_odd)):
         reasons.append("its labels (or pass --label_names)")
     if task.class_weights == ["balanced"]:
         reasons.append("the rows of each label (--class_weights balanced)")
@@ -121,12 +164,16 @@ def _reasons_to_scan(config: TrainConfig, labels: LabelStats) -> list[str]:
     return reasons
 
 
-def _are_numbers(task: TaskConfig, labels: LabelStats) -> bool:
-    """Whether the first labels say already that the task is regression."""
+def _are_numbers(task: TaskConfig, labels: LabelStats, is_odd: bool) -> bool:
+    """Whether the first labels say already that the task is regression.
+
+    is_odd: --on_bad_row skip leaves out those that are no numbers.
+    """
     if task.problem_type != "auto":
         return task.problem_type == REGRESSION
     names = [value for value in labels.values if isinstance(value, str)]
-    return labels.kind == "text" and has_fractions(names) and all(map(is_number, names))
+    is_text = labels.kind == "text"
+    return is_text and has_fractions(names) and (is_odd or all(map(is_number, names)))
 
 
 def create_task(

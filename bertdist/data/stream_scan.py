@@ -8,7 +8,7 @@ second, and writes no file.
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,11 +29,12 @@ from bertdist.distributed.collectives import (
     raise_on_all_ranks,
 )
 from bertdist.distributed.preemption import StopSignal
-from bertdist.tasks.labels import is_number
+from bertdist.tasks.labels import is_number, odd_labels
 
 # Reading time between two collectives about stopping; a chunk takes some 10 ms.
 SECONDS_BETWEEN_CHECKS = 0.5
-MOST_LOCATIONS = 1_000  # labels whose first row is remembered
+MOST_LOCATIONS = 1_000  # labels whose first row is remembered, and labels of a file
+MOST_NUMBERS = 100  # the same of numbers
 
 
 @dataclass
@@ -43,9 +44,12 @@ class StreamScan:
     rows: dict[int, int] = field(default_factory=dict)  # index of a source -> number of rows
     kind: LabelKind | None = None
     labels: dict[LabelValue, int] = field(default_factory=dict)  # label -> rows
-    # Labels that are no numbers -> file and line of the first row, for messages.
+    # Label -> file and line of its first row, for messages; of numbers only the first ones.
     first: dict[LabelValue, str] = field(default_factory=dict)
     bad: list[BadRow] = field(default_factory=list)
+    numbers_only: bool = False  # see columns.LabelRules
+    # Index of a source -> its distinct labels; not with --max_train_samples.
+    of_file: dict[int, list[LabelValue]] = field(default_factory=dict)
 
     def add(self, source: int, records: Records) -> None:
         """Count some rows of a source. Raises DataError if kinds of labels are mixed."""
@@ -58,7 +62,8 @@ class StreamScan:
             if not count:  # of a row that --max_train_samples leaves out
                 continue
             is_name = isinstance(value, tuple) or not is_number(value)
-            if is_name and value not in self.labels and len(self.first) < MOST_LOCATIONS:
+            is_shown = is_name or len(self.labels) < MOST_NUMBERS
+            if is_shown and value not in self.labels and len(self.first) < MOST_LOCATIONS:
                 row = int(np.argmax(records.label_codes == code))
                 self.first[value] = str(records.location(row))
             self.labels[value] = self.labels.get(value, 0) + count
@@ -73,24 +78,50 @@ class StreamScan:
             self.labels[value] = self.labels.get(value, 0) + count
         self.first = {**other.first, **self.first}
         self.rows |= other.rows
+        self.of_file |= other.of_file
         self.bad += other.bad
 
 
 def scan_stream(
-    stream: Stream, accelerator: Accelerator, path: Path, stop: StopSignal | None = None
+    stream: Stream,
+    accelerator: Accelerator,
+    path: Path,
+    stop: StopSignal | None = None,
+    undecided: bool = False,
 ) -> StreamScan | None:
     """The scan of a stream: from `path` if it is there, else by reading.
 
+    undecided: where nearly all labels are numbers, read again, and skip the rows of the others.
     A collective. Returns None on all ranks if `stop` was requested. Raises DataError on all ranks.
     """
     stored, fingerprint = None, ""
     with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
-            fingerprint = stream.fingerprint
+            settings = (stream.on_bad_row, stream.rules, undecided)
+            fingerprint = f"{stream.fingerprint} {settings}"
             stored = _read_scan(path, fingerprint)
     stored = broadcast_from_rank0(accelerator, stored)
     if stored is not None:
         return stored
+    total = _read_stream(stream, accelerator, stop)
+    if total is not None and undecided and total.kind == "text" and odd_labels(total.labels):
+        stream = replace(stream, rules=stream.rules._replace(numbers_only=True))
+        total = _read_stream(stream, accelerator, stop)
+    if total is None:
+        return None
+    with raise_on_all_ranks(accelerator):
+        if accelerator.is_main_process:
+            content = {"fingerprint": fingerprint, **asdict(total)}
+            content["labels"] = list(total.labels.items())
+            content["first"] = list(total.first.items())
+            atomic_write(path, json.dumps(content, indent=1).encode())
+    return total
+
+
+def _read_stream(
+    stream: Stream, accelerator: Accelerator, stop: StopSignal | None
+) -> StreamScan | None:
+    """The scan of a stream by reading; see `scan_stream`."""
     own = StreamScan()
     with raise_on_all_ranks(accelerator):
         chunks = _scan_chunks(stream, own, accelerator.process_index, accelerator.num_processes)
@@ -103,11 +134,7 @@ def scan_stream(
             total.merge(scan)
         if not sum(total.rows.values()):
             raise DataError(f"{stream.name} has no rows.")
-        if accelerator.is_main_process:
-            content = {"fingerprint": fingerprint, **asdict(total)}
-            content["labels"] = list(total.labels.items())
-            content["first"] = list(total.first.items())
-            atomic_write(path, json.dumps(content, indent=1).encode())
+    total.numbers_only = stream.rules.numbers_only
     return total
 
 
@@ -127,6 +154,9 @@ def _scan_chunks(stream: Stream, scan: StreamScan, rank: int, ranks: int) -> Ite
                 bad_rows.add(records.bad_rows)
                 if len(records):
                     scan.add(number, records)
+                    known = scan.of_file.get(number, [])
+                    labels = list(dict.fromkeys((*known, *records.label_values)))
+                    scan.of_file[number] = labels[:MOST_LOCATIONS]
                 yield
     scan.bad = bad_rows.rows
 
@@ -169,6 +199,11 @@ def _read_scan(path: Path, fingerprint: str) -> StreamScan | None:
             labels={_as_label(value): int(count) for value, count in content["labels"]},
             first={_as_label(value): str(location) for value, location in content["first"]},
             bad=[validated(BadRow(*row)) for row in content["bad"]],
+            numbers_only=bool(content["numbers_only"]),
+            of_file={
+                int(source): list(map(_as_label, labels))
+                for source, labels in content["of_file"].items()
+            },
         )
     except (
         OSError,

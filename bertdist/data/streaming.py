@@ -35,7 +35,7 @@ from bertdist.core.errors import BertdistError, ConfigError, DataError
 from bertdist.core.types import Array
 from bertdist.data.bad_rows import BadRow, BadRows, OnBadRow, suggest_skipping
 from bertdist.data.batch import Step
-from bertdist.data.columns import LabelValue
+from bertdist.data.columns import LabelRules, LabelValue
 from bertdist.data.records import (
     ColumnNames,
     Records,
@@ -94,7 +94,7 @@ class Stream:
     max_bad_rows: int = 0
     # With "skip": rows with a label of another kind are skipped.
     first_label: LabelValue | None = None
-    any_label: bool = False  # see columns.read_labels
+    rules: LabelRules = LabelRules()  # noqa: RUF009  immutable
     format_notes: tuple[str, ...] = ()  # see Records
     first_row: int = 0  # number of the first row of an epoch
 
@@ -146,7 +146,7 @@ class Stream:
                     features=source.features,
                     on_bad_row=self.on_bad_row,
                     first_label=self.first_label,
-                    any_label=self.any_label,
+                    rules=self.rules,
                     table=source.quoted_table,
                 )
             yield chunk.state, records
@@ -167,11 +167,17 @@ class Stream:
             )
         raise DataError(f"{self.name} has no rows.")
 
-    def with_first_label(self) -> "Stream":
-        """The same stream; with on_bad_row "skip", its `first_label` is set. Raises DataError."""
-        if self.on_bad_row == "fail":
+    def with_first_rows(self) -> "Stream":
+        """The same stream, with what its first rows decide: with on_bad_row "skip" `first_label`,
+        with --label_columns what an empty cell means. Raises DataError.
+        """
+        if self.on_bad_row == "fail" and not self.columns.labels:
             return self
-        return replace(self, first_label=self.head().label_values[0])
+        head = self.head()
+        is_zero = None in head.cells and 0 not in head.cells
+        rules = self.rules._replace(empty="zero" if is_zero else "error")
+        first_label = head.label_values[0] if self.on_bad_row == "skip" else None
+        return replace(self, first_label=first_label, rules=rules)
 
     def windows(self, state: ReaderState | None = None) -> Iterator[Window]:
         """From a state to the end of its epoch. Raises DataError."""

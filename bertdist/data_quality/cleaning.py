@@ -40,12 +40,11 @@ def write_cleaned(
     report: DataReport,
     kinds: list[str],
     path: Path,
-    label_delimiter: str | None,
     near_threshold: float,
 ) -> dict[str, int]:
     """Write both files; returns the rows per kind, and the rows that are left under "rows".
 
-    kinds: of FIX_KINDS. label_delimiter, near_threshold: as the report was made.
+    kinds: of FIX_KINDS. near_threshold: as the report was made.
     Raises DataError if no row is left, or if near duplicates are to be dropped without rensa.
     """
     original = records = report.splits["train"]
@@ -68,7 +67,7 @@ def write_cleaned(
             f"--fix would leave none of the {len(records):,} rows; choose fewer --fix_kinds."
         )
     sink = pa.BufferOutputStream()
-    pa.parquet.write_table(_to_table(records, remaining_rows, label_delimiter), sink)
+    pa.parquet.write_table(_to_table(records, remaining_rows), sink)
     write_output(path, sink.getvalue().to_pybytes())
     write_output(dropped_path(path), _changes_as_jsonl(original, records, reason, before))
     changed = {"encoding": len(before)} if "encoding" in kinds else {}
@@ -123,8 +122,8 @@ def _rows_to_drop(
     return drop
 
 
-def _to_table(records: Records, rows: IntArray, label_delimiter: str | None) -> pa.Table:
-    """The columns of the source; labels as training reads them with the same flags."""
+def _to_table(records: Records, rows: IntArray) -> pa.Table:
+    """The columns of the source; several labels as a list, whatever joined them."""
     columns: dict[str, Any] = {records.text_column: records.texts.take(rows)}
     if records.pair_column is not None and records.pairs is not None:
         columns[records.pair_column] = records.pairs.take(rows)
@@ -137,10 +136,10 @@ def _to_table(records: Records, rows: IntArray, label_delimiter: str | None) -> 
             columns[name] = np.array([name in value for value in sets], np.int8)[codes]
         return pa.table(columns)
     if records.label_kind == "set":
-        values = [label_delimiter.join(names) if label_delimiter else list(names) for names in sets]
+        labels = pa.array(map(list, sets), pa.list_(pa.string()))
     else:
-        values = _as_numbers(values)
-    columns[records.label_column] = pa.array(values).take(codes)
+        labels = pa.array(_as_numbers(values))
+    columns[records.label_column] = labels.take(codes)
     return pa.table(columns)
 
 

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from bertdist.core.config import TrainConfig
-from bertdist.core.terminal import process_rank, show, show_table
+from bertdist.core.terminal import excerpt, process_rank, show, show_table
 from bertdist.core.types import Array
 from bertdist.data.sharding import balance_by_length, count_steps, epoch_order
 from bertdist.data.stats import create_task, label_stats_of
@@ -98,10 +98,11 @@ def _show_steps(config: TrainConfig, report: DataReport, task: Task) -> None:
     total = count_steps(config.run, per_epoch)
     per_row = lengths.kept / num_rows
     batched = padding_ratio(np.minimum(lengths.counted, max_length), batch_size, config.run.seed)
+    shown = ", ".join(excerpt(name, 40) for name in task.labels[:10])
     outputs = f"{len(task.labels)} output{'s' * (len(task.labels) != 1)}"
     about = "" if lengths.rows == num_rows else "about "
     show(
-        f"Task: {task.problem_type}, {outputs}: {', '.join(task.labels[:10])}.",
+        f"Task: {task.problem_type}, {outputs}: {shown}.",
         *filter(None, [task.reason]),
         f"{per_epoch:,} steps per epoch of {batch_size} rows, {total:,} steps in total "
         f"({total * batch_size / num_rows:.4g} epochs).",

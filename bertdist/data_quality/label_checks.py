@@ -156,6 +156,11 @@ def _check_train_labels(build: FindingBuilder, labels: SplitLabels, refusal: str
         severity: Severity = "error" if refusal else "warning"
         meaning = refusal or "This is what a column of numbers, names or texts looks like."
         rows = labels.first_rows(names[: build.num_examples])
+        if refusal:  # the row that it names comes first
+            firsts = np.unique(labels.codes, return_index=True)[1].tolist()
+            place = build.records.location
+            named = [row for row in firsts if refusal.startswith(f"{place(row)}: ")]
+            rows = [*named, *(row for row in rows if row not in named)][: build.num_examples]
         shown: dict[str, Any] = {"note": labels.name, "count": num_rows}
         build.add(kind, severity, title, rows, meaning, advice, **shown)
         return

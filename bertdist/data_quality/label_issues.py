@@ -49,8 +49,8 @@ from bertdist.core.types import Array
 from bertdist.data.bad_rows import BadRows
 from bertdist.data.records import Records
 from bertdist.data.source import select_locations
-from bertdist.data.splits import keeps_any_label, load_records
-from bertdist.data.stats import create_task, label_stats_of
+from bertdist.data.splits import load_records
+from bertdist.data.stats import create_task, label_stats_of, needs_numbers
 from bertdist.data.tokenization import create_dataset
 from bertdist.data_quality.config import DEFAULT_RANKING, RANKINGS, LabelIssueConfig
 from bertdist.data_quality.duplicates import group_texts
@@ -173,8 +173,8 @@ def _predict_with_model(
             text_column=data.text_column or predictor.metadata.get("text_column"),
             text_pair_column=data.text_pair_column or predictor.metadata.get("text_pair_column"),
         )
-        any_label = task.problem_type == "single_label_classification"
-        records = _load_rows(data, "", log, any_label)  # --output_dir is refused with --model
+        # --output_dir is refused with --model.
+        records = _load_rows(data, "", log, task.problem_type == "regression")
         examples = create_dataset(records, predictor.tokenizer, task, predictor.max_length)
     log.say(f"{config.model} checks the labels of {len(records):,} rows of {records.name}.")
     log.say("It misses label errors in rows that it was trained on; for those use --folds.")
@@ -189,9 +189,8 @@ def _predict_by_folds(
     assert config.folds is not None
     data, log = train_config.data, commands.log
     with raise_on_all_ranks(commands.accelerator):
-        records = _load_rows(
-            data, train_config.run.output_dir, log, keeps_any_label(train_config.task)
-        )
+        numbers_only = needs_numbers(train_config.task)
+        records = _load_rows(data, train_config.run.output_dir, log, numbers_only)
         model_labels = pretrained_labels(load_model_config(train_config.model))
         task = create_task(train_config.task, label_stats_of(records), model_labels)
         _check_ranking(config, task)
@@ -205,9 +204,9 @@ def _predict_by_folds(
 
 
 def _load_rows(
-    data: DataConfig, output_dir: str, log: RunLogger, any_label: bool = False
+    data: DataConfig, output_dir: str, log: RunLogger, numbers_only: bool | None = None
 ) -> Records:
-    records = load_records(data, "train", any_label)
+    records = load_records(data, "train", numbers_only)
     if number := len(records.bad_rows):  # --on_bad_row skip
         path = Path(output_dir) / "bad_rows.jsonl" if output_dir and log.enabled else None
         BadRows(data.on_bad_row, data.max_bad_rows, path).add_and_write(records.bad_rows)

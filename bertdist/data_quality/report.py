@@ -18,8 +18,8 @@ from bertdist.core.config import DataConfig, TaskConfig
 from bertdist.core.errors import BertdistError, DataError
 from bertdist.core.terminal import excerpt
 from bertdist.data.records import ColumnNames, Records
-from bertdist.data.splits import keeps_any_label, load_records, load_texts, open_files
-from bertdist.data.stats import create_task, label_stats_of
+from bertdist.data.splits import load_records, load_texts, open_files
+from bertdist.data.stats import create_task, label_stats_of, needs_numbers
 from bertdist.data_quality.duplicates import TextGroups, check_duplicates, group_texts, has_rensa
 from bertdist.data_quality.findings import Example, Finding, FindingBuilder, counts, ranked
 from bertdist.data_quality.label_checks import SplitLabels, check_labels, split_labels
@@ -88,7 +88,7 @@ def check_data(
     Raises DataError if train or validation cannot be read, ConfigError as training would.
     """
     findings: list[Finding] = []
-    splits = load_all_splits(data, test_file, findings, keeps_any_label(task))
+    splits = load_all_splits(data, test_file, findings, task)
     builders = {
         name: FindingBuilder(name, records, num_examples, findings)
         for name, records in splits.items()
@@ -152,17 +152,21 @@ def _missing_packages(near_threshold: float) -> list[str]:
 
 
 def load_all_splits(
-    data: DataConfig, test_file: str | None, findings: list[Finding], any_label: bool = False
+    data: DataConfig,
+    test_file: str | None,
+    findings: list[Finding],
+    task: TaskConfig = TaskConfig(),  # noqa: B008  frozen
 ) -> dict[str, Records]:
     """Splits by name, train first. Adds a finding if the labels of the test file are unreadable."""
-    splits = {"train": load_records(data, "train", any_label)}
-    if (validation := load_records(data, "validation", any_label)) is not None:
+    splits = {"train": load_records(data, "train", needs_numbers(task))}
+    numbers_only = needs_numbers(task, splits["train"])
+    if (validation := load_records(data, "validation", numbers_only)) is not None:
         splits["validation"] = validation
     if test_file is None:
         return splits
     as_validation = replace(data, validation_file=test_file, max_eval_samples=None)
     try:
-        test = load_records(as_validation, "validation", any_label)
+        test = load_records(as_validation, "validation", numbers_only)
         assert test is not None
         splits["test"] = test
     except BertdistError as error:
@@ -207,7 +211,7 @@ def _add_bad_rows(build: FindingBuilder, too_many: bool, limit: int) -> None:
     if too_many:
         advice += f"; training fails at more than {limit:,} in all its files (--max_bad_rows)"
     build.add(
-        "skipped_rows",
+        "bad_rows",
         "error" if too_many else "warning",
         "bad rows, which are skipped",
         [],

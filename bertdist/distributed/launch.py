@@ -19,6 +19,7 @@ import faulthandler
 import json
 import os
 import platform
+import select
 import socket
 import sys
 import time
@@ -61,6 +62,7 @@ from bertdist.distributed.watchdog import (
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped before the end; the same command resumes
 EXIT_INTERRUPTED = 130  # a second Ctrl-C, as a shell has it for SIGINT
+EXIT_BROKEN_PIPE = 141  # as of a command that SIGPIPE has ended
 
 # For a process that broke a connection to be seen as dead, and for others to see who prints it.
 DEAD_RANK_WAIT_SECONDS = 2.0
@@ -84,11 +86,17 @@ def run_cli(command: Callable[[C], int], config: C) -> NoReturn:
     """Run a script: call `command` with its config, then exit with its code.
 
     0: finished. 75: stopped by a signal or a time limit; the same command resumes. 130: a second
-    Ctrl-C. 1: a BertdistError, printed as `bertdist: <message>`, or any other exception.
+    Ctrl-C. 141: who reads standard output has ended (`| head`). 1: a BertdistError, printed
+    as `bertdist: <message>`, or any other exception.
     """
     configure_process()
     try:
         code = command(config)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not close_broken_stdout():
+            raise
+        code = EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         if process_rank() == 0:
             text = (
@@ -109,6 +117,15 @@ def run_cli(command: Callable[[C], int], config: C) -> NoReturn:
         exit_with_error(error)
     ignore_stop_signals()  # a late signal does not change the exit code
     sys.exit(code)
+
+
+def close_broken_stdout() -> bool:
+    """Whether nobody reads standard output any more; then what is left of it is dropped."""
+    poll = select.poll()
+    poll.register(1, 0)
+    if is_broken := any(event & select.POLLERR for _, event in poll.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return is_broken
 
 
 def configure_process() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from bertdist.core.errors import ConfigError, DataError, listed
+from bertdist.core.terminal import excerpt
 
 SINGLE_LABEL = "single_label_classification"
 MULTI_LABEL = "multi_label_classification"
@@ -29,6 +30,11 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _WHOLE = re.compile(r"[+-]?[0-9]+(?:\.0*)?")
 _CANONICAL = re.compile(r"(-?(?:0|[1-9][0-9]{0,99}))(?:\.0*)?")
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,99}")
+
+
+def quoted(label: Any) -> str:
+    """A label in a message: quoted, with escapes, and cut where it is long."""
+    return excerpt(repr(label), 60)
 
 
 def is_number(label: str) -> bool:
@@ -147,12 +153,15 @@ def infer_problem_type(
         if all(index.find(label) is not None for label in labels):
             return Inferred(SINGLE_LABEL)
     numbers = [label for label in labels if is_number(label)]
+    spelled = {canonical(label): label for label in labels}
+    if spelled.keys() <= {"0", "1", "true", "false"} and numbers and len(numbers) < len(labels):
+        raise DataError(_describe_truth_values(spelled, locate))
     if not numbers or len(numbers) < len(labels):
         if (joined := find_joined(labels)) is not None:
             raise DataError(_describe_joined(*joined, locate))
         if odd := odd_labels(labels):
             raise DataError(_describe_odd(odd, labels, locate))
-        return Inferred(SINGLE_LABEL)
+        return Inferred(SINGLE_LABEL, _describe_numbers_and_names(labels, numbers, locate))
     found, other = REGRESSION, SINGLE_LABEL
     different = len(set(map(canonical, numbers)))
     if has_fractions(numbers):
@@ -162,6 +171,55 @@ def infer_problem_type(
     else:
         found, other, what = SINGLE_LABEL, REGRESSION, "whole numbers, each a class"
     return Inferred(found, f"Labels: {what} (--problem_type {other} overrules this).")
+
+
+def _describe_truth_values(spelled: Mapping[str, str], locate: Callable[[Any], str]) -> str:
+    """spelled: canonical label -> one spelling."""
+    word = spelled.get("true") or spelled["false"]
+    number = spelled.get("1") or spelled["0"]
+    return (
+        f"{locate(word)}: label {word!r}, but {number!r} in {locate(number)}: numbers and truth "
+        "values are different labels. Write one of them in all rows, or keep each as a class with "
+        f"--problem_type {SINGLE_LABEL}."
+    )
+
+
+def _describe_numbers_and_names(
+    labels: Mapping[Any, int], numbers: Sequence[str], locate: Callable[[Any], str]
+) -> str:
+    """A sentence where there are several of both; else ""."""
+    names = [label for label in labels if not is_number(label)]
+    if min(len(names), len(numbers)) < 2:
+        return ""
+    groups = (
+        f"{listed(list(map(quoted, group)), 3)} (first in {locate(group[0])})"
+        for group in (numbers, names)
+    )
+    return f"Labels: {' and '.join(groups)} are different classes; if not, write them alike."
+
+
+def describe_differing(files: Sequence[tuple[str, Iterable[Any]]]) -> str:
+    """A sentence on the first file of which no label is one of another file; else "".
+
+    files: name and distinct labels of each. Not where each file has one label, or all labels are
+    numbers.
+    """
+    names = [
+        {canonical(name) for label in labels for name in _names_of(label)} for _, labels in files
+    ]
+    files_of = Counter(name for own in names for name in own)
+    for (file, _), own in zip(files, names, strict=True):
+        others = files_of.keys() - own
+        is_named = not all(map(is_number, files_of))
+        is_alone = all(files_of[name] == 1 for name in own)
+        if min(len(own), len(others)) > 1 and is_named and is_alone:
+            shown, theirs = (listed(sorted(map(quoted, labels)), 3) for labels in (own, others))
+            return f"{file} has no label in common with the other files: {shown}; {theirs}"
+    return ""
+
+
+def _names_of(label: Any) -> tuple[str, ...]:
+    return label if isinstance(label, tuple) else (label,)
 
 
 def _infer_set(labels: Mapping[Any, int], locate: Callable[[Any], str]) -> Inferred:
@@ -176,7 +234,7 @@ def _infer_set(labels: Mapping[Any, int], locate: Callable[[Any], str]) -> Infer
     if has_fractions(names) and all(map(is_number, names)):
         first = next(label for label in labels if has_fractions(label))
         raise DataError(
-            f"{locate(first)}: a list of numbers with fractions ({listed(first, 20)}); expected "
+            f"{locate(first)}: a list of numbers with fractions ({_shown(first)}); expected "
             "names of labels, or a 0 or 1 for each label. Probabilities are no labels here; if "
             f"these numbers are names, pass --problem_type {MULTI_LABEL}."
         )
@@ -184,13 +242,17 @@ def _infer_set(labels: Mapping[Any, int], locate: Callable[[Any], str]) -> Infer
         if len(set(label)) < len(label):
             raise DataError(
                 f"{locate(label)}: a list of {len(label)} zeros and ones "
-                f"({listed(label, 20)}); expected lists of zeros and ones of one length in all "
+                f"({_shown(label)}); expected lists of zeros and ones of one length in all "
                 "rows, or lists of label names."
             )
     overrule = ""
     if all(len(label) == 1 for label in labels):
         overrule = f" with one label in each row (--problem_type {SINGLE_LABEL} overrules this)"
     return Inferred(MULTI_LABEL, f"Labels: lists of labels{overrule}.")
+
+
+def _shown(label: Sequence[str]) -> str:
+    return listed([excerpt(name, 60) for name in label], 20)
 
 
 def odd_labels(labels: Mapping[Any, int]) -> list[str]:
@@ -213,12 +275,13 @@ def odd_labels(labels: Mapping[Any, int]) -> list[str]:
 
 def _describe_odd(odd: list[str], labels: Mapping[Any, int], locate: Callable[[Any], str]) -> str:
     rows, total = sum(labels[label] for label in odd), sum(labels.values())
-    also = listed([f"{label!r} ({locate(label)})" for label in odd[1:5]], 3)
+    also = listed([f"{quoted(label)} ({locate(label)})" for label in odd[1:5]], 3)
     also = f"; also {also}" if also else ""
     return (
-        f"{locate(odd[0])}: label {odd[0]!r} is not a number, as those of {total - rows:,} of "
-        f"{total:,} rows are{also}. Correct these labels, or leave their rows out with "
-        f"--on_bad_row skip, or keep all labels as classes with --problem_type {SINGLE_LABEL}."
+        f"{locate(odd[0])}: label {quoted(odd[0])} is not a number, as those of "
+        f"{total - rows:,} of {total:,} rows are{also}. Correct these labels, or leave their rows "
+        f"out with --on_bad_row skip, or keep all labels as classes with --problem_type "
+        f"{SINGLE_LABEL}."
     )
 
 
@@ -266,9 +329,9 @@ def _describe_joined(separator: str, label: str, locate: Callable[[Any], str]) -
     is_number_too = separator == "," and is_number(label.replace(",", ".", 1))
     decimal = " Numbers must have a decimal point." if is_number_too else ""
     return (
-        f"{locate(label)}: label {label!r} looks like several labels joined by {shown!r}. Pass "
-        f"--label_delimiter {shown!r} to split them, or --problem_type {SINGLE_LABEL} to keep each "
-        f"as one class.{decimal}"
+        f"{locate(label)}: label {quoted(label)} looks like several labels joined by {shown!r}. "
+        f"Pass --label_delimiter {shown!r} to split them, or --problem_type {SINGLE_LABEL} to keep "
+        f"each as one class.{decimal}"
     )
 
 
@@ -286,7 +349,7 @@ def describe_alike(names: Iterable[str]) -> str:
     if not alike:
         return ""
     differ = " or ".join(dict.fromkeys(_difference(*group[:2]) for group in alike))
-    shown = "; ".join(" and ".join(map(ascii, group[:3])) for group in alike[:3])
+    shown = "; ".join(" and ".join(map(_as_ascii, group[:3])) for group in alike[:3])
     more = f"; and {len(alike) - 3:,} more" if len(alike) > 3 else ""
     return f"Labels that differ only in {differ} are trained as different labels: {shown}{more}."
 
@@ -296,8 +359,13 @@ def describe_near_miss(label: str, names: Iterable[str]) -> str:
     for name in names:
         if _folded(name) == _folded(label):
             difference = _difference(name, label)
-            return f" Did you mean {name!a}? It differs from {label!a} only in {difference}."
+            differs = f"It differs from {_as_ascii(label)} only in {difference}."
+            return f" Did you mean {_as_ascii(name)}? {differs}"
     return ""
+
+
+def _as_ascii(label: str) -> str:
+    return excerpt(ascii(label), 60)
 
 
 def _folded(name: str) -> str:

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bertdist.core.config import TaskConfig
-from bertdist.core.errors import ConfigError, DataError, ModelError, did_you_mean
+from bertdist.core.errors import ConfigError, DataError, ModelError, did_you_mean, listed
+from bertdist.core.terminal import excerpt
 from bertdist.core.types import Array
 from bertdist.tasks.labels import (
     MULTI_LABEL,
@@ -32,6 +33,7 @@ from bertdist.tasks.labels import (
     is_number,
     label_names,
     match_labels,
+    quoted,
 )
 
 
@@ -150,7 +152,7 @@ class MultiLabel:
     def encode_label(self, label: Any) -> list[float]:
         if not isinstance(label, tuple):
             raise DataError(
-                f"expected a list of labels, found {label!r}; --label_delimiter splits text."
+                f"expected a list of labels, found {quoted(label)}; --label_delimiter splits text."
             )
         if self.multi_hot and is_multi_hot([label], len(self.labels)):
             return [float(bit) for bit in label]
@@ -209,9 +211,11 @@ class Regression:
 
     def encode_label(self, label: Any) -> float:
         if not is_number(str(label)):
-            raise DataError(f"expected a number, found {label!r}.")
+            raise DataError(f"expected a number, found {quoted(label)}.")
         if abs(float(label)) > 1e19:
-            raise DataError(f"the square of {label!r} overflows float32; expected up to 1e19.")
+            raise DataError(
+                f"the square of {quoted(label)} overflows float32; expected up to 1e19."
+            )
         return float(label)
 
     def decode_target(self, target: Any) -> float:
@@ -298,7 +302,9 @@ def infer_task(
 
 
 def _describe_one_label(label: str, column: str, limit: int | None) -> str:
-    problem = f"The training split has only the label {label!r} in column {column!r}; expected at"
+    problem = (
+        f"The training split has only the label {quoted(label)} in column {column!r}; expected at"
+    )
     if limit is None:
         return f"{problem} least two."
     return (
@@ -375,7 +381,7 @@ def _label_order(
         index = LabelIndex(given)
         if missing := sorted(name for name in distinct if index.find(name) is None):
             raise ConfigError(
-                f"--label_names lacks {missing[0]!r}, which the training split has."
+                f"--label_names lacks {quoted(missing[0])}, which the training split has."
                 f"{did_you_mean(missing[0], given)}"
             )
         return tuple(given)
@@ -399,11 +405,13 @@ def _class_weights(
     if len(weights) != len(labels):
         raise ConfigError(
             f"--class_weights has {len(weights)} numbers for {len(labels)} labels; "
-            f"the order is: {', '.join(labels)}."
+            f"the order is: {listed([excerpt(name, 40) for name in labels], 100)}."
         )
     return tuple(float(weight) for weight in weights)
 
 
 def _unknown_label(label: str, labels: Sequence[str], some: str) -> DataError:
     hint = describe_near_miss(label, labels) or did_you_mean(label, labels)
-    return DataError(f"unknown label {label!r}; expected {some} of the training labels.{hint}")
+    return DataError(
+        f"unknown label {quoted(label)}; expected {some} of the training labels.{hint}"
+    )

@@ -43,7 +43,7 @@ from bertdist.core.atomic_io import (
 )
 from bertdist.core.config import TrainConfig, config_to_yaml
 from bertdist.core.errors import CheckpointError
-from bertdist.core.terminal import plain_text
+from bertdist.core.terminal import excerpt, plain_text
 from bertdist.data.records import Records
 from bertdist.data.stats import DatasetStats
 from bertdist.distributed.collectives import raise_on_all_ranks
@@ -316,15 +316,15 @@ class RunLogger:
             self._bar = None
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Show a table; numbers with four digits."""
+        """Show a table: numbers with four digits, the beginning of long labels and texts."""
         if self.enabled:
             table = Table(
-                *(Column(plain_text(name)) for name in header),
+                *(Column(plain_text(excerpt(name, 40))) for name in header),
                 title=plain_text(title),
                 title_justify="left",
             )
             for row in rows:
-                table.add_row(*(plain_text(_short(value)) for value in row))
+                table.add_row(*(plain_text(excerpt(_short(value))) for value in row))
             self.console.print(table)
 
     def show_report(self, report: Mapping[str, Any]) -> None:
@@ -389,14 +389,14 @@ def describe_data(
     validation = "none, the last weights count as the best"
     if eval_rows:
         validation = f"{len(eval_rows):,} of {eval_rows.name}"
-    labels = ", ".join(task.labels[:10])
+    labels = ", ".join(excerpt(label, 40) for label in task.labels[:10])
     if len(task.labels) > 10:
         labels += f", ... ({len(task.labels)} in total)"
     return [
         *(
             f"{guess}."
             for guess in dict.fromkeys(
-                (*rows.format_notes, *(eval_rows.format_notes if eval_rows else ()))
+                (*rows.format_notes, *stats.notes, *(eval_rows.format_notes if eval_rows else ()))
             )
         ),
         f"Training rows: {number} {rows.name}{stream}, text in {rows.text_column!r}{pair}{label}; "

@@ -427,10 +427,13 @@ class _ReadAgain:
         return row_excerpts(lines, positions, rows)
 
 
-def inspect_file(path: str, flags: FileConfig, warn: Warn = print_to_stderr) -> DataFile:
+def inspect_file(
+    path: str, flags: FileConfig, warn: Warn = print_to_stderr, trained: Sequence[str] = ()
+) -> DataFile:
     """The file at a local path or URL, and its format: as the flags say, else detected.
 
-    `warn` gets one line about the first transient error of a remote file. Raises DataError where
+    `warn` gets one line about the first transient error of a remote file. trained: text columns
+    that a header may have. Raises DataError where
     there is no such file, its kind is unknown, or a flag cannot take effect.
     """
     is_local = protocol_of(path) is None
@@ -452,7 +455,7 @@ def inspect_file(path: str, flags: FileConfig, warn: Warn = print_to_stderr) -> 
             codec = compression_in(start, path)
             head, is_all = Buffer(decompressed(path, stored, codec)).first(HEAD_BYTES)
         reject_foreign(path, head)
-        fmt, note = _detect(name, by_name, head, is_all, flags)
+        fmt, note = _detect(name, by_name, head, is_all, flags, trained)
         if codec and fmt.kind == "parquet":
             raise DataError(f"{path} is a compressed parquet file; decompress it.")
     return DataFile(
@@ -484,7 +487,7 @@ def _format_by_flags(name: str, kind: str, flags: FileConfig) -> FileFormat:
 
 
 def _detect(
-    name: str, by_name: str, head: bytes, is_all: bool, flags: FileConfig
+    name: str, by_name: str, head: bytes, is_all: bool, flags: FileConfig, trained: Sequence[str]
 ) -> tuple[FileFormat, str | None]:
     """The format of a file that begins with `head`, and a sentence if it is not the usual one.
 
@@ -501,7 +504,7 @@ def _detect(
     sep = SEP_LINE.match(text)
     delimiter = flags.delimiter or (sep[1].decode() if sep else None)
     if is_auto and delimiter is None:
-        kind = detect_kind(kind, text, is_all, flags.text_column or ())
+        kind = detect_kind(kind, text, is_all, flags.text_column or (), trained)
     if is_auto and (kind not in KINDS or kind == "txt") and (delimiter or flags.column_names):
         # Many data sets call their tables train.txt, or have no extension.
         is_tab = delimiter in ("tab", "\\t", "\t") or (delimiter is None and kind == "txt")

@@ -73,10 +73,17 @@ def reject_foreign(path: str, head: bytes) -> None:
         raise DataError(f"{path} is {problem}.")
 
 
-def detect_kind(kind: str, head: bytes, is_all: bool, text_columns: Collection[str]) -> str:
+def detect_kind(
+    kind: str,
+    head: bytes,
+    is_all: bool,
+    text_columns: Collection[str],
+    trained: Collection[str] = (),
+) -> str:
     """The kind of a file whose name says `kind`, and which begins with `head`, in UTF-8.
 
-    text_columns: names that were requested.
+    text_columns: names that were requested; trained: those of a training, which a text may hold
+    too: then the first line is a header only with two names that are usual.
     """
     if (json_kind := _json_kind(kind, head, is_all)) is not None:
         return json_kind
@@ -86,8 +93,8 @@ def detect_kind(kind: str, head: bytes, is_all: bool, text_columns: Collection[s
     first = lines[0].decode(errors="replace") if lines else ""
     for sign in DELIMITERS:
         fields = [field.strip().strip('"') for field in first.split(sign)]
-        usual = bool(text_columns) or len(HEADER_WORDS.intersection(fields)) > 1
-        if len(fields) > 1 and usual and {*fields} & {*(text_columns or TEXT_COLUMNS)}:
+        usual = bool(text_columns) or len(HEADER_WORDS.union(trained).intersection(fields)) > 1
+        if len(fields) > 1 and usual and {*fields} & {*(text_columns or trained or TEXT_COLUMNS)}:
             return "tsv" if sign == "\t" else "csv"
     tabs = lines[0].count(b"\t") if lines else 0
     share = sum(line.count(b"\t") == tabs for line in lines) / max(1, len(lines))

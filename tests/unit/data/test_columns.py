@@ -132,8 +132,8 @@ def test_what_stays_below_a_label_is_of_its_kind(
 
 def test_label_columns_tell_their_rows() -> None:
     problems: Problems = {0: "bad text"}
-    values, codes = read_label_columns(
-        {"x": ["?", "1", "2", "0"], "y": ["1", "1", "1", ""]}, where, problems
+    values, codes, _ = read_label_columns(
+        {"x": ["?", "1", "2", "0"], "y": ["1", "1", "1", ""]}, where, problems, "error"
     )
     values, codes = filter_labels(values, codes, valid_rows(problems, 4))
     assert (sorted(problems), [values[code] for code in codes]) == ([0, 2, 3], [("x", "y")])

@@ -161,29 +161,32 @@ def test_the_label_that_a_list_repeats_is_told() -> None:
     ],
 )
 def test_marks_of_label_columns(cells: list[Any], expected: list[int]) -> None:
-    values, codes = read_label_columns({"a": cells, "b": cells[:1] * 2}, where)
+    values, codes, _ = read_label_columns({"a": cells, "b": cells[:1] * 2}, where)
     assert [int("a" in values[code]) for code in codes] == expected
 
 
 def test_an_empty_cell_beside_zeros_is_missing() -> None:
     with pytest.raises(DataError, match=r"^a\.csv line 1: column 'a' holds ''; expected 0 or 1"):
-        read_label_columns({"a": ["1", ""], "b": ["0", "1"]}, where)
+        read_label_columns({"a": ["1", ""], "b": ["0", "1"]}, where, empty="error")
     with pytest.raises(DataError, match="column 'a' holds no value; expected 0 or 1"):
-        read_label_columns({"a": ["1", None], "b": ["no", "1"]}, where)
+        read_label_columns({"a": ["1", None], "b": ["no", "1"]}, where, empty="error")
+    with pytest.raises(DataError, match="column 'a' holds 'no'; expected 1 or no value"):
+        read_label_columns({"a": ["1", "no"]}, where, empty="zero")
+    assert read_label_columns({"a": ["1", ""], "b": ["0", "1"]}, where)[2] == {0, 1, None}
 
 
 def test_a_few_labels_among_numbers_can_be_skipped(tmp_path: Path) -> None:
     column = [str(i / 2) for i in range(30)] + ["n/a"]
     problems: Problems = {}
-    read_labels(column, "label", where, problems=problems)
+    read_labels(column, "label", where, problems=problems, numbers_only=True)
     assert problems == {30: "label 'n/a' is not a number, as most are (column 'label')"}
     kept: Problems = {}
-    read_labels(column, "label", where, problems=kept, any_label=True)
+    read_labels(column, "label", where, problems=kept)
     assert not kept
     path = tmp_path / "a.csv"
     path.write_text("text,label\n" + "".join(f"t,{label}\n" for label in column))
     data = DataConfig(train_file=[str(path)], on_bad_row="skip")
-    (window,) = open_stream(data, 0).windows()
+    (window,) = open_stream(data, 0, numbers_only=True).windows()
     for rows in (load_records(data, "train"), window.records):
         assert len(rows) == 30
     assert [row.line for row in window.bad_rows] == [32]

@@ -30,7 +30,7 @@ def config(path: Path, content: str, **flags: Any) -> DataConfig:
 def test_a_header_among_the_rows_is_refused(name: str, tmp_path: Path) -> None:
     content, flags = TABLES[name]
     data = config(tmp_path / "a.csv", content, **flags)
-    for load in (lambda: load_records(data, "train"), open_stream(data, 0).head):
+    for load in (lambda: load_records(data, "train"), lambda: open_stream(data, 0).head()):
         with pytest.raises(DataError, match=f"^a.csv line 4: {MESSAGE}.") as error:
             load()
         assert str(error.value).endswith(" --on_bad_row skip leaves such rows out.")

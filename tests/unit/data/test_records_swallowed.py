@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from bertdist.core.config import DataConfig
+from bertdist.core.config import DataConfig, PredictConfig
 from bertdist.core.errors import DataError
-from bertdist.data.splits import load_records, open_stream
+from bertdist.data.records import ColumnNames
+from bertdist.data.splits import load_records, load_texts, open_stream
 
 MESSAGE = "other rows of the table, from a quote that opened by mistake to the next one"
 
@@ -69,3 +70,29 @@ def test_label_columns_and_a_second_text(tmp_path: Path) -> None:
     lines = ["premise,hypothesis,label", 'a,"b,yes', "c,d,no", 'e,f",no', "g,h,yes"]
     with pytest.raises(DataError, match=f"column 'hypothesis' holds 2 {MESSAGE}"):
         load_records(config(tmp_path / "b.csv", lines), "train")
+
+
+def texts_of(path: Path, lines: list[str], **flags: Any) -> int:
+    """The number of texts that prediction reads."""
+    path.write_text("\n".join(lines) + "\n")
+    settings = PredictConfig(model="m", **flags)
+    trained = ColumnNames("text", None, None, [])
+    return len(load_texts(str(path), settings, trained, ["good", "bad"]))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [*(lines for name, lines in SWALLOWED.items()), ["id,text", '1,"fine', "x-2,dull", '3,poor"']],
+)
+def test_prediction_refuses_swallowed_rows_too(lines: list[str], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"^a.csv line 2: column 'text' holds 2 {MESSAGE}"):
+        texts_of(tmp_path / "a.csv", lines)
+    assert texts_of(tmp_path / "a.csv", lines, quoting="none") == len(lines) - 1
+    assert texts_of(tmp_path / "a.csv", lines, quoting="double") == len(lines) - 3
+
+
+@pytest.mark.parametrize(
+    "lines", [*KEPT.values(), ["id,text", 'a,"fine\nwell, so\nto say, it"', "b,dull"]]
+)
+def test_prediction_keeps_texts_of_several_lines(lines: list[str], tmp_path: Path) -> None:
+    assert texts_of(tmp_path / "a.csv", lines) == 2

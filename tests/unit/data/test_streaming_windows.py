@@ -417,7 +417,7 @@ def test_labels_of_other_kinds_are_left_out_wherever_reading_begins(limit: int |
     ]
     files.append(MemoryRows("c", [{"text": f"c {row}", "label": [row]} for row in range(5)]))
     plain = stream_of([files], limit=limit)
-    read = plain.with_first_label()
+    read = plain.with_first_rows()
     good = [
         f"{name} {row}"
         for name in "ab"
@@ -444,7 +444,7 @@ def test_labels_of_other_kinds_are_left_out_wherever_reading_begins(limit: int |
     ):  # the control
         list(replace(plain, window_rows=99, limit=None).windows())
     failing = stream_of([[MemoryRows("a", [{"text": "a", "label": "b"}])]], on_bad_row="fail")
-    assert failing.with_first_label() is failing
+    assert failing.with_first_rows() is failing
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def fix(
 ) -> tuple[Any, ...]:
     """(rows written as (text, label), what was told, counts)."""
     path = folder / "clean.parquet"
-    counted = write_cleaned(found, list(kinds), path, delimiter, 0.8)
+    counted = write_cleaned(found, list(kinds), path, 0.8)
     records = found.splits["train"]
     named = {
         "text_column": records.text_column,
@@ -144,17 +144,23 @@ def test_labels_of_every_kind_keep_their_column(tmp_path: Path) -> None:
     assert [row[2] for row in fix(found, tmp_path, delimiter=";")[0]] == [
         tuple(sets[row % 3]) for row in range(40)
     ]
+    path = tmp_path / "lists.csv"  # a list beside joined labels may hold their delimiter
+    cells = ['"[""a;b"", ""c""]"', "a;c", '"[""a;b""]"', "c"]
+    path.write_text("text,label\n" + "".join(f"{t},{cells[i % 4]}\n" for i, t in enumerate(texts)))
+    found = check_data(DataConfig(train_file=[str(path)], label_delimiter=";"), near_threshold=0)
+    written = fix(found, tmp_path, delimiter=";")[0]
+    assert [row[2] for row in written[:4]] == [("a;b", "c"), ("a", "c"), ("a;b",), ("c",)]
     for label in (3, 2.5):
         numbers = [{"text": text, "score": label + row % 2} for row, text in enumerate(texts)]
         assert [row[2] for row in fix(check_rows(tmp_path, numbers), tmp_path)[0]] == [
             str(row["score"]) for row in numbers
         ]
-        write_cleaned(check_rows(tmp_path, numbers), ["empty"], tmp_path / "n.parquet", None, 0.8)
+        write_cleaned(check_rows(tmp_path, numbers), ["empty"], tmp_path / "n.parquet", 0.8)
         scores = pq.read_table(tmp_path / "n.parquet")["score"].to_pylist()
         assert scores == [row["score"] for row in numbers]  # numbers, as in the source
     columns = [{"text": text, "a": row % 2, "b": 1} for row, text in enumerate(texts)]
     found = check_rows(tmp_path, columns, label_columns=["a", "b"])
-    write_cleaned(found, ["empty"], tmp_path / "c.parquet", None, 0.8)
+    write_cleaned(found, ["empty"], tmp_path / "c.parquet", 0.8)
     again = load_records(
         DataConfig(train_file=[str(tmp_path / "c.parquet")], label_columns=["a", "b"]), "train"
     )

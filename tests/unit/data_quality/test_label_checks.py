@@ -168,6 +168,16 @@ def test_joined_labels_are_one_error_that_names_the_flag(tmp_path: Path) -> None
     assert kinds(split) == [] and split.problem_type == "multi_label_classification"
 
 
+def test_the_row_that_the_message_names_is_the_first_example(tmp_path: Path) -> None:
+    labels = ["1 0 0", *["0 1 0"] * 30, "1 1 0"]  # not the most frequent label
+    found = check_rows(tmp_path, with_labels(labels), ending="tsv", near_threshold=0)
+    refused = get_finding(found, "refused_labels")
+    assert refused.meaning.startswith("train.tsv line 2: label '1 0 0'")
+    assert [example.where for example in refused.examples] == [
+        f"train.tsv line {line}" for line in (2, 3, 33)
+    ]
+
+
 def test_multi_label_rows_without_a_label(tmp_path: Path) -> None:
     sets = [["a", "b"], ["a"], ["b"], []] * 10
     found = check_rows(tmp_path, with_labels(sets), with_labels([["b", "a"], ["a"]], 1))

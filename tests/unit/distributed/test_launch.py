@@ -54,6 +54,29 @@ def test_the_exit_code_is_that_of_the_command(code: int, monkeypatch: pytest.Mon
     assert seen == [None]
 
 
+@pytest.mark.parametrize("is_read", [False, True])
+def test_standard_output_that_nobody_reads_ends_a_command(is_read: bool) -> None:
+    def command(config: Any) -> int:
+        raise BrokenPipeError
+
+    reader, writer = os.pipe()
+    stdout = os.dup(1)
+    os.dup2(writer, 1)
+    os.close(writer)
+    if not is_read:
+        os.close(reader)
+    try:
+        if is_read:  # the control: another pipe is broken
+            with pytest.raises(BrokenPipeError):
+                run_cli(command, None)
+        else:
+            assert exit_code(command) == 141
+            os.write(1, b"dropped")
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 @pytest.mark.parametrize("on_all_ranks", [True, False])
 def test_an_error_of_all_ranks_is_printed_by_rank_0(
