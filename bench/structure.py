@@ -40,7 +40,9 @@ sys.argv = ["bertdist.train", *words]
 threading.setprofile(profile)
 sys.setprofile(profile)
 try:
-    sys.modules["bertdist.train"].main()
+    train = sys.modules["bertdist.train"]
+    from bertdist.core.args import parse_or_exit, read_config
+    train.run_cli(train.run, parse_or_exit(read_config))
 except SystemExit as end:
     assert not end.code, end.code
 finally:
