@@ -67,8 +67,9 @@ class Task(Protocol):
         Never a mean: whoever adds up micro-batches divides by all rows of the step at the end.
         """
 
-    def eval_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Sum over rows without label smoothing and class weights, () in the logits' precision.
+    def eval_loss(self, logits: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
+        """Sum over rows without label smoothing and class weights, () in the logits' precision; with
+        reduction "none" of each row, (N,).
 
         So it means the same in every run.
         """
@@ -119,8 +120,8 @@ class SingleLabel:
         )
         return (rows * weights).sum()
 
-    def eval_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits, targets, reduction="sum")
+    def eval_loss(self, logits: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
+        return F.cross_entropy(logits, targets, reduction=reduction)
 
     def predict(self, logits: Tensor) -> tuple[Array, Array]:
         return logits.argmax(-1).numpy(), logits.float().softmax(-1).numpy()
@@ -183,10 +184,10 @@ class MultiLabel:
         )  # (N, O)
         return (losses.mean(-1) * weights).sum()
 
-    def eval_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def eval_loss(self, logits: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
         targets = targets.to(logits.dtype)
-        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-        return losses.mean(-1).sum()
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
+        return losses.sum() if reduction == "sum" else losses
 
     def predict(self, logits: Tensor) -> tuple[Array, Array]:
         probabilities = logits.float().sigmoid()
@@ -227,8 +228,9 @@ class Regression:
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         return ((logits.float()[:, 0] - targets).square() * weights).sum()
 
-    def eval_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return (logits[:, 0] - targets).square().sum()
+    def eval_loss(self, logits: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
+        losses = (logits[:, 0] - targets).square()
+        return losses.sum() if reduction == "sum" else losses
 
     def predict(self, logits: Tensor) -> tuple[Array, Array]:
         return logits.float()[:, 0].numpy(), logits.float().numpy()
