@@ -34,6 +34,8 @@ def run_rank(arguments: Sequence[str], rank: int, out: Path) -> NoReturn:
 def _trained(arguments: Sequence[str], steps: Any) -> Any:
     import torch
 
+    from bertdist import cli
+
     # The module, patched in this process only; `bertdist.train` is the function.
     train: Any = importlib.import_module("bertdist.train")
     torch.set_num_threads(1)
@@ -50,7 +52,7 @@ def _trained(arguments: Sequence[str], steps: Any) -> Any:
     train.train_step = logged
     sys.argv = ["bertdist.train", *arguments]
     try:
-        train.main()
+        cli.main(["train", *arguments])
     except SystemExit as end:
         return end.code or 0
     return 0
