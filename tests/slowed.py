@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bertdist import cli
+
 # The module: `from bertdist import train` is the function.
 train: Any = importlib.import_module("bertdist.train")
 
@@ -30,7 +32,7 @@ def main(pace: Path, other: str, words: list[str]) -> None:
         else:
             os.chdir("other")
     sys.argv = ["bertdist/train.py", *words]
-    train.main()
+    cli.main(["train", *words])
 
 
 if __name__ == "__main__":
