@@ -3,9 +3,11 @@
 The public API. Names are loaded when they are first used, so `import bertdist` imports no torch and
 changes nothing in the process.
 
-    train(config)             fine-tune, or resume, in config.run.output_dir
-    read_config(arguments)    command-line arguments, with the file of --config -> TrainConfig
+    train(...)                fine-tune or resume: flags as keywords, rows of files or in memory;
+                              returns a Run
+    Run(folder)               the folder of a run: scores, history, evaluation, predictor()
     Predictor(folder)         a trained folder -> labels and probabilities of texts
+    read_config(arguments)    command-line arguments, with the file of --config -> TrainConfig
     load_classifier, create_train_loader, Evaluator    the parts of a training loop, see below
     BertdistError             base of all errors: ConfigError, DataError, ModelError,
                               CheckpointError, RankLost, NonFiniteError
@@ -44,6 +46,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bertdist.api import Run as Run
+    from bertdist.api import train as train
     from bertdist.core.args import read_config as read_config
     from bertdist.core.config import TrainConfig as TrainConfig
     from bertdist.core.errors import BertdistError as BertdistError
@@ -56,13 +60,13 @@ if TYPE_CHECKING:
     from bertdist.data.loader import create_train_loader as create_train_loader
     from bertdist.models.classifier import load_classifier as load_classifier
     from bertdist.predict import Predictor as Predictor
-    from bertdist.train import train as train
     from bertdist.training.evaluation import Evaluator as Evaluator
 
 __version__ = "0.2.0.dev0"
 
 _MODULES = {  # public name -> the module that defines it
-    "train": "bertdist.train",
+    "train": "bertdist.api",
+    "Run": "bertdist.api",
     "Predictor": "bertdist.predict",
     "load_classifier": "bertdist.models.classifier",
     "create_train_loader": "bertdist.data.loader",
@@ -87,6 +91,7 @@ __all__ = [
     "NonFiniteError",
     "Predictor",
     "RankLost",
+    "Run",
     "TrainConfig",
     "__version__",
     "create_train_loader",

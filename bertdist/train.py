@@ -69,7 +69,7 @@ from bertdist.training.nonfinite import NonFiniteGuard, nan_aware_scale, step_if
 from bertdist.training.optimizer import create_lr_schedule, create_optimizer, set_learning_rate
 from bertdist.training.resume_check import resume_signature
 from bertdist.training.run_lock import check_disk_space
-from bertdist.training.run_logger import RunLogger, describe_data, open_run
+from bertdist.training.run_logger import NO_HOOKS, Hooks, RunLogger, describe_data, open_run
 from bertdist.training.throughput import create_meter
 
 if TYPE_CHECKING:  # --streaming only
@@ -77,7 +77,7 @@ if TYPE_CHECKING:  # --streaming only
 
 
 @with_default_modes()
-def train(config: TrainConfig) -> TrainState:
+def train(config: TrainConfig, hooks: Hooks = NO_HOOKS) -> TrainState:
     """Fine-tune as configured; rerunning with the same --output_dir resumes.
 
     Returns the last state. The caller's autocast, grad mode, default device and default dtype
@@ -85,7 +85,7 @@ def train(config: TrainConfig) -> TrainState:
     """
     accelerator, config = launch(config)
     stop = StopSignal(config.run.stop_before_time_limit)
-    with stop, open_run(config, accelerator) as log:
+    with stop, open_run(config, accelerator, hooks) as log:
         # Data: rows and their labels; nothing is tokenized yet.
         inputs = load_inputs(config, accelerator)
         stats = collect_stats(inputs.rows, config, accelerator, log.say, stop)

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import yaml
@@ -81,12 +82,16 @@ _BOUNDS: list[tuple[str, _Bounds]] = [  # by section of TrainConfig
 
 
 def parse_arguments(
-    program: str, sections: list[Any], arguments: Sequence[str], about: str = ""
+    program: str,
+    sections: list[Any],
+    arguments: Sequence[str],
+    about: str = "",
+    lists: Mapping[str, list[str]] = MappingProxyType({}),
 ) -> tuple[Any, ...]:
     """Arguments, and the YAML file of --config among them -> one instance of each section.
 
     sections: dataclasses of `setting` fields. program, about: for --help, which prints and exits.
-    Raises ConfigError.
+    lists: settings of several values, which win over the file. Raises ConfigError.
     """
     if request := help_request(arguments):
         print(help_text(program, about, sections, request == "all"))
@@ -95,17 +100,28 @@ def parse_arguments(
     names = [field.name for section in sections for field in dataclasses.fields(section)]
     file = parser.parse_known_args(list(arguments))[0].config
     file = file and os.path.expanduser(file)
+    types: dict[str, Any] = {x.dest: x.type or str for x in parser._actions if x.nargs == "+"}
+    sources = {"": dict(lists)}
     if file:
-        types: dict[str, Any] = {x.dest: x.type or str for x in parser._actions if x.nargs == "+"}
-        scalars, lists = _read_yaml(Path(file), names, set(types))
+        scalars, from_file = _read_yaml(Path(file), names, set(types))
         arguments = [*scalars, *arguments]
-        # As defaults: as arguments, items that begin with a dash would be read as flags.
-        for name, items in lists.items():
+        sources = {f"--config {file}: ": from_file} | sources
+    # As defaults: as arguments, items that begin with a dash would be read as flags.
+    for source, given in sources.items():
+        for name, items in given.items():
+            if name not in types:
+                takes = "one value" if name in names else ""
+                problem = (
+                    f"--{name} takes {takes}, not a list."
+                    if takes
+                    else _unknown_setting(name, names)
+                )
+                raise ConfigError(f"{source}{problem}")
             try:
                 parser.set_defaults(**{name: list(map(types[name], items))})
             except ValueError:
                 problem = f"--{name} is {' '.join(items)!r}; expected numbers"
-                raise ConfigError(f"--config {file}: {problem}.") from None
+                raise ConfigError(f"{source}{problem}.") from None
     found, rest = parser.parse_known_args(list(arguments))
     values = []
     for section in sections:
@@ -256,12 +272,30 @@ def _read_yaml(
     return flags, lists
 
 
-def read_config(arguments: Sequence[str]) -> TrainConfig:
+def read_settings(settings: Mapping[str, Any]) -> TrainConfig:
+    """Settings by name, as Python values -> a checked TrainConfig, as `read_config` from flags.
+
+    None is the default. Raises ConfigError with one line per problem.
+    """
+    arguments: list[str] = []
+    lists: dict[str, list[str]] = {}
+    for name, value in settings.items():
+        if isinstance(value, list | tuple):
+            lists |= {name: list(map(str, value))} if value else {}
+        elif value is not None:
+            arguments.append(f"--{name}={value}")
+    return read_config(arguments, lists)
+
+
+def read_config(
+    arguments: Sequence[str], lists: Mapping[str, list[str]] = MappingProxyType({})
+) -> TrainConfig:
     """`--config run.yaml --learning_rate 1e-5 ...` -> a checked TrainConfig; flags win.
 
+    lists: settings of several values, by name, which win over the file too.
     Raises ConfigError with one line per problem.
     """
-    values = parse_arguments("bertdist train", TRAIN_SECTIONS, arguments, _TRAIN_ABOUT)
+    values = parse_arguments("bertdist train", TRAIN_SECTIONS, arguments, _TRAIN_ABOUT, lists)
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     config = TrainConfig(**dict(zip(names, values, strict=True)))
     if problems := list(config_problems(config)):

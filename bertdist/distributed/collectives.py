@@ -46,7 +46,7 @@ def raise_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
         lines = (f"rank {rank}: {error}" for rank, error in failed.items())
         first = type(first)("\n".join(lines))
     first.on_all_ranks = True
-    raise first from None
+    raise first from first.__cause__
 
 
 def broadcast_from_rank0(accelerator: Accelerator, value: T | None) -> T:

@@ -16,10 +16,11 @@ import platform
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -42,7 +43,7 @@ from bertdist.core.atomic_io import (
     to_json,
 )
 from bertdist.core.config import TrainConfig, config_to_yaml
-from bertdist.core.errors import CheckpointError
+from bertdist.core.errors import CheckpointError, ConfigError
 from bertdist.core.terminal import excerpt, plain_text
 from bertdist.data.records import Records
 from bertdist.data.stats import DatasetStats
@@ -66,6 +67,34 @@ SHOWN_LABELS = 24  # lines of a table; of more labels a part is shown
 SHOWN_MATRIX = 12  # labels of a confusion matrix
 
 
+class Hooks(NamedTuple):
+    """A user's functions, called on rank 0 after a line is written: on_log(step, values) after a
+    training line, on_evaluation(values) after an evaluation.
+    """
+
+    on_log: Callable[[int, dict[str, Any]], None] | None = None
+    on_evaluation: Callable[[dict[str, Any]], None] | None = None
+
+    def call(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Call the function of a kind of line with a copy of its values.
+
+        The random state and the modes of torch stay as they are. Raises ConfigError if it fails.
+        """
+        copy = deepcopy(dict(values))
+        try:
+            with torch.random.fork_rng(devices=[]), torch.enable_grad():
+                if kind == "train" and self.on_log is not None:
+                    self.on_log(step, copy)
+                elif kind == "eval" and self.on_evaluation is not None:
+                    self.on_evaluation({"step": step, **copy})
+        except Exception as error:
+            name = "on_log" if kind == "train" else "on_evaluation"
+            raise ConfigError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+NO_HOOKS = Hooks()
+
+
 class RunLogger:
     """The log of one run.
 
@@ -78,12 +107,13 @@ class RunLogger:
         enabled: bool,
         track: Callable[[dict[str, Any], int], None] | None = None,
         on_all_ranks: Callable[[], AbstractContextManager[None]] = nullcontext,
+        hooks: Hooks = NO_HOOKS,
     ) -> None:
         """enabled: on rank 0. track: a tracker's log(values, step). on_all_ranks: entered around
         every line that is written, so that all ranks raise if one does.
         """
         self.folder, self.enabled = folder, enabled
-        self.track, self.on_all_ranks = track, on_all_ranks
+        self.track, self.on_all_ranks, self.hooks = track, on_all_ranks, hooks
         self.state, self.total_steps = TrainState(), 0
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar: ProgressBar | None = None
@@ -191,6 +221,7 @@ class RunLogger:
                 path = self.folder / "metrics.jsonl"
                 with explain_write_errors(self.folder), open(path, "ab") as file:
                     file.write(line)
+                self.hooks.call(kind, step, values)
                 if self.track is not None:
                     self.track({f"{kind}_{name}": value for name, value in values.items()}, step)
 
@@ -350,14 +381,16 @@ class RunLogger:
 
 
 @contextmanager
-def open_run(config: TrainConfig, accelerator: Accelerator) -> Iterator[RunLogger]:
+def open_run(
+    config: TrainConfig, accelerator: Accelerator, hooks: Hooks = NO_HOOKS
+) -> Iterator[RunLogger]:
     """Lock the run's folder, open its log and start the watchdog; at the end, end the process
     group. A collective.
     """
     folder = Path(config.run.output_dir)
     with (
         lock_run_folder(folder, accelerator) as messages,
-        open_log(folder, accelerator) as log,
+        open_log(folder, accelerator, hooks) as log,
         open_watchdog(folder, accelerator, config.run) as watchdog,
     ):
         watchdog.progress = log
@@ -371,10 +404,10 @@ def open_run(config: TrainConfig, accelerator: Accelerator) -> Iterator[RunLogge
         accelerator.end_training()
 
 
-def open_log(folder: Path, accelerator: Accelerator) -> RunLogger:
+def open_log(folder: Path, accelerator: Accelerator, hooks: Hooks = NO_HOOKS) -> RunLogger:
     """The log of a run; a line that cannot be written raises on all ranks."""
     on_all_ranks = partial(raise_on_all_ranks, accelerator)
-    return RunLogger(folder, accelerator.is_main_process, accelerator.log, on_all_ranks)
+    return RunLogger(folder, accelerator.is_main_process, accelerator.log, on_all_ranks, hooks)
 
 
 def describe_data(

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rows import make_rows, words_of, write_rows, write_split
 
-from bertdist import Predictor, train
+from bertdist import Predictor
 from bertdist.core.args import read_config
 from bertdist.core.config import DataConfig, TaskConfig
 from bertdist.core.errors import ConfigError, DataError
@@ -38,6 +38,7 @@ from bertdist.data_quality.label_issues import (
     show_label_issues,
 )
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
+from bertdist.train import train
 from bertdist.training.run_logger import RunLogger
 
 ALONE = np.arange(300)  # every row a text of its own

@@ -1,0 +1,258 @@
+"""`bertdist.train(...)`: keywords as flags, rows in memory, and what it returns."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from datasets import ClassLabel, Dataset, Features, Value
+from rows import assert_same_tensors, make_rows, tensors_of, write_rows
+
+import bertdist
+from bertdist.api import _as_table
+from bertdist.core.args import read_config, read_settings
+from bertdist.core.errors import BertdistError, ConfigError, DataError
+
+TEXTS, LABELS = ["a film", "a\nfilm, dull", "😀"], ["good", "bad", "good"]
+EXPECTED = {"text": TEXTS, "label": LABELS}
+NEEDED = {"model_name_or_path": "m", "train_file": "t.tsv", "output_dir": "o"}
+
+
+# ---- Settings
+
+
+def test_keywords_are_the_flags() -> None:
+    settings = read_settings(
+        {
+            **NEEDED,
+            "train_file": ["a.tsv", "b.tsv"],
+            "learning_rate": 1e-4,
+            "use_cpu": True,
+            "label_names": ("-1", "0"),
+            "max_train_steps": None,
+            "eval_every": "10 steps",
+            "validation_file": Path("d.tsv"),
+            "train_weights": [0.5, 2],
+            "metrics": [],
+        }
+    )
+    words = "--model_name_or_path m --train_file a.tsv b.tsv --output_dir o --use_cpu"
+    words += " --learning_rate 1e-4 --validation_file d.tsv --train_weights .5 2"
+    assert settings == read_config(
+        [*words.split(), "--eval_every=10 steps", "--label_names", "-1", "0"]
+    )
+
+
+def test_keywords_win_over_the_config_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("seed: 1\nmetrics: [accuracy]\nlearning_rate: 1\n")
+    config = read_settings(
+        {
+            **NEEDED,
+            "config": tmp_path / "run.yaml",
+            "seed": 2,
+            "train_file": ["x"],
+            "metrics": ["f1"],
+            "validation_file": "d",
+        }
+    )
+    assert (config.run.seed, config.task.metrics, config.optim.learning_rate) == (2, ["f1"], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_lenght": 3}, "Unknown setting 'max_lenght'. Did you mean 'max_length'?"),
+        ({"max_lenght": [3]}, "Unknown setting 'max_lenght'. Did you mean 'max_length'?"),
+        ({"learning_rate": "fast"}, "--learning_rate: invalid float value: 'fast'"),
+        ({"max_length": 1.5}, "--max_length: invalid int value: '1.5'"),
+        ({"seed": [1]}, "--seed takes one value, not a list."),
+        ({"train_weights": ["x"]}, "--train_weights is 'x'; expected numbers."),
+        ({"dropout": 2}, "--dropout is 2.0; expected from 0 to 1."),
+    ],
+)
+def test_a_wrong_keyword_is_the_error_of_the_flag(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        bertdist.train(**{**NEEDED, **settings})
+    assert str(caught.value).startswith(message)
+
+
+def test_a_config_and_settings_exclude_each_other() -> None:
+    config = read_settings(NEEDED)
+    with pytest.raises(ConfigError, match="a config or settings, not both: seed"):
+        bertdist.train(config, seed=1)
+    with pytest.raises(ConfigError, match="rows with settings, not with a config"):
+        bertdist.train(config, train_rows=EXPECTED)
+    with pytest.raises(ConfigError, match="need processes=1"):
+        bertdist.train(config, processes=2, on_log=print)
+    with pytest.raises(ConfigError, match="train_file and train_rows both name rows"):
+        bertdist.train(**NEEDED, train_rows=EXPECTED)
+
+
+# ---- Rows
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        EXPECTED,
+        (TEXTS, LABELS),
+        [dict(zip(EXPECTED, row, strict=True)) for row in zip(TEXTS, LABELS, strict=True)],
+        pa.table(EXPECTED),
+        pd.DataFrame(EXPECTED),
+        pd.DataFrame(EXPECTED, index=[7, 7, 9]),
+        (pd.Series(TEXTS), pd.Series(LABELS)),
+        pl.DataFrame(EXPECTED),
+        Dataset.from_dict(EXPECTED),
+    ],
+    ids=["columns", "lists", "dicts", "arrow", "pandas", "index", "series", "polars", "datasets"],
+)
+def test_every_kind_of_table_is_read(rows: Any) -> None:
+    table, label_names = _as_table(rows, "train_rows", {})
+    assert table.to_pydict() == EXPECTED and label_names is None
+
+
+def test_names_of_columns_for_lists() -> None:
+    table, _ = _as_table((TEXTS, LABELS), "rows", {"text_column": "review", "label_column": "mood"})
+    assert table.to_pydict() == {"review": TEXTS, "mood": LABELS}
+
+
+def test_class_labels_become_their_names_in_their_order() -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["pos", "neg"])})
+    dataset = Dataset.from_dict({"text": TEXTS, "label": [1, -1, 0]}, features=features)
+    table, label_names = _as_table(dataset, "rows", {})
+    assert table["label"].to_pylist() == ["neg", None, "pos"] and label_names == ["pos", "neg"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("a.csv", "train_rows is of type str; expected a pandas or polars DataFrame"),
+        ([1, 2], "train_rows is of type list; expected a pandas"),
+        ([], "train_rows is of type list; expected a pandas"),
+        ((["a"], ["b", "c"]), "train_rows has 1 texts and 2 labels."),
+        ({"text": ["a", 1], "label": [1, 2]}, "Expected one type per column."),
+        ({"text": ["a"], "label": [1, 2]}, "train_rows: "),
+        (pd.DataFrame({"text": ["a", 1], "label": [0, 1]}), "Expected one type per column."),
+    ],
+)
+def test_other_rows_are_one_line(rows: Any, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        _as_table(rows, "train_rows", {})
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---- Runs
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model: Path) -> dict[str, Any]:
+    return {
+        "model_name_or_path": tiny_model,
+        "use_cpu": True,
+        "train_batch_size": 8,
+        "max_train_steps": 4,
+        "log_every": "1 steps",
+        "eval_every": "2 steps",
+        "dataloader_num_workers": 0,
+    }
+
+
+@pytest.fixture(scope="module")
+def run(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> bertdist.Run:
+    """A run of rows in memory."""
+    out = tmp_path_factory.mktemp("api") / "out"
+    rows, dev = pd.DataFrame(make_rows(40)), make_rows(12, seed=1)
+    return bertdist.train(**settings, train_rows=rows, validation_rows=dev, output_dir=out)
+
+
+def test_a_run_has_its_scores_history_and_predictor(run: bertdist.Run) -> None:
+    assert run.finished and run.scores == run.evaluation["scores"]
+    assert {"loss", "accuracy"} <= run.scores.keys()
+    kinds = [line["kind"] for line in run.history]
+    assert kinds.count("train") == 4 and kinds.count("eval") == 2
+    (answer,) = run.predictor()("a film")
+    assert answer["label"] in run.evaluation["labels"]
+    assert repr(run).startswith(f"Run({str(run.folder)!r}, finished, loss ")
+    assert repr(bertdist.Run(run.folder)) == repr(run)
+
+
+def test_a_folder_of_something_else_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not the folder of a run"):
+        bertdist.Run(tmp_path)
+
+
+def files(tmp_path: Path) -> dict[str, Any]:
+    return {
+        "train_file": str(write_rows(tmp_path / "t.tsv", make_rows(40))),
+        "validation_file": str(write_rows(tmp_path / "d.tsv", make_rows(12, seed=1))),
+    }
+
+
+def test_rows_in_memory_train_as_rows_of_a_file(
+    run: bertdist.Run, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    other = bertdist.train(**settings, **files(tmp_path), output_dir=tmp_path / "out")
+    assert_same_tensors(tensors_of(other.folder / "best"), tensors_of(run.folder / "best"))
+    seed = bertdist.train(**settings, **files(tmp_path), output_dir=tmp_path / "s", seed=1)
+    with pytest.raises(AssertionError):  # the control
+        assert_same_tensors(tensors_of(seed.folder / "best"), tensors_of(run.folder / "best"))
+
+
+def test_hooks_see_every_line_and_change_nothing(
+    run: bertdist.Run, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    logged: list[tuple[int, float]] = []
+    scores: list[dict[str, Any]] = []
+
+    def on_log(step: int, values: dict[str, Any]) -> None:
+        logged.append((step, values["loss"]))
+        values.clear()
+        torch.manual_seed(step)
+        torch.set_grad_enabled(False)
+        random.seed(step)
+
+    def on_evaluation(values: dict[str, Any]) -> None:
+        scores.append(dict(values))
+        values["loss"] = 0.0
+
+    other = bertdist.train(
+        **settings,
+        **files(tmp_path),
+        output_dir=tmp_path / "out",
+        on_log=on_log,
+        on_evaluation=on_evaluation,
+    )
+    assert torch.is_grad_enabled()
+    history = [line for line in other.history if line["kind"] == "train"]
+    assert logged == [(line["step"], line["loss"]) for line in history] and len(logged) == 4
+    assert [value["step"] for value in scores] == [2, 4] and "accuracy" in scores[0]
+    assert_same_tensors(tensors_of(other.folder / "best"), tensors_of(run.folder / "best"))
+
+
+def test_an_exception_of_a_hook_ends_the_run(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(BertdistError, match="on_log: ZeroDivisionError") as caught:
+        bertdist.train(
+            **settings,
+            **files(tmp_path),
+            output_dir=tmp_path / "out",
+            on_log=lambda step, values: 1 // 0,
+        )
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    state = bertdist.Run(tmp_path / "out")
+    assert not state.finished and "not finished" in repr(state)
+
+
+def test_the_callers_accelerator_stays_as_it_was(settings: dict[str, Any], tmp_path: Path) -> None:
+    AcceleratorState._reset_state(True)
+    mine = Accelerator(cpu=True, mixed_precision="bf16")
+    bertdist.train(**settings, **files(tmp_path), output_dir=tmp_path / "out")
+    assert mine.mixed_precision == "bf16" and AcceleratorState().mixed_precision == "bf16"
+    text = (tmp_path / "out" / "environment.json").read_text()
+    assert '"mixed_precision": "no"' in text
+    AcceleratorState._reset_state(True)
