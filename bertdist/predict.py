@@ -42,10 +42,14 @@ from bertdist.data.records import ColumnNames, Records, records_from_texts
 from bertdist.data.splits import load_texts
 from bertdist.data.tokenization import create_dataset, load_tokenizer, truncation_notes
 from bertdist.distributed.collectives import raise_on_all_ranks
-from bertdist.distributed.launch import EXIT_STOPPED, create_accelerator, run_cli
+from bertdist.distributed.launch import (
+    EXIT_STOPPED,
+    create_accelerator,
+    run_cli,
+    with_default_modes,
+)
 from bertdist.distributed.launcher import check_world
 from bertdist.distributed.preemption import StopSignal
-from bertdist.distributed.torch_modes import with_default_modes
 from bertdist.models.classifier import load_model_config, load_trained_classifier, saved_metadata
 from bertdist.models.model_config import missing_tokens
 from bertdist.training.evaluation import describe_nonfinite_rows, nonfinite_rows, predict_rows

@@ -50,9 +50,8 @@ from bertdist.data.stats import (
 )
 from bertdist.data.tokenization import load_tokenizer, truncation_notes
 from bertdist.distributed.collectives import assert_same_on_all_ranks, raise_on_all_ranks
-from bertdist.distributed.launch import EXIT_STOPPED, launch, run_cli
+from bertdist.distributed.launch import EXIT_STOPPED, launch, run_cli, with_default_modes
 from bertdist.distributed.preemption import StopSignal
-from bertdist.distributed.torch_modes import with_default_modes
 from bertdist.models.classifier import (
     Classifier,
     load_classifier,

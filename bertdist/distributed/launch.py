@@ -23,8 +23,8 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -47,7 +47,6 @@ from bertdist.core.terminal import (
     print_to_stderr,
     process_rank,
 )
-from bertdist.core.time_limit import call_within
 from bertdist.distributed.collectives import assert_same_on_all_ranks
 from bertdist.distributed.preemption import ignore_stop_signals
 from bertdist.distributed.watchdog import (
@@ -190,6 +189,28 @@ def find_dead_ranks(seconds: float) -> tuple[list[Heartbeat], bool]:
         time.sleep(0.05)
     first_alive = next((x.pid for x in here if x not in dead), os.getpid())
     return dead, not dead or first_alive == os.getpid()
+
+
+@contextmanager
+def with_default_modes() -> Iterator[None]:
+    """No autocast, no inference mode, gradients enabled, float32 and the CPU as defaults.
+
+    What a run computes follows from its config alone: a program that calls train() or a Predictor
+    within a mode of its own gets the same bits as outside, and its modes back.
+    """
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if (dtype := torch.get_default_dtype()) != torch.float32:
+            stack.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(torch.float32)
+        yield
 
 
 # ---- The launch
@@ -359,6 +380,8 @@ def _open_store(host: str, port: int, is_server: bool, timeout: timedelta) -> TC
         return TCPStore(
             host, port, None, is_server, timeout, wait_for_workers=False, multi_tenant=True
         )
+
+    from bertdist.core.time_limit import call_within
 
     try:
         return call_within(timeout.total_seconds(), connect)

@@ -42,7 +42,7 @@ from bertdist.core.config import ModelConfig
 from bertdist.core.errors import ConfigError, ModelError, did_you_mean, listed
 from bertdist.data.batch import PackedBatch, collate
 from bertdist.data.tokenization import Example, save_tokenizer
-from bertdist.distributed.torch_modes import with_default_modes
+from bertdist.distributed.launch import with_default_modes
 from bertdist.models import attention
 from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.cpu_layers import reuse_embedding_gradient, use_onednn

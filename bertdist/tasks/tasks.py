@@ -68,8 +68,8 @@ class Task(Protocol):
         """
 
     def eval_loss(self, logits: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
-        """Sum over rows without label smoothing and class weights, () in the logits' precision; with
-        reduction "none" of each row, (N,).
+        """Sum over rows without label smoothing and class weights, () in the precision of logits;
+        with reduction "none" of each row, (N,).
 
         So it means the same in every run.
         """

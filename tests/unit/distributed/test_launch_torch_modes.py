@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bertdist.distributed.torch_modes import with_default_modes
+from bertdist.distributed.launch import with_default_modes
 
 
 def state() -> tuple[Any, ...]:
