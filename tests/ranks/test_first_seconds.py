@@ -17,7 +17,7 @@ from rows import make_rows, run_train, words_of, write_rows, write_split
 
 from bench import rank as bench_rank
 from bench.attempts import Attempt, attempt, output_of_ranks
-from bertdist import predict
+from bertdist import cli, predict
 from bertdist.distributed import launch, launcher
 
 
@@ -100,7 +100,7 @@ def test_a_rank_killed_in_prediction_is_named(
     def predicted(words: Any, steps: Any) -> int:
         sys.argv = ["bertdist.predict", *words]
         with pytest.raises(SystemExit) as ended:
-            predict.main()
+            cli.main(["predict", *words])
         return int(ended.value.code or 0)
 
     monkeypatch.setattr(bench_rank, "_trained", predicted)
