@@ -5,23 +5,25 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: help install check test demo bench clean
+.PHONY: help install dev check test demo bench clean
 .DEFAULT_GOAL = help
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
-install: .venv/installed  ## Make .venv and install bertdist into it, with the developers' tools
+install: .venv/installed  ## Make .venv and install bertdist into it
 
-.venv/installed: setup.cfg pyproject.toml
+dev: .venv/dev  ## install, and the developers' tools
+
+.venv/installed .venv/dev: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "bertdist needs Python 3.10 or newer; try: make PYTHON=python3.12 install"; exit 1; }
 	@# Debian's python3 may lack ensurepip: then make the folder without pip and install pip with python3's own.
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv >/dev/null 2>&1 || { $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install pip; }
 	$(BIN)/python -m pip install "$(TORCH)" || { echo "pip could not install $(TORCH): is the package index reachable?"; exit 1; }
-	$(BIN)/python -m pip install -e ".[dev]" || { echo "pip could not install the requirements of setup.cfg: is the package index reachable?"; exit 1; }
+	$(BIN)/python -m pip install -e ".$(if $(filter %dev,$@),[dev])" || { echo "pip could not install the requirements of setup.cfg: is the package index reachable?"; exit 1; }
 	@touch $@
 
-check: install  ## ruff, its formatter and mypy --strict
+check: dev  ## ruff, its formatter and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -32,7 +34,7 @@ test: check  ## check, then all tests
 demo: install  ## Train a review classifier from the package index alone, on two cores in about ten minutes
 	$(BIN)/python launch/demo.py
 
-bench: install  ## Measure bertdist and its peers on this machine and write docs/benchmarks.md, about an hour on two idle cores
+bench: dev  ## Measure bertdist and its peers on this machine and write docs/benchmarks.md, about an hour on two idle cores
 	$(BIN)/python -m pip install -e ".[bench]" || { echo "pip could not install matplotlib, onnx and onnxruntime"; exit 1; }
 	$(BIN)/python launch/demo.py --prepare_only
 	$(BIN)/python -m bench.peers

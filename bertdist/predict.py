@@ -59,6 +59,9 @@ from bertdist.training.nonfinite import nonfinite_error
 # Rows that are sorted by length together: enough for texts of one length to share a micro-batch,
 # few enough for one device.
 ROWS_PER_WINDOW = 2048
+# Bytes of texts from which on the memory is measured before they are computed: fewer tokens fit
+# anyway, or are halved, and the measurement takes as long as they do.
+MEASURED_FROM = 4096
 
 
 class Stopped(Exception):
@@ -165,7 +168,7 @@ class Predictor:
             ranks=world_size,
         )
         with self.accelerator.autocast():
-            if self.tokens_per_micro_batch is None:
+            if self.tokens_per_micro_batch is None and records.lengths().sum() > MEASURED_FROM:
                 with raise_on_all_ranks(self.accelerator), torch.no_grad():
                     self.tokens_per_micro_batch = find_tokens(
                         self.model, batches, self.accelerator.device

@@ -1,4 +1,4 @@
-"""Train a small BERT on film reviews with nothing but a package index, and classify two sentences.
+"""Train a small BERT on film reviews with nothing but a package index, and classify four of them.
 
     make demo                                         # makes .venv, installs, then runs this
     .venv/bin/python launch/demo.py                   # the same, if bertdist is installed
@@ -73,10 +73,7 @@ RATED_ROWS = 10_605
 # A mean rating closer to 0 is neither positive nor negative: 533 rows, 5%, are left out.
 NEUTRAL_BELOW = 0.5
 EPOCHS = 3
-SENTENCES = [
-    "A warm, funny and quietly moving film.",
-    "Two hours of my life that I will never get back.",
-]
+SHOWN_PER_LABEL = 2  # held-out reviews that are predicted at the end: the first ones of the file
 
 
 def fail(message: str) -> NoReturn:
@@ -320,9 +317,22 @@ def train(demo: str) -> None:
     run(command.split())
 
 
+def held_out(validation: Path) -> list[tuple[str, str]]:
+    """(text, label) of the first rows of each label, in the order of the file."""
+    lines = validation.read_text(encoding="utf-8").splitlines()[1:]
+    shown: dict[str, list[tuple[str, str]]] = {}
+    for line in lines:
+        text, label = line.split("\t")
+        shown.setdefault(label, []).append((text, label))
+    return [row for label in sorted(shown) for row in shown[label][:SHOWN_PER_LABEL]]
+
+
 def predict(demo: str) -> None:
-    """Classify two sentences with the trained model."""
-    run(["python", "-m", "bertdist.predict", "--model", f"{demo}/out/best", "--text", *SENTENCES])
+    """Classify held-out reviews with the trained model, and print their true labels."""
+    reviews = held_out(Path(demo, "data", "validation.tsv"))
+    texts = [text for text, _ in reviews]
+    run(["python", "-m", "bertdist", "predict", "--model", f"{demo}/out", "--text", *texts])
+    say(f"the raters said: {', '.join(label for _, label in reviews)}.")
 
 
 def finished(out: Path) -> bool:
@@ -358,7 +368,7 @@ def main() -> None:
     if finished(out) and not prepare_only:
         say(f"already finished: {score_of(out)} on the validation reviews.")
         say(f"Remove {out} to train again, or predict:")
-        print(f"python -m bertdist.predict --model {out}/best --text ...")
+        print(f"bertdist predict --model {out} --text ...")
         return
     prepare(demo)
     if prepare_only:

@@ -45,6 +45,7 @@ class LabelRules(NamedTuple):
     empty: Literal["undecided", "zero", "error"] = "undecided"
 
 
+FEW_TEXTS = 1000
 _BITS = {"0": 0, "0.0": 0, "false": 0, "no": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1, "x": 1}
 
 # A list written into a cell by Python, JSON or numpy: ['a', 'b'], ["a"], [0, 1], [0. 1.], ('a',),
@@ -125,6 +126,10 @@ def _read_text_list(
 ) -> pa.Array:
     try:
         if set(map(type, column)) <= {str}:
+            if len(column) <= FEW_TEXTS:  # pa.array would import pandas, which takes 0.3 s
+                builder = pa.lib.StringBuilder()
+                builder.append_values(column)
+                return builder.finish().cast(pa.large_string())
             return pa.array(column, pa.large_string())
     except UnicodeEncodeError:
         pass

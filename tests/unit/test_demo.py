@@ -276,3 +276,10 @@ def test_a_finished_run_is_recognized_by_its_status(demo: Any, tmp_path: Path) -
         assert demo.finished(tmp_path) is expected
     (tmp_path / "evaluation.json").write_text('{"scores": {"accuracy": 0.875, "rows": 8}}')
     assert demo.score_of(tmp_path) == "accuracy 0.8750"
+
+
+def test_the_shown_reviews_are_the_first_held_out_ones_of_each_label(tmp_path: Path) -> None:
+    file = tmp_path / "validation.tsv"
+    rows = ["a\tneg", "b\tpos", "c\tneg", "d\tneg", "e\tpos", "f\tpos"]
+    file.write_text("text\tlabel\n" + "".join(f"{row}\n" for row in rows))
+    assert demo.held_out(file) == [("a", "neg"), ("c", "neg"), ("b", "pos"), ("e", "pos")]
