@@ -278,7 +278,9 @@ def test_a_finished_run_is_recognized_by_its_status(demo: Any, tmp_path: Path) -
     assert demo.score_of(tmp_path) == "accuracy 0.8750"
 
 
-def test_the_shown_reviews_are_the_first_held_out_ones_of_each_label(tmp_path: Path) -> None:
+def test_the_shown_reviews_are_the_first_held_out_ones_of_each_label(
+    demo: Any, tmp_path: Path
+) -> None:
     file = tmp_path / "validation.tsv"
     rows = ["a\tneg", "b\tpos", "c\tneg", "d\tneg", "e\tpos", "f\tpos"]
     file.write_text("text\tlabel\n" + "".join(f"{row}\n" for row in rows))
