@@ -31,6 +31,7 @@ PROGRAMS = {
     "bench/scaling.py": "scaling",
     "bench/reading.py": "reading",
     "bench/compiled.py": "compiled",
+    "bench/startup.py": "startup",
 }
 OTHER_PROGRAMS = {
     "git",
@@ -140,7 +141,7 @@ def flags_of(program: str) -> frozenset[str]:
     """The flags of train, predict, check, demo, a benchmark or `accelerate launch`."""
     from accelerate.commands.launch import launch_command_parser
 
-    from bench import compiled, peers, reading, scaling
+    from bench import compiled, peers, reading, scaling, startup
     from bertdist.core.config import PredictConfig, TrainConfig
     from bertdist.data_quality.config import CheckConfig, LabelIssueConfig
 
@@ -148,10 +149,14 @@ def flags_of(program: str) -> frozenset[str]:
         return frozenset(
             word for action in launch_command_parser()._actions for word in action.option_strings
         )
-    if program in ("compiled", "peers", "reading", "scaling"):
-        parser = {"compiled": compiled, "peers": peers, "reading": reading, "scaling": scaling}[
-            program
-        ].parser()
+    if program in ("compiled", "peers", "reading", "scaling", "startup"):
+        parser = {
+            "compiled": compiled,
+            "peers": peers,
+            "reading": reading,
+            "scaling": scaling,
+            "startup": startup,
+        }[program].parser()
         return frozenset(word for action in parser._actions for word in action.option_strings)
     if program == "demo":
         return frozenset(
