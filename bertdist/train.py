@@ -34,7 +34,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from bertdist.core.config import OptimConfig, RunConfig, TrainConfig, duration_in_steps
+from bertdist.core.config import (
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    duration_in_steps,
+    log_interval,
+)
 from bertdist.data.bad_rows import BadRows, collect_bad_rows, record_bad_rows
 from bertdist.data.batch import PackedBatch, Step
 from bertdist.data.loader import Loader, MapLoader, create_eval_loader, create_train_loader
@@ -68,7 +74,8 @@ from bertdist.training.nonfinite import NonFiniteGuard, nan_aware_scale, step_if
 from bertdist.training.optimizer import create_lr_schedule, create_optimizer, set_learning_rate
 from bertdist.training.resume_check import resume_signature
 from bertdist.training.run_lock import check_disk_space
-from bertdist.training.run_logger import NO_HOOKS, Hooks, RunLogger, describe_data, open_run
+from bertdist.training.run_logger import NO_HOOKS, Hooks, RunLogger, open_run
+from bertdist.training.run_summary import describe_model, describe_optimization, show_data
 from bertdist.training.throughput import create_meter
 
 if TYPE_CHECKING:  # --streaming only
@@ -94,18 +101,17 @@ def train(config: TrainConfig, hooks: Hooks = NO_HOOKS) -> TrainState:
         task, loader, eval_loader, bad_rows = create_loaders(inputs, stats, config, accelerator)
         evaluator = create_evaluator(inputs, eval_loader, task, config, accelerator, log)
         due = Intervals(config.run, loader.steps_per_epoch, has_eval=eval_loader is not None)
-        log.say(*describe_data(inputs.rows, stats, inputs.eval_rows, task), due.describe())
+        show_data(log.screen, inputs.rows, stats, inputs.eval_rows, task)
 
         # Model: a Hugging Face classifier, AdamW, the learning rate as a function of the step.
         classifier, adamw, lr_factor = create_model(inputs, task, due, config, accelerator, log)
-        log.say(check_disk_space(log.folder, classifier, accelerator))
         model, optimizer = accelerator.prepare(classifier, adamw)
 
         # Resume: a step depends on weights, optimizer and `state`, nothing else.
         checkpointer = create_checkpointer(inputs, task, due.total_steps, config, accelerator, log)
         state = checkpointer.restore(classifier, adamw, config.run.resume_from_checkpoint)
         evaluator.verify_best(classifier, state, checkpointer)
-        log.start(state, due.total_steps, config, accelerator)
+        log.start(state, due.total_steps, config, accelerator, due.steps_per_epoch)
         early_stopping = EarlyStopping(config.run, state)
         nan_guard = NonFiniteGuard(config.run, classifier, loader, task, accelerator, state, log)
         micro_batcher = MicroBatcher(model, loader, task, state, config.batch, accelerator, log.say)
@@ -273,7 +279,13 @@ def create_model(
             notes += truncation_notes(inputs.splits, inputs.tokenizer, config.model.max_length)
         adamw = create_optimizer(classifier, config.optim)
         lr_factor = create_lr_schedule(config.optim, due.total_steps)
-    log.say(*notes)
+    steps = f"{due.total_steps:,} with {config.batch.train_batch_size:,} rows each"
+    about = f"{steps} ({due.describe()}); {describe_optimization(config.optim)}"
+    log.screen.block("Steps", about)
+    log.screen.block("Model", describe_model(config, classifier))
+    log.note(*notes)
+    log.screen.end_block()
+    log.screen.detail(check_disk_space(log.folder, classifier, accelerator))
     return classifier, adamw, lr_factor
 
 
@@ -319,7 +331,8 @@ class Intervals:
         def interval(duration: str) -> int:  # 0: never
             return duration_in_steps(duration, steps_per_epoch, total_steps)
 
-        self._log, self._save = interval(run.log_every), interval(run.save_every)
+        self._log = log_interval(run.log_every, steps_per_epoch, total_steps)
+        self._save = interval(run.save_every)
         self._evaluate = interval(run.eval_every) if has_eval else 0
         every = {"--eval_every": run.eval_every * has_eval, "--save_every": run.save_every}
         self._auto = [name for name, duration in every.items() if duration.strip() == "auto"]
@@ -355,12 +368,12 @@ class Intervals:
         return state.epochs(self.steps_per_epoch)
 
     def describe(self) -> str:
-        """The length of training, in a sentence."""
-        per_epoch = f", {self.steps_per_epoch:,} per epoch" if self.steps_per_epoch else ""
-        if self._auto and not self.steps_per_epoch:
-            names = " and ".join(self._auto)
-            per_epoch = f"; the length of an epoch is not known: {names} 10% of the run"
-        return f"{self.total_steps:,} steps{per_epoch}."
+        """Epochs, in words."""
+        if self.steps_per_epoch:
+            epochs = self.total_steps / self.steps_per_epoch
+            return f"{self.steps_per_epoch:,} per epoch, {epochs:.3g} epoch{'s' * (epochs != 1)}"
+        names = " and ".join(self._auto)
+        return "the length of an epoch is not known" + f": {names} 10% of the run" * bool(names)
 
 
 def run(config: TrainConfig) -> int:

@@ -6,6 +6,7 @@ them from the command line and a YAML file, and checks their values together.
 """
 
 import dataclasses
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -345,7 +346,14 @@ class RunConfig(Section):
         "Checkpoint interval, same format as --eval_every; always after the last step.",
     )
     log_every: str = setting(
-        "50 steps", "Interval of lines in metrics.jsonl, same format as --eval_every."
+        "auto",
+        "Interval of lines in metrics.jsonl, same format as --eval_every. auto: 2% of the run, at "
+        "most 50 steps.",
+    )
+    verbose: bool = setting(
+        False,
+        "Show more figures: gradient norm, padding, floating-point rates, micro-batch size. They "
+        "are always in metrics.jsonl.",
     )
     save_total_limit: int = setting(2, "Number of newest checkpoints to keep; at least 2.")
     resume_from_checkpoint: str | None = setting(
@@ -451,6 +459,7 @@ class PredictConfig(FileConfig):
     )
 
 
+MOST_LOGGED_STEPS = 50  # of --log_every auto
 DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*")
 
 
@@ -468,6 +477,13 @@ def duration_in_steps(duration: str, steps_per_epoch: int, total_steps: int) -> 
     assert match, duration  # read_config has checked it
     number, unit = float(match[1]), match[2]
     return max(1, round(number * {"s": 1, "e": steps_per_epoch, "%": total_steps / 100}[unit[0]]))
+
+
+def log_interval(duration: str, steps_per_epoch: int, total_steps: int) -> int:
+    """`duration_in_steps` of --log_every, where `'auto'` is 2% of the run, at most 50 steps."""
+    if duration.strip() == "auto":
+        return max(1, min(MOST_LOGGED_STEPS, math.ceil(total_steps / 50)))
+    return duration_in_steps(duration, steps_per_epoch, total_steps)
 
 
 def plain_duration(duration: Any) -> Any:

@@ -183,7 +183,7 @@ _ANSWERS = [
     ),
     (
         "only rank 0 prints, and the progress bar is for terminals",
-        "log_level log_level_replica log_on_each_node disable_tqdm enable_progress_bar verbose "
+        "log_level log_level_replica log_on_each_node disable_tqdm enable_progress_bar "
         "enable_model_summary weights_summary",
     ),
     ("--on_nan says what becomes of such a step", "logging_nan_inf_filter"),

@@ -75,14 +75,13 @@ def show(*lines: str) -> None:
         console.print(plain_text(line))
 
 
-def show_table(
-    title: str,
+def create_table(
     header: Sequence[str],
     rows: Iterable[Sequence[Cell]],
     right: Collection[int] = (),
     lines: bool = False,
-) -> None:
-    """Print a table to standard output.
+) -> Table:
+    """A table with light rules.
 
     right: indices of right-aligned columns; lines: a rule between rows.
     """
@@ -92,15 +91,25 @@ def show_table(
     ]
     table = Table(
         *columns,
-        title=plain_text(title),
-        title_justify="left",
         box=HORIZONTALS,
         show_lines=lines,
         pad_edge=False,
     )
     for row in rows:
         table.add_row(*map(_styled, row))
-    Console(highlight=False).print(table)
+    return table
+
+
+def show_table(
+    title: str,
+    header: Sequence[str],
+    rows: Iterable[Sequence[Cell]],
+    right: Collection[int] = (),
+    lines: bool = False,
+) -> None:
+    """Print a title and a `create_table` to standard output."""
+    show(title)
+    Console(highlight=False).print(create_table(header, rows, right, lines))
 
 
 def _styled(cell: Cell) -> Text:

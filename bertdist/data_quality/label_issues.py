@@ -544,13 +544,13 @@ def show_label_issues(
             [*source, *labels, f"{entry[measure]:.3f}", _text_excerpt(records, entry["row"])]
         )
     header = ["row", *files, "line", "label", "predicted", measure, "text"]
-    log.table(f"Lowest label quality in {records.name}", header, rows)
+    log.screen.table(f"Lowest label quality in {records.name}", header, rows)
     changes = Counter(
         change for entry in issues for change in label_changes(entry["label"], entry["suggested"])
     )
     if changes:
         counted = [[*change, str(count)] for change, count in changes.most_common(SHOWN_PAIRS)]
-        log.table("Likely label errors", ["label", "predicted", "rows"], counted)
+        log.screen.table("Likely label errors", ["label", "predicted", "rows"], counted)
     share = f"{len(issues) / len(entries):.1%}"
     log.say(f"{len(issues):,} of {len(entries):,} labels ({share}) are likely errors.")
     log.say(

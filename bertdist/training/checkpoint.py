@@ -91,6 +91,7 @@ class TrainState:
     def __post_init__(self) -> None:
         # This rank's loss sum () of each step since the last `gather_losses`; not in a checkpoint.
         self._losses: list[Tensor] = []
+        self.last_loss: Tensor | None = None  # this rank's, of the last step; not in a checkpoint
 
     def advance(self, step: Step, loss: Tensor) -> None:
         """Count one more optimizer step.
@@ -101,6 +102,7 @@ class TrainState:
         self.reader_state = step.next_reader_state
         self.unlogged_steps.append([0.0, float(step.rows)])
         self._losses.append(loss)
+        self.last_loss = loss
 
     def gather_losses(self, meter: ThroughputMeter, accelerator: Accelerator) -> None:
         """Fill in losses and tokens of all ranks, with the meter's figures, in one collective.

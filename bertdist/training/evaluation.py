@@ -12,7 +12,7 @@
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,7 +37,7 @@ from bertdist.distributed.collectives import (
 )
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import Classifier, load_trained_classifier
-from bertdist.tasks.labels import REGRESSION, SINGLE_LABEL
+from bertdist.tasks.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from bertdist.tasks.tasks import Task
 from bertdist.training.best_model import BestModel, improvement, improves_loss
 from bertdist.training.checkpoint import Checkpointer, TrainState
@@ -64,6 +64,7 @@ class Evaluation:
     scores: dict[str, float]  # loss first
     # The score that selects the best weights, negated where lower is better; may be NaN.
     selection_score: float
+    selected: str = ""  # its name; on rank 0 only
     # Rows for which the model gave NaN or Inf; with any, all scores are NaN. On every rank.
     nonfinite_rows: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()  # on undefined scores, each once. On rank 0 only, as what follows
@@ -94,7 +95,7 @@ class Evaluator:
         if loader is not None and accelerator.is_main_process:
             self.scorer = Scorer(config.task, task, config.data.task_name)
             if log is not None and self.scorer.positive_note:
-                log.say(self.scorer.positive_note)
+                log.note(self.scorer.positive_note)
 
     def evaluate(self, model: nn.Module, stop: StopSignal | None = None) -> Evaluation | None:
         """The scores of the split; None on all ranks if a stop was requested meanwhile.
@@ -102,7 +103,10 @@ class Evaluator:
         A collective.
         """
         assert self.loader is not None, "there is no split to evaluate"
-        return evaluate_split(model, self.loader, self.scorer, self.accelerator, stop)
+        if self.log is None:
+            return evaluate_split(model, self.loader, self.scorer, self.accelerator, stop)
+        with self.log.screen.evaluating(len(self.loader.dataset)) as show:
+            return evaluate_split(model, self.loader, self.scorer, self.accelerator, stop, show)
 
     def evaluate_step(
         self, model: Classifier, state: TrainState, epoch: float, stop: StopSignal
@@ -126,22 +130,27 @@ class Evaluator:
             return None
         if evaluation.nonfinite_rows:
             self._report_nonfinite(evaluation.nonfinite_rows, self.loader.dataset, state.step)
-        self.log.log_eval(state.step, epoch, evaluation.scores)
         gain = improvement(evaluation.selection_score, state.best_score)
-        if gain <= 0 and self.best_model.lacks(state):
+        lacks_best = gain <= 0 and self.best_model.lacks(state)
+        if lacks_best:
+            gain = math.inf
+        loss, undefined = evaluation.scores["loss"], math.isnan(gain)
+        is_best = gain > 0 or (
+            undefined and state.best_score is None and improves_loss(loss, state.best_loss)
+        )
+        selected = "loss" if undefined else evaluation.selected
+        self.log.log_eval(state.step, epoch, evaluation.scores, selected, is_best)
+        if lacks_best:
             self.log.say(
                 f"The best weights so far, of step {state.best_step}, are not in best/: those of "
                 f"step {state.step} count as the best."
             )
-            gain = math.inf
-        loss, undefined = evaluation.scores["loss"], math.isnan(gain)
         self.log.say(*evaluation.notes)
-        if gain > 0 or (
-            undefined and state.best_score is None and improves_loss(loss, state.best_loss)
-        ):
+        if is_best:
             state.best_score = None if undefined else evaluation.selection_score
             state.best_loss = loss if undefined and math.isfinite(loss) else None
             state.best_step = state.step
+            self.log.screen.saving()
             report = {"step": state.step, "scores": evaluation.scores, **evaluation.classes}
             self.best_model.save(model, state.step, report, evaluation.predictions)
         return gain
@@ -271,11 +280,14 @@ class Scorer:
         classes = {}
         if task.problem_type != REGRESSION:
             classes = self._report(predictions, references, task.labels)
+        if task.problem_type == MULTI_LABEL and not predictions.any() and references.any():
+            classes["suggested_threshold"] = suggested_threshold(probabilities, references)
         truths = map(task.decode_target, references)
         records = zip(task.to_records(logits), truths, strict=True)
         return Evaluation(
             scores=scores,
             selection_score=sign * scores[selected],
+            selected=selected,
             notes=self._notes(scores, selected) if math.isfinite(loss) else (),
             predictions=(
                 {"row": row, **record, "truth": truth}
@@ -300,6 +312,16 @@ class Scorer:
         return tuple(note for name, note in notes.items() if name in new)
 
 
+def suggested_threshold(probabilities: Array, references: Array) -> float:
+    """The threshold at which the answers have as many labels as the truth, all rows together.
+
+    probabilities, references: (rows, labels), the latter 0/1.
+    """
+    number, flat = int(references.sum()), np.sort(probabilities, axis=None)[::-1]
+    last, following = flat[number - 1], flat[number] if number < flat.size else 0.0
+    return float((last + following) / 2)
+
+
 class EvaluationStopped(Exception):
     """A stop was requested on a rank, or a rank has failed, before all rows were computed; raised
     on all ranks.
@@ -308,9 +330,15 @@ class EvaluationStopped(Exception):
 
 @torch.no_grad()
 def predict_rows(
-    model: nn.Module, loader: MapLoader, accelerator: Accelerator, stop: StopSignal | None = None
+    model: nn.Module,
+    loader: MapLoader,
+    accelerator: Accelerator,
+    stop: StopSignal | None = None,
+    show: Callable[[int], None] = lambda rows: None,
 ) -> Tensor | None:
     """Logits (rows, outputs) float32 on the CPU, in row order, the same on every rank.
+
+    show: called now and then with the number of rows done.
 
     None on all ranks if a stop was requested meanwhile: that rank skips the rest of a step, and the
     ranks agree after each. Raises DataError on all ranks if one of them cannot read or encode a
@@ -333,6 +361,7 @@ def predict_rows(
                 if batch.rows[0] >= 0 and not stop_here():  # -1: an idle rank's text
                     yield batch
             agree(False)
+            show((step.number + 1) * loader.rows_per_step)
 
     def compute(batch: PackedBatch) -> Tensor:
         output: Tensor = model(batch.to(accelerator.device)).float()
@@ -392,12 +421,14 @@ def evaluate_split(
     scorer: Scorer | None,
     accelerator: Accelerator,
     stop: StopSignal | None = None,
+    show: Callable[[int], None] = lambda rows: None,
 ) -> Evaluation | None:
     """The scores of a split; None if a stop was requested meanwhile.
 
-    scorer: on rank 0, None elsewhere. Raises ConfigError on all ranks where a user's metric fails.
+    scorer: on rank 0, None elsewhere. show: see `predict_rows`. Raises ConfigError on all ranks
+    where a user's metric fails.
     """
-    logits = predict_rows(model, loader, accelerator, stop)
+    logits = predict_rows(model, loader, accelerator, stop, show)
     if logits is None:
         return None
     with raise_on_all_ranks(accelerator):  # a metric of a user's may fail

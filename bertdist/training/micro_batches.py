@@ -172,7 +172,6 @@ class MicroBatcher:
         discard_gradients(classifier)
         (tokens,) = all_reduce_min(self.accelerator, [tokens], self._group)
         self.state.tokens_per_micro_batch = tokens
-        self.say(f"Micro-batch size: up to {tokens:,} tokens (chosen from free memory).")
 
     def rebatch(self) -> Loader:
         """The training rows in micro-batches of the present budget."""

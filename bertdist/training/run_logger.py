@@ -1,39 +1,30 @@
-"""What a run reports: metrics.jsonl, status.json, trackers, and sentences and a progress bar on
-standard error.
+"""What a run reports: its record on disk (metrics.jsonl, status.json), trackers, and messages.
 
     with open_run(config, accelerator) as log:     # lock, watchdog and logger of the run's folder
         log.start(state, total_steps, config, accelerator)   # config.yaml, environment.json
-        log.log_training(state, ...)                # a line of metrics.jsonl, which is also printed
+        log.log_training(state, ...)                # a line of metrics.jsonl, also on the screen
         log.log_eval(step, epoch, scores)           # the same
         log.log_summary(state, ...)                 # status.json and the last sentences
 
-Rank 0 writes and prints; on other ranks the methods do nothing, but they are called on all ranks: a
-line that cannot be written raises CheckpointError on all of them.
+How it looks on the screen: training/screen.py and run_summary.py. Rank 0 writes and prints; on
+other ranks the methods do nothing, but they are called on all ranks: a line that cannot be written
+raises CheckpointError on all of them.
 """
 
 import json
 import platform
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as ProgressBar
-from rich.table import Column, Table
 
 from bertdist.core.atomic_io import (
     atomic_write,
@@ -44,27 +35,24 @@ from bertdist.core.atomic_io import (
 )
 from bertdist.core.config import TrainConfig, config_to_yaml
 from bertdist.core.errors import CheckpointError, ConfigError
-from bertdist.core.terminal import excerpt, plain_text
-from bertdist.data.records import Records
-from bertdist.data.stats import DatasetStats
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import PACKAGES, _version
 from bertdist.distributed.watchdog import open_watchdog
-from bertdist.tasks.labels import describe_alike
-from bertdist.tasks.tasks import Task
 from bertdist.training.checkpoint import TrainState
 from bertdist.training.run_lock import lock_run_folder
+from bertdist.training.run_summary import (
+    describe_device,
+    describe_times,
+    show_commands,
+    show_files,
+    show_report,
+)
+from bertdist.training.screen import Evaluated, Progress, Screen, TrainedStep
 from bertdist.training.throughput import ThroughputMeter
 
-if TYPE_CHECKING:  # --streaming only
-    from bertdist.data.streaming import Stream
-
-S = TypeVar("S")
+S = TypeVar("S", bound=TrainedStep)
 
 GROWING = ("metrics.jsonl", "bad_rows.jsonl")  # files that grow line by line
-
-SHOWN_LABELS = 24  # lines of a table; of more labels a part is shown
-SHOWN_MATRIX = 12  # labels of a confusion matrix
 
 
 class Hooks(NamedTuple):
@@ -98,7 +86,7 @@ NO_HOOKS = Hooks()
 class RunLogger:
     """The log of one run.
 
-    A context manager: leaving it ends the progress bar; by an error, with status "failed".
+    A context manager: leaving it ends the panel on the screen; by an error, with status "failed".
     """
 
     def __init__(
@@ -114,11 +102,11 @@ class RunLogger:
         """
         self.folder, self.enabled = folder, enabled
         self.track, self.on_all_ranks, self.hooks = track, on_all_ranks, hooks
-        self.state, self.total_steps = TrainState(), 0
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._bar: ProgressBar | None = None
-        self._task: Any = None
-        self._note = ""
+        self.state, self.total_steps, self.steps_per_epoch = TrainState(), 0, 0
+        self.screen = Screen(enabled)
+        self.log_every = "auto"
+        self._began, self._processes = time.perf_counter(), 1
+        self._meter: ThroughputMeter | None = None
         self._running_since: int | None = None
         if enabled:
             with explain_write_errors(folder):
@@ -133,17 +121,20 @@ class RunLogger:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close_progress()
+        self.screen.close()
+        self.screen.end_block()
         if error is not None and self._running_since is not None:
             # A full or lost disk is what ended the run then, and that error is on its way.
             with suppress(CheckpointError):
                 self.status("failed", self._running_since, str(error) or type(error).__name__)
 
     def say(self, *lines: str) -> None:
-        """Print lines as they are."""
-        if self.enabled:
-            for line in lines:
-                self.console.print(plain_text(line))
+        """Show lines."""
+        self.screen.say(*lines)
+
+    def note(self, *lines: str) -> None:
+        """Show lines after the start block."""
+        self.screen.note(*lines)
 
     def log_training(
         self,
@@ -156,11 +147,23 @@ class RunLogger:
         """The steps since the last log line."""
         values = {"loss": state.pop_mean_loss(), "learning_rate": learning_rate}
         values |= {"grad_norm": grad_norm, **throughput, "tokens": state.tokens}
-        self.record("train", state.step, epoch=epoch, **values)
+        self.write("train", state.step, epoch=epoch, **values)
+        self.screen.training(self._progress(), self.log_every != "auto", values)
 
-    def log_eval(self, step: int, epoch: float, scores: Mapping[str, float]) -> None:
-        """The scores of an evaluation after `step`."""
-        self.record("eval", step, epoch=epoch, **scores)
+    def log_eval(
+        self,
+        step: int,
+        epoch: float,
+        scores: Mapping[str, float],
+        selected: str = "loss",
+        is_best: bool = False,
+    ) -> None:
+        """The scores of an evaluation after `step`.
+
+        selected: the one that selects the best weights; is_best: these are the best so far.
+        """
+        self.write("eval", step, epoch=epoch, **scores)
+        self.screen.evaluation(Evaluated(step, epoch, scores), selected, is_best)
 
     def log_end(
         self,
@@ -177,8 +180,9 @@ class RunLogger:
         """
         if state.finished and state.unlogged_steps:
             self.log_training(state, epoch, learning_rate, grad_norm, meter.lap())
-        self.write("meter", state.step, finished=state.finished, **meter.summary())
-        self.say(str(meter))
+        values = {**meter.summary(), "tokens_per_micro_batch": state.tokens_per_micro_batch}
+        self.write("meter", state.step, finished=state.finished, **values)
+        self._meter = meter
 
     def log_summary(
         self, state: TrainState, reason: str, report: Mapping[str, Any] | None = None
@@ -188,21 +192,7 @@ class RunLogger:
         """
         reason = reason or "a stop was requested on another rank"
         if state.finished:
-            stopped_early = state.step < self.total_steps
-            since_best = state.evaluations_since_best
-            reason = f"early stopping after {since_best} evaluations without improvement"
-            self.status("finished", state.step, reason if stopped_early else "")
-            try:
-                self.show_report(report or {})
-            except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-                path = self.folder / "evaluation.json"
-                self.say(f"{path} is damaged: its tables are not shown.")
-            by_loss = ", of the lowest loss" if state.best_loss is not None else ""
-            best = f"best weights (step {state.best_step}{by_loss}) in {self.folder / 'best'}"
-            steps = f"{state.step} steps"
-            if stopped_early:
-                steps = f"{state.step} of {self.total_steps} steps ({reason})"
-            self.say(f"Finished: {steps}, {best}.")
+            self._summarize(state, report or {})
         elif state.step:
             self.status("preempted", state.step, reason)
             first = ", starting with the evaluation" if state.evaluation_pending else ""
@@ -211,6 +201,35 @@ class RunLogger:
         else:
             self.status("preempted", 0, reason)
             self.say(f"Stopped ({reason}) before the first step. Rerun the same command to start.")
+
+    def _summarize(self, state: TrainState, report: Mapping[str, Any]) -> None:
+        stopped_early = state.step < self.total_steps
+        since_best = state.evaluations_since_best
+        reason = f"early stopping after {since_best} evaluations without improvement"
+        self.status("finished", state.step, reason if stopped_early else "")
+        if not self.enabled:
+            return
+        try:
+            show_report(self.screen, report)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            path = self.folder / "evaluation.json"
+            self.say(f"{path} is damaged: its tables are not shown.")
+        by_loss = ", of the lowest loss" if state.best_loss is not None else ""
+        best = f"best weights (step {state.best_step}{by_loss}) in {self.folder / 'best'}"
+        steps = f"{state.step} steps"
+        if stopped_early:
+            steps = f"{state.step} of {self.total_steps} steps ({reason})"
+        self.say(f"Finished: {steps}, {best}.")
+        self._show_times()
+        show_files(self.screen, self.folder)
+        show_commands(self.screen, self.folder)
+
+    def _show_times(self) -> None:
+        """Where the time of this process went, if it took a step."""
+        if self._meter is not None:
+            self.screen.detail(str(self._meter))
+            total = time.perf_counter() - self._began
+            self.screen.block("Time", describe_times(self._meter, self.screen.seconds, total))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
@@ -225,31 +244,29 @@ class RunLogger:
                 if self.track is not None:
                     self.track({f"{kind}_{name}": value for name, value in values.items()}, step)
 
-    def record(self, kind: str, step: int, **values: Any) -> None:
-        """Append one line to metrics.jsonl and print it."""
-        self.write(kind, step, **values)
-        numbers = ((n, v) for n, v in values.items() if not isinstance(v, list | dict))
-        shown = "  ".join(f"{name} {_short(value)}" for name, value in numbers)
-        if self._bar is not None and kind == "train":
-            loss, rate = _short(values.get("loss")), _short(values.get("tokens_per_second"))
-            self._note = f"loss {loss}  {rate} tokens/s"
-            self._bar.update(self._task, note=self._note)
-        if self._bar is None or kind != "train" or not self.console.is_terminal:
-            self.say(f"{kind:5} step {step:6d}  {shown}")
-
     def flush(self) -> None:
-        """Flush the line-by-line files and the folder to the disk: no checkpoint may survive the
-        lines written before it.
+        """Flush the line-by-line files and the folder to the disk: no checkpoint, which is about to
+        be written, may survive the lines written before it.
         """
+        self.screen.saving()
         for path in (*(self.folder / name for name in GROWING), self.folder):
             with explain_write_errors(path), suppress(FileNotFoundError):
                 flush_to_disk(path)
 
     def start(
-        self, state: TrainState, total_steps: int, config: TrainConfig, accelerator: Accelerator
+        self,
+        state: TrainState,
+        total_steps: int,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        steps_per_epoch: int = 0,
     ) -> None:
-        """Training starts at `state`: write config.yaml, environment.json and status.json."""
-        self.state, self.total_steps = state, total_steps
+        """Training starts at `state`: write config.yaml, environment.json and status.json.
+
+        steps_per_epoch: 0 if it is not known.
+        """
+        self.state, self.total_steps, self.steps_per_epoch = state, total_steps, steps_per_epoch
+        self._processes = accelerator.num_processes
         files = {
             "config.yaml": config_to_yaml(config),
             "environment.json": environment(accelerator),
@@ -273,6 +290,7 @@ class RunLogger:
         ("finished": false).
         """
         path = self.folder / "metrics.jsonl"
+        self.screen.evaluations.clear()
         if not path.exists():
             return
         kept = []
@@ -288,9 +306,17 @@ class RunLogger:
                 )
                 if not repeated and entry.get("finished") is not False:
                     kept.append(line + b"\n")
+                    self._show_again(entry)
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         atomic_write(path, b"".join(kept))
+
+    def _show_again(self, entry: dict[str, Any]) -> None:
+        """The evaluations before a resume are rows of the table too."""
+        if entry["kind"] == "eval" and isinstance(entry.get("epoch"), float):
+            scores = {name: x for name, x in entry.items() if isinstance(x, float)}
+            epoch = scores.pop("epoch")
+            self.screen.evaluations.append(Evaluated(int(entry["step"]), epoch, scores))
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         """Write status.json for the script that started the run. state: running, finished,
@@ -308,76 +334,27 @@ class RunLogger:
 
     @contextmanager
     def progress(self, steps: Generator[S]) -> Iterator[Iterator[S]]:
-        """The same steps, with a progress bar on terminals.
+        """The same steps, with progress on the screen.
 
         They are closed at the end, also by an error: workers end then.
         """
-        if self.enabled and self.console.is_terminal:
-            columns = (
-                TextColumn("step"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            self._bar = ProgressBar(*columns, console=self.console)
-            self._task = self._bar.add_task(
-                "", total=self.total_steps, completed=self.step, note=self._note
-            )
-            self._bar.start()
+        if self.state.tokens_per_micro_batch:
+            tokens = f"{self.state.tokens_per_micro_batch:,} tokens"
+            self.screen.detail(f"Micro-batch size: up to {tokens} (--tokens_per_micro_batch).")
+        self.screen.open(self._progress(), self._processes)
         try:
             with closing(steps):
                 yield self._advance(steps)
         finally:
-            self.close_progress()
+            self.screen.close(self.state.best_step)
 
     def _advance(self, steps: Iterator[S]) -> Iterator[S]:
         for step in steps:
             yield step
-            if self._bar is not None:
-                self._bar.update(self._task, completed=self.step)
+            self.screen.step(step, self.state.last_loss, self._progress())
 
-    def close_progress(self) -> None:
-        """End the progress bar."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self.step)
-            self._bar.stop()
-            self._bar = None
-
-    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Show a table: numbers with four digits, the beginning of long labels and texts."""
-        if self.enabled:
-            table = Table(
-                *(Column(plain_text(excerpt(name, 40))) for name in header),
-                title=plain_text(title),
-                title_justify="left",
-            )
-            for row in rows:
-                table.add_row(*(plain_text(excerpt(_short(value))) for value in row))
-            self.console.print(table)
-
-    def show_report(self, report: Mapping[str, Any]) -> None:
-        """The tables of an evaluation.json: scores per label, and the confusion matrix.
-
-        Of many labels the lowest scores, and the most frequent confusions.
-        """
-        classes, labels = report.get("per_class", []), report.get("labels", [])
-        if classes:
-            shown, title = classes, f"Scores per label, step {report['step']}"
-            if len(classes) > SHOWN_LABELS:
-                with_rows = [entry for entry in classes if entry["rows"]]
-                shown = sorted(with_rows, key=lambda entry: entry["f1"])[:SHOWN_LABELS]
-                title += f" (the lowest f1 of {len(classes):,}; all are in evaluation.json)"
-            self.table(title, list(classes[0]), [list(entry.values()) for entry in shown])
-        if "confusion" in report and len(labels) <= SHOWN_MATRIX:
-            counts = zip(labels, report["confusion"], strict=True)
-            rows = [[label, *numbers] for label, numbers in counts]
-            self.table("Confusion matrix (rows: true, columns: predicted)", ["", *labels], rows)
-        elif confusions := _confusions(report)[:SHOWN_MATRIX]:
-            rows = [list(entry.values()) for entry in confusions]
-            self.table("Most frequent confusions", list(confusions[0]), rows)
+    def _progress(self) -> Progress:
+        return Progress(self.step, self.total_steps, self.steps_per_epoch, self.state.best_step)
 
 
 @contextmanager
@@ -396,10 +373,9 @@ def open_run(
         watchdog.progress = log
         if config.run.report_to:
             accelerator.init_trackers("bertdist")  # may write into the folder
-        number, device = accelerator.num_processes, accelerator.device.type
-        processes = f"{number} process{'es' if number > 1 else ''}"
-        precision = accelerator.mixed_precision.replace("no", "fp32")
-        log.say(*messages, f"{processes}, device {device}, {precision}.")
+        log.screen.verbose, log.log_every = config.run.verbose, config.run.log_every.strip()
+        log.say(*messages)
+        log.screen.block("Device", describe_device(accelerator))
         yield log
         accelerator.end_training()
 
@@ -408,35 +384,6 @@ def open_log(folder: Path, accelerator: Accelerator, hooks: Hooks = NO_HOOKS) ->
     """The log of a run; a line that cannot be written raises on all ranks."""
     on_all_ranks = partial(raise_on_all_ranks, accelerator)
     return RunLogger(folder, accelerator.is_main_process, accelerator.log, on_all_ranks, hooks)
-
-
-def describe_data(
-    rows: "Records | Stream", stats: DatasetStats, eval_rows: Records | None, task: Task
-) -> list[str]:
-    """The data and the task, in sentences."""
-    pair = f" and {rows.pair_column!r}" if rows.pair_column else ""
-    column = rows.label_column if isinstance(rows, Records) else rows.columns.label
-    label = f", label in {column!r}" if column else ""
-    number = f"{sum(stats.rows):,} of" if stats.rows else "an unknown number in"
-    stream = " (streamed)" if not isinstance(rows, Records) else ""
-    validation = "none, the last weights count as the best"
-    if eval_rows:
-        validation = f"{len(eval_rows):,} of {eval_rows.name}"
-    labels = ", ".join(excerpt(label, 40) for label in task.labels[:10])
-    if len(task.labels) > 10:
-        labels += f", ... ({len(task.labels)} in total)"
-    return [
-        *(
-            f"{guess}."
-            for guess in dict.fromkeys(
-                (*rows.format_notes, *stats.notes, *(eval_rows.format_notes if eval_rows else ()))
-            )
-        ),
-        f"Training rows: {number} {rows.name}{stream}, text in {rows.text_column!r}{pair}{label}; "
-        f"validation rows: {validation}.",
-        f"Task: {task.problem_type}; outputs in order: {labels}.",
-        *filter(None, (task.reason, describe_alike(task.labels))),
-    ]
 
 
 def environment(accelerator: Accelerator) -> str:
@@ -454,23 +401,3 @@ def environment(accelerator: Accelerator) -> str:
         "command": sys.argv,
     }
     return json.dumps(facts, indent=1) + "\n"
-
-
-def _confusions(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The wrong predictions of an evaluation.json, the most frequent ones first."""
-    if "confusion" not in report:
-        return list(report.get("confusions", []))
-    labels = report["labels"]
-    wrong = [
-        {"label": labels[i], "predicted": labels[j], "rows": rows}
-        for i, row in enumerate(report["confusion"])
-        for j, rows in enumerate(row)
-        if rows and i != j
-    ]
-    return sorted(wrong, key=lambda entry: -entry["rows"])
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
-    return str(value)

@@ -36,6 +36,7 @@ MEASURED = (  # keys of metrics.jsonl that differ from run to run, also on one m
     "matmul_tflops",  # what was measured at the start, all ranks together / 1e12
     "train_seconds",  # without evaluations and checkpoints
     "train_steps",  # that this process took
+    "tokens_per_micro_batch",  # the most; may be chosen from free memory
 )
 
 

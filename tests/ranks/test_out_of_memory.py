@@ -404,10 +404,13 @@ def test_ranks_begin_with_the_least_that_one_of_them_found(runs: Runs, tmp_path:
         micro_batches.find_tokens = lambda *args: 128 if accelerator.process_index == 1 else 512
 
     results = run_ranks(
-        3, run_train, runs.words(tmp_path / "out", max_train_steps=2), little_on_rank_1
+        3,
+        run_train,
+        runs.words(tmp_path / "out", max_train_steps=2, verbose=True),
+        little_on_rank_1,
     )
     assert [progress.tokens_per_micro_batch for progress, _, _ in results] == [128] * 3
-    assert "Micro-batch size: up to 128 tokens (chosen from free memory)." in results[0][2]
+    assert "Micro-batch size: up to 128 tokens (--tokens_per_micro_batch)." in results[0][2]
 
 
 # --- What each promise rests on

@@ -115,7 +115,7 @@ def test_meter_line_of_a_stopped_process_is_replaced_by_the_next_one(
 
     run_ranks(2, run_train, words, at_step(4, ask_the_last_rank_to_stop))
     assert meter_lines() == [(5, False, 5)]
-    ended = run_ranks(2, run_train, words)
+    ended = run_ranks(2, run_train, [*words, "--verbose"])
     assert meter_lines() == [(STEPS, True, STEPS - 5)]
     assert f"{STEPS - 5} steps in " in ended[0][2] and "load imbalance (max/mean) 1." in ended[0][2]
     run_ranks(2, run_train, words)

@@ -342,8 +342,8 @@ def test_a_run_in_steps_reads_nothing_beforehand(tiny_model: Path, tmp_path: Pat
 
     steps, said = evaluated("out")
     assert (
-        "20 steps; the length of an epoch is not known: --eval_every and --save_every 10% of the "
-        "run." in said
+        "20 with 8 rows each (the length of an epoch is not known: --eval_every and --save_every "
+        "10% of the run)" in said
     )
     assert "once, for" not in said and not (tmp_path / "out" / "survey.json").exists()
     assert steps == list(range(2, 21, 2))

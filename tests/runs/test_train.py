@@ -167,7 +167,7 @@ def test_two_processes_stopped_by_sigterm_and_started_again_equal_undisturbed_on
     )
     with launched("cpu_x2", words, tmp_path / "said.txt") as launch:
         assert launch.process.wait(200) == 0, launch.said.read_text()
-    assert (tmp_path / "said.txt").read_text().count("2 processes, device cpu, fp32.") == 2
+    assert (tmp_path / "said.txt").read_text().count("2 processes, cpu, fp32") == 2
     run_ranks(2, run_train, words_of(tiny_model, tmp_path / "straight", files, **CADENCES))
     assert_same_run(out, tmp_path / "straight")
 
@@ -352,7 +352,7 @@ def test_many_labels_come_in_three_ways(tiny_model: Path, tmp_path: Path) -> Non
             assert path is not None
             write_rows(path, rows)
         said = finish(words_of(tiny_model, tmp_path / way, files, num_train_epochs=2, **settings))
-        assert "Task: multi_label_classification; outputs in order: bad, long, short." in said
+        assert "multi-label classification, 3 labels: bad, long, short\n" in said
         assert_same_run(tmp_path / way, tmp_path / "list")
     lines = json_of(tmp_path / "list" / "predictions.jsonl")
     assert [line["truth"] for line in lines] == sets
@@ -377,10 +377,7 @@ def test_regression_on_pairs(tiny_model: Path, tmp_path: Path) -> None:
         assert path is not None
         write_rows(path, rows)
     said = finish(words_of(tiny_model, tmp_path / "out", files, num_train_epochs=3), n=2)
-    assert (
-        "Task: regression; outputs in order: score." in said
-        and "text in 'sentence1' and 'sentence2'" in said
-    )
+    assert "Task        regression\n" in said and "text in 'sentence1' and 'sentence2'" in said
     assert step_log(tmp_path / "out", "eval")[-1].keys() >= {"loss", "pearson", "spearman"}
     lines = json_of(tmp_path / "out" / "predictions.jsonl")
     assert [line["truth"] for line in lines] == pytest.approx([float(row["score"]) for row in rows])

@@ -94,9 +94,7 @@ def typed(tmp_path: Path, *words: str | Path, endpoint: str = "", offline: bool 
         text=True,
         check=False,
     )
-    lines = [
-        line for line in done.stdout.splitlines() if not line.startswith("1 process, device cpu")
-    ]
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("Device  ")]
     assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("bertdist: "), (
         done.stdout
     )
@@ -121,7 +119,7 @@ def forked(tmp_path: Path, *words: str | Path, endpoint: str = "", offline: bool
     ((code, said, _),) = run_ranks(
         1, run_main, list(map(str, words[1:])), setting(tmp_path, endpoint, offline)
     )
-    lines = [line for line in said.splitlines() if not line.startswith("1 process, device cpu")]
+    lines = [line for line in said.splitlines() if not line.startswith("Device  ")]
     assert code == 1 and len(lines) == 1 and lines[0].startswith("bertdist: "), said
     return lines[0].removeprefix("bertdist: ")
 

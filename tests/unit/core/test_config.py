@@ -511,7 +511,7 @@ FULL = [  # every setting has a value here in one of them
     "--early_stopping_patience 2 --early_stopping_threshold 0.1 --stop_before_time_limit 1 --rank_timeout 9",
     "--report_to tensorboard --tokenizer_name=t",
     "--model_revision=v1 --max_length 9 --dry_run",
-    "--torch_compile --cuda_graphs",
+    "--torch_compile --cuda_graphs --verbose",
 ]
 HUB = "--model_name_or_path=m --output_dir=o --dataset_name=d --dataset_config_name=c --train_split=t --validation_split=v".split()
 GLUE = "--model_name_or_path=m --output_dir=o --task_name=sst2".split()

@@ -56,7 +56,7 @@ LIGHTNING = (  # Trainer of Lightning 2 and 1, and its CLI
     "profiler detect_anomaly barebones plugins sync_batchnorm reload_dataloaders_every_n_epochs "
     "default_root_dir enable_autolog_hparams model_registry gpus tpu_cores auto_lr_find "
     "auto_scale_batch_size weights_summary amp_backend amp_level seed_everything ckpt_path "
-    "print_config weights_only verbose model optimizer lr_scheduler"
+    "print_config weights_only model optimizer lr_scheduler"
 )
 LAUNCHERS = (
     "num_processes num_machines machine_rank main_process_ip main_process_port multi_gpu gpu_ids "

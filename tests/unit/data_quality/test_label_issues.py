@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -617,7 +618,7 @@ def test_rows_of_several_files_have_their_file(
         (2, "b.csv", 2),
         (3, "b.csv", 3),
     ]
-    assert "│ b.csv │ 3" in shown(found, records, capsys)
+    assert re.search(r" b\.csv +3 ", shown(found, records, capsys))
 
 
 def test_multi_label_probability_is_the_highest_against_a_label(tmp_path: Path) -> None:
@@ -678,7 +679,7 @@ def shown(
     width: str = "200",
 ) -> str:
     log = RunLogger(Path(), enabled=True)
-    log.console.width = int(width)
+    log.screen.console.width = int(width)
     show_label_issues(found, records, None, log)
     return capsys.readouterr().err
 
@@ -702,7 +703,7 @@ def test_the_table_escapes_texts_and_counts_label_changes(
         "1 of 3 labels (33.3%) are likely errors." in said and "--output label_issues.jsonl" in said
     )
     pairs = said[said.index("Likely label errors") :].splitlines()
-    assert [cell.strip() for cell in pairs[4].strip("│ ").split("│")] == ["[b]good", "bad", "1"]
+    assert pairs[4].split() == ["[b]good", "bad", "1"]
 
 
 def test_the_table_shows_the_first_rows_only(

@@ -26,6 +26,7 @@ from bertdist.training import evaluation as evaluation_module
 from bertdist.training.best_model import BestModel, EarlyStopping
 from bertdist.training.checkpoint import TrainState
 from bertdist.training.evaluation import Evaluation, Evaluator
+from bertdist.training.screen import Screen
 
 ONE_RANK: Any = SimpleNamespace(num_processes=1, is_main_process=True)
 NAN = math.nan
@@ -51,11 +52,13 @@ class Evaluations:
         best: Any = SimpleNamespace(
             save=lambda *args: self.saved.append(self.state.step), lacks=lambda state: False
         )
-        loader: Any = MapLoader(dataset=Any, rows_per_step=1, tokens_per_micro_batch=1)  # type: ignore[arg-type]
+        loader: Any = MapLoader(dataset=[], rows_per_step=1, tokens_per_micro_batch=1)  # type: ignore[arg-type]
         config: Any = SimpleNamespace(
             run=RunConfig(**settings), task=TaskConfig(), data=SimpleNamespace(task_name=None)
         )
-        log: Any = SimpleNamespace(log_eval=lambda *args: None, say=lambda *lines: None)
+        log: Any = SimpleNamespace(
+            log_eval=lambda *args: None, say=lambda *lines: None, screen=Screen(enabled=False)
+        )
         evaluator = Evaluator(loader, TASK, config, ONE_RANK, best, log)
         early_stopping = EarlyStopping(config.run, self.state)
         for score, loss in zip(scores, losses or [0.5] * len(scores), strict=True):

@@ -208,7 +208,7 @@ def test_what_is_found_leaves_room_for_gradients_and_averages(
         model(torch.ones(1, 100)).sum().backward()
         adamw.step()
     assert needs == [1200, 400]
-    assert said == ["Micro-batch size: up to 256 tokens (chosen from free memory)."] * 2
+    assert said == []
 
 
 def test_the_smallest_of_all_ranks_is_known_to_all() -> None:

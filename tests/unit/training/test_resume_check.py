@@ -268,6 +268,7 @@ DOES_NOT_MATTER = {  # where it runs, micro-batches, when to write or log, when 
     "eval_every": "7 steps",
     "save_every": "1 steps",
     "log_every": "1 steps",
+    "verbose": "yes",
     "save_total_limit": "5",
     "resume_from_checkpoint": "c",
     "early_stopping_patience": "3",

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import shlex
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,17 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from rows import labelled_records
 
 from bertdist.core.args import read_config
 from bertdist.core.config import config_to_yaml
 from bertdist.core.errors import CheckpointError, DataError
-from bertdist.core.terminal import print_error
-from bertdist.data.records import records_from_texts
-from bertdist.data.stats import DatasetStats, LabelStats
-from bertdist.tasks.tasks import SingleLabel
 from bertdist.training.checkpoint import TrainState
-from bertdist.training.run_logger import RunLogger, describe_data
+from bertdist.training.run_logger import RunLogger
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -45,20 +41,9 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunLogger:
     return RunLogger(tmp_path, enabled=True)
 
 
-@pytest.fixture
-def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunLogger:
-    """A log that believes that it writes to a terminal with colours."""
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    found = RunLogger(tmp_path, enabled=True)
-    assert found.console.is_terminal
-    return found
-
-
 def test_a_record_is_one_json_line(log: RunLogger, tmp_path: Path) -> None:
-    log.record("train", 1, loss=0.5, epoch=0.1)
-    log.record("eval", 1, accuracy=0.25, note="grün\nund")
+    log.write("train", 1, loss=0.5, epoch=0.1)
+    log.write("eval", 1, accuracy=0.25, note="grün\nund")
     assert lines_of(tmp_path) == [
         {"kind": "train", "step": 1, "loss": 0.5, "epoch": 0.1},
         {"kind": "eval", "step": 1, "accuracy": 0.25, "note": "grün\nund"},
@@ -70,7 +55,7 @@ def test_a_record_is_one_json_line(log: RunLogger, tmp_path: Path) -> None:
 def test_a_number_that_json_does_not_have_is_null(
     value: float, log: RunLogger, tmp_path: Path
 ) -> None:
-    log.record("train", 1, loss=value, grad_norm=1.0)
+    log.write("train", 1, loss=value, grad_norm=1.0)
 
     def refuse(word: str) -> None:
         raise AssertionError(word)
@@ -90,14 +75,14 @@ def test_a_number_that_json_does_not_have_is_null(
 
 def test_floats_are_written_exactly(log: RunLogger, tmp_path: Path) -> None:
     values = {"a": 0.1 + 0.2, "b": 1e-300, "c": 5e-324, "d": 1 / 3}
-    log.record("train", 1, **values)
+    log.write("train", 1, **values)
     assert lines_of(tmp_path)[0] == {"kind": "train", "step": 1, **values}
 
 
 def test_trackers_get_the_same_numbers_with_their_kind(tmp_path: Path) -> None:
     seen: list[Any] = []
     log = RunLogger(tmp_path, enabled=True, track=lambda values, step: seen.append((values, step)))
-    log.record("eval", 7, loss=math.nan, accuracy=0.5)
+    log.write("eval", 7, loss=math.nan, accuracy=0.5)
     assert seen == [({"eval_loss": None, "eval_accuracy": 0.5}, 7)]
 
 
@@ -113,9 +98,13 @@ def test_a_silent_rank_writes_and_shows_nothing(
         log.status("running", 0)
         with log.progress(step for step in range(2)) as steps:
             assert list(steps) == [0, 1]
-        log.record("train", 1, loss=0.5)
+        log.log_training(TrainState(step=1), 0.1, 0.1, 1.0, {})
+        log.log_eval(1, 0.1, {"loss": 0.5}, "loss", True)
+        log.note("a note")
+        log.screen.block("Data", "rows")
+        log.log_summary(TrainState(step=1, finished=True), "", {"step": 1, "scores": {"loss": 1}})
         log.log_summary(TrainState(step=1), "SIGTERM")
-        log.table("title", ["a"], [[1]])
+        log.screen.table("title", ["a"], [["1"]])
     assert (list(tmp_path.iterdir()), seen, capfd.readouterr()) == ([], [], ("", ""))
 
 
@@ -155,7 +144,7 @@ def test_a_torn_line_is_dropped_and_the_next_one_stands_alone(
 ) -> None:
     write_old(tmp_path, torn)
     log.begin(3, {})
-    log.record("train", 4, loss=1.0)
+    log.write("train", 4, loss=1.0)
     assert lines_of(tmp_path) == [*OLD, {"kind": "train", "step": 4, "loss": 1.0}]
 
 
@@ -175,7 +164,7 @@ def test_a_whole_last_line_without_its_end_is_kept(log: RunLogger, tmp_path: Pat
     write_old(tmp_path)
     os.truncate(tmp_path / "metrics.jsonl", (tmp_path / "metrics.jsonl").stat().st_size - 1)
     log.begin(3, {})
-    log.record("train", 4)
+    log.write("train", 4)
     assert lines_of(tmp_path) == [*OLD, {"kind": "train", "step": 4}]
 
 
@@ -256,7 +245,7 @@ def full_disk() -> Iterator[None]:
 def test_a_full_disk_is_one_line_and_the_old_file_stays(log: RunLogger, tmp_path: Path) -> None:
     log.status("running", 1)
     calls = [
-        (lambda: log.record("train", 2, loss=1.0), tmp_path),
+        (lambda: log.write("train", 2, loss=1.0), tmp_path),
         (lambda: log.status("running", 2), tmp_path / "status.json"),
         (lambda: log.begin(0, {"config.yaml": "x"}), tmp_path / "config.yaml"),
     ]
@@ -269,72 +258,7 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(log: RunLogger, tmp_path
 
 def test_an_error_that_is_not_of_the_disk_keeps_its_name(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
-        RunLogger(tmp_path, enabled=True).record("train", 1, loss=object())
-
-
-MARKUP = "[bold]x[/bold] [/] [red]y :smile: [link=http://a]b[/link] \\[z]"
-
-
-def test_lines_are_shown_as_they_are(log: RunLogger, capfd: pytest.CaptureFixture[str]) -> None:
-    long = "word " * 100
-    log.say(MARKUP, long, "")
-    assert capfd.readouterr() == ("", f"{MARKUP}\n{long}\n\n")
-
-
-def test_markup_in_data_is_text_everywhere(
-    terminal: RunLogger, capfd: pytest.CaptureFixture[str]
-) -> None:
-    terminal.say(MARKUP)
-    terminal.record("eval", 1, note=MARKUP)
-    terminal.table(MARKUP, [MARKUP], [[MARKUP]])
-    print_error(DataError(MARKUP))
-    shown = capfd.readouterr().err
-    plain = shown
-    for code in (
-        "\x1b[0m",
-        "\x1b[1m",
-        "\x1b[3m",
-        "\x1b[1;35m",
-    ):  # what rich itself adds: bold heads, a slanted title
-        plain = plain.replace(code, "")
-    assert "\x1b" not in plain
-    assert plain.count("[bold]x[/bold]") == 6
-    assert ":smile:" in plain and "[link=" in plain
-
-
-ESCAPES = [
-    "\x1b[31mred",
-    "\x1b]0;title\x07",
-    "\x1b[2Jgone",
-    "\x9b31m",
-    "back\x08\x08",
-    "line\rover",
-    "\u202egnp.exe",
-    "\u2028another line",
-]
-
-
-@pytest.mark.parametrize("text", ESCAPES)
-def test_escape_codes_in_data_do_not_reach_the_terminal(
-    text: str, log: RunLogger, capfd: pytest.CaptureFixture[str]
-) -> None:
-    log.say(text)
-    log.record("eval", 1, note=text)
-    log.table("title", ["head"], [[text]])
-    print_error(DataError(text))
-    shown = capfd.readouterr().err
-    assert not set(shown) & set("\x1b\x9b\x08\x07\r\u202e\u2028"), repr(shown)
-
-
-def test_a_label_with_a_line_end_stays_on_its_line(
-    log: RunLogger, capfd: pytest.CaptureFixture[str]
-) -> None:
-    rows = labelled_records(["one\ntwo", "b"], [0, 1])
-    stats = DatasetStats(LabelStats("text", ["one\ntwo", "b"], [1, 1], None, "label"), [2])
-    log.say(*describe_data(rows, stats, None, SingleLabel(("one\ntwo", "b"))))
-    log.table("title", ["one\ntwo"], [["one\ntwo"]])
-    shown = capfd.readouterr().err
-    assert shown.count("one\\ntwo") == 3 and "two" not in shown.replace("\\ntwo", "")
+        RunLogger(tmp_path, enabled=True).write("train", 1, loss=object())
 
 
 def test_a_line_can_be_written_without_being_shown(
@@ -343,36 +267,22 @@ def test_a_line_can_be_written_without_being_shown(
     log.write("meter", 3, train_seconds=1.5)
     assert capfd.readouterr().err == ""
     assert lines_of(tmp_path) == [{"kind": "meter", "step": 3, "train_seconds": 1.5}]
-    log.record("meter", 3, train_seconds=1.5)
-    assert "train_seconds" in capfd.readouterr().err  # the control
 
 
 def test_numbers_are_short_on_the_screen_only(
     log: RunLogger, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    log.record(
-        "train",
-        12,
-        loss=0.123456789,
-        tokens_per_second=123456.7,
-        tokens=7,
-        bad=math.nan,
-        table=[1, 2],
-    )
-    assert (
-        capfd.readouterr().err
-        == "train step     12  loss 0.1235  tokens_per_second 123,457  tokens 7  bad nan\n"
-    )
+    log.state, log.total_steps, log.steps_per_epoch = TrainState(step=12), 24, 8
+    log.state.unlogged_steps = [[0.123456789, 1.0]]
+    figures = {"tokens_per_second": 123456.7, "padding_factor": 1.25}
+    log.log_training(log.state, 1.5, 1e-3, 2.5, figures)
+    line = "train  step 12/24  epoch 1.5/3  loss 0.1235  123,457 tokens/s"
+    assert capfd.readouterr().err == f"{line}\n"
     assert lines_of(tmp_path)[0]["loss"] == 0.123456789
-
-
-def take_a_step(log: RunLogger) -> None:
-    log.state, log.total_steps = TrainState(step=1), 3
-    steps = (log.state for _ in range(1))
-    with log, log.progress(steps) as tracked:
-        for state in tracked:
-            state.step += 1
-            log.record("train", 2, loss=1.0, tokens_per_second=5.0)
+    log.screen.verbose = True
+    log.log_training(log.state, 1.5, 1e-3, 2.5, figures)
+    more = "learning_rate 0.001  grad_norm 2.5  padding_factor 1.25  tokens 0"
+    assert capfd.readouterr().err.endswith(f"{more}\n")
 
 
 def test_the_steps_are_closed_by_an_error_too(log: RunLogger) -> None:
@@ -388,22 +298,6 @@ def test_the_steps_are_closed_by_an_error_too(log: RunLogger) -> None:
         assert next(tracked) == 0 and not closed
         raise DataError("a bad row")
     assert closed == [1]
-
-
-def test_a_terminal_has_a_progress_bar(
-    terminal: RunLogger, capfd: pytest.CaptureFixture[str]
-) -> None:
-    take_a_step(terminal)
-    shown = capfd.readouterr().err
-    assert "2/3" in shown and "loss 1  5 tokens/s" in shown
-    assert "\x1b[?25h" in shown[-8:]  # the cursor is there again
-
-
-def test_a_file_has_lines_instead_of_a_progress_bar(
-    log: RunLogger, capfd: pytest.CaptureFixture[str]
-) -> None:
-    take_a_step(log)
-    assert capfd.readouterr().err == "train step      2  loss 1  tokens_per_second 5\n"
 
 
 # ---- Lines about training
@@ -469,19 +363,6 @@ def test_the_summary(
     assert status_of(tmp_path)["state"] == status
 
 
-def test_a_finished_run_shows_its_best_evaluation(log: RunLogger, capfd: Any) -> None:
-    report = {
-        "step": 4,
-        "labels": ["no", "yes"],
-        "per_class": [{"label": "no", "f1": 0.5}, {"label": "yes", "f1": 0.25}],
-        "confusion": [[3, 1], [0, 7]],
-    }
-    log.log_summary(TrainState(step=8, finished=True, best_step=4), "", report)
-    shown = capfd.readouterr().err
-    assert "Scores per label, step 4" in shown and "0.25" in shown
-    assert "Confusion matrix (rows: true, columns: predicted)" in shown and "7" in shown
-
-
 GOOD_REPORT = {
     "step": 4,
     "labels": ["no", "yes"],
@@ -518,6 +399,32 @@ def test_a_damaged_evaluation_does_not_end_a_finished_run(
     assert "is damaged" not in capfd.readouterr().err
 
 
+def test_a_resumed_run_shows_the_evaluations_before_it(log: RunLogger, tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        log.log_eval(step, step / 2, {"loss": 0.5, "accuracy": 0.25 * step, "auc": math.nan})
+        log.write("eval", step, note="no epoch")
+    log.begin(2, {})
+    shown = [(entry.step, entry.epoch, entry.scores) for entry in log.screen.evaluations]
+    assert shown == [(n, n / 2, {"loss": 0.5, "accuracy": 0.25 * n}) for n in (1, 2)]
+    log.begin(2, {}, evaluation_pending=True)
+    assert [entry.step for entry in log.screen.evaluations] == [1]
+
+
+def test_the_end_says_what_to_do_next(
+    log: RunLogger, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "best").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    log.screen.pairs = True
+    log.log_summary(TrainState(step=8, finished=True, best_step=4), "", GOOD_REPORT)
+    said = capfd.readouterr().err
+    command = f'predict --model {shlex.quote(str(tmp_path))} --text "..." --text_pair "..."\n'
+    assert command in said and "evaluate --model" in said and f"{tmp_path / 'best'}: " in said
+    assert "predictions.jsonl" not in said  # there is none
+    log.log_summary(TrainState(step=4), "SIGTERM")
+    assert "--model" not in capfd.readouterr().err
+
+
 def test_a_damaged_line_of_the_log_is_dropped(log: RunLogger, tmp_path: Path) -> None:
     good = b'{"kind": "train", "step": 1}\n'
     for bad in (b"", b"\xff", b"[" * 100_000, b"[1]", b'"x"', b"null", b'{"step": "a"}', b"{"):
@@ -528,29 +435,6 @@ def test_a_damaged_line_of_the_log_is_dropped(log: RunLogger, tmp_path: Path) ->
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(CheckpointError, match=r"^Cannot read .*metrics.jsonl: Is a directory\.$"):
         log.begin(2, {})
-
-
-@pytest.mark.parametrize("matrix", [True, False])
-def test_of_many_labels_the_worst_are_shown(matrix: bool, log: RunLogger, capfd: Any) -> None:
-    names = [f"label{i}" for i in range(1000)]
-    scores = [{"label": name, "f1": i / 1000, "rows": i % 2} for i, name in enumerate(names)]
-    report: dict[str, Any] = {"step": 4, "labels": names, "per_class": scores}
-    wrong = [{"label": names[i], "predicted": "label7", "rows": 50 - i} for i in range(30)]
-    if matrix:
-        report["confusion"] = [[0] * 1000 for _ in names]
-        for i, entry in enumerate(wrong):
-            report["confusion"][i][7] = entry["rows"]
-        report["confusion"][7][7] = 999  # right
-    else:
-        report["confusions"] = [entry for entry in wrong if entry["label"] != "label7"]
-    log.log_summary(TrainState(step=8, finished=True, best_step=4), "", report)
-    lines = capfd.readouterr().err.splitlines()
-    assert "Scores per label, step 4 (the lowest f1 of 1,000; all are in evaluation.json)" in lines
-    cells = [line.replace("│", "").split() for line in lines if line.startswith("│")]
-    assert cells[:24] == [[f"label{i}", f"{i / 1000:.4g}", "1"] for i in range(1, 48, 2)]
-    assert "Most frequent confusions" in lines
-    expected = [i for i in range(13) if i != 7]
-    assert cells[24:] == [[f"label{i}", "label7", str(50 - i)] for i in expected]
 
 
 def test_a_start_describes_the_run(log: RunLogger, tmp_path: Path) -> None:
@@ -568,23 +452,3 @@ def test_a_start_describes_the_run(log: RunLogger, tmp_path: Path) -> None:
     assert lines_of(tmp_path) == OLD[:3], "the evaluation of step 2 will be repeated"
     log.start(TrainState(step=1, finished=True), 9, config, accelerator)
     assert status_of(tmp_path)["state"] == "finished" and lines_of(tmp_path) == OLD[:2]
-
-
-def test_what_is_said_of_the_data_is_true() -> None:
-    task = SingleLabel(("no", "yes"))
-    rows = labelled_records(["no", "yes"], [0, 1], pairs=["a", "b"])
-    known = DatasetStats(LabelStats("text", ["no", "yes"], [1, 1], None, "label"), [2])
-    assert describe_data(rows, known, records_from_texts(["x"] * 1234), task) == [
-        "Training rows: 2 of texts, text in 'text' and 'pair', label in 'label'; "
-        "validation rows: 1,234 of texts.",
-        "Task: single_label_classification; outputs in order: no, yes.",
-    ]
-    many = SingleLabel(tuple(f"l{i}" for i in range(12)))
-    _, line = describe_data(rows, known, None, many)
-    assert line.endswith(
-        "outputs in order: l0, l1, l2, l3, l4, l5, l6, l7, l8, l9, ... (12 in total)."
-    )
-    assert (
-        "validation rows: none, the last weights count as the best."
-        in describe_data(rows, known, None, task)[0]
-    )

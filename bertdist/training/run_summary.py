@@ -1,0 +1,222 @@
+"""The first and the last lines of a run: what is trained on what, and what came of it.
+
+show_start(log.screen, config, rows, stats, eval_rows, task, length)
+show_model(log.screen, config, classifier)
+show_report(log.screen, evaluation)      # the tables of an evaluation.json
+show_times(log.screen, ...); show_files(log.screen, folder); show_commands(log.screen, ...)
+"""
+
+import os
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+
+from bertdist.core.config import OptimConfig, TrainConfig
+from bertdist.core.terminal import excerpt
+from bertdist.data.records import Records
+from bertdist.data.stats import DatasetStats
+from bertdist.models.classifier import Classifier
+from bertdist.tasks.labels import REGRESSION, describe_alike
+from bertdist.tasks.tasks import Task
+from bertdist.training.screen import Screen, cell, duration
+from bertdist.training.throughput import ThroughputMeter
+
+if TYPE_CHECKING:  # --streaming only
+    from bertdist.data.streaming import Stream
+
+NAME_COLUMNS = 40  # of a label
+SHOWN_NAMES = 10  # of labels, in a line
+SHOWN_LABELS = 24  # lines of a table; of more labels a part is shown
+SHOWN_MATRIX = 12  # labels of a confusion matrix
+FILES = {
+    "best": "the weights, a Hugging Face folder",
+    "evaluation.json": "scores, per label too",
+    "predictions.jsonl": "answer and truth of every validation row",
+    "metrics.jsonl": "log of the run",
+}
+
+
+# ---- The start
+
+
+def describe_device(accelerator: Accelerator) -> str:
+    """Where the run computes: `2 processes, cpu, fp32`."""
+    number, device = accelerator.num_processes, accelerator.device
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    precision = accelerator.mixed_precision.replace("no", "fp32")
+    return f"{number} process{'es' * (number > 1)}, {device.type}{name}, {precision}"
+
+
+def show_data(
+    screen: Screen,
+    rows: "Records | Stream",
+    stats: DatasetStats,
+    eval_rows: Records | None,
+    task: Task,
+) -> None:
+    """The data and the task; how files were read is a note."""
+    screen.pairs = rows.pair_column is not None
+    for name, text in describe_data(rows, stats, eval_rows, task).items():
+        screen.block(name, text)
+    guesses = (*rows.format_notes, *stats.notes, *(eval_rows.format_notes if eval_rows else ()))
+    screen.note(*(f"{guess}." for guess in dict.fromkeys(guesses)))
+    screen.note(*filter(None, (task.reason, describe_alike(task.labels))))
+
+
+def describe_data(
+    rows: "Records | Stream", stats: DatasetStats, eval_rows: Records | None, task: Task
+) -> dict[str, str]:
+    """The lines of the start block about the data and the task, by name."""
+    pair = f" and {rows.pair_column!r}" if rows.pair_column else ""
+    column = rows.label_column if isinstance(rows, Records) else rows.columns.label
+    label = f", label in {column!r}" if column else ""
+    number = f"{sum(stats.rows):,} rows of" if stats.rows else "an unknown number of rows in"
+    stream = " (streamed)" if not isinstance(rows, Records) else ""
+    validation = "none: the last weights count as the best"
+    if eval_rows:
+        validation = f"{len(eval_rows):,} rows of {eval_rows.name}"
+    kind = task.problem_type.replace("_label_", "-label ")
+    labels = ", ".join(
+        excerpt(label, NAME_COLUMNS) for label in task.labels[:SHOWN_NAMES]
+    ) + ", ..." * (len(task.labels) > SHOWN_NAMES)
+    outputs = f", {len(task.labels)} label{'s' * (len(task.labels) != 1)}: {labels}"
+    return {
+        "Training": f"{number} {rows.name}{stream}, text in {rows.text_column!r}{pair}{label}",
+        "Validation": validation,
+        "Task": kind + ("" if task.problem_type == REGRESSION else outputs),
+    }
+
+
+def describe_optimization(optim: OptimConfig) -> str:
+    """The learning rate and its schedule."""
+    warmup = f"{optim.warmup_steps:,} steps" if optim.warmup_steps else ""
+    if optim.warmup_ratio:
+        warmup = f"{optim.warmup_ratio:.3g} of the steps"
+    schedule = optim.lr_scheduler_type.replace("_", " ")
+    return f"learning rate {optim.learning_rate:g}, {schedule}" + (
+        f", warmup {warmup}" if warmup else ""
+    )
+
+
+def describe_model(config: TrainConfig, classifier: Classifier) -> str:
+    """The pretrained model: its name, where it is from, type and size."""
+    name = config.model.model_name_or_path
+    source = "folder" if os.path.isdir(name) else "Hugging Face Hub"
+    number = sum(weight.numel() for weight in classifier.parameters())
+    kind = classifier.model.config.model_type
+    return f"{name} ({source}), {kind}, {_count(number)} parameters"
+
+
+def _count(number: int) -> str:
+    """`109 million`; small numbers in full."""
+    for size, word in ((1_000_000_000, "billion"), (1_000_000, "million")):
+        if number >= size:
+            return f"{number / size:.3g} {word}"
+    return f"{number:,}"
+
+
+# ---- The end
+
+
+def show_report(screen: Screen, report: Mapping[str, Any]) -> None:
+    """The tables of an evaluation.json: scores per label, and the confusion matrix.
+
+    Of many labels the lowest scores, and the most frequent confusions.
+    """
+    classes, labels = report.get("per_class", []), report.get("labels", [])
+    if classes:
+        shown, title = classes, f"Scores per label, step {report['step']}"
+        if len(classes) > SHOWN_LABELS:
+            with_rows = [entry for entry in classes if entry["rows"]]
+            shown = sorted(with_rows, key=lambda entry: entry["f1"])[:SHOWN_LABELS]
+            title += f" (the lowest f1 of {len(classes):,}; all are in evaluation.json)"
+        rows = [list(map(cell, entry.values())) for entry in shown]
+        screen.table(title, list(classes[0]), rows, range(1, len(classes[0])))
+    if "confusion" in report and len(labels) <= SHOWN_MATRIX:
+        _show_matrix(screen, labels, report["confusion"])
+    elif confusions := _confusions(report)[:SHOWN_MATRIX]:
+        rows = [list(map(cell, entry.values())) for entry in confusions]
+        screen.table("Most frequent confusions", list(confusions[0]), rows, [2])
+    if scores := report.get("scores"):
+        _show_scores(screen, report["step"], scores, report.get("intervals") or {})
+    if (threshold := report.get("suggested_threshold")) is not None:
+        screen.say(
+            "Every answer is empty: no label of any row has a probability above 0.5. With a "
+            f"threshold of {threshold:.3g} there would be as many labels as in the truth."
+        )
+
+
+def _show_matrix(screen: Screen, labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> None:
+    names = [excerpt(label, NAME_COLUMNS) for label in labels]
+    heading = list(names)
+    if max(map(len, names)) + sum(len(name) + 3 for name in names) > screen.console.width - 2:
+        names = [f"{number} {name}" for number, name in enumerate(names)]
+        heading = list(map(str, range(len(labels))))
+    counts = zip(names, confusion, strict=True)
+    rows = [[name, *map(cell, numbers)] for name, numbers in counts]
+    title = "Confusion matrix (rows: true, columns: predicted)"
+    screen.table(title, ["", *heading], rows, range(1, len(labels) + 1))
+
+
+def _show_scores(
+    screen: Screen, step: int, scores: Mapping[str, Any], intervals: Mapping[str, Any]
+) -> None:
+    numbers = {name: x for name, x in scores.items() if not isinstance(x, list | dict)}
+    rows = [[name, cell(x)] for name, x in numbers.items()]
+    header = ["score", "value"]
+    if intervals:
+        header.append("95% interval")
+        for row in rows:
+            ends = intervals.get(row[0])
+            row.append(" to ".join(map(cell, ends)) if ends else "")
+    screen.table(f"Scores of the best weights, step {step}", header, rows, range(1, len(header)))
+
+
+def _confusions(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The wrong predictions of an evaluation.json, the most frequent ones first."""
+    if "confusion" not in report:
+        return list(report.get("confusions", []))
+    labels = report["labels"]
+    wrong = [
+        {"label": labels[i], "predicted": labels[j], "rows": rows}
+        for i, row in enumerate(report["confusion"])
+        for j, rows in enumerate(row)
+        if rows and i != j
+    ]
+    return sorted(wrong, key=lambda entry: -entry["rows"])
+
+
+def describe_times(meter: ThroughputMeter, seconds: Mapping[str, float], total: float) -> str:
+    """Where the time of this process went. total: seconds since its log was opened."""
+    values = meter.summary()
+    waiting = values["data_wait_seconds"]
+    parts = {
+        "training": max(0.0, values["train_seconds"] - waiting),
+        "waiting for data": waiting,
+        **seconds,
+    }
+    parts["starting"] = max(0.0, total - sum(parts.values()))
+    steps, rate = values["train_steps"], values["tokens_per_second"]
+    shares = ", ".join(f"{name} {x / total:.0%}" for name, x in parts.items())
+    return f"{duration(total)}: {shares}; {steps:,.0f} steps, {rate:,.0f} tokens/s in training"
+
+
+def show_files(screen: Screen, folder: Path) -> None:
+    """What the run has written for its user."""
+    present = {name: about for name, about in FILES.items() if (folder / name).exists()}
+    for number, (name, about) in enumerate(present.items()):
+        screen.block("" if number else "Files", f"{folder / name}: {about}")
+
+
+def show_commands(screen: Screen, folder: Path) -> None:
+    """The commands to use the model with."""
+    program = "bertdist" if shutil.which("bertdist") else "python -m bertdist"
+    model = f"--model {shlex.quote(str(folder))}"
+    pair = ' --text_pair "..."' if screen.pairs else ""
+    screen.block("Next", f'{program} predict {model} --text "..."{pair}', wrap=False)
+    screen.block("", f"{program} evaluate {model} --input test.tsv", wrap=False)
