@@ -2,7 +2,7 @@
 
     run = bertdist.train(
         model_name_or_path="google-bert/bert-base-uncased",
-        train_rows=frame, validation_split=0.1, output_dir="out", learning_rate=3e-5,
+        train_rows=frame, validation_rows=dev, output_dir="out", learning_rate=3e-5,
     )
     run.scores                                  # {"loss": 0.31, "accuracy": 0.91, ...}
     run.predictor()(["A film to remember."])    # [{"label": "positive", "score": 0.98}]
@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,14 +29,15 @@ from transformers.utils import logging
 
 from bertdist.core.args import read_settings
 from bertdist.core.atomic_io import read_json_object
-from bertdist.core.config import TrainConfig, config_to_yaml
+from bertdist.core.config import DataConfig, TrainConfig, config_to_yaml
 from bertdist.core.errors import BertdistError, ConfigError, DataError
-from bertdist.data.records import TEXT_COLUMNS
+from bertdist.data.records import LABEL_COLUMNS, TEXT_COLUMNS
 from bertdist.distributed.launch import EXIT_STOPPED
 from bertdist.predict import Predictor
 from bertdist.train import train as train_from_config
 from bertdist.training.run_logger import Hooks
 
+_running = threading.Lock()
 _ROWS = (
     "expected a pandas or polars DataFrame, a datasets.Dataset, a pyarrow.Table, a list of dicts, "
     "a dict of columns, or (texts, labels)"
@@ -109,8 +111,10 @@ def train(
     may have used CUDA before.
     Raises BertdistError.
     """
+    if type(processes) is not int or processes < 1:
+        raise ConfigError(f"processes is {processes!r}; expected a whole number of at least 1.")
     with ExitStack() as stack:
-        rows = {"train_file": train_rows, "validation_file": validation_rows}
+        rows = {"train_rows": train_rows, "validation_rows": validation_rows}
         if any(given is not None for given in rows.values()):
             if config is not None:
                 raise ConfigError("Give rows with settings, not with a config.")
@@ -123,16 +127,29 @@ def train(
                 f"Give a config or settings, not both: {', '.join(settings)}; "
                 "dataclasses.replace changes a config."
             )
-        hooks = Hooks(on_log, on_evaluation)
+        if config.run.dry_run:
+            raise ConfigError("dry_run is for the command: bertdist train --dry_run.")
         if processes > 1:
             if on_log or on_evaluation:
                 raise ConfigError("on_log and on_evaluation need processes=1.")
             _train_in_processes(config, processes)
         else:
+            stack.enter_context(_only_run())
             stack.enter_context(_own_accelerate_state())
             stack.enter_context(_quiet_transformers())
-            train_from_config(config, hooks)
+            train_from_config(config, Hooks(on_log, on_evaluation))
     return Run(config.run.output_dir)
+
+
+@contextmanager
+def _only_run() -> Iterator[None]:
+    """One run at a time: torch has one random state, and accelerate one device, per process."""
+    if not _running.acquire(blocking=False):
+        raise ConfigError("Another thread of this process trains: one run at a time.")
+    try:
+        yield
+    finally:
+        _running.release()
 
 
 @contextmanager
@@ -203,72 +220,90 @@ def _write_rows(
 ) -> dict[str, Any]:
     """Rows as parquet files, and the settings that read them: the same code as for files."""
     found: dict[str, Any] = {}
-    for name, given in rows.items():
+    for keyword, given in rows.items():
+        name = keyword.replace("_rows", "_file")
+        if given is not None and settings.get(name) is not None:
+            raise ConfigError(f"{name} and {keyword} both name rows; give one.")
+        if given is not None:
+            found[name] = str(folder / f"{keyword}.parquet")
+    config = read_settings({**settings, **found})  # with those of a config file
+    regression = config.task.problem_type == "regression"
+    for keyword, given in rows.items():
         if given is None:
             continue
-        keyword = name.replace("_file", "_rows")
-        if settings.get(name) is not None:
-            raise ConfigError(f"{name} and {keyword} both name rows; give one.")
-        table, label_names = _as_table(given, keyword, settings)
-        file = folder / f"{keyword}.parquet"
-        pq.write_table(table, file)
-        found[name] = [str(file)] if name == "train_file" else str(file)
-        if label_names and settings.get("label_names") is None and name == "train_file":
+        try:
+            table, label_names = _as_table(given, keyword, config.data, keep_codes=regression)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            reason = " ".join(str(error.args[0] if error.args else error).split())
+            raise DataError(f"{keyword}: {reason}. Expected one type per column.") from None
+        pq.write_table(table, folder / f"{keyword}.parquet")
+        if label_names and config.task.label_names is None and keyword == "train_rows":
             found["label_names"] = label_names
     return found
 
 
 def _as_table(
-    rows: Any, name: str, settings: Mapping[str, Any]
+    rows: Any, name: str, data: DataConfig, keep_codes: bool = False
 ) -> tuple[pa.Table, list[str] | None]:
     """A table, and the names of its labels in order where a datasets.Dataset has them.
 
-    Raises DataError.
+    keep_codes: leave class labels as numbers. Raises DataError, and errors of pyarrow.
     """
-    try:
-        if isinstance(rows, tuple) and len(rows) == 2:
-            text, label = settings.get("text_column"), settings.get("label_column")
-            texts, labels = (x.to_list() if hasattr(x, "to_list") else list(x) for x in rows)
-            if len(texts) != len(labels):
-                raise DataError(f"{name} has {len(texts)} texts and {len(labels)} labels.")
-            text = text if isinstance(text, str) else TEXT_COLUMNS[0]
-            return pa.table({text: texts, label or "label": labels}), None
-        if isinstance(rows, pa.Table):
-            return rows, None
-        if isinstance(rows, Mapping):
-            return pa.table({key: list(values) for key, values in rows.items()}), None
-        if hasattr(rows, "to_arrow"):  # polars
-            return rows.to_arrow(), None
-        if hasattr(rows, "features") and hasattr(rows, "with_format"):  # datasets
-            return _table_of_dataset(rows, settings)
-        if hasattr(rows, "columns") and hasattr(rows, "iloc"):  # pandas
-            frame = rows.rename(columns=str)
-            return pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(), None
-        if isinstance(rows, Sequence) and rows and all(isinstance(row, Mapping) for row in rows):
-            columns = dict.fromkeys(key for row in rows for key in row)
-            return pa.table({key: [row.get(key) for row in rows] for key in columns}), None
-    except (pa.ArrowException, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{name}: {reason}. Expected one type per column.") from None
+    if isinstance(rows, tuple) and len(rows) == 2:
+        texts, labels = (_as_list(part, name) for part in rows)
+        if len(texts) != len(labels):
+            raise DataError(f"{name} has {len(texts)} texts and {len(labels)} labels.")
+        (text,) = data.text_column or [TEXT_COLUMNS[0]]
+        return pa.table({text: texts, data.label_column or LABEL_COLUMNS[0]: labels}), None
+    if isinstance(rows, pa.Table):
+        return rows, None
+    if isinstance(rows, Mapping) and any(hasattr(part, "features") for part in rows.values()):
+        splits = ", ".join(map(repr, rows))
+        raise DataError(f"{name} has splits: {splits}. Pass one of them, such as rows['train'].")
+    if isinstance(rows, Mapping):
+        return pa.table({key: _as_list(values, name) for key, values in rows.items()}), None
+    if hasattr(rows, "to_arrow"):  # polars
+        return rows.to_arrow(), None
+    if hasattr(rows, "features") and hasattr(rows, "num_rows"):  # datasets
+        return _table_of_dataset(rows, data, keep_codes)
+    if hasattr(rows, "columns") and hasattr(rows, "iloc"):  # pandas
+        frame = rows.rename(columns=str)
+        return pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(), None
+    if isinstance(rows, Sequence) and rows and all(isinstance(row, Mapping) for row in rows):
+        columns = dict.fromkeys(key for row in rows for key in row)
+        return pa.table({key: [row.get(key) for row in rows] for key in columns}), None
     raise DataError(f"{name} is of type {type(rows).__name__}; {_ROWS}.")
 
 
+def _as_list(column: Any, name: str) -> list[Any]:
+    """A column in memory. Raises DataError for what has no order, or is one text."""
+    wrong = isinstance(column, str | bytes | set | frozenset | Mapping)
+    if wrong or hasattr(column, "columns") or not hasattr(column, "__iter__"):
+        raise DataError(f"{name}: a column is of type {type(column).__name__}; expected a list.")
+    return list(column.to_list() if hasattr(column, "to_list") else column)
+
+
 def _table_of_dataset(
-    dataset: Any, settings: Mapping[str, Any]
+    dataset: Any, data: DataConfig, keep_codes: bool
 ) -> tuple[pa.Table, list[str] | None]:
     """A datasets.Dataset with the names of its class labels in place of their numbers."""
     table = dataset.with_format("arrow")[:].replace_schema_metadata()
     label_names = None
     for index, (column, feature) in enumerate(dataset.features.items()):
-        names = getattr(feature, "names", None)
-        if names is None:
+        inner = getattr(feature, "feature", feature)  # of a list of labels
+        names = getattr(inner, "names", None)
+        if names is None or keep_codes:
             continue
-        values = table.column(column).to_pylist()
-        if bad := [value for value in values if value is not None and value >= len(names)]:
-            raise ValueError(f"column {column!r} has {bad[0]}, and {len(names)} names")
-        # -1 is "no label" in datasets.
-        named = [None if value is None or value < 0 else names[value] for value in values]
-        table = table.set_column(index, column, pa.array(named, pa.string()))
-        if column == settings.get("label_column", "label"):
+
+        def named(value: Any, names: list[str] = names) -> Any:
+            if isinstance(value, list):
+                return [named(item, names) for item in value]
+            # -1 is "no label" in datasets.
+            return None if value is None or value < 0 else names[value]
+
+        values = [named(value) for value in table.column(column).to_pylist()]
+        kind = pa.string() if inner is feature else pa.list_(pa.string())
+        table = table.set_column(index, column, pa.array(values, kind))
+        if column == (data.label_column or LABEL_COLUMNS[0]):
             label_names = list(names)
     return table, label_names

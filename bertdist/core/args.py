@@ -280,6 +280,13 @@ def read_settings(settings: Mapping[str, Any]) -> TrainConfig:
     arguments: list[str] = []
     lists: dict[str, list[str]] = {}
     for name, value in settings.items():
+        if hasattr(value, "tolist"):  # numpy, pandas
+            value = value.tolist()
+        if isinstance(value, set | frozenset | Mapping):
+            kind = type(value).__name__
+            raise ConfigError(f"--{name} is a {kind}; expected one value or a list.")
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # for settings of whole numbers
         if isinstance(value, list | tuple):
             lists |= {name: list(map(str, value))} if value else {}
         elif value is not None:

@@ -166,7 +166,8 @@ _ANSWERS = [
         "ddp_static_graph ray_scope",
     ),
     (
-        "devices and processes are the launcher's: accelerate launch --num_processes 2 train.py",
+        "devices and processes are the launcher's: accelerate launch --num_processes 2, or "
+        "`bertdist train --processes 2`",
         "num_processes num_machines machine_rank main_process_ip main_process_port multi_gpu "
         "gpu_ids gpus gpu n_gpu device devices num_nodes accelerator nproc_per_node nnodes "
         "config_file",

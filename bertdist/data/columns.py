@@ -28,7 +28,7 @@ import pyarrow as pa
 from bertdist.core.errors import DataError, RowError
 from bertdist.core.terminal import excerpt, excerpt_of
 from bertdist.data.source import LocateRow
-from bertdist.tasks.labels import canonical, is_number
+from bertdist.tasks.labels import canonical, has_fractions, is_number
 
 LabelValue = str | tuple[str, ...]  # numbers as text: 1 and "1" are one label in every file format
 LabelKind = Literal["text", "set"]
@@ -396,6 +396,12 @@ def _label_set(parts: list[Any]) -> tuple[str, ...]:
     if len(bits) > 1 and set(bits) <= {"0", "1"}:  # maybe one zero or one for each label
         return tuple(bits)
     if repeated := [name for name in names if names.count(name) > 1]:
+        if has_fractions(bits) and all(map(is_number, bits)):  # probabilities
+            shown = excerpt_of(parts, 40)
+            raise ValueError(
+                f"a list of numbers with fractions ({shown}); expected names of labels, or a 0 or "
+                "1 for each label"
+            )
         raise ValueError(f"label {excerpt_of(repeated[0])} occurs twice in one row")
     return tuple(names)
 

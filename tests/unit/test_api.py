@@ -4,19 +4,23 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 from rows import assert_same_tensors, make_rows, tensors_of, write_rows
 
 import bertdist
-from bertdist.api import _as_table
+from bertdist import api
+from bertdist.api import _as_table, _write_rows
 from bertdist.core.args import read_config, read_settings
+from bertdist.core.config import DataConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError
 
 TEXTS, LABELS = ["a film", "a\nfilm, dull", "😀"], ["good", "bad", "good"]
@@ -49,6 +53,27 @@ def test_keywords_are_the_flags() -> None:
     )
 
 
+def test_numbers_and_arrays_of_numpy_are_values() -> None:
+    found = read_settings(
+        {
+            **NEEDED,
+            "max_train_steps": np.float64(3.0),
+            "seed": np.int64(7),
+            "label_names": np.array(["a", "b"]),
+        }
+    )
+    assert (found.run.max_train_steps, found.run.seed) == (3, 7)
+    assert found.task.label_names == ["a", "b"]
+
+
+def test_one_run_at_a_time_in_a_process() -> None:
+    second = pytest.raises(ConfigError, match="Another thread of this process trains")
+    with api._only_run(), second, api._only_run():
+        pass
+    with api._only_run():
+        pass
+
+
 def test_keywords_win_over_the_config_file(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("seed: 1\nmetrics: [accuracy]\nlearning_rate: 1\n")
     config = read_settings(
@@ -73,6 +98,10 @@ def test_keywords_win_over_the_config_file(tmp_path: Path) -> None:
         ({"max_length": 1.5}, "--max_length: invalid int value: '1.5'"),
         ({"seed": [1]}, "--seed takes one value, not a list."),
         ({"train_weights": ["x"]}, "--train_weights is 'x'; expected numbers."),
+        ({"metrics": {"f1"}}, "--metrics is a set; expected one value or a list."),
+        ({"dry_run": True}, "dry_run is for the command: bertdist train --dry_run."),
+        ({"processes": 0}, "processes is 0; expected a whole number of at least 1."),
+        ({"processes": "2"}, "processes is '2'; expected a whole number of at least 1."),
         ({"dropout": 2}, "--dropout is 2.0; expected from 0 to 1."),
     ],
 )
@@ -113,20 +142,48 @@ def test_a_config_and_settings_exclude_each_other() -> None:
     ids=["columns", "lists", "dicts", "arrow", "pandas", "index", "series", "polars", "datasets"],
 )
 def test_every_kind_of_table_is_read(rows: Any) -> None:
-    table, label_names = _as_table(rows, "train_rows", {})
+    table, label_names = _as_table(rows, "train_rows", DataConfig())
     assert table.to_pydict() == EXPECTED and label_names is None
 
 
 def test_names_of_columns_for_lists() -> None:
-    table, _ = _as_table((TEXTS, LABELS), "rows", {"text_column": "review", "label_column": "mood"})
+    table, _ = _as_table(
+        (TEXTS, LABELS), "rows", DataConfig(text_column=["review"], label_column="mood")
+    )
     assert table.to_pydict() == {"review": TEXTS, "mood": LABELS}
 
 
 def test_class_labels_become_their_names_in_their_order() -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["pos", "neg"])})
     dataset = Dataset.from_dict({"text": TEXTS, "label": [1, -1, 0]}, features=features)
-    table, label_names = _as_table(dataset, "rows", {})
+    table, label_names = _as_table(dataset, "rows", DataConfig())
     assert table["label"].to_pylist() == ["neg", None, "pos"] and label_names == ["pos", "neg"]
+
+
+def test_lists_of_class_labels_become_their_names() -> None:
+    label = Sequence(ClassLabel(names=["z", "a", "m"]))
+    features = Features({"text": Value("string"), "label": label})
+    dataset = Dataset.from_dict({"text": TEXTS, "label": [[0, 2], [], [1]]}, features=features)
+    table, label_names = _as_table(dataset, "rows", DataConfig())
+    assert table["label"].to_pylist() == [["z", "m"], [], ["a"]]
+    assert label_names == ["z", "a", "m"]
+    numbers, label_names = _as_table(dataset, "rows", DataConfig(), keep_codes=True)
+    assert numbers["label"].to_pylist() == [[0, 2], [], [1]] and label_names is None
+
+
+def test_names_of_a_config_file_win_over_those_of_the_rows(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("label_names: [neg, pos]\ntext_column: review\n")
+    features = Features({"review": Value("string"), "label": ClassLabel(names=["pos", "neg"])})
+    rows = Dataset.from_dict({"review": TEXTS, "label": [1, 0, 0]}, features=features)
+    settings = {"model_name_or_path": "m", "output_dir": "o", "config": file}
+    found = _write_rows({"train_rows": rows}, tmp_path, settings)
+    assert found.keys() == {"train_file"}
+    assert _write_rows({"train_rows": (TEXTS, LABELS)}, tmp_path, settings).keys() == {"train_file"}
+    assert pq.read_table(found["train_file"]).column_names == ["review", "label"]
+    del settings["config"]
+    found = _write_rows({"train_rows": rows}, tmp_path, {**settings, "text_column": "review"})
+    assert found["label_names"] == ["pos", "neg"]  # the control
 
 
 @pytest.mark.parametrize(
@@ -139,11 +196,24 @@ def test_class_labels_become_their_names_in_their_order() -> None:
         ({"text": ["a", 1], "label": [1, 2]}, "Expected one type per column."),
         ({"text": ["a"], "label": [1, 2]}, "train_rows: "),
         (pd.DataFrame({"text": ["a", 1], "label": [0, 1]}), "Expected one type per column."),
+        (("ab", "01"), "train_rows: a column is of type str; expected a list."),
+        ((TEXTS, {0: "a", 1: "b", 2: "c"}), "train_rows: a column is of type dict; expected a"),
+        (({"a", "b"}, ["x", "y"]), "train_rows: a column is of type set; expected a list."),
+        ({"text": "ab", "label": "01"}, "train_rows: a column is of type str; expected a list."),
+        ((pd.DataFrame(EXPECTED), pd.DataFrame(EXPECTED)), "a column is of type DataFrame"),
+        (
+            DatasetDict(train=Dataset.from_dict(EXPECTED)),
+            "train_rows has splits: 'train'. Pass one of them, such as rows['train'].",
+        ),
+        (
+            Dataset.from_dict(EXPECTED).to_iterable_dataset(),
+            "train_rows is of type IterableDataset; expected",
+        ),
     ],
 )
 def test_other_rows_are_one_line(rows: Any, message: str) -> None:
     with pytest.raises(DataError) as caught:
-        _as_table(rows, "train_rows", {})
+        bertdist.train(model_name_or_path="m", output_dir="o", train_rows=rows)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -44,12 +44,15 @@ class FolderReader:
         self.encoding = flags.encoding
         reject_unused_flags(path, self.kind, flags)
         with reading(path):
-            self._files = _list_texts(self.path)
+            self._files, others = _list_texts(self.path)
             self._sizes = [file.stat().st_size for file in self._files]
         self.bytes = sum(self._sizes)
         counts = Counter(file.parent.name for file in self._files)
         labels = listed([f"{label} ({count:,})" for label, count in counts.items()])
         self.note = f"{self.name}: one row per file, labels by folder: {labels}"
+        if others:
+            names = listed([str(file.relative_to(self.path)) for file in others], 3)
+            self.note += f"; not read: {len(others):,} other files ({names})"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -121,8 +124,10 @@ class FolderReader:
         return name.decode("utf-8", "backslashreplace")
 
 
-def _list_texts(folder: Path) -> list[Path]:
-    """The text files of a folder, or of the folders in it, sorted. Raises DataError for none."""
+def _list_texts(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The text files of a folder, or of the folders in it, sorted; and the other files. Raises
+    DataError for none.
+    """
     folders, files = _scan(folder)
     inner = [_scan(label) for label in folders]
     if deeper := [path for paths, _ in inner for path in paths]:
@@ -130,6 +135,7 @@ def _list_texts(folder: Path) -> list[Path]:
             f"{folder} has folders in its folders, such as {deeper[0]}; pass the folder whose "
             "folders are the labels."
         )
+    beside = files if inner else []
     if inner:
         files = [file for _, of_label in inner for file in of_label]
     texts = [file for file in files if file.suffix.lower() == ".txt"]
@@ -139,7 +145,7 @@ def _list_texts(folder: Path) -> list[Path]:
             f"{folder} is a folder without .txt files; expected a file, a folder with one folder "
             f"of .txt files per label, or a pattern such as {folder}/*.csv."
         )
-    return texts
+    return texts, [*beside, *(file for file in files if file not in set(texts))]
 
 
 def _scan(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -139,6 +139,11 @@ def test_names_of_delimiters(flag: str, label: str) -> None:
     assert read_labels([label], "label", where, delimiter)[1] == [("a", "b")]
 
 
+def test_probabilities_that_are_equal_are_no_repeated_label() -> None:
+    with pytest.raises(DataError, match=r"a list of numbers with fractions \(\[0\.5, 0\.5\]\)"):
+        read_labels(["[0.1, 0.9]", "[0.5, 0.5]"], "label", where)
+
+
 def test_the_label_that_a_list_repeats_is_told() -> None:
     with pytest.raises(DataError, match=r"^a\.csv line 1: label 'a' occurs twice in one row"):
         read_labels(["['b']", "['a', 'a']"], "label", where)

@@ -43,6 +43,14 @@ def test_the_label_is_the_name_of_the_folder(folder: Path) -> None:
     texts = load_texts(str(folder), FileConfig(), ColumnNames("review", None, None, []))
     assert [texts[row].text for row in range(len(texts))] == [row.text for row in rows]
     assert str(texts.location(1)) == "train/neg/10.txt line 1"
+    assert texts.format_notes == (
+        "train: one row per file, labels by folder: neg (2), pos (1); not read: 2 other files "
+        "(urls_pos.txt, pos/features.feat)",
+    )
+    others = [folder / "urls_pos.txt", folder / "pos" / "features.feat"]
+    for path in others:
+        path.unlink()
+    texts = load_texts(str(folder), FileConfig(), ColumnNames("review", None, None, []))
     assert texts.format_notes == ("train: one row per file, labels by folder: neg (2), pos (1)",)
     assert [row.label for row in records_of(folder / "neg")] == ["neg", "neg"]
     for path in (folder / "neg").iterdir():  # as 20 Newsgroups names its files
