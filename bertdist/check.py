@@ -70,6 +70,7 @@ def check(config: CheckConfig, data: DataConfig) -> DataReport:
         task=TaskConfig(problem_type=config.problem_type),
         near_threshold=config.near_threshold,
         num_examples=config.examples,
+        seed=config.seed,
     )
 
 

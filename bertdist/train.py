@@ -377,11 +377,15 @@ class Intervals:
 
 
 def run(config: TrainConfig) -> int:
-    """Train, or with --dry_run show the plan; returns the exit code."""
+    """Train, a run per fold with --folds, or show the plan of --dry_run; returns the exit code."""
     if config.run.dry_run:
         from bertdist.data_quality.dry_run import dry_run
 
         return dry_run(config)
+    if config.run.folds:
+        from bertdist.training.cross_validation import cross_validate
+
+        return 0 if cross_validate(config, lambda fold: train(fold).finished) else EXIT_STOPPED
     return 0 if train(config).finished else EXIT_STOPPED
 
 

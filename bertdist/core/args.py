@@ -29,6 +29,7 @@ from bertdist.core.config import (
     RunConfig,
     TaskConfig,
     TrainConfig,
+    share_of,
 )
 from bertdist.core.errors import ConfigError, nearest_name
 from bertdist.core.flags import create_parser, help_request, help_text
@@ -359,6 +360,7 @@ def data_problems(data: DataConfig) -> Iterable[str]:
     if "--train_file" in sources and len(sources) > 1:
         yield f"{' and '.join(sources)} both name training rows; give one."
     yield from _stream_problems(data)
+    yield from _split_problems(data)
     if data.validation_file and not data.train_file:
         yield "--validation_file needs --train_file; for hub data give --validation_split."
     if data.label_columns and len(set(data.label_columns)) < len(data.label_columns):
@@ -373,6 +375,33 @@ def data_problems(data: DataConfig) -> Iterable[str]:
     )
     if _changed(data, "max_bad_rows") and data.on_bad_row == "fail":
         yield "--max_bad_rows needs --on_bad_row skip."
+
+
+def _split_problems(data: DataConfig) -> Iterable[str]:
+    """--validation_split and --test_split: shares of files, names of splits of hub data."""
+    shares = {}
+    for name in ("validation_split", "test_split"):
+        given = getattr(data, name)
+        if given is None:
+            continue
+        share = shares[name] = share_of(given)
+        if not data.train_file:
+            if share is not None:
+                yield (
+                    f"--{name} {given}: a share is for --train_file; of hub data name a split, "
+                    "such as 'train[90%:]' beside --train_split 'train[:90%]'."
+                )
+        elif share is None or not 0 < share < 1:
+            yield (
+                f"--{name} is {given!r}, and --train_file is a file; expected the share of its "
+                "rows to hold out, above 0 and below 1, such as 0.1."
+            )
+        other = name.replace("_split", "_file")
+        if data.train_file and getattr(data, other, None):
+            yield f"--{name} and --{other} both name rows; give one."
+    given_shares = [share or 0.0 for share in shares.values()]
+    if all(0 < share < 1 for share in given_shares) and sum(given_shares) >= 1:
+        yield "--validation_split and --test_split leave no training rows; expected less than 1."
 
 
 def _stream_problems(data: DataConfig) -> Iterable[str]:
@@ -444,7 +473,10 @@ def config_problems(config: TrainConfig) -> Iterable[str]:
     for name in ("adam_beta1", "adam_beta2"):
         if getattr(optim, name) == 1:
             yield f"--{name} is 1; expected less than 1."
-    yield from _without_effect(config)
+    if run.folds is None:
+        yield from _without_effect(config)
+    else:
+        yield from _cross_validation_problems(config)
     if run.early_stopping_patience and run.eval_every.strip() == "never":
         yield "--early_stopping_patience needs evaluations, and --eval_every is 'never'."
     weights = task.class_weights or ["balanced"]
@@ -476,17 +508,48 @@ def _duration_hint(value: str) -> str:
     return f" Did you mean {meant!r}?" if DURATION.fullmatch(meant) else ""
 
 
+def fold_problems(folds: int) -> Iterable[str]:
+    """What is wrong with --folds."""
+    if folds < 2:
+        yield f"--folds is {folds}; expected at least 2."
+
+
+def _cross_validation_problems(config: TrainConfig) -> Iterable[str]:
+    """Settings that have no effect on the runs of --folds."""
+    data, run = config.data, config.run
+    assert run.folds is not None
+    yield from fold_problems(run.folds)
+    names = _changed(data, "validation_file", "validation_split", "test_split")
+    for name in [*names, *_changed(data, "max_eval_samples")]:
+        yield f"--{name} has no effect with --folds: each fold is scored in turn; remove it."
+    once = "each fold is scored once, after the last step; remove it."
+    names = _changed(run, "eval_every", "early_stopping_patience", "early_stopping_threshold")
+    for name in [*names, *_changed(config.task, "metric_for_best_model")]:
+        yield f"--{name} has no effect with --folds: {once}"
+    for name in _changed(data, "streaming", "train_weights"):
+        yield f"--{name} has no effect with --folds: all rows are held in memory; remove it."
+    if run.resume_from_checkpoint:
+        yield (
+            "--resume_from_checkpoint is for one run; each fold resumes its own newest checkpoint."
+        )
+    if run.dry_run:
+        yield "--dry_run shows the plan of one run; give it the same flags without --folds."
+
+
 def _without_effect(config: TrainConfig) -> Iterable[str]:
     """Settings that are given and cannot take effect."""
     data, run = config.data, config.run
     if data.train_file:
-        if not data.validation_file:
+        if not (data.validation_file or data.validation_split):
             names = _changed(run, "early_stopping_patience")
             names += _changed(config.task, "metrics", "metric_for_best_model", "positive_label")
             names += _changed(data, "max_eval_samples") + _changed(run, "eval_every")
             for name in names:
-                yield f"--{name} needs rows to evaluate on: give --validation_file."
-        for name in _changed(data, "dataset_config_name", "train_split", "validation_split"):
+                yield (
+                    f"--{name} needs rows to evaluate on: give --validation_file, or a share as "
+                    "--validation_split."
+                )
+        for name in _changed(data, "dataset_config_name", "train_split"):
             yield f"--{name} is for data of the hub, and --train_file is a file."
     if run.early_stopping_threshold and not run.early_stopping_patience:
         yield "--early_stopping_threshold needs --early_stopping_patience."

@@ -168,7 +168,17 @@ class DataConfig(FileConfig):
     )
     train_split: str = setting("train", "Split of the hub data set to train on.")
     validation_split: str | None = setting(
-        None, "Split of the hub data set to evaluate on. Default: 'validation' if it exists."
+        None,
+        "Share of the rows of --train_file to evaluate on instead of training on them, such as "
+        "0.1: chosen by --seed and the text, so that rows added later move no row, and equal texts "
+        "stay together. Of a hub data set: the name of a split. Default there: 'validation' if it "
+        "exists.",
+        brief="Share of the training rows to evaluate on: 0.1",
+    )
+    test_split: str | None = setting(
+        None,
+        "Share of the rows of --train_file to score once, after training, on the best weights; "
+        "chosen like --validation_split.",
     )
     label_column: str | None = setting(
         None,
@@ -303,6 +313,12 @@ class RunConfig(Section):
         brief="Folder of the run; the same one resumes it",
     )
     seed: int = setting(42, "Seed of the row order, the new head's weights and dropout.")
+    folds: int | None = setting(
+        None,
+        "Cross-validation: train one model per fold of the training rows, on the rows of the "
+        "others, and score (or check) each fold with the model that has not seen it. The runs are "
+        "in --output_dir/folds, the scores in cross_validation.json.",
+    )
     dry_run: bool = setting(
         False,
         "Check the data, print the plan (steps, tokens, work per rank, memory) and exit, without "
@@ -457,6 +473,14 @@ class PredictConfig(FileConfig):
     use_cpu: bool = setting(
         False, "Use the CPU even if there is a GPU.", brief="Use the CPU even if there is a GPU"
     )
+
+
+def share_of(split: str | None) -> float | None:
+    """`--validation_split 0.1` as a number; None for the name of a split."""
+    try:
+        return None if split is None else float(split)
+    except ValueError:
+        return None
 
 
 MOST_LOGGED_STEPS = 50  # of --log_every auto

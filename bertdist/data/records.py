@@ -101,6 +101,7 @@ class Records:
     class_names: tuple[str, ...] | None  # label names that the source defines, in its order
     cells: frozenset[int | None] = frozenset()  # of --label_columns: which of 0, 1, None there are
     fingerprint: str  # xxh3 of texts, pairs and labels; independent of path and file format
+    all_labels: bool = False  # labels without rows here count: other parts of the file have them
     texts: pa.Array  # (rows,) large_string without nulls
     pairs: pa.Array | None  # (rows,) the same
     first_row: int = 0  # number of the first row, where these are some rows of a stream
@@ -126,8 +127,8 @@ class Records:
 
     def locate_label(self, label: LabelValue) -> str:
         """File and line of the first row with a label."""
-        code = self.label_values.index(label)
-        return str(self.location(int(np.argmax(self.label_codes == code))))
+        rows = np.flatnonzero(self.label_codes == self.label_values.index(label))
+        return str(self.location(int(rows[0]))) if len(rows) else f"another row of {self.name}"
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """(rows,) int64: UTF-8 bytes of text and pair, from Arrow's offsets."""
@@ -412,6 +413,11 @@ def _class_names(features: Any, columns: ColumnNames) -> tuple[str, ...] | None:
 def _offsets(texts: pa.Array) -> npt.NDArray[np.int64]:
     """(rows + 1,) bytes before each text in the array's buffer of characters."""
     return np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
+
+
+def rows_fingerprint(records: Records) -> str:
+    """The fingerprint of rows that were selected."""
+    return _fingerprint(records.texts, records.pairs, records.label_values, records.label_codes)
 
 
 def _fingerprint(

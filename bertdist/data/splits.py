@@ -9,10 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
-from bertdist.core.config import DataConfig, FileConfig, TrainConfig
+from bertdist.core.config import DataConfig, FileConfig, TaskConfig, TrainConfig
 from bertdist.core.errors import DataError, did_you_mean
 from bertdist.data.bad_rows import OnBadRow, suggest_skipping
 from bertdist.data.columns import LabelRules, LabelValue
+from bertdist.data.held_out import (
+    Part,
+    copied_locations,
+    divide,
+    hold_out_of,
+    no_rows_error,
+    with_note,
+)
 from bertdist.data.records import (
     ColumnNames,
     Records,
@@ -21,6 +29,7 @@ from bertdist.data.records import (
     describe_choice,
     records_from_chunk,
     reject_header,
+    rows_fingerprint,
     short_notes,
 )
 from bertdist.data.source import Column, DataSource, chunk_of_columns, column_of, nested_names
@@ -56,16 +65,67 @@ class Splits(NamedTuple):
 
 def load_splits(config: TrainConfig) -> Splits:
     """The rows of a run. Raises DataError."""
-    train: Records | Stream
+    data, seed = config.data, config.run.seed
+    if not data.streaming:
+        parts = load_parts(data, config.task, seed)
+        return Splits(parts["train"], parts.get("validation"))
     numbers_only = needs_numbers(config.task)
-    if config.data.streaming:
-        train = open_stream(config.data, config.run.seed, numbers_only)
-    else:
-        train = load_records(config.data, "train", numbers_only)
-    if config.data.on_bad_row == "skip":
-        first_rows = train if isinstance(train, Records) else train.head()
-        numbers_only = needs_numbers(config.task, first_rows)
-    return Splits(train, load_records(config.data, "validation", numbers_only))
+    stream = open_stream(data, seed, numbers_only)
+    if data.on_bad_row == "skip":
+        numbers_only = needs_numbers(config.task, stream.head())
+    if stream.hold_out is not None and stream.hold_out.validation:
+        limit = data.max_eval_samples
+        return Splits(stream, read_part(stream, "validation", limit, numbers_only))
+    return Splits(stream, load_records(data, "validation", numbers_only))
+
+
+def read_part(
+    stream: "Stream", part: Part, limit: int | None, numbers_only: bool | None = None
+) -> Records:
+    """The held-out rows of a stream, in memory; limit: of them the first. Raises DataError.
+
+    Rows that cannot be read count with the training rows. numbers_only: see `LabelRules`; None:
+    with on_bad_row "skip" decided by these labels.
+    """
+    assert stream.hold_out is not None
+    rules = stream.rules._replace(numbers_only=numbers_only is True)
+    reading = replace(stream, part=part, rules=rules)
+    found: list[Records] = []
+    number = 0
+    for records in (records for x in stream.sources for _, records in reading.chunks(x)):
+        if limit is not None:
+            records = records.slice(0, min(len(records), limit - number))
+        if len(records):
+            found.append(replace(records, location=copied_locations(records)))
+            number += len(records)
+        if number == limit:
+            break
+    if not found:
+        raise no_rows_error(stream.name, part, stream.hold_out)
+    rows = concat_records(found, stream.name)
+    if numbers_only is None and stream.on_bad_row == "skip" and has_odd_labels(rows):
+        return read_part(stream, part, limit, numbers_only=True)
+    rows = replace(
+        rows, fingerprint=rows_fingerprint(rows), limit=limit if number == limit else None
+    )
+    return with_note(rows, part, stream.hold_out, "held out of")
+
+
+def load_parts(data: DataConfig, task: TaskConfig, seed: int) -> dict[str, Records]:
+    """The rows in memory: "train", and "validation" and "test" where there are such rows.
+
+    seed: of --validation_split and --test_split. Raises DataError.
+    """
+    numbers_only = needs_numbers(task)
+    if hold_out := hold_out_of(data, seed):
+        every_row = replace(data, max_train_samples=None)
+        return divide(load_records(every_row, "train", numbers_only), hold_out, data)
+    parts = {"train": load_records(data, "train", numbers_only)}
+    if data.on_bad_row == "skip":
+        numbers_only = needs_numbers(task, parts["train"])
+    if (validation := load_records(data, "validation", numbers_only)) is not None:
+        parts["validation"] = validation
+    return parts
 
 
 @overload
@@ -85,6 +145,7 @@ def load_records(
 ) -> Records | None:
     """A split in memory, with labels; None without a validation split. Raises DataError.
 
+    Whole files: `load_parts` divides them (--validation_split 0.1).
     numbers_only: see `LabelRules`; None: decided by the labels of the split.
     """
     if split == "train":
@@ -303,6 +364,7 @@ def open_stream(data: DataConfig, seed: int, numbers_only: bool | None = None) -
         max_bad_rows=data.max_bad_rows,
         rules=LabelRules(numbers_only=numbers_only is True),
         format_notes=short_notes([note for note in notes if note]),
+        hold_out=hold_out_of(data, seed),
     ).with_first_rows()
 
 

@@ -62,8 +62,9 @@ def label_stats_of(rows: Records) -> LabelStats:
     """The labels of rows in memory."""
     assert rows.label_codes is not None and rows.label_kind is not None
     counts = np.bincount(rows.label_codes, minlength=len(rows.label_values)).tolist()
-    # Without the labels of rows that --max_train_samples leaves out.
-    used = {value: n for value, n in zip(rows.label_values, counts, strict=True) if n}
+    # Without the labels of rows that --max_train_samples leaves out, but with those held out.
+    counted = zip(rows.label_values, counts, strict=True)
+    used = {value: n for value, n in counted if n or rows.all_labels}
     return LabelStats(
         rows.label_kind,
         list(used),

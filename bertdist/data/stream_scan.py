@@ -59,7 +59,9 @@ class StreamScan:
         self.kind = records.label_kind
         counts = np.bincount(records.label_codes, minlength=len(records.label_values)).tolist()
         for code, (value, count) in enumerate(zip(records.label_values, counts, strict=True)):
-            if not count:  # of a row that --max_train_samples leaves out
+            if not count:  # of a row that --max_train_samples leaves out, or that is held out
+                if records.all_labels:
+                    self.labels.setdefault(value, 0)
                 continue
             is_name = isinstance(value, tuple) or not is_number(value)
             is_shown = is_name or len(self.labels) < MOST_NUMBERS

@@ -36,6 +36,7 @@ from bertdist.core.types import Array
 from bertdist.data.bad_rows import BadRow, BadRows, OnBadRow, suggest_skipping
 from bertdist.data.batch import Step
 from bertdist.data.columns import LabelRules, LabelValue
+from bertdist.data.held_out import HoldOut, Part, no_rows_error
 from bertdist.data.records import (
     ColumnNames,
     Records,
@@ -97,6 +98,8 @@ class Stream:
     rules: LabelRules = LabelRules()  # noqa: RUF009  immutable
     format_notes: tuple[str, ...] = ()  # see Records
     first_row: int = 0  # number of the first row of an epoch
+    hold_out: HoldOut | None = None  # --validation_split, --test_split: only rows of `part`
+    part: Part = "train"
 
     @property
     def sources(self) -> list[DataSource]:
@@ -122,7 +125,8 @@ class Stream:
     def fingerprint(self) -> str:
         """Changes with the data, and with the settings that select rows and columns."""
         group_sizes = [len(group) for group in self.source_groups] if self.weights else []
-        settings = (self.columns, self.label_delimiter, self.limit, group_sizes)
+        settings: list[Any] = [self.columns, self.label_delimiter, self.limit, group_sizes]
+        settings += [] if self.hold_out is None else [tuple(self.hold_out), self.part]
         parts = [*(source.fingerprint for source in self.sources), *map(repr, settings)]
         return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
 
@@ -149,15 +153,20 @@ class Stream:
                     rules=self.rules,
                     table=source.quoted_table,
                 )
+            if self.hold_out is not None:
+                records = self.hold_out.select(self.part, records)
             yield chunk.state, records
 
     def head(self) -> Records:
         """The first rows, at most HEAD_ROWS. Raises DataError if there are none."""
         bad_rows = BadRows(self.on_bad_row, self.max_bad_rows)
         for source in self.sources:
-            for _, records in self.chunks(source):
+            for _, records in replace(self, hold_out=None).chunks(source):
                 if len(records):
                     reject_header(records)
+                if self.hold_out is not None:
+                    records = self.hold_out.select(self.part, records)
+                if len(records):
                     return records.slice(0, min(len(records), HEAD_ROWS))
                 bad_rows.add(records.bad_rows)
         if first := bad_rows.rows[:1]:
@@ -165,6 +174,8 @@ class Stream:
                 f"{self.name} has no rows but {len(bad_rows)} that cannot be read, "
                 f"the first of them {first[0].location}: {first[0].reason}"
             )
+        if self.hold_out is not None:
+            raise no_rows_error(self.name, self.part, self.hold_out)
         raise DataError(f"{self.name} has no rows.")
 
     def with_first_rows(self) -> "Stream":
@@ -173,7 +184,7 @@ class Stream:
         """
         if self.on_bad_row == "fail" and not self.columns.labels:
             return self
-        head = self.head()
+        head = replace(self, hold_out=None).head()
         is_zero = None in head.cells and 0 not in head.cells
         rules = self.rules._replace(empty="zero" if is_zero else "error")
         first_label = head.label_values[0] if self.on_bad_row == "skip" else None

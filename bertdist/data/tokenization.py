@@ -92,12 +92,11 @@ def create_dataset(
     weights: Array = np.ones(len(records), dtype=np.float32)
     if task is not None and records.label_codes is not None:
         target_of_value = []
-        for code, value in enumerate(records.label_values):
+        for value in records.label_values:
             try:
                 target_of_value.append(task.encode_label(value))
             except DataError as error:
-                row = int((records.label_codes == code).argmax())
-                raise DataError(f"{records.location(row)}: {error}") from None
+                raise DataError(f"{records.locate_label(value)}: {error}") from None
         table = np.array(target_of_value)
         table = table.astype(np.int64 if table.dtype.kind == "i" else np.float32)
         targets = table[records.label_codes]

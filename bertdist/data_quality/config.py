@@ -6,10 +6,16 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from bertdist.core.args import config_problems, data_problems, given_setting_names, parse_arguments
+from bertdist.core.args import (
+    config_problems,
+    data_problems,
+    fold_problems,
+    given_setting_names,
+    parse_arguments,
+)
 from bertdist.core.config import (
     BatchConfig,
     DataConfig,
@@ -81,6 +87,7 @@ class CheckConfig(Section):
         "disables the search.",
     )
     examples: int = setting(3, "Examples to show per finding.")
+    seed: int = setting(42, "Seed of --validation_split and --test_split, as in training.")
     output: str | None = setting(None, "Output file for the report as JSON, such as check.json.")
     fix: str | None = setting(
         None,
@@ -104,11 +111,6 @@ class LabelIssueConfig(Section):
         None,
         "Folder of a trained classifier, such as out/best, to check the labels with. It should "
         "not have been trained on these rows; for training rows use --folds.",
-    )
-    folds: int | None = setting(
-        None,
-        "Number of cross-validation folds: each is checked with a model trained on the others, "
-        "with the training flags. Runs are in --output_dir/folds.",
     )
     rank_by: Ranking | None = setting(
         None,
@@ -135,13 +137,13 @@ def read_check_config(args: Sequence[str]) -> tuple[CheckConfig, DataConfig]:
     """Raises ConfigError with one line per problem."""
     check, data = parse_arguments(PROGRAM, [CheckConfig, DataConfig], args, ABOUT)
     assert isinstance(check, CheckConfig) and isinstance(data, DataConfig)
-    problems = [*data_problems(data), *_check_problems(check)]
+    problems = [*data_problems(data), *_check_problems(check, data)]
     if problems:
         raise ConfigError("\n".join(problems))
     return check, data
 
 
-def _check_problems(check: CheckConfig) -> Iterable[str]:
+def _check_problems(check: CheckConfig, data: DataConfig) -> Iterable[str]:
     if check.max_length < 3:
         yield f"--max_length is {check.max_length}; expected at least 3."
     # Pairs of less similarity are found by chance only.
@@ -151,6 +153,13 @@ def _check_problems(check: CheckConfig) -> Iterable[str]:
         yield f"--examples is {check.examples}; expected at least 0."
     if check.fix is not None and not check.fix.endswith(".parquet"):
         yield f"--fix is {check.fix!r}; expected a file that ends in .parquet."
+    if check.fix is not None and data.train_file and (data.validation_split or data.test_split):
+        yield (
+            "--fix writes all rows of --train_file, before they are divided: remove "
+            "--validation_split and --test_split."
+        )
+    if check.test_file and data.train_file and data.test_split:
+        yield "--test_split and --test_file both name rows; give one."
     kinds = check.fix_kinds or ()
     if check.fix_kinds is not None and check.fix is None:
         yield "--fix_kinds goes with --fix."
@@ -183,17 +192,17 @@ def read_label_issue_config(args: Sequence[str]) -> tuple[LabelIssueConfig, Trai
 
 
 def _label_issue_problems(issues: LabelIssueConfig, train: TrainConfig) -> Iterable[str]:
-    if (issues.model is None) == (issues.folds is None):
+    folds = train.run.folds
+    if (issues.model is None) == (folds is None):
         yield "Give either a trained model with --model, or --folds to train one per fold."
-    elif issues.folds is not None:
-        if issues.folds < 2:
-            yield f"--folds is {issues.folds}; expected at least 2."
+    elif folds is not None:
+        yield from fold_problems(folds)
         if train.run.resume_from_checkpoint:
             yield (
                 "--resume_from_checkpoint is for one run; "
                 "each fold resumes its own newest checkpoint."
             )
-        yield from config_problems(train)
+        yield from config_problems(replace(train, run=replace(train.run, folds=None)))
     else:
         if not (train.data.train_file or train.data.dataset_name or train.data.task_name):
             yield "No rows to check: give --train_file, or --dataset_name, or --task_name."
@@ -210,5 +219,5 @@ def _label_issue_problems(issues: LabelIssueConfig, train: TrainConfig) -> Itera
     for name in STREAMING_FLAGS:
         if getattr(train.data, name) != getattr(DataConfig, name):
             yield f"--{name} has no effect: all rows are held in memory and used once; remove it."
-    if train.run.dry_run and issues.folds is not None:
+    if train.run.dry_run and folds is not None:
         yield "--dry_run is for train.py; give it the same flags without --folds."

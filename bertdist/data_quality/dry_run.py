@@ -73,6 +73,7 @@ def dry_run(config: TrainConfig) -> int:
         max_length=config.model.max_length,
         task=config.task,
         num_examples=1,
+        seed=config.run.seed,
     )
     for finding in report.findings:
         share = f" ({percent(finding.share)})" if finding.share is not None else ""

@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bertdist.core.types import BoolArray, IntArray
+from bertdist.data.held_out import joined_texts, normalize_texts
 from bertdist.data.records import Records
 from bertdist.data_quality.findings import Example, FindingBuilder, Severity
 from bertdist.data_quality.label_checks import SplitLabels
@@ -76,12 +77,12 @@ def has_rensa() -> bool:
 
 def group_texts(splits: Mapping[str, Records], near_threshold: float) -> TextGroups:
     """Number the texts of all splits. near_threshold: Jaccard similarity; 0: no near duplicates."""
-    columns = [_joined(records) for records in splits.values()]
+    columns = [joined_texts(records) for records in splits.values()]
     encoded = pa.chunked_array(columns).combine_chunks().dictionary_encode()
     numbers = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
     ends = np.cumsum([len(records) for records in splits.values()])[:-1]
     exact = dict(zip(splits, np.split(numbers, ends), strict=True))
-    distinct = _normalize(encoded.dictionary).dictionary_encode()
+    distinct = normalize_texts(encoded.dictionary).dictionary_encode()
     number_of_exact = distinct.indices.to_numpy(zero_copy_only=False).astype(np.int64)
     normalized = {name: number_of_exact[numbers] for name, numbers in exact.items()}
     near = None
@@ -146,20 +147,7 @@ def near_duplicates_to_drop(groups: TextGroups, split: str) -> BoolArray:
     return np.array([number in dropped for number in numbers.tolist()], bool)
 
 
-# Numbering and the search for near duplicates.
-
-
-def _joined(records: Records) -> pa.Array:
-    if records.pairs is None:
-        return records.texts
-    record_separator = pa.scalar("\x1e", pa.large_string())
-    return pc.binary_join_element_wise(records.texts, records.pairs, record_separator)
-
-
-def _normalize(texts: pa.Array) -> pa.Array:
-    """In lower case, without white space at the ends, single spaces in between."""
-    spaced = pc.replace_substring_regex(pc.utf8_lower(texts), r"[\s\pZ]+", " ")
-    return pc.utf8_trim_whitespace(spaced)
+# The search for near duplicates.
 
 
 def _find_near_pairs(texts: pa.Array, splits: Sequence[IntArray], threshold: float) -> NearPairs:

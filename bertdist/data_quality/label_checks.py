@@ -237,7 +237,7 @@ def _add_refused(build: FindingBuilder, labels: SplitLabels, train: SplitLabels)
 def _compare_with_train(build: FindingBuilder, labels: SplitLabels, train: SplitLabels) -> None:
     """Findings on the labels of another split against those of train."""
     counts, train_counts = labels.counts(), train.counts()
-    missing = [] if train.numbers is not None else [n for n in train_counts if n not in counts]
+    missing = [] if train.numbers is not None else [n for n in train_counts if not counts.get(n)]
     named = listed([repr(excerpt(name, 30)) for name in missing], LISTED_LABELS)
     build.add(
         "missing_labels",

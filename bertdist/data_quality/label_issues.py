@@ -10,10 +10,9 @@ confident in another label than it is, on average, in the rows that have that la
 precision of each ranking is in docs/decisions/0012-label-noise.md.
 
 A model learns wrong labels too, so it should not have been trained on the row. --folds does that by
-cross-validation: run i trains on the rows outside fold i, in folds/i, with the task of all rows, so
-that all models have the same outputs; its best/ predicts the rows of fold i. It is a run like any
-other: it resumes after an interruption, and a finished run is not trained again. No run has a
-validation split: choosing the best weights would let labels of held-out rows in.
+cross-validation (training/cross_validation.py): run i trains on the rows outside fold i, in
+folds/i, and its best/ predicts the rows of fold i. No run has a validation split: choosing the best
+weights would let labels of held-out rows in.
 
 The result is a table of the rows of lowest label quality, and one JSON line per row, those first:
 
@@ -24,15 +23,13 @@ label: as given; suggested: the prediction, and its probability; score: label qu
 issue: whether the label is a likely error. All ranks predict, rank 0 ranks and writes.
 """
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -40,27 +37,21 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bertdist.core.atomic_io import atomic_write, to_json
-from bertdist.core.config import DataConfig, RunConfig, TrainConfig
+from bertdist.core.atomic_io import to_json
+from bertdist.core.config import TrainConfig
 from bertdist.core.errors import ConfigError, DataError
 from bertdist.core.output_files import write_output
 from bertdist.core.terminal import excerpt
 from bertdist.core.types import Array
-from bertdist.data.bad_rows import BadRows
 from bertdist.data.records import Records
 from bertdist.data.source import select_locations
-from bertdist.data.splits import load_records
-from bertdist.data.stats import create_task, label_stats_of, needs_numbers
 from bertdist.data.tokenization import create_dataset
 from bertdist.data_quality.config import DEFAULT_RANKING, RANKINGS, LabelIssueConfig
-from bertdist.data_quality.duplicates import group_texts
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import create_accelerator
 from bertdist.distributed.launcher import check_world
-from bertdist.distributed.preemption import StopSignal
-from bertdist.models.classifier import load_model_config, pretrained_labels
 from bertdist.tasks.tasks import Task
-from bertdist.training.run_lock import claim_run_folder
+from bertdist.training.cross_validation import Fold, Rows, Train, load_rows, read_rows, train_folds
 from bertdist.training.run_logger import RunLogger
 
 # A residual of this many robust standard deviations is an outlier.
@@ -68,15 +59,9 @@ from bertdist.training.run_logger import RunLogger
 OUTLIER = 3.5
 MAD_TO_STD = 1.4826  # median absolute deviation -> standard deviation of a normal distribution
 
-TRAIN_FILE = "train.jsonl"  # of a fold
-
 SHOWN_ROWS = 20
 SHOWN_PAIRS = 20
 SHOWN_COLUMNS = 60  # of a text
-
-ProblemType: TypeAlias = Literal[
-    "single_label_classification", "multi_label_classification", "regression"
-]
 
 
 class LogitPredictor(Protocol):
@@ -92,7 +77,6 @@ class LogitPredictor(Protocol):
 
 
 PredictorLoader: TypeAlias = Callable[[str | Path], LogitPredictor]  # from the folder of a model
-Train: TypeAlias = Callable[[TrainConfig], bool]  # whether the run finished; else it was stopped
 
 
 class LabelIssues(NamedTuple):
@@ -174,7 +158,7 @@ def _predict_with_model(
             text_pair_column=data.text_pair_column or predictor.metadata.get("text_pair_column"),
         )
         # --output_dir is refused with --model.
-        records = _load_rows(data, "", log, task.problem_type == "regression")
+        records = read_rows(data, "", log, task.problem_type == "regression")
         examples = create_dataset(records, predictor.tokenizer, task, predictor.max_length)
     log.say(f"{config.model} checks the labels of {len(records):,} rows of {records.name}.")
     log.say("It misses label errors in rows that it was trained on; for those use --folds.")
@@ -186,33 +170,18 @@ def _predict_by_folds(
     config: LabelIssueConfig, train_config: TrainConfig, commands: Commands
 ) -> Predictions | None:
     """The cross-validated predictions of --folds; None if stopped."""
-    assert config.folds is not None
     data, log = train_config.data, commands.log
+    unused = data.validation_file or data.validation_split or data.test_split
+    train_config = replace(  # every label is checked
+        train_config, data=replace(data, validation_split=None, test_split=None)
+    )
     with raise_on_all_ranks(commands.accelerator):
-        numbers_only = needs_numbers(train_config.task)
-        records = _load_rows(data, train_config.run.output_dir, log, numbers_only)
-        model_labels = pretrained_labels(load_model_config(train_config.model))
-        task = create_task(train_config.task, label_stats_of(records), model_labels)
-        _check_ranking(config, task)
-        assert records.label_codes is not None
-        values = np.array([task.encode_label(value) for value in records.label_values])
-        targets = values[records.label_codes]
-    if data.validation_file or data.validation_split:
+        rows = load_rows(train_config, log)
+        _check_ranking(config, rows.task)
+    if unused:
         log.say("The validation split is not used: each fold keeps its last weights.")
-    logits = predict_out_of_fold(train_config, config.folds, records, targets, task, commands)
-    return None if logits is None else Predictions(records, task, targets, logits)
-
-
-def _load_rows(
-    data: DataConfig, output_dir: str, log: RunLogger, numbers_only: bool | None = None
-) -> Records:
-    records = load_records(data, "train", numbers_only)
-    if number := len(records.bad_rows):  # --on_bad_row skip
-        path = Path(output_dir) / "bad_rows.jsonl" if output_dir and log.enabled else None
-        BadRows(data.on_bad_row, data.max_bad_rows, path).add_and_write(records.bad_rows)
-        see = f", see {path}" if path else ""
-        log.say(f"Skipped {number:,} row{'s' * (number != 1)} that cannot be read{see}.")
-    return records
+    logits = predict_out_of_fold(train_config, rows, commands)
+    return None if logits is None else Predictions(*rows, logits)
 
 
 def _check_ranking(config: LabelIssueConfig, task: Task) -> None:
@@ -223,101 +192,25 @@ def _check_ranking(config: LabelIssueConfig, task: Task) -> None:
         )
 
 
-# Cross-validation.
-
-
-def assign_folds(targets: Array, groups: Array, folds: int, seed: int) -> Array:
-    """(N,) int64: the fold of each row.
-
-    targets: (N,) ids or numbers, or (N, O) 0/1; groups: (N,) int64, rows of one group stay
-    together. The folds differ by at most one in the groups of a label; for multi-label rows that
-    holds for the rarest label; numbers are assigned in turn, from the smallest to the largest.
-    """
-    _, first, group_of_row = np.unique(groups, return_index=True, return_inverse=True)
-    columns = targets[first].reshape(len(first), -1).T  # (1 or O, groups)
-    # The rarest label last: lexsort's primary key is the last one.
-    columns = columns[np.argsort(-columns.sum(1), kind="stable")]
-    order = np.lexsort((np.random.default_rng(seed).random(len(first)), *columns))
-    fold_of_group = np.empty(len(first), np.int64)
-    fold_of_group[order] = np.arange(len(first)) % folds
-    return fold_of_group[group_of_row.reshape(-1)]
-
-
-def predict_out_of_fold(
-    config: TrainConfig,
-    folds: int,
-    records: Records,
-    targets: Array,
-    task: Task,
-    commands: Commands,
-) -> Tensor | None:
+def predict_out_of_fold(config: TrainConfig, rows: Rows, commands: Commands) -> Tensor | None:
     """(rows, outputs) float32 logits on every rank; None if stopped: the same call then resumes.
 
-    targets: the labels of all rows in the form of the task. Rows with the same text up to case and
-    white space are in one fold: a model trained on one of them has seen all. Raises DataError if
-    there are too few rows, and what `train` raises, such as CheckpointError if the folders hold
-    other runs.
+    Raises as `train_folds`.
     """
-    accelerator, say = commands.accelerator, commands.log.say
-    texts = group_texts({"train": records}, 0).normalized["train"]
-    fold_of_row = assign_folds(targets, texts, folds, config.run.seed)
-    root = Path(config.run.output_dir) / "folds"
-    runs = [_fold_config(config, root / str(fold), task, records) for fold in range(folds)]
-    with raise_on_all_ranks(accelerator):
-        if (num_texts := int(fold_of_row.max()) + 1) < folds:  # the first fold gets the first text
-            raise DataError(
-                f"{records.name} has {num_texts} different texts, too few for --folds {folds}; "
-                "expected at least one per fold."
-            )
-        if accelerator.is_main_process:
-            for fold in range(folds):
-                claim_run_folder(root / str(fold))
-            for fold in range(folds):
-                rows = np.flatnonzero(fold_of_row != fold)
-                _write_rows(root / str(fold) / TRAIN_FILE, records, rows)
-    logits: Tensor | None = None
-    with StopSignal(config.run.stop_before_time_limit) as stop:
-        for fold, run in enumerate(runs):
-            held_out = np.flatnonzero(fold_of_row == fold)
-            say(
-                f"Fold {fold + 1} of {folds}: training on the other "
-                f"{len(records) - len(held_out):,} rows, in {run.run.output_dir}."
-            )
-            with _keep_process_group():
-                if not commands.train(run):
-                    return None
-            with raise_on_all_ranks(accelerator):
-                predictor = commands.load(Path(run.run.output_dir) / "best")
-            fold_logits = predictor.predict_logits(select_rows(records, held_out))
-            if logits is None:
-                logits = torch.zeros(len(records), fold_logits.shape[1])
-            logits[torch.from_numpy(held_out)] = fold_logits
-            # On GPUs a call returns the answer of the call before.
-            stopping = [stop.requested(accelerator) for _ in range(2)]
-            if any(stopping) and fold + 1 < folds:
-                say(
-                    f"Stop requested ({stop.reason}) after fold {fold + 1} of {folds}; rerun the "
-                    "same command to resume."
-                )
-                return None
-    return logits
+    logits: list[Tensor] = []
 
+    def predict(fold: Fold) -> None:
+        with raise_on_all_ranks(commands.accelerator):
+            predictor = commands.load(fold.folder / "best")
+        of_fold = predictor.predict_logits(select_rows(rows.records, fold.rows))
+        if not logits:
+            logits.append(torch.zeros(len(rows.records), of_fold.shape[1]))
+        logits[0][torch.from_numpy(fold.rows)] = of_fold
 
-@contextmanager
-def _keep_process_group() -> Iterator[None]:
-    """Let `train` leave the process group alive.
-
-    A second group would meet at the first one's store (torchrun) and find its addresses there.
-    accelerate 1.15 keeps the group if it believes that somebody else launched the processes.
-    """
-    before = os.environ.get("FORK_LAUNCHED")
-    os.environ["FORK_LAUNCHED"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["FORK_LAUNCHED"]
-        if before is not None:
-            os.environ["FORK_LAUNCHED"] = before
+    finished = train_folds(
+        config, rows, commands.train, commands.accelerator, commands.log, predict, scored=False
+    )
+    return logits[0] if finished else None
 
 
 def select_rows(records: Records, rows: Array) -> Records:
@@ -334,44 +227,6 @@ def select_rows(records: Records, rows: Array) -> Records:
         rows_per_file=(),
         bad_rows=(),
     )
-
-
-def _fold_config(config: TrainConfig, folder: Path, task: Task, records: Records) -> TrainConfig:
-    """The run that trains on folder/train.jsonl and evaluates nothing."""
-    kind, defaults = cast(ProblemType, task.problem_type), RunConfig()
-    data = DataConfig(
-        train_file=[str(folder / TRAIN_FILE)],
-        text_column=["text"],
-        text_pair_column=None if records.pairs is None else "text_pair",
-        label_column="label",
-    )
-    task_config = replace(
-        config.task,
-        problem_type=kind,
-        label_names=None if kind == "regression" else list(task.labels),
-        metrics=None,
-        metric_for_best_model=None,
-    )
-    run = replace(
-        config.run,
-        output_dir=str(folder),
-        eval_every=defaults.eval_every,
-        early_stopping_patience=None,
-        early_stopping_threshold=defaults.early_stopping_threshold,
-    )
-    return replace(config, data=data, task=task_config, run=run)
-
-
-def _write_rows(path: Path, records: Records, rows: Array) -> None:
-    """Texts and labels as JSON lines, which preserve every kind of label."""
-    assert records.label_codes is not None
-    columns = {"text": records.texts.take(rows).to_pylist()}
-    if records.pairs is not None:
-        columns["text_pair"] = records.pairs.take(rows).to_pylist()
-    columns["label"] = [records.label_values[code] for code in records.label_codes[rows]]
-    entries = zip(*columns.values(), strict=True)
-    lines = [to_json(dict(zip(columns, values, strict=True))) for values in entries]
-    atomic_write(path, b"".join(lines))
 
 
 # Ranking.

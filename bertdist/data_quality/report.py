@@ -14,11 +14,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from bertdist.core.config import DataConfig, TaskConfig
+from bertdist.core.config import DataConfig, RunConfig, TaskConfig
 from bertdist.core.errors import BertdistError, DataError
 from bertdist.core.terminal import excerpt
 from bertdist.data.records import ColumnNames, Records
-from bertdist.data.splits import load_records, load_texts, open_files
+from bertdist.data.splits import load_parts, load_records, load_texts, open_files
 from bertdist.data.stats import create_task, label_stats_of, needs_numbers
 from bertdist.data_quality.duplicates import TextGroups, check_duplicates, group_texts, has_rensa
 from bertdist.data_quality.findings import Example, Finding, FindingBuilder, counts, ranked
@@ -80,6 +80,7 @@ def check_data(
     max_length: int = 128,
     near_threshold: float = 0.8,
     num_examples: int = 3,
+    seed: int = RunConfig.seed,
 ) -> DataReport:
     """Run all checks on all splits.
 
@@ -88,7 +89,7 @@ def check_data(
     Raises DataError if train or validation cannot be read, ConfigError as training would.
     """
     findings: list[Finding] = []
-    splits = load_all_splits(data, test_file, findings, task)
+    splits = load_all_splits(data, test_file, findings, task, seed)
     builders = {
         name: FindingBuilder(name, records, num_examples, findings)
         for name, records in splits.items()
@@ -156,15 +157,16 @@ def load_all_splits(
     test_file: str | None,
     findings: list[Finding],
     task: TaskConfig = TaskConfig(),  # noqa: B008  frozen
+    seed: int = RunConfig.seed,
 ) -> dict[str, Records]:
     """Splits by name, train first. Adds a finding if the labels of the test file are unreadable."""
-    splits = {"train": load_records(data, "train", needs_numbers(task))}
-    numbers_only = needs_numbers(task, splits["train"])
-    if (validation := load_records(data, "validation", numbers_only)) is not None:
-        splits["validation"] = validation
+    splits = load_parts(data, task, seed)
     if test_file is None:
         return splits
-    as_validation = replace(data, validation_file=test_file, max_eval_samples=None)
+    numbers_only = needs_numbers(task, splits["train"])
+    as_validation = replace(
+        data, validation_file=test_file, validation_split=None, max_eval_samples=None
+    )
     try:
         test = load_records(as_validation, "validation", numbers_only)
         assert test is not None

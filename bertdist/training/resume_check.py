@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bertdist.core.config import TrainConfig, plain_duration
+from bertdist.core.config import TrainConfig, plain_duration, share_of
 from bertdist.core.errors import CheckpointError
 from bertdist.data.records import Records
 from bertdist.tasks.tasks import Task
@@ -34,6 +34,8 @@ MUST_MATCH = {
     "tokenizer_name": "the model was trained on other token ids",
     "tokenizer": "another tokenizer: the model was trained on other token ids",
     "model_config": "another config.json: the same weights compute something else",
+    "validation_split": "rows that were trained on would be evaluated on, or the other way round",
+    "test_split": "rows that were trained on would be scored as test rows, or the other way round",
     "train_weights": "other shares of the files, and another row order",
     "stream_window": f"another row order: {_ROWS}",
     "stream_sharding": f"another row order: {_ROWS}",
@@ -108,6 +110,9 @@ def resume_signature(
     if not isinstance(train_rows, Records):
         for name in ("stream_window", "stream_sharding"):
             must_match[name] = getattr(config.data, name)
+    for name in ("validation_split", "test_split"):  # of files; else only other rows are scored
+        if config.data.train_file and getattr(config.data, name):
+            must_match[name] = share_of(getattr(config.data, name))
     may_change = {
         name: getattr(config.run, name) for name in MAY_CHANGE if hasattr(config.run, name)
     }

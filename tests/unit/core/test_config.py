@@ -512,12 +512,16 @@ FULL = [  # every setting has a value here in one of them
     "--report_to tensorboard --tokenizer_name=t",
     "--model_revision=v1 --max_length 9 --dry_run",
     "--torch_compile --cuda_graphs --verbose",
+    "--test_split 0.1",
 ]
 HUB = "--model_name_or_path=m --output_dir=o --dataset_name=d --dataset_config_name=c --train_split=t --validation_split=v".split()
 GLUE = "--model_name_or_path=m --output_dir=o --task_name=sst2".split()
+FOLDS = "--model_name_or_path=m --output_dir=o --train_file=t.tsv --folds=3".split()
 
 
-@pytest.mark.parametrize("words", [NEEDED, HUB, GLUE, *([*NEEDED, *line.split()] for line in FULL)])
+@pytest.mark.parametrize(
+    "words", [NEEDED, HUB, GLUE, FOLDS, *([*NEEDED, *line.split()] for line in FULL)]
+)
 def test_a_written_config_reads_back_the_same(
     words: list[str], file: Callable[[str], list[str]]
 ) -> None:
@@ -535,7 +539,7 @@ def test_a_written_config_reads_back_the_same(
 def test_the_round_trips_try_every_setting() -> None:
     tried = {
         word.split("=")[0]
-        for words in (*map(str.split, FULL), NEEDED, HUB, GLUE)
+        for words in (*map(str.split, FULL), NEEDED, HUB, GLUE, FOLDS)
         for word in words
         if word.startswith("--")
     }

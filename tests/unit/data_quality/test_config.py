@@ -99,7 +99,7 @@ def test_flags_of_model_and_folds_become_settings(tmp_path: Path) -> None:
         str(tmp_path / "x"),
     ]
     issues, train = read_label_issue_config(words)
-    assert (issues.model, issues.folds, train.data.text_column) == (
+    assert (issues.model, train.run.folds, train.data.text_column) == (
         "out/best",
         None,
         ["t"],
@@ -108,7 +108,7 @@ def test_flags_of_model_and_folds_become_settings(tmp_path: Path) -> None:
         "folds: 4\nlearning_rate: 1e-4\nvalidation_file: dev.tsv\nrank_by: normalized_margin\n"
     )
     issues, train = read_label_issue_config([*FOLDS[2:], "--config", str(tmp_path / "run.yaml")])
-    assert (issues.folds, train.optim.learning_rate, issues.rank_by) == (
+    assert (train.run.folds, train.optim.learning_rate, issues.rank_by) == (
         4,
         1e-4,
         "normalized_margin",

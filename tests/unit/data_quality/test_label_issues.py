@@ -4,6 +4,7 @@ import builtins
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,6 @@ from bertdist.data_quality.duplicates import group_texts
 from bertdist.data_quality.label_issues import (
     SHOWN_ROWS,
     LabelIssues,
-    assign_folds,
     import_cleanlab,
     label_changes,
     label_issue_entries,
@@ -40,6 +40,8 @@ from bertdist.data_quality.label_issues import (
 )
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
 from bertdist.train import train
+from bertdist.training import cross_validation
+from bertdist.training.cross_validation import assign_folds
 from bertdist.training.run_logger import RunLogger
 
 ALONE = np.arange(300)  # every row a text of its own
@@ -145,10 +147,12 @@ def test_a_folds_rows_have_the_labels_of_the_source_and_make_its_task(
     config = read_config(words)
     records = load_records(config.data, "train")
     task = create_task(TaskConfig(), label_stats_of(records), None)
-    run = label_issues._fold_config(config, tmp_path / "out" / "folds" / "0", task, records)
+    run = cross_validation._fold_config(
+        config, tmp_path / "out" / "folds" / "0", task, records, scored=False
+    )
     folder = tmp_path / "out" / "folds" / "0"
     folder.mkdir(parents=True)
-    label_issues._write_rows(folder / "train.jsonl", records, np.array([0, 1, 2, 5]))
+    cross_validation._write_rows(folder / "train.jsonl", records, np.array([0, 1, 2, 5]))
     again = load_records(run.data, "train")
     assert again[0].label == (tuple(first) if isinstance(first, list) else first)
     assert [again[at].label for at in range(4)] == [records[at].label for at in (0, 1, 2, 5)]
@@ -169,9 +173,9 @@ def test_a_fold_without_a_rare_label_still_has_all_outputs(tmp_path: Path) -> No
     )
     records = load_records(config.data, "train")
     task = create_task(TaskConfig(), label_stats_of(records), None)
-    run = label_issues._fold_config(config, tmp_path / "out", task, records)
+    run = cross_validation._fold_config(config, tmp_path / "out", task, records, scored=False)
     (tmp_path / "out").mkdir()
-    label_issues._write_rows(tmp_path / "out" / "train.jsonl", records, np.arange(9))
+    cross_validation._write_rows(tmp_path / "out" / "train.jsonl", records, np.arange(9))
     assert (
         create_task(run.task, label_stats_of(load_records(run.data, "train")), None).labels
         == task.labels
@@ -200,7 +204,9 @@ def predict_rows(
         accelerator,
         log,
     )
-    logits = label_issues.predict_out_of_fold(config, k, records, targets, task, commands)
+    config = replace(config, run=replace(config.run, folds=k))
+    rows = cross_validation.Rows(records, task, targets)
+    logits = label_issues.predict_out_of_fold(config, rows, commands)
     texts = group_texts({"train": records}, 0).normalized["train"]
     return (
         None if logits is None else logits.numpy(),
@@ -243,8 +249,7 @@ def test_no_row_is_predicted_by_a_model_trained_on_it(tiny_model: Path, tmp_path
     ] == [True] * 3
 
     def groupless() -> None:
-        alone: Any = SimpleNamespace(normalized={"train": np.arange(30)})
-        label_issues.group_texts = lambda splits, near_threshold: alone
+        cross_validation.text_numbers = lambda records: np.arange(len(records))
 
     words = words_of(
         tiny_model, tmp_path / "broken", files, train_file=path, num_train_epochs=1, max_length=24

@@ -144,7 +144,8 @@ def test_every_setting_of_the_tables_is_in_the_signature() -> None:
     rows = records_from_texts(["a"])
     signature = resume_signature(config, rows, rows, SingleLabel(("a", "b")), 3, DIGESTS)
     assert signature.may_change.keys() == MAY_CHANGE.keys()
-    assert set(MUST_MATCH) - {"stream_window", "stream_sharding"} <= signature.must_match.keys()
+    conditional = {"stream_window", "stream_sharding", "validation_split", "test_split"}
+    assert set(MUST_MATCH) - conditional <= signature.must_match.keys()
 
 
 # ---- Data that changed
@@ -252,6 +253,8 @@ MATTERS = {  # flag -> another value
     "layerwise_lr_decay": "0.5",
     "seed": "3",
     "mixed_precision": "bf16",
+    "validation_split": "0.1",
+    "test_split": "0.1",
 }
 DOES_NOT_MATTER = {  # where it runs, micro-batches, when to write or log, when to stop
     "gradient_checkpointing": "yes",
@@ -287,10 +290,10 @@ DOES_NOT_MATTER = {  # where it runs, micro-batches, when to write or log, when 
 # are in the checkpoint.
 INDIRECT = """
     model_name_or_path model_revision train_file train_weights streaming stream_window stream_sharding
-    dataset_name dataset_config_name task_name train_split validation_split text_column
+    dataset_name dataset_config_name task_name train_split text_column
     text_pair_column label_column label_columns label_delimiter column_names delimiter quoting encoding
     on_bad_row max_bad_rows max_train_samples label_names file_format json_field
-    num_train_epochs max_train_steps max_nan_steps
+    num_train_epochs max_train_steps max_nan_steps folds
 """.split()
 
 
@@ -302,7 +305,9 @@ def signature_of(
     digests: dict[str, str] = DIGESTS,
 ) -> dict[str, Any]:
     rows = rows or labelled(["no", "yes"], [0, 1])
-    config = read_config([*NEEDED, *flags])
+    both = any(flag.startswith("--validation_split") for flag in flags)
+    needed = [word for word in NEEDED if not (both and word.startswith("--validation_file"))]
+    config = read_config([*needed, *flags])
     signature = resume_signature(config, rows, None, task, steps, digests)
     return json.loads(json.dumps(signature.must_match))  # type: ignore[no-any-return]
 

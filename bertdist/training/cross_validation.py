@@ -1,0 +1,294 @@
+"""Cross-validation: one run per fold, each trained on the rows of the other folds.
+
+`cross_validate` is `bertdist train --folds 5`: every fold scores the rows that its run was not
+trained on, once, with the weights after the last step. Choosing among evaluations by these rows
+would raise the scores. cross_validation.json has the scores of every fold, and their mean and
+standard deviation:
+
+    {"folds": 5, "rows": 1000, "seed": 42, "scores": {"accuracy": {"mean": 0.91, "std": 0.01}, ...},
+     "per_fold": [{"fold": 0, "rows": 200, "step": 75, "scores": {"accuracy": 0.9, ...}}, ...]}
+
+`train_folds` trains the runs of `check --folds` too (data_quality/label_issues.py). Run k is in
+output_dir/folds/k, a run like any other: it resumes after an interruption, and a finished run is
+not trained again. Rows of the same text up to case and white space are in one fold: a model trained
+on one of them has seen all.
+"""
+
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
+
+import numpy as np
+from accelerate import Accelerator
+
+from bertdist.core.atomic_io import atomic_write, read_json_object, to_json
+from bertdist.core.config import DataConfig, RunConfig, TrainConfig
+from bertdist.core.errors import ConfigError, DataError
+from bertdist.core.types import Array
+from bertdist.data.bad_rows import BadRows
+from bertdist.data.held_out import text_numbers
+from bertdist.data.records import Records
+from bertdist.data.splits import load_records
+from bertdist.data.stats import create_task, label_stats_of, needs_numbers
+from bertdist.distributed.collectives import raise_on_all_ranks
+from bertdist.distributed.launch import create_accelerator
+from bertdist.distributed.launcher import check_world
+from bertdist.distributed.preemption import StopSignal
+from bertdist.models.classifier import load_model_config, pretrained_labels
+from bertdist.tasks.tasks import Task
+from bertdist.training.evaluation import GLUE_METRICS
+from bertdist.training.run_lock import claim_run_folder
+from bertdist.training.run_logger import RunLogger
+
+TRAIN_FILE, VALIDATION_FILE = "train.jsonl", "validation.jsonl"  # of a fold
+REPORT_FILE = "cross_validation.json"
+SHOWN_FOLDS = 10
+
+ProblemType: TypeAlias = Literal[
+    "single_label_classification", "multi_label_classification", "regression"
+]
+Train: TypeAlias = Callable[[TrainConfig], bool]  # whether the run finished; else it was stopped
+
+
+class Rows(NamedTuple):
+    """All rows, before they are divided into folds."""
+
+    records: Records
+    task: Task
+    targets: Array  # (rows, ...) the labels in the form of the task
+
+
+class Fold(NamedTuple):
+    """A finished run of a fold."""
+
+    number: int  # from 0
+    rows: Array  # of the fold, on which it was not trained
+    folder: Path
+
+
+def cross_validate(config: TrainConfig, train: Train) -> bool:
+    """The runs of --folds, cross_validation.json and a table; False if stopped before the end.
+
+    train: that of the script. Raises BertdistError.
+    """
+    run = config.run
+    # The runs of the folds report to trackers themselves.
+    accelerator = create_accelerator(replace(run, report_to=None))
+    check_world(accelerator.num_processes)
+    folds: list[dict[str, Any]] = []
+
+    def add_scores(fold: Fold) -> None:
+        report = read_json_object(fold.folder / "evaluation.json")
+        entry = {"fold": fold.number, "rows": len(fold.rows), "step": report.get("step")}
+        folds.append({**entry, "scores": report.get("scores", {})})
+
+    path = Path(run.output_dir) / REPORT_FILE
+    with raise_on_all_ranks(accelerator):
+        log = RunLogger(path.parent, enabled=accelerator.is_main_process)
+        if path.exists() and "per_fold" not in read_json_object(path):
+            raise ConfigError(f"No cross-validation wrote {path}: give another --output_dir.")
+        rows = load_rows(config, log)
+    log.say(
+        "Each fold is scored once, after the last step, by a run on the other folds; other "
+        "validation rows are not used."
+    )
+    if not train_folds(config, rows, train, accelerator, log, add_scores, scored=True):
+        return False
+    with raise_on_all_ranks(accelerator):
+        if accelerator.is_main_process:
+            report = {"folds": run.folds, "rows": len(rows.records), "seed": run.seed}
+            report |= {"scores": summarize(folds), "per_fold": folds}
+            atomic_write(path, to_json(report, indent=1))
+            show_scores(report, log)
+            log.say(f"Written: {path}. One model of all rows: the same command without --folds.")
+    accelerator.end_training()
+    return True
+
+
+def summarize(folds: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Mean and standard deviation (n - 1) of every score; None where a fold has no such number."""
+    scores: dict[str, dict[str, float | None]] = {}
+    for name in dict.fromkeys(name for fold in folds for name in fold["scores"]):
+        values = [fold["scores"].get(name) for fold in folds]
+        numbers = [value for value in values if value is not None]
+        defined = len(numbers) == len(folds)
+        scores[name] = {
+            "mean": statistics.fmean(numbers) if defined else None,
+            "std": statistics.stdev(numbers) if defined else None,
+        }
+    return scores
+
+
+def show_scores(report: dict[str, Any], log: RunLogger) -> None:
+    """A line per score: mean, standard deviation, and each fold where these are few."""
+    shown = report["per_fold"] if report["folds"] <= SHOWN_FOLDS else []
+    header = ["score", "mean", "std", *(f"fold {fold['fold']}" for fold in shown)]
+    lines = [
+        [name, *summary.values(), *(fold["scores"].get(name) for fold in shown)]
+        for name, summary in report["scores"].items()
+    ]
+    log.table(f"Scores of {report['folds']} folds", header, lines)
+
+
+def load_rows(config: TrainConfig, log: RunLogger) -> Rows:
+    """The training rows, and the task that all of them define. Raises BertdistError."""
+    numbers_only = needs_numbers(config.task)
+    records = read_rows(config.data, config.run.output_dir, log, numbers_only)
+    model_labels = pretrained_labels(load_model_config(config.model))
+    task = create_task(config.task, label_stats_of(records), model_labels)
+    assert records.label_codes is not None
+    values = np.array([task.encode_label(value) for value in records.label_values])
+    return Rows(records, task, values[records.label_codes])
+
+
+def read_rows(
+    data: DataConfig, output_dir: str, log: RunLogger, numbers_only: bool | None = None
+) -> Records:
+    """The training rows in memory; those skipped are written to bad_rows.jsonl of output_dir."""
+    records = load_records(data, "train", numbers_only)
+    if number := len(records.bad_rows):  # --on_bad_row skip
+        path = Path(output_dir) / "bad_rows.jsonl" if output_dir and log.enabled else None
+        BadRows(data.on_bad_row, data.max_bad_rows, path).add_and_write(records.bad_rows)
+        see = f", see {path}" if path else ""
+        log.say(f"Skipped {number:,} row{'s' * (number != 1)} that cannot be read{see}.")
+    return records
+
+
+def assign_folds(targets: Array, groups: Array, folds: int, seed: int) -> Array:
+    """(N,) int64: the fold of each row.
+
+    targets: (N,) ids or numbers, or (N, O) 0/1; groups: (N,) int64, rows of one group stay
+    together. The folds differ by at most one in the groups of a label; for multi-label rows that
+    holds for the rarest label; numbers are assigned in turn, from the smallest to the largest.
+    """
+    _, first, group_of_row = np.unique(groups, return_index=True, return_inverse=True)
+    columns = targets[first].reshape(len(first), -1).T  # (1 or O, groups)
+    # The rarest label last: lexsort's primary key is the last one.
+    columns = columns[np.argsort(-columns.sum(1), kind="stable")]
+    order = np.lexsort((np.random.default_rng(seed).random(len(first)), *columns))
+    fold_of_group = np.empty(len(first), np.int64)
+    fold_of_group[order] = np.arange(len(first)) % folds
+    return fold_of_group[group_of_row.reshape(-1)]
+
+
+def train_folds(
+    config: TrainConfig,
+    rows: Rows,
+    train: Train,
+    accelerator: Accelerator,
+    log: RunLogger,
+    add: Callable[[Fold], None],
+    *,
+    scored: bool,
+) -> bool:
+    """Train a run per fold; False if stopped before the end: the same call then resumes.
+
+    add: called after each run, on every rank. scored: whether a run evaluates its fold at its end;
+    else it evaluates nothing. Raises DataError if there are too few rows, and what `train` raises,
+    such as CheckpointError if the folders hold other runs.
+    """
+    records, folds = rows.records, config.run.folds
+    assert folds is not None
+    fold_of_row = assign_folds(rows.targets, text_numbers(records), folds, config.run.seed)
+    root = Path(config.run.output_dir) / "folds"
+    with raise_on_all_ranks(accelerator):
+        if (num_texts := int(fold_of_row.max()) + 1) < folds:  # the first fold gets the first text
+            raise DataError(
+                f"{records.name} has {num_texts} different texts, too few for --folds {folds}; "
+                "expected at least one per fold."
+            )
+        if accelerator.is_main_process:
+            for fold in range(folds):
+                claim_run_folder(root / str(fold))
+            for fold in range(folds):
+                parts = {TRAIN_FILE: fold_of_row != fold}
+                parts |= {VALIDATION_FILE: fold_of_row == fold} if scored else {}
+                for name, chosen in parts.items():
+                    _write_rows(root / str(fold) / name, records, np.flatnonzero(chosen))
+    with StopSignal(config.run.stop_before_time_limit) as stop:
+        for fold in range(folds):
+            folder, held_out = root / str(fold), np.flatnonzero(fold_of_row == fold)
+            log.say(
+                f"Fold {fold + 1} of {folds}: training on the other "
+                f"{len(records) - len(held_out):,} rows, in {folder}."
+            )
+            with _keep_process_group():
+                if not train(_fold_config(config, folder, rows.task, records, scored)):
+                    return False
+            add(Fold(fold, held_out, folder))
+            # On GPUs a call returns the answer of the call before.
+            stopping = [stop.requested(accelerator) for _ in range(2)]
+            if any(stopping) and fold + 1 < folds:
+                log.say(
+                    f"Stop requested ({stop.reason}) after fold {fold + 1} of {folds}; rerun the "
+                    "same command to resume."
+                )
+                return False
+    return True
+
+
+@contextmanager
+def _keep_process_group() -> Iterator[None]:
+    """Let `train` leave the process group alive.
+
+    A second group would meet at the first one's store (torchrun) and find its addresses there.
+    accelerate 1.15 keeps the group if it believes that somebody else launched the processes.
+    """
+    before = os.environ.get("FORK_LAUNCHED")
+    os.environ["FORK_LAUNCHED"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["FORK_LAUNCHED"]
+        if before is not None:
+            os.environ["FORK_LAUNCHED"] = before
+
+
+def _fold_config(
+    config: TrainConfig, folder: Path, task: Task, records: Records, scored: bool
+) -> TrainConfig:
+    """The run that trains on folder/train.jsonl, and evaluates folder/validation.jsonl or nothing.
+
+    With the task of all rows, so that all models have the same outputs.
+    """
+    kind, defaults = cast(ProblemType, task.problem_type), RunConfig()
+    data = DataConfig(
+        train_file=[str(folder / TRAIN_FILE)],
+        validation_file=str(folder / VALIDATION_FILE) if scored else None,
+        text_column=["text"],
+        text_pair_column=None if records.pairs is None else "text_pair",
+        label_column="label",
+    )
+    metrics = config.task.metrics or GLUE_METRICS.get(config.data.task_name or "")
+    task_config = replace(
+        config.task,
+        problem_type=kind,
+        label_names=None if kind == "regression" else list(task.labels),
+        metrics=metrics if scored else None,
+        metric_for_best_model=None,
+    )
+    run = replace(
+        config.run,
+        output_dir=str(folder),
+        folds=None,
+        eval_every="never" if scored else defaults.eval_every,
+        early_stopping_patience=None,
+        early_stopping_threshold=defaults.early_stopping_threshold,
+    )
+    return replace(config, data=data, task=task_config, run=run)
+
+
+def _write_rows(path: Path, records: Records, rows: Array) -> None:
+    """Texts and labels as JSON lines, which preserve every kind of label."""
+    assert records.label_codes is not None
+    columns = {"text": records.texts.take(rows).to_pylist()}
+    if records.pairs is not None:
+        columns["text_pair"] = records.pairs.take(rows).to_pylist()
+    columns["label"] = [records.label_values[code] for code in records.label_codes[rows]]
+    entries = zip(*columns.values(), strict=True)
+    lines = [to_json(dict(zip(columns, values, strict=True))) for values in entries]
+    atomic_write(path, b"".join(lines))
