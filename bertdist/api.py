@@ -35,6 +35,7 @@ from bertdist.data.records import LABEL_COLUMNS, TEXT_COLUMNS
 from bertdist.distributed.launch import EXIT_STOPPED
 from bertdist.predict import Predictor
 from bertdist.train import train as train_from_config
+from bertdist.training.cross_validation import REPORT_FILE, cross_validate
 from bertdist.training.run_logger import Hooks
 
 _running = threading.Lock()
@@ -50,13 +51,14 @@ class Run:
     def __init__(self, folder: str | Path) -> None:
         """Raises ConfigError for a folder without a run."""
         self.folder = Path(folder)
-        if not (self.folder / "status.json").is_file():
+        if not any((self.folder / name).exists() for name in ("status.json", "folds")):
             raise ConfigError(f"{folder} is not the folder of a run: it has no status.json.")
 
     @property
     def finished(self) -> bool:
         """Whether training is done; else the same call goes on."""
-        return bool(read_json_object(self.folder / "status.json").get("state") == "finished")
+        done = read_json_object(self.folder / "status.json").get("state") == "finished"
+        return bool(done or self.cross_validation)
 
     @property
     def evaluation(self) -> dict[str, Any]:
@@ -77,6 +79,13 @@ class Run:
         if not file.is_file():
             return []
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+    @property
+    def cross_validation(self) -> dict[str, Any]:
+        """cross_validation.json of folds=5: mean and std of every score, and the scores per fold;
+        empty without folds. The runs are Run(run.folder / "folds" / "0") and so on.
+        """
+        return read_json_object(self.folder / REPORT_FILE)
 
     def predictor(self, **options: Any) -> Predictor:
         """A `Predictor` of the best weights; options: its own."""
@@ -137,8 +146,20 @@ def train(
             stack.enter_context(_only_run())
             stack.enter_context(_own_accelerate_state())
             stack.enter_context(_quiet_transformers())
-            train_from_config(config, Hooks(on_log, on_evaluation))
+            _train_here(config, Hooks(on_log, on_evaluation))
     return Run(config.run.output_dir)
+
+
+def _train_here(config: TrainConfig, hooks: Hooks) -> None:
+    """In this process: a run, or one per fold."""
+
+    def train_run(config: TrainConfig) -> bool:
+        return train_from_config(config, hooks).finished
+
+    if config.run.folds is None:
+        train_run(config)
+    else:
+        cross_validate(config, train_run)
 
 
 @contextmanager

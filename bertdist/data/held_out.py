@@ -7,7 +7,7 @@ test rows, or in between: a training row. So
 - rows added later, other files, their order, ranks, workers and --streaming change no row's part;
 - rows of the same text up to case and white space are in one part;
 - every label is held out with the same probability: of n texts with a label the share is held out
-  up to the error of n coin flips, not exactly. docs/decisions/0019-held-out-rows.md says why.
+  up to the error of n coin flips, not exactly. docs/decisions/0020-held-out-rows.md says why.
 """
 
 from dataclasses import replace

@@ -43,6 +43,7 @@ from bertdist.tasks.tasks import Task
 from bertdist.training.evaluation import GLUE_METRICS
 from bertdist.training.run_lock import claim_run_folder
 from bertdist.training.run_logger import RunLogger
+from bertdist.training.screen import cell
 
 TRAIN_FILE, VALIDATION_FILE = "train.jsonl", "validation.jsonl"  # of a fold
 REPORT_FILE = "cross_validation.json"
@@ -100,8 +101,8 @@ def cross_validate(config: TrainConfig, train: Train) -> bool:
         return False
     with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
-            report = {"folds": run.folds, "rows": len(rows.records), "seed": run.seed}
-            report |= {"scores": summarize(folds), "per_fold": folds}
+            report: dict[str, Any] = {"folds": run.folds, "rows": len(rows.records)}
+            report |= {"seed": run.seed, "scores": summarize(folds), "per_fold": folds}
             atomic_write(path, to_json(report, indent=1))
             show_scores(report, log)
             log.say(f"Written: {path}. One model of all rows: the same command without --folds.")
@@ -128,10 +129,11 @@ def show_scores(report: dict[str, Any], log: RunLogger) -> None:
     shown = report["per_fold"] if report["folds"] <= SHOWN_FOLDS else []
     header = ["score", "mean", "std", *(f"fold {fold['fold']}" for fold in shown)]
     lines = [
-        [name, *summary.values(), *(fold["scores"].get(name) for fold in shown)]
+        [name, *map(cell, [*summary.values(), *(fold["scores"].get(name) for fold in shown)])]
         for name, summary in report["scores"].items()
     ]
-    log.table(f"Scores of {report['folds']} folds", header, lines)
+    title = f"Scores of {report['folds']} folds, each by a model of the others"
+    log.screen.table(title, header, lines, range(1, len(header)))
 
 
 def load_rows(config: TrainConfig, log: RunLogger) -> Rows:
