@@ -236,7 +236,7 @@ def load_inputs(config: TrainConfig, accelerator: Accelerator) -> Inputs:
     with raise_on_all_ranks(accelerator):
         model_config, tokenizer = load_model_config(config.model), load_tokenizer(config.model)
         check_vocabulary(model_config, tokenizer, config.model.model_name_or_path)
-        rows, eval_rows = load_splits(config)
+        rows, eval_rows, _ = load_splits(config)
         digests = pretrained_digests(model_config, tokenizer)
         fingerprint = data_fingerprint(digests, rows, eval_rows)
     assert_same_on_all_ranks(accelerator, fingerprint)

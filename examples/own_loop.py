@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> dict[str, float]:
     accelerator = Accelerator(cpu=config.run.use_cpu)
     torch.manual_seed(config.run.seed)  # weights of the new head
 
-    rows, eval_rows = load_splits(config)
+    rows, eval_rows, _ = load_splits(config)
     stats = collect_stats(rows, config, accelerator, accelerator.print)
     assert stats is not None
     task = create_task(config.task, stats.labels, None)

@@ -57,10 +57,11 @@ GLUE: dict[str, tuple[str, str | None]] = {
 
 
 class Splits(NamedTuple):
-    """The training rows and the validation rows, if any."""
+    """The training rows, and the rows to score, if any."""
 
     train: "Records | Stream"
-    validation: Records | None
+    validation: Records | None  # to evaluate on while training
+    test: Records | None = None  # to evaluate once, at the end
 
 
 def load_splits(config: TrainConfig) -> Splits:
@@ -68,15 +69,20 @@ def load_splits(config: TrainConfig) -> Splits:
     data, seed = config.data, config.run.seed
     if not data.streaming:
         parts = load_parts(data, config.task, seed)
-        return Splits(parts["train"], parts.get("validation"))
+        return Splits(parts["train"], parts.get("validation"), parts.get("test"))
     numbers_only = needs_numbers(config.task)
     stream = open_stream(data, seed, numbers_only)
     if data.on_bad_row == "skip":
         numbers_only = needs_numbers(config.task, stream.head())
-    if stream.hold_out is not None and stream.hold_out.validation:
-        limit = data.max_eval_samples
-        return Splits(stream, read_part(stream, "validation", limit, numbers_only))
-    return Splits(stream, load_records(data, "validation", numbers_only))
+    held_out, limit = stream.hold_out, data.max_eval_samples
+    if held_out is not None and held_out.validation:
+        validation: Records | None = read_part(stream, "validation", limit, numbers_only)
+    else:
+        validation = load_records(data, "validation", numbers_only)
+    test = None
+    if held_out is not None and held_out.test:
+        test = read_part(stream, "test", None, numbers_only)
+    return Splits(stream, validation, test)
 
 
 def read_part(

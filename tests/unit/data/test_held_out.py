@@ -31,7 +31,7 @@ def write(path: Path, rows: int, start: int = 0, extra: Sequence[str] = ()) -> s
 
 def splits(*words: str) -> tuple[Records | Stream, Records | None]:
     config = read_config(["--model_name_or_path=m", "--output_dir=o", *words])
-    return tuple(load_splits(config))  # type: ignore[return-value]
+    return load_splits(config)[:2]
 
 
 def in_memory(*words: str) -> tuple[Records, Records]:
@@ -149,6 +149,12 @@ def test_a_stream_holds_out_the_same_rows(tmp_path: Path, name: str) -> None:
     assert [same.location(row) for row in range(len(same))] == [
         held.location(row) for row in range(len(held))
     ]
+    test = [
+        load_splits(read_config(["--model_name_or_path=m", "--output_dir=o", *words, *more])).test
+        for more in ([], ["--streaming"])
+    ]
+    assert test[0] is not None and test[1] is not None and texts(test[0]) == texts(test[1])
+    assert test[0].fingerprint == test[1].fingerprint != held.fingerprint
     windows = streamed(stream)
     assert sorted(text for rows in windows for text in texts(rows)) == sorted(texts(train))
     where = {text: str(train.location(row)) for row, text in enumerate(texts(train))}

@@ -116,7 +116,7 @@ def test_words_where_regression_is_asked_for_are_an_error_as_in_training(tmp_pat
 
 def refuse_labels(config: TrainConfig) -> None:
     """What training does with labels before its first step."""
-    train, validation = load_splits(config)
+    train, validation, _ = load_splits(config)
     assert isinstance(train, Records)
     task = create_task(config.task, label_stats_of(train), None)
     for records in (train, validation):
