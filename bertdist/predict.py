@@ -21,27 +21,52 @@ if __name__ == "__main__":
 
     flags = parse_or_exit(read_predict_config)  # before torch is imported, which takes seconds
 
+import contextlib
 import warnings
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import __version__ as transformers_version
 
-from bertdist.core.atomic_io import to_json
+from bertdist import __version__
 from bertdist.core.config import ModelConfig, PredictConfig, RunConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError
 from bertdist.core.hub import model_folder
-from bertdist.core.output_files import write_output
-from bertdist.core.terminal import print_error, print_json, print_to_stderr, printable, process_rank
+from bertdist.core.output_files import (
+    STDOUT,
+    is_special,
+    open_special,
+    output_format,
+    target_of,
+)
+from bertdist.core.partial_file import OutputClosed, PartialFile, Stream, stamp_of
+from bertdist.core.terminal import (
+    Progress,
+    excerpt,
+    print_error,
+    print_to_stderr,
+    printable,
+    process_rank,
+    write_to_stdout,
+)
+from bertdist.data.input_rows import InputRows, Window
 from bertdist.data.loader import DEFAULT_TOKEN_BUDGET, MapLoader
+from bertdist.data.readers.remote import STDIN
 from bertdist.data.records import ColumnNames, Records, records_from_texts
-from bertdist.data.splits import load_texts
 from bertdist.data.tokenization import create_dataset, load_tokenizer, truncation_notes
-from bertdist.distributed.collectives import raise_on_all_ranks
+from bertdist.data.writers import AnswerColumns, create_writer
+from bertdist.distributed.collectives import (
+    all_reduce_min,
+    broadcast_from_rank0,
+    host_group,
+    raise_on_all_ranks,
+)
 from bertdist.distributed.launch import (
     EXIT_STOPPED,
     create_accelerator,
@@ -52,9 +77,13 @@ from bertdist.distributed.launcher import check_world
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import load_model_config, load_trained_classifier, saved_metadata
 from bertdist.models.model_config import missing_tokens
+from bertdist.tasks.labels import MULTI_LABEL
+from bertdist.tasks.tasks import check_answer
 from bertdist.training.evaluation import describe_nonfinite_rows, nonfinite_rows, predict_rows
 from bertdist.training.micro_batches import find_tokens
 from bertdist.training.nonfinite import nonfinite_error
+
+NO_LABEL = "(no label)"
 
 # Rows that are sorted by length together: enough for texts of one length to share a micro-batch,
 # few enough for one device.
@@ -157,7 +186,7 @@ class Predictor:
         logit is not finite.
         """
         with raise_on_all_ranks(self.accelerator):
-            check_pairs(self.metadata, records)
+            check_pairs(self.metadata, records.pairs is not None)
         world_size = self.accelerator.num_processes
         dataset = create_dataset(records, self.tokenizer, None, self.max_length, self._vocab_size)
         batches = MapLoader(
@@ -166,13 +195,14 @@ class Predictor:
             tokens_per_micro_batch=self.tokens_per_micro_batch or DEFAULT_TOKEN_BUDGET,
             rank=self.accelerator.process_index,
             ranks=world_size,
+            window=ROWS_PER_WINDOW,
         )
         with self.accelerator.autocast():
             if self.tokens_per_micro_batch is None and records.lengths().sum() > MEASURED_FROM:
                 with raise_on_all_ranks(self.accelerator), torch.no_grad():
-                    self.tokens_per_micro_batch = find_tokens(
-                        self.model, batches, self.accelerator.device
-                    )
+                    tokens = find_tokens(self.model, batches, self.accelerator.device)
+                group = host_group(self.accelerator)
+                (self.tokens_per_micro_batch,) = all_reduce_min(self.accelerator, [tokens], group)
                 batches = replace(batches, tokens_per_micro_batch=self.tokens_per_micro_batch)
             logits = predict_rows(self.model, batches, self.accelerator, self.stop)
         if logits is None:
@@ -183,102 +213,243 @@ class Predictor:
         return logits
 
 
-def predict(config: PredictConfig) -> list[dict[str, Any]]:
-    """Predict the texts of --text or --input; returns what `Predictor` returns."""
-    run = RunConfig(use_cpu=config.use_cpu, mixed_precision=config.mixed_precision)
+def run(config: PredictConfig) -> int:
+    """Predict the texts of --text or --input, and print or write the answers; returns the exit
+    code.
+    """
+    settings = RunConfig(use_cpu=config.use_cpu, mixed_precision=config.mixed_precision)
     with StopSignal() as stop:
-        accelerator = create_accelerator(run)
+        accelerator = create_accelerator(settings)
         check_world(accelerator.num_processes)
-        with raise_on_all_ranks(accelerator):
-            # Rows first: they cost little, and their errors come before the weights are loaded.
-            records = _load_rows(config)
-            predictor = Predictor(
-                config.model,
-                max_length=config.max_length,
-                tokens_per_micro_batch=config.tokens_per_micro_batch,
-                accelerator=accelerator,
-                stop=stop,
-            )
-        if accelerator.is_main_process:
-            print_to_stderr(*predictor.truncation_notes(records))
-        return predictor.predict_records(records)
+        try:
+            if config.input is None:
+                return _print_answers(config, accelerator, stop)
+            return _PredictFiles(config, accelerator, stop).run()
+        except (OutputClosed, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python would write at its exit
+            return 0
 
 
-def _load_rows(config: PredictConfig) -> Records:
+def _trained(config: PredictConfig) -> tuple[dict[str, Any], list[str]]:
+    """The metadata of the model, and what files may have as labels."""
     model_config = load_model_config(ModelConfig(model_name_or_path=config.model), "--model")
     metadata = saved_metadata(model_config)
-    if config.input is None:
-        records = records_from_texts(config.text or [], config.text_pair)
-    else:
-        labels = list((model_config.id2label or {}).values())
-        records = _load_file(config, metadata, labels)
-    check_pairs(metadata, records)
-    return records
+    labels = map(str, (model_config.id2label or {}).values())
+    return metadata, [*labels, *(metadata.get("label_codes") or ())]
 
 
-def _load_file(config: PredictConfig, metadata: dict[str, Any], labels: list[str]) -> Records:
-    assert config.input is not None
+def trained_columns(metadata: dict[str, Any]) -> ColumnNames:
+    """The columns that the training read."""
     text = metadata.get("text_column")
     text = tuple(text) if isinstance(text, list) else text
-    trained = ColumnNames(text, metadata.get("text_pair_column"), None, [])
-    records = load_texts(config.input, config, trained, labels)
+    return ColumnNames(text, metadata.get("text_pair_column"), None, [])
+
+
+def _load(config: PredictConfig, accelerator: Accelerator, stop: StopSignal) -> Predictor:
+    predictor = Predictor(
+        config.model,
+        max_length=config.max_length,
+        tokens_per_micro_batch=config.tokens_per_micro_batch,
+        accelerator=accelerator,
+        stop=stop,
+    )
+    check_answer(predictor.task, config.answers, config.threshold)
+    return predictor
+
+
+def _print_answers(config: PredictConfig, accelerator: Accelerator, stop: StopSignal) -> int:
+    """The labels of --text with their scores, and the text beside them."""
+    with raise_on_all_ranks(accelerator):
+        # Rows first: they cost little, and their errors come before the weights are loaded.
+        records = records_from_texts(config.text or [], config.text_pair)
+        check_pairs(_trained(config)[0], records.pairs is not None)
+        predictor = _load(config, accelerator, stop)
+    if accelerator.is_main_process:
+        print_to_stderr(*predictor.truncation_notes(records))
+    try:
+        logits = predictor.predict_logits(records)
+    except Stopped:
+        return _report_stop()
+    if accelerator.is_main_process:
+        answers = predictor.task.to_records(logits, config.answers, config.threshold)
+        for row, answer in enumerate(answers):
+            record = records[row]
+            text = record.text if record.pair is None else f"{record.text} | {record.pair}"
+            print(_as_text(answer, excerpt(text)), flush=True)
+    return 0
+
+
+def _as_text(answer: dict[str, Any], text: str) -> str:
+    """One line per label with its score; the first one with the text."""
+    labels = answer.get("labels", [answer])
+    shown = [(printable(x["label"] or NO_LABEL), f"{x['score']:.4f}") for x in labels]
+    (label, score), *others = shown or [(NO_LABEL, "")]
+    return "\n".join([f"{label}\t{score}\t{text}", *map("\t".join, others)])
+
+
+def _report_stop(done: str = "nothing was written; rerun the same command") -> int:
     if process_rank() == 0:
-        print_to_stderr(*(f"{note}." for note in records.format_notes))
-    return records
+        print_error(BertdistError(f"Stopped on request: {done}."))
+    return EXIT_STOPPED
 
 
-def check_pairs(metadata: dict[str, Any], records: Records) -> None:
+class _PredictFiles:
+    """`run` of --input: window by window, so that memory does not grow with the files."""
+
+    def __init__(self, config: PredictConfig, accelerator: Accelerator, stop: StopSignal) -> None:
+        self.config, self.accelerator = config, accelerator
+        found = output_format(config.output, config.output_format)
+        assert found is not None  # read_predict_config has checked it
+        self.format, inputs = found, config.input or []
+        with raise_on_all_ranks(accelerator):
+            # Rows first: they cost little, and their errors come before the weights are loaded.
+            metadata, labels = _trained(config)
+            if STDIN in inputs and accelerator.num_processes > 1:
+                raise ConfigError("--input - is for one process; write the rows to a file first.")
+            self.rows = InputRows(
+                inputs,
+                config,
+                trained_columns(metadata),
+                labels=labels,
+                keep=config.keep_columns or (),
+                window_rows=ROWS_PER_WINDOW * accelerator.num_processes,
+                same_columns=found.kind != "jsonl",
+            )
+            if self.rows.has_pair is not None:
+                check_pairs(metadata, self.rows.has_pair)
+            if not self.rows.is_standard_input:
+                next(self.rows.windows(), None)
+            self.predictor = _load(config, accelerator, stop)
+        task = self.predictor.task
+        is_multi_label = task.problem_type == MULTI_LABEL
+        columns = AnswerColumns(is_multi_label, config.answers, task.labels)
+        self.writer = create_writer(found, columns, self.rows.kept_names, self.rows.is_named)
+        self.row_count, self.state = 0, dict[str, Any]()
+
+    def run(self) -> int:
+        """Returns the exit code."""
+        accelerator, position = self.accelerator, None
+        with contextlib.ExitStack() as stack:
+            file: PartialFile | Stream | None = None
+            with raise_on_all_ranks(accelerator):
+                if accelerator.is_main_process:
+                    file = self._open_output()
+                    stack.enter_context(file)
+                    print_to_stderr(*file.notes)
+                    if file.saved is None:
+                        file.append(self.writer.header())
+            saved: Any = broadcast_from_rank0(accelerator, file and file.saved)
+            if saved:
+                position, self.row_count = saved["position"], saved["rows"]
+                self.predictor.tokens_per_micro_batch = saved["tokens"]
+                if file is not None:
+                    print_to_stderr(f"Continuing after {self.row_count:,} rows.")
+            to_terminal = self.config.output in (None, STDOUT) and sys.stdout.isatty()
+            is_shown = file is not None and not to_terminal
+            progress = stack.enter_context(Progress("Predicted", "rows", is_shown))
+            try:
+                self._predict(self.rows.windows(position), file, progress)
+            except Stopped:
+                if file is not None and self.state:
+                    file.save(self.state)
+                if isinstance(file, PartialFile) and self.row_count:
+                    done = f"{self.row_count:,} rows are done; the same command continues"
+                    return _report_stop(done)
+                return _report_stop()
+            with raise_on_all_ranks(accelerator):
+                if file is not None:
+                    file.finish(self.writer.convert if self.writer.needs_conversion else None)
+        return 0
+
+    def _predict(
+        self, windows: Iterator[Window], file: PartialFile | Stream | None, progress: Progress
+    ) -> None:
+        answered: tuple[Window, Tensor] | None = None
+        while True:
+            with raise_on_all_ranks(self.accelerator):
+                if file is not None and answered is not None:
+                    self._write(file, *answered)
+                    progress.update(self.row_count, self.rows.fraction(answered[0].next))
+                window = next(windows, None)
+            if window is None:
+                return
+            if answered is None and file is not None and not self.row_count:
+                print_to_stderr(*self._truncation_notes(window.records))
+            answered = window, self.predictor.predict_logits(window.records)
+
+    def _write(self, file: PartialFile | Stream, window: Window, logits: Tensor) -> None:
+        """In parts that depend neither on ranks nor on where an earlier process stopped."""
+        for start in range(0, len(logits), ROWS_PER_WINDOW):
+            stop = min(len(logits), start + ROWS_PER_WINDOW)
+            answers = self.predictor.task.to_records(
+                logits[start:stop], self.config.answers, self.config.threshold
+            )
+            file.append(self.writer.rows(window.slice(start, stop), list(answers)))
+        self.row_count += len(logits)
+        tokens = self.predictor.tokens_per_micro_batch
+        self.state = {"position": window.next, "rows": self.row_count, "tokens": tokens}
+        file.save(self.state, now=False)
+
+    def _truncation_notes(self, records: Records) -> list[str]:
+        is_all = len(records) < ROWS_PER_WINDOW
+        name = "texts" if is_all else f"first {len(records):,} texts"
+        return truncation_notes(
+            {name: records}, self.predictor.tokenizer, self.predictor.max_length
+        )
+
+    def _open_output(self) -> PartialFile | Stream:
+        """On rank 0. Raises CheckpointError."""
+        output, is_json = self.config.output, self.format.kind == "jsonl"
+        if output is None or output == STDOUT:
+            to_stdout = partial(write_to_stdout, is_json=is_json)
+            return Stream(to_stdout, "standard output", self.writer.needs_conversion)
+        target = target_of(Path(output))
+        if is_special(target):
+
+            def write(part: bytes) -> None:
+                with open_special(target) as file:
+                    file.write(part)
+
+            return Stream(write, output, self.writer.needs_conversion)
+        return PartialFile(target, self._key())
+
+    def _key(self) -> dict[str, Any]:
+        """What the content of the output depends on."""
+        config, accelerator = self.config, self.accelerator
+        folder = Path(config.model)
+        model = self.predictor.model.model.config
+        settings = asdict(config)
+        for name in ("input", "model", "output", "use_cpu"):
+            del settings[name]
+        return {
+            "input": self.rows.fingerprint,
+            "model": stamp_of(sorted(folder.iterdir()))
+            if folder.is_dir()
+            else [config.model, getattr(model, "_commit_hash", None)],
+            "settings": settings,
+            "device": [accelerator.device.type, str(accelerator.mixed_precision)],
+            "versions": [__version__, torch.__version__, transformers_version],
+        }
+
+
+def check_pairs(metadata: dict[str, Any], has_pairs: bool) -> None:
     """Raise DataError if the model was trained on pairs of texts and these are single ones, or vice
     versa. metadata: of the model; a folder of another program does not say, and takes both.
     """
     if "text_pair_column" not in metadata:
         return
     second = metadata["text_pair_column"]
-    if second is not None and records.pairs is None:
+    if second is not None and not has_pairs:
         raise DataError(
             f"The model was trained on pairs of texts (columns {metadata.get('text_column')!r} and "
             f"{second!r}), and the second texts are missing: give pairs=, --text_pair or "
             "--text_pair_column."
         )
-    if second is None and records.pairs is not None:
+    if second is None and has_pairs:
         raise DataError(
             "The model was trained on single texts, not on pairs: remove pairs=, --text_pair or "
             "--text_pair_column."
         )
-
-
-def to_jsonl(predictions: Iterable[dict[str, Any]]) -> bytes:
-    """One JSON line per row, in row order."""
-    lines = ({"row": row, **prediction} for row, prediction in enumerate(predictions))
-    return b"".join(map(to_json, lines))
-
-
-def run(config: PredictConfig) -> int:
-    """Predict, and print or write the predictions; returns the exit code."""
-    try:
-        predictions = predict(config)
-    except Stopped:
-        if process_rank() == 0:
-            print_error(
-                BertdistError("Stopped on request: nothing was written; rerun the same command.")
-            )
-        return EXIT_STOPPED
-    if process_rank() != 0:
-        return 0
-    if config.output is not None:
-        write_output(config.output, to_jsonl(predictions))
-    elif config.input is not None:
-        print_json(to_jsonl(predictions).decode())
-    else:
-        print("\n".join(map(_as_text, predictions)))
-    return 0
-
-
-def _as_text(prediction: dict[str, Any]) -> str:
-    """One line per label with its score."""
-    labels = prediction.get("labels", [prediction])
-    lines = (f"{printable(x['label'])}\t{x['score']:.4f}" for x in labels)
-    return "\n".join(lines) or "(no label)"
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from bertdist.core.config import (
 from bertdist.core.errors import ConfigError, nearest_name
 from bertdist.core.flags import create_parser, help_request, help_text
 from bertdist.core.hub import model_folder
-from bertdist.core.output_files import check_outputs
+from bertdist.core.output_files import STDOUT, check_outputs, output_format
 from bertdist.core.terminal import (
     escape_unencodable,
     exit_with_error,
@@ -156,7 +156,9 @@ def _check_paths(sections: list[Any], config_file: str | None) -> None:
     given = {name: value for section in sections for name, value in vars(section).items()}
     given["config"] = config_file
     outputs = {
-        f"--{name}": given[name] for name in ("output", "fix") if given.get(name) is not None
+        f"--{name}": given[name]
+        for name in ("output", "fix")
+        if given.get(name) is not None and given[name] != STDOUT
     }
     if fix := given.get("fix"):
         dropped = Path(fix).with_suffix(DROPPED)
@@ -320,15 +322,27 @@ def read_predict_config(arguments: Sequence[str]) -> PredictConfig:
         problems.append("--model is missing: the folder of a trained classifier, such as out/best.")
     if (config.text is None) == (config.input is None):
         problems.append("Give the texts with either --text or --input.")
-    if config.output is not None and config.input is None:
-        problems.append("--output needs --input; predictions for --text are printed.")
+    if config.input is None:
+        for name in _changed(config, "output", "output_format", "keep_columns"):
+            problems.append(f"--{name} needs --input; predictions for --text are printed.")
+    if output_format(config.output, config.output_format) is None:
+        problems.append(
+            f"--output {config.output}: expected the ending .jsonl, .csv, .tsv or .parquet, of "
+            "text also .gz after it, or the format as --output_format."
+        )
+    if config.top_k is not None and config.top_k != "all":
+        if not (config.top_k.isdecimal() and int(config.top_k)):
+            problems.append(f"--top_k is {config.top_k}; expected a number from 1, or all.")
+    elif config.top_k == "all" and config.threshold is not None:
+        problems.append("--threshold cannot take effect where --top_k all gives every label.")
     if config.text_pair is not None and len(config.text_pair) != num_texts:
         problems.append(
             f"--text_pair has {len(config.text_pair)} texts and --text has {num_texts}; "
             "expected as many."
         )
     problems += _out_of_bounds(
-        config, {"tokens_per_micro_batch": (1, None), "max_length": (3, None)}
+        config,
+        {"tokens_per_micro_batch": (1, None), "max_length": (3, None), "threshold": (0, 1)},
     )
     if problems:
         raise ConfigError("\n".join(problems))

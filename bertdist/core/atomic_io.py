@@ -219,8 +219,12 @@ def atomic_write(path: Path, content: bytes | Iterable[bytes]) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> bytes:
-    """UTF-8 JSON and a line end; null for NaN and infinite numbers, which JSON does not have."""
-    return json.dumps(json_safe(value), indent=indent, ensure_ascii=False).encode() + b"\n"
+    """UTF-8 JSON and a line end; null for NaN and infinite numbers, which JSON does not have.
+
+    A lone surrogate, which UTF-8 does not have, is its JSON escape.
+    """
+    text = json.dumps(json_safe(value), indent=indent, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -449,15 +450,36 @@ class PredictConfig(FileConfig):
         "Second texts, one per --text, for models trained on text pairs.",
         brief="Second texts, for models of text pairs",
     )
-    input: str | None = setting(
+    input: list[str] | None = setting(
         None,
-        "Texts: a file as in training, a .txt with one text per line, or a folder of .txt files.",
-        brief="File of texts: csv, tsv, jsonl, parquet, txt",
+        "Texts: files, globs or URLs as in training, a .txt with one text per line, a folder of "
+        ".txt files, or - for standard input.",
+        brief="Texts: files (csv, jsonl, txt, ...), or -",
     )
     output: str | None = setting(
         None,
-        "File to write, one JSON line per row, in row order. Default: printed.",
-        brief="File to write, default: printed",
+        "File to write, one row per text, in their order; .jsonl, .csv, .tsv (also as .gz) or "
+        ".parquet by its ending. Default: -, standard output. After a stop or a kill the same "
+        "command continues.",
+        brief="File to write: jsonl, csv, tsv, parquet",
+    )
+    output_format: Literal["auto", "jsonl", "csv", "tsv", "parquet"] = setting(
+        "auto", "Format of the output, where its ending does not say it. Default: JSON lines."
+    )
+    keep_columns: list[str] | None = setting(
+        None,
+        "Columns of the input to write too: their names, or all.",
+        brief="Input columns to write too, or all",
+    )
+    top_k: str | None = setting(
+        None,
+        "Write the k most probable labels with their probabilities: a number, or all.",
+        brief="Labels per text: a number, or all",
+    )
+    threshold: float | None = setting(
+        None,
+        "Least probability. Multi-label: every label above it is given (default 0.5). One label "
+        "per text: where it is below, the label is null, empty in a table.",
     )
     max_length: int | None = setting(
         None, "Maximum length of a text in tokens. Default: that of the training."
@@ -473,6 +495,19 @@ class PredictConfig(FileConfig):
     use_cpu: bool = setting(
         False, "Use the CPU even if there is a GPU.", brief="Use the CPU even if there is a GPU"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("input", "keep_columns"):  # in Python, one may come without its list
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, [value])
+
+    @property
+    def answers(self) -> int | None:
+        """--top_k as a number; all is larger than any."""
+        return (
+            None if self.top_k is None else sys.maxsize if self.top_k == "all" else int(self.top_k)
+        )
 
 
 def share_of(split: str | None) -> float | None:

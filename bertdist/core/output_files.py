@@ -16,13 +16,18 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from bertdist.core.atomic_io import atomic_write, explain_write_errors, read_json_object
 from bertdist.core.errors import ConfigError
 
 LINKS = 40  # as Linux
+STDOUT = "-"
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv"}
+FORMATS |= {".parquet": "parquet"}
 
+# Files that a user may put beside a model: no file of a model has such a name.
+PREDICTIONS = (".jsonl", ".csv", ".tsv", ".parquet", ".gz")
 LOCK, OWNER = "run.lock", "running.json"
 STATUS, ENVIRONMENT = "status.json", "environment.json"
 # What runs write at the top of their folder, besides checkpoints/ and best/.
@@ -46,19 +51,19 @@ def check_outputs(
     for flag, path in outputs.items():
         if problem := _problem(path):
             raise ConfigError(f"{flag} {path or repr(path)}: {problem}.")
-        target = _target(Path(path))
+        target = target_of(Path(path))
         for given, file in files:
             if _replaces(target, file):
                 part = "a file of " if file.is_dir() else ""
                 raise ConfigError(
                     f"{flag} {path} would replace {part}{given} {file}: name another file."
                 )
-        if not _is_special(target) and (run := run_that_wrote(target)):
+        if not is_special(target) and (run := run_that_wrote(target)):
             raise ConfigError(
                 f"{flag} {path} would replace a file of the run in {run}: name another file."
             )
         other = targets.setdefault(os.path.realpath(target), flag)
-        if other != flag and not _is_special(target):
+        if other != flag and not is_special(target):
             raise ConfigError(f"{flag} {path} is {other} as well: name another file.")
     for given, file in files if folder else ():
         settings = Path(str(folder), "config.yaml")
@@ -71,22 +76,46 @@ def check_outputs(
             )
 
 
+class OutputFormat(NamedTuple):
+    """How predictions are written."""
+
+    kind: str  # jsonl, csv, tsv or parquet
+    is_compressed: bool = False  # gzip
+
+
+def output_format(path: str | None, given: str = "auto") -> OutputFormat | None:
+    """By the ending of --output, or as given; None if neither says it."""
+    if path in (None, STDOUT):
+        return OutputFormat("jsonl" if given == "auto" else given)
+    target = Path(str(path))
+    is_compressed = target.suffix.lower() == ".gz"
+    suffix = Path(target.stem if is_compressed else target.name).suffix.lower()
+    by_name = FORMATS.get(suffix) or ("jsonl" if is_special(target) else None)
+    kind = by_name if given == "auto" else given
+    if kind is None or (kind == "parquet" and is_compressed):
+        return None
+    return OutputFormat(kind, is_compressed)
+
+
 def write_output(path: str | Path, content: bytes) -> None:
     """Write a file that `check_outputs` has accepted. Raises CheckpointError."""
-    target = _target(Path(path))
-    if not _is_special(target):
+    target = target_of(Path(path))
+    if not is_special(target):
         atomic_write(target, content)
         return
-    with explain_write_errors(Path(path)):
-        number = _descriptor(target)
-        if number is not None:  # opened again, a file behind it would be written from its start
-            sys.stdout.flush()
-            sys.stderr.flush()
-            with open(number, "wb", closefd=False) as file:
-                file.write(content)
-            return
-        with open(target, "ab") as file:
-            file.write(content)
+    with explain_write_errors(Path(path)), open_special(target) as file:
+        file.write(content)
+
+
+def open_special(target: Path) -> IO[bytes]:
+    """To append to what `is_special`. Raises OSError."""
+    number = _descriptor(target)
+    if number is None:
+        return open(target, "ab")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # opened again, a file behind it would be written from its start
+    return open(number, "wb", closefd=False)
 
 
 def _paths_of(given: str) -> Iterator[str]:
@@ -101,7 +130,7 @@ def _replaces(target: Path, given: Path) -> bool:
     if not target.is_file():
         return False
     if given.is_dir():  # predictions beside a model are not of the model
-        return target.suffix != ".jsonl" and _is_inside(target, given)
+        return target.suffix not in PREDICTIONS and _is_inside(target, given)
     return os.path.samefile(given, target)
 
 
@@ -109,7 +138,7 @@ def _is_inside(file: Path, folder: Path) -> bool:
     return Path(os.path.realpath(folder)) in Path(os.path.realpath(file)).parents
 
 
-def _target(path: Path) -> Path:
+def target_of(path: Path) -> Path:
     """The file that is written: links followed, except those of /dev and /proc."""
     for _ in range(LINKS):
         if not path.is_symlink() or _is_system(path):
@@ -122,7 +151,8 @@ def _is_system(path: Path) -> bool:
     return path.is_absolute() and path.parts[1:2] in (("dev",), ("proc",))
 
 
-def _is_special(target: Path) -> bool:
+def is_special(target: Path) -> bool:
+    """Whether it is no regular file, and is written in place."""
     return _is_system(target) or (target.exists() and not target.is_file())
 
 
@@ -136,7 +166,7 @@ def _descriptor(target: Path) -> int | None:
 def _problem(path: str) -> str | None:
     """Why a file cannot be written, None if it can."""
     try:
-        target = _target(Path(path))
+        target = target_of(Path(path))
         folder = target.parent
         if target.is_dir() or path.endswith("/"):
             return "it is a folder; name a file"
@@ -149,7 +179,7 @@ def _problem(path: str) -> str | None:
             return "it is a socket; name a file"
         if exists and not os.access(target, os.W_OK):
             return "it is not writable"
-        if not _is_special(target) and not os.access(folder, os.W_OK | os.X_OK):
+        if not is_special(target) and not os.access(folder, os.W_OK | os.X_OK):
             return f"the folder {folder} is not writable"
     except (OSError, ValueError) as error:  # a name that is too long, a NUL in a YAML file
         return str(getattr(error, "strerror", None) or error)
@@ -173,13 +203,13 @@ def is_run_folder(folder: Path) -> bool:
 def run_that_wrote(file: Path) -> Path | None:
     """The folder of the run that writes this file, or has written it; None if none has.
 
-    In best/ and checkpoints/, *.jsonl files are a user's, such as predictions beside a model.
+    In best/ and checkpoints/, PREDICTIONS are a user's.
     """
     file = Path(os.path.realpath(file))
     for folder in file.parents:
         first, *below = file.relative_to(folder).parts
         in_model = first.split(".")[0] in ("best", "checkpoints") and below and file.is_file()
-        written = first in WRITTEN or (in_model and file.suffix != ".jsonl")
+        written = first in WRITTEN or (in_model and file.suffix not in PREDICTIONS)
         if written and is_run_folder(folder):
             return folder
     return None

@@ -17,6 +17,8 @@ from unicodedata import east_asian_width
 
 from rich.box import HORIZONTALS
 from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -27,6 +29,7 @@ Cell: TypeAlias = "str | Sequence[tuple[str, str]]"  # text, or (text, rich styl
 EXCERPT_COLUMNS = 100
 # For rank 0 to come as far as the others and print; then torchrun ends them anyway.
 PRINT_SECONDS = 15.0
+SECONDS_PER_LINE = 60  # of a Progress that is not on a terminal
 _NOT_ASCII = re.compile("[^\x20-\x7e]")
 
 # Control characters, marks of bidirectional text, ends of lines and paragraphs; lone surrogates,
@@ -134,6 +137,69 @@ def print_json(lines: str) -> None:
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     escaped = _UNPRINTABLE if encoding.lower().startswith("utf") else _NOT_ASCII
     print(escaped.sub(_json_escape, lines), end="")
+
+
+def write_to_stdout(part: bytes, is_json: bool) -> None:
+    """JSON lines as `print_json`; else the bytes, without control characters on a terminal.
+
+    Raises BrokenPipeError where what reads it has ended.
+    """
+    buffer = getattr(sys.stdout, "buffer", None)
+    if is_json or buffer is None or sys.stdout.isatty():
+        text = part.decode("utf-8", "replace")
+        if is_json:
+            print_json(text)
+        else:
+            print(_UNPRINTABLE.sub(_shown, text), end="")
+    else:
+        buffer.write(part)
+    sys.stdout.flush()
+
+
+def _shown(match: re.Match[str]) -> str:
+    return match[0] if match[0] in "\n\t" else repr(match[0])[1:-1]
+
+
+class Progress:
+    """How far a long task is: a bar where standard error is a terminal, else a line per minute."""
+
+    def __init__(self, action: str, unit: str, is_shown: bool = True) -> None:
+        """action: "Predicted". unit: "rows"."""
+        self._action, self._unit, self._is_shown = action, unit, is_shown
+        self._said_at = self._started = time.monotonic()
+        self._bar: Bar | None = None
+        self._first: int | None = None
+        if is_shown and sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+            self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(action, total=None)
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, count: int, fraction: float | None) -> None:
+        """count: units that are done, also by earlier processes; fraction: of the whole."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._started = count, now
+        seconds = max(1e-9, now - self._started)
+        rate = (count - self._first) / seconds
+        share = "" if fraction is None else f" ({fraction:.0%})"
+        speed = f", {rate:,.0f} {self._unit} per second" if rate else ""
+        line = f"{self._action} {count:,} {self._unit}{share}{speed}"
+        if self._bar is not None:
+            done = None if fraction is None else int(1000 * fraction)
+            total = None if fraction is None else 1000
+            self._bar.update(self._task, description=line, completed=done or 0, total=total)
+        elif self._is_shown and now - self._said_at >= SECONDS_PER_LINE:
+            self._said_at = now
+            print_to_stderr(f"{line}.")
 
 
 def _json_escape(match: re.Match[str]) -> str:

@@ -66,6 +66,7 @@ class MapLoader:
     workers: int = 0  # processes that tokenize ahead; 0: this process does
     pin: bool = False  # page-locked memory, for asynchronous copies to a GPU
     weights: tuple[float, ...] = ()  # of each --train_file; none: every row once per epoch
+    window: int = 0  # of prediction, see RankShard
 
     @property
     def steps_per_epoch(self) -> int:
@@ -107,7 +108,12 @@ class _Messages(Dataset[Message]):
         if loader.workers:
             self.steps_per_message = steps_per_message(lengths, loader.rows_per_step, loader.ranks)
         self.shard = RankShard(
-            loader.dataset, loader.tokens_per_micro_batch, loader.rank, loader.ranks, lengths
+            loader.dataset,
+            loader.tokens_per_micro_batch,
+            loader.rank,
+            loader.ranks,
+            lengths,
+            loader.window,
         )
         self.epoch, self.order = -1, np.zeros(0, np.int64)
 

@@ -17,7 +17,7 @@ import math
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ from bertdist.core.types import Array
 from bertdist.data.batch import PackedBatch, Step, collate, split_by_tokens
 from bertdist.data.tokenization import TokenizedDataset
 from bertdist.distributed.preemption import ignore_stop_signals
+
+# Of a block of prediction: enough to keep any device busy, few enough to deal them to many ranks.
+BLOCK_TOKENS = 8_192
+BYTES_PER_TOKEN = 4  # of English; only the size of a block depends on it
 
 BYTES_PER_MESSAGE = 1 << 16  # of text, from a loader worker: 1,000 sentences of SST-2
 
@@ -111,22 +115,39 @@ def balance_by_length(rows: Array, lengths: Array, ranks: int) -> list[Array]:
     return [np.array(of_rank, dtype=np.int64) for of_rank in by_rank]
 
 
+def length_blocks(rows: Array, lengths: Array, max_length: int) -> list[Array]:
+    """The rows cut into blocks of about BLOCK_TOKENS tokens, longest first; rows, lengths: (N,).
+
+    A matrix product rounds a row differently in micro-batches of different sizes. Blocks are a
+    function of the rows, and a rank computes whole blocks: so the same bits on any number of ranks.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    tokens = np.minimum(lengths[order] // BYTES_PER_TOKEN + 2, max_length)
+    block = tokens.cumsum() // BLOCK_TOKENS
+    return np.split(rows[order], np.flatnonzero(np.diff(block)) + 1)
+
+
 @dataclass(frozen=True)
 class RankShard:
-    """Tokenizes and packs one rank's part of each step of a dataset."""
+    """Tokenizes and packs one rank's part of each step of a dataset.
+
+    window: of prediction; ranks are dealt the `length_blocks` of each `window` rows. 0: rows.
+    """
 
     dataset: TokenizedDataset
     tokens_per_micro_batch: int
     rank: int
     ranks: int
     lengths: Array  # (rows,) bytes of text
+    window: int = 0
 
     def step(self, rows: Array, number: int) -> Step | BertdistError:
         """This rank's part of step `number`, which has these rows.
 
         An error is returned, as DataLoader wraps those raised in a worker in its traceback.
         """
-        own = balance_by_length(rows, self.lengths[rows], self.ranks)[self.rank].tolist()
+        blocks = self._own_blocks(rows)
+        own = [row for block in blocks for row in block]
         shortest = int(rows[self.lengths[rows].argmin()])
         try:
             if not own:  # an idle rank still takes part in the all-reduce of gradients
@@ -137,9 +158,26 @@ class RankShard:
             return error
         except Exception as error:
             return self._encoding_error(own or [shortest], error)
-        parts = split_by_tokens([len(e.ids) for e in examples], self.tokens_per_micro_batch)
-        micro_batches = [collate([examples[i] for i in part]) for part in parts]
+        micro_batches, remaining = [], iter(examples)
+        for block in blocks:
+            some = list(islice(remaining, len(block)))
+            parts = split_by_tokens([len(e.ids) for e in some], self.tokens_per_micro_batch)
+            micro_batches += [collate([some[i] for i in part]) for part in parts]
         return Step(number=number, micro_batches=micro_batches, rows=len(rows))
+
+    def _own_blocks(self, rows: Array) -> list[list[int]]:
+        """This rank's rows of a step, in groups that are packed into micro-batches separately."""
+        if not self.window:
+            own = balance_by_length(rows, self.lengths[rows], self.ranks)[self.rank]
+            return [own.tolist()]
+        blocks = [
+            block
+            for some in np.split(rows, range(self.window, len(rows), self.window))
+            for block in length_blocks(some, self.lengths[some], self.dataset.max_length)
+        ]
+        loads = np.array([self.lengths[block].sum() for block in blocks])
+        own = balance_by_length(np.arange(len(blocks)), loads, self.ranks)[self.rank]
+        return [blocks[index].tolist() for index in own]
 
     def _encoding_error(self, rows: list[int], error: Exception) -> DataError:
         """Names the row that cannot be encoded, for an unexpected error."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from bertdist.core.config import DataConfig, FileConfig, TaskConfig, TrainConfig
-from bertdist.core.errors import DataError, did_you_mean
+from bertdist.core.errors import DataError, NoRowsError, did_you_mean
 from bertdist.data.bad_rows import OnBadRow, suggest_skipping
 from bertdist.data.columns import LabelRules, LabelValue
 from bertdist.data.held_out import (
@@ -217,11 +217,7 @@ def _read_file(
     rules: LabelRules = LabelRules(),  # noqa: B008  immutable
     known_labels: Sequence[str] = (),
 ) -> Records:
-    try:
-        columns = choose_columns(reader.name, reader.column_names(), requested, reader.has_header)
-    except DataError as error:
-        how = f" {reader.note}." if reader.note and reader.kind != "json" else ""
-        raise DataError(f"{error}{how}") from None
+    columns = columns_of(reader, requested)
 
     def read(num_rows: int | None) -> Records:
         return records_from_chunk(
@@ -242,6 +238,17 @@ def _read_file(
     choice = describe_choice(reader.column_names(), requested, columns)
     notes = tuple(filter(None, [reader.note, choice]))
     return replace(_not_empty(records), file=reader.file, format_notes=notes)
+
+
+def columns_of(reader: "FileReader | FolderReader", requested: ColumnNames) -> ColumnNames:
+    """The columns to read of a file. Raises DataError; NoRowsError where it is empty."""
+    try:
+        return choose_columns(reader.name, reader.column_names(), requested, reader.has_header)
+    except NoRowsError:
+        raise
+    except DataError as error:
+        how = f" {reader.note}." if reader.note and reader.kind != "json" else ""
+        raise DataError(f"{error}{how}") from None
 
 
 def _read_valid(
@@ -416,21 +423,36 @@ def load_texts(
     trained: the columns of the training, for those that no flag names; labels: its labels. A .txt
     file has one text per line, blank lines included.
     """
+    files = [
+        _read_file(reader, requested, known_labels=labels)
+        for reader, requested in open_text_files(path, flags, trained)
+    ]
+    return concat_records(files, _short_name([path]))
+
+
+def open_text_files(
+    path: str, flags: FileConfig, trained: ColumnNames
+) -> "Iterator[tuple[FileReader | FolderReader, ColumnNames]]":
+    """The readers of `load_texts`, and the columns requested of each. Raises DataError."""
+    texts = trained._replace(text=_as_name(flags.text_column) or trained.text).texts
+    for reader in open_files(path, flags, trained=texts):
+        yield reader, _requested_texts(reader, flags, trained)
+
+
+def _requested_texts(
+    reader: "FileReader | FolderReader", flags: FileConfig, trained: ColumnNames
+) -> ColumnNames:
     text, pair = _as_name(flags.text_column), flags.text_pair_column
     requested = ColumnNames(text or trained.text, pair or trained.pair, None, [])
-    files = []
-    for reader in open_files(path, flags, trained=requested.texts):
-        of_file = requested
-        if reader.kind in ("txt", "folder"):
-            how = f"{reader.name} is read as one text per {'line' if reader.file else 'file'}"
-            table = "for a table pass its path, and --delimiter or --column_names"
-            if requested.pair is not None:
-                raise DataError(f"{how}, no pairs; {table}.")
-            if text not in (None, "text"):
-                raise DataError(f"{how}, so --text_column cannot take effect; remove it; {table}.")
-            of_file = requested._replace(text="text")
-        files.append(_read_file(reader, of_file, known_labels=labels))
-    return concat_records(files, _short_name([path]))
+    if reader.kind not in ("txt", "folder"):
+        return requested
+    how = f"{reader.name} is read as one text per {'line' if reader.file else 'file'}"
+    table = "for a table pass its path, and --delimiter or --column_names"
+    if requested.pair is not None:
+        raise DataError(f"{how}, no pairs; {table}.")
+    if text not in (None, "text"):
+        raise DataError(f"{how}, so --text_column cannot take effect; remove it; {table}.")
+    return requested._replace(text="text")
 
 
 def _as_name(names: list[str] | None) -> str | tuple[str, ...] | None:

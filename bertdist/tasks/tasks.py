@@ -80,9 +80,16 @@ class Task(Protocol):
         Predictions are label ids (N,), 0/1 rows (N, O), or numbers (N,); probabilities (N, O).
         """
 
-    def to_records(self, logits: Tensor) -> Iterator[dict[str, Any]]:
+    def to_records(
+        self, logits: Tensor, top_k: int | None = None, threshold: float | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Logits (N, O) -> N dicts with the keys of `pipeline("text-classification")`, one by one:
         a record may have many labels.
+
+        Single-label: {"label", "score"}, the label None where the score is below the threshold.
+        Multi-label: {"labels": [{"label", "score"}, ...]}, all above the threshold (one half), the
+        most probable first. top_k: {"labels": [...]} of both, the k most probable labels, without
+        those that a given threshold excludes.
         """
 
 
@@ -126,10 +133,17 @@ class SingleLabel:
     def predict(self, logits: Tensor) -> tuple[Array, Array]:
         return logits.argmax(-1).numpy(), logits.float().softmax(-1).numpy()
 
-    def to_records(self, logits: Tensor) -> Iterator[dict[str, Any]]:
-        scores, ids = (x.tolist() for x in logits.float().softmax(-1).max(-1))
+    def to_records(
+        self, logits: Tensor, top_k: int | None = None, threshold: float | None = None
+    ) -> Iterator[dict[str, Any]]:
+        probabilities, least = logits.float().softmax(-1), threshold or 0.0
+        if top_k is not None:
+            for best in _most_probable(probabilities, self.labels, top_k):
+                yield {"labels": [entry for entry in best if entry["score"] >= least]}
+            return
+        scores, ids = (x.tolist() for x in probabilities.max(-1))
         for i, score in zip(ids, scores, strict=True):
-            yield {"label": self.labels[i], "score": score}
+            yield {"label": self.labels[i] if score >= least else None, "score": score}
 
 
 @dataclass(frozen=True)
@@ -193,10 +207,17 @@ class MultiLabel:
         probabilities = logits.float().sigmoid()
         return (probabilities > 0.5).long().numpy(), probabilities.numpy()
 
-    def to_records(self, logits: Tensor) -> Iterator[dict[str, Any]]:
-        """Every label above one half, the most probable first."""
-        for row in logits.float().sigmoid().numpy():
-            ids = np.flatnonzero(row > 0.5)
+    def to_records(
+        self, logits: Tensor, top_k: int | None = None, threshold: float | None = None
+    ) -> Iterator[dict[str, Any]]:
+        probabilities = logits.float().sigmoid()
+        if top_k is not None:
+            least = -1.0 if threshold is None else threshold
+            for best in _most_probable(probabilities, self.labels, top_k):
+                yield {"labels": [entry for entry in best if entry["score"] > least]}
+            return
+        for row in probabilities.numpy():
+            ids = np.flatnonzero(row > (0.5 if threshold is None else threshold))
             scores = zip(row[ids].tolist(), (self.labels[i] for i in ids), strict=True)
             above = sorted(scores, reverse=True)
             yield {"labels": [{"label": label, "score": score} for score, label in above]}
@@ -235,9 +256,38 @@ class Regression:
     def predict(self, logits: Tensor) -> tuple[Array, Array]:
         return logits.float()[:, 0].numpy(), logits.float().numpy()
 
-    def to_records(self, logits: Tensor) -> Iterator[dict[str, Any]]:
+    def to_records(
+        self, logits: Tensor, top_k: int | None = None, threshold: float | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Neither top_k nor threshold mean anything here, see `check_answer`."""
         for number in logits.float()[:, 0].tolist():
             yield {"label": self.labels[0], "score": number}
+
+
+def _most_probable(
+    probabilities: Tensor, labels: Sequence[str], top_k: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Of each row the k most probable labels, of equal ones the first."""
+    scores, ids = (x[:, :top_k].tolist() for x in probabilities.sort(descending=True, stable=True))
+    for row_ids, row_scores in zip(ids, scores, strict=True):
+        yield [
+            {"label": labels[i], "score": score}
+            for i, score in zip(row_ids, row_scores, strict=True)
+        ]
+
+
+def check_answer(task: Task, top_k: int | None, threshold: float | None) -> None:
+    """Raise ConfigError for a top_k or threshold that is no number of labels or probability, or
+    cannot take effect.
+    """
+    if top_k is not None and not (type(top_k) is int and top_k >= 1):
+        raise ConfigError(f"top_k is {top_k!r}; expected a number of labels, 1 or more, or 'all'.")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ConfigError(f"threshold is {threshold}; expected a probability from 0 to 1.")
+    if task.problem_type == REGRESSION and (top_k, threshold) != (None, None):
+        raise ConfigError("top_k and threshold are for labels; this model predicts a number.")
+    if threshold is not None and top_k is not None and top_k >= len(task.labels):
+        raise ConfigError("A threshold cannot take effect where every label is given (top_k all).")
 
 
 TASK_CLASSES: dict[str, type[SingleLabel] | type[MultiLabel] | type[Regression]] = {

@@ -33,7 +33,7 @@ import pyarrow as pa
 import xxhash
 
 from bertdist.core.config import FileConfig
-from bertdist.core.errors import DataError, RowLocation
+from bertdist.core.errors import DataError, NoRowsError, RowLocation
 from bertdist.core.terminal import print_to_stderr
 from bertdist.data.bad_rows import OnBadRow
 from bertdist.data.readers.csv_reader import (
@@ -46,6 +46,8 @@ from bertdist.data.readers.csv_reader import (
     read_header,
 )
 from bertdist.data.readers.remote import (
+    STDIN,
+    STDIN_NAME,
     OpenBytes,
     OpenSeekable,
     Warn,
@@ -310,7 +312,7 @@ class FileReader:
                 items = self._take_items()
                 names = document_keys(self.file, items, self.skip)
                 if not names:
-                    raise DataError(f"{self.name} has no rows.")
+                    raise NoRowsError(f"{self.name} has no rows.")
                 self._header, self._items = _Header(names, "", {"row": 0}), items
                 return self._header
             with closing(self.file.open_bytes(0)) as stream:
@@ -347,7 +349,7 @@ class FileReader:
                 raise DataError(f"{self.name} line 1: no row ends within {self.row_bytes:,} bytes.")
             size *= 2
         if not names:
-            raise DataError(f"{self.name} has no rows.")
+            raise NoRowsError(f"{self.name} has no rows.")
         at = mark
         if num_lines:
             at = mark + int(ends[num_lines - 1]) if num_lines <= len(ends) else len(raw)
@@ -436,12 +438,13 @@ def inspect_file(
     that a header may have. Raises DataError where
     there is no such file, its kind is unknown, or a flag cannot take effect.
     """
-    is_local = protocol_of(path) is None
+    is_stdin = path == STDIN
+    is_local = protocol_of(path) is None and not is_stdin
     if is_local:
         check_local_file(path)
-    name = file_name(path)
+    name = STDIN_NAME if is_stdin else file_name(path)
     extension = Path(Path(name).stem if compression_of(path) else name).suffix.lower()
-    by_name = extension.removeprefix(".")
+    by_name = "txt" if is_stdin else extension.removeprefix(".")
     by_name = ALIASES.get(by_name, by_name)
     seekable = partial(pa.OSFile, path) if is_local else partial(open_seekable, path, warn)
     codec = note = None

@@ -31,6 +31,8 @@ from bertdist.data.readers.text_lines import (
 from bertdist.data.source import Chunk, Column, chunk_of_columns, locate_rows, select_locations
 
 FIRST_OBJECTS = 100  # that are read to find the columns
+# Of a chunk: a column of the whole objects, with the keys that only some rows have.
+WHOLE_OBJECT = "\0object"
 _BLANK = re.compile(r"[ \t\r\n]*")
 _TWICE: Any = object()  # the value of a key that an object has twice
 
@@ -83,7 +85,7 @@ def parse_json(
     for line, value in islice(objects, num_rows):
         numbers.append(line)
         for name, column in columns.items():
-            column.append(_field(value, name))
+            column.append(value if name == WHOLE_OBJECT else field_of(value, name))
 
     def find_rows() -> Rows:
         rows, valid_lines = rows_of_lines(lines.data, blank=True), np.array(numbers, np.int64)
@@ -102,7 +104,7 @@ def parse_document(
     for number, value in _document(fmt, items, bad_rows, wanted, first):
         numbers.append(number)
         for name, column in columns.items():
-            column.append(_field(value, name))
+            column.append(value if name == WHOLE_OBJECT else field_of(value, name))
     chunk = chunk_of_columns(fmt.name, columns, len(numbers), {"row": first})
     location = select_locations(locate_rows(fmt.name), np.array(numbers, np.int64))
     return chunk._replace(location=location, bad_rows=tuple(bad_rows or ()))
@@ -262,14 +264,14 @@ def _skip(row: BadRow, bad_rows: list[BadRow] | None) -> None:
     bad_rows.append(row)
 
 
-def _field(value: dict[str, Any], name: str) -> Any:
+def field_of(value: dict[str, Any], name: str) -> Any:
     """value["review"]["text"] for `review.text`. Raises KeyError where it is missing."""
     if name in value or "." not in name:
         return value[name]
     first, _, rest = name.partition(".")
     if type(value[first]) is not dict:
         raise KeyError(name)
-    return _field(value[first], rest)
+    return field_of(value[first], rest)
 
 
 def _problem(value: Any, names: Sequence[str]) -> str:
@@ -278,8 +280,10 @@ def _problem(value: Any, names: Sequence[str]) -> str:
         advice = "; --column_names names the items of lists" if type(value) is list else ""
         return f"expected a JSON object with keys, found {shorten(_written(value), 40)}{advice}"
     for name in names:
+        if name == WHOLE_OBJECT:
+            continue
         try:
-            if _field(value, name) is _TWICE:
+            if field_of(value, name) is _TWICE:
                 return f"the key {name!r} occurs twice"
         except KeyError:
             return f"the key {name!r} is missing.{did_you_mean(name, value)}"

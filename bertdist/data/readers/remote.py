@@ -77,6 +77,8 @@ _VERSION_KEYS = (
     "updated mtime".split()
 )
 
+STDIN, STDIN_NAME = "-", "standard input"  # as a path, and in messages
+
 Warn = Callable[[str], None]
 OpenBytes = Callable[[int], BinaryIO]  # from this byte of the decompressed file on
 OpenSeekable = Callable[[], Any]  # for parquet
@@ -163,6 +165,8 @@ def list_files(pattern: str) -> list[str]:
 
 
 def _list_local(pattern: str) -> list[str]:
+    if pattern == STDIN:
+        return [pattern]
     if os.path.exists(pattern) or not glob.has_magic(pattern):  # a name may contain brackets
         check_local_file(pattern)
         return [pattern]
@@ -231,6 +235,8 @@ def decompressed(path: str, stored: BinaryIO, codec: str | None) -> BinaryIO:
 
 def open_seekable(path: str, warn: Warn | None = None) -> BinaryIO:
     """The bytes as stored. Raises DataError, now or while it is read."""
+    if path == STDIN:
+        return io.BytesIO(_open(path, EDGE_BYTES, None).read())
     return _open(path, SEEK_BUFFER_BYTES, warn)
 
 
@@ -260,6 +266,8 @@ def file_fingerprint(path: str) -> str:
 
 
 def _open(path: str, buffer_bytes: int, warn: Warn | None) -> BinaryIO:
+    if path == STDIN:
+        return io.BufferedReader(_StandardInput(), EDGE_BYTES)
     if protocol_of(path) is not None:
         return io.BufferedReader(_RemoteFile(path, warn), buffer_bytes)
     try:
@@ -455,6 +463,48 @@ def _permanent_error(url: str, error: BaseException) -> DataError:
 
 
 # Streams
+
+
+class _StandardInput(io.RawIOBase):
+    """Standard input from its start: what was read is kept for the next one that is opened."""
+
+    _start = bytearray()
+    _is_kept = True
+
+    def __init__(self) -> None:
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        assert whence == io.SEEK_SET and offset <= len(self._start), (whence, offset)
+        self._at = offset
+        return offset
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        kind, size = type(self), len(buffer)
+        part = bytes(kind._start[self._at : self._at + size])
+        if not part:
+            part = os.read(0, size)
+            if kind._is_kept:
+                kind._start += part
+            else:
+                kind._start.clear()
+        buffer[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+
+def forget_standard_input() -> None:
+    """What is read of it from here on is not kept: the next stream of it is the last one."""
+    _StandardInput._is_kept = False
 
 
 class _RemoteFile(io.RawIOBase):

@@ -228,6 +228,6 @@ def test_the_control_replacing_a_link_would_be_seen(
 ) -> None:
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to("real")
-    monkeypatch.setattr(output_files, "_target", lambda path: path)
+    monkeypatch.setattr(output_files, "target_of", lambda path: path)
     write_output(tmp_path / "link", json.dumps("new").encode())
     assert (tmp_path / "real").read_text() == "old" and not (tmp_path / "link").is_symlink()
