@@ -299,7 +299,8 @@ def create_evaluator(
 ) -> Evaluator:
     """Raises ConfigError on all ranks for metrics that are unknown or do not fit the task."""
     with raise_on_all_ranks(accelerator):
-        best_model = BestModel(config, inputs.tokenizer, inputs.rows, accelerator, log.say)
+        rows, say, codes = inputs.rows, log.say, task.codes
+        best_model = BestModel(config, inputs.tokenizer, rows, accelerator, say, codes)
         return Evaluator(eval_loader, task, config, accelerator, best_model, log)
 
 

@@ -221,8 +221,8 @@ class TaskConfig:
     ] = setting("auto", "Kind of task; auto infers it from the labels and prints it.")
     label_names: list[str] | None = setting(
         None,
-        "Label names in output order. Default: sorted (integers by value, other labels by code "
-        "point).",
+        "Label names in output order; 0=negative 1=positive names the codes of the files. Default: "
+        "sorted (integers by value, other labels by code point).",
     )
     class_weights: list[str] | None = setting(
         None,

@@ -29,6 +29,7 @@ from bertdist.tasks.labels import (
     is_multi_hot,
     is_number,
     odd_labels,
+    read_label_names,
 )
 from bertdist.tasks.tasks import Task, infer_task
 
@@ -141,8 +142,12 @@ def collect_stats(
         with raise_on_all_ranks(accelerator):
             rules = rows.rules._replace(numbers_only=True)
             labels = label_stats_of(replace(rows, rules=rules).head())
-    names = config.task.label_names or labels.class_names
-    values = labels.values
+    names, values = labels.class_names, labels.values
+    if (given := config.task.label_names) is not None:
+        distinct = [x for value in values for x in (value if isinstance(value, tuple) else [value])]
+        names = tuple(given)
+        if not is_multi_hot(values):
+            names = tuple(read_label_names(given, distinct).in_files)
     if names and not is_multi_hot(values, len(names)):
         values = [(name,) if labels.kind == "set" else name for name in names]
     labels = labels._replace(values=values, counts=[len(head)] * len(values))

@@ -553,11 +553,13 @@ def load_trained_classifier(folder: str) -> tuple[Classifier, Task, dict[str, An
     """A trained classifier, its task, and the metadata of `save_classifier`; raises ModelError."""
     config = ModelConfig(model_name_or_path=folder, max_length=0)
     model_config = load_model_config(config, "--model")
-    task = task_of_model(model_config.problem_type, _label_names(model_config))
+    metadata = saved_metadata(model_config)
+    codes = metadata.get("label_codes") or ()
+    task = task_of_model(model_config.problem_type, _label_names(model_config), codes)
     model, notes = load_classifier(config, task, model_config, "--model")
     if notes and notes[0].startswith(_NEW_WEIGHTS):
         raise ModelError(f"--model {folder} is not a trained classifier. {notes[0]}")
-    return model, task, saved_metadata(model_config)
+    return model, task, metadata
 
 
 def saved_metadata(model_config: PretrainedConfig) -> dict[str, Any]:

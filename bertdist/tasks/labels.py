@@ -77,11 +77,14 @@ def label_names(labels: Iterable[str]) -> dict[str, str]:
 
 
 class LabelIndex:
-    """The position of each label among some names: by its spelling, else by its canonical one."""
+    """The position of each label among some names: by its spelling, else by its canonical one.
 
-    def __init__(self, names: Sequence[str]) -> None:
+    codes: what a file may have instead of each name.
+    """
+
+    def __init__(self, names: Sequence[str], codes: Sequence[str] = ()) -> None:
         self.names = names
-        self._exact = {name: i for i, name in reversed(list(enumerate(names)))}
+        self._exact = {x: i for some in (names, codes) for i, x in reversed([*enumerate(some)])}
         self._canonical = {canonical(name): i for name, i in self._exact.items()}
 
     def find(self, label: str) -> int | None:
@@ -89,6 +92,70 @@ class LabelIndex:
         if (exact := self._exact.get(label)) is not None:
             return exact
         return self._canonical.get(canonical(label))
+
+
+class LabelNames(NamedTuple):
+    """--label_names: the names of the outputs, and the codes that files have for them, or none."""
+
+    names: list[str]
+    codes: list[str]
+
+    @property
+    def in_files(self) -> list[str]:
+        """The labels of files."""
+        return self.codes or self.names
+
+
+def read_label_names(given: Sequence[str], labels: Iterable[str]) -> LabelNames:
+    """`0=negative 1=positive` are names for the codes 0 and 1; otherwise each item is a name.
+
+    labels: of the training split, by which names that contain "=" are told from codes: where one
+    of them is a label, or all labels are among the names, there are no codes. Raises ConfigError.
+    """
+    distinct = list(dict.fromkeys(labels))
+    signed = [item for item in given if "=" in item]
+    index, plain = LabelIndex(distinct), LabelIndex(given)
+    is_covered = bool(distinct) and all(plain.find(label) is not None for label in distinct)
+    if not signed or is_covered or not {*signed}.isdisjoint(distinct):
+        return LabelNames(list(given), [])
+    if others := [item for item in given if "=" not in item]:
+        raise ConfigError(
+            f"--label_names has names for codes ({signed[0]}) and names alone ({others[0]}): give "
+            "a code for all of them, or for none."
+        )
+    pairs = []
+    for item in given:
+        cuts = [at for at, character in enumerate(item) if character == "="]
+        known = [at for at in cuts if index.find(item[:at].strip()) is not None]
+        if len(known) > 1:
+            shown = " and ".join(repr(item[:at]) for at in known[:2])
+            raise ConfigError(f"--label_names {item}: both {shown} are labels of the files.")
+        at = (known or cuts)[0]
+        pairs.append((item[:at].strip(), item[at + 1 :].strip()))
+    codes, names = [code for code, _ in pairs], [name for _, name in pairs]
+    _check_codes(codes, names)
+    code_index = LabelIndex(codes)
+    if missing := sorted(label for label in distinct if code_index.find(label) is None):
+        unknown = [repr(code) for code in codes if index.find(code) is None]
+        hint = f" No row has the label {listed(unknown, 3)}." if unknown else ""
+        raise ConfigError(
+            f"--label_names has no name for {missing[0]!r}, which the training split has.{hint}"
+        )
+    return LabelNames(names, codes)
+
+
+def _check_codes(codes: Sequence[str], names: Sequence[str]) -> None:
+    for what, items in (("code", codes), ("name", names)):
+        if "" in items:
+            raise ConfigError(f"--label_names has an empty {what}; expected CODE=NAME.")
+        if repeated := [item for item, count in Counter(items).items() if count > 1]:
+            raise ConfigError(f"--label_names has the {what} {repeated[0]!r} twice.")
+    for code, name in zip(codes, names, strict=True):
+        if name != code and name in codes:
+            raise ConfigError(
+                f"--label_names {code}={name}: {name!r} is the code of another label, and a file "
+                "may have codes or names; choose another name."
+            )
 
 
 def match_labels(names: Collection[str], others: Sequence[str]) -> tuple[str, ...] | None:

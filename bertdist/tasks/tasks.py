@@ -26,6 +26,7 @@ from bertdist.tasks.labels import (
     REGRESSION,
     SINGLE_LABEL,
     LabelIndex,
+    LabelNames,
     describe_near_miss,
     infer_problem_type,
     is_integer,
@@ -34,6 +35,7 @@ from bertdist.tasks.labels import (
     label_names,
     match_labels,
     quoted,
+    read_label_names,
 )
 
 
@@ -47,6 +49,10 @@ class Task(Protocol):
     @property
     def labels(self) -> tuple[str, ...]:
         """Names of the outputs, in their order."""
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """What files may have instead of each label; () where they have the labels only."""
 
     @property
     def reason(self) -> str:
@@ -102,16 +108,17 @@ class SingleLabel:
     smoothing: float = 0.0
     problem_type: str = SINGLE_LABEL
     reason: str = field(default="", compare=False)
+    codes: tuple[str, ...] = ()
 
     @cached_property
     def _index(self) -> LabelIndex:
-        return LabelIndex(self.labels)
+        return LabelIndex(self.labels, self.codes)
 
     def encode_label(self, label: Any) -> int:
         if isinstance(label, tuple) and len(label) == 1:
             (label,) = label
         if (found := self._index.find(str(label))) is None:
-            raise _unknown_label(str(label), self.labels, "one")
+            raise _unknown_label(str(label), (*self.labels, *self.codes), "one")
         return found
 
     def decode_target(self, target: Any) -> str:
@@ -159,10 +166,11 @@ class MultiLabel:
     reason: str = field(default="", compare=False)
     # Whether lists of O zeros and ones are targets; else all lists hold names.
     multi_hot: bool = field(default=False, compare=False)
+    codes: tuple[str, ...] = ()
 
     @cached_property
     def _index(self) -> LabelIndex:
-        return LabelIndex(self.labels)
+        return LabelIndex(self.labels, self.codes)
 
     def encode_label(self, label: Any) -> list[float]:
         if not isinstance(label, tuple):
@@ -179,7 +187,7 @@ class MultiLabel:
         targets = [0.0] * len(self.labels)
         for name in map(str, label):
             if (found := self._index.find(name)) is None:
-                raise _unknown_label(name, self.labels, "some")
+                raise _unknown_label(name, (*self.labels, *self.codes), "some")
             targets[found] = 1.0
         return targets
 
@@ -230,6 +238,7 @@ class Regression:
     labels: tuple[str, ...]  # the name of the number
     problem_type: str = REGRESSION
     reason: str = field(default="", compare=False)
+    codes: tuple[str, ...] = ()
 
     def encode_label(self, label: Any) -> float:
         if not is_number(str(label)):
@@ -314,7 +323,11 @@ def infer_task(
     (model_labels), else sorted: whole numbers by value, other labels by code point.
     """
     rows_of = dict(zip(values, counts.tolist(), strict=True))
-    given = class_names if config.label_names is None else config.label_names
+    distinct = [name for value in values for name in _as_tuple(value)]
+    named: LabelNames | None = None
+    if config.label_names is not None and not is_multi_hot(values):
+        named = read_label_names(config.label_names, distinct)
+    given = class_names if named is None else named.in_files
     names = given or _if_same(model_labels, values)
     problem_type, reason = infer_problem_type(config.problem_type, rows_of, names, locate)
     reason = "" if class_names else reason
@@ -332,10 +345,15 @@ def infer_task(
     if multi_hot:
         labels = _multi_hot_names(len(values[0]), config.label_names)
     else:
-        distinct = [name for value in values for name in _as_tuple(value)]
-        labels = _label_order(distinct, config.label_names, class_names, model_labels)
+        labels = _label_order(distinct, named and named.in_files, class_names, model_labels)
+    codes: tuple[str, ...] = ()
+    if named is not None and named.codes:
+        labels, codes = tuple(named.names), labels
+        index = LabelIndex(distinct)
+        if unused := [repr(code) for code in codes if index.find(code) is None]:
+            reason = f"{reason} No row has the label {listed(unused, 3)} of --label_names.".strip()
     if problem_type == MULTI_LABEL:
-        unweighted = MultiLabel(labels, reason=reason, multi_hot=multi_hot)
+        unweighted = MultiLabel(labels, reason=reason, multi_hot=multi_hot, codes=codes)
         return _with_positive_weights(unweighted, config, values, counts, column)
     if len(labels) < 2:
         raise DataError(_describe_one_label(labels[0], column, limit))
@@ -345,7 +363,7 @@ def infer_task(
             f"Column {column!r} has {len(values):,} different labels in {num_rows:,} rows; is it "
             "the column of the labels? If it is, list them: --label_names."
         )
-    task = SingleLabel(labels, (), config.label_smoothing_factor, reason=reason)
+    task = SingleLabel(labels, (), config.label_smoothing_factor, reason=reason, codes=codes)
     rows_per_label = np.zeros(len(labels))
     for value, count in rows_of.items():
         rows_per_label[task.encode_label(value)] += count
@@ -382,8 +400,12 @@ def _with_positive_weights(
 
 def _multi_hot_names(outputs: int, label_names: list[str] | None) -> tuple[str, ...]:
     """The names of the positions in lists of zeros and ones."""
+    positions = list(map(str, range(outputs)))
     if label_names is None:
-        return tuple(map(str, range(outputs)))
+        return tuple(positions)
+    name_of = dict(item.split("=", 1) for item in label_names if "=" in item)
+    if len(name_of) == len(label_names) and name_of.keys() == {*positions}:
+        label_names = [name_of[position] for position in positions]  # 0=mild 1=severe
     if len(label_names) != outputs:
         raise ConfigError(
             f"--label_names has {len(label_names)} names; the lists of zeros and ones have "
@@ -392,18 +414,23 @@ def _multi_hot_names(outputs: int, label_names: list[str] | None) -> tuple[str, 
     return _label_order([], label_names, None, None)
 
 
-def task_of_model(problem_type: str | None, labels: Sequence[str]) -> Task:
-    """The task that a trained classifier's config.json states; raises ModelError."""
+def task_of_model(
+    problem_type: str | None, labels: Sequence[str], codes: Sequence[str] = ()
+) -> Task:
+    """The task that a trained classifier's config.json states; raises ModelError.
+
+    codes: of its training's --label_names.
+    """
     if problem_type is None:  # not trained by bertdist: what `pipeline` assumes of it
         kind: type[SingleLabel | MultiLabel | Regression]
         kind = Regression if len(labels) == 1 else SingleLabel
-        return kind(tuple(labels))
+        return kind(tuple(labels), codes=tuple(codes))
     if problem_type not in TASK_CLASSES:
         hint = did_you_mean(problem_type, TASK_CLASSES)
         raise ModelError(f"The model's problem_type is {problem_type!r}.{hint}")
     if problem_type == MULTI_LABEL:
-        return MultiLabel(tuple(labels), multi_hot=True)
-    return TASK_CLASSES[problem_type](tuple(labels))
+        return MultiLabel(tuple(labels), multi_hot=not codes, codes=tuple(codes))
+    return TASK_CLASSES[problem_type](tuple(labels), codes=tuple(codes))
 
 
 def _as_tuple(value: Any) -> tuple[str, ...]:
@@ -460,6 +487,13 @@ def _class_weights(
             f"the order is: {listed([excerpt(name, 40) for name in labels], 100)}."
         )
     return tuple(float(weight) for weight in weights)
+
+
+def label_names_of(task: Task) -> list[str]:
+    """--label_names of a run with the same outputs."""
+    if not task.codes:
+        return list(task.labels)
+    return [f"{code}={label}" for code, label in zip(task.codes, task.labels, strict=True)]
 
 
 def _unknown_label(label: str, labels: Sequence[str], some: str) -> DataError:

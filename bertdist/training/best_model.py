@@ -7,7 +7,7 @@ TrainState: a run that is resumed from an earlier checkpoint writes the same fil
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,8 +111,9 @@ class BestModel:
         rows: "Records | Stream",
         accelerator: Accelerator,
         say: Callable[..., None] = lambda *lines: None,
+        codes: Sequence[str] = (),
     ) -> None:
-        """rows: the training rows. say: takes lines of text.
+        """rows: the training rows. say: takes lines of text. codes: of --label_names.
 
         Their column names and --max_length are saved too, for `Predictor`.
         """
@@ -128,6 +129,8 @@ class BestModel:
             "text_column": columns[0] if len(columns) == 1 else list(columns),
             "text_pair_column": rows.pair_column,
         }
+        if codes:
+            self.settings["label_codes"] = list(codes)
         if accelerator.is_main_process:
             recover(self.folder / "best")
 

@@ -39,7 +39,7 @@ from bertdist.distributed.launch import create_accelerator
 from bertdist.distributed.launcher import check_world
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import load_model_config, pretrained_labels
-from bertdist.tasks.tasks import Task
+from bertdist.tasks.tasks import Task, label_names_of
 from bertdist.training.evaluation import GLUE_METRICS
 from bertdist.training.run_lock import claim_run_folder
 from bertdist.training.run_logger import RunLogger
@@ -269,7 +269,7 @@ def _fold_config(
     task_config = replace(
         config.task,
         problem_type=kind,
-        label_names=None if kind == "regression" else list(task.labels),
+        label_names=None if kind == "regression" else label_names_of(task),
         metrics=metrics if scored else None,
         metric_for_best_model=None,
     )
