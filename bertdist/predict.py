@@ -27,8 +27,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -36,7 +38,7 @@ from transformers import __version__ as transformers_version
 
 from bertdist import __version__
 from bertdist.core.config import ModelConfig, PredictConfig, RunConfig
-from bertdist.core.errors import BertdistError, ConfigError, DataError
+from bertdist.core.errors import BertdistError, ConfigError, DataError, listed
 from bertdist.core.hub import model_folder
 from bertdist.core.output_files import (
     STDOUT,
@@ -58,7 +60,13 @@ from bertdist.core.terminal import (
 from bertdist.data.input_rows import InputRows, Window
 from bertdist.data.loader import DEFAULT_TOKEN_BUDGET, MapLoader
 from bertdist.data.readers.remote import STDIN
-from bertdist.data.records import ColumnNames, Records, records_from_texts
+from bertdist.data.records import (
+    ColumnNames,
+    Records,
+    is_table,
+    records_from_table,
+    records_from_texts,
+)
 from bertdist.data.tokenization import create_dataset, load_tokenizer, truncation_notes
 from bertdist.data.writers import AnswerColumns, create_writer
 from bertdist.distributed.collectives import (
@@ -104,6 +112,8 @@ class Predictor:
         predictor(["A film to remember."])         # [{"label": "positive", "score": 0.98}]
         predictor("A film to remember.")           # the same
         predictor(["A premise."], ["A hypothesis."])  # if trained on text pairs
+        predictor(frame, top_k=3)                  # pandas, polars, datasets, Arrow
+        predictor.probabilities(texts)             # (texts, labels) float32
 
     The device and precision are those of `accelerator`, by default what `accelerate launch` set,
     else the GPU if there is one; a caller's torch.autocast changes nothing. Creating a Predictor
@@ -127,7 +137,7 @@ class Predictor:
         call with `Stopped` once it is set.
         Raises ModelError if the folder holds no trained classifier.
         """
-        folder = model_folder(str(folder))
+        self.folder = folder = model_folder(str(folder))
         self.stop = stop
         self.accelerator = accelerator or create_accelerator(RunConfig())
         # metadata: max_length, text_column and text_pair_column of the training.
@@ -150,40 +160,110 @@ class Predictor:
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.model.to(self.accelerator.device).eval()
 
+    def __repr__(self) -> str:
+        shown = listed([repr(label) for label in self.labels], 5)
+        return (
+            f"Predictor({self.folder!r}, {self.task.problem_type}, labels: {shown}; "
+            f"device {self.accelerator.device.type}, max_length {self.max_length})"
+        )
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the outputs, in the order of the columns of `probabilities`."""
+        return self.task.labels
+
     def __call__(
-        self, texts: str | Iterable[str], pairs: str | Iterable[str] | None = None
+        self,
+        texts: Any,
+        pairs: str | Iterable[str] | None = None,
+        *,
+        top_k: int | Literal["all"] | None = None,
+        threshold: float | None = None,
+        text_column: str | list[str] | None = None,
+        text_pair_column: str | None = None,
     ) -> list[dict[str, Any]]:
         """Predict texts. pairs: the second text of each, for models trained on pairs.
 
         texts and pairs: any ordered iterable of str, such as a list, a generator or a column of a
-        table; one str is one text, and its answer is a list of one dict, as of `pipeline`.
+        table; one str is one text, and its answer is a list of one dict, as of `pipeline`. Or a
+        table as texts (pandas, polars, datasets, Arrow): its columns are those of the training,
+        unless text_column and text_pair_column name others.
         Returns one dict per text, in their order, with the keys of `transformers.pipeline`:
         {"label": "positive", "score": 0.98}; multi-label: {"labels": [{"label", "score"}, ...]}
-        with every label above 0.5; regression: the score is the number.
+        with every label above the threshold, 0.5; regression: the score is the number. With top_k
+        all tasks have "labels", the k most probable ones. A threshold makes the label None where
+        the score of a single-label prediction is below it.
         Raises DataError if a text is not a string, or if second texts are missing or not expected;
-        NonFiniteError if a logit is not finite.
+        ConfigError for a top_k or threshold that cannot be; NonFiniteError if a logit is not
+        finite.
         """
-        records = records_from_texts(texts, pairs)
+        most = sys.maxsize if top_k == "all" else top_k
+        check_answer(self.task, most, threshold)
+        records = self._records(texts, pairs, text_column, text_pair_column)
+        if not len(records):
+            return []
+        return self.predict_records(records, most, threshold)
+
+    def probabilities(
+        self,
+        texts: Any,
+        pairs: str | Iterable[str] | None = None,
+        *,
+        text_column: str | list[str] | None = None,
+        text_pair_column: str | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """(texts, labels) float32, the columns as `labels`: softmax, of multi-label models sigmoid.
+
+        Of regression (texts, 1), the number. Arguments and errors: see `__call__`.
+        """
+        records = self._records(texts, pairs, text_column, text_pair_column)
+        if not len(records):
+            return np.zeros((0, len(self.labels)), np.float32)
+        with with_default_modes():
+            return self.task.predict(self.predict_logits(records))[1]
+
+    def _records(
+        self,
+        texts: Any,
+        pairs: Any,
+        text_column: str | list[str] | None,
+        text_pair_column: str | None,
+    ) -> Records:
+        """Warns of truncation, at the first call."""
+        if is_table(texts):
+            if pairs is not None:
+                raise DataError("The texts are a table: name its second column, text_pair_column.")
+            trained = trained_columns(self.metadata)
+            text = tuple(text_column) if isinstance(text_column, list) else text_column
+            pair = text_pair_column or trained.pair
+            records = records_from_table(texts, ColumnNames(text or trained.text, pair, None, []))
+        elif text_column or text_pair_column:
+            raise DataError("text_column and text_pair_column are columns of a table.")
+        else:
+            records = records_from_texts(texts, pairs)
         for note in self.truncation_notes(records) if self._warns_of_truncation else ():
-            warnings.warn(note, stacklevel=2)
+            warnings.warn(note, stacklevel=3)
             self._warns_of_truncation = False
-        return self.predict_records(records) if len(records) else []
+        return records
 
     def truncation_notes(self, records: Records) -> list[str]:
         """A line if more than 1% of the texts are truncated; a call warns of it, once."""
         return truncation_notes({"texts": records}, self.tokenizer, self.max_length)
 
     @with_default_modes()
-    def predict_records(self, records: Records) -> list[dict[str, Any]]:
+    def predict_records(
+        self, records: Records, top_k: int | None = None, threshold: float | None = None
+    ) -> list[dict[str, Any]]:
         """As __call__. Every rank computes its share of the rows and returns all results."""
-        return list(self.task.to_records(self.predict_logits(records)))
+        return list(self.task.to_records(self.predict_logits(records), top_k, threshold))
 
     @with_default_modes()
     def predict_logits(self, records: Records) -> Tensor:
         """(rows, outputs) float32 on the CPU, the same on every rank.
 
-        Raises, on all ranks, Stopped, DataError as `check_pairs` does, and NonFiniteError if a
-        logit is not finite.
+        Every rank computes its share of the rows; the same bits on any number of ranks. Raises, on
+        all ranks, Stopped, DataError as `check_pairs` does, and NonFiniteError if a logit is not
+        finite.
         """
         with raise_on_all_ranks(self.accelerator):
             check_pairs(self.metadata, records.pairs is not None)

@@ -191,6 +191,28 @@ def records_from_texts(
     return records_from_chunk("texts", chunk, chosen)
 
 
+def is_table(value: Any) -> bool:
+    """Whether it is a table with named columns: pandas, polars, datasets or Arrow."""
+    return _column_names(value) is not None and not isinstance(value, Mapping)
+
+
+def _column_names(value: Any) -> Any:
+    names = getattr(value, "column_names", None)  # datasets and Arrow
+    return getattr(value, "columns", None) if names is None else names  # pandas and polars
+
+
+def records_from_table(table: Any, requested: ColumnNames) -> Records:
+    """The texts of a table in memory, without labels. Raises DataError."""
+    name = type(table).__name__
+    names = [column for column in _column_names(table) if isinstance(column, str)]
+    columns = choose_columns(name, names, requested)
+    texts: dict[str, Column] = {
+        column: as_texts(table[column], column) for column in columns.names()
+    }
+    rows = len(texts[columns.texts[0]])
+    return records_from_chunk(name, chunk_of_columns(name, texts, rows, {"row": 0}), columns)
+
+
 def as_texts(texts: Any, name: str) -> list[Any]:
     """A text, or any ordered iterable of texts, as a list of str. name: for messages.
 
@@ -199,8 +221,7 @@ def as_texts(texts: Any, name: str) -> list[Any]:
     """
     if isinstance(texts, str):
         texts = [texts]
-    columns = getattr(texts, "column_names", None)  # datasets and Arrow
-    columns = getattr(texts, "columns", None) if columns is None else columns  # pandas and polars
+    columns = _column_names(texts)
     reason = "expected a text or a list of texts"
     if isinstance(texts, Mapping):
         reason += ", and second texts as pairs"
