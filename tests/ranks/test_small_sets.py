@@ -200,8 +200,6 @@ def test_no_rows_are_one_line(tiny_model: Path, tmp_path: Path, name: str, n: in
     assert f"{name} has no rows." in told(
         words_of(tiny_model, tmp_path / "out", Files(empty), **STREAM), n
     )
-    words = ["--model", str(tiny_model), "--input", str(empty), "--use_cpu"]
-    assert f"{name} has no rows." in told(words, n, program=predict)
 
 
 @pytest.mark.parametrize("n", [1, 3])

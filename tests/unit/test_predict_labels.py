@@ -1,40 +1,35 @@
-"""Labels that could break or reorder lines of the terminal are escaped in predictions."""
+"""Labels and texts that could break or reorder lines of the terminal are escaped in predictions."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from bertdist import cli, predict
+from bertdist.core.atomic_io import to_json
+from bertdist.core.terminal import excerpt, write_to_stdout
+from bertdist.predict import _as_text
 
 LABELS = ["a\u202eb", "two\nlines", "tab\there", "plain"]
 SHOWN = ["a\\u202eb", "two\\nlines", "tab\\there", "plain"]
 
 
-def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    answers: list[dict[str, Any]] = [{"label": label, "score": 0.5} for label in LABELS]
-    monkeypatch.setattr(predict, "predict", lambda config: answers)
-    with pytest.raises(SystemExit) as left:
-        cli.main(["predict", "--model", "m", *words])
-    assert left.value.code == 0
+def test_a_prediction_is_one_line_with_its_text() -> None:
+    lines = [_as_text({"label": label, "score": 0.5}, excerpt("a\nfilm")) for label in LABELS]
+    assert lines == [f"{label}\t0.5000\ta\\nfilm" for label in SHOWN]
 
 
-def test_a_prediction_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_several_labels_are_lines_of_which_the_first_has_the_text() -> None:
+    answer = {"labels": [{"label": label, "score": 0.5} for label in LABELS]}
+    first, *others = _as_text(answer, "a film").split("\n")
+    assert first == f"{SHOWN[0]}\t0.5000\ta film" and others == [f"{x}\t0.5000" for x in SHOWN[1:]]
+    assert _as_text({"labels": []}, "a film") == "(no label)\t\ta film"
+    assert _as_text({"label": None, "score": 0.25}, "x") == "(no label)\t0.2500\tx"
+
+
+def test_json_on_standard_output_is_escaped_with_the_same_values(
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run(["--text", "x"], monkeypatch)
-    assert capsys.readouterr().out.split("\n") == [*(f"{label}\t0.5000" for label in SHOWN), ""]
-
-
-def test_json_on_the_terminal_is_escaped_and_in_a_file_as_it_is(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    (tmp_path / "in.txt").write_text("x\n")
-    run(["--input", str(tmp_path / "in.txt")], monkeypatch)
+    lines = b"".join(to_json({"label": label}) for label in LABELS)
+    write_to_stdout(lines, is_json=True)
     out = capsys.readouterr().out
-    lines = out.split("\n")[:-1]
-    assert [json.loads(line)["label"] for line in lines] == LABELS and "\u202e" not in out
-    output = tmp_path / "out.jsonl"
-    run(["--input", str(tmp_path / "in.txt"), "--output", str(output)], monkeypatch)
-    assert "\u202e" in output.read_text(encoding="utf-8")  # the control
+    assert [json.loads(line)["label"] for line in out.split("\n")[:-1]] == LABELS
+    assert "\u202e" not in out and "\u202e" in lines.decode()

@@ -1,0 +1,163 @@
+"""A file written in parts is whole or absent, and a second process continues where the first saved."""
+
+import json
+import os
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from bertdist.core.errors import CheckpointError
+from bertdist.core.partial_file import OutputClosed, PartialFile, Stream, partial_paths, stamp_of
+
+KEY = {"input": ["a.csv", 3], "settings": {"top_k": None}}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def killed_after(
+    target: Path, parts: list[bytes], saved: int, key: dict[str, object] = KEY
+) -> None:
+    """A process that appended all parts, saved after `saved` of them, and was killed."""
+    file = PartialFile(target, key)
+    for number, part in enumerate(parts, 1):
+        file.append(part)
+        if number == saved:
+            file.save({"parts": number})
+    file._file.flush()  # what the system wrote by itself
+    file._file.close()
+
+
+def test_a_file_is_there_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "out.csv"
+    target.write_bytes(b"old")
+    target.chmod(0o640)
+    with PartialFile(target, KEY) as file:
+        file.append(b"new ")
+        file.save({"row": 1})
+        assert target.read_bytes() == b"old" and len(names(tmp_path)) == 3
+        file.append(b"whole")
+        file.finish()
+    assert target.read_bytes() == b"new whole" and names(tmp_path) == ["out.csv"]
+    assert target.stat().st_mode & 0o777 == 0o640
+
+
+def test_the_next_process_cuts_off_what_was_not_saved_and_continues(tmp_path: Path) -> None:
+    target = tmp_path / "out.csv"
+    killed_after(target, [b"one,", b"two,", b"thr"], saved=2)
+    assert not target.exists()
+    with PartialFile(target, KEY) as file:
+        assert file.saved == {"parts": 2} and file.notes == []
+        file.append(b"three")
+        file.finish()
+    assert target.read_bytes() == b"one,two,three" and names(tmp_path) == ["out.csv"]
+
+
+def test_another_key_begins_again_and_says_what_differs(tmp_path: Path) -> None:
+    target = tmp_path / "out.csv"
+    killed_after(target, [b"one,", b"two,"], saved=1)
+    with PartialFile(target, {**KEY, "input": ["a.csv", 4]}) as file:
+        assert file.saved is None
+        (note,) = file.notes
+        assert note.endswith(
+            ".out.csv.partial is of another command (input differ): beginning again."
+        )
+        file.append(b"new")
+        file.finish()
+    assert target.read_bytes() == b"new"
+
+
+def test_a_partial_file_that_lost_bytes_begins_again(tmp_path: Path) -> None:
+    target = tmp_path / "out.csv"
+    killed_after(target, [b"one,", b"two,"], saved=2)
+    os.truncate(partial_paths(target)[0], 3)
+    with PartialFile(target, KEY) as file:
+        assert file.saved is None and "is shorter than it was" in file.notes[0]
+
+
+def test_nothing_is_left_where_nothing_was_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError), PartialFile(tmp_path / "out.csv", KEY) as file:
+        file.append(b"part")
+        raise ValueError
+    assert names(tmp_path) == []
+    with pytest.raises(ValueError), PartialFile(tmp_path / "out.csv", KEY) as file:
+        file.append(b"part")
+        file.save({"row": 1}, now=False)  # too early
+        file.save({"row": 1})
+        raise ValueError
+    assert names(tmp_path) == [".out.csv.partial", ".out.csv.partial.json"], "the control"
+
+
+def test_a_stranger_is_never_replaced(tmp_path: Path) -> None:
+    for number, content in ((0, "mine"), (1, "mine"), (1, json.dumps({"format": "other"}))):
+        stranger = partial_paths(tmp_path / "out.csv")[number]
+        stranger.write_text(content)
+        with pytest.raises(CheckpointError, match="is not of an unfinished prediction: rename or"):
+            PartialFile(tmp_path / "out.csv", KEY)
+        assert stranger.read_text() == content
+        stranger.unlink()
+
+
+def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
+    with PartialFile(tmp_path / "out.csv", KEY) as file:
+        file.append(b"first")
+        with pytest.raises(CheckpointError, match="is being written by another process"):
+            PartialFile(tmp_path / "out.csv", KEY)
+        file.finish()
+    assert (tmp_path / "out.csv").read_bytes() == b"first"
+
+
+def test_a_conversion_that_fails_can_be_repeated(tmp_path: Path) -> None:
+    target = tmp_path / "out.parquet"
+
+    def convert(source: IO[bytes], whole: IO[bytes]) -> None:
+        whole.write(source.read().upper())
+
+    def fail(source: IO[bytes], whole: IO[bytes]) -> None:
+        whole.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left"), PartialFile(target, KEY) as file:
+        file.append(b"abc")
+        file.save({"row": 3})
+        file.finish(fail)
+    assert not target.exists()
+    with PartialFile(target, KEY) as file:
+        assert file.saved == {"row": 3}
+        file.finish(convert)
+    assert target.read_bytes() == b"ABC"
+
+
+def test_a_stamp_changes_with_size_and_time_and_a_missing_file_has_none(tmp_path: Path) -> None:
+    path = tmp_path / "in.csv"
+    path.write_text("a")
+    before = stamp_of([path, tmp_path / "nowhere"])
+    assert len(before) == 1 and stamp_of([path]) == before
+    path.write_text("ab")
+    assert stamp_of([path]) != before
+    os.utime(path, ns=(0, 0))
+    assert stamp_of([path])[0][2] == 0
+
+
+def test_what_closes_a_stream_is_no_error_of_writing() -> None:
+    def closed(part: bytes) -> None:
+        raise BrokenPipeError
+
+    def full(part: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OutputClosed):
+        Stream(closed, "standard output", False).append(b"a")
+    with pytest.raises(CheckpointError, match="Cannot write standard output: No space left"):
+        Stream(full, "standard output", False).append(b"a")
+
+
+def test_a_stream_of_a_format_that_is_converted_is_written_at_the_end() -> None:
+    written: list[bytes] = []
+    with Stream(written.append, "standard output", True) as stream:
+        stream.append(b"abc")
+        assert written == []
+        stream.finish(lambda source, whole: whole.write(source.read()[::-1]) and None)
+    assert written == [b"cba"]
