@@ -1,5 +1,7 @@
 """`pipeline`, `Predictor` and the command line give the same predictions."""
 
+import contextlib
+import importlib
 import json
 import os
 import re
@@ -9,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 from accelerate import Accelerator
 from forked import run_ranks
@@ -17,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from bertdist import predict
-from bertdist.core.errors import DataError
+from bertdist.core.errors import BertdistError, DataError
 from bertdist.predict import Predictor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -246,13 +250,123 @@ def test_every_file_format_gives_the_same_predictions(
     assert written == [{"row": row, **answer} for row, answer in enumerate(mine)]
 
 
-def test_texts_on_the_command_line_are_printed_with_label_and_score(trained: Path) -> None:
+def test_texts_on_the_command_line_are_printed_beside_label_and_score(trained: Path) -> None:
     words = ["--model", str(trained), "--use_cpu", "--text", "fun and great", "so dull"]
     ((code, said, answered),) = run_ranks(1, run_main, words, None, predict)
     ((mine, _),) = run_ranks(1, ask, trained, ["fun and great", "so dull"])
     assert (code, said) == (0, "") and answered == "".join(
-        f"{answer['label']}\t{answer['score']:.4f}\n" for answer in mine
+        f"{answer['label']}\t{answer['score']:.4f}\t{text}\n"
+        for answer, text in zip(mine, ["fun and great", "so dull"], strict=True)
     )
+    words += ["--top_k", "all"]
+    ((code, said, answered),) = run_ranks(1, run_main, words, None, predict)
+    assert code == 0 and [line.count("\t") for line in answered.splitlines()] == [2, 1, 2, 1]
+
+
+def test_a_pipe_is_read_and_a_closed_one_ends_quietly(trained: Path) -> None:
+    """Standard input without an end, into a program that reads one line."""
+    command = f"{sys.executable} -m bertdist.predict --model {trained} --use_cpu --input -"
+    done = subprocess.run(
+        ["bash", "-c", f"yes 'fun and great' | {command} | head -1; echo ${{PIPESTATUS[1]}}"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    line, code = done.stdout.splitlines()
+    ((mine, _),) = run_ranks(1, ask, trained, ["fun and great"])
+    label, score = json.loads(line)["label"], json.loads(line)["score"]
+    assert (label, score) == as_one(mine)[0] and (code, done.stderr) == ("0", "")
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_an_input_without_rows_gives_an_output_without_rows(
+    trained: Path, tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "in.tsv").write_text("text\tid\n")
+    (tmp_path / "zero.csv").touch()
+    for name in ("in.tsv", "zero.csv"):
+        output = tmp_path / f"out.{kind}"
+        words = ["--model", str(trained), "--use_cpu", "--input", str(tmp_path / name)]
+        words += ["--output", str(output)]
+        assert run_ranks(1, run_main, words, None, predict) == [(0, "", "")]
+        assert output.read_text() == ("row,label,score\n" if kind == "csv" else "")
+
+
+class Column(list[str]):
+    """A column of a table."""
+
+
+class Table:
+    """As pandas and polars have it."""
+
+    columns = ("review", "text", "other")
+
+    def __getitem__(self, name: str) -> Column:
+        return Column([f"{name} fun", f"{name} dull and bad"])
+
+
+def test_predictor_in_python(trained: Path) -> None:
+    """Probabilities, several labels, tables and the name of a predictor."""
+
+    def all_answers(accelerator: Accelerator) -> Any:
+        predictor = Predictor(trained, accelerator=accelerator)
+        texts = ["text fun", "text dull and bad"]
+        frames: list[Any] = [Table()]
+        for library in ("pandas", "polars"):
+            with contextlib.suppress(ImportError):
+                module = importlib.import_module(library)
+                frames.append(module.DataFrame({"text": texts, "other": ["a", "b"]}))
+        frames.append(datasets.Dataset.from_dict({"text": texts, "other": ["a", "b"]}))
+        problems = []
+        for arguments, options in (
+            ((Table(), ["a", "b"]), {}),
+            ((texts,), {"text_column": "text"}),
+            ((Table(),), {"text_column": "txt"}),
+            ((texts,), {"top_k": 0}),
+        ):
+            with pytest.raises(BertdistError) as caught:
+                predictor(*arguments, **options)  # type: ignore[arg-type]
+            problems.append(str(caught.value))
+        return (
+            predictor.labels,
+            repr(predictor),
+            predictor.probabilities(texts),
+            predictor.probabilities([]).shape,
+            predictor(texts),
+            predictor(texts, top_k="all"),
+            [predictor(frame) for frame in frames],
+            [x["label"] for x in predictor(texts, threshold=1.0)],
+            predictor(Table(), text_column="review")
+            == predictor(["review fun", "review dull and bad"]),
+            problems,
+        )
+
+    ((labels, name, p, empty, plain, ranked, of_tables, unsure, same, problems),) = run_ranks(
+        1, all_answers
+    )
+    assert labels == ("negative", "positive") and empty == (0, 2)
+    assert name == (
+        f"Predictor({str(trained)!r}, single_label_classification, labels: 'negative', 'positive';"
+        " device cpu, max_length 24)"
+    )
+    assert p.shape == (2, 2) and p.dtype == np.float32 and p.sum(1) == pytest.approx([1, 1])
+    assert [x["score"] for x in plain] == p.max(1).tolist()
+    assert [x["label"] for x in plain] == [labels[i] for i in p.argmax(1)]
+    assert [x["labels"][0] for x in ranked] == plain
+    assert [sorted(y["score"] for y in x["labels"]) for x in ranked] == [
+        sorted(x) for x in p.tolist()
+    ]
+    assert len(of_tables) >= 2 and all(answers == plain for answers in of_tables)
+    assert unsure == [None, None] and same is True
+    assert [problem[:30] for problem in problems] == [
+        "The texts are a table: name it",
+        "text_column and text_pair_colu",
+        "Table: there is no column 'txt",
+        "top_k is 0; expected a number ",
+    ]
 
 
 def test_a_text_alone_or_in_a_batch_has_the_same_prediction(trained: Path) -> None:
