@@ -272,7 +272,7 @@ def test_a_pipe_is_read_and_a_closed_one_ends_quietly(trained: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,  # of a crowded machine
         check=True,
     )
     line, code = done.stdout.splitlines()
