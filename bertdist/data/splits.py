@@ -82,7 +82,34 @@ def load_splits(config: TrainConfig) -> Splits:
     test = None
     if held_out is not None and held_out.test:
         test = read_part(stream, "test", None, numbers_only)
-    return Splits(stream, validation, test)
+    return Splits(stream, validation and _as_trained(validation, stream), test)
+
+
+def _as_trained(rows: Records, train: "Records | Stream") -> Records:
+    """The validation rows, with a line on columns of other names than those of training.
+
+    Raises DataError if only one of them has pairs of texts.
+    """
+    names = train.text_column, train.pair_column, _label_column(train)
+    own = rows.text_column, rows.pair_column, rows.label_column
+    if (names[1] is None) != (own[1] is None):
+        pairs, texts = (rows, train) if names[1] is None else (train, rows)
+        raise DataError(
+            f"{pairs.name} has pairs of texts (columns {pairs.text_column!r} and "
+            f"{pairs.pair_column!r}), and {texts.name} single ones (column {texts.text_column!r}): "
+            "name the columns with --text_column and --text_pair_column."
+        )
+    others = [
+        f"{mine!r} (training: {theirs!r})"
+        for mine, theirs in zip(own, names, strict=True)
+        if mine != theirs
+    ]
+    note = (f"{rows.name}: columns {', '.join(others)}",) if others else ()
+    return replace(rows, format_notes=(*rows.format_notes, *note))
+
+
+def _label_column(rows: "Records | Stream") -> str | None:
+    return rows.label_column if isinstance(rows, Records) else rows.columns.label
 
 
 def read_part(
@@ -130,7 +157,7 @@ def load_parts(data: DataConfig, task: TaskConfig, seed: int) -> dict[str, Recor
     if data.on_bad_row == "skip":
         numbers_only = needs_numbers(task, parts["train"])
     if (validation := load_records(data, "validation", numbers_only)) is not None:
-        parts["validation"] = validation
+        parts["validation"] = _as_trained(validation, parts["train"])
     return parts
 
 
@@ -184,14 +211,20 @@ def _load_files(
     by_pattern: list[list[Records]] = []
     # With "skip": the first label of the split; rows whose label is of another kind are skipped.
     first_label: LabelValue | None = None
+    requested = _requested(data)
     for pattern in patterns:
         by_pattern.append([])
         for reader in open_files(pattern, data, data.on_bad_row):
             _check_has_labels(reader)
             limits = limit, data.max_bad_rows
             options = data.label_delimiter, *limits, first_label, rules
-            records = _read_file(reader, _requested(data), *options)
+            records = _read_file(reader, requested, *options)
             by_pattern[-1].append(records)
+            # The columns of the first file are those of all, as in a stream.
+            texts = records.text_columns
+            texts_or_one = texts[0] if len(texts) == 1 else texts
+            columns = texts_or_one, records.pair_column, records.label_column
+            requested = ColumnNames(*columns, data.label_columns)
             if data.on_bad_row == "skip":
                 first_label = by_pattern[0][0].label_values[0]
     files = [records for of_pattern in by_pattern for records in of_pattern]

@@ -140,7 +140,7 @@ def test_names_of_delimiters(flag: str, label: str) -> None:
 
 
 def test_probabilities_that_are_equal_are_no_repeated_label() -> None:
-    with pytest.raises(DataError, match=r"a list of numbers with fractions \(\[0\.5, 0\.5\]\)"):
+    with pytest.raises(DataError, match=r"a list of numbers with fractions \(\['0.5', '0.5'\]\)"):
         read_labels(["[0.1, 0.9]", "[0.5, 0.5]"], "label", where)
 
 
