@@ -144,6 +144,7 @@ def train(
             _train_in_processes(config, processes)
         else:
             stack.enter_context(_only_run())
+            stack.enter_context(torch.random.fork_rng(devices=[]))
             stack.enter_context(_own_accelerate_state())
             stack.enter_context(_quiet_transformers())
             _train_here(config, Hooks(on_log, on_evaluation))

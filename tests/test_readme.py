@@ -234,7 +234,7 @@ def missing_tests(root: Path) -> list[str]:
     problems = []
     for page, text in documents(root):
         quoted = " ".join(re.findall(r"`([^`\n]+)`", text))
-        for name in re.findall(r"(?<![\w/])[\w/]*\btest_\w+(?:\.py|\*)?", quoted):
+        for name in re.findall(r"(?<![\w/-])[\w/]*\btest_\w+(?:\.py|\*)?", quoted):
             if name.endswith(".py"):
                 exists = name in paths
             elif name.endswith("*"):

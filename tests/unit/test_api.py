@@ -321,7 +321,11 @@ def test_an_exception_of_a_hook_ends_the_run(settings: dict[str, Any], tmp_path:
 def test_the_callers_accelerator_stays_as_it_was(settings: dict[str, Any], tmp_path: Path) -> None:
     AcceleratorState._reset_state(True)
     mine = Accelerator(cpu=True, mixed_precision="bf16")
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
     bertdist.train(**settings, **files(tmp_path), output_dir=tmp_path / "out")
+    assert torch.equal(torch.rand(3), expected)  # nor does the random state change
     assert mine.mixed_precision == "bf16" and AcceleratorState().mixed_precision == "bf16"
     text = (tmp_path / "out" / "environment.json").read_text()
     assert '"mixed_precision": "no"' in text
