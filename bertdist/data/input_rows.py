@@ -114,6 +114,7 @@ class InputRows:
                 notes.append(describe_choice(reader.column_names(), requested, columns))
             self._columns.append(columns)
             self._kept.append(self._kept_names(reader, keep) if columns and keep else [])
+            notes.append(_unnamed_note(reader) if columns and self._keep_all else None)
         with_rows = [
             kept for kept, columns in zip(self._kept, self._columns, strict=True) if columns
         ]
@@ -252,6 +253,14 @@ class InputRows:
         if self.is_named:
             file = "" if isinstance(reader, FolderReader) else redacted(reader.file.path)
         return Window(records, Kept(columns, objects), file, row, after)
+
+
+def _unnamed_note(reader: FileReader | FolderReader) -> str | None:
+    """One column without a name, as pandas writes its index, is kept; several are not."""
+    if not isinstance(reader, FileReader) or not reader.file.is_table:
+        return None
+    count = reader.header().count("")
+    return f"{reader.name}: {count} columns without a name are not written" if count > 1 else None
 
 
 def _is_several(path: str) -> bool:

@@ -170,6 +170,7 @@ def predict_with_memory(
     accelerator: Accelerator, folder: Path, fits: int
 ) -> tuple[list[Any], int | None, list[int]]:
     """Predictions if memory fits `fits` tokens; the chosen size, and the sizes that were tried."""
+    predict.MEASURED_FROM = 0
     mine = Predictor(folder, accelerator=accelerator)
     forward, tried = mine.model.forward, []
 

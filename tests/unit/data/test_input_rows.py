@@ -110,11 +110,17 @@ def test_rows_of_several_files_have_their_file_and_their_row_in_it(tmp_path: Pat
     assert [window.file_of(row) for row in (0, 1)] == ["texts/1.txt", "texts/2.txt"]
 
 
-def test_all_columns_are_those_of_the_file(tmp_path: Path) -> None:
+def test_all_columns_are_those_of_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert opened(write(tmp_path / "a.csv"), keep=["all"]).kept_names == ["id", "text", "note"]
     path = tmp_path / "pandas.csv"
     path.write_text(",text,label\n0,a,b\n")
     assert opened(str(path), keep=["all"]).kept_names == ["", "text", "label"]
+    assert capsys.readouterr().err == ""
+    path.write_text("text,label,,\na,b,,\n")
+    assert opened(str(path), keep=["all"]).kept_names == ["text", "label"]
+    assert capsys.readouterr().err == "pandas.csv: 2 columns without a name are not written.\n"
     nested = write(
         tmp_path / "n.jsonl", [{"text": "a", "by": {"name": "x"}}, {"text": "b", "z": 1}]
     )
