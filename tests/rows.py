@@ -27,7 +27,16 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-import bertdist.tasks.metrics  # noqa: F401  imported before the ranks are forked: evaluate and scikit-learn take longer than a whole run
+# What a run imports where it needs it, here before the ranks are forked: evaluate and scikit-learn
+# take longer than a whole run, the others a quarter of a short one.
+import bertdist.core.time_limit
+import bertdist.data.readers.csv_reader
+import bertdist.data.readers.jsonl_reader
+import bertdist.data.readers.parquet_reader
+import bertdist.distributed.host_memory
+import bertdist.distributed.launcher
+import bertdist.models.model_config
+import bertdist.tasks.metrics  # noqa: F401
 from bertdist import cli
 from bertdist.core.args import read_config
 from bertdist.core.errors import DataError

@@ -6,29 +6,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data_checks import clean_rows
-from rows import words_of, write_rows, write_split
+from forked import run_ranks
+from rows import run_main, train_module, words_of, write_rows, write_split
+
+from bertdist import check
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def python(*words: object) -> "subprocess.CompletedProcess[str]":
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
-    environ = {
-        name: value
-        for name, value in environ.items()
-        if name not in ("FORCE_COLOR", "RANK", "WORLD_SIZE")
-    }
-    return subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def command(program: Any, *words: object) -> tuple[Any, str, str]:
+    """(exit code, standard error, standard output) of a command."""
+    return run_ranks(1, run_main, list(map(str, words)), None, program)[0]  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("script", ["train", "check", "predict"])
@@ -45,7 +37,7 @@ def test_a_script_run_by_path_imports_the_package_around_it(script: str, tmp_pat
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+    assert done.returncode == 0 and "--help all" in done.stdout, done.stderr
     assert "the copy" in done.stdout
 
 
@@ -70,22 +62,16 @@ def test_check_then_train_on_what_it_cleaned(tiny_model: Path, tmp_path: Path) -
         "--fix",
         clean,
     ]
-    looked = python("-m", "bertdist.check", *words)
-    assert looked.returncode == 1 and looked.stderr == "", looked.stderr
-    assert (
-        "train/validation: rows of validation that are also in train" in looked.stdout
-        and "\x1b" not in looked.stdout
-    )
+    code, said, shown = command(check, *words)
+    assert (code, said) == (1, "")
+    assert "train/validation: rows of validation that are also in train" in shown
+    assert "\x1b" not in shown
     assert json.loads(report.read_text(encoding="utf-8"))["counts"]["error"] == 1
-    again = python("-m", "bertdist.check", *words[:1], clean, *words[2:6])
-    assert again.returncode == 0, again.stdout
+    assert command(check, *words[:1], clean, *words[2:6])[0] == 0
     files = write_split(tmp_path / "unused", 1)._replace(train=clean, dev=held)
-    dry = python("bertdist/train.py", *words_of(tiny_model, tmp_path / "out", files), "--dry_run")
-    assert dry.returncode == 0 and "6 steps per epoch of 8 rows" in dry.stdout, (
-        dry.stdout + dry.stderr
-    )
+    train_words = words_of(tiny_model, tmp_path / "out", files, num_train_epochs=1)
+    code, said, shown = command(train_module, *train_words, "--dry_run")
+    assert code == 0 and "6 steps per epoch of 8 rows" in shown, said
     assert not (tmp_path / "out").exists()
-    trained = python(
-        "bertdist/train.py", *words_of(tiny_model, tmp_path / "out", files, num_train_epochs=1)
-    )
-    assert trained.returncode == 0 and "45 rows of clean.parquet" in trained.stderr, trained.stderr
+    code, said, _ = command(train_module, *train_words)
+    assert code == 0 and "45 rows of clean.parquet" in said, said

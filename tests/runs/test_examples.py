@@ -55,5 +55,3 @@ def test_two_processes_train_from_python(tiny_model: Path, tmp_path: Path, capfd
     assert two.scores == pytest.approx(one.scores, abs=1e-5)
     for name, tensor in tensors_of(two.folder / "best").items():
         assert (tensor - tensors_of(one.folder / "best")[name]).abs().max() < 1e-5
-    with pytest.raises(bertdist.BertdistError, match="no such file"):
-        bertdist.train(**settings, train_file="no.csv", output_dir=tmp_path / "three", processes=2)

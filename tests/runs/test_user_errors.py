@@ -1,6 +1,6 @@
 """A user's mistake is told in one line that names file, line and what was expected; exit code 1, no traceback.
 
-Four mistakes go through real processes, one of them through `accelerate launch`; the others through `main` in a forked child, whose
+Two mistakes go through real processes; the others through `main` in a forked child, whose
 exit code and standard error are those of a process: what is no BertdistError would end the child with a traceback, and the test.
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 from forked import run_ranks
 from rows import Files, make_rows, run_main, words_of, write_rows, write_split
 
@@ -339,13 +340,14 @@ def test_a_wrong_column_in_a_real_process(tiny_model: Path, tmp_path: Path, file
 
 
 def test_a_world_that_the_launch_lost(tiny_model: Path, tmp_path: Path, files: Files) -> None:
-    """`--cpu --num_processes 2` starts one process (accelerate 1.15); --quiet keeps accelerate's own traceback away."""
+    """Of a task of `srun` alone; tests/runs/test_launch.py has `accelerate launch`."""
+
+    def as_a_task(accelerator: Accelerator) -> None:
+        os.environ["SLURM_NTASKS"] = "2"
+
     words = words_of(tiny_model, tmp_path / "out", files)
-    launch = ["-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2"]
-    code, said = real(*launch, "bertdist/train.py", *words)
+    ((code, said, _),) = run_ranks(1, run_main, words, as_a_task)
     complaints = [line for line in said.splitlines() if line.startswith("bertdist: ")]
-    assert code == 1 and "Traceback" not in said and len(complaints) == 1, said
-    assert complaints[0].startswith(
-        "bertdist: `accelerate launch` was to start 2 processes, but this run has 1: give it --multi_gpu"
-    )
+    assert code == 1 and len(complaints) == 1, said
+    assert complaints[0].startswith("bertdist: SLURM_NTASKS is 2, but this run has 1 process: ")
     assert not (tmp_path / "out").exists()

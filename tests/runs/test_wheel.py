@@ -26,8 +26,8 @@ def run(*command: str | Path, cwd: Path) -> str:
     return result.stdout
 
 
-def build_wheel(folder: Path, old: str = "", new: str = "") -> Path:
-    """Build a copy of the repository, in whose setup.cfg `old` is replaced by `new`."""
+def build_wheel(folder: Path, *changes: tuple[str, str]) -> Path:
+    """Build a copy of the repository with these (old, new) words in its setup.cfg."""
     copy = folder / "source"
     for name in [*SOURCES, "LICENSE"]:
         if (ROOT / name).is_dir():
@@ -36,8 +36,10 @@ def build_wheel(folder: Path, old: str = "", new: str = "") -> Path:
         else:
             shutil.copy(ROOT / name, copy / name)
     config = (copy / "setup.cfg").read_text()
-    assert old in config
-    (copy / "setup.cfg").write_text(config.replace(old, new))
+    for old, new in changes:
+        assert old in config
+        config = config.replace(old, new)
+    (copy / "setup.cfg").write_text(config)
     options = "--no-deps --no-build-isolation --no-index --disable-pip-version-check -q".split()
     run(sys.executable, "-m", "pip", "wheel", *options, "-w", folder, copy, cwd=folder)
     return next(folder.glob("bertdist-*.whl"))
@@ -85,14 +87,16 @@ def test_the_wheel_has_every_file(wheel: Path) -> None:
     assert files_not_in(wheel) == set()
 
 
-def test_a_wheel_without_the_packages_is_seen(tmp_path: Path) -> None:
-    missing = files_not_in(build_wheel(tmp_path, "packages = find:", "packages = bertdist"))
+def test_a_wheel_without_packages_or_package_data_is_seen(tmp_path: Path) -> None:
+    missing = files_not_in(
+        build_wheel(
+            tmp_path,
+            ("packages = find:", "packages = bertdist"),
+            ("[options.package_data]", "[nothing]"),
+        )
+    )
     assert {"bertdist/core/config.py", "bertdist/data/readers/csv_reader.py"} <= missing
     assert "bertdist/train.py" not in missing
-
-
-def test_a_wheel_without_the_package_data_is_seen(tmp_path: Path) -> None:
-    missing = files_not_in(build_wheel(tmp_path, "[options.package_data]", "[nothing]"))
     assert {"bertdist/launch/smoke.sh", "bertdist/accelerate_configs/cpu.yaml"} <= missing
 
 
@@ -100,7 +104,7 @@ def test_the_installed_package_says_where_its_files_are(python: Path, tmp_path: 
     package = Path(run(python, "-c", "import bertdist; print(bertdist.__file__)", cwd=tmp_path))
     assert python.parents[1] in package.parents
     for name in ("accelerate_configs", "launch"):
-        folder = Path(run(python, "-m", "bertdist", name, cwd=tmp_path).strip())
+        folder = Path(run(python, "-m", "bertdist", "info", name, cwd=tmp_path).strip())
         assert folder == package.parent / name
         for path in folder.iterdir():
             assert not path.is_symlink()
@@ -113,7 +117,7 @@ def test_train_predict_and_check_run_as_modules(
     python: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     write_split(tmp_path, 24, 8)
-    configs = run(python, "-m", "bertdist", "accelerate_configs", cwd=tmp_path).strip()
+    configs = run(python, "-m", "bertdist", "info", "accelerate_configs", cwd=tmp_path).strip()
     data = "--train_file train.tsv --validation_file dev.tsv".split()
     launch = ["-m", "accelerate.commands.launch", "--config_file", f"{configs}/cpu.yaml", "-m"]
     options = ["--model_name_or_path", tiny_model, *data, "--train_batch_size", "8"]

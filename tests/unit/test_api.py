@@ -1,6 +1,8 @@
 """`bertdist.train(...)`: keywords as flags, rows in memory, and what it returns."""
 
 import random
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +318,29 @@ def test_an_exception_of_a_hook_ends_the_run(settings: dict[str, Any], tmp_path:
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     state = bertdist.Run(tmp_path / "out")
     assert not state.finished and "not finished" in repr(state)
+
+
+def test_an_error_of_several_processes_is_raised_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Of the command that starts them: what it prints, and its exit code."""
+    command, out = tmp_path / "python", tmp_path / "out"
+    out.mkdir()
+    (out / "status.json").write_text("{}")
+    monkeypatch.setattr(sys, "executable", str(command))
+    for code, said, error in (
+        (1, "Device cpu\nbertdist: t.tsv: no such file.\n", "^t.tsv: no such file.$"),
+        (3, "Killed\n", "^Training failed with exit code 3.$"),
+        (75, "bertdist: stopped\n", None),
+        (0, "", None),
+    ):
+        command.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/words\nprintf '{said}'; exit {code}")
+        command.chmod(0o755)
+        with pytest.raises(BertdistError, match=error) if error else nullcontext():
+            bertdist.train(**{**NEEDED, "output_dir": out}, processes=2)
+        assert capfd.readouterr().out == said
+    words = (tmp_path / "words").read_text().split()
+    assert words[:3] == ["-m", "bertdist", "train"] and words[-2:] == ["--processes", "2"]
 
 
 def test_the_callers_accelerator_stays_as_it_was(settings: dict[str, Any], tmp_path: Path) -> None:
