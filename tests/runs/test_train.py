@@ -212,6 +212,7 @@ def test_the_step_log_has_its_fields(killed_run: tuple[Path, list[str], int]) ->
     assert all(line[name] > 0 for name in speed for line in learned)
     assert [line.keys() - speed for line in of_process] == [
         {"kind", "step", "finished", "train_steps", "train_seconds", "matmul_tflops"}
+        | {"tokens_per_micro_batch"}
     ]
     assert of_process[0]["train_steps"] < EPOCH * EPOCHS, (
         "of the process that finished, not of the one that was killed"
