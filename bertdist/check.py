@@ -64,7 +64,7 @@ def check(config: CheckConfig, data: DataConfig) -> DataReport:
             show(*check_vocabulary(model_config, tokenizer, model.model_name_or_path))
     return check_data(
         data,
-        test_file=config.test_file,
+        test_file=data.test_file,
         tokenizer=tokenizer,
         max_length=config.max_length,
         task=TaskConfig(problem_type=config.problem_type),

@@ -101,7 +101,7 @@ def train(config: TrainConfig, hooks: Hooks = NO_HOOKS) -> TrainState:
         task, loader, eval_loader, bad_rows = create_loaders(inputs, stats, config, accelerator)
         evaluator = create_evaluator(inputs, eval_loader, task, config, accelerator, log)
         due = Intervals(config.run, loader.steps_per_epoch, has_eval=eval_loader is not None)
-        show_data(log.screen, inputs.rows, stats, inputs.eval_rows, task)
+        show_data(log.screen, inputs.rows, stats, inputs.eval_rows, task, inputs.test_rows)
 
         # Model: a Hugging Face classifier, AdamW, the learning rate as a function of the step.
         classifier, adamw, lr_factor = create_model(inputs, task, due, config, accelerator, log)
@@ -151,7 +151,7 @@ def train(config: TrainConfig, hooks: Hooks = NO_HOOKS) -> TrainState:
                             nan_guard.check_end(adamw)
                             log.log_end(state, due.epoch(state), lr, grad_norm.item(), meter)
                         checkpointer.save(classifier, adamw, state)
-        log.log_summary(state, stop.reason, evaluator.verify_best(classifier, state, checkpointer))
+        log.log_summary(state, stop.reason, *evaluator.reports(classifier, state, checkpointer))
         # DDP before the process group (open_run ends it): else it joins gloo's thread with the GIL
         # held, which that thread may wait for (torch 2.13).
         model, optimizer = accelerator.free_memory(model, optimizer)
@@ -213,21 +213,23 @@ class Inputs(NamedTuple):
     model_config: PretrainedConfig  # of the pretrained model
     rows: "Records | Stream"  # to train on
     eval_rows: Records | None  # the validation split
+    test_rows: Records | None  # to evaluate at the end
     digests: dict[str, str]  # of tokenizer and model_config
 
     @property
     def splits(self) -> dict[str, Records]:
-        """Both splits, by their names in messages; of a stream the first rows."""
+        """The splits, by their names in messages; of a stream the first rows."""
         if isinstance(self.rows, Records):
             splits = {"training rows": self.rows}
         else:
             head = self.rows.head()
             splits = {f"first {len(head):,} training rows": head}
-        return splits | ({"validation rows": self.eval_rows} if self.eval_rows else {})
+        others = {"validation rows": self.eval_rows, "test rows": self.test_rows}
+        return splits | {name: rows for name, rows in others.items() if rows}
 
 
 def load_inputs(config: TrainConfig, accelerator: Accelerator) -> Inputs:
-    """Model config, tokenizer and both splits.
+    """Model config, tokenizer and all splits.
 
     Raises ConfigError, DataError or ModelError on all ranks, also if the ranks' inputs differ.
     """
@@ -236,20 +238,21 @@ def load_inputs(config: TrainConfig, accelerator: Accelerator) -> Inputs:
     with raise_on_all_ranks(accelerator):
         model_config, tokenizer = load_model_config(config.model), load_tokenizer(config.model)
         check_vocabulary(model_config, tokenizer, config.model.model_name_or_path)
-        rows, eval_rows, _ = load_splits(config)
+        rows, eval_rows, test_rows = load_splits(config)
         digests = pretrained_digests(model_config, tokenizer)
-        fingerprint = data_fingerprint(digests, rows, eval_rows)
+        fingerprint = data_fingerprint(digests, rows, eval_rows, test_rows)
     assert_same_on_all_ranks(accelerator, fingerprint)
-    return Inputs(tokenizer, model_config, rows, eval_rows, digests)
+    return Inputs(tokenizer, model_config, rows, eval_rows, test_rows, digests)
 
 
 def create_loaders(
     inputs: Inputs, stats: DatasetStats, config: TrainConfig, accelerator: Accelerator
 ) -> tuple[Task, Loader, MapLoader | None, BadRows]:
     """The task that the labels make, both splits in steps for this rank, the bad rows so far."""
-    tokenizer, model_config, rows, eval_rows, _ = inputs
+    tokenizer, model_config, rows, eval_rows, test_rows, _ = inputs
     with raise_on_all_ranks(accelerator):
-        found = [*stats.bad_rows, *(eval_rows.bad_rows if eval_rows else ())]
+        scored = [split for split in (eval_rows, test_rows) if split]
+        found = [*stats.bad_rows, *(row for split in scored for row in split.bad_rows)]
         bad_rows = collect_bad_rows(found, config, accelerator)
         task = create_task(config.task, stats.labels, pretrained_labels(model_config))
         loader = create_train_loader(rows, stats, tokenizer, task, config, accelerator)
@@ -297,11 +300,15 @@ def create_evaluator(
     accelerator: Accelerator,
     log: RunLogger,
 ) -> Evaluator:
-    """Raises ConfigError on all ranks for metrics that are unknown or do not fit the task."""
+    """Raises, on all ranks, ConfigError for metrics that are unknown or do not fit the task, and
+    DataError for test rows with other labels.
+    """
+    tokenizer, test_rows = inputs.tokenizer, inputs.test_rows
     with raise_on_all_ranks(accelerator):
+        test_loader = create_eval_loader(test_rows, tokenizer, task, config, accelerator)
         rows, say, codes = inputs.rows, log.say, task.codes
-        best_model = BestModel(config, inputs.tokenizer, rows, accelerator, say, codes)
-        return Evaluator(eval_loader, task, config, accelerator, best_model, log)
+        best_model = BestModel(config, tokenizer, rows, accelerator, say, codes)
+        return Evaluator(eval_loader, task, config, accelerator, best_model, log, test_loader)
 
 
 def create_checkpointer(

@@ -377,6 +377,8 @@ def data_problems(data: DataConfig) -> Iterable[str]:
     yield from _split_problems(data)
     if data.validation_file and not data.train_file:
         yield "--validation_file needs --train_file; for hub data give --validation_split."
+    if data.test_file and not data.train_file:
+        yield "--test_file needs --train_file; for hub data give --test_split."
     if data.label_columns and len(set(data.label_columns)) < len(data.label_columns):
         yield f"--label_columns repeats a name: {' '.join(data.label_columns)}."
     if data.label_columns and (data.label_column or data.label_delimiter):
@@ -533,7 +535,7 @@ def _cross_validation_problems(config: TrainConfig) -> Iterable[str]:
     data, run = config.data, config.run
     assert run.folds is not None
     yield from fold_problems(run.folds)
-    names = _changed(data, "validation_file", "validation_split", "test_split")
+    names = _changed(data, "validation_file", "validation_split", "test_file", "test_split")
     for name in [*names, *_changed(data, "max_eval_samples")]:
         yield f"--{name} has no effect with --folds: each fold is scored in turn; remove it."
     once = "each fold is scored once, after the last step; remove it."
@@ -555,9 +557,11 @@ def _without_effect(config: TrainConfig) -> Iterable[str]:
     data, run = config.data, config.run
     if data.train_file:
         if not (data.validation_file or data.validation_split):
-            names = _changed(run, "early_stopping_patience")
-            names += _changed(config.task, "metrics", "metric_for_best_model", "positive_label")
-            names += _changed(data, "max_eval_samples") + _changed(run, "eval_every")
+            names = _changed(run, "early_stopping_patience", "eval_every")
+            names += _changed(config.task, "metric_for_best_model")
+            names += _changed(data, "max_eval_samples")
+            if not (data.test_file or data.test_split):
+                names += _changed(config.task, "metrics", "positive_label")
             for name in names:
                 yield (
                     f"--{name} needs rows to evaluate on: give --validation_file, or a share as "

@@ -145,6 +145,12 @@ class DataConfig(FileConfig):
         "Rows to evaluate on after training and every --eval_every.",
         brief="Rows to evaluate on",
     )
+    test_file: str | None = setting(
+        None,
+        "Rows to evaluate once, with the best weights, at the end of training; they change nothing "
+        "that is learned.",
+        brief="Rows to evaluate at the end, once",
+    )
     streaming: bool = setting(
         False,
         "Read training rows when they are needed, never all at once; rows are shuffled within "
@@ -179,7 +185,7 @@ class DataConfig(FileConfig):
     test_split: str | None = setting(
         None,
         "Share of the rows of --train_file to score once, after training, on the best weights; "
-        "chosen like --validation_split.",
+        "chosen like --validation_split. Of a hub data set: the name of a split.",
     )
     label_column: str | None = setting(
         None,

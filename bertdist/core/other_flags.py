@@ -103,7 +103,7 @@ _ANSWERS = [
     ("--validation_file is always evaluated", "do_eval"),
     (
         _PREDICT,
-        "do_predict test_file predict_file test_split_name max_predict_samples "
+        "do_predict predict_file test_split_name max_predict_samples "
         "limit_test_batches limit_predict_batches input text text_pair",
     ),
     (

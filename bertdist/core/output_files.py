@@ -33,7 +33,8 @@ STATUS, ENVIRONMENT = "status.json", "environment.json"
 # What runs write at the top of their folder, besides checkpoints/ and best/.
 WRITTEN = (
     *(LOCK, OWNER, STATUS, ENVIRONMENT, "config.yaml", "metrics.jsonl", "evaluation.json"),
-    *("predictions.jsonl", "bad_rows.jsonl", "nan_rows.jsonl", "survey.json", "stacks", ".ranks"),
+    *("predictions.jsonl", "errors.jsonl", "test_evaluation.json", "test_predictions.jsonl"),
+    *("test_errors.jsonl", "bad_rows.jsonl", "nan_rows.jsonl", "survey.json", "stacks", ".ranks"),
 )
 
 

@@ -69,20 +69,24 @@ def load_splits(config: TrainConfig) -> Splits:
     data, seed = config.data, config.run.seed
     if not data.streaming:
         parts = load_parts(data, config.task, seed)
-        return Splits(parts["train"], parts.get("validation"), parts.get("test"))
+        train = parts["train"]
+        test = parts.get("test")
+        if test is None:
+            test = load_records(data, "test", needs_numbers(config.task, train))
+            test = test and _as_trained(test, train)
+        return Splits(train, parts.get("validation"), test)
     numbers_only = needs_numbers(config.task)
     stream = open_stream(data, seed, numbers_only)
     if data.on_bad_row == "skip":
         numbers_only = needs_numbers(config.task, stream.head())
-    held_out, limit = stream.hold_out, data.max_eval_samples
-    if held_out is not None and held_out.validation:
-        validation: Records | None = read_part(stream, "validation", limit, numbers_only)
-    else:
-        validation = load_records(data, "validation", numbers_only)
-    test = None
-    if held_out is not None and held_out.test:
-        test = read_part(stream, "test", None, numbers_only)
-    return Splits(stream, validation and _as_trained(validation, stream), test)
+
+    def scored(part: Literal["validation", "test"], limit: int | None) -> Records | None:
+        if stream.hold_out is not None and getattr(stream.hold_out, part):
+            return read_part(stream, part, limit, numbers_only)
+        rows = load_records(data, part, numbers_only)
+        return rows and _as_trained(rows, stream)
+
+    return Splits(stream, scored("validation", data.max_eval_samples), scored("test", None))
 
 
 def _as_trained(rows: Records, train: "Records | Stream") -> Records:
@@ -158,6 +162,8 @@ def load_parts(data: DataConfig, task: TaskConfig, seed: int) -> dict[str, Recor
         numbers_only = needs_numbers(task, parts["train"])
     if (validation := load_records(data, "validation", numbers_only)) is not None:
         parts["validation"] = _as_trained(validation, parts["train"])
+    if not data.train_file and (test := load_records(data, "test", numbers_only)) is not None:
+        parts["test"] = _as_trained(test, parts["train"])
     return parts
 
 
@@ -169,12 +175,14 @@ def load_records(
 
 @overload
 def load_records(
-    data: DataConfig, split: Literal["validation"], numbers_only: bool | None = None
+    data: DataConfig, split: Literal["validation", "test"], numbers_only: bool | None = None
 ) -> Records | None: ...
 
 
 def load_records(
-    data: DataConfig, split: Literal["train", "validation"], numbers_only: bool | None = None
+    data: DataConfig,
+    split: Literal["train", "validation", "test"],
+    numbers_only: bool | None = None,
 ) -> Records | None:
     """A split in memory, with labels; None without a validation split. Raises DataError.
 
@@ -184,10 +192,11 @@ def load_records(
     if split == "train":
         patterns, limit = data.train_file or [], data.max_train_samples
     else:
-        patterns = [data.validation_file] if data.validation_file else []
-        limit = data.max_eval_samples
-    if not patterns and data.train_file and split == "validation":
-        return None
+        is_test = split == "test"
+        file = data.test_file if is_test else data.validation_file
+        patterns, limit = [file] if file else [], None if is_test else data.max_eval_samples
+        if not patterns and (data.train_file or (is_test and data.test_split is None)):
+            return None
 
     def read(rules: LabelRules) -> Records | None:
         with suggest_skipping():
@@ -349,7 +358,8 @@ def _find_hub_split(data: DataConfig, split: str) -> tuple[Any, str]:
     splits = load_hub_splits(name, path, config)
     import datasets  # 0.7 s, not needed for local files
 
-    requested = data.train_split if split == "train" else data.validation_split
+    splits_of = {"train": data.train_split, "test": data.test_split}
+    requested = splits_of.get(split, data.validation_split)
     if requested is None:
         usual = "validation_matched" if data.task_name == "mnli" else "validation"
         return splits.get(usual), f"{name} split {usual!r}"

@@ -215,10 +215,10 @@ def pretrained_digests(
 
 
 def data_fingerprint(
-    digests: dict[str, str], train_rows: "Records | Stream", eval_rows: Records | None
+    digests: dict[str, str], train_rows: "Records | Stream", *scored: Records | None
 ) -> dict[str, object]:
     """What must be the same on all ranks: rows, and `pretrained_digests`."""
-    rows = [train_rows, *([eval_rows] if eval_rows else [])]
+    rows = [train_rows, *(split for split in scored if split)]
     return {
         **{f"{split.name} (digest of the rows)": split.fingerprint for split in rows},
         "the tokenizer": digests["tokenizer"],

@@ -65,9 +65,6 @@ class CheckConfig(Section):
 
     _argument_group_name = "check"
 
-    test_file: str | None = setting(
-        None, "Rows to predict or score later, with or without labels; read like --train_file."
-    )
     model_name_or_path: str | None = setting(
         None,
         "Model whose tokenizer counts tokens: a folder or a Hub id; without one, characters and "
@@ -158,8 +155,6 @@ def _check_problems(check: CheckConfig, data: DataConfig) -> Iterable[str]:
             "--fix writes all rows of --train_file, before they are divided: remove "
             "--validation_split and --test_split."
         )
-    if check.test_file and data.train_file and data.test_split:
-        yield "--test_split and --test_file both name rows; give one."
     kinds = check.fix_kinds or ()
     if check.fix_kinds is not None and check.fix is None:
         yield "--fix_kinds goes with --fix."
@@ -216,6 +211,8 @@ def _label_issue_problems(issues: LabelIssueConfig, train: TrainConfig) -> Itera
             for name in sorted(changed & EVAL_FLAGS if data else changed - INFERENCE_FLAGS):
                 use = "--model trains nothing and checks the training rows"
                 yield f"--{name} is for training; {use}."
+    if train.data.test_file is not None:
+        yield "--test_file is evaluated at the end of training, not here; remove it."
     for name in STREAMING_FLAGS:
         if getattr(train.data, name) != getattr(DataConfig, name):
             yield f"--{name} has no effect: all rows are held in memory and used once; remove it."

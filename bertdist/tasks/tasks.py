@@ -74,16 +74,21 @@ class Task(Protocol):
         """
 
     def eval_loss(self, logits: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
-        """Sum over rows without label smoothing and class weights, () in the precision of logits;
-        with reduction "none" of each row, (N,).
+        """Sum over rows without label smoothing and class weights, () in the logits' precision.
 
-        So it means the same in every run.
+        So it means the same in every run. reduction "none": of each row, (N,).
         """
 
     def predict(self, logits: Tensor) -> tuple[Array, Array]:
         """Logits (N, O) -> predictions and probabilities, as the metrics read them.
 
         Predictions are label ids (N,), 0/1 rows (N, O), or numbers (N,); probabilities (N, O).
+        """
+
+    def error_sizes(self, logits: Tensor, targets: Array) -> Array:
+        """How wrong each row is predicted, (N,); 0: not at all.
+
+        The probability of the wrong label, the highest one of several, or the distance of numbers.
         """
 
     def to_records(
@@ -139,6 +144,10 @@ class SingleLabel:
 
     def predict(self, logits: Tensor) -> tuple[Array, Array]:
         return logits.argmax(-1).numpy(), logits.float().softmax(-1).numpy()
+
+    def error_sizes(self, logits: Tensor, targets: Array) -> Array:
+        predictions, probabilities = self.predict(logits)
+        return np.where(predictions == targets, 0, probabilities.max(-1))
 
     def to_records(
         self, logits: Tensor, top_k: int | None = None, threshold: float | None = None
@@ -215,6 +224,12 @@ class MultiLabel:
         probabilities = logits.float().sigmoid()
         return (probabilities > 0.5).long().numpy(), probabilities.numpy()
 
+    def error_sizes(self, logits: Tensor, targets: Array) -> Array:
+        predictions, probabilities = self.predict(logits)
+        confidence = np.where(predictions > 0, probabilities, 1 - probabilities)
+        sizes: Array = np.where(predictions == targets, 0, confidence).max(-1)
+        return sizes
+
     def to_records(
         self, logits: Tensor, top_k: int | None = None, threshold: float | None = None
     ) -> Iterator[dict[str, Any]]:
@@ -264,6 +279,9 @@ class Regression:
 
     def predict(self, logits: Tensor) -> tuple[Array, Array]:
         return logits.float()[:, 0].numpy(), logits.float().numpy()
+
+    def error_sizes(self, logits: Tensor, targets: Array) -> Array:
+        return np.abs(self.predict(logits)[0].astype(np.float64) - targets)
 
     def to_records(
         self, logits: Tensor, top_k: int | None = None, threshold: float | None = None

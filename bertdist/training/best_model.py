@@ -1,5 +1,5 @@
-"""The best weights of a run and their predictions (best/, evaluation.json, predictions.jsonl), and
-early stopping.
+"""The best weights of a run and their results (best/, evaluation.json, predictions.jsonl,
+errors.jsonl), and early stopping.
 
 Both decide by `improvement`, a function of the scores alone, and remember what they need in
 TrainState: a run that is resumed from an earlier checkpoint writes the same files again.
@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
@@ -45,8 +45,9 @@ from bertdist.training.checkpoint import (
 if TYPE_CHECKING:  # --streaming only
     from bertdist.data.streaming import Stream
 
+RESULT_FILES = ("evaluation.json", "predictions.jsonl", "errors.jsonl")
 # Results of a run that a new one in the same folder must not show as its own.
-RESULTS = ("evaluation.json", "predictions.jsonl", "nan_rows.jsonl")
+RESULTS = (*RESULT_FILES, *(f"test_{name}" for name in RESULT_FILES), "nan_rows.jsonl")
 
 
 def _lacks_only_manifest(best: Path) -> bool:
@@ -101,6 +102,25 @@ class EarlyStopping:
             self.triggered = patience is not None and count >= patience
 
 
+class Results(NamedTuple):
+    """What is written of an evaluation."""
+
+    report: dict[str, Any]  # evaluation.json
+    predictions: Iterable[dict[str, Any]]  # predictions.jsonl, one per row
+    errors: Iterable[dict[str, Any]]  # errors.jsonl: rows that are predicted wrong, the worst first
+
+
+def write_results(folder: Path, results: Results, prefix: str = "") -> None:
+    """Write them into files of these names. Raises CheckpointError.
+
+    prefix: test_ for the rows of --test_file.
+    """
+    report, predictions, errors = (folder / f"{prefix}{name}" for name in RESULT_FILES)
+    atomic_write(predictions, map(to_json, results.predictions))
+    atomic_write(errors, map(to_json, results.errors))
+    atomic_write(report, to_json(results.report, indent=1))
+
+
 class BestModel:
     """Where the best weights of a run are saved, and whether they are there."""
 
@@ -138,25 +158,19 @@ class BestModel:
         self,
         model: Classifier,
         step: int,
-        report: dict[str, Any] | None = None,
-        predictions: Iterable[dict[str, Any]] = (),
+        results: Results | None = None,
     ) -> None:
-        """Write the weights after `step` as the best, with the scores and predictions of their
-        evaluation, if there was one.
+        """Write the weights after `step` as the best, with the results of their evaluation, if
+        there was one.
 
         A collective; rank 0 writes. Raises CheckpointError on all ranks if it cannot.
         """
         with raise_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
                 self._write(model, step)
-                if report is not None:
-                    self.write_results(report, predictions)
+                if results is not None:
+                    write_results(self.folder, results)
         self.step = step
-
-    def write_results(self, report: dict[str, Any], predictions: Iterable[dict[str, Any]]) -> None:
-        """Write evaluation.json and predictions.jsonl, on rank 0. Raises CheckpointError."""
-        atomic_write(self.folder / "evaluation.json", to_json(report, indent=1))
-        atomic_write(self.folder / "predictions.jsonl", map(to_json, predictions))
 
     def _write(self, model: Classifier, step: int) -> None:
         settings = {**self.settings, "step": step}

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from bertdist.core.atomic_io import read_json_object
 from bertdist.core.config import TaskConfig, TrainConfig
 from bertdist.core.errors import BertdistError, ConfigError, did_you_mean
 from bertdist.core.types import Array
 from bertdist.data.batch import PackedBatch
 from bertdist.data.loader import MapLoader
+from bertdist.data.records import Records
 from bertdist.data.source import LocateRow
 from bertdist.data.tokenization import TokenizedDataset
 from bertdist.distributed.collectives import (
@@ -39,7 +42,14 @@ from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import Classifier, load_trained_classifier
 from bertdist.tasks.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from bertdist.tasks.tasks import Task
-from bertdist.training.best_model import BestModel, improvement, improves_loss
+from bertdist.training.best_model import (
+    RESULT_FILES,
+    BestModel,
+    Results,
+    improvement,
+    improves_loss,
+    write_results,
+)
 from bertdist.training.checkpoint import Checkpointer, TrainState
 from bertdist.training.micro_batches import compute_in_micro_batches
 from bertdist.training.nonfinite import nonfinite_error
@@ -71,6 +81,14 @@ class Evaluation:
     # One record per row, made as they are read, once: a row may have many labels.
     predictions: Iterable[dict[str, Any]] = ()
     classes: dict[str, Any] = field(default_factory=dict)  # scores per label, confusion matrix
+    intervals: Callable[[], dict[str, Any]] = dict  # of the scores, computed when it is called
+    # The rows of these records that are predicted wrong, as in errors.jsonl.
+    errors: Callable[[Records], Iterable[dict[str, Any]]] = lambda records: ()
+
+    def results(self, records: Records, **first: Any) -> Results:
+        """What is written of it. records: the rows; first: the first entries of evaluation.json."""
+        report = {**first, "scores": self.scores, "intervals": self.intervals(), **self.classes}
+        return Results(report, self.predictions, self.errors(records))
 
 
 class Evaluator:
@@ -84,15 +102,17 @@ class Evaluator:
         accelerator: Accelerator,
         best_model: BestModel | None = None,
         log: RunLogger | None = None,
+        test_loader: MapLoader | None = None,
     ) -> None:
         """loader: None if there is no validation split. best_model, log: for `evaluate_step`.
+        test_loader: of the rows of --test_file, for `evaluate_test`.
 
         Raises ConfigError on rank 0 for metrics that are unknown or do not fit the task.
         """
         self.loader, self.accelerator, self.on_nan = loader, accelerator, config.run.on_nan
-        self.best_model, self.log = best_model, log
+        self.best_model, self.log, self.test_loader = best_model, log, test_loader
         self.scorer: Scorer | None = None
-        if loader is not None and accelerator.is_main_process:
+        if (loader or test_loader) is not None and accelerator.is_main_process:
             self.scorer = Scorer(config.task, task, config.data.task_name)
             if log is not None and self.scorer.positive_note:
                 log.note(self.scorer.positive_note)
@@ -151,8 +171,8 @@ class Evaluator:
             state.best_loss = loss if undefined and math.isfinite(loss) else None
             state.best_step = state.step
             self.log.screen.saving()
-            report = {"step": state.step, "scores": evaluation.scores, **evaluation.classes}
-            self.best_model.save(model, state.step, report, evaluation.predictions)
+            results = evaluation.results(self.loader.dataset.records, step=state.step)
+            self.best_model.save(model, state.step, results)
         return gain
 
     def verify_best(
@@ -163,33 +183,71 @@ class Evaluator:
         """
         assert self.best_model is not None, "only while training"
         report = self.best_model.verify(model, state, checkpointer)
-        predictions = self.best_model.folder / "predictions.jsonl"
-        lacks = state.finished and (report is None or not predictions.exists())
+        others = [self.best_model.folder / name for name in RESULT_FILES[1:]]
+        lacks = state.finished and (report is None or not all(path.exists() for path in others))
         if self.loader is None or not broadcast_from_rank0(self.accelerator, lacks):
             return report
-        return self._evaluate_again(state)
+        report = self._evaluate_best(self.loader, state)
+        assert self.log is not None
+        self.log.say(
+            f"{', '.join(RESULT_FILES)} of the best weights (step {state.best_step}) were not in "
+            f"{self.best_model.folder}: written again."
+        )
+        return report
 
-    def _evaluate_again(self, state: TrainState) -> dict[str, Any] | None:
-        """Write evaluation.json and predictions.jsonl of best/; returns the former on rank 0."""
-        assert self.best_model is not None and self.log is not None and self.loader is not None
+    def reports(
+        self, model: Classifier, state: TrainState, checkpointer: Checkpointer
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """At the end: evaluation.json and test_evaluation.json, on rank 0 if there are any."""
+        report = self.verify_best(model, state, checkpointer)
+        return report, self.evaluate_test(state)
+
+    def evaluate_test(self, state: TrainState) -> dict[str, Any] | None:
+        """At the end of the run, evaluate the rows of --test_file with the best weights.
+
+        Nothing is computed where test_evaluation.json is of the same weights, rows and metrics.
+        Returns its contents on rank 0.
+        """
+        loader = self.test_loader
+        if loader is None or not state.finished:
+            return None
+        assert self.best_model is not None, "only while training"
+        records = loader.dataset.records
+        of = {
+            "step": state.best_step,
+            "rows": f"{len(records)} rows of {records.name}, {records.fingerprint}",
+            "metrics": [*self.scorer.names, self.scorer.positive_label] if self.scorer else [],
+        }
+        files = [self.best_model.folder / f"test_{name}" for name in RESULT_FILES]
+        report = read_json_object(files[0])
+        lacks = {name: report.get(name) for name in of} != of
+        lacks = lacks or not all(path.exists() for path in files)
+        if not broadcast_from_rank0(self.accelerator, lacks):
+            return report
+        return self._evaluate_best(loader, state, "test_", **of)
+
+    def _evaluate_best(
+        self, loader: MapLoader, state: TrainState, prefix: str = "", **first: Any
+    ) -> dict[str, Any] | None:
+        """Evaluate the weights of best/ and write the results; returns the report on rank 0."""
+        assert self.best_model is not None and self.log is not None, "only while training"
         folder = self.best_model.folder
         with raise_on_all_ranks(self.accelerator):
             classifier, _, _ = load_trained_classifier(str(folder / "best"))
-        tokens = state.tokens_per_micro_batch or self.loader.tokens_per_micro_batch
-        self.loader = replace(self.loader, tokens_per_micro_batch=tokens)
+        tokens = state.tokens_per_micro_batch or loader.tokens_per_micro_batch
+        loader = replace(loader, tokens_per_micro_batch=tokens)
+        classifier.to(self.accelerator.device)
         with self.accelerator.autocast():
-            evaluation = self.evaluate(classifier.to(self.accelerator.device))
+            evaluation = evaluate_split(classifier, loader, self.scorer, self.accelerator)
         assert evaluation is not None, "nothing could stop it"
-        report = {"step": state.best_step, "scores": evaluation.scores, **evaluation.classes}
+        if evaluation.nonfinite_rows:
+            self._report_nonfinite(evaluation.nonfinite_rows, loader.dataset, state.best_step)
+        results = evaluation.results(loader.dataset.records, **{"step": state.best_step, **first})
         with raise_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
-                self.best_model.write_results(report, evaluation.predictions)
-        self.log.say(
-            f"evaluation.json and predictions.jsonl of the best weights (step {state.best_step}) "
-            f"were not in {folder}: written again.",
-            *evaluation.notes,
-        )
-        return report if self.accelerator.is_main_process else None
+                write_results(folder, results, prefix)
+        self.log.say(*evaluation.notes)
+        return results.report if self.accelerator.is_main_process else None
 
     def _report_nonfinite(
         self, rows: tuple[int, ...], examples: TokenizedDataset, step: int
@@ -221,7 +279,8 @@ class Scorer:
         self._metrics = metrics.load_metrics(
             names, task.problem_type, task.labels, config.positive_label
         )
-        self.positive_note = self._metrics.positive_note  # which label is positive, or ""
+        self.names, self.positive_note = self._metrics.names, self._metrics.positive_note
+        self.positive_label = config.positive_label
         self._report, self._undefined = metrics.classification_report, metrics.UNDEFINED
         self.selection_metric = config.metric_for_best_model or self._metrics.names[0]
         self.sign = -1 if self.selection_metric in metrics.LOWER_IS_BETTER else 1
@@ -294,7 +353,21 @@ class Scorer:
                 for row, (record, truth) in enumerate(records)
             ),
             classes=classes,
+            intervals=partial(self._intervals, scores, logits, references),
+            errors=partial(error_records, task, logits, references),
         )
+
+    def _intervals(
+        self, scores: dict[str, float], logits: Tensor, references: Array
+    ) -> dict[str, Any]:
+        """The interval of each built-in score; None for one that is undefined."""
+        from bertdist.tasks.intervals import Arrays, bootstrap_intervals
+
+        arrays = Arrays(*self.task.predict(logits), references)
+        targets = torch.from_numpy(references)
+        losses = self.task.eval_loss(logits.double(), targets, "none").numpy()
+        names = ["loss", *(name for name in scores if name in self._metrics.names)]
+        return bootstrap_intervals(names, arrays, losses, self._metrics.positive)
 
     def _notes(self, scores: dict[str, float], selected: str) -> tuple[str, ...]:
         """Sentences about scores that are not numbers, the first time that they are none."""
@@ -320,6 +393,27 @@ def suggested_threshold(probabilities: Array, references: Array) -> float:
     number, flat = int(references.sum()), np.sort(probabilities, axis=None)[::-1]
     last, following = flat[number - 1], flat[number] if number < flat.size else 0.0
     return float((last + following) / 2)
+
+
+def error_records(
+    task: Task, logits: Tensor, references: Array, records: Records
+) -> Iterator[dict[str, Any]]:
+    """Lines of errors.jsonl: the rows that are predicted wrong, the most confident errors first."""
+    sizes = task.error_sizes(logits, references)
+    order = np.argsort(-sizes, kind="stable")
+    order = order[sizes[order] > 0]  # neither right nor NaN
+    for row, answer in zip(order, task.to_records(logits[order]), strict=True):
+        location, record = records.location(int(row)), records[int(row)]
+        where = {"file": location.file, "line": location.line}
+        yield {
+            "row": int(row),
+            **{name: value for name, value in where.items() if value is not None},
+            **answer,
+            "truth": task.decode_target(references[row]),
+            "error": float(sizes[row]),
+            "text": record.text,
+            **({} if record.pair is None else {"text_pair": record.pair}),
+        }
 
 
 class EvaluationStopped(Exception):

@@ -185,14 +185,18 @@ class RunLogger:
         self._meter = meter
 
     def log_summary(
-        self, state: TrainState, reason: str, report: Mapping[str, Any] | None = None
+        self,
+        state: TrainState,
+        reason: str,
+        report: Mapping[str, Any] | None = None,
+        test_report: Mapping[str, Any] | None = None,
     ) -> None:
-        """The end of training, or of this process. reason: of a requested stop. report:
-        evaluation.json of the best weights.
+        """The end of training, or of this process. reason: of a requested stop. report,
+        test_report: evaluation.json and test_evaluation.json of the best weights.
         """
         reason = reason or "a stop was requested on another rank"
         if state.finished:
-            self._summarize(state, report or {})
+            self._summarize(state, report or {}, test_report or {})
         elif state.step:
             self.status("preempted", state.step, reason)
             first = ", starting with the evaluation" if state.evaluation_pending else ""
@@ -202,18 +206,17 @@ class RunLogger:
             self.status("preempted", 0, reason)
             self.say(f"Stopped ({reason}) before the first step. Rerun the same command to start.")
 
-    def _summarize(self, state: TrainState, report: Mapping[str, Any]) -> None:
+    def _summarize(
+        self, state: TrainState, report: Mapping[str, Any], test_report: Mapping[str, Any]
+    ) -> None:
         stopped_early = state.step < self.total_steps
         since_best = state.evaluations_since_best
         reason = f"early stopping after {since_best} evaluations without improvement"
         self.status("finished", state.step, reason if stopped_early else "")
         if not self.enabled:
             return
-        try:
-            show_report(self.screen, report)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            path = self.folder / "evaluation.json"
-            self.say(f"{path} is damaged: its tables are not shown.")
+        self._show_report(report, "evaluation.json", "")
+        self._show_report(test_report, "test_evaluation.json", "test rows")
         by_loss = ", of the lowest loss" if state.best_loss is not None else ""
         best = f"best weights (step {state.best_step}{by_loss}) in {self.folder / 'best'}"
         steps = f"{state.step} steps"
@@ -223,6 +226,12 @@ class RunLogger:
         self._show_times()
         show_files(self.screen, self.folder)
         show_commands(self.screen, self.folder)
+
+    def _show_report(self, report: Mapping[str, Any], file: str, of: str) -> None:
+        try:
+            show_report(self.screen, report, of, file)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            self.say(f"{self.folder / file} is damaged: its tables are not shown.")
 
     def _show_times(self) -> None:
         """Where the time of this process went, if it took a step."""

@@ -37,6 +37,8 @@ FILES = {
     "best": "the weights, a Hugging Face folder",
     "evaluation.json": "scores, per label too",
     "predictions.jsonl": "answer and truth of every validation row",
+    "errors.jsonl": "validation rows with a wrong answer, the most confident first",
+    "test_evaluation.json": "scores of the test rows",
     "metrics.jsonl": "log of the run",
 }
 
@@ -58,18 +60,25 @@ def show_data(
     stats: DatasetStats,
     eval_rows: Records | None,
     task: Task,
+    test_rows: Records | None = None,
 ) -> None:
     """The data and the task; how files were read is a note."""
     screen.pairs = rows.pair_column is not None
-    for name, text in describe_data(rows, stats, eval_rows, task).items():
+    for name, text in describe_data(rows, stats, eval_rows, task, test_rows).items():
         screen.block(name, text)
-    guesses = (*rows.format_notes, *stats.notes, *(eval_rows.format_notes if eval_rows else ()))
+    scored = [split for split in (eval_rows, test_rows) if split]
+    of_scored = (note for split in scored for note in split.format_notes)
+    guesses = (*rows.format_notes, *stats.notes, *of_scored)
     screen.note(*(f"{guess}." for guess in dict.fromkeys(guesses)))
     screen.note(*filter(None, (task.reason, describe_alike(task.labels))))
 
 
 def describe_data(
-    rows: "Records | Stream", stats: DatasetStats, eval_rows: Records | None, task: Task
+    rows: "Records | Stream",
+    stats: DatasetStats,
+    eval_rows: Records | None,
+    task: Task,
+    test_rows: Records | None = None,
 ) -> dict[str, str]:
     """The lines of the start block about the data and the task, by name."""
     pair = f" and {rows.pair_column!r}" if rows.pair_column else ""
@@ -88,6 +97,7 @@ def describe_data(
     return {
         "Training": f"{number} {rows.name}{stream}, text in {rows.text_column!r}{pair}{label}",
         "Validation": validation,
+        **({"Test": f"{len(test_rows):,} rows of {test_rows.name}"} if test_rows else {}),
         "Task": kind + ("" if task.problem_type == REGRESSION else outputs),
     }
 
@@ -123,18 +133,22 @@ def _count(number: int) -> str:
 # ---- The end
 
 
-def show_report(screen: Screen, report: Mapping[str, Any]) -> None:
+def show_report(
+    screen: Screen, report: Mapping[str, Any], of: str = "", file: str = "evaluation.json"
+) -> None:
     """The tables of an evaluation.json: scores per label, and the confusion matrix.
 
-    Of many labels the lowest scores, and the most frequent confusions.
+    of: what was evaluated, by default the step; file: where the rest is. Of many labels the lowest
+    scores, and the most frequent confusions.
     """
+    of = of or (f"step {report['step']}" if "step" in report else "")
     classes, labels = report.get("per_class", []), report.get("labels", [])
     if classes:
-        shown, title = classes, f"Scores per label, step {report['step']}"
+        shown, title = classes, ", ".join(filter(None, ["Scores per label", of]))
         if len(classes) > SHOWN_LABELS:
             with_rows = [entry for entry in classes if entry["rows"]]
             shown = sorted(with_rows, key=lambda entry: entry["f1"])[:SHOWN_LABELS]
-            title += f" (the lowest f1 of {len(classes):,}; all are in evaluation.json)"
+            title += f" (the lowest f1 of {len(classes):,}; all are in {file})"
         rows = [list(map(cell, entry.values())) for entry in shown]
         screen.table(title, list(classes[0]), rows, range(1, len(classes[0])))
     if "confusion" in report and len(labels) <= SHOWN_MATRIX:
@@ -143,7 +157,7 @@ def show_report(screen: Screen, report: Mapping[str, Any]) -> None:
         rows = [list(map(cell, entry.values())) for entry in confusions]
         screen.table("Most frequent confusions", list(confusions[0]), rows, [2])
     if scores := report.get("scores"):
-        _show_scores(screen, report["step"], scores, report.get("intervals") or {})
+        _show_scores(screen, of, scores, report.get("intervals") or {})
     if (threshold := report.get("suggested_threshold")) is not None:
         screen.say(
             "Every answer is empty: no label of any row has a probability above 0.5. With a "
@@ -164,7 +178,7 @@ def _show_matrix(screen: Screen, labels: Sequence[str], confusion: Sequence[Sequ
 
 
 def _show_scores(
-    screen: Screen, step: int, scores: Mapping[str, Any], intervals: Mapping[str, Any]
+    screen: Screen, of: str, scores: Mapping[str, Any], intervals: Mapping[str, Any]
 ) -> None:
     numbers = {name: x for name, x in scores.items() if not isinstance(x, list | dict)}
     rows = [[name, cell(x)] for name, x in numbers.items()]
@@ -174,7 +188,8 @@ def _show_scores(
         for row in rows:
             ends = intervals.get(row[0])
             row.append(" to ".join(map(cell, ends)) if ends else "")
-    screen.table(f"Scores of the best weights, step {step}", header, rows, range(1, len(header)))
+    title = f"Scores of the best weights, {of}" if of else "Scores"
+    screen.table(title, header, rows, range(1, len(header)))
 
 
 def _confusions(report: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -499,7 +499,7 @@ def test_a_list_of_the_file_may_hold_words_that_look_like_flags(
 
 FULL = [  # every setting has a value here in one of them
     "--text_column=-t --text_pair_column=p --label_column=l --label_delimiter=; --column_names _ -t p l --delimiter=tab --quoting=none",
-    "--label_columns a b --max_train_samples 5 --max_eval_samples 6 --validation_file=v.tsv --encoding=latin-1 --dropout=0.1",
+    "--label_columns a b --max_train_samples 5 --max_eval_samples 6 --validation_file=v.tsv --test_file=e.tsv --encoding=latin-1 --dropout=0.1",
     "--accept_changed_data --on_nan skip --max_nan_steps 3 --detect_anomaly",
     "--on_bad_row skip --max_bad_rows 7 --streaming --stream_window 64 --stream_sharding by_file",
     "--train_weights 0.5 --file_format json --json_field data",
@@ -514,7 +514,7 @@ FULL = [  # every setting has a value here in one of them
     "--torch_compile --cuda_graphs --verbose",
     "--test_split 0.1",
 ]
-HUB = "--model_name_or_path=m --output_dir=o --dataset_name=d --dataset_config_name=c --train_split=t --validation_split=v".split()
+HUB = "--model_name_or_path=m --output_dir=o --dataset_name=d --dataset_config_name=c --train_split=t --validation_split=v --test_split=e".split()
 GLUE = "--model_name_or_path=m --output_dir=o --task_name=sst2".split()
 FOLDS = "--model_name_or_path=m --output_dir=o --train_file=t.tsv --folds=3".split()
 

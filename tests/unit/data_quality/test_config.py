@@ -13,7 +13,7 @@ def test_flags_become_settings() -> None:
         "--train_file a.tsv --test_file b.tsv --model_name_or_path m --max_length 64 "
         "--fix c.parquet".split()
     )
-    assert (data.train_file, check.test_file, check.max_length, check.fix, check.fix_kinds) == (
+    assert (data.train_file, data.test_file, check.max_length, check.fix, check.fix_kinds) == (
         ["a.tsv"],
         "b.tsv",
         64,

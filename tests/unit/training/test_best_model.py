@@ -23,7 +23,7 @@ from bertdist.models.classifier import (
 from bertdist.tasks.tasks import SingleLabel
 from bertdist.training import best_model as best_module
 from bertdist.training import evaluation as evaluation_module
-from bertdist.training.best_model import BestModel, EarlyStopping
+from bertdist.training.best_model import BestModel, EarlyStopping, Results
 from bertdist.training.checkpoint import TrainState
 from bertdist.training.evaluation import Evaluation, Evaluator
 from bertdist.training.screen import Screen
@@ -52,7 +52,8 @@ class Evaluations:
         best: Any = SimpleNamespace(
             save=lambda *args: self.saved.append(self.state.step), lacks=lambda state: False
         )
-        loader: Any = MapLoader(dataset=[], rows_per_step=1, tokens_per_micro_batch=1)  # type: ignore[arg-type]
+        rows: Any = SimpleNamespace(records=None)
+        loader: Any = MapLoader(dataset=rows, rows_per_step=1, tokens_per_micro_batch=1)
         config: Any = SimpleNamespace(
             run=RunConfig(**settings), task=TaskConfig(), data=SimpleNamespace(task_name=None)
         )
@@ -235,14 +236,16 @@ def test_what_is_saved_can_be_used_and_read(
     report = {"step": 7, "scores": {"loss": 0.5}, "labels": ["no", "yes"]}
     rows = [{"row": 0, "label": "ä", "score": 0.5, "truth": "yes"}, {"row": 1, "score": NAN}]
     best = best_in(tmp_path, tiny_model)
-    best.save(model, 7, report, rows)
+    best.save(model, 7, Results(report, rows, rows[1:]))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "best",
+        "errors.jsonl",
         "evaluation.json",
         "predictions.jsonl",
     ]
     assert json.loads((tmp_path / "evaluation.json").read_text()) == report
     assert lines_of(tmp_path / "predictions.jsonl") == [rows[0], {"row": 1, "score": None}]
+    assert lines_of(tmp_path / "errors.jsonl") == [{"row": 1, "score": None}]
     assert "ä" in (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
     again, task, settings = load_trained_classifier(str(tmp_path / "best"))
     columns = {"text_column": "text", "text_pair_column": "pair"}
@@ -277,16 +280,18 @@ def test_only_the_main_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         best = BestModel(config_of(tmp_path), None, records_from_texts(["a"]), rank)  # type: ignore[arg-type]
         if main:  # the control
             with pytest.raises(AssertionError, match="written"):
-                best.save(None, 7, {}, [{}])  # type: ignore[arg-type]
+                best.save(None, 7, Results({}, [{}], []))  # type: ignore[arg-type]
         else:
-            best.save(None, 7, {}, [{}])  # type: ignore[arg-type]
+            best.save(None, 7, Results({}, [{}], []))  # type: ignore[arg-type]
 
 
 def test_a_number_that_json_does_not_have_is_null(
     model: Classifier, tiny_model: Path, tmp_path: Path
 ) -> None:
     """json.dumps would write NaN, which other programs refuse."""
-    best_in(tmp_path, tiny_model).save(model, 7, {"scores": {"mse": NAN}}, [{"score": NAN}])
+    best_in(tmp_path, tiny_model).save(
+        model, 7, Results({"scores": {"mse": NAN}}, [{"score": NAN}], [])
+    )
     for name, expected in (
         ("evaluation.json", {"scores": {"mse": None}}),
         ("predictions.jsonl", {"score": None}),

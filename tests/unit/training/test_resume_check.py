@@ -281,6 +281,7 @@ DOES_NOT_MATTER = {  # where it runs, micro-batches, when to write or log, when 
     "report_to": "tensorboard",
     "validation_file": "v.tsv",
     "max_eval_samples": "3",
+    "test_file": "e.tsv",
     "accept_changed_data": "yes",
     "on_nan": "skip",
     "detect_anomaly": "yes",
