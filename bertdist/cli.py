@@ -2,6 +2,7 @@
 
     bertdist train --model_name_or_path google-bert/bert-base-uncased --train_file train.tsv ...
     bertdist train --processes 2 ...     # one process per GPU, or two on a CPU
+    bertdist evaluate --model out --input test.tsv
     bertdist predict --model out --text "A film to remember."
     bertdist info                        # versions, devices, folders of configs and scripts
 
@@ -19,8 +20,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import bertdist
-from bertdist.core.args import TRAIN_SECTIONS, parse_or_exit, read_config, read_predict_config
-from bertdist.core.config import DataConfig, PredictConfig
+from bertdist.core.args import (
+    TRAIN_SECTIONS,
+    parse_or_exit,
+    read_config,
+    read_evaluate_config,
+    read_predict_config,
+)
+from bertdist.core.config import DataConfig, EvaluateConfig, PredictConfig
 from bertdist.core.errors import ConfigError, did_you_mean
 from bertdist.core.flags import FlagParser, create_parser
 from bertdist.core.terminal import (
@@ -44,6 +51,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("Fine-tune a classifier, or resume a run.", read_config, TRAIN_SECTIONS),
     "predict": Command("Labels and probabilities of texts.", read_predict_config, [PredictConfig]),
+    "evaluate": Command(
+        "Scores of a trained model on labelled rows.", read_evaluate_config, [EvaluateConfig]
+    ),
     "check": Command(
         "Leaks, duplicates, wrong labels: before training.",
         read_check_arguments,
@@ -54,6 +64,7 @@ OTHER_COMMANDS = {
     "info": "Versions, devices, folders of configs and scripts.",
     "completion": "Completion of flags: for bash, zsh or fish.",
 }
+MODULES = {"evaluate": "eval"}  # evaluate.py would hide the library of that name
 RESOURCES = ("accelerate_configs", "launch")
 SHELLS = ("bash", "zsh", "fish")
 
@@ -115,6 +126,8 @@ def _run_command(name: str, arguments: Sequence[str]) -> NoReturn:
         from bertdist.train import run
     elif name == "predict":
         from bertdist.predict import run
+    elif name == "evaluate":
+        from bertdist.eval import run
     else:
         from bertdist.check import run
     run_cli(run, config)
@@ -170,7 +183,13 @@ def launch_processes(
         if not gpus and "OMP_NUM_THREADS" not in os.environ:
             threads = max(1, (os.cpu_count() or 1) // processes)
             options += ["--num_cpu_threads_per_process", str(threads)]
-    options += ["--config_file", config_file, "-m", f"bertdist.{name}", *arguments]
+    options += [
+        "--config_file",
+        config_file,
+        "-m",
+        f"bertdist.{MODULES.get(name, name)}",
+        *arguments,
+    ]
     flags = launch_command_parser().parse_args(options)
     check_accelerate_flags(flags)
     # Every rank prints its own error: torch's report of the exit codes adds nothing.

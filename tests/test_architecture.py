@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bertdist"
 
 # A package imports from itself and from packages before it in this list only. The scripts come last, in this order.
 PACKAGES = ["core", "distributed", "tasks", "data", "models", "training", "data_quality"]
-SCRIPTS = ["train", "predict", "check", "api", "cli", "__main__"]
+SCRIPTS = ["train", "predict", "eval", "check", "api", "cli", "__main__"]
 ORDER = {name: position for position, name in enumerate([*PACKAGES, *SCRIPTS])}
 ANYWHERE = {"torch", "numpy", "accelerate", "transformers", "bertdist"} | sys.stdlib_module_names
 THIRD_PARTY = {  # package -> the other libraries that it may import

@@ -23,6 +23,8 @@ from bertdist.core.config import (
     DURATION,
     BatchConfig,
     DataConfig,
+    EvaluateConfig,
+    LabelledConfig,
     ModelConfig,
     OptimConfig,
     PredictConfig,
@@ -55,6 +57,10 @@ _PREDICT_ABOUT = """Predict labels and probabilities with a trained model.
 
   bertdist predict --model out --text "A film to remember."
   bertdist predict --model out --input reviews.csv --output predictions.jsonl"""
+_EVALUATE_ABOUT = """Evaluate a trained model on labelled rows: scores, intervals, errors.
+
+  bertdist evaluate --model out --input test.tsv
+  bertdist evaluate --model out --input test.tsv --metrics accuracy ece --output_dir test_scores"""
 _SURE = 0.7  # similarity of a flag that is suggested: below it, deepspeed resembles seed
 _INPUTS = ("train_file", "validation_file", "test_file", "input", "config", *_MODELS)
 DROPPED = ".dropped.jsonl"  # beside the file of check's --fix
@@ -349,6 +355,38 @@ def read_predict_config(arguments: Sequence[str]) -> PredictConfig:
     return config
 
 
+def read_evaluate_config(arguments: Sequence[str]) -> EvaluateConfig:
+    """The arguments of `bertdist evaluate`. Raises ConfigError."""
+    (config,) = parse_arguments("bertdist evaluate", [EvaluateConfig], arguments, _EVALUATE_ABOUT)
+    assert isinstance(config, EvaluateConfig)
+    problems = []
+    if not config.model:
+        problems.append("--model is missing: the folder of a trained classifier, such as out.")
+    hub = [f"--{x}" for x in ("dataset_name", "task_name") if getattr(config, x)]
+    if not config.input and not hub:
+        problems.append("No rows to evaluate: give --input, or --dataset_name and --split.")
+    if config.input and hub:
+        problems.append(f"--input and {hub[0]} both name rows; give one.")
+    if hub and not config.split:
+        problems.append(f"{hub[0]} needs --split, such as test.")
+    if config.split and not hub:
+        problems.append("--split is for data of the hub: give --dataset_name.")
+    names = config.label_names or []
+    if len(set(names)) < len(names):
+        problems.append(f"--label_names repeats a name: {' '.join(names)}.")
+    problems += _label_problems(config)
+    bounds: _Bounds = {
+        "tokens_per_micro_batch": (1, None),
+        "max_eval_samples": (1, None),
+        "max_length": (3, None),
+        "max_bad_rows": (0, None),
+    }
+    problems += _out_of_bounds(config, bounds)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
 def _out_of_bounds(section: Any, bounds: _Bounds) -> Iterable[str]:
     for name, (low, high) in bounds.items():
         value = getattr(section, name)
@@ -379,16 +417,20 @@ def data_problems(data: DataConfig) -> Iterable[str]:
         yield "--validation_file needs --train_file; for hub data give --validation_split."
     if data.test_file and not data.train_file:
         yield "--test_file needs --train_file; for hub data give --test_split."
+    yield from _label_problems(data)
+    yield from _out_of_bounds(
+        data,
+        {"max_train_samples": (1, None), "max_eval_samples": (1, None), "max_bad_rows": (0, None)},
+    )
+
+
+def _label_problems(data: LabelledConfig) -> Iterable[str]:
     if data.label_columns and len(set(data.label_columns)) < len(data.label_columns):
         yield f"--label_columns repeats a name: {' '.join(data.label_columns)}."
     if data.label_columns and (data.label_column or data.label_delimiter):
         yield "--label_columns replaces --label_column and --label_delimiter; give one of them."
     if data.label_delimiter == "":
         yield "--label_delimiter is empty; expected one such as ';' (in YAML, in quotes)."
-    yield from _out_of_bounds(
-        data,
-        {"max_train_samples": (1, None), "max_eval_samples": (1, None), "max_bad_rows": (0, None)},
-    )
     if _changed(data, "max_bad_rows") and data.on_bad_row == "fail":
         yield "--max_bad_rows needs --on_bad_row skip."
 

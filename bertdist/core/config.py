@@ -123,7 +123,45 @@ class FileConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(FileConfig):
+class LabelledConfig(FileConfig):
+    """Where labelled rows are, and the columns of their labels: the same in all commands."""
+
+    dataset_name: str | None = setting(None, "Data set on the hub, instead of files.")
+    dataset_config_name: str | None = setting(None, "Configuration of the data set on the hub.")
+    task_name: str | None = setting(
+        None,
+        "GLUE task (cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli): short for the data set "
+        "nyu-mll/glue with its columns and metrics.",
+    )
+    label_column: str | None = setting(
+        None,
+        "Column of the label. Default: the first of: label, labels, score, target, class.",
+        brief="Column of the label, if not a usual name",
+    )
+    label_columns: list[str] | None = setting(
+        None, "Several 0/1 columns, one per label: a multi-label task."
+    )
+    label_delimiter: str | None = setting(
+        None,
+        "Delimiter between the labels of a row in the label column: a multi-label task. 'tab' "
+        "means a tab, 'space' a space.",
+    )
+    on_bad_row: Literal["fail", "skip"] = setting(
+        "fail",
+        "What to do with a row that cannot be read, or has no text or label: fail, or skip it and "
+        "list it in bad_rows.jsonl.",
+    )
+    max_bad_rows: int = setting(100, "Maximum number of rows to skip; more end the run.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        named = {"tab": "\t", "\\t": "\t", "space": " "}
+        delimiter = named.get(self.label_delimiter or "", self.label_delimiter)
+        object.__setattr__(self, "label_delimiter", delimiter)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(LabelledConfig):
     """Training and validation rows, and their columns."""
 
     _argument_group_name = "data"
@@ -166,13 +204,6 @@ class DataConfig(FileConfig):
         "depend on the number of ranks. by_file: each rank reads only its own files, for many "
         "files on many ranks.",
     )
-    dataset_name: str | None = setting(None, "Data set on the hub, instead of files.")
-    dataset_config_name: str | None = setting(None, "Configuration of the data set on the hub.")
-    task_name: str | None = setting(
-        None,
-        "GLUE task (cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli): short for the data set "
-        "nyu-mll/glue with its columns and metrics.",
-    )
     train_split: str = setting("train", "Split of the hub data set to train on.")
     validation_split: str | None = setting(
         None,
@@ -187,33 +218,8 @@ class DataConfig(FileConfig):
         "Share of the rows of --train_file to score once, after training, on the best weights; "
         "chosen like --validation_split. Of a hub data set: the name of a split.",
     )
-    label_column: str | None = setting(
-        None,
-        "Column of the label. Default: the first of: label, labels, score, target, class.",
-        brief="Column of the label, if not a usual name",
-    )
-    label_columns: list[str] | None = setting(
-        None, "Several 0/1 columns, one per label: a multi-label task."
-    )
-    label_delimiter: str | None = setting(
-        None,
-        "Delimiter between the labels of a row in the label column: a multi-label task. 'tab' "
-        "means a tab, 'space' a space.",
-    )
-    on_bad_row: Literal["fail", "skip"] = setting(
-        "fail",
-        "What to do with a row that cannot be read, or has no text or label: fail, or skip it and "
-        "list it in bad_rows.jsonl.",
-    )
-    max_bad_rows: int = setting(100, "Maximum number of rows to skip; more end the run.")
     max_train_samples: int | None = setting(None, "Train on the first N rows only.")
     max_eval_samples: int | None = setting(None, "Evaluate on the first N rows only.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        named = {"tab": "\t", "\\t": "\t", "space": " "}
-        delimiter = named.get(self.label_delimiter or "", self.label_delimiter)
-        object.__setattr__(self, "label_delimiter", delimiter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -525,6 +531,64 @@ def share_of(split: str | None) -> float | None:
 
 
 MOST_LOGGED_STEPS = 50  # of --log_every auto
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(LabelledConfig):
+    """The settings of `bertdist evaluate`."""
+
+    _argument_group_name = "evaluation"
+
+    model: str = setting(
+        "",
+        "Trained classifier: a folder of Hugging Face files, such as out/best, or that of a run. "
+        "Required.",
+        brief="Trained classifier, such as out",
+    )
+    input: str | None = setting(
+        None,
+        "Labelled rows: a file, glob or URL as in training, or a folder per label.",
+        brief="File of labelled rows: csv, tsv, jsonl, parquet",
+    )
+    split: str | None = setting(None, "Split of the hub data set (--dataset_name), such as test.")
+    output_dir: str | None = setting(
+        None,
+        "Folder to write evaluation.json, predictions.jsonl and errors.jsonl into. Default: the "
+        "scores are shown only.",
+        brief="Folder for scores, predictions, errors",
+    )
+    metrics: list[str] | None = setting(
+        None,
+        "Metrics to compute, as in training. Default: the usual metrics of the task.",
+        brief="Metrics, default: the usual ones",
+    )
+    positive_label: str | None = setting(
+        None,
+        "Of two labels, the positive one: that of f1, precision, recall and average_precision. "
+        "Default: the second.",
+        brief="The positive one of two labels",
+    )
+    label_names: list[str] | None = setting(
+        None,
+        "Names of the model's outputs in their order, as the file has them. Default: the model's.",
+    )
+    max_eval_samples: int | None = setting(None, "Evaluate on the first N rows only.")
+    max_length: int | None = setting(
+        None, "Maximum length of a text in tokens. Default: that of the training."
+    )
+    tokens_per_micro_batch: int | None = setting(
+        None,
+        "Maximum number of tokens a device computes at once. Default: 8,192; halved when memory "
+        "runs out.",
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
+        None, "Precision of matrix products. Default: accelerate's setting, else no."
+    )
+    use_cpu: bool = setting(
+        False, "Use the CPU even if there is a GPU.", brief="Use the CPU even if there is a GPU"
+    )
+
+
 DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*")
 
 

@@ -553,20 +553,25 @@ def load_trained_classifier(folder: str) -> tuple[Classifier, Task, dict[str, An
     """A trained classifier, its task, and the metadata of `save_classifier`; raises ModelError."""
     config = ModelConfig(model_name_or_path=folder, max_length=0)
     model_config = load_model_config(config, "--model")
-    names = _label_names(model_config)
-    if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise ModelError(f"--model {folder}: id2label names {repeated!r} twice.")
-    if model_config.problem_type == REGRESSION and len(names) > 1:
-        raise ModelError(
-            f"--model {folder} predicts {len(names)} numbers; bertdist has regression of one."
-        )
-    metadata = saved_metadata(model_config)
-    codes = metadata.get("label_codes") or ()
-    task = task_of_model(model_config.problem_type, names, codes)
+    task = trained_task(model_config, f"--model {folder}")
     model, notes = load_classifier(config, task, model_config, "--model")
     if notes and notes[0].startswith(_NEW_WEIGHTS):
         raise ModelError(f"--model {folder} is not a trained classifier. {notes[0]}")
-    return model, task, metadata
+    return model, task, saved_metadata(model_config)
+
+
+def trained_task(model_config: PretrainedConfig, where: str) -> Task:
+    """The task that the config.json of a trained classifier states. where: for error messages.
+
+    Raises ModelError.
+    """
+    names = _label_names(model_config)
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise ModelError(f"{where}: id2label names {repeated!r} twice.")
+    if model_config.problem_type == REGRESSION and len(names) > 1:
+        raise ModelError(f"{where} predicts {len(names)} numbers; bertdist has regression of one.")
+    codes = saved_metadata(model_config).get("label_codes") or ()
+    return task_of_model(model_config.problem_type, names, codes)
 
 
 def saved_metadata(model_config: PretrainedConfig) -> dict[str, Any]:

@@ -168,6 +168,29 @@ def match_labels(names: Collection[str], others: Sequence[str]) -> tuple[str, ..
     return None
 
 
+def match_to_model(
+    names: Iterable[str], model_names: Sequence[str], codes: Sequence[str] = ()
+) -> dict[str, str]:
+    """The model's name for each label, of which `codes` are other spellings: its spelling, else its canonical one, else that up to case,
+    blanks and Unicode form; a whole number is output N of a model with names such as LABEL_0.
+
+    Labels that match none, or several, are left out.
+    """
+    index, folded = LabelIndex(model_names, codes), Counter(map(_folded, model_names))
+    by_folded = {_folded(name): name for name in model_names if folded[_folded(name)] == 1}
+    if model_names and all(name == f"LABEL_{i}" for i, name in enumerate(model_names)):
+        by_folded |= {str(i): name for i, name in enumerate(model_names)}
+    found = {}
+    for name in names:
+        position = index.find(name)
+        match = (
+            by_folded.get(_folded(canonical(name))) if position is None else model_names[position]
+        )
+        if match is not None:
+            found[name] = match
+    return found
+
+
 def is_multi_hot(labels: Iterable[Any], outputs: int | None = None) -> bool:
     """Whether labels are lists of one length that hold only 0 and 1.
 

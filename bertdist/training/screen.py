@@ -110,10 +110,10 @@ class RunningLoss:
 class Screen:
     """Standard error of one run."""
 
-    def __init__(self, enabled: bool) -> None:
-        """enabled: on rank 0."""
+    def __init__(self, enabled: bool, stderr: bool = True) -> None:
+        """enabled: on rank 0. stderr: False for standard output."""
         self.enabled, self.verbose = enabled, False
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=stderr, highlight=False)
         # Words wrap on a terminal; in a file a message is one line, for grep.
         self.console.soft_wrap = not self.console.is_terminal
         self.has_panel = self.console.is_interactive and sys.stderr.isatty()

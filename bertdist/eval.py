@@ -1,0 +1,242 @@
+"""Evaluate a trained classifier on labelled rows: scores with intervals, predictions, errors.
+
+    python -m bertdist.eval --model out --input test.tsv
+    python -m bertdist.eval --model out --input test.tsv --metrics accuracy ece --output_dir scores
+    accelerate launch -m bertdist.eval --model out --input test.tsv      # on several devices
+
+The model is any Hugging Face folder of a sequence classifier; labels of the file are matched to its
+labels by name. --output_dir gets evaluation.json, predictions.jsonl and errors.jsonl, as a run has
+them for its validation rows, the same on any number of ranks.
+"""
+
+import os
+import sys
+
+if __name__ == "__main__":
+    if not __package__:
+        # Run by path, Python looks for modules in bertdist/ itself; make it look in the folder
+        # above.
+        sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    from bertdist.core.args import parse_or_exit, read_evaluate_config
+
+    flags = parse_or_exit(read_evaluate_config)  # before torch is imported, which takes seconds
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bertdist.core.atomic_io import explain_write_errors, read_json_object
+from bertdist.core.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, TaskConfig
+from bertdist.core.errors import BertdistError, ConfigError, DataError, listed
+from bertdist.core.output_files import is_run_folder
+from bertdist.core.terminal import print_error, print_to_stderr, process_rank
+from bertdist.data.bad_rows import BadRows
+from bertdist.data.columns import LabelValue
+from bertdist.data.loader import DEFAULT_TOKEN_BUDGET
+from bertdist.data.records import Records
+from bertdist.data.splits import load_records
+from bertdist.data.tokenization import create_dataset, truncation_notes
+from bertdist.distributed.collectives import raise_on_all_ranks
+from bertdist.distributed.launch import EXIT_STOPPED, create_accelerator, run_cli
+from bertdist.distributed.launcher import check_world
+from bertdist.distributed.preemption import StopSignal
+from bertdist.models.classifier import load_model_config, saved_metadata, trained_task
+from bertdist.predict import Predictor, Stopped, check_pairs
+from bertdist.tasks.labels import (
+    MULTI_LABEL,
+    REGRESSION,
+    SINGLE_LABEL,
+    is_multi_hot,
+    match_to_model,
+)
+from bertdist.tasks.tasks import Task
+from bertdist.training.best_model import RESULT_FILES, Results, write_results
+from bertdist.training.evaluation import Scorer
+from bertdist.training.run_summary import show_report
+from bertdist.training.screen import Screen
+
+
+def evaluate(config: EvaluateConfig) -> Results | None:
+    """The results on rank 0, which writes them to --output_dir; None on other ranks.
+
+    Raises, on all ranks, BertdistError, and `Stopped` where a stop was requested.
+    """
+    run = RunConfig(use_cpu=config.use_cpu, mixed_precision=config.mixed_precision)
+    with StopSignal() as stop:
+        accelerator = create_accelerator(run)
+        check_world(accelerator.num_processes)
+        is_main, scorer = accelerator.is_main_process, None
+        with raise_on_all_ranks(accelerator):
+            # Rows first: they cost little, and their errors come before the weights are loaded.
+            _check_folder(config.output_dir)
+            task, records, notes = load_labelled_rows(config)
+            if is_main:
+                task_config = TaskConfig(
+                    metrics=config.metrics, positive_label=config.positive_label
+                )
+                scorer = Scorer(task_config, task, config.task_name)
+                notes = [*notes, *filter(None, [scorer.positive_note])]
+            predictor = Predictor(
+                config.model,
+                max_length=config.max_length,
+                tokens_per_micro_batch=config.tokens_per_micro_batch or DEFAULT_TOKEN_BUDGET,
+                accelerator=accelerator,
+                stop=stop,
+            )
+            tokenizer, max_length = predictor.tokenizer, predictor.max_length
+            targets = create_dataset(records, tokenizer, task, max_length).targets
+            if is_main:
+                notes += truncation_notes({"rows": records}, tokenizer, max_length)
+                print_to_stderr(*notes)
+        logits = predictor.predict_logits(records)
+        results = None
+        with raise_on_all_ranks(accelerator):
+            if scorer is not None:
+                evaluation = scorer.score(logits, targets)
+                of = {"model": config.model, "data": records.name, "rows": len(records)}
+                results = evaluation.results(records, evaluated=of)
+                if config.output_dir is not None:
+                    _write(Path(config.output_dir), results, records, config)
+        return results
+
+
+def load_labelled_rows(config: EvaluateConfig) -> tuple[Task, Records, list[str]]:
+    """The model's task, the rows with its names as labels, and notes. Raises BertdistError."""
+    model_config = load_model_config(ModelConfig(model_name_or_path=config.model), "--model")
+    task, metadata = (
+        trained_task(model_config, f"--model {config.model}"),
+        saved_metadata(model_config),
+    )
+    if (names := config.label_names) is not None:
+        if task.problem_type == REGRESSION or len(names) != len(task.labels):
+            raise ConfigError(
+                f"--label_names has {len(names)} names; the model has {len(task.labels)} outputs: "
+                f"{listed(task.labels, 20)}."
+            )
+        task = replace(task, labels=tuple(names), codes=())  # type: ignore[type-var]  # a Protocol
+    texts = config.text_column or metadata.get("text_column")
+    data = DataConfig(
+        **{name: getattr(config, name) for name in _SHARED},
+        text_column=[texts] if isinstance(texts, str) else texts,
+        text_pair_column=config.text_pair_column or metadata.get("text_pair_column"),
+        validation_file=config.input,
+        validation_split=config.split,
+    )
+    records = load_records(data, "validation", task.problem_type == REGRESSION)
+    if records is None:
+        raise DataError(f"There are no rows of --split {config.split}.")
+    check_pairs(metadata, records.pairs is not None)
+    bad_rows = BadRows(config.on_bad_row, config.max_bad_rows)
+    bad_rows.add(records.bad_rows)
+    notes = [f"{note}." for note in records.format_notes]
+    if number := len(bad_rows):
+        notes.append(f"Skipped {_rows(number)} that cannot be read: {bad_rows.rows[0].message}")
+    if task.problem_type == REGRESSION:
+        return task, records, notes
+    values, matched = _match_labels(records, task)
+    return task, replace(records, label_values=values), [*notes, *matched]
+
+
+# Flags of rows that training has too
+_SHARED = (
+    *("file_format", "json_field", "column_names", "delimiter", "quoting", "encoding"),
+    *("dataset_name", "dataset_config_name", "task_name", "max_eval_samples"),
+    *("label_column", "label_columns", "label_delimiter", "on_bad_row", "max_bad_rows"),
+)
+
+
+def _match_labels(records: Records, task: Task) -> tuple[list[LabelValue], list[str]]:
+    """The labels with the model's names, and notes. Raises DataError for what matches none."""
+    values = records.label_values
+    is_named = task.problem_type != MULTI_LABEL or records.class_names is not None
+    if not is_named and is_multi_hot(values, len(task.labels)):
+        return values, []
+    if task.problem_type == SINGLE_LABEL:
+        for value in values:
+            if isinstance(value, tuple) and len(value) != 1:
+                raise DataError(
+                    f"{records.locate_label(value)}: {len(value)} labels; the model gives one "
+                    f"label per text ({SINGLE_LABEL}), of {listed(task.labels, 10)}."
+                )
+    rows_of = {name: value for value in reversed(values) for name in _names(value)}
+    found = match_to_model(rows_of, task.labels, task.codes)
+    if missing := [name for name in rows_of if name not in found]:
+        joined = task.problem_type == MULTI_LABEL and records.label_kind != "set"
+        hint = " --label_delimiter ';' splits cells with several labels." if joined else ""
+        shown = listed([f"{name!r} ({records.locate_label(rows_of[name])})" for name in missing], 5)
+        raise DataError(
+            f"{len(missing):,} of {len(rows_of):,} labels of {records.name} are none of the "
+            f"model's ({listed(task.labels, 10)}): {shown}. Rename them, or give the names of the "
+            f"model's outputs, in their order, as the file has them: --label_names.{hint}"
+        )
+    matched: list[LabelValue] = []
+    for value in values:
+        new = tuple(found[name] for name in _names(value))
+        matched.append(new if isinstance(value, tuple) else new[0])
+    changed = [f"{name!r} is {found[name]!r}" for name in rows_of if found[name] != name]
+    note = f"Labels of {records.name} and of the model: {listed(changed, 10)}."
+    return matched, [note] if changed else []
+
+
+def _names(value: LabelValue) -> tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, tuple) else (str(value),)
+
+
+def _rows(number: int) -> str:
+    return f"{number:,} row{'s' * (number != 1)}"
+
+
+def _check_folder(folder: str | None) -> None:
+    """Raise ConfigError for a folder whose files are not of an evaluation; rank 0 makes it."""
+    if folder is None or process_rank() != 0:
+        return
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--output_dir {folder} is a file; name a folder.")
+    if is_run_folder(path) or (path / "config.json").exists():
+        what = "a run" if is_run_folder(path) else "a model"
+        raise ConfigError(
+            f"--output_dir {folder} is the folder of {what}; name another, such as {path / 'test'}."
+        )
+    present = [name for name in RESULT_FILES if os.path.lexists(path / name)]
+    if present and "evaluated" not in read_json_object(path / RESULT_FILES[0]):
+        raise ConfigError(
+            f"--output_dir {folder} holds {', '.join(present)}, which no evaluation wrote; name "
+            "another folder."
+        )
+    with explain_write_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def _write(folder: Path, results: Results, records: Records, config: EvaluateConfig) -> None:
+    bad_rows = folder / "bad_rows.jsonl"
+    bad_rows.unlink(missing_ok=True)  # of an earlier evaluation
+    BadRows(config.on_bad_row, config.max_bad_rows, bad_rows).add_and_write(records.bad_rows)
+    write_results(folder, results)
+
+
+def run(config: EvaluateConfig) -> int:
+    """Evaluate, show and write; returns the exit code."""
+    try:
+        results = evaluate(config)
+    except Stopped:
+        if process_rank() == 0:
+            print_error(
+                BertdistError("Stopped on request: nothing was written; rerun the same command.")
+            )
+        return EXIT_STOPPED
+    if results is not None:
+        _show(results.report, config)
+    return 0
+
+
+def _show(report: dict[str, Any], config: EvaluateConfig) -> None:
+    screen, of = Screen(enabled=True, stderr=False), report["evaluated"]
+    show_report(screen, report)
+    screen.say(f"Evaluated: {of['model']} on {_rows(of['rows'])} of {of['data']}.")
+    for name in RESULT_FILES if config.output_dir is not None else ():
+        screen.say(f"Written: {Path(str(config.output_dir)) / name}")
+
+
+if __name__ == "__main__":
+    run_cli(run, flags)
