@@ -23,6 +23,7 @@ PROGRAMS = {
     "bertdist/train.py": "train",
     "bertdist/predict.py": "predict",
     "bertdist/check.py": "check",
+    "bertdist/eval.py": "evaluate",
     "launch/train.slurm": "train",
     "launch/multi_node.slurm": "train",
     "launch/smoke.sh": "train",
@@ -142,7 +143,7 @@ def flags_of(program: str) -> frozenset[str]:
     from accelerate.commands.launch import launch_command_parser
 
     from bench import compiled, peers, reading, scaling, startup
-    from bertdist.core.config import PredictConfig, TrainConfig
+    from bertdist.core.config import EvaluateConfig, PredictConfig, TrainConfig
     from bertdist.data_quality.config import CheckConfig, LabelIssueConfig
 
     if program == "launch":
@@ -163,6 +164,7 @@ def flags_of(program: str) -> frozenset[str]:
             re.findall(r'"(--\w+)"', (ROOT / "launch" / "demo.py").read_text(encoding="utf-8"))
         )
     sections_of = {"train": typing.get_type_hints(TrainConfig).values(), "predict": [PredictConfig]}
+    sections_of["evaluate"] = [EvaluateConfig]
     sections_of["check"] = [CheckConfig, LabelIssueConfig, *sections_of["train"]]
     sections = sections_of[program]
     return frozenset(
@@ -234,7 +236,7 @@ def missing_tests(root: Path) -> list[str]:
     problems = []
     for page, text in documents(root):
         quoted = " ".join(re.findall(r"`([^`\n]+)`", text))
-        for name in re.findall(r"(?<![\w/-])[\w/]*\btest_\w+(?:\.py|\*)?", quoted):
+        for name in re.findall(r"(?<![\w/-])[\w/]*\btest_\w+(?!\w|\.(?!py\b))(?:\.py|\*)?", quoted):
             if name.endswith(".py"):
                 exists = name in paths
             elif name.endswith("*"):

@@ -21,6 +21,7 @@ from bertdist.tasks.labels import (
     is_number,
     label_names,
     match_labels,
+    match_to_model,
     odd_labels,
 )
 from bertdist.tasks.tasks import MultiLabel, infer_task, task_of_model
@@ -321,3 +322,28 @@ def test_a_near_miss_says_what_differs(label: str, name: str, difference: str) -
 )
 def test_the_same_labels_in_another_order(names: Any, others: Any, expected: Any) -> None:
     assert match_labels(names, others) == expected
+
+
+# ---- Labels of a file and of a model
+
+
+@pytest.mark.parametrize(
+    ("names", "model", "expected"),
+    [
+        (["a", "b"], ["b", "a"], {"a": "a", "b": "b"}),
+        (["A", " b"], ["b", "a"], {"A": "a", " b": "b"}),
+        (["a", "A"], ["a", "A"], {"a": "a", "A": "A"}),  # exact spellings come first
+        (["ä"], ["a", "A"], {}),
+        (["aA"], ["aa", "AA"], {}),  # both are alike
+        (["1", "0.0", "TRUE"], ["0", "1", "true"], {"1": "1", "0.0": "0", "TRUE": "true"}),
+        (["0", "1.0", "label_1"], ["LABEL_0", "LABEL_1"], {"0": "LABEL_0", "1.0": "LABEL_1", "label_1": "LABEL_1"}),
+        (["0", "2"], ["LABEL_0", "LABEL_1"], {"0": "LABEL_0"}),
+        (["0", "1"], ["no", "LABEL_1"], {}),  # not only default names
+        (["0"], ["LABEL_1", "LABEL_0"], {}),  # not the default order
+        (["x"], [], {}),
+    ],
+)  # fmt: skip
+def test_labels_are_matched_to_those_of_a_model(
+    names: list[str], model: list[str], expected: dict[str, str]
+) -> None:
+    assert match_to_model(names, model) == expected

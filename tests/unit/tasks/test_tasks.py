@@ -540,3 +540,31 @@ def test_a_column_of_texts_is_not_a_label_column() -> None:
     assert len(task_of(texts, counts=[24, *[1] * 25]).labels) == 26  # too few rows to tell
     listed = task_of(texts, counts=[25, *[1] * 25], label_names=texts)
     assert listed.labels == tuple(texts)  # one row of each, as in few-shot learning
+
+
+@pytest.mark.parametrize(
+    ("task", "logits", "targets", "expected"),
+    [
+        (SingleLabel(("a", "b")), [[0.0, 2.0], [0.0, 2.0], [1.0, 0.0]], [0, 1, 1], [1 / (1 + math.exp(-2)), 0, 1 / (1 + math.exp(-1))]),
+        (MultiLabel(("a", "b")), [[3.0, -2.0], [1.0, -2.0], [1.0, -2.0]], [[0, 1], [0, 0], [1, 0]], [1 / (1 + math.exp(-3)), 1 / (1 + math.exp(-1)), 0]),
+        (Regression(("n",)), [[1.0], [-2.0], [4.0]], [1.0, 1.0, 1.5], [0, 3, 2.5]),
+    ],
+)  # fmt: skip
+def test_an_error_is_as_big_as_the_model_is_sure_of_it(
+    task: Task, logits: Any, targets: Any, expected: list[float]
+) -> None:
+    found = task.error_sizes(torch.tensor(logits), np.array(targets))
+    assert found.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("labels", ["single", "multi", "number"])
+def test_eval_losses_of_rows_sum_to_that_of_all(labels: str) -> None:
+    tasks: dict[str, tuple[Task, Tensor]] = {
+        "single": (SingleLabel(("a", "b", "c")), torch.tensor([0, 2, 1])),
+        "multi": (MultiLabel(("a", "b", "c")), torch.eye(3)),
+        "number": (Regression(("score",)), torch.tensor([1.0, 2.0, 3.0])),
+    }
+    task, targets = tasks[labels]
+    rows = task.eval_loss(LOGITS.double(), targets, "none")
+    assert rows.shape == (3,) and rows.std() > 0
+    assert rows.sum().item() == pytest.approx(task.eval_loss(LOGITS.double(), targets).item())
