@@ -171,10 +171,11 @@ def match_labels(names: Collection[str], others: Sequence[str]) -> tuple[str, ..
 def match_to_model(
     names: Iterable[str], model_names: Sequence[str], codes: Sequence[str] = ()
 ) -> dict[str, str]:
-    """The model's name for each label, of which `codes` are other spellings: its spelling, else its canonical one, else that up to case,
-    blanks and Unicode form; a whole number is output N of a model with names such as LABEL_0.
+    """The model's name for each label.
 
-    Labels that match none, or several, are left out.
+    That of its spelling, else its canonical one, else that up to case, blanks and Unicode form; a
+    whole number is output N of a model with names such as LABEL_0. codes: other names of the same
+    labels. Labels that match none, or several, are left out.
     """
     index, folded = LabelIndex(model_names, codes), Counter(map(_folded, model_names))
     by_folded = {_folded(name): name for name in model_names if folded[_folded(name)] == 1}

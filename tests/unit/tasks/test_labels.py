@@ -347,3 +347,7 @@ def test_labels_are_matched_to_those_of_a_model(
     names: list[str], model: list[str], expected: dict[str, str]
 ) -> None:
     assert match_to_model(names, model) == expected
+
+
+def test_codes_of_the_training_are_the_names_they_stand_for() -> None:
+    assert match_to_model(["0", "No", "7"], ["no", "yes"], ["0", "1"]) == {"0": "no", "No": "no"}
