@@ -1,8 +1,8 @@
 """Check data before training: labels, tables, texts, duplicates, leaks and lengths.
 
-    python -m bertdist.check --train_file train.tsv --validation_file dev.tsv \
+    bertdist check --train_file train.tsv --validation_file dev.tsv \
         --model_name_or_path google-bert/bert-base-uncased
-    python -m bertdist.check --train_file train.tsv --output check.json --fix clean.parquet
+    bertdist check --train_file train.tsv --output check.json --fix clean.parquet
 
 With --folds or --model it finds label issues instead (`data_quality.label_issues`). The exit code
 is 0 if nothing is worse than a warning, 1 if there are errors in the data or in the arguments.

@@ -130,6 +130,8 @@ def commands(text: str) -> Iterator[str]:
         for line in re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines():
             line = re.sub(r"^\s*(\$ |> )?|(^|\s)#.*$", "", line)
             line = re.sub(r"-m (bertdist|bench)\.(\w+)", r"\1/\2.py", line)
+            line = re.sub(r"^bertdist (train|predict|check)\b", r"bertdist/\1.py", line)
+            line = re.sub(r"^bertdist evaluate\b", "bertdist/eval.py", line)
             yield from (
                 part.strip()
                 for part in re.split(r"\s(?:&&|\|\|?|;|&)(?:\s|$)", line)
@@ -169,7 +171,7 @@ def flags_of(program: str) -> frozenset[str]:
     sections = sections_of[program]
     return frozenset(
         f"--{field.name}" for section in sections for field in dataclasses.fields(section)
-    ) | {"--config", "--help"}
+    ) | {"--config", "--help", "--processes"}
 
 
 def unknown_flags(root: Path) -> list[str]:

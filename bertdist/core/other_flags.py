@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection
 
 INTERVAL = "takes '200 steps', '0.5 epochs', '10%' or 'never'"
-_PREDICT = "python -m bertdist.predict --model out/best --input test.tsv reads rows without labels"
+_PREDICT = "bertdist predict --model out --input test.tsv reads rows without labels"
 _SETTING = "it is a setting of training"
 
 # Our name -> names that mean the same elsewhere.
@@ -99,7 +99,7 @@ _ANSWERS = [
     ),
     ("evaluation has the precision of training", "bf16_full_eval fp16_full_eval"),
     ("PyTorch reads TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 from the environment", "tf32"),
-    ("train.py trains; python -m bertdist.predict predicts", "do_train"),
+    ("bertdist train trains; bertdist predict predicts", "do_train"),
     ("--validation_file is always evaluated", "do_eval"),
     (
         _PREDICT,
@@ -268,6 +268,6 @@ def answer(name: str, names: Collection[str], train_names: Collection[str]) -> s
     found = TRAIN_ANSWERS.get(name)
     if found is None:
         return _SETTING if name in train_names else None
-    if "python -m" in found or "accelerate launch" in found:  # the flags are of that command
+    if "bertdist " in found or "accelerate launch" in found:  # the flags are of that command
         return found
     return found if {*re.findall(r"--(\w+)", found)} <= {*names} else _SETTING

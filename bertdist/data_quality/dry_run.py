@@ -80,7 +80,7 @@ def dry_run(config: TrainConfig) -> int:
         line = f"{finding.severity}: {finding.split}: {finding.title}: {finding.quantity}{share}"
         show(", ".join([line, *(example.where for example in finding.examples[:1])]))
     show(*report.notes)
-    show(f"{summary(report.findings)}; details: python -m bertdist.check.")
+    show(f"{summary(report.findings)}; details: bertdist check.")
     train = report.splits["train"]
     task = create_task(config.task, label_stats_of(train), pretrained_labels(settings))
     for records in report.splits.values():

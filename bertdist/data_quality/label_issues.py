@@ -1,8 +1,8 @@
-"""Label issues: rows whose label is probably wrong (`python -m bertdist.check --folds/--model`).
+"""Label issues: rows whose label is probably wrong (`bertdist check --folds/--model`).
 
-    python -m bertdist.check --folds 5 --model_name_or_path MODEL --train_file rows.tsv \
+    bertdist check --folds 5 --model_name_or_path MODEL --train_file rows.tsv \
         --output_dir checked --output label_issues.jsonl
-    python -m bertdist.check --model out/best --train_file rows.tsv --output label_issues.jsonl
+    bertdist check --model out/best --train_file rows.tsv --output label_issues.jsonl
 
 A model predicts every row, and cleanlab compares predictions and labels by confident learning
 (https://jair.org/index.php/jair/article/view/12125): a label is a likely error if the model is more

@@ -112,12 +112,12 @@ NEEDED = ["--model_name_or_path=m", "--train_file=t.tsv", "--output_dir=o"]
         ("run_name", "trackers of --report_to read such settings from the environment"),
         ("logging_strategy", "--log_every takes '200 steps'"),
         ("max_seq_length", "the name is --max_length."),
-        ("predict_file", "python -m bertdist.predict --model out/best --input test.tsv"),
+        ("predict_file", "bertdist predict --model out --input test.tsv"),
         ("trainer.max_epochs", "the name is --num_train_epochs."),
         ("model.learning_rate", "the name is --learning_rate."),
         ("local-rank", "start it with torchrun or accelerate launch"),
         ("output", "the name is --output_dir."),
-        ("input", "python -m bertdist.predict --model out/best"),
+        ("input", "bertdist predict --model out"),
     ],
 )
 def test_a_training_run_answers(flag: str, line: str) -> None:
