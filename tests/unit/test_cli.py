@@ -61,7 +61,7 @@ def test_a_mistake_is_one_line_and_exit_code_1(
     assert error.startswith(f"bertdist: {message}")
 
 
-@pytest.mark.parametrize("name", ["train", "predict", "check"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "check"])
 def test_help_of_a_command_names_the_flags_of_launches(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,13 +69,14 @@ def test_help_of_a_command_names_the_flags_of_launches(
     assert code == 0 and "--processes N" in out and f"bertdist {name} --" in out
 
 
-@pytest.mark.parametrize("name", ["train", "predict", "check"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "check"])
 def test_a_command_runs_its_script_with_the_checked_config(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
     words = {"train": TRAIN, "predict": ["--model=m", "--text=x"], "check": ["--train_file=t.tsv"]}
-    script = importlib.import_module(f"bertdist.{name}")
+    words["evaluate"] = ["--model=m", "--input=t.tsv"]
+    script = importlib.import_module(f"bertdist.{cli.MODULES.get(name, name)}")
     monkeypatch.setattr(script, "run", lambda config: seen.append(config) or 75)
     assert run(capsys, name, *words[name])[0] == 75
     assert seen == [cli.COMMANDS[name].read(words[name])]
