@@ -337,8 +337,8 @@ def _checked(window: Window, kept: dict[str, str]) -> Iterable[str]:
         if not value.keys() <= kept.keys():
             odd = next(key for key in value if key not in kept)
             raise DataError(
-                f"{window.records.location(row)}: the key {odd!r} is not in most of the first rows, "
-                "which give a table its columns: write .jsonl, or name those to keep "
+                f"{window.records.location(row)}: the key {odd!r} is not in most of the first "
+                "rows, which give a table its columns: write .jsonl, or name those to keep "
                 "(--keep_columns id date)."
             )
     return kept
