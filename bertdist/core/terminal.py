@@ -86,16 +86,20 @@ def create_table(
 ) -> Table:
     """A table with light rules.
 
-    right: indices of right-aligned columns; lines: a rule between rows.
+    right: indices of columns of numbers, right-aligned and never wrapped; lines: a rule between
+    rows.
     """
     columns = [
-        Column(plain_text(name), justify="right" if i in right else "left", overflow="fold")
+        Column(plain_text(name), justify="right", no_wrap=True)
+        if i in right
+        else Column(plain_text(name), overflow="fold")
         for i, name in enumerate(header)
     ]
     table = Table(
         *columns,
         box=HORIZONTALS,
         show_lines=lines,
+        padding=(0, 1, 0, 0),
         pad_edge=False,
     )
     for row in rows:

@@ -168,7 +168,7 @@ def show_report(
 def _show_matrix(screen: Screen, labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> None:
     names = [excerpt(label, NAME_COLUMNS) for label in labels]
     heading = list(names)
-    if max(map(len, names)) + sum(len(name) + 3 for name in names) > screen.console.width - 2:
+    if max(map(len, names)) + sum(len(name) + 2 for name in names) > screen.console.width - 2:
         names = [f"{number} {name}" for number, name in enumerate(names)]
         heading = list(map(str, range(len(labels))))
     counts = zip(names, confusion, strict=True)
@@ -217,7 +217,7 @@ def describe_times(meter: ThroughputMeter, seconds: Mapping[str, float], total: 
     }
     parts["starting"] = max(0.0, total - sum(parts.values()))
     steps, rate = values["train_steps"], values["tokens_per_second"]
-    shares = ", ".join(f"{name} {x / total:.0%}" for name, x in parts.items())
+    shares = ", ".join(f"{name} {x / total:.0%}" for name, x in parts.items() if x)
     return f"{duration(total)}: {shares}; {steps:,.0f} steps, {rate:,.0f} tokens/s in training"
 
 

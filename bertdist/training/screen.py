@@ -68,7 +68,7 @@ class Progress(NamedTuple):
         words = [f"step {self.step:>{len(total)},}/{total}"]
         if self.steps_per_epoch:
             done, epochs = (n / self.steps_per_epoch for n in (self.step, self.total_steps))
-            words.append(f"epoch {done:.1f}/{epochs:.3g}")
+            words.append(f"epoch {done:.{1 if epochs >= 2 else 2}f}/{epochs:.3g}")
         return words
 
 
@@ -403,6 +403,7 @@ def evaluations_table(
         *(Column(Text(_heading(name)), justify="right", overflow="fold") for name, _ in columns),
         Column(""),
         box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         pad_edge=False,
         caption=f"{', '.join(caption)}; all are in metrics.jsonl" if caption else None,
         caption_justify="left",
