@@ -379,7 +379,9 @@ class Intervals:
         """Epochs, in words."""
         if self.steps_per_epoch:
             epochs = self.total_steps / self.steps_per_epoch
-            return f"{self.steps_per_epoch:,} per epoch, {epochs:.3g} epoch{'s' * (epochs != 1)}"
+            return (
+                f"{self.steps_per_epoch:,} steps per epoch, {epochs:.3g} epoch{'s' * (epochs != 1)}"
+            )
         names = " and ".join(self._auto)
         return "the length of an epoch is not known" + f": {names} 10% of the run" * bool(names)
 

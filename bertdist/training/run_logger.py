@@ -283,6 +283,13 @@ class RunLogger:
         with self.on_all_ranks():
             self.begin(state.step, files, state.evaluation_pending)
             self.status("finished" if state.finished else "running", state.step)
+        if state.finished:
+            self.say(
+                "This run has finished: its results are shown again. To train again, use another "
+                "--output_dir."
+            )
+            if self.screen.has_panel:
+                self.screen.show_evaluations(state.best_step)
 
     def begin(self, step: int, files: Mapping[str, str], evaluation_pending: bool = False) -> None:
         """Write files, and drop the lines of metrics.jsonl that will be repeated: after `step`.

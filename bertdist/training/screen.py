@@ -316,15 +316,15 @@ class Screen:
         evaluations say.
         """
         self._end_saving()
-        if best_step is not None:
-            self._progress = self._progress._replace(best_step=best_step)
         if self._live is not None:
             live, self._live = self._live, None
             live.stop()
-            self.show_evaluations()
+            self.show_evaluations(best_step)
 
-    def show_evaluations(self) -> None:
-        """The table of all evaluations, of many the last ones and the best."""
+    def show_evaluations(self, best_step: int | None = None) -> None:
+        """The table of evaluations, of many the last ones and the best. best_step: see `close`."""
+        if best_step is not None:
+            self._progress = self._progress._replace(best_step=best_step)
         if self.enabled and self.evaluations:
             width = self.console.width
             self.console.print(self._evaluations(SHOWN_EVALUATIONS, width), soft_wrap=False)
