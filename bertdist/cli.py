@@ -31,6 +31,8 @@ from bertdist.core.config import DataConfig, EvaluateConfig, PredictConfig
 from bertdist.core.errors import ConfigError, did_you_mean
 from bertdist.core.flags import FlagParser, create_parser
 from bertdist.core.terminal import (
+    EXIT_BROKEN_PIPE,
+    close_broken_stdout,
     escape_unencodable,
     exit_with_error,
     print_to_stderr,
@@ -95,8 +97,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
                 f"There is no command {name!r}.{did_you_mean(name, names)} "
                 f"`bertdist --help` lists them."
             )
+        sys.stdout.flush()
     except ConfigError as error:
         exit_with_error(error)
+    except BrokenPipeError:  # bertdist train --help all | head
+        if not close_broken_stdout():
+            raise
+        sys.exit(EXIT_BROKEN_PIPE)
     sys.exit(0)
 
 

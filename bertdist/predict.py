@@ -137,6 +137,8 @@ class Predictor:
         call with `Stopped` once it is set.
         Raises ModelError if the folder holds no trained classifier.
         """
+        if max_length is not None and (type(max_length) is not int or max_length < 3):
+            raise ConfigError(f"max_length is {max_length!r}; expected a number of at least 3.")
         self.folder = folder = model_folder(str(folder))
         self.stop = stop
         self.accelerator = accelerator or create_accelerator(RunConfig())

@@ -101,7 +101,7 @@ def parse_arguments(
     lists: settings of several values, which win over the file. Raises ConfigError.
     """
     if request := help_request(arguments):
-        print(help_text(program, about, sections, request == "all"))
+        print(help_text(program, about, sections, request == "all"), flush=True)
         sys.exit(0)
     parser = create_parser(sections, _VALUE_HINTS)
     names = [field.name for section in sections for field in dataclasses.fields(section)]

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -27,6 +28,7 @@ from bertdist.core.errors import BertdistError
 Cell: TypeAlias = "str | Sequence[tuple[str, str]]"  # text, or (text, rich style) pairs
 
 EXCERPT_COLUMNS = 100
+EXIT_BROKEN_PIPE = 141  # as of a command that SIGPIPE has ended
 # For rank 0 to come as far as the others and print; then torchrun ends them anyway.
 PRINT_SECONDS = 15.0
 SECONDS_PER_LINE = 60  # of a Progress that is not on a terminal
@@ -62,6 +64,15 @@ def exit_with_error(error: BertdistError) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(PRINT_SECONDS)
     sys.exit(1)
+
+
+def close_broken_stdout() -> bool:
+    """Whether nobody reads standard output any more; then what is left of it is dropped."""
+    poll = select.poll()
+    poll.register(1, 0)
+    if is_broken := any(event & select.POLLERR for _, event in poll.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return is_broken
 
 
 def print_to_stderr(*lines: str) -> None:

@@ -19,7 +19,6 @@ import faulthandler
 import json
 import os
 import platform
-import select
 import socket
 import sys
 import time
@@ -41,6 +40,8 @@ from transformers.utils import logging as transformers_logging
 from bertdist.core.config import RunConfig, TrainConfig
 from bertdist.core.errors import BertdistError, ConfigError, RankLost, did_you_mean
 from bertdist.core.terminal import (
+    EXIT_BROKEN_PIPE,
+    close_broken_stdout,
     escape_unencodable,
     exit_with_error,
     print_error,
@@ -61,7 +62,6 @@ from bertdist.distributed.watchdog import (
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped before the end; the same command resumes
 EXIT_INTERRUPTED = 130  # a second Ctrl-C, as a shell has it for SIGINT
-EXIT_BROKEN_PIPE = 141  # as of a command that SIGPIPE has ended
 
 # For a process that broke a connection to be seen as dead, and for others to see who prints it.
 DEAD_RANK_WAIT_SECONDS = 2.0
@@ -116,15 +116,6 @@ def run_cli(command: Callable[[C], int], config: C) -> NoReturn:
         exit_with_error(error)
     ignore_stop_signals()  # a late signal does not change the exit code
     sys.exit(code)
-
-
-def close_broken_stdout() -> bool:
-    """Whether nobody reads standard output any more; then what is left of it is dropped."""
-    poll = select.poll()
-    poll.register(1, 0)
-    if is_broken := any(event & select.POLLERR for _, event in poll.poll(0)):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return is_broken
 
 
 def configure_process() -> None:

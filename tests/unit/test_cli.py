@@ -1,6 +1,7 @@
 """The command `bertdist`: commands, mistakes, and how several processes are started."""
 
 import importlib
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import bertdist
 from bertdist import cli
 from bertdist.core.errors import ConfigError
+from bertdist.core.terminal import EXIT_BROKEN_PIPE
 
 TRAIN = ["--model_name_or_path=m", "--train_file=t.tsv", "--output_dir=o"]
 
@@ -206,3 +208,13 @@ def test_flags_of_launches_are_taken_wherever_they_stand() -> None:
     assert split("--use_cpu") == (0, "", ["--use_cpu"])
     with pytest.raises(ConfigError):
         split("--processes")
+
+
+@pytest.mark.parametrize("words", [["train", "--help", "all"], ["--help"], ["info", "launch"]])
+def test_a_closed_pipe_ends_without_a_traceback(words: list[str]) -> None:
+    command = [sys.executable, "-m", "bertdist", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == EXIT_BROKEN_PIPE

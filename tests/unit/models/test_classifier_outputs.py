@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from bertdist.core.errors import ModelError
+from bertdist import Predictor
+from bertdist.core.errors import ConfigError, ModelError
 from bertdist.models.classifier import load_trained_classifier
 
 
@@ -35,3 +36,9 @@ def test_outputs_that_cannot_be_used_are_one_line(
     with pytest.raises(ModelError) as caught:
         load_trained_classifier(folder)
     assert str(caught.value) == f"--model {folder} {message}".replace(" id2label", ": id2label")
+
+
+@pytest.mark.parametrize("max_length", [2, 0, -1, 5.5, "5", True])
+def test_a_maximum_length_that_is_none_is_one_line(max_length: Any, tiny_model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^max_length is .*; expected a number of at least 3\.$"):
+        Predictor(tiny_model, max_length=max_length)
