@@ -213,7 +213,7 @@ def _add_bad_rows(build: FindingBuilder, too_many: bool, limit: int) -> None:
     if too_many:
         advice += f"; training fails at more than {limit:,} in all its files (--max_bad_rows)"
     build.add(
-        "bad_rows",
+        "skipped_rows",
         "error" if too_many else "warning",
         "bad rows, which are skipped",
         [],
