@@ -121,8 +121,9 @@ def steps_with(rows: set[int], seen: list[Any]) -> list[int]:
     return sorted({number + 1 for of_rank in seen for number, had in of_rank[1] if rows & set(had)})
 
 
-@pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("n", "how"), [(1, "nan"), (1, "gradient"), (2, "inf"), (2, "gradient"), (3, "nan")]
+)
 def test_nonfinite_row_stops_all_ranks_and_is_named(
     tiny_model: Path, files: Files, tmp_path: Path, n: int, how: str
 ) -> None:
@@ -204,8 +205,7 @@ def test_skipped_steps_are_the_same_on_any_number_of_ranks(skipped: Skipped, n: 
         assert mine == pytest.approx(other, abs=1e-4)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
-@pytest.mark.parametrize("killed", [4, 8])
+@pytest.mark.parametrize(("n", "killed"), [(1, 8), (2, 4), (3, 8)])
 def test_resume_between_skipped_steps_equals_uninterrupted(
     skipped: Skipped, tmp_path: Path, n: int, killed: int
 ) -> None:
@@ -261,6 +261,8 @@ def test_a_skipped_step_changes_nothing_but_itself(
         mine_all, others = tensors_of(mine), tensors_of(other)
         assert mine_all.keys() == others.keys()
         assert all(torch.equal(mine_all[name], others[name]) for name in mine_all)
+    if n > 1:
+        return
     run_ranks(n, run_train, skipped.words(tmp_path / "control"), skip_by_hand(steps[1:]))
     with pytest.raises(AssertionError):
         assert_same_run(tmp_path / "control", tmp_path / "by_hand")
@@ -304,8 +306,8 @@ def test_without_the_scale_an_infinite_loss_is_not_seen(skipped: Skipped, tmp_pa
     words = skipped.words(
         tmp_path / "b", max_train_steps=2, num_train_epochs=None, eval_every="never"
     )
-    ((progress, *_),) = run_ranks(1, run_train, words, infinite)
-    assert progress.nan_steps == 2
+    with pytest.raises(RankError, match="each of the 2 steps was skipped"):
+        run_ranks(1, run_train, words, infinite)
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -369,8 +371,7 @@ LINES = {
 }
 
 
-@pytest.mark.parametrize("how", ["nan", "gradient"])
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize(("n", "how"), [(1, "nan"), (2, "nan"), (2, "gradient"), (3, "gradient")])
 def test_detect_anomaly_names_the_operation_in_one_line(
     tiny_model: Path, files: Files, tmp_path: Path, n: int, how: str
 ) -> None:

@@ -10,13 +10,14 @@ import torch
 from rows import train_module
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, pipeline
 
+from bertdist import cli
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import ConfigError
 from bertdist.data import tokenization
 from bertdist.data.records import Records, records_from_texts
 from bertdist.data.tokenization import load_tokenizer, save_tokenizer, truncation_notes
 from bertdist.models.classifier import load_classifier, save_classifier
-from bertdist.predict import Predictor, main
+from bertdist.predict import Predictor
 from bertdist.tasks.tasks import SingleLabel
 
 TASK = SingleLabel(("bad", "good"))
@@ -126,13 +127,10 @@ def test_a_predictor_warns_once(trained: Path) -> None:
 
 
 def test_the_command_says_it_on_standard_error(
-    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        "sys.argv", ["predict", "--model", str(trained), "--use_cpu", "--text", LONG]
-    )
     with pytest.raises(SystemExit) as caught:
-        main()
+        cli.main(["predict", "--model", str(trained), "--use_cpu", "--text", LONG])
     out, error = capsys.readouterr()
     assert not caught.value.code and len(out.splitlines()) == 1
     assert error == "--max_length 16 truncates 100.0% of the texts; the longest has 62 tokens.\n"
