@@ -24,6 +24,7 @@ from bertdist.core.config import (
     BatchConfig,
     DataConfig,
     EvaluateConfig,
+    FileConfig,
     LabelledConfig,
     ModelConfig,
     OptimConfig,
@@ -331,6 +332,8 @@ def read_predict_config(arguments: Sequence[str]) -> PredictConfig:
     if config.input is None:
         for name in _changed(config, "output", "output_format", "keep_columns"):
             problems.append(f"--{name} needs --input; predictions for --text are printed.")
+        for name in _changed(config, *(field.name for field in dataclasses.fields(FileConfig))):
+            problems.append(f"--{name} is for the files of --input.")
     if output_format(config.output, config.output_format) is None:
         problems.append(
             f"--output {config.output}: expected the ending .jsonl, .csv, .tsv or .parquet, of "

@@ -632,6 +632,13 @@ def test_a_duration_that_was_not_checked_is_an_assertion() -> None:
             ["--output needs --input; predictions for --text are printed."],
         ),
         (
+            ["--model=m", "--text", "a", "--text_column", "b", "--delimiter=;"],
+            [
+                "--text_column is for the files of --input.",
+                "--delimiter is for the files of --input.",
+            ],
+        ),
+        (
             ["--model=m", "--text", "a", "b", "--text_pair", "c"],
             ["--text_pair has 1 texts and --text has 2; expected as many."],
         ),
