@@ -88,9 +88,13 @@ def listed(items: Sequence[str], most: int = 10) -> str:
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest candidate, else the first 20."""
-    shown = (name if len(name) <= 60 else f"{name[:60]}..." for name in candidates)
+    """The end of a message about an unknown name: the nearest candidate, else the first 20.
+
+    Long names are shown in part, but for paths.
+    """
+    most = 4096 if "/" in name else 60
+    shown = (name if len(name) <= most else f"{name[:most]}..." for name in candidates)
     names = list(dict.fromkeys(shown))
-    if near := nearest_name(name[:60], names):
+    if near := nearest_name(name[:most], names):
         return f" Did you mean {near!r}?"
     return f" Known: {listed(list(map(repr, names)), 20)}." if names else ""

@@ -263,7 +263,10 @@ def load_model_config(config: ModelConfig, flag: str = "--model_name_or_path") -
         raise ModelError(f"{where}: there is no such folder.{did_you_mean(name, folders)}")
     check_file(folder, where)
     probe_hub(name)
-    if find_adapter_config_file(name, revision=config.model_revision) is not None:
+    adapter = None
+    with suppress(Exception):  # of the hub: the next request has the same error, and explains it
+        adapter = find_adapter_config_file(name, revision=config.model_revision)
+    if adapter is not None:
         raise ModelError(
             f"{where} holds an adapter (adapter_config.json), which is not loaded: merge it into "
             "its base model (merge_and_unload of peft), save that, and give its folder. To use a "

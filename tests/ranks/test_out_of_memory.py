@@ -378,25 +378,21 @@ def test_a_run_that_goes_on_has_the_size_that_was_found(runs: Runs, tmp_path: Pa
 def test_what_is_asked_for_wins_over_what_was_found(runs: Runs, tmp_path: Path) -> None:
     """And what came of it over asking the same again."""
 
-    def tokens(breaking: Breaking | None = None, **settings: Any) -> tuple[int, bool]:
+    def tokens(breaking: Breaking | None = None, **settings: Any) -> int:
         words = runs.words(tmp_path / "out", num_train_epochs=9, save_every="1 steps", **settings)
-        ((progress, _, said),) = run_ranks(
-            1, run_train, words, both(breaking or in_float32, stop_soon)
-        )
-        return progress.tokens_per_micro_batch, "chosen from free memory" in said
+        ((progress, *_),) = run_ranks(1, run_train, words, both(breaking or in_float32, stop_soon))
+        return int(progress.tokens_per_micro_batch)
 
     def stop_soon(accelerator: Accelerator) -> None:
         slurm.StopSignal.requested = lambda self, accelerator: True
 
-    assert tokens() == (8192, True)
-    assert tokens() == (8192, False)
-    assert tokens(short_of_memory(0, "loss", tokens=200), tokens_per_micro_batch=777) == (
-        194,
-        False,
-    )
-    assert tokens(tokens_per_micro_batch=777) == (194, False)
-    assert tokens() == (194, False)
-    assert tokens(tokens_per_micro_batch=778) == (778, False)
+    assert tokens() == 8192
+    assert tokens() == 8192
+    short = short_of_memory(0, "loss", tokens=200)
+    assert tokens(short, tokens_per_micro_batch=777) == 194
+    assert tokens(tokens_per_micro_batch=777) == 194
+    assert tokens() == 194
+    assert tokens(tokens_per_micro_batch=778) == 778
 
 
 def test_ranks_begin_with_the_least_that_one_of_them_found(runs: Runs, tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ CANNOT = [
     ({"validation_file": None, "eval_every": "5 steps"}, "--eval_every"),
     # what is for data of the hub, beside a file
     ({"dataset_config_name": "sst2"}, "--dataset_config_name"),
-    ({"validation_split": "test"}, "--validation_split"),
+    ({"validation_file": None, "validation_split": "test"}, "--validation_split"),
     ({"train_split": "train[:10%]"}, "--train_split"),
     ({"early_stopping_threshold": 0.1}, "--early_stopping_threshold"),
 ]

@@ -126,7 +126,7 @@ def test_train_predict_and_check_run_as_modules(
     assert json.loads((tmp_path / "out/status.json").read_text())["state"] == "finished"
 
     question = ["--model", "out/best", "--text", "a good film"]
-    label, score = run(python, "-m", "bertdist.predict", *question, cwd=tmp_path).split("\t")
+    label, score, _ = run(python, "-m", "bertdist.predict", *question, cwd=tmp_path).split("\t")
     assert label in ("negative", "positive") and 0.5 <= float(score) <= 1
 
     # bertdist.check ends with exit code 1 for errors in the data; these rows have none.

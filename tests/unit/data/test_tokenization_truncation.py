@@ -93,7 +93,8 @@ def test_of_many_long_rows_some_are_counted(
 
 def test_training_says_it_of_both_splits(tiny_model: Path) -> None:
     config = ModelConfig(model_name_or_path=str(tiny_model), max_length=16)
-    inputs = train_module.Inputs(load_tokenizer(config), None, records(1, 1), records(3, 1), {})
+    rows = records(1, 1), records(3, 1), None
+    inputs = train_module.Inputs(load_tokenizer(config), None, *rows, {})
     assert truncation_notes(inputs.splits, inputs.tokenizer, 16) == [
         "--max_length 16 truncates 50.0% of the training rows; the longest has 32 tokens.",
         "--max_length 16 truncates 25.0% of the validation rows; the longest has 32 tokens.",
