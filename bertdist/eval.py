@@ -26,7 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from bertdist.core.atomic_io import explain_write_errors, read_json_object
-from bertdist.core.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, TaskConfig
+from bertdist.core.config import (
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    RunConfig,
+    TaskConfig,
+    saved_setting,
+)
 from bertdist.core.errors import BertdistError, ConfigError, DataError, listed
 from bertdist.core.output_files import is_run_folder
 from bertdist.core.terminal import print_error, print_to_stderr, process_rank
@@ -116,7 +123,7 @@ def load_labelled_rows(config: EvaluateConfig) -> tuple[Task, Records, list[str]
         task = replace(task, labels=tuple(names), codes=())  # type: ignore[type-var]  # a Protocol
     texts = config.text_column or metadata.get("text_column")
     data = DataConfig(
-        **{name: getattr(config, name) for name in _SHARED},
+        **{name: getattr(config, name) for name in _SHARED} | _label_columns(config),
         text_column=[texts] if isinstance(texts, str) else texts,
         text_pair_column=config.text_pair_column or metadata.get("text_pair_column"),
         validation_file=config.input,
@@ -135,6 +142,16 @@ def load_labelled_rows(config: EvaluateConfig) -> tuple[Task, Records, list[str]
         return task, records, notes
     values, matched = _match_labels(records, task)
     return task, replace(records, label_values=values), [*notes, *matched]
+
+
+def _label_columns(config: EvaluateConfig) -> dict[str, Any]:
+    """Where the labels are: as the flags say, else as in the training of a run's best/."""
+    names = ("label_column", "label_columns", "label_delimiter")
+    given = {name: getattr(config, name) for name in names}
+    settings = Path(config.model).parent / "config.yaml"
+    if any(value is not None for value in given.values()) or Path(config.model).name != "best":
+        return given
+    return {name: saved_setting(settings, name) for name in names}
 
 
 # Flags of rows that training has too

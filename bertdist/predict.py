@@ -444,6 +444,8 @@ class _PredictFiles:
             with raise_on_all_ranks(accelerator):
                 if file is not None:
                     file.finish(self.writer.convert if self.writer.needs_conversion else None)
+            if isinstance(file, PartialFile):
+                print_to_stderr(f"Written: {self.config.output}, {self.row_count:,} rows.")
         return 0
 
     def _predict(

@@ -158,3 +158,13 @@ def test_what_cannot_be_evaluated_is_one_line(
     lines = [line for line in said.splitlines() if line.startswith("bertdist: ")]
     assert (code, len(lines), shown) == (1, 1, "") and message in lines[0]
     assert (folder / "stranger" / "errors.jsonl").read_text() == "{}\n"
+
+
+def test_the_label_column_is_that_of_the_run(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "named", tmp_path / "best")
+    rows = [{"text": row["text"], "mood": row["label"]} for row in make_rows(7, seed=5)]
+    write_rows(folder / "mood.tsv", rows)
+    code, said, _ = evaluate(folder, 1, str(tmp_path / "best"), "mood.tsv")
+    assert code == 1 and "Pass --label_column" in said  # the control: nothing names the column
+    (tmp_path / "config.yaml").write_text("label_column: mood\n")
+    assert evaluate(folder, 1, str(tmp_path / "best"), "mood.tsv")[0] == 0

@@ -292,7 +292,8 @@ def test_an_input_without_rows_gives_an_output_without_rows(
         output = tmp_path / f"out.{kind}"
         words = ["--model", str(trained), "--use_cpu", "--input", str(tmp_path / name)]
         words += ["--output", str(output)]
-        assert run_ranks(1, run_main, words, None, predict) == [(0, "", "")]
+        said = f"Written: {output}, 0 rows.\n"
+        assert run_ranks(1, run_main, words, None, predict) == [(0, said, "")]
         assert output.read_text() == ("row,label,score\n" if kind == "csv" else "")
 
 
