@@ -210,7 +210,9 @@ def test_a_file_is_answered_in_its_order(trained: Path, tmp_path: Path) -> None:
             str(tmp_path / f"{n}.jsonl"),
             "--use_cpu",
         ]
-        assert run_ranks(n, run_main, words, None, predict) == [(0, "", "")] * n
+        said = f"Written: {tmp_path / f'{n}.jsonl'}, 11 rows.\n"
+        others = [(0, "", "")] * (n - 1)
+        assert run_ranks(n, run_main, words, None, predict) == [(0, said, ""), *others]
         written[n] = json_of(tmp_path / f"{n}.jsonl")
     assert [line["row"] for line in written[3]] == list(range(11))
     assert [line["label"] for line in written[3]] == [line["label"] for line in written[1]]
