@@ -148,8 +148,8 @@ class LabelledConfig(FileConfig):
     )
     on_bad_row: Literal["fail", "skip"] = setting(
         "fail",
-        "What to do with a row that cannot be read, or has no text or label: fail, or skip it and "
-        "list it in bad_rows.jsonl.",
+        "What to do with a row that cannot be read, or lacks text or label (an empty text is a "
+        "text): fail, or skip it and list it in bad_rows.jsonl.",
     )
     max_bad_rows: int = setting(100, "Maximum number of rows to skip; more end the run.")
 

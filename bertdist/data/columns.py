@@ -139,7 +139,10 @@ def _read_text_list(
         if not is_text and (problems is None or row not in problems):
             content = "is null" if value is None else f"holds {excerpt_of(value, 40)}"
             content = "has a lone surrogate" if type(value) is str else content
-            reject(problems, [row], f"column {name!r} {content}; expected a text", location)
+            expected = "expected a text"
+            if type(value) is dict and type(value.get("0")) is str:  # to_json's default
+                expected += ". With pandas, write df.to_json(path, orient='records', lines=True)"
+            reject(problems, [row], f"column {name!r} {content}; {expected}", location)
         texts.append(value if is_text else "")
     return pa.array(texts, pa.large_string())
 

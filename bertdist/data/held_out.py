@@ -66,6 +66,7 @@ class HoldOut(NamedTuple):
             fingerprint="",
             rows_per_file=tuple(counts.tolist()),
             bad_rows=records.bad_rows if part == "train" else (),
+            one_file=False,
             format_notes=records.format_notes if part == "train" else (),
         )
 

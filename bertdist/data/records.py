@@ -108,6 +108,7 @@ class Records:
     limit: int | None = None  # --max_train_samples or --max_eval_samples, where it left rows out
     rows_per_file: tuple[int, ...] = ()  # of each --train_file, where there are several
     bad_rows: tuple[BadRow, ...] = ()
+    one_file: bool = True  # False: rows of several files, or those held out of a file
     format_notes: tuple[str, ...] = ()  # detected file formats that are unusual
 
     def __len__(self) -> int:
@@ -117,6 +118,11 @@ class Records:
     def text_column(self) -> str:
         """The name of the text column, or names with spaces between them."""
         return " ".join(self.text_columns)
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether row n is row n of one file, none left out."""
+        return self.one_file and not self.bad_rows
 
     def __getitem__(self, row: int) -> Record:
         if not 0 <= row < len(self.texts):
@@ -551,6 +557,7 @@ def concat_records(parts: Sequence[Records], name: str) -> Records:
         name=name,
         location=concat_locations([(len(part), part.location) for part in parts]),
         file=None,
+        one_file=False,
         label_kind=kind,
         label_values=values,
         label_codes=codes,

@@ -279,7 +279,8 @@ def _read_file(
     reject_header(records)
     choice = describe_choice(reader.column_names(), requested, columns)
     notes = tuple(filter(None, [reader.note, choice]))
-    return replace(_not_empty(records), file=reader.file, format_notes=notes)
+    one_file = reader.file is not None  # else a folder: a file per row
+    return replace(_not_empty(records), file=reader.file, one_file=one_file, format_notes=notes)
 
 
 def columns_of(reader: "FileReader | FolderReader", requested: ColumnNames) -> ColumnNames:

@@ -381,7 +381,7 @@ def load_classifier(
         raise ModelError(f"{where}: {_reason(error)}") from None
     _check_weights(model, info, where)
     missing = _new_weights(model, info, where)
-    notes = [f"{_NEW_WEIGHTS}: {', '.join(missing)}."] if missing else []
+    notes = [f"{_NEW_WEIGHTS}: {', '.join(missing)}.{_other_shapes(info)}"] if missing else []
     if not (task.problem_type == REGRESSION and was_regression):
         notes += _assign_outputs(model, task.labels, old_names, missing)
     notes += settings
@@ -506,6 +506,14 @@ def _new_weights(model: Any, info: dict[str, Any], where: str) -> list[str]:
             f"{where}: {len(lost)} weights of the model {problem}, the first is {lost[0]}."
         )
     return missing
+
+
+def _other_shapes(info: dict[str, Any]) -> str:
+    """A sentence on the first weight whose shape in the file is not that of the model."""
+    for name, *shapes in sorted(key for key in info["mismatched_keys"] if len(key) == 3):
+        loaded, expected = map(tuple, shapes)
+        return f" {name} has the shape {loaded} in the file, {expected} in this model."
+    return ""
 
 
 @torch.no_grad()

@@ -199,8 +199,10 @@ class BestModel:
         with raise_on_all_ranks(self.accelerator):
             if starts and is_main:
                 self._check_start(state, checkpointer)
-                if state.finished and not (self.folder / "metrics.jsonl").exists():
-                    self.say(f"metrics.jsonl is not in {self.folder}; nothing can write it again.")
+                log = self.folder / "metrics.jsonl"
+                if state.finished and not (log.exists() and log.stat().st_size):
+                    what = "is empty" if log.exists() else f"is not in {self.folder}"
+                    self.say(f"metrics.jsonl {what}; nothing can write it again.")
             step = self._read_step(state, checkpointer) if is_main else None
         self.step = step = broadcast_from_rank0(self.accelerator, step)
         # A later one than the checkpoint: its evaluation is about to be repeated.

@@ -88,7 +88,13 @@ class Evaluation:
     def results(self, records: Records, **first: Any) -> Results:
         """What is written of it. records: the rows; first: the first entries of evaluation.json."""
         report = {**first, "scores": self.scores, "intervals": self.intervals(), **self.classes}
-        return Results(report, self.predictions, self.errors(records))
+        predictions = self.predictions
+        if not records.is_one_file:
+            predictions = (
+                {"row": line["row"], **_location_fields(records, line["row"]), **line}
+                for line in predictions
+            )
+        return Results(report, predictions, self.errors(records))
 
 
 class Evaluator:
@@ -190,8 +196,8 @@ class Evaluator:
         report = self._evaluate_best(self.loader, state)
         assert self.log is not None
         self.log.say(
-            f"{', '.join(RESULT_FILES)} of the best weights (step {state.best_step}) were not in "
-            f"{self.best_model.folder}: written again."
+            f"{', '.join(RESULT_FILES)} of the best weights (step {state.best_step}) were not all "
+            f"in {self.best_model.folder}: written again."
         )
         return report
 
@@ -403,17 +409,22 @@ def error_records(
     order = np.argsort(-sizes, kind="stable")
     order = order[sizes[order] > 0]  # neither right nor NaN
     for row, answer in zip(order, task.to_records(logits[order]), strict=True):
-        location, record = records.location(int(row)), records[int(row)]
-        where = {"file": location.file, "line": location.line}
+        record = records[int(row)]
         yield {
             "row": int(row),
-            **{name: value for name, value in where.items() if value is not None},
+            **_location_fields(records, int(row)),
             **answer,
             "truth": task.decode_target(references[row]),
             "error": float(sizes[row]),
             "text": record.text,
             **({} if record.pair is None else {"text_pair": record.pair}),
         }
+
+
+def _location_fields(records: Records, row: int) -> dict[str, Any]:
+    """A row's file and line, or its number in a file without lines, from 0."""
+    file, line, file_row = records.location(row)
+    return {"file": file, "file_row": file_row} if line is None else {"file": file, "line": line}
 
 
 class EvaluationStopped(Exception):

@@ -285,7 +285,7 @@ def test_removed_results_of_a_finished_run_are_written_again(run: Run, n: int, n
         (run.out / removed).unlink()
     said = said_by(run.words, n=n)
     assert (
-        f"evaluation.json, predictions.jsonl, errors.jsonl of the best weights (step {BEST}) were not in "
+        f"evaluation.json, predictions.jsonl, errors.jsonl of the best weights (step {BEST}) were not all in "
         f"{run.out}: written again." in said
     )
     assert f"metrics.jsonl is not in {run.out}; nothing can write it again." in said

@@ -701,6 +701,13 @@ def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
             "a.jsonl line 3: column 'text' holds 3; expected a text.",
         ),
         (
+            "a.json",
+            '{"text": {"0": "a", "1": "b"}, "label": {"0": 1, "1": 0}}\n',
+            {},
+            "a.json line 1: column 'text' holds {'0': 'a', '1': 'b'}; expected a text. With pandas,"
+            " write df.to_json(path, orient='records', lines=True).",
+        ),
+        (
             "a.jsonl",
             '{"text": "\\ud800", "label": 1}\n',
             {},

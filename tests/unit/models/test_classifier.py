@@ -4,6 +4,7 @@ Legend: T tokens, N texts, O outputs.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -626,12 +627,29 @@ def test_a_base_model_is_no_trained_classifier(tiny_model: Path) -> None:
     assert str(caught.value) == f"--model {tiny_model} is not a trained classifier. {new}"
 
 
+def test_a_head_of_another_size_names_both_shapes(
+    exported: tuple[Classifier, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(exported[1], tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {str(number): f"label {number}" for number in range(7)}
+    config["label2id"] = {name: int(number) for number, name in config["id2label"].items()}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="is not a trained classifier") as caught:
+        load_trained_classifier(str(folder))
+    shapes = r"classifier.bias has the shape \(\d,\) in the file, \(7,\) in this model."
+    assert re.search(shapes, str(caught.value))
+
+
 def test_another_number_of_labels_gets_a_new_head(
     exported: tuple[Classifier, Path], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     old, folder = exported
     model, notes = load(folder, SingleLabel(("no", "yes")))
-    assert notes == ["New weights, to be trained: classifier.bias, classifier.weight."]
+    assert notes == [
+        "New weights, to be trained: classifier.bias, classifier.weight. classifier.bias has the "
+        "shape (3,) in the file, (2,) in this model."
+    ]
     assert model(packed(tokenizer, None)).shape == (6, 2)
     assert model.model.config.id2label == {0: "no", 1: "yes"}
     assert torch.equal(model.model.bert.pooler.dense.weight, old.model.bert.pooler.dense.weight)

@@ -9,22 +9,27 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from bertdist.core.args import read_config
 from bertdist.core.config import ModelConfig, TaskConfig
 from bertdist.core.errors import ConfigError
 from bertdist.data import sharding as batching
 from bertdist.data.batch import PackedBatch
 from bertdist.data.loader import MapLoader
-from bertdist.data.records import records_from_texts
+from bertdist.data.records import Records, records_from_texts
+from bertdist.data.splits import load_splits
 from bertdist.data.tokenization import Example, create_dataset
 from bertdist.models.classifier import Classifier, load_classifier
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
 from bertdist.training import evaluation as evaluation_module
 from bertdist.training.evaluation import (
+    Evaluation,
     Scorer,
     assert_each_row_once,
     describe_nonfinite_rows,
@@ -474,3 +479,44 @@ def test_rows_without_a_number_have_no_scores(value: float) -> None:
     assert told.startswith(
         "the model gives NaN or Inf for 4 of 3,000 rows: row 2, row 5, row 6, and more. "
     )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--validation_file={folder}/skip.csv", "--on_bad_row=skip"],
+        ["--validation_split=0.3"],
+        ["--validation_split=0.3", "--streaming", "--max_train_steps=2"],
+        ["--validation_file={folder}/*e.csv"],
+        ["--validation_file={folder}/*e.[cp]*"],
+        ["--validation_file={folder}/none.csv"],
+    ],
+)
+def test_predictions_name_their_line_where_the_row_does_not(
+    words: list[str], tmp_path: Path
+) -> None:
+    lines = [f"text {number},{'pn'[number % 2]}" for number in range(40)]
+    files = {"some": lines, "none": lines[:6], "skip": [*lines[:3], "a,b,c", *lines[3:]]}
+    for name, rows in files.items():
+        (tmp_path / f"{name}.csv").write_text("\n".join(["text,label", *rows, ""]))
+    table = pa.table({"text": ["text 7", "text 8"], "label": ["p", "n"]})
+    pq.write_table(table, tmp_path / "some.parquet")
+    run = ["--model_name_or_path=m", "--output_dir=o", f"--train_file={tmp_path}/some.csv"]
+    config = read_config([*run, *(word.format(folder=tmp_path) for word in words)])
+    records = load_splits(config).validation
+    assert isinstance(records, Records)
+    evaluation = Evaluation(
+        scores={}, selection_score=0.0, predictions=[{"row": row} for row in range(len(records))]
+    )
+    predictions = list(evaluation.results(records).predictions)
+    if words == ["--validation_file={folder}/none.csv"]:  # row n is the n-th of the file
+        assert predictions == [{"row": row} for row in range(6)]
+        return
+    for row, line in enumerate(predictions):
+        assert line["row"] == row
+        if line["file"] == "some.parquet":
+            assert table["text"][line["file_row"]].as_py() == records[row].text
+        else:
+            text = (tmp_path / line["file"]).read_text().splitlines()[line["line"] - 1]
+            assert text.split(",")[0] == records[row].text
+    assert predictions
