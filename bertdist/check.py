@@ -35,7 +35,7 @@ from bertdist.data_quality.config import (
     CheckConfig,
     LabelIssueConfig,
 )
-from bertdist.data_quality.findings import Finding, counts, percent, summary
+from bertdist.data_quality.findings import Example, Finding, counts, percent, summary
 from bertdist.data_quality.length_checks import Lengths
 from bertdist.data_quality.report import DataReport, check_data
 from bertdist.distributed.launch import EXIT_STOPPED, run_cli
@@ -99,7 +99,8 @@ def _show_labels(report: DataReport) -> None:
     labels = {name: own for name, own in report.labels.items() if own is not None}
     ranges = {name: own.summary() for name, own in labels.items() if own.numbers is not None}
     if ranges:
-        header = ["split", *next(iter(ranges.values()))]
+        shown = {"least": "min", "most": "max"}
+        header = ["split", *(shown.get(name, name) for name in next(iter(ranges.values())))]
         rows = [[name, *(f"{n:.4g}" for n in of.values())] for name, of in ranges.items()]
         show_table("Regression targets", header, rows, right=range(1, len(header)))
     frequencies = {name: own.counts() for name, own in labels.items() if own.numbers is None}
@@ -113,7 +114,7 @@ def _show_labels(report: DataReport) -> None:
             count = counted.get(name, 0)
             row.append(f"{count:,}  {count / len(report.splits[split]):6.1%}")
         rows.append(row)
-    more = f" (the first {SHOWN_LABELS} of {len(names)})" if len(names) > SHOWN_LABELS else ""
+    more = f" (the {SHOWN_LABELS} most frequent of {len(names):,})" * (len(names) > SHOWN_LABELS)
     header = ["label", *frequencies]
     show_table(f"Rows per label{more}", header, rows, right=range(1, len(header)))
     sizes = {name: own.sizes() for name, own in labels.items() if own.multi}
@@ -160,12 +161,19 @@ def _finding_text(finding: Finding) -> Iterator[tuple[str, str]]:
     yield f"\n→ {finding.advice}", "green"
     for example in finding.examples:
         yield f"\n{example.where}", "cyan"
-        notes = [example.note] if example.note else []
-        if example.like:
-            notes.append(f"like {example.like}")
-        if notes:
-            yield f"  {', '.join(notes)}", ""
+        yield f"  {example.note}" if example.note else "", ""
+        if example.like and not example.like_text:
+            yield from _other_row(example)
         yield f"\n  {example.text or '(empty)'}", "dim"
+        if example.like_text:
+            yield from _other_row(example)
+            yield f"\n  {example.like_text}", "dim"
+
+
+def _other_row(example: Example) -> Iterator[tuple[str, str]]:
+    yield "\nand ", ""
+    yield example.like, "cyan"
+    yield f"  {example.like_note}" if example.like_note else "", ""
 
 
 def check_labels(config: LabelIssueConfig, train_config: TrainConfig) -> int:
@@ -195,10 +203,21 @@ def check_rows(config: CheckConfig, data: DataConfig) -> int:
         show(f"Written: {config.output}.")
     if config.fix is not None:
         path, kinds = Path(config.fix), config.fix_kinds or list(DEFAULT_FIX_KINDS)
-        numbers = write_cleaned(report, kinds, path, config.near_threshold)
-        rows, total = numbers.pop("rows"), len(report.splits["train"])
-        listed = ", ".join(f"{kind} {count:,}" for kind, count in numbers.items())
-        show(f"Written: {path}, {rows:,} of {total:,} rows ({listed}), and {dropped_path(path)}.")
+        done = write_cleaned(report, kinds, path, config.near_threshold)
+        total = len(report.splits["train"]) + done.skipped
+        numbers = {f"dropped ({kind})": count for kind, count in done.dropped.items()}
+        numbers |= {"repaired (encoding)": done.repaired, "skipped (bad rows)": done.skipped}
+        listed = [f"{what}: {count:,}" for what, count in numbers.items() if count]
+        columns = f"{done.columns} column{'s' * (done.columns != 1)}"
+        changes = "No row was dropped or changed."
+        if listed:
+            changes = f"Rows {', '.join(listed)}; all of them are in {dropped_path(path)}."
+        show(
+            *(f"{note}." for note in done.notes),
+            f"Written: {path}, {done.rows:,} of {total:,} rows with {columns}.",
+            changes,
+            f"To train on them: {done.flags}",
+        )
     return 1 if counts(report.findings)["error"] else 0
 
 

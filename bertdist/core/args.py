@@ -64,7 +64,7 @@ _EVALUATE_ABOUT = """Evaluate a trained model on labelled rows: scores, interval
   bertdist evaluate --model out --input test.tsv --metrics accuracy ece --output_dir test_scores"""
 _SURE = 0.7  # similarity of a flag that is suggested: below it, deepspeed resembles seed
 _INPUTS = ("train_file", "validation_file", "test_file", "input", "config", *_MODELS)
-DROPPED = ".dropped.jsonl"  # beside the file of check's --fix
+DROPPED = ".dropped.jsonl"  # after the name of the file of check's --fix
 _NOT_A_FOLDER = ("latest", "last", "newest", "auto", "best", "true", "false", "yes", "no", "none")
 _VALUE_HINTS = {  # for a value of another type
     "--warmup_steps": "--warmup_ratio 0.1 is the warmup as a share of all steps.",
@@ -168,17 +168,18 @@ def _check_paths(sections: list[Any], config_file: str | None) -> None:
         if given.get(name) is not None and given[name] != STDOUT
     }
     if fix := given.get("fix"):
-        dropped = Path(fix).with_suffix(DROPPED)
-        if os.path.exists(dropped) and not os.path.exists(fix):  # a new --fix replaces both
-            raise ConfigError(
-                f"--fix {fix} would replace {dropped}, which it did not write: name another file."
-            )
-        outputs["the .dropped.jsonl of --fix"] = str(dropped)
+        outputs["the .dropped.jsonl of --fix"] = f"{fix}{DROPPED}"
     inputs = []
     for name in _INPUTS:
         files = given.get(name) or []
         inputs += [(f"--{name}", x) for x in ([files] if isinstance(files, str) else files)]
     check_outputs(outputs, inputs, given.get("output_dir"))
+    present = [file for file in (fix, f"{fix}{DROPPED}") if os.path.isfile(file)] if fix else []
+    if len(present) == 1:  # it writes both, and replaces both
+        raise ConfigError(
+            f"--fix {fix} would replace {present[0]}, which it did not write: name another file, "
+            "or remove that one."
+        )
 
 
 def _with_model_folders(section: Any) -> Any:

@@ -26,6 +26,7 @@ _VALUES_BY_NAME = {
     "_file": "FILE",
     "input": "FILE",
     "output": "FILE",
+    "fix": "FILE",
     "config": "FILE",
     "_dir": "FOLDER",
     "_column": "COLUMN",

@@ -56,6 +56,17 @@ class Kept(NamedTuple):
         columns = {name: x.slice(start, stop - start) for name, x in self.columns.items()}
         return Kept(columns, None if self.objects is None else self.objects[start:stop])
 
+    def take(self, rows: Sequence[int]) -> "Kept":
+        """These rows."""
+        columns = {name: x.take(pa.array(rows, pa.int64())) for name, x in self.columns.items()}
+        return Kept(columns, None if self.objects is None else [self.objects[x] for x in rows])
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows there are."""
+        columns = self.columns.values() if self.objects is None else (self.objects,)
+        return next(map(len, columns), 0)
+
 
 class Window(NamedTuple):
     """Some rows of a file."""
@@ -114,7 +125,7 @@ class InputRows:
                 notes.append(describe_choice(reader.column_names(), requested, columns))
             self._columns.append(columns)
             self._kept.append(self._kept_names(reader, keep) if columns and keep else [])
-            notes.append(_unnamed_note(reader) if columns and self._keep_all else None)
+            notes.append(unnamed_note(reader) if columns and self._keep_all else None)
         with_rows = [
             kept for kept, columns in zip(self._kept, self._columns, strict=True) if columns
         ]
@@ -129,15 +140,9 @@ class InputRows:
             print_to_stderr(*(f"{note}." for note in shown))
 
     def _kept_names(self, reader: FileReader | FolderReader, keep: Sequence[str]) -> list[str]:
-        names, own = reader.column_names(), reader.column_names()
-        if isinstance(reader, FileReader) and reader.file.is_table:
-            named = [
-                name for name in reader.header() if name != "_" or not reader.file.column_names
-            ]
-            names = own = named if named.count("") < 2 else [*filter(None, named)]
+        names = _kept_of_table(reader) or reader.column_names()
         if self._keep_all:
-            parents = {f"{name}." for name in own}
-            kept = [x for x in own if not any(x.startswith(parent) for parent in parents)]
+            kept = columns_to_keep(reader)
         else:
             kept = [name for given in keep for name in _names_in(given, names)]
             kept = list(dict.fromkeys(kept))
@@ -200,7 +205,7 @@ class InputRows:
         wanted += [WHOLE_OBJECT] if is_json and kept else [x for x in kept if x not in wanted]
         parts: list[tuple[Records, Kept]] = []
         waiting, row, skip = 0, start["row"], start["skip"]
-        for chunk in _chunks(reader, wanted, start["state"]):
+        for chunk in read_chunks(reader, wanted, start["state"]):
             texts = {name: chunk.columns[name] for name in columns.names()}
             records = records_from_chunk(
                 reader.name,
@@ -210,7 +215,12 @@ class InputRows:
                 table=reader.quoted_table,
                 known_labels=self._labels,
             )
-            of_chunk = self._kept_of(chunk, kept, is_json)
+            of_chunk = Kept({})
+            if kept:
+                of_chunk = kept_of_chunk(chunk, None if is_json else kept)
+            if kept and is_json and not self._keep_all:
+                objects = [dict(_fields(value, kept)) for value in of_chunk.objects or ()]
+                of_chunk = Kept({}, objects)
             at, skip = skip, 0
             while at < len(records):
                 stop = min(len(records), at + self._window_rows - waiting)
@@ -223,16 +233,6 @@ class InputRows:
         if parts:
             after = {"input": index + 1, "state": None, "skip": 0, "row": 0}
             yield self._join(parts, index, row, after)
-
-    def _kept_of(self, chunk: Chunk, names: list[str], is_json: bool) -> Kept:
-        if not names:
-            return Kept({})
-        if not is_json:
-            return Kept({name: _as_chunked(chunk.columns[name]) for name in names})
-        objects: Any = chunk.columns[WHOLE_OBJECT]
-        if not self._keep_all:
-            objects = [dict(_fields(value, names)) for value in objects]
-        return Kept({}, objects)
 
     def _join(
         self, parts: list[tuple[Records, Kept]], index: int, row: int, after: Position
@@ -255,7 +255,30 @@ class InputRows:
         return Window(records, Kept(columns, objects), file, row, after)
 
 
-def _unnamed_note(reader: FileReader | FolderReader) -> str | None:
+def columns_to_keep(reader: FileReader | FolderReader) -> list[str]:
+    """All columns of a file, without the fields in them; of a table also one without a name."""
+    own = _kept_of_table(reader) or reader.column_names()
+    parents = {f"{name}." for name in own}
+    return [x for x in own if not any(x.startswith(parent) for parent in parents)]
+
+
+def _kept_of_table(reader: FileReader | FolderReader) -> list[str] | None:
+    """Its columns: those with a name, and one without, as pandas writes its index."""
+    if not isinstance(reader, FileReader) or not reader.file.is_table:
+        return None
+    named = [name for name in reader.header() if name != "_" or not reader.file.column_names]
+    return named if named.count("") < 2 else [*filter(None, named)]
+
+
+def kept_of_chunk(chunk: Chunk, names: Sequence[str] | None) -> Kept:
+    """Columns of a chunk; names: None for its JSON objects."""
+    if names is None:
+        objects: Any = chunk.columns[WHOLE_OBJECT]
+        return Kept({}, objects)
+    return Kept({name: _as_chunked(chunk.columns[name]) for name in names})
+
+
+def unnamed_note(reader: FileReader | FolderReader) -> str | None:
     """One column without a name, as pandas writes its index, is kept; several are not."""
     if not isinstance(reader, FileReader) or not reader.file.is_table:
         return None
@@ -272,7 +295,10 @@ def _names_in(given: str, names: Iterable[str]) -> list[str]:
     return [given] if given in names else [x.strip() for x in given.split(",") if x.strip()]
 
 
-def _chunks(reader: FileReader | FolderReader, wanted: list[str], state: Any) -> Iterator[Chunk]:
+def read_chunks(
+    reader: FileReader | FolderReader, wanted: list[str], state: Any = None
+) -> Iterator[Chunk]:
+    """The rows from a state on; a file that is decoded as a whole only is one chunk."""
     if isinstance(reader, FileReader) and reader.file.kind != "parquet":
         with_marks = codecs.lookup(reader.file.encoding).name
         if is_stateful(with_marks):  # decoded as a whole only

@@ -320,7 +320,7 @@ def _load_hub_split(
     data: DataConfig, split: str, limit: int | None, rules: LabelRules
 ) -> Records | None:
     requested = _requested(data)
-    dataset, name = _find_hub_split(data, split)
+    dataset, name = find_hub_split(data, split)
     if dataset is None:
         return None
     if not len(dataset):
@@ -350,7 +350,7 @@ def _load_hub_split(
     return replace(_not_empty(records), limit=limit, format_notes=notes)
 
 
-def _find_hub_split(data: DataConfig, split: str) -> tuple[Any, str]:
+def find_hub_split(data: DataConfig, split: str) -> tuple[Any, str]:
     """A datasets.Dataset and its name; None without --validation_split and a 'validation' split."""
     from bertdist.data.readers.hub_reader import load_hub_splits
 

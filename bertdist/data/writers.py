@@ -32,6 +32,7 @@ from bertdist.data.input_rows import Kept, Window
 
 ROW_GROUP_ROWS = 1 << 16  # of parquet output, at least
 LARGEST_EXACT = 1 << 53  # every smaller integer is a float64
+KEEP_FEWER = ", or name the columns to keep (--keep_columns id date)"
 _SIZE = struct.Struct("<q")
 
 
@@ -85,6 +86,8 @@ class AnswerColumns:
 
     def values(self, prediction: dict[str, Any]) -> list[Any]:
         """Of one row; None where there is none."""
+        if not prediction:  # NO_ANSWERS
+            return []
         if "labels" not in prediction:
             return [prediction["label"], prediction["score"]]
         found = prediction["labels"]
@@ -97,6 +100,23 @@ class AnswerColumns:
             return best + [score_of[label] for label in self.labels]
         pairs = [value for pair in zip(names, scores, strict=True) for value in pair]
         return pairs + [None] * (2 * self.top_k - len(pairs))
+
+
+NO_ANSWERS = AnswerColumns(False, 0, ("",))
+
+
+def create_row_writer(fmt: OutputFormat, names: Sequence[str], is_quoted: bool = True) -> Writer:
+    """Of rows as they are: `Writer.rows` gets an empty dict for each. is_quoted: fields of a table
+    may be; else csv.Error is raised for one that has to be.
+    """
+    kind, is_compressed = fmt
+    kept = {name: name for name in names}
+    if kind == "jsonl":
+        return JsonLines(is_compressed, [], kept)
+    if kind == "parquet":
+        return Parquet([], kept, NO_ANSWERS)
+    delimiter = "," if kind == "csv" else "\t"
+    return Csv(is_compressed, [], kept, NO_ANSWERS, delimiter, is_quoted)
 
 
 def create_writer(
@@ -176,9 +196,12 @@ class Csv:
         kept: dict[str, str],
         answers: AnswerColumns,
         delimiter: str,
+        is_quoted: bool = True,
     ) -> None:
         self.is_compressed, self.own, self.kept, self.answers = is_compressed, own, kept, answers
-        self.delimiter = delimiter
+        self.options: dict[str, Any] = {"delimiter": delimiter, "lineterminator": "\n"}
+        if not is_quoted:
+            self.options |= {"quoting": csv.QUOTE_NONE, "quotechar": None}
 
     def header(self) -> bytes:
         """The names of the columns."""
@@ -197,7 +220,7 @@ class Csv:
         except UnicodeEncodeError:
             raise DataError(
                 f"{window.records.name}: a kept column has a lone surrogate, which csv cannot "
-                "hold: write .jsonl, or name the columns to keep (--keep_columns)."
+                f"hold: write .jsonl{KEEP_FEWER}."
             ) from None
 
     def convert(self, source: IO[bytes], target: IO[bytes]) -> None:
@@ -206,7 +229,7 @@ class Csv:
 
     def _lines(self, rows: Iterable[Sequence[Any]]) -> bytes:
         text = io.StringIO(newline="")
-        csv.writer(text, delimiter=self.delimiter, lineterminator="\n").writerows(rows)
+        csv.writer(text, **self.options).writerows(rows)
         return text.getvalue().encode()
 
 
@@ -327,7 +350,8 @@ def _packed(data: bytes, is_compressed: bool) -> bytes:
 
 def _own_values(window: Window, row: int, own: Sequence[str]) -> list[Any]:
     number = window.first_row + row
-    return [window.file_of(row), number] if "file" in own else [number]
+    values = {"file": window.file_of(row), "row": number}
+    return [values[name] for name in own]
 
 
 def _checked(window: Window, kept: dict[str, str]) -> Iterable[str]:
@@ -338,8 +362,7 @@ def _checked(window: Window, kept: dict[str, str]) -> Iterable[str]:
             odd = next(key for key in value if key not in kept)
             raise DataError(
                 f"{window.records.location(row)}: the key {odd!r} is not in most of the first "
-                "rows, which give a table its columns: write .jsonl, or name those to keep "
-                "(--keep_columns id date)."
+                f"rows, which give a table its columns: write .jsonl{KEEP_FEWER}."
             )
     return kept
 
@@ -367,8 +390,8 @@ def _plain_of(window: Window, name: str) -> list[Any]:
 
 def _unfit(kept: Kept, window: Window, name: str, problem: str) -> DataError:
     return DataError(
-        f"{window.records.name}: column {name!r} {problem}, which text cannot hold: write .parquet,"
-        " or name the columns to keep (--keep_columns id date)."
+        f"{window.records.name}: column {name!r} {problem}, which text cannot hold: write "
+        f".parquet{KEEP_FEWER}."
     )
 
 

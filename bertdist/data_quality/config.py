@@ -7,6 +7,7 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, get_args
 
 from bertdist.core.args import (
@@ -28,12 +29,13 @@ from bertdist.core.config import (
     setting,
 )
 from bertdist.core.errors import ConfigError, did_you_mean
+from bertdist.core.output_files import STDOUT, is_special, output_format, target_of
 
 PROGRAM = "bertdist check"
 ABOUT = """Check rows before training: labels, tables, texts, duplicates, leaks and lengths.
 With --folds or --model, find label errors: see `bertdist check --folds 5 --help`.
 
-  bertdist check --train_file train.tsv --validation_file dev.tsv
+  bertdist check --train_file train.tsv --validation_file dev.tsv --fix clean.tsv
   bertdist check --train_file train.tsv --folds 5 --model_name_or_path bert --output_dir out"""
 
 FIX_KINDS = (
@@ -69,6 +71,7 @@ class CheckConfig(Section):
         None,
         "Model whose tokenizer counts tokens: a folder or a Hub id; without one, characters and "
         "words are counted.",
+        brief="Model whose tokenizer counts tokens",
     )
     model_revision: str = setting("main", "Branch, tag or commit of a Hub model.")
     tokenizer_name: str | None = setting(None, "Tokenizer, if it is not the model's own.")
@@ -85,11 +88,17 @@ class CheckConfig(Section):
     )
     examples: int = setting(3, "Examples to show per finding.")
     seed: int = setting(42, "Seed of --validation_split and --test_split, as in training.")
-    output: str | None = setting(None, "Output file for the report as JSON, such as check.json.")
+    output: str | None = setting(
+        None,
+        "Output file for the report as JSON, such as check.json.",
+        brief="File for the report as JSON",
+    )
     fix: str | None = setting(
         None,
-        "Output file (.parquet) for the cleaned training rows; the .dropped.jsonl beside it lists "
-        "every dropped or changed row and the reason.",
+        "File for the training rows without these problems, with all columns of theirs: .csv, "
+        ".tsv, .jsonl (also as .gz) or .parquet by its ending. The list of every dropped, changed "
+        "or skipped row with the reason has the same name and .dropped.jsonl.",
+        brief="File for the cleaned training rows",
     )
     fix_kinds: list[str] | None = setting(
         None,
@@ -132,7 +141,7 @@ def read_check_arguments(
 
 def read_check_config(args: Sequence[str]) -> tuple[CheckConfig, DataConfig]:
     """Raises ConfigError with one line per problem."""
-    check, data = parse_arguments(PROGRAM, [CheckConfig, DataConfig], args, ABOUT)
+    data, check = parse_arguments(PROGRAM, [DataConfig, CheckConfig], args, ABOUT)
     assert isinstance(check, CheckConfig) and isinstance(data, DataConfig)
     problems = [*data_problems(data), *_check_problems(check, data)]
     if problems:
@@ -148,8 +157,11 @@ def _check_problems(check: CheckConfig, data: DataConfig) -> Iterable[str]:
         yield f"--near_threshold is {check.near_threshold}; expected from 0.7 to 1, or 0."
     if check.examples < 0:
         yield f"--examples is {check.examples}; expected at least 0."
-    if check.fix is not None and not check.fix.endswith(".parquet"):
-        yield f"--fix is {check.fix!r}; expected a file that ends in .parquet."
+    if check.fix is not None and not _is_named(check.fix):
+        yield (
+            f"--fix is {check.fix!r}; expected a file that ends in .csv, .tsv, .jsonl or .parquet, "
+            "of text also .gz after it."
+        )
     if check.fix is not None and data.train_file and (data.validation_split or data.test_split):
         yield (
             "--fix writes all rows of --train_file, before they are divided: remove "
@@ -168,6 +180,11 @@ def _check_problems(check: CheckConfig, data: DataConfig) -> Iterable[str]:
             yield "--model_revision goes with --model_name_or_path."
     if any(kind.startswith("near") for kind in kinds) and not check.near_threshold:
         yield "--fix_kinds near_duplicates and near_leaks need a --near_threshold above 0."
+
+
+def _is_named(path: str) -> bool:
+    """Whether it is a regular file of a known format."""
+    return path != STDOUT and not is_special(target_of(Path(path))) and bool(output_format(path))
 
 
 def read_label_issue_config(args: Sequence[str]) -> tuple[LabelIssueConfig, TrainConfig]:

@@ -68,6 +68,7 @@ class TextGroups:
     normalized: Mapping[str, IntArray]  # split -> (rows,) number up to case and white space
     normalized_texts: pa.Array  # (normalized texts,) large_string
     near: NearPairs | None  # None: not searched
+    near_threshold: float = 0.0  # from which on they are
 
 
 def has_rensa() -> bool:
@@ -89,7 +90,11 @@ def group_texts(splits: Mapping[str, Records], near_threshold: float) -> TextGro
     if near_threshold:
         near = _find_near_pairs(distinct.dictionary, list(normalized.values()), near_threshold)
     return TextGroups(
-        exact=exact, normalized=normalized, normalized_texts=distinct.dictionary, near=near
+        exact=exact,
+        normalized=normalized,
+        normalized_texts=distinct.dictionary,
+        near=near,
+        near_threshold=near_threshold,
     )
 
 
@@ -324,11 +329,21 @@ def check_duplicates(
                 _find_near(builders, first, second, labels, groups)
 
 
-def _example(build: FindingBuilder, row: int, note: str = "", like: str = "") -> Example:
+def _example(build: FindingBuilder, row: int, note: str = "") -> Example:
     """A row with both of its texts."""
     record = build.records[int(row)]
     text = record.text if record.pair is None else f"{record.text} | {record.pair}"
-    return build.example(record.row, note, text, like)
+    return build.example(record.row, note, text)
+
+
+def _label_note(labels: SplitLabels | None, row: int) -> str:
+    return "" if labels is None or labels.numbers is not None else labels.name(row)
+
+
+def _pair(one: Example, other: Example) -> Example:
+    """Two rows as one example."""
+    text = other.text if other.text != one.text else ""
+    return replace(one, like=other.where, like_text=text, like_note=other.note)
 
 
 def _find_repeats(build: FindingBuilder, groups: TextGroups) -> None:
@@ -356,7 +371,7 @@ def _find_repeats(build: FindingBuilder, groups: TextGroups) -> None:
     add("duplicates", exact, repeats, title, meaning, advice)
     title = "duplicate texts up to case and white space"
     meaning = "An uncased model reads them as the same text."
-    advice = "None needed for a cased model; for an uncased one normalize them before --fix."
+    advice = "Nothing to do for a cased model; for an uncased one normalize them before --fix."
     add("alike_texts", normalized, is_repeat(normalized) & ~repeats, title, meaning, advice)
 
 
@@ -367,7 +382,10 @@ def _find_conflicts(build: FindingBuilder, numbers: IntArray, labels: SplitLabel
         rows = np.flatnonzero(numbers == text)
         _, firsts = np.unique(labels.codes[rows], return_index=True)
         two = rows[np.sort(firsts)][:2]
-        examples += [_example(build, row, labels.name(row)) for row in two]
+        if labels.numbers is not None:
+            values = labels.numbers[rows]
+            two = rows[[values.argmin(), values.argmax()]]
+        examples.append(_pair(*(_example(build, row, labels.name(row)) for row in two)))
     meaning = "The rows of such a text teach opposite answers, and no model can score on all."
     if labels.numbers is not None:
         meaning = "Numbers of one text that differ by more than a quarter of the full range."
@@ -410,8 +428,7 @@ def _find_leaks(
         examples = []
         for row in rows[: build.num_examples]:
             like = int(np.argmax(numbers[first] == numbers[second][row]))
-            where = str(builders[first].records.location(like))
-            examples.append(_example(build, row, like=where))
+            examples.append(_pair(_example(build, row), _example(builders[first], like)))
         is_error = first == "train" and leaked.mean() >= LEAK_ERROR_SHARE
         severity: Severity = "error" if is_error else "warning"
         build.add(kind, severity, title + suffix, rows, meaning, advice, examples=examples)
@@ -431,30 +448,33 @@ def _find_near(
         partner[np.isin(groups.normalized[second], groups.normalized[first])] = -1
     rows = np.flatnonzero(partner >= 0)
     meaning = (
-        "Their sets of lower-case 5-byte runs have at least the threshold's Jaccard similarity"
+        "Texts that differ in little: of all sequences of 5 bytes in the two, in lower case, at "
+        f"least {groups.near_threshold:.0%} are in both (--near_threshold)."
     )
     details = {}
     own, other = labels[second], labels[first]
     if own is not None and other is not None and own.numbers is None:
         pairs = zip(own.names_of(rows), other.names_of(partner[rows]), strict=True)
         details["with_another_label"] = sum(one != two for one, two in pairs)
-        meaning += (
-            f"; {details['with_another_label']:,} have another label than their near duplicate"
-        )
-    examples: list[Example] = []  # two per pair, each row of a split once
+        if number := details["with_another_label"]:
+            meaning += f" In {number:,} of these rows the label is not that of the near duplicate."
+    examples: list[Example] = []  # each row of a split once
     shown: set[int] = set()
     for row, like in zip(rows.tolist(), partner[rows].tolist(), strict=True):
-        if len(examples) >= 2 * build.num_examples:
+        if len(examples) >= build.num_examples:
             break
         if not (same and {row, like} & shown):
             shown |= {row, like}
-            partner_example = _example(builders[first], like)
-            examples += [_example(build, row, like=partner_example.where), partner_example]
+            notes = [_label_note(own, row), _label_note(other, like)]
+            if notes[0] == notes[1]:
+                notes = ["", ""]
+            one, two = _example(build, row, notes[0]), _example(builders[first], like, notes[1])
+            examples.append(_pair(one, two))
     fields: dict[str, Any] = {"examples": examples, "details": details}
     if same:
         advice = "Check for templates or copies; --fix_kinds near_duplicates keeps one of each."
         title = "near duplicates"
-        build.add("near_duplicates", "note", title, rows, f"{meaning}.", advice, **fields)
+        build.add("near_duplicates", "note", title, rows, meaning, advice, **fields)
         return
     build = replace(build, split=f"{first}/{second}")
     title = f"rows of {second} that are near duplicates of rows of {first}"
@@ -462,4 +482,4 @@ def _find_near(
         f"Check whether {second} still tests something new; --fix_kinds near_leaks drops such rows "
         f"of {first}."
     )
-    build.add("near_leaks", "warning", title, rows, f"{meaning}.", advice, **fields)
+    build.add("near_leaks", "warning", title, rows, meaning, advice, **fields)

@@ -42,7 +42,9 @@ class Example:
     row: int  # of its split, from 0; -1: a row that was skipped
     text: str  # an excerpt
     note: str = ""  # what to look at: a label, a number, ...
-    like: str = ""  # where a row is to compare it with
+    like: str = ""  # where the other row of a pair is, whose text is the same,
+    like_text: str = ""  # or this one
+    like_note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +77,9 @@ class Finding:
         """The entry in check.json."""
         examples = [vars(example).copy() for example in self.examples]
         for example in examples:
-            if not example["like"]:
-                del example["like"]
+            for name in ("like", "like_text", "like_note"):
+                if not example[name]:
+                    del example[name]
         return {**vars(self), "share": self.share, "examples": examples}
 
 
@@ -124,11 +127,11 @@ class FindingBuilder:
             )
         )
 
-    def example(self, row: int, note: str = "", text: str | None = None, like: str = "") -> Example:
+    def example(self, row: int, note: str = "", text: str | None = None) -> Example:
         """A row as an example. text: that of the row if None."""
         text = self.records.texts[row].as_py() if text is None else text
         where = str(self.records.location(row))
-        return Example(where=where, row=int(row), text=excerpt(text), note=note, like=like)
+        return Example(where=where, row=int(row), text=excerpt(text), note=note)
 
     def examples_of_match(self, column: pa.Array, rows: Rows, pattern: str) -> list[Example]:
         """The first rows, with their text from shortly before the first match of `pattern`."""

@@ -122,7 +122,7 @@ def check_labels(
     for name, build in builders.items():
         own = labels[name]
         if own is None:
-            title, advice = "rows without labels", "None needed for rows to predict."
+            title, advice = "rows without labels", "Nothing to do for rows to predict."
             meaning, rows = "They were not compared with the labels of train.", len(build.records)
             build.add("no_labels", "note", title, [], meaning, advice, count=rows)
             continue
@@ -259,7 +259,7 @@ def _check_unlabeled(build: FindingBuilder, labels: SplitLabels) -> None:
     severity: Severity = "warning" if len(rows) > len(sizes) / 2 else "note"
     title = "rows that have none of the labels"
     meaning = f"A multi-label row may have none; labels per row: mean {mean:.2f}, maximum {most}."
-    advice = "None needed if no label is a valid answer; else these rows were never labeled."
+    advice = "Nothing to do if no label is a valid answer; else these rows were never labeled."
     details = {"mean_labels": mean, "most_labels": most}
     build.add("rows_without_a_label", severity, title, rows, meaning, advice, details=details)
 

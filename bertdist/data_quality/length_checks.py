@@ -76,7 +76,7 @@ def measure_lengths(
     needed, limit = summary.for_one_percent or 0, tokenizer.model_max_length
     advice = f"--max_length {needed} would truncate 1%."
     if needed <= max_length:
-        advice = "None needed: less than 1% is truncated."
+        advice = "Nothing to do: less than 1% is truncated."
     elif needed > limit:
         advice = f"Truncating only 1% needs {needed:,} tokens; the model's maximum is {limit:,}."
     build.add(

@@ -35,6 +35,7 @@ SHOWN_REASONS = 5  # for rows that were skipped
 class DataReport:
     """All splits of a data set and all findings on them."""
 
+    data: DataConfig  # where they are
     splits: Mapping[str, Records]  # by name, train first
     labels: Mapping[str, SplitLabels | None]
     lengths: Mapping[str, Lengths]
@@ -118,6 +119,7 @@ def check_data(
         if counted < of:
             notes.append(f"Tokens of {name} were counted in {counted:,} of its {of:,} rows.")
     return DataReport(
+        data=data,
         splits=splits,
         labels=labels,
         lengths=lengths,
@@ -184,7 +186,7 @@ def load_all_splits(
         if _has_label_columns(test_file, data, train):
             build, count = FindingBuilder("test", test, 0, findings), len(test)
             title = "the labels cannot be read"
-            advice = "None needed if these rows are to be predicted; else correct the file."
+            advice = "Nothing to do if these rows are to be predicted; else correct the file."
             build.add("unreadable_labels", "warning", title, [], str(error), advice, count=count)
     return splits
 

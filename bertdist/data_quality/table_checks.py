@@ -75,7 +75,7 @@ def _check_quotes(build: FindingBuilder, file: DataFile) -> None:
     if file.quoted:
         how = "with quoting, and these are inside fields"
     meaning = f"The file is read {how}. Other readers (pandas, datasets) may swallow rows here."
-    title, advice = "an odd number of quotes", "None needed if the number of rows is right."
+    title, advice = "an odd number of quotes", "Nothing to do if the number of rows is right."
     build.add("odd_quotes", "note", title, odd, meaning, advice)
 
 

@@ -105,6 +105,8 @@ def check_texts(build: FindingBuilder, texts: pa.Array, column: str) -> None:
     ) -> None:
         examples = build.examples_of_match(texts, rows, pattern)
         details = {"column": column}
+        if build.records.pairs is not None:  # each column has its own findings
+            title = f"{title}, column {column}"
         build.add(kind, severity, title, rows, meaning, advice, examples=examples, details=details)
 
     meaning = "Empty or only white space: a model learns to predict the most frequent label."
@@ -118,7 +120,10 @@ def check_texts(build: FindingBuilder, texts: pa.Array, column: str) -> None:
     )
     title, rows = "text decoded with the wrong encoding", mojibake_rows(texts)
     meaning = f"UTF-8 that was read as another encoding, such as Ã© for é (detected by {method})."
-    advice = "Read the source with its own --encoding; --fix makes all repairs that are unique."
+    advice = (
+        "Read the source with its own --encoding; --fix repairs the texts for which only one "
+        "repair is possible."
+    )
     add("mojibake", "warning", title, rows, meaning, advice, f"{NON_ASCII}{{2}}|{NON_ASCII}")
     lengths = pc.utf8_length(texts).to_numpy(zero_copy_only=False)
     limit = max(LONG_CHARACTERS, LONG_FACTOR * float(np.median(lengths)))

@@ -175,8 +175,11 @@ def test_fix_prints_the_rows_per_kind(
         "duplicates",
         columns=400,
     )
-    assert code == 0 and (tmp_path / "clean.dropped.jsonl").read_text().count("\n") == 1
-    assert f"{tmp_path / 'clean.parquet'}, 60 of 61 rows (duplicates 1), and" in plain(out)
+    path = tmp_path / "clean.parquet"
+    assert code == 0 and Path(f"{path}.dropped.jsonl").read_text().count("\n") == 1
+    assert f"Written: {path}, 60 of 61 rows with 2 columns." in plain(out)
+    assert f"dropped (duplicates): 1; all of them are in {path}.dropped.jsonl." in plain(out)
+    assert f"To train on them: --train_file {path}\n" in plain(out)
 
 
 def test_regression_and_multi_label_statistics_are_shown(

@@ -126,15 +126,20 @@ def test_a_check_replaces_no_input_and_no_other_output(folder: Path) -> None:
             "--fix gone/c.parquet: there is no folder gon",
         ),
         (
-            "--train_file in.csv --fix f.parquet --output ./f.dropped.jsonl",
-            "the .dropped.jsonl of --fix f.dropped.jsonl is --output as well: name another file.",
+            "--train_file in.csv --fix f.csv --output ./f.csv.dropped.jsonl",
+            "the .dropped.jsonl of --fix f.csv.dropped.jsonl is --output as well: name another fi",
+        ),
+        (
+            "--train_file in.csv --fix other.csv",
+            "--fix other.csv would replace other.csv, which it did not write: name another file, "
+            "or remove that one.",
         ),
         ("--train_file in.csv --fix f.parquet --output report.json", ""),
         ("--train_file in.csv --output /dev/stdout --fix f.parquet", ""),
     ):
         said = problem(*words.split(), read=read_check_config)
         assert said.startswith(found) and bool(said) == bool(found), said
-    assert Path("f.dropped.jsonl") == dropped_path(Path("f.parquet"))
+    assert Path("f.parquet.dropped.jsonl") == dropped_path(Path("f.parquet"))
     words = ["--model=m", "--train_file=in.csv", "--output"]
     assert "would replace --train_file" in problem(*words, "in.csv", read=read_label_issue_config)
     assert problem(*words, "issues.jsonl", read=read_label_issue_config) == ""

@@ -67,9 +67,10 @@ def test_an_output_replaces_no_file_of_a_run(run: Path, model: str) -> None:
 def test_a_list_of_dropped_rows_that_fix_did_not_write_is_kept(run: Path) -> None:
     words = ("--train_file=in.csv", "--fix=f.parquet")
     assert problem(read_check_config, *words) == ""
-    Path("f.dropped.jsonl").touch()
+    Path("f.parquet.dropped.jsonl").touch()
     assert problem(read_check_config, *words) == (
-        "--fix f.parquet would replace f.dropped.jsonl, which it did not write: name another file."
+        "--fix f.parquet would replace f.parquet.dropped.jsonl, which it did not write: name "
+        "another file, or remove that one."
     )
     Path("f.parquet").touch()  # the same command again
     assert problem(read_check_config, *words) == ""

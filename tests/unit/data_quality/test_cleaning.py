@@ -1,12 +1,18 @@
 """--fix writes rows that can be trained on, and lists every other row with the reason."""
 
+import csv
+import gzip
+import io
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_checks import check_rows, clean_rows, kinds
+from rows import write_rows
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
@@ -27,7 +33,10 @@ def fix(
 ) -> tuple[Any, ...]:
     """(rows written as (text, label), what was told, counts)."""
     path = folder / "clean.parquet"
-    counted = write_cleaned(found, list(kinds), path, 0.8)
+    done = write_cleaned(found, list(kinds), path, 0.8)
+    counted = {**done.dropped, "rows": done.rows}
+    if "encoding" in kinds:
+        counted["encoding"] = done.repaired
     records = found.splits["train"]
     named = {
         "text_column": records.text_column,
@@ -185,3 +194,188 @@ def test_nothing_left_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^--fix would leave none of the 2 rows"):
         fix(found, tmp_path)
     assert not (tmp_path / "clean.parquet").exists()
+
+
+# ---- All columns, in every format
+
+
+COLUMNS: dict[str, list[Any]] = {
+    "id": [f"{2**53 + row:020d}" for row in range(40)],  # text with zeros in front
+    "day": [date(2020, 2, 1 + row % 28) for row in range(40)],
+    "text": [row["text"] for row in clean_rows(40)],
+    "number": [2**60 + row for row in range(40)],
+    "share": [None if row % 7 == 0 else row / 7 for row in range(40)],
+    "seen": [row % 3 == 0 for row in range(40)],
+    "tags": [["a", 'b "c"'][: row % 3] for row in range(40)],
+    "label": ["bad", "good"] * 20,
+    "note": ['say "hi"', "two\nlines\r\nof it", "a\ttab, a comma", "", "😀"] * 8,
+}
+LABELS: dict[str, list[Any]] = {
+    "words": ["bad", "good"] * 20,
+    "numbers": [3, 1] * 20,
+    "scores": [row / 8 for row in range(40)],
+    "bools": [True, False] * 20,
+    "lists": [["a", "b, c"], ["b, c"], []] * 13 + [["a"]],
+    "vectors": [[0, 1], [1, 1], [0, 0], [1, 0]] * 10,
+}
+ENDINGS = ["csv", "tsv", "jsonl", "parquet", "csv.gz", "tsv.gz", "jsonl.gz"]
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The cells of a file, read by the standard library or pyarrow."""
+    content = path.read_bytes()
+    if path.suffix == ".parquet":
+        return list(pq.read_table(path).to_pylist())
+    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    if ".jsonl" in path.name:
+        return [json.loads(line) for line in text.split("\n")[:-1]]
+    delimiter = "," if ".csv" in path.name else "\t"
+    return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+
+
+def as_cell(value: Any, ending: str) -> Any:
+    """A value of parquet, as another format has it."""
+    if ending == "parquet":
+        return value
+    value = str(value) if isinstance(value, date) else value
+    if ending.startswith("jsonl") or isinstance(value, str):
+        return value
+    return "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_all_columns_are_written_as_they_were(tmp_path: Path, ending: str) -> None:
+    columns = {name: [*values, values[2]] for name, values in COLUMNS.items()}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    found = check_data(DataConfig(train_file=[str(tmp_path / "t.parquet")]))
+    path = tmp_path / f"clean.{ending}"
+    done = write_cleaned(found, ["duplicates"], path, 0.8)
+    assert (done.rows, done.columns, done.dropped) == (40, 9, {"duplicates": 1})
+    rows = read_table(path)
+    assert list(rows[0]) == list(COLUMNS)  # in the order of the input
+    for name, values in COLUMNS.items():
+        assert [row[name] for row in rows] == [as_cell(x, ending) for x in values], name
+    if ending == "parquet":
+        types = [pa.table(COLUMNS).schema.field(name).type for name in COLUMNS]
+        assert pq.read_schema(path).types == types
+    again = check_data(DataConfig(train_file=[str(path)]))
+    assert kinds(again) == [] and len(again.splits["train"]) == 40
+
+
+@pytest.mark.parametrize("source", ["csv", "tsv", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", list(LABELS))
+def test_labels_survive_every_format(tmp_path: Path, source: str, kind: str) -> None:
+    """From every format into every format: the same texts and labels for training."""
+    rows = [
+        {"x": f"{row:03d}", "text": text, "label": label}
+        for row, (text, label) in enumerate(zip(COLUMNS["text"], LABELS[kind], strict=True))
+    ]
+    rows[3]["text"] = 'the "first\nsecond" line'
+    rows[5]["text"] = '"quoted" all\tover'
+    names = list(rows[0])
+    file = tmp_path / f"t.{source}"
+    if source == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    elif source == "jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        with open(file, "w", newline="") as out:
+            writer = csv.writer(out, delimiter="," if source == "csv" else "\t")
+            writer.writerows([names, *([as_cell(row[x], "csv") for x in names] for row in rows)])
+    data = DataConfig(train_file=[str(file)], quoting="double" if source == "tsv" else "auto")
+    found = check_data(data, near_threshold=0)
+    expected = [record.label for record in found.splits["train"]]
+    assert len(set(expected)) >= 2
+    for ending in ENDINGS[:4]:
+        done = write_cleaned(found, ["duplicates"], tmp_path / f"clean.{ending}", 0)
+        flags = done.flags.split()[2:]
+        again = load_records(
+            DataConfig(
+                train_file=[str(tmp_path / f"clean.{ending}")],
+                quoting="double" if flags == ["--quoting", "double"] else "auto",
+            ),
+            "train",
+        )
+        assert flags in ([], ["--quoting", "double"])
+        assert [record.text for record in again] == [row["text"] for row in rows]
+        assert [record.label for record in again] == expected
+        assert again.label_kind == found.splits["train"].label_kind
+
+
+def test_a_tsv_without_quoting_stays_one(tmp_path: Path) -> None:
+    """Quotes around fields would be text where such a file is read."""
+    rows = clean_rows(40)
+    rows[3]["text"] = '"a" quote, and "another'
+    train = [*rows, rows[7]]
+    lines = ["text\tlabel", *("\t".join(row.values()) for row in train)]
+    (tmp_path / "t.tsv").write_text("\n".join(lines) + "\n")
+    found = check_data(DataConfig(train_file=[str(tmp_path / "t.tsv")]))
+    done = write_cleaned(found, ["duplicates"], tmp_path / "clean.tsv", 0.8)
+    assert (tmp_path / "clean.tsv").read_text() == "\n".join(lines[:-1]) + "\n"
+    assert done.flags == f"--train_file {tmp_path / 'clean.tsv'}"
+    write_cleaned(found, ["duplicates"], tmp_path / "clean.csv", 0.8)  # the control
+    assert '"""a"" quote' in (tmp_path / "clean.csv").read_text()
+
+
+def test_rows_of_several_files_and_skipped_ones(tmp_path: Path) -> None:
+    """Skipped rows are listed with their reason, and of two files every row has its columns."""
+    first, second = clean_rows(30), clean_rows(30, 1)
+    lines = ["id,text,label", *(f"{n},{row['text']},{row['label']}" for n, row in enumerate(first))]
+    lines.insert(5, "a,b")
+    lines.insert(9, "9,no label,")
+    lines.append(lines[2])
+    (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
+    objects = [{**row, "deep": {"n": n}} for n, row in enumerate(second)]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in objects) + "{x\n")
+    files = [str(tmp_path / name) for name in ("a.csv", "b.jsonl")]
+    found = check_data(DataConfig(train_file=files, on_bad_row="skip"))
+    done = write_cleaned(found, ["duplicates"], tmp_path / "c.jsonl", 0.8)
+    assert (done.rows, done.skipped, done.columns) == (60, 3, 4)
+    rows = read_table(tmp_path / "c.jsonl")
+    assert rows == [*({"id": str(n), **row} for n, row in enumerate(first)), *objects]
+    listed = [
+        json.loads(line) for line in dropped_path(tmp_path / "c.jsonl").read_text().split("\n")[:-1]
+    ]
+    assert [(x["file"], x["line"], x["action"]) for x in listed] == [
+        ("a.csv", 34, "dropped"),
+        ("a.csv", 6, "skipped"),
+        ("a.csv", 10, "skipped"),
+        ("b.jsonl", 31, "skipped"),
+    ]
+    assert listed[1]["reason"].startswith("2 fields, expected 3") and listed[1]["text"] == "a,b"
+    write_cleaned(found, ["duplicates"], tmp_path / "c.csv", 0.8)
+    table = read_table(tmp_path / "c.csv")
+    assert list(table[0]) == ["id", "text", "label", "deep"]
+    assert (table[0]["deep"], table[-1]["deep"], table[-1]["id"]) == ("", '{"n": 29}', "")
+
+
+def test_a_repair_changes_its_column_only(tmp_path: Path) -> None:
+    """Also a field of an object, and one of two joined columns."""
+    rows = [
+        {"title": f"t {n}", "review": {"text": row["text"], "by": "cafÃ©"}, "label": row["label"]}
+        for n, row in enumerate(clean_rows(40))
+    ]
+    rows[6]["review"]["text"] = "un cafÃ© noir"  # type: ignore[index]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    expected = json.loads(json.dumps(rows))
+    expected[6]["review"]["text"] = "un café noir"
+    for source in ("jsonl", "parquet"):
+        data = DataConfig(
+            train_file=[str(tmp_path / f"t.{source}")], text_column=["title", "review.text"]
+        )
+        done = write_cleaned(check_data(data), ["encoding"], tmp_path / "c.jsonl", 0.8)
+        assert done.repaired == 1 and read_table(tmp_path / "c.jsonl") == expected
+        write_cleaned(check_data(data), ["encoding"], tmp_path / "c.parquet", 0.8)
+        assert read_table(tmp_path / "c.parquet") == expected
+        with pytest.raises(DataError, match=r"--fix .*c\.csv: read again, these rows would not be"):
+            write_cleaned(check_data(data), ["encoding"], tmp_path / "c.csv", 0.8)
+        assert not (tmp_path / "c.csv").exists()
+
+
+def test_a_file_that_has_changed_is_not_written(tmp_path: Path) -> None:
+    found = check_rows(tmp_path, clean_rows(40))
+    write_rows(tmp_path / "train.jsonl", clean_rows(40, 1))
+    with pytest.raises(DataError, match=r"train\.jsonl has changed while it was read"):
+        write_cleaned(found, ["empty"], tmp_path / "c.csv", 0.8)
+    assert not (tmp_path / "c.csv").exists()

@@ -32,8 +32,17 @@ def test_flags_become_settings() -> None:
         ("", "No training rows: give --train_file"),
         ("--train_file a --dataset_name b", "both name training rows"),
         (
-            "--train_file a --fix out.csv",
-            "--fix is 'out.csv'; expected a file that ends in .parquet.",
+            "--train_file a --fix out.xlsx",
+            "--fix is 'out.xlsx'; expected a file that ends in .csv, .tsv, .jsonl or .parquet, of "
+            "text also .gz after it.",
+        ),
+        (
+            "--train_file a --fix out.parquet.gz",
+            "--fix is 'out.parquet.gz'; expected a file that ends in .csv, .tsv, .jsonl",
+        ),
+        (
+            "--train_file a --fix /dev/null",
+            "--fix is '/dev/null'; expected a file that ends in .csv, .tsv, .jsonl",
         ),
         ("--train_file a --fix_kinds empty", "--fix_kinds goes with --fix."),
         (

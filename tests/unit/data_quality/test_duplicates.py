@@ -221,10 +221,9 @@ def test_conflicts_are_texts_with_several_labels(tmp_path: Path) -> None:
     ]
     finding = get_finding(found, "conflicting_labels")
     assert (finding.unit, dict(finding.details), finding.total) == ("texts", {"rows": 3}, 40)
-    assert [(example.row, example.note) for example in finding.examples] == [
-        (0, "label 'bad'"),
-        (40, "label 'good'"),
-    ]
+    (pair,) = finding.examples  # of one text
+    assert (pair.row, pair.note, pair.like_text) == (0, "label 'bad'", "")
+    assert (pair.like, pair.like_note) == ("train.jsonl line 41", "label 'good'")
 
 
 def test_sets_of_labels_in_another_order_do_not_contradict(tmp_path: Path) -> None:
@@ -291,9 +290,11 @@ def test_near_duplicates_and_near_leaks(tmp_path: Path) -> None:
         ("near_duplicates", "note", "train", 2),
     ]
     near = get_finding(found, "near_duplicates")
-    assert [example.row for example in near.examples] == [4, 40] and near.examples[0].like == (
-        "train.jsonl line 41"
-    )
+    (pair,) = near.examples  # each pair once, with both places, texts and labels
+    assert (pair.where, pair.like) == ("train.jsonl line 5", "train.jsonl line 41")
+    assert (pair.note, pair.like_note) == ("label 'bad'", "label 'good'")
+    assert pair.like_text == f"{pair.text}s" and "at least 80% are in both" in near.meaning
+    assert near.meaning.endswith("In 2 of these rows the label is not that of the near duplicate.")
     assert dict(near.details) == {"with_another_label": 2}
     leak = get_finding(found, "near_leaks", "train/validation")
     assert (
