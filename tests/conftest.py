@@ -31,6 +31,19 @@ ROOT = Path(__file__).resolve().parent.parent
 WORDS = "a an and bad best but dull film fine fun good great is it movie not of poor so the this very was warm worst".split()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of tests/runs, which mostly wait, by turns with files of tests/ranks, which mostly compute; then all others.
+
+    Processes take files in this order (setup.cfg).
+    """
+    turns: dict[Path, tuple[int, int]] = {}
+    for path in dict.fromkeys(item.path for item in items):
+        slow = path.parent.name in ("runs", "ranks")
+        number = sum(other.parent == path.parent for other in turns) if slow else len(items)
+        turns[path] = (number, len(turns))
+    items.sort(key=lambda item: turns[item.path])
+
+
 @pytest.fixture(autouse=True)
 def settings_of_the_process() -> Iterator[None]:
     """Put back what a script's `main` changes in its process, where a test calls it in this one."""

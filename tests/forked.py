@@ -9,6 +9,8 @@
 The function runs in the children only; what it returns comes back by pickle, in rank order. A child is a fork of the test: it
 sees the test's variables, and nothing that it changes is seen by the test. One rank runs in a child too, so that accelerate's
 process-wide state never reaches the next test.
+
+`Command(main, words)` is a command in a fork: subprocess.Popen without the seconds in which an interpreter imports torch.
 """
 
 import contextlib
@@ -22,7 +24,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -64,11 +66,7 @@ def run_ranks(
         running: dict[int, int] = {}  # rank -> process id
         try:
             for rank in range(n):
-                with (
-                    warnings.catch_warnings()
-                ):  # Python 3.12 warns of any fork of a process that has threads
-                    warnings.simplefilter("ignore", DeprecationWarning)
-                    pid = os.fork()
+                pid = _fork()
                 if pid == 0:
                     _be_a_rank(rank, n, folder, function, args, timeout)
                 running[rank] = pid
@@ -82,6 +80,93 @@ def run_ranks(
                 "\n".join(f"rank {rank} of {n}: {text}" for rank, text in failures.items())
             )
         return [pickle.loads((folder / f"result_{rank}").read_bytes()) for rank in range(n)]
+
+
+class Command:
+    """`main()` with `words` as sys.argv, in a fork that is like a process of its own: another session, environment and folder, its
+    output in files (errors=None: in the same), and the exit code that Python would have.
+    """
+
+    def __init__(
+        self,
+        main: Callable[[], Any],
+        words: Sequence[str],
+        output: Path,
+        env: Mapping[str, str] = os.environ,
+        errors: Path | None = None,
+        cwd: Path | str = ".",
+    ) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.returncode: int | None = None
+        self.pid = _fork()
+        if self.pid == 0:
+            os.setsid()
+            wanted = dict(env)
+            os.environ.clear()
+            os.environ.update(wanted)
+            sys.argv = list(words)
+            _end_as_python_does(main, output, errors or output, cwd)
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs."""
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def wait(self, timeout: float = 100.0) -> int:
+        """Its exit code, once it has ended."""
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            assert time.monotonic() < deadline, f"still running after {timeout:g} s"
+            time.sleep(0.005)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Nothing, where it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
+def _end_as_python_does(
+    main: Callable[[], Any], output: Path, errors: Path, cwd: Path | str
+) -> NoReturn:
+    code: Any = 1
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        files = [os.open(os.devnull, os.O_RDONLY), os.open(output, flags), os.open(errors, flags)]
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+        sys.stdin, sys.stdout, sys.stderr = (
+            os.fdopen(number, mode, 1, closefd=False) for number, mode in enumerate("rww")
+        )
+        os.chdir(cwd)
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():  # Python 3.12 warns of any fork of a process that has threads
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def _be_a_rank(

@@ -1,4 +1,5 @@
-"""Real launches of two ranks on the CPU, by `accelerate launch` and torchrun, to be killed and started again.
+"""Real launches of two ranks on the CPU, by `accelerate launch` and torchrun, to be killed and started again. The launcher is a fork of
+the test, the ranks that it starts are Pythons of their own.
 
     story = Story("torchrun", tiny_model, folder)          # one command
     with story.launch() as launch:                         # started
@@ -12,14 +13,16 @@ No time is measured: a step takes as long as the test wants (slowed.py), so what
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch.distributed.run as torchrun
+from accelerate.commands import launch as accelerate_launcher
+from accelerate.commands.config import config_args
+from forked import Command
 from rows import json_of, words_of, write_split
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,15 +46,21 @@ NOT_OURS = (
     "WORLD_SIZE",
     "MASTER_",
 )  # of another launch
-LAUNCHERS = {
-    "accelerate": [
-        "-m",
-        "accelerate.commands.launch",
-        "--quiet",
-        "--config_file",
-        f"{ROOT}/accelerate_configs/cpu_x2.yaml",
-    ],
-    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+
+
+def accelerate_launch() -> None:
+    """`accelerate launch` in a fork: the place of the user's own config is found when accelerate is imported, so it is found again."""
+    home = os.path.join(os.environ["HF_HOME"], "accelerate", "default_config.yaml")
+    accelerate_launcher.default_config_file = config_args.default_config_file = home
+    accelerate_launcher.main()
+
+
+LAUNCHERS: dict[str, tuple[Callable[[], None], list[str]]] = {
+    "accelerate": (
+        accelerate_launch,
+        ["--quiet", "--config_file", f"{ROOT}/accelerate_configs/cpu_x2.yaml"],
+    ),
+    "torchrun": (torchrun.main, ["--standalone", "--nproc_per_node", "2"]),
 }
 
 
@@ -73,13 +82,14 @@ def runs(process: psutil.Process) -> bool:
 class Launch:
     """A launcher that was started, its two ranks, and what they print."""
 
-    def __init__(self, command: list[str], env: dict[str, str], folder: Path, out: Path) -> None:
+    def __init__(
+        self, launcher: str, words: list[str], env: dict[str, str], folder: Path, out: Path
+    ) -> None:
         self.out, self.file, self.ranks = out, folder / "said.txt", dict[int, psutil.Process]()
         self.first = self.step()
-        with open(self.file, "w") as file:
-            self.launcher = subprocess.Popen(
-                command, env=env, stdout=file, stderr=file, cwd=folder, start_new_session=True
-            )
+        self.file.write_text("")
+        main, options = LAUNCHERS[launcher]
+        self.launcher = Command(main, [launcher, *options, *words], self.file, env, cwd=folder)
 
     def said(self) -> str:
         return self.file.read_text(errors="replace")
@@ -176,12 +186,7 @@ class Story:
             *self.words(self.out),
         ]
         (self.folder / where).mkdir(exist_ok=True)
-        launch = Launch(
-            [sys.executable, *LAUNCHERS[self.launcher], *program],
-            kept,
-            self.folder / where,
-            self.out,
-        )
+        launch = Launch(self.launcher, program, kept, self.folder / where, self.out)
         try:
             yield launch
         finally:

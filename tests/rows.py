@@ -15,7 +15,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +54,16 @@ train_module: Any = importlib.import_module("bertdist.train")
 EVERY_FAULT = bool(
     os.environ.get("BERTDIST_EVERY_FAULT")
 )  # else tests of faults take some, so that CI spends three minutes on them
+
+
+def some_of(chosen: Sequence[Any], cases: Iterable[Any]) -> list[Any]:
+    """Parameters of a test: the `chosen` ones, and with BERTDIST_EVERY_FAULT=1 all other `cases`, which take no way through the code
+    that the chosen ones together do not take.
+    """
+    return [*chosen, *(case for case in cases if EVERY_FAULT and case not in chosen)]
+
+
+RANKS = some_of([1, 3], [2])
 GOOD = "best fine fun good great warm".split()
 BAD = "bad dull poor worst boring".split()
 OTHER = "a an and but film is it movie not of so the this very was".split()

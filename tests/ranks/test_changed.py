@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rows import (
     last_checkpoint,
     make_rows,
     run_train,
+    some_of,
     tensors_of,
     words_of,
     write_rows,
@@ -37,8 +39,9 @@ def interrupted(model: Path, files: Files, out: Path, n: int = 1, **settings: An
     return words
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize(
+    ("stream", "n"), some_of([(False, 2), (True, 1)], product((False, True), (1, 2)))
+)
 def test_grown_data_are_refused_and_accepted_with_the_flag(
     tiny_model: Path, files: Files, tmp_path: Path, n: int, stream: bool
 ) -> None:

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rows import (
     checkpoints_of,
     json_of,
     run_train,
+    some_of,
     words_of,
     write_rows,
     write_split,
@@ -64,8 +66,10 @@ def full() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-@pytest.mark.parametrize("log_every", ["1 steps", "10 steps"])
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(
+    ("n", "log_every"),
+    some_of([(1, "10 steps"), (3, "1 steps")], product((1, 3), ("1 steps", "10 steps"))),
+)
 def test_a_disk_that_fills_up_ends_all_ranks_with_one_error(
     tiny_model: Path, files: Files, tmp_path: Path, n: int, log_every: str
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from forked import RankError, run_ranks
 from rows import (
+    RANKS,
     Breaking,
     json_of,
     make_rows,
@@ -133,7 +134,7 @@ def one_by_one(folder: Path, texts: list[str]) -> list[tuple[str, float]]:
     return found
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", RANKS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 20])
 def test_predictions_are_the_same_in_the_same_order(trained: Path, n: int, rows: int) -> None:
     texts = [row["text"] for row in make_rows(rows, seed=3)]

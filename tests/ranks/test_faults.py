@@ -6,6 +6,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rows import (
     on_rank,
     run_main,
     run_train,
+    some_of,
     words_of,
     write_rows,
 )
@@ -103,8 +105,9 @@ def told(folder: Path) -> dict[int, tuple[int, list[str]]]:
 # --- Asked to stop, in the midst of something
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
-@pytest.mark.parametrize("number", [1, 4])  # after step 4; the last
+@pytest.mark.parametrize(  # number: 1 is after step 4; 4 is the last
+    ("n", "number"), some_of([(1, 4), (3, 1)], product((1, 2, 3), (1, 4)))
+)
 def test_a_stop_in_an_evaluation_is_answered_there_and_the_evaluation_is_made_up_for(
     runs: Runs, tmp_path: Path, n: int, number: int
 ) -> None:
@@ -260,7 +263,7 @@ def test_prediction_stops_and_leaves_nothing_half(
 # --- A rank is gone
 
 
-@pytest.mark.parametrize(("n", "victim"), [(2, 0), (2, 1), (3, 1)])
+@pytest.mark.parametrize(("n", "victim"), some_of([(2, 0), (3, 1)], [(2, 1)]))
 def test_a_killed_rank_is_named_once_and_nothing_is_lost(
     runs: Runs, tmp_path: Path, n: int, victim: int
 ) -> None:

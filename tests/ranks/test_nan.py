@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from forked import RankError, run_ranks
 from rows import (
+    RANKS,
     Breaking,
     Files,
     assert_same_run,
@@ -24,6 +25,7 @@ from rows import (
     last_checkpoint,
     run_main,
     run_train,
+    some_of,
     step_log,
     tensors_of,
     words_of,
@@ -122,7 +124,8 @@ def steps_with(rows: set[int], seen: list[Any]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("n", "how"), [(1, "nan"), (1, "gradient"), (2, "inf"), (2, "gradient"), (3, "nan")]
+    ("n", "how"),
+    some_of([(1, "gradient"), (2, "inf"), (3, "nan")], [(1, "nan"), (2, "gradient")]),
 )
 def test_nonfinite_row_stops_all_ranks_and_is_named(
     tiny_model: Path, files: Files, tmp_path: Path, n: int, how: str
@@ -188,7 +191,7 @@ def skipped(tiny_model: Path, files: Files, tmp_path_factory: pytest.TempPathFac
     return Skipped(tiny_model, files, tmp_path_factory.mktemp("skipped"))
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", RANKS)
 def test_skipped_steps_are_the_same_on_any_number_of_ranks(skipped: Skipped, n: int) -> None:
     out, ranks = skipped.run(n)
     lines, seen = json_of(out / "nan_rows.jsonl"), [(None, had, None) for _, had, _ in ranks]
@@ -205,7 +208,7 @@ def test_skipped_steps_are_the_same_on_any_number_of_ranks(skipped: Skipped, n: 
         assert mine == pytest.approx(other, abs=1e-4)
 
 
-@pytest.mark.parametrize(("n", "killed"), [(1, 8), (2, 4), (3, 8)])
+@pytest.mark.parametrize(("n", "killed"), some_of([(1, 4), (3, 8)], [(1, 8), (2, 4)]))
 def test_resume_between_skipped_steps_equals_uninterrupted(
     skipped: Skipped, tmp_path: Path, n: int, killed: int
 ) -> None:
@@ -245,7 +248,7 @@ def skip_by_hand(steps: list[int]) -> Breaking:
     return breaking
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", RANKS)
 def test_a_skipped_step_changes_nothing_but_itself(
     skipped: Skipped, tmp_path: Path, n: int
 ) -> None:
@@ -371,7 +374,9 @@ LINES = {
 }
 
 
-@pytest.mark.parametrize(("n", "how"), [(1, "nan"), (2, "nan"), (2, "gradient"), (3, "gradient")])
+@pytest.mark.parametrize(
+    ("n", "how"), some_of([(1, "nan"), (3, "gradient")], [(2, "nan"), (2, "gradient")])
+)
 def test_detect_anomaly_names_the_operation_in_one_line(
     tiny_model: Path, files: Files, tmp_path: Path, n: int, how: str
 ) -> None:
@@ -483,7 +488,7 @@ def nonfinite_evaluations_from(step: int, rows: set[int]) -> Breaking:
 WHY = "Its weights are broken, or the precision is too small for it (--mixed_precision no)."
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", RANKS)
 def test_nonfinite_evaluation_stops_all_ranks(
     tiny_model: Path, files: Files, tmp_path: Path, n: int
 ) -> None:

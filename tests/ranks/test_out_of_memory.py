@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from forked import RankError, run_ranks
 from rows import (
+    RANKS,
     Breaking,
     Files,
     assert_same_tensors,
@@ -29,6 +30,7 @@ from rows import (
     rows_by_step,
     run_main,
     run_train,
+    some_of,
     step_log,
     tensors_of,
     words_of,
@@ -256,8 +258,13 @@ def far_apart(one: Path, other: Path) -> float:
 # --- The step is the same
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize(("n", "fits"), [(1, 32), (2, 64), (3, 32)])
+@pytest.mark.parametrize(
+    ("n", "fits", "place"),
+    some_of(
+        [(1, 32, "forward"), (1, 32, "middle"), (2, 64, "loss"), (3, 32, "embeddings")],
+        [(*ranks, place) for ranks in ((1, 32), (2, 64), (3, 32)) for place in PLACES],
+    ),
+)
 def test_out_of_memory_in_the_last_micro_batch_changes_no_bit(
     runs: Runs, tmp_path: Path, n: int, fits: int, place: str
 ) -> None:
@@ -298,8 +305,13 @@ def test_an_exchange_is_joined_where_it_stands(
     ]
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize(("n", "rank"), [(1, 0), (2, 0), (2, 1), (3, 1)])
+@pytest.mark.parametrize(
+    ("n", "rank", "place"),
+    some_of(
+        [(1, 0, "loss"), (2, 0, "forward"), (2, 1, "embeddings"), (3, 1, "middle")],
+        [(*ranks, place) for ranks in ((1, 0), (2, 0), (2, 1), (3, 1)) for place in PLACES],
+    ),
+)
 def test_out_of_memory_in_another_micro_batch_stays_on_its_rank(
     runs: Runs, tmp_path: Path, n: int, rank: int, place: str
 ) -> None:
@@ -320,7 +332,7 @@ def test_out_of_memory_in_another_micro_batch_stays_on_its_rank(
     )
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", RANKS)
 def test_every_row_is_counted_once_on_its_schedule(runs: Runs, tmp_path: Path, n: int) -> None:
     results = run_ranks(n, run_short, runs.words(tmp_path / "out"), short_of_memory(0, "middle"))
     plain = run_ranks(1, run_train, runs.words(tmp_path / "plain"))
@@ -498,9 +510,22 @@ def test_ranks_that_part_are_seen(
 
 
 @pytest.mark.parametrize(
-    ("n", "rank", "rows"), [(1, 0, STEP), (2, 1, STEP), (3, 0, STEP), (2, 0, 2), (3, 0, 3)]
+    ("n", "rank", "rows", "place"),
+    some_of(
+        [
+            (1, 0, STEP, "middle"),
+            (2, 1, STEP, "forward"),
+            (3, 0, STEP, "middle"),
+            (2, 0, 2, "middle"),
+            (3, 0, 3, "forward"),
+        ],
+        [
+            (*ranks, place)
+            for ranks in ((1, 0, STEP), (2, 1, STEP), (3, 0, STEP), (2, 0, 2), (3, 0, 3))
+            for place in ("forward", "middle")
+        ],
+    ),
 )
-@pytest.mark.parametrize("place", ["forward", "middle"])
 def test_a_text_that_does_not_fit_alone_ends_all_ranks_with_one_line(
     runs: Runs, tmp_path: Path, n: int, rank: int, rows: int, place: str
 ) -> None:
@@ -529,7 +554,7 @@ def test_a_text_that_does_not_fit_alone_ends_all_ranks_with_one_line(
 # --- Evaluation
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", RANKS)
 def test_an_evaluation_out_of_memory_on_one_rank_scores_the_same(
     runs: Runs, tmp_path: Path, n: int
 ) -> None:

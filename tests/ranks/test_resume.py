@@ -18,6 +18,7 @@ import pytest
 from accelerate import Accelerator
 from forked import RankError, run_ranks
 from rows import (
+    RANKS,
     Breaking,
     assert_same_run,
     assert_same_tensors,
@@ -73,7 +74,7 @@ def ask_the_last_rank_to_stop(accelerator: Accelerator) -> None:
 # --- I5
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", RANKS)
 def test_resume_equals_uninterrupted(runs: Runs, tmp_path: Path, n: int) -> None:
     """Killed at one random step, asked to stop at a later one."""
     chance = random.Random(n)

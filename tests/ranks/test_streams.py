@@ -21,6 +21,7 @@ from rows import (
     make_rows,
     rows_by_step,
     run_train,
+    some_of,
     step_log,
     tensors_of,
     words_of,
@@ -105,7 +106,7 @@ def test_every_row_once_an_epoch_in_steps_that_do_not_know_the_ranks(
     assert steps[0] != steps[5], "each epoch has its own order"
 
 
-@pytest.mark.parametrize(("n", "workers"), [(1, 1), (1, 2), (3, 2)])
+@pytest.mark.parametrize(("n", "workers"), some_of([(1, 1), (3, 2)], [(1, 2)]))
 def test_workers_change_nothing(
     tiny_model: Path, tmp_path: Path, files: Any, straight: Any, n: int, workers: int
 ) -> None:
@@ -115,7 +116,7 @@ def test_workers_change_nothing(
     assert_same_run(tmp_path / "out", straight[n][0])
 
 
-@pytest.mark.parametrize(("n", "first", "second"), [(1, 1, 6), (2, 4, 5), (3, 3, 8)])
+@pytest.mark.parametrize(("n", "first", "second"), some_of([(1, 1, 6), (3, 3, 8)], [(2, 4, 5)]))
 def test_resume_equals_uninterrupted(
     tiny_model: Path, tmp_path: Path, files: Any, straight: Any, n: int, first: int, second: int
 ) -> None:

@@ -8,11 +8,13 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from forked import Command
+from launched import accelerate_launch
+from rows import EVERY_FAULT
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "accelerate_configs"
@@ -127,7 +129,13 @@ def launched(*words: str, **more: str) -> tuple[int, str, str]:
         return run.returncode, out, err
 
 
-@pytest.mark.parametrize("kind", ["default", "file"])
+# Launches of this kind have their unit tests in tests/unit/distributed/test_launcher.py.
+every_fault = pytest.mark.skipif(
+    not EVERY_FAULT, reason="a launch more: with BERTDIST_EVERY_FAULT=1 only"
+)
+
+
+@pytest.mark.parametrize("kind", ["default", pytest.param("file", marks=every_fault)])
 def test_a_users_config_that_asks_for_more_is_one_line(kind: str, tmp_path: Path) -> None:
     """For prediction too; dynamo would compile the whole model, and FSDP shard it."""
     setting = {
@@ -152,42 +160,42 @@ def test_a_users_config_that_asks_for_more_is_one_line(kind: str, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-def test_cpu_config_is_one_process(print_world: str) -> None:
-    code, out, err = launched("--config_file", f"{CONFIGS}/cpu.yaml", print_world)
-    assert (code, out) == (0, "ranks [0] over no group\n"), err
-
-
 def test_cpu_x2_config_is_as_many_processes_as_num_processes(print_world: str) -> None:
-    """Without the flag it is two: tests/launched.py."""
+    """Without the flag it is two: tests/launched.py. cpu.yaml is one: tests/runs/test_train.py."""
     words = ["--config_file", f"{CONFIGS}/cpu_x2.yaml", "--num_processes", "3"]
     code, out, err = launched(*words, print_world)
     assert (code, out) == (0, "ranks [0, 1, 2] over gloo\n"), err
 
 
-def test_multi_node_config_joins_launchers(print_world: str) -> None:
-    """Two machines of one process, both simulated on this one."""
-    words = [
-        "--config_file",
-        f"{CONFIGS}/multi_node.yaml",
-        "--num_processes",
-        "2",
-        "--main_process_ip",
-        "127.0.0.1",
+def test_multi_node_config_joins_launchers(print_world: str, tmp_path: Path) -> None:
+    """Two machines of one process, both simulated on this one; the launchers are forks."""
+    words = f"launch --config_file {CONFIGS}/multi_node.yaml --num_processes 2".split()
+    words += (
+        f"--main_process_ip 127.0.0.1 --main_process_port {20000 + os.getpid() % 10000}".split()
+    )
+    env = environment(ACCELERATE_USE_CPU="true")
+    runs = [
+        Command(
+            accelerate_launch,
+            [*words, "--machine_rank", rank, print_world],
+            tmp_path / f"out{rank}",
+            env,
+            tmp_path / f"err{rank}",
+        )
+        for rank in "01"
     ]
-    words += ["--main_process_port", str(20000 + os.getpid() % 10000)]
-    with ThreadPoolExecutor() as pool:
-        runs = [
-            pool.submit(
-                launched, *words, "--machine_rank", rank, print_world, ACCELERATE_USE_CPU="true"
-            )
-            for rank in "01"
-        ]
-    results = [run.result() for run in runs]
-    ends = [(code, out) for code, out, _ in results]
-    assert ends == [(0, "ranks [0, 1] over gloo\n"), (0, "")], results
+    try:
+        codes = [run.wait(SECONDS) for run in runs]
+    finally:
+        for run in runs:
+            run.send_signal(signal.SIGTERM)
+    said = [(tmp_path / f"out{rank}").read_text() for rank in "01"]
+    assert (codes, said) == ([0, 0], ["ranks [0, 1] over gloo\n", ""]), [
+        (tmp_path / f"err{rank}").read_text() for rank in "01"
+    ]
 
 
-@pytest.mark.parametrize("how", ["flags", "config"])
+@pytest.mark.parametrize("how", [pytest.param("flags", marks=every_fault), "config"])
 def test_a_launch_that_starts_one_process_of_two_is_refused(
     print_world: str, tmp_path: Path, how: str
 ) -> None:

@@ -195,29 +195,13 @@ def test_predictions_are_the_same_after_out_of_memory(trained: Path) -> None:
 
 
 def test_the_command_line_gives_the_same_predictions(trained: Path, tmp_path: Path) -> None:
-    """A real process; texts of a file, rows in its order, the column that the training read."""
+    """Texts of a file, rows in its order, the column that the training read. The pipe below is a real process."""
     write_rows(tmp_path / "in.jsonl", [{"id": i, "text": text} for i, text in enumerate(TEXTS)])
-    command = [
-        sys.executable,
-        "-m",
-        "bertdist.predict",
-        "--model",
-        str(trained),
-        "--input",
-        str(tmp_path / "in.jsonl"),
-        "--use_cpu",
-    ]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = ["--model", str(trained), "--input", str(tmp_path / "in.jsonl"), "--use_cpu"]
+    ((code, said, answered),) = run_ranks(1, run_main, words, None, predict)
     truncated = r"--max_length 24 truncates \S+ of the texts; the longest has 102 tokens.\n"
-    assert done.returncode == 0 and re.fullmatch(truncated, done.stderr)
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert code == 0 and re.fullmatch(truncated, said)
+    lines = [json.loads(line) for line in answered.splitlines()]
     ((mine, _),) = run_ranks(1, ask, trained, TEXTS)
     assert lines == [{"row": row, **answer} for row, answer in enumerate(mine)]
 

@@ -36,7 +36,7 @@ from bertdist.core.args import read_config
 from bertdist.core.atomic_io import find_damage
 
 ROOT = Path(__file__).resolve().parents[2]
-EPOCH, EPOCHS = 50, 6  # 400 rows in steps of 8
+EPOCH, EPOCHS = 50, 4  # 400 rows in steps of 8
 CADENCES = {
     "num_train_epochs": EPOCHS,
     "save_every": "40 steps",

@@ -145,7 +145,7 @@ SAID = {
 def test_a_model_that_the_hub_does_not_give(tmp_path: Path, file: Path, kind: str) -> None:
     asked: list[str] = []
     with hub(kind, asked) as address:
-        told = (forked if kind == "broken" else usual if kind == "silent" else typed)(
+        told = (typed if kind == "unknown" else forked if kind == "broken" else usual)(
             tmp_path,
             *training(tmp_path, "--model_name_or_path", WRONG, "--train_file", file),
             endpoint=address,
@@ -172,7 +172,7 @@ def test_a_model_without_a_network(tmp_path: Path, file: Path) -> None:
 @pytest.mark.parametrize("kind", ["unknown", "silent"])
 def test_a_data_set_that_the_hub_does_not_give(tiny_model: Path, tmp_path: Path, kind: str) -> None:
     with hub(kind, []) as address:
-        told = (forked if kind == "silent" else typed)(
+        told = (forked if kind == "silent" else usual)(
             tmp_path,
             *training(
                 tmp_path, "--model_name_or_path", tiny_model, "--dataset_name", "stanfordnlp/imbd"

@@ -6,12 +6,16 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from forked import run_ranks
 from rows import write_split
 
 import bertdist
+from bertdist import api as API
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,23 +74,22 @@ ORDERS = [
     "import bertdist; import bertdist.train; train = bertdist.train",
     "from bertdist.train import train, run; from bertdist import train",
 ]
-IN_FORKS = """
-import os, sys
-import accelerate, datasets, evaluate, pyarrow, torch, transformers  # slow, and not bertdist
-for order in {orders!r}:
-    assert "bertdist" not in sys.modules
-    if os.fork() == 0:
-        exec(order)
-        module = sys.modules["bertdist.train"]
-        print(type(train).__name__, type(module).__name__, train.__module__, flush=True)
-        os._exit(0)
-    assert os.wait()[1] == 0, order
-"""
 
 
 def test_train_is_the_function_in_every_order_of_imports() -> None:
-    output = run_python(IN_FORKS.format(orders=ORDERS))
-    assert output.splitlines() == ["function module bertdist.api"] * len(ORDERS)
+    """Each in a fork that has forgotten bertdist, and nothing else."""
+
+    def imported(accelerator: Accelerator, order: str) -> tuple[str, ...]:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "bertdist"]:
+            del sys.modules[name]
+        names: dict[str, Any] = {}
+        exec(order, names)
+        train = names["train"]
+        assert sys.modules[train.__module__] is not API
+        return type(train).__name__, type(sys.modules["bertdist.train"]).__name__, train.__module__
+
+    for order in ORDERS:
+        assert run_ranks(1, imported, order) == [("function", "module", "bertdist.api")], order
 
 
 def test_a_replaced_public_name_stays_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

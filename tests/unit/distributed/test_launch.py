@@ -6,8 +6,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +20,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from forked import run_ranks
+from forked import Command, run_ranks
 from rows import words_of, write_split
 from torch.distributed import TCPStore
 
@@ -37,6 +40,8 @@ from bertdist.distributed.launch import (
 )
 from bertdist.distributed.watchdog import own_heartbeat
 from bertdist.train import train
+
+SECONDS = 100  # for anything to happen
 
 # ---- run_cli
 
@@ -143,19 +148,20 @@ def settings():
     handlers = [signal.getsignal(number) for number in numbers]
     return [dict(os.environ), handlers, logging.get_verbosity(), logging.is_progress_bar_enabled()]
 
-folder, script = sys.argv[1:]
+def changed():
+    names = ["environ", "signals", "verbosity", "bars"]
+    return [name for name, a, b in zip(names, before, settings()) if a != b] + mallopt
+
 mallopt = []
 before = settings()
 from bertdist.distributed import launch
-keep, launch.keep_freed_memory = launch.keep_freed_memory, lambda: mallopt.append(1)
-if script == "yes":
-    launch.configure_process()
+launch.keep_freed_memory = lambda: mallopt.append("mallopt")
 from bertdist import Predictor
-from bertdist.predict import create_accelerator
-answers = Predictor(folder)(["good film"])
+answers = Predictor(sys.argv[1])(["good film"])
 assert answers[0]["label"], answers
-now = settings()
-print(*[name for name, a, b in zip(["environ", "signals", "verbosity", "bars"], before, now) if a != b], *mallopt)
+print(*changed())
+launch.configure_process()
+print(*changed())
 """
 
 
@@ -167,11 +173,10 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out" / "best"
 
 
-@pytest.mark.parametrize(("script", "changed"), [("no", ""), ("yes", "environ verbosity bars 1")])
-def test_a_predictor_leaves_the_process_as_it_was(script: str, changed: str, trained: Path) -> None:
+def test_a_predictor_leaves_the_process_as_it_was(trained: Path) -> None:
     environ = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"}
     done = subprocess.run(
-        [sys.executable, "-c", HOST, str(trained), script],
+        [sys.executable, "-c", HOST, str(trained)],
         env={**environ, "ACCELERATE_USE_CPU": "true"},
         cwd=Path(__file__).parents[3],
         capture_output=True,
@@ -179,7 +184,7 @@ def test_a_predictor_leaves_the_process_as_it_was(script: str, changed: str, tra
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == changed
+    assert done.stdout == "\nenviron verbosity bars mallopt\n"  # the second is the control
 
 
 @pytest.mark.parametrize("in_thread", [True, False])
@@ -301,21 +306,15 @@ def test_a_device_that_is_not_supported_is_named(
 
 # ---- Rendezvous
 
-ROOT = Path(__file__).resolve().parents[3]
-# In a process of its own: torch's stores leave threads behind.
-MEET = """
-import os, sys
-from datetime import timedelta
-from bertdist.distributed.launch import wait_for_all_ranks
-from bertdist.core.errors import BertdistError
-try:
-    store = wait_for_all_ranks(timedelta(seconds=float(sys.argv[1])))
-    print("met" if store else "alone")
-    sys.stdin.read()  # the store goes with this process
-except BertdistError as error:
-    print(error if not error.already_printed else "silent")
-    sys.stdin.read()
-"""
+
+def meet(seconds: float) -> None:
+    """In a process of its own, which stays until it is killed: torch's stores leave threads behind."""
+    try:
+        store = wait_for_all_ranks(timedelta(seconds=seconds))
+        print("met" if store else "alone")  # the store goes with this process
+    except BertdistError as error:
+        print(error if not error.already_printed else "silent")
+    time.sleep(SECONDS)
 
 
 def free_port() -> int:
@@ -335,43 +334,75 @@ def placed(rank: int, of: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    return {**plain, "PYTHONPATH": str(ROOT), **place}
+    return {**plain, **place}
 
 
-def said(ranks: list[int], of: int, port: int, seconds: float = 3) -> list[str]:
+class Ranks:
+    """Ranks that meet."""
+
+    def __init__(self, folder: Path, ranks: list[int], of: int, port: int, seconds: float) -> None:
+        self.files = [folder / f"rank_{rank}" for rank in ranks]
+        self.running = [
+            Command(partial(meet, seconds), ["meet"], file, placed(rank, of, port), folder / "err")
+            for rank, file in zip(ranks, self.files, strict=True)
+        ]
+
+    def said(self, index: int) -> str:
+        """The line of one of them, once it has come."""
+        file, deadline = self.files[index], time.monotonic() + SECONDS
+        while not file.exists() or not file.read_text().endswith("\n"):
+            assert time.monotonic() < deadline, "it says nothing"
+            time.sleep(0.01)
+        return file.read_text().strip()
+
+    def kill(self) -> None:
+        for run in self.running:
+            run.kill()
+            run.wait()
+
+
+Said = Callable[..., list[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
+    """Starts ranks; none outlives the test."""
+    started: list[Ranks] = []
+
+    def start(*words: Any) -> Ranks:
+        started.append(Ranks(tmp_path, *words))
+        return started[-1]
+
+    yield start
+    for ranks in started:
+        ranks.kill()
+
+
+@pytest.fixture
+def said(start: Callable[..., Ranks]) -> Said:
     """What these ranks have to say of their meeting."""
-    pipe, words = subprocess.PIPE, [sys.executable, "-c", MEET, str(seconds)]
-    running = []
-    for rank in ranks:
-        env = placed(rank, of, port)
-        running.append(
-            subprocess.Popen(
-                words, env=env, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
-            )
-        )
-    found = []
-    for run in running:
-        assert run.stdout is not None
-        found.append(run.stdout.readline().strip())
-    for run in running:
-        run.communicate(timeout=60)
-    return found
+
+    def said(ranks: list[int], of: int, port: int, seconds: float) -> list[str]:
+        running = start(ranks, of, port, seconds)
+        return [running.said(index) for index in range(len(ranks))]
+
+    return said
 
 
-def test_ranks_that_all_come_meet() -> None:
+def test_ranks_that_all_come_meet(said: Said) -> None:
     assert said([0, 1, 2], 3, free_port(), 60) == ["met"] * 3
 
 
-def test_who_does_not_arrive_is_named_once() -> None:
+def test_who_does_not_arrive_is_named_once(said: Said) -> None:
     port, host = free_port(), socket.gethostname()
-    first, third = said([0, 2], 4, port, 15)
+    first, third = said([0, 2], 4, port, 5)
     assert first == (
-        f"Rank 1, 3 of 4 did not arrive at 127.0.0.1:{port} within 15 s (--rank_timeout). Present: rank 0 (on {host}), rank 2 (on {host})."
+        f"Rank 1, 3 of 4 did not arrive at 127.0.0.1:{port} within 5 s (--rank_timeout). Present: rank 0 (on {host}), rank 2 (on {host})."
     )
     assert third == "silent"
 
 
-def test_a_missing_first_rank_is_named() -> None:
+def test_a_missing_first_rank_is_named(said: Said) -> None:
     port = free_port()
     (found,) = said([1], 2, port, 2)
     assert found.startswith(
@@ -380,7 +411,7 @@ def test_a_missing_first_rank_is_named() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_port_that_is_taken_is_named(rank: int) -> None:
+def test_a_port_that_is_taken_is_named(said: Said, rank: int) -> None:
     """By a program that takes connections and says nothing."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -415,26 +446,15 @@ def test_port_0_is_refused_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> Non
         wait_for_all_ranks(timedelta(seconds=1))
 
 
-def test_a_first_rank_that_is_killed_before_all_have_met_is_told() -> None:
-    port, pipe, words = free_port(), subprocess.PIPE, [sys.executable, "-c", MEET, "60"]
-    first, second = (
-        subprocess.Popen(
-            words,
-            env=placed(rank, 3, port),
-            stdin=pipe,
-            stdout=pipe,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in (0, 1)
-    )
+def test_a_first_rank_that_is_killed_before_all_have_met_is_told(
+    start: Callable[..., Ranks],
+) -> None:
+    ranks = start([0, 1], 3, port := free_port(), 60)
     TCPStore("127.0.0.1", port, None, False, timedelta(seconds=60)).wait(["bertdist/0/1"])
-    first.kill()
-    told, _ = second.communicate(timeout=60)
-    first.communicate(timeout=60)
+    ranks.running[0].kill()
     assert (
-        told
-        == f"rank 1 of 3: rank 0 exited before the rendezvous completed at 127.0.0.1:{port}; its own message says more.\n"
+        ranks.said(1)
+        == f"rank 1 of 3: rank 0 exited before the rendezvous completed at 127.0.0.1:{port}; its own message says more."
     )
 
 

@@ -1,5 +1,6 @@
 """Splits as streams: every row, in order, from any state; a small Hub on loopback is the real one."""
 
+import contextlib
 import functools
 import io
 import json
@@ -7,7 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -271,9 +272,11 @@ ON_THE_HUB = """
 import json, sys
 from bertdist.data.readers import remote
 from bertdist.core.errors import DataError
+from bertdist.data.readers import hub_reader
 from bertdist.data.readers.hub_reader import HubReader
 
 remote.FIRST_WAIT_SECONDS = 0.0
+sys.stdin.readline()
 
 def told(action):
     try:
@@ -282,11 +285,12 @@ def told(action):
         return str(error)
 
 source = HubReader("user/name")
-if sys.argv[1:] == ["fingerprint"]:
-    print(json.dumps(source.fingerprint))
-elif len(sys.argv) > 1:
+if sys.argv[1:]:
     texts = [text for piece in source.chunks(["text"], json.loads(sys.argv[1])) for text in piece.columns["text"].to_pylist()]
-    print(json.dumps([texts[0], len(texts)]))
+    print(json.dumps([texts[0], len(texts)]), flush=True)
+    sys.stdin.readline()
+    hub_reader._load.cache_clear()
+    print(json.dumps(HubReader("user/name").fingerprint))
 else:
     texts = [(text, piece.state) for piece in source.chunks(["text"]) for text in piece.columns["text"].to_pylist()]
     print(json.dumps({
@@ -302,20 +306,29 @@ else:
 """
 
 
-def run_on(server: FakeHub, home: Path, *words: str) -> Any:
-    """A process of its own: huggingface_hub reads its environment when it is imported."""
+@contextlib.contextmanager
+def run_on(server: FakeHub, home: Path, *words: str) -> Iterator[Callable[[], Any]]:
+    """A process of its own, and what gives its next answer: huggingface_hub reads its environment when it is imported."""
     offline = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment = (
         os.environ
         | offline
         | {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
     )
-    command = [sys.executable, "-c", ON_THE_HUB, *words]
-    found = subprocess.run(
-        command, capture_output=True, text=True, timeout=100, check=False, env=environment
-    )
-    assert found.returncode == 0, found.stderr
-    return json.loads(found.stdout)
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", ON_THE_HUB, *words]
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment
+    ) as process:
+
+        def answer() -> Any:
+            assert process.stdin and process.stdout and process.stderr
+            process.stdin.write("go on\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            return json.loads(line)
+
+        yield answer
 
 
 @functools.cache
@@ -347,7 +360,8 @@ def test_a_hub_from_end_to_end(tmp_path: Path) -> None:
     with FakeHub(files) as server:
         server.statuses.extend([0] * 6 + [503])
         server.drops.extend([0] * 6 + [100_000])
-        found = run_on(server, tmp_path)
+        with run_on(server, tmp_path) as answer:
+            found = answer()
         assert found["right"] and found["names"] == ["bad", "good"] and found["csv"] == "a\n"
         assert found["found"] == [
             f"hf://datasets/user/name/data/train-{number}.parquet" for number in (0, 1)
@@ -369,18 +383,19 @@ def test_a_hub_from_end_to_end(tmp_path: Path) -> None:
         # From a place: nothing of the first file, and of the second neither the groups before it nor the other column.
         server.gets.clear()
         server.sent = 0
-        text, rows = run_on(server, tmp_path, json.dumps(found["place"]))
-        assert text == "00018000" * 20 and rows == 2_000
-        assert all("train-0" not in path for path, _ in server.gets)
-        assert server.sent < len(second) / 3
-        assert found["fingerprint"] != run_on(renamed(server), tmp_path, "fingerprint")
+        with run_on(server, tmp_path, json.dumps(found["place"])) as answer:
+            text, rows = answer()
+            assert text == "00018000" * 20 and rows == 2_000
+            assert all("train-0" not in path for path, _ in server.gets)
+            assert server.sent < len(second) / 3
+            rename(server)
+            assert found["fingerprint"] != answer()
 
 
-def renamed(server: FakeHub) -> FakeHub:
+def rename(server: FakeHub) -> None:
     """Another commit of the same files."""
     server.sha = "f" * 40
     for path in server.data_set:
         server.files[f"/datasets/user/name/resolve/{server.sha}/{path}"] = server.files[
             f"/datasets/user/name/resolve/main/{path}"
         ]
-    return server
