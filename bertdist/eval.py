@@ -56,7 +56,7 @@ from bertdist.tasks.labels import (
     is_multi_hot,
     match_to_model,
 )
-from bertdist.tasks.tasks import Task
+from bertdist.tasks.tasks import MultiLabel, Task
 from bertdist.training.best_model import RESULT_FILES, Results, write_results
 from bertdist.training.evaluation import Scorer
 from bertdist.training.run_summary import show_report
@@ -120,6 +120,11 @@ def load_labelled_rows(config: EvaluateConfig) -> tuple[Task, Records, list[str]
                 f"--label_names has {len(names)} names; the model has {len(task.labels)} outputs: "
                 f"{listed(task.labels, 20)}."
             )
+        if sorted(names) == sorted(task.labels) and tuple(names) != task.labels:
+            raise ConfigError(
+                "--label_names has the model's own names in another order, which would rename its "
+                f"outputs ({listed(task.labels, 20)}): leave it out, labels are matched by name."
+            )
         task = replace(task, labels=tuple(names), codes=())  # type: ignore[type-var]  # a Protocol
     texts = config.text_column or metadata.get("text_column")
     data = DataConfig(
@@ -140,6 +145,16 @@ def load_labelled_rows(config: EvaluateConfig) -> tuple[Task, Records, list[str]
         notes.append(f"Skipped {_rows(number)} that cannot be read: {bad_rows.rows[0].message}")
     if task.problem_type == REGRESSION:
         return task, records, notes
+    if isinstance(task, MultiLabel):
+        no_names = records.class_names is None
+        is_hot = no_names and is_multi_hot(records.label_values, len(task.labels))
+        task = replace(task, multi_hot=is_hot)  # judged over all rows, as in training
+        if is_hot:
+            notes.append(
+                f"Labels of {records.name}: lists of {len(task.labels)} zeros and ones, in the "
+                f"order of the model's labels: {listed(task.labels, 20)}."
+            )
+            return task, records, notes
     values, matched = _match_labels(records, task)
     return task, replace(records, label_values=values), [*notes, *matched]
 
@@ -165,9 +180,6 @@ _SHARED = (
 def _match_labels(records: Records, task: Task) -> tuple[list[LabelValue], list[str]]:
     """The labels with the model's names, and notes. Raises DataError for what matches none."""
     values = records.label_values
-    is_named = task.problem_type != MULTI_LABEL or records.class_names is not None
-    if not is_named and is_multi_hot(values, len(task.labels)):
-        return values, []
     if task.problem_type == SINGLE_LABEL:
         for value in values:
             if isinstance(value, tuple) and len(value) != 1:
@@ -191,8 +203,15 @@ def _match_labels(records: Records, task: Task) -> tuple[list[LabelValue], list[
         new = tuple(found[name] for name in _names(value))
         matched.append(new if isinstance(value, tuple) else new[0])
     changed = [f"{name!r} is {found[name]!r}" for name in rows_of if found[name] != name]
-    note = f"Labels of {records.name} and of the model: {listed(changed, 10)}."
-    return matched, [note] if changed else []
+    notes = [f"Labels of {records.name} and of the model: {listed(changed, 10)}."] * bool(changed)
+    if records.label_column is None:  # --label_columns
+        columns = match_to_model(records.class_names or (), task.labels, task.codes).values()
+        if lacking := [repr(label) for label in task.labels if label not in columns]:
+            notes.append(
+                f"--label_columns lacks {listed(lacking, 10)} of the model's labels: all rows "
+                "count as rows without."
+            )
+    return matched, notes
 
 
 def _names(value: LabelValue) -> tuple[str, ...]:

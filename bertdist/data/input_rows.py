@@ -25,7 +25,7 @@ from bertdist.core.partial_file import stamp_of
 from bertdist.core.terminal import print_to_stderr, process_rank
 from bertdist.data.readers.file_reader import FileReader
 from bertdist.data.readers.folder_reader import FolderReader
-from bertdist.data.readers.jsonl_reader import WHOLE_OBJECT, field_of
+from bertdist.data.readers.jsonl_reader import WHOLE_OBJECT, field_of, key_twice
 from bertdist.data.readers.remote import STDIN, compression_of, forget_standard_input, redacted
 from bertdist.data.readers.text_lines import is_stateful
 from bertdist.data.records import (
@@ -118,11 +118,11 @@ class InputRows:
         opened = (open_text_files(path, flags, trained) for path in inputs)
         for reader, requested in chain.from_iterable(opened):
             self._readers.append(reader)
-            notes.append(reader.note)
             columns: ColumnNames | None = None
             with suppress(NoRowsError):
                 columns = columns_of(reader, requested)
                 notes.append(describe_choice(reader.column_names(), requested, columns))
+            notes.append(reader.note)
             self._columns.append(columns)
             self._kept.append(self._kept_names(reader, keep) if columns and keep else [])
             notes.append(unnamed_note(reader) if columns and self._keep_all else None)
@@ -217,10 +217,8 @@ class InputRows:
             )
             of_chunk = Kept({})
             if kept:
-                of_chunk = kept_of_chunk(chunk, None if is_json else kept)
-            if kept and is_json and not self._keep_all:
-                objects = [dict(_fields(value, kept)) for value in of_chunk.objects or ()]
-                of_chunk = Kept({}, objects)
+                fields = None if self._keep_all else kept
+                of_chunk = kept_of_chunk(chunk, None if is_json else kept, fields)
             at, skip = skip, 0
             while at < len(records):
                 stop = min(len(records), at + self._window_rows - waiting)
@@ -270,10 +268,20 @@ def _kept_of_table(reader: FileReader | FolderReader) -> list[str] | None:
     return named if named.count("") < 2 else [*filter(None, named)]
 
 
-def kept_of_chunk(chunk: Chunk, names: Sequence[str] | None) -> Kept:
-    """Columns of a chunk; names: None for its JSON objects."""
+def kept_of_chunk(
+    chunk: Chunk, names: Sequence[str] | None, fields: Sequence[str] | None = None
+) -> Kept:
+    """Columns of a chunk; names: None for its JSON objects, of these the fields, None: all.
+
+    Raises DataError for a key that an object has twice.
+    """
     if names is None:
         objects: Any = chunk.columns[WHOLE_OBJECT]
+        if fields is not None:
+            objects = [dict(_fields(value, fields)) for value in objects]
+        for row, value in enumerate(objects):
+            if (key := key_twice(value)) is not None:
+                raise DataError(f"{chunk.location(row)}: the key {key!r} occurs twice.")
         return Kept({}, objects)
     return Kept({name: _as_chunked(chunk.columns[name]) for name in names})
 

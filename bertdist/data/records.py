@@ -62,6 +62,7 @@ TEXT_PAIR_COLUMNS = (
     ("question", "question2"),
     ("premise", "hypothesis"),
 )
+BYTE_ORDER_MARK = "\ufeff"
 _ID = re.compile(r"\S*[0-9]\S*")
 MAX_NOTES = 3  # on the formats of files
 
@@ -401,10 +402,20 @@ def records_from_chunk(
 
 
 def _repeated_headers(texts: pa.Array, arrays: dict[str, Raw], columns: ColumnNames) -> list[int]:
-    """Rows in which each of several columns holds its own name. texts: of the first column."""
-    others = [name for name in columns.names() if name != columns.texts[0]]
-    rows: list[int] = np.flatnonzero(pc.equal(texts, columns.texts[0])).tolist() if others else []
-    return [row for row in rows if all(str(arrays[name][row]) == name for name in others)]
+    """Rows in which each of several columns holds its own name. texts: of the first column.
+
+    The first cell of such a row may begin with the byte order mark of its file.
+    """
+    first, *others = columns.names()
+    if not others:
+        return []
+    marked = (f"{BYTE_ORDER_MARK}{first}", f'{BYTE_ORDER_MARK}"{first}"')
+    names = pa.array([first, *marked], texts.type)
+    return [
+        row
+        for row in np.flatnonzero(pc.is_in(texts, names)).tolist()
+        if all(str(arrays[name][row]).strip(f'{BYTE_ORDER_MARK}"') == name for name in others)
+    ]
 
 
 def _validated(column: Column, name: str, location: LocateRow, problems: Problems | None) -> Raw:

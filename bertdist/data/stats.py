@@ -147,7 +147,7 @@ def collect_stats(
         distinct = [x for value in values for x in (value if isinstance(value, tuple) else [value])]
         names = tuple(given)
         if not is_multi_hot(values):
-            names = tuple(read_label_names(given, distinct).in_files)
+            names = tuple(read_label_names(given, distinct).names)
     if names and not is_multi_hot(values, len(names)):
         values = [(name,) if labels.kind == "set" else name for name in names]
     labels = labels._replace(values=values, counts=[len(head)] * len(values))

@@ -18,6 +18,7 @@ import io
 import json
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
@@ -128,6 +129,8 @@ def create_writer(
     if kind == "jsonl":
         taken = {*own, "label", "score", "labels"}
         return JsonLines(is_compressed, own, renamed(kept_names, taken))
+    with _refuse_surrogates("--input"):
+        "".join(kept_names).encode()
     names = renamed(kept_names, {*own, *answers.names()})
     if kind == "parquet":
         return Parquet(own, names, answers)
@@ -199,7 +202,7 @@ class Csv:
         is_quoted: bool = True,
     ) -> None:
         self.is_compressed, self.own, self.kept, self.answers = is_compressed, own, kept, answers
-        self.options: dict[str, Any] = {"delimiter": delimiter, "lineterminator": "\n"}
+        self.options: dict[str, Any] = {"delimiter": delimiter, "lineterminator": "\r\n"}
         if not is_quoted:
             self.options |= {"quoting": csv.QUOTE_NONE, "quotechar": None}
 
@@ -215,22 +218,27 @@ class Csv:
         answers = [map(_cell, self.answers.values(prediction)) for prediction in predictions]
         kept_rows: Iterable[Sequence[str]] = zip(*kept, strict=True) if kept else [()] * len(own)
         lines = ([*a, *b, *c] for a, b, c in zip(own, kept_rows, answers, strict=True))
-        try:
+        with _refuse_surrogates(window.records.name):
             return _packed(self._lines(lines), self.is_compressed)
-        except UnicodeEncodeError:
-            raise DataError(
-                f"{window.records.name}: a kept column has a lone surrogate, which csv cannot "
-                f"hold: write .jsonl{KEEP_FEWER}."
-            ) from None
 
     def convert(self, source: IO[bytes], target: IO[bytes]) -> None:
         """Never called."""
         raise AssertionError
 
     def _lines(self, rows: Iterable[Sequence[Any]]) -> bytes:
-        text = io.StringIO(newline="")
+        text = _LineFeeds(newline="")
         csv.writer(text, **self.options).writerows(rows)
         return text.getvalue().encode()
+
+
+class _LineFeeds(io.StringIO):
+    """Ends rows with a line feed. Told to do so, `csv.writer` leaves lone carriage returns without
+    quotes before Python 3.13.
+    """
+
+    def write(self, row: str) -> int:
+        """row: with its \\r\\n."""
+        return super().write(row.removesuffix("\r\n") + "\n")
 
 
 class Parquet:
@@ -249,7 +257,9 @@ class Parquet:
     def rows(self, window: Window, predictions: Sequence[dict[str, Any]]) -> bytes:
         """See `Writer`."""
         own = [_own_values(window, row, self.own) for row in range(len(predictions))]
-        columns = {self.kept[name]: _as_arrow(window, name) for name in _checked(window, self.kept)}
+        with _refuse_surrogates(window.records.name):
+            names = _checked(window, self.kept)
+            columns = {self.kept[name]: _as_arrow(window, name) for name in names}
         return self._stream(own, columns, [self.answers.values(x) for x in predictions])
 
     def _stream(
@@ -321,9 +331,25 @@ class _ColumnTypes:
 
     def schema(self) -> pa.Schema:
         for name, kind in self._types.items():
-            if pa.types.is_floating(kind) and not self._exact.get(name, True):
+            inexact = pa.types.is_floating(kind) and not self._exact.get(name, True)
+            if inexact or not _is_in_parquet(kind):
                 self._types[name] = pa.large_string()
         return pa.schema(list(self._types.items()))
+
+
+def _is_in_parquet(kind: pa.DataType) -> bool:
+    """Whether a column of this type can be written; objects without keys, or nested too deep,
+    cannot.
+    """
+    table, sink = pa.schema([("_", kind)]).empty_table(), pa.BufferOutputStream()
+    try:
+        pa.parquet.write_table(table, pa.BufferOutputStream())
+        with pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+        pa.ipc.open_stream(sink.getvalue()).read_all()
+    except (pa.ArrowException, OSError):
+        return False
+    return True
 
 
 def _tables(source: IO[bytes]) -> Iterator[pa.Table]:
@@ -361,8 +387,9 @@ def _checked(window: Window, kept: dict[str, str]) -> Iterable[str]:
         if not value.keys() <= kept.keys():
             odd = next(key for key in value if key not in kept)
             raise DataError(
-                f"{window.records.location(row)}: the key {odd!r} is not in most of the first "
-                f"rows, which give a table its columns: write .jsonl{KEEP_FEWER}."
+                f"{window.records.location(row)}: the key {odd!r} is no column of the table, which "
+                "has the keys of most of the first rows, but no empty one: write "
+                f".jsonl{KEEP_FEWER}."
             )
     return kept
 
@@ -450,8 +477,20 @@ def _as_arrow(window: Window, name: str) -> Any:
         kind = pa.string() if pa.types.is_string_view(kind) else kind
         return column.cast(kind)
     values = [value.get(name) for value in window.kept.objects]
+    with suppress(pa.ArrowException, OverflowError, ValueError, TypeError):
+        array = pa.array(values)
+        if not _is_nested(array.type) or _is_in_parquet(array.type):
+            return array
+    texts = [None if value is None else _json_cell(value) for value in values]
+    return pa.array(texts, pa.large_string())
+
+
+@contextmanager
+def _refuse_surrogates(name: str) -> Iterator[None]:
     try:
-        return pa.array(values)
-    except (pa.ArrowException, OverflowError, ValueError, TypeError):
-        texts = [None if value is None else _json_cell(value) for value in values]
-        return pa.array(texts, pa.large_string())
+        yield
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{name}: a kept column, or its name, has a lone surrogate, which tables cannot hold: "
+            f"write .jsonl{KEEP_FEWER}."
+        ) from None

@@ -95,15 +95,10 @@ class LabelIndex:
 
 
 class LabelNames(NamedTuple):
-    """--label_names: the names of the outputs, and the codes that files have for them, or none."""
+    """--label_names: the names of the outputs, and the codes that files may have for them."""
 
     names: list[str]
     codes: list[str]
-
-    @property
-    def in_files(self) -> list[str]:
-        """The labels of files."""
-        return self.codes or self.names
 
 
 def read_label_names(given: Sequence[str], labels: Iterable[str]) -> LabelNames:
@@ -134,8 +129,8 @@ def read_label_names(given: Sequence[str], labels: Iterable[str]) -> LabelNames:
         pairs.append((item[:at].strip(), item[at + 1 :].strip()))
     codes, names = [code for code, _ in pairs], [name for _, name in pairs]
     _check_codes(codes, names)
-    code_index = LabelIndex(codes)
-    if missing := sorted(label for label in distinct if code_index.find(label) is None):
+    in_files = LabelIndex(names, codes)
+    if missing := sorted(label for label in distinct if in_files.find(label) is None):
         unknown = [repr(code) for code in codes if index.find(code) is None]
         hint = f" No row has the label {listed(unknown, 3)}." if unknown else ""
         raise ConfigError(

@@ -189,6 +189,9 @@ class MultiLabel:
         if self.multi_hot and is_multi_hot([label], len(self.labels)):
             return [float(bit) for bit in label]
         if len(set(label)) < len(label):
+            if not set(label) <= {"0", "1"}:
+                twice = next(name for name in label if label.count(name) > 1)
+                raise DataError(f"the label {quoted(str(twice))} occurs twice in one row.")
             raise DataError(
                 f"a list of {len(label)} zeros and ones; expected {len(self.labels)}, one for each "
                 "training label."
@@ -345,7 +348,7 @@ def infer_task(
     named: LabelNames | None = None
     if config.label_names is not None and not is_multi_hot(values):
         named = read_label_names(config.label_names, distinct)
-    given = class_names if named is None else named.in_files
+    given = class_names if named is None else [*named.codes, *named.names]
     names = given or _if_same(model_labels, values)
     problem_type, reason = infer_problem_type(config.problem_type, rows_of, names, locate)
     reason = "" if class_names else reason
@@ -360,16 +363,16 @@ def infer_task(
             )
         return Regression((column,), reason=reason)
     multi_hot = problem_type == MULTI_LABEL and class_names is None and is_multi_hot(values)
+    codes: tuple[str, ...] = ()
     if multi_hot:
         labels = _multi_hot_names(len(values[0]), config.label_names)
-    else:
-        labels = _label_order(distinct, named and named.in_files, class_names, model_labels)
-    codes: tuple[str, ...] = ()
-    if named is not None and named.codes:
-        labels, codes = tuple(named.names), labels
-        index = LabelIndex(distinct)
-        if unused := [repr(code) for code in codes if index.find(code) is None]:
+    elif named is not None and named.codes:
+        labels, codes = tuple(named.names), tuple(named.codes)
+        present = {*map(LabelIndex(labels, codes).find, distinct)}
+        if unused := [repr(code) for at, code in enumerate(codes) if at not in present]:
             reason = f"{reason} No row has the label {listed(unused, 3)} of --label_names.".strip()
+    else:
+        labels = _label_order(distinct, named and named.names, class_names, model_labels)
     if problem_type == MULTI_LABEL:
         unweighted = MultiLabel(labels, reason=reason, multi_hot=multi_hot, codes=codes)
         return _with_positive_weights(unweighted, config, values, counts, column)

@@ -20,6 +20,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "named": {"id2label": {0: "negative", 1: "positive"}},
     "default": {"num_labels": 2},
     "multi": {"id2label": {0: "joy", 1: "anger", 2: "fear"}, "problem_type": "multi_label_classification"},
+    "bits": {"id2label": {0: "0", 1: "1"}, "problem_type": "multi_label_classification"},
     "number": {"num_labels": 1, "problem_type": "regression"},
 }  # fmt: skip
 
@@ -46,6 +47,12 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "ids.tsv", [{**row, "label": ids[row["label"]]} for row in rows])
     sets = [["joy"], ["Anger", "fear"], []]
     write_rows(folder / "multi.jsonl", [{"text": row["text"], "label": sets[i % 3]} for i, row in enumerate(rows)])  # fmt: skip
+    for name, bits in (("names", [[0], [1], [0, 1], []]), ("vectors", [[0, 1], [1, 1]])):
+        some = [{"text": row["text"], "label": bits[i % len(bits)]} for i, row in enumerate(rows)]
+        write_rows(folder / f"{name}.jsonl", some)
+    columns = [{"text": row["text"], "joy": str(i % 2), "Fear": "1"} for i, row in enumerate(rows)]
+    write_rows(folder / "columns.tsv", columns)
+    write_rows(folder / "twice.jsonl", [{"text": "a", "label": ["Joy", "joy"]}])
     numbers = [{"text": row["text"], "label": len(row["text"]) / 8} for row in rows]
     write_rows(folder / "number.tsv", numbers)
     return folder
@@ -119,6 +126,12 @@ def test_scores_and_errors_are_those_of_the_rows(folder: Path) -> None:
         ("default", "ids.tsv", [], "'0' is 'LABEL_0'"),
         ("default", "rows.tsv", ["--label_names", "negative", "positive"], ""),
         ("multi", "multi.jsonl", [], "'Anger' is 'anger'"),
+        (
+            "multi",
+            "columns.tsv",
+            ["--label_columns", "joy", "Fear"],
+            "Labels of columns.tsv and of the model: 'Fear' is 'fear'.\n--label_columns lacks 'anger' of the model's labels: all rows count as rows without.",
+        ),
     ],
 )
 def test_labels_are_matched_by_name(
@@ -131,8 +144,24 @@ def test_labels_are_matched_by_name(
         known = {"0": "negative", "LABEL_0": "negative", "LABEL_1": "positive"}
         names = [known.get(line["truth"], line["truth"]) for line in lines]
         assert names == [row["label"] for row in rows]
-    else:
+    elif file == "multi.jsonl":
         assert [line["truth"] for line in lines[:3]] == [["joy"], ["anger", "fear"], []]
+    else:
+        assert [line["truth"] for line in lines[:2]] == [["fear"], ["joy", "fear"]]
+
+
+@pytest.mark.parametrize(
+    ("file", "truths"),
+    [("names", [["0"], ["1"], ["0", "1"], []]), ("vectors", [["1"], ["0", "1"]])],
+)
+def test_lists_of_zeros_and_ones_are_names_if_one_row_is_no_vector(
+    file: str, truths: list[list[str]], folder: Path
+) -> None:
+    code, said, _ = evaluate(folder, 1, "bits", f"{file}.jsonl", "--output_dir={}/bits_scores")
+    note = "Labels of vectors.jsonl: lists of 2 zeros and ones, in the order of the model's labels"
+    assert code == 0 and (note in said) == (file == "vectors")
+    lines = json_of(folder / "bits_scores" / "predictions.jsonl")
+    assert [line["truth"] for line in lines[: len(truths)]] == truths
 
 
 @pytest.mark.parametrize(
@@ -140,6 +169,8 @@ def test_labels_are_matched_by_name(
     [
         ("named", "ids.tsv", [], "2 of 2 labels of ids.tsv are none of the model's (negative, positive): '"),
         ("default", "rows.tsv", [], "(rows.tsv line 2)"),
+        ("multi", "twice.jsonl", [], "twice.jsonl line 1: the label 'joy' occurs twice in one row."),
+        ("named", "rows.tsv", ["--label_names", "positive", "negative"], "--label_names has the model's own names in another order, which would rename its outputs (negative, positive): leave it out, labels are matched by name."),
         ("named", "multi.jsonl", [], "multi.jsonl line 2: 2 labels; the model gives one label per text"),
         ("number", "rows.tsv", [], "rows.tsv line 2: expected a number, found"),
         ("named", "rows.tsv", ["--output_dir={}/named"], "is the folder of a model; name another"),

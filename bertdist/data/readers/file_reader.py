@@ -330,7 +330,10 @@ class FileReader:
             raw = read_all(stream, self.name, None)
         codec, mark = resolve_codec(self.file, raw)
         lines = decode_lines(self.file, raw[mark:], codec, 1, skip=False)
-        return document_items(self.file, lines.data.decode())
+        items, which = document_items(self.file, lines.data.decode())
+        if which and self.file.note is not None:
+            self.note = f"{self.file.note}; {which}"
+        return items
 
     def _header_of(self, stream: BinaryIO) -> _Header:
         buffer, size = Buffer(stream), max(4, self.chunk_bytes)

@@ -28,6 +28,7 @@ from bertdist.data.readers.text_lines import (
     row_excerpt,
     rows_of_lines,
 )
+from bertdist.data.records import TEXT_COLUMNS
 from bertdist.data.source import Chunk, Column, chunk_of_columns, locate_rows, select_locations
 
 FIRST_OBJECTS = 100  # that are read to find the columns
@@ -179,8 +180,11 @@ def _document(
             yield number, row
 
 
-def document_items(fmt: FileFormat, text: str) -> list[Any]:
-    """The items of the list of rows in a JSON document. Raises DataError without one."""
+def document_items(fmt: FileFormat, text: str) -> tuple[list[Any], str]:
+    """The rows of a JSON document, and which part of it they are where that is not all of it.
+
+    Raises DataError without rows.
+    """
     lists: dict[str, list[Any]] = {}
     try:
         values = _values(text)
@@ -191,28 +195,34 @@ def document_items(fmt: FileFormat, text: str) -> list[Any]:
         problem = getattr(error, "msg", error)
         raise DataError(f"{fmt.name}{line}: not JSON: {problem}.") from None
     if len(values) != 1:  # none, or objects one after the other
-        return values
+        return values, ""
     if fmt.json_field is not None:
         if fmt.json_field not in lists:
             advice = did_you_mean(fmt.json_field, filter(None, lists))
             raise DataError(f"{fmt.name}: --json_field {fmt.json_field!r} is no list.{advice}")
-        return lists[fmt.json_field]
+        return lists[fmt.json_field], ""
     names = lists.get("columns", [])  # pandas, orient="split"
     if names and not fmt.column_names and "data" in lists and {*map(type, names)} == {str}:
-        return [
+        rows_of_table = [
             _object(list(zip(names, row, strict=True)))
             if type(row) is list and len(row) == len(names)
             else row
             for row in lists["data"]
         ]
+        return rows_of_table, ""
     kinds = (dict, list) if fmt.column_names else dict
     rows = {
         name: items
         for name, items in lists.items()
         if not name or any(isinstance(item, kinds) for item in items)
     }
+    value = values[0]
+    if type(value) is dict and any(type(value.get(name)) is str for name in TEXT_COLUMNS):
+        lists_in_it = f"; --json_field {next(iter(rows))} reads a list in it" if rows else ""
+        return values, f"one row, the object itself{lists_in_it}"
     if len(rows) == 1:
-        return next(iter(rows.values()))
+        ((name, items),) = rows.items()
+        return items, f"the rows are its list {name!r}" if name else ""
     if rows:
         listed = ", ".join(f"{name!r} ({len(items):,})" for name, items in rows.items())
         raise DataError(f"{fmt.name} has several lists of rows: {listed}; name one: --json_field.")
@@ -272,6 +282,18 @@ def field_of(value: dict[str, Any], name: str) -> Any:
     if type(value[first]) is not dict:
         raise KeyError(name)
     return field_of(value[first], rest)
+
+
+def key_twice(value: Any) -> str | None:
+    """A key that an object, or one in it, has twice."""
+    items = (
+        value.items() if type(value) is dict else enumerate(value if type(value) is list else ())
+    )
+    for key, item in items:
+        found = str(key) if item is _TWICE else key_twice(item)
+        if found is not None:
+            return found
+    return None
 
 
 def _problem(value: Any, names: Sequence[str]) -> str:

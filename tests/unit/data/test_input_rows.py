@@ -124,6 +124,14 @@ def test_all_columns_are_those_of_the_file(
     nested = write(
         tmp_path / "n.jsonl", [{"text": "a", "by": {"name": "x"}}, {"text": "b", "z": 1}]
     )
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text(
+        '{"text": "a", "id": 1, "m": {"k": 1}}\n{"text": "b", "id": 2, "m": {"k": 1, "k": 2}}\n'
+    )
+    with pytest.raises(DataError, match=r"^twice.jsonl line 2: the key 'k' occurs twice\.$"):
+        list(opened(str(twice), keep=["all"]).windows())
+    (window,) = opened(str(twice), keep=["id"]).windows()
+    assert window.kept.objects == [{"id": 1}, {"id": 2}], "the control: it is not kept"
     rows = opened(nested, keep=["all"])
     assert rows.kept_names == ["text", "by"]
     (window,) = rows.windows()

@@ -650,7 +650,7 @@ def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
             {},
             "a.json row 1: expected a JSON object with keys, found 7",
         ),
-        ("a.json", '{\n "text": "a"\n}', {}, "a.json: expected a list of objects"),
+        ("a.json", '{\n "txet": "a"\n}', {}, "a.json: expected a list of objects"),
         (
             "a.jsonl",
             '{"text": "a", "label": 1}\n\n{"text": "b" "label": 1}\n',

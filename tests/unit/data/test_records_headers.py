@@ -17,6 +17,9 @@ TABLES: dict[str, tuple[str, dict[str, Any]]] = {
     "numbers": ("text,score\na,1.5\nb,0.5\ntext,score\nc,2.5\n", {}),
     "pairs": ("sentence1,sentence2,label\na,b,1\nb,c,0\nsentence1,sentence2,label\nc,d,1\n", {}),
     "label columns": ("text,x,y\na,1,0\nb,0,1\ntext,x,y\nc,1,1\n", {"label_columns": ["x", "y"]}),
+    "with its mark": ("text,label\na,1\nb,0\n\ufefftext,label\nc,1\n", {}),
+    "label first": ("label,text\n1,a\n0,b\n\ufefflabel,text\n1,c\n", {}),
+    "with mark and quotes": ('"text","label"\na,1\nb,0\n\ufeff"text","label"\nc,1\n', {}),
     "no header": ("z,1\na,1\nb,0\ntext,label\nc,1\n", {"column_names": ["text", "label"]}),
 }
 

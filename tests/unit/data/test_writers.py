@@ -20,7 +20,15 @@ from bertdist.data.records import records_from_texts
 from bertdist.data.writers import AnswerColumns, Writer, create_writer, renamed
 
 SINGLE = AnswerColumns(False, None, ("no", "yes"))
-HARD = ["9007199254740993", "007", 'a "quoted", field', "two\nlines\r\nand\rthree", "😀\t北京", ""]
+HARD = [
+    "9007199254740993",
+    "007",
+    'a "quoted", field',
+    "two\nlines\r\nand\rthree",
+    "lone\rreturn",
+    "😀\t北京",
+    "",
+]
 ANSWERS = [{"label": "yes", "score": 0.75}, {"label": None, "score": 0.25}]
 
 
@@ -112,9 +120,9 @@ def test_values_of_json_rows_are_unchanged() -> None:
 
 def test_a_table_refuses_what_it_cannot_hold() -> None:
     for kind in ("csv", "parquet"):
-        with pytest.raises(DataError, match="the key 'new' is not in most of the first rows"):
+        with pytest.raises(DataError, match="the key 'new' is no column of the table"):
             written(kind, [(Kept({}, [{"id": 1}, {"new": 2}]), ANSWERS)], ["id"])
-    with pytest.raises(DataError, match="a kept column has a lone surrogate"):
+    with pytest.raises(DataError, match="a kept column, or its name, has a lone surrogate"):
         written("csv", [(Kept({}, [{"id": "\ud800"}, {}]), ANSWERS)], ["id"])
     raw = arrow(image=[b"\x00\xff", b"x"])
     for kind in ("csv", "jsonl"):
@@ -141,6 +149,31 @@ def test_parquet_of_json_has_one_type_per_column(
     windows = [(Kept({}, [{"x": value} for value in some]), ANSWERS) for some in (first, second)]
     table = pa.parquet.read_table(io.BytesIO(written("parquet", windows, ["x"])))
     assert table.column("x").to_pylist() == expected
+
+
+def test_parquet_has_objects_without_keys_as_text() -> None:
+    windows = [(Kept({}, [{"x": {}, "y": [{}]}, {"x": {}, "y": [{}]}]), ANSWERS)]
+    table = pa.parquet.read_table(io.BytesIO(written("parquet", windows, ["x", "y"])))
+    assert table.column("x").to_pylist() == ["{}", "{}"]
+    assert table.column("y").to_pylist() == ["[{}]", "[{}]"]
+
+
+def test_objects_that_are_nested_too_deep_for_parquet_are_text() -> None:
+    deep: Any = 1
+    for _ in range(300):
+        deep = [deep]
+    windows = [(Kept({}, [{"x": deep}, {"x": deep}]), ANSWERS)]
+    table = pa.parquet.read_table(io.BytesIO(written("parquet", windows, ["x"])))
+    assert table.column("x").to_pylist() == [json.dumps(deep)] * 2
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("value", [{"x": "\ud800"}, {"x": ["\ud800"]}, {"\ud800": 1}])
+def test_a_table_cannot_hold_a_lone_surrogate(kind: str, value: dict[str, Any]) -> None:
+    windows = [(Kept({}, [value, value]), ANSWERS)]
+    with pytest.raises(DataError, match="has a lone surrogate, which tables cannot hold: write"):
+        written(kind, windows, list(value))
+    assert written("jsonl", windows, list(value)), "the control"
 
 
 def test_an_empty_output_has_its_columns() -> None:

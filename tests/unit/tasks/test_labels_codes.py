@@ -31,6 +31,8 @@ def task_of(names: list[str], values: list[Any]) -> Task:
         (["a=b=X", "c=Y"], ["a=b", "c"], ["X", "Y"], ["a=b", "c"]),
         (["a=b=X", "c=Y"], ["a", "c"], ["b=X", "Y"], ["a", "c"]),
         (["0=0", "1=yes"], ["0", "1"], ["0", "yes"], ["0", "1"]),
+        (["0=no", "1=yes"], ["no", "yes"], ["no", "yes"], ["0", "1"]),
+        (["0=no", "1=yes"], ["no", "1", "yes"], ["no", "yes"], ["0", "1"]),
         # names that contain "=", and no codes
         (["a=b", "c=d"], ["a=b", "c=d"], ["a=b", "c=d"], []),
         (["a=b", "c", "d"], ["a=b", "c"], ["a=b", "c", "d"], []),
@@ -94,6 +96,15 @@ def test_files_may_have_codes_or_names() -> None:
     plain = task_of_model(task.problem_type, task.labels)
     with pytest.raises(DataError, match="unknown label '1'"):
         plain.encode_label("1")
+
+
+@pytest.mark.parametrize("values", [["no", "yes"], ["0", "yes", "1"], ["0", "yes", "1", "no"]])
+def test_training_files_may_have_names_too(values: list[str]) -> None:
+    task = task_of(["1=yes", "0=no"], values)
+    assert (task.labels, task.reason) == (("yes", "no"), "")
+    assert [task.encode_label(x) for x in ("1", "0", "yes", "no")] == [0, 1, 0, 1]
+    with pytest.raises(ConfigError, match="has no name for 'nope', which the training split has"):
+        task_of(["1=yes", "0=no"], [*values, "nope"])
 
 
 def test_lists_of_codes_have_names() -> None:

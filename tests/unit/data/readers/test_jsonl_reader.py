@@ -91,7 +91,7 @@ OBJECTS = '{"t": "é", "m": {"x": [1]}}, {"t": "]}", "m": {"x": []}}'
     ],
 )
 def test_a_json_document_has_one_list_of_rows(text: str) -> None:
-    items = document_items(DOCUMENT, text)
+    items, _ = document_items(DOCUMENT, text)
     assert document_keys(DOCUMENT, items, False) == ["t", "m", "m.x"]
     found = parse_document(DOCUMENT, items, ["t", "m.x"], skip=False)
     assert found.columns == {"t": ["é", "]}"], "m.x": [[1], []]}
@@ -123,14 +123,31 @@ def test_a_json_document_that_is_not_rows_is_refused(
 ) -> None:
     with pytest.raises(DataError) as caught:
         fmt = replace(DOCUMENT, json_field=field)
-        parse_document(fmt, document_items(fmt, text), ["t"], skip=False)
+        parse_document(fmt, document_items(fmt, text)[0], ["t"], skip=False)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "texts", "which"),
+    [
+        ('{"text": "a", "spans": [{"text": "b"}]}', None, ["a"], "one row, the object itself; --json_field spans reads a list in it"),
+        ('{\n"id": 1,\n"text": "a"\n}', None, ["a"], "one row, the object itself"),
+        ('{"text": "a", "spans": [{"text": "b"}]}', "spans", ["b"], ""),
+        ('{"note": "a", "spans": [{"text": "b"}]}', None, ["b"], "the rows are its list 'spans'"),
+        ('[{"text": "a", "spans": [{"text": "b"}]}]', None, ["a"], ""),
+    ],
+)  # fmt: skip
+def test_an_object_with_a_text_is_the_row_and_not_the_lists_in_it(
+    text: str, field: str | None, texts: list[str], which: str
+) -> None:
+    items, said = document_items(replace(DOCUMENT, json_field=field), text)
+    assert ([item["text"] for item in items], said) == (texts, which)
 
 
 def test_a_list_is_chosen_and_its_bad_items_are_skipped() -> None:
     text = '{"train": [{"t": 1}], "dev": [{"t": 2}, 7, {"t": 3}]}'
     fmt = replace(DOCUMENT, json_field="dev")
-    found = parse_document(fmt, document_items(fmt, text), ["t"], skip=True)
+    found = parse_document(fmt, document_items(fmt, text)[0], ["t"], skip=True)
     assert found.columns == {"t": [2, 3]} and str(found.location(1)) == "a.json row 2"
     assert [(row.location, row.text) for row in found.bad_rows] == [("a.json row 1", "7")]
 
@@ -159,7 +176,7 @@ def test_rows_of_a_document_may_be_lists_whose_items_are_named() -> None:
     """As CLINC150 and pandas (orient='split') write them."""
     text = '{"columns": ["t", "l"], "data": [["a", 1], ["b"], ["c", 2]]}'
     fmt = replace(DOCUMENT, column_names=("t", "_", "l"))
-    items = document_items(fmt, text.replace("[[", "[[7, 8, 9], ["))
+    items, _ = document_items(fmt, text.replace("[[", "[[7, 8, 9], ["))
     found = parse_document(replace(fmt, column_names=("t", "l")), items, ["t", "l"], skip=True)
     assert found.columns == {"t": ["a", "c"], "l": [1, 2]}
     assert [(row.location, row.text) for row in found.bad_rows] == [
@@ -175,7 +192,7 @@ def test_rows_of_a_document_may_be_lists_whose_items_are_named() -> None:
 def test_columns_and_data_of_pandas_are_rows() -> None:
     """df.to_json(orient="split")"""
     text = '{"columns": ["t", "l"], "index": [0, 1, 2], "data": [["a", 1], ["b"], ["c", 2]]}'
-    items = document_items(DOCUMENT, text)
+    items, _ = document_items(DOCUMENT, text)
     assert document_keys(DOCUMENT, items, False) == ["t", "l"]
     found = parse_document(DOCUMENT, items, ["l", "t"], skip=True)
     assert found.columns == {"l": [1, 2], "t": ["a", "c"]}
