@@ -40,6 +40,7 @@ from bertdist.data_quality.duplicates import (
 from bertdist.data_quality.label_checks import SplitLabels
 from bertdist.data_quality.report import DataReport
 from bertdist.data_quality.text_checks import empty_rows, repair, repair_rows
+from bertdist.tasks.labels import is_multi_hot
 
 DROP_ORDER = ("empty", "conflicts", "duplicates", "leaks", "near_leaks", "near_duplicates")
 
@@ -84,6 +85,13 @@ def write_cleaned(
             f"--fix would leave none of the {len(records):,} rows; choose fewer --fix_kinds."
         )
     assert records.label_codes is not None
+    present = [records.label_values[code] for code in np.unique(records.label_codes[left])]
+    if is_multi_hot(present) and not (records.class_names or is_multi_hot(records.label_values)):
+        raise DataError(
+            "--fix: the labels 0 and 1 are names in all rows together; of those that are left "
+            "each has a list of as many items, which training would read as zeros and ones, "
+            "one for each label. Give the labels other names first."
+        )
     expected = replace(
         records,
         texts=records.texts.take(pa.array(left)),

@@ -167,6 +167,8 @@ def _check_problems(check: CheckConfig, data: DataConfig) -> Iterable[str]:
             "--fix writes all rows of --train_file, before they are divided: remove "
             "--validation_split and --test_split."
         )
+    if check.fix is not None and data.max_train_samples:
+        yield "--fix writes all rows of --train_file: remove --max_train_samples."
     kinds = check.fix_kinds or ()
     if check.fix_kinds is not None and check.fix is None:
         yield "--fix_kinds goes with --fix."

@@ -16,7 +16,7 @@ from bertdist.core.terminal import excerpt
 from bertdist.core.types import IntArray
 from bertdist.data.records import Records
 from bertdist.data_quality.findings import MIN_ROWS, FindingBuilder, Severity
-from bertdist.tasks.labels import alike_labels, describe_alike
+from bertdist.tasks.labels import LIKENESS, alike_labels, describe_alike
 from bertdist.tasks.tasks import Task
 
 RARE_ROWS = 10  # a label with fewer training rows is reported
@@ -194,7 +194,7 @@ def _check_train_labels(build: FindingBuilder, labels: SplitLabels, refusal: str
         build.add(
             "labels_alike",
             "warning",
-            "labels that differ only in case, white space or Unicode form",
+            f"labels that differ only in {LIKENESS}",
             labels.first_rows(variants[: build.num_examples]),
             describe_alike(variants),
             "Use one spelling.",

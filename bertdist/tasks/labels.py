@@ -421,8 +421,11 @@ def _describe_joined(separator: str, label: str, locate: Callable[[Any], str]) -
     )
 
 
+LIKENESS = "case, blanks, invisible characters or Unicode form"
+
+
 def alike_labels(names: Iterable[str]) -> list[list[str]]:
-    """The groups of labels that differ only in case, blanks or Unicode form."""
+    """The groups of labels that differ only in LIKENESS."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(_folded(name), []).append(name)
@@ -430,7 +433,7 @@ def alike_labels(names: Iterable[str]) -> list[list[str]]:
 
 
 def describe_alike(names: Iterable[str]) -> str:
-    """One line on labels that differ only in case, blanks or Unicode form; "" if none do."""
+    """One line on `alike_labels`; "" if there are none."""
     alike = alike_labels(names)
     if not alike:
         return ""
@@ -455,7 +458,12 @@ def _as_ascii(label: str) -> str:
 
 
 def _folded(name: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    return " ".join(unicodedata.normalize("NFKC", _visible(name)).casefold().split())
+
+
+def _visible(name: str) -> str:
+    """Without zero-width spaces, soft hyphens, byte order marks and the like."""
+    return "".join(char for char in name if unicodedata.category(char) != "Cf")
 
 
 def _difference(one: str, other: str) -> str:
@@ -466,7 +474,10 @@ def _difference(one: str, other: str) -> str:
             return f"Unicode form ({_form(one, form)} and {_form(other, form)})"
     if one.split() == other.split():
         return "blanks"
-    return "case" if one.casefold() == other.casefold() else "case, blanks or Unicode form"
+    if one.casefold() == other.casefold():
+        return "case"
+    is_visible = _visible(one) == _visible(other)
+    return "invisible characters" if is_visible else LIKENESS
 
 
 def _form(name: str, composed: Literal["NFC", "NFKC"]) -> str:

@@ -414,6 +414,11 @@ def _with_positive_weights(
     positive = np.zeros(len(task.labels))  # rows that have the label
     for value, count in zip(values, counts, strict=True):
         positive += count * np.array(task.encode_label(value))
+    if not positive.any():
+        raise DataError(
+            f"No row of the training split has one of the labels {listed(task.labels, 10)}; "
+            "expected at least one label."
+        )
     balanced = (int(counts.sum()) - positive) / np.maximum(positive, 1)
     weights = _class_weights(config.class_weights, task.labels, balanced)
     return replace(task, positive_weights=weights)

@@ -207,7 +207,7 @@ def quotes_are_ambiguous(fmt: FileFormat, head: bytes, is_all: bool) -> bool:
     """Whether a table without quoting has quoted fields, and the same rows if read with it."""
     data = head if is_all else head[: head.rfind(b"\n") + 1]
     sign = re.escape(fmt.delimiter.encode())
-    fields = re.findall(rb'(?m)(?:^|(?<=%b))"[^\r\n]*?"(?=%b|\r?$)' % (sign, sign), data)
+    fields = re.findall(rb'(?m)(?:^|(?<=%b))"[^\n]*?"(?=%b|\r?$)' % (sign, sign), data)
     lines = escape_carriage_returns(Lines(data, 1, {}))
     return bool(fields) and _has_even_rows(replace(fmt, quoted=True), lines, is_all)
 

@@ -379,3 +379,18 @@ def test_a_file_that_has_changed_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train\.jsonl has changed while it was read"):
         write_cleaned(found, ["empty"], tmp_path / "c.csv", 0.8)
     assert not (tmp_path / "c.csv").exists()
+
+
+def test_rows_that_are_dropped_do_not_make_names_of_labels_zeros_and_ones(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": f"{text}", "label": [number % 2, 1 - number % 2]}
+        for number, text in enumerate(row["text"] for row in clean_rows(30))
+    ]
+    rows.append({"text": " ", "label": [1]})
+    found = check_rows(tmp_path, rows, ending="jsonl")
+    with pytest.raises(DataError, match="which training would read as zeros and ones"):
+        fix(found, tmp_path)
+    assert not (tmp_path / "clean.parquet").exists()
+    rows[0]["label"] = [1]
+    written, _, counted = fix(check_rows(tmp_path, rows, ending="jsonl"), tmp_path)
+    assert counted["rows"] == 30 and written[0][-1] == ("1",), "the control: one is left"

@@ -239,6 +239,11 @@ def test_a_test_file_without_labels_is_a_note_and_one_whose_labels_cannot_be_rea
         {"text": row["text"], "a": number % 2, "b": 1 - number % 2}
         for number, row in enumerate(clean_rows(40))
     ]
+    empty = [{**row, "a": 0, "b": 0} for row in columns]
+    refused = get_finding(
+        check_rows(tmp_path, empty, label_columns=["a", "b"]), "single_label", "train"
+    )
+    assert "No row of the training split has one of the labels a, b" in refused.meaning
     none = [{"text": row["text"], "a": "NONE", "b": "NONE"} for row in clean_rows(10, 3)]
     found = check_rows(tmp_path, columns, test=none, label_columns=["a", "b"])
     assert kinds(found) == [

@@ -301,7 +301,10 @@ def test_labels_alike_are_one_line() -> None:
         ("\ufb01n", "fin", "Unicode form (NFKC and not NFKC)"),
         ("Yes", "yes", "case"),
         ("a  b", "a b", "blanks"),
-        ("A  b", "a b", "case, blanks or Unicode form"),
+        ("A  b", "a b", "case, blanks, invisible characters or Unicode form"),
+        ("x", "\u200bx", "invisible characters"),
+        ("x", "x\u00ad", "invisible characters"),
+        ("x", "\ufeffx", "invisible characters"),
     ],
 )
 def test_a_near_miss_says_what_differs(label: str, name: str, difference: str) -> None:

@@ -463,6 +463,13 @@ def test_a_label_that_is_not_of_the_task_is_told(task: Task, label: Any, message
             "No row of the training split has a label in 'tags'; expected at least one label.",
         ),
         (
+            [("0", "0", "0")],
+            {},
+            DataError,
+            "No row of the training split has one of the labels 0, 1, 2; expected at least one "
+            "label.",
+        ),
+        (
             ["a", "b"],
             {"label_names": ["a", "a", "b"]},
             ConfigError,

@@ -247,6 +247,13 @@ TXT = "; --file_format txt overrules"
         ("a.json", '{"text": "a", "label": ["x"]}\n', {}, "jsonl", None),
         ("a.json", '{"a": {"rows": [{"text": "a"}]}}\n', {}, "json", "one JSON document"),
         ("a.tsv", f"{QUOTED}b\t0\n", {}, "tsv", "unquoted; quotes around fields are text"),
+        (
+            "a.tsv",
+            'text\tlabel\r\n"a\rb ""c"""\tx\r\nd\ty\r\n',
+            {},
+            "tsv",
+            "unquoted; quotes around fields are text",
+        ),
         ("a.tsv", f"{QUOTED}b\t0\n", {"quoting": "none"}, "tsv", None),
         ("a.tsv", f'{QUOTED}"b\t0\n', {}, "tsv", None),  # no table if read with quotes
         ("a.tsv", 'text\tlabel\nan "a" b\t1\n', {}, "tsv", None),  # quotes within a text
