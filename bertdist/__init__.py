@@ -5,7 +5,10 @@ changes nothing in the process.
 
     train(...)                fine-tune or resume: flags as keywords, rows of files or in memory;
                               returns a Run
-    Run(folder)               the folder of a run: scores, history, evaluation, predictor()
+    Run(folder)               the folder of a run: scores, history, evaluation, predictor(),
+                              evaluate(rows)
+    evaluate(model, rows)     a trained folder and labelled rows -> an Evaluation
+    Evaluation                scores, intervals, per_label, predictions, errors
     Predictor(folder)         a trained folder -> labels and probabilities of texts
     read_config(arguments)    command-line arguments, with the file of --config -> TrainConfig
     load_classifier, create_train_loader, Evaluator    the parts of a training loop, see below
@@ -46,7 +49,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bertdist.api import Evaluation as Evaluation
     from bertdist.api import Run as Run
+    from bertdist.api import evaluate as evaluate
     from bertdist.api import train as train
     from bertdist.core.args import read_config as read_config
     from bertdist.core.config import TrainConfig as TrainConfig
@@ -66,7 +71,9 @@ __version__ = "0.2.0.dev0"
 
 _MODULES = {  # public name -> the module that defines it
     "train": "bertdist.api",
+    "evaluate": "bertdist.api",
     "Run": "bertdist.api",
+    "Evaluation": "bertdist.api",
     "Predictor": "bertdist.predict",
     "load_classifier": "bertdist.models.classifier",
     "create_train_loader": "bertdist.data.loader",
@@ -86,6 +93,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "Evaluation",
     "Evaluator",
     "ModelError",
     "NonFiniteError",
@@ -95,6 +103,7 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "create_train_loader",
+    "evaluate",
     "load_classifier",
     "read_config",
     "resource_folder",

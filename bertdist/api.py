@@ -1,4 +1,4 @@
-"""Training from Python and notebooks: keywords for flags, rows in memory, results as objects.
+"""Training and evaluation from Python and notebooks: keywords for flags, rows in memory, objects.
 
     run = bertdist.train(
         model_name_or_path="google-bert/bert-base-uncased",
@@ -6,43 +6,104 @@
     )
     run.scores                                  # {"loss": 0.31, "accuracy": 0.91, ...}
     run.predictor()(["A film to remember."])    # [{"label": "positive", "score": 0.98}]
+    run.evaluate(test).errors                   # rows that are predicted wrong
 
-The keywords are the flags of `bertdist train`, checked by the same code.
+The keywords are the flags of `bertdist train` and `bertdist evaluate`, checked by the same code.
 """
 
+import html
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from transformers.utils import logging
+from accelerate.utils import broadcast_object_list
 
-from bertdist.core.args import read_settings
-from bertdist.core.atomic_io import read_json_object
-from bertdist.core.config import DataConfig, TrainConfig, config_to_yaml
-from bertdist.core.errors import BertdistError, ConfigError, DataError
-from bertdist.data.records import LABEL_COLUMNS, TEXT_COLUMNS
+from bertdist.core.args import read_evaluate_settings, read_settings
+from bertdist.core.atomic_io import read_json_object, to_json
+from bertdist.core.config import EvaluateConfig, ModelConfig, TrainConfig, config_to_yaml
+from bertdist.core.errors import BertdistError, ConfigError
+from bertdist.core.hub import model_folder
+from bertdist.data.memory_rows import as_table
 from bertdist.distributed.launch import EXIT_STOPPED
-from bertdist.predict import Predictor
+from bertdist.eval import data_of_model
+from bertdist.eval import evaluate as evaluate_from_config
+from bertdist.models.classifier import (
+    load_model_config,
+    quiet_transformers,
+    saved_metadata,
+    trained_task,
+)
+from bertdist.predict import Predictor, Stopped
+from bertdist.tasks.labels import REGRESSION
 from bertdist.train import train as train_from_config
+from bertdist.training.best_model import RESULT_FILES
 from bertdist.training.cross_validation import REPORT_FILE, cross_validate
 from bertdist.training.run_logger import Hooks
 
 _running = threading.Lock()
-_ROWS = (
-    "expected a pandas or polars DataFrame, a datasets.Dataset, a pyarrow.Table, a list of dicts, "
-    "a dict of columns, or (texts, labels)"
-)
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation:
+    """The scores of a model on labelled rows, and what it predicts for each.
+
+    report: evaluation.json: scores, intervals, scores per label, confusion matrix.
+    predictions: one dict per row, in their order, with `row`, `label` and `score`, and `truth`.
+    errors: the rows that are predicted wrong, the most confident error first, with `text`.
+    folder: output_dir, which has the same as files; None if it was not given.
+    """
+
+    report: dict[str, Any]
+    predictions: list[dict[str, Any]]
+    errors: list[dict[str, Any]]
+    folder: Path | None = None
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Loss first; None for a score that is undefined on these rows."""
+        return dict(self.report["scores"])
+
+    @property
+    def intervals(self) -> dict[str, list[float] | None]:
+        """The 95% interval of each score, [low, high]; of custom metrics there is none."""
+        return dict(self.report["intervals"])
+
+    @property
+    def per_label(self) -> list[dict[str, Any]]:
+        """One dict per label: label, rows, precision, recall, f1; empty for numbers."""
+        return list(self.report.get("per_class", []))
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of the model, in the order of the confusion matrix; empty for numbers."""
+        return list(self.report.get("labels", []))
+
+    @property
+    def confusion(self) -> list[list[int]]:
+        """Rows: true labels, columns: predicted ones; empty where there is none (several labels
+        per row, numbers, more than 200 labels).
+        """
+        return list(self.report.get("confusion", []))
+
+    def __repr__(self) -> str:
+        of = self.report["evaluated"]
+        return f"Evaluation({of['model']!r}, {of['rows']:,} rows, {_shown_scores(self.scores)})"
+
+    def _repr_html_(self) -> str:
+        of = self.report["evaluated"]
+        title = f"{of['model']} on {of['rows']:,} rows of {of['data']}"
+        return _html_scores(title, self.scores, self.intervals)
 
 
 class Run:
@@ -91,10 +152,25 @@ class Run:
         """A `Predictor` of the best weights; options: its own."""
         return Predictor(self.folder / "best", **options)
 
+    def evaluate(self, rows: Any, **settings: Any) -> Evaluation:
+        """`bertdist.evaluate` with the best weights. rows: labelled rows in memory, or a file."""
+        given = {"input" if isinstance(rows, str | Path) else "rows": rows}
+        return evaluate(self.folder / "best", **given, **settings)
+
+    def _shown(self) -> tuple[str, dict[str, float]]:
+        """What state the run is in, and its scores."""
+        if folds := self.cross_validation:
+            return "mean of the folds", dict(folds["mean"])
+        return "finished" if self.finished else "not finished", self.scores
+
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in self.scores.items())
-        state = "finished" if self.finished else "not finished"
+        state, scores = self._shown()
+        shown = _shown_scores(scores)
         return f"Run({str(self.folder)!r}, {state}{', ' if shown else ''}{shown})"
+
+    def _repr_html_(self) -> str:
+        state, scores = self._shown()
+        return _html_scores(f"{self.folder}: {state}", scores, self.evaluation.get("intervals"))
 
 
 def train(
@@ -102,6 +178,7 @@ def train(
     *,
     train_rows: Any = None,
     validation_rows: Any = None,
+    test_rows: Any = None,
     on_log: Callable[[int, dict[str, Any]], None] | None = None,
     on_evaluation: Callable[[dict[str, Any]], None] | None = None,
     processes: int = 1,
@@ -111,8 +188,8 @@ def train(
 
     config: of `read_config`, instead of settings. settings: the flags of `bertdist train`, such as
     learning_rate=1e-4; config="run.yaml" names a file of them.
-    train_rows, validation_rows: instead of files, a pandas or polars DataFrame, a datasets.Dataset,
-    a pyarrow.Table, a list of dicts, a dict of columns, or (texts, labels).
+    train_rows, validation_rows, test_rows: instead of files, a pandas or polars DataFrame, a
+    datasets.Dataset, a pyarrow.Table, a list of dicts, a dict of columns, or (texts, labels).
     on_log(step, values) is called for every training line of metrics.jsonl, and
     on_evaluation(values) for every evaluation, on rank 0. They get copies: nothing that they do
     changes a step; an exception ends the run.
@@ -120,15 +197,14 @@ def train(
     may have used CUDA before.
     Raises BertdistError.
     """
-    if type(processes) is not int or processes < 1:
-        raise ConfigError(f"processes is {processes!r}; expected a whole number of at least 1.")
+    _check_processes(processes)
     with ExitStack() as stack:
         rows = {"train_rows": train_rows, "validation_rows": validation_rows}
+        rows["test_rows"] = test_rows
         if any(given is not None for given in rows.values()):
             if config is not None:
                 raise ConfigError("Give rows with settings, not with a config.")
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bertdist-"))
-            settings |= _write_rows(rows, Path(folder), settings)
+            settings |= _write_rows(rows, stack.enter_context(_temporary_folder()), settings)
         if config is None:
             config = read_settings(settings)
         elif settings:
@@ -141,14 +217,110 @@ def train(
         if processes > 1:
             if on_log or on_evaluation:
                 raise ConfigError("on_log and on_evaluation need processes=1.")
-            _train_in_processes(config, processes)
+            _run_command("train", config_to_yaml(config), processes)
         else:
-            stack.enter_context(_only_run())
-            stack.enter_context(torch.random.fork_rng(devices=[]))
-            stack.enter_context(_own_accelerate_state())
-            stack.enter_context(_quiet_transformers())
+            stack.enter_context(_in_this_process())
             _train_here(config, Hooks(on_log, on_evaluation))
     return Run(config.run.output_dir)
+
+
+def evaluate(
+    model: str | Path, rows: Any = None, *, processes: int = 1, **settings: Any
+) -> Evaluation:
+    """Evaluate a trained classifier on labelled rows.
+
+    model: the folder of a run, or any Hugging Face folder of a sequence classifier.
+    rows: a table in memory, as in `train`; or a file as input="test.csv", or a data set of the hub.
+    settings: the flags of `bertdist evaluate`, such as metrics=["accuracy", "f1_macro"],
+    label_column="stars" or max_length=256. Columns are those of the training, unless they are
+    named. Nothing is written without output_dir.
+    processes: see `train`.
+    Raises BertdistError.
+    """
+    _check_processes(processes)
+    settings = {**settings, "model": model_folder(str(model))}
+    with ExitStack() as stack:
+        if rows is not None:
+            if settings.get("input") is not None:
+                raise ConfigError("input and rows both name rows; give one.")
+            settings["input"] = stack.enter_context(_temporary_folder()) / "rows"
+        config = read_evaluate_settings(settings)
+        if rows is not None:
+            _write_labelled_rows(rows, config)
+        folder = None if config.output_dir is None else Path(config.output_dir)
+        if processes > 1:
+            written = folder or stack.enter_context(_temporary_folder())
+            text = config_to_yaml(replace(config, output_dir=str(written)))
+            hidden = "" if folder else str(written)
+            if _run_command("evaluate", text, processes, hidden) == EXIT_STOPPED:
+                raise _stopped()
+            return _read_evaluation(written, folder)
+        stack.enter_context(_in_this_process())
+        try:
+            results = evaluate_from_config(config)
+        except Stopped:
+            raise _stopped() from None
+        if folder is not None:
+            return _read_evaluation(folder, folder)
+        found: list[Any] = [None]  # rank 0 has the results
+        if results is not None:
+            (report,) = _plain([results.report])
+            found = [Evaluation(report, _plain(results.predictions), _plain(results.errors))]
+        evaluation: Evaluation = broadcast_object_list(found)[0]
+        return evaluation
+
+
+def _plain(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The values that a file of these lines has."""
+    return [json.loads(to_json(line)) for line in lines]
+
+
+def _read_evaluation(written: Path, folder: Path | None) -> Evaluation:
+    """Of the files that an evaluation wrote."""
+    report, predictions, errors = (written / name for name in RESULT_FILES)
+    return Evaluation(
+        read_json_object(report), _read_lines(predictions), _read_lines(errors), folder
+    )
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    with open(file, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def _write_labelled_rows(rows: Any, config: EvaluateConfig) -> None:
+    """To the file of config.input. Raises BertdistError."""
+    model_config = load_model_config(ModelConfig(model_name_or_path=config.model), "--model")
+    task = trained_task(model_config, f"--model {config.model}")
+    data = data_of_model(config, saved_metadata(model_config))
+    table, _ = as_table(rows, "rows", data, keep_codes=task.problem_type == REGRESSION)
+    pq.write_table(table, str(config.input))
+
+
+def _stopped() -> BertdistError:
+    return BertdistError("Stopped on request: nothing was written; call it again.")
+
+
+def _check_processes(processes: int) -> None:
+    if type(processes) is not int or processes < 1:
+        raise ConfigError(f"processes is {processes!r}; expected a whole number of at least 1.")
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="bertdist-") as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def _in_this_process() -> Iterator[None]:
+    """Whatever the run sets is as before afterwards."""
+    with ExitStack() as stack:
+        stack.enter_context(_only_run())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(_own_accelerate_state())
+        stack.enter_context(quiet_transformers())
+        yield
 
 
 def _train_here(config: TrainConfig, hooks: Hooks) -> None:
@@ -165,9 +337,9 @@ def _train_here(config: TrainConfig, hooks: Hooks) -> None:
 
 @contextmanager
 def _only_run() -> Iterator[None]:
-    """One run at a time: torch has one random state, and accelerate one device, per process."""
+    """One at a time: torch has one random state, and accelerate one device, per process."""
     if not _running.acquire(blocking=False):
-        raise ConfigError("Another thread of this process trains: one run at a time.")
+        raise ConfigError("Another thread of this process trains or evaluates: one at a time.")
     try:
         yield
     finally:
@@ -195,26 +367,15 @@ def _own_accelerate_state() -> Iterator[None]:
             state.update(old)
 
 
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without the progress bars and the report of transformers: bertdist says it in fewer words."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+def _run_command(name: str, config: str, processes: int, hidden: str = "") -> int:
+    """`bertdist train --processes N`, its lines printed here; returns the exit code.
 
-
-def _train_in_processes(config: TrainConfig, processes: int) -> None:
-    """`bertdist train --processes N`, its lines printed here. Raises BertdistError."""
-    with tempfile.TemporaryDirectory(prefix="bertdist-") as folder:
-        file = Path(folder, "run.yaml")
-        file.write_text(config_to_yaml(config), encoding="utf-8")
-        command = [sys.executable, "-m", "bertdist", "train", "--config", str(file)]
+    config: as YAML. hidden: a folder that no line that is printed names. Raises BertdistError.
+    """
+    with _temporary_folder() as folder:
+        file = folder / "run.yaml"
+        file.write_text(config, encoding="utf-8")
+        command = [sys.executable, "-m", "bertdist", name, "--config", str(file)]
         command += ["--processes", str(processes)]
         errors: list[str] = []
         with subprocess.Popen(
@@ -224,14 +385,16 @@ def _train_in_processes(config: TrainConfig, processes: int) -> None:
             while True:
                 try:
                     for line in process.stdout:
-                        print(line, end="", flush=True)
+                        if not hidden or hidden not in line:
+                            print(line, end="", flush=True)
                         errors += [line[10:].strip()] * line.startswith("bertdist: ")
                     break
                 except KeyboardInterrupt:  # the processes got it too: they save and end
                     continue
     if process.returncode not in (0, EXIT_STOPPED):
         code = process.returncode
-        raise BertdistError("\n".join(errors) or f"Training failed with exit code {code}.")
+        raise BertdistError("\n".join(errors) or f"bertdist {name}: failed with exit code {code}.")
+    return process.returncode
 
 
 # ---- Rows in memory
@@ -247,85 +410,40 @@ def _write_rows(
         if given is not None and settings.get(name) is not None:
             raise ConfigError(f"{name} and {keyword} both name rows; give one.")
         if given is not None:
-            found[name] = str(folder / f"{keyword}.parquet")
+            found[name] = str(folder / keyword)  # messages have this name
     config = read_settings({**settings, **found})  # with those of a config file
     regression = config.task.problem_type == "regression"
     for keyword, given in rows.items():
         if given is None:
             continue
-        try:
-            table, label_names = _as_table(given, keyword, config.data, keep_codes=regression)
-        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-            reason = " ".join(str(error.args[0] if error.args else error).split())
-            raise DataError(f"{keyword}: {reason}. Expected one type per column.") from None
-        pq.write_table(table, folder / f"{keyword}.parquet")
+        table, label_names = as_table(given, keyword, config.data, keep_codes=regression)
+        pq.write_table(table, folder / keyword)
         if label_names and config.task.label_names is None and keyword == "train_rows":
             found["label_names"] = label_names
     return found
 
 
-def _as_table(
-    rows: Any, name: str, data: DataConfig, keep_codes: bool = False
-) -> tuple[pa.Table, list[str] | None]:
-    """A table, and the names of its labels in order where a datasets.Dataset has them.
-
-    keep_codes: leave class labels as numbers. Raises DataError, and errors of pyarrow.
-    """
-    if isinstance(rows, tuple) and len(rows) == 2:
-        texts, labels = (_as_list(part, name) for part in rows)
-        if len(texts) != len(labels):
-            raise DataError(f"{name} has {len(texts)} texts and {len(labels)} labels.")
-        (text,) = data.text_column or [TEXT_COLUMNS[0]]
-        return pa.table({text: texts, data.label_column or LABEL_COLUMNS[0]: labels}), None
-    if isinstance(rows, pa.Table):
-        return rows, None
-    if isinstance(rows, Mapping) and any(hasattr(part, "features") for part in rows.values()):
-        splits = ", ".join(map(repr, rows))
-        raise DataError(f"{name} has splits: {splits}. Pass one of them, such as rows['train'].")
-    if isinstance(rows, Mapping):
-        return pa.table({key: _as_list(values, name) for key, values in rows.items()}), None
-    if hasattr(rows, "to_arrow"):  # polars
-        return rows.to_arrow(), None
-    if hasattr(rows, "features") and hasattr(rows, "num_rows"):  # datasets
-        return _table_of_dataset(rows, data, keep_codes)
-    if hasattr(rows, "columns") and hasattr(rows, "iloc"):  # pandas
-        frame = rows.rename(columns=str)
-        return pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(), None
-    if isinstance(rows, Sequence) and rows and all(isinstance(row, Mapping) for row in rows):
-        columns = dict.fromkeys(key for row in rows for key in row)
-        return pa.table({key: [row.get(key) for row in rows] for key in columns}), None
-    raise DataError(f"{name} is of type {type(rows).__name__}; {_ROWS}.")
+# ---- In a notebook
 
 
-def _as_list(column: Any, name: str) -> list[Any]:
-    """A column in memory. Raises DataError for what has no order, or is one text."""
-    wrong = isinstance(column, str | bytes | set | frozenset | Mapping)
-    if wrong or hasattr(column, "columns") or not hasattr(column, "__iter__"):
-        raise DataError(f"{name}: a column is of type {type(column).__name__}; expected a list.")
-    return list(column.to_list() if hasattr(column, "to_list") else column)
+def _shown_scores(scores: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_number(value)}" for name, value in scores.items())
 
 
-def _table_of_dataset(
-    dataset: Any, data: DataConfig, keep_codes: bool
-) -> tuple[pa.Table, list[str] | None]:
-    """A datasets.Dataset with the names of its class labels in place of their numbers."""
-    table = dataset.with_format("arrow")[:].replace_schema_metadata()
-    label_names = None
-    for index, (column, feature) in enumerate(dataset.features.items()):
-        inner = getattr(feature, "feature", feature)  # of a list of labels
-        names = getattr(inner, "names", None)
-        if names is None or keep_codes:
-            continue
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "undefined"
 
-        def named(value: Any, names: list[str] = names) -> Any:
-            if isinstance(value, list):
-                return [named(item, names) for item in value]
-            # -1 is "no label" in datasets.
-            return None if value is None or value < 0 else names[value]
 
-        values = [named(value) for value in table.column(column).to_pylist()]
-        kind = pa.string() if inner is feature else pa.list_(pa.string())
-        table = table.set_column(index, column, pa.array(values, kind))
-        if column == (data.label_column or LABEL_COLUMNS[0]):
-            label_names = list(names)
-    return table, label_names
+def _html_scores(title: str, scores: Mapping[str, Any], intervals: Mapping[str, Any] | None) -> str:
+    """A small table of scores with their intervals."""
+    header = "<th>score</th><th>value</th>" + "<th>95% interval</th>" * bool(intervals)
+    lines = []
+    for name, value in scores.items():
+        cells = [name, _number(value)]
+        if intervals:
+            ends = intervals.get(name)
+            cells.append(" to ".join(map(_number, ends)) if ends else "")
+        lines.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
+    rows = "".join(f"<tr>{line}</tr>" for line in lines)
+    table = f"<table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table>"
+    return f"<div>{html.escape(title)}</div>{table * bool(scores)}"

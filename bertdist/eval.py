@@ -126,14 +126,7 @@ def load_labelled_rows(config: EvaluateConfig) -> tuple[Task, Records, list[str]
                 f"outputs ({listed(task.labels, 20)}): leave it out, labels are matched by name."
             )
         task = replace(task, labels=tuple(names), codes=())  # type: ignore[type-var]  # a Protocol
-    texts = config.text_column or metadata.get("text_column")
-    data = DataConfig(
-        **{name: getattr(config, name) for name in _SHARED} | _label_columns(config),
-        text_column=[texts] if isinstance(texts, str) else texts,
-        text_pair_column=config.text_pair_column or metadata.get("text_pair_column"),
-        validation_file=config.input,
-        validation_split=config.split,
-    )
+    data = data_of_model(config, metadata)
     records = load_records(data, "validation", task.problem_type == REGRESSION)
     if records is None:
         raise DataError(f"There are no rows of --split {config.split}.")
@@ -157,6 +150,18 @@ def load_labelled_rows(config: EvaluateConfig) -> tuple[Task, Records, list[str]
             return task, records, notes
     values, matched = _match_labels(records, task)
     return task, replace(records, label_values=values), [*notes, *matched]
+
+
+def data_of_model(config: EvaluateConfig, metadata: dict[str, Any]) -> DataConfig:
+    """The rows and their columns: as the flags say, else as in the training. metadata: saved."""
+    texts = config.text_column or metadata.get("text_column")
+    return DataConfig(
+        **{name: getattr(config, name) for name in _SHARED} | _label_columns(config),
+        text_column=[texts] if isinstance(texts, str) else texts,
+        text_pair_column=config.text_pair_column or metadata.get("text_pair_column"),
+        validation_file=config.input,
+        validation_split=config.split,
+    )
 
 
 def _label_columns(config: EvaluateConfig) -> dict[str, Any]:

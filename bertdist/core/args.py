@@ -288,6 +288,16 @@ def read_settings(settings: Mapping[str, Any]) -> TrainConfig:
 
     None is the default. Raises ConfigError with one line per problem.
     """
+    return read_config(*_as_arguments(settings))
+
+
+def read_evaluate_settings(settings: Mapping[str, Any]) -> EvaluateConfig:
+    """As `read_settings`, for `bertdist evaluate`."""
+    return read_evaluate_config(*_as_arguments(settings))
+
+
+def _as_arguments(settings: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """Flags with one value, and the settings of several. Raises ConfigError."""
     arguments: list[str] = []
     lists: dict[str, list[str]] = {}
     for name, value in settings.items():
@@ -302,7 +312,7 @@ def read_settings(settings: Mapping[str, Any]) -> TrainConfig:
             lists |= {name: list(map(str, value))} if value else {}
         elif value is not None:
             arguments.append(f"--{name}={value}")
-    return read_config(arguments, lists)
+    return arguments, lists
 
 
 def read_config(
@@ -359,9 +369,12 @@ def read_predict_config(arguments: Sequence[str]) -> PredictConfig:
     return config
 
 
-def read_evaluate_config(arguments: Sequence[str]) -> EvaluateConfig:
-    """The arguments of `bertdist evaluate`. Raises ConfigError."""
-    (config,) = parse_arguments("bertdist evaluate", [EvaluateConfig], arguments, _EVALUATE_ABOUT)
+def read_evaluate_config(
+    arguments: Sequence[str], lists: Mapping[str, list[str]] = MappingProxyType({})
+) -> EvaluateConfig:
+    """The arguments of `bertdist evaluate`. lists: see `read_config`. Raises ConfigError."""
+    sections = [EvaluateConfig]
+    (config,) = parse_arguments("bertdist evaluate", sections, arguments, _EVALUATE_ABOUT, lists)
     assert isinstance(config, EvaluateConfig)
     problems = []
     if not config.model:

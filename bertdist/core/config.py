@@ -625,9 +625,10 @@ def plain_duration(duration: Any) -> Any:
     return f"{number}%" if match[2] == "%" else f"{number} {unit}"
 
 
-def config_to_yaml(config: TrainConfig) -> str:
+def config_to_yaml(config: TrainConfig | EvaluateConfig) -> str:
     """All values that are not None, as YAML that `--config` reads back."""
-    sections = dataclasses.asdict(config).values()
+    given = dataclasses.asdict(config)
+    sections = given.values() if isinstance(config, TrainConfig) else [given]
     values = {k: v for section in sections for k, v in section.items() if v is not None}
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 

@@ -35,6 +35,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from bertdist.core.atomic_io import MANIFEST, find_damage
@@ -304,6 +305,20 @@ def pretrained_labels(model_config: PretrainedConfig) -> tuple[str, ...] | None:
     return None if all(name.startswith("LABEL_") for name in names) else names
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the progress bars and the report of transformers: bertdist says it in fewer words."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 @with_default_modes()
 def load_classifier(
     config: ModelConfig,
@@ -364,17 +379,18 @@ def load_classifier(
     _check_weight_files(Path(config.model_name_or_path).expanduser(), where)
     try:
         check_size(model_config, Path(config.model_name_or_path).expanduser(), where)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            config.model_name_or_path,
-            config=model_config,
-            revision=config.model_revision,
-            dtype=torch.float32,
-            attn_implementation=attention.NAME if packed else None,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with quiet_transformers():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                config.model_name_or_path,
+                config=model_config,
+                revision=config.model_revision,
+                dtype=torch.float32,
+                attn_implementation=attention.NAME if packed else None,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except ModelError:
         raise
     except Exception as error:  # wrong values raise a dozen kinds

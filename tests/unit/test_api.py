@@ -1,8 +1,10 @@
 """`bertdist.train(...)`: keywords as flags, rows in memory, and what it returns."""
 
+import json
 import random
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,17 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 from rows import assert_same_tensors, make_rows, tensors_of, write_rows
+from transformers import AutoModelForSequenceClassification
+from transformers.utils import logging
 
 import bertdist
 from bertdist import api
-from bertdist.api import _as_table, _write_rows
+from bertdist.api import _write_rows
 from bertdist.core.args import read_config, read_settings
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError
+from bertdist.data.memory_rows import as_table
+from bertdist.data.splits import load_records
 
 TEXTS, LABELS = ["a film", "a\nfilm, dull", "😀"], ["good", "bad", "good"]
 EXPECTED = {"text": TEXTS, "label": LABELS}
@@ -144,12 +150,12 @@ def test_a_config_and_settings_exclude_each_other() -> None:
     ids=["columns", "lists", "dicts", "arrow", "pandas", "index", "series", "polars", "datasets"],
 )
 def test_every_kind_of_table_is_read(rows: Any) -> None:
-    table, label_names = _as_table(rows, "train_rows", DataConfig())
+    table, label_names = as_table(rows, "train_rows", DataConfig())
     assert table.to_pydict() == EXPECTED and label_names is None
 
 
 def test_names_of_columns_for_lists() -> None:
-    table, _ = _as_table(
+    table, _ = as_table(
         (TEXTS, LABELS), "rows", DataConfig(text_column=["review"], label_column="mood")
     )
     assert table.to_pydict() == {"review": TEXTS, "mood": LABELS}
@@ -158,7 +164,7 @@ def test_names_of_columns_for_lists() -> None:
 def test_class_labels_become_their_names_in_their_order() -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["pos", "neg"])})
     dataset = Dataset.from_dict({"text": TEXTS, "label": [1, -1, 0]}, features=features)
-    table, label_names = _as_table(dataset, "rows", DataConfig())
+    table, label_names = as_table(dataset, "rows", DataConfig())
     assert table["label"].to_pylist() == ["neg", None, "pos"] and label_names == ["pos", "neg"]
 
 
@@ -166,10 +172,10 @@ def test_lists_of_class_labels_become_their_names() -> None:
     label = Sequence(ClassLabel(names=["z", "a", "m"]))
     features = Features({"text": Value("string"), "label": label})
     dataset = Dataset.from_dict({"text": TEXTS, "label": [[0, 2], [], [1]]}, features=features)
-    table, label_names = _as_table(dataset, "rows", DataConfig())
+    table, label_names = as_table(dataset, "rows", DataConfig())
     assert table["label"].to_pylist() == [["z", "m"], [], ["a"]]
     assert label_names == ["z", "a", "m"]
-    numbers, label_names = _as_table(dataset, "rows", DataConfig(), keep_codes=True)
+    numbers, label_names = as_table(dataset, "rows", DataConfig(), keep_codes=True)
     assert numbers["label"].to_pylist() == [[0, 2], [], [1]] and label_names is None
 
 
@@ -219,6 +225,32 @@ def test_other_rows_are_one_line(rows: Any, message: str) -> None:
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_messages_name_the_keyword_of_the_rows(tmp_path: Path) -> None:
+    rows = pd.DataFrame({**EXPECTED, "label": ["good", None, "bad"]})
+    found = _write_rows({"train_rows": rows}, tmp_path, {**NEEDED, "train_file": None})
+    data = DataConfig(train_file=[found["train_file"]])
+    with pytest.raises(DataError, match=r"^train_rows row 1: label is missing"):
+        load_records(data, "train")
+    records = load_records(replace(data, on_bad_row="skip"), "train")
+    assert records.name == "train_rows" and records.format_notes == ()
+    (bad,) = records.bad_rows
+    assert (bad.location, str(records.location(1))) == ("train_rows row 1", "train_rows row 2")
+    parquet = tmp_path / "rows.csv"  # the control: a name that says something else is named
+    parquet.write_bytes(Path(found["train_file"]).read_bytes())
+    data = DataConfig(train_file=[str(parquet)], on_bad_row="skip")
+    assert load_records(data, "train").format_notes == ("rows.csv: read as parquet",)
+
+
+def test_lists_for_what_has_more_columns_are_one_line(tmp_path: Path) -> None:
+    for settings in ({"text_column": ["a", "b"]}, {"text_pair_column": "b"}):
+        with pytest.raises(
+            DataError, match=r"^train_rows is .texts, labels., which has one column"
+        ):
+            as_table((TEXTS, LABELS), "train_rows", DataConfig(**settings))
+    with pytest.raises(DataError, match=r"A file is given as train_file\.$"):
+        as_table("a.csv", "train_rows", DataConfig())
+
+
 # ---- Runs
 
 
@@ -252,6 +284,92 @@ def test_a_run_has_its_scores_history_and_predictor(run: bertdist.Run) -> None:
     assert answer["label"] in run.evaluation["labels"]
     assert repr(run).startswith(f"Run({str(run.folder)!r}, finished, loss ")
     assert repr(bertdist.Run(run.folder)) == repr(run)
+
+
+def test_a_run_in_a_notebook_is_a_table(run: bertdist.Run) -> None:
+    shown, low = run._repr_html_(), run.evaluation["intervals"]["loss"][0]
+    assert f"<td>loss</td><td>{run.scores['loss']:.4g}</td><td>{low:.4g} to " in shown
+    assert "<" not in api._html_scores("<b>", {}, None).replace("<div>", "").replace("</div>", "")
+
+
+def test_the_files_of_a_run_name_the_rows(run: bertdist.Run) -> None:
+    lines = (run.folder / "errors.jsonl").read_text().splitlines()
+    assert {json.loads(line)["file"] for line in lines} == {"validation_rows"}
+
+
+def test_rows_are_evaluated_as_at_the_end_of_the_run(run: bertdist.Run, tmp_path: Path) -> None:
+    """In memory and as a file, and nothing is written without output_dir."""
+    dev = make_rows(12, seed=1)
+    before = sorted(run.folder.rglob("*"))
+    found = run.evaluate(dev, use_cpu=True)
+    assert sorted(run.folder.rglob("*")) == before and found.folder is None
+    assert found.scores == run.scores and found.intervals == run.evaluation["intervals"]
+    assert found.per_label == run.evaluation["per_class"]
+    assert (found.labels, found.confusion) == (
+        run.evaluation["labels"],
+        run.evaluation["confusion"],
+    )
+    lines = (run.folder / "predictions.jsonl").read_text().splitlines()
+    assert found.predictions == [json.loads(line) for line in lines]
+    assert [row["truth"] for row in found.predictions] == [row["label"] for row in dev]
+    errors = [json.loads(line) for line in (run.folder / "errors.jsonl").read_text().splitlines()]
+    assert found.errors == [{**row, "file": "rows"} for row in errors]
+    assert repr(found).startswith(f"Evaluation({str(run.folder / 'best')!r}, 12 rows, loss ")
+    assert "12 rows of rows" in found._repr_html_()
+    file = write_rows(tmp_path / "d.tsv", dev)
+    out = bertdist.evaluate(run.folder, input=file, output_dir=tmp_path / "out", use_cpu=True)
+    assert (out.folder, out.scores) == (tmp_path / "out", found.scores)
+    assert out.predictions == found.predictions
+    assert {row["file"] for row in out.errors} <= {"d.tsv"}
+    other = run.evaluate(make_rows(12, seed=2), metrics="accuracy", use_cpu=True)
+    assert other.scores.keys() == {"loss", "accuracy"} and other.scores != found.scores  # control
+
+
+def test_lists_and_datasets_are_evaluated(run: bertdist.Run) -> None:
+    dev = make_rows(12, seed=1)
+    texts, labels = ([row[name] for row in dev] for name in ("text", "label"))
+    names = sorted(set(labels), reverse=True)
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    dataset = Dataset.from_dict({"text": texts, "label": labels}, features=features)
+    for rows in ((texts, labels), dataset):
+        assert run.evaluate(rows, use_cpu=True).scores == run.scores
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({}, ConfigError, "No rows to evaluate: give --input"),
+        ({"input": "x.tsv", "rows": EXPECTED}, ConfigError, "input and rows both name rows"),
+        ({"rows": EXPECTED, "max_lenght": 3}, ConfigError, "Did you mean 'max_length'?"),
+        ({"rows": EXPECTED, "processes": 0}, ConfigError, "processes is 0; expected a whole"),
+        ({"rows": {**EXPECTED, "label": ["x", "bad", "x"]}}, DataError, "'x' (rows row 0)"),
+        ({"rows": {**EXPECTED, "label": ["bad", None, "x"]}}, DataError, "rows row 1: label is mi"),
+        ({"rows": "a.csv"}, DataError, "A file is given as input."),
+        (
+            {"rows": (["a"], ["positive"]), "metrics": "acuracy"},
+            ConfigError,
+            "Did you mean 'accuracy'?",
+        ),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(
+    run: bertdist.Run, given: dict[str, Any], error: type[BertdistError], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        bertdist.evaluate(run.folder, **given)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_loading_a_model_prints_nothing_and_changes_no_setting(
+    run: bertdist.Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logging.enable_progress_bar()
+    logging.set_verbosity_warning()
+    run.predictor()
+    assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled() and logging.get_verbosity() == logging.WARNING
+    AutoModelForSequenceClassification.from_pretrained(run.folder / "best")  # the control
+    assert "Loading weights" in capfd.readouterr().err
 
 
 def test_a_folder_of_something_else_is_no_run(tmp_path: Path) -> None:
@@ -330,7 +448,7 @@ def test_an_error_of_several_processes_is_raised_here(
     monkeypatch.setattr(sys, "executable", str(command))
     for code, said, error in (
         (1, "Device cpu\nbertdist: t.tsv: no such file.\n", "^t.tsv: no such file.$"),
-        (3, "Killed\n", "^Training failed with exit code 3.$"),
+        (3, "Killed\n", "^bertdist train: failed with exit code 3.$"),
         (75, "bertdist: stopped\n", None),
         (0, "", None),
     ):
@@ -341,6 +459,29 @@ def test_an_error_of_several_processes_is_raised_here(
         assert capfd.readouterr().out == said
     words = (tmp_path / "words").read_text().split()
     assert words[:3] == ["-m", "bertdist", "train"] and words[-2:] == ["--processes", "2"]
+
+
+def test_several_processes_evaluate_by_the_command(
+    run: bertdist.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their files are what is returned; without output_dir they are in a temporary folder."""
+    command = tmp_path / "python"
+    command.write_text(
+        f"#!/bin/sh\necho $@ > {tmp_path}/words; cp $5 {tmp_path}/config.yaml\n"
+        'out=$(sed -n "s/^output_dir: //p" $5); mkdir -p $out\n'
+        f"cp {run.folder}/evaluation.json {run.folder}/*s.jsonl $out\n"
+    )
+    command.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(command))
+    found = run.evaluate(EXPECTED, processes=2, metrics=["accuracy"])
+    assert found.folder is None and found.scores == run.scores and len(found.predictions) == 12
+    words = (tmp_path / "words").read_text().split()
+    assert words[:3] == ["-m", "bertdist", "evaluate"] and words[-2:] == ["--processes", "2"]
+    config = (tmp_path / "config.yaml").read_text()
+    assert "metrics:\n- accuracy\n" in config and f"model: {run.folder}/best\n" in config
+    command.write_text("#!/bin/sh\nexit 75")
+    with pytest.raises(BertdistError, match="Stopped on request: nothing was written"):
+        run.evaluate(EXPECTED, processes=2)
 
 
 def test_the_callers_accelerator_stays_as_it_was(settings: dict[str, Any], tmp_path: Path) -> None:

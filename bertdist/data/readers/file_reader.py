@@ -503,7 +503,7 @@ def _detect(
     kind = by_name if is_auto else flags.file_format
     if is_auto and head.startswith(b"PAR1"):
         fmt = _format_by_flags(name, "parquet", flags)
-        return fmt, f"{name}: read as parquet" if by_name != "parquet" else None
+        return fmt, f"{name}: read as parquet" if by_name not in ("", "parquet") else None
     encoding = flags.encoding or detect_encoding(head, is_all) or "utf-8"
     codec, mark = resolve_codec(FileFormat(name=name, kind=kind, encoding=encoding), head)
     text = head_as_utf8(head[mark:], codec, is_all)
