@@ -24,9 +24,10 @@ from bench.stage import log
 from bertdist.core.config import DataConfig, ModelConfig, OptimConfig, TaskConfig
 from bertdist.core.errors import BertdistError
 from bertdist.data.batch import PackedBatch
+from bertdist.data.label_stats import label_stats_of
 from bertdist.data.loader import MapLoader
 from bertdist.data.splits import load_records
-from bertdist.data.stats import create_task, label_stats_of
+from bertdist.data.stats import create_task
 from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.distributed.launch import keep_freed_memory
 from bertdist.models.classifier import load_classifier

@@ -17,9 +17,12 @@ if __name__ == "__main__":
         # above.
         sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     from bertdist.core.args import parse_or_exit
-    from bertdist.data_quality.config import read_check_arguments
+    from bertdist.data_quality.config import check_start, read_check_arguments
 
-    flags = parse_or_exit(read_check_arguments)  # before torch is imported, which takes seconds
+    # Before torch is imported, which takes seconds
+    flags = parse_or_exit(
+        read_check_arguments, check_start
+    )  # before torch is imported, which takes seconds
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

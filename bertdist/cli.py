@@ -39,27 +39,37 @@ from bertdist.core.terminal import (
     process_rank,
     show,
 )
-from bertdist.data_quality.config import CheckConfig, read_check_arguments
+from bertdist.data.preflight import check_evaluate, check_predict, check_train
+from bertdist.data_quality.config import CheckConfig, check_start, read_check_arguments
 
 
 class Command(NamedTuple):
-    """A command: what --help says of it, and what reads its flags."""
+    """A command: what --help says of it, and what reads its flags and checks what they name."""
 
     about: str
-    read: Callable[[Sequence[str]], Any]
     sections: list[Any]  # config dataclasses, for the completion of shells
+    read: Callable[[Sequence[str]], Any]
+    check: Callable[[Any], None]
 
 
 COMMANDS = {
-    "train": Command("Fine-tune a classifier, or resume a run.", read_config, TRAIN_SECTIONS),
-    "predict": Command("Labels and probabilities of texts.", read_predict_config, [PredictConfig]),
+    "train": Command(
+        "Fine-tune a classifier, or resume a run.", TRAIN_SECTIONS, read_config, check_train
+    ),
+    "predict": Command(
+        "Labels and probabilities of texts.", [PredictConfig], read_predict_config, check_predict
+    ),
     "evaluate": Command(
-        "Scores of a trained model on labelled rows.", read_evaluate_config, [EvaluateConfig]
+        "Scores of a trained model on labelled rows.",
+        [EvaluateConfig],
+        read_evaluate_config,
+        check_evaluate,
     ),
     "check": Command(
         "Leaks, duplicates, wrong labels: before training.",
-        read_check_arguments,
         [CheckConfig, DataConfig],
+        read_check_arguments,
+        check_start,
     ),
 }
 OTHER_COMMANDS = {
@@ -117,7 +127,7 @@ def _overview() -> str:
 def _run_command(name: str, arguments: Sequence[str]) -> NoReturn:
     processes, config_file, arguments = _launch_flags(arguments)
     try:
-        config = parse_or_exit(COMMANDS[name].read, arguments)
+        config = parse_or_exit(COMMANDS[name].read, COMMANDS[name].check, arguments)
     except SystemExit as end:
         if not end.code:  # --help was shown
             print(_LAUNCH_HELP)

@@ -18,24 +18,34 @@ if __name__ == "__main__":
         # above.
         sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     from bertdist.core.args import parse_or_exit, read_evaluate_config
+    from bertdist.data.preflight import check_evaluate
 
-    flags = parse_or_exit(read_evaluate_config)  # before torch is imported, which takes seconds
+    # Before torch is imported, which takes seconds
+    flags = parse_or_exit(
+        read_evaluate_config, check_evaluate
+    )  # before torch is imported, which takes seconds
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bertdist.core.atomic_io import explain_write_errors, read_json_object
+from bertdist.core.atomic_io import explain_write_errors
 from bertdist.core.config import (
-    DataConfig,
     EvaluateConfig,
     ModelConfig,
     RunConfig,
     TaskConfig,
-    saved_setting,
 )
-from bertdist.core.errors import BertdistError, ConfigError, DataError, listed
-from bertdist.core.output_files import is_run_folder
+from bertdist.core.errors import (
+    MOST_LISTED,
+    BertdistError,
+    ConfigError,
+    DataError,
+    listed,
+    nearest_first,
+)
+from bertdist.core.output_files import RESULT_FILES, check_evaluation_folder
 from bertdist.core.terminal import print_error, print_to_stderr, process_rank
 from bertdist.data.bad_rows import BadRows
 from bertdist.data.columns import LabelValue
@@ -43,12 +53,13 @@ from bertdist.data.loader import DEFAULT_TOKEN_BUDGET
 from bertdist.data.records import Records
 from bertdist.data.splits import load_records
 from bertdist.data.tokenization import create_dataset, truncation_notes
+from bertdist.data.trained_rows import check_pairs, evaluation_data
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import EXIT_STOPPED, create_accelerator, run_cli
 from bertdist.distributed.launcher import check_world
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import load_model_config, saved_metadata, trained_task
-from bertdist.predict import Predictor, Stopped, check_pairs
+from bertdist.predict import Predictor, Stopped
 from bertdist.tasks.labels import (
     MULTI_LABEL,
     REGRESSION,
@@ -57,7 +68,7 @@ from bertdist.tasks.labels import (
     match_to_model,
 )
 from bertdist.tasks.tasks import MultiLabel, Task
-from bertdist.training.best_model import RESULT_FILES, Results, write_results
+from bertdist.training.best_model import Results, write_results
 from bertdist.training.evaluation import Scorer
 from bertdist.training.run_summary import show_report
 from bertdist.training.screen import Screen
@@ -75,7 +86,8 @@ def evaluate(config: EvaluateConfig) -> Results | None:
         is_main, scorer = accelerator.is_main_process, None
         with raise_on_all_ranks(accelerator):
             # Rows first: they cost little, and their errors come before the weights are loaded.
-            _check_folder(config.output_dir)
+            if is_main and config.output_dir is not None:
+                check_evaluation_folder(Path(config.output_dir))
             task, records, notes = load_labelled_rows(config)
             if is_main:
                 task_config = TaskConfig(
@@ -118,7 +130,7 @@ def load_labelled_rows(config: EvaluateConfig) -> tuple[Task, Records, list[str]
         if task.problem_type == REGRESSION or len(names) != len(task.labels):
             raise ConfigError(
                 f"--label_names has {len(names)} names; the model has {len(task.labels)} outputs: "
-                f"{listed(task.labels, 20)}."
+                f"{listed(task.labels)}."
             )
         if sorted(names) == sorted(task.labels) and tuple(names) != task.labels:
             raise ConfigError(
@@ -126,7 +138,7 @@ def load_labelled_rows(config: EvaluateConfig) -> tuple[Task, Records, list[str]
                 f"outputs ({listed(task.labels, 20)}): leave it out, labels are matched by name."
             )
         task = replace(task, labels=tuple(names), codes=())  # type: ignore[type-var]  # a Protocol
-    data = data_of_model(config, metadata)
+    data = evaluation_data(config, metadata)
     records = load_records(data, "validation", task.problem_type == REGRESSION)
     if records is None:
         raise DataError(f"There are no rows of --split {config.split}.")
@@ -152,36 +164,6 @@ def load_labelled_rows(config: EvaluateConfig) -> tuple[Task, Records, list[str]
     return task, replace(records, label_values=values), [*notes, *matched]
 
 
-def data_of_model(config: EvaluateConfig, metadata: dict[str, Any]) -> DataConfig:
-    """The rows and their columns: as the flags say, else as in the training. metadata: saved."""
-    texts = config.text_column or metadata.get("text_column")
-    return DataConfig(
-        **{name: getattr(config, name) for name in _SHARED} | _label_columns(config),
-        text_column=[texts] if isinstance(texts, str) else texts,
-        text_pair_column=config.text_pair_column or metadata.get("text_pair_column"),
-        validation_file=config.input,
-        validation_split=config.split,
-    )
-
-
-def _label_columns(config: EvaluateConfig) -> dict[str, Any]:
-    """Where the labels are: as the flags say, else as in the training of a run's best/."""
-    names = ("label_column", "label_columns", "label_delimiter")
-    given = {name: getattr(config, name) for name in names}
-    settings = Path(config.model).parent / "config.yaml"
-    if any(value is not None for value in given.values()) or Path(config.model).name != "best":
-        return given
-    return {name: saved_setting(settings, name) for name in names}
-
-
-# Flags of rows that training has too
-_SHARED = (
-    *("file_format", "json_field", "column_names", "delimiter", "quoting", "encoding"),
-    *("dataset_name", "dataset_config_name", "task_name", "max_eval_samples"),
-    *("label_column", "label_columns", "label_delimiter", "on_bad_row", "max_bad_rows"),
-)
-
-
 def _match_labels(records: Records, task: Task) -> tuple[list[LabelValue], list[str]]:
     """The labels with the model's names, and notes. Raises DataError for what matches none."""
     values = records.label_values
@@ -190,18 +172,21 @@ def _match_labels(records: Records, task: Task) -> tuple[list[LabelValue], list[
             if isinstance(value, tuple) and len(value) != 1:
                 raise DataError(
                     f"{records.locate_label(value)}: {len(value)} labels; the model gives one "
-                    f"label per text ({SINGLE_LABEL}), of {listed(task.labels, 10)}."
+                    f"label per text ({SINGLE_LABEL}), of {listed(task.labels)}."
                 )
     rows_of = {name: value for value in reversed(values) for name in _names(value)}
     found = match_to_model(rows_of, task.labels, task.codes)
     if missing := [name for name in rows_of if name not in found]:
         joined = task.problem_type == MULTI_LABEL and records.label_kind != "set"
         hint = " --label_delimiter ';' splits cells with several labels." if joined else ""
-        shown = listed([f"{name!r} ({records.locate_label(rows_of[name])})" for name in missing], 5)
+        shown = listed([f"{name!r} ({records.locate_label(rows_of[name])})" for name in missing], 3)
+        known: Sequence[str] = task.labels
+        known = nearest_first(missing[0], known) if len(known) > MOST_LISTED else known
         raise DataError(
             f"{len(missing):,} of {len(rows_of):,} labels of {records.name} are none of the "
-            f"model's ({listed(task.labels, 10)}): {shown}. Rename them, or give the names of the "
-            f"model's outputs, in their order, as the file has them: --label_names.{hint}"
+            f"model's: {shown}. Rename them, or give the names of the model's outputs, in their "
+            f"order, as the file has them: --label_names.{hint} Labels of the model: "
+            f"{listed(known)}."
         )
     matched: list[LabelValue] = []
     for value in values:
@@ -227,29 +212,9 @@ def _rows(number: int) -> str:
     return f"{number:,} row{'s' * (number != 1)}"
 
 
-def _check_folder(folder: str | None) -> None:
-    """Raise ConfigError for a folder whose files are not of an evaluation; rank 0 makes it."""
-    if folder is None or process_rank() != 0:
-        return
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"--output_dir {folder} is a file; name a folder.")
-    if is_run_folder(path) or (path / "config.json").exists():
-        what = "a run" if is_run_folder(path) else "a model"
-        raise ConfigError(
-            f"--output_dir {folder} is the folder of {what}; name another, such as {path / 'test'}."
-        )
-    present = [name for name in RESULT_FILES if os.path.lexists(path / name)]
-    if present and "evaluated" not in read_json_object(path / RESULT_FILES[0]):
-        raise ConfigError(
-            f"--output_dir {folder} holds {', '.join(present)}, which no evaluation wrote; name "
-            "another folder."
-        )
-    with explain_write_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-
-
 def _write(folder: Path, results: Results, records: Records, config: EvaluateConfig) -> None:
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     bad_rows = folder / "bad_rows.jsonl"
     bad_rows.unlink(missing_ok=True)  # of an earlier evaluation
     BadRows(config.on_bad_row, config.max_bad_rows, bad_rows).add_and_write(records.bad_rows)

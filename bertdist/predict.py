@@ -18,8 +18,12 @@ if __name__ == "__main__":
         # above.
         sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     from bertdist.core.args import parse_or_exit, read_predict_config
+    from bertdist.data.preflight import check_predict
 
-    flags = parse_or_exit(read_predict_config)  # before torch is imported, which takes seconds
+    # Before torch is imported, which takes seconds
+    flags = parse_or_exit(
+        read_predict_config, check_predict
+    )  # before torch is imported, which takes seconds
 
 import contextlib
 import warnings
@@ -68,6 +72,7 @@ from bertdist.data.records import (
     records_from_texts,
 )
 from bertdist.data.tokenization import create_dataset, load_tokenizer, truncation_notes
+from bertdist.data.trained_rows import check_pairs, trained_columns
 from bertdist.data.writers import AnswerColumns, create_writer
 from bertdist.distributed.collectives import (
     all_reduce_min,
@@ -323,13 +328,6 @@ def _trained(config: PredictConfig) -> tuple[dict[str, Any], list[str]]:
     return metadata, [*labels, *(metadata.get("label_codes") or ())]
 
 
-def trained_columns(metadata: dict[str, Any]) -> ColumnNames:
-    """The columns that the training read."""
-    text = metadata.get("text_column")
-    text = tuple(text) if isinstance(text, list) else text
-    return ColumnNames(text, metadata.get("text_pair_column"), None, [])
-
-
 def _load(config: PredictConfig, accelerator: Accelerator, stop: StopSignal) -> Predictor:
     predictor = Predictor(
         config.model,
@@ -400,6 +398,8 @@ class _PredictFiles:
                 window_rows=ROWS_PER_WINDOW * accelerator.num_processes,
                 same_columns=found.kind != "jsonl",
             )
+            if accelerator.is_main_process:
+                print_to_stderr(*self.rows.notes)
             if self.rows.has_pair is not None:
                 check_pairs(metadata, self.rows.has_pair)
             if not self.rows.is_standard_input:
@@ -517,26 +517,6 @@ class _PredictFiles:
             "device": [accelerator.device.type, str(accelerator.mixed_precision)],
             "versions": [__version__, torch.__version__, transformers_version],
         }
-
-
-def check_pairs(metadata: dict[str, Any], has_pairs: bool) -> None:
-    """Raise DataError if the model was trained on pairs of texts and these are single ones, or vice
-    versa. metadata: of the model; a folder of another program does not say, and takes both.
-    """
-    if "text_pair_column" not in metadata:
-        return
-    second = metadata["text_pair_column"]
-    if second is not None and not has_pairs:
-        raise DataError(
-            f"The model was trained on pairs of texts (columns {metadata.get('text_column')!r} and "
-            f"{second!r}), and the second texts are missing: give pairs=, --text_pair or "
-            "--text_pair_column."
-        )
-    if second is None and has_pairs:
-        raise DataError(
-            "The model was trained on single texts, not on pairs: remove pairs=, --text_pair or "
-            "--text_pair_column."
-        )
 
 
 if __name__ == "__main__":

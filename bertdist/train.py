@@ -20,8 +20,10 @@ if __name__ == "__main__":
         # that holds bertdist/.
         sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     from bertdist.core.args import parse_or_exit, read_config
+    from bertdist.data.preflight import check_train
 
-    flags = parse_or_exit(read_config)  # before torch is imported, which takes seconds
+    # Before torch is imported, which takes seconds
+    flags = parse_or_exit(read_config, check_train)
 
 import math
 from collections.abc import Callable

@@ -34,7 +34,7 @@ from bertdist.core.config import (
     TrainConfig,
     share_of,
 )
-from bertdist.core.errors import ConfigError, nearest_name
+from bertdist.core.errors import BertdistError, ConfigError, nearest_name
 from bertdist.core.flags import create_parser, help_request, help_text
 from bertdist.core.hub import model_folder
 from bertdist.core.output_files import STDOUT, check_outputs, output_format
@@ -146,15 +146,22 @@ def parse_arguments(
     return tuple(values)
 
 
-def parse_or_exit(read: Callable[[Sequence[str]], C], arguments: Sequence[str] | None = None) -> C:
+def parse_or_exit(
+    read: Callable[[Sequence[str]], C],
+    check: Callable[[C], None],
+    arguments: Sequence[str] | None = None,
+) -> C:
     """The config of a command, or its mistakes on the terminal and exit code 1.
 
-    read: `read_config` and the like; arguments: by default those of the command line.
+    read: `read_config` and the like. check: `data.preflight.check_train` and the like; raises
+    BertdistError. arguments: by default those of the command line.
     """
     escape_unencodable()
     try:
-        return read(sys.argv[1:] if arguments is None else arguments)
-    except ConfigError as error:
+        config = read(sys.argv[1:] if arguments is None else arguments)
+        check(config)
+        return config
+    except BertdistError as error:
         exit_with_error(error)
 
 

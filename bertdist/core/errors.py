@@ -13,9 +13,14 @@ BertdistError
 A message is one line per problem: what is wrong, where (file, line), what was expected, what to do.
 """
 
+import os
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from contextlib import suppress
+from difflib import SequenceMatcher, get_close_matches
+from pathlib import Path
 from typing import NamedTuple
+
+MOST_LISTED = 8  # names in a message
 
 
 class BertdistError(Exception):
@@ -82,13 +87,23 @@ def nearest_name(name: str, candidates: list[str], cutoff: float = 0.6) -> str |
     return near[0] if near else None
 
 
-def listed(items: Sequence[str], most: int = 10) -> str:
+def nearest_first(name: str, candidates: Iterable[str]) -> list[str]:
+    """The candidates, those that resemble the name most first."""
+
+    def similarity(candidate: str) -> float:
+        return SequenceMatcher(None, name.lower(), candidate.lower()).ratio()
+
+    return sorted(candidates, key=similarity, reverse=True)
+
+
+def listed(items: Sequence[str], most: int = MOST_LISTED) -> str:
     """The first items with commas between them, and "..." where there are more."""
     return ", ".join([*items[:most], *(["..."] if len(items) > most else [])])
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest candidate, else the first 20.
+    """The end of a message about an unknown name: the nearest candidate, else some of them, of
+    many the nearest ones.
 
     Long names are shown in part, but for paths.
     """
@@ -97,4 +112,30 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     names = list(dict.fromkeys(shown))
     if near := nearest_name(name[:most], names):
         return f" Did you mean {near!r}?"
-    return f" Known: {listed(list(map(repr, names)), 20)}." if names else ""
+    if len(names) > MOST_LISTED:
+        names = nearest_first(name[:most], names)
+    return f" Known: {listed(list(map(repr, names)))}." if names else ""
+
+
+def did_you_mean_path(path: str, is_folder: bool = False) -> str:
+    """The end of a message about a missing path: the one that it resembles; "" if none does.
+
+    The first part of it that does not exist is compared with the names beside it. is_folder: only
+    a folder can be meant.
+    """
+    given = Path(path)
+    for part in (*reversed(given.parents), given):
+        if not part.exists():
+            break
+    names: list[str] = []
+    with suppress(OSError):
+        names = sorted(x for x in os.listdir(part.parent) if x[0] != "." or part.name[0] == ".")
+    if is_folder or part != given:
+        names = [name for name in names if (part.parent / name).is_dir()]
+    elif part.suffix:
+        names = [name for name in names if not (part.parent / name).is_dir()]
+    if not (near := nearest_name(part.name, names)):
+        return ""
+    found = part.parent / near
+    whole = found / given.relative_to(part)
+    return f" Did you mean {str(whole if whole.exists() else found)!r}?"

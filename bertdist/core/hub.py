@@ -2,6 +2,7 @@
 
     probe_hub(name)                    # before a loader is called with the name
     explain_hub_error(error, name)     # what the loader's error means, as a sentence
+    check_model_name(name, "--model")  # before torch is imported
     warn_if_offline(name)              # after it was loaded
 
 The probe is one HEAD request per process. Without it a loader requests every file six times: 28 s
@@ -10,6 +11,7 @@ reachable, a script (not a program that imports bertdist) continues as with HF_H
 the cache.
 """
 
+import json
 import os
 import re
 import sys
@@ -18,10 +20,16 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
+from bertdist.core.errors import ModelError, did_you_mean_path
 from bertdist.core.terminal import print_to_stderr, process_rank
 
+OFFLINE_HELP = (
+    "Offline, give a folder that holds config.json, model.safetensors and the tokenizer; on a "
+    "machine with a network, `hf download NAME --local-dir FOLDER` makes one."
+)
 TIMEOUT_SECONDS = 10.0  # of one request, as in huggingface_hub
 ATTEMPTS = 2
+MAX_CONFIG_BYTES = 64 << 20
 
 _CONNECTION_ERRORS = {
     "OfflineModeIsEnabled",
@@ -136,3 +144,76 @@ def run_folder_hint(folder: Path) -> str:
     if aside := sorted(path.name for path in run.glob("best.*")):
         return f". {run} is the folder of a run without best/; it has {', '.join(aside)}."
     return f". {run} is the folder of a run that has written no best/ yet."
+
+
+def check_model_folder(name: str, where: str) -> None:
+    """Raise ModelError for the path of a folder that is missing, or holds no config.json.
+
+    where: `--model out`, for messages. Other names are those of models on the hub.
+    """
+    folder = Path(name).expanduser()
+    is_path = name.startswith((".", "~", "/")) or name.count("/") > 1
+    if folder.is_file():
+        raise ModelError(f"{where} is a file; give the folder of the model.")
+    if not folder.is_dir():
+        if is_path or ("/" in name and folder.parent.is_dir()):
+            near = did_you_mean_path(str(folder), is_folder=True)
+            raise ModelError(f"{where}: there is no such folder.{near}")
+        return
+    if (folder / "adapter_config.json").exists():
+        raise adapter_error(where)
+    file, reason = folder / "config.json", "there is none"
+    if file.is_file():
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            return  # models/model_config.py
+        try:
+            json.loads(file.read_bytes())
+            return
+        except RecursionError:
+            return
+        except (OSError, ValueError) as error:
+            reason = str(error)
+    raise ModelError(
+        f"{where}: the folder holds no config.json that can be read ({reason})"
+        f"{run_folder_hint(folder)}"
+    )
+
+
+def check_model_name(name: str, flag: str, revision: str | None = None) -> None:
+    """`check_model_folder`; of a name on the hub its config.json is loaded into the cache.
+
+    Raises ModelError.
+    """
+    where = f"{flag} {name}"
+    check_model_folder(name, where)
+    if Path(name).expanduser().is_dir():
+        return
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    probe_hub(name)
+    try:
+        hf_hub_download(name, "config.json", revision=revision)
+    except Exception as error:
+        is_there = isinstance(error, EntryNotFoundError)
+        if not is_there or isinstance(error, LocalEntryNotFoundError):
+            raise unknown_model(error, name, where) from None
+        # the loader of the model says what else it needs
+
+
+def unknown_model(error: BaseException, name: str, where: str) -> ModelError:
+    """The message about a name that is no folder. error: what the loader raised."""
+    near = did_you_mean_path(name, is_folder=True)
+    return ModelError(
+        f"{where} is neither a folder here nor a model on the Hub.{near} "
+        f"{explain_hub_error(error, name)} {OFFLINE_HELP}"
+    )
+
+
+def adapter_error(where: str) -> ModelError:
+    """The message about an adapter of peft."""
+    return ModelError(
+        f"{where} holds an adapter (adapter_config.json), which is not loaded: merge it into its "
+        "base model (merge_and_unload of peft), save that, and give its folder. To use a model "
+        "that is beside it without it, remove adapter_config.json."
+    )

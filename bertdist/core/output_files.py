@@ -8,17 +8,24 @@ target is written. What is no regular file (/dev/stdout, /dev/null, a FIFO) is w
 None replaces a file of a run: `run_that_wrote` knows what runs write into their --output_dir.
 """
 
+import fnmatch
 import glob
 import json
 import os
 import re
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from bertdist.core.atomic_io import atomic_write, explain_write_errors, read_json_object
+from bertdist.core.atomic_io import (
+    HIDDEN_SUFFIXES,
+    atomic_write,
+    explain_write_errors,
+    read_json_object,
+)
 from bertdist.core.errors import ConfigError
 
 LINKS = 40  # as Linux
@@ -36,6 +43,10 @@ WRITTEN = (
     *("predictions.jsonl", "errors.jsonl", "test_evaluation.json", "test_predictions.jsonl"),
     *("test_errors.jsonl", "bad_rows.jsonl", "nan_rows.jsonl", "survey.json", "stacks", ".ranks"),
 )
+# What runs and evaluations write of scored rows.
+RESULT_FILES = ("evaluation.json", "predictions.jsonl", "errors.jsonl")
+# What may be in a new folder: logs of the command, and files of systems.
+IGNORED = ("*.log", "*.out", "*.err", ".*", "lost+found")
 
 
 def check_outputs(
@@ -199,6 +210,71 @@ def is_run_folder(folder: Path) -> bool:
     return status.keys() == {"state", "step", "reason"} or (
         isinstance(packages, dict) and "bertdist" in packages
     )
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raise ConfigError for a folder that holds files, and is not of a run; nothing is written."""
+    if not folder.is_dir():
+        return  # new, or `lock_run_folder` says what it is
+    own = {"checkpoints"} if _is_unused(folder / "checkpoints") else set[str]()
+    if not is_run_folder(folder) and (foreign := _foreign_files(folder, own, WRITTEN)):
+        raise ConfigError(
+            f"--output_dir {folder} holds {foreign}, which no run wrote: give a folder that is "
+            "new, empty or of an earlier run."
+        )
+    _reject_links(folder, WRITTEN, "a run")
+
+
+def check_evaluation_folder(folder: Path) -> None:
+    """Raise ConfigError for a folder that holds files, and is not of an evaluation; nothing is
+    written.
+    """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ConfigError(f"--output_dir {folder} is a file; name a folder.")
+    if not folder.is_dir():
+        return
+    if is_run_folder(folder) or (folder / "config.json").exists():
+        what = "a run" if is_run_folder(folder) else "a model"
+        raise ConfigError(
+            f"--output_dir {folder} is the folder of {what}; name another, such as "
+            f"{folder / 'test'}."
+        )
+    is_own = "evaluated" in read_json_object(folder / RESULT_FILES[0])
+    if not is_own and (foreign := _foreign_files(folder, (), RESULT_FILES)):
+        raise ConfigError(
+            f"--output_dir {folder} holds {foreign}, which no evaluation wrote: give a folder that "
+            "is new, empty or of an earlier evaluation."
+        )
+    _reject_links(folder, (*RESULT_FILES, "bad_rows.jsonl"), "an evaluation")
+
+
+def _foreign_files(folder: Path, own: Collection[str], written: Collection[str]) -> str:
+    """`'a.txt' and 3 more`: what is neither in `own` nor of the system; "" if there is nothing.
+
+    written: names that would be replaced, so that they are foreign whatever they look like.
+    """
+    with explain_write_errors(folder, "read"):
+        names = sorted(os.listdir(folder))
+    ignored = {name for pattern in IGNORED for name in fnmatch.filter(names, pattern)}
+    ignored -= {*written, *(name for name in names if name.endswith(HIDDEN_SUFFIXES))}
+    foreign = [name for name in names if name not in ignored and name not in own]
+    more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+    return f"{foreign[0]!r}{more}" if foreign else ""
+
+
+def _reject_links(folder: Path, written: Iterable[str], who: str) -> None:
+    for name in written:
+        if (folder / name).is_symlink():
+            raise ConfigError(
+                f"{folder / name} is a symbolic link, and {who} replaces this file: remove the "
+                "link, or use another --output_dir."
+            )
+
+
+def _is_unused(checkpoints: Path) -> bool:
+    with suppress(OSError):
+        return all(x.name.startswith(".probe.") and x.is_file() for x in checkpoints.iterdir())
+    return False
 
 
 def run_that_wrote(file: Path) -> Path | None:

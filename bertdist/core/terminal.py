@@ -76,17 +76,25 @@ def close_broken_stdout() -> bool:
 
 
 def print_to_stderr(*lines: str) -> None:
-    """Print lines to standard error, not wrapped."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    for line in lines:
-        console.print(plain_text(line))
+    """`print_lines` to standard error."""
+    print_lines(Console(stderr=True, highlight=False), *lines)
 
 
 def show(*lines: str) -> None:
-    """Print lines to standard output, wrapped to the terminal."""
-    console = Console(highlight=False)
+    """`print_lines` to standard output."""
+    print_lines(Console(highlight=False), *lines)
+
+
+def print_lines(console: Console, *lines: str) -> None:
+    """Print lines, on a terminal wrapped between words; a path that is longer than a line stays
+    whole, to be copied. Elsewhere, for grep, a message is one line.
+    """
     for line in lines:
-        console.print(plain_text(line))
+        text = plain_text(line)
+        if console.is_terminal:
+            console.print(text, overflow="ignore", crop=False)
+        else:
+            console.print(text, soft_wrap=True)
 
 
 def create_table(

@@ -9,14 +9,14 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from bertdist.core.atomic_io import atomic_write
 from bertdist.core.config import TrainConfig
 from bertdist.core.errors import DataError, RowError, RowLocation
-from bertdist.distributed.collectives import raise_on_all_ranks
+
+if TYPE_CHECKING:  # readers are imported before torch: core/args.py
+    from accelerate import Accelerator
 
 EXCERPT_CHARACTERS = 200
 
@@ -137,7 +137,7 @@ def validated(row: BadRow) -> BadRow:
 
 
 def collect_bad_rows(
-    rows: Sequence[BadRow], config: TrainConfig, accelerator: Accelerator
+    rows: Sequence[BadRow], config: TrainConfig, accelerator: "Accelerator"
 ) -> BadRows:
     """These rows of both splits and those of an earlier start; rank 0 writes them to
     bad_rows.jsonl.
@@ -157,8 +157,10 @@ def collect_bad_rows(
     return bad_rows
 
 
-def record_bad_rows(bad_rows: BadRows, rows: Sequence[BadRow], accelerator: Accelerator) -> None:
+def record_bad_rows(bad_rows: BadRows, rows: Sequence[BadRow], accelerator: "Accelerator") -> None:
     """Add a stream's rows skipped before a step. Raises DataError on all ranks."""
     if rows:
+        from bertdist.distributed.collectives import raise_on_all_ranks
+
         with raise_on_all_ranks(accelerator):
             bad_rows.add_and_write(rows)

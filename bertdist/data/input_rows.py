@@ -22,7 +22,7 @@ import pyarrow as pa
 from bertdist.core.config import FileConfig
 from bertdist.core.errors import DataError, NoRowsError, did_you_mean, listed
 from bertdist.core.partial_file import stamp_of
-from bertdist.core.terminal import print_to_stderr, process_rank
+from bertdist.core.terminal import print_to_stderr
 from bertdist.data.readers.file_reader import FileReader
 from bertdist.data.readers.folder_reader import FolderReader
 from bertdist.data.readers.jsonl_reader import WHOLE_OBJECT, field_of, key_twice
@@ -135,9 +135,7 @@ class InputRows:
         self.has_pair = any(pairs) if pairs else None
         self.is_named = len(inputs) > 1 or any(map(_is_several, inputs))
         self.is_standard_input = STDIN in inputs
-        if process_rank() == 0:
-            shown = short_notes([note for note in notes if note])
-            print_to_stderr(*(f"{note}." for note in shown))
+        self.notes = [f"{note}." for note in short_notes([note for note in notes if note])]
 
     def _kept_names(self, reader: FileReader | FolderReader, keep: Sequence[str]) -> list[str]:
         names = _kept_of_table(reader) or reader.column_names()

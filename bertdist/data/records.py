@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from bertdist.core.errors import DataError, did_you_mean, listed
+from bertdist.core.errors import MOST_LISTED, DataError, did_you_mean, listed, nearest_first
 from bertdist.core.terminal import excerpt_of
 from bertdist.data.bad_rows import BadRow, OnBadRow
 from bertdist.data.columns import (
@@ -264,7 +264,7 @@ def choose_columns(
             problem, advice = f"there is no column {name!r}", did_you_mean(name, names)
             if not advice.startswith(" Did"):  # else the flag has a typing error
                 advice = f" Name another one with {requested.flag(name)}."
-            raise _no_column(source, names, problem, advice, has_header)
+            raise _no_column(source, names, problem, advice, has_header, name)
     present = {name.lower(): name for name in reversed(names)} | {name: name for name in names}
     text, pair, label, labels = requested
     texts = requested.texts
@@ -308,9 +308,16 @@ def _first_present(
 
 
 def _no_column(
-    source: str, names: Sequence[str], problem: str, advice: str, has_header: bool
+    source: str,
+    names: Sequence[str],
+    problem: str,
+    advice: str,
+    has_header: bool,
+    missing: str = "",
 ) -> DataError:
-    shown = listed([repr(n if len(n) <= 30 else f"{n[:30]}...") for n in names], 20)
+    if len(names) > MOST_LISTED and missing:
+        names = nearest_first(missing, names)
+    shown = listed([repr(n if len(n) <= 30 else f"{n[:30]}...") for n in names])
     looks_like_data = any(len(n) > 30 or n.replace(".", "", 1).isdecimal() for n in names)
     if has_header and looks_like_data:
         advice += " This looks like a row of data: if the file has no header, "
@@ -318,7 +325,8 @@ def _no_column(
     if has_header and any(name.startswith('"') for name in names):
         advice += " Without the quotes: --quoting double."
     line = " line 1" if has_header else ""
-    return DataError(f"{source}{line}: {problem}; the columns are {shown}.{advice}")
+    number = f" {len(names)}" if len(names) > MOST_LISTED else ""
+    return DataError(f"{source}{line}: {problem}.{advice} The{number} columns are {shown}.")
 
 
 def records_from_chunk(

@@ -21,6 +21,7 @@ from bertdist.data.held_out import (
     no_rows_error,
     with_note,
 )
+from bertdist.data.label_stats import has_odd_labels, needs_numbers
 from bertdist.data.records import (
     ColumnNames,
     Records,
@@ -33,7 +34,6 @@ from bertdist.data.records import (
     short_notes,
 )
 from bertdist.data.source import Column, DataSource, chunk_of_columns, column_of, nested_names
-from bertdist.data.stats import has_odd_labels, needs_numbers
 from bertdist.tasks.labels import describe_differing
 
 # Readers are imported by the functions that read: a run loads only those of its sources.
@@ -212,6 +212,16 @@ def load_records(
     if {0, None} <= records.cells:
         return read(rules._replace(empty="error"))
     return records
+
+
+def check_files(paths: Sequence[str], data: DataConfig) -> None:
+    """Raise DataError for what `load_records` finds wrong before it reads rows: a missing file, its
+    format, its columns.
+    """
+    for path in paths:
+        for reader in open_files(path, data, data.on_bad_row):
+            _check_has_labels(reader)
+            columns_of(reader, _requested(data))
 
 
 def _load_files(

@@ -17,36 +17,22 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from bertdist.core.config import TaskConfig, TrainConfig
 from bertdist.data.bad_rows import BadRow
-from bertdist.data.columns import LabelKind, LabelValue
+from bertdist.data.label_stats import LabelStats, has_odd_labels, label_stats_of, needs_numbers
 from bertdist.data.records import Records
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.preemption import StopSignal
 from bertdist.tasks.labels import (
     REGRESSION,
-    SINGLE_LABEL,
     describe_differing,
     has_fractions,
     is_multi_hot,
     is_number,
-    odd_labels,
     read_label_names,
 )
 from bertdist.tasks.tasks import Task, infer_task
 
 if TYPE_CHECKING:  # --streaming only
     from bertdist.data.streaming import Stream
-
-
-class LabelStats(NamedTuple):
-    """The labels of a training split, which define its task."""
-
-    kind: LabelKind
-    values: list[LabelValue]  # distinct
-    counts: list[int]  # rows of each
-    class_names: tuple[str, ...] | None  # label names that the source defines, in its order
-    column: str
-    first: Callable[[LabelValue], str] = repr  # file and line of a label's first row
-    limit: int | None = None  # --max_train_samples, where it left rows out
 
 
 class DatasetStats(NamedTuple):
@@ -57,44 +43,6 @@ class DatasetStats(NamedTuple):
     bad_rows: Sequence[BadRow] = ()
     numbers_only: bool = False  # of a stream, see columns.LabelRules
     notes: Sequence[str] = ()
-
-
-def label_stats_of(rows: Records) -> LabelStats:
-    """The labels of rows in memory."""
-    assert rows.label_codes is not None and rows.label_kind is not None
-    counts = np.bincount(rows.label_codes, minlength=len(rows.label_values)).tolist()
-    # Without the labels of rows that --max_train_samples leaves out, but with those held out.
-    counted = zip(rows.label_values, counts, strict=True)
-    used = {value: n for value, n in counted if n or rows.all_labels}
-    return LabelStats(
-        rows.label_kind,
-        list(used),
-        list(used.values()),
-        rows.class_names,
-        rows.label_column or "labels",
-        rows.locate_label,
-        rows.limit,
-    )
-
-
-def has_odd_labels(rows: Records) -> bool:
-    """Whether nearly all labels are numbers, and some are not."""
-    if rows.label_kind != "text" or rows.class_names is not None:
-        return False
-    stats = label_stats_of(rows)
-    return bool(odd_labels(dict(zip(stats.values, stats.counts, strict=True))))
-
-
-def needs_numbers(task: TaskConfig, train_rows: Records | None = None) -> bool | None:
-    """Whether labels must be numbers: as flags or training rows say. None: to be decided."""
-    if task.label_names is not None or task.problem_type == SINGLE_LABEL:
-        return False
-    if task.problem_type == REGRESSION:
-        return True
-    if train_rows is None or train_rows.label_kind != "text" or has_odd_labels(train_rows):
-        return None
-    values = label_stats_of(train_rows).values
-    return None if all(is_number(str(value)) for value in values) else False
 
 
 def collect_stats(

@@ -30,6 +30,7 @@ from bertdist.core.config import (
 )
 from bertdist.core.errors import ConfigError, did_you_mean
 from bertdist.core.output_files import STDOUT, is_special, output_format, target_of
+from bertdist.data import preflight
 
 PROGRAM = "bertdist check"
 ABOUT = """Check rows before training: labels, tables, texts, duplicates, leaks and lengths.
@@ -137,6 +138,23 @@ def read_check_arguments(
     if {"model", "folds"} & given_setting_names(args):
         return read_label_issue_config(args)
     return read_check_config(args)
+
+
+def check_start(
+    config: tuple[CheckConfig, DataConfig] | tuple[LabelIssueConfig, TrainConfig],
+) -> None:
+    """Raise BertdistError for what can be seen before torch is imported."""
+    first, second = config
+    if isinstance(second, TrainConfig) and second.run.folds:
+        preflight.check_train(second)
+        return
+    preflight.check_rows(second.data if isinstance(second, TrainConfig) else second)
+    if isinstance(first, LabelIssueConfig):
+        preflight.check_model(first.model, "--model")
+    else:
+        revision = first.model_revision
+        preflight.check_model(first.model_name_or_path, "--model_name_or_path", revision)
+        preflight.check_model(first.tokenizer_name, "--tokenizer_name", revision)
 
 
 def read_check_config(args: Sequence[str]) -> tuple[CheckConfig, DataConfig]:

@@ -25,8 +25,9 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 from bertdist.core.config import TrainConfig
 from bertdist.core.terminal import excerpt, process_rank, show, show_table
 from bertdist.core.types import Array
+from bertdist.data.label_stats import label_stats_of
 from bertdist.data.sharding import balance_by_length, count_steps, epoch_order
-from bertdist.data.stats import create_task, label_stats_of
+from bertdist.data.stats import create_task
 from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.data_quality.findings import counts, percent, summary
 from bertdist.data_quality.length_checks import Lengths

@@ -26,6 +26,7 @@ issue: whether the label is a likely error. All ranks predict, rank 0 ranks and 
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,7 @@ from bertdist.distributed.launch import create_accelerator
 from bertdist.distributed.launcher import check_world
 from bertdist.tasks.tasks import Task
 from bertdist.training.cross_validation import Fold, Rows, Train, load_rows, read_rows, train_folds
+from bertdist.training.run_lock import FailedStart
 from bertdist.training.run_logger import RunLogger
 
 # A residual of this many robust standard deviations is an outlier.
@@ -119,6 +121,19 @@ def find_label_issues(
     # The runs of the folds report to trackers themselves.
     accelerator = create_accelerator(replace(run, report_to=None))
     check_world(accelerator.num_processes)
+    start = FailedStart(Path(run.output_dir)) if run.output_dir else None
+    with start.remove(accelerator) if start is not None else nullcontext():
+        return _find_label_issues(config, train_config, train, predictor, accelerator)
+
+
+def _find_label_issues(
+    config: LabelIssueConfig,
+    train_config: TrainConfig,
+    train: Train,
+    predictor: Callable[..., LogitPredictor],
+    accelerator: Accelerator,
+) -> bool:
+    run = train_config.run
     with raise_on_all_ranks(accelerator):
         log = RunLogger(Path(run.output_dir or "."), enabled=accelerator.is_main_process)
         import_cleanlab()  # fail now, not after an hour of training

@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from bertdist.core.config import DataConfig, RunConfig, TaskConfig
 from bertdist.core.errors import BertdistError, DataError
 from bertdist.core.terminal import excerpt
+from bertdist.data.label_stats import label_stats_of, needs_numbers
 from bertdist.data.records import ColumnNames, Records
 from bertdist.data.splits import load_parts, load_records, load_texts, open_files
-from bertdist.data.stats import create_task, label_stats_of, needs_numbers
+from bertdist.data.stats import create_task
 from bertdist.data_quality.duplicates import TextGroups, check_duplicates, group_texts, has_rensa
 from bertdist.data_quality.findings import Example, Finding, FindingBuilder, counts, ranked
 from bertdist.data_quality.label_checks import SplitLabels, check_labels, split_labels

@@ -40,7 +40,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from bertdist.core.atomic_io import MANIFEST, find_damage
 from bertdist.core.config import ModelConfig
-from bertdist.core.errors import ConfigError, ModelError, did_you_mean, listed
+from bertdist.core.errors import ConfigError, ModelError, listed
 from bertdist.data.batch import PackedBatch, collate
 from bertdist.data.tokenization import Example, save_tokenizer
 from bertdist.distributed.launch import with_default_modes
@@ -52,11 +52,6 @@ from bertdist.tasks.labels import REGRESSION, match_labels
 from bertdist.tasks.tasks import Task, task_of_model
 
 _NEW_WEIGHTS = "New weights, to be trained"
-
-OFFLINE_HELP = (
-    "Offline, give a folder that holds config.json, model.safetensors and the tokenizer; on a "
-    "machine with a network, `hf download NAME --local-dir FOLDER` makes one."
-)
 
 
 class Classifier(nn.Module):
@@ -248,31 +243,25 @@ class Classifier(nn.Module):
 def load_model_config(config: ModelConfig, flag: str = "--model_name_or_path") -> PretrainedConfig:
     """The model's config.json, without its weights. flag: for error messages. Raises ModelError."""
     from bertdist.core.hub import (
-        explain_hub_error,
+        adapter_error,
+        check_model_folder,
         probe_hub,
         run_folder_hint,
+        unknown_model,
         warn_if_offline,
     )
     from bertdist.models.model_config import check_arithmetic, check_file, check_values
 
     name = config.model_name_or_path
     folder, where = Path(name).expanduser(), f"{flag} {name}"
-    is_path = name.startswith((".", "~", "/")) or name.count("/") > 1
-    if (is_path or ("/" in name and folder.parent.is_dir())) and not folder.is_dir():
-        siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
-        folders = [str(path) for path in siblings if path.is_dir() and path.name[0] != "."]
-        raise ModelError(f"{where}: there is no such folder.{did_you_mean(name, folders)}")
+    check_model_folder(name, where)
     check_file(folder, where)
     probe_hub(name)
     adapter = None
     with suppress(Exception):  # of the hub: the next request has the same error, and explains it
         adapter = find_adapter_config_file(name, revision=config.model_revision)
     if adapter is not None:
-        raise ModelError(
-            f"{where} holds an adapter (adapter_config.json), which is not loaded: merge it into "
-            "its base model (merge_and_unload of peft), save that, and give its folder. To use a "
-            "model that is beside it without it, remove adapter_config.json."
-        )
+        raise adapter_error(where)
     try:
         # False, not None: None asks at the terminal whether to run code of the folder, and takes a
         # "y" from a pipe (transformers 5.23)
@@ -287,10 +276,7 @@ def load_model_config(config: ModelConfig, flag: str = "--model_name_or_path") -
             ) from None
         if not isinstance(error, OSError | ValueError):
             raise ModelError(f"{where}: config.json: {_reason(error)}") from None
-        raise ModelError(
-            f"{where} is neither a folder here nor a model on the Hub. "
-            f"{explain_hub_error(error, name)} {OFFLINE_HELP}"
-        ) from None
+        raise unknown_model(error, name, where) from None
     warn_if_offline(name)
     architecture = ARCHITECTURES.get(model_config.model_type)
     if architecture is not None:

@@ -27,9 +27,9 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from bertdist.core.errors import ModelError, did_you_mean, listed
+from bertdist.core.hub import MAX_CONFIG_BYTES
 from bertdist.core.terminal import excerpt_of
 
-MAX_CONFIG_BYTES = 64 << 20
 MAX_LABELS = 1_000_000
 MAX_NUM_LABELS = (
     100_000  # without names: transformers makes and prints a name for each, 14 s per million

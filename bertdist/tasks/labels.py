@@ -338,7 +338,7 @@ def _infer_set(labels: Mapping[Any, int], locate: Callable[[Any], str]) -> Infer
 
 
 def _shown(label: Sequence[str]) -> str:
-    return listed([excerpt(name, 60) for name in label], 20)
+    return listed([excerpt(name, 60) for name in label])
 
 
 def odd_labels(labels: Mapping[Any, int]) -> list[str]:

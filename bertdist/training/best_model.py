@@ -30,7 +30,7 @@ from bertdist.core.atomic_io import (
 )
 from bertdist.core.config import RunConfig, TrainConfig, config_to_yaml
 from bertdist.core.errors import CheckpointError
-from bertdist.core.output_files import STATUS
+from bertdist.core.output_files import RESULT_FILES, STATUS
 from bertdist.data.records import Records
 from bertdist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from bertdist.models.classifier import Classifier, save_classifier
@@ -45,7 +45,6 @@ from bertdist.training.checkpoint import (
 if TYPE_CHECKING:  # --streaming only
     from bertdist.data.streaming import Stream
 
-RESULT_FILES = ("evaluation.json", "predictions.jsonl", "errors.jsonl")
 # Results of a run that a new one in the same folder must not show as its own.
 RESULTS = (*RESULT_FILES, *(f"test_{name}" for name in RESULT_FILES), "nan_rows.jsonl")
 

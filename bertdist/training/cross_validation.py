@@ -31,9 +31,10 @@ from bertdist.core.errors import ConfigError, DataError
 from bertdist.core.types import Array
 from bertdist.data.bad_rows import BadRows
 from bertdist.data.held_out import text_numbers
+from bertdist.data.label_stats import label_stats_of, needs_numbers
 from bertdist.data.records import Records
 from bertdist.data.splits import load_records
-from bertdist.data.stats import create_task, label_stats_of, needs_numbers
+from bertdist.data.stats import create_task
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import create_accelerator
 from bertdist.distributed.launcher import check_world
@@ -41,7 +42,7 @@ from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import load_model_config, pretrained_labels
 from bertdist.tasks.tasks import Task, label_names_of
 from bertdist.training.evaluation import GLUE_METRICS
-from bertdist.training.run_lock import claim_run_folder
+from bertdist.training.run_lock import FailedStart, claim_run_folder
 from bertdist.training.run_logger import RunLogger
 from bertdist.training.screen import cell
 
@@ -80,6 +81,12 @@ def cross_validate(config: TrainConfig, train: Train) -> bool:
     # The runs of the folds report to trackers themselves.
     accelerator = create_accelerator(replace(run, report_to=None))
     check_world(accelerator.num_processes)
+    with FailedStart(Path(run.output_dir)).remove(accelerator):
+        return _cross_validate(config, train, accelerator)
+
+
+def _cross_validate(config: TrainConfig, train: Train, accelerator: Accelerator) -> bool:
+    run = config.run
     folds: list[dict[str, Any]] = []
 
     def add_scores(fold: Fold) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from bertdist.core.atomic_io import read_json_object
 from bertdist.core.config import TaskConfig, TrainConfig
 from bertdist.core.errors import BertdistError, ConfigError, did_you_mean
+from bertdist.core.output_files import RESULT_FILES
 from bertdist.core.types import Array
 from bertdist.data.batch import PackedBatch
 from bertdist.data.loader import MapLoader
@@ -43,7 +44,6 @@ from bertdist.models.classifier import Classifier, load_trained_classifier
 from bertdist.tasks.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from bertdist.tasks.tasks import Task
 from bertdist.training.best_model import (
-    RESULT_FILES,
     BestModel,
     Results,
     improvement,

@@ -13,6 +13,8 @@ once the model is known.
    that a run writes: nothing of a user's is overwritten.
 4. On a disk without flock (some network disks) filelock uses the existence of the file as the lock,
    with host and pid inside; where that fails too, a message says that nothing is locked.
+5. A start that fails before its first step removes what it has made, and nothing else
+   (`FailedStart`).
 """
 
 import fnmatch
@@ -32,17 +34,31 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from bertdist.core.atomic_io import (
-    HIDDEN_SUFFIXES,
     atomic_write,
     explain_write_errors,
+    read_json_object,
     to_json,
 )
 from bertdist.core.errors import CheckpointError, ConfigError
-from bertdist.core.output_files import LOCK, OWNER, STATUS, WRITTEN, is_run_folder, read_owner
+from bertdist.core.output_files import (
+    ENVIRONMENT,
+    IGNORED,
+    LOCK,
+    OWNER,
+    STATUS,
+    check_run_folder,
+    is_run_folder,
+    read_owner,
+)
 from bertdist.distributed.collectives import raise_on_all_ranks
 
-# What may be in a new folder: logs of the command, and files of systems.
-IGNORED = ("*.log", "*.out", "*.err", ".*", "lost+found")
+# What a start may have made before its first step; in folds/ its rows too.
+MADE_BY_STARTS = (
+    *(LOCK, OWNER, STATUS, ENVIRONMENT, "config.yaml", "metrics.jsonl", "survey.json"),
+    *("bad_rows.jsonl", ".ranks", "checkpoints", "folds"),
+)
+ROWS_OF_FOLDS = ("train.jsonl", "validation.jsonl")
+RANKS_SECONDS = 5.0  # for the other ranks to leave
 # A dead rank's loader workers notice within 5 s that it is gone (torch 2.13); until then they may
 # hold its lock.
 WAIT_SECONDS = 15.0
@@ -59,13 +75,15 @@ def lock_run_folder(folder: Path, accelerator: Accelerator) -> Iterator[list[str
     """
     messages: list[str] = []
     lock: FileLock | None = None
+    start = FailedStart(folder)
     try:
-        with raise_on_all_ranks(accelerator):
+        with start.remove_folders(), raise_on_all_ranks(accelerator):
             if accelerator.is_main_process:
                 check_run_folder(folder)
                 _check_writable(folder)
                 lock = _acquire(folder, messages)
-        yield messages
+        with start.remove(accelerator):
+            yield messages
     finally:
         if lock is not None:
             with suppress(OSError):  # a deleted folder needs no clean-up
@@ -97,29 +115,69 @@ def check_disk_space(folder: Path, model: nn.Module, accelerator: Accelerator) -
     return message
 
 
-def check_run_folder(folder: Path) -> None:
-    """Raise ConfigError for a folder that holds files, and is not of a run; nothing is written."""
-    if not folder.is_dir():
-        return  # new, or `_check_writable` says what it is
-    with explain_write_errors(folder, "read"):
-        names = sorted(os.listdir(folder))
-    if not is_run_folder(folder):
-        ignored = {name for pattern in IGNORED for name in fnmatch.filter(names, pattern)}
-        if _is_unused(folder / "checkpoints"):  # of a run that was killed in its first second
-            ignored.add("checkpoints")
-        ignored -= {*WRITTEN, *(name for name in names if name.endswith(HIDDEN_SUFFIXES))}
-        if foreign := [name for name in names if name not in ignored]:
-            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-            raise ConfigError(
-                f"--output_dir {folder} holds {foreign[0]!r}{more}, which no run wrote: give a "
-                "folder that is new, empty or of an earlier run."
-            )
-    for name in WRITTEN:
-        if (folder / name).is_symlink():
-            raise ConfigError(
-                f"{folder / name} is a symbolic link, and a run replaces this file: remove the "
-                "link, or use another --output_dir."
-            )
+class FailedStart:
+    """What a start makes in an output folder, removed if it fails before its first step.
+
+    Files that were there before stay, and so does all of it where a file is not one that every
+    start makes: of a tracker, of a user, or a list of rows that the error names.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Before anything is made."""
+        self.folder = folder
+        self.before = set(os.listdir(folder)) if folder.is_dir() else set[str]()
+        self.new_folders = [x for x in (folder, *folder.parents) if not x.exists()]
+
+    @contextmanager
+    def remove_folders(self) -> Iterator[None]:
+        """If the block fails, remove the folders that were not there and are empty."""
+        try:
+            yield
+        except BaseException:
+            self._remove_folders()
+            raise
+
+    @contextmanager
+    def remove(self, accelerator: Accelerator) -> Iterator[None]:
+        """If the block fails on all ranks, remove what is new; while the lock is held."""
+        try:
+            yield
+        except BaseException as error:
+            is_common = getattr(error, "on_all_ranks", False) or accelerator.num_processes == 1
+            if accelerator.is_main_process and is_common:
+                deadline = time.monotonic() + RANKS_SECONDS
+                while (self.folder / ".ranks").exists() and time.monotonic() < deadline:
+                    time.sleep(0.05)  # the other ranks are about to remove their heartbeats
+                with suppress(OSError):
+                    self._remove_files(str(error))
+            raise
+
+    def _remove_files(self, message: str) -> None:
+        new = [self.folder / name for name in os.listdir(self.folder) if name not in self.before]
+        made = [path for path in new if path.name in MADE_BY_STARTS]
+        others = {path.name for path in new} - {path.name for path in made}
+        logs = {name for pattern in IGNORED for name in fnmatch.filter(others, pattern)}
+        files = [x for path in made for x in (path, *path.rglob("*")) if not x.is_dir()]
+        known = all(x.name in (*MADE_BY_STARTS, *ROWS_OF_FOLDS) for x in files)
+        named = any(x.name in message for x in files)
+        if others - logs or not known or named or any(map(_shows_a_step, files)):
+            return
+        for path in made:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._remove_folders()
+
+    def _remove_folders(self) -> None:
+        checkpoints = self.folder / "checkpoints"
+        own = [checkpoints] if checkpoints.name not in self.before else []
+        for path in (*own, *self.new_folders):
+            with suppress(OSError):  # not empty, or not there
+                path.rmdir()
+
+
+def _shows_a_step(file: Path) -> bool:
+    if file.name == STATUS:
+        return read_json_object(file).get("step") != 0
+    return file.name == "metrics.jsonl" and file.stat().st_size > 0
 
 
 def claim_run_folder(folder: Path) -> None:
@@ -132,12 +190,6 @@ def claim_run_folder(folder: Path) -> None:
         with explain_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / STATUS, to_json({"state": "running", "step": 0, "reason": ""}))
-
-
-def _is_unused(checkpoints: Path) -> bool:
-    with suppress(OSError):
-        return all(x.name.startswith(".probe.") and x.is_file() for x in checkpoints.iterdir())
-    return False
 
 
 def _check_writable(folder: Path) -> None:

@@ -28,7 +28,14 @@ from rich.table import Column, Table
 from rich.text import Text
 from torch import Tensor
 
-from bertdist.core.terminal import Cell, create_table, excerpt, plain_text, printable
+from bertdist.core.terminal import (
+    Cell,
+    create_table,
+    excerpt,
+    plain_text,
+    print_lines,
+    printable,
+)
 
 REFRESH_SECONDS = 0.25
 LINE_SECONDS = 60.0
@@ -136,8 +143,7 @@ class Screen:
     def say(self, *lines: str) -> None:
         """Show lines, above the panel."""
         if self.enabled:
-            for line in lines:
-                self.console.print(plain_text(line))
+            print_lines(self.console, *lines)
 
     def detail(self, *lines: str) -> None:
         """Show lines for engineers: with --verbose only."""

@@ -167,14 +167,14 @@ def test_lists_of_zeros_and_ones_are_names_if_one_row_is_no_vector(
 @pytest.mark.parametrize(
     ("model", "file", "flags", "message"),
     [
-        ("named", "ids.tsv", [], "2 of 2 labels of ids.tsv are none of the model's (negative, positive): '"),
+        ("named", "ids.tsv", [], "2 of 2 labels of ids.tsv are none of the model's: '"),
         ("default", "rows.tsv", [], "(rows.tsv line 2)"),
         ("multi", "twice.jsonl", [], "twice.jsonl line 1: the label 'joy' occurs twice in one row."),
         ("named", "rows.tsv", ["--label_names", "positive", "negative"], "--label_names has the model's own names in another order, which would rename its outputs (negative, positive): leave it out, labels are matched by name."),
         ("named", "multi.jsonl", [], "multi.jsonl line 2: 2 labels; the model gives one label per text"),
         ("number", "rows.tsv", [], "rows.tsv line 2: expected a number, found"),
         ("named", "rows.tsv", ["--output_dir={}/named"], "is the folder of a model; name another"),
-        ("named", "rows.tsv", ["--output_dir={}/stranger"], "holds errors.jsonl, which no evaluation wrote"),
+        ("named", "rows.tsv", ["--output_dir={}/stranger"], "holds 'errors.jsonl', which no evaluation wrote"),
         ("named", "rows.tsv", ["--label_names", "a"], "has 1 names; the model has 2 outputs"),
         ("named", "rows.tsv", ["--label_column", "mood"], "there is no column 'mood'"),
         ("named", "rows.tsv", ["--metrics", "mse"], "--metrics mse: is for regression"),

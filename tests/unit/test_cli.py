@@ -13,8 +13,15 @@ import bertdist
 from bertdist import cli
 from bertdist.core.errors import ConfigError
 from bertdist.core.terminal import EXIT_BROKEN_PIPE
+from bertdist.data import preflight
 
 TRAIN = ["--model_name_or_path=m", "--train_file=t.tsv", "--output_dir=o"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of TRAIN do not exist; tests/unit/data/test_preflight.py."""
+    monkeypatch.setattr(preflight, "_is_launched", lambda: True)
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[Any, str, str]:

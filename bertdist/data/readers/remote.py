@@ -37,7 +37,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import xxhash
 
-from bertdist.core.errors import DataError, did_you_mean, listed
+from bertdist.core.errors import DataError, did_you_mean, did_you_mean_path, listed
 from bertdist.core.time_limit import call_within
 
 MAX_TRIES = 8  # without a new byte: up to 90 s
@@ -188,10 +188,11 @@ def check_local_file(path: str) -> None:
     if os.path.isdir(path):
         raise _folder_error(path, "csv")
     if not folder.is_dir():
-        raise DataError(f"{path}: no such folder.")
+        raise DataError(f"{path}: no such folder.{did_you_mean_path(path)}")
     if not os.path.exists(path):
         names = sorted(os.listdir(folder))
-        raise DataError(f"{path}: no such file.{did_you_mean(Path(path).name, names)}")
+        near = did_you_mean_path(path) or did_you_mean(Path(path).name, names)
+        raise DataError(f"{path}: no such file.{near}")
     if not os.path.isfile(path):  # a pipe or a device: every reader starts at the first byte
         raise DataError(f"{path} is not a regular file; write its rows to a file first.")
 

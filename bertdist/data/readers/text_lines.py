@@ -193,7 +193,7 @@ def decode_lines(fmt: FileFormat, raw: bytes, codec: str, first: int, skip: bool
         if codec != "utf-8":
             return Lines(raw.decode(codec).encode(), first, {})
         # Without a copy: bytes.decode() would need up to four times the file in memory.
-        offsets = pa.array([0, len(raw)]).buffers()[1]
+        offsets = pa.py_buffer(np.array([0, len(raw)]))
         pa.LargeStringArray.from_buffers(1, offsets, pa.py_buffer(raw)).validate(full=True)
         return Lines(raw, first, {})
     except (pa.ArrowInvalid, UnicodeError):

@@ -1,5 +1,7 @@
 """Every user's mistake is one exception type, and its message ends with a hint that helps."""
 
+from pathlib import Path
+
 import pytest
 
 from bertdist.core.errors import (
@@ -9,6 +11,7 @@ from bertdist.core.errors import (
     DataError,
     ModelError,
     did_you_mean,
+    did_you_mean_path,
 )
 
 
@@ -48,8 +51,8 @@ def test_marking_one_error_as_shared_leaves_its_kind_alone() -> None:
         ("zebra", [], ""),
         (
             "zebra",
-            (str(number) for number in range(21)),
-            f" Known: {', '.join(repr(str(number)) for number in range(20))}, ....",
+            ["zest", "one", "zoo", "bar", *"12345"],  # of many the nearest ones
+            " Known: 'bar', 'zest', 'zoo', 'one', '1', '2', '3', '4', ....",
         ),
     ],
 )
@@ -62,3 +65,28 @@ def test_a_hint_names_the_nearest_word_or_the_known_ones(
 def test_no_word_is_near_to_everything() -> None:
     # The control of the test above: a hint that always found a neighbour would name one here too.
     assert "Did you mean" not in did_you_mean("qqqq", ["learning_rate", "seed", "max_length"])
+
+
+@pytest.mark.parametrize(
+    ("path", "is_folder", "end"),
+    [
+        ("outt", True, " Did you mean 'out'?"),
+        ("outt", False, " Did you mean 'out'?"),
+        ("runs/frist/best", True, " Did you mean 'runs/first/best'?"),
+        ("runs/frist/worst", True, " Did you mean 'runs/first'?"),
+        ("./rusn/first", True, " Did you mean 'runs/first'?"),
+        ("trian.tsv", False, " Did you mean 'train.tsv'?"),
+        ("trian.tsv", True, ""),  # a file is no folder
+        ("tests.tsv", False, ""),  # a folder no table
+        ("zebra", False, ""),
+        ("out", True, ""),  # it exists
+    ],
+)
+def test_a_path_that_resembles_the_missing_one_is_named(
+    path: str, is_folder: bool, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("out", "runs/first/best", "tests"):
+        Path(folder).mkdir(parents=True)
+    Path("train.tsv").write_text("")
+    assert did_you_mean_path(path, is_folder) == end

@@ -12,9 +12,10 @@ import pytest
 from bertdist.core.config import DataConfig, TaskConfig
 from bertdist.core.errors import DataError
 from bertdist.data.columns import Problems, read_label_columns, read_labels
+from bertdist.data.label_stats import label_stats_of
 from bertdist.data.records import Records
 from bertdist.data.splits import load_records, open_stream
-from bertdist.data.stats import create_task, label_stats_of
+from bertdist.data.stats import create_task
 
 where = "a.csv line {}".format
 

@@ -10,9 +10,9 @@ import pytest
 from bertdist.core.args import read_config
 from bertdist.core.errors import ConfigError, DataError
 from bertdist.data.held_out import HoldOut, text_numbers
+from bertdist.data.label_stats import label_stats_of
 from bertdist.data.records import Records, records_from_texts
 from bertdist.data.splits import load_parts, load_splits
-from bertdist.data.stats import label_stats_of
 from bertdist.data.streaming import Stream
 
 LABELS = ["bad", "good", "mixed"]

@@ -33,6 +33,7 @@ from bertdist.data.batch import (
     split_batch,
     split_by_tokens,
 )
+from bertdist.data.label_stats import LabelStats
 from bertdist.data.loader import (
     EVALUATION_ROWS,
     MapLoader,
@@ -41,7 +42,7 @@ from bertdist.data.loader import (
     loader_settings,
 )
 from bertdist.data.sharding import balance_by_length, epoch_order, prefetch_to_device
-from bertdist.data.stats import DatasetStats, LabelStats
+from bertdist.data.stats import DatasetStats
 from bertdist.data.tokenization import Example, load_tokenizer
 from bertdist.tasks.tasks import SingleLabel
 

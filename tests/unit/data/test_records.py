@@ -819,19 +819,19 @@ def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
             "a.csv",
             "text,label\na,1\n",
             {"text_column": "txet"},
-            "a.csv line 1: there is no column 'txet'; the columns are 'text', 'label'. Did you mean 'text'?",
+            "a.csv line 1: there is no column 'txet'. Did you mean 'text'? The columns are 'text', 'label'.",
         ),
         (
             "a.csv",
             "b,label\na,1\n",
             {},
-            "a.csv line 1: no column has a usual name for the text; the columns are 'b', 'label'. Pass --text_column.",
+            "a.csv line 1: no column has a usual name for the text. Pass --text_column. The columns are 'b', 'label'.",
         ),
         (
             "a.csv",
             "text,b\na,1\n",
             {},
-            "a.csv line 1: no column has a usual name for the label; the columns are 'text', 'b'. Pass --label_column.",
+            "a.csv line 1: no column has a usual name for the label. Pass --label_column. The columns are 'text', 'b'.",
         ),
         (
             "a.csv",
@@ -843,13 +843,13 @@ def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
             "a.jsonl",
             '{"b": "a", "label": 1}\n',
             {"text_column": "text"},
-            "a.jsonl: there is no column 'text'; the columns are 'b', 'label'. Name another one with --text_column.",
+            "a.jsonl: there is no column 'text'. Name another one with --text_column. The columns are 'b', 'label'.",
         ),
         (
             "a.csv",
             "a,1\n",
             {"column_names": ["_", "label"], "text_column": "_"},
-            "a.csv: there is no column '_'; the columns are 'label'. Name another one with --text_column.",
+            "a.csv: there is no column '_'. Name another one with --text_column. The columns are 'label'.",
         ),
     ],
 )
@@ -864,7 +864,7 @@ def test_a_path_that_is_no_file_is_refused_with_the_nearest_name(
 ) -> None:
     write("train.tsv", "text\tlabel\na\t1\n")
     assert refusal(lambda: train(str(tmp_path / "trian.tsv"))).endswith(
-        "trian.tsv: no such file. Did you mean 'train.tsv'?"
+        f"trian.tsv: no such file. Did you mean '{tmp_path / 'train.tsv'}'?"
     )
     assert refusal(lambda: train(str(tmp_path / "no" / "train.tsv"))).endswith("no such folder.")
     assert "is a folder without .txt files; expected a file" in refusal(

@@ -19,15 +19,9 @@ from bertdist.core.args import read_config
 from bertdist.core.config import TaskConfig, TrainConfig
 from bertdist.core.errors import DataError
 from bertdist.data.columns import LabelRules
+from bertdist.data.label_stats import LabelStats, label_stats_of
 from bertdist.data.records import ColumnNames, records_from_texts
-from bertdist.data.stats import (
-    DatasetStats,
-    LabelStats,
-    collect_stats,
-    create_task,
-    label_stats_of,
-    pretrained_digests,
-)
+from bertdist.data.stats import DatasetStats, collect_stats, create_task, pretrained_digests
 from bertdist.data.streaming import Stream
 from bertdist.tasks.tasks import SingleLabel
 

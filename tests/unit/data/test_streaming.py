@@ -22,11 +22,12 @@ from bertdist.core.errors import BertdistError, CheckpointError, ConfigError, Da
 from bertdist.data import streaming
 from bertdist.data.bad_rows import BadRow
 from bertdist.data.batch import Step
+from bertdist.data.label_stats import LabelStats
 from bertdist.data.loader import create_train_loader
 from bertdist.data.records import ColumnNames
 from bertdist.data.sharding import Message
 from bertdist.data.source import ReaderState
-from bertdist.data.stats import DatasetStats, LabelStats
+from bertdist.data.stats import DatasetStats
 from bertdist.data.streaming import (
     AgreeOnStep,
     Stream,

@@ -365,7 +365,7 @@ def test_sources_without_rows() -> None:
 def test_a_source_without_a_column_is_one_line() -> None:
     other = MemoryRows("other.jsonl", [{"text": "a", "labell": "no"}], columns=("text", "labell"))
     read = stream_of([[*files_of([(3, (2,))]), other]], limit=9)
-    told = r"^other\.jsonl: there is no column 'label'; the columns are 'text', 'labell'\. Did you mean 'labell'\?$"
+    told = r"^other\.jsonl: there is no column 'label'\. Did you mean 'labell'\? The columns are 'text', 'labell'\.$"
     windows = read.windows()
     with pytest.raises(DataError, match=told):
         list(windows)

@@ -10,9 +10,10 @@ from rows import write_rows
 from bertdist.core.args import read_config
 from bertdist.core.config import DataConfig, TaskConfig, TrainConfig
 from bertdist.core.errors import DataError
+from bertdist.data.label_stats import label_stats_of
 from bertdist.data.records import Records
 from bertdist.data.splits import load_splits
-from bertdist.data.stats import create_task, label_stats_of
+from bertdist.data.stats import create_task
 from bertdist.data.tokenization import create_dataset
 from bertdist.data_quality.report import check_data
 

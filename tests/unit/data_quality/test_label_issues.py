@@ -22,9 +22,10 @@ from bertdist import Predictor
 from bertdist.core.args import read_config
 from bertdist.core.config import DataConfig, TaskConfig
 from bertdist.core.errors import ConfigError, DataError
+from bertdist.data.label_stats import label_stats_of
 from bertdist.data.records import Records
 from bertdist.data.splits import load_records
-from bertdist.data.stats import create_task, label_stats_of
+from bertdist.data.stats import create_task
 from bertdist.data_quality import label_issues
 from bertdist.data_quality.config import RANKINGS, read_label_issue_config
 from bertdist.data_quality.duplicates import group_texts

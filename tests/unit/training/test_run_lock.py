@@ -20,8 +20,11 @@ from accelerate import Accelerator
 from forked import RankError, run_ranks
 from torch import nn
 
-from bertdist.core.errors import BertdistError, CheckpointError, ConfigError
+from bertdist.core.config import RunConfig
+from bertdist.core.errors import BertdistError, CheckpointError, ConfigError, DataError
 from bertdist.core.output_files import LOCK, OWNER
+from bertdist.distributed.collectives import raise_on_all_ranks
+from bertdist.distributed.watchdog import open_watchdog
 from bertdist.training import run_lock
 from bertdist.training.run_lock import (
     check_disk_space,
@@ -412,3 +415,89 @@ def test_space_for_two_checkpoints_is_required(
             BertdistError, match=r"are needed for 2 checkpoints and best/: free some space\.$"
         ):
             check_disk_space(tmp_path, model, ONE)
+
+
+STATUS_0 = '{"state": "failed", "step": 0, "reason": "x"}'
+
+
+def fail(folder: Path, files: dict[str, str], error: BaseException | None = None) -> None:
+    """A start that writes files and fails."""
+    with pytest.raises(BaseException, match="no model"), lock_run_folder(folder, ONE):
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        raise error or ConfigError("no model")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"survey.json": "{}", "bad_rows.jsonl": "{}", "metrics.jsonl": ""},
+        {"config.yaml": "", "environment.json": "{}", "status.json": STATUS_0},
+        {"folds/0/train.jsonl": "{}", "folds/0/status.json": STATUS_0},
+    ],
+)
+def test_a_failed_start_leaves_nothing(files: dict[str, str], tmp_path: Path) -> None:
+    fail(tmp_path / "deep" / "out", files)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run.log").write_text("")  # the command's own output
+    fail(tmp_path / "mine", files, ValueError("no model"))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["run.log"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"metrics.jsonl": "{}\n"}, "no model"),  # a step was taken
+        ({"status.json": STATUS_0.replace("0", "1")}, "no model"),
+        ({"checkpoints/step_000001/manifest.json": "{}"}, "no model"),
+        ({"bertdist/events": ""}, "no model"),  # of a tracker, or a user
+        ({"train.txt": ""}, "no model"),
+        ({"nan_rows.jsonl": "{}"}, "no model"),
+        ({"bad_rows.jsonl": "{}"}, "no model: see bad_rows.jsonl"),
+    ],
+)
+def test_a_failed_run_keeps_its_files(files: dict[str, str], message: str, tmp_path: Path) -> None:
+    fail(tmp_path / "out", files, DataError(message))
+    assert {*map(str, files)} <= {
+        str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*")
+    }
+    assert (tmp_path / "out" / LOCK).exists(), "still the folder of a run"
+
+
+def test_a_failed_start_removes_only_what_it_made(tmp_path: Path) -> None:
+    fail(tmp_path, {"metrics.jsonl": "{}\n"})
+    before = snapshot(tmp_path)
+    fail(tmp_path, {"config.yaml": "", "status.json": STATUS_0})
+    assert snapshot(tmp_path) == before
+    with lock_run_folder(tmp_path / "new", ONE):
+        (tmp_path / "new" / "status.json").write_text(STATUS_0)
+    assert (tmp_path / "new" / LOCK).exists(), "a run that ends, or is stopped, keeps its folder"
+
+
+def test_a_refused_start_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "_acquire", lambda *_: refuse())
+
+    def refuse() -> None:
+        raise ConfigError("no model")
+
+    with pytest.raises(ConfigError), lock_run_folder(tmp_path / "a" / "b", ONE):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def fail_on_all_ranks(accelerator: Accelerator, folder: Path) -> None:
+    with (
+        pytest.raises(ConfigError),
+        lock_run_folder(folder, accelerator),
+        open_watchdog(folder, accelerator, RunConfig()),
+        raise_on_all_ranks(accelerator),
+    ):
+        raise ConfigError("no model")
+
+
+def test_several_ranks_leave_nothing(tmp_path: Path) -> None:
+    run_ranks(2, fail_on_all_ranks, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -8,8 +8,9 @@ import torch
 from rows import labelled_records
 
 from bertdist.core.config import OptimConfig
+from bertdist.data.label_stats import LabelStats
 from bertdist.data.records import records_from_texts
-from bertdist.data.stats import DatasetStats, LabelStats
+from bertdist.data.stats import DatasetStats
 from bertdist.tasks.tasks import Regression, SingleLabel
 from bertdist.training.run_summary import (
     _count,

@@ -1,0 +1,137 @@
+"""Mistakes that can be seen before torch is imported, which takes seconds: in the names of models,
+folders and files, and of the columns of files.
+
+    check_train(config)        # also check_evaluate, check_predict, check_rows
+    parse_or_exit(read_config, check_train)
+
+The checks are those of the command itself, which makes them again: under a launcher on all ranks,
+whose files may differ. So here they are for a process of its own. Only the beginning of a local
+file is read; what would have to be read as a whole (a large JSON document), or twice over a
+network, is left to the command.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bertdist.core.atomic_io import read_json_object
+from bertdist.core.config import (
+    DataConfig,
+    EvaluateConfig,
+    FileConfig,
+    PredictConfig,
+    TrainConfig,
+)
+from bertdist.core.hub import check_model_name, enable_offline_fallback
+from bertdist.core.output_files import check_evaluation_folder, check_run_folder, output_format
+from bertdist.data.bad_rows import suggest_skipping
+
+MOST_FILES = 20  # of a glob: the command opens all of them
+MOST_JSON_BYTES = 8 << 20  # of a JSON document, which is read as a whole
+
+
+def check_train(config: TrainConfig) -> None:
+    """Raise BertdistError for what `train` would raise."""
+    if _is_launched():
+        return
+    if config.run.output_dir and not config.run.dry_run:
+        check_run_folder(Path(config.run.output_dir))
+    check_rows(config.data)
+    model = config.model
+    check_model(model.model_name_or_path, "--model_name_or_path", model.model_revision)
+    check_model(model.tokenizer_name, "--tokenizer_name", model.model_revision)
+
+
+def check_rows(data: DataConfig) -> None:
+    """Raise DataError for files, formats and columns."""
+    if _is_launched():
+        return
+    from bertdist.data.splits import check_files
+
+    for files in (data.train_file, data.validation_file, data.test_file):
+        patterns = [files] if isinstance(files, str) else files or []
+        with suggest_skipping():
+            for pattern in patterns:
+                check_files(_readable([pattern], data), data)
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    """Raise BertdistError for what `evaluate` would raise."""
+    if _is_launched():
+        return
+    from bertdist.data.splits import check_files
+    from bertdist.data.trained_rows import evaluation_data
+
+    if config.output_dir is not None:
+        check_evaluation_folder(Path(config.output_dir))
+    check_model(config.model, "--model")
+    if config.input is not None:
+        data = evaluation_data(config, _metadata(config.model)[0])
+        with suggest_skipping():
+            check_files(_readable([config.input], data), data)
+
+
+def check_predict(config: PredictConfig) -> None:
+    """Raise BertdistError for what `predict` would raise."""
+    if _is_launched():
+        return
+    check_model(config.model, "--model")
+    metadata, labels = _metadata(config.model)
+    from bertdist.data.trained_rows import check_pairs, trained_columns
+
+    if config.input is None:
+        check_pairs(metadata, config.text_pair is not None)
+    elif files := _readable(config.input, config):
+        from bertdist.data.input_rows import InputRows
+
+        form = output_format(config.output, config.output_format)
+        InputRows(
+            files,
+            config,
+            trained_columns(metadata),
+            labels=labels,
+            keep=config.keep_columns or (),
+            window_rows=1,
+            same_columns=form is not None and form.kind != "jsonl",
+        )
+
+
+def _is_launched() -> bool:
+    return "RANK" in os.environ
+
+
+def check_model(name: str | None, flag: str, revision: str | None = None) -> None:
+    """Raise ModelError for a folder that is none of a model, and a name that is not on the hub."""
+    if name and not _is_launched():
+        enable_offline_fallback()  # a command owns its process
+        check_model_name(name, flag, revision)
+
+
+def _metadata(model: str) -> tuple[dict[str, Any], list[str]]:
+    """What a run has saved in a model's folder, and what files may have as labels."""
+    settings = read_json_object(Path(model).expanduser() / "config.json")
+    metadata, names = settings.get("bertdist"), settings.get("id2label")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    labels = names.values() if isinstance(names, dict) else ()
+    return metadata, [*map(str, labels), *(metadata.get("label_codes") or ())]
+
+
+def _readable(patterns: Sequence[str], flags: FileConfig) -> list[str]:
+    """The files that are opened here. Raises DataError for names of none."""
+    return [path for pattern in patterns for path in _files_of(pattern, flags)]
+
+
+def _files_of(pattern: str, flags: FileConfig) -> Iterator[str]:
+    from bertdist.data.readers.file_reader import inspect_file
+    from bertdist.data.readers.remote import STDIN, list_files, protocol_of
+
+    if pattern == STDIN or protocol_of(pattern) is not None:
+        return
+    if os.path.isdir(pattern):
+        yield pattern
+        return
+    for path in list_files(pattern)[:MOST_FILES]:
+        is_large = os.path.getsize(path) > MOST_JSON_BYTES
+        if not (is_large and inspect_file(path, flags).kind == "json"):
+            yield path
