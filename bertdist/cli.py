@@ -29,7 +29,7 @@ from bertdist.core.args import (
 )
 from bertdist.core.config import DataConfig, EvaluateConfig, PredictConfig
 from bertdist.core.errors import ConfigError, did_you_mean
-from bertdist.core.flags import FlagParser, create_parser
+from bertdist.core.flags import FlagParser, create_parser, help_request
 from bertdist.core.terminal import (
     EXIT_BROKEN_PIPE,
     close_broken_stdout,
@@ -80,6 +80,12 @@ MODULES = {"evaluate": "eval"}  # evaluate.py would hide the library of that nam
 RESOURCES = ("accelerate_configs", "launch")
 SHELLS = ("bash", "zsh", "fish")
 
+_OVERVIEW_END = (
+    "bertdist COMMAND --help lists the flags of a command.",
+    "Exit codes: 0 done; 1 an error, of check also errors in the data; 75 stopped,",
+    "the same command resumes.",
+)
+
 _LAUNCH_HELP = """
 Several processes:
   --processes N        One per GPU, or N on the CPU
@@ -121,7 +127,7 @@ def _overview() -> str:
     about = {**{name: command.about for name, command in COMMANDS.items()}, **OTHER_COMMANDS}
     lines = [f"bertdist {bertdist.__version__}: fine-tune, evaluate and use text classifiers", ""]
     lines += [f"  bertdist {name:11} {text}" for name, text in about.items()]
-    return "\n".join([*lines, "", "bertdist COMMAND --help lists the flags of a command."])
+    return "\n".join([*lines, "", *_OVERVIEW_END])
 
 
 def _run_command(name: str, arguments: Sequence[str]) -> NoReturn:
@@ -129,7 +135,7 @@ def _run_command(name: str, arguments: Sequence[str]) -> NoReturn:
     try:
         config = parse_or_exit(COMMANDS[name].read, COMMANDS[name].check, arguments)
     except SystemExit as end:
-        if not end.code:  # --help was shown
+        if not end.code and help_request(arguments) in ("usual", "all"):
             print(_LAUNCH_HELP)
         raise
     if sys.stderr.isatty() and process_rank() == 0:

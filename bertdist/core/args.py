@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
@@ -35,7 +35,7 @@ from bertdist.core.config import (
     share_of,
 )
 from bertdist.core.errors import BertdistError, ConfigError, nearest_name
-from bertdist.core.flags import create_parser, help_request, help_text
+from bertdist.core.flags import create_parser, help_of_flag, help_request, help_text
 from bertdist.core.hub import model_folder
 from bertdist.core.output_files import STDOUT, check_outputs, output_format
 from bertdist.core.terminal import (
@@ -46,6 +46,8 @@ from bertdist.core.terminal import (
 )
 
 C = TypeVar("C")
+
+EXIT_USAGE = 2  # of --help with a word that is no flag
 
 _MODELS = ("model_name_or_path", "model", "tokenizer_name")
 TRAIN_SECTIONS = [ModelConfig, DataConfig, TaskConfig, BatchConfig, OptimConfig, RunConfig]
@@ -102,8 +104,7 @@ def parse_arguments(
     lists: settings of several values, which win over the file. Raises ConfigError.
     """
     if request := help_request(arguments):
-        print(help_text(program, about, sections, request == "all"), flush=True)
-        sys.exit(0)
+        _show_help(request, program, about, sections)
     parser = create_parser(sections, _VALUE_HINTS)
     names = [field.name for section in sections for field in dataclasses.fields(section)]
     file = parser.parse_known_args(list(arguments))[0].config
@@ -144,6 +145,24 @@ def parse_arguments(
     values = [_with_model_folders(section) for section in values]
     _check_paths(values, file)
     return tuple(values)
+
+
+def _show_help(request: str, program: str, about: str, sections: list[Any]) -> NoReturn:
+    """request: of `help_request`. Exits with 0, or 2 for a name that is no flag."""
+    if request in ("usual", "all"):
+        print(help_text(program, about, sections, request == "all"), flush=True)
+        sys.exit(0)
+    if text := help_of_flag(sections, request):
+        print(text, flush=True)
+        sys.exit(0)
+    names = [field.name for section in sections for field in dataclasses.fields(section)]
+    near = nearest_name(request.replace("-", "_"), names)
+    hint = f" Did you mean {near!r}?" if near else ""
+    print_to_stderr(
+        f"bertdist: --help {request}: there is no such flag.{hint} Known: {program} --help, "
+        "--help all, and --help with the name of a flag."
+    )
+    sys.exit(EXIT_USAGE)
 
 
 def parse_or_exit(

@@ -125,18 +125,33 @@ def _to_bool(text: str) -> bool:
 
 
 def help_request(arguments: Sequence[str]) -> str | None:
-    """None, "usual" or "all": what --help (-h) among the arguments asks for."""
+    """None, "usual", "all", or a word that should be a flag: what --help (-h) asks for."""
     for word, following in zip(arguments, [*arguments, ""][1:], strict=True):
         if word in ("-h", "--help"):
-            return "all" if following == "all" else "usual"
-        if word == "--help=all":
-            return "all"
+            return "usual" if following in ("", "-h", "--help") else _topic(following)
+        if word.startswith("--help="):
+            return _topic(word.removeprefix("--help="))
     return None
+
+
+def _topic(word: str) -> str:
+    return "usual" if word.startswith("-") else word
+
+
+def help_of_flag(sections: Iterable[Any], name: str) -> str:
+    """`learning_rate` -> its sentences, as wide as the terminal; "" where there is no such flag."""
+    name = name.replace("-", "_")
+    flags = (flag for section in sections for flag in flags_of(section) if flag.name == name)
+    return "\n".join(line for flag in flags for line in _full(flag, _width()))
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size().columns, _HELP_WIDTH)
 
 
 def help_text(program: str, about: str, sections: Sequence[Any], everything: bool) -> str:
     """The help of a command, as wide as the terminal."""
-    width = min(shutil.get_terminal_size().columns, _HELP_WIDTH)
+    width = _width()
     groups = {section._argument_group_name: flags_of(section) for section in sections}
     config = Flag(
         "config", str, False, (), None, CONFIG_HELP, "YAML file with flags as name: value"
@@ -152,7 +167,8 @@ def help_text(program: str, about: str, sections: Sequence[Any], everything: boo
     column = max(len(_head(flag)) for flag in usual) + 2
     lines += [f"{_head(flag):{column}}{flag.brief}" for flag in usual]
     if len(usual) < number:
-        lines += ["", f"{program} --help all lists all {number} flags and their defaults."]
+        lines += ["", f"{program} --help all lists all {number} flags and their defaults;"]
+        lines += ["--help NAME explains one of them."]
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ import re
 import select
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Collection, Iterable, Sequence
 from typing import NoReturn, TypeAlias
@@ -89,12 +90,13 @@ def print_lines(console: Console, *lines: str) -> None:
     """Print lines, on a terminal wrapped between words; a path that is longer than a line stays
     whole, to be copied. Elsewhere, for grep, a message is one line.
     """
-    for line in lines:
-        text = plain_text(line)
-        if console.is_terminal:
-            console.print(text, overflow="ignore", crop=False)
-        else:
-            console.print(text, soft_wrap=True)
+    for line in map(printable, lines):
+        parts = [line]
+        if console.is_terminal and console.file.isatty():  # FORCE_COLOR makes a pipe one
+            width = console.width
+            parts = textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
+        for part in parts or [""]:
+            console.print(Text(part), soft_wrap=True)
 
 
 def create_table(
@@ -239,6 +241,23 @@ def escape_unencodable() -> None:
 def plain_text(text: str) -> Text:
     """A `printable` line for rich, without markup."""
     return Text(printable(text))
+
+
+def byte_size(count: float) -> str:
+    """`1.32 GB`, `820 KB`."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+def count_in_words(number: int) -> str:
+    """`109 million`; small numbers in full."""
+    for size, word in ((1_000_000_000, "billion"), (1_000_000, "million")):
+        if number >= size:
+            return f"{number / size:.3g} {word}"
+    return f"{number:,}"
 
 
 def excerpt(text: str, columns: int = EXCERPT_COLUMNS) -> str:

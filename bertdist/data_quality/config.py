@@ -35,6 +35,7 @@ from bertdist.data import preflight
 PROGRAM = "bertdist check"
 ABOUT = """Check rows before training: labels, tables, texts, duplicates, leaks and lengths.
 With --folds or --model, find label errors: see `bertdist check --folds 5 --help`.
+The exit code is 1 where a finding is an error, else 0.
 
   bertdist check --train_file train.tsv --validation_file dev.tsv --fix clean.tsv
   bertdist check --train_file train.tsv --folds 5 --model_name_or_path bert --output_dir out"""

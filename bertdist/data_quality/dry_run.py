@@ -23,7 +23,14 @@ import torch
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from bertdist.core.config import TrainConfig
-from bertdist.core.terminal import excerpt, process_rank, show, show_table
+from bertdist.core.terminal import (
+    byte_size,
+    count_in_words,
+    excerpt,
+    process_rank,
+    show,
+    show_table,
+)
 from bertdist.core.types import Array
 from bertdist.data.label_stats import label_stats_of
 from bertdist.data.sharding import balance_by_length, count_steps, epoch_order
@@ -187,7 +194,7 @@ def _setting(settings: Any, *names: str) -> int:
 def _show_memory(
     config: TrainConfig, lengths: Lengths, memory: MemoryEstimate, world_size: int
 ) -> None:
-    fixed = f"{memory.fixed_bytes / 1e9:.2f} GB"
+    fixed = byte_size(memory.fixed_bytes)
     if not memory.bytes_per_token:
         show(
             f"Memory per rank: {fixed} for weights, gradient and AdamW; activations unknown, the "
@@ -200,9 +207,9 @@ def _show_memory(
     minimum = memory.fixed_bytes + longest * per_token
     show(
         f"Memory per rank, estimated for --mixed_precision {config.run.mixed_precision or 'no'}:",
-        f"  {fixed}  {memory.num_parameters / 1e6:,.1f} million parameters x "
+        f"  {fixed}  {count_in_words(memory.num_parameters)} parameters x "
         f"{memory.bytes_per_parameter} bytes (weights, gradient, AdamW)",
-        f"  {tokens * per_token / 1e9:.2f} GB  {tokens:,.0f} tokens (mean per rank and step) x "
-        f"{per_token / 1e3:,.0f} kB of activations, if computed at once",
-        f"At least {minimum / 1e9:.2f} GB, with micro-batches of one text of {longest} tokens.",
+        f"  {byte_size(tokens * per_token)}  {tokens:,.0f} tokens (mean per rank and step) x "
+        f"{byte_size(per_token)} of activations, if computed at once",
+        f"At least {byte_size(minimum)}, with micro-batches of one text of {longest} tokens.",
     )

@@ -14,6 +14,7 @@ not trained again. Rows of the same text up to case and white space are in one f
 on one of them has seen all.
 """
 
+import json
 import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +42,7 @@ from bertdist.distributed.launcher import check_world
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import load_model_config, pretrained_labels
 from bertdist.tasks.tasks import Task, label_names_of
-from bertdist.training.evaluation import GLUE_METRICS
+from bertdist.training.evaluation import GLUE_METRICS, location_fields
 from bertdist.training.run_lock import FailedStart, claim_run_folder
 from bertdist.training.run_logger import RunLogger
 from bertdist.training.screen import cell
@@ -90,6 +91,8 @@ def _cross_validate(config: TrainConfig, train: Train, accelerator: Accelerator)
     folds: list[dict[str, Any]] = []
 
     def add_scores(fold: Fold) -> None:
+        if accelerator.is_main_process:
+            name_rows(fold, rows.records)
         report = read_json_object(fold.folder / "evaluation.json")
         entry = {"fold": fold.number, "rows": len(fold.rows), "step": report.get("step")}
         folds.append({**entry, "scores": report.get("scores", {})})
@@ -112,9 +115,26 @@ def _cross_validate(config: TrainConfig, train: Train, accelerator: Accelerator)
             report |= {"seed": run.seed, "scores": summarize(folds), "per_fold": folds}
             atomic_write(path, to_json(report, indent=1))
             show_scores(report, log)
-            log.say(f"Written: {path}. One model of all rows: the same command without --folds.")
+            log.screen.block("Files", f"{path}: scores of every fold, mean and standard deviation")
+            about = "a run per fold, with predictions.jsonl and errors.jsonl of its rows"
+            log.screen.block("", f"{path.parent / 'folds'}: {about}")
+            log.screen.block("Next", "the same command without --folds: one model of all rows")
     accelerator.end_training()
     return True
+
+
+def name_rows(fold: Fold, records: Records) -> None:
+    """Let the lines of a fold's errors.jsonl name the user's file and line, not the fold's own."""
+    path, own = fold.folder / "errors.jsonl", VALIDATION_FILE
+    entries = list(map(json.loads, path.read_bytes().splitlines())) if path.exists() else []
+    if all(entry.get("file") != own for entry in entries):  # done by an earlier process
+        return
+    lines = []
+    for entry in entries:
+        place = location_fields(records, int(fold.rows[entry["row"]]))
+        others = {name: x for name, x in entry.items() if name not in ("row", "file", "line")}
+        lines.append(to_json({"row": entry["row"], **place, **others}))
+    atomic_write(path, b"".join(lines))
 
 
 def summarize(folds: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:

@@ -41,6 +41,7 @@ from bertdist.distributed.collectives import (
 )
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import Classifier, load_trained_classifier
+from bertdist.tasks.constant_answers import describe_constant_answers
 from bertdist.tasks.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from bertdist.tasks.tasks import Task
 from bertdist.training.best_model import (
@@ -91,7 +92,7 @@ class Evaluation:
         predictions = self.predictions
         if not records.is_one_file:
             predictions = (
-                {"row": line["row"], **_location_fields(records, line["row"]), **line}
+                {"row": line["row"], **location_fields(records, line["row"]), **line}
                 for line in predictions
             )
         return Results(report, predictions, self.errors(records))
@@ -347,6 +348,10 @@ class Scorer:
             classes = self._report(predictions, references, task.labels)
         if task.problem_type == MULTI_LABEL and not predictions.any() and references.any():
             classes["suggested_threshold"] = suggested_threshold(probabilities, references)
+        elif note := describe_constant_answers(
+            task.problem_type, predictions, references, task.labels, scores
+        ):
+            classes["note"] = note
         truths = map(task.decode_target, references)
         records = zip(task.to_records(logits), truths, strict=True)
         return Evaluation(
@@ -412,7 +417,7 @@ def error_records(
         record = records[int(row)]
         yield {
             "row": int(row),
-            **_location_fields(records, int(row)),
+            **location_fields(records, int(row)),
             **answer,
             "truth": task.decode_target(references[row]),
             "error": float(sizes[row]),
@@ -421,7 +426,7 @@ def error_records(
         }
 
 
-def _location_fields(records: Records, row: int) -> dict[str, Any]:
+def location_fields(records: Records, row: int) -> dict[str, Any]:
     """A row's file and line, or its number in a file without lines, from 0."""
     file, line, file_row = records.location(row)
     return {"file": file, "file_row": file_row} if line is None else {"file": file, "line": line}

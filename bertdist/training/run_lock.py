@@ -50,6 +50,7 @@ from bertdist.core.output_files import (
     is_run_folder,
     read_owner,
 )
+from bertdist.core.terminal import byte_size
 from bertdist.distributed.collectives import raise_on_all_ranks
 
 # What a start may have made before its first step; in folds/ its rows too.
@@ -106,10 +107,11 @@ def check_disk_space(folder: Path, model: nn.Module, accelerator: Accelerator) -
             used = _bytes_in(folder / "checkpoints") + _bytes_in(folder / "best")
             needed = max(CHECKPOINTS * checkpoint + weights - used, checkpoint)
             free = shutil.disk_usage(folder).free
-            message = f"Checkpoint size: about {_size(checkpoint)}; {_size(free)} free in {folder}."
+            sizes = byte_size(checkpoint), byte_size(free)
+            message = f"Checkpoint size: about {sizes[0]}; {sizes[1]} free in {folder}."
             if free < needed:
                 raise CheckpointError(
-                    f"{message} About {_size(needed)} are needed for {CHECKPOINTS} checkpoints "
+                    f"{message} About {byte_size(needed)} are needed for {CHECKPOINTS} checkpoints "
                     "and best/: free some space."
                 )
     return message
@@ -257,11 +259,3 @@ def _may_be_alive(owner: dict[str, Any]) -> bool:
 
 def _bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"

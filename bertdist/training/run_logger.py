@@ -33,7 +33,7 @@ from bertdist.core.atomic_io import (
     json_safe,
     to_json,
 )
-from bertdist.core.config import TrainConfig, config_to_yaml
+from bertdist.core.config import DataConfig, TrainConfig, config_to_yaml
 from bertdist.core.errors import CheckpointError, ConfigError
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import PACKAGES, _version
@@ -105,6 +105,7 @@ class RunLogger:
         self.state, self.total_steps, self.steps_per_epoch = TrainState(), 0, 0
         self.screen = Screen(enabled)
         self.log_every = "auto"
+        self.data = DataConfig()  # of the run
         self._began, self._processes = time.perf_counter(), 1
         self._meter: ThroughputMeter | None = None
         self._running_since: int | None = None
@@ -224,8 +225,11 @@ class RunLogger:
             steps = f"{state.step} of {self.total_steps} steps ({reason})"
         self.say(f"Finished: {steps}, {best}.")
         self._show_times()
-        show_files(self.screen, self.folder)
-        show_commands(self.screen, self.folder)
+        # Other runs cannot train on files of their own folder.
+        is_fold = any(Path(file).parent == self.folder for file in self.data.train_file or ())
+        if not is_fold:
+            show_files(self.screen, self.folder)
+            show_commands(self.screen, self.folder, self.data)
 
     def _show_report(self, report: Mapping[str, Any], file: str, of: str) -> None:
         try:
@@ -275,7 +279,7 @@ class RunLogger:
         steps_per_epoch: 0 if it is not known.
         """
         self.state, self.total_steps, self.steps_per_epoch = state, total_steps, steps_per_epoch
-        self._processes = accelerator.num_processes
+        self._processes, self.data = accelerator.num_processes, config.data
         files = {
             "config.yaml": config_to_yaml(config),
             "environment.json": environment(accelerator),

@@ -9,15 +9,17 @@ show_times(log.screen, ...); show_files(log.screen, folder); show_commands(log.s
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 
-from bertdist.core.config import OptimConfig, TrainConfig
-from bertdist.core.terminal import excerpt
+from bertdist.core.config import DataConfig, FileConfig, OptimConfig, TrainConfig
+from bertdist.core.terminal import count_in_words, excerpt
 from bertdist.data.records import Records
 from bertdist.data.stats import DatasetStats
 from bertdist.models.classifier import Classifier
@@ -33,6 +35,7 @@ NAME_COLUMNS = 40  # of a label
 SHOWN_NAMES = 10  # of labels, in a line
 SHOWN_LABELS = 24  # lines of a table; of more labels a part is shown
 SHOWN_MATRIX = 12  # labels of a confusion matrix
+TEMPORARY = "bertdist-"  # in the path of what api.py writes of rows in memory
 FILES = {
     "best": "the weights, a Hugging Face folder",
     "evaluation.json": "scores, per label too",
@@ -119,15 +122,7 @@ def describe_model(config: TrainConfig, classifier: Classifier) -> str:
     source = "folder" if os.path.isdir(name) else "Hugging Face Hub"
     number = sum(weight.numel() for weight in classifier.parameters())
     kind = classifier.model.config.model_type
-    return f"{name} ({source}), {kind}, {_count(number)} parameters"
-
-
-def _count(number: int) -> str:
-    """`109 million`; small numbers in full."""
-    for size, word in ((1_000_000_000, "billion"), (1_000_000, "million")):
-        if number >= size:
-            return f"{number / size:.3g} {word}"
-    return f"{number:,}"
+    return f"{name} ({source}), {kind}, {count_in_words(number)} parameters"
 
 
 # ---- The end
@@ -160,9 +155,11 @@ def show_report(
         _show_scores(screen, of, scores, report.get("intervals") or {})
     if (threshold := report.get("suggested_threshold")) is not None:
         screen.say(
-            "Every answer is empty: no label of any row has a probability above 0.5. With a "
-            f"threshold of {threshold:.3g} there would be as many labels as in the truth."
+            "Every answer is empty: no label of any row has a probability above 0.5. With "
+            f"--threshold {threshold:.3g} predict gives as many labels as the truth has."
         )
+    if note := report.get("note"):  # of answers that are all alike
+        screen.say(note)
 
 
 def _show_matrix(screen: Screen, labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> None:
@@ -228,10 +225,42 @@ def show_files(screen: Screen, folder: Path) -> None:
         screen.block("" if number else "Files", f"{folder / name}: {about}")
 
 
-def show_commands(screen: Screen, folder: Path) -> None:
-    """The commands to use the model with."""
-    program = "bertdist" if shutil.which("bertdist") else "python -m bertdist"
-    model = f"--model {shlex.quote(str(folder))}"
+def show_commands(screen: Screen, folder: Path, data: DataConfig) -> None:
+    """The commands to use the model with. data: of the run."""
+    program, model = own_command(), f"--model {shlex.quote(str(folder))}"
     pair = ' --text_pair "..."' if screen.pairs else ""
     screen.block("Next", f'{program} predict {model} --text "..."{pair}', wrap=False)
-    screen.block("", f"{program} evaluate {model} --input test.tsv", wrap=False)
+    rows = shlex.join(_rows_to_evaluate(data))
+    screen.block("", f"{program} evaluate {model} {rows}", wrap=False)
+
+
+def own_command() -> str:
+    """How this program is started from the shell: `bertdist` where that is this one."""
+    name, python = shutil.which("bertdist"), shutil.which("python")
+    if name and Path(name).parent == Path(sys.executable).parent:
+        return "bertdist"
+    is_same = python and Path(python).parent == Path(sys.executable).parent
+    return f"{'python' if is_same else shlex.quote(sys.executable)} -m bertdist"
+
+
+def _rows_to_evaluate(data: DataConfig) -> list[str]:
+    """Flags that name rows with labels: those that the run has scored, else a file like its own.
+
+    The columns are known to the model; how the files are written is not.
+    """
+    if data.dataset_name or data.task_name:
+        flags = [("dataset_name", data.dataset_name), ("task_name", data.task_name)]
+        flags += [("dataset_config_name", data.dataset_config_name)]
+        flags += [("split", data.test_split or data.validation_split or "test")]
+    else:
+        scored = data.test_file or data.validation_file
+        if scored is None or TEMPORARY in scored:  # rows of Python
+            name = (data.train_file or [""])[0].rstrip("/").rsplit("/", 1)[-1]
+            scored = f"test{''.join(Path(name).suffixes[-2:]) or '.tsv'}"
+        flags = [("input", scored)]
+    words = [word for name, value in flags if value for word in (f"--{name}", value)]
+    for field in fields(FileConfig):
+        value = getattr(data, field.name)
+        if value != field.default and field.name not in ("text_column", "text_pair_column"):
+            words += [f"--{field.name}", *(value if isinstance(value, list) else [str(value)])]
+    return words

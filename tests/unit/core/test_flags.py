@@ -90,6 +90,8 @@ def test_values_in_help_say_their_kind() -> None:
         (["-h", "--seed"], "usual"),
         (["--seed", "1", "--help", "all"], "all"),
         (["--help=all"], "all"),
+        (["--help", "nosuch"], "nosuch"),
+        (["--help=seed", "all"], "seed"),
     ],
 )
 def test_help_is_asked_for(words: list[str], request_: str | None) -> None:
@@ -111,7 +113,9 @@ def test_help_fits_the_terminal(
 def test_short_help_has_the_usual_flags_and_full_help_all() -> None:
     short = help_text("p", "", [Sample], everything=False)
     assert "  --count N      How many\n" in short and "--ratio" not in short
-    assert short.endswith("p --help all lists all 8 flags and their defaults.")
+    assert short.endswith(
+        "p --help all lists all 8 flags and their defaults;\n--help NAME explains one of them."
+    )
     full = help_text("p", "", [Sample], everything=True)
     assert "sample:\n  --name TEXT\n      A name. Default: x.\n" in full
     assert "  --verbose\n      Say more.\n" in full  # no default that says nothing
@@ -135,6 +139,29 @@ def test_help_is_printed_and_exits_with_0(
     with pytest.raises(SystemExit) as ended:
         read(["--nonsense", "--help"])
     assert ended.value.code == 0 and "--config FILE" in capsys.readouterr().out
+
+
+def test_help_explains_one_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("learning_rate", "learning-rate"):
+        with pytest.raises(SystemExit) as ended:
+            read_config(["--help", word])
+        out = capsys.readouterr().out
+        assert ended.value.code == 0 and out.startswith("  --learning_rate X\n      ")
+        assert len(out.splitlines()) < 6
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [("nosuch", ""), ("learning_rat", " Did you mean 'learning_rate'?")],
+)
+def test_help_with_an_unknown_word_is_an_error(
+    word: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        read_config(["--help", word])
+    said = f"bertdist: --help {word}: there is no such flag.{hint} Known: bertdist train --help, "
+    out, error = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "") and error.startswith(said)
 
 
 def test_flags_are_read_without_torch_or_transformers() -> None:

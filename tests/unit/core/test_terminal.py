@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from bertdist.core.atomic_io import atomic_write
 from bertdist.core.errors import BertdistError
 from bertdist.core.terminal import (
+    byte_size,
+    count_in_words,
     escape_unencodable,
     print_error,
     print_json,
+    print_lines,
     print_to_stderr,
     printable,
     show,
@@ -160,3 +164,41 @@ def test_another_encoding_shows_escapes_and_json_keeps_its_values(
     out.flush()
     written = out.buffer.getvalue()  # type: ignore[attr-defined]
     assert written.isascii() and json.loads(written) == {"label": label}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+LONG = "/a/" + "folder/" * 12 + "train.tsv"
+
+
+def test_on_a_terminal_lines_wrap_between_words_and_paths_stay_whole() -> None:
+    out = Terminal()
+    console = Console(file=out, width=40, force_terminal=True, color_system=None)
+    words = f"bertdist: {LONG}: no such file. Did you mean the file that is beside it, or another?"
+    print_lines(console, words, "--model_name_or_path is-a-flag-that-is-not-broken")
+    lines = out.getvalue().splitlines()
+    assert " ".join(line.strip() for line in lines[:-2]) == words
+    assert lines[1] == f"{LONG}:" and max(len(line) for line in lines if LONG not in line) <= 40
+    assert [line.strip() for line in lines[-2:]] == [
+        "--model_name_or_path",
+        "is-a-flag-that-is-not-broken",
+    ]
+
+
+def test_elsewhere_a_message_is_one_line() -> None:
+    out = io.StringIO()
+    print_lines(Console(file=out, width=40, force_terminal=True), "word " * 30, "next")
+    assert out.getvalue() == "word " * 30 + "\nnext\n"
+
+
+def test_sizes_and_counts_are_short() -> None:
+    sizes = [byte_size(x) for x in (0, 12, 999.6, 820_000, 1_320_000_000, 2e15)]
+    assert sizes == ["0 B", "12 B", "1 KB", "820 KB", "1.32 GB", "2e+03 TB"]
+    assert [count_in_words(n) for n in (37_922, 109_483_778, 2_500_000_000)] == [
+        "37,922",
+        "109 million",
+        "2.5 billion",
+    ]

@@ -52,6 +52,14 @@ def validate(
             }
             report = json.dumps({"step": 7, "scores": scores})
             Path(config.run.output_dir, "evaluation.json").write_text(report)
+            rows = load_records(config.data, "validation")
+            assert rows is not None
+            wrong = [
+                {"row": row, "file": "validation.jsonl", "line": row + 1, "text": rows[row].text}
+                for row in (1, 0)
+            ]
+            errors = "".join(f"{json.dumps(entry)}\n" for entry in wrong)
+            Path(config.run.output_dir, "errors.jsonl").write_text(errors)
         return ended
 
     finished = cross_validate(read_config(words), train)
@@ -90,6 +98,39 @@ def test_folds_divide_the_rows_and_their_scores_are_summed_up(
         "std": pytest.approx(np.std(values, ddof=1)),
     }
     assert report["scores"]["mcc"] == {"mean": None, "std": None}  # undefined in a fold
+
+
+def test_errors_of_a_fold_name_the_file_and_line_of_the_user(
+    words: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    arguments = words(tmp_path / "out")
+    file = Path(arguments[arguments.index("--train_file") + 1])
+    text_at = file.read_text().splitlines()[0].split("\t").index("text")
+    texts = [line.split("\t")[text_at] for line in file.read_text().splitlines()]
+    for _ in range(2):  # the second time nothing is left to do
+        run_ranks(1, validate, arguments)
+        for fold in range(K):
+            errors = tmp_path / "out" / "folds" / str(fold) / "errors.jsonl"
+            entries = list(map(json.loads, errors.read_text().splitlines()))
+            assert [entry["row"] for entry in entries] == [1, 0]
+            for entry in entries:
+                assert list(entry) == ["row", "file", "line", "text"]
+                assert entry["file"] == "rows.tsv" and texts[entry["line"] - 1] == entry["text"]
+
+
+def test_a_failed_start_leaves_nothing(words: Callable[..., list[str]], tmp_path: Path) -> None:
+    config = read_config(words(tmp_path / "deep" / "out"))
+
+    def fail(accelerator: Accelerator) -> None:
+        def train(config: TrainConfig) -> bool:
+            assert (Path(config.run.output_dir) / "train.jsonl").exists()
+            raise ConfigError("no model")
+
+        with pytest.raises(ConfigError, match="no model"):
+            cross_validate(config, train)
+
+    run_ranks(1, fail)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_stopped_cross_validation_has_no_scores_and_resumes(

@@ -1,5 +1,7 @@
 """The first and the last lines of a run say what is true of it, and fit the terminal."""
 
+import shlex
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,17 +9,19 @@ import pytest
 import torch
 from rows import labelled_records
 
-from bertdist.core.config import OptimConfig
+from bertdist.core.args import read_evaluate_config
+from bertdist.core.config import DataConfig, OptimConfig
 from bertdist.data.label_stats import LabelStats
 from bertdist.data.records import records_from_texts
 from bertdist.data.stats import DatasetStats
 from bertdist.tasks.tasks import Regression, SingleLabel
+from bertdist.training import run_summary
 from bertdist.training.run_summary import (
-    _count,
     describe_data,
     describe_device,
     describe_optimization,
     describe_times,
+    show_commands,
     show_data,
     show_report,
 )
@@ -71,11 +75,6 @@ def test_a_label_with_a_line_end_stays_on_its_line(
 
 
 def test_sizes_and_settings() -> None:
-    assert [_count(n) for n in (37_922, 109_483_778, 2_500_000_000)] == [
-        "37,922",
-        "109 million",
-        "2.5 billion",
-    ]
     optim = OptimConfig(learning_rate=2e-5, warmup_ratio=0.1, lr_scheduler_type="cosine")
     assert describe_optimization(optim) == "learning rate 2e-05, cosine, warmup 0.1 of the steps"
     assert describe_optimization(OptimConfig()) == "learning rate 5e-05, linear"
@@ -104,7 +103,7 @@ def test_empty_answers_are_said_with_the_threshold_that_would_answer(
 ) -> None:
     show_report(screen, REPORT | {"suggested_threshold": 0.21234})
     said = capfd.readouterr().err
-    assert "Every answer is empty" in said and "threshold of 0.212 " in said
+    assert "Every answer is empty" in said and "With --threshold 0.212 predict" in said
 
 
 @pytest.mark.parametrize("matrix", [True, False])
@@ -160,3 +159,84 @@ def test_the_shares_of_the_time_add_up() -> None:
         "1 min 40 s: training 54%, waiting for data 6%, evaluation 20%, saving 10%, "
         "starting 10%; 1,200 steps, 5,432 tokens/s in training"
     )
+
+
+def commands(
+    screen: Screen, capfd: pytest.CaptureFixture[str], folder: str = "out", **data: Any
+) -> list[list[str]]:
+    show_commands(screen, Path(folder), DataConfig(**data))
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0].startswith("Next        ")
+    return [shlex.split(line[12:]) for line in lines]
+
+
+def test_the_next_commands_can_be_pasted(
+    screen: Screen, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_summary, "own_command", lambda: "bertdist")
+    predict, evaluate = commands(
+        screen,
+        capfd,
+        "my runs/a",
+        train_file=["t.txt"],
+        validation_file="dev set.txt",
+        column_names=["label", "text"],
+        label_column="label",  # of the run's config
+        text_column=["text"],  # of the model
+        delimiter="tab",
+    )
+    assert predict == ["bertdist", "predict", "--model", "my runs/a", "--text", "..."]
+    assert evaluate[4:] == [
+        *("--input", "dev set.txt", "--column_names", "label", "text", "--delimiter", "tab")
+    ]
+    config = read_evaluate_config(evaluate[2:])
+    assert config.input == "dev set.txt" and config.column_names == ["label", "text"]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"train_file": ["a/t.csv.gz"]}, ["--input", "test.csv.gz"]),
+        ({"train_file": ["t.csv"], "test_file": "x.csv"}, ["--input", "x.csv"]),
+        ({"train_file": ["texts"]}, ["--input", "test.tsv"]),
+        (
+            {"train_file": ["/tmp/bertdist-x/t.parquet"], "validation_file": "/tmp/bertdist-x/v"},
+            ["--input", "test.parquet"],
+        ),
+        ({"task_name": "rte"}, ["--task_name", "rte", "--split", "test"]),
+        (
+            {"dataset_name": "a/b", "validation_split": "dev"},
+            ["--dataset_name", "a/b", "--split", "dev"],
+        ),
+    ],
+)
+def test_the_rows_to_evaluate_are_those_of_the_run(
+    data: dict[str, Any], words: list[str], screen: Screen, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert commands(screen, capfd, **data)[1][-len(words) :] == words
+
+
+def test_the_command_is_that_of_this_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, other = tmp_path / "own env", tmp_path / "other"
+    for folder in (own, other):
+        folder.mkdir()
+    for file in (own / "python", own / "python3", other / "bertdist", other / "python"):
+        file.write_text("")
+        file.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(own / "python3"))
+    monkeypatch.setenv("PATH", str(other))  # another program of that name
+    assert run_summary.own_command() == f"'{own / 'python3'}' -m bertdist"
+    monkeypatch.setenv("PATH", f"{own}:{other}")
+    assert run_summary.own_command() == "python -m bertdist"
+    (own / "bertdist").write_text("")
+    (own / "bertdist").chmod(0o755)
+    assert run_summary.own_command() == "bertdist"
+
+
+def test_answers_that_are_all_alike_are_said(
+    screen: Screen, capfd: pytest.CaptureFixture[str]
+) -> None:
+    show_report(screen, REPORT | {"note": "All 9 answers are 'no'."})
+    assert "All 9 answers are 'no'.\n" in capfd.readouterr().err
