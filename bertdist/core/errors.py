@@ -124,9 +124,9 @@ def did_you_mean_path(path: str, is_folder: bool = False) -> str:
     a folder can be meant.
     """
     given = Path(path)
-    for part in (*reversed(given.parents), given):
-        if not part.exists():
-            break
+    part = next((x for x in (*reversed(given.parents), given) if not x.exists()), None)
+    if part is None:
+        return ""
     names: list[str] = []
     with suppress(OSError):
         names = sorted(x for x in os.listdir(part.parent) if x[0] != "." or part.name[0] == ".")

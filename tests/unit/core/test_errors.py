@@ -52,7 +52,7 @@ def test_marking_one_error_as_shared_leaves_its_kind_alone() -> None:
         (
             "zebra",
             ["zest", "one", "zoo", "bar", *"12345"],  # of many the nearest ones
-            " Known: 'bar', 'zest', 'zoo', 'one', '1', '2', '3', '4', ....",
+            " Known: 'bar', 'zest', 'one', 'zoo', '1', '2', '3', '4', ....",
         ),
     ],
 )
