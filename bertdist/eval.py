@@ -135,7 +135,7 @@ def load_labelled_rows(config: EvaluateConfig) -> tuple[Task, Records, list[str]
         if sorted(names) == sorted(task.labels) and tuple(names) != task.labels:
             raise ConfigError(
                 "--label_names has the model's own names in another order, which would rename its "
-                f"outputs ({listed(task.labels, 20)}): leave it out, labels are matched by name."
+                f"outputs ({listed(task.labels)}): leave it out, labels are matched by name."
             )
         task = replace(task, labels=tuple(names), codes=())  # type: ignore[type-var]  # a Protocol
     data = evaluation_data(config, metadata)
@@ -157,7 +157,7 @@ def load_labelled_rows(config: EvaluateConfig) -> tuple[Task, Records, list[str]
         if is_hot:
             notes.append(
                 f"Labels of {records.name}: lists of {len(task.labels)} zeros and ones, in the "
-                f"order of the model's labels: {listed(task.labels, 20)}."
+                f"order of the model's labels: {listed(task.labels)}."
             )
             return task, records, notes
     values, matched = _match_labels(records, task)
