@@ -35,8 +35,8 @@ from bertdist.core.config import EvaluateConfig, ModelConfig, TrainConfig, confi
 from bertdist.core.errors import BertdistError, ConfigError
 from bertdist.core.hub import model_folder
 from bertdist.data.memory_rows import as_table
+from bertdist.data.trained_rows import data_of_model
 from bertdist.distributed.launch import EXIT_STOPPED
-from bertdist.eval import data_of_model
 from bertdist.eval import evaluate as evaluate_from_config
 from bertdist.models.classifier import (
     load_model_config,

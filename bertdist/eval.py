@@ -53,7 +53,7 @@ from bertdist.data.loader import DEFAULT_TOKEN_BUDGET
 from bertdist.data.records import Records
 from bertdist.data.splits import load_records
 from bertdist.data.tokenization import create_dataset, truncation_notes
-from bertdist.data.trained_rows import check_pairs, evaluation_data
+from bertdist.data.trained_rows import check_pairs, data_of_model
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import EXIT_STOPPED, create_accelerator, run_cli
 from bertdist.distributed.launcher import check_world
@@ -138,7 +138,7 @@ def load_labelled_rows(config: EvaluateConfig) -> tuple[Task, Records, list[str]
                 f"outputs ({listed(task.labels)}): leave it out, labels are matched by name."
             )
         task = replace(task, labels=tuple(names), codes=())  # type: ignore[type-var]  # a Protocol
-    data = evaluation_data(config, metadata)
+    data = data_of_model(config, metadata)
     records = load_records(data, "validation", task.problem_type == REGRESSION)
     if records is None:
         raise DataError(f"There are no rows of --split {config.split}.")

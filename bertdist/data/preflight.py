@@ -61,13 +61,13 @@ def check_evaluate(config: EvaluateConfig) -> None:
     if _is_launched():
         return
     from bertdist.data.splits import check_files
-    from bertdist.data.trained_rows import evaluation_data
+    from bertdist.data.trained_rows import data_of_model
 
     if config.output_dir is not None:
         check_evaluation_folder(Path(config.output_dir))
     check_model(config.model, "--model")
     if config.input is not None:
-        data = evaluation_data(config, _metadata(config.model)[0])
+        data = data_of_model(config, _metadata(config.model)[0])
         with suggest_skipping():
             check_files(_readable([config.input], data), data)
 

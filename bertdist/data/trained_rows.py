@@ -26,7 +26,7 @@ def trained_columns(metadata: dict[str, Any]) -> ColumnNames:
     return ColumnNames(text, metadata.get("text_pair_column"), None, [])
 
 
-def evaluation_data(config: EvaluateConfig, metadata: dict[str, Any]) -> DataConfig:
+def data_of_model(config: EvaluateConfig, metadata: dict[str, Any]) -> DataConfig:
     """The rows of an evaluation, as the validation rows of a run."""
     texts = config.text_column or metadata.get("text_column")
     return DataConfig(
