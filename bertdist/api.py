@@ -34,6 +34,7 @@ from bertdist.core.atomic_io import read_json_object, to_json
 from bertdist.core.config import EvaluateConfig, ModelConfig, TrainConfig, config_to_yaml
 from bertdist.core.errors import BertdistError, ConfigError
 from bertdist.core.hub import model_folder
+from bertdist.core.output_files import RESULT_FILES
 from bertdist.data.memory_rows import as_table
 from bertdist.data.trained_rows import data_of_model
 from bertdist.distributed.launch import EXIT_STOPPED
@@ -47,7 +48,6 @@ from bertdist.models.classifier import (
 from bertdist.predict import Predictor, Stopped
 from bertdist.tasks.labels import REGRESSION
 from bertdist.train import train as train_from_config
-from bertdist.training.best_model import RESULT_FILES
 from bertdist.training.cross_validation import REPORT_FILE, cross_validate
 from bertdist.training.run_logger import Hooks
 
