@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import bertdist
 from bertdist.core.args import (
+    IS_EMPTY,
     TRAIN_SECTIONS,
     parse_or_exit,
     read_config,
@@ -163,13 +164,15 @@ def _launch_flags(arguments: Sequence[str]) -> tuple[int, str, list[str]]:
     """(--processes, --config_file, the other arguments). Raises ConfigError."""
     parser = FlagParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--processes", type=int)
-    parser.add_argument("--config_file", "--config-file", default="")
+    parser.add_argument("--config_file", "--config-file")
     found, rest = parser.parse_known_args(list(arguments))
     if found.processes is not None and found.processes < 1:
         raise ConfigError(f"--processes is {found.processes}; expected at least 1.")
+    if found.config_file == "":
+        raise ConfigError(f"--config_file {IS_EMPTY}")
     if found.config_file and not os.path.isfile(found.config_file):
         raise ConfigError(f"--config_file {found.config_file}: there is no such file.")
-    return found.processes or 0, found.config_file, rest
+    return found.processes or 0, found.config_file or "", rest
 
 
 def _on_cpu(config: Any) -> bool:

@@ -64,8 +64,11 @@ _EVALUATE_ABOUT = """Evaluate a trained model on labelled rows: scores, interval
 
   bertdist evaluate --model out --input test.tsv
   bertdist evaluate --model out --input test.tsv --metrics accuracy ece --output_dir test_scores"""
+_WEIGHTS = (1e-10, 1e10)  # of labels: float32 holds the losses and the squares of gradients
 _SURE = 0.7  # similarity of a flag that is suggested: below it, deepspeed resembles seed
 _INPUTS = ("train_file", "validation_file", "test_file", "input", "config", *_MODELS)
+_MAY_BE_EMPTY = ("text", "text_pair")  # an empty text is a text
+IS_EMPTY = "has an empty value: give one, or leave the flag out (is a shell variable unset?)."
 DROPPED = ".dropped.jsonl"  # after the name of the file of check's --fix
 _NOT_A_FOLDER = ("latest", "last", "newest", "auto", "best", "true", "false", "yes", "no", "none")
 _VALUE_HINTS = {  # for a value of another type
@@ -108,6 +111,8 @@ def parse_arguments(
     parser = create_parser(sections, _VALUE_HINTS)
     names = [field.name for section in sections for field in dataclasses.fields(section)]
     file = parser.parse_known_args(list(arguments))[0].config
+    if file == "":
+        raise ConfigError(f"--config {IS_EMPTY}")
     file = file and os.path.expanduser(file)
     types: dict[str, Any] = {x.dest: x.type or str for x in parser._actions if x.nargs == "+"}
     sources = {"": dict(lists)}
@@ -140,7 +145,7 @@ def parse_arguments(
     unknown = [_unknown_setting(flag.replace("-", "_"), names) for flag in flags]
     if rest and not unknown:
         unknown = [f"Unexpected argument {rest[0]!r}: every value follows its flag."]
-    if problems := [*unknown, *_not_utf8(values)]:
+    if problems := [*unknown, *_not_utf8(values), *_empty(values)]:
         raise ConfigError("\n".join(problems))
     values = [_with_model_folders(section) for section in values]
     _check_paths(values, file)
@@ -229,6 +234,15 @@ def _not_utf8(sections: Sequence[Any]) -> Iterable[str]:
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, str) and re.search("[\ud800-\udfff]", item):
                     yield f"--{name} {item!a} is not UTF-8: rename it, or use a UTF-8 locale."
+
+
+def _empty(sections: Sequence[Any]) -> Iterable[str]:
+    """A path "" would be the current folder, and other settings would be as if not given."""
+    for section in sections:
+        for name, value in vars(section).items():
+            is_given = value != getattr(type(section), name) and name not in _MAY_BE_EMPTY
+            if is_given and "" in (value if isinstance(value, list) else [value]):
+                yield f"--{name} {IS_EMPTY}"
 
 
 def given_setting_names(arguments: Sequence[str]) -> set[str]:
@@ -472,8 +486,6 @@ def _label_problems(data: LabelledConfig) -> Iterable[str]:
         yield f"--label_columns repeats a name: {' '.join(data.label_columns)}."
     if data.label_columns and (data.label_column or data.label_delimiter):
         yield "--label_columns replaces --label_column and --label_delimiter; give one of them."
-    if data.label_delimiter == "":
-        yield "--label_delimiter is empty; expected one such as ';' (in YAML, in quotes)."
     if _changed(data, "max_bad_rows") and data.on_bad_row == "fail":
         yield "--max_bad_rows needs --on_bad_row skip."
 
@@ -571,8 +583,11 @@ def config_problems(config: TrainConfig) -> Iterable[str]:
         value = getattr(run, name).strip()
         if problem := _duration_problem(value):
             yield f"--{name} is {value!r}; {problem}"
-    for name in ("adam_beta1", "adam_beta2"):
-        if getattr(optim, name) == 1:
+    below_one = {"adam_beta1": optim.adam_beta1, "adam_beta2": optim.adam_beta2}
+    below_one |= {"dropout": config.model.dropout or 0.0}
+    below_one |= {"label_smoothing_factor": task.label_smoothing_factor}
+    for name, given in below_one.items():
+        if given == 1:  # of the last two, nothing would be learned
             yield f"--{name} is 1; expected less than 1."
     if run.folds is None:
         yield from _without_effect(config)
@@ -583,9 +598,11 @@ def config_problems(config: TrainConfig) -> Iterable[str]:
     weights = task.class_weights or ["balanced"]
     if weights != ["balanced"] and not all(map(_is_weight, weights)):
         yield (
-            f"--class_weights is {' '.join(weights)!r}; expected 'balanced' or one number of at "
-            "least 0 per label."
+            f"--class_weights is {' '.join(weights)!r}; expected 'balanced' or one number per "
+            f"label: 0, or from {_WEIGHTS[0]:g} to {_WEIGHTS[1]:g}."
         )
+    elif weights != ["balanced"] and not any(map(float, weights)):
+        yield f"--class_weights is {' '.join(weights)!r}; without one above 0 nothing is learned."
 
 
 def _duration_problem(value: str) -> str:
@@ -660,6 +677,6 @@ def _without_effect(config: TrainConfig) -> Iterable[str]:
 
 def _is_weight(text: str) -> bool:
     try:
-        return 0 <= float(text) < float("inf")
+        return float(text) == 0 or _WEIGHTS[0] <= float(text) <= _WEIGHTS[1]
     except ValueError:
         return False

@@ -213,9 +213,12 @@ def is_run_folder(folder: Path) -> bool:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raise ConfigError for a folder that holds files, and is not of a run; nothing is written."""
+    """Raise ConfigError for a folder that holds files, and is not of a run, and for a file; nothing
+    is written.
+    """
+    _reject_file(folder)
     if not folder.is_dir():
-        return  # new, or `lock_run_folder` says what it is
+        return
     own = {"checkpoints"} if _is_unused(folder / "checkpoints") else set[str]()
     if not is_run_folder(folder) and (foreign := _foreign_files(folder, own, WRITTEN)):
         raise ConfigError(
@@ -229,8 +232,7 @@ def check_evaluation_folder(folder: Path) -> None:
     """Raise ConfigError for a folder that holds files, and is not of an evaluation; nothing is
     written.
     """
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise ConfigError(f"--output_dir {folder} is a file; name a folder.")
+    _reject_file(folder)
     if not folder.is_dir():
         return
     if is_run_folder(folder) or (folder / "config.json").exists():
@@ -246,6 +248,11 @@ def check_evaluation_folder(folder: Path) -> None:
             "is new, empty or of an earlier evaluation."
         )
     _reject_links(folder, (*RESULT_FILES, "bad_rows.jsonl"), "an evaluation")
+
+
+def _reject_file(folder: Path) -> None:
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ConfigError(f"--output_dir {folder} is a file; name a folder.")
 
 
 def _foreign_files(folder: Path, own: Collection[str], written: Collection[str]) -> str:

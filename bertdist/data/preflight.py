@@ -35,7 +35,7 @@ def check_train(config: TrainConfig) -> None:
     """Raise BertdistError for what `train` would raise."""
     if _is_launched():
         return
-    if config.run.output_dir and not config.run.dry_run:
+    if config.run.output_dir:
         check_run_folder(Path(config.run.output_dir))
     check_rows(config.data)
     model = config.model

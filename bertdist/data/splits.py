@@ -70,10 +70,7 @@ def load_splits(config: TrainConfig) -> Splits:
     if not data.streaming:
         parts = load_parts(data, config.task, seed)
         train = parts["train"]
-        test = parts.get("test")
-        if test is None:
-            test = load_records(data, "test", needs_numbers(config.task, train))
-            test = test and _as_trained(test, train)
+        test = parts.get("test") or load_test(data, config.task, train)
         return Splits(train, parts.get("validation"), test)
     numbers_only = needs_numbers(config.task)
     stream = open_stream(data, seed, numbers_only)
@@ -87,6 +84,12 @@ def load_splits(config: TrainConfig) -> Splits:
         return rows and _as_trained(rows, stream)
 
     return Splits(stream, scored("validation", data.max_eval_samples), scored("test", None))
+
+
+def load_test(data: DataConfig, task: TaskConfig, train: Records) -> Records | None:
+    """The rows of --test_file, if there are any, for training rows in memory. Raises DataError."""
+    test = load_records(data, "test", needs_numbers(task, train))
+    return test and _as_trained(test, train)
 
 
 def _as_trained(rows: Records, train: "Records | Stream") -> Records:

@@ -16,6 +16,7 @@ over short texts need not keep):
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from bertdist.core.config import TrainConfig
+from bertdist.core.output_files import check_run_folder
 from bertdist.core.terminal import (
     byte_size,
     count_in_words,
@@ -34,15 +36,20 @@ from bertdist.core.terminal import (
 from bertdist.core.types import Array
 from bertdist.data.label_stats import label_stats_of
 from bertdist.data.sharding import balance_by_length, count_steps, epoch_order
+from bertdist.data.splits import load_test
 from bertdist.data.stats import create_task
 from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.data_quality.findings import counts, percent, summary
 from bertdist.data_quality.length_checks import Lengths
 from bertdist.data_quality.report import DataReport, check_data
+from bertdist.distributed.launch import installed_trackers
 from bertdist.distributed.launcher import check_launcher, check_world
-from bertdist.models.classifier import load_model_config, pretrained_labels
+from bertdist.models.classifier import check_before_loading, load_model_config, pretrained_labels
 from bertdist.models.model_config import check_vocabulary
 from bertdist.tasks.tasks import Task
+from bertdist.training.checkpoint import check_named
+from bertdist.training.evaluation import Scorer
+from bertdist.training.optimizer import create_lr_schedule
 
 OTHER_WORLD_SIZE = 8  # shown beside the current one
 BALANCED_STEPS = 200  # of the first epoch, to measure the load balance
@@ -65,14 +72,20 @@ class MemoryEstimate:
 def dry_run(config: TrainConfig) -> int:
     """Describe the run. Returns the exit code: 1 if there are errors in the data, else 0.
 
-    Under a launcher only rank 0 does anything. Raises BertdistError where training would.
+    Under a launcher only rank 0 does anything. Raises BertdistError where training would before it
+    loads weights; --mixed_precision fp16 may be planned without a GPU.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_launcher(config.run.mixed_precision)
     check_world(world_size)
     if process_rank() != 0:
         return 0
+    installed_trackers(config.run.report_to or [])
+    check_run_folder(Path(config.run.output_dir))
+    if config.run.resume_from_checkpoint is not None:
+        check_named(Path(config.run.resume_from_checkpoint))
     settings = load_model_config(config.model)
+    check_before_loading(config.model, settings)
     tokenizer = load_tokenizer(config.model)
     show(*check_vocabulary(settings, tokenizer, config.model.model_name_or_path))
     report = check_data(
@@ -91,8 +104,12 @@ def dry_run(config: TrainConfig) -> int:
     show(f"{summary(report.findings)}; details: bertdist check.")
     train = report.splits["train"]
     task = create_task(config.task, label_stats_of(train), pretrained_labels(settings))
-    for records in report.splits.values():
+    test = None if "test" in report.splits else load_test(config.data, config.task, train)
+    scored = [*report.splits.values(), *filter(None, [test])]
+    for records in scored:
         create_dataset(records, tokenizer, task, config.model.max_length)
+    if len(scored) > 1:
+        Scorer(config.task, task, config.data.task_name)
     _show_steps(config, report, task)
     _show_ranks(config, report, world_size)
     memory = estimate_memory(settings, task, config)
@@ -105,16 +122,18 @@ def _show_steps(config: TrainConfig, report: DataReport, task: Task) -> None:
     batch_size, max_length = config.batch.train_batch_size, config.model.max_length
     per_epoch = -(-num_rows // batch_size)
     total = count_steps(config.run, per_epoch)
+    create_lr_schedule(config.optim, total)
     per_row = lengths.kept / num_rows
     batched = padding_ratio(np.minimum(lengths.counted, max_length), batch_size, config.run.seed)
     shown = ", ".join(excerpt(name, 40) for name in task.labels[:10])
+    epochs = total / per_epoch
     outputs = f"{len(task.labels)} output{'s' * (len(task.labels) != 1)}"
     about = "" if lengths.rows == num_rows else "about "
     show(
         f"Task: {task.problem_type}, {outputs}: {shown}.",
         *filter(None, [task.reason]),
         f"{per_epoch:,} steps per epoch of {batch_size} rows, {total:,} steps in total "
-        f"({total * batch_size / num_rows:.4g} epochs).",
+        f"({epochs:.3g} epoch{'s' * (epochs != 1)}).",
         f"An epoch has {about}{lengths.kept:,} real tokens, {per_row:.1f} per row; "
         f"{lengths.truncated:.1%} of the rows are truncated.",
         f"Padding saved: padding to {max_length} would compute {max_length / per_row:.1f} times as "

@@ -219,7 +219,7 @@ def create_accelerator(run: RunConfig) -> Accelerator:
     other = torch.accelerator.current_accelerator(check_available=True)  # also mps, xpu, ...
     if other is not None and on_cpu and not run.use_cpu and process_rank() == 0:
         print_to_stderr(f"bertdist: device {other.type} is not supported; using the CPU.")
-    trackers = _installed_trackers(run.report_to or [])
+    trackers = installed_trackers(run.report_to or [])
     timeout = timedelta(seconds=run.rank_timeout)
     store = wait_for_all_ranks(timeout)
     try:
@@ -251,8 +251,11 @@ def create_accelerator(run: RunConfig) -> Accelerator:
     return accelerator
 
 
-def _installed_trackers(names: list[str]) -> list[str]:
-    """The trackers of --report_to; `all` is every installed one, `none` is none."""
+def installed_trackers(names: list[str]) -> list[str]:
+    """The trackers of --report_to; `all` is every installed one, `none` is none.
+
+    Raises ConfigError.
+    """
     installed = [str(tracker) for tracker in get_available_trackers()]
     if names == ["none"]:
         return []

@@ -69,10 +69,8 @@ class Classifier(nn.Module):
         self.packed = architecture is not None
         counts_from_pad = architecture is not None and architecture.counts_from_pad
         self._pad: int | None = model.config.pad_token_id if counts_from_pad else None
-        self._first_position = 0 if self._pad is None else self._pad + 1
-        positions = int(getattr(model.config, "max_position_embeddings", 512))
-        # XLNet's -1: it has no table of positions
-        self.max_positions = positions - self._first_position if positions > 0 else sys.maxsize
+        self._first_position = _first_position(model.config)
+        self.max_positions = _max_positions(model.config)
         replace_dropouts(model, lambda: self._dropout_masks)
         self.train(model.training)  # the new dropouts too
         reuse_embedding_gradient(model)
@@ -361,8 +359,7 @@ def load_classifier(
     model_type, where = model_config.model_type, f"{flag} {config.model_name_or_path}"
     packed = model_type in ARCHITECTURES
     settings = [*reset_outputs(model_config), *type_notes(model_config)]
-    _check_manifest(Path(config.model_name_or_path), model_config, where)
-    _check_weight_files(Path(config.model_name_or_path).expanduser(), where)
+    check_before_loading(config, model_config, flag)
     try:
         check_size(model_config, Path(config.model_name_or_path).expanduser(), where)
         with quiet_transformers():
@@ -405,12 +402,37 @@ def load_classifier(
         )
     if config.gradient_checkpointing:
         classifier.enable_gradient_checkpointing()
-    if config.max_length > classifier.max_positions:
-        raise ConfigError(
-            f"--max_length is {config.max_length}; this model has {classifier.max_positions} "
-            "positions."
-        )
     return classifier, notes
+
+
+def check_before_loading(
+    config: ModelConfig, model_config: PretrainedConfig, flag: str = "--model_name_or_path"
+) -> None:
+    """Raise ModelError for files of weights that cannot be used, and ConfigError for a max_length
+    above the model's positions; no weights are loaded.
+    """
+    folder, where = Path(config.model_name_or_path), f"{flag} {config.model_name_or_path}"
+    _check_manifest(folder, model_config, where)
+    _check_weight_files(folder.expanduser(), where)
+    positions = _max_positions(model_config)
+    if config.max_length > positions:
+        raise ConfigError(
+            f"--max_length is {config.max_length}; this model has {positions} positions."
+        )
+
+
+def _first_position(model_config: PretrainedConfig) -> int:
+    """The position id of a text's first token: some models count from pad_token_id."""
+    architecture = ARCHITECTURES.get(model_config.model_type)
+    counts_from_pad = architecture is not None and architecture.counts_from_pad
+    return 1 + int(model_config.pad_token_id) if counts_from_pad else 0
+
+
+def _max_positions(model_config: PretrainedConfig) -> int:
+    """Tokens of the longest text."""
+    positions = int(getattr(model_config, "max_position_embeddings", 512))
+    # XLNet's -1: it has no table of positions
+    return positions - _first_position(model_config) if positions > 0 else sys.maxsize
 
 
 def _check_weight_files(folder: Path, where: str) -> None:
@@ -436,6 +458,8 @@ def _check_weight_files(folder: Path, where: str) -> None:
             f"{where}: {pickles[0].name} is a pickle, which is not read: load it in transformers "
             "and save it with save_pretrained, which writes model.safetensors."
         )
+    if not files and folder.is_dir():
+        raise ModelError(f"{where}: the folder holds no weights (model.safetensors).")
 
 
 def _check_manifest(folder: Path, model_config: PretrainedConfig, where: str) -> None:

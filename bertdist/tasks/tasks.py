@@ -389,7 +389,13 @@ def infer_task(
     for value, count in rows_of.items():
         rows_per_label[task.encode_label(value)] += count
     balanced = counts.sum() / (len(labels) * np.maximum(rows_per_label, 1))
-    return replace(task, class_weights=_class_weights(config.class_weights, labels, balanced))
+    weights = _class_weights(config.class_weights, labels, balanced)
+    if weights and not rows_per_label @ np.array(weights):
+        raise ConfigError(
+            f"--class_weights {' '.join(config.class_weights or ())}: no training row has a label "
+            f"with a weight above 0, and nothing would be learned; the order is: {_shown(labels)}."
+        )
+    return replace(task, class_weights=weights)
 
 
 def _describe_one_label(label: str, column: str, limit: int | None) -> str:
@@ -510,9 +516,13 @@ def _class_weights(
     if len(weights) != len(labels):
         raise ConfigError(
             f"--class_weights has {len(weights)} numbers for {len(labels)} labels; "
-            f"the order is: {listed([excerpt(name, 40) for name in labels], 100)}."
+            f"the order is: {_shown(labels)}."
         )
     return tuple(float(weight) for weight in weights)
+
+
+def _shown(labels: tuple[str, ...]) -> str:
+    return listed([excerpt(name, 40) for name in labels], 100)
 
 
 def label_names_of(task: Task) -> list[str]:

@@ -137,6 +137,12 @@ class TrainState:
         return float((position.get("window") or position["over"])["epoch"]) if position else 0.0
 
 
+def check_named(folder: Path) -> None:
+    """Raise CheckpointError for a --resume_from_checkpoint that is no complete checkpoint."""
+    if damage := find_damage(folder):
+        raise CheckpointError(f"--resume_from_checkpoint {folder}: {damage}.")
+
+
 class Checkpointer:
     """Writes and loads the checkpoints of one run."""
 
@@ -256,8 +262,7 @@ class Checkpointer:
             self.log(f"Removing {leftover.name}: {action} this checkpoint was interrupted.")
             self._say_kept(remove_leftover(leftover))
         if named is not None:
-            if damage := find_damage(Path(named)):
-                raise CheckpointError(f"--resume_from_checkpoint {named}: {damage}.")
+            check_named(Path(named))
             self._check_same_run(Path(named))
             return str(self._same_here(Path(named)) or named)
         for folder in reversed(self._checkpoints()):

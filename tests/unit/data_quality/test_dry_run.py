@@ -1,6 +1,7 @@
 """A dry run describes what training does, and writes nothing."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from bertdist import cli
 from bertdist.core.args import read_config
-from bertdist.core.errors import DataError
+from bertdist.core.errors import BertdistError, ConfigError, DataError, ModelError
 from bertdist.data.sharding import balance_by_length, epoch_order
 from bertdist.data_quality import dry_run
 from bertdist.data_quality.dry_run import estimate_memory, load_balance, padding_ratio
@@ -55,6 +56,70 @@ def test_steps_and_tokens_are_those_of_training(
     ]
     tokens = max(line.get("tokens", 0) for line in lines)
     assert f"An epoch has {tokens // 2:,} real tokens" in out
+
+
+def test_epochs_are_steps_by_the_steps_of_an_epoch(
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 43), num_train_epochs=2)
+    # 43 rows are not 6 whole steps: by rows, 12 steps would be 2.23 epochs
+    assert "12 steps in total (2 epochs)." in run_dry(words, capsys, monkeypatch)[1]
+    one = [*words, "--train_batch_size", "64", "--max_train_steps", "1"]
+    assert "1 steps in total (1 epoch)." in run_dry(one, capsys, monkeypatch)[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"positive_label": "yes"}, "--positive_label yes: no such label."),
+        ({"metric_for_best_model": "no"}, "--metric_for_best_model no: not among the scores"),
+        ({"metrics": "bogus"}, "--metrics bogus: unknown score."),
+        ({"warmup_steps": 1000}, "--warmup_steps is 1000, but the run has"),
+        ({"report_to": "bogus"}, "--report_to bogus: not a tracker of accelerate."),
+        ({"resume_from_checkpoint": "no/folder"}, "--resume_from_checkpoint no/folder: there is"),
+        ({"max_length": 100_000}, "--max_length is 100000; this model has"),
+        ({"test_file": "no.tsv"}, "no.tsv: no such file."),
+    ],
+)
+def test_settings_that_training_refuses_are_refused(
+    settings: dict[str, Any],
+    message: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 43, 8), **settings)
+    with pytest.raises(BertdistError) as caught:
+        run_dry(words, capsys, monkeypatch)
+    assert str(caught.value).startswith(message)
+
+
+def test_folders_and_test_rows_that_training_refuses_are_refused(
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files, out = write_split(tmp_path, 43, 8), tmp_path / "out"
+    test = tmp_path / "test.tsv"
+    test.write_text("text\na text\n")
+    with pytest.raises(DataError, match="no column has a usual name for the label"):
+        run_dry(words_of(tiny_model, out, files, test_file=test), capsys, monkeypatch)
+    words = words_of(tiny_model, out, files, test_file=files.dev)
+    assert run_dry(words, capsys, monkeypatch)[0] == 0
+    out.mkdir()
+    (out / "notes.txt").write_text("not of a run")
+    with pytest.raises(ConfigError, match="which no run wrote"):
+        run_dry(words, capsys, monkeypatch)
+    empty = tmp_path / "empty_model"
+    shutil.copytree(tiny_model, empty)
+    (empty / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="the folder holds no weights"):
+        run_dry(words_of(empty, tmp_path / "new", files), capsys, monkeypatch)
 
 
 def test_only_rank_0_of_a_launch_prints(

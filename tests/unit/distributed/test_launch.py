@@ -276,7 +276,7 @@ def test_trackers_by_name_all_or_none(
     given: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "get_available_trackers", lambda: ["aim", "mlflow"])
-    assert launch._installed_trackers(given) == expected
+    assert launch.installed_trackers(given) == expected
 
 
 def test_what_accelerate_cannot_do_is_one_line() -> None:

@@ -289,6 +289,11 @@ def test_numbers_are_weights_in_the_order_of_the_outputs() -> None:
     assert task.row_weights(np.array([0, 1, 1])).tolist() == [2.0, 0.5, 0.5]
 
 
+def test_a_weight_may_be_0_as_long_as_rows_of_another_label_count() -> None:
+    task = task_of(["a", "b"], class_weights=["0", "1"])
+    assert task.row_weights(np.array([0, 1, 1])).tolist() == [0.0, 1.0, 1.0]
+
+
 def test_without_weights_every_row_counts_one() -> None:
     assert task_of(["a", "b"]).row_weights(np.array([0, 1, 1])).tolist() == [1.0, 1.0, 1.0]
     assert MultiLabel(("a",)).row_weights(np.zeros((2, 1))).tolist() == [1.0, 1.0]
@@ -486,6 +491,12 @@ def test_a_label_that_is_not_of_the_task_is_told(task: Task, label: Any, message
             {"class_weights": ["1", "2", "3"]},
             ConfigError,
             "--class_weights has 3 numbers for 2 labels; the order is: a, b.",
+        ),
+        (
+            ["a", "b"],
+            {"class_weights": ["0", "0", "1"], "label_names": ["a", "b", "c"]},
+            ConfigError,
+            "--class_weights 0 0 1: no training row has a label with a weight above 0, and nothing would be learned; the order is: a, b, c.",
         ),
         (
             [0.5, 1.5],

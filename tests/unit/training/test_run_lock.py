@@ -367,10 +367,10 @@ def test_unwritable_folder_is_a_checkpoint_error(
     )
 
 
-def test_file_in_place_of_the_folder_is_a_checkpoint_error(tmp_path: Path) -> None:
+def test_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     with (
-        pytest.raises(CheckpointError, match=r"^Cannot write to .*out: File exists\."),
+        pytest.raises(ConfigError, match=r"^--output_dir .*out is a file; name a folder\.$"),
         lock_run_folder(tmp_path / "out", ONE),
     ):
         pass
