@@ -135,7 +135,7 @@ def read_rows(args: argparse.Namespace, tokenizer: Any, texts_a_row: int) -> Row
     ]
     labels = [str(record.label) for record in found[::texts_a_row]]
     size = sum(len(text.encode()) for text in texts)
-    times = max(1, args.megabytes * 1_000_000 // max(size, 1))
+    times = max(1, int(args.megabytes * 1_000_000) // max(size, 1))
     some = [record._replace(text=text) for record, text in zip(found, texts[:2000], strict=False)]
     tokens = [len(ids) for ids, _ in encode(some, tokenizer, args.max_length)]
     names = sorted(set(labels))

@@ -1,5 +1,6 @@
 """Accelerate configs and launch scripts start the right ranks; SLURM jobs are requeued."""
 
+import json
 import os
 import shlex
 import signal
@@ -161,7 +162,7 @@ def test_a_users_config_that_asks_for_more_is_one_line(kind: str, tmp_path: Path
 
 
 def test_cpu_x2_config_is_as_many_processes_as_num_processes(print_world: str) -> None:
-    """Without the flag it is two: tests/launched.py. cpu.yaml is one: tests/runs/test_train.py."""
+    """Without the flag it is two: tests/launched.py. cpu.yaml is one: the smoke run."""
     words = ["--config_file", f"{CONFIGS}/cpu_x2.yaml", "--num_processes", "3"]
     code, out, err = launched(*words, print_world)
     assert (code, out) == (0, "ranks [0, 1, 2] over gloo\n"), err
@@ -488,6 +489,7 @@ def test_smoke_run_takes_five_steps(tiny_model: Path, tmp_path: Path) -> None:
         command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=SECONDS
     )
     assert run.returncode == 0, run.stderr
+    assert json.loads((tmp_path / "out/environment.json").read_text())["processes"] == 1
     lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
     assert len([line for line in lines if '"train"' in line]) == 5
     assert '"finished"' in (tmp_path / "out/status.json").read_text()

@@ -8,8 +8,6 @@ import contextlib
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
-from forked import run_ranks
+from forked import Command, run_ranks
+from launched import accelerate_launch
 from rows import (
     assert_same_run,
     checkpoints_of,
@@ -46,26 +45,17 @@ CADENCES = {
 
 
 class Launch:
-    """A command of `accelerate launch` that is running."""
+    """A command of `accelerate launch` that is running; the launcher is a fork."""
 
     def __init__(self, config: str, words: list[str], said: Path) -> None:
-        launch = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--quiet",
-            "--config_file",
-            f"accelerate_configs/{config}.yaml",
-        ]
-        with open(said, "a") as file:
-            self.process = subprocess.Popen(
-                [*launch, "bertdist/train.py", *words],
-                cwd=ROOT,
-                env=os.environ,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-            )
+        options = ["--quiet", "--config_file", f"accelerate_configs/{config}.yaml"]
+        self.process = Command(
+            accelerate_launch,
+            ["launch", *options, "bertdist/train.py", *words],
+            said,
+            {**os.environ, "HF_HOME": "/nonexistent"},
+            cwd=ROOT,
+        )
         self.out, self.said = Path(words[words.index("--output_dir") + 1]), said
 
     def wait_for_step(self, step: int) -> None:

@@ -181,18 +181,16 @@ def test_contenders_begin_with_the_same_weights(
 
 
 def test_contenders_learn_with_the_given_learning_rate(
-    tiny_model: Path, files: dict[str, str], tmp_path: Path
+    compared: tuple[Answers, Path], tiny_model: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
     seen: Answers = []
     words = words_of(
-        tiny_model, files, tmp_path / "page.md", "--contenders", "a,b,d", "--learning_rate"
+        tiny_model, files, tmp_path / "page.md", "--contenders", "a,b,d", "--learning_rate", "0.01"
     )
-    for rate in ("0", "0.01"):
-        assert peers.main([*words, rate], forked_child(seen)) == 0
-    losses = [answer["loss"] for kind, _, answer in seen if kind == "train"]
-    assert all(
-        abs(before - after) > 1e-3 for before, after in zip(losses[:3], losses[3:], strict=True)
-    )
+    assert peers.main(words, forked_child(seen)) == 0
+    before, after = runs_of(compared[0]), runs_of(seen)
+    assert list(after) == ["a", "b", "d"]
+    assert all(abs(run.loss - before[name].loss) > 1e-3 for name, run in after.items())
 
 
 def test_the_page_shows_every_contender_and_nothing_of_this_machine(

@@ -21,13 +21,16 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> FaultTest:
 
 
 @pytest.mark.parametrize(
-    "scenario",
-    [Scenario("map", 2, "three", "one rank"), Scenario("stream", 3, "one", "all ranks")],
+    ("scenario", "kills"),
+    [
+        (Scenario("map", 2, "three", "one rank"), 2),
+        (Scenario("stream", 3, "one", "all ranks"), 1),
+    ],
     ids=str,
 )
-def test_random_kills_lose_nothing(faults: FaultTest, scenario: Scenario) -> None:
+def test_random_kills_lose_nothing(faults: FaultTest, scenario: Scenario, kills: int) -> None:
     tally = Tally()
-    faults.trial(scenario, 2, random.Random(5), tally)
+    faults.trial(scenario, kills, random.Random(5), tally)
     assert (tally.runs, tally.lost, tally.identical) == (1, 0, tally.kills)
 
 

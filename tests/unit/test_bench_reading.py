@@ -1,7 +1,9 @@
 """What bench.reading measures is what a loader worker does, and its limit is where reading and training take the same time."""
 
 import re
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rows import make_rows, write_rows
@@ -69,8 +71,17 @@ def test_every_kind_of_file_holds_the_same_rows(
 
 
 def test_reading_writes_its_section(
-    file: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def read_few(args: Any, *rest: Any) -> Any:
+        return read_rows(Namespace(**{**vars(args), "megabytes": 0.05}), *rest)
+
+    read_rows = reading.read_rows
+    monkeypatch.setattr(reading, "read_rows", read_few)
     assert (
         reading.main(
             words(
