@@ -104,7 +104,7 @@ def explain_hub_error(error: BaseException, name: str, kind: str = "model") -> s
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
         causes.append(cause)
     types = {base.__name__ for cause in causes for base in type(cause).__mro__}
-    if "GatedRepoError" in types or re.search("gated (repo|dataset)", str(error)):
+    if "GatedRepoError" in types or re.search("(?<!or )gated (repo|dataset)", str(error)):
         page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
         return f"It is gated: accept its terms at {page}, then set HF_TOKEN or run `hf auth login`."
     if "RevisionNotFoundError" in types:
@@ -146,19 +146,25 @@ def run_folder_hint(folder: Path) -> str:
     return f". {run} is the folder of a run that has written no best/ yet."
 
 
+def check_folder(name: str, where: str) -> None:
+    """Raise ModelError for what can only be a path, and does not exist. where: for messages."""
+    path = Path(name).expanduser()
+    is_path = name.startswith((".", "~", "/")) or name.count("/") > 1
+    if not path.exists() and (is_path or ("/" in name and path.parent.is_dir())):
+        near = did_you_mean_path(str(path), is_folder=True)
+        raise ModelError(f"{where}: there is no such folder.{near}")
+
+
 def check_model_folder(name: str, where: str) -> None:
     """Raise ModelError for the path of a folder that is missing, or holds no config.json.
 
     where: `--model out`, for messages. Other names are those of models on the hub.
     """
     folder = Path(name).expanduser()
-    is_path = name.startswith((".", "~", "/")) or name.count("/") > 1
+    check_folder(name, where)
     if folder.is_file():
         raise ModelError(f"{where} is a file; give the folder of the model.")
     if not folder.is_dir():
-        if is_path or ("/" in name and folder.parent.is_dir()):
-            near = did_you_mean_path(str(folder), is_folder=True)
-            raise ModelError(f"{where}: there is no such folder.{near}")
         return
     if (folder / "adapter_config.json").exists():
         raise adapter_error(where)

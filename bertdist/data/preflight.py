@@ -23,7 +23,7 @@ from bertdist.core.config import (
     PredictConfig,
     TrainConfig,
 )
-from bertdist.core.hub import check_model_name, enable_offline_fallback
+from bertdist.core.hub import check_folder, check_model_name, enable_offline_fallback
 from bertdist.core.output_files import check_evaluation_folder, check_run_folder, output_format
 from bertdist.data.bad_rows import suggest_skipping
 
@@ -40,7 +40,7 @@ def check_train(config: TrainConfig) -> None:
     check_rows(config.data)
     model = config.model
     check_model(model.model_name_or_path, "--model_name_or_path", model.model_revision)
-    check_model(model.tokenizer_name, "--tokenizer_name", model.model_revision)
+    check_tokenizer(model.tokenizer_name)
 
 
 def check_rows(data: DataConfig) -> None:
@@ -106,6 +106,12 @@ def check_model(name: str | None, flag: str, revision: str | None = None) -> Non
     if name and not _is_launched():
         enable_offline_fallback()  # a command owns its process
         check_model_name(name, flag, revision)
+
+
+def check_tokenizer(name: str | None) -> None:
+    """Raise ModelError for a folder that does not exist; of the hub nothing is requested."""
+    if name and not _is_launched():
+        check_folder(name, f"--tokenizer_name {name}")
 
 
 def _metadata(model: str) -> tuple[dict[str, Any], list[str]]:

@@ -320,8 +320,13 @@ def _no_column(
     shown = listed([repr(n if len(n) <= 30 else f"{n[:30]}...") for n in names])
     looks_like_data = any(len(n) > 30 or n.replace(".", "", 1).isdecimal() for n in names)
     if has_header and looks_like_data:
-        advice += " This looks like a row of data: if the file has no header, "
-        advice += "name its columns with --column_names."
+        is_data = (
+            " This looks like a row of data: if the file has no header, name its columns with "
+        )
+        is_data += "--column_names."
+        for word in ("Pass", "Name"):
+            advice = advice.replace(f" {word} ", f" Otherwise {word.lower()} ")
+        advice = f"{is_data}{advice}"
     if has_header and any(name.startswith('"') for name in names):
         advice += " Without the quotes: --quoting double."
     line = " line 1" if has_header else ""

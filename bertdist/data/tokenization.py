@@ -201,9 +201,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises ModelError, also where --tokenizer_name has other ids than the model's own tokenizer, and
     ConfigError if --max_length is more than the tokenizer's limit.
     """
-    from bertdist.core.hub import explain_hub_error, probe_hub
+    from bertdist.core.hub import check_folder, explain_hub_error, probe_hub
 
     name = config.tokenizer_name or config.model_name_or_path
+    flag = "--tokenizer_name" if config.tokenizer_name else "--model_name_or_path"
+    check_folder(name, f"{flag} {name}")
     probe_hub(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -155,7 +155,7 @@ def check_start(
     else:
         revision = first.model_revision
         preflight.check_model(first.model_name_or_path, "--model_name_or_path", revision)
-        preflight.check_model(first.tokenizer_name, "--tokenizer_name", revision)
+        preflight.check_tokenizer(first.tokenizer_name)
 
 
 def read_check_config(args: Sequence[str]) -> tuple[CheckConfig, DataConfig]:

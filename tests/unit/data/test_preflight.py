@@ -12,9 +12,12 @@ import pytest
 
 import bertdist
 from bertdist.core.args import read_config, read_evaluate_config, read_predict_config
+from bertdist.core.config import ModelConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError, ModelError
+from bertdist.core.hub import constants
 from bertdist.data import preflight
 from bertdist.data.splits import load_splits
+from bertdist.data.tokenization import load_tokenizer
 from bertdist.models.classifier import load_model_config
 
 
@@ -82,14 +85,21 @@ def test_a_test_file_is_looked_at(folder: Path) -> None:
     ],
 )
 def test_models(name: str, message: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bertdist.core.config import ModelConfig
-    from bertdist.core.hub import constants
-
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     early = refusal(lambda: preflight.check_model(name, "--model"))
     assert message in early
     config = ModelConfig(model_name_or_path=name)
     assert early == refusal(lambda: load_model_config(config, "--model"))
+
+
+def test_tokenizers(folder: Path) -> None:
+    """Their folders need no config.json."""
+    preflight.check_tokenizer("hollow")
+    preflight.check_tokenizer("somebody/model")
+    message = "--tokenizer_name ./hollov: there is no such folder. Did you mean 'hollow'?"
+    assert refusal(lambda: preflight.check_tokenizer("./hollov")) == message
+    config = ModelConfig(model_name_or_path="model", tokenizer_name="./hollov")
+    assert refusal(lambda: load_tokenizer(config)) == message
 
 
 def test_a_config_json_that_is_none(folder: Path) -> None:
