@@ -170,8 +170,16 @@ class Classifier(nn.Module):
         inputs = {"input_ids": ids, "attention_mask": mask.long()}
         if self._takes_segments:
             inputs["token_type_ids"] = self._segments(batch)[index].masked_fill(~mask, 0)
-        logits: Tensor = self.model(**inputs).logits
+        try:
+            logits: Tensor = self.model(**inputs).logits
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise self._error(error, "these texts") from error  # such as T5, without </s>
         return logits
+
+    def _error(self, error: Exception, texts: str) -> ModelError:
+        """Of the model's own code."""
+        kind = self.model.config.model_type
+        return ModelError(f"A model of type {kind!r} does not classify {texts}: {_reason(error)}")
 
     def _probes(self, lengths: Sequence[int]) -> list[Example]:
         """Texts of about these lengths of the first ids of the vocabulary."""
@@ -197,10 +205,9 @@ class Classifier(nn.Module):
                 self.eval()
                 yield
         except Exception as error:
-            raise ModelError(
-                f"A model of type {self.model.config.model_type!r} does not classify plain texts: "
-                f"{_reason(error)}"
-            ) from error
+            own = error.__cause__ if isinstance(error, ModelError) else None
+            reason = own if isinstance(own, Exception) else error
+            raise self._error(reason, "plain texts") from error
         self.train(was_training)
 
     def _padding_changes_logits(self) -> bool:
@@ -593,7 +600,13 @@ def load_trained_classifier(folder: str) -> tuple[Classifier, Task, dict[str, An
     task = trained_task(model_config, f"--model {folder}")
     model, notes = load_classifier(config, task, model_config, "--model")
     if notes and notes[0].startswith(_NEW_WEIGHTS):
-        raise ModelError(f"--model {folder} is not a trained classifier. {notes[0]}")
+        new, _, other_shape = notes[0].partition(". ")
+        if other_shape:
+            raise ModelError(
+                f"--model {folder}: the output layer is not that of config.json, which has "
+                f"{len(task.labels)} labels (id2label): {other_shape}"
+            )
+        raise ModelError(f"--model {folder} is not a trained classifier. {new}")
     return model, task, saved_metadata(model_config)
 
 

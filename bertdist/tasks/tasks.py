@@ -10,6 +10,7 @@ Legend: N texts, O outputs, V distinct labels.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -312,8 +313,9 @@ def check_answer(task: Task, top_k: int | None, threshold: float | None) -> None
     """
     if top_k is not None and not (type(top_k) is int and top_k >= 1):
         raise ConfigError(f"top_k is {top_k!r}; expected a number of labels, 1 or more, or 'all'.")
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ConfigError(f"threshold is {threshold}; expected a probability from 0 to 1.")
+    is_number = isinstance(threshold, Real) and not isinstance(threshold, bool)
+    if threshold is not None and not (is_number and 0 <= threshold <= 1):
+        raise ConfigError(f"threshold is {threshold!r}; expected a probability from 0 to 1.")
     if task.problem_type == REGRESSION and (top_k, threshold) != (None, None):
         raise ConfigError("top_k and threshold are for labels; this model predicts a number.")
     if threshold is not None and top_k is not None and top_k >= len(task.labels):

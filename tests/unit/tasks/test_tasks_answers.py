@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +57,9 @@ def test_multi_label_rows_have_all_labels_above_the_threshold() -> None:
         (ONE, "2", None, "top_k is '2'"),
         (ONE, None, 1.5, "threshold is 1.5; expected a probability"),
         (ONE, None, float("nan"), "threshold is nan"),
+        (ONE, None, "0.5", "threshold is '0.5'; expected a probability"),
+        (ONE, None, [0.5], r"threshold is \[0.5\]"),
+        (ONE, None, True, "threshold is True"),
         (ONE, 4, 0.5, "A threshold cannot take effect where every label is given"),
         (Regression(("score",)), 2, None, "this model predicts a number"),
         (Regression(("score",)), None, 0.5, "this model predicts a number"),
@@ -65,4 +69,6 @@ def test_what_cannot_be_is_refused(task: Task, top_k: Any, threshold: Any, probl
     with pytest.raises(ConfigError, match=problem):
         check_answer(task, top_k, threshold)
     check_answer(ONE, 3, 0.5)
+    check_answer(ONE, None, np.float32(0.5))  # type: ignore[arg-type]
+    check_answer(ONE, None, 1)
     check_answer(Regression(("score",)), None, None)
