@@ -40,6 +40,7 @@ class PartialFile:
         """Raises CheckpointError where it cannot be written, or something else has its name."""
         self.target, self._key = target, key
         self.path, self._state_path = partial_paths(target)
+        self._whole_path = target.with_name(f".{target.name}.whole")
         self.saved: dict[str, Any] | None = None
         self.notes: list[str] = []
         self._size, self._saved_at, self._is_saved = 0, time.monotonic(), False
@@ -55,7 +56,7 @@ class PartialFile:
     def _open(self) -> IO[bytes]:
         state = read_json_object(self._state_path)
         is_ours = state.get("format") == FORMAT
-        for path in (self.path, self._state_path):
+        for path in (self.path, self._state_path, self._whole_path):
             if os.path.lexists(path) and not (is_ours and path.is_file()):
                 raise CheckpointError(
                     f"{path} exists and is not of an unfinished prediction: rename or remove it."
@@ -115,10 +116,14 @@ class PartialFile:
                 self._finish_file(self._file)
             else:
                 self._file.seek(0)
-                whole = self.path.with_name(f".{self.target.name}.whole")
-                with open(whole, "wb") as file:
-                    convert(self._file, file)
-                    self._finish_file(file)
+                whole = self._whole_path
+                try:
+                    with open(whole, "wb") as file:
+                        convert(self._file, file)
+                        self._finish_file(file)
+                except BaseException:
+                    whole.unlink(missing_ok=True)
+                    raise
             os.replace(whole, self.target)
             self.discard()
             flush_to_disk(self.target.parent)

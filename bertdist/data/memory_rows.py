@@ -84,5 +84,7 @@ def _table_of_dataset(
     """A datasets.Dataset, and the names of its labels."""
     if keep_codes:
         return dataset.with_format("arrow")[:].replace_schema_metadata(), None
-    names = class_names(dataset.features).get(data.label_column or LABEL_COLUMNS[0])
-    return named_table(dataset), names
+    names = class_names(dataset.features)
+    columns = {name.lower(): name for name in reversed(dataset.column_names)}
+    usual = next((columns[name] for name in LABEL_COLUMNS if name in columns), "")
+    return named_table(dataset), names.get(data.label_column or usual)

@@ -211,6 +211,8 @@ def _column_names(value: Any) -> Any:
 def records_from_table(table: Any, requested: ColumnNames) -> Records:
     """The texts of a table in memory, without labels. Raises DataError."""
     name = type(table).__name__
+    if name == "LazyFrame":  # polars
+        raise DataError("A LazyFrame has no rows yet: pass its .collect().")
     names = [column for column in _column_names(table) if isinstance(column, str)]
     columns = choose_columns(name, names, requested)
     texts: dict[str, Column] = {

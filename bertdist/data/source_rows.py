@@ -79,7 +79,7 @@ def read_source(data: DataConfig, records: Records) -> SourceRows:
     changed since.
     """
     parts, notes, row = list[Kept](), list[str](), 0
-    for chunk, kept in _chunks(data, notes):
+    for chunk, kept in _chunks(data, records.label_column or "", notes):
         found = []
         for at in range(chunk.num_rows):
             if row < len(records) and chunk.location(at) == records.location(row):
@@ -93,7 +93,8 @@ def read_source(data: DataConfig, records: Records) -> SourceRows:
     return source
 
 
-def _chunks(data: DataConfig, notes: list[str]) -> Iterator[tuple[Chunk, Kept]]:
+def _chunks(data: DataConfig, label: str, notes: list[str]) -> Iterator[tuple[Chunk, Kept]]:
+    """label: the column of the labels, which get the names that a parquet file has for them."""
     if not data.train_file:
         dataset, name = find_hub_split(data, "train")
         table = named_table(dataset)
@@ -105,8 +106,12 @@ def _chunks(data: DataConfig, notes: list[str]) -> Iterator[tuple[Chunk, Kept]]:
             is_json = reader.kind in ("json", "jsonl")
             names = columns_to_keep(reader)
             notes += filter(None, [unnamed_note(reader)])
+            labels = class_names(reader.features or {}).get(label)
             for chunk in read_chunks(reader, [WHOLE_OBJECT] if is_json else names):
-                yield chunk, kept_of_chunk(chunk, None if is_json else names)
+                kept = kept_of_chunk(chunk, None if is_json else names)
+                if labels is not None:
+                    kept.columns[label] = _with_names(kept.columns[label], labels)
+                yield chunk, kept
 
 
 def _with_texts(part: Kept, column: str, changed: Mapping[int, str]) -> Kept:
@@ -142,16 +147,19 @@ def named_table(dataset: Any) -> pa.Table:
     """A datasets.Dataset with the names of its class labels in place of their numbers."""
     table = dataset.with_format("arrow")[:].replace_schema_metadata()
     for column, names in class_names(dataset.features).items():
-
-        def named(value: Any, names: list[str] = names) -> Any:
-            if isinstance(value, list):
-                return [named(item, names) for item in value]
-            # -1 is "no label" in datasets.
-            return None if value is None or value < 0 else names[value]
-
         index = table.column_names.index(column)
-        values = table.column(column)
-        kind = pa.list_(pa.string()) if pa.types.is_nested(values.type) else pa.string()
-        named_values = pa.array(map(named, values.to_pylist()), kind)
-        table = table.set_column(index, column, named_values)
+        table = table.set_column(index, column, _with_names(table.column(column), names))
     return table
+
+
+def _with_names(column: pa.ChunkedArray, names: list[str]) -> pa.ChunkedArray:
+    """Class labels, or lists of them, by name."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, list):
+            return [named(item) for item in value]
+        # -1 is "no label" in datasets.
+        return None if value is None or value < 0 else names[value]
+
+    kind = pa.list_(pa.string()) if pa.types.is_nested(column.type) else pa.string()
+    return pa.chunked_array([pa.array(map(named, column.to_pylist()), kind)])

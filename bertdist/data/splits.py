@@ -279,6 +279,7 @@ def _read_file(
             reader.name,
             reader.read(columns.names(), num_rows),
             columns,
+            features=reader.features,
             has_header=reader.has_header,
             label_delimiter=label_delimiter,
             on_bad_row="skip" if reader.skip else "fail",

@@ -17,6 +17,7 @@ import gzip
 import io
 import json
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class AnswerColumns:
     @property
     def has_all(self) -> bool:
         """Whether every label has a column of its own."""
-        return self.top_k is not None and self.top_k >= len(self.labels)
+        return self.top_k == sys.maxsize  # --top_k all
 
     def names(self) -> list[str]:
         """In their order."""
@@ -319,8 +320,18 @@ class _ColumnTypes:
             return one
         if pa.types.is_null(one):
             return other
-        if any(map(pa.types.is_nested, (one, other))) or not (
-            pa.types.is_primitive(one) and pa.types.is_primitive(other)
+        if _has_bytes(one) != _has_bytes(other):
+            raise DataError(
+                f"column {name!r} holds {one} and {other}, which one column cannot: leave it out "
+                "(--keep_columns id date)."
+            )
+        both = (one, other)
+        is_wide = pa.uint64() in both and any(map(pa.types.is_signed_integer, both))
+        if (
+            is_wide
+            or all(map(pa.types.is_temporal, both))
+            or any(map(pa.types.is_nested, both))
+            or not all(map(pa.types.is_primitive, both))
         ):
             return pa.large_string()
         try:

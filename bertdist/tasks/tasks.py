@@ -440,6 +440,11 @@ def _multi_hot_names(outputs: int, label_names: list[str] | None) -> tuple[str, 
     name_of = dict(item.split("=", 1) for item in label_names if "=" in item)
     if len(name_of) == len(label_names) and name_of.keys() == {*positions}:
         label_names = [name_of[position] for position in positions]  # 0=mild 1=severe
+    elif len(name_of) == len(label_names) and all(map(str.isdecimal, name_of)):
+        raise ConfigError(
+            f"--label_names has names for {listed([*name_of], 5)}; the positions in lists of zeros "
+            f"and ones are 0 to {outputs - 1}."
+        )
     if len(label_names) != outputs:
         raise ConfigError(
             f"--label_names has {len(label_names)} names; the lists of zeros and ones have "
@@ -495,7 +500,7 @@ def _label_order(
         if missing := sorted(name for name in distinct if index.find(name) is None):
             raise ConfigError(
                 f"--label_names lacks {quoted(missing[0])}, which the training split has."
-                f"{did_you_mean(missing[0], given)}"
+                f"{describe_near_miss(missing[0], given) or did_you_mean(missing[0], given)}"
             )
         return tuple(given)
     if class_names is not None:

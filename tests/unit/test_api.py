@@ -168,6 +168,14 @@ def test_class_labels_become_their_names_in_their_order() -> None:
     assert table["label"].to_pylist() == ["neg", None, "pos"] and label_names == ["pos", "neg"]
 
 
+def test_class_labels_of_another_usual_column_are_names_too() -> None:
+    features = Features({"text": Value("string"), "Target": ClassLabel(names=["pos", "neg"])})
+    dataset = Dataset.from_dict({"text": TEXTS, "Target": [1, 1, 0]}, features=features)
+    assert as_table(dataset, "rows", DataConfig())[1] == ["pos", "neg"]
+    other = DataConfig(label_column="score")
+    assert as_table(dataset, "rows", other)[1] is None, "the control"
+
+
 def test_lists_of_class_labels_become_their_names() -> None:
     label = Sequence(ClassLabel(names=["z", "a", "m"]))
     features = Features({"text": Value("string"), "label": label})

@@ -146,7 +146,6 @@ class FileReader:
         self.kind, self.note = file.kind, file.note
         self.skip = on_bad_row == "skip"
         self.chunk_bytes, self.row_bytes = chunk_bytes, row_bytes
-        self.features: Any = None
         self._stored = fingerprint
         is_local = fingerprint is None and os.path.isfile(file.path)
         self.bytes: int | None = os.path.getsize(file.path) if is_local and size is None else size
@@ -164,14 +163,26 @@ class FileReader:
         how = (kind, file.delimiter, file.quoted, encoding, file.column_names, self.skip)
         return xxhash.xxh3_128_hexdigest(f"{stored} {how}".encode())
 
+    @property
+    def features(self) -> Any:
+        """The class names of columns in a parquet file, as `datasets.Features` has them."""
+        if self.file.kind != "parquet":
+            return None
+        with reading(self.file.path):
+            return self._parquet_columns[1]
+
+    @cached_property
+    def _parquet_columns(self) -> tuple[list[str], Any]:
+        # lazy, here and below: only parquet needs it
+        from bertdist.data.readers.parquet_reader import parquet_columns
+
+        return parquet_columns(self.name, self.file.open_seekable)
+
     def column_names(self) -> list[str]:
         """Of the columns that have a name, in order. Raises DataError, also without a row."""
         with reading(self.file.path):
             if self.file.kind == "parquet":
-                # lazy, here and below: only parquet needs it
-                from bertdist.data.readers.parquet_reader import parquet_columns
-
-                return parquet_columns(self.name, self.file.open_seekable)
+                return self._parquet_columns[0]
             names = self._read_header().names
         return [name for name in names if name and not (name == "_" and self.file.column_names)]
 
@@ -451,7 +462,8 @@ def inspect_file(
     by_name = ALIASES.get(by_name, by_name)
     seekable = partial(pa.OSFile, path) if is_local else partial(open_seekable, path, warn)
     codec = note = None
-    if "parquet" in (flags.file_format, by_name) and flags.file_format in ("auto", "parquet"):
+    kind = by_name if flags.file_format == "auto" else flags.file_format
+    if kind == "parquet" and compression_of(path) is None:
         fmt = _format_by_flags(name, "parquet", flags)
     else:
         with reading(name), closing(open_stored(path, warn)) as stored:

@@ -3,8 +3,10 @@
 A reader state is {"group": row group, "row": rows of the file before it}.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -23,10 +25,34 @@ from bertdist.data.source import (
 MAX_SLICE_ROWS = 8192
 
 
-def parquet_columns(name: str, open_seekable: OpenSeekable) -> list[str]:
-    """Names of the columns, in their order."""
+class ClassNames(NamedTuple):
+    """The names of a column's class labels, as datasets.ClassLabel has them."""
+
+    names: list[str]
+
+
+def parquet_columns(
+    name: str, open_seekable: OpenSeekable
+) -> tuple[list[str], dict[str, ClassNames]]:
+    """Names of the columns, in their order; and the class names that `datasets` has written for
+    some of them.
+    """
     with _opened(name, open_seekable) as parquet:
-        return nested_names(parquet.schema_arrow)
+        schema = parquet.schema_arrow
+        return nested_names(schema), _class_names((schema.metadata or {}).get(b"huggingface"))
+
+
+def _class_names(metadata: bytes | None) -> dict[str, ClassNames]:
+    try:
+        features = json.loads(metadata or b"{}")["info"]["features"]
+        inner = {name: feature.get("feature", feature) for name, feature in features.items()}
+        return {
+            name: ClassNames(list(map(str, feature["names"])))
+            for name, feature in inner.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):  # of another program
+        return {}
 
 
 def read_parquet(

@@ -189,6 +189,8 @@ def check_local_file(path: str) -> None:
         raise _folder_error(path, "csv")
     if not folder.is_dir():
         raise DataError(f"{path}: no such folder.{did_you_mean_path(path)}")
+    if os.path.islink(path) and not os.path.exists(path):
+        raise DataError(f"{path} is a symbolic link to {os.readlink(path)}, which is not there.")
     if not os.path.exists(path):
         names = sorted(os.listdir(folder))
         near = did_you_mean_path(path) or did_you_mean(Path(path).name, names)

@@ -155,7 +155,9 @@ def resolve_codec(fmt: FileFormat, head: bytes) -> tuple[str, int]:
     try:
         codec = codecs.lookup(fmt.encoding).name.removesuffix("-sig")
         "a".encode(codec)  # hex and the like are not encodings of text
-    except LookupError:
+        if codec in ("idna", "punycode", "unicode-escape", "raw-unicode-escape"):
+            raise LookupError
+    except (LookupError, UnicodeError):
         raise DataError(
             f"--encoding {fmt.encoding} is not a text encoding that Python knows, "
             "such as utf-8, cp1252 or gb18030."

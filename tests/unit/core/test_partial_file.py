@@ -91,8 +91,9 @@ def test_nothing_is_left_where_nothing_was_saved(tmp_path: Path) -> None:
 
 
 def test_a_stranger_is_never_replaced(tmp_path: Path) -> None:
-    for number, content in ((0, "mine"), (1, "mine"), (1, json.dumps({"format": "other"}))):
-        stranger = partial_paths(tmp_path / "out.csv")[number]
+    one, two = partial_paths(tmp_path / "out.csv")
+    whole, other = tmp_path / ".out.csv.whole", json.dumps({"format": "other"})
+    for stranger, content in ((one, "mine"), (two, "mine"), (two, other), (whole, "")):
         stranger.write_text(content)
         with pytest.raises(CheckpointError, match="is not of an unfinished prediction: rename or"):
             PartialFile(tmp_path / "out.csv", KEY)
@@ -123,7 +124,8 @@ def test_a_conversion_that_fails_can_be_repeated(tmp_path: Path) -> None:
         file.append(b"abc")
         file.save({"row": 3})
         file.finish(fail)
-    assert not target.exists()
+    assert names(tmp_path) == [".out.parquet.partial", ".out.parquet.partial.json"]
+    (tmp_path / ".out.parquet.whole").write_text("half")  # as after SIGKILL
     with PartialFile(target, KEY) as file:
         assert file.saved == {"row": 3}
         file.finish(convert)

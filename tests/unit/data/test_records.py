@@ -32,6 +32,7 @@ from bertdist.core.config import DataConfig, FileConfig
 from bertdist.core.errors import DataError
 from bertdist.data.readers import csv_reader
 from bertdist.data.records import ColumnNames, Record, Records, concat_records, records_from_texts
+from bertdist.data.source_rows import read_source
 from bertdist.data.splits import load_records, load_texts, open_stream
 
 Write = Callable[[str, str | bytes], str]
@@ -1427,6 +1428,35 @@ def test_class_labels_are_their_names_in_their_order(hub: Callable[..., str]) ->
         lambda: load_records(DataConfig(dataset_name=folder, train_split="trian"), "train")
     )
     assert message == f"{folder} has no split 'trian'. Did you mean 'train'?"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_class_labels_of_parquet_files_are_their_names(nested: bool, tmp_path: Path) -> None:
+    """datasets writes their names into the file's metadata; other files have numbers."""
+    import datasets
+
+    for file, names in (("train", ["pos", "neg"]), ("dev", ["neg", "pos"])):
+        label: Any = datasets.ClassLabel(names=names)
+        label = datasets.List(label) if nested else label
+        features = datasets.Features({"text": datasets.Value("string"), "label": label})
+        codes = [names.index(name) for name in ("neg", "pos", "neg")]
+        rows = {"text": ["a", "b", "c"], "label": [[x] for x in codes] if nested else codes}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{file}.parquet")
+    data = DataConfig(
+        train_file=[str(tmp_path / "train.parquet")], validation_file=str(tmp_path / "dev.parquet")
+    )
+    expected = [("neg",), ("pos",), ("neg",)] if nested else ["neg", "pos", "neg"]
+    for split, names in (("train", ("pos", "neg")), ("validation", ("neg", "pos"))):
+        records = load_records(data, split)  # type: ignore[arg-type]
+        assert records is not None and records.class_names == names
+        assert labels_of(records) == expected
+    assert labels_of(open_stream(data, 0).head()) == expected
+    source = read_source(data, load_records(data, "train"))
+    assert source.texts("label") == [list(x) for x in expected] if nested else expected
+    plain = pq.read_table(tmp_path / "train.parquet").replace_schema_metadata()
+    pq.write_table(plain, tmp_path / "train.parquet")
+    codes = [("1",), ("0",), ("1",)] if nested else ["1", "0", "1"]
+    assert labels_of(load_records(data, "train")) == codes, "the control"
 
 
 def test_lists_of_class_labels_are_sets(hub: Callable[..., str]) -> None:

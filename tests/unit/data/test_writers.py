@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import sys
 from datetime import date, datetime, timezone
 from decimal import Decimal
 from pathlib import Path
@@ -176,6 +177,35 @@ def test_a_table_cannot_hold_a_lone_surrogate(kind: str, value: dict[str, Any]) 
     assert written("jsonl", windows, list(value)), "the control"
 
 
+def test_kinds_that_one_parquet_column_cannot_hold(tmp_path: Path) -> None:
+    raw, number = arrow(x=[b"a", b"b"]), arrow(x=[1, 2])
+    with pytest.raises(
+        DataError, match="column 'x' holds binary and int64, which one column canno"
+    ):
+        written("parquet", [(raw, ANSWERS), (number, ANSWERS)], ["x"])
+    late = [datetime(2500, 1, 1)] * 2
+    windows = [
+        (Kept({"x": pa.chunked_array([pa.array(late, pa.timestamp("us"))])}), ANSWERS),
+        (Kept({"x": pa.chunked_array([pa.array([1, 2], pa.timestamp("ns"))])}), ANSWERS),
+    ]
+    large = arrow(x=pa.array([2**63, 1], pa.uint64())), arrow(x=pa.array([-1, 2], pa.int64()))
+    both = written("parquet", [(kept, ANSWERS) for kept in large], ["x"])
+    found = pa.parquet.read_table(io.BytesIO(both)).column("x").to_pylist()
+    assert found == [str(2**63), "1", "-1", "2"]
+    table = pa.parquet.read_table(io.BytesIO(written("parquet", windows, ["x"])))
+    assert [str(x)[:10] for x in table.column("x").to_pylist()] == ["2500-01-01"] * 2 + ["1970-01-01"] * 2  # fmt: skip
+
+
+def test_as_many_answers_as_asked_for_whatever_the_model_has() -> None:
+    for top_k in (2, 3):
+        names = AnswerColumns(False, top_k, ("no", "yes")).names()
+        assert names == [f"{x}_{k + 1}" for k in range(top_k) for x in ("label", "score")]
+    every = AnswerColumns(False, sys.maxsize, ("no", "yes"))
+    assert every.names() == ["label", "score_no", "score_yes"], "the control: --top_k all"
+    both = [{"label": "yes", "score": 0.75}, {"label": "no", "score": 0.25}]
+    assert AnswerColumns(False, 3, ("no", "yes")).values({"labels": both}) == ["yes", 0.75, "no", 0.25, None, None]  # fmt: skip
+
+
 def test_an_empty_output_has_its_columns() -> None:
     assert written("csv", [], ["id"]) == b"row,id,label,score\n" and written("jsonl", [], []) == b""
     assert gzip.decompress(written("tsv", [], [], is_compressed=True)) == b"row\tlabel\tscore\n"
@@ -204,7 +234,7 @@ def test_several_labels_in_a_table() -> None:
         ["1", "c", "0.5", "", ""],
     ]
     for is_multi_label, before in ((False, ["c"]), (True, [])):
-        columns = AnswerColumns(is_multi_label, 9, labels)
+        columns = AnswerColumns(is_multi_label, sys.maxsize, labels)
         data = written("parquet", [(Kept({}), [{"labels": [*found, rest]}])], [], columns)
         table = pa.parquet.read_table(io.BytesIO(data))
         assert list(table.to_pylist()[0].values()) == [0, *before, 0.25, 0.5, 0.125]

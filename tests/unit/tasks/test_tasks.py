@@ -487,6 +487,19 @@ def test_a_label_that_is_not_of_the_task_is_told(task: Task, label: Any, message
             "--label_names lacks 'bee', which the training split has. Did you mean 'be'?",
         ),
         (
+            ["a", "caf\u00e9"],
+            {"label_names": ["a", "cafe\u0301"]},
+            ConfigError,
+            "--label_names lacks 'caf\u00e9', which the training split has. Did you mean "
+            "'cafe\\u0301'? It differs from 'caf\\xe9' only in Unicode form (NFD and NFC).",
+        ),
+        (
+            [("0", "1"), ("1", "1")],
+            {"label_names": ["1=a", "2=b"]},
+            ConfigError,
+            "--label_names has names for 1, 2; the positions in lists of zeros and ones are 0 to 1.",
+        ),
+        (
             ["a", "b"],
             {"class_weights": ["1", "2", "3"]},
             ConfigError,
