@@ -54,7 +54,7 @@ from bertdist.training.run_logger import Hooks
 _running = threading.Lock()
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Evaluation:
     """The scores of a model on labelled rows, and what it predicts for each.
 
@@ -102,7 +102,8 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         of = self.report["evaluated"]
-        title = f"{of['model']} on {of['rows']:,} rows of {of['data']}"
+        title = f"{of['model']} on {of['rows']:,} rows"
+        title += f" of {of['data']}" * (of["data"] != "rows")
         return _html_scores(title, self.scores, self.intervals)
 
 
@@ -186,8 +187,16 @@ def train(
 ) -> Run:
     """Fine-tune a classifier; the same call with the same output_dir resumes a stopped run.
 
-    config: of `read_config`, instead of settings. settings: the flags of `bertdist train`, such as
-    learning_rate=1e-4; config="run.yaml" names a file of them.
+        run = bertdist.train(
+            model_name_or_path="google-bert/bert-base-uncased",
+            train_rows=frame, validation_split=0.1, output_dir="out", learning_rate=3e-5,
+        )
+
+    settings: the flags of `bertdist train`: model_name_or_path, train_file, validation_file,
+    test_file, validation_split, output_dir, text_column, label_column, label_names, max_length,
+    num_train_epochs, learning_rate, train_batch_size, metrics, seed, ...; `bertdist train --help
+    all` says what each does. config="run.yaml" is a file of them.
+    config: of `read_config`, instead of settings.
     train_rows, validation_rows, test_rows: instead of files, a pandas or polars DataFrame, a
     datasets.Dataset, a pyarrow.Table, a list of dicts, a dict of columns, or (texts, labels).
     on_log(step, values) is called for every training line of metrics.jsonl, and

@@ -14,7 +14,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Collection, Iterable, Sequence
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 from unicodedata import east_asian_width
 
 from rich.box import HORIZONTALS
@@ -29,6 +29,7 @@ from bertdist.core.errors import BertdistError
 Cell: TypeAlias = "str | Sequence[tuple[str, str]]"  # text, or (text, rich style) pairs
 
 EXCERPT_COLUMNS = 100
+NOTEBOOK_COLUMNS = 100
 EXIT_BROKEN_PIPE = 141  # as of a command that SIGPIPE has ended
 # For rank 0 to come as far as the others and print; then torchrun ends them anyway.
 PRINT_SECONDS = 15.0
@@ -76,14 +77,27 @@ def close_broken_stdout() -> bool:
     return is_broken
 
 
+def create_console(stderr: bool) -> Console:
+    """A console of rich; in a notebook plain text on standard output.
+
+    Of rich's HTML each line would be a box of its own, which cuts long ones, and standard error is
+    shown in red.
+    """
+    console = Console(stderr=stderr, highlight=False)
+    if console.is_jupyter:
+        options: dict[str, Any] = {"force_jupyter": False, "force_interactive": False}
+        return Console(highlight=False, width=NOTEBOOK_COLUMNS, **options)
+    return console
+
+
 def print_to_stderr(*lines: str) -> None:
     """`print_lines` to standard error."""
-    print_lines(Console(stderr=True, highlight=False), *lines)
+    print_lines(create_console(stderr=True), *lines)
 
 
 def show(*lines: str) -> None:
     """`print_lines` to standard output."""
-    print_lines(Console(highlight=False), *lines)
+    print_lines(create_console(stderr=False), *lines)
 
 
 def print_lines(console: Console, *lines: str) -> None:
@@ -137,7 +151,7 @@ def show_table(
 ) -> None:
     """Print a title and a `create_table` to standard output."""
     show(title)
-    Console(highlight=False).print(create_table(header, rows, right, lines))
+    create_console(stderr=False).print(create_table(header, rows, right, lines))
 
 
 def _styled(cell: Cell) -> Text:

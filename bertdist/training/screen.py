@@ -30,6 +30,7 @@ from torch import Tensor
 
 from bertdist.core.terminal import (
     Cell,
+    create_console,
     create_table,
     excerpt,
     plain_text,
@@ -120,7 +121,7 @@ class Screen:
     def __init__(self, enabled: bool, stderr: bool = True) -> None:
         """enabled: on rank 0. stderr: False for standard output."""
         self.enabled, self.verbose = enabled, False
-        self.console = Console(stderr=stderr, highlight=False)
+        self.console = create_console(stderr)
         # Words wrap on a terminal; in a file a message is one line, for grep.
         self.console.soft_wrap = not self.console.is_terminal
         self.has_panel = self.console.is_interactive and sys.stderr.isatty()

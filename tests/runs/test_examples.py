@@ -23,6 +23,12 @@ def test_the_notebook_runs(
     notebook = nbformat.read(EXAMPLES / "train_in_a_notebook.ipynb", as_version=4)
     nbclient.NotebookClient(notebook, timeout=200, kernel_name="python3").execute()
     outputs = [str(cell.get("outputs", "")) for cell in notebook.cells]
+    assert "Run(" in outputs[5] and "Evaluation(" in outputs[9]
+    streams = [str(output) for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not [text for text in streams if "'name': 'stderr'" in text]
+    assert any("'name': 'stdout'" in text and "train_rows" in text for text in streams)
+    assert not [text for text in streams if "'output_type': 'display_data'" in text]
+    assert not [text for text in outputs if "Warning" in text or "Loading weights" in text]
     assert "Run(" in outputs[5] and "accuracy" in outputs[6] and "'label'" in outputs[-1]
     assert bertdist.Run(tmp_path / "out").scores["loss"] > 0
     assert all(

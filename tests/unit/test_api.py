@@ -323,9 +323,10 @@ def test_rows_are_evaluated_as_at_the_end_of_the_run(run: bertdist.Run, tmp_path
     errors = [json.loads(line) for line in (run.folder / "errors.jsonl").read_text().splitlines()]
     assert found.errors == [{**row, "file": "rows"} for row in errors]
     assert repr(found).startswith(f"Evaluation({str(run.folder / 'best')!r}, 12 rows, loss ")
-    assert "12 rows of rows" in found._repr_html_()
+    assert f"{run.folder / 'best'} on 12 rows</div>" in found._repr_html_()
     file = write_rows(tmp_path / "d.tsv", dev)
     out = bertdist.evaluate(run.folder, input=file, output_dir=tmp_path / "out", use_cpu=True)
+    assert "on 12 rows of d.tsv</div>" in out._repr_html_()
     assert (out.folder, out.scores) == (tmp_path / "out", found.scores)
     assert out.predictions == found.predictions
     assert {row["file"] for row in out.errors} <= {"d.tsv"}

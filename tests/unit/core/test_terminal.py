@@ -202,3 +202,16 @@ def test_sizes_and_counts_are_short() -> None:
         "109 million",
         "2.5 billion",
     ]
+
+
+def test_a_notebook_gets_plain_text_on_standard_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = f"{'word ' * 40}train_rows"
+    print_to_stderr(long)
+    assert capsys.readouterr() == ("", f"{long}\n")  # the control
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    print_to_stderr(long)
+    show_table("Rows", ["name"], [["train_rows"]])
+    shown = capsys.readouterr()
+    assert shown.err == "" and shown.out.startswith(f"{long}\nRows\n") and "<" not in shown.out
