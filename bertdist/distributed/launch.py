@@ -219,13 +219,22 @@ def create_accelerator(run: RunConfig) -> Accelerator:
     other = torch.accelerator.current_accelerator(check_available=True)  # also mps, xpu, ...
     if other is not None and on_cpu and not run.use_cpu and process_rank() == 0:
         print_to_stderr(f"bertdist: device {other.type} is not supported; using the CPU.")
+    mixed_precision = run.mixed_precision
+    asked = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "")
+    if on_cpu and asked.lower() == "bf16" and not cpu_has_bf16():
+        mixed_precision = "no"
+        if process_rank() == 0:
+            print_to_stderr(
+                "bertdist: --mixed_precision bf16: this CPU has no instructions for it (AMX or "
+                "AVX512_BF16), where it is slower than float32; using float32."
+            )
     trackers = installed_trackers(run.report_to or [])
     timeout = timedelta(seconds=run.rank_timeout)
     store = wait_for_all_ranks(timeout)
     try:
         accelerator = Accelerator(
             cpu=on_cpu,
-            mixed_precision=run.mixed_precision,
+            mixed_precision=mixed_precision,
             log_with=trackers or None,
             project_dir=run.output_dir or None,
             kwargs_handlers=[
@@ -235,7 +244,7 @@ def create_accelerator(run: RunConfig) -> Accelerator:
         )
     except (ValueError, ImportError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        flag = f" (--mixed_precision {run.mixed_precision})" if run.mixed_precision else ""
+        flag = f" (--mixed_precision {mixed_precision})" if mixed_precision else ""
         raise ConfigError(f"accelerate: {reason}{flag}") from None
     del store  # rank 0 keeps it until the group exists
     if accelerator.distributed_type not in ACCEPTED_TYPES:
@@ -249,6 +258,11 @@ def create_accelerator(run: RunConfig) -> Accelerator:
             "--mixed_precision fp16 needs a GPU, and this run is on the CPU; use bf16 or no."
         )
     return accelerator
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has instructions for products in bf16."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def installed_trackers(names: list[str]) -> list[str]:

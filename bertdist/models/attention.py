@@ -230,7 +230,7 @@ def packed_attention(
         out = bucketed_attention(
             q, k, v, packing.buckets, scale, window, dropout, packing.dropout_masks
         )
-        return out.to(v.dtype)[None], None
+        return out[None], None
     kernel = _varlen if packing.kernel == "varlen" else _padded
     return kernel(q, k, v, packing, dropout, scale, window)[None], None
 
@@ -345,9 +345,10 @@ def _sdpa_per_length(
 
 
 class _Attention(torch.autograd.Function):
-    # cast_inputs: under autocast bf16 rounds only the products of the layers
+    # without autocast: bf16 is gathered, and float32 computed: oneDNN would need new code for most
+    # of these small products, MKL needs none
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # type: ignore[untyped-decorator]
+    @torch.autocast("cpu", enabled=False)
     def forward(
         ctx: Any,
         query: Tensor,
@@ -362,6 +363,7 @@ class _Attention(torch.autograd.Function):
         ctx.first_only = len(query) != len(key)
         q = _rows(query) if ctx.first_only else _rows(query).index_select(0, layout.pad_index)
         k, v = (_rows(x).index_select(0, layout.pad_index) for x in (key, value))  # (C, D)
+        q, k, v = (_at_least_float32(x) for x in (q, k, v))
         out, saved = torch.empty_like(q), []
         empty = q.new_empty(1, 1, 1)
         for i, bucket in enumerate(layout.buckets):
@@ -375,12 +377,12 @@ class _Attention(torch.autograd.Function):
             saved += [weights, weights if mask is None else mask]
         ctx.save_for_backward(q, k, v, *saved)
         ctx.layout, ctx.scale, ctx.dropped = layout, scale, keep is not None
+        out = out.to(query.dtype)
         return (out if ctx.first_only else out.index_select(0, layout.unpad_index)).view(
             query.shape
         )
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         layout, (q, k, v, *saved) = ctx.layout, ctx.saved_tensors
         d_out = _rows(gradients[0])
@@ -388,6 +390,7 @@ class _Attention(torch.autograd.Function):
             d_out = d_out.index_select(0, layout.pad_index)
             if layout.padding is not None:
                 d_out.index_fill_(0, layout.padding, 0)
+        d_out = _at_least_float32(d_out)
         d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
         empty = q.new_empty(1, 1, 1)
         for i in range(len(layout.buckets)):
@@ -401,6 +404,7 @@ class _Attention(torch.autograd.Function):
             d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
             torch.baddbmm(empty, d_scores, keys(k), beta=0, alpha=ctx.scale, out=queries(d_q))
             torch.baddbmm(empty, d_scores.mT, queries(q), beta=0, alpha=ctx.scale, out=keys(d_k))
+        d_q, d_k, d_v = (x.to(gradients[0].dtype) for x in (d_q, d_k, d_v))
         if not ctx.first_only:
             d_q = d_q.index_select(0, layout.unpad_index)
         d_k, d_v = (x.index_select(0, layout.unpad_index) for x in (d_k, d_v))
@@ -411,6 +415,10 @@ class _Attention(torch.autograd.Function):
 def _rows(x: Tensor) -> Tensor:
     """(T, H, D) -> (T x H, D)."""
     return x.reshape(-1, x.shape[-1])
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _mask_scores(scores: Tensor, bucket: Bucket, window: int | None) -> None:

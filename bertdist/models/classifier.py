@@ -44,7 +44,7 @@ from bertdist.core.errors import ConfigError, ModelError, listed
 from bertdist.data.batch import PackedBatch, collate
 from bertdist.data.tokenization import Example, save_tokenizer
 from bertdist.distributed.launch import with_default_modes
-from bertdist.models import attention
+from bertdist.models import attention, bf16
 from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.cpu_layers import reuse_embedding_gradient, use_onednn
 from bertdist.models.dropout import DropoutMasks, replace_dropouts, set_current_masks
@@ -78,6 +78,7 @@ class Classifier(nn.Module):
         if architecture is not None:
             expected = self._logits_of_transformers()
             architecture.prepare(model)
+            bf16.keep_bf16(model)
         pooling = getattr(model.config, "classifier_pooling", "cls")  # ModernBERT's
         self.first_tokens_only = self.packed and pooling == "cls"  # what leaves the last layer
         self.padding_changes_logits = not self.packed and self._padding_changes_logits()
@@ -88,6 +89,9 @@ class Classifier(nn.Module):
         """Logits (N, O) of the texts of a micro-batch, on its device."""
         if not self.packed:
             return self._forward_padded(batch)
+        texts = len(batch.lengths)
+        if bf16.in_use(batch.ids.device):
+            batch = bf16.round_up(batch)
         masks = self._dropout_masks = self._make_masks(batch, slice(None))
         set_current_masks(masks)
         inputs = {"input_ids": batch.ids[None], "position_ids": self._positions(batch)[None]}
@@ -97,7 +101,7 @@ class Classifier(nn.Module):
         kernel = self.attention_kernel(batch.ids.device)
         packing = attention.build_packing(batch.lengths, batch.starts[:-1], heads, kernel, masks)
         logits: Tensor = self.model(**inputs, packing=packing).logits
-        return logits
+        return logits[:texts]
 
     def enable_gradient_checkpointing(self) -> None:
         """Keep the input of a layer only, and compute the layer again in the backward.

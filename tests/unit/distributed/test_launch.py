@@ -236,7 +236,20 @@ def opened(run: RunConfig, environ: dict[str, str] | None = None) -> Any:
 
 def test_without_a_launcher_there_is_one_process() -> None:
     assert opened(RunConfig(use_cpu=True)) == (1, "cpu", "no")
-    assert opened(RunConfig(use_cpu=True, mixed_precision="bf16")) == (1, "cpu", "bf16")
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_bf16_needs_a_cpu_that_has_it(
+    by_flag: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no" if by_flag else "bf16")
+    run = RunConfig(use_cpu=True, mixed_precision="bf16" if by_flag else None)
+    monkeypatch.setattr("bertdist.distributed.launch.cpu_has_bf16", lambda: True)
+    assert opened(run) == (1, "cpu", "bf16") and capfd.readouterr().err == ""
+    monkeypatch.setattr("bertdist.distributed.launch.cpu_has_bf16", lambda: False)
+    assert opened(run) == (1, "cpu", "no")
+    error = capfd.readouterr().err
+    assert "AVX512_BF16" in error and "using float32" in error and error.count("\n") == 1
 
 
 def test_a_precision_that_cannot_take_effect_is_one_line() -> None:
