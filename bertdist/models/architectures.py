@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from bertdist.models.attention import Packing, packed_attention
+from bertdist.models.bf16_layer import use_bf16_layer
 
 # (layer, hidden states of queries (1, Q, hidden) and of all tokens (1, T, hidden), packing)
 # -> attention output (1, Q, hidden)
@@ -168,7 +169,10 @@ def _replace_last(layer: Any, attention: Attention, after_attention: AfterAttent
 
 
 def _prepare_bert(model: Any) -> None:
-    _replace_last(model.base_model.encoder.layer[-1], _bert_attention, _bert_after_attention)
+    *layers, last = model.base_model.encoder.layer
+    _replace_last(last, _bert_attention, _bert_after_attention)
+    for layer in layers:
+        use_bf16_layer(layer)
 
 
 def _prepare_distilbert(model: Any) -> None:

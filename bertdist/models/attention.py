@@ -91,6 +91,20 @@ class BucketLayout:
             self._spans.append((start, len(bucket.lengths) * heads, bucket.longest))
             start += len(bucket.lengths) * heads * bucket.longest
 
+    @cached_property
+    def joined_indices(self) -> tuple[Tensor, Tensor]:
+        """`pad_index` and `unpad_index` of queries, keys and values side by side.
+
+        (3 x C,): row of a (T x 3 x H, D) matrix; (T x 3 x H,): its position in a (3 x C, D) one.
+        """
+        parts = torch.arange(3)[:, None]
+        row = self.pad_index + self.pad_index.div(self.heads, rounding_mode="floor") * (
+            2 * self.heads
+        )
+        pad = (row + parts * self.heads).flatten()
+        unpad = self.unpad_index.view(-1, 1, self.heads) + parts * len(self.pad_index)
+        return pad, unpad.flatten()
+
     def view_of(self, bucket: int, first_only: bool = False) -> Callable[[Tensor], Tensor]:
         """Padded (C, D), or first tokens (N x H, D) -> a bucket's view (texts x H, queries, D)."""
         start, texts, longest = self._spans[bucket]
@@ -348,7 +362,7 @@ class _Attention(torch.autograd.Function):
     # without autocast: bf16 is gathered, and float32 computed: oneDNN would need new code for most
     # of these small products, MKL needs none
     @staticmethod
-    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
     def forward(
         ctx: Any,
         query: Tensor,
@@ -363,18 +377,8 @@ class _Attention(torch.autograd.Function):
         ctx.first_only = len(query) != len(key)
         q = _rows(query) if ctx.first_only else _rows(query).index_select(0, layout.pad_index)
         k, v = (_rows(x).index_select(0, layout.pad_index) for x in (key, value))  # (C, D)
-        q, k, v = (_at_least_float32(x) for x in (q, k, v))
-        out, saved = torch.empty_like(q), []
-        empty = q.new_empty(1, 1, 1)
-        for i, bucket in enumerate(layout.buckets):
-            queries, keys = layout.view_of(i, ctx.first_only), layout.view_of(i)
-            # (texts x H, queries, longest)
-            scores = torch.baddbmm(empty, queries(q), keys(k).mT, beta=0, alpha=scale)
-            _mask_scores(scores, bucket, window)
-            weights = scores.softmax(-1)
-            mask = None if keep is None else torch.mul(keep[i], q.new_tensor(mask_scale))
-            torch.bmm(weights if mask is None else weights * mask, keys(v), out=queries(out))
-            saved += [weights, weights if mask is None else mask]
+        q, k, v = (at_least_float32(x) for x in (q, k, v))
+        out, saved = attend_padded(q, k, v, layout, scale, window, keep, mask_scale)
         ctx.save_for_backward(q, k, v, *saved)
         ctx.layout, ctx.scale, ctx.dropped = layout, scale, keep is not None
         out = out.to(query.dtype)
@@ -390,21 +394,10 @@ class _Attention(torch.autograd.Function):
             d_out = d_out.index_select(0, layout.pad_index)
             if layout.padding is not None:
                 d_out.index_fill_(0, layout.padding, 0)
-        d_out = _at_least_float32(d_out)
-        d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
-        empty = q.new_empty(1, 1, 1)
-        for i in range(len(layout.buckets)):
-            weights, mask = saved[2 * i : 2 * i + 2]
-            queries, keys = layout.view_of(i, ctx.first_only), layout.view_of(i)
-            dropped_out = weights * mask if ctx.dropped else weights
-            torch.bmm(dropped_out.mT, queries(d_out), out=keys(d_v))
-            d_weights = torch.bmm(queries(d_out), keys(v).mT)
-            if ctx.dropped:
-                d_weights *= mask
-            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            torch.baddbmm(empty, d_scores, keys(k), beta=0, alpha=ctx.scale, out=queries(d_q))
-            torch.baddbmm(empty, d_scores.mT, queries(q), beta=0, alpha=ctx.scale, out=keys(d_k))
-        d_q, d_k, d_v = (x.to(gradients[0].dtype) for x in (d_q, d_k, d_v))
+        d_out = at_least_float32(d_out)
+        d_q, d_k, d_v = found = [torch.empty_like(x) for x in (q, k, v)]
+        attend_padded_backward(d_out, (q, k, v), saved, layout, ctx.scale, ctx.dropped, found)
+        d_q, d_k, d_v = (x.to(gradients[0].dtype) for x in found)
         if not ctx.first_only:
             d_q = d_q.index_select(0, layout.unpad_index)
         d_k, d_v = (x.index_select(0, layout.unpad_index) for x in (d_k, d_v))
@@ -412,12 +405,71 @@ class _Attention(torch.autograd.Function):
         return *(x.view(-1, *shape) for x in (d_q, d_k, d_v)), None, None, None, None, None
 
 
+def attend_padded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BucketLayout,
+    scale: float,
+    window: int | None,
+    keep: list[Tensor] | None,
+    mask_scale: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """Padded q, k, v (C, D) -> the output (C, D), and what `attend_padded_backward` reads.
+
+    q has (N x H, D) where only first tokens are computed, and so has the output.
+    """
+    first_only = len(q) != len(k)
+    out, saved = torch.empty_like(q), []
+    empty = q.new_empty(1, 1, 1)
+    for i, bucket in enumerate(layout.buckets):
+        queries, keys = layout.view_of(i, first_only), layout.view_of(i)
+        # (texts x H, queries, longest)
+        scores = torch.baddbmm(empty, queries(q), keys(k).mT, beta=0, alpha=scale)
+        _mask_scores(scores, bucket, window)
+        weights = scores.softmax(-1)
+        mask = None if keep is None else torch.mul(keep[i], q.new_tensor(mask_scale))
+        torch.bmm(weights if mask is None else weights * mask, keys(v), out=queries(out))
+        saved += [weights, weights if mask is None else mask]
+    return out, saved
+
+
+def attend_padded_backward(
+    d_out: Tensor,
+    inputs: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    layout: BucketLayout,
+    scale: float,
+    dropped: bool,
+    found: Sequence[Tensor],
+) -> None:
+    """Write the gradients of the inputs (q, k, v) into `found`, tensors of their shapes.
+
+    d_out: of the output, zero at padding. dropped: whether there were dropout masks.
+    """
+    (q, k, v), (d_q, d_k, d_v) = inputs, found
+    first_only = len(q) != len(k)
+    empty = q.new_empty(1, 1, 1)
+    for i in range(len(layout.buckets)):
+        weights, mask = saved[2 * i : 2 * i + 2]
+        queries, keys = layout.view_of(i, first_only), layout.view_of(i)
+        dropped_out = weights * mask if dropped else weights
+        torch.bmm(dropped_out.mT, queries(d_out), out=keys(d_v))
+        d_weights = torch.bmm(queries(d_out), keys(v).mT)
+        if dropped:
+            d_weights *= mask
+        d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+        torch.baddbmm(empty, d_scores, keys(k), beta=0, alpha=scale, out=queries(d_q))
+        torch.baddbmm(empty, d_scores.mT, queries(q), beta=0, alpha=scale, out=keys(d_k))
+
+
 def _rows(x: Tensor) -> Tensor:
     """(T, H, D) -> (T x H, D)."""
     return x.reshape(-1, x.shape[-1])
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """bf16 as float32; float32 and float64 as they are."""
     return x if x.dtype == torch.float64 else x.float()
 
 

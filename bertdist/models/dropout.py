@@ -130,16 +130,20 @@ class Dropout(nn.Module):
         super().__init__()
         self.p, self._masks = p, masks
 
+    def scaled_mask(self, x: Tensor) -> Tensor | None:
+        """What the forward multiplies x by, from the masks of the texts; None: nothing."""
+        masks = self._masks()
+        if masks is None or not self.training or self.p == 0:
+            return None
+        return torch.mul(_keep_mask(masks, x.shape, self.p), x.new_tensor(keep_scale(self.p)))
+
     def forward(self, x: Tensor) -> Tensor:
         """Same shape in and out; `_keep_mask` says which shapes have a mask per text."""
         if torch.compiler.is_compiling() and self.training and self.p and x.device.type == "cpu":
             keep: Tensor = torch.ops.bertdist.keep_mask(x, self.p)
-        else:
-            masks = self._masks()
-            if masks is None or not self.training or self.p == 0:
-                return F.dropout(x, self.p, self.training)
-            keep = _keep_mask(masks, x.shape, self.p)
-        return x * torch.mul(keep, x.new_tensor(keep_scale(self.p)))
+            return x * torch.mul(keep, x.new_tensor(keep_scale(self.p)))
+        mask = self.scaled_mask(x)
+        return F.dropout(x, self.p, self.training) if mask is None else x * mask
 
 
 def _keep_mask(masks: DropoutMasks, shape: torch.Size, p: float) -> Tensor:

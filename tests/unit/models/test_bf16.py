@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from bertdist.data.batch import PackedBatch, collate, split_batch
 from bertdist.data.tokenization import Example
-from bertdist.models import attention, bf16
+from bertdist.models import attention, bf16, bf16_layer
 from bertdist.models.bf16 import MANY_TOKENS, TEXTS, TOKENS, TOKENS_OF_MANY, round_up
 from bertdist.models.classifier import Classifier
 from bertdist.models.dropout import seed_dropout
@@ -26,20 +26,21 @@ def batch_of(lengths: list[int] = LENGTHS) -> PackedBatch:
     )
 
 
-def model_of(kind: str = "bert", dropout: float = 0.0, width: int = 64) -> Classifier:
+def model_of(kind: str = "bert", dropout: float = 0.0, activation: str = "gelu") -> Classifier:
     attention.register()
     names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     settings = {"cls_token_id": 1, "sep_token_id": 2, "pad_token_id": 0}
     config = AutoConfig.for_model(
         kind,
         vocab_size=60,
-        hidden_size=width,
+        hidden_size=64,
         num_hidden_layers=3,
         num_attention_heads=4,
-        intermediate_size=2 * width,
+        intermediate_size=128,
         max_position_embeddings=40,
         initializer_range=0.2,
         num_labels=3,
+        hidden_act=activation,
         attn_implementation=attention.NAME,
         **dict.fromkeys(names, dropout),
         **(settings if kind == "modernbert" else {}),
@@ -147,3 +148,69 @@ def test_many_sizes_make_few_shapes() -> None:
         return len({len(change(batch_of(each)).ids) for each in lengths})
 
     assert shapes(round_up) < 10 and shapes(lambda batch: batch) > 30  # the control
+
+
+# ---- BERT's layer as one operation
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each layer that runs as one operation."""
+    calls, apply = [], bf16_layer._Layer.apply
+
+    def counted(x: Tensor, *rest: object) -> object:
+        calls.append(len(x))
+        return apply(x, *rest)
+
+    monkeypatch.setattr(bf16_layer._Layer, "apply", counted)
+    return calls
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])
+def test_the_operation_is_the_layer(
+    kind: str, dropout: float, layers: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = model_of(kind, dropout).double(), batch_of()
+    modules = run(model, [batch])
+    assert layers == []
+    monkeypatch.setattr(bf16, "in_use", lambda device: True)
+    monkeypatch.setattr(torch, "bfloat16", torch.float64)
+    assert far(run(model, [batch]), modules) < 1e-12
+    assert len(layers) == 2 and layers[0] % TOKENS == 0  # the last computes first tokens only
+    of_weight = bf16_layer._of_weight
+    monkeypatch.setattr(bf16_layer, "_of_weight", lambda d, x: of_weight(d * 1.001, x))
+    assert far(run(model, [batch]), modules) > 1e-4  # the control
+
+
+def test_the_operation_without_training_and_other_layers(
+    layers: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, model, relu, distilbert = (
+        batch_of(),
+        *(
+            made.double()
+            for made in (model_of(dropout=0.3), model_of(activation="relu"), model_of("distilbert"))
+        ),
+    )
+    monkeypatch.setattr(bf16, "in_use", lambda device: True)
+    monkeypatch.setattr(torch, "bfloat16", torch.float64)
+    run(model.eval(), [batch])  # gradients without dropout
+    assert len(layers) == 2
+    with torch.no_grad():
+        model(batch)
+    for other in (relu, distilbert):
+        run(other, [batch])
+    assert len(layers) == 2  # their own modules
+
+
+def test_gradient_checkpointing_runs_the_modules_twice(layers: list[int]) -> None:
+    model, batch, calls = model_of(dropout=0.3), batch_of(), []
+    plain = run(model, [batch])
+    model.enable_gradient_checkpointing()
+    first = model.model.base_model.encoder.layer[0]
+    first.intermediate.register_forward_hook(lambda *args: calls.append(1))
+    assert 0 < far(run(model, [batch]), plain) < 0.03  # the same dropout
+    assert len(layers) == 2 and len(calls) == 2
+    first.output.dropout.p = 0.0
+    assert far(run(model, [batch]), plain) > 0.05  # the control
