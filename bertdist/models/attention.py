@@ -387,6 +387,7 @@ class _Attention(torch.autograd.Function):
         )
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         layout, (q, k, v, *saved) = ctx.layout, ctx.saved_tensors
         d_out = _rows(gradients[0])

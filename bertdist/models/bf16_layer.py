@@ -125,6 +125,7 @@ class _Layer(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         constants, layout = ctx.constants, ctx.constants.layout
         mask1, mask2, x, padded, context, sum1, h, *saved = ctx.saved_tensors
