@@ -136,11 +136,12 @@ class Stream:
         """State and checked records of each chunk of a source. Raises DataError."""
         names, header = source.column_names(), source.has_header
         columns = choose_columns(source.name, names, self.columns, header)
-        chunks = source.chunks(columns.names(), state)
+        chunks, is_empty = source.chunks(columns.names(), state), state is None
         while True:
             with suggest_skipping():
                 if (chunk := next(chunks, None)) is None:
-                    return
+                    break
+                is_empty &= not (chunk.num_rows or chunk.bad_rows)
                 records = records_from_chunk(
                     source.name,
                     chunk,
@@ -156,6 +157,8 @@ class Stream:
             if self.hold_out is not None:
                 records = self.hold_out.select(self.part, records)
             yield chunk.state, records
+        if is_empty:  # a header alone; as in memory, also where other files have rows
+            raise DataError(f"{source.name} has no rows.")
 
     def head(self) -> Records:
         """The first rows, at most HEAD_ROWS. Raises DataError if there are none."""

@@ -11,6 +11,7 @@ from bertdist.core.config import TrainConfig
 from bertdist.core.errors import DataError
 from bertdist.data.records import Records
 from bertdist.data.splits import load_splits
+from bertdist.data.streaming import Stream
 
 
 @pytest.fixture
@@ -86,3 +87,18 @@ def test_other_columns_of_the_validation_rows_are_named(
 ) -> None:
     validation = load_splits(config_of(folder, "single", dev)).validation
     assert validation is not None and validation.format_notes == notes
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_with_a_header_alone_is_refused_beside_others(
+    streaming: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\nx,a\ny,b\n")
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    settings = {"model_name_or_path": "m", "output_dir": "o", "streaming": streaming}
+    files = [str(tmp_path / name) for name in ("rows.csv", "empty.csv")]
+    with pytest.raises(DataError, match=r"^empty.csv has no rows\."):
+        rows = load_splits(read_settings({**settings, "train_file": files})).train
+        assert isinstance(rows, Stream)
+        assert [len(records) for _, records in rows.chunks(rows.sources[0])] == [2], "the control"
+        list(rows.chunks(rows.sources[1]))
