@@ -30,7 +30,7 @@ from pathlib import Path
 from bertdist.core.atomic_io import to_json
 from bertdist.core.config import DataConfig, ModelConfig, TaskConfig, TrainConfig
 from bertdist.core.output_files import write_output
-from bertdist.core.terminal import Cell, excerpt, process_rank, show, show_table
+from bertdist.core.terminal import Cell, encodable, excerpt, process_rank, show, show_table
 from bertdist.data.tokenization import load_tokenizer
 from bertdist.data_quality.cleaning import dropped_path, write_cleaned
 from bertdist.data_quality.config import (
@@ -143,9 +143,9 @@ def _show_lengths(lengths: Sequence[Lengths]) -> None:
     if not train.max_length:
         show("No tokenizer: pass --model_name_or_path to count tokens.")
     most = max(count for _, _, count in train.histogram)
-    bars = []
+    bars, full, less = [], encodable("█", "#"), encodable("·", ".")
     for low, high, count in train.histogram:
-        bar = "█" * round(BAR_WIDTH * count / most) or "·" * (count > 0)
+        bar = full * round(BAR_WIDTH * count / most) or less * (count > 0)
         bars.append([f"{low:,} to {high:,}", f"{count:,}", bar])
     title = f"Rows of {train.split} per number of {train.unit}"
     show_table(title, [train.unit, "rows", ""], bars, right=[0, 1])
@@ -161,7 +161,7 @@ def _finding_text(finding: Finding) -> Iterator[tuple[str, str]]:
     """(text, style) parts."""
     yield f"{finding.split}: {finding.title}", "bold"
     yield f"\n{finding.meaning}", ""
-    yield f"\n→ {finding.advice}", "green"
+    yield f"\n{encodable('→', '->')} {finding.advice}", "green"
     for example in finding.examples:
         yield f"\n{example.where}", "cyan"
         yield f"  {example.note}" if example.note else "", ""

@@ -37,7 +37,12 @@ from bertdist.core.config import (
 from bertdist.core.errors import BertdistError, ConfigError, nearest_name
 from bertdist.core.flags import create_parser, help_of_flag, help_request, help_text
 from bertdist.core.hub import model_folder
-from bertdist.core.output_files import STDOUT, check_outputs, output_format
+from bertdist.core.output_files import (
+    STDOUT,
+    check_evaluation_folder,
+    check_outputs,
+    output_format,
+)
 from bertdist.core.terminal import (
     escape_unencodable,
     exit_with_error,
@@ -204,6 +209,9 @@ def _check_paths(sections: list[Any], config_file: str | None) -> None:
     for name in _INPUTS:
         files = given.get(name) or []
         inputs += [(f"--{name}", x) for x in ([files] if isinstance(files, str) else files)]
+    for section in sections:
+        if isinstance(section, EvaluateConfig) and section.output_dir is not None:
+            check_evaluation_folder(Path(section.output_dir))
     check_outputs(outputs, inputs, given.get("output_dir"))
     present = [file for file in (fix, f"{fix}{DROPPED}") if os.path.isfile(file)] if fix else []
     if len(present) == 1:  # it writes both, and replaces both

@@ -34,6 +34,7 @@ EXIT_BROKEN_PIPE = 141  # as of a command that SIGPIPE has ended
 # For rank 0 to come as far as the others and print; then torchrun ends them anyway.
 PRINT_SECONDS = 15.0
 SECONDS_PER_LINE = 60  # of a Progress that is not on a terminal
+_bar_console: Console | None = None  # of the Progress that shows a bar
 _NOT_ASCII = re.compile("[^\x20-\x7e]")
 
 # Control characters, marks of bidirectional text, ends of lines and paragraphs; lone surrogates,
@@ -91,8 +92,8 @@ def create_console(stderr: bool) -> Console:
 
 
 def print_to_stderr(*lines: str) -> None:
-    """`print_lines` to standard error."""
-    print_lines(create_console(stderr=True), *lines)
+    """`print_lines` to standard error, above the bar of a Progress."""
+    print_lines(_bar_console or create_console(stderr=True), *lines)
 
 
 def show(*lines: str) -> None:
@@ -210,17 +211,28 @@ class Progress:
         self._first: int | None = None
         if is_shown and sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-            self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
+            # Not redirected: else rich would show standard output here, not write it to its pipe.
+            self._bar = Bar(
+                *columns,
+                console=create_console(stderr=True),
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
             self._task = self._bar.add_task(action, total=None)
 
     def __enter__(self) -> "Progress":
+        global _bar_console
         if self._bar is not None:
             self._bar.start()
+            _bar_console = self._bar.console
         return self
 
     def __exit__(self, *error: object) -> None:
+        global _bar_console
         if self._bar is not None:
             self._bar.stop()
+            _bar_console = None
 
     def update(self, count: int, fraction: float | None) -> None:
         """count: units that are done, also by earlier processes; fraction: of the whole."""
@@ -255,6 +267,15 @@ def escape_unencodable() -> None:
 def plain_text(text: str) -> Text:
     """A `printable` line for rich, without markup."""
     return Text(printable(text))
+
+
+def encodable(text: str, plain: str) -> str:
+    """The text, or `plain` where standard output has no such characters."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return plain
+    return text
 
 
 def byte_size(count: float) -> str:

@@ -24,7 +24,7 @@ from bertdist.core.config import (
     TrainConfig,
 )
 from bertdist.core.hub import check_folder, check_model_name, enable_offline_fallback
-from bertdist.core.output_files import check_evaluation_folder, check_run_folder, output_format
+from bertdist.core.output_files import check_run_folder, output_format
 from bertdist.data.bad_rows import suggest_skipping
 
 MOST_FILES = 20  # of a glob: the command opens all of them
@@ -63,8 +63,6 @@ def check_evaluate(config: EvaluateConfig) -> None:
     from bertdist.data.splits import check_files
     from bertdist.data.trained_rows import data_of_model
 
-    if config.output_dir is not None:
-        check_evaluation_folder(Path(config.output_dir))
     check_model(config.model, "--model")
     if config.input is not None:
         data = data_of_model(config, _metadata(config.model)[0])

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from rich.console import Console
 from bertdist.core.atomic_io import atomic_write
 from bertdist.core.errors import BertdistError
 from bertdist.core.terminal import (
+    Progress,
     byte_size,
     count_in_words,
+    encodable,
     escape_unencodable,
     print_error,
     print_json,
@@ -215,3 +218,29 @@ def test_a_notebook_gets_plain_text_on_standard_output(
     show_table("Rows", ["name"], [["train_rows"]])
     shown = capsys.readouterr()
     assert shown.err == "" and shown.out.startswith(f"{long}\nRows\n") and "<" not in shown.out
+
+
+def test_a_bar_on_the_terminal_leaves_standard_output_to_its_pipe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, error = io.StringIO(), Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", error)
+    with Progress("Predicted", "rows") as progress:
+        progress.update(1, 0.5)
+        print("an answer")
+        print_to_stderr("A message.")
+        progress.update(2, 1.0)
+    print_to_stderr("After it.")
+    assert out.getvalue() == "an answer\n"
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", error.getvalue())
+    assert "Predicted 2 rows" in shown and "an answer" not in shown
+    lines = re.split("[\r\n]+", shown)
+    assert "A message." in lines and "After it." in lines, "lines of their own"
+
+
+def test_what_standard_output_lacks_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    for encoding, shown in (("utf-8", "█"), ("latin-1", "#"), ("ascii", "#")):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        assert encodable("█", "#") == shown
