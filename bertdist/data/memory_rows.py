@@ -61,6 +61,9 @@ def _as_table(
         return _table_of_dataset(rows, data, keep_codes)
     if hasattr(rows, "columns") and hasattr(rows, "iloc"):  # pandas
         frame = rows.rename(columns=str)
+        kinds = {name: str(kind).split("[")[0] for name, kind in frame.dtypes.items()}
+        periods = [name for name, kind in kinds.items() if kind in ("period", "interval")]
+        frame = frame.astype(dict.fromkeys(periods, str))  # Arrow has their numbers
         return pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(), None
     if isinstance(rows, Sequence) and rows and all(isinstance(row, Mapping) for row in rows):
         columns = dict.fromkeys(key for row in rows for key in row)

@@ -161,6 +161,12 @@ def test_names_of_columns_for_lists() -> None:
     assert table.to_pydict() == {"review": TEXTS, "mood": LABELS}
 
 
+def test_periods_of_pandas_are_their_text() -> None:
+    months = pd.period_range("2020-01", periods=2, freq="M")
+    table, _ = as_table(pd.DataFrame({"text": ["a", "b"], "label": months}), "rows", DataConfig())
+    assert table["label"].to_pylist() == ["2020-01", "2020-02"]
+
+
 def test_class_labels_become_their_names_in_their_order() -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["pos", "neg"])})
     dataset = Dataset.from_dict({"text": TEXTS, "label": [1, -1, 0]}, features=features)
