@@ -136,10 +136,15 @@ def _show_lengths(lengths: Sequence[Lengths]) -> None:
         row = [entry.split, f"{entry.mean_words:,.1f}", f"{entry.mean:,.1f}"]
         row += [f"{number:,}" for number in numbers]
         rows.append([*row, *([f"{entry.truncated:.1%}"] if entry.max_length else [])])
-    header = ["split", "words", "mean", *(f"{share}%" for share in train.percentiles), "max"]
+    header = ["split", "mean words", "mean", *(f"{share}%" for share in train.percentiles), "max"]
     if train.max_length:
         header.append(f"> {train.max_length}")
-    show_table(f"Lengths in {train.unit}", header, rows, right=range(1, len(header)))
+    show_table(
+        f"Lengths in {train.unit}: mean, percentiles and maximum",
+        header,
+        rows,
+        right=range(1, len(header)),
+    )
     if not train.max_length:
         show("No tokenizer: pass --model_name_or_path to count tokens.")
     most = max(count for _, _, count in train.histogram)

@@ -16,6 +16,8 @@ import pyarrow as pa
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
 from bertdist.data.input_rows import Kept, columns_to_keep, kept_of_chunk, read_chunks, unnamed_note
+from bertdist.data.readers.file_reader import FileReader
+from bertdist.data.readers.folder_reader import FolderReader
 from bertdist.data.readers.jsonl_reader import WHOLE_OBJECT, field_of
 from bertdist.data.records import Records
 from bertdist.data.source import Chunk, chunk_of_columns, column_of
@@ -105,13 +107,21 @@ def _chunks(data: DataConfig, label: str, notes: list[str]) -> Iterator[tuple[Ch
         for reader in open_files(pattern, data, data.on_bad_row):
             is_json = reader.kind in ("json", "jsonl")
             names = columns_to_keep(reader)
-            notes += filter(None, [unnamed_note(reader)])
+            notes += filter(None, [unnamed_note(reader), _unread_note(reader)])
             labels = class_names(reader.features or {}).get(label)
             for chunk in read_chunks(reader, [WHOLE_OBJECT] if is_json else names):
                 kept = kept_of_chunk(chunk, None if is_json else names)
                 if labels is not None:
                     kept.columns[label] = _with_names(kept.columns[label], labels)
                 yield chunk, kept
+
+
+def _unread_note(reader: FileReader | FolderReader) -> str | None:
+    """Columns that --column_names calls _ have no name to be written with."""
+    names = reader.file.column_names if isinstance(reader, FileReader) else ()
+    count = list(names).count("_")
+    are = "column named _ is" if count == 1 else "columns named _ are"
+    return f"{reader.name}: {count} {are} not written" if count else None
 
 
 def _with_texts(part: Kept, column: str, changed: Mapping[int, str]) -> Kept:

@@ -413,8 +413,8 @@ def _find_leaks(
     advice = f"Remove them from {first}."
     if first == "train":
         meaning = (
-            f"The model is trained on these {second} rows: the score of {second} is too good. An "
-            f"error from {LEAK_ERROR_SHARE:.0%} of the rows on."
+            f"The model is trained on these {second} rows: the score of {second} is too good. From "
+            f"{LEAK_ERROR_SHARE:.0%} of the rows on this is an error."
         )
         advice = "Remove them from train (--fix does)."
     exact = np.isin(groups.exact[second], groups.exact[first])

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_checks import check_rows, clean_rows, kinds
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from rows import write_rows
 
 from bertdist.core.config import DataConfig
@@ -371,6 +373,35 @@ def test_a_repair_changes_its_column_only(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"--fix .*c\.csv: read again, these rows would not be"):
             write_cleaned(check_data(data), ["encoding"], tmp_path / "c.csv", 0.8)
         assert not (tmp_path / "c.csv").exists()
+
+
+def test_columns_without_a_name_are_named(tmp_path: Path) -> None:
+    rows = [f"{n},{row['text']},x,{row['label']}" for n, row in enumerate(clean_rows(40))]
+    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    data = DataConfig(train_file=[str(tmp_path / "t.csv")], column_names=["_", "text", "_", "y"])
+    found = check_data(replace(data, label_column="y"))
+    done = write_cleaned(found, ["empty"], tmp_path / "c.csv", 0.8)
+    assert done.notes == ("t.csv: 2 columns named _ are not written",)
+    assert list(read_table(tmp_path / "c.csv")[0]) == ["text", "y"]
+    data = replace(data, column_names=["id", "text", "_", "label"])
+    done = write_cleaned(check_data(data), ["empty"], tmp_path / "d.csv", 0.8)
+    assert done.notes == ("t.csv: 1 column named _ is not written",)
+    data = replace(data, column_names=["id", "text", "z", "label"])  # the control
+    done = write_cleaned(check_data(data), ["empty"], tmp_path / "e.csv", 0.8)
+    assert done.notes == () and done.columns == 4
+
+
+def test_the_names_of_class_labels_are_written(tmp_path: Path) -> None:
+    rows = clean_rows(40)
+    columns: dict[str, Any] = {"id": Value("int64"), "text": Value("string")}
+    features = Features({**columns, "label": ClassLabel(names=["neg", "pos"])})
+    values = {"id": range(40), "text": [row["text"] for row in rows], "label": [0, 1] * 20}
+    dataset = Dataset.from_dict(values, features=features)
+    DatasetDict(train=dataset).save_to_disk(tmp_path / "hub")
+    found = check_data(DataConfig(dataset_name=str(tmp_path / "hub")))
+    done = write_cleaned(found, ["empty"], tmp_path / "c.parquet", 0.8)
+    expected = [{**row, "id": n, "label": ["neg", "pos"][n % 2]} for n, row in enumerate(rows)]
+    assert done.columns == 3 and read_table(tmp_path / "c.parquet") == expected
 
 
 def test_a_file_that_has_changed_is_not_written(tmp_path: Path) -> None:
