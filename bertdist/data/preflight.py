@@ -35,8 +35,9 @@ def check_train(config: TrainConfig) -> None:
     """Raise BertdistError for what `train` would raise."""
     if _is_launched():
         return
-    if config.run.output_dir:
-        check_run_folder(Path(config.run.output_dir))
+    run = config.run
+    if run.output_dir and not run.folds:  # runs of folds have their own
+        check_run_folder(Path(run.output_dir))
     check_rows(config.data)
     model = config.model
     check_model(model.model_name_or_path, "--model_name_or_path", model.model_revision)

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bertdist.core.errors import listed
-from bertdist.core.terminal import excerpt
 from bertdist.core.types import Array
-from bertdist.tasks.labels import REGRESSION, SINGLE_LABEL
+from bertdist.tasks.labels import REGRESSION, SINGLE_LABEL, quoted
 
 NEARLY_ALL = 0.99  # share of the rows
 NARROW = 0.02  # standard deviation of the answers, as a share of that of the true numbers
@@ -42,13 +41,13 @@ def describe_constant_answers(
         return ""
     who = f"All {rows:,} answers are" if number == rows else f"{number:,} of {rows:,} answers are"
     if kind != SINGLE_LABEL:
-        names = [repr(excerpt(labels[i], 40)) for i in np.flatnonzero(answer).tolist()]
+        names = [quoted(labels[i]) for i in np.flatnonzero(answer).tolist()]
         if not names:
             return ""  # `suggested_threshold` says more
         return f"{who} the same, {listed(names)}: {_macro(scores)}."
     about = "" if number == rows else "about "
     share = f"{about}the share of that label, {is_true.mean():.4f}"
-    name = repr(excerpt(labels[int(answer)], 40))
+    name = quoted(labels[int(answer)])
     return f"{who} {name}: accuracy is only {share}; {_macro(scores)}."
 
 

@@ -118,7 +118,8 @@ def _cross_validate(config: TrainConfig, train: Train, accelerator: Accelerator)
             log.screen.block("Files", f"{path}: scores of every fold, mean and standard deviation")
             about = "a run per fold, with predictions.jsonl and errors.jsonl of its rows"
             log.screen.block("", f"{path.parent / 'folds'}: {about}")
-            log.screen.block("Next", "the same command without --folds: one model of all rows")
+            other = "the same command without --folds, and with another --output_dir"
+            log.screen.block("Next", f"{other}: one model of all rows")
     accelerator.end_training()
     return True
 

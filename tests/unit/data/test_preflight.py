@@ -112,6 +112,8 @@ def test_the_folder_of_somebody_else(folder: Path) -> None:
     config = read_config([*TRAIN[:1], "--output_dir=mine", "--train_file=train.tsv"])
     with pytest.raises(ConfigError, match=r"holds 'thesis\.txt', which no run wrote"):
         preflight.check_train(config)
+    folds = read_config([*TRAIN[:1], "--output_dir=mine", "--train_file=train.tsv", "--folds=2"])
+    preflight.check_train(folds)  # each fold has its own folder
     words = ["--model=./model", "--input=train.tsv", "--output_dir"]
     with pytest.raises(ConfigError, match=r"holds 'thesis\.txt', which no evaluation wrote"):
         read_evaluate_config([*words, "mine"])
