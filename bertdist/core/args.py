@@ -187,11 +187,19 @@ def parse_or_exit(
     """
     escape_unencodable()
     try:
+        _check_current_folder()
         config = read(sys.argv[1:] if arguments is None else arguments)
         check(config)
         return config
     except BertdistError as error:
         exit_with_error(error)
+
+
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError:  # torch's libraries need it too
+        raise ConfigError("The current folder was deleted: change to another one (cd).") from None
 
 
 def _check_paths(sections: list[Any], config_file: str | None) -> None:

@@ -183,6 +183,15 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     return {name: (int(x["bytes"]), str(x["xxh3_128"])) for name, x in files.items()}
 
 
+def weights_digest(folder: Path) -> str:
+    """The digests of a folder's .safetensors by its manifest; "" where that cannot be read."""
+    try:
+        files = _read_manifest(folder)
+    except _UNREADABLE:
+        return ""
+    return " ".join(files[name][1] for name in sorted(files) if name.endswith(".safetensors"))
+
+
 def move_aside(path: Path, suffix: str) -> Path:
     """Rename it to `path.suffix`, or `path.suffix-2`, ...; returns the new name."""
     aside = unused_path(path.with_name(f"{path.name}.{suffix}"))

@@ -201,9 +201,11 @@ def _problem(path: str) -> str | None:
 def is_run_folder(folder: Path) -> bool:
     """Whether a run, also one that was killed early, or of an older version, has made the folder.
 
-    All take the lock first; where it is a file that is removed at the end, others remain.
+    All make checkpoints/ and take the lock first, whose name other programs use too; where it is a
+    file that is removed at the end, others remain.
     """
-    if (folder / LOCK).is_file() or read_owner(folder) is not None:
+    took_lock = (folder / LOCK).is_file() and (folder / "checkpoints").is_dir()
+    if took_lock or read_owner(folder) is not None:
         return True
     status = read_json_object(folder / STATUS)
     packages = read_json_object(folder / ENVIRONMENT).get("packages")
@@ -220,6 +222,8 @@ def check_run_folder(folder: Path) -> None:
     if not folder.is_dir():
         return
     own = {"checkpoints"} if _is_unused(folder / "checkpoints") else set[str]()
+    with suppress(OSError):
+        own |= {LOCK} if (folder / LOCK).stat().st_size == 0 else set()
     if not is_run_folder(folder) and (foreign := _foreign_files(folder, own, WRITTEN)):
         raise ConfigError(
             f"--output_dir {folder} holds {foreign}, which no run wrote: give a folder that is "

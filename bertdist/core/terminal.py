@@ -45,9 +45,13 @@ _UNPRINTABLE = re.compile(
 
 
 def process_rank() -> int:
-    """The rank that the launcher gave this process, also before there is an Accelerator; else 0."""
-    rank = os.environ.get("RANK", "")
-    return int(rank) if rank.isdecimal() else 0
+    """The rank that the launcher gave this process, also before there is an Accelerator; else 0.
+
+    A RANK without the WORLD_SIZE of several is not of a launcher: torch ignores it too.
+    """
+    rank, ranks = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    is_launched = rank.isdecimal() and ranks.isdecimal() and int(rank) < int(ranks)
+    return int(rank) if is_launched else 0
 
 
 def print_error(error: BertdistError) -> None:

@@ -97,7 +97,7 @@ def check_predict(config: PredictConfig) -> None:
 
 
 def _is_launched() -> bool:
-    return "RANK" in os.environ
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def check_model(name: str | None, flag: str, revision: str | None = None) -> None:

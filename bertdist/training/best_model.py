@@ -26,6 +26,7 @@ from bertdist.core.atomic_io import (
     recover,
     refuse_link,
     to_json,
+    weights_digest,
     write_folder,
 )
 from bertdist.core.config import RunConfig, TrainConfig, config_to_yaml
@@ -120,6 +121,21 @@ def write_results(folder: Path, results: Results, prefix: str = "") -> None:
     atomic_write(report, to_json(results.report, indent=1))
 
 
+def _has_loss(report: dict[str, Any], expected: float | None) -> bool:
+    """Whether an evaluation.json has scores, and this loss: up to the rounding of other devices.
+
+    expected: None if it is not known.
+    """
+    scores = report.get("scores")
+    if not isinstance(scores, dict):
+        return False
+    if not all(value is None or isinstance(value, int | float) for value in scores.values()):
+        return False
+    return expected is None or math.isclose(
+        scores.get("loss") or 0.0, expected, rel_tol=1e-4, abs_tol=1e-4
+    )
+
+
 class BestModel:
     """Where the best weights of a run are saved, and whether they are there."""
 
@@ -158,9 +174,9 @@ class BestModel:
         model: Classifier,
         step: int,
         results: Results | None = None,
-    ) -> None:
+    ) -> str:
         """Write the weights after `step` as the best, with the results of their evaluation, if
-        there was one.
+        there was one. Returns their `weights_digest`.
 
         A collective; rank 0 writes. Raises CheckpointError on all ranks if it cannot.
         """
@@ -170,6 +186,12 @@ class BestModel:
                 if results is not None:
                     write_results(self.folder, results)
         self.step = step
+        return self._digest()
+
+    def _digest(self) -> str:
+        is_main = self.accelerator.is_main_process
+        found = weights_digest(self.folder / "best") if is_main else ""
+        return broadcast_from_rank0(self.accelerator, found)
 
     def _write(self, model: Classifier, step: int) -> None:
         settings = {**self.settings, "step": step}
@@ -210,9 +232,9 @@ class BestModel:
             with raise_on_all_ranks(self.accelerator):
                 written = is_main and self._write_again(model, state, checkpointer)
             if broadcast_from_rank0(self.accelerator, written):
-                self.step = state.best_step
+                self.step, state.best_weights = state.best_step, self._digest()
             else:
-                state.best_score = state.best_loss = None
+                state.best_score = state.best_loss = state.best_evaluation_loss = None
                 state.best_step = state.evaluations_since_best = 0
         return self._report(state) if is_main and state.finished else None
 
@@ -283,6 +305,9 @@ class BestModel:
         step = metadata.get("step") if isinstance(metadata, dict) else None
         if step is None:  # 0.1.0 did not write it
             step = read_json_object(self.folder / "evaluation.json").get("step", state.best_step)
+        found = weights_digest(best)
+        if step == state.best_step and found and state.best_weights not in ("", found):
+            return None  # of another run
         return step if isinstance(step, int) else None
 
     def _write_again(
@@ -304,8 +329,9 @@ class BestModel:
                 )
             self.say(f"{missing}: the next evaluation counts as the best so far.")
             return False
-        if os.path.lexists(best):  # of another step
-            self.say(f"Renamed {best} to {move_aside(best, 'kept').name}: it is of another step.")
+        if os.path.lexists(best):
+            kept = move_aside(best, "kept").name
+            self.say(f"Renamed {best} to {kept}: it is of another step or run.")
         if source is None:
             self._write(model, step)
         else:
@@ -322,7 +348,7 @@ class BestModel:
     def _report(self, state: TrainState) -> dict[str, Any] | None:
         path = self.folder / "evaluation.json"
         report = read_json_object(path)
-        if report.get("step") == state.best_step:
+        if report.get("step") == state.best_step and _has_loss(report, state.best_evaluation_loss):
             return report
         if path.exists():
             self.say(f"{path} is not of the best weights, step {state.best_step}: not shown.")

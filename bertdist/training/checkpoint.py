@@ -74,6 +74,8 @@ class TrainState:
     best_score: float | None = None
     best_loss: float | None = None  # as long as best_score was never a number: then it selects
     best_step: int = 0
+    best_weights: str = ""  # `weights_digest` of best/
+    best_evaluation_loss: float | None = None  # that of evaluation.json
     evaluations_since_best: int = 0
     tokens_per_micro_batch: int = 0  # requested or measured, halved where memory ran out; 0: unset
     tokens_requested: int = 0  # the --tokens_per_micro_batch that it came from; 0: measured
@@ -348,14 +350,14 @@ def read_state(folder: Path) -> tuple[dict[str, Any], TrainState]:
 
 def _is_valid(value: Any, default: Any) -> bool:
     """Whether a field of TrainState with this default may have this value."""
-    if default is None:  # best_score, best_loss, reader_state
+    if default is None:  # best_score and other scores, reader_state
         return value is None or isinstance(value, int | float | dict)
     if isinstance(default, list):
         return isinstance(value, list) and all(
             len(pair) == 2 and all(isinstance(number, int | float) for number in pair)
             for pair in value
         )
-    return type(value) is type(default) and value >= 0
+    return type(value) is type(default) and (isinstance(value, str) or value >= 0)
 
 
 def _is_reader_state(value: Any) -> bool:

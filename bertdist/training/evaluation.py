@@ -148,7 +148,7 @@ class Evaluator:
         assert self.best_model is not None and self.log is not None, "only while training"
         if self.loader is None:
             state.best_step = state.step
-            self.best_model.save(model, state.step)
+            state.best_weights = self.best_model.save(model, state.step)
             return math.inf
         tokens = state.tokens_per_micro_batch
         self.loader = replace(self.loader, tokens_per_micro_batch=tokens)
@@ -177,9 +177,10 @@ class Evaluator:
             state.best_score = None if undefined else evaluation.selection_score
             state.best_loss = loss if undefined and math.isfinite(loss) else None
             state.best_step = state.step
+            state.best_evaluation_loss = loss if math.isfinite(loss) else None
             self.log.screen.saving()
             results = evaluation.results(self.loader.dataset.records, step=state.step)
-            self.best_model.save(model, state.step, results)
+            state.best_weights = self.best_model.save(model, state.step, results)
         return gain
 
     def verify_best(
@@ -220,11 +221,13 @@ class Evaluator:
             return None
         assert self.best_model is not None, "only while training"
         records = loader.dataset.records
-        of = {
+        of: dict[str, Any] = {
             "step": state.best_step,
             "rows": f"{len(records)} rows of {records.name}, {records.fingerprint}",
             "metrics": [*self.scorer.names, self.scorer.positive_label] if self.scorer else [],
         }
+        if state.best_weights:
+            of["weights"] = state.best_weights
         files = [self.best_model.folder / f"test_{name}" for name in RESULT_FILES]
         report = read_json_object(files[0])
         lacks = {name: report.get(name) for name in of} != of

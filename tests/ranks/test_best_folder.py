@@ -110,6 +110,44 @@ def test_a_removed_one_is_written_again(run: Run, n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2])
+def test_one_of_another_run_with_the_same_best_step_is_kept_aside(run: Run, n: int) -> None:
+    before, best = tensors_of(run.out / "best"), run.out / "best"
+    other = shutil.copytree(best, run.out.parent / "other")
+
+    def fill(folder: Path) -> None:
+        shutil.copytree(other, folder, dirs_exist_ok=True)
+        (folder / atomic_io.MANIFEST).unlink()
+        weights = {k: x * 1.5 for k, x in load_file(folder / "model.safetensors").items()}
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    atomic_io.write_folder(best, fill)
+    assert find_damage(best, required=["model.safetensors"]) is None
+    said = said_by(run.words, n=n)
+    assert f"Renamed {best} to best.kept: it is of another step or run." in said
+    assert_all_agree(run.out, BEST, said)
+    assert_same_tensors(before, tensors_of(best))
+    assert "Renamed" not in said_by(run.words, n=n)  # the control: now it is this run's
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scores": {"loss": 9.0, "accuracy": 1.0}},  # of another run with the same best step
+        {"scores": {"loss": 0.5, "accuracy": "abc"}},
+        {"scores": None},
+    ],
+)
+def test_an_evaluation_of_another_run_or_without_scores_is_written_again(
+    run: Run, change: dict[str, Any]
+) -> None:
+    report = json_of(run.out / "evaluation.json")
+    (run.out / "evaluation.json").write_text(json.dumps(report | change))
+    said = said_by(run.words)
+    assert f"evaluation.json is not of the best weights, step {BEST}: not shown." in said
+    assert json_of(run.out / "evaluation.json") == report
+
+
+@pytest.mark.parametrize("n", [1, 2])
 def test_without_its_checkpoint_nothing_is_claimed(run: Run, n: int) -> None:
     shutil.rmtree(run.out / "best")
     shutil.rmtree(run.out / "checkpoints" / "step_000004")
@@ -155,7 +193,7 @@ def change_config(best: Path, **metadata: Any) -> None:
 def test_one_of_another_step_is_kept_beside(run: Run) -> None:
     change_config(run.out / "best", step=3)
     said = said_by(run.words)
-    assert f"Renamed {run.out / 'best'} to best.kept: it is of another step." in said
+    assert f"Renamed {run.out / 'best'} to best.kept: it is of another step or run." in said
     assert_all_agree(run.out, BEST, said)
     assert json_of(run.out / "best.kept" / "config.json")["bertdist"]["step"] == 3
 

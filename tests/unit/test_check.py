@@ -234,5 +234,6 @@ def test_under_a_launcher_only_rank_0_reports(
     train, report = write_rows(tmp_path / "train.tsv", clean_rows(30)), tmp_path / "check.json"
     for rank, written in (("1", False), ("0", True)):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
         code, out, _ = run(monkeypatch, capsys, "--train_file", train, "--output", report)
         assert (code, bool(out), report.exists()) == (0, written, written)

@@ -31,6 +31,24 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[Any, str, str]
     return ended.value.code, *capsys.readouterr()
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_a_deleted_current_folder_is_one_line(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert run(capsys, command, *TRAIN) == (
+        1,
+        "",
+        "bertdist: The current folder was deleted: change to another one (cd).\n",
+    )
+
+
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
 def test_the_overview_names_every_command(
     words: list[str], capsys: pytest.CaptureFixture[str]

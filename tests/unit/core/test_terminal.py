@@ -24,6 +24,7 @@ from bertdist.core.terminal import (
     print_lines,
     print_to_stderr,
     printable,
+    process_rank,
     show,
     show_table,
 )
@@ -244,3 +245,18 @@ def test_what_standard_output_lacks_is_replaced(monkeypatch: pytest.MonkeyPatch)
     for encoding, shown in (("utf-8", "█"), ("latin-1", "#"), ("ascii", "#")):
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
         assert encodable("█", "#") == shown
+
+
+@pytest.mark.parametrize(
+    ("rank", "ranks", "expected"),
+    [("1", "2", 1), ("0", "2", 0), ("1", None, 0), ("1", "1", 0), ("x", "2", 0), (None, "2", 0)],
+)
+def test_a_rank_is_that_of_a_launcher(
+    rank: str | None, ranks: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, RANK would mute all that a process says."""
+    for name, value in (("RANK", rank), ("WORLD_SIZE", ranks)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert process_rank() == expected

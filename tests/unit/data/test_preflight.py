@@ -164,6 +164,8 @@ def test_what_costs_much_is_left_to_the_command(
     monkeypatch.setattr(preflight, "MOST_JSON_BYTES", 3)
     preflight.check_train(config)
     monkeypatch.setenv("RANK", "0")
+    refusal(lambda: preflight.check_train(read_config([*TRAIN, "trian.tsv"])))  # not a launcher's
+    monkeypatch.setenv("WORLD_SIZE", "2")
     preflight.check_train(read_config([*TRAIN, "trian.tsv"]))
     preflight.check_predict(read_predict_config(["--model=./modle", "--text=a"]))
 

@@ -91,6 +91,7 @@ def test_an_error_of_all_ranks_is_printed_by_rank_0(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
 
     def command(config: None) -> int:
         error = DataError("bad row")
@@ -526,6 +527,7 @@ def test_under_torchrun_rank_0_may_tell_what_all_have_found(
     monkeypatch.setattr(terminal.time, "sleep", slept.append)
     handled = signal.signal(signal.SIGTERM, lambda number, frame: None)
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     error = DataError("x")
     error.on_all_ranks = shared
     with pytest.raises(SystemExit):

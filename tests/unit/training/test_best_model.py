@@ -52,7 +52,7 @@ class Evaluations:
         best: Any = SimpleNamespace(
             save=lambda *args: self.saved.append(self.state.step), lacks=lambda state: False
         )
-        rows: Any = type("Rows", (list,), {"records": None})()
+        rows: Any = type("Rows", (list,), {"records": SimpleNamespace(is_one_file=True)})()
         loader: Any = MapLoader(dataset=rows, rows_per_step=1, tokens_per_micro_batch=1)
         config: Any = SimpleNamespace(
             run=RunConfig(**settings), task=TaskConfig(), data=SimpleNamespace(task_name=None)

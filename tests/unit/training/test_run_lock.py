@@ -136,6 +136,7 @@ def test_run_on_another_host_counts_as_alive(tmp_path: Path) -> None:
     "content", ["", "{", "[]", '{"host": "a"}', '{"host": "a", "pid": "x", "since": ""}', "\0"]
 )
 def test_damaged_owner_file_is_ignored(content: str, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
     (tmp_path / LOCK).touch()
     (tmp_path / OWNER).write_text(content)
     with lock_run_folder(tmp_path, ONE) as messages:
@@ -291,6 +292,17 @@ def test_a_new_folder_and_that_of_a_run_are_taken(
     put(tmp_path, *files)
     for name, value in contents.items():
         (tmp_path / name).write_text(json.dumps(value))
+    check_run_folder(tmp_path)
+
+
+def test_a_lock_of_another_program_does_not_make_a_folder_a_run_s(tmp_path: Path) -> None:
+    (tmp_path / LOCK).touch()
+    check_run_folder(tmp_path)  # alone it is nothing that could be lost
+    for name in ("predictions.jsonl", "config.yaml"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds 'config\.yaml' and 1 more, which no run wrote"):
+        check_run_folder(tmp_path)
+    (tmp_path / "checkpoints").mkdir()  # which a run makes before it takes the lock
     check_run_folder(tmp_path)
 
 
