@@ -24,7 +24,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> FaultTest:
     ("scenario", "kills"),
     [
         (Scenario("map", 2, "three", "one rank"), 2),
-        (Scenario("stream", 3, "one", "all ranks"), 1),
+        (Scenario("stream", 1, "one", "all ranks"), 1),
     ],
     ids=str,
 )
