@@ -220,7 +220,7 @@ def test_own_files_go_on_where_they_were(tiny_model: Path, tmp_path: Path, many:
         3, run_train, words_of(tiny_model, tmp_path / "straight", pattern_of(many), **settings)
     )
     given = words_of(tiny_model, tmp_path / "out", pattern_of(many), **settings)
-    for step in (3, 10, 13):
+    for step in (3, 13):
         with pytest.raises(RankError, match="ended with status 9"):
             run_ranks(3, run_train, given, at_step(step, die))
     with pytest.raises(
@@ -325,7 +325,7 @@ def test_a_window_that_is_lost_is_seen(
 # --- A run in steps
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", some_of([2], [1]))
 def test_a_run_in_steps_reads_nothing_beforehand(tiny_model: Path, tmp_path: Path, n: int) -> None:
     """Evaluation and checkpoint intervals are in epochs by default, which nobody has asked for."""
     settings = {
