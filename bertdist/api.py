@@ -151,17 +151,30 @@ class Run:
 
     def predictor(self, **options: Any) -> Predictor:
         """A `Predictor` of the best weights; options: its own."""
-        return Predictor(self.folder / "best", **options)
+        return Predictor(self._best(), **options)
+
+    def _best(self) -> Path:
+        """The folder of the best weights. Raises ConfigError if there is none."""
+        best = self.folder / "best"
+        if best.exists():
+            return best
+        if (self.folder / "folds").exists():
+            raise ConfigError(
+                f"{self.folder} has a model per fold, and none of all rows: train without folds, "
+                f"or take bertdist.Run({str(self.folder / 'folds' / '0')!r})."
+            )
+        raise ConfigError(f"{self.folder} has no best weights yet: the same call of train goes on.")
 
     def evaluate(self, rows: Any, **settings: Any) -> Evaluation:
         """`bertdist.evaluate` with the best weights. rows: labelled rows in memory, or a file."""
         given = {"input" if isinstance(rows, str | Path) else "rows": rows}
-        return evaluate(self.folder / "best", **given, **settings)
+        return evaluate(self._best(), **given, **settings)
 
     def _shown(self) -> tuple[str, dict[str, float]]:
         """What state the run is in, and its scores."""
         if folds := self.cross_validation:
-            return "mean of the folds", dict(folds["mean"])
+            means = {name: values["mean"] for name, values in folds["scores"].items()}
+            return f"mean of {folds['folds']} folds", means
         return "finished" if self.finished else "not finished", self.scores
 
     def __repr__(self) -> str:

@@ -306,6 +306,22 @@ def test_a_run_in_a_notebook_is_a_table(run: bertdist.Run) -> None:
     assert "<" not in api._html_scores("<b>", {}, None).replace("<div>", "").replace("</div>", "")
 
 
+def test_a_run_of_folds_shows_their_mean(tmp_path: Path) -> None:
+    (tmp_path / "folds").mkdir()
+    scores = {"loss": {"mean": 0.5, "std": 0.1}, "roc_auc": {"mean": None, "std": None}}
+    report = json.dumps({"folds": 5, "scores": scores})
+    (tmp_path / "cross_validation.json").write_text(report)
+    shown = bertdist.Run(tmp_path)
+    assert repr(shown) == f"Run({str(tmp_path)!r}, mean of 5 folds, loss 0.5, roc_auc undefined)"
+    assert "<td>roc_auc</td><td>undefined</td>" in shown._repr_html_()
+    with pytest.raises(ConfigError, match=r"a model per fold, and none of all rows: .*/folds/0'"):
+        shown.predictor()
+    (tmp_path / "folds").rmdir()
+    (tmp_path / "status.json").write_text("{}")
+    with pytest.raises(ConfigError, match="has no best weights yet"):
+        shown.evaluate(EXPECTED)
+
+
 def test_the_files_of_a_run_name_the_rows(run: bertdist.Run) -> None:
     lines = (run.folder / "errors.jsonl").read_text().splitlines()
     assert {json.loads(line)["file"] for line in lines} == {"validation_rows"}
