@@ -27,7 +27,7 @@ from bertdist.core.hub import check_folder, check_model_name, enable_offline_fal
 from bertdist.core.output_files import check_run_folder, output_format
 from bertdist.data.bad_rows import suggest_skipping
 
-MOST_FILES = 20  # of a glob: the command opens all of them
+MOST_FILES = 20  # whose first rows are read: the command opens all of them
 MOST_JSON_BYTES = 8 << 20  # of a JSON document, which is read as a whole
 
 
@@ -53,8 +53,7 @@ def check_rows(data: DataConfig) -> None:
     for files in (data.train_file, data.validation_file, data.test_file):
         patterns = [files] if isinstance(files, str) else files or []
         with suggest_skipping():
-            for pattern in patterns:
-                check_files(_readable([pattern], data), data)
+            check_files(_readable(patterns, data), data)
 
 
 def check_evaluate(config: EvaluateConfig) -> None:
@@ -124,7 +123,7 @@ def _metadata(model: str) -> tuple[dict[str, Any], list[str]]:
 
 def _readable(patterns: Sequence[str], flags: FileConfig) -> list[str]:
     """The files that are opened here. Raises DataError for names of none."""
-    return [path for pattern in patterns for path in _files_of(pattern, flags)]
+    return [path for pattern in patterns for path in _files_of(pattern, flags)][:MOST_FILES]
 
 
 def _files_of(pattern: str, flags: FileConfig) -> Iterator[str]:

@@ -15,7 +15,7 @@ from bertdist.core.args import read_config, read_evaluate_config, read_predict_c
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError, ModelError
 from bertdist.core.hub import constants
-from bertdist.data import preflight
+from bertdist.data import preflight, splits
 from bertdist.data.splits import load_splits
 from bertdist.data.tokenization import load_tokenizer
 from bertdist.models.classifier import load_model_config
@@ -159,6 +159,21 @@ def test_what_costs_much_is_left_to_the_command(
 ) -> None:
     """URLs, large JSON documents, and all of it where a launcher started the process."""
     preflight.check_rows(read_config([*TRAIN, "https://nowhere.invalid/a.csv"]).data)
+    many = [f"{i}.tsv" for i in range(30)]
+    for name in many:
+        Path(name).write_text("text\tlabel\na\t0\n")
+    opened: list[str] = []
+    real = splits.open_files
+
+    def open_files(path: str, *args: Any) -> Any:
+        opened.append(path)
+        return real(path, *args)
+
+    monkeypatch.setattr(splits, "open_files", open_files)
+    preflight.check_rows(read_config([*TRAIN, *many]).data)
+    assert opened == many[: preflight.MOST_FILES]
+    missing = read_config([*TRAIN, *many, "31.tsv"]).data
+    assert "31.tsv: no such file." in refusal(lambda: preflight.check_rows(missing))
     config = read_config([*TRAIN, "rows.json"])
     refusal(lambda: preflight.check_train(config))
     monkeypatch.setattr(preflight, "MOST_JSON_BYTES", 3)
