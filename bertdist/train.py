@@ -73,7 +73,12 @@ from bertdist.training.checkpoint import Checkpointer, TrainState
 from bertdist.training.evaluation import Evaluator
 from bertdist.training.micro_batches import MicroBatcher
 from bertdist.training.nonfinite import NonFiniteGuard, nan_aware_scale, step_if_finite
-from bertdist.training.optimizer import create_lr_schedule, create_optimizer, set_learning_rate
+from bertdist.training.optimizer import (
+    clip_gradients,
+    create_lr_schedule,
+    create_optimizer,
+    set_learning_rate,
+)
 from bertdist.training.resume_check import resume_signature
 from bertdist.training.run_lock import check_disk_space
 from bertdist.training.run_logger import NO_HOOKS, Hooks, RunLogger, open_run
@@ -187,8 +192,7 @@ def train_step(
         return loss.detach()
 
     loss = micro_batcher.accumulate_gradients(model, step, backward)
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-    assert grad_norm is not None
+    grad_norm = clip_gradients(model, config.max_grad_norm or math.inf, accelerator)
     step_if_finite(model, optimizer, grad_norm, accelerator)
     return loss, grad_norm
 

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from bertdist.models.dropout import DropoutMasks, keep_scale
+from bertdist.models.dropout import DropoutMasks, scale_mask
 
 NAME = "bertdist_packed"
 
@@ -336,7 +336,7 @@ def bucketed_attention(
         return _sdpa_per_length(query, key, value, layout, scale)
     keep = layout.draw_masks(masks, dropout, len(query) != len(key)) if dropout else None
     out: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, layout, scale, window, keep, keep_scale(dropout)
+        query, key, value, layout, scale, window, keep, dropout
     )
     return out
 
@@ -372,13 +372,13 @@ class _Attention(torch.autograd.Function):
         scale: float,
         window: int | None,
         keep: list[Tensor] | None,
-        mask_scale: float,
+        dropout: float,
     ) -> Tensor:
         ctx.first_only = len(query) != len(key)
         q = _rows(query) if ctx.first_only else _rows(query).index_select(0, layout.pad_index)
         k, v = (_rows(x).index_select(0, layout.pad_index) for x in (key, value))  # (C, D)
         q, k, v = (at_least_float32(x) for x in (q, k, v))
-        out, saved = attend_padded(q, k, v, layout, scale, window, keep, mask_scale)
+        out, saved = attend_padded(q, k, v, layout, scale, window, keep, dropout)
         ctx.save_for_backward(q, k, v, *saved)
         ctx.layout, ctx.scale, ctx.dropped = layout, scale, keep is not None
         out = out.to(query.dtype)
@@ -414,7 +414,7 @@ def attend_padded(
     scale: float,
     window: int | None,
     keep: list[Tensor] | None,
-    mask_scale: float,
+    dropout: float,
 ) -> tuple[Tensor, list[Tensor]]:
     """Padded q, k, v (C, D) -> the output (C, D), and what `attend_padded_backward` reads.
 
@@ -429,7 +429,7 @@ def attend_padded(
         scores = torch.baddbmm(empty, queries(q), keys(k).mT, beta=0, alpha=scale)
         _mask_scores(scores, bucket, window)
         weights = scores.softmax(-1)
-        mask = None if keep is None else torch.mul(keep[i], q.new_tensor(mask_scale))
+        mask = None if keep is None else scale_mask(keep[i], dropout, q.dtype)
         torch.bmm(weights if mask is None else weights * mask, keys(v), out=queries(out))
         saved += [weights, weights if mask is None else mask]
     return out, saved

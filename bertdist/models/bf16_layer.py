@@ -25,7 +25,6 @@ from bertdist.models.attention import (
     attend_padded,
     attend_padded_backward,
 )
-from bertdist.models.dropout import keep_scale
 
 
 class _Constants(NamedTuple):
@@ -34,7 +33,7 @@ class _Constants(NamedTuple):
     layout: BucketLayout
     scale: float  # of the scores
     keep: list[Tensor] | None  # dropout of attention weights, see BucketLayout.draw_masks
-    keep_scale: float
+    dropout: float  # of them
     epsilons: tuple[float, float]  # of the norms there
 
 
@@ -72,7 +71,7 @@ def use_bf16_layer(layer: Any) -> None:
             layout,
             (x.shape[-1] // layout.heads) ** -0.5,
             keep,
-            keep_scale(p),
+            p,
             tuple(norm.eps for norm in norms),
         )
         tensors = (part for x in (*linear, *norms) for part in (x.weight, x.bias))
@@ -106,7 +105,7 @@ class _Layer(torch.autograd.Function):
         padded = at_least_float32(padded)
         q, k, v = padded.chunk(3)
         context, saved = attend_padded(
-            q, k, v, layout, constants.scale, None, constants.keep, constants.keep_scale
+            q, k, v, layout, constants.scale, None, constants.keep, constants.dropout
         )
         context = context.to(x.dtype).index_select(0, layout.unpad_index).view(shape)
         sum1 = _add(torch.addmm(bo, context, wo.t()), mask1, x)

@@ -97,6 +97,24 @@ def zero_grad(model: nn.Module) -> None:
             written[parameter].clear()
 
 
+def scale_gradients(model: nn.Module, factor: Tensor) -> None:
+    """Multiply all gradients by factor (); a reused gradient where it was written."""
+    rows = {
+        module.weight: torch.cat(module.written).unique()
+        for module in model.modules()
+        if isinstance(module, ReusedGradientEmbedding) and module.written
+    }
+    gradients = []
+    for parameter in model.parameters():
+        if parameter.grad is not None and parameter in rows:
+            index = rows[parameter]
+            scaled = parameter.grad.index_select(0, index).mul_(factor)
+            parameter.grad.index_copy_(0, index, scaled)
+        elif parameter.grad is not None:
+            gradients.append(parameter.grad)
+    torch._foreach_mul_(gradients, factor)
+
+
 class OneDnnLinear(nn.Linear):
     """nn.Linear with its products in oneDNN."""
 

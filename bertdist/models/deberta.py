@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from bertdist.models.attention import Packing, padded_layout
-from bertdist.models.dropout import DropoutMasks, keep_scale
+from bertdist.models.dropout import DropoutMasks, scale_mask
 
 
 def prepare(model: Any) -> None:
@@ -214,7 +214,7 @@ def _table_dropout(table: Tensor, module: Any, masks: DropoutMasks | None) -> Te
     if masks is None or not module.training or not p:
         return F.dropout(table, p, module.training)
     keep = masks.draw_shared(table.numel(), p).view_as(table)
-    return table * torch.mul(keep, table.new_tensor(keep_scale(p)))
+    return table * scale_mask(keep, p, table.dtype)
 
 
 def _weight_dropout(
@@ -229,6 +229,6 @@ def _weight_dropout(
     def dropout(i: int, weights: Tensor) -> Tensor:
         keep = keeps[i].unflatten(0, weights.shape[:2])
         keep = keep[:, :, : weights.shape[2], : weights.shape[3]]  # a bucket may be longer
-        return weights * torch.mul(keep, weights.new_tensor(keep_scale(p)))
+        return weights * scale_mask(keep, p, weights.dtype)
 
     return dropout

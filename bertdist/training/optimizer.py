@@ -9,12 +9,14 @@ import re
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from transformers import get_scheduler
 
 from bertdist.core.config import OptimConfig
 from bertdist.core.errors import ConfigError
+from bertdist.models.cpu_layers import scale_gradients
 
 
 def create_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
@@ -69,6 +71,24 @@ def create_lr_schedule(config: OptimConfig, total_steps: int) -> Callable[[int],
         raise ConfigError(f"--lr_scheduler_type {config.lr_scheduler_type}: {error}.") from None
     lr_factor: Callable[[int], float] = schedule.lr_lambdas[0]
     return lr_factor
+
+
+def clip_gradients(model: nn.Module, max_norm: float, accelerator: Accelerator) -> Tensor:
+    """The norm () of all gradients; where it is above max_norm, they are scaled down to it.
+
+    The bits of accelerate's clipping. On a CPU without its passes over what does not change: all
+    gradients where the norm is not above max_norm, rows of the word embedding without a gradient.
+    """
+    if accelerator.device.type != "cpu":
+        found: Tensor | None = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+        assert found is not None
+        return found
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    if factor != 1:
+        scale_gradients(model, factor)
+    return norm
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:

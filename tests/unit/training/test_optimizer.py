@@ -6,13 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.optim import AdamW
 from transformers import BertConfig, BertForSequenceClassification, get_scheduler
 
 from bertdist.core.config import OptimConfig
 from bertdist.core.errors import ConfigError
-from bertdist.training.optimizer import create_lr_schedule, create_optimizer, set_learning_rate
+from bertdist.models.cpu_layers import reuse_embedding_gradient
+from bertdist.training.optimizer import (
+    clip_gradients,
+    create_lr_schedule,
+    create_optimizer,
+    set_learning_rate,
+)
 
 
 @pytest.fixture(scope="module")
@@ -284,3 +291,47 @@ def test_a_warmup_longer_than_the_run_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"^--warmup_steps is 11, but the run has 10 steps\.$"):
         create_lr_schedule(OptimConfig(warmup_steps=11), 10)
     assert create_lr_schedule(OptimConfig(warmup_steps=10), 10)(5) == 0.5
+
+
+# ---- Clipping
+
+
+class Table(nn.Module):
+    """A word embedding and a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.matrix = nn.Embedding(50, 8), nn.Linear(8, 3)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.table
+
+    def backward(self) -> None:
+        for ids in ([3, 1, 3], [7, 3]):
+            self.matrix(self.table(torch.tensor(ids))).pow(2).sum().backward()
+
+
+@pytest.mark.parametrize("reused", [True, False])
+@pytest.mark.parametrize("max_norm", [0.1, 1e4, math.inf])
+def test_clipped_gradients_have_the_bits_of_torch(max_norm: float, reused: bool) -> None:
+    ours, plain = Table(), Table()
+    if reused:
+        reuse_embedding_gradient(ours)
+    for model in (ours, plain):
+        model.backward()
+    before = [weight.grad.clone() for weight in plain.parameters() if weight.grad is not None]
+    norm = clip_gradients(ours, max_norm, Accelerator(cpu=True))
+    assert torch.equal(norm, nn.utils.clip_grad_norm_(plain.parameters(), max_norm))
+    for a, b, c in zip(ours.parameters(), plain.parameters(), before, strict=True):
+        assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad)
+        assert torch.equal(a.grad, c) == (max_norm > 1)  # the control: they were scaled
+
+
+def test_a_norm_that_is_not_finite_spreads_as_with_torch() -> None:
+    model = Table()
+    model.backward()
+    assert model.matrix.bias.grad is not None and model.matrix.weight.grad is not None
+    model.matrix.bias.grad[0] = math.nan
+    assert clip_gradients(model, 1.0, Accelerator(cpu=True)).isnan()
+    assert model.matrix.weight.grad.isnan().all()
