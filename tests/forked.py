@@ -16,6 +16,7 @@ process-wide state never reaches the next test.
 import contextlib
 import datetime
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -166,7 +167,10 @@ def _end_as_python_does(
 def _fork() -> int:
     with warnings.catch_warnings():  # Python 3.12 warns of any fork of a process that has threads
         warnings.simplefilter("ignore", DeprecationWarning)
-        return os.fork()
+        pid = os.fork()
+    if pid == 0:
+        gc.freeze()  # what the test has imported: each collection would walk it for half a second
+    return pid
 
 
 def _be_a_rank(

@@ -9,7 +9,6 @@ be compared
 
 import contextlib
 import csv
-import gc
 import importlib
 import io
 import json
@@ -218,7 +217,7 @@ def run_train(
     accelerator: Accelerator, words: Sequence[str], breaking: Breaking | None = None
 ) -> tuple[Any, Seen, str]:
     """Train on this rank; (progress, what was trained, what was said)."""
-    _be_quick()
+    be_quick()
     if breaking is not None:
         breaking(accelerator)
     seen: Seen = []
@@ -305,12 +304,10 @@ def die() -> None:
     os._exit(9)
 
 
-def _be_quick() -> None:
+def be_quick() -> None:
     """Leave out what a run spends on itself. tests/unit/test_meter.py and the launched runs measure
     the rate in earnest.
     """
-    # what the test has imported: the collection at the end of a run would walk it for half a second
-    gc.freeze()
     configure_process()  # as the scripts do
     throughput.matmul_rate = lambda device, precision: 1e12  # type: ignore[assignment]
 
@@ -324,7 +321,7 @@ def run_main(
     """The command line on this rank, with all that follows from it: (exit code, standard error,
     standard output).
     """
-    _be_quick()
+    be_quick()
     if breaking is not None:
         breaking(accelerator)
     sys.argv = [program.__name__, *words]

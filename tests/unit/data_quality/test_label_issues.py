@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from forked import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
-from rows import make_rows, words_of, write_rows, write_split
+from rows import be_quick, make_rows, words_of, write_rows, write_split
 
 from bertdist import Predictor
 from bertdist.core.args import read_config
@@ -188,6 +188,7 @@ def predict_rows(
     accelerator: Accelerator, words: list[str], k: int, breaking: Any = None
 ) -> tuple[Any, Any, list[str]]:
     """Logits of all rows, their folds, and the lines that were shown, on this rank."""
+    be_quick()
     if breaking is not None:
         breaking()
     config = read_config(words)

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from forked import Command, run_ranks
-from rows import words_of, write_split
+from rows import be_quick, run_train, words_of, write_split
 from torch.distributed import TCPStore
 
 from bertdist.core import terminal
@@ -170,7 +170,7 @@ print(*changed())
 def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     words = words_of(tiny_model, folder / "out", write_split(folder, 12), max_train_steps=1)
-    run_ranks(1, lambda accelerator: train(read_config(words)) and None)
+    run_ranks(1, run_train, words)
     return folder / "out" / "best"
 
 
@@ -196,6 +196,7 @@ def test_train_restores_the_signal_handlers_and_runs_in_any_thread(
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def run(accelerator: Accelerator) -> Any:
+        be_quick()
         module = sys.modules["bertdist.train"]
         load_splits, during, ended = module.load_splits, [], []  # type: ignore[attr-defined]
         before = [signal.getsignal(number) for number in numbers]
