@@ -276,14 +276,13 @@ def choose_columns(
                 text, pair = (present[name] for name in usual)
                 break
     text = text or _first_present(TEXT_COLUMNS, present, (pair,))
-    if text is None:
-        problem, advice = "no column has a usual name for the text", " Pass --text_column."
-        raise _no_column(source, names, problem, advice, has_header)
     if labels is None:
         label = label or _first_present(LABEL_COLUMNS, present, (*(texts or (text,)), pair))
-        if label is None:
-            problem, advice = "no column has a usual name for the label", " Pass --label_column."
-            raise _no_column(source, names, problem, advice, has_header)
+    lacking = ["text"] * (text is None) + ["label"] * (labels is None and label is None)
+    if lacking:
+        problem = f"no column has a usual name for the {' or the '.join(lacking)}"
+        advice = f" Pass {' and '.join(f'--{what}_column' for what in lacking)}."
+        raise _no_column(source, names, problem, advice, has_header)
     return ColumnNames(text, pair, label, labels)
 
 

@@ -836,6 +836,12 @@ def test_real_multi_label_columns(shared_data: Path, write: Write) -> None:
         ),
         (
             "a.csv",
+            "v1,v2\na,1\n",
+            {},
+            "no column has a usual name for the text or the label. Pass --text_column and --label_column. The columns are 'v1', 'v2'.",
+        ),
+        (
+            "a.csv",
             "what a film,1\nbad,0\n",
             {"text_column": "text"},
             "if the file has no header, name its columns with --column_names.",
