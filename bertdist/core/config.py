@@ -345,7 +345,7 @@ class RunConfig(Section):
     mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
         None,
         "Precision of matrix products. Default: accelerate's setting, else no. Weights stay "
-        "float32.",
+        "float32. On a CPU bf16 needs AMX or AVX512_BF16, else float32 is used.",
         brief="Precision of matrix products, default no",
     )
     use_cpu: bool = setting(
