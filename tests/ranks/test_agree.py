@@ -177,7 +177,8 @@ def test_a_file_that_cannot_be_written_ends_all_with_one_message(
 ) -> None:
     """Rank 0 alone writes config.yaml."""
     (tmp_path / "out" / "config.yaml").mkdir(parents=True)
-    (tmp_path / "out" / "run.lock").touch()  # the folder of a run
+    (tmp_path / "out" / "checkpoints").mkdir()  # the folder of a run
+    (tmp_path / "out" / "run.lock").touch()
     words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 20), max_train_steps=4)
     first, other = run_ranks(2, run_main, words)
     assert (
