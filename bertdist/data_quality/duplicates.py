@@ -25,6 +25,7 @@ from one template):
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +36,7 @@ import pyarrow.compute as pc
 from bertdist.core.types import BoolArray, IntArray
 from bertdist.data.held_out import joined_texts, normalize_texts
 from bertdist.data.records import Records
-from bertdist.data_quality.findings import Example, FindingBuilder, Severity
+from bertdist.data_quality.findings import CONTEXT_CHARACTERS, Example, FindingBuilder, Severity
 from bertdist.data_quality.label_checks import SplitLabels
 
 LEAK_ERROR_SHARE = 0.01  # share of a split from which its score is meaningless
@@ -48,6 +49,7 @@ ESTIMATE_MARGIN = 0.2  # an estimate from 64 values has a standard deviation of 
 BYTES_PER_CHUNK = 1 << 17  # 1 MB of shingles: in a core's cache a comparison takes a fifth the time
 SEED = 42
 
+LATE_DIFFERENCE = 80  # characters that two near duplicates share, from which on they are left out
 CONFLICT_SPREAD = 0.25  # of the range of regression targets: a larger difference contradicts
 
 Shingles = npt.NDArray[np.uint64]
@@ -329,11 +331,22 @@ def check_duplicates(
                 _find_near(builders, first, second, labels, groups)
 
 
-def _example(build: FindingBuilder, row: int, note: str = "") -> Example:
-    """A row with both of its texts."""
-    record = build.records[int(row)]
-    text = record.text if record.pair is None else f"{record.text} | {record.pair}"
-    return build.example(record.row, note, text)
+def _example(build: FindingBuilder, row: int, note: str = "", start: int = 0) -> Example:
+    """A row with both of its texts, from character `start` on."""
+    text = _text(build.records, row)
+    return build.example(row, note, f"...{text[start:]}" if start else text)
+
+
+def _text(records: Records, row: int) -> str:
+    record = records[int(row)]
+    return record.text if record.pair is None else f"{record.text} | {record.pair}"
+
+
+def _shown_from(one: str, other: str) -> int:
+    """The character from which two texts are shown, so that an excerpt has where they differ."""
+    pairs = zip(one, other, strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return 0 if same < LATE_DIFFERENCE else same - CONTEXT_CHARACTERS
 
 
 def _label_note(labels: SplitLabels | None, row: int) -> str:
@@ -468,8 +481,9 @@ def _find_near(
             notes = [_label_note(own, row), _label_note(other, like)]
             if notes[0] == notes[1]:
                 notes = ["", ""]
-            one, two = _example(build, row, notes[0]), _example(builders[first], like, notes[1])
-            examples.append(_pair(one, two))
+            start = _shown_from(_text(build.records, row), _text(builders[first].records, like))
+            one = _example(build, row, notes[0], start)
+            examples.append(_pair(one, _example(builders[first], like, notes[1], start)))
     fields: dict[str, Any] = {"examples": examples, "details": details}
     if same:
         advice = "Check for templates or copies; --fix_kinds near_duplicates keeps one of each."

@@ -280,6 +280,14 @@ def test_leaks_are_rows_of_the_later_split(tmp_path: Path) -> None:
     assert kinds(check_rows(tmp_path, train, dev, test=clean_rows(20, 2))) == []
 
 
+def test_an_example_shows_where_near_duplicates_differ(tmp_path: Path) -> None:
+    train, long = clean_rows(40), " ".join(row["text"] for row in clean_rows(5, 2))
+    train += [{"text": f"{long}{end}", "label": "good"} for end in ("", " more")]
+    (pair,) = get_finding(check_rows(tmp_path, train), "near_duplicates").examples
+    assert (pair.where, pair.like) == ("train.jsonl line 41", "train.jsonl line 42")
+    assert pair.text == f"...{long[-40:]}" and pair.like_text == f"...{long[-40:]} more"
+
+
 def test_near_duplicates_and_near_leaks(tmp_path: Path) -> None:
     train, dev = clean_rows(40), clean_rows(20, 1)
     train.append({"text": train[4]["text"] + "s", "label": "good"})  # row 4 is bad
