@@ -120,13 +120,13 @@ class _Layer(torch.autograd.Function):
             *(qkv_w, wo, w1, w2, gain1, shift1, gain2, shift2, mean1, rstd1, mean2, rstd2),
             *saved,
         )
-        ctx.constants = constants
+        ctx.layout, ctx.scale, ctx.dropped = layout, constants.scale, constants.keep is not None
         return out
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        constants, layout = ctx.constants, ctx.constants.layout
+        layout = ctx.layout
         mask1, mask2, x, padded, context, sum1, h, *saved = ctx.saved_tensors
         inner, activated, sum2, *saved = saved
         qkv_w, wo, w1, w2, gain1, shift1, gain2, shift2, mean1, rstd1, mean2, rstd2 = saved[:12]
@@ -148,16 +148,9 @@ class _Layer(torch.autograd.Function):
         d_out = (d @ wo).view(-1, width[0] // layout.heads).index_select(0, layout.pad_index)
         if layout.padding is not None:
             d_out.index_fill_(0, layout.padding, 0)
-        d_padded, dropped = torch.empty_like(padded), constants.keep is not None
+        d_padded = torch.empty_like(padded)
         attend_padded_backward(
-            *(
-                at_least_float32(d_out),
-                padded.chunk(3),
-                saved[12:],
-                layout,
-                constants.scale,
-                dropped,
-            ),
+            *(at_least_float32(d_out), padded.chunk(3), saved[12:], layout, ctx.scale, ctx.dropped),
             found=d_padded.chunk(3),
         )
         _, unpad = layout.joined_indices
