@@ -112,6 +112,8 @@ class Run:
 
     def __init__(self, folder: str | Path) -> None:
         """Raises ConfigError for a folder without a run."""
+        if not isinstance(folder, str | Path) or not str(folder):
+            raise ConfigError(f"The run is {folder!r}; expected its folder.")
         self.folder = Path(folder)
         if not any((self.folder / name).exists() for name in ("status.json", "folds")):
             raise ConfigError(f"{folder} is not the folder of a run: it has no status.json.")
@@ -260,7 +262,7 @@ def evaluate(
     Raises BertdistError.
     """
     _check_processes(processes)
-    settings = {**settings, "model": model_folder(str(model))}
+    settings = {**settings, "model": model_folder(model)}
     with ExitStack() as stack:
         if rows is not None:
             if settings.get("input") is not None:

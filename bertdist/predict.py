@@ -144,7 +144,7 @@ class Predictor:
         """
         if max_length is not None and (type(max_length) is not int or max_length < 3):
             raise ConfigError(f"max_length is {max_length!r}; expected a number of at least 3.")
-        self.folder = folder = model_folder(str(folder))
+        self.folder = folder = model_folder(folder)
         self.stop = stop
         self.accelerator = accelerator or create_accelerator(RunConfig())
         # metadata: max_length, text_column and text_pair_column of the training.

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from bertdist.core.errors import ModelError, did_you_mean_path
+from bertdist.core.errors import ConfigError, ModelError, did_you_mean_path
 from bertdist.core.terminal import print_to_stderr, process_rank
 
 OFFLINE_HELP = (
@@ -39,6 +39,7 @@ _CONNECTION_ERRORS = {
 }
 _problems: dict[str, str] = {}  # endpoint -> why it is not reachable; "" where it is
 _offline_fallback = False
+_warned: set[str] = set()  # endpoints
 
 
 def enable_offline_fallback() -> None:
@@ -48,12 +49,14 @@ def enable_offline_fallback() -> None:
 
 
 def probe_hub(name: str, kind: str = "model") -> None:
-    """Find out, once per process, whether the hub is reachable. kind: "model" or "dataset".
+    """Find out whether the hub is reachable, once per process; a program that imports bertdist asks
+    again as long as it is not. kind: "model" or "dataset".
 
     Nothing is requested for an existing path, or in offline mode.
     """
     local = Path(name).expanduser().exists()
-    if constants.HF_HUB_OFFLINE or local or constants.ENDPOINT in _problems:
+    known = _problems.get(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or local or known == "" or (known and _offline_fallback):
         return
     url = f"{constants.ENDPOINT}/api/{kind}s/{name}"
     problem, start = "", time.monotonic()
@@ -70,6 +73,13 @@ def probe_hub(name: str, kind: str = "model") -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for loader workers
         if "datasets.config" in sys.modules:
             sys.modules["datasets.config"].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+
+
+def from_cache() -> bool:
+    """`local_files_only` of loaders: whether the hub is known not to be reachable. Else they try
+    again for half a minute, with two lines of output each time.
+    """
+    return bool(_problems.get(constants.ENDPOINT))
 
 
 def _request_problem(url: str) -> str:
@@ -90,12 +100,13 @@ def _request_problem(url: str) -> str:
 def warn_if_offline(name: str) -> None:
     """Print, once, that `name` was loaded from the cache because the hub is not reachable."""
     problem = _problems.get(constants.ENDPOINT, "")
-    if problem and not Path(name).expanduser().exists() and process_rank() == 0:
+    is_new = constants.ENDPOINT not in _warned
+    if problem and is_new and not Path(name).expanduser().exists() and process_rank() == 0:
         print_to_stderr(
             f"The hub ({constants.ENDPOINT}) cannot be reached ({problem}): {name} is loaded from "
             "the cache."
         )
-        _problems[constants.ENDPOINT] = ""
+        _warned.add(constants.ENDPOINT)
 
 
 def explain_hub_error(error: BaseException, name: str, kind: str = "model") -> str:
@@ -126,8 +137,14 @@ def explain_hub_error(error: BaseException, name: str, kind: str = "model") -> s
     return " ".join(str(error).split())[:300]
 
 
-def model_folder(name: str) -> str:
-    """The folder of a run means its best/; every other name is returned as it is."""
+def model_folder(name: str | os.PathLike[str]) -> str:
+    """The folder of a run means its best/; every other name is returned as it is.
+
+    Raises ConfigError for what is no name.
+    """
+    if not isinstance(name, str | os.PathLike) or not str(name):
+        raise ConfigError(f"The model is {name!r}; expected a folder, or a name on the hub.")
+    name = str(name)
     folder = Path(name).expanduser()
     if (folder / "best" / "config.json").is_file() and not (folder / "config.json").exists():
         return str(folder / "best")

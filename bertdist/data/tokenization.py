@@ -201,7 +201,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises ModelError, also where --tokenizer_name has other ids than the model's own tokenizer, and
     ConfigError if --max_length is more than the tokenizer's limit.
     """
-    from bertdist.core.hub import check_folder, explain_hub_error, probe_hub
+    from bertdist.core.hub import check_folder, explain_hub_error, from_cache, probe_hub
 
     name = config.tokenizer_name or config.model_name_or_path
     flag = "--tokenizer_name" if config.tokenizer_name else "--model_name_or_path"
@@ -209,7 +209,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     probe_hub(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=config.model_revision, trust_remote_code=False
+            name,
+            revision=config.model_revision,
+            trust_remote_code=False,
+            local_files_only=from_cache(),
         )
         # transformers 5.23 makes an empty one if there are no files.
         is_usable = len(tokenizer) > len(tokenizer.all_special_tokens)

@@ -254,6 +254,7 @@ def load_model_config(config: ModelConfig, flag: str = "--model_name_or_path") -
     from bertdist.core.hub import (
         adapter_error,
         check_model_folder,
+        from_cache,
         probe_hub,
         run_folder_hint,
         unknown_model,
@@ -266,16 +267,21 @@ def load_model_config(config: ModelConfig, flag: str = "--model_name_or_path") -
     check_model_folder(name, where)
     check_file(folder, where)
     probe_hub(name)
-    adapter = None
+    adapter, cached = None, from_cache()
     with suppress(Exception):  # of the hub: the next request has the same error, and explains it
-        adapter = find_adapter_config_file(name, revision=config.model_revision)
+        adapter = find_adapter_config_file(
+            name, revision=config.model_revision, local_files_only=cached
+        )
     if adapter is not None:
         raise adapter_error(where)
     try:
         # False, not None: None asks at the terminal whether to run code of the folder, and takes a
         # "y" from a pipe (transformers 5.23)
         model_config: PretrainedConfig = AutoConfig.from_pretrained(
-            name, revision=config.model_revision, trust_remote_code=False
+            name,
+            revision=config.model_revision,
+            trust_remote_code=False,
+            local_files_only=cached,
         )
     except Exception as error:  # wrong values raise a dozen kinds
         if folder.is_dir():
@@ -348,6 +354,7 @@ def load_classifier(
     Raises ModelError where the model is not found, weights other than the head's do not fit, or the
     tokenizer is another model's, and ConfigError for a setting that cannot take effect.
     """
+    from bertdist.core.hub import from_cache
     from bertdist.models.model_config import (
         check_size,
         reset_outputs,
@@ -382,6 +389,7 @@ def load_classifier(
                 attn_implementation=attention.NAME if packed else None,
                 use_safetensors=True,
                 trust_remote_code=False,
+                local_files_only=from_cache(),
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )

@@ -406,6 +406,9 @@ def test_loading_a_model_prints_nothing_and_changes_no_setting(
 def test_a_folder_of_something_else_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not the folder of a run"):
         bertdist.Run(tmp_path)
+    for given in (None, ""):
+        with pytest.raises(ConfigError, match="expected its folder"):
+            bertdist.Run(given)  # type: ignore[arg-type]
 
 
 def files(tmp_path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -12,7 +13,15 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, O
 from servers import FaultyServer
 
 from bertdist.core import hub as hub_names
-from bertdist.core.hub import explain_hub_error, probe_hub, run_folder_hint, warn_if_offline
+from bertdist.core.errors import ConfigError
+from bertdist.core.hub import (
+    explain_hub_error,
+    from_cache,
+    model_folder,
+    probe_hub,
+    run_folder_hint,
+    warn_if_offline,
+)
 
 
 @pytest.fixture
@@ -22,6 +31,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultyServe
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hub_names, "_problems", {})
+    monkeypatch.setattr(hub_names, "_warned", set())
     monkeypatch.setattr(hub_names, "_offline_fallback", True)  # as in a script
     monkeypatch.setattr(hub_names.time, "sleep", lambda seconds: None)
     with FaultyServer({}) as server:
@@ -61,7 +71,12 @@ def test_a_program_that_imports_bertdist_is_not_put_into_offline_mode(
     assert not constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "0"
     error = chained(OSError("no"), ConnectionError("refused"))
     assert "cannot be reached ([Errno 111]" in explain_hub_error(error, "nobody/nothing")
-    hub.__enter__()  # for the fixture's own end
+    assert from_cache(), "loaders do not try again and again"
+    hub.__enter__()  # also for the fixture's own end
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    hub_names._problems[hub.url] = "refused"
+    probe_hub("nobody/nothing")
+    assert not from_cache(), "it answers now"
 
 
 def test_a_hub_that_is_silent_is_asked_once(
@@ -143,3 +158,11 @@ def test_a_folder_without_a_model_says_where_the_model_is(tmp_path: Path) -> Non
     best.mkdir()
     (best / "config.json").write_text("{}")
     assert run_folder_hint(step) == f". The trained model is {best}."
+
+
+@pytest.mark.parametrize("name", [None, 3, "", ["out"]])
+def test_what_is_no_name_of_a_model_is_refused(name: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        model_folder(name)
+    assert str(caught.value) == (f"The model is {name!r}; expected a folder, or a name on the hub.")
+    assert model_folder(Path("out")) == "out"

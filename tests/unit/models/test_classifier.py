@@ -24,13 +24,15 @@ from transformers import (
     pipeline,
 )
 
+from bertdist.core import hub
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import BertdistError, ConfigError, ModelError
 from bertdist.data.batch import PackedBatch, collate
 from bertdist.data.loader import MapLoader
 from bertdist.data.records import records_from_texts
-from bertdist.data.tokenization import Example, create_dataset, encode, load_tokenizer  # noqa: F401
+from bertdist.data.tokenization import Example, create_dataset, encode, load_tokenizer
 from bertdist.models import attention
+from bertdist.models import classifier as classifier_module
 from bertdist.models.classifier import (
     Classifier,
     load_classifier,
@@ -724,6 +726,28 @@ def test_a_missing_folder_is_a_one_line_error_with_a_suggestion(copy: Path) -> N
         complaint(wrong)
         == f"--model_name_or_path {wrong}: there is no such folder. Did you mean '{copy}'?"
     )
+
+
+@pytest.mark.parametrize("problem", ["refused", ""])
+def test_a_hub_that_is_not_reachable_is_not_asked_again(
+    problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loaders would ask for half a minute, with a line each time."""
+    asked: list[bool] = []
+
+    def load(name: str, **options: Any) -> None:
+        asked.append(options["local_files_only"])
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(hub, "probe_hub", lambda name: None)
+    monkeypatch.setattr(hub, "_problems", {hub.constants.ENDPOINT: problem})
+    monkeypatch.setattr(AutoConfig, "from_pretrained", load)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
+    monkeypatch.setattr(classifier_module, "find_adapter_config_file", load)
+    for read in (load_model_config, load_tokenizer):
+        with pytest.raises(ModelError):
+            read(ModelConfig(model_name_or_path="owner/name"))
+    assert asked == [bool(problem)] * 3
 
 
 def test_an_unknown_hub_name_is_a_one_line_error() -> None:
