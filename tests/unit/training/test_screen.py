@@ -1,6 +1,7 @@
 """What is shown while a run trains: the panel of a terminal, lines elsewhere, never too wide."""
 
 import re
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,6 +150,7 @@ def test_nothing_is_wider_than_the_terminal(
     width: int, scores: int, terminal: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terminal.console.width = width
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # lines wrap on a terminal only
     names = ["loss", *(f"very_long_metric_{n}" for n in range(scores))]
     for step in range(1, 60):
         values = dict.fromkeys(names, step / 60)
