@@ -50,6 +50,7 @@ A training loop of your own, exact on any number of devices (start it with `acce
     scores = evaluator.evaluate(classifier).scores
 """
 
+import gc
 import importlib
 import sys
 import warnings
@@ -140,7 +141,13 @@ if not TYPE_CHECKING:  # a type checker takes the names above, and sees what is 
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 importlib.import_module("tqdm.auto")
-        return getattr(importlib.import_module(_MODULES[name]), name)
+        collects = gc.isenabled()
+        gc.disable()  # modules are no garbage: looking for some takes a tenth of an import's time
+        try:
+            return getattr(importlib.import_module(_MODULES[name]), name)
+        finally:
+            if collects:
+                gc.enable()
 
 
 def __dir__() -> list[str]:

@@ -16,6 +16,7 @@ value): compute `valid_rows` once for texts, pairs and labels, then `filter_rows
 import json
 import math
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from decimal import Decimal
 from itertools import compress
@@ -45,7 +46,6 @@ class LabelRules(NamedTuple):
     empty: Literal["undecided", "zero", "error"] = "undecided"
 
 
-FEW_TEXTS = 1000
 _BITS = {"0": 0, "0.0": 0, "false": 0, "no": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1, "x": 1}
 
 # A list written into a cell by Python, JSON or numpy: ['a', 'b'], ["a"], [0, 1], [0. 1.], ('a',),
@@ -126,11 +126,7 @@ def _read_text_list(
 ) -> pa.Array:
     try:
         if set(map(type, column)) <= {str}:
-            if len(column) <= FEW_TEXTS:  # pa.array would import pandas, which takes 0.3 s
-                builder = pa.lib.StringBuilder()
-                builder.append_values(column)
-                return builder.finish().cast(pa.large_string())
-            return pa.array(column, pa.large_string())
+            return text_array(column)
     except UnicodeEncodeError:
         pass
     texts = []
@@ -144,7 +140,15 @@ def _read_text_list(
                 expected += ". With pandas, write df.to_json(path, orient='records', lines=True)"
             reject(problems, [row], f"column {name!r} {content}; {expected}", location)
         texts.append(value if is_text else "")
-    return pa.array(texts, pa.large_string())
+    return text_array(texts)
+
+
+def text_array(texts: Sequence[str]) -> pa.Array:
+    """(texts,) large_string. Not by `pa.array`, which imports pandas: 0.3 s of a start."""
+    parts = [text.encode() for text in texts]
+    ends = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+    buffers = pa.py_buffer(ends), pa.py_buffer(b"".join(parts))
+    return pa.LargeStringArray.from_buffers(len(parts), *buffers)
 
 
 def read_labels(
@@ -309,7 +313,8 @@ def _encode(column: Raw) -> tuple[list[Any], Codes]:
     ):
         with suppress(pa.ArrowNotImplementedError):  # of extension types and short decimals
             encoded = column.dictionary_encode("encode")
-            return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int32)
+            # to_numpy would import pandas
+            return encoded.dictionary.to_pylist(), np.from_dlpack(encoded.indices).astype(np.int32)
     rows = column if isinstance(column, list) else column.to_pylist()
     keys = list(map(repr, rows))  # 1, 1.0, True and [1] differ, and lists are hashable
     seen: dict[str, Any] = {}

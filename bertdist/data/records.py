@@ -37,6 +37,7 @@ from bertdist.data.columns import (
     read_labels,
     read_texts,
     reject,
+    text_array,
     valid_rows,
 )
 from bertdist.data.source import (
@@ -424,10 +425,9 @@ def _repeated_headers(texts: pa.Array, arrays: dict[str, Raw], columns: ColumnNa
     if not others:
         return []
     marked = (f"{BYTE_ORDER_MARK}{first}", f'{BYTE_ORDER_MARK}"{first}"')
-    names = pa.array([first, *marked], texts.type)
     return [
         row
-        for row in np.flatnonzero(pc.is_in(texts, names)).tolist()
+        for row in pc.indices_nonzero(pc.is_in(texts, text_array([first, *marked]))).to_pylist()
         if all(str(arrays[name][row]).strip(f'{BYTE_ORDER_MARK}"') == name for name in others)
     ]
 
@@ -519,7 +519,7 @@ def swallowed_rows(
         cells = [fields[place].strip() for place in places] if len(fields) == width else []
         return bool(cells) and all(cell in names or (numbers and is_number(cell)) for cell in cells)
 
-    for row in np.flatnonzero(pc.match_substring(texts, "\n")).tolist():
+    for row in pc.indices_nonzero(pc.match_substring(texts, "\n")).to_pylist():
         lines = [line for line in texts[row].as_py().split("\n") if line.strip()]
         fields = [line.split(table.delimiter) for line in lines]
         if (

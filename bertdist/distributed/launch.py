@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn, TypeVar
 
@@ -309,6 +310,7 @@ def launch_fingerprint(config: TrainConfig) -> dict[str, object]:
     return {**settings, "Python": platform.python_version(), **versions}
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -139,13 +139,15 @@ class MicroBatcher:
         self.find_budget(classifier, optimizer)
 
     def warm_up(self, model: nn.Module) -> None:
-        """One backward pass that is discarded, before the first step of every start, fresh or
-        resumed.
+        """With several ranks, one backward pass that is discarded, before the first step of every
+        start, fresh or resumed.
 
         DDP reorders its gradient buckets after its first backward pass, and sums are rounded in
         that order: without this a resumed run of 3 ranks or more differs from an uninterrupted one.
         One token is enough: any text causes the reordering.
         """
+        if not isinstance(model, DistributedDataParallel):
+            return
         model.train()
         loader, state = replace(self.loader, workers=0), self.state
         for first in loader.steps(state.step, state.step + 1, state.reader_state):

@@ -111,7 +111,7 @@ def _weights(module: nn.Module) -> int:
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
-def matmul_rate(device: torch.device, precision: str, seconds: float = 0.1) -> float:
+def matmul_rate(device: torch.device, precision: str, seconds: float = 0.05) -> float:
     """FLOP/s of the fastest of the large matrix products that fit into so many seconds, at least
     three.
 

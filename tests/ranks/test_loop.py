@@ -155,7 +155,7 @@ def test_the_throw_away_backward_runs_as_training_does(tiny_model: Path, tmp_pat
         micro_batches.MicroBatcher.warm_up = warmed_up  # type: ignore[method-assign]
 
     run_ranks(
-        1,
+        2,
         run_train,
         words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 16), max_train_steps=1),
         watch,

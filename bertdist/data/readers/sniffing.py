@@ -206,10 +206,14 @@ def detect_table(
 def quotes_are_ambiguous(fmt: FileFormat, head: bytes, is_all: bool) -> bool:
     """Whether a table without quoting has quoted fields, and the same rows if read with it."""
     data = head if is_all else head[: head.rfind(b"\n") + 1]
-    sign = re.escape(fmt.delimiter.encode())
-    fields = re.findall(rb'(?m)(?:^|(?<=%b))"[^\n]*?"(?=%b|\r?$)' % (sign, sign), data)
+    sign = fmt.delimiter.encode()
+    if not (data.startswith(b'"') or b'\n"' in data or sign + b'"' in data):
+        return False  # far quicker than the search
+    sign = re.escape(sign)
+    if not re.search(rb'(?m)(?:^|(?<=%b))"[^\n]*?"(?=%b|\r?$)' % (sign, sign), data):
+        return False
     lines = escape_carriage_returns(Lines(data, 1, {}))
-    return bool(fields) and _has_even_rows(replace(fmt, quoted=True), lines, is_all)
+    return _has_even_rows(replace(fmt, quoted=True), lines, is_all)
 
 
 def _has_even_rows(fmt: FileFormat, lines: Lines, is_all: bool) -> bool:

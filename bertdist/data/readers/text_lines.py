@@ -195,7 +195,7 @@ def decode_lines(fmt: FileFormat, raw: bytes, codec: str, first: int, skip: bool
         if codec != "utf-8":
             return Lines(raw.decode(codec).encode(), first, {})
         # Without a copy: bytes.decode() would need up to four times the file in memory.
-        offsets = pa.py_buffer(np.array([0, len(raw)]))
+        offsets = pa.py_buffer(np.array([0, len(raw)]))  # pa.array would import pandas: 0.3 s
         pa.LargeStringArray.from_buffers(1, offsets, pa.py_buffer(raw)).validate(full=True)
         return Lines(raw, first, {})
     except (pa.ArrowInvalid, UnicodeError):
@@ -229,7 +229,7 @@ def _decode_each_line(fmt: FileFormat, raw: bytes, codec: str, first: int, skip:
 
 def escape_carriage_returns(lines: Lines) -> Lines:
     """The lines with lone carriage returns replaced by a character that they do not contain."""
-    if not re.search(rb"\r(?!\n)", lines.data):
+    if b"\r" not in lines.data or not re.search(rb"\r(?!\n)", lines.data):
         return lines
     private_use = map(chr, range(0xE000, 0xF900))
     cr_placeholder = next(char for char in private_use if char.encode() not in lines.data)

@@ -88,6 +88,22 @@ def test_of_many_long_rows_some_are_counted(
     assert counted[1] < 25
 
 
+def test_where_none_of_the_first_is_truncated_no_more_are_counted(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    real = tokenization._count_tokens
+    monkeypatch.setattr(
+        tokenization, "_count_tokens", lambda rows, *rest: counted.append(len(rows)) or real(rows, *rest)
+    )  # fmt: skip
+    many_bytes = records_from_texts(["good"] * 4_500 + ["字" * 5] * 500)  # 15 bytes, 7 tokens
+    assert truncation_notes({"rows": many_bytes}, tokenizer, 16) == []
+    assert counted == [141]
+    truncated = records_from_texts(["good"] * 4_500 + ["字" * 5] * 400 + ["good " * 30] * 100)
+    assert "truncates 2.0% of the rows" in truncation_notes({"rows": truncated}, tokenizer, 16)[0]
+    assert counted == [141, 141, 501]
+
+
 # ---- In training and prediction
 
 
