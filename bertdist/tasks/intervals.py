@@ -99,6 +99,11 @@ class Resamples:
         """(5, B) means of prediction, reference, both squares and the product, of centred ones."""
         return self.mean(self.data.moments)
 
+    @cached_property
+    def curves(self) -> Array:
+        """(2, O, B) ROC AUC and average precision of each label, of two labels the positive one."""
+        return np.array([curve(self.weights) for curve in self.data.curves]).swapaxes(0, 1)
+
 
 Score: TypeAlias = Callable[[Resamples], Array]
 
@@ -126,6 +131,15 @@ class _Data:
     def both(self) -> sparse.csr_matrix:
         """(O, N) true and predicted."""
         return self.true.multiply(self.predicted).tocsr()
+
+    @cached_property
+    def curves(self) -> "list[_Curve]":
+        columns = one_vs_rest(self.references, self.probabilities, self.positive)
+        return [_Curve(truth, probabilities) for truth, probabilities in columns]
+
+    @cached_property
+    def ranks(self) -> "tuple[_Ranks, _Ranks]":
+        return _Ranks(self.predictions), _Ranks(self.references)
 
     def _indicator(self, labels: Array) -> sparse.csr_matrix:
         if self.single:
@@ -313,85 +327,74 @@ def _r2(r: Resamples, squares: Array) -> Array:
 # ---- Scores of sorted rows
 
 
-class _Sorted:
-    """Rows in the order of a value, and how many of them are below, and not above, others."""
+def _running_sums(weights: Array) -> Array:
+    """(M, B) -> (M + 1, B): the sums of the first 0, 1, ..., M rows.
 
-    def __init__(self, rows: Array, values: Array) -> None:
-        """rows: (M,) numbers of rows; values: (N,) of all rows."""
-        order = np.argsort(values[rows], kind="stable")
-        self.rows, self.values = rows[order], values[rows[order]]
+    In blocks, because `np.cumsum` along the first axis takes ten times as long.
+    """
+    rows, block = len(weights), 64
+    sums = np.zeros((-(-rows // block) * block + 1, weights.shape[1]), weights.dtype)
+    sums[1 : rows + 1] = weights
+    blocks = sums[1:].reshape(-1, block, weights.shape[1])
+    for row in range(1, block):
+        blocks[:, row] += blocks[:, row - 1]
+    blocks[1:] += np.cumsum(blocks[:-1, -1], axis=0)[:, None]
+    return sums[: rows + 1]
 
-    def sums(self, weights: Array) -> Array:
-        """(N, B) weights -> (M + 1, B): the sum over the first 0, 1, ..., M of these rows."""
-        sums = np.zeros((len(self.rows) + 1, weights.shape[1]), weights.dtype)
-        np.cumsum(weights.take(self.rows, axis=0), axis=0, out=sums[1:])
-        return sums
 
-    def ranks(self, values: Array) -> tuple[Array, Array]:
-        """How many of these rows are below each value, and how many are not above it."""
-        below, upto = (np.searchsorted(self.values, values, side) for side in ("left", "right"))
-        return below, upto
+def _dot(x: Array, y: Array) -> Array:
+    """(M, B) and (M, B) -> (B,), in double precision: float32 cannot count all pairs of rows."""
+    products: Array = np.einsum("nb,nb->b", x, y, dtype=np.float64)
+    return products
 
 
 class _Curve:
-    """The true rows and the others of a label, by its probability."""
+    """The true rows and the others of a label, in the order of its probability."""
 
     def __init__(self, truth: Array, probabilities: Array) -> None:
-        groups = (np.flatnonzero(truth), np.flatnonzero(~truth))
-        self.true, self.other = (_Sorted(rows, probabilities) for rows in groups)
+        order = np.argsort(probabilities, kind="stable")
+        self.true, self.other = order[truth[order]], order[~truth[order]]
+        values, others = probabilities[self.true], probabilities[self.other]
+        self.first = np.searchsorted(values, values)  # of the true rows with the same value
+        self.below, self.upto = (np.searchsorted(others, values, x) for x in ("left", "right"))
 
-    def area(self, weights: Array) -> Array:
-        """ROC AUC: the share of the pairs of both groups that are in order, equal ones half."""
-        small, large = sorted((self.true, self.other), key=lambda group: len(group.rows))
-        sums = small.sums(weights)
-        below, upto = small.ranks(large.values)
-        lower = sums.take(below, axis=0)
-        if (below != upto).any():
-            lower = (lower + sums.take(upto, axis=0)) / 2
-        # In double precision: there may be more pairs than float32 can count.
-        large_weights = weights.take(large.rows, axis=0)
-        pairs = np.einsum("nb,nb->b", large_weights, lower, dtype=np.float64)
-        total = sums[-1].astype(np.float64)
-        share: Array = pairs / (total * (len(weights) - total))
-        return share if small is self.other else 1 - share
-
-    def average_precision(self, weights: Array) -> Array:
-        """The sum over thresholds of precision x increase of recall; 0 without true rows."""
-        true, other = self.true.sums(weights), self.other.sums(weights)
-        above = true[-1] - true.take(self.true.ranks(self.true.values)[0], axis=0)
-        others = other[-1] - other.take(self.other.ranks(self.true.values)[0], axis=0)
-        precision = above / np.maximum(above + others, 1)
-        hits = np.einsum("nb,nb->b", np.diff(true, axis=0), precision, dtype=np.float64)
-        return _ratio(hits, true[-1].astype(np.float64))
+    def __call__(self, weights: Array) -> tuple[Array, Array]:
+        """(N, B) weights -> (B,) ROC AUC, the share of the pairs of both groups that are in order,
+        equal ones half; and (B,) average precision, the sum over thresholds of precision x increase
+        of recall, 0 without true rows.
+        """
+        mine = weights.take(self.true, axis=0)
+        true, other = _running_sums(mine), _running_sums(weights.take(self.other, axis=0))
+        lower = other.take(self.below, axis=0)
+        above, others = true[-1] - true.take(self.first, axis=0), other[-1] - lower
+        hits = _dot(mine, above / np.maximum(above + others, 1))
+        if (self.below != self.upto).any():
+            lower = (lower + other.take(self.upto, axis=0)) / 2
+        number = true[-1].astype(np.float64)
+        return _dot(mine, lower) / (number * (len(weights) - number)), _ratio(hits, number)
 
 
-def _mean_of_curves(
-    r: Resamples, curves: Sequence[_Curve], score: Callable[[_Curve, Array], Array]
-) -> Array:
-    return _mean(np.array([score(curve, r.weights) for curve in curves]))
+class _Ranks:
+    """The ranks of rows by a value, of equal ones the mean rank."""
+
+    def __init__(self, values: Array) -> None:
+        _, self.group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+        self.order = np.argsort(self.group, kind="stable")
+        self.ends = np.r_[0, np.cumsum(sizes)]
+
+    def __call__(self, weights: Array) -> tuple[Array, Array]:
+        """(N, B) weights -> (N, B) twice the ranks, 0 on average; (B,) their variance x N."""
+        sums = _running_sums(weights.take(self.order, axis=0)).take(self.ends, axis=0)
+        ranks = (sums[1:] + sums[:-1] - len(weights)).take(self.group, axis=0)
+        sizes = np.diff(sums, axis=0)  # of the groups of equal values
+        cubes = np.einsum("gb,gb,gb->b", sizes, sizes, sizes, dtype=np.float64)
+        return ranks, (float(len(weights)) ** 3 - cubes) / 3
 
 
-def _curves(data: _Data) -> list[_Curve]:
-    columns = one_vs_rest(data.references, data.probabilities, data.positive)
-    return [_Curve(truth, probabilities) for truth, probabilities in columns]
-
-
-def _spearman(r: Resamples, orders: Sequence[tuple[_Sorted, Array, Array]]) -> Array:
-    """Pearson correlation of ranks, of equal values the mean rank."""
-    x, y = (
-        (sums.take(below, axis=0) + sums.take(upto, axis=0) - r.rows) / 2  # 0 on average
-        for order, below, upto in orders
-        for sums in [order.sums(r.weights)]
-    )
-    xw, yw = x * r.weights, y * r.weights
-    pairs = ((xw, x), (yw, y), (xw, y))
-    moments = (np.einsum("nb,nb->b", *pair, dtype=np.float64) for pair in pairs)
-    return _correlation(*moments)
-
-
-def _order(values: Array) -> tuple[_Sorted, Array, Array]:
-    order = _Sorted(np.arange(len(values)), values)
-    return order, *order.ranks(values)
+def _spearman(r: Resamples) -> Array:
+    """Pearson correlation of ranks."""
+    (x, xx), (y, yy) = (ranks(r.weights) for ranks in r.data.ranks)
+    return _correlation(xx, yy, _dot(x * r.weights, y))
 
 
 # ---- Names
@@ -420,14 +423,10 @@ _MEANS: dict[str, Callable[[_Data], Array]] = {
     "mse": lambda data: _errors(data) ** 2,
     "mae": lambda data: np.abs(_errors(data)),
 }
-_SORTED: dict[str, Callable[[_Data], Score]] = {
-    "roc_auc": lambda data: partial(_mean_of_curves, curves=_curves(data), score=_Curve.area),
-    "average_precision": lambda data: partial(
-        _mean_of_curves, curves=_curves(data), score=_Curve.average_precision
-    ),
-    "spearman": lambda data: partial(
-        _spearman, orders=[_order(data.predictions), _order(data.references)]
-    ),
+_SORTED: dict[str, Score] = {
+    "roc_auc": lambda r: _mean(r.curves[0]),
+    "average_precision": lambda r: _mean(r.curves[1]),
+    "spearman": _spearman,
 }
 
 
@@ -436,7 +435,7 @@ def _score_of(name: str, data: _Data) -> Score | None:
     if name in _COUNTED:
         return _COUNTED[name]
     if name in _SORTED:
-        return _SORTED[name](data)
+        return _SORTED[name]
     if name == "ece":
         bins, gaps = calibration_gaps(data.references, data.probabilities)
         return partial(_ece, gaps=group_sums(bins, CALIBRATION_BINS, gaps))

@@ -135,7 +135,9 @@ class MicroBatcher:
 
     def prepare(self, model: nn.Module, classifier: nn.Module, optimizer: Optimizer) -> None:
         """Before the first step of every start. A collective. classifier: the model without DDP."""
-        self.warm_up(model)
+        model.train()
+        if isinstance(model, DistributedDataParallel):
+            self.warm_up(model)
         self.find_budget(classifier, optimizer)
 
     def warm_up(self, model: nn.Module) -> None:
@@ -146,9 +148,6 @@ class MicroBatcher:
         that order: without this a resumed run of 3 ranks or more differs from an uninterrupted one.
         One token is enough: any text causes the reordering.
         """
-        if not isinstance(model, DistributedDataParallel):
-            return
-        model.train()
         loader, state = replace(self.loader, workers=0), self.state
         for first in loader.steps(state.step, state.step + 1, state.reader_state):
             batch = single_token_batch(first.micro_batches[0]).to(self.accelerator.device)

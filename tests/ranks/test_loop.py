@@ -144,15 +144,15 @@ def test_the_throw_away_backward_runs_as_training_does(tiny_model: Path, tmp_pat
             assert model.training, "the model is in evaluation mode"
             return single_token_batch(batch)
 
-        warm_up, models = micro_batches.MicroBatcher.warm_up, []
+        prepare, models = micro_batches.MicroBatcher.prepare, []
 
-        def warmed_up(self: Any, model: Any) -> None:
+        def prepared(self: Any, model: Any, *others: Any) -> None:
             model.eval()
             models.append(model)
-            warm_up(self, model)
+            prepare(self, model, *others)
 
         micro_batches.single_token_batch = watched
-        micro_batches.MicroBatcher.warm_up = warmed_up  # type: ignore[method-assign]
+        micro_batches.MicroBatcher.prepare = prepared  # type: ignore[method-assign]
 
     run_ranks(
         2,
