@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 import torch
@@ -38,18 +38,18 @@ from bertdist.core.output_files import RESULT_FILES
 from bertdist.data.memory_rows import as_table
 from bertdist.data.trained_rows import data_of_model
 from bertdist.distributed.launch import EXIT_STOPPED
-from bertdist.eval import evaluate as evaluate_from_config
 from bertdist.models.classifier import (
     load_model_config,
     quiet_transformers,
     saved_metadata,
     trained_task,
 )
-from bertdist.predict import Predictor, Stopped
 from bertdist.tasks.labels import REGRESSION
 from bertdist.train import train as train_from_config
-from bertdist.training.cross_validation import REPORT_FILE, cross_validate
 from bertdist.training.run_logger import Hooks
+
+if TYPE_CHECKING:
+    from bertdist.predict import Predictor
 
 _running = threading.Lock()
 
@@ -149,10 +149,14 @@ class Run:
         """cross_validation.json of folds=5: mean and std of every score, and the scores per fold;
         empty without folds. The runs are Run(run.folder / "folds" / "0") and so on.
         """
+        from bertdist.training.cross_validation import REPORT_FILE
+
         return read_json_object(self.folder / REPORT_FILE)
 
-    def predictor(self, **options: Any) -> Predictor:
+    def predictor(self, **options: Any) -> "Predictor":
         """A `Predictor` of the best weights; options: its own."""
+        from bertdist.predict import Predictor
+
         return Predictor(self._best(), **options)
 
     def _best(self) -> Path:
@@ -280,6 +284,9 @@ def evaluate(
                 raise _stopped()
             return _read_evaluation(written, folder)
         stack.enter_context(_in_this_process())
+        from bertdist.eval import evaluate as evaluate_from_config
+        from bertdist.predict import Stopped
+
         try:
             results = evaluate_from_config(config)
         except Stopped:
@@ -356,6 +363,8 @@ def _train_here(config: TrainConfig, hooks: Hooks) -> None:
     if config.run.folds is None:
         train_run(config)
     else:
+        from bertdist.training.cross_validation import cross_validate
+
         cross_validate(config, train_run)
 
 
