@@ -42,7 +42,8 @@ sys.setprofile(profile)
 try:
     train = sys.modules["bertdist.train"]
     from bertdist.core.args import parse_or_exit, read_config
-    train.run_cli(train.run, parse_or_exit(read_config))
+    from bertdist.data.preflight import check_train
+    train.run_cli(train.run, parse_or_exit(read_config, check_train))
 except SystemExit as end:
     assert not end.code, end.code
 finally:

@@ -13,14 +13,6 @@ from bertdist.core.config import DataConfig, FileConfig, TaskConfig, TrainConfig
 from bertdist.core.errors import DataError, NoRowsError, did_you_mean
 from bertdist.data.bad_rows import OnBadRow, suggest_skipping
 from bertdist.data.columns import LabelRules, LabelValue
-from bertdist.data.held_out import (
-    Part,
-    copied_locations,
-    divide,
-    hold_out_of,
-    no_rows_error,
-    with_note,
-)
 from bertdist.data.label_stats import has_odd_labels, needs_numbers
 from bertdist.data.records import (
     ColumnNames,
@@ -38,6 +30,7 @@ from bertdist.tasks.labels import describe_differing
 
 # Readers are imported by the functions that read: a run loads only those of its sources.
 if TYPE_CHECKING:
+    from bertdist.data.held_out import Part
     from bertdist.data.readers.file_reader import FileReader
     from bertdist.data.readers.folder_reader import FolderReader
     from bertdist.data.streaming import Stream
@@ -120,13 +113,15 @@ def _label_column(rows: "Records | Stream") -> str | None:
 
 
 def read_part(
-    stream: "Stream", part: Part, limit: int | None, numbers_only: bool | None = None
+    stream: "Stream", part: "Part", limit: int | None, numbers_only: bool | None = None
 ) -> Records:
     """The held-out rows of a stream, in memory; limit: of them the first. Raises DataError.
 
     Rows that cannot be read count with the training rows. numbers_only: see `LabelRules`; None:
     with on_bad_row "skip" decided by these labels.
     """
+    from bertdist.data.held_out import copied_locations, no_rows_error, with_note
+
     assert stream.hold_out is not None
     rules = stream.rules._replace(numbers_only=numbers_only is True)
     reading = replace(stream, part=part, rules=rules)
@@ -157,9 +152,12 @@ def load_parts(data: DataConfig, task: TaskConfig, seed: int) -> dict[str, Recor
     seed: of --validation_split and --test_split. Raises DataError.
     """
     numbers_only = needs_numbers(task)
-    if hold_out := hold_out_of(data, seed):
-        every_row = replace(data, max_train_samples=None)
-        return divide(load_records(every_row, "train", numbers_only), hold_out, data)
+    if data.validation_split is not None or data.test_split is not None:
+        from bertdist.data.held_out import divide, hold_out_of
+
+        if hold_out := hold_out_of(data, seed):
+            every_row = replace(data, max_train_samples=None)
+            return divide(load_records(every_row, "train", numbers_only), hold_out, data)
     parts = {"train": load_records(data, "train", numbers_only)}
     if data.on_bad_row == "skip":
         numbers_only = needs_numbers(task, parts["train"])
@@ -401,6 +399,7 @@ def open_stream(data: DataConfig, seed: int, numbers_only: bool | None = None) -
     With --on_bad_row skip or --label_columns, reads the first rows. numbers_only: see `LabelRules`;
     None: `collect_stats` decides.
     """
+    from bertdist.data.held_out import hold_out_of
     from bertdist.data.streaming import Stream
 
     groups: list[list[DataSource]]
