@@ -633,6 +633,25 @@ def config_to_yaml(config: TrainConfig | EvaluateConfig) -> str:
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
+def finished_yaml(file: Path, config: TrainConfig) -> str:
+    """The config.yaml of a finished run, with the rows to test on of `config`: other settings that
+    are given now have had no effect. `config_to_yaml` where there is none that can be read.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        saved = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError):
+        return config_to_yaml(config)
+    if not isinstance(saved, dict):
+        return config_to_yaml(config)
+    tests = {name: getattr(config.data, name) for name in ("test_file", "test_split")}
+    given = {name: value for name, value in tests.items() if value is not None}
+    if not given or all(saved.get(name) == value for name, value in tests.items()):
+        return text
+    values = {name: value for name, value in saved.items() if name not in tests} | given
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
 def saved_setting(file: Path, name: str) -> Any:
     """A setting of a config.yaml that a run wrote; None where it has none or cannot be read."""
     try:

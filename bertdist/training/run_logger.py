@@ -33,7 +33,7 @@ from bertdist.core.atomic_io import (
     json_safe,
     to_json,
 )
-from bertdist.core.config import DataConfig, TrainConfig, config_to_yaml
+from bertdist.core.config import DataConfig, TrainConfig, config_to_yaml, finished_yaml
 from bertdist.core.errors import CheckpointError, ConfigError
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import PACKAGES, _version
@@ -274,7 +274,8 @@ class RunLogger:
         accelerator: Accelerator,
         steps_per_epoch: int = 0,
     ) -> None:
-        """Training starts at `state`: write config.yaml, environment.json and status.json.
+        """Training starts at `state`: write config.yaml, environment.json and status.json. Those of
+        a finished run stay, see `finished_yaml`.
 
         steps_per_epoch: 0 if it is not known.
         """
@@ -284,6 +285,10 @@ class RunLogger:
             "config.yaml": config_to_yaml(config),
             "environment.json": environment(accelerator),
         }
+        if state.finished:
+            files["config.yaml"] = finished_yaml(self.folder / "config.yaml", config)
+            if (self.folder / "environment.json").exists():
+                del files["environment.json"]
         with self.on_all_ranks():
             self.begin(state.step, files, state.evaluation_pending)
             self.status("finished" if state.finished else "running", state.step)

@@ -7,6 +7,7 @@ import os
 import resource
 import shlex
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -450,5 +451,16 @@ def test_a_start_describes_the_run(log: RunLogger, tmp_path: Path) -> None:
     assert (facts["processes"], facts["device"], facts["mixed_precision"]) == (2, "cpu", "no")
     assert status_of(tmp_path) == {"state": "running", "step": 2, "reason": ""}
     assert lines_of(tmp_path) == OLD[:3], "the evaluation of step 2 will be repeated"
-    log.start(TrainState(step=1, finished=True), 9, config, accelerator)
+    other = read_config(["--model_name_or_path=m", "--train_file=x.tsv", "--output_dir=o"])
+    (tmp_path / "environment.json").write_text("{}")
+    log.start(TrainState(step=1, finished=True), 9, other, accelerator)
+    assert (tmp_path / "config.yaml").read_text() == config_to_yaml(config), "that it trained with"
+    assert (tmp_path / "environment.json").read_text() == "{}"
+    data = replace(other.data, test_file="test.tsv")
+    log.start(TrainState(step=1, finished=True), 9, replace(other, data=data), accelerator)
+    again = read_config(["--config", str(tmp_path / "config.yaml")])
+    assert again == replace(config, data=replace(config.data, test_file="test.tsv"))
+    (tmp_path / "config.yaml").unlink()
+    log.start(TrainState(step=1, finished=True), 9, other, accelerator)
+    assert (tmp_path / "config.yaml").read_text() == config_to_yaml(other)
     assert status_of(tmp_path)["state"] == "finished" and lines_of(tmp_path) == OLD[:2]
