@@ -321,7 +321,9 @@ def _read_yaml(
     for key, value in node.value:
         name, where = _name(key), f"{path} line {key.start_mark.line + 1}: "
         items = value.value if isinstance(value, yaml.SequenceNode) else None
-        if name not in names:
+        if not isinstance(key, yaml.ScalarNode):
+            problems.append(f"{where}expected the name of a setting, not a list or mapping.")
+        elif name not in names:
             problems.append(_unknown_setting(name, names, where))
         elif name in seen:
             problems.append(f"{where}{name!r} is given a second time.")

@@ -463,6 +463,10 @@ def test_flags_win_over_the_file(position: str, file: Callable[[str], list[str]]
             ],
         ),
         ("config: other.yaml", ["{} line 1: Unknown setting 'config'. --help lists them."]),
+        (
+            "seed: 1\n[a, b]: 2",
+            ["{} line 2: expected the name of a setting, not a list or mapping."],
+        ),
         ("- seed", ["--config {}: expected lines of `name: value`."]),
         ("seed", ["--config {}: expected lines of `name: value`."]),
     ],
