@@ -163,7 +163,7 @@ def create_eval_loader(
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> MapLoader | None:
-    """This rank's loader of the validation rows, if there are any. Raises DataError."""
+    """This rank's loader of validation or test rows, if there are any. Raises DataError."""
     if not rows:
         return None
     dataset = create_dataset(rows, tokenizer, task, config.model.max_length)

@@ -86,9 +86,9 @@ def load_test(data: DataConfig, task: TaskConfig, train: Records) -> Records | N
 
 
 def _as_trained(rows: Records, train: "Records | Stream") -> Records:
-    """The validation rows, with a line on columns of other names than those of training.
+    """Validation or test rows, with a line on columns of other names than those of training.
 
-    Raises DataError if only one of them has pairs of texts.
+    Raises DataError if only one of the two splits has pairs of texts.
     """
     names = train.text_column, train.pair_column, _label_column(train)
     own = rows.text_column, rows.pair_column, rows.label_column

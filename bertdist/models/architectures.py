@@ -7,11 +7,19 @@ computed for all tokens, everything else of the last layer for N: exact, and 13%
 MiniLM-L6, 6% for BERT-base. Where the head reads the mean of a text (ModernBERT can), all tokens
 leave the last layer, and their mean takes the place of the first token.
 
-A new model family touches three files:
+A family that is not here is trained too, padded (classifier.py). To run it without padding:
 1. models/architectures.py: one entry in ARCHITECTURES, by the `model_type` of its config.json, with
    one layer written as two functions over its own submodules: attention, and what follows it.
 2. models/<family>.py, only where transformers has no attention interface for it, as deberta.py.
-3. tests/unit/models/test_architectures.py: one entry in KINDS; a family without one fails there.
+3. models/classifier.py, `first_tokens_only`: of a head that reads other than the first token, as
+   ModernBERT's does with the setting `classifier_pooling`.
+4. models/model_config.py: settings of its config.json that change the arithmetic and are not
+   computed here are refused, those that change only what is returned are reset.
+5. training/optimizer.py, `_layer_index`: the names of its layers' weights have to match, for
+   --layerwise_lr_decay. They do where the list of layers is called layer, layers, block, blocks or
+   h; ALBERT's, which share weights, are not numbered.
+6. tests/unit/models/test_architectures.py: one entry in KINDS; a family without one fails there.
+   docs/guide.md: the table of model types.
 
 Legend: T tokens, N texts; Q is T, or N where only first tokens are computed; D head size.
 """

@@ -42,6 +42,17 @@ more; of 100,000 x 150 labels 0.03 s and 3.3 s; multi-label 100,000 x 150 1.6 s 
 scores (twice that on a busy machine). Through evaluate's Arrow table the same arrays cost 1.6 s per
 score, and 10 s and 1.2 GB per score for multi-label: see `BuiltinMetric.compute`.
 
+A new metric touches four places:
+1. tasks/metrics.py: one entry in `_METRICS`, which --metrics and its messages know it by; the
+   function is scikit-learn's or scipy's, or one above the table where theirs warns or raises. Its
+   name also goes into LOWER_IS_BETTER, `UNDEFINED` (when it is nan) and `_OF_POSITIVE` (it depends
+   on --positive_label), where they hold. A mean over rows: its rows in tasks/row_scores.py.
+2. tasks/intervals.py: the score of many resamples at once, one entry in `_COUNTED` (from counts or
+   sums), `_MEANS` (a mean over rows) or `_SORTED` (rows must be sorted). Without one
+   tests/unit/tasks/test_intervals.py fails, which compares it with step 1.
+3. tests/unit/tasks/test_metrics_sklearn.py: the expected value, of an independent computation.
+4. docs/guide.md: the table of `--metrics`. What its name means: the list above.
+
 Legend: N rows, O outputs. Single-label: predictions (N,) and references (N,) are label ids,
 probabilities (N, O). Multi-label: predictions and references (N, O) of 0 and 1, probabilities (N,
 O). Regression: predictions and references (N,) floats.

@@ -71,7 +71,10 @@ class Task(Protocol):
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Sum over rows of weight x loss, () float32.
 
-        Never a mean: whoever adds up micro-batches divides by all rows of the step at the end.
+        Never a mean: whoever adds up micro-batches divides by all rows of the step at the end, also
+        with --class_weights. F.cross_entropy(weight=..., reduction="mean") divides by the sum of
+        the weights instead; here a step of rare labels moves the model more than one of frequent
+        ones.
         """
 
     def eval_loss(self, logits: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
@@ -458,7 +461,7 @@ def task_of_model(
 ) -> Task:
     """The task that a trained classifier's config.json states; raises ModelError.
 
-    codes: of its training's --label_names.
+    codes: what files may have instead of each label, from its training's --label_names.
     """
     if problem_type is None:  # not trained by bertdist: what `pipeline` assumes of it
         kind: type[SingleLabel | MultiLabel | Regression]

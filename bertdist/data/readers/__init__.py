@@ -1,1 +1,4 @@
-"""Readers of file formats: csv, tsv, jsonl, parquet, hub data sets and remote files."""
+"""Readers of file formats: csv, tsv, jsonl, json, parquet, txt; of folders, hub data sets, URLs.
+
+How to add a format: file_reader.py.
+"""

@@ -19,6 +19,22 @@ How a text file is read in chunks:
 So a chunk depends on the bytes of the file and on where it begins, and on nothing else: the same
 chunks come from the start and from the state of any chunk. A JSON document is read at once, and
 sliced.
+
+A new file format touches:
+1. core/config.py: a value of `FileConfig.file_format`, and the sentences that list the formats.
+2. This module: its name in KINDS (also its extension; others in ALIASES), and its branches in
+   FileReader. Text of rows that end at a line end: `_column_names` and `_parse` (as jsonl). Read as
+   a whole: `read`, `chunks` and `_read_header` (as json). Binary, or columns with types of their
+   own: `column_names`, `read` and `chunks` (as parquet). `reject_unused_flags`: the flags that it
+   cannot obey.
+3. readers/<format>_reader.py: bytes or lines -> `Parsed`, or `Chunk`s with a state to go on from.
+4. sniffing.py: `detect_kind` where its content says what it is, whatever the name; `_FOREIGN` has
+   the formats that are refused, so remove it there.
+5. data/input_rows.py and data/source_rows.py: how predict and check --fix keep its columns.
+6. tests/unit/data/readers/test_<format>_reader.py, and the table in docs/guide.md ("What a file
+   is").
+To write it too (--output): core/output_files.py (FORMATS, PREDICTIONS), core/config.py
+(`output_format`), and a `Writer` in data/writers.py (`create_writer`, `create_row_writer`).
 """
 
 import os
@@ -449,8 +465,8 @@ def inspect_file(
     """The file at a local path or URL, and its format: as the flags say, else detected.
 
     `warn` gets one line about the first transient error of a remote file. trained: text columns
-    that a header may have. Raises DataError where
-    there is no such file, its kind is unknown, or a flag cannot take effect.
+    that a header may have. Raises DataError where there is no such file, its kind is unknown, or a
+    flag cannot take effect.
     """
     is_stdin = path == STDIN
     is_local = protocol_of(path) is None and not is_stdin
