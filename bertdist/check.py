@@ -20,9 +20,7 @@ if __name__ == "__main__":
     from bertdist.data_quality.config import check_start, read_check_arguments
 
     # Before torch is imported, which takes seconds
-    flags = parse_or_exit(
-        read_check_arguments, check_start
-    )  # before torch is imported, which takes seconds
+    parsed_config = parse_or_exit(read_check_arguments, check_start)
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -240,4 +238,4 @@ def run(config: tuple[CheckConfig, DataConfig] | tuple[LabelIssueConfig, TrainCo
 
 
 if __name__ == "__main__":
-    run_cli(run, flags)
+    run_cli(run, parsed_config)

@@ -21,9 +21,7 @@ if __name__ == "__main__":
     from bertdist.data.preflight import check_evaluate
 
     # Before torch is imported, which takes seconds
-    flags = parse_or_exit(
-        read_evaluate_config, check_evaluate
-    )  # before torch is imported, which takes seconds
+    parsed_config = parse_or_exit(read_evaluate_config, check_evaluate)
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -245,4 +243,4 @@ def _show(report: dict[str, Any], config: EvaluateConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(run, flags)
+    run_cli(run, parsed_config)

@@ -21,9 +21,7 @@ if __name__ == "__main__":
     from bertdist.data.preflight import check_predict
 
     # Before torch is imported, which takes seconds
-    flags = parse_or_exit(
-        read_predict_config, check_predict
-    )  # before torch is imported, which takes seconds
+    parsed_config = parse_or_exit(read_predict_config, check_predict)
 
 import contextlib
 import warnings
@@ -83,8 +81,8 @@ from bertdist.distributed.collectives import (
 from bertdist.distributed.launch import (
     EXIT_STOPPED,
     create_accelerator,
+    reset_torch_modes,
     run_cli,
-    with_default_modes,
 )
 from bertdist.distributed.launcher import check_world
 from bertdist.distributed.preemption import StopSignal
@@ -226,7 +224,7 @@ class Predictor:
         records = self._records(texts, pairs, text_column, text_pair_column)
         if not len(records):
             return np.zeros((0, len(self.labels)), np.float32)
-        with with_default_modes():
+        with reset_torch_modes():
             return self.task.predict(self.predict_logits(records))[1]
 
     def _records(
@@ -257,14 +255,14 @@ class Predictor:
         """A line if more than 1% of the texts are truncated; a call warns of it, once."""
         return truncation_notes({"texts": records}, self.tokenizer, self.max_length)
 
-    @with_default_modes()
+    @reset_torch_modes()
     def predict_records(
         self, records: Records, top_k: int | None = None, threshold: float | None = None
     ) -> list[dict[str, Any]]:
         """As __call__. Every rank computes its share of the rows and returns all results."""
         return list(self.task.to_records(self.predict_logits(records), top_k, threshold))
 
-    @with_default_modes()
+    @reset_torch_modes()
     def predict_logits(self, records: Records) -> Tensor:
         """(rows, outputs) float32 on the CPU, the same on every rank.
 
@@ -520,4 +518,4 @@ class _PredictFiles:
 
 
 if __name__ == "__main__":
-    run_cli(run, flags)
+    run_cli(run, parsed_config)

@@ -23,7 +23,7 @@ if __name__ == "__main__":
     from bertdist.data.preflight import check_train
 
     # Before torch is imported, which takes seconds
-    flags = parse_or_exit(read_config, check_train)
+    parsed_config = parse_or_exit(read_config, check_train)
 
 import math
 from collections.abc import Callable
@@ -58,7 +58,7 @@ from bertdist.data.stats import (
 )
 from bertdist.data.tokenization import load_tokenizer, truncation_notes
 from bertdist.distributed.collectives import assert_same_on_all_ranks, raise_on_all_ranks
-from bertdist.distributed.launch import EXIT_STOPPED, launch, run_cli, with_default_modes
+from bertdist.distributed.launch import EXIT_STOPPED, launch, reset_torch_modes, run_cli
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import (
     Classifier,
@@ -89,7 +89,7 @@ if TYPE_CHECKING:  # --streaming only
     from bertdist.data.streaming import Stream
 
 
-@with_default_modes()
+@reset_torch_modes()
 def train(config: TrainConfig, hooks: Hooks = NO_HOOKS) -> TrainState:
     """Fine-tune as configured; rerunning with the same --output_dir resumes.
 
@@ -406,4 +406,4 @@ def run(config: TrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_cli(run, flags)
+    run_cli(run, parsed_config)

@@ -1,8 +1,8 @@
 """Every setting: its flag and YAML name, type, default and one sentence of help.
 
 Names are those of `run_glue_no_trainer.py` and `TrainingArguments` where they mean the same. One
-dataclass per concern; a module receives its section, never the full TrainConfig. core/args.py fills
-them from the command line and a YAML file, and checks their values together.
+dataclass per concern: a function receives its section, or the TrainConfig if it needs several.
+core/args.py fills them from the command line and a YAML file, and checks their values together.
 """
 
 import dataclasses

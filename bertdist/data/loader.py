@@ -11,7 +11,7 @@ How rows become steps: data/sharding.py.
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from accelerate import Accelerator
@@ -40,7 +40,6 @@ if TYPE_CHECKING:  # --streaming only
     from bertdist.data.streaming import Stream, StreamLoader
 
 Loader: TypeAlias = "MapLoader | StreamLoader"
-LoaderT = TypeVar("LoaderT", "MapLoader", "StreamLoader", "Loader")
 
 # Tokens of a micro-batch that keep any CPU busy; more would only take memory.
 DEFAULT_TOKEN_BUDGET = 8_192

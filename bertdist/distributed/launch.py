@@ -184,7 +184,7 @@ def find_dead_ranks(seconds: float) -> tuple[list[Heartbeat], bool]:
 
 
 @contextmanager
-def with_default_modes() -> Iterator[None]:
+def reset_torch_modes() -> Iterator[None]:
     """No autocast, no inference mode, gradients enabled, float32 and the CPU as defaults.
 
     What a run computes follows from its config alone: a program that calls train() or a Predictor
@@ -306,12 +306,13 @@ def launch_fingerprint(config: TrainConfig) -> dict[str, object]:
     """What must be the same on all ranks before they do anything else: settings and versions."""
     sections = asdict(config).values()
     settings = {f"--{name}": value for section in sections for name, value in section.items()}
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: package_version(name) for name in PACKAGES}
     return {**settings, "Python": platform.python_version(), **versions}
 
 
 @cache
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -43,7 +43,7 @@ from bertdist.core.config import ModelConfig
 from bertdist.core.errors import ConfigError, ModelError, listed
 from bertdist.data.batch import PackedBatch, collate
 from bertdist.data.tokenization import Example, save_tokenizer
-from bertdist.distributed.launch import with_default_modes
+from bertdist.distributed.launch import reset_torch_modes
 from bertdist.models import attention, bf16
 from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.cpu_layers import reuse_embedding_gradient, use_onednn
@@ -320,7 +320,7 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-@with_default_modes()
+@reset_torch_modes()
 def load_classifier(
     config: ModelConfig,
     task: Task,

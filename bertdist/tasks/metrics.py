@@ -3,7 +3,7 @@
     metrics = load_metrics(default_metrics(problem_type), problem_type, labels)
     metrics.compute(predictions, probabilities, references)  # {"accuracy": 0.91, "f1_macro": 0.9}
 
-Intervals of the same scores: tasks/intervals.py.
+Intervals of the same scores: tasks/confidence_intervals.py.
 
 Import it on rank 0 only, and only when scores are needed: `evaluate` takes longer to import than
 all our other imports together. Each built-in metric is an `evaluate.Metric` made from one line of a
@@ -233,11 +233,6 @@ def _spec_of(name: str) -> _Spec | None:
         hits, k = _mean_of(top_hits), int(top[1])
         return _of_probabilities("top_k_accuracy_score", hits, SINGLE_LABEL, k=k)
     return _METRICS.get(name)
-
-
-def is_builtin(name: str) -> bool:
-    """Whether a score is one of this module's, or the loss."""
-    return name == "loss" or _spec_of(name) is not None
 
 
 _CITATION = (

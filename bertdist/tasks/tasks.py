@@ -1,8 +1,10 @@
 """Task kinds: how a label becomes a target, what the loss is, how logits become predictions.
 
 `infer_task` finds the task in the distinct labels of a training split, by the rules of
-tasks/labels.py, `task_of_model` in a trained model's config. Everything else works with a `Task`; a
-new kind is a new class here, and no other module branches on the kind.
+tasks/labels.py, `task_of_model` in a trained model's config. A `Task` gives targets, losses and
+predictions, whatever its kind. Other modules ask for `problem_type` where they need more than that:
+metrics, reports, label statistics, checks of flags. A new kind is a new class here, and a look at
+those places (grep problem_type).
 
 Legend: N texts, O outputs, V distinct labels.
 """

@@ -90,12 +90,12 @@ class EarlyStopping:
     def __init__(self, run: RunConfig, state: TrainState) -> None:
         self.run, self.state, self.triggered = run, state, False
 
-    def update(self, improvement: float | None) -> None:
-        """improvement: of an evaluation. None if it was interrupted, and NaN if its score is no
-        number: these do not count.
+    def update(self, gain: float | None) -> None:
+        """gain: the `improvement` of an evaluation. None if it was interrupted, and NaN if its
+        score is no number: these do not count.
         """
-        if improvement is not None and not math.isnan(improvement):
-            improved = improvement > self.run.early_stopping_threshold
+        if gain is not None and not math.isnan(gain):
+            improved = gain > self.run.early_stopping_threshold
             count = 0 if improved else self.state.evaluations_since_best + 1
             self.state.evaluations_since_best = count
             patience = self.run.early_stopping_patience

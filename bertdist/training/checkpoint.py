@@ -74,7 +74,7 @@ class TrainState:
     best_score: float | None = None
     best_loss: float | None = None  # as long as best_score was never a number: then it selects
     best_step: int = 0
-    best_weights: str = ""  # `weights_digest` of best/
+    best_weights: str = ""  # `weights_digest` of best/; field names are keys of state.json
     best_evaluation_loss: float | None = None  # that of evaluation.json
     evaluations_since_best: int = 0
     tokens_per_micro_batch: int = 0  # requested or measured, halved where memory ran out; 0: unset
@@ -154,12 +154,12 @@ class Checkpointer:
         signature: ResumeSignature,
         accelerator: Accelerator,
         keep: int,
-        log: Callable[..., None],
+        say: Callable[..., None],
         before_save: Callable[[], None] = lambda: None,
     ) -> None:
-        """keep: maximum number. log: takes lines of text. before_save: flushes the log (rank 0)."""
+        """keep: maximum number. say: takes lines of text. before_save: flushes the log (rank 0)."""
         self.folder, self.signature, self.accelerator = folder, signature, accelerator
-        self.keep, self.log, self.before_save = keep, log, before_save
+        self.keep, self.say, self.before_save = keep, say, before_save
         self.source: Path | None = None  # the checkpoint that `restore` loaded
 
     def save(
@@ -199,7 +199,7 @@ class Checkpointer:
 
     def _say_kept(self, kept: Path | None) -> None:
         if kept is not None:
-            self.log(f"{kept} keeps files that no run wrote.")
+            self.say(f"{kept} keeps files that no run wrote.")
 
     def restore(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, named: str | None = None
@@ -227,19 +227,19 @@ class Checkpointer:
             load_optimizer(model, optimizer, read_tensors(folder / "optimizer.safetensors"), folder)
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.log(f"Resuming from {folder} (step {train_state.step}).")
+        self.say(f"Resuming from {folder} (step {train_state.step}).")
         total_steps = self.signature.must_match.get("total_steps", train_state.step)
         train_state = apply_changes(train_state, changes, total_steps)
         if changes:
-            self.log("Settings changed since then:", *format_changes(changes))
+            self.say("Settings changed since then:", *format_changes(changes))
             if train_state.finished:
-                self.log("They have no effect: the run has finished.")
+                self.say("They have no effect: the run has finished.")
         if state["ranks"] != ranks:
             by_file = self.signature.must_match.get("stream_sharding") == "by_file"
             rows = (
                 "the same rows per epoch, in other steps" if by_file else "the same rows per step"
             )
-            self.log(
+            self.say(
                 f"Written by {state['ranks']} processes, resumed by {ranks}: {rows}; sums round in"
                 " another order, and on GPUs dropout masks differ."
             )
@@ -261,7 +261,7 @@ class Checkpointer:
                 if not os.path.lexists(leftover):
                     continue
             action = "deleting" if leftover.suffix == ".old" else "writing"
-            self.log(f"Removing {leftover.name}: {action} this checkpoint was interrupted.")
+            self.say(f"Removing {leftover.name}: {action} this checkpoint was interrupted.")
             self._say_kept(remove_leftover(leftover))
         if named is not None:
             check_named(Path(named))
@@ -272,7 +272,7 @@ class Checkpointer:
             if damage is None:
                 return str(folder)
             renamed = move_aside(folder, "damaged")
-            self.log(f"Skipping damaged checkpoint {folder}: {damage}. Renamed to {renamed.name}.")
+            self.say(f"Skipping damaged checkpoint {folder}: {damage}. Renamed to {renamed.name}.")
         return ""
 
     def _same_here(self, named: Path) -> Path | None:

@@ -375,7 +375,7 @@ class Scorer:
         self, scores: dict[str, float], logits: Tensor, references: Array
     ) -> dict[str, Any]:
         """The interval of each built-in score; None for one that is undefined."""
-        from bertdist.tasks.intervals import Arrays, bootstrap_intervals
+        from bertdist.tasks.confidence_intervals import Arrays, bootstrap_intervals
 
         arrays = Arrays(*self.task.predict(logits), references)
         targets = torch.from_numpy(references)

@@ -36,7 +36,7 @@ from bertdist.core.atomic_io import (
 from bertdist.core.config import DataConfig, TrainConfig, config_to_yaml, finished_yaml
 from bertdist.core.errors import CheckpointError, ConfigError
 from bertdist.distributed.collectives import raise_on_all_ranks
-from bertdist.distributed.launch import PACKAGES, _version
+from bertdist.distributed.launch import PACKAGES, package_version
 from bertdist.distributed.watchdog import open_watchdog
 from bertdist.training.checkpoint import TrainState
 from bertdist.training.run_lock import lock_run_folder
@@ -418,7 +418,7 @@ def environment(accelerator: Accelerator) -> str:
     facts = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),

@@ -392,8 +392,8 @@ def test_another_command_line_is_named_before_anything_is_written(
 
 def test_another_version_is_named(runs: Runs, tmp_path: Path) -> None:
     def older() -> None:
-        version = launch._version
-        launch._version = lambda package: "2.2.0" if package == "torch" else version(package)
+        version = launch.package_version
+        launch.package_version = lambda package: "2.2.0" if package == "torch" else version(package)
 
     first, _ = run_ranks(2, run_main, runs.words(tmp_path / "out"), on_rank(1, older))
     assert first[0] == 1 and "torch is 2.2.0 instead of 2." in first[1]

@@ -1,4 +1,4 @@
-"""A caller's modes of torch are off inside `with_default_modes`, and are there again after it."""
+"""A caller's modes of torch are off inside `reset_torch_modes`, and are there again after it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bertdist.distributed.launch import with_default_modes
+from bertdist.distributed.launch import reset_torch_modes
 
 
 def state() -> tuple[Any, ...]:
@@ -51,7 +51,7 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 DEFAULT = (False, True, False, torch.float32, "cpu", "cpu")
 
 
-@with_default_modes()
+@reset_torch_modes()
 def state_inside(fails: bool) -> tuple[Any, ...]:
     if fails:
         raise ValueError(state())

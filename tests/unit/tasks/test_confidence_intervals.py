@@ -7,8 +7,9 @@ import pytest
 from predictions import Arrays, multi, regression, single
 from scipy import stats
 
-from bertdist.tasks import intervals, metrics
-from bertdist.tasks.intervals import Resamples, bootstrap_intervals
+from bertdist.tasks import confidence_intervals as intervals
+from bertdist.tasks import metrics
+from bertdist.tasks.confidence_intervals import Resamples, bootstrap_intervals
 from bertdist.tasks.metrics import load_metrics
 from bertdist.tasks.row_scores import log_losses
 
