@@ -27,6 +27,7 @@ from pathlib import Path
 
 from bertdist.core.atomic_io import to_json
 from bertdist.core.config import DataConfig, ModelConfig, TaskConfig, TrainConfig
+from bertdist.core.errors import DataError
 from bertdist.core.output_files import write_output
 from bertdist.core.terminal import Cell, encodable, excerpt, process_rank, show, show_table
 from bertdist.data.tokenization import load_tokenizer
@@ -38,7 +39,7 @@ from bertdist.data_quality.config import (
 )
 from bertdist.data_quality.findings import Example, Finding, counts, percent, summary
 from bertdist.data_quality.length_checks import Lengths
-from bertdist.data_quality.report import DataReport, check_data
+from bertdist.data_quality.report import REFUSED_ROWS, DataReport, check_data
 from bertdist.distributed.launch import EXIT_STOPPED, run_cli
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
@@ -72,6 +73,7 @@ def check(config: CheckConfig, data: DataConfig) -> DataReport:
         near_threshold=config.near_threshold,
         num_examples=config.examples,
         seed=config.seed,
+        without_refused=True,
     )
 
 
@@ -207,6 +209,13 @@ def check_rows(config: CheckConfig, data: DataConfig) -> int:
     if config.output is not None:
         write_output(config.output, to_json(report.as_dict(), indent=1))
         show(f"Written: {config.output}.")
+    refused = [x for x in report.findings if x.kind == REFUSED_ROWS and x.split == "train"]
+    if config.fix is not None and refused:
+        raise DataError(
+            f"--fix {config.fix} would lose the {refused[0].quantity} that cannot be read: correct "
+            "them in the source file, or let it leave them out with --on_bad_row skip, which lists "
+            f"them in {dropped_path(Path(config.fix))}. Nothing was written to {config.fix}."
+        )
     if config.fix is not None:
         path, kinds = Path(config.fix), config.fix_kinds or list(DEFAULT_FIX_KINDS)
         done = write_cleaned(report, kinds, path, config.near_threshold)

@@ -61,7 +61,7 @@ def suggest_skipping() -> Iterator[None]:
     try:
         yield
     except RowError as error:
-        raise DataError(f"{error} --on_bad_row skip leaves such rows out.") from None
+        raise RowError(f"{error} --on_bad_row skip leaves such rows out.") from None
 
 
 class BadRows:

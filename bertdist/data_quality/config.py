@@ -149,7 +149,10 @@ def check_start(
     if isinstance(second, TrainConfig) and second.run.folds:
         preflight.check_train(second)
         return
-    preflight.check_rows(second.data if isinstance(second, TrainConfig) else second)
+    if isinstance(second, TrainConfig):
+        preflight.check_rows(second.data)
+    else:  # rows that cannot be read are in the report
+        preflight.check_rows(replace(second, on_bad_row="skip"))
     if isinstance(first, LabelIssueConfig):
         preflight.check_model(first.model, "--model")
     else:

@@ -25,7 +25,7 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 # What makes training or scores meaningless, then biased scores, then rows that teach nothing.
 IMPORTANCE = (
     "swallowed_rows row_as_header header_as_row columns_swapped refused_labels labels_like_ids "
-    "single_label bad_rows unknown_labels leaks alike_leaks near_leaks conflicting_labels "
+    "single_label refused_rows unknown_labels leaks alike_leaks near_leaks conflicting_labels "
     "quotes_as_text overflow_columns mojibake c1_controls replacement_characters unknown_tokens "
     "truncated duplicates rare_labels labels_alike empty_texts outliers outside_range"
 ).split()

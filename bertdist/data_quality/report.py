@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from bertdist.core.config import DataConfig, RunConfig, TaskConfig
-from bertdist.core.errors import BertdistError, DataError
+from bertdist.core.errors import BertdistError, DataError, RowError
 from bertdist.core.terminal import excerpt
 from bertdist.data.label_stats import label_stats_of, needs_numbers
 from bertdist.data.records import ColumnNames, Records
@@ -30,6 +30,7 @@ from bertdist.data_quality.text_checks import check_texts, has_ftfy
 from bertdist.tasks.tasks import Task
 
 SHOWN_REASONS = 5  # for rows that were skipped
+REFUSED_ROWS = "refused_rows"  # the kind of a finding: training ends at such a row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +84,27 @@ def check_data(
     near_threshold: float = 0.8,
     num_examples: int = 3,
     seed: int = RunConfig.seed,
+    without_refused: bool = False,
 ) -> DataReport:
     """Run all checks on all splits.
 
     tokenizer: None counts characters and words instead of tokens. near_threshold: Jaccard
-    similarity from which texts are near duplicates; 0 skips that check.
+    similarity from which texts are near duplicates; 0 skips that check. without_refused: rows that
+    training refuses (--on_bad_row fail) are an error in the report, which is about the others.
     Raises DataError if train or validation cannot be read, ConfigError as training would.
     """
     findings: list[Finding] = []
-    splits = load_all_splits(data, test_file, findings, task, seed)
+    refuses = False
+    try:
+        splits = load_all_splits(data, test_file, findings, task, seed)
+    except RowError as error:
+        if not without_refused:
+            raise
+        refuses, skipping = True, replace(data, on_bad_row="skip")
+        try:
+            splits = load_all_splits(skipping, test_file, findings, task, seed)
+        except DataError:  # such as: no row is left
+            raise error from None
     builders = {
         name: FindingBuilder(name, records, num_examples, findings)
         for name, records in splits.items()
@@ -103,7 +116,7 @@ def check_data(
     skipped = sum(len(records.bad_rows) for name, records in splits.items() if name != "test")
     for name, build in builders.items():
         records = build.records
-        _add_bad_rows(build, skipped > data.max_bad_rows, data.max_bad_rows)
+        _add_bad_rows(build, skipped > data.max_bad_rows, data.max_bad_rows, refuses)
         check_table(build, labels[name], train_labels)
         check_texts(build, records.texts, records.text_column)
         if records.pairs is not None and records.pair_column is not None:
@@ -200,10 +213,11 @@ def _has_label_columns(path: str, data: DataConfig, train: Records) -> bool:
     return set(data.label_columns) <= set(names)
 
 
-def _add_bad_rows(build: FindingBuilder, too_many: bool, limit: int) -> None:
-    """Rows that were skipped (--on_bad_row skip): how many, and why.
+def _add_bad_rows(build: FindingBuilder, too_many: bool, limit: int, refuses: bool) -> None:
+    """Rows that cannot be read, which were skipped: how many, and why.
 
-    too_many: of train and validation together, as training counts them.
+    too_many: of train and validation together, as training counts them. refuses: training ends at
+    the first of them (--on_bad_row fail).
     """
     bad = build.records.bad_rows
     # Without the part of a reason that differs from row to row.
@@ -213,12 +227,15 @@ def _add_bad_rows(build: FindingBuilder, too_many: bool, limit: int) -> None:
         listed += f"; and {len(reasons) - SHOWN_REASONS:,} other reasons"
     too_many = too_many and build.split != "test"
     advice = "Correct them in the source file"
+    if refuses:
+        listed = f"Training ends at the first of them, and no other check has them: {listed}"
+        advice += ", or leave them out of training with --on_bad_row skip"
     if too_many:
         advice += f"; training fails at more than {limit:,} in all its files (--max_bad_rows)"
     build.add(
-        "skipped_rows",
-        "error" if too_many else "warning",
-        "bad rows, which are skipped",
+        REFUSED_ROWS if refuses else "skipped_rows",
+        "error" if too_many or refuses else "warning",
+        "rows that cannot be read" if refuses else "bad rows, which are skipped",
         [],
         f"{listed}.",
         f"{advice}.",

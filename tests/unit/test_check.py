@@ -55,6 +55,39 @@ def test_exit_codes_tell_errors_from_warnings(
     )
 
 
+def test_rows_that_training_refuses_are_an_error_beside_all_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = clean_rows(60)
+    lines = ["text\tlabel", *(f"{row['text']}\t{row['label']}" for row in [*rows, rows[3]])]
+    lines[1:1], lines[30:30] = ["one field"], ["no label\t"]
+    train = tmp_path / "train.tsv"
+    train.write_text("\n".join(lines) + "\n")
+    words = ["--train_file", train, "--near_threshold", 0]
+    code, out, error = run(monkeypatch, capsys, *words, "--output", tmp_path / "check.json")
+    shown = " ".join(re.sub(r"[│┃]", " ", plain(out)).split())
+    assert (code, error) == (1, "") and "1 error, 1 warning, 0 notes." in shown
+    assert "train.tsv line 2: 1 field, expected 2 as in the header" in shown
+    assert "train.tsv line 31: label is missing" in shown
+    report = json.loads((tmp_path / "check.json").read_text())
+    first, second = report["findings"]
+    assert [first[x] for x in ("kind", "severity", "count")] == ["refused_rows", "error", 2]
+    assert "leave them out of training with --on_bad_row skip" in first["advice"]
+    assert second["kind"] == "duplicates"  # the others are checked
+    skipping = [*words, "--on_bad_row", "skip"]
+    code, out, _ = run(monkeypatch, capsys, *skipping)
+    assert code == 0 and "0 errors, 2 warnings, 0 notes." in plain(out)
+    limited = run(monkeypatch, capsys, *words, "--max_bad_rows", 1, "--on_bad_row", "skip")
+    assert limited[0] == 1 and "1 error, 1 warning, 0 notes." in plain(limited[1])
+    # Cleaned, they would be lost without a word.
+    clean = tmp_path / "clean.csv"
+    code, _, error = run(monkeypatch, capsys, *words, "--fix", clean)
+    assert code == 1 and not clean.exists()
+    assert error.startswith(f"bertdist: --fix {clean} would lose the 2 rows that cannot be read")
+    assert run(monkeypatch, capsys, *skipping, "--fix", clean)[0] == 0
+    assert len(clean.read_text().splitlines()) == 1 + 60
+
+
 def test_a_config_file_with_folds_or_model_finds_label_issues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
