@@ -62,18 +62,18 @@ def train(job: TrainJob) -> TrainResult:
 
 def run_bertdist(job: TrainJob, clock: Clock) -> Any:
     """All that this benchmark knows of the inside of bertdist: `train_step` is called once a step
-    and is given a Step.
+    and is given a RankStep.
     """
     from transformers import AutoModelForSequenceClassification
 
     from bertdist.core.args import read_config
-    from bertdist.data.batch import Step
+    from bertdist.data.batch import RankStep
 
     loop: Any = importlib.import_module("bertdist.train")
     train_step = loop.train_step
 
     def stamped(*args: Any, **kwargs: Any) -> Any:
-        (step,) = [value for value in (*args, *kwargs.values()) if isinstance(value, Step)]
+        (step,) = [value for value in (*args, *kwargs.values()) if isinstance(value, RankStep)]
         result = train_step(*args, **kwargs)
         clock.stamp()
         rows = [row for batch in step.micro_batches for row in batch.rows.tolist()]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bertdist.core.config import DataConfig, ModelConfig
-from bertdist.data.batch import Step
+from bertdist.data.batch import RankStep
 from bertdist.data.loader import MapLoader
 from bertdist.data.source import ReaderState
 from bertdist.data.splits import load_records, open_stream
@@ -42,7 +42,7 @@ def write(path: Path, rows: int) -> None:
             file.write(json.dumps({"text": text, "label": random_.choice(("no", "yes"))}) + "\n")
 
 
-def seconds_to_first_step(first: Callable[[], Step]) -> float:
+def seconds_to_first_step(first: Callable[[], RankStep]) -> float:
     """Seconds until there is a step; the minimum of several trials."""
     trials = []
     for _ in range(TRIALS):
@@ -72,7 +72,7 @@ def measure(model: str, rows: int, folder: Path) -> dict[str, list[float]]:
     head = create_dataset(stream.head(), tokenizer, TASK, 128)
     streamed = StreamLoader(stream=stream, task=TASK, dataset=head, **common)  # type: ignore[arg-type]
 
-    def step_of(some: Any, number: int, place: ReaderState | None) -> Callable[[], Step]:
+    def step_of(some: Any, number: int, place: ReaderState | None) -> Callable[[], RankStep]:
         return lambda: next(iter(some.steps(number, number + 1, place)))
 
     steps = [int(place * batches.steps_per_epoch) for place in POSITIONS]

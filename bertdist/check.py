@@ -37,7 +37,7 @@ from bertdist.data_quality.config import (
     CheckConfig,
     LabelIssueConfig,
 )
-from bertdist.data_quality.findings import Example, Finding, counts, percent, summary
+from bertdist.data_quality.findings import ExampleRow, Finding, counts, percent, summary
 from bertdist.data_quality.length_checks import Lengths
 from bertdist.data_quality.report import REFUSED_ROWS, DataReport, check_data
 from bertdist.distributed.launch import EXIT_STOPPED, run_cli
@@ -178,7 +178,7 @@ def _finding_text(finding: Finding) -> Iterator[tuple[str, str]]:
             yield f"\n  {example.like_text}", "dim"
 
 
-def _other_row(example: Example) -> Iterator[tuple[str, str]]:
+def _other_row(example: ExampleRow) -> Iterator[tuple[str, str]]:
     yield "\nand ", ""
     yield example.like, "cyan"
     yield f"  {example.like_note}" if example.like_note else "", ""

@@ -49,9 +49,9 @@ from bertdist.core.output_files import (
     output_format,
     target_of,
 )
-from bertdist.core.partial_file import OutputClosed, PartialFile, Stream, stamp_of
+from bertdist.core.partial_file import InPlaceFile, OutputClosed, PartialFile, stamp_of
 from bertdist.core.terminal import (
-    Progress,
+    ProgressBar,
     excerpt,
     print_error,
     print_to_stderr,
@@ -59,7 +59,7 @@ from bertdist.core.terminal import (
     process_rank,
     write_to_stdout,
 )
-from bertdist.data.input_rows import InputRows, Window
+from bertdist.data.input_rows import InputRows, InputWindow
 from bertdist.data.loader import DEFAULT_TOKEN_BUDGET, MapLoader
 from bertdist.data.readers.remote import STDIN
 from bertdist.data.records import (
@@ -413,7 +413,7 @@ class _PredictFiles:
         """Returns the exit code."""
         accelerator, position = self.accelerator, None
         with contextlib.ExitStack() as stack:
-            file: PartialFile | Stream | None = None
+            file: PartialFile | InPlaceFile | None = None
             with raise_on_all_ranks(accelerator):
                 if accelerator.is_main_process:
                     file = self._open_output()
@@ -429,7 +429,7 @@ class _PredictFiles:
                     print_to_stderr(f"Continuing after {self.row_count:,} rows.")
             to_terminal = self.config.output in (None, STDOUT) and sys.stdout.isatty()
             is_shown = file is not None and not to_terminal
-            progress = stack.enter_context(Progress("Predicted", "rows", is_shown))
+            progress = stack.enter_context(ProgressBar("Predicted", "rows", is_shown))
             try:
                 self._predict(self.rows.windows(position), file, progress)
             except Stopped:
@@ -447,9 +447,12 @@ class _PredictFiles:
         return 0
 
     def _predict(
-        self, windows: Iterator[Window], file: PartialFile | Stream | None, progress: Progress
+        self,
+        windows: Iterator[InputWindow],
+        file: PartialFile | InPlaceFile | None,
+        progress: ProgressBar,
     ) -> None:
-        answered: tuple[Window, Tensor] | None = None
+        answered: tuple[InputWindow, Tensor] | None = None
         while True:
             with raise_on_all_ranks(self.accelerator):
                 if file is not None and answered is not None:
@@ -462,7 +465,7 @@ class _PredictFiles:
                 print_to_stderr(*self._truncation_notes(window.records))
             answered = window, self.predictor.predict_logits(window.records)
 
-    def _write(self, file: PartialFile | Stream, window: Window, logits: Tensor) -> None:
+    def _write(self, file: PartialFile | InPlaceFile, window: InputWindow, logits: Tensor) -> None:
         """In parts that depend neither on ranks nor on where an earlier process stopped."""
         for start in range(0, len(logits), ROWS_PER_WINDOW):
             stop = min(len(logits), start + ROWS_PER_WINDOW)
@@ -482,12 +485,12 @@ class _PredictFiles:
             {name: records}, self.predictor.tokenizer, self.predictor.max_length
         )
 
-    def _open_output(self) -> PartialFile | Stream:
+    def _open_output(self) -> PartialFile | InPlaceFile:
         """On rank 0. Raises CheckpointError."""
         output, is_json = self.config.output, self.format.kind == "jsonl"
         if output is None or output == STDOUT:
             to_stdout = partial(write_to_stdout, is_json=is_json)
-            return Stream(to_stdout, "standard output", self.writer.needs_conversion)
+            return InPlaceFile(to_stdout, "standard output", self.writer.needs_conversion)
         target = target_of(Path(output))
         if is_special(target):
 
@@ -495,7 +498,7 @@ class _PredictFiles:
                 with open_special(target) as file:
                     file.write(part)
 
-            return Stream(write, output, self.writer.needs_conversion)
+            return InPlaceFile(write, output, self.writer.needs_conversion)
         return PartialFile(target, self._key())
 
     def _key(self) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from bertdist.core.config import (
     log_interval,
 )
 from bertdist.data.bad_rows import BadRows, collect_bad_rows, record_bad_rows
-from bertdist.data.batch import PackedBatch, Step
+from bertdist.data.batch import PackedBatch, RankStep
 from bertdist.data.loader import Loader, MapLoader, create_eval_loader, create_train_loader
 from bertdist.data.records import Records
 from bertdist.data.sharding import count_steps
@@ -168,7 +168,7 @@ def train(config: TrainConfig, hooks: Hooks = NO_HOOKS) -> TrainState:
 def train_step(
     model: nn.Module,
     optimizer: Optimizer,
-    step: Step,
+    step: RankStep,
     micro_batcher: MicroBatcher,
     config: OptimConfig,
 ) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ from bertdist import cli
 from bertdist.core.args import read_config
 from bertdist.core.errors import DataError
 from bertdist.data.bad_rows import BadRow
-from bertdist.data.batch import Step
+from bertdist.data.batch import RankStep
 from bertdist.data.records import Records, records_from_texts
 from bertdist.data.source import Chunk, ReaderState, locate_rows
 from bertdist.distributed.launch import configure_process
@@ -223,7 +223,7 @@ def run_train(
     seen: Seen = []
     train_step = train_module.train_step
 
-    def watched(model: Any, optimizer: Any, step: Step, *rest: Any) -> Any:
+    def watched(model: Any, optimizer: Any, step: RankStep, *rest: Any) -> Any:
         seen.append(
             (
                 step.number,
@@ -244,7 +244,7 @@ def at_step(number: int, act: Callable[[], None]) -> Breaking:
     def breaking(accelerator: Accelerator) -> None:
         train_step = train_module.train_step
 
-        def watched(model: Any, optimizer: Any, step: Step, *rest: Any) -> Any:
+        def watched(model: Any, optimizer: Any, step: RankStep, *rest: Any) -> Any:
             if step.number == number:
                 act()
             return train_step(model, optimizer, step, *rest)

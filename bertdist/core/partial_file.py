@@ -157,7 +157,7 @@ class OutputClosed(BertdistError):
     """Who reads the output has closed it: there is nothing left to do, and nothing to say."""
 
 
-class Stream:
+class InPlaceFile:
     """The same interface for standard output and what is no regular file: written in place."""
 
     saved: dict[str, Any] | None = None
@@ -170,7 +170,7 @@ class Stream:
         if is_spooled:
             self._spooled = tempfile.TemporaryFile()  # noqa: SIM115
 
-    def __enter__(self) -> "Stream":
+    def __enter__(self) -> "InPlaceFile":
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -20,7 +20,7 @@ from unicodedata import east_asian_width
 from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -33,8 +33,8 @@ NOTEBOOK_COLUMNS = 100
 EXIT_BROKEN_PIPE = 141  # as of a command that SIGPIPE has ended
 # For rank 0 to come as far as the others and print; then torchrun ends them anyway.
 PRINT_SECONDS = 15.0
-SECONDS_PER_LINE = 60  # of a Progress that is not on a terminal
-_bar_console: Console | None = None  # of the Progress that shows a bar
+SECONDS_PER_LINE = 60  # of a ProgressBar that is not on a terminal
+_bar_console: Console | None = None  # of the ProgressBar that shows a bar
 _NOT_ASCII = re.compile("[^\x20-\x7e]")
 
 # Control characters, marks of bidirectional text, ends of lines and paragraphs; lone surrogates,
@@ -96,7 +96,7 @@ def create_console(stderr: bool) -> Console:
 
 
 def print_to_stderr(*lines: str) -> None:
-    """`print_lines` to standard error, above the bar of a Progress."""
+    """`print_lines` to standard error, above the bar of a ProgressBar."""
     print_lines(_bar_console or create_console(stderr=True), *lines)
 
 
@@ -204,19 +204,19 @@ def _shown(match: re.Match[str]) -> str:
     return match[0] if match[0] in "\n\t" else repr(match[0])[1:-1]
 
 
-class Progress:
+class ProgressBar:
     """How far a long task is: a bar where standard error is a terminal, else a line per minute."""
 
     def __init__(self, action: str, unit: str, is_shown: bool = True) -> None:
         """action: "Predicted". unit: "rows"."""
         self._action, self._unit, self._is_shown = action, unit, is_shown
         self._said_at = self._started = time.monotonic()
-        self._bar: Bar | None = None
+        self._bar: RichProgress | None = None
         self._first: int | None = None
         if is_shown and sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
             # Not redirected: else rich would show standard output here, not write it to its pipe.
-            self._bar = Bar(
+            self._bar = RichProgress(
                 *columns,
                 console=create_console(stderr=True),
                 transient=True,
@@ -225,7 +225,7 @@ class Progress:
             )
             self._task = self._bar.add_task(action, total=None)
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         global _bar_console
         if self._bar is not None:
             self._bar.start()

@@ -47,7 +47,7 @@ class BadRow(NamedTuple):
         return f"{self.location}: {self.reason}{end}"
 
 
-def excerpt(text: str) -> str:
+def escaped_excerpt(text: str) -> str:
     """The beginning of a row, with control characters and lone surrogates as escapes."""
     shown = text[:EXCERPT_CHARACTERS].rstrip("\r\n")
     return "".join(

@@ -1,4 +1,4 @@
-"""Micro-batches without padding (`PackedBatch`), and one rank's `Step` of them.
+"""Micro-batches without padding (`PackedBatch`), and one rank's `RankStep` of them.
 
 Shapes: T tokens, N texts of a micro-batch.
 """
@@ -65,7 +65,7 @@ def _unpack(fields: dict[str, Any]) -> PackedBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class RankStep:
     """One rank's part of one optimizer step."""
 
     number: int  # from 0, over the entire run
@@ -82,11 +82,11 @@ class Step:
         """Tokens of each text of each micro-batch; none for an idle rank."""
         return [] if self.idle else [batch.lengths for batch in self.micro_batches]
 
-    def to(self, device: torch.device) -> "Step":
+    def to(self, device: torch.device) -> "RankStep":
         """The same step on a device."""
         return replace(self, micro_batches=[batch.to(device) for batch in self.micro_batches])
 
-    def pin_memory(self) -> "Step":
+    def pin_memory(self) -> "RankStep":
         """Called by the DataLoader's pinning thread."""
         return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
 

@@ -68,7 +68,7 @@ class Kept(NamedTuple):
         return next(map(len, columns), 0)
 
 
-class Window(NamedTuple):
+class InputWindow(NamedTuple):
     """Some rows of a file."""
 
     records: Records
@@ -77,7 +77,7 @@ class Window(NamedTuple):
     first_row: int  # number of its first row in the file
     next: Position  # where the next window begins
 
-    def slice(self, start: int, stop: int) -> "Window":
+    def slice(self, start: int, stop: int) -> "InputWindow":
         """Rows start, ..., stop - 1."""
         records, kept = self.records.slice(start, stop), self.kept.slice(start, stop)
         return self._replace(records=records, kept=kept, first_row=self.first_row + start)
@@ -185,7 +185,7 @@ class InputRows:
             done += state.get("at", 0) if not compression_of(path) else 0
         return done / total
 
-    def windows(self, position: Position | None = None) -> Iterator[Window]:
+    def windows(self, position: Position | None = None) -> Iterator[InputWindow]:
         """From a position on. Raises DataError."""
         start = position or {"input": 0, "state": None, "skip": 0, "row": 0}
         if self.is_standard_input:
@@ -196,7 +196,9 @@ class InputRows:
                 yield from self._windows_of(index, columns, start)
             start = {"input": index + 1, "state": None, "skip": 0, "row": 0}
 
-    def _windows_of(self, index: int, columns: ColumnNames, start: Position) -> Iterator[Window]:
+    def _windows_of(
+        self, index: int, columns: ColumnNames, start: Position
+    ) -> Iterator[InputWindow]:
         reader, kept = self._readers[index], self._kept[index]
         is_json = reader.kind in ("json", "jsonl")
         wanted = columns.names()
@@ -232,7 +234,7 @@ class InputRows:
 
     def _join(
         self, parts: list[tuple[Records, Kept]], index: int, row: int, after: Position
-    ) -> Window:
+    ) -> InputWindow:
         reader = self._readers[index]
         records = concat_records([records for records, _ in parts], reader.name)
         kept = [kept for _, kept in parts]
@@ -248,7 +250,7 @@ class InputRows:
         file = None
         if self.is_named:
             file = "" if isinstance(reader, FolderReader) else redacted(reader.file.path)
-        return Window(records, Kept(columns, objects), file, row, after)
+        return InputWindow(records, Kept(columns, objects), file, row, after)
 
 
 def columns_to_keep(reader: FileReader | FolderReader) -> list[str]:

@@ -21,15 +21,15 @@ from transformers import PreTrainedTokenizerBase
 from bertdist.core.config import BatchConfig, TrainConfig
 from bertdist.core.errors import BertdistError
 from bertdist.core.types import Array
-from bertdist.data.batch import Step
+from bertdist.data.batch import RankStep
 from bertdist.data.records import Records
 from bertdist.data.sharding import (
-    Message,
     RankShard,
+    WorkerItem,
     epoch_order,
     iterate_loader,
     mixed_epoch_order,
-    steps_per_message,
+    steps_per_item,
 )
 from bertdist.data.source import ReaderState
 from bertdist.data.stats import DatasetStats
@@ -74,14 +74,14 @@ class MapLoader:
 
     def steps(
         self, start: int, stop: int, reader_state: ReaderState | None = None
-    ) -> Iterator[Step]:
+    ) -> Iterator[RankStep]:
         """This rank's part of steps start, ..., stop - 1 of the run.
 
         reader_state: unused, see StreamLoader.
         """
-        messages = _Messages(self, stop)
-        sampler = range(start, stop, messages.steps_per_message)
-        return iterate_loader(messages, self.workers, self.pin, sampler)
+        step_dataset = _MapStepDataset(self, stop)
+        sampler = range(start, stop, step_dataset.steps_per_item)
+        return iterate_loader(step_dataset, self.workers, self.pin, sampler)
 
     def order(self, epoch: int) -> Array:
         """(rows,) int64: the rows of an epoch in their order."""
@@ -97,15 +97,15 @@ class MapLoader:
         return [str(self.dataset.records.location(row)) for row in rows]
 
 
-class _Messages(Dataset[Message]):
+class _MapStepDataset(Dataset[WorkerItem]):
     """Step number -> this rank's part of this step and of some after it."""
 
     def __init__(self, loader: MapLoader, stop: int) -> None:
         self.loader, self.stop = loader, stop
         lengths = loader.dataset.records.lengths()
-        self.steps_per_message = 1
+        self.steps_per_item = 1
         if loader.workers:
-            self.steps_per_message = steps_per_message(lengths, loader.rows_per_step, loader.ranks)
+            self.steps_per_item = steps_per_item(lengths, loader.rows_per_step, loader.ranks)
         self.shard = RankShard(
             loader.dataset,
             loader.tokens_per_micro_batch,
@@ -116,11 +116,11 @@ class _Messages(Dataset[Message]):
         )
         self.epoch, self.order = -1, np.zeros(0, np.int64)
 
-    def __getitem__(self, first: int) -> Message:
-        last = min(first + self.steps_per_message, self.stop)
+    def __getitem__(self, first: int) -> WorkerItem:
+        last = min(first + self.steps_per_item, self.stop)
         return [self._step(number) for number in range(first, last)]
 
-    def _step(self, number: int) -> Step | BertdistError:
+    def _step(self, number: int) -> RankStep | BertdistError:
         size = self.loader.rows_per_step
         epoch, step = divmod(number, self.loader.steps_per_epoch)
         if epoch != self.epoch:

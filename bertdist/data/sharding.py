@@ -6,7 +6,7 @@
 3. `RankShard`: this rank tokenizes only its own rows, and packs them into micro-batches of at most
    `tokens_per_micro_batch` tokens, longest first, so that texts of a micro-batch have similar
    lengths.
-4. `iterate_loader`: loader workers prefetch 3. Several small steps share a message.
+4. `iterate_loader`: loader workers prefetch 3. Several small steps are one item.
 5. `prefetch_to_device`: on a GPU, a step's batches are copied while the previous step runs.
 
 The gradient does not depend on any of this: it is a sum over the step's rows.
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from bertdist.core.config import RunConfig
 from bertdist.core.errors import BertdistError, DataError
 from bertdist.core.types import Array
-from bertdist.data.batch import PackedBatch, Step, collate, split_by_tokens
+from bertdist.data.batch import PackedBatch, RankStep, collate, split_by_tokens
 from bertdist.data.tokenization import TokenizedDataset
 from bertdist.distributed.preemption import ignore_stop_signals
 
@@ -36,9 +36,11 @@ from bertdist.distributed.preemption import ignore_stop_signals
 BLOCK_TOKENS = 8_192
 BYTES_PER_TOKEN = 4  # of English; only the size of a block depends on it
 
-BYTES_PER_MESSAGE = 1 << 16  # of text, from a loader worker: 1,000 sentences of SST-2
+BYTES_PER_ITEM = 1 << 16  # of text, from a loader worker: 1,000 sentences of SST-2
 
-Message = list[Step | BertdistError]  # of a loader worker
+WorkerItem = list[
+    RankStep | BertdistError
+]  # what a loader worker sends at a time: some steps in order
 
 
 def count_steps(run: RunConfig, steps_per_epoch: int) -> int:
@@ -141,7 +143,7 @@ class RankShard:
     lengths: Array  # (rows,) bytes of text
     window: int = 0
 
-    def step(self, rows: Array, number: int) -> Step | BertdistError:
+    def step(self, rows: Array, number: int) -> RankStep | BertdistError:
         """This rank's part of step `number`, which has these rows.
 
         An error is returned, as DataLoader wraps those raised in a worker in its traceback.
@@ -152,7 +154,7 @@ class RankShard:
         try:
             if not own:  # an idle rank still takes part in the all-reduce of gradients
                 idle = idle_batch(self.dataset, shortest)
-                return Step(number=number, micro_batches=[idle], rows=len(rows), idle=True)
+                return RankStep(number=number, micro_batches=[idle], rows=len(rows), idle=True)
             examples = self.dataset[own]
         except BertdistError as error:
             return error
@@ -163,7 +165,7 @@ class RankShard:
             some = list(islice(remaining, len(block)))
             parts = split_by_tokens([len(e.ids) for e in some], self.tokens_per_micro_batch)
             micro_batches += [collate([some[i] for i in part]) for part in parts]
-        return Step(number=number, micro_batches=micro_batches, rows=len(rows))
+        return RankStep(number=number, micro_batches=micro_batches, rows=len(rows))
 
     def _own_blocks(self, rows: Array) -> list[list[int]]:
         """This rank's rows of a step, in groups that are packed into micro-batches separately."""
@@ -201,22 +203,22 @@ def idle_batch(dataset: TokenizedDataset, row: int) -> PackedBatch:
     return collate([example._replace(row=-1, weight=0.0) for example in dataset[[row]]])
 
 
-def steps_per_message(lengths: Array, rows_per_step: int, ranks: int) -> int:
-    """Number of steps that a loader worker sends in a message. lengths: (rows,) bytes of text.
+def steps_per_item(lengths: Array, rows_per_step: int, ranks: int) -> int:
+    """Number of steps that a loader worker sends at a time. lengths: (rows,) bytes of text.
 
-    A message of any size costs this process 1 to 3 ms while it computes on all cores: it is woken,
+    An item of any size costs this process 1 to 3 ms while it computes on all cores: it is woken,
     and so is the thread that requests the next one, when a core is free.
     """
     bytes_per_step = lengths.sum() / max(1, len(lengths)) * rows_per_step / ranks
-    return max(1, int(BYTES_PER_MESSAGE / max(1.0, bytes_per_step)))
+    return max(1, int(BYTES_PER_ITEM / max(1.0, bytes_per_step)))
 
 
 def iterate_loader(
-    messages: Dataset[Message], workers: int, pin: bool, sampler: range | None = None
-) -> Iterator[Step]:
-    """The steps of a dataset of messages in order, prefetched by workers. Raises their errors."""
+    step_dataset: Dataset[WorkerItem], workers: int, pin: bool, sampler: range | None = None
+) -> Iterator[RankStep]:
+    """The steps of all items in order, prefetched by workers. Raises the errors among them."""
     loader = DataLoader(
-        messages,
+        step_dataset,
         batch_size=None,
         sampler=sampler,
         num_workers=workers,
@@ -235,11 +237,11 @@ def iterate_loader(
         yield step
 
 
-def _identity(message: Any) -> Any:
-    return message
+def _identity(item: Any) -> Any:
+    return item
 
 
-def prefetch_to_device(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
+def prefetch_to_device(steps: Iterator[RankStep], device: torch.device) -> Iterator[RankStep]:
     """The same steps with their batches on the device, copied while the previous step runs.
 
     The copies have their own CUDA stream, so they do not queue behind the kernels of the running
@@ -251,7 +253,7 @@ def prefetch_to_device(steps: Iterator[Step], device: torch.device) -> Iterator[
         return
     copy_stream, compute_stream = torch.cuda.Stream(device), torch.cuda.current_stream(device)
 
-    def send(step: Step | None) -> tuple[Step, torch.cuda.Event] | None:
+    def send(step: RankStep | None) -> tuple[RankStep, torch.cuda.Event] | None:
         if step is None:
             return None
         with torch.cuda.stream(copy_stream):

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bertdist.core.errors import RowLocation
-from bertdist.data.bad_rows import BadRow, excerpt
+from bertdist.data.bad_rows import BadRow, escaped_excerpt
 
 Column: TypeAlias = "pa.ChunkedArray | list[Any]"
 ReaderState: TypeAlias = dict[str, Any]  # JSON; where reading can resume
@@ -152,7 +152,7 @@ def _excerpts(columns: dict[str, Column], rows: Sequence[int]) -> list[str]:
         values = {name: _plain(column[row]) for name, column in columns.items()}
         row_json = json.dumps(values, ensure_ascii=False, default=str)
         encoded = row_json.encode("utf-8", "surrogateescape")
-        excerpts.append(excerpt(encoded.decode("utf-8", "backslashreplace")))
+        excerpts.append(escaped_excerpt(encoded.decode("utf-8", "backslashreplace")))
     return excerpts
 
 

@@ -6,8 +6,8 @@
 2. A window of `window_rows` rows is a `Records`. It is shuffled as an epoch is, and split into
    steps as in data/sharding.py.
 3. Each window has the reader state from which it can be read again. A step has that of its window
-   and that after itself (`Step.next_reader_state`): whatever workers prefetch, a checkpoint resumes
-   after its last step.
+   and that after itself (`RankStep.next_reader_state`): whatever workers prefetch, a checkpoint
+   resumes after its last step.
 
 --stream_sharding by_row: every rank reads every row and tokenizes only its part of each step. The
 steps do not depend on the number of ranks. by_file: every rank reads other files, and its part of
@@ -34,7 +34,7 @@ from bertdist.core.config import TrainConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError
 from bertdist.core.types import Array
 from bertdist.data.bad_rows import BadRow, BadRows, OnBadRow, suggest_skipping
-from bertdist.data.batch import Step
+from bertdist.data.batch import RankStep
 from bertdist.data.columns import LabelRules, LabelValue
 from bertdist.data.held_out import HoldOut, Part, no_rows_error
 from bertdist.data.records import (
@@ -46,14 +46,14 @@ from bertdist.data.records import (
     reject_header,
 )
 from bertdist.data.sharding import (
-    Message,
     RankShard,
+    WorkerItem,
     epoch_order,
     generator,
     idle_batch,
     iterate_loader,
     rows_per_source,
-    steps_per_message,
+    steps_per_item,
 )
 from bertdist.data.source import STREAM_START, DataSource, ReaderState
 from bertdist.data.tokenization import TokenizedDataset, create_dataset
@@ -328,7 +328,7 @@ class _GroupReader:
 
 
 # This rank's step -> number of rows and bad rows of all ranks. Raises the error of any rank.
-AgreeOnStep = Callable[[Step | BertdistError | None], tuple[int, tuple[BadRow, ...]]]
+AgreeOnStep = Callable[[RankStep | BertdistError | None], tuple[int, tuple[BadRow, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,14 +350,14 @@ class StreamLoader:
 
     def steps(
         self, start: int, stop: int, reader_state: ReaderState | None = None
-    ) -> Iterator[Step]:
+    ) -> Iterator[RankStep]:
         """This rank's part of steps start, ..., stop - 1 of the run. Raises DataError.
 
         reader_state: `next_reader_state` of step start - 1; None: the beginning of the stream.
         """
         if self.agree is None:
-            messages = _Messages(self, start, stop, reader_state, one_epoch=False)
-            yield from iterate_loader(messages, self.workers, self.pin)
+            step_dataset = _StreamStepDataset(self, start, stop, reader_state, one_epoch=False)
+            yield from iterate_loader(step_dataset, self.workers, self.pin)
             return
         state = reader_state or {"window": STREAM_START, "step": 0}
         first, passes = start, 0
@@ -372,7 +372,7 @@ class StreamLoader:
                     break
                 assert not isinstance(step, BertdistError)
                 if step is None or not step.rows:
-                    step = Step(
+                    step = RankStep(
                         number=start,
                         micro_batches=[idle_batch(self.dataset, 0)],
                         rows=0,
@@ -390,12 +390,12 @@ class StreamLoader:
 
     def _steps_of_epoch(
         self, start: int, stop: int, state: ReaderState
-    ) -> Iterator[Step | BertdistError]:
+    ) -> Iterator[RankStep | BertdistError]:
         """The steps of this rank's files to the end of the epoch, or to an error, the last item."""
         try:
             if "window" in state:
-                messages = _Messages(self, start, stop, state, one_epoch=True)
-                yield from iterate_loader(messages, self.workers, self.pin)
+                step_dataset = _StreamStepDataset(self, start, stop, state, one_epoch=True)
+                yield from iterate_loader(step_dataset, self.workers, self.pin)
         except BertdistError as error:
             yield error
 
@@ -426,8 +426,8 @@ class _PlannedStep(NamedTuple):
     bad_rows: tuple[BadRow, ...]
 
 
-class _Messages(IterableDataset[Message]):
-    """A pass over windows. Each of n workers reads all rows, and tokenizes every n-th message."""
+class _StreamStepDataset(IterableDataset[WorkerItem]):
+    """A pass over windows. Each of n workers reads all rows, and tokenizes every n-th item."""
 
     def __init__(
         self,
@@ -440,32 +440,34 @@ class _Messages(IterableDataset[Message]):
     ) -> None:
         self.loader, self.start, self.stop = loader, start, stop
         self.state, self.one_epoch = state or {"window": STREAM_START, "step": 0}, one_epoch
-        self.steps_per_message = 1
+        self.steps_per_item = 1
         if loader.workers:
             lengths = loader.dataset.records.lengths()
-            self.steps_per_message = steps_per_message(lengths, loader.rows_per_step, loader.ranks)
+            self.steps_per_item = steps_per_item(lengths, loader.rows_per_step, loader.ranks)
 
-    def __iter__(self) -> Iterator[Message]:
+    def __iter__(self) -> Iterator[WorkerItem]:
         worker = get_worker_info()
         own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        message: Message = []
+        item: WorkerItem = []
         try:
             for planned in self._planned_steps():
-                turn, position = divmod(planned.number - self.start, self.steps_per_message)
+                turn, position = divmod(planned.number - self.start, self.steps_per_item)
                 if turn % workers != own:
                     continue
-                message.append(self._step(planned))
-                if position == self.steps_per_message - 1:
-                    yield message
-                    message = []
+                item.append(self._step(planned))
+                if position == self.steps_per_item - 1:
+                    yield item
+                    item = []
         except BertdistError as error:
-            message.append(error)
-        if message:
-            yield message
+            item.append(error)
+        if item:
+            yield item
 
-    def _step(self, planned: _PlannedStep) -> Step | BertdistError:
+    def _step(self, planned: _PlannedStep) -> RankStep | BertdistError:
         number, shard = planned.number, planned.shard
-        step: Step | BertdistError = Step(number=number, micro_batches=[], rows=0, idle=True)
+        step: RankStep | BertdistError = RankStep(
+            number=number, micro_batches=[], rows=0, idle=True
+        )
         if shard is not None:
             step = shard.step(planned.rows, number)
         if isinstance(step, BertdistError):
@@ -605,8 +607,8 @@ def agree_on_steps(accelerator: Accelerator) -> AgreeOnStep:
     """
     group = cache(lambda: host_group(accelerator))
 
-    def agree(step: Step | BertdistError | None) -> tuple[int, tuple[BadRow, ...]]:
-        own_rows, bad_rows = (step.rows, step.bad_rows) if isinstance(step, Step) else (0, ())
+    def agree(step: RankStep | BertdistError | None) -> tuple[int, tuple[BadRow, ...]]:
+        own_rows, bad_rows = (step.rows, step.bad_rows) if isinstance(step, RankStep) else (0, ())
         counts = [own_rows, int(isinstance(step, BertdistError)), len(bad_rows)]
         rows, failures, num_bad = all_reduce_sum(accelerator, counts, group())
         if failures:

@@ -30,7 +30,7 @@ import pyarrow.parquet
 from bertdist.core.atomic_io import to_json
 from bertdist.core.errors import DataError
 from bertdist.core.output_files import OutputFormat
-from bertdist.data.input_rows import Kept, Window
+from bertdist.data.input_rows import InputWindow, Kept
 
 ROW_GROUP_ROWS = 1 << 16  # of parquet output, at least
 LARGEST_EXACT = 1 << 53  # every smaller integer is a float64
@@ -44,7 +44,7 @@ class Writer(Protocol):
     def header(self) -> bytes:
         """What stands before the rows."""
 
-    def rows(self, window: Window, predictions: Sequence[dict[str, Any]]) -> bytes:
+    def rows(self, window: InputWindow, predictions: Sequence[dict[str, Any]]) -> bytes:
         """Some rows. Raises DataError for a kept value that the format does not have."""
 
     def convert(self, source: IO[bytes], target: IO[bytes]) -> None:
@@ -165,7 +165,7 @@ class JsonLines:
         """Nothing."""
         return b""
 
-    def rows(self, window: Window, predictions: Sequence[dict[str, Any]]) -> bytes:
+    def rows(self, window: InputWindow, predictions: Sequence[dict[str, Any]]) -> bytes:
         """See `Writer`."""
         lines = []
         for row, (kept, prediction) in enumerate(
@@ -212,7 +212,7 @@ class Csv:
         names = [*self.own, *self.kept.values(), *self.answers.names()]
         return _packed(self._lines([names]), self.is_compressed)
 
-    def rows(self, window: Window, predictions: Sequence[dict[str, Any]]) -> bytes:
+    def rows(self, window: InputWindow, predictions: Sequence[dict[str, Any]]) -> bytes:
         """See `Writer`."""
         own = [_own_values(window, row, self.own) for row in range(len(predictions))]
         kept = [_as_text(window, name) for name in _checked(window, self.kept)]
@@ -255,7 +255,7 @@ class Parquet:
         columns = {self.kept[name]: pa.array([], pa.null()) for name in self.kept}
         return self._stream([], columns, [])
 
-    def rows(self, window: Window, predictions: Sequence[dict[str, Any]]) -> bytes:
+    def rows(self, window: InputWindow, predictions: Sequence[dict[str, Any]]) -> bytes:
         """See `Writer`."""
         own = [_own_values(window, row, self.own) for row in range(len(predictions))]
         with _refuse_surrogates(window.records.name):
@@ -385,13 +385,13 @@ def _packed(data: bytes, is_compressed: bool) -> bytes:
     return gzip.compress(data, mtime=0) if is_compressed and data else data
 
 
-def _own_values(window: Window, row: int, own: Sequence[str]) -> list[Any]:
+def _own_values(window: InputWindow, row: int, own: Sequence[str]) -> list[Any]:
     number = window.first_row + row
     values = {"file": window.file_of(row), "row": number}
     return [values[name] for name in own]
 
 
-def _checked(window: Window, kept: dict[str, str]) -> Iterable[str]:
+def _checked(window: InputWindow, kept: dict[str, str]) -> Iterable[str]:
     """The kept columns. Raises DataError at a JSON object with a key that the header lacks."""
     objects = window.kept.objects
     for row, value in enumerate(objects or ()):
@@ -405,7 +405,7 @@ def _checked(window: Window, kept: dict[str, str]) -> Iterable[str]:
     return kept
 
 
-def _objects(window: Window, rows: int) -> Iterable[dict[str, Any]]:
+def _objects(window: InputWindow, rows: int) -> Iterable[dict[str, Any]]:
     """The kept values of each row, as JSON has them."""
     if window.kept.objects is not None:
         return window.kept.objects
@@ -416,7 +416,7 @@ def _objects(window: Window, rows: int) -> Iterable[dict[str, Any]]:
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
-def _plain_of(window: Window, name: str) -> list[Any]:
+def _plain_of(window: InputWindow, name: str) -> list[Any]:
     """`_plain` of a kept column. Raises DataError."""
     try:
         return _plain(window.kept.columns[name])
@@ -426,7 +426,7 @@ def _plain_of(window: Window, name: str) -> list[Any]:
         raise _unfit(window.kept, window, name, "holds bytes") from None
 
 
-def _unfit(kept: Kept, window: Window, name: str, problem: str) -> DataError:
+def _unfit(kept: Kept, window: InputWindow, name: str, problem: str) -> DataError:
     return DataError(
         f"{window.records.name}: column {name!r} {problem}, which text cannot hold: write "
         f".parquet{KEEP_FEWER}."
@@ -464,7 +464,7 @@ def _has_bytes(kind: pa.DataType) -> bool:
     )
 
 
-def _as_text(window: Window, name: str) -> list[str]:
+def _as_text(window: InputWindow, name: str) -> list[str]:
     """The cells of a kept column; null is an empty one."""
     if window.kept.objects is not None:
         return [_cell(value.get(name)) for value in window.kept.objects]
@@ -480,7 +480,7 @@ def _json_cell(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _as_arrow(window: Window, name: str) -> Any:
+def _as_arrow(window: InputWindow, name: str) -> Any:
     """A kept column in its own type; JSON values of several kinds as text."""
     if window.kept.objects is None:
         column = window.kept.columns[name]

@@ -24,7 +24,7 @@ from bertdist.core.errors import BertdistError, DataError
 from bertdist.core.output_files import OutputFormat, output_format, write_output
 from bertdist.core.terminal import excerpt
 from bertdist.core.types import Array, BoolArray
-from bertdist.data.input_rows import Kept, Window
+from bertdist.data.input_rows import InputWindow, Kept
 from bertdist.data.records import Records
 from bertdist.data.source_rows import SourceRows, read_source
 from bertdist.data.splits import load_records
@@ -153,7 +153,7 @@ def _encode(source: SourceRows, fmt: OutputFormat, records: Records, is_quoted: 
             if fmt.kind != "jsonl" and kept.objects is None:  # other files have more columns
                 nulls = pa.chunked_array([pa.nulls(kept.num_rows)])
                 kept = Kept({name: kept.columns.get(name, nulls) for name in source.names})
-            window = Window(records, kept, None, start, {})
+            window = InputWindow(records, kept, None, start, {})
             parts.append(writer.rows(window, [{}] * kept.num_rows))
             start += kept.num_rows
     except DataError as error:

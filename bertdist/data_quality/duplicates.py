@@ -36,7 +36,7 @@ import pyarrow.compute as pc
 from bertdist.core.types import BoolArray, IntArray
 from bertdist.data.held_out import joined_texts, normalize_texts
 from bertdist.data.records import Records
-from bertdist.data_quality.findings import CONTEXT_CHARACTERS, Example, FindingBuilder, Severity
+from bertdist.data_quality.findings import CONTEXT_CHARACTERS, ExampleRow, FindingBuilder, Severity
 from bertdist.data_quality.label_checks import SplitLabels
 
 LEAK_ERROR_SHARE = 0.01  # share of a split from which its score is meaningless
@@ -331,7 +331,7 @@ def check_duplicates(
                 _find_near(builders, first, second, labels, groups)
 
 
-def _example(build: FindingBuilder, row: int, note: str = "", start: int = 0) -> Example:
+def _example(build: FindingBuilder, row: int, note: str = "", start: int = 0) -> ExampleRow:
     """A row with both of its texts, from character `start` on."""
     text = _text(build.records, row)
     return build.example(row, note, f"...{text[start:]}" if start else text)
@@ -353,7 +353,7 @@ def _label_note(labels: SplitLabels | None, row: int) -> str:
     return "" if labels is None or labels.numbers is not None else labels.name(row)
 
 
-def _pair(one: Example, other: Example) -> Example:
+def _pair(one: ExampleRow, other: ExampleRow) -> ExampleRow:
     """Two rows as one example."""
     text = other.text if other.text != one.text else ""
     return replace(one, like=other.where, like_text=text, like_note=other.note)
@@ -390,7 +390,7 @@ def _find_repeats(build: FindingBuilder, groups: TextGroups) -> None:
 
 def _find_conflicts(build: FindingBuilder, numbers: IntArray, labels: SplitLabels) -> None:
     texts = conflicting_texts(numbers, labels)
-    examples: list[Example] = []
+    examples: list[ExampleRow] = []
     for text in texts[: build.num_examples]:
         rows = np.flatnonzero(numbers == text)
         _, firsts = np.unique(labels.codes[rows], return_index=True)
@@ -471,7 +471,7 @@ def _find_near(
         details["with_another_label"] = sum(one != two for one, two in pairs)
         if number := details["with_another_label"]:
             meaning += f" In {number:,} of these rows the label is not that of the near duplicate."
-    examples: list[Example] = []  # each row of a split once
+    examples: list[ExampleRow] = []  # each row of a split once
     shown: set[int] = set()
     for row, like in zip(rows.tolist(), partner[rows].tolist(), strict=True):
         if len(examples) >= build.num_examples:

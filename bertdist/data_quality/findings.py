@@ -35,7 +35,7 @@ CONTEXT_CHARACTERS = 40  # shown before the match that an excerpt is about
 
 
 @dataclass(frozen=True, kw_only=True)
-class Example:
+class ExampleRow:
     """One row that shows a finding."""
 
     where: str  # `dev.tsv line 12`
@@ -60,7 +60,7 @@ class Finding:
     unit: str = "rows"
     meaning: str
     advice: str
-    examples: Sequence[Example] = ()
+    examples: Sequence[ExampleRow] = ()
     details: Mapping[str, Any] = field(default_factory=dict)  # further numbers, for check.json
 
     @property
@@ -127,13 +127,13 @@ class FindingBuilder:
             )
         )
 
-    def example(self, row: int, note: str = "", text: str | None = None) -> Example:
+    def example(self, row: int, note: str = "", text: str | None = None) -> ExampleRow:
         """A row as an example. text: that of the row if None."""
         text = self.records.texts[row].as_py() if text is None else text
         where = str(self.records.location(row))
-        return Example(where=where, row=int(row), text=excerpt(text), note=note)
+        return ExampleRow(where=where, row=int(row), text=excerpt(text), note=note)
 
-    def examples_of_match(self, column: pa.Array, rows: Rows, pattern: str) -> list[Example]:
+    def examples_of_match(self, column: pa.Array, rows: Rows, pattern: str) -> list[ExampleRow]:
         """The first rows, with their text from shortly before the first match of `pattern`."""
         examples = []
         for row in map(int, rows[: self.num_examples]):

@@ -22,7 +22,7 @@ from bertdist.data.records import ColumnNames, Records
 from bertdist.data.splits import load_parts, load_records, load_texts, open_files
 from bertdist.data.stats import create_task
 from bertdist.data_quality.duplicates import TextGroups, check_duplicates, group_texts, has_rensa
-from bertdist.data_quality.findings import Example, Finding, FindingBuilder, counts, ranked
+from bertdist.data_quality.findings import ExampleRow, Finding, FindingBuilder, counts, ranked
 from bertdist.data_quality.label_checks import SplitLabels, check_labels, split_labels
 from bertdist.data_quality.length_checks import Lengths, measure_lengths
 from bertdist.data_quality.table_checks import check_table
@@ -240,7 +240,7 @@ def _add_bad_rows(build: FindingBuilder, too_many: bool, limit: int, refuses: bo
         f"{listed}.",
         f"{advice}.",
         examples=[
-            Example(
+            ExampleRow(
                 where=build.split,
                 row=-1,
                 text=excerpt(row.text),

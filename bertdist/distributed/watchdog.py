@@ -192,7 +192,7 @@ class HeartbeatFiles:
         return FailureReport(kind, text, True)
 
 
-class Progress(Protocol):
+class StepCounter(Protocol):
     """What a heartbeat reports of the run."""
 
     @property
@@ -212,7 +212,7 @@ class Watchdog:
         self.rank, self.num_ranks = accelerator.process_index, accelerator.num_processes
         self.cuda = accelerator.device.type == "cuda"
         self.files = HeartbeatFiles(folder, self.rank, self.num_ranks)
-        self.progress: Progress | None = None  # the run's RunLogger, as soon as there is one
+        self.progress: StepCounter | None = None  # the run's RunLogger, as soon as there is one
         self.interval = min(HEARTBEAT_SECONDS, timeout / 10)
         self._ended, self._stacks_written = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

@@ -43,7 +43,7 @@ from bertdist.core.atomic_io import (
 )
 from bertdist.core.config import saved_setting
 from bertdist.core.errors import CheckpointError
-from bertdist.data.batch import Step
+from bertdist.data.batch import RankStep
 from bertdist.data.source import STREAM_START, ReaderState
 from bertdist.distributed.collectives import (
     broadcast_from_rank0,
@@ -95,7 +95,7 @@ class TrainState:
         self._losses: list[Tensor] = []
         self.last_loss: Tensor | None = None  # this rank's, of the last step; not in a checkpoint
 
-    def advance(self, step: Step, loss: Tensor) -> None:
+    def advance(self, step: RankStep, loss: Tensor) -> None:
         """Count one more optimizer step.
 
         loss: this rank's loss sum (), which stays on the device until `gather_losses`.

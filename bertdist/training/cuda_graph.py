@@ -40,7 +40,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from bertdist.core.types import Array
-from bertdist.data.batch import PackedBatch, Step, collate
+from bertdist.data.batch import PackedBatch, RankStep, collate
 from bertdist.data.loader import MapLoader
 from bertdist.data.tokenization import Example
 from bertdist.models.architectures import ARCHITECTURES
@@ -82,7 +82,7 @@ class Budget:
     rows: int  # of a step that is captured
     max_length: int  # most tokens of a text
 
-    def fill(self, step: Step) -> PackedBatch | None:
+    def fill(self, step: RankStep) -> PackedBatch | None:
         """The step's micro-batch in this shape; None where it does not fit."""
         if len(step.micro_batches) != 1 or step.rows != self.rows:
             return None
@@ -215,7 +215,7 @@ class _OneMicroBatch:
         self.task, self.accelerator = micro_batcher.task, micro_batcher.accelerator
 
     def accumulate_gradients(
-        self, model: nn.Module, step: Step, backward: Callable[[PackedBatch, bool], Tensor]
+        self, model: nn.Module, step: RankStep, backward: Callable[[PackedBatch, bool], Tensor]
     ) -> Tensor:
         return backward(step.micro_batches[0], True)
 
@@ -236,7 +236,7 @@ class GraphedStep:
         self._replay: Callable[[], None] | None = None
         self._failed = False
 
-    def __call__(self, model: nn.Module, optimizer: Any, step: Step, *rest: Any) -> StepResult:
+    def __call__(self, model: nn.Module, optimizer: Any, step: RankStep, *rest: Any) -> StepResult:
         """See train.train_step."""
         batch = self.budget.fill(step) if optimizer.state and not self._failed else None
         if batch is not None and self._replay is None:
@@ -258,7 +258,9 @@ class GraphedStep:
         )  # the next replay writes over them
         return loss, grad_norm
 
-    def _prepare(self, model: nn.Module, optimizer: Any, step: Step, rest: tuple[Any, ...]) -> None:
+    def _prepare(
+        self, model: nn.Module, optimizer: Any, step: RankStep, rest: tuple[Any, ...]
+    ) -> None:
         """Capture, and try a replay of the filled-up step; leaves weights, optimizer and random
         numbers as they were.
         """

@@ -51,7 +51,7 @@ from torch.optim import Optimizer
 
 from bertdist.core.config import BatchConfig
 from bertdist.core.errors import DataError
-from bertdist.data.batch import PackedBatch, Step, collate, single_token_batch, split_batch
+from bertdist.data.batch import PackedBatch, RankStep, collate, single_token_batch, split_batch
 from bertdist.data.loader import DEFAULT_TOKEN_BUDGET, Loader
 from bertdist.data.sharding import prefetch_to_device
 from bertdist.data.source import ReaderState
@@ -179,13 +179,13 @@ class MicroBatcher:
         self._loader_tokens = self.state.tokens_per_micro_batch
         return replace(self.loader, tokens_per_micro_batch=self._loader_tokens)
 
-    def steps(self, total_steps: int) -> Iterator[Step]:
+    def steps(self, total_steps: int) -> Iterator[RankStep]:
         """This rank's share of each of the remaining steps, on the device."""
         state, device = self.state, self.accelerator.device
         steps = self.rebatch().steps(state.step, total_steps, state.reader_state)
         yield from prefetch_to_device(steps, device)
 
-    def accumulate_gradients(self, model: nn.Module, step: Step, backward: Backward) -> Tensor:
+    def accumulate_gradients(self, model: nn.Module, step: RankStep, backward: Backward) -> Tensor:
         """The gradient of a step, summed over ranks, in the parameters; returns the loss sum () of
         this rank's share.
 
@@ -224,7 +224,7 @@ class MicroBatcher:
             total += loss
         return total
 
-    def _agree(self, tokens: int, failure: Failure | None, step: Step) -> bool:
+    def _agree(self, tokens: int, failure: Failure | None, step: RankStep) -> bool:
         """Whether the gradients of all ranks are complete.
 
         All ranks take the smallest budget; 0: training cannot continue.
@@ -245,7 +245,7 @@ class MicroBatcher:
         return bool(complete)
 
     def _finish_exchange(
-        self, model: nn.Module, failure: Failure, step: Step, backward: Backward
+        self, model: nn.Module, failure: Failure, step: RankStep, backward: Backward
     ) -> None:
         """Send the other ranks what they wait for: zeros, in an exchange that all will discard."""
         if self.accelerator.num_processes == 1:
@@ -266,7 +266,7 @@ class MicroBatcher:
             # the rest.
             torch.autograd.backward(unsent, [p.new_zeros(()).expand_as(p) for p in unsent])
 
-    def _too_long(self, batch: PackedBatch, reason: str, step: Step) -> DataError:
+    def _too_long(self, batch: PackedBatch, reason: str, step: RankStep) -> DataError:
         advice = "--gradient_checkpointing, "
         return text_too_long(batch, reason, self.loader, step.window_state, advice)
 

@@ -41,8 +41,8 @@ from torch.utils._pytree import tree_leaves
 from bertdist.core.atomic_io import atomic_write
 from bertdist.core.config import RunConfig
 from bertdist.core.errors import NonFiniteError
-from bertdist.data.bad_rows import excerpt
-from bertdist.data.batch import PackedBatch, Step, split_batch
+from bertdist.data.bad_rows import escaped_excerpt
+from bertdist.data.batch import PackedBatch, RankStep, split_batch
 from bertdist.data.loader import Loader
 from bertdist.distributed.collectives import gather_from_all_ranks, raise_on_all_ranks
 from bertdist.models.cpu_layers import zero_grad
@@ -112,9 +112,9 @@ class NonFiniteGuard:
         """model: the classifier without DDP's wrapper."""
         self.run, self.model, self.batches, self.task = run, model, batches, task
         self.accelerator, self.state, self.log = accelerator, state, log
-        self._unchecked: list[tuple[Step, Tensor]] = []  # and whether it was skipped, () bool
+        self._unchecked: list[tuple[RankStep, Tensor]] = []  # and whether it was skipped, () bool
 
-    def check(self, step: Step, loss: Tensor, grad_norm: Tensor, now: bool) -> None:
+    def check(self, step: RankStep, loss: Tensor, grad_norm: Tensor, now: bool) -> None:
         """After each step. now: check here even if that waits for the device.
 
         A collective if a step was skipped. Raises NonFiniteError on all ranks with --on_nan stop,
@@ -158,7 +158,7 @@ class NonFiniteGuard:
         skipped: Tensor = (ranks > 0) | (infinite & (scaler._scale < 1))
         return skipped
 
-    def _report(self, step: Step) -> None:
+    def _report(self, step: RankStep) -> None:
         """Log a skipped step and its rows, or raise NonFiniteError. A collective."""
         number, rows = step.number + 1, self._nonfinite_rows(step)
         operation = self._name_operation(step) if self.run.detect_anomaly else ""
@@ -191,7 +191,7 @@ class NonFiniteGuard:
         hint = "" if self.run.detect_anomaly else " --detect_anomaly names the operation."
         raise nonfinite_error(message + hint)
 
-    def _nonfinite_rows(self, step: Step) -> list[dict[str, Any]]:
+    def _nonfinite_rows(self, step: RankStep) -> list[dict[str, Any]]:
         """Rows of all ranks whose loss or gradient is not finite, in row order. A collective."""
         seed_dropout(self.run.seed, step.number, self.accelerator.process_index)
         rows: list[dict[str, Any]] = []
@@ -203,7 +203,7 @@ class NonFiniteGuard:
             numbers = {"loss": loss.item(), "grad_norm": nn.utils.get_total_norm(grads).item()}
             self._clear_gradients()
             if not all(map(math.isfinite, numbers.values())):
-                text = excerpt(str(self.batches.dataset.tokenizer.decode(batch.ids)))
+                text = escaped_excerpt(str(self.batches.dataset.tokenizer.decode(batch.ids)))
                 rows.append({"row": int(batch.rows[0]), "where": "", "text": text, **numbers})
         locations = self.batches.locations([row["row"] for row in rows], step.window_state)
         for row, location in zip(rows, locations, strict=True):
@@ -211,7 +211,7 @@ class NonFiniteGuard:
         gathered = gather_from_all_ranks(self.accelerator, rows)
         return sorted(gathered, key=lambda row: int(row["row"]))
 
-    def _name_operation(self, step: Step) -> str:
+    def _name_operation(self, step: RankStep) -> str:
         """A sentence on the anomaly of the first rank that has one. A collective.
 
         Rank 0 writes the stacks of all ranks to stacks/nan_step_N.txt.

@@ -27,7 +27,7 @@ from rows import train_module as train
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BertForSequenceClassification
 
-from bertdist.data.batch import Step
+from bertdist.data.batch import RankStep
 from bertdist.data.sharding import epoch_order
 from bertdist.models.dropout import DropoutMasks
 
@@ -51,7 +51,7 @@ def in_float64(accelerator: Accelerator) -> None:
     torch.Tensor.float = lambda self: self
 
 
-def with_steps(change: Callable[[Step, Accelerator], Step]) -> Breaking:
+def with_steps(change: Callable[[RankStep, Accelerator], RankStep]) -> Breaking:
     """Break train_step by showing it another step."""
 
     def breaking(accelerator: Accelerator) -> None:
@@ -63,13 +63,13 @@ def with_steps(change: Callable[[Step, Accelerator], Step]) -> Breaking:
     return breaking
 
 
-def mean_over_ranks(step: Step, accelerator: Accelerator) -> Step:
+def mean_over_ranks(step: RankStep, accelerator: Accelerator) -> RankStep:
     """Each rank divides by its own rows, and DDP averages: what happens when nobody thinks of it."""
     own = sum(len(batch.rows) for batch in step.micro_batches if batch.rows[0] >= 0)
     return replace(step, rows=max(own, 1) * accelerator.num_processes)
 
 
-def mean_over_micro_batches(step: Step, accelerator: Accelerator) -> Step:
+def mean_over_micro_batches(step: RankStep, accelerator: Accelerator) -> RankStep:
     """The mean of the micro-batches' means: gradient accumulation as it is usually written."""
     parts = len(step.micro_batches) * accelerator.num_processes
     return replace(
@@ -81,7 +81,7 @@ def mean_over_micro_batches(step: Step, accelerator: Accelerator) -> Step:
     )
 
 
-def idle_rows_count(step: Step, accelerator: Accelerator) -> Step:
+def idle_rows_count(step: RankStep, accelerator: Accelerator) -> RankStep:
     """The text that keeps a rank without rows busy is learned from."""
     return replace(
         step,
@@ -205,7 +205,7 @@ def test_other_ways_to_average_are_detected(
     float64: Curve,
     n: int,
     tokens: int,
-    wrong: Callable[[Step, Accelerator], Step],
+    wrong: Callable[[RankStep, Accelerator], RankStep],
 ) -> None:
     far = Curve(tiny_model, tmp_path, n, tokens, in_float64, with_steps(wrong)).far_from(float64)
     print(n, wrong.__name__, far)

@@ -18,7 +18,7 @@ import xxhash
 
 from bertdist.core.config import FileConfig
 from bertdist.core.errors import DataError, RowLocation, listed
-from bertdist.data.bad_rows import BadRow, OnBadRow, excerpt
+from bertdist.data.bad_rows import BadRow, OnBadRow, escaped_excerpt
 from bertdist.data.readers.file_reader import reject_unused_flags
 from bertdist.data.readers.sniffing import detect_encoding
 from bertdist.data.readers.text_lines import FileFormat, decode_lines, reading, resolve_codec
@@ -101,7 +101,7 @@ class FolderReader:
             len(texts),
             {"row": first},
             locations,
-            lambda rows: [excerpt(texts[row]) for row in rows],
+            lambda rows: [escaped_excerpt(texts[row]) for row in rows],
             tuple(bad_rows),
         )
 
@@ -116,7 +116,7 @@ class FolderReader:
         if not lines.broken:
             return lines.data.decode()
         line, reason = min(lines.broken.items())
-        bad_rows.append(BadRow(fmt.name, 1 + line, reason, excerpt(lines.data.decode())))
+        bad_rows.append(BadRow(fmt.name, 1 + line, reason, escaped_excerpt(lines.data.decode())))
         return None
 
     def _name_of(self, file: Path) -> str:

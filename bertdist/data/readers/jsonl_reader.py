@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 from bertdist.core.errors import DataError, RowError, RowLocation, did_you_mean
-from bertdist.core.terminal import excerpt as shorten
-from bertdist.data.bad_rows import BadRow, excerpt
+from bertdist.core.terminal import excerpt
+from bertdist.data.bad_rows import BadRow, escaped_excerpt
 from bertdist.data.readers.text_lines import (
     FileFormat,
     Lines,
@@ -153,7 +153,7 @@ def _objects(
         if not reason:
             yield line, value
         else:
-            row = BadRow(fmt.name, lines.first + line, reason, excerpt(text))
+            row = BadRow(fmt.name, lines.first + line, reason, escaped_excerpt(text))
             _skip(row, bad_rows)
 
 
@@ -175,7 +175,7 @@ def _document(
             row = dict(zip(fmt.column_names, value, strict=False))
         if reason := reason or _problem(row, names):
             location = str(RowLocation(fmt.name, row=number))
-            _skip(BadRow(location, None, reason, excerpt(_written(value))), bad_rows)
+            _skip(BadRow(location, None, reason, escaped_excerpt(_written(value))), bad_rows)
         else:
             yield number, row
 
@@ -300,7 +300,7 @@ def _problem(value: Any, names: Sequence[str]) -> str:
     """Why the value is not an object with these fields; "" if it is."""
     if type(value) is not dict or not value:
         advice = "; --column_names names the items of lists" if type(value) is list else ""
-        return f"expected a JSON object with keys, found {shorten(_written(value), 40)}{advice}"
+        return f"expected a JSON object with keys, found {excerpt(_written(value), 40)}{advice}"
     for name in names:
         if name == WHOLE_OBJECT:
             continue

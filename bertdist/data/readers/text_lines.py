@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from bertdist.core.errors import DataError
-from bertdist.data.bad_rows import BadRow, excerpt
+from bertdist.data.bad_rows import BadRow, escaped_excerpt
 from bertdist.data.source import Column
 from bertdist.distributed.host_memory import free_host_bytes
 
@@ -271,7 +271,9 @@ def rows_between(data: bytes, ends: Offsets, lines: Offsets, blank: bool) -> Row
 def row_excerpt(lines: Lines, start: int, end: int) -> str:
     """The row lines.data[start:end] for a BadRow."""
     text = lines.data[start : min(end, start + 1000)].decode("utf-8", "ignore")
-    return excerpt(text.replace(lines.cr_placeholder, "\r") if lines.cr_placeholder else text)
+    return escaped_excerpt(
+        text.replace(lines.cr_placeholder, "\r") if lines.cr_placeholder else text
+    )
 
 
 def row_excerpts(lines: Lines, rows: Rows, wanted: Sequence[int]) -> list[str]:

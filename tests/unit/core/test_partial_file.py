@@ -8,7 +8,13 @@ from typing import IO
 import pytest
 
 from bertdist.core.errors import CheckpointError
-from bertdist.core.partial_file import OutputClosed, PartialFile, Stream, partial_paths, stamp_of
+from bertdist.core.partial_file import (
+    InPlaceFile,
+    OutputClosed,
+    PartialFile,
+    partial_paths,
+    stamp_of,
+)
 
 KEY = {"input": ["a.csv", 3], "settings": {"top_k": None}}
 
@@ -151,14 +157,14 @@ def test_what_closes_a_stream_is_no_error_of_writing() -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OutputClosed):
-        Stream(closed, "standard output", False).append(b"a")
+        InPlaceFile(closed, "standard output", False).append(b"a")
     with pytest.raises(CheckpointError, match="Cannot write standard output: No space left"):
-        Stream(full, "standard output", False).append(b"a")
+        InPlaceFile(full, "standard output", False).append(b"a")
 
 
 def test_a_stream_of_a_format_that_is_converted_is_written_at_the_end() -> None:
     written: list[bytes] = []
-    with Stream(written.append, "standard output", True) as stream:
+    with InPlaceFile(written.append, "standard output", True) as stream:
         stream.append(b"abc")
         assert written == []
         stream.finish(lambda source, whole: whole.write(source.read()[::-1]) and None)

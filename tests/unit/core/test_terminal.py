@@ -14,7 +14,7 @@ from rich.console import Console
 from bertdist.core.atomic_io import atomic_write
 from bertdist.core.errors import BertdistError
 from bertdist.core.terminal import (
-    Progress,
+    ProgressBar,
     byte_size,
     count_in_words,
     encodable,
@@ -228,7 +228,7 @@ def test_a_bar_on_the_terminal_leaves_standard_output_to_its_pipe(
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", error)
-    with Progress("Predicted", "rows") as progress:
+    with ProgressBar("Predicted", "rows") as progress:
         progress.update(1, 0.5)
         print("an answer")
         print_to_stderr("A message.")

@@ -9,7 +9,7 @@ import pytest
 
 from bertdist.core.config import DataConfig, PredictConfig
 from bertdist.core.errors import DataError
-from bertdist.data.bad_rows import BadRow, BadRows, excerpt, read_bad_rows
+from bertdist.data.bad_rows import BadRow, BadRows, escaped_excerpt, read_bad_rows
 from bertdist.data.records import ColumnNames
 from bertdist.data.source import (
     Chunk,
@@ -82,9 +82,9 @@ def test_what_is_written_is_added_to_what_is_there(tmp_path: Path) -> None:
 
 
 def test_an_excerpt_is_printable_and_short() -> None:
-    assert excerpt('a\tb\x00\ud800 é\u2028"\r\n') == r'a\tb\x00\ud800 é\u2028"'
-    assert excerpt("x" * 1000) == "x" * 200
-    json.dumps(excerpt("\ud800")).encode()
+    assert escaped_excerpt('a\tb\x00\ud800 é\u2028"\r\n') == r'a\tb\x00\ud800 é\u2028"'
+    assert escaped_excerpt("x" * 1000) == "x" * 200
+    json.dumps(escaped_excerpt("\ud800")).encode()
 
 
 def test_rejected_rows_are_bad_rows_with_their_location_and_text() -> None:

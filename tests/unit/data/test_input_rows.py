@@ -11,7 +11,7 @@ import pytest
 from bertdist.core.config import FileConfig
 from bertdist.core.errors import DataError
 from bertdist.data import input_rows
-from bertdist.data.input_rows import InputRows, Position, Window
+from bertdist.data.input_rows import InputRows, InputWindow, Position
 from bertdist.data.readers import file_reader
 from bertdist.data.records import ColumnNames
 
@@ -38,7 +38,7 @@ def opened(*inputs: str, rows: int = 4, **options: Any) -> InputRows:
     return InputRows(inputs, FileConfig(), TRAINED, window_rows=rows, **options)
 
 
-def content(window: Window) -> tuple[Any, ...]:
+def content(window: InputWindow) -> tuple[Any, ...]:
     kept: Any = window.kept.objects
     if kept is None:
         kept = {name: column.to_pylist() for name, column in window.kept.columns.items()}

@@ -27,7 +27,7 @@ from bertdist.core.errors import DataError
 from bertdist.data import sharding as batching
 from bertdist.data.batch import (
     PackedBatch,
-    Step,
+    RankStep,
     collate,
     single_token_batch,
     split_batch,
@@ -94,11 +94,11 @@ def batches(lengths: Sequence[int] = LENGTHS, **changes: Any) -> MapLoader:
     return MapLoader(dataset=given.pop("dataset", None) or Rows(lengths), **given)
 
 
-def rows_of(step: Step) -> list[int]:
+def rows_of(step: RankStep) -> list[int]:
     return [row for batch in step.micro_batches for row in batch.rows.tolist()]
 
 
-def content(step: Step) -> Any:
+def content(step: RankStep) -> Any:
     """All of a step, as plain values: number and kind of every tensor."""
     values = [
         [(f.name, getattr(batch, f.name)) for f in fields(batch)] for batch in step.micro_batches
@@ -345,8 +345,8 @@ def batch() -> PackedBatch:
 @pytest.mark.parametrize("dumps", [pickle.dumps, lambda batch: bytes(ForkingPickler.dumps(batch))])
 def test_a_batch_survives_its_journey(dumps: Any, batch: PackedBatch) -> None:
     found = pickle.loads(dumps(batch))
-    assert content(Step(number=0, micro_batches=[found], rows=3)) == content(
-        Step(number=0, micro_batches=[batch], rows=3)
+    assert content(RankStep(number=0, micro_batches=[found], rows=3)) == content(
+        RankStep(number=0, micro_batches=[batch], rows=3)
     )
     found.weights.zero_()  # and it may be written to
     assert batch.weights.tolist() == [1.0, 1.0, 1.0]
@@ -520,7 +520,7 @@ def test_small_steps_share_a_message(
             yield message
 
     monkeypatch.setattr(batching, "DataLoader", watched)
-    monkeypatch.setattr(batching, "BYTES_PER_MESSAGE", 25)
+    monkeypatch.setattr(batching, "BYTES_PER_ITEM", 25)
     some = batches([3] * 20, **{"workers": 1, **given})
     steps = list(some.steps(0, some.steps_per_epoch))
     assert found == messages
@@ -547,7 +547,7 @@ def wait_for_no_children() -> None:
 
 
 def test_who_stops_early_leaves_no_workers_behind() -> None:
-    steps: Iterator[Step] = batches(workers=2).steps(0, 9)
+    steps: Iterator[RankStep] = batches(workers=2).steps(0, 9)
     next(steps)
     assert len(multiprocessing.active_children()) == 2
     steps.close()  # type: ignore[attr-defined]  # a generator

@@ -21,11 +21,11 @@ from bertdist.core.config import DataConfig
 from bertdist.core.errors import BertdistError, CheckpointError, ConfigError, DataError
 from bertdist.data import streaming
 from bertdist.data.bad_rows import BadRow
-from bertdist.data.batch import Step
+from bertdist.data.batch import RankStep
 from bertdist.data.label_stats import LabelStats
 from bertdist.data.loader import create_train_loader
 from bertdist.data.records import ColumnNames
-from bertdist.data.sharding import Message
+from bertdist.data.sharding import WorkerItem
 from bertdist.data.source import ReaderState
 from bertdist.data.stats import DatasetStats
 from bertdist.data.streaming import (
@@ -116,7 +116,7 @@ def batches_of(
     return replace(found, **changes)
 
 
-def rows_of(step: Step) -> list[list[int]]:
+def rows_of(step: RankStep) -> list[list[int]]:
     """The rows of each micro-batch by their numbers in the data; of an idle rank none."""
     batches = [
         [int(batch.ids[start]) for start in batch.starts[:-1]] for batch in step.micro_batches
@@ -128,7 +128,7 @@ def rows_of(step: Step) -> list[list[int]]:
     return [] if step.idle else batches
 
 
-def content(step: Step) -> Any:
+def content(step: RankStep) -> Any:
     """All that a run does with a step."""
     return (
         step.number,
@@ -155,13 +155,13 @@ _here = threading.local()
 
 def as_the_loader_does(
     shares: Any, workers: int, pin: bool, *, lose: int | None = None
-) -> Iterator[Step]:
+) -> Iterator[RankStep]:
     """`iterate_loader` with workers in this thread: torch's loader takes a message of each in turn, and passes over those that ended.
 
     lose: a message that does not arrive.
     """
 
-    def told(iterator: Iterator[Message], worker: int) -> Message | None:
+    def told(iterator: Iterator[WorkerItem], worker: int) -> WorkerItem | None:
         _here.worker = SimpleNamespace(id=worker, num_workers=workers) if workers else None
         try:
             return next(iterator, None)
@@ -184,14 +184,14 @@ def as_the_loader_does(
 
 
 @contextmanager
-def emulated(per_message: int = 1, lose: int | None = None) -> Iterator[None]:
+def emulated(per_item: int = 1, lose: int | None = None) -> Iterator[None]:
     """Workers that are none, which send so many steps at once."""
     with (
         mock.patch.object(
             streaming, "iterate_loader", lambda *args: as_the_loader_does(*args, lose=lose)
         ),
         mock.patch.object(streaming, "get_worker_info", lambda: getattr(_here, "worker", None)),
-        mock.patch.object(streaming, "steps_per_message", lambda *args: per_message),
+        mock.patch.object(streaming, "steps_per_item", lambda *args: per_item),
     ):
         yield
 
@@ -203,11 +203,11 @@ class Agreement:
     """`agree_on_steps` among threads."""
 
     def __init__(self, ranks: int) -> None:
-        self.told: list[Step | BertdistError | None] = [None] * ranks
+        self.told: list[RankStep | BertdistError | None] = [None] * ranks
         self.barrier = threading.Barrier(ranks, timeout=20)
 
     def of(self, rank: int) -> AgreeOnStep:
-        def agree(step: Step | BertdistError | None) -> tuple[int, tuple[BadRow, ...]]:
+        def agree(step: RankStep | BertdistError | None) -> tuple[int, tuple[BadRow, ...]]:
             self.told[rank] = step
             self.barrier.wait()
             told = list(self.told)
@@ -215,7 +215,7 @@ class Agreement:
             for found in told:
                 if isinstance(found, BertdistError):
                     raise found
-            steps = [found for found in told if isinstance(found, Step)]
+            steps = [found for found in told if isinstance(found, RankStep)]
             return sum(found.rows for found in steps), tuple(
                 row for found in steps for row in found.bad_rows
             )
@@ -228,10 +228,10 @@ def on_ranks(
     start: int,
     stop: int,
     places: Sequence[ReaderState | None] | None = None,
-) -> tuple[list[list[Step]], list[str]]:
+) -> tuple[list[list[RankStep]], list[str]]:
     """The steps of each rank that reads files of its own, in lockstep; and what each rank ended with."""
     agreement = Agreement(len(all_batches))
-    steps: list[list[Step]] = [[] for _ in all_batches]
+    steps: list[list[RankStep]] = [[] for _ in all_batches]
     errors = [""] * len(all_batches)
 
     def run(rank: int) -> None:
@@ -255,7 +255,7 @@ def on_ranks(
 # ---- What is promised
 
 
-def steps_of(by_rank: Sequence[Sequence[Step]]) -> list[list[int]]:
+def steps_of(by_rank: Sequence[Sequence[RankStep]]) -> list[list[int]]:
     """The rows of each step over all ranks, sorted; a row that came twice stands there twice."""
     assert len(set(map(len, by_rank))) == 1, [len(steps) for steps in by_rank]
     found = []
@@ -274,7 +274,7 @@ def assert_every_row_once(steps: Sequence[Sequence[int]], per_epoch: int, rows: 
         ) == list(range(rows))
 
 
-def assert_within(steps: Sequence[Step], tokens: int) -> None:
+def assert_within(steps: Sequence[RankStep], tokens: int) -> None:
     assert all(
         sum(batch.lengths) <= tokens or len(batch.lengths) == 1
         for step in steps
@@ -289,7 +289,7 @@ GIVEN: dict[str, Any] = {
     "pieces": PIECES,
     "ranks": st.integers(1, 7),
     "workers": st.integers(0, 3),
-    "per_message": st.integers(1, 4),
+    "per_item": st.integers(1, 4),
     "tokens": st.integers(1, 40),
     "size": st.integers(1, 20),
     "window": st.integers(1, 70),
@@ -307,7 +307,7 @@ def test_every_row_once_in_steps_that_know_neither_ranks_nor_workers(
     pieces: Any,
     ranks: int,
     workers: int,
-    per_message: int,
+    per_item: int,
     tokens: int,
     size: int,
     window: int,
@@ -328,7 +328,7 @@ def test_every_row_once_in_steps_that_know_neither_ranks_nor_workers(
     ]
     start = data.draw(st.integers(0, EPOCHS * per_epoch), "steps before the restart")
     other_workers = data.draw(st.integers(0, 3), "workers after it")
-    with emulated(per_message):
+    with emulated(per_item):
         by_rank = []
         for rank in range(ranks):
             of_rank = batches_of(
@@ -402,7 +402,7 @@ def test_a_place_that_skips_a_window_is_seen() -> None:
 def test_a_message_that_a_worker_loses_is_seen() -> None:
     read = batches_of(files_of([23]), size=4, workers=2)
     for lose in (None, 2):
-        with emulated(per_message=2, lose=lose):
+        with emulated(per_item=2, lose=lose):
             steps = list(read.steps(0, 12))
         if lose is None:
             assert_every_row_once(steps_of([steps]), 6, 23)
@@ -440,24 +440,24 @@ def test_a_mixture_goes_on_from_every_step_on_any_ranks(workers: int) -> None:
     )
 
 
-@pytest.mark.parametrize(("workers", "per_message"), [(1, 1), (1, 3), (2, 1), (2, 2), (2, 50)])
-def test_real_workers_send_what_emulated_ones_do(workers: int, per_message: int) -> None:
+@pytest.mark.parametrize(("workers", "per_item"), [(1, 1), (1, 3), (2, 1), (2, 2), (2, 50)])
+def test_real_workers_send_what_emulated_ones_do(workers: int, per_item: int) -> None:
     read = batches_of(files_of([7, 0, 11, 5]), 1, 2, tokens_per_micro_batch=9)
     expected = list(map(content, read.steps(3, 12, list(read.steps(0, 3))[-1].next_reader_state)))
     place = by_json(list(read.steps(0, 3))[-1].next_reader_state)
-    with mock.patch.object(streaming, "steps_per_message", lambda *args: per_message):
+    with mock.patch.object(streaming, "steps_per_item", lambda *args: per_item):
         assert list(map(content, replace(read, workers=workers).steps(3, 12, place))) == expected
-    with emulated(per_message):
+    with emulated(per_item):
         assert list(map(content, replace(read, workers=workers).steps(3, 12, place))) == expected
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
-@pytest.mark.parametrize("per_message", [1, 2, 5])
-def test_reading_that_fails_does_so_after_the_steps_before(workers: int, per_message: int) -> None:
+@pytest.mark.parametrize("per_item", [1, 2, 5])
+def test_reading_that_fails_does_so_after_the_steps_before(workers: int, per_item: int) -> None:
     read = batches_of(files_of([40], (4,), broken=30), size=4, window=8, workers=workers)
     steps = []
     with (
-        emulated(per_message),
+        emulated(per_item),
         pytest.raises(DataError, match=r"^file 0 row 30: no more can be read"),
     ):
         for step in read.steps(0, 20):
@@ -546,7 +546,7 @@ def test_ranks_with_files_of_their_own_take_every_row_once_and_the_same_number_o
     pieces: Any,
     ranks: int,
     workers: int,
-    per_message: int,
+    per_item: int,
     tokens: int,
     size: int,
     window: int,
@@ -574,7 +574,7 @@ def test_ranks_with_files_of_their_own_take_every_row_once_and_the_same_number_o
         batches.rows_per_step for batches in of_ranks
     ) == size
     start = data.draw(st.integers(0, EPOCHS * per_epoch), "steps before the restart")
-    with emulated(per_message):
+    with emulated(per_item):
         by_rank, errors = on_ranks(of_ranks, 0, EPOCHS * per_epoch)
         assert errors == [""] * ranks
         places = [
@@ -666,11 +666,11 @@ def test_a_rank_whose_rows_are_all_left_out_tells_them(
         batches_of(files, rank, 2, size=4, split="by_file", workers=workers) for rank in range(2)
     ]
 
-    def told(steps: Sequence[Step]) -> list[str]:
+    def told(steps: Sequence[RankStep]) -> list[str]:
         reasons = "label is missing, expected one in every row (column 'label')"
         return [row.file for step in steps for row in step.bad_rows if row.reason == reasons]
 
-    with emulated(per_message=2):
+    with emulated(per_item=2):
         by_rank, errors = on_ranks(of_ranks, 0, 10)
         assert errors == ["", ""] and [[step.idle for step in steps] for steps in by_rank] == [
             [False] * 10,
@@ -699,7 +699,7 @@ def test_a_rank_whose_rows_are_all_left_out_tells_them(
             ]
         with monkeypatch.context() as patch:  # the control
             patch.setattr(
-                streaming._Messages,
+                streaming._StreamStepDataset,
                 "one_epoch",
                 property(lambda self: False, lambda self, value: None),
                 raising=False,
@@ -825,7 +825,9 @@ def agree_on_ranks(accelerator: Accelerator, told: Sequence[Sequence[Any]]) -> l
         one = of_rank[accelerator.process_index]
         try:
             found.append(
-                agree(Step(number=0, micro_batches=[], rows=one) if isinstance(one, int) else one)
+                agree(
+                    RankStep(number=0, micro_batches=[], rows=one) if isinstance(one, int) else one
+                )
             )
         except BertdistError as error:
             found.append((type(error).__name__, str(error), error.on_all_ranks))
@@ -843,7 +845,7 @@ def test_ranks_agree_on_the_rows_of_a_step() -> None:
 def test_ranks_know_what_any_of_them_left_out() -> None:
     first, second = BadRow("a", 1, "no row", ""), BadRow("b", 2, "no row", "")
     steps = [
-        Step(number=0, micro_batches=[], rows=2, bad_rows=bad)
+        RankStep(number=0, micro_batches=[], rows=2, bad_rows=bad)
         for bad in ((first,), (second, first), ())
     ]
     told = [[steps[0], steps[1]], [steps[2], steps[0]], [None, steps[1]], [steps[2], steps[2]]]

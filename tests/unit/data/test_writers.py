@@ -16,7 +16,7 @@ import pytest
 
 from bertdist.core.errors import DataError
 from bertdist.core.output_files import OutputFormat
-from bertdist.data.input_rows import Kept, Window
+from bertdist.data.input_rows import InputWindow, Kept
 from bertdist.data.records import records_from_texts
 from bertdist.data.writers import AnswerColumns, Writer, create_writer, renamed
 
@@ -33,8 +33,8 @@ HARD = [
 ANSWERS = [{"label": "yes", "score": 0.75}, {"label": None, "score": 0.25}]
 
 
-def window_of(kept: Kept, rows: int, first: int = 0, file: str | None = None) -> Window:
-    return Window(records_from_texts(["x"] * rows), kept, file, first, {})
+def window_of(kept: Kept, rows: int, first: int = 0, file: str | None = None) -> InputWindow:
+    return InputWindow(records_from_texts(["x"] * rows), kept, file, first, {})
 
 
 def arrow(**columns: Any) -> Kept:

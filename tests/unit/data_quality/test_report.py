@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
 from bertdist.data_quality import report
-from bertdist.data_quality.findings import Example, Finding
+from bertdist.data_quality.findings import ExampleRow, Finding
 from bertdist.data_quality.report import DataReport, check_data
 
 EMOTIONS = (
@@ -253,8 +253,8 @@ def test_a_finding_is_plain_data() -> None:
         meaning="m",
         advice="a",
         examples=[
-            Example(where="v row 4", row=4, text="x", note="n", like="t row 7"),
-            Example(where="v row 5", row=5, text="y"),
+            ExampleRow(where="v row 4", row=4, text="x", note="n", like="t row 7"),
+            ExampleRow(where="v row 5", row=5, text="y"),
         ],
         details={"k": 1},
     )

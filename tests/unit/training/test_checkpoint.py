@@ -24,7 +24,7 @@ import bertdist
 from bertdist.core.atomic_io import find_damage, write_folder
 from bertdist.core.config import OptimConfig
 from bertdist.core.errors import CheckpointError
-from bertdist.data.batch import Step
+from bertdist.data.batch import RankStep
 from bertdist.training.checkpoint import (
     FORMAT,
     Checkpointer,
@@ -191,9 +191,9 @@ class Meter:
 
 def test_losses_are_filled_in_when_they_are_gathered() -> None:
     state, meter = TrainState(), Meter()
-    state.advance(Step(number=0, micro_batches=[], rows=8), torch.tensor(4.0))
+    state.advance(RankStep(number=0, micro_batches=[], rows=8), torch.tensor(4.0))
     state.advance(
-        Step(number=1, micro_batches=[], rows=3, next_reader_state={"window": {"epoch": 1}}),
+        RankStep(number=1, micro_batches=[], rows=3, next_reader_state={"window": {"epoch": 1}}),
         torch.tensor(1),
     )
     expected = {
@@ -209,7 +209,7 @@ def test_losses_are_filled_in_when_they_are_gathered() -> None:
         state.gather_losses(meter, Any)  # type: ignore[arg-type]
         expected |= {"unlogged_steps": [[8.0, 8.0], [2.0, 3.0]], "tokens": 2}
         assert asdict(state) == expected
-    state.advance(Step(number=2, micro_batches=[], rows=5), torch.tensor(math.nan))
+    state.advance(RankStep(number=2, micro_batches=[], rows=5), torch.tensor(math.nan))
     state.gather_losses(meter, Any)  # type: ignore[arg-type]
     assert state.unlogged_steps == [[8.0, 8.0], [2.0, 3.0], [0.0, 0.0]], "a step that was left out"
     assert state.pop_mean_loss() == 10 / 11 and state.unlogged_steps == []

@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from bertdist.core.config import ModelConfig, OptimConfig
-from bertdist.data.batch import PackedBatch, Step, collate
+from bertdist.data.batch import PackedBatch, RankStep, collate
 from bertdist.data.loader import MapLoader
 from bertdist.data.tokenization import Example
 from bertdist.models import attention
@@ -81,8 +81,8 @@ def batch_of(lengths: Sequence[int], targets: Sequence[Any] = (2, 0, 1, 0)) -> P
     )
 
 
-def step_of(*lengths: int) -> Step:
-    return Step(number=0, micro_batches=[batch_of(lengths)], rows=len(lengths))
+def step_of(*lengths: int) -> RankStep:
+    return RankStep(number=0, micro_batches=[batch_of(lengths)], rows=len(lengths))
 
 
 def load(folder: Path, task: Task, **settings: Any) -> Classifier:
@@ -186,10 +186,10 @@ def test_a_budget_fills_a_step_up() -> None:
         step_of(7, 6, 6),  # one token for two texts
         step_of(2, 2, 2),  # 14 tokens, more than two texts of 6
         step_of(5, 4),  # the smaller last step of an epoch: its gradient has another divisor
-        Step(number=0, micro_batches=[batch_of([5]), batch_of([4, 2])], rows=3),
+        RankStep(number=0, micro_batches=[batch_of([5]), batch_of([4, 2])], rows=3),
     ],
 )
-def test_what_does_not_fit_is_not_filled_up(step: Step) -> None:
+def test_what_does_not_fit_is_not_filled_up(step: RankStep) -> None:
     assert BUDGET.fill(step) is None
 
 
@@ -209,7 +209,10 @@ def test_the_host_believes_in_texts_as_long_as_any_can_be(
 @pytest.mark.parametrize("kind", TASKS)
 def test_a_blank_batch_has_the_shapes_of_a_filled_up_one(kind: str) -> None:
     batch = batch_of([5, 4, 2], TASKS[kind][1])
-    filled, blank = BUDGET.fill(Step(number=0, micro_batches=[batch], rows=3)), BUDGET.blank(batch)
+    filled, blank = (
+        BUDGET.fill(RankStep(number=0, micro_batches=[batch], rows=3)),
+        BUDGET.blank(batch),
+    )
     assert filled is not None and not blank.weights.any()
     for name, tensor in vars(filled).items():
         if isinstance(tensor, Tensor):
@@ -483,7 +486,7 @@ class Rehearsal:
         as_on_a_gpu(setattr)
         train_step = train.train_step
 
-        def eager(model: Any, optimizer: Any, step: Step, *rest: Any) -> StepResult:
+        def eager(model: Any, optimizer: Any, step: RankStep, *rest: Any) -> StepResult:
             self.eager += -1 not in step.micro_batches[0].rows.tolist()
             return train_step(model, optimizer, step, *rest)
 
@@ -772,7 +775,9 @@ def test_what_was_tried_is_undone(tiny_model: Path) -> None:
 def die_before_step_7() -> None:
     step = GraphedStep.__call__
 
-    def dying(self: GraphedStep, model: Any, optimizer: Any, at: Step, *rest: Any) -> StepResult:
+    def dying(
+        self: GraphedStep, model: Any, optimizer: Any, at: RankStep, *rest: Any
+    ) -> StepResult:
         return step(self, model, optimizer, at, *rest) if at.number < 7 else os._exit(9)
 
     GraphedStep.__call__ = dying  # type: ignore[method-assign]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bertdist.core.config import BatchConfig
 from bertdist.core.errors import DataError
-from bertdist.data.batch import PackedBatch, Step
+from bertdist.data.batch import PackedBatch, RankStep
 from bertdist.data.loader import MapLoader
 from bertdist.data.tokenization import Example
 from bertdist.distributed.collectives import all_reduce_min, host_group
@@ -74,7 +74,7 @@ def open_with(
 
 def open_batcher(
     tokens: int, model: nn.Module, state: TrainState | None = None
-) -> tuple[MicroBatcher, Step, list[str]]:
+) -> tuple[MicroBatcher, RankStep, list[str]]:
     said: list[str] = []
     batches: Any = MapLoader(dataset=Rows(), rows_per_step=5, tokens_per_micro_batch=tokens)  # type: ignore[arg-type]
     batcher = open_with(model, tokens, state or TrainState(), said, batches)
