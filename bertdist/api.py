@@ -11,9 +11,11 @@
 The keywords are the flags of `bertdist train` and `bertdist evaluate`, checked by the same code.
 """
 
+import functools
 import html
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,17 +24,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import pyarrow.parquet as pq
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import broadcast_object_list
 
-from bertdist.core.args import read_evaluate_settings, read_settings
+from bertdist.core.args import TRAIN_SECTIONS, read_evaluate_settings, read_settings
 from bertdist.core.atomic_io import read_json_object, to_json
 from bertdist.core.config import EvaluateConfig, ModelConfig, TrainConfig, config_to_yaml
 from bertdist.core.errors import BertdistError, ConfigError
+from bertdist.core.flags import flags_of
 from bertdist.core.hub import model_folder
 from bertdist.core.output_files import RESULT_FILES
 from bertdist.data.memory_rows import as_table
@@ -51,7 +54,57 @@ from bertdist.training.run_logger import Hooks
 if TYPE_CHECKING:
     from bertdist.predict import Predictor
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _running = threading.Lock()
+# A command, which stays as it is, or a flag
+_FLAG = re.compile(
+    r"(?P<command>`[^`]*`|\b(?:bertdist|accelerate) \w+(?: --?\w[\w-]*(?: \w[\w./]*)?)*)"
+    r"|(?<![^\s(])--(?P<flag>[a-z][\w-]*)(?: (?P<value>\w+))?"
+)
+_NULL_TEXT = re.compile(
+    r"(?P<found>(?:\w+_)?rows row \d+: column (?P<column>'.+?') is null; expected a text\.)"
+)
+
+
+def as_keywords(message: str, command: str) -> str:
+    """A message about flags, as one about keywords: --on_bad_row skip is on_bad_row="skip".
+
+    command: train or evaluate, whose --help a message names. Of null texts in memory it also says
+    how to fill them.
+    """
+    choices = {flag.name: flag.choices for x in TRAIN_SECTIONS for flag in flags_of(x)}
+
+    def keyword(match: re.Match[str]) -> str:
+        name, value = match["flag"], match["value"]
+        if match["command"]:
+            return match[0]
+        if name == "help":
+            return f"bertdist {command} {match[0]}"
+        if value in choices.get(name, ()):
+            return f'{name}="{value}"'
+        return name + f" {value}" * (value is not None)
+
+    fill = r"\g<found> In a DataFrame: frame.fillna({\g<column>: ''})."
+    return _NULL_TEXT.sub(fill, _FLAG.sub(keyword, message))
+
+
+def _with_keywords(command: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Errors of the function name keywords, and their traceback ends at the call of it."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def called(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return function(*args, **kwargs)
+            except BertdistError as error:
+                error.args = (as_keywords(str(error), command),)
+                raise error.with_traceback(None) from error.__cause__  # of a hook
+
+        return called
+
+    return decorate
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -153,6 +206,7 @@ class Run:
 
         return read_json_object(self.folder / REPORT_FILE)
 
+    @_with_keywords("evaluate")
     def predictor(self, **options: Any) -> "Predictor":
         """A `Predictor` of the best weights; options: its own."""
         from bertdist.predict import Predictor
@@ -171,6 +225,7 @@ class Run:
             )
         raise ConfigError(f"{self.folder} has no best weights yet: the same call of train goes on.")
 
+    @_with_keywords("evaluate")
     def evaluate(self, rows: Any, **settings: Any) -> Evaluation:
         """`bertdist.evaluate` with the best weights. rows: labelled rows in memory, or a file."""
         given = {"input" if isinstance(rows, str | Path) else "rows": rows}
@@ -193,6 +248,7 @@ class Run:
         return _html_scores(f"{self.folder}: {state}", scores, self.evaluation.get("intervals"))
 
 
+@_with_keywords("train")
 def train(
     config: TrainConfig | None = None,
     *,
@@ -252,6 +308,7 @@ def train(
     return Run(config.run.output_dir)
 
 
+@_with_keywords("evaluate")
 def evaluate(
     model: str | Path, rows: Any = None, *, processes: int = 1, **settings: Any
 ) -> Evaluation:

@@ -104,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             print(_overview())
         elif name in ("-V", "--version"):
             print(f"bertdist {bertdist.__version__}")
+        elif name in OTHER_COMMANDS and help_request(rest):
+            print(_other_help(name))
         elif name == "info":
             _show_info(rest)
         elif name == "completion":
@@ -129,6 +131,13 @@ def _overview() -> str:
     lines = [f"bertdist {bertdist.__version__}: fine-tune, evaluate and use text classifiers", ""]
     lines += [f"  bertdist {name:11} {text}" for name, text in about.items()]
     return "\n".join([*lines, "", *_OVERVIEW_END])
+
+
+def _other_help(name: str) -> str:
+    """--help of `info` and `completion`, which have no flags."""
+    words = f"[{'|'.join(RESOURCES)}]" if name == "info" else "|".join(SHELLS)
+    only = ["With the name of a folder, only its path."] * (name == "info")
+    return "\n".join([OTHER_COMMANDS[name], *only, "", f"  bertdist {name} {words}"])
 
 
 def _run_command(name: str, arguments: Sequence[str]) -> NoReturn:
@@ -263,7 +272,9 @@ def completion(shell: str) -> str:
     try:
         import shtab
     except ImportError:
-        raise ConfigError("completion needs shtab: pip install 'bertdist[completion]'.") from None
+        raise ConfigError(
+            "completion needs shtab: pip install shtab, or 'bertdist[completion]'."
+        ) from None
     return str(shtab.complete(_completion_parser(), shell))
 
 

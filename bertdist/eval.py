@@ -28,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bertdist.core.atomic_io import explain_write_errors
+from bertdist.core.atomic_io import atomic_write, explain_write_errors, to_json
 from bertdist.core.config import (
     EvaluateConfig,
     ModelConfig,
@@ -51,7 +51,7 @@ from bertdist.data.loader import DEFAULT_TOKEN_BUDGET
 from bertdist.data.records import Records
 from bertdist.data.splits import load_records
 from bertdist.data.tokenization import create_dataset, truncation_notes
-from bertdist.data.trained_rows import check_pairs, data_of_model
+from bertdist.data.trained_rows import check_pairs, data_of_model, suggest_prediction
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import EXIT_STOPPED, create_accelerator, run_cli
 from bertdist.distributed.launcher import check_world
@@ -137,7 +137,8 @@ def load_labelled_rows(config: EvaluateConfig) -> tuple[Task, Records, list[str]
             )
         task = replace(task, labels=tuple(names), codes=())  # type: ignore[type-var]  # a Protocol
     data = data_of_model(config, metadata)
-    records = load_records(data, "validation", task.problem_type == REGRESSION)
+    with suggest_prediction():
+        records = load_records(data, "validation", task.problem_type == REGRESSION)
     if records is None:
         raise DataError(f"There are no rows of --split {config.split}.")
     check_pairs(metadata, records.pairs is not None)
@@ -213,6 +214,9 @@ def _rows(number: int) -> str:
 def _write(folder: Path, results: Results, records: Records, config: EvaluateConfig) -> None:
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    # First of all what makes it the folder of an evaluation, also where this one is killed.
+    report = folder / RESULT_FILES[0]
+    atomic_write(report, to_json({"evaluated": results.report["evaluated"]}))
     bad_rows = folder / "bad_rows.jsonl"
     bad_rows.unlink(missing_ok=True)  # of an earlier evaluation
     BadRows(config.on_bad_row, config.max_bad_rows, bad_rows).add_and_write(records.bad_rows)

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 
 from bertdist.core import other_flags
+from bertdist.core.atomic_io import read_json_object
 from bertdist.core.config import (
     DURATION,
     BatchConfig,
@@ -38,6 +39,7 @@ from bertdist.core.errors import BertdistError, ConfigError, nearest_name
 from bertdist.core.flags import create_parser, help_of_flag, help_request, help_text
 from bertdist.core.hub import model_folder
 from bertdist.core.output_files import (
+    STATUS,
     STDOUT,
     check_evaluation_folder,
     check_outputs,
@@ -68,7 +70,8 @@ _PREDICT_ABOUT = """Predict labels and probabilities with a trained model.
 _EVALUATE_ABOUT = """Evaluate a trained model on labelled rows: scores, intervals, errors.
 
   bertdist evaluate --model out --input test.tsv
-  bertdist evaluate --model out --input test.tsv --metrics accuracy ece --output_dir test_scores"""
+  bertdist evaluate --model out --input test.tsv --metrics accuracy ece \\
+      --output_dir test_scores"""
 _WEIGHTS = (1e-10, 1e10)  # of labels: float32 holds the losses and the squares of gradients
 _SURE = 0.7  # similarity of a flag that is suggested: below it, deepspeed resembles seed
 _INPUTS = ("train_file", "validation_file", "test_file", "input", "config", *_MODELS)
@@ -133,7 +136,7 @@ def parse_arguments(
                 problem = (
                     f"--{name} takes {takes}, not a list."
                     if takes
-                    else _unknown_setting(name, names)
+                    else _unknown_setting(f"--{name}", names)
                 )
                 raise ConfigError(f"{source}{problem}")
             try:
@@ -146,8 +149,8 @@ def parse_arguments(
     for section in sections:
         fields = dataclasses.fields(section)
         values.append(section(**{field.name: getattr(found, field.name) for field in fields}))
-    flags = [word.split("=")[0].lstrip("-") for word in rest if word.startswith("--")]
-    unknown = [_unknown_setting(flag.replace("-", "_"), names) for flag in flags]
+    flags = [word.split("=")[0] for word in rest if word.startswith("--")]
+    unknown = [_unknown_setting(flag, names) for flag in flags]
     if rest and not unknown:
         unknown = [f"Unexpected argument {rest[0]!r}: every value follows its flag."]
     if problems := [*unknown, *_not_utf8(values), *_empty(values)]:
@@ -237,8 +240,22 @@ def _with_model_folders(section: Any) -> Any:
         if given and (folder := model_folder(given)) != given:
             found[name] = folder
             if process_rank() == 0:
-                print_to_stderr(f"--{name} {given} is the folder of a run: using {folder}.")
+                print_to_stderr(
+                    f"--{name} {given} is the folder of a run: using {folder}{_progress_of(given)}."
+                )
     return dataclasses.replace(section, **found)
+
+
+def _progress_of(run: str) -> str:
+    """Of a run that has not finished: of which step its best/ is."""
+    folder = Path(run).expanduser()
+    status = read_json_object(folder / STATUS)
+    if status.get("state") in (None, "finished"):
+        return ""
+    metadata = read_json_object(folder / "best" / "config.json").get("bertdist")
+    step = metadata.get("step") if isinstance(metadata, dict) else None
+    of = f" of step {step}" if type(step) is int else ""
+    return f"{of}; the run has not finished"
 
 
 def _not_utf8(sections: Sequence[Any]) -> Iterable[str]:
@@ -290,12 +307,16 @@ def _is_null(node: Any) -> bool:
     return is_plain and node.value in ("", "null", "~")
 
 
-def _unknown_setting(name: str, names: list[str], where: str = "") -> str:
+def _unknown_setting(given: str, names: list[str], where: str = "") -> str:
+    """given: a flag as it was typed, `--max-lenght`, or a name of a file, `max_lenght`."""
+    is_flag = given.startswith("--")
+    name, shown = given.lstrip("-").replace("-", "_"), given if is_flag else repr(given)
     if found := other_flags.answer(name, names, _TRAIN_NAMES):
-        return f"{where}Unknown setting {name!r}: {found}."
+        return f"{where}Unknown setting {shown}: {found}."
     near = nearest_name(name, names, _SURE)
-    hint = f"Did you mean {near!r}?" if near else "--help lists them."
-    return f"{where}Unknown setting {name!r}. {hint}"
+    nearest = f"--{near}" if is_flag else repr(near)
+    hint = f"Did you mean {nearest}?" if near else "--help lists them."
+    return f"{where}Unknown setting {shown}. {hint}"
 
 
 def _read_yaml(

@@ -4,6 +4,7 @@ BertdistError
   ConfigError       an unknown flag, an impossible value, contradicting settings, a wrong launch
   DataError         a missing file or column, an unknown label, invalid bytes, an empty split
     RowError          one row, which --on_bad_row skip would leave out
+    NoLabelsError     rows without labels, which training and evaluation need
     NoRowsError       a file without a row: an error of training, an empty answer of prediction
   ModelError        a model folder or name that cannot be loaded, or does not fit the task
   CheckpointError   nothing complete to resume from, or a checkpoint of another run
@@ -42,6 +43,10 @@ class DataError(BertdistError):
 
 class RowError(DataError):
     """One row cannot be read as described; --on_bad_row skip would leave it out."""
+
+
+class NoLabelsError(DataError):
+    """Rows have no labels, and training or evaluation needs them."""
 
 
 class NoRowsError(DataError):

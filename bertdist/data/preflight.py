@@ -26,6 +26,7 @@ from bertdist.core.config import (
 from bertdist.core.hub import check_folder, check_model_name, enable_offline_fallback
 from bertdist.core.output_files import check_run_folder, output_format
 from bertdist.data.bad_rows import suggest_skipping
+from bertdist.tasks.metric_names import check_metric_names
 
 MOST_FILES = 20  # whose first rows are read: the command opens all of them
 MOST_JSON_BYTES = 8 << 20  # of a JSON document, which is read as a whole
@@ -35,6 +36,7 @@ def check_train(config: TrainConfig) -> None:
     """Raise BertdistError for what `train` would raise."""
     if _is_launched():
         return
+    check_metric_names(config.task.metrics or [])
     run = config.run
     if run.output_dir and not run.folds:  # runs of folds have their own
         check_run_folder(Path(run.output_dir))
@@ -61,12 +63,13 @@ def check_evaluate(config: EvaluateConfig) -> None:
     if _is_launched():
         return
     from bertdist.data.splits import check_files
-    from bertdist.data.trained_rows import data_of_model
+    from bertdist.data.trained_rows import data_of_model, suggest_prediction
 
+    check_metric_names(config.metrics or [])
     check_model(config.model, "--model")
     if config.input is not None:
         data = data_of_model(config, _metadata(config.model)[0])
-        with suggest_skipping():
+        with suggest_skipping(), suggest_prediction():
             check_files(_readable([config.input], data), data)
 
 

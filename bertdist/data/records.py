@@ -20,7 +20,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from bertdist.core.errors import MOST_LISTED, DataError, did_you_mean, listed, nearest_first
+from bertdist.core.errors import (
+    MOST_LISTED,
+    DataError,
+    NoLabelsError,
+    did_you_mean,
+    listed,
+    nearest_first,
+)
 from bertdist.core.terminal import excerpt_of
 from bertdist.data.bad_rows import BadRow, OnBadRow
 from bertdist.data.columns import (
@@ -262,14 +269,15 @@ def choose_columns(
 
     source: its name, for messages; names: of all its columns.
     """
+    text, pair, label, labels = requested
     for name in requested.names():
         if name not in names:
             problem, advice = f"there is no column {name!r}", did_you_mean(name, names)
             if not advice.startswith(" Did"):  # else the flag has a typing error
                 advice = f" Name another one with {requested.flag(name)}."
-            raise _no_column(source, names, problem, advice, has_header, name)
+            error = _no_column(source, names, problem, advice, has_header, name)
+            raise NoLabelsError(error) if name == label or name in (labels or ()) else error
     present = {name.lower(): name for name in reversed(names)} | {name: name for name in names}
-    text, pair, label, labels = requested
     texts = requested.texts
     if text is None and pair is None and "text" not in present:
         for usual in TEXT_PAIR_COLUMNS:
@@ -283,7 +291,8 @@ def choose_columns(
     if lacking:
         problem = f"no column has a usual name for the {' or the '.join(lacking)}"
         advice = f" Pass {' and '.join(f'--{what}_column' for what in lacking)}."
-        raise _no_column(source, names, problem, advice, has_header)
+        error = _no_column(source, names, problem, advice, has_header)
+        raise NoLabelsError(error) if lacking == ["label"] else error
     return ColumnNames(text, pair, label, labels)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from bertdist.core.config import DataConfig, FileConfig, TaskConfig, TrainConfig
-from bertdist.core.errors import DataError, NoRowsError, did_you_mean
+from bertdist.core.errors import DataError, NoLabelsError, NoRowsError, did_you_mean
 from bertdist.data.bad_rows import OnBadRow, suggest_skipping
 from bertdist.data.columns import LabelRules, LabelValue
 from bertdist.data.label_stats import has_odd_labels, needs_numbers
@@ -303,7 +303,7 @@ def columns_of(reader: "FileReader | FolderReader", requested: ColumnNames) -> C
         raise
     except DataError as error:
         how = f" {reader.note}." if reader.note and reader.kind != "json" else ""
-        raise DataError(f"{error}{how}") from None
+        raise type(error)(f"{error}{how}") from None
 
 
 def _read_valid(
@@ -466,7 +466,7 @@ def open_files(
 
 def _check_has_labels(reader: "FileReader | FolderReader") -> None:
     if reader.kind == "txt":
-        raise DataError(
+        raise NoLabelsError(
             f"{reader.name} is read as one text per line, without labels; for a table pass "
             "--delimiter or --column_names, for a folder per label the path of the folder."
         )

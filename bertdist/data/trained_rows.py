@@ -4,11 +4,13 @@ metadata: what a run has saved in the config.json of its best/ (`saved_metadata`
 of another program.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bertdist.core.config import DataConfig, EvaluateConfig, saved_setting
-from bertdist.core.errors import DataError
+from bertdist.core.errors import DataError, NoLabelsError
 from bertdist.data.records import ColumnNames
 
 # Flags of evaluation that training has too
@@ -24,6 +26,17 @@ def trained_columns(metadata: dict[str, Any]) -> ColumnNames:
     text = metadata.get("text_column")
     text = tuple(text) if isinstance(text, list) else text
     return ColumnNames(text, metadata.get("text_pair_column"), None, [])
+
+
+@contextmanager
+def suggest_prediction() -> Iterator[None]:
+    """Add what takes rows without labels to the message about such rows; for evaluation."""
+    try:
+        yield
+    except NoLabelsError as error:
+        raise DataError(
+            f"{error} Rows without labels are for bertdist predict: --model and --input, as here."
+        ) from None
 
 
 def data_of_model(config: EvaluateConfig, metadata: dict[str, Any]) -> DataConfig:

@@ -37,8 +37,10 @@ ABOUT = """Check rows before training: labels, tables, texts, duplicates, leaks 
 With --folds or --model, find label errors: see `bertdist check --folds 5 --help`.
 The exit code is 1 where a finding is an error, else 0.
 
-  bertdist check --train_file train.tsv --validation_file dev.tsv --fix clean.tsv
-  bertdist check --train_file train.tsv --folds 5 --model_name_or_path bert --output_dir out"""
+  bertdist check --train_file train.tsv --validation_file dev.tsv \\
+      --fix clean.tsv
+  bertdist check --train_file train.tsv --folds 5 --output_dir out \\
+      --model_name_or_path google-bert/bert-base-uncased"""
 
 FIX_KINDS = (
     *("encoding", "empty", "conflicts", "duplicates", "leaks"),

@@ -19,7 +19,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# SIGHUP: a terminal was closed
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 # In the environment of a process whose parent is torchrun or `accelerate launch`. Killed, these
 # leave their ranks behind, which nobody would end or restart. Any other parent may end: a shell,
@@ -57,7 +58,9 @@ class StopSignal:
         # Python allows handlers in the main thread only; in another thread none are installed.
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                self._old_handlers[number] = signal.signal(number, self._handle)
+                is_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+                if not is_nohup:
+                    self._old_handlers[number] = signal.signal(number, self._handle)
 
     def __enter__(self) -> "StopSignal":
         return self
@@ -130,7 +133,7 @@ class StopSignal:
 
 
 def ignore_stop_signals(worker: int = 0) -> None:
-    """Ignore SIGTERM, SIGUSR1 and SIGINT from here on. A `worker_init_fn` of DataLoaders.
+    """Ignore the STOP_SIGNALS from here on. A `worker_init_fn` of DataLoaders.
 
     SLURM and torchrun send SIGTERM to every process below them. A loader worker that dies of it
     makes its rank raise "DataLoader worker exited unexpectedly" before it can save (torch 2.13).

@@ -31,7 +31,7 @@ import numpy as np
 from scipy import sparse
 
 from bertdist.core.types import Array
-from bertdist.tasks.metrics import TOP_K
+from bertdist.tasks.metric_names import TOP_K
 from bertdist.tasks.row_scores import (
     CALIBRATION_BINS,
     calibration_gaps,

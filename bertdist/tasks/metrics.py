@@ -77,6 +77,7 @@ from bertdist.core.errors import ConfigError, DataError, did_you_mean, listed
 from bertdist.core.terminal import excerpt_of
 from bertdist.core.types import Array
 from bertdist.tasks.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL, LabelIndex
+from bertdist.tasks.metric_names import TOP_K, unknown_metric
 from bertdist.tasks.row_scores import calibration_gaps, log_losses, one_vs_rest, top_hits
 
 NAN = float("nan")
@@ -91,7 +92,6 @@ UNDEFINED = {
 MATRIX_LABELS, CONFUSIONS = 200, 1000  # of `classification_report`
 # Higher is better for all others, and a user's.
 LOWER_IS_BETTER = frozenset({"loss", "log_loss", "ece", "mse", "rmse", "mae"})
-TOP_K = re.compile(r"top_([1-9][0-9]*)_accuracy")
 
 
 def _matthews(references: Array, predictions: Array) -> float:
@@ -528,8 +528,7 @@ def _load_metric(name: str, problem_type: str, num_labels: int, positive: int) -
         return BuiltinMetric(name, problem_type, num_labels, positive)
     spec = _spec_of(name)
     if spec is None:
-        own = f" For your own metric in this folder write ./{name}." if Path(name).exists() else ""
-        raise ConfigError(f"unknown score.{did_you_mean(name, fitting)}{own}")
+        raise unknown_metric(name, fitting)
     this = problem_type
     two = " with two labels" if spec.binary else ""
     if two and problem_type != REGRESSION:

@@ -204,7 +204,7 @@ def test_mistakes_are_one_line(trained: Path, files: Files, tiny_model: Path) ->
     for words, told in (
         (
             model_args(trained, files.train, "--lerning_rate", 1),
-            "Unknown setting 'lerning_rate'. Did you mean 'learning_rate'?",
+            "Unknown setting --lerning_rate. Did you mean --learning_rate?",
         ),
         (model_args(tiny_model, files.train), "is not a trained classifier"),
         (model_args(trained, files.train.with_name("gone.tsv")), "no such file"),

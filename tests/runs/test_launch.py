@@ -452,7 +452,7 @@ def test_a_wrong_flag_ends_the_job_before_it_launches(slurm: FakeSlurm) -> None:
         timeout=SECONDS
     )
     assert (run.returncode, slurm.record("accelerate")) == (1, "")
-    assert out == "bertdist: Unknown setting 'learning_rat'. Did you mean 'learning_rate'?\n"
+    assert out == "bertdist: Unknown setting --learning_rat. Did you mean --learning_rate?\n"
 
 
 def test_a_job_in_another_folder_uses_the_installed_package(

@@ -425,7 +425,7 @@ def test_no_texts_have_no_predictions(trained: Path) -> None:
         ),
         (
             ["--model", "{best}", "--text", "a film", "--texts", "b"],
-            "Unknown setting 'texts': the name is --text.",
+            "Unknown setting --texts: the name is --text.",
         ),
         (
             ["--model", "{best}", "--input", "{in}", "--output", "no/folder/out.jsonl"],

@@ -329,7 +329,7 @@ def test_an_unknown_flag_in_a_real_process(tiny_model: Path, tmp_path: Path, fil
     words = words_of(tiny_model, tmp_path / "out", files, lerning_rate=3)
     assert real("bertdist/train.py", *words) == (
         1,
-        "bertdist: Unknown setting 'lerning_rate'. Did you mean 'learning_rate'?\n",
+        "bertdist: Unknown setting --lerning_rate. Did you mean --learning_rate?\n",
     )
     assert not (tmp_path / "out").exists()
 

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 import bertdist
 from bertdist import api
-from bertdist.api import _write_rows
+from bertdist.api import _write_rows, as_keywords
 from bertdist.core.args import read_config, read_settings
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError
@@ -100,23 +100,61 @@ def test_keywords_win_over_the_config_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_lenght": 3}, "Unknown setting 'max_lenght'. Did you mean 'max_length'?"),
-        ({"max_lenght": [3]}, "Unknown setting 'max_lenght'. Did you mean 'max_length'?"),
-        ({"learning_rate": "fast"}, "--learning_rate: invalid float value: 'fast'"),
-        ({"max_length": 1.5}, "--max_length: invalid int value: '1.5'"),
-        ({"seed": [1]}, "--seed takes one value, not a list."),
-        ({"train_weights": ["x"]}, "--train_weights is 'x'; expected numbers."),
-        ({"metrics": {"f1"}}, "--metrics is a set; expected one value or a list."),
+        ({"max_lenght": 3}, "Unknown setting max_lenght. Did you mean max_length?"),
+        ({"max_lenght": [3]}, "Unknown setting max_lenght. Did you mean max_length?"),
+        ({"learning_rate": "fast"}, "learning_rate: invalid float value: 'fast'"),
+        ({"max_length": 1.5}, "max_length: invalid int value: '1.5'"),
+        ({"seed": [1]}, "seed takes one value, not a list."),
+        ({"train_weights": ["x"]}, "train_weights is 'x'; expected numbers."),
+        ({"metrics": {"f1"}}, "metrics is a set; expected one value or a list."),
         ({"dry_run": True}, "dry_run is for the command: bertdist train --dry_run."),
         ({"processes": 0}, "processes is 0; expected a whole number of at least 1."),
         ({"processes": "2"}, "processes is '2'; expected a whole number of at least 1."),
-        ({"dropout": 2}, "--dropout is 2.0; expected from 0 to 1."),
+        ({"dropout": 2}, "dropout is 2.0; expected from 0 to 1."),
     ],
 )
 def test_a_wrong_keyword_is_the_error_of_the_flag(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         bertdist.train(**{**NEEDED, **settings})
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "a.csv line 3: label is missing. --on_bad_row skip leaves such rows out.",
+            'a.csv line 3: label is missing. on_bad_row="skip" leaves such rows out.',
+        ),
+        ("--quoting double (or --max_bad_rows).", 'quoting="double" (or max_bad_rows).'),
+        ("Pass --label_column, or --metrics f1.", "Pass label_column, or metrics f1."),
+        ("--seed: invalid. --help says it.", "seed: invalid. bertdist train --help says it."),
+        (
+            "Use bertdist train --dry_run, or `hf download --local-dir x`, and --seed.",
+            "Use bertdist train --dry_run, or `hf download --local-dir x`, and seed.",
+        ),
+        ("the label '--seed' is new", "the label '--seed' is new"),
+        (
+            "train_rows row 2: column 'my text' is null; expected a text. --on_bad_row skip helps.",
+            "train_rows row 2: column 'my text' is null; expected a text. In a DataFrame: "
+            "frame.fillna({'my text': ''}). on_bad_row=\"skip\" helps.",
+        ),
+        (
+            "a.parquet row 2: column 'text' is null; expected a text.",
+            "a.parquet row 2: column 'text' is null; expected a text.",
+        ),
+    ],
+)
+def test_messages_name_keywords(message: str, expected: str) -> None:
+    assert as_keywords(message, "train") == expected
+
+
+def test_an_error_has_a_short_traceback_and_its_own_class(tiny_model: Path, tmp_path: Path) -> None:
+    rows = pd.DataFrame({"text": ["a", None, "c"], "label": ["x", "y", "x"]})
+    with pytest.raises(DataError, match=r"frame\.fillna\(\{'text': ''\}\)\. on_bad_row=") as caught:
+        bertdist.train(model_name_or_path=tiny_model, output_dir=tmp_path / "out", train_rows=rows)
+    assert len(caught.traceback) == 2  # this line, and what was called
+    assert caught.value.__suppress_context__ and caught.value.__cause__ is None
 
 
 def test_a_config_and_settings_exclude_each_other() -> None:
@@ -369,9 +407,9 @@ def test_lists_and_datasets_are_evaluated(run: bertdist.Run) -> None:
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({}, ConfigError, "No rows to evaluate: give --input"),
+        ({}, ConfigError, "No rows to evaluate: give input"),
         ({"input": "x.tsv", "rows": EXPECTED}, ConfigError, "input and rows both name rows"),
-        ({"rows": EXPECTED, "max_lenght": 3}, ConfigError, "Did you mean 'max_length'?"),
+        ({"rows": EXPECTED, "max_lenght": 3}, ConfigError, "Did you mean max_length?"),
         ({"rows": EXPECTED, "processes": 0}, ConfigError, "processes is 0; expected a whole"),
         ({"rows": {**EXPECTED, "label": ["x", "bad", "x"]}}, DataError, "'x' (rows row 0)"),
         ({"rows": {**EXPECTED, "label": ["bad", None, "x"]}}, DataError, "rows row 1: label is mi"),

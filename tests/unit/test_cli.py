@@ -60,6 +60,20 @@ def test_the_overview_names_every_command(
     assert max(map(len, out.split("\n"))) <= 80
 
 
+@pytest.mark.parametrize("name", [*cli.COMMANDS, *cli.OTHER_COMMANDS])
+@pytest.mark.parametrize("words", [["--help"], ["--help", "all"]])
+def test_help_fits_into_80_columns(
+    name: str,
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, error = run(capsys, name, *words)
+    assert (code, error) == (0, "") and f"  bertdist {name} " in out
+    assert max(map(len, out.split("\n"))) <= 80
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version") == (0, f"bertdist {bertdist.__version__}\n", "")
 
@@ -69,7 +83,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["trian"], "There is no command 'trian'. Did you mean 'train'? `bertdist --help` lists"),
         (["--seed"], "There is no command '--seed'. Known: 'train',"),
-        (["train", "--max_lenght=3"], "Unknown setting 'max_lenght'. Did you mean 'max_length'?"),
+        (["train", "--max_lenght=3"], "Unknown setting --max_lenght. Did you mean --max_length?"),
         (["train"], "--model_name_or_path is missing"),
         (["predict"], "--model is missing"),
         (["check"], "No training rows"),
@@ -133,7 +147,8 @@ def test_completion_without_shtab_says_what_to_install(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "shtab", None)
-    assert "pip install 'bertdist[completion]'" in run(capsys, "completion", "bash")[2]
+    message = "needs shtab: pip install shtab, or 'bertdist[completion]'."
+    assert message in run(capsys, "completion", "bash")[2]
 
 
 # ---- Several processes

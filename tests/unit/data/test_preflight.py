@@ -146,6 +146,27 @@ def test_the_columns_of_an_evaluation_are_those_of_the_model(folder: Path) -> No
         preflight.check_evaluate(config)
 
 
+@pytest.mark.parametrize(
+    ("words", "message", "suggests"),
+    [
+        (["rows.json"], "rows.json: no column has a usual name for the label.", True),
+        (["train.tsv", "--label_column=lable"], "there is no column 'lable'.", True),
+        (["lines.txt"], "lines.txt is read as one text per line, without labels", True),
+        (["train.tsv", "--text_column=txt"], "there is no column 'txt'.", False),
+    ],
+)
+def test_an_evaluation_of_rows_without_labels_names_predict(
+    words: list[str], message: str, suggests: bool, folder: Path
+) -> None:
+    config = read_evaluate_config(["--model=./model", "--input", *words])
+    found = refusal(lambda: preflight.check_evaluate(config))
+    assert message in found
+    assert ("Rows without labels are for bertdist predict" in found) == suggests
+    assert "bertdist predict" not in refusal(
+        lambda: preflight.check_train(read_config([*TRAIN, *words]))
+    )
+
+
 def test_good_ones_pass_and_say_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     preflight.check_train(read_config([*TRAIN, "train.tsv", "--validation_split=0.5"]))
     for given in ("train.tsv", "lines.txt", "-"):
@@ -195,6 +216,8 @@ def test_torch_is_not_imported(folder: Path) -> None:
         ["check", "--train_file=trian.tsv"],
         ["evaluate", "--model=./model", "--input=train.tsv", "--output_dir=mine"],
         ["predict", "--model=./model", "--input=train.tsv", "--text_column=txt"],
+        ["train", *TRAIN, "train.tsv", "--test_split=0.5", "--metrics=acuracy"],
+        ["evaluate", "--model=./model", "--input=train.tsv", "--metrics=acuracy"],
         ["train", *TRAIN, "train.tsv"],
     ]
     script = (
@@ -208,5 +231,5 @@ def test_torch_is_not_imported(folder: Path) -> None:
     root = str(Path(bertdist.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": root}
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
-    assert done.stdout.split() == ["1"] * 7 + ["torch"], done.stderr
-    assert len(done.stderr.splitlines()) == 7
+    assert done.stdout.split() == ["1"] * 9 + ["torch"], done.stderr
+    assert len(done.stderr.splitlines()) == 9

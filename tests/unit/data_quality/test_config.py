@@ -68,7 +68,7 @@ def test_flags_become_settings() -> None:
             "--train_file a --near_threshold 0 --fix b.parquet --fix_kinds near_leaks",
             "need a --near_threshold above 0",
         ),
-        ("--train_fle a", "Unknown setting 'train_fle'. Did you mean 'train_file'?"),
+        ("--train_fle a", "Unknown setting --train_fle. Did you mean --train_file?"),
     ],
 )
 def test_an_invalid_setting_is_one_line(words: str, message: str) -> None:

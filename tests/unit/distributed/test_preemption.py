@@ -59,6 +59,22 @@ def test_without_a_stop_request_an_interrupt_ends_the_process() -> None:
         signal.signal(signal.SIGINT, old)
 
 
+def test_a_closed_terminal_stops_but_under_nohup() -> None:
+    old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.reason == "SIGHUP"
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested_locally()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
 def test_a_second_interrupt_ends_at_once(stop: StopSignal) -> None:
     signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGINT)  # the first one of its kind

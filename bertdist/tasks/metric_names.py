@@ -1,0 +1,44 @@
+"""The names of the built-in scores, without what computes them, which takes seconds to import.
+
+check_metric_names(["accuracy", "f1_macro"])     # before torch is imported
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from bertdist.core.errors import ConfigError, did_you_mean
+
+METRIC_NAMES = (
+    *("accuracy", "f1", "precision", "recall"),
+    *("f1_macro", "f1_micro", "f1_weighted"),
+    *("precision_macro", "precision_micro", "precision_weighted"),
+    *("recall_macro", "recall_micro", "recall_weighted"),
+    *("f1_samples", "matthews_correlation", "balanced_accuracy", "cohen_kappa", "roc_auc"),
+    *("average_precision", "log_loss", "ece", "jaccard_samples", "jaccard_macro"),
+    *("pearson", "spearman", "mse", "rmse", "mae", "r2"),
+)
+TOP_K = re.compile(r"top_([1-9][0-9]*)_accuracy")
+
+
+def check_metric_names(names: Sequence[str]) -> None:
+    """Raise ConfigError for names of no score; a user's own are left to `load_metrics`."""
+    unknown = [name for name in dict.fromkeys(names) if not (_is_own(name) or _is_known(name))]
+    if unknown:
+        candidates = (*METRIC_NAMES, "top_3_accuracy")
+        problems = (f"--metrics {name}: {unknown_metric(name, candidates)}" for name in unknown)
+        raise ConfigError("\n".join(problems))
+
+
+def unknown_metric(name: str, candidates: Sequence[str]) -> ConfigError:
+    """The message about a name of no score. candidates: the names that fit."""
+    own = f" For your own metric in this folder write ./{name}." if Path(name).exists() else ""
+    return ConfigError(f"unknown score.{did_you_mean(name, candidates)}{own}")
+
+
+def _is_known(name: str) -> bool:
+    return name in METRIC_NAMES or TOP_K.fullmatch(name) is not None
+
+
+def _is_own(name: str) -> bool:
+    return name.startswith("hub:") or "/" in name or name.endswith(".py")
