@@ -75,10 +75,17 @@ def exit_with_error(error: BertdistError) -> NoReturn:
 
 def close_broken_stdout() -> bool:
     """Whether nobody reads standard output any more; then what is left of it is dropped."""
+    return close_broken(1)
+
+
+def close_broken(descriptor: int) -> bool:
+    """The same of any output: of a pipe, or of a terminal that was closed."""
     poll = select.poll()
-    poll.register(1, 0)
+    poll.register(descriptor, 0)
     if is_broken := any(event & select.POLLERR for _, event in poll.poll(0)):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, descriptor)
+        os.close(null)
     return is_broken
 
 

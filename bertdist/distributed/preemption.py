@@ -19,6 +19,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from bertdist.core.terminal import close_broken
+
 # SIGHUP: a terminal was closed
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
@@ -70,6 +72,9 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name
+        if number == signal.SIGHUP:  # no line can be printed to a closed terminal
+            for descriptor in (1, 2):
+                close_broken(descriptor)
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:

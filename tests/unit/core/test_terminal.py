@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pty
 import re
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from bertdist.core.errors import BertdistError
 from bertdist.core.terminal import (
     ProgressBar,
     byte_size,
+    close_broken,
     count_in_words,
     encodable,
     escape_unencodable,
@@ -260,3 +262,18 @@ def test_a_rank_is_that_of_a_launcher(
         if value is not None:
             monkeypatch.setenv(name, value)
     assert process_rank() == expected
+
+
+def test_what_is_printed_to_a_closed_terminal_is_dropped() -> None:
+    other_end, terminal = pty.openpty()
+    try:
+        assert not close_broken(terminal)  # the control
+        os.write(terminal, b"a")
+        assert os.read(other_end, 1) == b"a"
+        os.close(other_end)
+        with pytest.raises(OSError, match="Input/output error"):
+            os.write(terminal, b"b")
+        assert close_broken(terminal)
+        assert os.write(terminal, b"c") == 1
+    finally:
+        os.close(terminal)
