@@ -6,9 +6,15 @@
 This file is all of training, top to bottom: load the data and the model, resume, then repeat: take
 a step, sometimes log, evaluate and save. The modules that a row passes, in their order:
 
-    data/splits -> data/readers -> data/columns -> data/records -> data/tokenization ->
-    data/sharding -> data/batch -> training/micro_batches -> models/classifier -> tasks/tasks (loss)
-    -> training/nonfinite (the update) -> training/evaluation -> training/checkpoint
+    data/splits -> data/readers -> data/columns -> data/records -> data/loader (its steps, of
+    data/sharding, data/tokenization, data/batch) -> training/micro_batches
+
+and what `train_step` does with it:
+
+    models/classifier -> tasks/tasks (loss) -> training/optimizer (clipping, the update), checked by
+    training/nonfinite
+
+Then training/evaluation, training/best_model and training/checkpoint.
 """
 
 import os
@@ -72,8 +78,9 @@ from bertdist.training.best_model import BestModel, EarlyStopping
 from bertdist.training.checkpoint import Checkpointer, TrainState
 from bertdist.training.evaluation import Evaluator
 from bertdist.training.micro_batches import MicroBatcher
-from bertdist.training.nonfinite import NonFiniteGuard, nan_aware_scale, step_if_finite
+from bertdist.training.nonfinite import NonFiniteGuard, nan_aware_scale
 from bertdist.training.optimizer import (
+    apply_update,
     clip_gradients,
     create_lr_schedule,
     create_optimizer,
@@ -107,30 +114,30 @@ def train(config: TrainConfig, hooks: Hooks = NO_HOOKS) -> TrainState:
             return TrainState()
         task, loader, eval_loader, bad_rows = create_loaders(inputs, stats, config, accelerator)
         evaluator = create_evaluator(inputs, eval_loader, task, config, accelerator, log)
-        due = Intervals(config.run, loader.steps_per_epoch, has_eval=eval_loader is not None)
+        plan = StepPlan(config.run, loader.steps_per_epoch, has_eval=eval_loader is not None)
         show_data(log.screen, inputs.rows, stats, inputs.eval_rows, task, inputs.test_rows)
 
         # Model: a Hugging Face classifier, AdamW, the learning rate as a function of the step.
-        classifier, adamw, lr_factor = create_model(inputs, task, due, config, accelerator, log)
+        classifier, adamw, lr_factor = create_model(inputs, task, plan, config, accelerator, log)
         model, optimizer = accelerator.prepare(classifier, adamw)
 
         # Resume: a step depends on weights, optimizer and `state`, nothing else.
-        checkpointer = create_checkpointer(inputs, task, due.total_steps, config, accelerator, log)
+        checkpointer = create_checkpointer(inputs, task, plan, config, accelerator, log)
         state = checkpointer.restore(classifier, adamw, config.run.resume_from_checkpoint)
-        evaluator.verify_best(classifier, state, checkpointer)
-        log.start(state, due.total_steps, config, accelerator, due.steps_per_epoch)
+        evaluator.repair_best(classifier, state, checkpointer)
+        log.start(state, plan.total_steps, config, accelerator, plan.steps_per_epoch)
         early_stopping = EarlyStopping(config.run, state)
         nan_guard = NonFiniteGuard(config.run, classifier, loader, task, accelerator, state, log)
         micro_batcher = MicroBatcher(model, loader, task, state, config.batch, accelerator, log.say)
         if not state.finished:
-            micro_batcher.prepare(model, classifier, adamw)
-            take_step = create_step_function(config, classifier, micro_batcher)
+            model.train()
+            take_step = prepare_steps(config, model, classifier, adamw, micro_batcher)
         meter = create_meter(classifier, accelerator, measure=not state.finished)
 
         # Train until all steps are done, evaluations stop improving, or a stop is requested.
-        ending, stopping, lr, grad_norm = state.finished, False, math.nan, torch.tensor(math.nan)
-        with log.progress(meter.watch(micro_batcher.steps(due.total_steps))) as steps:
-            while not ending:
+        stop_requested, lr, grad_norm = False, math.nan, torch.tensor(math.nan)
+        with log.progress(meter.watch(micro_batcher.steps(plan.total_steps))) as steps:
+            while not (state.finished or stop_requested):
                 if not state.evaluation_pending:  # else a stop interrupted it, and it comes first
                     step = next(steps)
                     lr = set_learning_rate(optimizer, lr_factor(step.number))
@@ -138,27 +145,27 @@ def train(config: TrainConfig, hooks: Hooks = NO_HOOKS) -> TrainState:
                     loss, grad_norm = take_step(model, optimizer, step, micro_batcher, config.optim)
                     state.advance(step, loss)
                     record_bad_rows(bad_rows, step.bad_rows, accelerator)
-                    stopping = stop.requested(accelerator)
-                    nan_guard.check(step, loss, grad_norm, stopping or due.any(state.step))
-                    if due.log(state.step):
+                    stop_requested = stop.requested(accelerator)
+                    nan_guard.check(step, loss, grad_norm, stop_requested or plan.acts(state.step))
+                    if plan.logs(state.step):
                         state.gather_losses(meter, accelerator)
-                        log.log_training(state, due.epoch(state), lr, grad_norm.item(), meter.lap())
-                    state.evaluation_pending = due.evaluate(state.step)
+                        log.log_training(state, plan.epoch(state), lr, grad_norm, meter.lap())
+                    state.evaluation_pending = plan.evaluates(state.step)
                 with meter.paused():
                     if state.evaluation_pending:
-                        gain = evaluator.evaluate_step(classifier, state, due.epoch(state), stop)
+                        gain = evaluator.evaluate_step(classifier, state, plan.epoch(state), stop)
                         early_stopping.update(gain)
-                        state.evaluation_pending = gain is None  # a stop was requested meanwhile
-                    if early_stopping.triggered or due.end(state.step):
+                        stop_requested |= state.evaluation_pending  # still: a stop interrupted it
+                    if early_stopping.triggered or plan.ends(state.step):
                         state.finished = not state.evaluation_pending
-                    ending = state.finished or stopping or state.evaluation_pending
-                    if ending or due.save(state.step):
+                    if state.finished or stop_requested or plan.saves(state.step):
                         state.gather_losses(meter, accelerator)
-                        if ending:
+                        if state.finished or stop_requested:
                             nan_guard.check_end(adamw)
-                            log.log_end(state, due.epoch(state), lr, grad_norm.item(), meter)
+                            log.log_end(state, plan.epoch(state), lr, grad_norm, meter)
                         checkpointer.save(classifier, adamw, state)
-        log.log_summary(state, stop.reason, *evaluator.reports(classifier, state, checkpointer))
+        reports = evaluator.write_final_reports(classifier, state, checkpointer)
+        log.log_summary(state, stop.reason, *reports)
         # DDP before the process group (open_run ends it): else it joins gloo's thread with the GIL
         # held, which that thread may wait for (torch 2.13).
         model, optimizer = accelerator.free_memory(model, optimizer)
@@ -172,13 +179,13 @@ def train_step(
     micro_batcher: MicroBatcher,
     config: OptimConfig,
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step over this rank's share; returns this rank's loss sum () and the gradient's
-    norm ().
+    """Forward, backward, clip_gradients, optimizer.step() and zero_grad() over this rank's share of
+    one step; returns this rank's loss sum () and the gradient's norm ().
 
     Row losses are summed and divided by the rows of the whole step, so the update is that of one
     big batch, however the step was distributed and split. DDP averages over ranks; nan_aware_scale
     undoes it. If memory runs out on any rank, the step is repeated with smaller micro-batches
-    (training/micro_batches.py). If loss or gradient is not finite, the update is skipped.
+    (training/micro_batches.py). If loss or gradient is not finite, `apply_update` skips the update.
     """
     task, accelerator = micro_batcher.task, micro_batcher.accelerator
 
@@ -193,14 +200,22 @@ def train_step(
 
     loss = micro_batcher.accumulate_gradients(model, step, backward)
     grad_norm = clip_gradients(model, config.max_grad_norm or math.inf, accelerator)
-    step_if_finite(model, optimizer, grad_norm, accelerator)
+    apply_update(model, optimizer, grad_norm, accelerator)  # unless the norm is not finite
     return loss, grad_norm
 
 
-def create_step_function(
-    config: TrainConfig, classifier: Classifier, micro_batcher: MicroBatcher
+def prepare_steps(
+    config: TrainConfig,
+    model: nn.Module,
+    classifier: Classifier,
+    adamw: AdamW,
+    micro_batcher: MicroBatcher,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`train_step`, or replays of it (--cuda_graphs); --torch_compile compiles the layers."""
+    """What precedes the first step of every start: DDP's warm-up, the size of micro-batches,
+    --torch_compile. Returns `train_step`, or replays of it (--cuda_graphs). A collective.
+    """
+    micro_batcher.warm_up_ddp(model)
+    micro_batcher.find_token_budget(classifier, adamw)
     if config.run.torch_compile:
         from bertdist.models.compile import compile_layers
 
@@ -269,7 +284,7 @@ def create_loaders(
 def create_model(
     inputs: Inputs,
     task: Task,
-    due: "Intervals",
+    plan: "StepPlan",
     config: TrainConfig,
     accelerator: Accelerator,
     log: RunLogger,
@@ -287,9 +302,9 @@ def create_model(
         if accelerator.is_main_process:
             notes += truncation_notes(inputs.splits, inputs.tokenizer, config.model.max_length)
         adamw = create_optimizer(classifier, config.optim)
-        lr_factor = create_lr_schedule(config.optim, due.total_steps)
-    steps = f"{due.total_steps:,} with {config.batch.train_batch_size:,} rows each"
-    about = f"{steps} ({due.describe()}); {describe_optimization(config.optim)}"
+        lr_factor = create_lr_schedule(config.optim, plan.total_steps)
+    steps = f"{plan.total_steps:,} with {config.batch.train_batch_size:,} rows each"
+    about = f"{steps} ({plan.describe()}); {describe_optimization(config.optim)}"
     log.screen.block("Steps", about)
     log.screen.block("Model", describe_model(config, classifier))
     log.note(*notes)
@@ -320,20 +335,20 @@ def create_evaluator(
 def create_checkpointer(
     inputs: Inputs,
     task: Task,
-    total_steps: int,
+    plan: "StepPlan",
     config: TrainConfig,
     accelerator: Accelerator,
     log: RunLogger,
 ) -> Checkpointer:
     """Checkpoints that resume only a run of the same settings and data."""
     rows, digests = (inputs.rows, inputs.eval_rows), inputs.digests
-    signature = resume_signature(config, *rows, task, total_steps, digests)
+    signature = resume_signature(config, *rows, task, plan.total_steps, digests)
     folder, keep = log.folder / "checkpoints", config.run.save_total_limit
     return Checkpointer(folder, signature, accelerator, keep, log.say, log.flush)
 
 
-class Intervals:
-    """When to log, evaluate and save: every so many steps (--log_every, --eval_every,
+class StepPlan:
+    """After which steps to log, evaluate and save: every so many (--log_every, --eval_every,
     --save_every), and at the end.
     """
 
@@ -351,31 +366,31 @@ class Intervals:
         every = {"--eval_every": run.eval_every * has_eval, "--save_every": run.save_every}
         self._auto = [name for name, duration in every.items() if duration.strip() == "auto"]
 
-    def end(self, step: int) -> bool:
+    def ends(self, step: int) -> bool:
         """Whether all steps are done."""
         return step == self.total_steps
 
-    def log(self, step: int) -> bool:
+    def logs(self, step: int) -> bool:
         """Whether a log line follows this step."""
         return self._is_due(step, self._log)
 
-    def evaluate(self, step: int) -> bool:
+    def evaluates(self, step: int) -> bool:
         """Whether an evaluation follows this step.
 
         Without a validation split at the end only, to keep the last weights.
         """
         return self._is_due(step, self._evaluate)
 
-    def save(self, step: int) -> bool:
+    def saves(self, step: int) -> bool:
         """Whether a checkpoint follows this step."""
         return self._is_due(step, self._save)
 
-    def any(self, step: int) -> bool:
+    def acts(self, step: int) -> bool:
         """Whether any of them follows this step."""
-        return self.log(step) or self.evaluate(step) or self.save(step)
+        return self.logs(step) or self.evaluates(step) or self.saves(step)
 
     def _is_due(self, step: int, interval: int) -> bool:
-        return self.end(step) or (interval > 0 and step % interval == 0)
+        return self.ends(step) or (interval > 0 and step % interval == 0)
 
     def epoch(self, state: TrainState) -> float:
         """Passes over the training rows so far."""

@@ -90,11 +90,11 @@ class EarlyStopping:
     def __init__(self, run: RunConfig, state: TrainState) -> None:
         self.run, self.state, self.triggered = run, state, False
 
-    def update(self, gain: float | None) -> None:
-        """gain: the `improvement` of an evaluation. None if it was interrupted, and NaN if its
-        score is no number: these do not count.
+    def update(self, gain: float) -> None:
+        """gain: the `improvement` of an evaluation; NaN (its score is no number, or it was
+        interrupted) does not count.
         """
-        if gain is not None and not math.isnan(gain):
+        if not math.isnan(gain):
             improved = gain > self.run.early_stopping_threshold
             count = 0 if improved else self.state.evaluations_since_best + 1
             self.state.evaluations_since_best = count
@@ -202,10 +202,10 @@ class BestModel:
         if kept is not None:
             self.say(f"{kept} keeps files that no run wrote.")
 
-    def verify(
+    def repair(
         self, model: Classifier, state: TrainState, checkpointer: Checkpointer
     ) -> dict[str, Any] | None:
-        """Make sure that best/ is complete and of `state.best_step`. A collective.
+        """Make best/ complete and of `state.best_step` where it is not. A collective.
 
         At the start of a run and at its end; in between nothing is done. Weights that are not there
         are written again from the checkpoint of their step; without one the next evaluation counts

@@ -137,24 +137,27 @@ class Evaluator:
 
     def evaluate_step(
         self, model: Classifier, state: TrainState, epoch: float, stop: StopSignal
-    ) -> float | None:
+    ) -> float:
         """After a training step: evaluate, log the scores, save the weights if they are the best.
 
-        Returns the `improvement`: inf for the first, NaN if the score is not a number; None on all
-        ranks if a stop was requested meanwhile. As long as no score was a number, the lowest loss
-        selects. Without a validation split the present weights count as the best. Raises
-        NonFiniteError on all ranks for logits that are not finite, with --on_nan stop.
+        Returns the `improvement`: inf for the first, NaN if the score is not a number, or if a stop
+        was requested meanwhile; `state.evaluation_pending` is cleared unless it was. As long as no
+        score was a number, the lowest loss selects. Without a validation split the present weights
+        count as the best. Raises NonFiniteError on all ranks for logits that are not finite, with
+        --on_nan stop.
         """
         assert self.best_model is not None and self.log is not None, "only while training"
         if self.loader is None:
             state.best_step = state.step
             state.best_weights = self.best_model.save(model, state.step)
+            state.evaluation_pending = False
             return math.inf
         tokens = state.tokens_per_micro_batch
         self.loader = replace(self.loader, tokens_per_micro_batch=tokens)
         evaluation = self.evaluate(model, stop)
         if evaluation is None:
-            return None
+            return math.nan
+        state.evaluation_pending = False
         if evaluation.nonfinite_rows:
             self._report_nonfinite(evaluation.nonfinite_rows, self.loader.dataset, state.step)
         gain = improvement(evaluation.selection_score, state.best_score)
@@ -183,14 +186,16 @@ class Evaluator:
             state.best_weights = self.best_model.save(model, state.step, results)
         return gain
 
-    def verify_best(
+    def repair_best(
         self, model: Classifier, state: TrainState, checkpointer: Checkpointer
     ) -> dict[str, Any] | None:
-        """See `BestModel.verify`. Where a finished run lacks evaluation.json or predictions.jsonl
-        of its best weights, they are evaluated again.
+        """Write again what is missing of best/ (`BestModel.repair`) and, where the run has
+        finished, of evaluation.json, predictions.jsonl and errors.jsonl.
+
+        Returns evaluation.json if the run has finished, on rank 0. A collective.
         """
         assert self.best_model is not None, "only while training"
-        report = self.best_model.verify(model, state, checkpointer)
+        report = self.best_model.repair(model, state, checkpointer)
         others = [self.best_model.folder / name for name in RESULT_FILES[1:]]
         lacks = state.finished and (report is None or not all(path.exists() for path in others))
         if self.loader is None or not broadcast_from_rank0(self.accelerator, lacks):
@@ -203,11 +208,14 @@ class Evaluator:
         )
         return report
 
-    def reports(
+    def write_final_reports(
         self, model: Classifier, state: TrainState, checkpointer: Checkpointer
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """At the end: evaluation.json and test_evaluation.json, on rank 0 if there are any."""
-        report = self.verify_best(model, state, checkpointer)
+        """At the end: repair best/ and its results, evaluate the rows of --test_file with it.
+
+        Returns evaluation.json and test_evaluation.json, on rank 0 if there are any. A collective.
+        """
+        report = self.repair_best(model, state, checkpointer)
         return report, self.evaluate_test(state)
 
     def evaluate_test(self, state: TrainState) -> dict[str, Any] | None:

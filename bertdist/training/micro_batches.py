@@ -3,7 +3,8 @@ too many. Only this module knows how much memory a device has, and how its out-o
 read.
 
     micro_batcher = MicroBatcher(model, loader, task, state, config.batch, accelerator, say)
-    micro_batcher.prepare(model, classifier, optimizer)                # once, before the first step
+    micro_batcher.warm_up_ddp(model)                                   # before the first step
+    micro_batcher.find_token_budget(classifier, optimizer)             # the same
     loss = micro_batcher.accumulate_gradients(model, step, backward)   # in every step
 
 A `MicroBatcher` owns the token budget (--tokens_per_micro_batch). It comes from the flag, from the
@@ -133,30 +134,28 @@ class MicroBatcher:
         if requested and requested != state.tokens_requested:
             state.tokens_per_micro_batch = state.tokens_requested = requested
 
-    def prepare(self, model: nn.Module, classifier: nn.Module, optimizer: Optimizer) -> None:
-        """Before the first step of every start. A collective. classifier: the model without DDP."""
-        model.train()
-        if isinstance(model, DistributedDataParallel):
-            self.warm_up(model)
-        self.find_budget(classifier, optimizer)
-
-    def warm_up(self, model: nn.Module) -> None:
+    def warm_up_ddp(self, model: nn.Module) -> None:
         """With several ranks, one backward pass that is discarded, before the first step of every
         start, fresh or resumed.
 
         DDP reorders its gradient buckets after its first backward pass, and sums are rounded in
         that order: without this a resumed run of 3 ranks or more differs from an uninterrupted one.
-        One token is enough: any text causes the reordering.
+        One token is enough: any text causes the reordering. model: in training mode, as accelerate
+        has prepared it; nothing is done if that is without DDP.
         """
+        if not isinstance(model, DistributedDataParallel):
+            return
         loader, state = replace(self.loader, workers=0), self.state
         for first in loader.steps(state.step, state.step + 1, state.reader_state):
             batch = single_token_batch(first.micro_batches[0]).to(self.accelerator.device)
             self.accelerator.backward(self.task.loss(model(batch), batch.targets, batch.weights))
         zero_grad(model)
 
-    def find_budget(self, classifier: nn.Module, optimizer: Optimizer) -> None:
-        """Measure the budget, unless the flag or the checkpoint gives it. classifier: without DDP,
-        so no collective in it.
+    def find_token_budget(self, classifier: nn.Module, optimizer: Optimizer) -> None:
+        """Measure the budget by probes of memory, unless the flag or the checkpoint gives it.
+
+        Before the first step of every start; a collective. classifier: in training mode, without
+        DDP, so no collective in it.
         """
         if self.state.tokens_per_micro_batch:
             return

@@ -4,10 +4,10 @@ the same step, and the rows that cause them are named in nan_rows.jsonl.
 1. A non-finite loss makes the whole gradient NaN, whatever its own derivative would be
    (`nan_aware_scale`). So the gradient exchange, which happens anyway, informs every rank, and the
    gradient norm, which is the same on all ranks, is the only number to check.
-2. The optimizer step is skipped if that norm is not finite (`step_if_finite`): by an `if` on a CPU,
-   on a GPU by fused AdamW's `found_inf`, which the kernel reads on the device without a host sync.
-   In fp16 GradScaler does this, and an overflow of its scale is not an error: there the loss
-   decides, and a gradient that is still not finite at a scale of 1 or less.
+2. The optimizer step is skipped if that norm is not finite (optimizer.py, `apply_update`): by an
+   `if` on a CPU, on a GPU by fused AdamW's `found_inf`, which the kernel reads on the device
+   without a host sync. In fp16 GradScaler does this, and an overflow of its scale is not an error:
+   there the loss decides, and a gradient that is still not finite at a scale of 1 or less.
 3. On a CPU the host checks every step. On a GPU it checks where it waits anyway (log, evaluation,
    checkpoint), and after 64 steps; until then no weight, checkpoint or best/ has been affected.
 4. A skipped step is computed again row by row with the same dropout, and the rows whose loss or
@@ -49,6 +49,7 @@ from bertdist.models.cpu_layers import zero_grad
 from bertdist.models.dropout import seed_dropout
 from bertdist.tasks.tasks import Task
 from bertdist.training.checkpoint import TrainState
+from bertdist.training.optimizer import is_on_cpu
 from bertdist.training.run_logger import RunLogger
 
 MAX_UNCHECKED_STEPS = 64  # on a GPU
@@ -59,41 +60,10 @@ TORCH_FOLDER = str(Path(torch.__file__).parent)
 Anomaly: TypeAlias = tuple[str, str]
 
 
-def is_on_cpu(tensor: Tensor) -> bool:
-    """Whether reading the value needs no device synchronization."""
-    return tensor.device.type == "cpu"
-
-
 def nan_aware_scale(loss: Tensor, scale: float) -> Tensor:
     """() factor for a micro-batch's loss before backward: `scale`, or NaN if loss is not finite."""
     detached = loss.detach()
     return (detached - detached) + scale  # NaN - NaN and Inf - Inf are NaN
-
-
-def step_if_finite(
-    model: nn.Module, optimizer: Any, grad_norm: Tensor, accelerator: Accelerator
-) -> None:
-    """optimizer.step() unless grad_norm () is not finite, then clear the gradients.
-
-    optimizer: an AdamW, with or without accelerate's wrapper.
-    """
-    skip = is_on_cpu(grad_norm) and not math.isfinite(grad_norm.item())
-    if accelerator.scaler is not None:  # it checks by itself
-        optimizer.step()
-    elif not is_on_cpu(grad_norm):
-        fused_step_if_finite(optimizer, grad_norm)
-    elif not skip:
-        optimizer.step()
-    if skip:  # clipping has spread NaN over rows that `zero_grad` does not reach
-        model.zero_grad(set_to_none=True)
-    zero_grad(model)
-
-
-def fused_step_if_finite(optimizer: Any, grad_norm: Tensor) -> None:
-    """optimizer.step() of fused AdamW, skipped on the device if grad_norm () is not finite."""
-    unwrapped = getattr(optimizer, "optimizer", optimizer)
-    unwrapped.found_inf = (~torch.isfinite(grad_norm)).float()
-    optimizer.step()
 
 
 class NonFiniteGuard:

@@ -2,11 +2,14 @@
 pure function of the step, so that a resumed run needs no scheduler state.
 
 Use: `create_optimizer(model, config)` once; before each step
-`set_learning_rate(optimizer, create_lr_schedule(config, total_steps)(step))`.
+`set_learning_rate(optimizer, create_lr_schedule(config, total_steps)(step))`, after its backward
+pass `clip_gradients` and `apply_update`.
 """
 
+import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +19,7 @@ from transformers import get_scheduler
 
 from bertdist.core.config import OptimConfig
 from bertdist.core.errors import ConfigError
-from bertdist.models.cpu_layers import scale_gradients
+from bertdist.models.cpu_layers import scale_gradients, zero_grad
 
 
 def create_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
@@ -89,6 +92,38 @@ def clip_gradients(model: nn.Module, max_norm: float, accelerator: Accelerator) 
     if factor != 1:
         scale_gradients(model, factor)
     return norm
+
+
+def is_on_cpu(tensor: Tensor) -> bool:
+    """Whether reading the value needs no device synchronization."""
+    return tensor.device.type == "cpu"
+
+
+def apply_update(
+    model: nn.Module, optimizer: Any, grad_norm: Tensor, accelerator: Accelerator
+) -> None:
+    """optimizer.step() unless grad_norm () is not finite; then zero_grad().
+
+    optimizer: an AdamW, with or without accelerate's wrapper. A skipped step is reported by
+    nonfinite.py.
+    """
+    skip = is_on_cpu(grad_norm) and not math.isfinite(grad_norm.item())
+    if accelerator.scaler is not None:  # it checks by itself
+        optimizer.step()
+    elif not is_on_cpu(grad_norm):
+        fused_step_if_finite(optimizer, grad_norm)
+    elif not skip:
+        optimizer.step()
+    if skip:  # clipping has spread NaN over rows that `zero_grad` does not reach
+        model.zero_grad(set_to_none=True)
+    zero_grad(model)
+
+
+def fused_step_if_finite(optimizer: Any, grad_norm: Tensor) -> None:
+    """optimizer.step() of fused AdamW, skipped on the device if grad_norm () is not finite."""
+    unwrapped = getattr(optimizer, "optimizer", optimizer)
+    unwrapped.found_inf = (~torch.isfinite(grad_norm)).float()
+    optimizer.step()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from bertdist.core.atomic_io import (
     atomic_write,
@@ -142,12 +143,12 @@ class RunLogger:
         state: TrainState,
         epoch: float,
         learning_rate: float,
-        grad_norm: float,
+        grad_norm: float | Tensor,
         throughput: Mapping[str, float],
     ) -> None:
-        """The steps since the last log line."""
+        """The steps since the last log line. grad_norm: (), which is read from the device here."""
         values = {"loss": state.pop_mean_loss(), "learning_rate": learning_rate}
-        values |= {"grad_norm": grad_norm, **throughput, "tokens": state.tokens}
+        values |= {"grad_norm": float(grad_norm), **throughput, "tokens": state.tokens}
         self.write("train", state.step, epoch=epoch, **values)
         self.screen.training(self._progress(), self.log_every != "auto", values)
 
@@ -171,7 +172,7 @@ class RunLogger:
         state: TrainState,
         epoch: float,
         learning_rate: float,
-        grad_norm: float,
+        grad_norm: float | Tensor,
         meter: ThroughputMeter,
     ) -> None:
         """The end of this process: the steps that have no line yet because early stopping ended the

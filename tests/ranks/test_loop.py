@@ -34,7 +34,7 @@ def steps_in(out: Path, kind: str) -> list[int]:
     return [line["step"] for line in step_log(out, kind)]
 
 
-# --- Intervals
+# --- The schedule of log lines, evaluations and checkpoints
 
 
 @pytest.mark.parametrize(
@@ -144,15 +144,15 @@ def test_the_throw_away_backward_runs_as_training_does(tiny_model: Path, tmp_pat
             assert model.training, "the model is in evaluation mode"
             return single_token_batch(batch)
 
-        prepare, models = micro_batches.MicroBatcher.prepare, []
+        made, models = micro_batches.MicroBatcher.__init__, []
 
-        def prepared(self: Any, model: Any, *others: Any) -> None:
+        def make(self: Any, model: Any, *others: Any) -> None:
             model.eval()
             models.append(model)
-            prepare(self, model, *others)
+            made(self, model, *others)
 
         micro_batches.single_token_batch = watched
-        micro_batches.MicroBatcher.prepare = prepared  # type: ignore[method-assign]
+        micro_batches.MicroBatcher.__init__ = make  # type: ignore[method-assign]
 
     run_ranks(
         2,

@@ -40,7 +40,7 @@ from bertdist.core.errors import NonFiniteError
 from bertdist.models.classifier import Classifier
 from bertdist.models.cpu_layers import ReusedGradientEmbedding
 from bertdist.tasks.tasks import SingleLabel
-from bertdist.training import nonfinite
+from bertdist.training import nonfinite, optimizer
 
 STEPS = 10  # 5 an epoch of 38 rows, 2 epochs
 SETTINGS: dict[str, Any] = {
@@ -234,16 +234,16 @@ def skip_by_hand(steps: list[int]) -> Breaking:
     """These steps (from 1) run without their optimizer step."""
 
     def breaking(accelerator: Accelerator) -> None:
-        step_if_finite = train.step_if_finite
+        apply_update = train.apply_update
         count = iter(range(1, 99))
 
         def some(model: Any, optimizer: Any, *rest: Any) -> None:
             if next(count) in steps:
                 model.zero_grad(set_to_none=True)
             else:
-                step_if_finite(model, optimizer, *rest)
+                apply_update(model, optimizer, *rest)
 
-        train.step_if_finite = some
+        train.apply_update = some
 
     return breaking
 
@@ -280,7 +280,7 @@ def unguarded(accelerator: Accelerator) -> None:
         optimizer.step()
         nonfinite.zero_grad(model)
 
-    train.step_if_finite = always_step
+    train.apply_update = always_step
 
 
 def test_without_the_check_one_row_makes_all_weights_nan(skipped: Skipped, tmp_path: Path) -> None:
@@ -561,7 +561,7 @@ def test_nonfinite_prediction_writes_nothing(
 
 
 def check_late(accelerator: Accelerator) -> None:
-    nonfinite.is_on_cpu = lambda tensor: False
+    nonfinite.is_on_cpu = optimizer.is_on_cpu = lambda tensor: False
 
 
 def usual_tables(accelerator: Accelerator) -> None:

@@ -251,7 +251,7 @@ def test_three_ranks_without_the_warm_up_backward_are_detected(runs: Runs, tmp_p
     position: 116 of 164 tensors differ, by up to 7e-5. One and two ranks are not affected."""
 
     def cold(accelerator: Accelerator) -> None:
-        micro_batches.MicroBatcher.warm_up = lambda self, model: None  # type: ignore[method-assign]
+        micro_batches.MicroBatcher.warm_up_ddp = lambda self, model: None  # type: ignore[method-assign]
 
     outs = [tmp_path / "straight", tmp_path / "resumed"]
     run_ranks(3, run_train, runs.words(outs[0]), cold)

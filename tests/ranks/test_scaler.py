@@ -126,15 +126,15 @@ def skip_first_steps(steps: int) -> Breaking:
     """No scaler; the first steps run without their optimizer step."""
 
     def breaking(accelerator: Accelerator) -> None:
-        step_if_finite, count = train.step_if_finite, iter(range(1, 99))
+        apply_update, count = train.apply_update, iter(range(1, 99))
 
         def some(model: Any, optimizer: Any, *rest: Any) -> None:
             if next(count) <= steps:
                 model.zero_grad(set_to_none=True)
             else:
-                step_if_finite(model, optimizer, *rest)
+                apply_update(model, optimizer, *rest)
 
-        train.step_if_finite = some
+        train.apply_update = some
 
     return breaking
 

@@ -190,7 +190,7 @@ def test_a_little_better_is_kept_though_it_does_not_count_against_the_patience()
 def test_an_interrupted_evaluation_does_not_count() -> None:
     state = TrainState(evaluations_since_best=1)
     early_stopping = EarlyStopping(RunConfig(early_stopping_patience=2), state)
-    early_stopping.update(None)
+    early_stopping.update(math.nan)
     assert not early_stopping.triggered and state.evaluations_since_best == 1
     early_stopping.update(-1.0)  # the control
     assert early_stopping.triggered and state.evaluations_since_best == 2

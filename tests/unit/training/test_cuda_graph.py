@@ -47,7 +47,7 @@ from bertdist.models.cpu_layers import ReusedGradientEmbedding, zero_grad
 from bertdist.models.dropout import seed_dropout
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
 from bertdist.training import cuda_graph as graphed
-from bertdist.training import nonfinite
+from bertdist.training import nonfinite, optimizer
 from bertdist.training.cuda_graph import (
     Budget,
     GraphedStep,
@@ -391,7 +391,8 @@ def as_on_a_gpu(patch: Callable[[Any, str, Any], None]) -> None:
     patch(attention, "_varlen", attend_by_starts)
     patch(Classifier, "_make_masks", lambda *args: None)  # dropout is torch's
     patch(ReusedGradientEmbedding, "forward", nn.Embedding.forward)
-    patch(nonfinite, "is_on_cpu", lambda tensor: False)
+    for module in (nonfinite, optimizer):
+        patch(module, "is_on_cpu", lambda tensor: False)
 
 
 SIZES = {

@@ -203,7 +203,7 @@ def test_what_is_found_leaves_room_for_gradients_and_averages(
     for _ in range(2):
         batcher = open_with(model, None, TrainState(), said)
         model(torch.ones(1, 100)).sum().backward()
-        batcher.find_budget(model, adamw)
+        batcher.find_token_budget(model, adamw)
         assert batcher.state.tokens_per_micro_batch == 256 and model.weight.grad is None
         model(torch.ones(1, 100)).sum().backward()
         adamw.step()

@@ -24,12 +24,10 @@ from bertdist.core.errors import ConfigError, NonFiniteError
 from bertdist.training.nonfinite import (
     NonFiniteGuard,
     find_anomaly,
-    fused_step_if_finite,
     nan_aware_scale,
-    step_if_finite,
     write_rows,
 )
-from bertdist.training.optimizer import create_optimizer
+from bertdist.training.optimizer import apply_update, create_optimizer, fused_step_if_finite
 
 PLAIN: Any = SimpleNamespace(scaler=None)
 
@@ -85,7 +83,7 @@ def test_nonfinite_step_is_skipped_and_finite_steps_are_unchanged(
             fused_step_if_finite(learner.optimizer, norm)
             learner.optimizer.zero_grad()
         else:
-            step_if_finite(learner.model, learner.optimizer, norm, PLAIN)
+            apply_update(learner.model, learner.optimizer, norm, PLAIN)
 
     guarded, plain = Learner(), Learner()
     for of in (1.0, 2.0, value, value, 0.5):
@@ -107,7 +105,7 @@ def test_nonfinite_step_is_skipped_and_finite_steps_are_unchanged(
 def test_grad_scaler_decides_by_itself() -> None:
     stepped = []
     optimizer: Any = SimpleNamespace(step=lambda: stepped.append(1))
-    step_if_finite(
+    apply_update(
         nn.Linear(1, 1), optimizer, torch.tensor(math.inf), SimpleNamespace(scaler=object())
     )  # type: ignore[arg-type]
     assert stepped == [1], "GradScaler decides, and halves its scale"
