@@ -47,9 +47,9 @@ A new metric touches four places:
    function is scikit-learn's or scipy's, or one above the table where theirs warns or raises. Its
    name also goes into LOWER_IS_BETTER, `UNDEFINED` (when it is nan) and `_OF_POSITIVE` (it depends
    on --positive_label), where they hold. A mean over rows: its rows in tasks/row_scores.py.
-2. tasks/intervals.py: the score of many resamples at once, one entry in `_COUNTED` (from counts or
-   sums), `_MEANS` (a mean over rows) or `_SORTED` (rows must be sorted). Without one
-   tests/unit/tasks/test_intervals.py fails, which compares it with step 1.
+2. tasks/confidence_intervals.py: the score of many resamples at once, one entry in `_COUNTED` (from
+   counts or sums), `_MEANS` (a mean over rows) or `_SORTED` (rows must be sorted). Without one
+   tests/unit/tasks/test_confidence_intervals.py fails, which compares it with step 1.
 3. tests/unit/tasks/test_metrics_sklearn.py: the expected value, of an independent computation.
 4. docs/guide.md: the table of `--metrics`. What its name means: the list above.
 
