@@ -35,8 +35,8 @@ def rows(job: dict[str, Any]) -> dict[str, Any]:
         ),
         "train",
     )
-    assert source is not None and source.label_codes is not None and source.label_kind is not None
-    counts = np.bincount(source.label_codes, minlength=len(source.label_values))
+    assert source is not None and source.label_indices is not None and source.label_kind is not None
+    counts = np.bincount(source.label_indices, minlength=len(source.label_values))
     asked = TaskConfig(problem_type="single_label_classification", label_names=job.get("labels"))
     task = infer_task(asked, source.label_values, counts, source.class_names)
     number = {value: str(task.labels.index(str(value))) for value in source.label_values}

@@ -76,7 +76,7 @@ def run_bertdist(job: TrainJob, clock: Clock) -> Any:
         (step,) = [value for value in (*args, *kwargs.values()) if isinstance(value, RankStep)]
         result = train_step(*args, **kwargs)
         clock.stamp()
-        rows = [row for batch in step.micro_batches for row in batch.rows.tolist()]
+        rows = [row for batch in step.micro_batches for row in batch.row_numbers.tolist()]
         lengths = [length for batch in step.micro_batches for length in batch.lengths]
         clock.see(rows, lengths, sum(lengths))
         return result

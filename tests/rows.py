@@ -157,7 +157,7 @@ def labelled_records(
         records_from_texts([f"text {i}" for i in range(len(codes))], pairs),
         label_kind="text",
         label_values=list(values),
-        label_codes=np.array(codes, dtype=np.int32),
+        label_indices=np.array(codes, dtype=np.int32),
         label_column="label",
     )
 
@@ -227,7 +227,12 @@ def run_train(
         seen.append(
             (
                 step.number,
-                [row for batch in step.micro_batches for row in batch.rows.tolist() if row >= 0],
+                [
+                    row
+                    for batch in step.micro_batches
+                    for row in batch.row_numbers.tolist()
+                    if row >= 0
+                ],
             )
         )
         return train_step(model, optimizer, step, *rest)

@@ -23,11 +23,11 @@ class PackedBatch:
 
     ids: Tensor  # (T,) int64
     positions: Tensor  # (T,) int64, from 0 in each text
-    segments: Tensor  # (T,) int64, 1 in the second text of a pair
-    starts: Tensor  # (N + 1,) int64: text i is ids[starts[i]:starts[i + 1]]
+    token_type_ids: Tensor  # (T,) int64, 1 in the second text of a pair
+    cu_seqlens: Tensor  # (N + 1,) int64: text i is ids[cu_seqlens[i]:cu_seqlens[i + 1]]
     targets: Tensor  # (N,) int64 or float32, or (N, outputs) float32
     weights: Tensor  # (N,) float32, 0 for the text of an idle rank
-    rows: Tensor  # (N,) int64, row numbers of the source; -1 for the text of an idle rank
+    row_numbers: Tensor  # (N,) int64, row numbers of the source; -1 for the text of an idle rank
     lengths: tuple[int, ...]  # (N,) tokens, on the host
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
@@ -114,15 +114,17 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
     starts = np.concatenate([[0], ends])
     positions = np.arange(ends[-1]) - np.repeat(starts[:-1], lengths)
     ids = np.concatenate([example.ids for example in examples]).astype(np.int64)
-    segments = np.concatenate([example.segments for example in examples]).astype(np.int64)
+    token_type_ids = np.concatenate([example.token_type_ids for example in examples]).astype(
+        np.int64
+    )
     return PackedBatch(
         ids=torch.from_numpy(ids),
         positions=torch.from_numpy(positions),
-        segments=torch.from_numpy(segments),
-        starts=torch.from_numpy(starts),
+        token_type_ids=torch.from_numpy(token_type_ids),
+        cu_seqlens=torch.from_numpy(starts),
         targets=torch.from_numpy(np.array([example.target for example in examples])),
         weights=torch.tensor([example.weight for example in examples]),
-        rows=torch.tensor([example.row for example in examples]),
+        row_numbers=torch.tensor([example.row for example in examples]),
         lengths=tuple(lengths.tolist()),
     )
 
@@ -135,7 +137,10 @@ def split_batch(batches: Sequence[PackedBatch], max_tokens: int) -> list[PackedB
     """
     lengths = [length for batch in batches for length in batch.lengths]
     ends = list(accumulate(lengths, initial=0))
-    per_token, per_text = ("ids", "positions", "segments"), ("targets", "weights", "rows")
+    per_token, per_text = (
+        ("ids", "positions", "token_type_ids"),
+        ("targets", "weights", "row_numbers"),
+    )
     joined = {
         name: torch.cat([getattr(batch, name) for batch in batches])
         for name in (*per_token, *per_text)
@@ -147,14 +152,17 @@ def split_batch(batches: Sequence[PackedBatch], max_tokens: int) -> list[PackedB
         fields = {name: joined[name][ends[first] : ends[last]] for name in per_token}
         fields |= {name: joined[name][first:last] for name in per_text}
         starts = (torch.tensor(ends[first : last + 1]) - ends[first]).to(joined["ids"].device)
-        split.append(PackedBatch(**fields, starts=starts, lengths=tuple(lengths[first:last])))
+        split.append(PackedBatch(**fields, cu_seqlens=starts, lengths=tuple(lengths[first:last])))
     return split
 
 
 def single_token_batch(batch: PackedBatch) -> PackedBatch:
     """The first token of a micro-batch, as a text of weight 0."""
-    names = ("ids", "positions", "segments", "targets", "weights", "rows")
+    names = ("ids", "positions", "token_type_ids", "targets", "weights", "row_numbers")
     fields = {name: getattr(batch, name)[:1] for name in names}
     device = batch.ids.device
-    fields |= {"weights": torch.zeros(1, device=device), "rows": torch.tensor([-1], device=device)}
-    return PackedBatch(**fields, starts=torch.tensor([0, 1], device=device), lengths=(1,))
+    fields |= {
+        "weights": torch.zeros(1, device=device),
+        "row_numbers": torch.tensor([-1], device=device),
+    }
+    return PackedBatch(**fields, cu_seqlens=torch.tensor([0, 1], device=device), lengths=(1,))

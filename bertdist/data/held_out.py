@@ -59,7 +59,7 @@ class HoldOut(NamedTuple):
         return replace(
             records,
             location=select_locations(records.location, np.flatnonzero(chosen)),
-            label_codes=None if records.label_codes is None else records.label_codes[chosen],
+            label_indices=None if records.label_indices is None else records.label_indices[chosen],
             all_labels=True,
             texts=filter_rows(records.texts, chosen),
             pairs=None if records.pairs is None else filter_rows(records.pairs, chosen),
@@ -133,11 +133,11 @@ def with_note(rows: Records, part: Part, hold_out: HoldOut, of: str) -> Records:
 def _labels_without_rows(records: Records) -> list[str]:
     """Labels, as in messages, that other parts have only; none of numbers."""
     values = records.label_values
-    assert records.label_codes is not None
+    assert records.label_indices is not None
     names = [value for value in values if isinstance(value, str)]
     if len(values) > MOST_LABELS or len(names) < len(values) or has_fractions(names):
         return []
-    counts = np.bincount(records.label_codes, minlength=len(values))
+    counts = np.bincount(records.label_indices, minlength=len(values))
     return [repr(name) for name, count in zip(names, counts, strict=True) if not count]
 
 

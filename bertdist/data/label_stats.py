@@ -8,7 +8,7 @@ import numpy as np
 from bertdist.core.config import TaskConfig
 from bertdist.data.columns import LabelKind, LabelValue
 from bertdist.data.records import Records
-from bertdist.tasks.labels import REGRESSION, SINGLE_LABEL, is_number, odd_labels
+from bertdist.tasks.labels import REGRESSION, SINGLE_LABEL, is_number, non_numeric_labels
 
 
 class LabelStats(NamedTuple):
@@ -25,8 +25,8 @@ class LabelStats(NamedTuple):
 
 def label_stats_of(rows: Records) -> LabelStats:
     """The labels of rows in memory."""
-    assert rows.label_codes is not None and rows.label_kind is not None
-    counts = np.bincount(rows.label_codes, minlength=len(rows.label_values)).tolist()
+    assert rows.label_indices is not None and rows.label_kind is not None
+    counts = np.bincount(rows.label_indices, minlength=len(rows.label_values)).tolist()
     # Without the labels of rows that --max_train_samples leaves out, but with those held out.
     counted = zip(rows.label_values, counts, strict=True)
     used = {value: n for value, n in counted if n or rows.all_labels}
@@ -41,12 +41,12 @@ def label_stats_of(rows: Records) -> LabelStats:
     )
 
 
-def has_odd_labels(rows: Records) -> bool:
+def has_non_numeric_labels(rows: Records) -> bool:
     """Whether nearly all labels are numbers, and some are not."""
     if rows.label_kind != "text" or rows.class_names is not None:
         return False
     stats = label_stats_of(rows)
-    return bool(odd_labels(dict(zip(stats.values, stats.counts, strict=True))))
+    return bool(non_numeric_labels(dict(zip(stats.values, stats.counts, strict=True))))
 
 
 def needs_numbers(task: TaskConfig, train_rows: Records | None = None) -> bool | None:
@@ -55,7 +55,7 @@ def needs_numbers(task: TaskConfig, train_rows: Records | None = None) -> bool |
         return False
     if task.problem_type == REGRESSION:
         return True
-    if train_rows is None or train_rows.label_kind != "text" or has_odd_labels(train_rows):
+    if train_rows is None or train_rows.label_kind != "text" or has_non_numeric_labels(train_rows):
         return None
     values = label_stats_of(train_rows).values
     return None if all(is_number(str(value)) for value in values) else False

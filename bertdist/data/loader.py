@@ -141,7 +141,7 @@ def create_train_loader(
     if not isinstance(rows, Records):
         from bertdist.data.streaming import create_stream_loader
 
-        counts = stats.rows
+        counts = stats.num_rows_per_source
         if stats.numbers_only:
             rows = replace(rows, rules=rows.rules._replace(numbers_only=True))
         return create_stream_loader(rows, counts, tokenizer, task, config, settings, accelerator)

@@ -106,9 +106,10 @@ class Records:
     label_column: str | None  # None also where label_columns were read: class_names are their names
     label_kind: LabelKind | None  # None: opened without labels. "set": a label is a tuple of names
     label_values: list[LabelValue]  # distinct, in order of first appearance
-    label_codes: Codes | None  # (rows,) int32, index into label_values
+    label_indices: Codes | None  # (rows,) int32, index into label_values
     class_names: tuple[str, ...] | None  # label names that the source defines, in its order
-    cells: frozenset[int | None] = frozenset()  # of --label_columns: which of 0, 1, None there are
+    # Of --label_columns: which of 0, 1 and None (an empty cell) there are
+    indicator_values: frozenset[int | None] = frozenset()
     fingerprint: str  # xxh3 of texts, pairs and labels; independent of path and file format
     all_labels: bool = False  # labels without rows here count: other parts of the file have them
     texts: pa.Array  # (rows,) large_string without nulls
@@ -137,12 +138,12 @@ class Records:
         if not 0 <= row < len(self.texts):
             raise IndexError(f"row {row} of {len(self.texts)}")
         pair = None if self.pairs is None else self.pairs[row].as_py()
-        label = None if self.label_codes is None else self.label_values[self.label_codes[row]]
+        label = None if self.label_indices is None else self.label_values[self.label_indices[row]]
         return Record(int(row), self.texts[row].as_py(), pair, label)
 
     def locate_label(self, label: LabelValue) -> str:
         """File and line of the first row with a label."""
-        rows = np.flatnonzero(self.label_codes == self.label_values.index(label))
+        rows = np.flatnonzero(self.label_indices == self.label_values.index(label))
         return str(self.location(int(rows[0]))) if len(rows) else f"another row of {self.name}"
 
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -155,7 +156,7 @@ class Records:
         return replace(
             self,
             location=slice_locations(self.location, start),
-            label_codes=None if self.label_codes is None else self.label_codes[start:stop],
+            label_indices=None if self.label_indices is None else self.label_indices[start:stop],
             texts=self.texts[start:stop],
             pairs=None if self.pairs is None else self.pairs[start:stop],
             fingerprint="",
@@ -384,11 +385,13 @@ def records_from_chunk(
     kind: LabelKind | None = None
     values: list[LabelValue] = []
     codes = None
-    cells: frozenset[int | None] = frozenset()
+    indicator_values: frozenset[int | None] = frozenset()
     if columns.labels:
         kind, class_names = "set", tuple(columns.labels)
         label_arrays = {column: arrays[column] for column in columns.labels}
-        values, codes, cells = read_label_columns(label_arrays, location, problems, rules.empty)
+        values, codes, indicator_values = read_label_columns(
+            label_arrays, location, problems, rules.empty
+        )
     elif columns.label is not None:
         numbers_only = rules.numbers_only and class_names is None
         options = label_delimiter, class_names, problems, first_label, numbers_only
@@ -396,7 +399,7 @@ def records_from_chunk(
     if table is not None:
         for column, array in zip((*columns.texts, columns.pair), (*parts, pairs), strict=True):
             if column is not None:
-                for row, reason in swallowed_rows(
+                for row, reason in rows_with_stray_quotes(
                     array, column, columns, table, values or known_labels
                 ):
                     reject(problems, [row], reason, location)
@@ -415,9 +418,9 @@ def records_from_chunk(
         label_column=columns.label,
         label_kind=kind,
         label_values=values,
-        label_codes=codes,
+        label_indices=codes,
         class_names=class_names,
-        cells=cells,
+        indicator_values=indicator_values,
         fingerprint=_fingerprint(texts, pairs, values, codes),
         texts=texts,
         pairs=pairs,
@@ -478,7 +481,7 @@ def _offsets(texts: pa.Array) -> npt.NDArray[np.int64]:
 
 def rows_fingerprint(records: Records) -> str:
     """The fingerprint of rows that were selected."""
-    return _fingerprint(records.texts, records.pairs, records.label_values, records.label_codes)
+    return _fingerprint(records.texts, records.pairs, records.label_values, records.label_indices)
 
 
 def _fingerprint(
@@ -498,7 +501,7 @@ def _fingerprint(
     return digest.hexdigest()
 
 
-def swallowed_rows(
+def rows_with_stray_quotes(
     texts: pa.Array,
     column: str,
     columns: ColumnNames,
@@ -547,7 +550,7 @@ def swallowed_rows(
 
 def reject_header(records: Records) -> None:
     """Raises DataError where the first of all rows is a header: the only one with its label."""
-    codes = records.label_codes
+    codes = records.label_indices
     if records.has_header or codes is None or len(records) < 2 or (codes == codes[0]).sum() > 1:
         return
     label, text = records.label_values[codes[0]], records.texts[0].as_py()
@@ -594,8 +597,8 @@ def concat_records(parts: Sequence[Records], name: str) -> Records:
         one_file=False,
         label_kind=kind,
         label_values=values,
-        label_codes=codes,
-        cells=frozenset().union(*(part.cells for part in parts)),
+        label_indices=codes,
+        indicator_values=frozenset().union(*(part.indicator_values for part in parts)),
         texts=pa.concat_arrays([part.texts for part in parts]),
         pairs=None if first.pairs is None else pa.concat_arrays([part.pairs for part in parts]),
         fingerprint=xxhash.xxh3_128_hexdigest(fingerprints.encode()),
@@ -607,7 +610,7 @@ def concat_records(parts: Sequence[Records], name: str) -> Records:
 def _concat_labels(
     parts: Sequence[Records],
 ) -> tuple[LabelKind | None, list[LabelValue], Codes | None]:
-    if parts[0].label_codes is None:
+    if parts[0].label_indices is None:
         return None, [], None
     kind = parts[0].label_kind
     for part in parts:
@@ -615,9 +618,9 @@ def _concat_labels(
     code_of: dict[LabelValue, int] = {}
     codes = []
     for part in parts:
-        assert part.label_codes is not None
+        assert part.label_indices is not None
         new_codes = [code_of.setdefault(value, len(code_of)) for value in part.label_values]
-        codes.append(np.array(new_codes, np.int32)[part.label_codes])
+        codes.append(np.array(new_codes, np.int32)[part.label_indices])
     return kind, list(code_of), np.concatenate(codes)
 
 

@@ -13,7 +13,7 @@ from bertdist.core.config import DataConfig, FileConfig, TaskConfig, TrainConfig
 from bertdist.core.errors import DataError, NoLabelsError, NoRowsError, did_you_mean
 from bertdist.data.bad_rows import OnBadRow, suggest_skipping
 from bertdist.data.columns import LabelRules, LabelValue
-from bertdist.data.label_stats import has_odd_labels, needs_numbers
+from bertdist.data.label_stats import has_non_numeric_labels, needs_numbers
 from bertdist.data.records import (
     ColumnNames,
     Records,
@@ -138,7 +138,7 @@ def read_part(
     if not found:
         raise no_rows_error(stream.name, part, stream.hold_out)
     rows = concat_records(found, stream.name)
-    if numbers_only is None and stream.on_bad_row == "skip" and has_odd_labels(rows):
+    if numbers_only is None and stream.on_bad_row == "skip" and has_non_numeric_labels(rows):
         return read_part(stream, part, limit, numbers_only=True)
     rows = replace(
         rows, fingerprint=rows_fingerprint(rows), limit=limit if number == limit else None
@@ -208,9 +208,9 @@ def load_records(
     rules = LabelRules(numbers_only=numbers_only is True)
     if (records := read(rules)) is None:
         return None
-    if data.on_bad_row == "skip" and numbers_only is None and has_odd_labels(records):
+    if data.on_bad_row == "skip" and numbers_only is None and has_non_numeric_labels(records):
         return read(rules._replace(numbers_only=True))
-    if {0, None} <= records.cells:
+    if {0, None} <= records.indicator_values:
         return read(rules._replace(empty="error"))
     return records
 

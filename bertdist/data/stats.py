@@ -17,7 +17,12 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from bertdist.core.config import TaskConfig, TrainConfig
 from bertdist.data.bad_rows import BadRow
-from bertdist.data.label_stats import LabelStats, has_odd_labels, label_stats_of, needs_numbers
+from bertdist.data.label_stats import (
+    LabelStats,
+    has_non_numeric_labels,
+    label_stats_of,
+    needs_numbers,
+)
 from bertdist.data.records import Records
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.preemption import StopSignal
@@ -39,7 +44,7 @@ class DatasetStats(NamedTuple):
     """Statistics of the training rows."""
 
     labels: LabelStats
-    rows: list[int]  # number of rows of each source; empty: not counted
+    num_rows_per_source: list[int]  # empty: not counted
     bad_rows: Sequence[BadRow] = ()
     numbers_only: bool = False  # of a stream, see columns.LabelRules
     notes: Sequence[str] = ()
@@ -61,9 +66,9 @@ def collect_stats(
     with raise_on_all_ranks(accelerator):
         head = rows.head()
     undecided = rows.on_bad_row == "skip" and needs_numbers(config.task) is None
-    is_odd = undecided and has_odd_labels(head)
+    skips_non_numeric = undecided and has_non_numeric_labels(head)
     labels = label_stats_of(head)
-    if reasons := _reasons_to_scan(config, labels, is_odd):
+    if reasons := _reasons_to_scan(config, labels, skips_non_numeric):
         from bertdist.data.stream_scan import MOST_LOCATIONS, scan_stream
 
         say(f"Reading {rows.name} once, for {', '.join(reasons)}.")
@@ -85,8 +90,8 @@ def collect_stats(
         is_all = all(len(of) < MOST_LOCATIONS for _, of in of_file)
         notes = list(filter(None, [describe_differing(of_file) if is_all else ""]))
         return DatasetStats(labels, counts, scan.bad, scan.numbers_only, notes)
-    numbers_only = _are_numbers(config.task, labels, is_odd)
-    if is_odd:
+    numbers_only = _are_numbers(config.task, labels, skips_non_numeric)
+    if skips_non_numeric:
         with raise_on_all_ranks(accelerator):
             rules = rows.rules._replace(numbers_only=True)
             labels = label_stats_of(replace(rows, rules=rules).head())
@@ -102,11 +107,13 @@ def collect_stats(
     return DatasetStats(labels, [], (), numbers_only)
 
 
-def _reasons_to_scan(config: TrainConfig, labels: LabelStats, is_odd: bool) -> list[str]:
+def _reasons_to_scan(config: TrainConfig, labels: LabelStats, skips_non_numeric: bool) -> list[str]:
     """Why a stream must be read before its first step; empty: it need not be."""
     task, run = config.task, config.run
     reasons = []
-    if not (task.label_names or labels.class_names or _are_numbers(task, labels, is_odd)):
+    if not (
+        task.label_names or labels.class_names or _are_numbers(task, labels, skips_non_numeric)
+    ):
         reasons.append("its labels (or pass --label_names)")
     if task.class_weights == ["balanced"]:
         reasons.append("the rows of each label (--class_weights balanced)")
@@ -118,16 +125,16 @@ def _reasons_to_scan(config: TrainConfig, labels: LabelStats, is_odd: bool) -> l
     return reasons
 
 
-def _are_numbers(task: TaskConfig, labels: LabelStats, is_odd: bool) -> bool:
+def _are_numbers(task: TaskConfig, labels: LabelStats, skips_non_numeric: bool) -> bool:
     """Whether the first labels say already that the task is regression.
 
-    is_odd: --on_bad_row skip leaves out those that are no numbers.
+    skips_non_numeric: --on_bad_row skip leaves out those that are no numbers.
     """
     if task.problem_type != "auto":
         return task.problem_type == REGRESSION
     names = [value for value in labels.values if isinstance(value, str)]
     is_text = labels.kind == "text"
-    return is_text and has_fractions(names) and (is_odd or all(map(is_number, names)))
+    return is_text and has_fractions(names) and (skips_non_numeric or all(map(is_number, names)))
 
 
 def create_task(

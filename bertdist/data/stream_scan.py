@@ -29,7 +29,7 @@ from bertdist.distributed.collectives import (
     raise_on_all_ranks,
 )
 from bertdist.distributed.preemption import StopSignal
-from bertdist.tasks.labels import is_number, odd_labels
+from bertdist.tasks.labels import is_number, non_numeric_labels
 
 # Reading time between two collectives about stopping; a chunk takes some 10 ms.
 SECONDS_BETWEEN_CHECKS = 0.5
@@ -53,11 +53,11 @@ class StreamScan:
 
     def add(self, source: int, records: Records) -> None:
         """Count some rows of a source. Raises DataError if kinds of labels are mixed."""
-        assert records.label_codes is not None
+        assert records.label_indices is not None
         if self.kind is not None:
             check_same_kind(self.kind, records.label_kind, str(records.location(0)))
         self.kind = records.label_kind
-        counts = np.bincount(records.label_codes, minlength=len(records.label_values)).tolist()
+        counts = np.bincount(records.label_indices, minlength=len(records.label_values)).tolist()
         for code, (value, count) in enumerate(zip(records.label_values, counts, strict=True)):
             if not count:  # of a row that --max_train_samples leaves out, or that is held out
                 if records.all_labels:
@@ -66,7 +66,7 @@ class StreamScan:
             is_name = isinstance(value, tuple) or not is_number(value)
             is_shown = is_name or len(self.labels) < MOST_NUMBERS
             if is_shown and value not in self.labels and len(self.first) < MOST_LOCATIONS:
-                row = int(np.argmax(records.label_codes == code))
+                row = int(np.argmax(records.label_indices == code))
                 self.first[value] = str(records.location(row))
             self.labels[value] = self.labels.get(value, 0) + count
         self.rows[source] = self.rows.get(source, 0) + len(records)
@@ -106,7 +106,12 @@ def scan_stream(
     if stored is not None:
         return stored
     total = _read_stream(stream, accelerator, stop)
-    if total is not None and undecided and total.kind == "text" and odd_labels(total.labels):
+    if (
+        total is not None
+        and undecided
+        and total.kind == "text"
+        and non_numeric_labels(total.labels)
+    ):
         stream = replace(stream, rules=stream.rules._replace(numbers_only=True))
         total = _read_stream(stream, accelerator, stop)
     if total is None:

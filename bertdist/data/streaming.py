@@ -188,7 +188,7 @@ class Stream:
         if self.on_bad_row == "fail" and not self.columns.labels:
             return self
         head = replace(self, hold_out=None).head()
-        is_zero = None in head.cells and 0 not in head.cells
+        is_zero = None in head.indicator_values and 0 not in head.indicator_values
         rules = self.rules._replace(empty="zero" if is_zero else "error")
         first_label = head.label_values[0] if self.on_bad_row == "skip" else None
         return replace(self, first_label=first_label, rules=rules)

@@ -36,7 +36,7 @@ class Example(NamedTuple):
 
     row: int
     ids: list[int]
-    segments: list[int]  # 0 for the first text, 1 for the second
+    token_type_ids: list[int]  # 0 for the first text, 1 for the second
     target: Any  # int, (outputs,) float32, or float; 0 without labels
     weight: float  # of the row's loss
 
@@ -62,8 +62,8 @@ class TokenizedDataset:
             self._check_ids(rows, encoded, self.vocab_size)
         first, targets, weights = self.records.first_row, self.targets, self.weights
         return [
-            Example(first + int(row), ids, segments, targets[row], float(weights[row]))
-            for row, (ids, segments) in zip(rows, encoded, strict=True)
+            Example(first + int(row), ids, token_type_ids, targets[row], float(weights[row]))
+            for row, (ids, token_type_ids) in zip(rows, encoded, strict=True)
         ]
 
     def _check_ids(
@@ -91,7 +91,7 @@ def create_dataset(
     """
     targets: Array = np.zeros(len(records), dtype=np.int64)
     weights: Array = np.ones(len(records), dtype=np.float32)
-    if task is not None and records.label_codes is not None:
+    if task is not None and records.label_indices is not None:
         target_of_value = []
         for value in records.label_values:
             try:
@@ -100,7 +100,7 @@ def create_dataset(
                 raise DataError(f"{records.locate_label(value)}: {error}") from None
         table = np.array(target_of_value)
         table = table.astype(np.int64 if table.dtype.kind == "i" else np.float32)
-        targets = table[records.label_codes]
+        targets = table[records.label_indices]
         weights = task.row_weights(targets)
     return TokenizedDataset(
         records=records,
@@ -115,7 +115,7 @@ def create_dataset(
 def encode(
     records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[tuple[list[int], list[int]]]:
-    """(ids, segments) of each record, at most max_length ids, special tokens included.
+    """(ids, token_type_ids) of each record, at most max_length ids, special tokens included.
 
     Of a pair the longer text is truncated first. A single text of more than LONG_TEXT characters
     is cut before it is tokenized, where that cannot change the ids (`_cut`).
@@ -135,8 +135,8 @@ def encode(
         return_attention_mask=False,
     )
     ids = encoded["input_ids"]
-    segments = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
-    return list(zip(ids, segments, strict=True))
+    token_type_ids = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
+    return list(zip(ids, token_type_ids, strict=True))
 
 
 def _cut(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
@@ -262,17 +262,20 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def save_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int | None, segments: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    max_length: int | None,
+    has_token_types: bool = True,
 ) -> None:
     """Save a tokenizer that truncates to max_length by itself, as `pipeline(..., truncation=True)`
-    asks of it. segments False: it gives no token_type_ids.
+    asks of it. has_token_types False: it gives no token_type_ids.
     """
     limit, names = tokenizer.model_max_length, tokenizer.model_input_names
     settings = dict(tokenizer.init_kwargs)
     if max_length is not None:
         tokenizer.init_kwargs[PRETRAINED_MAX_LENGTH] = limit
         tokenizer.model_max_length = max_length
-    if not segments:
+    if not has_token_types:
         kept = [name for name in names if name != "token_type_ids"]
         tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names = kept
     try:

@@ -84,8 +84,8 @@ def write_cleaned(
         raise DataError(
             f"--fix would leave none of the {len(records):,} rows; choose fewer --fix_kinds."
         )
-    assert records.label_codes is not None
-    present = [records.label_values[code] for code in np.unique(records.label_codes[left])]
+    assert records.label_indices is not None
+    present = [records.label_values[code] for code in np.unique(records.label_indices[left])]
     if is_multi_hot(present) and not (records.class_names or is_multi_hot(records.label_values)):
         raise DataError(
             "--fix: the labels 0 and 1 are names in all rows together; of those that are left "
@@ -96,7 +96,7 @@ def write_cleaned(
         records,
         texts=records.texts.take(pa.array(left)),
         pairs=None if records.pairs is None else records.pairs.take(pa.array(left)),
-        label_codes=records.label_codes[left],
+        label_indices=records.label_indices[left],
     )
     source = source.take(left.tolist())
     flags = _write_rows(source, expected, path, report.data)
@@ -184,8 +184,8 @@ def _difference(data: DataConfig, expected: Records) -> str:
 
 
 def _labels(records: Records) -> Iterator[Any]:
-    assert records.label_codes is not None
-    return (records.label_values[code] for code in records.label_codes)
+    assert records.label_indices is not None
+    return (records.label_values[code] for code in records.label_indices)
 
 
 def _as_flags(path: Path, given: dict[str, Any]) -> str:

@@ -81,7 +81,7 @@ def split_labels(records: Records, task: Task | None) -> SplitLabels | None:
 
     task: of the training rows, None if training refuses them: then labels are named as they are.
     """
-    if records.label_codes is None:
+    if records.label_indices is None:
         return None
     decoded: list[Any] = list(records.label_values)
     refusals = [""] * len(decoded)
@@ -98,11 +98,11 @@ def split_labels(records: Records, task: Task | None) -> SplitLabels | None:
         codes.append(index.setdefault((names, refusal), len(index)))
     numbers = None
     if task is not None and task.problem_type == "regression" and not any(refusals):
-        numbers = np.array(decoded, np.float64)[records.label_codes]
+        numbers = np.array(decoded, np.float64)[records.label_indices]
     return SplitLabels(
         names=[names for names, _ in index],
         refusals=[refusal for _, refusal in index],
-        codes=np.array(codes, np.int64)[records.label_codes],
+        codes=np.array(codes, np.int64)[records.label_indices],
         numbers=numbers,
         multi=records.label_kind == "set",
     )

@@ -237,7 +237,7 @@ def select_rows(records: Records, rows: Array) -> Records:
         pairs=None if records.pairs is None else records.pairs.take(rows),
         label_kind=None,
         label_values=[],
-        label_codes=None,
+        label_indices=None,
         fingerprint="",
         rows_per_file=(),
         bad_rows=(),

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from bertdist.core.terminal import excerpt
 from bertdist.data.readers.file_reader import DataFile, FileReader
-from bertdist.data.records import HEADER_WORDS, ColumnNames, swallowed_rows
+from bertdist.data.records import HEADER_WORDS, ColumnNames, rows_with_stray_quotes
 from bertdist.data.source import QuotedTable
 from bertdist.data_quality.findings import MIN_ROWS, FindingBuilder
 from bertdist.data_quality.label_checks import SplitLabels
@@ -37,14 +37,14 @@ def check_table(build: FindingBuilder, labels: SplitLabels | None, train: SplitL
 def _check_swallowed(build: FindingBuilder, reader: FileReader) -> None:
     """Texts that hold rows, kept because of --quoting double; else the reader refuses them."""
     records = build.records
-    if reader.file.quoted and reader.quoted_table is None and records.label_codes is not None:
+    if reader.file.quoted and reader.quoted_table is None and records.label_indices is not None:
         names = None if records.label_column else list(records.class_names or ())
         columns = ColumnNames(
             records.text_columns, records.pair_column, records.label_column, names
         )
         table = QuotedTable(reader.file.delimiter, reader.header())
         args = records.text_columns[0], columns, table, records.label_values
-        rows = [row for row, _ in swallowed_rows(records.texts, *args)]
+        rows = [row for row, _ in rows_with_stray_quotes(records.texts, *args)]
         title = "texts that contain rows of the table"
         meaning = "A stray quote opened a field: all rows up to the next quote became one text."
         advice = "Read the file with --quoting none, or escape the quotes as the format requires."

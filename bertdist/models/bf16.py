@@ -60,8 +60,8 @@ def round_up(batch: PackedBatch) -> PackedBatch:
         batch,
         ids=torch.cat([batch.ids, batch.ids[:1].expand(more)]),
         positions=torch.cat([batch.positions, torch.from_numpy(positions)]),
-        segments=F.pad(batch.segments, (0, more)),
-        starts=torch.cat([batch.starts, torch.from_numpy(ends) + tokens]),
-        rows=F.pad(batch.rows, (0, more_texts), value=-1),
+        token_type_ids=F.pad(batch.token_type_ids, (0, more)),
+        cu_seqlens=torch.cat([batch.cu_seqlens, torch.from_numpy(ends) + tokens]),
+        row_numbers=F.pad(batch.row_numbers, (0, more_texts), value=-1),
         lengths=(*batch.lengths, *lengths.tolist()),
     )

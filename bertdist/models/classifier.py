@@ -99,7 +99,9 @@ class Classifier(nn.Module):
             inputs["token_type_ids"] = self._segments(batch)[None]
         heads = self.model.config.num_attention_heads
         kernel = self.attention_kernel(batch.ids.device)
-        packing = attention.build_packing(batch.lengths, batch.starts[:-1], heads, kernel, masks)
+        packing = attention.build_packing(
+            batch.lengths, batch.cu_seqlens[:-1], heads, kernel, masks
+        )
         logits: Tensor = self.model(**inputs, packing=packing).logits
         return logits[:texts]
 
@@ -136,7 +138,9 @@ class Classifier(nn.Module):
         """Dropout masks for some texts of a batch (an index); None in evaluation or on a GPU."""
         if not self.training or batch.ids.device.type != "cpu":
             return None
-        return DropoutMasks(batch.rows[texts].tolist(), np.asarray(batch.lengths)[texts].tolist())
+        return DropoutMasks(
+            batch.row_numbers[texts].tolist(), np.asarray(batch.lengths)[texts].tolist()
+        )
 
     def _positions(self, batch: PackedBatch) -> Tensor:
         """(T,) int64: the position ids that transformers gives each text."""
@@ -150,7 +154,7 @@ class Classifier(nn.Module):
 
     def _segments(self, batch: PackedBatch) -> Tensor:
         """(T,) int64: 0 for segment ids that the model has no embedding for."""
-        return batch.segments.masked_fill(batch.segments >= self._num_segments, 0)
+        return batch.token_type_ids.masked_fill(batch.token_type_ids >= self._num_segments, 0)
 
     def _forward_padded(self, batch: PackedBatch) -> Tensor:
         lengths = np.asarray(batch.lengths)

@@ -133,7 +133,7 @@ def _warm_up(classifier: Classifier, device: torch.device) -> None:
 
 def _forward_backward(classifier: Classifier, lengths: list[int], device: torch.device) -> None:
     examples = [
-        Example(row=-1, ids=[0] * length, segments=[0] * length, target=0, weight=0.0)
+        Example(row=-1, ids=[0] * length, token_type_ids=[0] * length, target=0, weight=0.0)
         for length in lengths
     ]
     classifier(collate(examples).to(device)).sum().backward()

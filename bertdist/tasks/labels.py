@@ -245,7 +245,7 @@ def infer_problem_type(
     if not numbers or len(numbers) < len(labels):
         if (joined := find_joined(labels)) is not None:
             raise DataError(_describe_joined(*joined, locate))
-        if odd := odd_labels(labels):
+        if odd := non_numeric_labels(labels):
             raise DataError(_describe_odd(odd, labels, locate))
         return Inferred(SINGLE_LABEL, _describe_numbers_and_names(labels, numbers, locate))
     found, other = REGRESSION, SINGLE_LABEL
@@ -341,7 +341,7 @@ def _shown(label: Sequence[str]) -> str:
     return listed([excerpt(name, 60) for name in label])
 
 
-def odd_labels(labels: Mapping[Any, int]) -> list[str]:
+def non_numeric_labels(labels: Mapping[Any, int]) -> list[str]:
     """The labels that are no numbers, where nearly all others are.
 
     With fractions among the numbers: where fewer than half of the rows have such a label. With

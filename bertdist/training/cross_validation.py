@@ -170,9 +170,9 @@ def load_rows(config: TrainConfig, log: RunLogger) -> Rows:
     records = read_rows(config.data, config.run.output_dir, log, numbers_only)
     model_labels = pretrained_labels(load_model_config(config.model))
     task = create_task(config.task, label_stats_of(records), model_labels)
-    assert records.label_codes is not None
+    assert records.label_indices is not None
     values = np.array([task.encode_label(value) for value in records.label_values])
-    return Rows(records, task, values[records.label_codes])
+    return Rows(records, task, values[records.label_indices])
 
 
 def read_rows(
@@ -314,11 +314,11 @@ def _fold_config(
 
 def _write_rows(path: Path, records: Records, rows: Array) -> None:
     """Texts and labels as JSON lines, which preserve every kind of label."""
-    assert records.label_codes is not None
+    assert records.label_indices is not None
     columns = {"text": records.texts.take(rows).to_pylist()}
     if records.pairs is not None:
         columns["text_pair"] = records.pairs.take(rows).to_pylist()
-    columns["label"] = [records.label_values[code] for code in records.label_codes[rows]]
+    columns["label"] = [records.label_values[code] for code in records.label_indices[rows]]
     entries = zip(*columns.values(), strict=True)
     lines = [to_json(dict(zip(columns, values, strict=True))) for values in entries]
     atomic_write(path, b"".join(lines))

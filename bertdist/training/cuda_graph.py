@@ -98,7 +98,10 @@ class Budget:
         first = min(self.max_length, self.tokens - self.texts + 1)
         lengths = [first, *_evenly(self.tokens - first, self.texts - 1)]
         batch = collate(
-            [Example(row=-1, ids=[0] * n, segments=[0] * n, target=0, weight=0.0) for n in lengths]
+            [
+                Example(row=-1, ids=[0] * n, token_type_ids=[0] * n, target=0, weight=0.0)
+                for n in lengths
+            ]
         ).to(like.ids.device)
         return replace(batch, targets=like.targets.new_zeros(self.texts, *like.targets.shape[1:]))
 
@@ -152,11 +155,11 @@ def pad_batch(batch: PackedBatch, tokens: int, texts: int, max_length: int) -> P
     return PackedBatch(
         ids=fill(batch.ids, 0, num_tokens),
         positions=append(batch.positions, positions),
-        segments=fill(batch.segments, 0, num_tokens),
-        starts=append(batch.starts, len(batch.ids) + lengths.cumsum()),
+        token_type_ids=fill(batch.token_type_ids, 0, num_tokens),
+        cu_seqlens=append(batch.cu_seqlens, len(batch.ids) + lengths.cumsum()),
         targets=fill(batch.targets, 0, num_texts),
         weights=fill(batch.weights, 0, num_texts),
-        rows=fill(batch.rows, -1, num_texts),
+        row_numbers=fill(batch.row_numbers, -1, num_texts),
         lengths=(*batch.lengths, *lengths.tolist()),
     )
 

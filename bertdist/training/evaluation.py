@@ -479,7 +479,7 @@ def predict_rows(
     def share() -> Iterator[PackedBatch]:
         for step in loader.steps(0, loader.steps_per_epoch):
             for batch in step.micro_batches:
-                if batch.rows[0] >= 0 and not stop_here():  # -1: an idle rank's text
+                if batch.row_numbers[0] >= 0 and not stop_here():  # -1: an idle rank's text
                     yield batch
             agree(False)
             show((step.number + 1) * loader.rows_per_step)
@@ -492,7 +492,7 @@ def predict_rows(
     with raise_on_all_ranks(accelerator):
         try:
             for batch, output in compute_in_micro_batches(compute, share(), loader):
-                rows.append(batch.rows)
+                rows.append(batch.row_numbers)
                 logits.append(output)
         except EvaluationStopped:
             stopped = True

@@ -343,7 +343,7 @@ def find_tokens(
 
     def probe(texts: int, length: int) -> PackedBatch:
         ids = (example.ids * length)[:length]
-        return collate([example._replace(ids=ids, segments=[0] * length)] * texts).to(device)
+        return collate([example._replace(ids=ids, token_type_ids=[0] * length)] * texts).to(device)
 
     def peak(tokens: int) -> int | None:
         return peak_bytes(compute, probe(max(1, tokens // max_length), max_length), device)
@@ -492,7 +492,7 @@ def text_too_long(
     advice: str = "",
 ) -> DataError:
     """The error of a single text that does not fit. window_state: of its step."""
-    row, limit = int(batch.rows[0]), loader.dataset.max_length
+    row, limit = int(batch.row_numbers[0]), loader.dataset.max_length
     where = loader.locations([row], window_state)[0] if row >= 0 else "A rank without rows"
     return DataError(
         f"{where}: a text of {batch.lengths[0]} tokens (--max_length {limit}) does not fit into "

@@ -174,7 +174,9 @@ class NonFiniteGuard:
             self._clear_gradients()
             if not all(map(math.isfinite, numbers.values())):
                 text = escaped_excerpt(str(self.batches.dataset.tokenizer.decode(batch.ids)))
-                rows.append({"row": int(batch.rows[0]), "where": "", "text": text, **numbers})
+                rows.append(
+                    {"row": int(batch.row_numbers[0]), "where": "", "text": text, **numbers}
+                )
         locations = self.batches.locations([row["row"] for row in rows], step.window_state)
         for row, location in zip(rows, locations, strict=True):
             row["where"] = location

@@ -87,7 +87,11 @@ def describe_data(
     pair = f" and {rows.pair_column!r}" if rows.pair_column else ""
     column = rows.label_column if isinstance(rows, Records) else rows.columns.label
     label = f", label in {column!r}" if column else ""
-    number = f"{sum(stats.rows):,} rows of" if stats.rows else "an unknown number of rows in"
+    number = (
+        f"{sum(stats.num_rows_per_source):,} rows of"
+        if stats.num_rows_per_source
+        else "an unknown number of rows in"
+    )
     stream = " (streamed)" if not isinstance(rows, Records) else ""
     validation = "none: the last weights count as the best"
     if eval_rows:

@@ -174,7 +174,7 @@ def test_another_rank_finishes_its_step_and_no_more(runs: Runs, tmp_path: Path) 
 
         def counted(*args: Any) -> Any:
             for batch, found in compute(*args):
-                computed.append(batch.rows.tolist())
+                computed.append(batch.row_numbers.tolist())
                 yield batch, found
 
         evaluation.compute_in_micro_batches = counted

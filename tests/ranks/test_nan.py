@@ -80,7 +80,7 @@ def make_nonfinite(rows: set[int], how: str) -> Breaking:
             if not self.training:
                 return logits
             parts = []
-            for one, row in zip(logits, batch.rows.tolist(), strict=True):
+            for one, row in zip(logits, batch.row_numbers.tolist(), strict=True):
                 if row in rows:
                     one = {
                         "nan": one * math.nan,
@@ -105,7 +105,7 @@ def make_operation_nonfinite(rows: set[int], how: str) -> Breaking:
             logits = forward(self, batch)
             if not self.training:  # also the comparison with transformers when it is loaded
                 return logits
-            here = torch.tensor([[float(row in rows)] for row in batch.rows.tolist()])
+            here = torch.tensor([[float(row in rows)] for row in batch.row_numbers.tolist()])
             if how == "nan":
                 sign = 1 - 2 * here + 0 * logits
                 return logits + sign.log()  # HERE_NAN: log(-1), of the others log(1)
@@ -475,7 +475,7 @@ def nonfinite_evaluations_from(step: int, rows: set[int]) -> Breaking:
             chosen = torch.tensor(
                 [
                     [not self.training and steps[0] >= step and row in rows]
-                    for row in batch.rows.tolist()
+                    for row in batch.row_numbers.tolist()
                 ]
             )
             return logits.masked_fill(chosen, math.nan)

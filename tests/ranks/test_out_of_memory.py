@@ -132,7 +132,9 @@ def short_of_memory(
         def watched(compute: Callable[..., Any], *args: Any) -> Any:
             if len(args) == 2:  # of a training step
                 batch, memory.final = args
-                memory.single_token_batch += batch.rows.tolist() == [-1] and batch.lengths == (1,)
+                memory.single_token_batch += batch.row_numbers.tolist() == [
+                    -1
+                ] and batch.lengths == (1,)
             return attempt(compute, *args)
 
         def load_and_use(*args: Any, **more: Any) -> Any:

@@ -65,7 +65,7 @@ def with_steps(change: Callable[[RankStep, Accelerator], RankStep]) -> Breaking:
 
 def mean_over_ranks(step: RankStep, accelerator: Accelerator) -> RankStep:
     """Each rank divides by its own rows, and DDP averages: what happens when nobody thinks of it."""
-    own = sum(len(batch.rows) for batch in step.micro_batches if batch.rows[0] >= 0)
+    own = sum(len(batch.row_numbers) for batch in step.micro_batches if batch.row_numbers[0] >= 0)
     return replace(step, rows=max(own, 1) * accelerator.num_processes)
 
 
@@ -75,7 +75,7 @@ def mean_over_micro_batches(step: RankStep, accelerator: Accelerator) -> RankSte
     return replace(
         step,
         micro_batches=[
-            replace(batch, weights=batch.weights * step.rows / (parts * len(batch.rows)))
+            replace(batch, weights=batch.weights * step.rows / (parts * len(batch.row_numbers)))
             for batch in step.micro_batches
         ],
     )

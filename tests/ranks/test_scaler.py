@@ -107,7 +107,7 @@ def make_nonfinite(rows: set[int] | None, how: str) -> Breaking:
             logits = forward(self, batch)
             chosen = [
                 self.training and row >= 0 and (rows is None or row in rows)
-                for row in batch.rows.tolist()
+                for row in batch.row_numbers.tolist()
             ]
             broken = {"nan": lambda one: one * math.nan, "gradient": Infinite.apply}[how]
             return torch.stack(

@@ -31,7 +31,7 @@ from bertdist.data.readers.text_lines import (
     Lines,
     Offsets,
     Parsed,
-    Rows,
+    RowSpans,
     row_excerpt,
     rows_between,
     rows_of_lines,
@@ -65,7 +65,7 @@ class BadRowSpan(NamedTuple):
 class ScanResult(NamedTuple):
     """Rows, bad rows, and the end of the scan: a row at `stop` continues beyond the data."""
 
-    rows: Rows
+    row_spans: RowSpans
     bad: list[BadRowSpan]
     stop: int
 
@@ -86,38 +86,38 @@ def find_row_end(
     fmt: FileFormat,
     lines: Lines,
     num_fields: int,
-    is_all: bool,
+    is_eof: bool,
     soft_limit: int,
     limit: int,
 ) -> tuple[int, ScanResult | None]:
     """The last end of a row within `soft_limit` bytes, else the first; 0: it is beyond the lines.
 
-    is_all: nothing follows the lines. Where quotes are not well-formed, the rows are scanned, and
+    is_eof: nothing follows the lines. Where quotes are not well-formed, the rows are scanned, and
     the result is returned too.
     """
     data = lines.data
     if not fmt.quoted:
-        return last_line_end(data, is_all, soft_limit), None
+        return last_line_end(data, is_eof, soft_limit), None
     ends, _ = _row_ends(data)
     within = ends[ends <= soft_limit]
     stop = int(within[-1] if len(within) else ends[0] if len(ends) else 0)
-    if is_all and (len(data) <= soft_limit or stop == 0):
+    if is_eof and (len(data) <= soft_limit or stop == 0):
         stop = len(data)
     if stop and is_well_formed(fmt, data[:stop], limit):
         return stop, None
-    result = scan_rows(fmt, lines, num_fields, limit, is_all, soft_limit)
+    result = scan_rows(fmt, lines, num_fields, limit, is_eof, soft_limit)
     return result.stop, result
 
 
-def last_line_end(data: bytes, is_all: bool, soft_limit: int) -> int:
+def last_line_end(data: bytes, is_eof: bool, soft_limit: int) -> int:
     """`find_row_end` where every newline ends a row."""
-    if is_all and len(data) <= soft_limit:
+    if is_eof and len(data) <= soft_limit:
         return len(data)
     stop = data.rfind(b"\n", 0, soft_limit) + 1 or data.find(b"\n") + 1
-    return len(data) if is_all and not stop else stop
+    return len(data) if is_eof and not stop else stop
 
 
-def well_formed_rows(fmt: FileFormat, data: bytes, num_fields: int) -> Rows:
+def well_formed_rows(fmt: FileFormat, data: bytes, num_fields: int) -> RowSpans:
     """Rows of data without bad rows, whose quotes are well-formed."""
     if not fmt.quoted:
         return rows_of_lines(data, blank=num_fields == 1)
@@ -163,7 +163,7 @@ def scan_rows(
     lines: Lines,
     num_fields: int,
     limit: int,
-    is_all: bool = True,
+    is_eof: bool = True,
     soft_limit: int | None = None,
 ) -> ScanResult:
     """Every row, parsed one by one, up to the end that `find_row_end` describes."""
@@ -184,7 +184,7 @@ def scan_rows(
         elif blank := blank_line_size(data, at):
             end = at + blank
         else:
-            row = parse_row(fmt, data, at, lines.first + line, limit, is_all)
+            row = parse_row(fmt, data, at, lines.first + line, limit, is_eof)
             end, error_line = row.end, row.error_line
             error = row.error or _wrong_count(fmt, len(row.fields), num_fields)
         if not end or (soft_limit is not None and at and end > soft_limit):
@@ -195,7 +195,7 @@ def scan_rows(
             rows.append((at, min(end, size), line))
         line, at = line + data.count(b"\n", at, end), end
     starts, ends, first_lines = np.array(rows, np.int64).reshape(-1, 3).T
-    return ScanResult(Rows(starts, ends, first_lines), bad, min(at, size))
+    return ScanResult(RowSpans(starts, ends, first_lines), bad, min(at, size))
 
 
 def _scan_unquoted(fmt: FileFormat, data: bytes, num_fields: int) -> ScanResult:
@@ -209,11 +209,11 @@ def _scan_unquoted(fmt: FileFormat, data: bytes, num_fields: int) -> ScanResult:
             *(part[wrong].tolist() for part in (*rows, counts)), strict=True
         )
     ]
-    return ScanResult(Rows(*(part[~wrong] for part in rows)), bad, len(data))
+    return ScanResult(RowSpans(*(part[~wrong] for part in rows)), bad, len(data))
 
 
 def parse_row(
-    fmt: FileFormat, data: bytes, start: int, line: int, limit: int, is_all: bool
+    fmt: FileFormat, data: bytes, start: int, line: int, limit: int, is_eof: bool
 ) -> ParsedRow:
     """The row at `start`, on line `line` (from 1) of the file; data ends with a newline."""
     delimiter = fmt.delimiter.encode()
@@ -225,7 +225,7 @@ def parse_row(
             quoted = _QUOTED_FIELD.match(data, at, start + limit)
             if quoted is None:
                 is_short = len(data) <= start + limit
-                if not is_all and is_short:
+                if not is_eof and is_short:
                     return ParsedRow(0, fields)
                 never = "never closes" if is_short else f"does not close within {limit:,} bytes"
                 error = f"a quote opens here and {never}; {_QUOTE_ADVICE}"
@@ -267,7 +267,7 @@ def _wrong_count(fmt: FileFormat, count: int, expected: int) -> str:
 
 
 def read_header(
-    fmt: FileFormat, lines: Lines, is_all: bool, limit: int
+    fmt: FileFormat, lines: Lines, is_eof: bool, limit: int
 ) -> tuple[list[str], int] | None:
     """Names of the columns ([]: the file has no rows), and number of lines before the first row.
 
@@ -281,8 +281,8 @@ def read_header(
         while at < len(lines.data) and (blank := blank_line_size(data, at)):
             at, line = at + blank, line + 1
     if at >= len(lines.data):
-        return ([], line) if is_all else None
-    row = parse_row(fmt, data, at, 1 + line, limit, is_all)
+        return ([], line) if is_eof else None
+    row = parse_row(fmt, data, at, 1 + line, limit, is_eof)
     if not row.end:
         return None
     if row.error and not fmt.has_header:
@@ -357,7 +357,7 @@ def parse_csv(
         for name, column in columns.items():
             columns[name] = pc.replace_substring(column, lines.cr_placeholder, "\r")
 
-    def find_rows() -> Rows:
+    def find_rows() -> RowSpans:
         return well_formed_rows(fmt, data, num_fields) if rows is None else rows
 
     return Parsed(columns, table.num_rows, bad_rows, find_rows)
@@ -391,9 +391,9 @@ def _read_csv(fmt: FileFormat, data: bytes, num_fields: int, indices: list[int])
 
 def _reject(
     fmt: FileFormat, lines: Lines, scan: ScanResult, skip: bool
-) -> tuple[list[BadRow], Rows]:
+) -> tuple[list[BadRow], RowSpans]:
     """The bad rows, in order; the others. Without skip, a DataError at the first."""
-    rows, bad = scan.rows, list(scan.bad)
+    rows, bad = scan.row_spans, list(scan.bad)
     if lines.broken:
         ends = np.flatnonzero(np.frombuffer(lines.data, np.uint8) == ord("\n")) + 1
         keep = np.ones(len(rows.starts), bool)
@@ -404,7 +404,7 @@ def _reject(
                 keep[row] = False
                 start, end, first_line = (int(part[row]) for part in rows)
                 bad.append(BadRowSpan(start, end, first_line, reason))
-        rows = Rows(*(part[keep] for part in rows))
+        rows = RowSpans(*(part[keep] for part in rows))
     bad.sort()
     if bad and not skip:
         raise RowError(f"{fmt.name} line {lines.first + bad[0].line}: {bad[0].reason}.")
@@ -415,7 +415,7 @@ def _reject(
     return bad_rows, rows
 
 
-def _adjacent_rows(data: bytes, rows: Rows) -> Iterator[bytes]:
+def _adjacent_rows(data: bytes, rows: RowSpans) -> Iterator[bytes]:
     """The bytes of the rows; rows without a gap between them together."""
     if len(rows.starts):
         gaps = (np.flatnonzero(rows.starts[1:] != rows.ends[:-1]) + 1).tolist()

@@ -92,7 +92,7 @@ from bertdist.data.readers.text_lines import (
     FileFormat,
     Lines,
     Parsed,
-    Rows,
+    RowSpans,
     decode_lines,
     escape_carriage_returns,
     first_duplicate,
@@ -244,7 +244,7 @@ class FileReader:
             )
             if num_rows is None or num_rows >= parsed.num_rows:
                 return chunk
-            location = locate_lines(self.name, lines.first, parsed.rows().lines)
+            location = locate_lines(self.name, lines.first, parsed.row_spans().lines)
             chunk = first_rows_of_chunk(chunk._replace(location=location), num_rows)
         return chunk._replace(location=again.location)
 
@@ -276,7 +276,7 @@ class FileReader:
                 while (block := self._next_lines(buffer, header, state)) is not None:
                     lines, scan, size = block
                     parsed = self._parse(header, lines, columns, scan)
-                    rows = parsed.rows()
+                    rows = parsed.row_spans()
                     assert len(rows.lines) == parsed.num_rows, (len(rows.lines), parsed.num_rows)
                     if parsed.num_rows or parsed.bad_rows:
                         yield Chunk(
@@ -300,14 +300,14 @@ class FileReader:
         """The next lines of complete rows, their scan, their size in the file; None at the end."""
         size = self.chunk_bytes
         while True:
-            raw, is_all = buffer.first(size)
+            raw, is_eof = buffer.first(size)
             if not raw:
                 return None
             ends = line_ends(raw, header.codec)
-            num_bytes = len(raw) if is_all else int(ends[-1]) if len(ends) else 0
+            num_bytes = len(raw) if is_eof else int(ends[-1]) if len(ends) else 0
             if num_bytes:
                 lines = self._decode(raw[:num_bytes], header.codec, state["line"])
-                stop, scan = self._find_row_end(header, lines, is_all)
+                stop, scan = self._find_row_end(header, lines, is_eof)
                 if stop == len(lines.data):
                     return lines, scan, num_bytes
                 if stop:
@@ -324,12 +324,12 @@ class FileReader:
             size *= 2
 
     def _find_row_end(
-        self, header: _Header, lines: Lines, is_all: bool
+        self, header: _Header, lines: Lines, is_eof: bool
     ) -> tuple[int, ScanResult | None]:
         if not self.file.is_table:
-            return last_line_end(lines.data, is_all, self.chunk_bytes), None
+            return last_line_end(lines.data, is_eof, self.chunk_bytes), None
         limits = (self.chunk_bytes, self.row_bytes)
-        return find_row_end(self.file, lines, len(header.names), is_all, *limits)
+        return find_row_end(self.file, lines, len(header.names), is_eof, *limits)
 
     def _read_header(self) -> _Header:
         if self._header is None:
@@ -365,14 +365,14 @@ class FileReader:
     def _header_of(self, stream: BinaryIO) -> _Header:
         buffer, size = Buffer(stream), max(4, self.chunk_bytes)
         while True:
-            raw, is_all = buffer.first(size)
+            raw, is_eof = buffer.first(size)
             codec, mark = resolve_codec(self.file, raw)
             ends = line_ends(raw[mark:], codec)
-            stop = len(raw) if is_all else mark + int(ends[-1]) if len(ends) else mark
+            stop = len(raw) if is_eof else mark + int(ends[-1]) if len(ends) else mark
             lines = self._decode(raw[mark:stop], codec, 1)
-            if is_all:
+            if is_eof:
                 reject_old_mac(self.file, lines)
-            names, num_lines = self._column_names(lines, is_all)
+            names, num_lines = self._column_names(lines, is_eof)
             if names is not None:
                 break
             if size > self.row_bytes:
@@ -385,17 +385,17 @@ class FileReader:
             at = mark + int(ends[num_lines - 1]) if num_lines <= len(ends) else len(raw)
         return _Header(names, codec, {"at": at, "line": 1 + num_lines, "row": 0})
 
-    def _column_names(self, lines: Lines, is_all: bool) -> tuple[list[str] | None, int]:
+    def _column_names(self, lines: Lines, is_eof: bool) -> tuple[list[str] | None, int]:
         """Names of all columns (None: beyond the lines); number of lines before the first row."""
         if self.file.is_table:
             limit = self.row_bytes if self.skip else BLOCK_BYTES
-            return read_header(self.file, lines, is_all, limit) or (None, 0)
+            return read_header(self.file, lines, is_eof, limit) or (None, 0)
         if self.file.kind == "txt":
-            return ["text"] if lines.data else [] if is_all else None, 0
+            return ["text"] if lines.data else [] if is_eof else None, 0
         # lazy, here and below: only jsonl and txt need it
         from bertdist.data.readers.jsonl_reader import read_keys
 
-        return read_keys(self.file, lines, is_all, self.skip), 0
+        return read_keys(self.file, lines, is_eof, self.skip), 0
 
     def _decode(self, raw: Any, codec: str, first: int) -> Lines:
         lines = decode_lines(self.file, raw, codec, first, self.skip)
@@ -430,10 +430,10 @@ class FileReader:
         lines = self._decode(raw, header.codec, header.state["line"])
         return self._parse(header, lines, columns, num_rows=num_rows), lines
 
-    def read_rows_again(self, columns: Sequence[str]) -> tuple[Lines, Rows, RowLocations]:
+    def read_rows_again(self, columns: Sequence[str]) -> tuple[Lines, RowSpans, RowLocations]:
         """The lines after the header, and the rows in them. As slow as `read`. Raises DataError."""
         parsed, lines = self._parse_all(columns)
-        rows = parsed.rows()
+        rows = parsed.row_spans()
         return lines, rows, locate_lines(self.name, lines.first, rows.lines)
 
 
@@ -487,9 +487,9 @@ def inspect_file(
             stored.seek(0)
             reject_foreign(path, start)
             codec = compression_in(start, path)
-            head, is_all = Buffer(decompressed(path, stored, codec)).first(HEAD_BYTES)
+            head, is_eof = Buffer(decompressed(path, stored, codec)).first(HEAD_BYTES)
         reject_foreign(path, head)
-        fmt, note = _detect(name, by_name, head, is_all, flags, trained)
+        fmt, note = _detect(name, by_name, head, is_eof, flags, trained)
         if codec and fmt.kind == "parquet":
             raise DataError(f"{path} is a compressed parquet file; decompress it.")
     return DataFile(
@@ -521,7 +521,7 @@ def _format_by_flags(name: str, kind: str, flags: FileConfig) -> FileFormat:
 
 
 def _detect(
-    name: str, by_name: str, head: bytes, is_all: bool, flags: FileConfig, trained: Sequence[str]
+    name: str, by_name: str, head: bytes, is_eof: bool, flags: FileConfig, trained: Sequence[str]
 ) -> tuple[FileFormat, str | None]:
     """The format of a file that begins with `head`, and a sentence if it is not the usual one.
 
@@ -532,13 +532,13 @@ def _detect(
     if is_auto and head.startswith(b"PAR1"):
         fmt = _format_by_flags(name, "parquet", flags)
         return fmt, f"{name}: read as parquet" if by_name not in ("", "parquet") else None
-    encoding = flags.encoding or detect_encoding(head, is_all) or "utf-8"
+    encoding = flags.encoding or detect_encoding(head, is_eof) or "utf-8"
     codec, mark = resolve_codec(FileFormat(name=name, kind=kind, encoding=encoding), head)
-    text = head_as_utf8(head[mark:], codec, is_all)
+    text = head_as_utf8(head[mark:], codec, is_eof)
     sep = SEP_LINE.match(text)
     delimiter = flags.delimiter or (sep[1].decode() if sep else None)
     if is_auto and delimiter is None:
-        kind = detect_kind(kind, text, is_all, flags.text_column or (), trained)
+        kind = detect_kind(kind, text, is_eof, flags.text_column or (), trained)
     if is_auto and (kind not in KINDS or kind == "txt") and (delimiter or flags.column_names):
         # Many data sets call their tables train.txt, or have no extension.
         is_tab = delimiter in ("tab", "\\t", "\t") or (delimiter is None and kind == "txt")
@@ -548,7 +548,7 @@ def _detect(
     table: FileFormat | None = fmt
     auto = {"delimiter": delimiter is None, "quoting": flags.quoting == "auto"}
     if kind not in ("jsonl", "json") and any(auto.values()):
-        table = detect_table(fmt, text[sep.end() :] if sep else text, is_all, **auto)
+        table = detect_table(fmt, text[sep.end() :] if sep else text, is_eof, **auto)
     if kind == "txt":
         if table is None or not is_auto:
             return fmt, _describe(fmt, usual, by_name, flags)
@@ -561,7 +561,7 @@ def _detect(
         )
     note = _describe(table, usual, by_name, flags)
     is_unquoted = table.is_table and not table.quoted and auto["quoting"]
-    if is_unquoted and quotes_are_ambiguous(table, text, is_all):
+    if is_unquoted and quotes_are_ambiguous(table, text, is_eof):
         note = note or f"{name}: read as unquoted"
         note += "; quotes around fields are text (--quoting double overrules)"
     return table, note

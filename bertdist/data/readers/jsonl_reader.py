@@ -24,7 +24,7 @@ from bertdist.data.readers.text_lines import (
     FileFormat,
     Lines,
     Parsed,
-    Rows,
+    RowSpans,
     row_excerpt,
     rows_of_lines,
 )
@@ -38,13 +38,13 @@ _BLANK = re.compile(r"[ \t\r\n]*")
 _TWICE: Any = object()  # the value of a key that an object has twice
 
 
-def read_keys(fmt: FileFormat, lines: Lines, is_all: bool, skip: bool) -> list[str] | None:
+def read_keys(fmt: FileFormat, lines: Lines, is_eof: bool, skip: bool) -> list[str] | None:
     """Keys of the first object, and those that most of the next ones have, nested ones included.
 
     [] : there is no object in the file; None: none in these first lines.
     """
     keys = _keys_of(_objects(fmt, lines, [] if skip else None))
-    return keys or ([] if is_all else None)
+    return keys or ([] if is_eof else None)
 
 
 def document_keys(fmt: FileFormat, items: list[Any], skip: bool) -> list[str]:
@@ -88,9 +88,9 @@ def parse_json(
         for name, column in columns.items():
             column.append(value if name == WHOLE_OBJECT else field_of(value, name))
 
-    def find_rows() -> Rows:
+    def find_rows() -> RowSpans:
         rows, valid_lines = rows_of_lines(lines.data, blank=True), np.array(numbers, np.int64)
-        return Rows(*(part[valid_lines] for part in rows))
+        return RowSpans(*(part[valid_lines] for part in rows))
 
     return Parsed({**columns}, len(numbers), bad_rows or [], find_rows)
 
@@ -123,7 +123,10 @@ def parse_txt(fmt: FileFormat, lines: Lines, wanted: Sequence[str]) -> Parsed:
             bad_rows.append(BadRow(fmt.name, lines.first + line, reason, text))
         valid = [line for line in range(len(texts)) if line not in lines.broken]
         valid_lines = np.array(valid, np.int64)
-        texts, rows = [texts[line] for line in valid], Rows(*(part[valid_lines] for part in rows))
+        texts, rows = (
+            [texts[line] for line in valid],
+            RowSpans(*(part[valid_lines] for part in rows)),
+        )
     column = pa.chunked_array([texts], pa.large_string())
     return Parsed(dict.fromkeys(wanted, column), len(texts), bad_rows, lambda: rows)
 

@@ -76,7 +76,7 @@ def reject_foreign(path: str, head: bytes) -> None:
 def detect_kind(
     kind: str,
     head: bytes,
-    is_all: bool,
+    is_eof: bool,
     text_columns: Collection[str],
     trained: Collection[str] = (),
 ) -> str:
@@ -85,11 +85,11 @@ def detect_kind(
     text_columns: names that were requested; trained: those of a training, which a text may hold
     too: then the first line is a header only with two names that are usual.
     """
-    if (json_kind := _json_kind(kind, head, is_all)) is not None:
+    if (json_kind := _json_kind(kind, head, is_eof)) is not None:
         return json_kind
     if kind != "txt":
         return kind
-    lines = [line for line in head.split(b"\n")[: None if is_all else -1] if line.strip()]
+    lines = [line for line in head.split(b"\n")[: None if is_eof else -1] if line.strip()]
     first = lines[0].decode(errors="replace") if lines else ""
     for sign in DELIMITERS:
         fields = [field.strip().strip('"') for field in first.split(sign)]
@@ -101,7 +101,7 @@ def detect_kind(
     return "tsv" if tabs and len(lines) > 1 and share >= MIN_SHARE else kind
 
 
-def _json_kind(kind: str, head: bytes, is_all: bool) -> str | None:
+def _json_kind(kind: str, head: bytes, is_eof: bool) -> str | None:
     """`jsonl`, or `json` where the file is one document; None: neither, or not certain."""
     text, is_json = head.lstrip(), kind in ("json", "jsonl")
     first, _, rest = text.partition(b"\n")
@@ -109,7 +109,7 @@ def _json_kind(kind: str, head: bytes, is_all: bool) -> str | None:
         return "json" if is_json or _JSON_ROWS.match(text) else None
     value = _json_object(first)
     if value:
-        is_document = kind == "json" and is_all and not rest.strip() and _has_rows(value)
+        is_document = kind == "json" and is_eof and not rest.strip() and _has_rows(value)
         return "json" if is_document else "jsonl"
     if not is_json or not text.startswith(b"{"):
         return None
@@ -136,7 +136,7 @@ def _json_object(line: bytes) -> dict[str, object] | None:
     return value if isinstance(value, dict) else None
 
 
-def detect_encoding(head: bytes, is_all: bool) -> str | None:
+def detect_encoding(head: bytes, is_eof: bool) -> str | None:
     """The encoding of a file that begins with `head`; None where that is uncertain."""
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "utf-32"
@@ -148,10 +148,10 @@ def detect_encoding(head: bytes, is_all: bool) -> str | None:
         if zeros[0] > len(head) / 4 and not zeros[1]:
             return codec
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head, final=is_all)
+        codecs.getincrementaldecoder("utf-8")().decode(head, final=is_eof)
         return "utf-8"
     except UnicodeDecodeError:
-        lines = head if is_all else head[: head.rfind(b"\n") + 1]
+        lines = head if is_eof else head[: head.rfind(b"\n") + 1]
         return "cp1252" if b"\0" not in lines and _is_english_cp1252(lines) else None
 
 
@@ -168,14 +168,14 @@ def _is_english_cp1252(data: bytes) -> bool:
 
 
 def detect_table(
-    fmt: FileFormat, head: bytes, is_all: bool, *, delimiter: bool, quoting: bool
+    fmt: FileFormat, head: bytes, is_eof: bool, *, delimiter: bool, quoting: bool
 ) -> FileFormat | None:
     """`fmt` with the delimiter and quoting, if requested, of a table that begins with `head`.
 
     `fmt` has the kind of the file name extension, and the usual delimiter and quoting of that kind,
     which stay where nothing else is certain. With an unknown extension, None: this is not a table.
     """
-    data = head if is_all else head[: head.rfind(b"\n") + 1]
+    data = head if is_eof else head[: head.rfind(b"\n") + 1]
     lines = escape_carriage_returns(Lines(data, 1, {}))
     is_table = fmt.kind in ("csv", "tsv")
     unchanged = fmt if is_table else None
@@ -185,7 +185,7 @@ def detect_table(
     if is_table and quoting and not fmt.quoted:
         usual.append(replace(fmt, quoted=True))
     for candidate in usual:
-        if _has_even_rows(candidate, lines, is_all):
+        if _has_even_rows(candidate, lines, is_eof):
             return candidate
     if not delimiter:
         return unchanged
@@ -197,15 +197,15 @@ def detect_table(
         for quoted in quotings:
             name = fmt.kind if is_table else kind
             candidate = replace(fmt, kind=name, delimiter=sign, quoted=quoted)
-            if _has_even_rows(candidate, lines, is_all):
+            if _has_even_rows(candidate, lines, is_eof):
                 matches.append(candidate)
                 break
     return matches[0] if len(matches) == 1 else unchanged
 
 
-def quotes_are_ambiguous(fmt: FileFormat, head: bytes, is_all: bool) -> bool:
+def quotes_are_ambiguous(fmt: FileFormat, head: bytes, is_eof: bool) -> bool:
     """Whether a table without quoting has quoted fields, and the same rows if read with it."""
-    data = head if is_all else head[: head.rfind(b"\n") + 1]
+    data = head if is_eof else head[: head.rfind(b"\n") + 1]
     sign = fmt.delimiter.encode()
     if not (data.startswith(b'"') or b'\n"' in data or sign + b'"' in data):
         return False  # far quicker than the search
@@ -213,24 +213,24 @@ def quotes_are_ambiguous(fmt: FileFormat, head: bytes, is_all: bool) -> bool:
     if not re.search(rb'(?m)(?:^|(?<=%b))"[^\n]*?"(?=%b|\r?$)' % (sign, sign), data):
         return False
     lines = escape_carriage_returns(Lines(data, 1, {}))
-    return _has_even_rows(replace(fmt, quoted=True), lines, is_all)
+    return _has_even_rows(replace(fmt, quoted=True), lines, is_eof)
 
 
-def _has_even_rows(fmt: FileFormat, lines: Lines, is_all: bool) -> bool:
+def _has_even_rows(fmt: FileFormat, lines: Lines, is_eof: bool) -> bool:
     """Whether two rows or more all have the same number of fields (2 or more, --column_names)."""
     data, at = with_line_end(lines.data), 0
     while at < len(lines.data) and (blank := blank_line_size(data, at)):
         at += blank
     if at >= len(lines.data):
         return False
-    row = parse_row(fmt, data, at, 1, len(data), is_all)
+    row = parse_row(fmt, data, at, 1, len(data), is_eof)
     num_fields = len(row.fields)
     if row.error or not row.end or num_fields < 2:
         return False
     if fmt.column_names and num_fields != len(fmt.column_names):
         return False
-    scan = scan_rows(fmt, lines, num_fields, len(data), is_all)
-    if len(scan.rows.starts) < 2 or scan.bad:
+    scan = scan_rows(fmt, lines, num_fields, len(data), is_eof)
+    if len(scan.row_spans.starts) < 2 or scan.bad:
         return False
     if not fmt.quoted or fmt.delimiter != "\t":
         return True
@@ -238,8 +238,8 @@ def _has_even_rows(fmt: FileFormat, lines: Lines, is_all: bool) -> bool:
     return is_well_formed(fmt, lines.data[: scan.stop], len(data))
 
 
-def head_as_utf8(head: bytes, codec: str, is_all: bool) -> bytes:
+def head_as_utf8(head: bytes, codec: str, is_eof: bool) -> bytes:
     """The complete lines of a file's beginning in UTF-8, with undecodable bytes replaced."""
     ends = line_ends(head, codec)
-    lines = head if is_all or not len(ends) else head[: ends[-1]]
+    lines = head if is_eof or not len(ends) else head[: ends[-1]]
     return lines.decode(codec, "replace").encode(errors="replace").removeprefix(codecs.BOM_UTF8)

@@ -73,7 +73,7 @@ class Lines(NamedTuple):
     cr_placeholder: str | None = None
 
 
-class Rows(NamedTuple):
+class RowSpans(NamedTuple):
     """Positions of rows in some lines: first byte, end (with the line end), and line, from 0."""
 
     starts: Offsets  # (rows,)
@@ -87,7 +87,7 @@ class Parsed(NamedTuple):
     columns: dict[str, Column]
     num_rows: int
     bad_rows: list[BadRow]
-    rows: Callable[[], Rows]
+    row_spans: Callable[[], RowSpans]
 
 
 class Buffer:
@@ -246,7 +246,7 @@ def reject_old_mac(fmt: FileFormat, lines: Lines) -> None:
         )
 
 
-def rows_of_lines(data: bytes, *, blank: bool) -> Rows:
+def rows_of_lines(data: bytes, *, blank: bool) -> RowSpans:
     """Every line as a row; with blank False, without empty lines."""
     ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n")) + 1
     if not data.endswith(b"\n") and data:
@@ -254,18 +254,18 @@ def rows_of_lines(data: bytes, *, blank: bool) -> Rows:
     return rows_between(data, ends, np.arange(len(ends)), blank)
 
 
-def rows_between(data: bytes, ends: Offsets, lines: Offsets, blank: bool) -> Rows:
+def rows_between(data: bytes, ends: Offsets, lines: Offsets, blank: bool) -> RowSpans:
     """Adjacent rows that end at `ends` and begin on `lines`; without empty ones, unless blank."""
     starts = np.concatenate([np.zeros(min(1, len(ends)), np.int64), ends[:-1]])
     if blank or not len(ends):
-        return Rows(starts, ends, lines)
+        return RowSpans(starts, ends, lines)
     text = np.frombuffer(data, np.uint8)
     sizes, first_bytes = ends - starts, text[starts]
     is_crlf = (sizes == 2) & (first_bytes == ord("\r")) & (text[ends - 1] == ord("\n"))
     empty = (first_bytes == ord("\n")) | is_crlf
     if not empty.any():
-        return Rows(starts, ends, lines)
-    return Rows(starts[~empty], ends[~empty], lines[~empty])
+        return RowSpans(starts, ends, lines)
+    return RowSpans(starts[~empty], ends[~empty], lines[~empty])
 
 
 def row_excerpt(lines: Lines, start: int, end: int) -> str:
@@ -276,7 +276,7 @@ def row_excerpt(lines: Lines, start: int, end: int) -> str:
     )
 
 
-def row_excerpts(lines: Lines, rows: Rows, wanted: Sequence[int]) -> list[str]:
+def row_excerpts(lines: Lines, rows: RowSpans, wanted: Sequence[int]) -> list[str]:
     """The text of each of the `wanted` rows for a BadRow."""
     return [row_excerpt(lines, int(rows.starts[row]), int(rows.ends[row])) for row in wanted]
 

@@ -50,8 +50,8 @@ def write(folder: Path, kind: str, labels: list[Any]) -> Records:
 def test_a_label_is_the_same_in_every_format(tmp_path: Path, kind: str, labels: list[Any]) -> None:
     rows = write(tmp_path, kind, labels)
     task = create_task(TaskConfig(), label_stats_of(rows), None)
-    assert rows.label_codes is not None and len(task.labels) == 2
-    targets = [task.encode_label(rows.label_values[code]) for code in rows.label_codes]
+    assert rows.label_indices is not None and len(task.labels) == 2
+    targets = [task.encode_label(rows.label_values[code]) for code in rows.label_indices]
     assert targets == [1, 0, 1]
     word = "t" in task.labels[1].lower()
     for other in ("true", "TRUE") if word else ("1", "1.0", "1."):

@@ -95,7 +95,7 @@ def batches(lengths: Sequence[int] = LENGTHS, **changes: Any) -> MapLoader:
 
 
 def rows_of(step: RankStep) -> list[int]:
-    return [row for batch in step.micro_batches for row in batch.rows.tolist()]
+    return [row for batch in step.micro_batches for row in batch.row_numbers.tolist()]
 
 
 def content(step: RankStep) -> Any:
@@ -224,11 +224,11 @@ def test_a_batch_by_hand() -> None:
     expected = {
         "ids": torch.tensor([2, 30, 3, 2, 31, 3, 32, 3]),
         "positions": torch.tensor([0, 1, 2, 0, 1, 2, 3, 4]),
-        "segments": torch.tensor([0, 0, 0, 0, 0, 0, 1, 1]),
-        "starts": torch.tensor([0, 3, 8]),
+        "token_type_ids": torch.tensor([0, 0, 0, 0, 0, 0, 1, 1]),
+        "cu_seqlens": torch.tensor([0, 3, 8]),
         "targets": torch.tensor([1, 0]),
         "weights": torch.tensor([0.5, 1.0]),
-        "rows": torch.tensor([7, 4]),
+        "row_numbers": torch.tensor([7, 4]),
     }
     for name, tensor in expected.items():
         torch.testing.assert_close(
@@ -265,15 +265,15 @@ def test_a_share_cut_again_by_hand(batch: PackedBatch) -> None:
     expected = {
         "ids": torch.tensor([2, 3, 5]),
         "positions": torch.tensor([0, 1, 0]),
-        "segments": torch.tensor([0, 1, 0]),
-        "starts": torch.tensor([0, 2, 3]),
+        "token_type_ids": torch.tensor([0, 1, 0]),
+        "cu_seqlens": torch.tensor([0, 2, 3]),
         "targets": torch.tensor([0, 1]),
         "weights": torch.tensor([1.0, 0.0]),
-        "rows": torch.tensor([4, 9]),
+        "row_numbers": torch.tensor([4, 9]),
     }
     for name, tensor in expected.items():
         torch.testing.assert_close(getattr(second, name), tensor, rtol=0, atol=0)
-    assert second.lengths == (2, 1) and first.lengths == (3,) and first.rows.tolist() == [7]
+    assert second.lengths == (2, 1) and first.lengths == (3,) and first.row_numbers.tolist() == [7]
 
 
 @QUICK
@@ -324,8 +324,13 @@ def test_one_token_of_a_batch_counts_nothing(batch: PackedBatch) -> None:
     token = single_token_batch(batch)
     assert token.ids.tolist() == batch.ids[
         :1
-    ].tolist() and token.positions.tolist() == token.segments.tolist() == [0]
-    assert (token.starts.tolist(), token.lengths, token.weights.tolist(), token.rows.tolist()) == (
+    ].tolist() and token.positions.tolist() == token.token_type_ids.tolist() == [0]
+    assert (
+        token.cu_seqlens.tolist(),
+        token.lengths,
+        token.weights.tolist(),
+        token.row_numbers.tolist(),
+    ) == (
         [0, 1],
         (1,),
         [0.0],
@@ -360,7 +365,7 @@ def test_a_batch_travels_as_bytes_not_as_open_files(batch: PackedBatch) -> None:
 def test_a_batch_moves_whole(batch: PackedBatch) -> None:
     moved = batch.to(torch.device("meta"))
     assert {f.name for f in fields(moved) if getattr(getattr(moved, f.name), "device", None) == torch.device("meta")} == {
-        "ids", "positions", "segments", "starts", "targets", "weights", "rows",
+        "ids", "positions", "token_type_ids", "cu_seqlens", "targets", "weights", "row_numbers",
     }  # fmt: skip
     assert moved.lengths == batch.lengths
     assert batch.ids.device.type == "cpu"
@@ -379,7 +384,7 @@ def test_an_epoch_by_hand() -> None:
         (0, 3),
         (1, 2),
     ]  # the last one is smaller, and is a step
-    assert [[batch.rows.tolist() for batch in step.micro_batches] for step in steps] == [
+    assert [[batch.row_numbers.tolist() for batch in step.micro_batches] for step in steps] == [
         [[2], [0, 1]],
         [[4, 3]],
     ]
@@ -441,9 +446,9 @@ def test_a_row_keeps_its_tokens_target_and_weight_wherever_it_is_dealt() -> None
     for rank in range(3):
         for step in batches(rank=rank, ranks=3).steps(0, 3):
             for batch in step.micro_batches:
-                for i, row in enumerate(batch.rows.tolist()):
+                for i, row in enumerate(batch.row_numbers.tolist()):
                     assert (
-                        batch.ids[batch.starts[i] : batch.starts[i + 1]].tolist()
+                        batch.ids[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]].tolist()
                         == [row] * LENGTHS[row]
                     )
                     assert batch.targets[i] == row % 2

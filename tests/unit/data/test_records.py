@@ -104,9 +104,9 @@ def test_every_format_gives_the_same_records(write: Write, name: str, content: s
         None,
     )
     assert (
-        records.label_codes is not None
-        and records.label_codes.dtype == np.int32
-        and records.label_codes.tolist() == [0, 1]
+        records.label_indices is not None
+        and records.label_indices.dtype == np.int32
+        and records.label_indices.tolist() == [0, 1]
     )
     assert records.name == name
 
@@ -464,7 +464,7 @@ def test_smsspamcollection_has_all_its_rows(shared_data: Path, write: Write) -> 
     records = train(write("sms.tsv", content), column_names=["label", "text"])
     assert len(records) == 5_574
     assert not any(record.text.endswith("\r") for record in rows_of(records))
-    assert np.bincount(records.label_codes).tolist() == [4_827, 747] and records.label_values == [
+    assert np.bincount(records.label_indices).tolist() == [4_827, 747] and records.label_values == [
         "ham",
         "spam",
     ]  # type: ignore[arg-type]
@@ -1329,7 +1329,7 @@ def test_txt_is_for_prediction_and_has_no_pairs(write: Write) -> None:
     trained = ColumnNames("sentence", None, None, None)  # a .txt has but one column
     records = load_texts(path, FileConfig(), trained)
     assert rows_of(records) == [Record(0, "a", None, None), Record(1, "b", None, None)]
-    assert (records.label_kind, records.label_values, records.label_codes) == (None, [], None)
+    assert (records.label_kind, records.label_values, records.label_indices) == (None, [], None)
     assert "one text per line, no pairs" in refusal(lambda: texts_of(path, text_pair_column="b"))
     assert "--text_column cannot take effect" in refusal(lambda: texts_of(path, text_column="b"))
 
@@ -1538,7 +1538,7 @@ def labelled(name: str, labels: list[Any], kind: str, pairs: list[str] | None = 
     plain = records_from_texts([f"{name} {i}" for i in range(len(labels))], pairs)
     codes = np.array([values.index(label) for label in labels], np.int32)
     return replace(
-        plain, label_kind=kind, label_values=values, label_codes=codes, label_column="label"
+        plain, label_kind=kind, label_values=values, label_indices=codes, label_column="label"
     )
 
 

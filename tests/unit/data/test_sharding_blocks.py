@@ -30,7 +30,9 @@ def packed(model: Path, ranks: int, window: int, tokens: int) -> list[tuple[int,
             window=window,
         )
         for step in loader.steps(0, loader.steps_per_epoch):
-            found += [tuple(x.rows.tolist()) for x in step.micro_batches if x.rows[0] >= 0]
+            found += [
+                tuple(x.row_numbers.tolist()) for x in step.micro_batches if x.row_numbers[0] >= 0
+            ]
     return sorted(found)
 
 

@@ -75,7 +75,7 @@ def test_rows_in_memory_know_it_all(tmp_path: Path) -> None:
         records_from_texts(["a", "b", "c"]),
         label_kind="text",
         label_values=["no", "yes"],
-        label_codes=codes,
+        label_indices=codes,
         label_column="l",
     )
     found = collect_stats(rows, config_of(tmp_path), ALONE, pytest.fail)
@@ -88,7 +88,10 @@ def test_a_stream_is_read_once_and_it_is_said_what_for(tmp_path: Path) -> None:
     files = [file_of(["no", "yes", "no"]), file_of([]), file_of(["maybe"])]
     said: list[str] = []
     found = collect_stats(stream_of(files), config_of(tmp_path), ALONE, said.append)
-    assert (dict(zip(found.labels.values, found.labels.counts, strict=True)), found.rows) == (
+    assert (
+        dict(zip(found.labels.values, found.labels.counts, strict=True)),
+        found.num_rows_per_source,
+    ) == (
         {"no": 2, "yes": 1, "maybe": 1},
         [3, 0, 1],
     )
@@ -139,7 +142,11 @@ def test_flags_make_the_reading_needless(
     )
     found = collect_stats(read, config_of(tmp_path, *words), ALONE, said.append)
     assert said == ([] if reasons is None else [f"Reading t.tsv once, for {reasons}."])
-    assert (found.rows == []) == (reasons is None) == (not (tmp_path / "survey.json").exists())
+    assert (
+        (found.num_rows_per_source == [])
+        == (reasons is None)
+        == (not (tmp_path / "survey.json").exists())
+    )
 
 
 def test_without_reading_the_labels_are_those_that_were_named(tmp_path: Path) -> None:

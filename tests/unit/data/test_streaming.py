@@ -119,11 +119,11 @@ def batches_of(
 def rows_of(step: RankStep) -> list[list[int]]:
     """The rows of each micro-batch by their numbers in the data; of an idle rank none."""
     batches = [
-        [int(batch.ids[start]) for start in batch.starts[:-1]] for batch in step.micro_batches
+        [int(batch.ids[start]) for start in batch.cu_seqlens[:-1]] for batch in step.micro_batches
     ]
     counted = [[weight > 0 for weight in batch.weights] for batch in step.micro_batches]
     assert all(all(of) != step.idle for of in counted) and all(
-        (batch.rows < 0).all() == step.idle for batch in step.micro_batches
+        (batch.row_numbers < 0).all() == step.idle for batch in step.micro_batches
     )
     return [] if step.idle else batches
 
@@ -135,7 +135,7 @@ def content(step: RankStep) -> Any:
         step.rows,
         step.idle,
         [
-            (batch.ids.tolist(), batch.targets.tolist(), batch.rows.tolist())
+            (batch.ids.tolist(), batch.targets.tolist(), batch.row_numbers.tolist())
             for batch in step.micro_batches
         ],
         step.next_reader_state,
@@ -516,7 +516,12 @@ def test_where_a_row_stands_is_told_by_the_place_of_its_step(split: str) -> None
     for batches, steps in zip(of_ranks, by_rank, strict=True):
         wrong = 0
         for step in steps if split == "by_row" else [step for step in steps if not step.idle]:
-            rows = [row for batch in step.micro_batches for row in batch.rows.tolist() if row >= 0]
+            rows = [
+                row
+                for batch in step.micro_batches
+                for row in batch.row_numbers.tolist()
+                if row >= 0
+            ]
             ids = [row for of in rows_of(step) for row in of]
             names = [
                 place.rsplit(" row ", 1)
@@ -596,7 +601,7 @@ def test_ranks_with_files_of_their_own_take_every_row_once_and_the_same_number_o
         for steps in by_rank
         for step in steps[:per_epoch]
         for batch in step.micro_batches
-        for row in batch.rows.tolist()
+        for row in batch.row_numbers.tolist()
         if row >= 0
     ]
     assert len(numbers) == len(set(numbers)) == rows, (
@@ -678,7 +683,7 @@ def test_a_rank_whose_rows_are_all_left_out_tells_them(
         ]
         assert_every_row_once(steps_of(by_rank), 5, 9)
         assert all(
-            len(batch.rows) and (batch.rows < 0).all()
+            len(batch.row_numbers) and (batch.row_numbers < 0).all()
             for step in by_rank[1]
             for batch in step.micro_batches
         )

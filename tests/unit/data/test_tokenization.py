@@ -359,7 +359,7 @@ def labelled(values: list[Any], codes: Sequence[int]) -> Records:
     """Rows 'good a', 'good aa', ... with labels."""
     plain = records_from_texts([f"good {'a' * i}" for i in range(1, len(codes) + 1)])
     return dataclasses.replace(
-        plain, label_kind="text", label_values=values, label_codes=np.array(codes, dtype=np.int32)
+        plain, label_kind="text", label_values=values, label_indices=np.array(codes, dtype=np.int32)
     )
 
 

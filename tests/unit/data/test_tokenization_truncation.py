@@ -202,7 +202,7 @@ def test_a_tokenizer_of_a_model_with_one_segment_gives_none(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     assert "token_type_ids" in tokenizer(["a"], ["b"])
-    save_tokenizer(tokenizer, tmp_path, None, segments=False)
+    save_tokenizer(tokenizer, tmp_path, None, has_token_types=False)
     saved = AutoTokenizer.from_pretrained(tmp_path)
     assert "token_type_ids" not in saved(["a"], ["b"]) and saved.model_max_length == 512
     assert "token_type_ids" in tokenizer(["a"], ["b"])

@@ -194,9 +194,9 @@ def predict_rows(
     config = read_config(words)
     records = load_records(config.data, "train")
     task = create_task(config.task, label_stats_of(records), None)
-    assert records.label_codes is not None
+    assert records.label_indices is not None
     targets = np.array([task.encode_label(value) for value in records.label_values])[
-        records.label_codes
+        records.label_indices
     ]
     lines: list[str] = []
     log: Any = SimpleNamespace(say=lines.append)
@@ -257,7 +257,7 @@ def test_no_row_is_predicted_by_a_model_trained_on_it(tiny_model: Path, tmp_path
         tiny_model, tmp_path / "broken", files, train_file=path, num_train_epochs=1, max_length=24
     )
     run_ranks(1, predict_rows, words, 3, groupless, timeout=300)
-    by_row = assign_folds((records.label_codes == 1).astype(int), np.arange(30), 3, 42)
+    by_row = assign_folds((records.label_indices == 1).astype(int), np.arange(30), 3, 42)
     assert count_leaked_rows(records, by_row, tmp_path / "broken", 3) > 0
 
 

@@ -234,8 +234,8 @@ def padded(model: Classifier, batch: PackedBatch) -> dict[str, Tensor]:
     pad = model.model.config.pad_token_id
     found = {"input_ids": batch.ids[places].masked_fill(~real, pad), "attention_mask": real.long()}
     return found | (
-        {"token_type_ids": batch.segments[places].masked_fill(~real, 0)}
-        if batch.segments.any()
+        {"token_type_ids": batch.token_type_ids[places].masked_fill(~real, 0)}
+        if batch.token_type_ids.any()
         else {}
     )
 
@@ -335,13 +335,13 @@ def no_positions(
 def no_segments(
     model: Classifier, batch: PackedBatch, monkeypatch: pytest.MonkeyPatch
 ) -> PackedBatch:
-    return replace(batch, segments=torch.zeros_like(batch.segments))
+    return replace(batch, token_type_ids=torch.zeros_like(batch.token_type_ids))
 
 
 def last_tokens(
     model: Classifier, batch: PackedBatch, monkeypatch: pytest.MonkeyPatch
 ) -> PackedBatch:
-    return replace(batch, starts=torch.cat([batch.starts[1:], batch.starts[-1:]]) - 1)
+    return replace(batch, cu_seqlens=torch.cat([batch.cu_seqlens[1:], batch.cu_seqlens[-1:]]) - 1)
 
 
 def no_windows(

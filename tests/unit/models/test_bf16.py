@@ -80,16 +80,16 @@ def test_tokens_and_texts_are_round(lengths: list[int]) -> None:
     batch = batch_of(lengths)
     more = round_up(batch)
     tokens, texts = sum(lengths), len(lengths)
-    assert len(more.ids) == len(more.positions) == len(more.segments) == sum(more.lengths)
+    assert len(more.ids) == len(more.positions) == len(more.token_type_ids) == sum(more.lengths)
     assert len(more.ids) % (TOKENS if tokens < MANY_TOKENS else TOKENS_OF_MANY) == 0
     assert len(more.lengths) % TEXTS == 0 and min(more.lengths) > 0
     assert 0 < len(more.lengths) - texts <= TEXTS
     assert len(more.ids) - tokens < TEXTS + (TOKENS if tokens < MANY_TOKENS else TOKENS_OF_MANY)
-    for name in ("ids", "positions", "segments"):
+    for name in ("ids", "positions", "token_type_ids"):
         assert torch.equal(getattr(more, name)[:tokens], getattr(batch, name))
     assert more.positions.max() < max(lengths) and more.lengths[:texts] == batch.lengths
-    assert more.starts.diff().tolist() == list(more.lengths)
-    assert more.rows[texts:].eq(-1).all() and more.targets is batch.targets
+    assert more.cu_seqlens.diff().tolist() == list(more.lengths)
+    assert more.row_numbers[texts:].eq(-1).all() and more.targets is batch.targets
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert", "deberta-v2"])

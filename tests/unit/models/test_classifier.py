@@ -170,11 +170,11 @@ def no_restart(batch: PackedBatch, monkeypatch: pytest.MonkeyPatch) -> PackedBat
 
 
 def no_segments(batch: PackedBatch, monkeypatch: pytest.MonkeyPatch) -> PackedBatch:
-    return replace(batch, segments=torch.zeros_like(batch.segments))
+    return replace(batch, token_type_ids=torch.zeros_like(batch.token_type_ids))
 
 
 def last_tokens(batch: PackedBatch, monkeypatch: pytest.MonkeyPatch) -> PackedBatch:
-    return replace(batch, starts=torch.cat([batch.starts[1:], batch.starts[-1:]]) - 1)
+    return replace(batch, cu_seqlens=torch.cat([batch.cu_seqlens[1:], batch.cu_seqlens[-1:]]) - 1)
 
 
 @pytest.mark.parametrize("broken", [wrong_ends, no_restart, no_segments, last_tokens])
@@ -220,7 +220,7 @@ def step_gradients(
         records_from_texts(TEXTS),
         label_kind="text",
         label_values=["bad", "fine", "good"],
-        label_codes=torch.tensor(TARGETS).numpy(),
+        label_indices=torch.tensor(TARGETS).numpy(),
     )
     examples = create_dataset(records, tokenizer, TASK, 64)
     model.zero_grad()
@@ -347,7 +347,7 @@ def test_other_architectures_equal_each_text_alone(kind: str, tmp_path: Path) ->
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval().double()
     expected = []
     for ids, segments in zip(
-        batch.ids.split(batch.lengths), batch.segments.split(batch.lengths), strict=True
+        batch.ids.split(batch.lengths), batch.token_type_ids.split(batch.lengths), strict=True
     ):
         expected.append(
             plain(

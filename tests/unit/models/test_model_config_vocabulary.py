@@ -228,13 +228,13 @@ def test_segments_that_a_model_lacks_are_0(
     )
     dataset = create_dataset(records_from_texts(["good"], ["bad film"]), tokenizer, None, 32)
     batch = collate(dataset[[0]])
-    assert batch.segments.tolist() == [0, 0, 0, 1, 1, 1]
+    assert batch.token_type_ids.tolist() == [0, 0, 0, 1, 1, 1]
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         expected = plain(input_ids=batch.ids[None]).logits  # all segments 0
         torch.testing.assert_close(model(batch), expected, rtol=0, atol=1e-6)
     with pytest.raises(IndexError):  # the control: what Hugging Face does with these segments
-        plain(input_ids=batch.ids[None], token_type_ids=batch.segments[None])
+        plain(input_ids=batch.ids[None], token_type_ids=batch.token_type_ids[None])
 
 
 @pytest.mark.parametrize(("kind", "change"), [("bert", {}), ("deberta-v2", {"type_vocab_size": 0})])

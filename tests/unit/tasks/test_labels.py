@@ -22,7 +22,7 @@ from bertdist.tasks.labels import (
     label_names,
     match_labels,
     match_to_model,
-    odd_labels,
+    non_numeric_labels,
 )
 from bertdist.tasks.tasks import MultiLabel, infer_task, task_of_model
 
@@ -172,8 +172,8 @@ def test_a_few_labels_among_scores_are_an_error_that_names_them() -> None:
         ({"1": 5, "2": 1}, []),
     ],
 )
-def test_odd_labels(rows: dict[str, int], odd: list[str]) -> None:
-    assert odd_labels(rows) == odd
+def test_non_numeric_labels(rows: dict[str, int], odd: list[str]) -> None:
+    assert non_numeric_labels(rows) == odd
 
 
 # ---- Joined labels

@@ -136,13 +136,13 @@ def test_pads_are_texts_of_their_own(tiny_model: Path) -> None:
     assert padded.ids.tolist() == [5, 6, 7, 12, 13, *[0] * 5]
     assert (
         padded.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 0, 1]
-        and padded.segments.tolist() == [0] * 10
+        and padded.token_type_ids.tolist() == [0] * 10
     )
-    assert padded.starts.tolist() == [0, 3, 5, 8, 10] and padded.lengths == (3, 2, 3, 2)
+    assert padded.cu_seqlens.tolist() == [0, 3, 5, 8, 10] and padded.lengths == (3, 2, 3, 2)
     assert (
         padded.targets.tolist() == [2, 0, 0, 0]
         and padded.weights.tolist() == [1, 1, 0, 0]
-        and padded.rows.tolist() == [0, 1, -1, -1]
+        and padded.row_numbers.tolist() == [0, 1, -1, -1]
     )
     assert all(
         getattr(padded, name).dtype == getattr(batch, name).dtype
@@ -444,7 +444,7 @@ def test_every_family_reads_a_step_from_the_device(
     for lengths, bad_rows in (
         ((12, 9, 5), ""),
         ((3, 6, 4), ""),
-        ((7, 2, 1), "starts"),
+        ((7, 2, 1), "cu_seqlens"),
         ((8, 1, 1), "positions"),
     ):
         batch = budget.fill(step_of(*lengths))
@@ -488,7 +488,7 @@ class Rehearsal:
         train_step = train.train_step
 
         def eager(model: Any, optimizer: Any, step: RankStep, *rest: Any) -> StepResult:
-            self.eager += -1 not in step.micro_batches[0].rows.tolist()
+            self.eager += -1 not in step.micro_batches[0].row_numbers.tolist()
             return train_step(model, optimizer, step, *rest)
 
         def capture(

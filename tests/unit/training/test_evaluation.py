@@ -85,7 +85,7 @@ class DatasetStats(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         self.asked.append((self.training, torch.is_grad_enabled(), len(batch.lengths)))
-        return (LOGITS[batch.rows] * self.scale).double()
+        return (LOGITS[batch.row_numbers] * self.scale).double()
 
 
 def batches(**changes: Any) -> MapLoader:

@@ -57,8 +57,8 @@ class Model(nn.Module):
         self.asked: list[tuple[list[int], bool]] = []
 
     def backward(self, batch: PackedBatch, final: bool) -> Tensor:
-        self.asked.append((batch.rows.tolist(), final))
-        loss = (self.weight * batch.ids.sum()).float() * torch.rand(len(batch.rows)).sum()
+        self.asked.append((batch.row_numbers.tolist(), final))
+        loss = (self.weight * batch.ids.sum()).float() * torch.rand(len(batch.row_numbers)).sum()
         loss.backward()  # half of the work is done when memory runs out
         if sum(batch.lengths) > self.fits and len(batch.lengths) >= self.texts:
             raise torch.OutOfMemoryError("CUDA out of memory.\nmore")

@@ -304,7 +304,7 @@ def test_three_small_texts_tell_what_full_ones_keep(tiny_model: Path, dropout: f
     (example,) = examples[[0]]
 
     def kept(texts: int, length: int) -> int:
-        batch = collate([example._replace(ids=[7] * length, segments=[0] * length)] * texts)
+        batch = collate([example._replace(ids=[7] * length, token_type_ids=[0] * length)] * texts)
         return saved_activation_bytes(
             lambda batch: task.loss(model(batch), batch.targets, batch.weights), batch
         )
@@ -336,9 +336,9 @@ class Echo(nn.Module):
         self.asked.append(sum(batch.lengths))
         if (
             self.asked[-1] > self.room and len(batch.lengths) > 1
-        ) or self.stuck in batch.rows.tolist():
+        ) or self.stuck in batch.row_numbers.tolist():
             raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
-        return batch.rows.float()
+        return batch.row_numbers.float()
 
 
 @QUICK
@@ -355,9 +355,9 @@ def test_what_does_not_fit_is_computed_in_pieces_each_text_once(
     cut = [batch for step in split.steps(0, split.steps_per_epoch) for batch in step.micro_batches]
     model = Echo(room)
     found = list(compute_in_micro_batches(model, cut, split))
-    assert all(torch.equal(answer, batch.rows.float()) for batch, answer in found)
-    assert [row for batch, _ in found for row in batch.rows.tolist()] == [
-        row for batch in cut for row in batch.rows.tolist()
+    assert all(torch.equal(answer, batch.row_numbers.float()) for batch, answer in found)
+    assert [row for batch, _ in found for row in batch.row_numbers.tolist()] == [
+        row for batch in cut for row in batch.row_numbers.tolist()
     ]
     too_much = [asked for asked in model.asked if asked > room and asked > max(lengths)]
     assert too_much == sorted(set(too_much), reverse=True), (

@@ -36,7 +36,7 @@ def values(found: Parsed) -> dict[str, Any]:
 
 
 def test_a_header_may_continue_beyond_the_lines() -> None:
-    for text, is_all, expected in [
+    for text, is_eof, expected in [
         ('\n\r\na,"b\nc"\nd,e\n', False, (["a", "b\nc"], 4)),
         ('a,"b\n', False, None),
         ("\n\n", False, None),
@@ -44,7 +44,7 @@ def test_a_header_may_continue_beyond_the_lines() -> None:
         ("a,b", True, (["a", "b"], 1)),
         ('"a\r",b\r\n', True, (["a\r", "b"], 1)),
     ]:
-        assert read_header(CSV, lines_of(text), is_all, 1 << 20) == expected
+        assert read_header(CSV, lines_of(text), is_eof, 1 << 20) == expected
     with pytest.raises(DataError, match="line 1: a quote opens here and never closes"):
         read_header(CSV, lines_of('a,"b\n'), True, 1 << 20)
     with pytest.raises(DataError, match="line 2: no utf-8"):
@@ -69,7 +69,7 @@ def test_rows_around_skipped_rows_are_unchanged() -> None:
         (12, "bad"),
         (15, "worse,,"),
     ]
-    assert found.rows().lines.tolist() == [4, 6]
+    assert found.row_spans().lines.tolist() == [4, 6]
     with pytest.raises(DataError, match=r"^a\.csv line 10: broken\.$"):
         parsed(lines)
     with pytest.raises(DataError, match=r"^a\.csv line 12: 1 field, expected 2 as in the header"):
@@ -101,7 +101,7 @@ def test_well_formed_rows_equal_scanned_rows(form: FileFormat, text: str) -> Non
         scan_rows(form, lines_of(text), 2, 1 << 20),
     )
     assert not judged.bad and [part.tolist() for part in clean] == [
-        part.tolist() for part in judged.rows
+        part.tolist() for part in judged.row_spans
     ]
 
 
@@ -123,13 +123,16 @@ def test_bad_rows_have_their_lines_and_scanning_continues() -> None:
         (3, "1 field, expected 2 as in --column_names"),
         (5, "a quote opens here and never closes"),
     ]
-    rows = [text[start:end] for start, end in zip(found.rows.starts, found.rows.ends, strict=True)]
+    rows = [
+        text[start:end]
+        for start, end in zip(found.row_spans.starts, found.row_spans.ends, strict=True)
+    ]
     assert rows == [
         "a,b\n",
         'x"y,d\n',
         "h,i\n",
     ]  # the second is what is left of the row that is none
-    assert found.rows.lines.tolist() == [0, 2, 6]
+    assert found.row_spans.lines.tolist() == [0, 2, 6]
 
 
 def test_a_quote_within_a_field_is_text_and_makes_counting_wrong() -> None:
@@ -137,7 +140,7 @@ def test_a_quote_within_a_field_is_text_and_makes_counting_wrong() -> None:
     assert not is_well_formed(QUOTED, text.encode(), 99) and is_well_formed(
         QUOTED, text.replace('5"', "5").encode(), 99
     )
-    assert scan_rows(QUOTED, lines_of(text), 2, 99).rows.lines.tolist() == [0, 1]
+    assert scan_rows(QUOTED, lines_of(text), 2, 99).row_spans.lines.tolist() == [0, 1]
     assert find_row_end(QUOTED, lines_of(text), 2, False, 12, 99)[0] == 10
 
 

@@ -280,9 +280,9 @@ def test_a_boundary_that_ignores_quotes_is_detected(monkeypatch: pytest.MonkeyPa
     assert all(in_pieces(file, chunk_bytes=size) == expected for size in range(1, 60))
 
     def at_a_newline(
-        form: Any, lines: Lines, num_fields: int, is_all: bool, soft: int, limit: int
+        form: Any, lines: Lines, num_fields: int, is_eof: bool, soft: int, limit: int
     ) -> tuple[int, None]:
-        return csv_reader.last_line_end(lines.data, is_all, soft), None
+        return csv_reader.last_line_end(lines.data, is_eof, soft), None
 
     monkeypatch.setattr(file_reader, "find_row_end", at_a_newline)
     assert any(in_pieces(file, chunk_bytes=size) != expected for size in range(1, 60))

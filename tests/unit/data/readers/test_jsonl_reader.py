@@ -34,7 +34,7 @@ def test_lines_that_are_not_rows_are_skipped_and_reported() -> None:
         (8, "the key 'b' is missing", '{"a": 2}'),
         (10, "byte 0xFF is not utf-8", '{"a": 4, "b": 4}'),
     ]
-    rows = found.rows()
+    rows = found.row_spans()
     assert (
         rows.lines.tolist() == [1, 4]
         and LINES.data[rows.starts[1] : rows.ends[1]] == b'{"b": 3, "a": null}\n'
@@ -163,13 +163,13 @@ def test_every_line_of_a_txt_is_a_row() -> None:
         found = parse_txt(JSON, Lines(text.encode(), 1, {}), ["text"])
         assert (
             found.columns["text"].to_pylist() == expected
-            and len(found.rows().lines) == found.num_rows
+            and len(found.row_spans().lines) == found.num_rows
         )  # type: ignore[union-attr]
     found = parse_txt(JSON, Lines(b"a\nb\nc\n", 3, {1: "broken"}), ["text"])
     assert found.columns["text"].to_pylist() == ["a", "c"] and [
         (row.line, row.text) for row in found.bad_rows
     ] == [(4, "b")]  # type: ignore[union-attr]
-    assert found.rows().lines.tolist() == [0, 2]
+    assert found.row_spans().lines.tolist() == [0, 2]
 
 
 def test_rows_of_a_document_may_be_lists_whose_items_are_named() -> None:
