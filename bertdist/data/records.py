@@ -372,7 +372,7 @@ def records_from_chunk(
         column: _validated(values, column, location, problems)
         for column, values in chunk.columns.items()
     }
-    parts = [read_texts(arrays[name], name, location, problems) for name in columns.texts]
+    parts = [read_texts(arrays[column], column, location, problems) for column in columns.texts]
     texts = parts[0]
     if len(parts) > 1:
         texts = pc.binary_join_element_wise(*parts, pa.scalar(" ", pa.large_string()))

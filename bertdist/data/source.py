@@ -1,4 +1,4 @@
-"""The interface of data sources: chunks of rows, and the location of each row.
+"""The interface that all readers have (`DataSource`): chunks of rows, the location of each row.
 
 A reader (of files, URLs or the Hub) is a `DataSource`. It yields `Chunk`s, each with the reader
 state from which reading can resume. Every error message names a row by its `RowLocation`, such as

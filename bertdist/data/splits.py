@@ -1,7 +1,8 @@
 """Load data as configured: files, URLs, Hub data sets and GLUE tasks -> `Records` or a `Stream`.
 
 `load_splits` is for training and evaluation, `load_texts` for prediction. Which columns are read,
-and which labels are valid or missing, is decided in data/records.py and data/columns.py.
+and which labels are valid or missing, is decided in data/records.py and data/columns.py; which
+rows of a training file are held out, in data/held_out.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,5 @@
-"""Statistics of the training rows, needed before the first step: labels and number of rows.
+"""What is known before the first step: the labels and number of the training rows, the task that
+they define (`create_task`), and digests by which ranks and a resumed run compare their inputs.
 
 Rows in memory are counted. A stream is read once (data/stream_scan.py), unless flags make this
 unnecessary.

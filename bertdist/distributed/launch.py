@@ -1,4 +1,4 @@
-"""How a process of a run starts and ends.
+"""How a process of a run starts and ends. Checks on the launcher above it: launcher.py.
 
     run_cli(command, config)       a script's main(): settings of the process, errors, exit codes
     launch(config)                 the three below, in this order

@@ -1,4 +1,5 @@
-"""What the launcher above this process was asked to do, where bertdist does something else.
+"""Checks on what started this process (accelerate launch, torchrun): was it asked for something
+that bertdist does otherwise? How a process starts and ends: launch.py.
 
     check_launcher(mixed_precision)    before there is an Accelerator: settings of accelerate
     check_world(world_size)            once the ranks are known: whether any were lost
