@@ -76,13 +76,18 @@ def create_lr_schedule(config: OptimConfig, total_steps: int) -> Callable[[int],
     return lr_factor
 
 
+def is_on_cpu(tensor: Tensor) -> bool:
+    """Whether reading the value needs no device synchronization."""
+    return tensor.device.type == "cpu"
+
+
 def clip_gradients(model: nn.Module, max_norm: float, accelerator: Accelerator) -> Tensor:
     """The norm () of all gradients; where it is above max_norm, they are scaled down to it.
 
     The bits of accelerate's clipping. On a CPU without its passes over what does not change: all
     gradients where the norm is not above max_norm, rows of the word embedding without a gradient.
     """
-    if accelerator.device.type != "cpu":
+    if accelerator.scaler is not None or not is_on_cpu(next(model.parameters())):
         found: Tensor | None = accelerator.clip_grad_norm_(model.parameters(), max_norm)
         assert found is not None
         return found
@@ -92,11 +97,6 @@ def clip_gradients(model: nn.Module, max_norm: float, accelerator: Accelerator) 
     if factor != 1:
         scale_gradients(model, factor)
     return norm
-
-
-def is_on_cpu(tensor: Tensor) -> bool:
-    """Whether reading the value needs no device synchronization."""
-    return tensor.device.type == "cpu"
 
 
 def apply_update(
