@@ -550,7 +550,7 @@ def test_a_text_that_does_not_fit_alone_ends_all_ranks_with_one_line(
         "not even alone (CUDA out of memory. Tried to allocate "
         "2.00 GiB.). Use a smaller --max_length, --gradient_checkpointing, or more memory."
     )
-    assert json_of(tmp_path / "out" / "status.json")["state"] == "failed"
+    assert not (tmp_path / "out").exists(), "before the first step: nothing is left behind"
 
 
 # --- Evaluation

@@ -15,7 +15,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from forked import Command
 from launched import accelerate_launch
-from rows import EVERY_FAULT
+from rows import EVERY_FAULT, make_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "accelerate_configs"
@@ -137,7 +137,9 @@ every_fault = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("kind", ["default", pytest.param("file", marks=every_fault)])
-def test_a_users_config_that_asks_for_more_is_one_line(kind: str, tmp_path: Path) -> None:
+def test_a_users_config_that_asks_for_more_is_one_line(
+    kind: str, tiny_model: Path, tmp_path: Path
+) -> None:
     """For prediction too; dynamo would compile the whole model, and FSDP shard it."""
     setting = {
         "default": "dynamo_config: {dynamo_backend: INDUCTOR}\ndistributed_type: 'NO'\n",
@@ -151,8 +153,13 @@ def test_a_users_config_that_asks_for_more_is_one_line(kind: str, tmp_path: Path
     words = [] if kind == "default" else ["--config_file", str(file)]
     home = tmp_path if kind == "default" else Path("/nonexistent")
     script = [["-m", "bertdist.predict"], ["-m", "bertdist.train"]][kind == "file"]
-    flags = ["--model_name_or_path", "m", "--output_dir", str(tmp_path / "out")]
-    flags = [*flags, "--train_file", "t.csv"] if kind == "file" else ["--model", "m", "--text", "a"]
+    model, train_file = str(tiny_model), write_rows(tmp_path / "t.csv", make_rows(4))
+    flags = ["--model_name_or_path", model, "--output_dir", str(tmp_path / "out")]
+    flags = (
+        [*flags, "--train_file", str(train_file)]
+        if kind == "file"
+        else ["--model", model, "--text", "a"]
+    )
     code, _, err = launched("--quiet", *words, *script, *flags, HF_HOME=str(home))
     name = {"default": "ACCELERATE_DYNAMO_BACKEND is 'INDUCTOR'", "file": "ACCELERATE_USE_FSDP is"}
     lines = [line for line in err.splitlines() if line.startswith("bertdist: ")]
