@@ -217,7 +217,7 @@ def labelled(
     given = {
         "label_kind": "text",
         "label_values": values,
-        "label_codes": np.array(codes, dtype=np.int32),
+        "label_indices": np.array(codes, dtype=np.int32),
         "label_column": "label",
         **changes,
     }
