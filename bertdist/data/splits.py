@@ -303,7 +303,9 @@ def columns_of(reader: "FileReader | FolderReader", requested: ColumnNames) -> C
     except NoRowsError:
         raise
     except DataError as error:
-        how = f" {reader.note}." if reader.note and reader.kind != "json" else ""
+        file = reader.file
+        says_nothing = file is not None and file.kind == "json" and reader.note == file.note
+        how = f" {reader.note}." if reader.note and not says_nothing else ""
         raise type(error)(f"{error}{how}") from None
 
 

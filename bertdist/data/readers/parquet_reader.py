@@ -39,7 +39,16 @@ def parquet_columns(
     """
     with _opened(name, open_seekable) as parquet:
         schema = parquet.schema_arrow
-        return nested_names(schema), _class_names((schema.metadata or {}).get(b"huggingface"))
+        names = _class_names((schema.metadata or {}).get(b"huggingface"))
+        # the metadata may be older than a column, which has names or numbers of its own since
+        codes = {field.name for field in schema if _has_codes(field.type)}
+        return nested_names(schema), {name: names[name] for name in names if name in codes}
+
+
+def _has_codes(kind: pa.DataType) -> bool:
+    if any(is_list(kind) for is_list in (pa.types.is_list, pa.types.is_large_list)):
+        kind = kind.value_type
+    return bool(pa.types.is_integer(kind))
 
 
 def _class_names(metadata: bytes | None) -> dict[str, ClassNames]:

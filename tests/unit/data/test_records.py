@@ -1463,6 +1463,12 @@ def test_class_labels_of_parquet_files_are_their_names(nested: bool, tmp_path: P
     pq.write_table(plain, tmp_path / "train.parquet")
     codes = [("1",), ("0",), ("1",)] if nested else ["1", "0", "1"]
     assert labels_of(load_records(data, "train")) == codes, "the control"
+    stale = pq.read_table(tmp_path / "dev.parquet")
+    names = pa.array([["x"], ["y"], ["x"]]) if nested else pa.array(["x", "y", "x"])
+    stale = stale.set_column(1, "label", names).replace_schema_metadata(stale.schema.metadata)
+    pq.write_table(stale, tmp_path / "train.parquet")
+    found = [("x",), ("y",), ("x",)] if nested else ["x", "y", "x"]
+    assert labels_of(load_records(data, "train")) == found, "metadata older than the column"
 
 
 def test_lists_of_class_labels_are_sets(hub: Callable[..., str]) -> None:
