@@ -24,11 +24,12 @@ if __name__ == "__main__":
     parsed_config = parse_or_exit(read_evaluate_config, check_evaluate)
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bertdist.core.atomic_io import atomic_write, explain_write_errors, to_json
+from bertdist.core.atomic_io import explain_write_errors, partial_path
 from bertdist.core.config import (
     EvaluateConfig,
     ModelConfig,
@@ -212,15 +213,21 @@ def _rows(number: int) -> str:
 
 
 def _write(folder: Path, results: Results, records: Records, config: EvaluateConfig) -> None:
+    report, *others = (folder / name for name in (*RESULT_FILES, "bad_rows.jsonl"))
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    # First of all what makes it the folder of an evaluation, also where this one is killed.
-    report = folder / RESULT_FILES[0]
-    atomic_write(report, to_json({"evaluated": results.report["evaluated"]}))
-    bad_rows = folder / "bad_rows.jsonl"
-    bad_rows.unlink(missing_ok=True)  # of an earlier evaluation
-    BadRows(config.on_bad_row, config.max_bad_rows, bad_rows).add_and_write(records.bad_rows)
-    write_results(folder, results)
+        partial_path(report).touch()  # by which `check_evaluation_folder` knows one that was killed
+        for path in (report, *others):  # of an earlier evaluation
+            path.unlink(missing_ok=True)
+    try:
+        bad_rows = BadRows(config.on_bad_row, config.max_bad_rows, others[-1])
+        bad_rows.add_and_write(records.bad_rows)
+        write_results(folder, results)  # the report last
+    except BaseException:
+        for path in (*others, partial_path(report)):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        raise
 
 
 def run(config: EvaluateConfig) -> int:

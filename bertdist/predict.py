@@ -39,8 +39,9 @@ from torch import Tensor
 from transformers import __version__ as transformers_version
 
 from bertdist import __version__
+from bertdist.core.atomic_io import weights_digest
 from bertdist.core.config import ModelConfig, PredictConfig, RunConfig
-from bertdist.core.errors import BertdistError, ConfigError, DataError, listed
+from bertdist.core.errors import BertdistError, ConfigError, DataError, ModelError, listed
 from bertdist.core.hub import model_folder
 from bertdist.core.output_files import (
     STDOUT,
@@ -120,7 +121,8 @@ class Predictor:
 
     The device and precision are those of `accelerator`, by default what `accelerate launch` set,
     else the GPU if there is one; a caller's torch.autocast changes nothing. Creating a Predictor
-    changes no settings of the process.
+    changes no settings of the process. It can be pickled, as multiprocessing and joblib do: the
+    other process loads the same folder, on a device of its own.
     """
 
     def __init__(
@@ -164,6 +166,32 @@ class Predictor:
         self._warns_of_truncation = self.accelerator.is_main_process  # once
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.model.to(self.accelerator.device).eval()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it is made of, without weights, device and `stop`."""
+        folder = Path(self.folder).expanduser()
+        return {
+            "folder": str(folder.absolute()) if folder.is_dir() else self.folder,
+            "weights": weights_digest(folder),
+            "max_length": self.max_length,
+            "tokens_per_micro_batch": self.tokens_per_micro_batch,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "use_cpu": self.accelerator.device.type == "cpu",
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Raises ModelError where the folder is not there, or has other weights by now."""
+        folder = state["folder"]
+        if (weights := state["weights"]) and weights != weights_digest(Path(folder)):
+            found = "has other weights since" if Path(folder).is_dir() else "is not there"
+            raise ModelError(f"The Predictor was pickled with {folder}, which {found}.")
+        run = RunConfig(use_cpu=state["use_cpu"], mixed_precision=state["mixed_precision"])
+        self.__init__(  # type: ignore[misc]  # as pickle has made it without
+            folder,
+            max_length=state["max_length"],
+            tokens_per_micro_batch=state["tokens_per_micro_batch"],
+            accelerator=create_accelerator(run),
+        )
 
     def __repr__(self) -> str:
         shown = listed([repr(label) for label in self.labels], 5)

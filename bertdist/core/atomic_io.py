@@ -25,6 +25,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from bertdist.core.errors import CheckpointError
+from bertdist.core.terminal import byte_size
 
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
@@ -32,11 +33,12 @@ HIDDEN_SUFFIXES = (".partial", ".replaced", ".old")
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
-def write_folder(final: Path, fill: Callable[[Path], None]) -> Path | None:
+def write_folder(final: Path, fill: Callable[[Path], None], size: int = 0) -> Path | None:
     """Call `fill` with an empty hidden folder beside `final`, add the manifest, flush and rename.
 
-    Replaces `final`, or leaves it untouched and raises CheckpointError. Returns the folder that
-    keeps what was in `final` and not in its manifest, if there was anything.
+    size: about how many bytes it will have, for the message on a full disk. Replaces `final`, or
+    leaves it untouched and raises CheckpointError. Returns the folder that keeps what was in
+    `final` and not in its manifest, if there was anything.
     """
     partial, replaced = _hidden(final, "partial"), _hidden(final, "replaced")
     refuse_link(final)
@@ -71,7 +73,9 @@ def write_folder(final: Path, fill: Callable[[Path], None]) -> Path | None:
             raise
         flush_to_disk(final.parent)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
+        shutil.rmtree(partial, ignore_errors=True)
+        needed = f"about {byte_size(size)} needed" * bool(size)
+        reason = _reason(error, final, needed)
         raise CheckpointError(
             f"Cannot write {final}: {reason}. What was there before is untouched."
         ) from None
@@ -213,18 +217,24 @@ def atomic_write(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Replace a file: a reader, or a crash, finds the old content or the new one, complete.
 
     content: the bytes, or parts of them in their order.
-    The mode of a file that is there is kept.
+    The mode of a file that is there is kept. Where it fails, nothing is left beside the file.
     """
-    partial = _hidden(path, "partial")
-    with explain_write_errors(path):
-        with open(partial, "wb") as file:
-            if path.is_file():
-                with suppress(OSError):  # a disk without modes
-                    os.fchmod(file.fileno(), path.stat().st_mode & 0o7777)
-            file.writelines([content] if isinstance(content, bytes) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+    partial = partial_path(path)
+    size = f"{byte_size(len(content))} needed" if isinstance(content, bytes) else ""
+    with explain_write_errors(path, size=size):
+        try:
+            with open(partial, "wb") as file:
+                if path.is_file():
+                    with suppress(OSError):  # a disk without modes
+                        os.fchmod(file.fileno(), path.stat().st_mode & 0o7777)
+                file.writelines([content] if isinstance(content, bytes) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
 
 
 def to_json(value: Any, indent: int | None = None) -> bytes:
@@ -263,13 +273,32 @@ def flush_to_disk(path: Path) -> None:
 
 
 @contextmanager
-def explain_write_errors(path: Path, action: str = "write") -> Iterator[None]:
-    """Turn an OSError into a CheckpointError of one line that names the path."""
+def explain_write_errors(path: Path, action: str = "write", size: str = "") -> Iterator[None]:
+    """Turn an OSError into a CheckpointError of one line that names the path.
+
+    size: for a full disk, `3.2 MB needed`.
+    """
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise CheckpointError(f"Cannot {action} {path}: {reason}.") from None
+        raise CheckpointError(f"Cannot {action} {path}: {_reason(error, path, size)}.") from None
+
+
+def _reason(error: Exception, path: Path, size: str) -> str:
+    """Why writing failed; of a full disk, where there is a size, also that and what is free."""
+    reason = str(getattr(error, "strerror", None) or error)
+    is_full = getattr(error, "errno", None) == errno.ENOSPC
+    # safetensors' error has no number
+    if size and (is_full or f"(os error {errno.ENOSPC})" in reason):
+        with suppress(OSError):
+            size += f", {byte_size(shutil.disk_usage(path.parent).free)} free"
+        reason = f"{os.strerror(errno.ENOSPC)} ({size})"
+    return reason
+
+
+def partial_path(path: Path) -> Path:
+    """What `atomic_write` renames to the file."""
+    return _hidden(path, "partial")
 
 
 def _hidden(path: Path, suffix: str) -> Path:

@@ -24,6 +24,7 @@ from bertdist.core.atomic_io import (
     HIDDEN_SUFFIXES,
     atomic_write,
     explain_write_errors,
+    partial_path,
     read_json_object,
 )
 from bertdist.core.errors import ConfigError
@@ -245,7 +246,8 @@ def check_evaluation_folder(folder: Path) -> None:
             f"--output_dir {folder} is the folder of {what}; name another, such as "
             f"{folder / 'test'}."
         )
-    is_own = "evaluated" in read_json_object(folder / RESULT_FILES[0])
+    report = folder / RESULT_FILES[0]
+    is_own = "evaluated" in read_json_object(report) or partial_path(report).exists()
     if not is_own and (foreign := _foreign_files(folder, (), RESULT_FILES)):
         raise ConfigError(
             f"--output_dir {folder} holds {foreign}, which no evaluation wrote: give a folder that "

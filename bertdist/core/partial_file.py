@@ -17,7 +17,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,9 +25,11 @@ from bertdist.core.atomic_io import (
     atomic_write,
     explain_write_errors,
     flush_to_disk,
+    partial_path,
     read_json_object,
 )
 from bertdist.core.errors import BertdistError, CheckpointError
+from bertdist.core.terminal import byte_size
 
 FORMAT = "bertdist partial file 1"
 SAVE_SECONDS = 2.0  # at most so much work is done again
@@ -90,7 +92,7 @@ class PartialFile:
 
     def append(self, part: bytes) -> None:
         """Write at the end. Raises CheckpointError, such as on a full disk."""
-        with explain_write_errors(self.path):
+        with self._explained(self.path, self._size + len(part)):
             self._file.write(part)
         self._size += len(part)
 
@@ -98,7 +100,7 @@ class PartialFile:
         """Continue from here after a kill. now False: only every SAVE_SECONDS."""
         if not now and time.monotonic() - self._saved_at < SAVE_SECONDS:
             return
-        with explain_write_errors(self.path):
+        with self._explained(self.path, self._size):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._write_state(self._size, state)
@@ -109,7 +111,7 @@ class PartialFile:
 
         convert: (what was appended, file to write) makes the target's content of it.
         """
-        with explain_write_errors(self.target):
+        with self._explained(self.target, self._size):
             self._file.flush()
             whole = self.path
             if convert is None:
@@ -128,6 +130,16 @@ class PartialFile:
             self.discard()
             flush_to_disk(self.target.parent)
 
+    @contextlib.contextmanager
+    def _explained(self, path: Path, size: int) -> Iterator[None]:
+        """Errors of writing, with its bytes so far, and what to do."""
+        try:
+            with explain_write_errors(path, size=f"{byte_size(size)} so far"):
+                yield
+        except CheckpointError as error:
+            advice = " The same command continues from here." * self._is_saved
+            raise CheckpointError(f"{error}{advice}") from None
+
     def _finish_file(self, file: IO[bytes]) -> None:
         if self.target.is_file():
             with contextlib.suppress(OSError):  # a disk without modes
@@ -144,7 +156,8 @@ class PartialFile:
 
     def discard(self) -> None:
         """Remove the partial file and its state."""
-        for path in (self.path, self._state_path):  # in this order: see `_open`
+        leftover = partial_path(self._state_path)  # of a process that was killed
+        for path in (self.path, leftover, self._state_path):  # in this order: see `_open`
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 

@@ -198,6 +198,7 @@ class BestModel:
         kept = write_folder(
             self.folder / "best",
             lambda folder: save_classifier(model, self.tokenizer, folder, settings),
+            sum(weight.nbytes for weight in model.state_dict().values()),
         )
         if kept is not None:
             self.say(f"{kept} keeps files that no run wrote.")

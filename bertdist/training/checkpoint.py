@@ -190,7 +190,9 @@ class Checkpointer:
             if self.accelerator.is_main_process:
                 self.before_save()
                 new = self.folder / f"step_{train_state.step:06d}"
-                self._say_kept(write_folder(new, fill))
+                tensors = [model_tensors(model), optimizer_tensors(model, optimizer)]
+                size = sum(x.nbytes for of in tensors for x in of.values())
+                self._say_kept(write_folder(new, fill, size))
                 # After --resume_from_checkpoint of an older one, the new one need not be the last.
                 # A symbolic link is a user's.
                 others = [x for x in self._checkpoints() if x != new and not x.is_symlink()]

@@ -1,7 +1,9 @@
 """`bertdist.train(...)`: keywords as flags, rows in memory, and what it returns."""
 
 import json
+import pickle
 import random
+import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -27,7 +29,7 @@ from bertdist import api
 from bertdist.api import _write_rows, as_keywords
 from bertdist.core.args import read_config, read_settings
 from bertdist.core.config import DataConfig
-from bertdist.core.errors import BertdistError, ConfigError, DataError
+from bertdist.core.errors import BertdistError, ConfigError, DataError, ModelError
 from bertdist.data.memory_rows import as_table
 from bertdist.data.splits import load_records
 
@@ -336,6 +338,29 @@ def test_a_run_has_its_scores_history_and_predictor(run: bertdist.Run) -> None:
     assert answer["label"] in run.evaluation["labels"]
     assert repr(run).startswith(f"Run({str(run.folder)!r}, finished, loss ")
     assert repr(bertdist.Run(run.folder)) == repr(run)
+
+
+def test_a_predictor_can_be_pickled(
+    run: bertdist.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(run.folder / "best", copy)
+    monkeypatch.chdir(tmp_path)
+    predictor = bertdist.Predictor("model", max_length=64, tokens_per_micro_batch=256)
+    texts = [row["text"] for row in make_rows(30)]
+    pickled = pickle.dumps(predictor)
+    assert len(pickled) < 2000 < sum(x.nbytes for x in predictor.model.state_dict().values())
+    monkeypatch.chdir("/")  # the other process may be anywhere
+    other = pickle.loads(pickled)
+    assert (other.max_length, other.tokens_per_micro_batch) == (64, 256)
+    assert (other.probabilities(texts) == predictor.probabilities(texts)).all()
+    manifest = copy / "manifest.json"  # the control: other weights
+    manifest.write_text(manifest.read_text().replace('"xxh3_128": "', '"xxh3_128": "0'))
+    with pytest.raises(ModelError, match="model, which has other weights since"):
+        pickle.loads(pickled)
+    shutil.rmtree(copy)
+    with pytest.raises(ModelError, match="model, which is not there"):
+        pickle.loads(pickled)
 
 
 def test_a_run_in_a_notebook_is_a_table(run: bertdist.Run) -> None:

@@ -1,5 +1,7 @@
 """The files of an evaluation."""
 
+import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,29 +10,54 @@ import pytest
 
 from bertdist import eval as evaluation
 from bertdist.core.config import EvaluateConfig
-from bertdist.core.errors import ConfigError
+from bertdist.core.errors import CheckpointError, ConfigError
 from bertdist.core.output_files import check_evaluation_folder
+
+RESULTS: Any = SimpleNamespace(
+    report={"evaluated": {"model": "out", "rows": 1}, "scores": {}}, predictions=[], errors=[]
+)
+RECORDS: Any = SimpleNamespace(bad_rows=())
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_the_folder_of_an_evaluation_that_was_killed_is_taken_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "scores"
+    folder, config = tmp_path / "scores", EvaluateConfig(model="out")
 
     def killed(folder: Path, results: Any) -> None:
         (folder / "predictions.jsonl").write_text("")
-        raise KeyboardInterrupt
+        os._exit(9)
 
-    monkeypatch.setattr(evaluation, "write_results", killed)
-    results: Any = SimpleNamespace(report={"evaluated": {"model": "out", "rows": 1}, "scores": {}})
-    records: Any = SimpleNamespace(bad_rows=())
-    with pytest.raises(KeyboardInterrupt):
-        evaluation._write(folder, results, records, EvaluateConfig(model="out"))
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "evaluation.json",
-        "predictions.jsonl",
-    ]
+    evaluation._write(folder, RESULTS, RECORDS, config)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "write_results", killed)
+        if not (child := os.fork()):
+            evaluation._write(folder, RESULTS, RECORDS, config)
+        os.waitpid(child, 0)
+    assert names(folder) == [".evaluation.json.partial", "predictions.jsonl"]  # no scores
     check_evaluation_folder(folder)
-    (folder / "evaluation.json").unlink()  # the control: predictions of whom?
+    (folder / ".evaluation.json.partial").unlink()  # the control: predictions of whom?
     with pytest.raises(ConfigError, match=r"holds 'predictions\.jsonl', which no evaluation wrote"):
         check_evaluation_folder(folder)
+    evaluation._write(folder, RESULTS, RECORDS, config)
+    assert names(folder) == ["errors.jsonl", "evaluation.json", "predictions.jsonl"]
+
+
+def test_an_evaluation_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, replace = tmp_path / "scores", os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name == "evaluation.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(CheckpointError, match=r"evaluation\.json: No space left .* needed, "):
+        evaluation._write(folder, RESULTS, RECORDS, EvaluateConfig(model="out"))
+    assert names(folder) == []

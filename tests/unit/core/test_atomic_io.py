@@ -1,14 +1,18 @@
 """A folder is whole or absent. What happens at every system call is tried in runs/test_every_call.py, checkpoints in test_checkpoint.py."""
 
+import errno
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from bertdist.core import atomic_io as whole_folder
 from bertdist.core.atomic_io import (
     CHECKPOINT_FILES,
+    atomic_write,
     find_damage,
     recover,
     remove_folder,
@@ -190,3 +194,34 @@ def test_a_file_that_cannot_be_read_is_damage(
     assert find_damage(tmp_path / "a") == "model.safetensors cannot be read (Input/output error)"
     with pytest.raises(CheckpointError, match="Input/output error"):
         write_folder(tmp_path / "b", fill)
+
+
+def test_a_full_disk_says_what_is_needed_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.json").write_bytes(b"old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(CheckpointError) as caught:
+        atomic_write(tmp_path / "a.json", b"x" * 2000)
+    full = r"No space left on device \(2 KB needed, [\d.]+ .?B free\)\."
+    assert re.fullmatch(
+        f"Cannot write {re.escape(str(tmp_path))}/a.json: {full}", str(caught.value)
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_bytes() == b"old"
+
+    def save(folder: Path) -> None:  # as safetensors fails
+        (folder / "model.safetensors").write_bytes(b"x")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(CheckpointError) as caught:
+        write_folder(tmp_path / "step_1", save, 3_000_000)
+    assert " (about 3 MB needed, " in str(caught.value) and "os error" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    monkeypatch.undo()
+    atomic_write(tmp_path / "a.json", b"new")  # the control
+    assert (tmp_path / "a.json").read_bytes() == b"new"

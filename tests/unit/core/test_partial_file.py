@@ -1,12 +1,16 @@
 """A file written in parts is whole or absent, and a second process continues where the first saved."""
 
+import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import pytest
 
+from bertdist.core.atomic_io import partial_path
 from bertdist.core.errors import CheckpointError
 from bertdist.core.partial_file import (
     InPlaceFile,
@@ -169,3 +173,44 @@ def test_a_stream_of_a_format_that_is_converted_is_written_at_the_end() -> None:
         assert written == []
         stream.finish(lambda source, whole: whole.write(source.read()[::-1]) and None)
     assert written == [b"cba"]
+
+
+@contextmanager
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing can be flushed to the disk."""
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        yield
+
+
+def test_a_full_disk_says_how_much_is_written_and_leaves_what_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out.csv"
+    with PartialFile(target, KEY) as file:
+        file.append(b"x" * 1000)
+        with full_disk(monkeypatch), pytest.raises(CheckpointError) as caught:
+            file.save({"row": 1})
+    message = str(caught.value).split(" so far, ")
+    assert message[0] == f"Cannot write {file.path}: No space left on device (1 KB"
+    assert message[1].endswith(" free).") and names(tmp_path) == []
+    with PartialFile(target, KEY) as file:
+        file.append(b"one,")
+        file.save({"row": 1})
+        file.append(b"two")
+        with full_disk(monkeypatch), pytest.raises(CheckpointError) as caught:
+            file.save({"row": 2})
+        assert str(caught.value).endswith(" free). The same command continues from here.")
+    assert names(tmp_path) == [".out.csv.partial", ".out.csv.partial.json"]
+    with PartialFile(target, KEY) as file:
+        assert file.saved == {"row": 1}
+        leftover = partial_path(partial_paths(target)[1])  # of a process that was killed meanwhile
+        leftover.write_text("{")
+        (tmp_path / "..other.csv.partial.json.partial").write_text("{")  # the control
+        file.finish()
+    assert target.read_bytes() == b"one,"
+    assert names(tmp_path) == ["..other.csv.partial.json.partial", "out.csv"]

@@ -280,7 +280,7 @@ def test_only_the_main_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         best = BestModel(config_of(tmp_path), None, records_from_texts(["a"]), rank)  # type: ignore[arg-type]
         if main:  # the control
             with pytest.raises(AssertionError, match="written"):
-                best.save(None, 7, Results({}, [{}], []))  # type: ignore[arg-type]
+                best.save(torch.nn.Identity(), 7, Results({}, [{}], []))  # type: ignore[arg-type]
         else:
             best.save(None, 7, Results({}, [{}], []))  # type: ignore[arg-type]
 
