@@ -4,6 +4,7 @@
     python -m bench.peers --random_bert_base --steps 20 --steps_padded 8
     python -m bench.peers --prediction   # Predictor, pipeline, ONNX Runtime
     python -m bench.peers --accuracy     # bertdist and Trainer, one epoch, several seeds; slow
+    python -m bench.peers --accuracy_in_bf16 # bertdist in float32 and in bf16, the same way
 
 Contenders take turns (a b c d e a b c d e ...), each run in its own process. Each invocation
 replaces its own section of --output. The contenders are in bench/contenders.py and
@@ -58,6 +59,11 @@ def parser() -> argparse.ArgumentParser:
         "--accuracy",
         action="store_true",
         help="Compare a and b on --validation_file after one epoch, for --seeds seeds. Slow.",
+    )
+    mode(
+        "--accuracy_in_bf16",
+        action="store_true",
+        help="Compare a in float32 and in bf16 the same way: the same rows in the same order.",
     )
     add(
         "--model_name_or_path",
@@ -320,8 +326,18 @@ def prediction(at: Stage) -> Section:
     return Section(f"prediction-{page.slug(f'{device_kind(device)} {at.title}')}", parts, record)
 
 
+Compared = dict[str, tuple[str, str, str | None]]  # key -> (name, contender, precision)
+PEERS: Compared = {key: (CONTENDERS[key], key, None) for key in "ab"}
+PRECISIONS: Compared = {
+    "no": ("bertdist, float32", "a", "no"),
+    "bf16": ("bertdist, bf16", "a", "bf16"),
+}
+
+
 def accuracy(at: Stage) -> Section:
-    """Accuracy of each contender after one epoch over all rows, for several seeds."""
+    """Accuracy of each contender, or of each precision, after one epoch over all rows, for several
+    seeds.
+    """
     args, dev_file = at.args, str(at.folder / "dev.jsonl")
     if not Path(args.validation_file).is_file():
         raise BenchError(f"--validation_file {args.validation_file}: there is no such file; {HINT}")
@@ -337,26 +353,38 @@ def accuracy(at: Stage) -> Section:
         rows_file=dev_file,
         **source,
     )
+    compared = PRECISIONS if args.accuracy_in_bf16 else PEERS
+    names = {key: name for key, (name, _, _) in compared.items()}
     seeds = [args.seed + i for i in range(args.seeds)]
-    runs: dict[str, list[TrainResult]] = {"a": [], "b": []}
+    runs: dict[str, list[TrainResult]] = {key: [] for key in compared}
     for seed in seeds:
-        for key, of in runs.items():
-            of.append(at.train(key, -(-at.rows // args.batch_size), seed, dev_file))
-            log(f"accuracy {of[-1].accuracy:.4f}")
+        for key, (name, contender, precision) in compared.items():
+            steps = -(-at.rows // args.batch_size)
+            runs[key].append(at.train(contender, steps, seed, dev_file, precision=precision))
+            log(f"{name}: accuracy {runs[key][-1].accuracy:.4f}")
         figures.assert_same_rows({key: of[-1] for key, of in runs.items()})
-    device = runs["a"][0].device
+    device = next(iter(runs.values()))[0].device
     values = {
         key: [run.accuracy for run in of if run.accuracy is not None] for key, of in runs.items()
     }
+    subject = "Accuracy in float32 and bf16" if args.accuracy_in_bf16 else "Accuracy"
+    subject = f"{subject} after one epoch, {device_kind(device)}"
+    differ = (
+        "Both have the same rows per step and the same dropout per seed: what differs is rounding."
+        if args.accuracy_in_bf16
+        else "The two have different row orders and dropout per seed: they agree only within the "
+        "spread."
+    )
     parts = [
-        at.heading(f"Accuracy after one epoch, {device_kind(device)}", device),
+        at.heading(subject, device),
         f"{at.rows:,} rows, each once, {args.batch_size} per step, learning rate "
-        f"{args.learning_rate:g}; accuracy of the last weights on {dev['rows']:,} other rows. The "
-        "two have different row orders and dropout per seed: they agree only within the spread.",
-        figures.accuracy_table(CONTENDERS, seeds, values),
+        f"{args.learning_rate:g}; accuracy of the last weights, in float32, on {dev['rows']:,} "
+        f"other rows. {differ}",
+        figures.accuracy_table(names, seeds, values),
     ]
+    kind = "accuracy-bf16" if args.accuracy_in_bf16 else "accuracy"
     return Section(
-        f"accuracy-{page.slug(f'{device_kind(device)} {at.title}')}",
+        f"{kind}-{page.slug(f'{device_kind(device)} {at.title}')}",
         parts,
         {"title": at.title, "seeds": seeds, "accuracy": values},
     )
@@ -371,7 +399,8 @@ def main(words: Sequence[str] | None = None, child: Child = run_child) -> int:
     """Command line; returns exit code 0, or 1 after a user's mistake, with one line."""
     words = sys.argv[1:] if words is None else words
     args = parser().parse_args(words)
-    run = prediction if args.prediction else accuracy if args.accuracy else training
+    of_accuracy = args.accuracy or args.accuracy_in_bf16
+    run = prediction if args.prediction else accuracy if of_accuracy else training
     try:
         with stage(args, words, child) as at:
             name, parts, record = run(at)

@@ -47,8 +47,11 @@ class Stage:
         seed: int,
         dev_file: str | None = None,
         keep: str | None = None,
+        precision: str | None = None,
     ) -> TrainResult:
-        """One training run; its folder is deleted unless `keep` names it."""
+        """One training run; its folder is deleted unless `keep` names it. precision: by default
+        --mixed_precision.
+        """
         args, output = self.args, self.folder / (keep or "run")
         job = TrainJob(
             contender=contender,
@@ -61,7 +64,7 @@ class Stage:
             learning_rate=args.learning_rate,
             seed=seed,
             max_length=args.max_length,
-            mixed_precision=args.mixed_precision,
+            mixed_precision=precision or args.mixed_precision,
             use_cpu=args.use_cpu,
             loss_rows=args.loss_rows,
             dev_file=dev_file,

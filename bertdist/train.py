@@ -103,9 +103,9 @@ def train(config: TrainConfig, hooks: Hooks = NO_HOOKS) -> TrainState:
     Returns the last state. The caller's autocast, grad mode, default device and default dtype
     change nothing.
     """
-    accelerator, config = launch(config)
+    accelerator, config, precision_notes = launch(config)
     stop = StopSignal(config.run.stop_before_time_limit)
-    with stop, open_run(config, accelerator, hooks) as log:
+    with stop, open_run(config, accelerator, hooks, precision_notes) as log:
         # Data: rows and their labels; nothing is tokenized yet.
         inputs = load_inputs(config, accelerator)
         stats = collect_stats(inputs.rows, config, accelerator, log.say, stop)

@@ -82,7 +82,7 @@ _NOT_A_FOLDER = ("latest", "last", "newest", "auto", "best", "true", "false", "y
 _VALUE_HINTS = {  # for a value of another type
     "--warmup_steps": "--warmup_ratio 0.1 is the warmup as a share of all steps.",
     "--train_batch_size": "It is rows per step over all devices.",
-    "--mixed_precision": "It takes no, bf16 or fp16.",
+    "--mixed_precision": "It takes no, bf16, fp16 or auto.",
 }
 
 _Bounds = Mapping[str, tuple[float, float | None]]  # setting -> (lowest, highest)

@@ -342,10 +342,12 @@ class RunConfig(Section):
         3.0, "Passes over the training rows.", brief="Passes over the training rows, default 3"
     )
     max_train_steps: int | None = setting(None, "Optimizer steps, instead of --num_train_epochs.")
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] | None = setting(
         None,
-        "Precision of matrix products. Default: accelerate's setting, else no. Weights stay "
-        "float32. On a CPU bf16 needs AMX or AVX512_BF16, else float32 is used.",
+        "Precision of matrix products. Default: accelerate's setting, else no (float32). Weights "
+        "stay float32. On a CPU bf16 needs AMX or AVX512_BF16, else float32 is used. auto: bf16 if "
+        "every rank's hardware has units for it, else no; chosen at the first start and kept when "
+        "the run resumes. Not the default: what a model learns would depend on the machine.",
         brief="Precision of matrix products, default no",
     )
     use_cpu: bool = setting(
@@ -501,8 +503,10 @@ class PredictConfig(FileConfig):
         "Maximum number of tokens a device computes at once. Default: measured from free memory; "
         "halved when memory runs out.",
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
-        None, "Precision of matrix products. Default: accelerate's setting, else no."
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] | None = setting(
+        None,
+        "Precision of matrix products. Default: accelerate's setting, else no. auto: bf16 if every "
+        "rank's hardware has units for it, else no.",
     )
     use_cpu: bool = setting(
         False, "Use the CPU even if there is a GPU.", brief="Use the CPU even if there is a GPU"
@@ -581,8 +585,10 @@ class EvaluateConfig(LabelledConfig):
         "Maximum number of tokens a device computes at once. Default: 8,192; halved when memory "
         "runs out.",
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
-        None, "Precision of matrix products. Default: accelerate's setting, else no."
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] | None = setting(
+        None,
+        "Precision of matrix products. Default: accelerate's setting, else no. auto: bf16 if every "
+        "rank's hardware has units for it, else no.",
     )
     use_cpu: bool = setting(
         False, "Use the CPU even if there is a GPU.", brief="Use the CPU even if there is a GPU"

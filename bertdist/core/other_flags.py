@@ -92,7 +92,7 @@ _ANSWERS = [
     ("choose another --output_dir, or remove the folder", "overwrite_output_dir"),
     ("--mixed_precision fp16", "fp16"),
     ("--mixed_precision bf16", "bf16"),
-    ("--mixed_precision takes no, bf16 or fp16", "precision fp8"),
+    ("--mixed_precision takes no, bf16, fp16 or auto", "precision fp8"),
     (
         "--mixed_precision uses torch.autocast",
         "fp16_opt_level fp16_backend half_precision_backend amp_backend amp_level",

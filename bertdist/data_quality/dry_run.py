@@ -15,7 +15,7 @@ over short texts need not keep):
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.data_quality.findings import counts, percent, summary
 from bertdist.data_quality.length_checks import Lengths
 from bertdist.data_quality.report import DataReport, check_data
-from bertdist.distributed.launch import installed_trackers
+from bertdist.distributed.launch import choose_precision, installed_trackers
 from bertdist.distributed.launcher import check_launcher, check_world
 from bertdist.models.classifier import check_before_loading, load_model_config, pretrained_labels
 from bertdist.models.model_config import check_vocabulary
@@ -80,8 +80,14 @@ def dry_run(config: TrainConfig) -> int:
     check_world(world_size)
     if process_rank() != 0:
         return 0
-    installed_trackers(config.run.report_to or [])
-    check_run_folder(Path(config.run.output_dir))
+    run = config.run
+    if run.mixed_precision == "auto":
+        on_cpu = run.use_cpu or not torch.cuda.is_available()
+        precision, note = choose_precision(run, torch.device("cpu" if on_cpu else "cuda"))
+        config = replace(config, run=replace(run, mixed_precision=precision))
+        show(note)
+    installed_trackers(run.report_to or [])
+    check_run_folder(Path(run.output_dir))
     if config.run.resume_from_checkpoint is not None:
         check_named(Path(config.run.resume_from_checkpoint))
     settings = load_model_config(config.model)

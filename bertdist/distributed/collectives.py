@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from bertdist.core.errors import BertdistError, ConfigError
@@ -57,7 +57,7 @@ def broadcast_from_rank0(accelerator: Accelerator, value: T | None) -> T:
     return values[0]  # type: ignore[return-value]  # rank 0 passes a T
 
 
-def gather_from_all_ranks(accelerator: Accelerator, values: Sequence[T]) -> list[T]:
+def gather_from_all_ranks(accelerator: Accelerator | PartialState, values: Sequence[T]) -> list[T]:
     """The values of all ranks, rank by rank. A collective."""
     own = list(values)
     return own if accelerator.num_processes == 1 else gather_object(own)

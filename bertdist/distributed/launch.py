@@ -3,6 +3,7 @@
     run_cli(command, config)       a script's main(): settings of the process, errors, exit codes
     launch(config)                 the three below, in this order
       create_accelerator(run)        rendezvous; device, precision and ranks
+        choose_precision(run, ...)     what --mixed_precision auto means, and what a run began with
       check_world(world_size)        an error if the launch promised more ranks (launcher.py)
       launch_fingerprint(config)     what must be the same on all ranks
     wait_for_all_ranks(timeout)    the rendezvous
@@ -28,17 +29,20 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import NoReturn, TypeVar
+from pathlib import Path
+from typing import Literal, NoReturn, TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType
 from torch._C._distributed_c10d import TCPStore
 from transformers.utils import logging as transformers_logging
 
-from bertdist.core.config import RunConfig, TrainConfig
+from bertdist.core.atomic_io import read_json_object
+from bertdist.core.config import RunConfig, TrainConfig, saved_setting
 from bertdist.core.errors import BertdistError, ConfigError, RankLost, did_you_mean
 from bertdist.core.terminal import (
     EXIT_BROKEN_PIPE,
@@ -49,7 +53,7 @@ from bertdist.core.terminal import (
     print_to_stderr,
     process_rank,
 )
-from bertdist.distributed.collectives import assert_same_on_all_ranks
+from bertdist.distributed.collectives import assert_same_on_all_ranks, gather_from_all_ranks
 from bertdist.distributed.preemption import ignore_stop_signals
 from bertdist.distributed.watchdog import (
     STDERR,
@@ -75,6 +79,7 @@ PACKAGES = [
 ]
 
 C = TypeVar("C")
+Precision: TypeAlias = Literal["no", "bf16", "fp16"]
 
 _rendezvous_ranks: list[Heartbeat] = []  # all ranks of the last rendezvous, by rank
 
@@ -208,10 +213,11 @@ def reset_torch_modes() -> Iterator[None]:
 # ---- The launch
 
 
-def create_accelerator(run: RunConfig) -> Accelerator:
+def create_accelerator(run: RunConfig, notes: list[str] | None = None) -> Accelerator:
     """Device, precision and ranks from `accelerate launch`; the CPU if no GPU, or with --use_cpu.
 
-    Raises ConfigError for what cannot take effect, and where ranks do not start.
+    notes: gets a sentence about the precision, where there is one to say; without it rank 0 prints
+    it. Raises ConfigError for what cannot take effect, and where ranks do not start.
     """
     from bertdist.distributed.launcher import ACCEPTED_TYPES, check_launcher
 
@@ -220,32 +226,27 @@ def create_accelerator(run: RunConfig) -> Accelerator:
     other = torch.accelerator.current_accelerator(check_available=True)  # also mps, xpu, ...
     if other is not None and on_cpu and not run.use_cpu and process_rank() == 0:
         print_to_stderr(f"bertdist: device {other.type} is not supported; using the CPU.")
-    mixed_precision = run.mixed_precision
-    asked = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "")
-    if on_cpu and asked.lower() == "bf16" and not cpu_has_bf16():
-        mixed_precision = "no"
-        if process_rank() == 0:
-            print_to_stderr(
-                "bertdist: --mixed_precision bf16: this CPU has no instructions for it (AMX or "
-                "AVX512_BF16), where it is slower than float32; using float32."
-            )
     trackers = installed_trackers(run.report_to or [])
     timeout = timedelta(seconds=run.rank_timeout)
-    store = wait_for_all_ranks(timeout)
+    store, precision = wait_for_all_ranks(timeout), ""
+    group = InitProcessGroupKwargs(timeout=timeout)
     try:
+        ranks = PartialState(cpu=on_cpu, **group.to_kwargs())  # of this Accelerator, too
+        precision, note = choose_precision(run, ranks.device, ranks)
+        if notes is not None:
+            notes += [note] * bool(note)
+        elif note and process_rank() == 0:
+            print_to_stderr(f"bertdist: {note}")
         accelerator = Accelerator(
             cpu=on_cpu,
-            mixed_precision=mixed_precision,
+            mixed_precision=precision,
             log_with=trackers or None,
             project_dir=run.output_dir or None,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timeout),
-            ],
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), group],
         )
     except (ValueError, ImportError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        flag = f" (--mixed_precision {mixed_precision})" if mixed_precision else ""
+        flag = f" (--mixed_precision {precision})" if precision and run.mixed_precision else ""
         raise ConfigError(f"accelerate: {reason}{flag}") from None
     del store  # rank 0 keeps it until the group exists
     if accelerator.distributed_type not in ACCEPTED_TYPES:
@@ -259,6 +260,71 @@ def create_accelerator(run: RunConfig) -> Accelerator:
             "--mixed_precision fp16 needs a GPU, and this run is on the CPU; use bf16 or no."
         )
     return accelerator
+
+
+def choose_precision(
+    run: RunConfig, device: torch.device, ranks: PartialState | None = None
+) -> tuple[Precision, str]:
+    """What a run computes in, and a sentence to say about it, or "".
+
+    --mixed_precision wins over accelerate's setting. What a run began with is kept by auto, and
+    bf16 by bf16, on hardware without units for it too. In a new run auto, and bf16 on a CPU, need
+    them on every rank. A collective of `ranks`; None: one.
+    """
+    asked = (run.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no").lower()
+    is_first = ranks is None or ranks.is_main_process
+    of_rank = [(has_bf16(device), first_precision(run) if is_first else None)]
+    of_all = of_rank if ranks is None else gather_from_all_ranks(ranks, of_rank)
+    units, began = all(each[0] for each in of_all), of_all[0][1]
+    on_cpu, is_run = device.type == "cpu", bool(run.output_dir)
+    of = "CPU" if on_cpu else "GPU"
+    have = f"{'this' if len(of_all) == 1 else 'every'} {of} has units for it"
+    lack = f"{'this' if len(of_all) == 1 else 'a'} {of} has no units for it"
+    lack += " (AMX or AVX512_BF16)" * on_cpu
+    if asked not in ("auto", "bf16") or (asked == "bf16" and (units or not on_cpu)):
+        is_default = is_run and run.mixed_precision is None and asked == "no" and not began
+        advice = (
+            f"float32. For bf16 {have.replace(' for it', '')}: --mixed_precision bf16 is faster."
+        )
+        return cast(Precision, asked), advice if is_default and units and on_cpu else ""
+    chosen: Precision
+    if began and asked in ("auto", began):
+        chosen, note = cast(Precision, began), "as this run began"
+        note += f"; {lack} and emulates it, slowly" if began == "bf16" and not units else ""
+    elif asked == "bf16":
+        chosen, note = "no", f"{lack}, where it is slower"
+    else:
+        chosen, note = ("bf16", have) if units else ("no", lack)
+        note += "; kept when the run resumes" * is_run
+    shown = "using float32" if chosen == "no" else f"using {chosen}"
+    return chosen, f"--mixed_precision {asked}: {shown}: {note}."
+
+
+def first_precision(run: RunConfig) -> str | None:
+    """The precision that a run began with: of --resume_from_checkpoint or the newest checkpoint of
+    --output_dir, else of config.yaml there; of its first fold; of a run of this process that is
+    not over (a fold is one of several). None for a new run.
+    """
+    if is_initialized():
+        return str(AcceleratorState().mixed_precision)
+    if not run.output_dir:
+        return None
+    folder = Path(run.output_dir)
+    checkpoints = sorted(folder.glob("checkpoints/step_*"), key=lambda path: (len(path.name), path))
+    named = [Path(run.resume_from_checkpoint)] if run.resume_from_checkpoint else []
+    for path in [*named, *reversed(checkpoints)]:
+        settings = read_json_object(path / "state.json").get("must_match")
+        if isinstance(settings, dict) and (found := settings.get("mixed_precision")):
+            return str(found)
+    files = [folder / "config.yaml", *sorted(folder.glob("folds/*/config.yaml"))]
+    return next(filter(None, (saved_setting(file, "mixed_precision") for file in files)), None)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether this rank's hardware has units for products in bf16."""
+    if device.type == "cpu":
+        return cpu_has_bf16()
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def cpu_has_bf16() -> bool:
@@ -290,16 +356,19 @@ def installed_trackers(names: list[str]) -> list[str]:
     return names
 
 
-def launch(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
-    """The accelerator, and the config with the launcher's precision; the same on all ranks."""
+def launch(config: TrainConfig) -> tuple[Accelerator, TrainConfig, list[str]]:
+    """The accelerator, the config with the precision that the run has, and what to say about it;
+    the same on all ranks.
+    """
     from bertdist.distributed.launcher import check_world
 
-    accelerator = create_accelerator(config.run)
+    notes: list[str] = []
+    accelerator = create_accelerator(config.run, notes)
     check_world(accelerator.num_processes)
     run = replace(config.run, mixed_precision=accelerator.mixed_precision)
     config = replace(config, run=run)
     assert_same_on_all_ranks(accelerator, launch_fingerprint(config))
-    return accelerator, config
+    return accelerator, config, notes
 
 
 def launch_fingerprint(config: TrainConfig) -> dict[str, object]:

@@ -27,6 +27,7 @@ _SCORES = "scores do not compare: the next evaluation counts as the best so far"
 MUST_MATCH = {
     "seed": f"another row order and dropout: {_ROWS}",
     "train_batch_size": f"other rows per step: {_ROWS}",
+    "mixed_precision": "the steps done so far were rounded otherwise (auto keeps what they had)",
     "labels": "the model's outputs stand for other labels",
     "problem_type": "the model's outputs mean something else",
     "training_rows": f"other training rows: {_ROWS} (--accept_changed_data)",

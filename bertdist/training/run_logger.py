@@ -15,7 +15,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from functools import partial
@@ -385,10 +385,15 @@ class RunLogger:
 
 @contextmanager
 def open_run(
-    config: TrainConfig, accelerator: Accelerator, hooks: Hooks = NO_HOOKS
+    config: TrainConfig,
+    accelerator: Accelerator,
+    hooks: Hooks = NO_HOOKS,
+    precision_notes: Iterable[str] = (),
 ) -> Iterator[RunLogger]:
     """Lock the run's folder, open its log and start the watchdog; at the end, end the process
     group. A collective.
+
+    precision_notes: of `launch`, for the start block.
     """
     folder = Path(config.run.output_dir)
     with (
@@ -402,6 +407,8 @@ def open_run(
         log.screen.verbose, log.log_every = config.run.verbose, config.run.log_every.strip()
         log.say(*messages)
         log.screen.block("Device", describe_device(accelerator))
+        for note in precision_notes:
+            log.screen.block("Precision", note)
         yield log
         accelerator.end_training()
 

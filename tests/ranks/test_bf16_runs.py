@@ -3,6 +3,7 @@ and ranks differ by bf16 rounding."""
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rows import assert_same_run, rows_by_step, run_train, step_log
 from rows import train_module as train
 from undisturbed import STEPS, Runs
 
+from bertdist.core.config import saved_setting
 from bertdist.distributed import launch
 from bertdist.models import bf16_layer
 
@@ -33,10 +35,10 @@ def at_step(number: int, act: Callable[[], None]) -> None:
     train.train_step = watched
 
 
-def in_bf16(accelerator: Accelerator) -> None:
-    """On any CPU; the layer's operation must be what trains."""
+def in_bf16(accelerator: Accelerator, has_units: bool = True) -> None:
+    """On any CPU; the layer's operation must be what trains. has_units: what the CPU says."""
     AcceleratorState._reset_state()  # the rank's: it has a precision
-    launch.cpu_has_bf16 = lambda: True
+    launch.cpu_has_bf16 = lambda: has_units
     apply, calls = bf16_layer._Layer.apply, []
 
     def counted(*args: Any) -> Any:
@@ -79,7 +81,8 @@ def straight(runs: Runs) -> Curve:
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(
     runs: Runs, straight: Curve, tmp_path: Path
 ) -> None:
-    words = runs.words(tmp_path / "out", **SETTINGS)
+    """Begun by --mixed_precision auto, and resumed where the CPU has no units for bf16."""
+    words = runs.words(tmp_path / "out", **{**SETTINGS, "mixed_precision": "auto"})
 
     def dies(accelerator: Accelerator) -> None:
         in_bf16(accelerator)
@@ -87,8 +90,10 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(
 
     with pytest.raises(RankError, match="ended with status 9"):
         run_ranks(1, run_train, words, dies)
-    run_ranks(1, run_train, words, in_bf16)
+    (_, _, shown), *_ = run_ranks(1, run_train, words, partial(in_bf16, has_units=False))
+    assert "Precision   --mixed_precision auto: using bf16: as this run began; this CPU" in shown
     assert_same_run(tmp_path / "out", straight.out)
+    assert saved_setting(tmp_path / "out" / "config.yaml", "mixed_precision") == "bf16"
     float32 = runs.words(tmp_path / "float32", **{**SETTINGS, "mixed_precision": "no"})
     run_ranks(1, run_train, float32)
     with pytest.raises(AssertionError):  # the control

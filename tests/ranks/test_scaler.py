@@ -60,8 +60,8 @@ def scaled(scale: float, half: bool = False) -> Breaking:
     def breaking(accelerator: Accelerator) -> None:
         create_accelerator = launch.create_accelerator
 
-        def with_scaler(run: Any) -> Accelerator:
-            made = create_accelerator(run)
+        def with_scaler(run: Any, *notes: Any) -> Accelerator:
+            made = create_accelerator(run, *notes)
             made.scaler = GradScaler("cpu", init_scale=scale, growth_interval=1000)
             if half:
                 made.native_amp, made.state._mixed_precision = True, "fp16"

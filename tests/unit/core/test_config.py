@@ -252,7 +252,7 @@ def test_all_unknown_flags_are_named_at_once() -> None:
         (["--eval_every", "no"], "or 'never'. Did you mean 'never'?"),
         (["--eval_every", "500"], "or 'never'. Did you mean '500 steps'?"),
         (["--warmup_steps", "0.1"], "'0.1'. --warmup_ratio 0.1 is the warmup as a share of all"),
-        (["--mixed_precision", "fp8"], "It takes no, bf16 or fp16."),
+        (["--mixed_precision", "fp8"], "It takes no, bf16, fp16 or auto."),
         (["--num_train_epochs", "-1"], "-1; expected more than 0. --max_train_steps sets"),
         (["--num_train_epochs", "nan"], "--num_train_epochs is nan; expected more than 0."),
         (["--num_train_epochs", "inf"], "--num_train_epochs is inf; expected more than 0."),
@@ -525,7 +525,7 @@ FULL = [  # every setting has a value here in one of them
     "--report_to tensorboard --tokenizer_name=t",
     "--model_revision=v1 --max_length 9 --dry_run",
     "--torch_compile --cuda_graphs --verbose",
-    "--test_split 0.1",
+    "--test_split 0.1 --mixed_precision auto",
 ]
 HUB = "--model_name_or_path=m --output_dir=o --dataset_name=d --dataset_config_name=c --train_split=t --validation_split=v --test_split=e".split()
 GLUE = "--model_name_or_path=m --output_dir=o --task_name=sst2".split()

@@ -19,6 +19,7 @@ from bertdist.core.errors import BertdistError, ConfigError, DataError, ModelErr
 from bertdist.data.sharding import balance_by_length, epoch_order
 from bertdist.data_quality import dry_run
 from bertdist.data_quality.dry_run import estimate_memory, load_balance, padding_ratio
+from bertdist.distributed import launch
 from bertdist.tasks.tasks import SingleLabel
 
 
@@ -56,6 +57,23 @@ def test_steps_and_tokens_are_those_of_training(
     ]
     tokens = max(line.get("tokens", 0) for line in lines)
     assert f"An epoch has {tokens // 2:,} real tokens" in out
+
+
+@pytest.mark.parametrize(("has_bf16", "precision"), [(True, "bf16"), (False, "no")])
+def test_auto_is_what_this_machine_would_compute_in(
+    has_bf16: bool,
+    precision: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "cpu_has_bf16", lambda: has_bf16)
+    files = write_split(tmp_path, 43)
+    words = words_of(tiny_model, tmp_path / "out", files, mixed_precision="auto", use_cpu=True)
+    out = run_dry(words, capsys, monkeypatch)[1]
+    assert f"Memory per rank, estimated for --mixed_precision {precision}:" in out
+    assert out.splitlines()[0].startswith("--mixed_precision auto: using ")
 
 
 def test_epochs_are_steps_by_the_steps_of_an_epoch(

@@ -219,6 +219,8 @@ def test_train_restores_the_signal_handlers_and_runs_in_any_thread(
 
 # ---- create_accelerator, in a process of its own: accelerate's state is the process's
 
+ONE_RANK = {"num_processes": 1, "is_main_process": True, "device": torch.device("cpu")}
+
 
 def opened(run: RunConfig, environ: dict[str, str] | None = None) -> Any:
     """(processes, device, precision), or the error in words."""
@@ -314,6 +316,7 @@ def test_a_device_that_is_not_supported_is_named(
             distributed_type="NO", mixed_precision="no", device=torch.device("cpu"), cpu=cpu
         ),
     )
+    monkeypatch.setattr(launch, "PartialState", lambda **_: SimpleNamespace(**ONE_RANK))
     assert create_accelerator(RunConfig(use_cpu=use_cpu)).cpu
     line = "bertdist: device mps is not supported; using the CPU.\n"
     assert capsys.readouterr().err == line * lines
