@@ -180,6 +180,7 @@ class RunLogger:
 
         Before the last checkpoint, so that the lines are on the disk with it.
         """
+        meter.measure_again()
         if state.finished and state.unlogged_steps:
             self.log_training(state, epoch, learning_rate, grad_norm, meter.lap())
         values = {**meter.summary(), "tokens_per_micro_batch": state.tokens_per_micro_batch}

@@ -5,18 +5,23 @@ data.
     for step in meter.watch(steps): ...
     meter.gather(losses, accelerator)   # when a log line is due
     meter.lap(), meter.summary()        # figures for metrics.jsonl; str(meter): in two sentences
+    meter.measure_again()               # before the last summary
 
 No figure makes the host wait for the device: each rank keeps its own on the host, and they travel
 with the losses in one collective per log line. MEASURED names the keys that differ from run to run;
 comparisons of runs leave them out.
+
+What the devices can do is the highest rate seen: of matrix products before the first step and after
+the last, and of the run itself. So other work on the machine during one of them cannot make a
+utilization above 1.
 
 Legend: L tokens of one text. FLOP: one multiplication or one addition of floating point numbers.
 """
 
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -31,9 +36,9 @@ MEASURED = (  # keys of metrics.jsonl that differ from run to run, also on one m
     "data_wait_seconds",  # of the rank that waited longest for its loader
     "padding_factor",  # cells given to the model / real tokens
     "model_tflops",  # useful FLOP/s of all ranks / 1e12
-    "flop_utilization",  # ... / FLOP/s of large matrix products, measured at the start
+    "flop_utilization",  # ... / the highest FLOP/s of large matrix products, or of the run, so far
     "slowest_rank",  # FLOPs of the rank that had most to do in each step / mean of the ranks
-    "matmul_tflops",  # what was measured at the start, all ranks together / 1e12
+    "matmul_tflops",  # that highest rate, all ranks together / 1e12
     "train_seconds",  # without evaluations and checkpoints
     "train_steps",  # that this process took
     "tokens_per_micro_batch",  # the most; may be chosen from free memory
@@ -165,6 +170,10 @@ class _Sums:
         self.longest += float(flops.amax(0).sum())
         self.waited = self.waited + waited.sum(1)
 
+    def flops_per_second(self, now: float) -> float:
+        """Useful ones of all ranks; NaN if they are not known."""
+        return self.flops / (now - self.since)
+
     def values(self, now: float, rate: float) -> dict[str, float]:
         """What a line of metrics.jsonl says of it."""
         seconds = now - self.since
@@ -172,8 +181,8 @@ class _Sums:
             "tokens_per_second": self.tokens / seconds,
             "data_wait_seconds": float(self.waited.max()),
             "padding_factor": self.cells / self.tokens if self.tokens else math.nan,
-            "model_tflops": self.flops / seconds / 1e12,
-            "flop_utilization": self.flops / seconds / rate,
+            "model_tflops": self.flops_per_second(now) / 1e12,
+            "flop_utilization": self.flops_per_second(now) / rate,
             "slowest_rank": self.longest * len(self.waited) / self.flops
             if self.flops
             else math.nan,
@@ -186,11 +195,17 @@ class ThroughputMeter:
     Its clock starts when it is made.
     """
 
-    def __init__(self, flops: ModelFlops, packed: bool, rate: float) -> None:
+    def __init__(
+        self,
+        flops: ModelFlops,
+        packed: bool,
+        rate: float,
+        measure: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         """packed: whether the model is given real tokens only. rate: FLOP/s of matrix products, all
-        ranks together.
+        ranks together. measure: measures it again, a collective.
         """
-        self.flops, self.packed, self.rate = flops, packed, rate
+        self.flops, self.packed, self.rate, self._measure = flops, packed, rate, measure
         self._pauses, self._paused_at = 0.0, math.nan
         # This rank's [tokens, cells, FLOPs, seconds waited] of each step since the last `gather`.
         self._figures: list[list[float]] = []
@@ -247,11 +262,18 @@ class ThroughputMeter:
     def lap(self) -> dict[str, float]:
         """The figures of a log line: of the steps since the last one."""
         sums, self._since_log = self._since_log, _Sums(self._now())
-        return sums.values(self._since_log.since, self.rate)
+        now = self._since_log.since
+        self.rate = max(self.rate, sums.flops_per_second(now))  # the first if the other is NaN
+        return sums.values(now, self.rate)
+
+    def measure_again(self) -> None:
+        """Measure what the devices can do once more: the higher rate counts. A collective."""
+        self.rate = max(self.rate, self._measure())
 
     def summary(self) -> dict[str, float]:
         """The figures of all steps of this process."""
         now = self._now()
+        self.rate = max(self.rate, self._total.flops_per_second(now))
         process = {
             "train_steps": self._total.steps,
             "train_seconds": now - self._total.since,
@@ -286,8 +308,16 @@ def create_meter(
 
     A collective.
     """
-    mine = matmul_rate(accelerator.device, accelerator.mixed_precision) if measure else 0.0
-    rates = torch.tensor([mine], device=accelerator.device)
-    rate = accelerator.reduce(rates, reduction="sum").item()
+
+    def measured() -> float:
+        mine = 0.0
+        if measure:
+            # after the last step there may be no memory for it, on a GPU
+            with suppress(torch.OutOfMemoryError):
+                mine = matmul_rate(accelerator.device, accelerator.mixed_precision)
+        rates = torch.tensor([mine], device=accelerator.device)
+        return float(accelerator.reduce(rates, reduction="sum").item())
+
     flops = model_flops(classifier.model, "first tokens" if classifier.first_tokens_only else "all")
-    return ThroughputMeter(flops, classifier.packed or classifier.padding_changes_logits, rate)
+    packed = classifier.packed or classifier.padding_changes_logits
+    return ThroughputMeter(flops, packed, measured(), measured)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from forked import run_ranks
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -26,6 +28,7 @@ from bertdist.data.batch import collate
 from bertdist.data.tokenization import Example
 from bertdist.models import attention
 from bertdist.models.classifier import Classifier
+from bertdist.training import throughput
 from bertdist.training.throughput import (
     MEASURED,
     ModelFlops,
@@ -253,6 +256,58 @@ def test_a_lap_by_hand(clock: Clock) -> None:
         summary["tokens_per_second"] == pytest.approx(16 / 4.25)
         and summary["matmul_tflops"] == 1e-9
     )
+
+
+def test_no_load_makes_a_utilization_above_1(clock: Clock) -> None:
+    """1000 FLOP/s were measured while something else used the machine."""
+    meter = meter_of()
+    run(meter, [[[30]]], clock, wait=0.0, work=1.0)  # 3000 FLOP/s
+    assert (meter.lap()["flop_utilization"], meter.rate) == (1.0, 3000)
+    run(meter, [[[10]]], clock, wait=0.0, work=1.0)
+    lap = meter.lap()
+    assert lap["flop_utilization"] == pytest.approx(1 / 3)  # of what the run itself has reached
+    summary = meter.summary()
+    assert summary["flop_utilization"] == pytest.approx(2 / 3)
+    assert summary["matmul_tflops"] == pytest.approx(3000 / 1e12)
+    slow = meter_of()  # the control: a machine that was idle
+    slow.rate = 10_000
+    run(slow, [[[30]]], clock, wait=0.0, work=1.0)
+    assert slow.lap()["flop_utilization"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(("again", "rate"), [(500.0, 1000), (4000.0, 4000)])
+def test_the_higher_of_two_measurements_counts(again: float, rate: float, clock: Clock) -> None:
+    flops = ModelFlops(per_token=100, per_pair=0, per_text=0)
+    meter = ThroughputMeter(flops, True, 1000, lambda: again)
+    run(meter, [[[4]]], clock, wait=0.0, work=1.0)
+    assert meter.summary()["flop_utilization"] == pytest.approx(0.4)
+    meter.measure_again()
+    summary = meter.summary()
+    assert summary["flop_utilization"] == pytest.approx(400 / rate)
+    assert summary["matmul_tflops"] == pytest.approx(rate / 1e12)
+
+
+def rates_of(accelerator: Accelerator) -> list[float]:
+    """Before and after a run of two ranks, of which one has no memory left at the end."""
+    found = iter([100.0, 300.0])
+
+    def matmul_rate(device: Any, precision: str) -> float:
+        rate = next(found) + accelerator.process_index
+        if rate > 300:
+            raise torch.OutOfMemoryError
+        return rate
+
+    throughput.matmul_rate = matmul_rate  # type: ignore[assignment]
+    attention.register()
+    classifier = Classifier(model_of(BertConfig(**SIZES), attention.NAME))
+    meter = throughput.create_meter(classifier, accelerator)
+    rates = [meter.rate]
+    meter.measure_again()
+    return [*rates, meter.rate]
+
+
+def test_all_ranks_measure_before_and_after() -> None:
+    assert run_ranks(2, rates_of) == [[201.0, 300.0]] * 2
 
 
 def test_every_key_is_known_to_who_compares_runs(clock: Clock) -> None:
