@@ -24,7 +24,7 @@ def rows(job: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     from bertdist.core.config import DataConfig, TaskConfig
-    from bertdist.data.splits import load_records
+    from bertdist.data.load_data import load_records
     from bertdist.tasks.tasks import infer_task
 
     source = load_records(

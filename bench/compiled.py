@@ -24,9 +24,8 @@ from bench.stage import log
 from bertdist.core.config import DataConfig, ModelConfig, OptimConfig, TaskConfig
 from bertdist.core.errors import BertdistError
 from bertdist.data.batch import PackedBatch
-from bertdist.data.label_stats import label_stats_of
+from bertdist.data.load_data import load_records
 from bertdist.data.loader import MapLoader
-from bertdist.data.splits import load_records
 from bertdist.data.stats import create_task
 from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.distributed.launch import keep_freed_memory
@@ -63,7 +62,7 @@ def compare(args: argparse.Namespace, backend: Backend = "inductor") -> tuple[fl
     keep_freed_memory()
     config = ModelConfig(model_name_or_path=args.model_name_or_path)
     rows = load_records(DataConfig(train_file=[args.train_file]), "train")
-    task = create_task(TaskConfig(), label_stats_of(rows), None)
+    task = create_task(TaskConfig(), rows.label_stats(), None)
     examples = create_dataset(rows, load_tokenizer(config), task, config.max_length)
     batches = MapLoader(
         dataset=examples,

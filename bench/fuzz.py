@@ -40,7 +40,7 @@ from bertdist.core.atomic_io import write_folder
 from bertdist.core.config import DataConfig, OptimConfig
 from bertdist.core.errors import BertdistError
 from bertdist.data.bad_rows import read_bad_rows
-from bertdist.data.splits import load_records, open_stream
+from bertdist.data.load_data import load_records, open_stream
 from bertdist.data.stream_scan import _read_scan as read_scan
 from bertdist.training.checkpoint import Checkpointer, TrainState
 from bertdist.training.optimizer import create_optimizer

@@ -29,7 +29,7 @@ from bench.peers import positive
 from bench.stage import log
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import BertdistError
-from bertdist.data.splits import load_records
+from bertdist.data.load_data import load_records
 from bertdist.data_quality.config import RANKINGS
 
 SST2 = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "sst2" / "train.tsv"

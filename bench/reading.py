@@ -44,8 +44,8 @@ from bench.peers import positive
 from bench.scaling import SST2
 from bench.stage import HINT, PACKAGES, log
 from bertdist.core.config import DataConfig, ModelConfig, TaskConfig
+from bertdist.data.load_data import load_records, open_stream
 from bertdist.data.records import Records
-from bertdist.data.splits import load_records, open_stream
 from bertdist.data.streaming import StreamLoader
 from bertdist.data.tokenization import create_dataset, encode, load_tokenizer
 from bertdist.tasks.tasks import Task, infer_task

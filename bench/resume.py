@@ -20,9 +20,9 @@ from typing import Any
 
 from bertdist.core.config import DataConfig, ModelConfig
 from bertdist.data.batch import RankStep
+from bertdist.data.load_data import load_records, open_stream
 from bertdist.data.loader import MapLoader
 from bertdist.data.source import ReaderState
-from bertdist.data.splits import load_records, open_stream
 from bertdist.data.streaming import StreamLoader
 from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.tasks.tasks import SingleLabel

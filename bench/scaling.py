@@ -29,9 +29,9 @@ from bench.jobs import BenchError
 from bench.peers import positive
 from bench.stage import HINT
 from bertdist.core.config import FileConfig, ModelConfig
+from bertdist.data.load_data import load_texts
 from bertdist.data.records import ColumnNames
 from bertdist.data.sharding import balance_by_length, epoch_order
-from bertdist.data.splits import load_texts
 from bertdist.data.tokenization import encode, load_tokenizer
 
 Array = npt.NDArray[Any]

@@ -29,7 +29,7 @@ changes nothing in the process.
 A training loop of your own, exact on any number of devices (start it with `accelerate launch`):
 
     config, accelerator = read_config(["--config", "run.yaml"]), Accelerator()
-    rows, eval_rows, _ = load_splits(config)                        # bertdist.data.splits
+    rows, eval_rows, _ = load_splits(config)                        # bertdist.data.load_data
     stats = collect_stats(rows, config, accelerator, print)         # bertdist.data.stats
     task = create_task(config.task, stats.labels, None)             # bertdist.data.stats
     tokenizer = load_tokenizer(config.model)                        # bertdist.data.tokenization

@@ -38,8 +38,8 @@ from bertdist.core.errors import BertdistError, ConfigError
 from bertdist.core.flags import flags_of
 from bertdist.core.hub import model_folder
 from bertdist.core.output_files import RESULT_FILES
-from bertdist.data.memory_rows import as_table
-from bertdist.data.trained_rows import data_of_model
+from bertdist.data.in_memory import as_table
+from bertdist.data.trained_columns import data_of_model
 from bertdist.distributed.launch import EXIT_STOPPED
 from bertdist.models.classifier import (
     load_model_config,

@@ -48,11 +48,11 @@ from bertdist.core.output_files import RESULT_FILES, check_evaluation_folder
 from bertdist.core.terminal import print_error, print_to_stderr, process_rank
 from bertdist.data.bad_rows import BadRows
 from bertdist.data.columns import LabelValue
+from bertdist.data.load_data import load_records
 from bertdist.data.loader import DEFAULT_TOKEN_BUDGET
 from bertdist.data.records import Records
-from bertdist.data.splits import load_records
 from bertdist.data.tokenization import create_dataset, truncation_notes
-from bertdist.data.trained_rows import check_pairs, data_of_model, suggest_prediction
+from bertdist.data.trained_columns import check_pairs, data_of_model, suggest_prediction
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import EXIT_STOPPED, create_accelerator, run_cli
 from bertdist.distributed.launcher import check_world

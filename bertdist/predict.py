@@ -60,18 +60,13 @@ from bertdist.core.terminal import (
     process_rank,
     write_to_stdout,
 )
-from bertdist.data.input_rows import InputRows, InputWindow
+from bertdist.data.in_memory import is_table, records_from_table, records_from_texts
 from bertdist.data.loader import DEFAULT_TOKEN_BUDGET, MapLoader
+from bertdist.data.prediction_input import InputRows, InputWindow
 from bertdist.data.readers.remote import STDIN
-from bertdist.data.records import (
-    ColumnNames,
-    Records,
-    is_table,
-    records_from_table,
-    records_from_texts,
-)
+from bertdist.data.records import ColumnNames, Records
 from bertdist.data.tokenization import create_dataset, load_tokenizer, truncation_notes
-from bertdist.data.trained_rows import check_pairs, trained_columns
+from bertdist.data.trained_columns import check_pairs, trained_columns
 from bertdist.data.writers import AnswerColumns, create_writer
 from bertdist.distributed.collectives import (
     all_reduce_min,

@@ -6,7 +6,7 @@
 This file is all of training, top to bottom: load the data and the model, resume, then repeat: take
 a step, sometimes log, evaluate and save. The modules that a row passes, in their order:
 
-    data/splits -> data/readers -> data/columns -> data/records -> data/loader (its steps, of
+    data/load_data -> data/readers -> data/columns -> data/records -> data/loader (its steps, of
     data/sharding, data/tokenization, data/batch) -> training/micro_batches
 
 and what `train_step` does with it:
@@ -51,10 +51,10 @@ from bertdist.core.config import (
 )
 from bertdist.data.bad_rows import BadRows, collect_bad_rows, record_bad_rows
 from bertdist.data.batch import PackedBatch, RankStep
+from bertdist.data.load_data import load_splits
 from bertdist.data.loader import Loader, MapLoader, create_eval_loader, create_train_loader
 from bertdist.data.records import Records
 from bertdist.data.sharding import count_steps
-from bertdist.data.splits import load_splits
 from bertdist.data.stats import (
     DatasetStats,
     collect_stats,

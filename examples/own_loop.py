@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from torch.optim import AdamW
 
 from bertdist import Evaluator, create_train_loader, load_classifier, read_config
+from bertdist.data.load_data import load_splits
 from bertdist.data.loader import create_eval_loader
-from bertdist.data.splits import load_splits
 from bertdist.data.stats import collect_stats, create_task
 from bertdist.data.tokenization import load_tokenizer
 

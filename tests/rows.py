@@ -41,7 +41,8 @@ from bertdist.core.args import read_config
 from bertdist.core.errors import DataError
 from bertdist.data.bad_rows import BadRow
 from bertdist.data.batch import RankStep
-from bertdist.data.records import Records, records_from_texts
+from bertdist.data.in_memory import records_from_texts
+from bertdist.data.records import Records
 from bertdist.data.source import Chunk, ReaderState, locate_rows
 from bertdist.distributed.launch import configure_process
 from bertdist.training import evaluation, throughput

@@ -1,5 +1,5 @@
-"""Mistakes that can be seen before torch is imported, which takes seconds: in the names of models,
-folders and files, and of the columns of files.
+"""What a command checks before it imports torch, which takes seconds: the names of models, folders
+and files, and the columns of files.
 
     check_train(config)        # also check_evaluate, check_predict, check_rows
     parse_or_exit(read_config, check_train)
@@ -50,7 +50,7 @@ def check_rows(data: DataConfig) -> None:
     """Raise DataError for files, formats and columns."""
     if _is_launched():
         return
-    from bertdist.data.splits import check_files
+    from bertdist.data.load_data import check_files
 
     for files in (data.train_file, data.validation_file, data.test_file):
         patterns = [files] if isinstance(files, str) else files or []
@@ -62,8 +62,8 @@ def check_evaluate(config: EvaluateConfig) -> None:
     """Raise BertdistError for what `evaluate` would raise."""
     if _is_launched():
         return
-    from bertdist.data.splits import check_files
-    from bertdist.data.trained_rows import data_of_model, suggest_prediction
+    from bertdist.data.load_data import check_files
+    from bertdist.data.trained_columns import data_of_model, suggest_prediction
 
     check_metric_names(config.metrics or [])
     check_model(config.model, "--model")
@@ -79,12 +79,12 @@ def check_predict(config: PredictConfig) -> None:
         return
     check_model(config.model, "--model")
     metadata, labels = _metadata(config.model)
-    from bertdist.data.trained_rows import check_pairs, trained_columns
+    from bertdist.data.trained_columns import check_pairs, trained_columns
 
     if config.input is None:
         check_pairs(metadata, config.text_pair is not None)
     elif files := _readable(config.input, config):
-        from bertdist.data.input_rows import InputRows
+        from bertdist.data.prediction_input import InputRows
 
         form = output_format(config.output, config.output_format)
         InputRows(

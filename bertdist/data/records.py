@@ -10,7 +10,7 @@ columns it reads once (text bytes + 12 bytes per row); forked loader workers sha
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -53,12 +53,11 @@ from bertdist.data.source import (
     LocateRow,
     QuotedTable,
     bad_rows_of,
-    chunk_of_columns,
     concat_locations,
     select_locations,
     slice_locations,
 )
-from bertdist.tasks.labels import is_number
+from bertdist.tasks.labels import is_number, non_numeric_labels
 
 # Usual names of columns; the first one present is used.
 TEXT_COLUMNS = "text sentence sentence1 question premise review tweet content".split()
@@ -82,6 +81,18 @@ HEADER_WORDS = {
     *"text_a text_b id idx index qid title body comment message".split(),
     *"sentiment category polarity rating stars emotion intent topic gold label_text".split(),
 }
+
+
+class LabelStats(NamedTuple):
+    """The labels of a training split, which define its task."""
+
+    kind: LabelKind
+    values: list[LabelValue]  # distinct
+    counts: list[int]  # rows of each
+    class_names: tuple[str, ...] | None  # label names that the source defines, in its order
+    column: str
+    first: Callable[[LabelValue], str] = repr  # file and line of a label's first row
+    limit: int | None = None  # --max_train_samples, where it left rows out
 
 
 class Record(NamedTuple):
@@ -141,6 +152,30 @@ class Records:
         label = None if self.label_indices is None else self.label_values[self.label_indices[row]]
         return Record(int(row), self.texts[row].as_py(), pair, label)
 
+    def label_stats(self) -> LabelStats:
+        """The distinct labels, and the number of rows of each."""
+        assert self.label_indices is not None and self.label_kind is not None
+        counts = np.bincount(self.label_indices, minlength=len(self.label_values)).tolist()
+        # Without the labels of rows that --max_train_samples leaves out, but with those held out.
+        counted = zip(self.label_values, counts, strict=True)
+        used = {value: n for value, n in counted if n or self.all_labels}
+        return LabelStats(
+            self.label_kind,
+            list(used),
+            list(used.values()),
+            self.class_names,
+            self.label_column or "labels",
+            self.locate_label,
+            self.limit,
+        )
+
+    def has_non_numeric_labels(self) -> bool:
+        """Whether nearly all labels are numbers, and some are not."""
+        if self.label_kind != "text" or self.class_names is not None:
+            return False
+        stats = self.label_stats()
+        return bool(non_numeric_labels(dict(zip(stats.values, stats.counts, strict=True))))
+
     def locate_label(self, label: LabelValue) -> str:
         """File and line of the first row with a label."""
         rows = np.flatnonzero(self.label_indices == self.label_values.index(label))
@@ -188,79 +223,6 @@ class ColumnNames(NamedTuple):
         """The distinct names."""
         names = dict.fromkeys((*self.texts, self.pair, self.label, *(self.labels or ())))
         return [name for name in names if name is not None]
-
-
-def records_from_texts(
-    texts: str | Iterable[str], pairs: str | Iterable[str] | None = None
-) -> Records:
-    """Texts in memory, without labels. Raises DataError if one is not a text."""
-    columns: dict[str, Column] = {"text": as_texts(texts, "texts")}
-    rows = len(columns["text"])
-    if pairs is not None:
-        columns["pair"] = as_texts(pairs, "pairs")
-        if len(columns["pair"]) != rows:
-            raise DataError(
-                f"There are {rows} texts and {len(columns['pair'])} second texts; they go together."
-            )
-    chunk = chunk_of_columns("texts", columns, rows, {"row": 0})
-    chosen = ColumnNames("text", None if pairs is None else "pair", None, [])
-    return records_from_chunk("texts", chunk, chosen)
-
-
-def is_table(value: Any) -> bool:
-    """Whether it is a table with named columns: pandas, polars, datasets or Arrow."""
-    return _column_names(value) is not None and not isinstance(value, Mapping)
-
-
-def _column_names(value: Any) -> Any:
-    names = getattr(value, "column_names", None)  # datasets and Arrow
-    return getattr(value, "columns", None) if names is None else names  # pandas and polars
-
-
-def records_from_table(table: Any, requested: ColumnNames) -> Records:
-    """The texts of a table in memory, without labels. Raises DataError."""
-    name = type(table).__name__
-    if name == "LazyFrame":  # polars
-        raise DataError("A LazyFrame has no rows yet: pass its .collect().")
-    names = [column for column in _column_names(table) if isinstance(column, str)]
-    columns = choose_columns(name, names, requested)
-    texts: dict[str, Column] = {
-        column: as_texts(table[column], column) for column in columns.names()
-    }
-    rows = len(texts[columns.texts[0]])
-    return records_from_chunk(name, chunk_of_columns(name, texts, rows, {"row": 0}), columns)
-
-
-def as_texts(texts: Any, name: str) -> list[Any]:
-    """A text, or any ordered iterable of texts, as a list of str. name: for messages.
-
-    Lists, tuples, generators, arrays, columns of pandas, Arrow and datasets. Raises DataError for
-    bytes, sets, dicts and tables, and at the first item that is not a str.
-    """
-    if isinstance(texts, str):
-        texts = [texts]
-    columns = _column_names(texts)
-    reason = "expected a text or a list of texts"
-    if isinstance(texts, Mapping):
-        reason += ", and second texts as pairs"
-    elif columns is not None:
-        reason += "; pass one of its columns"
-    elif isinstance(texts, set | frozenset):
-        reason += "; a set has no order"
-    elif isinstance(texts, bytes | bytearray | memoryview):
-        reason += "; decode it first"
-    else:
-        try:
-            items = list(texts.to_pylist() if hasattr(texts, "to_pylist") else texts)
-        except TypeError:  # not iterable
-            pass
-        else:
-            for row, item in enumerate(items):
-                if not isinstance(item, str):
-                    found = f"{excerpt_of(item, 40)} ({type(item).__name__})"
-                    raise DataError(f"{name}[{row}] is {found}; expected a text.")
-            return list(map(str.__str__, items))  # subclasses of str too
-    raise DataError(f"{name} is of type {type(texts).__name__}: {reason}.")
 
 
 def choose_columns(

@@ -1,4 +1,4 @@
-"""The interface that all readers have (`DataSource`): chunks of rows, the location of each row.
+"""What all readers have in common: their interface, `DataSource`, chunks of rows, row locations.
 
 A reader (of files, URLs or the Hub) is a `DataSource`. It yields `Chunk`s, each with the reader
 state from which reading can resume. Every error message names a row by its `RowLocation`, such as

@@ -1,5 +1,5 @@
-"""What is known before the first step: the labels and number of the training rows, the task that
-they define (`create_task`), and digests by which ranks and a resumed run compare their inputs.
+"""What training must know of its rows before the first step: their number and labels, the task that
+these define (`create_task`), and digests by which ranks and a resumed run compare their inputs.
 
 Rows in memory are counted. A stream is read once (data/stream_scan.py), unless flags make this
 unnecessary.
@@ -18,13 +18,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from bertdist.core.config import TaskConfig, TrainConfig
 from bertdist.data.bad_rows import BadRow
-from bertdist.data.label_stats import (
-    LabelStats,
-    has_non_numeric_labels,
-    label_stats_of,
-    needs_numbers,
-)
-from bertdist.data.records import Records
+from bertdist.data.load_data import needs_numbers
+from bertdist.data.records import LabelStats, Records
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.preemption import StopSignal
 from bertdist.tasks.labels import (
@@ -63,12 +58,12 @@ def collect_stats(
     Returns None if `stop` was requested meanwhile.
     """
     if isinstance(rows, Records):
-        return DatasetStats(label_stats_of(rows), [len(rows)], rows.bad_rows)
+        return DatasetStats(rows.label_stats(), [len(rows)], rows.bad_rows)
     with raise_on_all_ranks(accelerator):
         head = rows.head()
     undecided = rows.on_bad_row == "skip" and needs_numbers(config.task) is None
-    skips_non_numeric = undecided and has_non_numeric_labels(head)
-    labels = label_stats_of(head)
+    skips_non_numeric = undecided and head.has_non_numeric_labels()
+    labels = head.label_stats()
     if reasons := _reasons_to_scan(config, labels, skips_non_numeric):
         from bertdist.data.stream_scan import MOST_LOCATIONS, scan_stream
 
@@ -95,7 +90,7 @@ def collect_stats(
     if skips_non_numeric:
         with raise_on_all_ranks(accelerator):
             rules = rows.rules._replace(numbers_only=True)
-            labels = label_stats_of(replace(rows, rules=rules).head())
+            labels = replace(rows, rules=rules).head().label_stats()
     names, values = labels.class_names, labels.values
     if (given := config.task.label_names) is not None:
         distinct = [x for value in values for x in (value if isinstance(value, tuple) else [value])]

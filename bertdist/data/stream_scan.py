@@ -1,4 +1,4 @@
-"""A first pass over a stream that counts its labels and rows.
+"""A first pass over a stream that counts its labels and rows, for stats.py.
 
 Each rank reads some of the files. The result is the same on all ranks, and stored in the run folder
 (survey.json), so that a resumed run need not read again. A stop request takes effect within half a

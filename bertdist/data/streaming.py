@@ -36,7 +36,6 @@ from bertdist.core.types import Array
 from bertdist.data.bad_rows import BadRow, BadRows, OnBadRow, suggest_skipping
 from bertdist.data.batch import RankStep
 from bertdist.data.columns import LabelRules, LabelValue
-from bertdist.data.held_out import HoldOut, Part, no_rows_error
 from bertdist.data.records import (
     ColumnNames,
     Records,
@@ -57,6 +56,7 @@ from bertdist.data.sharding import (
 )
 from bertdist.data.source import STREAM_START, DataSource, ReaderState
 from bertdist.data.tokenization import TokenizedDataset, create_dataset
+from bertdist.data.train_test_split import HoldOut, Part, no_rows_error
 from bertdist.distributed.collectives import (
     all_reduce_sum,
     gather_from_all_ranks,

@@ -30,7 +30,7 @@ import pyarrow.parquet
 from bertdist.core.atomic_io import to_json
 from bertdist.core.errors import DataError
 from bertdist.core.output_files import OutputFormat
-from bertdist.data.input_rows import InputWindow, Kept
+from bertdist.data.prediction_input import InputWindow, Kept
 
 ROW_GROUP_ROWS = 1 << 16  # of parquet output, at least
 LARGEST_EXACT = 1 << 53  # every smaller integer is a float64

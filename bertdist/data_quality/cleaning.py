@@ -24,10 +24,10 @@ from bertdist.core.errors import BertdistError, DataError
 from bertdist.core.output_files import OutputFormat, output_format, write_output
 from bertdist.core.terminal import excerpt
 from bertdist.core.types import Array, BoolArray
-from bertdist.data.input_rows import InputWindow, Kept
+from bertdist.data.all_columns import SourceRows, read_source
+from bertdist.data.load_data import load_records
+from bertdist.data.prediction_input import InputWindow, Kept
 from bertdist.data.records import Records
-from bertdist.data.source_rows import SourceRows, read_source
-from bertdist.data.splits import load_records
 from bertdist.data.writers import KEEP_FEWER, create_row_writer
 from bertdist.data_quality.duplicates import (
     TextGroups,

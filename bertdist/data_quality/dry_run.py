@@ -34,9 +34,8 @@ from bertdist.core.terminal import (
     show_table,
 )
 from bertdist.core.types import Array
-from bertdist.data.label_stats import label_stats_of
+from bertdist.data.load_data import load_test
 from bertdist.data.sharding import balance_by_length, count_steps, epoch_order
-from bertdist.data.splits import load_test
 from bertdist.data.stats import create_task
 from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.data_quality.findings import counts, percent, summary
@@ -109,7 +108,7 @@ def dry_run(config: TrainConfig) -> int:
     show(*report.notes)
     show(f"{summary(report.findings)}; details: bertdist check.")
     train = report.splits["train"]
-    task = create_task(config.task, label_stats_of(train), pretrained_labels(settings))
+    task = create_task(config.task, train.label_stats(), pretrained_labels(settings))
     test = None if "test" in report.splits else load_test(config.data, config.task, train)
     scored = [*report.splits.values(), *filter(None, [test])]
     for records in scored:

@@ -34,8 +34,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bertdist.core.types import BoolArray, IntArray
-from bertdist.data.held_out import joined_texts, normalize_texts
 from bertdist.data.records import Records
+from bertdist.data.train_test_split import joined_texts, normalize_texts
 from bertdist.data_quality.findings import CONTEXT_CHARACTERS, ExampleRow, FindingBuilder, Severity
 from bertdist.data_quality.label_checks import SplitLabels
 

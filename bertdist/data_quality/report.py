@@ -17,9 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from bertdist.core.config import DataConfig, RunConfig, TaskConfig
 from bertdist.core.errors import BertdistError, DataError, RowError
 from bertdist.core.terminal import excerpt
-from bertdist.data.label_stats import label_stats_of, needs_numbers
+from bertdist.data.load_data import load_parts, load_records, load_texts, needs_numbers, open_files
 from bertdist.data.records import ColumnNames, Records
-from bertdist.data.splits import load_parts, load_records, load_texts, open_files
 from bertdist.data.stats import create_task
 from bertdist.data_quality.duplicates import TextGroups, check_duplicates, group_texts, has_rensa
 from bertdist.data_quality.findings import ExampleRow, Finding, FindingBuilder, counts, ranked
@@ -147,7 +146,7 @@ def check_data(
 def _task_of_training(train: Records, config: TaskConfig) -> tuple[Task | None, str]:
     """The task of training; or None, and why training refuses these labels."""
     try:
-        return create_task(config, label_stats_of(train), None), ""
+        return create_task(config, train.label_stats(), None), ""
     except DataError as error:
         return None, str(error)
 

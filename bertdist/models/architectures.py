@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from bertdist.models.attention import Packing, packed_attention
-from bertdist.models.bf16_layer import use_bf16_layer
+from bertdist.models.bf16 import use_bf16_layer
 
 # (layer, hidden states of queries (1, Q, hidden) and of all tokens (1, T, hidden), packing)
 # -> attention output (1, Q, hidden)

@@ -31,11 +31,10 @@ from bertdist.core.config import DataConfig, RunConfig, TrainConfig
 from bertdist.core.errors import ConfigError, DataError
 from bertdist.core.types import Array
 from bertdist.data.bad_rows import BadRows
-from bertdist.data.held_out import text_numbers
-from bertdist.data.label_stats import label_stats_of, needs_numbers
+from bertdist.data.load_data import load_records, needs_numbers
 from bertdist.data.records import Records
-from bertdist.data.splits import load_records
 from bertdist.data.stats import create_task
+from bertdist.data.train_test_split import text_numbers
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import create_accelerator
 from bertdist.distributed.launcher import check_world
@@ -169,7 +168,7 @@ def load_rows(config: TrainConfig, log: RunLogger) -> Rows:
     numbers_only = needs_numbers(config.task)
     records = read_rows(config.data, config.run.output_dir, log, numbers_only)
     model_labels = pretrained_labels(load_model_config(config.model))
-    task = create_task(config.task, label_stats_of(records), model_labels)
+    task = create_task(config.task, records.label_stats(), model_labels)
     assert records.label_indices is not None
     values = np.array([task.encode_label(value) for value in records.label_values])
     return Rows(records, task, values[records.label_indices])

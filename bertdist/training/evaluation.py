@@ -41,7 +41,6 @@ from bertdist.distributed.collectives import (
 )
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import Classifier, load_trained_classifier
-from bertdist.tasks.constant_answers import describe_constant_answers
 from bertdist.tasks.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from bertdist.tasks.tasks import Task
 from bertdist.training.best_model import (
@@ -286,9 +285,10 @@ class Scorer:
 
     def __init__(self, config: TaskConfig, task: Task, glue_task: str | None) -> None:
         """Raises ConfigError for metrics that are unknown or do not fit the task."""
-        from bertdist.tasks import metrics
+        from bertdist.tasks import constant_answers, metrics
 
         self.task, self._noted = task, set[str]()
+        self._describe_constant = constant_answers.describe_constant_answers
         names = (
             config.metrics
             or GLUE_METRICS.get(glue_task or "")
@@ -359,7 +359,7 @@ class Scorer:
             classes = self._report(predictions, references, task.labels)
         if task.problem_type == MULTI_LABEL and not predictions.any() and references.any():
             classes["suggested_threshold"] = suggested_threshold(probabilities, references)
-        elif note := describe_constant_answers(
+        elif note := self._describe_constant(
             task.problem_type, predictions, references, task.labels, scores
         ):
             classes["note"] = note

@@ -18,7 +18,7 @@ from undisturbed import STEPS, Runs
 
 from bertdist.core.config import saved_setting
 from bertdist.distributed import launch
-from bertdist.models import bf16_layer
+from bertdist.models import bf16
 
 SETTINGS: dict[str, Any] = {"mixed_precision": "bf16", "dropout": 0.2, "log_every": "1 steps"}
 
@@ -39,13 +39,13 @@ def in_bf16(accelerator: Accelerator, has_units: bool = True) -> None:
     """On any CPU; the layer's operation must be what trains. has_units: what the CPU says."""
     AcceleratorState._reset_state()  # the rank's: it has a precision
     launch.cpu_has_bf16 = lambda: has_units
-    apply, calls = bf16_layer._Layer.apply, []
+    apply, calls = bf16._Layer.apply, []
 
     def counted(*args: Any) -> Any:
         calls.append(1)
         return apply(*args)
 
-    bf16_layer._Layer.apply = counted  # type: ignore[method-assign]
+    bf16._Layer.apply = counted  # type: ignore[method-assign]
 
     def check() -> None:
         assert calls, "the layer's modules were used"

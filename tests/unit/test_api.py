@@ -30,8 +30,8 @@ from bertdist.api import _write_rows, as_keywords
 from bertdist.core.args import read_config, read_settings
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError, ModelError
-from bertdist.data.memory_rows import as_table
-from bertdist.data.splits import load_records
+from bertdist.data.in_memory import as_table
+from bertdist.data.load_data import load_records
 
 TEXTS, LABELS = ["a film", "a\nfilm, dull", "😀"], ["good", "bad", "good"]
 EXPECTED = {"text": TEXTS, "label": LABELS}

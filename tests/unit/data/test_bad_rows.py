@@ -10,6 +10,7 @@ import pytest
 from bertdist.core.config import DataConfig, PredictConfig
 from bertdist.core.errors import DataError
 from bertdist.data.bad_rows import BadRow, BadRows, escaped_excerpt, read_bad_rows
+from bertdist.data.load_data import load_records, load_texts, open_stream
 from bertdist.data.records import ColumnNames
 from bertdist.data.source import (
     Chunk,
@@ -18,7 +19,6 @@ from bertdist.data.source import (
     locate_lines,
     locate_rows,
 )
-from bertdist.data.splits import load_records, load_texts, open_stream
 
 ROWS = [
     BadRow("a.csv", 3, "1 field, expected 2", "x"),

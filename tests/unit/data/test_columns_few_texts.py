@@ -9,7 +9,7 @@ import pytest
 
 from bertdist.core.errors import DataError
 from bertdist.data.columns import text_array
-from bertdist.data.records import records_from_texts
+from bertdist.data.in_memory import records_from_texts
 
 TEXTS = ["", "a\0b", "é😀", "line\nbreak", "x" * 70_000]
 
@@ -30,8 +30,8 @@ def test_a_lone_surrogate_is_named() -> None:
 PROGRAM = """
 import sys
 from bertdist.core.config import DataConfig
-from bertdist.data.records import records_from_texts
-from bertdist.data.splits import load_records
+from bertdist.data.in_memory import records_from_texts
+from bertdist.data.load_data import load_records
 records_from_texts(["a", "b"])
 for file in sys.argv[1:]:
     load_records(DataConfig(train_file=[file]), "train")

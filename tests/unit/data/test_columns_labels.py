@@ -12,9 +12,8 @@ import pytest
 from bertdist.core.config import DataConfig, TaskConfig
 from bertdist.core.errors import DataError
 from bertdist.data.columns import Problems, read_label_columns, read_labels
-from bertdist.data.label_stats import label_stats_of
+from bertdist.data.load_data import load_records, open_stream
 from bertdist.data.records import Records
-from bertdist.data.splits import load_records, open_stream
 from bertdist.data.stats import create_task
 
 where = "a.csv line {}".format
@@ -49,7 +48,7 @@ def write(folder: Path, kind: str, labels: list[Any]) -> Records:
 )
 def test_a_label_is_the_same_in_every_format(tmp_path: Path, kind: str, labels: list[Any]) -> None:
     rows = write(tmp_path, kind, labels)
-    task = create_task(TaskConfig(), label_stats_of(rows), None)
+    task = create_task(TaskConfig(), rows.label_stats(), None)
     assert rows.label_indices is not None and len(task.labels) == 2
     targets = [task.encode_label(rows.label_values[code]) for code in rows.label_indices]
     assert targets == [1, 0, 1]
@@ -198,7 +197,7 @@ def test_a_few_labels_among_numbers_can_be_skipped(tmp_path: Path) -> None:
     assert [row.line for row in window.bad_rows] == [32]
     with pytest.raises(DataError, match="line 32: label 'n/a' is not a number"):  # the control
         whole = load_records(DataConfig(train_file=[str(path)]), "train")
-        create_task(TaskConfig(), label_stats_of(whole), None)
+        create_task(TaskConfig(), whole.label_stats(), None)
 
 
 def test_the_first_rows_of_a_sorted_file_are_told(tmp_path: Path) -> None:
@@ -206,7 +205,7 @@ def test_the_first_rows_of_a_sorted_file_are_told(tmp_path: Path) -> None:
     path.write_text("text,label\n" + "t,a\n" * 3 + "t,b\n" * 3)
     for limit, told in ((2, "--max_train_samples takes the first 2 rows"), (4, "")):
         data = DataConfig(train_file=[str(path)], max_train_samples=limit)
-        stats = label_stats_of(load_records(data, "train"))
+        stats = load_records(data, "train").label_stats()
         if told:
             with pytest.raises(DataError, match=told):
                 create_task(TaskConfig(), stats, None)
@@ -216,7 +215,7 @@ def test_the_first_rows_of_a_sorted_file_are_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"expected at least two\.$"):  # nothing was left out
         create_task(
             TaskConfig(),
-            label_stats_of(load_records(DataConfig(train_file=[str(path)]), "train")),
+            load_records(DataConfig(train_file=[str(path)]), "train").label_stats(),
             None,
         )
 

@@ -33,7 +33,6 @@ from bertdist.data.batch import (
     split_batch,
     split_by_tokens,
 )
-from bertdist.data.label_stats import LabelStats
 from bertdist.data.loader import (
     EVALUATION_ROWS,
     MapLoader,
@@ -41,6 +40,7 @@ from bertdist.data.loader import (
     create_train_loader,
     loader_settings,
 )
+from bertdist.data.records import LabelStats
 from bertdist.data.sharding import balance_by_length, epoch_order, prefetch_to_device
 from bertdist.data.stats import DatasetStats
 from bertdist.data.tokenization import Example, load_tokenizer

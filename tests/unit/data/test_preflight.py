@@ -15,8 +15,8 @@ from bertdist.core.args import read_config, read_evaluate_config, read_predict_c
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError, ModelError
 from bertdist.core.hub import constants
-from bertdist.data import preflight, splits
-from bertdist.data.splits import load_splits
+from bertdist.data import load_data, preflight
+from bertdist.data.load_data import load_splits
 from bertdist.data.tokenization import load_tokenizer
 from bertdist.models.classifier import load_model_config
 
@@ -184,13 +184,13 @@ def test_what_costs_much_is_left_to_the_command(
     for name in many:
         Path(name).write_text("text\tlabel\na\t0\n")
     opened: list[str] = []
-    real = splits.open_files
+    real = load_data.open_files
 
     def open_files(path: str, *args: Any) -> Any:
         opened.append(path)
         return real(path, *args)
 
-    monkeypatch.setattr(splits, "open_files", open_files)
+    monkeypatch.setattr(load_data, "open_files", open_files)
     preflight.check_rows(read_config([*TRAIN, *many]).data)
     assert opened == many[: preflight.MOST_FILES]
     missing = read_config([*TRAIN, *many, "31.tsv"]).data

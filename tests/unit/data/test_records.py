@@ -30,10 +30,11 @@ from hypothesis import strategies as st
 
 from bertdist.core.config import DataConfig, FileConfig
 from bertdist.core.errors import DataError
+from bertdist.data.all_columns import read_source
+from bertdist.data.in_memory import records_from_texts
+from bertdist.data.load_data import load_records, load_texts, open_stream
 from bertdist.data.readers import csv_reader
-from bertdist.data.records import ColumnNames, Record, Records, concat_records, records_from_texts
-from bertdist.data.source_rows import read_source
-from bertdist.data.splits import load_records, load_texts, open_stream
+from bertdist.data.records import ColumnNames, Record, Records, concat_records
 
 Write = Callable[[str, str | bytes], str]
 
@@ -1354,7 +1355,7 @@ def test_a_forked_worker_reads_the_same(write: Write) -> None:
 def test_local_files_do_not_pay_for_datasets(write: Write) -> None:
     path = write("a.tsv", "text\tlabel\na\t1\n")
     program = (
-        "import sys; from bertdist.core.config import DataConfig; from bertdist.data.splits import load_records;"
+        "import sys; from bertdist.core.config import DataConfig; from bertdist.data.load_data import load_records;"
         f"load_records(DataConfig(train_file=[{path!r}]), 'train'); print('datasets' in sys.modules)"
     )
     found = subprocess.run(

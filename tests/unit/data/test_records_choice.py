@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from bertdist.core.config import DataConfig, PredictConfig
+from bertdist.data.load_data import load_records, load_texts, open_stream
 from bertdist.data.records import ColumnNames
-from bertdist.data.splits import load_records, load_texts, open_stream
 
 ROWS = "text,label\na,1\nb,0\n"
 

@@ -8,7 +8,7 @@ import pytest
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
-from bertdist.data.splits import load_records, open_stream
+from bertdist.data.load_data import load_records, open_stream
 
 MESSAGE = "every column holds its own name: a header, as of joined files; remove that row"
 

@@ -7,8 +7,8 @@ import pytest
 
 from bertdist.core.config import DataConfig, PredictConfig
 from bertdist.core.errors import DataError
+from bertdist.data.load_data import load_records, load_texts, open_stream
 from bertdist.data.records import ColumnNames
-from bertdist.data.splits import load_records, load_texts, open_stream
 
 MESSAGE = "other rows of the table, from a quote that opened by mistake to the next one"
 

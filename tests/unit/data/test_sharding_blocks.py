@@ -7,8 +7,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from bertdist.data import sharding
+from bertdist.data.in_memory import records_from_texts
 from bertdist.data.loader import MapLoader
-from bertdist.data.records import records_from_texts
 from bertdist.data.sharding import length_blocks
 from bertdist.data.tokenization import create_dataset
 

@@ -19,8 +19,8 @@ from bertdist.core.args import read_config
 from bertdist.core.config import TaskConfig, TrainConfig
 from bertdist.core.errors import DataError
 from bertdist.data.columns import LabelRules
-from bertdist.data.label_stats import LabelStats, label_stats_of
-from bertdist.data.records import ColumnNames, records_from_texts
+from bertdist.data.in_memory import records_from_texts
+from bertdist.data.records import ColumnNames, LabelStats
 from bertdist.data.stats import DatasetStats, collect_stats, create_task, pretrained_digests
 from bertdist.data.streaming import Stream
 from bertdist.tasks.tasks import SingleLabel
@@ -234,7 +234,7 @@ def test_a_stream_means_what_the_same_rows_in_memory_mean(
     assert found.numbers_only or column[-1] != "n/a"
     rules = LabelRules(numbers_only=found.numbers_only)
     (window,) = dataclasses.replace(stream, rules=rules).windows()
-    in_memory = task_or_error(label_stats_of(window.records))
+    in_memory = task_or_error(window.records.label_stats())
     assert task_or_error(found.labels) == in_memory
     other = stream_of([file_of(["x", "y"])])  # the control: other labels mean something else
     found = collect_stats(other, config_of(tmp_path, *STEPS), ALONE, lambda text: None)
@@ -250,7 +250,7 @@ def test_a_stream_that_begins_with_fractions_is_not_read_first(tmp_path: Path) -
     with pytest.raises(DataError, match="expected a number, found 'n/a'"):  # where it is met
         [task.encode_label(label) for label in window.records.label_values]
     with pytest.raises(DataError, match="row 60: label 'n/a' is not a number"):  # in memory
-        create_task(TaskConfig(), label_stats_of(window.records), None)
+        create_task(TaskConfig(), window.records.label_stats(), None)
 
 
 # ---- Digests of the pretrained model

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from bertdist.core.args import read_config
 from bertdist.core.errors import DataError
-from bertdist.data.splits import load_splits
+from bertdist.data.load_data import load_splits
 from bertdist.data.stats import collect_stats, create_task
 from bertdist.tasks.tasks import Task
 

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from bertdist.core.args import read_config
 from bertdist.core.config import TaskConfig
 from bertdist.core.errors import DataError
-from bertdist.data.label_stats import LabelStats
-from bertdist.data.splits import Splits, load_splits
+from bertdist.data.load_data import Splits, load_splits
+from bertdist.data.records import LabelStats
 from bertdist.data.stats import collect_stats, create_task
 
 ALONE = Accelerator(cpu=True)

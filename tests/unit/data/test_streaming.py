@@ -22,9 +22,8 @@ from bertdist.core.errors import BertdistError, CheckpointError, ConfigError, Da
 from bertdist.data import streaming
 from bertdist.data.bad_rows import BadRow
 from bertdist.data.batch import RankStep
-from bertdist.data.label_stats import LabelStats
 from bertdist.data.loader import create_train_loader
-from bertdist.data.records import ColumnNames
+from bertdist.data.records import ColumnNames, LabelStats
 from bertdist.data.sharding import WorkerItem
 from bertdist.data.source import ReaderState
 from bertdist.data.stats import DatasetStats

@@ -20,11 +20,11 @@ from bertdist.core.errors import DataError
 from bertdist.data import records as records_module
 from bertdist.data import streaming as stream
 from bertdist.data.bad_rows import OnBadRow
+from bertdist.data.load_data import load_records, open_stream
 from bertdist.data.readers import parquet_reader
 from bertdist.data.readers.file_reader import FileReader, inspect_file
 from bertdist.data.records import ColumnNames
 from bertdist.data.source import STREAM_START, Chunk, ReaderState
-from bertdist.data.splits import load_records, open_stream
 from bertdist.data.streaming import HEAD_ROWS, Stream, Window
 
 QUICK = settings(max_examples=25)

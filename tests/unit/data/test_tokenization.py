@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from bertdist.core.config import DataConfig, ModelConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError, ModelError
 from bertdist.data import tokenization
-from bertdist.data.records import Record, Records, records_from_texts
-from bertdist.data.splits import load_records
+from bertdist.data.in_memory import records_from_texts
+from bertdist.data.load_data import load_records
+from bertdist.data.records import Record, Records
 from bertdist.data.tokenization import LONG_TEXT, Example, create_dataset, encode, load_tokenizer
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
 

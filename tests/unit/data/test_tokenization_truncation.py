@@ -14,7 +14,8 @@ from bertdist import cli
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import ConfigError
 from bertdist.data import tokenization
-from bertdist.data.records import Records, records_from_texts
+from bertdist.data.in_memory import records_from_texts
+from bertdist.data.records import Records
 from bertdist.data.tokenization import load_tokenizer, save_tokenizer, truncation_notes
 from bertdist.models.classifier import load_classifier, save_classifier
 from bertdist.predict import Predictor

@@ -16,8 +16,8 @@ import pytest
 
 from bertdist.core.errors import DataError
 from bertdist.core.output_files import OutputFormat
-from bertdist.data.input_rows import InputWindow, Kept
-from bertdist.data.records import records_from_texts
+from bertdist.data.in_memory import records_from_texts
+from bertdist.data.prediction_input import InputWindow, Kept
 from bertdist.data.writers import AnswerColumns, Writer, create_writer, renamed
 
 SINGLE = AnswerColumns(False, None, ("no", "yes"))

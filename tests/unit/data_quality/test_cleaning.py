@@ -18,7 +18,7 @@ from rows import write_rows
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
-from bertdist.data.splits import load_records
+from bertdist.data.load_data import load_records
 from bertdist.data_quality.cleaning import dropped_path, write_cleaned
 from bertdist.data_quality.config import DEFAULT_FIX_KINDS, FIX_KINDS
 from bertdist.data_quality.report import DataReport, check_data

@@ -12,8 +12,9 @@ from rows import write_rows
 
 from bertdist.core.config import DataConfig
 from bertdist.core.types import IntArray
-from bertdist.data.records import Records, records_from_texts
-from bertdist.data.splits import load_records
+from bertdist.data.in_memory import records_from_texts
+from bertdist.data.load_data import load_records
+from bertdist.data.records import Records
 from bertdist.data_quality import duplicates
 from bertdist.data_quality.duplicates import (
     group_texts,

@@ -10,9 +10,8 @@ from rows import write_rows
 from bertdist.core.args import read_config
 from bertdist.core.config import DataConfig, TaskConfig, TrainConfig
 from bertdist.core.errors import DataError
-from bertdist.data.label_stats import label_stats_of
+from bertdist.data.load_data import load_splits
 from bertdist.data.records import Records
-from bertdist.data.splits import load_splits
 from bertdist.data.stats import create_task
 from bertdist.data.tokenization import create_dataset
 from bertdist.data_quality.report import check_data
@@ -119,7 +118,7 @@ def refuse_labels(config: TrainConfig) -> None:
     """What training does with labels before its first step."""
     train, validation, _ = load_splits(config)
     assert isinstance(train, Records)
-    task = create_task(config.task, label_stats_of(train), None)
+    task = create_task(config.task, train.label_stats(), None)
     for records in (train, validation):
         if records is not None:
             create_dataset(records, None, task, 128)  # type: ignore[arg-type]

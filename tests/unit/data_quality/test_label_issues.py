@@ -22,9 +22,8 @@ from bertdist import Predictor
 from bertdist.core.args import read_config
 from bertdist.core.config import DataConfig, TaskConfig
 from bertdist.core.errors import ConfigError, DataError
-from bertdist.data.label_stats import label_stats_of
+from bertdist.data.load_data import load_records
 from bertdist.data.records import Records
-from bertdist.data.splits import load_records
 from bertdist.data.stats import create_task
 from bertdist.data_quality import label_issues
 from bertdist.data_quality.config import RANKINGS, read_label_issue_config
@@ -147,7 +146,7 @@ def test_a_folds_rows_have_the_labels_of_the_source_and_make_its_task(
     ]
     config = read_config(words)
     records = load_records(config.data, "train")
-    task = create_task(TaskConfig(), label_stats_of(records), None)
+    task = create_task(TaskConfig(), records.label_stats(), None)
     run = cross_validation._fold_config(
         config, tmp_path / "out" / "folds" / "0", task, records, scored=False
     )
@@ -158,7 +157,7 @@ def test_a_folds_rows_have_the_labels_of_the_source_and_make_its_task(
     assert again[0].label == (tuple(first) if isinstance(first, list) else first)
     assert [again[at].label for at in range(4)] == [records[at].label for at in (0, 1, 2, 5)]
     assert again.label_kind == records.label_kind == ("set" if kind == "set" else "text")
-    one = create_task(run.task, label_stats_of(again), None)
+    one = create_task(run.task, again.label_stats(), None)
     assert one.problem_type == task.problem_type and (kind == "number" or one.labels == task.labels)
 
 
@@ -173,12 +172,12 @@ def test_a_fold_without_a_rare_label_still_has_all_outputs(tmp_path: Path) -> No
         )
     )
     records = load_records(config.data, "train")
-    task = create_task(TaskConfig(), label_stats_of(records), None)
+    task = create_task(TaskConfig(), records.label_stats(), None)
     run = cross_validation._fold_config(config, tmp_path / "out", task, records, scored=False)
     (tmp_path / "out").mkdir()
     cross_validation._write_rows(tmp_path / "out" / "train.jsonl", records, np.arange(9))
     assert (
-        create_task(run.task, label_stats_of(load_records(run.data, "train")), None).labels
+        create_task(run.task, load_records(run.data, "train").label_stats(), None).labels
         == task.labels
         == ("negative", "odd", "positive")
     )
@@ -193,7 +192,7 @@ def predict_rows(
         breaking()
     config = read_config(words)
     records = load_records(config.data, "train")
-    task = create_task(config.task, label_stats_of(records), None)
+    task = create_task(config.task, records.label_stats(), None)
     assert records.label_indices is not None
     targets = np.array([task.encode_label(value) for value in records.label_values])[
         records.label_indices

@@ -9,7 +9,7 @@ from data_checks import check_rows, clean_rows, get_finding, kinds
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
-from bertdist.data.records import records_from_texts
+from bertdist.data.in_memory import records_from_texts
 from bertdist.data_quality import text_checks
 from bertdist.data_quality.findings import Finding, FindingBuilder
 from bertdist.data_quality.report import check_data

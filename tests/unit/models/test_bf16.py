@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from bertdist.data.batch import PackedBatch, collate, split_batch
 from bertdist.data.tokenization import Example
-from bertdist.models import attention, bf16, bf16_layer
+from bertdist.models import attention, bf16
 from bertdist.models.bf16 import MANY_TOKENS, TEXTS, TOKENS, TOKENS_OF_MANY, round_up
 from bertdist.models.classifier import Classifier
 from bertdist.models.dropout import seed_dropout
@@ -156,13 +156,13 @@ def test_many_sizes_make_few_shapes() -> None:
 @pytest.fixture
 def layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of each layer that runs as one operation."""
-    calls, apply = [], bf16_layer._Layer.apply
+    calls, apply = [], bf16._Layer.apply
 
     def counted(x: Tensor, *rest: object) -> object:
         calls.append(len(x))
         return apply(x, *rest)
 
-    monkeypatch.setattr(bf16_layer._Layer, "apply", counted)
+    monkeypatch.setattr(bf16._Layer, "apply", counted)
     return calls
 
 
@@ -178,8 +178,8 @@ def test_the_operation_is_the_layer(
     monkeypatch.setattr(torch, "bfloat16", torch.float64)
     assert far(run(model, [batch]), modules) < 1e-12
     assert len(layers) == 2 and layers[0] % TOKENS == 0  # the last computes first tokens only
-    of_weight = bf16_layer._of_weight
-    monkeypatch.setattr(bf16_layer, "_of_weight", lambda d, x: of_weight(d * 1.001, x))
+    of_weight = bf16._of_weight
+    monkeypatch.setattr(bf16, "_of_weight", lambda d, x: of_weight(d * 1.001, x))
     assert far(run(model, [batch]), modules) > 1e-4  # the control
 
 

@@ -28,8 +28,8 @@ from bertdist.core import hub
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import BertdistError, ConfigError, ModelError
 from bertdist.data.batch import PackedBatch, collate
+from bertdist.data.in_memory import records_from_texts
 from bertdist.data.loader import MapLoader
-from bertdist.data.records import records_from_texts
 from bertdist.data.tokenization import Example, create_dataset, encode, load_tokenizer
 from bertdist.models import attention
 from bertdist.models import classifier as classifier_module

@@ -161,7 +161,7 @@ def test_other_dropout_masks_are_detected(
 def test_in_bf16_too(load: Callable[..., Classifier]) -> None:
     eager, model = load(dropout=0.3), load(dropout=0.3)
     for layer in eager.model.base_model.encoder.layer[:-1]:
-        del layer.forward  # bf16_layer's: what is compiled is the modules
+        del layer.forward  # `use_bf16_layer`'s: what is compiled is the modules
     with torch.autocast("cpu", torch.bfloat16):
         compile_layers(model, HERE, counting := Counting())
         calls = counting.calls

@@ -15,7 +15,7 @@ from transformers import (
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import DataError, ModelError
 from bertdist.data.batch import collate
-from bertdist.data.records import records_from_texts
+from bertdist.data.in_memory import records_from_texts
 from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.classifier import Classifier, load_classifier, save_classifier

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from bertdist.core.config import ModelConfig, RunConfig, TaskConfig
 from bertdist.core.errors import CheckpointError
+from bertdist.data.in_memory import records_from_texts
 from bertdist.data.loader import MapLoader
-from bertdist.data.records import records_from_texts
 from bertdist.models.classifier import (
     Classifier,
     load_classifier,

@@ -14,7 +14,7 @@ from rows import make_rows, write_rows
 from bertdist.core.args import read_config
 from bertdist.core.config import TrainConfig
 from bertdist.core.errors import ConfigError
-from bertdist.data.splits import load_records
+from bertdist.data.load_data import load_records
 from bertdist.training import cross_validation
 from bertdist.training.cross_validation import cross_validate, summarize
 

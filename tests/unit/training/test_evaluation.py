@@ -21,9 +21,10 @@ from bertdist.core.config import ModelConfig, TaskConfig
 from bertdist.core.errors import ConfigError
 from bertdist.data import sharding as batching
 from bertdist.data.batch import PackedBatch
+from bertdist.data.in_memory import records_from_texts
+from bertdist.data.load_data import load_splits
 from bertdist.data.loader import MapLoader
-from bertdist.data.records import Records, records_from_texts
-from bertdist.data.splits import load_splits
+from bertdist.data.records import Records
 from bertdist.data.tokenization import Example, create_dataset
 from bertdist.models.classifier import Classifier, load_classifier
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task

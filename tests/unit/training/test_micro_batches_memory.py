@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import DataError
 from bertdist.data.batch import PackedBatch, collate
+from bertdist.data.in_memory import records_from_texts
 from bertdist.data.loader import DEFAULT_TOKEN_BUDGET, MapLoader
-from bertdist.data.records import records_from_texts
 from bertdist.data.tokenization import Example, create_dataset, load_tokenizer
 from bertdist.models.classifier import load_classifier
 from bertdist.tasks.tasks import SingleLabel

@@ -11,7 +11,8 @@ import pytest
 from bertdist.core.args import read_config
 from bertdist.core.config import TrainConfig
 from bertdist.core.errors import CheckpointError
-from bertdist.data.records import Records, records_from_texts
+from bertdist.data.in_memory import records_from_texts
+from bertdist.data.records import Records
 from bertdist.tasks.tasks import SingleLabel
 from bertdist.training.resume_check import (
     ADDED,

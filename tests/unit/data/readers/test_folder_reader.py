@@ -9,10 +9,10 @@ import pytest
 
 from bertdist.core.config import DataConfig, FileConfig
 from bertdist.core.errors import DataError
+from bertdist.data.load_data import load_records, load_texts, open_stream
 from bertdist.data.readers import folder_reader
 from bertdist.data.readers.folder_reader import FolderReader
 from bertdist.data.records import ColumnNames, Record
-from bertdist.data.splits import load_records, load_texts, open_stream
 
 TEXTS = {"neg/1.txt": "dull\n", "neg/10.txt": "poor\r\nfilm", "pos/0.txt": "best é"}
 

@@ -21,11 +21,11 @@ from servers import FakeHub
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
+from bertdist.data.load_data import load_records
 from bertdist.data.readers import hub_reader as hub
 from bertdist.data.readers.hub_reader import HubReader
 from bertdist.data.records import ColumnNames
 from bertdist.data.source import Chunk, DataSource
-from bertdist.data.splits import load_records
 from bertdist.data.streaming import Stream
 
 ROWS = [{"text": f"text {row}", "label": row % 3, "number": row / 2} for row in range(100)]

@@ -9,8 +9,8 @@ from rows import write_rows
 from bertdist.core.args import read_settings
 from bertdist.core.config import TrainConfig
 from bertdist.core.errors import DataError
+from bertdist.data.load_data import load_splits
 from bertdist.data.records import Records
-from bertdist.data.splits import load_splits
 from bertdist.data.streaming import Stream
 
 

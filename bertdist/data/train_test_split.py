@@ -1,4 +1,4 @@
-"""Splitting: the rows of the training files that --validation_split and --test_split hold out.
+"""Which rows of the training files --validation_split and --test_split hold out.
 
 The part of a row is decided by the row alone: xxh3 of its text (and its second text) with --seed,
 as a number from 0 to 1, is below the share of the validation rows, or at least 1 - the share of the

@@ -9,11 +9,11 @@ import pytest
 
 from bertdist.core.args import read_config
 from bertdist.core.errors import ConfigError, DataError
-from bertdist.data.held_out import HoldOut, text_numbers
-from bertdist.data.label_stats import label_stats_of
-from bertdist.data.records import Records, records_from_texts
-from bertdist.data.splits import load_parts, load_splits
+from bertdist.data.in_memory import records_from_texts
+from bertdist.data.load_data import load_parts, load_splits
+from bertdist.data.records import Records
 from bertdist.data.streaming import Stream
+from bertdist.data.train_test_split import HoldOut, text_numbers
 
 LABELS = ["bad", "good", "mixed"]
 
@@ -260,7 +260,7 @@ def test_a_label_that_only_other_parts_have_is_an_output_and_is_said(tmp_path: P
     )
     Path(file).write_text(Path(file).read_text() + "a rare text\todd\n")
     train, held = in_memory("--train_file", file, "--validation_split", "0.2", "--seed", str(seed))
-    stats = label_stats_of(train)
+    stats = train.label_stats()
     assert dict(zip(stats.values, stats.counts, strict=True))["odd"] == 0
     assert train.format_notes[-1] == (
         "No training row has the label 'odd': all such rows are held out, and the model cannot learn them"

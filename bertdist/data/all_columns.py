@@ -1,10 +1,10 @@
-"""The rows of a split again, with every column of their files, in the order of the files.
+"""Reads the rows of a split once more, with all columns of their files, for `check --fix`.
 
     source = read_source(data, records)   # row i of it is row i of records
     source.texts("review"), source.names, source.parts
 
-For `check --fix`, which writes rows as they were but for what it corrects. Unlike `InputRows`, all
-is in memory, and rows that the records lack (--on_bad_row skip, --max_train_samples) are left out.
+They are written as they were but for what is corrected. Unlike those of prediction_input.py, all
+are in memory, and rows that the records lack (--on_bad_row skip, --max_train_samples) are left out.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,13 +15,20 @@ import pyarrow as pa
 
 from bertdist.core.config import DataConfig
 from bertdist.core.errors import DataError
-from bertdist.data.input_rows import Kept, columns_to_keep, kept_of_chunk, read_chunks, unnamed_note
+from bertdist.data.in_memory import class_names, named_table, with_names
+from bertdist.data.load_data import find_hub_split, open_files
+from bertdist.data.prediction_input import (
+    Kept,
+    columns_to_keep,
+    kept_of_chunk,
+    read_chunks,
+    unnamed_note,
+)
 from bertdist.data.readers.file_reader import FileReader
 from bertdist.data.readers.folder_reader import FolderReader
 from bertdist.data.readers.jsonl_reader import WHOLE_OBJECT, field_of
 from bertdist.data.records import Records
 from bertdist.data.source import Chunk, chunk_of_columns, column_of
-from bertdist.data.splits import find_hub_split, open_files
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ def _chunks(data: DataConfig, label: str, notes: list[str]) -> Iterator[tuple[Ch
             for chunk in read_chunks(reader, [WHOLE_OBJECT] if is_json else names):
                 kept = kept_of_chunk(chunk, None if is_json else names)
                 if labels is not None:
-                    kept.columns[label] = _with_names(kept.columns[label], labels)
+                    kept.columns[label] = with_names(kept.columns[label], labels)
                 yield chunk, kept
 
 
@@ -145,31 +152,3 @@ def _with_field(value: dict[str, Any], name: str, text: str) -> dict[str, Any]:
         return {**value, name: text}
     first, _, rest = name.partition(".")
     return {**value, first: _with_field(value[first], rest, text)}
-
-
-def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Column -> the names of its class labels, of datasets.Features; lists of them too."""
-    inner = {name: getattr(feature, "feature", feature) for name, feature in features.items()}
-    return {name: list(x.names) for name, x in inner.items() if getattr(x, "names", None)}
-
-
-def named_table(dataset: Any) -> pa.Table:
-    """A datasets.Dataset with the names of its class labels in place of their numbers."""
-    table = dataset.with_format("arrow")[:].replace_schema_metadata()
-    for column, names in class_names(dataset.features).items():
-        index = table.column_names.index(column)
-        table = table.set_column(index, column, _with_names(table.column(column), names))
-    return table
-
-
-def _with_names(column: pa.ChunkedArray, names: list[str]) -> pa.ChunkedArray:
-    """Class labels, or lists of them, by name."""
-
-    def named(value: Any) -> Any:
-        if isinstance(value, list):
-            return [named(item) for item in value]
-        # -1 is "no label" in datasets.
-        return None if value is None or value < 0 else names[value]
-
-    kind = pa.list_(pa.string()) if pa.types.is_nested(column.type) else pa.string()
-    return pa.chunked_array([pa.array(map(named, column.to_pylist()), kind)])

@@ -1,4 +1,4 @@
-"""Rows for a trained model: where they and their columns are, as its training read them.
+"""Which columns a trained model reads: those of its training, for evaluation and prediction.
 
 metadata: what a run has saved in the config.json of its best/ (`saved_metadata`); empty for a model
 of another program.

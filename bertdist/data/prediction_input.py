@@ -1,4 +1,4 @@
-"""The rows to predict, window by window: texts, and the input's columns that are kept.
+"""The rows of `predict --input`, window by window: texts, and the columns that are kept.
 
     rows = InputRows(["a.csv", "more/*.jsonl"], flags, trained, keep=["all"], window_rows=2048)
     for window in rows.windows(position):  # an earlier window's `next`; None: from the start
@@ -23,6 +23,7 @@ from bertdist.core.config import FileConfig
 from bertdist.core.errors import DataError, NoRowsError, did_you_mean, listed
 from bertdist.core.partial_file import stamp_of
 from bertdist.core.terminal import print_to_stderr
+from bertdist.data.load_data import columns_of, open_text_files
 from bertdist.data.readers.file_reader import FileReader
 from bertdist.data.readers.folder_reader import FolderReader
 from bertdist.data.readers.jsonl_reader import WHOLE_OBJECT, field_of, key_twice
@@ -37,7 +38,6 @@ from bertdist.data.records import (
     short_notes,
 )
 from bertdist.data.source import Chunk, Column
-from bertdist.data.splits import columns_of, open_text_files
 
 ALL = "all"
 

@@ -10,8 +10,8 @@ import pytest
 
 from bertdist.core.config import FileConfig
 from bertdist.core.errors import DataError
-from bertdist.data import input_rows
-from bertdist.data.input_rows import InputRows, InputWindow, Position
+from bertdist.data import prediction_input
+from bertdist.data.prediction_input import InputRows, InputWindow, Position
 from bertdist.data.readers import file_reader
 from bertdist.data.records import ColumnNames
 
@@ -52,14 +52,14 @@ def windows_from(rows: InputRows, position: Position | None = None) -> list[Any]
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks per file; a window is of several chunks, and a chunk of several windows."""
-    open_text_files = input_rows.open_text_files
+    open_text_files = prediction_input.open_text_files
 
     def opened_small(*arguments: Any) -> Any:
         for reader, requested in open_text_files(*arguments):
             reader.chunk_bytes = 150
             yield reader, requested
 
-    monkeypatch.setattr(input_rows, "open_text_files", opened_small)
+    monkeypatch.setattr(prediction_input, "open_text_files", opened_small)
     monkeypatch.setattr(file_reader, "SLICE_ROWS", 3)
 
 

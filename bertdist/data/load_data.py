@@ -1,8 +1,8 @@
-"""Load data as configured: files, URLs, Hub data sets and GLUE tasks -> `Records` or a `Stream`.
+"""Reads what the flags name (files, URLs, Hub data sets, GLUE tasks) as `Records` or a `Stream`.
 
 `load_splits` is for training and evaluation, `load_texts` for prediction. Which columns are read,
 and which labels are valid or missing, is decided in data/records.py and data/columns.py; which
-rows of a training file are held out, in data/held_out.py.
+rows of a training file are held out, in data/train_test_split.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,6 @@ from bertdist.core.config import DataConfig, FileConfig, TaskConfig, TrainConfig
 from bertdist.core.errors import DataError, NoLabelsError, NoRowsError, did_you_mean
 from bertdist.data.bad_rows import OnBadRow, suggest_skipping
 from bertdist.data.columns import LabelRules, LabelValue
-from bertdist.data.label_stats import has_non_numeric_labels, needs_numbers
 from bertdist.data.records import (
     ColumnNames,
     Records,
@@ -27,14 +26,14 @@ from bertdist.data.records import (
     short_notes,
 )
 from bertdist.data.source import Column, DataSource, chunk_of_columns, column_of, nested_names
-from bertdist.tasks.labels import describe_differing
+from bertdist.tasks.labels import REGRESSION, SINGLE_LABEL, describe_differing, is_number
 
 # Readers are imported by the functions that read: a run loads only those of its sources.
 if TYPE_CHECKING:
-    from bertdist.data.held_out import Part
     from bertdist.data.readers.file_reader import FileReader
     from bertdist.data.readers.folder_reader import FolderReader
     from bertdist.data.streaming import Stream
+    from bertdist.data.train_test_split import Part
 
 # Columns of the texts, https://huggingface.co/datasets/nyu-mll/glue
 GLUE: dict[str, tuple[str, str | None]] = {
@@ -80,6 +79,19 @@ def load_splits(config: TrainConfig) -> Splits:
     return Splits(stream, scored("validation", data.max_eval_samples), scored("test", None))
 
 
+def needs_numbers(task: TaskConfig, train_rows: Records | None = None) -> bool | None:
+    """Whether labels must be numbers: as flags or training rows say. None: to be decided."""
+    if task.label_names is not None or task.problem_type == SINGLE_LABEL:
+        return False
+    if task.problem_type == REGRESSION:
+        return True
+    if train_rows is None or train_rows.label_kind != "text":
+        return None
+    values = train_rows.label_stats().values
+    is_open = train_rows.has_non_numeric_labels() or all(is_number(str(x)) for x in values)
+    return None if is_open else False
+
+
 def load_test(data: DataConfig, task: TaskConfig, train: Records) -> Records | None:
     """The rows of --test_file, if there are any, for training rows in memory. Raises DataError."""
     test = load_records(data, "test", needs_numbers(task, train))
@@ -121,7 +133,7 @@ def read_part(
     Rows that cannot be read count with the training rows. numbers_only: see `LabelRules`; None:
     with on_bad_row "skip" decided by these labels.
     """
-    from bertdist.data.held_out import copied_locations, no_rows_error, with_note
+    from bertdist.data.train_test_split import copied_locations, no_rows_error, with_note
 
     assert stream.hold_out is not None
     rules = stream.rules._replace(numbers_only=numbers_only is True)
@@ -139,7 +151,7 @@ def read_part(
     if not found:
         raise no_rows_error(stream.name, part, stream.hold_out)
     rows = concat_records(found, stream.name)
-    if numbers_only is None and stream.on_bad_row == "skip" and has_non_numeric_labels(rows):
+    if numbers_only is None and stream.on_bad_row == "skip" and rows.has_non_numeric_labels():
         return read_part(stream, part, limit, numbers_only=True)
     rows = replace(
         rows, fingerprint=rows_fingerprint(rows), limit=limit if number == limit else None
@@ -154,7 +166,7 @@ def load_parts(data: DataConfig, task: TaskConfig, seed: int) -> dict[str, Recor
     """
     numbers_only = needs_numbers(task)
     if data.validation_split is not None or data.test_split is not None:
-        from bertdist.data.held_out import divide, hold_out_of
+        from bertdist.data.train_test_split import divide, hold_out_of
 
         if hold_out := hold_out_of(data, seed):
             every_row = replace(data, max_train_samples=None)
@@ -209,7 +221,7 @@ def load_records(
     rules = LabelRules(numbers_only=numbers_only is True)
     if (records := read(rules)) is None:
         return None
-    if data.on_bad_row == "skip" and numbers_only is None and has_non_numeric_labels(records):
+    if data.on_bad_row == "skip" and numbers_only is None and records.has_non_numeric_labels():
         return read(rules._replace(numbers_only=True))
     if {0, None} <= records.indicator_values:
         return read(rules._replace(empty="error"))
@@ -402,8 +414,8 @@ def open_stream(data: DataConfig, seed: int, numbers_only: bool | None = None) -
     With --on_bad_row skip or --label_columns, reads the first rows. numbers_only: see `LabelRules`;
     None: `collect_stats` decides.
     """
-    from bertdist.data.held_out import hold_out_of
     from bertdist.data.streaming import Stream
+    from bertdist.data.train_test_split import hold_out_of
 
     groups: list[list[DataSource]]
     notes: list[str | None] = []
