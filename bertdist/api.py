@@ -50,6 +50,7 @@ from bertdist.models.classifier import (
 from bertdist.tasks.labels import REGRESSION
 from bertdist.train import train as train_from_config
 from bertdist.training.run_logger import Hooks
+from bertdist.training.run_summary import report_notes
 
 if TYPE_CHECKING:
     from bertdist.predict import Predictor
@@ -133,6 +134,11 @@ class Evaluation:
         return dict(self.report["intervals"])
 
     @property
+    def notes(self) -> list[str]:
+        """Sentences on answers that are all alike, or all empty."""
+        return [as_keywords(note, "evaluate") for note in report_notes(self.report)]
+
+    @property
     def per_label(self) -> list[dict[str, Any]]:
         """One dict per label: label, rows, precision, recall, f1; empty for numbers."""
         return list(self.report.get("per_class", []))
@@ -151,13 +157,14 @@ class Evaluation:
 
     def __repr__(self) -> str:
         of = self.report["evaluated"]
-        return f"Evaluation({of['model']!r}, {of['rows']:,} rows, {_shown_scores(self.scores)})"
+        shown = f"Evaluation({of['model']!r}, {of['rows']:,} rows, {_shown_scores(self.scores)})"
+        return "\n".join([shown, *self.notes])
 
     def _repr_html_(self) -> str:
         of = self.report["evaluated"]
         title = f"{of['model']} on {of['rows']:,} rows"
         title += f" of {of['data']}" * (of["data"] != "rows")
-        return _html_scores(title, self.scores, self.intervals)
+        return _html_scores(title, self.scores, self.intervals, self.notes)
 
 
 class Run:
@@ -524,8 +531,13 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else "undefined"
 
 
-def _html_scores(title: str, scores: Mapping[str, Any], intervals: Mapping[str, Any] | None) -> str:
-    """A small table of scores with their intervals."""
+def _html_scores(
+    title: str,
+    scores: Mapping[str, Any],
+    intervals: Mapping[str, Any] | None,
+    notes: Iterable[str] = (),
+) -> str:
+    """A small table of scores with their intervals, and notes below it."""
     header = "<th>score</th><th>value</th>" + "<th>95% interval</th>" * bool(intervals)
     lines = []
     for name, value in scores.items():
@@ -536,4 +548,5 @@ def _html_scores(title: str, scores: Mapping[str, Any], intervals: Mapping[str, 
         lines.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
     rows = "".join(f"<tr>{line}</tr>" for line in lines)
     table = f"<table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table>"
-    return f"<div>{html.escape(title)}</div>{table * bool(scores)}"
+    below = "".join(f"<div>{html.escape(note)}</div>" for note in notes)
+    return f"<div>{html.escape(title)}</div>{table * bool(scores)}{below}"

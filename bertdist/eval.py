@@ -45,7 +45,7 @@ from bertdist.core.errors import (
     nearest_first,
 )
 from bertdist.core.output_files import RESULT_FILES, check_evaluation_folder
-from bertdist.core.terminal import print_error, print_to_stderr, process_rank
+from bertdist.core.terminal import ProgressBar, print_error, print_to_stderr, process_rank
 from bertdist.data.bad_rows import BadRows
 from bertdist.data.columns import LabelValue
 from bertdist.data.load_data import load_records
@@ -106,7 +106,13 @@ def evaluate(config: EvaluateConfig) -> Results | None:
             if is_main:
                 notes += truncation_notes({"rows": records}, tokenizer, max_length)
                 print_to_stderr(*notes)
-        logits = predictor.predict_logits(records)
+        with ProgressBar("Evaluated", "rows", is_main) as progress:
+
+            def show(done: int) -> None:
+                done = min(done, len(records))
+                progress.update(done, done / len(records))
+
+            logits = predictor.predict_logits(records, show)
         results = None
         with raise_on_all_ranks(accelerator):
             if scorer is not None:

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -286,9 +286,12 @@ class Predictor:
         return list(self.task.to_records(self.predict_logits(records), top_k, threshold))
 
     @reset_torch_modes()
-    def predict_logits(self, records: Records) -> Tensor:
+    def predict_logits(
+        self, records: Records, show: Callable[[int], None] = lambda rows: None
+    ) -> Tensor:
         """(rows, outputs) float32 on the CPU, the same on every rank.
 
+        show: called now and then with the number of rows done.
         Every rank computes its share of the rows; the same bits on any number of ranks. Raises, on
         all ranks, Stopped, DataError as `check_pairs` does, and NonFiniteError if a logit is not
         finite.
@@ -312,7 +315,7 @@ class Predictor:
                 group = host_group(self.accelerator)
                 (self.tokens_per_micro_batch,) = all_reduce_min(self.accelerator, [tokens], group)
                 batches = replace(batches, tokens_per_micro_batch=self.tokens_per_micro_batch)
-            logits = predict_rows(self.model, batches, self.accelerator, self.stop)
+            logits = predict_rows(self.model, batches, self.accelerator, self.stop, show)
         if logits is None:
             raise Stopped
         if rows := nonfinite_rows(logits):

@@ -20,7 +20,7 @@ SCRIPTS = ["train", "predict", "eval", "check", "api", "cli", "__main__"]
 ORDER = {name: position for position, name in enumerate([*PACKAGES, *SCRIPTS])}
 ANYWHERE = {"torch", "numpy", "accelerate", "transformers", "bertdist"} | sys.stdlib_module_names
 THIRD_PARTY = {  # package -> the other libraries that it may import
-    "core": {"huggingface_hub", "rich", "yaml", "xxhash", "safetensors"},
+    "core": {"IPython", "huggingface_hub", "rich", "yaml", "xxhash", "safetensors"},
     "distributed": {"psutil"},
     "tasks": {"datasets", "evaluate", "scipy", "sklearn"},
     "data": {"aiohttp", "datasets", "fsspec", "pyarrow", "xxhash"},

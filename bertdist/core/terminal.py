@@ -18,9 +18,10 @@ from typing import Any, NoReturn, TypeAlias
 from unicodedata import east_asian_width
 
 from rich.box import HORIZONTALS
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.progress_bar import ProgressBar as RichBar
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -29,10 +30,12 @@ from bertdist.core.errors import BertdistError
 Cell: TypeAlias = "str | Sequence[tuple[str, str]]"  # text, or (text, rich style) pairs
 
 EXCERPT_COLUMNS = 100
-NOTEBOOK_COLUMNS = 100
+NOTEBOOK_COLUMNS, NOTEBOOK_LINES = 100, 40
+NOTEBOOK_HTML = '<pre style="font-family: monospace; line-height: 1.25; margin: 0">{code}</pre>'
 EXIT_BROKEN_PIPE = 141  # as of a command that SIGPIPE has ended
 # For rank 0 to come as far as the others and print; then torchrun ends them anyway.
 PRINT_SECONDS = 15.0
+SECONDS_PER_DRAWING = 0.5  # of one in a notebook
 SECONDS_PER_LINE = 60  # of a ProgressBar that is not on a terminal
 _bar_console: Console | None = None  # of the ProgressBar that shows a bar
 _NOT_ASCII = re.compile("[^\x20-\x7e]")
@@ -100,6 +103,34 @@ def create_console(stderr: bool) -> Console:
         options: dict[str, Any] = {"force_jupyter": False, "force_interactive": False}
         return Console(highlight=False, width=NOTEBOOK_COLUMNS, **options)
     return console
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    return Console().is_jupyter
+
+
+class NotebookOutput:
+    """An output of a notebook's cell that is drawn again in place, where it was drawn first."""
+
+    def __init__(self) -> None:
+        from IPython.display import DisplayHandle
+
+        self._handle: Any = DisplayHandle()
+        self._is_drawn = False
+
+    def draw(self, *parts: RenderableType) -> None:
+        """Replace its contents."""
+        options: dict[str, Any] = {"force_jupyter": False, "record": True, "highlight": False}
+        options |= {"width": NOTEBOOK_COLUMNS, "height": NOTEBOOK_LINES}
+        console = Console(file=io.StringIO(), **options)
+        for part in parts:
+            console.print(part)
+        html = console.export_html(code_format=NOTEBOOK_HTML, inline_styles=True, clear=False)
+        data = {"text/plain": console.export_text(), "text/html": html}
+        draw = self._handle.update if self._is_drawn else self._handle.display
+        draw(data, raw=True)
+        self._is_drawn = True
 
 
 def print_to_stderr(*lines: str) -> None:
@@ -212,7 +243,9 @@ def _shown(match: re.Match[str]) -> str:
 
 
 class ProgressBar:
-    """How far a long task is: a bar where standard error is a terminal, else a line per minute."""
+    """How far a long task is: a bar on a terminal (standard error) and in a notebook, else a line
+    per minute.
+    """
 
     def __init__(self, action: str, unit: str, is_shown: bool = True) -> None:
         """action: "Predicted". unit: "rows"."""
@@ -220,6 +253,8 @@ class ProgressBar:
         self._said_at = self._started = time.monotonic()
         self._bar: RichProgress | None = None
         self._first: int | None = None
+        self._output: NotebookOutput | None = None
+        self._in_notebook, self._drawn_at = is_shown and in_notebook(), self._started
         if is_shown and sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
             # Not redirected: else rich would show standard output here, not write it to its pipe.
@@ -259,6 +294,13 @@ class ProgressBar:
             done = None if fraction is None else int(1000 * fraction)
             total = None if fraction is None else 1000
             self._bar.update(self._task, description=line, completed=done or 0, total=total)
+        elif self._in_notebook:
+            if now - self._drawn_at >= SECONDS_PER_DRAWING or (self._output and fraction == 1):
+                self._drawn_at, self._output = now, self._output or NotebookOutput()
+                row = Table.grid(padding=(0, 2))
+                bar = [] if fraction is None else [RichBar(total=1.0, completed=fraction, width=40)]
+                row.add_row(*bar, plain_text(line))
+                self._output.draw(row)
         elif self._is_shown and now - self._said_at >= SECONDS_PER_LINE:
             self._said_at = now
             print_to_stderr(f"{line}.")

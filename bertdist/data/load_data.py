@@ -5,7 +5,7 @@ and which labels are valid or missing, is decided in data/records.py and data/co
 rows of a training file are held out, in data/train_test_split.py.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
@@ -14,6 +14,7 @@ from bertdist.core.config import DataConfig, FileConfig, TaskConfig, TrainConfig
 from bertdist.core.errors import DataError, NoLabelsError, NoRowsError, did_you_mean
 from bertdist.data.bad_rows import OnBadRow, suggest_skipping
 from bertdist.data.columns import LabelRules, LabelValue
+from bertdist.data.likely_columns import SAMPLE_ROWS
 from bertdist.data.records import (
     ColumnNames,
     Records,
@@ -310,8 +311,16 @@ def _read_file(
 
 def columns_of(reader: "FileReader | FolderReader", requested: ColumnNames) -> ColumnNames:
     """The columns to read of a file. Raises DataError; NoRowsError where it is empty."""
+    names = reader.column_names()
+
+    def sample() -> Mapping[str, Column]:
+        from bertdist.data.readers.remote import STDIN
+
+        is_stdin = reader.file is not None and reader.file.path == STDIN
+        return {} if is_stdin else reader.read(names, SAMPLE_ROWS).columns
+
     try:
-        return choose_columns(reader.name, reader.column_names(), requested, reader.has_header)
+        return choose_columns(reader.name, names, requested, reader.has_header, sample)
     except NoRowsError:
         raise
     except DataError as error:
@@ -353,15 +362,21 @@ def _load_hub_split(
     if not len(dataset):
         raise DataError(f"{name} has no rows.")
     column_names = nested_names(dataset.features.arrow_schema)
-    columns = choose_columns(name, column_names, requested)
+
+    def first_rows(num_rows: int, names: Sequence[str]) -> dict[str, Column]:
+        table = dataset.select(range(num_rows)).with_format("arrow")[:]
+        return {name: column_of(table, name) for name in names}
+
+    def sample() -> dict[str, Column]:
+        return first_rows(min(SAMPLE_ROWS, len(dataset)), column_names)
+
+    columns = choose_columns(name, column_names, requested, sample=sample)
 
     def read(num_rows: int | None) -> Records:
         rows = min(num_rows or len(dataset), len(dataset))
-        table = dataset.select(range(rows)).with_format("arrow")[:]
-        arrays: dict[str, Column] = {name: column_of(table, name) for name in columns.names()}
         return records_from_chunk(
             name,
-            chunk_of_columns(name, arrays, rows, {"row": 0}),
+            chunk_of_columns(name, first_rows(rows, columns.names()), rows, {"row": 0}),
             columns,
             label_delimiter=data.label_delimiter,
             features=dataset.features,
@@ -419,6 +434,7 @@ def open_stream(data: DataConfig, seed: int, numbers_only: bool | None = None) -
 
     groups: list[list[DataSource]]
     notes: list[str | None] = []
+    requested = _requested(data)
     if data.train_file:
         readers = [
             [*open_files(file, data, data.on_bad_row, streamed=True)] for file in data.train_file
@@ -428,14 +444,15 @@ def open_stream(data: DataConfig, seed: int, numbers_only: bool | None = None) -
             notes.append(reader.note)
         groups = [[*group] for group in readers]
         name = _short_name(data.train_file)
+        columns = columns_of(readers[0][0], requested)
     else:
         from bertdist.data.readers.hub_reader import HubReader
 
-        groups = [[HubReader(*_hub_path(data), data.train_split)]]
+        source = HubReader(*_hub_path(data), data.train_split)
+        groups = [[source]]
         name = str(data.dataset_name or data.task_name)
-    first, requested = groups[0][0], _requested(data)
-    columns = choose_columns(first.name, first.column_names(), requested, first.has_header)
-    notes.append(describe_choice(first.column_names(), requested, columns))
+        columns = choose_columns(source.name, source.column_names(), requested)
+    notes.append(describe_choice(groups[0][0].column_names(), requested, columns))
     return Stream(
         name=name,
         source_groups=groups,

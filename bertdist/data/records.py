@@ -27,6 +27,7 @@ from bertdist.core.errors import (
     did_you_mean,
     listed,
     nearest_first,
+    nearest_name,
 )
 from bertdist.core.terminal import excerpt_of
 from bertdist.data.bad_rows import BadRow, OnBadRow
@@ -47,6 +48,7 @@ from bertdist.data.columns import (
     text_array,
     valid_rows,
 )
+from bertdist.data.likely_columns import Sample, describe_likely
 from bertdist.data.source import (
     Chunk,
     Column,
@@ -226,19 +228,29 @@ class ColumnNames(NamedTuple):
 
 
 def choose_columns(
-    source: str, names: Sequence[str], requested: ColumnNames, has_header: bool = False
+    source: str,
+    names: Sequence[str],
+    requested: ColumnNames,
+    has_header: bool = False,
+    sample: Sample = dict,
 ) -> ColumnNames:
     """The columns to read: those requested, else the usual names. Raises DataError if missing.
 
-    source: its name, for messages; names: of all its columns.
+    source: its name, for messages; names: of all its columns; sample: of their values, for the
+    message about missing ones.
     """
     text, pair, label, labels = requested
     for name in requested.names():
         if name not in names:
             problem, advice = f"there is no column {name!r}", did_you_mean(name, names)
-            if not advice.startswith(" Did"):  # else the flag has a typing error
+            likely = ""
+            if nearest_name(name, list(names), cutoff=0.75) is None:  # else a typing error
+                what = {"--text_column": ["text"], "--label_column": ["label"]}
+                lacking = what.get(requested.flag(name), [])
+                likely = describe_likely(sample, lacking, {*requested.names()} - {name})
+            if likely or not advice.startswith(" Did"):
                 advice = f" Name another one with {requested.flag(name)}."
-            error = _no_column(source, names, problem, advice, has_header, name)
+            error = _no_column(source, names, problem, advice, likely, has_header, name)
             raise NoLabelsError(error) if name == label or name in (labels or ()) else error
     present = {name.lower(): name for name in reversed(names)} | {name: name for name in names}
     texts = requested.texts
@@ -254,7 +266,8 @@ def choose_columns(
     if lacking:
         problem = f"no column has a usual name for the {' or the '.join(lacking)}"
         advice = f" Pass {' and '.join(f'--{what}_column' for what in lacking)}."
-        error = _no_column(source, names, problem, advice, has_header)
+        likely = describe_likely(sample, lacking, ColumnNames(text, pair, label, labels).names())
+        error = _no_column(source, names, problem, advice, likely, has_header)
         raise NoLabelsError(error) if lacking == ["label"] else error
     return ColumnNames(text, pair, label, labels)
 
@@ -286,6 +299,7 @@ def _no_column(
     names: Sequence[str],
     problem: str,
     advice: str,
+    likely: str,
     has_header: bool,
     missing: str = "",
 ) -> DataError:
@@ -300,12 +314,12 @@ def _no_column(
         is_data += "--column_names."
         for word in ("Pass", "Name"):
             advice = advice.replace(f" {word} ", f" Otherwise {word.lower()} ")
-        advice = f"{is_data}{advice}"
+        advice, likely = f"{is_data}{advice}", ""
     if has_header and any(name.startswith('"') for name in names):
         advice += " Without the quotes: --quoting double."
     line = " line 1" if has_header else ""
     number = f" {len(names)}" if len(names) > MOST_LISTED else ""
-    return DataError(f"{source}{line}: {problem}.{advice} The{number} columns are {shown}.")
+    return DataError(f"{source}{line}: {problem}.{advice}{likely} The{number} columns are {shown}.")
 
 
 def records_from_chunk(

@@ -229,7 +229,7 @@ class RunLogger:
         self._show_times()
         # Other runs cannot train on files of their own folder.
         is_fold = any(Path(file).parent == self.folder for file in self.data.train_file or ())
-        if not is_fold:
+        if not (is_fold or self.screen.in_notebook):  # there Run has them
             show_files(self.screen, self.folder)
             show_commands(self.screen, self.folder, self.data)
 

@@ -138,9 +138,16 @@ def show_report(
     """The tables of an evaluation.json: scores per label, and the confusion matrix.
 
     of: what was evaluated, by default the step; file: where the rest is. Of many labels the lowest
-    scores, and the most frequent confusions.
+    scores, and the most frequent confusions. In a notebook only the scores, without a table: Run
+    and Evaluation have the rest.
     """
     of = of or (f"step {report['step']}" if "step" in report else "")
+    if not screen.in_notebook:
+        _show_tables(screen, report, of, file)
+    screen.say(*report_notes(report))
+
+
+def _show_tables(screen: Screen, report: Mapping[str, Any], of: str, file: str) -> None:
     classes, labels = report.get("per_class", []), report.get("labels", [])
     if classes:
         shown, title = classes, ", ".join(filter(None, ["Scores per label", of]))
@@ -157,13 +164,17 @@ def show_report(
         screen.table("Most frequent confusions", list(confusions[0]), rows, [2])
     if scores := report.get("scores"):
         _show_scores(screen, of, scores, report.get("intervals") or {})
+
+
+def report_notes(report: Mapping[str, Any]) -> list[str]:
+    """What an evaluation.json says of its answers: that they are all alike, or all empty."""
+    notes = [str(report["note"])] if report.get("note") else []
     if (threshold := report.get("suggested_threshold")) is not None:
-        screen.say(
+        notes.append(
             "Every answer is empty: no label of any row has a probability above 0.5. With "
             f"--threshold {threshold:.3g} predict gives as many labels as the truth has."
         )
-    if note := report.get("note"):  # of answers that are all alike
-        screen.say(note)
+    return notes
 
 
 def _show_matrix(screen: Screen, labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> None:

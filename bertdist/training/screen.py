@@ -30,9 +30,11 @@ from torch import Tensor
 
 from bertdist.core.terminal import (
     Cell,
+    NotebookOutput,
     create_console,
     create_table,
     excerpt,
+    in_notebook,
     plain_text,
     print_lines,
     printable,
@@ -124,13 +126,15 @@ class Screen:
         self.console = create_console(stderr)
         # Words wrap on a terminal; in a file a message is one line, for grep.
         self.console.soft_wrap = not self.console.is_terminal
-        self.has_panel = self.console.is_interactive and sys.stderr.isatty()
+        self.in_notebook = enabled and in_notebook()
+        is_terminal = self.console.is_interactive and sys.stderr.isatty()
+        self.has_panel = self.in_notebook or is_terminal
         self.pairs = False  # whether the model takes two texts
         self.evaluations: list[Evaluated] = []
         self.selected = ""  # the score that selects the best weights
         self.seconds = {"evaluation": 0.0, "saving": 0.0}
         self._notes: list[str] = []
-        self._live: Live | None = None
+        self._live: Live | _NotebookPanel | None = None
         self._progress, self._activity, self._ranks = Progress(), "", 1
         self._loss = RunningLoss()
         # (end, tokens) of the last steps without a pause between them, and what they gave
@@ -198,9 +202,12 @@ class Screen:
         self._line_at = time.monotonic()
         if self.enabled and self.has_panel and progress.step < progress.total_steps:
             # stderr of forked loader workers is not redirected into it: they would draw it too.
-            self._live = Live(
-                _Panel(self), console=self.console, auto_refresh=False, transient=True
-            )
+            if self.in_notebook:
+                self._live = _NotebookPanel(self)
+            else:
+                self._live = Live(
+                    _Panel(self), console=self.console, auto_refresh=False, transient=True
+                )
             self._live.start(refresh=True)
 
     def step(self, step: TrainedStep, loss: Tensor | None, progress: Progress) -> None:
@@ -248,7 +255,7 @@ class Screen:
         rate, left = values.get("tokens_per_second", nan), self._time_left()
         items = [] if isnan(values["loss"]) else [f"loss {cell(values['loss'])}"]
         items += [] if isnan(rate) else [f"{rate:,.0f} tokens/s"]
-        items += [] if isnan(left) else [f"{clock(left)} left"]
+        items += [f"{clock(left)} left"] if left > 0 else []  # not NaN, not at the end
         if all_values:
             shown = ("loss", "tokens_per_second", "epoch")
             items += [f"{name} {short(x)}" for name, x in values.items() if name not in shown]
@@ -325,8 +332,12 @@ class Screen:
         self._end_saving()
         if self._live is not None:
             live, self._live = self._live, None
+            self._activity = ""
+            if best_step is not None:
+                self._progress = self._progress._replace(best_step=best_step)
             live.stop()
-            self.show_evaluations(best_step)
+            if not self.in_notebook:  # where the panel stays, with the table in it
+                self.show_evaluations()
 
     def show_evaluations(self, best_step: int | None = None) -> None:
         """The table of evaluations, of many the last ones and the best. best_step: see `close`."""
@@ -380,6 +391,25 @@ class _Panel:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from self.screen.render(options.max_width, console.height)
+
+
+class _NotebookPanel:
+    """The same of a notebook, as `Live`: it stays after the end, as it was drawn last."""
+
+    def __init__(self, screen: Screen) -> None:
+        self.panel, self._output = _Panel(screen), NotebookOutput()
+
+    def start(self, refresh: bool) -> None:
+        """Begin, and draw it."""
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Draw it again."""
+        self._output.draw(self.panel)
+
+    def stop(self) -> None:
+        """Draw it for the last time."""
+        self.refresh()
 
 
 def evaluations_table(

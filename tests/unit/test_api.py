@@ -340,6 +340,19 @@ def test_a_run_has_its_scores_history_and_predictor(run: bertdist.Run) -> None:
     assert repr(bertdist.Run(run.folder)) == repr(run)
 
 
+def test_an_evaluation_shows_its_notes() -> None:
+    report = {"evaluated": {"model": "out", "rows": 2, "data": "rows"}, "scores": {"loss": 0.5}}
+    plain = bertdist.api.Evaluation({**report, "intervals": {}}, [], [])
+    assert plain.notes == [] and repr(plain) == "Evaluation('out', 2 rows, loss 0.5)"
+    notes = {"note": "All <b> alike.", "suggested_threshold": 0.25, "intervals": {}}
+    noted = bertdist.api.Evaluation(report | notes, [], [])
+    first, second = noted.notes
+    assert first == "All <b> alike." and " With threshold 0.25 predict gives" in second
+    assert repr(noted) == "\n".join([repr(plain), first, second])
+    html = noted._repr_html_()
+    assert html.startswith(plain._repr_html_()) and "<div>All &lt;b&gt; alike.</div>" in html
+
+
 def test_a_predictor_can_be_pickled(
     run: bertdist.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,16 +11,20 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
+from bertdist.core import terminal
 from bertdist.core.atomic_io import atomic_write
 from bertdist.core.errors import BertdistError
 from bertdist.core.terminal import (
+    NotebookOutput,
     ProgressBar,
     byte_size,
     close_broken,
     count_in_words,
     encodable,
     escape_unencodable,
+    plain_text,
     print_error,
     print_json,
     print_lines,
@@ -241,6 +245,54 @@ def test_a_bar_on_the_terminal_leaves_standard_output_to_its_pipe(
     assert "Predicted 2 rows" in shown and "an answer" not in shown
     lines = re.split("[\r\n]+", shown)
     assert "A message." in lines and "After it." in lines, "lines of their own"
+
+
+class Drawn:
+    """Stands for IPython's DisplayHandle."""
+
+    def __init__(self) -> None:
+        calls.append(("created", {}))
+
+    def display(self, data: dict[str, str], raw: bool) -> None:
+        calls.append(("display", data))
+
+    def update(self, data: dict[str, str], raw: bool) -> None:
+        calls.append(("update", data))
+
+
+calls: list[tuple[str, dict[str, str]]] = []
+
+
+def test_a_notebook_has_one_output_that_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytest.importorskip("IPython").display, "DisplayHandle", Drawn)
+    calls.clear()
+    output = NotebookOutput()
+    output.draw(plain_text("<b>&[red]\x1b"))
+    output.draw(Text("bold", style="bold"), Text("second line"))
+    (_, (first, shown), (second, again)) = calls
+    assert (first, second) == ("display", "update")
+    assert "&lt;b&gt;&amp;[red]\\x1b" in shown["text/html"] and "<b>" not in shown["text/html"]
+    assert again["text/plain"] == "bold\nsecond line\n" and "weight: bold" in again["text/html"]
+
+
+def test_a_long_task_in_a_notebook_is_one_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytest.importorskip("IPython").display, "DisplayHandle", Drawn)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    seconds = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: seconds[0])
+
+    def evaluate(step: float, is_shown: bool = True) -> list[str]:
+        calls.clear()
+        with ProgressBar("Evaluated", "rows", is_shown) as progress:
+            for number in range(1, 11):
+                seconds[0] += step
+                progress.update(100 * number, number / 10)
+        return [data.get("text/plain", "").strip().split("\n")[-1] for _, data in calls]
+
+    slow = evaluate(0.3)
+    assert slow[-1] == f"{40 * '━'}  Evaluated 1,000 rows (100%), 333 rows per second"
+    assert [name for name, _ in calls] == ["created", "display", *["update"] * 4]
+    assert evaluate(0.01) == [] and evaluate(0.3, is_shown=False) == []  # the controls
 
 
 def test_what_standard_output_lacks_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

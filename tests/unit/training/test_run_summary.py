@@ -84,6 +84,20 @@ def test_sizes_and_settings() -> None:
     assert describe_device(ranks) == "2 processes, cpu, bf16"
 
 
+def test_a_notebook_has_only_the_notes_of_a_report(
+    screen: Screen, capfd: pytest.CaptureFixture[str]
+) -> None:
+    report = {**REPORT, "note": "All answers are 'yes'.", "suggested_threshold": 0.25}
+    screen.in_notebook = True  # where Run and Evaluation show the rest
+    show_report(screen, report)
+    note, threshold = capfd.readouterr().err.splitlines()
+    assert note == "All answers are 'yes'." and "--threshold 0.25 predict gives" in threshold
+    screen.in_notebook = False  # the control
+    show_report(screen, report)
+    said = capfd.readouterr().err
+    assert "Scores per label" in said and f"{note}\n" in said
+
+
 def test_a_report_is_shown_in_tables(screen: Screen, capfd: pytest.CaptureFixture[str]) -> None:
     show_report(screen, REPORT)
     said = capfd.readouterr().err

@@ -1,5 +1,6 @@
 """What is shown while a run trains: the panel of a terminal, lines elsewhere, never too wide."""
 
+import io
 import re
 import sys
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from bertdist.core.errors import DataError
 from bertdist.core.terminal import print_error
@@ -96,6 +98,33 @@ def test_a_terminal_has_a_panel_and_then_a_table(
     table = [line.split() for line in said.splitlines()[-6:] if line.strip()]
     assert table[0] == ["step", "epoch", "loss", "accuracy"]
     assert table[2:] == [["3", "1.5", "0.5000", "0.3333", "best"], ["6", "3", "0.5000", "0.1667"]]
+
+
+@pytest.mark.parametrize("evaluations", [0, 2])
+def test_a_notebook_has_one_output_which_stays(
+    evaluations: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[str] = []
+
+    class Output:
+        def draw(self, panel: Any) -> None:
+            console = Console(file=io.StringIO(), width=100, height=40)
+            console.print(panel)
+            drawn.append(console.file.getvalue())  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(screen_module, "in_notebook", lambda: True)
+    monkeypatch.setattr(screen_module, "NotebookOutput", Output)
+    monkeypatch.setattr(screen_module, "REFRESH_SECONDS", 0.0)
+    notebook = Screen(enabled=True)
+    assert notebook.in_notebook and notebook.has_panel
+    assert not Screen(enabled=False).has_panel  # on other ranks
+    train(notebook, evaluations=evaluations)
+    assert "evaluating" in "".join(drawn) or not evaluations
+    last = drawn[-1].splitlines()
+    assert last[-2].startswith("epoch 3.0/3  step 6/6  ") and "loss 3.5000" in last[-1]
+    assert "left" not in last[-1] and "evaluating" not in drawn[-1]
+    assert sum("best" in line for line in last[:-2]) == (evaluations > 0)
+    assert capfd.readouterr() == ("", "")  # neither lines nor the table again
 
 
 def test_the_mark_moves_to_the_last_best(terminal: Screen) -> None:
