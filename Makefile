@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: help install dev check test demo bench clean
+.PHONY: help install dev check test demo bench gpu clean
 .DEFAULT_GOAL = help
 
 help:  ## List the targets
@@ -41,6 +41,9 @@ bench: dev  ## Measure bertdist and its peers on this machine and write docs/ben
 	$(BIN)/python -m bench.peers --prediction
 	$(BIN)/python -m bench.scaling --train_file demo/data/train.tsv --output docs/benchmarks.md
 	$(BIN)/python -m bench.reading --train_file demo/data/train.tsv --output docs/streaming.md
+
+gpu:  ## Test and measure bertdist on a CUDA GPU, in nine minutes (docs/gpu.md); installs nothing
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu
 
 clean:  ## Remove caches, builds and the demo's files; .venv stays
 	rm -rf demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -107,9 +107,16 @@ def predict(job: dict[str, Any]) -> dict[str, Any]:
     return asdict(predict(PredictJob(**job)))
 
 
+def gpu(job: dict[str, Any]) -> dict[str, Any]:
+    """A job of bench.gpu."""
+    from bench.gpu_jobs import run
+
+    return run(job)
+
+
 KINDS = {
     function.__name__: function
-    for function in (rows, random_bert_base, matmul, train, export, predict)
+    for function in (rows, random_bert_base, matmul, train, export, predict, gpu)
 }
 
 

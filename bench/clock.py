@@ -51,6 +51,9 @@ class Clock:
         # wait; so only the two ends that count are exact.
         if self.cuda and len(self.stamps) + 1 in (self.untimed_steps, self.steps):
             torch.cuda.synchronize()
+        if self.cuda and len(self.stamps) + 1 == self.untimed_steps:
+            # Of the timed steps: before them bertdist tries how large a micro-batch fits.
+            torch.cuda.reset_peak_memory_stats()
         self.stamps.append(time.perf_counter())
         # Measured here, so that saving after the last step does not count.
         if len(self.stamps) == self.steps:

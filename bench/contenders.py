@@ -1,21 +1,25 @@
-"""The five ways to train that are compared; each one epoch over the same rows, with a stamp after
-every optimizer step.
+"""The ways to train that are compared; each one epoch over the same rows, with a stamp after every
+optimizer step.
 
-  a  bertdist, as its command line runs it b  transformers.Trainer at its defaults: random order, a
-  batch padded to its longest text c  the same with train_sampling_strategy="group_by_length" d  an
-  Accelerate loop over rows padded to --max_length, as
-  examples/pytorch/text-classification/run_glue_no_trainer.py of transformers is with
-  --pad_to_max_length e  the same padded to what the tokenizer can take, 512: padding="max_length"
-  where nobody named a length
+a  bertdist, as its command line runs it
+b  transformers.Trainer at its defaults: random order, a batch padded to its longest text
+c  the same with train_sampling_strategy="group_by_length"
+d  an Accelerate loop over rows padded to --max_length, as
+   examples/pytorch/text-classification/run_glue_no_trainer.py of transformers is with
+   --pad_to_max_length
+e  the same padded to what the tokenizer can take, 512: padding="max_length" where nobody named a
+   length
+f  a loop without padding, by transformers' own collator and flash attention; in bench.gpu only
 
 Same for all: weights, head (drawn after the same seed), batch size, AdamW without weight decay,
-learning rate, linear to 0. Left as each has it: clipping (a, b and c clip at 1, the loop does not),
-fused AdamW (not in the loop), when to tokenize (b to e before the first step, which is not timed; a
-while it trains, which is).
+learning rate, linear to 0. Left as each has it: clipping (a, b, c and f clip at 1, the loop does
+not), fused AdamW (not in the loop), when to tokenize (b to f before the first step, which is not
+timed; a while it trains, which is).
 """
 
 import gc
 import importlib
+import importlib.util
 import json
 import resource
 from collections.abc import Callable, Sequence
@@ -27,6 +31,8 @@ import torch.nn.functional as F
 
 from bench.clock import Clock, device_name, on_gpu, peak_mib
 from bench.jobs import TrainJob, TrainResult
+
+FLATTENED_ATTENTION = "flash_attention_2"  # of f; needs the package flash-attn
 
 ROWS_PER_BATCH = 64  # rows a batch when the final loss is computed; it decides nothing
 
@@ -41,9 +47,15 @@ def read_rows(path: str, rows: int) -> tuple[list[str], list[int]]:
 def train(job: TrainJob) -> TrainResult:
     """Run one contender in this process, then score what it has learned."""
     clock = Clock(job.steps, job.untimed_steps, job.use_cpu)
-    model = {"a": run_bertdist, "b": run_trainer, "c": run_trainer, "d": run_loop, "e": run_loop}[
-        job.contender
-    ](job, clock)
+    ways: dict[str, Callable[[TrainJob, Clock], Any]] = {
+        "a": run_bertdist,
+        "b": run_trainer,
+        "c": run_trainer,
+        "d": run_loop,
+        "e": run_loop,
+        "f": run_flattened,
+    }
+    model = ways[job.contender](job, clock)
     gc.collect()  # loader workers end with their loader, and count when they have ended
     child_mib = peak_mib(resource.RUSAGE_CHILDREN)
     loss, _ = score(model, job, job.rows_file, job.loss_rows)
@@ -60,28 +72,45 @@ def train(job: TrainJob) -> TrainResult:
     )
 
 
+TakeStep = Callable[..., Any]  # bertdist.train.train_step, or replays of it
+
+
 def run_bertdist(job: TrainJob, clock: Clock) -> Any:
-    """All that this benchmark knows of the inside of bertdist: `train_step` is called once a step
-    and is given a RankStep.
-    """
+    """Contender a, with the job's flags."""
     from transformers import AutoModelForSequenceClassification
 
-    from bertdist.core.args import read_config
     from bertdist.data.batch import RankStep
 
-    loop: Any = importlib.import_module("bertdist.train")
-    train_step = loop.train_step
+    taken: list[list[tuple[Any, tuple[int, ...]]]] = []
 
-    def stamped(*args: Any, **kwargs: Any) -> Any:
-        (step,) = [value for value in (*args, *kwargs.values()) if isinstance(value, RankStep)]
-        result = train_step(*args, **kwargs)
-        clock.stamp()
-        rows = [row for batch in step.micro_batches for row in batch.row_numbers.tolist()]
-        lengths = [length for batch in step.micro_batches for length in batch.lengths]
+    def stamped(take_step: TakeStep) -> TakeStep:
+        def take(*args: Any) -> Any:
+            result = take_step(*args)
+            clock.stamp()
+            (step,) = [value for value in args if isinstance(value, RankStep)]
+            taken.append([(batch.row_numbers, batch.lengths) for batch in step.micro_batches])
+            return result
+
+        return take
+
+    train_bertdist(job, stamped)
+    for batches in taken:  # only now: the row numbers are on the device, and reading waits for it
+        rows = [row for numbers, _ in batches for row in numbers.tolist()]
+        lengths = [length for _, of_batch in batches for length in of_batch]
         clock.see(rows, lengths, sum(lengths))
-        return result
+    return AutoModelForSequenceClassification.from_pretrained(
+        Path(job.output_dir, "best"), dtype=torch.float32
+    )
 
-    loop.train_step = stamped
+
+def train_bertdist(job: TrainJob, around: Callable[[TakeStep], TakeStep]) -> None:
+    """All that this benchmark knows of the inside of bertdist: `prepare_steps` returns the function
+    that is called once a step, and is given a RankStep. around: what to put in its place.
+    """
+    from bertdist.core.args import read_config
+
+    loop: Any = importlib.import_module("bertdist.train")
+    prepare_steps = loop.prepare_steps
     words = f"""--text_column text --label_column label --problem_type single_label_classification
         --max_train_samples {job.rows}
         --num_train_epochs 1 --train_batch_size {job.batch_size} --learning_rate {job.learning_rate}
@@ -99,12 +128,12 @@ def run_bertdist(job: TrainJob, clock: Clock) -> Any:
         "--label_names",
         *map(str, range(job.labels)),
     ]  # rows may lack a label; the head has it nevertheless
-    loop.train(
-        read_config([*words.split(), *paths, *names, *(["--use_cpu"] if job.use_cpu else [])])
-    )
-    return AutoModelForSequenceClassification.from_pretrained(
-        Path(job.output_dir, "best"), dtype=torch.float32
-    )
+    device = ["--use_cpu"] if job.use_cpu else []
+    loop.prepare_steps = lambda *args: around(prepare_steps(*args))
+    try:
+        loop.train(read_config([*words.split(), *paths, *names, *device, *job.flags]))
+    finally:
+        loop.prepare_steps = prepare_steps
 
 
 def run_trainer(job: TrainJob, clock: Clock) -> Any:
@@ -182,28 +211,91 @@ def run_loop(job: TrainJob, clock: Clock) -> Any:
     return accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
 
-def load(job: TrainJob) -> tuple[Any, Any]:
+def run_flattened(job: TrainJob, clock: Clock) -> Any:
+    """f: what transformers has for training without padding, its collator and flash attention
+    (https://huggingface.co/docs/transformers/padding_free); clipping and AdamW as Trainer has them.
+
+    Its classifiers read the first token of a row, and here a row is a batch: so the head, BERT's,
+    is called with the first token of each text.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+    from torch.utils.data import DataLoader
+    from transformers import DataCollatorWithFlattening, get_scheduler
+
+    accelerator = Accelerator(cpu=job.use_cpu, mixed_precision=job.mixed_precision)
+    model, tokenizer = load(job, attn_implementation=FLATTENED_ATTENTION)
+    model.to(accelerator.device).train()
+    set_seed(job.seed)
+    flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+
+    def collate(features: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = flatten([{"input_ids": list(each["input_ids"])} for each in features])
+        lengths = [len(each["input_ids"]) for each in features]
+        clock.see([each["row"] for each in features], lengths, sum(lengths))
+        return {**batch, "labels": torch.tensor([each["labels"] for each in features])}
+
+    loader: Any = DataLoader(
+        tokenized(job, tokenizer), shuffle=True, collate_fn=collate, batch_size=job.batch_size
+    )
+    adamw = torch.optim.AdamW(
+        model.parameters(), lr=job.learning_rate, weight_decay=0.0, fused=True
+    )
+    schedule = get_scheduler("linear", adamw, num_warmup_steps=0, num_training_steps=job.steps)
+    for batch in loader:
+        batch = {
+            name: value.to(accelerator.device) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+        labels = batch.pop("labels")
+        with accelerator.autocast():
+            segments = torch.zeros_like(batch["input_ids"])
+            hidden = model.base_model(token_type_ids=segments, **batch).last_hidden_state[0]
+            first = hidden[batch["cu_seq_lens_q"][:-1].long()]  # (texts, hidden)
+            pooled = model.base_model.pooler(first[:, None])
+            loss = F.cross_entropy(model.classifier(model.dropout(pooled)).float(), labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adamw.step()
+        schedule.step()
+        adamw.zero_grad()
+        clock.stamp()
+    model.set_attn_implementation(
+        "sdpa"
+    )  # to be scored in float32, which flash attention is not for
+    return model
+
+
+def load(job: TrainJob, **how: Any) -> tuple[Any, Any]:
     """Model and tokenizer; the head's weights come from the seed."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     torch.manual_seed(job.seed)
     model = AutoModelForSequenceClassification.from_pretrained(
-        job.model, num_labels=job.labels, dtype=torch.float32
+        job.model, num_labels=job.labels, dtype=torch.float32, **how
     )
     return model, AutoTokenizer.from_pretrained(job.model)
 
 
 def tokenized(job: TrainJob, tokenizer: Any, width: int | None = None) -> Any:
     """The rows as a `datasets.Dataset`, as the examples of transformers hold them: ids, mask,
-    labels, row; padded to width if given.
+    labels, row; padded to width if given. Without `datasets` a list of the same rows, which Trainer
+    and DataLoader take too.
     """
-    from datasets import Dataset
 
     texts, labels = read_rows(job.rows_file, job.rows)
     columns = dict(tokenizer(texts, truncation=True, max_length=job.max_length))
     if width is not None:
         columns = dict(tokenizer.pad(columns, padding="max_length", max_length=width))
-    return Dataset.from_dict({**columns, "labels": labels, "row": list(range(len(texts)))})
+    columns |= {"labels": labels, "row": list(range(len(texts)))}
+    if importlib.util.find_spec("datasets") is None:
+        return [
+            dict(zip(columns, values, strict=True))
+            for values in zip(*columns.values(), strict=True)
+        ]
+    from datasets import Dataset
+
+    return Dataset.from_dict(columns)
 
 
 def watched(collate: Callable[[Any], Any], clock: Clock) -> Callable[[list[dict[str, Any]]], Any]:

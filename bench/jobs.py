@@ -5,6 +5,7 @@ and answers are JSON, and only the standard library is imported here: Linux coun
 process that starts a child in the child's ru_maxrss (exec_mmap in the kernel): keep it small.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTENDERS = {  # bench/contenders.py runs them
@@ -39,6 +40,10 @@ class BenchError(Exception):
 
 class Killed(BenchError):
     """A child was killed, probably because memory ran out; other contenders can continue."""
+
+
+class TimeLimit(BenchError):
+    """A child had not ended after the seconds that it had."""
 
 
 class StepRows(NamedTuple):
@@ -68,6 +73,7 @@ class TrainJob:
     loss_rows: int  # the final loss is over the first so many rows, trained on or not
     dev_file: str | None
     output_dir: str
+    flags: tuple[str, ...] = ()  # more flags of contender a
 
     @property
     def steps(self) -> int:
@@ -102,6 +108,7 @@ class PredictJob:
     max_length: int
     threads: int
     use_cpu: bool
+    mixed_precision: Literal["no", "bf16"] = "no"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,28 +129,38 @@ def parse_train_result(answer: dict[str, Any]) -> TrainResult:
 
 
 def run_child(kind: str, job: dict[str, Any]) -> dict[str, Any]:
-    """Run the job in a child process (`bench.child`).
+    """Run the job in a child process (`bench.child`), for at most job["time_limit"] seconds if it
+    has that.
 
-    Raises BenchError with the last line of a child that failed, or Killed.
+    Raises BenchError with the last line of a child that failed, Killed, or TimeLimit.
     """
     with tempfile.TemporaryDirectory() as folder:
         job_file, answer_file = Path(folder, "job.json"), Path(folder, "answer.json")
         job_file.write_text(json.dumps(job), encoding="utf-8")
         command = [sys.executable, "-m", "bench.child", kind, str(job_file), str(answer_file)]
-        done = subprocess.run(
+        with subprocess.Popen(
             command,
             cwd=ROOT,
             env=child_environment(job.get("threads")),
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="replace",
-        )
-        if done.returncode == -signal.SIGKILL:
+            start_new_session=True,
+        ) as child:
+            try:
+                _, stderr = child.communicate(timeout=job.get("time_limit"))
+            except subprocess.TimeoutExpired:
+                raise TimeLimit(f"after its {job['time_limit']:.0f} seconds") from None
+            finally:  # loader workers too, also where Ctrl+C ends this process
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+        if child.returncode == -signal.SIGKILL:
             raise Killed("killed, probably because memory ran out")
-        if done.returncode or not answer_file.exists():
-            said = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        if child.returncode or not answer_file.exists():
+            said = [line for line in stderr.splitlines() if line.strip()] or ["no message"]
             raise BenchError(
-                f"{kind} {job.get('contender', '')} ended with code {done.returncode}: {said[-1]}"
+                f"{kind} {job.get('contender', '')} ended with code {child.returncode}: {said[-1]}"
             )
         answer: dict[str, Any] = json.loads(answer_file.read_text(encoding="utf-8"))
         return answer

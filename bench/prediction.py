@@ -1,7 +1,8 @@
 """Three ways to predict the same texts in order: bertdist's Predictor, pipeline and ONNX Runtime.
 
-All in float32, from texts to (label, score), with tokenization. pipeline and ONNX Runtime get
-batches of `batch_size` texts in their order, padded to the longest; Predictor sorts by itself.
+All in float32, or what the job asks for, from texts to (label, score), with tokenization. pipeline
+and ONNX Runtime get batches of `batch_size` texts in their order, padded to the longest; Predictor
+sorts by itself.
 """
 
 import json
@@ -48,7 +49,9 @@ def with_bertdist(job: PredictJob) -> Answering:
     predictor = Predictor(
         job.model,
         max_length=job.max_length,
-        accelerator=create_accelerator(RunConfig(use_cpu=job.use_cpu)),
+        accelerator=create_accelerator(
+            RunConfig(use_cpu=job.use_cpu, mixed_precision=job.mixed_precision)
+        ),
     )
     return lambda texts: [(answer["label"], answer["score"]) for answer in predictor(texts)]
 
@@ -61,7 +64,7 @@ def with_pipeline(job: PredictJob) -> Answering:
         "text-classification",
         model=job.model,
         device=0 if on_gpu(job.use_cpu) else -1,
-        dtype=torch.float32,
+        dtype=torch.bfloat16 if job.mixed_precision == "bf16" else torch.float32,
     )
     limits = {"batch_size": job.batch_size, "truncation": True, "max_length": job.max_length}
     return lambda texts: [

@@ -142,19 +142,19 @@ def test_a_stop_takes_effect_one_call_later_on_the_gpu() -> None:
     stop, accelerator = StopSignal(), Accelerator()
     try:
         assert (
-            stop._answer_of_previous_call(
+            stop._total_of_previous_call(
                 torch.ones(1, dtype=torch.int32, device=accelerator.device)
             )
             is False
         )
         assert (
-            stop._answer_of_previous_call(
+            stop._total_of_previous_call(
                 torch.zeros(1, dtype=torch.int32, device=accelerator.device)
             )
             is True
         )
         assert (
-            stop._answer_of_previous_call(
+            stop._total_of_previous_call(
                 torch.zeros(1, dtype=torch.int32, device=accelerator.device)
             )
             is False
