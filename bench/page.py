@@ -2,7 +2,8 @@
 
 A section stands between `<!-- bench: NAME -->` and `<!-- end of bench: NAME -->`; everything else
 is written by hand and not changed. A new section goes before the heading BY_HAND, else at
-the end. Beside page.md: page.json, the figures of each section, and page.svg, drawn from it.
+the end. Section OVERVIEW, if the page has it, is made of all others, side by side. Beside page.md:
+page.json, the figures of each section, and page.svg, drawn from it.
 """
 
 import argparse
@@ -12,16 +13,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.figures import Spread, format_number
+from bench.figures import Spread, format_number, markdown
 from bench.jobs import BenchError
 from bench.stage import log
 from bertdist.core.errors import BertdistError
 
 BY_HAND = "## What limits it"
+OVERVIEW = "overview"
 EMPTY = f"""# Benchmarks
 
 Sections between `bench:` comments are written by `python -m bench.peers` and
 `python -m bench.scaling`, the rest by hand.
+
+<!-- bench: {OVERVIEW} -->
+<!-- end of bench: {OVERVIEW} -->
 
 {BY_HAND}
 <!-- by hand -->
@@ -53,11 +58,38 @@ def write(output: Path, name: str, section: str, record: Mapping[str, Any]) -> s
     beside, picture = output.with_suffix(".json"), output.with_suffix(".svg")
     records = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
     records[name] = record
+    if f"<!-- bench: {OVERVIEW} -->" in text:
+        text = replace_section(text, OVERVIEW, overview(records))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text, encoding="utf-8")
     beside.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     drawn = draw(records, picture)
     return f"{output}: section {name} is written, {beside.name} too; {drawn}"
+
+
+def overview(records: Mapping[str, Any]) -> str:
+    """The records with bars, side by side: a table per unit, a column per machine and model, a line
+    per contender. In brackets how much faster the first contender of that column is.
+    """
+    shown = sorted(
+        (x for x in records.values() if x.get("bars")), key=lambda x: x["title"].split(", ")
+    )
+    parts = ["## Side by side"] if shown else []
+    for unit in dict.fromkeys(record["unit"] for record in shown):
+        of_unit = [record for record in shown if record["unit"] == unit]
+        table = [[f"{unit}, median", *(record["title"] for record in of_unit)]]
+        for name in dict.fromkeys(bar[0] for record in of_unit for bar in record["bars"]):
+            table.append([name, *(_cell(record["bars"], name) for record in of_unit)])
+        parts.append(markdown(table))
+    return "\n\n".join(parts)
+
+
+def _cell(bars: Sequence[Any], name: str) -> str:
+    (first, fastest, *_), medians = bars[0], {bar[0]: bar[1] for bar in bars}
+    if (median := medians.get(name)) is None:
+        return ""
+    times = "" if name == first or not median else f" ({fastest / median:.2f} x)"
+    return f"{format_number(median)}{times}"
 
 
 def run_command(

@@ -6,15 +6,16 @@
     python -m bench.peers --accuracy     # bertdist and Trainer, one epoch, several seeds; slow
     python -m bench.peers --accuracy_in_bf16 # bertdist in float32 and in bf16, the same way
 
-Contenders take turns (a b c d e a b c d e ...), each run in its own process. Each invocation
-replaces its own section of --output. The contenders are in bench/contenders.py and
+Contenders take turns, each round beginning with the next (a b c, b c a, c a b), each run in its own
+process. Each invocation replaces its own section of --output, one per kind of machine
+(machine.kind), and the table of all of them. The contenders are in bench/contenders.py and
 bench/prediction.py; this process only starts them, and stays small (bench/jobs.py).
 """
 
 import argparse
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,9 +186,13 @@ def training(at: Stage) -> Section:
             f"expected some of {','.join(CONTENDERS)}."
         )
     dtype = "float32" if args.mixed_precision == "no" else "bfloat16"
-    matmul = [at.run_job("matmul", dtype=dtype, **on_cpu)["flops_per_second"]]
-    runs, killed = take_turns(at, asked)
-    matmul.append(at.run_job("matmul", dtype=dtype, **on_cpu)["flops_per_second"])
+    matmul: list[float] = []  # before each round and after the last
+
+    def measure_matmul() -> None:
+        matmul.append(at.run_job("matmul", dtype=dtype, **on_cpu)["flops_per_second"])
+
+    runs, killed = take_turns(at, asked, measure_matmul)
+    measure_matmul()
     found = {
         key: [figures.timed_figures(run, args.untimed_steps, shape) for run in of]
         for key, of in runs.items()
@@ -195,11 +200,12 @@ def training(at: Stage) -> Section:
     timed = {key: len(of[0].stamps) - args.untimed_steps for key, of in runs.items()}
     device = next(iter(runs.values()))[0].device
     parts = [
-        at.heading(f"Training, {device_kind(device)}, {dtype}", device),
+        at.heading(f"Training, {machine.kind(device)}, {dtype}", device),
         describe_training(args),
-        figures.training_table(CONTENDERS, found, timed, sum(matmul) / 2),
-        f"A product of 2048 x 2048 matrices in {dtype}: {matmul[0] / 1e9:,.0f} GFLOP/s before all "
-        f"runs, {matmul[1] / 1e9:,.0f} after; 100 % in the last column is their mean.",
+        figures.training_table(CONTENDERS, found, timed, max(matmul)),
+        f"A product of 2048 x 2048 matrices in {dtype}: "
+        f"{', '.join(f'{rate / 1e9:,.0f}' for rate in matmul)} GFLOP/s before each round and after "
+        "the last; 100 % of matmul is the highest.",
         figures.ratio_table(CONTENDERS, found),
         *(f"{key}, {CONTENDERS[key]}: {why}." for key, why in killed.items()),
     ]
@@ -207,18 +213,18 @@ def training(at: Stage) -> Section:
         key: figures.spread([one.tokens_per_second for one in of]) for key, of in found.items()
     }
     record: dict[str, Any] = {
-        "title": f"{at.title}, {device_kind(device)}, {dtype}",
+        "title": f"{at.title}, {machine.kind(device)}, {dtype}",
         "unit": "real tokens/s in training",
     }
     record |= {"bars": page.bars(CONTENDERS, spreads), "matmul": matmul}
     record["runs"] = {key: [asdict(one) for one in of] for key, of in found.items()}
     return Section(
-        f"training-{page.slug(f'{device_kind(device)} {dtype} {at.title}')}", parts, record
+        f"training-{page.slug(f'{machine.kind(device)} {dtype} {at.title}')}", parts, record
     )
 
 
 def take_turns(
-    at: Stage, asked: Sequence[str]
+    at: Stage, asked: Sequence[str], before_round: Callable[[], None]
 ) -> tuple[dict[str, list[TrainResult]], dict[str, str]]:
     """(runs of each contender, one per repetition; message for each that was killed).
 
@@ -228,7 +234,9 @@ def take_turns(
     runs: dict[str, list[TrainResult]] = {key: [] for key in asked}
     killed: dict[str, str] = {}
     for repetition in range(args.repetitions):
-        for key in list(runs):
+        before_round()
+        first = repetition % len(runs)
+        for key in [*runs][first:] + [*runs][:first]:
             try:
                 runs[key].append(
                     at.train(
@@ -297,7 +305,7 @@ def prediction(at: Stage) -> Section:
     device = runs["bertdist"][0].device
     parts = [
         at.heading(
-            f"Prediction, {device_kind(device)}, float32", device, ["onnxruntime"] if onnx else []
+            f"Prediction, {machine.kind(device)}, float32", device, ["onnxruntime"] if onnx else []
         ),
         f"{job.rows:,} texts, from text to label and score; loading and a first call on 64 texts "
         f"are not timed. {args.repetitions} repetitions in turns, each run in its own process: "
@@ -312,7 +320,7 @@ def prediction(at: Stage) -> Section:
         for key, of in runs.items()
     }
     record: dict[str, Any] = {
-        "title": f"{at.title}, {device_kind(device)}, float32",
+        "title": f"{at.title}, {machine.kind(device)}, float32",
         "unit": "rows/s in prediction",
     }
     record["bars"] = page.bars(PREDICTORS, spreads)
@@ -323,7 +331,7 @@ def prediction(at: Stage) -> Section:
         ]
         for key, of in runs.items()
     }
-    return Section(f"prediction-{page.slug(f'{device_kind(device)} {at.title}')}", parts, record)
+    return Section(f"prediction-{page.slug(f'{machine.kind(device)} {at.title}')}", parts, record)
 
 
 Compared = dict[str, tuple[str, str, str | None]]  # key -> (name, contender, precision)
@@ -368,7 +376,7 @@ def accuracy(at: Stage) -> Section:
         key: [run.accuracy for run in of if run.accuracy is not None] for key, of in runs.items()
     }
     subject = "Accuracy in float32 and bf16" if args.accuracy_in_bf16 else "Accuracy"
-    subject = f"{subject} after one epoch, {device_kind(device)}"
+    subject = f"{subject} after one epoch, {machine.kind(device)}"
     differ = (
         "Both have the same rows per step and the same dropout per seed: what differs is rounding."
         if args.accuracy_in_bf16
@@ -384,15 +392,10 @@ def accuracy(at: Stage) -> Section:
     ]
     kind = "accuracy-bf16" if args.accuracy_in_bf16 else "accuracy"
     return Section(
-        f"{kind}-{page.slug(f'{device_kind(device)} {at.title}')}",
+        f"{kind}-{page.slug(f'{machine.kind(device)} {at.title}')}",
         parts,
         {"title": at.title, "seeds": seeds, "accuracy": values},
     )
-
-
-def device_kind(device: str) -> str:
-    """ "CPU" or "GPU"."""
-    return "CPU" if device == "cpu" else "GPU"
 
 
 def main(words: Sequence[str] | None = None, child: Child = run_child) -> int:

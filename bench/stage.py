@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Stage:
     rows_file: str
     rows: int
     labels: list[str]
+    load: machine.Load = field(default_factory=machine.Load)  # of the machine since the start
 
     def run_job(self, kind: str, **job: Any) -> dict[str, Any]:
         """Run a job in a child process; returns its answer."""
@@ -91,11 +92,12 @@ class Stage:
         return result
 
     def heading(self, subject: str, device: str, extra: Sequence[str] = ()) -> str:
-        """Start of a section: title, machine, date, command."""
+        """Start of a section: title, machine and its load since the start, date, command."""
         about = machine.describe_machine(device, self.args.threads, [*PACKAGES, *extra])
         today = datetime.date.today().isoformat()
         command = machine.command("bench.peers", self.words)
-        return f"## {subject}: {self.title}\n\n{about}. {today}.\n\n```bash\n{command}\n```"
+        machine_and_load = f"{about}. {today}. {self.load.describe()}"
+        return f"## {subject}: {self.title}\n\n{machine_and_load}\n\n```bash\n{command}\n```"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Real runs of every contender, on a model of 2 layers of 32 and three steps, in f
 """
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from forked import run_ranks
 from rows import write_rows
 from torch.utils.flop_counter import FlopCounterMode
@@ -60,6 +62,7 @@ def forked_child(seen: Answers) -> jobs.Child:
         warnings.simplefilter(
             "default"
         )  # those of other libraries, in what is a process of its own outside of tests
+        AcceleratorState._reset_state()  # the rank's has a precision
         return json.dumps(KINDS[kind](json.loads(job)))
 
     def child(kind: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -200,13 +203,16 @@ def test_the_page_shows_every_contender_and_nothing_of_this_machine(
     for key, name in jobs.CONTENDERS.items():
         assert f"| {key}  {name} | 2 |" in text  # timed steps
     assert (
-        "## Training, CPU, float32: tiny" in text
+        f"## Training, {machine.kind('cpu')}, float32: tiny" in text
         and "not run on a GPU" in text
         and "| e  Accelerate loop" in text
     )
     assert str(compared[1].parent) not in text and "/tmp" not in text and machine.cpu() in text
-    record = json.loads(compared[1].with_suffix(".json").read_text())["training-cpu-float32-tiny"]
+    assert "GFLOP/s before each round and after the last" in text and "other work took " in text
+    name = page.slug(f"training {machine.kind('cpu')} float32 tiny")
+    record = json.loads(compared[1].with_suffix(".json").read_text())[name]
     assert [bar[0] for bar in record["bars"]] == list(jobs.CONTENDERS.values())
+    assert len(record["matmul"]) == 2 and "## Side by side" in text
 
 
 def test_predictions_of_all_contenders_agree(
@@ -253,6 +259,85 @@ def test_accuracy_is_that_of_the_rows_of_validation(
     assert [found[:2] for found in trained] == [("a", 5), ("b", 5), ("a", 6), ("b", 6)]
     assert all(round(accuracy * 9, 6) in range(10) for _, _, accuracy in trained)  # of nine rows
     assert "| seed 5 | seed 6 |" in (tmp_path / "page.md").read_text()
+
+
+def test_accuracy_in_bf16_is_compared_with_that_in_float32(
+    tiny_model: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    seen: Answers = []
+    words = words_of(tiny_model, files, tmp_path / "page.md", "--accuracy_in_bf16", "--seeds", "2")
+    assert peers.main(words, forked_child(seen)) == 0
+    trained = [
+        (job["contender"], job["mixed_precision"], job["seed"], answer["seen"], answer["loss"])
+        for kind, job, answer in seen
+        if kind == "train"
+    ]
+    order = [("a", "no", 42), ("a", "bf16", 42), ("a", "no", 43), ("a", "bf16", 43)]
+    assert [found[:3] for found in trained] == order
+    for float32, bf16 in (trained[:2], trained[2:]):  # the same rows per step, rounded otherwise
+        assert float32[3] == bf16[3] and 0 < abs(float32[4] - bf16[4]) < 0.05
+    assert trained[0][3] != trained[2][3]  # the control: another seed
+    text = (tmp_path / "page.md").read_text()
+    assert "| bertdist, bf16 | " in text and "| bertdist, float32 minus bertdist, bf16 | " in text
+
+
+def test_every_round_begins_with_another_contender(
+    tiny_model: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    def child(kind: str, job: dict[str, Any]) -> dict[str, Any]:
+        asked.append(job["contender"] if kind == "train" else kind)
+        if kind != "train":
+            return unused_child(kind, job)
+        return json.loads(json.dumps({**vars(run_with_stamps([1.0, 2.0, 3.0]))}))  # type: ignore[no-any-return]
+
+    words = words_of(tiny_model, files, tmp_path / "page.md", "--contenders", "a,b,c")
+    assert peers.main([*words, "--repetitions", "4"], child) == 0
+    rounds = " ".join(asked).removeprefix("rows matmul ").split(" matmul")
+    assert [each.split() for each in rounds] == [*map(list, ("abc", "bca", "cab", "abc")), []]
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "described"),
+    [
+        ("fpu avx512f avx512_bf16 amx_bf16", "CPU with AMX", "amx_bf16, avx512_bf16, avx512f"),
+        ("avx512f avx512_bf16", "CPU with AVX512_BF16", "no amx_bf16, avx512_bf16, avx512f"),
+        ("avx512f avx512_bf16x", "CPU", "no amx_bf16, no avx512_bf16, avx512f"),
+        ("", "CPU", "no amx_bf16, no avx512_bf16, no avx512f"),
+    ],
+)
+def test_the_page_says_what_the_cpu_can_do(
+    flags: str, kind: str, described: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "CPU_INFO", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nmodel name\t: A CPU\nflags\t: {flags} x\n")
+    assert (machine.kind("cpu"), machine.kind("H100")) == (kind, "GPU")
+    text = machine.describe_machine("cpu", 1, [])
+    assert text.startswith(f"CPU only, not run on a GPU; A CPU ({described}), ")
+
+
+def test_the_page_says_how_busy_the_machine_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tick, statistics = os.sysconf("SC_CLK_TCK"), tmp_path / "stat"
+    monkeypatch.setattr(machine, "STATISTICS", statistics)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.26, 9.0, 9.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    clock, own = iter([100.0, 110.0]), iter([1.0, 9.0])
+    monkeypatch.setattr(machine.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(machine, "own_seconds", lambda: next(own))
+    # user, nice, system, idle, iowait, irq, softirq, steal, guest, guest_nice
+    statistics.write_text(f"cpu {50 * tick} 0 0 99 99 0 0 0 7 7\ncpu0 1\n")
+    load = machine.Load()
+    statistics.write_text(f"cpu {56 * tick} {tick} {2 * tick} 0 0 0 0 {tick} 9 9\ncpu0 1\n")
+    # 10 s of work, 8 of them one's own, in 20 s of two cores
+    assert load.describe() == (
+        "Load average 0.3 at the start; other work took 10% of the cores meanwhile."
+    )
+    monkeypatch.setattr(machine, "STATISTICS", tmp_path / "none")
+    monkeypatch.undo()
+    assert machine.own_seconds() > 0 and (machine.busy_seconds() or 1) > 0
 
 
 # Sums, from stamps written by hand.
@@ -482,6 +567,42 @@ def test_the_chart_shows_all_sections_and_is_the_same_each_time(tmp_path: Path) 
         {"title": "title two", "unit": "rows/s", "bars": [["bertdist", 3.0, 1.0, 4.0]]},
     )
     assert (tmp_path / "page.svg").read_text() != drawn
+
+
+def test_machines_stand_side_by_side(tmp_path: Path) -> None:
+    output = tmp_path / "page.md"
+    unit = "tokens/s"
+    old = {
+        "title": "M, CPU, float32",
+        "unit": unit,
+        "bars": [["ours", 200.0, 1, 1], ["b", 50.0, 1, 1]],
+    }
+    new = {
+        "title": "M, CPU with AMX, bf16",
+        "unit": unit,
+        "bars": [["ours", 900.0, 1, 1], ["c", 300.0, 1, 1]],
+    }
+    other = {"title": "M, CPU, float32", "unit": "rows/s", "bars": [["ours", 7.0, 1, 1]]}
+    for name, record in (("new", new), ("old", old), ("other", other), ("none", {})):
+        page.write(output, name, f"## {name}", record)
+    text = output.read_text()
+    lines = text[text.index("## Side by side") : text.index("<!-- end of bench: overview")].split(
+        "\n"
+    )
+    assert [line for line in lines if line.startswith("| ")] == [
+        "| tokens/s, median | M, CPU, float32 | M, CPU with AMX, bf16 |",
+        "| --- | ---: | ---: |",
+        "| ours | 200 | 900 |",
+        "| b | 50.0 (4.00 x) |  |",
+        "| c |  | 300 (3.00 x) |",
+        "| rows/s, median | M, CPU, float32 |",
+        "| --- | ---: |",
+        "| ours | 7.00 |",
+    ]
+    assert text.index("overview") < text.index("## new") < text.index("## old")
+    output.write_text("by hand")  # the control: a page without the comments
+    page.write(output, "new", "## new", new)
+    assert "Side by side" not in output.read_text()
 
 
 def test_without_matplotlib_the_page_is_written_and_the_chart_missed(
