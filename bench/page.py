@@ -74,7 +74,8 @@ def overview(records: Mapping[str, Any]) -> str:
     shown = sorted(
         (x for x in records.values() if x.get("bars")), key=lambda x: x["title"].split(", ")
     )
-    parts = ["## Side by side"] if shown else []
+    about = "In brackets: how many times as fast the first line of the column is."
+    parts = ["## Side by side", about] if shown else []
     for unit in dict.fromkeys(record["unit"] for record in shown):
         of_unit = [record for record in shown if record["unit"] == unit]
         table = [[f"{unit}, median", *(record["title"] for record in of_unit)]]
