@@ -25,7 +25,7 @@ def rows(job: dict[str, Any]) -> dict[str, Any]:
 
     from bertdist.core.config import DataConfig, TaskConfig
     from bertdist.data.load_data import load_records
-    from bertdist.tasks.tasks import infer_task
+    from bertdist.tasks.tasks import create_task
 
     source = load_records(
         DataConfig(
@@ -36,9 +36,8 @@ def rows(job: dict[str, Any]) -> dict[str, Any]:
         "train",
     )
     assert source is not None and source.label_indices is not None and source.label_kind is not None
-    counts = np.bincount(source.label_indices, minlength=len(source.label_values))
     asked = TaskConfig(problem_type="single_label_classification", label_names=job.get("labels"))
-    task = infer_task(asked, source.label_values, counts, source.class_names)
+    task = create_task(asked, source.label_stats())
     number = {value: str(task.labels.index(str(value))) for value in source.label_values}
     order = np.random.default_rng(0).permutation(len(source))[: job["rows"]]
     with open(job["rows_file"], "w", encoding="utf-8") as file:

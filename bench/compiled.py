@@ -26,14 +26,13 @@ from bertdist.core.errors import BertdistError
 from bertdist.data.batch import PackedBatch
 from bertdist.data.load_data import load_records
 from bertdist.data.loader import MapLoader
-from bertdist.data.stats import create_task
 from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.distributed.launch import keep_freed_memory
 from bertdist.models.classifier import load_classifier
 from bertdist.models.compile import Backend, compile_layers
 from bertdist.models.cpu_layers import zero_grad
 from bertdist.models.dropout import seed_dropout
-from bertdist.tasks.tasks import Task
+from bertdist.tasks.tasks import Task, create_task
 from bertdist.training.optimizer import create_optimizer
 
 

@@ -48,7 +48,8 @@ from bertdist.data.load_data import load_records, open_stream
 from bertdist.data.records import Records
 from bertdist.data.streaming import StreamLoader
 from bertdist.data.tokenization import create_dataset, encode, load_tokenizer
-from bertdist.tasks.tasks import Task, infer_task
+from bertdist.tasks.labels import LabelStats
+from bertdist.tasks.tasks import Task, create_task
 
 KINDS = ("tsv", "csv", "jsonl", "jsonl.gz", "parquet")
 MANY = 64  # ranks, of which one is measured
@@ -139,7 +140,9 @@ def read_rows(args: argparse.Namespace, tokenizer: Any, texts_a_row: int) -> Row
     some = [record._replace(text=text) for record, text in zip(found, texts[:2000], strict=False)]
     tokens = [len(ids) for ids, _ in encode(some, tokenizer, args.max_length)]
     names = sorted(set(labels))
-    task = infer_task(TaskConfig(label_names=names), names, np.ones(len(names)))
+    task = create_task(
+        TaskConfig(label_names=names), LabelStats("text", [*names], [1] * len(names))
+    )
     return Rows(texts=texts * times, labels=labels * times, tokens=tokens, task=task)
 
 

@@ -31,7 +31,7 @@ A training loop of your own, exact on any number of devices (start it with `acce
     config, accelerator = read_config(["--config", "run.yaml"]), Accelerator()
     rows, eval_rows, _ = load_splits(config)                        # bertdist.data.load_data
     stats = collect_stats(rows, config, accelerator, print)         # bertdist.data.stats
-    task = create_task(config.task, stats.labels, None)             # bertdist.data.stats
+    task = create_task(config.task, stats.labels, None)             # bertdist.tasks.tasks
     tokenizer = load_tokenizer(config.model)                        # bertdist.data.tokenization
     loader = create_train_loader(rows, stats, tokenizer, task, config, accelerator)
     classifier, notes = load_classifier(config.model, task, tokenizer=tokenizer)

@@ -47,7 +47,6 @@ from bertdist.core.errors import (
 from bertdist.core.output_files import RESULT_FILES, check_evaluation_folder
 from bertdist.core.terminal import ProgressBar, print_error, print_to_stderr, process_rank
 from bertdist.data.bad_rows import BadRows
-from bertdist.data.columns import LabelValue
 from bertdist.data.load_data import load_records
 from bertdist.data.loader import DEFAULT_TOKEN_BUDGET
 from bertdist.data.records import Records
@@ -63,6 +62,7 @@ from bertdist.tasks.labels import (
     MULTI_LABEL,
     REGRESSION,
     SINGLE_LABEL,
+    LabelValue,
     is_multi_hot,
     match_to_model,
 )

@@ -58,7 +58,6 @@ from bertdist.data.sharding import count_steps
 from bertdist.data.stats import (
     DatasetStats,
     collect_stats,
-    create_task,
     data_fingerprint,
     pretrained_digests,
 )
@@ -73,7 +72,7 @@ from bertdist.models.classifier import (
     pretrained_labels,
 )
 from bertdist.models.dropout import seed_dropout
-from bertdist.tasks.tasks import Task
+from bertdist.tasks.tasks import Task, create_task
 from bertdist.training.best_model import BestModel, EarlyStopping
 from bertdist.training.checkpoint import Checkpointer, TrainState
 from bertdist.training.evaluation import Evaluator

@@ -17,8 +17,9 @@ from torch.optim import AdamW
 from bertdist import Evaluator, create_train_loader, load_classifier, read_config
 from bertdist.data.load_data import load_splits
 from bertdist.data.loader import create_eval_loader
-from bertdist.data.stats import collect_stats, create_task
+from bertdist.data.stats import collect_stats
 from bertdist.data.tokenization import load_tokenizer
+from bertdist.tasks.tasks import create_task
 
 
 def main(arguments: list[str]) -> dict[str, float]:

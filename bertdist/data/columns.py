@@ -29,10 +29,8 @@ import pyarrow as pa
 from bertdist.core.errors import DataError, RowError
 from bertdist.core.terminal import excerpt, excerpt_of
 from bertdist.data.source import LocateRow
-from bertdist.tasks.labels import canonical, has_fractions, is_number
+from bertdist.tasks.labels import LabelKind, LabelValue, canonical, has_fractions, is_number
 
-LabelValue = str | tuple[str, ...]  # numbers as text: 1 and "1" are one label in every file format
-LabelKind = Literal["text", "set"]
 Codes = npt.NDArray[np.int32]  # of rows: numbers of distinct values, as pandas.Categorical.codes
 Raw: TypeAlias = "pa.Array | list[Any]"
 Problems = dict[int, str]  # rows to skip -> reason

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 from bertdist.core.config import DataConfig, FileConfig, TaskConfig, TrainConfig
 from bertdist.core.errors import DataError, NoLabelsError, NoRowsError, did_you_mean
 from bertdist.data.bad_rows import OnBadRow, suggest_skipping
-from bertdist.data.columns import LabelRules, LabelValue
+from bertdist.data.columns import LabelRules
 from bertdist.data.likely_columns import SAMPLE_ROWS
 from bertdist.data.records import (
     ColumnNames,
@@ -27,7 +27,13 @@ from bertdist.data.records import (
     short_notes,
 )
 from bertdist.data.source import Column, DataSource, chunk_of_columns, column_of, nested_names
-from bertdist.tasks.labels import REGRESSION, SINGLE_LABEL, describe_differing, is_number
+from bertdist.tasks.labels import (
+    REGRESSION,
+    SINGLE_LABEL,
+    LabelValue,
+    describe_differing,
+    is_number,
+)
 
 # Readers are imported by the functions that read: a run loads only those of its sources.
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ columns it reads once (text bytes + 12 bytes per row); forked loader workers sha
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -33,9 +33,7 @@ from bertdist.core.terminal import excerpt_of
 from bertdist.data.bad_rows import BadRow, OnBadRow
 from bertdist.data.columns import (
     Codes,
-    LabelKind,
     LabelRules,
-    LabelValue,
     Problems,
     Raw,
     as_array,
@@ -59,7 +57,7 @@ from bertdist.data.source import (
     select_locations,
     slice_locations,
 )
-from bertdist.tasks.labels import is_number, non_numeric_labels
+from bertdist.tasks.labels import LabelKind, LabelStats, LabelValue, is_number, non_numeric_labels
 
 # Usual names of columns; the first one present is used.
 TEXT_COLUMNS = "text sentence sentence1 question premise review tweet content".split()
@@ -83,18 +81,6 @@ HEADER_WORDS = {
     *"text_a text_b id idx index qid title body comment message".split(),
     *"sentiment category polarity rating stars emotion intent topic gold label_text".split(),
 }
-
-
-class LabelStats(NamedTuple):
-    """The labels of a training split, which define its task."""
-
-    kind: LabelKind
-    values: list[LabelValue]  # distinct
-    counts: list[int]  # rows of each
-    class_names: tuple[str, ...] | None  # label names that the source defines, in its order
-    column: str
-    first: Callable[[LabelValue], str] = repr  # file and line of a label's first row
-    limit: int | None = None  # --max_train_samples, where it left rows out
 
 
 class Record(NamedTuple):

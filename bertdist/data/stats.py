@@ -1,5 +1,5 @@
-"""What training must know of its rows before the first step: their number and labels, the task that
-these define (`create_task`), and digests by which ranks and a resumed run compare their inputs.
+"""What training must know of its rows before the first step: their number and labels, which define
+the task, and digests by which ranks and a resumed run compare their inputs.
 
 Rows in memory are counted. A stream is read once (data/stream_scan.py), unless flags make this
 unnecessary.
@@ -12,25 +12,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 from accelerate import Accelerator
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from bertdist.core.config import TaskConfig, TrainConfig
 from bertdist.data.bad_rows import BadRow
 from bertdist.data.load_data import needs_numbers
-from bertdist.data.records import LabelStats, Records
+from bertdist.data.records import Records
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.preemption import StopSignal
 from bertdist.tasks.labels import (
     REGRESSION,
+    LabelStats,
     describe_differing,
     has_fractions,
     is_multi_hot,
     is_number,
     read_label_names,
 )
-from bertdist.tasks.tasks import Task, infer_task
 
 if TYPE_CHECKING:  # --streaming only
     from bertdist.data.streaming import Stream
@@ -78,7 +77,7 @@ def collect_stats(
             kind=scan.kind,
             values=values,
             counts=counts,
-            first=lambda label: scan.first.get(label, rows.name),
+            locate=lambda label: scan.first.get(label, rows.name),
             limit=rows.limit,
         )
         counts = [scan.rows[source] for source in sorted(scan.rows)]
@@ -131,22 +130,6 @@ def _are_numbers(task: TaskConfig, labels: LabelStats, skips_non_numeric: bool) 
     names = [value for value in labels.values if isinstance(value, str)]
     is_text = labels.kind == "text"
     return is_text and has_fractions(names) and (skips_non_numeric or all(map(is_number, names)))
-
-
-def create_task(
-    config: TaskConfig, labels: LabelStats, model_labels: tuple[str, ...] | None
-) -> Task:
-    """The task that the labels of the training rows define."""
-    return infer_task(
-        config,
-        labels.values,
-        np.array(labels.counts),
-        labels.class_names,
-        labels.column,
-        model_labels,
-        labels.first,
-        labels.limit,
-    )
 
 
 def pretrained_digests(

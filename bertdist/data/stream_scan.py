@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from bertdist.core.atomic_io import atomic_write
 from bertdist.core.errors import BertdistError, DataError
 from bertdist.data.bad_rows import BadRow, BadRows, validated
-from bertdist.data.columns import LabelKind, LabelValue
 from bertdist.data.records import Records, check_same_kind
 from bertdist.data.streaming import Stream
 from bertdist.distributed.collectives import (
@@ -29,7 +28,7 @@ from bertdist.distributed.collectives import (
     raise_on_all_ranks,
 )
 from bertdist.distributed.preemption import StopSignal
-from bertdist.tasks.labels import is_number, non_numeric_labels
+from bertdist.tasks.labels import LabelKind, LabelValue, is_number, non_numeric_labels
 
 # Reading time between two collectives about stopping; a chunk takes some 10 ms.
 SECONDS_BETWEEN_CHECKS = 0.5

@@ -35,7 +35,7 @@ from bertdist.core.errors import BertdistError, ConfigError, DataError
 from bertdist.core.types import Array
 from bertdist.data.bad_rows import BadRow, BadRows, OnBadRow, suggest_skipping
 from bertdist.data.batch import RankStep
-from bertdist.data.columns import LabelRules, LabelValue
+from bertdist.data.columns import LabelRules
 from bertdist.data.records import (
     ColumnNames,
     Records,
@@ -63,6 +63,7 @@ from bertdist.distributed.collectives import (
     host_group,
     raise_on_all_ranks,
 )
+from bertdist.tasks.labels import LabelValue
 from bertdist.tasks.tasks import Task
 
 HEAD_ROWS = 1_000

@@ -36,7 +36,6 @@ from bertdist.core.terminal import (
 from bertdist.core.types import Array
 from bertdist.data.load_data import load_test
 from bertdist.data.sharding import balance_by_length, count_steps, epoch_order
-from bertdist.data.stats import create_task
 from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.data_quality.findings import counts, percent, summary
 from bertdist.data_quality.length_checks import Lengths
@@ -45,7 +44,7 @@ from bertdist.distributed.launch import choose_precision, installed_trackers
 from bertdist.distributed.launcher import check_launcher, check_world
 from bertdist.models.classifier import check_before_loading, load_model_config, pretrained_labels
 from bertdist.models.model_config import check_vocabulary
-from bertdist.tasks.tasks import Task
+from bertdist.tasks.tasks import Task, create_task
 from bertdist.training.checkpoint import check_named
 from bertdist.training.evaluation import Scorer
 from bertdist.training.optimizer import create_lr_schedule

@@ -19,14 +19,13 @@ from bertdist.core.errors import BertdistError, DataError, RowError
 from bertdist.core.terminal import excerpt
 from bertdist.data.load_data import load_parts, load_records, load_texts, needs_numbers, open_files
 from bertdist.data.records import ColumnNames, Records
-from bertdist.data.stats import create_task
 from bertdist.data_quality.duplicates import TextGroups, check_duplicates, group_texts, has_rensa
 from bertdist.data_quality.findings import ExampleRow, Finding, FindingBuilder, counts, ranked
 from bertdist.data_quality.label_checks import SplitLabels, check_labels, split_labels
 from bertdist.data_quality.length_checks import Lengths, measure_lengths
 from bertdist.data_quality.table_checks import check_table
 from bertdist.data_quality.text_checks import check_texts, has_ftfy
-from bertdist.tasks.tasks import Task
+from bertdist.tasks.tasks import Task, create_task
 
 SHOWN_REASONS = 5  # for rows that were skipped
 REFUSED_ROWS = "refused_rows"  # the kind of a finding: training ends at such a row

@@ -31,6 +31,9 @@ _WHOLE = re.compile(r"[+-]?[0-9]+(?:\.0*)?")
 _CANONICAL = re.compile(r"(-?(?:0|[1-9][0-9]{0,99}))(?:\.0*)?")
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,99}")
 
+LabelValue = str | tuple[str, ...]  # numbers as text: 1 and "1" are one label in every file format
+LabelKind = Literal["text", "set"]
+
 
 def quoted(label: Any) -> str:
     """A label in a message: quoted, with escapes, and cut where it is long."""
@@ -92,6 +95,23 @@ class LabelIndex:
         if (exact := self._exact.get(label)) is not None:
             return exact
         return self._canonical.get(canonical(label))
+
+
+class LabelStats(NamedTuple):
+    """The labels of a training split, which define its task."""
+
+    kind: LabelKind
+    values: list[LabelValue]  # distinct
+    counts: list[int]  # rows of each
+    class_names: tuple[str, ...] | None = None  # names that the source defines, in its order
+    column: str = "label"
+    locate: Callable[[LabelValue], str] = repr  # file and line of a label's first row
+    limit: int | None = None  # --max_train_samples, where it left rows out
+
+    @property
+    def names(self) -> list[str]:
+        """All names in the values."""
+        return [name for value in self.values for name in _names_of(value)]
 
 
 class LabelNames(NamedTuple):

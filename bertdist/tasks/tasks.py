@@ -1,6 +1,6 @@
 """Task kinds: how a label becomes a target, what the loss is, how logits become predictions.
 
-`infer_task` finds the task in the distinct labels of a training split, by the rules of
+`create_task` finds the task in the distinct labels of a training split, by the rules of
 tasks/labels.py, `task_of_model` in a trained model's config. A `Task` gives targets, losses and
 predictions, whatever its kind. Other modules ask for `problem_type` where they need more than that:
 metrics, reports, label statistics, checks of flags. A new kind is a new class here, and a look at
@@ -9,7 +9,7 @@ those places (grep problem_type).
 Legend: N texts, O outputs, V distinct labels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Real
@@ -30,6 +30,7 @@ from bertdist.tasks.labels import (
     SINGLE_LABEL,
     LabelIndex,
     LabelNames,
+    LabelStats,
     describe_near_miss,
     infer_problem_type,
     is_integer,
@@ -332,33 +333,24 @@ TASK_CLASSES: dict[str, type[SingleLabel] | type[MultiLabel] | type[Regression]]
 }
 
 
-def infer_task(
-    config: TaskConfig,
-    values: Sequence[Any],
-    counts: Array,
-    class_names: tuple[str, ...] | None = None,
-    column: str = "label",
-    model_labels: tuple[str, ...] | None = None,
-    locate: Callable[[Any], str] = repr,
-    limit: int | None = None,
+def create_task(
+    config: TaskConfig, labels: LabelStats, model_labels: tuple[str, ...] | None = None
 ) -> Task:
-    """Infer the task from the labels of the training split. Raises ConfigError and DataError.
+    """The task that the labels of the training split define. Raises ConfigError and DataError.
 
-    values: the V distinct labels, names or tuples of names; counts: (V,) rows of each; column: the
-    label column, locate: label -> file and line of its first row, limit: --max_train_samples where
-    it left rows out, for messages. The order of the outputs is --label_names, else that of the data
-    set (class_names), else that of the model's own head if it was trained on just these labels
-    (model_labels), else sorted: whole numbers by value, other labels by code point.
+    The order of the outputs is --label_names, else that of the data set (labels.class_names), else
+    that of the model's own head if it was trained on just these labels (model_labels), else sorted:
+    whole numbers by value, other labels by code point.
     """
-    rows_of = dict(zip(values, counts.tolist(), strict=True))
-    distinct = [name for value in values for name in _as_tuple(value)]
     named: LabelNames | None = None
-    if config.label_names is not None and not is_multi_hot(values):
-        named = read_label_names(config.label_names, distinct)
-    given = class_names if named is None else [*named.codes, *named.names]
-    names = given or _if_same(model_labels, values)
-    problem_type, reason = infer_problem_type(config.problem_type, rows_of, names, locate)
-    reason = "" if class_names else reason
+    if config.label_names is not None and not is_multi_hot(labels.values):
+        named = read_label_names(config.label_names, labels.names)
+    given = labels.class_names if named is None else (*named.codes, *named.names)
+    rows_of = dict(zip(labels.values, labels.counts, strict=True))
+    known = given or _if_same(model_labels, labels.values)
+    problem_type, reason = infer_problem_type(config.problem_type, rows_of, known, labels.locate)
+    if labels.class_names:
+        reason = ""
     if config.label_smoothing_factor and problem_type != SINGLE_LABEL:
         raise ConfigError(
             f"--label_smoothing_factor is for single-label tasks; this is {problem_type}."
@@ -368,71 +360,85 @@ def infer_task(
             raise ConfigError(
                 "--class_weights and --label_names are for classification; this is regression."
             )
-        return Regression((column,), reason=reason)
-    multi_hot = problem_type == MULTI_LABEL and class_names is None and is_multi_hot(values)
+        return Regression((labels.column,), reason=reason)
+
+    multi_hot = (
+        problem_type == MULTI_LABEL and labels.class_names is None and is_multi_hot(labels.values)
+    )
     codes: tuple[str, ...] = ()
     if multi_hot:
-        labels = _multi_hot_names(len(values[0]), config.label_names)
+        names = _multi_hot_names(len(labels.values[0]), config.label_names)
     elif named is not None and named.codes:
-        labels, codes = tuple(named.names), tuple(named.codes)
-        present = {*map(LabelIndex(labels, codes).find, distinct)}
-        if unused := [repr(code) for at, code in enumerate(codes) if at not in present]:
-            reason = f"{reason} No row has the label {listed(unused, 3)} of --label_names.".strip()
+        names, codes = tuple(named.names), tuple(named.codes)
+        reason = f"{reason} {_describe_unused(names, codes, labels)}".strip()
     else:
-        labels = _label_order(distinct, named and named.names, class_names, model_labels)
+        order = named and named.names, labels.class_names, model_labels
+        names = _label_order(labels.names, *order)
     if problem_type == MULTI_LABEL:
-        unweighted = MultiLabel(labels, reason=reason, multi_hot=multi_hot, codes=codes)
-        return _with_positive_weights(unweighted, config, values, counts, column)
-    if len(labels) < 2:
-        raise DataError(_describe_one_label(labels[0], column, limit))
-    num_rows = int(counts.sum())
-    if given is None and num_rows >= 50 and len(values) > num_rows / 2:
+        unweighted = MultiLabel(names, reason=reason, multi_hot=multi_hot, codes=codes)
+        return _with_positive_weights(unweighted, config, labels)
+    if len(names) < 2:
+        raise DataError(_describe_one_label(names[0], labels))
+    num_rows = sum(labels.counts)
+    if given is None and num_rows >= 50 and len(labels.values) > num_rows / 2:
         raise DataError(
-            f"Column {column!r} has {len(values):,} different labels in {num_rows:,} rows; is it "
-            "the column of the labels? If it is, list them: --label_names."
+            f"Column {labels.column!r} has {len(labels.values):,} different labels in {num_rows:,} "
+            "rows; is it the column of the labels? If it is, list them: --label_names."
         )
-    task = SingleLabel(labels, (), config.label_smoothing_factor, reason=reason, codes=codes)
-    rows_per_label = np.zeros(len(labels))
-    for value, count in rows_of.items():
-        rows_per_label[task.encode_label(value)] += count
-    balanced = counts.sum() / (len(labels) * np.maximum(rows_per_label, 1))
-    weights = _class_weights(config.class_weights, labels, balanced)
-    if weights and not rows_per_label @ np.array(weights):
-        raise ConfigError(
-            f"--class_weights {' '.join(config.class_weights or ())}: no training row has a label "
-            f"with a weight above 0, and nothing would be learned; the order is: {_shown(labels)}."
-        )
-    return replace(task, class_weights=weights)
+    task = SingleLabel(names, (), config.label_smoothing_factor, reason=reason, codes=codes)
+    return _with_class_weights(task, config, labels)
 
 
-def _describe_one_label(label: str, column: str, limit: int | None) -> str:
+def _describe_unused(names: tuple[str, ...], codes: tuple[str, ...], labels: LabelStats) -> str:
+    """A sentence on --label_names that no row has, or ""."""
+    present = {*map(LabelIndex(names, codes).find, labels.names)}
+    unused = [repr(code) for output, code in enumerate(codes) if output not in present]
+    return f"No row has the label {listed(unused, 3)} of --label_names." if unused else ""
+
+
+def _describe_one_label(name: str, labels: LabelStats) -> str:
     problem = (
-        f"The training split has only the label {quoted(label)} in column {column!r}; expected at"
+        f"The training split has only the label {quoted(name)} in column {labels.column!r}; "
+        "expected at least two."
     )
-    if limit is None:
-        return f"{problem} least two."
+    if labels.limit is None:
+        return problem
     return (
-        f"{problem} least two. --max_train_samples takes the first {limit:,} rows: if rows are "
+        f"{problem} --max_train_samples takes the first {labels.limit:,} rows: if rows are "
         "sorted by label, as those of a folder are, shuffle the file or take more."
     )
 
 
-def _with_positive_weights(
-    task: MultiLabel, config: TaskConfig, values: Sequence[Any], counts: Array, column: str
-) -> MultiLabel:
+def _with_class_weights(task: SingleLabel, config: TaskConfig, labels: LabelStats) -> SingleLabel:
+    rows = np.zeros(len(task.labels))  # rows that have the label
+    for value, count in zip(labels.values, labels.counts, strict=True):
+        rows[task.encode_label(value)] += count
+    balanced = sum(labels.counts) / (len(task.labels) * np.maximum(rows, 1))
+    weights = _class_weights(config.class_weights, task.labels, balanced)
+    if weights and not rows @ np.array(weights):
+        raise ConfigError(
+            f"--class_weights {' '.join(config.class_weights or ())}: no training row has a label "
+            "with a weight above 0, and nothing would be learned; the order is: "
+            f"{_shown(task.labels)}."
+        )
+    return replace(task, class_weights=weights)
+
+
+def _with_positive_weights(task: MultiLabel, config: TaskConfig, labels: LabelStats) -> MultiLabel:
     if not task.labels:
         raise DataError(
-            f"No row of the training split has a label in {column!r}; expected at least one label."
+            f"No row of the training split has a label in {labels.column!r}; expected at least one "
+            "label."
         )
     positive = np.zeros(len(task.labels))  # rows that have the label
-    for value, count in zip(values, counts, strict=True):
+    for value, count in zip(labels.values, labels.counts, strict=True):
         positive += count * np.array(task.encode_label(value))
     if not positive.any():
         raise DataError(
             f"No row of the training split has one of the labels {listed(task.labels, 10)}; "
             "expected at least one label."
         )
-    balanced = (int(counts.sum()) - positive) / np.maximum(positive, 1)
+    balanced = (sum(labels.counts) - positive) / np.maximum(positive, 1)
     weights = _class_weights(config.class_weights, task.labels, balanced)
     return replace(task, positive_weights=weights)
 
@@ -475,10 +481,6 @@ def task_of_model(
     if problem_type == MULTI_LABEL:
         return MultiLabel(tuple(labels), multi_hot=not codes, codes=tuple(codes))
     return TASK_CLASSES[problem_type](tuple(labels), codes=tuple(codes))
-
-
-def _as_tuple(value: Any) -> tuple[str, ...]:
-    return value if isinstance(value, tuple) else (value,)
 
 
 def _if_same(model_labels: tuple[str, ...] | None, values: Sequence[Any]) -> tuple[str, ...] | None:

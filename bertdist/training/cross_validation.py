@@ -33,14 +33,13 @@ from bertdist.core.types import Array
 from bertdist.data.bad_rows import BadRows
 from bertdist.data.load_data import load_records, needs_numbers
 from bertdist.data.records import Records
-from bertdist.data.stats import create_task
 from bertdist.data.train_test_split import text_numbers
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import create_accelerator
 from bertdist.distributed.launcher import check_world
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import load_model_config, pretrained_labels
-from bertdist.tasks.tasks import Task, label_names_of
+from bertdist.tasks.tasks import Task, create_task, label_names_of
 from bertdist.training.evaluation import GLUE_METRICS, location_fields
 from bertdist.training.run_lock import FailedStart, claim_run_folder
 from bertdist.training.run_logger import RunLogger

@@ -142,5 +142,6 @@ from accelerate import Accelerator
 from torch.optim import AdamW
 from bertdist.data.loader import create_eval_loader
 from bertdist.data.load_data import load_splits
-from bertdist.data.stats import collect_stats, create_task
+from bertdist.data.stats import collect_stats
+from bertdist.tasks.tasks import create_task
 from bertdist.data.tokenization import load_tokenizer"""

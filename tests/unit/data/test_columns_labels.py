@@ -14,7 +14,7 @@ from bertdist.core.errors import DataError
 from bertdist.data.columns import Problems, read_label_columns, read_labels
 from bertdist.data.load_data import load_records, open_stream
 from bertdist.data.records import Records
-from bertdist.data.stats import create_task
+from bertdist.tasks.tasks import create_task
 
 where = "a.csv line {}".format
 

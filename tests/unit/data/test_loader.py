@@ -40,10 +40,10 @@ from bertdist.data.loader import (
     create_train_loader,
     loader_settings,
 )
-from bertdist.data.records import LabelStats
 from bertdist.data.sharding import balance_by_length, epoch_order, prefetch_to_device
 from bertdist.data.stats import DatasetStats
 from bertdist.data.tokenization import Example, load_tokenizer
+from bertdist.tasks.labels import LabelStats
 from bertdist.tasks.tasks import SingleLabel
 
 pytestmark = [

@@ -20,10 +20,11 @@ from bertdist.core.config import TaskConfig, TrainConfig
 from bertdist.core.errors import DataError
 from bertdist.data.columns import LabelRules
 from bertdist.data.in_memory import records_from_texts
-from bertdist.data.records import ColumnNames, LabelStats
-from bertdist.data.stats import DatasetStats, collect_stats, create_task, pretrained_digests
+from bertdist.data.records import ColumnNames
+from bertdist.data.stats import DatasetStats, collect_stats, pretrained_digests
 from bertdist.data.streaming import Stream
-from bertdist.tasks.tasks import SingleLabel
+from bertdist.tasks.labels import LabelStats
+from bertdist.tasks.tasks import SingleLabel, create_task
 
 ALONE: Any = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1)
 STEPS = ["--max_train_steps=9", "--eval_every=3 steps", "--save_every=50%"]
@@ -81,7 +82,7 @@ def test_rows_in_memory_know_it_all(tmp_path: Path) -> None:
     found = collect_stats(rows, config_of(tmp_path), ALONE, pytest.fail)
     assert found == DatasetStats(found.labels, [3])
     assert found.labels[:5] == ("text", ["no", "yes"], [2, 1], None, "l")
-    assert found.labels.first("yes") == "texts row 1"
+    assert found.labels.locate("yes") == "texts row 1"
 
 
 def test_a_stream_is_read_once_and_it_is_said_what_for(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from bertdist.core.args import read_config
 from bertdist.core.errors import DataError
 from bertdist.data.load_data import load_splits
-from bertdist.data.stats import collect_stats, create_task
-from bertdist.tasks.tasks import Task
+from bertdist.data.stats import collect_stats
+from bertdist.tasks.tasks import Task, create_task
 
 ALONE = Accelerator(cpu=True)
 MODES = pytest.mark.parametrize("mode", [[], ["--streaming"]], ids=["memory", "streaming"])

@@ -10,8 +10,9 @@ from bertdist.core.args import read_config
 from bertdist.core.config import TaskConfig
 from bertdist.core.errors import DataError
 from bertdist.data.load_data import Splits, load_splits
-from bertdist.data.records import LabelStats
-from bertdist.data.stats import collect_stats, create_task
+from bertdist.data.stats import collect_stats
+from bertdist.tasks.labels import LabelStats
+from bertdist.tasks.tasks import create_task
 
 ALONE = Accelerator(cpu=True)
 

@@ -23,7 +23,7 @@ from bertdist.data import streaming
 from bertdist.data.bad_rows import BadRow
 from bertdist.data.batch import RankStep
 from bertdist.data.loader import create_train_loader
-from bertdist.data.records import ColumnNames, LabelStats
+from bertdist.data.records import ColumnNames
 from bertdist.data.sharding import WorkerItem
 from bertdist.data.source import ReaderState
 from bertdist.data.stats import DatasetStats
@@ -34,6 +34,7 @@ from bertdist.data.streaming import (
     agree_on_steps,
     assign_files_to_ranks,
 )
+from bertdist.tasks.labels import LabelStats
 from bertdist.tasks.tasks import SingleLabel
 
 pytestmark = [

@@ -12,9 +12,9 @@ from bertdist.core.config import DataConfig, TaskConfig, TrainConfig
 from bertdist.core.errors import DataError
 from bertdist.data.load_data import load_splits
 from bertdist.data.records import Records
-from bertdist.data.stats import create_task
 from bertdist.data.tokenization import create_dataset
 from bertdist.data_quality.report import check_data
+from bertdist.tasks.tasks import create_task
 
 
 def with_labels(labels: list[Any], seed: int = 0) -> list[dict[str, Any]]:

@@ -24,7 +24,6 @@ from bertdist.core.config import DataConfig, TaskConfig
 from bertdist.core.errors import ConfigError, DataError
 from bertdist.data.load_data import load_records
 from bertdist.data.records import Records
-from bertdist.data.stats import create_task
 from bertdist.data_quality import label_issues
 from bertdist.data_quality.config import RANKINGS, read_label_issue_config
 from bertdist.data_quality.duplicates import group_texts
@@ -38,7 +37,7 @@ from bertdist.data_quality.label_issues import (
     select_rows,
     show_label_issues,
 )
-from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
+from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task, create_task
 from bertdist.train import train
 from bertdist.training import cross_validation
 from bertdist.training.cross_validation import assign_folds

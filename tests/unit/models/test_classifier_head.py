@@ -21,7 +21,8 @@ from bertdist.models.classifier import (
     load_trained_classifier,
     pretrained_labels,
 )
-from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task, infer_task
+from bertdist.tasks.labels import LabelStats
+from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task, create_task
 
 NAMES = ("CONTRADICTION", "NEUTRAL", "ENTAILMENT")
 SIZES: dict[str, Any] = {
@@ -152,11 +153,11 @@ def test_a_model_keeps_its_own_order_for_labels_in_another_case(
     folder = folder_of("bert")
     names = pretrained_labels(load_model_config(ModelConfig(model_name_or_path=str(folder))))
     values = ["entailment", "neutral", "contradiction"]
-    counts = torch.ones(3, dtype=torch.int64).numpy()
-    task = infer_task(TaskConfig(), values, counts, model_labels=names)
+    labels = LabelStats("text", [*values], [1, 1, 1])
+    task = create_task(TaskConfig(), labels, names)
     assert task.labels == ("contradiction", "neutral", "entailment")
     assert load(folder, task)[1] == []
-    asked = infer_task(TaskConfig(label_names=values), values, counts, model_labels=names)
+    asked = create_task(TaskConfig(label_names=values), labels, names)
     assert asked.labels == tuple(values)  # a given order wins, and the rows follow it
     assert len(load(folder, asked)[1]) == 1
 

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 
 from bertdist.core.config import TaskConfig
@@ -12,6 +11,8 @@ from bertdist.core.errors import ConfigError, DataError
 from bertdist.tasks.labels import (
     MOST_CLASSES_WITH_POINT,
     LabelIndex,
+    LabelStats,
+    LabelValue,
     canonical,
     describe_alike,
     describe_near_miss,
@@ -24,7 +25,7 @@ from bertdist.tasks.labels import (
     match_to_model,
     non_numeric_labels,
 )
-from bertdist.tasks.tasks import MultiLabel, infer_task, task_of_model
+from bertdist.tasks.tasks import MultiLabel, create_task, task_of_model
 
 SINGLE, MULTI, REGRESSION = (
     "single_label_classification",
@@ -243,8 +244,8 @@ def test_lists_of_one_length_of_zeros_and_ones(labels: list[Any], expected: bool
 
 
 def test_zeros_and_ones_are_targets() -> None:
-    values = [("0", "1", "0"), ("1", "1", "0")]
-    task = infer_task(TaskConfig(class_weights=["balanced"]), values, np.ones(2, int))
+    values: list[LabelValue] = [("0", "1", "0"), ("1", "1", "0")]
+    task = create_task(TaskConfig(class_weights=["balanced"]), LabelStats("set", values, [1, 1]))
     assert isinstance(task, MultiLabel) and task.labels == ("0", "1", "2")
     assert [task.encode_label(value) for value in values] == [[0, 1, 0], [1, 1, 0]]
     assert task.encode_label(("2",)) == [0, 0, 1]  # names are names still
@@ -254,15 +255,15 @@ def test_zeros_and_ones_are_targets() -> None:
     trained = task_of_model(MULTI, ["x", "y", "z"])
     assert trained.encode_label(("0", "1", "0")) == [0, 1, 0] == trained.encode_label(("y",))
     # the control: where lists have other lengths, 0 and 1 are the names of labels
-    ids = infer_task(TaskConfig(), [("0",), ("0", "1")], np.ones(2, int))
+    ids = create_task(TaskConfig(), LabelStats("set", [("0",), ("0", "1")], [1, 1]))
     assert ids.encode_label(("0", "1")) == [1, 1] and ids.encode_label(("1",)) == [0, 1]
 
 
 def test_zeros_and_ones_get_their_names_from_a_flag() -> None:
-    values, counts = [("0", "1"), ("1", "1")], np.ones(2, int)
-    assert infer_task(TaskConfig(label_names=["b", "a"]), values, counts).labels == ("b", "a")
+    labels = LabelStats("set", [("0", "1"), ("1", "1")], [1, 1])
+    assert create_task(TaskConfig(label_names=["b", "a"]), labels).labels == ("b", "a")
     with pytest.raises(ConfigError, match="has 3 names; the lists of zeros and ones have 2"):
-        infer_task(TaskConfig(label_names=["a", "b", "c"]), values, counts)
+        create_task(TaskConfig(label_names=["a", "b", "c"]), labels)
 
 
 def test_a_list_of_fractions_is_no_list_of_names() -> None:

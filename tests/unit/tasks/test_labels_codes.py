@@ -2,24 +2,25 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 from bertdist.core.config import TaskConfig
 from bertdist.core.errors import ConfigError, DataError
-from bertdist.tasks.labels import LabelNames, read_label_names
+from bertdist.tasks.labels import LabelNames, LabelStats, read_label_names
 from bertdist.tasks.tasks import (
     MultiLabel,
     SingleLabel,
     Task,
-    infer_task,
+    create_task,
     label_names_of,
     task_of_model,
 )
 
 
 def task_of(names: list[str], values: list[Any]) -> Task:
-    return infer_task(TaskConfig(label_names=names), values, np.array([30] * len(values)))
+    return create_task(
+        TaskConfig(label_names=names), LabelStats("text", values, [30] * len(values))
+    )
 
 
 @pytest.mark.parametrize(

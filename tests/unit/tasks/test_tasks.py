@@ -12,12 +12,13 @@ from torch import Tensor
 
 from bertdist.core.config import TaskConfig
 from bertdist.core.errors import ConfigError, DataError, ModelError
+from bertdist.tasks.labels import LabelKind, LabelStats
 from bertdist.tasks.tasks import (
     MultiLabel,
     Regression,
     SingleLabel,
     Task,
-    infer_task,
+    create_task,
     task_of_model,
 )
 
@@ -28,13 +29,14 @@ def task_of(values: Sequence[Any], counts: Sequence[int] | None = None, **settin
     """The task of these distinct labels, one row each unless counts say otherwise."""
     words = {
         name: settings.pop(name)
-        for name in ("class_names", "column", "model_labels", "locate", "limit")
+        for name in ("class_names", "column", "locate", "limit")
         if name in settings
     }
     values = [value if isinstance(value, tuple) else str(value) for value in values]
-    return infer_task(
-        TaskConfig(**settings), values, np.array(counts or [1] * len(values)), **words
-    )
+    kind: LabelKind = "set" if any(isinstance(value, tuple) for value in values) else "text"
+    labels = LabelStats(kind, values, list(counts or [1] * len(values)), **words)
+    model_labels = settings.pop("model_labels", None)
+    return create_task(TaskConfig(**settings), labels, model_labels)
 
 
 # ---- The order of the outputs

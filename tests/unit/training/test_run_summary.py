@@ -12,8 +12,8 @@ from rows import labelled_records
 from bertdist.core.args import read_evaluate_config
 from bertdist.core.config import DataConfig, OptimConfig
 from bertdist.data.in_memory import records_from_texts
-from bertdist.data.records import LabelStats
 from bertdist.data.stats import DatasetStats
+from bertdist.tasks.labels import LabelStats
 from bertdist.tasks.tasks import Regression, SingleLabel
 from bertdist.training import run_summary
 from bertdist.training.run_summary import (
