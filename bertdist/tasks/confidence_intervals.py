@@ -14,21 +14,26 @@ computed of many resamples at once, from sums of rows with these weights:
 - means of row values -> loss, mse, ece, pearson, ...
 - rows in the order of their probability, sorted once -> roc_auc, average_precision, spearman
 
-Cost on one idle CPU core, 100,000 rows: 1 to 2 s for the usual scores, 2 to 4 s for all
-scores of a task. Scores that sort rows (roc_auc, average_precision, spearman) take fewer resamples,
-down to 100, where rows x labels exceed 300,000. A resample in which a score is undefined, as
-roc_auc without a row of a label, does not count; an interval of which half do not is left out.
+The counts of all labels are one product of matrices, the means of all scores another. Sums of
+sorted rows are made BLOCK groups of rows at a time, in the cache of a core.
 
-Legend: N rows, O outputs, B resamples that are computed at once. Weights are (N, B), the number of
-times that a row comes; scores are (B,).
+Cost of 100,000 rows on one CPU core, when nothing else runs: see docs/log.md. Scores that sort rows
+(roc_auc, average_precision, spearman) take fewer resamples, down to 100, where rows x labels exceed
+300,000. A resample in which a score is undefined, as roc_auc without a row of a label, does not
+count; an interval of which half do not is left out.
+
+Legend: N rows, O outputs, B resamples that are computed at once, G groups of rows. Weights are
+(N, B), the number of times that a row comes; scores are (B,).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import torch
 from scipy import sparse
+from torch.nn.functional import embedding_bag
 
 from bertdist.core.types import Array
 from bertdist.tasks.metric_names import TOP_K
@@ -44,7 +49,9 @@ from bertdist.tasks.row_scores import (
 RESAMPLES, LEAST_RESAMPLES = 1_000, 100
 SEED = 0
 PERCENTILES = (2.5, 97.5)
-CELLS = 1 << 21  # of the weights that are in memory at a time
+CELLS = 1 << 23  # of the weights that are in memory at a time
+BLOCK, STEP = 1024, 32  # rows that are computed at a time, and in one product
+DENSE_LABELS = 16  # labels up to which the product with a dense matrix is the quicker one
 SORTED_ROWS = 3e8  # rows x labels x resamples of a score that sorts rows
 DIGITS = 6  # significant ones of an interval: the number of threads cannot change them
 
@@ -66,38 +73,36 @@ class Resamples:
         self.data, self.weights = data, weights
         self.rows = len(weights)
 
-    def sum(self, matrix: sparse.csr_matrix) -> Array:
-        """(K, N) -> (K, B)."""
-        return np.asarray(matrix @ self.weights, dtype=np.float64)
+    @cached_property
+    def means(self) -> Array:
+        """(K, B) of the K columns of `_Data.mean_of`, in double precision, BLOCK rows at a time."""
+        columns = self.data.columns
+        sums = np.zeros((len(columns), self.weights.shape[1]))
+        for start in range(0, self.rows, BLOCK):
+            part = slice(start, start + BLOCK)
+            sums += columns[:, part] @ self.weights[part].astype(np.float64)
+        return sums / self.rows
 
     @cached_property
-    def _weights64(self) -> Array:
-        return self.weights.astype(np.float64)
+    def _counts(self) -> tuple[Array, Array, Array]:
+        counts = np.asarray(self.data.indicators @ self.weights, dtype=np.float64)
+        true, predicted, both = counts.reshape(3, -1, self.weights.shape[1])
+        return true, predicted, both
 
-    def mean(self, values: Array) -> Array:
-        """(N,) values of rows -> (B,), or (K, N) -> (K, B)."""
-        means: Array = np.asarray(values, dtype=np.float64) @ self._weights64 / self.rows
-        return means
-
-    @cached_property
+    @property
     def true(self) -> Array:
         """(O, B) rows that have the label."""
-        return self.sum(self.data.true)
+        return self._counts[0]
 
-    @cached_property
+    @property
     def predicted(self) -> Array:
         """(O, B) rows that are predicted to have it."""
-        return self.sum(self.data.predicted)
+        return self._counts[1]
 
-    @cached_property
+    @property
     def both(self) -> Array:
         """(O, B) rows of both."""
-        return self.sum(self.data.both)
-
-    @cached_property
-    def moments(self) -> Array:
-        """(5, B) means of prediction, reference, both squares and the product, of centred ones."""
-        return self.mean(self.data.moments)
+        return self._counts[2]
 
     @cached_property
     def curves(self) -> Array:
@@ -111,55 +116,50 @@ Score: TypeAlias = Callable[[Resamples], Array]
 class _Data:
     """The arrays of all rows, in the forms that are summed; each made when it is first used."""
 
-    def __init__(self, arrays: Arrays, losses: Array, positive: int) -> None:
+    def __init__(self, arrays: Arrays, losses: Array, positive: int, names: Sequence[str]) -> None:
         self.predictions, self.probabilities, self.references = arrays
-        self.losses, self.positive = losses, positive
+        self.losses, self.positive, self.names = losses, positive, names
         self.single = self.references.ndim == 1
         self.outputs = self.probabilities.shape[1] if self.probabilities.ndim == 2 else 1
+        self._columns: list[Array] = []
+
+    def mean_of(self, *values: Array) -> slice:
+        """Values of rows, (N,) each, of which `Resamples.means` has the means, and where there."""
+        first = len(self._columns)
+        self._columns += values
+        return slice(first, len(self._columns))
 
     @cached_property
-    def true(self) -> sparse.csr_matrix:
-        """(O, N) whether a row has the label."""
-        return self._indicator(self.references)
+    def columns(self) -> Array:
+        """(K, N) all values given to `mean_of`."""
+        return np.array(self._columns, dtype=np.float64)
 
     @cached_property
-    def predicted(self) -> sparse.csr_matrix:
-        """(O, N) whether it is predicted."""
-        return self._indicator(self.predictions)
+    def indicators(self) -> Any:
+        """(3 x O, N) 0/1: whether a row has each label, is predicted to have it, and both.
 
-    @cached_property
-    def both(self) -> sparse.csr_matrix:
-        """(O, N) true and predicted."""
-        return self.true.multiply(self.predicted).tocsr()
+        Of few labels a dense matrix, whose product is the quicker one, else a sparse matrix.
+        """
+        true, predicted = self._indicator(self.references), self._indicator(self.predictions)
+        stacked = sparse.vstack([true, predicted, true.multiply(predicted)]).tocsr()
+        return stacked.toarray() if self.outputs <= DENSE_LABELS else stacked
 
     @cached_property
     def curves(self) -> "list[_Curve]":
         columns = one_vs_rest(self.references, self.probabilities, self.positive)
-        return [_Curve(truth, probabilities) for truth, probabilities in columns]
+        precise = "average_precision" in self.names
+        return [_Curve(truth, probabilities, precise) for truth, probabilities in columns]
 
     @cached_property
-    def ranks(self) -> "tuple[_Ranks, _Ranks]":
-        return _Ranks(self.predictions), _Ranks(self.references)
+    def ranks(self) -> "_RankPairs":
+        return _RankPairs(self.predictions, self.references)
 
     def _indicator(self, labels: Array) -> sparse.csr_matrix:
-        if self.single:
-            return group_sums(labels, self.outputs)
-        return sparse.csr_matrix(labels.T, dtype=np.float32)
-
-    @cached_property
-    def moments(self) -> Array:
-        """(5, N)."""
-        x, y = (
-            v - v.mean() for v in (self.predictions.astype(float), self.references.astype(float))
-        )
-        return np.stack([x, y, x * x, y * y, x * y])
-
-
-def group_sums(groups: Array, count: int, values: Array | None = None) -> sparse.csr_matrix:
-    """(count, N): times weights, the sums of the values (1) of each group. groups: (N,) ids."""
-    data = np.ones(len(groups), np.float32) if values is None else values
-    columns = np.arange(len(groups))
-    return sparse.csr_matrix((data, (groups, columns)), shape=(count, len(groups)))
+        """(O, N)."""
+        if not self.single:
+            return sparse.csr_matrix(labels.T, dtype=np.float32)
+        ones, columns = np.ones(len(labels), np.float32), np.arange(len(labels))
+        return sparse.csr_matrix((ones, (labels, columns)), shape=(self.outputs, len(labels)))
 
 
 def bootstrap_intervals(
@@ -174,7 +174,7 @@ def bootstrap_intervals(
     arrays: of N rows, as metrics read them; losses: (N,). names: "loss" and names of metrics, of
     which others than the built-in ones are left out.
     """
-    data, rows = _Data(arrays, losses, positive), len(arrays.references)
+    data, rows = _Data(arrays, losses, positive, names), len(arrays.references)
     scores = {name: score for name in names if (score := _score_of(name, data)) is not None}
     if rows < 2 or not all(np.isfinite(array).all() for array in (*arrays, losses)):
         return dict.fromkeys(scores)
@@ -217,16 +217,28 @@ def _weights(rows: int, resamples: int) -> Iterator[Array]:
     size = max(1, min(resamples, 64, CELLS // rows))
     for start in range(0, resamples, size):
         width = min(size, resamples - start)
-        weights = table.take(rng.integers(1 << 16, size=(rows, width), dtype=np.uint16))
+        weights = np.empty((rows, width), table.dtype)
+        _draw(rng, table, weights)
         missing = rows - np.ones(rows, weights.dtype) @ weights
         one = weights.dtype.type(1)
         for column, number in enumerate(missing.astype(np.int64)):
             while number < 0:
-                weights[:, column] = table.take(rng.integers(1 << 16, size=rows, dtype=np.uint16))
-                number = rows - int(weights[:, column].sum(dtype=np.float64))
+                drawn = np.empty(rows, table.dtype)
+                _draw(rng, table, drawn)
+                weights[:, column] = drawn
+                number = rows - int(drawn.sum(dtype=np.float64))
             # Of one type, and contiguous: ten times as quick.
             np.add.at(weights.ravel(), rng.integers(rows, size=number) * width + column, one)
         yield weights
+
+
+def _draw(rng: np.random.Generator, table: Array, out: Array) -> None:
+    """Random entries of the table of 65,536; in parts, which stay in the cache of a core."""
+    flat = out.reshape(-1)
+    for start in range(0, len(flat), 1 << 14):
+        part = flat[start : start + (1 << 14)]
+        numbers = rng.integers(1 << 16, size=len(part), dtype=np.uint16)
+        table.take(numbers, out=part, mode="clip")
 
 
 def _poisson_table(rate: float) -> Array:
@@ -301,13 +313,12 @@ def _kappa(r: Resamples) -> Array:
 # ---- Scores of means
 
 
-def _ece(r: Resamples, gaps: sparse.csr_matrix) -> Array:
-    sums: Array = np.abs(gaps @ r._weights64).sum(0)
-    return sums / r.rows
+def _ece(r: Resamples, gaps: slice) -> Array:
+    return np.asarray(np.abs(r.means[gaps]).sum(0))
 
 
-def _pearson(r: Resamples) -> Array:
-    x, y, xx, yy, xy = r.moments
+def _pearson(r: Resamples, moments: slice) -> Array:
+    x, y, xx, yy, xy = r.means[moments]
     return _correlation(xx - x * x, yy - y * y, xy - x * y)
 
 
@@ -318,9 +329,9 @@ def _correlation(xx: Array, yy: Array, xy: Array) -> Array:
     return quotient.clip(-1, 1)
 
 
-def _r2(r: Resamples, squares: Array) -> Array:
-    _, y, _, yy, _ = r.moments
-    error, variance = r.mean(squares), yy - y * y
+def _r2(r: Resamples, columns: slice) -> Array:
+    error, y, yy = r.means[columns]
+    variance = yy - y * y
     constant = variance <= 1e-12 * np.maximum(yy, np.finfo(float).tiny)
     quotient: Array = np.where(constant, np.where(error == 0, 1.0, 0.0), 1 - error / variance)
     return quotient
@@ -329,74 +340,160 @@ def _r2(r: Resamples, squares: Array) -> Array:
 # ---- Scores of sorted rows
 
 
-def _running_sums(weights: Array) -> Array:
-    """(M, B) -> (M + 1, B): the sums of the first 0, 1, ..., M rows.
+class _Groups:
+    """Groups of rows in an order, whose weights are summed, and the sums of all groups up to each.
 
-    In blocks, because `np.cumsum` along the first axis takes ten times as long.
+    Everything is done BLOCK groups at a time, which stay in the cache of a core.
     """
-    rows, block = len(weights), 64
-    sums = np.zeros((-(-rows // block) * block + 1, weights.shape[1]), weights.dtype)
-    sums[1 : rows + 1] = weights
-    blocks = sums[1:].reshape(-1, block, weights.shape[1])
-    for row in range(1, block):
-        blocks[:, row] += blocks[:, row - 1]
-    blocks[1:] += np.cumsum(blocks[:-1, -1], axis=0)[:, None]
-    return sums[: rows + 1]
+
+    def __init__(self, rows: Array, starts: Array) -> None:
+        """rows: indices of rows, group after group; starts: (G,) where in them each group starts.
+
+        Empty groups are added, so that their number is a multiple of STEP.
+        """
+        starts = np.r_[starts, np.full(-len(starts) % STEP, len(rows))].astype(np.int64)
+        bounds = [*starts[::BLOCK], len(rows)]
+        self.number = len(starts)
+        self._blocks = [
+            (
+                torch.from_numpy(rows[bounds[i] : bounds[i + 1]]),
+                torch.from_numpy(starts[i * BLOCK : (i + 1) * BLOCK] - bounds[i]),
+            )
+            for i in range(len(bounds) - 1)
+        ]
+
+    def sums(self, weights: Array) -> Iterator[tuple[slice, Array]]:
+        """Of each block: which groups, and (G, B) their sums."""
+        tensor, first = torch.from_numpy(weights), 0
+        for rows, starts in self._blocks:
+            part = slice(first, first + len(starts))
+            sums: Array = embedding_bag(rows, tensor, starts, mode="sum").numpy()
+            yield part, sums
+            first = part.stop
+
+    def running_sums(self, weights: Array) -> Iterator[tuple[slice, Array, Array]]:
+        """Also (G, B) the sum of all groups up to and with each.
+
+        By products with a triangle of ones, which takes a sixth of the time of `np.cumsum`; exact,
+        because these are whole numbers.
+        """
+        triangle = np.tril(np.ones((STEP, STEP), weights.dtype))
+        before = np.zeros(weights.shape[1], weights.dtype)
+        for part, sums in self.sums(weights):
+            running = np.matmul(triangle, sums.reshape(-1, STEP, sums.shape[1]))
+            ends = before + np.cumsum(running[:, -1], axis=0)
+            running[0] += before
+            running[1:] += ends[:-1, None]
+            before = ends[-1]
+            yield part, sums, running.reshape(sums.shape)
+
+
+def _padded(indices: Array) -> Array:
+    """With zeros for the empty groups of `_Groups`."""
+    return np.r_[indices, np.zeros(-len(indices) % STEP, indices.dtype)]
 
 
 def _dot(x: Array, y: Array) -> Array:
-    """(M, B) and (M, B) -> (B,), in double precision: float32 cannot count all pairs of rows."""
-    products: Array = np.einsum("nb,nb->b", x, y, dtype=np.float64)
-    return products
+    """(G, B) and (G, B) -> (B,): of STEP groups in the precision of x, the rest in double."""
+    shape = (-1, STEP, x.shape[1])
+    parts = np.einsum("snb,snb->sb", x.reshape(shape), y.reshape(shape))
+    return np.asarray(parts.sum(0, dtype=np.float64))
 
 
 class _Curve:
-    """The true rows and the others of a label, in the order of its probability."""
+    """The true rows and the others of a label, in the order of its probability.
 
-    def __init__(self, truth: Array, probabilities: Array) -> None:
-        order = np.argsort(probabilities, kind="stable")
-        self.true, self.other = order[truth[order]], order[~truth[order]]
-        values, others = probabilities[self.true], probabilities[self.other]
-        self.first = np.searchsorted(values, values)  # of the true rows with the same value
-        self.below, self.upto = (np.searchsorted(others, values, x) for x in ("left", "right"))
+    Others between which no true row stands are one group, and so are true rows of the same others.
+    """
+
+    def __init__(self, truth: Array, probabilities: Array, precise: bool) -> None:
+        """precise: whether average precision is asked for."""
+        order = np.argsort(probabilities)
+        values, true = probabilities[order], truth[order]
+        starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])  # of equal probabilities
+        sizes = np.diff(np.r_[starts, len(order)])
+        others = np.r_[0, np.cumsum(~true)]  # among the first 0, 1, ..., N rows
+        # For each true row: the number of others below it, and of those not above it
+        below = np.repeat(others[starts], sizes)[true]
+        upto = np.repeat(others[starts + sizes], sizes)[true]
+        cuts = np.unique(np.r_[below, upto])
+        self.others = _Groups(order[~true][: cuts.max(initial=0)], np.r_[0, cuts[:-1]])
+        lower, upper = np.searchsorted(cuts, below), np.searchsorted(cuts, upto)
+        first = np.flatnonzero(np.diff(lower, prepend=-1) | np.diff(upper, prepend=-1))
+        self.true, self.ties = _Groups(order[true], first), (below != upto).any()
+        self.lower, self.upper = _padded(lower[first]), _padded(upper[first])
+        self.precise = precise
+        if precise:  # from the highest probability on, equal ones together
+            down = values[true][::-1]
+            first = np.flatnonzero(np.r_[down[:1] == down[:1], down[1:] != down[:-1]])
+            self.thresholds = _Groups(order[true][::-1].copy(), first)
+            self.below = _padded(lower[::-1][first])
 
     def __call__(self, weights: Array) -> tuple[Array, Array]:
         """(N, B) weights -> (B,) ROC AUC, the share of the pairs of both groups that are in order,
         equal ones half; and (B,) average precision, the sum over thresholds of precision x increase
         of recall, 0 without true rows.
         """
-        mine = weights.take(self.true, axis=0)
-        true, other = _running_sums(mine), _running_sums(weights.take(self.other, axis=0))
-        lower = other.take(self.below, axis=0)
-        above, others = true[-1] - true.take(self.first, axis=0), other[-1] - lower
-        hits = _dot(mine, above / np.maximum(above + others, 1))
-        if (self.below != self.upto).any():
-            lower = (lower + other.take(self.upto, axis=0)) / 2
-        number = true[-1].astype(np.float64)
-        return _dot(mine, lower) / (number * (len(weights) - number)), _ratio(hits, number)
+        width = weights.shape[1]
+        others = np.empty((self.others.number, width), weights.dtype)
+        for part, _, running in self.others.running_sums(weights):
+            others[part] = running
+        ordered, positives, precisions = np.zeros((3, width))
+        for part, true in self.true.sums(weights):
+            lower = others.take(self.lower[part], axis=0)
+            if self.ties:
+                lower = (lower + others.take(self.upper[part], axis=0)) / 2
+            ordered += _dot(true, lower)
+            positives += true.sum(0)
+        negatives = len(weights) - positives
+        if self.precise:
+            # Those that are not below; instead of 0 what vanishes in all other sums
+            above = negatives.astype(weights.dtype) - others + weights.dtype.type(1e-30)
+            for part, true, running in self.thresholds.running_sums(weights):
+                chosen = above.take(self.below[part], axis=0)
+                chosen += running
+                precisions += _dot(true, np.divide(running, chosen, out=running))
+        return ordered / (positives * negatives), _ratio(precisions, positives)
 
 
-class _Ranks:
-    """The ranks of rows by a value, of equal ones the mean rank."""
+class _RankPairs:
+    """Rows in the order of two values; equal values have their mean rank."""
 
-    def __init__(self, values: Array) -> None:
-        _, self.group, sizes = np.unique(values, return_inverse=True, return_counts=True)
-        self.order = np.argsort(self.group, kind="stable")
-        self.ends = np.r_[0, np.cumsum(sizes)]
+    def __init__(self, x: Array, y: Array) -> None:
+        groups, self._of_value = [], []
+        for values in (x, y):
+            _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+            starts = np.r_[0, np.cumsum(sizes)[:-1]]
+            self._of_value.append(_Groups(np.argsort(group, kind="stable"), starts))
+            groups.append(group)
+        # Rows of which both are equal are summed as one group.
+        order = np.lexsort(groups[::-1])
+        x, y = groups[0][order], groups[1][order]
+        first = np.flatnonzero(np.diff(x, prepend=-1) | np.diff(y, prepend=-1))
+        self._pairs = _Groups(order, first)
+        self._x, self._y = _padded(x[first]), _padded(y[first])
 
-    def __call__(self, weights: Array) -> tuple[Array, Array]:
-        """(N, B) weights -> (N, B) twice the ranks, 0 on average; (B,) their variance x N."""
-        sums = _running_sums(weights.take(self.order, axis=0)).take(self.ends, axis=0)
-        ranks = (sums[1:] + sums[:-1] - len(weights)).take(self.group, axis=0)
-        sizes = np.diff(sums, axis=0)  # of the groups of equal values
-        cubes = np.einsum("gb,gb,gb->b", sizes, sizes, sizes, dtype=np.float64)
-        return ranks, (float(len(weights)) ** 3 - cubes) / 3
+    def __call__(self, weights: Array) -> Array:
+        """(N, B) weights -> (B,) Pearson correlation of ranks."""
+        (x, xx), (y, yy) = (self._ranks(groups, weights) for groups in self._of_value)
+        product = np.zeros(weights.shape[1])
+        for part, sums in self._pairs.sums(weights):
+            sums *= x.take(self._x[part], axis=0)
+            product += _dot(sums, y.take(self._y[part], axis=0))
+        return _correlation(xx, yy, product)
 
-
-def _spearman(r: Resamples) -> Array:
-    """Pearson correlation of ranks."""
-    (x, xx), (y, yy) = (ranks(r.weights) for ranks in r.data.ranks)
-    return _correlation(xx, yy, _dot(x * r.weights, y))
+    @staticmethod
+    def _ranks(groups: _Groups, weights: Array) -> tuple[Array, Array]:
+        """(G, B) twice the ranks, 0 on average; (B,) the sum of their squares over rows."""
+        rows = len(weights)
+        ranks = np.empty((groups.number, weights.shape[1]), weights.dtype)
+        cubes = np.zeros(weights.shape[1])
+        for part, sums, running in groups.running_sums(weights):
+            running *= 2
+            running -= sums
+            np.subtract(running, rows, out=ranks[part])
+            cubes += _dot(sums * sums, sums)
+        return ranks, (float(rows) ** 3 - cubes) / 3
 
 
 # ---- Names
@@ -413,7 +510,6 @@ _COUNTED: dict[str, Score] = {
         for name in ("f1", "precision", "recall")
         for average in ("macro", "micro", "weighted")
     },
-    "pearson": _pearson,
 }
 # name -> the values of rows of which it is the mean
 _MEANS: dict[str, Callable[[_Data], Array]] = {
@@ -423,12 +519,13 @@ _MEANS: dict[str, Callable[[_Data], Array]] = {
     "f1_samples": lambda data: set_overlaps(data.references, data.predictions)[0],
     "jaccard_samples": lambda data: set_overlaps(data.references, data.predictions)[1],
     "mse": lambda data: _errors(data) ** 2,
+    "rmse": lambda data: _errors(data) ** 2,
     "mae": lambda data: np.abs(_errors(data)),
 }
 _SORTED: dict[str, Score] = {
     "roc_auc": lambda r: _mean(r.curves[0]),
     "average_precision": lambda r: _mean(r.curves[1]),
-    "spearman": _spearman,
+    "spearman": lambda r: r.data.ranks(r.weights),
 }
 
 
@@ -440,19 +537,22 @@ def _score_of(name: str, data: _Data) -> Score | None:
         return _SORTED[name]
     if name == "ece":
         bins, gaps = calibration_gaps(data.references, data.probabilities)
-        return partial(_ece, gaps=group_sums(bins, CALIBRATION_BINS, gaps))
-    if name == "r2":
-        return partial(_r2, squares=_errors(data) ** 2)
-    if name == "rmse":
-        squares = _errors(data) ** 2
-        return lambda r: np.sqrt(r.mean(squares))
+        of_bins = np.zeros((CALIBRATION_BINS, len(gaps)))
+        of_bins[bins, np.arange(len(gaps))] = gaps
+        return partial(_ece, gaps=data.mean_of(*of_bins))
+    if name in ("pearson", "r2"):
+        x, y = (v.astype(float) - v.mean() for v in (data.predictions, data.references))
+        if name == "pearson":
+            return partial(_pearson, moments=data.mean_of(x, y, x * x, y * y, x * y))
+        return partial(_r2, columns=data.mean_of(_errors(data) ** 2, y, y * y))
     if top := TOP_K.fullmatch(name):
         values = top_hits(data.references, data.probabilities, int(top[1]))
     elif name in _MEANS:
         values = _MEANS[name](data)
     else:
         return None
-    return lambda r: r.mean(values)
+    column = data.mean_of(values).start
+    return lambda r: np.sqrt(r.means[column]) if name == "rmse" else r.means[column]
 
 
 def _all_right(data: _Data) -> Array:

@@ -68,7 +68,7 @@ def test_the_score_of_a_resample_is_that_of_the_rows_that_it_draws(
     arrays = rounded(arrays) if ties else arrays
     losses, positive = losses_of(kind, arrays), 0
     weights = next(intervals._weights(len(losses), 4))
-    data = intervals._Data(intervals.Arrays(*arrays), losses, positive)
+    data = intervals._Data(intervals.Arrays(*arrays), losses, positive, [name])
     score = intervals._score_of(name, data)
     assert score is not None
     with np.errstate(divide="ignore", invalid="ignore"):
