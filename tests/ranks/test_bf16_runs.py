@@ -1,6 +1,12 @@
-"""Runs with --mixed_precision bf16 on the CPU: the same rows, a resumed run has the bits of an uninterrupted one, and other cuts
-and ranks differ by bf16 rounding."""
+"""Runs with --mixed_precision bf16 on the CPU, an invariant each; on a CPU without units for it bf16 is emulated.
 
+I1, I2: other cuts and ranks have the same rows in every step, and differ by rounding. I3: every row is predicted once, with the same
+bits on any number of ranks. I4: tests/unit/models/test_bf16_padding.py. I5: a resumed run has the bits of an uninterrupted one.
+I6: what is saved is float32. I7: all ranks skip a step that is not finite; they agree on the precision in
+tests/unit/distributed/test_launch_precision.py.
+"""
+
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -12,13 +18,26 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from forked import RankError, run_ranks
-from rows import assert_same_run, rows_by_step, run_train, step_log
+from rows import (
+    assert_same_run,
+    assert_same_tensors,
+    last_checkpoint,
+    make_rows,
+    rows_by_step,
+    run_train,
+    step_log,
+    tensors_of,
+)
 from rows import train_module as train
+from torch import Tensor
 from undisturbed import STEPS, Runs
 
-from bertdist.core.config import saved_setting
+from bertdist import predict
+from bertdist.core.config import RunConfig, saved_setting
+from bertdist.data.in_memory import records_from_texts
 from bertdist.distributed import launch
 from bertdist.models import bf16
+from bertdist.tasks.tasks import SingleLabel
 
 SETTINGS: dict[str, Any] = {"mixed_precision": "bf16", "dropout": 0.2, "log_every": "1 steps"}
 
@@ -111,3 +130,87 @@ def test_other_cuts_and_ranks_differ_by_rounding(
     assert min(far.values()) > 0 and max(far.values()) < 0.03, far
     other = Curve(runs, tmp_path / "seed", 1, seed=43)
     assert other.rows != straight.rows and other.far_from(straight) > 0.1  # the control
+
+
+def logits_of(folder: Path, n: int, tokens: int = 60, precision: str = "bf16") -> Tensor:
+    """What n ranks predict, checked to be the same on all of them."""
+    records = records_from_texts([row["text"] for row in make_rows(17)])
+
+    def predicted(accelerator: Accelerator) -> Tensor:
+        AcceleratorState._reset_state()
+        launch.cpu_has_bf16 = lambda: True
+        predict.ROWS_PER_WINDOW = 3
+        run = RunConfig(use_cpu=True, mixed_precision=precision)  # type: ignore[arg-type]
+        made = launch.create_accelerator(run)
+        predictor = predict.Predictor(folder, tokens_per_micro_batch=tokens, accelerator=made)
+        return predictor.predict_logits(records)
+
+    first, *others = run_ranks(n, predicted)
+    assert len(first) == 17 and all(torch.equal(first, other) for other in others)
+    return first
+
+
+def test_every_row_is_predicted_once_with_the_same_bits_on_any_number_of_ranks(
+    straight: Curve,
+) -> None:
+    best = straight.out / "best"
+    one = logits_of(best, 1)
+    assert torch.equal(logits_of(best, 2), one) and torch.equal(logits_of(best, 3), one)
+    float32 = logits_of(best, 1, precision="no")  # the control
+    assert 0 < (one - float32).abs().max() < 0.02 * float32.abs().max()
+
+
+def test_what_is_saved_is_float32(straight: Curve) -> None:
+    for folder in (last_checkpoint(straight.out), straight.out / "best"):
+        tensors = {name: x for name, x in tensors_of(folder).items() if x.is_floating_point()}
+        assert tensors and {x.dtype for x in tensors.values()} == {torch.float32}
+        values = torch.cat([x.flatten() for name, x in tensors.items() if "weight" in name])
+        values = values[values != 0]  # and of all their bits: few would be left by rounding to bf16
+        assert (values != values.bfloat16().float()).float().mean() > 0.9
+
+
+def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(runs: Runs, tmp_path: Path) -> None:
+    """With the bits of a run with finite rows in which the step was skipped by hand."""
+
+    def spoil(accelerator: Accelerator, row: int) -> None:
+        in_bf16(accelerator)
+        loss = SingleLabel.loss
+
+        def spoiled(self: Any, logits: Tensor, *rest: Any) -> Tensor:
+            return loss(self, logits, *rest) * (math.nan if row in rows_now else 1.0)
+
+        rows_now: list[int] = []
+        train_step = train.train_step
+
+        def watched(model: Any, optimizer: Any, step: Any, *rest: Any) -> Any:
+            rows_now[:] = [x for each in step.micro_batches for x in each.row_numbers.tolist()]
+            return train_step(model, optimizer, step, *rest)
+
+        SingleLabel.loss = spoiled  # type: ignore[method-assign]
+        train.train_step = watched
+
+    def skip(accelerator: Accelerator, steps: list[int]) -> None:
+        in_bf16(accelerator)
+        apply_update, count = train.apply_update, iter(range(1, 99))
+
+        def some(model: Any, optimizer: Any, *rest: Any) -> None:
+            if next(count) in steps:
+                model.zero_grad(set_to_none=True)
+            else:
+                apply_update(model, optimizer, *rest)
+
+        train.apply_update = some
+
+    settings = {**SETTINGS, "on_nan": "skip", "max_train_steps": 5, "save_every": "never"}
+
+    def weights(name: str, breaking: Any) -> tuple[list[Any], dict[str, Tensor]]:
+        ended = run_ranks(2, run_train, runs.words(tmp_path / name, **settings), breaking)
+        return ended, tensors_of(last_checkpoint(tmp_path / name))
+
+    ended, skipped = weights("nan", partial(spoil, row=17))
+    steps = rows_by_step([seen for _, seen, _ in ended])
+    (step,) = [number + 1 for number, rows in steps.items() if 17 in rows]
+    assert [state.nan_steps for state, _, _ in ended] == [1, 1] and 1 < step < 5
+    assert_same_tensors(skipped, weights("by_hand", partial(skip, steps=[step]))[1])
+    with pytest.raises(AssertionError):  # the control: another step
+        assert_same_tensors(skipped, weights("other", partial(skip, steps=[step - 1]))[1])
