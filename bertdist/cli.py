@@ -40,8 +40,10 @@ from bertdist.core.terminal import (
     process_rank,
     show,
 )
-from bertdist.data.preflight import check_evaluate, check_predict, check_train
-from bertdist.data_quality.config import CheckConfig, check_start, read_check_arguments
+from bertdist.data.preflight import check_evaluate, check_predict
+from bertdist.data_quality.config import CheckConfig, read_check_arguments
+from bertdist.data_quality.config import check_start as check_start_of_check
+from bertdist.training.resume_check import check_start
 
 
 class Command(NamedTuple):
@@ -55,7 +57,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(
-        "Fine-tune a classifier, or resume a run.", TRAIN_SECTIONS, read_config, check_train
+        "Fine-tune a classifier, or resume a run.", TRAIN_SECTIONS, read_config, check_start
     ),
     "predict": Command(
         "Labels and probabilities of texts.", [PredictConfig], read_predict_config, check_predict
@@ -70,7 +72,7 @@ COMMANDS = {
         "Leaks, duplicates, wrong labels: before training.",
         [CheckConfig, DataConfig],
         read_check_arguments,
-        check_start,
+        check_start_of_check,
     ),
 }
 OTHER_COMMANDS = {

@@ -26,10 +26,10 @@ if __name__ == "__main__":
         # that holds bertdist/.
         sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     from bertdist.core.args import parse_or_exit, read_config
-    from bertdist.data.preflight import check_train
+    from bertdist.training.resume_check import check_start
 
     # Before torch is imported, which takes seconds
-    parsed_config = parse_or_exit(read_config, check_train)
+    parsed_config = parse_or_exit(read_config, check_start)
 
 import math
 from collections.abc import Callable
@@ -46,6 +46,7 @@ from bertdist.core.config import (
     OptimConfig,
     RunConfig,
     TrainConfig,
+    count_steps,
     duration_in_steps,
     log_interval,
 )
@@ -54,7 +55,6 @@ from bertdist.data.batch import PackedBatch, RankStep
 from bertdist.data.load_data import load_splits
 from bertdist.data.loader import Loader, MapLoader, create_eval_loader, create_train_loader
 from bertdist.data.records import Records
-from bertdist.data.sharding import count_steps
 from bertdist.data.stats import (
     DatasetStats,
     collect_stats,

@@ -185,7 +185,7 @@ def parse_or_exit(
 ) -> C:
     """The config of a command, or its mistakes on the terminal and exit code 1.
 
-    read: `read_config` and the like. check: `data.preflight.check_train` and the like; raises
+    read: `read_config` and the like. check: `data.preflight.check_evaluate` and the like; raises
     BertdistError. arguments: by default those of the command line.
     """
     escape_unencodable()

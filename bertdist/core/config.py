@@ -598,6 +598,11 @@ class EvaluateConfig(LabelledConfig):
 DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*")
 
 
+def count_steps(run: RunConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the entire run."""
+    return run.max_train_steps or max(1, math.ceil(run.num_train_epochs * steps_per_epoch))
+
+
 def duration_in_steps(duration: str, steps_per_epoch: int, total_steps: int) -> int:
     """`'200 steps'`, `'0.5 epochs'`, `'10%'` of the run -> steps, at least 1; `'never'` -> 0.
 

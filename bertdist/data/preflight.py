@@ -2,7 +2,9 @@
 and files, and the columns of files.
 
     check_train(config)        # also check_evaluate, check_predict, check_rows
-    parse_or_exit(read_config, check_train)
+    parse_or_exit(read_evaluate_config, check_evaluate)
+
+A resumed run's settings: training/resume_check.py.
 
 The checks are those of the command itself, which makes them again: under a launcher on all ranks,
 whose files may differ. So here they are for a process of its own. Only the beginning of a local
@@ -34,7 +36,7 @@ MOST_JSON_BYTES = 8 << 20  # of a JSON document, which is read as a whole
 
 def check_train(config: TrainConfig) -> None:
     """Raise BertdistError for what `train` would raise."""
-    if _is_launched():
+    if is_launched():
         return
     check_metric_names(config.task.metrics or [])
     run = config.run
@@ -48,7 +50,7 @@ def check_train(config: TrainConfig) -> None:
 
 def check_rows(data: DataConfig) -> None:
     """Raise DataError for files, formats and columns."""
-    if _is_launched():
+    if is_launched():
         return
     from bertdist.data.load_data import check_files
 
@@ -60,7 +62,7 @@ def check_rows(data: DataConfig) -> None:
 
 def check_evaluate(config: EvaluateConfig) -> None:
     """Raise BertdistError for what `evaluate` would raise."""
-    if _is_launched():
+    if is_launched():
         return
     from bertdist.data.load_data import check_files
     from bertdist.data.trained_columns import data_of_model, suggest_prediction
@@ -75,7 +77,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
 
 def check_predict(config: PredictConfig) -> None:
     """Raise BertdistError for what `predict` would raise."""
-    if _is_launched():
+    if is_launched():
         return
     check_model(config.model, "--model")
     metadata, labels = _metadata(config.model)
@@ -98,20 +100,21 @@ def check_predict(config: PredictConfig) -> None:
         )
 
 
-def _is_launched() -> bool:
+def is_launched() -> bool:
+    """Whether this is a rank of a launcher, which leaves the checks to the command."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def check_model(name: str | None, flag: str, revision: str | None = None) -> None:
     """Raise ModelError for a folder that is none of a model, and a name that is not on the hub."""
-    if name and not _is_launched():
+    if name and not is_launched():
         enable_offline_fallback()  # a command owns its process
         check_model_name(name, flag, revision)
 
 
 def check_tokenizer(name: str | None) -> None:
     """Raise ModelError for a folder that does not exist; of the hub nothing is requested."""
-    if name and not _is_launched():
+    if name and not is_launched():
         check_folder(name, f"--tokenizer_name {name}")
 
 

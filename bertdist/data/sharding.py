@@ -13,7 +13,6 @@ The gradient does not depend on any of this: it is a sum over the step's rows.
 """
 
 import heapq
-import math
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from bertdist.core.config import RunConfig
 from bertdist.core.errors import BertdistError, DataError
 from bertdist.core.types import Array
 from bertdist.data.batch import PackedBatch, RankStep, collate, split_by_tokens
@@ -41,11 +39,6 @@ BYTES_PER_ITEM = 1 << 16  # of text, from a loader worker: 1,000 sentences of SS
 WorkerItem = list[
     RankStep | BertdistError
 ]  # what a loader worker sends at a time: some steps in order
-
-
-def count_steps(run: RunConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of the entire run."""
-    return run.max_train_steps or max(1, math.ceil(run.num_train_epochs * steps_per_epoch))
 
 
 def generator(*key: int) -> np.random.Generator:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
-from bertdist.core.config import TrainConfig
+from bertdist.core.config import TrainConfig, count_steps
 from bertdist.core.output_files import check_run_folder
 from bertdist.core.terminal import (
     byte_size,
@@ -35,7 +35,8 @@ from bertdist.core.terminal import (
 )
 from bertdist.core.types import Array
 from bertdist.data.load_data import load_test
-from bertdist.data.sharding import balance_by_length, count_steps, epoch_order
+from bertdist.data.sharding import balance_by_length, epoch_order
+from bertdist.data.stats import pretrained_digests
 from bertdist.data.tokenization import create_dataset, load_tokenizer
 from bertdist.data_quality.findings import counts, percent, summary
 from bertdist.data_quality.length_checks import Lengths
@@ -48,6 +49,12 @@ from bertdist.tasks.tasks import Task, create_task
 from bertdist.training.checkpoint import check_named
 from bertdist.training.evaluation import Scorer
 from bertdist.training.optimizer import create_lr_schedule
+from bertdist.training.resume_check import (
+    ResumeSignature,
+    check_checkpoint,
+    resume_signature,
+    settings_that_must_match,
+)
 
 OTHER_WORLD_SIZE = 8  # shown beside the current one
 BALANCED_STEPS = 200  # of the first epoch, to measure the load balance
@@ -79,9 +86,9 @@ def dry_run(config: TrainConfig) -> int:
     if process_rank() != 0:
         return 0
     run = config.run
+    on_cpu = run.use_cpu or not torch.cuda.is_available()
+    precision, note = choose_precision(run, torch.device("cpu" if on_cpu else "cuda"))
     if run.mixed_precision == "auto":
-        on_cpu = run.use_cpu or not torch.cuda.is_available()
-        precision, note = choose_precision(run, torch.device("cpu" if on_cpu else "cuda"))
         config = replace(config, run=replace(run, mixed_precision=precision))
         show(note)
     installed_trackers(run.report_to or [])
@@ -92,6 +99,7 @@ def dry_run(config: TrainConfig) -> int:
     check_before_loading(config.model, settings)
     tokenizer = load_tokenizer(config.model)
     show(*check_vocabulary(settings, tokenizer, config.model.model_name_or_path))
+    digests = pretrained_digests(settings, tokenizer)
     report = check_data(
         config.data,
         tokenizer=tokenizer,
@@ -118,7 +126,20 @@ def dry_run(config: TrainConfig) -> int:
     _show_ranks(config, report, world_size)
     memory = estimate_memory(settings, task, config)
     _show_memory(config, report.lengths["train"], memory, world_size)
+    started = replace(config, run=replace(run, mixed_precision=precision))
+    show(*check_checkpoint(started, _signature(started, report, task, digests)))
     return 1 if counts(report.findings)["error"] else 0
+
+
+def _signature(
+    config: TrainConfig, report: DataReport, task: Task, digests: dict[str, str]
+) -> ResumeSignature:
+    """That of a start; of a stream only the settings."""
+    if config.data.streaming:
+        return ResumeSignature(settings_that_must_match(config))
+    train = report.splits["train"]
+    total = count_steps(config.run, -(-len(train) // config.batch.train_batch_size))
+    return resume_signature(config, train, report.splits.get("validation"), task, total, digests)
 
 
 def _show_steps(config: TrainConfig, report: DataReport, task: Task) -> None:

@@ -51,16 +51,16 @@ from bertdist.distributed.collectives import (
     raise_on_all_ranks,
 )
 from bertdist.training.resume_check import (
+    FORMAT,
     RESETS_BEST,
     Change,
     ResumeSignature,
     check_changes,
+    checkpoints_in,
     format_changes,
 )
 from bertdist.training.throughput import ThroughputMeter
 
-# Of state.json. 1: bertdist 0.1.0, which wrote no number. 2: TrainState's own field names as keys.
-FORMAT = 2
 LEFTOVER = re.compile(r"\.step_\d{6,}\.(partial|replaced|old)")  # of a save that was killed
 
 
@@ -307,10 +307,8 @@ class Checkpointer:
             )
 
     def _checkpoints(self) -> list[Path]:
-        """Folders step_N by number, damaged or not."""
         with explain_write_errors(self.folder, "read"):
-            paths = [x for x in self.folder.glob("step_*") if re.fullmatch(r"\d{6,}", x.name[5:])]
-        return sorted(paths, key=lambda path: int(path.name[5:]))
+            return checkpoints_in(self.folder)
 
 
 # ---- state.json

@@ -5,20 +5,28 @@
 2. `check_changes` compares it with that of the resuming run. A change that would break a promise
    (same steps, same gradients, every row once per epoch) raises an error with a table; harmless
    changes are returned, to be logged with `format_changes`.
+
+`check_start` does so before torch is imported, with the settings that need neither rows nor model.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bertdist.core.config import TrainConfig, plain_duration, share_of
+from bertdist.core.atomic_io import find_damage, read_json_object
+from bertdist.core.config import TrainConfig, count_steps, plain_duration, share_of
 from bertdist.core.errors import CheckpointError
-from bertdist.data.records import Records
-from bertdist.tasks.tasks import Task
+from bertdist.data import preflight
 
-if TYPE_CHECKING:  # --streaming only
+if TYPE_CHECKING:  # not imported: `check_start` needs no torch
+    from bertdist.data.records import Records
     from bertdist.data.streaming import Stream
+    from bertdist.tasks.tasks import Task
+
+# Of state.json. 1: bertdist 0.1.0, which wrote no number. 2: TrainState's own field names as keys.
+FORMAT = 2
 
 _DEFAULT_EFFECT = "the steps done so far used another value"
 _ROWS = "rows of this epoch are repeated or missed"
@@ -79,11 +87,32 @@ class Change:
     effect: str
 
 
+def settings_that_must_match(config: TrainConfig) -> dict[str, Any]:
+    """Those of a `ResumeSignature` that need neither rows nor model."""
+    must_match = {**asdict(config.optim), **asdict(config.task)}
+    for name in ("metrics", "metric_for_best_model", "label_names", "positive_label"):
+        must_match.pop(name)
+    must_match |= {
+        "max_length": config.model.max_length,
+        "dropout": config.model.dropout,
+        "tokenizer_name": config.model.tokenizer_name,
+        "train_batch_size": config.batch.train_batch_size,
+        "seed": config.run.seed,
+        "train_weights": config.data.train_weights,
+    }
+    for name in ("stream_window", "stream_sharding") if config.data.streaming else ():
+        must_match[name] = getattr(config.data, name)
+    for name in ("validation_split", "test_split"):  # of files; else only other rows are scored
+        if config.data.train_file and getattr(config.data, name):
+            must_match[name] = share_of(getattr(config.data, name))
+    return must_match
+
+
 def resume_signature(
     config: TrainConfig,
     train_rows: "Records | Stream",
-    validation_rows: Records | None,
-    task: Task,
+    validation_rows: "Records | None",
+    task: "Task",
     total_steps: int,
     digests: dict[str, str],
 ) -> ResumeSignature:
@@ -91,29 +120,15 @@ def resume_signature(
 
     digests: see `pretrained_digests`.
     """
-    size = f"{len(train_rows)} rows" if isinstance(train_rows, Records) else "a stream"
-    must_match = {**asdict(config.optim), **asdict(config.task)}
-    for name in ("metrics", "metric_for_best_model", "label_names", "positive_label"):
-        must_match.pop(name)
-    must_match |= {
+    size = "a stream" if config.data.streaming else f"{len(train_rows)} rows"  # type: ignore[arg-type]
+    must_match = {
+        **settings_that_must_match(config),
         **digests,
         "labels": list(task.labels),
-        "max_length": config.model.max_length,
-        "dropout": config.model.dropout,
-        "tokenizer_name": config.model.tokenizer_name,
         "mixed_precision": config.run.mixed_precision,
-        "train_batch_size": config.batch.train_batch_size,
-        "seed": config.run.seed,
         "total_steps": total_steps,
         "training_rows": f"{size}, {train_rows.fingerprint}",
-        "train_weights": config.data.train_weights,
     }
-    if not isinstance(train_rows, Records):
-        for name in ("stream_window", "stream_sharding"):
-            must_match[name] = getattr(config.data, name)
-    for name in ("validation_split", "test_split"):  # of files; else only other rows are scored
-        if config.data.train_file and getattr(config.data, name):
-            must_match[name] = share_of(getattr(config.data, name))
     may_change = {
         name: getattr(config.run, name) for name in MAY_CHANGE if hasattr(config.run, name)
     }
@@ -129,6 +144,66 @@ def resume_signature(
         "gradient_checkpointing": config.model.gradient_checkpointing,
     }
     return ResumeSignature(must_match, may_change, config.run.accept_changed_data)
+
+
+def check_start(config: TrainConfig) -> None:
+    """Raise BertdistError for what `train` would raise, as far as it can be seen before torch is
+    imported, which takes seconds.
+    """
+    preflight.check_train(config)
+    if not (preflight.is_launched() or config.run.folds):
+        check_checkpoint(config, ResumeSignature(settings_that_must_match(config)))
+
+
+def check_checkpoint(config: TrainConfig, now: ResumeSignature) -> list[str]:
+    """What a start says of the checkpoint that it would resume from; nothing without one.
+
+    now: the signature, or some of its settings. Raises CheckpointError as `check_changes`.
+    """
+    named = config.run.resume_from_checkpoint
+    own = checkpoints_in(Path(config.run.output_dir) / "checkpoints")
+    for folder in [Path(named)] if named else reversed(own):
+        state = read_json_object(folder / "state.json")
+        must_match, may_change, train_state = (
+            state.get(name) for name in ("must_match", "may_change", "train_state")
+        )
+        if not (
+            state.get("format") == FORMAT
+            and isinstance(must_match, dict)
+            and isinstance(may_change, dict)
+            and isinstance(train_state, dict)
+        ):
+            continue  # a start says what is wrong with it
+        settings = dict(now.must_match)
+        # As many as of these rows: others are refused anyway
+        rows = re.match(r"(\d+) rows,", str(must_match.get("training_rows")))
+        if rows and "total_steps" not in settings and not config.run.accept_changed_data:
+            steps_per_epoch = -(-int(rows[1]) // config.batch.train_batch_size)
+            settings["total_steps"] = count_steps(config.run, steps_per_epoch)
+        before = ResumeSignature(
+            {name: value for name, value in must_match.items() if name in settings},
+            {name: value for name, value in may_change.items() if name in now.may_change},
+        )
+        step = int(train_state.get("step", 0))
+        try:
+            changes = check_changes(folder, before, replace(now, must_match=settings), step)
+        except CheckpointError:
+            if find_damage(folder) is None:  # else it is skipped
+                raise
+            continue
+        lines = [f"Resuming from {folder} (step {step})."]
+        if changes:
+            lines += ["Settings changed since then:", *format_changes(changes)]
+        if train_state.get("finished"):
+            lines.append("This run has finished: its results are shown again.")
+        return lines
+    return []
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Folders step_N by number, damaged or not. Raises OSError."""
+    paths = [x for x in folder.glob("step_*") if re.fullmatch(r"\d{6,}", x.name[5:])]
+    return sorted(paths, key=lambda path: int(path.name[5:]))
 
 
 def check_changes(

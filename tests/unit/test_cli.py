@@ -21,7 +21,7 @@ TRAIN = ["--model_name_or_path=m", "--train_file=t.tsv", "--output_dir=o"]
 @pytest.fixture(autouse=True)
 def nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """The files of TRAIN do not exist; tests/unit/data/test_preflight.py."""
-    monkeypatch.setattr(preflight, "_is_launched", lambda: True)
+    monkeypatch.setattr(preflight, "is_launched", lambda: True)
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[Any, str, str]:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from bertdist import cli
 from bertdist.core.args import read_config
-from bertdist.core.errors import BertdistError, ConfigError, DataError, ModelError
+from bertdist.core.errors import BertdistError, CheckpointError, ConfigError, DataError, ModelError
 from bertdist.data.sharding import balance_by_length, epoch_order
 from bertdist.data_quality import dry_run
 from bertdist.data_quality.dry_run import estimate_memory, load_balance, padding_ratio
@@ -138,6 +138,29 @@ def test_folders_and_test_rows_that_training_refuses_are_refused(
     (empty / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="the folder holds no weights"):
         run_dry(words_of(empty, tmp_path / "new", files), capsys, monkeypatch)
+
+
+def test_the_checkpoint_of_the_folder_is_compared_as_by_a_start(
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"max_train_steps": 2, "use_cpu": True}
+    words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 43), **settings)
+    assert "Resuming from" not in run_dry(words, capsys, monkeypatch)[1]
+    train.train(read_config(words))
+    capsys.readouterr()
+    last = f"Resuming from {tmp_path / 'out' / 'checkpoints' / 'step_000002'} (step 2)."
+    out = run_dry(words, capsys, monkeypatch)[1].splitlines()
+    assert out[-2] == last and out[-1].startswith("This run has finished")
+    changed = [*words, "--gradient_checkpointing"]
+    assert "Settings changed since then:" in run_dry(changed, capsys, monkeypatch)[1]
+    with pytest.raises(CheckpointError, match=r"seed +42 +7 "):
+        run_dry([*words, "--seed", "7"], capsys, monkeypatch)
+    write_split(tmp_path, 44)
+    with pytest.raises(CheckpointError, match=r"training_rows +43 rows"):
+        run_dry(words, capsys, monkeypatch)
 
 
 def test_only_rank_0_of_a_launch_prints(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from bertdist.core.args import read_config
+from bertdist.core.atomic_io import CHECKPOINT_FILES, write_folder
 from bertdist.core.config import TrainConfig
 from bertdist.core.errors import CheckpointError
 from bertdist.data.in_memory import records_from_texts
@@ -16,13 +19,16 @@ from bertdist.data.records import Records
 from bertdist.tasks.tasks import SingleLabel
 from bertdist.training.resume_check import (
     ADDED,
+    FORMAT,
     MAY_CHANGE,
     MUST_MATCH,
     Change,
     ResumeSignature,
     check_changes,
+    check_checkpoint,
     format_changes,
     resume_signature,
+    settings_that_must_match,
 )
 
 BEFORE = {
@@ -351,3 +357,89 @@ def test_signature_survives_json() -> None:
     config = read_config([*NEEDED, "--class_weights", "1", "2", "--warmup_ratio", "0.1"])
     signature = resume_signature(config, labelled(["no", "yes"], [0, 1]), None, TASK, 10, DIGESTS)
     assert json.loads(json.dumps(signature.must_match)) == signature.must_match
+
+
+# ---- Before torch is imported
+
+
+def write_checkpoint(out: Path, step: int, *flags: str, **train_state: Any) -> Path:
+    """A checkpoint of the run of signature_of(*flags), without tensors."""
+    state = {
+        "format": FORMAT,
+        "must_match": signature_of(*flags),
+        "may_change": {},
+        "train_state": {"step": step, **train_state},
+    }
+
+    def fill(folder: Path) -> None:
+        for name in CHECKPOINT_FILES:
+            (folder / name).write_text(json.dumps(state) if name == "state.json" else "")
+
+    folder = out / "checkpoints" / f"step_{step:06d}"
+    write_folder(folder, fill)
+    return folder
+
+
+def start(out: Path, *flags: str) -> list[str]:
+    needed = [word for word in NEEDED if not word.startswith("--output_dir")]
+    config = read_config([*needed, *flags, "--output_dir", str(out)])
+    return check_checkpoint(config, ResumeSignature(settings_that_must_match(config)))
+
+
+def test_other_settings_are_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    assert start(tmp_path) == []  # no checkpoint
+    folder = write_checkpoint(tmp_path, 4, "--max_length=64")
+    same = f"Resuming from {folder} (step 4)."
+    assert start(tmp_path, "--max_length=64", "--max_train_steps=10") == [same]
+    with pytest.raises(CheckpointError) as caught:
+        start(tmp_path, "--max_length=65", "--seed=7", "--max_train_steps=10")
+    first, header, *changes, last = str(caught.value).splitlines()
+    assert first == f"{folder} belongs to a run with other settings:"
+    assert header.split() == ["setting", "before", "now", "effect"]
+    assert [line.split()[:3] for line in changes] == [
+        ["max_length", "64", "65"],
+        ["seed", "42", "7"],
+    ]
+    assert last == "Use the old settings, or another --output_dir."
+    (folder / "model.safetensors").write_text("x")  # damaged: a start skips it
+    assert start(tmp_path, "--max_length=65") == []
+    older = write_checkpoint(tmp_path, 2, "--max_length=65", finished=True)
+    shown = start(tmp_path, "--max_length=65", "--max_train_steps=10")
+    assert shown[0] == f"Resuming from {older} (step 2)." and "has finished" in shown[1]
+    assert start(tmp_path / "other", "--max_length=66") == []
+
+
+def test_the_number_of_steps_is_compared_as_of_the_same_rows(tmp_path: Path) -> None:
+    """The two rows of signature_of are one step per epoch; it says 10 steps."""
+    write_checkpoint(tmp_path, 4)
+    assert start(tmp_path, "--num_train_epochs=10")
+    with pytest.raises(CheckpointError, match=r"total_steps +10 +12 "):
+        start(tmp_path, "--num_train_epochs=12")
+    assert start(tmp_path, "--num_train_epochs=12", "--accept_changed_data")
+    constant = ["--lr_scheduler_type=constant"]
+    write_checkpoint(tmp_path, 4, *constant)
+    shown = start(tmp_path, *constant, "--num_train_epochs=12")
+    assert shown[1] == "Settings changed since then:" and "total_steps" in shown[3]
+    with pytest.raises(CheckpointError, match="4 steps are done already"):
+        start(tmp_path, *constant, "--num_train_epochs=3")
+
+
+def test_what_is_no_checkpoint_is_left_to_the_start(tmp_path: Path) -> None:
+    state = write_checkpoint(tmp_path, 4) / "state.json"
+    for text in ("{", "[]", '{"format": 1}', f'{{"format": {FORMAT}, "must_match": 3}}'):
+        state.write_text(text)
+        assert start(tmp_path, "--seed=7") == []
+
+
+def test_the_comparison_needs_no_torch(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 4)
+    words = [*NEEDED[:3], "--output_dir", str(tmp_path), "--seed=7"]
+    code = (
+        "import sys\nfrom bertdist.core.args import read_config\n"
+        "from bertdist.training.resume_check import *\n"
+        f"config = read_config({words!r})\n"
+        "try: check_checkpoint(config, ResumeSignature(settings_that_must_match(config)))\n"
+        "except CheckpointError: print('torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout == "False\n", found.stderr
