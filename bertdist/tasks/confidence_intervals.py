@@ -396,7 +396,7 @@ def _padded(indices: Array) -> Array:
 def _dot(x: Array, y: Array) -> Array:
     """(G, B) and (G, B) -> (B,): of STEP groups in the precision of x, the rest in double."""
     shape = (-1, STEP, x.shape[1])
-    parts = np.einsum("snb,snb->sb", x.reshape(shape), y.reshape(shape))
+    parts: Array = np.einsum("snb,snb->sb", x.reshape(shape), y.reshape(shape))
     return np.asarray(parts.sum(0, dtype=np.float64))
 
 
