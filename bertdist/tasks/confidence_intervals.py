@@ -390,7 +390,8 @@ class _Groups:
 
 def _padded(indices: Array) -> Array:
     """With zeros for the empty groups of `_Groups`."""
-    return np.r_[indices, np.zeros(-len(indices) % STEP, indices.dtype)]
+    padded: Array = np.r_[indices, np.zeros(-len(indices) % STEP, indices.dtype)]
+    return padded
 
 
 def _dot(x: Array, y: Array) -> Array:
