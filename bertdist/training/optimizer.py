@@ -19,7 +19,7 @@ from transformers import get_scheduler
 
 from bertdist.core.config import OptimConfig
 from bertdist.core.errors import ConfigError
-from bertdist.models.cpu_layers import scale_gradients, zero_grad
+from bertdist.models.cpu_layers import gradient_norm, scale_gradients, zero_grad
 
 
 def create_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
@@ -84,15 +84,14 @@ def is_on_cpu(tensor: Tensor) -> bool:
 def clip_gradients(model: nn.Module, max_norm: float, accelerator: Accelerator) -> Tensor:
     """The norm () of all gradients; where it is above max_norm, they are scaled down to it.
 
-    The bits of accelerate's clipping. On a CPU without its passes over what does not change: all
+    As accelerate clips, to rounding. On a CPU without its passes over what does not change: all
     gradients where the norm is not above max_norm, rows of the word embedding without a gradient.
     """
     if accelerator.scaler is not None or not is_on_cpu(next(model.parameters())):
         found: Tensor | None = accelerator.clip_grad_norm_(model.parameters(), max_norm)
         assert found is not None
         return found
-    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
+    norm = gradient_norm(model)
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     if factor != 1:
         scale_gradients(model, factor)

@@ -190,9 +190,11 @@ def test_masks_of_first_tokens_are_their_texts_draws(shape: tuple[int, ...]) -> 
 def test_attention_masks_are_the_same_padded_and_packed() -> None:
     longest = max(LENGTHS)
     found = layer()(torch.ones(3, HEADS, longest, longest)) != 0
-    (keeps,) = BucketLayout(LENGTHS, HEADS).draw_masks(
-        DropoutMasks(ROWS, LENGTHS), 0.4, first_only=False
+    (masks,) = BucketLayout(LENGTHS, HEADS).draw_masks(
+        DropoutMasks(ROWS, LENGTHS), 0.4, first_only=False, dtype=torch.float32
     )
+    keeps = masks != 0
+    assert torch.equal(masks, keeps * torch.tensor(keep_scale(0.4)))
     for text, packed, length in zip(found, keeps.unflatten(0, (3, HEADS)), LENGTHS, strict=True):
         assert torch.equal(text[:, :length, :length], packed[:, :length, :length])
     alone = layer(rows=[0], lengths=[3])(torch.ones(1, HEADS, 3, 3)) != 0
