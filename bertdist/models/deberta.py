@@ -224,11 +224,13 @@ def _weight_dropout(
     p, packing = module.dropout.p, padded.packing
     if packing.buckets is None or not module.training or not p:
         return lambda i, weights: F.dropout(weights, p, module.training)
-    masks = packing.buckets.draw_masks(packing.dropout_masks, p, first_only, torch.float32)
+    dtype = module.query_proj.weight.dtype
+    masks = packing.buckets.draw_masks(packing.dropout_masks, p, first_only, dtype)
 
     def dropout(i: int, weights: Tensor) -> Tensor:
         mask = masks[i].unflatten(0, weights.shape[:2])
         mask = mask[:, :, : weights.shape[2], : weights.shape[3]]  # a bucket may be longer
-        return weights * mask.to(weights.dtype)
+        dropped: Tensor = weights * mask.to(weights.dtype)
+        return dropped
 
     return dropout
