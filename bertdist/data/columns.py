@@ -16,7 +16,7 @@ value): compute `valid_rows` once for texts, pairs and labels, then `filter_rows
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from decimal import Decimal
 from itertools import compress
@@ -34,6 +34,7 @@ from bertdist.tasks.labels import LabelKind, LabelValue, canonical, has_fraction
 Codes = npt.NDArray[np.int32]  # of rows: numbers of distinct values, as pandas.Categorical.codes
 Raw: TypeAlias = "pa.Array | list[Any]"
 Problems = dict[int, str]  # rows to skip -> reason
+Sample: TypeAlias = Callable[[], Mapping[str, Any]]  # the first rows: column -> values
 
 
 class LabelRules(NamedTuple):

@@ -2,17 +2,15 @@
 not found. Nothing is read as text or label because of it.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, TypeAlias
+from typing import Any
 
 from bertdist.core.errors import DataError, listed
 from bertdist.core.terminal import excerpt
+from bertdist.data.columns import Sample
 from bertdist.tasks.labels import is_number
 
-Sample: TypeAlias = Callable[[], Mapping[str, Any]]  # the first rows: column -> values
-
-SAMPLE_ROWS = 1000
 MOST_LABELS = 50  # distinct values of a label column
 MOST_COLUMNS = 3  # in a message
 LONGEST_LABEL = 40  # characters

@@ -14,7 +14,6 @@ from bertdist.core.config import DataConfig, FileConfig, TaskConfig, TrainConfig
 from bertdist.core.errors import DataError, NoLabelsError, NoRowsError, did_you_mean
 from bertdist.data.bad_rows import OnBadRow, suggest_skipping
 from bertdist.data.columns import LabelRules
-from bertdist.data.likely_columns import SAMPLE_ROWS
 from bertdist.data.records import (
     ColumnNames,
     Records,
@@ -41,6 +40,8 @@ if TYPE_CHECKING:
     from bertdist.data.readers.folder_reader import FolderReader
     from bertdist.data.streaming import Stream
     from bertdist.data.train_test_split import Part
+
+SAMPLE_ROWS = 1000  # whose values a message about missing columns may name
 
 # Columns of the texts, https://huggingface.co/datasets/nyu-mll/glue
 GLUE: dict[str, tuple[str, str | None]] = {

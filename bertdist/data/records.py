@@ -10,7 +10,7 @@ columns it reads once (text bytes + 12 bytes per row); forked loader workers sha
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ from bertdist.data.columns import (
     LabelRules,
     Problems,
     Raw,
+    Sample,
     as_array,
     filter_labels,
     filter_rows,
@@ -46,7 +47,6 @@ from bertdist.data.columns import (
     text_array,
     valid_rows,
 )
-from bertdist.data.likely_columns import Sample, describe_likely
 from bertdist.data.source import (
     Chunk,
     Column,
@@ -233,7 +233,7 @@ def choose_columns(
             if nearest_name(name, list(names), cutoff=0.75) is None:  # else a typing error
                 what = {"--text_column": ["text"], "--label_column": ["label"]}
                 lacking = what.get(requested.flag(name), [])
-                likely = describe_likely(sample, lacking, {*requested.names()} - {name})
+                likely = _describe_likely(sample, lacking, {*requested.names()} - {name})
             if likely or not advice.startswith(" Did"):
                 advice = f" Name another one with {requested.flag(name)}."
             error = _no_column(source, names, problem, advice, likely, has_header, name)
@@ -252,10 +252,16 @@ def choose_columns(
     if lacking:
         problem = f"no column has a usual name for the {' or the '.join(lacking)}"
         advice = f" Pass {' and '.join(f'--{what}_column' for what in lacking)}."
-        likely = describe_likely(sample, lacking, ColumnNames(text, pair, label, labels).names())
+        likely = _describe_likely(sample, lacking, ColumnNames(text, pair, label, labels).names())
         error = _no_column(source, names, problem, advice, likely, has_header)
         raise NoLabelsError(error) if lacking == ["label"] else error
     return ColumnNames(text, pair, label, labels)
+
+
+def _describe_likely(sample: Sample, lacking: Sequence[str], taken: Collection[str]) -> str:
+    from bertdist.data.likely_columns import describe_likely  # for such messages only
+
+    return describe_likely(sample, lacking, taken)
 
 
 def describe_choice(names: Sequence[str], requested: ColumnNames, chosen: ColumnNames) -> str:
@@ -328,7 +334,7 @@ def records_from_chunk(
     table: reject texts in which a quote has swallowed rows. known_labels: of a prediction.
     """
     assert columns.texts
-    location, class_names = chunk.location, _class_names(features, columns)
+    location = chunk.location
     problems: Problems | None = {} if on_bad_row == "skip" else None
     arrays = {
         column: _validated(values, column, location, problems)
@@ -344,33 +350,21 @@ def records_from_chunk(
     if headers := _repeated_headers(parts[0], arrays, columns):
         reason = "every column holds its own name: a header, as of joined files; remove that row"
         reject(problems, headers, reason, location)
-    kind: LabelKind | None = None
-    values: list[LabelValue] = []
-    codes = None
-    indicator_values: frozenset[int | None] = frozenset()
-    if columns.labels:
-        kind, class_names = "set", tuple(columns.labels)
-        label_arrays = {column: arrays[column] for column in columns.labels}
-        values, codes, indicator_values = read_label_columns(
-            label_arrays, location, problems, rules.empty
-        )
-    elif columns.label is not None:
-        numbers_only = rules.numbers_only and class_names is None
-        options = label_delimiter, class_names, problems, first_label, numbers_only
-        kind, values, codes = read_labels(arrays[columns.label], columns.label, location, *options)
+    class_names = _class_names(features, columns)
+    options = label_delimiter, class_names, first_label, rules
+    labels = _read_labels(arrays, columns, location, problems, *options)
     if table is not None:
-        for column, array in zip((*columns.texts, columns.pair), (*parts, pairs), strict=True):
+        names = (*columns.texts, columns.pair)
+        for column, array in zip(names, (*parts, pairs), strict=True):
             if column is not None:
-                for row, reason in rows_with_stray_quotes(
-                    array, column, columns, table, values or known_labels
-                ):
+                known = labels.values or known_labels
+                for row, reason in rows_with_stray_quotes(array, column, columns, table, known):
                     reject(problems, [row], reason, location)
     if (valid := valid_rows(problems or {}, len(texts))) is not None:
         location = select_locations(location, np.flatnonzero(valid))
         texts = filter_rows(texts, valid)
         pairs = None if pairs is None else filter_rows(pairs, valid)
-        if codes is not None:
-            values, codes = filter_labels(values, codes, valid)
+        labels = labels.filter(valid)
     return Records(
         name=name,
         location=location,
@@ -378,16 +372,53 @@ def records_from_chunk(
         text_columns=columns.texts,
         pair_column=columns.pair,
         label_column=columns.label,
-        label_kind=kind,
-        label_values=values,
-        label_indices=codes,
-        class_names=class_names,
-        indicator_values=indicator_values,
-        fingerprint=_fingerprint(texts, pairs, values, codes),
+        label_kind=labels.kind,
+        label_values=labels.values,
+        label_indices=labels.indices,
+        class_names=tuple(columns.labels) if columns.labels else class_names,
+        indicator_values=labels.indicator_values,
+        fingerprint=_fingerprint(texts, pairs, labels.values, labels.indices),
         texts=texts,
         pairs=pairs,
         bad_rows=(*chunk.bad_rows, *bad_rows_of(chunk, problems or {})),
     )
+
+
+class _Labels(NamedTuple):
+    """The label fields of `Records`."""
+
+    kind: LabelKind | None
+    values: list[LabelValue]
+    indices: Codes | None
+    indicator_values: frozenset[int | None] = frozenset()
+
+    def filter(self, valid: npt.NDArray[np.bool_]) -> "_Labels":
+        """Without the rows that are not valid."""
+        if self.indices is None:
+            return self
+        values, indices = filter_labels(self.values, self.indices, valid)
+        return self._replace(values=values, indices=indices)
+
+
+def _read_labels(
+    arrays: dict[str, Raw],
+    columns: ColumnNames,
+    location: LocateRow,
+    problems: Problems | None,
+    delimiter: str | None,
+    class_names: tuple[str, ...] | None,
+    first_label: LabelValue | None,
+    rules: LabelRules,
+) -> _Labels:
+    """The labels of a chunk: of --label_columns, of one column, or none."""
+    if columns.labels:
+        chosen = {column: arrays[column] for column in columns.labels}
+        return _Labels("set", *read_label_columns(chosen, location, problems, rules.empty))
+    if columns.label is None:
+        return _Labels(None, [], None)
+    numbers_only = rules.numbers_only and class_names is None
+    options = delimiter, class_names, problems, first_label, numbers_only
+    return _Labels(*read_labels(arrays[columns.label], columns.label, location, *options))
 
 
 def _repeated_headers(texts: pa.Array, arrays: dict[str, Raw], columns: ColumnNames) -> list[int]:

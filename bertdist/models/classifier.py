@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -38,7 +37,6 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from bertdist.core.atomic_io import MANIFEST, find_damage
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import ConfigError, ModelError, listed
 from bertdist.data.batch import PackedBatch, collate
@@ -133,6 +131,21 @@ class Classifier(nn.Module):
         config = self.model.config
         head_size = config.hidden_size // config.num_attention_heads
         return attention.select_kernel(device, dtype, head_size)
+
+    def padding_notes(self) -> list[str]:
+        """A sentence on how texts are padded, where they are."""
+        kind = self.model.config.model_type
+        if self.padding_changes_logits:
+            return [
+                f"Padding changes the predictions of models of type {kind!r}: only texts of equal "
+                "length run together."
+            ]
+        if not self.packed:
+            return [
+                f"Models of type {kind!r} run padded to the longest text of a micro-batch; the "
+                "results are the same."
+            ]
+        return []
 
     def _make_masks(self, batch: PackedBatch, texts: Any) -> DropoutMasks | None:
         """Dropout masks for some texts of a batch (an index); None in evaluation or on a GPU."""
@@ -358,30 +371,54 @@ def load_classifier(
     Raises ModelError where the model is not found, weights other than the head's do not fit, or the
     tokenizer is another model's, and ConfigError for a setting that cannot take effect.
     """
-    from bertdist.core.hub import from_cache
-    from bertdist.models.model_config import (
-        check_size,
-        reset_outputs,
-        resize_embedding,
-        segment_notes,
-        type_notes,
-    )
+    from bertdist.models.model_config import resize_embedding, segment_notes
 
-    attention.register()
+    where = f"{flag} {config.model_name_or_path}"
     model_config = model_config or load_model_config(config, flag)
-    old_names, old_type = _label_names(model_config), model_config.problem_type
-    # As `task_of_model` says
-    was_regression = old_type == REGRESSION or (old_type is None and len(old_names) == 1)
+    old_labels, was_regression = _label_names(model_config), _is_regression(model_config)
+    settings = _adapt_config(model_config, task, config.dropout)
+    check_before_loading(config, model_config, flag)
+    model, missing, notes = _load_weights(config, model_config, where)
+    if not (task.problem_type == REGRESSION and was_regression):
+        notes += _assign_outputs(model, task.labels, old_labels, missing)
+    notes += settings
+    if tokenizer is not None:
+        notes += resize_embedding(model, tokenizer, where)
+        notes += segment_notes(model_config, tokenizer)
+    classifier = Classifier(model)
+    notes += classifier.padding_notes()
+    if config.gradient_checkpointing:
+        classifier.enable_gradient_checkpointing()
+    return classifier, notes
+
+
+def _adapt_config(model_config: PretrainedConfig, task: Task, dropout: float | None) -> list[str]:
+    """Set labels, problem type and dropout of a model's config; returns notes on what else was
+    changed. Raises ConfigError.
+    """
+    from bertdist.models.model_config import reset_outputs, type_notes
+
     model_config.num_labels = len(task.labels)
     model_config.id2label = dict(enumerate(task.labels))
     model_config.label2id = {label: i for i, label in enumerate(task.labels)}
     model_config.problem_type = task.problem_type  # type: ignore[assignment]  # a Literal
-    if config.dropout is not None:
-        _set_dropout(model_config, config.dropout)
-    model_type, where = model_config.model_type, f"{flag} {config.model_name_or_path}"
-    packed = model_type in ARCHITECTURES
-    settings = [*reset_outputs(model_config), *type_notes(model_config)]
-    check_before_loading(config, model_config, flag)
+    if dropout is not None:
+        _set_dropout(model_config, dropout)
+    return [*reset_outputs(model_config), *type_notes(model_config)]
+
+
+def _load_weights(
+    config: ModelConfig, model_config: PretrainedConfig, where: str
+) -> tuple[Any, list[str], list[str]]:
+    """The Hugging Face model, the names of its new weights, and a note on these.
+
+    Raises ModelError.
+    """
+    from bertdist.core.hub import from_cache
+    from bertdist.models.model_config import check_size
+
+    attention.register()
+    packed = model_config.model_type in ARCHITECTURES
     try:
         check_size(model_config, Path(config.model_name_or_path).expanduser(), where)
         with quiet_transformers():
@@ -404,28 +441,7 @@ def load_classifier(
     _check_weights(model, info, where)
     missing = _new_weights(model, info, where)
     notes = [f"{_NEW_WEIGHTS}: {', '.join(missing)}.{_other_shapes(info)}"] if missing else []
-    if not (task.problem_type == REGRESSION and was_regression):
-        notes += _assign_outputs(model, task.labels, old_names, missing)
-    notes += settings
-    if tokenizer is not None:
-        notes += [
-            *resize_embedding(model, tokenizer, where),
-            *segment_notes(model_config, tokenizer),
-        ]
-    classifier = Classifier(model)
-    if classifier.padding_changes_logits:
-        notes.append(
-            f"Padding changes the predictions of models of type {model_type!r}: only texts of "
-            "equal length run together."
-        )
-    elif not packed:
-        notes.append(
-            f"Models of type {model_type!r} run padded to the longest text of a micro-batch; the "
-            "results are the same."
-        )
-    if config.gradient_checkpointing:
-        classifier.enable_gradient_checkpointing()
-    return classifier, notes
+    return model, missing, notes
 
 
 def check_before_loading(
@@ -434,9 +450,12 @@ def check_before_loading(
     """Raise ModelError for files of weights that cannot be used, and ConfigError for a max_length
     above the model's positions; no weights are loaded.
     """
+    from bertdist.models.model_config import check_manifest, check_weight_files
+
     folder, where = Path(config.model_name_or_path), f"{flag} {config.model_name_or_path}"
-    _check_manifest(folder, model_config, where)
-    _check_weight_files(folder.expanduser(), where)
+    is_own = bool(saved_metadata(model_config))
+    check_manifest(folder, is_own, where)
+    check_weight_files(folder.expanduser(), where)
     positions = _max_positions(model_config)
     if config.max_length > positions:
         raise ConfigError(
@@ -456,46 +475,6 @@ def _max_positions(model_config: PretrainedConfig) -> int:
     positions = int(getattr(model_config, "max_position_embeddings", 512))
     # XLNet's -1: it has no table of positions
     return positions - _first_position(model_config) if positions > 0 else sys.maxsize
-
-
-def _check_weight_files(folder: Path, where: str) -> None:
-    """Raise ModelError for weights that only other programs can read, with what to do."""
-    files = sorted(folder.glob("*.safetensors"))
-    for path in files:
-        with suppress(OSError), path.open("rb") as file:
-            if file.read(23) == b"version https://git-lfs":
-                raise ModelError(
-                    f"{where}: {path.name} is a Git LFS pointer, not the weights: run `git lfs "
-                    "pull` in that folder."
-                )
-        with suppress(OSError, SafetensorError), safe_open(path, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118  # not a dict
-                dtype = weights.get_slice(name).get_dtype()
-                if name.endswith(".weight") and dtype not in ("F64", "F32", "F16", "BF16"):
-                    raise ModelError(
-                        f"{where}: {name} in {path.name} is {dtype}: quantized weights cannot be "
-                        "used. Give the folder of the model before it was quantized."
-                    )
-    if not files and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
-        raise ModelError(
-            f"{where}: {pickles[0].name} is a pickle, which is not read: load it in transformers "
-            "and save it with save_pretrained, which writes model.safetensors."
-        )
-    if not files and folder.is_dir():
-        raise ModelError(f"{where}: the folder holds no weights (model.safetensors).")
-
-
-def _check_manifest(folder: Path, model_config: PretrainedConfig, where: str) -> None:
-    """Raise ModelError for a folder that `save_classifier` wrote, if a file has changed since."""
-    manifest = folder / MANIFEST
-    with suppress(OSError):
-        if saved_metadata(model_config) or b"xxh3_128" in manifest.read_bytes():
-            damage = find_damage(folder, required=()) if manifest.exists() else None
-            if damage is not None:
-                raise ModelError(
-                    f"{where}: {damage}. Use an intact copy; if the file was changed on purpose, "
-                    f"remove {manifest}."
-                )
 
 
 def _set_dropout(model_config: PretrainedConfig, p: float) -> None:
@@ -662,6 +641,14 @@ def save_classifier(
     model.model.save_pretrained(folder)
     segments = not segment_notes(model.model.config, tokenizer)
     save_tokenizer(tokenizer, folder, metadata.get("max_length"), segments)
+
+
+def _is_regression(model_config: PretrainedConfig) -> bool:
+    """As `task_of_model` says."""
+    one_output = len(_label_names(model_config)) == 1
+    return model_config.problem_type == REGRESSION or (
+        model_config.problem_type is None and one_output
+    )
 
 
 def _label_names(model_config: Any) -> tuple[str, ...]:

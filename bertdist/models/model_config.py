@@ -1,4 +1,6 @@
-"""What a config.json may say, and whether the tokenizer fits it. Checked before a model is built.
+"""What the files of a model may hold (config.json, weights), and whether the tokenizer fits them.
+
+Checked before a model is built.
 
 Settings that change the arithmetic and that bertdist does not compute are refused in one line;
 settings that only change what a model returns are reset (`reset_outputs`).
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForSequenceClassification,
     PretrainedConfig,
@@ -26,6 +29,7 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
+from bertdist.core.atomic_io import MANIFEST, find_damage
 from bertdist.core.errors import ModelError, did_you_mean, listed
 from bertdist.core.hub import MAX_CONFIG_BYTES
 from bertdist.core.terminal import excerpt_of
@@ -138,6 +142,49 @@ def check_size(config: PretrainedConfig, folder: Path, where: str) -> None:
             f"{where}: config.json describes a model of {weights:,} weights, and "
             f"{', '.join(path.name for path in files[:3])} can hold {num_bytes:,} at most."
         )
+
+
+def check_weight_files(folder: Path, where: str) -> None:
+    """Raise ModelError for weights that only other programs can read, with what to do."""
+    files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        with suppress(OSError), path.open("rb") as file:
+            if file.read(23) == b"version https://git-lfs":
+                raise ModelError(
+                    f"{where}: {path.name} is a Git LFS pointer, not the weights: run `git lfs "
+                    "pull` in that folder."
+                )
+        with suppress(OSError, SafetensorError), safe_open(path, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  # not a dict
+                dtype = weights.get_slice(name).get_dtype()
+                if name.endswith(".weight") and dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise ModelError(
+                        f"{where}: {name} in {path.name} is {dtype}: quantized weights cannot be "
+                        "used. Give the folder of the model before it was quantized."
+                    )
+    if not files and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
+        raise ModelError(
+            f"{where}: {pickles[0].name} is a pickle, which is not read: load it in transformers "
+            "and save it with save_pretrained, which writes model.safetensors."
+        )
+    if not files and folder.is_dir():
+        raise ModelError(f"{where}: the folder holds no weights (model.safetensors).")
+
+
+def check_manifest(folder: Path, is_own: bool, where: str) -> None:
+    """Raise ModelError for a folder that `save_classifier` wrote, if a file has changed since.
+
+    is_own: by its config.json.
+    """
+    manifest = folder / MANIFEST
+    with suppress(OSError):
+        if is_own or b"xxh3_128" in manifest.read_bytes():
+            damage = find_damage(folder, required=()) if manifest.exists() else None
+            if damage is not None:
+                raise ModelError(
+                    f"{where}: {damage}. Use an intact copy; if the file was changed on purpose, "
+                    f"remove {manifest}."
+                )
 
 
 def check_arithmetic(config: PretrainedConfig, counts_from_pad: bool, where: str) -> None:
