@@ -346,8 +346,9 @@ class RunConfig(Section):
         None,
         "Precision of matrix products. Default: accelerate's setting, else no (float32). Weights "
         "stay float32. On a CPU bf16 needs AMX or AVX512_BF16, else float32 is used. auto: bf16 if "
-        "every rank's hardware has units for it, else no; chosen at the first start and kept when "
-        "the run resumes. Not the default: what a model learns would depend on the machine.",
+        "all ranks have units for it (a GPU with bf16, a CPU with AMX), else no; chosen at the "
+        "first start and kept when the run resumes. Not the default: what a model learns would "
+        "depend on the machine.",
         brief="Precision of matrix products, default no",
     )
     use_cpu: bool = setting(
@@ -505,8 +506,8 @@ class PredictConfig(FileConfig):
     )
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] | None = setting(
         None,
-        "Precision of matrix products. Default: accelerate's setting, else no. auto: bf16 if every "
-        "rank's hardware has units for it, else no.",
+        "Precision of matrix products. Default: accelerate's setting, else no. auto: bf16 if all "
+        "ranks have units for it (a GPU with bf16, a CPU with AMX), else no.",
     )
     use_cpu: bool = setting(
         False, "Use the CPU even if there is a GPU.", brief="Use the CPU even if there is a GPU"
@@ -587,8 +588,8 @@ class EvaluateConfig(LabelledConfig):
     )
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] | None = setting(
         None,
-        "Precision of matrix products. Default: accelerate's setting, else no. auto: bf16 if every "
-        "rank's hardware has units for it, else no.",
+        "Precision of matrix products. Default: accelerate's setting, else no. auto: bf16 if all "
+        "ranks have units for it (a GPU with bf16, a CPU with AMX), else no.",
     )
     use_cpu: bool = setting(
         False, "Use the CPU even if there is a GPU.", brief="Use the CPU even if there is a GPU"

@@ -57,7 +57,7 @@ def at_step(number: int, act: Callable[[], None]) -> None:
 def in_bf16(accelerator: Accelerator, has_units: bool = True) -> None:
     """On any CPU; the layer's operation must be what trains. has_units: what the CPU says."""
     AcceleratorState._reset_state()  # the rank's: it has a precision
-    launch.cpu_has_bf16 = lambda: has_units
+    launch.cpu_has_bf16 = launch.cpu_has_amx = lambda: has_units
     apply, calls = bf16._Layer.apply, []
 
     def counted(*args: Any) -> Any:

@@ -24,9 +24,13 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
 
 
-def on(monkeypatch: pytest.MonkeyPatch, has_bf16: bool) -> None:
-    """A machine whose CPU or GPU has units for bf16, or not."""
-    monkeypatch.setattr(launch, "cpu_has_bf16", lambda: has_bf16)
+def on(
+    monkeypatch: pytest.MonkeyPatch, has_bf16: bool, has_instructions: bool | None = None
+) -> None:
+    """A machine whose CPU or GPU has units for bf16, or not. has_instructions: without units."""
+    with_instructions = has_bf16 if has_instructions is None else has_instructions
+    monkeypatch.setattr(launch, "cpu_has_amx", lambda: has_bf16)
+    monkeypatch.setattr(launch, "cpu_has_bf16", lambda: with_instructions)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
 
 
@@ -61,6 +65,21 @@ def test_what_a_new_run_computes_in(
         if is_said:
             assert note.startswith(f"--mixed_precision {asked}: using ")
             assert ("float32" in note) == (chosen == "no")
+
+
+def test_avx512_bf16_without_amx_is_slower_and_not_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(monkeypatch, False, has_instructions=True)
+    out = str(tmp_path / "out")
+    auto, note = choose_precision(RunConfig(output_dir=out, mixed_precision="auto"), CPU)
+    assert auto == "no" and "has no AMX" in note
+    assert choose_precision(RunConfig(output_dir=out), CPU) == ("no", "")  # no advice
+    assert choose_precision(RunConfig(output_dir=out, mixed_precision="bf16"), CPU) == ("bf16", "")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").write_text("mixed_precision: bf16\n")
+    auto, note = choose_precision(RunConfig(output_dir=out, mixed_precision="auto"), CPU)
+    assert auto == "bf16" and "emulates" not in note
 
 
 def test_a_flag_wins_over_the_setting_of_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +175,7 @@ def made(
     rank = accelerator.process_index
     for state in (AcceleratorState, GradientState):
         state._reset_state()
-    launch.cpu_has_bf16 = lambda: units[rank]
+    launch.cpu_has_bf16 = launch.cpu_has_amx = lambda: units[rank]
     launch.first_precision = lambda run: began[rank]
     notes: list[str] = []
     return str(create_accelerator(run, notes).mixed_precision), notes
@@ -180,7 +199,7 @@ def test_ranks_with_other_hardware_agree(
     (first, notes), (second, others) = run_ranks(2, made, run, units, began)
     assert first == second == expected and notes == others
     if not all(units):
-        assert "a CPU has no units" in notes[0]
+        assert "a rank has n" in notes[0]  # no AMX, neither AMX nor AVX512_BF16
 
 
 def test_a_second_run_of_a_process_has_the_precision_of_the_first(
@@ -193,7 +212,7 @@ def test_a_second_run_of_a_process_has_the_precision_of_the_first(
             state._reset_state()
         found = []
         for has_bf16 in (True, False):
-            launch.cpu_has_bf16 = lambda has_bf16=has_bf16: has_bf16
+            launch.cpu_has_bf16 = launch.cpu_has_amx = lambda has_bf16=has_bf16: has_bf16
             for asked in ("auto", "bf16"):
                 run = RunConfig(use_cpu=True, mixed_precision=asked)  # type: ignore[arg-type]
                 found.append(create_accelerator(run).mixed_precision)
