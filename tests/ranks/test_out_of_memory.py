@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from forked import RankError, run_ranks
 from rows import (
     RANKS,
@@ -288,6 +289,22 @@ def test_out_of_memory_in_the_last_micro_batch_changes_no_bit(
         f"the step is repeated. Micro-batch size from here on: up to {fits} tokens."
     )
     assert all(other == "" for _, _, other, _ in results[1:]), "rank 0 talks"
+
+
+def in_bf16(accelerator: Accelerator) -> None:
+    AcceleratorState._reset_state()  # the rank's has another precision
+    Accelerator(cpu=True, mixed_precision="bf16")
+
+
+def test_in_bf16_it_changes_no_bit_either(runs: Runs, tmp_path: Path) -> None:
+    words = runs.words(tmp_path / "out", mixed_precision="bf16")
+    breaking = both(in_bf16, short_of_memory(1, "middle", tokens=64))
+    assert [result[0].oom_retries for result in run_ranks(2, run_short, words, breaking)] == [1, 1]
+    settings = {"tokens_per_micro_batch": 64}
+    plain = runs.with_enough(2, in_bf16, mixed_precision="bf16", **settings)
+    assert_same_bits(tmp_path / "out", plain)
+    with pytest.raises(AssertionError):  # the control
+        assert_same_bits(tmp_path / "out", runs.with_enough(2, **settings))
 
 
 @pytest.mark.parametrize(
