@@ -94,7 +94,11 @@ def typed(tmp_path: Path, *words: str | Path, endpoint: str = "", offline: bool 
         text=True,
         check=False,
     )
-    lines = [line for line in done.stdout.splitlines() if not line.startswith("Device  ")]
+    lines = [
+        line
+        for line in done.stdout.splitlines()
+        if not line.startswith(("Device  ", "Precision  "))
+    ]
     assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("bertdist: "), (
         done.stdout
     )
@@ -119,7 +123,7 @@ def forked(tmp_path: Path, *words: str | Path, endpoint: str = "", offline: bool
     ((code, said, _),) = run_ranks(
         1, run_main, list(map(str, words[1:])), setting(tmp_path, endpoint, offline)
     )
-    lines = [line for line in said.splitlines() if not line.startswith("Device  ")]
+    lines = [line for line in said.splitlines() if not line.startswith(("Device  ", "Precision  "))]
     assert code == 1 and len(lines) == 1 and lines[0].startswith("bertdist: "), said
     return lines[0].removeprefix("bertdist: ")
 
