@@ -75,7 +75,7 @@ from bertdist.models.dropout import seed_dropout
 from bertdist.tasks.tasks import Task, create_task
 from bertdist.training.best_model import BestModel, EarlyStopping
 from bertdist.training.checkpoint import Checkpointer, TrainState
-from bertdist.training.evaluation import Evaluator
+from bertdist.training.evaluation import RunEvaluator
 from bertdist.training.micro_batches import MicroBatcher
 from bertdist.training.nonfinite import NonFiniteGuard, nan_aware_scale
 from bertdist.training.optimizer import (
@@ -319,7 +319,7 @@ def create_evaluator(
     config: TrainConfig,
     accelerator: Accelerator,
     log: RunLogger,
-) -> Evaluator:
+) -> RunEvaluator:
     """Raises, on all ranks, ConfigError for metrics that are unknown or do not fit the task, and
     DataError for test rows with other labels.
     """
@@ -328,7 +328,7 @@ def create_evaluator(
         test_loader = create_eval_loader(test_rows, tokenizer, task, config, accelerator)
         rows, say, codes = inputs.rows, log.say, task.codes
         best_model = BestModel(config, tokenizer, rows, accelerator, say, codes)
-        return Evaluator(eval_loader, task, config, accelerator, best_model, log, test_loader)
+        return RunEvaluator(eval_loader, task, config, accelerator, best_model, log, test_loader)
 
 
 def create_checkpointer(

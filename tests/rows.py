@@ -276,7 +276,7 @@ def best_at(*steps: int) -> Breaking:
     def breaking(accelerator: Any) -> None:
         evaluate_split, evaluate_step = (
             evaluation.evaluate_split,
-            evaluation.Evaluator.evaluate_step,
+            evaluation.RunEvaluator.evaluate_step,
         )
         now = [0]
 
@@ -289,7 +289,7 @@ def best_at(*steps: int) -> Breaking:
             score = float(now[0] if now[0] in steps else -now[0])
             return found and replace(found, selection_score=score)
 
-        evaluation.Evaluator.evaluate_step = with_step  # type: ignore[method-assign]
+        evaluation.RunEvaluator.evaluate_step = with_step  # type: ignore[method-assign]
         evaluation.evaluate_split = with_score
 
     return breaking

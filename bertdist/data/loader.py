@@ -64,7 +64,7 @@ class MapLoader:
     seed: int = 0
     workers: int = 0  # processes that tokenize ahead; 0: this process does
     pin: bool = False  # page-locked memory, for asynchronous copies to a GPU
-    weights: tuple[float, ...] = ()  # of each --train_file; none: every row once per epoch
+    source_weights: tuple[float, ...] = ()  # of each --train_file; none: every row once per epoch
     window: int = 0  # of prediction, see RankShard
 
     @property
@@ -87,9 +87,9 @@ class MapLoader:
         """(rows,) int64: the rows of an epoch in their order."""
         if not self.shuffle:
             return np.arange(len(self.dataset))
-        if self.weights:
+        if self.source_weights:
             sizes = self.dataset.records.rows_per_file
-            return mixed_epoch_order(sizes, self.weights, self.seed, epoch)
+            return mixed_epoch_order(sizes, self.source_weights, self.seed, epoch)
         return epoch_order(len(self.dataset), self.seed, epoch)
 
     def locations(self, rows: Sequence[int], window_state: ReaderState | None) -> list[str]:
@@ -150,7 +150,7 @@ def create_train_loader(
         rows_per_step=config.batch.train_batch_size,
         shuffle=True,
         seed=config.run.seed,
-        weights=tuple(config.data.train_weights or ()),
+        source_weights=tuple(config.data.train_weights or ()),
         **settings,
     )
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import pyarrow as pa
 
@@ -37,12 +37,23 @@ from bertdist.data.records import (
     records_from_chunk,
     short_notes,
 )
-from bertdist.data.source import Chunk, Column
+from bertdist.data.source import Chunk, Column, ReaderState
 
 ALL = "all"
 
-Position = dict[str, Any]  # JSON: input file, chunk, rows of the chunk, rows of the file before it
 Objects = list[dict[str, Any]]
+
+
+class Position(TypedDict):
+    """Where a window begins; JSON."""
+
+    input: int  # number of the file
+    state: ReaderState | None  # of its chunk; None: the first one
+    skip: int  # rows of the chunk before the window
+    row: int  # rows of the file before the window
+
+
+START: Position = {"input": 0, "state": None, "skip": 0, "row": 0}
 
 
 class Kept(NamedTuple):
@@ -187,14 +198,14 @@ class InputRows:
 
     def windows(self, position: Position | None = None) -> Iterator[InputWindow]:
         """From a position on. Raises DataError."""
-        start = position or {"input": 0, "state": None, "skip": 0, "row": 0}
+        start = position or START
         if self.is_standard_input:
             forget_standard_input()
         for index in range(start["input"], len(self._readers)):
             columns = self._columns[index]
             if columns is not None:
                 yield from self._windows_of(index, columns, start)
-            start = {"input": index + 1, "state": None, "skip": 0, "row": 0}
+            start = {**START, "input": index + 1}
 
     def _windows_of(
         self, index: int, columns: ColumnNames, start: Position
@@ -225,11 +236,16 @@ class InputRows:
                 parts.append((records.slice(at, stop), of_chunk.slice(at, stop)))
                 waiting, at = waiting + stop - at, stop
                 if waiting == self._window_rows:
-                    after = {"input": index, "state": chunk.state, "skip": at, "row": row + waiting}
+                    after: Position = {
+                        "input": index,
+                        "state": chunk.state,
+                        "skip": at,
+                        "row": row + waiting,
+                    }
                     yield self._join(parts, index, row, after)
                     parts, waiting, row = [], 0, row + waiting
         if parts:
-            after = {"input": index + 1, "state": None, "skip": 0, "row": 0}
+            after = {**START, "input": index + 1}
             yield self._join(parts, index, row, after)
 
     def _join(

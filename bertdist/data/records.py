@@ -478,7 +478,7 @@ def rows_fingerprint(records: Records) -> str:
 
 
 def _fingerprint(
-    texts: pa.Array, pairs: pa.Array | None, values: list[LabelValue], codes: Codes | None
+    texts: pa.Array, pairs: pa.Array | None, values: list[LabelValue], indices: Codes | None
 ) -> str:
     digest = xxhash.xxh3_128()
     for column in (texts, pairs):
@@ -488,8 +488,8 @@ def _fingerprint(
             offsets = _offsets(column)
             digest.update(np.diff(offsets).tobytes())
             digest.update(memoryview(column.buffers()[2] or b"")[offsets[0] : offsets[-1]])
-    if codes is not None:
-        digest.update(codes.tobytes())
+    if indices is not None:
+        digest.update(indices.tobytes())
         digest.update(repr(values).encode())
     return digest.hexdigest()
 
@@ -543,10 +543,15 @@ def rows_with_stray_quotes(
 
 def reject_header(records: Records) -> None:
     """Raises DataError where the first of all rows is a header: the only one with its label."""
-    codes = records.label_indices
-    if records.has_header or codes is None or len(records) < 2 or (codes == codes[0]).sum() > 1:
+    indices = records.label_indices
+    if (
+        records.has_header
+        or indices is None
+        or len(records) < 2
+        or (indices == indices[0]).sum() > 1
+    ):
         return
-    label, text = records.label_values[codes[0]], records.texts[0].as_py()
+    label, text = records.label_values[indices[0]], records.texts[0].as_py()
     if isinstance(label, str) and label.strip().lower() in HEADER_WORDS:
         raise DataError(
             f"{records.location(0)} looks like a header (text {excerpt_of(text, 30)}, label "
@@ -580,7 +585,7 @@ def concat_records(parts: Sequence[Records], name: str) -> Records:
         if other.class_names != first.class_names:
             names = f"{other.class_names} and {first.class_names}"
             raise DataError(f"{differ} in the names of their labels: {names}.")
-    kind, values, codes = _concat_labels(parts)
+    kind, values, indices = _concat_labels(parts)
     fingerprints = " ".join(part.fingerprint for part in parts)
     return replace(
         first,
@@ -590,7 +595,7 @@ def concat_records(parts: Sequence[Records], name: str) -> Records:
         one_file=False,
         label_kind=kind,
         label_values=values,
-        label_indices=codes,
+        label_indices=indices,
         indicator_values=frozenset().union(*(part.indicator_values for part in parts)),
         texts=pa.concat_arrays([part.texts for part in parts]),
         pairs=None if first.pairs is None else pa.concat_arrays([part.pairs for part in parts]),
@@ -608,13 +613,13 @@ def _concat_labels(
     kind = parts[0].label_kind
     for part in parts:
         check_same_kind(kind, part.label_kind, str(part.location(0)))
-    code_of: dict[LabelValue, int] = {}
-    codes = []
+    index_of: dict[LabelValue, int] = {}
+    indices = []
     for part in parts:
         assert part.label_indices is not None
-        new_codes = [code_of.setdefault(value, len(code_of)) for value in part.label_values]
-        codes.append(np.array(new_codes, np.int32)[part.label_indices])
-    return kind, list(code_of), np.concatenate(codes)
+        new_indices = [index_of.setdefault(value, len(index_of)) for value in part.label_values]
+        indices.append(np.array(new_indices, np.int32)[part.label_indices])
+    return kind, list(index_of), np.concatenate(indices)
 
 
 def check_same_kind(kind: LabelKind | None, other: LabelKind | None, location: str) -> None:

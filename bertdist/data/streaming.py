@@ -90,7 +90,7 @@ class Stream:
     # A multiple of a step's rows, so that only an epoch's last step can be smaller.
     window_rows: int
     seed: int
-    weights: tuple[float, ...] = ()  # of the groups; empty: every row once per epoch
+    source_weights: tuple[float, ...] = ()  # of the groups; empty: every row once per epoch
     limit: int | None = None  # maximum number of rows of an epoch
     on_bad_row: OnBadRow = "fail"
     max_bad_rows: int = 0
@@ -125,7 +125,7 @@ class Stream:
     @property
     def fingerprint(self) -> str:
         """Changes with the data, and with the settings that select rows and columns."""
-        group_sizes = [len(group) for group in self.source_groups] if self.weights else []
+        group_sizes = [len(group) for group in self.source_groups] if self.source_weights else []
         settings: list[Any] = [self.columns, self.label_delimiter, self.limit, group_sizes]
         settings += [] if self.hold_out is None else [tuple(self.hold_out), self.part]
         parts = [*(source.fingerprint for source in self.sources), *map(repr, settings)]
@@ -198,8 +198,8 @@ class Stream:
         """From a state to the end of its epoch. Raises DataError."""
         state = state or STREAM_START
         epoch, number, rows = state["epoch"], state["window"], state["rows"]
-        groups = self.source_groups if self.weights else [self.sources]
-        cursors = state["cursors"] or [{"pass": 0 if self.weights else epoch}] * len(groups)
+        groups = self.source_groups if self.source_weights else [self.sources]
+        cursors = state["cursors"] or [{"pass": 0 if self.source_weights else epoch}] * len(groups)
         readers = [
             _GroupReader(self, group, index, cursor)
             for index, (group, cursor) in enumerate(zip(groups, cursors, strict=True))
@@ -208,8 +208,8 @@ class Stream:
             size = self.window_rows
             size = size if self.limit is None else min(size, self.limit - rows)
             counts = [size]
-            if self.weights:
-                counts = rows_per_source(self.weights, size, self.seed, epoch, number)
+            if self.source_weights:
+                counts = rows_per_source(self.source_weights, size, self.seed, epoch, number)
             reads = zip(readers, counts, strict=True)
             parts = [records for reader, count in reads for records in reader.read(count)]
             bad_rows = [row for reader in readers for row in reader.pop_bad_rows()]
@@ -223,9 +223,9 @@ class Stream:
             rows, number = rows + len(records), number + 1
             cursors = [reader.cursor for reader in readers]
             next_state = {"epoch": epoch, "window": number, "rows": rows, "cursors": cursors}
-            if self.weights:
+            if self.source_weights:
                 next_epoch["cursors"] = cursors
-            ended = rows == self.limit or (not self.weights and readers[0].ended)
+            ended = rows == self.limit or (not self.source_weights and readers[0].ended)
             yield Window(records, state, None if ended else next_state, next_epoch, bad_rows)
             if ended:
                 return
@@ -267,7 +267,7 @@ class _GroupReader:
         parts: list[Records] = []
         while rows:
             if self.ended:
-                if not self.stream.weights:
+                if not self.stream.source_weights:
                     break
                 self._next_pass()
             assert self._chunk is not None
@@ -295,7 +295,7 @@ class _GroupReader:
     def _file_order(self) -> list[int]:
         files = len(self.sources)
         # With a limit, each pass has the same first rows.
-        if self.stream.limit is not None and not self.stream.weights:
+        if self.stream.limit is not None and not self.stream.source_weights:
             return list(range(files))
         order = generator(self.stream.seed, self.number, 3, self.group).permutation(files)
         return [int(file) for file in order]

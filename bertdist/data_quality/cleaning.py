@@ -26,7 +26,7 @@ from bertdist.core.terminal import excerpt
 from bertdist.core.types import Array, BoolArray
 from bertdist.data.all_columns import SourceRows, read_source
 from bertdist.data.load_data import load_records
-from bertdist.data.prediction_input import InputWindow, Kept
+from bertdist.data.prediction_input import START, InputWindow, Kept
 from bertdist.data.records import Records
 from bertdist.data.writers import KEEP_FEWER, create_row_writer
 from bertdist.data_quality.duplicates import (
@@ -153,7 +153,7 @@ def _encode(source: SourceRows, fmt: OutputFormat, records: Records, is_quoted: 
             if fmt.kind != "jsonl" and kept.objects is None:  # other files have more columns
                 nulls = pa.chunked_array([pa.nulls(kept.num_rows)])
                 kept = Kept({name: kept.columns.get(name, nulls) for name in source.names})
-            window = InputWindow(records, kept, None, start, {})
+            window = InputWindow(records, kept, None, start, START)
             parts.append(writer.rows(window, [{}] * kept.num_rows))
             start += kept.num_rows
     except DataError as error:

@@ -98,30 +98,17 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates a split; while training, logs the scores and keeps the best weights."""
+    """Evaluates a split, for a training loop of your own."""
 
     def __init__(
-        self,
-        loader: MapLoader | None,
-        task: Task,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        best_model: BestModel | None = None,
-        log: RunLogger | None = None,
-        test_loader: MapLoader | None = None,
+        self, loader: MapLoader | None, task: Task, config: TrainConfig, accelerator: Accelerator
     ) -> None:
-        """loader: None if there is no validation split. best_model, log: for `evaluate_step`.
-        test_loader: of the rows of --test_file, for `evaluate_test`.
+        """loader: of `create_eval_loader`.
 
         Raises ConfigError on rank 0 for metrics that are unknown or do not fit the task.
         """
-        self.loader, self.accelerator, self.on_nan = loader, accelerator, config.run.on_nan
-        self.best_model, self.log, self.test_loader = best_model, log, test_loader
-        self.scorer: Scorer | None = None
-        if (loader or test_loader) is not None and accelerator.is_main_process:
-            self.scorer = Scorer(config.task, task, config.data.task_name)
-            if log is not None and self.scorer.positive_note:
-                log.note(self.scorer.positive_note)
+        self.loader, self.accelerator = loader, accelerator
+        self.scorer = create_scorer(config, task, accelerator)
 
     def evaluate(self, model: nn.Module, stop: StopSignal | None = None) -> Evaluation | None:
         """The scores of the split; None on all ranks if a stop was requested meanwhile.
@@ -129,10 +116,33 @@ class Evaluator:
         A collective.
         """
         assert self.loader is not None, "there is no split to evaluate"
-        if self.log is None:
-            return evaluate_split(model, self.loader, self.scorer, self.accelerator, stop)
-        with self.log.screen.evaluating(len(self.loader.dataset)) as show:
-            return evaluate_split(model, self.loader, self.scorer, self.accelerator, stop, show)
+        return evaluate_split(model, self.loader, self.scorer, self.accelerator, stop)
+
+
+class RunEvaluator:
+    """Evaluates while a run trains: logs the scores, and keeps the best weights."""
+
+    def __init__(
+        self,
+        loader: MapLoader | None,
+        task: Task,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        best_model: BestModel,
+        log: RunLogger,
+        test_loader: MapLoader | None = None,
+    ) -> None:
+        """loader: None if there is no validation split. test_loader: of the rows of --test_file.
+
+        Raises ConfigError on rank 0 for metrics that are unknown or do not fit the task.
+        """
+        self.loader, self.accelerator, self.on_nan = loader, accelerator, config.run.on_nan
+        self.best_model, self.log, self.test_loader = best_model, log, test_loader
+        self.scorer: Scorer | None = None
+        if loader is not None or test_loader is not None:
+            self.scorer = create_scorer(config, task, accelerator)
+        if self.scorer is not None and self.scorer.positive_note:
+            log.note(self.scorer.positive_note)
 
     def evaluate_step(
         self, model: Classifier, state: TrainState, epoch: float, stop: StopSignal
@@ -145,7 +155,6 @@ class Evaluator:
         count as the best. Raises NonFiniteError on all ranks for logits that are not finite, with
         --on_nan stop.
         """
-        assert self.best_model is not None and self.log is not None, "only while training"
         if self.loader is None:
             state.best_step = state.step
             state.best_weights = self.best_model.save(model, state.step)
@@ -153,7 +162,10 @@ class Evaluator:
             return math.inf
         tokens = state.tokens_per_micro_batch
         self.loader = replace(self.loader, tokens_per_micro_batch=tokens)
-        evaluation = self.evaluate(model, stop)
+        with self.log.screen.evaluating(len(self.loader.dataset)) as show:
+            evaluation = evaluate_split(
+                model, self.loader, self.scorer, self.accelerator, stop, show
+            )
         if evaluation is None:
             return math.nan
         state.evaluation_pending = False
@@ -193,14 +205,12 @@ class Evaluator:
 
         Returns evaluation.json if the run has finished, on rank 0. A collective.
         """
-        assert self.best_model is not None, "only while training"
         report = self.best_model.repair(model, state, checkpointer)
         others = [self.best_model.folder / name for name in RESULT_FILES[1:]]
         lacks = state.finished and (report is None or not all(path.exists() for path in others))
         if self.loader is None or not broadcast_from_rank0(self.accelerator, lacks):
             return report
         report = self._evaluate_best(self.loader, state)
-        assert self.log is not None
         self.log.say(
             f"{', '.join(RESULT_FILES)} of the best weights (step {state.best_step}) were not all "
             f"in {self.best_model.folder}: written again."
@@ -226,7 +236,6 @@ class Evaluator:
         loader = self.test_loader
         if loader is None or not state.finished:
             return None
-        assert self.best_model is not None, "only while training"
         records = loader.dataset.records
         of: dict[str, Any] = {
             "step": state.best_step,
@@ -247,7 +256,6 @@ class Evaluator:
         self, loader: MapLoader, state: TrainState, prefix: str = "", **first: Any
     ) -> dict[str, Any] | None:
         """Evaluate the weights of best/ and write the results; returns the report on rank 0."""
-        assert self.best_model is not None and self.log is not None, "only while training"
         folder = self.best_model.folder
         with raise_on_all_ranks(self.accelerator):
             classifier, _, _ = load_trained_classifier(str(folder / "best"))
@@ -269,12 +277,18 @@ class Evaluator:
     def _report_nonfinite(
         self, rows: tuple[int, ...], examples: TokenizedDataset, step: int
     ) -> None:
-        assert self.log is not None
         report = describe_nonfinite_rows(rows, len(examples), examples.records.location)
         message = f"Evaluation after step {step}: {report}"
         if self.on_nan == "stop":
             raise nonfinite_error(f"{message} To continue without its scores: --on_nan skip.")
         self.log.say(f"{message} Its scores count as undefined (--on_nan skip).")
+
+
+def create_scorer(config: TrainConfig, task: Task, accelerator: Accelerator) -> "Scorer | None":
+    """The scorer of a run, on rank 0. Raises ConfigError there, as `Scorer`."""
+    if not accelerator.is_main_process:
+        return None
+    return Scorer(config.task, task, config.data.task_name)
 
 
 class Scorer:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from bertdist.core.atomic_io import find_damage, read_json_object
 from bertdist.core.config import TrainConfig, count_steps, plain_duration, share_of
 from bertdist.core.errors import CheckpointError
-from bertdist.data import preflight
 
 if TYPE_CHECKING:  # not imported: `check_start` needs no torch
     from bertdist.data.records import Records
@@ -150,6 +149,8 @@ def check_start(config: TrainConfig) -> None:
     """Raise BertdistError for what `train` would raise, as far as it can be seen before torch is
     imported, which takes seconds.
     """
+    from bertdist.data import preflight  # for the command line only
+
     preflight.check_train(config)
     if not (preflight.is_launched() or config.run.folds):
         check_checkpoint(config, ResumeSignature(settings_that_must_match(config)))

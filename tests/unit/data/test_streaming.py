@@ -425,7 +425,7 @@ def test_a_worker_that_takes_the_turn_of_another_is_seen() -> None:
 def test_a_mixture_goes_on_from_every_step_on_any_ranks(workers: int) -> None:
     small, large = files_of([5]), files_of([9, 21])
     plain = batches_of(small, tokens_per_micro_batch=20)
-    mixed = replace(plain.stream, source_groups=[small, large], weights=(1.0, 2.0))
+    mixed = replace(plain.stream, source_groups=[small, large], source_weights=(1.0, 2.0))
     of_ranks = [
         replace(plain, stream=mixed, rank=rank, ranks=3, workers=workers) for rank in range(3)
     ]

@@ -165,12 +165,14 @@ def test_a_limit_takes_the_first_rows(limit: int) -> None:
 
 def test_parts_with_weights_give_their_shares_pass_after_pass() -> None:
     small, large = files_of([(3, (2, 0, 1)), (20, (4,))])
-    windows = list(islice(stream_of([[small], [large]], weights=(1.0, 3.0)).windows(), ENOUGH))
+    windows = list(
+        islice(stream_of([[small], [large]], source_weights=(1.0, 3.0)).windows(), ENOUGH)
+    )
     assert all([text[0] for text in texts(window)] == ["a", "b", "b", "b"] for window in windows)
     times = Counter(text for window in windows for text in texts(window))
     assert all(times[f"a {row}"] == 4 for row in range(3)) and sum(times.values()) == 4 * ENOUGH
     assert all(times[f"b {row}"] == 1 + (row < 16) for row in range(20))
-    limited = epochs(stream_of([[small], [large]], weights=(1.0, 3.0), limit=10), 3)
+    limited = epochs(stream_of([[small], [large]], source_weights=(1.0, 3.0), limit=10), 3)
     assert [[len(window.records) for window in of] for of in limited] == [[4, 4, 2]] * 3
     came = [text for of in limited for window in of for text in texts(window) if text[0] == "b"]
     assert max(Counter(came[:20]).values()) == 1, "the parts go on from epoch to epoch"
@@ -197,14 +199,19 @@ def test_reading_a_mixture_from_a_state_is_reading_on(
     parts = [files_of(one), files_of(other)]
     if all(any(file.rows for file in part) for part in parts):
         assert_goes_on(
-            stream_of(parts, window_rows=window_rows, weights=(1.0, weight), limit=limit)
+            stream_of(parts, window_rows=window_rows, source_weights=(1.0, weight), limit=limit)
         )
 
 
 def test_a_state_that_forgets_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = stream._GroupReader.cursor.fget
     assert whole is not None
-    for lost, changes in (("skip", {}), ("place", {}), ("file", {}), ("pass", {"weights": (1.0,)})):
+    for lost, changes in (
+        ("skip", {}),
+        ("place", {}),
+        ("file", {}),
+        ("pass", {"source_weights": (1.0,)}),
+    ):
         read = stream_of([files_of([(7, (3, 0)), (9, (2,))])], window_rows=5, **changes)
         assert_goes_on(read)
         forget = property(
@@ -359,7 +366,9 @@ def test_sources_without_rows() -> None:
     with pytest.raises(DataError, match=r"^rows has no rows\.$"):
         stream_of([[]]).head()
     with pytest.raises(DataError, match=r"^empty has no rows\.$"):  # and not for ever
-        list(stream_of([[empty, empty], files_of([(9, (4,))])], weights=(1.0, 1.0)).windows())
+        list(
+            stream_of([[empty, empty], files_of([(9, (4,))])], source_weights=(1.0, 1.0)).windows()
+        )
 
 
 def test_a_source_without_a_column_is_one_line() -> None:
@@ -514,8 +523,8 @@ def test_the_fingerprint_tells_what_is_read() -> None:
         replace(read, columns=ColumnNames("text", None, None, ["label"])),
         replace(read, label_delimiter=","),
         replace(read, limit=3),
-        stream_of([files[:1], files[1:]], weights=(1.0, 1.0)),
-        stream_of([files, []], weights=(1.0, 1.0)),
+        stream_of([files[:1], files[1:]], source_weights=(1.0, 1.0)),
+        stream_of([files, []], source_weights=(1.0, 1.0)),
     ]
     assert len({one.fingerprint for one in [read, *others]}) == len(others) + 1
     same = [

@@ -17,7 +17,7 @@ import pytest
 from bertdist.core.errors import DataError
 from bertdist.core.output_files import OutputFormat
 from bertdist.data.in_memory import records_from_texts
-from bertdist.data.prediction_input import InputWindow, Kept
+from bertdist.data.prediction_input import START, InputWindow, Kept
 from bertdist.data.writers import AnswerColumns, Writer, create_writer, renamed
 
 SINGLE = AnswerColumns(False, None, ("no", "yes"))
@@ -34,7 +34,7 @@ ANSWERS = [{"label": "yes", "score": 0.75}, {"label": None, "score": 0.25}]
 
 
 def window_of(kept: Kept, rows: int, first: int = 0, file: str | None = None) -> InputWindow:
-    return InputWindow(records_from_texts(["x"] * rows), kept, file, first, {})
+    return InputWindow(records_from_texts(["x"] * rows), kept, file, first, START)
 
 
 def arrow(**columns: Any) -> Kept:

@@ -25,7 +25,7 @@ from bertdist.training import best_model as best_module
 from bertdist.training import evaluation as evaluation_module
 from bertdist.training.best_model import BestModel, EarlyStopping, Results
 from bertdist.training.checkpoint import TrainState
-from bertdist.training.evaluation import Evaluation, Evaluator
+from bertdist.training.evaluation import Evaluation, RunEvaluator
 from bertdist.training.screen import Screen
 
 ONE_RANK: Any = SimpleNamespace(num_processes=1, is_main_process=True)
@@ -60,7 +60,7 @@ class Evaluations:
         log: Any = SimpleNamespace(
             log_eval=lambda *args: None, say=lambda *lines: None, screen=Screen(enabled=False)
         )
-        evaluator = Evaluator(loader, TASK, config, ONE_RANK, best, log)
+        evaluator = RunEvaluator(loader, TASK, config, ONE_RANK, best, log)
         early_stopping = EarlyStopping(config.run, self.state)
         for score, loss in zip(scores, losses or [0.5] * len(scores), strict=True):
             self.state.step += 1
@@ -201,7 +201,7 @@ def test_without_a_validation_split_the_present_weights_are_saved() -> None:
     best: Any = SimpleNamespace(save=lambda *args: saved.append(args))
     config: Any = SimpleNamespace(run=RunConfig())
     state = TrainState(step=3)
-    evaluator = Evaluator(None, TASK, config, ONE_RANK, best, Any)  # type: ignore[arg-type]
+    evaluator = RunEvaluator(None, TASK, config, ONE_RANK, best, Any)  # type: ignore[arg-type]
     assert evaluator.evaluate_step("weights", state, 0.0, None) == math.inf  # type: ignore[arg-type]
     assert (state.best_step, state.best_score, saved) == (3, None, [("weights", 3)])
 
