@@ -142,6 +142,7 @@ def tests(job: Job) -> Iterator[Job]:
     report = Path(job["folder"], "tests.xml")
     # The options of setup.cfg need plugins; a warning of another version's must not fail a test.
     words = ["-q", "-o", "addopts=", "--import-mode=importlib", "-W", "default"]
+    words += ["--continue-on-collection-errors"]  # a package may be missing for one file only
     words += ["-p", "no:cacheprovider", "--rootdir", str(ROOT), "-c", str(ROOT / "setup.cfg")]
     command = [sys.executable, "-m", "pytest", job["tests"], *words, f"--junitxml={report}"]
     with subprocess.Popen(
@@ -211,7 +212,7 @@ def families(job: Job) -> Iterator[Job]:
     and for bertdist in bf16 with one token in the wrong text (a mistake that has to be seen).
 
     Logits: the largest difference over the largest logit. Gradients: the same for each weight, the
-    worst of all; a weight's largest gradient counts as no less than 1% of the model's largest.
+    worst of all; a weight's largest gradient counts as no less than a tenth of the model's largest.
     """
     for name in job.get("families", FAMILIES):
         try:
@@ -223,18 +224,75 @@ def families(job: Job) -> Iterator[Job]:
 def compare_family(name: str, job: Job) -> Job:
     """The result of one family."""
     import torch
+
+    from bertdist.data.batch import collate
+    from bertdist.data.tokenization import Example
+
+    device, longest = device_of(job), 24 if job["tiny"] else MAX_LENGTH
+    plain, ours = small_models(name, job, longest)
+    lengths = [longest, longest - 1, *(max(1, longest // i) for i in range(2, 24))]
+    chance = random.Random(2)
+    batch = collate(
+        [
+            Example(i, [chance.randrange(5, 500) for _ in range(length)], [0] * length, i % 3, 1.0)
+            for i, length in enumerate(lengths)
+        ]
+    ).to(device)
+    inputs = padded_inputs(batch, plain.config.pad_token_id)
+    # the smallest mistake: of two texts the first has a token of the second
+    starts, moved = batch.cu_seqlens.clone(), list(lengths)
+    starts[3], moved[2], moved[3] = starts[3] + 1, moved[2] + 1, moved[3] - 1
+    mixed = replace(batch, cu_seqlens=starts, lengths=tuple(moved))
+
+    def padded() -> Any:
+        return plain(**inputs).logits
+
+    def one_by_one() -> Any:
+        return torch.cat([plain(input_ids=ids[None]).logits for ids in batch.ids.split(lengths)])
+
+    expected = padded
+    with torch.autocast(device.type, torch.bfloat16):
+        about = ours.attention_kernel(device)
+    reference = outcome(plain, expected, batch.targets)
+    if not all(tensor.isfinite().all() for tensor in (reference[0], *reference[1].values())):
+        # a padding token of ModernBERT may have nothing to attend to, which some kernels make NaN
+        expected, about = one_by_one, f"{about}; padded Hugging Face is NaN: text by text"
+        reference = outcome(plain, expected, batch.targets)
+    with torch.autocast(device.type, torch.bfloat16):
+        outcomes = {
+            "Hugging Face, bf16": outcome(plain, expected, batch.targets),
+            "bertdist, bf16": outcome(ours.model, lambda: ours(batch), batch.targets),
+            "bertdist, one token in the wrong text": outcome(
+                ours.model, lambda: ours(mixed), batch.targets
+            ),
+        }
+    outcomes["bertdist, float32"] = outcome(ours.model, lambda: ours(batch), batch.targets)
+    found = {who: distance(one, reference) for who, one in outcomes.items()}
+    least, times = FAILED
+    wrong = [
+        part
+        for i, part in enumerate(("logits", "gradients"))
+        if not found["bertdist, bf16"][i] <= max(least, times * found["Hugging Face, bf16"][i])
+        or not found["bertdist, float32"][i] <= 1e-3
+    ]
+    return {"kernel": about, "wrong": wrong, "differences": found}
+
+
+def small_models(name: str, job: Job, longest: int) -> tuple[Any, Any]:
+    """The same random weights in Hugging Face's model and in bertdist's Classifier, on the device
+    and without dropout. longest: positions.
+    """
+    import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     from bertdist.core.config import ModelConfig
-    from bertdist.data.batch import collate
-    from bertdist.data.tokenization import Example
     from bertdist.models.classifier import load_classifier
     from bertdist.tasks.tasks import SingleLabel
 
     device, folder = device_of(job), Path(job["folder"], name)
-    width, longest = (32, 24) if job["tiny"] else (256, MAX_LENGTH)
+    width = 32 if job["tiny"] else 256
     sizes: Job = {"vocab_size": 500, "hidden_size": width, "intermediate_size": 2 * width}
-    sizes |= {"num_hidden_layers": 4, "num_attention_heads": width // 32 if job["tiny"] else 4}
+    sizes |= {"num_hidden_layers": 4, "num_attention_heads": 1 if job["tiny"] else 4}
     # not 0.02: at this width attention would be all but uniform, and a wrong mask hard to see
     sizes |= {"max_position_embeddings": longest + 2, "initializer_range": 0.1}
     config = AutoConfig.for_model(name, **{**sizes, **FAMILIES[name]}, num_labels=3)
@@ -246,41 +304,7 @@ def compare_family(name: str, job: Job) -> Job:
     )
     settings = ModelConfig(model_name_or_path=str(folder), max_length=longest)
     ours, _ = load_classifier(settings, SingleLabel(("0", "1", "2")))
-    lengths = [longest, longest - 1, *(max(1, longest // i) for i in range(2, 24))]
-    chance = random.Random(2)
-    batch = collate(
-        [
-            Example(i, [chance.randrange(5, 500) for _ in range(length)], [0] * length, i % 3, 1.0)
-            for i, length in enumerate(lengths)
-        ]
-    ).to(device)
-    plain.to(device).eval(), ours.to(device).eval()
-    inputs = padded_inputs(batch, config.pad_token_id)
-    # the smallest mistake: of two texts the first has a token of the second
-    starts, moved = batch.cu_seqlens.clone(), list(lengths)
-    starts[3], moved[2], moved[3] = starts[3] + 1, moved[2] + 1, moved[3] - 1
-    mixed = replace(batch, cu_seqlens=starts, lengths=tuple(moved))
-    autocast = torch.autocast(device.type, torch.bfloat16)
-    reference = outcome(plain, lambda: plain(**inputs).logits, batch.targets)
-    with autocast:
-        kernel = ours.attention_kernel(device)
-        differences = {
-            "Hugging Face, bf16": outcome(plain, lambda: plain(**inputs).logits, batch.targets),
-            "bertdist, bf16": outcome(ours.model, lambda: ours(batch), batch.targets),
-            "bertdist, one token in the wrong text": outcome(
-                ours.model, lambda: ours(mixed), batch.targets
-            ),
-        }
-    differences["bertdist, float32"] = outcome(ours.model, lambda: ours(batch), batch.targets)
-    found = {who: distance(one, reference) for who, one in differences.items()}
-    least, times = FAILED
-    wrong = [
-        part
-        for i, part in enumerate(("logits", "gradients"))
-        if not found["bertdist, bf16"][i] <= max(least, times * found["Hugging Face, bf16"][i])
-        or not found["bertdist, float32"][i] <= 1e-3
-    ]
-    return {"kernel": kernel, "wrong": wrong, "differences": found}
+    return plain.to(device).eval(), ours.to(device).eval()
 
 
 def padded_inputs(batch: Any, pad: int) -> Job:
@@ -317,7 +341,7 @@ def distance(found: tuple[Any, Job], expected: tuple[Any, Job]) -> tuple[float, 
     (logits, gradients), (true_logits, true_gradients) = found, expected
     if gradients.keys() != true_gradients.keys():
         return float("inf"), float("inf")
-    least = max(float(true.abs().max()) for true in true_gradients.values()) / 100
+    least = max(float(true.abs().max()) for true in true_gradients.values()) / 10
     parts = [(logits, true_logits, 0.0)]
     parts += [(gradients[name], true, least) for name, true in true_gradients.items()]
     distances = [
@@ -442,7 +466,8 @@ def top_kernels(profiler: Any, steps: int) -> Job:
     kernels = [
         (event.key, event.count, event.self_device_time_total)
         for event in events
-        if event.device_type.name == "CUDA"
+        # an annotation, like that of the optimizer's step, covers kernels that count themselves
+        if event.device_type.name == "CUDA" and not event.is_user_annotation
     ] or [(event.key, event.count, event.self_cpu_time_total) for event in events]
     total = sum(time for _, _, time in kernels)
     kernels.sort(key=lambda kernel: -kernel[2])
