@@ -16,7 +16,10 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants
 
@@ -80,6 +83,22 @@ def from_cache() -> bool:
     again for half a minute, with two lines of output each time.
     """
     return bool(_problems.get(constants.ENDPOINT))
+
+
+@contextmanager
+def offline_where_unreachable() -> Iterator[None]:
+    """Let `datasets`, which has no `local_files_only`, read its cache only, where the hub is known
+    not to be reachable.
+    """
+    modules: list[Any] = [constants, sys.modules.get("datasets.config")]
+    before = [(module, module.HF_HUB_OFFLINE) for module in modules if module is not None]
+    for module, is_offline in before:
+        module.HF_HUB_OFFLINE = is_offline or from_cache()
+    try:
+        yield
+    finally:
+        for module, is_offline in before:
+            module.HF_HUB_OFFLINE = is_offline
 
 
 def _request_problem(url: str) -> str:

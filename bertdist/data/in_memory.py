@@ -4,6 +4,7 @@ table, label_names = as_table(frame, "train_rows", config.data)  # to train or e
 records = records_from_texts(["good", "bad"])  # to predict
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,11 @@ def as_texts(texts: Any, name: str) -> list[Any]:
             for row, item in enumerate(items):
                 if not isinstance(item, str):
                     found = f"{excerpt_of(item, 40)} ({type(item).__name__})"
-                    raise DataError(f"{name}[{row}] is {found}; expected a text.")
+                    fill = " In pandas: .fillna('')." * _is_missing(item)
+                    raise DataError(f"{name}[{row}] is {found}; expected a text.{fill}")
             return list(map(str.__str__, items))  # subclasses of str too
     raise DataError(f"{name} is of type {type(texts).__name__}: {reason}.")
+
+
+def _is_missing(item: Any) -> bool:
+    return item is None or (isinstance(item, float) and math.isnan(item))

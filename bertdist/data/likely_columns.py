@@ -47,11 +47,12 @@ def _values(column: Any) -> list[Any]:
 
 def _text_columns(columns: Mapping[str, Sequence[Any]]) -> list[str]:
     """Those of texts, the longest texts first."""
-    lengths = {
-        name: sum(map(len, values)) / len(values)
-        for name, values in columns.items()
-        if values and all(isinstance(x, str) for x in values) and not all(map(is_number, values))
-    }
+    lengths = {}
+    for name, cells in columns.items():
+        values = [x for x in cells if isinstance(x, str)]
+        others = [x for x in cells if not isinstance(x, str | None) and x == x]  # NaN: no text
+        if values and not others and not all(map(is_number, values)):
+            lengths[name] = sum(map(len, values)) / len(values)
     return sorted(lengths, key=lambda name: -lengths[name])
 
 

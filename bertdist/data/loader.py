@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertdist.core.config import BatchConfig, TrainConfig
 from bertdist.core.errors import BertdistError
+from bertdist.core.terminal import print_to_stderr
 from bertdist.core.types import Array
 from bertdist.data.batch import RankStep
 from bertdist.data.records import Records
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # --streaming only
 
 Loader: TypeAlias = "MapLoader | StreamLoader"
 
+WORKERS_PER_CORE = 4  # at most: more only take memory
 # Tokens of a micro-batch that keep any CPU busy; more would only take memory.
 DEFAULT_TOKEN_BUDGET = 8_192
 
@@ -138,6 +140,12 @@ def create_train_loader(
 ) -> Loader:
     """This rank's loader of the training rows. Raises DataError and ConfigError."""
     settings = loader_settings(config.batch, accelerator)
+    asked, workers = config.batch.dataloader_num_workers, settings["workers"]
+    if asked and asked > workers and accelerator.is_main_process:
+        print_to_stderr(
+            f"--dataloader_num_workers {asked}: using {workers}, {WORKERS_PER_CORE} for each of "
+            f"the {_cores()} cores."
+        )
     if not isinstance(rows, Records):
         from bertdist.data.streaming import create_stream_loader
 
@@ -170,17 +178,20 @@ def create_eval_loader(
     return MapLoader(dataset=dataset, rows_per_step=EVALUATION_ROWS, **settings)
 
 
+def _cores() -> int:
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
 def loader_settings(config: BatchConfig, accelerator: Accelerator) -> dict[str, Any]:
     """The fields of a loader that follow from the launch, and a first tokens_per_micro_batch."""
-    workers = config.dataloader_num_workers
+    workers, cores = config.dataloader_num_workers, _cores()
     if workers is None:
-        has_affinity = hasattr(os, "sched_getaffinity")
-        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
         workers = 1 if cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) >= 2 else 0
     return {
         "tokens_per_micro_batch": config.tokens_per_micro_batch or DEFAULT_TOKEN_BUDGET,
         "rank": accelerator.process_index,
         "ranks": accelerator.num_processes,
-        "workers": workers,
+        "workers": min(workers, WORKERS_PER_CORE * cores),
         "pin": accelerator.device.type == "cuda",
     }

@@ -14,6 +14,7 @@ The gradient does not depend on any of this: it is a sum over the step's rows.
 
 import heapq
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -224,10 +225,17 @@ def iterate_loader(
         # The default is the global generator, which dropout uses.
         generator=torch.Generator(),
     )
-    for step in chain.from_iterable(loader):
+    for step in chain.from_iterable(_start_workers(loader)):
         if isinstance(step, BertdistError):
             raise step
         yield step
+
+
+def _start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
+    """iter(loader), without torch's warning of more workers than cores: see loader.py."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        return iter(loader)
 
 
 def _identity(item: Any) -> Any:

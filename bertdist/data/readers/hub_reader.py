@@ -22,7 +22,7 @@ import pyarrow.parquet
 import xxhash
 
 from bertdist.core.errors import DataError, did_you_mean
-from bertdist.core.hub import explain_hub_error, probe_hub
+from bertdist.core.hub import explain_hub_error, offline_where_unreachable, probe_hub
 from bertdist.data.readers.remote import file_fingerprint, import_fsspec, open_seekable
 from bertdist.data.source import (
     Chunk,
@@ -183,7 +183,8 @@ def _load(path: str, config: str | None, revision: str | None) -> Any:
     import datasets  # lazy, here and below: 0.7 s, only hub data needs it
 
     if not any(Path(path, name).is_file() for name in _SAVED):
-        return datasets.load_dataset_builder(path, config, revision=revision)
+        with offline_where_unreachable():
+            return datasets.load_dataset_builder(path, config, revision=revision)
     saved = datasets.load_from_disk(path)
     return dict(saved) if isinstance(saved, dict) else {str(saved.split or "train"): saved}
 
@@ -193,7 +194,8 @@ def load_hub_splits(name: str, path: str, config: str | None) -> Any:
     probe_hub(path, "dataset")
     import datasets
 
-    return _as_data_error(name, lambda: datasets.load_dataset(path, config), path)
+    with offline_where_unreachable():
+        return _as_data_error(name, lambda: datasets.load_dataset(path, config), path)
 
 
 def _as_data_error(name: str, action: Callable[[], Result], path: str = "") -> Result:

@@ -2,9 +2,11 @@
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from bertdist.core.hub import (
     explain_hub_error,
     from_cache,
     model_folder,
+    offline_where_unreachable,
     probe_hub,
     run_folder_hint,
     warn_if_offline,
@@ -166,3 +169,19 @@ def test_what_is_no_name_of_a_model_is_refused(name: Any) -> None:
         model_folder(name)
     assert str(caught.value) == (f"The model is {name!r}; expected a folder, or a name on the hub.")
     assert model_folder(Path("out")) == "out"
+
+
+def test_datasets_reads_its_cache_only_while_the_hub_is_known_not_to_answer(
+    hub: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SimpleNamespace(HF_HUB_OFFLINE=False)
+    monkeypatch.setitem(sys.modules, "datasets.config", settings)
+
+    def offline() -> tuple[bool, bool]:
+        with offline_where_unreachable():
+            return settings.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+
+    assert offline() == (False, False)  # nothing is known of it
+    monkeypatch.setitem(hub_names._problems, hub.url, "no route")
+    assert offline() == (True, True)
+    assert not settings.HF_HUB_OFFLINE and not constants.HF_HUB_OFFLINE  # a caller's stay

@@ -1,6 +1,7 @@
 """Which columns hold texts and labels by their values, as messages suggest them."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def test_a_label_has_few_values_and_a_text_is_long() -> None:
     assert likely("label", **arrays) == likely("label")
     assert likely("label", a=["x", "y", "z", "x"], b=[0.5, 0.25, 0.5, 0.25]) == ""  # 3 of 4 rows
     assert likely("text", a=["1", "22"], b=[1, 2]) == "" and likely("text", a=["a"]) == ""
+    assert likely("text", a=["long text", None, math.nan], b=["x", "y", "z"]).endswith("'a'.")
     assert "'message'" not in describe_likely(lambda: COLUMNS, ["text"], {"message"})
 
     def fails() -> dict[str, Any]:

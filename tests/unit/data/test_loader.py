@@ -40,7 +40,12 @@ from bertdist.data.loader import (
     create_train_loader,
     loader_settings,
 )
-from bertdist.data.sharding import balance_by_length, epoch_order, prefetch_to_device
+from bertdist.data.sharding import (
+    balance_by_length,
+    epoch_order,
+    iterate_loader,
+    prefetch_to_device,
+)
 from bertdist.data.stats import DatasetStats
 from bertdist.data.tokenization import Example, load_tokenizer
 from bertdist.tasks.labels import LabelStats
@@ -700,6 +705,8 @@ def test_training_batches_are_shuffled_and_others_are_in_row_order(tiny_model: P
         (4, 2, None, 1),
         (1, 1, 3, 3),
         (8, 1, 0, 0),
+        (2, 1, 8, 8),
+        (2, 1, 1000, 8),  # the rest would take memory only
     ],
 )
 def test_a_worker_has_a_core_of_its_own_unless_asked_for(
@@ -709,3 +716,13 @@ def test_a_worker_has_a_core_of_its_own_unless_asked_for(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     config = BatchConfig(dataloader_num_workers=asked)
     assert loader_settings(config, rank_of(ranks))["workers"] == workers
+
+
+def test_more_workers_than_cores_warn_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's warning would be an error here: setup.cfg."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    items: Any = [["a"], ["b", "c"]]
+    assert list(iterate_loader(items, workers=2, pin=False)) == ["a", "b", "c"]
+    with pytest.warns(UserWarning, match="This DataLoader will create 2"):  # the control
+        iter(DataLoader(items, num_workers=2, multiprocessing_context="fork"))
+    wait_for_no_children()

@@ -1266,10 +1266,10 @@ def test_one_text_is_one_row(text: str) -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["a", None], "texts[1] is None (NoneType); expected a text."),
+        (["a", None], "texts[1] is None (NoneType); expected a text. In pandas: .fillna('')."),
         (["a", b"b"], "texts[1] is b'b' (bytes); expected a text."),
         (["a", "b", 3], "texts[2] is 3 (int); expected a text."),
-        ([float("nan")], "texts[0] is nan (float); expected a text."),
+        ([float("nan")], "texts[0] is nan (float); expected a text. In pandas: .fillna('')."),
         (pd.Series(["a", None], index=[5, 5]), "texts[1] is "),
         ([("a", "b")], "texts[0] is ('a', 'b') (tuple); expected a text."),
         ([["a"]], "texts[0] is ['a'] (list); expected a text."),
