@@ -109,12 +109,12 @@ def test_weights_are_draws_with_replacement(rows: int) -> None:
 
 def test_a_table_of_another_rate_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: twice as many rows that do not come."""
-    table = intervals._poisson_table
+    table = intervals._poisson_pairs
 
     def clumped(rate: float) -> Any:
         return 2 * table(rate / 2)
 
-    monkeypatch.setattr(intervals, "_poisson_table", clumped)
+    monkeypatch.setattr(intervals, "_poisson_pairs", clumped)
     weights = np.concatenate(list(intervals._weights(400, 1000)), axis=1)
     assert (weights.sum(0) == 400).all()
     assert (weights == 0).mean() > 0.45 > 0.37 > np.exp(-1)
