@@ -349,7 +349,7 @@ class RunConfig(Section):
         "all ranks have units for it (a GPU with bf16, a CPU with AMX), else no; chosen at the "
         "first start and kept when the run resumes. Not the default: what a model learns would "
         "depend on the machine.",
-        brief="Precision of matrix products, default no",
+        brief="Precision: no, bf16, fp16 or auto, default no",
     )
     use_cpu: bool = setting(
         False,

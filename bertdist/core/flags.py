@@ -29,6 +29,7 @@ _VALUES_BY_NAME = {
     "fix": "FILE",
     "config": "FILE",
     "_dir": "FOLDER",
+    "model": "FOLDER",
     "_column": "COLUMN",
     "_columns": "COLUMN",
     "_path": "NAME",
@@ -152,7 +153,7 @@ def _width() -> int:
 def help_text(program: str, about: str, sections: Sequence[Any], everything: bool) -> str:
     """The help of a command, as wide as the terminal."""
     width = _width()
-    groups = {section._argument_group_name: flags_of(section) for section in sections}
+    groups = {section._argument_group_name: _own_first(section) for section in sections}
     config = Flag(
         "config", str, False, (), None, CONFIG_HELP, "YAML file with flags as name: value"
     )
@@ -170,6 +171,15 @@ def help_text(program: str, about: str, sections: Sequence[Any], everything: boo
         lines += ["", f"{program} --help all lists all {number} flags and their defaults;"]
         lines += ["--help NAME explains one of them."]
     return "\n".join(lines)
+
+
+def _own_first(section: Any) -> list[Flag]:
+    """The flags of a section, those that it shares with others last: the model and the rows, then
+    the columns.
+    """
+    bases = filter(dataclasses.is_dataclass, section.__mro__[1:])
+    shared = {field.name for base in bases for field in dataclasses.fields(base)}
+    return sorted(flags_of(section), key=lambda flag: flag.name in shared)
 
 
 def _head(flag: Flag) -> str:
