@@ -123,7 +123,10 @@ def make_nonfinite(rows: set[int] | None, how: str) -> Breaking:
 
 
 def skip_first_steps(steps: int) -> Breaking:
-    """No scaler; the first steps run without their optimizer step."""
+    """No scaler; the first steps run without their optimizer step.
+
+    Clipped by torch, as with a scaler: bertdist's own norm is equal to rounding only.
+    """
 
     def breaking(accelerator: Accelerator) -> None:
         apply_update, count = train.apply_update, iter(range(1, 99))
@@ -135,6 +138,9 @@ def skip_first_steps(steps: int) -> Breaking:
                 apply_update(model, optimizer, *rest)
 
         train.apply_update = some
+        train.clip_gradients = lambda model, max_norm, accelerator: accelerator.clip_grad_norm_(
+            model.parameters(), max_norm
+        )
 
     return breaking
 
