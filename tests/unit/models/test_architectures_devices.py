@@ -2,7 +2,7 @@
 and no values. Two tensors of different devices in one operator raise.
 
 Backward passes need a device that torch has here: one for Python backends stands in for CUDA ("gpu"). It has no autocast: weights are
-bf16 where attention has to get that.
+bf16 where attention has to get that. What autocast makes of float32 weights is looked at where torch is built with CUDA, also without a GPU.
 """
 
 import json
@@ -178,6 +178,47 @@ def test_a_tensor_on_another_device_is_seen() -> None:
 
     found = in_a_process(work)
     assert all("device" in error for error in found.values()), found
+
+
+@pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="needs a torch that is built with CUDA; no GPU"
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_attention_gets_half_precision(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What flash attention takes, though norms and rotations compute in float32; the ends of texts are int32."""
+    real_rows(monkeypatch)
+    asked, given = [], []
+    classifier = classifier_of(kind)
+
+    def choose_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+        asked.append((device.type, dtype))
+        return "varlen"
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, packing: Any, *rest: Any) -> Tensor:
+        assert packing.cu_seqlens.dtype == torch.int32
+        given.append({(x.device.type, x.dtype) for x in (q, k, v)})
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(attention, "select_kernel", choose_varlen)
+    monkeypatch.setattr(attention, "_varlen", watched)
+    enabled = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda")
+    try:
+        # not torch.autocast, which asks for a GPU
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        with FakeTensorMode(), torch.no_grad():
+            move(classifier, "cuda:0")
+            batch = batch_of()._map(lambda tensor: fake(tensor, "cuda:0"))
+            loss = TASK.loss(classifier.eval()(batch), batch.targets, batch.weights)
+    finally:
+        torch.set_autocast_enabled("cuda", enabled)
+        torch.set_autocast_dtype("cuda", dtype)
+    assert asked == [("cuda", torch.bfloat16)] and loss.dtype == torch.float32
+    layers = 0 if kind == "deberta-v2" else classifier.model.config.num_hidden_layers
+    assert given == [{("cuda", torch.bfloat16)}] * layers
 
 
 def test_a_graph_s_batch_stays_on_its_device() -> None:
