@@ -62,8 +62,11 @@ CASES = [
 @pytest.mark.parametrize(("task", "name"), CASES)
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_score_of_a_resample_is_that_of_the_rows_that_it_draws(
-    task: str, name: str, ties: bool
+    task: str, name: str, ties: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(intervals, "BLOCK", 32)  # several blocks
+    if ties:
+        monkeypatch.setattr(intervals, "DENSE_LABELS", 0)  # as of many labels
     kind, labels, arrays = TASKS[task]
     arrays = rounded(arrays) if ties else arrays
     losses, positive = losses_of(kind, arrays), 0
