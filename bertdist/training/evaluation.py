@@ -3,6 +3,8 @@
     evaluator = Evaluator(loader, task, config, accelerator)
     evaluation = evaluator.evaluate(model)           # scores, and predictions on rank 0
 
+`RunEvaluator` does the same while a run trains, and logs the scores and keeps the best weights.
+
 1. The rows are distributed over the ranks as in training, in row order; each rank computes its
    share.
 2. (row, logits) of all ranks are gathered once; that each row came exactly once is asserted every
