@@ -219,22 +219,25 @@ def atomic_write(path: Path, content: bytes | Iterable[bytes]) -> None:
     content: the bytes, or parts of them in their order.
     The mode of a file that is there is kept. Where it fails, nothing is left beside the file.
     """
-    partial = partial_path(path)
-    size = f"{byte_size(len(content))} needed" if isinstance(content, bytes) else ""
-    with explain_write_errors(path, size=size):
-        try:
-            with open(partial, "wb") as file:
-                if path.is_file():
-                    with suppress(OSError):  # a disk without modes
-                        os.fchmod(file.fileno(), path.stat().st_mode & 0o7777)
-                file.writelines([content] if isinstance(content, bytes) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
+    partial, done = partial_path(path), 0
+    try:
+        with open(partial, "wb") as file:
+            if path.is_file():
+                with suppress(OSError):  # a disk without modes
+                    os.fchmod(file.fileno(), path.stat().st_mode & 0o7777)
+            for part in [content] if isinstance(content, bytes) else content:
+                done += len(part)
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
             raise
+        size = f"{byte_size(done)} {'' if isinstance(content, bytes) else 'or more '}needed"
+        raise CheckpointError(f"Cannot write {path}: {_reason(error, path, size)}.") from None
 
 
 def to_json(value: Any, indent: int | None = None) -> bytes:

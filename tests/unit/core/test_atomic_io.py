@@ -213,6 +213,9 @@ def test_a_full_disk_says_what_is_needed_and_leaves_nothing(
     )
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert (tmp_path / "a.json").read_bytes() == b"old"
+    with pytest.raises(CheckpointError, match=r"\(2 KB or more needed, "):
+        atomic_write(tmp_path / "b.jsonl", (b"x" * 1000 for _ in range(2)))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
     def save(folder: Path) -> None:  # as safetensors fails
         (folder / "model.safetensors").write_bytes(b"x")
