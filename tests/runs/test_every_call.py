@@ -325,7 +325,7 @@ def test_a_checkpoint_written_in_place_would_be_damaged(
 ) -> None:
     """The control: the same kills, with folders and files that are written where they stand."""
 
-    def in_place(final: Path, fill: Callable[[Path], Any]) -> None:
+    def in_place(final: Path, fill: Callable[[Path], Any], size: int = 0) -> None:
         final.mkdir(parents=True, exist_ok=True)
         fill(final)
 
