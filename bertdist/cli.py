@@ -292,3 +292,7 @@ def _completion_parser() -> ArgumentParser:
         choices = RESOURCES if name == "info" else SHELLS
         commands.add_parser(name, help=about).add_argument(name, choices=choices)
     return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ them for its validation rows, the same on any number of ranks.
 """
 
 import os
+import shutil
 import sys
 
 if __name__ == "__main__":
@@ -24,7 +25,6 @@ if __name__ == "__main__":
     parsed_config = parse_or_exit(read_evaluate_config, check_evaluate)
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -219,21 +219,25 @@ def _rows(number: int) -> str:
 
 
 def _write(folder: Path, results: Results, records: Records, config: EvaluateConfig) -> None:
-    report, *others = (folder / name for name in (*RESULT_FILES, "bad_rows.jsonl"))
-    with explain_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        partial_path(report).touch()  # by which `check_evaluation_folder` knows one that was killed
-        for path in (report, *others):  # of an earlier evaluation
-            path.unlink(missing_ok=True)
+    """Write all files aside, then put them in the place of an earlier evaluation's."""
+    aside = partial_path(folder / RESULT_FILES[0])
+    report, *others = (*RESULT_FILES, "bad_rows.jsonl")
+    with explain_write_errors(aside):
+        shutil.rmtree(aside, ignore_errors=True)  # of one that was killed
+        aside.mkdir(parents=True)
     try:
-        bad_rows = BadRows(config.on_bad_row, config.max_bad_rows, others[-1])
+        bad_rows = BadRows(config.on_bad_row, config.max_bad_rows, aside / others[-1])
         bad_rows.add_and_write(records.bad_rows)
-        write_results(folder, results)  # the report last
-    except BaseException:
-        for path in (*others, partial_path(report)):
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
-        raise
+        write_results(aside, results)
+        with explain_write_errors(folder):
+            (folder / report).unlink(missing_ok=True)  # no scores beside rows of others
+            for name in others:
+                (folder / name).unlink(missing_ok=True)
+                if (aside / name).exists():
+                    os.replace(aside / name, folder / name)
+            os.replace(aside / report, folder / report)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def run(config: EvaluateConfig) -> int:

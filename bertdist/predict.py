@@ -39,7 +39,7 @@ from torch import Tensor
 from transformers import __version__ as transformers_version
 
 from bertdist import __version__
-from bertdist.core.atomic_io import weights_digest
+from bertdist.core.atomic_io import file_digests, file_stats
 from bertdist.core.config import ModelConfig, PredictConfig, RunConfig
 from bertdist.core.errors import BertdistError, ConfigError, DataError, ModelError, listed
 from bertdist.core.hub import model_folder
@@ -140,6 +140,8 @@ class Predictor:
         if max_length is not None and (type(max_length) is not int or max_length < 3):
             raise ConfigError(f"max_length is {max_length!r}; expected a number of at least 3.")
         self.folder = folder = model_folder(folder)
+        self._source = Path(folder).expanduser().absolute()
+        self._stats = file_stats(self._source)  # before they are read
         self.stop = stop
         self.accelerator = accelerator or create_accelerator(RunConfig())
         # metadata: max_length, text_column and text_pair_column of the training.
@@ -163,11 +165,18 @@ class Predictor:
         self.model.to(self.accelerator.device).eval()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What it is made of, without weights, device and `stop`."""
-        folder = Path(self.folder).expanduser()
+        """What it is made of, without weights, device and `stop`.
+
+        Raises ModelError where the folder has changed since it was loaded.
+        """
+        if file_stats(self._source) != self._stats:
+            raise ModelError(
+                f"{self._source} has changed since this Predictor loaded it: make a new Predictor "
+                "to pickle it."
+            )
         return {
-            "folder": str(folder.absolute()) if folder.is_dir() else self.folder,
-            "weights": weights_digest(folder),
+            "folder": str(self._source) if self._stats else self.folder,  # else of the hub
+            "digests": file_digests(self._source),
             "max_length": self.max_length,
             "tokens_per_micro_batch": self.tokens_per_micro_batch,
             "mixed_precision": self.accelerator.mixed_precision,
@@ -175,10 +184,10 @@ class Predictor:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Raises ModelError where the folder is not there, or has other weights by now."""
+        """Raises ModelError where the folder is not there, or has other files by now."""
         folder = state["folder"]
-        if (weights := state["weights"]) and weights != weights_digest(Path(folder)):
-            found = "has other weights since" if Path(folder).is_dir() else "is not there"
+        if (digests := state["digests"]) and digests != file_digests(Path(folder)):
+            found = "has other files since" if Path(folder).is_dir() else "is not there"
             raise ModelError(f"The Predictor was pickled with {folder}, which {found}.")
         run = RunConfig(use_cpu=state["use_cpu"], mixed_precision=state["mixed_precision"])
         self.__init__(  # type: ignore[misc]  # as pickle has made it without

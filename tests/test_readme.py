@@ -33,6 +33,7 @@ PROGRAMS = {
     "bench/reading.py": "reading",
     "bench/compiled.py": "compiled",
     "bench/startup.py": "startup",
+    "bench/gpu.py": "gpu",
 }
 OTHER_PROGRAMS = {
     "git",
@@ -144,7 +145,7 @@ def flags_of(program: str) -> frozenset[str]:
     """The flags of train, predict, check, demo, a benchmark or `accelerate launch`."""
     from accelerate.commands.launch import launch_command_parser
 
-    from bench import compiled, peers, reading, scaling, startup
+    from bench import compiled, gpu, peers, reading, scaling, startup
     from bertdist.core.config import EvaluateConfig, PredictConfig, TrainConfig
     from bertdist.data_quality.config import CheckConfig, LabelIssueConfig
 
@@ -152,9 +153,10 @@ def flags_of(program: str) -> frozenset[str]:
         return frozenset(
             word for action in launch_command_parser()._actions for word in action.option_strings
         )
-    if program in ("compiled", "peers", "reading", "scaling", "startup"):
+    if program in ("compiled", "gpu", "peers", "reading", "scaling", "startup"):
         parser = {
             "compiled": compiled,
+            "gpu": gpu,
             "peers": peers,
             "reading": reading,
             "scaling": scaling,

@@ -196,6 +196,20 @@ def weights_digest(folder: Path) -> str:
     return " ".join(files[name][1] for name in sorted(files) if name.endswith(".safetensors"))
 
 
+def file_stats(folder: Path) -> dict[str, tuple[int, int]]:
+    """Name -> bytes and time of the last change (ns) of the files in a folder; {} if it is none."""
+    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in _files(folder)}
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Name -> digest of the files in a folder; {} if it is none."""
+    return {path.name: _digest(path) for path in _files(folder)}
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+
+
 def move_aside(path: Path, suffix: str) -> Path:
     """Rename it to `path.suffix`, or `path.suffix-2`, ...; returns the new name."""
     aside = unused_path(path.with_name(f"{path.name}.{suffix}"))

@@ -361,16 +361,18 @@ def test_a_predictor_can_be_pickled(
     monkeypatch.chdir(tmp_path)
     predictor = bertdist.Predictor("model", max_length=64, tokens_per_micro_batch=256)
     texts = [row["text"] for row in make_rows(30)]
+    monkeypatch.chdir("/")  # from where its name is that of no folder
     pickled = pickle.dumps(predictor)
     assert len(pickled) < 2000 < sum(x.nbytes for x in predictor.model.state_dict().values())
-    monkeypatch.chdir("/")  # the other process may be anywhere
     other = pickle.loads(pickled)
     assert (other.max_length, other.tokens_per_micro_batch) == (64, 256)
     assert (other.probabilities(texts) == predictor.probabilities(texts)).all()
     manifest = copy / "manifest.json"  # the control: other weights
     manifest.write_text(manifest.read_text().replace('"xxh3_128": "', '"xxh3_128": "0'))
-    with pytest.raises(ModelError, match="model, which has other weights since"):
+    with pytest.raises(ModelError, match="model, which has other files since"):
         pickle.loads(pickled)
+    with pytest.raises(ModelError, match="model has changed since this Predictor loaded it"):
+        pickle.dumps(predictor)
     shutil.rmtree(copy)
     with pytest.raises(ModelError, match="model, which is not there"):
         pickle.loads(pickled)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,19 +33,42 @@ def test_the_folder_of_an_evaluation_that_was_killed_is_taken_again(
         (folder / "predictions.jsonl").write_text("")
         os._exit(9)
 
-    evaluation._write(folder, RESULTS, RECORDS, config)
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "write_results", killed)
         if not (child := os.fork()):
             evaluation._write(folder, RESULTS, RECORDS, config)
         os.waitpid(child, 0)
-    assert names(folder) == [".evaluation.json.partial", "predictions.jsonl"]  # no scores
+    assert names(folder) == [".evaluation.json.partial"]
     check_evaluation_folder(folder)
-    (folder / ".evaluation.json.partial").unlink()  # the control: predictions of whom?
+    (folder / "predictions.jsonl").touch()  # killed when it took the place of an earlier one
+    check_evaluation_folder(folder)
+    shutil.rmtree(folder / ".evaluation.json.partial")  # the control: predictions of whom?
     with pytest.raises(ConfigError, match=r"holds 'predictions\.jsonl', which no evaluation wrote"):
         check_evaluation_folder(folder)
     evaluation._write(folder, RESULTS, RECORDS, config)
     assert names(folder) == ["errors.jsonl", "evaluation.json", "predictions.jsonl"]
+
+
+def test_an_evaluation_that_cannot_be_written_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, write = tmp_path / "scores", evaluation.write_results
+    evaluation._write(folder, RESULTS, RECORDS, EvaluateConfig(model="out"))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    rows = RESULTS.__dict__ | {"predictions": [{"row": 0}]}
+    others: Any = SimpleNamespace(**rows)
+
+    def full(folder: Path, results: Any) -> None:
+        write(folder, results)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "write_results", full)
+        with pytest.raises(OSError, match="No space left"):
+            evaluation._write(folder, others, RECORDS, EvaluateConfig(model="out"))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    evaluation._write(folder, others, RECORDS, EvaluateConfig(model="out"))  # the control
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} != before
 
 
 def test_an_evaluation_that_cannot_be_written_leaves_nothing(
