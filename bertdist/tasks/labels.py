@@ -253,6 +253,12 @@ def infer_problem_type(
             )
         return Inferred(requested)
     if is_set:
+        row_of = {
+            str(name): label for label in labels if isinstance(label, tuple) for name in label
+        }
+        if (joined := find_joined(row_of)) is not None:  # by another separator than the one given
+            where = locate(row_of[joined[1]])
+            raise DataError(_describe_joined(*joined, where, MULTI_LABEL))
         return _infer_set(labels, locate)
     if names is not None:
         index = LabelIndex(names)
@@ -264,7 +270,7 @@ def infer_problem_type(
         raise DataError(_describe_truth_values(spelled, locate))
     if not numbers or len(numbers) < len(labels):
         if (joined := find_joined(labels)) is not None:
-            raise DataError(_describe_joined(*joined, locate))
+            raise DataError(_describe_joined(*joined, locate(joined[1]), SINGLE_LABEL))
         if odd := non_numeric_labels(labels):
             raise DataError(_describe_odd(odd, labels, locate))
         return Inferred(SINGLE_LABEL, _describe_numbers_and_names(labels, numbers, locate))
@@ -430,13 +436,13 @@ def find_joined(labels: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
-def _describe_joined(separator: str, label: str, locate: Callable[[Any], str]) -> str:
+def _describe_joined(separator: str, label: str, where: str, problem_type: str) -> str:
     shown = {" ": "space", "\t": "tab"}.get(separator, separator)
     is_number_too = separator == "," and is_number(label.replace(",", ".", 1))
     decimal = " Numbers must have a decimal point." if is_number_too else ""
     return (
-        f"{locate(label)}: label {quoted(label)} looks like several labels joined by {shown!r}. "
-        f"Pass --label_delimiter {shown!r} to split them, or --problem_type {SINGLE_LABEL} to keep "
+        f"{where}: label {quoted(label)} looks like several labels joined by {shown!r}. "
+        f"Pass --label_delimiter {shown!r} to split them, or --problem_type {problem_type} to keep "
         f"each as one class.{decimal}"
     )
 

@@ -218,6 +218,14 @@ def test_joined_labels_are_told_by_their_parts(labels: list[str], separator: str
         assert infer_problem_type(SINGLE, Counter(labels)).problem_type == SINGLE
 
 
+def test_lists_whose_labels_are_joined_by_another_separator_are_told() -> None:
+    lists = [("joy;anger",), ("joy",), ("anger",), ("joy", "fear")]
+    with pytest.raises(DataError, match=r"label 'joy;anger' looks like several .* joined by ';'"):
+        inferred(lists)
+    assert infer_problem_type(MULTI, Counter(lists)).problem_type == MULTI
+    assert inferred([("joy", "anger"), ("joy",), ("a;b",)]) == MULTI  # the control
+
+
 def test_a_decimal_comma_is_told() -> None:
     for labels, told in ((["0,5", "1,25"], True), (["a,b", "a", "b"], False)):
         with pytest.raises(DataError) as caught:
