@@ -290,6 +290,8 @@ def choose_precision(
     chosen: Precision
     if began and asked in ("auto", began):
         chosen, note = cast(Precision, began), "as this run began"
+        if is_initialized():  # accelerate has one precision per process
+            note = "as the Accelerator of this process has it"
         if began == "bf16" and emulates:
             note += f"; {lack} neither AMX nor AVX512_BF16 and emulates it, slowly"
     elif asked == "bf16":

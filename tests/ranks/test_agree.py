@@ -85,7 +85,7 @@ def no_state() -> None:
             2,
             0,
             full_disk_for_best,
-            "best: No space left on device. What was there before is untouched.",
+            "best: No space left on device (about ",
         ),
     ],
 )

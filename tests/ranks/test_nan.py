@@ -20,6 +20,7 @@ from rows import (
     at_step,
     both,
     checkpoints_of,
+    clip_with_torch,
     die,
     json_of,
     last_checkpoint,
@@ -566,6 +567,7 @@ def check_late(accelerator: Accelerator) -> None:
 
 def usual_tables(accelerator: Accelerator) -> None:
     ReusedGradientEmbedding.forward = nn.Embedding.forward  # type: ignore[method-assign]
+    clip_with_torch(accelerator)
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -388,7 +388,7 @@ def test_checkpoint_written_in_place_is_detected(runs: Runs, tmp_path: Path) -> 
     """Negative control: the same kill with a write_folder that writes in place leaves damage."""
 
     def in_place(accelerator: Accelerator) -> None:
-        def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
+        def write_folder(final: Path, fill: Callable[[Path], None], size: int) -> None:
             final.mkdir(parents=True, exist_ok=True)
             fill(final)
 

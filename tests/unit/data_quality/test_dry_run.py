@@ -69,6 +69,7 @@ def test_auto_is_what_this_machine_would_compute_in(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(launch, "cpu_has_amx", lambda: has_bf16)
+    monkeypatch.setattr(launch, "is_initialized", lambda: False)  # other tests have an Accelerator
     files = write_split(tmp_path, 43)
     words = words_of(tiny_model, tmp_path / "out", files, mixed_precision="auto", use_cpu=True)
     out = run_dry(words, capsys, monkeypatch)[1]

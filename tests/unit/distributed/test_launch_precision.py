@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, is_initialized
 from forked import run_ranks
 
 from bertdist.core.args import read_config
@@ -22,6 +22,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    # other tests of this process have an Accelerator
+    monkeypatch.setattr(launch, "is_initialized", lambda: False)
 
 
 def on(
@@ -175,6 +177,7 @@ def made(
     rank = accelerator.process_index
     for state in (AcceleratorState, GradientState):
         state._reset_state()
+    launch.is_initialized = is_initialized
     launch.cpu_has_bf16 = launch.cpu_has_amx = lambda: units[rank]
     launch.first_precision = lambda run: began[rank]
     notes: list[str] = []
@@ -208,6 +211,7 @@ def test_a_second_run_of_a_process_has_the_precision_of_the_first(
     """As folds have: accelerate has one per process."""
 
     def several(accelerator: Accelerator) -> list[str]:
+        launch.is_initialized = is_initialized
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
         found = []
