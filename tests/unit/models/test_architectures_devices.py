@@ -6,15 +6,17 @@ bf16 where attention has to get that. What autocast makes of float32 weights is 
 """
 
 import json
+import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from forked import run_ranks
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -110,15 +112,18 @@ def train_once(classifier: Classifier, batch: PackedBatch, kernel: str) -> dict[
 
 
 def in_a_process(work: Callable[[pytest.MonkeyPatch], Any]) -> Any:
-    """The answer of a fork in which the device "gpu" exists."""
+    """The answer of a function of this module in a new process, where the device "gpu" exists.
 
-    def of_rank(accelerator: Accelerator) -> str:
-        _setup_privateuseone_for_python_backend("gpu")
-        with pytest.MonkeyPatch.context() as patch:
-            real_rows(patch)
-            return json.dumps(work(patch))
-
-    return json.loads(run_ranks(1, of_rank, timeout=200)[0])
+    Not of a fork: torch counts the devices at its first backward pass.
+    """
+    root = Path(__file__).parents[3]
+    command = [sys.executable, __file__, work.__name__]
+    paths = os.pathsep.join([str(root), str(root / "tests")])
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def choose(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,22 +134,22 @@ def choose(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def all_steps(patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A step of each kind with each kernel: what came of it, or the error."""
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        for kernel in ("varlen", "padded"):
+            choose(kernel, patch)
+            try:
+                found[f"{kind} {kernel}"] = train_once(classifier_of(kind), batch_of(), kernel)
+            except Exception:
+                found[f"{kind} {kernel}"] = traceback.format_exc()
+    return found
+
+
 @pytest.fixture(scope="module")
 def steps() -> dict[str, Any]:
-    """A step of each kind with each kernel: what came of it, or the error."""
-
-    def work(patch: pytest.MonkeyPatch) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for kind in KINDS:
-            for kernel in ("varlen", "padded"):
-                choose(kernel, patch)
-                try:
-                    found[f"{kind} {kernel}"] = train_once(classifier_of(kind), batch_of(), kernel)
-                except Exception:
-                    found[f"{kind} {kernel}"] = traceback.format_exc()
-        return found
-
-    found: dict[str, Any] = in_a_process(work)
+    found: dict[str, Any] = in_a_process(all_steps)
     return found
 
 
@@ -156,27 +161,27 @@ def test_a_step_is_on_one_device(kind: str, kernel: str, steps: dict[str, Any]) 
     assert found["gradients"] == found["weights"] > 10
 
 
+def steps_with_a_tensor_left_behind(patch: pytest.MonkeyPatch) -> dict[str, str]:
+    choose("varlen", patch)
+    found = {}
+    for left in ("positions", "token_type_ids", "targets", "weights"):
+        classifier = classifier_of("bert")
+        with FakeTensorMode():
+            move(classifier, "gpu:0", torch.bfloat16)
+            batch = batch_of()._map(lambda tensor: fake(tensor, "gpu:0"))
+            there = fake(getattr(batch, left), "cpu")
+            batch = replace(batch, **{left: there})
+            try:
+                TASK.loss(classifier(batch), batch.targets, batch.weights).backward()
+                found[left] = "nothing"
+            except RuntimeError as error:
+                found[left] = str(error)
+    return found
+
+
 def test_a_tensor_on_another_device_is_seen() -> None:
     """The control: a tensor of the batch that is left on the CPU."""
-
-    def work(patch: pytest.MonkeyPatch) -> dict[str, str]:
-        choose("varlen", patch)
-        found = {}
-        for left in ("positions", "token_type_ids", "targets", "weights"):
-            classifier = classifier_of("bert")
-            with FakeTensorMode():
-                move(classifier, "gpu:0", torch.bfloat16)
-                batch = batch_of()._map(lambda tensor: fake(tensor, "gpu:0"))
-                there = fake(getattr(batch, left), "cpu")
-                batch = replace(batch, **{left: there})
-                try:
-                    TASK.loss(classifier(batch), batch.targets, batch.weights).backward()
-                    found[left] = "nothing"
-                except RuntimeError as error:
-                    found[left] = str(error)
-        return found
-
-    found = in_a_process(work)
+    found = in_a_process(steps_with_a_tensor_left_behind)
     assert all("device" in error for error in found.values()), found
 
 
@@ -221,15 +226,23 @@ def test_under_autocast_attention_gets_half_precision(
     assert given == [{("cuda", torch.bfloat16)}] * layers
 
 
-def test_a_graph_s_batch_stays_on_its_device() -> None:
-    def work(patch: pytest.MonkeyPatch) -> list[str]:
-        with FakeTensorMode():
-            batch = batch_of()._map(lambda tensor: fake(tensor, "gpu:0"))
-            patch.setattr(
-                torch, "from_numpy", lambda array: fake(torch.ones(len(array)), "gpu:0").long()
-            )
-            padded = pad_batch(batch, 64, 8, 32)
-            assert padded is not None
-            return sorted({str(x.device) for x in vars(padded).values() if isinstance(x, Tensor)})
+def devices_of_a_graph_s_batch(patch: pytest.MonkeyPatch) -> list[str]:
+    with FakeTensorMode():
+        batch = batch_of()._map(lambda tensor: fake(tensor, "gpu:0"))
+        patch.setattr(
+            torch, "from_numpy", lambda array: fake(torch.ones(len(array)), "gpu:0").long()
+        )
+        padded = pad_batch(batch, 64, 8, 32)
+        assert padded is not None
+        return sorted({str(x.device) for x in vars(padded).values() if isinstance(x, Tensor)})
 
-    assert in_a_process(work) == ["gpu:0"]
+
+def test_a_graph_s_batch_stays_on_its_device() -> None:
+    assert in_a_process(devices_of_a_graph_s_batch) == ["gpu:0"]
+
+
+if __name__ == "__main__":  # `in_a_process`
+    _setup_privateuseone_for_python_backend("gpu")
+    with pytest.MonkeyPatch.context() as in_main:
+        real_rows(in_main)
+        print(json.dumps(globals()[sys.argv[1]](in_main)))
