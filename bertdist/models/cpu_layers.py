@@ -104,7 +104,8 @@ def gradient_norm(model: nn.Module) -> Tensor:
     By scalar products: 5 times as fast as `torch.linalg.vector_norm`, and equal to rounding.
     """
     gradients = [gradient.flatten() for _, gradient, _ in _written_gradients(model)]
-    return torch.stack([gradient.dot(gradient) for gradient in gradients]).sum().sqrt()
+    squares = [gradient.dot(gradient) for gradient in gradients]
+    return torch.stack(squares).sum().sqrt() if squares else torch.tensor(0.0)
 
 
 def scale_gradients(model: nn.Module, factor: Tensor) -> None:

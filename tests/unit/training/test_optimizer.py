@@ -344,6 +344,10 @@ def test_the_norm_of_many_gradients_is_exact_to_rounding() -> None:
     ).abs() > 5e-5  # the control: torch 2.13 sums squares one after the other
 
 
+def test_the_norm_of_no_gradients_is_zero() -> None:
+    assert clip_gradients(Table(), 1.0, Accelerator(cpu=True)) == 0
+
+
 def test_a_norm_that_is_not_finite_spreads_as_with_torch() -> None:
     model = Table()
     model.backward()
