@@ -14,7 +14,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -242,6 +242,23 @@ def run_train(
     with contextlib.redirect_stderr(io.StringIO()) as said:
         progress = train_module.train(read_config(words))
     return progress, seen, said.getvalue()
+
+
+def skip_updates(steps: Collection[int]) -> Breaking:
+    """These steps (from 1) run without their optimizer step."""
+
+    def breaking(accelerator: Accelerator) -> None:
+        apply_update, count = train_module.apply_update, iter(range(1, 99))
+
+        def some(model: Any, optimizer: Any, *rest: Any) -> None:
+            if next(count) in steps:
+                model.zero_grad(set_to_none=True)
+            else:
+                apply_update(model, optimizer, *rest)
+
+        train_module.apply_update = some
+
+    return breaking
 
 
 def clip_with_torch(accelerator: Accelerator) -> None:

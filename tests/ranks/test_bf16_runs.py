@@ -25,6 +25,7 @@ from rows import (
     make_rows,
     rows_by_step,
     run_train,
+    skip_updates,
     step_log,
     tensors_of,
 )
@@ -191,15 +192,7 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(runs: Runs, tmp_path:
 
     def skip(accelerator: Accelerator, steps: list[int]) -> None:
         in_bf16(accelerator)
-        apply_update, count = train.apply_update, iter(range(1, 99))
-
-        def some(model: Any, optimizer: Any, *rest: Any) -> None:
-            if next(count) in steps:
-                model.zero_grad(set_to_none=True)
-            else:
-                apply_update(model, optimizer, *rest)
-
-        train.apply_update = some
+        skip_updates(steps)(accelerator)
 
     settings = {**SETTINGS, "on_nan": "skip", "max_train_steps": 5, "save_every": "never"}
 

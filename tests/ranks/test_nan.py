@@ -26,6 +26,7 @@ from rows import (
     last_checkpoint,
     run_main,
     run_train,
+    skip_updates,
     some_of,
     step_log,
     tensors_of,
@@ -231,24 +232,6 @@ def test_resume_between_skipped_steps_equals_uninterrupted(
     ]
 
 
-def skip_by_hand(steps: list[int]) -> Breaking:
-    """These steps (from 1) run without their optimizer step."""
-
-    def breaking(accelerator: Accelerator) -> None:
-        apply_update = train.apply_update
-        count = iter(range(1, 99))
-
-        def some(model: Any, optimizer: Any, *rest: Any) -> None:
-            if next(count) in steps:
-                model.zero_grad(set_to_none=True)
-            else:
-                apply_update(model, optimizer, *rest)
-
-        train.apply_update = some
-
-    return breaking
-
-
 @pytest.mark.parametrize("n", RANKS)
 def test_a_skipped_step_changes_nothing_but_itself(
     skipped: Skipped, tmp_path: Path, n: int
@@ -256,7 +239,7 @@ def test_a_skipped_step_changes_nothing_but_itself(
     """Bit for bit the weights of a run with finite rows and the same steps skipped by hand."""
     out, _ = skipped.run(n)
     steps = sorted({line["step"] for line in json_of(out / "nan_rows.jsonl")})
-    run_ranks(n, run_train, skipped.words(tmp_path / "by_hand"), skip_by_hand(steps))
+    run_ranks(n, run_train, skipped.words(tmp_path / "by_hand"), skip_updates(steps))
     for mine, other in zip(
         sorted((out / "checkpoints").iterdir()),
         sorted((tmp_path / "by_hand" / "checkpoints").iterdir()),
@@ -267,7 +250,7 @@ def test_a_skipped_step_changes_nothing_but_itself(
         assert all(torch.equal(mine_all[name], others[name]) for name in mine_all)
     if n > 1:
         return
-    run_ranks(n, run_train, skipped.words(tmp_path / "control"), skip_by_hand(steps[1:]))
+    run_ranks(n, run_train, skipped.words(tmp_path / "control"), skip_updates(steps[1:]))
     with pytest.raises(AssertionError):
         assert_same_run(tmp_path / "control", tmp_path / "by_hand")
 

@@ -26,13 +26,13 @@ from rows import (
     last_checkpoint,
     rows_by_step,
     run_train,
+    skip_updates,
     some_of,
     step_log,
     tensors_of,
     words_of,
     write_split,
 )
-from rows import train_module as train
 from torch import Tensor
 from torch.amp import GradScaler
 
@@ -125,20 +125,7 @@ def make_nonfinite(rows: set[int] | None, how: str) -> Breaking:
 
 def skip_first_steps(steps: int) -> Breaking:
     """No scaler; the first steps run without their optimizer step."""
-
-    def breaking(accelerator: Accelerator) -> None:
-        apply_update, count = train.apply_update, iter(range(1, 99))
-
-        def some(model: Any, optimizer: Any, *rest: Any) -> None:
-            if next(count) <= steps:
-                model.zero_grad(set_to_none=True)
-            else:
-                apply_update(model, optimizer, *rest)
-
-        train.apply_update = some
-        clip_with_torch(accelerator)
-
-    return breaking
+    return all_of(skip_updates(range(1, steps + 1)), clip_with_torch)
 
 
 def overflows(out: Path) -> int:
