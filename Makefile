@@ -40,6 +40,7 @@ bench: dev  ## Measure bertdist and its peers on this machine and write docs/ben
 	$(BIN)/python -m bench.peers
 	! grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo || $(BIN)/python -m bench.peers --mixed_precision bf16 --contenders a,b,c
 	$(BIN)/python -m bench.peers --prediction
+	! grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo || $(BIN)/python -m bench.peers --prediction --mixed_precision bf16
 	$(BIN)/python -m bench.scaling --train_file demo/data/train.tsv --output docs/benchmarks.md
 	$(BIN)/python -m bench.reading --train_file demo/data/train.tsv --output docs/streaming.md
 

@@ -165,15 +165,23 @@ def ratio_table(
 
 
 def prediction_table(
-    names: Mapping[str, str], runs: Mapping[str, Sequence[PredictResult]], ours: str = "bertdist"
+    names: Mapping[str, str],
+    runs: Mapping[str, Sequence[PredictResult]],
+    truth: Sequence[str],
+    ours: str = "bertdist",
 ) -> str:
-    """One line per contender: rows/s, memory, and the ratio of `ours` to it, per repetition."""
+    """One line per contender: rows/s, memory, accuracy, the ratio of `ours` to it per repetition,
+    and what differs from the answers of the first contender. truth: the labels of the texts.
+    """
+    reference = next(iter(runs))
     table = [
         [
             "",
             "rows/s",
             "peak memory, MiB",
             f"{names[ours]} to it, rows/s",
+            "accuracy",
+            "other labels",
             "largest difference of a score",
         ]
     ]
@@ -182,17 +190,42 @@ def prediction_table(
         ratio = format_spread(
             [run.seconds / own.seconds for own, run in zip(runs[ours], found, strict=True)], 2
         )
-        furthest = max(difference(own, run) for own, run in zip(runs[ours], found, strict=True))
-        same = ["", ""] if key == ours else [f"{ratio} x", f"{furthest:.1e}"]
+        pairs = list(zip(runs[reference], found, strict=True))
+        differing = [""] * 2
+        if key != reference:
+            others = max(other_labels(one, run) for one, run in pairs)
+            furthest = max(difference(one, run) for one, run in pairs)
+            differing = [str(others), f"{furthest:.1e}"]
         table.append(
-            [names[key], rows, format_spread([run.process_mib for run in found], 0), *same]
+            [
+                names[key],
+                rows,
+                format_spread([run.process_mib for run in found], 0),
+                "" if key == ours else f"{ratio} x",
+                format_spread([accuracy(run, truth) for run in found], 4),
+                *differing,
+            ]
         )
     return markdown(table)
 
 
+def accuracy(run: PredictResult, truth: Sequence[str]) -> float:
+    """Share of the answers with the right label."""
+    pairs = zip(run.answers, truth, strict=True)
+    return sum(answer[0] == label for answer, label in pairs) / len(truth)
+
+
+def other_labels(one: PredictResult, other: PredictResult) -> int:
+    """Texts with different labels."""
+    return sum(a[0] != b[0] for a, b in zip(one.answers, other.answers, strict=True))
+
+
 def difference(one: PredictResult, other: PredictResult) -> float:
-    """Largest difference between two scores of a text."""
-    return max(abs(a[1] - b[1]) for a, b in zip(one.answers, other.answers, strict=True))
+    """Largest difference between two scores of a text, of the same label (of two labels)."""
+    return max(
+        abs(a[1] - (b[1] if a[0] == b[0] else 1 - b[1]))
+        for a, b in zip(one.answers, other.answers, strict=True)
+    )
 
 
 def assert_same_answers(runs: Mapping[str, PredictResult], tolerance: float = 1e-4) -> None:

@@ -28,8 +28,10 @@ CONTENDERS = {  # bench/contenders.py runs them
 PREDICTORS = {
     "bertdist": "bertdist.predict",
     "pipeline": "pipeline",
+    "sorted": "pipeline, texts sorted by length",
     "onnx": "ONNX Runtime",
 }  # bench/prediction.py runs them
+FLOAT32 = {"float32": "bertdist.predict, float32"}  # what answers in bf16 are compared with
 
 Child = Callable[[str, dict[str, Any]], dict[str, Any]]  # (kind of job, job) -> answer
 

@@ -3,6 +3,7 @@
     python -m bench.peers                # training: MiniLM-L6 and the reviews of launch/demo.py
     python -m bench.peers --random_bert_base --steps 20 --steps_padded 8
     python -m bench.peers --prediction   # Predictor, pipeline, ONNX Runtime
+    python -m bench.peers --prediction --mixed_precision bf16   # the same in bf16, beside float32
     python -m bench.peers --accuracy     # bertdist and Trainer, one epoch, several seeds; slow
     python -m bench.peers --accuracy_in_bf16 # bertdist in float32 and in bf16, the same way
 
@@ -16,7 +17,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from bench import figures, machine, page
 from bench.flops import read_shape
 from bench.jobs import (
     CONTENDERS,
+    FLOAT32,
     PREDICTORS,
     BenchError,
     Child,
@@ -152,7 +154,7 @@ def parser() -> argparse.ArgumentParser:
         "--mixed_precision",
         choices=["no", "bf16"],
         default="no",
-        help="Precision of matrix products in training.",
+        help="Precision of matrix products, in training or prediction.",
     )
     add("--use_cpu", action="store_true", help="Use the CPU even if there is a GPU.")
     add(
@@ -276,10 +278,12 @@ def prediction(at: Stage) -> Section:
     """Train a classifier, then predict with all contenders in turns."""
     args = at.args
     log("training the model whose predictions are compared")
-    at.train("a", max(args.predictor_steps, args.untimed_steps + 1), args.seed, keep="predictor")
+    steps = max(args.predictor_steps, args.untimed_steps + 1)
+    at.train("a", steps, args.seed, keep="predictor", precision="no")
     model, onnx = str(at.folder / "predictor" / "best"), None
-    skipped = " ONNX Runtime was not run: onnx and onnxruntime are not installed."
-    if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
+    in_bf16 = args.mixed_precision == "bf16"
+    skipped = " ONNX Runtime was not run: onnx and onnxruntime are not installed." * (not in_bf16)
+    if not in_bf16 and importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
         onnx, skipped = str(at.folder / "model.onnx"), ""
         at.run_job("export", model=model, path=onnx)
     job = PredictJob(
@@ -293,37 +297,50 @@ def prediction(at: Stage) -> Section:
         threads=args.threads,
         use_cpu=args.use_cpu,
     )
-    runs: dict[str, list[PredictResult]] = {key: [] for key in PREDICTORS if key != "onnx" or onnx}
-    for _ in range(args.repetitions):
-        for key in runs:
-            found = PredictResult(**at.run_job("predict", **asdict(replace(job, contender=key))))
+    names = {**FLOAT32, **PREDICTORS} if in_bf16 else PREDICTORS
+    names = {key: name for key, name in names.items() if key != "onnx" or onnx}
+    precisions = {key: "bf16" if in_bf16 and key not in FLOAT32 else "no" for key in names}
+    runs: dict[str, list[PredictResult]] = {key: [] for key in names}
+    for repetition in range(args.repetitions):
+        first = repetition % len(names)
+        for key in [*names][first:] + [*names][:first]:
+            asked = {**asdict(job), "contender": key, "mixed_precision": precisions[key]}
+            found = PredictResult(**at.run_job("predict", **asked))
             runs[key].append(found)
             rate, memory = len(found.answers) / found.seconds, found.process_mib
-            log(f"{PREDICTORS[key]}: {rate:,.0f} rows/s, {memory:,.0f} MiB")
-        figures.assert_same_answers({key: of[-1] for key, of in runs.items()})
-    log(f"all {job.rows} predictions agree: the same labels, scores within 1e-4")
-    device = runs["bertdist"][0].device
+            log(f"{names[key]}: {rate:,.0f} rows/s, {memory:,.0f} MiB")
+        if not in_bf16:
+            figures.assert_same_answers({key: of[-1] for key, of in runs.items()})
+    device, dtype = runs["bertdist"][0].device, "bfloat16" if in_bf16 else "float32"
+    agree = (
+        "Other labels, and the largest difference of the score of a label, are those to float32."
+        if in_bf16
+        else "All give the same labels, and scores within 1e-4; that is checked in every "
+        "repetition."
+    )
     parts = [
         at.heading(
-            f"Prediction, {machine.kind(device)}, float32", device, ["onnxruntime"] if onnx else []
+            f"Prediction, {machine.kind(device)}, {dtype}",
+            device,
+            ["onnxruntime"] if "onnx" in names else [],
         ),
         f"{job.rows:,} texts, from text to label and score; loading and a first call on 64 texts "
         f"are not timed. {args.repetitions} repetitions in turns, each run in its own process: "
-        f"median (min-max). pipeline and ONNX Runtime: batches of {args.batch_size} in the order "
-        "of the texts, padded to the longest. All give the same labels, and scores within 1e-4; "
-        "that is checked in every repetition."
-        f"{skipped if device == 'cpu' else ' ONNX Runtime ran on the CPU.'}",
-        figures.prediction_table(PREDICTORS, runs),
+        f"median (min-max). The others get batches of {args.batch_size}, padded to the longest, in "
+        "the order of the texts or sorted by their length, sorting included. Accuracy is that of a "
+        f"model after {steps} steps on rows of this file, to compare only. {agree}"
+        f"{skipped if device == 'cpu' or in_bf16 else ' ONNX Runtime ran on the CPU.'}",
+        figures.prediction_table(names, runs, at.labels_of(job.rows)),
     ]
     spreads = {
         key: figures.spread([len(run.answers) / run.seconds for run in of])
         for key, of in runs.items()
     }
     record: dict[str, Any] = {
-        "title": f"{at.title}, {machine.kind(device)}, float32",
+        "title": f"{at.title}, {machine.kind(device)}, {dtype}",
         "unit": "rows/s in prediction",
     }
-    record["bars"] = page.bars(PREDICTORS, spreads)
+    record["bars"] = page.bars(names, spreads)
     record["runs"] = {
         key: [
             {"seconds": run.seconds, "rows": len(run.answers), "process_mib": run.process_mib}
@@ -331,7 +348,8 @@ def prediction(at: Stage) -> Section:
         ]
         for key, of in runs.items()
     }
-    return Section(f"prediction-{page.slug(f'{machine.kind(device)} {at.title}')}", parts, record)
+    kind = page.slug(f"{machine.kind(device)} {'bfloat16 ' * in_bf16}{at.title}")
+    return Section(f"prediction-{kind}", parts, record)
 
 
 Compared = dict[str, tuple[str, str, str | None]]  # key -> (name, contender, precision)

@@ -1,8 +1,8 @@
-"""Three ways to predict the same texts in order: bertdist's Predictor, pipeline and ONNX Runtime.
+"""Ways to predict the same texts: bertdist's Predictor, pipeline and ONNX Runtime.
 
 All in float32, or what the job asks for, from texts to (label, score), with tokenization. pipeline
-and ONNX Runtime get batches of `batch_size` texts in their order, padded to the longest; Predictor
-sorts by itself.
+and ONNX Runtime get batches of `batch_size` texts in their order, padded to the longest; pipeline
+once more with the texts sorted by their length, as a user would do it. Predictor sorts by itself.
 """
 
 import json
@@ -27,9 +27,13 @@ Answering = Callable[[Sequence[str]], Answers]
 def predict(job: PredictJob) -> PredictResult:
     """Load, predict some texts, then predict all and measure the time."""
     texts, _ = read_rows(job.rows_file, job.rows)
-    answer = {"bertdist": with_bertdist, "pipeline": with_pipeline, "onnx": with_onnx}[
-        job.contender
-    ](job)
+    answer = {
+        "bertdist": with_bertdist,
+        "float32": with_bertdist,
+        "pipeline": with_pipeline,
+        "sorted": with_sorted_pipeline,
+        "onnx": with_onnx,
+    }[job.contender](job)
     answer(texts[:WARM_UP])
     begin = time.perf_counter()
     answers = answer(texts)  # ends with numbers on the host, so a GPU has ended too
@@ -70,6 +74,18 @@ def with_pipeline(job: PredictJob) -> Answering:
     return lambda texts: [
         (answer["label"], answer["score"]) for answer in answering(list(texts), **limits)
     ]
+
+
+def with_sorted_pipeline(job: PredictJob) -> Answering:
+    """The same, with the texts sorted by length and the answers put back in their order."""
+    answering = with_pipeline(job)
+
+    def answer(texts: Sequence[str]) -> Answers:
+        order = sorted(range(len(texts)), key=lambda at: len(texts[at]))
+        answers = answering([texts[at] for at in order])
+        return [found for _, found in sorted(zip(order, answers, strict=True))]
+
+    return answer
 
 
 def with_onnx(job: PredictJob) -> Answering:

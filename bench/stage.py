@@ -6,6 +6,7 @@ Standard library only, like bench.jobs.
 
 import argparse
 import datetime
+import json
 import shutil
 import sys
 import tempfile
@@ -40,6 +41,11 @@ class Stage:
     def run_job(self, kind: str, **job: Any) -> dict[str, Any]:
         """Run a job in a child process; returns its answer."""
         return self.child(kind, {**job, "threads": self.args.threads})
+
+    def labels_of(self, rows: int) -> list[str]:
+        """Labels of the first rows, as they are trained: "0", "1", ..."""
+        with open(self.rows_file, encoding="utf-8") as file:
+            return [json.loads(line)["label"] for line, _ in zip(file, range(rows), strict=False)]
 
     def train(
         self,

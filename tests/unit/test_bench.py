@@ -243,6 +243,44 @@ def test_predictions_of_all_contenders_agree(
     assert "| pipeline |" in (tmp_path / "page.md").read_text()
 
 
+def test_predictions_in_bf16_are_compared_with_float32(
+    tiny_model: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    seen: Answers = []
+    extra = ["--learning_rate", "0.003", "--predictor_steps", "3", "--mixed_precision", "bf16"]
+    words = words_of(tiny_model, files, tmp_path / "page.md", "--prediction", *extra)
+    assert peers.main(words, forked_child(seen)) == 0
+    asked = {job["contender"]: job for kind, job, _ in seen if kind == "predict"}
+    precisions = {key: job["mixed_precision"] for key, job in asked.items()}
+    others = {"bertdist": "bf16", "pipeline": "bf16", "sorted": "bf16"}
+    assert precisions == {"float32": "no", **others}
+    text = (tmp_path / "page.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| bertdist.predict")]
+    cells = {
+        words[0]: words for words in ([w.strip() for w in one[2:-2].split("|")] for one in lines)
+    }
+    assert cells["bertdist.predict, float32"][-2:] == ["", ""]  # what the others are compared with
+    furthest = float(cells["bertdist.predict"][-1])
+    assert 1e-6 < furthest < 0.05  # the two are of different precisions
+
+
+def test_accuracy_and_differences_of_predictions_are_counted() -> None:
+    def said(*answers: tuple[str, float]) -> PredictResult:
+        return PredictResult(seconds=1.0, answers=[*answers], process_mib=1.0, device="cpu")
+
+    one = said(("0", 0.9), ("1", 0.6), ("1", 0.8))
+    other = said(("0", 0.8), ("0", 0.55), ("1", 0.8))
+    assert figures.accuracy(one, ["0", "1", "0"]) == pytest.approx(2 / 3)
+    assert figures.other_labels(one, other) == 1
+    # 0.6 of label 1 and 0.45 of label 1
+    assert figures.difference(one, other) == pytest.approx(0.15)
+    table = figures.prediction_table(
+        {"a": "A", "bertdist": "B"}, {"a": [one], "bertdist": [other]}, ["0", "1", "0"]
+    )
+    assert "| A | 3.00 | 1 | 1.00 x | 0.6667 |  |  |" in table
+    assert "| B | 3.00 | 1 |  | 0.3333 | 1 | 1.5e-01 |" in table
+
+
 def test_accuracy_is_that_of_the_rows_of_validation(
     tiny_model: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
