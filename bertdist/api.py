@@ -47,6 +47,7 @@ from bertdist.models.classifier import (
     saved_metadata,
     trained_task,
 )
+from bertdist.reporting.after_run import write_report
 from bertdist.tasks.labels import REGRESSION
 from bertdist.train import train as train_from_config
 from bertdist.training.run_logger import Hooks
@@ -356,6 +357,8 @@ def evaluate(
         except Stopped:
             raise _stopped() from None
         if folder is not None:
+            if config.report:
+                write_report(folder)
             return _read_evaluation(folder, folder)
         found: list[Any] = [None]  # rank 0 has the results
         if results is not None:
@@ -372,7 +375,7 @@ def _plain(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _read_evaluation(written: Path, folder: Path | None) -> Evaluation:
     """Of the files that an evaluation wrote."""
-    report, predictions, errors = (written / name for name in RESULT_FILES)
+    report, predictions, errors = (written / name for name in RESULT_FILES[:3])
     return Evaluation(
         read_json_object(report), _read_lines(predictions), _read_lines(errors), folder
     )
@@ -425,7 +428,8 @@ def _train_here(config: TrainConfig, hooks: Hooks) -> None:
         return train_from_config(config, hooks).finished
 
     if config.run.folds is None:
-        train_run(config)
+        if train_run(config) and config.run.report:
+            write_report(Path(config.run.output_dir))
     else:
         from bertdist.training.cross_validation import cross_validate
 

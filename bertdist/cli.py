@@ -43,6 +43,7 @@ from bertdist.core.terminal import (
 from bertdist.data.preflight import check_evaluate, check_predict
 from bertdist.data_quality.config import CheckConfig, read_check_arguments
 from bertdist.data_quality.config import check_start as check_start_of_check
+from bertdist.reporting.config import ReportConfig, check_report, read_report_config
 from bertdist.training.resume_check import check_start
 
 
@@ -73,6 +74,12 @@ COMMANDS = {
         [CheckConfig, DataConfig],
         read_check_arguments,
         check_start_of_check,
+    ),
+    "report": Command(
+        "The page of a run, or a comparison of several.",
+        [ReportConfig],
+        read_report_config,
+        check_report,
     ),
 }
 OTHER_COMMANDS = {
@@ -163,6 +170,8 @@ def _run_command(name: str, arguments: Sequence[str]) -> NoReturn:
         from bertdist.predict import run
     elif name == "evaluate":
         from bertdist.eval import run
+    elif name == "report":
+        from bertdist.report import run
     else:
         from bertdist.check import run
     run_cli(run, config)

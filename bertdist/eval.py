@@ -5,8 +5,8 @@
     accelerate launch -m bertdist.eval --model out --input test.tsv      # on several devices
 
 The model is any Hugging Face folder of a sequence classifier; labels of the file are matched to its
-labels by name. --output_dir gets evaluation.json, predictions.jsonl and errors.jsonl, as a run has
-them for its validation rows, the same on any number of ranks.
+labels by name. --output_dir gets evaluation.json, predictions.jsonl, errors.jsonl and
+probabilities.parquet, as a run has them for its validation rows, the same on any number of ranks.
 """
 
 import os
@@ -44,7 +44,12 @@ from bertdist.core.errors import (
     listed,
     nearest_first,
 )
-from bertdist.core.output_files import RESULT_FILES, check_evaluation_folder
+from bertdist.core.output_files import (
+    REPORT_FILE,
+    RESULT_FILES,
+    check_evaluation_folder,
+    is_own_report,
+)
 from bertdist.core.terminal import ProgressBar, print_error, print_to_stderr, process_rank
 from bertdist.data.bad_rows import BadRows
 from bertdist.data.load_data import load_records
@@ -102,7 +107,7 @@ def evaluate(config: EvaluateConfig) -> Results | None:
                 stop=stop,
             )
             tokenizer, max_length = predictor.tokenizer, predictor.max_length
-            targets = create_dataset(records, tokenizer, task, max_length).targets
+            rows = create_dataset(records, tokenizer, task, max_length)
             if is_main:
                 notes += truncation_notes({"rows": records}, tokenizer, max_length)
                 print_to_stderr(*notes)
@@ -116,9 +121,9 @@ def evaluate(config: EvaluateConfig) -> Results | None:
         results = None
         with raise_on_all_ranks(accelerator):
             if scorer is not None:
-                evaluation = scorer.score(logits, targets)
+                evaluation = scorer.score(logits, rows.targets)
                 of = {"model": config.model, "data": records.name, "rows": len(records)}
-                results = evaluation.results(records, evaluated=of)
+                results = evaluation.results(rows, evaluated=of)
                 if config.output_dir is not None:
                     _write(Path(config.output_dir), results, records, config)
         return results
@@ -222,6 +227,7 @@ def _write(folder: Path, results: Results, records: Records, config: EvaluateCon
     """Write all files aside, then put them in the place of an earlier evaluation's."""
     aside = partial_path(folder / RESULT_FILES[0])
     report, *others = (*RESULT_FILES, "bad_rows.jsonl")
+    page = [REPORT_FILE] if is_own_report(folder / REPORT_FILE) else []  # of other rows
     with explain_write_errors(aside):
         shutil.rmtree(aside, ignore_errors=True)  # of one that was killed
         aside.mkdir(parents=True)
@@ -231,7 +237,7 @@ def _write(folder: Path, results: Results, records: Records, config: EvaluateCon
         write_results(aside, results)
         with explain_write_errors(folder):
             (folder / report).unlink(missing_ok=True)  # no scores beside rows of others
-            for name in others:
+            for name in (*others, *page):
                 (folder / name).unlink(missing_ok=True)
                 if (aside / name).exists():
                     os.replace(aside / name, folder / name)
@@ -252,6 +258,10 @@ def run(config: EvaluateConfig) -> int:
         return EXIT_STOPPED
     if results is not None:
         _show(results.report, config)
+        if config.output_dir is not None and config.report:
+            from bertdist.reporting.after_run import write_report
+
+            write_report(Path(config.output_dir))
     return 0
 
 

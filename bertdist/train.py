@@ -34,6 +34,7 @@ if __name__ == "__main__":
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -416,7 +417,12 @@ def run(config: TrainConfig) -> int:
         from bertdist.training.cross_validation import cross_validate
 
         return 0 if cross_validate(config, lambda fold: train(fold).finished) else EXIT_STOPPED
-    return 0 if train(config).finished else EXIT_STOPPED
+    finished = train(config).finished
+    if finished and config.run.report:
+        from bertdist.reporting.after_run import write_report
+
+        write_report(Path(config.run.output_dir))
+    return 0 if finished else EXIT_STOPPED
 
 
 if __name__ == "__main__":

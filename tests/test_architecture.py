@@ -15,8 +15,14 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "bertdist"
 
 # A package imports from itself and from packages before it in this list only. The scripts come last, in this order.
-PACKAGES = ["core", "distributed", "tasks", "data", "models", "training", "data_quality"]
-SCRIPTS = ["train", "predict", "eval", "check", "api", "cli", "__main__"]
+PACKAGES = [
+    *("core", "distributed", "tasks", "data", "models", "training", "data_quality"),
+    "reporting",
+]
+SCRIPTS = [
+    *("train", "predict", "eval", "check", "report", "push", "export", "sweep"),
+    *("api", "cli", "__main__"),
+]
 ORDER = {name: position for position, name in enumerate([*PACKAGES, *SCRIPTS])}
 ANYWHERE = {"torch", "numpy", "accelerate", "transformers", "bertdist"} | sys.stdlib_module_names
 THIRD_PARTY = {  # package -> the other libraries that it may import
@@ -27,6 +33,7 @@ THIRD_PARTY = {  # package -> the other libraries that it may import
     "models": {"safetensors"},
     "training": {"filelock", "rich", "safetensors"},
     "data_quality": {"cleanlab", "ftfy", "pyarrow", "rensa"},
+    "reporting": {"jinja2", "markupsafe", "matplotlib", "pyarrow", "yaml"},
     "scripts": {"pyarrow", "shtab"},
 }
 

@@ -514,6 +514,12 @@ def data_problems(data: DataConfig) -> Iterable[str]:
     if data.test_file and not data.train_file:
         yield "--test_file needs --train_file; for hub data give --test_split."
     yield from _label_problems(data)
+    scored = ("validation_file", "validation_split", "test_file", "test_split")
+    if data.slice_column and data.train_file and not any(getattr(data, x) for x in scored):
+        yield (
+            "--slice_column divides rows to evaluate: give --validation_file, or a share as "
+            "--validation_split."
+        )
     yield from _out_of_bounds(
         data,
         {"max_train_samples": (1, None), "max_eval_samples": (1, None), "max_bad_rows": (0, None)},
@@ -677,7 +683,7 @@ def _cross_validation_problems(config: TrainConfig) -> Iterable[str]:
     assert run.folds is not None
     yield from fold_problems(run.folds)
     names = _changed(data, "validation_file", "validation_split", "test_file", "test_split")
-    for name in [*names, *_changed(data, "max_eval_samples")]:
+    for name in [*names, *_changed(data, "max_eval_samples", "slice_column")]:
         yield f"--{name} has no effect with --folds: each fold is scored in turn; remove it."
     once = "each fold is scored once, after the last step; remove it."
     names = _changed(run, "eval_every", "early_stopping_patience", "early_stopping_threshold")

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import xxhash
 from safetensors import SafetensorError
@@ -233,15 +233,27 @@ def atomic_write(path: Path, content: bytes | Iterable[bytes]) -> None:
     content: the bytes, or parts of them in their order.
     The mode of a file that is there is kept. Where it fails, nothing is left beside the file.
     """
+    with atomic_file(path, 0 if not isinstance(content, bytes) else len(content)) as file:
+        for part in [content] if isinstance(content, bytes) else content:
+            file.write(part)
+
+
+@contextmanager
+def atomic_file(path: Path, size: int = 0) -> Iterator[IO[bytes]]:
+    """A file to write, which replaces `path` when all was written, as `atomic_write` does.
+
+    size: of the whole content, for the message on a full disk; 0: not known.
+    """
     partial, done = partial_path(path), 0
     try:
         with open(partial, "wb") as file:
             if path.is_file():
                 with suppress(OSError):  # a disk without modes
                     os.fchmod(file.fileno(), path.stat().st_mode & 0o7777)
-            for part in [content] if isinstance(content, bytes) else content:
-                done += len(part)
-                file.write(part)
+            try:
+                yield file
+            finally:
+                done = size or file.tell()
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -250,8 +262,8 @@ def atomic_write(path: Path, content: bytes | Iterable[bytes]) -> None:
             partial.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        size = f"{byte_size(done)} {'' if isinstance(content, bytes) else 'or more '}needed"
-        raise CheckpointError(f"Cannot write {path}: {_reason(error, path, size)}.") from None
+        needed = f"{byte_size(done)} {'' if size else 'or more '}needed"
+        raise CheckpointError(f"Cannot write {path}: {_reason(error, path, needed)}.") from None
 
 
 def to_json(value: Any, indent: int | None = None) -> bytes:

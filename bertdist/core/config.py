@@ -146,6 +146,11 @@ class LabelledConfig(FileConfig):
         "Delimiter between the labels of a row in the label column: a multi-label task. 'tab' "
         "means a tab, 'space' a space.",
     )
+    slice_column: str | None = setting(
+        None,
+        "Column that divides the rows to evaluate, such as language or source: the report has the "
+        "scores of each of its values. It changes nothing that is learned.",
+    )
     on_bad_row: Literal["fail", "skip"] = setting(
         "fail",
         "What to do with a row that cannot be read, or lacks text or label (an empty text is a "
@@ -425,6 +430,11 @@ class RunConfig(Section):
         "For debugging: recompute a NaN or infinite step in torch.autograd's anomaly mode, and "
         "name the operation that caused it; its stack is written to stacks/.",
     )
+    report: bool = setting(
+        False,
+        "Write report.html when the run has finished: scores, curves, confusions, calibration and "
+        "mistakes on one page. `bertdist report` writes it later too.",
+    )
     report_to: list[str] | None = setting(
         None,
         "Trackers of accelerate to log to (tensorboard, wandb, ...); metrics.jsonl is always "
@@ -562,6 +572,9 @@ class EvaluateConfig(LabelledConfig):
         "scores are shown only.",
         brief="Folder for scores, predictions, errors",
     )
+    report: bool = setting(
+        False, "With --output_dir: write report.html too, the page of this evaluation."
+    )
     metrics: list[str] | None = setting(
         None,
         "Metrics to compute, as in training. Default: the usual metrics of the task.",
@@ -646,8 +659,9 @@ def config_to_yaml(config: TrainConfig | EvaluateConfig) -> str:
 
 
 def finished_yaml(file: Path, config: TrainConfig) -> str:
-    """The config.yaml of a finished run, with the rows to test on of `config`: other settings that
-    are given now have had no effect. `config_to_yaml` where there is none that can be read.
+    """The config.yaml of a finished run, with the rows to test on and the slices of `config`: other
+    settings that are given now have had no effect. `config_to_yaml` where there is none that can be
+    read.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -659,6 +673,10 @@ def finished_yaml(file: Path, config: TrainConfig) -> str:
     tests = {name: getattr(config.data, name) for name in ("test_file", "test_split")}
     given = {name: value for name, value in tests.items() if value is not None}
     if not given or all(saved.get(name) == value for name, value in tests.items()):
+        tests, given = {}, {}
+    if (column := config.data.slice_column) not in (None, saved.get("slice_column")):
+        given["slice_column"] = column
+    if not given:
         return text
     values = {name: value for name, value in saved.items() if name not in tests} | given
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -43,9 +43,13 @@ WRITTEN = (
     *(LOCK, OWNER, STATUS, ENVIRONMENT, "config.yaml", "metrics.jsonl", "evaluation.json"),
     *("predictions.jsonl", "errors.jsonl", "test_evaluation.json", "test_predictions.jsonl"),
     *("test_errors.jsonl", "bad_rows.jsonl", "nan_rows.jsonl", "survey.json", "stacks", ".ranks"),
+    *("probabilities.parquet", "test_probabilities.parquet", "report.html"),
 )
 # What runs and evaluations write of scored rows.
-RESULT_FILES = ("evaluation.json", "predictions.jsonl", "errors.jsonl")
+RESULT_FILES = (*("evaluation.json", "predictions.jsonl", "errors.jsonl", "probabilities.parquet"),)
+# The page of a run or an evaluation, and the line in it by which bertdist knows its own.
+REPORT_FILE = "report.html"
+REPORT_MARKER = b'<meta name="generator" content="bertdist report">'
 # What may be in a new folder: logs of the command, and files of systems.
 IGNORED = ("*.log", "*.out", "*.err", ".*", "lost+found")
 
@@ -288,6 +292,17 @@ def _is_unused(checkpoints: Path) -> bool:
     with suppress(OSError):
         return all(x.name.startswith(".probe.") and x.is_file() for x in checkpoints.iterdir())
     return False
+
+
+def is_own_report(path: Path) -> bool:
+    """Whether a report may be written there, or removed: a file that bertdist wrote, or none."""
+    if not os.path.lexists(path):
+        return True
+    try:
+        with open(path, "rb") as file:
+            return not path.is_symlink() and REPORT_MARKER in file.read(4096)
+    except OSError:
+        return False
 
 
 def run_that_wrote(file: Path) -> Path | None:

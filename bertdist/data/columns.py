@@ -104,6 +104,22 @@ def filter_labels(
     return [values[code] for code in order], new_codes[codes]
 
 
+def read_slices(column: Any) -> pa.Array:
+    """(rows,) large_string of any column, for --slice_column: text as it is, other values as JSON,
+    null where there is none.
+    """
+    if not isinstance(column, list):
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind):
+            return as_array(column.cast(kind).cast(pa.large_string()))
+        column = column.to_pylist()
+    texts = [
+        value if value is None or isinstance(value, str) else json.dumps(value, default=str)
+        for value in column
+    ]
+    return pa.array(texts, pa.large_string())
+
+
 def read_texts(
     column: Raw, name: str, location: LocateRow, problems: Problems | None = None
 ) -> pa.Array:

@@ -17,6 +17,7 @@ from bertdist.data.columns import LabelRules
 from bertdist.data.records import (
     ColumnNames,
     Records,
+    check_slice_column,
     choose_columns,
     concat_records,
     describe_choice,
@@ -80,7 +81,7 @@ def load_splits(config: TrainConfig) -> Splits:
 
     def scored(part: Literal["validation", "test"], limit: int | None) -> Records | None:
         if stream.hold_out is not None and getattr(stream.hold_out, part):
-            return read_part(stream, part, limit, numbers_only)
+            return read_part(stream, part, limit, numbers_only, data.slice_column)
         rows = load_records(data, part, numbers_only)
         return rows and _as_trained(rows, stream)
 
@@ -134,7 +135,11 @@ def _label_column(rows: "Records | Stream") -> str | None:
 
 
 def read_part(
-    stream: "Stream", part: "Part", limit: int | None, numbers_only: bool | None = None
+    stream: "Stream",
+    part: "Part",
+    limit: int | None,
+    numbers_only: bool | None = None,
+    slice_column: str | None = None,
 ) -> Records:
     """The held-out rows of a stream, in memory; limit: of them the first. Raises DataError.
 
@@ -145,7 +150,7 @@ def read_part(
 
     assert stream.hold_out is not None
     rules = stream.rules._replace(numbers_only=numbers_only is True)
-    reading = replace(stream, part=part, rules=rules)
+    reading = replace(stream, part=part, rules=rules, slice_column=slice_column)
     found: list[Records] = []
     number = 0
     for records in (records for x in stream.sources for _, records in reading.chunks(x)):
@@ -160,7 +165,7 @@ def read_part(
         raise no_rows_error(stream.name, part, stream.hold_out)
     rows = concat_records(found, stream.name)
     if numbers_only is None and stream.on_bad_row == "skip" and rows.has_non_numeric_labels():
-        return read_part(stream, part, limit, numbers_only=True)
+        return read_part(stream, part, limit, True, slice_column)
     rows = replace(
         rows, fingerprint=rows_fingerprint(rows), limit=limit if number == limit else None
     )
@@ -178,7 +183,8 @@ def load_parts(data: DataConfig, task: TaskConfig, seed: int) -> dict[str, Recor
 
         if hold_out := hold_out_of(data, seed):
             every_row = replace(data, max_train_samples=None)
-            return divide(load_records(every_row, "train", numbers_only), hold_out, data)
+            rows = load_records(every_row, "train", numbers_only, scored=True)
+            return divide(rows, hold_out, data)
     parts = {"train": load_records(data, "train", numbers_only)}
     if data.on_bad_row == "skip":
         numbers_only = needs_numbers(task, parts["train"])
@@ -191,7 +197,10 @@ def load_parts(data: DataConfig, task: TaskConfig, seed: int) -> dict[str, Recor
 
 @overload
 def load_records(
-    data: DataConfig, split: Literal["train"], numbers_only: bool | None = None
+    data: DataConfig,
+    split: Literal["train"],
+    numbers_only: bool | None = None,
+    scored: bool = False,
 ) -> Records: ...
 
 
@@ -205,14 +214,17 @@ def load_records(
     data: DataConfig,
     split: Literal["train", "validation", "test"],
     numbers_only: bool | None = None,
+    scored: bool = False,
 ) -> Records | None:
     """A split in memory, with labels; None without a validation split. Raises DataError.
 
-    Whole files: `load_parts` divides them (--validation_split 0.1).
+    Whole files: `load_parts` divides them (--validation_split 0.1). scored: whether some of the
+    training rows are evaluated, and --slice_column is read.
     numbers_only: see `LabelRules`; None: decided by the labels of the split.
     """
     if split == "train":
         patterns, limit = data.train_file or [], data.max_train_samples
+        data = data if scored else replace(data, slice_column=None)
     else:
         is_test = split == "test"
         file = data.test_file if is_test else data.validation_file
@@ -244,6 +256,7 @@ def check_files(paths: Sequence[str], data: DataConfig) -> None:
         for reader in open_files(path, data, data.on_bad_row):
             _check_has_labels(reader)
             columns_of(reader, _requested(data))
+            check_slice_column(reader.name, reader.column_names(), data.slice_column)
 
 
 def _load_files(
@@ -259,7 +272,7 @@ def _load_files(
             _check_has_labels(reader)
             limits = limit, data.max_bad_rows
             options = data.label_delimiter, *limits, first_label, rules
-            records = _read_file(reader, requested, *options)
+            records = _read_file(reader, requested, *options, slice_column=data.slice_column)
             by_pattern[-1].append(records)
             # The columns of the first file are those of all, as in a stream.
             texts = records.text_columns
@@ -290,13 +303,15 @@ def _read_file(
     first_label: LabelValue | None = None,
     rules: LabelRules = LabelRules(),  # noqa: B008  immutable
     known_labels: Sequence[str] = (),
+    slice_column: str | None = None,
 ) -> Records:
     columns = columns_of(reader, requested)
+    check_slice_column(reader.name, reader.column_names(), slice_column)
 
     def read(num_rows: int | None) -> Records:
         return records_from_chunk(
             reader.name,
-            reader.read(columns.names(), num_rows),
+            reader.read(columns.names_and(slice_column), num_rows),
             columns,
             features=reader.features,
             has_header=reader.has_header,
@@ -306,6 +321,7 @@ def _read_file(
             rules=rules,
             table=reader.quoted_table,
             known_labels=known_labels,
+            slice_column=slice_column,
         )
 
     records = _read_valid(read, limit, max_bad_rows)
@@ -378,13 +394,16 @@ def _load_hub_split(
         return first_rows(min(SAMPLE_ROWS, len(dataset)), column_names)
 
     columns = choose_columns(name, column_names, requested, sample=sample)
+    check_slice_column(name, column_names, data.slice_column)
+    names = columns.names_and(data.slice_column)
 
     def read(num_rows: int | None) -> Records:
         rows = min(num_rows or len(dataset), len(dataset))
         return records_from_chunk(
             name,
-            chunk_of_columns(name, first_rows(rows, columns.names()), rows, {"row": 0}),
+            chunk_of_columns(name, first_rows(rows, names), rows, {"row": 0}),
             columns,
+            slice_column=data.slice_column,
             label_delimiter=data.label_delimiter,
             features=dataset.features,
             on_bad_row=data.on_bad_row,

@@ -14,6 +14,7 @@ network, is left to the command.
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from bertdist.core.config import (
     FileConfig,
     PredictConfig,
     TrainConfig,
+    share_of,
 )
 from bertdist.core.hub import check_folder, check_model_name, enable_offline_fallback
 from bertdist.core.output_files import check_run_folder, output_format
@@ -54,10 +56,13 @@ def check_rows(data: DataConfig) -> None:
         return
     from bertdist.data.load_data import check_files
 
+    is_divided = any(map(share_of, (data.validation_split, data.test_split)))
     for files in (data.train_file, data.validation_file, data.test_file):
         patterns = [files] if isinstance(files, str) else files or []
+        is_scored = files is not data.train_file or is_divided
+        reading = data if is_scored else replace(data, slice_column=None)
         with suggest_skipping():
-            check_files(_readable(patterns, data), data)
+            check_files(_readable(patterns, data), reading)
 
 
 def check_evaluate(config: EvaluateConfig) -> None:

@@ -42,6 +42,7 @@ from bertdist.data.columns import (
     filter_rows,
     read_label_columns,
     read_labels,
+    read_slices,
     read_texts,
     reject,
     text_array,
@@ -113,6 +114,8 @@ class Records:
     all_labels: bool = False  # labels without rows here count: other parts of the file have them
     texts: pa.Array  # (rows,) large_string without nulls
     pairs: pa.Array | None  # (rows,) the same
+    slice_column: str | None = None  # --slice_column, for rows to evaluate
+    slices: pa.Array | None = None  # (rows,) large_string: its values, null where there is none
     first_row: int = 0  # number of the first row, where these are some rows of a stream
     limit: int | None = None  # --max_train_samples or --max_eval_samples, where it left rows out
     rows_per_file: tuple[int, ...] = ()  # of each --train_file, where there are several
@@ -182,6 +185,7 @@ class Records:
             label_indices=None if self.label_indices is None else self.label_indices[start:stop],
             texts=self.texts[start:stop],
             pairs=None if self.pairs is None else self.pairs[start:stop],
+            slices=None if self.slices is None else self.slices[start:stop],
             fingerprint="",
         )
 
@@ -211,6 +215,11 @@ class ColumnNames(NamedTuple):
         """The distinct names."""
         names = dict.fromkeys((*self.texts, self.pair, self.label, *(self.labels or ())))
         return [name for name in names if name is not None]
+
+    def names_and(self, other: str | None) -> list[str]:
+        """The distinct names, with another column's if there is one."""
+        names = self.names()
+        return names if other is None or other in names else [*names, other]
 
 
 def choose_columns(
@@ -262,6 +271,16 @@ def _describe_likely(sample: Sample, lacking: Sequence[str], taken: Collection[s
     from bertdist.data.likely_columns import describe_likely  # for such messages only
 
     return describe_likely(sample, lacking, taken)
+
+
+def check_slice_column(source: str, names: Sequence[str], column: str | None) -> None:
+    """Raise DataError if a source has no column of the name that --slice_column gives."""
+    if column is not None and column not in names:
+        shown = listed([excerpt_of(name, 30) for name in nearest_first(column, names)])
+        raise DataError(
+            f"{source}: there is no column {column!r} (--slice_column)."
+            f"{did_you_mean(column, names)} The columns are {shown}."
+        )
 
 
 def describe_choice(names: Sequence[str], requested: ColumnNames, chosen: ColumnNames) -> str:
@@ -327,6 +346,7 @@ def records_from_chunk(
     rules: LabelRules = LabelRules(),  # noqa: B008  immutable
     table: QuotedTable | None = None,
     known_labels: Sequence[str] = (),
+    slice_column: str | None = None,
 ) -> Records:
     """The rows of a chunk, checked. Raises DataError at a bad row, or column with "skip".
 
@@ -339,7 +359,9 @@ def records_from_chunk(
     arrays = {
         column: _validated(values, column, location, problems)
         for column, values in chunk.columns.items()
+        if column != slice_column or column in columns.names()
     }
+    slices = None if slice_column is None else read_slices(chunk.columns[slice_column])
     parts = [read_texts(arrays[column], column, location, problems) for column in columns.texts]
     texts = parts[0]
     if len(parts) > 1:
@@ -364,6 +386,7 @@ def records_from_chunk(
         location = select_locations(location, np.flatnonzero(valid))
         texts = filter_rows(texts, valid)
         pairs = None if pairs is None else filter_rows(pairs, valid)
+        slices = None if slices is None else filter_rows(slices, valid)
         labels = labels.filter(valid)
     return Records(
         name=name,
@@ -380,6 +403,8 @@ def records_from_chunk(
         fingerprint=_fingerprint(texts, pairs, labels.values, labels.indices),
         texts=texts,
         pairs=pairs,
+        slice_column=slice_column,
+        slices=slices,
         bad_rows=(*chunk.bad_rows, *bad_rows_of(chunk, problems or {})),
     )
 
@@ -599,6 +624,7 @@ def concat_records(parts: Sequence[Records], name: str) -> Records:
         indicator_values=frozenset().union(*(part.indicator_values for part in parts)),
         texts=pa.concat_arrays([part.texts for part in parts]),
         pairs=None if first.pairs is None else pa.concat_arrays([part.pairs for part in parts]),
+        slices=None if first.slices is None else pa.concat_arrays([part.slices for part in parts]),
         fingerprint=xxhash.xxh3_128_hexdigest(fingerprints.encode()),
         bad_rows=tuple(row for part in parts for row in part.bad_rows),
         format_notes=short_notes([note for part in parts for note in part.format_notes]),

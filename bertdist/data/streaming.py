@@ -39,6 +39,7 @@ from bertdist.data.columns import LabelRules
 from bertdist.data.records import (
     ColumnNames,
     Records,
+    check_slice_column,
     choose_columns,
     concat_records,
     records_from_chunk,
@@ -101,6 +102,7 @@ class Stream:
     first_row: int = 0  # number of the first row of an epoch
     hold_out: HoldOut | None = None  # --validation_split, --test_split: only rows of `part`
     part: Part = "train"
+    slice_column: str | None = None  # of a part that is evaluated
 
     @property
     def sources(self) -> list[DataSource]:
@@ -137,7 +139,9 @@ class Stream:
         """State and checked records of each chunk of a source. Raises DataError."""
         names, header = source.column_names(), source.has_header
         columns = choose_columns(source.name, names, self.columns, header)
-        chunks, is_empty = source.chunks(columns.names(), state), state is None
+        check_slice_column(source.name, names, self.slice_column)
+        read = columns.names_and(self.slice_column)
+        chunks, is_empty = source.chunks(read, state), state is None
         while True:
             with suggest_skipping():
                 if (chunk := next(chunks, None)) is None:
@@ -154,6 +158,7 @@ class Stream:
                     first_label=self.first_label,
                     rules=self.rules,
                     table=source.quoted_table,
+                    slice_column=self.slice_column,
                 )
             if self.hold_out is not None:
                 records = self.hold_out.select(self.part, records)

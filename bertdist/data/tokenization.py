@@ -5,8 +5,9 @@ All truncation happens here. One tokenizer call per list of rows: 32 sentences o
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +66,24 @@ class TokenizedDataset:
             Example(first + int(row), ids, token_type_ids, targets[row], float(weights[row]))
             for row, (ids, token_type_ids) in zip(rows, encoded, strict=True)
         ]
+
+    @cached_property
+    def token_counts(self) -> tuple[Array, Array]:
+        """(rows,) int32 tokens of each row after truncation, and (rows,) bool: truncated.
+
+        Counted once, at first use.
+        """
+        counts = np.concatenate([np.zeros(0, np.int64), *self._count_tokens()])
+        return np.minimum(counts, self.max_length).astype(np.int32), counts > self.max_length
+
+    def _count_tokens(self) -> Iterator[Array]:
+        for start in range(0, len(self), COUNTED_ROWS):
+            rows = [self.records[row] for row in range(start, min(start + COUNTED_ROWS, len(self)))]
+            counts = np.array(_count_tokens(rows, self.tokenizer))
+            for i in np.flatnonzero(counts <= self.max_length):  # a text without blanks may be cut
+                if max(len(rows[i].text), len(rows[i].pair or "")) > LONG_TEXT:
+                    (counts[i],) = _count_tokens([rows[i]], self.tokenizer, None)
+            yield counts
 
     def _check_ids(
         self, rows: Sequence[int], encoded: list[tuple[list[int], list[int]]], size: int
@@ -193,11 +212,15 @@ def truncation_notes(
     return notes
 
 
-def _count_tokens(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of each row, untruncated, but of LONG_TEXT characters at most."""
-    pairs = None if records[0].pair is None else [(row.pair or "")[:LONG_TEXT] for row in records]
+def _count_tokens(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    characters: int | None = LONG_TEXT,
+) -> list[int]:
+    """Tokens of each row, untruncated, but of so many characters at most."""
+    pairs = None if records[0].pair is None else [(row.pair or "")[:characters] for row in records]
     encoded = tokenizer(
-        [row.text[:LONG_TEXT] for row in records],
+        [row.text[:characters] for row in records],
         pairs,
         truncation=False,
         return_attention_mask=False,

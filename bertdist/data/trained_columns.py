@@ -18,6 +18,7 @@ _SHARED = (
     *("file_format", "json_field", "column_names", "delimiter", "quoting", "encoding"),
     *("dataset_name", "dataset_config_name", "task_name", "max_eval_samples"),
     *("label_column", "label_columns", "label_delimiter", "on_bad_row", "max_bad_rows"),
+    "slice_column",
 )
 
 

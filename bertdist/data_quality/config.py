@@ -60,7 +60,7 @@ DEFAULT_RANKING = "self_confidence"
 # With --model nothing is trained and no split is scored: these flags say where to compute,
 INFERENCE_FLAGS = {"tokens_per_micro_batch", "use_cpu", "mixed_precision"}
 # and these name rows that are not read.
-EVAL_FLAGS = {"validation_file", "validation_split", "max_eval_samples"}
+EVAL_FLAGS = {"validation_file", "validation_split", "max_eval_samples", "slice_column"}
 # All rows are held in memory and used once, with --folds and with --model.
 STREAMING_FLAGS = ("streaming", "stream_window", "stream_sharding", "train_weights")
 
@@ -167,13 +167,15 @@ def read_check_config(args: Sequence[str]) -> tuple[CheckConfig, DataConfig]:
     """Raises ConfigError with one line per problem."""
     data, check = parse_arguments(PROGRAM, [DataConfig, CheckConfig], args, ABOUT)
     assert isinstance(check, CheckConfig) and isinstance(data, DataConfig)
-    problems = [*data_problems(data), *_check_problems(check, data)]
+    problems = [*data_problems(replace(data, slice_column=None)), *_check_problems(check, data)]
     if problems:
         raise ConfigError("\n".join(problems))
     return check, data
 
 
 def _check_problems(check: CheckConfig, data: DataConfig) -> Iterable[str]:
+    if data.slice_column is not None:
+        yield "--slice_column divides rows to evaluate, and check evaluates none; remove it."
     if check.max_length < 3:
         yield f"--max_length is {check.max_length}; expected at least 3."
     # Pairs of less similarity are found by chance only.

@@ -1,5 +1,5 @@
 """The best weights of a run and their results (best/, evaluation.json, predictions.jsonl,
-errors.jsonl), and early stopping.
+errors.jsonl, probabilities.parquet), and early stopping.
 
 Both decide by `improvement`, a function of the scores alone, and remember what they need in
 TrainState: a run that is resumed from an earlier checkpoint writes the same files again.
@@ -31,7 +31,8 @@ from bertdist.core.atomic_io import (
 )
 from bertdist.core.config import RunConfig, TrainConfig, config_to_yaml
 from bertdist.core.errors import CheckpointError
-from bertdist.core.output_files import RESULT_FILES, STATUS
+from bertdist.core.output_files import REPORT_FILE, RESULT_FILES, STATUS, is_own_report
+from bertdist.data.probabilities import Probabilities
 from bertdist.data.records import Records
 from bertdist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from bertdist.models.classifier import Classifier, save_classifier
@@ -108,6 +109,7 @@ class Results(NamedTuple):
     report: dict[str, Any]  # evaluation.json
     predictions: Iterable[dict[str, Any]]  # predictions.jsonl, one per row
     errors: Iterable[dict[str, Any]]  # errors.jsonl: rows that are predicted wrong, the worst first
+    probabilities: Probabilities | None = None  # probabilities.parquet
 
 
 def write_results(folder: Path, results: Results, prefix: str = "") -> None:
@@ -115,9 +117,12 @@ def write_results(folder: Path, results: Results, prefix: str = "") -> None:
 
     prefix: test_ for the rows of --test_file.
     """
-    report, predictions, errors = (folder / f"{prefix}{name}" for name in RESULT_FILES)
+    names = [folder / f"{prefix}{name}" for name in RESULT_FILES]
+    report, predictions, errors, probabilities = names
     atomic_write(predictions, map(to_json, results.predictions))
     atomic_write(errors, map(to_json, results.errors))
+    if results.probabilities is not None:
+        results.probabilities.write(probabilities)
     atomic_write(report, to_json(results.report, indent=1))
 
 
@@ -270,6 +275,8 @@ class BestModel:
             self.say(f"No checkpoint in {checkpointer.folder}: training starts at the first step.")
         if source is None or not self._is_own(checkpointer):
             names = [name for name in RESULTS if (self.folder / name).exists()]
+            if (self.folder / REPORT_FILE).exists() and is_own_report(self.folder / REPORT_FILE):
+                names.append(REPORT_FILE)
             for name in names:
                 with explain_write_errors(self.folder / name, "remove"):
                     (self.folder / name).unlink()

@@ -32,6 +32,7 @@ from bertdist.core.output_files import RESULT_FILES
 from bertdist.core.types import Array
 from bertdist.data.batch import PackedBatch
 from bertdist.data.loader import MapLoader
+from bertdist.data.probabilities import Probabilities, has_other_slices
 from bertdist.data.records import Records
 from bertdist.data.source import LocateRow
 from bertdist.data.tokenization import TokenizedDataset
@@ -86,9 +87,12 @@ class Evaluation:
     intervals: Callable[[], dict[str, Any]] = dict  # of the scores, computed when it is called
     # The rows of these records that are predicted wrong, as in errors.jsonl.
     errors: Callable[[Records], Iterable[dict[str, Any]]] = lambda records: ()
+    task: Task | None = None
+    logits: Tensor | None = None  # (rows, outputs)
 
-    def results(self, records: Records, **first: Any) -> Results:
-        """What is written of it. records: the rows; first: the first entries of evaluation.json."""
+    def results(self, rows: TokenizedDataset, **first: Any) -> Results:
+        """What is written of it, on rank 0. first: the first entries of evaluation.json."""
+        records, table = rows.records, None
         report = {**first, "scores": self.scores, "intervals": self.intervals(), **self.classes}
         predictions = self.predictions
         if not records.is_one_file:
@@ -96,7 +100,9 @@ class Evaluation:
                 {"row": line["row"], **location_fields(records, line["row"]), **line}
                 for line in predictions
             )
-        return Results(report, predictions, self.errors(records))
+        if self.task is not None and self.logits is not None:
+            table = Probabilities(rows, self.task, self.logits)
+        return Results(report, predictions, self.errors(records), table)
 
 
 class Evaluator:
@@ -195,7 +201,9 @@ class RunEvaluator:
             state.best_step = state.step
             state.best_evaluation_loss = loss if math.isfinite(loss) else None
             self.log.screen.saving()
-            results = evaluation.results(self.loader.dataset.records, step=state.step)
+            results = None
+            if self.accelerator.is_main_process:
+                results = evaluation.results(self.loader.dataset, step=state.step)
             state.best_weights = self.best_model.save(model, state.step, results)
         return gain
 
@@ -209,13 +217,17 @@ class RunEvaluator:
         """
         report = self.best_model.repair(model, state, checkpointer)
         others = [self.best_model.folder / name for name in RESULT_FILES[1:]]
-        lacks = state.finished and (report is None or not all(path.exists() for path in others))
+        lacks = state.finished and (
+            report is None
+            or not all(path.exists() for path in others)
+            or has_other_slices(others[-1], self.loader.dataset.records)
+        )
         if self.loader is None or not broadcast_from_rank0(self.accelerator, lacks):
             return report
         report = self._evaluate_best(self.loader, state)
         self.log.say(
             f"{', '.join(RESULT_FILES)} of the best weights (step {state.best_step}) were not all "
-            f"in {self.best_model.folder}: written again."
+            f"in {self.best_model.folder}, or had other slices: written again."
         )
         return report
 
@@ -250,6 +262,7 @@ class RunEvaluator:
         report = read_json_object(files[0])
         lacks = {name: report.get(name) for name in of} != of
         lacks = lacks or not all(path.exists() for path in files)
+        lacks = lacks or has_other_slices(files[-1], records)
         if not broadcast_from_rank0(self.accelerator, lacks):
             return report
         return self._evaluate_best(loader, state, "test_", **of)
@@ -269,12 +282,14 @@ class RunEvaluator:
         assert evaluation is not None, "nothing could stop it"
         if evaluation.nonfinite_rows:
             self._report_nonfinite(evaluation.nonfinite_rows, loader.dataset, state.best_step)
-        results = evaluation.results(loader.dataset.records, **{"step": state.best_step, **first})
+        report = None
         with raise_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
+                results = evaluation.results(loader.dataset, **{"step": state.best_step, **first})
                 write_results(folder, results, prefix)
+                report = results.report
         self.log.say(*evaluation.notes)
-        return results.report if self.accelerator.is_main_process else None
+        return report
 
     def _report_nonfinite(
         self, rows: tuple[int, ...], examples: TokenizedDataset, step: int
@@ -393,6 +408,8 @@ class Scorer:
             classes=classes,
             intervals=partial(self._intervals, scores, logits, references),
             errors=partial(error_records, task, logits, references),
+            task=task,
+            logits=logits,
         )
 
     def _intervals(

@@ -41,6 +41,7 @@ FILES = {
     "evaluation.json": "scores, per label too",
     "predictions.jsonl": "answer and truth of every validation row",
     "errors.jsonl": "validation rows with a wrong answer, the most confident first",
+    "probabilities.parquet": "probability of every label for every validation row",
     "test_evaluation.json": "scores of the test rows",
     "metrics.jsonl": "log of the run",
 }

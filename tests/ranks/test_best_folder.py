@@ -224,7 +224,10 @@ def test_removed_checkpoints_do_not_cost_the_best_weights(run: Run) -> None:
     at = words.index("--eval_every")
     said = said_by([*words[:at], *words[at + 2 :]])
     assert f"No checkpoint in {run.out / 'checkpoints'}: training starts at the first step." in said
-    assert "Removed evaluation.json, predictions.jsonl, errors.jsonl of an earlier run." in said
+    assert (
+        "Removed evaluation.json, predictions.jsonl, errors.jsonl, probabilities.parquet of an earlier run."
+        in said
+    )
     assert "Scores per label" not in said and not (run.out / "evaluation.json").exists()
     assert_all_agree(run.out, STEPS, said)
 
@@ -325,7 +328,7 @@ def test_removed_results_of_a_finished_run_are_written_again(run: Run, n: int, n
         (run.out / removed).unlink()
     said = said_by(run.words, n=n)
     assert (
-        f"evaluation.json, predictions.jsonl, errors.jsonl of the best weights (step {BEST}) were not all in "
+        f"evaluation.json, predictions.jsonl, errors.jsonl, probabilities.parquet of the best weights (step {BEST}) were not all in "
         f"{run.out}: written again." in said
     )
     assert f"metrics.jsonl is not in {run.out}; nothing can write it again." in said

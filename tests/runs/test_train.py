@@ -140,7 +140,7 @@ def test_a_run_folder_explains_itself(killed_run: tuple[Path, list[str], int]) -
     folder, words, _ = killed_run
     out = folder / "out"
     files = {path.name for path in out.iterdir()}
-    expected = "best checkpoints config.yaml environment.json errors.jsonl evaluation.json metrics.jsonl predictions.jsonl run.lock status.json"
+    expected = "best checkpoints config.yaml environment.json errors.jsonl evaluation.json metrics.jsonl predictions.jsonl probabilities.parquet run.lock status.json"
     assert files == set(expected.split())
     assert read_config(["--config", str(out / "config.yaml")]) == read_config(
         [*words, "--mixed_precision", "no"]

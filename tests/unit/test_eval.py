@@ -15,7 +15,10 @@ from bertdist.core.errors import CheckpointError, ConfigError
 from bertdist.core.output_files import check_evaluation_folder
 
 RESULTS: Any = SimpleNamespace(
-    report={"evaluated": {"model": "out", "rows": 1}, "scores": {}}, predictions=[], errors=[]
+    report={"evaluated": {"model": "out", "rows": 1}, "scores": {}},
+    predictions=[],
+    errors=[],
+    probabilities=None,
 )
 RECORDS: Any = SimpleNamespace(bad_rows=())
 

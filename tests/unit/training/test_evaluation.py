@@ -509,7 +509,8 @@ def test_predictions_name_their_line_where_the_row_does_not(
     evaluation = Evaluation(
         scores={}, selection_score=0.0, predictions=[{"row": row} for row in range(len(records))]
     )
-    predictions = list(evaluation.results(records).predictions)
+    rows: Any = SimpleNamespace(records=records)
+    predictions = list(evaluation.results(rows).predictions)
     if words == ["--validation_file={folder}/none.csv"]:  # row n is the n-th of the file
         assert predictions == [{"row": row} for row in range(6)]
         return

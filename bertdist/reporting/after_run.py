@@ -1,0 +1,42 @@
+"""What is written for people after a run, or an evaluation, has finished.
+
+It is never a reason for a run to fail: what cannot be written is said in one line.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from bertdist.core.errors import BertdistError
+from bertdist.core.terminal import process_rank, show
+
+
+def write_report(folder: Path) -> None:
+    """report.html of a finished run, or an evaluation, on rank 0; after its process group's end."""
+
+    def write() -> str:
+        from bertdist.core.output_files import REPORT_FILE
+        from bertdist.reporting.page import save
+        from bertdist.reporting.run_folder import read_run
+        from bertdist.reporting.run_report import report_of
+
+        path = folder / REPORT_FILE
+        save(path, report_of(read_run(folder)))
+        return f"Report: {path}"
+
+    attempt("The report was not written", write)
+
+
+def attempt(problem: str, write: Callable[[], str]) -> None:
+    """On rank 0, call `write` and show the line that it returns; or `problem` and why it failed.
+
+    The result of hours of training is there already: nothing that goes wrong here may end it.
+    """
+    if process_rank() != 0:
+        return
+    try:
+        line = write()
+    except BertdistError as error:
+        line = f"{problem}: {error}"
+    except Exception as error:
+        line = f"{problem}: {type(error).__name__}: {error}"
+    show(line)

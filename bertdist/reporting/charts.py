@@ -1,0 +1,272 @@
+"""Charts of a report, as SVG by matplotlib: their colours are CSS variables of the page.
+
+    chart = line_chart("loss", "Loss", "...", [Line("training", steps, losses)], "step", "loss")
+    chart.svg                 # Markup: <svg role="img">, with title and description, without script
+
+No pyplot: a figure and its canvas belong to the call. Text stays text (the page's font), no id is
+used twice in a page as long as the names of its charts differ, and characters that XML does not
+have are escapes. Colours: --ink, --muted, --grid, --paper, --series-1 to --series-6.
+"""
+
+import io
+import logging
+import re
+import warnings
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from bertdist.core.terminal import excerpt
+from bertdist.core.types import Array
+from bertdist.reporting.analysis import PrecisionRecall, Reliability, Residuals
+
+# What matplotlib draws with, and the variable of the page that takes its place
+INK, MUTED, GRID, PAPER = "#000001", "#000002", "#000003", "#000004"
+SERIES = tuple(f"#0000f{number}" for number in range(1, 7))
+_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | {
+    color: f"--series-{number}" for number, color in enumerate(SERIES, start=1)
+}
+_COLOR = re.compile("|".join(_VARIABLES))
+_SVG = "http://www.w3.org/2000/svg"
+_LINK = "{http://www.w3.org/1999/xlink}href"
+_REFERENCE = re.compile(r"(url\(#|^#)([^)]+)")
+_STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (3, 1)), (0, (2, 3)))
+SIZE = (5.0, 3.1)  # inches; the page scales it
+MOST_POINTS = 1_000  # of a line: more are averaged in groups of equal size
+SCATTER_POINTS = 1_500
+NAME_COLUMNS = 28  # of a name in a legend
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One picture with its words."""
+
+    title: str
+    description: str  # read to those who do not see it
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    marker: bool = False
+
+
+@contextmanager
+def _settings() -> Iterator[Any]:
+    """matplotlib with our settings, without its warnings on fonts: the page has its own."""
+    import matplotlib
+
+    logger = logging.getLogger("matplotlib")
+    level, settings = (
+        logger.level,
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "bertdist",
+            "text.parse_math": False,
+            "font.family": ["DejaVu Sans"],
+            "font.size": 9,
+            "axes.unicode_minus": True,
+        },
+    )
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), matplotlib.rc_context({**matplotlib.rcParamsDefault}):
+            warnings.simplefilter("ignore")
+            matplotlib.rcParams.update(settings)
+            yield matplotlib
+    finally:
+        logger.setLevel(level)
+
+
+def _figure(size: tuple[float, float] = SIZE) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained", facecolor="none")
+    axes = figure.add_subplot(facecolor="none")
+    for name, spine in axes.spines.items():
+        spine.set_visible(name in ("left", "bottom"))
+        spine.set_color(GRID)
+    axes.tick_params(colors=MUTED, labelcolor=MUTED, length=3)
+    axes.xaxis.label.set_color(MUTED)
+    axes.yaxis.label.set_color(MUTED)
+    axes.grid(True, color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _legend(axes: Any, **options: Any) -> None:
+    options = {"loc": "best", "fontsize": 8} | options
+    axes.legend(frameon=True, facecolor=PAPER, edgecolor="none", labelcolor=INK, **options)
+
+
+def _svg(figure: Any, name: str, title: str, description: str) -> Chart:
+    """name: of the chart in its page, of letters, digits and dashes."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    target = io.BytesIO()
+    FigureCanvasSVG(figure).print_svg(
+        target, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
+    root = ET.fromstring(target.getvalue())
+    for parent in list(root.iter()):  # a <style> in a picture is one of the whole page
+        for child in [x for x in parent if x.tag.endswith(("}metadata", "}style"))]:
+            parent.remove(child)
+    for size in ("width", "height", "version"):
+        root.attrib.pop(size, None)
+    used = {
+        match[2]
+        for element in root.iter()
+        for value in element.attrib.values()
+        for match in _REFERENCE.finditer(value)
+    }
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(f"{{{_SVG}}}")
+        attributes = dict(element.attrib)
+        element.attrib.clear()
+        for key, value in attributes.items():
+            if key == "id":
+                if value in used:
+                    element.set("id", f"{name}-{value}")
+                continue
+            plain = _REFERENCE.sub(rf"\g<1>{name}-\g<2>", value)
+            plain = _COLOR.sub(lambda match: f"var({_VARIABLES[match[0]]})", plain)
+            element.set("href" if key == _LINK else key, plain)
+    root.set("style", "stroke-linejoin: round; stroke-linecap: butt")
+    root.set("role", "img")
+    root.set("aria-labelledby", f"{name}-title {name}-desc")
+    for position, (tag, text) in enumerate((("title", title), ("desc", description))):
+        element = ET.Element(tag, {"id": f"{name}-{tag}"})
+        element.text = text
+        root.insert(position, element)
+    return Chart(title, description, Markup(ET.tostring(root, encoding="unicode")))
+
+
+def _color(number: int) -> dict[str, Any]:
+    """Of a series: also without colours the lines differ."""
+    return {"color": SERIES[number % len(SERIES)], "linestyle": _STYLES[number % len(_STYLES)]}
+
+
+def line_chart(
+    name: str,
+    title: str,
+    description: str,
+    lines: Sequence[Line],
+    x: str,
+    y: str,
+    bounds: tuple[float, float] | None = None,
+) -> Chart:
+    """Values over steps. bounds: of the vertical axis. Of more than MOST_POINTS the means of groups
+    are drawn.
+    """
+    with _settings():
+        figure, axes = _figure()
+        for number, line in enumerate(lines):
+            points = _thinned(np.asarray(line.x, float), np.asarray(line.y, float))
+            style = {"marker": "o", "markersize": 3.5} if line.marker or len(line.x) == 1 else {}
+            axes.plot(*points, label=excerpt(line.name, NAME_COLUMNS), **_color(number), **style)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        if bounds is not None:
+            axes.set_ylim(*bounds)
+        if len(lines) > 1:
+            _legend(axes)
+        return _svg(figure, name, title, description)
+
+
+def _thinned(x: Array, y: Array) -> tuple[Array, Array]:
+    if len(x) <= MOST_POINTS:
+        return x, y
+    groups = np.array_split(np.arange(len(x)), MOST_POINTS)
+    return np.array([x[i].mean() for i in groups]), np.array([y[i].mean() for i in groups])
+
+
+def reliability_chart(name: str, title: str, description: str, found: Reliability) -> Chart:
+    """Bars of accuracy per bin of probability with their intervals, and how many rows there are."""
+    with _settings():
+        figure, axes = _figure()
+        some = found.rows > 0
+        middle = (found.edges[:-1] + found.edges[1:]) / 2
+        share = found.rows / max(1, found.rows.max())
+        axes.bar(
+            middle[some],
+            share[some] * 0.22,
+            width=1 / len(middle) * 0.9,
+            color=MUTED,
+            alpha=0.35,
+            label="share of the rows",
+        )
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (3, 2)), label="honest")
+        low, high = found.accuracy - found.low, found.high - found.accuracy
+        axes.errorbar(
+            found.confidence[some],
+            found.accuracy[some],
+            yerr=np.stack([low[some], high[some]]).clip(0),
+            color=SERIES[0],
+            marker="o",
+            markersize=4,
+            linewidth=1.4,
+            elinewidth=1,
+            capsize=2,
+            label="this model, 95% interval",
+        )
+        axes.set_xlim(0, 1.01)
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel("probability that the model gives")
+        axes.set_ylabel("share that is right")
+        _legend(axes, loc="upper left")
+        return _svg(figure, name, title, description)
+
+
+def precision_recall_chart(
+    name: str, title: str, description: str, curves: Sequence[PrecisionRecall]
+) -> Chart:
+    """Precision over recall; the legend has the average precision of each."""
+    with _settings():
+        figure, axes = _figure()
+        for number, curve in enumerate(curves):
+            label = f"{excerpt(curve.name, NAME_COLUMNS)}: {curve.average_precision:.3f}"
+            axes.step(curve.recall, curve.precision, where="pre", label=label, **_color(number))
+        axes.set_xlim(0, 1.01)
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel("recall")
+        axes.set_ylabel("precision")
+        _legend(axes, loc="lower left")
+        return _svg(figure, name, title, description)
+
+
+def scatter_chart(name: str, title: str, description: str, found: Residuals) -> Chart:
+    """Predicted over true numbers."""
+    with _settings():
+        figure, axes = _figure()
+        truth, predicted = found.truth[found.shown], found.predicted[found.shown]
+        axes.plot(
+            truth, predicted, "o", color=SERIES[0], markersize=2.6, alpha=0.45, markeredgewidth=0
+        )
+        ends = [float(min(truth.min(), predicted.min())), float(max(truth.max(), predicted.max()))]
+        axes.plot(ends, ends, color=MUTED, linewidth=1, linestyle=(0, (3, 2)))
+        axes.set_xlabel("true number")
+        axes.set_ylabel("predicted number")
+        return _svg(figure, name, title, description)
+
+
+def residual_chart(name: str, title: str, description: str, found: Residuals) -> Chart:
+    """A histogram of predicted - true."""
+    with _settings():
+        figure, axes = _figure()
+        known = np.isfinite(found.truth) & np.isfinite(found.predicted)
+        gaps = (found.predicted - found.truth)[known].astype(np.float64)
+        axes.hist(gaps, bins=min(40, max(5, int(np.sqrt(len(gaps))))), color=SERIES[0], alpha=0.7)
+        axes.axvline(0, color=MUTED, linewidth=1, linestyle=(0, (3, 2)))
+        axes.set_xlabel("predicted − true")
+        axes.set_ylabel("rows")
+        return _svg(figure, name, title, description)
