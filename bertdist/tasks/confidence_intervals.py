@@ -1,6 +1,7 @@
 """95% intervals of the built-in scores, by the percentile bootstrap over rows.
 
     bootstrap_intervals(names, arrays, losses, positive=1)    # {"accuracy": (0.89, 0.92), ...}
+    resampled_scores(names, [(arrays, losses), ...])    # of several models, for paired differences
 
 RESAMPLES times, N rows are drawn with replacement and the scores computed of them; the interval is
 from the 2.5th to the 97.5th percentile (Efron and Tibshirani, An Introduction to the Bootstrap,
@@ -175,27 +176,65 @@ def bootstrap_intervals(
     arrays: of N rows, as metrics read them; losses: (N,). names: "loss" and names of metrics, of
     which others than the built-in ones are left out.
     """
-    data, rows = _Data(arrays, losses, positive, names), len(arrays.references)
-    scores = {name: score for name in names if (score := _score_of(name, data)) is not None}
-    if rows < 2 or not all(np.isfinite(array).all() for array in (*arrays, losses)):
-        return dict.fromkeys(scores)
-    found: dict[str, list[Array]] = {name: [] for name in scores}
-    wanted = dict.fromkeys(scores, resamples)
-    columns = data.outputs if not data.single or data.outputs > 2 else 1
-    for name in _SORTED.keys() & scores:
-        wanted[name] = int(np.clip(SORTED_ROWS / (rows * columns), LEAST_RESAMPLES, resamples))
+    (scores,) = resampled_scores(names, [(arrays, losses)], positive, resamples)
+    return {name: percentile_interval(values) for name, values in scores.items()}
+
+
+def resampled_scores(
+    names: Sequence[str],
+    samples: Sequence[tuple[Arrays, Array]],
+    positive: int = 1,
+    resamples: int = RESAMPLES,
+) -> list[dict[str, Array]]:
+    """Of each sample the scores of each resample, {name: (B,)}; (0,) where they are undefined.
+
+    samples: arrays and losses as in `bootstrap_intervals`, of the same rows, such as the answers of
+    several models. A resample draws the same rows of all samples: differences are paired.
+    """
+    rows = len(samples[0][1])
+    found: list[dict[str, list[Array]]] = []
+    scored = []  # data, score by name, and number of resamples by name
+    for arrays, losses in samples:
+        assert len(losses) == rows, "samples of the same rows"
+        data = _Data(arrays, losses, positive, names)
+        scores = {name: score for name in names if (score := _score_of(name, data)) is not None}
+        found.append({name: [np.zeros(0)] for name in scores})
+        if rows < 2 or not all(np.isfinite(array).all() for array in (*arrays, losses)):
+            scores = {}
+        wanted = dict.fromkeys(scores, resamples)
+        columns = data.outputs if not data.single or data.outputs > 2 else 1
+        for name in _SORTED.keys() & scores:
+            wanted[name] = int(np.clip(SORTED_ROWS / (rows * columns), LEAST_RESAMPLES, resamples))
+        scored.append((data, scores, wanted))
     done = 0
-    for weights in _weights(rows, resamples):
-        chunk = Resamples(data, weights)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            for name, score in scores.items():
-                if done < wanted[name]:
-                    found[name].append(score(chunk))
+    for weights in _weights(rows, resamples) if any(scores for _, scores, _ in scored) else ():
+        for (data, scores, wanted), values in zip(scored, found, strict=True):
+            chunk = Resamples(data, weights)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                for name, score in scores.items():
+                    if done < wanted[name]:
+                        values[name].append(score(chunk))
         done += weights.shape[1]
-    return {name: _percentiles(np.concatenate(values)) for name, values in found.items()}
+    return [{name: np.concatenate(parts) for name, parts in values.items()} for values in found]
 
 
-def _percentiles(scores: Array) -> Interval | None:
+def exact_scores(
+    names: Sequence[str], arrays: Arrays, losses: Array, positive: int = 1
+) -> dict[str, float]:
+    """The scores of the rows themselves, by the same arithmetic; nan where they are undefined."""
+    data = _Data(arrays, losses, positive, names)
+    scores = {name: score for name in names if (score := _score_of(name, data)) is not None}
+    if not len(losses) or not all(np.isfinite(array).all() for array in (*arrays, losses)):
+        return dict.fromkeys(scores, float("nan"))
+    once = Resamples(data, np.ones((len(losses), 1), np.float32))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {name: float(score(once)[0]) for name, score in scores.items()}
+
+
+def percentile_interval(scores: Array) -> Interval | None:
+    """From the 2.5th to the 97.5th percentile; None where half of the scores, or all, are not
+    numbers.
+    """
     defined = scores[np.isfinite(scores)]
     if len(defined) * 2 <= len(scores):
         return None

@@ -18,6 +18,8 @@ METRIC_NAMES = (
     *("average_precision", "log_loss", "ece", "jaccard_samples", "jaccard_macro"),
     *("pearson", "spearman", "mse", "rmse", "mae", "r2"),
 )
+# Higher is better for all others, and a user's.
+LOWER_IS_BETTER = frozenset({"loss", "log_loss", "ece", "mse", "rmse", "mae"})
 TOP_K = re.compile(r"top_([1-9][0-9]*)_accuracy")
 
 

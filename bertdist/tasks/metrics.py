@@ -45,8 +45,9 @@ score, and 10 s and 1.2 GB per score for multi-label: see `BuiltinMetric.compute
 A new metric touches four places:
 1. tasks/metrics.py: one entry in `_METRICS`, which --metrics and its messages know it by; the
    function is scikit-learn's or scipy's, or one above the table where theirs warns or raises. Its
-   name also goes into LOWER_IS_BETTER, `UNDEFINED` (when it is nan) and `_OF_POSITIVE` (it depends
-   on --positive_label), where they hold. A mean over rows: its rows in tasks/row_scores.py.
+   name also goes into LOWER_IS_BETTER (of tasks/metric_names.py), `UNDEFINED` (when it is nan) and
+   `_OF_POSITIVE` (it depends on --positive_label), where they hold. A mean over rows: its rows in
+   tasks/row_scores.py.
 2. tasks/confidence_intervals.py: the score of many resamples at once, one entry in `_COUNTED` (from
    counts or sums), `_MEANS` (a mean over rows) or `_SORTED` (rows must be sorted). Without one
    tests/unit/tasks/test_confidence_intervals.py fails, which compares it with step 1.
@@ -90,8 +91,6 @@ UNDEFINED = {
     "spearman": "all labels, or all predictions, are the same number",
 }
 MATRIX_LABELS, CONFUSIONS = 200, 1000  # of `classification_report`
-# Higher is better for all others, and a user's.
-LOWER_IS_BETTER = frozenset({"loss", "log_loss", "ece", "mse", "rmse", "mae"})
 
 
 def _matthews(references: Array, predictions: Array) -> float:

@@ -45,6 +45,7 @@ from bertdist.distributed.collectives import (
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import Classifier, load_trained_classifier
 from bertdist.tasks.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from bertdist.tasks.metric_names import LOWER_IS_BETTER
 from bertdist.tasks.tasks import Task
 from bertdist.training.best_model import (
     BestModel,
@@ -332,7 +333,7 @@ class Scorer:
         self.positive_label = config.positive_label
         self._report, self._undefined = metrics.classification_report, metrics.UNDEFINED
         self.selection_metric = config.metric_for_best_model or self._metrics.names[0]
-        self.sign = -1 if self.selection_metric in metrics.LOWER_IS_BETTER else 1
+        self.sign = -1 if self.selection_metric in LOWER_IS_BETTER else 1
         self._named = config.metric_for_best_model is not None
         computed = ["loss", *self._metrics.names]
         if self._named and self.selection_metric not in computed:

@@ -17,6 +17,7 @@ import pytest
 
 from bertdist.core.errors import ConfigError, DataError
 from bertdist.tasks import metrics
+from bertdist.tasks.metric_names import LOWER_IS_BETTER
 from bertdist.tasks.metrics import (
     BuiltinMetric,
     classification_report,
@@ -403,8 +404,8 @@ def test_names_keep_their_order_without_duplicates() -> None:
 
 
 def test_lower_is_better_names_known_scores() -> None:
-    assert metrics.LOWER_IS_BETTER - {"loss"} == {"log_loss", "ece", "mse", "rmse", "mae"}
-    assert metrics.LOWER_IS_BETTER - {"loss"} <= set(metrics._METRICS)
+    assert LOWER_IS_BETTER - {"loss"} == {"log_loss", "ece", "mse", "rmse", "mae"}
+    assert LOWER_IS_BETTER - {"loss"} <= set(metrics._METRICS)
 
 
 @pytest.mark.parametrize(
