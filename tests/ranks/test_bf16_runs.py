@@ -26,6 +26,7 @@ from rows import (
     rows_by_step,
     run_train,
     skip_updates,
+    some_of,
     step_log,
     tensors_of,
 )
@@ -98,10 +99,12 @@ def straight(runs: Runs) -> Curve:
     return Curve(runs, runs.folder / "straight", 1)
 
 
+@pytest.mark.parametrize("n", some_of([1], [2]))
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(
-    runs: Runs, straight: Curve, tmp_path: Path
+    n: int, runs: Runs, straight: Curve, tmp_path: Path
 ) -> None:
     """Begun by --mixed_precision auto, and resumed where the CPU has no units for bf16."""
+    straight = straight if n == 1 else Curve(runs, tmp_path / "straight", n)
     words = runs.words(tmp_path / "out", **{**SETTINGS, "mixed_precision": "auto"})
 
     def dies(accelerator: Accelerator) -> None:
@@ -109,9 +112,10 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(
         at_step(7, lambda: os._exit(9))
 
     with pytest.raises(RankError, match="ended with status 9"):
-        run_ranks(1, run_train, words, dies)
-    (_, _, shown), *_ = run_ranks(1, run_train, words, partial(in_bf16, has_units=False))
-    assert "Precision   --mixed_precision auto: using bf16: as this run began; this CPU" in shown
+        run_ranks(n, run_train, words, dies)
+    (_, _, shown), *_ = run_ranks(n, run_train, words, partial(in_bf16, has_units=False))
+    where = "this CPU" if n == 1 else "a rank"
+    assert f"Precision   --mixed_precision auto: using bf16: as this run began; {where}" in shown
     assert_same_run(tmp_path / "out", straight.out)
     assert saved_setting(tmp_path / "out" / "config.yaml", "mixed_precision") == "bf16"
     float32 = runs.words(tmp_path / "float32", **{**SETTINGS, "mixed_precision": "no"})
