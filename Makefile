@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: help install dev check test demo bench gpu clean
+.PHONY: help install dev check pytest test demo bench gpu clean
 .DEFAULT_GOAL = help
 
 help:  ## List the targets
@@ -28,8 +28,11 @@ check: dev  ## ruff, its formatter and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check  ## check, then all tests
+pytest: dev  ## All tests
 	$(BIN)/python -m pytest
+
+test: dev  ## check, and all tests, at the same time
+	$(MAKE) --no-print-directory --jobs=2 check pytest
 
 demo: install  ## Train a review classifier from the package index alone, on two cores in about ten minutes
 	$(BIN)/python launch/demo.py
