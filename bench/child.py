@@ -93,9 +93,9 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
 def export(job: dict[str, Any]) -> dict[str, Any]:
     """Export a trained folder to ONNX."""
-    from bench.prediction import export_onnx
+    from bertdist.models.onnx import export_onnx
 
-    export_onnx(job["model"], job["path"])
+    export_onnx(job["model"], Path(job["path"]))
     return {}
 
 

@@ -43,6 +43,7 @@ from bertdist.core.terminal import (
 from bertdist.data.preflight import check_evaluate, check_predict
 from bertdist.data_quality.config import CheckConfig, read_check_arguments
 from bertdist.data_quality.config import check_start as check_start_of_check
+from bertdist.models.export_config import ExportConfig, check_export, read_export_config
 from bertdist.reporting.config import ReportConfig, check_report, read_report_config
 from bertdist.training.resume_check import check_start
 
@@ -80,6 +81,12 @@ COMMANDS = {
         [ReportConfig],
         read_report_config,
         check_report,
+    ),
+    "export": Command(
+        "A trained model for ONNX Runtime, or of half the size.",
+        [ExportConfig],
+        read_export_config,
+        check_export,
     ),
 }
 OTHER_COMMANDS = {
@@ -172,6 +179,8 @@ def _run_command(name: str, arguments: Sequence[str]) -> NoReturn:
         from bertdist.eval import run
     elif name == "report":
         from bertdist.report import run
+    elif name == "export":
+        from bertdist.export import run
     else:
         from bertdist.check import run
     run_cli(run, config)

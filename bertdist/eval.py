@@ -159,6 +159,16 @@ def load_labelled_rows(config: EvaluateConfig) -> tuple[Task, Records, list[str]
     notes = [f"{note}." for note in records.format_notes]
     if number := len(bad_rows):
         notes.append(f"Skipped {_rows(number)} that cannot be read: {bad_rows.rows[0].message}")
+    task, records, named = name_labels(task, records)
+    return task, records, [*notes, *named]
+
+
+def name_labels(task: Task, records: Records) -> tuple[Task, Records, list[str]]:
+    """The rows with the model's names as labels, the task as the rows have it, and notes.
+
+    Raises DataError.
+    """
+    notes: list[str] = []
     if task.problem_type == REGRESSION:
         return task, records, notes
     if isinstance(task, MultiLabel):

@@ -24,6 +24,7 @@ if __name__ == "__main__":
     parsed_config = parse_or_exit(read_predict_config, check_predict)
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
@@ -116,8 +117,9 @@ class Predictor:
 
     The device and precision are those of `accelerator`, by default what `accelerate launch` set,
     else the GPU if there is one; a caller's torch.autocast changes nothing. Creating a Predictor
-    changes no settings of the process. It can be pickled, as multiprocessing and joblib do: the
-    other process loads the same folder, on a device of its own.
+    changes no settings of the process. Threads may share it: their calls are computed one after the
+    other. It can be pickled, as multiprocessing and joblib do: the other process loads the same
+    folder, on a device of its own.
     """
 
     def __init__(
@@ -139,6 +141,8 @@ class Predictor:
         """
         if max_length is not None and (type(max_length) is not int or max_length < 3):
             raise ConfigError(f"max_length is {max_length!r}; expected a number of at least 3.")
+        # A tokenizer keeps its truncation, and a model its dropout masks, from call to call.
+        self._lock = threading.RLock()
         self.folder = folder = model_folder(folder)
         self._source = Path(folder).expanduser().absolute()
         self._stats = file_stats(self._source)  # before they are read
@@ -285,7 +289,8 @@ class Predictor:
 
     def truncation_notes(self, records: Records) -> list[str]:
         """A line if more than 1% of the texts are truncated; a call warns of it, once."""
-        return truncation_notes({"texts": records}, self.tokenizer, self.max_length)
+        with self._lock:
+            return truncation_notes({"texts": records}, self.tokenizer, self.max_length)
 
     @reset_torch_modes()
     def predict_records(
@@ -317,7 +322,7 @@ class Predictor:
             ranks=world_size,
             window=ROWS_PER_WINDOW,
         )
-        with self.accelerator.autocast():
+        with self._lock, self.accelerator.autocast():
             if self.tokens_per_micro_batch is None and records.lengths().sum() > MEASURED_FROM:
                 with raise_on_all_ranks(self.accelerator), torch.no_grad():
                     tokens = find_tokens(self.model, batches, self.accelerator.device)

@@ -30,7 +30,7 @@ THIRD_PARTY = {  # package -> the other libraries that it may import
     "distributed": {"psutil"},
     "tasks": {"datasets", "evaluate", "scipy", "sklearn"},
     "data": {"aiohttp", "datasets", "fsspec", "pyarrow", "xxhash"},
-    "models": {"safetensors"},
+    "models": {"onnx", "onnxruntime", "safetensors", "tokenizers"},
     "training": {"filelock", "rich", "safetensors"},
     "data_quality": {"cleanlab", "ftfy", "pyarrow", "rensa"},
     "reporting": {"jinja2", "markupsafe", "matplotlib", "pyarrow", "yaml"},

@@ -24,6 +24,7 @@ PROGRAMS = {
     "bertdist/predict.py": "predict",
     "bertdist/check.py": "check",
     "bertdist/eval.py": "evaluate",
+    "bertdist/export.py": "export",
     "launch/train.slurm": "train",
     "launch/multi_node.slurm": "train",
     "launch/smoke.sh": "train",
@@ -36,6 +37,8 @@ PROGRAMS = {
     "bench/gpu.py": "gpu",
 }
 OTHER_PROGRAMS = {
+    "curl",
+    "docker",
     "git",
     "pip",
     "make",
@@ -131,7 +134,7 @@ def commands(text: str) -> Iterator[str]:
         for line in re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines():
             line = re.sub(r"^\s*(\$ |> )?|(^|\s)#.*$", "", line)
             line = re.sub(r"-m (bertdist|bench)\.(\w+)", r"\1/\2.py", line)
-            line = re.sub(r"^bertdist (train|predict|check)\b", r"bertdist/\1.py", line)
+            line = re.sub(r"^bertdist (train|predict|check|export)\b", r"bertdist/\1.py", line)
             line = re.sub(r"^bertdist evaluate\b", "bertdist/eval.py", line)
             yield from (
                 part.strip()
@@ -148,6 +151,7 @@ def flags_of(program: str) -> frozenset[str]:
     from bench import compiled, gpu, peers, reading, scaling, startup
     from bertdist.core.config import EvaluateConfig, PredictConfig, TrainConfig
     from bertdist.data_quality.config import CheckConfig, LabelIssueConfig
+    from bertdist.models.export_config import ExportConfig
 
     if program == "launch":
         return frozenset(
@@ -168,7 +172,7 @@ def flags_of(program: str) -> frozenset[str]:
             re.findall(r'"(--\w+)"', (ROOT / "launch" / "demo.py").read_text(encoding="utf-8"))
         )
     sections_of = {"train": typing.get_type_hints(TrainConfig).values(), "predict": [PredictConfig]}
-    sections_of["evaluate"] = [EvaluateConfig]
+    sections_of |= {"evaluate": [EvaluateConfig], "export": [ExportConfig]}
     sections_of["check"] = [CheckConfig, LabelIssueConfig, *sections_of["train"]]
     sections = sections_of[program]
     return frozenset(

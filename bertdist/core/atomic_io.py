@@ -79,6 +79,9 @@ def write_folder(final: Path, fill: Callable[[Path], None], size: int = 0) -> Pa
         raise CheckpointError(
             f"Cannot write {final}: {reason}. What was there before is untouched."
         ) from None
+    except BaseException:  # of `fill`
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     with suppress(OSError):  # the next call removes it
         return _remove_written(replaced)
     return None

@@ -22,6 +22,7 @@ from typing import IO, Any, NamedTuple
 
 from bertdist.core.atomic_io import (
     HIDDEN_SUFFIXES,
+    MANIFEST,
     atomic_write,
     explain_write_errors,
     partial_path,
@@ -50,6 +51,7 @@ RESULT_FILES = (*("evaluation.json", "predictions.jsonl", "errors.jsonl", "proba
 # The page of a run or an evaluation, and the line in it by which bertdist knows its own.
 REPORT_FILE = "report.html"
 REPORT_MARKER = b'<meta name="generator" content="bertdist report">'
+EXPORT_REPORT = "export.json"
 # What may be in a new folder: logs of the command, and files of systems.
 IGNORED = ("*.log", "*.out", "*.err", ".*", "lost+found")
 
@@ -258,6 +260,27 @@ def check_evaluation_folder(folder: Path) -> None:
             "is new, empty or of an earlier evaluation."
         )
     _reject_links(folder, (*RESULT_FILES, "bad_rows.jsonl"), "an evaluation")
+
+
+def check_export_folder(folder: Path) -> None:
+    """Raise ConfigError for a folder that holds files, and is not of an export, and for one that
+    cannot be written; nothing is written.
+    """
+    _reject_file(folder)
+    parent = next((x for x in folder.absolute().parents if x.exists()), folder)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output_dir {folder}: the folder {parent} is not writable.")
+    if folder.is_symlink():
+        raise ConfigError(
+            f"--output_dir {folder} is a symbolic link, and an export replaces the folder as a "
+            "whole: remove the link, or name another folder."
+        )
+    is_own = "exported" in read_json_object(folder / EXPORT_REPORT) and (folder / MANIFEST).exists()
+    if folder.is_dir() and not is_own and (foreign := _foreign_files(folder, (), ())):
+        raise ConfigError(
+            f"--output_dir {folder} holds {foreign}, which no export wrote: give a folder that is "
+            "new, empty or of an earlier export."
+        )
 
 
 def _reject_file(folder: Path) -> None:

@@ -35,7 +35,7 @@ def suggest_prediction() -> Iterator[None]:
     try:
         yield
     except NoLabelsError as error:
-        raise DataError(
+        raise NoLabelsError(
             f"{error} Rows without labels are for bertdist predict: --model and --input, as here."
         ) from None
 

@@ -202,7 +202,7 @@ class Classifier(nn.Module):
         kind = self.model.config.model_type
         return ModelError(f"A model of type {kind!r} does not classify {texts}: {_reason(error)}")
 
-    def _probes(self, lengths: Sequence[int]) -> list[Example]:
+    def probes(self, lengths: Sequence[int]) -> list[Example]:
         """Texts of about these lengths of the first ids of the vocabulary."""
         config = self.model.config
         names = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -236,7 +236,7 @@ class Classifier(nn.Module):
 
         Raises ModelError.
         """
-        texts, self.padding_changes_logits = self._probes((12, 5, 4, 3, 7)), False
+        texts, self.padding_changes_logits = self.probes((12, 5, 4, 3, 7)), False
         with self._probing():
             alone = torch.cat([self(collate([text])) for text in texts])
             batched = self(collate(texts))
@@ -247,7 +247,7 @@ class Classifier(nn.Module):
         config = self.model.config
         kernel, config._attn_implementation = config._attn_implementation, "eager"
         with self._probing():
-            ids = torch.tensor([text.ids for text in self._probes((12, 12))])
+            ids = torch.tensor([text.ids for text in self.probes((12, 12))])
             logits: Tensor = self.model(input_ids=ids).logits
         config._attn_implementation = kernel
         return logits
@@ -257,7 +257,7 @@ class Classifier(nn.Module):
         that this version does not know.
         """
         with self._probing():
-            found = self(collate(self._probes((12, 12))))
+            found = self(collate(self.probes((12, 12))))
         difference, size = (found - expected).abs().max(), expected.abs().max()
         if difference > 1e-3 * size:  # not for NaN: broken weights are reported with their rows
             raise ModelError(

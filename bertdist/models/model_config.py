@@ -168,7 +168,9 @@ def check_weight_files(folder: Path, where: str) -> None:
             "and save it with save_pretrained, which writes model.safetensors."
         )
     if not files and folder.is_dir():
-        raise ModelError(f"{where}: the folder holds no weights (model.safetensors).")
+        what = "an export for ONNX Runtime; give the folder that was exported"
+        of = f": it is {what}" if (folder / "model.onnx").exists() else ""
+        raise ModelError(f"{where}: the folder holds no weights (model.safetensors){of}.")
 
 
 def check_manifest(folder: Path, is_own: bool, where: str) -> None:
