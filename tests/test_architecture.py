@@ -31,7 +31,7 @@ THIRD_PARTY = {  # package -> the other libraries that it may import
     "tasks": {"datasets", "evaluate", "scipy", "sklearn"},
     "data": {"aiohttp", "datasets", "fsspec", "pyarrow", "xxhash"},
     "models": {"onnx", "onnxruntime", "safetensors", "tokenizers"},
-    "training": {"filelock", "rich", "safetensors"},
+    "training": {"filelock", "mlflow", "rich", "safetensors", "trackio"},
     "data_quality": {"cleanlab", "ftfy", "pyarrow", "rensa"},
     "reporting": {"jinja2", "markupsafe", "matplotlib", "pyarrow", "yaml"},
     "scripts": {"pyarrow", "shtab"},

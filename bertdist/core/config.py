@@ -437,8 +437,19 @@ class RunConfig(Section):
     )
     report_to: list[str] | None = setting(
         None,
-        "Trackers of accelerate to log to (tensorboard, wandb, ...); metrics.jsonl is always "
-        "written.",
+        "Trackers to log to as well: tensorboard, mlflow, trackio, wandb, comet_ml, aim, clearml, "
+        "swanlab, dvclive, or all that are installed. A resumed run continues its curves there; "
+        "metrics.jsonl is always written.",
+    )
+    project: str | None = setting(
+        None,
+        "Project of the trackers; MLflow: experiment. Default: the tracker's variable, such as "
+        "WANDB_PROJECT, else bertdist. TensorBoard has none.",
+    )
+    run_name: str | None = setting(
+        None,
+        "Name of the run in the trackers. Default: the tracker's variable, such as WANDB_NAME, "
+        "else the name of --output_dir. Runs of --folds are a group of this name.",
     )
 
 

@@ -197,8 +197,8 @@ _ANSWERS = [
         "logging_dir log_dir",
     ),
     (
-        "trackers of --report_to read such settings from the environment, such as WANDB_NAME",
-        "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id "
+        "trackers of --report_to read such settings from the environment, such as TRACKIO_SPACE_ID",
+        "trackio_space_id trackio_bucket_id trackio_static_space_id "
         "enable_autolog_hparams model_registry",
     ),
     (

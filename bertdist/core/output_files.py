@@ -38,13 +38,13 @@ FORMATS |= {".parquet": "parquet"}
 # Files that a user may put beside a model: no file of a model has such a name.
 PREDICTIONS = (".jsonl", ".csv", ".tsv", ".parquet", ".gz")
 LOCK, OWNER = "run.lock", "running.json"
-STATUS, ENVIRONMENT = "status.json", "environment.json"
+STATUS, ENVIRONMENT, TRACKER = "status.json", "environment.json", "tracker.json"
 # What runs write at the top of their folder, besides checkpoints/ and best/.
 WRITTEN = (
     *(LOCK, OWNER, STATUS, ENVIRONMENT, "config.yaml", "metrics.jsonl", "evaluation.json"),
     *("predictions.jsonl", "errors.jsonl", "test_evaluation.json", "test_predictions.jsonl"),
     *("test_errors.jsonl", "bad_rows.jsonl", "nan_rows.jsonl", "survey.json", "stacks", ".ranks"),
-    *("probabilities.parquet", "test_probabilities.parquet", "report.html"),
+    *("probabilities.parquet", "test_probabilities.parquet", "report.html", TRACKER),
 )
 # What runs and evaluations write of scored rows.
 RESULT_FILES = (*("evaluation.json", "predictions.jsonl", "errors.jsonl", "probabilities.parquet"),)

@@ -226,7 +226,7 @@ def create_accelerator(run: RunConfig, notes: list[str] | None = None) -> Accele
     other = torch.accelerator.current_accelerator(check_available=True)  # also mps, xpu, ...
     if other is not None and on_cpu and not run.use_cpu and process_rank() == 0:
         print_to_stderr(f"bertdist: device {other.type} is not supported; using the CPU.")
-    trackers = installed_trackers(run.report_to or [])
+    installed_trackers(run.report_to or [])
     timeout = timedelta(seconds=run.rank_timeout)
     store, precision = wait_for_all_ranks(timeout), ""
     group = InitProcessGroupKwargs(timeout=timeout)
@@ -240,8 +240,6 @@ def create_accelerator(run: RunConfig, notes: list[str] | None = None) -> Accele
         accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision=precision,
-            log_with=trackers or None,
-            project_dir=run.output_dir or None,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), group],
         )
     except (ValueError, ImportError, NotImplementedError) as error:

@@ -77,8 +77,7 @@ def cross_validate(config: TrainConfig, train: Train) -> bool:
     train: that of the script. Raises BertdistError.
     """
     run = config.run
-    # The runs of the folds report to trackers themselves.
-    accelerator = create_accelerator(replace(run, report_to=None))
+    accelerator = create_accelerator(run)
     check_world(accelerator.num_processes)
     with FailedStart(Path(run.output_dir)).remove(accelerator):
         return _cross_validate(config, train, accelerator)

@@ -46,6 +46,7 @@ from bertdist.core.output_files import (
     LOCK,
     OWNER,
     STATUS,
+    TRACKER,
     check_run_folder,
     is_run_folder,
     read_owner,
@@ -56,7 +57,7 @@ from bertdist.distributed.collectives import raise_on_all_ranks
 # What a start may have made before its first step; in folds/ its rows too.
 MADE_BY_STARTS = (
     *(LOCK, OWNER, STATUS, ENVIRONMENT, "config.yaml", "metrics.jsonl", "survey.json"),
-    *("bad_rows.jsonl", ".ranks", "checkpoints", "folds"),
+    *("bad_rows.jsonl", ".ranks", "checkpoints", "folds", TRACKER),
 )
 ROWS_OF_FOLDS = ("train.jsonl", "validation.jsonl")
 RANKS_SECONDS = 5.0  # for the other ranks to leave

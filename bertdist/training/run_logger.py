@@ -50,6 +50,7 @@ from bertdist.training.run_summary import (
 )
 from bertdist.training.screen import Evaluated, Progress, Screen, TrainedStep
 from bertdist.training.throughput import ThroughputMeter
+from bertdist.training.trackers import Trackers, flat_settings
 
 S = TypeVar("S", bound=TrainedStep)
 
@@ -94,15 +95,15 @@ class RunLogger:
         self,
         folder: Path,
         enabled: bool,
-        track: Callable[[dict[str, Any], int], None] | None = None,
         on_all_ranks: Callable[[], AbstractContextManager[None]] = nullcontext,
         hooks: Hooks = NO_HOOKS,
     ) -> None:
-        """enabled: on rank 0. track: a tracker's log(values, step). on_all_ranks: entered around
-        every line that is written, so that all ranks raise if one does.
+        """enabled: on rank 0. on_all_ranks: entered around every line that is written, so that all
+        ranks raise if one does.
         """
         self.folder, self.enabled = folder, enabled
-        self.track, self.on_all_ranks, self.hooks = track, on_all_ranks, hooks
+        self.on_all_ranks, self.hooks = on_all_ranks, hooks
+        self.trackers: Trackers | None = None  # of --report_to, once training starts
         self.state, self.total_steps, self.steps_per_epoch = TrainState(), 0, 0
         self.screen = Screen(enabled)
         self.log_every = "auto"
@@ -125,6 +126,8 @@ class RunLogger:
     ) -> None:
         self.screen.close()
         self.screen.end_block()
+        if self.trackers is not None:
+            self.say(*self.trackers.close(failed=error is not None))
         if error is not None and self._running_since is not None:
             # A full or lost disk is what ended the run then, and that error is on its way.
             with suppress(CheckpointError):
@@ -218,6 +221,8 @@ class RunLogger:
         self.status("finished", state.step, reason if stopped_early else "")
         if not self.enabled:
             return
+        if self.trackers is not None:
+            self.say(*self.trackers.log_final(state.step, final_scores(state, report, test_report)))
         self._show_report(report, "evaluation.json", "")
         self._show_report(test_report, "test_evaluation.json", "test rows")
         by_loss = ", of the lowest loss" if state.best_loss is not None else ""
@@ -255,9 +260,9 @@ class RunLogger:
                 path = self.folder / "metrics.jsonl"
                 with explain_write_errors(self.folder), open(path, "ab") as file:
                     file.write(line)
+                if self.trackers is not None:
+                    self.say(*self.trackers.log(kind, step, values))
                 self.hooks.call(kind, step, values)
-                if self.track is not None:
-                    self.track({f"{kind}_{name}": value for name, value in values.items()}, step)
 
     def flush(self) -> None:
         """Flush the line-by-line files and the folder to the disk: no checkpoint, which is about to
@@ -292,6 +297,9 @@ class RunLogger:
             if (self.folder / "environment.json").exists():
                 del files["environment.json"]
         with self.on_all_ranks():
+            if self.enabled and config.run.report_to:
+                # Before metrics.jsonl is rewound, which shows what trackers have.
+                self._open_trackers(config, state, accelerator)
             self.begin(state.step, files, state.evaluation_pending)
             self.status("finished" if state.finished else "running", state.step)
         if state.finished:
@@ -301,6 +309,19 @@ class RunLogger:
             )
             if self.screen.has_panel:
                 self.screen.show_evaluations(state.best_step)
+
+    def _open_trackers(
+        self, config: TrainConfig, state: TrainState, accelerator: Accelerator
+    ) -> None:
+        lines = [entry for _, entry in self._lines()]
+        step, pending = state.step, state.evaluation_pending
+        kept = [entry for entry in lines if not is_repeated(entry, step, pending)]
+        processes, total_steps = accelerator.num_processes, self.total_steps
+        settings = flat_settings(config, processes=processes, total_steps=total_steps)
+        trackers = Trackers(config.run, settings, lines, kept, step)
+        if not state.finished:  # else `log_final` opens them, if they lack the scores
+            self.say(*trackers.open())
+        self.trackers = trackers
 
     def begin(self, step: int, files: Mapping[str, str], evaluation_pending: bool = False) -> None:
         """Write files, and drop the lines of metrics.jsonl that will be repeated: after `step`.
@@ -321,26 +342,27 @@ class RunLogger:
         if not path.exists():
             return
         kept = []
-        with explain_write_errors(path, "read"):
-            lines = path.read_bytes().split(b"\n")
-        for line in lines:
-            try:
-                entry = json.loads(line)
-                repeated = entry["step"] > step or (
-                    evaluation_pending
-                    and entry["step"] == step
-                    and entry["kind"] in ("eval", "meter")
-                )
-                if not repeated and entry.get("finished") is not False:
-                    kept.append(line + b"\n")
-                    self._show_again(entry)
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue
+        for line, entry in self._lines():
+            if not is_repeated(entry, step, evaluation_pending):
+                kept.append(line + b"\n")
+                self._show_again(entry)
         atomic_write(path, b"".join(kept))
+
+    def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:
+        """The complete lines of metrics.jsonl."""
+        path = self.folder / "metrics.jsonl"
+        found = []
+        with explain_write_errors(path, "read"), suppress(FileNotFoundError):
+            for line in path.read_bytes().split(b"\n"):
+                with suppress(ValueError, RecursionError):
+                    entry = json.loads(line)
+                    if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                        found.append((line, entry))
+        return found
 
     def _show_again(self, entry: dict[str, Any]) -> None:
         """The evaluations before a resume are rows of the table too."""
-        if entry["kind"] == "eval" and isinstance(entry.get("epoch"), float):
+        if entry.get("kind") == "eval" and isinstance(entry.get("epoch"), float):
             scores = {name: x for name, x in entry.items() if isinstance(x, float)}
             epoch = scores.pop("epoch")
             self.screen.evaluations.append(Evaluated(int(entry["step"]), epoch, scores))
@@ -403,8 +425,6 @@ def open_run(
         open_watchdog(folder, accelerator, config.run) as watchdog,
     ):
         watchdog.progress = log
-        if config.run.report_to:
-            accelerator.init_trackers("bertdist")  # may write into the folder
         log.screen.verbose, log.log_every = config.run.verbose, config.run.log_every.strip()
         log.say(*messages)
         log.screen.block("Device", describe_device(accelerator))
@@ -417,7 +437,29 @@ def open_run(
 def open_log(folder: Path, accelerator: Accelerator, hooks: Hooks = NO_HOOKS) -> RunLogger:
     """The log of a run; a line that cannot be written raises on all ranks."""
     on_all_ranks = partial(raise_on_all_ranks, accelerator)
-    return RunLogger(folder, accelerator.is_main_process, accelerator.log, on_all_ranks, hooks)
+    return RunLogger(folder, accelerator.is_main_process, on_all_ranks, hooks)
+
+
+def final_scores(
+    state: TrainState, report: Mapping[str, Any], test_report: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What trackers show of a finished run: best/accuracy, test/accuracy."""
+    scores: dict[str, Any] = {"best/step": state.best_step}
+    for of, found in {"best": report, "test": test_report}.items():
+        given = found.get("scores")
+        given = given if isinstance(given, dict) else {}  # of a damaged file
+        scores |= {f"{of}/{name}": value for name, value in given.items()}
+    return scores
+
+
+def is_repeated(entry: Mapping[str, Any], step: int, evaluation_pending: bool) -> bool:
+    """Whether a run that resumes from `step` writes a line of metrics.jsonl once more, or it is the
+    throughput of a stopped process.
+    """
+    pending = (
+        evaluation_pending and entry["step"] == step and entry.get("kind") in ("eval", "meter")
+    )
+    return entry["step"] > step or pending or entry.get("finished") is False
 
 
 def environment(accelerator: Accelerator) -> str:

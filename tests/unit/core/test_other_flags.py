@@ -109,7 +109,7 @@ NEEDED = ["--model_name_or_path=m", "--train_file=t.tsv", "--output_dir=o"]
     ("flag", "line"),
     [
         ("deepspeed", "the model is kept whole on every device (DDP), with NCCL on GPUs and gloo"),
-        ("run_name", "trackers of --report_to read such settings from the environment"),
+        ("trackio_space_id", "trackers of --report_to read such settings from the environment"),
         ("logging_strategy", "--log_every takes '200 steps'"),
         ("max_seq_length", "the name is --max_length."),
         ("predict_file", "bertdist predict --model out --input test.tsv"),
@@ -161,7 +161,7 @@ def test_a_check_answers(flag: str, line: str) -> None:
     assert str(caught.value).startswith(f"Unknown setting --{flag}{line}")
 
 
-@pytest.mark.parametrize("name", ["deepspeed", "run_name", "logging_strategy", "gpu"])
+@pytest.mark.parametrize("name", ["deepspeed", "logging_strategy", "gpu"])
 def test_a_weak_resemblance_is_no_suggestion(name: str) -> None:
     """What was suggested for these before they had answers: seed, column_names, learning_rate."""
     with pytest.raises(ConfigError) as caught:

@@ -286,6 +286,8 @@ DOES_NOT_MATTER = {  # where it runs, micro-batches, when to write or log, when 
     "stop_before_time_limit": "3",
     "rank_timeout": "3",
     "report_to": "tensorboard",
+    "project": "p",
+    "run_name": "r",
     "validation_file": "v.tsv",
     "max_eval_samples": "3",
     "test_file": "e.tsv",

@@ -80,20 +80,10 @@ def test_floats_are_written_exactly(log: RunLogger, tmp_path: Path) -> None:
     assert lines_of(tmp_path)[0] == {"kind": "train", "step": 1, **values}
 
 
-def test_trackers_get_the_same_numbers_with_their_kind(tmp_path: Path) -> None:
-    seen: list[Any] = []
-    log = RunLogger(tmp_path, enabled=True, track=lambda values, step: seen.append((values, step)))
-    log.write("eval", 7, loss=math.nan, accuracy=0.5)
-    assert seen == [({"eval_loss": None, "eval_accuracy": 0.5}, 7)]
-
-
 def test_a_silent_rank_writes_and_shows_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    seen: list[Any] = []
-    with RunLogger(
-        tmp_path / "run", enabled=False, track=lambda values, step: seen.append(values)
-    ) as log:
+    with RunLogger(tmp_path / "run", enabled=False) as log:
         log.say("hello")
         log.begin(0, {"config.yaml": "seed: 1\n"})
         log.status("running", 0)
@@ -106,7 +96,7 @@ def test_a_silent_rank_writes_and_shows_nothing(
         log.log_summary(TrainState(step=1, finished=True), "", {"step": 1, "scores": {"loss": 1}})
         log.log_summary(TrainState(step=1), "SIGTERM")
         log.screen.table("title", ["a"], [["1"]])
-    assert (list(tmp_path.iterdir()), seen, capfd.readouterr()) == ([], [], ("", ""))
+    assert (list(tmp_path.iterdir()), capfd.readouterr()) == ([], ("", ""))
 
 
 OLD = [{"kind": kind, "step": step} for step in (1, 2, 3) for kind in ("train", "eval")]
