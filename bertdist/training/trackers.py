@@ -175,7 +175,8 @@ class _Tracker:
     def __init__(self, name: str, run: TrackedRun, last: Mapping[str, int]) -> None:
         """last: kind -> the last step that the tracker has, as far as metrics.jsonl shows."""
         self.name, self.run, self.lost = name, run, 0
-        self._last, self._points = last, None
+        self._last = last
+        self._points: set[Point] | None = None  # that it has, if it was asked
         self._problem, self._told = "", False
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
