@@ -2,7 +2,7 @@
 
     bertdist report out
     bertdist report out --explain 10 --output page.html
-    bertdist report out out2            # comparison.html
+    bertdist report out out2            # comparison.html, and its tables on the terminal
 
 A run writes its own page when it has finished (--report no turns it off); this command writes it
 again, with explanations of mistakes, or for a run of which it is missing.
@@ -25,7 +25,8 @@ if __name__ == "__main__":
 from pathlib import Path
 from typing import Any
 
-from bertdist.core.output_files import REPORT_FILE
+from bertdist.core.atomic_io import to_json
+from bertdist.core.output_files import REPORT_FILE, write_output
 from bertdist.core.terminal import show
 from bertdist.distributed.launch import run_cli
 from bertdist.reporting.config import COMPARISON_FILE, ReportConfig
@@ -38,17 +39,33 @@ def write_report(config: ReportConfig) -> Path:
     """Write the page; returns its file. Raises BertdistError."""
     folders = [Path(folder) for folder in config.runs or ()]
     if len(folders) > 1:
-        from bertdist.reporting.comparison import comparison_of
-
-        path = Path(config.output or COMPARISON_FILE)
-        save(path, comparison_of([read_run(folder) for folder in folders]))
-        return path
+        return write_comparison(folders, config)
     (folder,) = folders
     run, explanations = read_run(folder), None
     if config.explain:
         explanations = explain(run, config)
     path = Path(config.output) if config.output else folder / REPORT_FILE
     save(path, report_of(run, explanations))
+    return path
+
+
+def write_comparison(folders: list[Path], config: ReportConfig) -> Path:
+    """Show the comparison of several runs, and write its page and --json; returns the page's file.
+
+    Raises BertdistError.
+    """
+    from bertdist.reporting.comparison import compare_runs
+    from bertdist.reporting.comparison_page import page_of
+    from bertdist.reporting.comparison_table import show_comparison
+
+    comparison, path = (
+        compare_runs(list(map(read_run, folders))),
+        Path(config.output or COMPARISON_FILE),
+    )
+    save(path, page_of(comparison))
+    if config.json:
+        write_output(config.json, to_json(comparison.summary()))
+    show_comparison(comparison)
     return path
 
 

@@ -33,7 +33,7 @@ THIRD_PARTY = {  # package -> the other libraries that it may import
     "models": {"onnx", "onnxruntime", "safetensors", "tokenizers"},
     "training": {"filelock", "mlflow", "rich", "safetensors", "trackio"},
     "data_quality": {"cleanlab", "ftfy", "pyarrow", "rensa"},
-    "reporting": {"jinja2", "markupsafe", "matplotlib", "pyarrow", "yaml"},
+    "reporting": {"jinja2", "markupsafe", "matplotlib", "pyarrow", "yaml", "scipy"},
     "scripts": {"pyarrow", "shtab"},
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from bertdist.core.args import parse_arguments
 from bertdist.core.config import Section, setting
 from bertdist.core.errors import ConfigError
-from bertdist.core.output_files import is_run_folder
+from bertdist.core.output_files import check_outputs, is_run_folder
 
 PROGRAM = "bertdist report"
 ABOUT = """Write the page of a run, or a comparison of several: scores with intervals, curves,
@@ -38,6 +38,11 @@ class ReportConfig(Section):
         "here for several.",
         brief="File to write, default report.html in the run",
     )
+    json: str | None = setting(
+        None,
+        "With several runs: file to write the comparison into as JSON too.",
+        brief="Several runs: the comparison as JSON too",
+    )
     explain: int = setting(
         0,
         "Number of the surest mistakes to explain: how much the probability of the answer falls "
@@ -60,6 +65,8 @@ def read_report_config(arguments: Sequence[str]) -> ReportConfig:
         problems.append("No run is given: bertdist report out.")
     if config.explain < 0:
         problems.append(f"--explain is {config.explain}; expected a number of rows, 0 or more.")
+    if config.json is not None and len(config.runs or ()) < 2:
+        problems.append("--json is for the comparison of several runs.")
     if config.explain and len(config.runs or ()) > 1:
         problems.append("--explain is for the report of one run.")
     if config.use_cpu and not config.explain:
@@ -70,7 +77,11 @@ def read_report_config(arguments: Sequence[str]) -> ReportConfig:
 
 
 def check_report(config: ReportConfig) -> None:
-    """Raise ConfigError for folders that are none, before torch is imported."""
+    """Raise ConfigError for folders that are none, before torch is imported, and for a --json that
+    cannot be written.
+    """
+    if config.json is not None:
+        check_outputs({"--json": config.json}, [("--runs", run) for run in config.runs or ()])
     for folder in config.runs or ():
         path = Path(os.path.expanduser(folder))
         if not path.is_dir():
