@@ -89,7 +89,12 @@ from bertdist.training.optimizer import (
 from bertdist.training.resume_check import resume_signature
 from bertdist.training.run_lock import check_disk_space
 from bertdist.training.run_logger import NO_HOOKS, Hooks, RunLogger, open_run
-from bertdist.training.run_summary import describe_model, describe_optimization, show_data
+from bertdist.training.run_summary import (
+    describe_frozen,
+    describe_model,
+    describe_optimization,
+    show_data,
+)
 from bertdist.training.throughput import create_meter
 
 if TYPE_CHECKING:  # --streaming only
@@ -307,6 +312,8 @@ def create_model(
     about = f"{steps} ({plan.describe()}); {describe_optimization(config.optim)}"
     log.screen.block("Steps", about)
     log.screen.block("Model", describe_model(config, classifier))
+    if frozen := describe_frozen(config, classifier):
+        log.screen.block("Frozen", frozen)
     log.note(*notes)
     log.screen.end_block()
     log.screen.detail(check_disk_space(log.folder, classifier, accelerator))

@@ -33,6 +33,7 @@ from bertdist.core.config import (
     RunConfig,
     TaskConfig,
     TrainConfig,
+    freeze_depth,
     share_of,
 )
 from bertdist.core.errors import BertdistError, ConfigError, nearest_name
@@ -84,6 +85,11 @@ _VALUE_HINTS = {  # for a value of another type
     "--train_batch_size": "It is rows per step over all devices.",
     "--mixed_precision": "It takes no, bf16, fp16 or auto.",
 }
+
+_FREEZE_HINTS = dict.fromkeys(  # of --freeze
+    ("all", "backbone", "base", "base_model", "bert", "body", "model", "true", "yes"), "encoder"
+)
+_NOT_FROZEN = ("0", "none", "no", "false", "head", "classifier")
 
 _Bounds = Mapping[str, tuple[float, float | None]]  # setting -> (lowest, highest)
 _BOUNDS: list[tuple[str, _Bounds]] = [  # by section of TrainConfig
@@ -603,6 +609,7 @@ def config_problems(config: TrainConfig) -> Iterable[str]:
     if not run.output_dir:
         yield "--output_dir is missing: the folder that the run writes to."
     yield from data_problems(data)
+    yield from _freeze_problems(config.model)
     for section, bounds in _BOUNDS:
         yield from _out_of_bounds(getattr(config, section), bounds)
     if _changed(run, "max_nan_steps") and run.on_nan == "stop":
@@ -648,6 +655,19 @@ def config_problems(config: TrainConfig) -> Iterable[str]:
         )
     elif weights != ["balanced"] and not any(map(float, weights)):
         yield f"--class_weights is {' '.join(weights)!r}; without one above 0 nothing is learned."
+
+
+def _freeze_problems(model: ModelConfig) -> Iterable[str]:
+    for word in model.freeze or ():
+        if freeze_depth(word) is None:
+            near = _FREEZE_HINTS.get(word.lower()) or nearest_name(word, ["embeddings", "encoder"])
+            hint = f" Did you mean {near!r}?" if near else ""
+            if word.lower() in _NOT_FROZEN:
+                hint = " The head is always trained; without the flag all weights are."
+            yield (
+                f"--freeze is {word!r}; expected embeddings, encoder (all but the head), or the "
+                f"number of the first layers to freeze, from 1.{hint}"
+            )
 
 
 def _duration_problem(value: str) -> str:

@@ -43,6 +43,17 @@ class Section:
                 object.__setattr__(self, name, os.path.expanduser(given))
 
 
+ALL_LAYERS = sys.maxsize  # of --freeze encoder
+
+
+def freeze_depth(word: str) -> int | None:
+    """A word of --freeze as the number of frozen layers, 0 for the embeddings alone; None if it is
+    none.
+    """
+    named = {"embeddings": 0, "encoder": ALL_LAYERS}
+    return named.get(word, int(word) if word.isdecimal() and int(word) else None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
     """The model, its tokenizer and dropout."""
@@ -70,6 +81,31 @@ class ModelConfig(Section):
         "Recompute activations in the backward pass: less memory, about a third more time, same "
         "result.",
     )
+    freeze: list[str] | None = setting(
+        None,
+        "Weights that training leaves as they are: 'embeddings'; a number N, the embeddings and "
+        "the first N layers; or 'encoder', all but the head (a pooler belongs to the head). They "
+        "have no gradient and no AdamW state, and the backward pass ends above them. Dropout stays "
+        "on in frozen layers.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given: Any = self.freeze
+        words = list(map(str, given if isinstance(given, list | tuple) else [given]))
+        if given is not None and words:
+            depths = [freeze_depth(word) for word in words]
+            if None not in depths:  # else config_problems says what is wrong
+                words = [max(words, key=lambda word: freeze_depth(word) or 0)]
+            object.__setattr__(self, "freeze", words)
+
+    @property
+    def frozen_layers(self) -> int | None:
+        """0: the embeddings, N: these and the first N layers, ALL_LAYERS: all but the head; None:
+        nothing.
+        """
+        depths = [freeze_depth(word) for word in self.freeze or ()]
+        return max((depth for depth in depths if depth is not None), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,6 +90,15 @@ _ANSWERS = [
         "ignore_data_skip restore_callback_states_from_checkpoint",
     ),
     ("choose another --output_dir, or remove the folder", "overwrite_output_dir"),
+    ("--freeze embeddings", "freeze_embeds freeze_embeddings"),
+    (
+        "--freeze encoder trains the head alone",
+        "freeze_encoder freeze_base_model freeze_backbone freeze_body freeze_bert freeze_model",
+    ),
+    (
+        "--freeze 4 freezes the embeddings and the first 4 layers",
+        "freeze_layers num_frozen_layers freeze_first_n_layers freeze_n_layers unfreeze_layers",
+    ),
     ("--mixed_precision fp16", "fp16"),
     ("--mixed_precision bf16", "bf16"),
     ("--mixed_precision takes no, bf16, fp16 or auto", "precision fp8"),

@@ -8,6 +8,8 @@ The memory estimate, in bytes (https://arxiv.org/abs/2205.05198 section 4.1, wit
 over short texts need not keep):
 
 - per parameter: weight 4, gradient 4, AdamW 8; in bf16 and fp16 2 more for a half-precision copy;
+  a frozen one (--freeze) has neither gradient nor AdamW state, and frozen layers keep no
+  activations;
 - activations per token and layer: e (8 hidden + 2 intermediate) + 2 hidden, where e is 4 in float32
   and 2 in half precision (each layer's input and its copy after the norm, Q, K, V, the attention
   output, and the feed-forward layer before and after its activation; the last term is two dropout
@@ -44,6 +46,7 @@ from bertdist.data_quality.report import DataReport, check_data
 from bertdist.distributed.launch import choose_precision, installed_trackers
 from bertdist.distributed.launcher import check_launcher, check_world
 from bertdist.models.classifier import check_before_loading, load_model_config, pretrained_labels
+from bertdist.models.freezing import count_parameters, freeze
 from bertdist.models.model_config import check_vocabulary
 from bertdist.tasks.tasks import Task, create_task
 from bertdist.training.checkpoint import check_named
@@ -64,14 +67,20 @@ BALANCED_STEPS = 200  # of the first epoch, to measure the load balance
 class MemoryEstimate:
     """Memory that a rank needs."""
 
-    num_parameters: int
+    num_parameters: int  # that are trained
     bytes_per_parameter: int
+    num_frozen: int
     bytes_per_token: int  # activations; 0 if unknown
 
     @property
     def fixed_bytes(self) -> int:
         """Weights, gradient and optimizer state."""
-        return self.num_parameters * self.bytes_per_parameter
+        return self.num_parameters * self.bytes_per_parameter + self.frozen_bytes
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Of frozen weights."""
+        return self.num_frozen * (self.bytes_per_parameter - 12)
 
 
 def dry_run(config: TrainConfig) -> int:
@@ -225,8 +234,12 @@ def estimate_memory(settings: PretrainedConfig, task: Task, config: TrainConfig)
     per_layer = number * (8 * hidden + 2 * inner) + 2 * hidden
     if config.model.gradient_checkpointing:
         per_layer = number * hidden
-    num_parameters = sum(weight.numel() for weight in model.parameters())
-    return MemoryEstimate(num_parameters, 18 if half else 16, layers * per_layer)
+    if config.model.frozen_layers is not None:
+        # of the frozen ones one at a time, while it is computed
+        layers = min(layers, max(1, layers - config.model.frozen_layers))
+        freeze(model, config.model.frozen_layers)
+    frozen, trained = count_parameters(model)
+    return MemoryEstimate(trained, 18 if half else 16, frozen, layers * per_layer)
 
 
 def _setting(settings: Any, *names: str) -> int:
@@ -249,10 +262,16 @@ def _show_memory(
     tokens = config.batch.train_batch_size * lengths.kept / lengths.of / world_size
     longest = min(lengths.longest, config.model.max_length)
     minimum = memory.fixed_bytes + longest * per_token
+    frozen = [
+        f"  of these {byte_size(memory.frozen_bytes)}  {count_in_words(memory.num_frozen)} frozen "
+        f"parameters x {memory.bytes_per_parameter - 12} bytes (weights)"
+    ] * bool(memory.num_frozen)
+    trained = "trained parameters" if memory.num_frozen else "parameters"
     show(
         f"Memory per rank, estimated for --mixed_precision {config.run.mixed_precision or 'no'}:",
-        f"  {fixed}  {count_in_words(memory.num_parameters)} parameters x "
+        f"  {fixed}  {count_in_words(memory.num_parameters)} {trained} x "
         f"{memory.bytes_per_parameter} bytes (weights, gradient, AdamW)",
+        *frozen,
         f"  {byte_size(tokens * per_token)}  {tokens:,.0f} tokens (mean per rank and step) x "
         f"{byte_size(per_token)} of activations, if computed at once",
         f"At least {byte_size(minimum)}, with micro-batches of one text of {longest} tokens.",

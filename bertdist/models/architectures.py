@@ -15,17 +15,19 @@ A family that is not here is trained too, padded (classifier.py). To run it with
    ModernBERT's does with the setting `classifier_pooling`.
 4. models/model_config.py: settings of its config.json that change the arithmetic and are not
    computed here are refused, those that change only what is returned are reset.
-5. training/optimizer.py, `_layer_index`: the names of its layers' weights have to match, for
-   --layerwise_lr_decay. They do where the list of layers is called layer, layers, block, blocks or
-   h; ALBERT's, which share weights, are not numbered.
+5. `layer_index` below: the names of its layers' weights have to match, for --layerwise_lr_decay and
+   --freeze. They do where the list of layers is called layer, layers, block, blocks or h; ALBERT's,
+   which share weights, are not numbered. Weights beside the layers that these read, such as
+   DeBERTa's table of positions: `layer_of` of its entry.
 6. tests/unit/models/test_architectures.py: one entry in KINDS; a family without one fails there.
    docs/guide.md: the table of model types.
 
 Legend: T tokens, N texts; Q is T, or N where only first tokens are computed; D head size.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -58,6 +60,15 @@ class Architecture:
     compilable_layers: Callable[[Any], list[Any]] = lambda model: []
     attention: Attention | None = None
     after_attention: AfterAttention | None = None
+    # For --freeze: weights of the encoder outside its numbered layers, by the beginning of their
+    # names, and the layer that they go with; -1: the embeddings.
+    layer_of: Mapping[str, int] = field(default_factory=dict)
+
+
+def layer_index(name: str) -> int | None:
+    """'bert.encoder.layer.3.output.dense.weight' -> 3; None for weights outside the layers."""
+    match = re.search(r"(?:^|\.)(?:layer|layers|block|blocks|h)\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 def _bert_attention(layer: Any, query: Tensor, x: Tensor, packing: Packing, **_: Any) -> Tensor:
@@ -285,5 +296,9 @@ ARCHITECTURES = {  # by model_type
         attention=_modernbert_attention,
         after_attention=_modernbert_after_attention,
     ),
-    "deberta-v2": Architecture(prepare=_prepare_deberta),  # and -v3
+    "deberta-v2": Architecture(  # and -v3
+        prepare=_prepare_deberta,
+        # the table of positions and its norm; the convolution is part of the first layer
+        layer_of={"encoder.rel_embeddings": -1, "encoder.LayerNorm": -1, "encoder.conv": 0},
+    ),
 }

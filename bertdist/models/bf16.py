@@ -183,20 +183,28 @@ class _Layer(torch.autograd.Function):
         inner, activated, sum2, *saved = saved
         qkv_w, wo, w1, w2, gain1, shift1, gain2, shift2, mean1, rstd1, mean2, rstd2 = saved[:12]
         norm_backward = torch.ops.aten.native_layer_norm_backward
-        width, all_three = x.shape[-1:], [True, True, True]
+        width = x.shape[-1:]
+        # False: frozen, and of x, that all below is
+        of_x, _, _, _, *wanted = ctx.needs_input_grad
+        of_qkv, of_o, of_1, of_2 = (
+            any(wanted[i:j]) for i, j in ((0, 6), (6, 8), (8, 10), (10, 12))
+        )
         # feed-forward
         d_sum, *d_norm2 = norm_backward(
-            gradients[0].contiguous(), sum2, width, mean2, rstd2, gain2, shift2, all_three
+            *(gradients[0].contiguous(), sum2, width, mean2, rstd2, gain2, shift2),
+            [True, *wanted[14:]],
         )
         d = d_sum if mask2 is None else d_sum * mask2
-        d_linear2 = _of_weight(d, activated)
+        d_linear2 = _of_weight(d, activated, of_2)
         d = torch.ops.aten.gelu_backward(d @ w2, inner)
-        d_linear1 = _of_weight(d, h)
+        d_linear1 = _of_weight(d, h, of_1)
         d_h = torch.addmm(d_sum, d, w1)
-        d_sum, *d_norm1 = norm_backward(d_h, sum1, width, mean1, rstd1, gain1, shift1, all_three)
+        d_sum, *d_norm1 = norm_backward(
+            *(d_h, sum1, width, mean1, rstd1, gain1, shift1), [True, *wanted[12:14]]
+        )
         # attention
         d = d_sum if mask1 is None else d_sum * mask1
-        d_output = _of_weight(d, context)
+        d_output = _of_weight(d, context, of_o)
         d_out = (d @ wo).view(-1, width[0] // layout.heads).index_select(0, layout.pad_index)
         if layout.padding is not None:
             d_out.index_fill_(0, layout.padding, 0)
@@ -207,9 +215,11 @@ class _Layer(torch.autograd.Function):
         )
         _, unpad = layout.joined_indices
         d = d_padded.to(x.dtype).index_select(0, unpad).view(len(x), -1)
-        d_weights, d_biases = (each.chunk(3) for each in _of_weight(d, x))
-        d_qkv = (each for pair in zip(d_weights, d_biases, strict=True) for each in pair)
-        d_x = torch.addmm(d_sum, d, qkv_w)
+        d_weight, d_bias = _of_weight(d, x, of_qkv)
+        d_qkv: list[Tensor | None] = [None] * 6
+        if d_weight is not None and d_bias is not None:
+            d_qkv[::2], d_qkv[1::2] = d_weight.chunk(3), d_bias.chunk(3)
+        d_x = torch.addmm(d_sum, d, qkv_w) if of_x else None
         return d_x, None, None, None, *d_qkv, *d_output, *d_linear1, *d_linear2, *d_norm1, *d_norm2
 
 
@@ -218,6 +228,8 @@ def _add(x: Tensor, mask: Tensor | None, residual: Tensor) -> Tensor:
     return x.add_(residual) if mask is None else x.mul_(mask).add_(residual)
 
 
-def _of_weight(d: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of a linear layer's weight and bias, float32. d (T, out), x (T, in)."""
+def _of_weight(d: Tensor, x: Tensor, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a linear layer's weight and bias, float32, if wanted. d (T, out), x (T, in)."""
+    if not wanted:
+        return None, None
     return at_least_float32(d.t() @ x), at_least_float32(d.sum(0))

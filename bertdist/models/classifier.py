@@ -46,6 +46,7 @@ from bertdist.models import attention, bf16
 from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.cpu_layers import reuse_embedding_gradient, use_onednn
 from bertdist.models.dropout import DropoutMasks, replace_dropouts, set_current_masks
+from bertdist.models.freezing import freeze
 from bertdist.tasks.labels import REGRESSION, match_labels
 from bertdist.tasks.tasks import Task, task_of_model
 
@@ -358,8 +359,8 @@ def load_classifier(
         logits = classifier.train()(collate(dataset[[0, 1]]))  # (2, 2)
         loss = task.loss(logits, torch.tensor([1, 0]), torch.ones(2)) / 2
 
-    config: name or folder, revision, dropout, gradient_checkpointing; max_length in tokens is
-    checked against the model's positions. task: its labels are the outputs. model_config: from
+    config: name or folder, revision, dropout, freeze, gradient_checkpointing; max_length in tokens
+    is checked against the model's positions. task: its labels are the outputs. model_config: from
     `load_model_config` if it is loaded already; changed in place. flag: for error messages.
     tokenizer: its added tokens get rows in the embedding if they have none.
 
@@ -383,8 +384,13 @@ def load_classifier(
         notes += _assign_outputs(model, task.labels, old_labels, missing)
     notes += settings
     if tokenizer is not None:
-        notes += resize_embedding(model, tokenizer, where)
+        resized = resize_embedding(model, tokenizer, where)
+        notes += resized
+        if resized and config.freeze:
+            notes.append("These rows are frozen (--freeze): training leaves them as drawn.")
         notes += segment_notes(model_config, tokenizer)
+    if config.frozen_layers is not None:
+        freeze(model, config.frozen_layers)
     classifier = Classifier(model)
     notes += classifier.padding_notes()
     if config.gradient_checkpointing:

@@ -164,19 +164,22 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
         return _product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    def backward(
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         gradient = gradients[0].contiguous()
-        d_x = _product(gradient, weight.t(), None) if ctx.needs_input_grad[0] else None
-        if weight.shape[0] < weight.shape[1]:
+        of_x, of_weight, of_bias = ctx.needs_input_grad  # False: frozen, or there is none
+        d_x = _product(gradient, weight.t(), None) if of_x else None
+        d_weight = None
+        if of_weight and weight.shape[0] < weight.shape[1]:
             d_weight = _product(gradient.t(), x.t(), None)
-        else:
+        elif of_weight:
             d_weight = gradient.t() @ x  # MKL is the faster one where the layer widens
-        return d_x, d_weight, gradient.sum(0) if ctx.has_bias else None
+        return d_x, d_weight, gradient.sum(0) if of_bias else None
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:

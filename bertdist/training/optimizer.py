@@ -7,7 +7,6 @@ pass `clip_gradients` and `apply_update`.
 """
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,18 +18,20 @@ from transformers import get_scheduler
 
 from bertdist.core.config import OptimConfig
 from bertdist.core.errors import ConfigError
+from bertdist.models.architectures import layer_index
 from bertdist.models.cpu_layers import gradient_norm, scale_gradients, zero_grad
 
 
 def create_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
-    """Fused AdamW. Biases and norm weights (parameters of fewer than two dimensions) do not decay.
+    """Fused AdamW. Biases and norm weights (parameters of fewer than two dimensions) do not decay;
+    frozen ones (--freeze) are left out.
 
     With --layerwise_lr_decay d each layer has d times the learning rate of the layer above it: the
     head 1, the last of L layers d, the first d^L, the embeddings d^(L+1)
     (https://arxiv.org/abs/1905.05583, section 5.4.2). Each group keeps its highest rate as
     `peak_lr`. Raises ConfigError if the model has no numbered layers.
     """
-    layer_of = {name: _layer_index(name) for name, _ in model.named_parameters()}
+    layer_of = {name: layer_index(name) for name, _ in model.named_parameters()}
     layers = max((layer for layer in layer_of.values() if layer is not None), default=-1) + 1
     if config.layerwise_lr_decay != 1 and layers == 0:
         raise ConfigError("--layerwise_lr_decay: this model has no numbered layers; leave it at 1.")
@@ -130,9 +131,3 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return float(max(group["lr"] for group in optimizer.param_groups))
-
-
-def _layer_index(name: str) -> int | None:
-    """'bert.encoder.layer.3.output.dense.weight' -> 3; None for parameters outside the layers."""
-    match = re.search(r"\.(?:layer|layers|block|blocks|h)\.(\d+)\.", name)
-    return int(match[1]) if match else None

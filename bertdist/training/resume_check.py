@@ -35,6 +35,7 @@ MUST_MATCH = {
     "seed": f"another row order and dropout: {_ROWS}",
     "train_batch_size": f"other rows per step: {_ROWS}",
     "mixed_precision": "the steps done so far were rounded otherwise (auto keeps what they had)",
+    "freeze": "the steps done so far trained other weights",
     "labels": "the model's outputs stand for other labels",
     "problem_type": "the model's outputs mean something else",
     "training_rows": f"other training rows: {_ROWS} (--accept_changed_data)",
@@ -94,6 +95,7 @@ def settings_that_must_match(config: TrainConfig) -> dict[str, Any]:
     must_match |= {
         "max_length": config.model.max_length,
         "dropout": config.model.dropout,
+        "freeze": config.model.freeze,
         "tokenizer_name": config.model.tokenizer_name,
         "train_batch_size": config.batch.train_batch_size,
         "seed": config.run.seed,

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from bertdist.core.config import DataConfig, FileConfig, OptimConfig, TrainConfig
-from bertdist.core.terminal import count_in_words, excerpt
+from bertdist.core.config import ALL_LAYERS, DataConfig, FileConfig, OptimConfig, TrainConfig
+from bertdist.core.terminal import byte_size, count_in_words, excerpt
 from bertdist.data.records import Records
 from bertdist.data.stats import DatasetStats
 from bertdist.models.classifier import Classifier
+from bertdist.models.freezing import count_parameters
 from bertdist.tasks.labels import REGRESSION, describe_alike
 from bertdist.tasks.tasks import Task
 from bertdist.training.screen import Screen, cell, duration
@@ -128,6 +129,22 @@ def describe_model(config: TrainConfig, classifier: Classifier) -> str:
     number = sum(weight.numel() for weight in classifier.parameters())
     kind = classifier.model.config.model_type
     return f"{name} ({source}), {kind}, {count_in_words(number)} parameters"
+
+
+def describe_frozen(config: TrainConfig, classifier: Classifier) -> str:
+    """What is frozen, and what that saves; "" without --freeze."""
+    layers = config.model.frozen_layers
+    if layers is None:
+        return ""
+    what = "all but the head" if layers == ALL_LAYERS else "embeddings"
+    if 0 < layers < ALL_LAYERS:
+        what += f" and the first {layers} layer{'s' * (layers > 1)}"
+    frozen, trained = count_parameters(classifier)
+    return (
+        f"{what}: {count_in_words(trained)} of {count_in_words(frozen + trained)} parameters are "
+        f"trained; saves {byte_size(4 * frozen)} of gradients, {byte_size(8 * frozen)} of AdamW "
+        "state, and the activations below the first trained layer"
+    )
 
 
 # ---- The end

@@ -78,7 +78,8 @@ def model_flops(model: Any, last_layer: Literal["all", "first tokens"] = "all") 
     computed twice to save memory.
 
     A weight of a linear layer costs 6 a token: a multiplication and an addition in forward, twice
-    that in backward. Attention costs 12 x L x L x hidden a layer. Linear layers outside the encoder
+    that in backward. Attention costs 12 x L x L x hidden a layer. A frozen one costs a third: its
+    forward pass. Linear layers outside the encoder
     and in its pooler see one vector a text. ALBERT's shared layers count as often as they run.
     Norms, activations and the optimizer are left out, as is usual
     (https://arxiv.org/abs/2204.02311, appendix B), and so are DeBERTa's products with relative
@@ -92,28 +93,32 @@ def model_flops(model: Any, last_layer: Literal["all", "first tokens"] = "all") 
     runs, hidden = (getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size"))
     if not (stack and runs and hidden):
         return ModelFlops(math.nan, math.nan, math.nan)
-    of_layer = [_weights(layer) for layer in stack]
-    by_run = [of_layer[run * len(stack) // runs] for run in range(runs)]
-    per_text = _weights(model) - _weights(base)
+    by_run = [stack[run * len(stack) // runs] for run in range(runs)]
+    passes = [_passes(layer) for layer in by_run]
+    per_text = _flops(model) - _flops(base)
     if isinstance(pooler := getattr(base, "pooler", None), nn.Module):
-        per_text += _weights(pooler)
+        per_text += _flops(pooler)
     per_token = (
-        sum(by_run) + _weights(model) - sum(of_layer) - per_text
+        sum(map(_flops, by_run)) + _flops(model) - sum(map(_flops, stack)) - per_text
     )  # the rest: projections of embeddings (ELECTRA, ALBERT)
-    per_pair = 12 * hidden * runs
+    per_pair = 4 * hidden * sum(passes)
     if last_layer == "first tokens":
-        once = by_run[-1] - 2 * hidden * hidden
+        once = _flops(by_run[-1]) - 2 * passes[-1] * 2 * hidden * hidden
         per_token, per_text = per_token - once, per_text + once
-        per_pair -= 12 * hidden
-        return ModelFlops(
-            6 * per_token + 12 * hidden, per_pair, 6 * per_text
-        )  # one query a text: L pairs of it, not L x L
-    return ModelFlops(6 * per_token, per_pair, 6 * per_text)
+        attention = 4 * hidden * passes[-1]  # one query a text: L pairs of it, not L x L
+        return ModelFlops(per_token + attention, per_pair - attention, per_text)
+    return ModelFlops(per_token, per_pair, per_text)
 
 
-def _weights(module: nn.Module) -> int:
-    """Weights of all linear layers, each once, without biases."""
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+def _flops(module: nn.Module) -> int:
+    """Of all linear layers for a token, each once, without biases."""
+    parts = (part for part in module.modules() if isinstance(part, nn.Linear))
+    return sum(2 * _passes(part) * part.weight.numel() for part in parts)
+
+
+def _passes(module: nn.Module) -> int:
+    """3: forward, and a backward pass of twice its cost; 1 where all weights are frozen."""
+    return 3 if any(weight.requires_grad for weight in module.parameters()) else 1
 
 
 def matmul_rate(device: torch.device, precision: str, seconds: float = 0.05) -> float:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from bertdist.core import args
 from bertdist.core.args import read_config, read_predict_config
 from bertdist.core.config import (
+    ALL_LAYERS,
     BatchConfig,
     DataConfig,
     ModelConfig,
@@ -525,7 +526,7 @@ FULL = [  # every setting has a value here in one of them
     "--report_to tensorboard --tokenizer_name=t",
     "--model_revision=v1 --max_length 9 --dry_run",
     "--torch_compile --cuda_graphs --verbose",
-    "--test_split 0.1 --mixed_precision auto",
+    "--test_split 0.1 --mixed_precision auto --freeze embeddings 4",
 ]
 HUB = "--model_name_or_path=m --output_dir=o --dataset_name=d --dataset_config_name=c --train_split=t --validation_split=v --test_split=e".split()
 GLUE = "--model_name_or_path=m --output_dir=o --task_name=sst2".split()
@@ -785,3 +786,44 @@ def test_a_leading_tilde_is_the_home_folder_in_python_too(
         model=f"{home}/m", output=f"{home}/o", text=["~/x"]
     )
     assert dataclasses.replace(run, output_dir="~").output_dir == home
+
+
+@pytest.mark.parametrize(
+    ("words", "expected", "layers"),
+    [
+        ([], None, None),
+        (["embeddings"], ["embeddings"], 0),
+        (["embeddings", "4"], ["4"], 4),
+        (["4"], ["4"], 4),
+        (["12", "3"], ["12"], 12),
+        (["encoder", "2"], ["encoder"], ALL_LAYERS),
+    ],
+)
+def test_freeze_names_all_that_lies_below(
+    words: list[str], expected: list[str] | None, layers: int | None
+) -> None:
+    flags = ["--model_name_or_path=m", "--train_file=a.csv", "--output_dir=o"]
+    model = read_config([*flags, *(["--freeze", *words] if words else [])]).model
+    assert (model.freeze, model.frozen_layers) == (expected, layers)
+    if words:
+        in_python = [int(word) if word.isdecimal() else word for word in words]
+        for given in [in_python, *(in_python if len(words) == 1 else [])]:
+            assert ModelConfig(freeze=given) == ModelConfig(freeze=expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("word", "end"),
+    [
+        ("embeding", "from 1. Did you mean 'embeddings'?"),
+        ("backbone", "from 1. Did you mean 'encoder'?"),
+        ("none", "from 1. The head is always trained; without the flag all weights are."),
+        ("0", "from 1. The head is always trained; without the flag all weights are."),
+        ("1.5", "from 1."),
+    ],
+)
+def test_other_words_of_freeze_are_answered(word: str, end: str) -> None:
+    flags = ["--model_name_or_path=m", "--train_file=a.csv", "--output_dir=o"]
+    with pytest.raises(ConfigError) as error:
+        read_config([*flags, "--freeze", "embeddings", word])
+    start = f"--freeze is {word!r}; expected embeddings, encoder (all but the head), or the number"
+    assert str(error.value) == f"{start} of the first layers to freeze, {end}"

@@ -18,7 +18,12 @@ from bertdist.core.args import read_config
 from bertdist.core.errors import BertdistError, CheckpointError, ConfigError, DataError, ModelError
 from bertdist.data.sharding import balance_by_length, epoch_order
 from bertdist.data_quality import dry_run
-from bertdist.data_quality.dry_run import estimate_memory, load_balance, padding_ratio
+from bertdist.data_quality.dry_run import (
+    MemoryEstimate,
+    estimate_memory,
+    load_balance,
+    padding_ratio,
+)
 from bertdist.distributed import launch
 from bertdist.tasks.tasks import SingleLabel
 
@@ -283,3 +288,24 @@ def test_memory_counts_every_parameter_and_builds_none(
         found.bytes_per_token
         == {**by_hand, "gradient_checkpointing": 2 * 4 * 32}["".join(settings)]
     )
+
+
+@pytest.mark.parametrize(("words", "layers"), [("embeddings", 2), ("1", 1), ("encoder", 1)])
+def test_frozen_weights_need_their_own_memory_only(
+    tiny_model: Path, words: str, layers: int, tmp_path: Path
+) -> None:
+    def estimate(**settings: Any) -> MemoryEstimate:
+        files = write_split(tmp_path, 3)
+        config = read_config(words_of(tiny_model, tmp_path / "out", files, **settings))
+        settings_of_model = AutoConfig.from_pretrained(tiny_model)
+        return estimate_memory(settings_of_model, SingleLabel(("a", "b", "c")), config)
+
+    found, plain = estimate(freeze=words), estimate()
+    head = 32 * 32 + 32 + 3 * 32 + 3
+    layer = 4 * (32 * 32 + 32) + 2 * 32 * 64 + 32 + 64 + 4 * 32
+    trained = {"embeddings": head + 2 * layer, "1": head + layer, "encoder": head}[words]
+    assert found.num_parameters == trained
+    assert found.num_parameters + found.num_frozen == plain.num_parameters
+    assert found.fixed_bytes == 16 * trained + 4 * found.num_frozen
+    # of frozen layers one at a time, while it is computed
+    assert found.bytes_per_token * 2 == plain.bytes_per_token * layers

@@ -179,7 +179,7 @@ def test_the_operation_is_the_layer(
     assert far(run(model, [batch]), modules) < 1e-12
     assert len(layers) == 2 and layers[0] % TOKENS == 0  # the last computes first tokens only
     of_weight = bf16._of_weight
-    monkeypatch.setattr(bf16, "_of_weight", lambda d, x: of_weight(d * 1.001, x))
+    monkeypatch.setattr(bf16, "_of_weight", lambda d, x, wanted: of_weight(d * 1.001, x, wanted))
     assert far(run(model, [batch]), modules) > 1e-4  # the control
 
 

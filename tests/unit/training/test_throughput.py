@@ -24,10 +24,12 @@ from transformers import (
     RobertaConfig,
 )
 
+from bertdist.core.config import ALL_LAYERS
 from bertdist.data.batch import collate
 from bertdist.data.tokenization import Example
 from bertdist.models import attention
 from bertdist.models.classifier import Classifier
+from bertdist.models.freezing import freeze
 from bertdist.training import throughput
 from bertdist.training.throughput import (
     MEASURED,
@@ -122,6 +124,19 @@ def test_flops_are_what_torch_counts(config: Any) -> None:
         layers + 1,
     ):  # the control: one layer more or less is not within a hundredth
         assert found != pytest.approx(expected * wrong / layers, rel=0.01)
+
+
+def test_frozen_layers_cost_their_forward_pass() -> None:
+    model = model_of(BertConfig(**SIZES))
+    freeze(model, 2)
+    layers = (6 + 2 + 2) * LINEAR * (7 + 4) + (12 + 4 + 4) * 32 * (7 * 7 + 4 * 4)
+    assert model_flops(model)([7, 4]) == layers + 2 * 6 * (32 * 32 + 32 * 5)
+    freeze(model, ALL_LAYERS)
+    found = counted(lambda: model(input_ids=torch.randint(5, 99, (3, 20))).logits)
+    assert found == pytest.approx(model_flops(model)([20] * 3), rel=0.02)
+    for weight in model.parameters():  # the control
+        weight.requires_grad_(True)
+    assert found < 0.5 * model_flops(model)([20] * 3)
 
 
 def test_flops_of_a_packed_batch_are_what_torch_counts() -> None:
