@@ -38,9 +38,9 @@ from bertdist.core.errors import BertdistError, ConfigError
 from bertdist.core.flags import flags_of
 from bertdist.core.hub import model_folder
 from bertdist.core.output_files import RESULT_FILES
+from bertdist.core.terminal import EXIT_STOPPED
 from bertdist.data.in_memory import as_table
 from bertdist.data.trained_columns import data_of_model
-from bertdist.distributed.launch import EXIT_STOPPED
 from bertdist.models.classifier import (
     load_model_config,
     quiet_transformers,
@@ -50,6 +50,7 @@ from bertdist.models.classifier import (
 from bertdist.reporting.after_run import write_report
 from bertdist.tasks.labels import REGRESSION
 from bertdist.train import train as train_from_config
+from bertdist.train import train_all
 from bertdist.training.run_logger import Hooks
 from bertdist.training.run_summary import report_notes
 
@@ -176,14 +177,14 @@ class Run:
         if not isinstance(folder, str | Path) or not str(folder):
             raise ConfigError(f"The run is {folder!r}; expected its folder.")
         self.folder = Path(folder)
-        if not any((self.folder / name).exists() for name in ("status.json", "folds")):
+        if not any((self.folder / name).exists() for name in ("status.json", "folds", "seeds")):
             raise ConfigError(f"{folder} is not the folder of a run: it has no status.json.")
 
     @property
     def finished(self) -> bool:
         """Whether training is done; else the same call goes on."""
         done = read_json_object(self.folder / "status.json").get("state") == "finished"
-        return bool(done or self.cross_validation)
+        return bool(done or self.cross_validation or self.seeds)
 
     @property
     def evaluation(self) -> dict[str, Any]:
@@ -214,6 +215,15 @@ class Run:
 
         return read_json_object(self.folder / REPORT_FILE)
 
+    @property
+    def seeds(self) -> dict[str, Any]:
+        """seeds.json of seeds=5: mean and std of every score, the scores per seed, and the best;
+        empty without seeds. The runs are Run(run.folder / "seeds" / "42") and so on.
+        """
+        from bertdist.training.seeds import REPORT_FILE
+
+        return read_json_object(self.folder / REPORT_FILE)
+
     @_with_keywords("evaluate")
     def predictor(self, **options: Any) -> "Predictor":
         """A `Predictor` of the best weights; options: its own."""
@@ -223,8 +233,8 @@ class Run:
 
     def _best(self) -> Path:
         """The folder of the best weights. Raises ConfigError if there is none."""
-        best = self.folder / "best"
-        if best.exists():
+        best = Path(model_folder(self.folder))  # with seeds, of the best one
+        if best.name == "best" and best.exists():
             return best
         if (self.folder / "folds").exists():
             raise ConfigError(
@@ -244,6 +254,9 @@ class Run:
         if folds := self.cross_validation:
             means = {name: values["mean"] for name, values in folds["scores"].items()}
             return f"mean of {folds['folds']} folds", means
+        if seeds := self.seeds:
+            means = {name: values["mean"] for name, values in seeds["scores"].items()}
+            return f"mean of {len(seeds['seeds'])} seeds", means
         return "finished" if self.finished else "not finished", self.scores
 
     def __repr__(self) -> str:
@@ -422,18 +435,12 @@ def _in_this_process() -> Iterator[None]:
 
 
 def _train_here(config: TrainConfig, hooks: Hooks) -> None:
-    """In this process: a run, or one per fold."""
+    """In this process: a run, or one per fold or seed."""
 
     def train_run(config: TrainConfig) -> bool:
         return train_from_config(config, hooks).finished
 
-    if config.run.folds is None:
-        if train_run(config) and config.run.report:
-            write_report(Path(config.run.output_dir))
-    else:
-        from bertdist.training.cross_validation import cross_validate
-
-        cross_validate(config, train_run)
+    train_all(config, train_run)
 
 
 @contextmanager

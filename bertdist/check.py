@@ -29,7 +29,15 @@ from bertdist.core.atomic_io import to_json
 from bertdist.core.config import DataConfig, ModelConfig, TaskConfig, TrainConfig
 from bertdist.core.errors import DataError
 from bertdist.core.output_files import write_output
-from bertdist.core.terminal import Cell, encodable, excerpt, process_rank, show, show_table
+from bertdist.core.terminal import (
+    EXIT_STOPPED,
+    Cell,
+    encodable,
+    excerpt,
+    process_rank,
+    show,
+    show_table,
+)
 from bertdist.data.tokenization import load_tokenizer
 from bertdist.data_quality.cleaning import dropped_path, write_cleaned
 from bertdist.data_quality.config import (
@@ -40,7 +48,7 @@ from bertdist.data_quality.config import (
 from bertdist.data_quality.findings import ExampleRow, Finding, counts, percent, summary
 from bertdist.data_quality.length_checks import Lengths
 from bertdist.data_quality.report import REFUSED_ROWS, DataReport, check_data
-from bertdist.distributed.launch import EXIT_STOPPED, run_cli
+from bertdist.distributed.launch import run_cli
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 SHOWN_LABELS = 24  # more than a screen has lines for are in check.json only

@@ -4,6 +4,7 @@
     bertdist train --processes 2 ...     # one process per GPU, or two on a CPU
     bertdist evaluate --model out --input test.tsv
     bertdist predict --model out --text "A film to remember."
+    bertdist sweep --config run.yaml --try learning_rate=1e-5..5e-4:log --output_dir sweep
     bertdist info                        # versions, devices, folders of configs and scripts
 
 Flags are read before torch is imported: --help and mistakes are answered at once. The scripts
@@ -45,6 +46,8 @@ from bertdist.data_quality.config import CheckConfig, read_check_arguments
 from bertdist.data_quality.config import check_start as check_start_of_check
 from bertdist.models.export_config import ExportConfig, check_export, read_export_config
 from bertdist.reporting.config import ReportConfig, check_report, read_report_config
+from bertdist.sweep import SweepConfig, read_sweep_config
+from bertdist.sweep import check_start as check_start_of_sweep
 from bertdist.training.resume_check import check_start
 
 
@@ -87,6 +90,12 @@ COMMANDS = {
         [ExportConfig],
         read_export_config,
         check_export,
+    ),
+    "sweep": Command(
+        "Try settings of training, keep the best.",
+        [SweepConfig, *TRAIN_SECTIONS],
+        read_sweep_config,
+        check_start_of_sweep,
     ),
 }
 OTHER_COMMANDS = {
@@ -157,6 +166,10 @@ def _other_help(name: str) -> str:
 
 
 def _run_command(name: str, arguments: Sequence[str]) -> NoReturn:
+    if name == "sweep":  # no torch; its trials are launched
+        from bertdist.sweep import run_and_exit
+
+        run_and_exit(parse_or_exit(read_sweep_config, check_start_of_sweep, arguments))
     processes, config_file, arguments = _launch_flags(arguments)
     try:
         config = parse_or_exit(COMMANDS[name].read, COMMANDS[name].check, arguments)

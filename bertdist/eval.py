@@ -50,7 +50,13 @@ from bertdist.core.output_files import (
     check_evaluation_folder,
     is_own_report,
 )
-from bertdist.core.terminal import ProgressBar, print_error, print_to_stderr, process_rank
+from bertdist.core.terminal import (
+    EXIT_STOPPED,
+    ProgressBar,
+    print_error,
+    print_to_stderr,
+    process_rank,
+)
 from bertdist.data.bad_rows import BadRows
 from bertdist.data.load_data import load_records
 from bertdist.data.loader import DEFAULT_TOKEN_BUDGET
@@ -58,7 +64,7 @@ from bertdist.data.records import Records
 from bertdist.data.tokenization import create_dataset, truncation_notes
 from bertdist.data.trained_columns import check_pairs, data_of_model, suggest_prediction
 from bertdist.distributed.collectives import raise_on_all_ranks
-from bertdist.distributed.launch import EXIT_STOPPED, create_accelerator, run_cli
+from bertdist.distributed.launch import create_accelerator, run_cli
 from bertdist.distributed.launcher import check_world
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import load_model_config, saved_metadata, trained_task

@@ -53,6 +53,7 @@ from bertdist.core.output_files import (
 )
 from bertdist.core.partial_file import InPlaceFile, OutputClosed, PartialFile, stamp_of
 from bertdist.core.terminal import (
+    EXIT_STOPPED,
     ProgressBar,
     excerpt,
     print_error,
@@ -75,12 +76,7 @@ from bertdist.distributed.collectives import (
     host_group,
     raise_on_all_ranks,
 )
-from bertdist.distributed.launch import (
-    EXIT_STOPPED,
-    create_accelerator,
-    reset_torch_modes,
-    run_cli,
-)
+from bertdist.distributed.launch import create_accelerator, reset_torch_modes, run_cli
 from bertdist.distributed.launcher import check_world
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import load_model_config, load_trained_classifier, saved_metadata

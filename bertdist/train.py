@@ -51,6 +51,7 @@ from bertdist.core.config import (
     duration_in_steps,
     log_interval,
 )
+from bertdist.core.terminal import EXIT_STOPPED
 from bertdist.data.bad_rows import BadRows, collect_bad_rows, record_bad_rows
 from bertdist.data.batch import PackedBatch, RankStep
 from bertdist.data.load_data import load_splits
@@ -64,7 +65,7 @@ from bertdist.data.stats import (
 )
 from bertdist.data.tokenization import load_tokenizer, truncation_notes
 from bertdist.distributed.collectives import assert_same_on_all_ranks, raise_on_all_ranks
-from bertdist.distributed.launch import EXIT_STOPPED, launch, reset_torch_modes, run_cli
+from bertdist.distributed.launch import launch, reset_torch_modes, run_cli
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import (
     Classifier,
@@ -414,22 +415,38 @@ class StepPlan:
         return "the length of an epoch is not known" + f": {names} 10% of the run" * bool(names)
 
 
+def train_all(config: TrainConfig, train_one: Callable[[TrainConfig], bool]) -> bool:
+    """The run of a config, or those of --folds or --seeds; whether all have finished.
+
+    train_one: of a single run.
+    """
+
+    def train_and_report(config: TrainConfig) -> bool:
+        finished = train_one(config)
+        if finished and config.run.report:
+            from bertdist.reporting.after_run import write_report
+
+            write_report(Path(config.run.output_dir))
+        return finished
+
+    if config.run.folds:
+        from bertdist.training.cross_validation import cross_validate
+
+        return cross_validate(config, train_one)
+    if config.run.seeds:
+        from bertdist.training.seeds import train_seeds
+
+        return train_seeds(config, train_and_report)
+    return train_and_report(config)
+
+
 def run(config: TrainConfig) -> int:
-    """Train, a run per fold with --folds, or show the plan of --dry_run; returns the exit code."""
+    """Train, a run per fold or seed, or show the plan of --dry_run; returns the exit code."""
     if config.run.dry_run:
         from bertdist.data_quality.dry_run import dry_run
 
         return dry_run(config)
-    if config.run.folds:
-        from bertdist.training.cross_validation import cross_validate
-
-        return 0 if cross_validate(config, lambda fold: train(fold).finished) else EXIT_STOPPED
-    finished = train(config).finished
-    if finished and config.run.report:
-        from bertdist.reporting.after_run import write_report
-
-        write_report(Path(config.run.output_dir))
-    return 0 if finished else EXIT_STOPPED
+    return 0 if train_all(config, lambda run: train(run).finished) else EXIT_STOPPED
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ THIRD_PARTY = {  # package -> the other libraries that it may import
     "tasks": {"datasets", "evaluate", "scipy", "sklearn"},
     "data": {"aiohttp", "datasets", "fsspec", "pyarrow", "xxhash"},
     "models": {"onnx", "onnxruntime", "safetensors", "tokenizers"},
-    "training": {"filelock", "mlflow", "rich", "safetensors", "trackio"},
+    "training": {"filelock", "mlflow", "optuna", "rich", "safetensors", "trackio"},
     "data_quality": {"cleanlab", "ftfy", "pyarrow", "rensa"},
     "reporting": {"jinja2", "markupsafe", "matplotlib", "pyarrow", "yaml", "scipy"},
-    "scripts": {"pyarrow", "shtab"},
+    "scripts": {"filelock", "pyarrow", "shtab", "yaml"},
 }
 
 

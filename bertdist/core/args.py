@@ -37,7 +37,13 @@ from bertdist.core.config import (
     share_of,
 )
 from bertdist.core.errors import BertdistError, ConfigError, nearest_name
-from bertdist.core.flags import create_parser, help_of_flag, help_request, help_text
+from bertdist.core.flags import (
+    create_parser,
+    flag_name,
+    help_of_flag,
+    help_request,
+    help_text,
+)
 from bertdist.core.hub import model_folder
 from bertdist.core.output_files import (
     STATUS,
@@ -77,6 +83,7 @@ _WEIGHTS = (1e-10, 1e10)  # of labels: float32 holds the losses and the squares 
 _SURE = 0.7  # similarity of a flag that is suggested: below it, deepspeed resembles seed
 _INPUTS = ("train_file", "validation_file", "test_file", "input", "config", *_MODELS)
 _MAY_BE_EMPTY = ("text", "text_pair")  # an empty text is a text
+_MOST_SEEDS = 100
 IS_EMPTY = "has an empty value: give one, or leave the flag out (is a shell variable unset?)."
 DROPPED = ".dropped.jsonl"  # after the name of the file of check's --fix
 _NOT_A_FOLDER = ("latest", "last", "newest", "auto", "best", "true", "false", "yes", "no", "none")
@@ -123,7 +130,7 @@ def parse_arguments(
     if request := help_request(arguments):
         _show_help(request, program, about, sections)
     parser = create_parser(sections, _VALUE_HINTS)
-    names = [field.name for section in sections for field in dataclasses.fields(section)]
+    names = [flag_name(field) for section in sections for field in dataclasses.fields(section)]
     file = parser.parse_known_args(list(arguments))[0].config
     if file == "":
         raise ConfigError(f"--config {IS_EMPTY}")
@@ -142,7 +149,7 @@ def parse_arguments(
                 problem = (
                     f"--{name} takes {takes}, not a list."
                     if takes
-                    else _unknown_setting(f"--{name}", names)
+                    else unknown_setting(f"--{name}", names)
                 )
                 raise ConfigError(f"{source}{problem}")
             try:
@@ -154,9 +161,9 @@ def parse_arguments(
     values = []
     for section in sections:
         fields = dataclasses.fields(section)
-        values.append(section(**{field.name: getattr(found, field.name) for field in fields}))
+        values.append(section(**{field.name: getattr(found, flag_name(field)) for field in fields}))
     flags = [word.split("=")[0] for word in rest if word.startswith("--")]
-    unknown = [_unknown_setting(flag, names) for flag in flags]
+    unknown = [unknown_setting(flag, names) for flag in flags]
     if rest and not unknown:
         unknown = [f"Unexpected argument {rest[0]!r}: every value follows its flag."]
     if problems := [*unknown, *_not_utf8(values), *_empty(values)]:
@@ -174,7 +181,7 @@ def _show_help(request: str, program: str, about: str, sections: list[Any]) -> N
     if text := help_of_flag(sections, request):
         print(text, flush=True)
         sys.exit(0)
-    names = [field.name for section in sections for field in dataclasses.fields(section)]
+    names = [flag_name(field) for section in sections for field in dataclasses.fields(section)]
     near = nearest_name(request.replace("-", "_"), names)
     hint = f" Did you mean {near!r}?" if near else ""
     print_to_stderr(
@@ -313,8 +320,10 @@ def _is_null(node: Any) -> bool:
     return is_plain and node.value in ("", "null", "~")
 
 
-def _unknown_setting(given: str, names: list[str], where: str = "") -> str:
-    """given: a flag as it was typed, `--max-lenght`, or a name of a file, `max_lenght`."""
+def unknown_setting(given: str, names: list[str], where: str = "") -> str:
+    """The message about it. given: a flag as it was typed, `--max-lenght`, or a name of a file,
+    `max_lenght`.
+    """
     is_flag = given.startswith("--")
     name, shown = given.lstrip("-").replace("-", "_"), given if is_flag else repr(given)
     if found := other_flags.answer(name, names, _TRAIN_NAMES):
@@ -351,7 +360,7 @@ def _read_yaml(
         if not isinstance(key, yaml.ScalarNode):
             problems.append(f"{where}expected the name of a setting, not a list or mapping.")
         elif name not in names:
-            problems.append(_unknown_setting(name, names, where))
+            problems.append(unknown_setting(name, names, where))
         elif name in seen:
             problems.append(f"{where}{name!r} is given a second time.")
         elif isinstance(value, yaml.ScalarNode):
@@ -530,6 +539,11 @@ def data_problems(data: DataConfig) -> Iterable[str]:
         data,
         {"max_train_samples": (1, None), "max_eval_samples": (1, None), "max_bad_rows": (0, None)},
     )
+    yield from _out_of_bounds(data, {"split_seed": (0, 2**32 - 1)})
+    if data.split_seed is not None and not (
+        data.train_file and (data.validation_split or data.test_split)
+    ):
+        yield "--split_seed needs a share to hold out: --validation_split or --test_split."
 
 
 def _label_problems(data: LabelledConfig) -> Iterable[str]:
@@ -641,6 +655,8 @@ def config_problems(config: TrainConfig) -> Iterable[str]:
     for name, given in below_one.items():
         if given == 1:  # of the last two, nothing would be learned
             yield f"--{name} is 1; expected less than 1."
+    if run.seeds is not None:
+        yield from _seed_problems(config)
     if run.folds is None:
         yield from _without_effect(config)
     else:
@@ -695,6 +711,39 @@ def fold_problems(folds: int) -> Iterable[str]:
     """What is wrong with --folds."""
     if folds < 2:
         yield f"--folds is {folds}; expected at least 2."
+
+
+def _seed_problems(config: TrainConfig) -> Iterable[str]:
+    """What is wrong with --seeds."""
+    data, run = config.data, config.run
+    seeds, given = run.seed_list, " ".join(map(str, run.seeds or []))
+    if len(run.seeds or []) == 1:
+        if not 2 <= int(given) <= _MOST_SEEDS:
+            yield (
+                f"--seeds is {given}; expected how many, from 2 to {_MOST_SEEDS}, or several "
+                "seeds. A single run: --seed."
+            )
+    elif _changed(run, "seed"):
+        yield f"--seed has no effect: --seeds {given} names the seeds; remove it."
+    elif len(set(seeds)) < len(seeds):
+        yield f"--seeds repeats a seed: {given}."
+    if not all(0 <= seed < 2**32 for seed in seeds):
+        yield f"--seeds is {given}: expected seeds from 0 to {2**32 - 1}."
+    if run.folds is not None:
+        yield "--seeds and --folds both name several runs; give one."
+    scored = (data.validation_file, data.validation_split, data.test_file, data.test_split)
+    if data.train_file and not any(scored):
+        yield (
+            "--seeds needs rows to compare the runs on: give --validation_file, or a share as "
+            "--validation_split."
+        )
+    if run.resume_from_checkpoint:
+        yield (
+            "--resume_from_checkpoint is for one run; the run of each seed resumes its own newest "
+            "checkpoint."
+        )
+    if run.dry_run:
+        yield "--dry_run shows the plan of one run; give it the same flags without --seeds."
 
 
 def _cross_validation_problems(config: TrainConfig) -> Iterable[str]:

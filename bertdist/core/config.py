@@ -259,6 +259,11 @@ class DataConfig(LabelledConfig):
         "Share of the rows of --train_file to score once, after training, on the best weights; "
         "chosen like --validation_split. Of a hub data set: the name of a split.",
     )
+    split_seed: int | None = setting(
+        None,
+        "Seed of the rows that --validation_split and --test_split hold out of files. Default: "
+        "--seed; the runs of --seeds hold out the same rows.",
+    )
     max_train_samples: int | None = setting(None, "Train on the first N rows only.")
     max_eval_samples: int | None = setting(None, "Evaluate on the first N rows only.")
 
@@ -367,6 +372,13 @@ class RunConfig(Section):
         brief="Folder of the run; the same one resumes it",
     )
     seed: int = setting(42, "Seed of the row order, the new head's weights and dropout.")
+    seeds: list[int] | None = setting(
+        None,
+        "Train one model per seed and compare: mean and standard deviation of every score, and the "
+        "best. One number is how many, from --seed on (--seeds 5: 42 to 46); several are the seeds "
+        "(--seeds 1 2 3). The runs are in --output_dir/seeds, the scores in seeds.json.",
+        brief="Number of runs with other seeds: mean, spread",
+    )
     folds: int | None = setting(
         None,
         "Cross-validation: train one model per fold of the training rows, on the rows of the "
@@ -487,6 +499,12 @@ class RunConfig(Section):
         "Name of the run in the trackers. Default: the tracker's variable, such as WANDB_NAME, "
         "else the name of --output_dir. Runs of --folds are a group of this name.",
     )
+
+    @property
+    def seed_list(self) -> list[int]:
+        """The seeds of --seeds; empty without it."""
+        seeds = self.seeds or []
+        return seeds if len(seeds) != 1 else list(range(self.seed, self.seed + seeds[0]))
 
 
 @dataclass(frozen=True, kw_only=True)

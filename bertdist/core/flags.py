@@ -60,6 +60,11 @@ class Flag(NamedTuple):
         return f"{one} ..." if self.many else one
 
 
+def flag_name(field: dataclasses.Field[Any]) -> str:
+    """The name of its flag, and in YAML: `try` of the field try_, a word that Python reserves."""
+    return field.name.rstrip("_")
+
+
 def flags_of(section: Any) -> list[Flag]:
     """The flags of a config dataclass: fields of bool, int, float, str, Literal, lists, or None."""
     hints, flags = typing.get_type_hints(section), []
@@ -73,7 +78,7 @@ def flags_of(section: Any) -> list[Flag]:
         choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
         texts = field.metadata["help"], field.metadata["brief"]
         kind = str if choices else hint
-        flags.append(Flag(field.name, kind, many, choices, field.default, *texts))
+        flags.append(Flag(flag_name(field), kind, many, choices, field.default, *texts))
     return flags
 
 

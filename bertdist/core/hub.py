@@ -23,6 +23,7 @@ from typing import Any
 
 from huggingface_hub import constants
 
+from bertdist.core.atomic_io import read_json_object
 from bertdist.core.errors import ConfigError, ModelError, did_you_mean_path
 from bertdist.core.terminal import print_to_stderr, process_rank
 
@@ -157,7 +158,8 @@ def explain_hub_error(error: BaseException, name: str, kind: str = "model") -> s
 
 
 def model_folder(name: str | os.PathLike[str]) -> str:
-    """The folder of a run means its best/; every other name is returned as it is.
+    """The folder of a run means its best/, that of several runs (--seeds, sweep) that of the best;
+    every other name is returned as it is.
 
     Raises ConfigError for what is no name.
     """
@@ -167,6 +169,10 @@ def model_folder(name: str | os.PathLike[str]) -> str:
     folder = Path(name).expanduser()
     if (folder / "best" / "config.json").is_file() and not (folder / "config.json").exists():
         return str(folder / "best")
+    for file in ("seeds.json", "sweep.json"):
+        best = read_json_object(folder / file).get("best")
+        if isinstance(best, dict) and isinstance(best.get("folder"), str):
+            return str(folder / best["folder"] / "best")
     return name
 
 

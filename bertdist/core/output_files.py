@@ -239,6 +239,18 @@ def check_run_folder(folder: Path) -> None:
     _reject_links(folder, WRITTEN, "a run")
 
 
+def check_sweep_folder(folder: Path) -> None:
+    """Raise ConfigError for a folder that holds files, and is not of a sweep."""
+    _reject_file(folder)
+    if not folder.is_dir() or (folder / "journal.log").is_file():
+        return
+    if foreign := _foreign_files(folder, ("trials",), ()):
+        raise ConfigError(
+            f"--output_dir {folder} holds {foreign}, which no sweep wrote: give a folder that is "
+            "new, empty or of an earlier sweep."
+        )
+
+
 def check_evaluation_folder(folder: Path) -> None:
     """Raise ConfigError for a folder that holds files, and is not of an evaluation; nothing is
     written.

@@ -32,6 +32,8 @@ Cell: TypeAlias = "str | Sequence[tuple[str, str]]"  # text, or (text, rich styl
 EXCERPT_COLUMNS = 100
 NOTEBOOK_COLUMNS, NOTEBOOK_LINES = 100, 40
 NOTEBOOK_HTML = '<pre style="font-family: monospace; line-height: 1.25; margin: 0">{code}</pre>'
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped before the end; the same command resumes
+EXIT_INTERRUPTED = 130  # a second Ctrl-C, as a shell has it for SIGINT
 EXIT_BROKEN_PIPE = 141  # as of a command that SIGPIPE has ended
 # For rank 0 to come as far as the others and print; then torchrun ends them anyway.
 PRINT_SECONDS = 15.0

@@ -1,6 +1,8 @@
-"""A limit on the time that a call of a library may take which has none of its own."""
+"""Limits on time: of a call of a library that has none of its own, of a SLURM job."""
 
+import os
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -29,3 +31,11 @@ def call_within(seconds: float, action: Callable[[], Result]) -> Result:
     if not results:
         raise TimeoutError(f"no answer within {seconds:g} s")
     return results[0]
+
+
+def slurm_seconds_left() -> float | None:
+    """Seconds until SLURM ends this job; None outside SLURM, or where the end is unknown."""
+    try:
+        return float(os.environ["SLURM_JOB_END_TIME"]) - time.time()  # epoch seconds
+    except (KeyError, ValueError):
+        return None

@@ -42,7 +42,7 @@ def check_train(config: TrainConfig) -> None:
         return
     check_metric_names(config.task.metrics or [])
     run = config.run
-    if run.output_dir and not run.folds:  # runs of folds have their own
+    if run.output_dir and not (run.folds or run.seeds):  # their runs have folders of their own
         check_run_folder(Path(run.output_dir))
     check_rows(config.data)
     model = config.model

@@ -1,8 +1,8 @@
 """Which rows of the training files --validation_split and --test_split hold out.
 
-The part of a row is decided by the row alone: xxh3 of its text (and its second text) with --seed,
-as a number from 0 to 1, is below the share of the validation rows, or at least 1 - the share of the
-test rows, or in between: a training row. So
+The part of a row is decided by the row alone: xxh3 of its text (and its second text) with
+--split_seed (by default --seed), as a number from 0 to 1, is below the share of the validation
+rows, or at least 1 - the share of the test rows, or in between: a training row. So
 
 - rows added later, other files, their order, ranks, workers and --streaming change no row's part;
 - rows of the same text up to case and white space are in one part;
@@ -81,6 +81,7 @@ def hold_out_of(data: DataConfig, seed: int) -> HoldOut | None:
     if not data.train_file:
         return None
     validation, test = (share_of(x) or 0.0 for x in (data.validation_split, data.test_split))
+    seed = seed if data.split_seed is None else data.split_seed
     return HoldOut(validation, test, seed) if validation or test else None
 
 

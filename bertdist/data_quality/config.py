@@ -60,7 +60,13 @@ DEFAULT_RANKING = "self_confidence"
 # With --model nothing is trained and no split is scored: these flags say where to compute,
 INFERENCE_FLAGS = {"tokens_per_micro_batch", "use_cpu", "mixed_precision"}
 # and these name rows that are not read.
-EVAL_FLAGS = {"validation_file", "validation_split", "max_eval_samples", "slice_column"}
+EVAL_FLAGS = {
+    "validation_file",
+    "validation_split",
+    "max_eval_samples",
+    "slice_column",
+    "split_seed",
+}
 # All rows are held in memory and used once, with --folds and with --model.
 STREAMING_FLAGS = ("streaming", "stream_window", "stream_sharding", "train_weights")
 
@@ -242,7 +248,7 @@ def _label_issue_problems(issues: LabelIssueConfig, train: TrainConfig) -> Itera
                 "--resume_from_checkpoint is for one run; "
                 "each fold resumes its own newest checkpoint."
             )
-        yield from config_problems(replace(train, run=replace(train.run, folds=None)))
+        yield from config_problems(replace(train, run=replace(train.run, folds=None, seeds=None)))
     else:
         if not (train.data.train_file or train.data.dataset_name or train.data.task_name):
             yield "No rows to check: give --train_file, or --dataset_name, or --task_name."
@@ -261,5 +267,7 @@ def _label_issue_problems(issues: LabelIssueConfig, train: TrainConfig) -> Itera
     for name in STREAMING_FLAGS:
         if getattr(train.data, name) != getattr(DataConfig, name):
             yield f"--{name} has no effect: all rows are held in memory and used once; remove it."
+    if train.run.seeds is not None and folds is not None:
+        yield "--seeds is for training: each fold is checked by one model; remove it."
     if train.run.dry_run and folds is not None:
         yield "--dry_run is for train.py; give it the same flags without --folds."

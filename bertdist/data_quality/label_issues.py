@@ -52,7 +52,8 @@ from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import create_accelerator
 from bertdist.distributed.launcher import check_world
 from bertdist.tasks.tasks import Task
-from bertdist.training.cross_validation import Fold, Rows, Train, load_rows, read_rows, train_folds
+from bertdist.training.cross_validation import Fold, Rows, load_rows, read_rows, train_folds
+from bertdist.training.repeated_runs import Train
 from bertdist.training.run_lock import FailedStart
 from bertdist.training.run_logger import RunLogger
 

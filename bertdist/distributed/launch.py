@@ -46,6 +46,7 @@ from bertdist.core.config import RunConfig, TrainConfig, saved_setting
 from bertdist.core.errors import BertdistError, ConfigError, RankLost, did_you_mean
 from bertdist.core.terminal import (
     EXIT_BROKEN_PIPE,
+    EXIT_INTERRUPTED,
     close_broken_stdout,
     escape_unencodable,
     exit_with_error,
@@ -64,9 +65,6 @@ from bertdist.distributed.watchdog import (
     own_heartbeat,
     this_host,
 )
-
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped before the end; the same command resumes
-EXIT_INTERRUPTED = 130  # a second Ctrl-C, as a shell has it for SIGINT
 
 # For a process that broke a connection to be seen as dead, and for others to see who prints it.
 DEAD_RANK_WAIT_SECONDS = 2.0
@@ -303,8 +301,8 @@ def choose_precision(
 
 def first_precision(run: RunConfig) -> str | None:
     """The precision that a run began with: of --resume_from_checkpoint or the newest checkpoint of
-    --output_dir, else of config.yaml there; of its first fold; of a run of this process that is
-    not over (a fold is one of several). None for a new run.
+    --output_dir, else of config.yaml there; of its first fold or seed; of a run of this process
+    that is not over (a fold is one of several). None for a new run.
     """
     if is_initialized():
         return str(AcceleratorState().mixed_precision)
@@ -317,7 +315,10 @@ def first_precision(run: RunConfig) -> str | None:
         settings = read_json_object(path / "state.json").get("must_match")
         if isinstance(settings, dict) and (found := settings.get("mixed_precision")):
             return str(found)
-    files = [folder / "config.yaml", *sorted(folder.glob("folds/*/config.yaml"))]
+    files = [folder / "config.yaml"]
+    files += [
+        x for runs in ("folds", "seeds") for x in sorted(folder.glob(f"{runs}/*/config.yaml"))
+    ]
     return next(filter(None, (saved_setting(file, "mixed_precision") for file in files)), None)
 
 

@@ -11,7 +11,6 @@ That script is for one node; launch/multi_node.slurm, for several, runs it too.
 import os
 import signal
 import threading
-import time
 from types import FrameType
 from typing import Any
 
@@ -20,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from bertdist.core.terminal import close_broken
+from bertdist.core.time_limit import slurm_seconds_left
 
 # SIGHUP: a terminal was closed
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -28,6 +28,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # leave their ranks behind, which nobody would end or restart. Any other parent may end: a shell,
 # nohup.
 LAUNCHER_VARIABLES = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
+# Of a trial the process id of its sweep, which would end it, and starts it again.
+TRIAL_VARIABLE = "BERTDIST_TRIAL"
 
 # (this process, its parent) at import: a launcher may be killed before there is a StopSignal, while
 # ranks start. A process that was forked later has another parent.
@@ -44,7 +46,8 @@ class StopSignal:
 
     def __init__(self, margin_seconds: float = 0.0) -> None:
         parent = _AT_IMPORT[1] if _AT_IMPORT[0] == os.getpid() else os.getppid()
-        self._launcher = parent if LAUNCHER_VARIABLES & os.environ.keys() else 0
+        sweep = os.environ.get(TRIAL_VARIABLE, "0")
+        self._launcher = parent if LAUNCHER_VARIABLES & os.environ.keys() else int(sweep)
         # A job shorter than twice the margin keeps half of its time, or it would be requeued for
         # ever without a step.
         seconds_left = slurm_seconds_left()
@@ -145,11 +148,3 @@ def ignore_stop_signals(worker: int = 0) -> None:
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def slurm_seconds_left() -> float | None:
-    """Seconds until SLURM ends this job; None outside SLURM, or where the end is unknown."""
-    try:
-        return float(os.environ["SLURM_JOB_END_TIME"]) - time.time()  # epoch seconds
-    except (KeyError, ValueError):
-        return None

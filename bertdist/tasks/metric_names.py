@@ -4,8 +4,9 @@ check_metric_names(["accuracy", "f1_macro"])     # before torch is imported
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bertdist.core.errors import ConfigError, did_you_mean
 
@@ -30,6 +31,20 @@ def check_metric_names(names: Sequence[str]) -> None:
         candidates = (*METRIC_NAMES, "top_3_accuracy")
         problems = (f"--metrics {name}: {unknown_metric(name, candidates)}" for name in unknown)
         raise ConfigError("\n".join(problems))
+
+
+def selected_score(scores: Mapping[str, Any], named: str | None) -> tuple[str, float | None]:
+    """The name of the score that compares runs, and its value, negated where lower is better.
+
+    It is the one that selects a run's best weights: --metric_for_best_model (`named`), else the
+    first of --metrics. scores: in the order of --metrics. None for one that is undefined.
+    """
+    first = next((name for name in scores if name != "loss"), "loss")
+    name = named if named is not None and named in scores else first
+    value = scores.get(name)
+    if value is None:
+        return name, None
+    return name, -value if name in LOWER_IS_BETTER else value
 
 
 def unknown_metric(name: str, candidates: Sequence[str]) -> ConfigError:

@@ -15,10 +15,7 @@ on one of them has seen all.
 """
 
 import json
-import os
-import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
@@ -28,31 +25,32 @@ from accelerate import Accelerator
 
 from bertdist.core.atomic_io import atomic_write, read_json_object, to_json
 from bertdist.core.config import DataConfig, RunConfig, TrainConfig
-from bertdist.core.errors import ConfigError, DataError
+from bertdist.core.errors import DataError
 from bertdist.core.types import Array
 from bertdist.data.bad_rows import BadRows
 from bertdist.data.load_data import load_records, needs_numbers
 from bertdist.data.records import Records
 from bertdist.data.train_test_split import text_numbers
 from bertdist.distributed.collectives import raise_on_all_ranks
-from bertdist.distributed.launch import create_accelerator
-from bertdist.distributed.launcher import check_world
-from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import load_model_config, pretrained_labels
 from bertdist.tasks.tasks import Task, create_task, label_names_of
 from bertdist.training.evaluation import GLUE_METRICS, location_fields
-from bertdist.training.run_lock import FailedStart, claim_run_folder
+from bertdist.training.repeated_runs import (
+    Train,
+    open_runs,
+    show_scores,
+    summarize,
+    train_in_turn,
+)
+from bertdist.training.run_lock import claim_run_folder
 from bertdist.training.run_logger import RunLogger
-from bertdist.training.screen import cell
 
 TRAIN_FILE, VALIDATION_FILE = "train.jsonl", "validation.jsonl"  # of a fold
 REPORT_FILE = "cross_validation.json"
-SHOWN_FOLDS = 10
 
 ProblemType: TypeAlias = Literal[
     "single_label_classification", "multi_label_classification", "regression"
 ]
-Train: TypeAlias = Callable[[TrainConfig], bool]  # whether the run finished; else it was stopped
 
 
 class Rows(NamedTuple):
@@ -76,14 +74,13 @@ def cross_validate(config: TrainConfig, train: Train) -> bool:
 
     train: that of the script. Raises BertdistError.
     """
-    run = config.run
-    accelerator = create_accelerator(run)
-    check_world(accelerator.num_processes)
-    with FailedStart(Path(run.output_dir)).remove(accelerator):
-        return _cross_validate(config, train, accelerator)
+    with open_runs(config, REPORT_FILE, "per_fold") as (accelerator, log):
+        return _cross_validate(config, train, accelerator, log)
 
 
-def _cross_validate(config: TrainConfig, train: Train, accelerator: Accelerator) -> bool:
+def _cross_validate(
+    config: TrainConfig, train: Train, accelerator: Accelerator, log: RunLogger
+) -> bool:
     run = config.run
     folds: list[dict[str, Any]] = []
 
@@ -96,9 +93,6 @@ def _cross_validate(config: TrainConfig, train: Train, accelerator: Accelerator)
 
     path = Path(run.output_dir) / REPORT_FILE
     with raise_on_all_ranks(accelerator):
-        log = RunLogger(path.parent, enabled=accelerator.is_main_process)
-        if path.exists() and "per_fold" not in read_json_object(path):
-            raise ConfigError(f"No cross-validation wrote {path}: give another --output_dir.")
         rows = load_rows(config, log)
     log.say(
         "Each fold is scored once, after the last step, by a run on the other folds; other "
@@ -108,10 +102,12 @@ def _cross_validate(config: TrainConfig, train: Train, accelerator: Accelerator)
         return False
     with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
+            summary = summarize(folds)
             report: dict[str, Any] = {"folds": run.folds, "rows": len(rows.records)}
-            report |= {"seed": run.seed, "scores": summarize(folds), "per_fold": folds}
+            report |= {"seed": run.seed, "scores": summary, "per_fold": folds}
             atomic_write(path, to_json(report, indent=1))
-            show_scores(report, log)
+            title = f"Scores of {run.folds} folds, each by a model of the others"
+            show_scores(title, summary, folds, "fold", log)
             log.screen.block("Files", f"{path}: scores of every fold, mean and standard deviation")
             about = "a run per fold, with predictions.jsonl and errors.jsonl of its rows"
             log.screen.block("", f"{path.parent / 'folds'}: {about}")
@@ -133,32 +129,6 @@ def name_rows(fold: Fold, records: Records) -> None:
         others = {name: x for name, x in entry.items() if name not in ("row", "file", "line")}
         lines.append(to_json({"row": entry["row"], **place, **others}))
     atomic_write(path, b"".join(lines))
-
-
-def summarize(folds: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Mean and standard deviation (n - 1) of every score; None where a fold has no such number."""
-    scores: dict[str, dict[str, float | None]] = {}
-    for name in dict.fromkeys(name for fold in folds for name in fold["scores"]):
-        values = [fold["scores"].get(name) for fold in folds]
-        numbers = [value for value in values if value is not None]
-        defined = len(numbers) == len(folds)
-        scores[name] = {
-            "mean": statistics.fmean(numbers) if defined else None,
-            "std": statistics.stdev(numbers) if defined else None,
-        }
-    return scores
-
-
-def show_scores(report: dict[str, Any], log: RunLogger) -> None:
-    """A line per score: mean, standard deviation, and each fold where these are few."""
-    shown = report["per_fold"] if report["folds"] <= SHOWN_FOLDS else []
-    header = ["score", "mean", "std", *(f"fold {fold['fold']}" for fold in shown)]
-    lines = [
-        [name, *map(cell, [*summary.values(), *(fold["scores"].get(name) for fold in shown)])]
-        for name, summary in report["scores"].items()
-    ]
-    title = f"Scores of {report['folds']} folds, each by a model of the others"
-    log.screen.table(title, header, lines, range(1, len(header)))
 
 
 def load_rows(config: TrainConfig, log: RunLogger) -> Rows:
@@ -236,43 +206,16 @@ def train_folds(
                 parts |= {VALIDATION_FILE: fold_of_row == fold} if scored else {}
                 for name, chosen in parts.items():
                     _write_rows(root / str(fold) / name, records, np.flatnonzero(chosen))
-    with StopSignal(config.run.stop_before_time_limit) as stop:
-        for fold in range(folds):
-            folder, held_out = root / str(fold), np.flatnonzero(fold_of_row == fold)
-            log.say(
-                f"Fold {fold + 1} of {folds}: training on the other "
-                f"{len(records) - len(held_out):,} rows, in {folder}."
-            )
-            with _keep_process_group():
-                if not train(_fold_config(config, folder, rows.task, records, scored)):
-                    return False
-            add(Fold(fold, held_out, folder))
-            # On GPUs a call returns the answer of the call before.
-            stopping = [stop.requested(accelerator) for _ in range(2)]
-            if any(stopping) and fold + 1 < folds:
-                log.say(
-                    f"Stop requested ({stop.reason}) after fold {fold + 1} of {folds}; rerun the "
-                    "same command to resume."
-                )
-                return False
-    return True
+    runs, held_out, abouts = [], [], []
+    for fold in range(folds):
+        held_out.append(np.flatnonzero(fold_of_row == fold))
+        runs.append(_fold_config(config, root / str(fold), rows.task, records, scored))
+        abouts.append(f"training on the other {len(records) - len(held_out[fold]):,} rows")
 
+    def add_fold(fold: int) -> None:
+        add(Fold(fold, held_out[fold], root / str(fold)))
 
-@contextmanager
-def _keep_process_group() -> Iterator[None]:
-    """Let `train` leave the process group alive.
-
-    A second group would meet at the first one's store (torchrun) and find its addresses there.
-    accelerate 1.15 keeps the group if it believes that somebody else launched the processes.
-    """
-    before = os.environ.get("FORK_LAUNCHED")
-    os.environ["FORK_LAUNCHED"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["FORK_LAUNCHED"]
-        if before is not None:
-            os.environ["FORK_LAUNCHED"] = before
+    return train_in_turn(runs, "fold", abouts, train, accelerator, log, add_fold)
 
 
 def _fold_config(

@@ -154,7 +154,7 @@ def check_start(config: TrainConfig) -> None:
     from bertdist.data import preflight  # for the command line only
 
     preflight.check_train(config)
-    if not (preflight.is_launched() or config.run.folds):
+    if not (preflight.is_launched() or config.run.folds or config.run.seeds):
         check_checkpoint(config, ResumeSignature(settings_that_must_match(config)))
 
 

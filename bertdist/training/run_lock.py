@@ -57,7 +57,7 @@ from bertdist.distributed.collectives import raise_on_all_ranks
 # What a start may have made before its first step; in folds/ its rows too.
 MADE_BY_STARTS = (
     *(LOCK, OWNER, STATUS, ENVIRONMENT, "config.yaml", "metrics.jsonl", "survey.json"),
-    *("bad_rows.jsonl", ".ranks", "checkpoints", "folds", TRACKER),
+    *("bad_rows.jsonl", ".ranks", "checkpoints", "folds", "seeds", TRACKER),
 )
 ROWS_OF_FOLDS = ("train.jsonl", "validation.jsonl")
 RANKS_SECONDS = 5.0  # for the other ranks to leave

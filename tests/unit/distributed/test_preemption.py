@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from forked import run_ranks
 from torch.utils.data import DataLoader
 
+from bertdist.core.time_limit import slurm_seconds_left
 from bertdist.distributed import preemption
-from bertdist.distributed.preemption import StopSignal, ignore_stop_signals, slurm_seconds_left
+from bertdist.distributed.preemption import StopSignal, ignore_stop_signals
 
 ALONE: Any = SimpleNamespace(num_processes=1)  # an accelerator of one rank; it has no collectives
 

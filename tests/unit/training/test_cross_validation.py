@@ -16,7 +16,7 @@ from bertdist.core.config import TrainConfig
 from bertdist.core.errors import ConfigError
 from bertdist.data.load_data import load_records
 from bertdist.training import cross_validation
-from bertdist.training.cross_validation import cross_validate, summarize
+from bertdist.training.cross_validation import cross_validate
 
 ROWS, K = 40, 4
 NEEDED = ["--model_name_or_path=m", "--output_dir=o", "--train_file=t.tsv", "--folds=3"]
@@ -163,14 +163,6 @@ def test_glue_tasks_keep_their_metrics(tmp_path: Path) -> None:
     records: Any = type("Records", (), {"pairs": None})
     run = cross_validation._fold_config(read_config(words), tmp_path, task, records, scored=True)
     assert run.task.metrics == ["matthews_correlation"]
-
-
-def test_summaries() -> None:
-    folds = [{"scores": {"f1": 0.5, "loss": 1.0}}, {"scores": {"f1": 1.0, "loss": None}}]
-    assert summarize(folds) == {
-        "f1": {"mean": 0.75, "std": pytest.approx(0.5**1.5)},
-        "loss": {"mean": None, "std": None},
-    }
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,7 @@ INDIRECT = """
     dataset_name dataset_config_name task_name train_split text_column
     text_pair_column label_column label_columns label_delimiter column_names delimiter quoting encoding
     on_bad_row max_bad_rows max_train_samples label_names file_format json_field
-    num_train_epochs max_train_steps max_nan_steps folds
+    num_train_epochs max_train_steps max_nan_steps folds seeds split_seed
 """.split()
 
 
