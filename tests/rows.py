@@ -197,6 +197,7 @@ def words_of(model: Path, out: Path, files: Files, **settings: Any) -> list[str]
         "train_batch_size": 8,
         "dataloader_num_workers": 0,
         "log_every": "1 steps",
+        "report": False,  # a second; tests of reports write them
     }
     paths = {
         "model_name_or_path": model,

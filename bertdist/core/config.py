@@ -479,7 +479,7 @@ class RunConfig(Section):
         "name the operation that caused it; its stack is written to stacks/.",
     )
     report: bool = setting(
-        False,
+        True,
         "Write report.html when the run has finished: scores, curves, confusions, calibration and "
         "mistakes on one page. `bertdist report` writes it later too.",
     )
@@ -638,7 +638,7 @@ class EvaluateConfig(LabelledConfig):
         brief="Folder for scores, predictions, errors",
     )
     report: bool = setting(
-        False, "With --output_dir: write report.html too, the page of this evaluation."
+        True, "With --output_dir: write report.html too, the page of this evaluation."
     )
     metrics: list[str] | None = setting(
         None,

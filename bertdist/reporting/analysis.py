@@ -263,7 +263,7 @@ def scoring(rows: ScoredRows, positive: int = 1) -> tuple[str, Scoring]:
     truth = rows.truth.astype(np.int64) if not rows.is_regression else rows.truth
     known = np.isfinite(truth) if rows.is_regression else np.ones(len(rows), bool)
     known = known & (truth >= 0) if truth.ndim == 1 and not rows.is_regression else known
-    resamples = int(np.clip(RESAMPLED_ROWS / max(1, len(rows)), 100, 1000))
+    resamples = int(np.clip(RESAMPLED_ROWS / max(1, len(rows)), 100, 400))
 
     def score(mine: Array) -> tuple[float | None, tuple[float, float] | None]:
         chosen = mine & known

@@ -11,6 +11,7 @@ have are escapes. Colours: --ink, --muted, --grid, --paper, --series-1 to --seri
 import io
 import logging
 import re
+import threading
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
@@ -61,26 +62,31 @@ class Line:
     marker: bool = False
 
 
+_drawing = threading.Lock()  # settings and warnings are those of the process
+
+
 @contextmanager
 def _settings() -> Iterator[Any]:
     """matplotlib with our settings, without its warnings on fonts: the page has its own."""
     import matplotlib
 
     logger = logging.getLogger("matplotlib")
-    level, settings = (
-        logger.level,
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "bertdist",
-            "text.parse_math": False,
-            "font.family": ["DejaVu Sans"],
-            "font.size": 9,
-            "axes.unicode_minus": True,
-        },
-    )
+    level = logger.level
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "bertdist",
+        "text.parse_math": False,
+        "font.family": ["DejaVu Sans"],
+        "font.size": 9,
+        "axes.unicode_minus": True,
+    }
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), matplotlib.rc_context({**matplotlib.rcParamsDefault}):
+        with (
+            _drawing,
+            warnings.catch_warnings(),
+            matplotlib.rc_context({**matplotlib.rcParamsDefault}),
+        ):
             warnings.simplefilter("ignore")
             matplotlib.rcParams.update(settings)
             yield matplotlib
@@ -91,8 +97,11 @@ def _settings() -> Iterator[Any]:
 def _figure(size: tuple[float, float] = SIZE) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained", facecolor="none")
+    figure = Figure(figsize=size, facecolor="none")
+    # Margins by hand: to find them, matplotlib would draw everything twice
+    figure.subplots_adjust(left=0.13, right=0.98, top=0.95, bottom=0.15)
     axes = figure.add_subplot(facecolor="none")
+    axes.ticklabel_format(scilimits=(-3, 5))
     for name, spine in axes.spines.items():
         spine.set_visible(name in ("left", "bottom"))
         spine.set_color(GRID)
@@ -114,9 +123,8 @@ def _svg(figure: Any, name: str, title: str, description: str) -> Chart:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     target = io.BytesIO()
-    FigureCanvasSVG(figure).print_svg(
-        target, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    )
+    canvas: Any = FigureCanvasSVG(figure)
+    canvas.print_svg(target, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     root = ET.fromstring(target.getvalue())
     for parent in list(root.iter()):  # a <style> in a picture is one of the whole page
         for child in [x for x in parent if x.tag.endswith(("}metadata", "}style"))]:

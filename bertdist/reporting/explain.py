@@ -4,7 +4,7 @@
     found[17].words, found[17].summary
 
 Leave-one-out (Li et al. 2016, https://arxiv.org/abs/1612.08220): one more prediction per word, of
-any model that predicts. docs/decisions/0022-reports.md says why not by gradients.
+any model that predicts. docs/decisions/0026-reports.md says why not by gradients.
 """
 
 import re
@@ -73,7 +73,7 @@ def explain(rows: ScoredRows, line: dict[str, Any], probabilities: Probabilities
 def _words_of(text: str) -> list[re.Match[str]]:
     """The words between blanks; of a text without any (Chinese) its characters."""
     words = list(_WORD.finditer(text))
-    return words if len(words) > 1 else list(re.finditer(r"\S", text))
+    return words if len(words) > 1 or text.isascii() else list(re.finditer(r"\S", text))
 
 
 def _explained(rows: ScoredRows, row: int) -> tuple[int, str]:

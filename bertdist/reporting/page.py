@@ -10,6 +10,7 @@ other pages extend base.html (blocks title, style, header, main, footer) and imp
 
 import functools
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from bertdist.core.output_files import is_own_report
 from bertdist.core.terminal import excerpt, printable
 
 TEMPLATES = Path(__file__).parent / "templates"
-TEXT_CHARACTERS = 2_000  # of a text; the rest is left out, and said
+TEXT_CHARACTERS = 1_000  # of a text; the rest is left out, and said
 NAME_COLUMNS, SHORT_COLUMNS = 60, 24  # of a label in a table, and in the head of a matrix
 
 
@@ -48,6 +49,7 @@ def _templates() -> jinja2.Environment:
         "number": number,
         "percent": percent,
         "text": shown_text,
+        "scale": scale_of,
         "short": functools.partial(excerpt, columns=NAME_COLUMNS),
         "shorter": functools.partial(excerpt, columns=SHORT_COLUMNS),
     }
@@ -77,6 +79,14 @@ def number(value: Any) -> str:
 def percent(value: float | None) -> str:
     """A share."""
     return "" if value is None or not math.isfinite(value) else f"{value:.1%}"
+
+
+def scale_of(groups: Iterable[Any]) -> tuple[float, float]:
+    """The ends of the line on which scores of groups and their intervals are drawn."""
+    found = [x for group in groups for x in (group.score, *(group.interval or ())) if x is not None]
+    low, high = min(found, default=0.0), max(found, default=1.0)
+    room = (high - low) * 0.05 or 0.01
+    return max(low - room, 0.0) if low >= 0 else low - room, min(high + room, max(1.0, high))
 
 
 def shown_text(text: str) -> Markup:

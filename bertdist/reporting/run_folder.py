@@ -67,7 +67,7 @@ class ScoredRows:
     def predicted(self) -> Array:
         """(N,) int64 label; (N, L) bool; or (N,) float32, as evaluation.json counts them."""
         if self.is_multi_label:
-            return self.probabilities > np.float32(self.threshold or 0.5)
+            return self.probabilities > np.asarray(self.threshold or 0.5, np.float32)
         found: Array = self.probabilities[:, 0]
         return found if self.is_regression else self.probabilities.argmax(1)
 
@@ -78,7 +78,7 @@ class ScoredRows:
 
     def texts(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """{"text", and "text_pair" for pairs} of some rows, read from the file."""
-        wanted, found = np.asarray(rows, np.int64), {}
+        wanted, found = np.asarray(rows, np.int64), dict[int, dict[str, Any]]()
         with pq.ParquetFile(self.path) as file:
             names = [x for x in ("text", "text_pair") if x in file.schema_arrow.names]
             first = 0

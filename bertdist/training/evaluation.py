@@ -217,13 +217,15 @@ class RunEvaluator:
         Returns evaluation.json if the run has finished, on rank 0. A collective.
         """
         report = self.best_model.repair(model, state, checkpointer)
+        if self.loader is None:
+            return report
         others = [self.best_model.folder / name for name in RESULT_FILES[1:]]
         lacks = state.finished and (
             report is None
             or not all(path.exists() for path in others)
             or has_other_slices(others[-1], self.loader.dataset.records)
         )
-        if self.loader is None or not broadcast_from_rank0(self.accelerator, lacks):
+        if not broadcast_from_rank0(self.accelerator, lacks):
             return report
         report = self._evaluate_best(self.loader, state)
         self.log.say(

@@ -187,6 +187,7 @@ class RunLogger:
         if state.finished and state.unlogged_steps:
             self.log_training(state, epoch, learning_rate, grad_norm, meter.lap())
         values = {**meter.summary(), "tokens_per_micro_batch": state.tokens_per_micro_batch}
+        values |= {f"{name}_seconds": seconds for name, seconds in self.screen.seconds.items()}
         self.write("meter", state.step, finished=state.finished, **values)
         self._meter = meter
 

@@ -42,6 +42,8 @@ MEASURED = (  # keys of metrics.jsonl that differ from run to run, also on one m
     "train_seconds",  # without evaluations and checkpoints
     "train_steps",  # that this process took
     "tokens_per_micro_batch",  # the most; may be chosen from free memory
+    "evaluation_seconds",  # of this process, until the line is written
+    "saving_seconds",
 )
 
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 predict: Any = importlib.import_module("bertdist.predict")
 EVALUATE: Any = SimpleNamespace(__name__="bertdist.evaluate")
-FILES = ("evaluation.json", "predictions.jsonl", "errors.jsonl")
+FILES = ("evaluation.json", "predictions.jsonl", "errors.jsonl", "probabilities.parquet")
 MODELS: dict[str, dict[str, Any]] = {
     "named": {"id2label": {0: "negative", 1: "positive"}},
     "default": {"num_labels": 2},
@@ -61,7 +61,7 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluate(folder: Path, n: int, model: str, file: str, *flags: str) -> tuple[int, str, str]:
     """(exit code, standard error, standard output) of rank 0; flags: {} is the folder."""
     words = [f"--model={folder / model}", f"--input={folder / file}", "--use_cpu"]
-    words += [flag.format(folder) for flag in flags]
+    words += ["--report=no", *(flag.format(folder) for flag in flags)]
     results = run_ranks(n, run_main, words, None, EVALUATE)
     assert all(code == results[0][0] and shown == "" for code, _, shown in results[1:])
     return results[0]  # type: ignore[no-any-return]

@@ -19,7 +19,7 @@ from rows import (
 
 from bertdist.predict import Predictor
 
-NAMES = ("evaluation.json", "predictions.jsonl", "errors.jsonl")
+NAMES = ("evaluation.json", "predictions.jsonl", "errors.jsonl", "probabilities.parquet")
 
 
 class Runs(NamedTuple):

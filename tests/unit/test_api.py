@@ -318,6 +318,7 @@ def settings(tiny_model: Path) -> dict[str, Any]:
         "log_every": "1 steps",
         "eval_every": "2 steps",
         "dataloader_num_workers": 0,
+        "report": False,
     }
 
 
@@ -326,11 +327,13 @@ def run(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> b
     """A run of rows in memory."""
     out = tmp_path_factory.mktemp("api") / "out"
     rows, dev = pd.DataFrame(make_rows(40)), make_rows(12, seed=1)
-    return bertdist.train(**settings, train_rows=rows, validation_rows=dev, output_dir=out)
+    with_report = {**settings, "report": True}
+    return bertdist.train(**with_report, train_rows=rows, validation_rows=dev, output_dir=out)
 
 
 def test_a_run_has_its_scores_history_and_predictor(run: bertdist.Run) -> None:
     assert run.finished and run.scores == run.evaluation["scores"]
+    assert "<h1>Report of out</h1>" in (run.folder / "report.html").read_text()
     assert {"loss", "accuracy"} <= run.scores.keys()
     kinds = [line["kind"] for line in run.history]
     assert kinds.count("train") == 4 and kinds.count("eval") == 2
@@ -425,7 +428,8 @@ def test_rows_are_evaluated_as_at_the_end_of_the_run(run: bertdist.Run, tmp_path
     assert repr(found).startswith(f"Evaluation({str(run.folder / 'best')!r}, 12 rows, loss ")
     assert f"{run.folder / 'best'} on 12 rows</div>" in found._repr_html_()
     file = write_rows(tmp_path / "d.tsv", dev)
-    out = bertdist.evaluate(run.folder, input=file, output_dir=tmp_path / "out", use_cpu=True)
+    to = {"output_dir": tmp_path / "out", "report": False}
+    out = bertdist.evaluate(run.folder, input=file, use_cpu=True, **to)
     assert "on 12 rows of d.tsv</div>" in out._repr_html_()
     assert (out.folder, out.scores) == (tmp_path / "out", found.scores)
     assert out.predictions == found.predictions
