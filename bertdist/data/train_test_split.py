@@ -63,7 +63,9 @@ class HoldOut(NamedTuple):
             all_labels=True,
             texts=filter_rows(records.texts, chosen),
             pairs=None if records.pairs is None else filter_rows(records.pairs, chosen),
-            slices=None if records.slices is None else filter_rows(records.slices, chosen),
+            slices=None
+            if records.slices is None or part == "train"
+            else filter_rows(records.slices, chosen),
             fingerprint="",
             rows_per_file=tuple(counts.tolist()),
             bad_rows=records.bad_rows if part == "train" else (),

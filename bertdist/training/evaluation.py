@@ -91,7 +91,7 @@ class Evaluation:
     task: Task | None = None
     logits: Tensor | None = None  # (rows, outputs)
 
-    def results(self, rows: TokenizedDataset, **first: Any) -> Results:
+    def results(self, rows: TokenizedDataset, /, **first: Any) -> Results:
         """What is written of it, on rank 0. first: the first entries of evaluation.json."""
         records, table = rows.records, None
         report = {**first, "scores": self.scores, "intervals": self.intervals(), **self.classes}
@@ -220,18 +220,15 @@ class RunEvaluator:
         if self.loader is None:
             return report
         others = [self.best_model.folder / name for name in RESULT_FILES[1:]]
-        lacks = state.finished and (
-            report is None
-            or not all(path.exists() for path in others)
-            or has_other_slices(others[-1], self.loader.dataset.records)
-        )
-        if not broadcast_from_rank0(self.accelerator, lacks):
+        is_whole = report is not None and all(path.exists() for path in others)
+        lacks = state.finished and not is_whole
+        slices = state.finished and has_other_slices(others[-1], self.loader.dataset.records)
+        if not broadcast_from_rank0(self.accelerator, lacks or slices):
             return report
         report = self._evaluate_best(self.loader, state)
-        self.log.say(
-            f"{', '.join(RESULT_FILES)} of the best weights (step {state.best_step}) were not all "
-            f"in {self.best_model.folder}, or had other slices: written again."
-        )
+        why = f"were not all in {self.best_model.folder}" if lacks else "had other slices"
+        of = f"of the best weights (step {state.best_step})"
+        self.log.say(f"{', '.join(RESULT_FILES)} {of} {why}: written again.")
         return report
 
     def write_final_reports(

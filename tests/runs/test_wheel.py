@@ -50,6 +50,7 @@ def files_not_in(wheel: Path) -> set[str]:
     wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "bertdist").rglob("*.py")}
     wanted |= {f"bertdist/{path.relative_to(ROOT)}" for path in ROOT.glob("accelerate_configs/*")}
     wanted |= {f"bertdist/launch/{path.name}" for path in ROOT.glob("launch/*.s*")}
+    wanted |= {str(x.relative_to(ROOT)) for x in ROOT.glob("bertdist/reporting/templates/*")}
     wanted |= {"bertdist/py.typed"}
     assert len(wanted) > 60, wanted
     with zipfile.ZipFile(wheel) as archive:
