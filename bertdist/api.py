@@ -40,6 +40,7 @@ from bertdist.core.hub import model_folder
 from bertdist.core.output_files import RESULT_FILES
 from bertdist.core.terminal import EXIT_STOPPED
 from bertdist.data.in_memory import as_table
+from bertdist.data.preflight import check_upload
 from bertdist.data.trained_columns import data_of_model
 from bertdist.models.classifier import (
     load_model_config,
@@ -319,6 +320,7 @@ def train(
             )
         if config.run.dry_run:
             raise ConfigError("dry_run is for the command: bertdist train --dry_run.")
+        check_upload(config)
         if processes > 1:
             if on_log or on_evaluation:
                 raise ConfigError("on_log and on_evaluation need processes=1.")

@@ -46,6 +46,7 @@ from bertdist.data_quality.config import CheckConfig, read_check_arguments
 from bertdist.data_quality.config import check_start as check_start_of_check
 from bertdist.models.export_config import ExportConfig, check_export, read_export_config
 from bertdist.reporting.config import ReportConfig, check_report, read_report_config
+from bertdist.reporting.push_config import PushConfig, check_push, read_push_config
 from bertdist.sweep import SweepConfig, read_sweep_config
 from bertdist.sweep import check_start as check_start_of_sweep
 from bertdist.training.resume_check import check_start
@@ -96,6 +97,12 @@ COMMANDS = {
         [SweepConfig, *TRAIN_SECTIONS],
         read_sweep_config,
         check_start_of_sweep,
+    ),
+    "push": Command(
+        "Upload a trained model to the Hugging Face Hub.",
+        [PushConfig],
+        read_push_config,
+        check_push,
     ),
 }
 OTHER_COMMANDS = {
@@ -170,6 +177,10 @@ def _run_command(name: str, arguments: Sequence[str]) -> NoReturn:
         from bertdist.sweep import run_and_exit
 
         run_and_exit(parse_or_exit(read_sweep_config, check_start_of_sweep, arguments))
+    if name == "push":  # neither
+        from bertdist.push import run as push
+
+        push(parse_or_exit(read_push_config, check_push, arguments))
     processes, config_file, arguments = _launch_flags(arguments)
     try:
         config = parse_or_exit(COMMANDS[name].read, COMMANDS[name].check, arguments)

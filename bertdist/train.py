@@ -34,7 +34,6 @@ if __name__ == "__main__":
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -74,6 +73,7 @@ from bertdist.models.classifier import (
     pretrained_labels,
 )
 from bertdist.models.dropout import seed_dropout
+from bertdist.reporting.after_run import finish_run
 from bertdist.tasks.tasks import Task, create_task
 from bertdist.training.best_model import BestModel, EarlyStopping
 from bertdist.training.checkpoint import Checkpointer, TrainState
@@ -423,10 +423,8 @@ def train_all(config: TrainConfig, train_one: Callable[[TrainConfig], bool]) -> 
 
     def train_and_report(config: TrainConfig) -> bool:
         finished = train_one(config)
-        if finished and config.run.report:
-            from bertdist.reporting.after_run import write_report
-
-            write_report(Path(config.run.output_dir))
+        if finished:
+            finish_run(config)
         return finished
 
     if config.run.folds:

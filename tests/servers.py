@@ -6,7 +6,9 @@
 They run in threads of the test. A body may be a function (begin, end) -> bytes, for large files.
 """
 
+import base64
 import contextlib
+import hashlib
 import json
 import re
 import threading
@@ -19,6 +21,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote
 
 import pytest
+import yaml
 
 CHUNK = 1 << 16
 
@@ -306,3 +309,194 @@ class FakeGcs(FaultyServer):
             "etag": version,
             "updated": "2026-01-01T00:00:00.000Z",
         }
+
+
+class Repository:
+    """A model repository of an UploadHub: the files of each branch."""
+
+    def __init__(self, private: bool, files: dict[str, bytes] | None = None) -> None:
+        self.private = private
+        self.branches = {"main": {".gitattributes": b"", **(files or {})}}
+        self.messages: list[str] = []  # of commits
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return {name: body for name, body in self.branches["main"].items() if name[0] != "."}
+
+
+class UploadHub:
+    """The part of the Hub that models are uploaded to and loaded from; for HF_ENDPOINT=url, with
+    HF_HUB_DISABLE_XET=1 (large files by the basic transfer of LFS).
+
+    repositories: by name. token: what it accepts. requests: all that were made, `POST /api/...`.
+    statuses: a status instead, by a part of a request and then once.
+    """
+
+    def __init__(self, token: str = "hf_test") -> None:
+        self.token = token
+        self.repositories: dict[str, Repository] = {}
+        self.requests: list[str] = []
+        self.statuses: dict[str, int] = {}
+        self.lfs: dict[str, bytes] = {}
+
+    def __enter__(self) -> "UploadHub":
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), upload_handler(self))
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        target = self._server.serve_forever
+        self._thread = threading.Thread(target=target, kwargs={"poll_interval": 0.01}, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    @property
+    def changes(self) -> list[str]:
+        """The requests that are not of readers."""
+        return [x for x in self.requests if not x.startswith(("GET ", "HEAD "))]
+
+    def commit_of(self, name: str, branch: str = "main") -> str:
+        repository = self.repositories[name]
+        seen = repr([sorted(repository.branches[branch].items()), repository.messages])
+        return hashlib.sha1(seen.encode()).hexdigest()
+
+    def answer(self, method: str, path: str, body: bytes, token: str) -> tuple[int, Any, str]:
+        """(status, JSON or bytes, X-Error-Code)."""
+        request = f"{method} {path}"
+        self.requests.append(request)
+        for part in [part for part in self.statuses if part in request]:
+            return self.statuses.pop(part), {"error": "as the test asked"}, ""
+        if token not in ("", f"Bearer {self.token}"):
+            return 401, {"error": "Invalid username or password."}, ""
+        if method in ("POST", "PUT") and not token and not path.startswith("/lfs/"):
+            return 401, {"error": "no token"}, ""
+        if method == "PUT" and (found := re.fullmatch("/lfs/([0-9a-f]{64})", path)):
+            assert hashlib.sha256(body).hexdigest() == found[1]
+            self.lfs[found[1]] = body
+            return 200, {}, ""
+        if path == "/api/validate-yaml":
+            return self._validate(json.loads(body)["content"])
+        if path == "/api/repos/create":
+            return self._create(json.loads(body))
+        pattern = r"(?:/api/models)?/([\w.-]+/[\w.-]+?)(?:\.git)?(?:/(.*))?"
+        found = re.fullmatch(pattern, path)
+        repository = self.repositories.get(found[1]) if found else None
+        if found is None or repository is None or (repository.private and not token):
+            return 404, {"error": "Repository not found"}, "RepoNotFound"
+        return self._of_repository(found[1], repository, found[2] or "", body)
+
+    def _validate(self, content: str) -> tuple[int, Any, str]:
+        metadata = content.split("---")[1] if content.startswith("---") else "{}"
+        values = yaml.safe_load(metadata)
+        if values.get("license") == "no such":
+            return 400, {"errors": [{"message": '"license" must be one of [...]'}]}, ""
+        warned = [] if "library_name" in values else [{"message": "no library_name"}]
+        return 200, {"errors": [], "warnings": warned}, ""
+
+    def _create(self, given: dict[str, Any]) -> tuple[int, Any, str]:
+        name = f"{given['organization']}/{given['name']}"
+        if name in self.repositories:
+            return 409, {"error": "You already created this model repo", "url": name}, ""
+        private = given.get("visibility") == "private" or given.get("private") is True
+        self.repositories[name] = Repository(private)
+        return 200, {"url": f"{self.url}/{name}", "id": name}, ""
+
+    def _of_repository(
+        self, name: str, repository: Repository, rest: str, body: bytes
+    ) -> tuple[int, Any, str]:
+        action, _, rest = rest.partition("/")
+        branch, _, file = rest.partition("/")
+        if action == "branch":
+            repository.branches[branch] = dict(repository.branches["main"])
+            return 200, {}, ""
+        if action == "info":  # /info/lfs/objects/batch
+            objects = [
+                {**x, "actions": {"upload": {"href": f"{self.url}/lfs/{x['oid']}"}}}
+                for x in json.loads(body)["objects"]
+            ]
+            return 200, {"transfer": "basic", "objects": objects}, ""
+        files = repository.branches.get(branch or "main")
+        if files is None and branch == self.commit_of(name):
+            files = repository.branches["main"]
+        if files is None:
+            return 404, {"error": "Invalid rev id"}, "RevisionNotFound"
+        if action in ("", "revision"):
+            return 200, self._info(name, repository, branch or "main", files), ""
+        if action == "preupload":
+            modes = [self._upload_mode(x["path"], files) for x in json.loads(body)["files"]]
+            return 200, {"files": modes}, ""
+        if action == "commit":
+            self._commit(repository, files, [json.loads(x) for x in body.splitlines()])
+            oid = self.commit_of(name, branch)
+            return 200, {"commitUrl": f"{self.url}/{name}/commit/{oid}", "commitOid": oid}, ""
+        if action == "resolve" and file in files:
+            return 200, files[file], ""
+        return 404, {"error": "Entry not found"}, "EntryNotFound"
+
+    def _info(
+        self, name: str, repository: Repository, branch: str, files: dict[str, bytes]
+    ) -> dict[str, Any]:
+        siblings = [{"rfilename": file} for file in files]
+        info = {"id": name, "_id": "0", "sha": self.commit_of(name, branch), "tags": []}
+        return {**info, "private": repository.private, "siblings": siblings}
+
+    def _upload_mode(self, path: str, files: dict[str, bytes]) -> dict[str, Any]:
+        is_large, body = path.endswith(".safetensors"), files.get(path)
+        oid = None
+        if body is not None:
+            blob = b"blob %d\0" % len(body) + body
+            oid = (hashlib.sha256(body) if is_large else hashlib.sha1(blob)).hexdigest()
+        mode = "lfs" if is_large else "regular"
+        return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+
+    def _commit(
+        self, repository: Repository, files: dict[str, bytes], lines: list[dict[str, Any]]
+    ) -> None:
+        for line in lines:
+            kind, value = line["key"], line["value"]
+            if kind == "header":
+                repository.messages.append(value["summary"])
+            elif kind == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif kind == "lfsFile":
+                files[value["path"]] = self.lfs[value["oid"]]
+            else:
+                assert kind == "deletedFile", kind
+                del files[value["path"]]
+
+
+def upload_handler(hub: UploadHub) -> type[BaseHTTPRequestHandler]:
+    """The request handler of an UploadHub."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def answer(self) -> None:
+            path, token = unquote(self.path.partition("?")[0]), self.headers.get("Authorization")
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            status, result, code = hub.answer(self.command, path, body, token or "")
+            content = result if isinstance(result, bytes) else json.dumps(result).encode()
+            self.send_response(status)
+            if code:
+                self.send_header("X-Error-Code", code)
+            if isinstance(result, bytes):
+                self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+                self.send_header("X-Repo-Commit", hub.commit_of("/".join(path.split("/")[1:3])))
+            else:
+                self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                with contextlib.suppress(OSError):
+                    self.wfile.write(content)
+
+        do_GET = do_HEAD = do_POST = do_PUT = answer
+
+    return Handler

@@ -33,7 +33,9 @@ THIRD_PARTY = {  # package -> the other libraries that it may import
     "models": {"onnx", "onnxruntime", "safetensors", "tokenizers"},
     "training": {"filelock", "mlflow", "optuna", "rich", "safetensors", "trackio"},
     "data_quality": {"cleanlab", "ftfy", "pyarrow", "rensa"},
-    "reporting": {"jinja2", "markupsafe", "matplotlib", "pyarrow", "yaml", "scipy"},
+    "reporting": {
+        *("huggingface_hub", "jinja2", "markupsafe", "matplotlib", "pyarrow", "scipy", "yaml"),
+    },
     "scripts": {"filelock", "pyarrow", "shtab", "yaml"},
 }
 

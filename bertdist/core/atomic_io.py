@@ -8,7 +8,7 @@ A folder is written beside its final name, gets a manifest of sizes and digests,
 renamed. xxh3 runs at 9 GB/s (sha256 at 0.2); it detects damage, not forgery.
 
 A folder that is replaced or removed loses the files in its manifest only. Files that a user has
-added to it are kept, in `best.kept`.
+added to it are kept, in `best.kept`; its model card, which may be edited, stays in its place.
 """
 
 import errno
@@ -29,6 +29,7 @@ from bertdist.core.terminal import byte_size
 
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
+MODEL_CARD = "README.md"  # of best/; not in the manifest
 HIDDEN_SUFFIXES = (".partial", ".replaced", ".old")
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
@@ -60,9 +61,12 @@ def write_folder(final: Path, fill: Callable[[Path], None], size: int = 0) -> Pa
         for path in files:  # safetensors makes files of mode 0600 whatever the umask
             with suppress(OSError):  # a disk without modes
                 path.chmod(mode)
-        for path in [*files, manifest, partial]:
+        card, copied = final / MODEL_CARD, []
+        if card.is_file() and not card.is_symlink():
+            copied = [Path(shutil.copy2(card, partial / MODEL_CARD))]
+        for path in [*files, manifest, *copied, partial]:
             flush_to_disk(path)
-        _remove_written(replaced)
+        _remove_written(replaced, bool(copied))
         if final.exists():
             os.rename(final, replaced)
         try:
@@ -83,7 +87,7 @@ def write_folder(final: Path, fill: Callable[[Path], None], size: int = 0) -> Pa
         shutil.rmtree(partial, ignore_errors=True)
         raise
     with suppress(OSError):  # the next call removes it
-        return _remove_written(replaced)
+        return _remove_written(replaced, bool(copied))
     return None
 
 
@@ -127,13 +131,17 @@ def refuse_link(path: Path) -> None:
         )
 
 
-def _remove_written(folder: Path) -> Path | None:
-    """Remove the files that a hidden folder's manifest names; where others remain, rename it."""
+def _remove_written(folder: Path, has_card: bool = False) -> Path | None:
+    """Remove the files that a hidden folder's manifest names; where others remain, rename it.
+
+    has_card: what replaces the folder has its model card.
+    """
     if folder.is_dir() and not folder.is_symlink():
         try:
             written = set(_read_manifest(folder))
         except _UNREADABLE:
             written = set(CHECKPOINT_FILES)
+        written |= {MODEL_CARD} if has_card else set()
         for path in sorted(folder.rglob("*"), reverse=True):  # a folder after its files
             if path.is_dir() and not path.is_symlink():
                 _remove_if_empty(path)
@@ -190,6 +198,11 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     return {name: (int(x["bytes"]), str(x["xxh3_128"])) for name, x in files.items()}
 
 
+def manifest_sizes(folder: Path) -> dict[str, int]:
+    """Name -> bytes of the files of a folder in which `find_damage` finds none."""
+    return {name: size for name, (size, _) in _read_manifest(folder).items()}
+
+
 def weights_digest(folder: Path) -> str:
     """The digests of a folder's .safetensors by its manifest; "" where that cannot be read."""
     try:
@@ -200,17 +213,20 @@ def weights_digest(folder: Path) -> str:
 
 
 def file_stats(folder: Path) -> dict[str, tuple[int, int]]:
-    """Name -> bytes and time of the last change (ns) of the files in a folder; {} if it is none."""
+    """Name -> bytes and time of the last change (ns) of the files in a folder, without the model
+    card; {} if it is none.
+    """
     return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in _files(folder)}
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """Name -> digest of the files in a folder; {} if it is none."""
+    """Name -> digest of the files in a folder, without the model card; {} if it is none."""
     return {path.name: _digest(path) for path in _files(folder)}
 
 
 def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    return [path for path in files if path.name != MODEL_CARD]
 
 
 def move_aside(path: Path, suffix: str) -> Path:

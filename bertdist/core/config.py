@@ -499,6 +499,11 @@ class RunConfig(Section):
         "Name of the run in the trackers. Default: the tracker's variable, such as WANDB_NAME, "
         "else the name of --output_dir. Runs of --folds are a group of this name.",
     )
+    push_to_hub: str | None = setting(
+        None,
+        "Upload best/ after the run: the repository on the Hugging Face Hub, owner/name, private "
+        "if it is new. `bertdist push` does it later, also as public.",
+    )
 
     @property
     def seed_list(self) -> list[int]:

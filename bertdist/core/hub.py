@@ -2,6 +2,7 @@
 
     probe_hub(name)                    # before a loader is called with the name
     explain_hub_error(error, name)     # what the loader's error means, as a sentence
+    explain_upload_error(error, name)  # of an upload
     check_model_name(name, "--model")  # before torch is imported
     warn_if_offline(name)              # after it was loaded
 
@@ -17,7 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,17 @@ def _request_problem(url: str) -> str:
     return f"it answers with HTTP error {answer.status_code}" if answer.status_code >= 500 else ""
 
 
+@contextmanager
+def trying_again() -> Iterator[None]:
+    """Ask the hub although it was not reachable before: an upload ends a run of hours."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before and not from_cache()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def warn_if_offline(name: str) -> None:
     """Print, once, that `name` was loaded from the cache because the hub is not reachable."""
     problem = _problems.get(constants.ENDPOINT, "")
@@ -131,10 +143,7 @@ def warn_if_offline(name: str) -> None:
 
 def explain_hub_error(error: BaseException, name: str, kind: str = "model") -> str:
     """Why `name` could not be loaded, in sentences. error: what the loader raised."""
-    causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
-        causes.append(cause)
-    types = {base.__name__ for cause in causes for base in type(cause).__mro__}
+    types = _types(causes_of(error))
     if "GatedRepoError" in types or re.search("(?<!or )gated (repo|dataset)", str(error)):
         page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
         return f"It is gated: accept its terms at {page}, then set HF_TOKEN or run `hf auth login`."
@@ -154,6 +163,77 @@ def explain_hub_error(error: BaseException, name: str, kind: str = "model") -> s
         elif not problem:
             reason = f"The hub ({constants.ENDPOINT}) cannot be reached"
         return f"{reason}, and it is not in the cache {constants.HF_HUB_CACHE}."
+    return " ".join(str(error).split())[:300]
+
+
+def causes_of(error: BaseException) -> list[BaseException]:
+    """The error, and those that it followed from."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+        causes.append(cause)
+    return causes
+
+
+def _types(causes: list[BaseException]) -> set[str]:
+    return {base.__name__ for cause in causes for base in type(cause).__mro__}
+
+
+def hub_name_problem(name: str) -> str:
+    """What is wrong with the name of a repository to upload to; "" if nothing is."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    expected = "expected the name of a repository on the hub, owner/name."
+    if "://" in name:
+        near = "/".join(name.rstrip("/").split("/")[-2:])
+        return f"{expected} Did you mean {near!r}?"
+    with suppress(HFValidationError):
+        validate_repo_id(name)
+        return "" if name.count("/") == 1 else expected
+    return expected
+
+
+def upload_problem(needs_token: bool = True) -> str:
+    """Why nothing can be uploaded, as far as it is known here; "" if nothing is in the way."""
+    from huggingface_hub import get_token
+
+    if constants.HF_HUB_OFFLINE and not from_cache():
+        return "HF_HUB_OFFLINE is set: unset it to upload."
+    if needs_token and not get_token():
+        return "there is no token: run `hf auth login`, or set HF_TOKEN to one with write access."
+    return ""
+
+
+def explain_upload_error(error: BaseException, name: str) -> str:
+    """Why an upload to the repository failed, and what to do. error: of huggingface_hub."""
+    causes = causes_of(error)
+    types, tokens = _types(causes), f"{constants.ENDPOINT}/settings/tokens"
+    answers = [x for cause in causes if (x := getattr(cause, "response", None)) is not None]
+    status = answers[0].status_code if answers else None
+    said = next((x for cause in causes if (x := getattr(cause, "server_message", None))), "")
+    said = f" The hub says: {' '.join(str(said).split())[:200]}" if said else ""
+    if status == 401:
+        return (
+            "The hub does not accept the token (HF_TOKEN, or that of `hf auth login`): make one "
+            f"with write access at {tokens}.{said}"
+        )
+    if status == 403:
+        return (
+            f"The token may not write to {name}: give it write access at {tokens}, or name a "
+            f"repository of an owner that you may write to.{said}"
+        )
+    if status == 404:
+        return f"There is no {name} on the hub, or the token may not see it.{said}"
+    if status in (409, 412):
+        return f"{name} was changed by somebody else meanwhile: run the same command again.{said}"
+    if status is not None and (status == 429 or status >= 500):
+        return f"The hub answers with HTTP error {status}: run the same command later.{said}"
+    if types & _CONNECTION_ERRORS:
+        reason = " ".join(str(causes[-1]).split())[:200] or type(causes[-1]).__name__
+        return (
+            f"The hub ({constants.ENDPOINT}) cannot be reached ({reason}): run the same command "
+            "later."
+        )
     return " ".join(str(error).split())[:300]
 
 

@@ -211,11 +211,15 @@ _ANSWERS = [
         "enable_autolog_hparams model_registry",
     ),
     (
-        "nothing is uploaded: `hf upload NAME out/best` does it afterwards",
-        "push_to_hub hub_model_id hub_private_repo hub_strategy hub_always_push hub_revision "
-        "push_to_hub_model_id push_to_hub_organization push_to_hub_token",
+        "--push_to_hub takes the name of the repository, owner/name",
+        "hub_model_id push_to_hub_model_id push_to_hub_organization",
     ),
-    ("run `hf auth login`, or set HF_TOKEN", "token hub_token use_auth_token"),
+    (
+        "--push_to_hub uploads the best weights after the run, to a private repository; "
+        "`bertdist push` has more settings",
+        "hub_private_repo hub_strategy hub_always_push hub_revision",
+    ),
+    ("run `hf auth login`, or set HF_TOKEN", "token hub_token use_auth_token push_to_hub_token"),
     ("set HF_HOME, or HF_HUB_CACHE", "cache_dir"),
     ("code of a model's folder is never run", "trust_remote_code"),
     ("the config is that of --model_name_or_path", "config_name"),

@@ -27,8 +27,15 @@ from bertdist.core.config import (
     TrainConfig,
     share_of,
 )
-from bertdist.core.hub import check_folder, check_model_name, enable_offline_fallback
+from bertdist.core.errors import ConfigError
+from bertdist.core.hub import (
+    check_folder,
+    check_model_name,
+    enable_offline_fallback,
+    upload_problem,
+)
 from bertdist.core.output_files import check_run_folder, output_format
+from bertdist.core.terminal import process_rank
 from bertdist.data.bad_rows import suggest_skipping
 from bertdist.tasks.metric_names import check_metric_names
 
@@ -38,6 +45,7 @@ MOST_JSON_BYTES = 8 << 20  # of a JSON document, which is read as a whole
 
 def check_train(config: TrainConfig) -> None:
     """Raise BertdistError for what `train` would raise."""
+    check_upload(config)
     if is_launched():
         return
     check_metric_names(config.task.metrics or [])
@@ -48,6 +56,16 @@ def check_train(config: TrainConfig) -> None:
     model = config.model
     check_model(model.model_name_or_path, "--model_name_or_path", model.model_revision)
     check_tokenizer(model.tokenizer_name)
+
+
+def check_upload(config: TrainConfig) -> None:
+    """Raise ConfigError where --push_to_hub has no token, or may ask nothing of the hub.
+
+    On rank 0, which uploads.
+    """
+    to = config.run.push_to_hub
+    if to and process_rank() == 0 and (problem := upload_problem()):
+        raise ConfigError(f"--push_to_hub {to}: {problem}")
 
 
 def check_rows(data: DataConfig) -> None:

@@ -6,8 +6,27 @@ It is never a reason for a run to fail: what cannot be written is said in one li
 from collections.abc import Callable
 from pathlib import Path
 
+from bertdist.core.config import TrainConfig
 from bertdist.core.errors import BertdistError
 from bertdist.core.terminal import process_rank, show
+
+
+def finish_run(config: TrainConfig) -> None:
+    """What follows a finished run, on rank 0: --report, the model card, --push_to_hub."""
+    folder = Path(config.run.output_dir)
+    if config.run.report:
+        write_report(folder)
+
+    def write() -> str:
+        from bertdist.reporting.model_card import write_model_card
+
+        return write_model_card(folder / "best")
+
+    attempt("The model card was not written", write)
+    if config.run.push_to_hub and process_rank() == 0:
+        from bertdist.reporting.upload import push_run
+
+        push_run(config, show)
 
 
 def write_report(folder: Path) -> None:

@@ -511,3 +511,19 @@ def _form(name: str, composed: Literal["NFC", "NFKC"]) -> str:
     if unicodedata.normalize(composed, name) == name:
         return composed
     return decomposed if unicodedata.normalize(decomposed, name) == name else f"not {composed}"
+
+
+def confusions(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The wrong predictions of an evaluation.json, the most frequent ones first: `label`,
+    `predicted`, `rows`.
+    """
+    if "confusion" not in report:
+        return list(report.get("confusions", []))
+    labels = report["labels"]
+    wrong = [
+        {"label": labels[i], "predicted": labels[j], "rows": rows}
+        for i, row in enumerate(report["confusion"])
+        for j, rows in enumerate(row)
+        if rows and i != j
+    ]
+    return sorted(wrong, key=lambda entry: -entry["rows"])

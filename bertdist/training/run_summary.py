@@ -24,7 +24,7 @@ from bertdist.data.records import Records
 from bertdist.data.stats import DatasetStats
 from bertdist.models.classifier import Classifier
 from bertdist.models.freezing import count_parameters
-from bertdist.tasks.labels import REGRESSION, describe_alike
+from bertdist.tasks.labels import REGRESSION, confusions, describe_alike
 from bertdist.tasks.tasks import Task
 from bertdist.training.screen import Screen, cell, duration
 from bertdist.training.throughput import ThroughputMeter
@@ -177,9 +177,9 @@ def _show_tables(screen: Screen, report: Mapping[str, Any], of: str, file: str) 
         screen.table(title, list(classes[0]), rows, range(1, len(classes[0])))
     if "confusion" in report and len(labels) <= SHOWN_MATRIX:
         _show_matrix(screen, labels, report["confusion"])
-    elif confusions := _confusions(report)[:SHOWN_MATRIX]:
-        rows = [list(map(cell, entry.values())) for entry in confusions]
-        screen.table("Most frequent confusions", list(confusions[0]), rows, [2])
+    elif confused := confusions(report)[:SHOWN_MATRIX]:
+        rows = [list(map(cell, entry.values())) for entry in confused]
+        screen.table("Most frequent confusions", list(confused[0]), rows, [2])
     if scores := report.get("scores"):
         _show_scores(screen, of, scores, report.get("intervals") or {})
 
@@ -220,20 +220,6 @@ def _show_scores(
             row.append(" to ".join(map(cell, ends)) if ends else "")
     title = f"Scores of the best weights, {of}" if of else "Scores"
     screen.table(title, header, rows, range(1, len(header)))
-
-
-def _confusions(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The wrong predictions of an evaluation.json, the most frequent ones first."""
-    if "confusion" not in report:
-        return list(report.get("confusions", []))
-    labels = report["labels"]
-    wrong = [
-        {"label": labels[i], "predicted": labels[j], "rows": rows}
-        for i, row in enumerate(report["confusion"])
-        for j, rows in enumerate(row)
-        if rows and i != j
-    ]
-    return sorted(wrong, key=lambda entry: -entry["rows"])
 
 
 def describe_times(meter: ThroughputMeter, seconds: Mapping[str, float], total: float) -> str:
