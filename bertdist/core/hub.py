@@ -181,7 +181,7 @@ def _types(causes: list[BaseException]) -> set[str]:
 def hub_name_problem(name: str) -> str:
     """What is wrong with the name of a repository to upload to; "" if nothing is."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     expected = "expected the name of a repository on the hub, owner/name."
     if "://" in name:

@@ -24,7 +24,7 @@ from huggingface_hub import (
     get_token,
 )
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import (
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,

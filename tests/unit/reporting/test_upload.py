@@ -33,6 +33,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[UploadHub]:
     monkeypatch.setattr(hub_names, "_problems", {})
     with UploadHub() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        urls = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", urls)
         yield server
 
 
