@@ -82,7 +82,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["trian"], "There is no command 'trian'. Did you mean 'train'? `bertdist --help` lists"),
-        (["--seed"], "There is no command '--seed'. Known: 'train',"),
+        (["--seed"], "There is no command '--seed'. Known: '"),
         (["train", "--max_lenght=3"], "Unknown setting --max_lenght. Did you mean --max_length?"),
         (["train"], "--model_name_or_path is missing"),
         (["predict"], "--model is missing"),
