@@ -663,6 +663,9 @@ def config_problems(config: TrainConfig) -> Iterable[str]:
         yield from _cross_validation_problems(config)
     if run.push_to_hub and (problem := hub_name_problem(run.push_to_hub)):
         yield f"--push_to_hub is {run.push_to_hub!r}; {problem}"
+    elif run.push_to_hub and (run.folds or run.seeds):
+        several = "--folds" if run.folds else "--seeds"
+        yield f"--push_to_hub uploads one model, and {several} trains several: remove it."
     if run.early_stopping_patience and run.eval_every.strip() == "never":
         yield "--early_stopping_patience needs evaluations, and --eval_every is 'never'."
     weights = task.class_weights or ["balanced"]
@@ -766,8 +769,6 @@ def _cross_validation_problems(config: TrainConfig) -> Iterable[str]:
         yield (
             "--resume_from_checkpoint is for one run; each fold resumes its own newest checkpoint."
         )
-    if run.push_to_hub:
-        yield "--push_to_hub uploads one model, and --folds makes one per fold: remove it."
     if run.dry_run:
         yield "--dry_run shows the plan of one run; give it the same flags without --folds."
 

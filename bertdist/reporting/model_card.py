@@ -186,17 +186,17 @@ class _Card:
     def text(self) -> str:
         """The card, without its mark."""
         sections = {
+            "How to use": self._usage(),
             "Labels": self._labels(),
             "Scores": self._scores(),
             "Confusions": self._confusions(),
-            "How to use": self._usage(),
             "Data": self._data(),
             "Limits": self._limits(),
             "Training": self._training(),
         }
         parts = [f"# {self._title()}", self._introduction()]
         for title, lines in sections.items():
-            if text := "\n".join(lines):
+            if text := "\n".join(lines).strip():
                 parts += [f"## {title}", text]
         body = "\n\n".join(parts)
         return str(ModelCard(f"---\n{self._data_of_card().to_yaml()}\n---\n\n{body}\n"))
@@ -417,11 +417,11 @@ class _Card:
 
     def _usage(self) -> Iterator[str]:
         one, two = "A text to classify.", "Its second text."
-        options, comment, after = "", '{"label": ..., "score": ...}', ""
+        options, comment, shown, after = "", '{"label": ..., "score": ...}', "answer", ""
         if self.problem_type == MULTI_LABEL:
             options = ', top_k=None, function_to_apply="sigmoid"'
             comment = "every label with its probability"
-            after = 'labels = [x["label"] for x in answer if x["score"] > 0.5]\n'
+            shown, after = "labels", 'labels = [x["label"] for x in answer if x["score"] > 0.5]'
         elif self.problem_type == REGRESSION:
             options, comment = ', function_to_apply="none"', '"score" is the number'
         texts = f'{{"text": "{one}", "text_pair": "{two}"}}' if self.is_pair else f'"{one}"'
@@ -434,7 +434,7 @@ class _Card:
             f'classifier = pipeline("text-classification", model="{PLACEHOLDER}"{options})',
             f"answer = classifier([{texts}], truncation=True)[0]  # {comment}",
             *after.splitlines(),
-            "print(answer)",
+            f"print({shown})",
             "```",
             "",
             "With bertdist, whose answers do not depend on padding:",
@@ -475,6 +475,11 @@ class _Card:
                 )
             if note := split.report.get("note"):
                 yield f"- {_escaped(str(note))}"
+            if (threshold := split.report.get("suggested_threshold")) is not None:
+                yield (
+                    f"- No {split.title.lower()} row gets a label: every probability is below 0.5. "
+                    f"With a threshold of {threshold:.3g} there are as many labels as in the truth."
+                )
 
     def _unsure(self) -> Iterator[str]:
         """How often the rows are right that the model is unsure of."""
@@ -486,11 +491,12 @@ class _Card:
             if self.run is None or split is None or self.problem_type != SINGLE_LABEL:
                 continue
             sure, unsure = _count_answers(self.run / name)
-            if unsure.rows and sure.rows:
+            if unsure.rows:
+                others = f", and {sure.share} of the others" if sure.rows else ""
                 yield (
                     f"- Its highest probability is below {_UNSURE:g} for {unsure.rows:,} of "
                     f"{unsure.rows + sure.rows:,} {title.lower()} rows; {unsure.share} of these "
-                    f"answers are right, and {sure.share} of the others."
+                    f"answers are right{others}."
                 )
             return
 
