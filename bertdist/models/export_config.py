@@ -105,7 +105,7 @@ def _problems(config: ExportConfig) -> Iterable[str]:
     if not has_rows(config):
         for name in _given(config):
             yield f"--{name} is for the rows to compare on: give --input."
-    if int(os.environ.get("WORLD_SIZE") or "1") > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         yield "export runs in one process: start it without --processes and without a launcher."
 
 
