@@ -115,7 +115,7 @@ class Reference:
         self.tokenizer, self.max_length = predictor.tokenizer, predictor.max_length
         self.texts = built_in_texts(rows.records.pairs is not None)
         model = predictor.model
-        if model.padding_changes_logits:
+        if config.to == "onnx" and model.padding_changes_logits:
             raise ModelError(
                 f"--model {config.model}: padding changes the answers of models of type "
                 f"{model.model.config.model_type!r}, and an exported graph needs padding."
