@@ -57,6 +57,7 @@ from bertdist.core.terminal import (
     print_to_stderr,
     process_rank,
 )
+from bertdist.core.thresholds import parse_threshold
 from bertdist.data.bad_rows import BadRows
 from bertdist.data.load_data import load_records
 from bertdist.data.loader import DEFAULT_TOKEN_BUDGET
@@ -77,7 +78,7 @@ from bertdist.tasks.labels import (
     is_multi_hot,
     match_to_model,
 )
-from bertdist.tasks.tasks import MultiLabel, Task
+from bertdist.tasks.tasks import MultiLabel, Task, describe_thresholds
 from bertdist.training.best_model import Results, write_results
 from bertdist.training.evaluation import Scorer
 from bertdist.training.run_summary import show_report
@@ -94,6 +95,7 @@ def evaluate(config: EvaluateConfig) -> Results | None:
         accelerator = create_accelerator(run)
         check_world(accelerator.num_processes)
         is_main, scorer = accelerator.is_main_process, None
+        given = parse_threshold(config.threshold)
         with raise_on_all_ranks(accelerator):
             # Rows first: they cost little, and their errors come before the weights are loaded.
             if is_main and config.output_dir is not None:
@@ -104,7 +106,9 @@ def evaluate(config: EvaluateConfig) -> Results | None:
                     metrics=config.metrics, positive_label=config.positive_label
                 )
                 scorer = Scorer(task_config, task, config.task_name)
-                notes = [*notes, *filter(None, [scorer.positive_note])]
+                scorer.use_thresholds(given)
+                notes = [*notes, describe_thresholds(task) if given is None else ""]
+                notes = [*notes, scorer.positive_note]
             predictor = Predictor(
                 config.model,
                 max_length=config.max_length,
@@ -116,7 +120,7 @@ def evaluate(config: EvaluateConfig) -> Results | None:
             rows = create_dataset(records, tokenizer, task, max_length)
             if is_main:
                 notes += truncation_notes({"rows": records}, tokenizer, max_length)
-                print_to_stderr(*notes)
+                print_to_stderr(*filter(None, notes))
         with ProgressBar("Evaluated", "rows", is_main) as progress:
 
             def show(done: int) -> None:
@@ -128,8 +132,19 @@ def evaluate(config: EvaluateConfig) -> Results | None:
         with raise_on_all_ranks(accelerator):
             if scorer is not None:
                 evaluation = scorer.score(logits, rows.targets)
-                of = {"model": config.model, "data": records.name, "rows": len(records)}
+                of: dict[str, Any] = {
+                    "model": config.model,
+                    "data": records.name,
+                    "rows": len(records),
+                }
+                fitted = predictor.metadata.get("calibration") or {}
+                if given is not None:  # instead of those that were fitted
+                    of["threshold"] = given
+                    fitted = {**fitted, "threshold_for": None, "thresholds": {}}
                 results = evaluation.results(rows, evaluated=of)
+                if fitted.get("thresholds") or fitted.get("temperature"):
+                    entry = scorer.measure_fit(fitted, logits, rows.targets)
+                    results.report["calibration"] = entry
                 if config.output_dir is not None:
                     _write(Path(config.output_dir), results, records, config)
         return results

@@ -62,6 +62,7 @@ from bertdist.core.terminal import (
     process_rank,
     write_to_stdout,
 )
+from bertdist.core.thresholds import parse_threshold
 from bertdist.data.in_memory import is_table, records_from_table, records_from_texts
 from bertdist.data.loader import DEFAULT_TOKEN_BUDGET, MapLoader
 from bertdist.data.prediction_input import InputRows, InputWindow
@@ -82,7 +83,7 @@ from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import load_model_config, load_trained_classifier, saved_metadata
 from bertdist.models.model_config import missing_tokens
 from bertdist.tasks.labels import MULTI_LABEL
-from bertdist.tasks.tasks import check_answer
+from bertdist.tasks.tasks import Threshold, check_answer, describe_thresholds
 from bertdist.training.evaluation import describe_nonfinite_rows, nonfinite_rows, predict_rows
 from bertdist.training.micro_batches import find_tokens
 from bertdist.training.nonfinite import nonfinite_error
@@ -215,7 +216,7 @@ class Predictor:
         pairs: str | Iterable[str] | None = None,
         *,
         top_k: int | Literal["all"] | None = None,
-        threshold: float | None = None,
+        threshold: Threshold = None,
         text_column: str | list[str] | None = None,
         text_pair_column: str | None = None,
     ) -> list[dict[str, Any]]:
@@ -227,9 +228,11 @@ class Predictor:
         unless text_column and text_pair_column name others.
         Returns one dict per text, in their order, with the keys of `transformers.pipeline`:
         {"label": "positive", "score": 0.98}; multi-label: {"labels": [{"label", "score"}, ...]}
-        with every label above the threshold, 0.5; regression: the score is the number. With top_k
-        all tasks have "labels", the k most probable ones. A threshold makes the label None where
-        the score of a single-label prediction is below it.
+        with every label above the threshold, 0.5 or that of --tune_thresholds; regression: the
+        score is the number. With top_k all tasks have "labels", the k most probable ones. A
+        threshold makes the label None where the score of a single-label prediction is below it.
+        {"joy": 0.2} is the threshold of a label: multi-label, or of one of two labels, which is the
+        answer above it.
         Raises DataError if a text is not a string, or if second texts are missing or not expected;
         ConfigError for a top_k or threshold that cannot be; NonFiniteError if a logit is not
         finite.
@@ -290,7 +293,7 @@ class Predictor:
 
     @reset_torch_modes()
     def predict_records(
-        self, records: Records, top_k: int | None = None, threshold: float | None = None
+        self, records: Records, top_k: int | None = None, threshold: Threshold = None
     ) -> list[dict[str, Any]]:
         """As __call__. Every rank computes its share of the rows and returns all results."""
         return list(self.task.to_records(self.predict_logits(records), top_k, threshold))
@@ -370,7 +373,13 @@ def _load(config: PredictConfig, accelerator: Accelerator, stop: StopSignal) -> 
         accelerator=accelerator,
         stop=stop,
     )
-    check_answer(predictor.task, config.answers, config.threshold)
+    threshold = parse_threshold(config.threshold)
+    check_answer(predictor.task, config.answers, threshold)
+    stored = describe_thresholds(predictor.task) if threshold is None else ""
+    if stored and config.answers is not None:
+        stored = "--top_k gives the most probable labels: the model's thresholds are not used."
+    if stored and accelerator.is_main_process:
+        print_to_stderr(stored)
     return predictor
 
 
@@ -388,7 +397,8 @@ def _print_answers(config: PredictConfig, accelerator: Accelerator, stop: StopSi
     except Stopped:
         return _report_stop()
     if accelerator.is_main_process:
-        answers = predictor.task.to_records(logits, config.answers, config.threshold)
+        threshold = parse_threshold(config.threshold)
+        answers = predictor.task.to_records(logits, config.answers, threshold)
         for row, answer in enumerate(answers):
             record = records[row]
             text = record.text if record.pair is None else f"{record.text} | {record.pair}"
@@ -415,6 +425,7 @@ class _PredictFiles:
 
     def __init__(self, config: PredictConfig, accelerator: Accelerator, stop: StopSignal) -> None:
         self.config, self.accelerator = config, accelerator
+        self.threshold = parse_threshold(config.threshold)
         found = output_format(config.output, config.output_format)
         assert found is not None  # read_predict_config has checked it
         self.format, inputs = found, config.input or []
@@ -506,7 +517,7 @@ class _PredictFiles:
         for start in range(0, len(logits), ROWS_PER_WINDOW):
             stop = min(len(logits), start + ROWS_PER_WINDOW)
             answers = self.predictor.task.to_records(
-                logits[start:stop], self.config.answers, self.config.threshold
+                logits[start:stop], self.config.answers, self.threshold
             )
             file.append(self.writer.rows(window.slice(start, stop), list(answers)))
         self.row_count += len(logits)

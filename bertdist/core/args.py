@@ -58,6 +58,7 @@ from bertdist.core.terminal import (
     print_to_stderr,
     process_rank,
 )
+from bertdist.core.thresholds import parse_threshold, parse_threshold_score
 
 C = TypeVar("C")
 
@@ -397,6 +398,8 @@ def _as_arguments(settings: Mapping[str, Any]) -> tuple[list[str], dict[str, lis
     for name, value in settings.items():
         if hasattr(value, "tolist"):  # numpy, pandas
             value = value.tolist()
+        if name == "threshold" and isinstance(value, Mapping):
+            value = [f"{label}={number}" for label, number in value.items()]
         if isinstance(value, set | frozenset | Mapping):
             kind = type(value).__name__
             raise ConfigError(f"--{name} is a {kind}; expected one value or a list.")
@@ -456,8 +459,9 @@ def read_predict_config(arguments: Sequence[str]) -> PredictConfig:
         )
     problems += _out_of_bounds(
         config,
-        {"tokens_per_micro_batch": (1, None), "max_length": (3, None), "threshold": (0, 1)},
+        {"tokens_per_micro_batch": (1, None), "max_length": (3, None)},
     )
+    problems += _problem_of(parse_threshold, config.threshold)
     if problems:
         raise ConfigError("\n".join(problems))
     return config
@@ -486,6 +490,7 @@ def read_evaluate_config(
     if len(set(names)) < len(names):
         problems.append(f"--label_names repeats a name: {' '.join(names)}.")
     problems += _label_problems(config)
+    problems += _problem_of(parse_threshold, config.threshold)
     bounds: _Bounds = {
         "tokens_per_micro_batch": (1, None),
         "max_eval_samples": (1, None),
@@ -496,6 +501,15 @@ def read_evaluate_config(
     if problems:
         raise ConfigError("\n".join(problems))
     return config
+
+
+def _problem_of(parse: Callable[[Any], Any], given: Any) -> list[str]:
+    """What a parser says against a value."""
+    try:
+        parse(given)
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def _out_of_bounds(section: Any, bounds: _Bounds) -> Iterable[str]:
@@ -668,6 +682,9 @@ def config_problems(config: TrainConfig) -> Iterable[str]:
         yield f"--push_to_hub uploads one model, and {several} trains several: remove it."
     if run.early_stopping_patience and run.eval_every.strip() == "never":
         yield "--early_stopping_patience needs evaluations, and --eval_every is 'never'."
+    yield from _problem_of(parse_threshold_score, task.threshold_for)
+    if _changed(task, "threshold_for") and not task.tune_thresholds:
+        yield "--threshold_for needs --tune_thresholds."
     weights = task.class_weights or ["balanced"]
     if weights != ["balanced"] and not all(map(_is_weight, weights)):
         yield (
@@ -763,6 +780,8 @@ def _cross_validation_problems(config: TrainConfig) -> Iterable[str]:
     names = _changed(run, "eval_every", "early_stopping_patience", "early_stopping_threshold")
     for name in [*names, *_changed(config.task, "metric_for_best_model")]:
         yield f"--{name} has no effect with --folds: {once}"
+    for name in _changed(config.task, "calibrate", "tune_thresholds"):
+        yield f"--{name} would be fitted on the rows that --folds scores: give it to a run."
     for name in _changed(data, "streaming", "train_weights"):
         yield f"--{name} has no effect with --folds: all rows are held in memory; remove it."
     if run.resume_from_checkpoint:
@@ -780,6 +799,7 @@ def _without_effect(config: TrainConfig) -> Iterable[str]:
         if not (data.validation_file or data.validation_split):
             names = _changed(run, "early_stopping_patience", "eval_every")
             names += _changed(config.task, "metric_for_best_model")
+            names += _changed(config.task, "calibrate", "tune_thresholds")
             names += _changed(data, "max_eval_samples")
             if not (data.test_file or data.test_split):
                 names += _changed(config.task, "metrics", "positive_label")

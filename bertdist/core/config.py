@@ -304,6 +304,26 @@ class TaskConfig:
     metric_for_best_model: str | None = setting(
         None, "Metric that selects the best weights, or 'loss'. Default: the first of --metrics."
     )
+    calibrate: bool = setting(
+        False,
+        "At the end, fit a temperature to the logits of the validation rows (temperature scaling) "
+        "and fold it into the output layer of best/, so that probabilities are those of being "
+        "right; the answers stay. A finished run can be calibrated later.",
+        brief="Fit a temperature: honest probabilities",
+    )
+    tune_thresholds: bool = setting(
+        False,
+        "At the end, find the probability above which each label is given (multi-label), or the "
+        "positive one of two labels, for the highest --threshold_for on the validation rows. "
+        "bertdist predict and evaluate use them; pipeline does not.",
+    )
+    threshold_for: str = setting(
+        "f1",
+        "Score that --tune_thresholds maximises: f1, balanced_accuracy, matthews_correlation, "
+        "precision_at_recall=0.9 (the highest precision at a recall of at least 0.9) or "
+        "recall_at_precision=0.9; of two labels also accuracy; of several per text also f1_macro "
+        "(the same as f1) and f1_micro.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -571,10 +591,12 @@ class PredictConfig(FileConfig):
         "Write the k most probable labels with their probabilities: a number, or all.",
         brief="Labels per text: a number, or all",
     )
-    threshold: float | None = setting(
+    threshold: list[str] | None = setting(
         None,
-        "Least probability. Multi-label: every label above it is given (default 0.5). One label "
-        "per text: where it is below, the label is null, empty in a table.",
+        "Least probability. Multi-label: every label above it is given (default 0.5, or the "
+        "thresholds of --tune_thresholds); joy=0.2 anger=0.4 for some labels. One label per text: "
+        "where it is below, the label is null, empty in a table; positive=0.3: that one of two "
+        "labels is the answer above it.",
     )
     max_length: int | None = setting(
         None, "Maximum length of a text in tokens. Default: that of the training."
@@ -595,9 +617,9 @@ class PredictConfig(FileConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("input", "keep_columns"):  # in Python, one may come without its list
-            if isinstance(value := getattr(self, name), str):
-                object.__setattr__(self, name, [value])
+        for name in ("input", "keep_columns", "threshold"):  # in Python, one may be no list
+            if isinstance(value := getattr(self, name), str | float | int):
+                object.__setattr__(self, name, [str(value)])
 
     @property
     def answers(self) -> int | None:
@@ -655,6 +677,12 @@ class EvaluateConfig(LabelledConfig):
         "Of two labels, the positive one: that of f1, precision, recall and average_precision. "
         "Default: the second.",
         brief="The positive one of two labels",
+    )
+    threshold: list[str] | None = setting(
+        None,
+        "Multi-label: the probability above which every label is given, default 0.5 or the "
+        "thresholds of --tune_thresholds; joy=0.2 anger=0.4 for some labels. Of two labels: "
+        "positive=0.3, that one is the answer above it.",
     )
     label_names: list[str] | None = setting(
         None,
@@ -729,9 +757,9 @@ def config_to_yaml(config: TrainConfig | EvaluateConfig) -> str:
 
 
 def finished_yaml(file: Path, config: TrainConfig) -> str:
-    """The config.yaml of a finished run, with the rows to test on and the slices of `config`: other
-    settings that are given now have had no effect. `config_to_yaml` where there is none that can be
-    read.
+    """The config.yaml of a finished run, with what may be added to one: rows to test on, slices,
+    and fits of temperature and thresholds. Other settings that are given now have had no effect.
+    `config_to_yaml` where there is none that can be read.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -740,15 +768,18 @@ def finished_yaml(file: Path, config: TrainConfig) -> str:
         return config_to_yaml(config)
     if not isinstance(saved, dict):
         return config_to_yaml(config)
+    values, task = dict(saved), config.task
     tests = {name: getattr(config.data, name) for name in ("test_file", "test_split")}
-    given = {name: value for name, value in tests.items() if value is not None}
-    if not given or all(saved.get(name) == value for name, value in tests.items()):
-        tests, given = {}, {}
-    if (column := config.data.slice_column) not in (None, saved.get("slice_column")):
-        given["slice_column"] = column
-    if not given:
+    if given := {name: value for name, value in tests.items() if value is not None}:
+        values = {name: value for name, value in saved.items() if name not in tests} | given
+    if config.data.slice_column is not None:
+        values["slice_column"] = config.data.slice_column
+    if task.calibrate:
+        values["calibrate"] = True
+    if task.tune_thresholds:
+        values |= {"tune_thresholds": True, "threshold_for": task.threshold_for}
+    if values == saved:
         return text
-    values = {name: value for name, value in saved.items() if name not in tests} | given
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 

@@ -13,7 +13,8 @@ One row per evaluated row, in row order:
     slice          string: the value of --slice_column, null without
 
 The schema's metadata has, as JSON under the key `bertdist`: problem_type, labels, slice_column,
-threshold (above which a label is predicted; null but for multi-label).
+threshold (above which a label is predicted: 0.5 for multi-label tasks, null for others; after
+--tune_thresholds a list of those of the labels, null for the other one of two).
 """
 
 import json
@@ -74,7 +75,8 @@ class Probabilities:
             "problem_type": self.task.problem_type,
             "labels": list(self.task.labels),
             "slice_column": records.slice_column,
-            "threshold": THRESHOLD if self.task.problem_type == MULTI_LABEL else None,
+            "threshold": list(self.task.thresholds)
+            or (THRESHOLD if self.task.problem_type == MULTI_LABEL else None),
         }
         return pa.schema(columns.items(), {METADATA: json.dumps(about).encode()})
 

@@ -47,6 +47,8 @@ from bertdist.models.architectures import ARCHITECTURES
 from bertdist.models.cpu_layers import reuse_embedding_gradient, use_onednn
 from bertdist.models.dropout import DropoutMasks, replace_dropouts, set_current_masks
 from bertdist.models.freezing import freeze
+from bertdist.models.head import last_linear, output_layer
+from bertdist.tasks.calibration import check_calibration
 from bertdist.tasks.labels import REGRESSION, match_labels
 from bertdist.tasks.tasks import Task, task_of_model
 
@@ -253,12 +255,21 @@ class Classifier(nn.Module):
         config._attn_implementation = kernel
         return logits
 
+    def probe_logits(self) -> Tensor:
+        """(2, O) of two probes of one length, in evaluation mode, on the model's device."""
+        with self._probing():
+            logits: Tensor = self(collate(self.probes((12, 12))).to(self.model.device))
+        return logits
+
+    def output_layer(self) -> nn.Linear:
+        """The linear layer that makes the logits; raises ModelError where there is none."""
+        return output_layer(self.model, self.probe_logits)
+
     def _compare(self, expected: Tensor) -> None:
         """Raise ModelError if the logits are not those of transformers: by a setting of config.json
         that this version does not know.
         """
-        with self._probing():
-            found = self(collate(self.probes((12, 12))))
+        found = self.probe_logits()
         difference, size = (found - expected).abs().max(), expected.abs().max()
         if difference > 1e-3 * size:  # not for NaN: broken weights are reported with their rows
             raise ModelError(
@@ -564,21 +575,14 @@ def _assign_outputs(
     )
     if labels in (order, loaded):
         return []
-    body = f"{model.base_model_prefix}."
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(body)
-    }
-    name = next(reversed(layers), "")  # the logits are computed last
-    if f"{name}.weight" in missing or (not layers and missing):
+    name, layer = last_linear(model)
+    if f"{name}.weight" in missing or (layer is None and missing):
         return []  # drawn already
-    if name == "" or layers[name].out_features != len(labels):
+    if layer is None or layer.out_features != len(labels):
         raise ModelError(
             f"The labels of the model are {listed(loaded, 5)}; its type "
             f"{model.config.model_type!r} has no output layer that could be replaced."
         )
-    layer = layers[name]
     weights = dict(layer.named_parameters())
     shown = listed(loaded, 5)
     if order is None:
@@ -621,8 +625,13 @@ def trained_task(model_config: PretrainedConfig, where: str) -> Task:
         raise ModelError(f"{where}: id2label names {repeated!r} twice.")
     if model_config.problem_type == REGRESSION and len(names) > 1:
         raise ModelError(f"{where} predicts {len(names)} numbers; bertdist has regression of one.")
-    codes = saved_metadata(model_config).get("label_codes") or ()
-    return task_of_model(model_config.problem_type, names, codes)
+    metadata = saved_metadata(model_config)
+    try:
+        fitted = check_calibration(metadata.get("calibration"))
+    except ConfigError as error:
+        raise ModelError(f"{where}: config.json: bertdist.calibration: {error}") from None
+    codes, thresholds = metadata.get("label_codes") or (), fitted.get("thresholds")
+    return task_of_model(model_config.problem_type, names, codes, thresholds)
 
 
 def saved_metadata(model_config: PretrainedConfig) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from bertdist.core.output_files import RESULT_FILES, is_run_folder
 from bertdist.core.types import Array
 from bertdist.data.probabilities import read_metadata
 from bertdist.tasks.labels import MULTI_LABEL, REGRESSION
+from bertdist.tasks.row_scores import decided_labels
 
 EVALUATION, PREDICTIONS, ERRORS, PROBABILITIES = RESULT_FILES
 
@@ -42,7 +43,7 @@ class ScoredRows:
     problem_type: str
     labels: tuple[str, ...]  # the name of the number for regression
     slice_column: str | None
-    threshold: float | list[float] | None  # above which a label is predicted; multi-label only
+    threshold: float | list[float | None] | None  # above which a label is predicted
     truth: Array  # (N,) int32 label, -1 without; (N, L) bool; or (N,) float32, NaN without
     probabilities: Array  # (N, L) float32; (N, 1) the predicted number
     tokens: Array  # (N,) int32, after truncation
@@ -69,7 +70,8 @@ class ScoredRows:
         if self.is_multi_label:
             return self.probabilities > np.asarray(self.threshold or 0.5, np.float32)
         found: Array = self.probabilities[:, 0]
-        return found if self.is_regression else self.probabilities.argmax(1)
+        thresholds = self.threshold if isinstance(self.threshold, list) else ()
+        return found if self.is_regression else decided_labels(self.probabilities, thresholds)
 
     @property
     def path(self) -> Path:

@@ -406,8 +406,10 @@ def load_metrics(
     problem_type: str,
     labels: Sequence[str],
     positive_label: str | None = None,
+    tunes: bool = False,
 ) -> MetricSet:
-    """Metrics by name. positive_label: the positive one of two labels; None: the second.
+    """Metrics by name. positive_label: the positive one of two labels; None: the second. tunes:
+    whether thresholds will be tuned, which depend on it too.
 
     names: of the table above, paths of a user's own evaluate metric (./mine.py, or ./mine/ with
     mine.py inside), or hub:NAME. A user's metric may read `predictions`, `probabilities` and
@@ -418,7 +420,7 @@ def load_metrics(
     problems = [] if names else ["--metrics names no score."]
     positive = 1
     try:
-        positive = _find_positive(positive_label, names, problem_type, labels)
+        positive = _find_positive(positive_label, names, problem_type, labels, tunes)
     except ConfigError as error:
         problems.append(f"--positive_label {positive_label}: {error}")
     for name in dict.fromkeys(names):
@@ -432,7 +434,7 @@ def load_metrics(
 
 
 def _find_positive(
-    label: str | None, names: Sequence[str], problem_type: str, labels: Sequence[str]
+    label: str | None, names: Sequence[str], problem_type: str, labels: Sequence[str], tunes: bool
 ) -> int:
     """The output of --positive_label. Raises ConfigError where it cannot take effect."""
     if label is None:
@@ -442,7 +444,7 @@ def _find_positive(
         raise ConfigError(f"it is for tasks with two labels; this one is {problem_type}{how}.")
     if (found := LabelIndex(labels).find(label)) is None:
         raise ConfigError(f"no such label.{did_you_mean(label, labels)}")
-    if not set(names) & set(_OF_POSITIVE):
+    if not (tunes or set(names) & set(_OF_POSITIVE)):
         raise ConfigError(
             f"no score depends on it; --metrics has {', '.join(names)}, and "
             f"{', '.join(_OF_POSITIVE)} do."

@@ -4,13 +4,25 @@ Legend, as in tasks/metrics.py: N rows, O outputs; references (N,) label ids or 
 probabilities (N, O).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from bertdist.core.types import Array
 
 CALIBRATION_BINS = 15
+
+
+def decided_labels(probabilities: Array, thresholds: Sequence[float | None]) -> Array:
+    """(N,) labels, of two: the one that has a threshold where its probability is above it, else the
+    other one; without thresholds the most probable one.
+    """
+    for positive, threshold in enumerate(thresholds):
+        if threshold is not None:
+            above = probabilities[:, positive] > np.float32(threshold)
+            return np.where(above, positive, 1 - positive)
+    most_probable: Array = probabilities.argmax(1)
+    return most_probable
 
 
 def one_vs_rest(

@@ -9,11 +9,11 @@ those places (grep problem_type).
 Legend: N texts, O outputs, V distinct labels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from bertdist.core.config import TaskConfig
 from bertdist.core.errors import ConfigError, DataError, ModelError, did_you_mean, listed
-from bertdist.core.terminal import excerpt
+from bertdist.core.terminal import excerpt, excerpt_of
+from bertdist.core.thresholds import parse_threshold_score
 from bertdist.core.types import Array
 from bertdist.tasks.labels import (
     MULTI_LABEL,
@@ -41,6 +42,13 @@ from bertdist.tasks.labels import (
     quoted,
     read_label_names,
 )
+from bertdist.tasks.row_scores import decided_labels
+
+Thresholds: TypeAlias = tuple[float | None, ...]
+# As a user gives them: one for all labels, or some by their names
+Threshold: TypeAlias = float | Mapping[str, float] | None
+
+LOSS_CHUNK = 1 << 26  # logits that are float64 at the same time
 
 
 class Task(Protocol):
@@ -61,6 +69,14 @@ class Task(Protocol):
     @property
     def reason(self) -> str:
         """Why it is this task, in a sentence; "" where it was asked for, or is plain."""
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """Of each output, the probability above which it is the answer; () for the usual answers.
+
+        Of two labels only the positive one has a number, and is the answer above it, else the
+        other one is.
+        """
 
     def encode_label(self, label: Any) -> Any:
         """A raw label -> int, list of O floats, or float. Raises DataError, without the row."""
@@ -99,7 +115,7 @@ class Task(Protocol):
         """
 
     def to_records(
-        self, logits: Tensor, top_k: int | None = None, threshold: float | None = None
+        self, logits: Tensor, top_k: int | None = None, threshold: Threshold = None
     ) -> Iterator[dict[str, Any]]:
         """Logits (N, O) -> N dicts with the keys of `pipeline("text-classification")`, one by one:
         a record may have many labels.
@@ -107,7 +123,8 @@ class Task(Protocol):
         Single-label: {"label", "score"}, the label None where the score is below the threshold.
         Multi-label: {"labels": [{"label", "score"}, ...]}, all above the threshold (one half), the
         most probable first. top_k: {"labels": [...]} of both, the k most probable labels, without
-        those that a given threshold excludes.
+        those that a given threshold excludes. threshold: instead of the `thresholds` of the task;
+        by label, of those only.
         """
 
 
@@ -121,6 +138,7 @@ class SingleLabel:
     problem_type: str = SINGLE_LABEL
     reason: str = field(default="", compare=False)
     codes: tuple[str, ...] = ()
+    thresholds: Thresholds = ()
 
     @cached_property
     def _index(self) -> LabelIndex:
@@ -150,21 +168,30 @@ class SingleLabel:
         return F.cross_entropy(logits, targets, reduction=reduction)
 
     def predict(self, logits: Tensor) -> tuple[Array, Array]:
-        return logits.argmax(-1).numpy(), logits.float().softmax(-1).numpy()
+        probabilities = logits.float().softmax(-1).numpy()
+        if self.thresholds:
+            return decided_labels(probabilities, self.thresholds), probabilities
+        return logits.argmax(-1).numpy(), probabilities
 
     def error_sizes(self, logits: Tensor, targets: Array) -> Array:
         predictions, probabilities = self.predict(logits)
-        return np.where(predictions == targets, 0, probabilities.max(-1))
+        answered = probabilities[np.arange(len(predictions)), predictions]
+        return np.where(predictions == targets, 0, answered)
 
     def to_records(
-        self, logits: Tensor, top_k: int | None = None, threshold: float | None = None
+        self, logits: Tensor, top_k: int | None = None, threshold: Threshold = None
     ) -> Iterator[dict[str, Any]]:
-        probabilities, least = logits.float().softmax(-1), threshold or 0.0
+        task, least = self, 0.0
+        if isinstance(threshold, Mapping):
+            task = replace(self, thresholds=thresholds_by_output(self, threshold))
+        elif threshold is not None:
+            task, least = replace(self, thresholds=()), threshold
         if top_k is not None:
-            for best in _most_probable(probabilities, self.labels, top_k):
+            for best in _most_probable(logits.float().softmax(-1), self.labels, top_k):
                 yield {"labels": [entry for entry in best if entry["score"] >= least]}
             return
-        scores, ids = (x.tolist() for x in probabilities.max(-1))
+        answers, probabilities = task.predict(logits)
+        ids, scores = answers.tolist(), probabilities[np.arange(len(answers)), answers].tolist()
         for i, score in zip(ids, scores, strict=True):
             yield {"label": self.labels[i] if score >= least else None, "score": score}
 
@@ -183,6 +210,7 @@ class MultiLabel:
     # Whether lists of O zeros and ones are targets; else all lists hold names.
     multi_hot: bool = field(default=False, compare=False)
     codes: tuple[str, ...] = ()
+    thresholds: Thresholds = ()
 
     @cached_property
     def _index(self) -> LabelIndex:
@@ -232,7 +260,8 @@ class MultiLabel:
 
     def predict(self, logits: Tensor) -> tuple[Array, Array]:
         probabilities = logits.float().sigmoid()
-        return (probabilities > 0.5).long().numpy(), probabilities.numpy()
+        limits = torch.tensor(self.thresholds or 0.5)
+        return (probabilities > limits).long().numpy(), probabilities.numpy()
 
     def error_sizes(self, logits: Tensor, targets: Array) -> Array:
         predictions, probabilities = self.predict(logits)
@@ -241,19 +270,22 @@ class MultiLabel:
         return sizes
 
     def to_records(
-        self, logits: Tensor, top_k: int | None = None, threshold: float | None = None
+        self, logits: Tensor, top_k: int | None = None, threshold: Threshold = None
     ) -> Iterator[dict[str, Any]]:
         probabilities = logits.float().sigmoid()
+        given = thresholds_by_output(self, threshold) or (0.5,) * len(self.labels)
+        limits: Array = np.array(given, np.float32)
         if top_k is not None:
-            least = -1.0 if threshold is None else threshold
+            least = dict(zip(self.labels, limits, strict=True)) if threshold is not None else {}
             for best in _most_probable(probabilities, self.labels, top_k):
-                yield {"labels": [entry for entry in best if entry["score"] > least]}
+                above = [x for x in best if x["score"] > least.get(x["label"], -1.0)]
+                yield {"labels": above}
             return
         for row in probabilities.numpy():
-            ids = np.flatnonzero(row > (0.5 if threshold is None else threshold))
+            ids = np.flatnonzero(row > limits)
             scores = zip(row[ids].tolist(), (self.labels[i] for i in ids), strict=True)
-            above = sorted(scores, reverse=True)
-            yield {"labels": [{"label": label, "score": score} for score, label in above]}
+            ordered = sorted(scores, reverse=True)
+            yield {"labels": [{"label": label, "score": score} for score, label in ordered]}
 
 
 @dataclass(frozen=True)
@@ -264,6 +296,7 @@ class Regression:
     problem_type: str = REGRESSION
     reason: str = field(default="", compare=False)
     codes: tuple[str, ...] = ()
+    thresholds: Thresholds = ()  # always
 
     def encode_label(self, label: Any) -> float:
         if not is_number(str(label)):
@@ -294,7 +327,7 @@ class Regression:
         return np.abs(self.predict(logits)[0].astype(np.float64) - targets)
 
     def to_records(
-        self, logits: Tensor, top_k: int | None = None, threshold: float | None = None
+        self, logits: Tensor, top_k: int | None = None, threshold: Threshold = None
     ) -> Iterator[dict[str, Any]]:
         """Neither top_k nor threshold mean anything here, see `check_answer`."""
         for number in logits.float()[:, 0].tolist():
@@ -313,19 +346,84 @@ def _most_probable(
         ]
 
 
-def check_answer(task: Task, top_k: int | None, threshold: float | None) -> None:
+def mean_loss(task: Task, logits: Tensor, references: Array) -> float:
+    """The mean of `eval_loss` over rows, in float64. logits: (N, O), references: (N, ...)."""
+    targets, chunk = torch.from_numpy(references), max(1, LOSS_CHUNK // logits.shape[1])
+    parts = zip(logits.split(chunk), targets.split(chunk), strict=True)
+    return sum(task.eval_loss(part.double(), target).item() for part, target in parts) / len(logits)
+
+
+def thresholds_by_output(task: Task, threshold: Threshold) -> Thresholds:
+    """The thresholds that a user gives in the form of the task's own; a label without one keeps its
+    own. Raises ConfigError for labels that the task has not, or where they cannot take effect.
+    """
+    if threshold is None:
+        return task.thresholds
+    multi_label = task.problem_type == MULTI_LABEL
+    if isinstance(threshold, Mapping):
+        for name in threshold:
+            if name not in task.labels:
+                hint = did_you_mean(str(name), task.labels)
+                raise ConfigError(f"threshold names the label {name!r}: no such label.{hint}")
+        if not multi_label and (len(task.labels) != 2 or len(threshold) != 1):
+            raise ConfigError(
+                "A threshold of a label is for models with several labels per text, or for one of "
+                f"two labels; this one has {listed(task.labels, 5)}, one per text."
+            )
+        own = task.thresholds or (0.5,) * len(task.labels)
+        named = [threshold.get(label) for label in task.labels]
+        if multi_label:
+            named = [old if new is None else new for old, new in zip(own, named, strict=True)]
+        return tuple(named)
+    if not multi_label:
+        raise ConfigError(
+            "Of one label per text a threshold needs the label that is given above it: "
+            f"--threshold {task.labels[-1]}={threshold:g}, of two labels."
+        )
+    return (threshold,) * len(task.labels)
+
+
+def with_thresholds(task: Task, threshold: Threshold) -> Task:
+    """The task with thresholds as `thresholds_by_output` says."""
+    by_output = thresholds_by_output(task, threshold)
+    return replace(task, thresholds=by_output)  # type: ignore[type-var]  # a Protocol
+
+
+def check_answer(task: Task, top_k: int | None, threshold: Threshold) -> None:
     """Raise ConfigError for a top_k or threshold that is no number of labels or probability, or
     cannot take effect.
     """
     if top_k is not None and not (type(top_k) is int and top_k >= 1):
         raise ConfigError(f"top_k is {top_k!r}; expected a number of labels, 1 or more, or 'all'.")
-    is_number = isinstance(threshold, Real) and not isinstance(threshold, bool)
-    if threshold is not None and not (is_number and 0 <= threshold <= 1):
-        raise ConfigError(f"threshold is {threshold!r}; expected a probability from 0 to 1.")
+    by_label = isinstance(threshold, Mapping)
+    for number in threshold.values() if isinstance(threshold, Mapping) else [threshold]:
+        is_number = isinstance(number, Real) and not isinstance(number, bool)
+        if number is not None and not (is_number and 0 <= number <= 1):
+            raise ConfigError(f"threshold is {number!r}; expected a probability from 0 to 1.")
     if task.problem_type == REGRESSION and (top_k, threshold) != (None, None):
         raise ConfigError("top_k and threshold are for labels; this model predicts a number.")
     if threshold is not None and top_k is not None and top_k >= len(task.labels):
         raise ConfigError("A threshold cannot take effect where every label is given (top_k all).")
+    if by_label:
+        thresholds_by_output(task, threshold)
+
+
+def describe_thresholds(task: Task) -> str:
+    """A sentence on the thresholds that a model comes with; "" if it has none."""
+    pairs = zip(task.thresholds, task.labels, strict=False)
+    given = [(threshold, label) for threshold, label in pairs if threshold is not None]
+    if not given:
+        return ""
+    if task.problem_type == MULTI_LABEL:
+        low, high = min(given)[0], max(given)[0]
+        what = f"A label is given above its own threshold, {low:.3g} to {high:.3g}"
+    else:
+        threshold, label = given[0]
+        what = f"The answer is {quoted(label)} above a probability of {threshold:.3g}"
+    return (
+        f"{what}, as stored in the model (--tune_thresholds of its training); --threshold "
+        "replaces it."
+    )
 
 
 TASK_CLASSES: dict[str, type[SingleLabel] | type[MultiLabel] | type[Regression]] = {
@@ -349,6 +447,7 @@ def create_task(
     rows_of = dict(zip(labels.values, labels.counts, strict=True))
     known = given or _if_same(model_labels, labels.values)
     problem_type, reason = infer_problem_type(config.problem_type, rows_of, known, labels.locate)
+    _check_calibration(config, problem_type)
     if labels.class_names:
         reason = ""
     if config.label_smoothing_factor and problem_type != SINGLE_LABEL:
@@ -385,8 +484,26 @@ def create_task(
             f"Column {labels.column!r} has {len(labels.values):,} different labels in {num_rows:,} "
             "rows; is it the column of the labels? If it is, list them: --label_names."
         )
+    if config.tune_thresholds and len(names) != 2:
+        raise ConfigError(
+            "--tune_thresholds is for several labels per text, or for two labels; this task has "
+            f"{len(names):,} labels, one per text."
+        )
     task = SingleLabel(names, (), config.label_smoothing_factor, reason=reason, codes=codes)
     return _with_class_weights(task, config, labels)
+
+
+def _check_calibration(config: TaskConfig, problem_type: str) -> None:
+    """Raise ConfigError for --calibrate and --tune_thresholds of a task without probabilities, and
+    for a score that is not for the task.
+    """
+    names = [name for name in ("calibrate", "tune_thresholds") if getattr(config, name)]
+    if names and problem_type == REGRESSION:
+        raise ConfigError(f"--{names[0]} is for classification; this is regression.")
+    if config.tune_thresholds:
+        score = parse_threshold_score(config.threshold_for)
+        if problem := score.problem(problem_type == MULTI_LABEL):
+            raise ConfigError(problem)
 
 
 def _describe_unused(names: tuple[str, ...], codes: tuple[str, ...], labels: LabelStats) -> str:
@@ -465,12 +582,31 @@ def _multi_hot_names(outputs: int, label_names: list[str] | None) -> tuple[str, 
 
 
 def task_of_model(
-    problem_type: str | None, labels: Sequence[str], codes: Sequence[str] = ()
+    problem_type: str | None,
+    labels: Sequence[str],
+    codes: Sequence[str] = (),
+    thresholds: Any = None,
 ) -> Task:
     """The task that a trained classifier's config.json states; raises ModelError.
 
     codes: what files may have instead of each label, from its training's --label_names.
+    thresholds: by label, of --tune_thresholds.
     """
+    task = _task_of_model(problem_type, labels, codes)
+    if not thresholds:
+        return task
+    try:
+        if not isinstance(thresholds, dict):
+            raise ConfigError(f"expected numbers by label, found {excerpt_of(thresholds)}.")
+        check_answer(task, None, thresholds)
+        return with_thresholds(task, thresholds)
+    except ConfigError as error:
+        raise ModelError(
+            f"The thresholds of the model (bertdist.calibration in config.json): {error}"
+        ) from None
+
+
+def _task_of_model(problem_type: str | None, labels: Sequence[str], codes: Sequence[str]) -> Task:
     if problem_type is None:  # not trained by bertdist: what `pipeline` assumes of it
         kind: type[SingleLabel | MultiLabel | Regression]
         kind = Regression if len(labels) == 1 else SingleLabel

@@ -30,12 +30,13 @@ from bertdist.core.atomic_io import (
     write_folder,
 )
 from bertdist.core.config import RunConfig, TrainConfig, config_to_yaml
-from bertdist.core.errors import CheckpointError
+from bertdist.core.errors import CheckpointError, ConfigError
 from bertdist.core.output_files import REPORT_FILE, RESULT_FILES, STATUS, is_own_report
 from bertdist.data.probabilities import Probabilities
 from bertdist.data.records import Records
 from bertdist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from bertdist.models.classifier import Classifier, save_classifier
+from bertdist.tasks.calibration import check_calibration
 from bertdist.training.checkpoint import (
     Checkpointer,
     TrainState,
@@ -198,8 +199,26 @@ class BestModel:
         found = weights_digest(self.folder / "best") if is_main else ""
         return broadcast_from_rank0(self.accelerator, found)
 
-    def _write(self, model: Classifier, step: int) -> None:
-        settings = {**self.settings, "step": step}
+    def calibration(self) -> dict[str, Any]:
+        """What was fitted to the weights in best/ after training; {} if nothing was."""
+        with suppress(ConfigError):  # changed by hand: loading it says so
+            return check_calibration(self._metadata().get("calibration"))
+        return {}
+
+    def _metadata(self) -> dict[str, Any]:
+        metadata = read_json_object(self.folder / "best" / "config.json").get("bertdist")
+        return metadata if isinstance(metadata, dict) else {}
+
+    def _trained_weights(self) -> str:
+        """The `weights_digest` of best/ as it was trained, before --calibrate."""
+        return self._metadata().get("trained_weights") or weights_digest(self.folder / "best")
+
+    def save_fitted(self, model: Classifier, step: int, fitted: dict[str, Any]) -> None:
+        """Replace best/ by the same weights with what was fitted, on rank 0; see `calibration`."""
+        self._write(model, step, calibration=fitted, trained_weights=self._trained_weights())
+
+    def _write(self, model: Classifier, step: int, **more: Any) -> None:
+        settings = {**self.settings, "step": step, **more}
         kept = write_folder(
             self.folder / "best",
             lambda folder: save_classifier(model, self.tokenizer, folder, settings),
@@ -309,11 +328,10 @@ class BestModel:
                     f"If it was changed on purpose: remove {MANIFEST} there and rename it back."
                 )
             return None
-        metadata = read_json_object(best / "config.json").get("bertdist")
-        step = metadata.get("step") if isinstance(metadata, dict) else None
+        step = self._metadata().get("step")
         if step is None:  # 0.1.0 did not write it
             step = read_json_object(self.folder / "evaluation.json").get("step", state.best_step)
-        found = weights_digest(best)
+        found = self._trained_weights()
         if step == state.best_step and found and state.best_weights not in ("", found):
             return None  # of another run
         return step if isinstance(step, int) else None
@@ -355,8 +373,10 @@ class BestModel:
 
     def _report(self, state: TrainState) -> dict[str, Any] | None:
         path = self.folder / "evaluation.json"
-        report = read_json_object(path)
-        if report.get("step") == state.best_step and _has_loss(report, state.best_evaluation_loss):
+        report, fitted = read_json_object(path), self.calibration()
+        loss = fitted["after"]["nll"] if fitted else state.best_evaluation_loss
+        is_same = (report.get("calibration") or {}) == fitted
+        if report.get("step") == state.best_step and is_same and _has_loss(report, loss):
             return report
         if path.exists():
             self.say(f"{path} is not of the best weights, step {state.best_step}: not shown.")

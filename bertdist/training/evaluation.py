@@ -44,15 +44,24 @@ from bertdist.distributed.collectives import (
 )
 from bertdist.distributed.preemption import StopSignal
 from bertdist.models.classifier import Classifier, load_trained_classifier
+from bertdist.models.head import divide_output
+from bertdist.tasks.calibration import measure_again
 from bertdist.tasks.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from bertdist.tasks.metric_names import LOWER_IS_BETTER
-from bertdist.tasks.tasks import Task
+from bertdist.tasks.tasks import Task, Threshold, check_answer, mean_loss, with_thresholds
 from bertdist.training.best_model import (
     BestModel,
     Results,
     improvement,
     improves_loss,
     write_results,
+)
+from bertdist.training.calibration import (
+    describe_fits,
+    due_fits,
+    fit_run_temperature,
+    stays_fitted,
+    wanted_fits,
 )
 from bertdist.training.checkpoint import Checkpointer, TrainState
 from bertdist.training.micro_batches import compute_in_micro_batches
@@ -67,7 +76,6 @@ GLUE_METRICS = {
 }
 
 SHOWN_ROWS = 3
-LOSS_CHUNK = 1 << 26  # logits that are float64 at the same time
 PROBED_OUTPUTS = 64  # a metric of a user's may name a score after each label
 
 
@@ -147,6 +155,7 @@ class RunEvaluator:
         """
         self.loader, self.accelerator, self.on_nan = loader, accelerator, config.run.on_nan
         self.best_model, self.log, self.test_loader = best_model, log, test_loader
+        self.wanted = wanted_fits(config.task, has_rows=loader is not None)
         self.scorer: Scorer | None = None
         if loader is not None or test_loader is not None:
             self.scorer = create_scorer(config, task, accelerator)
@@ -216,6 +225,9 @@ class RunEvaluator:
 
         Returns evaluation.json if the run has finished, on rank 0. A collective.
         """
+        if self.wanted.temperature and not state.finished:
+            with raise_on_all_ranks(self.accelerator):
+                model.output_layer()  # before hours of training
         report = self.best_model.repair(model, state, checkpointer)
         if self.loader is None:
             return report
@@ -234,12 +246,60 @@ class RunEvaluator:
     def write_final_reports(
         self, model: Classifier, state: TrainState, checkpointer: Checkpointer
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """At the end: repair best/ and its results, evaluate the rows of --test_file with it.
+        """At the end: repair best/ and its results, fit its temperature and thresholds, evaluate
+        the rows of --test_file with it.
 
         Returns evaluation.json and test_evaluation.json, on rank 0 if there are any. A collective.
         """
         report = self.repair_best(model, state, checkpointer)
+        if state.finished and self.loader is not None:
+            report = self._fit_best(self.loader, state) or report
         return report, self.evaluate_test(state)
+
+    def _fit_best(self, loader: MapLoader, state: TrainState) -> dict[str, Any] | None:
+        """Fit what --calibrate and --tune_thresholds ask for and best/ has not, write it into best/
+        and evaluate again; returns evaluation.json on rank 0, None if there was nothing to fit.
+
+        best/ is replaced as a whole, after both fits: a run that is killed before has it as it was,
+        and fits again. Checkpoints keep the weights that are trained.
+        """
+        is_main = self.accelerator.is_main_process
+        saved = self.best_model.calibration() if is_main else {}
+        saved = broadcast_from_rank0(self.accelerator, saved)
+        fits = due_fits(self.wanted, saved)
+        if stays := stays_fitted(self.wanted, saved):
+            self.log.say(stays)
+        if not any(fits):
+            return None
+        classifier, loader = self._load_best(loader, state)
+        with raise_on_all_ranks(self.accelerator):
+            layer = classifier.output_layer() if fits.temperature else None
+        references, records = loader.dataset.targets, loader.dataset.records
+        before = after = self._predict(classifier, loader)
+        if nonfinite_rows(before):
+            self.log.say("Nothing is fitted: the model gives NaN or Inf for validation rows.")
+            return None
+        temperature = (1.0, "")
+        if layer is not None:
+            temperature = fit_run_temperature(before, references, self.accelerator)
+            if temperature[0] != 1:
+                divide_output(layer, temperature[0])
+                after = self._predict(classifier, loader)
+        with raise_on_all_ranks(self.accelerator):
+            if self.scorer is not None:
+                fitted = describe_fits(
+                    fits,
+                    saved,
+                    self.scorer.task,
+                    before,
+                    after,
+                    temperature,
+                    references,
+                    records,
+                    self.scorer.positive,
+                )
+                self.best_model.save_fitted(classifier, state.best_step, fitted)
+        return self._write_evaluation(after, loader, state)
 
     def evaluate_test(self, state: TrainState) -> dict[str, Any] | None:
         """At the end of the run, evaluate the rows of --test_file with the best weights.
@@ -258,6 +318,8 @@ class RunEvaluator:
         }
         if state.best_weights:
             of["weights"] = state.best_weights
+        if fitted := self.best_model.calibration():
+            of["fitted"] = {name: fitted.get(name) for name in ("temperature", "thresholds")}
         files = [self.best_model.folder / f"test_{name}" for name in RESULT_FILES]
         report = read_json_object(files[0])
         lacks = {name: report.get(name) for name in of} != of
@@ -271,21 +333,48 @@ class RunEvaluator:
         self, loader: MapLoader, state: TrainState, prefix: str = "", **first: Any
     ) -> dict[str, Any] | None:
         """Evaluate the weights of best/ and write the results; returns the report on rank 0."""
-        folder = self.best_model.folder
+        classifier, loader = self._load_best(loader, state)
+        return self._write_evaluation(
+            self._predict(classifier, loader), loader, state, prefix, **first
+        )
+
+    def _load_best(self, loader: MapLoader, state: TrainState) -> tuple[Classifier, MapLoader]:
+        """The weights of best/, on the device, and the loader with micro-batches of the run."""
         with raise_on_all_ranks(self.accelerator):
-            classifier, _, _ = load_trained_classifier(str(folder / "best"))
+            classifier, _, _ = load_trained_classifier(str(self.best_model.folder / "best"))
         tokens = state.tokens_per_micro_batch or loader.tokens_per_micro_batch
-        loader = replace(loader, tokens_per_micro_batch=tokens)
-        classifier.to(self.accelerator.device)
+        return classifier.to(self.accelerator.device), replace(
+            loader, tokens_per_micro_batch=tokens
+        )
+
+    def _predict(self, classifier: Classifier, loader: MapLoader) -> Tensor:
         with self.accelerator.autocast():
-            evaluation = evaluate_split(classifier, loader, self.scorer, self.accelerator)
-        assert evaluation is not None, "nothing could stop it"
+            logits = predict_rows(classifier, loader, self.accelerator)
+        assert logits is not None, "nothing could stop it"
+        return logits
+
+    def _write_evaluation(
+        self, logits: Tensor, loader: MapLoader, state: TrainState, prefix: str = "", **first: Any
+    ) -> dict[str, Any] | None:
+        """Score logits of best/ with its thresholds, and write the results; returns the report on
+        rank 0.
+        """
+        folder, fitted = self.best_model.folder, dict[str, Any]()
+        if self.scorer is not None:
+            fitted = self.best_model.calibration()
+            self.scorer.use_thresholds(fitted.get("thresholds"))
+        evaluation = score_rows(logits, loader, self.scorer, self.accelerator)
         if evaluation.nonfinite_rows:
             self._report_nonfinite(evaluation.nonfinite_rows, loader.dataset, state.best_step)
         report = None
         with raise_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
                 results = evaluation.results(loader.dataset, **{"step": state.best_step, **first})
+                if fitted and self.scorer is not None:
+                    references = loader.dataset.targets
+                    results.report["calibration"] = (
+                        self.scorer.measure_fit(fitted, logits, references) if prefix else fitted
+                    )
                 write_results(folder, results, prefix)
                 report = results.report
         self.log.say(*evaluation.notes)
@@ -326,10 +415,10 @@ class Scorer:
             or metrics.default_metrics(task.problem_type)
         )
         self._metrics = metrics.load_metrics(
-            names, task.problem_type, task.labels, config.positive_label
+            names, task.problem_type, task.labels, config.positive_label, config.tune_thresholds
         )
         self.names, self.positive_note = self._metrics.names, self._metrics.positive_note
-        self.positive_label = config.positive_label
+        self.positive_label, self.positive = config.positive_label, self._metrics.positive
         self._report, self._undefined = metrics.classification_report, metrics.UNDEFINED
         self.selection_metric = config.metric_for_best_model or self._metrics.names[0]
         self.sign = -1 if self.selection_metric in LOWER_IS_BETTER else 1
@@ -339,6 +428,20 @@ class Scorer:
             own = [name for name in names if "/" in name or ":" in name or name.endswith(".py")]
             if (scores := self._own_scores() if own else []) is not None:
                 self._check_selection([*(name for name in computed if name not in own), *scores])
+
+    def use_thresholds(self, thresholds: Threshold) -> None:
+        """Answer with these thresholds, where there are any. Raises ConfigError for others than the
+        task can have.
+        """
+        if thresholds not in (None, {}):
+            check_answer(self.task, None, thresholds)
+            self.task = with_thresholds(self.task, thresholds)
+
+    def measure_fit(
+        self, fitted: dict[str, Any], logits: Tensor, references: Array
+    ) -> dict[str, Any]:
+        """`calibration` of an evaluation.json of other rows than those of the fit."""
+        return measure_again(fitted, self.task, logits, references, self.positive)
 
     def _own_scores(self) -> list[str] | None:
         """The names of all scores, by computing those of one row per label, all of them right.
@@ -369,11 +472,9 @@ class Scorer:
 
     def score(self, logits: Tensor, references: Array) -> Evaluation:
         """logits: (rows, outputs). references: (rows, ...) targets as the task has them."""
-        task, rows = self.task, len(logits)
+        task = self.task
         predictions, probabilities = task.predict(logits)
-        targets, chunk = torch.from_numpy(references), max(1, LOSS_CHUNK // logits.shape[1])
-        parts = zip(logits.split(chunk), targets.split(chunk), strict=True)
-        loss = sum(task.eval_loss(part.double(), target).item() for part, target in parts) / rows
+        loss = mean_loss(task, logits, references)
         computed = self._metrics.compute(predictions, probabilities, references)
         scores = {"loss": loss, **computed}
         if nonfinite_rows(logits):
@@ -583,8 +684,15 @@ def evaluate_split(
     where a user's metric fails.
     """
     logits = predict_rows(model, loader, accelerator, stop, show)
-    if logits is None:
-        return None
+    return None if logits is None else score_rows(logits, loader, scorer, accelerator)
+
+
+def score_rows(
+    logits: Tensor, loader: MapLoader, scorer: Scorer | None, accelerator: Accelerator
+) -> Evaluation:
+    """The scores of logits of `predict_rows`, the same on every rank. scorer, errors: see
+    `evaluate_split`.
+    """
     with raise_on_all_ranks(accelerator):  # a metric of a user's may fail
         mine = scorer.score(logits, loader.dataset.targets) if scorer is not None else None
     shared = (mine.scores, mine.selection_score) if mine is not None else None

@@ -90,7 +90,10 @@ class Change:
 def settings_that_must_match(config: TrainConfig) -> dict[str, Any]:
     """Those of a `ResumeSignature` that need neither rows nor model."""
     must_match = {**asdict(config.optim), **asdict(config.task)}
-    for name in ("metrics", "metric_for_best_model", "label_names", "positive_label"):
+    for name in (
+        *("metrics", "metric_for_best_model", "label_names", "positive_label"),
+        *("calibrate", "tune_thresholds", "threshold_for"),  # after the last step
+    ):
         must_match.pop(name)
     must_match |= {
         "max_length": config.model.max_length,

@@ -24,6 +24,7 @@ from bertdist.data.records import Records
 from bertdist.data.stats import DatasetStats
 from bertdist.models.classifier import Classifier
 from bertdist.models.freezing import count_parameters
+from bertdist.tasks.calibration import calibration_notes
 from bertdist.tasks.labels import REGRESSION, confusions, describe_alike
 from bertdist.tasks.tasks import Task
 from bertdist.training.screen import Screen, cell, duration
@@ -185,11 +186,15 @@ def _show_tables(screen: Screen, report: Mapping[str, Any], of: str, file: str) 
 
 
 def report_notes(report: Mapping[str, Any]) -> list[str]:
-    """What an evaluation.json says of its answers: that they are all alike, or all empty."""
+    """What an evaluation.json says of its answers: that they are all alike, or all empty; and what
+    temperature and thresholds have changed.
+    """
     notes = [str(report["note"])] if report.get("note") else []
+    notes += calibration_notes(report)
     if (threshold := report.get("suggested_threshold")) is not None:
         notes.append(
-            "Every answer is empty: no label of any row has a probability above 0.5. With "
+            "Every answer is empty: no label of any row has a probability above "
+            f"{'its threshold' if 'calibration' in report else 0.5}. With "
             f"--threshold {threshold:.3g} predict gives as many labels as the truth has."
         )
     return notes

@@ -199,7 +199,7 @@ def test_an_interrupted_evaluation_does_not_count() -> None:
 def test_without_a_validation_split_the_present_weights_are_saved() -> None:
     saved: list[Any] = []
     best: Any = SimpleNamespace(save=lambda *args: saved.append(args))
-    config: Any = SimpleNamespace(run=RunConfig())
+    config: Any = SimpleNamespace(run=RunConfig(), task=TaskConfig())
     state = TrainState(step=3)
     evaluator = RunEvaluator(None, TASK, config, ONE_RANK, best, Any)  # type: ignore[arg-type]
     assert evaluator.evaluate_step("weights", state, 0.0, None) == math.inf  # type: ignore[arg-type]

@@ -27,8 +27,8 @@ from bertdist.data.loader import MapLoader
 from bertdist.data.records import Records
 from bertdist.data.tokenization import Example, create_dataset
 from bertdist.models.classifier import Classifier, load_classifier
+from bertdist.tasks import tasks as tasks_module
 from bertdist.tasks.tasks import MultiLabel, Regression, SingleLabel, Task
-from bertdist.training import evaluation as evaluation_module
 from bertdist.training.evaluation import (
     Evaluation,
     Scorer,
@@ -346,7 +346,7 @@ def test_the_loss_of_many_logits_is_summed_in_parts(
 
     monkeypatch.setattr(type(task), "eval_loss", watched)
     expected = scorer.score(logits, targets).scores
-    monkeypatch.setattr(evaluation_module, "LOSS_CHUNK", 13)
+    monkeypatch.setattr(tasks_module, "LOSS_CHUNK", 13)
     assert scorer.score(logits, targets).scores == pytest.approx(expected, rel=1e-14)
     assert sizes == [11, 4, 4, 3]
 

@@ -268,6 +268,8 @@ DOES_NOT_MATTER = {  # where it runs, micro-batches, when to write or log, when 
     "metrics": "mcc",
     "positive_label": "no",
     "metric_for_best_model": "loss",
+    "calibrate": "yes",
+    "tune_thresholds": "yes",
     "tokens_per_micro_batch": "64",
     "dataloader_num_workers": "3",
     "output_dir": "elsewhere",
@@ -303,7 +305,7 @@ INDIRECT = """
     dataset_name dataset_config_name task_name train_split text_column
     text_pair_column label_column label_columns label_delimiter column_names delimiter quoting encoding
     on_bad_row max_bad_rows max_train_samples label_names file_format json_field
-    num_train_epochs max_train_steps max_nan_steps folds seeds split_seed
+    num_train_epochs max_train_steps max_nan_steps folds seeds split_seed threshold_for
 """.split()
 
 
