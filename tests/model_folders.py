@@ -71,11 +71,13 @@ def make_run(
     *,
     pairs: bool = False,
     evaluation: dict[str, Any] | None = None,
+    calibration: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Path:
     """Write a run folder; returns its best/. model: None for weights that nothing loads.
 
-    evaluation: {} for a run without validation rows. settings: of config.yaml.
+    evaluation: {} for a run without validation rows. calibration: of config.json. settings: of
+    config.yaml.
     """
     (out / "checkpoints" / "step_000020").mkdir(parents=True)
     report = evaluation_of(labels, problem_type) if evaluation is None else evaluation
@@ -97,7 +99,8 @@ def make_run(
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (out / "predictions.jsonl").write_text(text)
 
-    metadata = {"max_length": 64, "step": 20, "text_column": "review"}
+    metadata: dict[str, Any] = {"max_length": 64, "step": 20, "text_column": "review"}
+    metadata |= {"calibration": calibration} if calibration else {}
     metadata["text_pair_column"] = "answer" if pairs else None
 
     def fill(folder: Path) -> None:

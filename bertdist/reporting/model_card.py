@@ -170,6 +170,9 @@ class _Card:
         self.model = read_json_object(best / "config.json")
         metadata = self.model.get("bertdist")
         self.metadata: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
+        fitted = self.metadata.get("calibration")
+        self.calibration: dict[str, Any] = fitted if isinstance(fitted, dict) else {}
+        self.thresholds: dict[str, float] = self.calibration.get("thresholds") or {}
         names = self.model.get("id2label")
         names = names if isinstance(names, dict) else {}
         self.labels = [str(names[key]) for key in sorted(names, key=int)]
@@ -190,6 +193,7 @@ class _Card:
             "Labels": self._labels(),
             "Scores": self._scores(),
             "Confusions": self._confusions(),
+            "Probabilities": self._probabilities(),
             "Data": self._data(),
             "Limits": self._limits(),
             "Training": self._training(),
@@ -313,7 +317,7 @@ class _Card:
     def _title(self) -> str:
         what = "text pairs" if self.is_pair else "texts"
         if self.problem_type == REGRESSION:
-            return f"A number for {what}"
+            return f"Regression of {what}: {', '.join(map(_escaped, self.labels))}"
         kind = "Multi-label classifier" if self.problem_type == MULTI_LABEL else "Classifier"
         labels = f"{len(self.labels):,} labels"
         if len(self.labels) <= _MOST_NAMED:
@@ -321,7 +325,7 @@ class _Card:
         return f"{kind} of {what}: {labels}"
 
     def _introduction(self) -> str:
-        base = "a model from a local folder"
+        base = "a model in a local folder"
         if self.base:
             names = self.base if isinstance(self.base, list) else [self.base]
             base = ", ".join(f"[{_escaped(x)}](https://huggingface.co/{x})" for x in names)
@@ -329,16 +333,14 @@ class _Card:
         gives = {
             SINGLE_LABEL: f"gives each {what} one of {len(self.labels):,} labels",
             MULTI_LABEL: f"gives each {what} any number of {len(self.labels):,} labels",
-            REGRESSION: f"gives each {what} a number",
+            REGRESSION: f"gives each {what} a number, {', '.join(map(_code, self.labels))}",
         }[self.problem_type]
         size = ""
         if number := _count_parameters(self.best):
             size = f", {count_in_words(number)} parameters"
         kind = _escaped(str(self.model.get("model_type", "")))
-        trained = (
-            f"It is {base}, fine-tuned with bertdist" if self.run else "Fine-tuned with bertdist"
-        )
-        return f"This model ({kind}{size}) {gives}. {trained}."
+        origin = f" from {base}" if self.run or self.base else ""
+        return f"This model ({kind}{size}) {gives}. It was fine-tuned{origin} with bertdist."
 
     def _labels(self) -> Iterator[str]:
         if self.problem_type == REGRESSION:
@@ -417,24 +419,18 @@ class _Card:
 
     def _usage(self) -> Iterator[str]:
         one, two = "A text to classify.", "Its second text."
-        options, comment, shown, after = "", '{"label": ..., "score": ...}', "answer", ""
-        if self.problem_type == MULTI_LABEL:
-            options = ', top_k=None, function_to_apply="sigmoid"'
-            comment = "every label with its probability"
-            shown, after = "labels", 'labels = [x["label"] for x in answer if x["score"] > 0.5]'
-        elif self.problem_type == REGRESSION:
-            options, comment = ', function_to_apply="none"', '"score" is the number'
-        texts = f'{{"text": "{one}", "text_pair": "{two}"}}' if self.is_pair else f'"{one}"'
+        text = f'{{"text": "{one}", "text_pair": "{two}"}}' if self.is_pair else f'"{one}"'
+        options, after = self._pipeline_answer()
         yield f"`{PLACEHOLDER}` is its name on the hub; the folder of these files will do too."
-        yield ""
         yield from (
+            "",
             "```python",
             "from transformers import pipeline",
             "",
             f'classifier = pipeline("text-classification", model="{PLACEHOLDER}"{options})',
-            f"answer = classifier([{texts}], truncation=True)[0]  # {comment}",
-            *after.splitlines(),
-            f"print({shown})",
+            f"texts = [{text}]",
+            "answer = classifier(texts, truncation=True)[0]",
+            *after,
             "```",
             "",
             "With bertdist, whose answers do not depend on padding:",
@@ -451,6 +447,55 @@ class _Card:
             + f' --text_pair "{two}"' * self.is_pair,
             "```",
         )
+
+    def _pipeline_answer(self) -> tuple[str, list[str]]:
+        """Further arguments of `pipeline`, and the lines that show its answer."""
+        stored = 'classifier.model.config.bertdist["calibration"]["thresholds"]'
+        if self.problem_type == REGRESSION:
+            return ', function_to_apply="none"', ['print(answer["score"])  # the number']
+        if self.problem_type == MULTI_LABEL:
+            options, limit = ', top_k=None, function_to_apply="sigmoid"', "0.5"
+            lines = []
+            if self.thresholds:
+                lines, limit = [f"thresholds = {stored}"], 'thresholds[x["label"]]'
+            answer = f'print([x["label"] for x in answer if x["score"] > {limit}])'
+            return options, [*lines, answer]
+        if not self.thresholds:
+            return "", ['print(answer)  # {"label": ..., "score": ...}']
+        return ", top_k=None", [
+            f"((label, threshold),) = {stored}.items()",
+            'scores = {x["label"]: x["score"] for x in answer}',
+            "(other,) = scores.keys() - {label}",
+            "print(label if scores[label] > threshold else other)",
+        ]
+
+    def _probabilities(self) -> Iterator[str]:
+        """What --calibrate and --tune_thresholds have fitted."""
+        before, after = (self.calibration.get(x) for x in ("before", "after"))
+        if self.calibration.get("temperature") is not None:
+            changes = ""
+            if isinstance(before, dict) and isinstance(after, dict):
+                names = {"nll": "negative log-likelihood", "ece": "expected calibration error"}
+                changes = "".join(
+                    f", {name} {_number(before.get(x))} before and {_number(after.get(x))} after"
+                    for x, name in names.items()
+                )
+            yield (
+                f"A temperature of {self.calibration['temperature']:.3g} is folded into the output "
+                f"layer; it was fitted on validation rows{changes}."
+            )
+        if self.thresholds:
+            yield ""
+            yield (
+                "A label is given where its probability is above its threshold. The thresholds are "
+                f"those of the highest {_escaped(str(self.calibration.get('threshold_for')))} on "
+                "validation rows."
+            )
+            yield ""
+            yield "| label | threshold |"
+            yield "|---|---:|"
+            for label, threshold in self.thresholds.items():
+                yield _row([_code(str(label)), _number(float(threshold))])
 
     def _limits(self) -> Iterator[str]:
         length = self.metadata.get("max_length")

@@ -1,7 +1,5 @@
 """The model card: what it says, that it can be public, whose it is, and that its snippets run."""
 
-import contextlib
-import io
 import json
 import re
 import shlex
@@ -58,8 +56,8 @@ def test_metadata_and_scores_of_two_labels(tmp_path: Path) -> None:
         "are right, and 67% of the others.",
         "| `learning_rate` | 3e-05 |",
         "bertdist 0.2.0, torch 2.13.0, transformers 5.23.0.",
-        "This model (bert, 12 parameters) gives each text one of 2 labels. It is a model from a "
-        "local folder, fine-tuned with bertdist.",
+        "This model (bert, 12 parameters) gives each text one of 2 labels. It was fine-tuned from "
+        "a model in a local folder with bertdist.",
     ):
         assert f"\n{line}\n" in card.text.replace("\\_", "_"), line
 
@@ -127,7 +125,7 @@ def test_a_base_model_is_named_if_it_is_of_the_hub(
     (tmp_path / "cache" / "models--google--bert").mkdir(parents=True)
     card = card_of(best)
     assert card.data.base_model == "google/bert"
-    assert "It is [google/bert](https://huggingface.co/google/bert), fine" in card.text
+    assert "fine-tuned from [google/bert](https://huggingface.co/google/bert) with" in card.text
     assert card_of(best).data.base_model == "google/bert"
     (best / "README.md").unlink()
     monkeypatch.chdir(tmp_path)
@@ -247,12 +245,32 @@ def test_a_folder_without_its_run_has_a_card_of_the_model(tmp_path: Path) -> Non
 
 # ---- Its snippets
 
-VARIANTS = {
-    "one label": (SINGLE, ("bad", "good"), False),
-    "pairs": (SINGLE, ("bad", "good"), True),
-    "several labels": (MULTI, ("joy", "fear", "love"), False),
-    "a number": (REGRESSION, ("score",), False),
-    "a number of pairs": (REGRESSION, ("score",), True),
+
+def calibration(temperature: float | None, score: str, **thresholds: float) -> dict[str, Any]:
+    """As --calibrate and --tune_thresholds write it."""
+    return {
+        "temperature": temperature,
+        "threshold_for": score if thresholds else None,
+        "thresholds": thresholds,
+        "fitted_on": {"data": "dev.csv", "rows": 60},
+        "in_sample": True,
+        "before": {"nll": 0.5, "ece": 0.125, score: 0.5},
+        "after": {"nll": 0.25, "ece": 0.0625, score: 0.625},
+        "notes": [],
+    }
+
+
+VARIANTS: dict[str, Any] = {
+    "one label": (SINGLE, ("bad", "good"), False, {}),
+    "one label by a threshold": (SINGLE, ("bad", "good"), False, {"good": 0.999}),
+    "pairs": (SINGLE, ("bad", "good"), True, {}),
+    "several labels": (MULTI, ("joy", "fear", "love"), False, {}),
+    "several labels by thresholds": (
+        *(MULTI, ("joy", "fear", "love"), False),
+        {"joy": 0.001, "fear": 0.999, "love": 0.001},
+    ),
+    "a number": (REGRESSION, ("score",), False, {}),
+    "a number of pairs": (REGRESSION, ("score",), True, {}),
 }
 
 
@@ -264,36 +282,55 @@ def test_the_snippets_run(
     capsys: pytest.CaptureFixture[str],
     variant: str,
 ) -> None:
-    problem_type, labels, pairs = VARIANTS[variant]
-    best = make_run(tmp_path / "out", tiny_model, problem_type, labels, pairs=pairs)
+    problem_type, labels, pairs, thresholds = VARIANTS[variant]
+    fitted = calibration(None, "f1", **thresholds) if thresholds else None
+    out = tmp_path / "out"
+    best = make_run(out, tiny_model, problem_type, labels, pairs=pairs, calibration=fitted)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     write_model_card(best)
     text = name_model((best / "README.md").read_text(), str(best))
     blocks = re.findall(r"```(python|bash)\n(.*?)```", text, re.DOTALL)
     assert [kind for kind, _ in blocks] == ["python", "python", "bash"]
-    pipeline: dict[str, Any] = {}
-    with contextlib.redirect_stdout(io.StringIO()):
-        exec(blocks[0][1], pipeline)
-    own: dict[str, Any] = {}
-    exec(blocks[1][1], own)
-    answer, predictor = pipeline["answer"], own["predictor"]
+    printed = []
+    names: dict[str, Any] = {}
+    for _, block in blocks[:2]:
+        capsys.readouterr()
+        exec(block, names)
+        printed.append(capsys.readouterr().out.strip())
     texts = (["A text to classify."], ["Its second text."])[: 1 + pairs]
-    given = predictor(*texts)[0]
-    if problem_type == SINGLE:
-        assert answer["label"] == given["label"]
-        assert answer["score"] == pytest.approx(given["score"], abs=1e-5)
-    elif problem_type == MULTI:
-        probabilities = predictor.probabilities(*texts)[0]
-        found = {x["label"]: x["score"] for x in answer}
-        assert [found[x] for x in labels] == pytest.approx(probabilities.tolist(), abs=1e-5)
-        assert pipeline["labels"] == [x for x in found if found[x] > 0.5]
+    predictor, answer = names["predictor"], names["answer"]
+    assert printed[1] == str(predictor(*texts))
+    if problem_type == REGRESSION:
+        given = predictor(*texts)[0]["score"]
+        assert float(printed[0]) == pytest.approx(given, abs=1e-5)
     else:
-        assert answer["score"] == pytest.approx(given["score"], abs=1e-5)
-    capsys.readouterr()
+        probabilities = dict(zip(labels, predictor.probabilities(*texts)[0].tolist(), strict=True))
+        found = {x["label"]: x["score"] for x in ([answer] if isinstance(answer, dict) else answer)}
+        assert found == pytest.approx({x: probabilities[x] for x in found}, abs=1e-5)
+        best_label = max(probabilities, key=lambda x: probabilities[x])
+        if problem_type == MULTI:
+            above = [x for x in found if found[x] > thresholds.get(x, 0.5)]
+            assert printed[0] == str(above) and set(found) == set(labels)
+            assert not thresholds or sorted(above) == ["joy", "love"]
+        else:
+            assert printed[0] == ("bad" if thresholds else str(answer))
+            assert thresholds or answer["label"] == best_label
     with pytest.raises(SystemExit) as end:
         cli.main(shlex.split(blocks[2][1])[1:])
     assert end.value.code == 0 and "classify" in capsys.readouterr().out
+
+
+def test_what_was_fitted(tmp_path: Path) -> None:
+    fitted = calibration(1.25, "f1_macro", bad=0.375)
+    text = card_of(make_run(tmp_path / "out", calibration=fitted)).text
+    assert (
+        "A temperature of 1.25 is folded into the output layer; it was fitted on validation rows, "
+        "negative log-likelihood 0.5 before and 0.25 after, expected calibration error 0.125 "
+        "before and 0.0625 after.\n"
+    ) in text
+    assert "| `bad` | 0.375 |" in text and "## Probabilities" in text
+    assert "## Probabilities" not in card_of(make_run(tmp_path / "other")).text
 
 
 def test_a_sigmoid_would_be_seen(tiny_model: Path, tmp_path: Path) -> None:
