@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: help install dev check pytest test demo bench gpu clean
+.PHONY: help install dev check pytest test demo docs pictures bench gpu clean
 .DEFAULT_GOAL = help
 
 help:  ## List the targets
@@ -36,6 +36,13 @@ test: dev  ## check, and all tests, at the same time
 
 demo: install  ## Train a review classifier from the package index alone, on two cores in about ten minutes
 	$(BIN)/python launch/demo.py
+
+docs: install  ## Build the docs site into build/site, with warnings as errors
+	$(BIN)/python -m pip install -e ".[docs]" || { echo "pip could not install mkdocs-material and mkdocstrings"; exit 1; }
+	$(BIN)/python -m mkdocs build --strict
+
+pictures: install  ## Make the pictures of the README and the docs site; needs playwright and a Chromium
+	$(BIN)/python -m bench.pictures
 
 bench: dev  ## Measure bertdist and its peers on this machine and write docs/benchmarks.md, about an hour on two idle cores
 	$(BIN)/python -m pip install -e ".[bench]" || { echo "pip could not install matplotlib, onnx and onnxruntime"; exit 1; }

@@ -25,6 +25,7 @@ PROGRAMS = {
     "bertdist/check.py": "check",
     "bertdist/eval.py": "evaluate",
     "bertdist/export.py": "export",
+    "examples/own_loop.py": "train",
     "launch/train.slurm": "train",
     "launch/multi_node.slurm": "train",
     "launch/smoke.sh": "train",
