@@ -73,7 +73,8 @@ def reliability(rows: ScoredRows) -> Reliability:
     else:
         known = rows.truth >= 0
         probabilities = rows.probabilities[known].max(1, initial=0)
-        right = (rows.predicted == rows.truth)[known]
+        # also where a tuned threshold gives the other one of two labels
+        right = rows.probabilities[known].argmax(1) == rows.truth[known]
     return reliability_of(probabilities, right)
 
 

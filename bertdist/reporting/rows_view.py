@@ -26,6 +26,7 @@ MISTAKES = 30  # rows with a wrong answer
 LABELS = 40  # lines of a table of labels
 MATRIX, MATRIX_OF_MANY = 30, 20  # labels up to which all are in the matrix; else the most confused
 PAIRS = 15  # confusions
+MOST_ISSUES = 0.05  # share of rows that look mislabelled, up to which they are marked
 CURVES = 6  # labels up to which each has a precision-recall curve
 DECISIONS = 2e7  # rows x labels that are sorted for a curve of all labels
 NO_SHARES = ("loss", "log_loss", "mse", "rmse", "mae")  # scores that may be above 1
@@ -78,13 +79,16 @@ def view_of(
     found = None if rows.is_regression else analysis.reliability(rows)
     confusion = None if rows.is_multi_label or rows.is_regression else _confusion(rows)
     issues = analysis.mislabelled(rows)
+    doubts = int(issues.sum())
+    if doubts > MOST_ISSUES * len(rows):  # it says more of the model than of the labels
+        issues = np.zeros(len(rows), bool)
     truncation = _truncation(rows, score)
     heading = "Evaluated rows" if run.is_evaluation else f"{name.capitalize()} rows"
     view = SplitView(
         id=id,
         heading=heading,
         about=_about(name, rows, run),
-        answers=_answers(id, rows, run, found, confusion, int(issues.sum())),
+        answers=_answers(id, rows, run, found, confusion, doubts),
         scores=scores,
         notes=_notes(rows),
         per_label=_per_label(rows),
@@ -168,20 +172,7 @@ def _answers(
     if rows.is_regression:
         answers.append(_biased(id, rows))
     if confusion is not None:
-        short = f"{_rows(issues)} look mislabelled" if issues != 1 else "1 row looks mislabelled"
-        more = (
-            "The model gives another label at least the probability that rows of that label have "
-            "on average (confident learning). Read them before you change them."
-        )
-        answers.append(
-            Answer(
-                "Which rows look mislabelled?",
-                short if issues else "None",
-                more if issues else "",
-                link=f"{id}-mistakes",
-                link_text="Look at them" if issues else "The surest mistakes",
-            )
-        )
+        answers.append(_mislabelled(id, rows, confusion, issues))
     if rows.truncated.any():
         share = float(rows.truncated.mean())
         answers.append(
@@ -194,6 +185,26 @@ def _answers(
             )
         )
     return answers
+
+
+def _mislabelled(id: str, rows: ScoredRows, confusion: Array, issues: int) -> Answer:
+    question, link = "Which rows look mislabelled?", f"{id}-mistakes"
+    if not issues:
+        return Answer(question, "None", "", "", link, "The surest mistakes")
+    if issues > MOST_ISSUES * len(rows):
+        wrong = 1 - np.trace(confusion) / max(1, confusion.sum())
+        more = (
+            f"It contradicts the labels of {_rows(issues)} with confidence, but it is wrong in "
+            f"{percent(float(wrong))} of all rows: most of them will be its own mistakes."
+        )
+        short = "This model cannot tell"
+        return Answer(question, short, more, "", link, "The surest ones come first")
+    short = f"{_rows(issues)} look mislabelled" if issues != 1 else "1 row looks mislabelled"
+    more = (
+        "The model gives another label at least the probability that rows of that label have on "
+        "average (confident learning). Read them before you change them."
+    )
+    return Answer(question, short, more, "", link, "Look at them")
 
 
 def _how_good(id: str, rows: ScoredRows, run: RunFolder) -> Answer:
@@ -210,9 +221,10 @@ def _how_good(id: str, rows: ScoredRows, run: RunFolder) -> Answer:
     if (most := analysis.majority(rows)) and "accuracy" in scores:
         label = excerpt(most["label"], 30)
         more += f" Always answering {label!r} would have accuracy {number(most['accuracy'])}."
-    return Answer(
-        "How good is it, and how sure is that?", short, more, "", f"{id}-scores", "Scores"
-    )
+    notes = _notes(rows)
+    more = " ".join([more, *notes]).strip()
+    verdict, question = "bad" if notes else "", "How good is it, and how sure is that?"
+    return Answer(question, short, more, verdict, f"{id}-scores", "Scores")
 
 
 def _confused(id: str, rows: ScoredRows, confusion: Array) -> Answer:
@@ -241,6 +253,8 @@ def _hardest(id: str, rows: ScoredRows) -> Answer:
         f"f1 {number(worst['f1'])}: of its {_rows(worst['rows'])} {percent(worst['recall'])} are "
         f"found, and {percent(worst['precision'])} of those found have it."
     )
+    if not worst["recall"]:
+        more = f"None of its {_rows(worst['rows'])} is found."
     short = repr(excerpt(worst["label"], 40))
     return Answer(question, short, more, "", f"{id}-labels", "Scores per label")
 
@@ -406,12 +420,36 @@ def _calibration(id: str, rows: ScoredRows, found: analysis.Reliability) -> dict
     caption = f"By the {what}, in {len(found.rows)} bins of equal width; empty ones are left out."
     return {
         "summary": summary,
-        "notes": [],
+        "notes": _fitted(rows),
         "chart": chart,
         "bins": bins,
         "unit": unit,
         "caption": caption,
     }
+
+
+def _fitted(rows: ScoredRows) -> list[str]:
+    """What --calibrate and --tune_thresholds have changed, before and after."""
+    fitted = rows.report.get("calibration")
+    if not isinstance(fitted, dict):
+        return []
+    of, thresholds = fitted["fitted_on"], fitted.get("thresholds") or {}
+    where = f"fitted on {_rows(int(of['rows']))} of {of['data']}"
+    where += ", which are these rows" * bool(fitted.get("in_sample"))
+    changes = ", ".join(
+        f"{name} {number(float(value))} before and {number(float(fitted['after'][name]))} after"
+        for name, value in fitted["before"].items()
+    )
+    notes = []
+    if fitted.get("temperature") is not None:
+        notes.append(
+            f"A temperature of {number(float(fitted['temperature']))} is folded in, {where}."
+        )
+    if thresholds:
+        shown = [f"{excerpt(x, 30)} {number(float(n))}" for x, n in thresholds.items()]
+        what = f"Thresholds tuned for {fitted.get('threshold_for')}, {where}"
+        notes.append(f"{what}: {listed(shown, 12)}.")
+    return [*notes, f"On these rows: {changes}."]
 
 
 def _curves(id: str, rows: ScoredRows) -> Chart:

@@ -159,6 +159,29 @@ def test_the_answers_at_the_top(tmp_path: Path) -> None:
     assert "No: too sure of itself" in text
 
 
+def test_a_weak_model_and_a_calibrated_one(tmp_path: Path) -> None:
+    out = write_run(tmp_path / "out", random_rows(200, ("a", "b"), sure=0.5))
+    text = checked(report_of(read_run(out)))
+    assert "This model cannot tell It contradicts the labels of " in text
+    assert "looks mislabelled" not in text and "fitted on" not in text
+    report = json.loads((out / "evaluation.json").read_text())
+    report["calibration"] = {
+        "temperature": 1.5,
+        "threshold_for": "f1",
+        "thresholds": {"b": 0.375},
+        "fitted_on": {"data": NASTY, "rows": 99},
+        "in_sample": False,
+        "before": {"nll": 0.5, "ece": 0.25},
+        "after": {"nll": 0.375, "ece": 0.125},
+        "notes": [],
+    }
+    (out / "evaluation.json").write_text(json.dumps(report))
+    text = checked(report_of(read_run(out)))
+    assert "A temperature of 1.5000 is folded in, fitted on 99 rows of <script>" in text
+    assert "Thresholds tuned for f1" in text and "b 0.3750." in text
+    assert "nll 0.5000 before and 0.3750 after, ece 0.2500 before and 0.1250 after." in text
+
+
 def test_a_run_without_errors_or_rows(tmp_path: Path) -> None:
     rows = scored_rows(["a", "b"], ("x", "y"), [0, 1], [[5, 0], [0, 5]])
     text = checked(report_of(read_run(write_run(tmp_path / "right", rows))))
