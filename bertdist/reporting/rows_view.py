@@ -21,6 +21,7 @@ from bertdist.reporting import analysis, charts
 from bertdist.reporting.charts import Chart
 from bertdist.reporting.page import number, percent
 from bertdist.reporting.run_folder import RunFolder, ScoredRows
+from bertdist.tasks.calibration import calibration_notes
 
 MISTAKES = 30  # rows with a wrong answer
 LABELS = 40  # lines of a table of labels
@@ -149,9 +150,11 @@ def _scores(rows: ScoredRows) -> list[dict[str, Any]]:
 
 
 def _notes(rows: ScoredRows) -> list[str]:
+    """Warnings about the answers; what calibration has changed is said beside the probabilities."""
     from bertdist.training.run_summary import report_notes
 
-    return report_notes(rows.report)
+    fitted = calibration_notes(rows.report)
+    return [note for note in report_notes(rows.report) if note not in fitted]
 
 
 def _answers(
@@ -420,36 +423,12 @@ def _calibration(id: str, rows: ScoredRows, found: analysis.Reliability) -> dict
     caption = f"By the {what}, in {len(found.rows)} bins of equal width; empty ones are left out."
     return {
         "summary": summary,
-        "notes": _fitted(rows),
+        "notes": calibration_notes(rows.report),
         "chart": chart,
         "bins": bins,
         "unit": unit,
         "caption": caption,
     }
-
-
-def _fitted(rows: ScoredRows) -> list[str]:
-    """What --calibrate and --tune_thresholds have changed, before and after."""
-    fitted = rows.report.get("calibration")
-    if not isinstance(fitted, dict):
-        return []
-    of, thresholds = fitted["fitted_on"], fitted.get("thresholds") or {}
-    where = f"fitted on {_rows(int(of['rows']))} of {of['data']}"
-    where += ", which are these rows" * bool(fitted.get("in_sample"))
-    changes = ", ".join(
-        f"{name} {number(float(value))} before and {number(float(fitted['after'][name]))} after"
-        for name, value in fitted["before"].items()
-    )
-    notes = []
-    if fitted.get("temperature") is not None:
-        notes.append(
-            f"A temperature of {number(float(fitted['temperature']))} is folded in, {where}."
-        )
-    if thresholds:
-        shown = [f"{excerpt(x, 30)} {number(float(n))}" for x, n in thresholds.items()]
-        what = f"Thresholds tuned for {fitted.get('threshold_for')}, {where}"
-        notes.append(f"{what}: {listed(shown, 12)}.")
-    return [*notes, f"On these rows: {changes}."]
 
 
 def _curves(id: str, rows: ScoredRows) -> Chart:

@@ -171,15 +171,14 @@ def test_a_weak_model_and_a_calibrated_one(tmp_path: Path) -> None:
         "thresholds": {"b": 0.375},
         "fitted_on": {"data": NASTY, "rows": 99},
         "in_sample": False,
-        "before": {"nll": 0.5, "ece": 0.25},
-        "after": {"nll": 0.375, "ece": 0.125},
+        "before": {"nll": 0.5, "ece": 0.25, "f1": 0.5},
+        "after": {"nll": 0.375, "ece": 0.125, "f1": 0.75},
         "notes": [],
     }
     (out / "evaluation.json").write_text(json.dumps(report))
     text = checked(report_of(read_run(out)))
-    assert "A temperature of 1.5000 is folded in, fitted on 99 rows of <script>" in text
-    assert "Thresholds tuned for f1" in text and "b 0.3750." in text
-    assert "nll 0.5000 before and 0.3750 after, ece 0.2500 before and 0.1250 after." in text
+    assert "Fitted on 99 rows of <script>" in text and text.count("temperature 1.5, folded") == 1
+    assert "NLL 0.5000 -> 0.3750, ECE 0.2500 -> 0.1250, f1 0.5000 -> 0.7500 on these rows." in text
 
 
 def test_a_run_without_errors_or_rows(tmp_path: Path) -> None:
