@@ -4,8 +4,8 @@
         --trials 20 --output_dir sweep
 
 Each trial is a run of `bertdist train` in sweep/trials/0007, made by a process of its own; torch is
-not imported here. Which values come next, and which trials end early, is Optuna's
-(training/search.py); the loop is training/sweep_runner.py.
+not imported here while they run. Which values come next, and which trials end early, is Optuna's
+(training/search.py); the loop is training/sweep_runner.py, the page reporting/sweep_page.py.
 """
 
 import os
@@ -34,7 +34,7 @@ from bertdist.core.args import TRAIN_SECTIONS, parse_arguments, parse_or_exit
 from bertdist.core.atomic_io import atomic_write, explain_write_errors
 from bertdist.core.config import Section, TrainConfig, config_to_yaml, setting
 from bertdist.core.errors import BertdistError, ConfigError
-from bertdist.core.output_files import check_sweep_folder
+from bertdist.core.output_files import REPORT_FILE, check_sweep_folder
 from bertdist.core.search_space import Space, check_space, grid_of, read_space, with_values
 from bertdist.core.terminal import (
     EXIT_INTERRUPTED,
@@ -252,7 +252,7 @@ def _run(sweep: Sweep) -> int:
             if finished and not stop.reason():
                 finished = _test_best(sweep, search, launcher, stop)
         finally:
-            results = _write(search, folder, sweep.train)
+            results = _write(search, folder, sweep.train, with_page=not stop.reason())
         _show(results, folder)
         only.release()
     if stop.reason():
@@ -351,22 +351,36 @@ def _test_best(sweep: Sweep, search: "Search", launcher: Any, stop: "StopFlag") 
     return not code
 
 
-def _write(search: "Search", folder: Path, train: TrainConfig) -> dict[str, Any]:
+def _write(search: "Search", folder: Path, train: TrainConfig, with_page: bool) -> dict[str, Any]:
     from bertdist.training.sweep_results import collect_results, write_results
 
     results = collect_results(search, folder)
     with search.locked():
         write_results(results, folder, train)
+        if with_page:  # its charts import torch
+            _write_page(results, folder)
     return results
 
 
+def _write_page(results: dict[str, Any], folder: Path) -> None:
+    """report.html; where it cannot be written, a line says why, and the sweep is as good."""
+    try:
+        from bertdist.reporting.page import save
+        from bertdist.reporting.sweep_page import page_of_sweep
+
+        save(folder / REPORT_FILE, page_of_sweep(results, folder))
+    except (BertdistError, ImportError, ValueError, ArithmeticError) as error:
+        print_to_stderr(f"{folder / REPORT_FILE} could not be written: {error}")
+
+
 def _show(results: dict[str, Any], folder: Path) -> None:
-    from bertdist.training.sweep_results import BEST_FILE, REPORT_FILE, show_results
+    from bertdist.training.sweep_results import BEST_FILE, RESULTS_FILE, show_results
 
     show_results(results, folder)
+    files = [name for name in (REPORT_FILE, RESULTS_FILE, BEST_FILE) if (folder / name).exists()]
     if results["best"]:
         show(
-            f"Files: {folder / REPORT_FILE}, {folder / BEST_FILE}.",
+            f"Files: {', '.join(str(folder / name) for name in files)}.",
             f"Next: bertdist predict --model {folder} --input new.csv, or bertdist train --config "
             f"{folder / BEST_FILE} --seeds 5",
         )

@@ -278,3 +278,66 @@ def residual_chart(name: str, title: str, description: str, found: Residuals) ->
         axes.set_xlabel("predicted − true")
         axes.set_ylabel("rows")
         return _svg(figure, name, title, description)
+
+
+@dataclass(frozen=True)
+class Points:
+    """Some points of a chart."""
+
+    name: str
+    x: Sequence[Any]  # numbers, or names: the same kind in all of a chart
+    y: Sequence[float]
+
+
+def points_chart(
+    name: str,
+    title: str,
+    description: str,
+    groups: Sequence[Points],
+    x: str,
+    y: str,
+    line: Line | None = None,
+    is_log: bool = False,
+    names: Sequence[str] = (),
+) -> Chart:
+    """Points over a number, or over `names`; line: drawn with them. is_log: the horizontal axis."""
+    markers = ("o", "x", "^", "s", "+", "D")
+    with _settings():
+        figure, axes = _figure()
+        for number, group in enumerate(groups):
+            at = [list(names).index(value) for value in group.x] if names else group.x
+            axes.plot(
+                at,
+                group.y,
+                markers[number % len(markers)],
+                color=SERIES[number % len(SERIES)],
+                markersize=4.5,
+                label=excerpt(group.name, NAME_COLUMNS),
+            )
+        if line is not None:
+            label = excerpt(line.name, NAME_COLUMNS)
+            axes.plot(line.x, line.y, color=MUTED, linewidth=1, drawstyle="steps-post", label=label)
+        if is_log:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
+            axes.xaxis.set_minor_formatter(lambda value, position: "")
+        if names:
+            axes.set_xticks(range(len(names)), [excerpt(value, 16) for value in names])
+            axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        if len(groups) + (line is not None) > 1:
+            _legend(axes)
+        return _svg(figure, name, title, description)
+
+
+def bar_chart(name: str, title: str, description: str, values: dict[str, float], x: str) -> Chart:
+    """A horizontal bar per name, the first on top."""
+    with _settings():
+        figure, axes = _figure((5.0, 0.8 + 0.3 * len(values)))
+        names = [excerpt(value, NAME_COLUMNS) for value in values]
+        axes.barh(range(len(names)), list(values.values()), color=SERIES[0], height=0.6)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel(x)
+        return _svg(figure, name, title, description)

@@ -5,6 +5,7 @@ write_results(results, folder, config); show_results(results, folder)
 """
 
 import dataclasses
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,11 +17,11 @@ from optuna.trial import FrozenTrial
 from bertdist.core.atomic_io import atomic_write, read_json_object, to_json
 from bertdist.core.config import TrainConfig, config_to_yaml
 from bertdist.core.search_space import shown, with_values
-from bertdist.core.terminal import Cell, excerpt, show, show_table
+from bertdist.core.terminal import excerpt, show, show_table
 from bertdist.training.search import COMPLETE, FAIL, PRUNED, RUNNING, Search
 from bertdist.training.trial_runs import TRIALS
 
-REPORT_FILE = "sweep.json"
+RESULTS_FILE = "sweep.json"
 BEST_FILE = "best.yaml"
 FINAL = "final"  # the run of best.yaml
 SHOWN_TRIALS = 30  # lines of the table
@@ -70,7 +71,7 @@ def _entry(trial: FrozenTrial) -> dict[str, Any]:
 
 def write_results(results: Mapping[str, Any], folder: Path, config: TrainConfig) -> None:
     """sweep.json, and best.yaml where a trial has finished. Raises CheckpointError."""
-    atomic_write(folder / REPORT_FILE, to_json(results, indent=1))
+    atomic_write(folder / RESULTS_FILE, to_json(results, indent=1))
     if best := results["best"]:
         run = replace(config.run, output_dir=str(folder / FINAL))
         found = with_values(dataclasses.replace(config, run=run), best["values"])
@@ -92,7 +93,11 @@ def show_results(results: Mapping[str, Any], folder: Path) -> None:
         names = list(results["space"])
         header = ["trial", metric, *names, "evaluations", "time", "state"]
         rows = [_row(entry, names) for entry in entries[:SHOWN_TRIALS]]
-        show_table(title, header, rows, right=range(len(header) - 1))
+        right = range(len(header) - 1)
+        if _width(header, rows) > shutil.get_terminal_size().columns:
+            header, right = ["trial", metric, "time", "state", "values"], range(3)
+            rows = [_short_row(row, names) for row in rows]
+        show_table(title, header, rows, right)
     show(
         f"{sum(results['states'].values())} of {results['trials']} trials: {states or 'none yet'}."
     )
@@ -124,7 +129,19 @@ def _by_score(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return sorted(results["results"], key=key)
 
 
-def _row(entry: Mapping[str, Any], names: list[str]) -> list[Cell]:
+def _width(header: list[str], rows: list[list[str]]) -> int:
+    columns = zip(header, *rows, strict=True)
+    return sum(max(map(len, column)) + 2 for column in columns)
+
+
+def _short_row(row: list[str], names: list[str]) -> list[str]:
+    """All values in one column, which is wrapped."""
+    trial, score, *values, _, time, state = row
+    words = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
+    return [trial, score, time, state, words]
+
+
+def _row(entry: Mapping[str, Any], names: list[str]) -> list[str]:
     score, seconds = entry["score"], entry["seconds"]
     values = [excerpt(shown(entry["values"][name]), 24) for name in names]
     time = "" if seconds is None else f"{seconds:,.0f} s"

@@ -19,9 +19,11 @@ from optuna.trial import FrozenTrial, TrialState
 from bertdist.core.config import TrainConfig
 from bertdist.core.errors import BertdistError
 from bertdist.core.search_space import Value, shown, with_values
+from bertdist.core.terminal import EXIT_STOPPED
 from bertdist.tasks.metric_names import selected_score
 from bertdist.training.search import COMPLETE, FAIL, PRUNED, RUNNING, Search
 from bertdist.training.trial_runs import (
+    IN_USE,
     TRIALS,
     Evaluation,
     TrialProcess,
@@ -170,10 +172,13 @@ class SweepRunner:
             self._end(job, PRUNED)
         elif code == 0 and is_finished(run):
             self._complete(job)
-        elif code < 0 or code == 75:
-            self._restart(job, code)
         else:
-            self._fail(job, error_of(run, log_file(self.folder, job.number), code))
+            error = error_of(run, log_file(self.folder, job.number), code)
+            # It was stopped, or met a process that an earlier sweep has left and that ends soon.
+            if code < 0 or code == EXIT_STOPPED or IN_USE in error:
+                self._restart(job, error if code != EXIT_STOPPED else "it was asked to stop")
+            else:
+                self._fail(job, error)
 
     def _judge(self, job: _Job) -> None:
         """Report the evaluations that are new, in their order; the first bad one ends the trial.
@@ -222,18 +227,16 @@ class SweepRunner:
         first = ", the best so far" * (leader is not None and leader.number == job.number)
         self.say(f"Trial {job.number} has finished: {name} {best.scores[name]:.4f}{first}.")
 
-    def _restart(self, job: _Job, code: int) -> None:
-        """It was ended by a signal from elsewhere: it resumes, as long as it makes progress."""
+    def _restart(self, job: _Job, reason: str) -> None:
+        """It was ended from elsewhere: it resumes, as long as it makes progress."""
         run = trial_folder(self.folder, job.number)
         if self.stop_reason():  # the signal was for all
             return
         job.restarts = 0 if last_saved_step(run) > job.step else job.restarts + 1
-        reason = error_of(run, log_file(self.folder, job.number), code)
         if job.restarts > RESTARTS:
             self._fail(job, f"{reason}, {job.restarts} times without a new checkpoint")
             return
-        why = reason if code < 0 else "it was asked to stop"
-        self.say(f"Trial {job.number}: {why}; it resumes.")
+        self.say(f"Trial {job.number}: {reason}; it resumes.")
         job.process = None
         self._begin(job)
 

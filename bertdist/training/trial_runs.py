@@ -28,6 +28,7 @@ TRIALS = "trials"
 # In the environment of a trial: it saves and ends when its parent, with this process id, has ended
 # (distributed/preemption.py, which imports torch).
 TRIAL_VARIABLE = "BERTDIST_TRIAL"
+IN_USE = "is in use by another run"  # in the message of training/run_lock.py
 MOST_LOG_BYTES = 1 << 16  # of the end of a log, in which an error is looked for
 
 
@@ -115,9 +116,9 @@ def error_of(run: Path, log: Path, code: int) -> str:
         ]
     own = [line.removeprefix("bertdist: ") for line in lines if line.startswith("bertdist: ")]
     status = read_json_object(run / STATUS)
-    if status.get("state") == "failed" and status.get("reason"):
-        return str(status["reason"]).splitlines()[0]
-    return [f"exit code {code}", *lines[-1:], *own[-1:]][-1]
+    is_failed = status.get("state") == "failed" and not any(IN_USE in line for line in own[-1:])
+    reason = [str(status["reason"]).splitlines()[0]] if is_failed and status.get("reason") else []
+    return [f"exit code {code}", *lines[-1:], *own[-1:], *reason][-1]
 
 
 def remove_weights(run: Path) -> None:
