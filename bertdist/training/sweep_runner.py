@@ -247,9 +247,10 @@ class SweepRunner:
         self._failures = 0 if ended_well else self._failures + 1
         if self._failures >= min(FIRST_FAILURES, self.search.plan.trials):
             log = log_file(self.folder, job.number)
+            first = f"first {self._failures} trials" if self._failures > 1 else "only trial"
             raise BertdistError(
-                f"The first {self._failures} trials failed, so the cause may be the same for all: "
-                f"{error} ({log}). Mend it and start the same command again."
+                f"The {first} failed, so the cause may be the same for all: {error} ({log}). Mend "
+                "it and start the same command again."
             )
 
     def _end(
