@@ -270,8 +270,15 @@ def search_plan(sweep: Sweep) -> "SearchPlan":
     from bertdist.training.search import SearchPlan
 
     train, config = sweep.train, sweep.sweep
-    values = yaml.safe_load(config_to_yaml(train))
-    kept = {name: x for name, x in values.items() if name not in {*MAY_CHANGE, *sweep.space}}
+    # Not the defaults: a later version has more settings.
+    sections = [getattr(train, field.name) for field in dataclasses.fields(train)]
+    kept = {
+        field.name: getattr(section, field.name)
+        for section in sections
+        for field in dataclasses.fields(section)
+        if field.name not in {*MAY_CHANGE, *sweep.space}
+        and getattr(section, field.name) != field.default
+    }
     space = {name: str(dimension) for name, dimension in sweep.space.items()}
     settings = {**kept, "try": space, "sampler": config.sampler, "pruner": config.pruner}
     return SearchPlan(
