@@ -36,6 +36,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from bertdist.core.config import RunConfig
 from bertdist.core.errors import ConfigError
 from bertdist.core.search_space import Choices, Dimension, Space, Value, grid_of, read_space
 from bertdist.tasks.metric_names import LOWER_IS_BETTER
@@ -223,7 +224,7 @@ def read_search(folder: Path) -> Search:
         trials=study.user_attrs.get(NUMBER, 0),
         sampler=settings.get("sampler", "tpe"),
         pruner=settings.get("pruner", "none"),
-        seed=settings.get("seed", 0),
+        seed=settings.get("seed", RunConfig.seed),
         metric=settings.get("metric_for_best_model"),
         settings=settings,
     )
@@ -251,7 +252,10 @@ def _open_journal(folder: Path, repair: bool) -> JournalStorage:
 def _check_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if names:
-        changes = ", ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in names)
+        default = "the default"  # only other values are saved
+        changes = ", ".join(
+            f"{name} was {before.get(name, default)}, is {now.get(name, default)}" for name in names
+        )
         raise ConfigError(
             f"The sweep in {folder} began with other settings, and scores would not compare "
             f"({changes}): give those, or another --output_dir. --trials may change."

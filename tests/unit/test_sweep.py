@@ -195,7 +195,7 @@ def test_a_sweep_of_real_trials(
     )
     assert "2 of 2 trials: 2 finished." in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    with pytest.raises(ConfigError, match="train_batch_size was 32, is 16"):
+    with pytest.raises(ConfigError, match="train_batch_size was the default, is 16"):
         run(sweep("--train_batch_size=16"))
     with (
         FileLock(out / ".running.lock"),

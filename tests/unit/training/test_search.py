@@ -100,7 +100,7 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         open_search(tmp_path, replace(PLAN, settings=other))
     text = str(error.value)
-    assert "(seed was 42, is 1, max_length was None, is 9)" in text and "\n" not in text
+    assert "(seed was 42, is 1, max_length was the default, is 9)" in text and "\n" not in text
     open_search(tmp_path, PLAN)
 
 
