@@ -136,13 +136,17 @@ def test_an_exported_folder_gives_the_answers_of_the_model(
     assert json.loads((folder / "export.json").read_text())["exported"] == "float32"
 
 
-def test_a_model_without_token_types_is_exported(roberta: Path, tmp_path: Path) -> None:
+def test_a_model_without_token_types_and_with_weights_beside_the_graph(
+    roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx, "EXTERNAL_FROM", 0)  # as above 2 GB
     best, folder = make_run(tmp_path, roberta, SingleLabel(("a", "b", "c"))), tmp_path / "exported"
     report = script.export(ExportConfig(model=str(best), output_dir=str(folder)))
     expected = Predictor(best).probabilities(TEXTS)
     np.testing.assert_allclose(softmax(by_hand(folder, TEXTS)), expected, atol=2e-6)
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
     assert [entry.name for entry in session.get_inputs()] == ["input_ids", "attention_mask"]
+    assert (folder / "model.onnx_data").stat().st_size > (folder / "model.onnx").stat().st_size
     # The labels of dev.tsv are not those of the model, so that no score can be compared.
     assert (
         report["compared"]["data"] != "dev.tsv" and report["compared"]["scores"]["before"] is None
