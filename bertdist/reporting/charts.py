@@ -41,6 +41,7 @@ SIZE = (5.0, 3.1)  # inches; the page scales it
 MOST_POINTS = 1_000  # of a line: more are averaged in groups of equal size
 SCATTER_POINTS = 1_500
 NAME_COLUMNS = 28  # of a name in a legend
+END_COLUMNS, LINE_GAP = 18, 0.06  # of names at the ends of lines; the gap as a share of the height
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,9 @@ def _svg(figure: Any, name: str, title: str, description: str) -> Chart:
 
 
 def _color(number: int) -> dict[str, Any]:
-    """Of a series: also without colours the lines differ."""
-    return {"color": SERIES[number % len(SERIES)], "linestyle": _STYLES[number % len(_STYLES)]}
+    """Of a series: also without colours the lines differ, and more than there are colours do."""
+    style = _STYLES[(number + number // len(SERIES)) % len(_STYLES)]
+    return {"color": SERIES[number % len(SERIES)], "linestyle": style}
 
 
 def line_chart(
@@ -172,9 +174,10 @@ def line_chart(
     x: str,
     y: str,
     bounds: tuple[float, float] | None = None,
+    named_at_end: bool = False,
 ) -> Chart:
     """Values over steps. bounds: of the vertical axis. Of more than MOST_POINTS the means of groups
-    are drawn.
+    are drawn. named_at_end: up to as many lines as colours have their names at their ends.
     """
     with _settings():
         figure, axes = _figure()
@@ -186,9 +189,34 @@ def line_chart(
         axes.set_ylabel(y)
         if bounds is not None:
             axes.set_ylim(*bounds)
-        if len(lines) > 1:
+        if named_at_end and 1 < len(lines) <= len(SERIES):
+            _name_ends(axes, lines)
+        elif len(lines) > 1:
             _legend(axes)
         return _svg(figure, name, title, description)
+
+
+def _name_ends(axes: Any, lines: Sequence[Line]) -> None:
+    """The names of the lines at the height of their last points, LINE_GAP apart at least."""
+    low, high = axes.get_ylim()
+    heights = [(float(line.y[-1]) - low) / (high - low) for line in lines]
+    order = sorted(range(len(lines)), key=heights.__getitem__)
+    place, places = -LINE_GAP, {}
+    for number in order:
+        places[number] = place = max(heights[number], place + LINE_GAP)
+    most = 1.0
+    for number in reversed(order):  # those of lines that end at the top go down
+        places[number] = most = min(places[number], most)
+        most -= LINE_GAP
+        axes.text(
+            1.015,
+            places[number],
+            excerpt(lines[number].name, END_COLUMNS),
+            transform=axes.transAxes,
+            color=SERIES[number],
+            fontsize=8,
+            verticalalignment="center",
+        )
 
 
 def _thinned(x: Array, y: Array) -> tuple[Array, Array]:

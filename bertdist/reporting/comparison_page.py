@@ -78,9 +78,13 @@ def _which(comparison: Comparison, names: Sequence[str]) -> Answer:
     if split.main is None:
         return Answer(question, "Cannot be compared", answer, "bad")
     best = split.best_run
-    if best is None:
-        return Answer(question, "Not sure" if split.rows else "No answer", answer)
-    return Answer(question, names[best], answer, "good")
+    if best is not None:
+        return Answer(question, names[best], answer, "good")
+    for short in ("Not sure", "No difference", "No answer"):
+        if answer.startswith(short):
+            more = answer.removeprefix(short).lstrip(" :.")
+            return Answer(question, short, more[:1].upper() + more[1:])
+    return Answer(question, "Not sure", answer)
 
 
 def _sure(split: SplitComparison, names: Sequence[str]) -> Answer:
@@ -136,7 +140,10 @@ def _rows(changes: Changes, names: Sequence[str]) -> Answer:
         short = f"{changes.gained:,} numbers are nearer, {changes.lost:,} farther"
         return Answer(question, short, f"From {a} to {b}.", "", *link)
     short = f"{changes.gained:,} turn right, {changes.lost:,} turn wrong"
-    more = f"From {a} to {b}; {changes.otherwise:,} more are wrong in another way."
+    more = f"From {a} to {b}"
+    if changes.otherwise:
+        more += f"; {changes.otherwise:,} more are wrong in both, with another answer"
+    more += "."
     return Answer(question, short, more, "", *link)
 
 
@@ -294,7 +301,7 @@ def _chart(
     y: str,
 ) -> Chart:
     lines = [Line(names[each.run], each.x, each.y, marker=len(each.x) < 30) for each in curves]
-    return charts.line_chart(id, title, description, lines, x, y)
+    return charts.line_chart(id, title, description, lines, x, y, named_at_end=True)
 
 
 def _and(names: Sequence[str]) -> str:

@@ -19,12 +19,14 @@ SEED = "seed"
 # Settings of a run that change neither its weights nor which of them are the best.
 DECIDES_NOTHING = frozenset(
     (
-        *("output_dir", "dry_run", "verbose", "report_to", "log_every", "save_every"),
+        *("dry_run", "verbose", "report_to", "log_every", "save_every"),
         *("save_total_limit", "resume_from_checkpoint", "stop_before_time_limit", "rank_timeout"),
         *("accept_changed_data", "max_bad_rows", "detect_anomaly", "tokens_per_micro_batch"),
         *("dataloader_num_workers", "gradient_checkpointing", "metrics", "test_file", "use_cpu"),
+        *("slice_column", "report", "project", "run_name", "seeds"),
     )
 )
+FOLDER = "output_dir"  # differs always
 # Rows that are other ones where --validation_split or --test_split draws them with another seed.
 DRAWN_ROWS = ("training rows", "validation rows")
 
@@ -39,11 +41,13 @@ class SettingDifference:
 
 
 def differing_settings(settings: Sequence[Mapping[str, Any]]) -> tuple[SettingDifference, ...]:
-    """settings: of each run, as in config.yaml. Those that decide what is learned come first."""
+    """settings: of each run, as in config.yaml. Those that decide what is learned come first; the
+    folder of the run is left out.
+    """
     differences = [
         SettingDifference(name, values, name not in DECIDES_NOTHING)
         for name, values in _differing(
-            [{k: plain_duration(v) for k, v in x.items()} for x in settings]
+            [{k: plain_duration(v) for k, v in x.items() if k != FOLDER} for x in settings]
         )
     ]
     return tuple(sorted(differences, key=lambda each: not each.decides))
