@@ -26,7 +26,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 
 from bertdist.core.atomic_io import MODEL_CARD, atomic_write, read_json_object
 from bertdist.core.config import share_of
-from bertdist.core.output_files import is_run_folder
+from bertdist.core.output_files import STATUS, is_run_folder
 from bertdist.core.terminal import count_in_words, excerpt
 from bertdist.tasks.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL, confusions
 
@@ -179,6 +179,8 @@ class _Card:
         self.problem_type = str(self.model.get("problem_type") or SINGLE_LABEL)
         self.settings = _read_yaml(run / "config.yaml") if run else {}
         self.environment = read_json_object(run / "environment.json") if run else {}
+        status = read_json_object(run / STATUS) if run else {}
+        self.is_finished = status.get("state") == "finished"
         self.dataset = self._hub_dataset()
         self.splits = list(self._find_splits()) if run else []
         given = fields.get("base_model")
@@ -309,7 +311,7 @@ class _Card:
             pair = self.metadata.get("text_pair_column")
             second = f", second text in {_code(str(pair))}" if pair else ""
             yield f"Text in {' and '.join(_code(str(x)) for x in columns)}{second}."
-        if not any(split.title == "Validation" for split in self.splits):
+        if self.is_finished and not any(split.title == "Validation" for split in self.splits):
             yield "There were no validation rows: these are the weights after the last step."
 
     # -- Sections
@@ -499,6 +501,8 @@ class _Card:
 
     def _limits(self) -> Iterator[str]:
         length = self.metadata.get("max_length")
+        if self.run and not self.is_finished:
+            yield "- The training had not finished."
         if length:
             yield f"- Texts are cut after {length:,} tokens: what follows has no influence."
         if not self.fields.get("language"):

@@ -39,6 +39,7 @@ from bertdist.core.atomic_io import (
 from bertdist.core.config import TrainConfig
 from bertdist.core.errors import BertdistError, ConfigError, ModelError, listed
 from bertdist.core.hub import TIMEOUT_SECONDS, explain_upload_error, trying_again
+from bertdist.core.output_files import REPORT_FILE
 from bertdist.core.terminal import byte_size
 from bertdist.reporting.model_card import (
     NO_LICENSE,
@@ -48,8 +49,6 @@ from bertdist.reporting.model_card import (
     name_model,
 )
 from bertdist.reporting.push_config import PushConfig
-
-REPORT = "report.html"
 
 # Of a model here: weights and tables of a tokenizer, nothing that is executed when it is loaded.
 _SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".bpe")
@@ -95,12 +94,12 @@ def collect(config: PushConfig) -> Content:
     files[MODEL_CARD] = uploaded
     sizes[MODEL_CARD] = len(uploaded)
     if config.include_report:
-        report = best.parent / REPORT
+        report = best.parent / REPORT_FILE
         if not report.is_file():
             raise ConfigError(
                 f"--include_report: there is no {report}; `bertdist report` makes it."
             )
-        files[REPORT], sizes[REPORT] = report, report.stat().st_size
+        files[REPORT_FILE], sizes[REPORT_FILE] = report, report.stat().st_size
     return Content(files, sizes, card, is_edited)
 
 
@@ -195,7 +194,7 @@ def _describe(
     if license_of(content.card) == NO_LICENSE:
         yield "The model card names no license: --license apache-2.0, for example, names one."
     if config.include_report:
-        yield f"{REPORT} has texts of rows."
+        yield f"{REPORT_FILE} has texts of rows."
 
 
 def _upload(

@@ -73,6 +73,15 @@ def test_scores_are_those_of_the_weights_or_there_are_none(
     assert ("no validation rows" in card.text) == (evaluation == {})
 
 
+def test_a_run_that_has_not_finished(tmp_path: Path) -> None:
+    best = make_run(tmp_path / "out", evaluation={})
+    assert "had not finished" not in card_of(best).text
+    status = {"state": "preempted", "step": 20, "reason": "SIGTERM"}
+    (best.parent / "status.json").write_text(json.dumps(status))
+    text = card_of(best).text
+    assert "- The training had not finished." in text and "no validation rows" not in text
+
+
 def test_a_hundred_and_fifty_labels(tmp_path: Path) -> None:
     labels = tuple(f"label {i}" for i in range(150))
     text = card_of(make_run(tmp_path / "out", labels=labels)).text
