@@ -25,6 +25,7 @@ PROGRAMS = {
     "bertdist/check.py": "check",
     "bertdist/eval.py": "evaluate",
     "bertdist/export.py": "export",
+    "bertdist/push.py": "push",
     "examples/own_loop.py": "train",
     "launch/train.slurm": "train",
     "launch/multi_node.slurm": "train",
@@ -135,7 +136,7 @@ def commands(text: str) -> Iterator[str]:
         for line in re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines():
             line = re.sub(r"^\s*(\$ |> )?|(^|\s)#.*$", "", line)
             line = re.sub(r"-m (bertdist|bench)\.(\w+)", r"\1/\2.py", line)
-            line = re.sub(r"^bertdist (train|predict|check|export)\b", r"bertdist/\1.py", line)
+            line = re.sub(r"^bertdist (train|predict|check|export|push)\b", r"bertdist/\1.py", line)
             line = re.sub(r"^bertdist evaluate\b", "bertdist/eval.py", line)
             yield from (
                 part.strip()
@@ -153,6 +154,7 @@ def flags_of(program: str) -> frozenset[str]:
     from bertdist.core.config import EvaluateConfig, PredictConfig, TrainConfig
     from bertdist.data_quality.config import CheckConfig, LabelIssueConfig
     from bertdist.models.export_config import ExportConfig
+    from bertdist.reporting.push_config import PushConfig
 
     if program == "launch":
         return frozenset(
@@ -173,7 +175,7 @@ def flags_of(program: str) -> frozenset[str]:
             re.findall(r'"(--\w+)"', (ROOT / "launch" / "demo.py").read_text(encoding="utf-8"))
         )
     sections_of = {"train": typing.get_type_hints(TrainConfig).values(), "predict": [PredictConfig]}
-    sections_of |= {"evaluate": [EvaluateConfig], "export": [ExportConfig]}
+    sections_of |= {"evaluate": [EvaluateConfig], "export": [ExportConfig], "push": [PushConfig]}
     sections_of["check"] = [CheckConfig, LabelIssueConfig, *sections_of["train"]]
     sections = sections_of[program]
     return frozenset(

@@ -9,8 +9,8 @@ from bertdist.core.errors import ConfigError
 from bertdist.core.hub import check_model_folder, hub_name_problem, upload_problem
 
 PROGRAM = "bertdist push"
-ABOUT = """Upload a trained model to the Hugging Face Hub, with its model card. The repository is
-private unless --public is given.
+ABOUT = """Upload a trained model to the Hugging Face Hub, with its model card.
+The repository is private unless --public is given.
 
   bertdist push --model out --to owner/name --dry_run
   bertdist push --model out --to owner/name --license apache-2.0 --language en"""
