@@ -11,6 +11,7 @@ so that the `tokenizers` library and numpy are all that ONNX Runtime needs besid
 """
 
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -111,10 +112,16 @@ def export_onnx(model: str, file: Path) -> list[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of torch's tracer: the graph is compared with the model."""
-    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+    """Without the warnings of torch's tracer and of the quantizer: the graph is compared."""
+    # With a handler, logging makes none, which would keep the stderr of this moment.
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.removeHandler(handler)
 
 
 def _join_weights(file: Path) -> None:
