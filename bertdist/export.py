@@ -413,7 +413,8 @@ def _check_loss(config: ExportConfig, reference: Reference, comparison: Comparis
         raise ModelError(
             f"{kind} changes {name} from {before.scores[name]:.4f} to {after.scores[name]:.4f} on "
             f"{reference.rows.name}, by more than --max_score_loss {config.max_score_loss:g}: "
-            "nothing was kept."
+            "nothing was kept. Allow more with that flag, or compare on more rows (--input, "
+            "--max_eval_samples)."
         )
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -306,3 +307,47 @@ def test_differences_answers_and_scores() -> None:
     assert (number.largest, number.equal) == (1.0, 0.5)
     broken = compare(TWO, [[0.0, 1.0]], [[np.nan, 1.0]])
     assert broken.largest == np.inf
+
+
+@pytest.mark.parametrize(
+    ("after", "equal", "message"),
+    [
+        (0.895, 0.5, None),
+        (0.95, 0.5, None),
+        (0.88, 1.0, "int8 changes accuracy from 0.9000 to 0.8800 on 872 rows of dev.tsv, by more"),
+        (None, 0.95, None),
+        (None, 0.85, "int8 changes 15.0% of the answers to 872 rows of dev.tsv, more than 10%"),
+        (np.nan, 0.85, "int8 changes 15.0% of the answers"),
+    ],
+)
+def test_what_int8_may_cost(after: float | None, equal: float, message: str | None) -> None:
+    def scored(value: float) -> Any:
+        scores = {"accuracy": value}
+        return SimpleNamespace(selection_score=value, selected="accuracy", scores=scores)
+
+    reference: Any = SimpleNamespace(rows=SimpleNamespace(name="872 rows of dev.tsv"))
+    pair = {} if after is None else {"before": scored(0.9), "after": scored(after)}
+    comparison = script.Comparison(largest=0.2, where="", equal=equal, **pair)
+    config = ExportConfig(model="m", int8=True)
+    if message is None:
+        script._check_loss(config, reference, comparison)
+        return
+    with pytest.raises(ModelError) as error:
+        script._check_loss(config, reference, comparison)
+    assert message in str(error.value) and "nothing was kept" in str(error.value)
+
+
+def test_bf16_weights_are_half_the_size(best: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "half"
+    settings = {"to": "safetensors-bf16", "max_score_loss": 1.0}
+    report = script.export(ExportConfig(model=str(best), output_dir=str(folder), **settings))
+    sizes = [(x / "model.safetensors").stat().st_size for x in (best, folder)]
+    assert 0.45 < sizes[1] / sizes[0] < 0.6
+    assert 1e-5 < report["compared"]["largest_difference"] < 0.1  # it is another model
+    expected, found = (Predictor(x).probabilities(TEXTS) for x in (best, folder))
+    np.testing.assert_allclose(found, expected, atol=0.05)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    (folder / "manifest.json").unlink()
+    (folder / "model.safetensors").rename(folder / "model.onnx")
+    with pytest.raises(ModelError, match="it is an export for ONNX Runtime; give the folder"):
+        Predictor(folder)
