@@ -31,7 +31,7 @@ THIRD_PARTY = {  # package -> the other libraries that it may import
     "tasks": {"datasets", "evaluate", "scipy", "sklearn"},
     "data": {"aiohttp", "datasets", "fsspec", "pyarrow", "xxhash"},
     "models": {"onnx", "onnxruntime", "safetensors", "tokenizers"},
-    "training": {"filelock", "mlflow", "optuna", "rich", "safetensors", "trackio"},
+    "training": {"filelock", "mlflow", "optuna", "rich", "safetensors", "trackio", "wandb"},
     "data_quality": {"cleanlab", "ftfy", "pyarrow", "rensa"},
     "reporting": {
         *("huggingface_hub", "jinja2", "markupsafe", "matplotlib", "pyarrow", "scipy", "yaml"),

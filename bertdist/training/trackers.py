@@ -10,8 +10,8 @@ metrics.jsonl is the record of a run, and a tracker has a copy of it:
 
 1. An output folder is one run of each tracker; its id is in tracker.json. Only rank 0 has trackers.
 2. A resumed run repeats steps. TensorBoard drops the points after the step that it resumes from;
-   others keep what they have, and get no step twice. MLflow and Trackio are asked which steps they
-   have, and get those that they lack; so does a tracker that joins a run later. For the others
+   others keep what they have, and get no step twice. MLflow, W&B and Trackio are asked which steps
+   they have, and get those that they lack; so does a tracker that joins a run later. For the others
    tracker.json has the last step of each start.
 3. Each tracker is called in a thread of its own, so that a server that is slow or gone delays no
    step. A tracker that does not start is an error; what fails later is a warning.
@@ -42,6 +42,7 @@ from bertdist.distributed.launch import installed_trackers, package_version
 START_SECONDS = 60.0  # for a tracker to start
 END_SECONDS = 60.0  # for all of them to send the last lines
 DEFAULT_PROJECT = "bertdist"
+BLOCK = 32768  # of a LevelDB log
 KINDS = ("train", "eval")  # of the lines of metrics.jsonl that trackers get
 # Where a run is one of several: the folder above it -> what it is
 GROUPS = {"folds": "fold", "seeds": "seed", "trials": "trial"}
@@ -53,12 +54,13 @@ PROJECT_VARIABLES = {
     "wandb": "WANDB_PROJECT",
 }
 NAME_VARIABLES = {"clearml": "CLEARML_TASK", "mlflow": "MLFLOW_RUN_NAME", "wandb": "WANDB_NAME"}
+ID_LENGTHS = {"comet_ml": 32, "swanlab": 21}  # that they ask for
 HINTS = {
     "mlflow": "MLFLOW_TRACKING_URI names the server or folder",
     "wandb": "run `wandb login` or set WANDB_API_KEY; WANDB_MODE=offline needs no network",
 }
 
-Point = tuple[str, int]  # kind of line, step
+Has = Callable[[str, int], bool]  # whether a tracker has a line, by its kind and step
 
 
 class TrackedRun(NamedTuple):
@@ -176,7 +178,7 @@ class _Tracker:
         """last: kind -> the last step that the tracker has, as far as metrics.jsonl shows."""
         self.name, self.run, self.lost = name, run, 0
         self._last = last
-        self._points: set[Point] | None = None  # that it has, if it was asked
+        self._has: Has | None = None  # its own answer
         self._problem, self._told = "", False
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
@@ -233,10 +235,11 @@ class _Tracker:
         if self.name in ("aim", "comet_ml"):
             set_name = getattr(tracker.writer, "set_name", None)
             set_name(run.name) if set_name else setattr(tracker.writer, "name", run.name)
-        if run.is_new:
+        # MLflow's cannot be changed, TensorBoard has them, Trackio keeps those of the last start.
+        if run.is_new or self.name not in ("mlflow", "tensorboard"):
             store_settings(self.name, tracker, dict(settings))
-        else:
-            self._points = points_in(self.name, tracker)
+        if not run.is_new:
+            self._has = asked(self.name, tracker)
 
     def entry(self) -> dict[str, Any]:
         """What tracker.json keeps."""
@@ -256,8 +259,8 @@ class _Tracker:
 
     def has(self, kind: str, step: int) -> bool:
         """Whether it has the line of this step from an earlier process."""
-        if self._points is not None:
-            return (kind, step) in self._points
+        if self._has is not None:
+            return self._has(kind, step)
         last = self._last.get(kind, -1)
         if self.name == "tensorboard":
             last = min(last, self.run.step)
@@ -342,12 +345,13 @@ def tracked_run(name: str, run: RunConfig, saved: Mapping[str, Any], step: int) 
     kind, parent = GROUPS.get(above.name), above.parent.name
     project = run.project or os.environ.get(PROJECT_VARIABLES.get(name, ""), DEFAULT_PROJECT)
     whole = run.run_name or os.environ.get(NAME_VARIABLES.get(name, ""), parent if kind else own)
+    given = os.environ.get("WANDB_RUN_ID") if name == "wandb" else None
     new = TrackedRun(
         folder=folder,
         project=project,
         name=f"{whole}-{kind}-{own}" if kind else whole,
         group=whole if kind else None,
-        id=(name == "wandb" and os.environ.get("WANDB_RUN_ID")) or secrets.token_hex(16),
+        id=given or secrets.token_hex(16)[: ID_LENGTHS.get(name, 12)],
         is_new=True,
         step=step,
     )
@@ -391,7 +395,7 @@ def arguments(name: str, run: TrackedRun) -> dict[str, Any]:
     if name == "swanlab":
         return {
             "experiment_name": run.name,
-            "id": run.id[:21],  # of this length until 0.7
+            "id": run.id,
             "resume": "allow",
             "logdir": str(run.folder / "swanlog"),
         }
@@ -441,29 +445,59 @@ def store_settings(name: str, tracker: GeneralTracker, settings: dict[str, Any])
     tracker.writer.flush()
 
 
-def points_in(name: str, tracker: GeneralTracker) -> set[Point] | None:
-    """The lines that a tracker has, of those that can be asked; None of the others."""
-    if name == "mlflow":
+def asked(name: str, tracker: GeneralTracker) -> Has | None:
+    """What a resumed run of a tracker has, of those that can be asked; None of the others."""
+    points: set[tuple[str, int]]  # kind, step
+    if name == "wandb" and not tracker.run.offline:
+        return lambda kind, step: bool(step < tracker.run.starting_step)
+    if name == "wandb":
+        folder = Path(tracker.run.dir).parents[1]
+        files = folder.glob(f"offline-run-*-{tracker.run.id}/*.wandb")
+        points = {(kind, step) for file in files for kind in KINDS for step in steps_in(file, kind)}
+    elif name == "mlflow":
         import mlflow
 
         client, run = mlflow.MlflowClient(), tracker.active_run.info.run_id
-        return {
+        points = {
             (kind, point.step)
             for kind in KINDS
             for point in client.get_metric_history(run, f"{kind}/loss")
         }
-    if name == "trackio" and getattr(tracker.run, "_is_local", False):
+    elif name == "trackio" and getattr(tracker.run, "_is_local", False):
         from trackio.sqlite_storage import SQLiteStorage
 
-        run = tracker.run
-        return {
+        of, key = tracker.run, "{}/loss"
+        points = {
             (kind, int(point["step"]))
             for kind in KINDS
             for point in SQLiteStorage.get_metric_values(
-                run.project, run.name, f"{kind}/loss", run_id=run.id
+                of.project, of.name, key.format(kind), run_id=of.id
             )
         }
-    return None
+    else:
+        return None
+    return lambda kind, step: (kind, step) in points
+
+
+def steps_in(file: Path, kind: str) -> list[int]:
+    """The steps with a loss in the file of an offline run of W&B, which loses its last 15 seconds
+    when the run is killed: a LevelDB log of protobufs.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, record, steps = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if (left := BLOCK - at % BLOCK) < 7:  # too short for a header
+            at += left
+            continue
+        size, part = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        record += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if part in (1, 4):  # a whole record, or its last part
+            history, record = Record.FromString(record).history, b""
+            if any(f"{kind}/loss" in (item.key, *item.nested_key) for item in history.item):
+                steps.append(int(history.step.num))
+    return steps
 
 
 def end_run(name: str, tracker: GeneralTracker, failed: bool) -> None:

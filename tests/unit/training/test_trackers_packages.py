@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import PartialState
 
 from bertdist.core.config import RunConfig
+from bertdist.training import trackers
 from bertdist.training.trackers import Trackers
 
 # None of them is a requirement of the tests; each is run by hand before a change here is released.
@@ -24,52 +26,37 @@ def points_of(tracker: str, out: Path, saved: dict[str, Any], key: str) -> list[
 
         values = SQLiteStorage.get_metric_values(saved["project"], saved["name"], key)
         return [int(value["step"]) for value in values]
-    return [
-        step
-        for file in sorted(out.glob("wandb/offline-run-*/*.wandb"))
-        for step in steps_in(file, key)
-    ]
+    import wandb
 
-
-def steps_in(file: Path, key: str) -> list[int]:
-    """The steps of a curve in a file of an offline run of W&B: a log of LevelDB with protobufs in it."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, at, chunks, steps = file.read_bytes(), 7, b"", []
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # no header crosses the border of a block
-            at += 32768 - at % 32768
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        chunks += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            history, chunks = Record.FromString(chunks).history, b""
-            keys = {item.key or "/".join(item.nested_key) for item in history.item}
-            steps += [history.step.num] if key in keys else []
-    return steps
+    wandb.teardown()  # its process writes the files
+    kind = key.removesuffix("/loss")
+    files = sorted(out.glob("wandb/offline-run-*/*.wandb"))
+    return [step for file in files for step in trackers.steps_in(file, kind)]
 
 
 @pytest.mark.parametrize("tracker", PACKAGES)
 def test_a_killed_run_is_one_curve(
     tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip(tracker, reason=f"pip install {tracker}", exc_type=ImportError)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    pytest.importorskip(tracker, reason=f"pip install {tracker}", exc_type=ImportError)
+    PartialState(cpu=True)
     out = tmp_path / "out"
     out.mkdir()
     run = RunConfig(output_dir=str(out), report_to=[tracker])
-    lines = [{"kind": "train", "step": step, "loss": 1 / step} for step in range(1, 8)]
+    lines: list[dict[str, Any]] = [
+        {"kind": "train", "step": step, "loss": 1 / step} for step in range(1, 8)
+    ]
 
     def process(resumed_from: int, last: int, known: int) -> None:
         kept = lines[:resumed_from]
-        trackers = Trackers(run, {"seed": 1, "name": "x"}, lines[:known], kept, resumed_from)
-        trackers.open()
+        found = Trackers(run, {"seed": 1, "name": "x"}, lines[:known], kept, resumed_from)
+        found.open()
         for line in lines[resumed_from:last]:
-            trackers.log("train", int(line["step"]), line)
-        assert trackers.close() == []
+            found.log("train", line["step"], line)
+        assert found.close() == []
 
     process(0, 5, 0)
     process(3, 7, 5)
