@@ -99,11 +99,11 @@ def save_model(folder: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=128,
-        max_position_embeddings=64,
+        max_position_embeddings=128,
     )
     BertModel(config).save_pretrained(folder)
     tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)})
-    tokenizer.model_max_length = 64
+    tokenizer.model_max_length = 128
     tokenizer.save_pretrained(folder)
 
 
