@@ -25,9 +25,12 @@ PROGRAMS = {
     "bertdist/check.py": "check",
     "bertdist/eval.py": "evaluate",
     "bertdist/export.py": "export",
+    "bertdist/report.py": "report",
+    "bertdist/sweep.py": "sweep",
     "bertdist/push.py": "push",
     "examples/own_loop.py": "train",
     "launch/train.slurm": "train",
+    "launch/sweep.slurm": "sweep",
     "launch/multi_node.slurm": "train",
     "launch/smoke.sh": "train",
     "launch/demo.py": "demo",
@@ -38,6 +41,7 @@ PROGRAMS = {
     "bench/startup.py": "startup",
     "bench/gpu.py": "gpu",
 }
+OWN = "train|predict|check|export|report|sweep|push"  # commands whose script has their name
 OTHER_PROGRAMS = {
     "curl",
     "docker",
@@ -59,7 +63,10 @@ OTHER_PROGRAMS = {
 
 def documents(root: Path) -> Iterator[tuple[str, str]]:
     """(name, text) of the README and of the pages of docs/."""
-    for path in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+    pages = [
+        path for folder in ("docs", "docs/guides") for path in sorted((root / folder).glob("*.md"))
+    ]
+    for path in [root / "README.md", *pages]:
         if path.name != "log.md":
             yield str(path.relative_to(root)), path.read_text(encoding="utf-8")
 
@@ -136,7 +143,7 @@ def commands(text: str) -> Iterator[str]:
         for line in re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines():
             line = re.sub(r"^\s*(\$ |> )?|(^|\s)#.*$", "", line)
             line = re.sub(r"-m (bertdist|bench)\.(\w+)", r"\1/\2.py", line)
-            line = re.sub(r"^bertdist (train|predict|check|export|push)\b", r"bertdist/\1.py", line)
+            line = re.sub(rf"^bertdist ({OWN})\b", r"bertdist/\1.py", line)
             line = re.sub(r"^bertdist evaluate\b", "bertdist/eval.py", line)
             yield from (
                 part.strip()
@@ -151,10 +158,8 @@ def flags_of(program: str) -> frozenset[str]:
     from accelerate.commands.launch import launch_command_parser
 
     from bench import compiled, gpu, peers, reading, scaling, startup
-    from bertdist.core.config import EvaluateConfig, PredictConfig, TrainConfig
     from bertdist.data_quality.config import CheckConfig, LabelIssueConfig
     from bertdist.models.export_config import ExportConfig
-    from bertdist.reporting.push_config import PushConfig
 
     if program == "launch":
         return frozenset(
@@ -174,10 +179,9 @@ def flags_of(program: str) -> frozenset[str]:
         return frozenset(
             re.findall(r'"(--\w+)"', (ROOT / "launch" / "demo.py").read_text(encoding="utf-8"))
         )
-    sections_of = {"train": typing.get_type_hints(TrainConfig).values(), "predict": [PredictConfig]}
-    sections_of |= {"evaluate": [EvaluateConfig], "export": [ExportConfig], "push": [PushConfig]}
-    sections_of["check"] = [CheckConfig, LabelIssueConfig, *sections_of["train"]]
-    sections = sections_of[program]
+    sections: set[Any] = set(COMMANDS[program].sections)
+    if program in ("check", "sweep"):  # they take the flags of training too
+        sections |= {*COMMANDS["train"].sections, LabelIssueConfig}
     return frozenset(
         f"--{field.name}" for section in sections for field in dataclasses.fields(section)
     ) | {"--config", "--help", "--processes"}

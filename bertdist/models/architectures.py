@@ -20,7 +20,7 @@ A family that is not here is trained too, padded (classifier.py). To run it with
    which share weights, are not numbered. Weights beside the layers that these read, such as
    DeBERTa's table of positions: `layer_of` of its entry.
 6. tests/unit/models/test_architectures.py: one entry in KINDS; a family without one fails there.
-   docs/guide.md: the table of model types.
+   docs/guides/models.md: the table of model types.
 
 Legend: T tokens, N texts; Q is T, or N where only first tokens are computed; D head size.
 """

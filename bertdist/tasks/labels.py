@@ -2,7 +2,7 @@
 
 A label is text as it is in the source, without blanks around it, or a tuple of such names.
 `infer_problem_type` decides from the distinct labels of a training split; its rules are in
-docs/guide.md ("Numbers or classes?").
+docs/guides/tasks.md ("Numbers or classes?").
 """
 
 import math

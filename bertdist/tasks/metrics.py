@@ -52,7 +52,7 @@ A new metric touches four places:
    counts or sums), `_MEANS` (a mean over rows) or `_SORTED` (rows must be sorted). Without one
    tests/unit/tasks/test_confidence_intervals.py fails, which compares it with step 1.
 3. tests/unit/tasks/test_metrics_sklearn.py: the expected value, of an independent computation.
-4. docs/guide.md: the table of `--metrics`. What its name means: the list above.
+4. docs/guides/imbalance.md: the table of `--metrics`. What its name means: the list above.
 
 Legend: N rows, O outputs. Single-label: predictions (N,) and references (N,) are label ids,
 probabilities (N, O). Multi-label: predictions and references (N, O) of 0 and 1, probabilities (N,
