@@ -9,10 +9,10 @@ describe the past and are not checked.
 import dataclasses
 import fnmatch
 import re
-import typing
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -158,8 +158,8 @@ def flags_of(program: str) -> frozenset[str]:
     from accelerate.commands.launch import launch_command_parser
 
     from bench import compiled, gpu, peers, reading, scaling, startup
-    from bertdist.data_quality.config import CheckConfig, LabelIssueConfig
-    from bertdist.models.export_config import ExportConfig
+    from bertdist.cli import COMMANDS
+    from bertdist.data_quality.config import LabelIssueConfig
 
     if program == "launch":
         return frozenset(
@@ -183,7 +183,9 @@ def flags_of(program: str) -> frozenset[str]:
     if program in ("check", "sweep"):  # they take the flags of training too
         sections |= {*COMMANDS["train"].sections, LabelIssueConfig}
     return frozenset(
-        f"--{field.name}" for section in sections for field in dataclasses.fields(section)
+        f"--{field.name.rstrip('_')}"
+        for section in sections
+        for field in dataclasses.fields(section)
     ) | {"--config", "--help", "--processes"}
 
 

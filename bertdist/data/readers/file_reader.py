@@ -31,8 +31,8 @@ A new file format touches:
 4. sniffing.py: `detect_kind` where its content says what it is, whatever the name; `_FOREIGN` has
    the formats that are refused, so remove it there.
 5. data/prediction_input.py and data/all_columns.py: how predict and check --fix keep its columns.
-6. tests/unit/data/readers/test_<format>_reader.py, and the table in docs/guides/own_data.md ("What a file
-   is").
+6. tests/unit/data/readers/test_<format>_reader.py, and the table in
+   docs/guides/own_data.md ("What a file is").
 To write it too (--output): core/output_files.py (FORMATS, PREDICTIONS), core/config.py
 (`output_format`), and a `Writer` in data/writers.py (`create_writer`, `create_row_writer`).
 """
