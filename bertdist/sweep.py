@@ -246,6 +246,7 @@ def _run(sweep: Sweep) -> int:
             stop.reason,
             keep_all=config.keep_all,
             is_worker=config.worker,
+            discard=discard_weights,
         )
         try:
             finished = runner.run()
@@ -263,6 +264,18 @@ def _run(sweep: Sweep) -> int:
     if finished and not any(trial.state == COMPLETE for trial in search.trials):
         raise BertdistError("No trial has finished: there is no best one.")
     return 0
+
+
+def discard_weights(run: Path) -> None:
+    """Remove checkpoints/ and best/ of a run, with the model card that bertdist has written."""
+    from bertdist.core.atomic_io import MODEL_CARD
+    from bertdist.reporting.model_card import is_own
+    from bertdist.training.trial_runs import remove_weights
+
+    card = run / "best" / MODEL_CARD
+    if card.is_file() and is_own(card.read_text(encoding="utf-8", errors="replace")):
+        card.unlink()
+    remove_weights(run)
 
 
 def search_plan(sweep: Sweep) -> "SearchPlan":

@@ -74,14 +74,16 @@ class SweepRunner:
         stop_reason: Callable[[], str],
         keep_all: bool = False,
         is_worker: bool = False,
+        discard: Callable[[Path], None] = remove_weights,
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
         """config: what all trials share. stop_reason: "" to go on. is_worker: it does not wait for
-        trials that other processes run.
+        trials that other processes run. discard: removes the weights of a run.
         """
         self.search, self.folder, self.config, self.start = search, folder, config, start
         self.jobs_at_once, self.say, self.stop_reason = jobs, say, stop_reason
         self.keep_all, self.is_worker, self.poll_seconds = keep_all, is_worker, poll_seconds
+        self.discard = discard
         self._jobs: list[_Job] = []
         self._failures = 0  # in a row, before the first success
         (folder / TRIALS).mkdir(parents=True, exist_ok=True)
@@ -271,7 +273,7 @@ class SweepRunner:
             best = self.search.best
             for trial in self.search.trials:
                 if trial.state != RUNNING and not (best and trial.number == best.number):
-                    remove_weights(trial_folder(self.folder, trial.number))
+                    self.discard(trial_folder(self.folder, trial.number))
 
     def _stop_all(self) -> None:
         """Stop the trials that are running, and wait until they have saved."""

@@ -185,6 +185,7 @@ def test_a_sweep_of_real_trials(
     assert model_folder(out) == str(out / best["folder"] / "best")
     weights = [x.parent.parent.name for x in out.glob("trials/*/best/model.safetensors")]
     assert weights == [Path(best["folder"]).name]
+    assert len([*out.glob("trials/*/best*")]) == 1  # nothing is left of the other
     again = read_config(["--config", str(out / "best.yaml")])
     assert again.optim.learning_rate == best["values"]["learning_rate"]
     assert again.run.output_dir == str(out / "final") and again.data.test_file == str(rows)
