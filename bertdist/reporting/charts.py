@@ -41,7 +41,8 @@ SIZE = (5.0, 3.1)  # inches; the page scales it
 MOST_POINTS = 1_000  # of a line: more are averaged in groups of equal size
 SCATTER_POINTS = 1_500
 NAME_COLUMNS = 28  # of a name in a legend
-END_COLUMNS, LINE_GAP = 18, 0.06  # of names at the ends of lines; the gap as a share of the height
+# Names at the ends of lines; the width of a letter and the gap are shares of the picture
+END_COLUMNS, COLUMN_WIDTH, LINE_GAP = 18, 0.015, 0.06
 
 
 @dataclass(frozen=True)
@@ -190,14 +191,16 @@ def line_chart(
         if bounds is not None:
             axes.set_ylim(*bounds)
         if named_at_end and 1 < len(lines) <= len(SERIES):
-            _name_ends(axes, lines)
+            _name_ends(figure, axes, lines)
         elif len(lines) > 1:
             _legend(axes)
         return _svg(figure, name, title, description)
 
 
-def _name_ends(axes: Any, lines: Sequence[Line]) -> None:
+def _name_ends(figure: Any, axes: Any, lines: Sequence[Line]) -> None:
     """The names of the lines at the height of their last points, LINE_GAP apart at least."""
+    names = [excerpt(line.name, END_COLUMNS) for line in lines]
+    figure.subplots_adjust(right=0.97 - COLUMN_WIDTH * max(map(len, names)))
     low, high = axes.get_ylim()
     heights = [(float(line.y[-1]) - low) / (high - low) for line in lines]
     order = sorted(range(len(lines)), key=heights.__getitem__)
@@ -211,7 +214,7 @@ def _name_ends(axes: Any, lines: Sequence[Line]) -> None:
         axes.text(
             1.015,
             places[number],
-            excerpt(lines[number].name, END_COLUMNS),
+            names[number],
             transform=axes.transAxes,
             color=SERIES[number],
             fontsize=8,

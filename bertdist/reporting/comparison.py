@@ -340,6 +340,9 @@ def _answer(
         return (f"No answer. {split.notes[0]}",)
     pairs = split.differences[split.main.name]
     sentences = verdict(names, split.main, pairs, split.rows, split.name)
+    others = [name for name, found in split.differences.items() if all(x.is_sure for x in found)]
+    if split.best_run is None and others:
+        sentences += (f"Surely different are: {listed(others)}.",)
     if split.name == "validation":
         sentences += (
             "These rows have chosen the best weights of each run; rows of --test_file have not.",

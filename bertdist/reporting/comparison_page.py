@@ -16,8 +16,7 @@ from bertdist.reporting.comparison import Comparison, Curve, SplitComparison
 from bertdist.reporting.differing_settings import SettingDifference
 from bertdist.reporting.page import number, percent, render
 from bertdist.reporting.rows_view import Answer
-from bertdist.reporting.score_differences import Difference
-from bertdist.reporting.verdict import describe_difference, describe_interval
+from bertdist.reporting.score_differences import Difference, rows_needed
 
 NAME_COLUMNS = 40
 SHOWN_VALUES = 60  # characters of a setting in an answer
@@ -36,7 +35,7 @@ def page_of(comparison: Comparison) -> str:
         names=names,
         folders=comparison.folders,
         answers=_answers(comparison, names, decisive),
-        verdict=comparison.verdict,
+        sentences=[x for x in comparison.verdict[1:] if not x.startswith("To be sure")],
         splits=[_split(split, names, comparison.seeds_only) for split in comparison.splits],
         seeds=comparison.seeds,
         main_score=first.main_score,
@@ -106,13 +105,12 @@ def _sure(split: SplitComparison, names: Sequence[str]) -> Answer:
         return Answer(question, short, more, "good" if short == "Yes" else "", *link)
     (pair,) = pairs
     more = ""
-    if pair.interval is not None and pair.probability is not None:
-        more = (
-            f"{split.main.name} of {names[1]} less that of {names[0]}: "
-            f"{describe_difference(split.main.name, pair.value, signed=True)}, 95% interval "
-            f"{describe_interval(split.main.name, pair.interval)}. {names[1]} is better in "
-            f"{percent(pair.probability)} of the resamples of the rows."
-        )
+    if pair.probability is not None and pair.value:
+        likely = 1 if pair.probability >= 0.5 else 0
+        share = percent(max(pair.probability, 1 - pair.probability))
+        more = f"{names[likely]} is better in {share} of the resamples of the rows."
+        if (needed := rows_needed(pair, split.rows)) is not None:
+            more += f" To be sure of this difference, about {needed:,} rows are needed."
     return Answer(question, short, more, "good" if short == "Yes" else "", *link)
 
 

@@ -114,10 +114,9 @@ def is_share(score: str) -> bool:
     return score.startswith(_SHARES)
 
 
-def describe_difference(score: str, value: float, signed: bool = False) -> str:
-    """`1.2 points`, or `0.0123` for scores that are no shares. signed: with + too."""
-    plus = "+" * (signed and value > 0)
-    return plus + _plain(score, value) + (" points" if is_share(score) else "")
+def describe_difference(score: str, value: float) -> str:
+    """`1.2 points`, or `0.0123` for scores that are no shares."""
+    return _plain(score, value) + (" points" if is_share(score) else "")
 
 
 def describe_interval(score: str, ends: tuple[float, float]) -> str:

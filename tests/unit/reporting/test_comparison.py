@@ -1,5 +1,6 @@
 """Several runs side by side: answers in words, rows that changed, settings that differ, files, page and JSON."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 from scored_runs import MULTI, REGRESSION, softmax, write_rows, write_run
 
+from bertdist.core.args import TRAIN_SECTIONS
 from bertdist.core.errors import ConfigError
 from bertdist.report import run as report
 from bertdist.reporting.comparison import Comparison, compare_runs, run_names
 from bertdist.reporting.comparison_page import page_of
 from bertdist.reporting.comparison_table import show_comparison
 from bertdist.reporting.config import ReportConfig, check_report, read_report_config
+from bertdist.reporting.differing_settings import DECIDES_NOTHING, FOLDER, SEED
 from bertdist.reporting.run_folder import read_run
 
 HOSTILE = "<script>alert(\"x\")</script>\u202e\x07 & 'a'"
@@ -78,6 +81,7 @@ def test_lower_losses_and_undecided_scores_in_words(tmp_path: Path) -> None:
     assert found.verdict[0].startswith("Not sure: accuracy of run")
     assert found.verdict[0].endswith("contains 0.") and found.splits[0].best_run is None
     assert found.verdict[1].startswith("To be sure of a difference of this size, about ")
+    assert not any("Surely different" in sentence for sentence in found.verdict)
     same = answers(50, 0.8, 1)
     runs = [read_run(write_run(tmp_path / "equal" / name, *same)) for name in "ab"]
     found = compare_runs(runs)
@@ -255,9 +259,25 @@ def test_pages_of_other_tasks(
         assert len(sizes) <= 20
 
 
+def test_another_score_that_is_sure_is_named_where_the_main_one_is_not(tmp_path: Path) -> None:
+    truth, probabilities = answers(300, 0.8, 1)
+    blurred = (probabilities + 0.5) / 2  # the same answers, less sure
+    runs = [
+        write_run(tmp_path / name, truth, p) for name, p in (("a", probabilities), ("b", blurred))
+    ]
+    found = compare_runs([read_run(folder) for folder in runs])
+    assert found.verdict[0].startswith("No difference: both have accuracy ")
+    assert found.verdict[1] == "Surely different are: loss."
+
+
 def test_names_tell_runs_apart() -> None:
     assert run_names(["x/out1", "y/out2"]) == ("out1", "out2")
     assert run_names(["x/out", "y/out"]) == ("x/out", "y/out")
+
+
+def test_settings_without_effect_exist() -> None:
+    known = {x.name for section in TRAIN_SECTIONS for x in dataclasses.fields(section)}
+    assert {*DECIDES_NOTHING, FOLDER, SEED} - known == set()
 
 
 def test_what_cannot_be_compared_is_an_error(tmp_path: Path) -> None:
