@@ -356,7 +356,9 @@ def installed_trackers(names: list[str]) -> list[str]:
         if name in ("all", "none"):
             reason = "no tracker is installed." if names == [name] else "give it alone."
         elif name in LoggerType.list():
-            package = "'bertdist[tensorboard]'" if name == "tensorboard" else name
+            # Beside pyarrow 26 pip takes an MLflow of 2022, which protobuf 7 breaks.
+            others = {"tensorboard": "'bertdist[tensorboard]'", "mlflow": "'mlflow>=3'"}
+            package = others.get(name, name)
             reason = f"not an installed tracker; pip install {package}."
         else:
             reason = f"not a tracker of accelerate.{did_you_mean(name, LoggerType.list())}"

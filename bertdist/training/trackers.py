@@ -56,7 +56,7 @@ PROJECT_VARIABLES = {
 NAME_VARIABLES = {"clearml": "CLEARML_TASK", "mlflow": "MLFLOW_RUN_NAME", "wandb": "WANDB_NAME"}
 ID_LENGTHS = {"comet_ml": 32, "swanlab": 21}  # that they ask for
 HINTS = {
-    "mlflow": "MLFLOW_TRACKING_URI names the server or folder",
+    "mlflow": "MLFLOW_TRACKING_URI names the server; 'mlflow>=3' is what works here",
     "wandb": "run `wandb login` or set WANDB_API_KEY; WANDB_MODE=offline needs no network",
 }
 

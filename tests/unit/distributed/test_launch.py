@@ -269,6 +269,7 @@ def test_a_precision_that_cannot_take_effect_is_one_line() -> None:
         (["tensorbord"], "tensorbord: not a tracker of accelerate. Did you mean 'tensorboard'?"),
         (["neptune"], "neptune: not a tracker of accelerate. Known: "),
         (["wandb"], "wandb: not an installed tracker; pip install wandb."),
+        (["mlflow"], "mlflow: not an installed tracker; pip install 'mlflow>=3'."),
         (["tensorboard"], "tensorboard: not an installed tracker; pip install 'bertdist[tensorbo"),
         (["all"], "all: no tracker is installed."),
         (["mlflow", "none"], "none: give it alone."),
@@ -277,7 +278,7 @@ def test_a_precision_that_cannot_take_effect_is_one_line() -> None:
 def test_a_tracker_that_is_not_there_is_one_line(
     given: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    installed, state = ["mlflow"] if "mlflow" in given else [], dict(PartialState._shared_state)
+    installed, state = ["mlflow"] if "none" in given else [], dict(PartialState._shared_state)
     monkeypatch.setattr(launch, "get_available_trackers", lambda: installed)
     with pytest.raises(ConfigError) as caught:
         create_accelerator(RunConfig(use_cpu=True, output_dir=str(tmp_path), report_to=given))
