@@ -110,13 +110,13 @@ def test_help_of_a_command_names_the_flags_of_launches(
     assert code == 0 and "--processes N" in out and f"bertdist {name} --" in out
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "check"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "check", "export"])
 def test_a_command_runs_its_script_with_the_checked_config(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
     words = {"train": TRAIN, "predict": ["--model=m", "--text=x"], "check": ["--train_file=t.tsv"]}
-    words["evaluate"] = ["--model=m", "--input=t.tsv"]
+    words |= {"evaluate": ["--model=m", "--input=t.tsv"], "export": ["--model=m"]}
     script = importlib.import_module(f"bertdist.{cli.MODULES.get(name, name)}")
     monkeypatch.setattr(script, "run", lambda config: seen.append(config) or 75)
     assert run(capsys, name, *words[name])[0] == 75
