@@ -509,9 +509,12 @@ def _mistakes(rows: ScoredRows, issues: Array, explanations: Mapping[int, Any]) 
     what = "largest errors" if rows.is_regression else "surest mistakes"
     if not lines:
         return {"heading": f"The {what}", "summary": "No row is predicted wrong.", "rows": []}
-    summary = f"The first {len(lines)} of {_rows(wrong)} with a wrong answer" + (
-        ", those that the model is most sure of first" if not rows.is_regression else ""
+    summary = (
+        f"The first {len(lines)} of {_rows(wrong)} with a wrong answer, those that the model is "
+        "most sure of first"
     )
+    if rows.is_regression:
+        summary = f"The {len(lines)} largest errors of {_rows(wrong)}"
     file = f"{rows.prefix}errors.jsonl"
     summary += f"; all of them are in {file}." if len(lines) < wrong else f"; also in {file}."
     found = [_mistake(rows, line, bool(issues[line["row"]]), explanations) for line in lines]
@@ -552,9 +555,7 @@ def _mistake(
 
 def where(line: Mapping[str, Any]) -> str:
     """`dev.tsv line 12`, of a line of errors.jsonl."""
-    place = (
-        f"line {line['line']:,}" if "line" in line else f"row {line.get('file_row', line['row']):,}"
-    )
+    place = f"line {line['line']}" if "line" in line else f"row {line.get('file_row', line['row'])}"
     return f"{line.get('file', '')} {place}".strip()
 
 
