@@ -272,7 +272,6 @@ def calibration(temperature: float | None, score: str, **thresholds: float) -> d
 VARIANTS: dict[str, Any] = {
     "one label": (SINGLE, ("bad", "good"), False, {}),
     "one label by a threshold": (SINGLE, ("bad", "good"), False, {"good": 0.999}),
-    "pairs": (SINGLE, ("bad", "good"), True, {}),
     "several labels": (MULTI, ("joy", "fear", "love"), False, {}),
     "several labels by thresholds": (
         *(MULTI, ("joy", "fear", "love"), False),
