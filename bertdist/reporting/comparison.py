@@ -29,6 +29,7 @@ from bertdist.reporting.changed_rows import (
     never_right,
 )
 from bertdist.reporting.differing_settings import (
+    SEED,
     SettingDifference,
     differ_by_seed_only,
     differing_facts,
@@ -109,6 +110,7 @@ class Comparison:
     folders: tuple[str, ...]
     splits: tuple[SplitComparison, ...]  # the first one decides
     settings: tuple[SettingDifference, ...]  # with the rows that were trained on
+    has_settings: bool  # False where one is an evaluation, whose training is not known
     facts: tuple[SettingDifference, ...]  # software and machines
     commands: tuple[str, ...]
     seeds_only: bool
@@ -137,11 +139,16 @@ def compare_runs(runs: Sequence[RunFolder]) -> Comparison:
     if len({Path(folder).resolve() for folder in folders}) < len(folders):
         raise ConfigError(f"A run is given twice: {listed(folders)}. Name each folder once.")
     names = run_names(folders)
-    settings = differing_settings([{**run.config, **_trained_rows(run)} for run in runs])
+    has_settings = all(run.config for run in runs)  # not those of bertdist evaluate
+    settings: tuple[SettingDifference, ...] = ()
+    if has_settings:
+        settings = differing_settings([{**run.config, **_trained_rows(run)} for run in runs])
     splits = _compare_splits(runs, names)
     main = splits[0].main_score
-    seeds_only = all(run.config for run in runs) and differ_by_seed_only(settings)
-    seeds = _seed_spreads(splits[0], groups_by_settings([x.config for x in runs], settings))
+    seeds_only = differ_by_seed_only(settings)
+    seeds: tuple[SeedSpread, ...] = ()
+    if any(each.name == SEED for each in settings):
+        seeds = _seed_spreads(splits[0], groups_by_settings([x.config for x in runs], settings))
     axis = _x_axis(runs, settings)
     shown = dict.fromkeys(("loss", main))
     return Comparison(
@@ -149,11 +156,14 @@ def compare_runs(runs: Sequence[RunFolder]) -> Comparison:
         folders=tuple(folders),
         splits=splits,
         settings=settings,
+        has_settings=has_settings,
         facts=differing_facts([run.environment for run in runs]),
         commands=tuple(" ".join(map(str, run.environment.get("command", ()))) for run in runs),
         seeds_only=seeds_only,
         seeds=seeds,
-        verdict=_answer(names, splits[0], settings, seeds if seeds_only else ()),
+        verdict=_answer(
+            names, splits[0], settings if has_settings else None, seeds if seeds_only else ()
+        ),
         x_axis=axis,
         loss_curves=_curves(runs, "train", "loss", axis),
         score_curves={name: _curves(runs, "eval", name, axis) for name in shown},
@@ -328,10 +338,12 @@ def _notes(
 def _answer(
     names: Sequence[str],
     split: SplitComparison,
-    settings: Sequence[SettingDifference],
+    settings: Sequence[SettingDifference] | None,
     seeds: Sequence[SeedSpread],
 ) -> tuple[str, ...]:
-    """Sentences, of which the first is the answer. seeds: of runs that differ by nothing else."""
+    """Sentences, of which the first is the answer. settings: None where they are not known. seeds:
+    of runs that differ by nothing else.
+    """
     if seeds:
         (spread,) = seeds
         ends, number = (spread.lowest, spread.highest), len(spread.runs)
@@ -347,7 +359,7 @@ def _answer(
         sentences += (
             "These rows have chosen the best weights of each run; rows of --test_file have not.",
         )
-    if not any(each.decides for each in settings):
+    if settings is not None and not any(each.decides for each in settings):
         sentences += ("No setting that decides what is learned differs between the runs.",)
     return sentences
 

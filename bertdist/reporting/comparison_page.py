@@ -41,6 +41,7 @@ def page_of(comparison: Comparison) -> str:
         main_score=first.main_score,
         charts=_charts(comparison, names),
         axis=comparison.x_axis,
+        has_settings=comparison.has_settings,
         decisive=decisive,
         others=others,
         facts=comparison.facts,
@@ -118,6 +119,8 @@ def _settings(
     comparison: Comparison, names: Sequence[str], decisive: Sequence[SettingDifference]
 ) -> Answer:
     question, link = "What differs in the settings?", ("settings", "All differences")
+    if not comparison.has_settings:
+        return Answer(question, "Not known", "An evaluation does not hold those of its training.")
     if not decisive:
         return Answer(question, "Nothing that decides what is learned", "", "", *link)
     shown = [

@@ -39,7 +39,7 @@ def _show_scores(comparison: Comparison, split: SplitComparison) -> None:
         return
     title = f"Scores on the same {split.rows:,} {split.name} rows"
     if len(names) == 2:
-        header = ["score", *names, "difference", "95% interval", f"P({names[1]} better)"]
+        header = ["score", *names, "difference", "95% interval", "P(2nd better)"]
         rows = [
             [each.name, *map(shown, each.values), *_cells(split.differences[each.name][0])]
             for each in split.scores
@@ -69,7 +69,8 @@ def _show_pairs(names: Sequence[str], score: Score, pairs: Sequence[Difference])
 
 
 def _cells(pair: Difference) -> list[str]:
-    interval = "" if pair.interval is None else " to ".join(map(shown, pair.interval))
+    ends = pair.interval or ()
+    interval = " to ".join(f"{end:.3g}" for end in ends)
     probability = "" if pair.probability is None else f"{pair.probability:.1%}"
     return [f"{pair.value:+.4g}", interval, probability]
 

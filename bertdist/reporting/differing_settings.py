@@ -6,12 +6,14 @@
 A setting that is new decides what is learned, unless it is listed in DECIDES_NOTHING.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
+from bertdist.core.args import TRAIN_SECTIONS
 from bertdist.core.config import plain_duration
 
 NOT_SET = "not set"
@@ -46,11 +48,16 @@ def differing_settings(settings: Sequence[Mapping[str, Any]]) -> tuple[SettingDi
     """
     differences = [
         SettingDifference(name, values, name not in DECIDES_NOTHING)
-        for name, values in _differing(
-            [{k: plain_duration(v) for k, v in x.items() if k != FOLDER} for x in settings]
-        )
+        for name, values in _differing([_with_defaults(each) for each in settings])
     ]
     return tuple(sorted(differences, key=lambda each: not each.decides))
+
+
+def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """With those that config.yaml leaves out, as that of an earlier version does; comparable."""
+    fields = (field for section in TRAIN_SECTIONS for field in dataclasses.fields(section))
+    values = {**{field.name: field.default for field in fields}, **settings}
+    return {name: plain_duration(value) for name, value in values.items() if name != FOLDER}
 
 
 def differing_facts(facts: Sequence[Mapping[str, Any]]) -> tuple[SettingDifference, ...]:

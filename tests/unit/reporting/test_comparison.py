@@ -275,6 +275,33 @@ def test_names_tell_runs_apart() -> None:
     assert run_names(["x/out", "y/out"]) == ("x/out", "y/out")
 
 
+def test_an_evaluation_is_compared_with_the_rows_of_a_run_that_are_its_own(tmp_path: Path) -> None:
+    """Here the test rows; what it was trained with is not known."""
+    truth, probabilities = answers(200, 0.9, 4)
+    run = write_run(tmp_path / "run", *answers(100, 0.8, 5))
+    texts = [f"t{i}" for i in range(200)]
+    write_rows(run, truth, probabilities, texts=texts, prefix="test_")
+    evaluated = tmp_path / "evaluated"
+    write_rows(evaluated, truth, answers(200, 0.6, 6)[1], texts=texts)
+    report = json.loads((evaluated / "evaluation.json").read_text())
+    report["evaluated"] = {"model": "m", "data": "t.tsv", "rows": 200}
+    (evaluated / "evaluation.json").write_text(json.dumps(report))
+    found = compare_runs([read_run(run), read_run(evaluated)])
+    assert [(split.name, split.rows) for split in found.splits] == [("test", 200)]
+    assert found.verdict[0].startswith("run is better than evaluated")
+    assert found.settings == () and not found.has_settings
+    assert not any("No setting" in sentence for sentence in found.verdict)
+    assert "Not known" in page_of(found)
+
+
+def test_a_setting_that_an_earlier_version_did_not_write_has_its_default(tmp_path: Path) -> None:
+    written = {"weight_decay": 0.01, "num_train_epochs": 3.0}
+    found = comparison_of(tmp_path / "1", {}, {"config": written})
+    assert found.settings == ()
+    found = comparison_of(tmp_path / "2", {}, {"config": written | {"weight_decay": 0.1}})
+    assert [(x.name, x.values) for x in found.settings] == [("weight_decay", ("0.01", "0.1"))]
+
+
 def test_settings_without_effect_exist() -> None:
     known = {x.name for section in TRAIN_SECTIONS for x in dataclasses.fields(section)}
     assert {*DECIDES_NOTHING, FOLDER, SEED} - known == set()
