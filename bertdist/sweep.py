@@ -251,7 +251,8 @@ def _run(sweep: Sweep) -> int:
         try:
             finished = runner.run()
             if finished and not stop.reason():
-                finished = _test_best(sweep, search, launcher, stop)
+                with search.locked():  # by one worker
+                    finished = _test_best(sweep, search, launcher, stop)
         finally:
             results = _write(search, folder, sweep.train, with_page=not stop.reason())
         _show(results, folder)

@@ -21,7 +21,7 @@ from bertdist.training.search import (
 )
 
 WORDS = ["learning_rate=1e-5..5e-4:log", "train_batch_size=16,32", "warmup_ratio=0..0.2"]
-TRIALS = 16
+TRIALS = 13  # 10 are random
 PLAN = SearchPlan(
     space=read_space(WORDS),
     trials=TRIALS,
@@ -56,17 +56,15 @@ def search_all(folder: Path, plan: SearchPlan, killed: bool = False) -> list[tup
     return [(x.params, x.state, x.value) for x in search.trials]
 
 
-@pytest.mark.parametrize(
-    ("sampler", "pruner"), [("tpe", "median"), ("tpe", "hyperband"), ("random", "none")]
-)
+@pytest.mark.parametrize(("sampler", "pruner"), [("tpe", "median"), ("random", "hyperband")])
 def test_a_killed_search_tries_the_same_values(tmp_path: Path, sampler: Any, pruner: Any) -> None:
     plan = replace(PLAN, sampler=sampler, pruner=pruner)
     expected = search_all(tmp_path / "a", plan)
     assert len(expected) == TRIALS
     assert search_all(tmp_path / "b", plan, killed=True) == expected
-    others = search_all(tmp_path / "c", replace(plan, seed=43))  # the control
-    assert [x[0] for x in others] != [x[0] for x in expected]
-    assert any(state == PRUNED for _, state, _ in expected) == (pruner != "none")
+    assert any(state == PRUNED for _, state, _ in expected)
+    other = open_search(tmp_path / "c", replace(plan, seed=43)).next()  # the control
+    assert other is not None and other.params != expected[0][0]
 
 
 def test_tpe_learns_from_the_scores(tmp_path: Path) -> None:
