@@ -35,10 +35,7 @@ def parse_threshold_score(text: str) -> ThresholdScore:
     name, is_named, number = text.partition("=")
     if name not in THRESHOLD_SCORES:
         hint = did_you_mean(name, THRESHOLD_SCORES)
-        raise ConfigError(
-            f"--threshold_for {text}: no such score; expected one of "
-            f"{', '.join(THRESHOLD_SCORES)}.{hint}"
-        )
+        raise ConfigError(f"--threshold_for {text}: no such score.{hint}")
     if "_at_" not in name:
         if is_named:
             raise ConfigError(f"--threshold_for {text}: {name} takes no number.")

@@ -406,6 +406,11 @@ def check_answer(task: Task, top_k: int | None, threshold: Threshold) -> None:
         raise ConfigError("A threshold cannot take effect where every label is given (top_k all).")
     if by_label:
         thresholds_by_output(task, threshold)
+        if top_k is not None and task.problem_type == SINGLE_LABEL:
+            raise ConfigError(
+                "A threshold of a label chooses the answer, and top_k gives the most probable "
+                "labels: leave one of them out."
+            )
 
 
 def describe_thresholds(task: Task) -> str:

@@ -37,7 +37,7 @@ def test_scores_are_names_and_two_of_them_have_a_number() -> None:
     assert parse_threshold_score("f1") == ("f1", 0.0)
     assert parse_threshold_score("precision_at_recall=0.9") == ("precision_at_recall", 0.9)
     for text, problem in {
-        "f2": "no such score; expected one of f1, f1_macro",
+        "f2": "no such score. .*'f1', 'f1_macro'",
         "precision_at_recall": "expected the least recall, above 0 and at most 1",
         "recall_at_precision=0": "expected the least precision",
         "f1=0.9": "f1 takes no number",
