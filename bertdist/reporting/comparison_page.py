@@ -4,6 +4,7 @@ save(Path("comparison.html"), page_of(compare_runs(runs)))
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,7 +67,9 @@ def _answers(
     if split.main is not None and not comparison.seeds_only:
         answers.append(_sure(split, names))
     answers.append(_settings(comparison, names, decisive))
-    answers += [_rows(split.changes[0], names)] if split.changes else []
+    if split.changes and split.main is not None:
+        merits = [split.main.sign * value for value in split.main.values]
+        answers.append(_rows(max(split.changes, key=lambda x: merits[x.b]), names))
     return answers
 
 
@@ -82,8 +85,8 @@ def _which(comparison: Comparison, names: Sequence[str]) -> Answer:
         return Answer(question, names[best], answer, "good")
     for short in ("Not sure", "No difference", "No answer"):
         if answer.startswith(short):
-            more = answer.removeprefix(short).lstrip(" :.")
-            return Answer(question, short, more[:1].upper() + more[1:])
+            more = re.split("[:.] ", answer, maxsplit=1)[1]
+            return Answer(question, short, more)
     return Answer(question, "Not sure", answer)
 
 
