@@ -38,7 +38,7 @@ MOODS = {  # label -> words; some words are of both moods
 OTHERS = "a the film story plot cast music scene ending script and with but is was of it".split()
 TRAIN = (
     "bertdist train --model_name_or_path tiny-bert --train_file reviews.csv --validation_split 0.2 "
-    "--learning_rate 3e-3 --num_train_epochs 6 --output_dir out"
+    "--learning_rate 2e-3 --num_train_epochs 4 --output_dir out"
 )
 
 
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def write_rows(path: Path, count: int = 1500) -> None:
+def write_rows(path: Path, count: int = 600) -> None:
     """Rows by rule: mostly words of the label's mood, one label in twenty wrong."""
     random = np.random.default_rng(3)
     labels = list(MOODS)

@@ -58,7 +58,8 @@ def relative_to_docs(text: str) -> str:
         target = match[1]
         return f"]({target.removeprefix('docs/') if target.startswith('docs/') else f'../{target}'}"
 
-    return re.sub(r"\]\((?!\w+:|#|/)([^)\s]+)", moved, text)
+    text = re.sub(r"\]\((?!\w+:|#|/)([^)\s]+)", moved, text)
+    return re.sub(r'(src|srcset)="docs/', r'\1="', text)  # pictures
 
 
 def without_other_links(markdown: str, folder: Path) -> str:

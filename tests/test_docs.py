@@ -352,6 +352,7 @@ def test_links_out_of_the_site_become_paths(made: Any) -> None:
     text = "[a](docs/log.md#x) [b](examples/x.py) ![c](docs/pictures/c.png) [d](https://e.f)"
     expected = "[a](log.md#x) [b](../examples/x.py) ![c](pictures/c.png) [d](https://e.f)"
     assert made.relative_to_docs(text) == expected
+    assert made.relative_to_docs('<img src="docs/pictures/c.png">') == '<img src="pictures/c.png">'
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -370,3 +371,22 @@ def test_every_page_is_in_the_navigation() -> None:
     assert {page for page in pages - named if not page.startswith(folders)} == set()
     made_pages = {"index.md", "changelog.md"}
     assert {name for name in named - pages if not name.endswith("/")} == made_pages
+
+
+# ---- Pictures
+
+
+def test_a_picture_shows_what_is_left_on_the_terminal() -> None:
+    from bench.pictures import screen_of
+
+    output = "a\r\n\x1b[?25lstep 1\r\x1b[2K\x1b[1A\x1b[2Kb\r\n\x1b[1mstep 2\x1b[0m\r\n\x1b[?25h"
+    assert screen_of(output) == "b\n\x1b[1mstep 2\x1b[0m"
+    assert screen_of(output.replace("\x1b[1A", "")) != screen_of(output)  # the control
+
+
+def test_pictures_are_small_and_name_no_place() -> None:
+    pictures = list((ROOT / "docs" / "pictures").iterdir())
+    assert {path.name for path in pictures} >= {"terminal.svg", "report_light.png"}
+    assert max(path.stat().st_size for path in pictures) < 300_000
+    text = (ROOT / "docs" / "pictures" / "terminal.svg").read_text()
+    assert "@font-face" not in text and "/tmp" not in text and "bin/python" not in text
