@@ -54,7 +54,7 @@ PROGRAM = "bertdist sweep"
 ABOUT = """Try settings of training and keep the best; the same command continues after a stop.
 
   bertdist sweep --config run.yaml --trials 20 --output_dir sweep \\
-      --try learning_rate=1e-5..5e-4:log train_batch_size=16,32 warmup_ratio=0..0.2
+      --try learning_rate=1e-5..5e-4:log train_batch_size=16,32
   bertdist sweep --output_dir sweep --status
 
 All flags of `bertdist train` are those of every trial."""

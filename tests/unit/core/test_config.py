@@ -528,6 +528,7 @@ FULL = [  # every setting has a value here in one of them
     "--torch_compile --cuda_graphs --verbose",
     "--test_split 0.1 --mixed_precision auto --freeze embeddings 4",
     "--test_split 0.1 --split_seed 7 --seeds 3",
+    "--project p --run_name r --slice_column s --push_to_hub u/m --report",
     "--calibrate --tune_thresholds --threshold_for precision_at_recall=0.9 --validation_file=v.tsv",
 ]
 HUB = "--model_name_or_path=m --output_dir=o --dataset_name=d --dataset_config_name=c --train_split=t --validation_split=v --test_split=e".split()
