@@ -207,7 +207,6 @@ def kill_in(module: Any, name: str, before: bool) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("module", "name", "before"),
     [
-        (evaluation, "describe_fits", True),  # after the temperature was fitted
         (best_model, "save_classifier", False),  # while best/ is written
         (evaluation, "write_results", True),  # best/ is written, its results are not
     ],
