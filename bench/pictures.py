@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich._export_format import CONSOLE_SVG_FORMAT
@@ -84,11 +85,10 @@ def write_rows(path: Path, count: int = 600) -> None:
 def save_model(folder: Path) -> None:
     """A random BERT of two layers of 64, and a tokenizer of the words above."""
     import torch
-    from transformers import (
-        BertConfig,
-        BertModel,
-        BertTokenizerFast,  # type: ignore[attr-defined]
-    )
+    import transformers
+    from transformers import BertConfig, BertModel
+
+    library: Any = transformers
 
     words = sorted({*OTHERS, *(word for mood in MOODS.values() for word in mood)})
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *words]
@@ -102,7 +102,7 @@ def save_model(folder: Path) -> None:
         max_position_embeddings=128,
     )
     BertModel(config).save_pretrained(folder)
-    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)})
+    tokenizer = library.BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)})
     tokenizer.model_max_length = 128
     tokenizer.save_pretrained(folder)
 
