@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bertdist.core.config import TrainConfig
 from bertdist.core.errors import BertdistError
-from bertdist.core.terminal import process_rank, show
+from bertdist.core.terminal import print_to_stderr, process_rank
 
 
 def finish_run(config: TrainConfig) -> None:
@@ -26,7 +26,7 @@ def finish_run(config: TrainConfig) -> None:
     if config.run.push_to_hub and process_rank() == 0:
         from bertdist.reporting.upload import push_run
 
-        push_run(config, show)
+        push_run(config, print_to_stderr)
 
 
 def write_report(folder: Path) -> None:
@@ -58,4 +58,4 @@ def attempt(problem: str, write: Callable[[], str]) -> None:
         line = f"{problem}: {error}"
     except Exception as error:
         line = f"{problem}: {type(error).__name__}: {error}"
-    show(line)
+    print_to_stderr(line)

@@ -5,6 +5,7 @@ can be given the flags later. What best/ has stays, also without the flags.
 """
 
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
@@ -17,6 +18,11 @@ from bertdist.data.records import Records
 from bertdist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from bertdist.tasks.calibration import fit_temperature, measure, tune, without_thresholds
 from bertdist.tasks.tasks import Task
+
+
+def public_name(data: str) -> str:
+    """The name of a data set for config.json, which may be published: of a path the last part."""
+    return PurePath(data).name if PurePath(data).is_absolute() else data
 
 
 class Fits(NamedTuple):
@@ -96,7 +102,7 @@ def describe_fits(
         "temperature": value,
         "threshold_for": threshold_for,
         "thresholds": {label: number for label, number in pairs if number is not None},
-        "fitted_on": {"data": records.name, "rows": len(records)},
+        "fitted_on": {"data": public_name(records.name), "rows": len(records)},
         "in_sample": True,
         "before": measure(plain, before, references, threshold_for, positive),
         "after": measure(tuned, after, references, threshold_for, positive),

@@ -36,7 +36,7 @@ def test_a_finished_run_has_a_card_and_a_stopped_one_none(
     assert not (best / "README.md").exists() and uploaded == []
     assert train_all(config, lambda config: True)
     assert (best / "README.md").exists() and uploaded == ["a/b"]
-    assert f"Model card: {best / 'README.md'}" in capsys.readouterr().out
+    assert f"Model card: {best / 'README.md'}" in capsys.readouterr().err
     config.run = replace(config.run, push_to_hub=None)
     train_all(config, lambda config: True)
     assert uploaded == ["a/b"]
@@ -61,4 +61,4 @@ def test_a_card_that_cannot_be_written_is_one_line(
     best = make_run(tmp_path / "out")
     monkeypatch.setattr(model_card, "write_model_card", broken)
     assert train_all(config_of(best.parent), lambda config: True)
-    assert "The model card was not written: KeyError: 'labels'" in capsys.readouterr().out
+    assert "The model card was not written: KeyError: 'labels'" in capsys.readouterr().err

@@ -201,15 +201,15 @@ def test_a_report_that_cannot_be_written_is_one_line(
 ) -> None:
     out = write_run(tmp_path / "out", scored_rows(["a", "b"], ("x", "y"), [0, 1], [[5, 0], [0, 5]]))
     after_run.write_report(out)
-    assert capsys.readouterr().out.strip() == f"Report: {out / 'report.html'}"
+    assert capsys.readouterr().err.strip() == f"Report: {out / 'report.html'}"
     (out / "report.html").write_text("mine")
     after_run.write_report(out)
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert said.startswith("The report was not written: ") and said.count("\n") == 1
     assert (out / "report.html").read_text() == "mine"
     after_run.attempt("Not written", lambda: 1 / 0)  # type: ignore[arg-type, return-value]
-    assert capsys.readouterr().out == "Not written: ZeroDivisionError: division by zero\n"
+    assert capsys.readouterr().err == "Not written: ZeroDivisionError: division by zero\n"
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     after_run.write_report(out)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""

@@ -30,7 +30,13 @@ from bertdist.core.config import TaskConfig
 from bertdist.core.errors import ConfigError
 from bertdist.predict import Predictor
 from bertdist.training import best_model, evaluation
-from bertdist.training.calibration import Fits, due_fits, stays_fitted, wanted_fits
+from bertdist.training.calibration import (
+    Fits,
+    due_fits,
+    public_name,
+    stays_fitted,
+    wanted_fits,
+)
 
 RESULTS = ("evaluation.json", "predictions.jsonl", "errors.jsonl")
 FLAGS: dict[str, Any] = {"calibrate": True, "tune_thresholds": True}
@@ -262,3 +268,16 @@ def test_flags_without_rows_are_refused() -> None:
     for config in (TaskConfig(calibrate=True), TaskConfig(tune_thresholds=True)):
         with pytest.raises(ConfigError, match="needs rows to evaluate on"):
             wanted_fits(config, has_rows=False)
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("/home/anna/reviews", "reviews"),
+        ("dev.tsv", "dev.tsv"),
+        ("glue sst2 validation", "glue sst2 validation"),
+        ("anna/reviews", "anna/reviews"),
+    ],
+)
+def test_no_folder_of_this_machine_is_in_config_json(data: str, name: str) -> None:
+    assert public_name(data) == name
