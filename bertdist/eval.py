@@ -137,6 +137,8 @@ def evaluate(config: EvaluateConfig) -> Results | None:
                     "data": records.name,
                     "rows": len(records),
                 }
+                if config.positive_label is not None:
+                    of["positive_label"] = task.labels[scorer.positive]
                 fitted = predictor.metadata.get("calibration") or {}
                 if given is not None:  # instead of those that were fitted
                     of["threshold"] = given

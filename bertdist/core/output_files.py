@@ -265,7 +265,7 @@ def check_evaluation_folder(folder: Path) -> None:
             f"{folder / 'test'}."
         )
     report = folder / RESULT_FILES[0]
-    is_own = "evaluated" in read_json_object(report) or partial_path(report).exists()
+    is_own = _is_evaluation(folder) or partial_path(report).exists()
     if not is_own and (foreign := _foreign_files(folder, (), RESULT_FILES)):
         raise ConfigError(
             f"--output_dir {folder} holds {foreign}, which no evaluation wrote: give a folder that "
@@ -333,6 +333,8 @@ def is_own_report(path: Path) -> bool:
     """Whether a report may be written there, or removed: a file that bertdist wrote, or none."""
     if not os.path.lexists(path):
         return True
+    if not path.is_file():  # a FIFO has no end
+        return False
     try:
         with open(path, "rb") as file:
             return not path.is_symlink() and REPORT_MARKER in file.read(4096)
@@ -340,8 +342,13 @@ def is_own_report(path: Path) -> bool:
         return False
 
 
+def _is_evaluation(folder: Path) -> bool:
+    return "evaluated" in read_json_object(folder / RESULT_FILES[0])
+
+
 def run_that_wrote(file: Path) -> Path | None:
-    """The folder of the run that writes this file, or has written it; None if none has.
+    """The folder of the run, or evaluation, that writes this file, or has written it; None if none
+    has.
 
     In best/ and checkpoints/, PREDICTIONS are a user's.
     """
@@ -350,7 +357,7 @@ def run_that_wrote(file: Path) -> Path | None:
         first, *below = file.relative_to(folder).parts
         in_model = first.split(".")[0] in ("best", "checkpoints") and below and file.is_file()
         written = first in WRITTEN or (in_model and file.suffix not in PREDICTIONS)
-        if written and is_run_folder(folder):
+        if written and (is_run_folder(folder) or _is_evaluation(folder)):
             return folder
     return None
 

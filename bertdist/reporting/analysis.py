@@ -191,9 +191,9 @@ def mislabelled(rows: ScoredRows) -> Array:
     counts = np.bincount(truth[known], minlength=len(rows.labels))
     sums = np.bincount(truth[known], own[known], len(rows.labels))
     threshold = np.where(counts > 0, sums / np.maximum(counts, 1), np.inf)
-    found: Array = (
-        known & (rows.predicted != truth) & (rows.probabilities.max(1) >= threshold[rows.predicted])
-    )
+    # A tuned threshold may give the less probable one of two labels.
+    answered = rows.probabilities[np.arange(len(rows)), rows.predicted]
+    found: Array = known & (rows.predicted != truth) & (answered >= threshold[rows.predicted])
     return found
 
 

@@ -40,6 +40,8 @@ from bertdist.reporting.matched_rows import MatchedRows, match_rows, read_texts
 from bertdist.reporting.run_folder import RunFolder, ScoredRows
 from bertdist.reporting.score_differences import Difference, Score, compare_scores
 from bertdist.reporting.verdict import seeds_verdict, verdict
+from bertdist.tasks.labels import SINGLE_LABEL, LabelIndex
+from bertdist.tasks.metrics import OF_POSITIVE
 from bertdist.training.resume_check import checkpoints_in
 
 MOST_RUNS = 20
@@ -252,23 +254,32 @@ def _compare_split(
         main_score=main,
         reported=reported,
     )
-    return comparison if matched is None else _filled(comparison, matched, scored[0], common, runs)
+    return comparison if matched is None else _filled(comparison, matched, scored, common, runs)
 
 
 def _filled(
     split: SplitComparison,
     matched: MatchedRows,
-    first: ScoredRows,
+    scored: Sequence[ScoredRows],
     names: Sequence[str],
     runs: Sequence[RunFolder],
 ) -> SplitComparison:
     """With all that is computed of the shared rows."""
+    first = scored[0]
 
     def texts(rows: Sequence[int]) -> list[str]:
         return ["\n".join(map(str, text.values())) for text in first.texts(rows)]
 
-    positive = next((x for run in runs if (x := run.config.get("positive_label"))), None)
-    number = matched.labels.index(positive) if positive in matched.labels else 1
+    positives = [_positive_label(run, rows) for run, rows in zip(runs, scored, strict=True)]
+    left_out = [name for name in names if name in OF_POSITIVE and len(set(positives)) > 1]
+    if left_out:  # scores of one name, but of different labels
+        names = [name for name in names if name not in left_out] or ["accuracy"]
+        note = (
+            f"{listed(left_out)} of the runs are of different labels ({listed(positives)}, "
+            "--positive_label): not compared."
+        )
+        split = replace(split, notes=(*split.notes, note))
+    number = matched.labels.index(positives[0]) if positives[0] in matched.labels else 1
     scores, differences = compare_scores(names, matched, number)
     main = split.main_score if split.main_score in differences else scores[0].name
     never, rows = never_right(matched, texts)
@@ -283,6 +294,16 @@ def _filled(
         never_right_rows=rows,
         labels=label_scores(matched),
     )
+
+
+def _positive_label(run: RunFolder, rows: ScoredRows) -> str:
+    """The positive one of two labels in the scores of a run, or an evaluation; "" of others."""
+    if rows.problem_type != SINGLE_LABEL or len(rows.labels) != 2:
+        return ""
+    of = rows.report.get("evaluated") if run.is_evaluation else run.config
+    given = of.get("positive_label") if isinstance(of, dict) else None
+    found = None if given is None else LabelIndex(rows.labels).find(str(given))
+    return rows.labels[1 if found is None else found]
 
 
 def _number(value: Any) -> float | None:

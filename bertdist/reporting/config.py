@@ -8,7 +8,7 @@ from pathlib import Path
 from bertdist.core.args import parse_arguments
 from bertdist.core.config import Section, setting
 from bertdist.core.errors import ConfigError
-from bertdist.core.output_files import check_outputs, is_run_folder
+from bertdist.core.output_files import REPORT_FILE, check_outputs, is_own_report, is_run_folder
 
 PROGRAM = "bertdist report"
 ABOUT = """Write the page of a run, or a comparison of several: scores with intervals, curves,
@@ -77,11 +77,19 @@ def read_report_config(arguments: Sequence[str]) -> ReportConfig:
 
 
 def check_report(config: ReportConfig) -> None:
-    """Raise ConfigError for folders that are none, before torch is imported, and for a --json that
-    cannot be written.
+    """Raise ConfigError for folders that are none, before torch is imported, and for an --output or
+    a --json that cannot be written.
     """
-    if config.json is not None:
-        check_outputs({"--json": config.json}, [("--runs", run) for run in config.runs or ()])
+    page = config.output or (COMPARISON_FILE if len(config.runs or ()) > 1 else None)
+    outputs = {} if config.json is None else {"--json": config.json}
+    if page is not None:
+        if not is_own_report(Path(page)):
+            raise ConfigError(f"{page} was not written by bertdist: rename it, or give --output.")
+        if config.json is not None and os.path.realpath(page) == os.path.realpath(config.json):
+            raise ConfigError(f"--json {config.json} is the page as well: name another file.")
+        if not os.path.lexists(page) and Path(page).name != REPORT_FILE:
+            outputs["--output"] = page
+    check_outputs(outputs, [("--runs", run) for run in config.runs or ()])
     for folder in config.runs or ():
         path = Path(os.path.expanduser(folder))
         if not path.is_dir():

@@ -311,7 +311,11 @@ def measure_again(
     """What was fitted, with before and after of other rows.
 
     task: with the thresholds in use. logits: of the model into which the temperature is folded.
+    positive: of two labels without a threshold; else it is the label that was fitted.
     """
+    if references.ndim == 1:
+        with_one = (i for i, limit in enumerate(task.thresholds) if limit is not None)
+        positive = next(with_one, positive)
     plain, threshold_for = without_thresholds(task), fitted.get("threshold_for")
     uncalibrated = (logits.double() * float(fitted.get("temperature") or 1.0)).float()
     return {

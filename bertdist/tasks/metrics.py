@@ -46,7 +46,7 @@ A new metric touches four places:
 1. tasks/metrics.py: one entry in `_METRICS`, which --metrics and its messages know it by; the
    function is scikit-learn's or scipy's, or one above the table where theirs warns or raises. Its
    name also goes into LOWER_IS_BETTER (of tasks/metric_names.py), `UNDEFINED` (when it is nan) and
-   `_OF_POSITIVE` (it depends on --positive_label), where they hold. A mean over rows: its rows in
+   `OF_POSITIVE` (it depends on --positive_label), where they hold. A mean over rows: its rows in
    tasks/row_scores.py.
 2. tasks/confidence_intervals.py: the score of many resamples at once, one entry in `_COUNTED` (from
    counts or sums), `_MEANS` (a mean over rows) or `_SORTED` (rows must be sorted). Without one
@@ -170,7 +170,7 @@ class _Spec:
 
 
 _F1_LIKE = ("f1", "precision", "recall")
-_OF_POSITIVE = (*_F1_LIKE, "average_precision")  # of two labels, those of the positive one
+OF_POSITIVE = (*_F1_LIKE, "average_precision")  # of two labels, those of the positive one
 
 
 def _sklearn(function: str, *problem_types: str, **options: Any) -> _Spec:
@@ -338,7 +338,7 @@ class MetricSet:
         self.names: tuple[str, ...] = tuple(metrics)
         self._metrics, self._problem_type, self._num_labels = metrics, problem_type, len(labels)
         self.positive, self.positive_note = positive, ""  # which label it is, in a sentence
-        affected = [name for name in metrics if name in _OF_POSITIVE]
+        affected = [name for name in metrics if name in OF_POSITIVE]
         if affected and problem_type == SINGLE_LABEL and len(labels) == 2:
             self.positive_note = (
                 f"The positive label of {listed(affected, 5)} is {labels[positive]!r} "
@@ -444,10 +444,10 @@ def _find_positive(
         raise ConfigError(f"it is for tasks with two labels; this one is {problem_type}{how}.")
     if (found := LabelIndex(labels).find(label)) is None:
         raise ConfigError(f"no such label.{did_you_mean(label, labels)}")
-    if not (tunes or set(names) & set(_OF_POSITIVE)):
+    if not (tunes or set(names) & set(OF_POSITIVE)):
         raise ConfigError(
             f"no score depends on it; --metrics has {', '.join(names)}, and "
-            f"{', '.join(_OF_POSITIVE)} do."
+            f"{', '.join(OF_POSITIVE)} do."
         )
     return found
 

@@ -116,8 +116,12 @@ class Results(NamedTuple):
 def write_results(folder: Path, results: Results, prefix: str = "") -> None:
     """Write them into files of these names. Raises CheckpointError.
 
-    prefix: test_ for the rows of --test_file.
+    prefix: test_ for the rows of --test_file. A report.html that is there is of other scores, and
+    removed first.
     """
+    if is_own_report(folder / REPORT_FILE):
+        with explain_write_errors(folder / REPORT_FILE, "remove"):
+            (folder / REPORT_FILE).unlink(missing_ok=True)
     names = [folder / f"{prefix}{name}" for name in RESULT_FILES]
     report, predictions, errors, probabilities = names
     atomic_write(predictions, map(to_json, results.predictions))

@@ -25,9 +25,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from bertdist.core.atomic_io import read_json_object
+from bertdist.core.atomic_io import explain_write_errors, read_json_object
 from bertdist.core.config import TaskConfig, TrainConfig
-from bertdist.core.errors import BertdistError, ConfigError, did_you_mean
+from bertdist.core.errors import BertdistError, ConfigError, did_you_mean, listed
 from bertdist.core.output_files import RESULT_FILES
 from bertdist.core.types import Array
 from bertdist.data.batch import PackedBatch
@@ -308,7 +308,12 @@ class RunEvaluator:
         Returns its contents on rank 0.
         """
         loader = self.test_loader
-        if loader is None or not state.finished:
+        if not state.finished:
+            return None
+        if loader is None:
+            with raise_on_all_ranks(self.accelerator):
+                if self.accelerator.is_main_process:
+                    self._remove_other_test_results(state)
             return None
         records = loader.dataset.records
         of: dict[str, Any] = {
@@ -318,8 +323,8 @@ class RunEvaluator:
         }
         if state.best_weights:
             of["weights"] = state.best_weights
-        if fitted := self.best_model.calibration():
-            of["fitted"] = {name: fitted.get(name) for name in ("temperature", "thresholds")}
+        if fitted := self._fitted():
+            of["fitted"] = fitted
         files = [self.best_model.folder / f"test_{name}" for name in RESULT_FILES]
         report = read_json_object(files[0])
         lacks = {name: report.get(name) for name in of} != of
@@ -328,6 +333,33 @@ class RunEvaluator:
         if not broadcast_from_rank0(self.accelerator, lacks):
             return report
         return self._evaluate_best(loader, state, "test_", **of)
+
+    def _fitted(self) -> dict[str, Any]:
+        """What of the fits of best/ its answers depend on."""
+        fitted = self.best_model.calibration()
+        return {name: fitted.get(name) for name in ("temperature", "thresholds")} if fitted else {}
+
+    def _remove_other_test_results(self, state: TrainState) -> None:
+        """Without --test_file: remove the results of an earlier one that are not of best/ as it is
+        now, which the report and the model card would show as its scores.
+        """
+        files = [self.best_model.folder / f"test_{name}" for name in RESULT_FILES]
+        report = read_json_object(files[0])
+        is_same = report.get("weights", "") in ("", state.best_weights)
+        if not report or (
+            is_same
+            and report.get("step") == state.best_step
+            and report.get("fitted", {}) == self._fitted()
+        ):
+            return
+        found = [path for path in files if path.exists()]
+        for path in found:
+            with explain_write_errors(path, "remove"):
+                path.unlink()
+        self.log.say(
+            f"Removed {listed([path.name for path in found])}: of the model before. --test_file "
+            "evaluates it again."
+        )
 
     def _evaluate_best(
         self, loader: MapLoader, state: TrainState, prefix: str = "", **first: Any

@@ -1,10 +1,12 @@
 """The numbers that a report computes, beside those of scikit-learn, on random rows; each with a control that differs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from run_folders import random_rows, write_run
 from sklearn import calibration, metrics
 
@@ -162,6 +164,19 @@ def test_rows_that_look_mislabelled(tmp_path: Path) -> None:
     found = analysis.mislabelled(rows)
     assert (found & changed).sum() >= 27 and (found & ~changed).sum() <= 3
     assert not analysis.mislabelled(rows_of(tmp_path, "multi")).any()
+
+
+def test_labels_are_doubted_by_the_probability_of_the_answer(tmp_path: Path) -> None:
+    """After --tune_thresholds the answer need not be the more probable one of two labels."""
+    given = random_rows(3, ["a", "b"])
+    given.dataset.targets[:] = [0, 1, 0]
+    for first, expected in ((0.4, False), (0.95, True)):  # the mean of b is 0.9
+        probabilities = np.array([[1 - first, first], [0.1, 0.9], [0.9, 0.1]])
+        tuned = replace(given.task, thresholds=(None, 0.3))
+        rows = given._replace(task=tuned, logits=torch.tensor(probabilities).log().float())
+        found = read_run(write_run(tmp_path / str(first), rows)).validation
+        assert found is not None and found.predicted.tolist() == [1, 1, 0]
+        assert analysis.mislabelled(found).tolist() == [expected, False, False]
 
 
 def test_numbers_that_are_drawn(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scored_runs import MULTI, REGRESSION, softmax, write_rows, write_run
+from sklearn.metrics import f1_score
 
 from bertdist.core.args import TRAIN_SECTIONS
 from bertdist.core.errors import ConfigError
@@ -318,3 +319,48 @@ def test_what_cannot_be_compared_is_an_error(tmp_path: Path) -> None:
     config = ReportConfig(runs=[str(tmp_path / "a")] * 2, json=str(tmp_path / "a" / "config.yaml"))
     with pytest.raises(ConfigError, match=r"--json .* would replace a file of --runs"):
         check_report(config)
+
+
+def test_outputs_that_would_replace_a_file_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of an evaluation too, the page itself, and a page that is no page."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        write_rows(tmp_path / name, *answers(20, 0.8, 1))
+        report = json.loads((tmp_path / name / "evaluation.json").read_text())
+        (tmp_path / name / "evaluation.json").write_text(json.dumps(report | {"evaluated": {}}))
+    (tmp_path / "a" / "predictions.jsonl").write_text("{}\n")
+    (tmp_path / "mine.html").write_text("mine")
+    for given, words in (
+        ({"json": "a/predictions.jsonl"}, "would replace a file of the run in"),
+        ({"json": "a/probabilities.parquet"}, "would replace a file of the run in"),
+        ({"json": "comparison.html"}, "is the page as well"),
+        ({"json": "x", "output": "x"}, "is the page as well"),
+        ({"output": "mine.html"}, "was not written by bertdist"),
+        ({"output": "none/x.html"}, "there is no folder none"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            check_report(ReportConfig(runs=["a", "b"], **given))
+    check_report(ReportConfig(runs=["a", "b"], json="a/x.json", output="a/report.html"))
+
+
+def test_scores_of_different_positive_labels_are_not_compared(tmp_path: Path) -> None:
+    scores = {"loss": 0.5, "f1": 0.5, "accuracy": 0.5}
+    first, other = (
+        {"config": {"positive_label": x}, "scores": scores, "rows": 40} for x in ("no", "yes")
+    )
+    found = comparison_of(tmp_path / "same", first, first).splits[0]
+    truth, probabilities = answers(40, 0.8, 1)
+    right = f1_score(truth, probabilities.argmax(1), pos_label=0)
+    assert found.main_score == "f1" and found.scores[1].values[0] == pytest.approx(right)
+    assert right != pytest.approx(f1_score(truth, probabilities.argmax(1)))
+    found = comparison_of(tmp_path / "differ", first, other).splits[0]
+    assert [score.name for score in found.scores] == ["loss", "accuracy"]
+    assert "f1 of the runs are of different labels (no, yes, --positive_label)" in found.notes[-1]
+    report = {"evaluated": {"positive_label": "no"}, "scores": scores}
+    for name in ("a", "b"):  # evaluations
+        write_rows(tmp_path / name, truth, probabilities)
+        (tmp_path / name / "evaluation.json").write_text(json.dumps(report))
+    (found,) = compare_runs([read_run(tmp_path / name) for name in "ab"]).splits
+    assert found.scores[1].values[0] == pytest.approx(right)

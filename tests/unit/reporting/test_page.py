@@ -1,5 +1,6 @@
 """What a page is made of: every value escaped, numbers, and whose file it may replace."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,8 @@ def test_only_pages_of_its_own_are_replaced(tmp_path: Path) -> None:
     link = tmp_path / "link.html"
     link.symlink_to(tmp_path / "elsewhere.html")
     assert not is_own_report(link) and not is_own_report(tmp_path)
+    os.mkfifo(tmp_path / "fifo")  # which is not read: that would wait for ever
+    assert not is_own_report(tmp_path / "fifo")
     with pytest.raises(CheckpointError, match="Cannot write"):
         page.save(tmp_path / "none" / "report.html", html)
 

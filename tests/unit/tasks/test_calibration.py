@@ -344,6 +344,19 @@ def test_other_rows_are_measured_without_and_with_what_was_fitted() -> None:
             check_calibration(broken)
 
 
+def test_other_rows_are_measured_by_the_label_of_the_threshold() -> None:
+    """Also where --positive_label of the training is not given again."""
+    logits, labels = logits_and_labels(2, rows=400)
+    z, plain = torch.from_numpy(logits), SingleLabel(("no", "yes"))
+    tuned, _ = tune(plain, z, labels, "f1", 0)
+    assert tuned.thresholds[1] is None
+    entry = {"temperature": None, "threshold_for": "f1"}
+    again = measure_again(entry, tuned, z, labels, 1)
+    assert again["before"] == pytest.approx(measure(plain, z, labels, "f1", 0))
+    assert again["after"] == measure(tuned, z, labels, "f1", 0)
+    assert again["after"]["f1"] != measure(tuned, z, labels, "f1", 1)["f1"]
+
+
 def test_thresholds_of_a_config_are_checked() -> None:
     two, many = "single_label_classification", "multi_label_classification"
     assert task_of_model(two, ["a", "b"], (), {"b": 0.25}).thresholds == (None, 0.25)

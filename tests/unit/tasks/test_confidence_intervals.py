@@ -82,7 +82,7 @@ def test_the_score_of_a_resample_is_that_of_the_rows_that_it_draws(
         if name == "loss":
             expected = losses[rows].mean()
         else:
-            is_of_positive = labels == 2 and name in metrics._OF_POSITIVE and kind == SINGLE
+            is_of_positive = labels == 2 and name in metrics.OF_POSITIVE and kind == SINGLE
             opened = load_metrics([name], kind, label_names, "l0" if is_of_positive else None)
             expected = opened.compute(*(array[rows] for array in arrays))[name]
         assert value == pytest.approx(expected, rel=2e-6, abs=1e-9, nan_ok=True)

@@ -28,6 +28,7 @@ from bertdist.core.args import read_predict_config
 from bertdist.core.atomic_io import find_damage
 from bertdist.core.config import TaskConfig
 from bertdist.core.errors import ConfigError
+from bertdist.core.output_files import REPORT_MARKER
 from bertdist.predict import Predictor
 from bertdist.training import best_model, evaluation
 from bertdist.training.calibration import (
@@ -228,6 +229,21 @@ def test_a_run_that_is_killed_while_it_fits_ends_with_the_same_bytes(
     assert is_fitted is (name == "write_results")
     train(out.name, **FLAGS)
     assert written(out) == written(fitted[0])
+
+
+def test_a_later_fit_removes_results_and_a_report_of_the_model_before(
+    plain: Path, files: tuple[Path, Files, Path], train: Train
+) -> None:
+    out = copied(plain, "stale")
+    train(out.name, test_file=files[2])
+    test = sorted(out.glob("test_*"))
+    (out / "report.html").write_bytes(REPORT_MARKER)
+    train(out.name)
+    assert len(test) == 4 and sorted(out.glob("test_*")) == test, "still of this model"
+    assert (out / "report.html").exists()
+    said = " ".join(train(out.name, report=False, **FLAGS).split())
+    assert not [*out.glob("test_*")] and not (out / "report.html").exists()
+    assert "Removed test_evaluation.json, test_predictions.jsonl" in said
 
 
 def test_a_lost_best_is_written_again_and_fitted(
