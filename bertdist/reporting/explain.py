@@ -20,6 +20,7 @@ from bertdist.reporting.run_folder import ScoredRows
 
 MOST_WORDS = 200  # of a text; those after them are not left out
 SHOWN_WORDS = 5
+ROUNDING = 0.02  # of another precision or device
 _WORD = re.compile(r"\S+")
 
 # texts, second texts or None -> (texts, labels)
@@ -67,7 +68,19 @@ def explain(rows: ScoredRows, line: dict[str, Any], probabilities: Probabilities
     pairs = [variant[1] for variant in variants] if len(fields) > 1 else None
     found = probabilities(texts, pairs)[:, label].astype(np.float64)
     effects = [*(found[0] - found[1:]).tolist(), *[0.0] * (len(places) - len(found) + 1)]
-    return Words(about, _as_words(fields, places, effects), _summary(fields, places, effects))
+    evaluated = float(rows.probabilities[int(line["row"]), label])
+    summary = _summary(fields, places, effects) + _difference(found[0], evaluated)
+    return Words(about, _as_words(fields, places, effects), summary)
+
+
+def _difference(now: float, evaluated: float) -> str:
+    """A sentence where the model does not give what it gave when the row was evaluated."""
+    if not abs(now - evaluated) > ROUNDING * max(1.0, abs(evaluated)):
+        return ""
+    return (
+        f" The model gives {now:.3g} now, {evaluated:.3g} when the row was evaluated: the model, "
+        "or a setting (--max_length), is another one."
+    )
 
 
 def _words_of(text: str) -> list[re.Match[str]]:

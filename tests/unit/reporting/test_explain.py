@@ -40,6 +40,21 @@ def test_the_words_of_a_mistake(tmp_path: Path) -> None:
     assert 'class="for"' in html and 'class="against"' in html and "Most: &#39;bad&#39; +0." in html
 
 
+def test_a_model_that_has_changed_since_is_said(tmp_path: Path) -> None:
+    def other(texts: list[str], pairs: list[str] | None) -> Array:
+        return np.tile([0.25, 0.75], (len(texts), 1))
+
+    rows = scored_rows(["bad"], ("no", "yes"), [1], np.log(probabilities(["bad"], None)))
+    run = read_run(write_run(tmp_path / "out", rows)).validation
+    assert run is not None
+    same, changed = (explain.explain_mistakes(run, 1, x)[0].summary for x in (probabilities, other))
+    assert same == "Most: 'bad' +0.453."
+    assert changed.endswith(
+        "gives 0.25 now, 0.953 when the row was evaluated: the model, "
+        "or a setting (--max_length), is another one."
+    )
+
+
 def test_pairs_long_texts_and_texts_without_blanks(tmp_path: Path) -> None:
     texts = ["bad " * (explain.MOST_WORDS + 3), "中文字"]
     rows = scored_rows(texts, ("no", "yes"), [1, 1], [[1, 0], [1, 0]], pairs=["good", "x"])
