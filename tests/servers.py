@@ -358,6 +358,10 @@ class UploadHub:
         """The requests that are not of readers."""
         return [x for x in self.requests if not x.startswith(("GET ", "HEAD "))]
 
+    def requests_of(self, name: str) -> list[str]:
+        """Those about a repository: huggingface_hub asks for other things too, once a process."""
+        return [x for x in self.requests if name in x]
+
     def commit_of(self, name: str, branch: str = "main") -> str:
         repository = self.repositories[name]
         files = {file: zlib.crc32(body) for file, body in repository.branches[branch].items()}

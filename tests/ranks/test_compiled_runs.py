@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from forked import RankError, run_ranks
 from rows import (
+    EVERY_FAULT,
     Breaking,
     Files,
     assert_same_run,
@@ -33,6 +34,12 @@ with warnings.catch_warnings():
 
 STEPS = 10  # 5 an epoch, the last smaller
 SAID = "--torch_compile: the layers are compiled ("
+
+long = pytest.mark.skipif(
+    not EVERY_FAULT,
+    reason="it compiles for half a minute, and tests/unit/models/test_compile.py compiles layers: "
+    "with BERTDIST_EVERY_FAULT=1 only",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -112,6 +119,7 @@ def compiled(words: Callable[..., list[str]], tmp_path_factory: pytest.TempPathF
     return out
 
 
+@long
 def test_the_loss_curve_is_the_eager_one(
     compiled: Path, eager: Path, words: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -128,6 +136,7 @@ def test_the_loss_curve_is_the_eager_one(
     assert far(tmp_path / "out", eager) > 0.01  # the control
 
 
+@long
 def test_two_ranks_learn_it_too(
     words: Callable[..., list[str]], eager: Path, tmp_path: Path
 ) -> None:
@@ -136,6 +145,7 @@ def test_two_ranks_learn_it_too(
     assert far(tmp_path / "out", eager) < 2e-5
 
 
+@long
 def test_resume_equals_uninterrupted(
     compiled: Path, words: Callable[..., list[str]], tmp_path: Path
 ) -> None:

@@ -202,7 +202,7 @@ def test_the_step_log_has_its_fields(killed_run: tuple[Path, list[str], int]) ->
     assert all(line[name] > 0 for name in speed for line in learned)
     assert [line.keys() - speed for line in of_process] == [
         {"kind", "step", "finished", "train_steps", "train_seconds", "matmul_tflops"}
-        | {"tokens_per_micro_batch"}
+        | {"tokens_per_micro_batch", "evaluation_seconds", "saving_seconds"}
     ]
     assert of_process[0]["train_steps"] < EPOCH * EPOCHS, (
         "of the process that finished, not of the one that was killed"

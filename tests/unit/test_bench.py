@@ -613,14 +613,14 @@ def test_machines_stand_side_by_side(tmp_path: Path) -> None:
     old = {
         "title": "M, CPU, float32",
         "unit": unit,
-        "bars": [["ours", 200.0, 1, 1], ["b", 50.0, 1, 1]],
+        "bars": [["ours", 200.0, 190.0, 210.0], ["b", 50.0, 50.0, 50.0]],
     }
     new = {
         "title": "M, CPU with AMX, bf16",
         "unit": unit,
-        "bars": [["ours", 900.0, 1, 1], ["c", 300.0, 1, 1]],
+        "bars": [["ours", 900.0, 900.0, 900.0], ["c", 300.0, 300.0, 300.0]],
     }
-    other = {"title": "M, CPU, float32", "unit": "rows/s", "bars": [["ours", 7.0, 1, 1]]}
+    other = {"title": "M, CPU, float32", "unit": "rows/s", "bars": [["ours", 7.0, 7.0, 7.0]]}
     for name, record in (("new", new), ("old", old), ("other", other), ("none", {})):
         page.write(output, name, f"## {name}", record)
     text = output.read_text()

@@ -74,7 +74,7 @@ def test_a_new_private_repository(hub: UploadHub, best: Path) -> None:
 def test_a_dry_run_asks_and_writes_nothing(hub: UploadHub, best: Path) -> None:
     before = sorted(best.rglob("*"))
     said = said_of(best, dry_run=True, public=True)
-    assert hub.changes == [] and hub.requests == ["GET /api/models/anna/reviews"]
+    assert hub.changes == [] and hub.requests_of("anna/reviews") == ["GET /api/models/anna/reviews"]
     assert sorted(best.rglob("*")) == before
     assert said[0] == "anna/reviews is a new repository, public:"
     assert [line.split()[0] for line in said[1:4]] == ["config.json", "model.safetensors", FILES[0]]
