@@ -22,7 +22,7 @@ from bench.faults import VOCABULARY, write_model
 
 ROOT = Path(__file__).resolve().parents[1]
 # Rows are not handed to these: settings (models/model_config.py is of config.json), processes ...
-NO_ROWS = ("core/", "distributed/", "training/", "models/model_config.py")
+NO_ROWS = ("core/", "distributed/", "training/", "reporting/", "models/model_config.py")
 ROWS = ("training/micro_batches.py",)  # ... except this
 
 PROGRAM = """

@@ -73,7 +73,6 @@ from bertdist.models.classifier import (
     pretrained_labels,
 )
 from bertdist.models.dropout import seed_dropout
-from bertdist.reporting.after_run import finish_run
 from bertdist.tasks.tasks import Task, create_task
 from bertdist.training.best_model import BestModel, EarlyStopping
 from bertdist.training.checkpoint import Checkpointer, TrainState
@@ -422,6 +421,8 @@ def train_all(config: TrainConfig, train_one: Callable[[TrainConfig], bool]) -> 
     """
 
     def train_and_report(config: TrainConfig) -> bool:
+        from bertdist.reporting.after_run import finish_run
+
         finished = train_one(config)
         if finished:
             finish_run(config)

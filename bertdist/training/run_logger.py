@@ -21,7 +21,7 @@ from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -50,7 +50,9 @@ from bertdist.training.run_summary import (
 )
 from bertdist.training.screen import Evaluated, Progress, Screen, TrainedStep
 from bertdist.training.throughput import ThroughputMeter
-from bertdist.training.trackers import Trackers, flat_settings
+
+if TYPE_CHECKING:  # --report_to only
+    from bertdist.training.trackers import Trackers
 
 S = TypeVar("S", bound=TrainedStep)
 
@@ -314,6 +316,8 @@ class RunLogger:
     def _open_trackers(
         self, config: TrainConfig, state: TrainState, accelerator: Accelerator
     ) -> None:
+        from bertdist.training.trackers import Trackers, flat_settings
+
         lines = [entry for _, entry in self._lines()]
         step, pending = state.step, state.evaluation_pending
         kept = [entry for entry in lines if not is_repeated(entry, step, pending)]
