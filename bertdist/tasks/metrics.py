@@ -469,6 +469,8 @@ def classification_report(
         true, predicted, labels=ids, average=None, zero_division=0.0
     )
     keys = ("label", "precision", "recall", "f1", "rows")
+    *scores, counts = columns  # counts are floats where there is only one row
+    columns = (*scores, counts.astype(np.int64))
     rows = zip(labels, *(column.tolist() for column in columns), strict=True)
     per_class = [dict(zip(keys, row, strict=True)) for row in rows]
     report: dict[str, Any] = {"labels": list(labels), "per_class": per_class}

@@ -802,3 +802,11 @@ def test_a_local_file_named_like_a_hub_metric_is_not_run(
     ):
         load_metrics([name], SINGLE, ["a", "b"])
     assert not flag.exists()
+
+
+def test_rows_of_labels_are_whole_numbers() -> None:
+    """Also of one row, where scikit-learn counts in floats."""
+    for truth in ([1], [1, 0]):
+        report = classification_report(np.array(truth), np.array(truth), ["a", "b"])
+        rows = [entry["rows"] for entry in report["per_class"]]
+        assert sum(rows) == len(truth) and all(type(x) is int for x in rows)
