@@ -229,7 +229,13 @@ def _thinned(x: Array, y: Array) -> tuple[Array, Array]:
     return np.array([x[i].mean() for i in groups]), np.array([y[i].mean() for i in groups])
 
 
-def reliability_chart(name: str, title: str, description: str, found: Reliability) -> Chart:
+def reliability_chart(
+    name: str,
+    title: str,
+    description: str,
+    found: Reliability,
+    share_name: str = "share that is right",
+) -> Chart:
     """Bars of accuracy per bin of probability with their intervals, and how many rows there are."""
     with _settings():
         figure, axes = _figure()
@@ -261,8 +267,9 @@ def reliability_chart(name: str, title: str, description: str, found: Reliabilit
         axes.set_xlim(0, 1.01)
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("probability that the model gives")
-        axes.set_ylabel("share that is right")
-        _legend(axes, loc="upper left")
+        axes.set_ylabel(share_name)
+        figure.subplots_adjust(top=0.9)
+        _legend(axes, loc="lower left", bbox_to_anchor=(-0.03, 1.0), ncols=3)
         return _svg(figure, name, title, description)
 
 
@@ -279,7 +286,9 @@ def precision_recall_chart(
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("recall")
         axes.set_ylabel("precision")
-        _legend(axes, loc="lower left")
+        lines = -(-len(curves) // 2)  # above the curves, which may be anywhere
+        figure.subplots_adjust(top=0.97 - 0.06 * lines)
+        _legend(axes, loc="lower left", bbox_to_anchor=(-0.03, 1.0), ncols=2)
         return _svg(figure, name, title, description)
 
 
@@ -365,8 +374,11 @@ def points_chart(
 def bar_chart(name: str, title: str, description: str, values: dict[str, float], x: str) -> Chart:
     """A horizontal bar per name, the first on top."""
     with _settings():
-        figure, axes = _figure((5.0, 0.8 + 0.3 * len(values)))
+        height = 0.8 + 0.3 * len(values)
+        figure, axes = _figure((5.0, height))
         names = [excerpt(value, NAME_COLUMNS) for value in values]
+        left = 0.05 + 1.15 * COLUMN_WIDTH * max(map(len, names), default=0)
+        figure.subplots_adjust(left=left, top=1 - 0.1 / height, bottom=0.5 / height)
         axes.barh(range(len(names)), list(values.values()), color=SERIES[0], height=0.6)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()

@@ -69,7 +69,8 @@ def _answers(
     answers.append(_settings(comparison, names, decisive))
     if split.changes and split.main is not None:
         merits = [split.main.sign * value for value in split.main.values]
-        answers.append(_rows(max(split.changes, key=lambda x: merits[x.b]), names))
+        best = max(range(len(split.changes)), key=lambda i: merits[split.changes[i].b])
+        answers.append(_rows(split.changes[best], names, f"changes-{best + 1}"))
     return answers
 
 
@@ -101,9 +102,10 @@ def _sure(split: SplitComparison, names: Sequence[str]) -> Answer:
     else:
         short = "No"
     if len(pairs) > 1:
+        short = "Not of the best run" if short == "No" else short
         sure = sum(pair.is_sure for pair in pairs)
         more = (
-            f"{sure} of {len(pairs)} differences between two runs are sure, with 95% intervals "
+            f"Of the {len(pairs)} differences between two runs {sure} are sure, with 95% intervals "
             f"that allow for {len(pairs)} comparisons."
         )
         return Answer(question, short, more, "good" if short == "Yes" else "", *link)
@@ -134,11 +136,14 @@ def _settings(
     more = "; ".join(shown[1:]) if len(comparison.names) <= 4 else ""
     if len(decisive) > 3:
         more += f"; and {len(decisive) - 3} more"
-    return Answer(question, short, f"{more}." if more else "", "", *link)
+    more = f"{more}." if more else ""
+    if 2 < len(names) <= 4 and not comparison.seeds_only:
+        more = f"{more} In the order {listed(list(names), 4)}.".strip()
+    return Answer(question, short, more, "", *link)
 
 
-def _rows(changes: Changes, names: Sequence[str]) -> Answer:
-    question, link = "Which rows changed?", ("changes", "Look at them")
+def _rows(changes: Changes, names: Sequence[str], id: str) -> Answer:
+    question, link = "Which rows changed?", (id, "Look at them")
     a, b = names[changes.a], names[changes.b]
     if changes.p_value is None:
         short = f"{changes.gained:,} numbers are nearer, {changes.lost:,} farther"
@@ -286,7 +291,7 @@ def _charts(comparison: Comparison, names: Sequence[str]) -> list[Chart]:
     for score, curves in comparison.score_curves.items():
         if curves:
             title = f"Validation {score}"
-            description = f"{score} on the validation rows of each run over {axis}."
+            description = f"Validation {score} of each run over {axis}."
             pictures.append(
                 _chart(
                     f"validation-{len(pictures)}", title, description, curves, names, axis, score

@@ -171,7 +171,7 @@ def _answers(
     if rows.is_multi_label:
         answers.append(_hardest(id, rows))
     if found is not None:
-        answers.append(_honest(id, found))
+        answers.append(_honest(id, rows, found))
     if rows.is_regression:
         answers.append(_biased(id, rows))
     if confusion is not None:
@@ -262,7 +262,7 @@ def _hardest(id: str, rows: ScoredRows) -> Answer:
     return Answer(question, short, more, "", f"{id}-labels", "Scores per label")
 
 
-def _honest(id: str, found: analysis.Reliability) -> Answer:
+def _honest(id: str, rows: ScoredRows, found: analysis.Reliability) -> Answer:
     gap = found.mean_confidence - found.mean_accuracy
     honest = found.ece <= found.ece_by_chance
     short = "Yes, as far as these rows can tell"
@@ -272,7 +272,8 @@ def _honest(id: str, found: analysis.Reliability) -> Answer:
             short if abs(gap) > found.ece / 2 else "No: too sure in parts, and not enough in others"
         )
     more = (
-        f"Mean probability {number(found.mean_confidence)}, right {number(found.mean_accuracy)}; "
+        f"Mean probability {number(found.mean_confidence)}, {_came_true(rows)} "
+        f"{number(found.mean_accuracy)}; "
         f"expected calibration error {number(found.ece)} (by chance up to "
         f"{number(found.ece_by_chance)})."
     )
@@ -284,8 +285,12 @@ def _honest(id: str, found: analysis.Reliability) -> Answer:
 
 def _biased(id: str, rows: ScoredRows) -> Answer:
     gaps = analysis.residuals(rows, charts.SCATTER_POINTS)
-    short = f"Off by {number(gaps.mean)} on average"
-    more = f"Predicted less true numbers: mean {number(gaps.mean)}, spread {number(gaps.std)}."
+    side = "low" if gaps.mean < 0 else "high"
+    short = f"Too {side} by {number(abs(gaps.mean))} on average"
+    more = (
+        f"Predicted less true number: mean {number(gaps.mean)}, standard deviation "
+        f"{number(gaps.std)}."
+    )
     return Answer("Is it biased?", short, more, "", f"{id}-numbers", "Numbers")
 
 
@@ -296,7 +301,7 @@ def _per_label(rows: ScoredRows) -> dict[str, Any] | None:
     per_class = rows.report.get("per_class") or []
     if not per_class:
         return None
-    caption = f"All {len(per_class):,} labels, in the order of the model's outputs."
+    caption = "In the order of the model's outputs."
     shown = per_class
     if len(per_class) > LABELS:
         with_rows = [entry for entry in per_class if entry["rows"]]
@@ -395,10 +400,11 @@ def _calibration(id: str, rows: ScoredRows, found: analysis.Reliability) -> dict
     scores = rows.report["scores"]
     ece = scores["ece"] if isinstance(scores.get("ece"), float) else found.ece
     nll = scores.get("log_loss") or scores.get("loss")
-    what = "probability of the predicted label"
-    unit = "rows"
+    what, unit = "rows by the probability of the predicted label", "rows"
+    share = "share that is right"
     if rows.is_multi_label:
-        what, unit = "probability of every label for every row", "probabilities"
+        what, unit = "pairs of a row and a label by the probability of the label", "pairs"
+        share = "share that has the label"
     summary = (
         f"Expected calibration error (ECE) {number(ece)}, negative log-likelihood (NLL) "
         f"{number(nll)}. A model whose probabilities are honest would have an ECE up to "
@@ -406,8 +412,8 @@ def _calibration(id: str, rows: ScoredRows, found: analysis.Reliability) -> dict
     )
     title = "Reliability diagram"
     description = (
-        f"Of rows by the {what}: the share that is right. Points below the dashed line: the model "
-        "is too sure. Grey bars: how many there are."
+        f"Of {what}: the {share}. Points below the dashed line: the model is too sure. Grey bars: "
+        "how many there are."
     )
     bins = [
         {
@@ -419,16 +425,22 @@ def _calibration(id: str, rows: ScoredRows, found: analysis.Reliability) -> dict
         }
         for i in np.flatnonzero(found.rows)
     ]
-    chart = charts.reliability_chart(f"{id}-reliability", title, description, found)
-    caption = f"By the {what}, in {len(found.rows)} bins of equal width; empty ones are left out."
+    chart = charts.reliability_chart(f"{id}-reliability", title, description, found, share)
+    caption = f"{what.capitalize()}, in {len(found.rows)} bins of equal width; empty ones left out."
     return {
         "summary": summary,
         "notes": calibration_notes(rows.report),
         "chart": chart,
         "bins": bins,
         "unit": unit,
+        "came_true": _came_true(rows),
         "caption": caption,
     }
+
+
+def _came_true(rows: ScoredRows) -> str:
+    """What a share of the rows, or of the pairs of a row and a label, is called."""
+    return "has label" if rows.is_multi_label else "right"
 
 
 def _curves(id: str, rows: ScoredRows) -> Chart:
@@ -536,7 +548,11 @@ def _mistake(
     elif rows.is_multi_label:
         names = [entry["label"] for entry in line["labels"]]
         predicted, truth = _set(names), _set(line["truth"])
-        how = f"wrong by a probability of {number(float(line['error']))}"
+        is_wrong = rows.predicted[row] != rows.truth[row]
+        gaps = np.abs(rows.probabilities[row] - rows.truth[row])
+        label = int(np.where(is_wrong, gaps, -1).argmax())
+        shown = repr(excerpt(rows.labels[label], 40))
+        how = f"probability of {shown} {number(float(rows.probabilities[row, label]))}"
     else:
         predicted, truth = str(line["label"]), str(line["truth"])
         how = f"probability {number(float(line['score']))}"

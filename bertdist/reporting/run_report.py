@@ -127,7 +127,7 @@ _TIMES = {
     "data_wait_seconds": ("seconds of waiting for data", "of the rank that waited longest"),
     "evaluation_seconds": ("seconds of evaluation", "up to the end of training"),
     "saving_seconds": ("seconds of saving", "checkpoints and best weights"),
-    "padding_factor": ("cells per real token", "1: nothing is padded"),
+    "padding_factor": ("tokens per real token", "with padding; 1: nothing is padded"),
     "model_tflops": ("TFLOP/s", "useful operations of the model"),
     "flop_utilization": ("utilization", "share of the fastest matrix products seen"),
     "tokens_per_micro_batch": ("tokens per micro-batch", "the most"),

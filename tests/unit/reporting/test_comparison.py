@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,10 @@ def test_several_runs_are_compared_together(tmp_path: Path) -> None:
     found = comparison_of(tmp_path / "2", settings[0], {**settings[1], "right": 0.5}, settings[2])
     assert found.verdict[0].startswith("Not sure which of 3 runs is the best: run")
     assert found.verdict[0].endswith("It is better than run1.")
+    page = page_of(found)
+    assert "Not of the best run" in page and "In the order run0, run1" in page
+    linked = re.findall(r'href="#(changes-\d)">Look at them', page)
+    assert len(linked) == 1 and f'id="{linked[0]}"' in page
 
 
 def test_runs_that_differ_by_seed_have_a_spread_and_no_winner(tmp_path: Path) -> None:

@@ -94,6 +94,25 @@ def test_numbers_are_those_of_evaluation_json(tmp_path: Path) -> None:
     assert f"dev.tsv line {error['line']}" in text
 
 
+def test_a_multi_label_mistake_names_its_surest_wrong_label(tmp_path: Path) -> None:
+    rows = random_rows(60, ("anger", "joy", "love"), "multi", sure=0.5)
+    run = read_run(write_run(tmp_path / "out", rows))
+    text = checked(report_of(run))
+    assert run.validation is not None
+    found = run.validation
+    (first,) = found.errors(1)
+    row = first["row"]
+    wrong = found.predicted[row] != found.truth[row]
+    size = np.where(
+        found.predicted[row] > 0, found.probabilities[row], 1 - found.probabilities[row]
+    )
+    label = int(np.where(wrong, size, 0).argmax())
+    assert size[label] == pytest.approx(first["error"])
+    probability = found.probabilities[row, label]
+    assert f", probability of {found.labels[label]!r} {probability:.4f}" in text
+    assert "the share that has the label" in text and "share that is right" not in text
+
+
 @pytest.mark.parametrize("kind", ["single", "multi", "regression"])
 def test_data_cannot_break_the_page(kind: str, tmp_path: Path) -> None:
     labels = (NASTY, NASTY + "2", "c") if kind != "regression" else (NASTY,)
